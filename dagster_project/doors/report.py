@@ -1,0 +1,140 @@
+"""Names, metadata and check results of an asset in Dagster, from its stage's state and report."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from dagster_project import pipeline
+from dagster_project.doors.dvc import StageState, digest
+
+CODE_VERSION = "1"
+"""The same for every asset and for ever: changes of code are reported through `def/<stage>` (docs/decisions/002)."""
+REPORT_TAG = "report"
+"""Metadata of a check result: hash of what the report says of the check, so that sync can tell whether Dagster knows."""
+
+
+def asset_key(address: str) -> dg.AssetKey:
+    return dg.AssetKey(address.split("@"))
+
+
+def definition_key(address: str) -> dg.AssetKey:
+    return dg.AssetKey(["def", *address.split("@")])
+
+
+def source_key(path: str) -> dg.AssetKey:
+    """ "data/sources/benchmarks" -> sources / benchmarks."""
+    return dg.AssetKey(list(Path(path).relative_to("data").parts) if path.startswith("data/") else ["workspace", *Path(path).parts])
+
+
+def read_report(root: Path, state: StageState) -> dict[str, Any] | None:
+    path = root / state.report if state.report else None
+    return json.loads(path.read_text()) if path and path.is_file() else None
+
+
+def describe(root: Path, state: StageState) -> dict[str, Any]:
+    """Metadata of a materialization: rows, figures, plots, where it lies, which commit."""
+    report = read_report(root, state) or {}
+    found: dict[str, Any] = {"path": dg.MetadataValue.text(state.out)}
+    for name in ("rows_in", "rows_out"):
+        if name in report:
+            found[name] = dg.MetadataValue.int(report[name])
+    if report.get("dropped"):
+        found["dropped"] = dg.MetadataValue.md(_table(["check", "rows"], list(report["dropped"].items())))
+    found |= {
+        name: value for name, value in report.items() if isinstance(value, int | float | str) and name not in found and name != "passed"
+    }
+    nested = {name: value for name, value in report.items() if isinstance(value, dict | list) and name not in {"dropped", "checks"}}
+    if nested:
+        found["figures"] = dg.MetadataValue.json(nested)
+    board = root / state.out / "board.md"
+    if board.is_file():
+        found["board"] = dg.MetadataValue.md(board.read_text())
+    for plot, draw in (("loss", _draw_loss), ("confusion", _draw_confusion)):
+        path = root / "data" / "plots" / plot / f"{state.out.rsplit('/', 1)[-1]}.csv"
+        if path.is_file() and any(str(path.relative_to(root)) == p for p in _plots_of(state, plot)):
+            found[plot] = dg.MetadataValue.md(f"![{plot}](data:image/png;base64,{draw(list(csv.DictReader(path.open())))})")
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False).stdout.strip()
+    return {**found, **({"git_commit": commit} if commit else {})}
+
+
+def _plots_of(state: StageState, plot: str) -> list[str]:
+    stage, _, variant = state.address.partition("@")
+    return [f"data/plots/{plot}/{variant}.csv"] if {"loss": "adapter", "confusion": "evaluation"}[plot] == stage else []
+
+
+def check_results(address: str, report: Mapping[str, Any]) -> list[dg.AssetCheckResult]:
+    """What the report says of each of the stage's checks. Severity decides the colour, `blocking` has already decided the run."""
+    results = []
+    for name, truth in pipeline.truths(address.partition("@")[0]).items():
+        found = report.get("checks", {}).get(name)
+        if found is None:
+            continue
+        metadata: dict[str, Any] = {"truth": truth, "count": found["count"], REPORT_TAG: digest(found)}
+        if "rows" in found:
+            pairs = [
+                (row, (found.get("examples") or [])[i] if i < len(found.get("examples") or []) else "")
+                for i, row in enumerate(found["rows"])
+            ]
+            metadata["rows"] = dg.MetadataValue.md(_table(["source row", "begins"], pairs))
+        if "note" in found:
+            metadata["note"] = found["note"]
+        severity = dg.AssetCheckSeverity.ERROR if found["severity"] == "error" else dg.AssetCheckSeverity.WARN
+        results.append(
+            dg.AssetCheckResult(
+                check_name=name,
+                asset_key=asset_key(address),
+                passed=found["passed"],
+                severity=severity,
+                metadata={key: dg.MetadataValue.text(value) if isinstance(value, str) else value for key, value in metadata.items()},
+            )
+        )
+    return results
+
+
+def _table(head: list[str], rows: list[Any]) -> str:
+    lines = [f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |"]
+    return "\n".join(lines + [f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in row)} |" for row in rows])
+
+
+def _png(figure: Any) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=80, bbox_inches="tight")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _draw_loss(rows: list[dict[str, str]]) -> str:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3))
+    axes = figure.subplots()
+    axes.plot([int(row["step"]) for row in rows], [float(row["loss"]) for row in rows], linewidth=1.2)
+    axes.set(xlabel="step", ylabel="training loss")
+    axes.grid(alpha=0.3)
+    return _png(figure)
+
+
+def _draw_confusion(rows: list[dict[str, str]]) -> str:
+    from matplotlib.figure import Figure
+
+    names = sorted({row["actual"] for row in rows} | {row["predicted"] for row in rows})
+    counts = [[sum(row["actual"] == a and row["predicted"] == p for row in rows) for p in names] for a in names]
+    figure = Figure(figsize=(5, 4.5))
+    axes = figure.subplots()
+    axes.imshow(counts, cmap="Blues")
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="predicted", ylabel="actual")
+    for i, row in enumerate(counts):
+        for j, count in enumerate(row):
+            if count:
+                axes.text(j, i, str(count), ha="center", va="center", color="white" if count > max(map(max, counts)) / 2 else "black")
+    return _png(figure)

@@ -1,0 +1,119 @@
+"""`pedigree run STAGE`: the only way a stage ever runs. Guards its inputs, holds its gate, publishes its outputs."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dagster_project import pipeline
+from dagster_project.doors import dvc
+from dagster_project.errors import CheckFailed, PedigreeError
+from dagster_project.records import Report, remove, write_json
+
+log = logging.getLogger("pedigree")
+
+
+def run_stage(root: Path, address: str) -> Report:
+    """Run one stage on what lies in the workspace.
+
+    The stage writes into a scratch folder; its outputs take their place in one step, after every blocking check has passed and its inputs have
+    been found unchanged. Whatever goes wrong before that leaves the earlier outputs as they were (those DVC removed are put back).
+
+    Raises:
+        InputError: bad parameters or input.
+        CheckFailed: a blocking check failed, or an input is not what its producer recorded, or changed meanwhile.
+    """
+    stage, variant = pipeline.split_address(address)
+    scratch = root / ".dvc" / "tmp" / "pedigree" / address
+    try:
+        values = pipeline.validate(root)
+        before = dvc.fingerprint(root, address)
+        if before.disputed:
+            path, maker = next(iter(before.disputed.items()))
+            raise CheckFailed(
+                f"{address}: {path} is not what {maker} recorded in dvc.lock", f"run `dvc repro {maker}` first, or `dvc checkout {path}`"
+            )
+        at = pipeline.At(root, stage, variant, scratch, values)
+        remove(scratch)
+        at.out.mkdir(parents=True)
+        report = pipeline.STREET[stage](at)
+        _hold_gate(root, at, report)
+        changed = [path for path, value in dvc.fingerprint(root, address).now.items() if before.now[path] != value]
+        if changed:
+            raise CheckFailed(f"{address}: {', '.join(changed)} changed while the stage ran", "run it again; nothing was recorded")
+        _publish(root, at, report)
+    except BaseException:
+        dvc.restore_outputs(root, address)
+        raise
+    finally:
+        remove(scratch)
+    for line in _summary(address, report):
+        log.info(line)
+    return report
+
+
+def report_path(root: Path, stage: str, variant: str | None) -> Path:
+    return root / "data" / "reports" / (f"{stage}/{variant}.json" if variant else f"{stage}.json")
+
+
+def _hold_gate(root: Path, at: pipeline.At, report: Report) -> None:
+    """The report is written always; on a failed blocking check nothing else is."""
+    if not report.failures:
+        return
+    path = report_path(root, at.stage, at.variant)
+    write_json(path, {"passed": False, **report.document()})
+    worst = "; ".join(
+        f"{c.name}: {c.note or f'{c.count} rows'}{' (first: ' + ', '.join(c.rows[:5]) + ')' if c.rows else ''}" for c in report.failures
+    )
+    raise CheckFailed(
+        f"{at.address}: {len(report.failures)} blocking check(s) failed. {worst}",
+        f"mend the rows, or the policy in params.yaml; all findings are in {path.relative_to(root)}",
+    )
+
+
+def _publish(root: Path, at: pipeline.At, report: Report) -> None:
+    """Outputs from the scratch folder to their places, each by one rename."""
+    plots = list((at.scratch / "data" / "plots").rglob("*.csv")) if (at.scratch / "data" / "plots").exists() else []
+    for made in [at.out, *plots]:
+        target = root / made.relative_to(at.scratch)
+        remove(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        made.replace(target)
+    write_json(report_path(root, at.stage, at.variant), {"passed": True, **report.document()})
+
+
+def _summary(address: str, report: Report) -> list[str]:
+    lines = []
+    if report.rows_in is not None:
+        dropped = ", ".join(f"{name} {n}" for name, n in report.dropped.items())
+        lines.append(f"{address}: {report.rows_in} rows in, {report.rows_out} out" + (f", dropped: {dropped}" if dropped else ""))
+    lines += [f"{address}: {c.severity}: {c.name}: {c.note or f'{c.count} rows'}" for c in report.checks if not c.passed]
+    return lines
+
+
+@contextmanager
+def streaming_to_dagster() -> Iterator[None]:
+    """While open, log lines also go to the Dagster run that started this process, if one did."""
+    if "DAGSTER_PIPES_CONTEXT" not in os.environ:
+        yield
+        return
+    from dagster_pipes import open_dagster_pipes
+
+    with open_dagster_pipes() as pipes:
+
+        class ToDagster(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                pipes.log.log(record.levelno, record.getMessage())
+
+        handler = ToDagster()
+        log.addHandler(handler)
+        try:
+            yield
+        except PedigreeError as error:
+            log.error(str(error))
+            raise
+        finally:
+            log.removeHandler(handler)

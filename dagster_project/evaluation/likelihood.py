@@ -1,0 +1,65 @@
+"""How likely a model finds given answers: perplexity of responses, and multiple-choice accuracy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from dagster_project.progress import Progress
+
+IGNORE = -100
+"""Label of a token that is not scored."""
+
+
+def negative_log_likelihood(
+    model: Any, pad_token_id: int, examples: Sequence[tuple[list[int], list[int]]], batch_size: int, what: str
+) -> list[tuple[float, int]]:
+    """For each example (input_ids, labels) the summed negative log-likelihood in nats of its labelled tokens, and how many they are.
+
+    Padding stands on the right behind an attention mask, so batch size and padding change no score beyond rounding.
+    """
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    scores: list[tuple[float, int]] = [(0.0, 0)] * len(examples)
+    order = sorted(range(len(examples)), key=lambda i: (len(examples[i][0]), i))
+    progress = Progress(what, len(examples), "answer")
+    with torch.inference_mode():
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            width = max(len(examples[i][0]) for i in batch)
+            ids = torch.tensor([examples[i][0] + [pad_token_id] * (width - len(examples[i][0])) for i in batch], device=model.device)
+            labels = torch.tensor([examples[i][1] + [IGNORE] * (width - len(examples[i][1])) for i in batch], device=model.device)[:, 1:]
+            mask = torch.tensor([[1] * len(examples[i][0]) + [0] * (width - len(examples[i][0])) for i in batch], device=model.device)
+            hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
+            counted = labels != IGNORE
+            losses = torch.zeros(labels.shape, dtype=torch.float32, device=model.device)
+            losses[counted] = cross_entropy(model.get_output_embeddings()(hidden[counted]).float(), labels[counted], reduction="none")
+            for i, loss, n in zip(batch, losses.double().sum(1).tolist(), counted.sum(1).tolist(), strict=True):
+                scores[i] = (loss, n)
+            progress.advance(len(batch))
+    return scores
+
+
+def perplexity(scores: Sequence[tuple[float, int]]) -> float:
+    """exp of the mean negative log-likelihood per token, every token counting the same."""
+    return math.exp(sum(loss for loss, _ in scores) / max(1, sum(n for _, n in scores)))
+
+
+def choose(model: Any, tokenizer: Any, questions: Sequence[dict[str, Any]], batch_size: int, what: str) -> list[int]:
+    """For each multiple-choice question the index of the choice with the highest summed log-likelihood after "Question: ...\\nAnswer:".
+
+    That is the score lm-evaluation-harness calls `acc`.
+    """
+    examples = []
+    for question in questions:
+        context = tokenizer.encode(f"Question: {question['question']}\nAnswer:", add_special_tokens=False)
+        for choice in question["choices"]:
+            answer = tokenizer.encode(f" {choice}", add_special_tokens=False)
+            examples.append((context + answer, [IGNORE] * len(context) + answer))
+    scores = iter(negative_log_likelihood(model, tokenizer.pad_token_id, examples, batch_size, what))
+    return [
+        min(range(len(losses)), key=losses.__getitem__)
+        for losses in ([next(scores)[0] for _ in question["choices"]] for question in questions)
+    ]

@@ -1,0 +1,223 @@
+"""READ FIRST. The street: every stage, in flow order, with what it reads and what it makes.
+
+dvc.yaml says when a stage runs; this file says what runs. Stages meet only in files: each function below hands one stage its
+folders and its parameters, and returns the stage's report. `python -m dagster_project run STAGE` is the only way they are called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dagster_project import params
+from dagster_project.errors import InputError
+from dagster_project.params import Compute, Section
+from dagster_project.records import Report
+
+S = TypeVar("S", bound=Section)
+
+
+@dataclass(frozen=True)
+class At:
+    """Where one run of one stage finds and puts its things."""
+
+    root: Path
+    """The project's folder."""
+    stage: str
+    variant: str | None
+    scratch: Path
+    """Folder that outputs are written to; they take their place only when the stage has succeeded."""
+    values: Mapping[str, Any]
+    """params.yaml."""
+
+    @property
+    def address(self) -> str:
+        return f"{self.stage}@{self.variant}" if self.variant else self.stage
+
+    @property
+    def out(self) -> Path:
+        """The stage's one output, data/<stage>[/<variant>]."""
+        return self.scratch / "data" / self.stage / (self.variant or "")
+
+    def plot(self, name: str) -> Path:
+        """A table for `dvc plots`, data/plots/<name>[/<variant>].csv."""
+        return self.scratch / "data" / "plots" / (f"{name}/{self.variant}.csv" if self.variant else f"{name}.csv")
+
+    def made_by(self, stage: str) -> Path:
+        """Another stage's output; of the same variant where that stage has variants."""
+        return self.root / "data" / stage / ((self.variant or "") if stage in VARIANTS_OF else "")
+
+    def all_of(self, stage: str) -> Path:
+        """The folder with the outputs of all variants of a stage."""
+        return self.root / "data" / stage
+
+    def params(self, section: str, model: type[S]) -> S:
+        return params.parse(model, self.values.get(section), section)
+
+    @property
+    def compute(self) -> Compute:
+        return self.params("compute", Compute)
+
+
+def base_model(at: At) -> Report:
+    from dagster_project.stages import base_model as stage
+
+    return stage.run(at.root, at.params("base_model", stage.Params), out=at.out)
+
+
+def raw_examples(at: At) -> Report:
+    from dagster_project.stages import raw_examples as stage
+
+    return stage.run(at.root, at.params("raw_examples", stage.Params), out=at.out)
+
+
+def instructions(at: At) -> Report:
+    from dagster_project.stages import instructions as stage
+
+    return stage.run(at.root, at.params("instructions", stage.Params), at.made_by("raw_examples"), out=at.out)
+
+
+def splits(at: At) -> Report:
+    from dagster_project.stages import splits as stage
+
+    return stage.run(at.params("splits", stage.Params), at.compute.seed, at.made_by("instructions"), out=at.out)
+
+
+def tokenized(at: At) -> Report:
+    from dagster_project.stages import tokenized as stage
+
+    return stage.run(at.params("tokenized", stage.Params), at.made_by("splits"), at.made_by("base_model"), out=at.out)
+
+
+def adapter(at: At) -> Report:
+    from dagster_project.stages import adapter as stage
+
+    recipe = params.parse(stage.Params, at.values["adapter"][at.variant], f"adapter.{at.variant}")
+    return stage.run(
+        str(at.variant), recipe, at.compute, at.made_by("tokenized"), at.made_by("base_model"), out=at.out, curve_file=at.plot("loss")
+    )
+
+
+def merged(at: At) -> Report:
+    from dagster_project.stages import merged as stage
+
+    return stage.run(at.compute, at.made_by("base_model"), at.made_by("adapter"), out=at.out)
+
+
+def baselines(at: At) -> Report:
+    from dagster_project.evaluation.measure import Settings
+    from dagster_project.stages import baselines as stage
+
+    settings = at.params("evaluation", Settings)
+    return stage.run(
+        at.root, at.params("baselines", stage.Params), settings, at.compute, at.made_by("base_model"), at.made_by("splits"), out=at.out
+    )
+
+
+def evaluation(at: At) -> Report:
+    from dagster_project.evaluation.measure import Settings
+    from dagster_project.stages import evaluation as stage
+
+    settings = at.params("evaluation", Settings)
+    return stage.run(
+        at.root,
+        str(at.variant),
+        settings,
+        at.compute,
+        at.made_by("merged"),
+        at.made_by("splits"),
+        out=at.out,
+        confusion_file=at.plot("confusion"),
+    )
+
+
+def comparison(at: At) -> Report:
+    from dagster_project.evaluation.measure import Settings
+    from dagster_project.stages import comparison as stage
+
+    settings, variants = at.params("evaluation", Settings), list(at.values["adapter"])
+    return stage.run(settings, variants, at.made_by("splits"), at.made_by("baselines"), at.all_of("evaluation"), out=at.out)
+
+
+STREET: dict[str, Callable[[At], Report]] = {
+    "base_model": base_model,
+    "raw_examples": raw_examples,
+    "instructions": instructions,
+    "splits": splits,
+    "tokenized": tokenized,
+    "adapter": adapter,
+    "merged": merged,
+    "baselines": baselines,
+    "evaluation": evaluation,
+    "comparison": comparison,
+}
+
+VARIANTS_OF = {"adapter": "adapter", "merged": "adapter", "evaluation": "adapter"}
+"""Stages that have variants -> the section of params.yaml whose keys name them."""
+
+
+def truths(stage: str) -> dict[str, str]:
+    """The checks a stage reports: name -> the truth it looks at. Cheap: stage modules import what is heavy inside functions."""
+    from importlib import import_module
+
+    return dict(getattr(import_module(f"dagster_project.stages.{stage}"), "TRUTHS", {}))
+
+
+def split_address(address: str) -> tuple[str, str | None]:
+    """ "adapter@lora" -> ("adapter", "lora").
+
+    Raises:
+        InputError: no such stage, or a variant too many or missing.
+    """
+    stage, _, variant = address.partition("@")
+    if stage not in STREET:
+        raise InputError(f"unknown stage {stage!r}", f"stages, in flow order: {', '.join(STREET)}")
+    if bool(variant) != (stage in VARIANTS_OF):
+        raise InputError(
+            f"{address}: {stage} has {'variants' if not variant else 'no variants'}",
+            f"write {stage}@VARIANT" if not variant else f"write {stage}",
+        )
+    return stage, variant or None
+
+
+def validate(root: Path) -> dict[str, Any]:
+    """All of params.yaml, once every section has been checked and every file it names exists.
+
+    Raises:
+        InputError: unknown section, unknown key, wrong value, missing or outside file. Nothing has been changed.
+    """
+    from dagster_project.evaluation.measure import Settings
+    from dagster_project.stages import adapter, base_model, baselines, instructions, raw_examples, splits, tokenized
+
+    sections: dict[str, type[Section]] = {
+        "compute": Compute,
+        "base_model": base_model.Params,
+        "raw_examples": raw_examples.Params,
+        "instructions": instructions.Params,
+        "splits": splits.Params,
+        "tokenized": tokenized.Params,
+        "baselines": baselines.Params,
+        "evaluation": Settings,
+    }
+    values = params.read(root)
+    unknown = sorted(set(values) - set(sections) - {"adapter"})
+    if unknown:
+        raise InputError(
+            "\n".join(f"params.yaml: {name}: unknown section" for name in unknown), f"sections: {', '.join([*sections, 'adapter'])}"
+        )
+    parsed = {name: params.parse(model, values.get(name), name) for name, model in sections.items()}
+    variants = values.get("adapter")
+    if not isinstance(variants, dict) or not variants:
+        raise InputError("params.yaml: adapter: must name at least one variant", "add an entry such as `lora: {method: lora}`")
+    for name, recipe in variants.items():
+        if not str(name).replace("_", "").replace("-", "").isalnum():
+            raise InputError(f"params.yaml: adapter.{name}: a variant's name may hold letters, digits, - and _", "rename it")
+        params.parse(adapter.Params, recipe, f"adapter.{name}")
+    for source in parsed["raw_examples"].sources:  # type: ignore[attr-defined]
+        raw_examples.locate(root, source.path)
+    for section in ("instructions", "evaluation"):
+        for path in parsed[section].benchmarks:  # type: ignore[attr-defined]
+            raw_examples.locate(root, path, f"{section}.benchmarks", "data/sources/benchmarks")
+    return values

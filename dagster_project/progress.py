@@ -1,0 +1,34 @@
+"""Progress of long work, with an estimate of the time left, as log lines any door can carry."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+log = logging.getLogger("pedigree")
+
+
+class Progress:
+    """Counts towards a known total and logs at most every few seconds.
+
+    >>> bar = Progress("training", total=90, unit="step")
+    >>> bar.advance(note="loss 1.93")        # training 1/90 steps, 0:03:10 left, loss 1.93
+    """
+
+    def __init__(self, what: str, total: int, unit: str, every: float = 5.0) -> None:
+        """Args:
+        every: seconds between two lines; the first and the last step always get one.
+        """
+        self.what, self.total, self.unit, self.every = what, total, unit, every
+        self.done, self.start, self.said = 0, time.monotonic(), float("-inf")
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        self.done += n
+        now = time.monotonic()
+        if self.done < self.total and now - self.said < self.every:
+            return
+        self.said = now
+        left = (now - self.start) / self.done * (self.total - self.done)
+        minutes, seconds = divmod(round(left), 60)
+        state = f"about {minutes}:{seconds:02d} left" if self.done < self.total else f"done in {now - self.start:.0f} s"
+        log.info(f"{self.what}: {self.done}/{self.total} {self.unit}s, {state}" + (f", {note}" if note else ""))

@@ -1,0 +1,144 @@
+"""The canonical record, its Parquet shards, the row ledger and the report: the forms in which stages meet."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+RECORD = pa.schema(
+    [
+        ("example_id", pa.string()),  # content hash of the canonical messages: the same on every machine
+        ("source", pa.string()),  # path of the file it came from, relative to the project
+        ("messages", MESSAGES),
+        ("category", pa.string()),  # nullable
+        ("group_id", pa.string()),  # cluster of near-duplicates; null until `instructions` sets it
+        ("meta", pa.string()),  # JSON: what the source row held beyond the messages
+    ]
+)
+LEDGER = pa.schema(
+    [
+        ("source", pa.string()),
+        ("source_row", pa.int64()),  # 0-based row in the source file
+        ("example_id", pa.string()),
+        ("outcome", pa.string()),  # kept, dropped:<check>, a split's name, truncated, ...
+        ("why", pa.string()),
+    ]
+)
+
+
+def example_id(messages: Sequence[dict[str, str]]) -> str:
+    """Content hash of the messages: sha256 over their canonical JSON, 128 bits in hex."""
+    canonical = json.dumps([[m["role"], m["content"]] for m in messages], ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def prompt_text(messages: Sequence[dict[str, str]]) -> str:
+    """What people ask: the content of all user turns. System prompts are left out, being the same for whole sets."""
+    return "\n".join(m["content"] for m in messages if m["role"] == "user")
+
+
+def response_text(messages: Sequence[dict[str, str]]) -> str:
+    """The last message's content if the assistant says it, else the empty string."""
+    return messages[-1]["content"] if messages and messages[-1]["role"] == "assistant" else ""
+
+
+def _shards(ids: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """(start, end) of each shard. A boundary depends on the row before it alone, so an edit in one place changes few shards."""
+    start = 0
+    for i, identity in enumerate(ids, 1):
+        if i == len(ids) or (i - start >= 256 and int(identity[:4] or "0", 16) % 1024 == 0) or i - start >= 8192:
+            yield start, i
+            start = i
+
+
+def write_table(path: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema) -> None:
+    """Rows to one Parquet file, byte for byte the same for the same rows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), path, compression="zstd", store_schema=True)
+
+
+def write_records(folder: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema = RECORD) -> None:
+    """A data set to a folder of shards, records-00000.parquet and on, in the order given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ids = [row["example_id"] for row in rows]
+    for number, (start, end) in enumerate(_shards(ids) if rows else [(0, 0)]):
+        write_table(folder / f"records-{number:05d}.parquet", rows[start:end], schema)
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """The rows of `write_records`, in order."""
+    return [row for shard in sorted(folder.glob("records-*.parquet")) for row in pq.read_table(shard).to_pylist()]
+
+
+def write_ledger(folder: Path, rows: Iterable[dict[str, Any]]) -> None:
+    write_table(folder / "ledger.parquet", list(rows), LEDGER)
+
+
+def read_ledger(folder: Path) -> list[dict[str, Any]]:
+    return pq.read_table(folder / "ledger.parquet").to_pylist()
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """One check of a stage: the truth it looked at and the rows that broke it."""
+
+    name: str
+    passed: bool
+    severity: str = "error"
+    """"error", "warn" or "info"."""
+    blocking: bool = False
+    """A failed blocking check stops the stage before it writes its output."""
+    count: int = 0
+    """Rows that broke the check, those dropped for it included."""
+    rows: list[str] = field(default_factory=list)
+    """The first offending rows, as "source:row" (0-based)."""
+    examples: list[str] = field(default_factory=list)
+    note: str = ""
+
+
+@dataclass
+class Report:
+    """What a stage says about its run. Becomes data/reports/<stage>.json, which git tracks."""
+
+    rows_in: int | None = None
+    rows_out: int | None = None
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Reason -> rows. rows_in == rows_out + sum(dropped.values()), always."""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    checks: list[CheckResult] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.rows_in is not None and self.rows_out is not None and self.rows_in != self.rows_out + sum(self.dropped.values()):
+            raise AssertionError(f"rows lost: {self.rows_in} in, {self.rows_out} out, dropped {self.dropped}")
+
+    @property
+    def failures(self) -> list[CheckResult]:
+        return [check for check in self.checks if check.blocking and not check.passed]
+
+    def document(self) -> dict[str, Any]:
+        """The JSON document, without empty parts; checks keyed by name."""
+        rows = {"rows_in": self.rows_in, "rows_out": self.rows_out, "dropped": self.dropped} if self.rows_in is not None else {}
+        checks = {c.name: {k: v for k, v in asdict(c).items() if k != "name" and v not in ([], "")} for c in self.checks}
+        return {**rows, **self.metrics, **({"checks": checks} if checks else {})}
+
+
+def write_json(path: Path, document: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1, ensure_ascii=False, sort_keys=False) + "\n", encoding="utf-8")
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder if it is there. Never through a link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

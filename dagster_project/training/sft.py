@@ -1,0 +1,171 @@
+"""Supervised fine-tuning: TRL's SFTTrainer over rows that are already tokenized, labelled and packed."""
+
+from __future__ import annotations
+
+import logging
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from dagster_project.params import Compute, Section
+from dagster_project.progress import Progress
+from dagster_project.training.chat import IGNORE
+
+log = logging.getLogger("pedigree")
+
+
+class Recipe(Section):
+    """How to train: the names are those of transformers' TrainingArguments."""
+
+    learning_rate: float = Field(default=2e-4, gt=0)
+    """Peak rate. Small models want more: 1e-3 suits 135M parameters."""
+    lr_scheduler_type: str = "cosine"
+    """Shape of the rate after warm-up, one of transformers' schedules."""
+    warmup_ratio: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the steps over which the rate rises to its peak."""
+    num_train_epochs: int = Field(default=2, ge=1)
+    """Passes over the training split."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps after which to stop whatever the epochs say; null for no such limit."""
+    per_device_train_batch_size: int = Field(default=1, ge=1)
+    """Packed rows per forward pass."""
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    """Forward passes per optimizer step."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    gradient_checkpointing: bool = False
+    """Trade a third more time for memory that no longer grows with depth."""
+
+
+def steps(rows: int, recipe: Recipe) -> int:
+    """Optimizer steps of a run over `rows` packed rows."""
+    per_step = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
+    planned = math.ceil(rows / per_step) * recipe.num_train_epochs
+    return min(planned, recipe.max_steps or planned)
+
+
+def collate(pad_token_id: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Packed rows to one batch: input_ids, labels and position_ids, each (batch, seq) int64, and weights (batch, seq) float32.
+
+    Positions start at 0 for each example of a row and no attention mask is given; from that transformers builds a block-diagonal causal mask,
+    so that examples of one row never attend to each other. Padding is cut into examples of one token:
+
+        lengths [2, 1], room for 4  ->  position_ids [0, 1, 0, 0]
+    """
+    import torch
+
+    width = max(len(row["input_ids"]) for row in rows)
+
+    def batch(columns: list[list[Any]], fill: float) -> torch.Tensor:
+        return torch.tensor([column + [fill] * (width - len(column)) for column in columns])
+
+    return {
+        "input_ids": batch([row["input_ids"] for row in rows], pad_token_id),
+        "labels": batch([row["labels"] for row in rows], IGNORE),
+        "weights": batch([row["weights"] for row in rows], 0.0),
+        "position_ids": batch([[p for length in row["lengths"] for p in range(length)] for row in rows], 0),
+    }
+
+
+def train(model: Any, tokenizer: Any, train_rows: Any, validation_rows: Any, recipe: Recipe, compute: Compute) -> list[dict[str, float]]:
+    """Train `model` in place.
+
+    Args:
+        model: a causal language model, or a PeftModel over one.
+        train_rows, validation_rows: `datasets.Dataset` with input_ids, labels, weights and lengths, each row a packed row.
+    Returns:
+        The curve: {"step", "loss", "learning_rate"} at every step and {"step", "validation_loss"} before the first step and after each epoch.
+    """
+    from functools import partial
+
+    import torch
+    from torch.nn.functional import cross_entropy
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    class PackedTrainer(SFTTrainer):  # type: ignore[misc]
+        """TRL's trainer with logits only where a label counts (with a large vocabulary the rest is much work in vain), weighted.
+
+        The loss is the weighted mean over a forward pass, and its plain mean per token in evaluation.
+        """
+
+        def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+            causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+            hidden = causal.base_model(
+                input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False
+            ).last_hidden_state
+            labels = inputs["labels"][:, 1:]
+            counted = labels != IGNORE
+            losses = cross_entropy(causal.get_output_embeddings()(hidden[:, :-1][counted]).float(), labels[counted], reduction="none")
+            weights = inputs["weights"][:, 1:][counted] if model.training else torch.ones_like(losses)
+            loss = (losses * weights).sum() / weights.sum()
+            return (loss, None) if return_outputs else loss
+
+    curve: list[dict[str, float]] = []
+    total = steps(len(train_rows), recipe)
+    progress = Progress("training", total, "step")
+
+    class Curve(TrainerCallback):  # type: ignore[misc]
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+            logs = logs or {}
+            if "loss" in logs:
+                curve.append({"step": state.global_step, "loss": logs["loss"], "learning_rate": logs["learning_rate"]})
+                progress.advance(note=f"loss {logs['loss']:.3f}")
+            if "eval_loss" in logs:
+                curve.append({"step": state.global_step, "validation_loss": logs["eval_loss"]})
+                log.info(f"training: step {state.global_step}, validation loss {logs['eval_loss']:.3f}")
+
+    with tempfile.TemporaryDirectory() as scratch:
+        config = SFTConfig(
+            output_dir=scratch,
+            seed=compute.seed,
+            data_seed=compute.seed,
+            report_to="none",
+            save_strategy="no",
+            logging_steps=1,
+            disable_tqdm=True,
+            logging_nan_inf_filter=False,
+            eval_strategy="epoch" if validation_rows else "no",
+            use_cpu=model.device.type == "cpu",
+            bf16=False,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            remove_unused_columns=False,
+            max_length=None,
+            dataloader_pin_memory=False,
+            learning_rate=recipe.learning_rate,
+            lr_scheduler_type=recipe.lr_scheduler_type,
+            warmup_steps=math.ceil(total * recipe.warmup_ratio),
+            num_train_epochs=recipe.num_train_epochs,
+            max_steps=total,
+            weight_decay=recipe.weight_decay,
+            per_device_train_batch_size=recipe.per_device_train_batch_size,
+            per_device_eval_batch_size=recipe.per_device_train_batch_size,
+            gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+            max_grad_norm=recipe.max_grad_norm,
+            gradient_checkpointing=recipe.gradient_checkpointing,
+        )
+        trainer = PackedTrainer(
+            model=model,
+            args=config,
+            train_dataset=train_rows,
+            eval_dataset=validation_rows or None,
+            processing_class=tokenizer,
+            data_collator=partial(collate, tokenizer.pad_token_id),
+            callbacks=[Curve()],
+        )
+        trainer.model_accepts_loss_kwargs = False  # our loss is a mean already: let the Trainer average over accumulation steps
+        for printer in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:
+            trainer.remove_callback(printer)
+        if validation_rows:
+            trainer.evaluate()
+        trainer.train()
+    return curve
+
+
+def write_curve(path: Path, curve: list[dict[str, float]]) -> None:
+    """The training loss as CSV (step, loss) for `dvc plots`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("step,loss\n" + "".join(f"{point['step']},{point['loss']:.6g}\n" for point in curve if "loss" in point))

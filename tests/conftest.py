@@ -1,0 +1,152 @@
+"""Shared fixtures: a tiny random model made in-process, and small copies of the project to run things in."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("DAGSTER_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("DVC_NO_ANALYTICS", "1")
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+ROOT = Path(__file__).resolve().parents[1]
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a two-layer random Llama (64 wide) and a byte-level tokenizer with a ChatML template."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny_model")
+    vocabulary = {token: i for i, token in enumerate(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])}
+    for byte in sorted(pre_tokenizers.ByteLevel.alphabet()):
+        vocabulary[byte] = len(vocabulary)
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=1024
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=1024, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_model: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+def run(arguments: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command in a project folder, with the interpreter that runs the tests first on PATH."""
+    env = {**os.environ, "DAGSTER_HOME": str(folder / ".dagster"), "PEDIGREE_PROJECT": str(folder), **environment}
+    return subprocess.run(arguments, cwd=folder, env=env, capture_output=True, text=True, timeout=900, check=False)
+
+
+def pedigree(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run([sys.executable, "-m", "dagster_project", *arguments], folder)
+
+
+def dvc(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run([sys.executable, "-m", "dvc", *arguments], folder)
+
+
+def edit_params(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change params.yaml of a project through a function on its plain data."""
+    from ruamel.yaml import YAML
+
+    path = folder / "params.yaml"
+    values = YAML(typ="safe").load(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def copy_project(target: Path) -> Path:
+    """A fresh clone of the working tree, as git and DVC would have it, without results."""
+    tracked = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\n")
+    for name in filter(None, tracked):
+        if name == "dvc.lock" or name.startswith(("data/reports/", ".dvc/")) or not (ROOT / name).is_file():
+            continue
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, target / name)
+    for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"], ["git", "add", "-A"],
+                    ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "start"]):  # fmt: skip
+        done = run(command, target)
+        assert done.returncode == 0, done.stderr
+    return target
+
+
+def quick(folder: Path, model: Path) -> Path:
+    """The `quick` override: 40 rows of each source, 8 steps, and a tiny model from a folder."""
+    shutil.copytree(model, folder / "models" / "tiny")
+
+    def change(values: dict[str, Any]) -> None:
+        values["base_model"] = {"folder": "models/tiny", "licence": "Apache-2.0", "dtype": "float32"}
+        values["raw_examples"]["limit"] = 40
+        values["tokenized"]["max_length"] = 1024
+        values["adapter"]["lora"]["max_steps"] = 8
+        values["baselines"] = {"few_shot": 1, "retrieved": 1}
+        values["evaluation"]["max_new_tokens"] = 4
+        values["compute"]["dtype"] = "float32"
+
+    edit_params(folder, change)
+    return folder
+
+
+@pytest.fixture
+def project(tmp_path: Path, tiny_model: Path) -> Path:
+    """A quick project in which nothing has run yet."""
+    return quick(copy_project(tmp_path / "project"), tiny_model)
+
+
+@pytest.fixture(scope="session")
+def _finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    folder = quick(copy_project(tmp_path_factory.mktemp("finished") / "project"), tiny_model)
+    done = dvc(folder, "repro")
+    assert done.returncode == 0, done.stderr + done.stdout
+    return folder
+
+
+@pytest.fixture
+def finished(_finished: Path, tmp_path: Path) -> Iterator[Path]:
+    """A copy of a quick project in which the whole street has run."""
+    target = tmp_path / "project"
+    shutil.copytree(_finished, target, symlinks=True)
+    yield target
+
+
+@pytest.fixture
+def instance(tmp_path: Path) -> Iterator[Any]:
+    """A Dagster instance of its own, with an event log on disk."""
+    import dagster as dg
+
+    (tmp_path / "dagster").mkdir()
+    with dg.DagsterInstance.local_temp(str(tmp_path / "dagster")) as found:
+        yield found

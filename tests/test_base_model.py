@@ -1,0 +1,156 @@
+"""A base model comes from one verified origin, or the refusal says what is wrong and what to do."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dagster_project import params
+from dagster_project.errors import InputError
+from dagster_project.records import Report
+from dagster_project.stages import base_model
+
+FOLDER: dict[str, Any] = {"folder": "models/tiny", "licence": "Apache-2.0"}
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def root(tmp_path: Path, tiny_model: Path) -> Path:
+    """A project folder that holds a model."""
+    shutil.copytree(tiny_model, tmp_path / "models" / "tiny")
+    (tmp_path / "data").mkdir()
+    return tmp_path
+
+
+def fetch(root: Path, **section: Any) -> Report:
+    return base_model.run(root, params.parse(base_model.Params, FOLDER | section, "base_model"), out=root / "data" / "base_model")
+
+
+def refusal(root: Path, **section: Any) -> InputError:
+    """Why this section is refused; nothing may have been written."""
+    with pytest.raises(InputError) as caught:
+        fetch(root, **section)
+    assert not (root / "data" / "base_model").exists()
+    return caught.value
+
+
+def test_a_folder_becomes_a_model_whose_every_file_is_in_the_report(root: Path) -> None:
+    weights = root / "models" / "tiny" / "model.safetensors"
+    report = fetch(root, dtype="float32", sha256={"model.safetensors": sha256(weights)})
+    out = root / "data" / "base_model"
+    assert report.metrics["sha256"] == {f.relative_to(out).as_posix(): sha256(f) for f in out.rglob("*") if f.is_file()}
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= set(report.metrics["sha256"])
+    assert (report.metrics["origin"], report.metrics["licence"]) == ("models/tiny", "Apache-2.0")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_are_those_of_the_folder_in_the_dtype_asked_for(root: Path, dtype: str) -> None:
+    from safetensors.torch import load_file
+
+    report = fetch(root, dtype=dtype)
+    given, made = load_file(root / "models" / "tiny" / "model.safetensors"), load_file(root / "data" / "base_model" / "model.safetensors")
+    assert given.keys() == made.keys()
+    assert all(torch.equal(made[name], given[name].to(getattr(torch, dtype))) for name in given)
+    assert report.metrics["dtype"] == dtype
+    assert report.metrics["parameters"] == sum(tensor.numel() for tensor in given.values())
+
+
+def test_a_claimed_context_is_cut_to_the_one_asked_for(root: Path) -> None:
+    from transformers import AutoTokenizer
+
+    fetch(root, max_length=64)
+    assert AutoTokenizer.from_pretrained(root / "data" / "base_model").model_max_length == 64
+
+
+def test_a_file_with_another_sha256_is_refused_with_both(root: Path) -> None:
+    found = sha256(root / "models" / "tiny" / "model.safetensors")
+    error = refusal(root, sha256={"model.safetensors": "0" * 64})
+    assert error.what == f"base_model: sha256 of model.safetensors is {found}, params.yaml expects {'0' * 64}"
+    assert error.hint == "do not use this file unless you know why it changed"
+
+
+def test_a_file_to_verify_that_is_missing_is_refused(root: Path) -> None:
+    error = refusal(root, sha256={"weights.safetensors": "0" * 64})
+    assert error.what == "base_model: no file weights.safetensors to verify"
+    assert error.hint == "correct the names under base_model.sha256"
+
+
+def test_a_folder_that_is_missing_is_refused(root: Path) -> None:
+    assert refusal(root, folder="models/none").what == "params.yaml: base_model.folder: models/none does not exist"
+
+
+@pytest.mark.parametrize(
+    "origins",
+    [{"hub": "org/name", "revision": "0" * 40}, {"folder": None}],
+    ids=["two", "none"],
+)
+def test_any_number_of_origins_but_one_is_refused(root: Path, origins: dict[str, Any]) -> None:
+    assert "params.yaml: base_model: name exactly one origin: package, hub or folder" in refusal(root, **origins).what
+
+
+@pytest.mark.parametrize("revision", ["main", "v1.0", "0" * 39, "0" * 40 + "\n"])
+def test_a_revision_that_can_move_is_refused(root: Path, revision: str) -> None:
+    error = refusal(root, folder=None, hub="org/name", revision=revision)
+    assert error.what.startswith("params.yaml: base_model.revision: ")
+    assert repr(revision) in error.what
+
+
+def test_a_hub_model_without_a_revision_is_refused(root: Path) -> None:
+    assert "hub needs `revision`: the commit to use, 40 hex digits" in refusal(root, folder=None, hub="org/name").what
+
+
+@pytest.mark.parametrize(
+    "package",
+    [{"package": "some-model"}, {"package": "some-model==1.0"}, {"package": "some-model==1.0", "file": "a.gguf"}],
+    ids=["not pinned", "no file", "no sha256"],
+)
+def test_a_package_without_version_file_and_sha256_is_refused(root: Path, package: dict[str, Any]) -> None:
+    error = refusal(root, folder=None, **package)
+    assert "a package needs a pinned version (name==1.2), `file`, and the file's sha256" in error.what
+
+
+@pytest.fixture
+def pad_is_end(root: Path) -> Path:
+    """A project whose model pads with its end-of-turn token."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(root / "models" / "tiny")
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(root / "models" / "tiny")
+    return root
+
+
+def test_a_pad_token_that_equals_the_end_of_turn_token_is_refused(pad_is_end: Path) -> None:
+    error = refusal(pad_is_end)
+    assert error.what == "base_model: the pad token equals the end-of-turn token"
+    assert error.hint == "set base_model.pad_token to another token of the tokenizer"
+
+
+def test_the_pad_token_named_in_params_takes_its_place(pad_is_end: Path) -> None:
+    from transformers import AutoConfig, AutoTokenizer
+
+    fetch(pad_is_end, pad_token="<|endoftext|>")
+    tokenizer = AutoTokenizer.from_pretrained(pad_is_end / "data" / "base_model")
+    assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|endoftext|>", "<|im_end|>")
+    assert AutoConfig.from_pretrained(pad_is_end / "data" / "base_model").pad_token_id == tokenizer.pad_token_id
+
+
+def test_a_pad_token_that_the_tokenizer_lacks_is_refused(root: Path) -> None:
+    assert refusal(root, pad_token="<pad>").what == "params.yaml: base_model.pad_token: '<pad>' is not in the tokenizer"
+
+
+def test_too_little_disk_is_refused_before_anything_is_written(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(1000, 1000, 0))
+    error = refusal(root)
+    assert error.what == "base_model: 0.0 GiB free at data/, 0.0 GiB needed"
+    assert error.hint == "free some disk space and run again"

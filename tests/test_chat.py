@@ -1,0 +1,169 @@
+"""Labels fall on what the assistant says and on nothing else; prompts have the ids they were trained with."""
+
+from __future__ import annotations
+
+import copy
+import json
+from itertools import groupby
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dagster_project.errors import InputError
+from dagster_project.training.chat import IGNORE, encode, encode_prompt, loss_weights, pack
+
+ONE_TURN = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
+TWO_TURNS = [
+    {"role": "system", "content": "Be kind."},
+    *ONE_TURN,
+    {"role": "user", "content": "Yes?"},
+    {"role": "assistant", "content": "Grüße!"},
+]
+TURN = "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+HEADER = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+def with_template(tokenizer: Any, turn: str) -> Any:
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = "{% for m in messages %}" + turn + "{% endfor %}" + HEADER
+    return changed
+
+
+def trained_spans(tokenizer: Any, messages: list[dict[str, str]]) -> list[str]:
+    """The decoded text of each unbroken run of labels."""
+    _, labels = encode(tokenizer, messages)
+    runs = groupby(labels, key=lambda label: label != IGNORE)
+    return [tokenizer.decode(list(run)) for trained, run in runs if trained]
+
+
+def last_answer_starts(labels: list[int]) -> int:
+    return max(i for i in range(1, len(labels)) if labels[i] != IGNORE and labels[i - 1] == IGNORE)
+
+
+@pytest.fixture
+def newline_merging_tokenizer(tiny_tokenizer: Any) -> Any:
+    """A tokenizer in which two newlines are one token, so that it matters where a text is cut."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    state = json.loads(tiny_tokenizer.backend_tokenizer.to_str())
+    state["model"]["vocab"]["ĊĊ"] = len(state["model"]["vocab"])
+    state["model"]["merges"] = [["Ċ", "Ċ"]]
+    state["pre_tokenizer"]["use_regex"] = False
+    merging = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    merging.chat_template = tiny_tokenizer.chat_template
+    return merging
+
+
+def test_only_the_answer_and_its_end_of_turn_are_trained_on(tiny_tokenizer: Any) -> None:
+    assert trained_spans(tiny_tokenizer, ONE_TURN) == ["Yes?<|im_end|>"]
+
+
+def test_every_answer_of_a_conversation_is_trained_on(tiny_tokenizer: Any) -> None:
+    assert trained_spans(tiny_tokenizer, TWO_TURNS) == ["Yes?<|im_end|>", "Grüße!<|im_end|>"]
+
+
+def test_labels_equal_the_ids_where_trained_on_and_the_ids_are_the_whole_conversation(tiny_tokenizer: Any) -> None:
+    ids, labels = encode(tiny_tokenizer, TWO_TURNS)
+    assert tiny_tokenizer.decode(ids) == tiny_tokenizer.apply_chat_template(TWO_TURNS, tokenize=False)
+    assert all(label in (IGNORE, token) for token, label in zip(ids, labels, strict=True))
+
+
+def test_an_answer_that_quotes_the_end_of_turn_token_is_trained_on_to_its_real_end(tiny_tokenizer: Any) -> None:
+    messages = [ONE_TURN[0], {"role": "assistant", "content": "It is <|im_end|>, I think."}]
+    assert trained_spans(tiny_tokenizer, messages) == ["It is <|im_end|>, I think.<|im_end|>"]
+
+
+@pytest.mark.parametrize("messages", [ONE_TURN, TWO_TURNS], ids=["one turn", "two turns"])
+def test_a_prompt_has_the_ids_it_was_trained_with(tiny_tokenizer: Any, messages: list[dict[str, str]]) -> None:
+    ids, labels = encode(tiny_tokenizer, messages)
+    assert encode_prompt(tiny_tokenizer, messages[:-1]) == ids[: last_answer_starts(labels)]
+
+
+def test_a_prompt_has_the_ids_it_was_trained_with_where_tokens_would_merge_over_the_cut(newline_merging_tokenizer: Any) -> None:
+    answer = {"role": "assistant", "content": "\nYes"}
+    messages = [ONE_TURN[0], answer, ONE_TURN[0], answer]
+    ids, labels = encode(newline_merging_tokenizer, messages)
+    whole = newline_merging_tokenizer.apply_chat_template(messages, tokenize=False)
+    assert ids != newline_merging_tokenizer.encode(whole, add_special_tokens=False), "the cut does not matter, so nothing is shown"
+    assert encode_prompt(newline_merging_tokenizer, messages[:-1]) == ids[: last_answer_starts(labels)]
+
+
+@pytest.mark.parametrize(
+    ("turn", "complaint"),
+    [
+        (TURN.replace("<|im_end|>", ""), "does not end the assistant's turn with '<|im_end|>'"),
+        (TURN.replace("{{ m['content'] }}", "..."), "does not end the assistant's turn with '<|im_end|>'"),
+        (TURN.replace("m['content']", "m['content'] if loop.last else '...'"), "rewrites earlier turns"),
+    ],
+    ids=["drops the end of turn", "drops the answer", "rewrites earlier turns"],
+)
+def test_a_template_on_which_labels_cannot_be_placed_is_refused(tiny_tokenizer: Any, turn: str, complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint) as refusal:
+        encode(with_template(tiny_tokenizer, turn), TWO_TURNS)
+    assert "use another chat template" in refusal.value.hint
+
+
+def test_a_prompt_by_a_template_that_rewrites_earlier_turns_is_refused(tiny_tokenizer: Any) -> None:
+    forgetful = with_template(tiny_tokenizer, TURN.replace("m['content']", "m['content'] if loop.last else '...'"))
+    with pytest.raises(InputError, match="rewrites earlier turns"):
+        encode_prompt(forgetful, TWO_TURNS[:-1])
+
+
+def weighted_text(tokenizer: Any, messages: list[dict[str, str]], fields: dict[str, float], weight: float) -> str:
+    """The decoded tokens that have exactly this weight."""
+    ids, labels = encode(tokenizer, messages)
+    weights = loss_weights(tokenizer, labels, messages[-1]["content"], fields, per_example=False)
+    return tokenizer.decode([token for token, found in zip(ids, weights, strict=True) if found == weight])
+
+
+@pytest.mark.parametrize("value", ["login", "Grüße", r"a \"b\" c"], ids=["plain", "many bytes", "escaped quotes"])
+def test_the_tokens_of_a_weighted_field_value_count_its_weight(tiny_tokenizer: Any, value: str) -> None:
+    answer = f'{{"summary": "cannot get in", "category": "{value}", "priority": "low"}}'
+    messages = [ONE_TURN[0], {"role": "assistant", "content": answer}]
+    assert weighted_text(tiny_tokenizer, messages, {"category": 8.0, "priority": 4.0}, 8.0) == value
+    assert weighted_text(tiny_tokenizer, messages, {"category": 8.0, "priority": 4.0}, 4.0) == "low"
+    rest = answer.replace(f'"{value}"', '""').replace('"low"', '""') + "<|im_end|>"
+    assert weighted_text(tiny_tokenizer, messages, {"category": 8.0, "priority": 4.0}, 1.0) == rest
+
+
+def test_the_weighted_tokens_are_the_same_where_the_template_trims_the_answer(tiny_tokenizer: Any) -> None:
+    trimming = with_template(tiny_tokenizer, TURN.replace("m['content']", "m['content'] | trim"))
+    messages = [ONE_TURN[0], {"role": "assistant", "content": ' {"category": "login"}\n'}]
+    assert weighted_text(trimming, messages, {"category": 8.0}, 8.0) == "login"
+
+
+def test_field_weights_leave_earlier_answers_alone(tiny_tokenizer: Any) -> None:
+    answer = {"role": "assistant", "content": '{"category": "login"}'}
+    assert weighted_text(tiny_tokenizer, [ONE_TURN[0], answer, ONE_TURN[0], answer], {"category": 8.0}, 8.0) == "login"
+
+
+def test_an_answer_without_the_field_weighs_one_per_trained_token(tiny_tokenizer: Any) -> None:
+    _, labels = encode(tiny_tokenizer, TWO_TURNS)
+    weights = loss_weights(tiny_tokenizer, labels, "Grüße!", {"category": 8.0}, per_example=False)
+    assert weights == [float(label != IGNORE) for label in labels]
+
+
+def test_per_example_weights_sum_to_one_and_keep_their_proportions(tiny_tokenizer: Any) -> None:
+    answer = '{"category": "login"}'
+    _, labels = encode(tiny_tokenizer, [ONE_TURN[0], {"role": "assistant", "content": answer}])
+    by_token = loss_weights(tiny_tokenizer, labels, answer, {"category": 8.0}, per_example=False)
+    by_example = loss_weights(tiny_tokenizer, labels, answer, {"category": 8.0}, per_example=True)
+    assert sum(by_example) == pytest.approx(1)
+    assert by_example == pytest.approx([weight / sum(by_token) for weight in by_token])
+
+
+@given(st.lists(st.integers(1, 50)), st.integers(50, 120))
+def test_packing_keeps_every_example_once_and_fills_no_row_over_its_room(lengths: list[int], room: int) -> None:
+    rows = pack(lengths, room)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in row) <= room for row in rows)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1), st.integers(50, 120))
+def test_packing_leaves_at_most_one_row_half_empty(lengths: list[int], room: int) -> None:
+    assert sum(2 * sum(lengths[i] for i in row) <= room for row in pack(lengths, room)) <= 1

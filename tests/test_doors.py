@@ -1,0 +1,136 @@
+"""One truth, two doors: what DVC ran is what Dagster shows, and the other way round."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+from conftest import dvc, edit_params, pedigree
+from dagster._core.definitions.data_version import CachingStaleStatusResolver
+from dagster._core.loader import LoadingContextForTest
+
+from dagster_project.doors.dagster_assets import build_definitions
+from dagster_project.doors.dvc import read_street
+from dagster_project.doors.report import asset_key
+from dagster_project.doors.sync import sync
+
+DATA = ["raw_examples", "instructions", "splits"]
+
+
+def not_fresh(root: Path, instance: dg.DagsterInstance) -> set[str]:
+    graph = build_definitions(root).resolve_asset_graph()
+    resolver = CachingStaleStatusResolver(instance, graph, LoadingContextForTest(instance))
+    return {address for address in read_street(root) if resolver.get_status(asset_key(address)).value != "FRESH"}
+
+
+def changed_in_dvc(root: Path) -> set[str]:
+    done = dvc(root, "status", "--json")
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout))
+
+
+def materialize(root: Path, instance: dg.DagsterInstance, *addresses: str, **options: Any) -> dg.ExecuteInProcessResult:
+    job = build_definitions(root).resolve_implicit_global_asset_job_def()
+    return job.execute_in_process(instance=instance, asset_selection=[asset_key(a) for a in addresses], raise_on_error=False, **options)
+
+
+def both_doors_agree(root: Path, instance: dg.DagsterInstance) -> set[str]:
+    sync(root, instance)
+    assert not_fresh(root, instance) == changed_in_dvc(root)
+    assert sync(root, instance) == []
+    return not_fresh(root, instance)
+
+
+def test_after_dvc_repro_and_a_sync_dagster_shows_everything_fresh_with_the_hashes_on_disk(finished: Path, instance) -> None:
+    assert both_doors_agree(finished, instance) == set()
+    lock = {address: state.version for address, state in read_street(finished).items()}
+    for address, version in lock.items():
+        event = instance.get_latest_materialization_event(asset_key(address))
+        assert event.asset_materialization.tags["dagster/data_version"] == version
+        assert version in (finished / "dvc.lock").read_text()
+
+
+def test_after_materializing_dvc_status_is_clean_and_a_second_run_runs_nothing(project: Path, instance) -> None:
+    result = materialize(project, instance, *DATA)
+    assert result.success
+    assert not set(DATA) & changed_in_dvc(project)
+    before = (project / "data" / "splits").stat().st_mtime_ns
+    again = materialize(project, instance, *DATA)
+    assert again.success and (project / "data" / "splits").stat().st_mtime_ns == before
+    ran = {event.asset_key.path[-1]: event.materialization.metadata["ran"].value for event in again.get_asset_materialization_events()}
+    assert ran == dict.fromkeys(DATA, False)
+
+
+def test_force_runs_again_and_gives_the_same_version(finished: Path, instance) -> None:
+    version = read_street(finished)["splits"].version
+    result = materialize(finished, instance, "splits", tags={"pedigree/force": "true"})
+    events = result.get_asset_materialization_events()
+    assert [event.materialization.metadata["ran"].value for event in events] == [True]
+    assert read_street(finished)["splits"].version == version
+
+
+@pytest.mark.parametrize(
+    ("edit", "stale"),
+    [
+        (lambda root: edit_params(root, lambda v: v["splits"].update(test=0.3)), {"splits"}),
+        (lambda root: (root / "dagster_project/curation/split.py").open("a").write("# a change\n"), {"splits"}),
+        (lambda root: edit_params(root, lambda v: v["adapter"]["lora"].update(max_steps=9)), {"adapter@lora", "comparison"}),
+        (lambda root: shutil.rmtree(root / "data" / "instructions"), {"instructions", "splits"}),
+        (lambda root: (root / "data/splits/train/records-00000.parquet").write_bytes(b"x"), {"splits", "tokenized", "baselines", "evaluation@lora", "comparison"}),
+    ],
+    ids=["parameter", "code", "recipe", "deleted output", "tampered output"],
+)  # fmt: skip
+def test_a_change_makes_exactly_the_right_assets_stale(finished: Path, instance, edit, stale) -> None:
+    sync(finished, instance)
+    edit(finished)
+    assert both_doors_agree(finished, instance) == stale
+
+
+def test_an_added_source_row_makes_its_reader_stale_and_reverting_it_makes_it_fresh(finished: Path, instance) -> None:
+    sync(finished, instance)
+    path = finished / "data/sources/replies_messages.jsonl"
+    before = path.read_text()
+    path.write_text(before + before.splitlines()[0] + "\n")
+    assert both_doors_agree(finished, instance) == {"raw_examples"}
+    path.write_text(before)
+    assert both_doors_agree(finished, instance) == set()
+
+
+def test_a_failed_gate_shows_its_rows_and_nothing_downstream_runs(project: Path, instance) -> None:
+    edit_params(project, lambda v: v["instructions"].update(policy={"empty_response": "fail"}))
+    result = materialize(project, instance, *DATA)
+    assert not result.success
+    failed = {e.check_name: e for e in result.get_asset_check_evaluations() if not e.passed and e.severity == dg.AssetCheckSeverity.ERROR}
+    assert set(failed) == {"empty_response"}
+    assert "triage_alpaca.json" in failed["empty_response"].metadata["rows"].value
+    assert not (project / "data" / "splits").exists() and not (project / "data" / "instructions").exists()
+    assert [event.asset_key.path[-1] for event in result.get_asset_materialization_events()] == ["raw_examples"]
+    assert both_doors_agree(project, instance) >= {"instructions", "splits"}
+
+
+def test_an_asset_refuses_to_run_on_a_parent_that_is_not_up_to_date(finished: Path, instance) -> None:
+    edit_params(finished, lambda v: v["instructions"].update(min_rows=50))
+    before = (finished / "dvc.lock").read_text()
+    result = materialize(finished, instance, "splits")
+    assert not result.success
+    assert (finished / "dvc.lock").read_text() == before and (finished / "data" / "splits" / "train").exists()
+
+
+def test_deleting_dagsters_home_and_syncing_brings_the_view_back(finished: Path) -> None:
+    for _ in range(2):
+        assert "comparison is " in pedigree(finished, "sync").stdout
+        assert "nothing to report" in pedigree(finished, "sync").stdout
+        shutil.rmtree(finished / ".dagster")
+
+
+def test_adding_a_variant_is_one_entry_in_params(finished: Path) -> None:
+    edit_params(
+        finished, lambda v: v["adapter"].update(small={"method": "lora", "peft": {"r": 4, "target_modules": "all-linear"}, "max_steps": 2})
+    )
+    keys = {key.to_user_string() for key in build_definitions(finished).resolve_asset_graph().get_all_asset_keys()}
+    assert {"adapter/small", "merged/small", "evaluation/small"} <= keys
+    assert changed_in_dvc(finished) == {"adapter@small", "merged@small", "evaluation@small", "comparison"}

@@ -1,0 +1,63 @@
+"""dvc.yaml, the code and the docs describe one and the same street."""
+
+from __future__ import annotations
+
+import re
+
+import grimp
+import pytest
+from conftest import ROOT
+from ruamel.yaml import YAML
+
+from dagster_project import pipeline
+from dagster_project.doors import dvc
+
+STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
+
+
+def test_dvc_yaml_has_exactly_the_stages_of_the_street_in_flow_order() -> None:
+    assert list(STAGES) == list(pipeline.STREET)
+
+
+def test_stages_with_variants_are_the_foreach_stages() -> None:
+    assert {name: body["foreach"] for name, body in STAGES.items() if "foreach" in body} == {
+        name: f"${{{section}}}" for name, section in pipeline.VARIANTS_OF.items()
+    }
+
+
+@pytest.mark.parametrize("name", list(STAGES))
+def test_code_dependencies_are_every_module_the_stage_imports_and_no_other(name: str) -> None:
+    graph = grimp.build_graph("dagster_project")
+    module = f"dagster_project.stages.{name}"
+    packages = {"dagster_project", *(m for m in graph.modules if graph.find_children(m))}
+    imported = (graph.find_upstream_modules(module) | {module}) - packages
+    body = STAGES[name].get("do", STAGES[name])
+    declared = [dep for dep in body["deps"] if dep.startswith(dvc.CODE)]
+    assert declared == sorted(f"{m.replace('.', '/')}.py" for m in imported)
+
+
+def test_every_stage_has_one_output_and_one_report_in_the_folders_named_after_it() -> None:
+    for name, body in STAGES.items():
+        stage = body.get("do", body)
+        place = f"{name}/${{key}}" if "foreach" in body else name
+        assert stage["outs"] == [f"data/{place}"]
+        assert stage["metrics"] == [{f"data/reports/{place}.json": {"cache": False}}]
+
+
+def test_the_readme_names_every_stage_and_every_check() -> None:
+    text = (ROOT / "README.md").read_text() + (ROOT / "docs" / "checks.md").read_text()
+    names = [*pipeline.STREET, *(check for stage in pipeline.STREET for check in pipeline.truths(stage))]
+    assert [name for name in names if f"`{name}" not in text] == []
+
+
+def test_the_parameters_page_names_every_parameter() -> None:
+    from dagster_project.evaluation.measure import Settings
+    from dagster_project.evaluation.metrics import Task
+    from dagster_project.params import Compute
+    from dagster_project.stages import adapter, base_model, baselines, instructions, raw_examples, splits, tokenized
+
+    page = (ROOT / "docs" / "parameters.md").read_text()
+    listed = set(re.findall(r"^\| `([a-z_0-9]+)` \|", page, re.MULTILINE))
+    models = [Compute, base_model.Params, raw_examples.Params, raw_examples.Source, instructions.Params, splits.Params, tokenized.Params,
+              adapter.Params, baselines.Params, Settings, Task]  # fmt: skip
+    assert listed == {name for model in models for name in model.model_fields}

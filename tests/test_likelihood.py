@@ -1,0 +1,74 @@
+"""Likelihoods are those of one plain forward pass per example, whatever they were batched with."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dagster_project.evaluation.likelihood import IGNORE, choose, negative_log_likelihood, perplexity
+
+EXAMPLES = [
+    ([5, 6, 7, 8], [IGNORE, IGNORE, 7, 8]),
+    ([9, 10, 11, 12, 13, 14, 15, 16, 17], [IGNORE, 10, IGNORE, IGNORE, IGNORE, IGNORE, 15, 16, 17]),
+    ([200, 100], [IGNORE, 100]),
+    ([40, 41, 42, 43, 44, 45], [IGNORE] * 6),
+    ([7, 8, 9, 10, 11], [IGNORE, 8, 9, 10, 11]),
+]
+PAD = 0
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path) -> Any:
+    """The tiny model with weights ten times as large, so that its likelihoods are far from uniform."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(10)
+    return model.eval()
+
+
+def by_hand(model: Any, ids: list[int], labels: list[int]) -> tuple[float, int]:
+    """Minus the sum of log p(token | tokens before it) over the labelled tokens, and their number."""
+    with torch.no_grad():
+        log_p = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    scored = [i for i, label in enumerate(labels) if label != IGNORE]
+    return -sum(float(log_p[i - 1, ids[i]]) for i in scored), len(scored)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 40])
+def test_batch_size_and_padding_change_no_score(model: Any, batch_size: int) -> None:
+    found = negative_log_likelihood(model, PAD, EXAMPLES, batch_size, "test")
+    wanted = [by_hand(model, ids, labels) for ids, labels in EXAMPLES]
+    assert [n for _, n in found] == [n for _, n in wanted] == [2, 4, 1, 0, 4]
+    assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in wanted], abs=1e-4)
+
+
+def test_perplexity_weighs_every_token_the_same(model: Any) -> None:
+    scores = negative_log_likelihood(model, PAD, EXAMPLES, 3, "test")
+    total = sum(by_hand(model, ids, labels)[0] for ids, labels in EXAMPLES)
+    assert perplexity(scores) == pytest.approx(math.exp(total / 11), rel=1e-4)
+    assert perplexity([(math.log(2), 1), (3 * math.log(4), 3)]) == pytest.approx(2**0.25 * 4**0.75)
+
+
+def test_the_more_likely_choice_is_chosen(model: Any, tiny_tokenizer: Any) -> None:
+    choices = ["red", "blue", "green", "grey"]
+    questions = [{"question": f"What is {n} and {n}?", "choices": choices[n % 3 :] + choices[: n % 2]} for n in range(12)]
+
+    def likelihood(question: str, choice: str) -> float:
+        context = tiny_tokenizer.encode(f"Question: {question}\nAnswer:")
+        answer = tiny_tokenizer.encode(f" {choice}")
+        return -by_hand(model, context + answer, [IGNORE] * len(context) + answer)[0]
+
+    wanted = []
+    for q in questions:
+        scores = [likelihood(q["question"], choice) for choice in q["choices"]]
+        wanted.append(scores.index(max(scores)))
+    assert len(set(wanted)) > 1, "the model always chooses the same place, so nothing is shown"
+    assert choose(model, tiny_tokenizer, questions, 5, "test") == wanted

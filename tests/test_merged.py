@@ -1,0 +1,51 @@
+"""A merged model is base plus adapter, and an adapter that does nothing does not pass for one that does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dagster_project.params import Compute
+from dagster_project.stages import merged
+from dagster_project.training.methods import peft_config, save_adapter
+
+
+def make_adapter(tiny_model: Path, folder: Path, size: float) -> Path:
+    """A LoRA adapter with random lora_B of a standard deviation, as training would leave it; 0 is an adapter that was never trained."""
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_model), peft_config("lora", {"target_modules": "all-linear"}, "adapter.x")
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=size)
+    save_adapter(model, folder, base_model="data/base_model")
+    return folder
+
+
+@pytest.mark.parametrize(("size", "passes"), [(0.3, True), (0.0, False)], ids=["trained", "untrained"])
+def test_a_merge_passes_only_with_an_adapter_that_changes_something(tiny_model: Path, tmp_path: Path, size: float, passes: bool) -> None:
+    adapter = make_adapter(tiny_model, tmp_path / "adapter", size)
+    report = merged.run(Compute(threads=1), tiny_model, adapter, out=tmp_path / "merged")
+    assert {check.name: check.passed for check in report.checks} == {"merge_is_equal": passes}
+    assert [check.name for check in report.failures] == ([] if passes else ["merge_is_equal"])
+    assert report.metrics["largest_logit_difference"] < merged.TOLERANCE
+    assert (report.metrics["largest_adapter_effect"] > 0.1) == passes
+
+
+def test_the_merged_folder_stands_alone_and_says_what_base_plus_adapter_says(tiny_model: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    adapter = make_adapter(tiny_model, tmp_path / "adapter", 0.3)
+    merged.run(Compute(threads=1), tiny_model, adapter, out=tmp_path / "merged")
+    ids = AutoTokenizer.from_pretrained(tmp_path / "merged")("The capital of France is", return_tensors="pt").input_ids
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), adapter).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(alone(ids).logits, tuned(ids).logits, atol=1e-4, rtol=1e-4)

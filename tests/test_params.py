@@ -1,0 +1,138 @@
+"""params.yaml is judged at the border: every mistake is named with its place, all of them at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dagster_project import params
+from dagster_project.errors import InputError
+from dagster_project.params import Compute, inside, parse
+from dagster_project.stages import raw_examples, splits
+
+
+def refused(call: Any, *arguments: Any) -> InputError:
+    with pytest.raises(InputError) as caught:
+        call(*arguments)
+    return caught.value
+
+
+def test_an_absent_section_means_all_defaults() -> None:
+    assert parse(Compute, None, "compute") == Compute()
+
+
+def test_a_valid_section_is_taken_as_written() -> None:
+    assert parse(Compute, {"seed": 3, "threads": 1}, "compute") == Compute(seed=3, threads=1)
+
+
+def test_an_unknown_key_is_refused_and_the_known_ones_listed() -> None:
+    error = refused(parse, Compute, {"sead": 3}, "compute")
+    assert (error.what, error.hint) == ("params.yaml: compute.sead: unknown key", "keys of compute: seed, threads, dtype")
+
+
+def test_an_unknown_key_deeper_down_is_answered_with_the_keys_of_that_place() -> None:
+    error = refused(parse, raw_examples.Params, {"sources": [{"path": "a.jsonl", "licens": "MIT"}]}, "raw_examples")
+    assert error.what == "params.yaml: raw_examples.sources.0.licens: unknown key"
+    assert "licence" in error.hint
+
+
+@pytest.mark.parametrize("value", ["3", 3.5, None, True, [3]])
+def test_a_wrong_type_is_refused_and_never_converted(value: Any) -> None:
+    error = refused(parse, Compute, {"seed": value}, "compute")
+    assert error.what == f"params.yaml: compute.seed: Input should be a valid integer (got {value!r})"
+
+
+def test_a_missing_key_is_named() -> None:
+    assert refused(parse, raw_examples.Params, {}, "raw_examples").what == "params.yaml: raw_examples.sources: missing"
+
+
+def test_a_rule_between_keys_speaks_in_its_own_words() -> None:
+    what = refused(parse, splits.Params, {"test": 0.6, "validation": 0.5}, "splits").what
+    assert what.startswith("params.yaml: splits: test 0.6 and validation 0.5 leave nothing to train on")
+
+
+def test_all_mistakes_are_reported_at_once() -> None:
+    what = refused(parse, Compute, {"seed": "x", "threads": "y", "sead": 3}, "compute").what
+    assert what.splitlines() == [
+        "params.yaml: compute.seed: Input should be a valid integer (got 'x')",
+        "params.yaml: compute.threads: Input should be a valid integer (got 'y')",
+        "params.yaml: compute.sead: unknown key",
+    ]
+
+
+def test_a_section_that_is_no_mapping_is_refused() -> None:
+    assert refused(parse, Compute, [1], "compute").what.startswith("params.yaml: compute: Input should be a valid dictionary")
+
+
+def test_a_source_named_twice_is_refused() -> None:
+    twice = {"sources": [{"path": "a.jsonl"}, {"path": "a.jsonl"}]}
+    assert "a.jsonl is named twice" in refused(parse, raw_examples.Params, twice, "raw_examples").what
+
+
+def test_the_file_is_read_as_plain_data(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text("compute: {seed: 3}\nsplits:\n")
+    assert params.read(tmp_path) == {"compute": {"seed": 3}, "splits": None}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no params.yaml in "),
+        (b"compute: {seed: 3", "params.yaml is not valid YAML: "),
+        (b"seed: 1\nseed: 2\n", "params.yaml is not valid YAML: "),
+        (b"- compute\n", "params.yaml must be a mapping of sections"),
+        (b"", "params.yaml must be a mapping of sections"),
+        (b"compute: {dtype: caf\xe9}\n", "params.yaml is not valid YAML: "),
+    ],
+    ids=["missing", "unclosed", "key twice", "list", "empty", "not UTF-8"],
+)
+def test_a_file_that_holds_no_sections_is_refused(content: bytes | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "params.yaml").write_bytes(content)
+    assert refused(params.read, tmp_path).what.startswith(message)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A project with one source, beside a file that is none of its business."""
+    (tmp_path / "secret.jsonl").write_text("{}")
+    sources = tmp_path / "project" / "data" / "sources"
+    sources.mkdir(parents=True)
+    (sources / "rows.jsonl").write_text("{}")
+    return tmp_path / "project"
+
+
+def test_a_path_inside_the_project_is_resolved(root: Path) -> None:
+    assert inside(root, "data/sources/../sources/rows.jsonl", "here") == (root / "data/sources/rows.jsonl").resolve()
+
+
+def test_a_path_outside_the_project_is_refused(root: Path) -> None:
+    for path in ("../secret.jsonl", str(root.parent / "secret.jsonl"), "data/../../secret.jsonl"):
+        assert refused(inside, root, path, "here").what == f"params.yaml: here: {path} lies outside the project"
+
+
+def test_a_link_that_leads_outside_the_project_is_refused(root: Path) -> None:
+    (root / "data/sources/link.jsonl").symlink_to(root.parent / "secret.jsonl")
+    (root / "data/sources/folder").symlink_to(root.parent)
+    for path in ("data/sources/link.jsonl", "data/sources/folder/secret.jsonl"):
+        assert refused(inside, root, path, "here").what == f"params.yaml: here: {path} lies outside the project"
+
+
+def test_a_folder_that_merely_begins_with_the_same_name_is_outside(root: Path) -> None:
+    (root.parent / "project-old").mkdir()
+    assert "lies outside" in refused(inside, root, "../project-old", "here").what
+
+
+def test_a_missing_path_is_refused(root: Path) -> None:
+    error = refused(inside, root, "data/sources/none.jsonl", "here")
+    assert error.what == "params.yaml: here: data/sources/none.jsonl does not exist"
+    assert error.hint
+
+
+def test_a_source_must_be_a_file_in_the_folder_that_is_watched(root: Path) -> None:
+    (root / "data/rows.jsonl").write_text("{}")
+    assert raw_examples.locate(root, "data/sources/rows.jsonl").name == "rows.jsonl"
+    assert "data/rows.jsonl is not inside data/sources/" in refused(raw_examples.locate, root, "data/rows.jsonl").what
+    assert "data/sources is a folder" in refused(raw_examples.locate, root, "data/sources").what

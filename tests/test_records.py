@@ -1,0 +1,173 @@
+"""Records survive the trip to disk, the same rows make the same bytes, and a report cannot lose a row."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dagster_project.records import (
+    RECORD,
+    CheckResult,
+    Report,
+    example_id,
+    prompt_text,
+    read_ledger,
+    read_records,
+    remove,
+    response_text,
+    write_ledger,
+    write_records,
+)
+
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+messages = st.lists(st.fixed_dictionaries({"role": text, "content": text}), max_size=4)
+record = st.fixed_dictionaries(
+    {"example_id": st.integers(0, 2**128 - 1).map("{:032x}".format), "source": text, "messages": messages,
+     "category": st.none() | text, "group_id": st.none() | text, "meta": text}
+)  # fmt: skip
+calm = settings(deadline=None, max_examples=40)
+
+
+def said(*turns: tuple[str, str]) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def rows(n: int, *, ends_a_shard: tuple[int, ...] = ()) -> list[dict[str, Any]]:
+    """n records; those named have an id after which a shard may end, the others do not."""
+    return [
+        {"example_id": f"{0 if i in ends_a_shard else 1:04x}{i:028x}", "source": "rows.jsonl", "messages": said(("user", f"text {i}")),
+         "category": None, "group_id": None, "meta": "{}"}
+        for i in range(n)
+    ]  # fmt: skip
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_an_id_is_the_same_on_every_machine_and_day() -> None:
+    assert example_id(said(("user", "Grüße 你好"), ("assistant", "Hello"))) == "66b4e333bc9981c814a182de0e9fe1fa"
+
+
+def test_an_id_depends_on_roles_and_contents_alone() -> None:
+    plain = example_id(said(("user", "Hi"), ("assistant", "Hello")))
+    assert example_id([{"content": "Hi", "role": "user", "name": "Ann"}, {"content": "Hello", "role": "assistant"}]) == plain
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        said(("user", "Hi"), ("assistant", "Hello ")),
+        said(("system", "Hi"), ("assistant", "Hello")),
+        said(("assistant", "Hello"), ("user", "Hi")),
+        said(("user", "HiHello"), ("assistant", "")),
+        said(("user", "Hi")),
+    ],
+)
+def test_another_content_has_another_id(other: list[dict[str, str]]) -> None:
+    assert example_id(other) != example_id(said(("user", "Hi"), ("assistant", "Hello")))
+
+
+def test_the_prompt_is_what_users_say_and_the_response_the_last_answer() -> None:
+    talk = said(("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"), ("assistant", "See you"))
+    assert (prompt_text(talk), response_text(talk)) == ("Hi\nBye", "See you")
+    assert response_text(talk[:-1]) == response_text([]) == ""
+
+
+@given(st.lists(record, max_size=8))
+@calm
+def test_records_come_back_as_they_were_written(given_rows: list[dict[str, Any]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        write_records(Path(folder), given_rows)
+        assert read_records(Path(folder)) == given_rows
+
+
+@given(st.lists(record, max_size=8))
+@calm
+def test_the_same_rows_make_the_same_bytes(given_rows: list[dict[str, Any]]) -> None:
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
+        write_records(Path(one), given_rows)
+        write_records(Path(two), given_rows)
+        assert shards(Path(one)) == shards(Path(two))
+
+
+def test_a_set_of_many_shards_keeps_its_order(tmp_path: Path) -> None:
+    many = rows(700, ends_a_shard=(299, 600))
+    write_records(tmp_path, many)
+    assert list(shards(tmp_path)) == ["records-00000.parquet", "records-00001.parquet", "records-00002.parquet"]
+    assert read_records(tmp_path) == many
+
+
+def test_a_shard_does_not_end_before_256_rows(tmp_path: Path) -> None:
+    write_records(tmp_path, rows(200, ends_a_shard=(10, 20)))
+    assert len(shards(tmp_path)) == 1
+
+
+def test_appending_rows_leaves_earlier_shards_as_they_are(tmp_path: Path) -> None:
+    many = rows(700, ends_a_shard=(299, 600))
+    write_records(tmp_path / "before", many[:650])
+    write_records(tmp_path / "after", many)
+    before, after = shards(tmp_path / "before"), shards(tmp_path / "after")
+    assert [name for name in before if before[name] != after[name]] == ["records-00002.parquet"]
+
+
+def test_an_edit_changes_its_own_shard_alone(tmp_path: Path) -> None:
+    many = rows(700, ends_a_shard=(299, 600))
+    write_records(tmp_path / "before", many)
+    write_records(tmp_path / "after", [*many[:5], *many[6:]])
+    before, after = shards(tmp_path / "before"), shards(tmp_path / "after")
+    assert [name for name in before if before[name] != after[name]] == ["records-00000.parquet"]
+
+
+def test_an_empty_set_is_still_a_table(tmp_path: Path) -> None:
+    write_records(tmp_path, [], RECORD)
+    assert (list(shards(tmp_path)), read_records(tmp_path)) == (["records-00000.parquet"], [])
+
+
+def test_a_ledger_keeps_its_columns_and_no_others(tmp_path: Path) -> None:
+    row = {"source": "a.jsonl", "source_row": 3, "example_id": "ab", "outcome": "kept", "why": ""}
+    write_ledger(tmp_path, [{**row, "messages": []}])
+    assert read_ledger(tmp_path) == [row]
+
+
+def test_a_report_refuses_lost_rows() -> None:
+    assert Report(rows_in=5, rows_out=3, dropped={"pii": 1, "encoding": 1}).rows_out == 3
+    with pytest.raises(AssertionError, match=r"rows lost: 5 in, 3 out, dropped \{'pii': 1\}"):
+        Report(rows_in=5, rows_out=3, dropped={"pii": 1})
+
+
+def test_a_report_refuses_rows_from_nowhere() -> None:
+    with pytest.raises(AssertionError, match="rows lost: 2 in, 3 out"):
+        Report(rows_in=2, rows_out=3)
+
+
+def test_only_failed_blocking_checks_are_failures() -> None:
+    checks = [CheckResult("a", passed=False), CheckResult("b", passed=True, blocking=True), CheckResult("c", passed=False, blocking=True)]
+    assert [check.name for check in Report(checks=checks).failures] == ["c"]
+
+
+def test_a_report_document_has_no_empty_parts() -> None:
+    assert Report(metrics={"loss": 1.5}).document() == {"loss": 1.5}
+    checked = Report(rows_in=1, rows_out=1, checks=[CheckResult("pii", passed=True)]).document()
+    assert checked == {
+        "rows_in": 1,
+        "rows_out": 1,
+        "dropped": {},
+        "checks": {"pii": {"passed": True, "severity": "error", "blocking": False, "count": 0}},
+    }
+
+
+def test_removing_a_link_leaves_what_it_points_to(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "kept")
+    remove(tmp_path / "link")
+    assert (tmp_path / "kept" / "file").is_file()
+    assert not (tmp_path / "link").exists()
+    remove(tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()

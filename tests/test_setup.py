@@ -1,0 +1,56 @@
+"""A clone with nothing but Python and make becomes a working project."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+from conftest import ROOT, run
+
+HEAVY = ("torch", "transformers", "datasets", "great_expectations", "trl", "peft", "pandera", "sklearn")
+
+
+def test_dagster_selects_assets_by_name_although_dvc_brings_an_older_parser() -> None:
+    from dagster import AssetKey, AssetSelection
+
+    from dagster_project.definitions import defs
+
+    graph = defs.resolve_asset_graph()
+    assert AssetSelection.from_string('key:"splits"+').resolve(graph) >= {AssetKey("splits"), AssetKey("tokenized")}
+
+
+def test_loading_the_definitions_imports_nothing_heavy() -> None:
+    code = f"import sys, json, dagster_project.definitions; print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == []
+
+
+def test_the_help_text_imports_nothing_heavy_and_names_every_command() -> None:
+    code = f"""import sys, json
+from dagster_project.__main__ import main
+try: main(["--help"])
+except SystemExit: pass
+print(json.dumps([m for m in {(*HEAVY, "dagster", "dvc")!r} if m in sys.modules]))"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == []
+    assert {"check", "run", "sync", "plan", "audit", "ui"} <= set(re.findall(r"^    (\w+)", done.stdout, re.MULTILINE))
+
+
+def test_the_top_level_is_the_designs() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert {name.split("/")[0] for name in tracked} <= {
+        "pyproject.toml", "README.md", "Makefile", "dagster_project", "data", "dvc.yaml", "dvc.lock", "params.yaml", "tests", "workspace.yaml",
+        "docs", "benchmarks", ".ci", "CHANGELOG.md", ".dvc", ".dvcignore", ".gitignore", "LICENSE",
+    }  # fmt: skip
+
+
+def test_the_workspace_file_loads_the_code_location(tmp_path) -> None:
+    done = run([sys.executable, "-m", "dagster", "definitions", "validate", "-w", "workspace.yaml"], ROOT, DAGSTER_HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+
+
+def test_bytes_are_never_unpickled_and_remote_code_never_runs() -> None:
+    code = "\n".join(path.read_text() for path in (ROOT / "dagster_project").rglob("*.py"))
+    assert not re.search(r"trust_remote_code\s*=\s*True|pickle\.load|torch\.load\(|weights_only\s*=\s*False", code)
