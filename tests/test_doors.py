@@ -102,11 +102,13 @@ def test_an_added_source_row_makes_its_reader_stale_and_reverting_it_makes_it_fr
 
 def test_a_failed_gate_shows_its_rows_and_nothing_downstream_runs(project: Path, instance) -> None:
     edit_params(project, lambda v: v["instructions"].update(policy={"empty_response": "fail"}))
+    rows = json.loads((project / "data/sources/triage_alpaca.json").read_text())
+    (project / "data/sources/triage_alpaca.json").write_text(json.dumps([{**rows[0], "output": ""}, *rows[1:]]))
     result = materialize(project, instance, *DATA)
     assert not result.success
     failed = {e.check_name: e for e in result.get_asset_check_evaluations() if not e.passed and e.severity == dg.AssetCheckSeverity.ERROR}
     assert set(failed) == {"empty_response"}
-    assert "triage_alpaca.json" in failed["empty_response"].metadata["rows"].value
+    assert "triage_alpaca.json:0" in failed["empty_response"].metadata["rows"].value
     assert not (project / "data" / "splits").exists() and not (project / "data" / "instructions").exists()
     assert [event.asset_key.path[-1] for event in result.get_asset_materialization_events()] == ["raw_examples"]
     assert both_doors_agree(project, instance) >= {"instructions", "splits"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import dagster as dg
 from dagster._core.definitions.data_version import (
@@ -97,11 +96,14 @@ def _checks(root: Path, instance: dg.DagsterInstance, address: str, state: Stage
     said = []
     for result in check_results(address, report):
         key = dg.AssetCheckKey(asset_key(address), str(result.check_name))
-        records = instance.event_log_storage.get_latest_asset_check_execution_by_key([key])
-        event = records[key].event if key in records else None
-        known: Any = event.dagster_event.event_specific_data if event and event.dagster_event else None
-        if known is not None and known.metadata.get(REPORT_TAG) == result.metadata[REPORT_TAG]:
-            continue
+        record = instance.event_log_storage.get_latest_asset_check_execution_by_key([key]).get(key)
+        event = record.event.dagster_event if record and record.event else None
+        known = event.event_specific_data if event else None
+        if isinstance(known, dg.AssetCheckEvaluation):
+            if known.metadata.get(REPORT_TAG) == result.metadata[REPORT_TAG]:
+                continue
+        elif record and (planned := instance.get_run_by_id(record.run_id)) and not planned.is_finished:
+            continue  # a run is about to report it
         instance.report_runless_asset_event(
             dg.AssetCheckEvaluation(
                 asset_key=key.asset_key, check_name=key.name, passed=result.passed, severity=result.severity, metadata=result.metadata

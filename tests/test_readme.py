@@ -1,0 +1,56 @@
+"""The README is true: its commands run, and what it lists exists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run
+
+README = (ROOT / "README.md").read_text()
+
+
+def commands() -> list[str]:
+    """Every line of the README's console blocks that starts with `$ `."""
+    blocks = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+    return [line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ ")]
+
+
+MAKE = [c for c in commands() if c.startswith("make ")]
+OTHERS = [c for c in commands() if not c.startswith(("make ", "git clone", "cd "))]
+
+
+def test_the_tour_has_commands() -> None:
+    assert {c.split()[1] for c in OTHERS if c.startswith("pedigree")} == {"check", "plan", "audit", "sync"}
+
+
+def test_the_readmes_commands_run_on_the_quick_override(finished: Path) -> None:
+    for command in OTHERS:
+        words = shlex.split(command.split(" | ")[0])
+        program = {"pedigree": [sys.executable, "-m", "dagster_project"], "dvc": [sys.executable, "-m", "dvc"]}.get(words[0], words[:1])
+        done = run([*program, *words[1:]], finished)
+        assert done.returncode == 0, (command, done.stderr)
+
+
+def test_make_has_every_target_the_readme_names() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {c.split()[1] for c in MAKE} <= targets and {"run", "test"} <= {c.split()[1] for c in MAKE}
+    for target in {c.split()[1] for c in MAKE}:
+        subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("page", ["README.md", *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs").rglob("*.md")))])
+def test_links_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text()):
+        assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_the_file_tree_lists_what_is_there() -> None:
+    tree = re.search(r"```text\n(dagster_project/.*?)```", README, re.DOTALL).group(1)
+    listed = {line.split()[0].rstrip("/") for line in tree.splitlines()[1:] if line.startswith("  ")}
+    present = {p.name for p in (ROOT / "dagster_project").iterdir() if p.name not in {"__pycache__", "__init__.py"}}
+    assert listed == present
