@@ -49,7 +49,7 @@ def test_bad_parameters_change_nothing(finished: Path, case: str, door: str) -> 
     before = fingerprint(finished)
     edit_params(finished, change)
     stage = "adapter@lora" if "method" in case else "splits" if "splits" in message else "raw_examples"
-    done = pedigree(finished, "run", stage) if door == "pedigree run" else dvc(finished, "repro", stage)
+    done = pedigree(finished, "run", stage) if door == "pedigree run" else dvc(finished, "repro", "--single-item", "--force", stage)
     assert done.returncode == 2 if door == "pedigree run" else done.returncode != 0
     assert message in done.stderr and "hint: " in done.stderr and "Traceback" not in done.stderr
     assert fingerprint(finished) == before

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dagster_project.progress import Progress
-
-IGNORE = -100
-"""Label of a token that is not scored."""
+from dagster_project.training.chat import IGNORE
 
 
 def negative_log_likelihood(

@@ -86,7 +86,7 @@ def train(model: Any, tokenizer: Any, train_rows: Any, validation_rows: Any, rec
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    class PackedTrainer(SFTTrainer):  # type: ignore[misc]
+    class PackedTrainer(SFTTrainer):
         """TRL's trainer with logits only where a label counts (with a large vocabulary the rest is much work in vain), weighted.
 
         The loss is the weighted mean over a forward pass, and its plain mean per token in evaluation.
@@ -108,7 +108,7 @@ def train(model: Any, tokenizer: Any, train_rows: Any, validation_rows: Any, rec
     total = steps(len(train_rows), recipe)
     progress = Progress("training", total, "step")
 
-    class Curve(TrainerCallback):  # type: ignore[misc]
+    class Curve(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
             logs = logs or {}
             if "loss" in logs:
