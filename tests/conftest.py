@@ -111,7 +111,12 @@ def quick(folder: Path, model: Path) -> Path:
         values["base_model"] = {"folder": "models/tiny", "licence": "Apache-2.0", "dtype": "float32"}
         values["raw_examples"]["limit"] = 40
         values["tokenized"]["max_length"] = 1024
-        values["adapter"]["lora"]["max_steps"] = 8
+        values["adapter"]["lora"] = {
+            "method": "lora",
+            "peft": {"r": 4, "target_modules": "all-linear"},
+            "learning_rate": 1e-3,
+            "max_steps": 8,
+        }
         values["baselines"] = {"few_shot": 1, "retrieved": 1}
         values["evaluation"]["max_new_tokens"] = 4
         values["compute"]["dtype"] = "float32"

@@ -42,8 +42,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("door", ["pedigree run", "dvc repro"])
+@pytest.mark.parametrize(
+    ("door", "case"), [*(("dvc repro", case) for case in CASES), ("pedigree run", "unknown key"), ("pedigree run", "missing source file")]
+)
 def test_bad_parameters_change_nothing(finished: Path, case: str, door: str) -> None:
     change, message = CASES[case]
     before = fingerprint(finished)

@@ -178,7 +178,7 @@ def home(root: Path) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             pass
         if not (folder / "dagster.yaml").exists():
-            (folder / "dagster.yaml").write_text("telemetry:\n  enabled: false\n")
+            (folder / "dagster.yaml").write_text("telemetry: {enabled: false}\nnux: {enabled: false}\n")
     except OSError as error:
         raise InputError(
             f"Dagster's home {folder} is not writable: {error.strerror}", "mend its permissions, or set DAGSTER_HOME to another folder"

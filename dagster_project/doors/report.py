@@ -43,7 +43,11 @@ def read_report(root: Path, state: StageState) -> dict[str, Any] | None:
 def describe(root: Path, state: StageState) -> dict[str, Any]:
     """Metadata of a materialization: rows, figures, plots, where it lies, which commit."""
     report = read_report(root, state) or {}
-    found: dict[str, Any] = {"path": dg.MetadataValue.text(state.out)}
+    found: dict[str, Any] = {}
+    board = root / state.out / "board.md"
+    if board.is_file():
+        found["board"] = dg.MetadataValue.md(board.read_text())
+    found["path"] = dg.MetadataValue.text(state.out)
     for name in ("rows_in", "rows_out"):
         if name in report:
             found[name] = dg.MetadataValue.int(report[name])
@@ -55,9 +59,6 @@ def describe(root: Path, state: StageState) -> dict[str, Any]:
     nested = {name: value for name, value in report.items() if isinstance(value, dict | list) and name not in {"dropped", "checks"}}
     if nested:
         found["figures"] = dg.MetadataValue.json(nested)
-    board = root / state.out / "board.md"
-    if board.is_file():
-        found["board"] = dg.MetadataValue.md(board.read_text())
     for plot, draw in (("loss", _draw_loss), ("confusion", _draw_confusion)):
         path = root / "data" / "plots" / plot / f"{state.out.rsplit('/', 1)[-1]}.csv"
         if path.is_file() and any(str(path.relative_to(root)) == p for p in _plots_of(state, plot)):

@@ -56,7 +56,8 @@ def run(params: Params, splits: Path, base_model: Path, out: Path) -> Report:
     for split in ("train", "validation"):
         records = read_records(splits / split)
         rows_in += len(records)
-        encoded = [_example(tokenizer, record, params) for record in records]
+        # by content hash, so that each row is a fair mixture: long replies and short labels learn in the same step
+        encoded = [_example(tokenizer, record, params) for record in sorted(records, key=lambda record: record["example_id"])]
         long += [example["example_ids"][0] for example in encoded if len(example["input_ids"]) > params.max_length]
         fitting = [example for example in encoded if len(example["input_ids"]) <= params.max_length]
         wrong += [example["example_ids"][0] for example in fitting if tokenizer.eos_token_id not in example["labels"]]

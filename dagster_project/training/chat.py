@@ -103,19 +103,19 @@ def encode_prompt(tokenizer: Any, messages: Messages) -> list[int]:
 
 
 def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Indices of the examples in each row of at most `room` tokens: first fit, longest first (best packing of the simple rules).
+    """Indices of the examples in each row of at most `room` tokens: first fit, in the order given.
 
-    >>> pack([5, 3, 6, 2], room=8)
-    [[2, 3], [0, 1]]
+    >>> pack([5, 6, 3, 2], room=8)
+    [[0, 2], [1, 3]]
     """
     rows: list[list[int]] = []
     free: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        row = next((r for r, left in enumerate(free) if left >= lengths[i]), None)
+    for i, length in enumerate(lengths):
+        row = next((r for r, left in enumerate(free) if left >= length), None)
         if row is None:
             rows.append([i])
-            free.append(room - lengths[i])
+            free.append(room - length)
         else:
             rows[row].append(i)
-            free[row] -= lengths[i]
+            free[row] -= length
     return rows
