@@ -62,6 +62,20 @@ def tiny_tokenizer(tiny_model: Path) -> Any:
     return AutoTokenizer.from_pretrained(tiny_model)
 
 
+@pytest.fixture
+def model(tiny_model: Path) -> Any:
+    """The tiny model with weights ten times as large, so that what a token attends to shows in its logits."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(10)
+    return model.eval()
+
+
 def run(arguments: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """A command in a project folder, with the interpreter that runs the tests first on PATH."""
     env = {**os.environ, "DAGSTER_HOME": str(folder / ".dagster"), "PEDIGREE_PROJECT": str(folder), **environment}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,19 +13,6 @@ TOKENS = 12
 QUESTIONS = ["Where is my parcel?", "No", "I was charged twice, please help", "Hi there", "My login fails and I have no idea why", "Thanks"]
 SYSTEM = "Answer as briefly as you can: "
 """More than 16 tokens, so that it is shared."""
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model: Path) -> Any:
-    """The tiny model with weights ten times as large, so that its answer depends on the whole prompt."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(10)
-    return model.eval()
 
 
 def one_by_one(model: Any, tokenizer: Any, prompts: list[list[int]]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,19 +18,6 @@ EXAMPLES = [
     ([7, 8, 9, 10, 11], [IGNORE, 8, 9, 10, 11]),
 ]
 PAD = 0
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model: Path) -> Any:
-    """The tiny model with weights ten times as large, so that its likelihoods are far from uniform."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(10)
-    return model.eval()
 
 
 def by_hand(model: Any, ids: list[int], labels: list[int]) -> tuple[float, int]:

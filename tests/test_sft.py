@@ -24,19 +24,6 @@ PAD = 0
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["v_proj", "q_proj", "down_proj"]}
 
 
-@pytest.fixture
-def model(tiny_model: Path) -> Any:
-    """The tiny model with weights ten times as large, so that what a token attends to shows in its logits."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(10)
-    return model.eval()
-
-
 def example(ids: list[int], answer_from: int, weight: float = 1.0) -> dict[str, Any]:
     """A row of one example, trained on from a position on."""
     labels = [IGNORE] * answer_from + ids[answer_from:]
