@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import chdir, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,6 @@ class StageState:
     """Does dvc.lock know the stage?"""
     outs_clean: bool
     """Are all outputs what dvc.lock says?"""
-    code: tuple[str, ...] = ()
-    params: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def changed(self) -> list[str]:
@@ -152,8 +150,6 @@ def _state(root: Path, stage: Any, paths: Mapping[str, str], versions: Mapping[s
         version=versions[stage.name],
         recorded=lock is not None,
         outs_clean=lock is not None and not any(out.status() for out in stage.outs),
-        code=tuple(code),
-        params=values,
     )
 
 

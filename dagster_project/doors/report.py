@@ -59,17 +59,14 @@ def describe(root: Path, state: StageState) -> dict[str, Any]:
     nested = {name: value for name, value in report.items() if isinstance(value, dict | list) and name not in {"dropped", "checks"}}
     if nested:
         found["figures"] = dg.MetadataValue.json(nested)
-    for plot, draw in (("loss", _draw_loss), ("confusion", _draw_confusion)):
-        path = root / "data" / "plots" / plot / f"{state.out.rsplit('/', 1)[-1]}.csv"
-        if path.is_file() and any(str(path.relative_to(root)) == p for p in _plots_of(state, plot)):
+    stage, _, variant = state.address.partition("@")
+    if stage in PLOTS:
+        plot, draw = PLOTS[stage]
+        path = root / "data" / "plots" / plot / f"{variant}.csv"
+        if path.is_file():
             found[plot] = dg.MetadataValue.md(f"![{plot}](data:image/png;base64,{draw(list(csv.DictReader(path.open())))})")
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False).stdout.strip()
     return {**found, **({"git_commit": commit} if commit else {})}
-
-
-def _plots_of(state: StageState, plot: str) -> list[str]:
-    stage, _, variant = state.address.partition("@")
-    return [f"data/plots/{plot}/{variant}.csv"] if {"loss": "adapter", "confusion": "evaluation"}[plot] == stage else []
 
 
 def check_results(address: str, report: Mapping[str, Any]) -> list[dg.AssetCheckResult]:
@@ -139,3 +136,7 @@ def _draw_confusion(rows: list[dict[str, str]]) -> str:
             if count:
                 axes.text(j, i, str(count), ha="center", va="center", color="white" if count > max(map(max, counts)) / 2 else "black")
     return _png(figure)
+
+
+PLOTS = {"adapter": ("loss", _draw_loss), "evaluation": ("confusion", _draw_confusion)}
+"""Stage -> the table it leaves for `dvc plots`, and how to draw it."""

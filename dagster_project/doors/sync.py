@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import dagster as dg
@@ -43,7 +42,7 @@ def sync(root: Path, instance: dg.DagsterInstance) -> list[str]:
     for address, state in street.items():
         said += _observe(instance, definition_key(address), state.definition_now)
     for address, state in street.items():
-        said += _materialize(root, instance, address, state, street)
+        said += _materialize(root, instance, address, state)
         said += _checks(root, instance, address, state)
     return said
 
@@ -58,7 +57,7 @@ def _observe(instance: dg.DagsterInstance, key: dg.AssetKey, version: str) -> li
     return [f"{key.to_user_string()} is now {version[:8]}"]
 
 
-def wanted_tags(state: StageState, street: Mapping[str, StageState]) -> dict[str, str]:
+def wanted_tags(state: StageState) -> dict[str, str]:
     """What Dagster must believe of a stage that was run: version from disk, input versions from dvc.lock.
 
     An output that is not what dvc.lock recorded gets a code version of its own, which makes the asset stale.
@@ -73,12 +72,12 @@ def wanted_tags(state: StageState, street: Mapping[str, StageState]) -> dict[str
     return tags
 
 
-def _materialize(root: Path, instance: dg.DagsterInstance, address: str, state: StageState, street: Mapping[str, StageState]) -> list[str]:
+def _materialize(root: Path, instance: dg.DagsterInstance, address: str, state: StageState) -> list[str]:
     event = instance.get_latest_materialization_event(asset_key(address))
     if event is None and not state.recorded:
         return []
     have = dict(event.asset_materialization.tags or {}) if event and event.asset_materialization else {}
-    want = wanted_tags(state, street)
+    want = wanted_tags(state)
     compared = {
         tag: value for tag, value in want.items() if tag.startswith(INPUT_TAG_PREFIX) or tag in {DATA_VERSION_TAG, CODE_VERSION_TAG}
     }
