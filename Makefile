@@ -7,7 +7,7 @@ export PATH := $(BIN):$(PATH)
 export DAGSTER_HOME ?= $(abspath .dagster)
 PORT ?= 3000
 
-.PHONY: help run test lint ui bench clean
+.PHONY: help run test lint ui bench soak clean
 
 help:            ## show this list
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -37,6 +37,9 @@ ui: $(VENV)/ok   ## open Dagster on loopback, its home inside the project
 
 bench: $(VENV)/ok ## print what the doors cost, as ratios
 	$(BIN)/python benchmarks/doors.py
+
+soak: $(VENV)/ok ## play 2,000 random steps at both doors and compare after each
+	$(BIN)/python tests/test_two_doors.py $(or $(STEPS),2000) $(SEED)
 
 clean:           ## remove what can be made again (never sources, reports or dvc.lock)
 	rm -rf .dagster .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build screenshots dvc_plots

@@ -10,7 +10,9 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,6 +44,50 @@ def main() -> None:
 
     sync = seconds("import sys; from dagster_project.__main__ import main; sys.exit(main(['sync']))", repeat)
     print(f"`pedigree sync` with nothing to report: {sync:.2f} s, process start included")
+    thirty(repeat)
+
+
+def thirty(repeat: int) -> None:
+    """Thirty stages, all fresh: what a sync and materializing everything take, beside thirty empty assets of Dagster's own."""
+    import dagster as dg
+
+    sys.path.insert(0, str(ROOT / "tests"))
+    import street as mini
+
+    from dagster_project.doors.sync import sync
+
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    with tempfile.TemporaryDirectory() as folder:
+        values = {"minlen": 1, "testseed": 7, "variants": {f"v{n}": {"r": n} for n in range(26)}}
+        root = mini.make_project(Path(folder) / "project", values)
+        subprocess.run(["dvc", "repro", "-q"], cwd=root, check=True)
+        (root / ".dagster").mkdir()
+        (root / ".dagster" / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
+
+        empty = [dg.asset(name=f"empty_{n}")(lambda: None) for n in range(30)]
+        quiet = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
+        with dg.DagsterInstance.from_config(str(root / ".dagster")) as instance:
+            sync(root, instance, mini.STREET)
+            synced = median(repeat, lambda: sync(root, instance, mini.STREET))
+            ours = median(repeat, lambda: mini.materialize(root, instance))
+            theirs = median(repeat, lambda: dg.materialize(empty, instance=instance, run_config=quiet))
+        print(f"sync of 30 stages with nothing to report: {synced:.2f} s")
+        print(
+            f"materializing 30 fresh assets: {ours:.2f} s and one process start; 30 empty assets: {theirs:.2f} s; ours alone, per asset: {(ours - theirs) / 30:.3f} s"
+        )
+        inside = {"cwd": root, "check": True, "capture_output": True}
+        alone = median(repeat, lambda: subprocess.run([sys.executable, "-c", "from dvc.repo import Repo; Repo('.').reproduce()"], **inside))
+        repro = median(repeat, lambda: subprocess.run(["dvc", "repro", "-q"], **inside))
+        print(f"`dvc repro` of 30 fresh stages: {repro:.2f} s, {repro / alone:.2f} x DVC's own call ({alone:.2f} s)")
+
+
+def median(repeat: int, function: Callable[[], object]) -> float:
+    times = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 if __name__ == "__main__":

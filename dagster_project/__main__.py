@@ -38,11 +38,12 @@ def run(options: argparse.Namespace) -> int:
 def sync(options: argparse.Namespace) -> int:
     """mirror what DVC did into Dagster's event log"""
     from dagster_project.doors.dagster_assets import open_instance
+    from dagster_project.doors.runs import reap
     from dagster_project.doors.sync import sync as mirror
 
     root = _project(options)
     with open_instance(root) as instance:
-        said = mirror(root, instance)
+        said = reap(instance) + mirror(root, instance)
     _print(options, {"reported": said}, lambda _: "\n".join(said) or "Dagster and DVC agree; nothing to report.")
     return 0
 

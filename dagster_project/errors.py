@@ -1,4 +1,4 @@
-"""The two ways a command says no: bad input (exit 2) and a failed check (exit 1). Both say what, where and what next."""
+"""The ways a command says no: bad input (exit 2), a failed check or somebody at work (exit 1). Each says what, where and what next."""
 
 from __future__ import annotations
 
@@ -25,5 +25,11 @@ class InputError(PedigreeError):
 
 class CheckFailed(PedigreeError):
     """A blocking check failed, or the answer to a question is no."""
+
+    exit_code = 1
+
+
+class Busy(PedigreeError):
+    """Another process is at work on the same thing. Nothing was changed."""
 
     exit_code = 1

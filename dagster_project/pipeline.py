@@ -158,28 +158,42 @@ VARIANTS_OF = {"adapter": "adapter", "merged": "adapter", "evaluation": "adapter
 """Stages that have variants -> the section of params.yaml whose keys name them."""
 
 
+@dataclass(frozen=True)
+class Pipeline:
+    """A street as the doors see it: they run, show and check any such thing and know no stage by name."""
+
+    stages: Mapping[str, Callable[[At], Report]]
+    variants_of: Mapping[str, str]
+    truths: Callable[[str], dict[str, str]]
+    """The checks that a stage reports: name -> the truth it looks at."""
+    validate: Callable[[Path], dict[str, Any]]
+    """All of params.yaml, once it has been found sound."""
+
+    def split_address(self, address: str) -> tuple[str, str | None]:
+        """ "adapter@lora" -> ("adapter", "lora").
+
+        Raises:
+            InputError: no such stage, or a variant too many or missing.
+        """
+        stage, _, variant = address.partition("@")
+        if stage not in self.stages:
+            raise InputError(
+                f"unknown stage {stage!r}: nothing in pipeline.py makes it",
+                f"stages, in flow order: {', '.join(self.stages)}; write its function in pipeline.py, or take it out of dvc.yaml",
+            )
+        if bool(variant) != (stage in self.variants_of):
+            raise InputError(
+                f"{address}: {stage} has {'variants' if not variant else 'no variants'}",
+                f"write {stage}@VARIANT" if not variant else f"write {stage}",
+            )
+        return stage, variant or None
+
+
 def truths(stage: str) -> dict[str, str]:
     """The checks a stage reports: name -> the truth it looks at. Cheap: stage modules import what is heavy inside functions."""
     from importlib import import_module
 
     return dict(getattr(import_module(f"dagster_project.stages.{stage}"), "TRUTHS", {}))
-
-
-def split_address(address: str) -> tuple[str, str | None]:
-    """ "adapter@lora" -> ("adapter", "lora").
-
-    Raises:
-        InputError: no such stage, or a variant too many or missing.
-    """
-    stage, _, variant = address.partition("@")
-    if stage not in STREET:
-        raise InputError(f"unknown stage {stage!r}", f"stages, in flow order: {', '.join(STREET)}")
-    if bool(variant) != (stage in VARIANTS_OF):
-        raise InputError(
-            f"{address}: {stage} has {'variants' if not variant else 'no variants'}",
-            f"write {stage}@VARIANT" if not variant else f"write {stage}",
-        )
-    return stage, variant or None
 
 
 def validate(root: Path) -> dict[str, Any]:
@@ -221,3 +235,6 @@ def validate(root: Path) -> dict[str, Any]:
         for path in parsed[section].benchmarks:  # type: ignore[attr-defined]
             raw_examples.locate(root, path, f"{section}.benchmarks", "data/sources/benchmarks")
     return values
+
+
+PEDIGREE = Pipeline(STREET, VARIANTS_OF, truths, validate)

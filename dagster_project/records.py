@@ -7,32 +7,45 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+if TYPE_CHECKING:
+    import pyarrow as pa  # imported inside functions: Dagster loads every stage's module, and Arrow costs more than all of them
 
-MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-RECORD = pa.schema(
-    [
-        ("example_id", pa.string()),  # content hash of the canonical messages: the same on every machine
-        ("source", pa.string()),  # path of the file it came from, relative to the project
-        ("messages", MESSAGES),
-        ("category", pa.string()),  # nullable
-        ("group_id", pa.string()),  # cluster of near-duplicates; null until `instructions` sets it
-        ("meta", pa.string()),  # JSON: what the source row held beyond the messages
-    ]
-)
-LEDGER = pa.schema(
-    [
-        ("source", pa.string()),
-        ("source_row", pa.int64()),  # 0-based row in the source file
-        ("example_id", pa.string()),
-        ("outcome", pa.string()),  # kept, dropped:<check>, a split's name, truncated, ...
-        ("why", pa.string()),
-    ]
-)
+
+@cache
+def record_schema() -> pa.Schema:
+    """The canonical record."""
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            ("example_id", pa.string()),  # content hash of the canonical messages: the same on every machine
+            ("source", pa.string()),  # path of the file it came from, relative to the project
+            ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+            ("category", pa.string()),  # nullable
+            ("group_id", pa.string()),  # cluster of near-duplicates; null until `instructions` sets it
+            ("meta", pa.string()),  # JSON: what the source row held beyond the messages
+        ]
+    )
+
+
+@cache
+def ledger_schema() -> pa.Schema:
+    """What happened to each source row."""
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            ("source", pa.string()),
+            ("source_row", pa.int64()),  # 0-based row in the source file
+            ("example_id", pa.string()),
+            ("outcome", pa.string()),  # kept, dropped:<check>, a split's name, truncated, ...
+            ("why", pa.string()),
+        ]
+    )
 
 
 def example_id(messages: Sequence[dict[str, str]]) -> str:
@@ -62,29 +75,39 @@ def _shards(ids: Sequence[str]) -> Iterator[tuple[int, int]]:
 
 def write_table(path: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema) -> None:
     """Rows to one Parquet file, byte for byte the same for the same rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), path, compression="zstd", store_schema=True)
 
 
-def write_records(folder: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema = RECORD) -> None:
-    """A data set to a folder of shards, records-00000.parquet and on, in the order given."""
+def write_records(folder: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema | None = None) -> None:
+    """A data set to a folder of shards, records-00000.parquet and on, in the order given; `schema` is the canonical record's unless given."""
     folder.mkdir(parents=True, exist_ok=True)
     ids = [row["example_id"] for row in rows]
     for number, (start, end) in enumerate(_shards(ids) if rows else [(0, 0)]):
-        write_table(folder / f"records-{number:05d}.parquet", rows[start:end], schema)
+        write_table(folder / f"records-{number:05d}.parquet", rows[start:end], schema or record_schema())
+
+
+def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """The rows of `write_table`."""
+    import pyarrow.parquet as pq
+
+    return pq.read_table(path, columns=list(columns) if columns else None).to_pylist()
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
     """The rows of `write_records`, in order."""
-    return [row for shard in sorted(folder.glob("records-*.parquet")) for row in pq.read_table(shard).to_pylist()]
+    return [row for shard in sorted(folder.glob("records-*.parquet")) for row in read_table(shard)]
 
 
 def write_ledger(folder: Path, rows: Iterable[dict[str, Any]]) -> None:
-    write_table(folder / "ledger.parquet", list(rows), LEDGER)
+    write_table(folder / "ledger.parquet", list(rows), ledger_schema())
 
 
 def read_ledger(folder: Path) -> list[dict[str, Any]]:
-    return pq.read_table(folder / "ledger.parquet").to_pylist()
+    return read_table(folder / "ledger.parquet")
 
 
 @dataclass(frozen=True)

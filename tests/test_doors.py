@@ -61,15 +61,15 @@ def test_after_materializing_dvc_status_is_clean_and_a_second_run_runs_nothing(p
     before = (project / "data" / "splits").stat().st_mtime_ns
     again = materialize(project, instance, *DATA)
     assert again.success and (project / "data" / "splits").stat().st_mtime_ns == before
-    ran = {event.asset_key.path[-1]: event.materialization.metadata["ran"].value for event in again.get_asset_materialization_events()}
-    assert ran == dict.fromkeys(DATA, False)
+    done = {event.asset_key.path[-1]: event.materialization.metadata["done"].value for event in again.get_asset_materialization_events()}
+    assert done == dict.fromkeys(DATA, "nothing")
 
 
 def test_force_runs_again_and_gives_the_same_version(finished: Path, instance) -> None:
     version = read_street(finished)["splits"].version
     result = materialize(finished, instance, "splits", tags={"pedigree/force": "true"})
     events = result.get_asset_materialization_events()
-    assert [event.materialization.metadata["ran"].value for event in events] == [True]
+    assert [event.materialization.metadata["done"].value for event in events] == ["run"]
     assert read_street(finished)["splits"].version == version
 
 

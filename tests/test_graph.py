@@ -32,7 +32,7 @@ def test_code_dependencies_are_every_module_the_stage_imports_and_no_other(name:
     packages = {"dagster_project", *(m for m in graph.modules if graph.find_children(m))}
     imported = (graph.find_upstream_modules(module) | {module}) - packages
     body = STAGES[name].get("do", STAGES[name])
-    declared = [dep for dep in body["deps"] if dep.startswith(dvc.CODE)]
+    declared = [dep for dep in body["deps"] if dvc.is_code(dep)]
     assert declared == sorted(f"{m.replace('.', '/')}.py" for m in imported)
 
 

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dagster_project.records import (
-    RECORD,
     CheckResult,
     Report,
     example_id,
@@ -125,7 +124,7 @@ def test_an_edit_changes_its_own_shard_alone(tmp_path: Path) -> None:
 
 
 def test_an_empty_set_is_still_a_table(tmp_path: Path) -> None:
-    write_records(tmp_path, [], RECORD)
+    write_records(tmp_path, [])
     assert (list(shards(tmp_path)), read_records(tmp_path)) == (["records-00000.parquet"], [])
 
 

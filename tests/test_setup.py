@@ -9,7 +9,7 @@ import sys
 
 from conftest import ROOT, run
 
-HEAVY = ("torch", "transformers", "datasets", "great_expectations", "trl", "peft", "pandera", "sklearn")
+HEAVY = ("torch", "transformers", "datasets", "great_expectations", "trl", "peft", "pandera", "sklearn", "pyarrow", "polars", "matplotlib")
 
 
 def test_dagster_selects_assets_by_name_although_dvc_brings_an_older_parser() -> None:

@@ -14,13 +14,12 @@ from dagster_project.errors import InputError
 from dagster_project.params import Compute
 from dagster_project.records import write_table
 from dagster_project.stages import adapter
-from dagster_project.stages.tokenized import ROW
+from dagster_project.stages.tokenized import row_schema
 from dagster_project.training.chat import IGNORE, encode
 from dagster_project.training.methods import peft_config, save_adapter
-from dagster_project.training.sft import Recipe, collate, steps, train
+from dagster_project.training.sft import Recipe, attention_for, collate, steps, train
 
 COMPUTE = Compute(threads=1, dtype="float32")
-PAD = 0
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["v_proj", "q_proj", "down_proj"]}
 
 
@@ -58,30 +57,35 @@ SHORT, LONG, OTHER = (
 )
 
 
-def test_positions_start_anew_for_each_example_and_padding_counts_in_nothing() -> None:
+def test_positions_start_anew_for_each_example_and_its_first_token_is_no_label() -> None:
     row, other = packed(example([5, 6], 1), example([7], 0)), example([8, 9, 10, 11, 12], 3, weight=2.0)
-    batch = collate(PAD, [row, other])
+    batch = collate([row, other])
     assert {name: batch[name].tolist() for name in batch} == {
-        "input_ids": [[5, 6, 7, PAD, PAD], [8, 9, 10, 11, 12]],
-        "labels": [[IGNORE, 6, 7, IGNORE, IGNORE], [IGNORE, IGNORE, IGNORE, 11, 12]],
-        "weights": [[0, 1, 1, 0, 0], [0, 0, 0, 2, 2]],
-        "position_ids": [[0, 1, 0, 0, 0], [0, 1, 2, 3, 4]],
+        "input_ids": [[5, 6, 7, 8, 9, 10, 11, 12]],
+        "labels": [[IGNORE, 6, IGNORE, IGNORE, IGNORE, IGNORE, 11, 12]],
+        "weights": [[0, 1, 1, 0, 0, 0, 2, 2]],
+        "position_ids": [[0, 1, 0, 0, 1, 2, 3, 4]],
+        "cu_seq_lens_q": [0, 2, 3, 8],
     }
     assert {name: batch[name].dtype for name in batch} == {
         "input_ids": torch.int64,
         "labels": torch.int64,
         "weights": torch.float32,
         "position_ids": torch.int64,
+        "cu_seq_lens_q": torch.int32,
     }
 
 
-def test_packed_examples_never_attend_to_each_other(model: Any) -> None:
-    batch = collate(PAD, [packed(SHORT, LONG), OTHER])
+@pytest.mark.parametrize("device", ["cpu", "cuda"], ids=["attention of a CPU", "attention of a GPU"])
+def test_packed_examples_never_attend_to_each_other(model: Any, device: str) -> None:
+    batch = collate([packed(SHORT, LONG), OTHER])
     with torch.no_grad():
-        together = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
         alone = [model(torch.tensor([one["input_ids"]])).logits[0] for one in (SHORT, LONG, OTHER)]
-        leaking = model(input_ids=batch["input_ids"][:1], use_cache=False).logits[0, 5:]
-    for found, wanted in zip((together[0, :5], together[0, 5:], together[1, :4]), alone, strict=True):
+        leaking = model(input_ids=batch["input_ids"][:, :12], use_cache=False).logits[0, 5:]
+        model.set_attn_implementation(attention_for(torch.device(device)))  # the model itself stays on the CPU
+        whole = {name: batch[name] for name in ("input_ids", "position_ids", "cu_seq_lens_q")}
+        together = model(**whole, use_cache=False).logits[0]
+    for found, wanted in zip(together.split([5, 7, 4]), alone, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     assert (leaking - alone[1]).abs().max() > 0.1, "the examples do not affect each other anyway, so nothing is shown"
 
@@ -140,8 +144,8 @@ def tokenized(tmp_path: Path, tiny_tokenizer: Any) -> Path:
     """A train split with one example, twice, and the same example to validate on."""
     ids, labels = encode(tiny_tokenizer, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}])
     row = example(ids, next(i for i, label in enumerate(labels) if label != IGNORE))
-    write_table(tmp_path / "tokenized" / "train.parquet", [row, row], ROW)
-    write_table(tmp_path / "tokenized" / "validation.parquet", [row], ROW)
+    write_table(tmp_path / "tokenized" / "train.parquet", [row, row], row_schema())
+    write_table(tmp_path / "tokenized" / "validation.parquet", [row], row_schema())
     return tmp_path / "tokenized"
 
 
@@ -171,13 +175,13 @@ def test_loss_falls_on_a_repeated_example(tokenized: Path, tiny_model: Path, tmp
 
 
 def test_training_works_without_a_validation_split(tokenized: Path, tiny_model: Path, tmp_path: Path) -> None:
-    write_table(tokenized / "validation.parquet", [], ROW)
+    write_table(tokenized / "validation.parquet", [], row_schema())
     report = tune(tokenized, tiny_model, tmp_path / "adapter")
     assert (report.metrics["steps"], report.metrics["validation_loss"]) == (4, [])
 
 
 def test_an_empty_training_split_is_refused(tokenized: Path, tiny_model: Path, tmp_path: Path) -> None:
-    write_table(tokenized / "train.parquet", [], ROW)
+    write_table(tokenized / "train.parquet", [], row_schema())
     with pytest.raises(InputError, match="adapter: the training split is empty"):
         tune(tokenized, tiny_model, tmp_path / "adapter")
 

@@ -166,7 +166,7 @@ def to_records(path: Path, source: str, layout: str = "auto") -> tuple[str, list
     {"instruction": "Hi", "output": 3}  ->  messages [], meta {"problem": "expected text, found int"}
 
     Returns:
-        The layout used, and the records (`RECORD` plus `source_row`).
+        The layout used, and the records (`record_schema` plus `source_row`).
     """
     rows = read_rows(path)
     if layout == "auto":

@@ -2,24 +2,35 @@
 
 import os
 import tempfile
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import dagster as dg
+from dagster_pipes import PipesMappingParamsLoader, open_dagster_pipes
 
-from dagster_project import pipeline
 from dagster_project.doors import dvc
 from dagster_project.doors.dvc import StageState
 from dagster_project.doors.report import CODE_VERSION, asset_key, check_results, definition_key, describe, read_report, source_key
-from dagster_project.doors.sync import sync
+from dagster_project.doors.runs import reap
+from dagster_project.doors.sync import mirror, read, sync
 from dagster_project.errors import InputError, PedigreeError
+from dagster_project.pipeline import PEDIGREE, Pipeline
 
 for category in (dg.BetaWarning, dg.PreviewWarning):  # observable sources, Pipes: one line per asset and run helps nobody
     warnings.filterwarnings("ignore", category=category)
 
 FORCE_TAG = "pedigree/force"
+DAGSTER_YAML = """\
+telemetry: {enabled: false}
+nux: {enabled: false}
+# true: an asset whose `stale_after_days` in dvc.yaml have passed since its last materialization is shown as overdue
+freshness: {enabled: false}
+"""
 
 
 class RunConfig(dg.Config):
@@ -27,24 +38,27 @@ class RunConfig(dg.Config):
     """Run the stage even if nothing changed. The run tag `pedigree/force: "true"` does the same for all stages of a run."""
 
 
-def build_definitions(root: Path) -> dg.Definitions:
+def build_definitions(root: Path, pipeline: Pipeline = PEDIGREE) -> dg.Definitions:
     """All of Dagster's definitions for the project in `root`."""
     street = dvc.read_street(root)
+    for address in street:
+        pipeline.split_address(address)
     sources = {i.path for state in street.values() for i in state.inputs if i.producer is None}
     variants = sorted({address.partition("@")[2] for address in street} - {""})
     data = [asset_key(address) for address, state in street.items() if state.meta.get("group") == "data"]
+    whole = dg.define_asset_job(
+        "street",
+        selection=dg.AssetSelection.assets(*map(asset_key, street)),
+        description="Everything, in flow order; what is up to date runs nothing.",
+    )
     return dg.Definitions(
         assets=[
             *(_source(root, path) for path in sorted(sources)),
             *(_definition(root, address) for address in street),
-            *(_asset(root, address, state) for address, state in street.items()),
+            *(_asset(root, address, state, pipeline) for address, state in street.items()),
         ],
         jobs=[
-            dg.define_asset_job(
-                "street",
-                selection=dg.AssetSelection.assets(*map(asset_key, street)),
-                description="Everything, in flow order; what is up to date runs nothing.",
-            ),
+            whole,
             dg.define_asset_job(
                 "data", selection=dg.AssetSelection.assets(*data), description="The data side only: from sources to splits."
             ),
@@ -57,7 +71,12 @@ def build_definitions(root: Path) -> dg.Definitions:
                 for name in variants
             ),
         ],
-        sensors=[_sync_sensor(root)],
+        schedules=[
+            dg.ScheduleDefinition(
+                name="nightly", job=whole, cron_schedule="0 3 * * *", description="An example, off until somebody switches it on."
+            )
+        ],
+        sensors=[_sync_sensor(root, pipeline)],
         executor=dg.in_process_executor,
     )
 
@@ -80,7 +99,7 @@ def _definition(root: Path, address: str) -> dg.SourceAsset:
     return observe
 
 
-def _asset(root: Path, address: str, state: StageState) -> dg.AssetsDefinition:
+def _asset(root: Path, address: str, state: StageState, pipeline: Pipeline) -> dg.AssetsDefinition:
     upstream = dict.fromkeys(
         [asset_key(i.producer) if i.producer else source_key(i.path) for i in state.inputs] + [definition_key(address)]
     )
@@ -88,6 +107,9 @@ def _asset(root: Path, address: str, state: StageState) -> dg.AssetsDefinition:
         dg.AssetCheckSpec(name, asset=asset_key(address), description=truth)
         for name, truth in pipeline.truths(address.partition("@")[0]).items()
     ]
+
+    days = state.meta.get("stale_after_days")
+    freshness = dg.FreshnessPolicy.time_window(fail_window=timedelta(days=days)) if days else None
 
     @dg.asset(
         key=asset_key(address),
@@ -97,65 +119,124 @@ def _asset(root: Path, address: str, state: StageState) -> dg.AssetsDefinition:
         description=state.description,
         group_name=state.meta.get("group", "default"),
         kinds=set(state.meta.get("kinds", [])),
+        freshness_policy=freshness,
         metadata={"command": f"python -m dagster_project run {address}", "output": state.out},
     )
     def body(context: dg.AssetExecutionContext, config: RunConfig) -> Iterator[Any]:
-        yield from _bring_up_to_date(context, root, address, config.force or context.run.tags.get(FORCE_TAG) == "true")
+        yield from _bring_up_to_date(context, root, address, pipeline, config.force or context.run.tags.get(FORCE_TAG) == "true")
 
     return body
 
 
-def _bring_up_to_date(context: dg.AssetExecutionContext, root: Path, address: str, force: bool) -> Iterator[Any]:
+_mirrored: WeakKeyDictionary[dg.DagsterInstance, Mapping[str, StageState]] = WeakKeyDictionary()
+"""The street as it was when this process last brought an instance up to date."""
+
+
+def _bring_up_to_date(context: dg.AssetExecutionContext, root: Path, address: str, pipeline: Pipeline, force: bool) -> Iterator[Any]:
     """Sync, let DVC run the stage if it is not up to date, report checks and version, sync again."""
-    sync(root, context.instance)
+    instance = context.instance
     try:
-        pipeline.validate(root)
-        street = dvc.read_street(root)
+        pipeline.validate(root)  # before anything is reported: bad input leaves the event log as it was
+        street = _settled(context, root, address, pipeline)
+        if street != _mirrored.get(instance):
+            mirror(root, instance, street, pipeline)
+            _mirrored[instance] = street
         if address not in street:
             raise dg.Failure(f"{address} is no longer in dvc.yaml. Reload the code location.", allow_retries=False)
-        unclean = {name: street[name].changed for name in dvc.ancestors(street, address) if street[name].changed}
-        if unclean:
-            first = next(iter(unclean))
-            raise dg.Failure(
-                f"{address} was not run: {', '.join(unclean)} must be brought up to date first ({first}: {unclean[first][0]}).",
-                allow_retries=False,
-            )
-        ran = False
+        if why := _not_ready(street, address):
+            raise dg.Failure(f"{address} was not run: {why}.", allow_retries=False)
+        done = "nothing"
         if force or street[address].changed:
-            ran = _reproduce(context, root, address, force)
+            done = _reproduce(context, root, address, force)
+            street, said = read(root, pipeline)
+            for line in said:
+                context.log.warning(line)
         else:
             context.log.info(f"{address} is up to date; nothing was run")
     except PedigreeError as error:
         state = dvc.read_street(root).get(address)
-        yield from check_results(address, (read_report(root, state) if state else None) or {})
+        yield from check_results(address, (read_report(root, state) if state else None) or {}, pipeline)
         raise dg.Failure(str(error), allow_retries=False) from None
-    state = dvc.read_street(root)[address]
+    state = street[address]
     report = read_report(root, state) or {}
-    yield from check_results(address, report)
+    yield from check_results(address, report, pipeline)
     if report.get("passed") is False:
         raise dg.Failure(f"{address}: its report says that a blocking check failed. See {state.report}.", allow_retries=False)
+    if state.doubt:
+        raise dg.Failure(f"{address}: {state.out}: {state.doubt}. Materialize it again.", allow_retries=False)
     yield dg.MaterializeResult(
-        asset_key=asset_key(address), data_version=dg.DataVersion(state.version), metadata={**describe(root, state), "ran": ran}
+        asset_key=asset_key(address), data_version=dg.DataVersion(state.version), metadata={**describe(root, state), "done": done}
     )
+    mirror(root, instance, {address: state} if done == "nothing" else street, pipeline)
+    _mirrored[instance] = street
 
 
-def _reproduce(context: dg.AssetExecutionContext, root: Path, address: str, force: bool) -> bool:
-    """DVC runs the stage command; what the command logs streams into this run's log through Dagster Pipes."""
+def _settled(context: dg.AssetExecutionContext, root: Path, address: str, pipeline: Pipeline) -> dict[str, StageState]:
+    """The street, once nobody is at work on what `address` is made from: DVC removes outputs for a moment even where it then restores them."""
+    told = False
+    while True:
+        street, said = read(root, pipeline)
+        for line in said:
+            context.log.warning(line)
+        holder = dvc.at_work(root, [street[name].out for name in dvc.ancestors(street, address)]) if address in street else ""
+        if not holder:
+            return street
+        if not told:
+            context.log.info(f"{address} waits: what it is made from is being made by {holder}")
+            told = True
+        time.sleep(0.5)
+
+
+def _not_ready(street: Mapping[str, StageState], address: str) -> str:
+    """What must be done before a stage can run, in words; empty if all that it is made from is clean. Nothing has been deleted yet."""
+    above = dvc.ancestors(street, address)
+    for name in [*above, address]:
+        for source in street[name].inputs:
+            if source.unclean:
+                return source.unclean
+    unclean = [name for name in above if street[name].changed]
+    if not unclean:
+        return ""
+    first = street[unclean[0]]
+    fetch = ""
+    if first.version == dvc.MISSING and first.recorded:
+        fetch = (
+            f"; `dvc checkout {first.out}` brings it back"
+            if first.in_cache
+            else f"; it is not in the cache: `dvc pull {first.out}` fetches it"
+        )
+    return f"{', '.join(unclean)} must be brought up to date first ({first.address}: {first.changed[0]}{fetch})"
+
+
+def _reproduce(context: dg.AssetExecutionContext, root: Path, address: str, force: bool) -> str:
+    """DVC runs the stage command; what the command logs streams into this run's log through Dagster Pipes. Returns what was done, in a word."""
     with dg.open_pipes_session(
         context=context, context_injector=dg.PipesTempFileContextInjector(), message_reader=dg.PipesTempFileMessageReader()
     ) as session:
-        return dvc.reproduce(root, address, force, {**session.get_bootstrap_env_vars(), "PYTHONUNBUFFERED": "1"})
+        variables = session.get_bootstrap_env_vars()
+        done = dvc.reproduce(
+            root,
+            address,
+            force,
+            {**variables, "PYTHONUNBUFFERED": "1"},
+            waiting=lambda who: context.log.info(f"{address} waits: {who}"),
+        )
+        if Path(session.message_reader_params["path"]).stat().st_size:
+            return "run"
+        with open_dagster_pipes(params_loader=PipesMappingParamsLoader(variables)):  # no command was started: say so in its place
+            context.log.info(f"{address} was restored from DVC's run cache" if done else f"{address} is up to date; nothing was run")
+        return "restored" if done else "nothing"
 
 
-def _sync_sensor(root: Path) -> dg.SensorDefinition:
+def _sync_sensor(root: Path, pipeline: Pipeline) -> dg.SensorDefinition:
     @dg.sensor(
         name="sync",
         minimum_interval_seconds=15,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Mirrors what DVC did into Dagster's event log.",
+        description="Mirrors what DVC did into Dagster's event log, and ends runs whose process was killed.",
     )
     def sensor(context: dg.SensorEvaluationContext) -> dg.SkipReason:
-        said = sync(root, context.instance)
+        said = reap(context.instance) + sync(root, context.instance, pipeline)
         return dg.SkipReason("; ".join(said) if said else "Dagster and DVC agree.")
 
     return sensor
@@ -166,19 +247,32 @@ def project_root() -> Path:
     return Path(os.environ.get("PEDIGREE_PROJECT") or Path(__file__).resolve().parents[2])
 
 
+OWNER = "pedigree_project"
+"""File in Dagster's home: the project whose view it holds."""
+
+
 def home(root: Path) -> Path:
     """Dagster's home: DAGSTER_HOME, or .dagster in the project.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: it cannot be written, or holds the view of another project.
     """
-    folder = Path(os.environ.get("DAGSTER_HOME") or root / ".dagster")
+    folder = Path(os.environ.get("DAGSTER_HOME") or root / ".dagster").absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
         if not (folder / "dagster.yaml").exists():
-            (folder / "dagster.yaml").write_text("telemetry: {enabled: false}\nnux: {enabled: false}\n")
+            (folder / "dagster.yaml").write_text(DAGSTER_YAML)
+        owner = folder / OWNER
+        other = Path(owner.read_text().strip()) if owner.is_file() else root
+        if other != root and not folder.is_relative_to(root) and (other / "dvc.yaml").is_file():
+            raise InputError(
+                f"Dagster's home {folder} belongs to the project in {other}",
+                f"unset DAGSTER_HOME, or set it to a folder of this project's own, e.g. {root / '.dagster'}",
+            )
+        if not owner.is_file() or other != root:
+            owner.write_text(f"{root}\n")
     except OSError as error:
         raise InputError(
             f"Dagster's home {folder} is not writable: {error.strerror}", "mend its permissions, or set DAGSTER_HOME to another folder"

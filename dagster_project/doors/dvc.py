@@ -10,18 +10,21 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import chdir, contextmanager
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import chdir, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dagster_project.errors import CheckFailed, InputError
+from dagster_project.records import remove
 
 logging.getLogger("dvc").setLevel(logging.ERROR)
+log = logging.getLogger("pedigree")
 
-CODE = "dagster_project/"
 MISSING = "missing"
+UNREADABLE = {"YAMLFileCorruptedError", "YAMLValidationError", "YAMLSyntaxError", "ResolveError", "EntryNotFound", "CyclicGraphError"}
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,13 @@ class Input:
     """Content hash on disk."""
     recorded: str | None
     """Content hash in dvc.lock, when the stage last ran."""
+    unclean: str = ""
+    """For a source that DVC tracks: how it differs from its .dvc file and what to do; empty if it does not."""
 
 
 @dataclass(frozen=True)
 class StageState:
-    """One stage of dvc.yaml as it should be, as dvc.lock says it was, and as the workspace is."""
+    """One stage of dvc.yaml as it should be, as dvc.lock says it was, and as the workspace is. What changed is DVC's own verdict."""
 
     address: str
     """"adapter@lora"."""
@@ -56,8 +61,10 @@ class StageState:
     """Content hash of the output on disk, or "missing"."""
     recorded: bool
     """Does dvc.lock know the stage?"""
-    outs_clean: bool
-    """Are all outputs what dvc.lock says?"""
+    doubt: str
+    """Why the output does not count whatever its inputs are, e.g. "output differs from dvc.lock"; empty if it does."""
+    in_cache: bool
+    """Could `dvc checkout` bring the recorded output back?"""
 
     @property
     def changed(self) -> list[str]:
@@ -65,7 +72,7 @@ class StageState:
         if not self.recorded:
             return ["never run"]
         return (
-            ([] if self.outs_clean else [f"{self.out} is not what dvc.lock recorded"])
+            ([f"{self.out}: {self.doubt}"] if self.doubt else [])
             + [f"{i.path} changed" for i in self.inputs if i.now != i.recorded]
             + ([] if self.definition_now == self.definition_recorded else ["command, parameters or code changed"])
         )
@@ -76,80 +83,154 @@ def _open(root: Path) -> Iterator[Any]:
     from dvc.exceptions import DvcException, NotDvcRepoError
     from dvc.repo import Repo
 
+    _mend_rwlock(root)
     try:
         with Repo(str(root), _wait_for_lock=True) as repo:
             yield repo
     except NotDvcRepoError:
         raise InputError(f"{root} is not a DVC project", "run `make run` once, or `dvc init`, in the project's folder") from None
     except DvcException as error:
-        if type(error).__name__ in {
-            "YAMLFileCorruptedError",
-            "YAMLValidationError",
-            "YAMLSyntaxError",
-            "ResolveError",
-            "EntryNotFound",
-            "CyclicGraphError",
-        }:
+        if type(error).__name__ in UNREADABLE:
+            for name in ("dvc.lock", "dvc.yaml", "params.yaml"):
+                if (root / name).is_file() and "<<<<<<< " in (root / name).read_text(errors="replace"):
+                    raise InputError(
+                        f"{name} has an unresolved merge",
+                        f"take one side with `git checkout --ours {name}` (or --theirs), then `dvc repro`",
+                    ) from None
             raise InputError(f"dvc.yaml or dvc.lock: {error}", "mend the file named and run again") from None
         raise
+
+
+def _mend_rwlock(root: Path) -> None:
+    """SIGKILL can leave DVC's table of busy paths empty, and DVC then calls the project corrupt for ever: start a new one."""
+    path = root / ".dvc" / "tmp" / "rwlock"
+
+    def sound() -> bool:
+        try:
+            return isinstance(json.loads(path.read_bytes()), dict)
+        except FileNotFoundError:
+            return True
+        except ValueError:
+            return False
+
+    if sound():
+        return
+    from dvc.lock import make_lock
+
+    with make_lock(str(path.with_name("rwlock.lock")), tmp_dir=str(path.parent), wait=True):
+        if not sound():  # it was not just being written
+            path.unlink()
+            log.warning("mended .dvc/tmp/rwlock, which a killed process had left unreadable")
 
 
 def digest(value: Any) -> str:
     return hashlib.md5(json.dumps(value, sort_keys=True, default=str).encode(), usedforsecurity=False).hexdigest()
 
 
+def _stages(repo: Any) -> list[Any]:
+    with repo.lock:  # dvc.lock is not written in one step
+        return list(repo.index.stages)
+
+
 def read_street(root: Path) -> dict[str, StageState]:
     """The state of every stage, in flow order. Asks DVC per output, so it never waits for a running stage."""
     with _open(root) as repo:
-        stages = [stage for stage in repo.index.stages if not stage.is_data_source]
+        every = _stages(repo)
+        stages = [stage for stage in every if not stage.is_data_source]
+        tracked = {
+            os.path.relpath(out.fs_path, root): _tracked(root, stage, out) for stage in every if stage.is_data_source for out in stage.outs
+        }
         main = {stage.name: next(out for out in stage.outs if not out.is_metric and not out.is_plot) for stage in stages}
         paths = {address: os.path.relpath(out.fs_path, root) for address, out in main.items()}
         versions = {address: _hash(out) for address, out in main.items()}
-        states = {stage.name: _state(root, stage, paths, versions) for stage in stages}
+        states = {stage.name: _state(root, stage, paths, versions, tracked) for stage in stages}
     order = _flow({address: [i.producer for i in state.inputs if i.producer] for address, state in states.items()})
     return {address: states[address] for address in order}
 
 
+def is_code(path: str) -> bool:
+    return path.endswith(".py")
+
+
+def _overlap(a: str, b: str) -> bool:
+    return a == b or a.startswith(b + "/") or b.startswith(a + "/")
+
+
 def _hash(output: Any) -> str:
-    return output.get_hash().value if output.exists else MISSING
+    """Content hash on disk. What vanishes while it is hashed (another process replaces it) is missing."""
+    from dvc.output import OutputDoesNotExistError
+
+    try:
+        return output.get_hash().value if output.exists else MISSING
+    except (FileNotFoundError, OutputDoesNotExistError):
+        return MISSING
 
 
-def _state(root: Path, stage: Any, paths: Mapping[str, str], versions: Mapping[str, str]) -> StageState:
-    lockfile = stage.dvcfile._lockfile
-    lock = (lockfile.load().get("stages", {}) if lockfile.exists() else {}).get(stage.name)
-    recorded = {dep["path"]: dep.get("md5") for dep in (lock or {}).get("deps", [])}
-    files = [dep for dep in stage.deps if dep not in stage.params]
-    now = {os.path.relpath(dep.fs_path, root): _hash(dep) for dep in files}
-    code = sorted(path for path in now if path.startswith(CODE))
+def _tracked(root: Path, stage: Any, out: Any) -> str:
+    """How a source tracked by a .dvc file differs from it, with the next step; empty if it does not."""
+    path = os.path.relpath(out.fs_path, root)
+    found = out.workspace_status().get(str(out), "")
+    if found == "deleted":
+        fetch = "dvc checkout" if not out.changed_cache() else "dvc pull"
+        return f"{path} is missing; fetch it with `{fetch} {stage.relpath}`"
+    return (
+        f"{path} differs from {stage.relpath}; keep the change with `dvc add {path}`, or drop it with `dvc checkout {path}`"
+        if found
+        else ""
+    )
+
+
+def _state(root: Path, stage: Any, paths: Mapping[str, str], versions: Mapping[str, str], tracked: Mapping[str, str]) -> StageState:
+    known = any(out.hash_info for out in stage.outs)
+    parameters = set(map(id, stage.params))
+    files = {os.path.relpath(dep.fs_path, root): dep for dep in stage.deps if id(dep) not in parameters}
+    now = {path: _hash(dep) for path, dep in files.items()}
+    recorded = {path: dep.hash_info.value if dep.hash_info else None for path, dep in files.items()}
+    if stage.frozen:
+        recorded = dict(now)
     values: dict[str, Any] = {}
+    locked: dict[str, Any] = {}
     for dep in stage.params:
         values.update(dep.read_params())
+        locked.update(dep.hash_info.value or {} if dep.hash_info else {})
+    code = sorted(filter(is_code, now))
     inputs: list[Input] = []
     for path in (path for path in now if path not in code):
         makers = [address for address, made in paths.items() if made == path or made.startswith(path + "/")]
-        same = now[path] == recorded.get(path)
+        same = now[path] == recorded[path]
         for maker in makers:
             # of a folder of outputs dvc.lock holds one hash: where it differs, none of the outputs counts as the recorded one
             whole = paths[maker] == path
-            inputs.append(Input(maker, paths[maker], versions[maker], recorded.get(path) if whole or not same else versions[maker]))
+            inputs.append(Input(maker, paths[maker], versions[maker], recorded[path] if whole or not same else versions[maker]))
         if not makers:
-            inputs.append(Input(None, path, now[path], recorded.get(path)))
-    locked_params = {key: value for file in (lock or {}).get("params", {}).values() for key, value in file.items()}
-    metric = next((os.path.relpath(out.fs_path, root) for out in stage.outs if out.is_metric), None)
+            unclean = next((how for source, how in tracked.items() if how and _overlap(source, path)), "")
+            inputs.append(Input(None, path, now[path], recorded[path], unclean))
+    definition_now = digest([stage.cmd, values, {path: now[path] for path in code}])
+    defined = not stage.cmd_changed and (
+        stage.frozen or (not any(dep.status() for dep in stage.params) and all(now[path] == recorded[path] for path in code))
+    )
+    differing = [status for out in stage.outs for status in out.status().values()]
+    doubt = (
+        "not in dvc.lock" if not known
+        else f"output differs from dvc.lock ({differing[0]})" if differing
+        else "always changed" if stage.always_changed or stage.is_callback
+        else ""
+    )  # fmt: skip
     return StageState(
         address=stage.name,
         description=stage.desc or "",
         meta=stage.meta or {},
         out=paths[stage.name],
-        report=metric,
+        report=next((os.path.relpath(out.fs_path, root) for out in stage.outs if out.is_metric), None),
         inputs=tuple(inputs),
-        definition_now=digest([stage.cmd, values, {path: now[path] for path in code}]),
-        definition_recorded=digest([lock.get("cmd"), locked_params, {p: h for p, h in recorded.items() if p.startswith(CODE)}])
-        if lock
+        definition_now=definition_now,
+        definition_recorded=(definition_now if defined else digest(["recorded", locked, {path: recorded[path] for path in code}]))
+        if known
         else None,
         version=versions[stage.name],
-        recorded=lock is not None,
-        outs_clean=lock is not None and not any(out.status() for out in stage.outs),
+        recorded=known,
+        doubt=doubt,
+        in_cache=known and not any(out.use_cache and out.changed_cache() for out in stage.outs),
     )
 
 
@@ -179,21 +260,44 @@ def ancestors(street: Mapping[str, StageState], address: str) -> list[str]:
     return [name for name in street if name in found]
 
 
-def reproduce(root: Path, address: str, force: bool, environment: Mapping[str, str]) -> bool:
-    """Let DVC bring one stage up to date. Returns whether anything was done (run, or restored from the run cache).
+def reproduce(root: Path, address: str, force: bool, environment: Mapping[str, str], waiting: Callable[[str], None]) -> bool:
+    """Let DVC bring one stage up to date; wait while another process works on the same paths. Returns whether anything was done.
 
+    Args:
+        waiting: told once who keeps the stage busy.
     Raises:
         CheckFailed: the stage's command failed; it has said why itself.
     """
     from dvc.exceptions import ReproductionError
+    from dvc.lock import LockError
 
-    with chdir(root), _open(root) as repo:  # DVC resolves targets against the current directory
+    told = False
+    while True:
         try:
-            return bool(repo.reproduce([address], single_item=True, force=force, run_env=command_environment(environment)))
-        except ReproductionError as error:
-            raise CheckFailed(
-                f"{address} failed: {error.__cause__ or error}", "its own message stands above; nothing was recorded"
-            ) from None
+            with chdir(root), _open(root) as repo:  # DVC resolves targets against the current directory
+                return bool(repo.reproduce([address], single_item=True, force=force, run_env=command_environment(environment)))
+        except (ReproductionError, LockError) as error:
+            cause = error if isinstance(error, LockError) else error.__cause__
+            if not isinstance(cause, LockError):
+                raise CheckFailed(f"{address} failed: {cause or error}", "its own message stands above; nothing was recorded") from None
+            if not told:
+                waiting(str(cause).partition("\n\nIf there are no")[0])
+                told = True
+            time.sleep(0.5)
+
+
+def at_work(root: Path, paths: Iterable[str]) -> str:
+    """Who writes one of these paths right now, as DVC's table of busy paths has it; empty if nobody does."""
+    import psutil
+
+    try:
+        table = json.loads((root / ".dvc" / "tmp" / "rwlock").read_bytes())
+    except (FileNotFoundError, ValueError):
+        return ""
+    for busy, owner in table.get("write", {}).items():
+        if owner["pid"] != os.getpid() and psutil.pid_exists(owner["pid"]) and any(_overlap(busy, str(root / path)) for path in paths):
+            return f"process {owner['pid']} ({owner['cmd']})"
+    return ""
 
 
 def command_environment(extra: Mapping[str, str]) -> dict[str, str]:
@@ -202,32 +306,40 @@ def command_environment(extra: Mapping[str, str]) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """What the guard compares: hashes of what a stage reads, and what dvc.lock says its producers made."""
+class Fingerprint:
+    """What the guard compares: hashes of what a stage reads, and what its producers recorded."""
 
     now: Mapping[str, str]
-    disputed: Mapping[str, str]
-    """Inputs that are not what their producer recorded -> the producer's address."""
+    disputed: Sequence[tuple[str, str]]
+    """For each input that is not what was recorded of it: what is wrong, and the next step."""
 
 
-def fingerprint(root: Path, address: str) -> Recorded:
-    """Hashes of everything a stage depends on, files and code, as they are now."""
+def fingerprint(root: Path, address: str) -> Fingerprint:
+    """Hashes of everything a stage depends on, files, parameters and code, as they are now."""
     with _open(root) as repo:
-        stages = {stage.name: stage for stage in repo.index.stages if not stage.is_data_source}
+        every = _stages(repo)
+        stages = {stage.name: stage for stage in every if not stage.is_data_source}
         if address not in stages:
             raise InputError(f"{address} is not a stage of dvc.yaml", f"stages: {', '.join(stages)}")
-        deps = [dep for dep in stages[address].deps if dep not in stages[address].params]
-        now = {os.path.relpath(dep.fs_path, root): _hash(dep) for dep in deps}
+        parameters = set(map(id, stages[address].params))
+        now = {os.path.relpath(dep.fs_path, root): _hash(dep) for dep in stages[address].deps if id(dep) not in parameters}
         values: dict[str, Any] = {}
         for dep in stages[address].params:
             values.update(dep.read_params())
-        disputed = {}
-        for other in stages.values():
+        disputed: list[tuple[str, str]] = []
+        for other in every:
             for out in other.outs:
                 path = os.path.relpath(out.fs_path, root)
-                if other.name != address and any(path == read or path.startswith(read + "/") for read in now) and out.status():
-                    disputed[path] = other.name
-    return Recorded({**now, "params.yaml": digest(values)}, disputed)
+                if not any(path == read or path.startswith(read + "/") for read in now):
+                    continue
+                if other.is_data_source:
+                    if unclean := _tracked(root, other, out):
+                        what, _, how = unclean.partition("; ")
+                        disputed.append((what, how))
+                elif other.name != address and out.status():
+                    what = f"{path} is not what {other.name} recorded in dvc.lock"
+                    disputed.append((what, f"run `dvc repro {other.name}` first, or `dvc checkout {path}`"))
+    return Fingerprint({**now, "params.yaml": digest(values)}, disputed)
 
 
 def restore_outputs(root: Path, address: str) -> None:
@@ -235,7 +347,7 @@ def restore_outputs(root: Path, address: str) -> None:
     from shutil import copyfile
 
     with _open(root) as repo:
-        stage = next((stage for stage in repo.index.stages if stage.name == address), None)
+        stage = next((stage for stage in _stages(repo) if stage.name == address), None)
         for out in stage.outs if stage is not None else []:
             if out.exists or not out.hash_info:
                 continue
@@ -247,3 +359,37 @@ def restore_outputs(root: Path, address: str) -> None:
             if kept.is_file():
                 Path(out.fs_path).parent.mkdir(parents=True, exist_ok=True)
                 copyfile(kept, out.fs_path)
+
+
+def set_aside(root: Path, address: str) -> list[str]:
+    """Take a stage's main output out of the workspace, and each object of it that is not what its name says out of the cache.
+
+    They are moved to .dvc/tmp/pedigree/set_aside, and DVC calls the output deleted. Returns the names of the objects that were tampered with.
+    """
+    aside = root / ".dvc" / "tmp" / "pedigree" / "set_aside"
+    aside.mkdir(parents=True, exist_ok=True)
+    with _open(root) as repo:
+        stage = next(stage for stage in _stages(repo) if stage.name == address)
+        out = next(out for out in stage.outs if not out.is_metric and not out.is_plot)
+        whole = out.hash_info.value
+        listing = Path(repo.cache.local.oid_to_path(whole))
+        objects = [whole]
+        if out.hash_info.isdir and listing.is_file():
+            with suppress(ValueError, KeyError, TypeError):  # the listing itself may have been tampered with
+                objects += [entry["md5"] for entry in json.loads(listing.read_bytes())]
+        found = []
+        for oid in dict.fromkeys(objects):
+            path = Path(repo.cache.local.oid_to_path(oid))
+            if not path.is_file():
+                continue
+            with path.open("rb") as file:
+                tampered = hashlib.file_digest(file, "md5").hexdigest() != oid.removesuffix(".dir")
+            if tampered:
+                found.append(oid)
+            if tampered or oid == whole:  # without the whole, the run cache cannot bring back what was published by nobody
+                path.replace(aside / oid)
+        target = aside / address
+        remove(target)
+        if out.exists:
+            Path(out.fs_path).replace(target)
+    return found

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dagster_project import params, pipeline
+from dagster_project import params
 from dagster_project.errors import InputError
+from dagster_project.pipeline import validate
 from dagster_project.stages.adapter import Params
 from dagster_project.training.sft import steps
 
@@ -19,7 +20,7 @@ def plan_variants(root: Path, variants: Sequence[str]) -> dict[str, Any]:
     Raises:
         InputError: an unknown variant, or the data has not been tokenized yet.
     """
-    values = pipeline.validate(root)
+    values = validate(root)
     unknown = [name for name in variants if name not in values["adapter"]]
     if unknown:
         raise InputError(f"params.yaml has no variant {', '.join(unknown)}", f"variants: {', '.join(values['adapter'])}")

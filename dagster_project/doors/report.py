@@ -13,8 +13,8 @@ from typing import Any
 
 import dagster as dg
 
-from dagster_project import pipeline
 from dagster_project.doors.dvc import StageState, digest
+from dagster_project.pipeline import Pipeline
 
 CODE_VERSION = "1"
 """The same for every asset and for ever: changes of code are reported through `def/<stage>` (docs/decisions/002)."""
@@ -69,7 +69,7 @@ def describe(root: Path, state: StageState) -> dict[str, Any]:
     return {**found, **({"git_commit": commit} if commit else {})}
 
 
-def check_results(address: str, report: Mapping[str, Any]) -> list[dg.AssetCheckResult]:
+def check_results(address: str, report: Mapping[str, Any], pipeline: Pipeline) -> list[dg.AssetCheckResult]:
     """What the report says of each of the stage's checks. Severity decides the colour, `blocking` has already decided the run."""
     results = []
     for name, truth in pipeline.truths(address.partition("@")[0]).items():

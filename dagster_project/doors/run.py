@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from dagster_project import pipeline
-from dagster_project.doors import dvc
-from dagster_project.errors import CheckFailed, PedigreeError
+from dagster_project.doors import dvc, integrity, process
+from dagster_project.errors import Busy, CheckFailed, InputError, PedigreeError
+from dagster_project.pipeline import PEDIGREE, At, Pipeline
 from dagster_project.records import Report, remove, write_json
 
 log = logging.getLogger("pedigree")
 
 
-def run_stage(root: Path, address: str) -> Report:
+def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE) -> Report:
     """Run one stage on what lies in the workspace.
 
     The stage writes into a scratch folder; its outputs take their place in one step, after every blocking check has passed and its inputs have
@@ -25,41 +25,60 @@ def run_stage(root: Path, address: str) -> Report:
     Raises:
         InputError: bad parameters or input.
         CheckFailed: a blocking check failed, or an input is not what its producer recorded, or changed meanwhile.
+        Busy: another process runs the stage. Under DVC, which has cleared the way, it is waited for instead.
     """
     stage, variant = pipeline.split_address(address)
-    scratch = root / ".dvc" / "tmp" / "pedigree" / address
-    try:
-        values = pipeline.validate(root)
-        before = dvc.fingerprint(root, address)
-        if before.disputed:
-            path, maker = next(iter(before.disputed.items()))
-            raise CheckFailed(
-                f"{address}: {path} is not what {maker} recorded in dvc.lock", f"run `dvc repro {maker}` first, or `dvc checkout {path}`"
-            )
-        at = pipeline.At(root, stage, variant, scratch, values)
-        remove(scratch)
-        at.out.mkdir(parents=True)
-        report = pipeline.STREET[stage](at)
-        _hold_gate(root, at, report)
-        changed = [path for path, value in dvc.fingerprint(root, address).now.items() if before.now[path] != value]
-        if changed:
-            raise CheckFailed(f"{address}: {', '.join(changed)} changed while the stage ran", "run it again; nothing was recorded")
-        _publish(root, at, report)
-    except BaseException:
-        dvc.restore_outputs(root, address)
-        raise
-    finally:
-        remove(scratch)
+    process.die_with_parent()
+
+    def busy(holder: str) -> None:
+        if "DVC_STAGE" not in os.environ:
+            raise Busy(f"{address} is being run by {holder}", "wait for it to end, or stop it")
+        log.info(f"{address}: waiting for {holder}")
+
+    with process.hold(root, address, busy):
+        scratch = root / ".dvc" / "tmp" / "pedigree" / "scratch" / address
+        try:
+            values = pipeline.validate(root)
+            before = _guarded(root, address)
+            at = At(root, stage, variant, scratch, values)
+            remove(scratch)
+            at.out.mkdir(parents=True)
+            report = pipeline.stages[stage](at)
+            _hold_gate(root, at, report)
+            changed = [path for path, value in dvc.fingerprint(root, address).now.items() if before[path] != value]
+            if changed:
+                raise CheckFailed(f"{address}: {', '.join(changed)} changed while the stage ran", "run it again; nothing was recorded")
+            _publish(root, at, report)
+        except BaseException:
+            dvc.restore_outputs(root, address)
+            raise
+        finally:
+            remove(scratch)
     for line in _summary(address, report):
         log.info(line)
     return report
+
+
+def _guarded(root: Path, address: str) -> Mapping[str, str]:
+    """Hashes of everything the stage reads, once each input has been found to be what its producer made and recorded."""
+    street = dvc.read_street(root)
+    if address not in street:
+        raise InputError(f"{address} is not a stage of dvc.yaml", f"stages: {', '.join(street)}")
+    tampered = integrity.set_tampered_aside(root, [street[i.producer] for i in street[address].inputs if i.producer])
+    if tampered:
+        raise CheckFailed("\n".join(tampered), f"run `dvc repro {address}` again")
+    before = dvc.fingerprint(root, address)
+    if before.disputed:
+        what, how = before.disputed[0]
+        raise CheckFailed(f"{address}: {what}", how)
+    return before.now
 
 
 def report_path(root: Path, stage: str, variant: str | None) -> Path:
     return root / "data" / "reports" / (f"{stage}/{variant}.json" if variant else f"{stage}.json")
 
 
-def _hold_gate(root: Path, at: pipeline.At, report: Report) -> None:
+def _hold_gate(root: Path, at: At, report: Report) -> None:
     """The report is written always; on a failed blocking check nothing else is."""
     if not report.failures:
         return
@@ -74,15 +93,16 @@ def _hold_gate(root: Path, at: pipeline.At, report: Report) -> None:
     )
 
 
-def _publish(root: Path, at: pipeline.At, report: Report) -> None:
-    """Outputs from the scratch folder to their places, each by one rename."""
+def _publish(root: Path, at: At, report: Report) -> None:
+    """Outputs from the scratch folder to their places, each by one rename; the report with the sha256 of the main one."""
+    sha256 = integrity.sha256_of(at.out)
     plots = list((at.scratch / "data" / "plots").rglob("*.csv")) if (at.scratch / "data" / "plots").exists() else []
     for made in [at.out, *plots]:
         target = root / made.relative_to(at.scratch)
         remove(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         made.replace(target)
-    write_json(report_path(root, at.stage, at.variant), {"passed": True, **report.document()})
+    write_json(report_path(root, at.stage, at.variant), {"passed": True, "output_sha256": sha256, **report.document()})
 
 
 def _summary(address: str, report: Report) -> list[str]:

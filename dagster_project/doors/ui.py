@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from dagster_project.doors.dagster_assets import home, open_instance
+from dagster_project.doors.runs import reap
 from dagster_project.doors.sync import sync
 from dagster_project.errors import InputError
 
@@ -32,6 +33,8 @@ def serve(root: Path, host: str, port: int) -> int:
                 f"cannot listen on {host}:{port}: {error.strerror}", f"stop what runs there, or give another --port, e.g. {port + 1}"
             ) from None
     with open_instance(root) as instance:
+        for line in reap(instance):
+            log.info(line)
         sync(root, instance)
     log.info(f"Dagster UI: http://{host}:{port}  (stop with Ctrl-C)")
     command = [sys.executable, "-m", "dagster", "dev", "-w", str(root / "workspace.yaml"), "-h", host, "-p", str(port)]
@@ -39,5 +42,6 @@ def serve(root: Path, host: str, port: int) -> int:
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "DAGSTER_HOME": str(home(root)),
+        "PEDIGREE_PROJECT": str(root),
     }
     return subprocess.run(command, cwd=root, env=environment, check=False).returncode

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
 from pydantic import Field
 
 from dagster_project.curation.formats import read_multiple_choice
@@ -18,16 +18,25 @@ from dagster_project.records import response_text
 from dagster_project.training.chat import encode, encode_prompt
 from dagster_project.training.hardware import prepare
 
-RESULT = pa.schema(
-    [
-        ("system", pa.string()),  # who answered: zero_shot, few_shot, ..., or a variant's name
-        ("example_id", pa.string()),
-        ("answer", pa.string()),  # what it wrote; null where it was not asked to write
-        ("label", pa.string()),  # the label its answer gives; null where the example has none
-        ("nll", pa.float64()),  # nats, summed over the reference response; null for systems that are no language model
-        ("tokens", pa.int64()),  # of the reference response
-    ]
-)
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@cache
+def result_schema() -> pa.Schema:
+    """One answer of one system to one test example."""
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            ("system", pa.string()),  # who answered: zero_shot, few_shot, ..., or a variant's name
+            ("example_id", pa.string()),
+            ("answer", pa.string()),  # what it wrote; null where it was not asked to write
+            ("label", pa.string()),  # the label its answer gives; null where the example has none
+            ("nll", pa.float64()),  # nats, summed over the reference response; null for systems that are no language model
+            ("tokens", pa.int64()),  # of the reference response
+        ]
+    )
 
 
 class Settings(Section):

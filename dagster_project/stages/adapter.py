@@ -9,14 +9,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from dagster_project.errors import InputError
 from dagster_project.params import Compute
-from dagster_project.records import CheckResult, Report
+from dagster_project.records import CheckResult, Report, read_table
 from dagster_project.training.hardware import prepare
 from dagster_project.training.methods import peft_config, save_adapter
-from dagster_project.training.sft import Recipe, train, write_curve
+from dagster_project.training.sft import Recipe, attention_for, train, write_curve
 
 log = logging.getLogger("pedigree")
 
@@ -40,14 +38,13 @@ def run(variant: str, params: Params, compute: Compute, tokenized: Path, base_mo
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     columns = ["input_ids", "labels", "weights", "lengths"]
-    rows = {
-        split: Dataset.from_list(pq.read_table(tokenized / f"{split}.parquet", columns=columns).to_pylist())
-        for split in ("train", "validation")
-    }
+    rows = {split: Dataset.from_list(read_table(tokenized / f"{split}.parquet", columns)) for split in ("train", "validation")}
     if not len(rows["train"]):
         raise InputError("adapter: the training split is empty", "name more examples in raw_examples.sources")
     tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
-    model = AutoModelForCausalLM.from_pretrained(base_model, dtype=dtype, use_safetensors=True, trust_remote_code=False).to(device)
+    model = AutoModelForCausalLM.from_pretrained(
+        base_model, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation=attention_for(device)
+    ).to(device)
     try:
         model = get_peft_model(model, config)
     except ValueError as error:

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from dagster_project.evaluation.baselines import classify, nearest, spread, with_shots
 from dagster_project.evaluation.likelihood import perplexity
-from dagster_project.evaluation.measure import RESULT, Settings, Subject, labelled, result_rows
+from dagster_project.evaluation.measure import Settings, Subject, labelled, result_rows, result_schema
 from dagster_project.evaluation.metrics import label, score
 from dagster_project.params import Compute, Section
 from dagster_project.records import Report, read_records, response_text, write_table
@@ -45,5 +45,5 @@ def run(root: Path, params: Params, settings: Settings, compute: Compute, base_m
         for name, answers in systems.items():
             metrics[name] = score(task, references, answers)
             rows += result_rows(name, asked, task, answers, [(None, None)] * len(asked))
-    write_table(out / "results.parquet", rows, RESULT)
+    write_table(out / "results.parquet", rows, result_schema())
     return Report(metrics=metrics)

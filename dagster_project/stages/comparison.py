@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from dagster_project.evaluation.compare import advice, board
 from dagster_project.evaluation.measure import Settings, labelled
 from dagster_project.evaluation.metrics import label, macro_f1_difference, perplexity_ratio
-from dagster_project.records import Report, read_records, response_text, write_json
+from dagster_project.records import Report, read_records, read_table, response_text, write_json
 
 BASELINES = ("zero_shot", "few_shot", "retrieved", "tfidf_logistic")
 
@@ -20,11 +18,7 @@ def run(settings: Settings, variants: list[str], splits: Path, baselines: Path, 
     variants: the variants to compare; what else lies in `evaluation` is of variants that are gone.
     """
     task, asked = settings.task, labelled(read_records(splits / "test"), settings.task)
-    rows = [
-        row
-        for folder in (baselines, *(evaluation / name for name in variants))
-        for row in pq.read_table(folder / "results.parquet").to_pylist()
-    ]
+    rows = [row for folder in (baselines, *(evaluation / name for name in variants)) for row in read_table(folder / "results.parquet")]
     of: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
         of.setdefault(row["system"], {})[row["example_id"]] = row

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.evaluation.likelihood import perplexity
-from dagster_project.evaluation.measure import RESULT, Settings, Subject, labelled, result_rows
+from dagster_project.evaluation.measure import Settings, Subject, labelled, result_rows, result_schema
 from dagster_project.evaluation.metrics import label, score
 from dagster_project.params import Compute
 from dagster_project.records import CheckResult, Report, read_records, response_text, write_table
@@ -46,7 +46,7 @@ def run(
         metrics |= score(task, references, said)
         confusion += [(label(task, reference), label(task, answer)) for reference, answer in zip(references, said, strict=True)]
     rows = result_rows(variant, test, task, [answers.get(record["example_id"]) for record in test], likelihoods)
-    write_table(out / "results.parquet", rows, RESULT)
+    write_table(out / "results.parquet", rows, result_schema())
     confusion_file.parent.mkdir(parents=True, exist_ok=True)
     confusion_file.write_text("".join(f"{actual},{predicted}\n" for actual, predicted in confusion))
     return Report(metrics=metrics, checks=[unseen])

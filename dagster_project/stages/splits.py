@@ -5,19 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-import pyarrow as pa
 from pydantic import Field, model_validator
 
 from dagster_project.curation.split import assign, straddling
 from dagster_project.params import Section
-from dagster_project.records import RECORD, CheckResult, Report, read_records, write_records
+from dagster_project.records import CheckResult, Report, read_records, record_schema, write_records
 
 TRUTHS = {
     "split_leakage": "No group of near-duplicates stands in more than one split.",
     "schema": "Every split has rows.",
 }
-
-SPLIT_RECORD = RECORD.append(pa.field("split", pa.string()))
 
 
 class Params(Section):
@@ -36,6 +33,8 @@ class Params(Section):
 
 
 def run(params: Params, seed: int, instructions: Path, out: Path) -> Report:
+    import pyarrow as pa
+
     records = read_records(instructions)
     strata = [str(record[params.stratify_by]) if params.stratify_by != "none" else "" for record in records]
     splits = assign([record["group_id"] for record in records], strata, {"test": params.test, "validation": params.validation}, seed)
@@ -45,8 +44,9 @@ def run(params: Params, seed: int, instructions: Path, out: Path) -> Report:
     wanted = {"train": 1.0, "validation": params.validation, "test": params.test}
     empty = [name for name in order if wanted[name] and name not in splits]
     crossing = straddling([record["group_id"] for record in records], splits)
+    schema = record_schema().append(pa.field("split", pa.string()))
     for name in order:
-        write_records(out / name, [row for row in rows if row["split"] == name], SPLIT_RECORD)
+        write_records(out / name, [row for row in rows if row["split"] == name], schema)
     return Report(
         rows_in=len(records),
         rows_out=len(rows),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import pyarrow as pa
 from pydantic import Field
 
 from dagster_project.errors import InputError
@@ -13,20 +13,29 @@ from dagster_project.params import Section
 from dagster_project.records import CheckResult, Report, read_records, response_text, write_table
 from dagster_project.training.chat import IGNORE, encode, loss_weights, pack
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 TRUTHS = {
     "too_long": "Every example fits into `max_length` tokens.",
     "template_mismatch": "Every example has tokens to learn from and ends with the end-of-turn token in its labels.",
 }
 
-ROW = pa.schema(
-    [
-        ("example_ids", pa.list_(pa.string())),  # the examples in the row, in order
-        ("lengths", pa.list_(pa.int32())),  # tokens of each; they never attend to each other
-        ("input_ids", pa.list_(pa.int32())),
-        ("labels", pa.list_(pa.int32())),  # -100 where the loss does not count
-        ("weights", pa.list_(pa.float32())),  # how much each token counts in the loss
-    ]
-)
+
+@cache
+def row_schema() -> pa.Schema:
+    """One packed row."""
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            ("example_ids", pa.list_(pa.string())),  # the examples in the row, in order
+            ("lengths", pa.list_(pa.int32())),  # tokens of each; they never attend to each other
+            ("input_ids", pa.list_(pa.int32())),
+            ("labels", pa.list_(pa.int32())),  # -100 where the loss does not count
+            ("weights", pa.list_(pa.float32())),  # how much each token counts in the loss
+        ]
+    )
 
 
 class Params(Section):
@@ -63,8 +72,8 @@ def run(params: Params, splits: Path, base_model: Path, out: Path) -> Report:
         wrong += [example["example_ids"][0] for example in fitting if tokenizer.eos_token_id not in example["labels"]]
         lengths = [len(example["input_ids"]) for example in fitting]
         layout = pack(lengths, params.max_length) if params.packing else [[i] for i in range(len(fitting))]
-        rows = [{column: [value for i in row for value in fitting[i][column]] for column in ROW.names} for row in layout]
-        write_table(out / f"{split}.parquet", rows, ROW)
+        rows = [{column: [value for i in row for value in fitting[i][column]] for column in row_schema().names} for row in layout]
+        write_table(out / f"{split}.parquet", rows, row_schema())
         metrics[split] = {
             "examples": len(fitting),
             "rows": len(rows),
@@ -86,7 +95,7 @@ def run(params: Params, splits: Path, base_model: Path, out: Path) -> Report:
 
 
 def _example(tokenizer: Any, record: dict[str, Any], params: Params) -> dict[str, Any]:
-    """One record as a row of its own, in the columns of ROW."""
+    """One record as a row of its own, in the columns of `row_schema`."""
     ids, labels = encode(tokenizer, record["messages"])
     weights = loss_weights(tokenizer, labels, response_text(record["messages"]), params.field_weights, params.weigh == "example")
     return {"example_ids": [record["example_id"]], "lengths": [len(ids)], "input_ids": ids, "labels": labels, "weights": weights}

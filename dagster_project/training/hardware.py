@@ -42,12 +42,3 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most this process has held (on a GPU, what torch allocated there)."""
-    import resource
-
-    import torch
-
-    return torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

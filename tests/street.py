@@ -1,0 +1,183 @@
+"""A small street of real stages that take no time, for tests of the two doors: a foreach, a gate, a git source and a .dvc source.
+
+    raw (data/sources/g.txt in git, d.txt under DVC) -> inst (a gate: no row may say BAD) -> tok -> adapter@X -> cmp
+
+As a script in a project's folder it is that project's command line: `python street.py run STAGE`, `python street.py materialize [ADDRESS...]`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dagster_project.doors import dvc
+from dagster_project.errors import PedigreeError
+from dagster_project.pipeline import At, Pipeline
+from dagster_project.records import CheckResult, Report
+
+STAGES = ("raw", "inst", "tok", "adapter", "cmp", "extra")
+LOG = "runs.log"
+
+
+def _code(at: At) -> str:
+    """The stage's own code, whose only line is a version."""
+    return (at.root / "code" / f"{at.stage}.py").read_text().strip()
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().split("\n")
+
+
+def _started(at: At) -> None:
+    """Note that a command runs, and whether what it reads differs from what dvc.lock says it read before."""
+    state = dvc.read_street(at.root)[at.address]
+    new = any(i.now != i.recorded for i in state.inputs) or state.definition_now != state.definition_recorded
+    with (at.root / LOG).open("a") as file:
+        file.write(json.dumps({"stage": at.address, "inputs_changed": new, "pid": os.getpid()}) + "\n")
+    if os.environ.get("SLOW") == at.stage:
+        time.sleep(30)
+
+
+def raw(at: At) -> Report:
+    _started(at)
+    rows = _lines(at.root / "data/sources/g.txt") + _lines(at.root / "data/sources/d.txt")
+    (at.out / "rows.txt").write_text("\n".join([*rows, _code(at)]))
+    return Report(rows_in=len(rows), rows_out=len(rows))
+
+
+def inst(at: At) -> Report:
+    _started(at)
+    rows = _lines(at.root / "data/raw/rows.txt")
+    bad = [str(i) for i, row in enumerate(rows) if "BAD" in row]
+    (at.out / "rows.txt").write_text("\n".join([*rows, f"minlen {at.values['minlen']}", _code(at)]))
+    return Report(
+        rows_in=len(rows), rows_out=len(rows), checks=[CheckResult("no_bad_rows", not bad, blocking=True, count=len(bad), rows=bad)]
+    )
+
+
+def tok(at: At) -> Report:
+    _started(at)
+    (at.out / "train.txt").write_text((at.root / "data/inst/rows.txt").read_text().upper() + _code(at))
+    (at.out / "test.txt").write_text(f"test {at.values['testseed']}")
+    return Report()
+
+
+def adapter(at: At) -> Report:
+    _started(at)
+    (at.out / "weights.txt").write_text((at.root / "data/tok/train.txt").read_text() + str(at.values["variants"][at.variant]) + _code(at))
+    return Report()
+
+
+def cmp(at: At) -> Report:
+    _started(at)
+    found = [path.read_text() for name in at.values["variants"] for path in sorted((at.root / "data/adapter" / name).glob("*"))]
+    (at.out / "board.txt").write_text("\n".join([*found, (at.root / "data/tok/test.txt").read_text(), _code(at)]))
+    return Report()
+
+
+def extra(at: At) -> Report:
+    _started(at)
+    (at.out / "copy.txt").write_text((at.root / "data/tok/test.txt").read_text() + _code(at))
+    return Report()
+
+
+def _values(root: Path) -> dict[str, Any]:
+    return json.loads((root / "params.yaml").read_text())
+
+
+STREET = Pipeline(
+    {"raw": raw, "inst": inst, "tok": tok, "adapter": adapter, "cmp": cmp, "extra": extra},
+    {"adapter": "variants"},
+    lambda stage: {"no_bad_rows": "No row says BAD."} if stage == "inst" else {},
+    _values,
+)
+
+
+def stage_text(name: str, deps: list[str], params: list[str], note: str = "") -> dict[str, Any]:
+    """A stage of dvc.yaml. DVC changes nothing for `note`, which stands in the command as a comment does."""
+    each = "/${key}" if name == "adapter" else ""
+    body = {
+        "cmd": f"python street.py run {name}{'@${key}' if each else ''}{note}",
+        "deps": [f"code/{name}.py", *deps],
+        "outs": [f"data/{name}{each}"],
+        "metrics": [{f"data/reports/{name}{each}.json": {"cache": False}}],
+    } | ({"params": params} if params else {})
+    return {name: {"foreach": "${variants}", "do": body} if each else body}
+
+
+def dvc_yaml(note: str = "", with_extra: bool = False, raw_reads_d: bool = True) -> str:
+    sources = ["data/sources/g.txt", *(["data/sources/d.txt"] if raw_reads_d else [])]
+    stages = (
+        stage_text("raw", sources, [])
+        | stage_text("inst", ["data/raw"], ["minlen"], note)
+        | stage_text("tok", ["data/inst"], ["testseed"])
+        | stage_text("adapter", ["data/tok"], ["variants.${key}"])
+        | stage_text("cmp", ["data/adapter", "data/tok"], ["variants"])
+        | (stage_text("extra", ["data/tok"], []) if with_extra else {})
+    )
+    return json.dumps({"stages": stages}, indent=1)
+
+
+def git(root: Path, *arguments: str) -> str:
+    command = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *arguments]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+
+
+def make_project(root: Path, values: Mapping[str, Any] | None = None) -> Path:
+    """A project of this street in which nothing has run; everything is committed."""
+    for folder in ("code", "data/sources", "data/reports/adapter"):
+        (root / folder).mkdir(parents=True)
+    for name in STAGES:
+        (root / "code" / f"{name}.py").write_text("V = 0\n")
+    (root / "street.py").write_text(Path(__file__).read_text())
+    (root / "dvc.yaml").write_text(dvc_yaml())
+    (root / "params.yaml").write_text(json.dumps(values or {"minlen": 1, "testseed": 7, "variants": {"lora": {"r": 8}, "dora": {"r": 16}}}))
+    (root / "data/sources/g.txt").write_text("r0")
+    (root / "data/sources/d.txt").write_text("d0")
+    (root / ".gitignore").write_text(f"/.dagster\n/{LOG}\n__pycache__\n" + "".join(f"/data/{name}\n" for name in STAGES))
+    git(root, "init", "-q")
+    for command in (["init", "-q"], ["config", "core.analytics", "false"], ["add", "-q", "data/sources/d.txt"]):
+        subprocess.run([sys.executable, "-m", "dvc", *command], cwd=root, check=True, capture_output=True)
+    git(root, "add", "-A")
+    git(root, "commit", "-qm", "start")
+    return root
+
+
+def materialize(root: Path, instance: Any, addresses: list[str] | None = None, definitions: Any = None) -> Any:
+    """Materialize these assets, or all, in this process."""
+    from dagster_project.doors.dagster_assets import build_definitions
+    from dagster_project.doors.report import asset_key
+
+    found = definitions or build_definitions(root, STREET)
+    job = found.resolve_implicit_global_asset_job_def()
+    keys = [asset_key(a) for a in addresses] if addresses else list(found.resolve_asset_graph().materializable_asset_keys)
+    quiet = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
+    return job.execute_in_process(instance=instance, asset_selection=keys, raise_on_error=False, run_config=quiet)
+
+
+def main() -> int:
+    root = Path.cwd()
+    if sys.argv[1] == "run":
+        from dagster_project.doors.run import run_stage, streaming_to_dagster
+
+        try:
+            with streaming_to_dagster():
+                run_stage(root, sys.argv[2], STREET)
+        except PedigreeError as error:
+            print(error, file=sys.stderr)
+            return error.exit_code
+        return 0
+    import dagster as dg
+
+    with dg.DagsterInstance.from_config(str(root / ".dagster")) as instance:
+        return 0 if materialize(root, instance, sys.argv[2:]).success else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""Both doors at once: four processes, two at each door, bring the same street up to date over and over."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import street as mini
+from test_two_doors import changed_in_dvc, not_fresh
+
+from dagster_project.doors.dvc import read_street
+from dagster_project.doors.sync import sync
+
+ROUNDS = 10
+BUSY = ("is busy, it is being blocked by", "Unable to acquire lock")
+
+
+def dvc_door(root: Path) -> None:
+    """`dvc repro`; DVC does not wait for a busy stage but says so, and a user tries again."""
+    for _ in range(200):
+        done = subprocess.run([sys.executable, "-m", "dvc", "repro"], cwd=root, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return
+        assert any(sign in done.stderr for sign in BUSY), done.stderr + done.stdout
+        time.sleep(0.2)
+    raise AssertionError("busy for ever")
+
+
+def dagster_door(root: Path, instance: Any) -> None:
+    result = mini.materialize(root, instance)
+    assert result.success, [event.message for event in result.all_events if event.is_failure]
+
+
+def work(root: Path, door: str, barrier: Any, failures: Any) -> None:
+    import dagster as dg
+
+    try:
+        with dg.DagsterInstance.from_config(str(root / ".dagster")) as instance:
+            for _ in range(ROUNDS):
+                barrier.wait(120)
+                dvc_door(root) if door == "dvc" else dagster_door(root, instance)
+                barrier.wait(120)
+    except BaseException:
+        failures.put(traceback.format_exc())
+        barrier.abort()
+        raise
+
+
+@pytest.mark.slow
+def test_four_processes_at_two_doors_lose_nothing_run_nothing_twice_and_never_fail(tmp_path: Path) -> None:
+    import dagster as dg
+
+    root = mini.make_project(tmp_path / "project")
+    (root / ".dagster").mkdir()
+    (root / ".dagster" / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
+    context = multiprocessing.get_context("spawn")
+    barrier, failures = context.Barrier(5), context.Queue()
+    workers = [context.Process(target=work, args=(root, door, barrier, failures)) for door in ("dvc", "dagster", "dvc", "dagster")]
+    with dg.DagsterInstance.from_config(str(root / ".dagster")) as instance:
+        for worker in workers:
+            worker.start()
+        try:
+            for number in range(ROUNDS):
+                (root / "data/sources/g.txt").write_text(f"round {number}")
+                log = root / mini.LOG
+                before = len(log.read_text().splitlines()) if log.exists() else 0
+                barrier.wait(120)
+                barrier.wait(120)
+                ran = Counter(json.loads(line)["stage"] for line in log.read_text().splitlines()[before:])
+                assert ran == Counter(dict.fromkeys(read_street(root), 1)), f"round {number}: {ran}"
+                assert not any(state.changed for state in read_street(root).values()), f"round {number}"
+                sync(root, instance, mini.STREET)
+                assert changed_in_dvc(root) == not_fresh(root, instance) == set()
+                assert sync(root, instance, mini.STREET) == []
+        except BaseException:
+            while not failures.empty():
+                print(failures.get(), file=sys.stderr)
+            raise
+        finally:
+            barrier.abort() if any(worker.is_alive() for worker in workers) and sys.exc_info()[0] else None
+            for worker in workers:
+                worker.join(30)
+                if worker.is_alive():
+                    os.kill(worker.pid or 0, 9)
+    assert [worker.exitcode for worker in workers] == [0, 0, 0, 0]

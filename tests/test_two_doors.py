@@ -1,0 +1,325 @@
+"""The property the product stands on: after anything people do and one sync, Dagster and DVC say the same, and it is true.
+
+Hypothesis plays random sequences of edits, runs at either door, tampering, checkouts and kills on a small real street (tests/street.py) with real DVC
+and a real Dagster instance. `make soak` plays thousands of steps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import chdir
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import psutil
+import street as mini
+from dagster._core.definitions.data_version import CachingStaleStatusResolver
+from dagster._core.loader import LoadingContextForTest
+from dvc.cli import main as dvc_main
+from dvc.repo import Repo
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+
+from dagster_project.doors.dagster_assets import build_definitions
+from dagster_project.doors.dvc import read_street
+from dagster_project.doors.report import asset_key
+from dagster_project.doors.runs import ALIVE, reap
+from dagster_project.doors.sync import sync
+
+COUNTS: Counter[str] = Counter()
+"""What was played, for the soak's summary."""
+
+_template: list[Path] = []
+
+
+def template() -> Path:
+    if not _template:
+        _template.append(mini.make_project(Path(tempfile.mkdtemp(prefix="two-doors-")) / "project"))
+    return _template[0]
+
+
+def dvc(root: Path, *arguments: str) -> int:
+    with chdir(root):
+        return int(dvc_main([*arguments, "-q"]))
+
+
+def changed_in_dvc(root: Path) -> set[str]:
+    with chdir(root), Repo(str(root)) as repo:
+        return {name for name in repo.status() if not name.endswith(".dvc")}
+
+
+def not_fresh(root: Path, instance: dg.DagsterInstance) -> set[str]:
+    graph = build_definitions(root, mini.STREET).resolve_asset_graph()
+    resolver = CachingStaleStatusResolver(instance, graph, LoadingContextForTest(instance))
+    return {address for address in read_street(root) if resolver.get_status(asset_key(address)).value != "FRESH"}
+
+
+class TwoDoors(RuleBasedStateMachine):
+    @initialize()
+    def start(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="two-doors-"))
+        self.root = self.folder / "project"
+        shutil.copytree(template(), self.root, symlinks=True)
+        self.open()
+        self.old = build_definitions(self.root, mini.STREET)
+        self.yaml = {"note": "", "with_extra": False, "raw_reads_d": True}
+
+    def open(self) -> None:
+        home = self.root / ".dagster"
+        home.mkdir(exist_ok=True)
+        (home / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
+        self.instance = dg.DagsterInstance.from_config(str(home))
+
+    def teardown(self) -> None:
+        if hasattr(self, "folder"):
+            self.instance.dispose()
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    # what people do
+
+    @rule(value=st.integers(0, 3), where=st.sampled_from(["g", "d"]), added=st.booleans())
+    def edit_source(self, value: int, where: str, added: bool) -> None:
+        def act() -> None:
+            path = self.root / f"data/sources/{where}.txt"
+            path.unlink(missing_ok=True)
+            path.write_text(f"r{value}")
+            if where == "d" and added:
+                dvc(self.root, "add", str(path))
+
+        self.step("edit source", act)
+
+    @rule()
+    def spoil_source(self) -> None:
+        self.step("spoil source", lambda: (self.root / "data/sources/g.txt").write_text("r0\nBAD"))
+
+    @rule()
+    def revert_source(self) -> None:
+        self.step("revert source", lambda: mini.git(self.root, "checkout", "--", "data/sources/g.txt"))
+
+    @rule(name=st.sampled_from(["minlen", "testseed"]), value=st.integers(1, 3))
+    def edit_parameter(self, name: str, value: int) -> None:
+        self.step("edit parameter", lambda: self.write_values({**self.values(), name: value}))
+
+    @rule(stage=st.sampled_from(mini.STAGES), value=st.integers(0, 2))
+    def edit_code(self, stage: str, value: int) -> None:
+        self.step("edit code", lambda: (self.root / f"code/{stage}.py").write_text(f"V = {value}\n"))
+
+    @rule(key=st.sampled_from(["note", "with_extra", "raw_reads_d"]))
+    def edit_dvc_yaml(self, key: str) -> None:
+        def act() -> None:
+            self.yaml[key] = (" --note" if not self.yaml[key] else "") if key == "note" else not self.yaml[key]
+            (self.root / "dvc.yaml").write_text(mini.dvc_yaml(**self.yaml))
+
+        self.step("edit dvc.yaml", act)
+
+    @rule(value=st.integers(1, 3), what=st.sampled_from(["add", "edit", "rename", "remove"]))
+    def change_variants(self, value: int, what: str) -> None:
+        def act() -> None:
+            values = self.values()
+            variants = values["variants"]
+            if what == "add":
+                variants["vera"] = {"r": value}
+            elif what == "edit":
+                variants[next(iter(variants))] = {"r": value}
+            elif what == "rename":
+                first = next(iter(variants))
+                values["variants"] = {f"v{value}": variants.pop(first), **variants}
+            elif len(variants) > 1:
+                variants.pop(next(iter(variants)))
+            self.write_values(values)
+
+        self.step(f"{what} variant", act)
+
+    @rule(which=st.integers(0, 5), old=st.booleans())
+    def materialize_one(self, which: int, old: bool) -> None:
+        def act() -> None:
+            definitions = self.old if old else build_definitions(self.root, mini.STREET)
+            keys = sorted(definitions.resolve_asset_graph().materializable_asset_keys, key=str)
+            mini.materialize(self.root, self.instance, ["@".join(keys[which % len(keys)].path)], definitions)
+
+        self.step("materialize one" + (" with old definitions" if old else ""), act)
+
+    @rule(old=st.booleans())
+    def materialize_all(self, old: bool) -> None:
+        self.step(
+            "materialize all" + (" with old definitions" if old else ""),
+            lambda: mini.materialize(self.root, self.instance, None, self.old if old else None),
+        )
+
+    @rule()
+    def reload_definitions(self) -> None:
+        self.old = build_definitions(self.root, mini.STREET)
+
+    @rule(flag=st.sampled_from(["", "", "--keep-going", "--ignore-errors", "-f"]))
+    def repro(self, flag: str) -> None:
+        self.step(f"dvc repro {flag}".strip(), lambda: dvc(self.root, "repro", *filter(None, [flag])), forced=flag == "-f")
+
+    @rule(which=st.integers(0, 6))
+    def repro_single_item(self, which: int) -> None:
+        def act() -> None:
+            names = list(read_street(self.root))
+            dvc(self.root, "repro", "--single-item", names[which % len(names)])
+
+        self.step("dvc repro --single-item", act)
+
+    @rule(which=st.integers(0, 6), report=st.booleans(), how=st.sampled_from(["delete", "tamper", "spoil"]))
+    def harm_output(self, which: int, report: bool, how: str) -> None:
+        def act() -> None:
+            states = list(read_street(self.root).values())
+            state = states[which % len(states)]
+            path = self.root / (state.report or "") if report else self.root / state.out
+            if not path.exists():
+                return
+            if how == "delete":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            else:
+                target = path if report else sorted(path.iterdir())[0]
+                target.unlink()
+                target.write_text("{}" if report else "BAD" if how == "spoil" else "tampered")
+
+        self.step(f"{how} output", act)
+
+    @rule()
+    def dvc_commit(self) -> None:
+        self.step("dvc commit", lambda: dvc(self.root, "commit", "-f"))
+
+    @rule()
+    def git_commit(self) -> None:
+        def act() -> None:
+            mini.git(self.root, "add", "-A")
+            mini.git(self.root, "commit", "-q", "--allow-empty", "-m", "x")
+
+        self.step("git commit", act)
+
+    @rule(which=st.integers(0, 9), outputs_too=st.booleans())
+    def git_checkout(self, which: int, outputs_too: bool) -> None:
+        def act() -> None:
+            revisions = mini.git(self.root, "rev-list", "--all").split()
+            mini.git(self.root, "checkout", "-qf", revisions[which % len(revisions)])
+            text = (self.root / "dvc.yaml").read_text()
+            self.yaml = {"note": " --note" if "--note" in text else "", "with_extra": '"extra"' in text, "raw_reads_d": "d.txt" in text}
+            if outputs_too:
+                dvc(self.root, "checkout", "-f")
+
+        self.step("git checkout" + (" and dvc checkout" if outputs_too else ""), act)
+
+    @rule()
+    def delete_dagster_home(self) -> None:
+        def act() -> None:
+            self.instance.dispose()
+            shutil.rmtree(self.root / ".dagster")
+            self.open()
+
+        self.step("delete Dagster's home", act)
+
+    @rule(
+        stage=st.sampled_from(["raw", "inst", "tok", "cmp"]),
+        door=st.sampled_from(["dvc", "dagster"]),
+        victim=st.sampled_from(["door", "stage"]),
+    )
+    def kill_while_running(self, stage: str, door: str, victim: str) -> None:
+        self.step(f"kill -9 at the {door} door", lambda: self.kill(stage, door, victim))
+
+    def kill(self, stage: str, door: str, victim: str) -> None:
+        (self.root / f"code/{stage}.py").write_text(f"V = {COUNTS['steps'] + 3}\n")  # so that it has something to do
+        command = ["-m", "dvc", "repro", "-q"] if door == "dvc" else ["street.py", "materialize"]
+        ran = len(self.runs())
+        # in a session of its own, so that only the killed process gets the signal
+        process = subprocess.Popen(
+            [sys.executable, *command], cwd=self.root, env={**os.environ, "SLOW": stage}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+        slow = None
+        while process.poll() is None and slow is None:
+            slow = next((entry for entry in self.runs()[ran:] if entry["stage"] == stage), None)
+            time.sleep(0.05)
+        if slow is None:
+            return  # the stage had nothing to do
+        COUNTS["kills that hit"] += 1
+        os.kill(process.pid if victim == "door" else slow["pid"], signal.SIGKILL)
+        process.wait(30)
+        for _ in range(100):
+            if not psutil.pid_exists(slow["pid"]):
+                break
+            time.sleep(0.1)
+        else:
+            raise AssertionError(f"{stage} (process {slow['pid']}) lives on though its {victim} was killed")
+
+    # what must hold afterwards
+
+    def step(self, what: str, act: Any, forced: bool = False) -> None:
+        COUNTS[what] += 1
+        COUNTS["steps"] += 1
+        doubted = {address for address, state in read_street(self.root).items() if state.doubt}
+        ran = len(self.runs())
+        act()
+        runs = self.runs()[ran:]
+        COUNTS["stage commands run"] += len(runs)
+        for entry in runs:
+            assert forced or entry["inputs_changed"] or entry["stage"] in doubted, f"{what}: {entry['stage']} ran for nothing"
+        reap(self.instance)
+        assert not self.instance.get_runs(dg.RunsFilter(statuses=ALIVE)), f"{what}: a dead run counts as alive"
+        sync(self.root, self.instance, mini.STREET)
+        changed = changed_in_dvc(self.root)
+        assert not_fresh(self.root, self.instance) == changed, f"{what}: DVC says {changed}"
+        for address, state in read_street(self.root).items():
+            event = self.instance.get_latest_materialization_event(asset_key(address))
+            if event:
+                assert event.asset_materialization.tags["dagster/data_version"] == state.version, f"{what}: {address}"
+        assert sync(self.root, self.instance, mini.STREET) == [], what
+        for name in ("inst", "tok", "adapter", "cmp", "extra"):
+            state_of = read_street(self.root)
+            for path in (self.root / "data" / name).rglob("*.txt"):
+                address = f"adapter@{path.parent.name}" if name == "adapter" else name
+                if address in state_of and not state_of[address].changed:
+                    assert "BAD" not in path.read_text(), f"{what}: a bad row in {path.relative_to(self.root)}"
+
+    def runs(self) -> list[dict[str, Any]]:
+        path = self.root / mini.LOG
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def values(self) -> dict[str, Any]:
+        return json.loads((self.root / "params.yaml").read_text())
+
+    def write_values(self, values: dict[str, Any]) -> None:
+        (self.root / "params.yaml").write_text(json.dumps(values))
+
+
+TestTwoDoors = TwoDoors.TestCase
+TestTwoDoors.settings = settings(
+    max_examples=6, stateful_step_count=8, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck),
+    phases=[Phase.generate],
+)  # fmt: skip
+
+
+def soak(steps: int, seed: int) -> None:
+    """Play at least so many steps from a seed, at most 20 to a project, and print the counts."""
+    from hypothesis.core import seed as seeded
+    from hypothesis.stateful import run_state_machine_as_test
+
+    random.seed(seed)
+    began = time.monotonic()
+    rounds = settings(
+        max_examples=10, stateful_step_count=20, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate],
+        print_blob=True,
+    )  # fmt: skip
+    while COUNTS["steps"] < steps:
+        run_state_machine_as_test(seeded(random.randrange(2**32))(type("Soak", (TwoDoors,), {})), settings=rounds)
+        print(f"{COUNTS['steps']} steps in {time.monotonic() - began:.0f} s, no disagreement", flush=True)
+    for what, count in sorted(COUNTS.items()):
+        print(f"{count:6} {what}")
+
+
+if __name__ == "__main__":
+    soak(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else random.randrange(2**32))
