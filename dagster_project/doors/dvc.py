@@ -168,16 +168,12 @@ def _hash(output: Any) -> str:
 
 def _tracked(root: Path, stage: Any, out: Any) -> str:
     """How a source tracked by a .dvc file differs from it, with the next step; empty if it does not."""
-    path = os.path.relpath(out.fs_path, root)
+    path, file = os.path.relpath(out.fs_path, root), os.path.relpath(stage.path, root)
     found = out.workspace_status().get(str(out), "")
     if found == "deleted":
         fetch = "dvc checkout" if not out.changed_cache() else "dvc pull"
-        return f"{path} is missing; fetch it with `{fetch} {stage.relpath}`"
-    return (
-        f"{path} differs from {stage.relpath}; keep the change with `dvc add {path}`, or drop it with `dvc checkout {path}`"
-        if found
-        else ""
-    )
+        return f"{path} is missing; fetch it with `{fetch} {file}`"
+    return f"{path} differs from {file}; keep the change with `dvc add {path}`, or drop it with `dvc checkout {path}`" if found else ""
 
 
 def _state(root: Path, stage: Any, paths: Mapping[str, str], versions: Mapping[str, str], tracked: Mapping[str, str]) -> StageState:

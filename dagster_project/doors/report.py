@@ -48,6 +48,7 @@ def describe(root: Path, state: StageState) -> dict[str, Any]:
     if board.is_file():
         found["board"] = dg.MetadataValue.md(board.read_text())
     found["path"] = dg.MetadataValue.text(state.out)
+    found["data_version"] = dg.MetadataValue.text(state.version)
     for name in ("rows_in", "rows_out"):
         if name in report:
             found[name] = dg.MetadataValue.int(report[name])

@@ -1,0 +1,173 @@
+"""What people see: a real `pedigree ui` in headless Chromium. Screenshots are kept in screenshots/."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, edit_params, pedigree
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+SHOTS = ROOT / "screenshots"
+
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH (apt-get install chromium)")]
+
+
+@dataclass
+class Ui:
+    """A project, its running UI, and a page on it."""
+
+    root: Path
+    url: str
+    page: Any
+
+    def see(self, path: str, *texts: str, shot: str) -> str:
+        """Open a page, wait until it shows all texts, keep a screenshot, return everything it says."""
+        self.page.goto(self.url + path)
+        return self.wait(*texts, shot=shot)
+
+    def wait(self, *texts: str, shot: str, seconds: float = 60) -> str:
+        end = time.monotonic() + seconds
+        while True:
+            said = self.page.inner_text("body")
+            missing = [text for text in texts if text not in said]
+            if not missing or time.monotonic() > end:
+                SHOTS.mkdir(exist_ok=True)
+                self.page.screenshot(path=SHOTS / f"{shot}.png")
+                assert not missing, f"{self.page.url} does not show {missing}; it says:\n{said}"
+                return said
+            time.sleep(0.5)
+
+    def last_run(self) -> dict[str, str]:
+        query = json.dumps({"query": "{ runsOrError(limit: 1) { ... on Runs { results { runId status } } } }"}).encode()
+        request = urllib.request.Request(f"{self.url}/graphql", query, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            results = json.load(answer)["data"]["runsOrError"]["results"]
+        return results[0] if results else {"runId": "", "status": ""}
+
+    def materialize(self, asset: str) -> dict[str, str]:
+        """Press the button on an asset's page and wait for the run to end."""
+        before = self.last_run()["runId"]
+        self.page.goto(f"{self.url}/assets/{asset}?view=overview")
+        self.page.get_by_role("button", name="Materialize").first.click(timeout=60_000)
+        end = time.monotonic() + 240
+        while time.monotonic() < end:
+            run = self.last_run()
+            if run["runId"] != before and run["status"] in {"SUCCESS", "FAILURE", "CANCELED"}:
+                return run
+            time.sleep(1)
+        raise AssertionError(f"no run of {asset} ended: {self.last_run()}")
+
+
+@pytest.fixture(scope="module")
+def ui(_finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ui]:
+    from playwright.sync_api import sync_playwright
+
+    root = tmp_path_factory.mktemp("ui") / "project"
+    shutil.copytree(_finished, root, symlinks=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = {**os.environ, "DAGSTER_HOME": str(root / ".dagster")}
+    log = (root / "ui.log").open("w")
+    server = subprocess.Popen(
+        [sys.executable, "-m", "dagster_project", "ui", "--project", str(root), "--port", str(port)],
+        cwd=root, env=env, stdout=log, stderr=log, start_new_session=True,
+    )  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"{url}/server_info", timeout=2)
+                break
+            except OSError:
+                assert server.poll() is None, (root / "ui.log").read_text()
+                time.sleep(0.5)
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+            page = browser.new_page(viewport={"width": 1600, "height": 1000})
+            yield Ui(root, url, page)
+            browser.close()
+    finally:
+        os.killpg(server.pid, signal.SIGINT)
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+
+
+def test_the_lineage_graph_has_named_groups_and_readable_keys(ui: Ui) -> None:
+    ui.see("/asset-groups", "sources", "data", "training", "model", "evaluation", "definitions", "Materialize all (10)", shot="lineage")
+    said = ui.see(
+        "/locations/__repository__@pedigree/asset-groups/data/lineage", "raw_examples", "instructions", "splits", shot="lineage-data"
+    )
+    assert "Join the community" not in said
+
+
+def test_an_assets_page_tells_what_it_is_its_rows_its_version_and_its_commit(ui: Ui) -> None:
+    from dagster_project.doors.dvc import read_street
+
+    state = read_street(ui.root)["instructions"]
+    report = json.loads((ui.root / "data/reports/instructions.json").read_text())
+    said = ui.see("/assets/instructions?view=overview", state.description, "rows_in", "rows_out", "git_commit", state.version, shot="asset")
+    assert {str(report["rows_in"]), str(report["rows_out"])} <= set(said.split())
+
+
+def test_a_trained_asset_shows_its_loss_curve(ui: Ui) -> None:
+    ui.see("/assets/adapter/lora?view=overview", "loss", "trainable_parameters", shot="adapter")
+    ui.page.locator("tr", has_text="loss").get_by_text("Show Markdown").first.click()
+    image = ui.page.locator("img[alt=loss]")
+    image.wait_for(timeout=30_000)
+    time.sleep(1)  # until the dialog has faded in
+    ui.page.screenshot(path=SHOTS / "loss-curve.png")
+    assert image.evaluate("picture => picture.naturalWidth") > 200
+
+
+def test_the_checks_of_the_instruction_set_passed(ui: Ui) -> None:
+    said = ui.see("/assets/instructions?view=checks", "Checks (16)", "empty_response", "benchmark_leakage", shot="checks")
+    assert said.count("Succeeded") >= 14
+
+
+def test_after_an_edit_the_right_assets_are_unsynced(ui: Ui) -> None:
+    edit_params(ui.root, lambda v: v["adapter"]["lora"].update(max_steps=9))
+    assert pedigree(ui.root, "sync").returncode == 0
+    ui.see("/assets/adapter/lora?view=overview", "Unsynced", shot="unsynced")
+    said = ui.see("/assets/tokenized?view=overview", "Latest materialization", shot="synced")
+    assert "Unsynced" not in said
+
+
+def test_the_progress_of_a_long_stage_streams_into_the_runs_log(ui: Ui) -> None:
+    run = ui.materialize("adapter/lora")
+    ui.see(f"/runs/{run['runId']}", "Success", shot="run")
+    ui.page.get_by_placeholder("Filter").first.fill("training:")
+    ui.wait("9/9 steps", shot="run-progress")
+    assert run["status"] == "SUCCESS"
+
+
+def test_a_spoiled_source_fails_its_check_with_the_rows_and_nothing_downstream_runs(ui: Ui) -> None:
+    edit_params(ui.root, lambda v: v["instructions"].update(policy={"empty_response": "fail"}))
+    path = ui.root / "data/sources/triage_alpaca.json"
+    rows = json.loads(path.read_text())
+    path.write_text(json.dumps([{**rows[0], "output": ""}, *rows[1:]]))
+    before = (ui.root / "data/splits").stat().st_mtime_ns
+    assert ui.materialize("raw_examples")["status"] == "SUCCESS"
+    assert ui.materialize("instructions")["status"] == "FAILURE"
+    ui.see("/assets/instructions?view=checks&checkDetail=empty_response", "empty_response", "Failed", shot="failed-check")
+    ui.page.get_by_text("Show Markdown").first.click()
+    ui.wait("triage_alpaca.json:0", shot="failed-rows")
+    refused = ui.materialize("splits")
+    assert refused["status"] == "FAILURE"
+    ui.see(f"/runs/{refused['runId']}", "instructions must be brought up to date first", shot="refused")
+    assert (ui.root / "data/splits").stat().st_mtime_ns == before

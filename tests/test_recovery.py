@@ -1,0 +1,259 @@
+"""What goes wrong between two doors, what is said of it, and that the street recovers. On the small street of tests/street.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+import street as mini
+from conftest import dvc, pedigree, run
+from test_two_doors import changed_in_dvc, not_fresh
+
+from dagster_project.doors.dagster_assets import build_definitions, home
+from dagster_project.doors.dvc import read_street
+from dagster_project.doors.process import hold
+from dagster_project.doors.report import asset_key
+from dagster_project.doors.runs import ALIVE, reap
+from dagster_project.doors.sync import sync
+from dagster_project.errors import InputError
+
+
+@pytest.fixture(scope="session")
+def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = mini.make_project(tmp_path_factory.mktemp("street") / "project")
+    assert dvc(root, "repro").returncode == 0
+    mini.git(root, "add", "-A")
+    mini.git(root, "commit", "-qm", "made")
+    return root
+
+
+@pytest.fixture
+def root(_made: Path, tmp_path: Path) -> Path:
+    """A small street in which everything has run and is committed."""
+    shutil.copytree(_made, tmp_path / "project", symlinks=True)
+    return tmp_path / "project"
+
+
+@pytest.fixture
+def instance(root: Path) -> Iterator[dg.DagsterInstance]:
+    (root / ".dagster").mkdir()
+    (root / ".dagster" / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
+    with dg.DagsterInstance.from_config(str(root / ".dagster")) as found:
+        sync(root, found, mini.STREET)
+        yield found
+
+
+def failure(result: Any) -> str:
+    """Why a run failed, as Dagster shows it."""
+    event = next(e for e in result.all_events if e.event_type_value == "STEP_FAILURE")
+    return str(event.event_specific_data.user_failure_data.description)
+
+
+def commands_run(root: Path) -> list[str]:
+    return [json.loads(line)["stage"] for line in (root / mini.LOG).read_text().splitlines()]
+
+
+def tamper_with_cache(root: Path, address: str) -> None:
+    """Put other bytes into every cache object that holds a file of an output, and check it out again. DVC notices nothing."""
+    out = root / read_street(root)[address].out
+    for file in list(out.iterdir()):
+        content = file.read_bytes()
+        for path in (root / ".dvc/cache/files/md5").rglob("*"):
+            if path.is_file() and path.read_bytes() == content:
+                path.chmod(0o644)
+                path.write_bytes(b"TAMPERED")
+                path.chmod(0o444)
+    shutil.rmtree(out)
+    assert dvc(root, "checkout").returncode == 0
+    assert any(file.read_bytes() == b"TAMPERED" for file in out.iterdir()), "DVC noticed, so nothing is shown"
+
+
+def test_a_tampered_cache_object_is_set_aside_said_in_one_line_and_made_again(root: Path, instance: dg.DagsterInstance) -> None:
+    version = read_street(root)["inst"].version
+    tamper_with_cache(root, "inst")
+    assert changed_in_dvc(root) == set()
+    said = sync(root, instance, mini.STREET)
+    assert [line for line in said if "sha256 differs" in line and line.startswith("inst: data/inst")] == said[:1]
+    assert (root / ".dvc/tmp/pedigree/set_aside/inst/rows.txt").read_bytes() == b"TAMPERED"
+    assert not_fresh(root, instance) == changed_in_dvc(root) == {"inst", "tok"}
+    assert mini.materialize(root, instance, ["inst"]).success
+    assert read_street(root)["inst"].version == version
+    sync(root, instance, mini.STREET)
+    assert not_fresh(root, instance) == changed_in_dvc(root) == set()
+
+
+def test_dvc_repro_does_not_use_a_tampered_cache_object_either(root: Path) -> None:
+    tamper_with_cache(root, "inst")
+    (root / "params.yaml").write_text((root / "params.yaml").read_text().replace('"testseed": 7', '"testseed": 8'))
+    refused = dvc(root, "repro")
+    assert refused.returncode != 0 and "sha256 differs" in refused.stderr and "hint: run `dvc repro tok` again" in refused.stderr
+    assert dvc(root, "repro").returncode == 0
+    assert "TAMPERED" not in (root / "data/tok/train.txt").read_text()
+    assert changed_in_dvc(root) == set()
+
+
+def test_an_output_edited_by_hand_cannot_be_recorded_with_dvc_commit(root: Path, instance: dg.DagsterInstance) -> None:
+    before = (root / "data/inst/rows.txt").read_text()
+    (root / "data/inst/rows.txt").unlink()
+    (root / "data/inst/rows.txt").write_text("BAD")
+    assert dvc(root, "commit", "-f").returncode == 0
+    assert "changed behind DVC's back" in sync(root, instance, mini.STREET)[0]
+    assert dvc(root, "repro").returncode == 0
+    assert (root / "data/inst/rows.txt").read_text() == before
+    assert not [line for line in sync(root, instance, mini.STREET) if "sha256" in line]
+
+
+def test_a_killed_run_is_ended_frees_its_slots_and_the_next_one_recovers(root: Path, instance: dg.DagsterInstance) -> None:
+    (root / "code/tok.py").write_text("V = 9\n")
+    process = subprocess.Popen(
+        [sys.executable, "street.py", "materialize"], cwd=root, env={**os.environ, "SLOW": "tok"}, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    while "tok" not in commands_run(root)[5:]:
+        time.sleep(0.1)
+        assert process.poll() is None
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    [run_id] = [found.run_id for found in instance.get_runs(dg.RunsFilter(statuses=ALIVE))]
+    said = reap(instance)
+    assert len(said) == 1 and "was killed; marked as failed" in said[0]
+    assert instance.get_run_by_id(run_id).status == dg.DagsterRunStatus.FAILURE
+    assert reap(instance) == []
+    assert mini.materialize(root, instance).success
+    sync(root, instance, mini.STREET)
+    assert not_fresh(root, instance) == changed_in_dvc(root) == set()
+
+
+def test_a_run_whose_process_lives_is_left_alone(root: Path, instance: dg.DagsterInstance) -> None:
+    @dg.op
+    def look(context) -> None:
+        assert reap(context.instance) == []
+
+    @dg.job
+    def looking() -> None:
+        look()
+
+    assert looking.execute_in_process(instance=instance).success
+
+
+def test_an_empty_table_of_busy_paths_is_mended(root: Path, instance: dg.DagsterInstance) -> None:
+    (root / ".dvc/tmp/rwlock").write_text("")
+    assert "corrupt" in dvc(root, "repro").stderr
+    assert sync(root, instance, mini.STREET) == []
+    assert dvc(root, "repro").returncode == 0
+
+
+def test_a_lock_older_than_the_event_log_reads_fresh_again(root: Path, instance: dg.DagsterInstance) -> None:
+    old = read_street(root)["inst"].version
+    (root / "data/sources/g.txt").write_text("r1")
+    assert mini.materialize(root, instance).success
+    sync(root, instance, mini.STREET)
+    assert read_street(root)["inst"].version != old
+    mini.git(root, "checkout", "-qf", ".")
+    assert dvc(root, "checkout").returncode == 0
+    assert sync(root, instance, mini.STREET) != []
+    assert not_fresh(root, instance) == changed_in_dvc(root) == set()
+    assert instance.get_latest_materialization_event(asset_key("inst")).asset_materialization.tags["dagster/data_version"] == old
+
+
+def test_what_comes_from_the_run_cache_is_reported_with_its_checks_and_runs_nothing(root: Path, instance: dg.DagsterInstance) -> None:
+    values = (root / "params.yaml").read_text()
+    (root / "params.yaml").write_text(values.replace('"minlen": 1', '"minlen": 2'))
+    assert dvc(root, "repro").returncode == 0
+    (root / "params.yaml").write_text(values)
+    ran = len(commands_run(root))
+    result = mini.materialize(root, instance)
+    assert result.success and len(commands_run(root)) == ran
+    done = {"@".join(e.asset_key.path): e.materialization.metadata["done"].value for e in result.get_asset_materialization_events()}
+    assert done["inst"] == "restored" and done["raw"] == "nothing"
+    assert [(c.check_name, c.passed) for c in result.get_asset_check_evaluations()] == [("no_bad_rows", True)]
+
+
+def test_deleting_dagsters_home_and_syncing_brings_the_view_back(root: Path) -> None:
+    for _ in range(2):
+        (root / ".dagster").mkdir()
+        (root / ".dagster" / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
+        with dg.DagsterInstance.from_config(str(root / ".dagster")) as found:
+            assert len(sync(root, found, mini.STREET)) > len(read_street(root))
+            assert not_fresh(root, found) == set()
+            record = found.event_log_storage.get_latest_asset_check_execution_by_key([dg.AssetCheckKey(asset_key("inst"), "no_bad_rows")])
+            assert [r.event.dagster_event.event_specific_data.passed for r in record.values()] == [True]
+        shutil.rmtree(root / ".dagster")
+
+
+def test_a_tracked_source_that_was_edited_but_not_added_stops_an_asset_before_anything_is_deleted(root: Path, instance) -> None:
+    (root / "data/sources/d.txt").unlink()
+    (root / "data/sources/d.txt").write_text("new")
+    before = (root / "data/raw/rows.txt").read_bytes()
+    said = failure(mini.materialize(root, instance, ["raw"]))
+    assert "data/sources/d.txt differs from data/sources/d.txt.dvc" in said and "`dvc add data/sources/d.txt`" in said
+    assert (root / "data/raw/rows.txt").read_bytes() == before
+    assert dvc(root, "add", "data/sources/d.txt").returncode == 0
+    assert mini.materialize(root, instance).success
+
+
+def test_a_missing_output_says_how_to_get_it_back(root: Path, instance: dg.DagsterInstance) -> None:
+    (root / "code/inst.py").write_text("V = 9\n")
+    shutil.rmtree(root / "data/raw")
+    assert "`dvc checkout data/raw` brings it back" in failure(mini.materialize(root, instance, ["inst"]))
+    shutil.rmtree(root / ".dvc/cache")
+    assert "not in the cache: `dvc pull data/raw` fetches it" in failure(mini.materialize(root, instance, ["inst"]))
+    (root / "data/sources/d.txt").unlink()
+    assert "`dvc pull data/sources/d.txt.dvc`" in failure(mini.materialize(root, instance, ["raw"]))
+
+
+def test_a_busy_stage_names_who_holds_it(root: Path) -> None:
+    with hold(root, "tok", busy=lambda _: None):
+        done = run([sys.executable, "street.py", "run", "tok"], root)
+    assert done.returncode == 1
+    assert f"tok is being run by process {os.getpid()} (" in done.stderr and "wait for it to end, or stop it" in done.stderr
+
+
+def test_an_unresolved_merge_in_dvc_lock_is_named(root: Path) -> None:
+    text = (root / "dvc.lock").read_text()
+    (root / "dvc.lock").write_text(f"<<<<<<< ours\n{text}=======\n{text}>>>>>>> theirs\n")
+    done = pedigree(root, "sync")
+    assert done.returncode == 2
+    assert (
+        "dvc.lock has an unresolved merge" in done.stderr
+        and "git checkout --ours dvc.lock" in done.stderr
+        and "Traceback" not in done.stderr
+    )
+
+
+def test_a_stage_that_the_code_does_not_know_is_named(root: Path) -> None:
+    done = pedigree(root, "sync")  # to the real street, all of this one's stages are unknown
+    assert done.returncode == 2
+    assert "unknown stage 'raw'" in done.stderr and "pipeline.py" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_dagster_home_of_another_project_is_refused(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(root, other, symlinks=True)
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "elsewhere"))
+    home(root)
+    home(root)
+    with pytest.raises(InputError, match=f"belongs to the project in {root}") as refusal:
+        home(other)
+    assert "DAGSTER_HOME" in refusal.value.hint and str(other / ".dagster") in refusal.value.hint
+    shutil.rmtree(root)
+    home(other)  # nobody's any more
+
+
+def test_schedule_and_freshness_are_examples_that_are_off(root: Path) -> None:
+    from dagster_project.doors.dagster_assets import DAGSTER_YAML
+
+    definitions = build_definitions(root, mini.STREET)
+    assert [s.default_status for s in definitions.schedules] == [dg.DefaultScheduleStatus.STOPPED]
+    assert "freshness: {enabled: false}" in DAGSTER_YAML
+    assert {job.name for job in definitions.jobs} == {"street", "data", "variant_lora", "variant_dora"}
