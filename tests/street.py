@@ -161,6 +161,29 @@ def materialize(root: Path, instance: Any, addresses: list[str] | None = None, d
     return job.execute_in_process(instance=instance, asset_selection=keys, raise_on_error=False, run_config=quiet)
 
 
+def changed_in_dvc(root: Path) -> set[str]:
+    """The command stages that `dvc status` calls changed."""
+    from contextlib import chdir
+
+    from dvc.repo import Repo
+
+    with chdir(root), Repo(str(root)) as repo:
+        return {name for name in repo.status() if not name.endswith(".dvc")}
+
+
+def not_fresh(root: Path, instance: Any, pipeline: Pipeline = STREET) -> set[str]:
+    """The stages whose assets Dagster does not call fresh."""
+    from dagster._core.definitions.data_version import CachingStaleStatusResolver
+    from dagster._core.loader import LoadingContextForTest
+
+    from dagster_project.doors.dagster_assets import build_definitions
+    from dagster_project.doors.report import asset_key
+
+    graph = build_definitions(root, pipeline).resolve_asset_graph()
+    resolver = CachingStaleStatusResolver(instance, graph, LoadingContextForTest(instance))
+    return {address for address in dvc.read_street(root) if resolver.get_status(asset_key(address)).value != "FRESH"}
+
+
 def main() -> int:
     root = Path.cwd()
     if sys.argv[1] == "run":

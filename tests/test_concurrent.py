@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import street as mini
-from test_two_doors import changed_in_dvc, not_fresh
 
 from dagster_project.doors.dvc import read_street
 from dagster_project.doors.sync import sync
@@ -79,7 +78,7 @@ def test_four_processes_at_two_doors_lose_nothing_run_nothing_twice_and_never_fa
                 assert ran == Counter(dict.fromkeys(read_street(root), 1)), f"round {number}: {ran}"
                 assert not any(state.changed for state in read_street(root).values()), f"round {number}"
                 sync(root, instance, mini.STREET)
-                assert changed_in_dvc(root) == not_fresh(root, instance) == set()
+                assert mini.changed_in_dvc(root) == mini.not_fresh(root, instance) == set()
                 assert sync(root, instance, mini.STREET) == []
         except BaseException:
             while not failures.empty():

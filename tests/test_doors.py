@@ -9,28 +9,16 @@ from typing import Any
 
 import dagster as dg
 import pytest
-from conftest import dvc, edit_params, pedigree
-from dagster._core.definitions.data_version import CachingStaleStatusResolver
-from dagster._core.loader import LoadingContextForTest
+from conftest import edit_params, pedigree
+from street import changed_in_dvc, not_fresh
 
 from dagster_project.doors.dagster_assets import build_definitions
 from dagster_project.doors.dvc import read_street
 from dagster_project.doors.report import asset_key
 from dagster_project.doors.sync import sync
+from dagster_project.pipeline import PEDIGREE
 
 DATA = ["raw_examples", "instructions", "splits"]
-
-
-def not_fresh(root: Path, instance: dg.DagsterInstance) -> set[str]:
-    graph = build_definitions(root).resolve_asset_graph()
-    resolver = CachingStaleStatusResolver(instance, graph, LoadingContextForTest(instance))
-    return {address for address in read_street(root) if resolver.get_status(asset_key(address)).value != "FRESH"}
-
-
-def changed_in_dvc(root: Path) -> set[str]:
-    done = dvc(root, "status", "--json")
-    assert done.returncode == 0, done.stderr
-    return set(json.loads(done.stdout))
 
 
 def materialize(root: Path, instance: dg.DagsterInstance, *addresses: str, **options: Any) -> dg.ExecuteInProcessResult:
@@ -40,9 +28,9 @@ def materialize(root: Path, instance: dg.DagsterInstance, *addresses: str, **opt
 
 def both_doors_agree(root: Path, instance: dg.DagsterInstance) -> set[str]:
     sync(root, instance)
-    assert not_fresh(root, instance) == changed_in_dvc(root)
+    assert not_fresh(root, instance, PEDIGREE) == changed_in_dvc(root)
     assert sync(root, instance) == []
-    return not_fresh(root, instance)
+    return not_fresh(root, instance, PEDIGREE)
 
 
 def test_after_dvc_repro_and_a_sync_dagster_shows_everything_fresh_with_the_hashes_on_disk(finished: Path, instance) -> None:

@@ -17,7 +17,6 @@ import dagster as dg
 import pytest
 import street as mini
 from conftest import dvc, pedigree, run
-from test_two_doors import changed_in_dvc, not_fresh
 
 from dagster_project.doors.dagster_assets import build_definitions, home
 from dagster_project.doors.dvc import read_street
@@ -81,15 +80,15 @@ def tamper_with_cache(root: Path, address: str) -> None:
 def test_a_tampered_cache_object_is_set_aside_said_in_one_line_and_made_again(root: Path, instance: dg.DagsterInstance) -> None:
     version = read_street(root)["inst"].version
     tamper_with_cache(root, "inst")
-    assert changed_in_dvc(root) == set()
+    assert mini.changed_in_dvc(root) == set()
     said = sync(root, instance, mini.STREET)
     assert [line for line in said if "sha256 differs" in line and line.startswith("inst: data/inst")] == said[:1]
     assert (root / ".dvc/tmp/pedigree/set_aside/inst/rows.txt").read_bytes() == b"TAMPERED"
-    assert not_fresh(root, instance) == changed_in_dvc(root) == {"inst", "tok"}
+    assert mini.not_fresh(root, instance) == mini.changed_in_dvc(root) == {"inst", "tok"}
     assert mini.materialize(root, instance, ["inst"]).success
     assert read_street(root)["inst"].version == version
     sync(root, instance, mini.STREET)
-    assert not_fresh(root, instance) == changed_in_dvc(root) == set()
+    assert mini.not_fresh(root, instance) == mini.changed_in_dvc(root) == set()
 
 
 def test_dvc_repro_does_not_use_a_tampered_cache_object_either(root: Path) -> None:
@@ -99,7 +98,7 @@ def test_dvc_repro_does_not_use_a_tampered_cache_object_either(root: Path) -> No
     assert refused.returncode != 0 and "sha256 differs" in refused.stderr and "hint: run `dvc repro tok` again" in refused.stderr
     assert dvc(root, "repro").returncode == 0
     assert "TAMPERED" not in (root / "data/tok/train.txt").read_text()
-    assert changed_in_dvc(root) == set()
+    assert mini.changed_in_dvc(root) == set()
 
 
 def test_an_output_edited_by_hand_cannot_be_recorded_with_dvc_commit(root: Path, instance: dg.DagsterInstance) -> None:
@@ -125,13 +124,17 @@ def test_a_killed_run_is_ended_frees_its_slots_and_the_next_one_recovers(root: P
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     [run_id] = [found.run_id for found in instance.get_runs(dg.RunsFilter(statuses=ALIVE))]
+    slots = instance.event_log_storage
+    slots.set_concurrency_slots("training", 1)
+    assert slots.claim_concurrency_slot("training", run_id, "tok").is_claimed
     said = reap(instance)
+    assert slots.get_concurrency_info("training").active_slot_count == 0
     assert len(said) == 1 and "was killed; marked as failed" in said[0]
     assert instance.get_run_by_id(run_id).status == dg.DagsterRunStatus.FAILURE
     assert reap(instance) == []
     assert mini.materialize(root, instance).success
     sync(root, instance, mini.STREET)
-    assert not_fresh(root, instance) == changed_in_dvc(root) == set()
+    assert mini.not_fresh(root, instance) == mini.changed_in_dvc(root) == set()
 
 
 def test_a_run_whose_process_lives_is_left_alone(root: Path, instance: dg.DagsterInstance) -> None:
@@ -162,7 +165,7 @@ def test_a_lock_older_than_the_event_log_reads_fresh_again(root: Path, instance:
     mini.git(root, "checkout", "-qf", ".")
     assert dvc(root, "checkout").returncode == 0
     assert sync(root, instance, mini.STREET) != []
-    assert not_fresh(root, instance) == changed_in_dvc(root) == set()
+    assert mini.not_fresh(root, instance) == mini.changed_in_dvc(root) == set()
     assert instance.get_latest_materialization_event(asset_key("inst")).asset_materialization.tags["dagster/data_version"] == old
 
 
@@ -185,7 +188,7 @@ def test_deleting_dagsters_home_and_syncing_brings_the_view_back(root: Path) -> 
         (root / ".dagster" / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
         with dg.DagsterInstance.from_config(str(root / ".dagster")) as found:
             assert len(sync(root, found, mini.STREET)) > len(read_street(root))
-            assert not_fresh(root, found) == set()
+            assert mini.not_fresh(root, found) == set()
             record = found.event_log_storage.get_latest_asset_check_execution_by_key([dg.AssetCheckKey(asset_key("inst"), "no_bad_rows")])
             assert [r.event.dagster_event.event_specific_data.passed for r in record.values()] == [True]
         shutil.rmtree(root / ".dagster")

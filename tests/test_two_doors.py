@@ -23,10 +23,7 @@ from typing import Any
 import dagster as dg
 import psutil
 import street as mini
-from dagster._core.definitions.data_version import CachingStaleStatusResolver
-from dagster._core.loader import LoadingContextForTest
 from dvc.cli import main as dvc_main
-from dvc.repo import Repo
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
@@ -52,17 +49,6 @@ def template() -> Path:
 def dvc(root: Path, *arguments: str) -> int:
     with chdir(root):
         return int(dvc_main([*arguments, "-q"]))
-
-
-def changed_in_dvc(root: Path) -> set[str]:
-    with chdir(root), Repo(str(root)) as repo:
-        return {name for name in repo.status() if not name.endswith(".dvc")}
-
-
-def not_fresh(root: Path, instance: dg.DagsterInstance) -> set[str]:
-    graph = build_definitions(root, mini.STREET).resolve_asset_graph()
-    resolver = CachingStaleStatusResolver(instance, graph, LoadingContextForTest(instance))
-    return {address for address in read_street(root) if resolver.get_status(asset_key(address)).value != "FRESH"}
 
 
 class TwoDoors(RuleBasedStateMachine):
@@ -271,8 +257,8 @@ class TwoDoors(RuleBasedStateMachine):
         reap(self.instance)
         assert not self.instance.get_runs(dg.RunsFilter(statuses=ALIVE)), f"{what}: a dead run counts as alive"
         sync(self.root, self.instance, mini.STREET)
-        changed = changed_in_dvc(self.root)
-        assert not_fresh(self.root, self.instance) == changed, f"{what}: DVC says {changed}"
+        changed = mini.changed_in_dvc(self.root)
+        assert mini.not_fresh(self.root, self.instance) == changed, f"{what}: DVC says {changed}"
         for address, state in read_street(self.root).items():
             event = self.instance.get_latest_materialization_event(asset_key(address))
             if event:
