@@ -69,7 +69,9 @@ def ui(options: argparse.Namespace) -> int:
     """open the Dagster UI on this machine's loopback address"""
     from dagster_project.doors.ui import serve
 
-    return serve(_project(options), options.host, options.port)
+    _print(options, {"url": f"http://{options.host}:{options.port}"}, lambda found: f"Dagster UI: {found['url']}  (stop with Ctrl-C)")
+    sys.stdout.flush()
+    serve(_project(options), options.host, options.port)
 
 
 def _project(options: argparse.Namespace) -> Path:
@@ -133,6 +135,9 @@ def main(arguments: list[str] | None = None) -> int:
     except PedigreeError as error:
         log.error(f"error: {error}")
         return error.exit_code
+    except KeyboardInterrupt:
+        log.error("interrupted; nothing was recorded")
+        return 130
     finally:
         log.removeHandler(handler)
 

@@ -47,7 +47,7 @@ def read(root: Path) -> dict[str, Any]:
     except (YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"params.yaml is not valid YAML: {' '.join(str(error).split())}", "mend the line named") from None
     if not isinstance(found, dict):
-        raise InputError("params.yaml must be a mapping of sections", "see the README, section 'Parameters'")
+        raise InputError("params.yaml must be a mapping of sections", "see docs/parameters.md")
     return found
 
 

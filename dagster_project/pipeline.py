@@ -160,7 +160,7 @@ VARIANTS_OF = {"adapter": "adapter", "merged": "adapter", "evaluation": "adapter
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A street as the doors see it: they run, show and check any such thing and know no stage by name."""
+    """A street as the doors see it. They run, mirror and guard any such thing; only the plots and the plan know stages by name."""
 
     stages: Mapping[str, Callable[[At], Report]]
     variants_of: Mapping[str, str]

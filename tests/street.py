@@ -41,7 +41,7 @@ def _started(at: At) -> None:
     with (at.root / LOG).open("a") as file:
         file.write(json.dumps({"stage": at.address, "inputs_changed": new, "pid": os.getpid()}) + "\n")
     if os.environ.get("SLOW") == at.stage:
-        time.sleep(30)
+        time.sleep(float(os.environ.get("SLOW_SECONDS", "30")))
 
 
 def raw(at: At) -> Report:

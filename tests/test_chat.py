@@ -157,11 +157,11 @@ def test_per_example_weights_sum_to_one_and_keep_their_proportions(tiny_tokenize
     assert by_example == pytest.approx([weight / sum(by_token) for weight in by_token])
 
 
-@given(st.lists(st.integers(1, 50)), st.integers(50, 120))
-def test_packing_keeps_every_example_once_and_fills_no_row_over_its_room(lengths: list[int], room: int) -> None:
+@given(st.lists(st.integers(1, 200)), st.integers(50, 120))
+def test_packing_keeps_every_example_once_and_fills_no_row_over_its_room_but_with_one_long_example(lengths: list[int], room: int) -> None:
     rows = pack(lengths, room)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
-    assert all(sum(lengths[i] for i in row) <= room for row in rows)
+    assert all(sum(lengths[i] for i in row) <= room or len(row) == 1 for row in rows)
 
 
 @given(st.lists(st.integers(1, 50), min_size=1), st.integers(50, 120))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import psutil
 import pytest
 import street as mini
 from conftest import dvc, pedigree, run
@@ -137,6 +138,50 @@ def test_a_killed_run_is_ended_frees_its_slots_and_the_next_one_recovers(root: P
     assert mini.not_fresh(root, instance) == mini.changed_in_dvc(root) == set()
 
 
+def test_terminating_a_run_ends_its_stage_command_and_loses_nothing(root: Path, instance: dg.DagsterInstance) -> None:
+    (root / "code/tok.py").write_text("V = 9\n")
+    before = (root / "data/tok/train.txt").read_bytes()
+    process = subprocess.Popen(
+        [sys.executable, "street.py", "materialize"], cwd=root, env={**os.environ, "SLOW": "tok"}, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    while "tok" not in commands_run(root)[5:]:
+        time.sleep(0.1)
+        assert process.poll() is None
+    command = json.loads((root / mini.LOG).read_text().splitlines()[-1])["pid"]
+    process.send_signal(signal.SIGINT)  # what Dagster sends to a run that is terminated
+    assert process.wait(25) != 0
+    assert not psutil.pid_exists(command)
+    assert (root / "data/tok/train.txt").read_bytes() == before
+    assert not instance.get_runs(dg.RunsFilter(statuses=ALIVE))
+    assert mini.materialize(root, instance).success
+
+
+def test_an_input_edited_while_a_stage_runs_is_not_recorded(root: Path) -> None:
+    (root / "code/tok.py").write_text("V = 9\n")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dvc", "repro"], cwd=root, env={**os.environ, "SLOW": "tok", "SLOW_SECONDS": "2"}, text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    while "tok" not in commands_run(root)[5:]:
+        time.sleep(0.1)
+        assert process.poll() is None
+    (root / "params.yaml").write_text((root / "params.yaml").read_text().replace('"testseed": 7', '"testseed": 8'))
+    assert process.wait(30) != 0
+    assert "changed while the stage ran" in (process.stderr.read() if process.stderr else "")
+    assert {"tok"} <= mini.changed_in_dvc(root)
+
+
+def test_a_failed_gate_is_never_reported_as_materialized(root: Path, instance: dg.DagsterInstance) -> None:
+    event = instance.get_latest_materialization_event(asset_key("inst"))
+    (root / "data/sources/g.txt").write_text("BAD")
+    assert "inst" in failure(mini.materialize(root, instance))
+    assert dvc(root, "repro").returncode != 0
+    sync(root, instance, mini.STREET)
+    assert instance.get_latest_materialization_event(asset_key("inst")).timestamp == event.timestamp
+    assert mini.not_fresh(root, instance) == mini.changed_in_dvc(root) == {"inst"}
+
+
 def test_a_run_whose_process_lives_is_left_alone(root: Path, instance: dg.DagsterInstance) -> None:
     @dg.op
     def look(context) -> None:
@@ -178,7 +223,8 @@ def test_what_comes_from_the_run_cache_is_reported_with_its_checks_and_runs_noth
     result = mini.materialize(root, instance)
     assert result.success and len(commands_run(root)) == ran
     done = {"@".join(e.asset_key.path): e.materialization.metadata["done"].value for e in result.get_asset_materialization_events()}
-    assert done["inst"] == "restored" and done["raw"] == "nothing"
+    assert done == {"raw": "nothing", **dict.fromkeys(["inst", "tok", "adapter@lora", "adapter@dora", "cmp"], "restored")}
+    assert "did not receive any messages" not in "".join(entry.user_message for entry in instance.all_logs(result.run_id))
     assert [(c.check_name, c.passed) for c in result.get_asset_check_evaluations()] == [("no_bad_rows", True)]
 
 

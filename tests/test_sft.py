@@ -105,11 +105,11 @@ def test_accumulated_passes_count_the_same(model: Any, tiny_tokenizer: Any) -> N
 
 
 def test_the_validation_loss_before_the_first_step_is_the_plain_mean_per_token(model: Any, tiny_tokenizer: Any) -> None:
-    losses = [loss for one in (SHORT, LONG) for loss, _ in losses_alone(model, one)]
-    rows = Dataset.from_list([packed(SHORT, LONG)])
+    losses = [loss for one in (SHORT, LONG, OTHER) for loss, _ in losses_alone(model, one)]
+    rows = Dataset.from_list([packed(SHORT, LONG), OTHER])  # two rows with unlike numbers of tokens
     curve = train(model, tiny_tokenizer, rows, rows, Recipe(num_train_epochs=2), COMPUTE)
     watched = [(point["step"], point["validation_loss"]) for point in curve if "validation_loss" in point]
-    assert [step for step, _ in watched] == [0, 1, 2]
+    assert [step for step, _ in watched] == [0, 2, 4]
     assert watched[0][1] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
 
 

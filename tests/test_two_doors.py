@@ -138,10 +138,15 @@ class TwoDoors(RuleBasedStateMachine):
 
     @rule(old=st.booleans())
     def materialize_all(self, old: bool) -> None:
+        results: list[Any] = []
+        sound = "BAD" not in (self.root / "data/sources/g.txt").read_text() and self.sources_clean()
         self.step(
             "materialize all" + (" with old definitions" if old else ""),
-            lambda: mini.materialize(self.root, self.instance, None, self.old if old else None),
+            lambda: results.append(mini.materialize(self.root, self.instance, None, self.old if old else None)),
         )
+        if not old:
+            assert results[0].success == sound, [event.message for event in results[0].all_events if event.is_failure]
+            assert not results[0].success or not mini.changed_in_dvc(self.root)
 
     @rule()
     def reload_definitions(self) -> None:
@@ -149,7 +154,9 @@ class TwoDoors(RuleBasedStateMachine):
 
     @rule(flag=st.sampled_from(["", "", "--keep-going", "--ignore-errors", "-f"]))
     def repro(self, flag: str) -> None:
-        self.step(f"dvc repro {flag}".strip(), lambda: dvc(self.root, "repro", *filter(None, [flag])), forced=flag == "-f")
+        codes: list[int] = []
+        self.step(f"dvc repro {flag}".strip(), lambda: codes.append(dvc(self.root, "repro", *filter(None, [flag]))), forced=flag == "-f")
+        assert codes[0] or flag == "--ignore-errors" or not mini.changed_in_dvc(self.root)
 
     @rule(which=st.integers(0, 6))
     def repro_single_item(self, which: int) -> None:
@@ -242,6 +249,10 @@ class TwoDoors(RuleBasedStateMachine):
         else:
             raise AssertionError(f"{stage} (process {slow['pid']}) lives on though its {victim} was killed")
 
+    def sources_clean(self) -> bool:
+        """Is the source that DVC tracks as its .dvc file says?"""
+        return not any(i.unclean for state in read_street(self.root).values() for i in state.inputs)
+
     # what must hold afterwards
 
     def step(self, what: str, act: Any, forced: bool = False) -> None:
@@ -264,8 +275,8 @@ class TwoDoors(RuleBasedStateMachine):
             if event:
                 assert event.asset_materialization.tags["dagster/data_version"] == state.version, f"{what}: {address}"
         assert sync(self.root, self.instance, mini.STREET) == [], what
+        state_of = read_street(self.root)
         for name in ("inst", "tok", "adapter", "cmp", "extra"):
-            state_of = read_street(self.root)
             for path in (self.root / "data" / name).rglob("*.txt"):
                 address = f"adapter@{path.parent.name}" if name == "adapter" else name
                 if address in state_of and not state_of[address].changed:
@@ -280,6 +291,51 @@ class TwoDoors(RuleBasedStateMachine):
 
     def write_values(self, values: dict[str, Any]) -> None:
         (self.root / "params.yaml").write_text(json.dumps(values))
+
+
+def test_every_move_once_on_a_day_at_both_doors() -> None:
+    day = TwoDoors()
+    day.start()
+    try:
+        day.materialize_all(old=False)
+        day.git_commit()
+        day.spoil_source()
+        day.repro("")
+        day.materialize_all(old=False)
+        day.materialize_one(which=2, old=False)
+        day.repro("--ignore-errors")
+        day.revert_source()
+        day.edit_source(value=2, where="d", added=False)
+        day.materialize_all(old=False)
+        day.edit_source(value=3, where="d", added=True)
+        day.repro("--keep-going")
+        for what in ("add", "rename", "remove", "edit"):
+            day.change_variants(value=1, what=what)
+        day.materialize_all(old=True)
+        day.reload_definitions()
+        day.materialize_all(old=False)
+        day.edit_parameter("minlen", 3)
+        day.edit_code("cmp", 2)
+        day.repro_single_item(which=1)
+        for key in ("note", "with_extra", "raw_reads_d"):
+            day.edit_dvc_yaml(key)
+        day.repro("-f")
+        day.git_commit()
+        for how in ("delete", "tamper", "spoil"):
+            day.harm_output(which=1, report=False, how=how)
+            day.harm_output(which=2, report=True, how=how)
+            day.dvc_commit()
+            day.materialize_all(old=False)
+        day.delete_dagster_home()
+        day.git_checkout(which=9, outputs_too=False)
+        day.git_checkout(which=1, outputs_too=True)
+        day.edit_parameter("testseed", 1)
+        for door, victim in (("dvc", "door"), ("dvc", "stage"), ("dagster", "door"), ("dagster", "stage")):
+            day.kill_while_running("tok", door, victim)
+        day.materialize_all(old=False)
+        day.repro("")
+    finally:
+        day.teardown()
 
 
 TestTwoDoors = TwoDoors.TestCase

@@ -1,22 +1,24 @@
 """dvc.yaml -> Dagster's assets and checks. Derived at load time from DVC's resolved stages; each body lets DVC run its stage."""
 
 import os
+import platform
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import dagster as dg
-from dagster_pipes import PipesMappingParamsLoader, open_dagster_pipes
+from dagster_pipes import PipesContext, PipesDefaultContextLoader, PipesDefaultMessageWriter, PipesMappingParamsLoader
 
 from dagster_project.doors import dvc
 from dagster_project.doors.dvc import StageState
 from dagster_project.doors.report import CODE_VERSION, asset_key, check_results, definition_key, describe, read_report, source_key
-from dagster_project.doors.runs import reap
+from dagster_project.doors.runs import MACHINE_TAG, reap
 from dagster_project.doors.sync import mirror, read, sync
 from dagster_project.errors import InputError, PedigreeError
 from dagster_project.pipeline import PEDIGREE, Pipeline
@@ -135,6 +137,7 @@ _mirrored: WeakKeyDictionary[dg.DagsterInstance, Mapping[str, StageState]] = Wea
 def _bring_up_to_date(context: dg.AssetExecutionContext, root: Path, address: str, pipeline: Pipeline, force: bool) -> Iterator[Any]:
     """Sync, let DVC run the stage if it is not up to date, report checks and version, sync again."""
     instance = context.instance
+    instance.add_run_tags(context.run_id, {MACHINE_TAG: platform.node()})
     try:
         pipeline.validate(root)  # before anything is reported: bad input leaves the event log as it was
         street = _settled(context, root, address, pipeline)
@@ -154,8 +157,9 @@ def _bring_up_to_date(context: dg.AssetExecutionContext, root: Path, address: st
         else:
             context.log.info(f"{address} is up to date; nothing was run")
     except PedigreeError as error:
-        state = dvc.read_street(root).get(address)
-        yield from check_results(address, (read_report(root, state) if state else None) or {}, pipeline)
+        with suppress(PedigreeError):  # the error may be that the street cannot be read
+            report = read_report(root, dvc.read_street(root)[address]) or {}
+            yield from check_results(address, report if report.get("passed") is False else {}, pipeline)
         raise dg.Failure(str(error), allow_retries=False) from None
     state = street[address]
     report = read_report(root, state) or {}
@@ -163,7 +167,7 @@ def _bring_up_to_date(context: dg.AssetExecutionContext, root: Path, address: st
     if report.get("passed") is False:
         raise dg.Failure(f"{address}: its report says that a blocking check failed. See {state.report}.", allow_retries=False)
     if state.doubt:
-        raise dg.Failure(f"{address}: {state.out}: {state.doubt}. Materialize it again.", allow_retries=False)
+        raise dg.Failure(f"{address}: {state.doubt}. Materialize it again.", allow_retries=False)
     yield dg.MaterializeResult(
         asset_key=asset_key(address), data_version=dg.DataVersion(state.version), metadata={**describe(root, state), "done": done}
     )
@@ -223,7 +227,8 @@ def _reproduce(context: dg.AssetExecutionContext, root: Path, address: str, forc
         )
         if Path(session.message_reader_params["path"]).stat().st_size:
             return "run"
-        with open_dagster_pipes(params_loader=PipesMappingParamsLoader(variables)):  # no command was started: say so in its place
+        reader = PipesMappingParamsLoader(variables)  # no command was started: answer in its place
+        with PipesContext(reader, PipesDefaultContextLoader(), PipesDefaultMessageWriter()):
             context.log.info(f"{address} was restored from DVC's run cache" if done else f"{address} is up to date; nothing was run")
         return "restored" if done else "nothing"
 

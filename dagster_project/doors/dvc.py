@@ -12,11 +12,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import chdir, contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, chdir, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dagster_project.doors.process import end_command
 from dagster_project.errors import CheckFailed, InputError
 from dagster_project.records import remove
 
@@ -62,7 +64,7 @@ class StageState:
     recorded: bool
     """Does dvc.lock know the stage?"""
     doubt: str
-    """Why the output does not count whatever its inputs are, e.g. "output differs from dvc.lock"; empty if it does."""
+    """Why the output does not count whatever its inputs are, e.g. "data/splits differs from dvc.lock (modified)"; empty if it does."""
     in_cache: bool
     """Could `dvc checkout` bring the recorded output back?"""
 
@@ -72,7 +74,7 @@ class StageState:
         if not self.recorded:
             return ["never run"]
         return (
-            ([f"{self.out}: {self.doubt}"] if self.doubt else [])
+            ([self.doubt] if self.doubt else [])
             + [f"{i.path} changed" for i in self.inputs if i.now != i.recorded]
             + ([] if self.definition_now == self.definition_recorded else ["command, parameters or code changed"])
         )
@@ -166,6 +168,14 @@ def _hash(output: Any) -> str:
         return MISSING
 
 
+def _status(output: Any) -> dict[str, str]:
+    """DVC's own verdict: {path: "modified", "deleted", "not in cache" or "new"}, empty if nothing changed."""
+    try:
+        return output.status()
+    except FileNotFoundError:
+        return {os.path.relpath(output.fs_path): "deleted"}
+
+
 def _tracked(root: Path, stage: Any, out: Any) -> str:
     """How a source tracked by a .dvc file differs from it, with the next step; empty if it does not."""
     path, file = os.path.relpath(out.fs_path, root), os.path.relpath(stage.path, root)
@@ -205,10 +215,10 @@ def _state(root: Path, stage: Any, paths: Mapping[str, str], versions: Mapping[s
     defined = not stage.cmd_changed and (
         stage.frozen or (not any(dep.status() for dep in stage.params) and all(now[path] == recorded[path] for path in code))
     )
-    differing = [status for out in stage.outs for status in out.status().values()]
+    differing = {os.path.relpath(out.fs_path, root): how for out in stage.outs for how in _status(out).values()}
     doubt = (
         "not in dvc.lock" if not known
-        else f"output differs from dvc.lock ({differing[0]})" if differing
+        else f"{next(iter(differing))} differs from dvc.lock ({next(iter(differing.values()))})" if differing
         else "always changed" if stage.always_changed or stage.is_callback
         else ""
     )  # fmt: skip
@@ -259,6 +269,8 @@ def ancestors(street: Mapping[str, StageState], address: str) -> list[str]:
 def reproduce(root: Path, address: str, force: bool, environment: Mapping[str, str], waiting: Callable[[str], None]) -> bool:
     """Let DVC bring one stage up to date; wait while another process works on the same paths. Returns whether anything was done.
 
+    An interrupt (Dagster's "terminate") ends the command too: DVC ignores interrupts in the main thread while a command runs, so it gets another.
+
     Args:
         waiting: told once who keeps the stage busy.
     Raises:
@@ -267,11 +279,21 @@ def reproduce(root: Path, address: str, force: bool, environment: Mapping[str, s
     from dvc.exceptions import ReproductionError
     from dvc.lock import LockError
 
+    def once() -> bool:
+        with _open(root) as repo:
+            return bool(repo.reproduce([address], single_item=True, force=force, run_env=command_environment(environment)))
+
     told = False
     while True:
         try:
-            with chdir(root), _open(root) as repo:  # DVC resolves targets against the current directory
-                return bool(repo.reproduce([address], single_item=True, force=force, run_env=command_environment(environment)))
+            with chdir(root), ThreadPoolExecutor(1) as thread:  # DVC resolves targets against the current directory
+                done = thread.submit(once)
+                try:
+                    return done.result()
+                except BaseException:
+                    if not done.done():
+                        end_command(address)
+                    raise
         except (ReproductionError, LockError) as error:
             cause = error if isinstance(error, LockError) else error.__cause__
             if not isinstance(cause, LockError):
@@ -326,13 +348,13 @@ def fingerprint(root: Path, address: str) -> Fingerprint:
         for other in every:
             for out in other.outs:
                 path = os.path.relpath(out.fs_path, root)
-                if not any(path == read or path.startswith(read + "/") for read in now):
+                if not any(_overlap(path, read) for read in now):
                     continue
                 if other.is_data_source:
                     if unclean := _tracked(root, other, out):
                         what, _, how = unclean.partition("; ")
                         disputed.append((what, how))
-                elif other.name != address and out.status():
+                elif other.name != address and _status(out):
                     what = f"{path} is not what {other.name} recorded in dvc.lock"
                     disputed.append((what, f"run `dvc repro {other.name}` first, or `dvc checkout {path}`"))
     return Fingerprint({**now, "params.yaml": digest(values)}, disputed)
@@ -357,16 +379,32 @@ def restore_outputs(root: Path, address: str) -> None:
                 copyfile(kept, out.fs_path)
 
 
-def set_aside(root: Path, address: str) -> list[str]:
+def set_aside(root: Path, address: str, differs: Callable[[Path], bool], held: bool) -> list[str] | None:
     """Take a stage's main output out of the workspace, and each object of it that is not what its name says out of the cache.
 
-    They are moved to .dvc/tmp/pedigree/set_aside, and DVC calls the output deleted. Returns the names of the objects that were tampered with.
+    They are moved to .dvc/tmp/pedigree/set_aside, and DVC calls the output deleted.
+
+    Args:
+        differs: asked once more while nobody else can write the output.
+        held: whether that is so already; otherwise DVC's lock of the path is taken.
+    Returns:
+        The names of the objects that were tampered with; None if somebody is at work there or the output is sound after all.
     """
+    from dvc.lock import LockError
+    from dvc.rwlock import rwlock
+
     aside = root / ".dvc" / "tmp" / "pedigree" / "set_aside"
     aside.mkdir(parents=True, exist_ok=True)
-    with _open(root) as repo:
+    with _open(root) as repo, ExitStack() as stack:
         stage = next(stage for stage in _stages(repo) if stage.name == address)
         out = next(out for out in stage.outs if not out.is_metric and not out.is_plot)
+        if not held:
+            try:
+                stack.enter_context(rwlock(repo.tmp_dir, repo.fs, "pedigree", [], [out.fs_path], False))
+            except LockError:
+                return None
+        if _status(out) or not differs(Path(out.fs_path)):
+            return None
         whole = out.hash_info.value
         listing = Path(repo.cache.local.oid_to_path(whole))
         objects = [whole]

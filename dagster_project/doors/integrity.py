@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from dagster_project.doors import dvc
@@ -20,7 +21,7 @@ KNOWN = Path(".dvc", "tmp", "pedigree", "sha256.json")
 
 
 def sha256_of(folder: Path, known: dict[str, list[int | str]] | None = None) -> str:
-    """sha256 over the sorted lines "<sha256 of file> <path>" of all files in a folder."""
+    """sha256 over the lines "<sha256 of file> <path>" of all files in a folder, in the order of their paths."""
     known = {} if known is None else known
     lines = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else [folder]:
@@ -34,8 +35,18 @@ def sha256_of(folder: Path, known: dict[str, list[int | str]] | None = None) -> 
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def set_tampered_aside(root: Path, states: Iterable[StageState]) -> list[str]:
-    """Compare what DVC calls clean with the sha256 it was published with; set aside what differs. Returns a line for each."""
+def _differs(published: str, out: Path) -> bool:
+    return sha256_of(out) != published
+
+
+def set_tampered_aside(root: Path, states: Iterable[StageState], held: bool = False) -> list[str]:
+    """Compare what DVC calls clean with the sha256 it was published with; set aside what differs. Returns a line for each.
+
+    What another process is at work on is left to the next look.
+
+    Args:
+        held: DVC holds these outputs for us, because it runs a stage that reads them.
+    """
     path = root / KNOWN
     try:
         known = json.loads(path.read_text())
@@ -47,9 +58,14 @@ def set_tampered_aside(root: Path, states: Iterable[StageState]) -> list[str]:
         if state.doubt or report is None or not report.is_file():
             continue
         published = json.loads(report.read_text()).get("output_sha256")
-        if published is None or published == sha256_of(root / state.out, known):
+        try:
+            if published is None or published == sha256_of(root / state.out, known):
+                continue
+            objects = dvc.set_aside(root, state.address, partial(_differs, published), held)
+        except FileNotFoundError:  # it is being replaced
             continue
-        objects = dvc.set_aside(root, state.address)
+        if objects is None:
+            continue
         what = f"{len(objects)} cache object(s) of it were tampered with" if objects else "it was changed behind DVC's back"
         said.append(f"{state.address}: {state.out} is not what was published (sha256 differs): {what}; set aside, to be made again")
     if (after := json.dumps(known)) != before:

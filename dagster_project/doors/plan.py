@@ -28,6 +28,8 @@ def plan_variants(root: Path, variants: Sequence[str]) -> dict[str, Any]:
     if not report.is_file():
         raise InputError("the data has not been tokenized yet", "run `dvc repro tokenized` first")
     train = json.loads(report.read_text())["train"]
+    if not train["rows"]:
+        raise InputError("the training split is empty", "name more examples in raw_examples.sources")
     found = {}
     for name in variants or list(values["adapter"]):
         recipe = params.parse(Params, values["adapter"][name], f"adapter.{name}")

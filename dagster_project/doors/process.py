@@ -71,6 +71,18 @@ def die_with_parent() -> None:
         threading.Thread(target=_watch, args=(parent,), daemon=True).start()
 
 
+def end_command(address: str) -> None:
+    """Interrupt the stage command that a DVC in this process has started; end it if it has not put things right after twenty seconds."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if child.environ().get("DVC_STAGE") == address:
+                child.send_signal(signal.SIGINT)
+                found.append(child)
+    for child in psutil.wait_procs(found, timeout=20)[1]:
+        child.kill()
+
+
 def _watch(parent: psutil.Process) -> None:
     while parent.is_running() and parent.status() != psutil.STATUS_ZOMBIE:
         time.sleep(0.5)

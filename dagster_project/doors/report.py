@@ -43,6 +43,8 @@ def read_report(root: Path, state: StageState) -> dict[str, Any] | None:
 def describe(root: Path, state: StageState) -> dict[str, Any]:
     """Metadata of a materialization: rows, figures, plots, where it lies, which commit."""
     report = read_report(root, state) or {}
+    if report.get("passed") is False:
+        report = {}  # of an attempt that made nothing
     found: dict[str, Any] = {}
     board = root / state.out / "board.md"
     if board.is_file():
@@ -66,8 +68,20 @@ def describe(root: Path, state: StageState) -> dict[str, Any]:
         path = root / "data" / "plots" / plot / f"{variant}.csv"
         if path.is_file():
             found[plot] = dg.MetadataValue.md(f"![{plot}](data:image/png;base64,{draw(list(csv.DictReader(path.open())))})")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False).stdout.strip()
+    commit = _commit(root)
     return {**found, **({"git_commit": commit} if commit else {})}
+
+
+def _commit(root: Path) -> str:
+    """The commit that holds what dvc.lock says; if it is not committed yet, the one it will follow, with a word that says so."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False).stdout.strip()
+
+    if git("status", "--porcelain", "--", "dvc.lock"):
+        head = git("rev-parse", "--verify", "--quiet", "HEAD")
+        return f"{head} with uncommitted changes" if head else ""
+    return git("log", "-1", "--format=%H", "--", "dvc.lock")
 
 
 def check_results(address: str, report: Mapping[str, Any], pipeline: Pipeline) -> list[dg.AssetCheckResult]:

@@ -38,17 +38,18 @@ def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE) -> Report
     with process.hold(root, address, busy):
         scratch = root / ".dvc" / "tmp" / "pedigree" / "scratch" / address
         try:
+            before = _guarded(root, address)  # before anything is read that it watches
             values = pipeline.validate(root)
-            before = _guarded(root, address)
             at = At(root, stage, variant, scratch, values)
             remove(scratch)
             at.out.mkdir(parents=True)
             report = pipeline.stages[stage](at)
             _hold_gate(root, at, report)
+            sha256 = integrity.sha256_of(at.out)
             changed = [path for path, value in dvc.fingerprint(root, address).now.items() if before[path] != value]
             if changed:
                 raise CheckFailed(f"{address}: {', '.join(changed)} changed while the stage ran", "run it again; nothing was recorded")
-            _publish(root, at, report)
+            _publish(root, at, report, sha256)
         except BaseException:
             dvc.restore_outputs(root, address)
             raise
@@ -64,13 +65,14 @@ def _guarded(root: Path, address: str) -> Mapping[str, str]:
     street = dvc.read_street(root)
     if address not in street:
         raise InputError(f"{address} is not a stage of dvc.yaml", f"stages: {', '.join(street)}")
-    tampered = integrity.set_tampered_aside(root, [street[i.producer] for i in street[address].inputs if i.producer])
+    tampered = integrity.set_tampered_aside(
+        root, [street[i.producer] for i in street[address].inputs if i.producer], "DVC_STAGE" in os.environ
+    )
     if tampered:
         raise CheckFailed("\n".join(tampered), f"run `dvc repro {address}` again")
     before = dvc.fingerprint(root, address)
     if before.disputed:
-        what, how = before.disputed[0]
-        raise CheckFailed(f"{address}: {what}", how)
+        raise CheckFailed("\n".join(f"{address}: {what}" for what, _ in before.disputed), before.disputed[0][1])
     return before.now
 
 
@@ -93,9 +95,8 @@ def _hold_gate(root: Path, at: At, report: Report) -> None:
     )
 
 
-def _publish(root: Path, at: At, report: Report) -> None:
+def _publish(root: Path, at: At, report: Report, sha256: str) -> None:
     """Outputs from the scratch folder to their places, each by one rename; the report with the sha256 of the main one."""
-    sha256 = integrity.sha256_of(at.out)
     plots = list((at.scratch / "data" / "plots").rglob("*.csv")) if (at.scratch / "data" / "plots").exists() else []
     for made in [at.out, *plots]:
         target = root / made.relative_to(at.scratch)

@@ -79,9 +79,10 @@ def _observe(instance: dg.DagsterInstance, key: dg.AssetKey, version: str) -> li
 def wanted_tags(state: StageState) -> dict[str, str]:
     """What Dagster must believe of a stage that was run: version from disk, input versions from dvc.lock.
 
-    An output that is not what dvc.lock recorded gets a code version of its own, which makes the asset stale.
+    An output that is not what dvc.lock recorded gets a code version of its own, which makes the asset stale where nothing else does. So the report
+    of a gate that failed on new input is no news, and a failed gate is never reported as materialized.
     """
-    code = CODE_VERSION + (f"+{state.doubt}" if state.doubt else "")
+    code = CODE_VERSION + (f"+{state.doubt}" if not state.recorded or state.changed == [state.doubt] else "")
     tags = {DATA_VERSION_TAG: state.version, CODE_VERSION_TAG: code, DATA_VERSION_IS_USER_PROVIDED_TAG: "true"}
     inputs = {asset_key(i.producer) if i.producer else source_key(i.path): i.recorded or "unrecorded" for i in state.inputs}
     inputs[definition_key(state.address)] = state.definition_recorded or "unrecorded"

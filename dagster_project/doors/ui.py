@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from dagster_project.doors.dagster_assets import home, open_instance
 from dagster_project.doors.runs import reap
@@ -17,8 +17,8 @@ from dagster_project.errors import InputError
 log = logging.getLogger("pedigree")
 
 
-def serve(root: Path, host: str, port: int) -> int:
-    """Sync once, then run `dagster dev` until it is stopped.
+def serve(root: Path, host: str, port: int) -> NoReturn:
+    """Sync once, then become `dagster dev`, so that a signal to stop reaches it and nobody else.
 
     Raises:
         InputError: the port is taken.
@@ -28,15 +28,14 @@ def serve(root: Path, host: str, port: int) -> int:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             raise InputError(
-                f"cannot listen on {host}:{port}: {error.strerror}", f"stop what runs there, or give another --port, e.g. {port + 1}"
+                f"cannot listen on {host}:{port}: {getattr(error, 'strerror', None) or error}",
+                f"stop what runs there, or give another --port, e.g. {port + 1 if port < 65535 else 3000}",
             ) from None
     with open_instance(root) as instance:
-        for line in reap(instance):
+        for line in reap(instance) + sync(root, instance):
             log.info(line)
-        sync(root, instance)
-    log.info(f"Dagster UI: http://{host}:{port}  (stop with Ctrl-C)")
     command = [sys.executable, "-m", "dagster", "dev", "-w", str(root / "workspace.yaml"), "-h", host, "-p", str(port)]
     environment = {
         **os.environ,
@@ -44,4 +43,5 @@ def serve(root: Path, host: str, port: int) -> int:
         "DAGSTER_HOME": str(home(root)),
         "PEDIGREE_PROJECT": str(root),
     }
-    return subprocess.run(command, cwd=root, env=environment, check=False).returncode
+    os.chdir(root)
+    os.execve(command[0], command, environment)

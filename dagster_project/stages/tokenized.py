@@ -40,7 +40,9 @@ def row_schema() -> pa.Schema:
 
 class Params(Section):
     max_length: int = Field(default=512, ge=16)
-    """Tokens per row, and the most an example may have, prompt and response together. Longer examples are dropped and counted."""
+    """Tokens an example may have, prompt and response together. Longer examples are dropped and counted."""
+    packed_length: int | None = Field(default=None, ge=16)
+    """Tokens of a packed row; null means `max_length`. Shorter rows mean more and smaller steps for the same tokens. A longer example has a row of its own."""
     weigh: Literal["token", "example"] = "token"
     """What counts the same in the loss: every token (the usual), or every example, so that long answers do not drown short ones."""
     field_weights: dict[str, Annotated[float, Field(ge=0)]] = {}
@@ -71,7 +73,7 @@ def run(params: Params, splits: Path, base_model: Path, out: Path) -> Report:
         fitting = [example for example in encoded if len(example["input_ids"]) <= params.max_length]
         wrong += [example["example_ids"][0] for example in fitting if tokenizer.eos_token_id not in example["labels"]]
         lengths = [len(example["input_ids"]) for example in fitting]
-        layout = pack(lengths, params.max_length) if params.packing else [[i] for i in range(len(fitting))]
+        layout = pack(lengths, params.packed_length or params.max_length) if params.packing else [[i] for i in range(len(fitting))]
         rows = [{column: [value for i in row for value in fitting[i][column]] for column in row_schema().names} for row in layout]
         write_table(out / f"{split}.parquet", rows, row_schema())
         metrics[split] = {

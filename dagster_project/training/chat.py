@@ -103,7 +103,7 @@ def encode_prompt(tokenizer: Any, messages: Messages) -> list[int]:
 
 
 def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Indices of the examples in each row of at most `room` tokens: first fit, in the order given.
+    """Indices of the examples in each row of at most `room` tokens: first fit, in the order given. A longer example has a row of its own.
 
     >>> pack([5, 6, 3, 2], room=8)
     [[0, 2], [1, 3]]

@@ -142,9 +142,13 @@ def train(model: Any, tokenizer: Any, train_rows: Any, validation_rows: Any, rec
             losses = cross_entropy(causal.get_output_embeddings()(hidden[:, :-1][counted]).float(), labels[counted], reduction="none")
             weights = inputs["weights"][:, 1:][counted] if model.training else torch.ones_like(losses)
             loss = (losses * weights).sum() / weights.sum()
+            if not model.training:
+                watched["nats"] += float(losses.double().sum())
+                watched["tokens"] += len(losses)
             return (loss, None) if return_outputs else loss
 
     curve: list[dict[str, float]] = []
+    watched = {"nats": 0.0, "tokens": 0}  # of the evaluation under way: the Trainer would average over rows, however few tokens they hold
     total = steps(len(train_rows), recipe)
     progress = Progress("training", total, "step")
 
@@ -155,8 +159,10 @@ def train(model: Any, tokenizer: Any, train_rows: Any, validation_rows: Any, rec
                 curve.append({"step": state.global_step, "loss": logs["loss"], "learning_rate": logs["learning_rate"]})
                 progress.advance(note=f"loss {logs['loss']:.3f}")
             if "eval_loss" in logs:
-                curve.append({"step": state.global_step, "validation_loss": logs["eval_loss"]})
-                log.info(f"training: step {state.global_step}, validation loss {logs['eval_loss']:.3f}")
+                loss = watched["nats"] / watched["tokens"]
+                watched.update(nats=0.0, tokens=0)
+                curve.append({"step": state.global_step, "validation_loss": loss})
+                log.info(f"training: step {state.global_step}, validation loss {loss:.3f}")
 
     with tempfile.TemporaryDirectory() as scratch:
         config = SFTConfig(
