@@ -255,6 +255,12 @@ def test_labelled_questions_are_read_in_order(tmp_path: Path) -> None:
     assert [question["answer"] for question in read_multiple_choice(path)] == [1, 0]
 
 
+def test_a_question_with_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "q.jsonl", {**QUESTION, "question": "cut \ud83d off"})
+    with pytest.raises(InputError, match=r"q\.jsonl: row 0 is not a labelled"):
+        list(read_multiple_choice(path))
+
+
 @pytest.mark.parametrize(
     "change", [{"answer": None}, {"answer": 2}, {"answer": -1}, {"answer": "four"}, {"choices": ["four"]}, {"question": 4}]
 )
@@ -531,6 +537,17 @@ def test_conversations_that_part_before_the_last_turn_share_the_prompt_until_the
     assert (pair["prompt"], len(pair["chosen"]), len(pair["rejected"])) == (user("Hi"), 3, 3)
 
 
+def test_a_prompt_ends_on_a_user_turn_where_conversations_part_at_one(tmp_path: Path) -> None:
+    row = {"chosen": user("Hi", "Hello", "Bye", "Bye!"), "rejected": user("Hi", "Hello", "What?", "Hm")}
+    pair = pairs_of(tmp_path, row)[0]
+    assert (pair["prompt"], len(pair["chosen"]), len(pair["rejected"])) == (user("Hi"), 3, 3)
+
+
+@pytest.mark.parametrize("margin", [10**400, "2", True])
+def test_a_margin_that_is_no_number_is_malformed(margin: Any, tmp_path: Path) -> None:
+    assert problem_of(pairs_of(tmp_path, {**PAIR_ROWS["preference"][0], "margin": margin})[0])
+
+
 def test_transcripts_of_different_prompts_are_malformed(tmp_path: Path) -> None:
     row = {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "\n\nHuman: Ho\n\nAssistant: Hello"}
     assert problem_of(pairs_of(tmp_path, row)[0]) == "chosen and rejected do not answer the same prompt"
@@ -564,7 +581,7 @@ def test_good_and_bad_completions_of_a_prompt_are_paired_and_the_others_say_so(t
 def test_the_best_reply_is_compared_with_each_that_is_ranked_below_it(tmp_path: Path) -> None:
     replies = [
         message("assistant", text, **({"rank": rank} if rank is not None else {}))
-        for text, rank in [("c", 2), ("a", 0), ("b", 1), ("x", None)]
+        for text, rank in [("c", 2), ("a", 0), ("b", 1), ("tied", 0), ("x", None)]
     ]
     pairs = pairs_of(tmp_path, {"message_tree_id": "t", "prompt": message("prompter", "Hi", *replies)})
     assert [(pair["chosen"], pair["rejected"], pair["margin"]) for pair in pairs] == [
@@ -578,6 +595,53 @@ def test_a_mapping_reads_pairs_from_columns_of_ones_own(tmp_path: Path) -> None:
     layout, pairs = to_pairs(path, "a.jsonl", mapping={"prompt": "q", "chosen": "good", "rejected": "bad"})
     assert (layout, sides(pairs[0])) == ("mapping", (user("Hi"), answer("Hello"), answer("What?")))
     assert json.loads(pairs[0]["meta"]) == {"stars": 4}
+
+
+# Rows of any shape
+
+NAMES = ["role", "content", "from", "value", "text", "replies", "rank", "tool_calls", "category"]
+SHAPES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.just(10**400)
+    | st.sampled_from(["", "user", "human", "assistant", "prompter", "\n\nHuman: Hi"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@pytest.mark.parametrize(
+    ("read", "layout", "keys"),
+    [(to_records, name, sorted(layout.used)) for name, layout in LAYOUTS.items()]
+    + [(to_pairs, name, sorted(layout.used)) for name, layout in PAIR_LAYOUTS.items()],
+)
+def test_a_row_of_any_shape_is_read_or_malformed_and_never_lost(
+    read: Callable[..., Any], layout: str, keys: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp(layout) / "a.jsonl"
+
+    @settings(max_examples=40, deadline=None)
+    @given(st.lists(st.fixed_dictionaries({}, optional=dict.fromkeys([*keys, "category"], SHAPES)), min_size=1, max_size=4))
+    def holds(rows: list[dict[str, Any]]) -> None:
+        found = read(jsonl(path, *rows), "a.jsonl", layout)[1]
+        if read is to_records:
+            assert [record["source_row"] for record in found] == [*range(len(rows))]
+        else:
+            assert {row for pair in found for row in pair["source_rows"]} == set(range(len(rows)))
+        for entry in found:
+            told = entry["messages"] if read is to_records else entry["chosen"] and entry["rejected"] and entry["prompt"]
+            assert bool(told) != bool(problem_of(entry))
+
+    holds()
+
+
+def test_a_category_that_is_not_text_stays_in_meta(tmp_path: Path) -> None:
+    record = to_records(jsonl(tmp_path / "a.jsonl", {**PAIR, "category": 3}), "a.jsonl")[1][0]
+    assert (record["category"], json.loads(record["meta"])) == (None, {"category": 3})
+    mapping = {"prompt": "prompt", "response": "completion", "category": "topic"}
+    record = to_records(jsonl(tmp_path / "a.jsonl", {**PAIR, "topic": 3}), "a.jsonl", mapping=mapping)[1][0]
+    assert (record["category"], json.loads(record["meta"])) == (None, {"topic": 3})
 
 
 # Data that nobody here wrote

@@ -79,8 +79,10 @@ def _files(folder: Path) -> list[Path]:
     found = []
     for place, folders, names in os.walk(folder):
         for path in (Path(place, name) for name in [*folders, *names]):
-            if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
-                raise InputError(f"{path.relative_to(folder.parent)}: a link that leads out of its folder", "copy the file there instead")
+            if path.is_symlink() and not (path.exists() and path.resolve().is_relative_to(folder.resolve())):
+                raise InputError(
+                    f"{path.relative_to(folder.parent)}: a link that leads out of its folder or nowhere", "copy the file there instead"
+                )
         found += [path for path in (Path(place, name) for name in names) if _suffix(path) in READERS]
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 

@@ -185,6 +185,8 @@ class PairLayout:
 
 def _said(value: Any, role: str) -> Messages:
     """Text, or messages already: "Hi"  ->  [{"role": "user", "content": "Hi"}]"""
+    if not isinstance(value, str | list):
+        raise ValueError(f"expected text or messages, found {type(value).__name__}")
     return [{"role": role, "content": value}] if isinstance(value, str) else _messages({"messages": value})
 
 
@@ -426,7 +428,7 @@ def _read(row: Row, convert: Callable[[dict[str, Any]], T], otherwise: T) -> tup
         return convert(row.value), ""
     except KeyError as error:
         return otherwise, f"no key {error}"
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         return otherwise, str(error)
 
 
@@ -436,7 +438,9 @@ def _category(row: Row, key: str) -> str | None:
 
 
 def _kept(row: Row, used: frozenset[str], category: str) -> dict[str, Any]:
-    return {key: value for key, value in (row.value or {}).items() if key not in used and key != category}
+    """What went into no other column. A category that is not text is no category, and stays here."""
+    elsewhere = used | ({category} if isinstance((row.value or {}).get(category), str | None) else set())
+    return {key: value for key, value in (row.value or {}).items() if key not in elsewhere}
 
 
 def _record(row: Row, source: str, layout: Layout) -> dict[str, Any]:
