@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dagster_project.curation.checks import Rules, judge
-from dagster_project.curation.formats import LAYOUTS, read_multiple_choice, to_records
+from dagster_project.curation.files import read_rows
+from dagster_project.curation.formats import LAYOUTS, NAMED_ONLY, PAIR_LAYOUTS, read_multiple_choice, to_pairs, to_records
 from dagster_project.errors import InputError
+from dagster_project.params import parse
 from dagster_project.records import read_records
 from dagster_project.stages import raw_examples
 
@@ -41,6 +48,23 @@ ROWS: dict[str, tuple[dict[str, Any], list[tuple[str, str]]]] = {
         {"system": "Be brief.", "question": "Hi?", "answer": "Hello"},
         [SYSTEM, ("user", "Hi?"), ("assistant", "Hello")],
     ),
+    "flan": ({"inputs": "Hi", "targets": "Hello"}, [("user", "Hi"), ("assistant", "Hello")]),
+    "ultrachat": ({"id": "0", "data": ["Hi", "Hello"]}, [("user", "Hi"), ("assistant", "Hello")]),
+    "oasst": (
+        {
+            "message_tree_id": "t",
+            "prompt": {
+                "role": "prompter",
+                "text": "Hi",
+                "replies": [
+                    {"role": "assistant", "text": "What?", "rank": 1, "replies": []},
+                    {"role": "assistant", "text": "Hello", "rank": 0, "replies": [{"role": "prompter", "text": "Bye", "replies": []}]},
+                ],
+            },
+        },
+        [("user", "Hi"), ("assistant", "Hello")],
+    ),
+    "text": ({"text": "Wrens are small."}, [("assistant", "Wrens are small.")]),
 }
 PAIR = {"prompt": "Hi", "completion": "Hello"}
 
@@ -66,17 +90,23 @@ def test_every_layout_has_an_example_here() -> None:
     assert set(ROWS) == set(LAYOUTS)
 
 
-@pytest.mark.parametrize("layout", ROWS)
+@pytest.mark.parametrize("layout", [layout for layout in ROWS if layout not in NAMED_ONLY])
 def test_each_layout_is_told_from_its_keys_and_read_in_full(layout: str, tmp_path: Path) -> None:
     row, expected = ROWS[layout]
     found, records = to_records(jsonl(tmp_path / "rows.jsonl", row), "rows.jsonl")
     assert (found, [turns(record) for record in records]) == (layout, [expected])
 
 
-@pytest.mark.parametrize("layout", ROWS)
+@pytest.mark.parametrize("layout", [layout for layout in ROWS if layout not in NAMED_ONLY])
 def test_a_named_layout_reads_the_same_as_a_detected_one(layout: str, tmp_path: Path) -> None:
     path = jsonl(tmp_path / "rows.jsonl", ROWS[layout][0])
     assert to_records(path, "rows.jsonl", layout) == to_records(path, "rows.jsonl")
+
+
+def test_plain_text_is_read_where_it_is_named_and_never_guessed(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", ROWS["text"][0])
+    assert turns(to_records(path, "rows.jsonl", "text")[1][0]) == ROWS["text"][1]
+    assert refused(path) == "rows.jsonl: unknown format (keys of the first row: text)"
 
 
 def test_an_empty_input_adds_nothing_to_the_prompt(tmp_path: Path) -> None:
@@ -180,10 +210,12 @@ def test_a_number_too_long_to_convert_spoils_its_row_and_no_other(tmp_path: Path
         ("a.json", b'{"prompt": "Hi"}', "a.json: a .json file must hold a list of rows"),
         ("a.json", b'[{"b": 1, "a": 2}]', "a.json: unknown format (keys of the first row: a, b)"),
         ("a.json", b"[{}]", "a.json: unknown format (keys of the first row: none)"),
-        ("a.csv", b"id,text\n", "a.csv: unknown file type .csv"),
+        ("a.xlsx", b"id,text\n", "a.xlsx: unknown file type .xlsx"),
         ("a", b"[]", "a: unknown file type (none)"),
-        ("a.json.gz", b"[]", "a.json.gz: unknown file type .json.gz"),
-        ("a.jsonl", b'{"prompt": "caf\xe9"}', "a.jsonl: not UTF-8 at byte 15"),
+        ("a.csv.gz", b"[]", "a.csv.gz: unknown file type .csv.gz"),
+        ("a.json.gz", b"[]", "a.json.gz: broken gzip file: "),
+        ("a.json", b'[{"prompt": "caf\xe9"}]', "a.json: not UTF-8 at byte 16"),
+        ("a.jsonl", b'{"prompt": "caf\xe9"}', "a.jsonl: not JSON: not UTF-8 at byte 15 (line 1)"),
         ("a.jsonl.gz", b"plain", "a.jsonl.gz: broken gzip file: "),
         ("a.jsonl.gz", gzip.compress(b'{"prompt": "Hi"}')[:-9], "a.jsonl.gz: broken gzip file: "),
     ],
@@ -223,6 +255,12 @@ def test_labelled_questions_are_read_in_order(tmp_path: Path) -> None:
     assert [question["answer"] for question in read_multiple_choice(path)] == [1, 0]
 
 
+def test_a_question_with_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "q.jsonl", {**QUESTION, "question": "cut \ud83d off"})
+    with pytest.raises(InputError, match=r"q\.jsonl: row 0 is not a labelled"):
+        list(read_multiple_choice(path))
+
+
 @pytest.mark.parametrize(
     "change", [{"answer": None}, {"answer": 2}, {"answer": -1}, {"answer": "four"}, {"choices": ["four"]}, {"question": 4}]
 )
@@ -230,3 +268,428 @@ def test_a_question_without_a_right_answer_is_refused_by_row(change: dict[str, A
     path = jsonl(tmp_path / "q.jsonl", QUESTION, {**QUESTION, **change})
     with pytest.raises(InputError, match=r"q\.jsonl: row 1 is not a labelled multiple-choice question"):
         list(read_multiple_choice(path))
+
+
+def user(*said: str) -> list[dict[str, str]]:
+    """Messages of a conversation in turns, the user first."""
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+
+
+def answer(said: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": said}]
+
+
+def message(role: str, text: str, *replies: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"role": role, "text": text, "replies": list(replies), **more}
+
+
+def tree(*said: str) -> dict[str, Any]:
+    """An OpenAssistant tree whose best thread is `said`; each turn has a worse sibling, and a prompter leaf hangs on the last."""
+    node = message(("prompter", "assistant")[len(said) % 2], "leaf")
+    for i, text in reversed([*enumerate(said)]):
+        worse = [message(node["role"], "worse", rank=7)] if i + 1 < len(said) else []
+        node = message(("prompter", "assistant")[i % 2], text, *worse, node, rank=1)
+    return {"message_tree_id": "t", "prompt": node}
+
+
+FROM = {"user": "human", "assistant": "gpt", "system": "system", "tool": "observation"}
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+SINGLE = st.lists(TEXT, min_size=2, max_size=2).map(lambda said: user(*said))
+WITH_SYSTEM = st.tuples(TEXT, SINGLE).map(lambda both: [{"role": "system", "content": both[0]}, *both[1]])
+EVEN = st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3).map(lambda both: user(*(said for pair in both for said in pair)))
+ANY = st.lists(
+    st.builds(lambda role, content: {"role": role, "content": content}, st.sampled_from(sorted(FROM)), TEXT), min_size=1, max_size=5
+)
+
+
+def single(prompt: str, completion: str) -> Callable[[list[dict[str, str]]], dict[str, Any]]:
+    """Writes one turn each of user and assistant, and the system prompt if there is one, as columns."""
+
+    def write(messages: list[dict[str, str]]) -> dict[str, Any]:
+        said = {m["role"]: m["content"] for m in messages}
+        return {prompt: said["user"], completion: said["assistant"], **({"system": said["system"]} if "system" in said else {})}
+
+    return write
+
+
+WRITERS: dict[str, tuple[st.SearchStrategy[Any], Callable[[list[dict[str, str]]], dict[str, Any]]]] = {
+    "alpaca": (SINGLE | WITH_SYSTEM, single("instruction", "output")),
+    "messages": (ANY, lambda messages: {"messages": messages}),
+    "sharegpt": (ANY, lambda messages: {"conversations": [{"from": FROM[m["role"]], "value": m["content"]} for m in messages]}),
+    "dolly": (SINGLE, single("instruction", "response")),
+    "prompt_completion": (SINGLE | WITH_SYSTEM, single("prompt", "completion")),
+    "question_answer": (SINGLE | WITH_SYSTEM, single("question", "answer")),
+    "flan": (SINGLE | WITH_SYSTEM, single("inputs", "targets")),
+    "ultrachat": (EVEN, lambda messages: {"data": [m["content"] for m in messages]}),
+    "oasst": (EVEN, lambda messages: tree(*(m["content"] for m in messages))),
+    "text": (TEXT.map(answer), lambda messages: {"text": messages[0]["content"]}),
+}
+
+
+def test_every_layout_has_a_round_trip() -> None:
+    assert set(WRITERS) == set(LAYOUTS)
+
+
+@pytest.mark.parametrize("layout", WRITERS)
+def test_messages_written_in_a_layout_are_read_back_equal(layout: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    strategy, write = WRITERS[layout]
+    path = tmp_path_factory.mktemp(layout) / "rows.jsonl"
+
+    @settings(max_examples=30, deadline=None)
+    @given(st.lists(strategy, min_size=1, max_size=4))
+    def holds(conversations: list[Any]) -> None:
+        records = to_records(jsonl(path, *map(write, conversations)), "rows.jsonl", layout)[1]
+        assert [record["messages"] for record in records] == conversations
+
+    holds()
+
+
+def test_calls_and_observations_are_turns_of_assistant_and_tool(tmp_path: Path) -> None:
+    said = [("human", "Time?"), ("function_call", '{"name": "clock"}'), ("observation", "noon"), ("gpt", "Noon.")]
+    row = {"conversations": [{"from": who, "value": text} for who, text in said]}
+    expected = [("user", "Time?"), ("assistant", '{"name": "clock"}'), ("tool", "noon"), ("assistant", "Noon.")]
+    assert turns(to_records(jsonl(tmp_path / "a.jsonl", row), "a.jsonl")[1][0]) == expected
+
+
+@pytest.mark.parametrize(
+    ("message", "content"),
+    [
+        ({"content": None, "tool_calls": [{"id": "a"}]}, '[{"id": "a"}]'),
+        ({"tool_calls": [{"id": "a"}]}, '[{"id": "a"}]'),
+        ({"content": "Wait.", "tool_calls": [{"id": "a"}]}, 'Wait.\n[{"id": "a"}]'),
+        ({"content": "Wait.", "tool_calls": None}, "Wait."),
+    ],
+)
+def test_a_tool_call_is_content(message: dict[str, Any], content: str, tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "Time?"}, {"role": "assistant", **message}, {"role": "tool", "content": "noon"}]}
+    records = to_records(jsonl(tmp_path / "a.jsonl", row), "a.jsonl")[1]
+    assert turns(records[0]) == [("user", "Time?"), ("assistant", content), ("tool", "noon")]
+
+
+def test_a_message_without_content_and_call_is_malformed(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "assistant", "content": None, "tool_calls": []}]}
+    assert problem_of(to_records(jsonl(tmp_path / "a.jsonl", row), "a.jsonl")[1][0]) == "expected text, found NoneType"
+
+
+def problem_of(record: dict[str, Any]) -> str:
+    return json.loads(record["meta"]).get("problem", "")
+
+
+def test_a_tree_accounts_for_every_message(tmp_path: Path) -> None:
+    gone = message("assistant", "removed", message("prompter", "Why?"), rank=0, deleted=True)
+    row = ROWS["oasst"][0]
+    row = {**row, "prompt": {**row["prompt"], "replies": [gone, *row["prompt"]["replies"]]}}
+    record = to_records(jsonl(tmp_path / "a.jsonl", row), "a.jsonl")[1][0]
+    assert turns(record) == ROWS["oasst"][1], "a deleted reply is no reply"
+    assert json.loads(record["meta"])["tree"] == {"messages": 6, "kept": 2, "unanswered": 1, "other_branches": 3}
+
+
+def test_of_unranked_turns_the_one_that_was_answered_is_followed(tmp_path: Path) -> None:
+    follow_ups = [message("prompter", "Bye"), message("prompter", "Why?", message("assistant", "Because."))]
+    row = {"message_tree_id": "t", "prompt": message("prompter", "Hi", message("assistant", "Hello", *follow_ups))}
+    assert [text for _, text in turns(to_records(jsonl(tmp_path / "a.jsonl", row), "a.jsonl")[1][0])] == ["Hi", "Hello", "Why?", "Because."]
+
+
+def test_a_tree_without_a_reply_is_malformed(tmp_path: Path) -> None:
+    row = {"message_tree_id": "t", "prompt": message("prompter", "Hi")}
+    assert problem_of(to_records(jsonl(tmp_path / "a.jsonl", row), "a.jsonl")[1][0]) == "the tree has no assistant reply"
+
+
+# Columns of one's own
+
+
+def test_a_mapping_reads_columns_of_ones_own(tmp_path: Path) -> None:
+    row = {"q": "Hi", "a": "Hello", "who": "Be brief.", "topic": "zoo", "prompt": "kept", "category": "kept too"}
+    mapping = {"prompt": "q", "response": "a", "system": "who", "category": "topic"}
+    layout, records = to_records(jsonl(tmp_path / "a.jsonl", row), "a.jsonl", mapping=mapping)
+    assert (layout, turns(records[0]), records[0]["category"]) == ("mapping", [SYSTEM, ("user", "Hi"), ("assistant", "Hello")], "zoo")
+    assert json.loads(records[0]["meta"]) == {"prompt": "kept", "category": "kept too"}
+
+
+def test_an_index_column_without_a_name_is_no_system_prompt(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(",q,a\n0,Hi,Hello\n1,Ho,Hey\n")
+    records = to_records(tmp_path / "a.csv", "a.csv", mapping={"prompt": "q", "response": "a"})[1]
+    assert [turns(record) for record in records] == [[("user", "Hi"), ("assistant", "Hello")], [("user", "Ho"), ("assistant", "Hey")]]
+
+
+def test_a_row_without_a_mapped_column_is_malformed(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", {"q": "Hi", "a": "Hello"}, {"q": "Hi"})
+    records = to_records(path, "a.jsonl", mapping={"prompt": "q", "response": "a"})[1]
+    assert [problem_of(record) for record in records] == ["", "no key 'a'"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "mapping", "message"),
+    [
+        ("auto", {"prompt": "q", "answer": "a"}, "a.jsonl: mapping: unknown field 'answer'; fields: prompt, response, system, category"),
+        ("auto", {"prompt": "q"}, "a.jsonl: mapping: no column for response"),
+        ("auto", {"prompt": "q", "response": "q"}, "a.jsonl: mapping: column 'q' is named twice"),
+        ("auto", {"prompt": "q", "response": "b"}, "a.jsonl: mapping: no row has the columns b, q"),
+        ("alpaca", {"prompt": "q", "response": "a"}, "a.jsonl: both a format (alpaca) and a mapping"),
+    ],
+)
+def test_a_wrong_mapping_is_refused(layout: str, mapping: dict[str, str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        to_records(jsonl(tmp_path / "a.jsonl", {"q": "Hi", "a": "Hello"}), "a.jsonl", layout, mapping)
+    assert caught.value.what == message
+    assert caught.value.hint
+
+
+def test_a_source_takes_a_mapping_and_refuses_a_wrong_one(tmp_path: Path) -> None:
+    (tmp_path / "data/sources").mkdir(parents=True)
+    jsonl(tmp_path / "data/sources/a.jsonl", {"q": "Hi", "a": "Hello"})
+    source = {"path": "data/sources/a.jsonl", "mapping": {"prompt": "q", "response": "a"}}
+    report = raw_examples.run(tmp_path, parse(raw_examples.Params, {"sources": [source]}, "raw_examples"), tmp_path / "out")
+    assert report.metrics["sources"]["data/sources/a.jsonl"]["format"] == "mapping"
+    assert turns(read_records(tmp_path / "out")[0]) == [("user", "Hi"), ("assistant", "Hello")]
+    with pytest.raises(InputError, match=r"raw_examples\.sources\.0\.mapping: unknown field 'question'; fields: prompt"):
+        parse(raw_examples.Params, {"sources": [{**source, "mapping": {"question": "q"}}]}, "raw_examples")
+
+
+# Preference pairs
+
+PAIR_ROWS: dict[str, list[dict[str, Any]]] = {
+    "preference": [{"prompt": "Hi", "chosen": "Hello", "rejected": "What?"}],
+    "sharegpt": [
+        {
+            "conversations": [{"from": "human", "value": "Hi"}],
+            "chosen": {"from": "gpt", "value": "Hello"},
+            "rejected": {"from": "gpt", "value": "What?"},
+        }
+    ],
+    "transcripts": [{"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "\n\nHuman: Hi\n\nAssistant: What?"}],
+    "alpaca_eval": [{"instruction": "Hi", "output_1": "What?", "output_2": "Hello", "preference": 2}],
+    "kto": [{**PAIR, "label": True}, {**PAIR, "completion": "What?", "label": False}],
+    "oasst": [ROWS["oasst"][0]],
+}
+"""One pair in each layout: Hello is better than What? as an answer to Hi."""
+
+
+def pairs_of(path: Path, *rows: Any, layout: str = "auto") -> list[dict[str, Any]]:
+    return to_pairs(jsonl(path / "a.jsonl", *rows), "a.jsonl", layout)[1]
+
+
+def sides(pair: dict[str, Any]) -> tuple[Any, Any, Any]:
+    return pair["prompt"], pair["chosen"], pair["rejected"]
+
+
+def test_every_pair_layout_has_an_example_here() -> None:
+    assert set(PAIR_ROWS) == set(PAIR_LAYOUTS)
+
+
+@pytest.mark.parametrize("layout", PAIR_ROWS)
+def test_each_pair_layout_is_told_from_its_keys_and_read_in_full(layout: str, tmp_path: Path) -> None:
+    found, pairs = to_pairs(jsonl(tmp_path / "a.jsonl", *PAIR_ROWS[layout]), "a.jsonl")
+    assert (found, [sides(pair) for pair in pairs]) == (layout, [(user("Hi"), answer("Hello"), answer("What?"))])
+    assert [row for pair in pairs for row in pair["source_rows"]] == [*range(len(PAIR_ROWS[layout]))]
+
+
+@pytest.mark.parametrize("layout", PAIR_ROWS)
+def test_a_malformed_preference_keeps_its_place(layout: str, tmp_path: Path) -> None:
+    broken = dict.fromkeys(PAIR_ROWS[layout][0], 3)
+    pairs = pairs_of(tmp_path, broken, *PAIR_ROWS[layout], layout=layout)
+    assert sides(pairs[0]) == ([], [], [])
+    assert problem_of(pairs[0])
+    assert sides(pairs[1])[0] == user("Hi")
+
+
+def pair_writers(prompt: list[str], good: str, bad: str) -> dict[str, list[dict[str, Any]]]:
+    """The pair in every layout that can say it. `prompt` is turns, the user first and last."""
+    asked = user(*prompt)
+    conversation = [{"from": FROM[m["role"]], "value": m["content"]} for m in asked]
+    transcript = "".join(f"\n\n{ {'user': 'Human', 'assistant': 'Assistant'}[m['role']] }: {m['content']}" for m in asked)
+    best, *others = reversed([*enumerate(prompt)])
+    node = message("prompter", best[1], message("assistant", bad, rank=3), message("assistant", good, rank=1))
+    for i, text in others:
+        node = message(("prompter", "assistant")[i % 2], text, node)
+    return {
+        "preference": [{"prompt": asked, "chosen": answer(good), "rejected": answer(bad)}],
+        "sharegpt": [{"conversations": conversation, "chosen": {"from": "gpt", "value": good}, "rejected": {"from": "gpt", "value": bad}}],
+        "transcripts": [{"chosen": f"{transcript}\n\nAssistant: {good}", "rejected": f"{transcript}\n\nAssistant: {bad}"}],
+        "kto": [{"prompt": asked, "completion": bad, "label": False}, {"prompt": asked, "completion": good, "label": True}],
+        "oasst": [{"message_tree_id": "t", "prompt": node}],
+        **({"alpaca_eval": [{"instruction": prompt[0], "output_1": good, "output_2": bad, "preference": 1}]} if len(prompt) == 1 else {}),
+    }
+
+
+@pytest.mark.parametrize("layout", PAIR_LAYOUTS)
+def test_a_pair_written_in_a_layout_is_read_back_equal(layout: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp(layout)
+    turns_of_prompt = st.lists(TEXT, min_size=1, max_size=5 if layout != "alpaca_eval" else 1).filter(lambda said: len(said) % 2 == 1)
+
+    @settings(max_examples=30, deadline=None)
+    @given(turns_of_prompt, TEXT, TEXT)
+    def holds(prompt: list[str], good: str, bad: str) -> None:
+        pairs = pairs_of(folder, *pair_writers(prompt, good, bad)[layout], layout=layout)
+        assert [sides(pair) for pair in pairs] == [(user(*prompt), answer(good), answer(bad))]
+
+    holds()
+
+
+def test_a_prompt_repeated_in_both_completions_is_taken_off(tmp_path: Path) -> None:
+    row = {"prompt": "Hi", "chosen": user("Hi", "Hello"), "rejected": user("Hi", "What?"), "margin": 2}
+    assert [(sides(pair), pair["margin"]) for pair in pairs_of(tmp_path, row)] == [((user("Hi"), answer("Hello"), answer("What?")), 2.0)]
+
+
+def test_conversations_that_part_before_the_last_turn_share_the_prompt_until_there(tmp_path: Path) -> None:
+    row = {"chosen": user("Hi", "Hello", "Bye", "Bye!"), "rejected": user("Hi", "What?", "Well", "Hm")}
+    pair = pairs_of(tmp_path, row)[0]
+    assert (pair["prompt"], len(pair["chosen"]), len(pair["rejected"])) == (user("Hi"), 3, 3)
+
+
+def test_a_prompt_ends_on_a_user_turn_where_conversations_part_at_one(tmp_path: Path) -> None:
+    row = {"chosen": user("Hi", "Hello", "Bye", "Bye!"), "rejected": user("Hi", "Hello", "What?", "Hm")}
+    pair = pairs_of(tmp_path, row)[0]
+    assert (pair["prompt"], len(pair["chosen"]), len(pair["rejected"])) == (user("Hi"), 3, 3)
+
+
+@pytest.mark.parametrize("margin", [10**400, "2", True])
+def test_a_margin_that_is_no_number_is_malformed(margin: Any, tmp_path: Path) -> None:
+    assert problem_of(pairs_of(tmp_path, {**PAIR_ROWS["preference"][0], "margin": margin})[0])
+
+
+def test_transcripts_of_different_prompts_are_malformed(tmp_path: Path) -> None:
+    row = {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "\n\nHuman: Ho\n\nAssistant: Hello"}
+    assert problem_of(pairs_of(tmp_path, row)[0]) == "chosen and rejected do not answer the same prompt"
+
+
+@pytest.mark.parametrize(("preference", "chosen", "margin"), [(1, "A", 1.0), (2, "B", 1.0), (1.5, "A", 0.0), (1.75, "B", 0.5)])
+def test_the_preferred_output_is_chosen_and_a_tie_has_no_margin(preference: float, chosen: str, margin: float, tmp_path: Path) -> None:
+    row = {"instruction": "Hi", "output_1": "A", "output_2": "B", "preference": preference}
+    assert [(pair["chosen"], pair["margin"]) for pair in pairs_of(tmp_path, row)] == [(answer(chosen), margin)]
+
+
+@pytest.mark.parametrize("preference", [None, 0, 3, True, "1"])
+def test_a_preference_for_neither_output_is_malformed(preference: Any, tmp_path: Path) -> None:
+    row = {"instruction": "Hi", "output_1": "A", "output_2": "B", "preference": preference}
+    assert problem_of(pairs_of(tmp_path, row)[0])
+
+
+def test_good_and_bad_completions_of_a_prompt_are_paired_and_the_others_say_so(tmp_path: Path) -> None:
+    labels = [("Hi", "a", True), ("Ho", "b", False), ("Hi", "c", True), ("Hi", "d", False)]
+    rows = [{"prompt": prompt, "completion": text, "label": label, "stars": i} for i, (prompt, text, label) in enumerate(labels)]
+    pairs = pairs_of(tmp_path, *rows)
+    assert [pair["source_rows"] for pair in pairs] == [[0, 3], [1], [2]]
+    assert sides(pairs[0]) == (user("Hi"), answer("a"), answer("d"))
+    assert json.loads(pairs[0]["meta"]) == {"chosen": {"stars": 0}, "rejected": {"stars": 3}}
+    assert [problem_of(pair) for pair in pairs[1:]] == [
+        "no chosen completion of the same prompt",
+        "no rejected completion of the same prompt",
+    ]
+
+
+def test_the_best_reply_is_compared_with_each_that_is_ranked_below_it(tmp_path: Path) -> None:
+    replies = [
+        message("assistant", text, **({"rank": rank} if rank is not None else {}))
+        for text, rank in [("c", 2), ("a", 0), ("b", 1), ("tied", 0), ("x", None)]
+    ]
+    pairs = pairs_of(tmp_path, {"message_tree_id": "t", "prompt": message("prompter", "Hi", *replies)})
+    assert [(pair["chosen"], pair["rejected"], pair["margin"]) for pair in pairs] == [
+        (answer("a"), answer("b"), 1.0),
+        (answer("a"), answer("c"), 2.0),
+    ]
+
+
+def test_a_mapping_reads_pairs_from_columns_of_ones_own(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", {"q": "Hi", "good": "Hello", "bad": "What?", "stars": 4})
+    layout, pairs = to_pairs(path, "a.jsonl", mapping={"prompt": "q", "chosen": "good", "rejected": "bad"})
+    assert (layout, sides(pairs[0])) == ("mapping", (user("Hi"), answer("Hello"), answer("What?")))
+    assert json.loads(pairs[0]["meta"]) == {"stars": 4}
+
+
+# Rows of any shape
+
+NAMES = ["role", "content", "from", "value", "text", "replies", "rank", "tool_calls", "category"]
+SHAPES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.just(10**400)
+    | st.sampled_from(["", "user", "human", "assistant", "prompter", "\n\nHuman: Hi"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@pytest.mark.parametrize(
+    ("read", "layout", "keys"),
+    [(to_records, name, sorted(layout.used)) for name, layout in LAYOUTS.items()]
+    + [(to_pairs, name, sorted(layout.used)) for name, layout in PAIR_LAYOUTS.items()],
+)
+def test_a_row_of_any_shape_is_read_or_malformed_and_never_lost(
+    read: Callable[..., Any], layout: str, keys: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp(layout) / "a.jsonl"
+
+    @settings(max_examples=40, deadline=None)
+    @given(st.lists(st.fixed_dictionaries({}, optional=dict.fromkeys([*keys, "category"], SHAPES)), min_size=1, max_size=4))
+    def holds(rows: list[dict[str, Any]]) -> None:
+        found = read(jsonl(path, *rows), "a.jsonl", layout)[1]
+        if read is to_records:
+            assert [record["source_row"] for record in found] == [*range(len(rows))]
+        else:
+            assert {row for pair in found for row in pair["source_rows"]} == set(range(len(rows)))
+        for entry in found:
+            told = entry["messages"] if read is to_records else entry["chosen"] and entry["rejected"] and entry["prompt"]
+            assert bool(told) != bool(problem_of(entry))
+
+    holds()
+
+
+def test_a_category_that_is_not_text_stays_in_meta(tmp_path: Path) -> None:
+    record = to_records(jsonl(tmp_path / "a.jsonl", {**PAIR, "category": 3}), "a.jsonl")[1][0]
+    assert (record["category"], json.loads(record["meta"])) == (None, {"category": 3})
+    mapping = {"prompt": "prompt", "response": "completion", "category": "topic"}
+    record = to_records(jsonl(tmp_path / "a.jsonl", {**PAIR, "topic": 3}), "a.jsonl", mapping=mapping)[1][0]
+    assert (record["category"], json.loads(record["meta"])) == (None, {"topic": 3})
+
+
+# Data that nobody here wrote
+
+SHARED = ROOT.parent / "shared" / "data"
+real = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data, the real data sets, is missing")
+
+
+@real
+def test_every_row_of_a_real_alpaca_file_is_read() -> None:
+    layout, records = to_records(SHARED / "alpaca_en_demo.json", "alpaca_en_demo.json")
+    assert (layout, len(records), [record for record in records if not record["messages"]]) == ("alpaca", 999, [])
+
+
+@real
+def test_every_row_of_a_real_preference_file_is_a_pair() -> None:
+    layout, pairs = to_pairs(SHARED / "dpo_en_demo.json", "dpo_en_demo.json")
+    assert (layout, len(pairs), [pair for pair in pairs if not pair["prompt"]]) == ("sharegpt", 300, [])
+    assert {(pair["prompt"][-1]["role"], pair["chosen"][0]["role"], pair["rejected"][0]["role"]) for pair in pairs} == {
+        ("user", "assistant", "assistant")
+    }
+
+
+@real
+def test_every_real_tree_ends_on_the_assistant_and_accounts_for_its_messages() -> None:
+    layout, records = to_records(SHARED / "oasst_en_100_tree.jsonl", "oasst")
+    assert (layout, len(records), {record["messages"][-1]["role"] for record in records}) == ("oasst", 100, {"assistant"})
+    total: Counter[str] = Counter()
+    for record in records:
+        total.update(json.loads(record["meta"])["tree"])
+    assert total["messages"] == 1167 == total["kept"] + total["unanswered"] + total["other_branches"]
+    assert total["kept"] == sum(len(record["messages"]) for record in records)
+
+
+@real
+def test_every_ranked_reply_of_the_real_trees_but_the_best_loses_once() -> None:
+    layout, pairs = to_pairs(SHARED / "oasst_en_100_tree.jsonl", "oasst")
+    ranks: Counter[bool] = Counter()
+    messages = [row.value["prompt"] for row in read_rows(SHARED / "oasst_en_100_tree.jsonl") if row.value]
+    for found in messages:
+        messages += found["replies"]
+        ranks[found.get("rank", 0) > 0] += 1
+    assert (layout, len([pair for pair in pairs if pair["prompt"]])) == ("oasst", ranks[True])
+    assert {row for pair in pairs for row in pair["source_rows"]} == set(range(100))
+
+
+@real
+@pytest.mark.parametrize(("name", "rows"), [("gsm8k_train.jsonl", 7473), ("gsm8k_test.jsonl", 1319)])
+def test_every_row_of_a_real_question_file_is_read(name: str, rows: int) -> None:
+    layout, records = to_records(SHARED / name, name)
+    assert (layout, len(records), [record for record in records if not record["messages"]]) == ("question_answer", rows, [])

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.curation.checks import CHECKS, Rules, excerpt, judge
-from dagster_project.curation.formats import read_multiple_choice, read_rows, to_records
+from dagster_project.curation.files import read_rows
+from dagster_project.curation.formats import read_multiple_choice, to_records
 from dagster_project.errors import InputError
 from dagster_project.records import prompt_text
 

@@ -19,10 +19,19 @@ class Source(Section):
     """File relative to the project, inside data/sources/ (which is what DVC watches)."""
     format: str = "auto"
     """A format's name, or "auto" to tell it from the keys of the rows."""
+    mapping: dict[str, str] = {}
+    """Field (prompt, response, system, category) -> column, for a layout of your own; then leave `format` out."""
     licence: str = "unknown"
     """Licence of the text, carried into every audit and model card."""
     origin: str = ""
     """Where the file came from, in words."""
+
+    @field_validator("mapping")
+    @classmethod
+    def _sound(cls, mapping: dict[str, str]) -> dict[str, str]:
+        if mapping and (problem := formats.mapping_problem(mapping)):
+            raise ValueError(problem)
+        return mapping
 
 
 class Params(Section):
@@ -48,7 +57,7 @@ def run(root: Path, params: Params, out: Path) -> Report:
     rows: list[dict[str, Any]] = []
     files: dict[str, Any] = {}
     for source, path in zip(params.sources, paths, strict=True):
-        layout, found = formats.to_records(path, source.path, source.format)
+        layout, found = formats.to_records(path, source.path, source.format, source.mapping)
         found = found[: params.limit]
         rows += found
         files[source.path] = {

@@ -1,0 +1,392 @@
+"""Bytes -> rows: every file type gives the same rows, bad bytes spoil their own row and no other, and hostile files cost little."""
+
+from __future__ import annotations
+
+import datetime
+import gzip
+import json
+import tracemalloc
+from collections.abc import Callable
+from csv import field_size_limit as csv_limit
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dagster_project.curation import files
+from dagster_project.curation.files import READERS, read_rows
+from dagster_project.errors import InputError
+
+ROWS = [{"prompt": "Hi", "completion": "Hello"}, {"prompt": 'Grüße, "du"\n', "completion": "你好"}]
+
+
+def arrow_table() -> Any:
+    import pyarrow as pa
+
+    return pa.Table.from_pylist(ROWS)
+
+
+def write_csv(path: Path) -> None:
+    import csv
+
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, ROWS[0])
+        writer.writeheader()
+        writer.writerows(ROWS)
+
+
+def write_parquet(path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    pq.write_table(arrow_table(), path)
+
+
+def write_stream(path: Path) -> None:
+    import pyarrow as pa
+
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, arrow_table().schema) as writer:
+        writer.write_table(arrow_table(), max_chunksize=1)
+
+
+def write_feather(path: Path) -> None:
+    import pyarrow.feather
+
+    pyarrow.feather.write_feather(arrow_table(), str(path))
+
+
+LINES = "\n".join(map(json.dumps, ROWS)).encode()
+WRITERS: dict[str, Callable[[Path], Any]] = {
+    ".json": lambda path: path.write_text(json.dumps(ROWS, indent=2)),
+    ".json.gz": lambda path: path.write_bytes(gzip.compress(json.dumps(ROWS).encode())),
+    ".jsonl": lambda path: path.write_bytes(LINES),
+    ".jsonl.gz": lambda path: path.write_bytes(gzip.compress(LINES)),
+    ".csv": write_csv,
+    ".parquet": write_parquet,
+    ".arrow": write_stream,
+    ".feather": write_feather,
+    ".txt": lambda path: path.write_text("One\ntwo\n\n \nthree\n", encoding="utf-8"),
+}
+
+
+def jsonl(path: Path, *lines: bytes) -> Path:
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return path
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        read_rows(path)
+    assert caught.value.hint, "an error says what to do next"
+    return caught.value.what
+
+
+def test_every_file_type_is_written_here() -> None:
+    assert set(WRITERS) == set(READERS)
+
+
+@pytest.mark.parametrize("suffix", [suffix for suffix in WRITERS if suffix != ".txt"])
+def test_every_file_type_gives_the_same_rows(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.b{suffix}"
+    WRITERS[suffix](path)
+    assert [(row.source_row, row.value, row.problem) for row in read_rows(path)] == [(0, ROWS[0], ""), (1, ROWS[1], "")]
+
+
+def test_a_paragraph_of_plain_text_is_a_row(tmp_path: Path) -> None:
+    WRITERS[".txt"](tmp_path / "a.txt")
+    assert [row.value for row in read_rows(tmp_path / "a.txt")] == [{"text": "One\ntwo"}, {"text": "three"}]
+
+
+@pytest.mark.parametrize("suffix", READERS)
+def test_an_empty_file_is_refused(suffix: str, tmp_path: Path) -> None:
+    (tmp_path / f"a{suffix}").touch()
+    assert refused(tmp_path / f"a{suffix}") == f"a{suffix}: the file is empty"
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".txt", ".jsonl.gz", ".json.gz"])
+def test_a_file_of_blank_lines_is_refused(suffix: str, tmp_path: Path) -> None:
+    blank = b"\xef\xbb\xbf\n  \r\n\n" if suffix != ".csv" else b"\n\n"
+    (tmp_path / f"a{suffix}").write_bytes(gzip.compress(blank) if suffix.endswith(".gz") else blank)
+    assert refused(tmp_path / f"a{suffix}") == f"a{suffix}: the file is empty"
+
+
+def test_a_table_without_rows_is_refused(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    pq.write_table(arrow_table().slice(0, 0), tmp_path / "a.parquet")
+    (tmp_path / "a.csv").write_text("prompt,completion\n")
+    assert [refused(tmp_path / name) for name in ("a.parquet", "a.csv")] == ["a.parquet: the file is empty", "a.csv: the file is empty"]
+
+
+GOOD = b'{"prompt": "Hi"}'
+BAD_LINES = [
+    (b'{"prompt": "H', "line is not JSON: Unterminated string starting at: column 12 (line 3)"),
+    (b'{"prompt": "H\x00"}', "line is not JSON: Invalid control character at: column 14 (line 3)"),
+    (b"\x00" * 100, "line is not JSON: Expecting value: column 1 (line 3)"),
+    (b'{"prompt": "caf\xe9"}', "not UTF-8 at byte 15 (line 3)"),
+    (b'{"prompt": "cut \\ud83d off"}', "text holds half of a surrogate pair, which is no character (line 3)"),
+    (b'{"prompt": "a", "prompt": "b"}', "key 'prompt' stands twice in one object (line 3)"),
+    (b'{"prompt": [{"a": 1, "a": 1}]}', "key 'a' stands twice in one object (line 3)"),
+    (b'{"prompt": NaN}', "NaN is no number that JSON can hold (line 3)"),
+    (b'{"prompt": [-Infinity]}', "-Infinity is no number that JSON can hold (line 3)"),
+    (b'{"prompt": 1e999}', "1e999 is no number that JSON can hold (line 3)"),
+    (b'{"prompt": ' + b"[" * 300 + b"]" * 300 + b"}", "nested more than 200 deep (line 3)"),
+    (b"[" * 100_000, "nested more than 200 deep (line 3)"),
+    (b"3", "expected an object, found int (line 3)"),
+]
+
+
+@pytest.mark.parametrize(("line", "problem"), BAD_LINES)
+def test_a_bad_line_spoils_its_row_and_no_other(line: bytes, problem: str, tmp_path: Path) -> None:
+    rows = read_rows(jsonl(tmp_path / "a.jsonl", GOOD, b"", line, GOOD))
+    assert [(row.source_row, row.problem) for row in rows] == [(0, ""), (1, problem), (2, "")]
+    assert [row.value for row in rows[::2]] == [{"prompt": "Hi"}] * 2
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"prompt": "a", "prompt": "b"}',
+        b'{"prompt": [{"a": 1, "a": 1}]}',
+        b'{"prompt": NaN}',
+        b'{"prompt": 1e999}',
+        b'{"prompt": ' + b"1" * 5000 + b"}",
+        b'{"prompt": ' + b"[" * 300 + b"]" * 300 + b"}",
+        b'{"prompt": "cut \\ud83d off"}',
+        b"3",
+    ],
+)
+def test_what_json_leaves_open_spoils_one_element_of_a_list_and_no_other(line: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b"[" + b" ,\n".join([GOOD, line, GOOD]) + b"]\n")
+    assert [bool(row.problem) for row in read_rows(tmp_path / "a.json")] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'[{"a": 1}', "a.json: not JSON: Expecting ',' delimiter: line 1 column 10 (char 9)"),
+        (b'[{"a": 1} {"a": 2}]', "a.json: not JSON: Expecting ',' delimiter: line 1 column 11 (char 10)"),
+        (b'[{"a": 1},]', "a.json: not JSON: Expecting value: line 1 column 11 (char 10)"),
+        (b'[{"a": 1}] x', "a.json: not JSON: Extra data: line 1 column 12 (char 11)"),
+        (b"[", "a.json: not JSON: Expecting value: line 1 column 2 (char 1)"),
+        (b"[" * 100_000, "a.json: not JSON: maximum recursion depth exceeded"),
+        (b"{", "a.json: not JSON: Expecting property name"),
+    ],
+)
+def test_a_list_that_cannot_be_told_into_rows_is_refused_with_the_place(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    assert refused(tmp_path / "a.json").startswith(message)
+
+
+JSON_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["Cs"])),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def test_a_list_is_read_as_json_reads_it(tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("json") / "a.json"
+
+    @settings(max_examples=100, deadline=None)
+    @given(st.lists(JSON_VALUES, min_size=1, max_size=4), st.sampled_from([None, 0, 3]), st.booleans())
+    def holds(values: list[Any], indent: int | None, ascii_only: bool) -> None:
+        path.write_text(json.dumps(values, indent=indent, ensure_ascii=ascii_only), encoding="utf-8")
+        rows = read_rows(path)
+        assert [row.value for row in rows] == [value if isinstance(value, dict) else None for value in values]
+
+    holds()
+
+
+def test_late_columns_and_late_types_are_kept_as_they_stand(tmp_path: Path) -> None:
+    lines = [{"a": "x"}] * 500 + [{"a": 3}, {"b": None}, {"a": "x", "c": [1.5]}]
+    rows = read_rows(jsonl(tmp_path / "a.jsonl", *(json.dumps(line).encode() for line in lines)))
+    assert [row.value for row in rows] == lines
+
+
+def test_a_line_as_long_as_allowed_is_read_and_a_longer_one_never_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MAX_ROW_BYTES", 100_000)
+    fits = b'{"prompt": "' + b"a" * (100_000 - 15) + b'"}'
+    path = jsonl(tmp_path / "a.jsonl", fits, b'{"prompt": "' + b"a" * 30_000_000 + b'"}', GOOD)
+    tracemalloc.start()
+    rows = read_rows(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [row.problem for row in rows] == ["", "longer than 100000 bytes (line 2)", ""]
+    assert peak < 2_000_000
+
+
+def test_a_paragraph_of_too_many_lines_is_malformed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MAX_ROW_BYTES", 100)
+    (tmp_path / "a.txt").write_bytes(b"One\n\n" + b"two words\n" * 20 + b"\ncaf\xe9\nno\n\nthree")
+    assert [(row.value, row.problem) for row in read_rows(tmp_path / "a.txt")] == [
+        ({"text": "One"}, ""),
+        (None, "longer than 100 bytes (line 13)"),
+        (None, "not UTF-8 at byte 3 (line 24)"),
+        ({"text": "three"}, ""),
+    ]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".json.gz"])
+def test_a_gzip_bomb_is_refused_and_what_compresses_well_is_not(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(gzip.compress(b"[" + b",".join([GOOD] * 100_000) + b"]" if suffix == ".json.gz" else b"\n".join([GOOD] * 100_000)))
+    assert len(read_rows(path)) == 100_000, "below the free bytes the ratio does not matter"
+    monkeypatch.setattr(files, "GZIP_FREE_BYTES", 1_000_000)
+    assert refused(path) == f"a{suffix}: decompresses to more than 200 times its size"
+
+
+# CSV
+
+
+def csv(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def test_a_bad_csv_row_spoils_no_other(tmp_path: Path) -> None:
+    rows = read_rows(csv(tmp_path / "a.csv", b'\xef\xbb\xbfa,b\r\n1,2\r\n1\r\n1,2,3\r\n\r\n"caf\xe9\nx",2\r\n\x00,"x\r\ny"\r\n'))
+    assert [(row.source_row, row.problem) for row in rows] == [
+        (0, ""),
+        (1, "1 fields where the header has 2 (line 3)"),
+        (2, "3 fields where the header has 2 (line 4)"),
+        (3, "not UTF-8 (line 7)"),
+        (4, ""),
+    ]
+    assert [row.value for row in rows if row.value] == [{"a": "1", "b": "2"}, {"a": "\x00", "b": "x\r\ny"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'a,b\n1,"2\n3,4\n5,6\n', "a.csv: not CSV: unexpected end of data, near line 4"),
+        (b'a,b\n1,"2"x\n', "a.csv: not CSV: ',' expected after '\"', near line 2"),
+        (b"a,a\n1,2\n", "a.csv: column 'a' stands twice"),
+        (b"caf\xe9,a\n1,2\n", "a.csv: the column names are not UTF-8"),
+        (b"a\n" + b"x" * 300 + b"\n", "a.csv: not CSV: longer than 200 bytes (line 2), near line 1"),
+        (b'a\n"' + b"x\n" * 300 + b'"\n', "a.csv: not CSV: field larger than field limit (200), near line 102"),
+    ],
+)
+def test_a_csv_file_whose_rows_cannot_be_told_apart_is_refused(
+    content: bytes, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "MAX_ROW_BYTES", 200)
+    limit = csv_limit()
+    assert refused(csv(tmp_path / "a.csv", content)) == message
+    assert csv_limit() == limit, "the limit is the process's own"
+
+
+# Tables
+
+
+def test_a_table_value_that_json_cannot_hold_is_spelt_or_spoils_its_row_and_no_other(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    text = pa.Array.from_buffers(
+        pa.utf8(), 5, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0\3\0\0\0\4\0\0\0\5\0\0\0"), pa.py_buffer(b"ab\xe9de")]
+    )
+    table = pa.table(
+        {
+            "text": text,
+            "day": [datetime.date(2024, 1, i) for i in range(1, 6)],
+            "raw": [b"x", b"\xff", b"x", b"x", b"x"],
+            "score": [1.0, 1.0, 1.0, float("nan"), None],
+        }
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    rows = read_rows(tmp_path / "a.parquet")
+    assert [bool(row.problem) for row in rows] == [False, True, True, True, False]
+    assert [row.value for row in rows[::4]] == [
+        {"text": "a", "day": "2024-01-01", "raw": "x", "score": 1.0},
+        {"text": "e", "day": "2024-01-05", "raw": "x", "score": None},
+    ]
+
+
+@pytest.mark.parametrize(("suffix", "kind"), [(".parquet", "Parquet"), (".arrow", "Arrow"), (".feather", "Arrow")])
+@pytest.mark.parametrize("keep", [7, 0.5, -10])
+def test_a_cut_table_is_refused(suffix: str, kind: str, keep: float, tmp_path: Path) -> None:
+    path = tmp_path / f"a{suffix}"
+    WRITERS[suffix](path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep) if keep == 0.5 else int(keep)])
+    assert refused(path).startswith(f"a{suffix}: not {kind}: ")
+
+
+def test_an_arrow_batch_that_points_outside_itself_is_refused(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    wild = pa.Array.from_buffers(pa.utf8(), 2, [None, pa.py_buffer(b"\0\0\0\0\xff\xff\xff\x7f\1\0\0\0"), pa.py_buffer(b"a")])
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink, pa.ipc.new_stream(sink, pa.schema([("text", pa.utf8())])) as writer:
+        writer.write_batch(pa.record_batch([wild], ["text"]))
+    assert refused(tmp_path / "a.arrow").startswith("a.arrow: not Arrow: ")
+
+
+# Folders
+
+
+def test_a_folder_is_read_in_the_order_of_its_paths_and_numbered_through(tmp_path: Path) -> None:
+    (tmp_path / "set/b").mkdir(parents=True)
+    jsonl(tmp_path / "set/c.jsonl", b'{"n": 3}')
+    jsonl(tmp_path / "set/b/z.jsonl", b'{"n": 1}', b"broken")
+    (tmp_path / "set/b/README.md").write_text("no examples")
+    (tmp_path / "set/a.csv").write_text("n\n0\n")
+    rows = read_rows(tmp_path / "set")
+    assert [(row.source_row, (row.value or {}).get("n")) for row in rows] == [(0, "0"), (1, 1), (2, None), (3, 3)]
+    assert rows[2].problem == "b/z.jsonl: line is not JSON: Expecting value: column 1 (line 2)"
+
+
+def test_a_folder_without_examples_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("none")
+    assert refused(tmp_path) == f"{tmp_path.name}: no file of examples in the folder"
+
+
+@pytest.mark.parametrize("target", ["outside.jsonl", "outside", "nowhere.jsonl"])
+def test_a_link_out_of_a_folder_is_refused_and_one_inside_is_followed(target: str, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "outside").mkdir()
+    jsonl(tmp_path / "outside.jsonl", GOOD)
+    jsonl(tmp_path / "set/a.jsonl", GOOD)
+    (tmp_path / "set/b.jsonl").symlink_to("a.jsonl")
+    assert len(read_rows(tmp_path / "set")) == 2
+    (tmp_path / "set" / target).symlink_to(tmp_path / target)
+    assert refused(tmp_path / "set") == f"set/{target}: a link that leads out of its folder or nowhere"
+
+
+# Any bytes at all
+
+BYTES = st.binary(max_size=300) | st.lists(
+    st.sampled_from([b"{", b"}", b'"a":', b"1", b",", b"\n", b"[", b"]", b'"', b"\x00", b"\xff"])
+).map(b"".join)
+
+
+@pytest.mark.parametrize("suffix", READERS)
+@pytest.mark.parametrize("start", [b"", b"start"])
+def test_of_any_bytes_each_row_is_accounted_for_or_the_file_is_refused(
+    suffix: str, start: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """With `start`, the bytes follow the beginning of a good file."""
+    path = tmp_path_factory.mktemp("fuzz") / f"a{suffix}"
+    WRITERS[suffix](path)
+    good = path.read_bytes()
+
+    @settings(max_examples=60, deadline=None)
+    @given(BYTES, st.integers(0, len(good)))
+    def holds(content: bytes, cut: int) -> None:
+        content = good[:cut] + content if start else content
+        path.write_bytes(gzip.compress(content) if suffix.endswith(".gz") and not start else content)
+        try:
+            rows = read_rows(path)
+        except InputError:
+            return
+        assert [row.source_row for row in rows] == [*range(len(rows))]
+        assert all(isinstance(row.value, dict) or row.problem for row in rows)
+        if suffix == ".jsonl":
+            assert len(rows) == sum(bool(line.decode("utf-8", "replace").strip()) for line in content.split(b"\n"))
+
+    holds()
