@@ -35,8 +35,10 @@ ui: $(VENV)/ok   ## open Dagster on loopback, its home inside the project
 	@$(MAKE) --no-print-directory setup-dvc
 	$(BIN)/pedigree ui --port $(PORT)
 
-bench: $(VENV)/ok ## print what the doors cost, as ratios
+bench: $(VENV)/ok ## print what the doors cost, as ratios, and near-duplicates beside datasketch and rensa
 	$(BIN)/python benchmarks/doors.py
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	$(BIN)/python benchmarks/curation.py
 
 soak: $(VENV)/ok ## play 2,000 random steps at both doors and compare after each
 	$(BIN)/python tests/test_two_doors.py $(or $(STEPS),2000) $(SEED)

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import numpy as np
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dagster_project.curation.overlap import RARE, Pair, clusters, near_pairs, words
+from dagster_project.curation import _overlap_numba as compiled
+from dagster_project.curation import overlap
+from dagster_project.curation.overlap import RARE, Pair, clusters, near_pairs, shared_span, thirteen_gram_pairs, words
 
 TEXT = "The kite we ordered for the birthday went to the pub on Mill Row"
 OTHER = "Please add a button that reminds me to buy coffee filters every month"
@@ -14,6 +26,61 @@ OTHER = "Please add a button that reminds me to buy coffee filters every month"
 vocabulary = st.sampled_from(["kite", "pub", "row", "mail", "code", "card", "bank", "Plus"])
 texts = st.lists(st.lists(vocabulary, max_size=14).map(" ".join), max_size=6)
 calm = settings(deadline=None, max_examples=60)
+
+
+@st.composite
+def corpora(draw: st.DrawFn) -> list[str]:
+    """Texts and edited copies of them: a piece of one with words inserted, changed or left out."""
+    rows = draw(st.lists(st.lists(vocabulary, max_size=20), min_size=1, max_size=5))
+    for _ in range(draw(st.integers(0, 8))):
+        copy = list(draw(st.sampled_from(rows)))
+        for _ in range(draw(st.integers(0, 3))):
+            at = draw(st.integers(0, len(copy)))
+            copy[at : at + draw(st.integers(0, 2))] = draw(st.lists(vocabulary, max_size=2))
+        rows.append(copy)
+    return [" ".join(row) for row in rows]
+
+
+def by_definition(texts: Sequence[str], against: Sequence[str] | None) -> Iterator[Pair]:
+    """The rule of overlap.py, slowly."""
+
+    def grams(row: tuple[str, ...], n: int) -> set[tuple[str, ...]]:
+        return {row[i : i + n] for i in range(len(row) - n + 1)}
+
+    def rests(row: tuple[str, ...]) -> set[tuple[str, ...]]:
+        return {row, *(row[:i] + row[i + 1 :] for i in range(len(row)))} if overlap.RUN <= len(row) < overlap.EDITED else set()
+
+    def shared(of: Callable[[tuple[str, ...]], set[tuple[str, ...]]], a: tuple[str, ...], b: tuple[str, ...]) -> set[tuple[str, ...]]:
+        return {key for key in of(a) & of(b) if counts[of][key] <= overlap.RARE}
+
+    def runs(row: tuple[str, ...]) -> set[tuple[str, ...]]:
+        return grams(row, overlap.RUN)
+
+    def shingles(row: tuple[str, ...]) -> set[tuple[str, ...]]:
+        return grams(row, overlap.SHINGLE)
+
+    def judge(a: tuple[str, ...], b: tuple[str, ...]) -> tuple[float, overlap.Rule] | None:
+        if a == b:
+            return 1.0, "equal"
+        mine, theirs = ({s for s in shingles(row) if counts[shingles][s] <= overlap.RARE} for row in (a, b))
+        common, run = len(mine & theirs), shared(runs, a, b)
+        both_short = all(overlap.RUN <= len(row) < overlap.SHORT for row in (a, b))
+        if common and (run or both_short) and common / len(mine | theirs) >= overlap.JACCARD:
+            return round(common / len(mine | theirs), 3), "jaccard"
+        if common and run and common / min(len(mine), len(theirs)) >= overlap.CONTAINMENT:
+            return round(common / min(len(mine), len(theirs)), 3), "containment"
+        if shared(rests, a, b):
+            return round(1 - 1 / max(len(a), len(b)), 3), "one_word"
+        return None
+
+    left = [words(text) for text in texts]
+    right = left if against is None else [words(text) for text in against]
+    counts = {of: Counter(key for row in {*left, *right} for key in of(row)) for of in (runs, shingles, rests)}
+    for i, a in enumerate(left):
+        for j, b in enumerate(right):
+            verdict = judge(a, b) if a and b and (against is not None or i < j) else None
+            if verdict:
+                yield Pair(i, j, *verdict)
 
 
 def pairs(*rows: str) -> list[tuple[int, int]]:
@@ -66,6 +133,109 @@ def test_text_without_spaces_is_compared_by_character() -> None:
     )
     assert words("风筝kite") == ("风", "筝", "kite")
     assert pairs(text, unrelated, edited) == [(0, 2)]
+
+
+@pytest.mark.parametrize("at", range(7))
+@pytest.mark.parametrize("size", [5, 6, 7])
+def test_one_changed_word_in_a_short_text_is_found_wherever_it_stands(size: int, at: int) -> None:
+    text = ["where", "did", "my", "birthday", "kite", "go", "today"][:size]
+    edited = [*text[:at], "really", *text[at + 1 :]]
+    assert pairs(" ".join(text), OTHER, " ".join(edited)) == [(0, 2)]
+    assert pairs(" ".join(text), " ".join([*text[:at], *text[at + 1 :]])) == ([(0, 1)] if size > 5 or at >= size else [])
+
+
+def test_two_changed_words_in_a_short_text_are_no_near_copy() -> None:
+    assert pairs("where did my birthday kite go", "where can my birthday mail go") == []
+
+
+def test_short_questions_of_one_form_are_no_pairs_where_many_fill_it() -> None:
+    assert pairs(*[f"please tell me about {topic}{i}" for i in range(RARE + 1) for topic in ("bank", "card")]) == []
+
+
+@given(rows=corpora(), against=st.none() | corpora(), rare=st.sampled_from([2, 3, RARE]))
+@settings(deadline=None, max_examples=300)
+def test_the_pairs_are_those_of_the_definition_in_order(rows: list[str], against: list[str] | None, rare: int) -> None:
+    with mock.patch.object(overlap, "RARE", rare):
+        assert list(near_pairs(rows, against)) == list(by_definition(rows, against))
+
+
+def test_texts_without_words_are_in_no_pair() -> None:
+    assert (
+        list(near_pairs([])) == list(near_pairs([], [TEXT])) == list(near_pairs([TEXT], [])) == list(near_pairs(["", "!", ""], [""])) == []
+    )
+    assert list(near_pairs(["kite", "", "Kite!"])) == [Pair(0, 2, 1.0)]
+
+
+def test_equal_hashes_make_no_pair() -> None:
+    rows = [TEXT, OTHER, "kite", "pub", TEXT.replace("ordered", "bought"), "where did my birthday kite go", "when did my birthday kite go"]
+    expected = list(near_pairs(rows))
+    with mock.patch.object(compiled, "_hash_spans", lambda values, starts, lengths: np.zeros(len(starts), np.uint64)):
+        assert list(near_pairs(rows)) == expected
+    assert [(pair.left, pair.right, pair.rule) for pair in expected] == [(0, 4, "jaccard"), (5, 6, "jaccard")]
+
+
+@pytest.fixture(scope="module")
+def planted() -> tuple[Any, list[str], dict[str, list[tuple[int, int]]], list[Pair]]:
+    """The benchmark, a small run of it, and the pairs found in that."""
+    spec = importlib.util.spec_from_file_location("benchmark", ROOT / "benchmarks" / "curation.py")
+    assert spec and spec.loader
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    texts, by_class = benchmark.plant(6000, 20)
+    return benchmark, texts, by_class, list(near_pairs(texts))
+
+
+def test_every_class_of_planted_pairs_is_found_and_little_else(planted: Any) -> None:
+    _, _, by_class, found = planted
+    ours = {(pair.left, pair.right) for pair in found}
+    recall = {name: len(ours & set(there)) / len(there) for name, there in by_class.items()}
+    assert recall.pop("20 % edited") >= 0.5
+    assert {name: share for name, share in recall.items() if share < 0.99} == {}
+    assert len(ours & set().union(*by_class.values())) / len(ours) >= 0.95
+
+
+def test_the_number_of_threads_does_not_matter(planted: Any) -> None:
+    _, texts, _, found = planted
+    assert len(texts) > 5 * 1024  # more than one thread has work
+    for threads in (1, 2, 5):
+        with mock.patch.object(compiled, "THREADS", threads):
+            assert list(near_pairs(texts)) == found
+
+
+def test_importing_the_module_loads_no_library() -> None:
+    code = "import sys, dagster_project.curation.overlap; print({'numba', 'numpy', 'pyarrow'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == "set()"
+
+
+def test_where_no_folder_takes_compiled_code_it_is_kept_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    from numba.core.caching import CacheImpl
+
+    monkeypatch.setattr(CacheImpl, "_locator_classes", [])
+    assert compiled.compiled(lambda x: x + 1)(1) == 2
+
+
+def test_the_shared_span_is_the_longest_common_run_in_the_characters_of_both_texts() -> None:
+    left, right = "He said: “Good   MORNING, dear ﬁnn!” Good day.", "A good-morning Dear Finn to you; good day"
+    (a, a_end), (b, b_end) = shared_span(left, right)
+    assert (left[a:a_end], right[b:b_end]) == ("Good   MORNING, dear ﬁnn", "good-morning Dear Finn")
+    assert shared_span("He said: Good Morning!", "good morning, Ann") == ((9, 21), (0, 12))
+    assert shared_span("我的风筝在哪里", "你的风筝呢") == ((1, 4), (1, 4))
+    assert shared_span("cafe\u0301 au lait", "CAFÉ AU LAIT") == ((0, 13), (0, 12))
+    assert shared_span("kite", "pub") == shared_span("", "kite") == ((0, 0), (0, 0))
+
+
+@given(text=st.text() | st.text(alphabet="e\u0301\u0323 ﾊﾟｶﾞ\u1112\u1161\u11ab가ﬁßΣ字Ａ.", max_size=12))
+@settings(deadline=None, max_examples=500)
+def test_spans_hold_exactly_the_words_of_the_text(text: str) -> None:
+    spans = overlap._spans(text)
+    assert tuple(word for word, _, _ in spans) == words(text)
+    assert all(0 <= start < end <= len(text) for _, start, end in spans)
+
+
+def test_thirteen_gram_mode_pairs_any_shared_run_of_thirteen_words_and_nothing_shorter() -> None:
+    run = [f"w{i}" for i in range(13)]
+    rows = [" ".join(["a", *run, "b"]), " ".join(run[:12]), "kite"]
+    assert list(thirteen_gram_pairs(rows, ["pub", " ".join(["c", *run]), " ".join(run[1:])])) == [(0, 1)]
 
 
 def test_boilerplate_that_stands_in_many_texts_proves_nothing() -> None:

@@ -6,6 +6,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.curation.overlap import Pair, clusters, near_pairs, words
@@ -86,7 +87,7 @@ def gather(records: Sequence[dict[str, Any]], held_out: Sequence[str]) -> tuple[
     prompts = [prompt_text(r["messages"]) for r in records]
     repeats, conflicts = _repeats(records)
     first_of_kind = [i for i in readable if repeats[i] is None]
-    pairs = [Pair(first_of_kind[p.left], first_of_kind[p.right], p.similarity) for p in near_pairs([prompts[i] for i in first_of_kind])]
+    pairs = [replace(p, left=first_of_kind[p.left], right=first_of_kind[p.right]) for p in near_pairs([prompts[i] for i in first_of_kind])]
     near: dict[int, int] = {}
     for pair in pairs:
         near.setdefault(pair.right, pair.left)

@@ -1,0 +1,262 @@
+"""Near-duplicates: ours beside MinHash LSH of datasketch and rensa, on planted pairs. usage: python benchmarks/curation.py [--rows N] [--repeat N]
+
+Texts are made by seed: words by Zipf's law, a fifth of the rows in a template, and pairs of each class of `CLASSES` planted
+among them. By default about 200 rows share a template; `--templates` makes it more templates with fewer rows each, which is
+harder: a template that few texts share looks like a copied passage. Each engine runs in a process of its own, taking turns;
+medians are printed. Needs `pip install -e '.[bench]'`.
+
+The MinHashes have 128 permutations over runs of three words and keep pairs estimated at `THRESHOLD` or more, the Jaccard index
+our rule asks for; rensa is used in its batch mode. "rensa .8" has the bands and threshold of rensa's own benchmark.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PERMUTATIONS, BANDS, THRESHOLD = 128, 32, 0.3
+
+
+class Maker:
+    """Texts by seed."""
+
+    def __init__(self, seed: int, templates: int) -> None:
+        self.random = random.Random(seed)
+        letters = "eeeaaiiootnsrhldcump"
+        self.words = sorted({"".join(self.random.choices(letters, k=self.random.randint(2, 9))) for _ in range(60_000)})
+        self.random.shuffle(self.words)
+        self.weights = self.zipf(len(self.words))
+        self.signs = [chr(0x4E00 + i) for i in range(3000)]
+        self.sign_weights = self.zipf(len(self.signs))
+        self.templates = [(self.draw(self.random.randint(3, 9)), self.draw(self.random.randint(0, 6))) for _ in range(templates)]
+
+    @staticmethod
+    def zipf(size: int) -> list[float]:
+        total, sums = 0.0, []
+        for rank in range(size):
+            total += 1 / (rank + 2.7)  # Zipf-Mandelbrot
+            sums.append(total)
+        return sums
+
+    def draw(self, count: int) -> list[str]:
+        return self.random.choices(self.words, cum_weights=self.weights, k=count)
+
+    def text(self, low: int = 8, high: int = 40) -> list[str]:
+        count = self.random.randint(low, high)
+        if count >= 20 and self.random.random() < 0.4:
+            opening, ending = self.random.choice(self.templates)
+            return [*opening, *self.draw(count - len(opening) - len(ending)), *ending]
+        return self.draw(count)
+
+    def edited(self, words: Sequence[str], share: float) -> list[str]:
+        result = list(words)
+        for i in self.random.sample(range(len(words)), max(1, round(share * len(words)))):
+            result[i] = self.random.choice([w for w in self.draw(9) if w != words[i]])
+        return result
+
+    def chinese(self) -> str:
+        return "".join(self.random.choices(self.signs, cum_weights=self.sign_weights, k=self.random.randint(8, 40)))
+
+    def code(self) -> tuple[str, str]:
+        """A function, and the same with another indentation and one variable renamed."""
+        name, renamed, *names = self.draw(10)
+        lines = [f"def {names[0]}_{self.random.choice(self.words)}({name}, {names[1]}):"]
+        for k in range(self.random.randint(5, 10)):
+            a, b, c = self.random.choices(names, k=3)
+            lines.append(f"    {a} = {b}.{self.random.choice(self.words)}({name if k % 3 == 0 else c}, {self.random.randint(0, 99)})")
+        lines.append(f"    return {names[2]}")
+        text = "\n".join(lines)
+        return text, text.replace("    ", "\t").replace(f"({name},", f"({renamed}q,")
+
+
+def wide(text: str) -> str:
+    """Upper case in the full-width forms of East Asian typesetting."""
+    return "".join(chr(ord(c) + 0xFEE0) if c.isalnum() and c.isascii() else c for c in text.upper())
+
+
+def exact(m: Maker) -> tuple[str, str]:
+    text = " ".join(m.text())
+    return text, text
+
+
+def case_or_width(m: Maker) -> tuple[str, str]:
+    text = " ".join(m.text())
+    return text, m.random.choice([str.upper, str.title, wide])(text) + "!"
+
+
+def one_word(m: Maker) -> tuple[str, str]:
+    text = m.text()
+    return " ".join(text), " ".join(m.edited(text, 0))
+
+
+def share(part: float) -> Callable[[Maker], tuple[str, str]]:
+    def edit(m: Maker) -> tuple[str, str]:
+        text = m.text()
+        return " ".join(text), " ".join(m.edited(text, part))
+
+    return edit
+
+
+def wrapped(m: Maker) -> tuple[str, str]:
+    text = m.text()
+    return " ".join(text), " ".join([*m.draw(m.random.randint(2, 6)), *text, *m.draw(m.random.randint(2, 6))])
+
+
+def embedded(m: Maker) -> tuple[str, str]:
+    text = m.text(8, 20)
+    rest = m.draw(len(text))
+    cut = m.random.randint(0, len(rest))
+    return " ".join(text), " ".join([*rest[:cut], *text, *rest[cut:]])
+
+
+def swapped(m: Maker) -> tuple[str, str]:
+    text = m.text()
+    half = len(text) // 2
+    return " ".join(text), " ".join([*text[half:], *text[:half]])
+
+
+def short(m: Maker) -> tuple[str, str]:
+    text = m.draw(m.random.randint(5, 7))
+    return " ".join(text), " ".join(m.edited(text, 0))
+
+
+def chinese(m: Maker) -> tuple[str, str]:
+    text = m.chinese()
+    i = m.random.randrange(len(text))
+    return text, text[:i] + m.random.choice(m.signs) + text[i + 1 :]
+
+
+CLASSES: dict[str, Callable[[Maker], tuple[str, str]]] = {
+    "exact": exact,
+    "case or width": case_or_width,
+    "1 word edited": one_word,
+    "5 % edited": share(0.05),
+    "10 % edited": share(0.10),
+    "20 % edited": share(0.20),
+    "wrapped": wrapped,
+    "embedded": embedded,
+    "halves swapped": swapped,
+    "short, 1 word": short,
+    "CJK, 1 character": chinese,
+    "code": Maker.code,
+}
+
+
+def plant(rows: int, templates: int, seed: int = 0) -> tuple[list[str], dict[str, list[tuple[int, int]]]]:
+    """`rows` shuffled texts, 1 in 12 of them in a planted pair; the pairs by class."""
+    maker = Maker(seed, templates)
+    texts: list[str] = []
+    planted: dict[str, list[tuple[int, int]]] = {name: [] for name in CLASSES}
+    for name, make in CLASSES.items():
+        for _ in range(max(1, rows // 24 // len(CLASSES))):
+            planted[name].append((len(texts), len(texts) + 1))
+            texts.extend(make(maker))
+    while len(texts) < rows:
+        kind = maker.random.random()
+        texts.append(maker.chinese() if kind < 0.02 else maker.code()[0] if kind < 0.04 else " ".join(maker.text(5 if kind < 0.1 else 8)))
+    order = maker.random.sample(range(len(texts)), len(texts))
+    place = {old: new for new, old in enumerate(order)}
+    return [texts[i] for i in order], {
+        name: [(min(place[a], place[b]), max(place[a], place[b])) for a, b in pairs] for name, pairs in planted.items()
+    }
+
+
+def ours(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
+    from dagster_project.curation.overlap import near_pairs
+
+    return ((pair.left, pair.right) for pair in near_pairs(texts))
+
+
+def shingles(text: str) -> list[str]:
+    words = text.lower().split()
+    return [" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2))]
+
+
+def datasketch(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
+    from datasketch import MinHash, MinHashLSH
+
+    lsh = MinHashLSH(num_perm=PERMUTATIONS, params=(BANDS, PERMUTATIONS // BANDS))
+    hashes = MinHash.bulk([[s.encode() for s in shingles(text)] for text in texts], num_perm=PERMUTATIONS)
+    for i, minhash in enumerate(hashes):
+        yield from ((j, i) for j in lsh.query(minhash) if hashes[j].jaccard(minhash) >= THRESHOLD)
+        lsh.insert(i, minhash)
+
+
+def rensa(texts: Sequence[str], bands: int = BANDS, threshold: float = THRESHOLD) -> Iterator[tuple[int, int]]:
+    from rensa import RMinHash, RMinHashLSH
+
+    lsh = RMinHashLSH(threshold=threshold, num_perm=PERMUTATIONS, num_bands=bands)
+    hashes = RMinHash.from_token_sets([shingles(text) for text in texts], PERMUTATIONS, 42)
+    lsh.insert_many(hashes)
+    for i, near in enumerate(lsh.query_all(hashes)):
+        yield from ((i, j) for j in near if j > i and hashes[i].jaccard(hashes[j]) >= threshold)
+
+
+ENGINES = {"ours": ours, "datasketch": datasketch, "rensa": rensa, "rensa .8": lambda texts: rensa(texts, 8, 0.8)}
+
+
+def measure(engine: str, file: Path) -> dict[str, float]:
+    """One run in this process: rows per second, recall by class, precision, peak memory."""
+    data = json.loads(file.read_text())
+    texts = data["texts"]
+    list(ENGINES[engine](texts[:100]))  # imports, and compiled code read from the cache
+    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    found = set(ENGINES[engine](texts))
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    planted = {name: {tuple(pair) for pair in pairs} for name, pairs in data["planted"].items()}
+    right = found & set().union(*planted.values())
+    return {
+        "rows/s": len(texts) / seconds,
+        "precision": len(right) / max(1, len(found)),
+        "peak GB": peak / 2**20,
+        "of it texts and libraries": loaded / 2**20,
+        **{name: len(found & pairs) / len(pairs) for name, pairs in planted.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=200_000, help="texts (default: %(default)s)")
+    parser.add_argument("--templates", type=int, help="how many (default: a thousandth of the rows)")
+    parser.add_argument("--repeat", type=int, default=3, help="runs of each; medians are printed (default: %(default)s)")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="which to run (default: all)")
+    parser.add_argument("--measure", nargs=2, metavar=("ENGINE", "FILE"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure(args.measure[0], Path(args.measure[1]))))
+        return
+    templates = args.templates or max(1, args.rows // 1000)
+    runs: dict[str, list[dict[str, float]]] = {engine: [] for engine in args.engines}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "planted.json"
+        texts, planted = plant(args.rows, templates)
+        file.write_text(json.dumps({"texts": texts, "planted": planted}))
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        for _ in range(args.repeat):
+            for engine, done in runs.items():
+                command = [sys.executable, __file__, "--measure", engine, str(file)]
+                done.append(json.loads(subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE).stdout))
+    print(
+        f"{len(texts):,} rows, {sum(map(len, planted.values())):,} planted pairs, {templates:,} templates, {os.cpu_count()} cores, median of {args.repeat}"
+    )
+    print(f"{'':28}" + "".join(f"{engine:>12}" for engine in runs))
+    for key in next(iter(runs.values()))[0]:
+        values = (statistics.median(run[key] for run in done) for done in runs.values())
+        print(f"{key:28}" + "".join(f"{value:12,.0f}" if key == "rows/s" else f"{value:12.3f}" for value in values))
+
+
+if __name__ == "__main__":
+    main()

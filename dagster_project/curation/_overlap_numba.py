@@ -1,0 +1,361 @@
+"""The loops behind overlap.py, over flat integer arrays. Imported on first use: numba takes a second to load and more to compile.
+
+Words, runs of words, whole texts are all *spans* of an array, and each span is named by the first span that equals it.
+A hash only says where to look: spans are equal when their elements are, so a collision of hashes cannot make a pair,
+and since names alone decide, the result does not depend on how many threads gave them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
+
+import numba
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+THREADS = numba.config.NUMBA_NUM_THREADS
+"""Compiled loops release the GIL, so plain threads share the work."""
+PARTS = 8
+"""Hash tables a set of spans is divided over, by the top bits of the hash: each is small enough for the processor's cache."""
+
+_SHIFT, _HALF = np.uint64(61), np.uint64(32)
+_LOW, _HIGH = np.uint64(0xFFFFFFFF), np.uint64(0xFFFFFFFF00000000)
+_OFFSET, _PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
+_MIX_SHIFT, _MIX = np.uint64(33), np.uint64(0xFF51AFD7ED558CCD)
+
+FOLD = np.array([ord(chr(c).lower()) if chr(c).isalnum() else 0 for c in range(128)] + list(range(128, 256)), np.uint8)
+"""What each byte of UTF-8 becomes: ASCII letters in lower case, ASCII that is no word character 0, the rest as it is."""
+
+
+class Index(NamedTuple):
+    """Which texts hold a key, and which keys a text holds; only keys in 2 to `rare` texts."""
+
+    bounds: Array
+    """The keys of text t are keys[bounds[t] : bounds[t + 1]]."""
+    keys: Array
+    begin: Array
+    end: Array
+    """The texts with key k are texts[begin[k] : end[k]], ascending."""
+    texts: Array
+
+
+def compiled(function: Function) -> Function:
+    """Compile on first call, and keep the result beside the module or in the user's cache; where neither can be written, in memory."""
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:
+        return numba.njit(nogil=True)(function)
+
+
+@compiled
+def _split(data: Array, bounds: Array, fold: Array) -> tuple[Array, Array, Array]:
+    """Fold `data` in place; where its words start, how long they are, and how many come before each row."""
+    count = 0
+    for row in range(len(bounds) - 1):
+        inside = False
+        for i in range(bounds[row], bounds[row + 1]):
+            data[i] = fold[data[i]]
+            count += data[i] != 0 and not inside
+            inside = data[i] != 0
+    starts, lengths, offsets = np.empty(count, np.int64), np.empty(count, np.int32), np.zeros(len(bounds), np.int64)
+    count = 0
+    for row in range(len(bounds) - 1):
+        i, stop = bounds[row], bounds[row + 1]
+        while i < stop:
+            start = i
+            while i < stop and data[i] != 0:
+                i += 1
+            if i > start:
+                starts[count], lengths[count] = start, i - start
+                count += 1
+            i += 1
+        offsets[row + 1] = count
+    return starts, lengths, offsets
+
+
+@compiled
+def _hash_spans(values: Array, starts: Array, lengths: Array) -> Array:
+    """64-bit hashes: Fowler-Noll-Vo 1a over the elements, ended by a step of MurmurHash3's finalizer."""
+    hashes = np.empty(len(starts), np.uint64)
+    for k in range(len(starts)):
+        start, length = starts[k], lengths[k if len(lengths) > 1 else 0]
+        h = _OFFSET
+        for i in range(start, start + length):
+            h = (h ^ np.uint64(values[i])) * _PRIME
+        h = (h ^ (h >> _MIX_SHIFT)) * _MIX
+        hashes[k] = h ^ (h >> _MIX_SHIFT)
+    return hashes
+
+
+@compiled
+def _name_part(hashes: Array, values: Array, starts: Array, lengths: Array, part: np.uint64, names: Array) -> None:
+    """Name the spans whose hash belongs to `part`, in a table by linear probing of (half a hash, first span + 1)."""
+    count = 0
+    for k in range(len(hashes)):
+        count += hashes[k] >> _SHIFT == part
+    size = count + count // 2 + 1
+    table = np.zeros(size, np.uint64)
+    for k in range(len(hashes)):
+        h = hashes[k]
+        if h >> _SHIFT != part:
+            continue
+        slot = np.int64(((h & _LOW) * np.uint64(size)) >> _HALF)
+        while True:
+            entry = table[slot]
+            if entry == 0:
+                table[slot] = (h & _HIGH) | np.uint64(k + 1)
+                names[k] = k
+                break
+            if entry & _HIGH == h & _HIGH:
+                first = np.int64(entry & _LOW) - 1
+                length = lengths[k if len(lengths) > 1 else 0]
+                same = length == lengths[first if len(lengths) > 1 else 0]
+                i = 0
+                while same and i < length:
+                    same = values[starts[k] + i] == values[starts[first] + i]
+                    i += 1
+                if same:
+                    names[k] = first
+                    break
+            slot = np.int64(slot + 1 if slot + 1 < size else 0)
+
+
+def name_spans(values: Array, starts: Array, lengths: Array) -> Array:
+    """For each span of `values` the index of the first span with the same elements.
+
+    Args:
+        starts, lengths: int arrays; one length alone serves all spans.
+    """
+    if max(len(starts), 1) >= 2**31:
+        raise OverflowError(f"{len(starts)} words: at most {2**31 - 1} can be compared at once\nhint: compare the files in parts")
+    hashes = _hash_spans(values, starts, lengths)
+    names = np.empty(len(starts), np.int32)
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(lambda part: _name_part(hashes, values, starts, lengths, np.uint64(part), names), range(PARTS)))
+    return names
+
+
+@compiled
+def _grams(low: Array, high: Array, n: int, shingle: int, shared: Array) -> tuple[Array, Array]:
+    """Starts of the runs of n words in the texts low[t]:high[t], and the text of each; only of runs whose every shingle is `shared`."""
+    total = 0
+    for text in range(len(low)):
+        total += max(0, high[text] - low[text] - n + 1)
+    starts, texts = np.empty(total, np.int32), np.empty(total, np.int32)
+    count = 0
+    for text in range(len(low)):
+        for i in range(low[text], high[text] - n + 1):
+            keep = True
+            for k in range(i, i + n - shingle + 1):
+                keep = keep and shared[k]
+            if keep:
+                starts[count], texts[count] = i, text
+                count += 1
+    return starts[:count].copy(), texts[:count].copy()
+
+
+@compiled
+def _frequency(names: Array, texts: Array, size: int) -> Array:
+    """In how many texts each name stands. `texts` ascends."""
+    counts, last = np.zeros(size, np.int32), np.full(size, -1, np.int32)
+    for k in range(len(names)):
+        if last[names[k]] != texts[k]:
+            last[names[k]] = texts[k]
+            counts[names[k]] += 1
+    return counts
+
+
+@compiled
+def _index(names: Array, texts: Array, counts: Array, right: Array, rare: int) -> Index:
+    """Keys that at most `rare` texts hold, with those of their texts that are on the right."""
+    key, kept, total = np.full(len(counts), -1, np.int32), 0, 0
+    for name in range(len(counts)):
+        if 2 <= counts[name] <= rare:
+            key[name] = kept
+            kept += 1
+            total += counts[name]
+    begin, holders = np.empty(kept, np.int64), np.empty(total, np.int32)
+    kept, total = 0, 0
+    for name in range(len(counts)):
+        if key[name] >= 0:
+            begin[kept] = total
+            kept += 1
+            total += counts[name]
+    end, bounds, keys = begin.copy(), np.zeros(len(right) + 1, np.int64), np.empty(len(names), np.int32)
+    used = 0
+    for k in range(len(names)):
+        at, text = key[names[k]], texts[k]
+        if at < 0:
+            continue
+        keys[used] = at
+        used += 1
+        bounds[text + 1] += 1
+        if right[text] and (end[at] == begin[at] or holders[end[at] - 1] != text):
+            holders[end[at]] = text
+            end[at] += 1
+    return Index(np.cumsum(bounds), keys[:used].copy(), begin, end, holders)
+
+
+@compiled
+def _shingle_sets(names: Array, texts: Array, counts: Array, size: int, rare: int) -> tuple[Array, Array, Array]:
+    """How many different shingles of each text are no boilerplate, and, sorted, those of them that other texts hold too."""
+    sizes, bounds, shingles = np.zeros(size, np.int32), np.zeros(size + 1, np.int64), np.empty(len(names), np.int32)
+    used, k = 0, 0
+    for text in range(size):
+        first = k
+        while k < len(names) and texts[k] == text:
+            k += 1
+        mine = np.sort(names[first:k])
+        for i in range(len(mine)):
+            if counts[mine[i]] <= rare and (i == 0 or mine[i] != mine[i - 1]):
+                sizes[text] += 1
+                if counts[mine[i]] > 1:
+                    shingles[used] = mine[i]
+                    used += 1
+        bounds[text + 1] = used
+    return sizes, bounds, shingles[:used].copy()
+
+
+@compiled
+def _leave_one_out(tokens: Array, low: Array, high: Array, least: int, below: int) -> tuple[Array, Array, Array, Array]:
+    """Each text of `least` to `below` words whole and with each one word left out: words, starts, lengths, texts."""
+    spans, total = 0, 0
+    for text in range(len(low)):
+        n = high[text] - low[text]
+        if least <= n < below:
+            spans += n + 1
+            total += n * n
+    values, starts = np.empty(total, np.int32), np.empty(spans, np.int32)
+    lengths, texts = np.empty(spans, np.int32), np.empty(spans, np.int32)
+    spans, total = 0, 0
+    for text in range(len(low)):
+        n = high[text] - low[text]
+        if least <= n < below:
+            for left_out in range(low[text], high[text] + 1):
+                starts[spans], texts[spans] = total, text
+                for i in range(low[text], high[text]):
+                    if i != left_out:
+                        values[total] = tokens[i]
+                        total += 1
+                lengths[spans] = total - starts[spans]
+                spans += 1
+    return values, starts, lengths, texts
+
+
+@compiled
+def _compare(
+    first: int, last: int, left: Array, within: bool, runs: Index, short: Index, edited: Index,
+    sizes: Array, bounds: Array, shingles: Array, words: Array, jaccard: float, containment: float,
+) -> list[tuple[int, int, float, int]]:  # fmt: skip
+    """Near-copies of the texts first:last as (text, text, similarity, rule)."""
+    found = [(0, 0, 0.0, 0)]
+    found.pop()
+    seen, paired = np.full(len(left), -1, np.int32), np.full(len(left), -1, np.int32)
+    for a in range(first, last):
+        if not left[a]:
+            continue
+        kind = -1
+        for index in (runs, short, edited):
+            kind += 1
+            for k in range(index.bounds[a], index.bounds[a + 1]):
+                key = index.keys[k]
+                for at in range(index.end[key] - 1, index.begin[key] - 1, -1):
+                    b = index.texts[at]
+                    if within and b <= a:
+                        break
+                    if b == a or paired[b] == a:
+                        continue
+                    if kind == 2:
+                        paired[b] = a
+                        found.append((a, b, 1 - 1 / max(words[a], words[b]), 3))
+                        continue
+                    if seen[b] == a:
+                        continue
+                    seen[b] = a
+                    i, i_end, j, j_end = bounds[a], bounds[a + 1], bounds[b], bounds[b + 1]
+                    smaller, both, common = min(sizes[a], sizes[b]), sizes[a] + sizes[b], 0
+                    most = min(i_end - i, j_end - j)
+                    if most < containment * smaller and most < jaccard * (both - most):
+                        continue
+                    while i < i_end and j < j_end:
+                        common += shingles[i] == shingles[j]
+                        step = shingles[i] <= shingles[j]
+                        j += shingles[j] <= shingles[i]
+                        i += step
+                    if common and common / (both - common) >= jaccard:
+                        paired[b] = a
+                        found.append((a, b, common / (both - common), 1))
+                    elif kind == 0 and common and common / smaller >= containment:
+                        paired[b] = a
+                        found.append((a, b, common / smaller, 2))
+    return found
+
+
+def tokenize(rows: Sequence[bytes]) -> tuple[Array, Array]:
+    """Number the words of `rows`: an id for each, equal where the words are, and the bounds of each row's ids."""
+    bounds = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum(np.fromiter(map(len, rows), np.int64, len(rows)), out=bounds[1:])
+    data = np.frombuffer(bytearray().join(rows), np.uint8)
+    starts, lengths, offsets = _split(data, bounds, FOLD)
+    return name_spans(data, starts, lengths), offsets
+
+
+def distinct(tokens: Array, offsets: Array) -> tuple[Array, Array]:
+    """For each row the number of its text (-1 if it has no words), and for each different text its first row."""
+    lengths = np.diff(offsets).astype(np.int32)
+    names = name_spans(tokens, offsets[:-1].astype(np.int32), lengths)
+    is_first = (names == np.arange(len(names))) & (lengths > 0)
+    number = np.cumsum(is_first, dtype=np.int64) - 1
+    return np.where(lengths > 0, number[names], -1), np.flatnonzero(is_first)
+
+
+def near_texts(
+    tokens: Array, low: Array, high: Array, left: Array, right: Array, within: bool,
+    *, run: int, shingle: int, short: int, edited: int, rare: int, jaccard: float, containment: float,
+) -> Iterator[tuple[int, int, float, int]]:  # fmt: skip
+    """Near-copies among different texts.
+
+    Args:
+        tokens: ids of words; text t is tokens[low[t]:high[t]].
+        left, right: which texts may stand on either side of a pair.
+        within: whether a pair is given once, smaller text first.
+        run, shingle, short, edited, rare, jaccard, containment: the constants of overlap.py.
+    Yields:
+        (text, text, similarity, rule): rule 1 Jaccard, 2 containment, 3 one word left out.
+    """
+    words = high - low
+    shared = np.ones(len(tokens), np.bool_)
+    starts, texts = _grams(low, high, shingle, shingle, shared)
+    names = name_spans(tokens, starts, np.array([shingle], np.int32))
+    counts = _frequency(names, texts, len(names))
+    sizes, bounds, shingles = _shingle_sets(names, texts, counts, len(low), rare)
+    # A run can stand in two texts only if its shingles do.
+    shared[:] = False
+    shared[starts] = counts[names] > 1
+    is_short = (words >= run) & (words < short)
+    few = is_short[texts] & (counts[names] > 1) & (counts[names] <= rare)
+    names, texts = names[few], texts[few]
+    by_shingle = _index(names, texts, _frequency(names, texts, len(counts)), right, rare)
+    del starts, names, counts
+    starts, texts = _grams(low, high, run, shingle, shared)
+    names = name_spans(tokens, starts, np.array([run], np.int32))
+    by_run = _index(names, texts, _frequency(names, texts, len(names)), right, rare)
+    values, starts, lengths, texts = _leave_one_out(tokens, low, high, run, edited)
+    names = name_spans(values, starts, lengths)
+    by_rest = _index(names, texts, _frequency(names, texts, len(names)), right, rare)
+    del starts, names, texts, shared
+
+    def compare(first: int) -> list[tuple[int, int, float, int]]:
+        return _compare(
+            first, min(first + step, len(low)), left, within, by_run, by_shingle, by_rest,
+            sizes, bounds, shingles, words, jaccard, containment,
+        )  # fmt: skip
+
+    step = max(1024, len(low) // 64)
+    with ThreadPoolExecutor(THREADS) as pool:
+        for found in pool.map(compare, range(0, len(low), step)):
+            yield from found
