@@ -6,7 +6,9 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 from conftest import ROOT, run
 
 HEAVY = ("torch", "transformers", "datasets", "great_expectations", "trl", "peft", "pandera", "sklearn", "pyarrow", "polars", "matplotlib")
@@ -19,6 +21,19 @@ def test_dagster_selects_assets_by_name_although_dvc_brings_an_older_parser() ->
 
     graph = defs.resolve_asset_graph()
     assert AssetSelection.from_string('key:"splits"+').resolve(graph) >= {AssetKey("splits"), AssetKey("tokenized")}
+
+
+def test_freshness_of_the_board_is_an_example_that_is_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dagster import AssetKey
+
+    from dagster_project.definitions import defs
+    from dagster_project.doors.dagster_assets import open_instance
+
+    [spec] = [spec for spec in defs.resolve_all_asset_specs() if spec.key == AssetKey("comparison")]
+    assert spec.freshness_policy is not None and spec.freshness_policy.fail_window.to_timedelta().days == 7
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "home"))
+    with open_instance(ROOT) as instance:
+        assert instance.get_settings("freshness") == {"enabled": False}
 
 
 def test_loading_the_definitions_imports_nothing_heavy() -> None:
