@@ -63,7 +63,7 @@ def commands_run(root: Path) -> list[str]:
     return [json.loads(line)["stage"] for line in (root / mini.LOG).read_text().splitlines()]
 
 
-def tamper_with_cache(root: Path, address: str) -> None:
+def tamper_with_cache(root: Path, address: str, checkout: bool = True) -> None:
     """Put other bytes into every cache object that holds a file of an output, and check it out again. DVC notices nothing."""
     out = root / read_street(root)[address].out
     for file in list(out.iterdir()):
@@ -74,6 +74,8 @@ def tamper_with_cache(root: Path, address: str) -> None:
                 path.write_bytes(b"TAMPERED")
                 path.chmod(0o444)
     shutil.rmtree(out)
+    if not checkout:
+        return
     assert dvc(root, "checkout").returncode == 0
     assert any(file.read_bytes() == b"TAMPERED" for file in out.iterdir()), "DVC noticed, so nothing is shown"
 
@@ -90,6 +92,15 @@ def test_a_tampered_cache_object_is_set_aside_said_in_one_line_and_made_again(ro
     assert read_street(root)["inst"].version == version
     sync(root, instance, mini.STREET)
     assert mini.not_fresh(root, instance) == mini.changed_in_dvc(root) == set()
+
+
+def test_what_dvc_restores_from_a_tampered_cache_object_is_made_instead(root: Path, instance: dg.DagsterInstance) -> None:
+    version = read_street(root)["inst"].version
+    tamper_with_cache(root, "inst", checkout=False)
+    result = mini.materialize(root, instance)
+    assert result.success and read_street(root)["inst"].version == version
+    assert sum("sha256 differs" in entry.user_message for entry in instance.all_logs(result.run_id)) == 1
+    assert mini.changed_in_dvc(root) == set()
 
 
 def test_dvc_repro_does_not_use_a_tampered_cache_object_either(root: Path) -> None:
