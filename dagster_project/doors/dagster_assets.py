@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -130,8 +131,16 @@ def _asset(root: Path, address: str, state: StageState, pipeline: Pipeline) -> d
     return body
 
 
-_mirrored: WeakKeyDictionary[dg.DagsterInstance, Mapping[str, StageState]] = WeakKeyDictionary()
-"""The street as it was when this process last brought an instance up to date."""
+@dataclass(frozen=True)
+class Mirrored:
+    """The street as it was when this process last brought an instance up to date."""
+
+    street: dict[str, StageState]
+    stamp: list[tuple[str, int, int, int]] | None
+    """`dvc.stamp` from before it was read, if known: while it stays, nothing need be read again."""
+
+
+_mirrored: WeakKeyDictionary[dg.DagsterInstance, Mirrored] = WeakKeyDictionary()
 
 
 def _bring_up_to_date(context: dg.AssetExecutionContext, root: Path, address: str, pipeline: Pipeline, force: bool) -> Iterator[Any]:
@@ -140,10 +149,15 @@ def _bring_up_to_date(context: dg.AssetExecutionContext, root: Path, address: st
     instance.add_run_tags(context.run_id, {MACHINE_TAG: platform.node()})
     try:
         pipeline.validate(root)  # before anything is reported: bad input leaves the event log as it was
-        street = _settled(context, root, address, pipeline)
-        if street != _mirrored.get(instance):
-            mirror(root, instance, street, pipeline)
-            _mirrored[instance] = street
+        known = _mirrored.get(instance)
+        now = dvc.stamp(root, known.street) if known else None
+        if known and now == known.stamp:
+            street = known.street
+        else:
+            street = _settled(context, root, address, pipeline)
+            if not known or street != known.street:
+                mirror(root, instance, street, pipeline)
+            _mirrored[instance] = Mirrored(street, now if known and street.keys() == known.street.keys() else None)
         if address not in street:
             raise dg.Failure(f"{address} is no longer in dvc.yaml. Reload the code location.", allow_retries=False)
         if why := _not_ready(street, address):
@@ -175,7 +189,8 @@ def _bring_up_to_date(context: dg.AssetExecutionContext, root: Path, address: st
         asset_key=asset_key(address), data_version=dg.DataVersion(state.version), metadata={**describe(root, state), "done": done}
     )
     mirror(root, instance, {address: state} if done == "nothing" else street, pipeline)
-    _mirrored[instance] = street
+    if done != "nothing":
+        _mirrored[instance] = Mirrored(street, None)
 
 
 def _settled(context: dg.AssetExecutionContext, root: Path, address: str, pipeline: Pipeline) -> dict[str, StageState]:

@@ -67,6 +67,8 @@ class StageState:
     """Why the output does not count whatever its inputs are, e.g. "data/splits differs from dvc.lock (modified)"; empty if it does."""
     in_cache: bool
     """Could `dvc checkout` bring the recorded output back?"""
+    code: tuple[str, ...]
+    """Files of code it depends on."""
 
     @property
     def changed(self) -> list[str]:
@@ -148,6 +150,27 @@ def read_street(root: Path) -> dict[str, StageState]:
         states = {stage.name: _state(root, stage, paths, versions, tracked) for stage in stages}
     order = _flow({address: [i.producer for i in state.inputs if i.producer] for address, state in states.items()})
     return {address: states[address] for address in order}
+
+
+def stamp(root: Path, street: Mapping[str, StageState]) -> list[tuple[str, int, int, int]]:
+    """Path, modification time, inode and size of every file that `read_street` looked at: while they stay, it would say the same again."""
+    named = {"dvc.yaml", "dvc.lock", "params.yaml", ".dvc/config", ".dvc/cache"}
+    for state in street.values():
+        named |= {
+            state.out,
+            state.report or state.out,
+            *state.code,
+            *(i.path for i in state.inputs),
+            *(f"{i.path}.dvc" for i in state.inputs),
+        }
+    found = []
+    for path in sorted(root / name for name in named):
+        inside = path.rglob("*") if path.is_dir() and path.name != "cache" else ()
+        for file in (path, *inside):
+            with suppress(FileNotFoundError):
+                stat = file.stat()
+                found.append((str(file), stat.st_mtime_ns, stat.st_ino, stat.st_size))
+    return sorted(found)
 
 
 def is_code(path: str) -> bool:
@@ -237,6 +260,7 @@ def _state(root: Path, stage: Any, paths: Mapping[str, str], versions: Mapping[s
         recorded=known,
         doubt=doubt,
         in_cache=known and not any(out.use_cache and out.changed_cache() for out in stage.outs),
+        code=tuple(code),
     )
 
 
