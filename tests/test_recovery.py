@@ -63,6 +63,19 @@ def commands_run(root: Path) -> list[str]:
     return [json.loads(line)["stage"] for line in (root / mini.LOG).read_text().splitlines()]
 
 
+def start_until_tok_runs(root: Path, *command: str, **environment: str) -> subprocess.Popen[str]:
+    """Start a door on an edited `tok` that takes its time, and come back when its stage command runs."""
+    (root / "code/tok.py").write_text("V = 9\n")
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=root, env={**os.environ, "SLOW": "tok", **environment}, text=True, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    while "tok" not in commands_run(root)[5:]:
+        time.sleep(0.1)
+        assert process.poll() is None
+    return process
+
+
 def tamper_with_cache(root: Path, address: str, checkout: bool = True) -> None:
     """Put other bytes into every cache object that holds a file of an output, and check it out again. DVC notices nothing."""
     out = root / read_street(root)[address].out
@@ -125,14 +138,7 @@ def test_an_output_edited_by_hand_cannot_be_recorded_with_dvc_commit(root: Path,
 
 
 def test_a_killed_run_is_ended_frees_its_slots_and_the_next_one_recovers(root: Path, instance: dg.DagsterInstance) -> None:
-    (root / "code/tok.py").write_text("V = 9\n")
-    process = subprocess.Popen(
-        [sys.executable, "street.py", "materialize"], cwd=root, env={**os.environ, "SLOW": "tok"}, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    while "tok" not in commands_run(root)[5:]:
-        time.sleep(0.1)
-        assert process.poll() is None
+    process = start_until_tok_runs(root, "street.py", "materialize")
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     [run_id] = [found.run_id for found in instance.get_runs(dg.RunsFilter(statuses=ALIVE))]
@@ -150,15 +156,8 @@ def test_a_killed_run_is_ended_frees_its_slots_and_the_next_one_recovers(root: P
 
 
 def test_terminating_a_run_ends_its_stage_command_and_loses_nothing(root: Path, instance: dg.DagsterInstance) -> None:
-    (root / "code/tok.py").write_text("V = 9\n")
     before = (root / "data/tok/train.txt").read_bytes()
-    process = subprocess.Popen(
-        [sys.executable, "street.py", "materialize"], cwd=root, env={**os.environ, "SLOW": "tok"}, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    while "tok" not in commands_run(root)[5:]:
-        time.sleep(0.1)
-        assert process.poll() is None
+    process = start_until_tok_runs(root, "street.py", "materialize")
     command = json.loads((root / mini.LOG).read_text().splitlines()[-1])["pid"]
     process.send_signal(signal.SIGINT)  # what Dagster sends to a run that is terminated
     assert process.wait(25) != 0
@@ -169,14 +168,7 @@ def test_terminating_a_run_ends_its_stage_command_and_loses_nothing(root: Path, 
 
 
 def test_an_input_edited_while_a_stage_runs_is_not_recorded(root: Path) -> None:
-    (root / "code/tok.py").write_text("V = 9\n")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dvc", "repro"], cwd=root, env={**os.environ, "SLOW": "tok", "SLOW_SECONDS": "2"}, text=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    while "tok" not in commands_run(root)[5:]:
-        time.sleep(0.1)
-        assert process.poll() is None
+    process = start_until_tok_runs(root, "-m", "dvc", "repro", SLOW_SECONDS="2")
     (root / "params.yaml").write_text((root / "params.yaml").read_text().replace('"testseed": 7', '"testseed": 8'))
     assert process.wait(30) != 0
     assert "changed while the stage ran" in (process.stderr.read() if process.stderr else "")
