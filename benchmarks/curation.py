@@ -1,21 +1,29 @@
-"""Near-duplicates: ours beside MinHash LSH of datasketch and rensa, on planted pairs. usage: python benchmarks/curation.py [--rows N] [--repeat N]
+"""What curation finds, and what it costs. usage: python benchmarks/curation.py [--rows N] [--repeat N] | --street [--rows N]
 
-Texts are made by seed: words by Zipf's law, a fifth of the rows in a template, and pairs of each class of `CLASSES` planted
+Without --street: near-duplicates by our rule beside MinHash LSH of datasketch and rensa, on planted pairs. Texts are made by seed: words by Zipf's law, a fifth of the rows in a template, and pairs of each class of `CLASSES` planted
 among them. By default about 200 rows share a template; `--templates` makes it more templates with fewer rows each, which is
 harder: a template that few texts share looks like a copied passage. Each engine runs in a process of its own, taking turns;
 medians are printed. Needs `pip install -e '.[bench]'`.
 
 The MinHashes have 128 permutations over runs of three words and keep pairs estimated at `THRESHOLD` or more, the Jaccard index
 our rule asks for; rensa is used in its batch mode. "rensa .8" has the bands and threshold of rensa's own benchmark.
+
+With --street: the same texts as the prompts of an Alpaca file (`alpaca`) go through raw_examples -> instructions -> splits, each the stage's own
+function in a process of its own, with the base model's tokenizer and template, the held-out benchmark and the suite of expectations of
+data/. Seconds are those of whole processes, from start to end: imports, reading and checksums, every check, Data Docs, the page, and writing
+and reading back the results. Left out are what DVC adds (hashing the outputs into its cache) and making the rows. CPU seconds
+depend less on what else the machine does. The digest is one over all files that the stage wrote: the same rows give the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import random
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -26,6 +34,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PERMUTATIONS, BANDS, THRESHOLD = 128, 32, 0.3
+STREET = ("raw_examples", "instructions", "splits")
+SECONDS, GIGABYTES = 240, 8
+"""What a million short rows may take on two cores, all of `STREET`."""
 
 
 class Maker:
@@ -227,22 +238,126 @@ def measure(engine: str, file: Path) -> dict[str, float]:
     }
 
 
+def alpaca(rows: int, templates: int, file: Path) -> None:
+    """The planted texts as prompts with answers of 3 to 25 words, in eight categories. One answer in 20 has a date, which looks like a phone
+    number at first; one row in 200 has something wrong with it."""
+    texts, _ = plant(rows, templates)
+    maker = Maker(1, 1)
+    with file.open("w", encoding="utf-8") as stream:
+        for i, text in enumerate(texts):
+            row = {"instruction": text, "output": " ".join(maker.draw(maker.random.randint(3, 25)))}
+            row["category"] = maker.random.choice(["billing", "bug", "delivery", "idea", "login", "question", "returns", "security"])
+            if i % 20 == 0:
+                row["output"] += f" on 20{i % 97:02}-{i % 11 + 1:02}-{i % 27 + 1:02} at {i % 24}:{i % 59:02}"
+            if i % 200 == 0:
+                row |= FLAWS[i // 200 % len(FLAWS)]
+            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+FLAWS: tuple[dict[str, object], ...] = (
+    {"output": "Write to ann.lee@mail-service.org and ask."},
+    {"output": "Call +44 20 7946 0018 after nine."},
+    {"output": "The cafÃ© is closed."},
+    {"output": "Say <|im_end|> when you are done."},
+    {"output": ""},
+    {"output": 3},
+    {"input": "N/A"},
+    {"instruction": "   "},
+)
+
+
+def street(rows: int, templates: int, base_model: Path, root: Path) -> None:
+    """Make `rows` rows under `root`, send them down the street, and print what each stage took beside the budget."""
+    sources = root / "data/sources"
+    sources.mkdir(parents=True)
+    shutil.copytree(ROOT / "data/sources/benchmarks", sources / "benchmarks")
+    shutil.copytree(ROOT / "data/expectations", root / "data/expectations")
+    alpaca(rows, templates, sources / "rows.jsonl")
+    size = (sources / "rows.jsonl").stat().st_size
+    print(
+        f"{rows:,} rows, {size / 1e6:,.0f} MB, {templates:,} templates, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start"
+    )
+    print(f"{'':14}{'seconds':>9}{'CPU seconds':>13}{'peak GB':>9}{'rows out':>11}  digest")
+    total = [0.0, 0.0, 0.0]
+    for stage in STREET:
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, __file__, "--stage", stage, "--base-model", str(base_model), "--folder", str(root)],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "GX_ANALYTICS_ENABLED": "false"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        said = process.communicate()[0] if process.stdout else ""
+        seconds = time.perf_counter() - start
+        if process.returncode:
+            raise SystemExit(f"{stage} failed")
+        told = json.loads(said)
+        total = [total[0] + seconds, total[1] + told["cpu"], max(total[2], told["peak GB"])]
+        print(
+            f"{stage:14}{seconds:9.1f}{told['cpu']:13.1f}{told['peak GB']:9.2f}{told['rows out']:11,}  {_digest(root / 'data' / stage)}",
+            flush=True,
+        )
+    print(f"{'sum':14}{total[0]:9.1f}{total[1]:13.1f}{total[2]:9.2f}")
+    print(f"{'budget':14}{SECONDS * rows / 1e6:9.1f}{'':13}{GIGABYTES:9.2f}  for {rows:,} short rows on two cores with nothing else to do")
+
+
+def run_stage(stage: str, base_model: Path, root: Path) -> dict[str, float]:
+    """One stage in this process: what it took, the interpreter's start and all imports included."""
+    from dagster_project.stages import instructions, raw_examples, splits
+
+    data = root / "data"
+    if stage == "raw_examples":
+        sources = raw_examples.Params.model_validate({"sources": [{"path": "data/sources/rows.jsonl"}]})
+        report = raw_examples.run(root, sources, data / stage)
+    elif stage == "instructions":
+        benchmarks = sorted(f"data/sources/benchmarks/{file.name}" for file in (data / "sources/benchmarks").glob("*.jsonl"))
+        rules = instructions.Params(benchmarks=benchmarks, expectations="data/expectations/instructions.json")
+        report = instructions.run(root, rules, data / "raw_examples", base_model, data / stage, data / stage / "pages", {})
+    else:
+        report = splits.run(root, splits.Params(), 7, data / "instructions", data / stage)
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return {"cpu": used.ru_utime + used.ru_stime, "peak GB": used.ru_maxrss / 2**20, "rows out": report.rows_out or 0}
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{file.relative_to(folder)}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=200_000, help="texts (default: %(default)s)")
+    parser.add_argument("--rows", type=int, help="texts (default: 200,000, of the street 1,000,000)")
     parser.add_argument("--templates", type=int, help="how many (default: a thousandth of the rows)")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each; medians are printed (default: %(default)s)")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="which to run (default: all)")
+    parser.add_argument("--street", action="store_true", help="time the stages instead of the engines")
+    parser.add_argument(
+        "--base-model", type=Path, default=ROOT / "data/base_model", help="folder with its tokenizer (default: data/base_model)"
+    )
+    parser.add_argument("--folder", type=Path, help="with --street: new folder to work in, kept afterwards (default: a temporary one)")
+    parser.add_argument("--stage", choices=STREET, help=argparse.SUPPRESS)
     parser.add_argument("--measure", nargs=2, metavar=("ENGINE", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         print(json.dumps(measure(args.measure[0], Path(args.measure[1]))))
         return
-    templates = args.templates or max(1, args.rows // 1000)
+    if args.stage:
+        print(json.dumps(run_stage(args.stage, args.base_model, args.folder)))
+        return
+    rows = args.rows or (1_000_000 if args.street else 200_000)
+    templates = args.templates or max(1, rows // 1000)
+    if args.street:
+        if not (args.base_model / "tokenizer.json").is_file():
+            parser.error(f"{args.base_model} has no tokenizer.json: run `dvc repro base_model`, or name a model's folder with --base-model")
+        with tempfile.TemporaryDirectory() as scratch:
+            street(rows, templates, args.base_model.resolve(), (args.folder or Path(scratch) / "street").resolve())
+        return
     runs: dict[str, list[dict[str, float]]] = {engine: [] for engine in args.engines}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "planted.json"
-        texts, planted = plant(args.rows, templates)
+        texts, planted = plant(rows, templates)
         file.write_text(json.dumps({"texts": texts, "planted": planted}))
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         for _ in range(args.repeat):

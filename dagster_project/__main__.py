@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
+import shutil
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dagster_project.errors import InputError, PedigreeError
 
@@ -17,10 +19,39 @@ log = logging.getLogger("pedigree")
 
 def check(options: argparse.Namespace) -> int:
     """validate any data set without a pipeline"""
-    from dagster_project.curation.validate import check_paths, check_text
+    import tempfile
+    from datetime import date
 
-    found = check_paths([Path(path) for path in options.paths], options.format, [Path(path) for path in options.against])
-    _print(options, found, check_text)
+    from dagster_project.audit.lineage import files_at
+    from dagster_project.curation.checks import Rules
+    from dagster_project.curation.page import page
+    from dagster_project.curation.review import refuse_expired
+    from dagster_project.curation.terminal import check_text
+    from dagster_project.curation.tokens import ESTIMATED, tokens_of
+    from dagster_project.curation.validate import check_paths, read_policy
+
+    if options.report and Path(options.report).suffix.lower() not in {".html", ".htm"}:
+        raise InputError(f"--report {options.report}: the name of a page ends in .html", "name a new file: what stood in it is replaced")
+    rules = read_policy(Path(options.policy)) if options.policy else Rules()
+    refuse_expired(rules.waivers, f"{options.policy}: waivers", date.today())
+    base_model = Path(options.base_model or Path(options.project) / "data" / "base_model")
+    if options.base_model and not (base_model / "tokenizer.json").is_file():
+        raise InputError(f"{base_model}: no tokenizer.json in it", "name the folder of a model")
+    tokens = tokens_of(base_model) if (base_model / "tokenizer.json").is_file() else ESTIMATED
+    with tempfile.TemporaryDirectory() as folder:
+        since = [] if options.since is None else files_at(options.since, [Path(path) for path in options.paths], Path(folder))
+        found = check_paths(
+            options.paths, options.format, options.against, rules, tokens, [*map(str, since)], options.since or "", options.thirteen_grams
+        )
+    if options.report:
+        try:
+            Path(options.report).parent.mkdir(parents=True, exist_ok=True)
+            Path(options.report).write_text(page(found, found.get("changes")), encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"--report {options.report}: {error.strerror}", "name a file that can be written") from None
+        log.info(f"report: {options.report}")
+    wide = shutil.get_terminal_size((120, 24)).columns
+    _print(options, found, lambda document: check_text(document, sys.stdout.isatty(), wide))
     return 1 if any(finding["severity"] == "error" and finding["count"] for finding in found["findings"]) else 0
 
 
@@ -82,11 +113,41 @@ def _project(options: argparse.Namespace) -> Path:
 
 
 def _print(options: argparse.Namespace, found: Any, as_text: Any) -> None:
-    print(json.dumps(found, ensure_ascii=False) if options.json else as_text(found))
+    encoding = sys.stdout.encoding or "utf-8"
+    text = json.dumps(found, ensure_ascii=False) if options.json else as_text(found)
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:  # a terminal that is not UTF-8, or a file's name that is not
+        text = json.dumps(found) if options.json else text.encode(encoding, "backslashreplace").decode(encoding)
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader, `head` for instance, has seen enough; the exit code stands
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, _visible(f"error: {message}\nhint: see `{self.prog} --help`\n"))
+
+
+class _Plain(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return _visible(super().format(record))
+
+
+def _visible(text: str) -> str:
+    """For a terminal: names come from data, so none may steer it, or fill it."""
+    from dagster_project.curation.page import visible
+
+    return "\n".join(line if len(line) <= LINE else f"{line[:LINE]} ..." for line in visible(text).split("\n"))
+
+
+LINE = 2_000
+"""Characters shown of a line on stderr."""
 
 
 def parser() -> argparse.ArgumentParser:
-    whole = argparse.ArgumentParser(
+    whole = _Parser(
         prog="pedigree",
         description="LLM fine-tuning in which every model knows its data.",
         epilog="Exit codes: 0 fine, 1 a check failed or the answer is no, 2 bad input or usage.",
@@ -101,13 +162,18 @@ def parser() -> argparse.ArgumentParser:
         return one
 
     one = command(check)
-    one.add_argument("paths", nargs="+", metavar="PATH", help="files of examples (.json, .jsonl, .jsonl.gz)")
-    one.add_argument(
-        "--format",
-        default="auto",
-        help="alpaca, messages, sharegpt, dolly, prompt_completion, question_answer; default: told from the keys",
-    )
+    one.add_argument("paths", nargs="+", metavar="PATH", help="files or folders of examples, preference pairs or benchmark questions")
+    one.add_argument("--format", default="auto", help="alpaca, messages, sharegpt, dolly, dpo, hh, ...; default: told from the keys")
     one.add_argument("--against", nargs="+", default=[], metavar="PATH", help="held-out files that PATH must not overlap")
+    one.add_argument("--policy", metavar="FILE", help="YAML with policy, limits and waivers: the keys of `instructions` in params.yaml")
+    one.add_argument("--report", metavar="FILE.html", help="also write one self-contained page")
+    one.add_argument(
+        "--since", metavar="PATH|REV", help="say what changed since another version: a path, or a git revision of the same paths"
+    )
+    one.add_argument("--base-model", metavar="FOLDER", help="whose tokenizer and chat template count (default: data/base_model, if made)")
+    one.add_argument(
+        "--thirteen-grams", action="store_true", help="also say what the usual rule, any 13 words in common, would call leakage"
+    )
     command(run).add_argument("stage", metavar="STAGE[@VARIANT]", help="a stage of dvc.yaml, e.g. splits or adapter@lora")
     command(sync)
     command(plan).add_argument("variants", nargs="*", metavar="VARIANT", help="variants of params.yaml (default: all)")
@@ -123,7 +189,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Plain("%(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False

@@ -51,7 +51,7 @@ def read(root: Path) -> dict[str, Any]:
     return found
 
 
-def parse(model: type[S], values: Any, where: str) -> S:
+def parse(model: type[S], values: Any, where: str, file: str = "params.yaml") -> S:
     """Validate one section.
 
     Args:
@@ -68,14 +68,14 @@ def parse(model: type[S], values: Any, where: str) -> S:
         for problem in error.errors():
             place = ".".join([where, *map(str, problem["loc"])])
             if problem["type"] == "extra_forbidden":
-                lines.append(f"params.yaml: {place}: unknown key")
+                lines.append(f"{file}: {place}: unknown key")
                 owner = ".".join([where, *map(str, problem["loc"][:-1])])
                 hints.append(f"keys of {owner}: {', '.join(_at(model, problem['loc'][:-1]).model_fields)}")
             elif problem["type"] == "missing":
-                lines.append(f"params.yaml: {place}: missing")
+                lines.append(f"{file}: {place}: missing")
             else:
-                lines.append(f"params.yaml: {place}: {problem['msg'].removeprefix('Value error, ')} (got {problem['input']!r})")
-        raise InputError("\n".join(lines), "; ".join(dict.fromkeys(hints)) or "mend params.yaml and run again") from None
+                lines.append(f"{file}: {place}: {problem['msg'].removeprefix('Value error, ')} (got {problem['input']!r})")
+        raise InputError("\n".join(lines), "; ".join(dict.fromkeys(hints)) or f"mend {file} and run again") from None
 
 
 def _at(model: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:

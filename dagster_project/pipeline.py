@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +32,8 @@ class At:
     """Folder that outputs are written to; they take their place only when the stage has succeeded."""
     values: Mapping[str, Any]
     """params.yaml."""
+    recorded: Callable[[], Mapping[str, Path]] = dict
+    """Files of the stage's output as recorded before this run, by their path in it. For pages that say what changed; never for an output."""
 
     @property
     def address(self) -> str:
@@ -40,6 +43,11 @@ class At:
     def out(self) -> Path:
         """The stage's one output, data/<stage>[/<variant>]."""
         return self.scratch / "data" / self.stage / (self.variant or "")
+
+    @property
+    def pages(self) -> Path:
+        """Folder for what people look at (HTML, files to fill in), data/pages/<stage>[/<variant>]. Kept also when a blocking check fails; not tracked."""
+        return self.scratch / "data" / "pages" / self.stage / (self.variant or "")
 
     def plot(self, name: str) -> Path:
         """A table for `dvc plots`, data/plots/<name>[/<variant>].csv."""
@@ -76,13 +84,16 @@ def raw_examples(at: At) -> Report:
 def instructions(at: At) -> Report:
     from dagster_project.stages import instructions as stage
 
-    return stage.run(at.root, at.params("instructions", stage.Params), at.made_by("raw_examples"), out=at.out)
+    return stage.run(
+        at.root, at.params("instructions", stage.Params), at.made_by("raw_examples"), at.made_by("base_model"), out=at.out, pages=at.pages,
+        previous=at.recorded(),
+    )  # fmt: skip
 
 
 def splits(at: At) -> Report:
     from dagster_project.stages import splits as stage
 
-    return stage.run(at.params("splits", stage.Params), at.compute.seed, at.made_by("instructions"), out=at.out)
+    return stage.run(at.root, at.params("splits", stage.Params), at.compute.seed, at.made_by("instructions"), out=at.out)
 
 
 def tokenized(at: At) -> Report:
@@ -202,6 +213,7 @@ def validate(root: Path) -> dict[str, Any]:
     Raises:
         InputError: unknown section, unknown key, wrong value, missing or outside file. Nothing has been changed.
     """
+    from dagster_project.curation.review import refuse_expired
     from dagster_project.evaluation.measure import Settings
     from dagster_project.stages import adapter, base_model, baselines, instructions, raw_examples, splits, tokenized
 
@@ -229,8 +241,15 @@ def validate(root: Path) -> dict[str, Any]:
         if not str(name).replace("_", "").replace("-", "").isalnum():
             raise InputError(f"params.yaml: adapter.{name}: a variant's name may hold letters, digits, - and _", "rename it")
         params.parse(adapter.Params, recipe, f"adapter.{name}")
-    for source in parsed["raw_examples"].sources:  # type: ignore[attr-defined]
-        raw_examples.locate(root, source.path)
+    raw_examples.locate_sources(root, parsed["raw_examples"].sources)  # type: ignore[attr-defined]
+    judged: instructions.Params = parsed["instructions"]  # type: ignore[assignment]
+    refuse_expired(judged.waivers, "params.yaml: instructions.waivers", date.today())
+    for name, folder in (("review", "data/sources/review"), ("expectations", "data/expectations")):
+        if path := getattr(judged, name):
+            raw_examples.locate(root, path, f"instructions.{name}", folder)
+    augment = parsed["splits"].augment  # type: ignore[attr-defined]
+    if augment and augment.paraphrases:
+        raw_examples.locate(root, augment.paraphrases, "splits.augment.paraphrases", "data/sources/paraphrases")
     for section in ("instructions", "evaluation"):
         for path in parsed[section].benchmarks:  # type: ignore[attr-defined]
             raw_examples.locate(root, path, f"{section}.benchmarks", "data/sources/benchmarks")

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
     import pyarrow as pa  # imported inside functions: Dagster loads every stage's module, and Arrow costs more than all of them
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def uncollected(function: Callable[P, T]) -> Callable[P, T]:
+    """Call it without Python's cycle collector, which would walk millions of rows over and over, and never finds a cycle in one."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            if collecting:
+                gc.enable()
+
+    return call
 
 
 @cache
@@ -51,8 +71,11 @@ def ledger_schema() -> pa.Schema:
 
 def example_id(messages: Sequence[dict[str, str]]) -> str:
     """Content hash of the messages: sha256 over their canonical JSON, 128 bits in hex."""
-    canonical = json.dumps([[m["role"], m["content"]] for m in messages], ensure_ascii=False, separators=(",", ":"))
+    canonical = CANONICAL.encode([[m["role"], m["content"]] for m in messages])
     return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+CANONICAL = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 def prompt_text(messages: Sequence[dict[str, str]]) -> str:
@@ -63,6 +86,11 @@ def prompt_text(messages: Sequence[dict[str, str]]) -> str:
 def response_text(messages: Sequence[dict[str, str]]) -> str:
     """The last message's content if the assistant says it, else the empty string."""
     return messages[-1]["content"] if messages and messages[-1]["role"] == "assistant" else ""
+
+
+def subject_text(messages: Sequence[dict[str, str]]) -> str:
+    """What of a row is compared with other rows: what is asked or, where nobody asks (plain text), what is said."""
+    return prompt_text(messages) or response_text(messages)
 
 
 def _shards(ids: Sequence[str]) -> Iterator[tuple[int, int]]:
@@ -83,6 +111,7 @@ def write_table(path: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema) -
     pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), path, compression="zstd", store_schema=True)
 
 
+@uncollected
 def write_records(folder: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema | None = None) -> None:
     """A data set to a folder of shards, records-00000.parquet and on, in the order given; `schema` is the canonical record's unless given."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -98,15 +127,18 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[st
     return pq.read_table(path, columns=list(columns) if columns else None).to_pylist()
 
 
+@uncollected
 def read_records(folder: Path) -> list[dict[str, Any]]:
     """The rows of `write_records`, in order."""
     return [row for shard in sorted(folder.glob("records-*.parquet")) for row in read_table(shard)]
 
 
+@uncollected
 def write_ledger(folder: Path, rows: Iterable[dict[str, Any]]) -> None:
     write_table(folder / "ledger.parquet", list(rows), ledger_schema())
 
 
+@uncollected
 def read_ledger(folder: Path) -> list[dict[str, Any]]:
     return read_table(folder / "ledger.parquet")
 
@@ -127,6 +159,12 @@ class CheckResult:
     """The first offending rows, as "source:row" (0-based)."""
     examples: list[str] = field(default_factory=list)
     note: str = ""
+    dropped: int = 0
+    """Rows dropped for it, and for no check before it."""
+    waived: int = 0
+    """Rows that break it and may, because somebody said why."""
+    matches: list[dict[str, Any]] = field(default_factory=list)
+    """The first overlaps, each with both texts (curation/findings.py)."""
 
 
 @dataclass
@@ -151,7 +189,12 @@ class Report:
     def document(self) -> dict[str, Any]:
         """The JSON document, without empty parts; checks keyed by name."""
         rows = {"rows_in": self.rows_in, "rows_out": self.rows_out, "dropped": self.dropped} if self.rows_in is not None else {}
-        checks = {c.name: {k: v for k, v in asdict(c).items() if k != "name" and v not in ([], "")} for c in self.checks}
+        checks = {
+            c.name: {
+                k: v for k, v in asdict(c).items() if k != "name" and v not in ([], "") and not (v == 0 and k in {"dropped", "waived"})
+            }
+            for c in self.checks
+        }
         return {**rows, **self.metrics, **({"checks": checks} if checks else {})}
 
 

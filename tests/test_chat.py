@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dagster_project.chat import IGNORE, encode, encode_prompt, loss_weights, pack
 from dagster_project.errors import InputError
-from dagster_project.training.chat import IGNORE, encode, encode_prompt, loss_weights, pack
 
 ONE_TURN = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
 TWO_TURNS = [

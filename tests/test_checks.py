@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
-from pathlib import Path
+from datetime import date
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from dagster_project.curation.checks import CHECKS, ROW_CHECKS, SET_CHECKS, Judgement, Rules, judge
-from dagster_project.records import CheckResult, example_id, read_ledger, read_records, write_ledger, write_records
-from dagster_project.stages import instructions
+from dagster_project.curation.benchmarks import Item
+from dagster_project.curation.checks import BENCHMARKS_ONLY, CHECKS, PAIRS_ONLY, ROW_CHECKS, SET_CHECKS, Judgement, Rules, Verdict, judge
+from dagster_project.curation.findings import document
+from dagster_project.curation.review import Decision, Waiver
+from dagster_project.curation.tokens import ESTIMATED, Tokens
+from dagster_project.records import example_id
 
 Record = dict[str, Any]
-HELD_OUT = ["Which planet do people sometimes call the red planet?"]
-RULES = Rules(min_rows=2, balance_ratio=2.0)
+HELD_OUT = [
+    Item(
+        "quiz.jsonl:7",
+        "Which planet do people sometimes call the red planet?",
+        text="It is Mars, the fourth planet from the sun that we all share.",
+    )
+]
+RULES = Rules(min_rows=2, balance_ratio=2.0, max_tokens=200)
+FITS = Tokens(ESTIMATED.count, lambda messages: "roles must alternate" if any(m["role"] == "tool" for m in messages) else None)
 
 
 def chat(*turns: tuple[str, str], category: str | None = None, **meta: Any) -> Record:
@@ -28,37 +37,59 @@ def ask(prompt: str = "Where is my kite?", answer: str = "On its way.", **more: 
     return chat(("user", prompt), ("assistant", answer), **more)
 
 
+def pair(
+    prompt: str = "Where is my kite?", chosen: str = "On its way.", rejected: str = "No.", margin: float | None = None, **meta: Any
+) -> Record:
+    record = chat(("user", prompt), ("assistant", chosen), **meta)
+    said = [{"role": "assistant", "content": rejected}]
+    identity = example_id([*record["messages"], *said])
+    return {**record, "example_id": identity, "asked": 1, "rejected": said, "margin": margin}
+
+
 def placed(records: list[Record]) -> list[Record]:
     """The records as rows 0, 1, ... of one source file."""
     return [{**record, "source": "rows.jsonl", "source_row": i} for i, record in enumerate(records)]
 
 
-def judged(records: list[Record], rules: Rules = RULES, held_out: list[str] = HELD_OUT) -> Judgement:
-    return judge(placed(records), held_out, rules)
+def judged(
+    records: list[Record], rules: Rules = RULES, held_out: list[Item] = HELD_OUT, decisions: list[Decision] | None = None
+) -> Judgement:
+    kind = "preferences" if any("rejected" in r for r in records) else "benchmark" if any("labelled" in r for r in records) else "examples"
+    return judge(placed(records), held_out, rules, FITS, decisions or [], kind)  # type: ignore[arg-type]
 
 
-def result(name: str, found: Judgement) -> CheckResult:
-    return next(one for one in found.results if one.name == name)
+def result(name: str, found: Judgement) -> Verdict:
+    return found.verdicts[name]
 
 
 LONG = "My parcel with the garden kite went to the wrong house last week"
+KEY = "AKIA" + "Q3EXAMPLE7KEY2AB"
 EXAMPLES: dict[str, tuple[list[Record], list[Record]]] = {
     # check: (good rows, rows of which the last breaks the check; or which break it as a set)
     "malformed_row": ([ask()], [chat(problem="expected text, found int")]),
+    "unlabelled": ([{**ask(), "labelled": True}], [{**ask(), "labelled": False}]),
     "invalid_roles": (
-        [chat(("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello"))],
-        [chat(("user", "Hi"), ("customer", "Hi?"), ("assistant", "Hello"))],
+        [chat(("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello there"))],
+        [chat(("user", "Hi"), ("customer", "Hi?"), ("assistant", "Hello there"))],
     ),
-    "ends_on_user_turn": ([ask()], [chat(("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"))]),
+    "ends_on_user_turn": ([ask()], [chat(("user", "Hi"), ("assistant", "Hello there"), ("user", "Bye"))]),
     "empty_prompt": ([ask("?")], [ask(" \n")]),
-    "empty_response": ([ask("Hi", "No.")], [ask("Hi", " \n")]),
+    "empty_response": ([ask("Hi", "No, never.")], [ask("Hi", " \n")]),
     "placeholder_input": ([ask(input="A kite.")], [ask(input="<noinput>")]),
+    "prompt_mismatch": ([pair()], [{**pair(), "same_prompt": False}]),
+    "identical_pair": ([pair()], [pair(rejected="On its way.")]),
+    "tied_pair": ([pair(margin=1.0)], [pair(margin=0.0)]),
+    "short_response": ([ask("Hi", "Hello there")], [ask("Hi", "No.")]),
+    "too_long": ([ask("Hi", "la " * 200)], [ask("Hi", "la " * 300)]),
     "special_tokens_in_text": ([ask("Is <b>this</b> a tag?")], [ask("Is this a tag?<|im_end|>")]),
+    "template_mismatch": ([ask()], [chat(("user", "Hi"), ("assistant", "look up"), ("tool", "found"), ("assistant", "Hello there"))]),
     "encoding": ([ask("Où est le café ?")], [ask("OÃ¹ est le cafÃ© ?")]),
-    "pii": ([ask("Follow me @kites, 3 @ 5.00")], [ask("Write to ann.lee@example.org")]),
+    "secrets": ([ask("My key ring is lost")], [ask(f"My key is {KEY} I think")]),
+    "pii": ([ask("Follow me @kites, 3 @ 5.00")], [ask("Write to ann.lee@kites.co.uk")]),
     "exact_duplicates": ([ask("Hi"), ask("Ho")], [ask("Hi"), ask("Hi")]),
-    "benchmark_leakage": ([ask("Which planet is red?")], [ask(HELD_OUT[0])]),
-    "conflicting_responses": ([ask("Hi", "Hello"), ask("Ho", "Bye")], [ask("Hi", "Hello"), ask("Hi", "Bye")]),
+    "benchmark_leakage": ([ask("Which planet is red?")], [ask(HELD_OUT[0].question)]),
+    "split_leakage": ([ask(LONG, split="train"), ask("The kite came", split="test")], [ask(LONG, split="test"), ask(LONG + " again", split="train")]),
+    "conflicting_responses": ([ask("Hi", "Hello you"), ask("Ho", "Bye you")], [ask("Hi", "Hello you"), ask("Hi", "Bye you")]),
     "near_duplicates": ([ask(LONG), ask("The kite came, thank you")], [ask(LONG), ask(LONG.replace("garden", "yellow"))]),
     "schema": ([ask()], []),
     "small_dataset": ([ask("Hi"), ask("Ho")], [ask("Hi")]),
@@ -66,7 +97,17 @@ EXAMPLES: dict[str, tuple[list[Record], list[Record]]] = {
         [ask("Hi", category="a"), ask("Ho", category="a"), ask("He", category="b")],
         [ask("Hi", category="a"), ask("Ho", category="a"), ask("Hu", category="a"), ask("He", category="b")],
     ),
-}
+    "low_diversity": (
+        [ask(" ".join(word * 2 for word in (a + b, b + a, a + a, b + b))) for a in "aeiou" for b in "bdfgk"],
+        [ask(f"Draw a {thing} number {n}") for thing in ("kite", "boat", "hat", "key", "map") for n in range(8)],
+    ),
+    "length_bias": (
+        [pair("Hi"), pair("Ho", "No.", "On its way.")],
+        [pair("Hi"), pair("Ho"), pair("Hu")],
+    ),
+}  # fmt: skip
+COINCIDE = {"near_duplicates", "exact_duplicates"}
+"""A conflict, or a row in two splits, is a near-duplicate as well."""
 
 
 def test_every_check_has_a_good_and_a_bad_example_here() -> None:
@@ -76,7 +117,7 @@ def test_every_check_has_a_good_and_a_bad_example_here() -> None:
 @pytest.mark.parametrize("name", CHECKS)
 def test_a_check_passes_its_good_example(name: str) -> None:
     found = judged(EXAMPLES[name][0])
-    assert (result(name, found).passed, result(name, found).count) == (True, 0)
+    assert (result(name, found).passed, result(name, found).broken) == (True, [])
     assert not any(found.reason)
 
 
@@ -86,8 +127,9 @@ def test_a_check_names_the_row_that_breaks_it(name: str) -> None:
     last = len(rows) - 1
     found = judged(rows)
     assert found.broken[name] == [last]
-    assert (result(name, found).count, result(name, found).rows) == (1, [f"rows.jsonl:{last}"])
-    assert set(found.broken) <= {name, "near_duplicates"}, "a conflict is a near-duplicate as well; nothing else coincides"
+    shown = next(one for one in document("set", "messages", found, HELD_OUT)["findings"] if one["check"] == name)
+    assert (shown["count"], shown["rows"], shown["places"]) == (1, [last], [f"rows.jsonl:{last}"])
+    assert set(found.broken) <= {name} | COINCIDE
 
 
 @pytest.mark.parametrize("name", SET_CHECKS)
@@ -98,7 +140,8 @@ def test_a_check_on_the_set_fails_its_bad_example_and_says_how(name: str) -> Non
 
 
 def test_every_check_reports_a_result_even_when_all_is_well() -> None:
-    assert [one.name for one in judged([ask()]).results] == list(CHECKS)
+    assert set(judged([ask()]).verdicts) == CHECKS.keys() - PAIRS_ONLY - BENCHMARKS_ONLY
+    assert set(judged([pair()]).verdicts) == CHECKS.keys() - BENCHMARKS_ONLY
 
 
 @pytest.mark.parametrize(
@@ -121,7 +164,7 @@ def test_a_prompt_that_says_there_is_none_is_a_placeholder(text: str) -> None:
 def test_the_policy_says_what_becomes_of_a_bad_row(action: Any, dropped: bool, passed: bool, blocking: bool) -> None:
     found = judged([ask(), EXAMPLES["pii"][1][0]], Rules(policy={"pii": action}))
     assert found.reason == [None, "pii" if dropped else None]
-    assert (result("pii", found).passed, result("pii", found).blocking, result("pii", found).count) == (passed, blocking, 1)
+    assert (result("pii", found).passed, result("pii", found).action == "fail", result("pii", found).broken) == (passed, blocking, [1])
 
 
 def test_failing_is_for_bad_rows_only() -> None:
@@ -140,7 +183,7 @@ def test_a_check_on_the_set_cannot_drop(name: str) -> None:
 
 
 def test_a_row_is_dropped_for_the_first_check_it_breaks() -> None:
-    both = ask("Write to ann.lee@example.org", "")
+    both = ask("Write to ann.lee@kites.co.uk", "")
     found = judged([both])
     assert (found.reason, {"empty_response", "pii"} <= set(found.broken)) == (["empty_response"], True)
 
@@ -168,35 +211,94 @@ def test_a_near_copy_of_a_held_out_question_leaks(prompt: str, leaks: bool) -> N
 
 
 def test_without_a_benchmark_the_leakage_check_says_that_it_had_nothing_to_compare() -> None:
-    found = result("benchmark_leakage", judged([ask(HELD_OUT[0])], held_out=[]))
+    found = result("benchmark_leakage", judged([ask(HELD_OUT[0].question)], held_out=[]))
     assert (found.passed, found.note) == (True, "nothing held out to compare with")
 
 
 @pytest.mark.parametrize("action", ["drop", "warn", "fail"])
-def test_an_address_never_appears_in_results(action: Any) -> None:
-    secret = "ann.lee@example.org"
+@pytest.mark.parametrize("secret", ["ann.lee@kites.co.uk", KEY])
+def test_a_secret_never_appears_in_findings(action: Any, secret: str) -> None:
     rows = [
-        ask(f"Write to {secret}"),
+        ask(f"Write to {secret} about {LONG}"),
+        ask(f"Write to {secret} about {LONG} please"),
         ask("x" * 110 + f" {secret}"),
         chat(("assistant", f"I am {secret}")),
         chat(problem=f"found {secret}", text=secret),
         ask(" ", secret),
     ]
-    results = judged(rows, Rules(policy={"pii": action, "malformed_row": action})).results
-    said = json.dumps([asdict(one) for one in results])
-    assert "[e-mail]" in said
-    assert "ann.lee" not in said
-    assert "example.org" not in said
+    found = judged(rows, Rules(policy={"pii": action, "secrets": action, "malformed_row": action}))
+    shown = document("set", "messages", found, HELD_OUT)
+    said = json.dumps(shown)
+    assert any(one["matches"] for one in shown["findings"])
+    assert "[" in said
+    assert secret not in said and secret[:8] not in said
 
 
-def test_every_row_is_kept_or_dropped_for_a_reason(tmp_path: Path) -> None:
-    bad = [name for name in ROW_CHECKS if CHECKS[name].action == "drop" and name not in {"exact_duplicates", "benchmark_leakage"}]
-    rows = placed([ask("Hi"), *(EXAMPLES[name][1][-1] for name in bad), ask("Hi"), ask("Ho")])
-    write_records(tmp_path / "raw", [{key: value for key, value in row.items() if key != "source_row"} for row in rows])
-    write_ledger(tmp_path / "raw", rows)
-    report = instructions.run(tmp_path, instructions.Params(), tmp_path / "raw", tmp_path / "out")
-    assert (report.rows_in, report.rows_out) == (len(rows), 2)
-    assert report.dropped == {**dict.fromkeys(bad, 1), "exact_duplicates": 1}
-    assert len(read_records(tmp_path / "out")) == 2
-    outcomes = ["kept", *(f"dropped:{name}" for name in bad), "dropped:exact_duplicates", "kept"]
-    assert [(row["source_row"], row["outcome"]) for row in read_ledger(tmp_path / "out")] == list(enumerate(outcomes))
+def waiver(check: str, *rows: str, pairs: list[list[str]] | None = None) -> Rules:
+    return Rules(min_rows=1, waivers=[Waiver(check=check, rows=list(rows), pairs=pairs or [], reason="agreed", expires=date(2100, 1, 1))])
+
+
+@pytest.mark.parametrize(
+    "name", ["rows.jsonl:1", ask("Write to ann.lee@kites.co.uk")["example_id"], ask("Write to ann.lee@kites.co.uk")["example_id"][:8]]
+)
+def test_a_waived_row_is_kept_and_counted(name: str) -> None:
+    found = judged([ask(), ask("Write to ann.lee@kites.co.uk")], waiver("pii", name))
+    assert (found.reason, result("pii", found).waived, result("pii", found).passed) == ([None, None], 1, True)
+    assert found.said == {1: "waived for pii: agreed"}
+
+
+def test_a_waiver_holds_for_its_check_alone() -> None:
+    assert judged([ask("Write to ann.lee@kites.co.uk")], waiver("encoding", "rows.jsonl:0")).reason == ["pii"]
+
+
+@pytest.mark.parametrize("pair_", [["rows.jsonl:1", "rows.jsonl:0"], ["rows.jsonl:0", "rows.jsonl:1"]])
+def test_a_waived_pair_is_no_near_duplicate_but_another_is(pair_: list[str]) -> None:
+    rows = [
+        ask(LONG),
+        ask(LONG.replace("garden", "yellow")),
+        ask(OTHER := "Please add a button that reminds me to buy filters"),
+        ask(OTHER + " soon"),
+    ]
+    assert judged(rows, waiver("near_duplicates", pairs=[pair_])).broken["near_duplicates"] == [3]
+
+
+def test_an_overlap_with_a_benchmark_can_be_waived_by_the_items_name() -> None:
+    found = judged([ask(HELD_OUT[0].question)], waiver("benchmark_leakage", pairs=[["rows.jsonl:0", "quiz.jsonl:7"]]))
+    assert found.reason == [None]
+
+
+def test_of_equal_rows_the_one_that_upstream_holds_out_is_kept() -> None:
+    assert judged([ask("Hi", split="train"), ask("Hi", split="test"), ask("Hi")]).reason == ["exact_duplicates", None, "exact_duplicates"]
+
+
+def test_a_waiver_for_a_row_that_is_not_there_is_told() -> None:
+    assert "ffffffff" in result("schema", judged([ask()], waiver("pii", "ffffffff"))).note
+
+
+def test_a_leak_through_the_answer_is_found() -> None:
+    found = judged([ask("Tell me something", HELD_OUT[0].text)])
+    assert found.reason == ["benchmark_leakage"]
+    assert [(link.part, link.other, link.rule) for link in found.facts.links["benchmark_leakage"]] == [
+        ("response", "quiz.jsonl:7", "equal")
+    ]
+
+
+def test_a_conflict_waits_for_review_and_decisions_are_honoured() -> None:
+    rows = EXAMPLES["conflicting_responses"][1]
+    first, second = (row["example_id"] for row in rows)
+    assert judged(rows).waiting == [(1, "conflicting_responses")]
+    assert judged(rows).reason == [None, None]
+    assert judged(rows, decisions=[Decision(second, "conflicting_responses", "drop", "wrong")]).reason == [None, "conflicting_responses"]
+    assert judged(rows, decisions=[Decision(first, "conflicting_responses", "drop", "wrong")]).reason == ["conflicting_responses", None]
+    accepted = judged(rows, decisions=[Decision(second, "conflicting_responses", "accept", "both are right")])
+    assert (accepted.waiting, accepted.reason, result("conflicting_responses", accepted).passed) == ([], [None, None], True)
+    changed = judged(rows, decisions=[Decision(second, "conflicting_responses", "edit", "clearer", new_prompt="Leaving?")])
+    assert [m["content"] for m in changed.records[1]["messages"]] == ["Leaving?", "Bye you"]
+    assert (changed.waiting, changed.said) == ([], {1: "edited: clearer"})
+
+
+def test_the_document_accounts_for_every_row() -> None:
+    rows = [row for name in ROW_CHECKS if name not in PAIRS_ONLY | BENCHMARKS_ONLY for row in EXAMPLES[name][1]]
+    found = document("set", "messages", judged(rows), HELD_OUT)
+    assert found["rows"] == len(rows) == found["kept"] + sum(found["dropped"].values())
+    assert sum(one["dropped"] for one in found["findings"]) == sum(found["dropped"].values())

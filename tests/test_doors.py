@@ -18,7 +18,7 @@ from dagster_project.doors.report import asset_key
 from dagster_project.doors.sync import sync
 from dagster_project.pipeline import PEDIGREE
 
-DATA = ["raw_examples", "instructions", "splits"]
+DATA = ["base_model", "raw_examples", "instructions", "splits"]
 
 
 def materialize(root: Path, instance: dg.DagsterInstance, *addresses: str, **options: Any) -> dg.ExecuteInProcessResult:
@@ -96,9 +96,11 @@ def test_a_failed_gate_shows_its_rows_and_nothing_downstream_runs(project: Path,
     assert not result.success
     failed = {e.check_name: e for e in result.get_asset_check_evaluations() if not e.passed and e.severity == dg.AssetCheckSeverity.ERROR}
     assert set(failed) == {"empty_response"}
-    assert "triage_alpaca.json:0" in failed["empty_response"].metadata["rows"].value
+    assert "triage_alpaca.json:0" in str(failed["empty_response"].metadata["rows"].value)
+    assert Path(failed["empty_response"].metadata["full report"].value) == project / "data/pages/instructions/report.html"
+    assert "empty_response" in (project / "data/pages/instructions/report.html").read_text()
     assert not (project / "data" / "splits").exists() and not (project / "data" / "instructions").exists()
-    assert [event.asset_key.path[-1] for event in result.get_asset_materialization_events()] == ["raw_examples"]
+    assert [event.asset_key.path[-1] for event in result.get_asset_materialization_events()] == ["base_model", "raw_examples"]
     assert both_doors_agree(project, instance) >= {"instructions", "splits"}
 
 

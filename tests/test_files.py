@@ -22,51 +22,54 @@ from dagster_project.errors import InputError
 ROWS = [{"prompt": "Hi", "completion": "Hello"}, {"prompt": 'Grüße, "du"\n', "completion": "你好"}]
 
 
-def arrow_table() -> Any:
+def arrow_table(rows: Any = ROWS) -> Any:
     import pyarrow as pa
 
-    return pa.Table.from_pylist(ROWS)
+    return pa.Table.from_pylist(rows)
 
 
-def write_csv(path: Path) -> None:
+def write_csv(path: Path, rows: Any) -> None:
     import csv
 
     with path.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, ROWS[0])
+        writer = csv.DictWriter(stream, rows[0])
         writer.writeheader()
-        writer.writerows(ROWS)
+        writer.writerows(rows)
 
 
-def write_parquet(path: Path) -> None:
+def write_parquet(path: Path, rows: Any) -> None:
     import pyarrow.parquet as pq
 
-    pq.write_table(arrow_table(), path)
+    pq.write_table(arrow_table(rows), path)
 
 
-def write_stream(path: Path) -> None:
+def write_stream(path: Path, rows: Any) -> None:
     import pyarrow as pa
 
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, arrow_table().schema) as writer:
-        writer.write_table(arrow_table(), max_chunksize=1)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, arrow_table(rows).schema) as writer:
+        writer.write_table(arrow_table(rows), max_chunksize=1)
 
 
-def write_feather(path: Path) -> None:
+def write_feather(path: Path, rows: Any) -> None:
     import pyarrow.feather
 
-    pyarrow.feather.write_feather(arrow_table(), str(path))
+    pyarrow.feather.write_feather(arrow_table(rows), str(path))
 
 
-LINES = "\n".join(map(json.dumps, ROWS)).encode()
-WRITERS: dict[str, Callable[[Path], Any]] = {
-    ".json": lambda path: path.write_text(json.dumps(ROWS, indent=2)),
-    ".json.gz": lambda path: path.write_bytes(gzip.compress(json.dumps(ROWS).encode())),
-    ".jsonl": lambda path: path.write_bytes(LINES),
-    ".jsonl.gz": lambda path: path.write_bytes(gzip.compress(LINES)),
+def as_lines(rows: Any) -> bytes:
+    return "\n".join(map(json.dumps, rows)).encode()
+
+
+WRITERS: dict[str, Callable[[Path, Any], Any]] = {
+    ".json": lambda path, rows: path.write_text(json.dumps(rows, indent=2)),
+    ".json.gz": lambda path, rows: path.write_bytes(gzip.compress(json.dumps(rows).encode())),
+    ".jsonl": lambda path, rows: path.write_bytes(as_lines(rows)),
+    ".jsonl.gz": lambda path, rows: path.write_bytes(gzip.compress(as_lines(rows))),
     ".csv": write_csv,
     ".parquet": write_parquet,
     ".arrow": write_stream,
     ".feather": write_feather,
-    ".txt": lambda path: path.write_text("One\ntwo\n\n \nthree\n", encoding="utf-8"),
+    ".txt": lambda path, rows: path.write_bytes("\n\n \n".join(row["text"] for row in rows).encode()),
 }
 
 
@@ -89,12 +92,31 @@ def test_every_file_type_is_written_here() -> None:
 @pytest.mark.parametrize("suffix", [suffix for suffix in WRITERS if suffix != ".txt"])
 def test_every_file_type_gives_the_same_rows(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"a.b{suffix}"
-    WRITERS[suffix](path)
+    WRITERS[suffix](path, ROWS)
     assert [(row.source_row, row.value, row.problem) for row in read_rows(path)] == [(0, ROWS[0], ""), (1, ROWS[1], "")]
 
 
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+A_LINE = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\n\ufeff"), min_size=1, max_size=20).filter(str.strip)
+
+
+@pytest.mark.parametrize("suffix", READERS)
+def test_rows_written_in_a_file_type_are_read_back_equal(suffix: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("round") / f"a{suffix}"
+    texts = st.lists(A_LINE, min_size=1, max_size=3).map(lambda lines: {"text": "\n".join(lines)})
+    pairs = st.fixed_dictionaries({"prompt": ANY_TEXT, "completion": ANY_TEXT})
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.lists(texts if suffix == ".txt" else pairs, min_size=1, max_size=4))
+    def holds(rows: list[dict[str, str]]) -> None:
+        WRITERS[suffix](path, rows)
+        assert [(row.source_row, row.value, row.problem) for row in read_rows(path)] == [(i, row, "") for i, row in enumerate(rows)]
+
+    holds()
+
+
 def test_a_paragraph_of_plain_text_is_a_row(tmp_path: Path) -> None:
-    WRITERS[".txt"](tmp_path / "a.txt")
+    (tmp_path / "a.txt").write_bytes(b"One\ntwo\n\n \nthree\n")
     assert [row.value for row in read_rows(tmp_path / "a.txt")] == [{"text": "One\ntwo"}, {"text": "three"}]
 
 
@@ -194,10 +216,12 @@ def test_a_list_is_read_as_json_reads_it(tmp_path_factory: pytest.TempPathFactor
     path = tmp_path_factory.mktemp("json") / "a.json"
 
     @settings(max_examples=100, deadline=None)
-    @given(st.lists(JSON_VALUES, min_size=1, max_size=4), st.sampled_from([None, 0, 3]), st.booleans())
-    def holds(values: list[Any], indent: int | None, ascii_only: bool) -> None:
+    @given(st.lists(JSON_VALUES, min_size=1, max_size=4), st.sampled_from([None, 0, 3]), st.booleans(), st.sampled_from([1, 10, 2**20]))
+    def holds(values: list[Any], indent: int | None, ascii_only: bool, piece: int) -> None:
         path.write_text(json.dumps(values, indent=indent, ensure_ascii=ascii_only), encoding="utf-8")
-        rows = read_rows(path)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(files, "MEGABYTE", piece)
+            rows = read_rows(path)
         assert [row.value for row in rows] == [value if isinstance(value, dict) else None for value in values]
 
     holds()
@@ -230,6 +254,78 @@ def test_a_paragraph_of_too_many_lines_is_malformed(tmp_path: Path, monkeypatch:
         (None, "not UTF-8 at byte 3 (line 24)"),
         ({"text": "three"}, ""),
     ]
+
+
+LONG = [
+    b'{"prompt": "' + b"a" * 900 + b'"}',
+    b'{"prompt": "' + b'\\"]}' * 300 + b'\\\\"}',
+    b'{"prompt": ' + b"[[], {}, " * 90 + b"0" + b"]" * 90 + b"}",
+    b'{"prompt": "' + "é".encode() * 300 + b'"}',
+    b'"' + b"a" * 900 + b'"',
+    b"1" * 900,
+]
+
+
+@pytest.mark.parametrize("long", LONG)
+@pytest.mark.parametrize("piece", [1, 7, 100, 2**20])
+def test_an_element_of_a_list_that_is_too_long_is_malformed_and_spoils_no_other(
+    long: bytes, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "MAX_ROW_BYTES", 500)
+    monkeypatch.setattr(files, "MEGABYTE", piece)
+    (tmp_path / "a.json").write_bytes(b"[" + b" ,\n".join([GOOD, long, GOOD]) + b"]\n")
+    rows = read_rows(tmp_path / "a.json")
+    assert [(row.source_row, row.problem) for row in rows] == [(0, ""), (1, "longer than 500 bytes"), (2, "")]
+    assert [row.value for row in rows] == [{"prompt": "Hi"}, None, {"prompt": "Hi"}]
+
+
+def test_a_long_element_of_a_list_is_never_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MAX_ROW_BYTES", 100_000)
+    monkeypatch.setattr(files, "MEGABYTE", 100_000)
+    (tmp_path / "a.json").write_bytes(b"[" + b'{"prompt": "' + b"a" * 30_000_000 + b'"},' + GOOD + b"]")
+    tracemalloc.start()
+    rows = read_rows(tmp_path / "a.json")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [row.problem for row in rows] == ["longer than 100000 bytes", ""]
+    assert peak < 3_000_000
+
+
+MANY = ", ".join(f'{{"é": {i}}}' for i in range(40))
+
+
+@pytest.mark.parametrize("piece", [1, 100, 2**20])
+@pytest.mark.parametrize(
+    "content",
+    [
+        f'[{MANY}, {{"b" 2}}, {MANY}]',
+        f'[{MANY},\n {MANY}\n, {{"b": 2]]',
+        f"[{MANY} {MANY}]",
+        f"[{MANY}] [",
+        f"[{MANY}, \n\n ]",
+        f"[{MANY}, \n",
+        f"[\n{MANY}",
+        f'[{MANY}, "',
+    ],
+)
+def test_the_place_of_a_flaw_is_that_in_the_whole_file_however_little_is_held(
+    content: str, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "MAX_ROW_BYTES", 60)
+    monkeypatch.setattr(files, "MEGABYTE", piece)
+    (tmp_path / "a.json").write_text(content, encoding="utf-8")
+    with pytest.raises(json.JSONDecodeError) as caught:
+        json.loads(content)
+    assert refused(tmp_path / "a.json") == f"a.json: not JSON: {caught.value}"
+
+
+def test_the_byte_that_is_not_utf_8_is_counted_from_the_start_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MAX_ROW_BYTES", 60)
+    monkeypatch.setattr(files, "MEGABYTE", 1)
+    before = f"[{MANY}".encode()
+    for broken in (b"\xff", b"\xe4\xbd", b"\xe4\xbdx"):
+        (tmp_path / "a.json").write_bytes(before + broken)
+        assert refused(tmp_path / "a.json") == f"a.json: not UTF-8 at byte {len(before)}"
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".json.gz"])
@@ -281,7 +377,43 @@ def test_a_csv_file_whose_rows_cannot_be_told_apart_is_refused(
     assert csv_limit() == limit, "the limit is the process's own"
 
 
+def test_a_csv_row_whose_fields_are_too_long_together_is_malformed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MAX_ROW_BYTES", 100)
+    rows = read_rows(csv(tmp_path / "a.csv", b'a,b\n1,2\n"' + b"x\n" * 40 + b'","' + b"y\n" * 40 + b'"\n3,4\n'))
+    assert [(row.problem, row.line) for row in rows] == [("", 2), ("longer than 100 bytes (line 83)", 83), ("", 84)]
+
+
 # Tables
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+@pytest.mark.parametrize("long", ["a" * 600, ["a" * 30] * 20, {"b": "a" * 600}])
+def test_a_table_row_that_is_too_long_is_malformed_and_spoils_no_other(
+    suffix: str, long: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    monkeypatch.setattr(files, "MAX_ROW_BYTES", 500)
+    short = type(long)()
+    table = pa.table({"n": range(300), "text": [long if n == 7 else short for n in range(300)]})
+    if suffix == ".parquet":
+        pq.write_table(table, tmp_path / "a.parquet")
+    else:
+        with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+    rows = read_rows(tmp_path / f"a{suffix}")
+    assert [row.problem for row in rows if row.problem] == ["longer than 500 bytes"]
+    assert [row.value["n"] if row.value else None for row in rows] == [n if n != 7 else None for n in range(300)]
+
+
+@pytest.mark.parametrize("depth", [files.MAX_DEPTH + 1, 100_000])
+def test_what_is_stored_in_a_table_as_json_is_malformed_where_it_is_nested_too_deep(depth: int) -> None:
+    deep: Any = "x"
+    for _ in range(depth):
+        deep = [deep]
+    rows = files.table_rows([arrow_table()], lambda row: {"prompt": deep} if row["prompt"] == "Hi" else row)
+    assert [files.TOO_DEEP in row.problem for row in rows] == [True, False]
 
 
 def test_a_table_value_that_json_cannot_hold_is_spelt_or_spoils_its_row_and_no_other(tmp_path: Path) -> None:
@@ -312,7 +444,7 @@ def test_a_table_value_that_json_cannot_hold_is_spelt_or_spoils_its_row_and_no_o
 @pytest.mark.parametrize("keep", [7, 0.5, -10])
 def test_a_cut_table_is_refused(suffix: str, kind: str, keep: float, tmp_path: Path) -> None:
     path = tmp_path / f"a{suffix}"
-    WRITERS[suffix](path)
+    WRITERS[suffix](path, [{"text": "One"}, {"text": "two"}] if suffix == ".txt" else ROWS)
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * keep) if keep == 0.5 else int(keep)])
     assert refused(path).startswith(f"a{suffix}: not {kind}: ")
@@ -372,7 +504,7 @@ def test_of_any_bytes_each_row_is_accounted_for_or_the_file_is_refused(
 ) -> None:
     """With `start`, the bytes follow the beginning of a good file."""
     path = tmp_path_factory.mktemp("fuzz") / f"a{suffix}"
-    WRITERS[suffix](path)
+    WRITERS[suffix](path, [{"text": "One"}, {"text": "two"}] if suffix == ".txt" else ROWS)
     good = path.read_bytes()
 
     @settings(max_examples=60, deadline=None)

@@ -16,7 +16,17 @@ from hypothesis import strategies as st
 
 from dagster_project.curation.checks import Rules, judge
 from dagster_project.curation.files import read_rows
-from dagster_project.curation.formats import LAYOUTS, NAMED_ONLY, PAIR_LAYOUTS, read_multiple_choice, to_pairs, to_records
+from dagster_project.curation.formats import (
+    LAYOUTS,
+    PAIR_LAYOUTS,
+    SPLITS,
+    detect,
+    is_text,
+    kind,
+    split_of_file,
+    to_pairs,
+    to_records,
+)
 from dagster_project.errors import InputError
 from dagster_project.params import parse
 from dagster_project.records import read_records
@@ -90,23 +100,38 @@ def test_every_layout_has_an_example_here() -> None:
     assert set(ROWS) == set(LAYOUTS)
 
 
-@pytest.mark.parametrize("layout", [layout for layout in ROWS if layout not in NAMED_ONLY])
+@pytest.mark.parametrize("layout", ROWS)
 def test_each_layout_is_told_from_its_keys_and_read_in_full(layout: str, tmp_path: Path) -> None:
     row, expected = ROWS[layout]
     found, records = to_records(jsonl(tmp_path / "rows.jsonl", row), "rows.jsonl")
     assert (found, [turns(record) for record in records]) == (layout, [expected])
 
 
-@pytest.mark.parametrize("layout", [layout for layout in ROWS if layout not in NAMED_ONLY])
+@pytest.mark.parametrize("layout", ROWS)
 def test_a_named_layout_reads_the_same_as_a_detected_one(layout: str, tmp_path: Path) -> None:
     path = jsonl(tmp_path / "rows.jsonl", ROWS[layout][0])
     assert to_records(path, "rows.jsonl", layout) == to_records(path, "rows.jsonl")
 
 
-def test_plain_text_is_read_where_it_is_named_and_never_guessed(tmp_path: Path) -> None:
-    path = jsonl(tmp_path / "rows.jsonl", ROWS["text"][0])
-    assert turns(to_records(path, "rows.jsonl", "text")[1][0]) == ROWS["text"][1]
-    assert refused(path) == "rows.jsonl: unknown format (keys of the first row: text)"
+def test_plain_text_is_told_from_text_as_the_only_key_and_marked(tmp_path: Path) -> None:
+    layout, (record,) = to_records(jsonl(tmp_path / "rows.jsonl", {"text": "Wrens are small."}), "rows.jsonl")
+    assert (layout, json.loads(record["meta"])) == ("text", {"kind": "text"})
+    assert is_text(record["messages"], json.loads(record["meta"]))
+    path = jsonl(tmp_path / "rows.jsonl", {"text": "Wrens are small.", "id": 3, "kind": "bird"})
+    assert refused(path) == "rows.jsonl: unknown format (keys of the first row: id, kind, text)"
+    record = to_records(path, "rows.jsonl", "text")[1][0]
+    assert json.loads(record["meta"]) == {"kind": "text", "id": 3, "row": {"kind": "bird"}}, "nothing of the row is lost"
+
+
+def test_a_text_file_is_plain_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("One\ntwo\n\nthree\n")
+    layout, records = to_records(tmp_path / "a.txt", "a.txt")
+    assert (layout, [turns(record) for record in records]) == ("text", [[("assistant", "One\ntwo")], [("assistant", "three")]])
+
+
+def test_no_conversation_counts_as_plain_text(tmp_path: Path) -> None:
+    record = to_records(jsonl(tmp_path / "rows.jsonl", {**PAIR, "kind": "text"}), "rows.jsonl")[1][0]
+    assert not is_text(record["messages"], json.loads(record["meta"]))
 
 
 def test_an_empty_input_adds_nothing_to_the_prompt(tmp_path: Path) -> None:
@@ -247,29 +272,6 @@ def test_a_gzip_file_with_damaged_content_is_refused(tmp_path: Path) -> None:
     assert refused(tmp_path / "a.jsonl.gz").startswith("a.jsonl.gz: broken gzip file: ")
 
 
-QUESTION = {"question": "What is two and two?", "choices": ["three", "four"], "answer": 1, "subject": "sums"}
-
-
-def test_labelled_questions_are_read_in_order(tmp_path: Path) -> None:
-    path = jsonl(tmp_path / "q.jsonl", QUESTION, {**QUESTION, "answer": 0})
-    assert [question["answer"] for question in read_multiple_choice(path)] == [1, 0]
-
-
-def test_a_question_with_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
-    path = jsonl(tmp_path / "q.jsonl", {**QUESTION, "question": "cut \ud83d off"})
-    with pytest.raises(InputError, match=r"q\.jsonl: row 0 is not a labelled"):
-        list(read_multiple_choice(path))
-
-
-@pytest.mark.parametrize(
-    "change", [{"answer": None}, {"answer": 2}, {"answer": -1}, {"answer": "four"}, {"choices": ["four"]}, {"question": 4}]
-)
-def test_a_question_without_a_right_answer_is_refused_by_row(change: dict[str, Any], tmp_path: Path) -> None:
-    path = jsonl(tmp_path / "q.jsonl", QUESTION, {**QUESTION, **change})
-    with pytest.raises(InputError, match=r"q\.jsonl: row 1 is not a labelled multiple-choice question"):
-        list(read_multiple_choice(path))
-
-
 def user(*said: str) -> list[dict[str, str]]:
     """Messages of a conversation in turns, the user first."""
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
@@ -372,7 +374,15 @@ def test_a_message_without_content_and_call_is_malformed(tmp_path: Path) -> None
 
 
 def problem_of(record: dict[str, Any]) -> str:
-    return json.loads(record["meta"]).get("problem", "")
+    """Without the line, which every problem of a file that has lines names at its end."""
+    problem, found, _ = json.loads(record["meta"]).get("problem", "").partition(" (line ")
+    assert found or not problem or problem.startswith("no ")
+    return problem
+
+
+def test_a_problem_names_the_line_where_blank_lines_are_no_rows(tmp_path: Path) -> None:
+    records = to_records(jsonl(tmp_path / "a.jsonl", PAIR, "", "", {"prompt": "Hi"}), "a.jsonl")[1]
+    assert (records[1]["source_row"], json.loads(records[1]["meta"])["problem"]) == (1, "no key 'completion' (line 4)")
 
 
 def test_a_tree_accounts_for_every_message(tmp_path: Path) -> None:
@@ -393,6 +403,86 @@ def test_of_unranked_turns_the_one_that_was_answered_is_followed(tmp_path: Path)
 def test_a_tree_without_a_reply_is_malformed(tmp_path: Path) -> None:
     row = {"message_tree_id": "t", "prompt": message("prompter", "Hi")}
     assert problem_of(to_records(jsonl(tmp_path / "a.jsonl", row), "a.jsonl")[1][0]) == "the tree has no assistant reply"
+
+
+# Splits that a file brings with it
+
+
+@pytest.mark.parametrize(("label", "kept"), [*SPLITS.items(), ("Test ", "test"), ("DEV", "validation"), ("fold 3", "fold 3"), (3, 3)])
+def test_a_rows_own_split_is_kept_in_one_spelling(label: Any, kept: Any, tmp_path: Path) -> None:
+    record = to_records(jsonl(tmp_path / "a.jsonl", {**PAIR, "split": label}), "a.jsonl")[1][0]
+    assert json.loads(record["meta"]) == {"split": kept}
+
+
+def test_a_split_named_for_the_source_goes_before_the_rows_own_which_is_kept(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", PAIR, {**PAIR, "split": "train"}, {**PAIR, "split": "test"}, "broken")
+    records = to_records(path, "a.jsonl", split="test")[1]
+    assert [json.loads(record["meta"]) for record in records[:3]] == [
+        {"split": "test"},
+        {"split": "test", "row": {"split": "train"}},
+        {"split": "test"},
+    ]
+    assert problem_of(records[3])
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train.jsonl", "train"),
+        ("a/b/Test.jsonl.gz", "test"),
+        ("data/validation-00000-of-00002.parquet", "validation"),
+        ("val.csv", "validation"),
+        ("training_notes.jsonl", None),
+        ("test/a.jsonl", None),
+        ("latest.jsonl", None),
+    ],
+)
+def test_a_file_is_named_after_a_split_or_not(name: str, split: str | None) -> None:
+    assert split_of_file(name) == split
+
+
+def test_files_named_after_splits_label_their_rows_where_that_is_asked_for(tmp_path: Path) -> None:
+    for name in ("train.jsonl", "dev.jsonl", "more.jsonl"):
+        jsonl(tmp_path / name, PAIR)
+    for split, expected in [("from_file_names", ["validation", None, "train"]), (None, [None] * 3)]:
+        records = to_records(tmp_path, "set", split=split)[1]
+        assert [json.loads(record["meta"]).get("split") for record in records] == expected
+    with pytest.raises(InputError, match=r"more\.jsonl: no file is named after a split"):
+        to_records(tmp_path / "more.jsonl", "more.jsonl", split="from_file_names")
+
+
+# Folders
+
+
+def test_each_file_of_a_folder_is_the_source_of_its_rows_and_has_a_layout_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "set/b").mkdir(parents=True)
+    jsonl(tmp_path / "set/b/a.jsonl", ROWS["dolly"][0], {"instruction": 3, "response": "x"})
+    jsonl(tmp_path / "set/a.jsonl", PAIR, PAIR)
+    layout, records = to_records(tmp_path / "set", "data/sources/set/")
+    assert layout == "prompt_completion, dolly"
+    assert [(record["source"], record["source_row"]) for record in records] == [
+        ("data/sources/set/a.jsonl", 0),
+        ("data/sources/set/a.jsonl", 1),
+        ("data/sources/set/b/a.jsonl", 0),
+        ("data/sources/set/b/a.jsonl", 1),
+    ]
+    assert [bool(record["messages"]) for record in records] == [True, True, True, False]
+
+
+def test_a_file_of_a_folder_that_is_refused_is_named(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    jsonl(tmp_path / "set/a.jsonl", PAIR)
+    jsonl(tmp_path / "set/b.jsonl", {"x": 1})
+    assert refused(tmp_path / "set") == "set/b.jsonl: unknown format (keys of the first row: x)"
+
+
+def test_preferences_of_a_folder_have_their_file_as_source(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        jsonl(tmp_path / name, *PAIR_ROWS["kto"])
+    assert [(pair["source"], pair["source_rows"]) for pair in to_pairs(tmp_path, "set")[1]] == [
+        ("set/a.jsonl", [0, 1]),
+        ("set/b.jsonl", [0, 1]),
+    ]
 
 
 # Columns of one's own
@@ -491,6 +581,59 @@ def test_a_malformed_preference_keeps_its_place(layout: str, tmp_path: Path) -> 
     assert sides(pairs[0]) == ([], [], [])
     assert problem_of(pairs[0])
     assert sides(pairs[1])[0] == user("Hi")
+
+
+TREES = ["oasst"]
+"""Layouts that hold examples and preferences alike."""
+
+
+@pytest.mark.parametrize("layout", PAIR_ROWS)
+def test_preferences_are_not_taken_for_examples_unless_a_format_says_so(layout: str, tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", *PAIR_ROWS[layout])
+    assert kind(read_rows(path)) == ("examples" if layout in TREES else "preferences")
+    if layout not in TREES:
+        keys = ", ".join(sorted(PAIR_LAYOUTS[layout].keys))
+        assert refused(path) == f"a.jsonl: the rows are preferences ({layout}: {keys}), not examples to imitate"
+
+
+def test_the_refusal_of_preferences_names_the_way_out(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", *PAIR_ROWS["kto"])
+    with pytest.raises(InputError) as caught:
+        to_records(path, "a.jsonl")
+    assert caught.value.hint == "name the file under raw_preferences; to imitate all of it nevertheless, set format: prompt_completion"
+    layout, records = to_records(path, "a.jsonl", "prompt_completion")
+    assert (layout, [json.loads(record["meta"])["label"] for record in records]) == ("prompt_completion", [True, False])
+
+
+@pytest.mark.parametrize("layout", ROWS)
+def test_examples_are_not_taken_for_preferences(layout: str, tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", ROWS[layout][0])
+    assert kind(read_rows(path)) == "examples"
+    if layout not in TREES:
+        with pytest.raises(InputError, match=rf"a\.jsonl: the rows are examples \({layout}: .*\), not preferences"):
+            to_pairs(path, "a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("rows", "found"),
+    [
+        ([{**PAIR, "label": "spam"}], "examples"),
+        ([{**PAIR, "label": True}] * 2 + [{**PAIR, "label": None}], "preferences"),
+        ([{**PAIR, "label": True}] + [PAIR] * 2, "examples"),
+        ([{**PAIR, "chosen": None, "rejected": None}], "examples"),
+        ([{"messages": user("Hi", "Hello"), **PAIR_ROWS["preference"][0]}], "preferences"),
+        ([{"x": 1}], "examples"),
+    ],
+)
+def test_what_rows_are_for_is_told_from_most_of_them(rows: list[dict[str, Any]], found: str, tmp_path: Path) -> None:
+    assert kind(read_rows(jsonl(tmp_path / "a.jsonl", *rows))) == found
+
+
+@pytest.mark.parametrize("layouts", [LAYOUTS, PAIR_LAYOUTS])
+def test_rows_in_no_layout_are_refused_with_all_layouts(layouts: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"a\.jsonl: unknown format \(keys of the first row: x\)") as caught:
+        detect(read_rows(jsonl(tmp_path / "a.jsonl", {"x": 1})), "a.jsonl", layouts)
+    assert all(name in caught.value.hint for name in layouts)
 
 
 def pair_writers(prompt: list[str], good: str, bad: str) -> dict[str, list[dict[str, Any]]]:

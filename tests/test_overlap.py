@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -59,15 +60,24 @@ def by_definition(texts: Sequence[str], against: Sequence[str] | None) -> Iterat
     def shingles(row: tuple[str, ...]) -> set[tuple[str, ...]]:
         return grams(row, overlap.SHINGLE)
 
+    def in_order(a: tuple[str, ...], b: tuple[str, ...]) -> int:
+        if not a or not b:
+            return 0
+        return in_order(a[1:], b[1:]) + 1 if a[0] == b[0] else max(in_order_of(a[1:], b), in_order_of(a, b[1:]))
+
+    in_order_of = cache(in_order)
+
     def judge(a: tuple[str, ...], b: tuple[str, ...]) -> tuple[float, overlap.Rule] | None:
         if a == b:
             return 1.0, "equal"
         mine, theirs = ({s for s in shingles(row) if counts[shingles][s] <= overlap.RARE} for row in (a, b))
         common, run = len(mine & theirs), shared(runs, a, b)
         both_short = all(overlap.RUN <= len(row) < overlap.SHORT for row in (a, b))
-        if common and (run or both_short) and common / len(mine | theirs) >= overlap.JACCARD:
+        similar, smaller = common / max(1, len(mine | theirs)), min(len(mine), len(theirs))
+        firm = similar >= overlap.FIRM or min(len(a), len(b)) >= overlap.LONG or in_order(a, b) >= overlap.IN_ORDER * min(len(a), len(b))
+        if common and (run or both_short) and similar >= overlap.JACCARD and firm:
             return round(common / len(mine | theirs), 3), "jaccard"
-        if common and run and common / min(len(mine), len(theirs)) >= overlap.CONTAINMENT:
+        if common and run and common / smaller >= (overlap.CONTAINMENT if smaller >= overlap.FEW else overlap.WHOLE):
             return round(common / min(len(mine), len(theirs)), 3), "containment"
         if shared(rests, a, b):
             return round(1 - 1 / max(len(a), len(b)), 3), "one_word"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dagster_project.curation.formats import read_multiple_choice
+from dagster_project.curation.benchmarks import read_multiple_choice
 from dagster_project.records import Report, read_ledger, read_records
 from dagster_project.stages import instructions, raw_examples
 
@@ -37,13 +37,14 @@ def customer_messages() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def cured(tmp_path_factory: pytest.TempPathFactory) -> Cured:
+def cured(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Cured:
     """The report, the records kept and the ledger of the sample data after `instructions`."""
     folder = tmp_path_factory.mktemp("cured")
     names = ("triage_alpaca.json", "triage_messages.jsonl", "replies_messages.jsonl")
     sources = [raw_examples.Source(path=f"data/sources/{name}") for name in names]
     raw_examples.run(ROOT, raw_examples.Params(sources=sources), folder / "raw")
-    report = instructions.run(ROOT, instructions.Params(benchmarks=[BENCHMARK]), folder / "raw", folder / "out")
+    params = instructions.Params(benchmarks=[BENCHMARK])
+    report = instructions.run(ROOT, params, folder / "raw", tiny_model, folder / "out", folder / "pages", {})
     return report, read_records(folder / "out"), read_ledger(folder / "out")
 
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from datasets import Dataset
 
+from dagster_project.chat import IGNORE, encode
 from dagster_project.errors import InputError
 from dagster_project.params import Compute
 from dagster_project.records import write_table
 from dagster_project.stages import adapter
 from dagster_project.stages.tokenized import row_schema
-from dagster_project.training.chat import IGNORE, encode
 from dagster_project.training.methods import peft_config, save_adapter
 from dagster_project.training.sft import Recipe, attention_for, collate, steps, train
 

@@ -1,17 +1,22 @@
-"""Groups stay together, categories keep their shares, and the deal depends on nothing but content and seed."""
+"""What belongs together stays together, labels and shares are kept, the finished splits are proven apart, and only content and seed decide."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from dagster_project.curation.split import assign, straddling
-from dagster_project.records import example_id, read_records, write_records
+from dagster_project.curation.overlap import near_pairs
+from dagster_project.curation.split import DROPPED, SPLITS, assign, deal, find_copies, prove, settle, straddling, units
+from dagster_project.errors import InputError
+from dagster_project.records import Report, example_id, read_ledger, read_records, write_ledger, write_records
 from dagster_project.stages import splits
 
 SHARES = {"test": 0.25, "validation": 0.1}
@@ -83,6 +88,236 @@ def test_no_rows_straddle_nothing() -> None:
     assert straddling([], []) == []
 
 
+# --- keys and labels
+
+wholes = st.lists(
+    st.tuples(
+        st.sampled_from("abcdef"),  # group
+        st.sampled_from(["1", "2", "3", None]),  # key
+        st.sampled_from([None, *SPLITS]),  # label of an upstream split
+        st.sampled_from("xy"),  # stratum
+    ),
+    min_size=1,
+    max_size=30,
+)
+
+
+def dealt_out(rows: Sequence[tuple[str, str | None, str | None, str]], seed: int = 7) -> list[str]:
+    groups, keys, labels, strata = zip(*rows, strict=True)
+    return deal(groups, keys, labels, strata, SHARES, seed).splits
+
+
+@given(rows=wholes, seed=seeds)
+@calm
+def test_rows_with_a_common_group_or_key_stand_in_one_split(rows: list[tuple[str, str | None, str | None, str]], seed: int) -> None:
+    kept = [(row, split) for row, split in zip(rows, dealt_out(rows, seed), strict=True) if split != DROPPED]
+    for at in (0, 1):
+        pairs = {(row[at], split) for row, split in kept if row[at] is not None}
+        assert len(pairs) == len({value for value, _ in pairs})
+
+
+@given(rows=wholes, seed=seeds)
+@calm
+def test_every_row_goes_to_one_split_or_is_dropped_for_a_row_held_out_more_strictly(
+    rows: list[tuple[str, str | None, str | None, str]], seed: int
+) -> None:
+    groups, keys, labels, strata = zip(*rows, strict=True)
+    found = deal(groups, keys, labels, strata, SHARES, seed)
+    assert set(found.splits) <= {*SPLITS, DROPPED}
+    assert set(found.because) == {i for i, split in enumerate(found.splits) if split == DROPPED}
+    for i, keeper in found.because.items():
+        assert groups[i] == groups[keeper] or keys[i] == keys[keeper] is not None
+        assert SPLITS.index(found.splits[keeper]) > SPLITS.index(labels[i])
+
+
+@given(rows=wholes, seed=seeds)
+@calm
+def test_a_label_is_kept_unless_the_row_is_dropped_or_train_must_give_a_split_that_no_label_names(
+    rows: list[tuple[str, str | None, str | None, str]], seed: int
+) -> None:
+    dealt = dealt_out(rows, seed)
+    named = set(settle(*list(zip(*rows, strict=True))[:3])[0])
+    for (_, _, label, _), split in zip(rows, dealt, strict=True):
+        if label == "test":
+            assert split == "test"
+        elif label == "validation":
+            assert split in {"validation", DROPPED}
+        elif label == "train":
+            assert split in {"train", DROPPED} or split not in named
+
+
+@given(rows=wholes, seed=seeds, data=st.data())
+@calm
+def test_the_order_of_rows_does_not_matter_with_keys_and_labels(
+    rows: list[tuple[str, str | None, str | None, str]], seed: int, data: st.DataObject
+) -> None:
+    order = data.draw(st.permutations(range(len(rows))))
+    dealt = dealt_out(rows, seed)
+    assert dealt_out([rows[i] for i in order], seed) == [dealt[i] for i in order]
+
+
+@given(rows=st.lists(st.tuples(st.sampled_from("abcdef"), st.sampled_from(["1", "2", "3", None])), max_size=20))
+@calm
+def test_units_are_the_connected_components_of_groups_and_keys(rows: list[tuple[str, str | None]]) -> None:
+    groups, keys = [group for group, _ in rows], [key for _, key in rows]
+    reach = [{i} for i in range(len(rows))]
+    for _ in rows:
+        for i in range(len(rows)):
+            for j in range(len(rows)):
+                if groups[i] == groups[j] or (keys[i] is not None and keys[i] == keys[j]):
+                    reach[i] |= reach[j]
+    assert units(groups, keys) == [min(groups[j] for j in reached) for reached in reach]
+
+
+def test_a_train_row_that_is_dropped_takes_no_other_with_it() -> None:
+    groups, keys = ["a", "b", "b", "c"], ["one", "two", "one", "two"]
+    fate, because = settle(groups, keys, ["test", "train", "train", "train"])
+    assert fate == ["test", "train", DROPPED, "train"]  # the third row is customer one's; its near-copy is not
+    assert because == {2: 0}
+
+
+def test_a_row_without_a_label_follows_the_labelled_row_it_belongs_to_and_links_others_to_it() -> None:
+    fate, because = settle(["a", "a", "b", "c"], [None, "one", "one", None], ["test", None, "train", None])
+    assert (fate, because) == (["test", "test", DROPPED, ""], {2: 1})
+
+
+def test_a_validation_row_is_dropped_for_test_and_a_train_row_for_validation() -> None:
+    fate, _ = settle(["a", "a", "b", "b"], [None] * 4, ["validation", "test", "train", "validation"])
+    assert fate == [DROPPED, "test", DROPPED, "validation"]
+
+
+def test_a_split_that_no_label_names_is_dealt_out_of_train() -> None:
+    groups = [f"group {i}" for i in range(200)]
+    labels = ["train"] * 150 + ["test"] * 50
+    found = deal(groups, [None] * 200, labels, [""] * 200, {"test": 0.2, "validation": 0.1}, 7)
+    assert Counter(zip(labels, found.splits, strict=True)) == {("train", "train"): 135, ("train", "validation"): 15, ("test", "test"): 50}
+
+
+def test_rows_without_a_label_are_dealt_out_by_share_of_themselves() -> None:
+    labels = [*(["train"] * 50 + ["validation"] * 20 + ["test"] * 30), *[None] * 100]
+    found = deal([f"group {i}" for i in range(200)], [None] * 200, labels, [""] * 200, {"test": 0.2, "validation": 0.1}, 7)
+    assert found.splits[:100] == labels[:100]
+    assert Counter(found.splits[100:]) == {"train": 70, "validation": 10, "test": 20}
+    assert found.labelled == set(range(100))
+
+
+def test_large_units_fill_the_shares_as_far_as_they_can() -> None:
+    keys = [f"customer {i // 50}" for i in range(1000)]
+    found = deal(
+        [f"group {i}" for i in range(1000)],
+        keys,
+        [None] * 1000,
+        [str(i // 50 % 8) for i in range(1000)],
+        {"test": 0.2, "validation": 0.1},
+        7,
+    )
+    assert Counter(found.splits) == {"train": 700, "validation": 100, "test": 200}
+
+
+def test_a_wanted_split_gets_the_unit_nearest_in_size_if_none_is_small_enough() -> None:
+    keys = ["big"] * 60 + ["middle"] * 30 + ["small"] * 10
+    found = deal([f"group {i}" for i in range(100)], keys, [None] * 100, [""] * 100, {"test": 0.2, "validation": 0.05}, 7)
+    assert dict(zip(keys, found.splits, strict=True)) == {"big": "train", "middle": "validation", "small": "test"}
+
+
+# --- the proof
+
+COPY = "Where does the parcel with the blue kite for the birthday stand this morning"
+NEARLY = "Where does the parcel with the blue kite for the wedding stand this morning"
+OTHERS = [
+    "My card was charged twice for one order of tea",
+    "The app closes as soon as I open the wish list",
+    "Please delete my account and all that is in it",
+]
+
+
+def record(
+    prompt: str, group: str = "", category: str | None = None, meta: str = "{}", source: str = "rows.jsonl", answer: str = "Yes."
+) -> dict[str, Any]:
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    identity = example_id(messages)
+    return {"example_id": identity, "source": source, "messages": messages, "category": category, "group_id": group or identity, "meta": meta}  # fmt: skip
+
+
+def finished(path: Path, **rows: list[dict[str, Any]]) -> Path:
+    for name in SPLITS:
+        write_records(path / name, rows.get(name, []))
+    return path
+
+
+def proven(path: Path, all_rows: Sequence[dict[str, Any]] | None = None, **rows: list[dict[str, Any]]) -> Any:
+    """The proof on finished splits with these rows, which are all that was dealt out unless `all_rows` says otherwise."""
+    held = all_rows or [row for name in rows.values() for row in name]
+    return prove(finished(path, **rows), find_copies([row["messages"][0]["content"] for row in held]), {row["example_id"] for row in held})
+
+
+def test_near_copies_in_two_splits_are_found_although_their_groups_say_otherwise(tmp_path: Path) -> None:
+    a, b = record(COPY, group="one"), record(NEARLY, group="another")
+    found = proven(tmp_path, train=[b, record(OTHERS[0])], test=[a, record(OTHERS[1])])
+    assert [(leak.place, leak.other, leak.why, leak.text) for leak in found.leaks] == [
+        (f"test/{a['example_id']}", f"train/{b['example_id']}", "near-copies", COPY)
+    ]
+    assert (found.leaking, found.rows) == (2, {"train": 2, "validation": 0, "test": 2})
+
+
+@pytest.mark.parametrize(("held_out", "watched"), [("test", "train"), ("test", "validation"), ("validation", "train")])
+def test_each_two_splits_are_compared(tmp_path: Path, held_out: str, watched: str) -> None:
+    found = proven(tmp_path, **{held_out: [record(COPY)], watched: [record(NEARLY)]})
+    assert [(leak.place.split("/")[0], leak.other.split("/")[0]) for leak in found.leaks] == [(held_out, watched)]
+
+
+def test_the_same_prompt_with_another_answer_is_found(tmp_path: Path) -> None:
+    for k, prompt in enumerate((COPY, "Hi", "???")):
+        assert proven(tmp_path / str(k), train=[record(prompt)], test=[record(prompt, answer="No.")]).leaking == 2
+
+
+def test_a_group_or_an_example_in_two_splits_is_found(tmp_path: Path) -> None:
+    found = proven(tmp_path / "group", train=[record(OTHERS[0], group="g")], test=[record(OTHERS[1], group="g")])
+    assert [leak.why for leak in found.leaks] == ["the same group"]
+    assert {"the same example"} <= {leak.why for leak in proven(tmp_path / "id", train=[record(COPY)], validation=[record(COPY)]).leaks}
+
+
+def test_unrelated_rows_leak_nothing(tmp_path: Path) -> None:
+    found = proven(tmp_path, train=[record(COPY), record(NEARLY)], validation=[record(OTHERS[0])], test=[record(OTHERS[1])])
+    assert (found.leaks, found.leaking, found.strangers) == ([], 0, [])
+
+
+def test_the_proof_counts_rare_runs_as_the_deal_did_where_test_against_train_would_not(tmp_path: Path) -> None:
+    """A template in 52 texts is boilerplate; among the 42 of train and test alone it would look rare, and all of them like copies."""
+    rows = [
+        record(f"Please sort the following message into its one right bin {'abcdefghijklmnopqrstuvwxyz'[i % 26] * 3}{i}") for i in range(52)
+    ]
+    train, validation, test = rows[:32], rows[32:42], rows[42:]
+
+    def said(of: list[dict[str, Any]]) -> list[str]:
+        return [row["messages"][0]["content"] for row in of]
+
+    assert list(near_pairs(said(test), said(train)))
+    assert proven(tmp_path, train=train, validation=validation, test=test).leaks == []
+
+
+def test_held_out_rows_that_the_set_does_not_hold_are_found(tmp_path: Path) -> None:
+    rows = [record(text) for text in OTHERS]
+    found = proven(tmp_path, rows[:2], train=[rows[0]], test=[rows[1], rows[2]])
+    assert found.strangers == [f"test/{rows[2]['example_id']}"]
+
+
+def test_a_row_added_to_train_that_nearly_repeats_a_test_row_is_found(tmp_path: Path) -> None:
+    rows, added = [record(COPY), record(OTHERS[0])], record(NEARLY)
+    found = proven(tmp_path, rows, train=[rows[1], added], test=[rows[0]])
+    assert [(leak.place, leak.other) for leak in found.leaks] == [(f"test/{rows[0]['example_id']}", f"train/{added['example_id']}")]
+
+
+# --- the stage
+
+
+def written(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    write_records(path, rows)
+    lost = {"source": "rows.jsonl", "source_row": 0, "example_id": "", "outcome": "dropped:empty_prompt", "why": ""}
+    write_ledger(path, [lost, *({**row, "source_row": i, "outcome": "kept", "why": ""} for i, row in enumerate(rows, 1))])
+    return path
+
+
 def folder_of(path: Path, n: int) -> Path:
     """A set of n rows in two categories, in which rows 2k and 2k + 1 are of one group."""
     rows = []
@@ -94,15 +329,23 @@ def folder_of(path: Path, n: int) -> Path:
                 "category": "ab"[i // 2 % 2], "group_id": f"group {i // 2}", "meta": "{}",
             }
         )  # fmt: skip
-    write_records(path, rows)
-    return path
+    return written(path, rows)
+
+
+def run(params: splits.Params, source: Path, out: Path, seed: int = 7) -> Report:
+    return splits.run(source.parent, params, seed, source, out)
+
+
+def standing(out: Path) -> dict[str, str]:
+    """example_id -> split, by the shards."""
+    return {row["example_id"]: name for name in SPLITS for row in read_records(out / name)}
 
 
 def test_the_stage_deals_every_row_into_one_of_three_folders(tmp_path: Path) -> None:
     source = folder_of(tmp_path / "in", 80)
-    report = splits.run(splits.Params(test=0.2, validation=0.1), 7, source, tmp_path / "out")
+    report = run(splits.Params(test=0.2, validation=0.1), source, tmp_path / "out")
     dealt = {name: read_records(tmp_path / "out" / name) for name in ("train", "validation", "test")}
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["test", "train", "validation"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["ledger.parquet", "test", "train", "validation"]
     assert {name: len(rows) for name, rows in dealt.items()} == {"train": 56, "validation": 8, "test": 16} == report.metrics
     assert all(row["split"] == name for name, rows in dealt.items() for row in rows)
     assert Counter(row["category"] for row in dealt["test"]) == {"a": 8, "b": 8}
@@ -113,21 +356,23 @@ def test_the_stage_deals_every_row_into_one_of_three_folders(tmp_path: Path) -> 
 def test_the_same_seed_writes_the_same_bytes(tmp_path: Path) -> None:
     source = folder_of(tmp_path / "in", 20)
     for name in ("one", "two"):
-        splits.run(splits.Params(), 7, source, tmp_path / name)
+        run(splits.Params(), source, tmp_path / name)
     one, two = (
         {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.parquet")} for name in ("one", "two")
     )
-    assert len(one) == 3
+    assert len(one) == 4
     assert one == two
 
 
 def test_a_wanted_split_without_rows_stops_the_stage(tmp_path: Path) -> None:
-    report = splits.run(splits.Params(test=0.2, validation=0.1), 7, folder_of(tmp_path / "in", 2), tmp_path / "out")
-    assert [(check.name, check.note) for check in report.failures] == [("schema", "no rows in: validation, test")]
+    report = run(splits.Params(test=0.2, validation=0.1), folder_of(tmp_path / "in", 2), tmp_path / "out")
+    assert [(check.name, check.note) for check in report.failures] == [
+        ("schema", "no rows in: validation, test; the largest group of near-copies holds 2 rows and is not divided")
+    ]
 
 
 def test_a_split_nobody_wants_may_be_empty(tmp_path: Path) -> None:
-    report = splits.run(splits.Params(test=0.5, validation=0.0), 7, folder_of(tmp_path / "in", 8), tmp_path / "out")
+    report = run(splits.Params(test=0.5, validation=0.0), folder_of(tmp_path / "in", 8), tmp_path / "out")
     assert report.failures == []
     assert read_records(tmp_path / "out" / "validation") == []
 
@@ -136,3 +381,157 @@ def test_shares_that_leave_nothing_to_train_on_are_refused() -> None:
     assert splits.Params(test=0.5, validation=0.4).test == 0.5
     with pytest.raises(ValidationError, match=r"test 0\.5 and validation 0\.5 leave nothing to train on"):
         splits.Params(test=0.5, validation=0.5)
+
+
+def test_near_copies_with_wrong_groups_are_held_together_and_reported(tmp_path: Path) -> None:
+    rows = [record(f"{COPY} number {i} {i}", group=f"wrong {i}") for i in range(6)] + [
+        record(f"topic{i} word{i} thing{i} item{i} case{i}") for i in range(44)
+    ]
+    report = run(splits.Params(), written(tmp_path / "in", rows), tmp_path / "out")
+    assert len({standing(tmp_path / "out")[row["example_id"]] for row in rows[:6]}) == 1
+    assert report.failures == []
+    assert report.checks[0].note == "6 rows have near-copies in a group of another group_id; they were held together"
+
+
+def test_a_deal_that_went_by_wrong_groups_would_not_pass_the_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [record(f"{COPY} number {i} {i} written to ann{i}@example.org", group=f"wrong {i}") for i in range(40)]
+    monkeypatch.setattr(splits, "joined", lambda links: {})
+    (failed,) = run(splits.Params(), written(tmp_path / "in", rows), tmp_path / "out").failures
+    assert (failed.name, failed.count) == ("split_leakage", 40)
+    assert failed.rows[0].startswith(("validation/", "test/")) and failed.rows[0].endswith(": near-copies")
+    assert "[e-mail]" in failed.examples[0] and "@" not in "".join(failed.examples)
+
+
+def labelled(label: str | None, prompt: str, group: str = "") -> dict[str, Any]:
+    return record(prompt, group=group, meta=json.dumps({"split": label}) if label else "{}")
+
+
+def some(n: int, start: int = 0) -> list[str]:
+    return [f"topic{i} word{i} thing{i} item{i} case{i}" for i in range(start, start + n)]
+
+
+def test_labels_are_kept_and_near_copies_of_test_rows_dropped_from_train(tmp_path: Path) -> None:
+    prompts = some(12)
+    rows = [labelled(("train", "train", "validation", "test")[i % 4], prompt) for i, prompt in enumerate(prompts)]
+    test, train = labelled("test", COPY), labelled("train", NEARLY)
+    source = written(tmp_path / "in", [*rows, train, test])
+    report = run(splits.Params(test=0.5, validation=0.2), source, tmp_path / "out")
+    assert standing(tmp_path / "out") == {row["example_id"]: json.loads(row["meta"])["split"] for row in [*rows, test]}
+    assert (report.rows_in, report.rows_out, report.dropped) == (14, 13, {"split_leakage": 1})
+    leakage, schema, _ = report.checks
+    assert leakage.passed and leakage.count == 1
+    assert leakage.rows == [f"train/{train['example_id']} belongs to test/{test['example_id']}: dropped"]
+    assert leakage.note.startswith("the labels of the source leak: 1 dropped from train")
+    assert schema.note == "14 of 14 rows have a split in their source"
+    line = next(line for line in read_ledger(tmp_path / "out") if line["example_id"] == train["example_id"])
+    assert (line["source_row"], line["outcome"], line["why"]) == (13, "dropped:split_leakage", f"belongs to test/{test['example_id']}")
+
+
+def test_labels_of_some_rows_are_kept_and_the_others_dealt_out(tmp_path: Path) -> None:
+    rows = [labelled(("train", "validation", "test")[i % 3] if i < 9 else None, prompt) for i, prompt in enumerate(some(49))]
+    report = run(splits.Params(test=0.2, validation=0.1), written(tmp_path / "in", rows), tmp_path / "out")
+    assert report.metrics == {"train": 3 + 28, "validation": 3 + 4, "test": 3 + 8}
+    assert report.checks[1].note == "9 of 49 rows have a split in their source; the other 40 were dealt out"
+
+
+def test_labels_are_not_kept_if_nobody_wants_them(tmp_path: Path) -> None:
+    rows = [labelled("train", prompt) for prompt in some(40)]
+    report = run(splits.Params(keep_labels=False), written(tmp_path / "in", rows), tmp_path / "out")
+    assert report.metrics == {"train": 28, "validation": 4, "test": 8}
+
+
+def test_an_upstream_train_split_alone_is_dealt_out_with_a_note(tmp_path: Path) -> None:
+    rows = [labelled("train", prompt) for prompt in some(40)]
+    report = run(splits.Params(), written(tmp_path / "in", rows), tmp_path / "out")
+    assert report.metrics == {"train": 28, "validation": 4, "test": 8}
+    assert report.checks[1].note.endswith("the source names no validation or test: dealt out of train")
+
+
+def test_a_source_is_never_divided_if_test_shall_hold_unseen_sources(tmp_path: Path) -> None:
+    rows = [record(prompt, source=f"{'abc'[i % 3]}.jsonl") for i, prompt in enumerate(some(30))]
+    report = run(splits.Params(by="source"), written(tmp_path / "in", rows), tmp_path / "out")
+    where = standing(tmp_path / "out")
+    assert len({(row["source"], where[row["example_id"]]) for row in rows}) == 3
+    assert report.checks[1].note == (
+        "validation has 10 of 30 rows (33.3%) instead of 10.0%; test has 10 of 30 rows (33.3%) instead of 20.0%; "
+        "the largest source, with all that belongs to it, holds 10 rows and is not divided"
+    )
+
+
+def test_two_sources_cannot_fill_three_splits(tmp_path: Path) -> None:
+    rows = [record(prompt, source=f"{'ab'[i % 2]}.jsonl") for i, prompt in enumerate(some(30))]
+    (failed,) = run(splits.Params(by="source"), written(tmp_path / "in", rows), tmp_path / "out").failures
+    assert failed.note.startswith("no rows in: validation") and "the largest source" in failed.note
+
+
+def test_a_category_is_never_divided_if_test_shall_hold_unseen_kinds(tmp_path: Path) -> None:
+    rows = [record(prompt, category="abcdefghij"[i % 10]) for i, prompt in enumerate(some(50))]
+    report = run(splits.Params(by="category"), written(tmp_path / "in", rows), tmp_path / "out")
+    where = standing(tmp_path / "out")
+    assert len({(row["category"], where[row["example_id"]]) for row in rows}) == 10
+    assert report.metrics == {"train": 35, "validation": 5, "test": 10}
+
+
+def test_rows_of_one_customer_stay_together_whether_the_number_is_text_or_not(tmp_path: Path) -> None:
+    values = [f'{{"customer_id": {i % 9}}}' if i % 2 else f'{{"customer_id": "{i % 9}"}}' for i in range(45)]
+    rows = [
+        record(prompt, meta=meta)
+        for prompt, meta in zip(some(50), [*values, "{}", '{"customer_id": null}', '{"customer_id": ""}', "{}", "{}"], strict=True)
+    ]
+    run(splits.Params(by="key", key="customer_id"), written(tmp_path / "in", rows), tmp_path / "out")
+    where = standing(tmp_path / "out")
+    assert len({(i % 9, where[row["example_id"]]) for i, row in enumerate(rows[:45])}) == 9
+
+
+def test_a_key_that_no_row_has_is_refused(tmp_path: Path) -> None:
+    source = written(tmp_path / "in", [record(prompt, meta='{"client": 4}') for prompt in some(3)])
+    with pytest.raises(InputError) as refused:
+        run(splits.Params(by="key", key="customer_id"), source, tmp_path / "out")
+    assert str(refused.value) == (
+        "params.yaml: splits.key: no row has a field 'customer_id'\nhint: fields that rows have: client; name one that tells who must stay together"
+    )
+    with pytest.raises(InputError, match=r"splits\.by: no row has a category"):
+        run(splits.Params(by="category"), source, tmp_path / "out")
+
+
+def test_by_key_and_key_need_each_other() -> None:
+    with pytest.raises(ValidationError, match="`by: key` needs `key`"):
+        splits.Params(by="key")
+    with pytest.raises(ValidationError, match="`key` needs `by: key`"):
+        splits.Params(key="customer_id")
+
+
+def test_the_ledger_says_where_each_row_went(tmp_path: Path) -> None:
+    rows = [labelled("test" if i == 0 else None, prompt) for i, prompt in enumerate(some(20))]
+    run(splits.Params(), written(tmp_path / "in", rows), tmp_path / "out")
+    lines = read_ledger(tmp_path / "out")
+    where = standing(tmp_path / "out")
+    assert [(line["source_row"], line["outcome"]) for line in lines] == [(i, where[row["example_id"]]) for i, row in enumerate(rows, 1)]
+    assert [line["why"] for line in lines] == ["label of the source"] + [""] * 19
+
+
+@given(
+    rows=st.lists(
+        st.tuples(st.sampled_from([COPY, NEARLY, *OTHERS]), st.integers(0, 30), st.sampled_from([None, *SPLITS]), st.integers(0, 4)),
+        min_size=1,
+        max_size=25,
+    ),
+    by=st.sampled_from(["group", "source", "key"]),
+)
+@settings(deadline=None, max_examples=25)
+def test_whatever_the_rows_none_is_lost_and_the_finished_splits_are_apart(
+    rows: list[tuple[str, int, str | None, int]], by: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    held = {
+        row["example_id"]: row
+        for prompt, n, label, key in rows
+        for row in [record(f"{prompt} {n}", source=f"{key % 2}.jsonl", meta=json.dumps({"k": key, "split": label}))]
+    }
+    folder = tmp_path_factory.mktemp("any")
+    source = written(folder / "in", list(held.values()))
+    report = run(splits.Params(by=by, key="k" if by == "key" else None), source, folder / "out")  # type: ignore[arg-type]
+    where = standing(folder / "out")
+    assert report.rows_in == len(held) == len(where) + sum(report.dropped.values())
+    assert [check.name for check in report.failures] in ([], ["schema"])
+    texts = [held[name]["messages"][0]["content"] for name in where]
+    assert all(where[list(where)[p.left]] == where[list(where)[p.right]] for p in near_pairs(texts))

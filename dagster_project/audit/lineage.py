@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +58,64 @@ class Revision:
 
 def _git(root: Path, *arguments: str) -> str | None:
     done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+    return done.stdout if done.returncode == 0 else None
+
+
+def files_at(version: str, paths: Sequence[Path], folder: Path) -> list[Path]:
+    """Another version of `paths`: the path named `version`, or what git holds at the revision `version`, written into `folder`.
+
+    Raises:
+        InputError: there is neither such a path nor such a revision, or git does not hold one of the paths there.
+    """
+    if version and _is_there(Path(version)):
+        return [Path(version)]
+    if missing := [path for path in paths if not _is_there(path)]:
+        raise InputError(f"--since {version}: {missing[0]} does not exist here", "name a file or folder with the earlier version")
+    found = []
+    known = shutil.which("git") and version
+    commit = known and _git(Path.cwd(), "rev-parse", "--verify", "--quiet", "--end-of-options", f"{version}^{{commit}}")
+    if not commit:
+        raise InputError(
+            f"--since {version}: no such path, and no such revision in git", "name a file, a folder, or a revision (see `git log`)"
+        )
+    for number, path in enumerate(paths):
+        real = path.resolve()
+        top = real.parent if real.is_file() else real
+        listed = _git_bytes(top, "ls-tree", "-r", "-z", commit.strip(), "--", str(real))
+        entries = [entry.split("\t", 1) for entry in os.fsdecode(listed or b"").split("\0") if entry]
+        if not entries:
+            raise InputError(
+                f"--since {version}: git does not hold {path} at that revision", "name a file or folder with the earlier version"
+            )
+        place = folder / str(number) / (real.name or "root")
+        for what, name in entries:
+            mode, _, digest = what.split()
+            target = place.parent / name if real.is_file() else place / name
+            if mode == SUBMODULE or ".." in target.parts:
+                continue
+            content = _git_bytes(top, "cat-file", "blob", digest) or b""
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if mode == LINK:
+                target.symlink_to(os.fsdecode(content))
+            else:
+                target.write_bytes(content)
+        found.append(place)
+    return found
+
+
+LINK, SUBMODULE = "120000", "160000"
+"""Modes of git's entries."""
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name too long for a file
+        return False
+
+
+def _git_bytes(root: Path, *arguments: str) -> bytes | None:
+    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, check=False)
     return done.stdout if done.returncode == 0 else None
 
 

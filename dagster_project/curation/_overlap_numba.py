@@ -19,6 +19,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 THREADS = numba.config.NUMBA_NUM_THREADS
 """Compiled loops release the GIL, so plain threads share the work."""
+BINS = 21
+"""Equal steps of the scores that are counted, from 0 to 1; the last bin is 1.0 itself."""
 PARTS = 8
 """Hash tables a set of spans is divided over, by the top bits of the hash: each is small enough for the processor's cache."""
 
@@ -246,14 +248,41 @@ def _leave_one_out(tokens: Array, low: Array, high: Array, least: int, below: in
     return values, starts, lengths, texts
 
 
+class Gates(NamedTuple):
+    """What makes compared texts near-copies; the constants of overlap.py, by their names."""
+
+    jaccard: float
+    firm: float
+    in_order: float
+    long: int
+    containment: float
+    whole: float
+    few: int
+
+
+@compiled
+def _in_order(tokens: Array, a: int, a_end: int, b: int, b_end: int) -> float:
+    """Words that two texts have in the same order (longest common subsequence), as a share of the shorter text."""
+    lengths = np.zeros(b_end - b + 1, np.int32)
+    for i in range(a, a_end):
+        diagonal = 0
+        for j in range(b, b_end):
+            above = lengths[j - b + 1]
+            lengths[j - b + 1] = diagonal + 1 if tokens[i] == tokens[j] else max(above, lengths[j - b])
+            diagonal = above
+    return lengths[-1] / min(a_end - a, b_end - b)
+
+
 @compiled
 def _compare(
     first: int, last: int, left: Array, within: bool, runs: Index, short: Index, edited: Index,
-    sizes: Array, bounds: Array, shingles: Array, words: Array, jaccard: float, containment: float,
-) -> list[tuple[int, int, float, int]]:  # fmt: skip
-    """Near-copies of the texts first:last as (text, text, similarity, rule)."""
+    sizes: Array, bounds: Array, shingles: Array, tokens: Array, low: Array, high: Array, gates: Gates,
+) -> tuple[list[tuple[int, int, float, int]], Array]:  # fmt: skip
+    """Near-copies of the texts first:last as (text, text, similarity, rule); and of all that were compared, how many by `BINS` of containment."""
     found = [(0, 0, 0.0, 0)]
     found.pop()
+    scores = np.zeros((BINS, 2), np.int64)
+    words = high - low
     seen, paired = np.full(len(left), -1, np.int32), np.full(len(left), -1, np.int32)
     for a in range(first, last):
         if not left[a]:
@@ -272,6 +301,7 @@ def _compare(
                     if kind == 2:
                         paired[b] = a
                         found.append((a, b, 1 - 1 / max(words[a], words[b]), 3))
+                        scores[int((BINS - 1) * (1 - 1 / max(words[a], words[b]))), 1] += 1
                         continue
                     if seen[b] == a:
                         continue
@@ -279,20 +309,43 @@ def _compare(
                     i, i_end, j, j_end = bounds[a], bounds[a + 1], bounds[b], bounds[b + 1]
                     smaller, both, common = min(sizes[a], sizes[b]), sizes[a] + sizes[b], 0
                     most = min(i_end - i, j_end - j)
-                    if most < containment * smaller and most < jaccard * (both - most):
-                        continue
+                    if most < gates.containment / 2 * smaller and most < gates.jaccard / 2 * (both - most):
+                        continue  # half the gate, so that the scores tell of those that were just kept apart
                     while i < i_end and j < j_end:
                         common += shingles[i] == shingles[j]
                         step = shingles[i] <= shingles[j]
                         j += shingles[j] <= shingles[i]
                         i += step
-                    if common and common / (both - common) >= jaccard:
+                    if not common:
+                        continue
+                    similar = common / (both - common)
+                    if similar >= gates.firm or (
+                        similar >= gates.jaccard
+                        and (min(words[a], words[b]) >= gates.long or _in_order(tokens, low[a], high[a], low[b], high[b]) >= gates.in_order)
+                    ):
                         paired[b] = a
-                        found.append((a, b, common / (both - common), 1))
-                    elif kind == 0 and common and common / smaller >= containment:
+                        found.append((a, b, similar, 1))
+                    elif kind == 0 and common / smaller >= (gates.containment if smaller >= gates.few else gates.whole):
                         paired[b] = a
                         found.append((a, b, common / smaller, 2))
-    return found
+                    scores[int((BINS - 1) * common / smaller), int(paired[b] == a)] += 1
+    return found, scores
+
+
+@compiled
+def _passages(starts: Array, texts: Array, frequent: Array, run: int) -> tuple[Array, Array, Array]:
+    """The longest stretches of texts of which every run of `run` words is `frequent`: starts, lengths, texts."""
+    begin, lengths, owners = np.empty(len(starts), np.int32), np.empty(len(starts), np.int32), np.empty(len(starts), np.int32)
+    count = 0
+    for k in range(len(starts)):
+        if not frequent[k]:
+            continue
+        if count and owners[count - 1] == texts[k] and begin[count - 1] + lengths[count - 1] == starts[k] + run - 1:
+            lengths[count - 1] += 1
+        else:
+            begin[count], lengths[count], owners[count] = starts[k], run, texts[k]
+            count += 1
+    return begin[:count].copy(), lengths[:count].copy(), owners[:count].copy()
 
 
 def tokenize(rows: Sequence[bytes]) -> tuple[Array, Array]:
@@ -315,7 +368,7 @@ def distinct(tokens: Array, offsets: Array) -> tuple[Array, Array]:
 
 def near_texts(
     tokens: Array, low: Array, high: Array, left: Array, right: Array, within: bool,
-    *, run: int, shingle: int, short: int, edited: int, rare: int, jaccard: float, containment: float,
+    *, run: int, shingle: int, short: int, edited: int, rare: int, gates: Gates, scores: Array, boilerplate: list[tuple[int, int, int]],
 ) -> Iterator[tuple[int, int, float, int]]:  # fmt: skip
     """Near-copies among different texts.
 
@@ -323,7 +376,9 @@ def near_texts(
         tokens: ids of words; text t is tokens[low[t]:high[t]].
         left, right: which texts may stand on either side of a pair.
         within: whether a pair is given once, smaller text first.
-        run, shingle, short, edited, rare, jaccard, containment: the constants of overlap.py.
+        run, shingle, short, edited, rare: the constants of overlap.py.
+        scores: (BINS, 2), counted up by the compared pairs: those kept apart, and near-copies. Complete from half the gates on.
+        boilerplate: gets the passages that stand in more than `rare` texts, the most frequent first, as (start, length, texts).
     Yields:
         (text, text, similarity, rule): rule 1 Jaccard, 2 containment, 3 one word left out.
     """
@@ -343,19 +398,29 @@ def near_texts(
     del starts, names, counts
     starts, texts = _grams(low, high, run, shingle, shared)
     names = name_spans(tokens, starts, np.array([run], np.int32))
-    by_run = _index(names, texts, _frequency(names, texts, len(names)), right, rare)
+    counts = _frequency(names, texts, len(names))
+    boilerplate += _most_frequent(tokens, *_passages(starts, texts, counts[names] > rare, run), rare)
+    by_run = _index(names, texts, counts, right, rare)
     values, starts, lengths, texts = _leave_one_out(tokens, low, high, run, edited)
     names = name_spans(values, starts, lengths)
     by_rest = _index(names, texts, _frequency(names, texts, len(names)), right, rare)
     del starts, names, texts, shared
 
-    def compare(first: int) -> list[tuple[int, int, float, int]]:
+    def compare(first: int) -> tuple[list[tuple[int, int, float, int]], Array]:
         return _compare(
             first, min(first + step, len(low)), left, within, by_run, by_shingle, by_rest,
-            sizes, bounds, shingles, words, jaccard, containment,
+            sizes, bounds, shingles, tokens, low, high, gates,
         )  # fmt: skip
 
     step = max(1024, len(low) // 64)
     with ThreadPoolExecutor(THREADS) as pool:
-        for found in pool.map(compare, range(0, len(low), step)):
+        for found, counted in pool.map(compare, range(0, len(low), step)):
+            scores += counted
             yield from found
+
+
+def _most_frequent(tokens: Array, starts: Array, lengths: Array, texts: Array, rare: int) -> list[tuple[int, int, int]]:
+    names = name_spans(tokens, starts, lengths if len(lengths) != 1 else np.array([lengths[0]], np.int32))
+    counts = _frequency(names, texts, len(names))
+    order = np.argsort(-counts, kind="stable")[:10]
+    return [(int(starts[k]), int(lengths[k]), int(counts[k])) for k in order if counts[k] > rare]

@@ -4,79 +4,170 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
-from dagster_project.curation.facts import gather, mask
-from dagster_project.params import Section
-from dagster_project.records import CheckResult, prompt_text
+from dagster_project.curation import profile as profiles
+from dagster_project.curation.benchmarks import Item
+from dagster_project.curation.facts import Facts, gather
+from dagster_project.curation.review import Decision, Waived, Waiver, edited, resolve
+from dagster_project.curation.tokens import ESTIMATED, Tokens
+from dagster_project.records import uncollected
 
 if TYPE_CHECKING:
     import pandera.polars as pa
     import polars as pl
 
-Action = Literal["drop", "warn", "fail"]
+Action = Literal["drop", "review", "warn", "fail"]
+Severity = Literal["error", "warn", "info"]
 
 
 @dataclass(frozen=True)
 class Check:
     truth: str
     """What holds for good data. Shown as the check's description."""
-    severity: Literal["error", "warn", "info"]
+    severity: Severity
     action: Action
     """What a stage does with a row that breaks it, unless params.yaml says otherwise."""
+    next: str
+    """What to do about it."""
 
 
 ROW_CHECKS: dict[str, Check] = {
-    "malformed_row": Check("Every row can be read in its format.", "error", "drop"),
-    "invalid_roles": Check("Roles are system (optional), then user and assistant in turns.", "error", "drop"),
-    "ends_on_user_turn": Check("Every conversation ends with the assistant's answer.", "error", "drop"),
-    "empty_prompt": Check("Every prompt has text.", "error", "drop"),
-    "empty_response": Check("Every response has text.", "error", "drop"),
-    "placeholder_input": Check("No input merely says that there is none.", "warn", "drop"),
-    "special_tokens_in_text": Check("No text holds a chat template's control tokens.", "error", "drop"),
-    "encoding": Check("No text shows encoding damage.", "warn", "drop"),
-    "pii": Check("No text holds an e-mail address.", "warn", "drop"),
-    "exact_duplicates": Check("No two rows are identical.", "warn", "drop"),
-    "benchmark_leakage": Check("No prompt overlaps a held-out benchmark.", "error", "drop"),
-    "conflicting_responses": Check("The same prompt never has two different responses.", "warn", "warn"),
-    "near_duplicates": Check("No two prompts are nearly the same.", "warn", "warn"),
+    "malformed_row": Check(
+        "Every row can be read in its format.", "error", "drop", "Mend the rows; rows are counted from 0, lines from 1."
+    ),
+    "unlabelled": Check("Every benchmark question has its answer.", "error", "drop", "Use the split of the benchmark that has labels."),
+    "invalid_roles": Check(
+        "Roles are system (optional), then user and assistant in turns.",
+        "error",
+        "drop",
+        "Put the turns in order, or name the right format.",
+    ),
+    "ends_on_user_turn": Check(
+        "Every conversation ends with the assistant's answer.", "error", "drop", "Add the answer, or cut the last question off."
+    ),
+    "empty_prompt": Check("Every prompt has text.", "error", "drop", "Write the prompt, or take the row out."),
+    "empty_response": Check("Every response has text.", "error", "drop", "Write the response, or take the row out."),
+    "placeholder_input": Check("No input merely says that there is none.", "warn", "drop", "Leave the input empty instead."),
+    "prompt_mismatch": Check("Chosen and rejected answer the same prompt.", "error", "drop", "Pair answers to one prompt."),
+    "identical_pair": Check("Chosen and rejected differ.", "error", "drop", "Take the pair out: it teaches nothing."),
+    "tied_pair": Check("One of chosen and rejected is better.", "warn", "drop", "Take ties out, or have them judged again."),
+    "short_response": Check(
+        "No response is too short to teach anything.", "info", "warn", "Read a few; lower `min_response_tokens` if short answers are meant."
+    ),
+    "too_long": Check(
+        "Every example fits into `max_tokens` tokens of the base model.", "warn", "warn", "Shorten or divide them, or raise `max_tokens`."
+    ),
+    "special_tokens_in_text": Check(
+        "No text holds a chat template's control tokens.", "error", "drop", "Take the markers out of the text; the template adds its own."
+    ),
+    "template_mismatch": Check(
+        "Every conversation fits the base model's chat template.",
+        "error",
+        "drop",
+        "Use the roles that the template knows, or another template.",
+    ),
+    "encoding": Check("No text shows encoding damage.", "warn", "drop", "Read the file again in its true encoding, and save it as UTF-8."),
+    "secrets": Check(
+        "No text holds a password, key or token.",
+        "error",
+        "drop",
+        "Revoke the secret, then take it out of the source: a model can recite it.",
+    ),
+    "pii": Check(
+        "No text holds personal data such as an e-mail address or a card number.",
+        "warn",
+        "drop",
+        "Replace it by a made-up value, or take the row out.",
+    ),
+    "exact_duplicates": Check("No two rows are identical.", "warn", "drop", "Nothing to do: one of them is kept."),
+    "benchmark_leakage": Check(
+        "No row overlaps a held-out benchmark.",
+        "error",
+        "drop",
+        "Take the row out of the source, or waive it if the overlap is a common phrase.",
+    ),
+    "split_leakage": Check(
+        "No row stands in, or nearly in, two splits.", "error", "warn", "Take it out of the training split; `splits` does so."
+    ),
+    "conflicting_responses": Check(
+        "The same prompt never has two different responses.",
+        "warn",
+        "review",
+        "Keep the right one; in the pipeline, decide in the review file.",
+    ),
+    "near_duplicates": Check(
+        "No two prompts are nearly the same.", "warn", "warn", "Read the pairs. They share a `group_id`, so `splits` keeps them together."
+    ),
 }
 """In the order in which a row is judged: it is dropped for the first check it breaks."""
 
 SET_CHECKS: dict[str, Check] = {
-    "schema": Check("The set has rows, and each column the canonical type.", "error", "fail"),
-    "small_dataset": Check("The set is large enough to learn from.", "warn", "warn"),
-    "unbalanced_categories": Check("No category is far more frequent than another.", "warn", "warn"),
+    "schema": Check("The set has rows, and each column the canonical type.", "error", "fail", "See the rows dropped above for the reason."),
+    "small_dataset": Check("The set is large enough to learn from.", "warn", "warn", "Add examples, or compare with a good prompt first."),
+    "unbalanced_categories": Check(
+        "No category is far more frequent than another.",
+        "warn",
+        "warn",
+        "Add rows of the rare ones, or take some of the frequent ones out.",
+    ),
+    "low_diversity": Check(
+        "Tasks, wording and answers vary.", "warn", "warn", "Write examples in other words; copies of one template teach the template."
+    ),
+    "length_bias": Check(
+        "Which response is longer does not tell which was chosen.", "warn", "warn", "Add pairs in which the shorter response was chosen."
+    ),
 }
 
+PAIRS_ONLY = frozenset({"prompt_mismatch", "identical_pair", "tied_pair", "length_bias"})
+BENCHMARKS_ONLY = frozenset({"unlabelled"})
 CHECKS = {**ROW_CHECKS, **SET_CHECKS}
+EXAMPLE_CHECKS = {name: check for name, check in CHECKS.items() if name not in PAIRS_ONLY | BENCHMARKS_ONLY}
+"""The checks that judge a set of instructions."""
 
 
-class Rules(Section):
+class Rules(profiles.Limits):
     """How strictly a set is judged."""
 
     policy: dict[str, Action] = {}
-    """Check -> `drop` the row, keep it and `warn`, or `fail` the stage. Checks not named keep their default."""
-    balance_ratio: float = 5.0
-    """The largest category may be at most this many times as frequent as the smallest."""
-    min_rows: int = 100
-    """Sets smaller than this get `small_dataset`."""
+    """Check -> `drop` the row, keep it until somebody decides in the `review` file, keep it and `warn`, or `fail` the stage."""
+    severity: dict[str, Severity] = {}
+    """Check -> `error`, `warn` or `info`, where the default does not suit. Checks with policy `fail` are errors."""
+    max_tokens: int = Field(default=2048, ge=16)
+    """Tokens a conversation may have before `too_long`, counted by the base model's tokenizer."""
+    min_response_tokens: int = Field(default=2, ge=0)
+    """Responses of fewer tokens get `short_response`."""
+    max_longer_share: float = Field(default=0.65, ge=0.5, le=1)
+    """Share of pairs in which the chosen response may be the longer one before `length_bias`; one half is no bias."""
+    waivers: list[Waiver] = []
+    """Rows and pairs that may break a check, each with reason and expiry date."""
 
-    @field_validator("policy")
+    @field_validator("policy", "severity")
     @classmethod
-    def _known(cls, policy: dict[str, Action]) -> dict[str, Action]:
-        for name, action in policy.items():
+    def _known(cls, values: dict[str, str]) -> dict[str, str]:
+        for name, value in values.items():
             if name not in CHECKS:
                 raise ValueError(f"unknown check {name!r}; checks: {', '.join(CHECKS)}")
-            if name in SET_CHECKS and action == "drop":
-                raise ValueError(f"{name} judges the set as a whole: warn or fail, not drop")
-        return policy
+            if name in SET_CHECKS and value in {"drop", "review"}:
+                raise ValueError(f"{name} judges the set as a whole: warn or fail, not {value}")
+        return values
+
+    @field_validator("waivers")
+    @classmethod
+    def _known_checks(cls, waivers: list[Waiver]) -> list[Waiver]:
+        for waiver in waivers:
+            if waiver.check not in ROW_CHECKS:
+                raise ValueError(f"{waiver.check!r} is no check on rows; such checks: {', '.join(ROW_CHECKS)}")
+        return waivers
 
     def action(self, name: str) -> Action:
         return self.policy.get(name, CHECKS[name].action)
+
+    def severity_of(self, name: str) -> Severity:
+        return "error" if self.action(name) == "fail" else self.severity.get(name, CHECKS[name].severity)
 
 
 def _is_true(name: str) -> pa.Column:
@@ -86,35 +177,44 @@ def _is_true(name: str) -> pa.Column:
     return pa.Column(pl.Boolean, pa.Check(lambda data: data.lazyframe.select(pl.col(data.key)), name=name))
 
 
-def _is_null(name: str, dtype: Any) -> pa.Column:
+def _is_null(name: str) -> pa.Column:
     import pandera.polars as pa
     import polars as pl
 
     return pa.Column(
-        dtype, pa.Check(lambda data: data.lazyframe.select(pl.col(data.key).is_null()), name=name, ignore_na=False), nullable=True
+        pl.String, pa.Check(lambda data: data.lazyframe.select(pl.col(data.key).is_null()), name=name, ignore_na=False), nullable=True
     )
 
 
-def row_schema() -> pa.DataFrameSchema:
+def row_schema(max_tokens: int, min_response_tokens: int) -> pa.DataFrameSchema:
     """What must be true of every row of `facts.gather`. Each check carries the name it is reported under."""
     import pandera.polars as pa
     import polars as pl
 
     return pa.DataFrameSchema(
         {
-            "problem": _is_null("malformed_row", pl.String),
+            "problem": _is_null("malformed_row"),
+            "labelled": _is_true("unlabelled"),
             "roles_valid": _is_true("invalid_roles"),
             "ends_with_assistant": _is_true("ends_on_user_turn"),
             "has_prompt": _is_true("empty_prompt"),
             "has_response": _is_true("empty_response"),
             "input_is_real": _is_true("placeholder_input"),
-            "special_token": _is_null("special_tokens_in_text", pl.String),
-            "damage": _is_null("encoding", pl.String),
-            "email": _is_null("pii", pl.String),
-            "repeats": _is_null("exact_duplicates", pl.Int64),
-            "leaks": _is_null("benchmark_leakage", pl.Int64),
-            "conflicts_with": _is_null("conflicting_responses", pl.Int64),
-            "near_copy_of": _is_null("near_duplicates", pl.Int64),
+            "same_prompt": _is_true("prompt_mismatch"),
+            "pair_is_real": _is_true("identical_pair"),
+            "preferred": _is_true("tied_pair"),
+            "response_tokens": pa.Column(pl.Int64, pa.Check.ge(min_response_tokens, error="short_response"), nullable=True),
+            "tokens": pa.Column(pl.Int64, pa.Check.le(max_tokens, error="too_long"), nullable=True),
+            "template_mark": _is_null("special_tokens_in_text"),
+            "misfit": _is_null("template_mismatch"),
+            "damage": _is_null("encoding"),
+            "secret": _is_null("secrets"),
+            "personal": _is_null("pii"),
+            "repeats": _is_null("exact_duplicates"),
+            "leaks": _is_null("benchmark_leakage"),
+            "other_split": _is_null("split_leakage"),
+            "conflicts_with": _is_null("conflicting_responses"),
+            "near_copy_of": _is_null("near_duplicates"),
         },
         strict=True,
     )
@@ -132,119 +232,177 @@ def violations(frame: pl.DataFrame, schema: pa.DataFrameSchema) -> dict[str, lis
         broken = cases.filter(cases["index"].is_null())
         if len(broken):
             raise AssertionError(f"the facts table itself is wrong: {broken.to_dicts()}") from None
-        for case in cases.select("check", "index").iter_rows(named=True):
-            found.setdefault(case["check"], []).append(case["index"])
-    return {name: sorted(set(rows)) for name, rows in found.items()}
+        for (name,), rows in cases.select("check", "index").group_by("check", maintain_order=True):
+            found[str(name)] = sorted(set(rows["index"].to_list()))
+    return found
 
 
-def balance_schema(ratio: float, rows: int) -> pa.DataFrameSchema:
-    """What must be true of the set as a whole: one row per category with its `rows` and its `share`.
-
-    Args:
-        ratio: the largest category may be at most this many times as frequent as the smallest.
-        rows: fewest rows in all.
-    """
+def length_schema(most: float) -> pa.DataFrameSchema:
+    """What must be true of a set of preference pairs: one row with the share of pairs whose chosen response is the longer one."""
     import pandera.polars as pa
     import polars as pl
 
-    def balanced(data: Any) -> Any:
-        return data.lazyframe.select(pl.col(data.key).max() <= ratio * pl.col(data.key).min())
-
-    def enough(data: Any) -> Any:
-        return data.lazyframe.select(pl.col(data.key).sum() >= rows)
-
-    return pa.DataFrameSchema(
-        {
-            "category": pa.Column(pl.String),
-            "rows": pa.Column(pl.Int64, pa.Check(enough, name="small_dataset")),
-            "share": pa.Column(pl.Float64, [pa.Check.in_range(0, 1), pa.Check(balanced, name="unbalanced_categories")]),
-        },
-        strict=True,
-    )
+    return pa.DataFrameSchema({"chosen_is_longer": pa.Column(pl.Float64, pa.Check.le(most, error="length_bias"))}, strict=True)
 
 
-def set_failures(categories: Sequence[str | None], ratio: float, rows: int) -> dict[str, str]:
-    """Which of the checks on the whole set fail, with the figures. Uncategorised rows are one category of their own if there is no other."""
-    import pandera.polars as pa
-    import polars as pl
+@dataclass(frozen=True)
+class Verdict:
+    """What one check found."""
 
-    counted = Counter(category for category in categories if category is not None)
-    uncategorised = len(categories) - sum(counted.values())
-    table = sorted(counted.items()) or [("(none)", uncategorised)]
-    frame = pl.DataFrame(
-        {"category": [name for name, _ in table], "rows": [n for _, n in table], "share": [n / max(1, len(categories)) for _, n in table]},
-        schema={"category": pl.String, "rows": pl.Int64, "share": pl.Float64},
-    )
-    notes = {
-        "small_dataset": f"{len(categories)} rows; fewer than {rows} rarely teach more than format",
-        "unbalanced_categories": ", ".join(f"{name} {n}" for name, n in sorted(table, key=lambda item: -item[1])),
-    }
-    try:
-        balance_schema(ratio, rows - (uncategorised if counted else 0)).validate(frame, lazy=True)
-    except pa.errors.SchemaErrors as errors:
-        return {name: notes[name] for name in notes if name in set(errors.failure_cases["check"])}
-    return {}
+    name: str
+    action: Action
+    severity: Severity
+    broken: list[int]
+    """Indices of the rows that break it, waived ones left out."""
+    dropped: int
+    """Rows dropped for it, and not for a check before it."""
+    waived: int
+    passed: bool
+    """No row that is kept breaks it, or, for a check on the set, it holds."""
+    note: str
 
 
 @dataclass(frozen=True)
 class Judgement:
     """What the checks found in a set of records."""
 
+    records: list[dict[str, Any]]
+    """As judged: with the edits of the review file made."""
     reason: list[str | None]
     """For each record the check it is dropped for, or None if it is kept."""
-    cluster: list[int]
-    """For each record the first record of its near-duplicate cluster."""
-    broken: dict[str, list[int]]
-    """Check -> indices of the records that break it."""
-    results: list[CheckResult]
+    facts: Facts
+    verdicts: dict[str, Verdict]
+    """By check, in the order of `CHECKS`."""
+    profile: dict[str, Any]
+    """Of the rows that are kept."""
+    said: dict[int, str] = field(default_factory=dict)
+    """Index -> what a person said about the row: why it was waived, edited, accepted or dropped."""
+    waiting: list[tuple[int, str]] = field(default_factory=list)
+    """(index, check) of rows that are kept until somebody decides about them."""
+
+    @property
+    def cluster(self) -> list[int]:
+        return self.facts.cluster
+
+    @property
+    def broken(self) -> dict[str, list[int]]:
+        return {name: verdict.broken for name, verdict in self.verdicts.items() if verdict.broken}
 
 
-def judge(records: Sequence[dict[str, Any]], held_out: Sequence[str], rules: Rules) -> Judgement:
-    """Run every check on canonical records (with `source` and `source_row`).
+@uncollected
+def judge(
+    records: Sequence[dict[str, Any]],
+    held_out: Sequence[Item],
+    rules: Rules,
+    tokens: Tokens = ESTIMATED,
+    decisions: Sequence[Decision] = (),
+    kind: Literal["examples", "preferences", "benchmark"] = "examples",
+) -> Judgement:
+    """Run every check on canonical records or pairs (with `source` and `source_row`).
 
     Args:
-        held_out: texts that must not be trained on; empty where there are none, and `benchmark_leakage` says so.
+        held_out: questions that must not be trained on; empty where there are none, and `benchmark_leakage` says so.
+        tokens: the base model's tokenizer and template.
+        decisions: what people wrote in the review file.
     """
-    facts, cluster = gather(records, held_out)
-    broken = violations(facts, row_schema()) if records else {}
+    records, edits = edited(records, decisions)
+    waived = resolve(rules.waivers, decisions, records, {item.place for item in held_out})
+    facts = gather(records, held_out, waived, tokens, rules.max_tokens, rules.min_response_tokens)
+    found = violations(facts.frame, row_schema(rules.max_tokens, rules.min_response_tokens)) if records else {}
+    broken = {name: [i for i in rows if i not in waived.rows.get(name, ())] for name, rows in found.items()}
     reason: list[str | None] = [None] * len(records)
     for name in ROW_CHECKS:
         if rules.action(name) == "drop":
             for i in broken.get(name, []):
                 reason[i] = reason[i] or name
-    kept = [record["category"] for record, why in zip(records, reason, strict=True) if why is None]
-    whole = {"schema": "no rows are left"} if not kept else set_failures(kept, rules.balance_ratio, rules.min_rows)
-    results = [_result(name, rules.action(name), broken.get(name, []), reason, records) for name in ROW_CHECKS]
-    results = [
-        replace(r, note="nothing held out to compare with") if r.name == "benchmark_leakage" and not held_out else r for r in results
-    ]
-    results += [_result(name, rules.action(name), [], reason, records, whole.get(name)) for name in SET_CHECKS]
-    return Judgement(reason, cluster, broken, results)
+    said = {
+        **{i: f"waived for {check}: {why}" for (check, i), why in waived.reasons.items()},
+        **{i: f"edited: {why}" for i, why in edits.items()},
+    }
+    out = {d.example_id: d for d in decisions if d.decision == "drop"}
+    for i, record in enumerate(records) if out else ():
+        if (decision := out.get(record["example_id"])) and reason[i] is None:
+            reason[i], said[i] = decision.check, f"dropped: {decision.reason}"
+    kept = [i for i, why in enumerate(reason) if why is None]
+    waiting = [(i, name) for name in ROW_CHECKS if rules.action(name) == "review" for i in broken.get(name, []) if reason[i] is None]
+
+    counts = tokens.count([_text(records[i]) for i in kept]) if kept and len(kept) <= COUNTED and not tokens.estimated else None
+    profile = profiles.profile([records[i] for i in kept], counts)
+    near = sum(1 for i in broken.get("near_duplicates", []) if reason[i] is None)
+    failures = {"schema": "no rows are left"} if not kept else profiles.failures(profile, rules, near)
+    notes = profiles.notes(profile, rules, near) | failures
+    if kind == "preferences" and kept:
+        share = sum(_chosen_is_longer(records[i]) for i in kept) / len(kept)
+        notes["length_bias"] = f'chosen is longer in {share:.0%} of pairs, so "the longer one wins" would be right that often'
+        failures |= _set_failures("chosen_is_longer", share, length_schema(rules.max_longer_share), notes)
+    if not held_out:
+        notes["benchmark_leakage"] = "nothing held out to compare with"
+    notes |= _row_notes(facts, broken, reason, tokens, rules, waived)
+    dropped = Counter(why for why in reason if why)
+    verdicts = {}
+    for name in CHECKS:
+        if (name in PAIRS_ONLY and kind != "preferences") or (name in BENCHMARKS_ONLY and kind != "benchmark"):
+            continue
+        rows = broken.get(name, [])
+        verdicts[name] = Verdict(
+            name, rules.action(name), rules.severity_of(name), rows, dropped[name], len(found.get(name, [])) - len(rows),
+            passed=name not in failures and all(reason[i] is not None for i in rows), note=notes.get(name, ""),
+        )  # fmt: skip
+    return Judgement(records, reason, facts, verdicts, profile, said, waiting)
 
 
-def _result(
-    name: str,
-    action: Action,
-    broken: Sequence[int],
-    reason: Sequence[str | None],
-    records: Sequence[dict[str, Any]],
-    failure: str | None = None,
-) -> CheckResult:
-    """A check's outcome. It passes if no row that is kept breaks it, and says how many were dropped for it."""
-    dropped = sum(why == name for why in reason)
-    return CheckResult(
-        name=name,
-        passed=failure is None and all(reason[i] is not None for i in broken),
-        severity="error" if action == "fail" else CHECKS[name].severity,
-        blocking=action == "fail",
-        count=len(broken),
-        rows=[f"{records[i]['source']}:{records[i]['source_row']}" for i in broken[:20]],
-        examples=[excerpt(records[i]) for i in broken[:3]],
-        note=failure or (f"{dropped} dropped" if dropped else ""),
-    )
+COUNTED = 50_000
+"""Rows up to which the tokens of every conversation are counted for the profile; the limits are checked in sets of any size."""
 
 
-def excerpt(record: dict[str, Any], width: int = 120) -> str:
-    """The first words of a record for a person to recognise it by, e-mail addresses masked."""
-    text = prompt_text(record["messages"]) or " ".join(m["content"] for m in record["messages"]) or record["meta"]
-    return mask(" ".join(text.split()))[:width]
+def _text(record: dict[str, Any]) -> str:
+    return "\n".join(m["content"] for m in record["messages"])
+
+
+def _chosen_is_longer(pair: dict[str, Any]) -> float:
+    """1, or 0, or one half where both are as long."""
+    chosen, rejected = (sum(len(m["content"]) for m in side) for side in (pair["messages"][pair["asked"] :], pair["rejected"]))
+    return 0.5 if chosen == rejected else float(chosen > rejected)
+
+
+def _set_failures(column: str, value: float, schema: pa.DataFrameSchema, notes: dict[str, str]) -> dict[str, str]:
+    import pandera.polars as pa
+    import polars as pl
+
+    try:
+        schema.validate(pl.DataFrame({column: [value]}), lazy=True)
+    except pa.errors.SchemaErrors as errors:
+        return {name: notes[name] for name in errors.failure_cases["check"]}
+    return {}
+
+
+def _row_notes(
+    facts: Facts, broken: dict[str, list[int]], reason: Sequence[str | None], tokens: Tokens, rules: Rules, waived: Waived
+) -> dict[str, str]:
+    """Figures in words for checks on rows."""
+    notes: dict[str, list[str]] = {}
+    if rows := broken.get("too_long"):
+        counts = facts.frame["tokens"]
+        notes["too_long"] = [
+            f"{sum(counts[i] for i in rows):,} tokens in all, {sum(counts[i] - rules.max_tokens for i in rows):,} beyond {rules.max_tokens:,} each"
+        ]
+    if rows := broken.get("short_response"):
+        notes["short_response"] = [
+            f"fewer than {rules.min_response_tokens} tokens each, {sum(facts.frame['response_tokens'][i] for i in rows):,} in all"
+        ]
+    if tokens.estimated:
+        for name in ("too_long", "short_response"):
+            notes.setdefault(name, []).append("tokens estimated at four bytes each: no base model at hand")
+    for name, column in (("secrets", "secret"), ("pii", "personal"), ("template_mismatch", "misfit"), ("encoding", "damage")):
+        if rows := broken.get(name):
+            kinds = Counter(facts.frame[column][i].partition(":")[0] for i in rows)
+            notes[name] = [", ".join(f"{kind} {n}" for kind, n in kinds.most_common(5))]
+    if facts.compared and facts.compared.boilerplate:
+        text, count = facts.compared.boilerplate[0]
+        more = f" and {len(facts.compared.boilerplate) - 1} more" if len(facts.compared.boilerplate) > 1 else ""
+        notes["near_duplicates"] = [f'boilerplate, which proves nothing: "{text}" in {count} prompts{more}']
+    if facts.transcripts:
+        notes.setdefault("special_tokens_in_text", []).append(f"{facts.transcripts} rows quote a transcript; they are kept")
+    if waived.unknown:
+        notes.setdefault("schema", []).append(f"waived or reviewed, but not in the set: {', '.join(sorted(set(waived.unknown))[:5])}")
+    return {name: "; ".join(parts) for name, parts in notes.items()}

@@ -5,11 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from dagster_project.curation.overlap import Pair, clusters, near_pairs, words
+from dagster_project.curation.benchmarks import Item
+from dagster_project.curation.damage import damage, template_marks
+from dagster_project.curation.formats import is_text
+from dagster_project.curation.overlap import Comparison, Pair, Rule, clusters, compare, words
+from dagster_project.curation.privacy import scan
+from dagster_project.curation.review import Waived
+from dagster_project.curation.tokens import Tokens
 from dagster_project.records import prompt_text, response_text
 
 if TYPE_CHECKING:
@@ -17,148 +24,308 @@ if TYPE_CHECKING:
 
 PLACEHOLDERS = frozenset(
     {
-        "no input",
-        "noinput",
-        "none",
-        "n a",
-        "na",
-        "null",
-        "nil",
-        "empty",
-        "not applicable",
-        "no input provided",
-        "no input required",
-        "no input needed",
-        "no additional input",
-        "input not available",
-        "placeholder",
-        "todo",
-        "tbd",
-        "lorem ipsum",
+        "no input", "noinput", "none", "n a", "na", "null", "nil", "empty", "not applicable", "no input provided", "no input required",
+        "no input needed", "no additional input", "input not available", "placeholder", "todo", "tbd", "lorem ipsum",
     }
-)
+)  # fmt: skip
 """Inputs that only say that there is none, after `words` has removed case and punctuation ("<noinput>", "N/A", "No input.")."""
-
-_SPECIAL = re.compile(r"<\|[a-z_]{2,30}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>")
-_EMAIL = re.compile(r"[A-Za-z0-9._%+-]+@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*\.[A-Za-z]{2,}")
-_DAMAGE = re.compile("\ufffd|\x00|Ã[\x80-\xbf©¨¼¶¤]|â€[™œ\x9d“”]")
-
-
-def roles_are_valid(messages: Sequence[dict[str, str]]) -> bool:
-    """An optional system turn, then user and assistant in turns, the user first."""
-    roles = [m["role"] for m in messages]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    return bool(turns) and all(role == ("user", "assistant")[i % 2] for i, role in enumerate(turns))
+SHORT_ANSWER = 8
+"""Words an answer must have to be compared with a benchmark's answers: a short one is right for many questions."""
+LOOKED_AT = 20_000
+"""Rows whose chat template is rendered; in a larger set as many of each conversation shape in turn. `tokenized` renders every row."""
 
 
-def mask(text: str) -> str:
-    """The text with e-mail addresses hidden, fit for a report or a log."""
-    return _EMAIL.sub("[e-mail]", text)
+@dataclass(frozen=True)
+class Link:
+    """Two rows, or a row and a benchmark item, that say nearly the same."""
+
+    row: int
+    other: int | str
+    """Index of the earlier row, or the item's place."""
+    part: str
+    """What of the row matched: "prompt" or "response"."""
+    rule: Rule
+    score: float
+
+
+@dataclass
+class Facts:
+    """What `gather` found."""
+
+    frame: pl.DataFrame
+    """One row per record; see `gather`."""
+    cluster: list[int]
+    """For each record the first record of its near-duplicate cluster."""
+    links: dict[str, list[Link]] = field(default_factory=dict)
+    """Check -> the overlaps behind it, best first."""
+    compared: Comparison | None = None
+    """Of the prompts with one another."""
+    transcripts: int = 0
+    """Rows that quote a conversation ("Human: ... Assistant: ..."), which people do; a template's control tokens are another matter."""
+
+
+def roles_are_valid(messages: Sequence[dict[str, str]], meta: Mapping[str, Any]) -> bool:
+    """An optional system turn, then user and assistant in turns, the user first; tools may answer the assistant, who then goes on. Or plain text."""
+    return is_text(messages, meta) or _in_turns(tuple([m["role"] for m in messages]))
+
+
+_BEFORE = {"user": {"system", "assistant", ""}, "assistant": {"user", "tool"}, "tool": {"assistant", "tool"}, "system": {""}}
+
+
+@lru_cache
+def _in_turns(roles: tuple[str, ...]) -> bool:
+    return set(roles) != {"system"} and all(last in _BEFORE.get(role, ()) for last, role in zip(("", *roles), roles, strict=False))
 
 
 def is_placeholder(text: str) -> bool:
-    return " ".join(words(text)) in PLACEHOLDERS
+    return len(text) < 40 and " ".join(words(text)) in PLACEHOLDERS
 
 
-def gather(records: Sequence[dict[str, Any]], held_out: Sequence[str]) -> tuple[pl.DataFrame, list[int]]:
-    """The facts about each record, and the near-duplicate cluster of each.
+def gather(
+    records: Sequence[dict[str, Any]], held_out: Sequence[Item], waived: Waived, tokens: Tokens, max_tokens: int, min_response: int
+) -> Facts:
+    """The facts about each record.
 
     Args:
-        records: canonical records with `source` and `source_row`.
-        held_out: texts that must not be trained on (benchmark questions).
+        records: canonical records with `source` and `source_row`; pairs have `rejected` (messages), `asked` (how many of `messages` are the
+            prompt), `margin` and `same_prompt`; benchmark questions have `labelled`.
+        held_out: questions that must not be trained on.
+        waived: pairs that may stand.
+        max_tokens, min_response: limits; a row's tokens are counted only where they could pass one.
     Returns:
-        A frame with one row per record, in order:
+        `frame` has one row per record, in order:
 
         | column | meaning |
         | --- | --- |
         | problem | why the source row could not be read, else null |
         | roles_valid, ends_with_assistant, has_prompt, has_response | about the messages |
         | input_is_real | false where the input only says that there is none |
-        | special_token, email, damage | the first match in the text, else null |
-        | repeats, near_copy_of | index of an earlier record with the same, or nearly the same, messages / prompt; else null |
-        | conflicts_with | index of an earlier record with the same prompt and another response, else null |
-        | leaks | index into `held_out` of a text the prompt overlaps, else null |
-
-        and for each record the index of its cluster's first record.
+        | response_tokens, tokens | of the last response, of the conversation; null where far from the limit |
+        | template_mark | a control token or boilerplate of a chat template in the text, else null |
+        | misfit | why the conversation does not fit the base model's chat template, else null |
+        | damage | what is wrong with the encoding, else null |
+        | secret, personal | the kind of secret or personal data in the text, else null |
+        | labelled | false for a benchmark question without its answer |
+        | pair_is_real, same_prompt, preferred | for pairs: chosen and rejected differ, answer the same prompt, and one of them is better |
+        | repeats, near_copy_of | an earlier row with the same, or nearly the same, messages / prompt; else null |
+        | conflicts_with | an earlier row with the same prompt and another response (pairs: the opposite preference), else null |
+        | other_split | a row of another upstream split that it nearly repeats, else null |
+        | leaks | the held-out question that its prompt or response overlaps, else null |
     """
     import polars as pl
 
-    readable = [i for i, r in enumerate(records) if r["messages"]]
-    prompts = [prompt_text(r["messages"]) for r in records]
-    repeats, conflicts = _repeats(records)
-    first_of_kind = [i for i in readable if repeats[i] is None]
-    pairs = [replace(p, left=first_of_kind[p.left], right=first_of_kind[p.right]) for p in near_pairs([prompts[i] for i in first_of_kind])]
-    near: dict[int, int] = {}
-    for pair in pairs:
-        near.setdefault(pair.right, pair.left)
-    leaks: dict[int, int] = {}
-    for pair in near_pairs(prompts, held_out):
-        leaks.setdefault(pair.left, pair.right)
-    links = pairs + [Pair(first, i, 1.0) for i, first in enumerate(repeats) if first is not None]
-    rows = [_row(i, record, repeats, near, conflicts, leaks) for i, record in enumerate(records)]
-    text, flag, index = pl.String, pl.Boolean, pl.Int64
-    schema = {
-        "problem": text,
-        "roles_valid": flag,
-        "ends_with_assistant": flag,
-        "has_prompt": flag,
-        "has_response": flag,
-        "input_is_real": flag,
-        "special_token": text,
-        "email": text,
-        "damage": text,
-        "repeats": index,
-        "near_copy_of": index,
-        "conflicts_with": index,
-        "leaks": index,
-    }
-    return pl.DataFrame(rows, schema=schema), clusters(len(records), links)
+    size = len(records)
+    nothing: dict[str, Any] = {}
+    metas = [json.loads(record["meta"]) if record["meta"] != "{}" else nothing for record in records]
+    texts = ["\n".join([m["content"] for side in (record["messages"], record.get("rejected") or ()) for m in side]) for record in records]
+    prompts, responses = ([of(record["messages"]) for record in records] for of in (prompt_text, response_text))
+    subjects = [prompt or response for prompt, response in zip(prompts, responses, strict=True)]  # as records.subject_text
+    secret, personal = _hits(texts)
+    labels = [meta.get("split") for meta in metas]
+    repeats, conflicts = _repeats(records, labels)
+    links: dict[str, list[Link]] = {"exact_duplicates": [Link(i, j, "prompt", "equal", 1.0) for i, j in repeats.items()]}
+    links["conflicting_responses"] = [Link(i, j, "prompt", "equal", 1.0) for i, j in conflicts.items()]
+    once = [i for i in range(size) if records[i]["messages"] and i not in repeats]
+    compared = compare([subjects[i] for i in once])
+    near = [Pair(once[p.left], once[p.right], p.similarity, p.rule) for p in compared.pairs]
+    links["near_duplicates"] = [Link(p.right, p.left, "prompt", p.rule, p.similarity) for p in near]
+    links["split_leakage"] = [
+        Link(max(a, b, key=lambda i: (labels[i] == "train", i)), min(a, b, key=lambda i: (labels[i] == "train", i)), "prompt", rule, score)
+        for a, b, rule, score in [(p.left, p.right, p.rule, p.similarity) for p in near] + [(i, j, "equal", 1.0) for i, j in repeats.items()]
+        if labels[a] and labels[b] and labels[a] != labels[b]
+    ]  # fmt: skip
+    links["benchmark_leakage"] = _leaks(subjects, responses, held_out)
+    for name, found in links.items():
+        stand = waived.pairs.get(name, set())
+        links[name] = sorted(
+            (one for one in found if (one.row, one.other) not in stand), key=lambda one: (-one.score, one.row, str(one.other))
+        )
+
+    def first(name: str) -> pl.Series:
+        return pl.Series([None if one is None else str(one.other) for one in _best(links[name], size)], dtype=pl.String)
+
+    counted, answered = _lengths(
+        [_longest(record) for record in records] if any("rejected" in r for r in records) else texts,
+        responses,
+        tokens,
+        max_tokens,
+        min_response,
+    )
+    rejected = [record.get("rejected") for record in records]
+    marks = template_marks(texts, tokens.special)
+    sound = [roles_are_valid(r["messages"], meta) for r, meta in zip(records, metas, strict=True)]
+    frame = pl.DataFrame(
+        {
+            "problem": pl.Series(
+                [
+                    None if r["messages"] or not r.get("same_prompt", True) else meta.get("problem")
+                    for r, meta in zip(records, metas, strict=True)
+                ],
+                dtype=pl.String,
+            ),
+            "roles_valid": [not r["messages"] or valid for r, valid in zip(records, sound, strict=True)],
+            "ends_with_assistant": [not r["messages"] or r["messages"][-1]["role"] == "assistant" for r in records],
+            "has_prompt": [
+                not r["messages"] or bool(prompt.strip()) or is_text(r["messages"], meta)
+                for r, meta, prompt in zip(records, metas, prompts, strict=True)
+            ],
+            "has_response": [_says_something(r) for r in records],
+            "input_is_real": [
+                not any(isinstance(given, str) and is_placeholder(given) for given in _inputs(r, meta))
+                for r, meta in zip(records, metas, strict=True)
+            ],
+            "response_tokens": pl.Series(answered, dtype=pl.Int64),
+            "tokens": pl.Series(counted, dtype=pl.Int64),
+            "template_mark": pl.Series([mark if mark and not mark.startswith("transcript") else None for mark in marks], dtype=pl.String),
+            "misfit": pl.Series(_misfits(records, metas, sound, tokens), dtype=pl.String),
+            "damage": pl.Series(damage(texts), dtype=pl.String),
+            "secret": pl.Series(secret, dtype=pl.String),
+            "personal": pl.Series(personal, dtype=pl.String),
+            "labelled": [record.get("labelled", True) for record in records],
+            "pair_is_real": [not r or not m["messages"] or m["messages"][-len(r) :] != r for r, m in zip(rejected, records, strict=True)],
+            "same_prompt": [record.get("same_prompt", True) for record in records],
+            "preferred": [record.get("margin") != 0 for record in records],
+            "repeats": first("exact_duplicates"),
+            "leaks": first("benchmark_leakage"),
+            "other_split": first("split_leakage"),
+            "conflicts_with": first("conflicting_responses"),
+            "near_copy_of": first("near_duplicates"),
+        }
+    )
+    transcripts = sum(mark is not None and mark.startswith("transcript") for mark in marks)
+    return Facts(frame, clusters(size, near + [Pair(j, i, 1.0) for i, j in repeats.items()]), links, compared, transcripts)
 
 
-def _row(
-    i: int, record: dict[str, Any], repeats: list[int | None], near: dict[int, int], conflicts: dict[int, int], leaks: dict[int, int]
-) -> dict[str, Any]:
-    messages, meta = record["messages"], json.loads(record["meta"])
-    text = "\n".join(m["content"] for m in messages)
-    readable = bool(messages)
-    inputs = [meta.get("input", "")] + [m["content"] for m in messages if m["role"] == "user"]
-    return {
-        "problem": None if readable else meta.get("problem"),
-        "roles_valid": not readable or roles_are_valid(messages),
-        "ends_with_assistant": not readable or messages[-1]["role"] != "user",
-        "has_prompt": not readable or bool(prompt_text(messages).strip()),
-        "has_response": not readable or messages[-1]["role"] != "assistant" or bool(response_text(messages).strip()),
-        "input_is_real": not any(isinstance(given, str) and is_placeholder(given) for given in inputs),
-        "special_token": _first(_SPECIAL, text),
-        "email": _first(_EMAIL, text),
-        "damage": _first(_DAMAGE, text),
-        "repeats": repeats[i],
-        "near_copy_of": near.get(i),
-        "conflicts_with": conflicts.get(i),
-        "leaks": leaks.get(i),
-    }
+def _best(links: Iterable[Link], size: int) -> list[Link | None]:
+    best: list[Link | None] = [None] * size
+    for link in links:
+        best[link.row] = best[link.row] or link
+    return best
 
 
-def _first(pattern: re.Pattern[str], text: str) -> str | None:
-    match = pattern.search(text)
-    return match.group() if match else None
+def _says_something(record: dict[str, Any]) -> bool:
+    sides = [record["messages"], record["rejected"]] if "rejected" in record else [record["messages"]]
+    if "rejected" in record and bool(record["messages"]) != bool(record["rejected"]):
+        return False
+    return all(not side or side[-1]["role"] != "assistant" or bool(side[-1]["content"].strip()) for side in sides)
 
 
-def _repeats(records: Sequence[dict[str, Any]]) -> tuple[list[int | None], dict[int, int]]:
-    """Earlier rows with the same messages, and earlier rows with the same prompt but another response."""
+def _inputs(record: dict[str, Any], meta: Mapping[str, Any]) -> list[Any]:
+    return [meta.get("input", ""), *(m["content"] for m in record["messages"] if m["role"] == "user")]
+
+
+def _hits(texts: Sequence[str]) -> tuple[list[str | None], list[str | None]]:
+    """The first kind of secret and of personal data in each text."""
+    secret: list[str | None] = [None] * len(texts)
+    personal: list[str | None] = [None] * len(texts)
+    for hit in scan(texts):
+        kinds = secret if hit.secret else personal
+        kinds[hit.row] = kinds[hit.row] or hit.kind
+    return secret, personal
+
+
+HELD_OUT = {"test": 0, "validation": 1}
+
+
+def _repeats(records: Sequence[dict[str, Any]], labels: Sequence[str | None]) -> tuple[dict[int, int], dict[int, int]]:
+    """Row -> the row with the same messages that is kept: the first, or the first that an upstream label holds out. And row -> an earlier row with the
+    same prompt but another response."""
     first: dict[str, int] = {}
-    by_prompt: dict[str, list[int]] = defaultdict(list)
-    repeats: list[int | None] = []
+    for i in sorted((i for i, label in enumerate(labels) if label in HELD_OUT), key=lambda i: (HELD_OUT[str(labels[i])], i)):
+        first.setdefault(records[i]["example_id"], i)
+    answers: dict[tuple[str, ...], dict[Any, int]] = defaultdict(dict)
+    repeats: dict[int, int] = {}
     conflicts: dict[int, int] = {}
     for i, record in enumerate(records):
-        if not record["messages"]:
-            repeats.append(None)
+        messages = record["messages"]
+        if not messages:
             continue
-        repeats.append(first.get(record["example_id"]))
-        first.setdefault(record["example_id"], i)
-        prompt = json.dumps(record["messages"][:-1], ensure_ascii=False)
-        earlier = [j for j in by_prompt[prompt] if response_text(records[j]["messages"]) != response_text(record["messages"])]
-        if earlier and repeats[i] is None:
-            conflicts[i] = earlier[0]
-        by_prompt[prompt].append(i)
+        if (same := first.setdefault(record["example_id"], i)) != i:
+            repeats[i] = same
+            continue
+        if "rejected" in record:
+            chosen, rejected = (tuple(m["content"] for m in side) for side in (messages[record["asked"] :], record["rejected"]))
+            earlier = answers[_key(messages[: record["asked"]])]
+            if (rejected, chosen) in earlier:
+                conflicts[i] = earlier[rejected, chosen]
+            earlier.setdefault((chosen, rejected), i)
+            continue
+        if len(messages) < 2:
+            continue
+        earlier = answers[_key(messages[:-1])]
+        answer = messages[-1]["content"]
+        if earlier and answer not in earlier:
+            conflicts[i] = next(iter(earlier.values()))
+        earlier.setdefault(answer, i)
     return repeats, conflicts
+
+
+def _key(messages: Sequence[dict[str, str]]) -> tuple[str, ...]:
+    return tuple(part for m in messages for part in (m["role"], m["content"]))
+
+
+def _leaks(subjects: Sequence[str], responses: Sequence[str], held_out: Sequence[Item]) -> list[Link]:
+    """Prompts that overlap a held-out question, and responses that overlap its answer or the question itself."""
+    if not held_out:
+        return []
+    size, items = len(subjects), len(held_out)
+    long = [response if _is_long(response[:400]) else "" for response in responses]
+    answers = [item.text if _is_long(item.text) else "" for item in held_out]
+    found = compare([*subjects, *long], [*(item.question for item in held_out), *answers]).pairs
+    return [
+        Link(p.left % size, held_out[p.right % items].place, "prompt" if p.left < size else "response", p.rule, p.similarity)
+        for p in found
+        if p.left >= size or p.right < items
+    ]
+
+
+_LONG = re.compile(rf"[\W_]*+(?:[^\W_]++[\W_]++){{{SHORT_ANSWER - 1}}}[^\W_]", re.ASCII)
+
+
+def _is_long(text: str) -> bool:
+    """Whether it has `SHORT_ANSWER` `words`; of ASCII an expression tells that sooner."""
+    return bool(_LONG.match(text)) if text.isascii() else len(words(text)) >= SHORT_ANSWER
+
+
+def _lengths(
+    texts: Sequence[str], responses: Sequence[str], tokens: Tokens, max_tokens: int, min_response: int
+) -> tuple[list[int | None], list[int | None]]:
+    """Tokens of conversations that may be too long and of responses that may be too short. A token is one byte at least, 16 at most in prose."""
+    counted: list[int | None] = [None] * len(texts)
+    answered: list[int | None] = [None] * len(texts)
+    long = [
+        i
+        for i, text in enumerate(texts)
+        if 4 * len(text) >= max_tokens and (len(text) >= max_tokens or len(text.encode("utf-8", "replace")) >= max_tokens)
+    ]
+    short = [i for i, text in enumerate(responses) if len(text) <= 16 * min_response and text.strip()]
+    for i, n in zip(long, tokens.count([texts[i] for i in long]), strict=True):
+        counted[i] = n
+    for i, n in zip(short, tokens.count([responses[i] for i in short]), strict=True):
+        answered[i] = n
+    return counted, answered
+
+
+def _longest(pair: dict[str, Any]) -> str:
+    """Of the two conversations of a pair the longer one."""
+    prompt = pair["messages"][: pair["asked"]]
+    return max(("\n".join(m["content"] for m in side) for side in (pair["messages"], [*prompt, *pair["rejected"]])), key=len)
+
+
+def _misfits(
+    records: Sequence[dict[str, Any]], metas: Sequence[Mapping[str, Any]], sound: Sequence[bool], tokens: Tokens
+) -> list[str | None]:
+    """Why each conversation does not fit the chat template. What a template does depends on roles and on white space around the contents."""
+    misfits: list[str | None] = [None] * len(records)
+    if tokens.misfit is None:
+        return misfits
+    shapes: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for i, (record, meta) in enumerate(zip(records, metas, strict=True)):
+        if record["messages"] and sound[i] and not is_text(record["messages"], meta):
+            turns = [(m["role"], m["content"]) for m in record["messages"]]
+            shapes[tuple([(role, said[:1].isspace(), said[-1:].isspace(), not said) for role, said in turns])].append(i)
+    share = max(1, LOOKED_AT // max(1, len(shapes)))
+    for rows in shapes.values():
+        for i in rows[:share]:
+            misfits[i] = tokens.misfit(records[i]["messages"])
+    return misfits

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from dagster_project.curation.files import Row, read_rows
+from dagster_project.curation.files import Row, files_of, read_rows
 from dagster_project.errors import InputError
 from dagster_project.records import example_id
 
@@ -34,6 +34,8 @@ class Layout:
     """What `meta` says beyond the keys that are not used."""
     category: str = "category"
     """Key of the row's category."""
+    alone: bool = False
+    """Told from its keys only where a row has no others."""
 
 
 def _text(value: Any) -> str:
@@ -153,11 +155,13 @@ LAYOUTS: dict[str, Layout] = {
     "flan": _layout("inputs targets", _single("inputs", "targets"), "system"),
     "ultrachat": _layout("data", _ultrachat),
     "oasst": Layout(frozenset({"message_tree_id", "prompt"}), _oasst, frozenset({"prompt"}), _tree),
-    "text": _layout("text", lambda row: _turns(None, ("assistant", _text(row["text"])))),
+    "text": _layout("text", lambda row: _turns(None, ("assistant", _text(row["text"]))), meta=lambda row: {"kind": "text"}, alone=True),
 }
 
-NAMED_ONLY = frozenset({"text"})
-"""Never detected: plain text has no prompt, so `invalid_roles` and `empty_prompt` drop it unless the policy says otherwise."""
+
+def is_text(messages: Sequence[dict[str, str]], meta: Mapping[str, Any]) -> bool:
+    """Whether a record is plain text to continue, as the `text` layout makes it, and no conversation: nobody asked, so it has no prompt."""
+    return meta.get("kind") == "text" and [message["role"] for message in messages] == ["assistant"]
 
 
 @dataclass(frozen=True)
@@ -181,6 +185,8 @@ class PairLayout:
     """The row's pairs. KeyError, TypeError and ValueError mean: not such a row."""
     used: frozenset[str]
     """Keys that went into the pairs; the others are kept in `meta`."""
+    judged: str = ""
+    """Key that is true or false in each row. Where it holds anything else, the row is told to be in another layout."""
 
 
 def _said(value: Any, role: str) -> Messages:
@@ -188,6 +194,9 @@ def _said(value: Any, role: str) -> Messages:
     if not isinstance(value, str | list):
         raise ValueError(f"expected text or messages, found {type(value).__name__}")
     return [{"role": role, "content": value}] if isinstance(value, str) else _messages({"messages": value})
+
+
+MISMATCH = "chosen and rejected do not answer the same prompt"
 
 
 def _margin(row: dict[str, Any]) -> float | None:
@@ -208,6 +217,8 @@ def _preference(prompt: str, chosen: str, rejected: str) -> Callable[[dict[str, 
             good, bad = good[len(asked) :], bad[len(asked) :]
         if not good or not bad:
             raise ValueError("chosen or rejected says nothing after the prompt")
+        if good[0]["role"] != "assistant" or bad[0]["role"] != "assistant":
+            raise ValueError(MISMATCH)
         return [Pair(asked, good, bad, _margin(row))]
 
     return pairs
@@ -233,7 +244,7 @@ def _whole_conversations(row: dict[str, Any]) -> list[Pair]:
     while shared and good[shared - 1]["role"] != "user":
         shared -= 1
     if not shared:
-        raise ValueError("chosen and rejected do not answer the same prompt")
+        raise ValueError(MISMATCH)
     return [Pair(good[:shared], good[shared:], bad[shared:], _margin(row))]
 
 
@@ -273,8 +284,8 @@ def _oasst_pairs(row: dict[str, Any]) -> list[Pair]:
     return pairs
 
 
-def _pair_layout(keys: str, pairs: Callable[[dict[str, Any]], list[Pair]], optional: str = "") -> PairLayout:
-    return PairLayout(frozenset(keys.split()), pairs, frozenset((keys + " " + optional).split()))
+def _pair_layout(keys: str, pairs: Callable[[dict[str, Any]], list[Pair]], optional: str = "", judged: str = "") -> PairLayout:
+    return PairLayout(frozenset(keys.split()), pairs, frozenset((keys + " " + optional).split()), judged)
 
 
 PAIR_LAYOUTS: dict[str, PairLayout] = {
@@ -282,7 +293,7 @@ PAIR_LAYOUTS: dict[str, PairLayout] = {
     "sharegpt": _pair_layout("conversations chosen rejected", _sharegpt_pair, "system margin"),
     "transcripts": _pair_layout("chosen rejected", _whole_conversations, "margin"),
     "alpaca_eval": _pair_layout("instruction output_1 output_2 preference", _alpaca_eval, "input system"),
-    "kto": _pair_layout("prompt completion label", _kto, "system"),
+    "kto": _pair_layout("prompt completion label", _kto, "system", judged="label"),
     "oasst": PairLayout(frozenset({"message_tree_id", "prompt"}), _oasst_pairs, frozenset({"prompt"})),
 }
 
@@ -319,22 +330,70 @@ def _mapped_pairs(mapping: Mapping[str, str]) -> PairLayout:
 def detect(rows: Sequence[Row], name: str, layouts: Mapping[str, Layout] | Mapping[str, PairLayout] = LAYOUTS) -> str:
     """The layout whose keys most rows have.
 
+    Args:
+        layouts: LAYOUTS or PAIR_LAYOUTS.
     Raises:
-        InputError: no layout fits any row.
+        InputError: no layout fits any row, or the rows are preferences where examples are wanted, or the other way round.
     """
-
-    def fits(layout: Layout | PairLayout) -> tuple[int, int]:
-        return sum(1 for row in rows if row.value is not None and layout.keys <= row.value.keys()), len(layout.keys)
-
-    best = max((known for known in layouts if known not in NAMED_ONLY), key=lambda known: fits(layouts[known]))
-    if not fits(layouts[best])[0]:
+    example, examples = _best(rows, LAYOUTS)
+    pair, pairs = _best(rows, PAIR_LAYOUTS, _is_pair if layouts is LAYOUTS else None)
+    best, fitting = (example, examples) if layouts is LAYOUTS else (pair, pairs)
+    if layouts is LAYOUTS and _preferred(example, examples, pair, pairs):
+        raise InputError(
+            f"{name}: the rows are preferences ({pair}: {', '.join(sorted(PAIR_LAYOUTS[pair].keys))}), not examples to imitate",
+            "name the file under raw_preferences" + (f"; to imitate all of it nevertheless, set format: {example}" if examples else ""),
+        )
+    if layouts is PAIR_LAYOUTS and examples and not pairs:
+        raise InputError(
+            f"{name}: the rows are examples ({example}: {', '.join(sorted(LAYOUTS[example].keys))}), not preferences",
+            "name the file under raw_examples",
+        )
+    if not fitting:
         found = sorted(next((row.value for row in rows if row.value is not None), {}))
-        wanted = "; ".join(f"{name}: {', '.join(sorted(layout.keys))}" for name, layout in layouts.items())
+        wanted = "; ".join(f"{known}: {', '.join(sorted(layout.keys))}" for known, layout in layouts.items())
         raise InputError(
             f"{name}: unknown format (keys of the first row: {', '.join(found) or 'none'})",
             f"known formats and their keys: {wanted}",
         )
     return best
+
+
+def kind(rows: Sequence[Row]) -> Literal["examples", "preferences"]:
+    """What the rows are for. Preferences where most have the keys of a pair layout, and these say more than those of any layout of examples:
+
+    {"prompt", "completion"}                 ->  examples
+    {"prompt", "completion", "label": true}  ->  preferences (KTO), since the other half should not be imitated
+    {"message_tree_id", "prompt"}            ->  examples, since a tree is both
+    """
+    return "preferences" if _preferred(*_best(rows, LAYOUTS), *_best(rows, PAIR_LAYOUTS, _is_pair)) else "examples"
+
+
+def _preferred(example: str, examples: int, pair: str, pairs: int) -> bool:
+    return pairs > examples or (len(PAIR_LAYOUTS[pair].keys) > len(LAYOUTS[example].keys) and 2 * pairs > examples)
+
+
+def _best(rows: Sequence[Row], layouts: Mapping[str, L], look: Callable[[dict[str, Any], L], bool] | None = None) -> tuple[str, int]:
+    """The layout that fits most rows, of such the one with most keys, and how many rows it fits.
+
+    Args:
+        look: whether a row that has a layout's keys is in it; any is, unless given.
+    """
+    shapes = Counter(tuple(row.value) for row in rows if row.value is not None)
+    fitting: dict[str, int] = {}
+    for name, layout in layouts.items():
+        alone = isinstance(layout, Layout) and layout.alone
+        fit = {shape for shape in shapes if (layout.keys == set(shape) if alone else layout.keys <= set(shape))}
+        if fit and look:
+            fitting[name] = sum(row.value is not None and tuple(row.value) in fit and look(row.value, layout) for row in rows)
+        else:
+            fitting[name] = sum(shapes[shape] for shape in fit)
+    best = max(layouts, key=lambda name: (fitting[name], len(layouts[name].keys)))
+    return best, fitting[best]
+
+
+def _is_pair(row: dict[str, Any], layout: PairLayout) -> bool:
+    """A table that mixes both has all columns in every row, some of them empty."""
+    return all(row[key] is not None for key in layout.keys) and (not layout.judged or isinstance(row[layout.judged], bool))
 
 
 def _choose(rows: Sequence[Row], name: str, layout: str, layouts: Mapping[str, L], mapped: L | None) -> tuple[str, L]:
@@ -354,22 +413,77 @@ def _choose(rows: Sequence[Row], name: str, layout: str, layouts: Mapping[str, L
     return "mapping", mapped
 
 
-def to_records(path: Path, source: str, layout: str = "auto", mapping: Mapping[str, str] | None = None) -> tuple[str, list[dict[str, Any]]]:
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
+    ("validation", "valid", "val", "dev", "eval", "evaluation"), "validation"
+)
+"""Spelling of a split -> its name here."""
+
+
+def canonical_split(label: Any) -> str | None:
+    """ "Dev"  ->  "validation"; None where it is no split's name."""
+    return SPLITS.get(label.strip().lower()) if isinstance(label, str) else None
+
+
+def split_of_file(path: str) -> str | None:
+    """The split that a file is named after: "a/val.jsonl.gz", "a/validation-00000-of-00002.parquet"  ->  "validation"."""
+    return canonical_split(re.sub(r"-\d+-of-\d+$", "", path.rpartition("/")[2].split(".")[0]))
+
+
+def to_records(
+    path: Path, source: str, layout: str = "auto", mapping: Mapping[str, str] | None = None, split: str | None = None
+) -> tuple[str, list[dict[str, Any]]]:
     """Every row of a file as a canonical record with its `source_row`; nothing is dropped.
 
     A row that cannot be read keeps its place with no messages and `meta.problem`:
-    {"instruction": "Hi", "output": 3}  ->  messages [], meta {"problem": "expected text, found int"}
+    {"instruction": "Hi", "output": 3}  ->  messages [], meta {"problem": "expected text, found int (line 1)"}
+
+    In a folder each file is read for itself, and is the source of its rows: source "data/sources/mine", file "b/a.jsonl"  ->
+    "data/sources/mine/b/a.jsonl".
 
     Args:
         mapping: field (prompt, response, system, category) -> column, for a layout of one's own:
             {"prompt": "q", "response": "a"} reads {"q": "Hi", "a": "Hello"} as user "Hi", assistant "Hello".
+        split: label for every row, or "from_file_names".
     Returns:
-        The layout used ("mapping" for one's own), and the records (`record_schema` plus `source_row`).
+        The layout used ("mapping" for one's own; those of a folder joined by ", "), and the records (`record_schema` plus `source_row`).
     """
-    mapped = _mapped(_sound(mapping, RECORD_FIELDS, path)) if mapping else None
-    rows = read_rows(path)
-    layout, used = _choose(rows, path.name, layout, LAYOUTS, mapped)
-    return layout, [_record(row, source, used) for row in rows]
+    used: dict[str, None] = {}
+    records: list[dict[str, Any]] = []
+    labels = set()
+    for file, name, place in _each(path, source):
+        label = split_of_file(name) if split == FROM_FILE_NAMES else split
+        labels.add(label)
+        found, more = records_of(read_rows(file), name, place, layout, mapping, label)
+        used[found] = None
+        records += more
+    if split == FROM_FILE_NAMES and labels == {None}:
+        raise InputError(f"{path.name}: no file is named after a split", f"name them {', '.join(SPLITS)}, or leave split out")
+    return ", ".join(used), records
+
+
+FROM_FILE_NAMES = "from_file_names"
+
+
+def _each(path: Path, source: str) -> list[tuple[Path, str, str]]:
+    """Each file with its name for messages and its source."""
+    if not path.is_dir():
+        return [(path, path.name, source)]
+    return [(file, f"{path.name}/{name}", f"{source.rstrip('/')}/{name}") for name, file in files_of(path)]
+
+
+def records_of(
+    rows: list[Row], name: str, source: str, layout: str = "auto", mapping: Mapping[str, str] | None = None, split: str | None = None
+) -> tuple[str, list[dict[str, Any]]]:
+    """As `to_records`, of rows read already. The list is emptied meanwhile, so that no row is held twice."""
+    mapped = _mapped(_sound(mapping, RECORD_FIELDS, name)) if mapping else None
+    layout, used = _choose(rows, name, layout, LAYOUTS, mapped)
+    return layout, [_record(row, source, used, split) for row in _handed_over(rows)]
+
+
+def _handed_over(rows: list[Row]) -> Iterator[Row]:
+    rows.reverse()
+    while rows:
+        yield rows.pop()
 
 
 def to_pairs(path: Path, source: str, layout: str = "auto", mapping: Mapping[str, str] | None = None) -> tuple[str, list[dict[str, Any]]]:
@@ -384,14 +498,21 @@ def to_pairs(path: Path, source: str, layout: str = "auto", mapping: Mapping[str
     Args:
         mapping: field (prompt, chosen, rejected) -> column, for a layout of one's own.
     Returns:
-        The layout used, and the pairs: source, source_rows, prompt, chosen, rejected, margin, category, meta (JSON).
+        The layout used, and the pairs: source, source_rows, prompt, chosen, rejected, margin, same_prompt, category, meta (JSON).
     """
-    mapped = _mapped_pairs(_sound(mapping, PAIR_FIELDS, path)) if mapping else None
-    rows = read_rows(path)
-    layout, used = _choose(rows, path.name, layout, PAIR_LAYOUTS, mapped)
+    found = [pairs_of(read_rows(file), name, place, layout, mapping) for file, name, place in _each(path, source)]
+    return ", ".join(dict.fromkeys(used for used, _ in found)), [pair for _, pairs in found for pair in pairs]
+
+
+def pairs_of(
+    rows: list[Row], name: str, source: str, layout: str = "auto", mapping: Mapping[str, str] | None = None
+) -> tuple[str, list[dict[str, Any]]]:
+    """As `to_pairs`, of rows read already. The list is emptied meanwhile."""
+    mapped = _mapped_pairs(_sound(mapping, PAIR_FIELDS, name)) if mapping else None
+    layout, used = _choose(rows, name, layout, PAIR_LAYOUTS, mapped)
     entries: list[dict[str, Any]] = []
     waiting: dict[tuple[str, str], deque[dict[str, Any]]] = defaultdict(deque)
-    for row in rows:
+    for row in _handed_over(rows):
         pairs, problem = _read(row, used.pairs, [Pair([], [], [])])
         kept = _kept(row, used.used, "category")
         for pair in pairs:
@@ -408,15 +529,16 @@ def to_pairs(path: Path, source: str, layout: str = "auto", mapping: Mapping[str
             missing = f"no {other} completion of the same prompt"
             meta = {"problem": problem, "row": row.value} if problem else {side: kept, "problem": missing} if half else kept
             entry = {"source": source, "source_rows": [row.source_row], "prompt": pair.prompt, **messages, "margin": pair.margin}
+            entry["same_prompt"] = not problem.startswith(MISMATCH)
             entries.append({**entry, "category": _category(row, "category"), "meta": meta})
             if half:
                 waiting[same, side].append(entries[-1])
     return layout, [{**entry, "meta": json.dumps(entry["meta"], sort_keys=True)} for entry in entries]
 
 
-def _sound(mapping: Mapping[str, str], fields: Mapping[str, bool], path: Path) -> Mapping[str, str]:
+def _sound(mapping: Mapping[str, str], fields: Mapping[str, bool], name: str) -> Mapping[str, str]:
     if problem := mapping_problem(mapping, fields):
-        raise InputError(f"{path.name}: mapping: {problem}", "map each field to a column of its own")
+        raise InputError(f"{name}: mapping: {problem}", "map each field to a column of its own")
     return mapping
 
 
@@ -427,9 +549,10 @@ def _read(row: Row, convert: Callable[[dict[str, Any]], T], otherwise: T) -> tup
     try:
         return convert(row.value), ""
     except KeyError as error:
-        return otherwise, f"no key {error}"
+        problem = f"no key {error}"
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
-        return otherwise, str(error)
+        problem = str(error)
+    return otherwise, f"{problem} (line {row.line})" if row.line else problem
 
 
 def _category(row: Row, key: str) -> str | None:
@@ -443,11 +566,20 @@ def _kept(row: Row, used: frozenset[str], category: str) -> dict[str, Any]:
     return {key: value for key, value in (row.value or {}).items() if key not in elsewhere}
 
 
-def _record(row: Row, source: str, layout: Layout) -> dict[str, Any]:
+def _record(row: Row, source: str, layout: Layout, split: str | None) -> dict[str, Any]:
     nothing: tuple[Messages, dict[str, Any]] = ([], {})
     (messages, more), problem = _read(row, lambda value: (layout.messages(value), layout.meta(value)), nothing)
     value = row.value or {}
-    meta = {"problem": problem, "row": value} if problem else {**_kept(row, layout.used, layout.category), **more}
+    if problem:
+        meta: dict[str, Any] = {"problem": problem, "row": value}
+    else:
+        meta = _kept(row, layout.used, layout.category)
+        if label := canonical_split(meta.get("split")):
+            meta["split"] = label
+        if split:
+            more = {**more, "split": split}
+        hidden = {key: meta[key] for key in more if key in meta and meta[key] != more[key]}
+        meta |= more | ({"row": hidden} if hidden else {})
     return {
         "example_id": example_id(messages or [{"role": "malformed", "content": json.dumps(value, ensure_ascii=False, sort_keys=True)}]),
         "source": source,
@@ -455,28 +587,8 @@ def _record(row: Row, source: str, layout: Layout) -> dict[str, Any]:
         "messages": messages,
         "category": _category(row, layout.category),
         "group_id": None,
-        "meta": json.dumps(meta, ensure_ascii=bool(problem), sort_keys=True),
+        "meta": (ASCII if problem else JSON).encode(meta) if meta else "{}",
     }
 
 
-def read_multiple_choice(path: Path) -> Iterator[dict[str, Any]]:
-    """A benchmark of multiple-choice questions: {"question", "choices": [...], "answer": index, "subject"}.
-
-    Raises:
-        InputError: names the first row that is not such a question (an answer that is missing counts: unlabelled).
-    """
-    for row in read_rows(path):
-        value = {} if row.problem else row.value or {}
-        choices, answer = value.get("choices"), value.get("answer")
-        if not (
-            isinstance(value.get("question"), str)
-            and isinstance(choices, list)
-            and len(choices) > 1
-            and isinstance(answer, int)
-            and 0 <= answer < len(choices)
-        ):
-            raise InputError(
-                f"{path.name}: row {row.source_row} is not a labelled multiple-choice question",
-                "each row needs question, choices and the index of the right one as answer",
-            )
-        yield value
+JSON, ASCII = json.JSONEncoder(ensure_ascii=False, sort_keys=True), json.JSONEncoder(sort_keys=True)

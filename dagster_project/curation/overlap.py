@@ -6,7 +6,6 @@ a longer one) and needs no tuning; docs/decisions/006 has the figures it rests o
 
 from __future__ import annotations
 
-import difflib
 import re
 import unicodedata
 from collections import defaultdict
@@ -15,13 +14,19 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 RUN = 5
-"""Words in the run two texts must share to be compared. Shorter texts match only if equal."""
+"""Words in the run two texts must share to be compared. Texts with fewer words match only if equal."""
 SHINGLE = 3
 """Words in the runs that similarity is measured over (Broder, On the resemblance and containment of documents, 1997)."""
+BINS = 20
 RARE = 50
 """A run or shingle that stands in more different texts than this is boilerplate and proves nothing."""
 JACCARD, CONTAINMENT = 0.3, 0.5
 """Texts are near-copies from this share of common shingles, of their union or, where they share a run, of the smaller text."""
+FIRM, IN_ORDER, LONG = 0.5, 0.7, 40
+"""Below a Jaccard index of `FIRM`, texts of which one has fewer than `LONG` words must also have this share of the shorter one's words in the same
+order: an edit leaves the rest in place, while "Explain the concept of ..." is a common opening and no copy."""
+FEW, WHOLE = 10, 0.8
+"""A text of fewer than `FEW` shingles must be contained nearly whole: half of a short text is a common phrase."""
 SHORT = 15
 """Two texts of fewer words may lack a common run after one or two edits: any common shingle makes them candidates for `JACCARD`."""
 EDITED = 8
@@ -49,8 +54,24 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(_WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What comparing texts found, and what it passed over."""
+
+    pairs: list[Pair]
+    scores: list[tuple[int, int]]
+    """For each of `BINS` equal steps of containment from 0 to 1: compared pairs that were kept apart, and near-copies. Complete from half the gates on."""
+    boilerplate: list[tuple[str, int]]
+    """Passages that stand in more than `RARE` different texts, which proves nothing: the ten most frequent, with how many texts hold them."""
+
+
 def near_pairs(texts: Sequence[str], against: Sequence[str] | None = None) -> Iterator[Pair]:
-    """Pairs of near-copies: within `texts` (left < right), or of `texts` (left) with `against` (right), in order.
+    """Pairs of near-copies: within `texts` (left < right), or of `texts` (left) with `against` (right), in order."""
+    return iter(compare(texts, against).pairs)
+
+
+def compare(texts: Sequence[str], against: Sequence[str] | None = None) -> Comparison:
+    """Near-copies within `texts` (left < right), or of `texts` (left) with `against` (right), in order.
 
     Copies count once where runs are counted, so a text is found however many copies of it there are.
     """
@@ -68,26 +89,35 @@ def near_pairs(texts: Sequence[str], against: Sequence[str] | None = None) -> It
     for side, held in ((left, number[:size]), (right, number[rights.start :])):
         side[held[held >= 0]] = True
     near: dict[int, list[tuple[int, float, int]]] = defaultdict(list)
+    scores = np.zeros((compiled.BINS, 2), np.int64)
+    frequent: list[tuple[int, int, int]] = []
     found = compiled.near_texts(
-        tokens, offsets[first], offsets[first + 1], left, right, within,
-        run=RUN, shingle=SHINGLE, short=SHORT, edited=EDITED, rare=RARE, jaccard=JACCARD, containment=CONTAINMENT,
+        tokens, offsets[first], offsets[first + 1], left, right, within, scores=scores, boilerplate=frequent,
+        run=RUN, shingle=SHINGLE, short=SHORT, edited=EDITED, rare=RARE,
+        gates=compiled.Gates(JACCARD, FIRM, IN_ORDER, LONG, CONTAINMENT, WHOLE, FEW),
     )  # fmt: skip
     for a, b, similarity, rule in found:
         near[a].append((b, round(similarity, 3), rule))
         if within:
             near[b].append((a, round(similarity, 3), rule))
+    scores[-2] += scores[-1]
 
     # Texts stand for all their copies.
+    pairs: list[Pair] = []
     by_text = np.argsort(number[rights.start :], kind="stable")
     bounds = np.searchsorted(number[rights.start :], range(len(first) + 1), sorter=by_text)
     repeated = np.diff(bounds) > within
     repeated[list(near)] = True
     for i in np.flatnonzero((number[:size] >= 0) & repeated[number[:size]]) if len(first) else ():
         copies = [(int(number[i]), 1.0, 0), *near.get(int(number[i]), ())]
-        pairs = [(int(j), similarity, rule) for text, similarity, rule in copies for j in by_text[bounds[text] : bounds[text + 1]]]
-        for j, similarity, rule in sorted(pairs):
-            if not within or j > i:
-                yield Pair(int(i), j, similarity, _RULES[rule])
+        others = sorted((int(j), similarity, rule) for text, similarity, rule in copies for j in by_text[bounds[text] : bounds[text + 1]])
+        pairs += [Pair(int(i), j, similarity, _RULES[rule]) for j, similarity, rule in others if not within or j > i]
+    passages = []
+    for start, length, count in frequent:
+        row = int(np.searchsorted(offsets, start, "right")) - 1
+        spans = _spans(texts[row] if row < size else (against or ())[row - size])[start - int(offsets[row]) :][:length]
+        passages.append((" ".join(word for word, _, _ in spans), count))
+    return Comparison(pairs, [(int(apart), int(near)) for apart, near in scores[:BINS]], passages)
 
 
 def thirteen_gram_pairs(texts: Sequence[str], against: Sequence[str]) -> Iterator[tuple[int, int]]:
@@ -115,12 +145,30 @@ def shared_span(left: str, right: str) -> tuple[tuple[int, int], tuple[int, int]
     "He said: Good Morning!" and "good morning, Ann" -> (9, 21), (0, 12)
     """
     mine, theirs = _spans(left), _spans(right)
-    run = difflib.SequenceMatcher(None, [w for w, _, _ in mine], [w for w, _, _ in theirs], autojunk=False).find_longest_match()
-    if not run.size:
+    i, j, size = _longest_run([w for w, _, _ in mine], [w for w, _, _ in theirs])
+    if not size:
         return (0, 0), (0, 0)
-    (_, a, _), (_, _, a_end) = mine[run.a], mine[run.a + run.size - 1]
-    (_, b, _), (_, _, b_end) = theirs[run.b], theirs[run.b + run.size - 1]
+    (_, a, _), (_, _, a_end) = mine[i], mine[i + size - 1]
+    (_, b, _), (_, _, b_end) = theirs[j], theirs[j + size - 1]
     return (a, a_end), (b, b_end)
+
+
+def _longest_run(left: Sequence[str], right: Sequence[str]) -> tuple[int, int, int]:
+    """Where the longest common run of words begins in both, the first of several, and its length. difflib takes minutes where a word repeats."""
+    import numpy as np
+
+    number = {word: i for i, word in enumerate(dict.fromkeys(right))}
+    theirs = np.array([number[word] for word in right], np.int32)
+    best, before = (0, 0, 0), np.zeros(len(right) + 1, np.int32)  # words in common up to each of theirs, and the last of mine
+    for i, word in enumerate(left):
+        now = np.zeros_like(before)
+        if word in number:
+            now[1:] = (before[:-1] + 1) * (theirs == number[word])
+            j = int(now.argmax())
+            size = int(now[j])
+            best = (i + 1 - size, j - size, size) if size > best[2] else best
+        before = now
+    return best
 
 
 def _spans(text: str) -> list[tuple[str, int, int]]:

@@ -2,71 +2,300 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from dagster_project.curation.checks import CHECKS, Rules, excerpt, judge
-from dagster_project.curation.files import read_rows
-from dagster_project.curation.formats import read_multiple_choice, to_records
+from dagster_project.curation import findings, formats
+from dagster_project.curation.benchmarks import BENCHMARKS, Item, benchmark_of, read_item, read_items
+from dagster_project.curation.checks import Rules, judge
+from dagster_project.curation.files import Row, files_of, read_rows
+from dagster_project.curation.hub import held_out_label, parse_spec, read_split
+from dagster_project.curation.overlap import shared_span, thirteen_gram_pairs
+from dagster_project.curation.privacy import mask
+from dagster_project.curation.tokens import ESTIMATED, Tokens
 from dagster_project.errors import InputError
-from dagster_project.records import prompt_text
+from dagster_project.params import parse
+from dagster_project.records import example_id, prompt_text, read_ledger, read_records, response_text
+
+Kind = Literal["examples", "preferences", "benchmark"]
+ALIASES = {"hh": "transcripts", "openai": "messages", "chatml": "messages"}
+PAIRS = "dpo"
+"""Names no layout, but what the rows are for: preference pairs in any layout."""
+KNOWN = ("auto", *dict.fromkeys([*formats.LAYOUTS, *formats.PAIR_LAYOUTS, PAIRS, *BENCHMARKS, *ALIASES]))
 
 
-def check_paths(paths: Sequence[Path], layout: str, against: Sequence[Path]) -> dict[str, Any]:
-    """Judge files of examples.
+@dataclass(frozen=True)
+class Loaded:
+    """A set of rows, ready to be judged."""
+
+    kind: Kind
+    layout: str
+    records: list[dict[str, Any]]
+
+
+def check_paths(
+    paths: Sequence[str],
+    layout: str = "auto",
+    against: Sequence[str] = (),
+    rules: Rules | None = None,
+    tokens: Tokens = ESTIMATED,
+    since: Sequence[str] = (),
+    previous: str = "",
+    thirteen_grams: bool = False,
+) -> dict[str, Any]:
+    """Judge files of examples, of preference pairs, or of benchmark questions.
 
     Args:
-        against: held-out files, of examples or of multiple-choice questions, that `paths` must not overlap.
+        against: held-out files, of examples or of benchmark questions, that `paths` must not overlap.
+        rules: policy, limits and waivers.
+        since: the previous version of `paths`, to say what has changed; `previous` is its name.
+        thirteen_grams: also count what the usual rule, any 13 words in common, would call leakage (in `thirteen_grams`).
     Returns:
-        {"format", "rows", "kept", "findings": [{"check", "severity", "count", "rows", "examples"}]}; `rows` are 0-based source rows, counted
-        on through the files where there is more than one.
+        The document of `findings.document`; `rows` are 0-based source rows, counted on through the files where there is more than one.
     Raises:
-        InputError: a file is missing, empty or in no known format.
+        InputError: a file is missing, empty or in no known format, or the files are of different kinds.
     """
-    records: list[dict[str, Any]] = []
-    layouts = []
-    for path in paths:
-        found, rows = to_records(_file(path), path.name, layout)
-        layouts.append(found)
-        records += [{**row, "source_row": len(records) + i} for i, row in enumerate(rows)]
-    held_out = [text for path in against for text in _texts(_file(path))]
-    judged = judge(records, held_out, Rules())
-    findings = [
-        {
-            "check": result.name,
-            "severity": CHECKS[result.name].severity,
-            "count": result.count or 1,
-            "rows": judged.broken.get(result.name, [])[:20],
-            "examples": [excerpt(records[i]) for i in judged.broken.get(result.name, [])[:3]],
-            **({"note": result.note} if result.note and not result.count else {}),
+    rules = rules or Rules()
+    loaded = load(paths, layout)
+    held_out = [item for path in against for item in _items(path)]
+    judged = judge(loaded.records, held_out, rules, tokens, kind=loaded.kind)
+    name = ", ".join(paths)
+    document = findings.document(name, loaded.layout, judged, held_out)
+    if thirteen_grams:
+        document["thirteen_grams"] = _thirteen(loaded.records, held_out)
+    if since:
+        before = load(since, layout)
+        if before.kind != loaded.kind:
+            raise InputError(f"{previous} holds {before.kind}, {name} {loaded.kind}", "name an earlier version of the same data")
+        was = judge(before.records, held_out, rules, tokens, kind=before.kind)
+        old = findings.document(previous, before.layout, was, held_out, matches=0)
+        document["changes"] = {
+            **findings.changes(_from(before.records, since, paths), loaded.records, previous),
+            "findings": findings.finding_changes(old["findings"], document["findings"]),
         }
-        for result in judged.results
-        if result.count or not result.passed
+    return document
+
+
+def _from(records: Sequence[dict[str, Any]], places: Sequence[str], names: Sequence[str]) -> list[dict[str, Any]]:
+    """The records as if they came from `names`: the same files, at another place."""
+    renamed = []
+    for record in records:
+        source = record["source"]
+        for place, name in zip(places, names, strict=False):
+            place = place.rstrip("/")
+            if source == place or source.startswith(f"{place}/"):
+                source = name.rstrip("/") + source[len(place) :]
+                break
+        renamed.append({**record, "source": source})
+    return renamed
+
+
+def load(paths: Sequence[str], layout: str = "auto") -> Loaded:
+    """Files, folders and splits on the Hub in one list.
+
+    Raises:
+        InputError: missing, unreadable, or of different kinds.
+    """
+    layout = ALIASES.get(layout, layout)
+    if layout not in KNOWN:
+        raise InputError(f"unknown format {layout!r}", f"known formats: {', '.join(KNOWN)}")
+    parts = [part for path in paths for part in _load(path, layout)]
+    kinds = {part.kind: part.records[0]["source"] for part in parts if part.records}
+    if len(kinds) > 1:
+        raise InputError(
+            f"different kinds of data: {', '.join(f'{path} holds {kind}' for kind, path in kinds.items())}", "check them one by one"
+        )
+    return Loaded(
+        parts[0].kind, ", ".join(dict.fromkeys(part.layout for part in parts)), [record for part in parts for record in part.records]
+    )
+
+
+def _load(path: str, layout: str) -> list[Loaded]:
+    if hub := parse_spec(path):
+        return [_rows(read_split(hub), hub.name, layout, held_out_label(hub))]
+    place = _place(path)
+    if layout == "auto" and _is_canonical(place):
+        return [Loaded("examples", "canonical records", _canonical(place))]
+    if place.is_dir():
+        return [_rows(read_rows(file), f"{path.rstrip('/')}/{name}", layout) for name, file in files_of(place)]
+    return [_rows(read_rows(place), path, layout)]
+
+
+def _place(path: str) -> Path:
+    """Raises:
+    InputError: there is nothing there; an empty name would stand for the folder one is in.
+    """
+    try:
+        if path and Path(path).exists():
+            return Path(path)
+    except OSError:  # a name too long for a file
+        pass
+    raise InputError(f"{path or 'a path without a name'} does not exist", "name a file, a folder or hub:org/name@REVISION:split")
+
+
+def _rows(rows: list[Row], source: str, layout: str, split: str | None = None) -> Loaded:
+    name = source.rpartition("/")[2]
+    kind, layout = _kind(rows, name, layout)
+    if kind == "preferences":
+        return Loaded(kind, layout, [_pair(pair) for pair in formats.pairs_of(rows, name, source, layout)[1]])
+    if kind == "benchmark":
+        return Loaded(kind, layout, [_question(layout, row, source) for row in rows])
+    return Loaded(kind, layout, formats.records_of(rows, name, source, layout, split=split)[1])
+
+
+def _kind(rows: Sequence[Row], name: str, layout: str) -> tuple[Kind, str]:
+    """What the rows are, and in which layout. A format's name that two kinds share is told by the keys."""
+    if layout == PAIRS:
+        try:
+            return "preferences", formats.detect(rows, name, formats.PAIR_LAYOUTS)
+        except InputError as error:
+            raise InputError(error.what, "leave --format out, or name the layout that the rows are in") from None
+    if layout != "auto":
+        owners: list[Kind] = [
+            kind  # type: ignore[misc]
+            for kind, table in (("examples", formats.LAYOUTS), ("preferences", formats.PAIR_LAYOUTS), ("benchmark", BENCHMARKS))
+            if layout in table
+        ]
+        return (formats.kind(rows) if len(owners) > 1 else owners[0]), layout
+    benchmark = benchmark_of(rows)
+    if benchmark and benchmark != "gsm8k":
+        return "benchmark", benchmark
+    kind = formats.kind(rows)
+    return kind, formats.detect(rows, name, formats.PAIR_LAYOUTS if kind == "preferences" else formats.LAYOUTS)
+
+
+def _is_canonical(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in ("records-00000.parquet", "ledger.parquet"))
+
+
+def _canonical(folder: Path) -> list[dict[str, Any]]:
+    """The output of `raw_examples` or `instructions`; rows are numbered as they stood in their sources.
+
+    Raises:
+        InputError: it is not whole, or of another program's making.
+    """
+    from pyarrow import ArrowException
+
+    try:
+        records, ledger = read_records(folder), read_ledger(folder)
+        placed = [entry for entry in ledger if not entry["outcome"].startswith("dropped")]
+        found = [{**record, "source_row": entry["source_row"]} for record, entry in zip(records, placed, strict=True)]
+        if unsound := [findings.place(record) for record in found if not _is_sound(record)]:
+            raise ValueError(f"{unsound[0]} is no canonical record")
+    except (ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{folder}: not a whole data set of this project: {error}", "run its stage again, or name another folder"
+        ) from None
+    return found
+
+
+def _is_sound(record: Mapping[str, Any]) -> bool:
+    texts = [
+        record["example_id"],
+        record["source"],
+        *(text for message in record["messages"] for text in (message["role"], message["content"])),
     ]
-    return {"format": ", ".join(dict.fromkeys(layouts)), "rows": len(records), "kept": judged.reason.count(None), "findings": findings}
+    return all(isinstance(text, str) for text in texts) and isinstance(json.loads(record["meta"]), dict)
 
 
-def _file(path: Path) -> Path:
+def _pair(pair: dict[str, Any]) -> dict[str, Any]:
+    """A preference pair as a record: `messages` end with what was chosen."""
+    messages = [*pair["prompt"], *pair["chosen"]]
+    whole = [*messages, {"role": "rejected", "content": json.dumps(pair["rejected"], ensure_ascii=False)}]
+    return {
+        "example_id": example_id(whole), "source": pair["source"], "source_row": pair["source_rows"][0], "source_rows": pair["source_rows"],
+        "messages": messages,
+        "asked": len(pair["prompt"]), "rejected": pair["rejected"], "margin": pair["margin"], "same_prompt": pair["same_prompt"], "category": pair["category"], "group_id": None,
+        "meta": pair["meta"],
+    }  # fmt: skip
+
+
+def _question(layout: str, row: Row, source: str) -> dict[str, Any]:
+    """A benchmark's question as a record: the assistant says the right answer."""
+    try:
+        item = read_item(layout, row, source)
+    except (ValueError, TypeError, KeyError) as error:
+        problem = f"no key {error}" if isinstance(error, KeyError) else str(error)
+        messages: list[dict[str, str]] = []
+        meta: dict[str, Any] = {"problem": problem, "row": row.value}
+        labelled, category = True, None
+    else:
+        choices = "".join(f"\n{choice}" for choice in item.choices)
+        messages = [{"role": "user", "content": item.question + choices}, {"role": "assistant", "content": item.text or "(no answer)"}]
+        labelled, meta, category = item.labelled, {}, item.subject or None
+    return {
+        "example_id": example_id(messages or [{"role": "malformed", "content": json.dumps(row.value, sort_keys=True)}]), "source": source,
+        "source_row": row.source_row, "messages": messages, "category": category, "group_id": None, "meta": json.dumps(meta),
+        "labelled": labelled,
+    }  # fmt: skip
+
+
+def _items(path: str) -> list[Item]:
+    """What a held-out file or folder asks and answers: the questions of a benchmark, or examples, which a team holds out itself.
+
+    Raises:
+        InputError: a row of it cannot be read: it could be the one that leaks.
+    """
+    if not parse_spec(path):
+        place = _place(path)
+        if place.is_dir() and not _is_canonical(place):
+            return [item for name, _ in files_of(place) for item in _items(f"{path.rstrip('/')}/{name}")]
+        if place.is_file() and benchmark_of(read_rows(place)):
+            return read_items(place, path)
+    found = load([path])
+    for record in found.records:
+        if not record["messages"]:
+            raise InputError(f"{findings.place(record)}: {findings.excerpt(record)}", "mend the row, or take it out of what is held out")
+    return [
+        Item(
+            findings.place(record),
+            prompt_text(record["messages"]) or response_text(record["messages"]),
+            text=response_text(record["messages"]),
+        )
+        for record in found.records
+    ]
+
+
+def _thirteen(records: Sequence[dict[str, Any]], held_out: Sequence[Item]) -> dict[str, Any]:
+    """What any run of 13 words in common would find, to compare with."""
+    texts, questions = [prompt_text(record["messages"]) for record in records], [item.question for item in held_out]
+    pairs = list(thirteen_gram_pairs(texts, questions))
+    matches = []
+    for i, j in pairs[: findings.ROWS]:
+        text = mask(texts[i][: 10 * findings.WIDTH])
+        span, _ = shared_span(text, mask(questions[j][: 10 * findings.WIDTH]))
+        matches.append({"place": findings.place(records[i]), "other": held_out[j].place, "shared": text[slice(*span)][:300]})
+    return {"rows": len({i for i, _ in pairs}), "pairs": len(pairs), "matches": matches}
+
+
+def read_policy(path: Path) -> Rules:
+    """Policy, limits and waivers from a YAML file: the keys of `instructions` in params.yaml, or a params.yaml as it is.
+
+    Raises:
+        InputError: it cannot be read, or holds unknown keys or values.
+    """
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
     if not path.is_file():
-        raise InputError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}", "name a file of examples")
-    return path
+        raise InputError(f"{path} is no file", "name a YAML file with the keys of `instructions` in params.yaml")
+    try:
+        values = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    except (YAMLError, ValueError, KeyError, RecursionError) as error:  # YAML leaves a date such as 30 February to Python
+        raise InputError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}", "mend the line named") from None
+    except OSError as error:
+        raise InputError(f"{path.name}: cannot be read: {error.strerror}", "look at the file's permissions") from None
+    if isinstance(values, dict) and "instructions" in values:
+        values = values["instructions"]
+        if isinstance(values, dict):
+            values = {key: value for key, value in values.items() if key not in STAGE_ONLY}
+    if values is not None and not isinstance(values, dict):
+        raise InputError(f"{path.name}: expected a mapping", f"keys: {', '.join(Rules.model_fields)}")
+    return parse(Rules, values, "instructions", path.name)
 
 
-def _texts(path: Path) -> list[str]:
-    """What a held-out file asks: the questions of a benchmark, or the prompts of examples."""
-    first = next((row.value for row in read_rows(path) if row.value is not None), {})
-    if "choices" in first:
-        return [question["question"] for question in read_multiple_choice(path)]
-    return [prompt_text(record["messages"]) for record in to_records(path, path.name)[1] if record["messages"]]
-
-
-def check_text(found: dict[str, Any]) -> str:
-    """The findings for a person at a terminal, worst first."""
-    order = {"error": 0, "warn": 1, "info": 2}
-    lines = [f"{found['rows']} rows ({found['format']}), {found['kept']} would be kept"]
-    for finding in sorted(found["findings"], key=lambda f: (order[f["severity"]], -f["count"])):
-        rows = f" rows {', '.join(map(str, finding['rows'][:8]))}{', ...' if finding['count'] > 8 else ''}" if finding["rows"] else ""
-        lines.append(f"{finding['severity']:<5} {finding['check']:<22} {finding['count']:>5} {rows}{finding.get('note', '')}")
-        lines += [f"      {text!r}" for text in finding["examples"][:2]]
-    return "\n".join(lines if found["findings"] else [*lines, "no findings"])
+STAGE_ONLY = frozenset({"benchmarks", "review", "expectations"})
+"""Keys of `instructions` that name files of the project, which no other data has to do with."""

@@ -48,7 +48,8 @@ def build_definitions(root: Path, pipeline: Pipeline = PEDIGREE) -> dg.Definitio
         pipeline.split_address(address)
     sources = {i.path for state in street.values() for i in state.inputs if i.producer is None}
     variants = sorted({address.partition("@")[2] for address in street} - {""})
-    data = [asset_key(address) for address, state in street.items() if state.meta.get("group") == "data"]
+    data = [address for address, state in street.items() if state.meta.get("group") == "data"]
+    data = [address for address in street if address in data or any(address in dvc.ancestors(street, one) for one in data)]
     whole = dg.define_asset_job(
         "street",
         selection=dg.AssetSelection.assets(*map(asset_key, street)),
@@ -63,7 +64,7 @@ def build_definitions(root: Path, pipeline: Pipeline = PEDIGREE) -> dg.Definitio
         jobs=[
             whole,
             dg.define_asset_job(
-                "data", selection=dg.AssetSelection.assets(*data), description="The data side only: from sources to splits."
+                "data", selection=dg.AssetSelection.assets(*map(asset_key, data)), description="The data side only: from sources to splits."
             ),
             *(
                 dg.define_asset_job(
@@ -176,11 +177,11 @@ def _bring_up_to_date(context: dg.AssetExecutionContext, root: Path, address: st
     except PedigreeError as error:
         with suppress(PedigreeError):  # the error may be that the street cannot be read
             report = read_report(root, dvc.read_street(root)[address]) or {}
-            yield from check_results(address, report if report.get("passed") is False else {}, pipeline)
+            yield from check_results(root, address, report if report.get("passed") is False else {}, pipeline)
         raise dg.Failure(str(error), allow_retries=False) from None
     state = street[address]
     report = read_report(root, state) or {}
-    yield from check_results(address, report, pipeline)
+    yield from check_results(root, address, report, pipeline)
     if report.get("passed") is False:
         raise dg.Failure(f"{address}: its report says that a blocking check failed. See {state.report}.", allow_retries=False)
     if state.doubt:

@@ -403,6 +403,16 @@ def restore_outputs(root: Path, address: str) -> None:
                 copyfile(kept, out.fs_path)
 
 
+def recorded_files(root: Path, address: str) -> dict[str, Path]:
+    """The files of a stage's main output as dvc.lock recorded it, by their path in it: where the cache holds them. Nothing of what is not there."""
+    with _open(root) as repo:
+        out = next(out for stage in _stages(repo) if stage.name == address for out in stage.outs if not out.is_metric and not out.is_plot)
+        listing = Path(repo.cache.local.oid_to_path(out.hash_info.value)) if out.hash_info and out.hash_info.isdir else None
+        if listing is None or not listing.is_file():
+            return {}
+        return {entry["relpath"]: Path(repo.cache.local.oid_to_path(entry["md5"])) for entry in json.loads(listing.read_bytes())}
+
+
 def set_aside(root: Path, address: str, differs: Callable[[Path], bool], held: bool) -> list[str] | None:
     """Take a stage's main output out of the workspace, and each object of it that is not what its name says out of the cache.
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import dagster as dg
 
+from dagster_project.curation.page import visible
 from dagster_project.doors.dvc import StageState, digest
 from dagster_project.pipeline import Pipeline
 
@@ -62,6 +63,8 @@ def describe(root: Path, state: StageState) -> dict[str, Any]:
     nested = {name: value for name, value in report.items() if isinstance(value, dict | list) and name not in {"dropped", "checks"}}
     if nested:
         found["figures"] = dg.MetadataValue.json(nested)
+    found |= {f"check/{name}": dg.MetadataValue.int(check["count"]) for name, check in report.get("checks", {}).items()}
+    found |= {name: dg.MetadataValue.path(str(path)) for name, path in pages(root, state.address).items()}
     stage, _, variant = state.address.partition("@")
     if stage in PLOTS:
         plot, draw = PLOTS[stage]
@@ -70,6 +73,15 @@ def describe(root: Path, state: StageState) -> dict[str, Any]:
             found[plot] = dg.MetadataValue.md(f"![{plot}](data:image/png;base64,{draw(list(csv.DictReader(path.open())))})")
     commit = _commit(root)
     return {**found, **({"git_commit": commit} if commit else {})}
+
+
+PAGES = {"report": "report.html", "data_docs": "data_docs/index.html", "review": "review.csv"}
+
+
+def pages(root: Path, address: str) -> dict[str, Path]:
+    """What the stage left for people to look at, as far as it is there: pages are a view that `dvc checkout` does not bring back."""
+    folder = root / "data" / "pages" / address.replace("@", "/")
+    return {name: folder / file for name, file in PAGES.items() if (folder / file).is_file()}
 
 
 def _commit(root: Path) -> str:
@@ -84,20 +96,43 @@ def _commit(root: Path) -> str:
     return git("log", "-1", "--format=%H", "--", "dvc.lock")
 
 
-def check_results(address: str, report: Mapping[str, Any], pipeline: Pipeline) -> list[dg.AssetCheckResult]:
+def _marked(match: Mapping[str, Any], column: str) -> str | float:
+    """A cell of the table of overlaps; what both texts share stands in brackets."""
+    value = match[column]
+    if column not in {"text", "other_text"}:
+        return value
+    start, end = match["span" if column == "text" else "other_span"]
+    return visible(f"{value[:start]}⟦{value[start:end]}⟧{value[end:]}")
+
+
+def check_results(root: Path, address: str, report: Mapping[str, Any], pipeline: Pipeline) -> list[dg.AssetCheckResult]:
     """What the report says of each of the stage's checks. Severity decides the colour, `blocking` has already decided the run."""
+    link = pages(root, address).get("report")
     results = []
     for name, truth in pipeline.truths(address.partition("@")[0]).items():
         found = report.get("checks", {}).get(name)
         if found is None:
             continue
-        metadata: dict[str, Any] = {"truth": truth, "count": found["count"], REPORT_TAG: digest(found)}
+        metadata: dict[str, Any] = {
+            "truth": truth,
+            **{name: found.get(name, 0) for name in ("count", "dropped", "waived")},
+            REPORT_TAG: digest(found),
+        }
+        if "matches" in found:
+            columns = ("place", "other", "part", "rule", "score", "text", "other_text")
+            metadata["pairs"] = dg.MetadataValue.table(
+                [dg.TableRecord({c: _marked(match, c) for c in columns}) for match in found["matches"]]
+            )
         if "rows" in found:
-            pairs = [
-                (row, (found.get("examples") or [])[i] if i < len(found.get("examples") or []) else "")
-                for i, row in enumerate(found["rows"])
-            ]
-            metadata["rows"] = dg.MetadataValue.md(_table(["source row", "begins"], pairs))
+            begins = found.get("examples", [])
+            metadata["rows"] = dg.MetadataValue.table(
+                [
+                    dg.TableRecord({"source row": row, "begins": visible(begins[i]) if i < len(begins) else ""})
+                    for i, row in enumerate(found["rows"])
+                ]
+            )
+        if link:
+            metadata["full report"] = dg.MetadataValue.path(str(link))
         if "note" in found:
             metadata["note"] = found["note"]
         severity = dg.AssetCheckSeverity.ERROR if found["severity"] == "error" else dg.AssetCheckSeverity.WARN

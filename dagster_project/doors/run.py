@@ -40,7 +40,7 @@ def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE) -> Report
         try:
             before = _guarded(root, address)  # before anything is read that it watches
             values = pipeline.validate(root)
-            at = At(root, stage, variant, scratch, values)
+            at = At(root, stage, variant, scratch, values, lambda: dvc.recorded_files(root, address))
             remove(scratch)
             at.out.mkdir(parents=True)
             report = pipeline.stages[stage](at)
@@ -81,7 +81,9 @@ def report_path(root: Path, stage: str, variant: str | None) -> Path:
 
 
 def _hold_gate(root: Path, at: At, report: Report) -> None:
-    """The report is written always; on a failed blocking check nothing else is."""
+    """The report and the pages are written always; on a failed blocking check nothing else is."""
+    if at.pages.exists():
+        _put(root, at, at.pages)
     if not report.failures:
         return
     path = report_path(root, at.stage, at.variant)
@@ -99,11 +101,15 @@ def _publish(root: Path, at: At, report: Report, sha256: str) -> None:
     """Outputs from the scratch folder to their places, each by one rename; the report with the sha256 of the main one."""
     plots = list((at.scratch / "data" / "plots").rglob("*.csv")) if (at.scratch / "data" / "plots").exists() else []
     for made in [at.out, *plots]:
-        target = root / made.relative_to(at.scratch)
-        remove(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        made.replace(target)
+        _put(root, at, made)
     write_json(report_path(root, at.stage, at.variant), {"passed": True, "output_sha256": sha256, **report.document()})
+
+
+def _put(root: Path, at: At, made: Path) -> None:
+    target = root / made.relative_to(at.scratch)
+    remove(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    made.replace(target)
 
 
 def _summary(address: str, report: Report) -> list[str]:

@@ -111,7 +111,7 @@ def _checks(root: Path, instance: dg.DagsterInstance, street: Mapping[str, Stage
     results = {
         dg.AssetCheckKey(asset_key(address), str(result.check_name)): result
         for address, state in street.items()
-        for result in check_results(address, read_report(root, state) or {}, pipeline)
+        for result in check_results(root, address, read_report(root, state) or {}, pipeline)
     }
     records = instance.event_log_storage.get_latest_asset_check_execution_by_key([*results])
     said = []

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from dagster_project.chat import IGNORE
 from dagster_project.progress import Progress
-from dagster_project.training.chat import IGNORE
 
 
 def negative_log_likelihood(

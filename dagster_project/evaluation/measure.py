@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from dagster_project.curation.formats import read_multiple_choice
+from dagster_project.chat import encode, encode_prompt
+from dagster_project.curation.benchmarks import read_multiple_choice
 from dagster_project.evaluation.generate import generate
 from dagster_project.evaluation.likelihood import choose, negative_log_likelihood
 from dagster_project.evaluation.metrics import Task, follows, label, parse
 from dagster_project.params import Compute, Section, inside
 from dagster_project.records import response_text
-from dagster_project.training.chat import encode, encode_prompt
 from dagster_project.training.hardware import prepare
 
 if TYPE_CHECKING:

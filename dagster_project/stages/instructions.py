@@ -2,50 +2,146 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from dagster_project.curation.checks import CHECKS, Rules, judge
-from dagster_project.curation.formats import read_multiple_choice
+from dagster_project.curation import expectations, findings
+from dagster_project.curation.benchmarks import read_items
+from dagster_project.curation.checks import CHECKS, EXAMPLE_CHECKS, Judgement, Rules, judge
+from dagster_project.curation.page import page
+from dagster_project.curation.review import queue, read_decisions
+from dagster_project.curation.tokens import tokens_of
 from dagster_project.params import inside
-from dagster_project.records import Report, read_ledger, read_records, write_ledger, write_records
+from dagster_project.records import (
+    CheckResult,
+    Report,
+    read_ledger,
+    read_records,
+    read_table,
+    write_json,
+    write_ledger,
+    write_records,
+    write_table,
+)
 
-TRUTHS = {name: check.truth for name, check in CHECKS.items()}
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+TRUTHS = {**{name: check.truth for name, check in EXAMPLE_CHECKS.items()}, "expectations": expectations.TRUTH}
 """The checks this stage reports, with the truth each looks at."""
 
 
 class Params(Rules):
     benchmarks: list[str] = []
-    """Multiple-choice files inside data/sources/benchmarks/ whose questions must not be trained on."""
+    """Files of questions inside data/sources/benchmarks/ that must not be trained on."""
+    review: str | None = None
+    """CSV file inside data/sources/review/ in which people decide about rows that no rule can judge."""
+    expectations: str | None = None
+    """Great Expectations suite inside data/expectations/: what a data owner expects of the set as a whole."""
 
 
-def run(root: Path, params: Params, raw_examples: Path, out: Path) -> Report:
-    benchmarks = [inside(root, path, "instructions.benchmarks") for path in params.benchmarks]
-    held_out = [question["question"] for path in benchmarks for question in read_multiple_choice(path)]
+def run(root: Path, params: Params, raw_examples: Path, base_model: Path, out: Path, pages: Path, previous: Mapping[str, Path]) -> Report:
+    """Args:
+    pages: folder for what people look at: report.html, review.csv, and Great Expectations' Data Docs.
+    previous: files of the output as recorded before, by relative path; only the page's account of what changed looks at them.
+    """
+    held_out = [item for path in params.benchmarks for item in read_items(inside(root, path, "instructions.benchmarks"), path)]
+    decisions = read_decisions(inside(root, params.review, "instructions.review")) if params.review else []
     ledger = read_ledger(raw_examples)
     records = [{**record, "source_row": entry["source_row"]} for record, entry in zip(read_records(raw_examples), ledger, strict=True)]
 
-    judged = judge(records, held_out, params)
-    for record, first in zip(records, judged.cluster, strict=True):
-        record["group_id"] = records[first]["example_id"]
-    kept = [record for record, why in zip(records, judged.reason, strict=True) if why is None]
+    judged = judge(records, held_out, params, tokens_of(base_model), decisions)
+    for record, first in zip(judged.records, judged.cluster, strict=True):
+        record["group_id"] = judged.records[first]["example_id"]
+    kept = [record for record, why in zip(judged.records, judged.reason, strict=True) if why is None]
+    checks = [findings.check_result(verdict, judged, held_out) for verdict in judged.verdicts.values()]
+    if params.expectations is None or not kept:
+        checks.append(CheckResult(expectations.NAME, passed=True, note="no suite is named" if kept else "no rows to judge"))
+    else:
+        suite = inside(root, params.expectations, "instructions.expectations")
+        outcome = expectations.run(expectations.table(kept, read=len(records)), suite, pages / "data_docs", params.expectations)
+        checks.append(expectations.check(outcome, [findings.place(record) for record in kept]))
 
     write_records(out, [{key: value for key, value in record.items() if key != "source_row"} for record in kept])
-    write_ledger(
-        out,
-        (
-            {**record, "outcome": f"dropped:{why}" if why else "kept", "why": CHECKS[why].truth if why else ""}
-            for record, why in zip(records, judged.reason, strict=True)
-        ),
-    )
+    write_ledger(out, _ledger(judged))
+    write_table(out / "overlaps.parquet", _overlaps(judged), overlap_schema())
+    document = findings.document("instructions", "canonical records", judged, held_out)
+    write_json(out / "findings.json", document)
+    pages.mkdir(parents=True, exist_ok=True)
+    (pages / "report.html").write_text(page(document, _changes(previous, kept, document)), encoding="utf-8")
+    (pages / "review.csv").write_text(queue(judged.records, judged.waiting), encoding="utf-8", newline="")
+
     dropped = Counter(why for why in judged.reason if why)
     return Report(
         rows_in=len(records),
         rows_out=len(kept),
         dropped={name: dropped[name] for name in CHECKS if dropped[name]},
-        checks=judged.results,
+        checks=checks,
         metrics={
-            "categories": dict(sorted(Counter(record["category"] or "(none)" for record in kept).items())),
+            "categories": judged.profile["categories"],
             "held_out_questions": len(held_out),
+            "near_duplicate_groups": len({record["group_id"] for record in kept}),
+            "waiting_for_review": len({i for i, _ in judged.waiting}),
         },
     )
+
+
+def _ledger(judged: Judgement) -> Iterable[dict[str, Any]]:
+    for i, (record, why) in enumerate(zip(judged.records, judged.reason, strict=True)):
+        said = judged.said.get(i) or (CHECKS[why].truth if why else "")
+        yield {**record, "outcome": f"dropped:{why}" if why else "kept", "why": said}
+
+
+@cache
+def overlap_schema() -> pa.Schema:
+    """Every overlap that was found, not only those the report shows."""
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            ("check", pa.string()),
+            ("source", pa.string()),
+            ("source_row", pa.int64()),
+            ("example_id", pa.string()),
+            ("other", pa.string()),  # example_id of the earlier row, or "<file>:<row>" of the benchmark item
+            ("part", pa.string()),  # prompt or response
+            ("rule", pa.string()),  # equal, jaccard, containment, one_word
+            ("score", pa.float64()),
+        ]
+    )
+
+
+def _overlaps(judged: Judgement) -> list[dict[str, Any]]:
+    return [
+        {
+            **{key: judged.records[link.row][key] for key in ("source", "source_row", "example_id")},
+            "check": check,
+            "other": judged.records[link.other]["example_id"] if isinstance(link.other, int) else link.other,
+            "part": link.part,
+            "rule": link.rule,
+            "score": link.score,
+        }
+        for check, links in judged.facts.links.items()
+        for link in links
+    ]
+
+
+def _changes(previous: Mapping[str, Path], kept: list[dict[str, Any]], document: dict[str, Any]) -> dict[str, Any] | None:
+    """What differs from the set as it was recorded before; None where there was none, or it is of another form."""
+    import pyarrow as pa
+
+    try:
+        shards = [row for name in sorted(previous) if name.startswith("records-") for row in read_table(previous[name])]
+        placed = [row for row in read_table(previous["ledger.parquet"]) if row["outcome"] == "kept"]
+        before = json.loads(previous["findings.json"].read_text(encoding="utf-8"))["findings"]
+        old = [{**record, "source_row": entry["source_row"]} for record, entry in zip(shards, placed, strict=True)]
+    except (KeyError, ValueError, OSError, pa.ArrowException):
+        return None
+    return {
+        **findings.changes(old, kept, "the version recorded before"),
+        "findings": findings.finding_changes(before, document["findings"]),
+    }

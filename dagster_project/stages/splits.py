@@ -1,20 +1,29 @@
-"""instructions -> splits. Groups stay together, so near-duplicates cannot straddle two splits; categories keep their shares."""
+"""instructions -> splits. What belongs together stays together, labels of an upstream split are kept, and the shards are proven apart."""
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from dagster_project.curation.split import assign, straddling
-from dagster_project.params import Section
-from dagster_project.records import CheckResult, Report, read_records, record_schema, write_records
+from dagster_project.curation.augment import Added, Augment, augment, read_paraphrases
+from dagster_project.curation.privacy import mask
+from dagster_project.curation.split import DROPPED, SPLITS, TRAIN, Deal, Proof, deal, find_copies, joined, prove
+from dagster_project.errors import InputError
+from dagster_project.params import Section, inside
+from dagster_project.records import CheckResult, Report, read_records, read_table, record_schema, subject_text, write_ledger, write_records
 
 TRUTHS = {
-    "split_leakage": "No group of near-duplicates stands in more than one split.",
+    "split_leakage": "No row stands in, or nearly in, two splits.",
     "schema": "Every split has rows.",
+    "augmented_rows": "Validation and test hold only rows of the instruction set, none made by `augment`.",
 }
+ALMOST = 0.01
+"""A split that misses its share by more of all rows than this is worth a word."""
 
 
 class Params(Section):
@@ -23,38 +32,196 @@ class Params(Section):
     validation: float = Field(default=0.1, ge=0, lt=1)
     """Share that training watches but does not learn from."""
     stratify_by: Literal["category", "source", "none"] = "category"
-    """Each split gets the same share of every value of this."""
+    """Each split gets the same share of every value of this, as far as what is not divided allows."""
+    by: Literal["group", "source", "category", "key"] = "group"
+    """What is never divided: groups of near-copies, or beyond them all rows of a source, of a category, or with the same `key`."""
+    key: str | None = None
+    """With `by: key`: the field of the source rows to go by, e.g. customer_id. A row without it stands for itself."""
+    keep_labels: bool = True
+    """Keep the split that a row has in an upstream data set (`split` in its `meta`)."""
+    augment: Augment | None = None
+    """Copies of train rows with another prompt."""
 
     @model_validator(mode="after")
-    def _leave_some(self) -> Params:
+    def _consistent(self) -> Params:
         if self.test + self.validation >= 1:
             raise ValueError(f"test {self.test} and validation {self.validation} leave nothing to train on")
+        if (self.by == "key") != (self.key is not None):
+            raise ValueError("`by: key` needs `key`, the field to go by" if self.key is None else "`key` needs `by: key`")
         return self
 
 
-def run(params: Params, seed: int, instructions: Path, out: Path) -> Report:
+def run(root: Path, params: Params, seed: int, instructions: Path, out: Path) -> Report:
+    """Args:
+    root: the project's folder, which the path of paraphrases is relative to.
+    """
     import pyarrow as pa
 
+    supplied = params.augment.paraphrases if params.augment else None
+    paraphrases = read_paraphrases(inside(root, supplied, "splits.augment.paraphrases")) if supplied else []
     records = read_records(instructions)
-    strata = [str(record[params.stratify_by]) if params.stratify_by != "none" else "" for record in records]
-    splits = assign([record["group_id"] for record in records], strata, {"test": params.test, "validation": params.validation}, seed)
-    rows = [{**record, "split": split} for record, split in zip(records, splits, strict=True)]
+    ledger = read_table(instructions / "ledger.parquet", ["source_row", "outcome"])
+    source_rows = [row["source_row"] for row in ledger if not row["outcome"].startswith("dropped")]
+    texts = [subject_text(record["messages"]) for record in records]
+    copies = find_copies(texts)
+    groups = [record["group_id"] for record in records]
+    link = joined(copies.links(texts, groups))
+    regrouped = sum(group in link for group in groups)
+    keys, labels = _keys(params, records), _labels(params, records)
+    stratify_by = "none" if params.by in {"source", "category"} else params.stratify_by
+    strata = [str(record[stratify_by]) if stratify_by != "none" else "" for record in records]
+    shares = {"test": params.test, "validation": params.validation}
+    dealt = deal([link.get(group, group) for group in groups], keys, labels, strata, shares, seed)
 
-    order = ("train", "validation", "test")
-    wanted = {"train": 1.0, "validation": params.validation, "test": params.test}
-    empty = [name for name in order if wanted[name] and name not in splits]
-    crossing = straddling([record["group_id"] for record in records], splits)
+    known = {record["example_id"] for record in records}
+    rows: dict[str, list[int]] = {name: [i for i, split in enumerate(dealt.splits) if split == name] for name in SPLITS}
+    train = [records[i] for i in rows[TRAIN]]
+    held_out = list(dict.fromkeys(texts[i] for name in SPLITS[1:] for i in rows[name]))
+    added = augment(params.augment, seed, train, held_out, copies.number, paraphrases) if params.augment else Added()
     schema = record_schema().append(pa.field("split", pa.string()))
-    for name in order:
-        write_records(out / name, [row for row in rows if row["split"] == name], schema)
+    for name in SPLITS:
+        written = [*(records[i] for i in rows[name]), *(record for _, _, record in added.rows if name == TRAIN)]
+        for record in written:
+            record["split"] = name
+        write_records(out / name, written, schema)
+    write_ledger(out, _ledger(records, source_rows, dealt, rows[TRAIN], added))
+
+    proof = prove(out, copies, known)
+    counts = {name: len(rows[name]) for name in SPLITS}
+    if proof.rows != {**counts, TRAIN: counts[TRAIN] + len(added.rows)}:
+        raise AssertionError(f"rows lost: {counts} dealt out, {len(added.rows)} added, {proof.rows} in the shards")
+    dropped = dealt.splits.count(DROPPED)
+    made = Counter(kind for _, kind, _ in added.rows)
     return Report(
         rows_in=len(records),
-        rows_out=len(rows),
-        metrics={name: splits.count(name) for name in order},
+        rows_out=sum(counts.values()),
+        dropped={"split_leakage": dropped} if dropped else {},
+        metrics={
+            **counts,
+            **({"augmented": dict(sorted(made.items()))} if params.augment else {}),
+            **({"augmented_dropped": added.dropped} if added.dropped else {}),
+        },
         checks=[
-            CheckResult("split_leakage", passed=not crossing, blocking=True, count=len(crossing), rows=crossing[:20]),
-            CheckResult(
-                "schema", passed=not empty, blocking=True, count=len(empty), note=f"no rows in: {', '.join(empty)}" if empty else ""
-            ),
+            _split_leakage(records, texts, dealt, proof, labels, regrouped),
+            _schema(params, counts, labels, dealt),
+            _augmented_rows(proof, added),
         ],
+    )
+
+
+def _keys(params: Params, records: Sequence[dict[str, Any]]) -> list[str | None]:
+    """What else must stay together with a row, by `params.by`.
+
+    Raises:
+        InputError: no row has any.
+    """
+    if params.by == "group":
+        return [None] * len(records)
+    if params.key is None:
+        keys = [record[params.by] for record in records]
+    else:
+        keys = [_text(json.loads(record["meta"]).get(params.key)) for record in records]
+    if records and not any(key is not None for key in keys):
+        if params.key is None:
+            raise InputError("params.yaml: splits.by: no row has a category", "go by group, or give the rows a category")
+        fields = Counter(name for record in records[:10_000] for name in json.loads(record["meta"]))
+        there = (
+            f"fields that rows have: {', '.join(name for name, _ in fields.most_common(12))}" if fields else "the rows have no such fields"
+        )
+        raise InputError(
+            f"params.yaml: splits.key: no row has a field {params.key!r}", f"{there}; name one that tells who must stay together"
+        )
+    return keys
+
+
+def _text(value: Any) -> str | None:
+    """A key's value for comparing: 17 in one file is "17" in another. Nothing at all is no key."""
+    if value is None or value == "":
+        return None
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
+
+
+def _labels(params: Params, records: Sequence[dict[str, Any]]) -> list[str | None]:
+    found = [json.loads(record["meta"]).get("split") if params.keep_labels and '"split"' in record["meta"] else None for record in records]
+    return [label if label in SPLITS else None for label in found]
+
+
+def _ledger(
+    records: Sequence[dict[str, Any]], source_rows: Sequence[int], dealt: Deal, train: Sequence[int], added: Added
+) -> list[dict[str, Any]]:
+    lines = []
+    for i, (record, source_row, split) in enumerate(zip(records, source_rows, dealt.splits, strict=True)):
+        why = "label of the source" if i in dealt.labelled else ""
+        if i in dealt.because:
+            keeper = dealt.because[i]
+            why = f"belongs to {dealt.splits[keeper]}/{records[keeper]['example_id']}"
+        outcome = "dropped:split_leakage" if split == DROPPED else split
+        identity = {"source": record["source"], "source_row": source_row, "example_id": record["example_id"]}
+        lines.append({**identity, "outcome": outcome, "why": why})
+    for i, kind, record in added.rows:
+        parent = lines[train[i]]
+        lines.append(
+            {**parent, "example_id": record["example_id"], "outcome": f"augmented:{kind}", "why": f"copy of {parent['example_id']}"}
+        )
+    return lines
+
+
+def _split_leakage(
+    records: Sequence[dict[str, Any]], texts: Sequence[str], dealt: Deal, proof: Proof, labels: Sequence[str | None], regrouped: int
+) -> CheckResult:
+    because = sorted(dealt.because.items())
+    found = [(f"{leak.place} and {leak.other}: {leak.why}", leak.text) for leak in proof.leaks]
+    for i, keeper in because[:20]:
+        kept = f"{dealt.splits[keeper]}/{records[keeper]['example_id']}"
+        found.append((f"{labels[i]}/{records[i]['example_id']} belongs to {kept}: dropped", texts[i]))
+    notes = []
+    if proof.leaking:
+        notes.append(f"{proof.leaking} rows of the finished splits stand in two of them, or nearly")
+    if because:
+        by_label = Counter(str(labels[i]) for i, _ in because)
+        notes.append(f"the labels of the source leak: {', '.join(f'{n} dropped from {name}' for name, n in sorted(by_label.items()))}")
+    if regrouped:
+        notes.append(f"{regrouped} rows have near-copies in a group of another group_id; they were held together")
+    return CheckResult(
+        "split_leakage",
+        passed=not proof.leaking,
+        blocking=True,
+        count=proof.leaking + len(because),
+        rows=[place for place, _ in found[:20]],
+        examples=[mask(" ".join(text.split()))[:120] for _, text in found[:3]],
+        note="; ".join(notes),
+    )
+
+
+def _schema(params: Params, counts: dict[str, int], labels: Sequence[str | None], dealt: Deal) -> CheckResult:
+    wanted = {"train": 1.0, "validation": params.validation, "test": params.test}
+    empty = [name for name in SPLITS if wanted[name] and not counts[name]]
+    total, labelled = sum(counts.values()), sum(label is not None for label in labels)
+    notes = [f"no rows in: {', '.join(empty)}"] if empty else []
+    if labelled:
+        rest = f"; the other {len(labels) - labelled} were dealt out" if labelled < len(labels) else ""
+        notes.append(f"{labelled} of {len(labels)} rows have a split in their source{rest}")
+        unnamed = [name for name in SPLITS if wanted[name] and name not in labels]
+        if unnamed and not empty:
+            notes.append(f"the source names no {' or '.join(unnamed)}: dealt out of train")
+    missed = [name for name in SPLITS[1:] if not labelled and abs(counts[name] - wanted[name] * total) > max(1, ALMOST * total)]
+    for name in missed:
+        notes.append(f"{name} has {counts[name]} of {total} rows ({counts[name] / total:.1%}) instead of {wanted[name]:.1%}")
+    if missed or empty:
+        what = "group of near-copies" if params.by == "group" else f"{params.key or params.by}, with all that belongs to it,"
+        notes.append(f"the largest {what} holds {dealt.largest} rows and is not divided")
+    return CheckResult("schema", passed=not empty, blocking=True, count=len(empty), note="; ".join(notes))
+
+
+def _augmented_rows(proof: Proof, added: Added) -> CheckResult:
+    notes = [f"{n} copies left out: {reason.replace('_', ' ')}" for reason, n in added.dropped.items()]
+    if added.unused:
+        notes.append(f"{added.unused} paraphrases are of no row in train")
+    return CheckResult(
+        "augmented_rows",
+        passed=not proof.strangers,
+        blocking=True,
+        count=len(proof.strangers),
+        rows=proof.strangers[:20],
+        note="; ".join(notes),
     )

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from dagster_project.chat import IGNORE, encode, loss_weights, pack
 from dagster_project.errors import InputError
 from dagster_project.params import Section
 from dagster_project.records import CheckResult, Report, read_records, response_text, write_table
-from dagster_project.training.chat import IGNORE, encode, loss_weights, pack
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from dagster_project.chat import IGNORE
 from dagster_project.params import Compute, Section
 from dagster_project.progress import Progress
-from dagster_project.training.chat import IGNORE
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,174 @@
+"""Texts -> what in them is no text: encoding damage, characters that hide or steer, and the marks of a template that was left in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+
+from dagster_project.curation.privacy import candidates, mask
+
+AROUND = 10
+"""Characters on each side of what is wrong in its excerpt."""
+
+_CHARACTERS = {
+    "replacement character": "\ufffd",
+    "control character": "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f",
+    "byte order mark": "\ufeff",
+    "bidirectional control": "\u202a-\u202e\u2066-\u2069",
+    "private-use character": "\ue000-\uf8ff\U000f0000-\U000ffffd\U00100000-\U0010fffd",
+    "half of a surrogate pair": "\ud800-\udfff",
+    "hidden tag character": "\U000e0000-\U000e007f",
+}
+"""Kind -> characters, as a range of a regular expression.
+
+The bidirectional ones make text read otherwise than it is; Arabic and Hebrew do without them, and the marks that they do use
+(U+200E, U+200F, U+061C) are not among these, nor is the joiner of emoji. Tag characters are invisible ASCII: right after a black
+flag they name a region (Scotland's flag), anywhere else they smuggle.
+"""
+
+_FLAG = re.compile("\U0001f3f4[\U000e0020-\U000e007e]+\U000e007f")
+
+
+def damage(texts: Sequence[str]) -> list[str | None]:
+    """For each text what is wrong with its characters, in words with an excerpt ("mojibake: 'cafÃ©'"), or None.
+
+    The excerpt is masked, and whatever can't be seen in it is escaped, as in "control character: 'a\\x00b'".
+    """
+    return _look(texts, _damage_hint(), _damage)
+
+
+def template_marks(texts: Sequence[str], special_tokens: Iterable[str] = ()) -> list[str | None]:
+    """For each text the first of each kind of template mark in it, or None.
+
+    - "control token: '<|im_end|>'": a token that chat templates are made of, or one of `special_tokens`. `<s>` and `</s>` around a part
+      of a text are HTML's strike-through and left alone, unless they are special tokens of the base model: then the tokenizer
+      takes them for such, whatever the writer meant.
+    - "instruction template: '### Response:'": the boilerplate of a prompt template.
+    - "transcript: 'Human: ... Assistant:'": turns of both sides written as text.
+
+    Args:
+        special_tokens: the base model's own, as its tokenizer lists them.
+    """
+    own = sorted({token for token in special_tokens if token.strip()}, key=lambda token: (-len(token), token))
+    pattern = re.compile("|".join(map(re.escape, own))) if own else None
+    return _look(texts, _MARK_HINT, lambda text: _marks(text, pattern), own)
+
+
+def _look(texts: Sequence[str], hint: str, judge: Callable[[str], str | None], literals: Sequence[str] = ()) -> list[str | None]:
+    found: list[str | None] = [None] * len(texts)
+    for row in candidates(texts, hint, literals):
+        found[row] = judge(texts[row])
+    return found
+
+
+# --- characters ------------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _damage_hint() -> str:
+    """What every damaged text matches. Looser than ftfy's own expression, but plain Cyrillic, Greek and French don't match, and Rust reads it."""
+    from ftfy.badness import MOJIBAKE_CATEGORIES as SETS
+
+    characters = "".join(
+        chars for kind, chars in _CHARACTERS.items() if kind != "half of a surrogate pair"
+    )  # candidates come with U+FFFD there
+    letters = SETS["lower_common"] + SETS["upper_common"]  # of Cyrillic and Greek
+    marks = "".join(chars for kind, chars in SETS.items() if not kind.endswith("_common")) + "À-ɏ√‚†®´¥µø"
+    broken = SETS["bad"] + SETS["upper_accented"]
+    between = SETS["bad"] + SETS["start_punctuation"] + SETS["end_punctuation"] + SETS["currency"] + "°µ"
+    return f"[{characters}]|[{marks}]{{2}}|[{letters}][{broken}]|[{broken}][{letters}]|[ВГРСΒΓΞΟ][{between}][ВГРСΒΓΞΟ]|[вВ]Ђ|β€|[Œœ][^A-Za-z]|[ÃÂ] "
+
+
+def _damage(text: str) -> str | None:
+    broken = _mojibake(text)
+    unflagged = _FLAG.sub("", text)
+    patterns = {kind: re.compile(f"[{characters}]") for kind, characters in _CHARACTERS.items()}
+    kinds = [kind for kind, pattern in patterns.items() if pattern.search(unflagged)]
+    if not kinds and not broken:
+        return None
+    shown = mask(unflagged)
+    found = [_say(kind, shown, patterns[kind]) for kind in kinds]
+    if broken:
+        found.append(_say("mojibake", shown, re.compile(re.escape(broken))))
+    return "; ".join(found)
+
+
+def _mojibake(text: str) -> str | None:
+    """The first sequence that ftfy holds for mojibake, in a line that it can also mend: the sequence alone may be art or mathematics."""
+    from ftfy import fix_encoding
+    from ftfy.badness import BADNESS_RE
+
+    for line in text.split("\n"):
+        line = _NOISE.sub("", line)
+        if match := BADNESS_RE.search(line):
+            word = line[line.rfind(" ", 0, match.start()) + 1 :].partition(" ")[0]
+            if any(fix_encoding(part) != part for part in (line, word)):
+                return match.group()
+    return None
+
+
+_NOISE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffd\ufeff]")
+
+
+def _say(kind: str, shown: str, pattern: re.Pattern[str]) -> str:
+    match = pattern.search(shown)
+    if match is None:  # in a value that is masked
+        return kind
+    start, end = max(0, match.start() - AROUND), match.end() + AROUND
+    before, after = shown[start : match.start()], shown[match.end() : end]
+    if start and " " in before:
+        before = before.partition(" ")[2]
+    if end < len(shown) and " " in after:
+        after = after.rpartition(" ")[0]
+    return f"{kind}: '{_visible(before + match.group() + after)}'"
+
+
+def _visible(text: str) -> str:
+    """On one line, with what can't be seen or would steer a terminal escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+# --- templates -------------------------------------------------------------------------------------------------------------------
+
+_TOKEN = re.compile(
+    r"<\|[A-Za-z][\w.:/-]{0,39}\|>"  # ChatML, Llama 3, Phi, Zephyr, Qwen, <|endoftext|>
+    r"|<｜[^｜<>\s]{1,40}｜>"  # DeepSeek
+    r"|\[/?INST\]|<</?SYS>>"  # Llama 2, Mistral
+    r"|\[/?(?:SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CONTENT|MODEL_SETTINGS)\]|\[(?:TOOL_CALLS|CALL_ID|ARGS)\]"  # Mistral
+    r"|<(?:start|end)_of_turn>|<(?:bos|eos)>"  # Gemma
+)
+_STRIKE = re.compile(r"<s>(?:(?!</?s>).){1,400}</s>", re.DOTALL)
+_SENTENCE = re.compile("</?s>")
+_BOILERPLATE = re.compile(
+    "(?m:^)[ \t]*### ?(?:Instruction|Response|Human|Assistant|User|System):|Below is an instruction that describes a task"
+    "|A chat between a curious (?:user|human) and an artificial intelligence assistant"
+)
+"""Plural "### Instructions:" and "### Input:" head the parts of recipes and programming tasks."""
+_ASKS = re.compile(r"(?m:^)[ \t>*]*(Human|HUMAN|User|USER)(?:\*\*)?:")
+_ANSWERS = re.compile(r"(?m:^)[ \t>*]*(Assistant|ASSISTANT|AI|Bot|GPT)(?:\*\*)?:|\s(ASSISTANT):")
+_MARK_HINT = (
+    r"<\|[A-Za-z]|<｜|\[/?INST\]|SYS>>|\[/?(?:SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_[A-Z]+|MODEL_SETTINGS|CALL_ID|ARGS)\]|_of_turn>|<(?:bos|eos|s|/s)>"
+    r"|### ?(?:Instruction|Response|Human|Assistant|User|System):|Below is an instruction that|A chat between a curious"
+    r"|(?:Human|HUMAN|User|USER)(?:\*\*)?:"
+)
+
+
+def _marks(text: str, own: re.Pattern[str] | None) -> str | None:
+    found = []
+    if token := _TOKEN.search(text) or (own and own.search(text)) or _sentence(text):
+        found.append(f"control token: '{_visible(token.group())}'")
+    if boilerplate := _BOILERPLATE.search(text):
+        found.append(f"instruction template: '{boilerplate.group().strip()}'")
+    if (asks := _ASKS.search(text)) and (answers := _ANSWERS.search(text, asks.end())):
+        found.append(f"transcript: '{asks[1]}: ... {answers[1] or answers[2]}:'")
+    return "; ".join(found) or None
+
+
+def _sentence(text: str) -> re.Match[str] | None:
+    """<s> or </s>, but for pairs around a part of the text, which strike it through in HTML. A pair around all of it is a sequence."""
+    whole = text.strip()
+    pairs = [(match.start(), match.end()) for match in _STRIKE.finditer(whole)]
+    if pairs == [(0, len(whole))]:
+        return _SENTENCE.search(whole)
+    return next((m for m in _SENTENCE.finditer(whole) if not any(start <= m.start() < end for start, end in pairs)), None)

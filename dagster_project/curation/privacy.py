@@ -1,0 +1,471 @@
+"""Texts -> personal data and secrets in them, and texts made fit for a report or a log.
+
+Well-kept libraries say what is what: detect-secrets' plugins know the tokens of services, python-stdnum the check digits of accounts
+and national ids, phonenumbers the numbering plans. What is here is where to look, and how far a find reaches.
+
+Values made for examples (`@example.com`, 555 numbers, the card 4111..., 203.0.113.x) count like any other: nobody can tell a
+placeholder from a disguise, and a model recites both. Numbers that belong to no person (toll-free, premium) don't count, nor do
+private and loopback addresses, nor the word `password` in the place of one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Address
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import polars as pl
+
+Span = tuple[int, int]
+CONTEXT = 24
+"""Characters of masked text on each side of a find in its excerpt."""
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One piece of personal data, or one secret, in one text."""
+
+    row: int
+    """Index of the text."""
+    kind: str
+    """"e-mail", "phone", "card", "iban", "national id", "ip address", or whose key it is: "aws key", "github token", ..."""
+    secret: bool
+    """Opens something, so it must be revoked; personal data otherwise."""
+    start: int
+    end: int
+    excerpt: str
+    """The words around it, masked: fit for a report."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    kind: str
+    hint: str
+    """Regular expression that every text with such a value matches; read by Python's engine and by Rust's, so no lookaround."""
+    find: Callable[[str], Iterable[Span]]
+    secret: bool = False
+    matcher: re.Pattern[str] = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "matcher", re.compile(self.hint))
+
+
+def scan(texts: Sequence[str]) -> list[Hit]:
+    """All personal data and secrets, in order of row and place. What overlaps is one hit."""
+    rules = _rules()
+    rows = candidates(texts, "|".join(rule.hint for rule in rules))
+    near = [texts[row] for row in rows]
+    ranks: list[list[int]] = [[] for _ in rows]
+    for rank, rule in enumerate(rules):
+        for i in candidates(near, rule.hint):
+            ranks[i].append(rank)
+    return [hit for row, text, which in zip(rows, near, ranks, strict=True) for hit in _hits(row, text, _find(text, which))]
+
+
+def mask(text: str) -> str:
+    """The text with every value that `scan` finds replaced by its kind: "[e-mail]", "[aws key]". Masking again changes nothing."""
+    while found := _find(text):  # again, as the names are not as long as what they stand for, and rules look a few characters back
+        text = "".join(_masked(text, found))
+    return text
+
+
+def candidates(texts: Sequence[str], hint: str, literals: Sequence[str] = ()) -> list[int]:
+    """Indices of the texts that match a regular expression or hold a literal, by Polars' Rust engines: only there a closer look is worth while."""
+    strings = _strings(texts)
+    found = strings.str.contains(hint)
+    return ((found | strings.str.contains_any(list(literals))) if literals else found).arg_true().to_list()
+
+
+def _strings(texts: Sequence[str]) -> pl.Series:
+    import polars as pl
+
+    try:
+        return pl.Series(texts, dtype=pl.String)
+    except UnicodeEncodeError:  # half of a surrogate pair is no character, and Arrow holds none
+        return pl.Series([re.sub("[\ud800-\udfff]", "\ufffd", text) for text in texts], dtype=pl.String)
+
+
+def _masked(text: str, found: Sequence[tuple[int, int, Rule]]) -> list[str]:
+    """The text in pieces: what is left as it is at even places, the kinds of what is hidden at odd ones."""
+    pieces, at = [], 0
+    for start, end, rule in found:
+        pieces += [text[at:start], f"[{rule.kind}]"]
+        at = end
+    return [*pieces, text[at:]]
+
+
+def _hits(row: int, text: str, found: Sequence[tuple[int, int, Rule]]) -> Iterator[Hit]:
+    pieces = _masked(text, found)
+    for i, (start, end, rule) in enumerate(found):
+        before = "".join(pieces[max(0, 2 * i - 8) : 2 * i + 1])
+        after = "".join(pieces[2 * i + 2 : 2 * i + 11])
+        if len(before) > CONTEXT:
+            before = "…" + re.sub(r"\A[a-z -]*\]", "", before[-CONTEXT:])  # without the rest of a kind that is cut
+        if len(after) > CONTEXT:
+            after = re.sub(r"\[[a-z -]*\Z", "", after[:CONTEXT]) + "…"
+        yield Hit(row, rule.kind, rule.secret, start, end, mask(" ".join(f"{before}[{rule.kind}]{after}".split())))
+
+
+def _find(text: str, ranks: Iterable[int] | None = None) -> list[tuple[int, int, Rule]]:
+    """What is found in one text, in order. Finds that overlap become one, named by the rule that comes first in the table.
+
+    Args:
+        ranks: which rules can apply, where that is known.
+    """
+    rules = _rules()
+    found: list[tuple[int, int, int]] = []
+    while new := _spans(text, [i for i, rule in enumerate(rules) if rule.matcher.search(text)] if ranks is None else ranks):
+        found = _merged(found + new)
+        for start, end, _ in new:  # look again, as a value may come to stand alone when its neighbour is hidden
+            text = f"{text[:start]}[{']' * (end - start - 1)}{text[end:]}"
+        ranks = None
+    return [(start, end, rules[rank]) for start, end, rank in found]
+
+
+def _spans(text: str, ranks: Iterable[int]) -> list[tuple[int, int, int]]:
+    """(start, end, rule) of what these rules find, but for what is hidden already."""
+    spans = [(start, end, rank) for rank in ranks for start, end in _rules()[rank].find(text)]
+    return _merged([span for span in spans if text[span[0] : span[1]].strip("[]")])
+
+
+def _merged(spans: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    merged: list[tuple[int, int, int]] = []
+    for start, end, rank in sorted(spans):
+        if merged and start < merged[-1][1]:
+            first, last, best = merged.pop()
+            merged.append((first, max(last, end), min(best, rank)))
+        else:
+            merged.append((start, end, rank))
+    return merged
+
+
+# --- secrets ---------------------------------------------------------------------------------------------------------------------
+
+_AFTER_TOKEN = re.compile(r"[A-Za-z0-9_\-]*")
+_AWS_SECRET = re.compile(r"(?i:aws.{0,20}?(?:key|secret).{0,20}?[=:]\s*)([0-9a-zA-Z/+]{40})(?![0-9a-zA-Z/+=])")
+_URL_PASSWORD = re.compile(r"://[^\s/:@\"']+:([^\s/@\"']+)@")
+_NO_PASSWORD = re.compile(
+    r"(?i)(?:your|my|the)?[_-]?(?:pass(?:word|wd|phrase)?|pwd|pw|secret|token|key)|x+|\*+|\.+|%\w+%?|\$\w+|\[[a-z -]+\]"
+)
+"""Words that stand for a password in a URL."""
+
+
+def _tokens(patterns: Iterable[re.Pattern[str]]) -> Callable[[str], Iterator[Span]]:
+    """Whole matches, on to the end of the token: a service may make them longer than the pattern knows."""
+
+    def find(text: str) -> Iterator[Span]:
+        for pattern in patterns:
+            for match in pattern.finditer(text):
+                tail = _AFTER_TOKEN.match(text, match.end())
+                yield match.start(), tail.end() if tail else match.end()
+
+    return find
+
+
+def _values(patterns: Iterable[re.Pattern[str]], valid: Callable[[str], bool] = bool) -> Callable[[str], Iterator[Span]]:
+    """The first group of each match, where it has one: the value after the words that give it away."""
+
+    def find(text: str) -> Iterator[Span]:
+        for pattern in patterns:
+            for match in pattern.finditer(text):
+                group = 1 if pattern.groups else 0
+                if valid(match[group]):
+                    yield match.span(group)
+
+    return find
+
+
+def _jwts(plugin: Any) -> Callable[[str], Iterator[Span]]:
+    """Matches whose parts decode, and the signature, at which the plugin's pattern stops."""
+
+    def find(text: str) -> Iterator[Span]:
+        for pattern in plugin.denylist:
+            for match in pattern.finditer(text):
+                tail = re.compile(r"[A-Za-z0-9_\-.=]*").match(text, match.end())
+                if tail and plugin.is_formally_valid(match.group()):
+                    yield match.start(), tail.end()
+
+    return find
+
+
+_KEY_GAP = r"(?:[\s>|\"'+,]|\\[nrt])*"
+_KEY_LINE = re.compile(
+    rf"{_KEY_GAP}(?:[A-Za-z0-9+/=]{{24,}}|[A-Za-z0-9+/=]+(?=[\"' ]*(?:\n|\\n|$)|{_KEY_GAP}-{{4}})|[A-Za-z]+-[A-Za-z]+: ?[^\n\\]*|Comment: ?[^\n\\]*)"
+)
+_KEY_END = re.compile(rf"{_KEY_GAP}-{{4,}} ?END [A-Z0-9 ]+-*")
+
+
+def _private_keys(patterns: Iterable[re.Pattern[str]]) -> Callable[[str], Iterator[Span]]:
+    """From the header over the body to the footer; a header without a body is only talk of keys."""
+
+    def find(text: str) -> Iterator[Span]:
+        for pattern in patterns:
+            for header in pattern.finditer(text):
+                rest = re.compile("[- ]*(?::[^\n]*)?").match(text, header.end())
+                body = end = rest.end() if rest else header.end()
+                while line := _KEY_LINE.match(text, end):
+                    end = line.end()
+                if re.search("[A-Za-z0-9+/=]{24}", text[body:end]):
+                    footer = _KEY_END.match(text, end)
+                    yield len(text[: header.start()].rstrip("-")), footer.end() if footer else end
+
+    return find
+
+
+@cache
+def _rules() -> tuple[Rule, ...]:
+    """In the order in which they name what several of them find."""
+    from detect_secrets.filters.heuristic import is_templated_secret
+    from detect_secrets.plugins import (
+        aws,
+        azure_storage_key,
+        basic_auth,
+        discord,
+        github_token,
+        gitlab_token,
+        jwt,
+        mailchimp,
+        npm,
+        openai,
+        private_key,
+        pypi_token,
+        sendgrid,
+        slack,
+        square_oauth,
+        stripe,
+        telegram_token,
+        twilio,
+    )
+
+    def token(kind: str, hint: str, plugin: Any, *more: str) -> Rule:
+        return Rule(kind, hint, _tokens([*plugin.denylist, *map(re.compile, more)]), secret=True)
+
+    def own(kind: str, prefix: str, rest: str) -> Rule:
+        return Rule(kind, prefix, _tokens([re.compile(prefix + rest)]), secret=True)
+
+    def password(value: str) -> bool:
+        return not is_templated_secret(value) and not _NO_PASSWORD.fullmatch(value) and not set(value) & set("\"'")
+
+    header = re.compile("BEGIN ENCRYPTED PRIVATE KEY")
+    access_key, secret_key = aws.AWSKeyDetector.denylist
+    return (
+        Rule(
+            "private key",
+            "PRIVATE KEY|PuTTY-User-Key-File",
+            _private_keys([*private_key.PrivateKeyDetector.denylist, header]),
+            secret=True,
+        ),
+        Rule("aws key", "A3T[A-Z0-9]|ABIA|ACCA|AKIA|ASIA", _tokens([access_key]), secret=True),
+        Rule("aws key", "(?i:aws.{0,20}(?:key|pwd|pw|pass|token|secret))", _values([secret_key, _AWS_SECRET]), secret=True),
+        token("azure key", "AccountKey=", azure_storage_key.AzureStorageKeyDetector),
+        token("discord token", r"[MNO][a-zA-Z0-9_-]{23,25}\.[a-zA-Z0-9_-]{6}\.", discord.DiscordBotTokenDetector),
+        token("github token", "gh[pousr]_|github_pat_", github_token.GitHubTokenDetector, "github_pat_[A-Za-z0-9_]{40,}"),
+        token("gitlab token", "gl(?:pat|dt|ft|soat|rt|cbt|imt|ptt|agent|oas)-|GR1348941", gitlab_token.GitLabTokenDetector),
+        Rule("jwt", "eyJ", _jwts(jwt.JwtTokenDetector), secret=True),
+        token("mailchimp key", "[0-9a-z]{32}-us[0-9]", mailchimp.MailchimpDetector),
+        Rule("npm token", "_authToken=", _values(npm.NpmDetector.denylist), secret=True),
+        token("openai key", "T3BlbkFJ", openai.OpenAIDetector),
+        token("pypi token", "pypi-A", pypi_token.PypiTokenDetector),
+        token("sendgrid key", r"SG\.", sendgrid.SendGridDetector),
+        token("slack token", "(?i:xox[abposr]-|hooks.slack.com/services)", slack.SlackDetector),
+        token("square key", "sq0csp-", square_oauth.SquareOAuthDetector),
+        token("stripe key", "[rs]k_live_", stripe.StripeDetector),
+        token("telegram token", "[0-9]{8}:[0-9A-Za-z_-]{35}", telegram_token.TelegramBotTokenDetector),
+        token("twilio key", "(?:AC|SK)[a-z0-9]{32}", twilio.TwilioKeyDetector),
+        # published formats that no plugin knows yet
+        own("anthropic key", "sk-ant-", r"[A-Za-z0-9_\-]{32,}"),
+        own("google key", "AIza", r"[A-Za-z0-9_\-]{35}"),
+        own("hugging face token", "hf_", r"[A-Za-z0-9]{34}"),
+        Rule(
+            "password in a url",
+            r"://[^\s/]+:[^\s]+@",
+            _values([*basic_auth.BasicAuthDetector.denylist, _URL_PASSWORD], password),
+            secret=True,
+        ),
+        Rule("iban", "[A-Za-z]{2}[0-9]{2}[ -]?[A-Za-z0-9]{4}[ -]?[A-Za-z0-9]{4}", _ibans),
+        Rule("card", "[2-6](?:[ -]?[0-9]){13}", _cards),
+        Rule("national id", "|".join(hint for hint, _, _ in _national_ids()), _ids),
+        Rule("phone", f"[0-9](?:{_GAP}{{0,3}}[0-9]){{6}}", _phones),
+        Rule("e-mail", "[^\\s@]@[^\\s@]", _emails),
+        Rule("ip address", r"[0-9]\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]|[23][0-9a-fA-F]{3}:[0-9a-fA-F:]{3}", _addresses),
+    )
+
+
+# --- personal data ---------------------------------------------------------------------------------------------------------------
+
+_LOCAL = re.compile(r"[A-Za-z0-9À-ɏ.!#$%&'*+/=?^_`{|}~-]{1,64}\Z")
+_DOMAIN = re.compile(
+    r"[A-Za-z0-9À-ɏ](?:[A-Za-z0-9À-ɏ-]{0,62})(?:\.[A-Za-z0-9À-ɏ](?:[A-Za-z0-9À-ɏ-]{0,62}))*?\.(?:xn--[A-Za-z0-9-]{2,59}|[A-Za-zÀ-ɏ]{2,24})(?![A-Za-z0-9À-ɏ-]|\.[A-Za-z0-9])"
+)
+_FILE_ENDINGS = frozenset({"png", "jpg", "jpeg", "gif", "svg", "webp", "ico", "pdf", "js", "css", "ts", "json", "py"})
+
+
+def _emails(text: str) -> Iterator[Span]:
+    """From each @ outwards, which keeps long texts without spaces cheap."""
+    for at in re.finditer("@", text):
+        domain = _DOMAIN.match(text, at.end())
+        local = _LOCAL.search(text, max(0, at.start() - 64), at.start())
+        if domain is None or local is None:
+            continue
+        name = local.group().lstrip(".!#$%&'*+/=?^`{|}~-")  # allowed there, but in prose it is punctuation
+        start = at.start() - len(name)
+        before = text[max(0, start - 64) : start]
+        in_url = re.search(r"://[^\s\"'<>(),;]*\Z", before)  # ftp://ann@host: a host, no mailbox
+        image = domain.group().rpartition(".")[2].lower() in _FILE_ENDINGS  # icon@2x.png
+        call = text[domain.end() : domain.end() + 1] in {"(", "["}  # W@x.reshape(2)
+        if name and name != "git" and not in_url and not image and not call:
+            yield start, domain.end()
+
+
+_CARD = re.compile(
+    "(?<![0-9.,])(?=([0-9]{14,19}(?![0-9])|[0-9]{4}(?:[ -][0-9]{4}){3}(?![0-9])|[0-9]{4}[ -][0-9]{6}[ -][0-9]{4,5}(?![0-9])))"
+)
+_ISSUED = re.compile(
+    r"4[0-9]{15}(?:[0-9]{3})?|(?:5[1-5][0-9]{4}|2(?:22[1-9]|2[3-9][0-9]|[3-6][0-9]{2}|7[01][0-9]|720)[0-9]{2})[0-9]{10}"
+    r"|3[47][0-9]{13}|3(?:0[0-5]|[689][0-9])[0-9]{11}|(?:6011|65[0-9]{2}|64[4-9][0-9]|35(?:2[89]|[3-8][0-9])|62[0-9]{2})[0-9]{12}"
+)
+"""Leading digits and lengths of Visa, Mastercard, American Express, Diners, Discover, JCB and UnionPay."""
+
+
+def _cards(text: str) -> Iterator[Span]:
+    from stdnum import luhn
+
+    for match in _CARD.finditer(text):
+        digits = re.sub("[ -]", "", match[1])
+        if _ISSUED.fullmatch(digits) and luhn.is_valid(digits):
+            yield match.span(1)
+
+
+_IBAN = re.compile(r"(?<![A-Za-z0-9])(?=([A-Za-z]{2}[0-9]{2}(?:[ -]?[A-Za-z0-9]){11,30}))")
+
+
+def _ibans(text: str) -> Iterator[Span]:
+    """The longest run that is an account: words may follow after a space."""
+    from stdnum import iban
+
+    for match in _IBAN.finditer(text):
+        written = match[1]
+        ends = [m.end() for m in re.finditer("[A-Za-z0-9](?![A-Za-z0-9])", written)]
+        end = next((end for end in reversed(ends) if end >= 15 and iban.is_valid(written[:end])), None)
+        if end:
+            yield match.start(), match.start() + end
+
+
+@cache
+def _national_ids() -> tuple[tuple[str, re.Pattern[str], Callable[[str], bool]], ...]:
+    """Ids that have a shape of their own, or check digits and a date in them. Bare runs of 9 to 11 digits are left out: too many are not ids."""
+    from stdnum.br import cpf
+    from stdnum.cn import ric
+    from stdnum.es import dni, nie
+    from stdnum.fi import hetu
+    from stdnum.fr import nir
+    from stdnum.it import codicefiscale
+    from stdnum.kr import rrn
+    from stdnum.se import personnummer
+    from stdnum.us import ssn
+
+    table: tuple[tuple[str, Callable[[str], bool]], ...] = (
+        ("[0-9]{3}-[0-9]{2}-[0-9]{4}", ssn.is_valid),
+        (r"[0-9]{3}\.[0-9]{3}\.[0-9]{3}-[0-9]{2}", cpf.is_valid),
+        ("[1-9][0-9]{16}[0-9Xx]", ric.is_valid),
+        ("[0-9]{8}[A-Z]", dni.is_valid),
+        ("[XYZ][0-9]{7}[A-Z]", nie.is_valid),
+        ("[0-9]{6}[-+A][0-9]{3}[0-9A-Y]", hetu.is_valid),
+        ("[12] ?[0-9]{2} ?[0-9]{2} ?[0-9][0-9AB] ?[0-9]{3} ?[0-9]{3} ?[0-9]{2}", nir.is_valid),
+        ("[A-Z]{6}[0-9]{2}[A-EHLMPRST][0-9]{2}[A-Z][0-9]{3}[A-Z]", codicefiscale.is_valid),
+        ("[0-9]{6}-[0-9]{7}", rrn.is_valid),
+        ("(?:[0-9]{2})?[0-9]{6}[-+][0-9]{4}", personnummer.is_valid),
+    )
+    return tuple((hint, re.compile(rf"(?<![\w.,-]){hint}(?![\w-]|[.,][0-9])"), valid) for hint, valid in table)
+
+
+def _ids(text: str) -> Iterator[Span]:
+    for _, pattern, valid in _national_ids():
+        yield from (match.span() for match in pattern.finditer(text) if valid(match.group()))
+
+
+_GAP = "[ .()/\u2010-\u2013\xa0-]"
+_INTERNATIONAL = re.compile(rf"(?<![\w+])\+\(?[1-9](?:{_GAP}{{0,3}}[0-9]){{6,16}}")
+_AMERICAN = re.compile(r"(?<![\w.,+-])(?:1[ .-])?(?:\([2-9][0-9]{2}\) ?|[2-9][0-9]{2}[.-])[0-9]{3}[.-][0-9]{4}(?![\w-]|[.,][0-9])")
+_ZERO = re.compile(
+    r"(?<![\w.,+-])(?=(\(?0(?:[1-9](?:[ .-][0-9]{2}){4}|[1-9][0-9]{1,3}\)?[ /-][0-9]{3,8}(?:[ -][0-9]{2,5}){0,3})(?![\w-]|[.,][0-9])))"
+)
+_CUE = re.compile(
+    r"(?i:\b(?:tel|phone|telephone|mobile|cell|cellphone|call|fax|whatsapp|sms|telefon|handy|mobil|t[ée]l|t[ée]l[ée]phone|portable"
+    r"|tel[ée]fono|m[óo]vil|telefone|celular|cellulare|telefoon)\b|电话|手机|電話|携帯)[^0-9\n+]{0,24}\Z"
+)
+_AFTER_CUE = re.compile(rf"(?<![\w.,+-])\(?[0-9](?:{_GAP}{{0,2}}[0-9]){{8,13}}(?![\w-]|[.,][0-9])")
+_DATE = re.compile(r"(?<![0-9])(?:[0-9]{1,2}[./-][0-9]{1,2}[./-](?:[0-9]{4}|[0-9]{2})|[0-9]{4}[./-][0-9]{1,2}[./-][0-9]{1,2})(?![0-9])")
+_REGIONS = ("US", "GB", "DE", "FR", "ES", "IT", "NL", "BR", "IN", "CN", "JP", "AU")
+"""Whose national numbers are known after a word such as "phone"."""
+
+
+def _phones(text: str) -> Iterator[Span]:
+    """International numbers; national ones in the shape in which Americans, Britons, Germans and French write them, or after a word for a phone."""
+    for match in _INTERNATIONAL.finditer(text):
+        yield from _phone(match.group(), match.start(), ("ZZ",))
+    for match in _AMERICAN.finditer(text):
+        yield from _phone(match.group(), match.start(), ("US",))
+    for match in _ZERO.finditer(text):
+        if sum(map(str.isdigit, match[1])) > 8 and not _DATE.search(match[1]) and set(match[1]) - set("01 -/.()"):
+            yield from _phone(match[1], match.start(), ("GB", "FR", "DE"))
+    for match in _AFTER_CUE.finditer(text):
+        if _CUE.search(text, max(0, match.start() - 40), match.start()) and not _DATE.search(match.group()):
+            yield from _phone(match.group(), match.start(), _REGIONS)
+
+
+def _phone(written: str, start: int, regions: Sequence[str]) -> Iterator[Span]:
+    """The longest part from the start, in whole groups of digits, that is somebody's number in the first region that knows it."""
+    ends = [m.end() for m in re.finditer(r"[0-9](?![0-9])", written)]
+    end = next((end for region in regions for end in reversed(ends) if _somebodys(written[:end], region)), None)
+    if end:
+        yield start, start + end
+
+
+def _somebodys(written: str, region: str) -> bool:
+    from phonenumbers import NumberParseException, PhoneNumberType, is_valid_number, number_type, parse
+
+    try:
+        number = parse(written, region)
+    except NumberParseException:
+        return False
+    if number.country_code == 1 and re.fullmatch("555[0-9]{7}", str(number.national_number)):
+        return True  # no area has this code: a number made for an example
+    kinds = PhoneNumberType
+    return is_valid_number(number) and number_type(number) not in {
+        kinds.TOLL_FREE,
+        kinds.PREMIUM_RATE,
+        kinds.SHARED_COST,
+        kinds.UAN,
+        kinds.VOICEMAIL,
+    }
+
+
+_DOCUMENTATION = tuple(map(IPv4Network, ("192.0.2.0/24", "198.51.100.0/24", "203.0.113.0/24")))
+_IPV4 = re.compile(r"(?<![\w.])[0-9]{1,3}(?:\.[0-9]{1,3}){3}(?!\w|\.[0-9])")
+_IPV6 = re.compile(r"(?<![\w:.])[23][0-9a-fA-F]{3}:[0-9a-fA-F:]{3,34}(?![\w:])")
+_VERSION = re.compile(r"(?i)(?:\bv|\bver|version|release|build|firmware|section|chapter|§)[.:]?\s?\Z")
+
+
+def _addresses(text: str) -> Iterator[Span]:
+    """Public addresses. Four small numbers read like a version or a section, and are left out."""
+    for match in _IPV4.finditer(text):
+        try:
+            address = IPv4Address(match.group())
+        except AddressValueError:
+            continue
+        large = sorted(address.packed)[2:]
+        if (large[1] < 100 and large[0] < 32) or _VERSION.search(text, max(0, match.start() - 12), match.start()):
+            continue
+        if (address.is_global and not address.is_multicast) or any(address in network for network in _DOCUMENTATION):
+            yield match.span()
+    for match in _IPV6.finditer(text):
+        try:
+            IPv6Address(match.group())
+        except AddressValueError:
+            continue
+        yield match.span()

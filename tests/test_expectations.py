@@ -1,0 +1,539 @@
+"""Expectations judge the whole table, say what they found in words, refuse what they cannot judge, and leave pages that stand alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dagster_project.curation import data_docs, expectations
+from dagster_project.curation.benchmarks import read_items
+from dagster_project.curation.checks import Rules, judge
+from dagster_project.curation.formats import to_records
+from dagster_project.errors import InputError
+
+SUITE = ROOT / "data" / "expectations" / "instructions.json"
+Record = dict[str, Any]
+
+
+def record(prompt: str = "Where is my kite?", response: str = "On its way.", **more: Any) -> Record:
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    return {"source": "a.jsonl", "messages": messages, "category": None, "group_id": None, **more}
+
+
+ROWS = [
+    record("Where is my kite?", '{"category": "bug"}', category="bug", group_id="x"),
+    record("Where is my red kite?", '{"category": "bug"}', category="bug", group_id="x"),
+    record("风筝在哪里?", "[1, 2]", category="idea", group_id="y", source="b.jsonl"),
+    record("Где мой змей", "{on its way}", group_id="z"),
+]
+
+
+def suite(folder: Path, *entries: Any, **more: Any) -> Path:
+    path = folder / "suite.json"
+    path.write_text(json.dumps({"name": "test", "expectations": list(entries), **more}), encoding="utf-8")
+    return path
+
+
+def expect(kind: str, severity: str = "warning", description: str | None = None, **kwargs: Any) -> dict[str, Any]:
+    return {"type": kind, "kwargs": kwargs, "severity": severity, **({"description": description} if description else {})}
+
+
+def found(folder: Path, *entries: Any, rows: list[Record] = ROWS) -> list[expectations.Judged]:
+    return expectations.run(expectations.table(rows), suite(folder, *entries)).expectations
+
+
+def refused(folder: Path, *entries: Any, **more: Any) -> str:
+    with pytest.raises(InputError) as error:
+        expectations.run(expectations.table(ROWS), suite(folder, *entries, **more), name="mine.json")
+    return str(error.value)
+
+
+def of_bugs(operator: str = "==", category: str = "bug") -> dict[str, Any]:
+    return {"type": "comparison", "column": {"name": "category"}, "operator": operator, "parameter": category}
+
+
+# The table
+
+
+def test_the_table_says_what_each_row_is() -> None:
+    rows = expectations.table(ROWS, read=8).astype(object).where(lambda frame: frame.notna(), None).to_dict("list")
+    assert rows == {
+        "source": ["a.jsonl", "a.jsonl", "b.jsonl", "a.jsonl"],
+        "category": ["bug", "bug", "idea", None],
+        "script": ["Latin", "Latin", "Han", "Cyrillic"],
+        "turns": [1, 1, 1, 1],
+        "prompt": [0, 1, 2, 3],
+        "prompt_words": [4, 5, 5, 3],
+        "response_words": [2, 2, 2, 3],
+        "response_is_json": [True, True, True, False],
+        "near_copy": [False, True, False, False],
+        "category_share": [0.5, 0.5, 0.25, 0.25],
+        "source_share": [0.75, 0.75, 0.25, 0.75],
+        "kept_share": [0.5, 0.5, 0.5, 0.5],
+    }
+    assert list(rows) == list(expectations.COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("text", "script"),
+    [
+        ("Hello", "Latin"),
+        ("Übergröße", "Latin"),
+        ("12:30 – 14:00", "(none)"),
+        ("", "(none)"),
+        ("凧はどこですか", "Kana"),
+        ("연이 어디에 있나요", "Hangul"),
+        ("ሰላም", "Ethiopic"),
+        ("أين طائرتي kite", "Arabic"),
+    ],
+)
+def test_script_is_that_of_most_letters(text: str, script: str) -> None:
+    assert expectations.table([record(text)])["script"].tolist() == [script]
+
+
+def test_equal_prompts_share_a_number_and_clusters_replace_groups() -> None:
+    frame = expectations.table([record("a"), record("b"), record("a")], clusters=[7, 7, 9])
+    assert frame["prompt"].tolist() == [0, 1, 0]
+    assert frame["near_copy"].tolist() == [False, True, False]
+
+
+def test_an_address_in_a_category_is_masked() -> None:
+    assert expectations.table([record(category="ann.lee@example.org")])["category"].tolist() == ["[e-mail]"]
+
+
+# Judging
+
+
+def test_each_expectation_has_its_words_what_was_found_and_the_rows(tmp_path: Path) -> None:
+    judged = found(
+        tmp_path,
+        expect("expect_table_row_count_to_be_between", "critical", "There are ten rows.", min_value=10),
+        expect("expect_column_values_to_be_in_set", column="script", value_set=["Latin"], mostly=0.9),
+        expect("expect_column_mean_to_be_between", "info", column="response_is_json", min_value=0.7),
+        expect("expect_column_distinct_values_to_equal_set", column="category", value_set=["bug", "idea", "login"]),
+        expect(
+            "expect_column_quantile_values_to_be_between",
+            column="prompt_words",
+            quantile_ranges={"quantiles": [0.5], "value_ranges": [[None, 3]]},
+        ),
+        expect("expect_column_max_to_be_between", column="prompt_words", max_value=4, row_condition=of_bugs()),
+    )
+    assert [(one.passed, one.severity, one.words, one.seen, one.rows) for one in judged] == [
+        (False, "error", "There are ten rows.", "4", []),
+        (
+            False,
+            "warn",
+            "script values must belong to this set: Latin, at least 90 % of the time.",
+            "2 of 4 rows do not (50 %), such as Cyrillic, Han",
+            [2, 3],
+        ),
+        (True, "info", "response_is_json mean must be greater than or equal to 0.7.", "0.75", []),
+        (False, "warn", "category distinct values must match this set: bug idea login.", "bug, idea", []),
+        (False, "warn", "prompt_words quantiles must be within the following value ranges: Median: Any to 3.", "0.5: 5", []),
+        (False, "warn", "If category == bug, then prompt_words maximum value must be less than or equal to 4.0.", "5", []),
+    ]
+    assert [one.observed for one in judged[:4]] == [4, {"unexpected": 2, "of": 4, "values": ["Cyrillic", "Han"]}, 0.75, ["bug", "idea"]]
+
+
+def test_whoever_looked_at_no_row_has_not_found_it_in_order(tmp_path: Path) -> None:
+    kwargs = {"column": "response_words", "min_value": 1, "row_condition": of_bugs(category="none such")}
+    (judged,) = found(tmp_path, expect("expect_column_values_to_be_between", **kwargs))
+    assert (judged.passed, judged.seen) == (False, "no row to judge")
+
+
+def test_no_expectation_holds_for_an_empty_table() -> None:
+    outcome = expectations.run(expectations.table([]), SUITE)
+    assert [one.passed for one in outcome.expectations] == [False] * len(outcome.expectations)
+
+
+def test_every_row_is_judged_and_the_table_is_left_as_it_was(tmp_path: Path) -> None:
+    frame = expectations.table([record(f"kite {i}", "{}" if i else "no") for i in range(150_000)])
+    before = frame.copy(deep=True)
+    path = suite(
+        tmp_path,
+        expect("expect_table_row_count_to_equal", value=150_000),
+        expect("expect_column_values_to_be_in_set", column="response_is_json", value_set=[True]),
+    )
+    outcome = expectations.run(frame, path)
+    assert outcome.rows == 150_000
+    assert [(one.passed, one.rows) for one in outcome.expectations] == [(True, []), (False, [0])]
+    assert frame.equals(before)
+
+
+def test_one_check_counts_the_failed_and_blocks_if_one_is_critical(tmp_path: Path) -> None:
+    frame = expectations.table(ROWS)
+    holds = expect("expect_table_row_count_to_equal", "critical", value=4)
+    many = expect("expect_table_row_count_to_be_between", "critical", "Many rows.", min_value=10)
+    latin = expect("expect_column_values_to_be_in_set", "warning", "Latin only.", column="script", value_set=["Latin"])
+    short = expect("expect_column_max_to_be_between", "info", "Short.", column="prompt_words", max_value=2)
+
+    def checked(*entries: Any) -> Any:
+        return expectations.check(expectations.run(frame, suite(tmp_path, *entries)), places=["a:0", "a:1", "b:0", "a:2"])
+
+    failed = checked(holds, short, latin, many)
+    assert (failed.name, failed.passed, failed.severity, failed.blocking, failed.count) == ("expectations", False, "error", True, 3)
+    assert failed.examples == [
+        "Many rows. Found: 4.",
+        "Latin only. Found: 2 of 4 rows do not (50 %), such as Cyrillic, Han.",
+        "Short. Found: 5.",
+    ]
+    assert (failed.rows, failed.note) == (["b:0", "a:2"], "1 of 4 expectations hold")
+    assert [(c.passed, c.severity, c.blocking) for c in (checked(holds), checked(holds, latin), checked(holds, short))] == [
+        (True, "error", True),
+        (False, "warn", False),
+        (False, "info", False),
+    ]
+
+
+# The suite that comes with the sample data
+
+
+@pytest.fixture(scope="module")
+def sample() -> tuple[list[Record], int]:
+    records: list[Record] = []
+    for name in ("triage_alpaca.json", "triage_messages.jsonl", "replies_messages.jsonl"):
+        _, rows = to_records(ROOT / "data" / "sources" / name, f"data/sources/{name}")
+        records += [{**row, "source_row": i} for i, row in enumerate(rows)]
+    held_out = read_items(ROOT / "data" / "sources" / "benchmarks" / "general_knowledge.jsonl", "general_knowledge.jsonl")
+    judged = judge(records, held_out, Rules())
+    kept = [
+        {**row, "group_id": str(cluster)} for row, cluster, why in zip(records, judged.cluster, judged.reason, strict=True) if why is None
+    ]
+    return kept, len(records)
+
+
+def test_the_sample_data_is_what_its_suite_expects(sample: tuple[list[Record], int]) -> None:
+    kept, read = sample
+    outcome = expectations.run(expectations.table(kept, read=read), SUITE)
+    assert [one.words for one in outcome.failed] == []
+    assert len(outcome.expectations) >= 15
+
+
+def without(kept: list[Record], category: str) -> list[Record]:
+    return [row for row in kept if row["category"] != category]
+
+
+def edited(kept: list[Record], rows: int, **change: Any) -> list[Record]:
+    """The first rows changed."""
+    return [{**row, **change} if i < rows else row for i, row in enumerate(kept)]
+
+
+def said(prompt: str, response: str) -> dict[str, Any]:
+    return {"messages": record(prompt, response)["messages"]}
+
+
+DAMAGE = {
+    "There are 500 to 700 rows.": lambda kept: kept[:300],
+    "At least half of the rows read are kept.": lambda kept: kept[:300],
+    "At least 95 % of the rows read are kept.": lambda kept: kept[:580],
+    "The categories are the eight of the help desk, and each is there.": lambda kept: without(kept, "idea"),
+    "Every triaged message has a category.": lambda kept: edited(kept, 1, category=None),
+    "Every category has at least 8 % of the rows.": lambda kept: without(kept, "bug") + [r for r in kept if r["category"] == "bug"][:9],
+    "No category has more than a quarter of the rows.": lambda kept: edited(kept, 200, category="bug"),
+    "No source gives more than half of the rows.": lambda kept: edited(kept, 400, source="one.jsonl"),
+    "The rows come from two sources or more.": lambda kept: edited(kept, 609, source="one.jsonl"),
+    "At least 98 % of the prompts are in Latin script.": lambda kept: edited(kept, 20, **said("风筝在哪里", "{}")),
+    "Every conversation is one question and one answer.": lambda kept: edited(kept, 1, messages=kept[0]["messages"][-2:] * 2),
+    "A prompt has 15 to 40 words on average.": lambda kept: edited(kept, 300, **said("why " * 80, "{}")),
+    "The shortest prompts (5 %) have 10 to 30 words, those in the middle 20 to 35, the longest (95 %) 25 to 60.": lambda kept: edited(
+        kept, 40, **said("Where is it?", "{}")
+    ),
+    "Half of the responses are labels of 8 to 14 words, the longest (95 %) replies of 40 to 70.": lambda kept: kept[:481],
+    "At least 99 % of the responses have 3 to 100 words.": lambda kept: edited(kept, 7, **said("Where is it?", "[ " * 101 + "] " * 101)),
+    "Every message with a category is answered in JSON.": lambda kept: edited(kept, 1, **said("Where is it?", "Delivery.")),
+    "70 to 90 % of the responses are JSON, the others prose.": lambda kept: kept[:481],
+    "At least 99 % of the prompts are different ones.": lambda kept: kept + kept[:10],
+    "At most 2 % of the rows are near-copies of an earlier one.": lambda kept: kept + kept[:20],
+}
+"""Expectation -> what breaks it."""
+
+
+@pytest.mark.parametrize("words", DAMAGE)
+def test_each_expectation_of_the_suite_can_fail(sample: tuple[list[Record], int], words: str) -> None:
+    kept, read = sample
+    outcome = expectations.run(expectations.table(DAMAGE[words](kept), read=read), SUITE)
+    assert words in [one.words for one in outcome.failed]
+
+
+def test_each_expectation_of_the_suite_is_damaged_above() -> None:
+    assert [entry["description"] for entry in json.loads(SUITE.read_text(encoding="utf-8"))["expectations"]] == list(DAMAGE)
+
+
+def test_git_keeps_the_suite() -> None:
+    ignored = subprocess.run(["git", "check-ignore", "-q", str(SUITE)], cwd=ROOT, check=False)
+    assert ignored.returncode == 1
+
+
+# Suites that cannot be judged
+
+
+def test_everything_wrong_with_a_suite_is_said_at_once(tmp_path: Path) -> None:
+    said = refused(
+        tmp_path,
+        expect("expect_table_row_count_to_be_betwen", min_value=1),
+        expect("expect_column_mean_to_be_between", column="promt_words", min_value=1),
+        expect("expect_column_mean_to_be_between", column="prompt_words", minimum=1, min_value=1),
+        expect("expect_column_mean_to_be_between", column="prompt_words", min_value="many"),
+        expect("expect_column_mean_to_be_between", min_value=1),
+        expect("expect_column_mean_to_be_between", column="prompt_words"),
+        expect("expect_column_mean_to_be_between", column="prompt_words", min_value=2, max_value=1),
+        expect("expect_column_values_to_be_in_set", column="script", value_set=["Latin"], mostly=0),
+        expect("expect_column_values_to_be_in_set", column="script", value_set=["Latin"], mostly=90),
+        expect("expect_table_row_count_to_equal", "fatal", value=1),
+        expect("expect_column_to_exist", column="source") | {"sevrity": "info"},
+        expect("expect_column_max_to_be_between", column="turns", max_value={"$PARAMETER": "most"}),
+        expect("expect_column_max_to_be_between", column="turns", max_value=1, row_condition="@__import__('os').system('true')"),
+        expect("expect_column_max_to_be_between", column="turns", max_value=1, row_condition=of_bugs() | {"column": {"name": "label"}}),
+        expect(
+            "expect_column_quantile_values_to_be_between",
+            column="turns",
+            quantile_ranges={"quantiles": [0.5, 0.9], "value_ranges": [[1, 2]]},
+        ),
+        "expect_column_to_exist",
+    )
+    lines = [line.removeprefix("mine.json: expectations") for line in said.splitlines()]
+    columns = ", ".join(expectations.COLUMNS)
+    assert lines[0].startswith(
+        "[0] (expect_table_row_count_to_be_betwen): unknown type 'expect_table_row_count_to_be_betwen'; near it: "
+        "expect_table_row_count_to_be_between"
+    )
+    assert lines[1] == f"[1] (expect_column_mean_to_be_between): no column 'promt_words'; columns: {columns}"
+    assert lines[2] == (
+        "[2] (expect_column_mean_to_be_between): kwargs.minimum: unknown; expect_column_mean_to_be_between takes "
+        "column, max_value, min_value, row_condition, strict_max, strict_min"
+    )
+    assert lines[3] == "[3] (expect_column_mean_to_be_between): kwargs.min_value: value is not a valid float"
+    assert lines[4] == "[4] (expect_column_mean_to_be_between): kwargs.column: field required"
+    assert lines[5] == "[5] (expect_column_mean_to_be_between): expects nothing: give min_value, max_value or both"
+    assert lines[6] == "[6] (expect_column_mean_to_be_between): can never hold: min_value 2 is above max_value 1"
+    assert lines[7] == "[7] (expect_column_values_to_be_in_set): kwargs.mostly: 0 expects nothing: give a share above 0"
+    assert lines[8] == "[8] (expect_column_values_to_be_in_set): kwargs.mostly: ensure this value is less than or equal to 1.0"
+    assert lines[9] == "[9] (expect_table_row_count_to_equal): severity: must be one of critical, warning, info"
+    assert lines[10].startswith("[10] (expect_column_to_exist): sevrity: unknown key; keys: type, kwargs, severity, description")
+    assert lines[11].endswith("no $PARAMETER has a value here: write the value itself")
+    assert lines[12].startswith("[12] (expect_column_max_to_be_between): kwargs.row_condition: must be an object such as")
+    assert lines[13] == f"[13] (expect_column_max_to_be_between): no column 'label'; columns: {columns}"
+    assert lines[14].endswith("kwargs.quantile_ranges: needs as many value_ranges as quantiles")
+    assert lines[15] == "[15]: must be an object with type, kwargs, severity, description, notes, meta, id"
+    assert lines[16].startswith("hint: what each type takes: https://greatexpectations.io/expectations")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        expect("expect_column_mean_to_be_between", column="script", min_value=1),
+        expect("expect_column_values_to_match_regex", column="script", regex="a("),
+        expect("expect_query_results_to_match_comparison", base_query="x", comparison_data_source_name="x", comparison_query="x"),
+    ],
+)
+def test_what_fails_in_judging_names_the_expectation(tmp_path: Path, entry: dict[str, Any]) -> None:
+    said = refused(tmp_path, expect("expect_table_row_count_to_equal", value=4), entry)
+    assert said.startswith(f"mine.json: expectations[1] ({entry['type']}): cannot be judged: ")
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "not JSON: Expecting property name"),
+        ("[" * 100_000, "not JSON: "),
+        ("[]", "not a suite: it needs a list of expectations"),
+        ('{"name": "x", "expectations": []}', "not a suite: it needs a list of expectations"),
+        ('{"expectations": [{"type": "expect_column_to_exist", "kwargs": {"column": "source"}}]}', "name: must be text"),
+        ('{"name": "x", "rows": 1, "expectations": [{"type": "expect_column_to_exist", "kwargs": {}}]}', "rows: unknown key"),
+    ],
+)
+def test_a_file_that_is_no_suite_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "suite.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=re.escape(f"suite.json: {said}")):
+        expectations.run(expectations.table(ROWS), path)
+
+
+def test_a_missing_suite_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none\.json: No such file"):
+        expectations.run(expectations.table(ROWS), tmp_path / "none.json")
+
+
+def test_a_suite_that_the_library_wrote_is_read(tmp_path: Path) -> None:
+    import great_expectations as gx
+
+    written = gx.ExpectationSuite(name="theirs", expectations=[expect("expect_table_row_count_to_equal", "info", value=4)])
+    path = tmp_path / "suite.json"
+    path.write_text(json.dumps(written.to_json_dict()), encoding="utf-8")
+    (judged,) = expectations.run(expectations.table(ROWS), path).expectations
+    assert (judged.passed, judged.severity) == (True, "info")
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-9, 9)
+    | st.floats(allow_nan=False, width=16)
+    | st.sampled_from(["category", "turns", "bug", "("]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["column", "name", "type", "quantiles", "x"]), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+kwargs_keys = st.sampled_from(
+    ["column", "column_list", "column_set", "value_set", "min_value", "max_value", "mostly", "regex", "row_condition", "quantile_ranges"]
+)
+kinds = st.sampled_from(
+    [
+        "expect_column_mean_to_be_between",
+        "expect_column_values_to_be_in_set",
+        "expect_column_values_to_be_between",
+        "expect_column_quantile_values_to_be_between",
+        "expect_column_distinct_values_to_equal_set",
+        "expect_column_values_to_match_regex",
+        "expect_compound_columns_to_be_unique",
+        "expect_table_columns_to_match_set",
+        "expect_column_most_common_value_to_be_in_set",
+    ]
+)
+entries = json_values | st.fixed_dictionaries(
+    {"type": kinds | json_values},
+    optional={
+        "kwargs": st.dictionaries(kwargs_keys, json_values | st.just("turns"), max_size=4) | json_values,
+        "severity": st.sampled_from(["info", "critical"]) | json_values,
+        "description": json_values,
+        "notes": json_values,
+        "meta": json_values,
+    },
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(entry=entries, column=st.sampled_from(["turns", "category", "response_is_json", None]))
+def test_any_json_is_judged_or_refused_in_words(tmp_path: Path, entry: Any, column: str | None) -> None:
+    if column and isinstance(entry, dict) and isinstance(entry.get("kwargs"), dict):
+        entry["kwargs"]["column"] = column
+    try:
+        outcome = expectations.run(expectations.table(ROWS), suite(tmp_path, entry), tmp_path / "docs")
+    except InputError as error:
+        assert "suite.json: " in str(error)
+    else:
+        assert [one.type for one in outcome.expectations] == [entry["type"]]
+
+
+# Data Docs
+
+ODD = "<img src=x onerror=alert(1)>"
+FAILING = [
+    expect("expect_table_row_count_to_be_between", "critical", f"Ten rows {ODD}.", min_value=10),
+    expect("expect_column_values_to_be_in_set", column="category", value_set=["bug"]),
+    expect("expect_column_distinct_values_to_be_in_set", column="category", value_set=["bug"]),
+    expect("expect_column_mean_to_be_between", "info", "Four words or so.", column="prompt_words", min_value=3, max_value=5)
+    | {"notes": ODD},
+    expect("expect_column_pair_values_a_to_be_greater_than_b", column_A="turns", column_B="prompt_words"),
+]
+
+
+@pytest.fixture
+def pages(tmp_path: Path) -> Path:
+    rows = [*ROWS, record("Which?", category=ODD), record("What?", category="<script>alert(2)</script>")]
+    expectations.run(expectations.table(rows), suite(tmp_path, *FAILING, notes=ODD), tmp_path / "docs")
+    return tmp_path / "docs"
+
+
+def test_pages_load_nothing_run_nothing_and_show_markup_as_text(pages: Path) -> None:
+    assert sorted(path.name for path in pages.rglob("*")) == [data_docs.INDEX, data_docs.SUITE]
+    for page in pages.iterdir():
+        text = page.read_text(encoding="utf-8")
+        for forbidden in ("<script", "<link", "<img", "<iframe", "src=", "@import", "url(", " onclick", "file:", str(pages)):
+            assert forbidden not in text.replace("&lt;img src=x", ""), (page.name, forbidden)
+        assert "default-src 'none'" in text
+        hrefs = {part.split('"')[0] for part in text.split('href="')[1:]}
+        assert all(href.startswith("#") or href in (data_docs.INDEX, data_docs.SUITE, "https://greatexpectations.io") for href in hrefs), (
+            hrefs
+        )
+        assert "&lt;img src=x onerror=alert(1)&gt;" in text
+
+
+def test_the_same_set_gives_the_same_outcome_and_pages_in_any_process(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from test_expectations import *;"
+        "o = expectations.run(expectations.table(ROWS), suite(Path(sys.argv[1]), *FAILING), Path(sys.argv[1], 'docs')); print(o)"
+    )
+    said = []
+    for seed in ("1", "2"):
+        folder = tmp_path / seed
+        folder.mkdir()
+        env = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+        done = subprocess.run([sys.executable, "-c", program, str(folder)], env=env, capture_output=True, text=True, check=True)
+        said.append((done.stdout, *(page.read_text(encoding="utf-8") for page in sorted((folder / "docs").iterdir()))))
+    assert said[0] == said[1]
+
+
+def test_a_run_says_nothing_leaves_nothing_and_asks_the_network_nothing(tmp_path: Path) -> None:
+    program = """
+import socket, sys
+def refuse(*a, **k): raise AssertionError("network")
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+from pathlib import Path
+from test_expectations import ROWS, FAILING, expect, expectations
+more = expect("expect_column_kl_divergence_to_be_less_than", column="prompt_words", threshold=0.1,
+              partition_object={"bins": [0, 4, 9], "weights": [0.5, 0.5]})
+import json
+Path("suite.json").write_text(json.dumps({"name": "x", "expectations": [*FAILING, more]}))
+expectations.run(expectations.table(ROWS), Path("suite.json"), Path("docs"))
+"""
+    work, home, scratch = tmp_path / "work", tmp_path / "home", tmp_path / "scratch"
+    for folder in (work, home, scratch):
+        folder.mkdir()
+    env = {**os.environ, "HOME": str(home), "TMPDIR": str(scratch), "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=work, env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert sorted(path.name for path in work.iterdir()) == ["docs", "suite.json"]
+    assert list(home.iterdir()) == []
+    assert list(scratch.iterdir()) == []
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH (apt-get install chromium)")
+def test_a_browser_shows_the_pages_from_the_disk(pages: Path) -> None:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        asked: list[str] = []
+        wrong: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("console", lambda message: wrong.append(message.text))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("dialog", lambda dialog: wrong.append(dialog.message))
+        page.goto((pages / data_docs.INDEX).as_uri())
+        shots = ROOT / "screenshots"
+        shots.mkdir(exist_ok=True)
+        page.screenshot(path=shots / "data_docs.png", full_page=True)
+        shown = page.inner_text("body")
+        assert f"Ten rows {ODD}. (critical)" in shown
+        assert "Four words or so. (info)" in shown
+        left, main = page.locator(".sticky").bounding_box(), page.locator("#section-2").bounding_box()
+        assert left["x"] + left["width"] <= main["x"], "the table of contents stands beside the results"
+        page.get_by_label("Failed Only").check()
+        assert not page.get_by_text("Four words or so.").is_visible()
+        assert page.get_by_text("Ten rows").is_visible()
+        page.get_by_role("link", name="test", exact=True).click()
+        assert page.url == (pages / data_docs.SUITE).as_uri()
+        assert ODD in page.inner_text("body")
+        page.screenshot(path=shots / "data_docs_suite.png", full_page=True)
+        browser.close()
+    assert wrong == []
+    assert all(url.startswith(pages.as_uri()) for url in asked), asked

@@ -1,0 +1,211 @@
+"""Sources -> raw_examples: every row is accounted for, none is read twice or held out, and a source that is mostly unreadable is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dagster_project.errors import InputError
+from dagster_project.params import parse
+from dagster_project.records import Report, read_ledger, read_records
+from dagster_project.stages import raw_examples
+
+PAIR = {"prompt": "Hi", "completion": "Hello"}
+
+
+def jsonl(path: Path, *rows: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A project with a file, a folder of two files, and a benchmark."""
+    sources = tmp_path / "data/sources"
+    jsonl(sources / "a.jsonl", PAIR, {**PAIR, "prompt": "Ho"})
+    jsonl(sources / "mine/train.jsonl", PAIR)
+    jsonl(sources / "mine/more/test.jsonl", {"question": "Hi?", "answer": "Hello"}, {"question": "Ho?", "answer": "Hey"})
+    jsonl(sources / "benchmarks/b.jsonl", {"question": "?", "choices": ["a", "b"], "answer": 0})
+    return tmp_path
+
+
+def read(root: Path, *sources: Any, **section: Any) -> Report:
+    values = {"sources": [{"path": source} if isinstance(source, str) else source for source in sources], **section}
+    return raw_examples.run(root, parse(raw_examples.Params, values, "raw_examples"), root / "out")
+
+
+def refusal(root: Path, *sources: Any, **section: Any) -> InputError:
+    with pytest.raises(InputError) as caught:
+        read(root, *sources, **section)
+    assert not (root / "out").exists() and caught.value.hint
+    return caught.value
+
+
+def test_every_row_is_a_record_and_a_line_of_the_ledger_in_the_same_order(root: Path) -> None:
+    jsonl(root / "data/sources/a.jsonl", PAIR, "broken", {**PAIR, "prompt": "Ho"})
+    report = read(root, "data/sources/a.jsonl", "data/sources/mine")
+    records, ledger = read_records(root / "out"), read_ledger(root / "out")
+    assert (report.rows_in, report.rows_out, len(records)) == (6, 6, 6)
+    assert [(row["source"], row["source_row"]) for row in ledger] == [
+        *(("data/sources/a.jsonl", row) for row in range(3)),
+        ("data/sources/mine/more/test.jsonl", 0),
+        ("data/sources/mine/more/test.jsonl", 1),
+        ("data/sources/mine/train.jsonl", 0),
+    ]
+    assert [(row["source"], row["example_id"]) for row in ledger] == [(record["source"], record["example_id"]) for record in records]
+    assert {row["outcome"] for row in ledger} == {"read"}
+
+
+def test_the_report_says_what_each_source_is(root: Path) -> None:
+    report = read(root, {"path": "data/sources/a.jsonl", "licence": "MIT", "origin": "a friend"})
+    digest = hashlib.sha256((root / "data/sources/a.jsonl").read_bytes()).hexdigest()
+    assert report.metrics["sources"] == {
+        "data/sources/a.jsonl": {"format": "prompt_completion", "rows": 2, "sha256": digest, "licence": "MIT", "origin": "a friend"}
+    }
+
+
+def test_the_digest_of_a_folder_is_that_of_the_list_that_sha256sum_prints(root: Path) -> None:
+    (root / "data/sources/mine/README.md").write_text("no examples")
+    report = read(root, "data/sources/mine/")
+    found = report.metrics["sources"]["data/sources/mine/"]
+    command = "sha256sum more/test.jsonl train.jsonl | sha256sum"
+    printed = subprocess.run(command, shell=True, cwd=root / "data/sources/mine", capture_output=True, text=True, check=True).stdout
+    assert (found["sha256"], found["rows"]) == (printed.split()[0], 3)
+    assert {name: file["rows"] for name, file in found["files"].items()} == {"more/test.jsonl": 2, "train.jsonl": 1}
+
+
+def test_renaming_or_editing_a_file_of_a_folder_changes_its_digest(root: Path) -> None:
+    digests = [read(root, "data/sources/mine").metrics["sources"]["data/sources/mine"]["sha256"]]
+    (root / "data/sources/mine/train.jsonl").rename(root / "data/sources/mine/training.jsonl")
+    digests.append(read(root, "data/sources/mine").metrics["sources"]["data/sources/mine"]["sha256"])
+    jsonl(root / "data/sources/mine/training.jsonl", {**PAIR, "prompt": "Ho"})
+    digests.append(read(root, "data/sources/mine").metrics["sources"]["data/sources/mine"]["sha256"])
+    assert len(set(digests)) == 3
+
+
+def test_the_same_sources_give_the_same_bytes(root: Path) -> None:
+    def written() -> dict[str, bytes]:
+        read(root, "data/sources/mine", "data/sources/a.jsonl")
+        return {file.name: file.read_bytes() for file in (root / "out").iterdir()}
+
+    assert written() == written()
+
+
+def test_a_limit_holds_for_each_source(root: Path) -> None:
+    report = read(root, "data/sources/a.jsonl", "data/sources/mine", limit=1)
+    assert [source["rows"] for source in report.metrics["sources"].values()] == [1, 1]
+
+
+def test_the_split_of_a_source_labels_its_rows(root: Path) -> None:
+    read(root, {"path": "data/sources/a.jsonl", "split": "test"}, {"path": "data/sources/mine", "split": "from_file_names"})
+    assert [json.loads(record["meta"])["split"] for record in read_records(root / "out")] == ["test", "test", "test", "test", "train"]
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        (["data/sources"], "data/sources is a folder that has the held-out benchmarks in it"),
+        (["data/sources/benchmarks"], "data/sources/benchmarks is held out, since it lies in data/sources/benchmarks/"),
+        (["data/sources/benchmarks/b.jsonl"], "data/sources/benchmarks/b.jsonl is held out, since it lies in data/sources/benchmarks/"),
+        (
+            ["data/sources/mine", "data/sources/mine/train.jsonl"],
+            "data/sources/mine/train.jsonl lies in data/sources/mine, and would be read twice",
+        ),
+        (["data/sources/mine/more", "data/sources/mine"], "data/sources/mine/more lies in data/sources/mine, and would be read twice"),
+        (
+            ["data/sources/a.jsonl", "data/sources/./a.jsonl"],
+            "data/sources/./a.jsonl lies in data/sources/a.jsonl, and would be read twice",
+        ),
+        (
+            ["data/sources/link.jsonl", "data/sources/a.jsonl"],
+            "data/sources/a.jsonl lies in data/sources/link.jsonl, and would be read twice",
+        ),
+        (["data"], "data is not inside data/sources/"),
+        (["data/sources/none"], "data/sources/none does not exist"),
+    ],
+)
+def test_sources_that_overlap_each_other_or_the_benchmarks_are_refused(sources: list[str], message: str, root: Path) -> None:
+    (root / "data/sources/link.jsonl").symlink_to("a.jsonl")
+    assert refusal(root, *sources).what == f"params.yaml: raw_examples.sources: {message}"
+
+
+def test_a_folder_that_merely_begins_with_the_same_name_does_not_overlap(root: Path) -> None:
+    jsonl(root / "data/sources/mine2/a.jsonl", PAIR)
+    jsonl(root / "data/sources/benchmarks2/a.jsonl", PAIR)
+    assert read(root, "data/sources/mine", "data/sources/mine2", "data/sources/benchmarks2").rows_out == 5
+
+
+COMMIT = "0123456789" * 4
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({}, "name either a path or a hub data set"),
+        ({"path": "data/sources/a.jsonl", "hub": "org/name"}, "name either a path or a hub data set"),
+        ({"hub": "org/name", "split": "train"}, "hub needs `revision` (the commit, 40 hex digits) and `split`"),
+        ({"hub": "org/name", "revision": COMMIT}, "hub needs `revision` (the commit, 40 hex digits) and `split`"),
+        ({"hub": "org/name", "revision": "main", "split": "train"}, "revision 'main' is no commit: 40 hex digits are needed"),
+        ({"hub": "org/name", "revision": COMMIT[:12], "split": "train"}, "revision '012345678901' is no commit"),
+        ({"hub": "org/name", "revision": COMMIT + "\n", "split": "train"}, "is no commit"),
+        ({"hub": "name", "revision": COMMIT, "split": "train"}, "'name' is no data set of the Hub: write org/name"),
+        ({"hub": "../name", "revision": COMMIT, "split": "train"}, "'../name' is no data set of the Hub"),
+        ({"hub": "org/name", "revision": COMMIT, "split": "train[:5]"}, "split 'train[:5]' is no split's name"),
+        ({"hub": "org/name", "revision": COMMIT, "split": "train", "config": "../x"}, "config '../x' is no configuration's name"),
+        ({"path": "data/sources/a.jsonl", "revision": COMMIT}, "revision and config belong to a hub data set, not to a path"),
+        ({"path": "data/sources/a.jsonl", "split": "dev"}, "split 'dev' of a path must be train, validation, test or from_file_names"),
+    ],
+)
+def test_a_source_that_is_not_one_place_for_ever_is_refused(source: dict[str, Any], message: str, root: Path) -> None:
+    what = refusal(root, source).what
+    assert what.startswith("params.yaml: raw_examples.sources.0: ") and message in what
+
+
+def test_the_same_split_of_a_data_set_named_twice_is_refused(root: Path) -> None:
+    source = {"hub": "org/name", "revision": COMMIT, "split": "train"}
+    assert "hub:org/name@012345678901/train is named twice" in refusal(root, source, source).what
+
+
+# Rows that cannot be read
+
+
+def test_a_source_that_is_mostly_unreadable_is_refused_with_its_first_problems(root: Path) -> None:
+    jsonl(root / "data/sources/a.jsonl", PAIR, "", {"prompt": "Hi"}, "{broken", {"prompt": "Hi", "completion": 3}, {})
+    error = refusal(root, "data/sources/a.jsonl")
+    assert error.what.splitlines() == [
+        "data/sources/a.jsonl: 4 of 5 rows cannot be read (prompt_completion); the first:",
+        "  data/sources/a.jsonl:1: no key 'completion' (line 3)",
+        "  data/sources/a.jsonl:2: line is not JSON: Expecting property name enclosed in double quotes: column 2 (line 4)",
+        "  data/sources/a.jsonl:3: expected text, found int (line 5)",
+    ]
+    assert error.hint == "mend them, or name the right format; raw_examples.max_malformed (0.5) is the share that may be unreadable"
+
+
+@pytest.mark.parametrize(("bad", "most", "refused"), [(2, 0.5, False), (3, 0.5, True), (3, 0.8, False), (1, 0.0, True), (0, 0.0, False)])
+def test_the_share_that_may_be_unreadable_is_a_parameter(bad: int, most: float, refused: bool, root: Path) -> None:
+    jsonl(root / "data/sources/a.jsonl", *[PAIR] * 2, *["broken"] * bad)
+    if refused:
+        assert f"{bad} of {bad + 2} rows cannot be read" in refusal(root, "data/sources/a.jsonl", max_malformed=most).what
+    else:
+        assert read(root, "data/sources/a.jsonl", max_malformed=most).rows_out == bad + 2
+
+
+def test_the_share_is_that_of_each_source(root: Path) -> None:
+    jsonl(root / "data/sources/b.jsonl", PAIR, "broken", "broken")
+    assert "data/sources/b.jsonl: 2 of 3 rows" in refusal(root, "data/sources/a.jsonl", "data/sources/b.jsonl").what
+
+
+def test_a_source_of_which_nothing_can_be_read_is_refused_whatever_the_share(root: Path) -> None:
+    jsonl(root / "data/sources/a.jsonl", {"prompt": 1, "completion": 2})
+    assert "1 of 1 rows cannot be read" in refusal(root, "data/sources/a.jsonl", max_malformed=1.0).what
+
+
+def test_what_a_row_holds_does_not_come_into_the_refusal(root: Path) -> None:
+    jsonl(root / "data/sources/a.jsonl", {"prompt": ["jane@example.org"], "completion": "x"}, '{"prompt": "jane@example.org')
+    assert "jane" not in str(refusal(root, "data/sources/a.jsonl"))

@@ -1,0 +1,88 @@
+"""Waivers and the review file: every decision names a row, gives a reason, and is refused if it says something else."""
+
+from __future__ import annotations
+
+import csv
+import io
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from test_checks import ask, placed
+
+from dagster_project.curation.checks import Rules
+from dagster_project.curation.review import COLUMNS, Waiver, queue, read_decisions, refuse_expired
+from dagster_project.errors import InputError
+
+WAIVER: dict[str, Any] = {"check": "pii", "rows": ["a.jsonl:3"], "reason": "our own address", "expires": date(2026, 6, 30)}
+
+
+def test_a_waiver_holds_through_its_last_day_and_is_refused_after_it() -> None:
+    waiver = Waiver(**WAIVER)
+    refuse_expired([waiver], "instructions.waivers", date(2026, 6, 30))
+    with pytest.raises(InputError, match=r"instructions\.waivers\.0: the waiver for pii expired on 2026-06-30"):
+        refuse_expired([waiver], "instructions.waivers", date(2026, 7, 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"rows": []}, "names neither"), ({"reason": ""}, "at least 1"), ({"expires": None}, "date"), ({"pairs": [["a"]]}, "list of two"), ({"rowz": 1}, "Extra")],
+)  # fmt: skip
+def test_a_waiver_without_row_reason_or_date_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Waiver(**{**WAIVER, **change})
+
+
+def test_a_waiver_for_an_unknown_check_is_refused() -> None:
+    with pytest.raises(ValidationError, match="'typos' is no check on rows"):
+        Rules(waivers=[Waiver(**{**WAIVER, "check": "typos"})])
+
+
+def filled(path: Path, *changes: dict[str, str]) -> Path:
+    """The review file of one row a change, filled in by a person."""
+    rows = placed([ask(f"Hi {i}", '=1+1, "quoted"\nand so on') for i in range(len(changes))])
+    lines = list(csv.DictReader(io.StringIO(queue(rows, [(i, "conflicting_responses") for i in range(len(rows))]), newline="")))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows({**line, **change} for line, change in zip(lines, changes, strict=True))
+    return path
+
+
+def test_what_is_filled_in_is_read_and_the_rest_still_waits(tmp_path: Path) -> None:
+    path = filled(
+        tmp_path / "r.csv", {"decision": "accept", "reason": "fine"}, {}, {"decision": "Edit", "reason": "clearer", "new_response": "Yes."}
+    )
+    assert [(d.decision, d.check, d.reason, d.new_response) for d in read_decisions(path)] == [
+        ("accept", "conflicting_responses", "fine", ""),
+        ("edit", "conflicting_responses", "clearer", "Yes."),
+    ]
+
+
+def test_a_cell_that_a_spreadsheet_would_run_is_made_harmless(tmp_path: Path) -> None:
+    line = next(csv.DictReader(io.StringIO(queue(placed([ask("Hi", "=cmd()")]), [(0, "pii")]))))
+    assert line["response"] == "'=cmd()"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"decision": "keep", "reason": "x"}, "row 1: 'keep' is none of accept, drop, edit"),
+        ({"decision": "drop"}, "row 1: no reason"),
+        ({"decision": "edit", "reason": "x"}, "row 1: edit, but neither new_prompt nor new_response"),
+    ],
+)
+def test_a_decision_that_says_nothing_is_refused_by_row(change: dict[str, str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        read_decisions(filled(tmp_path / "r.csv", change))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"a,b\n1,2\n", "no column"), (b"\xff\xfe", "not UTF-8"), (b'example_id,check,decision,reason\n"x', "not CSV")]
+)
+def test_a_file_that_is_no_review_file_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "r.csv").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_decisions(tmp_path / "r.csv")
