@@ -20,7 +20,7 @@ SHINGLE = 3
 BINS = 20
 RARE = 50
 """A run or shingle that stands in more different texts than this is boilerplate and proves nothing."""
-JACCARD, CONTAINMENT = 0.3, 0.5
+JACCARD, CONTAINMENT = 0.3, 0.6
 """Texts are near-copies from this share of common shingles, of their union or, where they share a run, of the smaller text."""
 FIRM, IN_ORDER, LONG = 0.5, 0.7, 40
 """Below a Jaccard index of `FIRM`, texts of which one has fewer than `LONG` words must also have this share of the shorter one's words in the same

@@ -322,11 +322,12 @@ def _responses(records: Sequence[dict[str, Any]], rows: pl.DataFrame) -> dict[st
 
     counted = (
         rows.with_row_index("row")
+        .with_columns(pl.Series("example_id", [record["example_id"] for record in records], dtype=pl.String))
         .filter(pl.col("response_words") > 0)
         .group_by("response")
-        .agg(pl.len().alias("rows"), pl.col("row").min(), pl.col("response_words").first())
+        .agg(pl.len().alias("rows"), pl.col("row").min(), pl.col("example_id").min(), pl.col("response_words").first())
         .filter(pl.col("rows") > 1)
-        .sort(["rows", "row"], descending=[True, False])
+        .sort(["rows", "example_id"], descending=[True, False])
     )
     repeated = counted.filter(pl.col("rows") >= REPEATED * len(rows))
     top: Counter[str] = Counter()

@@ -22,6 +22,7 @@ from dagster_project.records import (
     read_ledger,
     read_records,
     read_table,
+    uncollected,
     write_json,
     write_ledger,
     write_records,
@@ -44,6 +45,7 @@ class Params(Rules):
     """Great Expectations suite inside data/expectations/: what a data owner expects of the set as a whole."""
 
 
+@uncollected
 def run(root: Path, params: Params, raw_examples: Path, base_model: Path, out: Path, pages: Path, previous: Mapping[str, Path]) -> Report:
     """Args:
     pages: folder for what people look at: report.html, review.csv, and Great Expectations' Data Docs.
@@ -66,7 +68,7 @@ def run(root: Path, params: Params, raw_examples: Path, base_model: Path, out: P
         outcome = expectations.run(expectations.table(kept, read=len(records)), suite, pages / "data_docs", params.expectations)
         checks.append(expectations.check(outcome, [findings.place(record) for record in kept]))
 
-    write_records(out, [{key: value for key, value in record.items() if key != "source_row"} for record in kept])
+    write_records(out, kept)
     write_ledger(out, _ledger(judged))
     write_table(out / "overlaps.parquet", _overlaps(judged), overlap_schema())
     document = findings.document("instructions", "canonical records", judged, held_out)

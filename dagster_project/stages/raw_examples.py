@@ -16,7 +16,7 @@ from dagster_project.curation.files import files_of
 from dagster_project.curation.hub import HubSplit, held_out_label, read_split, sha256_of_rows
 from dagster_project.errors import InputError
 from dagster_project.params import Section, inside
-from dagster_project.records import Report, write_ledger, write_records
+from dagster_project.records import Report, uncollected, write_ledger, write_records
 
 
 class Source(Section):
@@ -87,6 +87,7 @@ class Params(Section):
         return sources
 
 
+@uncollected
 def run(root: Path, params: Params, out: Path) -> Report:
     """Args:
     root: the project's folder, which source paths are relative to.

@@ -15,7 +15,17 @@ from dagster_project.curation.privacy import mask
 from dagster_project.curation.split import DROPPED, SPLITS, TRAIN, Deal, Proof, deal, find_copies, joined, prove
 from dagster_project.errors import InputError
 from dagster_project.params import Section, inside
-from dagster_project.records import CheckResult, Report, read_records, read_table, record_schema, subject_text, write_ledger, write_records
+from dagster_project.records import (
+    CheckResult,
+    Report,
+    read_records,
+    read_table,
+    record_schema,
+    subject_text,
+    uncollected,
+    write_ledger,
+    write_records,
+)
 
 TRUTHS = {
     "split_leakage": "No row stands in, or nearly in, two splits.",
@@ -51,6 +61,7 @@ class Params(Section):
         return self
 
 
+@uncollected
 def run(root: Path, params: Params, seed: int, instructions: Path, out: Path) -> Report:
     """Args:
     root: the project's folder, which the path of paraphrases is relative to.
