@@ -32,6 +32,8 @@ def check(options: argparse.Namespace) -> int:
 
     if options.report and Path(options.report).suffix.lower() not in {".html", ".htm"}:
         raise InputError(f"--report {options.report}: the name of a page ends in .html", "name a new file: what stood in it is replaced")
+    if options.thirteen_grams and not options.against:
+        raise InputError("--thirteen-grams compares with what is held out", "name that with --against")
     rules = read_policy(Path(options.policy)) if options.policy else Rules()
     refuse_expired(rules.waivers, f"{options.policy}: waivers", date.today())
     base_model = Path(options.base_model or Path(options.project) / "data" / "base_model")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import subprocess
 import sys
@@ -295,3 +296,10 @@ def test_left_and_right_do_not_matter(rows: list[str], against: list[str]) -> No
 @calm
 def test_identical_texts_always_pair(text: str, rows: list[str]) -> None:
     assert Pair(0, len(rows) + 1, 1.0) in near_pairs([text, *rows, text])
+
+
+@given(left=st.lists(st.sampled_from("ab c"), max_size=12), right=st.lists(st.sampled_from("ab c"), max_size=12))
+@settings(deadline=None, max_examples=300)
+def test_the_shared_run_is_the_first_of_the_longest(left: list[str], right: list[str]) -> None:
+    run = difflib.SequenceMatcher(None, left, right, autojunk=False).find_longest_match()
+    assert overlap._longest_run(left, right) == ((run.a, run.b, run.size) if run.size else (0, 0, 0))

@@ -80,7 +80,7 @@ def files_at(version: str, paths: Sequence[Path], folder: Path) -> list[Path]:
         )
     for number, path in enumerate(paths):
         real = path.resolve()
-        top = real.parent if real.is_file() else real
+        top = real if real.is_dir() else real.parent
         listed = _git_bytes(top, "ls-tree", "-r", "-z", commit.strip(), "--", str(real))
         entries = [entry.split("\t", 1) for entry in os.fsdecode(listed or b"").split("\0") if entry]
         if not entries:
@@ -90,7 +90,7 @@ def files_at(version: str, paths: Sequence[Path], folder: Path) -> list[Path]:
         place = folder / str(number) / (real.name or "root")
         for what, name in entries:
             mode, _, digest = what.split()
-            target = place.parent / name if real.is_file() else place / name
+            target = place / name if real.is_dir() else place.parent / name
             if mode == SUBMODULE or ".." in target.parts:
                 continue
             content = _git_bytes(top, "cat-file", "blob", digest) or b""

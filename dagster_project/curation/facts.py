@@ -121,7 +121,7 @@ def gather(
     prompts, responses = ([of(record["messages"]) for record in records] for of in (prompt_text, response_text))
     subjects = [prompt or response for prompt, response in zip(prompts, responses, strict=True)]  # as records.subject_text
     secret, personal = _hits(texts)
-    labels = [meta.get("split") for meta in metas]
+    labels = [label if isinstance(label := meta.get("split"), str) else None for meta in metas]
     repeats, conflicts = _repeats(records, labels)
     links: dict[str, list[Link]] = {"exact_duplicates": [Link(i, j, "prompt", "equal", 1.0) for i, j in repeats.items()]}
     links["conflicting_responses"] = [Link(i, j, "prompt", "equal", 1.0) for i, j in conflicts.items()]

@@ -354,6 +354,8 @@ def _csv(path: Path) -> list[Row]:
         table = (fields for fields in reader if fields)
         header = next(table, [])
         _named_once(path, header)
+        if len(header) == 1 and (other := next((mark for mark in ";\t|" if mark in header[0]), "")):
+            raise InputError(f"{path.name}: not CSV: columns are separated by {other!r}", "save the file with commas between columns")
         for fields in table:
             if any(not field.isascii() and re.search("[\udc80-\udcff]", field) for field in fields):
                 problem = f"not UTF-8 (line {reader.line_num})"

@@ -92,7 +92,7 @@ def finding(verdict: Verdict, judged: Judgement, items: Mapping[str, Item], matc
         "truth": check.truth,
         "note": verdict.note,
         "next": check.next,
-        "matches": [match(link, judged.records, items, width) for link in links],
+        "matches": [match(link, judged.records, items, width, verdict.name == "conflicting_responses") for link in links],
     }
 
 
@@ -120,12 +120,16 @@ def excerpt(record: Mapping[str, Any], width: int = 120) -> str:
     return " ".join(mask(text[: 20 * width]).split())[:width]
 
 
-def match(link: Link, records: Sequence[dict[str, Any]], items: Mapping[str, Item], width: int) -> dict[str, Any]:
-    """Both texts of an overlap, with the longest run of words that they share."""
+def match(link: Link, records: Sequence[dict[str, Any]], items: Mapping[str, Item], width: int, answered: bool = False) -> dict[str, Any]:
+    """Both texts of an overlap, with the longest run of words that they share.
+
+    Args:
+        answered: prompts are shown with their responses, which is where they differ.
+    """
     record = records[link.row]
-    text = subject_text(record["messages"]) if link.part == "prompt" else response_text(record["messages"])
+    text = _asked(record, answered) if link.part == "prompt" else response_text(record["messages"])
     if isinstance(link.other, int):
-        other, theirs = place(records[link.other]), subject_text(records[link.other]["messages"])
+        other, theirs = place(records[link.other]), _asked(records[link.other], answered)
     else:
         item = items[link.other]
         other = item.place
@@ -138,6 +142,11 @@ def match(link: Link, records: Sequence[dict[str, Any]], items: Mapping[str, Ite
         "row": link.row, "place": place(record), "other": other, "part": link.part, "rule": link.rule, "score": link.score,
         "text": text, "span": list(mine_span), "other_text": theirs, "other_span": list(other_span),
     }  # fmt: skip
+
+
+def _asked(record: Mapping[str, Any], answered: bool) -> str:
+    asked = subject_text(record["messages"])
+    return f"{asked}\n\n{response_text(record['messages'])}" if answered else asked
 
 
 def _shared(a: str, b: str) -> int:

@@ -161,7 +161,7 @@ def _longest_run(left: Sequence[str], right: Sequence[str]) -> tuple[int, int, i
     theirs = np.array([number[word] for word in right], np.int32)
     best, before = (0, 0, 0), np.zeros(len(right) + 1, np.int32)  # words in common up to each of theirs, and the last of mine
     for i, word in enumerate(left):
-        now = np.zeros_like(before)
+        now = np.zeros(len(right) + 1, np.int32)
         if word in number:
             now[1:] = (before[:-1] + 1) * (theirs == number[word])
             j = int(now.argmax())
@@ -173,6 +173,8 @@ def _longest_run(left: Sequence[str], right: Sequence[str]) -> tuple[int, int, i
 
 def _spans(text: str) -> list[tuple[str, int, int]]:
     """The `words` of a text, each with the place of the characters it came from."""
+    if text.isascii():
+        return [(m.group(), m.start(), m.end()) for m in _WORD.finditer(text.lower())]
     parts: list[tuple[str, int]] = []  # the shortest pieces that normalise alone as they do together, and where they start
     for i, c in enumerate(text):
         alone = c if c.isascii() else unicodedata.normalize("NFKC", c)

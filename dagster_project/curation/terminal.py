@@ -55,7 +55,7 @@ def check_text(found: Mapping[str, Any], colour: bool = False, width: int = 120)
             lines += [
                 Text(f"{places}   {match['part']}, {match['rule']} {match['score']:.2f}", style="dim"),
                 _marked(match["text"], match["span"]),
-                _marked(match["other_text"], match["other_span"]),
+                *([_marked(match["other_text"], match["other_span"])] if match["other_text"] != match["text"] else []),
             ]
         if not finding["matches"]:
             lines += [
