@@ -82,10 +82,22 @@ def sync(options: argparse.Namespace) -> int:
 
 
 def plan(options: argparse.Namespace) -> int:
-    """tokens and steps of each variant, before training"""
-    from dagster_project.doors.plan import as_text, plan_variants
+    """tokens, steps, memory and time of each variant, before training"""
+    from dagster_project.doors.plan import as_text, plan_model, plan_variants
+    from dagster_project.params import Compute
 
-    found = plan_variants(_project(options), options.variants)
+    if options.model:
+        found = plan_model(
+            Path(options.model),
+            options.method or ["full", "lora", "qlora"],
+            tokens=options.tokens_per_row,
+            rows=options.batch,
+            checkpointing=options.gradient_checkpointing,
+            compute=Compute(dtype=options.dtype),
+            device=options.device,
+        )
+    else:
+        found = plan_variants(_project(options), options.variants)
     _print(options, found, as_text)
     return 0
 
@@ -178,7 +190,15 @@ def parser() -> argparse.ArgumentParser:
     )
     command(run).add_argument("stage", metavar="STAGE[@VARIANT]", help="a stage of dvc.yaml, e.g. splits or adapter@lora")
     command(sync)
-    command(plan).add_argument("variants", nargs="*", metavar="VARIANT", help="variants of params.yaml (default: all)")
+    one = command(plan)
+    one.add_argument("variants", nargs="*", metavar="VARIANT", help="variants of params.yaml (default: all)")
+    one.add_argument("--model", metavar="CONFIG", help="plan for any model instead, from its folder or config.json alone")
+    one.add_argument("--method", action="append", help="with --model, and may be repeated (default: full, lora and qlora)")
+    one.add_argument("--tokens-per-row", type=int, default=2048, metavar="N", help="with --model (default: %(default)s)")
+    one.add_argument("--batch", type=int, default=1, metavar="N", help="with --model: rows in a forward pass (default: %(default)s)")
+    one.add_argument("--gradient-checkpointing", action="store_true", help="with --model")
+    one.add_argument("--dtype", default="auto", help="with --model: bfloat16 or float32 (default: bfloat16 where the device has it)")
+    one.add_argument("--device", default="cuda", help="with --model: cuda or cpu; it need not be here (default: %(default)s)")
     one = command(audit)
     one.add_argument("model", metavar="MODEL", help="a path, a stage's name or a content hash")
     one.add_argument("--rev", help="git revision to look at (default: the workspace)")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dagster_project.errors import InputError
@@ -12,9 +13,32 @@ IGNORE = -100
 """Label of a token that does not count in the loss."""
 
 Messages = Sequence[dict[str, str]]
+Pieces = list[tuple[str, bool]]
+"""A text cut into (text, is it trained on)."""
 
 
-def pieces(tokenizer: Any, messages: Messages) -> list[tuple[str, bool]]:
+def is_text(record: Mapping[str, Any]) -> bool:
+    """Whether a record is plain text to continue and no conversation: one message, which the assistant says, and `{"kind": "text"}` in its meta."""
+    meta = record.get("meta") or ""
+    return '"text"' in meta and [m["role"] for m in record["messages"]] == ["assistant"] and json.loads(meta).get("kind") == "text"
+
+
+def render(tokenizer: Any, messages: Messages, add_generation_prompt: bool = False) -> str:
+    """The conversation by the tokenizer's chat template, in transformers' sandbox.
+
+    Raises:
+        InputError: the template refuses the conversation or fails on it.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
+    except (TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"the chat template refuses it: {said}", "use another chat template") from None
+
+
+def pieces(tokenizer: Any, messages: Messages) -> Pieces:
     """The rendered conversation cut into (text, is it trained on).
 
     The assistant's words and the end-of-turn token are trained on; the template's headers and all other turns are not:
@@ -23,16 +47,18 @@ def pieces(tokenizer: Any, messages: Messages) -> list[tuple[str, bool]]:
                                                      ("Yes?<|im_end|>", True), ("\\n", False)
 
     Raises:
-        InputError: the template rewrites earlier turns when a later one comes, drops the assistant's words, or does not end its turn with
-            the tokenizer's end-of-turn token.
+        InputError: the template refuses the conversation, rewrites earlier turns when a later one comes, drops the assistant's words, or does
+            not end its turn with the tokenizer's end-of-turn token; or the assistant speaks first.
     """
-    found: list[tuple[str, bool]] = []
+    found: Pieces = []
     written = ""
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        header = tokenizer.apply_chat_template(list(messages[:i]), tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(list(messages[: i + 1]), tokenize=False)
+        if not i:
+            raise InputError("the assistant speaks first, so there is no prompt to render", "begin with a system or user turn")
+        header = render(tokenizer, messages[:i], add_generation_prompt=True)
+        whole = render(tokenizer, messages[: i + 1])
         said, end = message["content"].strip(), tokenizer.eos_token
         if not (header.startswith(written) and whole.startswith(header)):
             raise InputError("the chat template rewrites earlier turns, so labels cannot be placed", "use another chat template")
@@ -46,15 +72,45 @@ def pieces(tokenizer: Any, messages: Messages) -> list[tuple[str, bool]]:
     return [(text, trained) for text, trained in found if text]
 
 
-def encode(tokenizer: Any, messages: Messages) -> tuple[list[int], list[int]]:
-    """(input_ids, labels) of a conversation, both (tokens,). Labels equal the ids where trained on, else -100.
+def record_pieces(tokenizer: Any, record: Mapping[str, Any]) -> Pieces:
+    """The pieces of a record. Plain text has no template: all of it is trained on, and the end-of-text token after it.
 
-    Each piece is tokenized by itself, so that a prompt has the same ids here and in generation.
+    Raises:
+        InputError: as `pieces`.
     """
+    if not is_text(record):
+        return pieces(tokenizer, record["messages"])
+    begin = [(tokenizer.bos_token, False)] if adds_bos(tokenizer) else []
+    return [*begin, (record["messages"][0]["content"] + tokenizer.eos_token, True)]
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer itself puts its beginning-of-text token before a text, as its model is used to. Templates have to write it."""
+    return tokenizer.bos_token_id is not None and tokenizer("x").input_ids[0] == tokenizer.bos_token_id
+
+
+def encode_pieces(tokenizer: Any, cut: Iterable[Pieces]) -> list[list[list[int]]]:
+    """The ids of each piece of each text. Each piece is tokenized by itself, so that a prompt has the same ids here and in generation; all in one call."""
+    cut = list(cut)
+    number = {text: i for i, text in enumerate(dict.fromkeys(text for found in cut for text, _ in found))}
+    ids = tokenizer(list(number), add_special_tokens=False, return_attention_mask=False)["input_ids"] if number else []
+    return [[ids[number[text]] for text, _ in found] for found in cut]
+
+
+def encode(tokenizer: Any, messages: Messages) -> tuple[list[int], list[int]]:
+    """(input_ids, labels) of a conversation, both (tokens,). Labels equal the ids where trained on, else -100."""
+    return _labelled(tokenizer, pieces(tokenizer, messages))
+
+
+def encode_record(tokenizer: Any, record: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    """As `encode`, of a record, which may be plain text."""
+    return _labelled(tokenizer, record_pieces(tokenizer, record))
+
+
+def _labelled(tokenizer: Any, cut: Pieces) -> tuple[list[int], list[int]]:
     input_ids: list[int] = []
     labels: list[int] = []
-    for text, trained in pieces(tokenizer, messages):
-        ids = tokenizer.encode(text, add_special_tokens=False)
+    for (_, trained), ids in zip(cut, encode_pieces(tokenizer, [cut])[0], strict=True):
         input_ids += ids
         labels += ids if trained else [IGNORE] * len(ids)
     return input_ids, labels
@@ -92,30 +148,39 @@ def encode_prompt(tokenizer: Any, messages: Messages) -> list[int]:
 
     These are the ids that `encode` puts before that answer: earlier turns are cut into the same pieces.
     """
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    ids: list[int] = []
-    for piece, _ in pieces(tokenizer, messages):
+    text = render(tokenizer, messages, add_generation_prompt=True)
+    cut = pieces(tokenizer, messages)
+    for piece, _ in cut:
         if not text.startswith(piece):
             raise InputError("the chat template rewrites earlier turns", "use another chat template")
-        ids += tokenizer.encode(piece, add_special_tokens=False)
         text = text[len(piece) :]
-    return ids + tokenizer.encode(text, add_special_tokens=False)
+    return [token for ids in encode_pieces(tokenizer, [[*cut, (text, False)]])[0] for token in ids]
 
 
 def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
     """Indices of the examples in each row of at most `room` tokens: first fit, in the order given. A longer example has a row of its own.
 
+    A tree over the rows, each node with the most room in any row beneath it, leads to the first row that fits: n log n steps for n examples.
+
     >>> pack([5, 6, 3, 2], room=8)
     [[0, 2], [1, 3]]
     """
     rows: list[list[int]] = []
-    free: list[int] = []
+    leaves = 1 << max(0, len(lengths) - 1).bit_length()
+    most = [room] * (2 * leaves)  # node k has children 2k and 2k + 1; the leaves are rows, those not begun included
     for i, length in enumerate(lengths):
-        row = next((r for r, left in enumerate(free) if left >= length), None)
-        if row is None:
-            rows.append([i])
-            free.append(room - length)
-        else:
-            rows[row].append(i)
-            free[row] -= length
+        node = 1
+        if length > room:
+            node = leaves + len(rows)
+        while node < leaves:
+            node *= 2
+            if most[node] < length:
+                node += 1
+        if node - leaves == len(rows):
+            rows.append([])
+        rows[node - leaves].append(i)
+        most[node] -= length
+        while node > 1:
+            node //= 2
+            most[node] = max(most[2 * node], most[2 * node + 1])
     return rows

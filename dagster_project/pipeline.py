@@ -99,7 +99,9 @@ def splits(at: At) -> Report:
 def tokenized(at: At) -> Report:
     from dagster_project.stages import tokenized as stage
 
-    return stage.run(at.params("tokenized", stage.Params), at.made_by("splits"), at.made_by("base_model"), out=at.out)
+    return stage.run(
+        at.root, at.params("tokenized", stage.Params), at.compute.seed, at.made_by("splits"), at.made_by("base_model"), out=at.out
+    )
 
 
 def adapter(at: At) -> Report:
@@ -107,7 +109,14 @@ def adapter(at: At) -> Report:
 
     recipe = params.parse(stage.Params, at.values["adapter"][at.variant], f"adapter.{at.variant}")
     return stage.run(
-        str(at.variant), recipe, at.compute, at.made_by("tokenized"), at.made_by("base_model"), out=at.out, curve_file=at.plot("loss")
+        str(at.variant),
+        recipe,
+        at.compute,
+        at.made_by("tokenized"),
+        at.made_by("base_model"),
+        out=at.out,
+        curve_file=at.plot("loss"),
+        checkpoints=at.root / ".dvc" / "tmp" / "pedigree" / "checkpoints" / str(at.variant),
     )
 
 
@@ -138,6 +147,7 @@ def evaluation(at: At) -> Report:
         settings,
         at.compute,
         at.made_by("merged"),
+        at.made_by("base_model"),
         at.made_by("splits"),
         out=at.out,
         confusion_file=at.plot("confusion"),
@@ -216,6 +226,7 @@ def validate(root: Path) -> dict[str, Any]:
     from dagster_project.curation.review import refuse_expired
     from dagster_project.evaluation.measure import Settings
     from dagster_project.stages import adapter, base_model, baselines, instructions, raw_examples, splits, tokenized
+    from dagster_project.training import methods, templates
 
     sections: dict[str, type[Section]] = {
         "compute": Compute,
@@ -240,7 +251,8 @@ def validate(root: Path) -> dict[str, Any]:
     for name, recipe in variants.items():
         if not str(name).replace("_", "").replace("-", "").isalnum():
             raise InputError(f"params.yaml: adapter.{name}: a variant's name may hold letters, digits, - and _", "rename it")
-        params.parse(adapter.Params, recipe, f"adapter.{name}")
+        entry = params.parse(adapter.Params, recipe, f"adapter.{name}")
+        methods.check(entry.method, entry.peft, entry.quantization, entry.merge, f"adapter.{name}")
     raw_examples.locate_sources(root, parsed["raw_examples"].sources)  # type: ignore[attr-defined]
     judged: instructions.Params = parsed["instructions"]  # type: ignore[assignment]
     refuse_expired(judged.waivers, "params.yaml: instructions.waivers", date.today())
@@ -250,6 +262,7 @@ def validate(root: Path) -> dict[str, Any]:
     augment = parsed["splits"].augment  # type: ignore[attr-defined]
     if augment and augment.paraphrases:
         raw_examples.locate(root, augment.paraphrases, "splits.augment.paraphrases", "data/sources/paraphrases")
+    templates.locate(root, parsed["tokenized"].chat_template)  # type: ignore[attr-defined]
     for section in ("instructions", "evaluation"):
         for path in parsed[section].benchmarks:  # type: ignore[attr-defined]
             raw_examples.locate(root, path, f"{section}.benchmarks", "data/sources/benchmarks")

@@ -8,10 +8,21 @@ from itertools import groupby
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dagster_project.chat import IGNORE, encode, encode_prompt, loss_weights, pack
+from dagster_project.chat import (
+    IGNORE,
+    encode,
+    encode_pieces,
+    encode_prompt,
+    encode_record,
+    is_text,
+    loss_weights,
+    pack,
+    pieces,
+    record_pieces,
+)
 from dagster_project.errors import InputError
 
 ONE_TURN = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
@@ -167,3 +178,97 @@ def test_packing_keeps_every_example_once_and_fills_no_row_over_its_room_but_wit
 @given(st.lists(st.integers(1, 50), min_size=1), st.integers(50, 120))
 def test_packing_leaves_at_most_one_row_half_empty(lengths: list[int], room: int) -> None:
     assert sum(2 * sum(lengths[i] for i in row) <= room for row in pack(lengths, room)) <= 1
+
+
+def first_fit(lengths: list[int], room: int) -> list[list[int]]:
+    """First fit as it is defined: the first row with room enough, else a new one."""
+    rows: list[list[int]] = []
+    for i, length in enumerate(lengths):
+        fitting = (row for row in rows if sum(lengths[k] for k in row) + length <= room)
+        row = next(fitting, None)
+        if row is None:
+            rows.append(row := [])
+        row.append(i)
+    return rows
+
+
+@given(st.lists(st.integers(1, 130), max_size=40), st.integers(50, 120))
+def test_packing_is_first_fit(lengths: list[int], room: int) -> None:
+    assert pack(lengths, room) == first_fit(lengths, room)
+
+
+def test_packing_two_hundred_thousand_examples_takes_seconds() -> None:
+    import random
+    import time
+
+    lengths = random.Random(0).choices(range(20, 400), k=200_000)
+    start = time.process_time()
+    pack(lengths, 2048)
+    assert time.process_time() - start < 10
+
+
+turns = st.lists(st.tuples(st.text(max_size=12), st.text(max_size=12)), min_size=1, max_size=3)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.lists(turns, min_size=1, max_size=4))
+def test_many_pieces_in_one_call_have_the_ids_that_each_has_by_itself(
+    newline_merging_tokenizer: Any, conversations: list[list[tuple[str, str]]]
+) -> None:
+    tokenizer = newline_merging_tokenizer
+    cuts = [
+        pieces(tokenizer, [m for user, said in found for m in ({"role": "user", "content": user}, {"role": "assistant", "content": said})])
+        for found in conversations
+    ]
+    assert encode_pieces(tokenizer, cuts) == [[tokenizer.encode(text, add_special_tokens=False) for text, _ in cut] for cut in cuts]
+
+
+def test_no_pieces_have_no_ids(tiny_tokenizer: Any) -> None:
+    assert encode_pieces(tiny_tokenizer, [[], []]) == [[], []]
+
+
+def test_tool_turns_are_context_and_every_call_and_answer_is_trained_on(tiny_tokenizer: Any) -> None:
+    messages = [ONE_TURN[0], {"role": "assistant", "content": "sum(1, 2)"}, {"role": "tool", "content": "3"}, ONE_TURN[1]]
+    assert trained_spans(tiny_tokenizer, messages) == ["sum(1, 2)<|im_end|>", "Yes?<|im_end|>"]
+
+
+def test_a_conversation_that_the_assistant_begins_is_refused(tiny_tokenizer: Any) -> None:
+    with pytest.raises(InputError, match="the assistant speaks first"):
+        encode(tiny_tokenizer, [ONE_TURN[1]])
+
+
+@pytest.mark.parametrize("trick", ["{{ raise_exception('no tools here') }}", "{{ 1 / 0 }}", "{{ none.foo.bar }}", "{{ m.content + 1 }}"])
+def test_a_template_that_fails_on_a_conversation_refuses_it(tiny_tokenizer: Any, trick: str) -> None:
+    with pytest.raises(InputError, match="the chat template refuses it: "):
+        encode(with_template(tiny_tokenizer, trick + TURN), ONE_TURN)
+
+
+def text_record(text: str, meta: str = '{"kind": "text"}') -> dict[str, Any]:
+    return {"messages": [{"role": "assistant", "content": text}], "meta": meta}
+
+
+def test_plain_text_is_trained_on_as_it_stands_and_ends_with_the_end_of_text_token(tiny_tokenizer: Any) -> None:
+    ids, labels = encode_record(tiny_tokenizer, text_record("Once upon"))
+    assert labels == ids
+    assert tiny_tokenizer.decode(ids) == "Once upon<|im_end|>"
+
+
+def test_plain_text_begins_with_the_token_that_the_tokenizer_puts_before_texts(tiny_tokenizer: Any) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    beginning = copy.deepcopy(tiny_tokenizer)
+    beginning.backend_tokenizer.post_processor = TemplateProcessing("<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    assert record_pieces(beginning, text_record("Once")) == [("<|im_start|>", False), ("Once<|im_end|>", True)]
+
+
+@pytest.mark.parametrize(
+    ("record", "wanted"),
+    [
+        (text_record("x"), True),
+        (text_record("x", '{"kind": "tale", "of": "text"}'), False),
+        (text_record("x", "{}"), False),
+        ({"messages": ONE_TURN, "meta": '{"kind": "text"}'}, False),
+    ],
+)
+def test_plain_text_is_one_message_of_kind_text(record: dict[str, Any], wanted: bool) -> None:
+    assert is_text(record) is wanted

@@ -350,7 +350,7 @@ def like(value: Any) -> st.SearchStrategy[Any]:
     if isinstance(value, dict):
         same = st.fixed_dictionaries({key: like(inner) for key, inner in value.items()})
     elif isinstance(value, list):
-        same = st.lists(st.one_of([st.nothing(), *map(like, value)]), max_size=3) | st.tuples(*map(like, value)).map(list)
+        same = st.lists(st.one_of([JSON, *map(like, value)]), max_size=3) | st.tuples(*map(like, value)).map(list)
     else:
         same = st.just(value) | (TEXT if isinstance(value, str) else SCALARS)
     return st.one_of(same, same, same, st.just(value), JSON)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,16 +15,21 @@ import torch
 from datasets import Dataset
 
 from dagster_project.chat import IGNORE, encode
-from dagster_project.errors import InputError
+from dagster_project.errors import InputError, PedigreeError
 from dagster_project.params import Compute
-from dagster_project.records import write_table
+from dagster_project.records import read_table, write_table
 from dagster_project.stages import adapter
 from dagster_project.stages.tokenized import row_schema
-from dagster_project.training.methods import peft_config, save_adapter
-from dagster_project.training.sft import Recipe, attention_for, collate, steps, train
+from dagster_project.training.attention import attention_for
+from dagster_project.training.methods import Tunable, peft_config, save_adapter
+from dagster_project.training.sft import Recipe, add_noise, collate, refuse_mistakes, steps, train
 
 COMPUTE = Compute(threads=1, dtype="float32")
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["v_proj", "q_proj", "down_proj"]}
+
+
+def tunable(model: Any) -> Tunable:
+    return Tunable(model, 0, 0, lambda folder: None)
 
 
 def example(ids: list[int], answer_from: int, weight: float = 1.0) -> dict[str, Any]:
@@ -59,13 +68,14 @@ SHORT, LONG, OTHER = (
 
 def test_positions_start_anew_for_each_example_and_its_first_token_is_no_label() -> None:
     row, other = packed(example([5, 6], 1), example([7], 0)), example([8, 9, 10, 11, 12], 3, weight=2.0)
-    batch = collate([row, other])
+    batch = collate([row | {"row": 4}, other])
     assert {name: batch[name].tolist() for name in batch} == {
         "input_ids": [[5, 6, 7, 8, 9, 10, 11, 12]],
         "labels": [[IGNORE, 6, IGNORE, IGNORE, IGNORE, IGNORE, 11, 12]],
         "weights": [[0, 1, 1, 0, 0, 0, 2, 2]],
         "position_ids": [[0, 1, 0, 0, 1, 2, 3, 4]],
         "cu_seq_lens_q": [0, 2, 3, 8],
+        "rows": [4, -1],
     }
     assert {name: batch[name].dtype for name in batch} == {
         "input_ids": torch.int64,
@@ -73,6 +83,7 @@ def test_positions_start_anew_for_each_example_and_its_first_token_is_no_label()
         "weights": torch.float32,
         "position_ids": torch.int64,
         "cu_seq_lens_q": torch.int32,
+        "rows": torch.int64,
     }
 
 
@@ -93,33 +104,31 @@ def test_packed_examples_never_attend_to_each_other(model: Any, device: str) -> 
 def test_the_training_loss_is_the_weighted_mean_cross_entropy_of_the_batch(model: Any, tiny_tokenizer: Any) -> None:
     wanted = weighted_mean([loss for one in (SHORT, LONG, OTHER) for loss in losses_alone(model, one)])
     recipe = Recipe(per_device_train_batch_size=2, num_train_epochs=1)
-    curve = train(model, tiny_tokenizer, Dataset.from_list([packed(SHORT, LONG), OTHER]), None, recipe, COMPUTE)
+    curve = train(tunable(model), tiny_tokenizer, Dataset.from_list([packed(SHORT, LONG), OTHER]), None, recipe, COMPUTE).curve
     assert [point["loss"] for point in curve] == pytest.approx([wanted], abs=1e-4)
 
 
 def test_accumulated_passes_count_the_same(model: Any, tiny_tokenizer: Any) -> None:
     wanted = sum(weighted_mean(losses_alone(model, one)) for one in (LONG, OTHER)) / 2
     recipe = Recipe(gradient_accumulation_steps=2, num_train_epochs=1)
-    curve = train(model, tiny_tokenizer, Dataset.from_list([LONG, OTHER]), None, recipe, COMPUTE)
+    curve = train(tunable(model), tiny_tokenizer, Dataset.from_list([LONG, OTHER]), None, recipe, COMPUTE).curve
     assert [point["loss"] for point in curve] == pytest.approx([wanted], abs=1e-4)
 
 
 def test_the_validation_loss_before_the_first_step_is_the_plain_mean_per_token(model: Any, tiny_tokenizer: Any) -> None:
     losses = [loss for one in (SHORT, LONG, OTHER) for loss, _ in losses_alone(model, one)]
     rows = Dataset.from_list([packed(SHORT, LONG), OTHER])  # two rows with unlike numbers of tokens
-    curve = train(model, tiny_tokenizer, rows, rows, Recipe(num_train_epochs=2), COMPUTE)
+    curve = train(tunable(model), tiny_tokenizer, rows, rows, Recipe(num_train_epochs=2), COMPUTE).curve
     watched = [(point["step"], point["validation_loss"]) for point in curve if "validation_loss" in point]
     assert [step for step, _ in watched] == [0, 2, 4]
     assert watched[0][1] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
 
 
 def test_checkpointing_changes_no_loss(model: Any, tiny_tokenizer: Any) -> None:
-    import copy
-
     rows, curves = Dataset.from_list([packed(SHORT, LONG)]), []
     for checkpointing in (False, True):
         recipe = Recipe(num_train_epochs=3, gradient_checkpointing=checkpointing)
-        curves.append(train(copy.deepcopy(model), tiny_tokenizer, rows, None, recipe, COMPUTE))
+        curves.append(train(tunable(copy.deepcopy(model)), tiny_tokenizer, rows, None, recipe, COMPUTE).curve)
     assert [point["loss"] for point in curves[1]] == pytest.approx([point["loss"] for point in curves[0]], abs=1e-4)
 
 
@@ -135,7 +144,7 @@ def test_checkpointing_changes_no_loss(model: Any, tiny_tokenizer: Any) -> None:
     ids=["plain", "batch and accumulation", "accumulation that does not divide", "max_steps stops early", "max_steps beyond the epochs"],
 )
 def test_steps_says_how_many_steps_are_taken(model: Any, tiny_tokenizer: Any, rows: int, recipe: Recipe) -> None:
-    curve = train(model, tiny_tokenizer, Dataset.from_list([OTHER] * rows), None, recipe, COMPUTE)
+    curve = train(tunable(model), tiny_tokenizer, Dataset.from_list([OTHER] * rows), None, recipe, COMPUTE).curve
     assert [point["step"] for point in curve] == list(range(1, steps(rows, recipe) + 1))
 
 
@@ -150,10 +159,13 @@ def tokenized(tmp_path: Path, tiny_tokenizer: Any) -> Path:
 
 
 def tune(
-    tokenized: Path, tiny_model: Path, out: Path, method: str = "lora", peft: dict[str, Any] = LORA, epochs: int = 2, rate: float = 1e-2
-) -> Any:
-    recipe = adapter.Params(method=method, peft=peft, num_train_epochs=epochs, learning_rate=rate)
-    return adapter.run("x", recipe, COMPUTE, tokenized, tiny_model, out=out, curve_file=out.parent / f"{out.name}.csv")
+    tokenized: Path, tiny_model: Path, out: Path, method: str = "lora", peft: dict[str, Any] = LORA, epochs: int = 2, rate: float = 1e-2,
+    **recipe: Any,
+) -> Any:  # fmt: skip
+    params = adapter.Params(method=method, peft=peft, num_train_epochs=epochs, learning_rate=rate, **recipe)
+    return adapter.run(
+        "x", params, COMPUTE, tokenized, tiny_model, out, curve_file=out.parent / f"{out.name}.csv", checkpoints=out.parent / "checkpoints"
+    )
 
 
 def test_two_trainings_give_identical_bytes(tokenized: Path, tiny_model: Path, tmp_path: Path) -> None:
@@ -161,8 +173,237 @@ def test_two_trainings_give_identical_bytes(tokenized: Path, tiny_model: Path, t
     torch.rand(7)
     tune(tokenized, tiny_model, tmp_path / "second")
     first, second = ({f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("first", "second"))
-    assert set(first) == {"adapter_config.json", "adapter_model.safetensors"}
+    assert set(first) == {"adapter_config.json", "adapter_model.safetensors", "method.json", "training.json", "examples.parquet"}
     assert first == second
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_the_proof_says_what_moved_and_what_did_not(tokenized: Path, tiny_model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    report = tune(tokenized, tiny_model, tmp_path / "adapter")
+    proof = json.loads((tmp_path / "adapter" / "training.json").read_text())
+    assert {kind: (group["tensors"], group["moved"]) for kind, group in proof["trained"].items()} == {"lora_A": (6, 6), "lora_B": (6, 6)}
+    learnt = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    b_norm = sum(float(tensor.double().square().sum()) for name, tensor in learnt.items() if "lora_B" in name) ** 0.5  # B begins at zero
+    assert proof["trained"]["lora_B"]["norm_of_change"] == pytest.approx(b_norm, rel=1e-5)
+    assert proof["frozen"]["sha256_before"] == proof["frozen"]["sha256_after"]
+    assert (proof["steps"], proof["loss"]["last"]) == (4, pytest.approx(report.metrics["loss"], abs=1e-4))
+    assert proof["settings"]["warmup_steps"] == 1
+    assert {check.name: (check.passed, check.blocking) for check in report.checks} == {
+        "learned": (True, False),
+        "trained_what_it_should": (True, True),
+    }
+
+
+def test_the_examples_are_listed_in_the_order_seen(tmp_path: Path, tiny_model: Path) -> None:
+    rows = [
+        packed(SHORT | {"example_ids": ["a"]}, LONG | {"example_ids": ["b"]}),
+        OTHER | {"example_ids": ["c"]},
+        SHORT | {"example_ids": ["d"]},
+    ]
+    for split in ("train", "validation"):
+        write_table(tmp_path / "tokenized" / f"{split}.parquet", rows, row_schema())
+    tune(tmp_path / "tokenized", tiny_model, tmp_path / "adapter", gradient_accumulation_steps=2)
+    seen = read_table(tmp_path / "adapter" / "examples.parquet")
+    proof = json.loads((tmp_path / "adapter" / "training.json").read_text())
+    assert [(row["step"], row["epoch"]) for row in seen] == sorted((row["step"], row["epoch"]) for row in seen)
+    assert {(row["step"], row["epoch"]) for row in seen} == {(1, 1), (2, 1), (3, 2), (4, 2)}
+    for epoch in (1, 2):
+        assert sorted(row["example_id"] for row in seen if row["epoch"] == epoch) == ["a", "b", "c", "d"]
+    for step in (1, 2, 3, 4):
+        assert [row["position"] for row in seen if row["step"] == step] == list(range(sum(row["step"] == step for row in seen)))
+    ids = [row["example_id"] for row in seen]
+    assert ids.index("b") == ids.index("a") + 1, "a row's examples stand side by side"
+    sizes = {"a": 5, "b": 7, "c": 4, "d": 5}
+    assert proof["tokens"] == sum(sizes[i] for i in ids) == 2 * 21
+    assert proof["trained_tokens"] == 2 * (3 + 4 + 3 + 3)
+    last = (tmp_path / "adapter.csv").read_text().splitlines()
+    assert last[0] == "step,loss,learning_rate,grad_norm,tokens"
+    assert [int(line.split(",")[-1]) for line in last[1:]] == [
+        sum(sizes[row["example_id"]] for row in seen if row["step"] <= step) for step in (1, 2, 3, 4)
+    ]
+
+
+def test_a_group_that_does_not_move_blocks(tokenized: Path, tiny_model: Path, tmp_path: Path) -> None:
+    report = tune(tokenized, tiny_model, tmp_path / "adapter", max_steps=1, warmup_steps=0)  # B is zero, so A's first gradient is
+    failed = report.failures[0]
+    assert (failed.name, failed.note) == ("trained_what_it_should", "did not move: lora_A")
+    assert (tmp_path / "checkpoints").exists()
+
+
+def test_a_frozen_weight_that_changes_blocks(tokenized: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = adapter.train
+
+    def meddling(tunable: Tunable, *rest: Any) -> Any:
+        course = honest(tunable, *rest)
+        next(p for p in tunable.model.parameters() if not p.requires_grad).data[0] += 1e-3
+        return course
+
+    monkeypatch.setattr(adapter, "train", meddling)
+    failed = tune(tokenized, tiny_model, tmp_path / "adapter").failures[0]
+    assert (failed.name, failed.note) == ("trained_what_it_should", "a frozen weight changed")
+
+
+def test_a_loss_that_is_no_number_stops_at_once_and_names_the_examples(tokenized: Path, tiny_model: Path, tmp_path: Path) -> None:
+    bad = SHORT | {"example_ids": ["bad"], "weights": [float("nan")] * 5}
+    write_table(tmp_path / "tokenized" / "train.parquet", [*([OTHER] * 3), bad], row_schema())
+    report = tune(tokenized, tiny_model, tmp_path / "adapter", epochs=1)
+    assert [check.name for check in report.checks] == list(adapter.TRUTHS)
+    learned = report.failures[0]
+    assert (learned.name, learned.rows, learned.blocking) == ("learned", ["bad"], True)
+    assert re.match(r"the loss is nan at step \d; lower learning_rate", learned.note)
+    assert list((tmp_path / "adapter").glob("*")) == []
+
+
+def test_a_gradient_that_is_no_number_stops_before_it_is_saved(
+    tokenized: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import Trainer
+
+    monkeypatch.setattr(Trainer, "_clip_grad_norm", lambda self, model: float("inf"))
+    report = tune(tokenized, tiny_model, tmp_path / "adapter", save_strategy="steps", save_steps=1)
+    assert report.failures[0].note.startswith("the gradient is inf at step 1;")
+    assert list((tmp_path / "checkpoints").glob("step-*")) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried"),
+        RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: you"),
+    ],
+)
+def test_running_out_of_memory_is_one_message_with_advice(
+    tokenized: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("trl.SFTTrainer.evaluate", fail)
+    with pytest.raises(PedigreeError, match="training ran out of memory") as refusal:
+        tune(tokenized, tiny_model, tmp_path / "adapter")
+    assert "per_device_train_batch_size" in refusal.value.hint
+
+
+def test_other_errors_are_not_called_a_lack_of_memory(
+    tokenized: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr("trl.SFTTrainer.evaluate", fail)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        tune(tokenized, tiny_model, tmp_path / "adapter")
+
+
+def test_a_full_disk_is_told_before_training(tokenized: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**15))
+    with pytest.raises(PedigreeError, match=r"adapter.x: checkpoints and output need about 0 MiB of disk, and 0 MiB are free in"):
+        tune(tokenized, tiny_model, tmp_path / "adapter")
+
+
+def test_mistakes_are_told_all_at_once_before_the_model_is_loaded(tokenized: Path, tmp_path: Path) -> None:
+    write_table(tokenized / "validation.parquet", [], row_schema())
+    write_table(tokenized / "train.parquet", [packed(SHORT, LONG)], row_schema())
+    lengths = [row["lengths"] for row in read_table(tokenized / "train.parquet")]
+    recipe = Recipe(
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"minimum": 1},
+        early_stopping_patience=1,
+        load_best_model_at_end=True,
+        group_by_length=True,
+        report_to="wandb",
+    )
+    with pytest.raises(InputError) as refusal:
+        refuse_mistakes(recipe, "adapter.x", lengths, validates=False)
+    places = [line.split(":")[1].strip() for line in refusal.value.what.splitlines()]
+    wanted = ["lr_scheduler_kwargs", "early_stopping_patience", "load_best_model_at_end", "group_by_length", "report_to"]
+    assert places == [f"adapter.x.{key}" for key in wanted]
+    assert "wandb is not installed" in refusal.value.what
+
+
+@pytest.mark.parametrize("load_best", [False, True])
+def test_training_stops_when_the_validation_loss_no_longer_falls(
+    tokenized: Path, tiny_model: Path, tmp_path: Path, load_best: bool
+) -> None:
+    ids = list(range(10, 30))
+    write_table(tokenized / "validation.parquet", [example(ids, 2)], row_schema())  # nothing that train teaches
+    recipe: dict[str, Any] = {"epochs": 40, "rate": 0.3, "early_stopping_patience": 2, "load_best_model_at_end": load_best}
+    report = tune(tokenized, tiny_model, tmp_path / "adapter", **recipe)
+    watched = report.metrics["validation_loss"]
+    best = min(range(1, len(watched)), key=lambda i: watched[i])
+    assert len(watched) - 1 == best + 2 < 40
+    assert report.metrics.get("best_step") == (best * 2 if load_best else None)
+    learned = next(check for check in report.checks if check.name == "learned")
+    assert learned.note == f"validation loss {watched[0]:.3f} -> {watched[best if load_best else -1]:.3f}"
+
+
+def test_the_best_epochs_weights_are_the_ones_kept(model: Any, tiny_tokenizer: Any) -> None:
+    rows, foreign = Dataset.from_list([SHORT, OTHER]), Dataset.from_list([LONG])
+    recipe = Recipe(num_train_epochs=6, learning_rate=0.05, load_best_model_at_end=True)
+    course = train(tunable(model), tiny_tokenizer, rows, foreign, recipe, COMPUTE)
+    step, loss = course.best()
+    assert step < 12
+    alone = [loss for loss, _ in losses_alone(model.eval(), LONG)]
+    assert sum(alone) / len(alone) == pytest.approx(loss, abs=1e-4)
+
+
+def test_smoothed_labels_give_the_documented_loss_and_leave_validation_plain(model: Any, tiny_tokenizer: Any) -> None:
+    with torch.no_grad():
+        scores = model(torch.tensor([OTHER["input_ids"]])).logits[0].log_softmax(-1)
+    targets = [(scores[i - 1], t) for i, t in enumerate(OTHER["labels"]) if t != IGNORE]
+    plain = sum(-float(row[t]) for row, t in targets) / 3
+    spread = sum(-float(row.mean()) for row, _ in targets) / 3
+    rows = Dataset.from_list([OTHER])
+    course = train(tunable(model), tiny_tokenizer, rows, rows, Recipe(label_smoothing_factor=0.2, num_train_epochs=1), COMPUTE)
+    assert course.losses == pytest.approx([0.8 * plain + 0.2 * spread], abs=1e-4)
+    assert course.watched[0][1] == pytest.approx(plain, abs=1e-4)
+
+
+def test_noise_is_scaled_by_each_examples_length_and_only_while_training() -> None:
+    embeddings = torch.nn.Embedding(10, 16)
+    handle = add_noise(embeddings, 5.0, collate([packed(SHORT, OTHER)]))
+    ids = torch.zeros(1, 9, dtype=torch.int64)
+    with torch.no_grad():
+        embeddings.eval()
+        plain = embeddings(ids)
+        embeddings.train()
+        noise = torch.stack([(embeddings(ids) - plain)[0] for _ in range(200)])
+    largest = noise.abs().amax((0, 2))
+    wanted = [5 / math.sqrt(5 * 16)] * 5 + [5 / math.sqrt(4 * 16)] * 4
+    assert largest.tolist() == pytest.approx(wanted, rel=0.02)
+    assert bool((largest <= torch.tensor(wanted) + 1e-6).all())
+    handle.remove()
+    assert torch.equal(embeddings(ids), plain)
+
+
+def test_rows_of_like_length_share_a_step(model: Any, tiny_tokenizer: Any) -> None:
+    rows = [example(list(range(3, 3 + 4 + n % 2 * 20)), 1) for n in range(40)]
+    recipe = Recipe(group_by_length=True, per_device_train_batch_size=4, num_train_epochs=2)
+    course = train(tunable(model), tiny_tokenizer, Dataset.from_list(rows), None, recipe, COMPUTE)
+    kinds = {step: {row % 2 for s, _, row in course.seen if s == step} for step in range(1, 21)}
+    assert sum(len(kind) == 1 for kind in kinds.values()) >= 12, "by chance it would be two or three"
+    orders = [[row for _, epoch, row in course.seen if epoch == e] for e in (1, 2)]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(40))
+    assert orders[0] != orders[1]
+
+
+def test_warmup_may_be_given_in_steps(model: Any, tiny_tokenizer: Any) -> None:
+    recipe = Recipe(warmup_steps=3, learning_rate=0.3, lr_scheduler_type="constant_with_warmup", num_train_epochs=5)
+    course = train(tunable(model), tiny_tokenizer, Dataset.from_list([OTHER]), None, recipe, COMPUTE)
+    assert [point["learning_rate"] for point in course.curve] == pytest.approx([0, 0.1, 0.2, 0.3, 0.3])
+
+
+@pytest.mark.slow
+def test_compiled_layers_compute_the_same(model: Any, tiny_tokenizer: Any) -> None:
+    rows, curves = Dataset.from_list([packed(SHORT, LONG), OTHER, LONG]), []
+    model.set_attn_implementation(attention_for(torch.device("cpu")))
+    for compiling in ("none", "layers"):
+        recipe = Recipe(num_train_epochs=2, compile=compiling)
+        curves.append(train(tunable(copy.deepcopy(model)), tiny_tokenizer, rows, None, recipe, COMPUTE).losses)
+    assert curves[1] == pytest.approx(curves[0], abs=1e-4)
 
 
 def test_loss_falls_on_a_repeated_example(tokenized: Path, tiny_model: Path, tmp_path: Path) -> None:
@@ -171,7 +412,7 @@ def test_loss_falls_on_a_repeated_example(tokenized: Path, tiny_model: Path, tmp
     assert len(losses) == report.metrics["steps"] == 16
     assert losses[-1] < losses[0] - 0.5
     assert report.metrics["validation_loss"][-1] < report.metrics["validation_loss"][0]
-    assert [check.passed for check in report.checks] == [True]
+    assert [check.passed for check in report.checks] == [True, True]
 
 
 def test_training_works_without_a_validation_split(tokenized: Path, tiny_model: Path, tmp_path: Path) -> None:

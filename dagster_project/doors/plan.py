@@ -3,22 +3,211 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from dagster_project import params
+from dagster_project.chat import IGNORE
 from dagster_project.errors import InputError
+from dagster_project.params import Compute
 from dagster_project.pipeline import validate
+from dagster_project.records import read_table, write_json
 from dagster_project.stages.adapter import Params
+from dagster_project.training import memory
+from dagster_project.training.hardware import prepare
 from dagster_project.training.sft import steps
+
+SLOWER = (0.6, 2.0)
+"""A step takes from this much to this much of what products of matrices and moved bytes alone would take: benchmarks/memory.py."""
+
+USUAL: dict[str, dict[str, Any]] = {
+    **{name: {"r": 16, "target_modules": "all-linear"} for name in ("lora", "dora", "rslora", "qlora", "qdora")},
+    "adalora": {"target_modules": "all-linear"},
+    **{name: {"num_virtual_tokens": 20} for name in ("prefix_tuning", "prompt_tuning", "p_tuning")},
+}
+"""Keys of a method where it is planned for a model without a params.yaml. Other methods: PEFT's own defaults."""
+
+PUBLISHED = {"full": "60-80", "lora": "16-20", "qlora": "6-8"}
+"""GB of a GPU that guides state for a 7B model in 16 bits. LoRA's and QLoRA's hold for about 512 tokens a pass, or 2048 with checkpointing.
+Full training's counts weights and gradients in 16 bits; here what learns is float32, beside the copies it computes with (18 bytes a parameter)."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a device reaches in training's two kinds of work."""
+
+    products: float
+    """Operations a second in products of large matrices; a multiplication and an addition are two."""
+    bytes: float
+    """Bytes a second that an elementwise operation reads and writes, its result newly allocated."""
+
+
+def measure_speed(dtype: Any, device: str) -> Speed:
+    """The best of five tries each, with the threads torch is set to. Half a second.
+
+    Sizes are a small model's: (1024, 1024) by (1024, 2048); 4 million elements.
+    """
+    import torch
+
+    def best(work: Any) -> float:
+        times = []
+        for _ in range(5):
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            work()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    a, b = torch.ones(1024, 1024, dtype=dtype, device=device), torch.ones(1024, 2048, dtype=dtype, device=device)
+    c = torch.ones(4 * 2**20, dtype=dtype, device=device)
+    return Speed(2 * 1024 * 1024 * 2048 / best(lambda: a @ b), 3 * c.numel() * c.element_size() / best(lambda: c * c))
+
+
+class Machine:
+    """The device that training is planned for: what it has, and what it reaches. Measured once, then read from a file.
+
+    Args:
+        compute: threads and dtype.
+        device: "cpu", "cuda", or None for the one that training would use here.
+        notes: file to keep measurements in, by versions of the libraries and number of processors; None keeps none.
+    """
+
+    def __init__(self, compute: Compute, device: str | None, notes: Path | None) -> None:
+        import torch
+
+        here, self.dtype = prepare(compute)
+        self.device = device or here.type
+        if self.device not in ("cpu", "cuda"):
+            raise InputError(f"--device {self.device}: unknown", "use cpu or cuda")
+        self.is_here = self.device == "cpu" or torch.cuda.is_available()
+        if not self.is_here and compute.dtype == "auto":
+            self.dtype = torch.bfloat16
+        self.threads = compute.threads
+        self._notes = notes
+
+    @property
+    def available(self) -> int | None:
+        """Bytes that are free now; None for a GPU that is not here. A container's limit counts."""
+        import psutil
+        import torch
+
+        if not self.is_here:
+            return None
+        if self.device == "cuda":
+            return int(torch.cuda.mem_get_info()[0])
+        free = int(psutil.virtual_memory().available)
+        folder = Path("/sys/fs/cgroup")
+        try:
+            limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
+        except (OSError, ValueError):  # no version 2 control groups, or no limit
+            return free
+        return min(free, limit - used)
+
+    @cached_property
+    def runtime(self) -> int:
+        """Bytes that a training process holds beside its tensors."""
+        if self.device == "cuda":
+            return memory.CUDA_RUNTIME
+        code = "from dagster_project.training.memory import resident; print(resident())"
+
+        def measure() -> int:
+            env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "HF_HUB_OFFLINE": "1"}
+            done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=env, capture_output=True, text=True, check=True)
+            return int(done.stdout.split()[-1])
+
+        return int(self._noted("runtime", measure))
+
+    @cached_property
+    def speed(self) -> Speed | None:
+        """None for a GPU that is not here."""
+        if not self.is_here:
+            return None
+        name = f"{self.device}, {str(self.dtype).removeprefix('torch.')}, {self.threads} threads"
+        return Speed(**self._noted(name, lambda: asdict(measure_speed(self.dtype, self.device))))
+
+    def _noted(self, name: str, measure: Any) -> Any:
+        """A measurement from the file, or made now and kept there."""
+        versions = " ".join(f"{library} {version(library)}" for library in ("torch", "transformers", "trl", "peft"))
+        machine = f"{os.cpu_count()} processors, {versions}"
+        try:
+            notes = json.loads(self._notes.read_text()) if self._notes else {}
+        except (OSError, ValueError):
+            notes = {}
+        if name not in notes.get(machine, {}):
+            notes.setdefault(machine, {})[name] = measure()
+            if self._notes:
+                self._notes.parent.mkdir(parents=True, exist_ok=True)
+                scratch = self._notes.with_suffix(f".{os.getpid()}")
+                write_json(scratch, notes)
+                scratch.replace(self._notes)
+        return notes[machine][name]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of training: what the prediction depends on."""
+
+    base_model: Path
+    method: str
+    options: dict[str, Any]
+    rows: int
+    """Packed rows in a forward pass."""
+    tokens: int
+    """Tokens of the largest such row."""
+    counted: int
+    """Its positions that count in the loss."""
+    gradient_checkpointing: bool
+    gradient_accumulation_steps: int
+    where: str
+
+    def predict(self, machine: Machine, **changed: Any) -> memory.Prediction:
+        now = {**vars(self), "dtype": machine.dtype, **changed}
+        rows = now.pop("rows")
+        now["tokens"], now["counted"] = rows * now["tokens"], rows * now["counted"]
+        return memory.predict(
+            now.pop("base_model"), now.pop("method"), now.pop("options"), device=machine.device, runtime=machine.runtime, **now
+        )
+
+    def lighter(self, machine: Machine) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Changes that need less memory, in the order in which one would try them: what to write, and what it changes here."""
+        import torch
+
+        one = {"rows": 1, "gradient_accumulation_steps": self.gradient_accumulation_steps * self.rows}
+        row = f"per_device_train_batch_size: 1 with gradient_accumulation_steps: {one['gradient_accumulation_steps']}"
+        lora = {"options": USUAL["lora"], "gradient_checkpointing": True, **one}
+        if not self.gradient_checkpointing and self.method != "prefix_tuning":
+            yield "gradient_checkpointing: true", {"gradient_checkpointing": True}
+        if self.rows > 1:
+            yield row, one
+            yield f"gradient_checkpointing: true, {row}", {"gradient_checkpointing": True, **one}
+        if machine.dtype == torch.float32:
+            yield "compute.dtype: bfloat16", {"dtype": torch.bfloat16}
+            yield (
+                "compute.dtype: bfloat16 and gradient_checkpointing: true",
+                {"dtype": torch.bfloat16, "gradient_checkpointing": True, **one},
+            )
+        if self.method in ("full", "bitfit", "layernorm"):
+            yield "method: lora with gradient_checkpointing: true", {"method": "lora", **lora}
+        if self.method != "qlora":
+            yield "method: qlora with gradient_checkpointing: true", {"method": "qlora", **lora, "dtype": torch.bfloat16}
 
 
 def plan_variants(root: Path, variants: Sequence[str]) -> dict[str, Any]:
-    """Tokens and optimizer steps per variant.
+    """Tokens, optimizer steps, parameters, peak memory and time per variant of params.yaml.
 
     Raises:
-        InputError: an unknown variant, or the data has not been tokenized yet.
+        InputError: an unknown variant, or the data has not been tokenized yet, or the base model is not here.
     """
     values = validate(root)
     unknown = [name for name in variants if name not in values["adapter"]]
@@ -30,23 +219,151 @@ def plan_variants(root: Path, variants: Sequence[str]) -> dict[str, Any]:
     train = json.loads(report.read_text())["train"]
     if not train["rows"]:
         raise InputError("the training split is empty", "name more examples in raw_examples.sources")
+    base_model = root / "data" / "base_model"
+    if not (base_model / "config.json").is_file():
+        raise InputError("data/base_model is not here", "run `dvc repro base_model` or `dvc pull base_model` first")
+    machine = Machine(params.parse(Compute, values.get("compute"), "compute"), None, _notes(root))
+    tokens, counted = _largest_row(root, values, train)
     found = {}
     for name in variants or list(values["adapter"]):
         recipe = params.parse(Params, values["adapter"][name], f"adapter.{name}")
         n = steps(train["rows"], recipe)
         per_epoch = steps(train["rows"], recipe.model_copy(update={"num_train_epochs": 1, "max_steps": None}))
+        rows = min(recipe.per_device_train_batch_size, train["rows"])
+        way = Way(
+            base_model, recipe.method, recipe.peft, rows, tokens, counted, recipe.gradient_checkpointing, recipe.gradient_accumulation_steps,
+            f"adapter.{name}",
+        )  # fmt: skip
+        all_tokens = round(train["tokens"] * n / per_epoch)
         found[name] = {
             "examples": train["examples"],
             "epochs": round(n / per_epoch, 3),
             "steps": n,
-            "tokens": round(train["tokens"] * n / per_epoch),
+            "tokens": all_tokens,
             "trained_tokens": round(train["trained_tokens"] * n / per_epoch),
+            **_taken(way, machine, all_tokens),
         }
-    return {"variants": found}
+    return {"variants": found, "machine": _told(machine)}
+
+
+def plan_model(
+    model: Path,
+    methods: Sequence[str],
+    *,
+    tokens: int,
+    rows: int,
+    checkpointing: bool,
+    compute: Compute,
+    device: str,
+) -> dict[str, Any]:
+    """Parameters, peak memory and time per 1,000 passes of each method, from a model's configuration alone: no weights, no data.
+
+    Args:
+        model: folder with a config.json, or such a file.
+        methods: names as in params.yaml, with the keys of USUAL.
+        tokens: of a row, all of which count in the loss.
+        rows: in a forward pass.
+        device: "cpu" or "cuda"; it need not be here.
+    Raises:
+        InputError: no configuration, or a method that is unknown or does not suit the model.
+    """
+    if tokens < 2 or rows < 1:
+        raise InputError(f"--tokens-per-row {tokens} --batch {rows}: nothing to train on", "give at least 2 tokens and 1 row")
+    machine = Machine(compute, device, None)
+    found = {}
+    for method in methods:
+        way = Way(model, method, USUAL.get(method, {}), rows, tokens, tokens, checkpointing, 1, f"--method {method}")
+        found[method] = {"tokens": 1000 * rows * tokens, **_taken(way, machine, 1000 * rows * tokens)}
+        if machine.device == "cuda" and method in PUBLISHED and 6.5e9 < found[method]["total_parameters"] < 7.5e9:
+            found[method]["published_gb"] = PUBLISHED[method]
+    return {"variants": found, "machine": _told(machine)}
+
+
+def _notes(root: Path) -> Path | None:
+    return root / ".dvc" / "tmp" / "pedigree" / "speed.json" if (root / ".dvc").is_dir() else None
+
+
+def _told(machine: Machine) -> dict[str, Any]:
+    dtype = str(machine.dtype).removeprefix("torch.")
+    return {"device": machine.device, "dtype": dtype, "threads": machine.threads, "available_bytes": machine.available}
+
+
+def _largest_row(root: Path, values: dict[str, Any], train: dict[str, Any]) -> tuple[int, int]:
+    """(tokens, positions that count) of the largest packed rows. Where the rows are not here: of a full row with the usual share."""
+    path = root / "data" / "tokenized" / "train.parquet"
+    if path.is_file():
+        rows = read_table(path, ["lengths", "labels"])
+        return max(sum(row["lengths"]) for row in rows), max(sum(label != IGNORE for label in row["labels"]) for row in rows)
+    section = values.get("tokenized") or {}
+    tokens = section.get("packed_length") or section.get("max_length") or 512
+    return tokens, -(-tokens * train["trained_tokens"] // train["tokens"])
+
+
+def _taken(way: Way, machine: Machine, tokens: int) -> dict[str, Any]:
+    """What a way of training takes for so many tokens in all."""
+    took = way.predict(machine)
+    available, speed = machine.available, machine.speed
+    fits = None if available is None else took.memory.total <= available
+    seconds = None
+    if speed:
+        step = took.flops / speed.products + took.moved / speed.bytes
+        seconds = step * tokens / (way.tokens * way.rows * way.gradient_accumulation_steps)
+    return {
+        "trainable_parameters": took.trainable,
+        "total_parameters": took.total,
+        "memory": {**asdict(took.memory), "total": took.memory.total},
+        "fits": fits,
+        "advice": [] if fits is not False or available is None else _advice(way, machine, took.memory.total, available),
+        "time": None if seconds is None else {"from_seconds": round(seconds * SLOWER[0]), "to_seconds": round(seconds * SLOWER[1])},
+    }
+
+
+def _advice(way: Way, machine: Machine, needed: int, available: int) -> list[str]:
+    """What does not fit, and the first change that would."""
+    place = "of the GPU are" if machine.device == "cuda" else "are"
+    said = [f"needs {_size(needed)}, but {_size(available)} {place} free"]
+    least = (needed, "")
+    for text, changed in way.lighter(machine):
+        took = way.predict(machine, **changed).memory.total
+        if took <= available:
+            return [*said, f"{text} would take {_size(took)}"]
+        least = min(least, (took, text))
+    return (
+        [*said, f"{least[1]} would take {_size(least[0])}, which is the least; take a smaller model or a larger machine"]
+        if least[1]
+        else said
+    )
 
 
 def as_text(found: dict[str, Any]) -> str:
-    return "\n".join(
-        f"{name}: {v['examples']} examples x {v['epochs']:g} epochs = {v['tokens']:,} tokens ({v['trained_tokens']:,} trained on) in {v['steps']} steps"
-        for name, v in found["variants"].items()
-    )
+    machine, lines = found["machine"], []
+    for name, v in found["variants"].items():
+        if "steps" in v:
+            lines.append(
+                f"{name}: {v['examples']} examples x {v['epochs']:g} epochs = {v['tokens']:,} tokens ({v['trained_tokens']:,} trained on) in {v['steps']} steps"
+            )
+        else:
+            lines.append(f"{name}:")
+        share = 100 * v["trainable_parameters"] / v["total_parameters"]
+        lines.append(f"  {v['trainable_parameters']:,} of {v['total_parameters']:,} parameters learn ({share:.3g} %)")
+        parts = ", ".join(f"{part} {_size(size)}" for part, size in v["memory"].items() if part != "total" and size >= 5e5)
+        beside = f"; published for 7B: {v['published_gb']} GB" if "published_gb" in v else ""
+        free = "" if machine["available_bytes"] is None else f" of {_size(machine['available_bytes'])} free"
+        lines.append(f"  memory {_size(v['memory']['total'])}{free} ({parts}){beside}")
+        if v["time"]:
+            per = "" if "steps" in v else f" for {v['tokens']:,} tokens"
+            lines.append(f"  time {_time(v['time']['from_seconds'])} to {_time(v['time']['to_seconds'])}{per}")
+        if v["advice"]:
+            lines += [f"  does not fit: {v['advice'][0]}", *(f"  hint: {text}" for text in v["advice"][1:])]
+    threads = f", {machine['threads']} threads" if machine["device"] == "cpu" else ""
+    if any("published_gb" in v for v in found["variants"].values()):
+        lines.append("published figures hold for some 512 tokens a pass, or 2,048 with checkpointing; full: with float32 optimizer states")
+    return "\n".join([*lines, f"on {machine['device']} in {machine['dtype']}{threads}"])
+
+
+def _size(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 9.5e8 else f"{size / 1e6:.0f} MB"
+
+
+def _time(seconds: int) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds} s"

@@ -25,7 +25,10 @@ def board(task: Task | None, true: Sequence[str], labels: Mapping[str, Sequence[
             f"| {NAMES.get(name, f'**{name}**, tuned')} | {scored[name]['macro_f1']:.3f} | {scored[name]['macro_f1_interval'][0]:.3f} to {scored[name]['macro_f1_interval'][1]:.3f} | {hits[name]:.3f} |"
             for name in order
         ]
-    order = sorted(compared, key=lambda name: compared[name]["perplexity_to_base"]["ratio"])
+    order = sorted(
+        (name for name in compared if "perplexity_to_base" in compared[name]),
+        key=lambda name: compared[name]["perplexity_to_base"]["ratio"],
+    )
     return ["| variant | perplexity as a share of the base model's | 95 % interval |", "| --- | ---: | :---: |"] + [
         f"| **{name}**, tuned | {c['ratio']:.3f} | {c['interval'][0]:.3f} to {c['interval'][1]:.3f} |"
         for name in order
@@ -44,6 +47,8 @@ def _verdict(name: str, found: Mapping[str, Any]) -> str:
         rival = min(against, key=lambda other: against[other]["difference"])
         gap, (low, high) = against[rival]["difference"], against[rival]["interval"]
         figures = f"{100 * gap:+.1f} points of macro-F1 over the best alternative, {NAMES[rival]} (95 % interval {100 * low:+.1f} to {100 * high:+.1f})"
+    elif "perplexity_to_base" not in found:
+        return f"{name} names labels, and there are none to compare."
     else:
         ratio = found["perplexity_to_base"]
         gap, low, high = 1 - ratio["ratio"], 1 - ratio["interval"][1], 1 - ratio["interval"][0]

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from dagster_project.chat import encode, encode_prompt
+from dagster_project.chat import encode_prompt, encode_record
 from dagster_project.curation.benchmarks import read_multiple_choice
 from dagster_project.evaluation.generate import generate
 from dagster_project.evaluation.likelihood import choose, negative_log_likelihood
 from dagster_project.evaluation.metrics import Task, follows, label, parse
 from dagster_project.params import Compute, Section, inside
 from dagster_project.records import response_text
+from dagster_project.training import head
 from dagster_project.training.hardware import prepare
+from dagster_project.training.tuned import load
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -55,23 +57,36 @@ class Settings(Section):
 class Subject:
     """A loaded model, ready to be measured."""
 
-    def __init__(self, folder: Path, compute: Compute, settings: Settings) -> None:
+    def __init__(self, folder: Path, compute: Compute, settings: Settings, base_model: Path | None = None) -> None:
+        """Args:
+        folder: weights that stand alone; or an adapter, or a classifier's head, with the `base_model` it stands on.
+        """
         device, dtype = prepare(compute)
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
 
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        self.model = (
-            AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False).to(device).eval()
-        )
+        alone = base_model is None or not (head.is_head(folder) or (folder / "adapter_config.json").is_file())
+        self.tokenizer = AutoTokenizer.from_pretrained(folder if alone else base_model, trust_remote_code=False)
+        for template in folder.glob("chat_template.jinja"):
+            self.tokenizer.chat_template = template.read_text(encoding="utf-8")
+        self.head = head.load(folder, base_model, device, dtype) if base_model and head.is_head(folder) else None
+        self.model = None if self.head else load(folder, base_model, device, dtype)
         self.settings = settings
+
+    @property
+    def writes(self) -> bool:
+        """Is it a language model? A classifier only names labels: it has no perplexity and answers no multiple-choice questions."""
+        return self.head is None
 
     def likelihood(self, records: Sequence[dict[str, Any]], what: str) -> list[tuple[float, int]]:
         """Per record the negative log-likelihood of its responses, and their tokens. What exceeds the context is cut at the end."""
         room = self.tokenizer.model_max_length
-        examples = [(ids[:room], labels[:room]) for ids, labels in (encode(self.tokenizer, record["messages"]) for record in records)]
+        examples = [(ids[:room], labels[:room]) for ids, labels in (encode_record(self.tokenizer, record) for record in records)]
         return negative_log_likelihood(self.model, self.tokenizer.pad_token_id, examples, self.settings.batch_size, f"{what}: perplexity")
 
     def answer(self, prompts: Sequence[list[dict[str, str]]], what: str) -> list[str]:
+        """What it answers to each prompt; a classifier's answer is the label alone, which `metrics.label` takes as it takes any."""
+        if self.head is not None:
+            return self.head.predict(prompts, f"{what}: answers")
         ids = [encode_prompt(self.tokenizer, messages) for messages in prompts]
         return generate(self.model, self.tokenizer, ids, self.settings.max_new_tokens, self.settings.batch_size, f"{what}: answers")
 

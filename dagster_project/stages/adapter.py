@@ -1,90 +1,247 @@
-"""tokenized + base_model -> adapter@X. One variant tuned by its entry in params.yaml."""
+"""tokenized + base_model -> adapter@X. One variant tuned by its entry in params.yaml, with the evidence of what learnt and from what."""
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-import platform
 from importlib.metadata import version
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 from dagster_project.errors import InputError
 from dagster_project.params import Compute
-from dagster_project.records import CheckResult, Report, read_table
+from dagster_project.records import CheckResult, Report, read_table, remove, write_json, write_table
+from dagster_project.training import proof
+from dagster_project.training.checkpoint import Checkpoints, code_of, refuse_full_disk, sha256_of, sha256_of_text
 from dagster_project.training.hardware import prepare
-from dagster_project.training.methods import peft_config, save_adapter
-from dagster_project.training.sft import Recipe, attention_for, train, write_curve
+from dagster_project.training.methods import Quantization, Tunable, build
+from dagster_project.training.sft import (
+    OPTIMIZER_MEMORY,
+    Course,
+    Diverged,
+    Recipe,
+    advice_on_memory,
+    refuse_mistakes,
+    steps,
+    train,
+    warmup,
+    write_curve,
+)
 
 log = logging.getLogger("pedigree")
 
 TRUTHS = {
     "learned": "Every loss and every trained weight is finite, and the validation loss fell.",
+    "trained_what_it_should": "Every group of trainable weights moved, and no frozen weight did.",
 }
+
+LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "safetensors")
+"""Whose versions decide what a run computes."""
 
 
 class Params(Recipe):
     method: str = "lora"
-    """A PEFT method by its name."""
+    """One of PEFT's methods by its name, a short name (qlora, dora, rslora, layernorm, ...), full, bitfit or feature_extraction."""
     peft: dict[str, Any] = {}
     """The method's own keys, as PEFT names them (r, lora_alpha, target_modules, ...)."""
+    quantization: Quantization | None = None
+    """What the base model's weights are held in while the method trains against them: none or nf4. null: nf4 for qlora and qdora, else none."""
+    merge: bool = True
+    """Make a stand-alone model of base and adapter; false passes the adapter on, and evaluation loads both."""
 
 
-def run(variant: str, params: Params, compute: Compute, tokenized: Path, base_model: Path, out: Path, curve_file: Path) -> Report:
-    config = peft_config(params.method, params.peft, f"adapter.{variant}")
+def run(
+    variant: str, params: Params, compute: Compute, tokenized: Path, base_model: Path, out: Path, curve_file: Path, checkpoints: Path
+) -> Report:
+    """Args:
+    checkpoints: a folder of this variant's own that outlives a killed run. It is removed once nothing blocks.
+    """
     device, dtype = prepare(compute)
     from datasets import Dataset
-    from peft import get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    columns = ["input_ids", "labels", "weights", "lengths"]
+    columns = ["example_ids", "input_ids", "labels", "weights", "lengths"]
     rows = {split: Dataset.from_list(read_table(tokenized / f"{split}.parquet", columns)) for split in ("train", "validation")}
     if not len(rows["train"]):
         raise InputError("adapter: the training split is empty", "name more examples in raw_examples.sources")
+    example_ids = rows["train"]["example_ids"]
+    where = f"adapter.{variant}"
+    refuse_mistakes(params, where, rows["train"]["lengths"], validates=len(rows["validation"]) > 0)
+    total = steps(len(rows["train"]), params)
+    labelled = read_table(tokenized / "categories.parquet") if params.method.lower() == "feature_extraction" else []
+    category = {line["example_id"]: line["category"] for line in labelled}
+    learnt = {category[identity] for row in example_ids for identity in row if identity in category}
     tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
-    model = AutoModelForCausalLM.from_pretrained(
-        base_model, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation=attention_for(device)
-    ).to(device)
-    try:
-        model = get_peft_model(model, config)
-    except ValueError as error:
-        raise InputError(f"params.yaml: adapter.{variant}.peft: {error}", "correct the keys named") from None
-    trainable, total = model.get_nb_trainable_parameters()
-    if not trainable:
-        raise InputError(
-            f"params.yaml: adapter.{variant}: {params.method} leaves no parameter to train in this model", "choose other target_modules"
+    for template in tokenized.glob("chat_template.jinja"):
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    with advice_on_memory():
+        tunable = build(
+            params.method, params.peft, base_model, device, dtype, where, params.quantization, params.merge, total, sorted(learnt)
         )
+    _refuse_clashes(tunable, params, where)
+    model, before = tunable.model, checkpoints / "before.safetensors"
+    refuse_full_disk(_disk(tunable, params, checkpoints, out), where)
+    proof.before_training(model, before)
+    frozen = proof.sha256_of_tensors(proof.frozen(model))
     tokens = sum(map(sum, rows["train"]["lengths"]))
     log.info(
-        f"training {variant}: {trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %), {tokens:,} tokens an epoch, {str(dtype).removeprefix('torch.')} on {device}"
+        f"training {variant}: {tunable.trainable:,} of {tunable.total:,} parameters ({100 * tunable.trainable / tunable.total:.2f} %),"
+        f" {tokens:,} tokens an epoch, {str(dtype).removeprefix('torch.')} on {device}"
     )
-    curve = train(model, tokenizer, rows["train"], rows["validation"], params, compute)
-    save_adapter(model, out, base_model="data/base_model")
-    write_curve(curve_file, curve)
+    identity = {
+        "tokenized data": sha256_of([tokenized / f"{split}.parquet" for split in rows]),
+        "chat template": sha256_of_text(json.dumps(tokenizer.chat_template)),
+        "tokenizer": sha256_of(sorted(base_model.glob("tokenizer*")) + sorted(base_model.glob("special_tokens*"))),
+        "parameters": sha256_of_text(json.dumps({**params.model_dump(exclude=SIDELONG), "seed": compute.seed}, sort_keys=True)),
+        "base model": sha256_of(sorted([*base_model.glob("*.safetensors"), base_model / "config.json"])),
+        "weights at the start": sha256_of([before]),
+        "code": sha256_of(code_of(Path(__file__), Path(__file__).parents[1])),
+        "threads": str(compute.threads),
+        "dtype": str(dtype),
+        "device": device.type,
+        "library versions": json.dumps(proof.versions(LIBRARIES)),
+    }
+    try:
+        course = (
+            _fit(tunable, rows, category)
+            if tunable.fit
+            else train(
+                tunable,
+                tokenizer,
+                rows["train"],
+                rows["validation"],
+                params,
+                compute,
+                Checkpoints(checkpoints, identity, params.save_total_limit),
+            )
+        )
+    except Diverged as diverged:
+        return _diverged(diverged, example_ids)
+    tunable.save(out)
+    for template in tokenized.glob("chat_template.jinja"):  # what it learnt to answer in; it goes on with the weights
+        copyfile(template, out / template.name)
+    write_curve(curve_file, course.curve)
+    write_table(out / "examples.parquet", proof.seen_examples(course.seen, example_ids), proof.seen_schema())
+    groups, ranks = proof.movement(model, before), proof.ranks(model)
+    after = proof.sha256_of_tensors(proof.frozen(model))
+    settings = params.model_dump(exclude=SIDELONG) | {"warmup_steps": warmup(total, params)}
+    document = {
+        "trained": groups,
+        "frozen": {"tensors": len(proof.frozen(model)), "sha256_before": frozen, "sha256_after": after},
+        **({"ranks": ranks} if ranks else {}),
+        "steps": course.step,
+        "planned_steps": total,
+        **({"best_step": course.best_step} if params.load_best_model_at_end else {}),
+        "tokens": course.tokens,
+        "trained_tokens": course.trained_tokens,
+        "loss": {"first": course.losses[0], "last": course.losses[-1]},
+        "validation": [{"step": step, "validation_loss": loss} for step, loss in course.watched],
+        "settings": settings,
+        "seed": compute.seed,
+        "threads": compute.threads,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device.type,
+        "versions": proof.versions(LIBRARIES),
+    }
+    write_json(out / "training.json", document)
+    if course.seconds:
+        log.info(f"training {variant}: {course.tokens:,} tokens in {course.seconds:.0f} s, {course.tokens / course.seconds:,.0f} tokens/s")
 
-    losses = [point["loss"] for point in curve if "loss" in point]
-    watched = [point["validation_loss"] for point in curve if "validation_loss" in point]
-    finite = all(map(math.isfinite, losses)) and all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad)
-    sound = finite and (len(watched) < 2 or watched[-1] < watched[0])
-    return Report(
+    unmoved, kept = proof.unmoved(groups), after == frozen
+    report = Report(
         metrics={
             "method": params.method,
-            "trainable_parameters": trainable,
-            "trainable_percent": round(100 * trainable / total, 4),
-            "steps": len(losses),
+            "trainable_parameters": tunable.trainable,
+            "trainable_percent": round(100 * tunable.trainable / tunable.total, 4),
+            "steps": course.step,
             "tokens_per_epoch": tokens,
+            "tokens": course.tokens,
+            "trained_tokens": course.trained_tokens,
             "dtype": str(dtype).removeprefix("torch."),
             "device": device.type,
-            "loss": round(losses[-1], 4),
-            "environment": {
-                "python": platform.python_version(),
-                **{name: version(name) for name in ("torch", "transformers", "trl", "peft")},
-            },
-            "validation_loss": [round(loss, 4) for loss in watched],
+            "loss": round(course.losses[-1], 4),
+            "environment": {**proof.versions(()), **{name: version(name) for name in ("torch", "transformers", "trl", "peft")}},
+            "validation_loss": [round(loss, 4) for _, loss in course.watched],
+            **({"best_step": course.best_step} if params.load_best_model_at_end else {}),
         },
         checks=[
+            _learned(course, all(bool(weight.isfinite().all()) for weight in proof.trainable(model).values())),
             CheckResult(
-                "learned", passed=sound, note=f"validation loss {watched[0]:.3f} -> {watched[-1]:.3f}" if watched else "no validation split"
-            )
+                "trained_what_it_should",
+                passed=not unmoved and kept,
+                blocking=True,
+                count=len(unmoved) + (not kept),
+                note="; ".join(
+                    [*([f"did not move: {', '.join(unmoved)}"] if unmoved else []), *([] if kept else ["a frozen weight changed"])]
+                )
+                or ", ".join(f"{kind}: {group['moved']} of {group['tensors']} moved" for kind, group in groups.items()),
+            ),
         ],
     )
+    if not report.failures:
+        remove(checkpoints)
+    return report
+
+
+SIDELONG = {"report_to", "save_strategy", "save_steps", "save_total_limit"}
+"""Parameters that change nothing in what is learnt."""
+
+
+def _refuse_clashes(tunable: Tunable, params: Params, where: str) -> None:
+    """Raises:
+    InputError: settings that the method cannot stand.
+    """
+    wrong = []
+    if params.gradient_checkpointing and not tunable.checkpointing:
+        wrong.append(f"params.yaml: {where}.gradient_checkpointing: {params.method} fails with it")
+    if params.neftune_noise_alpha and not tunable.packs:
+        wrong.append(f"params.yaml: {where}.neftune_noise_alpha: not with {params.method}, which learns no embeddings of words")
+    if wrong:
+        raise InputError("\n".join(wrong), "leave it out")
+
+
+def _fit(tunable: Tunable, rows: dict[str, Any], category: dict[str, str]) -> Course:
+    """A course of what is not trained by optimizer steps over rows: every iteration sees every example."""
+    assert tunable.fit
+    train, validation = (
+        [{**row, "categories": [category.get(identity) for identity in row["example_ids"]]} for row in rows[split]]
+        for split in ("train", "validation")
+    )
+    curve = [
+        {"learning_rate": 0.0, "grad_norm": 0.0, "tokens": 0, **point} if "loss" in point else point
+        for point in tunable.fit(train, validation)
+    ]
+    return Course(curve=curve, seen=[(1, 1, row) for row in range(len(train))])
+
+
+def _learned(course: Course, finite: bool) -> CheckResult:
+    """Judged by the weights that are kept: the last ones, or the best."""
+    watched = course.watched
+    kept = next((loss for step, loss in watched if step == course.best_step), watched[-1][1] if watched else math.nan)
+    return CheckResult(
+        "learned",
+        passed=finite and all(map(math.isfinite, course.losses)) and (len(watched) < 2 or kept < watched[0][1]),
+        note=f"validation loss {watched[0][1]:.3f} -> {kept:.3f}" if watched else "no validation split",
+    )
+
+
+def _diverged(diverged: Diverged, example_ids: list[list[str]]) -> Report:
+    """The report of a training that stopped at a number that is none: it blocks, and names the examples of the step."""
+    examples = [identity for row in diverged.rows for identity in example_ids[row]]
+    note = f"{diverged}; lower learning_rate or max_grad_norm, and look at the examples of that step"
+    return Report(
+        checks=[
+            CheckResult("learned", passed=False, blocking=True, count=len(examples), rows=examples[:20], note=note),
+            CheckResult("trained_what_it_should", passed=False, blocking=True, note="not looked at: training did not end"),
+        ]
+    )
+
+
+def _disk(tunable: Tunable, params: Params, checkpoints: Path, out: Path) -> dict[Path, int]:
+    """Folder -> bytes that training will write into it: one checkpoint more than are kept, the weights as they were, and the output."""
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in proof.trainable(tunable.model).values())
+    memory = int(tunable.trainable * 4 * OPTIMIZER_MEMORY[params.optim])
+    one = weights * (2 if params.load_best_model_at_end else 1) + memory
+    return {checkpoints: weights + one * (params.save_total_limit + 1), out: 2 * weights}

@@ -31,10 +31,9 @@ def run(settings: Settings, variants: list[str], splits: Path, baselines: Path, 
     compared: dict[str, Any] = {}
     for name in variants:
         ids = list(base)
-        ratio = perplexity_ratio(
-            [(of[name][i]["nll"], of[name][i]["tokens"]) for i in ids], [(base[i]["nll"], base[i]["tokens"]) for i in ids]
-        )
-        compared[name] = {"perplexity_to_base": ratio}
+        mine, theirs = ([(system[i]["nll"], system[i]["tokens"]) for i in ids] for system in (of[name], base))
+        writes = all(nll is not None for nll, _ in mine)  # a classifier has no perplexity
+        compared[name] = {"perplexity_to_base": perplexity_ratio(mine, theirs)} if writes else {}
         if task and asked:
             compared[name]["macro_f1_to"] = {
                 other: macro_f1_difference(task, true, labels(name), labels(other)) for other in BASELINES if other in of

@@ -15,7 +15,15 @@ TRUTHS = {"test_is_unseen": "No example of the test split, nor a near-copy of on
 
 
 def run(
-    root: Path, variant: str, settings: Settings, compute: Compute, merged: Path, splits: Path, out: Path, confusion_file: Path
+    root: Path,
+    variant: str,
+    settings: Settings,
+    compute: Compute,
+    merged: Path,
+    base_model: Path,
+    splits: Path,
+    out: Path,
+    confusion_file: Path,
 ) -> Report:
     train, test = read_records(splits / "train") + read_records(splits / "validation"), read_records(splits / "test")
     seen = {record["group_id"] for record in train} & {record["group_id"] for record in test}
@@ -29,14 +37,14 @@ def run(
     )
     if not unseen.passed:
         return Report(checks=[unseen])
-    subject = Subject(merged, compute, settings)
+    subject = Subject(merged, compute, settings, base_model)
     task, asked = settings.task, labelled(test, settings.task)
-    likelihoods = subject.likelihood(test, variant)
-    metrics: dict[str, Any] = {
-        "test_examples": len(test),
-        "perplexity": round(perplexity(likelihoods), 4),
-        **subject.retention(root, variant),
-    }
+    likelihoods: list[tuple[float | None, int | None]] = [(None, None)] * len(test)
+    metrics: dict[str, Any] = {"test_examples": len(test)}
+    if subject.writes:
+        found = subject.likelihood(test, variant)
+        likelihoods = [*found]
+        metrics |= {"perplexity": round(perplexity(found), 4), **subject.retention(root, variant)}
     answers: dict[str, str] = {}
     confusion = [("actual", "predicted")]
     if task and asked:

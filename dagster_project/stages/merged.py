@@ -1,13 +1,16 @@
-"""base_model + adapter@X -> merged@X. A stand-alone model, proven equal to base plus adapter on logits."""
+"""base_model + adapter@X -> merged@X. A stand-alone model, proven equal to base plus adapter on logits; what cannot be merged passes as it is."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from dagster_project.params import Compute
 from dagster_project.records import CheckResult, Report
+from dagster_project.training import head
 from dagster_project.training.hardware import prepare
+from dagster_project.training.tuned import RECORD, Tuned, load, load_base
 
 TRUTHS = {"merge_is_equal": "In float32, merged and unmerged model give the same logits."}
 
@@ -19,51 +22,112 @@ PROBES = ("The capital of France is", '{"summary": "parcel', "Dear customer,\nth
 
 def run(compute: Compute, base_model: Path, adapter: Path, out: Path) -> Report:
     prepare(compute)
+    tuned = Tuned.read(adapter)
+    if head.is_head(adapter) or not tuned.merge:
+        return _pass_on(base_model, adapter, out, {"merged": False, "why_not": tuned.why_not}, f"not merged: {tuned.why_not}")
+    if not (adapter / "adapter_config.json").is_file():
+        return _pass_on(base_model, adapter, out, {"merged": True}, "the tuned weights stand alone")
+    return _merge(base_model, adapter, tuned, out)
+
+
+def _merge(base_model: Path, adapter: Path, tuned: Tuned, out: Path) -> Report:
+    """Fold the adapter into the base model's weights, and store them in the base model's dtype.
+
+    The base model is the full one, also where the adapter was trained against quantized weights: the report then says how far apart the two are.
+    """
     import torch
     from peft import PeftModel
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
+    cpu = torch.device("cpu")
+    probes = _probes(base_model)
     stored = AutoConfig.from_pretrained(base_model, trust_remote_code=False).dtype or torch.float32
-    base = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32, use_safetensors=True, trust_remote_code=False).eval()
-    model = PeftModel.from_pretrained(base, adapter).eval()
-    probes = [tokenizer(text, return_tensors="pt").input_ids for text in PROBES]
-
-    def logits() -> list[torch.Tensor]:
-        with torch.inference_mode():
-            return [model(ids).logits for ids in probes]
-
+    model = PeftModel.from_pretrained(load_base(base_model, cpu, torch.float32), adapter).eval()
     with model.disable_adapter():
-        untuned = logits()
-    wanted = logits()
-    model = model.merge_and_unload()
-    difference = _furthest(logits(), wanted)
+        untuned = _logits(model, probes)
+    wanted = _logits(model, probes)
+    metrics: dict[str, Any] = {"merged": True, "dtype": str(stored).removeprefix("torch.")}
+    if tuned.quantization != "none":
+        trained = _logits(load(adapter, base_model, cpu, torch.float32), probes)
+        metrics |= {
+            "trained_against": tuned.quantization,
+            "largest_difference_from_trained": round(_furthest(trained, wanted), 3),
+            "same_next_token_as_trained": _agreement(trained, wanted),
+        }
+    try:
+        model = model.merge_and_unload()
+    except (ValueError, NotImplementedError) as error:
+        note = f"PEFT cannot merge it: {error}; set merge: false"
+        return Report(metrics=metrics, checks=[CheckResult("merge_is_equal", passed=False, blocking=True, note=note)])
+    difference = _furthest(_logits(model, probes), wanted)
     effect = _furthest(untuned, wanted)
     model.to(stored).save_pretrained(out)
     model.float()
-    rounded = logits()
-    agreement = [float((a.argmax(-1) == b.argmax(-1)).float().mean()) for a, b in zip(rounded, wanted, strict=True)]
     for file in base_model.iterdir():
         if file.suffix != ".safetensors" and not (out / file.name).exists():
             shutil.copy(file, out)
-    return Report(
-        metrics={
-            "dtype": str(stored).removeprefix("torch."),
-            "largest_logit_difference": float(f"{difference:.3g}"),
-            "largest_adapter_effect": round(effect, 3),
-            "same_next_token_as_stored": round(sum(agreement) / len(agreement), 4),
-        },
-        checks=[
-            CheckResult(
-                "merge_is_equal",
-                passed=difference < TOLERANCE < effect,
-                blocking=True,
-                note=f"largest difference {difference:.2g}; the adapter changes logits by up to {effect:.2g}",
-            )
-        ],
+    for template in adapter.glob("chat_template.jinja"):  # the one it was tuned with
+        shutil.copy(template, out)
+    alone = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, use_safetensors=True, trust_remote_code=False).eval()
+    rounded, found = dict(model.named_parameters()), dict(alone.named_parameters())
+    lost = sorted(
+        name
+        for name in rounded.keys() | found.keys()
+        if name not in rounded or name not in found or not torch.equal(rounded[name], found[name])
     )
+    metrics |= {
+        "largest_logit_difference": float(f"{difference:.3g}"),
+        "largest_adapter_effect": round(effect, 3),
+        "same_next_token_as_stored": _agreement(_logits(alone, probes), wanted),
+    }
+    note = f"largest difference {difference:.2g}; the adapter changes logits by up to {effect:.2g}"
+    if lost:
+        note = f"{len(lost)} stored weights are not what was merged: {', '.join(lost[:5])}"
+    passed = difference < TOLERANCE < effect and not lost
+    return Report(metrics=metrics, checks=[CheckResult("merge_is_equal", passed=passed, blocking=True, note=note)])
 
 
-def _furthest(ours: list, theirs: list) -> float:
+def _pass_on(base_model: Path, adapter: Path, out: Path, metrics: dict[str, Any], note: str) -> Report:
+    """What stands alone, or must go on as it is: the same files, once it is known to load and to do something."""
+    import torch
+
+    cpu = torch.device("cpu")
+    shutil.copytree(adapter, out, dirs_exist_ok=True)
+    if metrics["merged"]:
+        (out / RECORD).unlink(missing_ok=True)
+    if head.is_head(out):
+        effect = float(head.load(out, base_model, cpu, torch.float32).classifier.score.weight.detach().abs().max())
+        note += f"; the layer's largest weight is {effect:.2g}"
+    else:
+        probes = _probes(base_model)
+        untuned = _logits(load_base(base_model, cpu, torch.float32, Tuned.read(out).quantization).eval(), probes)
+        effect = _furthest(_logits(load(out, base_model, cpu, torch.float32), probes), untuned)
+        metrics["largest_adapter_effect"] = round(effect, 3)
+        note += f"; it changes logits by up to {effect:.2g}"
+    return Report(metrics=metrics, checks=[CheckResult("merge_is_equal", passed=effect > TOLERANCE, blocking=True, note=note)])
+
+
+def _probes(base_model: Path) -> list[Any]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
+    return [tokenizer(text, return_tensors="pt").input_ids for text in PROBES]
+
+
+def _logits(model: Any, probes: list[Any]) -> list[Any]:
+    """Per probe the logits (1, tokens, vocabulary)."""
+    import torch
+
+    with torch.inference_mode():
+        return [model(ids).logits for ids in probes]
+
+
+def _furthest(ours: list[Any], theirs: list[Any]) -> float:
     """Largest absolute difference between two lists of logits."""
     return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+
+
+def _agreement(ours: list[Any], theirs: list[Any]) -> float:
+    """Mean share of places with the same most likely next token."""
+    shares = [float((a.argmax(-1) == b.argmax(-1)).float().mean()) for a, b in zip(ours, theirs, strict=True)]
+    return round(sum(shares) / len(shares), 4)

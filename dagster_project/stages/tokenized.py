@@ -1,24 +1,34 @@
-"""splits -> tokenized. Token ids and labels by the base model's chat template, packed into rows of context length."""
+"""splits -> tokenized. Token ids and labels by a chat template, packed into rows, with an account of every record and of every label."""
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from dagster_project.chat import IGNORE, encode, loss_weights, pack
+from dagster_project.chat import IGNORE, is_text, pack
 from dagster_project.errors import InputError
 from dagster_project.params import Section
-from dagster_project.records import CheckResult, Report, read_records, response_text, write_table
+from dagster_project.records import CheckResult, Report, read_ledger, read_records, write_json, write_ledger, write_table
+from dagster_project.training import label_audit, mixture, templates
+from dagster_project.training.examples import Example, Fate, Rules, TooLong, make
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+Record = dict[str, Any]
+
 TRUTHS = {
+    "template_mismatch": "Every conversation fits the chat template.",
+    "no_answer": "Every conversation has an answer to learn from.",
     "too_long": "Every example fits into `max_length` tokens.",
-    "template_mismatch": "Every example has tokens to learn from and ends with the end-of-turn token in its labels.",
+    "labels": "Labels stand exactly on what the assistant says and its end of turn.",
+    "double_bos": "No example begins with two beginning-of-text tokens.",
 }
 
 
@@ -38,9 +48,23 @@ def row_schema() -> pa.Schema:
     )
 
 
+@cache
+def category_schema() -> pa.Schema:
+    """The category of each example that has one, for what learns to tell categories."""
+    import pyarrow as pa
+
+    return pa.schema([("example_id", pa.string()), ("category", pa.string())])
+
+
 class Params(Section):
+    chat_template: str | None = None
+    """alpaca, chatml, or a Jinja file in data/templates/; null means the base model's own."""
+    on_mismatch: Literal["fail", "drop"] = "fail"
+    """What a conversation that the template does not fit does: stop the stage, or go, and be counted."""
     max_length: int = Field(default=512, ge=16)
-    """Tokens an example may have, prompt and response together. Longer examples are dropped and counted."""
+    """Tokens an example may have, prompt and response together."""
+    on_too_long: TooLong = "drop"
+    """What becomes of a longer record: dropped; its last answer truncated; or split, a conversation between turns and a plain text anywhere."""
     packed_length: int | None = Field(default=None, ge=16)
     """Tokens of a packed row; null means `max_length`. Shorter rows mean more and smaller steps for the same tokens. A longer example has a row of its own."""
     weigh: Literal["token", "example"] = "token"
@@ -49,9 +73,17 @@ class Params(Section):
     """JSON field -> how many times as much the tokens of its value count. For answers in which one word is what matters."""
     packing: bool = True
     """Put several examples into one row. They stay isolated from each other."""
+    balance: mixture.Balance = "none"
+    """Repeat train rows of rare categories: until all are equally frequent (category), or half way there (sqrt)."""
+    replay: mixture.Replay | None = None
+    """General data mixed into train against forgetting."""
 
 
-def run(params: Params, splits: Path, base_model: Path, out: Path) -> Report:
+def run(root: Path, params: Params, seed: int, splits: Path, base_model: Path, out: Path) -> Report:
+    """Args:
+    root: the project's folder, which the path of a template is relative to.
+    seed: draws the rows that are repeated or left out, and the examples that the audit shows.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
@@ -60,44 +92,149 @@ def run(params: Params, splits: Path, base_model: Path, out: Path) -> Report:
             f"params.yaml: tokenized.max_length: {params.max_length} is more than the model's context of {tokenizer.model_max_length}",
             "lower it",
         )
-    metrics: dict[str, Any] = {}
-    rows_in = 0
-    long: list[str] = []
-    wrong: list[str] = []
-    for split in ("train", "validation"):
-        records = read_records(splits / split)
-        rows_in += len(records)
-        # by content hash, so that each row is a fair mixture: long replies and short labels learn in the same step
-        encoded = [_example(tokenizer, record, params) for record in sorted(records, key=lambda record: record["example_id"])]
-        long += [example["example_ids"][0] for example in encoded if len(example["input_ids"]) > params.max_length]
-        fitting = [example for example in encoded if len(example["input_ids"]) <= params.max_length]
-        wrong += [example["example_ids"][0] for example in fitting if tokenizer.eos_token_id not in example["labels"]]
-        lengths = [len(example["input_ids"]) for example in fitting]
-        layout = pack(lengths, params.packed_length or params.max_length) if params.packing else [[i] for i in range(len(fitting))]
-        rows = [{column: [value for i in row for value in fitting[i][column]] for column in row_schema().names} for row in layout]
-        write_table(out / f"{split}.parquet", rows, row_schema())
-        metrics[split] = {
-            "examples": len(fitting),
-            "rows": len(rows),
-            "tokens": sum(lengths),
-            "trained_tokens": sum(label != IGNORE for example in fitting for label in example["labels"]),
+    template = templates.use(tokenizer, root, params.chat_template)
+    records = {split: read_records(splits / split) for split in ("train", "validation")}
+    if template is None and not all(is_text(record) for found in records.values() for record in found):
+        raise InputError("data/base_model: it has no chat template", "name one in params.yaml: tokenized.chat_template, e.g. chatml")
+
+    rules = Rules(params.max_length, params.on_too_long, params.field_weights, params.weigh == "example")
+    fates = {split: make(tokenizer, found, rules) for split, found in records.items()}
+    copies = {split: [int(fate.kept) for fate in found] for split, found in fates.items()}
+    copies["train"], repeats = mixture.mix(records["train"], fates["train"], params.balance, params.replay, seed)
+    source_rows = {(line["source"], line["example_id"]): line["source_row"] for line in read_ledger(splits)}
+    ledger = [
+        {
+            "source": record["source"],
+            "source_row": source_rows.get((record["source"], record["example_id"])),
+            "example_id": record["example_id"],
+            "outcome": fate.outcome,
+            "why": "; ".join(filter(None, [fate.why, f"{n} copies" if n > 1 else ""])),
         }
+        for split in records
+        for record, fate, n in zip(records[split], fates[split], copies[split], strict=True)
+    ]
+    write_ledger(out, ledger)
+    categories = {record["example_id"]: record["category"] for found in records.values() for record in found if record["category"]}
+    write_table(out / "categories.parquet", [{"example_id": i, "category": name} for i, name in categories.items()], category_schema())
+
+    room = params.packed_length or params.max_length
+    written = {"name": params.chat_template or "base_model", "sha256": hashlib.sha256(template.encode()).hexdigest()} if template else None
+    metrics: dict[str, Any] = {"template": written} if written else {}
+    audit: dict[str, Any] = {**metrics, "splits": {}, "examples": []}
+    for split in records:
+        examples = _in_order(records[split], fates[split], copies[split])
+        lengths = [len(example.input_ids) for _, example in examples]
+        layout = pack(lengths, room) if params.packing else [[i] for i in range(len(examples))]
+        _write_rows(out / f"{split}.parquet", examples, layout)
+        figures = label_audit.figures(tokenizer, records[split], fates[split])
+        figures["fill_rate"] = round(sum(lengths) / sum(max(room, sum(lengths[i] for i in row)) for row in layout), 4) if layout else 0.0
+        audit["splits"][split] = figures
+        audit["examples"] += label_audit.shown(tokenizer, split, records[split], fates[split], seed)
+        metrics[split] = {
+            "examples": len(examples),
+            "rows": len(layout),
+            "tokens": sum(lengths),
+            "trained_tokens": sum(int((example.labels != IGNORE).sum()) for _, example in examples),
+            **{name: figures[name] for name in ("trained_share", "end_of_turn_in_loss", "prefix_stable", "fill_rate")},
+            **(repeats if split == "train" else {}),
+        }
+    write_json(out / "audit.json", audit)
+    if template:
+        (out / templates.FILE).write_text(template, encoding="utf-8")
+
+    everything = [fate for found in fates.values() for fate in found]
+    metrics |= _lost(everything)
+    dropped = Counter(fate.outcome.removeprefix("dropped:") for fate in everything if not fate.kept)
     return Report(
-        rows_in=rows_in,
-        rows_out=rows_in - len(long),
-        dropped={"too_long": len(long)} if long else {},
+        rows_in=len(everything),
+        rows_out=len(everything) - sum(dropped.values()),
+        dropped=dict(sorted(dropped.items())),
         metrics=metrics,
-        checks=[
-            CheckResult(
-                "too_long", passed=True, severity="warn", count=len(long), rows=long[:20], note=f"{len(long)} dropped" if long else ""
-            ),
-            CheckResult("template_mismatch", passed=not wrong, blocking=True, count=len(wrong), rows=wrong[:20]),
-        ],
+        checks=_checks(params, tokenizer, [record for found in records.values() for record in found], everything, ledger),
     )
 
 
-def _example(tokenizer: Any, record: dict[str, Any], params: Params) -> dict[str, Any]:
-    """One record as a row of its own, in the columns of `row_schema`."""
-    ids, labels = encode(tokenizer, record["messages"])
-    weights = loss_weights(tokenizer, labels, response_text(record["messages"]), params.field_weights, params.weigh == "example")
-    return {"example_ids": [record["example_id"]], "lengths": [len(ids)], "input_ids": ids, "labels": labels, "weights": weights}
+def _in_order(records: Sequence[Record], fates: Sequence[Fate], copies: Sequence[int]) -> list[tuple[str, Example]]:
+    """(example_id, example) of every part and copy, by content hash, so that each row is a fair mixture: long replies and short labels learn in
+    the same step, and copies of an example do not stand together."""
+
+    def place(identity: str, part: int, copy: int) -> str:
+        return hashlib.sha256(f"{identity}:{part}:{copy}".encode()).hexdigest() if part or copy else identity
+
+    return [
+        found
+        for _, found in sorted(
+            (
+                (place(record["example_id"], part, copy), (record["example_id"], example))
+                for record, fate, n in zip(records, fates, copies, strict=True)
+                for part, example in enumerate(fate.examples)
+                for copy in range(n)
+            ),
+            key=lambda placed: placed[0],
+        )
+    ]
+
+
+def _write_rows(path: Path, examples: Sequence[tuple[str, Example]], layout: Sequence[Sequence[int]]) -> None:
+    """Packed rows to Parquet, column by column: as Python objects a large set would not fit into memory."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    order = [i for row in layout for i in row]
+    lengths = np.array([len(examples[i][1].input_ids) for i in order], dtype=np.int32)
+    by_example = np.cumsum([0, *(len(row) for row in layout)], dtype=np.int32)
+    by_token = np.cumsum([0, *lengths], dtype=np.int32)[by_example]
+    tokens = {
+        name: np.concatenate([np.array([], dtype), *(getattr(examples[i][1], name) for i in order)], dtype=dtype)
+        for name, dtype in (("input_ids", np.int32), ("labels", np.int32), ("weights", np.float32))
+    }
+    values = {"example_ids": [examples[i][0] for i in order], "lengths": lengths, **tokens}
+    columns = [
+        pa.ListArray.from_arrays(by_token if column.name in tokens else by_example, pa.array(values[column.name], column.type.value_type))
+        for column in row_schema()
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_arrays(columns, schema=row_schema()), path, compression="zstd", store_schema=True)
+
+
+def _lost(fates: Sequence[Fate]) -> dict[str, Any]:
+    """Reason -> records that lose tokens to learn from, and how many."""
+    found: dict[str, dict[str, int]] = {}
+    for fate in fates:
+        if fate.lost:
+            reason = found.setdefault(fate.outcome.removeprefix("dropped:").partition(":")[0], {"rows": 0, "trained_tokens": 0})
+            reason["rows"] += 1
+            reason["trained_tokens"] += fate.lost
+    return {"lost": dict(sorted(found.items()))} if found else {}
+
+
+def _checks(
+    params: Params, tokenizer: Any, records: Sequence[Record], fates: Sequence[Fate], ledger: Sequence[dict[str, Any]]
+) -> list[CheckResult]:
+    """The results of TRUTHS, in its order."""
+    found: dict[str, dict[int, str]] = {name: {} for name in TRUTHS}
+    for i, fate in enumerate(fates):
+        kind = fate.outcome.removeprefix("dropped:").partition(":")[0]
+        name = "too_long" if kind in {"truncated", "split"} else kind
+        if name in found:
+            found[name][i] = fate.outcome if name == "too_long" else fate.why
+        if any(label_audit.begins_twice(tokenizer, example) for example in fate.examples):
+            found["double_bos"][i] = "two beginning-of-text tokens"
+    found["labels"] = label_audit.misplaced(tokenizer, records, fates)
+    blocking = {"labels"} | ({"template_mismatch"} if params.on_mismatch == "fail" else set())
+    repaired = {"template_mismatch", "no_answer", "too_long"} - blocking
+    """What was wrong is not in the output any more."""
+    return [
+        CheckResult(
+            name,
+            passed=name in repaired or not where,
+            severity="warn" if name in {"no_answer", "too_long"} else "error",
+            blocking=name in blocking,
+            count=len(where),
+            rows=[f"{ledger[i]['source']}:{ledger[i]['source_row']}" for i in list(where)[:20]],
+            note="; ".join(f"{n} {what}" for what, n in Counter(where.values()).most_common(3)),
+            dropped=sum(not fates[i].kept for i in where),
+        )
+        for name, where in found.items()
+    ]

@@ -1,24 +1,51 @@
-"""Supervised fine-tuning: TRL's SFTTrainer over rows that are already tokenized, labelled and packed."""
+"""Supervised fine-tuning: TRL's SFTTrainer over rows that are already tokenized, labelled and packed. A killed run goes on where it was."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
+import os
+import signal
 import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from dagster_project.chat import IGNORE
+from dagster_project.errors import InputError, PedigreeError
 from dagster_project.params import Compute, Section
 from dagster_project.progress import Progress
+from dagster_project.training import checkpoint
+from dagster_project.training.checkpoint import Checkpoints
+from dagster_project.training.methods import Tunable, apart
+from dagster_project.training.proof import trainable
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger("pedigree")
+
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
+
+OPTIMIZER_MEMORY = {
+    "adamw_torch": 2.0,
+    "adamw_torch_fused": 2.0,
+    "adamw_8bit": 0.6,
+    "adafactor": 0.1,
+    "adagrad": 1.0,
+    "rmsprop": 1.0,
+    "sgd": 0.0,
+}
+"""Optimizer -> what it remembers, as a multiple of the trainable weights in float32."""
 
 
 class Recipe(Section):
@@ -26,10 +53,17 @@ class Recipe(Section):
 
     learning_rate: float = Field(default=2e-4, gt=0)
     """Peak rate. Small models want more: 1e-3 suits 135M parameters."""
-    lr_scheduler_type: str = "cosine"
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt", "cosine_with_min_lr",
+        "cosine_warmup_with_min_lr", "warmup_stable_decay",
+    ] = "cosine"  # fmt: skip
     """Shape of the rate after warm-up, one of transformers' schedules."""
+    lr_scheduler_kwargs: dict[str, Any] = {}
+    """The schedule's own keys, e.g. {min_lr_rate: 0.1} for cosine_with_min_lr."""
     warmup_ratio: float = Field(default=0.1, ge=0, lt=1)
     """Share of the steps over which the rate rises to its peak."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Steps over which the rate rises, instead of `warmup_ratio`."""
     num_train_epochs: int = Field(default=2, ge=1)
     """Passes over the training split."""
     max_steps: int | None = Field(default=None, ge=1)
@@ -38,22 +72,115 @@ class Recipe(Section):
     """Packed rows per forward pass."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     """Forward passes per optimizer step."""
+    group_by_length: bool = False
+    """Put rows of like length into one step. For rows of one example each (`tokenized.packing: false`)."""
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "adafactor", "adagrad", "rmsprop", "sgd"] = "adamw_torch_fused"
+    """The optimizer. adamw_8bit (bitsandbytes) and adafactor remember less and so need less memory."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """How fast weights shrink towards zero, as a share of the learning rate."""
     max_grad_norm: float = Field(default=1.0, gt=0)
+    """Longest gradient; longer ones are scaled down to it."""
+    label_smoothing_factor: float = Field(default=0.0, ge=0, lt=1)
+    """Probability that is spread over all other tokens in the training target. The validation loss is always the plain one."""
+    neftune_noise_alpha: float | None = Field(default=None, gt=0)
+    """Noise on the embeddings while training (NEFTune); 5 is usual. Scaled by the length of each example, not of the packed row."""
     gradient_checkpointing: bool = False
     """Trade a third more time for memory that no longer grows with depth."""
+    compile: Literal["none", "layers"] = "none"
+    """`layers` compiles each decoder layer with torch.compile: slower to start, faster per step. Needs a C++ compiler on a CPU."""
+    early_stopping_patience: int | None = Field(default=None, ge=1)
+    """Stop after this many epochs in a row without a lower validation loss; null to train to the end."""
+    load_best_model_at_end: bool = False
+    """Keep the weights of the epoch with the lowest validation loss instead of the last ones."""
+    save_strategy: Literal["epoch", "steps", "no"] = "epoch"
+    """When to write a checkpoint that an interrupted training goes on from. With `no`, only when it is stopped with Ctrl-C."""
+    save_steps: int = Field(default=500, ge=1)
+    """Steps between two checkpoints with `save_strategy: steps`."""
+    save_total_limit: int = Field(default=2, ge=1)
+    """Checkpoints to keep. They are removed when the variant is done."""
+    report_to: Literal["none"] | Tracker | list[Tracker] = "none"
+    """Also show the curves in tensorboard, wandb or mlflow, if installed. They decide nothing and are no part of the result."""
+
+    @property
+    def trackers(self) -> list[str]:
+        return [] if self.report_to == "none" else [self.report_to] if isinstance(self.report_to, str) else list(self.report_to)
+
+
+class Interrupted(PedigreeError):
+    """Somebody asked the training to stop."""
+
+    exit_code = 130
+
+
+class Diverged(Exception):
+    """The loss or the gradient is not a number any more. Not for users: the stage says it with the examples."""
+
+    def __init__(self, what: str, step: int, rows: Sequence[int]) -> None:
+        """Args:
+        what: e.g. "the loss is nan".
+        rows: rows of the training split that the step saw.
+        """
+        super().__init__(f"{what} at step {step}")
+        self.rows = list(rows)
+
+
+@dataclass
+class Course:
+    """What a training did, in order."""
+
+    curve: list[dict[str, float]] = field(default_factory=list)
+    """{"step", "loss", "learning_rate", "grad_norm", "tokens": so far} at every step, {"step", "validation_loss"} before the first and after each epoch."""
+    seen: list[tuple[int, int, int]] = field(default_factory=list)
+    """(step from 1, epoch from 1, row of the training split) of each row that was trained on."""
+    tokens: int = 0
+    trained_tokens: int = 0
+    """Tokens that counted in the loss."""
+    best_step: int | None = None
+    """The step whose weights were kept, where `load_best_model_at_end` says so."""
+    seconds: float = 0.0
+    """Time it took, earlier parts of an interrupted training included. For the log only."""
+
+    @property
+    def losses(self) -> list[float]:
+        return [point["loss"] for point in self.curve if "loss" in point]
+
+    @property
+    def watched(self) -> list[tuple[int, float]]:
+        """(step, validation loss)."""
+        return [(int(point["step"]), point["validation_loss"]) for point in self.curve if "validation_loss" in point]
+
+    @property
+    def step(self) -> int:
+        return len(self.losses)
+
+    def best(self) -> tuple[int, float] | None:
+        """The first of the lowest validation losses since the first step."""
+        return min((point for point in self.watched if point[0]), key=lambda point: point[1], default=None)
+
+    def stalled(self, patience: int | None) -> bool:
+        """Has the validation loss not fallen for so many epochs?"""
+        best = self.best()
+        return patience is not None and best is not None and sum(step > best[0] for step, _ in self.watched) >= patience
 
 
 def steps(rows: int, recipe: Recipe) -> int:
     """Optimizer steps of a run over `rows` packed rows."""
-    per_step = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
-    planned = math.ceil(rows / per_step) * recipe.num_train_epochs
+    planned = steps_per_epoch(rows, recipe) * recipe.num_train_epochs
     return min(planned, recipe.max_steps or planned)
 
 
+def steps_per_epoch(rows: int, recipe: Recipe) -> int:
+    return math.ceil(rows / (recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps))
+
+
+def warmup(total: int, recipe: Recipe) -> int:
+    """Steps over which the rate rises, of `total`."""
+    return recipe.warmup_steps if recipe.warmup_steps is not None else math.ceil(total * recipe.warmup_ratio)
+
+
 def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Packed rows to one batch without padding: input_ids, labels, position_ids (1, tokens) int64, weights (1, tokens) float32, and the
-    examples' bounds `cu_seq_lens_q` (examples + 1) int32, named as flash attention names them.
+    """Packed rows to one batch without padding: input_ids, labels, position_ids (1, tokens) int64, weights (1, tokens) float32, the
+    examples' bounds `cu_seq_lens_q` (examples + 1) int32, named as flash attention names them, and the rows' numbers `rows` (rows) int64.
 
     Positions start at 0 for each example and no attention mask is given, from which every attention knows that examples are strangers.
     An example's first token has nothing to be predicted from, so it is no label:
@@ -70,106 +197,308 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "weights": torch.tensor([[weight for row in rows for weight in row["weights"]]]),
         "position_ids": torch.tensor([positions]),
         "cu_seq_lens_q": torch.tensor([0, *accumulate(length for row in rows for length in row["lengths"])], dtype=torch.int32),
+        "rows": torch.tensor([row.get("row", -1) for row in rows]),
     }
 
 
-def attention_for(device: torch.device) -> str:
-    """Which attention to load a model with for training on packed rows.
-
-    On a CPU each example attends by itself: a block-diagonal mask over a whole row computes mostly what it then throws away
-    (a third of a training step at 512 tokens a row). On a GPU one masked call is faster than many small ones.
-    """
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    AttentionInterface.register("by_example", _attend_by_example)
-    AttentionMaskInterface.register("by_example", lambda *_, **__: None)
-    return "by_example" if device.type == "cpu" else "sdpa"
+def causal(model: Any) -> Any:
+    """The language model inside a PeftModel; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _attend_by_example(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: None,
-    scaling: float,
-    cu_seq_lens_q: torch.Tensor,
-    dropout: float = 0.0,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention within each example. query (1, heads, tokens, size), key and value with fewer heads -> (1, tokens, heads, size)."""
-    import torch
-    from torch.nn.functional import scaled_dot_product_attention
-    from transformers.integrations.sdpa_attention import repeat_kv
-
-    lengths = cu_seq_lens_q.diff().tolist()
-    key, value = (repeat_kv(states, module.num_key_value_groups) for states in (key, value))
-    parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    found = [scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling) for q, k, v in parts]
-    return torch.cat(found, 2).transpose(1, 2).contiguous(), None
-
-
-def train(model: Any, tokenizer: Any, train_rows: Any, validation_rows: Any, recipe: Recipe, compute: Compute) -> list[dict[str, float]]:
-    """Train `model` in place.
+def refuse_mistakes(recipe: Recipe, where: str, lengths: Sequence[Sequence[int]], validates: bool) -> None:
+    """Find what would fail late, before a model is loaded.
 
     Args:
-        model: a causal language model, or a PeftModel over one, loaded with the attention that `attention_for` names.
+        where: dotted place in params.yaml, for messages.
+        lengths: tokens of each example in each row of the training split.
+        validates: there is a validation split.
+    Raises:
+        InputError: all such mistakes at once.
+    """
+    import torch
+    from transformers import get_scheduler
+
+    wrong: list[tuple[str, str]] = []
+    total = steps(len(lengths), recipe)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=recipe.learning_rate)
+    try:
+        get_scheduler(recipe.lr_scheduler_type, optimizer, warmup(total, recipe), total, recipe.lr_scheduler_kwargs)
+    except (TypeError, ValueError, KeyError) as error:
+        wrong.append((f"{where}.lr_scheduler_kwargs: {error}", f"use the keys of transformers' {recipe.lr_scheduler_type} schedule"))
+    for key in ("early_stopping_patience", "load_best_model_at_end"):
+        if getattr(recipe, key) and not validates:
+            wrong.append((f"{where}.{key}: there is no validation split to judge by", "set splits.validation"))
+    if recipe.group_by_length and any(len(row) > 1 for row in lengths):
+        wrong.append((f"{where}.group_by_length: rows hold several examples", "set tokenized.packing: false"))
+    packages = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "mlflow": ("mlflow", "mlflow_skinny")}
+    for name in recipe.trackers:
+        if not any(map(find_spec, packages[name])):
+            wrong.append((f"{where}.report_to: {name} is not installed", f"pip install {name}, or set report_to: none"))
+    if wrong:
+        raise InputError("\n".join(f"params.yaml: {what}" for what, _ in wrong), "; ".join(hint for _, hint in wrong))
+
+
+@contextmanager
+def advice_on_memory() -> Iterator[None]:
+    """Running out of memory as one message, whichever library says it in whichever words.
+
+    Raises:
+        PedigreeError: with what to change.
+    """
+    import torch
+
+    words = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        short = isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error).lower() for word in words)
+        if not short:
+            raise
+        said = (str(error).splitlines() or [""])[0]
+        raise PedigreeError(
+            f"training ran out of memory{f' ({said})' if said else ''}",
+            "lower per_device_train_batch_size or tokenized.packed_length, set gradient_checkpointing: true, or use method: qlora;"
+            " `pedigree plan` shows what a variant needs",
+        ) from None
+
+
+@contextmanager
+def stop_on_request() -> Iterator[Callable[[], bool]]:
+    """While open, the first SIGINT or SIGTERM is only noted, for the loop to stop where it can go on later; another, a second later, interrupts."""
+    asked: list[float] = []
+
+    def ask(number: int, _: Any) -> None:
+        if asked and time.monotonic() - asked[0] > 1:
+            raise KeyboardInterrupt
+        if not asked:
+            log.warning("training: stopping after this step; once more to stop at once, without a checkpoint")
+        asked.append(time.monotonic())
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(
+    tunable: Tunable,
+    tokenizer: Any,
+    train_rows: Any,
+    validation_rows: Any,
+    recipe: Recipe,
+    compute: Compute,
+    checkpoints: Checkpoints | None = None,
+) -> Course:
+    """Train a model in place, from its newest checkpoint if it has one.
+
+    Args:
+        tunable: as `methods.build` makes it.
         train_rows, validation_rows: `datasets.Dataset` with input_ids, labels, weights and lengths, each row a packed row.
-    Returns:
-        The curve: {"step", "loss", "learning_rate"} at every step and {"step", "validation_loss"} before the first step and after each epoch.
+        checkpoints: where to keep them; None to keep none.
+    Raises:
+        Interrupted: SIGINT or SIGTERM came; a checkpoint has been written.
+        Diverged: a loss or a gradient is not finite. The checkpoints are from before.
+        PedigreeError: memory or disk ran out.
     """
     import torch
     from torch.nn.functional import cross_entropy
+    from torch.utils.data import Sampler
     from transformers import TrainerCallback
+    from transformers.trainer_pt_utils import get_length_grouped_indices
     from trl import SFTConfig, SFTTrainer
+
+    model = tunable.model
+    total, per_epoch = steps(len(train_rows), recipe), steps_per_epoch(len(train_rows), recipe)
+    lengths = [sum(row) for row in train_rows["lengths"]]
+    saved = checkpoints.newest() if checkpoints else None
+    state = saved.state(model.device) if saved else {}
+    course = (
+        Course(**saved.document("course"), seen=[(step, epoch, row) for step, epoch, row in state["seen"].tolist()]) if saved else Course()
+    )
+    best = saved.tensors("best") if saved else {}
+    watched = {"nats": 0.0, "tokens": 0}  # of the evaluation under way: the Trainer would average over rows, however few tokens they hold
+    batch: dict[str, Any] = {}  # the one under way
 
     class PackedTrainer(SFTTrainer):
         """TRL's trainer with logits only where a label counts (with a large vocabulary the rest is much work in vain), weighted.
 
-        The loss is the weighted mean over a forward pass, and its plain mean per token in evaluation.
+        The loss is the weighted mean over a forward pass, and its plain mean per token in evaluation. Checkpoints are ours.
         """
 
         def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-            causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-            hidden = causal.base_model(
-                input_ids=inputs["input_ids"],
-                position_ids=inputs["position_ids"],
-                cu_seq_lens_q=inputs["cu_seq_lens_q"],
-                use_cache=False,
-            ).last_hidden_state
+            batch.update(inputs)
+            hidden = tunable.hidden_states(inputs)
             labels = inputs["labels"][:, 1:]
             counted = labels != IGNORE
-            losses = cross_entropy(causal.get_output_embeddings()(hidden[:, :-1][counted]).float(), labels[counted], reduction="none")
+            losses = cross_entropy(
+                causal(model).get_output_embeddings()(hidden[:, :-1][counted]).float(),
+                labels[counted],
+                reduction="none",
+                label_smoothing=recipe.label_smoothing_factor if model.training else 0.0,
+            )
             weights = inputs["weights"][:, 1:][counted] if model.training else torch.ones_like(losses)
             loss = (losses * weights).sum() / weights.sum()
-            if not model.training:
+            if model.training:
+                more = tunable.extra_loss(model)
+                loss = loss if more is None else loss + more
+                step, rows = self.state.global_step + 1, inputs["rows"].tolist()
+                if not torch.isfinite(loss):
+                    raise Diverged(f"the loss is {float(loss)}", step, rows)
+                course.seen += [(step, (step - 1) // per_epoch + 1, row) for row in rows]
+                course.tokens += sum(lengths[row] for row in rows)
+                course.trained_tokens += len(losses)
+            else:
                 watched["nats"] += float(losses.double().sum())
                 watched["tokens"] += len(losses)
             return (loss, None) if return_outputs else loss
 
-    curve: list[dict[str, float]] = []
-    watched = {"nats": 0.0, "tokens": 0}  # of the evaluation under way: the Trainer would average over rows, however few tokens they hold
-    total = steps(len(train_rows), recipe)
-    progress = Progress("training", total, "step")
+        def _get_train_sampler(self, *arguments: Any) -> Any:
+            return ByLength() if recipe.group_by_length else super()._get_train_sampler(*arguments)
 
-    class Curve(TrainerCallback):
+        def _save_checkpoint(self, model: Any, trial: Any) -> None:
+            if checkpoints:
+                now = {
+                    "optimizer": checkpoint.optimizer_state(self.optimizer),
+                    "schedule": self.lr_scheduler.state_dict(),
+                    "random": checkpoint.random_state(),
+                    "method": tunable.state(),
+                    "seen": torch.tensor(course.seen, dtype=torch.int32),
+                }
+                course.seconds = clock()
+                checkpoints.save(
+                    self.state.global_step,
+                    now,
+                    {"weights": trainable(model), **({"best": best} if best else {})},
+                    {
+                        "course": {k: v for k, v in dataclasses.asdict(course).items() if k != "seen"},
+                        "trainer_state": dataclasses.asdict(dataclasses.replace(self.state, log_history=[], stateful_callbacks=None)),
+                    },
+                )
+
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            assert saved
+            _put(model or self.model, saved.tensors("weights"))
+
+        def _load_optimizer_and_scheduler(self, found: str | None) -> None:
+            if saved:
+                checkpoint.restore_optimizer(self.optimizer, state["optimizer"])
+                self.lr_scheduler.load_state_dict(state["schedule"])
+                tunable.restore(state["method"])
+
+        def _load_rng_state(self, found: str | None) -> None:
+            if saved:
+                checkpoint.restore_random_state(state["random"])
+
+    class ByLength(Sampler):
+        """Rows of like length together, shuffled; an order for each epoch that depends on nothing but the seed and the epoch."""
+
+        epoch = 0
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+        def __len__(self) -> int:
+            return len(lengths)
+
+        def __iter__(self) -> Iterator[int]:
+            together = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
+            dice = torch.Generator().manual_seed(compute.seed + self.epoch)
+            return iter(get_length_grouped_indices(lengths, together, generator=dice))
+
+    began, earlier, tokens_before = time.monotonic(), course.seconds, course.tokens
+
+    def clock() -> float:
+        return earlier + time.monotonic() - began
+
+    progress = Progress("training", total, "step")
+    progress.done, progress.start = course.step, progress.start - earlier
+    write_progress = checkpoint.progress_writer(checkpoints.folder) if checkpoints else None
+
+    class Flow(TrainerCallback):
+        """Records the curve, and decides when to save and when to stop.
+
+        At the end of an epoch a checkpoint is written after the validation, so that going on from it leaves out none.
+        """
+
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
             logs = logs or {}
             if "loss" in logs:
-                curve.append({"step": state.global_step, "loss": logs["loss"], "learning_rate": logs["learning_rate"]})
-                progress.advance(note=f"loss {logs['loss']:.3f}")
+                point = {name: logs[name] for name in ("loss", "learning_rate", "grad_norm")}
+                course.curve.append({"step": state.global_step, **point, "tokens": course.tokens})
+                speed = (course.tokens - tokens_before) / (time.monotonic() - began)
+                progress.advance(
+                    note="loss {loss:.3f}, rate {learning_rate:.2g}, gradient {grad_norm:.2g}".format(**point) + f", {speed:.0f} tokens/s"
+                )
+                if write_progress:
+                    write_progress(lambda: _progress_document(course, total, per_epoch, speed, clock() / state.global_step))
             if "eval_loss" in logs:
                 loss = watched["nats"] / watched["tokens"]
                 watched.update(nats=0.0, tokens=0)
-                curve.append({"step": state.global_step, "validation_loss": loss})
+                course.curve.append({"step": state.global_step, "validation_loss": loss})
                 log.info(f"training: step {state.global_step}, validation loss {loss:.3f}")
 
-    with tempfile.TemporaryDirectory() as scratch:
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if stop_asked():
+                control.should_training_stop = True
+            if state.global_step % per_epoch and state.global_step < total:
+                control.should_save = stop_asked() or self.due(state.global_step)
+
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            ended = state.global_step >= total
+            control.should_save = (
+                stop_asked() or recipe.save_strategy == "epoch" or self.due(state.global_step) or (ended and recipe.save_strategy != "no")
+            )
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if not state.global_step:
+                return
+            if recipe.load_best_model_at_end and course.best() == course.watched[-1]:
+                best.clear()
+                best.update({name: weight.detach().cpu().clone() for name, weight in trainable(model).items()})
+                course.best_step = state.global_step
+            if stop_asked() or course.stalled(recipe.early_stopping_patience):
+                control.should_training_stop = True
+            control.should_save = control.should_save or stop_asked()
+
+        def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if stop_asked() and not state.global_step:
+                raise Interrupted("interrupted before the first step", "run again to start anew")
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if stop_asked():
+                raise Interrupted(f"interrupted at step {state.global_step}; the next run goes on from there", "run the same command again")
+
+        @staticmethod
+        def due(step: int) -> bool:
+            return recipe.save_strategy == "steps" and step % recipe.save_steps == 0
+
+    class Sound(TrainerCallback):
+        """Stops before a gradient that is not finite can reach a checkpoint. Called once the step is in the curve and before it is saved."""
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+            norm = (logs or {}).get("grad_norm", 0.0)
+            if not math.isfinite(norm):
+                raise Diverged(
+                    f"the gradient is {norm}", state.global_step, [row for step, _, row in course.seen if step == state.global_step]
+                )
+
+    with tempfile.TemporaryDirectory() as scratch, stop_on_request() as stop_asked, advice_on_memory():
+        if checkpoints and "tensorboard" in recipe.trackers:
+            os.environ.setdefault(
+                "TENSORBOARD_LOGGING_DIR", str(checkpoints.folder.parent.parent / "tensorboard" / checkpoints.folder.name)
+            )
         config = SFTConfig(
             output_dir=scratch,
             seed=compute.seed,
             data_seed=compute.seed,
-            report_to="none",
+            report_to=recipe.trackers or "none",
+            run_name=checkpoints.folder.name if checkpoints else None,
             save_strategy="no",
             logging_steps=1,
             disable_tqdm=True,
@@ -181,9 +510,11 @@ def train(model: Any, tokenizer: Any, train_rows: Any, validation_rows: Any, rec
             remove_unused_columns=False,
             max_length=None,
             dataloader_pin_memory=False,
+            optim=tunable.optim or recipe.optim,
             learning_rate=recipe.learning_rate,
             lr_scheduler_type=recipe.lr_scheduler_type,
-            warmup_steps=math.ceil(total * recipe.warmup_ratio),
+            lr_scheduler_kwargs=recipe.lr_scheduler_kwargs,
+            warmup_steps=warmup(total, recipe),
             num_train_epochs=recipe.num_train_epochs,
             max_steps=total,
             weight_decay=recipe.weight_decay,
@@ -196,22 +527,100 @@ def train(model: Any, tokenizer: Any, train_rows: Any, validation_rows: Any, rec
         trainer = PackedTrainer(
             model=model,
             args=config,
-            train_dataset=train_rows,
+            train_dataset=train_rows.add_column("row", list(range(len(train_rows)))),
             eval_dataset=validation_rows or None,
             processing_class=tokenizer,
-            data_collator=collate,
-            callbacks=[Curve()],
+            data_collator=collate if tunable.packs else apart,
+            callbacks=[*tunable.callbacks, Flow(), Sound()],
         )
         trainer.model_accepts_loss_kwargs = False  # our loss is a mean already: let the Trainer average over accumulation steps
         for printer in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:
             trainer.remove_callback(printer)
-        if validation_rows:
+        if recipe.compile == "layers":
+            compile_layers(model)
+        noise = add_noise(causal(model).get_input_embeddings(), recipe.neftune_noise_alpha, batch) if recipe.neftune_noise_alpha else None
+        if saved:
+            log.info(f"training: going on from the checkpoint of step {saved.step} of {total}")
+        elif validation_rows:
             trainer.evaluate()
-        trainer.train()
-    return curve
+        if saved and (saved.step >= total or course.stalled(recipe.early_stopping_patience)):
+            _put(model, saved.tensors("weights"))
+            tunable.restore(state["method"])
+        else:
+            trainer.train(resume_from_checkpoint=str(saved.folder) if saved else None)
+        if noise:
+            noise.remove()
+        if recipe.load_best_model_at_end:
+            _put(model, best)
+            log.info(f"training: keeping the weights of step {course.best_step}")
+    course.seconds = clock()
+    return course
+
+
+def _put(model: Any, weights: dict[str, torch.Tensor]) -> None:
+    """Copy weights into the model's trainable parameters, all of them."""
+    import torch
+
+    parameters = trainable(model)
+    if set(parameters) != set(weights):
+        raise AssertionError(f"other weights than the model trains: {sorted(set(parameters) ^ set(weights))[:5]}")
+    with torch.no_grad():
+        for name, weight in weights.items():
+            parameters[name].copy_(weight)
+
+
+def _progress_document(course: Course, total: int, per_epoch: int, speed: float, seconds_per_step: float) -> dict[str, Any]:
+    """progress.json: where training is, for whoever watches; the curve thinned to at most a thousand points or so."""
+    losses = [point for point in course.curve if "loss" in point]
+    return {
+        **losses[-1],
+        "steps": total,
+        "epoch": round(course.step / per_epoch, 3),
+        "tokens_per_second": round(speed, 1),
+        "seconds_left": round(seconds_per_step * (total - course.step)),
+        "curve": losses[:: max(1, len(losses) // 1000)],
+        "validation": [{"step": step, "validation_loss": loss} for step, loss in course.watched],
+    }
+
+
+def compile_layers(model: Any) -> None:
+    """Compile each decoder layer for itself, for rows of any length. What the model's weights are called does not change."""
+    kinds = set(causal(model)._no_split_modules or ())
+    for module in model.modules():
+        if type(module).__name__ in kinds:
+            module.compile(dynamic=True)
+
+
+def add_noise(embeddings: Any, alpha: float, batch: dict[str, Any]) -> Any:
+    """Uniform noise of alpha / sqrt(length x width) on each token's embedding while training (NEFTune, arXiv:2310.05914, section 2).
+
+    The length is that of the token's example. transformers' own hook takes the row's, which in a packed row would make the noise too faint.
+
+    Args:
+        batch: holds the `cu_seq_lens_q` of the batch under way.
+    Returns:
+        A handle whose `remove()` takes the noise off again.
+    """
+    import torch
+
+    def hook(module: Any, _: Any, embedded: torch.Tensor) -> torch.Tensor:
+        if not module.training:
+            return embedded
+        lengths = batch["cu_seq_lens_q"].diff()
+        per_token = lengths.repeat_interleave(lengths)[:, None]
+        scale = alpha / (per_token * embedded.shape[-1]).float().sqrt()
+        return embedded + torch.empty_like(embedded).uniform_(-1, 1) * scale.to(embedded.dtype)
+
+    return embeddings.register_forward_hook(hook)
 
 
 def write_curve(path: Path, curve: list[dict[str, float]]) -> None:
-    """The training loss as CSV (step, loss) for `dvc plots`."""
+    """The training as CSV for `dvc plots`: step, loss, learning_rate, grad_norm, and tokens so far."""
+    columns = ("loss", "learning_rate", "grad_norm")
+    lines = [
+        ",".join([str(point["step"]), *(f"{point[name]:.6g}" for name in columns), str(point["tokens"])])
+        for point in curve
+        if "loss" in point
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("step,loss\n" + "".join(f"{point['step']},{point['loss']:.6g}\n" for point in curve if "loss" in point))
+    path.write_text("\n".join([f"step,{','.join(columns)},tokens", *lines]) + "\n")

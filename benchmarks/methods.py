@@ -1,0 +1,187 @@
+"""Every method on the project's own data, side by side. usage: python benchmarks/methods.py [METHOD...] [--steps N] [--project FOLDER] [--out FILE]
+
+Each method is built with its defaults, trained by the project's own trainer on data/tokenized, and asked a part of the validation split; each in a
+process of its own, so that its peak memory is its own. The table replaces the one in docs/methods.md.
+
+Tokens a second are real ones: no padding, no virtual tokens, training alone. Peak memory is that of the whole process while it trains. The learning rate
+is one for each family, below; none was searched for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
+
+ORDER = ["lora", "rslora", "dora", "qlora", "qdora", "adalora", "ia3", "loha", "lokr", "oft", "boft", "vera", "hra", "fourierft", "miss", "randlora",
+         "layernorm", "prefix_tuning", "prompt_tuning", "p_tuning", "full", "feature_extraction"]  # fmt: skip
+
+RATES = {"full": 1e-4, "rslora": 5e-4, "adalora": 2e-3, "ia3": 5e-3, "layernorm": 2e-3, "prefix_tuning": 1e-2, "prompt_tuning": 3e-2, "p_tuning": 3e-3,
+         "vera": 1e-2, "fourierft": 1e-2, "hra": 2e-3, "oft": 2e-3, "boft": 5e-3}  # fmt: skip
+
+
+def one(method: str, project: Path, steps: int, answers: int, threads: int | None) -> dict[str, Any]:
+    """Train and measure one method in this process."""
+    from datasets import Dataset
+
+    from dagster_project import params
+    from dagster_project.evaluation.generate import generate
+    from dagster_project.evaluation.measure import Settings, labelled
+    from dagster_project.evaluation.metrics import score
+    from dagster_project.params import Compute
+    from dagster_project.records import read_records, read_table, response_text
+    from dagster_project.training import head
+    from dagster_project.training.hardware import prepare
+    from dagster_project.training.methods import build, quantization_of, why_not_merged
+    from dagster_project.training.sft import Recipe, train
+    from dagster_project.training.tuned import load
+
+    values = params.read(project)
+    settings = params.parse(Settings, values.get("evaluation"), "evaluation")
+    compute = params.parse(Compute, values.get("compute"), "compute")
+    compute = compute.model_copy(update={"threads": threads or compute.threads})
+    device, dtype = prepare(compute)
+    from transformers import AutoTokenizer
+
+    base_model = project / "data" / "base_model"
+    tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
+    records = {split: read_records(project / "data" / "splits" / split) for split in ("train", "validation")}
+    category = {record["example_id"]: record["category"] for split in records.values() for record in split}
+    rows = {split: read_table(project / "data" / "tokenized" / f"{split}.parquet") for split in ("train", "validation")}
+    for row in [row for split in rows.values() for row in split]:
+        row["categories"] = [category.get(name) for name in row["example_ids"]]
+    known = [name for row in rows["train"] for name in row["categories"] if name]
+    merge = not why_not_merged(method, {}, quantization_of(method, None))
+    tunable = build(method, {}, base_model, device, dtype, f"adapter.{method}", merge=merge, total_steps=steps, categories=known)
+    tokens = sum(map(sum, (row["lengths"] for row in rows["train"])))
+    recipe = Recipe(learning_rate=RATES.get(method, 1e-3), num_train_epochs=1, max_steps=steps)
+    start = time.perf_counter()
+    if tunable.fit is None:
+        columns = ("input_ids", "labels", "weights", "lengths")
+        data = Dataset.from_list([{name: row[name] for name in columns} for row in rows["train"]])
+        train(tunable, tokenizer, data, None, recipe, compute)
+        tokens = round(tokens / len(rows["train"]) * steps)
+        seconds = time.perf_counter() - start
+        loss = validation_loss(tunable, rows["validation"])
+    else:
+        curve = tunable.fit(rows["train"], rows["validation"])
+        seconds = time.perf_counter() - start
+        loss = curve[-1]["validation_loss"]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    asked = labelled(records["validation"], settings.task)[:answers]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        tunable.save(folder)
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        prompts = [record["messages"][:-1] for record in asked]
+        if head.is_head(folder):
+            said = head.load(folder, base_model, device, dtype).predict(prompts)
+        else:
+            from dagster_project.chat import encode_prompt
+
+            ids = [encode_prompt(tokenizer, messages) for messages in prompts]
+            model = load(folder, base_model, device, dtype)
+            said = generate(model, tokenizer, ids, settings.max_new_tokens, settings.batch_size, method)
+    scores = score(settings.task, [response_text(record["messages"]) for record in asked], said) if settings.task and asked else {}
+    return {
+        "method": method,
+        "trainable_percent": 100 * tunable.trainable / tunable.total,
+        "stored_mb": size / 1e6,
+        "peak_gb": peak,
+        "tokens_per_second": tokens / seconds,
+        "validation_loss": loss,
+        "macro_f1": scores.get("macro_f1"),
+        "asked": len(asked),
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device.type,
+        "rate": None if tunable.fit else recipe.learning_rate,
+    }
+
+
+def validation_loss(tunable: Any, rows: list[dict[str, Any]]) -> float:
+    """The plain mean cross entropy per answer token."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from dagster_project.chat import IGNORE
+    from dagster_project.training.methods import apart
+    from dagster_project.training.sft import collate
+
+    causal = tunable.model.get_base_model() if hasattr(tunable.model, "get_base_model") else tunable.model
+    tunable.model.eval()
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for row in rows:
+            batch = {name: value.to(causal.device) for name, value in (collate([row]) if tunable.packs else apart([row])).items()}
+            labels = batch["labels"][:, 1:]
+            counted = labels != IGNORE
+            logits = causal.get_output_embeddings()(tunable.hidden_states(batch)[:, :-1][counted]).float()
+            total += float(cross_entropy(logits, labels[counted], reduction="sum"))
+            count += int(counted.sum())
+    return total / max(1, count)
+
+
+def table(found: list[dict[str, Any]], steps: int) -> str:
+    lines = [
+        f"{steps} steps of the project's own rows on a {found[0]['device']}, {found[0]['dtype']}; macro-F1 of {found[0]['asked']} validation examples.",
+        "feature_extraction takes no such steps; its loss is that of the category, not of tokens.",
+        "",
+        "| method | trainable % | stored MB | peak GB | tokens/s | learning rate | validation loss | macro-F1 |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in found:
+        if "error" in row:
+            lines.append(f"| {row['method']} | failed: {row['error']} | | | | | | |")
+            continue
+        f1 = "" if row["macro_f1"] is None else f"{row['macro_f1']:.3f}"
+        rate = "" if row["rate"] is None else f"{row['rate']:g}"
+        lines.append(
+            f"| {row['method']} | {row['trainable_percent']:.3f} | {row['stored_mb']:.2f} | {row['peak_gb']:.2f} | {row['tokens_per_second']:.0f} "
+            f"| {rate} | {row['validation_loss']:.3f} | {f1} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="*", default=ORDER)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--answers", type=int, default=32, help="validation examples to be answered")
+    parser.add_argument("--threads", type=int, help="instead of compute.threads; 1 on a busy machine")
+    parser.add_argument("--project", type=Path, default=ROOT)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "methods.md")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one:
+        print(json.dumps(one(given.methods[0], given.project, given.steps, given.answers, given.threads)))
+        return
+    found = []
+    for method in given.methods:
+        command = [sys.executable, __file__, method, "--one", "--steps", str(given.steps), "--answers", str(given.answers), "--project", str(given.project)]  # fmt: skip
+        done = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True, check=False
+        )
+        last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
+        found.append(json.loads(last) if done.returncode == 0 else {"method": method, "error": f"exit {done.returncode}"})
+        print(found[-1], flush=True)
+    measured = [row for row in found if "error" not in row]
+    if not measured:
+        raise SystemExit("no method could be measured; see the messages above")
+    found.sort(key=lambda row: "error" in row)
+    text = given.out.read_text() if given.out.is_file() else BEGIN + END
+    before, _, rest = text.partition(BEGIN)
+    given.out.write_text(before + BEGIN + table(found, given.steps) + END + rest.partition(END)[2])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""A checkpoint is used only if every byte of it is what was written, and only by the training it is of."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from ruamel.yaml import YAML
+
+from dagster_project.errors import PedigreeError
+from dagster_project.training import checkpoint
+from dagster_project.training.checkpoint import Checkpoints, code_of, pack, refuse_full_disk, unpack
+
+IDENTITY = {"parameters": "p", "code": "c", "threads": "1"}
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Checkpoints:
+    return Checkpoints(tmp_path / "x", IDENTITY)
+
+
+@pytest.fixture(autouse=True)
+def said(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO, "pedigree")
+    return caplog
+
+
+def save(checkpoints: Checkpoints, *steps: int) -> None:
+    for step in steps:
+        checkpoints.save(
+            step, {"n": step, "t": torch.tensor([step])}, {"weights": {"w": torch.full((3,), float(step))}}, {"course": {"step": step}}
+        )
+
+
+def names(checkpoints: Checkpoints) -> list[str]:
+    return sorted(path.name for path in checkpoints.folder.iterdir())
+
+
+def test_what_was_saved_is_found(checkpoints: Checkpoints) -> None:
+    save(checkpoints, 5)
+    found = checkpoints.newest()
+    assert found
+    assert (found.step, found.document("course")) == (5, {"step": 5})
+    assert torch.equal(found.tensors("weights")["w"], torch.full((3,), 5.0))
+    assert found.tensors("best") == {}
+    state = found.state(torch.device("cpu"))
+    assert (state["n"], state["t"].tolist()) == (5, [5])
+
+
+def test_nothing_is_found_where_nothing_was_saved(checkpoints: Checkpoints) -> None:
+    assert checkpoints.newest() is None
+
+
+def test_the_newest_ones_are_kept_in_the_order_of_steps_and_not_of_time(checkpoints: Checkpoints) -> None:
+    save(checkpoints, 9, 100, 1000)
+    assert names(checkpoints) == ["step-00000100", "step-00001000"]
+    os.utime(checkpoints.folder / "step-00001000", (0, 0))
+    found = checkpoints.newest()
+    assert found
+    assert found.step == 1000
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "state.safetensors", "state.json", "course.json", "complete.json"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_says_so(
+    checkpoints: Checkpoints, said: pytest.LogCaptureFixture, file: str, damage: str
+) -> None:
+    save(checkpoints, 1, 2)
+    path = checkpoints.folder / "step-00000002" / file
+    data = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(data[:-1])
+    else:
+        data[len(data) // 2] ^= 0xFF
+        path.write_bytes(data)
+    found = checkpoints.newest()
+    assert found
+    assert found.step == 1
+    [line] = said.messages
+    assert line.startswith("training: checkpoint step-00000002 is damaged (")
+    assert line.endswith("going back to the one before")
+    assert names(checkpoints) == ["step-00000001"]
+
+
+def test_where_all_are_damaged_training_starts_anew(checkpoints: Checkpoints, said: pytest.LogCaptureFixture) -> None:
+    save(checkpoints, 1, 2)
+    for step in (1, 2):
+        (checkpoints.folder / f"step-0000000{step}" / "state.json").write_text("{}")
+    assert checkpoints.newest() is None
+    assert len(said.messages) == 2
+
+
+@pytest.mark.parametrize("part", list(IDENTITY))
+def test_a_checkpoint_of_another_training_is_set_aside_and_the_difference_named(
+    checkpoints: Checkpoints, said: pytest.LogCaptureFixture, part: str
+) -> None:
+    save(checkpoints, 1, 2)
+    other = Checkpoints(checkpoints.folder, {**IDENTITY, part: "other"})
+    assert other.newest() is None
+    assert names(checkpoints) == ["step-00000001.stale", "step-00000002.stale"]
+    assert said.messages == [f"training: the checkpoints are of another training (differs: {part}); set aside, starting anew"]
+    assert other.newest() is None
+    save(other, 1)
+    found = other.newest()
+    assert found
+    assert found.step == 1
+    assert len(said.messages) == 1
+
+
+def test_a_part_more_or_less_is_a_difference_too(checkpoints: Checkpoints, said: pytest.LogCaptureFixture) -> None:
+    save(checkpoints, 1)
+    assert Checkpoints(checkpoints.folder, {**IDENTITY, "dtype": "float32"}).newest() is None
+    assert "differs: dtype" in said.text
+
+
+def test_only_the_last_that_were_set_aside_are_kept(checkpoints: Checkpoints) -> None:
+    for number in range(3):
+        other = Checkpoints(checkpoints.folder, {**IDENTITY, "code": str(number)})
+        assert other.newest() is None
+        save(other, number + 1)
+    assert names(checkpoints) == ["step-00000002.stale", "step-00000003"]
+
+
+def test_a_full_disk_while_saving_is_one_message_and_leaves_the_checkpoint_before(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(checkpoints, 1)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(PedigreeError, match="the disk is full: the checkpoint of step 2"):
+            save(checkpoints, 2)
+    assert names(checkpoints) == ["step-00000001"]
+
+
+def test_folders_on_one_disk_share_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3 * 2**20))
+    refuse_full_disk({tmp_path / "a": 2**20, tmp_path / "b": 2**20}, "x")
+    with pytest.raises(PedigreeError, match=r"x: checkpoints and output need about 4 MiB of disk, and 3 MiB are free"):
+        refuse_full_disk({tmp_path / "a": 2**21, tmp_path / "b": 2**21}, "x")
+
+
+def test_any_state_comes_back_as_it_was() -> None:
+    shared = torch.arange(4, dtype=torch.uint8)
+    state = {0: (1.5, None, [True, "x"]), "t": {"a": torch.tensor(2.5), "b": torch.zeros(0, 3, dtype=torch.bfloat16)}, "inf": float("inf")}
+    tensors: dict[str, torch.Tensor] = {}
+    packed = json.loads(json.dumps(pack({**state, "shared": [shared, shared]}, tensors, "state")))
+    found = unpack(packed, tensors, torch.device("cpu"))
+    assert found[0] == (1.5, None, [True, "x"])
+    assert found["inf"] == float("inf")
+    assert found["t"]["a"].shape == ()
+    assert (found["t"]["b"].dtype, found["t"]["b"].shape) == (torch.bfloat16, (0, 3))
+    with pytest.raises(TypeError, match=r"state.f: cannot be saved: function"):
+        pack({"f": lambda: None}, {}, "state")
+
+
+def test_tensors_that_share_memory_are_saved(checkpoints: Checkpoints) -> None:
+    table = torch.arange(4.0)
+    checkpoints.save(1, {"a": table, "b": table, "c": table[1:]}, {}, {})
+    found = checkpoints.newest()
+    assert found
+    assert [found.state(torch.device("cpu"))[name].tolist() for name in "abc"] == [[0, 1, 2, 3], [0, 1, 2, 3], [1, 2, 3]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_optimizer_goes_on_as_if_nothing_had_happened(dtype: torch.dtype) -> None:
+    def make() -> tuple[torch.Tensor, torch.optim.AdamW]:
+        weight = torch.ones(3, dtype=dtype, requires_grad=True)
+        return weight, torch.optim.AdamW([weight], lr=0.1)
+
+    def advance(weight: torch.Tensor, optimizer: torch.optim.AdamW, n: int) -> None:
+        for i in range(n):
+            weight.grad = torch.tensor([1.0, -2.0, i], dtype=dtype)
+            optimizer.step()
+
+    weight, whole = make()
+    advance(weight, whole, 4)
+    state = checkpoint.optimizer_state(whole)
+    tensors: dict[str, torch.Tensor] = {}
+    packed = pack(state, tensors, "o")
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    other, resumed = make()
+    other.data.copy_(weight.data)
+    checkpoint.restore_optimizer(resumed, unpack(packed, tensors, torch.device("cpu")))
+    advance(weight, whole, 3)
+    advance(other, resumed, 3)
+    assert torch.equal(weight, other)
+
+
+def test_all_random_generators_go_on_where_they_were() -> None:
+    import random
+
+    import numpy as np
+
+    tensors: dict[str, torch.Tensor] = {}
+    packed = json.loads(json.dumps(pack(checkpoint.random_state(), tensors, "r")))
+
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.random()), float(torch.rand(()))
+
+    first = draw()
+    checkpoint.restore_random_state(unpack(packed, tensors, torch.device("cpu")))
+    assert draw() == first
+
+
+def test_the_code_that_counts_is_what_dvc_watches() -> None:
+    stages = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
+    watched = [dep for dep in stages["adapter"]["do"]["deps"] if dep.endswith(".py")]
+    found = code_of(ROOT / "dagster_project" / "stages" / "adapter.py", ROOT / "dagster_project")
+    assert [str(path.relative_to(ROOT)) for path in found] == watched

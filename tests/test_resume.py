@@ -1,0 +1,339 @@
+"""Training that is killed or stopped goes on where it was and ends in the same bytes.
+
+Run as a script this file is the process that trains: the tests start it, kill it and start it again. For many kills in a row one process
+loads the libraries and forks a child for each run; what is killed is always a process, by SIGKILL.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+RECIPE: dict[str, Any] = {
+    "method": "lora",
+    "peft": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.3, "target_modules": ["v_proj", "q_proj", "down_proj"]},
+    "learning_rate": 1e-2,
+    "num_train_epochs": 3,
+    "gradient_accumulation_steps": 2,
+    "neftune_noise_alpha": 5.0,
+    "load_best_model_at_end": True,
+    "save_strategy": "steps",
+    "save_steps": 2,
+}
+ROWS = 7
+"""Forward passes of an epoch: three steps of two, and a fourth of one. Twelve steps in all."""
+PASSES = ROWS * 3
+
+
+def make_data(folder: Path, rows: int = ROWS, threads: int = 1) -> None:
+    """Packed rows of random examples; for two threads long enough that they share the work."""
+    from dagster_project.chat import IGNORE
+    from dagster_project.records import write_table
+    from dagster_project.stages.tokenized import row_schema
+
+    dice = random.Random(3)
+
+    def row(name: str) -> dict[str, Any]:
+        lengths = [dice.randint(8, 12) if threads == 1 else dice.randint(80, 120) for _ in range(4)]
+        ids = [dice.randrange(3, 60) for _ in range(sum(lengths))]
+        labels = [token if dice.random() < 0.7 else IGNORE for token in ids]
+        return {
+            "example_ids": [f"{name}.{i}" for i in range(4)],
+            "lengths": lengths,
+            "input_ids": ids,
+            "labels": labels,
+            "weights": [float(label != IGNORE) for label in labels],
+        }
+
+    for split, count in (("train", rows), ("validation", 2)):
+        write_table(folder / "tokenized" / f"{split}.parquet", [row(f"{split}{n}") for n in range(count)], row_schema())
+
+
+def run(folder: Path, model: Path, name: str, recipe: dict[str, Any], threads: int = 1) -> None:
+    """The stage, its outputs under folder/name; its checkpoints outlive it."""
+    from dagster_project.params import Compute
+    from dagster_project.stages import adapter
+
+    out = folder / name
+    out.mkdir(parents=True, exist_ok=True)
+    compute = Compute(threads=threads, dtype="float32")
+    report = adapter.run(
+        "x", adapter.Params(**recipe), compute, folder / "tokenized", model, out, out / "loss.csv", folder / "checkpoints" / name
+    )
+    (out / "report.json").write_text(json.dumps(report.document()))
+
+
+def made(folder: Path, name: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((folder / name).iterdir())}
+
+
+# the process that trains ------------------------------------------------------------------------------------------------------------------
+
+
+def kill_at_pass(number: int) -> None:
+    """Arrange for SIGKILL at the end of a forward and backward pass, counted from 1."""
+    from transformers import Trainer
+
+    whole, done = Trainer.training_step, 0
+
+    def step(*arguments: Any, **named: Any) -> Any:
+        nonlocal done
+        found = whole(*arguments, **named)
+        done += 1
+        if done == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
+
+    Trainer.training_step = step
+
+
+def kill_at_write(save: int, boundary: int | None, count: Path | None = None) -> None:
+    """Arrange for SIGKILL before or after one of the system's writes in the n-th save; JSON files are torn in the middle.
+
+    Args:
+        count: where to write how many boundaries the save has, if nothing is to be killed.
+    """
+    import pathlib
+
+    import safetensors.torch
+
+    from dagster_project.training.checkpoint import Checkpoints
+
+    saves, passed, active = 0, 0, False
+    whole = Checkpoints.save
+
+    def at_boundary() -> None:
+        nonlocal passed
+        if active:
+            if passed == boundary:
+                os.kill(os.getpid(), signal.SIGKILL)
+            passed += 1
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            at_boundary()
+            found = function(*arguments, **named)
+            at_boundary()
+            return found
+
+        return call
+
+    def saving(*arguments: Any) -> None:
+        nonlocal saves, active
+        saves += 1
+        active = saves == save
+        whole(*arguments)
+        if active and count:
+            count.write_text(str(passed))
+        active = False
+
+    honest = pathlib.Path.write_text
+
+    def torn(path: Path, text: str, *rest: Any, **named: Any) -> int:
+        if active:
+            honest(path, text[: len(text) // 2])
+        at_boundary()
+        return honest(path, text, *rest, **named)
+
+    Checkpoints.save = saving  # type: ignore[method-assign]
+    pathlib.Path.write_text = torn  # type: ignore[assignment, method-assign]
+    safetensors.torch.save_file = watched(safetensors.torch.save_file)
+    os.fsync, os.replace, os.unlink = watched(os.fsync), watched(os.replace), watched(os.unlink)
+
+
+def forked(work: Callable[[], None], log: Path) -> int:
+    """Do it in a child; its exit status, negative for a signal."""
+    child = os.fork()
+    if not child:
+        try:
+            handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(handle, 2)
+            work()
+        except BaseException:  # noqa: BLE001  whatever it is, the parent must hear of it
+            import traceback
+
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def main() -> None:
+    folder, model, order = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+    import logging
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    recipe, threads = {**RECIPE, **order.get("recipe", {})}, order.get("threads", 1)
+    if "name" in order:  # one plain run
+        from dagster_project.errors import PedigreeError
+
+        try:
+            run(folder, model, order["name"], recipe, threads)
+        except PedigreeError as error:
+            logging.error(str(error))
+            sys.exit(error.exit_code)
+        return
+    import datasets  # noqa: F401  what each run needs, loaded once
+    import peft  # noqa: F401
+    import torch
+    import trl
+
+    from dagster_project.stages import adapter  # noqa: F401
+
+    assert trl.SFTTrainer and torch.get_num_threads()
+    found = {}
+    assert forked(lambda: run(folder, model, "whole", recipe, threads), folder / "whole.log") == 0, (folder / "whole.log").read_text()
+    kills: dict[str, Callable[[], None]] = {f"pass {n}": lambda n=n: kill_at_pass(n) for n in order.get("passes", [])}  # type: ignore[misc]
+    if save := order.get("save"):
+
+        def counting() -> None:
+            kill_at_write(save, None, folder / "boundaries")
+            run(folder, model, "counted", recipe, threads)
+
+        assert forked(counting, folder / "counted.log") == 0
+        boundaries = range(int((folder / "boundaries").read_text()))
+        chosen = boundaries if order.get("boundaries") is None else random.Random(5).sample(boundaries, order["boundaries"])
+        kills |= {f"write {n}": lambda n=n: kill_at_write(save, n) for n in chosen}  # type: ignore[misc]
+    for name, arrange in kills.items():
+
+        def killed(name: str = name, arrange: Callable[[], None] = arrange) -> None:
+            arrange()
+            run(folder, model, name, recipe, threads)
+
+        ends = [
+            forked(killed, folder / f"{name}.log"),
+            forked(lambda name=name: run(folder, model, name, recipe, threads), folder / f"{name}.log"),
+        ]  # type: ignore[misc]
+        said = (folder / f"{name}.log").read_text()
+        found[name] = {
+            "ends": ends,
+            "same": made(folder, name) == made(folder, "whole"),
+            "resumed": "going on from the checkpoint" in said,
+            "left": (folder / "checkpoints" / name).exists(),
+            "log": said[-2000:],
+        }
+    print(json.dumps(found))
+
+
+# the tests --------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make_data(tmp_path)
+    return tmp_path
+
+
+def start(folder: Path, model: Path, hash_seed: int = 0, **order: Any) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONHASHSEED": str(hash_seed), "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
+    command = [sys.executable, __file__, str(folder), str(model), json.dumps(order)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, said = process.communicate(timeout=800)
+    return process.returncode, out, said
+
+
+def kills(folder: Path, model: Path, **order: Any) -> dict[str, dict[str, Any]]:
+    code, out, said = finish(start(folder, model, **order))
+    assert code == 0, said
+    found: dict[str, dict[str, Any]] = json.loads(out.splitlines()[-1])
+    for name, one in found.items():
+        assert one["ends"] == [-signal.SIGKILL, 0], (name, one)
+        assert one["same"], (name, one)
+        assert not one["left"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("threads", "strategy"),
+    [(1, {"save_strategy": "steps", "save_steps": 2}), (2, {"save_strategy": "epoch"})],
+    ids=["one thread", "two threads"],
+)
+def test_a_killed_training_ends_in_the_same_bytes(folder: Path, tiny_model: Path, threads: int, strategy: dict[str, Any]) -> None:
+    make_data(folder, threads=threads)
+    passes = sorted(random.Random(threads).sample(range(1, PASSES + 1), 5))
+    found = kills(folder, tiny_model, threads=threads, recipe=strategy, passes=passes)
+    first = 4 if "save_steps" in strategy else ROWS  # passes before the first checkpoint
+    assert [one["resumed"] for one in found.values()] == [n > first for n in passes]
+
+
+@pytest.mark.parametrize(("threads", "boundaries"), [(1, None), (2, 4)], ids=["one thread", "two threads"])
+def test_a_kill_at_any_write_of_a_checkpoint_costs_no_more_than_that_checkpoint(
+    folder: Path, tiny_model: Path, threads: int, boundaries: int | None
+) -> None:
+    make_data(folder, threads=threads)
+    found = kills(folder, tiny_model, threads=threads, save=3, boundaries=boundaries)
+    assert len(found) >= (boundaries or 25)
+    assert all(one["resumed"] for one in found.values())
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "adafactor", "adagrad", "rmsprop", "sgd"])
+def test_every_optimizer_goes_on_exactly(folder: Path, tiny_model: Path, optim: str) -> None:
+    assert kills(folder, tiny_model, recipe={"optim": optim}, passes=[6])["pass 6"]["resumed"]
+
+
+def test_early_stopping_and_grouping_by_length_go_on_exactly(folder: Path, tiny_model: Path) -> None:
+    from dagster_project.records import read_table, write_table
+    from dagster_project.stages.tokenized import row_schema
+
+    path = folder / "tokenized" / "train.parquet"
+    rows = [{**row, "example_ids": row["example_ids"][:1], "lengths": [sum(row["lengths"])]} for row in read_table(path)]
+    write_table(path, rows, row_schema())
+    recipe = {"num_train_epochs": 9, "learning_rate": 0.3, "early_stopping_patience": 1, "group_by_length": True, "save_strategy": "epoch"}
+    found = kills(folder, tiny_model, recipe=recipe, passes=[ROWS + 2])
+    assert found[f"pass {ROWS + 2}"]["resumed"]
+    assert len(json.loads((folder / "whole" / "report.json").read_text())["validation_loss"]) < 10, "it did not stop early"
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_two_processes_give_identical_bytes(folder: Path, tiny_model: Path, threads: int) -> None:
+    make_data(folder, threads=threads)
+    for number, name in enumerate(("first", "second")):
+        code, _, said = finish(start(folder, tiny_model, hash_seed=number, name=name, threads=threads))
+        assert code == 0, said
+    first, second = made(folder, "first"), made(folder, "second")
+    assert {"adapter_model.safetensors", "training.json", "examples.parquet", "loss.csv", "report.json"} < set(first)
+    assert first == second
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_training_saves_a_checkpoint_and_says_where_it_goes_on(folder: Path, tiny_model: Path, number: int) -> None:
+    make_data(folder, rows=30, threads=2)  # long rows: time enough to stop it
+    recipe = {"num_train_epochs": 4, "save_strategy": "no", "gradient_accumulation_steps": 4}
+    process = start(folder, tiny_model, name="stopped", recipe=recipe)
+    progress = folder / "checkpoints" / "stopped" / "progress.json"
+    while not progress.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(number)
+    code, _, said = finish(process)
+    assert code == 130, said
+    [checkpoint] = (folder / "checkpoints" / "stopped").glob("step-*")
+    step = int(checkpoint.name.removeprefix("step-"))
+    assert f"interrupted at step {step}; the next run goes on from there" in said
+    assert 1 <= step < 32
+    assert list((folder / "stopped").iterdir()) == []
+    watched = json.loads(progress.read_text())
+    assert {"step", "steps", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "seconds_left", "curve"} <= set(watched)
+    for name in ("stopped", "whole"):
+        code, _, said = finish(start(folder, tiny_model, name=name, recipe=recipe))
+        assert code == 0, said
+        assert (f"going on from the checkpoint of step {step} of 32" in said) == (name == "stopped")
+    assert made(folder, "stopped") == made(folder, "whole")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,717 @@
+"""Every record has a fate and every label its reason: templates, over-long records, mixtures, packed rows and the audit of them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import CHAT_TEMPLATE, ROOT
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dagster_project.chat import IGNORE, encode, encode_prompt, pieces
+from dagster_project.curation import formats
+from dagster_project.errors import InputError
+from dagster_project.params import parse
+from dagster_project.records import CheckResult, Report, example_id, read_ledger, read_table, write_ledger, write_records, write_table
+from dagster_project.stages import tokenized
+from dagster_project.training import label_audit, templates
+from dagster_project.training.examples import Example, Fate, Rules, make, spans
+from dagster_project.training.mixture import Replay, balance, mix, resample
+
+SYSTEM = "Be kind."
+
+
+def say(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def record(
+    *messages: dict[str, str], source: str = "data/sources/a.jsonl", category: str | None = None, meta: str = "{}"
+) -> dict[str, Any]:
+    return {
+        "example_id": example_id(messages),
+        "source": source,
+        "messages": list(messages),
+        "category": category,
+        "group_id": None,
+        "meta": meta,
+    }
+
+
+def ask(question: str, answer: str = "Yes?", **about: Any) -> dict[str, Any]:
+    return record(say("user", question), say("assistant", answer), **about)
+
+
+def talk(*turns: str, system: str = "") -> list[dict[str, str]]:
+    """User and assistant by turns."""
+    spoken = [say(("user", "assistant")[i % 2], text) for i, text in enumerate(turns)]
+    return [say("system", system), *spoken] if system else spoken
+
+
+def text(content: str, **about: Any) -> dict[str, Any]:
+    return record(say("assistant", content), meta='{"kind": "text"}', **about)
+
+
+class Stage:
+    """The stage in a project folder of its own."""
+
+    def __init__(self, root: Path, model: Path) -> None:
+        self.root, self.model, self.out = root, model, root / "out"
+
+    def __call__(self, *train: dict[str, Any], validation: tuple[dict[str, Any], ...] = (), seed: int = 7, **params: Any) -> Report:
+        splits = self.root / "splits"
+        write_records(splits / "train", train)
+        write_records(splits / "validation", validation)
+        write_ledger(
+            splits, [{**{k: r[k] for k in ("source", "example_id")}, "source_row": 10 + i} for i, r in enumerate([*train, *validation])]
+        )
+        return tokenized.run(self.root, parse(tokenized.Params, params, "tokenized"), seed, splits, self.model, out=self.out)
+
+    def template(self, source: str) -> str:
+        path = self.root / templates.FOLDER / "mine.jinja"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+        return f"{templates.FOLDER}/mine.jinja"
+
+    def examples(self, split: str = "train") -> list[dict[str, Any]]:
+        """The examples in the rows, one by one."""
+        found = []
+        for row in read_table(self.out / f"{split}.parquet"):
+            at = 0
+            for identity, length in zip(row["example_ids"], row["lengths"], strict=True):
+                columns = {name: row[name][at : at + length] for name in ("input_ids", "labels", "weights")}
+                found.append({"example_id": identity, **columns})
+                at += length
+            assert at == len(row["input_ids"]) == len(row["labels"]) == len(row["weights"])
+        return found
+
+    def outcomes(self) -> list[str]:
+        return [line["outcome"] for line in read_ledger(self.out)]
+
+
+@pytest.fixture
+def stage(tmp_path: Path, tiny_model: Path) -> Stage:
+    return Stage(tmp_path, tiny_model)
+
+
+def check(report: Report, name: str) -> CheckResult:
+    return next(found for found in report.checks if found.name == name)
+
+
+def marked(tokenizer: Any, example: dict[str, Any]) -> str:
+    arrays = (np.array(example[name]) for name in ("input_ids", "labels", "weights"))
+    return label_audit.marked(tokenizer, Example(*arrays))
+
+
+# templates
+
+
+def test_the_base_models_template_is_used_and_travels(stage: Stage, tiny_model: Path) -> None:
+    report = stage(ask("Hi"))
+    assert (stage.out / "chat_template.jinja").read_bytes() == (tiny_model / "chat_template.jinja").read_bytes()
+    assert report.metrics["template"]["name"] == "base_model"
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("chatml", "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Yes?<|im_end|>⟧\n"),
+        (
+            "alpaca",
+            "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+            "### Instruction:\nHi\n\n### Response:\n⟦Yes?<|im_end|>⟧",
+        ),
+    ],
+)
+def test_a_named_template_writes_what_its_name_says(stage: Stage, tiny_tokenizer: Any, name: str, wanted: str) -> None:
+    stage(ask("Hi"), chat_template=name)
+    assert [marked(tiny_tokenizer, example) for example in stage.examples()] == [wanted]
+    assert (stage.out / "chat_template.jinja").read_text() == templates.NAMED[name]
+
+
+def test_alpaca_writes_the_system_turn_first_and_tool_turns_as_input(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    templates.use(tokenizer, tmp_path, "alpaca")
+    messages = [say("system", SYSTEM), say("user", "Sum?"), say("assistant", "add"), say("tool", "3"), say("assistant", "It is 3.")]
+    assert "".join(f"[{said}]" if trained else said for said, trained in pieces(tokenizer, messages)) == (
+        "Be kind.\n\n### Instruction:\nSum?\n\n### Response:\n[add<|im_end|>]\n\n### Input:\n3\n\n### Response:\n[It is 3.<|im_end|>]"
+    )
+
+
+@pytest.mark.parametrize("name", [None, *templates.NAMED])
+def test_a_prompt_has_the_ids_it_was_trained_with_whatever_the_template(tiny_tokenizer: Any, tmp_path: Path, name: str | None) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    templates.use(tokenizer, tmp_path, name)
+    messages = talk("Hi", "Yes?", "Well", "No.", system=SYSTEM)
+    ids, labels = encode(tokenizer, messages)
+    *_, (last, _) = spans(np.array(labels))
+    assert encode_prompt(tokenizer, messages[:-1]) == ids[:last]
+
+
+def test_a_template_of_the_project_is_used_and_travels(stage: Stage, tiny_tokenizer: Any) -> None:
+    source = CHAT_TEMPLATE.replace("m['content']", "'~' ~ m['content']")
+    stage(ask("Hi"), chat_template=stage.template(source))
+    assert (stage.out / "chat_template.jinja").read_text() == source
+    assert "~Hi" in marked(tiny_tokenizer, stage.examples()[0])
+
+
+def test_a_tokenizer_that_loads_the_written_template_makes_the_same_ids(stage: Stage, tiny_model: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from transformers import AutoTokenizer
+
+    stage(ask("Hi"), chat_template="alpaca")
+    merged = tmp_path / "merged"
+    shutil.copytree(tiny_model, merged)
+    shutil.copy(stage.out / "chat_template.jinja", merged)
+    assert encode(AutoTokenizer.from_pretrained(merged), talk("Hi", "Yes?"))[0] == stage.examples()[0]["input_ids"]
+
+
+def test_chatml_ends_a_turn_with_the_models_own_end_where_that_is_another_token(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.eos_token = "<|endoftext|>"
+    templates.use(tokenizer, tmp_path, "chatml")
+    assert [said for said, trained in pieces(tokenizer, talk("Hi", "Yes?")) if trained] == ["Yes?<|im_end|><|endoftext|>"]
+
+
+def test_chatml_is_refused_where_the_tokenizer_lacks_its_tokens(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.WordLevel({"<end>": 0, "<unk>": 1}, unk_token="<unk>"))
+    bare = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>", unk_token="<unk>")
+    with pytest.raises(
+        InputError, match=r"tokenized\.chat_template: chatml: the base model's tokenizer has no special token <\|im_start\|>"
+    ):
+        templates.use(bare, tmp_path, "chatml")
+
+
+def test_a_named_template_writes_the_beginning_that_the_tokenizer_expects(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    beginning = copy.deepcopy(tiny_tokenizer)
+    beginning.backend_tokenizer.post_processor = TemplateProcessing("<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    templates.use(beginning, tmp_path, "alpaca")
+    assert pieces(beginning, talk("Hi", "Yes?"))[0][0].startswith("<|im_start|>Below is an instruction")
+
+
+@pytest.mark.parametrize(
+    ("source", "complaint"),
+    [
+        ("{% for m in messages %}\n{{ m }", "line 2: unexpected '}'"),
+        ("{{ ''.__class__ }}" + CHAT_TEMPLATE, "line 1: reaches for `__class__`"),
+        ("{{ ''['__class__'] }}" + CHAT_TEMPLATE, "line 1: reaches for `__class__`"),
+        ("{{ ''|attr('__class__') }}" + CHAT_TEMPLATE, "line 1: `attr` reaches for attributes by name"),
+        ("{% set k = '_' ~ '_class_' ~ '_' %}{{ ''[k].mro() }}" + CHAT_TEMPLATE, "access to attribute '__class__' of 'str' object is unsafe"),
+        ("{{ messages.append(1) }}" + CHAT_TEMPLATE, "access to attribute 'append' of 'list' object is unsafe"),
+        ("{% include '/etc/passwd' %}" + CHAT_TEMPLATE, "no loader for this environment"),
+        ("{{ strftime_now('%d %b %Y') }}" + CHAT_TEMPLATE, "`strftime_now` gives something else each time"),
+        ("{{ ['a', 'b']|random }}" + CHAT_TEMPLATE, "`random` gives something else each time"),
+        ("{{ 1 / 0 }}" + CHAT_TEMPLATE, "the chat template refuses it: division by zero"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}" + CHAT_TEMPLATE, "maximum recursion depth exceeded"),
+        ("{% set x = 'a' * 10 ** 11 %}" + CHAT_TEMPLATE, "MemoryError"),
+        (CHAT_TEMPLATE.replace("m['content']", "m['contents']"), "does not end the assistant's turn with '<|im_end|>'"),
+        ("", "does not end the assistant's turn"),
+    ],
+)  # fmt: skip
+def test_a_template_that_fails_or_reaches_too_far_gets_one_clear_error(stage: Stage, source: str, complaint: str) -> None:
+    name = stage.template(source)
+    with pytest.raises(InputError) as refusal:
+        stage(ask("Hi"), chat_template=name)
+    assert refusal.value.what.startswith(f"params.yaml: tokenized.chat_template: {name}: ")
+    assert complaint in refusal.value.what and "\n" not in refusal.value.what
+    assert refusal.value.hint
+
+
+@pytest.mark.parametrize(
+    "endless",
+    ["{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "{% set n = 10 ** (10 ** (messages|length + 9)) %}"],
+    ids=["loops", "one endless operation"],
+)
+def test_a_template_that_never_ends_is_stopped(stage: Stage, monkeypatch: pytest.MonkeyPatch, endless: str) -> None:
+    monkeypatch.setattr(templates, "SECONDS", 1)
+    with pytest.raises(InputError, match=r"mine\.jinja: takes more than 1 s for a few words"):
+        stage(ask("Hi"), chat_template=stage.template(endless + CHAT_TEMPLATE))
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint", "hint"),
+    [
+        ("alpacca", "'alpacca' is no template", "use alpaca, chatml, or a file in data/templates/"),
+        ("data/templates/none.jinja", "does not exist", "put the file there"),
+        ("../mine.jinja", "lies outside the project", "copy it"),
+        ("params/mine.jinja", "is not a file in data/templates/", "move it to data/templates/"),
+    ],
+)
+def test_a_template_that_is_not_there_is_refused(tmp_path: Path, name: str, complaint: str, hint: str) -> None:
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params" / "mine.jinja").write_text(CHAT_TEMPLATE)
+    with pytest.raises(InputError, match=complaint) as refusal:
+        templates.locate(tmp_path, name)
+    assert hint in refusal.value.hint
+
+
+def test_the_folder_of_templates_is_watched_by_dvc() -> None:
+    assert f"- {templates.FOLDER}\n" in (ROOT / "dvc.yaml").read_text() and (ROOT / templates.FOLDER).is_dir()
+
+
+def without_template(model: Path, folder: Path) -> Path:
+    import shutil
+
+    shutil.copytree(model, folder)
+    (folder / "chat_template.jinja").unlink()
+    return folder
+
+
+def test_conversations_need_a_template_and_plain_text_needs_none(tmp_path: Path, tiny_model: Path) -> None:
+    stage = Stage(tmp_path, without_template(tiny_model, tmp_path / "bare"))
+    with pytest.raises(InputError, match="it has no chat template") as refusal:
+        stage(ask("Hi"), text("Once"))
+    assert "tokenized.chat_template" in refusal.value.hint
+    assert stage(text("Once")).metrics["train"]["examples"] == 1
+    assert not (stage.out / "chat_template.jinja").exists()
+    stage(ask("Hi"), chat_template="chatml")
+    assert stage.outcomes() == ["kept"]
+
+
+# what teaches nothing, what does not fit the template
+
+
+def test_conversations_without_an_answer_are_counted_and_dropped(stage: Stage) -> None:
+    report = stage(ask("Hi"), record(say("system", SYSTEM)), record(say("user", "Hello?")), record())
+    assert stage.outcomes() == ["kept", *["dropped:no_answer"] * 3]
+    assert [line["why"] for line in read_ledger(stage.out)] == ["", "turns: system", "turns: user", "turns: none"]
+    assert (report.rows_in, report.rows_out, report.dropped) == (4, 1, {"no_answer": 3})
+    assert check(report, "no_answer") == CheckResult(
+        "no_answer", True, "warn", count=3, rows=[f"data/sources/a.jsonl:{i}" for i in (11, 12, 13)],
+        note="1 turns: system; 1 turns: user; 1 turns: none", dropped=3,
+    )  # fmt: skip
+
+
+STRICT = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}{% endfor %}" + CHAT_TEMPLATE
+)
+
+
+@pytest.mark.parametrize("policy", ["fail", "drop"])
+def test_a_conversation_that_the_template_refuses_blocks_or_is_dropped_by_policy(stage: Stage, policy: str) -> None:
+    bad = record(*talk("Hi", "Yes?", system=SYSTEM))
+    report = stage(ask("Hi"), bad, record(say("assistant", "Hello!")), chat_template=stage.template(STRICT), on_mismatch=policy)
+    assert stage.outcomes() == ["kept", "dropped:template_mismatch", "dropped:template_mismatch"]
+    assert (report.rows_in, report.rows_out, report.dropped) == (3, 1, {"template_mismatch": 2})
+    found = check(report, "template_mismatch")
+    assert (found.passed, found.blocking, found.count) == (policy == "drop", policy == "fail", 2)
+    assert "1 the chat template refuses it: no system turns" in found.note
+    assert bool(report.failures) is (policy == "fail")
+
+
+def test_turns_after_the_last_answer_are_left_out_and_noted(stage: Stage, tiny_tokenizer: Any) -> None:
+    stage(record(*talk("Hi", "Yes?", "Thanks")))
+    assert read_ledger(stage.out)[0]["why"] == "1 turns after the last answer left out"
+    assert "Thanks" not in marked(tiny_tokenizer, stage.examples()[0])
+
+
+def test_plain_text_has_no_template_and_is_trained_on_to_its_end(stage: Stage, tiny_tokenizer: Any) -> None:
+    report = stage(text("Once upon a time."))
+    assert [marked(tiny_tokenizer, example) for example in stage.examples()] == ["⟦Once upon a time.<|im_end|>⟧"]
+    assert all(found.passed for found in report.checks)
+
+
+def test_plain_text_is_what_curation_calls_plain_text() -> None:
+    from dagster_project.chat import is_text
+
+    for found in (text("x"), ask("Hi"), record(say("assistant", "x")), {**ask("Hi"), "meta": '{"kind": "text"}'}):
+        assert is_text(found) == formats.is_text(found["messages"], json.loads(found["meta"]))
+
+
+# over-long records
+
+
+def tokens(words: str) -> int:
+    return len(words.encode())
+
+
+HEADER, END, TAIL = 21, 1, 1
+"""Tokens of `<|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n`, of the end of turn, of the newline after it."""
+
+
+def test_an_over_long_record_is_dropped_by_default(stage: Stage) -> None:
+    report = stage(ask("Hi", "y" * 50), ask("Hi"), max_length=40)
+    assert stage.outcomes() == ["dropped:too_long", "kept"]
+    assert read_ledger(stage.out)[0]["why"] == "73 tokens, room for 40"
+    assert (report.rows_in, report.rows_out, report.dropped) == (2, 1, {"too_long": 1})
+    assert report.metrics["lost"] == {"too_long": {"rows": 1, "trained_tokens": 51}}
+    found = check(report, "too_long")
+    assert (found.passed, found.count, found.dropped, found.rows) == (True, 1, 1, ["data/sources/a.jsonl:10"])
+
+
+def test_truncation_cuts_the_end_of_the_last_answer_and_keeps_its_end_of_turn(stage: Stage, tiny_tokenizer: Any) -> None:
+    report = stage(ask("Hi", "0123456789" * 5), max_length=40, on_too_long="truncate")
+    kept = ("0123456789" * 5)[: 40 - HEADER - END]
+    assert marked(tiny_tokenizer, stage.examples()[0]) == f"<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦{kept}<|im_end|>⟧"
+    assert stage.outcomes() == ["truncated"]
+    assert report.metrics["lost"] == {"truncated": {"rows": 1, "trained_tokens": 50 - len(kept)}}
+    assert (report.rows_out, report.dropped, check(report, "labels").passed) == (1, {}, True)
+
+
+@pytest.mark.parametrize("room", range(30, 40))
+def test_truncation_never_cuts_a_character_in_two(stage: Stage, tiny_tokenizer: Any, room: int) -> None:
+    report = stage(ask("Hi", "ä€𐍈" * 9), max_length=room, on_too_long="truncate")
+    said = tiny_tokenizer.decode([label for label in stage.examples()[0]["labels"] if label != IGNORE]).removesuffix("<|im_end|>")
+    assert ("ä€𐍈" * 9).startswith(said) and len(said) > 1
+    assert check(report, "labels").passed
+
+
+@pytest.mark.parametrize("policy", ["truncate", "split"])
+def test_a_record_whose_prompt_alone_is_too_long_is_dropped(stage: Stage, policy: str) -> None:
+    report = stage(ask("H" * 60), max_length=40, on_too_long=policy)
+    assert stage.outcomes() == ["dropped:too_long"]
+    assert report.metrics["lost"] == {"too_long": {"rows": 1, "trained_tokens": 5}}
+
+
+def test_splitting_cuts_at_turns_with_the_system_turn_and_earlier_context_in_each_part(stage: Stage, tiny_tokenizer: Any) -> None:
+    messages = talk("q1", "a1", "q2", "a2", "q3", "a3", "q4", "a4", system="S")
+    parts = [[messages[0], *messages[1:7]], [messages[0], *messages[3:9]]]
+    room = len(encode(tiny_tokenizer, parts[0])[0])
+    report = stage(record(*messages), max_length=room, on_too_long="split", packing=False)
+    assert stage.outcomes() == ["split:2"]
+    found = sorted((example["input_ids"] for example in stage.examples()), key=lambda ids: tiny_tokenizer.decode(ids))
+    assert found == [encode(tiny_tokenizer, part)[0] for part in parts]
+    learnt = sorted(said for example in stage.examples() for said in marked(tiny_tokenizer, example).split("⟦")[1:])
+    assert [said.split("⟧")[0] for said in learnt] == [f"a{i}<|im_end|>" for i in (1, 2, 3, 4)]
+    assert (report.rows_in, report.rows_out, report.metrics["train"]["examples"]) == (1, 1, 2)
+    assert "lost" not in report.metrics and check(report, "labels").passed
+
+
+def test_splitting_leaves_out_the_exchange_that_does_not_fit_by_itself(stage: Stage) -> None:
+    report = stage(record(*talk("q1", "a1", "q2", "b" * 99, "q3", "a3")), max_length=60, on_too_long="split")
+    assert stage.outcomes() == ["split:2"]
+    assert report.metrics["lost"] == {"split": {"rows": 1, "trained_tokens": 100}}
+    assert check(report, "labels").passed
+
+
+def test_splitting_keeps_calls_results_and_answers_together(tiny_tokenizer: Any) -> None:
+    call = [say("user", "Sum?"), say("assistant", "add"), say("tool", "3"), say("assistant", "It is 3.")]
+    whole = record(*talk("q1", "a1"), *call)
+    room = len(encode(tiny_tokenizer, call)[0])
+    [fate] = make(tiny_tokenizer, [whole], Rules(room, "split"))
+    assert [example.input_ids.tolist() for example in fate.examples] == [encode(tiny_tokenizer, m)[0] for m in (talk("q1", "a1"), call)]
+
+
+def test_plain_text_is_split_into_windows_that_join_to_the_whole(stage: Stage, tiny_tokenizer: Any) -> None:
+    story = "0123456789" * 10
+    report = stage(text(story), max_length=40, on_too_long="split", packing=False)
+    assert stage.outcomes() == ["split:3"]
+    [fate] = make(tiny_tokenizer, [text(story)], Rules(40, "split"))
+    assert "".join(tiny_tokenizer.decode(example.labels) for example in fate.examples) == story + "<|im_end|>"
+    assert [len(example.input_ids) for example in fate.examples] == [33, 34, 34]
+    assert check(report, "labels").passed and "lost" not in report.metrics
+
+
+words = st.text(alphabet="ab ä\n", min_size=1, max_size=30)
+conversations = st.lists(st.tuples(words, words), min_size=1, max_size=4).map(
+    lambda found: record(*talk(*(w for pair in found for w in pair)))
+)
+rows = st.one_of(conversations, words.map(text), st.just(record(say("user", "?"))), st.just(record(say("assistant", "!"))))
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(rows, max_size=5), st.sampled_from(["drop", "truncate", "split"]), st.integers(16, 120))
+def test_whatever_comes_every_record_has_a_fate_and_every_label_its_reason(
+    stage: Stage, found: list[dict[str, Any]], policy: str, room: int
+) -> None:
+    found = list({one["example_id"]: one for one in found}.values())
+    report = stage(*found, max_length=room, on_too_long=policy, on_mismatch="drop")
+    assert not report.failures and len(stage.outcomes()) == report.rows_in == len(found)
+    examples = stage.examples()
+    assert all(len(example["input_ids"]) <= room for example in examples)
+    assert all(any(label != IGNORE for label in example["labels"]) for example in examples)
+    learnt = Counter(example["example_id"] for example in examples)
+    for one, outcome in zip(found, stage.outcomes(), strict=True):
+        wanted = int(outcome.partition(":")[2]) if outcome.startswith("split") else int(not outcome.startswith("dropped"))
+        assert learnt[one["example_id"]] == wanted
+
+
+# labels
+
+
+def fate_of(tokenizer: Any, found: dict[str, Any]) -> Fate:
+    return make(tokenizer, [found], Rules(512))[0]
+
+
+TWO = record(*talk("Hi", "Yes?", "Well", "Grüße!", system=SYSTEM))
+
+
+@pytest.mark.parametrize("found", [TWO, ask("Hi"), text("Once upon"), ask("Hi", " padded \n"), ask("Hi", "It is <|im_end|>, I think.")])
+def test_labels_as_they_are_made_pass_their_audit(tiny_tokenizer: Any, found: dict[str, Any]) -> None:
+    assert label_audit.misplaced(tiny_tokenizer, [found], [fate_of(tiny_tokenizer, found)]) == {}
+
+
+def damage_header(labels: np.ndarray, ids: np.ndarray) -> None:
+    start = next(iter(spans(labels)))[0]
+    labels[start - 1] = ids[start - 1]
+
+
+def damage_end(labels: np.ndarray, ids: np.ndarray) -> None:
+    labels[next(iter(spans(labels)))[1] - 1] = IGNORE
+
+
+def damage_turn(labels: np.ndarray, ids: np.ndarray) -> None:
+    start, stop = next(iter(spans(labels)))
+    labels[start:stop] = IGNORE
+
+
+def damage_user(labels: np.ndarray, ids: np.ndarray) -> None:
+    labels[3:6] = ids[3:6]
+
+
+def damage_all(labels: np.ndarray, ids: np.ndarray) -> None:
+    labels[:] = IGNORE
+
+
+def damage_shift(labels: np.ndarray, ids: np.ndarray) -> None:
+    labels[:] = np.roll(labels, 1)
+
+
+def damage_first(labels: np.ndarray, ids: np.ndarray) -> None:
+    labels[next(iter(spans(labels)))[0]] = IGNORE
+
+
+DAMAGES = [damage_header, damage_end, damage_turn, damage_user, damage_all, damage_shift, damage_first]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("found", [TWO, ask("Hi")], ids=["two turns", "one turn"])
+def test_labels_that_stand_elsewhere_are_found(tiny_tokenizer: Any, found: dict[str, Any], damage: Any) -> None:
+    fate = fate_of(tiny_tokenizer, found)
+    damage(fate.examples[0].labels, fate.examples[0].input_ids)
+    assert list(label_audit.misplaced(tiny_tokenizer, [found], [fate])) == [0]
+
+
+def test_misplaced_labels_block_the_stage(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mask_all(*arguments: Any) -> list[Fate]:
+        fates = make(*arguments)
+        for fate in fates:
+            fate.examples[0].labels[:] = IGNORE
+        return fates
+
+    monkeypatch.setattr(tokenized, "make", mask_all)
+    [failure] = stage(ask("Hi")).failures
+    assert (failure.name, failure.rows, failure.note) == ("labels", ["data/sources/a.jsonl:10"], "1 an example has nothing to learn from")
+
+
+def test_what_a_template_adds_to_the_assistants_turn_is_learnt_and_expected(stage: Stage, tiny_tokenizer: Any) -> None:
+    thinking = CHAT_TEMPLATE.replace("{{ m['content'] }}", "{% if m['role'] == 'assistant' %}<think></think>{% endif %}{{ m['content'] }}")
+    report = stage(ask("Hi"), chat_template=stage.template(thinking))
+    assert check(report, "labels").passed
+    assert marked(tiny_tokenizer, stage.examples()[0]).endswith("⟦<think></think>Yes?<|im_end|>⟧\n")
+
+
+def test_a_tokenizer_that_changes_the_text_is_held_to_what_it_gives_back(tiny_tokenizer: Any) -> None:
+    from tokenizers import normalizers
+
+    folding = copy.deepcopy(tiny_tokenizer)
+    folding.backend_tokenizer.normalizer = normalizers.Lowercase()
+    fate = fate_of(folding, ask("HI", "YES?"))
+    assert label_audit.misplaced(folding, [ask("HI", "YES?")], [fate]) == {}
+    damage_header(fate.examples[0].labels, fate.examples[0].input_ids)
+    assert list(label_audit.misplaced(folding, [ask("HI", "YES?")], [fate])) == [0]
+
+
+def test_two_beginnings_are_found(stage: Stage) -> None:
+    report = stage(ask("Hi"), ask("Ho"), chat_template=stage.template("{{ bos_token }}" + CHAT_TEMPLATE))
+    assert (check(report, "double_bos").passed, check(report, "double_bos").count) == (False, 2)
+    assert check(stage(ask("Hi")), "double_bos").passed
+
+
+def test_every_check_is_reported_also_when_all_is_well(stage: Stage) -> None:
+    assert [found.name for found in stage(ask("Hi")).checks] == list(tokenized.TRUTHS)
+    assert [found.name for found in stage().checks] == list(tokenized.TRUTHS)
+
+
+# mixtures
+
+
+def test_by_category_all_categories_become_as_frequent_as_the_largest_by_sqrt_half_way() -> None:
+    categories, ids = ["bug"] * 9 + ["login"] * 4 + [None], [f"{i}" for i in range(14)]
+
+    def sizes(how: Any) -> dict[str | None, int]:
+        copies = balance(categories, ids, how, seed=7)
+        assert all(copies)
+        return {name: sum(n for c, n in zip(categories, copies, strict=True) if c == name) for name in ("bug", "login", None)}
+
+    assert sizes("none") == {"bug": 9, "login": 4, None: 1}
+    assert sizes("category") == {"bug": 9, "login": 9, None: 9}
+    assert sizes("sqrt") == {"bug": 9, "login": 6, None: 3}
+    logins = balance(categories, ids, "category", seed=7)[9:13]
+    assert sorted(logins) == [2, 2, 2, 3]
+
+
+@pytest.mark.parametrize(("target", "wanted"), [(0, 0), (14, 0), (16, 1), (30, 1), (100, 3), (130, 4), (250, 8)], ids=lambda n: str(n))
+def test_resampling_comes_as_near_to_the_target_as_whole_rows_can(target: int, wanted: int) -> None:
+    copies = resample([30, 30, 30, 30], list("abcd"), target, seed=7)
+    assert sum(copies) == wanted and max(copies) - min(copies) <= 1
+
+
+def test_resampling_depends_on_the_seed_and_the_row_not_on_its_place() -> None:
+    ids = [f"{i}" for i in range(20)]
+
+    def chosen(order: list[str], seed: int) -> set[str]:
+        return {i for i, n in zip(order, resample([1] * 20, order, 5, seed), strict=True) if n}
+
+    assert chosen(ids, 1) == chosen(ids[::-1], 1) != chosen(ids, 2)
+
+
+GENERAL = "data/sources/general.jsonl"
+
+
+@pytest.mark.parametrize(("general", "share"), [(3, 0.4), (60, 0.1)], ids=["repeated", "left out"])
+def test_replay_makes_up_its_share_of_the_training_tokens(stage: Stage, general: int, share: float) -> None:
+    own = [ask(f"own {i:02}") for i in range(20)]
+    replayed = [ask(f"gen {i:02}", source=GENERAL) for i in range(general)]
+    wanted = round(20 * share / (1 - share))  # all examples have the same length
+    report = stage(*own, *replayed, validation=(ask("Ho", source=GENERAL),), replay={"sources": [GENERAL], "share": share})
+    counts = Counter(example["example_id"] for example in stage.examples())
+    assert sum(counts[one["example_id"]] for one in replayed) == wanted
+    assert all(counts[one["example_id"]] == 1 for one in own)
+    assert report.metrics["train"]["replay_share"] == pytest.approx(share, abs=0.02)
+    assert report.metrics["train"]["repeats"]["source"] == ({GENERAL: wanted - general} if wanted > general else {})
+    assert report.dropped == ({"replay": general - wanted} if wanted < general else {})
+    assert report.rows_in == len(own) + general + 1 and len(stage.examples("validation")) == 1
+
+
+def test_a_folder_names_all_sources_in_it(stage: Stage) -> None:
+    report = stage(ask("own"), ask("a", source="data/sources/g/a.jsonl"), replay={"sources": ["data/sources/g"], "share": 0.5})
+    assert report.metrics["train"]["replay_share"] == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("sources", "complaint"),
+    [
+        (["data/sources/b.jsonl"], "no train row comes from data/sources/b.jsonl"),
+        (["data/sources/a.jsonl"], "all of train comes from them"),
+    ],
+)
+def test_replay_of_nothing_or_of_everything_is_refused(stage: Stage, sources: list[str], complaint: str) -> None:
+    with pytest.raises(InputError, match=rf"params\.yaml: tokenized\.replay\.sources: {complaint}"):
+        stage(ask("Hi"), replay={"sources": sources, "share": 0.5})
+
+
+def test_balance_repeats_rare_categories_in_train_alone_and_says_so(stage: Stage) -> None:
+    common = [ask(f"c{i}", category="bug") for i in range(4)]
+    rare = ask("r", category="login")
+    report = stage(*common, rare, validation=(ask("v", category="login"),), balance="category")
+    counts = Counter(example["example_id"] for example in stage.examples())
+    assert counts == {**{one["example_id"]: 1 for one in common}, rare["example_id"]: 4}
+    assert report.metrics["train"]["repeats"] == {"category": {"login": 3}, "source": {"data/sources/a.jsonl": 3}}
+    assert report.metrics["train"]["examples"] == 8 and report.rows_out == 6
+    assert [line["why"] for line in read_ledger(stage.out)] == ["", "", "", "", "4 copies", ""]
+    assert len(stage.examples("validation")) == 1
+
+
+def test_replayed_rows_are_not_balanced() -> None:
+    records = [*(ask(f"own {i}", category="bug") for i in range(4)), ask("gen", source=GENERAL, category="chat")]
+    fates = [Fate("kept", examples=[Example(np.zeros(10), np.zeros(10), np.zeros(10))]) for _ in records]
+    copies, report = mix(records, fates, "category", Replay(sources=[GENERAL], share=0.2), seed=7)
+    assert copies == [1, 1, 1, 1, 1] and report["repeats"] == {"category": {}, "source": {}}
+
+
+# packed rows
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"], ids=["attention of a CPU", "attention of a GPU"])
+def test_examples_packed_into_a_row_have_the_logits_that_each_has_alone(stage: Stage, model: Any, device: str) -> None:
+    import torch
+
+    from dagster_project.training.attention import attention_for
+    from dagster_project.training.sft import collate
+
+    stage(*(ask(f"question {i}", "y" * i) for i in range(1, 7)), max_length=64, packed_length=200)
+    packed = read_table(stage.out / "train.parquet")
+    assert [len(row["lengths"]) for row in packed] == [5, 1]
+    with torch.no_grad():
+        alone = [model(torch.tensor([example["input_ids"]])).logits[0] for example in stage.examples()]
+        model.set_attn_implementation(attention_for(torch.device(device)))
+        together = []
+        for row in packed:
+            batch = collate([row])
+            whole = {name: batch[name] for name in ("input_ids", "position_ids", "cu_seq_lens_q")}
+            together += model(**whole, use_cache=False).logits[0].split(row["lengths"])
+    for found, wanted in zip(together, alone, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-5)
+
+
+def test_without_packing_every_example_has_a_row_and_its_length(stage: Stage) -> None:
+    stage(ask("Hi"), ask("Hello"), packing=False)
+    assert sorted(row["lengths"] for row in read_table(stage.out / "train.parquet")) == [[27], [30]]
+
+
+def test_rows_are_written_as_one_would_write_them_from_python_objects(stage: Stage, tmp_path: Path) -> None:
+    stage(*(ask(f"{i}") for i in range(9)), max_length=64, weigh="example")
+    written = stage.out / "train.parquet"
+    write_table(tmp_path / "again.parquet", read_table(written), tokenized.row_schema())
+    assert written.read_bytes() == (tmp_path / "again.parquet").read_bytes()
+
+
+def test_two_runs_give_the_same_bytes_whatever_the_order_of_the_records(stage: Stage) -> None:
+    mixed = {"balance": "category", "replay": {"sources": [GENERAL], "share": 0.3}, "on_too_long": "split", "max_length": 60}
+    found = [ask(f"{i}", category="ab"[i > 3]) for i in range(6)] + [record(*talk("1", "2", "3", "4", "5", "6"), source=GENERAL)]
+    stage(*found, **mixed)
+    first = {path.name: path.read_bytes() for path in stage.out.iterdir()}
+    stage(*found, **mixed)
+    assert {path.name: path.read_bytes() for path in stage.out.iterdir()} == first
+    stage(*found[::-1], **mixed)
+    assert (stage.out / "train.parquet").read_bytes() == first["train.parquet"]
+
+
+# the audit
+
+
+def test_the_audit_shows_the_first_examples_and_a_sample_of_each_source(stage: Stage, tiny_tokenizer: Any) -> None:
+    found = [ask(f"{i:02}") for i in range(8)] + [text("Once", source=GENERAL)]
+    stage(*found, validation=(ask("Ho"),))
+    audit = json.loads((stage.out / "audit.json").read_text())
+    shown = [(example["split"], example["source"], example["why"]) for example in audit["examples"]]
+    assert shown.count(("train", "data/sources/a.jsonl", "first")) == label_audit.FIRST
+    assert ("train", GENERAL, "sample") in shown and ("validation", "data/sources/a.jsonl", "first") in shown
+    for example in audit["examples"]:
+        assert tiny_tokenizer.decode(example["input_ids"]) == example["text"].replace("⟦", "").replace("⟧", "")
+        assert [label for label in example["labels"] if label != IGNORE]
+    assert audit["examples"][0]["text"] == "<|im_start|>user\n00<|im_end|>\n<|im_start|>assistant\n⟦Yes?<|im_end|>⟧\n"
+
+
+def test_the_audits_figures_are_those_of_a_hand_count(stage: Stage) -> None:
+    stage(ask("Hi", category="bug"), ask("Ho"), text("Once"), max_length=64)
+    audit = json.loads((stage.out / "audit.json").read_text())["splits"]["train"]
+    total, trained = 27 + 27 + 5, 5 + 5 + 5
+    assert audit == {
+        "examples": 3, "tokens": total, "trained_tokens": trained, "trained_share": round(trained / total, 4), "end_of_turn_in_loss": 1.0,
+        "double_bos": 0, "prefix_stable": 1.0, "padding_without_packing": round((81 - total) / 81, 4), "lengths": {"5-8": 1, "17-32": 2},
+        "category": {
+            "(none)": {"examples": 2, "tokens": 32, "trained_tokens": 10, "lengths": {"5-8": 1, "17-32": 1}},
+            "bug": {"examples": 1, "tokens": 27, "trained_tokens": 5, "lengths": {"17-32": 1}},
+        },
+        "source": {"data/sources/a.jsonl": {"examples": 3, "tokens": total, "trained_tokens": trained, "lengths": {"5-8": 1, "17-32": 2}}},
+        "fill_rate": round(total / 64, 4),
+    }  # fmt: skip
+
+
+def test_texts_whose_ids_depend_on_where_they_are_cut_are_counted(tiny_tokenizer: Any) -> None:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    state = json.loads(tiny_tokenizer.backend_tokenizer.to_str())
+    state["model"]["vocab"]["ĊĊ"] = len(state["model"]["vocab"])
+    state["model"]["merges"] = [["Ċ", "Ċ"]]
+    state["pre_tokenizer"]["use_regex"] = False
+    merging = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    merging.chat_template = CHAT_TEMPLATE
+    assert [fate.stable for fate in make(merging, [ask("Hi"), ask("Hi", "\nYes")], Rules(512))] == [True, False]
