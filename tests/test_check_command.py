@@ -473,7 +473,7 @@ def test_changed_added_and_removed_rows_are_told(version: str, folder: bool, che
     changes = check(path, "--since", since, "--json").document["changes"]
     assert (changes["previous"], changes["rows"]) == (since, {"added": 1, "removed": 1, "changed": 1, "unchanged": 2})
     assert [one["place"] for one in changes["examples"]["added"]] == ["set/a.jsonl:3"]
-    assert [one["place"] for one in changes["examples"]["removed"]] == ["set/a.jsonl:2"]
+    assert [one["place"] for one in changes["examples"]["removed"]] == ["set/a.jsonl:2 (before)"]
     (edit,) = changes["examples"]["changed"]
     assert edit["place"] == "set/a.jsonl:1" and "made in town" in edit["before"] and "longer one" in edit["after"]
     assert [one["check"] for one in changes["findings"]["new"]] == ["pii"] and "ann.lee" not in json.dumps(changes)

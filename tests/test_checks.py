@@ -259,7 +259,22 @@ def test_a_waived_pair_is_no_near_duplicate_but_another_is(pair_: list[str]) -> 
         ask(OTHER := "Please add a button that reminds me to buy filters"),
         ask(OTHER + " soon"),
     ]
-    assert judged(rows, waiver("near_duplicates", pairs=[pair_])).broken["near_duplicates"] == [3]
+    found = judged(rows, waiver("near_duplicates", pairs=[pair_]))
+    assert (found.broken["near_duplicates"], found.verdicts["near_duplicates"].waived) == ([3], 1)
+
+
+def test_an_error_that_is_waived_is_no_error_any_more() -> None:
+    found = document("set", "messages", judged([ask(f"My key is {KEY} I think")], waiver("secrets", "rows.jsonl:0")), HELD_OUT)
+    assert [(one["check"], one["severity"], one["count"], one["waived"]) for one in found["findings"]] == [("secrets", "info", 0, 1)]
+
+
+def test_a_secret_is_shown_by_the_words_around_it() -> None:
+    (one,) = [
+        f
+        for f in document("set", "messages", judged([ask("Hi", f"Use {KEY} for the bucket")]), HELD_OUT)["findings"]
+        if f["check"] == "secrets"
+    ]
+    assert one["examples"] == ["aws key: Hi Use [aws key] for the bucket"]
 
 
 def test_an_overlap_with_a_benchmark_can_be_waived_by_the_items_name() -> None:

@@ -81,7 +81,7 @@ ROW_CHECKS: dict[str, Check] = {
         "No text holds personal data such as an e-mail address or a card number.",
         "warn",
         "drop",
-        "Replace it by a made-up value, or take the row out.",
+        "Replace it by a placeholder such as [e-mail], or take the row out.",
     ),
     "exact_duplicates": Check("No two rows are identical.", "warn", "drop", "Nothing to do: one of them is kept."),
     "benchmark_leakage": Check(
@@ -345,7 +345,7 @@ def judge(
             continue
         rows = broken.get(name, [])
         verdicts[name] = Verdict(
-            name, rules.action(name), rules.severity_of(name), rows, dropped[name], len(found.get(name, [])) - len(rows),
+            name, rules.action(name), rules.severity_of(name), rows, dropped[name], len({*found.get(name, []), *facts.waived.get(name, ())}) - len(rows),
             passed=name not in failures and all(reason[i] is not None for i in rows), note=notes.get(name, ""),
         )  # fmt: skip
     return Judgement(records, reason, facts, verdicts, profile, said, waiting)

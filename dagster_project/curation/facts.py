@@ -60,6 +60,8 @@ class Facts:
     """Check -> the overlaps behind it, best first."""
     compared: Comparison | None = None
     """Of the prompts with one another."""
+    waived: dict[str, set[int]] = field(default_factory=dict)
+    """Check -> rows all of whose overlaps are waived as pairs."""
     transcripts: int = 0
     """Rows that quote a conversation ("Human: ... Assistant: ..."), which people do; a template's control tokens are another matter."""
 
@@ -104,7 +106,7 @@ def gather(
         | template_mark | a control token or boilerplate of a chat template in the text, else null |
         | misfit | why the conversation does not fit the base model's chat template, else null |
         | damage | what is wrong with the encoding, else null |
-        | secret, personal | the kind of secret or personal data in the text, else null |
+        | secret, personal | the kind of secret or personal data in the text and the words around it, masked; else null |
         | labelled | false for a benchmark question without its answer |
         | pair_is_real, same_prompt, preferred | for pairs: chosen and rejected differ, answer the same prompt, and one of them is better |
         | repeats, near_copy_of | an earlier row with the same, or nearly the same, messages / prompt; else null |
@@ -135,11 +137,13 @@ def gather(
         if labels[a] and labels[b] and labels[a] != labels[b]
     ]  # fmt: skip
     links["benchmark_leakage"] = _leaks(subjects, responses, held_out)
+    may_stand: dict[str, set[int]] = {}
     for name, found in links.items():
         stand = waived.pairs.get(name, set())
         links[name] = sorted(
             (one for one in found if (one.row, one.other) not in stand), key=lambda one: (-one.score, one.row, str(one.other))
         )
+        may_stand[name] = {one.row for one in found} - {one.row for one in links[name]}
 
     def first(name: str) -> pl.Series:
         return pl.Series([None if one is None else str(one.other) for one in _best(links[name], size)], dtype=pl.String)
@@ -193,7 +197,7 @@ def gather(
         }
     )
     transcripts = sum(mark is not None and mark.startswith("transcript") for mark in marks)
-    return Facts(frame, clusters(size, near + [Pair(j, i, 1.0) for i, j in repeats.items()]), links, compared, transcripts)
+    return Facts(frame, clusters(size, near + [Pair(j, i, 1.0) for i, j in repeats.items()]), links, compared, may_stand, transcripts)
 
 
 def _best(links: Iterable[Link], size: int) -> list[Link | None]:
@@ -215,12 +219,12 @@ def _inputs(record: dict[str, Any], meta: Mapping[str, Any]) -> list[Any]:
 
 
 def _hits(texts: Sequence[str]) -> tuple[list[str | None], list[str | None]]:
-    """The first kind of secret and of personal data in each text."""
+    """The first secret and the first piece of personal data in each text: its kind, and the words around it, masked."""
     secret: list[str | None] = [None] * len(texts)
     personal: list[str | None] = [None] * len(texts)
     for hit in scan(texts):
-        kinds = secret if hit.secret else personal
-        kinds[hit.row] = kinds[hit.row] or hit.kind
+        found = secret if hit.secret else personal
+        found[hit.row] = found[hit.row] or f"{hit.kind}: {hit.excerpt}"
     return secret, personal
 
 

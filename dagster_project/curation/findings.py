@@ -80,7 +80,7 @@ def finding(verdict: Verdict, judged: Judgement, items: Mapping[str, Item], matc
     links = islice((link for link in judged.facts.links.get(verdict.name, ()) if link.row in broken), matches)
     return {
         "check": verdict.name,
-        "severity": verdict.severity,
+        "severity": verdict.severity if rows or not verdict.passed else "info",  # all that was found is waived
         "passed": verdict.passed,
         "count": len(rows) or int(not verdict.passed),
         "dropped": verdict.dropped,
@@ -88,12 +88,21 @@ def finding(verdict: Verdict, judged: Judgement, items: Mapping[str, Item], matc
         "waived": verdict.waived,
         "rows": rows[:ROWS],
         "places": [place(judged.records[i]) for i in rows[:ROWS]],
-        "examples": [excerpt(judged.records[i]) for i in rows[:3]],
+        "examples": [_example(verdict.name, judged, i) for i in rows[:3]],
         "truth": check.truth,
         "note": verdict.note,
         "next": check.next,
         "matches": [match(link, judged.records, items, width, verdict.name == "conflicting_responses") for link in links],
     }
+
+
+TELLING = {"secrets": "secret", "pii": "personal", "encoding": "damage", "special_tokens_in_text": "template_mark"}
+"""Checks whose fact shows the place in the text -> its column."""
+
+
+def _example(check: str, judged: Judgement, i: int) -> str:
+    """What is wrong with the row in its own words or, where that shows nothing, how the row begins."""
+    return str(judged.facts.frame[TELLING[check]][i])[:200] if check in TELLING else excerpt(judged.records[i])
 
 
 def check_result(verdict: Verdict, judged: Judgement, held_out: Sequence[Item]) -> CheckResult:
@@ -192,7 +201,7 @@ def changes(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]], previo
         "rows": {"added": len(added), "removed": len(removed), "changed": len(changed), "unchanged": unchanged},
         "examples": {
             "added": [{"place": place(b), "text": excerpt(b, 300)} for b in added[:ROWS] if b],
-            "removed": [{"place": place(a), "text": excerpt(a, 300)} for a in removed[:ROWS] if a],
+            "removed": [{"place": f"{place(a)} (before)", "text": excerpt(a, 300)} for a in removed[:ROWS] if a],
             "changed": [{"place": place(b), **_edit(a, b)} for a, b in changed[:ROWS]],
         },
     }

@@ -138,10 +138,12 @@ def _verdict(document: Mapping[str, Any], findings: Sequence[Mapping[str, Any]])
         return "error", "Nothing to learn from", "No row is left."
     if open_["error"]:
         return "error", "Not ready to train on", f"{_many(len(open_['error']), 'error')} not dealt with: {names}."
+    errors = sum(f["severity"] == "error" for f in findings)
+    dealt = f" The rows of {_many(errors, 'error')} are dropped." if errors else ""
     if open_["warn"]:
-        return "warn", "Usable, with care", f"{_many(len(open_['warn']), 'warning')} to look at: {names}."
+        return "warn", "Usable, with care", f"{_many(len(open_['warn']), 'warning')} to look at: {names}.{dealt}"
     if findings:
-        return "good", "Ready to train on", "Every row that breaks a check was dropped for it or waived, or is worth a remark only."
+        return "good", "Ready to train on", f"Every row that breaks a check is dropped for it or waived, or is worth a remark only.{dealt}"
     return "good", "Ready to train on", "No check found anything."
 
 
@@ -268,8 +270,9 @@ def _similarity(similarity: Mapping[str, Any]) -> str:
     common = "".join(
         f"<li>{_bdi(entry['text'])} <span>{_many(entry['rows'], 'row')}</span></li>" for entry in similarity.get("boilerplate") or []
     )
-    note = "every pair of prompts that was compared, by score" + (
-        "; in blue those found to be near-copies" if "near" in similarity["histogram"][0] else ""
+    note = (
+        "every pair of prompts that was compared, by the share of the shorter one's runs of three words that the other has; equal prompts left out"
+        + ("; in blue those found to be near-copies" if "near" in similarity["histogram"][0] else "")
     )
     return _histogram("Similarity of prompts", note, similarity["histogram"], "pairs", gates, 190) + (
         f'<details><summary>Common phrases, which count for nothing</summary><ul class="quotes">{common}</ul></details>' if common else ""
