@@ -68,6 +68,23 @@ def tiny_tokenizer(tiny_model: Path) -> Any:
 
 
 @pytest.fixture
+def newline_merging_tokenizer(tiny_tokenizer: Any) -> Any:
+    """A tokenizer in which two newlines are one token, so that it matters where a text is cut."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    state = json.loads(tiny_tokenizer.backend_tokenizer.to_str())
+    state["model"]["vocab"]["ĊĊ"] = len(state["model"]["vocab"])
+    state["model"]["merges"] = [["Ċ", "Ċ"]]
+    state["pre_tokenizer"]["use_regex"] = False
+    merging = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    merging.chat_template = tiny_tokenizer.chat_template
+    return merging
+
+
+@pytest.fixture
 def model(tiny_model: Path) -> Any:
     """The tiny model with weights ten times as large, so that what a token attends to shows in its logits."""
     import torch

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from itertools import groupby
 from typing import Any
 
@@ -51,23 +50,6 @@ def trained_spans(tokenizer: Any, messages: list[dict[str, str]]) -> list[str]:
 
 def last_answer_starts(labels: list[int]) -> int:
     return max(i for i in range(1, len(labels)) if labels[i] != IGNORE and labels[i - 1] == IGNORE)
-
-
-@pytest.fixture
-def newline_merging_tokenizer(tiny_tokenizer: Any) -> Any:
-    """A tokenizer in which two newlines are one token, so that it matters where a text is cut."""
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    state = json.loads(tiny_tokenizer.backend_tokenizer.to_str())
-    state["model"]["vocab"]["ĊĊ"] = len(state["model"]["vocab"])
-    state["model"]["merges"] = [["Ċ", "Ċ"]]
-    state["pre_tokenizer"]["use_regex"] = False
-    merging = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="<|im_end|>", pad_token="<|endoftext|>"
-    )
-    merging.chat_template = tiny_tokenizer.chat_template
-    return merging
 
 
 def test_only_the_answer_and_its_end_of_turn_are_trained_on(tiny_tokenizer: Any) -> None:

@@ -702,16 +702,5 @@ def test_the_audits_figures_are_those_of_a_hand_count(stage: Stage) -> None:
     }  # fmt: skip
 
 
-def test_texts_whose_ids_depend_on_where_they_are_cut_are_counted(tiny_tokenizer: Any) -> None:
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    state = json.loads(tiny_tokenizer.backend_tokenizer.to_str())
-    state["model"]["vocab"]["ĊĊ"] = len(state["model"]["vocab"])
-    state["model"]["merges"] = [["Ċ", "Ċ"]]
-    state["pre_tokenizer"]["use_regex"] = False
-    merging = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="<|im_end|>", pad_token="<|endoftext|>"
-    )
-    merging.chat_template = CHAT_TEMPLATE
-    assert [fate.stable for fate in make(merging, [ask("Hi"), ask("Hi", "\nYes")], Rules(512))] == [True, False]
+def test_texts_whose_ids_depend_on_where_they_are_cut_are_counted(newline_merging_tokenizer: Any) -> None:
+    assert [fate.stable for fate in make(newline_merging_tokenizer, [ask("Hi"), ask("Hi", "\nYes")], Rules(512))] == [True, False]
