@@ -44,7 +44,7 @@ def read(root: Path) -> dict[str, Any]:
         raise InputError(f"no params.yaml in {root}", "run the command from the project's folder")
     try:
         found = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
-    except (YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, ValueError, KeyError, RecursionError) as error:  # ValueError: not UTF-8, or a date that no calendar has
         raise InputError(f"params.yaml is not valid YAML: {' '.join(str(error).split())}", "mend the line named") from None
     if not isinstance(found, dict):
         raise InputError("params.yaml must be a mapping of sections", "see docs/parameters.md")

@@ -392,14 +392,6 @@ def test_a_name_that_is_no_split_of_a_commit_is_refused(spec: str, message: str)
     assert message in caught.value.what and caught.value.hint == "write hub:org/name@REVISION:split"
 
 
-def test_a_path_is_read_under_its_name(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(lines(*PAIRS))
-    name, layout, records = reader.read_source(str(tmp_path / "a.jsonl"))
-    assert (name, layout, len(records)) == ("a.jsonl", "prompt_completion", 5)
-    with pytest.raises(InputError, match="does not exist"):
-        reader.read_source(str(tmp_path / "b.jsonl"))
-
-
 @pytest.mark.parametrize("secret", [TOKEN, "a-token-of-another-kind"])
 def test_no_token_comes_into_a_message(secret: str) -> None:
     told = reader._plainly(OSError(f"\n\nIllegal header b'Bearer {secret}' for https://me:pass@hub.example/x\nmore"), secret)

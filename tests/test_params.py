@@ -136,3 +136,10 @@ def test_a_source_must_be_a_file_in_the_folder_that_is_watched(root: Path) -> No
     assert raw_examples.locate(root, "data/sources/rows.jsonl").name == "rows.jsonl"
     assert "data/rows.jsonl is not inside data/sources/" in refused(raw_examples.locate, root, "data/rows.jsonl").what
     assert "data/sources is a folder" in refused(raw_examples.locate, root, "data/sources").what
+
+
+@pytest.mark.parametrize("content", ["expires: 2027-02-30", "n: !!int a", "a: [1"])
+def test_a_value_that_yaml_cannot_make_is_one_message(content: str, tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text(content)
+    with pytest.raises(InputError, match=r"params\.yaml is not valid YAML"):
+        params.read(tmp_path)

@@ -104,8 +104,6 @@ BENCHMARKS: dict[str, tuple[frozenset[str], Callable[[Mapping[str, Any]], Item]]
     "gsm8k": (frozenset({"question", "answer"}), _gsm8k),
 }
 """Name -> the keys that tell it, and how to read a row. In this order: the first whose keys a row has."""
-MULTIPLE_CHOICE = frozenset(BENCHMARKS) - {"gsm8k"}
-"""Their rows are no examples; gsm8k's can be either (as examples they are `question_answer`)."""
 
 
 def benchmark_of(rows: Sequence[Row]) -> str | None:

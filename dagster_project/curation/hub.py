@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.curation.files import Row, table_rows
-from dagster_project.curation.formats import canonical_split, records_of, to_records
+from dagster_project.curation.formats import canonical_split
 from dagster_project.errors import InputError
 
 NEXT = (
@@ -171,20 +171,3 @@ def parse_spec(spec: str) -> HubSplit | None:
     if source is None or source.problem:
         raise InputError(f"{spec}: {source.problem if source else 'no split of a data set'}", "write hub:org/name@REVISION:split")
     return source
-
-
-def read_source(spec: str, layout: str = "auto", mapping: Mapping[str, str] | None = None) -> tuple[str, str, list[dict[str, Any]]]:
-    """Examples from anywhere: a file, a folder, or a split on the Hub.
-
-    Args:
-        spec: a path, or "hub:org/name@REVISION:split".
-    Returns:
-        Its name, the layout, and the records, as `to_records` gives them.
-    """
-    source = parse_spec(spec)
-    if source is None:
-        path = Path(spec)
-        if not path.exists():
-            raise InputError(f"{path} does not exist", "name a file, a folder or hub:org/name@REVISION:split")
-        return path.name, *to_records(path, path.name, layout, mapping)
-    return source.name, *records_of(read_split(source), source.name, source.name, layout, mapping, held_out_label(source))
