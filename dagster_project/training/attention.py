@@ -32,13 +32,16 @@ def _attend_by_example(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each example. query (1, heads, tokens, size), key and value with fewer heads -> (1, tokens, heads, size)."""
+    """Causal attention within each example. query (1, heads, tokens, size), key and value with fewer heads -> (1, tokens, heads, size).
+
+    In float32 whatever comes in: the kernel's backward pass in bfloat16 takes twice as long on a CPU.
+    """
     import torch
     from torch.nn.functional import scaled_dot_product_attention
     from transformers.integrations.sdpa_attention import repeat_kv
 
     lengths = cu_seq_lens_q.diff().tolist()
     key, value = (repeat_kv(states, module.num_key_value_groups) for states in (key, value))
-    parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    parts = zip(*(states.float().split(lengths, 2) for states in (query, key, value)), strict=True)
     found = [scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling) for q, k, v in parts]
-    return torch.cat(found, 2).transpose(1, 2).contiguous(), None
+    return torch.cat(found, 2).to(query.dtype).transpose(1, 2).contiguous(), None

@@ -34,7 +34,7 @@ from pydantic import Field, field_validator
 from dagster_project.chat import IGNORE
 from dagster_project.errors import InputError
 from dagster_project.params import Section, parse
-from dagster_project.training import head
+from dagster_project.training import head, lora
 from dagster_project.training.attention import attention_for
 from dagster_project.training.tuned import Tuned, hidden_states, load_base
 
@@ -528,6 +528,7 @@ def build(
     low = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.dtype != torch.float32]
     for parameter in low:
         parameter.data = parameter.data.float()
+    lora.fuse(model)
 
     def save(folder: Path) -> None:
         save_adapter(model, folder, base_model="data/base_model")

@@ -1,0 +1,265 @@
+"""LoRA on short examples: plain TRL beside ours. usage: python benchmarks/training.py [--setup NAME ...] [--seeds N] [--examples N] [--out FILE]
+
+Same model (data/base_model), same examples and labels (data/tokenized, unpacked), same LoRA (r 16, alpha 32, dropout 0.05, all linear layers), same optimizer, rate,
+schedule and number of examples, one process each, the same number of tokens an optimizer step (some 8 examples). What differs is how:
+
+    trl            TRL's defaults: float32 as TRL loads a model, 8 examples padded to the longest, gradient checkpointing
+    trl_best       the fastest of TRL's settings: `--search` tries them (packing, checkpointing off, dtype, compile) and prints each
+    ours           training/sft.py as `adapter@X` calls it
+    ours_compiled  the same with `compile: layers`, warm: steps that compile are left out
+
+Tokens a second are real ones (padding does not count) over the steps after the first few. The validation loss is the plain mean per trained token, by one
+piece of code for all, of the model as it is after training. `share of peak` is the work of the matrix products that LoRA needs at the least (forward, and
+backward to the activations; the output layer where a label counts) over the time, beside the best that a large matrix product reached in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-linear"}
+SHARED = {"learning_rate": 5e-4, "lr_scheduler_type": "cosine", "optim": "adamw_torch_fused"}
+BATCH = 8
+"""Examples an optimizer step, TRL's default."""
+
+PLAIN = {"packing": True, "max_length": "row", "per_device_train_batch_size": 1, "gradient_checkpointing": False}
+TRL: dict[str, dict[str, Any]] = {
+    "trl": {},
+    "trl_packed": {"dtype": "bfloat16", **PLAIN},
+    "trl_packed_float32": {**PLAIN},
+    "trl_unpacked": {"dtype": "bfloat16", "gradient_checkpointing": False},
+    "trl_padding_free": {"dtype": "bfloat16", "padding_free": True, "max_length": None, "gradient_checkpointing": False},
+    "trl_packed_compiled": {"dtype": "bfloat16", "torch_compile": True, **PLAIN},
+}
+"""Name -> settings of TRL's SFTConfig; `dtype`: of the model."""
+BEST = "trl_packed"
+"""The fastest of TRL's settings, as `--search` finds it."""
+OURS: dict[str, dict[str, Any]] = {"ours": {}, "ours_compiled": {"compile": "layers"}}
+
+
+def examples(split: str, limit: int | None = None) -> list[dict[str, list[int]]]:
+    """input_ids, labels and length of each example of a split."""
+    from dagster_project.records import read_table
+
+    found = []
+    for row in read_table(ROOT / "data" / "tokenized" / f"{split}.parquet", ["lengths", "input_ids", "labels"]):
+        for start, stop in pairwise([0, *accumulate(row["lengths"])]):
+            found.append({"input_ids": list(row["input_ids"][start:stop]), "labels": list(row["labels"][start:stop])})
+    return found[:limit]
+
+
+def room(found: list[dict[str, list[int]]]) -> int:
+    """Tokens of a packed row that holds as many examples as a padded batch."""
+    return BATCH * sum(len(example["input_ids"]) for example in found) // len(found)
+
+
+def train_trl(name: str, found: list[dict[str, list[int]]], seed: int, epochs: int, stamps: list[float]) -> Any:
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    settings = dict(TRL[name])
+    dtype = getattr(torch, settings.pop("dtype", "float32"))
+    if settings.get("max_length") == "row":
+        settings["max_length"] = room(found)
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data" / "base_model")
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = SFTTrainer(
+            model=AutoModelForCausalLM.from_pretrained(ROOT / "data" / "base_model", dtype=dtype),
+            args=SFTConfig(
+                output_dir=scratch, use_cpu=not torch.cuda.is_available(), bf16=torch.cuda.is_available() and dtype == torch.float32, seed=seed, num_train_epochs=epochs, warmup_steps=0.1,
+                report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1000, **SHARED, **settings,
+            ),
+            train_dataset=Dataset.from_list(found),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA),
+            callbacks=[stamping(stamps)],
+        )  # fmt: skip
+        trainer.train()
+    return trainer.model
+
+
+def train_ours(name: str, found: list[dict[str, list[int]]], seed: int, epochs: int, stamps: list[float]) -> Any:
+    from dataclasses import replace
+
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    from dagster_project.chat import pack
+    from dagster_project.params import Compute
+    from dagster_project.training.hardware import prepare
+    from dagster_project.training.methods import build
+    from dagster_project.training.sft import Recipe, train
+
+    compute = Compute(seed=seed, threads=int(os.environ["OMP_NUM_THREADS"]))
+    device, dtype = prepare(compute)
+    rows = []
+    for row in pack([len(example["input_ids"]) for example in found], room(found)):
+        parts = [found[i] for i in row]
+        labels = [label for part in parts for label in part["labels"]]
+        ids = [token for part in parts for token in part["input_ids"]]
+        rows.append({"input_ids": ids, "labels": labels, "weights": [1.0] * len(ids), "lengths": [len(p["input_ids"]) for p in parts]})
+    tunable = build("lora", LORA, ROOT / "data" / "base_model", device, dtype, "benchmark")
+    tunable = replace(tunable, callbacks=[*tunable.callbacks, stamping(stamps)])
+    recipe = Recipe(**SHARED, warmup_ratio=0.1, num_train_epochs=epochs, **OURS[name])
+    train(tunable, AutoTokenizer.from_pretrained(ROOT / "data" / "base_model"), Dataset.from_list(rows), None, recipe, compute)
+    return tunable.model
+
+
+def stamping(stamps: list[float]) -> Any:
+    """A callback that notes the time at the end of each optimizer step."""
+    import torch
+    from transformers import TrainerCallback
+
+    class Stamp(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            stamps.append(time.perf_counter())
+
+    return Stamp()
+
+
+def validation_loss(model: Any) -> float:
+    """Plain mean per trained token over the validation split, one example at a time."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    model.eval()
+    nats, counted = 0.0, 0
+    with torch.inference_mode():
+        for example in examples("validation"):
+            ids, labels = (torch.tensor([example[name]], device=model.device) for name in ("input_ids", "labels"))
+            extra = {"cu_seq_lens_q": torch.tensor([0, ids.shape[1]], dtype=torch.int32)}
+            scores = model(input_ids=ids, position_ids=torch.arange(ids.shape[1], device=model.device)[None], use_cache=False, **extra).logits[0, :-1]
+            nats += float(cross_entropy(scores.float(), labels[0, 1:], ignore_index=-100, reduction="sum"))
+            counted += int((labels[0, 1:] != -100).sum())
+    return nats / counted
+
+
+def one(name: str, seed: int, limit: int, epochs: int, skip: int) -> dict[str, Any]:
+    """Train once, here."""
+    import torch
+
+    threads = int(os.environ["OMP_NUM_THREADS"])
+    torch.set_num_threads(threads)
+    found, stamps = examples("train", limit), []
+    tokens = epochs * sum(len(example["input_ids"]) for example in found)
+    model = (train_ours if name in OURS else train_trl)(name, found, seed, epochs, stamps)
+    seconds, steps = stamps[-1] - stamps[skip - 1], len(stamps) - skip
+    on_gpu = torch.cuda.is_available()
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    config = model.config
+    head = config.vocab_size * config.hidden_size
+    layers = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n)
+    counted = epochs * sum(label != -100 for example in found for label in example["labels"])
+    return {
+        "setup": name,
+        "seed": seed,
+        "steps": len(stamps),
+        "tokens": tokens,
+        "tokens_per_second": tokens * steps / len(stamps) / seconds,
+        "flops_per_second": (4 * layers * tokens + 4 * head * counted) * steps / len(stamps) / seconds,
+        "peak_bytes": peak,
+        "validation_loss": validation_loss(model),
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+    }
+
+
+def matmul_peak() -> dict[str, float]:
+    """Operations a second of the best of a few large matrix products, by dtype."""
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = 8192 if device == "cuda" else 1024
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(size, size, dtype=dtype, device=device)
+        times = []
+        for _ in range(20):
+            begin = time.perf_counter()
+            a @ a
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - begin)
+        found[str(dtype).removeprefix("torch.")] = 2 * size**3 / min(times)
+    return found
+
+
+def child(*arguments: str, threads: int) -> Any:
+    """The last line that this script prints in a process of its own."""
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", __file__, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)}: exit code {done.returncode}\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def report(found: list[dict[str, Any]], peak: dict[str, float]) -> str:
+    """The table, and the ratios that are promised."""
+    by_setup: dict[str, list[dict[str, Any]]] = {}
+    for run in found:
+        by_setup.setdefault(run["setup"], []).append(run)
+    speed = {name: statistics.median(run["tokens_per_second"] for run in runs) for name, runs in by_setup.items()}
+    lines = ["| setup | real tokens/s | x `trl` | share of peak | peak memory | validation loss by seed |", "| --- | ---: | ---: | ---: | ---: | --- |"]
+    for name, runs in by_setup.items():
+        dtype = "float32" if name in OURS and runs[0]["device"] == "cpu" and peak["bfloat16"] < 1.5 * peak["float32"] else TRL.get(name, {"dtype": "bfloat16"}).get("dtype", "float32")
+        share = statistics.median(run["flops_per_second"] for run in runs) / peak[dtype]
+        losses = ", ".join(f"{run['validation_loss']:.4f}" for run in runs)
+        ratio = f"{speed[name] / speed['trl']:.2f}" if "trl" in speed else ""
+        lines.append(
+            f"| {name} | {speed[name]:,.0f} | {ratio} | {100 * share:.0f} % of {dtype} | {statistics.median(run['peak_bytes'] for run in runs) / 1e9:.2f} GB | {losses} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--setup", nargs="+", choices=[*TRL, *OURS], default=["trl", BEST, *OURS], help="default: %(default)s")
+    parser.add_argument("--search", action="store_true", help="one seed of every setting of TRL's")
+    parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--examples", type=int, default=128, help="of the training split (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--skip", type=int, default=6, help="steps at the beginning that no time is taken of (default: %(default)s)")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.peak:
+        print(json.dumps(matmul_peak()))
+        return
+    if given.one:
+        name, seed = given.one.split(",")
+        print(json.dumps(one(name, int(seed), given.examples, given.epochs, given.skip)))
+        return
+    size = ["--examples", str(given.examples), "--epochs", str(given.epochs), "--skip", str(given.skip)]
+    setups, seeds = (list(TRL), 1) if given.search else (given.setup, given.seeds)
+    found = []
+    for seed in range(1, seeds + 1):  # setups by turns, so that a busy moment of the machine does not hit one alone
+        for name in setups:
+            found.append(child("--one", f"{name},{seed}", *size, threads=given.threads))
+            print(found[-1], file=sys.stderr, flush=True)
+    print(report(found, child("--peak", threads=given.threads)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""LoRA's update as one operation gives what PEFT's layers give, and its gradients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from dagster_project.training import lora
+
+
+def pair(folder: Path, dtype: torch.dtype = torch.float32, **keys: Any) -> tuple[Any, Any]:
+    """The same adapted model twice: PEFT's, and fused. Its B matrices are not zero."""
+    found = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **keys))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+        found.append(model.train())
+    lora.fuse(found[1])
+    return found[0], found[1]
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    ids = torch.arange(3, 19)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_fused_lora_has_pefts_output_and_gradients(tiny_model: Path, use_rslora: bool) -> None:
+    theirs, ours = pair(tiny_model, use_rslora=use_rslora)
+    assert sum("forward" in vars(module) for module in ours.modules()) == 14  # seven in each of two layers
+    ids = torch.arange(3, 19)[None]
+    assert torch.allclose(theirs(input_ids=ids).logits, ours(input_ids=ids).logits, atol=1e-6)
+    wanted, found = gradients(theirs), gradients(ours)
+    assert wanted.keys() == found.keys()
+    for name, gradient in wanted.items():
+        assert gradient.abs().max() > 0
+        assert torch.allclose(gradient, found[name], rtol=1e-4, atol=1e-6), name
+
+
+def test_fused_lora_in_bfloat16_is_as_near_to_the_truth_as_pefts(tiny_model: Path) -> None:
+    truth = gradients(pair(tiny_model)[0])
+    theirs, ours = (gradients(model) for model in pair(tiny_model, torch.bfloat16))
+
+    def error(found: dict[str, torch.Tensor]) -> float:
+        return sum(float((found[name] - truth[name]).norm()) for name in truth)
+
+    assert all(gradient.dtype == torch.float32 for gradient in ours.values())
+    assert error(ours) < 1.2 * error(theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_keeps_the_share_it_should_and_the_mean(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.ones(1000, 301, dtype=dtype, requires_grad=True)
+    a, b = torch.eye(301)[:1] * 1.0, torch.ones(1, 1)
+    out = lora._update().apply(torch.zeros(1000, 1, dtype=dtype), x, a, b, 1.0, 0.25)
+    kept = out != 0
+    assert abs(float(kept.float().mean()) - 0.75) < 0.06
+    assert torch.all(out[kept] == torch.tensor(1 / 0.75, dtype=dtype))
+    out.sum().backward()
+    assert torch.equal(x.grad[:, :1] != 0, kept)  # the gradient goes where the value went
+
+
+def test_dropped_elements_are_drawn_from_torchs_generator() -> None:
+    def draw() -> torch.Tensor:
+        torch.manual_seed(5)
+        return lora._kept(torch.empty(40, 33), 0.05)
+
+    assert torch.equal(draw(), draw())
+    assert torch.all((draw() == 0) | (draw() == -1))
+
+
+def test_nothing_is_dropped_in_evaluation_and_switched_off_it_is_the_base_model(tiny_model: Path) -> None:
+    theirs, ours = pair(tiny_model, lora_dropout=0.5)
+    ids = torch.arange(3, 19)[None]
+    assert torch.allclose(theirs.eval()(input_ids=ids).logits, ours.eval()(input_ids=ids).logits, atol=1e-6)
+    with ours.disable_adapter():
+        plain = ours(input_ids=ids).logits
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    assert torch.equal(plain, base(input_ids=ids).logits)
+    assert torch.allclose(ours.merge_and_unload()(input_ids=ids).logits, theirs(input_ids=ids).logits, atol=1e-5)
+
+
+def test_dora_stays_pefts(tiny_model: Path) -> None:
+    _, ours = pair(tiny_model, use_dora=True)
+    assert not any("forward" in vars(module) for module in ours.modules())
