@@ -147,7 +147,9 @@ def validation_loss(model: Any) -> float:
         for example in examples("validation"):
             ids, labels = (torch.tensor([example[name]], device=model.device) for name in ("input_ids", "labels"))
             extra = {"cu_seq_lens_q": torch.tensor([0, ids.shape[1]], dtype=torch.int32)}
-            scores = model(input_ids=ids, position_ids=torch.arange(ids.shape[1], device=model.device)[None], use_cache=False, **extra).logits[0, :-1]
+            scores = model(
+                input_ids=ids, position_ids=torch.arange(ids.shape[1], device=model.device)[None], use_cache=False, **extra
+            ).logits[0, :-1]
             nats += float(cross_entropy(scores.float(), labels[0, 1:], ignore_index=-100, reduction="sum"))
             counted += int((labels[0, 1:] != -100).sum())
     return nats / counted
@@ -220,9 +222,16 @@ def report(found: list[dict[str, Any]], peak: dict[str, float]) -> str:
     for run in found:
         by_setup.setdefault(run["setup"], []).append(run)
     speed = {name: statistics.median(run["tokens_per_second"] for run in runs) for name, runs in by_setup.items()}
-    lines = ["| setup | real tokens/s | x `trl` | share of peak | peak memory | validation loss by seed |", "| --- | ---: | ---: | ---: | ---: | --- |"]
+    lines = [
+        "| setup | real tokens/s | x `trl` | share of peak | peak memory | validation loss by seed |",
+        "| --- | ---: | ---: | ---: | ---: | --- |",
+    ]
     for name, runs in by_setup.items():
-        dtype = "float32" if name in OURS and runs[0]["device"] == "cpu" and peak["bfloat16"] < 1.5 * peak["float32"] else TRL.get(name, {"dtype": "bfloat16"}).get("dtype", "float32")
+        dtype = (
+            "float32"
+            if name in OURS and runs[0]["device"] == "cpu" and peak["bfloat16"] < 1.5 * peak["float32"]
+            else TRL.get(name, {"dtype": "bfloat16"}).get("dtype", "float32")
+        )
         share = statistics.median(run["flops_per_second"] for run in runs) / peak[dtype]
         losses = ", ".join(f"{run['validation_loss']:.4f}" for run in runs)
         ratio = f"{speed[name] / speed['trl']:.2f}" if "trl" in speed else ""

@@ -14,9 +14,11 @@ def attention_for(device: torch.device) -> str:
     On a CPU each example attends by itself: a block-diagonal mask over a whole row computes mostly what it then throws away
     (a third of a training step at 512 tokens a row). On a GPU one masked call is faster than many small ones.
     """
+    import torch
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register("by_example", _attend_by_example)
+    # calls of as many sizes as there are examples are nothing to compile
+    AttentionInterface.register("by_example", torch.compiler.disable(_attend_by_example))
     AttentionMaskInterface.register("by_example", lambda *_, **__: None)
     return "by_example" if device.type == "cpu" else "sdpa"
 

@@ -1,13 +1,14 @@
-"""LoRA's update as one operation: what PEFT's layers compute, in the model's dtype and in fewer passes over memory."""
+"""LoRA's update as one operation: what PEFT's layers compute, in the model's dtype and in fewer passes over memory.
+
+The operation has a name that torch knows, so that torch.compile, too, takes it as it is. Importing this file imports torch.
+"""
 
 from __future__ import annotations
 
-from functools import cache
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 
 def fuse(model: Any) -> None:
@@ -26,58 +27,85 @@ def fuse(model: Any) -> None:
 
 
 def _forward(layer: Any, x: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
-    import torch
-
     if layer.disable_adapters or layer.merged:
         return type(layer).forward(layer, x, *arguments, **named)
     (adapter,) = layer.lora_A
     dropout = getattr(layer.lora_dropout[adapter], "p", 0.0) if layer.training else 0.0
     result = layer.base_layer(x, *arguments, **named)
     a, b, scaling = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter]
-    if torch.compiler.is_compiling():  # which fuses by itself
-        x = torch.nn.functional.dropout(x.to(result.dtype), dropout)
-        return result + scaling * ((x @ a.T.to(x.dtype)) @ b.T.to(x.dtype))
-    return _update().apply(result, x.to(result.dtype), a, b, scaling, dropout)
+    return update(result, x.to(result.dtype), a, b, scaling, dropout)[0]
 
 
-@cache
-def _update() -> Any:
-    import torch
+@torch.library.custom_op("pedigree::lora_update", mutates_args=())
+def update(
+    result: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, dropout: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """result + scaling dropout(x) A^T B^T (Hu et al. 2021, LoRA, section 4.1), products in the dtype of x.
 
-    class Update(torch.autograd.Function):
-        """result + scaling dropout(x) A^T B^T (Hu et al. 2021, LoRA, section 4.1), products in the dtype of x.
+    Args:
+        result: (..., out).
+        x: (..., in), in the dtype of result.
+        a, b: (r, in) and (out, r), float32 as what learns is; so are their gradients.
+    Returns:
+        The sum, and for the backward pass dropout(x) A^T and which elements were kept (nothing without dropout). x itself is kept as it is,
+        since layers that read the same x share it.
+    """
+    kept = _kept(x, dropout) if dropout else x.new_empty(0, dtype=torch.int16)
+    down = _flat(_masked(x, kept)) @ a.to(x.dtype).T
+    out = torch.addmm(_flat(result), down, b.to(x.dtype).T, alpha=scaling / (1 - dropout))
+    return out.view(result.shape), down, kept
 
-        Shapes: result (..., out), x (..., in), A (r, in), B (out, r). x is kept for the backward pass as it is, since layers that read the
-        same x share it, and beside it which elements were dropped. A and B are float32, and so are their gradients.
-        """
 
-        @staticmethod
-        def forward(
-            ctx: Any, result: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, dropout: float
-        ) -> torch.Tensor:
-            kept = _kept(x, dropout) if dropout else None
-            scaling = scaling / (1 - dropout)
-            a, b = a.to(x.dtype), b.to(x.dtype)
-            down = _flat(_masked(x, kept)) @ a.T
-            ctx.save_for_backward(x, kept, a, b, down)
-            ctx.scaling = scaling
-            return torch.addmm(_flat(result), down, b.T, alpha=scaling).view(result.shape)
+@update.register_fake
+def _(result: Any, x: Any, a: Any, b: Any, scaling: float, dropout: float) -> Any:
+    kept = x.new_empty(x.shape if dropout else 0, dtype=_integer(x) if dropout else torch.int16)
+    return torch.empty_like(result), x.new_empty(x.numel() // x.shape[-1], a.shape[0]), kept
 
-        @staticmethod
-        def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-            x, kept, a, b, down = ctx.saved_tensors
-            up = _flat(gradient)
-            through = (up @ b).mul_(ctx.scaling)
-            of_a = through.T @ _flat(_masked(x, kept))
-            of_b = (up.T @ down).float().mul_(ctx.scaling)
-            of_x = _masked((through @ a).view(x.shape), kept) if ctx.needs_input_grad[1] else None
-            return gradient, of_x, of_a.float(), of_b, None, None
 
-    return Update
+@torch.library.custom_op("pedigree::lora_update_backward", mutates_args=())
+def backward(
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    down: torch.Tensor,
+    kept: torch.Tensor,
+    scaling: float,
+    through_x: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x (nothing unless `through_x`), A and B."""
+    up = _flat(gradient)
+    through = (up @ b.to(x.dtype)).mul_(scaling)
+    of_x = _masked((through @ a.to(x.dtype)).view(x.shape), kept) if through_x else x.new_empty(0)
+    return of_x, (through.T @ _flat(_masked(x, kept))).float(), (up.T @ down).float().mul_(scaling)
+
+
+@backward.register_fake
+def _(gradient: Any, x: Any, a: Any, b: Any, down: Any, kept: Any, scaling: float, through_x: bool) -> Any:
+    return torch.empty_like(x) if through_x else x.new_empty(0), torch.empty_like(a), torch.empty_like(b)
+
+
+def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    _, x, a, b, scaling, dropout = inputs
+    ctx.save_for_backward(x, a, b, *output[1:])
+    ctx.scaling = scaling / (1 - dropout)
+
+
+def gradients(ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+    through_x = ctx.needs_input_grad[1]
+    of_x, of_a, of_b = backward(gradient, *ctx.saved_tensors, ctx.scaling, through_x)
+    return gradient, of_x if through_x else None, of_a, of_b, None, None
+
+
+update.register_autograd(gradients, setup_context=keep)
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1])
+
+
+def _integer(x: torch.Tensor) -> torch.dtype:
+    return torch.int16 if x.element_size() == 2 else torch.int32
 
 
 def _kept(x: torch.Tensor, dropout: float) -> torch.Tensor:
@@ -85,12 +113,10 @@ def _kept(x: torch.Tensor, dropout: float) -> torch.Tensor:
 
     15 random bits decide on each: torch's own dropout draws 64 for it, which on a CPU takes longer than LoRA's products.
     """
-    import torch
-
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None).view(torch.int16)[: x.numel()]
     below = bits.bitwise_and(2**15 - 1).sub_(round(dropout * 2**15)).bitwise_right_shift_(15)  # the sign: -1 or 0
-    return below.bitwise_not_().to(torch.int16 if x.element_size() == 2 else torch.int32).view(x.shape)
+    return below.bitwise_not_().to(_integer(x)).view(x.shape)
 
 
-def _masked(x: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
-    return x if kept is None else x.view(kept.dtype).bitwise_and(kept).view(x.dtype)
+def _masked(x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    return x.contiguous().view(kept.dtype).bitwise_and(kept).view(x.dtype) if kept.numel() else x

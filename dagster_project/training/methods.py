@@ -34,7 +34,7 @@ from pydantic import Field, field_validator
 from dagster_project.chat import IGNORE
 from dagster_project.errors import InputError
 from dagster_project.params import Section, parse
-from dagster_project.training import head, lora
+from dagster_project.training import head
 from dagster_project.training.attention import attention_for
 from dagster_project.training.tuned import Tuned, hidden_states, load_base
 
@@ -511,6 +511,8 @@ def build(
 
     from peft import get_peft_model
 
+    from dagster_project.training.lora import fuse
+
     virtual = CANNOT_MERGE.get(name) == VIRTUAL
     base = load_base(base_model, device, dtype, held, "sdpa" if virtual else attention_for(device))
     config = peft_config(method, options, where, base, total_steps, str(base_model))
@@ -528,7 +530,7 @@ def build(
     low = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.dtype != torch.float32]
     for parameter in low:
         parameter.data = parameter.data.float()
-    lora.fuse(model)
+    fuse(model)
 
     def save(folder: Path) -> None:
         save_adapter(model, folder, base_model="data/base_model")
