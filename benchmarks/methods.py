@@ -20,8 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tables import replace
+
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
 
 ORDER = ["lora", "rslora", "dora", "qlora", "qdora", "adalora", "ia3", "loha", "lokr", "oft", "boft", "vera", "hra", "fourierft", "miss", "randlora",
          "layernorm", "prefix_tuning", "prompt_tuning", "p_tuning", "full", "feature_extraction"]  # fmt: skip
@@ -180,9 +181,7 @@ def main() -> None:
     if not measured:
         raise SystemExit("no method could be measured; see the messages above")
     found.sort(key=lambda row: "error" in row)
-    text = given.out.read_text() if given.out.is_file() else BEGIN + END
-    before, _, rest = text.partition(BEGIN)
-    given.out.write_text(before + BEGIN + table(found, given.steps) + END + rest.partition(END)[2])
+    replace(given.out, "methods", table(found, given.steps))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
 """LoRA on short examples: plain TRL beside ours. usage: python benchmarks/training.py [--setup NAME ...] [--seeds N] [--examples N] [--out FILE]
 
-Same model (data/base_model), same examples and labels (data/tokenized, unpacked), same LoRA (r 16, alpha 32, dropout 0.05, all linear layers), same optimizer, rate,
-schedule and number of examples, one process each, the same number of tokens an optimizer step (some 8 examples). What differs is how:
+Same model (data/base_model), same examples and labels (data/tokenized, unpacked), same LoRA (r 16, alpha 32, dropout 0.05, all linear layers), same
+optimizer, rate, schedule and number of examples, some 8 examples an optimizer step; each run in a process of its own. What differs is how:
 
-    trl            TRL's defaults: float32 as TRL loads a model, 8 examples padded to the longest, gradient checkpointing
-    trl_best       the fastest of TRL's settings: `--search` tries them (packing, checkpointing off, dtype, compile) and prints each
-    ours           training/sft.py as `adapter@X` calls it
-    ours_compiled  the same with `compile: layers`, warm: steps that compile are left out
+    trl             TRL's defaults: float32 as TRL loads a model, 8 examples padded to the longest, gradient checkpointing
+    trl_...         its settings that could be faster: no checkpointing, bfloat16, packing, no padding, compiled; the fastest of them is TRL's best
+    ours            training/sft.py as `adapter@X` calls it
+    ours_compiled   the same with `compile: layers`, warm: steps that compile are left out
 
-Tokens a second are real ones (padding does not count) over the steps after the first few. The validation loss is the plain mean per trained token, by one
-piece of code for all, of the model as it is after training. `share of peak` is the work of the matrix products that LoRA needs at the least (forward, and
-backward to the activations; the output layer where a label counts) over the time, beside the best that a large matrix product reached in the same run.
+Tokens a second are real ones (padding does not count) over the steps after the first few, the median over seeds. The validation loss is the plain mean per
+trained token over examples that were not trained on, by one piece of code for all. The share of the peak is the work of the matrix products that LoRA
+needs at the least (forward, and backward to the activations; the output layer where a label counts) over the time, beside the best that a large matrix
+product of the same dtype reaches on the machine.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from tables import replace  # noqa: E402
+
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-linear"}
 SHARED = {"learning_rate": 5e-4, "lr_scheduler_type": "cosine", "optim": "adamw_torch_fused"}
 BATCH = 8
@@ -46,20 +49,18 @@ TRL: dict[str, dict[str, Any]] = {
     "trl_packed_compiled": {"dtype": "bfloat16", "torch_compile": True, **PLAIN},
 }
 """Name -> settings of TRL's SFTConfig; `dtype`: of the model."""
-BEST = "trl_packed"
-"""The fastest of TRL's settings, as `--search` finds it."""
 OURS: dict[str, dict[str, Any]] = {"ours": {}, "ours_compiled": {"compile": "layers"}}
 
 
-def examples(split: str, limit: int | None = None) -> list[dict[str, list[int]]]:
-    """input_ids, labels and length of each example of a split."""
+def examples(limit: int) -> tuple[list[dict[str, list[int]]], list[dict[str, list[int]]]]:
+    """(to train on, to validate with): input_ids and labels of each example; the first `limit` of the training split, and at most 200 that are left."""
     from dagster_project.records import read_table
 
     found = []
-    for row in read_table(ROOT / "data" / "tokenized" / f"{split}.parquet", ["lengths", "input_ids", "labels"]):
+    for row in read_table(ROOT / "data" / "tokenized" / "train.parquet", ["lengths", "input_ids", "labels"]):
         for start, stop in pairwise([0, *accumulate(row["lengths"])]):
             found.append({"input_ids": list(row["input_ids"][start:stop]), "labels": list(row["labels"][start:stop])})
-    return found[:limit]
+    return found[:limit], found[limit:][-200:]
 
 
 def room(found: list[dict[str, list[int]]]) -> int:
@@ -136,15 +137,15 @@ def stamping(stamps: list[float]) -> Any:
     return Stamp()
 
 
-def validation_loss(model: Any) -> float:
-    """Plain mean per trained token over the validation split, one example at a time."""
+def validation_loss(model: Any, held: list[dict[str, list[int]]]) -> float:
+    """Plain mean per trained token, one example at a time."""
     import torch
     from torch.nn.functional import cross_entropy
 
     model.eval()
     nats, counted = 0.0, 0
     with torch.inference_mode():
-        for example in examples("validation"):
+        for example in held:
             ids, labels = (torch.tensor([example[name]], device=model.device) for name in ("input_ids", "labels"))
             extra = {"cu_seq_lens_q": torch.tensor([0, ids.shape[1]], dtype=torch.int32)}
             scores = model(
@@ -161,7 +162,7 @@ def one(name: str, seed: int, limit: int, epochs: int, skip: int) -> dict[str, A
 
     threads = int(os.environ["OMP_NUM_THREADS"])
     torch.set_num_threads(threads)
-    found, stamps = examples("train", limit), []
+    (found, held), stamps = examples(limit), []
     tokens = epochs * sum(len(example["input_ids"]) for example in found)
     model = (train_ours if name in OURS else train_trl)(name, found, seed, epochs, stamps)
     seconds, steps = stamps[-1] - stamps[skip - 1], len(stamps) - skip
@@ -179,7 +180,8 @@ def one(name: str, seed: int, limit: int, epochs: int, skip: int) -> dict[str, A
         "tokens_per_second": tokens * steps / len(stamps) / seconds,
         "flops_per_second": (4 * layers * tokens + 4 * head * counted) * steps / len(stamps) / seconds,
         "peak_bytes": peak,
-        "validation_loss": validation_loss(model),
+        "dtype": str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
+        "validation_loss": validation_loss(model, held),
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
     }
 
@@ -216,40 +218,46 @@ def child(*arguments: str, threads: int) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def report(found: list[dict[str, Any]], peak: dict[str, float]) -> str:
-    """The table, and the ratios that are promised."""
+def report(found: list[dict[str, Any]], peak: dict[str, float], threads: int) -> str:
+    """The table, the ratios, and whether the losses agree."""
     by_setup: dict[str, list[dict[str, Any]]] = {}
     for run in found:
         by_setup.setdefault(run["setup"], []).append(run)
     speed = {name: statistics.median(run["tokens_per_second"] for run in runs) for name, runs in by_setup.items()}
+    first = found[0]
     lines = [
-        "| setup | real tokens/s | x `trl` | share of peak | peak memory | validation loss by seed |",
-        "| --- | ---: | ---: | ---: | ---: | --- |",
+        f"{first['tokens']:,} tokens in {first['steps']} steps; {first['device']}, {threads} threads; matrix products reach at most"
+        f" {peak['float32'] / 1e9:,.0f} GFLOP/s in float32 and {peak['bfloat16'] / 1e9:,.0f} in bfloat16.",
+        "",
+        "| setup | dtype | real tokens/s | share of peak | peak memory | validation loss by seed |",
+        "| --- | --- | ---: | ---: | ---: | --- |",
     ]
     for name, runs in by_setup.items():
-        dtype = (
-            "float32"
-            if name in OURS and runs[0]["device"] == "cpu" and peak["bfloat16"] < 1.5 * peak["float32"]
-            else TRL.get(name, {"dtype": "bfloat16"}).get("dtype", "float32")
-        )
-        share = statistics.median(run["flops_per_second"] for run in runs) / peak[dtype]
-        losses = ", ".join(f"{run['validation_loss']:.4f}" for run in runs)
-        ratio = f"{speed[name] / speed['trl']:.2f}" if "trl" in speed else ""
-        lines.append(
-            f"| {name} | {speed[name]:,.0f} | {ratio} | {100 * share:.0f} % of {dtype} | {statistics.median(run['peak_bytes'] for run in runs) / 1e9:.2f} GB | {losses} |"
-        )
-    return "\n".join(lines)
+        share = statistics.median(run["flops_per_second"] for run in runs) / peak[runs[0]["dtype"]]
+        memory = statistics.median(run["peak_bytes"] for run in runs) / 1e9
+        losses = ", ".join(f"{run['validation_loss']:.3f}" for run in runs)
+        lines.append(f"| `{name}` | {runs[0]['dtype']} | {speed[name]:,.0f} | {100 * share:.0f} % | {memory:.2f} GB | {losses} |")
+    best = max((name for name in speed if name in TRL and name != "trl"), key=speed.__getitem__, default=None)
+    ratios = [
+        f"{name} {speed[name] / speed[other]:.2f} x `{other}`"
+        for name in OURS
+        if name in speed
+        for other in ("trl", best)
+        if other in speed
+    ]
+    return "\n".join([*lines, "", "; ".join(ratios)]) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--setup", nargs="+", choices=[*TRL, *OURS], default=["trl", BEST, *OURS], help="default: %(default)s")
-    parser.add_argument("--search", action="store_true", help="one seed of every setting of TRL's")
+    usual = ["trl", "trl_packed", "trl_padding_free", *OURS]
+    parser.add_argument("--setup", nargs="+", choices=[*TRL, *OURS], default=usual, help="default: %(default)s")
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--examples", type=int, default=128, help="of the training split (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--examples", type=int, default=160, help="of the training split (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--skip", type=int, default=6, help="steps at the beginning that no time is taken of (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="put the table between the markers of this Markdown file")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -261,13 +269,15 @@ def main() -> None:
         print(json.dumps(one(name, int(seed), given.examples, given.epochs, given.skip)))
         return
     size = ["--examples", str(given.examples), "--epochs", str(given.epochs), "--skip", str(given.skip)]
-    setups, seeds = (list(TRL), 1) if given.search else (given.setup, given.seeds)
     found = []
-    for seed in range(1, seeds + 1):  # setups by turns, so that a busy moment of the machine does not hit one alone
-        for name in setups:
+    for seed in range(1, given.seeds + 1):  # setups by turns, so that a busy moment of the machine does not hit one alone
+        for name in given.setup:
             found.append(child("--one", f"{name},{seed}", *size, threads=given.threads))
             print(found[-1], file=sys.stderr, flush=True)
-    print(report(found, child("--peak", threads=given.threads)))
+    table = report(found, child("--peak", threads=given.threads), given.threads)
+    print(table)
+    if given.out:
+        replace(given.out, "training", table)
 
 
 if __name__ == "__main__":
