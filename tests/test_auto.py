@@ -160,12 +160,26 @@ def ends_with(losses: dict[float, Any], done: list[float]) -> Callable[[adapter.
     return learn
 
 
-def test_a_sweep_takes_the_rate_of_the_lowest_loss_and_a_diverged_trial_is_none(tmp_path: Path) -> None:
-    losses = {1e-4: 3.0, 3.16e-4: 2.0, 1e-3: 1.5, 3.16e-3: Diverged("the loss is nan", 3, [])}
+def test_a_sweep_climbs_to_the_rate_beyond_which_trials_diverge(tmp_path: Path) -> None:
+    losses = {1e-4: 3.0, 3.16e-4: 2.0, 1e-3: 1.0, 3.16e-3: Diverged("the loss is nan", 3, [])}
     found = auto.sweep(TRIAL, ends_with(losses, []), tmp_path / "sweep.json", {"data": "a"})
-    assert found == {1e-4: 3.0, 3.16e-4: 2.0, 1e-3: 1.5, 3.16e-3: math.inf}
-    assert auto.best(found, TRIAL) == auto.Choice(1e-3, "lowest validation loss of 4 trials of 20 steps, from the guideline's 0.0001")
-    assert auto.best({1e-4: math.inf, 3.16e-5: math.inf}, TRIAL).value == 3.16e-5
+    assert found == {0: 9.0, 1e-4: 3.0, 3.16e-4: 2.0, 1e-3: 1.0, 3.16e-3: math.inf}
+    how = "of 4 trials of 20 steps, from the guideline's 0.0001"
+    assert auto.best(found, TRIAL) == auto.Choice(1e-3, f"the lowest rate within 10% of the greatest fall of the validation loss {how}")
+
+
+@pytest.mark.parametrize(
+    ("losses", "rate"),
+    [
+        ({0.0: 9.0, 1e-4: 3.0, 3.16e-4: 1.81, 1e-3: 1.0}, 1e-3),
+        ({0.0: 9.0, 1e-4: 3.0, 3.16e-4: 1.79, 1e-3: 1.0}, 3.16e-4),
+        ({0.0: 1.0, 1e-4: 1.2, 3.16e-4: 1.5, 3.16e-5: 1.1, 1e-5: 1.15}, 3.16e-5),
+        ({0.0: 9.0, 1e-4: math.inf, 3.16e-5: math.inf}, 3.16e-5),
+    ],
+    ids=["less than nine tenths of the fall", "more than nine tenths of the fall", "nothing falls", "all diverge"],
+)
+def test_of_rates_with_nearly_the_greatest_fall_the_lowest_is_taken(losses: dict[float, float], rate: float) -> None:
+    assert auto.best(losses, TRIAL).value == rate
 
 
 def test_an_interrupted_sweep_goes_on_after_the_trials_that_ended(tmp_path: Path) -> None:
@@ -175,7 +189,7 @@ def test_an_interrupted_sweep_goes_on_after_the_trials_that_ended(tmp_path: Path
         auto.sweep(TRIAL, ends_with(losses, done), tmp_path / "sweep.json", {"data": "a"})
     losses[1e-5] = 1.0
     found = auto.sweep(TRIAL, ends_with(losses, done), tmp_path / "sweep.json", {"data": "a"})
-    assert found == {1e-4: math.inf, 3.16e-5: 2.0, 1e-5: 1.0, 3.16e-6: 4.0}
+    assert found == {0: 9.0, 1e-4: math.inf, 3.16e-5: 2.0, 1e-5: 1.0, 3.16e-6: 4.0}
     assert done == [1e-4, 3.16e-5, 1e-5, 1e-5, 3.16e-6]
     auto.sweep(TRIAL, ends_with(losses, done), tmp_path / "sweep.json", {"data": "b"})
     assert done[5:] == [1e-4, 3.16e-5, 1e-5, 3.16e-6], "notes of other data do not count"
@@ -212,8 +226,8 @@ def test_a_stage_with_everything_auto_chooses_tells_why_and_repeats_byte_for_byt
     assert found[0] == found[1]
     proof, metrics = json.loads((tmp_path / "first" / "training.json").read_text()), found[0][1]
     losses = {point["learning_rate"]: point["validation_loss"] for point in proof["sweep"]}
-    assert len(losses) > 2 and next(iter(losses)) == 1e-4
-    rate = min(losses, key=lambda rate: losses[rate] or math.inf)
+    assert len(losses) > 3 and list(losses)[:2] == [0, 1e-4]
+    rate = auto.best({rate: math.inf if loss is None else loss for rate, loss in losses.items()}, TRIAL).value
     assert rate > 1e-4, "a random model learns little in four steps at the guideline's rate"
     wanted = {"num_train_epochs": 10, "load_best_model_at_end": True, "early_stopping_patience": 2, "peft.r": 8, "peft.lora_alpha": 16,
               "per_device_train_batch_size": 1, "learning_rate": rate}  # fmt: skip

@@ -34,6 +34,10 @@ MOST_TRIALS = 6
 LEAST_STEPS = 20
 """Of a trial, which else takes a tenth of the training's steps."""
 
+ENOUGH = 0.9
+"""Share of the greatest fall of the validation loss in a trial. The lowest rate that reaches it is taken, and not the one with the greatest fall:
+what a few steps gain most from is more than a long training bears."""
+
 PATIENCE = 2
 """Epochs without a lower validation loss after which a training stops whose number of epochs was chosen here."""
 
@@ -168,42 +172,52 @@ def sweep(trial: R, learn: Callable[[R], Course], notes: Path, identity: Mapping
         notes: file to keep losses in, from which a sweep that was killed goes on.
         identity: what must be the same for them to count.
     Returns:
-        Rate -> validation loss, in the order tried.
+        Rate -> validation loss, in the order tried; first, as rate 0, the loss before training.
     """
     try:
         noted = json.loads(notes.read_text())
     except (OSError, ValueError):  # none yet, or cut short
         noted = {}
-    losses: dict[str, float] = noted["losses"] if noted.get("identity") == identity else {}
+    losses: dict[str, list[float]] = noted["losses"] if noted.get("identity") == identity else {}
     progress = Progress("sweep of learning_rate", MOST_TRIALS, "trial", every=0)
 
     def loss(place: int) -> float:
         rate, name = rate_at(trial.learning_rate, place), str(place)
         if name not in losses:
-            losses[name] = _loss_of(trial.model_copy(update={"learning_rate": rate}), learn)
+            losses[name] = _losses_of(trial.model_copy(update={"learning_rate": rate}), learn)
             write_json(notes, {"identity": identity, "losses": losses})
-        ended = f"validation loss {losses[name]:.3f}" if math.isfinite(losses[name]) else "diverged"
+        ended = f"validation loss {losses[name][1]:.3f}" if math.isfinite(losses[name][1]) else "diverged"
         progress.advance(note=f"learning_rate {rate:g}: {ended}")
-        return losses[name]
+        return losses[name][1]
 
-    return {rate_at(trial.learning_rate, place): value for place, value in climb(loss).items()}
+    found = {rate_at(trial.learning_rate, place): value for place, value in climb(loss).items()}
+    return {0.0: min(before for before, _ in losses.values()), **found}
 
 
-def _loss_of(trial: R, learn: Callable[[R], Course]) -> float:
-    """The validation loss that a trial ends with, infinite if it is no number."""
+def _losses_of(trial: R, learn: Callable[[R], Course]) -> list[float]:
+    """The validation losses that a trial begins and ends with, infinite where they are no number."""
     try:
-        found = learn(trial).watched[-1][1]
+        watched = learn(trial).watched
     except Diverged:
-        return math.inf
+        return [math.inf, math.inf]
     except Interrupted:
         raise Interrupted("interrupted in the sweep of learning_rate; trials that ended are kept", "run the same command again") from None
     finally:
         gc.collect()  # a Trainer holds itself and its model in circles, and the next model needs the room
-    return found if math.isfinite(found) else math.inf
+    return [loss if math.isfinite(loss) else math.inf for _, loss in (watched[0], watched[-1])]
 
 
 def best(trials: Mapping[float, float], trial: Recipe) -> Choice:
-    """The rate with the lowest loss; of equals, and where every trial diverged, the lowest rate."""
-    rate = min(trials, key=lambda rate: (trials[rate], rate))
-    how = "lowest validation loss" if math.isfinite(trials[rate]) else "every trial diverged; the lowest"
-    return Choice(rate, f"{how} of {len(trials)} trials of {trial.max_steps} steps, from the guideline's {trial.learning_rate:g}")
+    """The lowest rate with nearly the greatest fall of the loss; where every trial diverged, the lowest rate.
+
+    Args:
+        trials: as `sweep` found them.
+    """
+    losses = {rate: loss for rate, loss in trials.items() if rate}
+    how = f"of {len(losses)} trials of {trial.max_steps} steps, from the guideline's {trial.learning_rate:g}"
+    lowest = min(losses.values())
+    if math.isinf(lowest):
+        return Choice(min(losses), f"every trial diverged; the lowest {how}")
+    near = lowest + (1 - ENOUGH) * max(trials[0.0] - lowest, 0)
+    rate = min(rate for rate, loss in losses.items() if loss <= near)
+    return Choice(rate, f"the lowest rate within {1 - ENOUGH:.0%} of the greatest fall of the validation loss {how}")
