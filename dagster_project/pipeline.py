@@ -251,7 +251,7 @@ def validate(root: Path) -> dict[str, Any]:
     for name, recipe in variants.items():
         if not str(name).replace("_", "").replace("-", "").isalnum():
             raise InputError(f"params.yaml: adapter.{name}: a variant's name may hold letters, digits, - and _", "rename it")
-        entry = params.parse(adapter.Params, recipe, f"adapter.{name}")
+        entry = adapter.settle(params.parse(adapter.Params, recipe, f"adapter.{name}"), examples=1, rows=1, validates=False).params
         methods.check(entry.method, entry.peft, entry.quantization, entry.merge, f"adapter.{name}")
     raw_examples.locate_sources(root, parsed["raw_examples"].sources)  # type: ignore[attr-defined]
     judged: instructions.Params = parsed["instructions"]  # type: ignore[assignment]

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dagster_project import params
 from dagster_project.doors import dvc
 from dagster_project.errors import PedigreeError
 from dagster_project.pipeline import At, Pipeline
@@ -70,8 +71,9 @@ def tok(at: At) -> Report:
 
 def adapter(at: At) -> Report:
     _started(at)
-    (at.out / "weights.txt").write_text((at.root / "data/tok/train.txt").read_text() + str(at.values["variants"][at.variant]) + _code(at))
-    return Report()
+    recipe = at.values["variants"][at.variant]
+    (at.out / "weights.txt").write_text((at.root / "data/tok/train.txt").read_text() + str(recipe) + _code(at))
+    return Report(metrics={"loss": 1 / recipe["r"]})
 
 
 def cmp(at: At) -> Report:
@@ -88,7 +90,7 @@ def extra(at: At) -> Report:
 
 
 def _values(root: Path) -> dict[str, Any]:
-    return json.loads((root / "params.yaml").read_text())
+    return params.read(root)
 
 
 STREET = Pipeline(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, edit_params
 
 from dagster_project.__main__ import main
 from dagster_project.doors import plan
@@ -177,7 +177,7 @@ def test_a_7b_model_takes_what_is_published(config: Any) -> None:
 def tokenized(project: Path, tiny_model: Path) -> Path:
     """A project that has a report on tokenized data, and a base model."""
     shutil.copytree(tiny_model, project / "data" / "base_model")
-    report = {"train": {"examples": 40, "rows": 10, "tokens": 6000, "trained_tokens": 1500}}
+    report = {"train": {"examples": 40, "rows": 10, "tokens": 6000, "trained_tokens": 1500}, "validation": {"rows": 1}}
     (project / "data" / "reports").mkdir(parents=True, exist_ok=True)
     (project / "data" / "reports" / "tokenized.json").write_text(json.dumps(report))
     return project
@@ -196,6 +196,26 @@ def test_a_variant_is_told_in_tokens_parameters_memory_and_time(tokenized: Path,
     assert 0 <= found["time"]["from_seconds"] <= found["time"]["to_seconds"]
     notes = json.loads((tokenized / ".dvc" / "tmp" / "pedigree" / "speed.json").read_text())
     assert [list(entry) for entry in notes.values()] == [["cpu, float32, 2 threads"]]
+
+
+def test_what_is_auto_is_told_as_training_will_choose_it_and_what_the_sweep_adds(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan.Machine, "runtime", 0)
+    open_entry = {"num_train_epochs": "auto", "learning_rate": "auto", "per_device_train_batch_size": "auto", "peft": {"r": "auto"}}
+    edit_params(tokenized, lambda values: values.update(adapter={"x": open_entry, "fixed": {"num_train_epochs": 10, "peft": {"r": 8}}}))
+    found = plan.plan_variants(tokenized, [])
+    one, fixed = found["variants"]["x"], found["variants"]["fixed"]
+    assert {name: choice["value"] for name, choice in one["chosen"].items()} == {
+        "num_train_epochs": 10, "load_best_model_at_end": True, "early_stopping_patience": 2, "peft.r": 8, "peft.lora_alpha": 16,
+        "per_device_train_batch_size": 1, "learning_rate": 1e-4,
+    }  # fmt: skip
+    assert (
+        (one["steps"], one["trainable_parameters"]) == (fixed["steps"], fixed["trainable_parameters"]) == (100, one["trainable_parameters"])
+    )
+    assert one["sweep"] == {"trials_at_most": 6, "steps_at_most": 120} and "chosen" not in fixed and "sweep" not in fixed
+    assert one["time"]["to_seconds"] == pytest.approx(2.2 * fixed["time"]["to_seconds"], abs=2)
+    told = plan.as_text(found)
+    assert "  num_train_epochs 10: guideline for 40 examples (under 1,000)\n" in told
+    assert "  a sweep on the validation loss will correct learning_rate: at most 6 trials, 120 steps more\n" in told
 
 
 def test_what_does_not_fit_comes_with_what_would(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:

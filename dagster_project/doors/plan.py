@@ -20,8 +20,8 @@ from dagster_project.errors import InputError
 from dagster_project.params import Compute
 from dagster_project.pipeline import validate
 from dagster_project.records import read_table, write_json
-from dagster_project.stages.adapter import Params
-from dagster_project.training import memory
+from dagster_project.stages.adapter import Params, settle
+from dagster_project.training import auto, memory
 from dagster_project.training.hardware import prepare
 from dagster_project.training.sft import steps
 
@@ -216,7 +216,8 @@ def plan_variants(root: Path, variants: Sequence[str]) -> dict[str, Any]:
     report = root / "data" / "reports" / "tokenized.json"
     if not report.is_file():
         raise InputError("the data has not been tokenized yet", "run `dvc repro tokenized` first")
-    train = json.loads(report.read_text())["train"]
+    tokenized = json.loads(report.read_text())
+    train = tokenized["train"]
     if not train["rows"]:
         raise InputError("the training split is empty", "name more examples in raw_examples.sources")
     base_model = root / "data" / "base_model"
@@ -226,7 +227,9 @@ def plan_variants(root: Path, variants: Sequence[str]) -> dict[str, Any]:
     tokens, counted = _largest_row(root, values, train)
     found = {}
     for name in variants or list(values["adapter"]):
-        recipe = params.parse(Params, values["adapter"][name], f"adapter.{name}")
+        entry = params.parse(Params, values["adapter"][name], f"adapter.{name}")
+        settled = settle(entry, train["examples"], train["rows"], tokenized["validation"]["rows"] > 0)
+        recipe = settled.params
         n = steps(train["rows"], recipe)
         per_epoch = steps(train["rows"], recipe.model_copy(update={"num_train_epochs": 1, "max_steps": None}))
         rows = min(recipe.per_device_train_batch_size, train["rows"])
@@ -235,13 +238,16 @@ def plan_variants(root: Path, variants: Sequence[str]) -> dict[str, Any]:
             f"adapter.{name}",
         )  # fmt: skip
         all_tokens = round(train["tokens"] * n / per_epoch)
+        most = auto.MOST_TRIALS * steps(train["rows"], settled.trial) if settled.trial else 0
         found[name] = {
             "examples": train["examples"],
             "epochs": round(n / per_epoch, 3),
             "steps": n,
             "tokens": all_tokens,
             "trained_tokens": round(train["trained_tokens"] * n / per_epoch),
-            **_taken(way, machine, all_tokens),
+            **({"chosen": {key: asdict(choice) for key, choice in settled.chosen.items()}} if settled.chosen else {}),
+            **({"sweep": {"trials_at_most": auto.MOST_TRIALS, "steps_at_most": most}} if most else {}),
+            **_taken(way, machine, round(all_tokens * (n + most) / n)),
         }
     return {"variants": found, "machine": _told(machine)}
 
@@ -344,6 +350,12 @@ def as_text(found: dict[str, Any]) -> str:
             )
         else:
             lines.append(f"{name}:")
+        lines += [f"  {key} {choice['value']:g}: {choice['why']}" for key, choice in v.get("chosen", {}).items()]
+        if "sweep" in v:
+            lines.append(
+                f"  a sweep on the validation loss will correct learning_rate: at most {v['sweep']['trials_at_most']} trials,"
+                f" {v['sweep']['steps_at_most']} steps more"
+            )
         share = 100 * v["trainable_parameters"] / v["total_parameters"]
         lines.append(f"  {v['trainable_parameters']:,} of {v['total_parameters']:,} parameters learn ({share:.3g} %)")
         parts = ", ".join(f"{part} {_size(size)}" for part, size in v["memory"].items() if part != "total" and size >= 5e5)

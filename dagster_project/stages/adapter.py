@@ -13,7 +13,7 @@ from typing import Any
 from dagster_project.errors import InputError
 from dagster_project.params import Compute
 from dagster_project.records import CheckResult, Report, read_table, remove, write_json, write_table
-from dagster_project.training import proof
+from dagster_project.training import auto, proof
 from dagster_project.training.checkpoint import Checkpoints, code_of, refuse_full_disk, sha256_of, sha256_of_text
 from dagster_project.training.hardware import prepare
 from dagster_project.training.methods import Quantization, Tunable, build
@@ -45,11 +45,16 @@ class Params(Recipe):
     method: str = "lora"
     """One of PEFT's methods by its name, a short name (qlora, dora, rslora, layernorm, ...), full, bitfit or feature_extraction."""
     peft: dict[str, Any] = {}
-    """The method's own keys, as PEFT names them (r, lora_alpha, target_modules, ...)."""
+    """The method's own keys, as PEFT names them (r, lora_alpha, target_modules, ...). `r: auto` for lora and its short names."""
     quantization: Quantization | None = None
     """What the base model's weights are held in while the method trains against them: none or nf4. null: nf4 for qlora and qdora, else none."""
     merge: bool = True
     """Make a stand-alone model of base and adapter; false passes the adapter on, and evaluation loads both."""
+
+
+def settle(params: Params, examples: int, rows: int, validates: bool) -> auto.Settled[Params]:
+    """The entry with a number in place of each `auto`."""
+    return auto.settle(params, params.method, params.peft, examples, rows, validates)
 
 
 def run(
@@ -67,8 +72,10 @@ def run(
     if not len(rows["train"]):
         raise InputError("adapter: the training split is empty", "name more examples in raw_examples.sources")
     example_ids = rows["train"]["example_ids"]
-    where = f"adapter.{variant}"
-    refuse_mistakes(params, where, rows["train"]["lengths"], validates=len(rows["validation"]) > 0)
+    where, validates = f"adapter.{variant}", len(rows["validation"]) > 0
+    settled = settle(params, sum(map(len, example_ids)), len(example_ids), validates)
+    params, chosen = settled.params, settled.chosen
+    refuse_mistakes(params, where, rows["train"]["lengths"], validates)
     total = steps(len(rows["train"]), params)
     labelled = read_table(tokenized / "categories.parquet") if params.method.lower() == "feature_extraction" else []
     category = {line["example_id"]: line["category"] for line in labelled}
@@ -76,11 +83,40 @@ def run(
     tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
     for template in tokenized.glob("chat_template.jinja"):
         tokenizer.chat_template = template.read_text(encoding="utf-8")
-    with advice_on_memory():
-        tunable = build(
-            params.method, params.peft, base_model, device, dtype, where, params.quantization, params.merge, total, sorted(learnt)
-        )
-    _refuse_clashes(tunable, params, where)
+
+    def fresh(total_steps: int | None) -> Tunable:
+        """A model that has learnt nothing, the same each time."""
+        prepare(compute)
+        with advice_on_memory():
+            tunable = build(
+                params.method, params.peft, base_model, device, dtype, where, params.quantization, params.merge, total_steps, sorted(learnt)
+            )
+        _refuse_clashes(tunable, params, where)
+        return tunable
+
+    identity = {
+        "tokenized data": sha256_of([tokenized / f"{split}.parquet" for split in rows]),
+        "chat template": sha256_of_text(json.dumps(tokenizer.chat_template)),
+        "tokenizer": sha256_of(sorted(base_model.glob("tokenizer*")) + sorted(base_model.glob("special_tokens*"))),
+        "base model": sha256_of(sorted([*base_model.glob("*.safetensors"), base_model / "config.json"])),
+        "code": sha256_of(code_of(Path(__file__), Path(__file__).parents[1])),
+        "threads": str(compute.threads),
+        "dtype": str(dtype),
+        "device": device.type,
+        "library versions": json.dumps(proof.versions(LIBRARIES)),
+    }
+    trials: dict[float, float] = {}
+    if settled.trial:
+
+        def learn(trial: Params) -> Course:
+            return train(fresh(trial.max_steps), tokenizer, rows["train"], rows["validation"], trial, compute)
+
+        trials = auto.sweep(settled.trial, learn, checkpoints / "sweep.json", identity | _settings(settled.trial, compute))
+        chosen["learning_rate"] = auto.best(trials, settled.trial)
+        params = auto.put(params, chosen)
+    for name, choice in chosen.items():
+        log.info(f"training {variant}: {name} {choice.value:g}: {choice.why}")
+    tunable = fresh(total)
     model, before = tunable.model, checkpoints / "before.safetensors"
     refuse_full_disk(_disk(tunable, params, checkpoints, out), where)
     proof.before_training(model, before)
@@ -90,19 +126,7 @@ def run(
         f"training {variant}: {tunable.trainable:,} of {tunable.total:,} parameters ({100 * tunable.trainable / tunable.total:.2f} %),"
         f" {tokens:,} tokens an epoch, {str(dtype).removeprefix('torch.')} on {device}"
     )
-    identity = {
-        "tokenized data": sha256_of([tokenized / f"{split}.parquet" for split in rows]),
-        "chat template": sha256_of_text(json.dumps(tokenizer.chat_template)),
-        "tokenizer": sha256_of(sorted(base_model.glob("tokenizer*")) + sorted(base_model.glob("special_tokens*"))),
-        "parameters": sha256_of_text(json.dumps({**params.model_dump(exclude=SIDELONG), "seed": compute.seed}, sort_keys=True)),
-        "base model": sha256_of(sorted([*base_model.glob("*.safetensors"), base_model / "config.json"])),
-        "weights at the start": sha256_of([before]),
-        "code": sha256_of(code_of(Path(__file__), Path(__file__).parents[1])),
-        "threads": str(compute.threads),
-        "dtype": str(dtype),
-        "device": device.type,
-        "library versions": json.dumps(proof.versions(LIBRARIES)),
-    }
+    identity |= _settings(params, compute) | {"weights at the start": sha256_of([before])}
     try:
         course = (
             _fit(tunable, rows, category)
@@ -127,6 +151,7 @@ def run(
     groups, ranks = proof.movement(model, before), proof.ranks(model)
     after = proof.sha256_of_tensors(proof.frozen(model))
     settings = params.model_dump(exclude=SIDELONG) | {"warmup_steps": warmup(total, params)}
+    points = [{"learning_rate": rate, "validation_loss": loss if math.isfinite(loss) else None} for rate, loss in trials.items()]
     document = {
         "trained": groups,
         "frozen": {"tensors": len(proof.frozen(model)), "sha256_before": frozen, "sha256_after": after},
@@ -139,6 +164,8 @@ def run(
         "loss": {"first": course.losses[0], "last": course.losses[-1]},
         "validation": [{"step": step, "validation_loss": loss} for step, loss in course.watched],
         "settings": settings,
+        **({"chosen": {name: vars(choice) for name, choice in chosen.items()}} if chosen else {}),
+        **({"sweep": points} if points else {}),
         "seed": compute.seed,
         "threads": compute.threads,
         "dtype": str(dtype).removeprefix("torch."),
@@ -165,6 +192,7 @@ def run(
             "environment": {**proof.versions(()), **{name: version(name) for name in ("torch", "transformers", "trl", "peft")}},
             "validation_loss": [round(loss, 4) for _, loss in course.watched],
             **({"best_step": course.best_step} if params.load_best_model_at_end else {}),
+            **({"chosen": {name: choice.value for name, choice in chosen.items()}} if chosen else {}),
         },
         checks=[
             _learned(course, all(bool(weight.isfinite().all()) for weight in proof.trainable(model).values())),
@@ -183,6 +211,11 @@ def run(
     if not report.failures:
         remove(checkpoints)
     return report
+
+
+def _settings(params: Params, compute: Compute) -> dict[str, str]:
+    """The part of a training's identity that params.yaml and the choices make."""
+    return {"parameters": sha256_of_text(json.dumps({**params.model_dump(exclude=SIDELONG), "seed": compute.seed}, sort_keys=True))}
 
 
 SIDELONG = {"report_to", "save_strategy", "save_steps", "save_total_limit"}

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
 from dagster_project.chat import IGNORE
 from dagster_project.errors import InputError, PedigreeError
@@ -36,6 +36,21 @@ log = logging.getLogger("pedigree")
 
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
 
+AUTO = "auto"
+"""What an entry may say instead of a number; training/auto.py puts one in its place before anything is trained."""
+
+
+def _number_or_auto(value: Any, number: ValidatorFunctionWrapHandler) -> Any:
+    if value == AUTO:
+        return value
+    try:
+        return number(value)
+    except ValidationError as error:
+        raise ValueError(f"{error.errors()[0]['msg']}, or auto") from None
+
+
+OrAuto = WrapValidator(_number_or_auto)
+
 OPTIMIZER_MEMORY = {
     "adamw_torch": 2.0,
     "adamw_torch_fused": 2.0,
@@ -51,8 +66,8 @@ OPTIMIZER_MEMORY = {
 class Recipe(Section):
     """How to train: the names are those of transformers' TrainingArguments."""
 
-    learning_rate: float = Field(default=2e-4, gt=0)
-    """Peak rate. Small models want more: 1e-3 suits 135M parameters."""
+    learning_rate: Annotated[float, Field(gt=0), OrAuto] = 2e-4
+    """Peak rate. Small models want more: 1e-3 suits 135M parameters. `auto` finds it by short trials on the validation loss."""
     lr_scheduler_type: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt", "cosine_with_min_lr",
         "cosine_warmup_with_min_lr", "warmup_stable_decay",
@@ -64,12 +79,12 @@ class Recipe(Section):
     """Share of the steps over which the rate rises to its peak."""
     warmup_steps: int | None = Field(default=None, ge=0)
     """Steps over which the rate rises, instead of `warmup_ratio`."""
-    num_train_epochs: int = Field(default=2, ge=1)
-    """Passes over the training split."""
+    num_train_epochs: Annotated[int, Field(ge=1), OrAuto] = 2
+    """Passes over the training split, or `auto`."""
     max_steps: int | None = Field(default=None, ge=1)
     """Optimizer steps after which to stop whatever the epochs say; null for no such limit."""
-    per_device_train_batch_size: int = Field(default=1, ge=1)
-    """Packed rows per forward pass."""
+    per_device_train_batch_size: Annotated[int, Field(ge=1), OrAuto] = 1
+    """Packed rows per forward pass, or `auto`."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     """Forward passes per optimizer step."""
     group_by_length: bool = False
