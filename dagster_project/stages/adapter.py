@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import math
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from shutil import copyfile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dagster_project.errors import InputError
 from dagster_project.params import Compute
@@ -17,6 +18,7 @@ from dagster_project.training import proof
 from dagster_project.training.checkpoint import Checkpoints, code_of, refuse_full_disk, sha256_of, sha256_of_text
 from dagster_project.training.hardware import prepare
 from dagster_project.training.methods import Quantization, Tunable, build
+from dagster_project.training.processes import together
 from dagster_project.training.sft import (
     OPTIMIZER_MEMORY,
     Course,
@@ -29,6 +31,9 @@ from dagster_project.training.sft import (
     warmup,
     write_curve,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger("pedigree")
 
@@ -58,7 +63,26 @@ def run(
     """Args:
     checkpoints: a folder of this variant's own that outlives a killed run. It is removed once nothing blocks.
     """
-    device, dtype = prepare(compute)
+    if compute.processes > 1 and params.method.lower() == "feature_extraction":
+        raise InputError(
+            f"params.yaml: compute.processes: {compute.processes}, and adapter.{variant} trains by feature_extraction, which takes no steps to share",
+            "set it to 1",
+        )
+    with together(compute.processes, partial(_accompany, variant, params, compute, tokenized, base_model, checkpoints)):
+        return _tune(variant, params, compute, tokenized, base_model, out, curve_file, checkpoints)
+
+
+def _accompany(variant: str, params: Params, compute: Compute, tokenized: Path, base_model: Path, checkpoints: Path) -> None:
+    """What the other processes of a training do: the same training, of which nothing is written."""
+    tunable, tokenizer, rows, _ = _ready(variant, params, compute, tokenized, base_model, *prepare(compute))
+    quiet = params.model_copy(update={"report_to": "none"})
+    train(tunable, tokenizer, rows["train"], rows["validation"], quiet, compute, Checkpoints(checkpoints, {}))
+
+
+def _ready(
+    variant: str, params: Params, compute: Compute, tokenized: Path, base_model: Path, device: torch.device, dtype: torch.dtype
+) -> tuple[Tunable, Any, dict[str, Any], dict[str, str]]:
+    """The model that is to learn, its tokenizer, the rows of each split, and example -> category where that is what is learnt."""
     from datasets import Dataset
     from transformers import AutoTokenizer
 
@@ -66,13 +90,12 @@ def run(
     rows = {split: Dataset.from_list(read_table(tokenized / f"{split}.parquet", columns)) for split in ("train", "validation")}
     if not len(rows["train"]):
         raise InputError("adapter: the training split is empty", "name more examples in raw_examples.sources")
-    example_ids = rows["train"]["example_ids"]
     where = f"adapter.{variant}"
     refuse_mistakes(params, where, rows["train"]["lengths"], validates=len(rows["validation"]) > 0)
-    total = steps(len(rows["train"]), params)
+    total = steps(len(rows["train"]), params, compute.processes)
     labelled = read_table(tokenized / "categories.parquet") if params.method.lower() == "feature_extraction" else []
     category = {line["example_id"]: line["category"] for line in labelled}
-    learnt = {category[identity] for row in example_ids for identity in row if identity in category}
+    learnt = {category[identity] for row in rows["train"]["example_ids"] for identity in row if identity in category}
     tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
     for template in tokenized.glob("chat_template.jinja"):
         tokenizer.chat_template = template.read_text(encoding="utf-8")
@@ -81,6 +104,16 @@ def run(
             params.method, params.peft, base_model, device, dtype, where, params.quantization, params.merge, total, sorted(learnt)
         )
     _refuse_clashes(tunable, params, where)
+    return tunable, tokenizer, rows, category
+
+
+def _tune(
+    variant: str, params: Params, compute: Compute, tokenized: Path, base_model: Path, out: Path, curve_file: Path, checkpoints: Path
+) -> Report:
+    device, dtype = prepare(compute)
+    tunable, tokenizer, rows, category = _ready(variant, params, compute, tokenized, base_model, device, dtype)
+    where, example_ids, total = f"adapter.{variant}", rows["train"]["example_ids"], steps(len(rows["train"]), params, compute.processes)
+    libraries = (*LIBRARIES, *(["liger-kernel"] if params.use_liger_kernel else []))
     model, before = tunable.model, checkpoints / "before.safetensors"
     refuse_full_disk(_disk(tunable, params, checkpoints, out), where)
     proof.before_training(model, before)
@@ -89,6 +122,7 @@ def run(
     log.info(
         f"training {variant}: {tunable.trainable:,} of {tunable.total:,} parameters ({100 * tunable.trainable / tunable.total:.2f} %),"
         f" {tokens:,} tokens an epoch, {str(dtype).removeprefix('torch.')} on {device}"
+        + (f", {compute.processes} processes" if compute.processes > 1 else "")
     )
     identity = {
         "tokenized data": sha256_of([tokenized / f"{split}.parquet" for split in rows]),
@@ -99,9 +133,11 @@ def run(
         "weights at the start": sha256_of([before]),
         "code": sha256_of(code_of(Path(__file__), Path(__file__).parents[1])),
         "threads": str(compute.threads),
+        "processes": str(compute.processes),
         "dtype": str(dtype),
         "device": device.type,
-        "library versions": json.dumps(proof.versions(LIBRARIES)),
+        "attention": tunable.attention,
+        "library versions": json.dumps(proof.versions(libraries)),
     }
     try:
         course = (
@@ -141,9 +177,11 @@ def run(
         "settings": settings,
         "seed": compute.seed,
         "threads": compute.threads,
+        "processes": compute.processes,
         "dtype": str(dtype).removeprefix("torch."),
         "device": device.type,
-        "versions": proof.versions(LIBRARIES),
+        "attention": tunable.attention,
+        "versions": proof.versions(libraries),
     }
     write_json(out / "training.json", document)
     if course.seconds:
