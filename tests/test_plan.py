@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, edit_params
 
 from dagster_project.__main__ import main
 from dagster_project.doors import plan
@@ -196,6 +196,9 @@ def test_a_variant_is_told_in_tokens_parameters_memory_and_time(tokenized: Path,
     assert 0 <= found["time"]["from_seconds"] <= found["time"]["to_seconds"]
     notes = json.loads((tokenized / ".dvc" / "tmp" / "pedigree" / "speed.json").read_text())
     assert [list(entry) for entry in notes.values()] == [["cpu, float32, 2 threads"]]
+    edit_params(tokenized, lambda values: values["compute"].update(processes=2))
+    shared = plan.plan_variants(tokenized, [])["variants"]["lora"]
+    assert {key: shared[key] for key in ("epochs", "steps", "tokens")} == {"epochs": 1.6, "steps": 8, "tokens": 9600}
 
 
 def test_what_does_not_fit_comes_with_what_would(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
