@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dagster_project.errors import InputError
 
@@ -25,6 +25,8 @@ class Compute(Section):
     """CPU threads for torch. Another number gives other bits, so it is a parameter and not a guess."""
     dtype: str = "auto"
     """"auto" (bfloat16 where the hardware multiplies it natively, else float32), "bfloat16" or "float32"."""
+    processes: int = Field(default=1, ge=1)
+    """Processes that share the passes of each training step, one GPU each. On a CPU each has its own `threads`."""
 
 
 S = TypeVar("S", bound=Section)

@@ -29,7 +29,7 @@ def test_a_valid_section_is_taken_as_written() -> None:
 
 def test_an_unknown_key_is_refused_and_the_known_ones_listed() -> None:
     error = refused(parse, Compute, {"sead": 3}, "compute")
-    assert (error.what, error.hint) == ("params.yaml: compute.sead: unknown key", "keys of compute: seed, threads, dtype")
+    assert (error.what, error.hint) == ("params.yaml: compute.sead: unknown key", "keys of compute: seed, threads, dtype, processes")
 
 
 def test_an_unknown_key_deeper_down_is_answered_with_the_keys_of_that_place() -> None:

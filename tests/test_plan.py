@@ -196,6 +196,9 @@ def test_a_variant_is_told_in_tokens_parameters_memory_and_time(tokenized: Path,
     assert 0 <= found["time"]["from_seconds"] <= found["time"]["to_seconds"]
     notes = json.loads((tokenized / ".dvc" / "tmp" / "pedigree" / "speed.json").read_text())
     assert [list(entry) for entry in notes.values()] == [["cpu, float32, 2 threads"]]
+    edit_params(tokenized, lambda values: values["compute"].update(processes=2))
+    shared = plan.plan_variants(tokenized, [])["variants"]["lora"]
+    assert {key: shared[key] for key in ("epochs", "steps", "tokens")} == {"epochs": 1.6, "steps": 8, "tokens": 9600}
 
 
 def test_what_is_auto_is_told_as_training_will_choose_it_and_what_the_sweep_adds(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,9 @@ import copy
 import json
 import math
 import re
+from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +21,9 @@ from dagster_project.params import Compute
 from dagster_project.records import read_table, write_table
 from dagster_project.stages import adapter
 from dagster_project.stages.tokenized import row_schema
+from dagster_project.training import attention, sft
 from dagster_project.training.attention import attention_for
-from dagster_project.training.methods import Tunable, peft_config, save_adapter
+from dagster_project.training.methods import Tunable, apart, peft_config, save_adapter
 from dagster_project.training.sft import Recipe, add_noise, collate, refuse_mistakes, steps, train
 
 COMPUTE = Compute(threads=1, dtype="float32")
@@ -69,6 +71,7 @@ SHORT, LONG, OTHER = (
 def test_positions_start_anew_for_each_example_and_its_first_token_is_no_label() -> None:
     row, other = packed(example([5, 6], 1), example([7], 0)), example([8, 9, 10, 11, 12], 3, weight=2.0)
     batch = collate([row | {"row": 4}, other])
+    assert batch.pop("max_length_q") == 5
     assert {name: batch[name].tolist() for name in batch} == {
         "input_ids": [[5, 6, 7, 8, 9, 10, 11, 12]],
         "labels": [[IGNORE, 6, IGNORE, IGNORE, IGNORE, IGNORE, 11, 12]],
@@ -87,6 +90,101 @@ def test_positions_start_anew_for_each_example_and_its_first_token_is_no_label()
     }
 
 
+def varlen_attn(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_q: torch.Tensor, cu_seq_k: torch.Tensor, max_q: int, max_k: int,
+    *, scale: float, window_size: tuple[int, int], enable_gqa: bool,
+) -> torch.Tensor:  # fmt: skip
+    """What torch's flash attention for rows of several lengths computes, of which a CPU has none: (tokens, heads, size), fewer heads in key and value."""
+    bounds = cu_seq_q.tolist()
+    assert (bounds, max_q) == (cu_seq_k.tolist(), max_k) and max_q == max(b - a for a, b in pairwise(bounds))
+    assert query.dtype == key.dtype == value.dtype == torch.bfloat16
+    parts = []
+    for a, b in pairwise(bounds):
+        q, k, v = (states[a:b].transpose(0, 1).float() for states in (query, key, value))
+        k, v = (states.repeat_interleave(len(q) // len(states) if enable_gqa else 1, 0) for states in (k, v))
+        behind = torch.arange(b - a)[:, None] - torch.arange(b - a)
+        seen = (behind >= -window_size[1]) & ((behind <= window_size[0]) | (window_size[0] < 0))
+        parts.append(((q @ k.transpose(1, 2) * scale).masked_fill(~seen, -torch.inf).softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(parts).to(query.dtype)
+
+
+def an_ampere_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (8, 0)) -> None:
+    """A GPU is found that is not there."""
+    from torch.nn.attention import varlen
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "capability", "chosen"),
+    [
+        ("cpu", torch.bfloat16, (9, 0), "by_example"),
+        ("cuda", torch.bfloat16, (8, 0), "varlen"),
+        ("cuda", torch.bfloat16, (12, 0), "varlen"),
+        ("cuda", torch.float32, (8, 0), "sdpa"),
+        ("cuda", torch.bfloat16, (7, 5), "sdpa"),
+        ("cuda", None, (9, 0), "sdpa"),
+    ],
+)
+def test_the_hardware_chooses_the_attention(
+    monkeypatch: pytest.MonkeyPatch, device: str, dtype: torch.dtype | None, capability: tuple[int, int], chosen: str
+) -> None:
+    an_ampere_gpu(monkeypatch, capability)
+    assert attention_for(torch.device(device), dtype) == chosen
+
+
+@pytest.mark.parametrize("lacks", ["cuda", "the kernel", "its keys"])
+def test_where_torch_lacks_flash_attention_one_call_with_a_mask_is_chosen(monkeypatch: pytest.MonkeyPatch, lacks: str) -> None:
+    from torch.nn.attention import varlen
+
+    an_ampere_gpu(monkeypatch)
+    if lacks == "cuda":
+        monkeypatch.setattr(torch.version, "cuda", None)
+    elif lacks == "the kernel":
+        monkeypatch.setattr(attention, "find_spec", lambda _: None)
+    else:
+        monkeypatch.setattr(varlen, "varlen_attn", lambda query, key, value, is_causal: None)
+    assert attention_for(torch.device("cuda"), torch.bfloat16) == "sdpa"
+
+
+def test_flash_attention_is_asked_for_what_the_other_ways_compute(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    an_ampere_gpu(monkeypatch)
+    batch, found = collate([packed(SHORT, LONG), OTHER]), {}
+    batch.pop("labels")
+    layer = model.model.layers[0].self_attn
+    for name, device in (("by_example", "cpu"), ("varlen", "cuda")):
+        model.set_attn_implementation(attention_for(torch.device(device), torch.bfloat16))
+        assert model.config._attn_implementation == name
+        with torch.no_grad():
+            hidden = model.model.embed_tokens(batch["input_ids"])
+            turned = model.model.rotary_emb(hidden, batch["position_ids"])
+            found[name], _ = layer(
+                hidden,
+                turned,
+                None,
+                cu_seq_lens_q=batch["cu_seq_lens_q"],
+                max_length_q=batch["max_length_q"],
+                position_ids=batch["position_ids"],
+            )
+    size = found["by_example"].abs().max()
+    torch.testing.assert_close(found["varlen"] / size, found["by_example"] / size, atol=0.02, rtol=0)
+    assert (found["by_example"][0, 5:7] - found["by_example"][0, 0:2]).abs().max() / size > 0.1, "all tokens are alike, so nothing is shown"
+
+
+def test_flash_attention_keeps_to_the_window_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+    monkeypatch.setattr(
+        "torch.nn.attention.varlen.varlen_attn", lambda q, *_, window_size, **__: asked.update(window=window_size) or torch.zeros_like(q)
+    )
+    states = torch.zeros(1, 2, 3, 8)
+    for sliding_window, window in ((None, (-1, 0)), (4, (3, 0))):
+        attention._attend_at_once(None, states, states, states, None, 1.0, torch.tensor([0, 3]), 3, sliding_window=sliding_window)
+        assert asked == {"window": window}
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"], ids=["attention of a CPU", "attention of a GPU"])
 def test_packed_examples_never_attend_to_each_other(model: Any, device: str) -> None:
     batch = collate([packed(SHORT, LONG), OTHER])
@@ -99,6 +197,58 @@ def test_packed_examples_never_attend_to_each_other(model: Any, device: str) -> 
     for found, wanted in zip(together.split([5, 7, 4]), alone, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     assert (leaking - alone[1]).abs().max() > 0.1, "the examples do not affect each other anyway, so nothing is shown"
+
+
+def test_examples_set_apart_have_the_logits_that_each_has_alone(model: Any) -> None:
+    batch = apart([packed(SHORT, LONG), OTHER])
+    with torch.no_grad():
+        together = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        for found, one in zip(together, (SHORT, LONG, OTHER), strict=True):
+            alone = model(torch.tensor([one["input_ids"]])).logits[0]
+            torch.testing.assert_close(found[: len(alone)], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_liger_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe(use_liger_kernel=True)
+    with pytest.raises(
+        InputError, match=re.escape("adapter.x.use_liger_kernel: Liger is not installed\nhint: pip install 'pedigree[gpu]'")
+    ):
+        refuse_mistakes(recipe, "adapter.x", [[3]], validates=True)
+    monkeypatch.setattr(sft, "find_spec", lambda _: True)
+    with pytest.raises(InputError, match=re.escape("adapter.x.use_liger_kernel: Liger's kernels run on a GPU, and there is none")):
+        refuse_mistakes(recipe, "adapter.x", [[3]], validates=True)
+
+
+def test_liger_leaves_the_loss_to_us_and_refuses_a_model_it_does_not_know(
+    model: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    import transformers.integrations.liger as integration
+
+    asked: list[dict[str, Any]] = []
+
+    def kernels(model: Any, **given: Any) -> None:
+        asked.append(given)
+        model.forward = None  # what a fused loss would replace: nobody may need it
+
+    package = ModuleType("liger_kernel.transformers.monkey_patch")
+    package.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": kernels}  # type: ignore[attr-defined]
+    whole = ModuleType("liger_kernel.transformers")
+    whole._apply_liger_kernel_to_instance = kernels  # type: ignore[attr-defined]
+    for name, module in (("", ModuleType("liger_kernel")), (".transformers", whole), (".transformers.monkey_patch", package)):
+        monkeypatch.setitem(sys.modules, f"liger_kernel{name}", module)
+    monkeypatch.setattr(integration, "is_liger_kernel_available", lambda: True)
+    wanted = weighted_mean([loss for one in (SHORT, LONG) for loss in losses_alone(model, one)])
+    recipe = Recipe(use_liger_kernel=True, num_train_epochs=1)
+    rows = Dataset.from_list([packed(SHORT, LONG)])
+    novel = copy.deepcopy(model)
+    novel.config.model_type = "novel"
+    with pytest.raises(InputError, match="use_liger_kernel: Liger has no kernels for novel"):
+        train(tunable(novel), tiny_tokenizer, rows, None, recipe, COMPUTE)
+    curve = train(tunable(model), tiny_tokenizer, rows, rows, recipe, COMPUTE).curve
+    assert asked == [{"cross_entropy": False, "fused_linear_cross_entropy": False}]
+    assert [point["loss"] for point in curve if "loss" in point] == pytest.approx([wanted], abs=1e-4)
 
 
 def test_the_training_loss_is_the_weighted_mean_cross_entropy_of_the_batch(model: Any, tiny_tokenizer: Any) -> None:

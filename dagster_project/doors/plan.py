@@ -93,12 +93,12 @@ class Machine:
         self.is_here = self.device == "cpu" or torch.cuda.is_available()
         if not self.is_here and compute.dtype == "auto":
             self.dtype = torch.bfloat16
-        self.threads = compute.threads
+        self.threads, self.processes = compute.threads, compute.processes
         self._notes = notes
 
     @property
     def available(self) -> int | None:
-        """Bytes that are free now; None for a GPU that is not here. A container's limit counts."""
+        """Bytes that are free now for each process; None for a GPU that is not here. A container's limit counts."""
         import psutil
         import torch
 
@@ -111,8 +111,8 @@ class Machine:
         try:
             limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
         except (OSError, ValueError):  # no version 2 control groups, or no limit
-            return free
-        return min(free, limit - used)
+            return free // self.processes
+        return min(free, limit - used) // self.processes
 
     @cached_property
     def runtime(self) -> int:
@@ -228,10 +228,10 @@ def plan_variants(root: Path, variants: Sequence[str]) -> dict[str, Any]:
     found = {}
     for name in variants or list(values["adapter"]):
         entry = params.parse(Params, values["adapter"][name], f"adapter.{name}")
-        settled = settle(entry, train["examples"], train["rows"], tokenized["validation"]["rows"] > 0)
+        settled = settle(entry, train["examples"], train["rows"], tokenized["validation"]["rows"] > 0, machine.processes)
         recipe = settled.params
-        n = steps(train["rows"], recipe)
-        per_epoch = steps(train["rows"], recipe.model_copy(update={"num_train_epochs": 1, "max_steps": None}))
+        n = steps(train["rows"], recipe, machine.processes)
+        per_epoch = steps(train["rows"], recipe.model_copy(update={"num_train_epochs": 1, "max_steps": None}), machine.processes)
         rows = min(recipe.per_device_train_batch_size, train["rows"])
         way = Way(
             base_model, recipe.method, recipe.peft, rows, tokens, counted, recipe.gradient_checkpointing, recipe.gradient_accumulation_steps,
@@ -291,7 +291,13 @@ def _notes(root: Path) -> Path | None:
 
 def _told(machine: Machine) -> dict[str, Any]:
     dtype = str(machine.dtype).removeprefix("torch.")
-    return {"device": machine.device, "dtype": dtype, "threads": machine.threads, "available_bytes": machine.available}
+    return {
+        "device": machine.device,
+        "dtype": dtype,
+        "threads": machine.threads,
+        "processes": machine.processes,
+        "available_bytes": machine.available,
+    }
 
 
 def _largest_row(root: Path, values: dict[str, Any], train: dict[str, Any]) -> tuple[int, int]:
@@ -313,7 +319,7 @@ def _taken(way: Way, machine: Machine, tokens: int) -> dict[str, Any]:
     seconds = None
     if speed:
         step = took.flops / speed.products + took.moved / speed.bytes
-        seconds = step * tokens / (way.tokens * way.rows * way.gradient_accumulation_steps)
+        seconds = step * tokens / (way.tokens * way.rows * way.gradient_accumulation_steps * machine.processes)
     return {
         "trainable_parameters": took.trainable,
         "total_parameters": took.total,

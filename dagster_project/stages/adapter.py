@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from shutil import copyfile
@@ -17,6 +19,7 @@ from dagster_project.training import auto, proof
 from dagster_project.training.checkpoint import Checkpoints, code_of, refuse_full_disk, sha256_of, sha256_of_text
 from dagster_project.training.hardware import prepare
 from dagster_project.training.methods import Quantization, Tunable, build
+from dagster_project.training.processes import claim_gpus, together
 from dagster_project.training.sft import (
     OPTIMIZER_MEMORY,
     Course,
@@ -52,9 +55,50 @@ class Params(Recipe):
     """Make a stand-alone model of base and adapter; false passes the adapter on, and evaluation loads both."""
 
 
-def settle(params: Params, examples: int, rows: int, validates: bool) -> auto.Settled[Params]:
+def settle(params: Params, examples: int, rows: int, validates: bool, processes: int = 1) -> auto.Settled[Params]:
     """The entry with a number in place of each `auto`."""
-    return auto.settle(params, params.method, params.peft, examples, rows, validates)
+    return auto.settle(params, params.method, params.peft, examples, rows, validates, processes)
+
+
+@dataclass(frozen=True)
+class _Material:
+    """What a training reads."""
+
+    tokenizer: Any
+    rows: dict[str, Any]
+    """Split -> `datasets.Dataset` of packed rows."""
+    category: dict[str, str]
+    """By example, where categories are what is learnt."""
+
+    @classmethod
+    def read(cls, method: str, tokenized: Path, base_model: Path) -> _Material:
+        from datasets import Dataset
+        from transformers import AutoTokenizer
+
+        columns = ["example_ids", "input_ids", "labels", "weights", "lengths"]
+        rows = {split: Dataset.from_list(read_table(tokenized / f"{split}.parquet", columns)) for split in ("train", "validation")}
+        if not len(rows["train"]):
+            raise InputError("adapter: the training split is empty", "name more examples in raw_examples.sources")
+        tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
+        for template in tokenized.glob("chat_template.jinja"):
+            tokenizer.chat_template = template.read_text(encoding="utf-8")
+        labelled = read_table(tokenized / "categories.parquet") if method.lower() == "feature_extraction" else []
+        return cls(tokenizer, rows, {line["example_id"]: line["category"] for line in labelled})
+
+    def model(self, variant: str, params: Params, compute: Compute, base_model: Path, total: int) -> Tunable:
+        """A model that has learnt nothing, the same each time."""
+        device, dtype = prepare(compute)
+        learnt = {self.category[identity] for row in self.rows["train"]["example_ids"] for identity in row if identity in self.category}
+        where = f"adapter.{variant}"
+        with advice_on_memory():
+            tunable = build(
+                params.method, params.peft, base_model, device, dtype, where, params.quantization, params.merge, total, sorted(learnt)
+            )
+        _refuse_clashes(tunable, params, where)
+        return tunable
+
+    def train(self, tunable: Tunable, params: Params, compute: Compute, checkpoints: Checkpoints | None = None) -> Course:
+        return train(tunable, self.tokenizer, self.rows["train"], self.rows["validation"], params, compute, checkpoints)
 
 
 def run(
@@ -63,37 +107,20 @@ def run(
     """Args:
     checkpoints: a folder of this variant's own that outlives a killed run. It is removed once nothing blocks.
     """
+    if compute.processes > 1 and params.method.lower() == "feature_extraction":
+        raise InputError(
+            f"params.yaml: compute.processes: {compute.processes}, and adapter.{variant} trains by feature_extraction, which takes no steps to share",
+            "set it to 1",
+        )
+    gpus = claim_gpus(compute.processes)
     device, dtype = prepare(compute)
-    from datasets import Dataset
-    from transformers import AutoTokenizer
-
-    columns = ["example_ids", "input_ids", "labels", "weights", "lengths"]
-    rows = {split: Dataset.from_list(read_table(tokenized / f"{split}.parquet", columns)) for split in ("train", "validation")}
-    if not len(rows["train"]):
-        raise InputError("adapter: the training split is empty", "name more examples in raw_examples.sources")
-    example_ids = rows["train"]["example_ids"]
-    where, validates = f"adapter.{variant}", len(rows["validation"]) > 0
-    settled = settle(params, sum(map(len, example_ids)), len(example_ids), validates)
+    material = _Material.read(params.method, tokenized, base_model)
+    rows, tokenizer = material.rows, material.tokenizer
+    where, example_ids, validates = f"adapter.{variant}", rows["train"]["example_ids"], len(rows["validation"]) > 0
+    settled = settle(params, sum(map(len, example_ids)), len(example_ids), validates, compute.processes)
     params, chosen = settled.params, settled.chosen
     refuse_mistakes(params, where, rows["train"]["lengths"], validates)
-    total = steps(len(rows["train"]), params)
-    labelled = read_table(tokenized / "categories.parquet") if params.method.lower() == "feature_extraction" else []
-    category = {line["example_id"]: line["category"] for line in labelled}
-    learnt = {category[identity] for row in example_ids for identity in row if identity in category}
-    tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
-    for template in tokenized.glob("chat_template.jinja"):
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
-
-    def fresh(total_steps: int | None) -> Tunable:
-        """A model that has learnt nothing, the same each time."""
-        prepare(compute)
-        with advice_on_memory():
-            tunable = build(
-                params.method, params.peft, base_model, device, dtype, where, params.quantization, params.merge, total_steps, sorted(learnt)
-            )
-        _refuse_clashes(tunable, params, where)
-        return tunable
-
+    libraries = (*LIBRARIES, *(["liger-kernel"] if params.use_liger_kernel else []))
     identity = {
         "tokenized data": sha256_of([tokenized / f"{split}.parquet" for split in rows]),
         "chat template": sha256_of_text(json.dumps(tokenizer.chat_template)),
@@ -101,22 +128,24 @@ def run(
         "base model": sha256_of(sorted([*base_model.glob("*.safetensors"), base_model / "config.json"])),
         "code": sha256_of(code_of(Path(__file__), Path(__file__).parents[1])),
         "threads": str(compute.threads),
+        "processes": str(compute.processes),
         "dtype": str(dtype),
         "device": device.type,
-        "library versions": json.dumps(proof.versions(LIBRARIES)),
+        "library versions": json.dumps(proof.versions(libraries)),
     }
     trials: dict[float, float] = {}
     if settled.trial:
 
         def learn(trial: Params) -> Course:
-            return train(fresh(trial.max_steps), tokenizer, rows["train"], rows["validation"], trial, compute)
+            return material.train(material.model(variant, trial, compute, base_model, steps(len(example_ids), trial)), trial, compute)
 
         trials = auto.sweep(settled.trial, learn, checkpoints / "sweep.json", identity | _settings(settled.trial, compute))
         chosen["learning_rate"] = auto.best(trials, settled.trial)
         params = auto.put(params, chosen)
     for name, choice in chosen.items():
         log.info(f"training {variant}: {name} {choice.value:g}: {choice.why}")
-    tunable = fresh(total)
+    total = steps(len(example_ids), params, compute.processes)
+    tunable = material.model(variant, params, compute, base_model, total)
     model, before = tunable.model, checkpoints / "before.safetensors"
     refuse_full_disk(_disk(tunable, params, checkpoints, out), where)
     proof.before_training(model, before)
@@ -125,22 +154,16 @@ def run(
     log.info(
         f"training {variant}: {tunable.trainable:,} of {tunable.total:,} parameters ({100 * tunable.trainable / tunable.total:.2f} %),"
         f" {tokens:,} tokens an epoch, {str(dtype).removeprefix('torch.')} on {device}"
+        + (f", {compute.processes} processes" if compute.processes > 1 else "")
     )
-    identity |= _settings(params, compute) | {"weights at the start": sha256_of([before])}
+    identity |= _settings(params, compute) | {"weights at the start": sha256_of([before]), "attention": tunable.attention}
+    kept_at = Checkpoints(checkpoints, identity, params.save_total_limit)
     try:
-        course = (
-            _fit(tunable, rows, category)
-            if tunable.fit
-            else train(
-                tunable,
-                tokenizer,
-                rows["train"],
-                rows["validation"],
-                params,
-                compute,
-                Checkpoints(checkpoints, identity, params.save_total_limit),
-            )
-        )
+        if tunable.fit:
+            course = _fit(tunable, rows, material.category)
+        else:
+            with together(gpus, partial(_accompany, variant, params, compute, tokenized, base_model, checkpoints)):
+                course = material.train(tunable, params, compute, kept_at)
     except Diverged as diverged:
         return _diverged(diverged, example_ids)
     tunable.save(out)
@@ -168,9 +191,11 @@ def run(
         **({"sweep": points} if points else {}),
         "seed": compute.seed,
         "threads": compute.threads,
+        "processes": compute.processes,
         "dtype": str(dtype).removeprefix("torch."),
         "device": device.type,
-        "versions": proof.versions(LIBRARIES),
+        "attention": tunable.attention,
+        "versions": proof.versions(libraries),
     }
     write_json(out / "training.json", document)
     if course.seconds:
@@ -211,6 +236,14 @@ def run(
     if not report.failures:
         remove(checkpoints)
     return report
+
+
+def _accompany(variant: str, params: Params, compute: Compute, tokenized: Path, base_model: Path, checkpoints: Path) -> None:
+    """What the other processes of a training do: the same training, of which nothing is written."""
+    material = _Material.read(params.method, tokenized, base_model)
+    total = steps(len(material.rows["train"]), params, compute.processes)
+    tunable = material.model(variant, params, compute, base_model, total)
+    material.train(tunable, params.model_copy(update={"report_to": "none"}), compute, Checkpoints(checkpoints, {}))
 
 
 def _settings(params: Params, compute: Compute) -> dict[str, str]:

@@ -89,14 +89,16 @@ class Settled(Generic[R]):
     """How to train a trial of the sweep that corrects `learning_rate`; None: there is none."""
 
 
-def settle(params: R, method: str, peft: Mapping[str, Any], examples: int, rows: int, validates: bool) -> Settled[R]:
+def settle(params: R, method: str, peft: Mapping[str, Any], examples: int, rows: int, validates: bool, processes: int = 1) -> Settled[R]:
     """Put a number in place of each `auto`. The same for the training and for the plan of it.
 
     Args:
         params: an adapter's entry, whose `method` and `peft` the next two are.
         examples, rows: of the training split, a row being a packed row.
         validates: there is a validation split.
+        processes: that share the passes of a step. A trial makes all of them in one.
     """
+    passes = params.gradient_accumulation_steps * processes
     entry: dict[str, Any] = params.model_dump()
     of, chosen = band(examples), dict[str, Choice]()
     size = f"{examples:,} examples ({of.name})"
@@ -111,7 +113,7 @@ def settle(params: R, method: str, peft: Mapping[str, Any], examples: int, rows:
         if "lora_alpha" not in peft:
             chosen["peft.lora_alpha"] = Choice(2 * r, "twice peft.r")
     if entry["per_device_train_batch_size"] == AUTO:
-        wanted, together = of.at(examples, of.examples_per_step), examples / rows * params.gradient_accumulation_steps
+        wanted, together = of.at(examples, of.examples_per_step), examples / rows * passes
         n = min(max(round(wanted / together), 1), rows)
         chosen["per_device_train_batch_size"] = Choice(
             n, f"{n * together:.3g} examples a step, a packed row holding {examples / rows:.3g}; guideline {wanted:.3g} for {size}"
@@ -122,7 +124,7 @@ def settle(params: R, method: str, peft: Mapping[str, Any], examples: int, rows:
         alone = "" if sweeps else "; no validation split to correct it by" if by_steps else f"; {method} takes no optimizer steps"
         chosen["learning_rate"] = Choice(of.learning_rate, f"guideline for {size}{alone}")
     settled = put(params, chosen)
-    return Settled(settled, chosen, _trial(settled, steps(rows, settled)) if sweeps else None)
+    return Settled(settled, chosen, _trial(settled, steps(rows, settled, processes), passes) if sweeps else None)
 
 
 def put(params: R, chosen: Mapping[str, Choice]) -> R:
@@ -134,10 +136,11 @@ def put(params: R, chosen: Mapping[str, Choice]) -> R:
     return type(params).model_validate(values)
 
 
-def _trial(params: R, total: int) -> R:
+def _trial(params: R, total: int, passes: int) -> R:
     """The training in short, with a warm-up and a decay of its own."""
     n = min(total, max(LEAST_STEPS, total // 10))
     changed = {"max_steps": n, "warmup_steps": math.ceil(warmup(total, params) * n / total), "save_strategy": "no", "report_to": "none"}
+    changed |= {"gradient_accumulation_steps": passes}
     return params.model_copy(update=changed | {"early_stopping_patience": None, "load_best_model_at_end": False})
 
 

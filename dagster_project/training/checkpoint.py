@@ -139,6 +139,10 @@ class Checkpoints:
             log.warning(f"training: the checkpoints are of another training (differs: {', '.join(differing)}); set aside, starting anew")
         return None
 
+    def at(self, step: int) -> Saved:
+        """The checkpoint of a step, which another process has found whole."""
+        return Saved(self.folder / f"step-{step:08d}", step)
+
     def _complete(self) -> list[Path]:
         """Folders with a marker, newest step first."""
         return sorted((path.parent for path in self.folder.glob(f"step-*/{MARKER}") if path.parent.suffix == ""), reverse=True)

@@ -421,7 +421,13 @@ class Tunable:
     restore: Callable[[dict[str, torch.Tensor]], None] = _nothing
     """Take up what `state` gave."""
 
-    def hidden_states(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    @property
+    def attention(self) -> str:
+        """Which one computes, as transformers names it or `attention_for` does."""
+        base = self.model.base if self.fit else self.model  # a classifier is no transformers model itself
+        return str(base.config._attn_implementation)
+
+    def hidden_states(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         """The last hidden states of a batch, (rows, tokens, size), in the dtype of the output layer: one for each of its input_ids, whatever the
         method puts before them.
 
@@ -441,6 +447,7 @@ class Tunable:
                     input_ids=inputs["input_ids"],
                     position_ids=inputs["position_ids"],
                     cu_seq_lens_q=inputs["cu_seq_lens_q"],
+                    max_length_q=inputs["max_length_q"],
                     use_cache=False,
                 ).last_hidden_state
         return found.to(causal.get_output_embeddings().weight.dtype)
@@ -514,7 +521,7 @@ def build(
     from dagster_project.training.lora import fuse
 
     virtual = CANNOT_MERGE.get(name) == VIRTUAL
-    base = load_base(base_model, device, dtype, held, "sdpa" if virtual else attention_for(device))
+    base = load_base(base_model, device, dtype, held, "sdpa" if virtual else attention_for(device, dtype))
     config = peft_config(method, options, where, base, total_steps, str(base_model))
     try:
         model = get_peft_model(base, config)
@@ -558,7 +565,7 @@ def _weights(record: Tuned, patterns: Sequence[str], base_model: Path, device: t
     import torch
     from transformers import AutoConfig
 
-    model = load_base(base_model, device, torch.float32, attention=attention_for(device))
+    model = load_base(base_model, device, torch.float32, attention=attention_for(device, dtype))
     stored = AutoConfig.from_pretrained(base_model, trust_remote_code=False).dtype or torch.float32
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):  # tied weights have several names

@@ -24,7 +24,7 @@ from dagster_project.chat import IGNORE
 from dagster_project.errors import InputError, PedigreeError
 from dagster_project.params import Compute, Section
 from dagster_project.progress import Progress
-from dagster_project.training import checkpoint
+from dagster_project.training import checkpoint, processes
 from dagster_project.training.checkpoint import Checkpoints
 from dagster_project.training.methods import Tunable, apart
 from dagster_project.training.proof import trainable
@@ -103,6 +103,8 @@ class Recipe(Section):
     """Trade a third more time for memory that no longer grows with depth."""
     compile: Literal["none", "layers"] = "none"
     """`layers` compiles each decoder layer with torch.compile: slower to start, faster per step. Needs a C++ compiler on a CPU."""
+    use_liger_kernel: bool = False
+    """Normalization, rotation and the gated MLP by Liger's fused kernels. The loss stays ours. Needs a GPU and `pip install 'pedigree[gpu]'`."""
     early_stopping_patience: int | None = Field(default=None, ge=1)
     """Stop after this many epochs in a row without a lower validation loss; null to train to the end."""
     load_best_model_at_end: bool = False
@@ -178,14 +180,14 @@ class Course:
         return patience is not None and best is not None and sum(step > best[0] for step, _ in self.watched) >= patience
 
 
-def steps(rows: int, recipe: Recipe) -> int:
-    """Optimizer steps of a run over `rows` packed rows."""
-    planned = steps_per_epoch(rows, recipe) * recipe.num_train_epochs
+def steps(rows: int, recipe: Recipe, processes: int = 1) -> int:
+    """Optimizer steps of a run over `rows` packed rows, whose steps `processes` share."""
+    planned = steps_per_epoch(rows, recipe, processes) * recipe.num_train_epochs
     return min(planned, recipe.max_steps or planned)
 
 
-def steps_per_epoch(rows: int, recipe: Recipe) -> int:
-    return math.ceil(rows / (recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps))
+def steps_per_epoch(rows: int, recipe: Recipe, processes: int = 1) -> int:
+    return math.ceil(rows / (recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps * processes))
 
 
 def warmup(total: int, recipe: Recipe) -> int:
@@ -195,7 +197,8 @@ def warmup(total: int, recipe: Recipe) -> int:
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Packed rows to one batch without padding: input_ids, labels, position_ids (1, tokens) int64, weights (1, tokens) float32, the
-    examples' bounds `cu_seq_lens_q` (examples + 1) int32, named as flash attention names them, and the rows' numbers `rows` (rows) int64.
+    examples' bounds `cu_seq_lens_q` (examples + 1) int32 and the longest's length `max_length_q`, named as flash attention names them, and the
+    rows' numbers `rows` (rows) int64.
 
     Positions start at 0 for each example and no attention mask is given, from which every attention knows that examples are strangers.
     An example's first token has nothing to be predicted from, so it is no label:
@@ -212,6 +215,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "weights": torch.tensor([[weight for row in rows for weight in row["weights"]]]),
         "position_ids": torch.tensor([positions]),
         "cu_seq_lens_q": torch.tensor([0, *accumulate(length for row in rows for length in row["lengths"])], dtype=torch.int32),
+        "max_length_q": max(length for row in rows for length in row["lengths"]),
         "rows": torch.tensor([row.get("row", -1) for row in rows]),
     }
 
@@ -250,6 +254,10 @@ def refuse_mistakes(recipe: Recipe, where: str, lengths: Sequence[Sequence[int]]
     for name in recipe.trackers:
         if not any(map(find_spec, packages[name])):
             wrong.append((f"{where}.report_to: {name} is not installed", f"pip install {name}, or set report_to: none"))
+    if recipe.use_liger_kernel and not find_spec("liger_kernel"):
+        wrong.append((f"{where}.use_liger_kernel: Liger is not installed", "pip install 'pedigree[gpu]'"))
+    elif recipe.use_liger_kernel and not torch.cuda.is_available():
+        wrong.append((f"{where}.use_liger_kernel: Liger's kernels run on a GPU, and there is none", "leave it out"))
     if wrong:
         raise InputError("\n".join(f"params.yaml: {what}" for what, _ in wrong), "; ".join(hint for _, hint in wrong))
 
@@ -280,7 +288,10 @@ def advice_on_memory() -> Iterator[None]:
 
 @contextmanager
 def stop_on_request() -> Iterator[Callable[[], bool]]:
-    """While open, the first SIGINT or SIGTERM is only noted, for the loop to stop where it can go on later; another, a second later, interrupts."""
+    """While open, the first SIGINT or SIGTERM is only noted, for the loop to stop where it can go on later; another, a second later, interrupts.
+
+    Of several processes the first is asked, and takes the others with it.
+    """
     asked: list[float] = []
 
     def ask(number: int, _: Any) -> None:
@@ -290,7 +301,7 @@ def stop_on_request() -> Iterator[Callable[[], bool]]:
             log.warning("training: stopping after this step; once more to stop at once, without a checkpoint")
         asked.append(time.monotonic())
 
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or processes.place().rank:
         yield lambda: False
         return
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -312,10 +323,15 @@ def train(
 ) -> Course:
     """Train a model in place, from its newest checkpoint if it has one.
 
+    With several processes every one walks through the same batches in the same order, as if it were alone and accumulated all of a step's
+    passes. It does its share of them (the n-th is that of process n modulo their number), and gradients and losses are summed before the
+    optimizer steps. So no row is missing or doubled, whatever the numbers, and all processes hold the same weights. Dropout in a pass depends on
+    the seed and the pass alone. The first process alone writes.
+
     Args:
         tunable: as `methods.build` makes it.
         train_rows, validation_rows: `datasets.Dataset` with input_ids, labels, weights and lengths, each row a packed row.
-        checkpoints: where to keep them; None to keep none.
+        checkpoints: where to keep them; None to keep none. All processes go on from what the first has found there.
     Raises:
         Interrupted: SIGINT or SIGTERM came; a checkpoint has been written.
         Diverged: a loss or a gradient is not finite. The checkpoints are from before.
@@ -329,16 +345,24 @@ def train(
     from trl import SFTConfig, SFTTrainer
 
     model = tunable.model
-    total, per_epoch = steps(len(train_rows), recipe), steps_per_epoch(len(train_rows), recipe)
+    here = processes.place()
+    total, per_epoch = steps(len(train_rows), recipe, here.size), steps_per_epoch(len(train_rows), recipe, here.size)
+    passes_per_step = recipe.gradient_accumulation_steps * here.size
     lengths = [sum(row) for row in train_rows["lengths"]]
-    saved = checkpoints.newest() if checkpoints else None
+    saved = checkpoints.newest() if checkpoints and not here.rank else None
+    went_on_from = int(processes.from_first(torch.tensor(saved.step if saved else 0, device=model.device)))
+    if here.rank:
+        saved = checkpoints.at(went_on_from) if checkpoints and went_on_from else None
+        checkpoints = None
     state = saved.state(model.device) if saved else {}
     course = (
         Course(**saved.document("course"), seen=[(step, epoch, row) for step, epoch, row in state["seen"].tolist()]) if saved else Course()
     )
     best = saved.tensors("best") if saved else {}
-    watched = {"nats": 0.0, "tokens": 0}  # of the evaluation under way: the Trainer would average over rows, however few tokens they hold
+    watched = {"nats": 0.0, "tokens": 0, "passes": 0}  # of the evaluation under way: the Trainer would average over rows, however short
     batch: dict[str, Any] = {}  # the one under way
+    step_losses: list[torch.Tensor] = []  # of the passes of the step under way; zero where another process does the pass
+    step_rows: list[list[int]] = []
 
     class PackedTrainer(SFTTrainer):
         """TRL's trainer with logits only where a label counts (with a large vocabulary the rest is much work in vain), weighted.
@@ -362,22 +386,43 @@ def train(
             if model.training:
                 more = tunable.extra_loss(model)
                 loss = loss if more is None else loss + more
-                step, rows = self.state.global_step + 1, inputs["rows"].tolist()
-                if not torch.isfinite(loss):
-                    raise Diverged(f"the loss is {float(loss)}", step, rows)
-                course.seen += [(step, (step - 1) // per_epoch + 1, row) for row in rows]
-                course.tokens += sum(lengths[row] for row in rows)
-                course.trained_tokens += len(losses)
             else:
                 watched["nats"] += float(losses.double().sum())
                 watched["tokens"] += len(losses)
             return (loss, None) if return_outputs else loss
+
+        def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+            step, rows = self.state.global_step + 1, inputs["rows"].tolist()
+            course.seen += [(step, (step - 1) // per_epoch + 1, row) for row in rows]
+            course.tokens += sum(lengths[row] for row in rows)
+            course.trained_tokens += int((inputs["labels"][:, 1:] != IGNORE).sum())
+            if here.size > 1:
+                torch.manual_seed(processes.seed_of(compute.seed, step, len(step_rows)))
+            mine = here.does(len(step_rows))
+            step_rows.append(rows)
+            step_losses.append(super().training_step(model, inputs, num_items_in_batch) if mine else torch.zeros((), device=model.device))
+            if not self.accelerator.sync_gradients:
+                return torch.zeros_like(step_losses[0])
+            found = processes.summed(torch.stack(step_losses))
+            for loss, rows in zip(found, step_rows, strict=True):
+                if not torch.isfinite(loss):
+                    raise Diverged(f"the loss is {float(loss)}", step, rows)
+            processes.sum_gradients(list(trainable(model).values()))
+            step_losses.clear()
+            step_rows.clear()
+            return sum(found)  # one after another, as the Trainer would
+
+        def prediction_step(self, *arguments: Any, **named: Any) -> Any:
+            mine = here.does(int(watched["passes"]))
+            watched["passes"] += 1
+            return super().prediction_step(*arguments, **named) if mine else (torch.zeros((), device=self.model.device), None, None)
 
         def _get_train_sampler(self, *arguments: Any) -> Any:
             return ByLength() if recipe.group_by_length else super()._get_train_sampler(*arguments)
 
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
             if checkpoints:
+                processes.refuse_lost()
                 now = {
                     "optimizer": checkpoint.optimizer_state(self.optimizer),
                     "schedule": self.lr_scheduler.state_dict(),
@@ -422,7 +467,7 @@ def train(
             return len(lengths)
 
         def __iter__(self) -> Iterator[int]:
-            together = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
+            together = recipe.per_device_train_batch_size * passes_per_step
             dice = torch.Generator().manual_seed(compute.seed + self.epoch)
             return iter(get_length_grouped_indices(lengths, together, generator=dice))
 
@@ -453,8 +498,10 @@ def train(
                 if write_progress:
                     write_progress(lambda: _progress_document(course, total, per_epoch, speed, clock() / state.global_step))
             if "eval_loss" in logs:
-                loss = watched["nats"] / watched["tokens"]
-                watched.update(nats=0.0, tokens=0)
+                counts = torch.tensor([watched["nats"], watched["tokens"]], dtype=torch.float64, device=model.device)
+                nats, tokens = processes.summed(counts).tolist()
+                loss = nats / tokens
+                watched.update(nats=0.0, tokens=0, passes=0)
                 course.curve.append({"step": state.global_step, "validation_loss": loss})
                 log.info(f"training: step {state.global_step}, validation loss {loss:.3f}")
 
@@ -535,7 +582,7 @@ def train(
             weight_decay=recipe.weight_decay,
             per_device_train_batch_size=recipe.per_device_train_batch_size,
             per_device_eval_batch_size=recipe.per_device_train_batch_size,
-            gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+            gradient_accumulation_steps=passes_per_step,
             max_grad_norm=recipe.max_grad_norm,
             gradient_checkpointing=recipe.gradient_checkpointing,
         )
@@ -551,9 +598,13 @@ def train(
         trainer.model_accepts_loss_kwargs = False  # our loss is a mean already: let the Trainer average over accumulation steps
         for printer in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:
             trainer.remove_callback(printer)
+        if recipe.use_liger_kernel:
+            use_liger_kernels(causal(model))
         if recipe.compile == "layers":
             compile_layers(model)
         noise = add_noise(causal(model).get_input_embeddings(), recipe.neftune_noise_alpha, batch) if recipe.neftune_noise_alpha else None
+        for weight in trainable(model).values():
+            processes.from_first(weight.data)
         if saved:
             log.info(f"training: going on from the checkpoint of step {saved.step} of {total}")
         elif validation_rows:
@@ -563,6 +614,7 @@ def train(
             tunable.restore(state["method"])
         else:
             trainer.train(resume_from_checkpoint=str(saved.folder) if saved else None)
+        processes.refuse_lost()
         if noise:
             noise.remove()
         if recipe.load_best_model_at_end:
@@ -604,6 +656,22 @@ def compile_layers(model: Any) -> None:
     for module in model.modules():
         if type(module).__name__ in kinds:
             module.compile(dynamic=True)
+
+
+def use_liger_kernels(model: Any) -> None:
+    """Liger's kernels for a model's norms, rotation and gated MLPs, those of its layers that are there already. Ours computes the loss.
+
+    Raises:
+        InputError: Liger has no kernels for such a model.
+    """
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    from transformers.integrations.liger import apply_liger_kernel
+
+    if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise InputError(
+            f"params.yaml: use_liger_kernel: Liger has no kernels for {model.config.model_type}", "leave it out: other models train without"
+        )
+    apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
 
 
 def add_noise(embeddings: Any, alpha: float, batch: dict[str, Any]) -> Any:

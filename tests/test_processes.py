@@ -1,0 +1,287 @@
+"""Several processes train what one would: the same rows once each, the same gradients, the same bytes each time, and nobody is left behind.
+
+Run as a script this file is where they train: it loads the libraries once and forks what else would be started anew.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from test_resume import RECIPE, ROOT, forked, made, make_data
+
+from dagster_project.errors import InputError, PedigreeError
+from dagster_project.params import Compute
+from dagster_project.records import read_table, write_table
+from dagster_project.stages import adapter
+from dagster_project.training import processes
+from dagster_project.training.processes import Place, claim_gpus, together
+from dagster_project.training.sft import steps
+
+PLAIN = {**RECIPE, "peft": {**RECIPE["peft"], "lora_dropout": 0.0}, "neftune_noise_alpha": None}
+"""Seven rows an epoch: of the four steps the last has one row, and so one process has none."""
+LOST = "run again: training goes on from its newest checkpoint"
+
+
+# the processes that train -----------------------------------------------------------------------------------------------------------------
+
+
+def tune(folder: Path, model: Path, name: str, count: int, recipe: dict[str, Any], accumulation: int, data: str = "tokenized") -> None:
+    """The stage; its outputs, its report or what it says go under folder/name."""
+    out = folder / name
+    out.mkdir(exist_ok=True)
+    compute = Compute(threads=1, dtype="float32", processes=count)
+    params = adapter.Params(**{**recipe, "gradient_accumulation_steps": accumulation})
+    try:
+        report = adapter.run("x", params, compute, folder / data, model, out, out / "loss.csv", folder / "checkpoints" / name)
+    except PedigreeError as error:
+        (folder / f"{name}.said").write_text(str(error))
+        os._exit(error.exit_code)
+    (out / "report.json").write_text(json.dumps(report.document()))
+
+
+def at_pass(number: int, do: Callable[[], None]) -> None:
+    """Arrange for something to happen to the first process after a pass of its own, counted from 1."""
+    from transformers import Trainer
+
+    whole, done, first = Trainer.training_step, 0, os.getpid()
+
+    def step(*arguments: Any, **named: Any) -> Any:
+        nonlocal done
+        found = whole(*arguments, **named)
+        done += os.getpid() == first
+        if done == number and os.getpid() == first:
+            do()
+        return found
+
+    Trainer.training_step = step
+
+
+def others() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
+
+
+def main() -> None:
+    import multiprocessing
+
+    import datasets  # noqa: F401  what each run needs, loaded once
+    import peft  # noqa: F401
+    import torch
+    import trl
+
+    assert trl.SFTTrainer and torch.get_num_threads()
+    folder, model = Path(sys.argv[1]), Path(sys.argv[2])
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    whole = multiprocessing.get_context
+    multiprocessing.get_context = lambda _=None: whole("fork")  # type: ignore[assignment,misc]
+    processes.BUCKET = 300  # so that gradients take several
+
+    def everybody_is_asked_to_stop() -> None:
+        for process in [*others(), psutil.Process()]:
+            process.send_signal(signal.SIGINT)
+
+    def the_first_is_killed() -> None:
+        (folder / "pids").write_text(json.dumps([process.pid for process in others()]))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    found = {}
+    for name, count, accumulation, recipe, arrange in (
+        ("one", 1, 2, PLAIN, None),
+        ("two", 2, 1, PLAIN, None),
+        ("first", 2, 2, RECIPE, None),
+        ("second", 2, 2, RECIPE, None),
+        ("four", 4, 1, RECIPE, None),
+        ("killed", 2, 2, RECIPE, lambda: at_pass(8, the_first_is_killed)),
+        ("killed", 2, 2, RECIPE, None),
+        ("stopped", 2, 2, {**RECIPE, "save_strategy": "no"}, lambda: at_pass(5, everybody_is_asked_to_stop)),
+        ("stopped", 2, 2, {**RECIPE, "save_strategy": "no"}, None),
+        ("lonely", 2, 2, RECIPE, lambda: at_pass(5, lambda: others()[0].kill())),
+        ("diverged", 2, 1, {**PLAIN, "data": "bad"}, None),
+    ):
+        data = recipe.pop("data", "tokenized") if "data" in recipe else "tokenized"
+
+        def work(name=name, count=count, recipe=recipe, accumulation=accumulation, arrange=arrange, data=data) -> None:  # type: ignore[no-untyped-def]
+            if arrange:
+                arrange()
+            tune(folder, model, name, count, recipe, accumulation, data)
+
+        found.setdefault(name, []).append(forked(work, folder / f"{name}.log"))
+    print(json.dumps(found))
+
+
+# the tests --------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple[Path, dict[str, list[int]]]:
+    """The folder of all trainings of `main`, and with what each of their runs ended."""
+    from dagster_project.stages.tokenized import row_schema
+
+    folder = tmp_path_factory.mktemp("processes")
+    make_data(folder)
+    rows = read_table(folder / "tokenized" / "train.parquet")
+    rows[4]["weights"] = [float("nan") for _ in rows[4]["weights"]]
+    write_table(folder / "bad" / "train.parquet", rows, row_schema())
+    write_table(folder / "bad" / "validation.parquet", read_table(folder / "tokenized" / "validation.parquet"), row_schema())
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, str(folder), str(tiny_model)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads(done.stdout.splitlines()[-1])
+
+
+def ended(trained: tuple[Path, dict[str, list[int]]], name: str) -> list[int]:
+    folder, ends = trained
+    return ends[name] if ends[name] != [1] or (folder / f"{name}.said").exists() else pytest.fail((folder / f"{name}.log").read_text())
+
+
+def test_two_processes_learn_what_one_learns_with_twice_the_passes(trained: Any) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    assert ended(trained, "one") == ended(trained, "two") == [0]
+    one, two = (load_file(trained[0] / name / "adapter_model.safetensors") for name in ("one", "two"))
+    before = load_file(trained[0] / "four" / "adapter_model.safetensors")
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, atol=1e-6, rtol=0)
+        assert not torch.equal(before[name], weight), "another training ends in the same weights, so nothing is shown"
+    for file in ("examples.parquet", "loss.csv"):
+        assert made(trained[0], "one")[file] == made(trained[0], "two")[file]
+    alone, shared = (json.loads((trained[0] / name / "training.json").read_text()) for name in ("one", "two"))
+    assert (alone.pop("processes"), shared.pop("processes")) == (1, 2)
+    assert [point["validation_loss"] for point in shared.pop("validation")] == pytest.approx(
+        [point["validation_loss"] for point in alone.pop("validation")], abs=1e-9
+    )
+    for document in (alone, shared):
+        document["settings"].pop("gradient_accumulation_steps")
+    assert shared == alone
+
+
+def test_each_row_is_seen_once_an_epoch_whatever_the_numbers(trained: Any) -> None:
+    assert ended(trained, "four") == [0]
+    for name, in_a_step in (("two", 2), ("four", 4)):
+        seen = read_table(trained[0] / name / "examples.parquet")
+        rows = [example["example_id"].split(".")[0] for example in seen[::4]]
+        assert [row["step"] for row in seen] == sorted(row["step"] for row in seen)
+        for epoch in range(3):
+            assert sorted(rows[7 * epoch : 7 * epoch + 7]) == [f"train{n}" for n in range(7)]
+        recipe = adapter.Params(**{**PLAIN, "gradient_accumulation_steps": 1})
+        assert seen[-1]["step"] == steps(7, recipe, in_a_step) == json.loads((trained[0] / name / "training.json").read_text())["steps"]
+
+
+def test_what_is_random_depends_neither_on_the_run_nor_on_which_process_does_a_pass(trained: Any) -> None:
+    assert ended(trained, "first") == ended(trained, "second") == [0]
+    assert made(trained[0], "first") == made(trained[0], "second")
+    weights = "adapter_model.safetensors"
+    assert made(trained[0], "four")[weights] != made(trained[0], "one")[weights]
+    import torch
+    from safetensors.torch import load_file
+
+    two, four = (load_file(trained[0] / name / weights) for name in ("first", "four"))
+    for name, weight in two.items():
+        torch.testing.assert_close(four[name], weight, atol=1e-6, rtol=0)
+
+
+def test_a_killed_training_leaves_no_process_and_ends_in_the_same_bytes(trained: Any) -> None:
+    assert ended(trained, "killed") == [-signal.SIGKILL, 0]
+    left = json.loads((trained[0] / "pids").read_text())
+    assert left
+    assert not [pid for pid in left if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+    assert "going on from the checkpoint of step 2 of 6" in (trained[0] / "killed.log").read_text()
+    assert made(trained[0], "killed") == made(trained[0], "first")
+
+
+def test_a_stopped_training_stops_within_the_step_and_ends_in_the_same_bytes(trained: Any) -> None:
+    assert ended(trained, "stopped") == [130, 0]
+    assert (trained[0] / "stopped.said").read_text().startswith("interrupted at step 3; the next run goes on from there")
+    weights = "adapter_model.safetensors"
+    assert made(trained[0], "stopped")[weights] == made(trained[0], "first")[weights]
+
+
+def test_a_process_that_is_lost_ends_the_training_with_one_message(trained: Any) -> None:
+    assert ended(trained, "lonely") == [1]
+    assert (trained[0] / "lonely.said").read_text() == f"process 2 of 2 was killed\nhint: {LOST}"
+    assert list((trained[0] / "lonely").iterdir()) == []
+
+
+def test_a_loss_that_is_no_number_in_any_process_names_the_examples(trained: Any) -> None:
+    assert ended(trained, "diverged") == [0]
+    learned = json.loads((trained[0] / "diverged" / "report.json").read_text())["checks"]["learned"]
+    assert learned["note"].startswith("the loss is nan at step ")
+    assert learned["rows"] == [f"train4.{n}" for n in range(4)]
+
+
+def count_and_leave(folder: Path) -> None:
+    """The work of another process: a sum, and a word."""
+    import torch
+
+    print("nobody hears this")
+    total = processes.summed(torch.tensor([float(processes.place().rank + 1)]))
+    (folder / f"{processes.place().rank}").write_text(str(total.item()))
+
+
+def run_out_of_memory() -> None:
+    raise PedigreeError("training ran out of memory", "lower it")
+
+
+def test_processes_are_started_anew_meet_and_are_gone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    with together(["", ""], partial(count_and_leave, tmp_path)):
+        assert processes.place() == Place(0, 2)
+        assert processes.summed(torch.tensor([1.0])).tolist() == [3.0]
+        [other] = [child for child in others() if "spawn_main" in " ".join(child.cmdline())]
+        while not (tmp_path / "1").exists() or not (tmp_path / "1").read_text():
+            time.sleep(0.01)
+    assert (tmp_path / "1").read_text() == "3.0"
+    assert not other.is_running()
+    assert processes.place() == Place(0, 1)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_another_process_says_when_it_fails_is_said() -> None:
+    import torch
+
+    with (
+        pytest.raises(PedigreeError, match=re.escape("process 2 of 2 failed: training ran out of memory\nhint: lower it")),
+        together(["", ""], run_out_of_memory),
+    ):
+        processes.summed(torch.tensor([1.0]))
+        processes.summed(torch.tensor([1.0]))
+
+
+def test_more_processes_than_gpus_are_refused_and_each_sees_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InputError, match=re.escape("compute.processes: 3 processes, and there are 2 GPUs\nhint: set it to 2")):
+        claim_gpus(3)
+    assert claim_gpus(2) == ["4", "5"]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert claim_gpus(3) == ["", "", ""], "on a CPU there is nothing to share out"
+
+
+def test_a_method_that_takes_no_steps_is_refused(tmp_path: Path) -> None:
+    params = adapter.Params(method="feature_extraction", merge=False)
+    with pytest.raises(
+        InputError, match=re.escape("compute.processes: 2, and adapter.x trains by feature_extraction, which takes no steps to share")
+    ):
+        adapter.run("x", params, Compute(processes=2), tmp_path, tmp_path, tmp_path, tmp_path / "loss.csv", tmp_path)
+
+
+if __name__ == "__main__":
+    main()
