@@ -124,7 +124,8 @@ def validation_loss(tunable: Any, rows: list[dict[str, Any]]) -> float:
     total, count = 0.0, 0
     with torch.no_grad():
         for row in rows:
-            batch = {name: value.to(causal.device) for name, value in (collate([row]) if tunable.packs else apart([row])).items()}
+            batch = collate([row]) if tunable.packs else apart([row])
+            batch = {name: value.to(causal.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
             labels = batch["labels"][:, 1:]
             counted = labels != IGNORE
             logits = causal.get_output_embeddings()(tunable.hidden_states(batch)[:, :-1][counted]).float()
