@@ -13,8 +13,8 @@ from typing import Any
 
 import dagster as dg
 
-from dagster_project.curation.page import visible
 from dagster_project.doors.dvc import StageState, digest
+from dagster_project.markup import visible
 from dagster_project.pipeline import Pipeline
 
 CODE_VERSION = "1"
