@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -60,13 +59,13 @@ def child(name: str, base_model: Path, dtype_name: str, length: int, checkpointi
     from transformers import AutoConfig, AutoTokenizer
 
     from dagster_project.params import Compute
+    from dagster_project.training import memory
     from dagster_project.training.hardware import prepare
     from dagster_project.training.methods import build
     from dagster_project.training.sft import Recipe, train
 
     compute = Compute(threads=1, dtype=dtype_name)
     device, dtype = prepare(compute)
-    import torch
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     method, options = settings(name, AutoConfig.from_pretrained(base_model).num_hidden_layers)
@@ -82,8 +81,7 @@ def child(name: str, base_model: Path, dtype_name: str, length: int, checkpointi
     stamps: list[float] = []
     register_optimizer_step_post_hook(lambda *_: stamps.append(time.process_time()))
     train(model, tokenizer, Dataset.from_list([row] * 3), None, Recipe(num_train_epochs=1, gradient_checkpointing=checkpointing), compute)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if device.type == "cpu" else torch.cuda.max_memory_allocated()
-    print(json.dumps({"peak": peak, "seconds": (stamps[-1] - stamps[0]) / (len(stamps) - 1), "device": device.type}))
+    print(json.dumps({"peak": memory.peak(device.type), "seconds": (stamps[-1] - stamps[0]) / (len(stamps) - 1), "device": device.type}))
 
 
 def python(*arguments: str) -> str:

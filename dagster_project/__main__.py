@@ -151,7 +151,7 @@ class _Plain(logging.Formatter):
 
 def _visible(text: str) -> str:
     """For a terminal: names come from data, so none may steer it, or fill it."""
-    from dagster_project.curation.page import visible
+    from dagster_project.markup import visible
 
     return "\n".join(line if len(line) <= LINE else f"{line[:LINE]} ..." for line in visible(text).split("\n"))
 

@@ -49,6 +49,12 @@ class At:
         """Folder for what people look at (HTML, files to fill in), data/pages/<stage>[/<variant>]. Kept also when a blocking check fails; not tracked."""
         return self.scratch / "data" / "pages" / self.stage / (self.variant or "")
 
+    @property
+    def live(self) -> Path:
+        """Folder for tables that grow while the stage runs, data/live/<stage>[/<variant>], one figure each: a view for `dvc plots` and Dagster.
+        The one place that is written to at once; not tracked, and what is in it decides nothing."""
+        return self.root / "data" / "live" / self.stage / (self.variant or "")
+
     def plot(self, name: str) -> Path:
         """A table for `dvc plots`, data/plots/<name>[/<variant>].csv."""
         return self.scratch / "data" / "plots" / (f"{name}/{self.variant}.csv" if self.variant else f"{name}.csv")
@@ -117,6 +123,8 @@ def adapter(at: At) -> Report:
         out=at.out,
         curve_file=at.plot("loss"),
         checkpoints=at.root / ".dvc" / "tmp" / "pedigree" / "checkpoints" / str(at.variant),
+        live=at.live,
+        pages=at.pages,
     )
 
 

@@ -177,6 +177,8 @@ class Report:
     """Reason -> rows. rows_in == rows_out + sum(dropped.values()), always."""
     metrics: dict[str, Any] = field(default_factory=dict)
     checks: list[CheckResult] = field(default_factory=list)
+    measured: dict[str, float] = field(default_factory=dict)
+    """What this very run took: bytes, seconds, tokens a second. Shown, and never in a file that is tracked: it differs from run to run."""
 
     def __post_init__(self) -> None:
         if self.rows_in is not None and self.rows_out is not None and self.rows_in != self.rows_out + sum(self.dropped.values()):
@@ -199,10 +201,14 @@ class Report:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """In one step, so that whoever reads meanwhile finds the old document or the new one."""
+    write_text(path, json.dumps(document, indent=1, ensure_ascii=False, sort_keys=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """In one step, so that whoever reads meanwhile finds the old text or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(document, indent=1, ensure_ascii=False, sort_keys=False) + "\n", encoding="utf-8")
+    scratch.write_text(text, encoding="utf-8")
     scratch.replace(path)
 
 

@@ -20,7 +20,7 @@ from dagster_project import params
 from dagster_project.doors import dvc
 from dagster_project.errors import PedigreeError
 from dagster_project.pipeline import At, Pipeline
-from dagster_project.records import CheckResult, Report
+from dagster_project.records import CheckResult, Report, write_text
 
 STAGES = ("raw", "inst", "tok", "adapter", "cmp", "extra")
 LOG = "runs.log"
@@ -71,9 +71,14 @@ def tok(at: At) -> Report:
 
 def adapter(at: At) -> Report:
     _started(at)
+    for step in range(int(os.environ.get("STEPS", "0"))):  # a training that can be watched
+        write_text(at.live / "loss.csv", f"step,loss\n{step + 1},{1 / (step + 1)}\n")
+        write_text(at.live / "tokens_per_second.csv", f"step,tokens_per_second\n{step + 1},{100 + step}\n")
+        time.sleep(0.5)
     recipe = at.values["variants"][at.variant]
     (at.out / "weights.txt").write_text((at.root / "data/tok/train.txt").read_text() + str(recipe) + _code(at))
-    return Report(metrics={"loss": 1 / recipe["r"]})
+    # tokens a second are others at each run
+    return Report(metrics={"loss": 1 / recipe["r"]}, measured={"tokens_per_second": time.monotonic()})
 
 
 def cmp(at: At) -> Report:
@@ -123,7 +128,7 @@ def dvc_yaml(note: str = "", with_extra: bool = False, raw_reads_d: bool = True)
         | stage_text("cmp", ["data/adapter", "data/tok"], ["variants"])
         | (stage_text("extra", ["data/tok"], []) if with_extra else {})
     )
-    return json.dumps({"stages": stages}, indent=1)
+    return json.dumps({"plots": [{"data/live": {"x": "step"}}], "stages": stages}, indent=1)
 
 
 def git(root: Path, *arguments: str) -> str:
@@ -142,7 +147,9 @@ def make_project(root: Path, values: Mapping[str, Any] | None = None) -> Path:
     (root / "params.yaml").write_text(json.dumps(values or {"minlen": 1, "testseed": 7, "variants": {"lora": {"r": 8}, "dora": {"r": 16}}}))
     (root / "data/sources/g.txt").write_text("r0")
     (root / "data/sources/d.txt").write_text("d0")
-    (root / ".gitignore").write_text(f"/.dagster\n/{LOG}\n__pycache__\n" + "".join(f"/data/{name}\n" for name in STAGES))
+    (root / ".gitignore").write_text(
+        f"/.dagster\n/{LOG}\n__pycache__\n/data/live\n/data/pages\n" + "".join(f"/data/{name}\n" for name in STAGES)
+    )
     git(root, "init", "-q")
     for command in (["init", "-q"], ["config", "core.analytics", "false"], ["add", "-q", "data/sources/d.txt"]):
         subprocess.run([sys.executable, "-m", "dvc", *command], cwd=root, check=True, capture_output=True)

@@ -61,7 +61,7 @@ def make_data(folder: Path, rows: int = ROWS, threads: int = 1) -> None:
         write_table(folder / "tokenized" / f"{split}.parquet", [row(f"{split}{n}") for n in range(count)], row_schema())
 
 
-def run(folder: Path, model: Path, name: str, recipe: dict[str, Any], threads: int = 1) -> None:
+def run(folder: Path, model: Path, name: str, recipe: dict[str, Any], threads: int = 1, live: Path | None = None) -> None:
     """The stage, its outputs under folder/name; its checkpoints outlive it."""
     from dagster_project.params import Compute
     from dagster_project.stages import adapter
@@ -70,8 +70,9 @@ def run(folder: Path, model: Path, name: str, recipe: dict[str, Any], threads: i
     out.mkdir(parents=True, exist_ok=True)
     compute = Compute(threads=threads, dtype="float32")
     report = adapter.run(
-        "x", adapter.Params(**recipe), compute, folder / "tokenized", model, out, out / "loss.csv", folder / "checkpoints" / name
-    )
+        "x", adapter.Params(**recipe), compute, folder / "tokenized", model, out, out / "loss.csv", folder / "checkpoints" / name,
+        live=live,
+    )  # fmt: skip
     (out / "report.json").write_text(json.dumps(report.document()))
 
 
@@ -180,7 +181,7 @@ def main() -> None:
         from dagster_project.errors import PedigreeError
 
         try:
-            run(folder, model, order["name"], recipe, threads)
+            run(folder, model, order["name"], recipe, threads, live=folder / "live" / order["name"])
         except PedigreeError as error:
             logging.error(str(error))
             sys.exit(error.exit_code)
@@ -325,8 +326,7 @@ def test_a_stopped_training_saves_a_checkpoint_and_says_where_it_goes_on(folder:
     make_data(folder, rows=30, threads=2)  # long rows: time enough to stop it
     recipe = {"num_train_epochs": 4, "save_strategy": "no", "gradient_accumulation_steps": 4}
     process = start(folder, tiny_model, name="stopped", recipe=recipe)
-    progress = folder / "checkpoints" / "stopped" / "progress.json"
-    while not progress.exists() and process.poll() is None:
+    while not (folder / "live" / "stopped" / "loss.csv").exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(number)
     code, _, said = finish(process)
@@ -336,8 +336,8 @@ def test_a_stopped_training_saves_a_checkpoint_and_says_where_it_goes_on(folder:
     assert f"interrupted at step {step}; the next run goes on from there" in said
     assert 1 <= step < 32
     assert list((folder / "stopped").iterdir()) == []
-    watched = json.loads(progress.read_text())
-    assert {"step", "steps", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "seconds_left", "curve"} <= set(watched)
+    live = {path.stem for path in (folder / "live" / "stopped").iterdir()}
+    assert live == {"loss", "validation_loss", "learning_rate", "grad_norm", "tokens_per_second"}
     for name in ("stopped", "whole"):
         code, _, said = finish(start(folder, tiny_model, name=name, recipe=recipe))
         assert code == 0, said

@@ -1,43 +1,25 @@
-"""The check document -> one HTML page that needs nothing else: no network, no server, and JavaScript only to filter pairs.
-
-Data is hostile: every text passes `visible` and `html.escape`, is kept apart by <bdi> from the text around it, and names no element,
-attribute or class. The page's Content-Security-Policy allows its own style and script, by their hash, and nothing else.
-"""
+"""The check document -> one HTML page (markup.py), with JavaScript only to filter pairs."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
 from typing import Any
 
+from dagster_project import markup
+
 PAGE = 20
 """Pairs shown at once; without JavaScript, the pairs shown of each finding. page.js has the same number."""
 WHOLE, AROUND, INSIDE = 2_400, 400, 1_200
 """Characters. Longer texts are cut: this much is shown before and after the shared words, and of them."""
-SHORT = 300
-"""Characters of a name, place or note; the rest is cut."""
 BARS = 10
 """Bars in a chart; its table has all."""
 RANK = {"error": 0, "warn": 1, "info": 2}
 SIGNS = {"error": "✕", "warn": "!", "info": "i"}
 """What severity looks like where colour can't be told apart."""
-
-_HIDDEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ufdd0-\ufdef\ufffe\uffff\ud800-\udfff"
-    "\U000e0000-\U000e0fff" + "".join(chr(plane * 0x10000 + last) for plane in range(1, 17) for last in (0xFFFE, 0xFFFF)) + "]"
-)
-"""Controls, bidirectional controls, characters without a glyph, lone surrogates and non-characters. Not the two joiners that words need."""
-
-
-def visible(text: str) -> str:
-    """The text with every hidden character written out: ESC as \\x1b, a right-to-left override as \\u202e. Encodes as UTF-8."""
-    return _HIDDEN.sub(lambda found: found.group().encode("unicode_escape", "surrogatepass").decode(), text)
 
 
 def cut(text: str, span: Sequence[int], whole: int = WHOLE, around: int = AROUND) -> tuple[str, str, str, int]:
@@ -45,10 +27,15 @@ def cut(text: str, span: Sequence[int], whole: int = WHOLE, around: int = AROUND
     start, end = sorted(span)
     before, inside, after = text[:start], text[start:end], text[end:]
     if len(text) <= whole:
-        return visible(before), visible(inside), visible(after), 0
+        return markup.visible(before), markup.visible(inside), markup.visible(after), 0
     head, middle, tail = before[max(0, len(before) - around) :], inside[:INSIDE], after[:around]
     first, second, third = "…" * (head != before), "…" * (middle != inside), "…" * (tail != after)
-    return first + visible(head), visible(middle) + second, visible(tail) + third, len(text) - len(head) - len(middle) - len(tail)
+    return (
+        first + markup.visible(head),
+        markup.visible(middle) + second,
+        markup.visible(tail) + third,
+        len(text) - len(head) - len(middle) - len(tail),
+    )
 
 
 def page(document: dict[str, Any], changes: dict[str, Any] | None = None) -> str:
@@ -58,7 +45,6 @@ def page(document: dict[str, Any], changes: dict[str, Any] | None = None) -> str
         document: the check document of a data set.
         changes: how the data set differs from its previous version, or None where there is none to compare with.
     """
-    style, script = (resources.files(__package__).joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
     findings = sorted(document["findings"], key=lambda finding: (RANK[finding["severity"]], -finding["count"]))
     parts = {
         "Changes": _changes(changes) if changes else "",
@@ -68,61 +54,13 @@ def page(document: dict[str, Any], changes: dict[str, Any] | None = None) -> str
         "Pairs": _pairs(findings),
         "Profile": _profile(document.get("profile") or {}, document["kept"]),
     }
-    shown = {title: body for title, body in parts.items() if body}
-    links = "".join(f'<li><a href="#{title.lower()}">{title}</a></li>' for title in shown)
-    sections = "".join(
-        f'<section id="{t.lower()}" aria-labelledby="h-{t}"><h2 id="h-{t}">{t}</h2>{body}</section>' for t, body in shown.items()
+    return markup.page(
+        f"Data quality of {document['name']}",
+        _head(document, findings),
+        parts,
+        "Made by <b>pedigree check</b>. Rows are counted from 0.",
+        script=resources.files(__package__).joinpath("page.js").read_text("utf-8"),
     )
-    policy = f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="referrer" content="no-referrer">'
-        f'<meta name="color-scheme" content="light dark"><title>Data quality of {_text(document["name"])}</title><style>{style}</style></head>'
-        f'<body>{_head(document, findings)}<nav aria-label="Sections"><ul>{links}</ul></nav><main>{sections}</main>'
-        f"<footer>Made by <b>pedigree check</b>. Rows are counted from 0.</footer><script>{script}</script></body></html>\n"
-    )
-
-
-def _hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-def _text(value: object, limit: int = SHORT) -> str:
-    """Any text of the document, cut, visible and escaped: fit for an attribute, or for an element that holds nothing else."""
-    text = str(value)
-    more = f" … ({_number(len(text) - limit)} characters cut)" if len(text) > limit else ""
-    return escape(visible(text[:limit])) + more
-
-
-def _bdi(value: object, limit: int = SHORT) -> str:
-    return f'<bdi dir="auto">{_text(value, limit)}</bdi>'
-
-
-def _label(text: str, most: int = 30) -> str:
-    """A name in a picture, shortened in the middle: paths and names differ at their ends."""
-    return _text(text if len(text) <= most else f"{text[: most // 2]}…{text[-(most // 2) :]}")
-
-
-def _number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{round(value, 3):,}"
-
-
-def _brief(value: float) -> str:
-    """For an axis: 0.25, 800, 12k, 3M."""
-    for size, unit in ((1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.2g}{unit}"
-    return f"{value:.3g}"
-
-
-def _share(part: int, whole: int) -> str:
-    """A percentage that is 0 or 100 only where it is so exactly."""
-    percent = 100 * part / max(1, whole)
-    return "<0.1 %" if 0 < percent < 0.1 else ">99.9 %" if 99.9 < percent < 100 else f"{percent:.1f} %"
-
-
-def _many(count: int, noun: str) -> str:
-    return f"{_number(count)} {noun}{'' if count == 1 else 's'}"
 
 
 def _left(finding: Mapping[str, Any]) -> int:
@@ -133,15 +71,15 @@ def _left(finding: Mapping[str, Any]) -> int:
 def _verdict(document: Mapping[str, Any], findings: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]:
     """Severity, verdict and the reason for it. A finding that does not say whether its check passed is judged by its figures."""
     open_ = {s: [f for f in findings if f["severity"] == s and not f.get("passed", not _left(f))] for s in RANK}
-    names = ", ".join(_bdi(f["check"]) for f in (open_["error"] or open_["warn"])[:6])
+    names = ", ".join(markup.bdi(f["check"]) for f in (open_["error"] or open_["warn"])[:6])
     if not document["kept"]:
         return "error", "Nothing to learn from", "No row is left."
     if open_["error"]:
-        return "error", "Not ready to train on", f"{_many(len(open_['error']), 'error')} not dealt with: {names}."
+        return "error", "Not ready to train on", f"{markup.many(len(open_['error']), 'error')} not dealt with: {names}."
     errors = sum(f["severity"] == "error" for f in findings)
-    dealt = f" The rows of {_many(errors, 'error')} are dropped." if errors else ""
+    dealt = f" The rows of {markup.many(errors, 'error')} are dropped." if errors else ""
     if open_["warn"]:
-        return "warn", "Usable, with care", f"{_many(len(open_['warn']), 'warning')} to look at: {names}.{dealt}"
+        return "warn", "Usable, with care", f"{markup.many(len(open_['warn']), 'warning')} to look at: {names}.{dealt}"
     if findings:
         return "good", "Ready to train on", f"Every row that breaks a check is dropped for it or waived, or is worth a remark only.{dealt}"
     return "good", "Ready to train on", "No check found anything."
@@ -154,38 +92,17 @@ def _head(document: Mapping[str, Any], findings: Sequence[Mapping[str, Any]]) ->
         word: sum(f["severity"] == name for f in findings) for name, word in (("error", "error"), ("warn", "warning"), ("info", "remark"))
     }
     figures = [
-        ("read", _number(rows), "rows"),
-        ("kept", _number(kept), _share(kept, rows)),
-        ("dropped", _number(rows - kept), _share(rows - kept, rows)),
-        ("findings", _number(len(findings)), ", ".join(_many(n, word) for word, n in found.items() if n) or "none"),
+        ("read", markup.number(rows), "rows"),
+        ("kept", markup.number(kept), markup.share(kept, rows)),
+        ("dropped", markup.number(rows - kept), markup.share(rows - kept, rows)),
+        ("findings", markup.number(len(findings)), ", ".join(markup.many(n, word) for word, n in found.items() if n) or "none"),
     ]
     tiles = "".join(f"<div><dt>{name}</dt><dd><b>{figure}</b> <span>{unit}</span></dd></div>" for name, figure, unit in figures)
     return (
-        f'<header class="head"><p class="over">Data quality · format {_bdi(document["format"])}</p><h1>{_bdi(document["name"])}</h1>'
+        f'<header class="head"><p class="over">Data quality · format {markup.bdi(document["format"])}</p><h1>{markup.bdi(document["name"])}</h1>'
         f'<p class="verdict {severity}"><span class="sign" aria-hidden="true">{SIGNS.get(severity, "✓")}</span>'
         f'<span><strong>{verdict}.</strong> {why}</span></p><dl class="tiles">{tiles}</dl></header>'
     )
-
-
-def _table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """The figures of a plot, for those who can't see it or want to copy it. The first column names the row."""
-    head = "".join(f'<th scope="col">{column}</th>' for column in columns)
-    body = "".join(
-        f'<tr><th scope="row">{_bdi(first)}</th>{"".join(f"<td>{_text(cell)}</td>" for cell in rest)}</tr>' for first, *rest in rows
-    )
-    return (
-        f"<details><summary>Table<span> of {caption.lower()}</span></summary>"
-        f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></details>"
-    )
-
-
-def _figure(title: str, note: str, plot: str, table: str) -> str:
-    return f"<figure><figcaption><b>{title}</b> <span>{note}</span></figcaption>{plot}{table}</figure>"
-
-
-def _svg(label: str, height: float, body: str, kind: str = "plot") -> str:
-    """A picture as wide as its column: places across are in percent, so that letters keep their size on a narrow screen."""
-    return f'<svg class="{kind}" role="img" aria-label="{label}" width="100%" height="{height:g}">{body}</svg>'
 
 
 def _flow(document: Mapping[str, Any]) -> str:
@@ -199,19 +116,22 @@ def _flow(document: Mapping[str, Any]) -> str:
         curve = f"M0,{left:g}C60,{left:g} 40,{top:g} 100,{top:g}V{top + thick:g}C40,{top + thick:g} 60,{left + thick:g} 0,{left + thick:g}Z"
         ribbons += f'<path class="{kind}" d="{curve}"/>'
         labels += f'<svg x="100%" y="{top:g}" class="end"><rect class="{kind} node" x="-5" width="5" height="{thick:g}"/></svg>'
-        labels += f'<text x="100%" dx="-14" y="{top + (thick / 2 + 5 if roomy else -6):g}" text-anchor="end" class="{kind}"><tspan class="name">{_label(name)}</tspan>'
-        labels += f'<tspan dx="8">{_number(n)}</tspan><tspan class="soft" dx="8">{_share(n, rows)}</tspan></text>'
+        labels += f'<text x="100%" dx="-14" y="{top + (thick / 2 + 5 if roomy else -6):g}" text-anchor="end" class="{kind}"><tspan class="name">{markup.label(name)}</tspan>'
+        labels += f'<tspan dx="8">{markup.number(n)}</tspan><tspan class="soft" dx="8">{markup.share(n, rows)}</tspan></text>'
         left, right = left + thick, top + thick + 4
     height = max(left, right)
-    start = f'<rect class="node" x="0" y="30" width="5" height="{left - 30:g}"/><text x="0" y="18"><tspan class="name">read</tspan><tspan dx="8">{_number(rows)}</tspan></text>'
-    sum_ = " + ".join([f"{_number(kept)} kept", *(f"{_number(n)} {_text(name)}" for name, n in dropped.items())])
+    start = f'<rect class="node" x="0" y="30" width="5" height="{left - 30:g}"/><text x="0" y="18"><tspan class="name">read</tspan><tspan dx="8">{markup.number(rows)}</tspan></text>'
+    sum_ = " + ".join([f"{markup.number(kept)} kept", *(f"{markup.number(n)} {markup.text(name)}" for name, n in dropped.items())])
     picture = (
         f'<svg width="100%" height="{height:g}" viewBox="0 0 100 {height:g}" preserveAspectRatio="none">{ribbons}</svg>{start}{labels}'
     )
-    table = [("kept", _number(kept), _share(kept, rows)), *((name, _number(n), _share(n, rows)) for name, n in dropped.items())]
-    return _figure(
-        "From read to kept", "a row is dropped for the first check it breaks", _svg(f"{_number(rows)} read = {sum_}", height, picture, "flow"),
-        f'<p class="sum"><bdi>{_number(rows)} read = {sum_}</bdi></p>' + _table("Rows by what became of them", ["", "rows", "share"], table),
+    table = [
+        ("kept", markup.number(kept), markup.share(kept, rows)),
+        *((name, markup.number(n), markup.share(n, rows)) for name, n in dropped.items()),
+    ]
+    return markup.figure(
+        "From read to kept", "a row is dropped for the first check it breaks", markup.svg(f"{markup.number(rows)} read = {sum_}", height, picture, "flow"),
+        f'<p class="sum"><bdi>{markup.number(rows)} read = {sum_}</bdi></p>' + markup.table("Rows by what became of them", ["", "rows", "share"], table),
     )  # fmt: skip
 
 
@@ -220,7 +140,9 @@ def _findings(findings: Sequence[Mapping[str, Any]], notes: Mapping[str, str]) -
     cards = "".join(_finding(i, finding) for i, finding in enumerate(findings)) or '<p class="lead">No check found anything.</p>'
     names = {finding["check"] for finding in findings}
     quiet = "".join(
-        f"<div><dt>{_bdi(name)}</dt><dd>{_bdi(note, WHOLE)}</dd></div>" for name, note in notes.items() if note and name not in names
+        f"<div><dt>{markup.bdi(name)}</dt><dd>{markup.bdi(note, WHOLE)}</dd></div>"
+        for name, note in notes.items()
+        if note and name not in names
     )
     return cards + (f'<h3>Notes of checks that found nothing</h3><dl class="notes">{quiet}</dl>' if quiet else "")
 
@@ -237,25 +159,26 @@ def _finding(number: int, finding: Mapping[str, Any]) -> str:
     facts = [fact for fact in facts if fact[2] or fact[0] != "elsewhere"] + (
         [("waived", "waived", finding["waived"])] if finding["waived"] else []
     )
-    words = "".join(f'<div class="{kind}"><dt>{name}</dt><dd>{_number(n)}</dd></div>' for kind, name, n in facts)
+    words = "".join(f'<div class="{kind}"><dt>{name}</dt><dd>{markup.number(n)}</dd></div>' for kind, name, n in facts)
     places = finding.get("places") or [f"row {row}" for row in finding.get("rows", [])]
     quotes = "".join(
-        f"<li><code>{_bdi(place)}</code><q>{_bdi(text)}</q></li>" for place, text in zip(places, finding.get("examples", []), strict=False)
+        f"<li><code>{markup.bdi(place)}</code><q>{markup.bdi(text)}</q></li>"
+        for place, text in zip(places, finding.get("examples", []), strict=False)
     )
     rest = places[len(finding.get("examples", [])) :]
-    more = f" (the first {len(places)} of {_number(count)} are listed)" if count > len(places) else ""
-    listed = "".join(f"<li><code>{_bdi(place)}</code></li>" for place in rest)
+    more = f" (the first {len(places)} of {markup.number(count)} are listed)" if count > len(places) else ""
+    listed = "".join(f"<li><code>{markup.bdi(place)}</code></li>" for place in rest)
     matches = finding.get("matches") or []
     return (
         f'<article class="card {severity}" id="finding-{number}"><header><span class="badge"><span aria-hidden="true">{SIGNS[severity]}</span> {severity}'
-        f'</span><h3>{_bdi(finding["check"])}</h3><p class="count">{_number(count)}</p></header><p class="truth">{_bdi(finding["truth"], WHOLE)}</p>'
+        f'</span><h3>{markup.bdi(finding["check"])}</h3><p class="count">{markup.number(count)}</p></header><p class="truth">{markup.bdi(finding["truth"], WHOLE)}</p>'
         f'<div class="dealt"><svg class="split" aria-hidden="true" width="100%" height="8">{bar}</svg><dl class="facts">{words}</dl></div>'
-        + (f'<p class="note">{_bdi(finding["note"], WHOLE)}</p>' if finding.get("note") else "")
-        + (f'<p class="next"><b>Next</b> {_bdi(finding["next"], WHOLE)}</p>' if finding.get("next") else "")
-        + (f'<p class="more"><a href="#pairs-{number}">Look at {_many(len(matches), "pair")}</a></p>' if matches else "")
+        + (f'<p class="note">{markup.bdi(finding["note"], WHOLE)}</p>' if finding.get("note") else "")
+        + (f'<p class="next"><b>Next</b> {markup.bdi(finding["next"], WHOLE)}</p>' if finding.get("next") else "")
+        + (f'<p class="more"><a href="#pairs-{number}">Look at {markup.many(len(matches), "pair")}</a></p>' if matches else "")
         + (f'<ul class="quotes">{quotes}</ul>' if quotes else "")
         + (
-            f'<details><summary>{_many(len(rest), "more place" if quotes else "place")}{more}</summary><ul class="places">{listed}</ul></details>'
+            f'<details><summary>{markup.many(len(rest), "more place" if quotes else "place")}{more}</summary><ul class="places">{listed}</ul></details>'
             if rest
             else ""
         )
@@ -266,9 +189,10 @@ def _finding(number: int, finding: Mapping[str, Any]) -> str:
 def _similarity(similarity: Mapping[str, Any]) -> str:
     if not similarity.get("histogram"):
         return ""
-    gates = {f"{name} ≥ {_number(value)}": value for name, value in similarity.get("gate", {}).items()}
+    gates = {f"{name} ≥ {markup.number(value)}": value for name, value in similarity.get("gate", {}).items()}
     common = "".join(
-        f"<li>{_bdi(entry['text'])} <span>{_many(entry['rows'], 'row')}</span></li>" for entry in similarity.get("boilerplate") or []
+        f"<li>{markup.bdi(entry['text'])} <span>{markup.many(entry['rows'], 'row')}</span></li>"
+        for entry in similarity.get("boilerplate") or []
     )
     note = (
         "every pair of prompts that was compared, by the share of the shorter one's runs of three words that the other has; equal prompts left out"
@@ -297,31 +221,31 @@ def _histogram(title: str, note: str, bins: Sequence[Mapping[str, Any]], key: st
     for value in [10.0**k for k in range(round(math.log10(most)) + 1)] if log else [0, most / 2, most]:
         y = floor - high(value)
         body += f'<line class="grid" x1="{first}%" x2="{first + wide}%" y1="{y:.1f}" y2="{y:.1f}"/>'
-        body += f'<text class="tick" x="{first - 1}%" y="{y + 4:.1f}" text-anchor="end">{_brief(value)}</text>'
+        body += f'<text class="tick" x="{first - 1}%" y="{y + 4:.1f}" text-anchor="end">{markup.brief(value)}</text>'
     for i, (bin_, n) in enumerate(zip(bins, counts, strict=True)):
         near = bin_.get("near")
         for kind, of in (("bar", n),) if near is None else (("bar all", n), ("bar", near)):
             tall = max(1.5, high(of)) if of else 0
             body += f'<rect class="{kind}" x="{first + across * (i + 0.06):.3f}%" y="{floor - tall:.1f}" width="{across * 0.88:.3f}%" height="{tall:.1f}">'
             body += (
-                f"<title>{_number(bin_['from'])} to {_number(bin_['to'])}: {_number(of)}{' near' * (of is near)} {key}</title></rect>"
+                f"<title>{markup.number(bin_['from'])} to {markup.number(bin_['to'])}: {markup.number(of)}{' near' * (of is near)} {key}</title></rect>"
                 if of
                 else "</rect>"
             )
     step = math.ceil(len(bins) / 6)
     for i in range(0, len(bins) + 1, step):
         edge = bins[i]["from"] if i < len(bins) else bins[-1]["to"]
-        body += f'<text class="tick" x="{first + across * i:.3f}%" y="{floor + 17:g}" text-anchor="middle">{_brief(edge)}</text>'
+        body += f'<text class="tick" x="{first + across * i:.3f}%" y="{floor + 17:g}" text-anchor="middle">{markup.brief(edge)}</text>'
     for i, (label, value) in enumerate(marks.items()):
         at = _place(value, bins)
         x, y, anchor, aside = first + wide * at, 11 + 15 * i, "end" if at > 0.6 else "start", -5 if at > 0.6 else 5
         body += f'<line class="mark" x1="{x:.3f}%" x2="{x:.3f}%" y1="{y - 9:g}" y2="{floor:g}"/>'
-        body += f'<text class="marked" x="{x:.3f}%" dx="{aside}" y="{y:g}" text-anchor="{anchor}">{_label(label, 40)}</text>'
+        body += f'<text class="marked" x="{x:.3f}%" dx="{aside}" y="{y:g}" text-anchor="{anchor}">{markup.label(label, 40)}</text>'
     scale = "; counts on a log scale" if log else ""
-    described = f"{title}: histogram of {_number(sum(counts))} {key}{scale}. {'; '.join(_label(label, 40) for label in marks)}"
+    described = f"{title}: histogram of {markup.number(sum(counts))} {key}{scale}. {'; '.join(markup.label(label, 40) for label in marks)}"
     columns = {"from": "from", "to": "to", key: key, **({"near": "near"} if "near" in bins[0] else {})}
-    table = _table(title, list(columns), [[_number(bin_[column]) for column in columns] for bin_ in bins])
-    return _figure(title, f"{note}{scale}", _svg(described, floor + 24, body), table)
+    table = markup.table(title, list(columns), [[markup.number(bin_[column]) for column in columns] for bin_ in bins])
+    return markup.figure(title, f"{note}{scale}", markup.svg(described, floor + 24, body), table)
 
 
 def _ceiling(top: int, log: bool) -> float:
@@ -349,12 +273,10 @@ def _pairs(findings: Sequence[Mapping[str, Any]]) -> str:
     for i, finding, matches in held:
         shown = [_side_by_side(i, finding["check"], match) for match in matches]
         data += shown
-        told = f"the first {PAGE} of {_number(len(matches))} pairs" if len(matches) > PAGE else _many(len(matches), "pair")
+        told = f"the first {PAGE} of {markup.number(len(matches))} pairs" if len(matches) > PAGE else markup.many(len(matches), "pair")
         articles = "".join(_pair(pair) for pair in shown[:PAGE])
-        plain += (
-            f'<section id="pairs-{i}"><h3>{_bdi(finding["check"])}</h3><p class="lead">{told}, best score first</p>{articles}</section>'
-        )
-    checks = "".join(f'<option value="{i}">{_text(finding["check"])} ({len(matches)})</option>' for i, finding, matches in held)
+        plain += f'<section id="pairs-{i}"><h3>{markup.bdi(finding["check"])}</h3><p class="lead">{told}, best score first</p>{articles}</section>'
+    checks = "".join(f'<option value="{i}">{markup.text(finding["check"])} ({len(matches)})</option>' for i, finding, matches in held)
     rules = "".join(f'<option value="{escape(rule)}">{escape(rule)}</option>' for rule in dict.fromkeys(pair["rule"] for pair in data))
     raw = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     empty = _pair({"check": "", "rule": "", "part": "", "score": 0, "sides": [{"place": "", "text": ["", "", ""], "cut": 0}] * 2})
@@ -375,9 +297,9 @@ def _side_by_side(number: int, check: str, match: Mapping[str, Any]) -> dict[str
     sides = []
     for place, text, span in (("place", "text", "span"), ("other", "other_text", "other_span")):
         before, inside, after, hidden = cut(match[text], match[span])
-        sides.append({"place": visible(match[place][:SHORT]), "text": [before, inside, after], "cut": hidden})
-    words = {name: visible(match[name][:SHORT]) for name in ("rule", "part")}
-    return {"number": number, "check": visible(check[:SHORT]), "score": match["score"], **words, "sides": sides}
+        sides.append({"place": markup.visible(match[place][: markup.SHORT]), "text": [before, inside, after], "cut": hidden})
+    words = {name: markup.visible(match[name][: markup.SHORT]) for name in ("rule", "part")}
+    return {"number": number, "check": markup.visible(check[: markup.SHORT]), "score": match["score"], **words, "sides": sides}
 
 
 def _pair(pair: Mapping[str, Any]) -> str:
@@ -385,12 +307,12 @@ def _pair(pair: Mapping[str, Any]) -> str:
     sides = ""
     for side in pair["sides"]:
         before, inside, after = map(escape, side["text"])
-        note = f"{_many(side['cut'], 'character')} not shown" if side["cut"] else ""
+        note = f"{markup.many(side['cut'], 'character')} not shown" if side["cut"] else ""
         sides += f'<div class="side"><code><bdi dir="auto">{escape(side["place"])}</bdi></code><p><bdi dir="auto"><span>{before}</span><mark>{inside}</mark><span>{after}</span></bdi></p><small>{note}</small></div>'
     chips = "".join(
         f'<span class="chip {name}"><bdi dir="auto">{escape(str(pair[name]))}</bdi></span>' for name in ("check", "rule", "part")
     )
-    return f'<article class="pair"><header><span class="score">{_number(pair["score"])}</span>{chips}</header><div class="sides">{sides}</div></article>'
+    return f'<article class="pair"><header><span class="score">{markup.number(pair["score"])}</span>{chips}</header><div class="sides">{sides}</div></article>'
 
 
 def _bars(title: str, note: str, counts: Mapping[str, int], whole: int, unit: str = "rows") -> str:
@@ -398,21 +320,21 @@ def _bars(title: str, note: str, counts: Mapping[str, int], whole: int, unit: st
     most, body = max([1, *counts.values()]), ""
     for i, (name, n) in enumerate(list(counts.items())[:BARS]):
         y = 36 * i
-        body += f'<text x="0" y="{y + 15}" class="name">{_label(name)}<title>{_text(name)}</title></text>'
-        body += f'<text x="100%" y="{y + 15}" class="soft" text-anchor="end">{_number(n)} · {_share(n, whole)}</text>'
+        body += f'<text x="0" y="{y + 15}" class="name">{markup.label(name)}<title>{markup.text(name)}</title></text>'
+        body += f'<text x="100%" y="{y + 15}" class="soft" text-anchor="end">{markup.number(n)} · {markup.share(n, whole)}</text>'
         body += f'<rect class="track" x="0" y="{y + 21}" width="100%" height="7" rx="2"/><rect class="bar" x="0" y="{y + 21}" width="{100 * n / most:.3f}%" height="7" rx="2"/>'
     more = f"; {len(counts) - BARS} more in the table" if len(counts) > BARS else ""
-    label = f"{title}: bars of {len(counts)} names, the largest {_text(next(iter(counts)))} with {_number(next(iter(counts.values())))}"
-    table = _table(title, ["", unit, "share"], [(name, _number(n), _share(n, whole)) for name, n in counts.items()])
-    return _figure(title, f"{note}{more}", _svg(label, 36 * min(BARS, len(counts)), body), table)
+    label = f"{title}: bars of {len(counts)} names, the largest {markup.text(next(iter(counts)))} with {markup.number(next(iter(counts.values())))}"
+    table = markup.table(title, ["", unit, "share"], [(name, markup.number(n), markup.share(n, whole)) for name, n in counts.items()])
+    return markup.figure(title, f"{note}{more}", markup.svg(label, 36 * min(BARS, len(counts)), body), table)
 
 
 def _profile(profile: Mapping[str, Any], kept: int) -> str:
     """What the kept rows are like."""
     plots = ""
     spread = (
-        f"entropy {_number(profile['entropy'])} bits, as many as {_number(profile['effective_categories'])} equally large ones; "
-        f"{_number(profile['singletons'])} with one row"
+        f"entropy {markup.number(profile['entropy'])} bits, as many as {markup.number(profile['effective_categories'])} equally large ones; "
+        f"{markup.number(profile['singletons'])} with one row"
         if "entropy" in profile else ""
     )  # fmt: skip
     for key, title, note in (
@@ -422,11 +344,11 @@ def _profile(profile: Mapping[str, Any], kept: int) -> str:
         plots += _bars(title, note, profile[key], kept) if profile.get(key) else ""
     for part, length in (profile.get("lengths") or {}).items():
         if length.get("histogram"):
-            unit = _text(length.get("unit", "words"), 40)
-            marks = {f"{name} {_number(length[name])}": length[name] for name in ("median", "p95") if name in length}
+            unit = markup.text(length.get("unit", "words"), 40)
+            marks = {f"{name} {markup.number(length[name])}": length[name] for name in ("median", "p95") if name in length}
             plots += _histogram(
-                f"Length of the {_text(part, 40)}",
-                f"{unit}; the longest has {_number(length.get('max', 0))}",
+                f"Length of the {markup.text(part, 40)}",
+                f"{unit}; the longest has {markup.number(length.get('max', 0))}",
                 length["histogram"],
                 "rows",
                 marks,
@@ -434,7 +356,7 @@ def _profile(profile: Mapping[str, Any], kept: int) -> str:
     reading = profile.get("readability") or {}
     if reading.get("histogram"):
         hard = f"; {100 * reading['share_hard']:.1f} % of rows are hard to read" if "share_hard" in reading else ""
-        marks = {f"{name} {_number(reading[name])}": reading[name] for name in ("p10", "median", "p90") if name in reading}
+        marks = {f"{name} {markup.number(reading[name])}": reading[name] for name in ("p10", "median", "p90") if name in reading}
         plots += _histogram("Readability", f"Flesch reading ease: 0 hard, 100 easy{hard}", reading["histogram"], "rows", marks)
     diversity = profile.get("diversity") or {}
     for key, title, note in (
@@ -443,7 +365,7 @@ def _profile(profile: Mapping[str, Any], kept: int) -> str:
     ):
         plots += _bars(title, note, diversity[key], kept) if diversity.get(key) else ""
     figures = "".join(
-        f"<div><dt>{_text(name.replace('_', ' '))}</dt><dd>{_number(value)}</dd></div>"
+        f"<div><dt>{markup.text(name.replace('_', ' '))}</dt><dd>{markup.number(value)}</dd></div>"
         for name, value in diversity.items() if isinstance(value, int | float)
     )  # fmt: skip
     plots += (
@@ -459,14 +381,14 @@ def _changes(changes: Mapping[str, Any]) -> str:
     rows, examples, findings = changes["rows"], changes.get("examples") or {}, changes.get("findings") or {}
     signs = {"added": "+", "removed": "−", "changed": "±", "unchanged": "="}
     tiles = "".join(
-        f'<div class="{kind}"><dt>{kind}</dt><dd><b>{sign} {_number(rows.get(kind, 0))}</b> <span>rows</span></dd></div>'
+        f'<div class="{kind}"><dt>{kind}</dt><dd><b>{sign} {markup.number(rows.get(kind, 0))}</b> <span>rows</span></dd></div>'
         for kind, sign in signs.items()
     )
     told = "".join(
-        f'<li class="{kind}"><b>{kind}</b> {_bdi(entry["check"])} <span>{figures(entry)}</span></li>'
+        f'<li class="{kind}"><b>{kind}</b> {markup.bdi(entry["check"])} <span>{figures(entry)}</span></li>'
         for kind, figures in (
-            ("new", lambda e: _number(e["count"])), ("gone", lambda e: f"was {_number(e['count'])}"),
-            ("changed", lambda e: f"{_number(e['before'])} → {_number(e['after'])}"),
+            ("new", lambda e: markup.number(e["count"])), ("gone", lambda e: f"was {markup.number(e['count'])}"),
+            ("changed", lambda e: f"{markup.number(e['before'])} → {markup.number(e['after'])}"),
         )
         for entry in findings.get(kind, [])
     )  # fmt: skip
@@ -475,11 +397,11 @@ def _changes(changes: Mapping[str, Any]) -> str:
         entries = examples.get(kind, [])
         if entries:
             listed = "".join(
-                f'<li><code>{_bdi(entry["place"])}</code><div class="sides">{_edit(kind, entry)}</div></li>' for entry in entries
+                f'<li><code>{markup.bdi(entry["place"])}</code><div class="sides">{_edit(kind, entry)}</div></li>' for entry in entries
             )
-            shown += f'<details{" open" if kind == "changed" else ""}><summary>{len(entries)} of {_many(rows.get(kind, 0), "row")} {kind}</summary><ul class="edits">{listed}</ul></details>'
+            shown += f'<details{" open" if kind == "changed" else ""}><summary>{len(entries)} of {markup.many(rows.get(kind, 0), "row")} {kind}</summary><ul class="edits">{listed}</ul></details>'
     return (
-        f'<p class="lead">Since <code>{_bdi(changes["previous"])}</code></p><dl class="tiles small">{tiles}</dl>'
+        f'<p class="lead">Since <code>{markup.bdi(changes["previous"])}</code></p><dl class="tiles small">{tiles}</dl>'
         + (f'<h3>Findings</h3><ul class="deltas">{told}</ul>' if told else "")
         + (f"<h3>Rows</h3>{shown}" if shown else "")
     )
@@ -488,7 +410,7 @@ def _changes(changes: Mapping[str, Any]) -> str:
 def _edit(kind: str, entry: Mapping[str, Any]) -> str:
     """The text of a row that came or went, or both texts of one that changed, what differs marked."""
     if kind != "changed":
-        return f'<p class="text"><bdi dir="auto">{_text(entry["text"], WHOLE)}</bdi></p>'
+        return f'<p class="text"><bdi dir="auto">{markup.text(entry["text"], WHOLE)}</bdi></p>'
     before, after = entry["before"], entry["after"]
     same = _alike(before, after)
     start = same if same - before.rfind(" ", 0, same) > 30 else before.rfind(" ", 0, same) + 1  # whole words, where there are any
@@ -498,7 +420,7 @@ def _edit(kind: str, entry: Mapping[str, Any]) -> str:
     texts = ""
     for tag, text in (("del", before), ("ins", after)):
         first, inside, rest, hidden = cut(text, (start, len(text) - last), 2 * AROUND, AROUND // 2)
-        note = f"{_many(hidden, 'character')} not shown" if hidden else ""
+        note = f"{markup.many(hidden, 'character')} not shown" if hidden else ""
         texts += f'<div><p class="text"><bdi dir="auto">{escape(first)}<{tag}>{escape(inside)}</{tag}>{escape(rest)}</bdi></p><small>{note}</small></div>'
     return texts
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dagster_project.curation.page import visible
+from dagster_project.markup import visible
 
 if TYPE_CHECKING:
     from rich.text import Text

@@ -18,7 +18,7 @@ from dagster_pipes import PipesContext, PipesDefaultContextLoader, PipesDefaultM
 
 from dagster_project.doors import dvc
 from dagster_project.doors.dvc import StageState
-from dagster_project.doors.report import CODE_VERSION, asset_key, check_results, definition_key, describe, read_report, source_key
+from dagster_project.doors.report import CODE_VERSION, asset_key, check_results, definition_key, describe, live, read_report, source_key
 from dagster_project.doors.runs import MACHINE_TAG, reap
 from dagster_project.doors.sync import mirror, read, sync
 from dagster_project.errors import InputError, PedigreeError
@@ -233,6 +233,15 @@ def _not_ready(street: Mapping[str, StageState], address: str) -> str:
 
 def _reproduce(context: dg.AssetExecutionContext, root: Path, address: str, force: bool) -> str:
     """DVC runs the stage command; what the command logs streams into this run's log through Dagster Pipes. Returns what was done, in a word."""
+    seen = live(root, address)  # of an earlier run
+
+    def watching() -> None:
+        nonlocal seen
+        now = live(root, address)
+        if now and now != seen:
+            context.log_event(dg.AssetObservation(asset_key(address), metadata=now))
+        seen = now
+
     with dg.open_pipes_session(
         context=context, context_injector=dg.PipesTempFileContextInjector(), message_reader=dg.PipesTempFileMessageReader()
     ) as session:
@@ -243,6 +252,7 @@ def _reproduce(context: dg.AssetExecutionContext, root: Path, address: str, forc
             force,
             {**variables, "PYTHONUNBUFFERED": "1"},
             waiting=lambda who: context.log.info(f"{address} waits: {who}"),
+            watching=watching,
         )
         if Path(session.message_reader_params["path"]).stat().st_size:
             return "run"

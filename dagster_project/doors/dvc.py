@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, chdir, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,8 @@ logging.getLogger("dvc").setLevel(logging.ERROR)
 log = logging.getLogger("pedigree")
 
 MISSING = "missing"
+WATCH = 10.0
+"""Seconds between two looks at a stage that runs."""
 UNREADABLE = {"YAMLFileCorruptedError", "YAMLValidationError", "YAMLSyntaxError", "ResolveError", "EntryNotFound", "CyclicGraphError"}
 
 
@@ -290,13 +292,21 @@ def ancestors(street: Mapping[str, StageState], address: str) -> list[str]:
     return [name for name in street if name in found]
 
 
-def reproduce(root: Path, address: str, force: bool, environment: Mapping[str, str], waiting: Callable[[str], None]) -> bool:
+def reproduce(
+    root: Path,
+    address: str,
+    force: bool,
+    environment: Mapping[str, str],
+    waiting: Callable[[str], None],
+    watching: Callable[[], None] = lambda: None,
+) -> bool:
     """Let DVC bring one stage up to date; wait while another process works on the same paths. Returns whether anything was done.
 
     An interrupt (Dagster's "terminate") ends the command too: DVC ignores interrupts in the main thread while a command runs, so it gets another.
 
     Args:
         waiting: told once who keeps the stage busy.
+        watching: called every ten seconds while the stage runs, or less often if it runs for long.
     Raises:
         CheckFailed: the stage's command failed; it has said why itself.
     """
@@ -313,6 +323,9 @@ def reproduce(root: Path, address: str, force: bool, environment: Mapping[str, s
             with chdir(root), ThreadPoolExecutor(1) as thread:  # DVC resolves targets against the current directory
                 done = thread.submit(once)
                 try:
+                    began = time.monotonic()
+                    while wait([done], max(WATCH, (time.monotonic() - began) / 100)).not_done:
+                        watching()
                     return done.result()
                 except BaseException:
                     if not done.done():

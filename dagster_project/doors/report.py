@@ -8,13 +8,14 @@ import io
 import json
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
-from dagster_project.curation.page import visible
 from dagster_project.doors.dvc import StageState, digest
+from dagster_project.markup import visible
 from dagster_project.pipeline import Pipeline
 
 CODE_VERSION = "1"
@@ -63,6 +64,10 @@ def describe(root: Path, state: StageState) -> dict[str, Any]:
     nested = {name: value for name, value in report.items() if isinstance(value, dict | list) and name not in {"dropped", "checks"}}
     if nested:
         found["figures"] = dg.MetadataValue.json(nested)
+    measured = root / "data" / "pages" / state.address.replace("@", "/") / "measured.json"
+    took = json.loads(measured.read_text()) if measured.is_file() else {}
+    if took.pop("output_sha256", None) == report.get("output_sha256"):  # not of another version
+        found |= took
     found |= {f"check/{name}": dg.MetadataValue.int(check["count"]) for name, check in report.get("checks", {}).items()}
     found |= {name: dg.MetadataValue.path(str(path)) for name, path in pages(root, state.address).items()}
     stage, _, variant = state.address.partition("@")
@@ -70,12 +75,24 @@ def describe(root: Path, state: StageState) -> dict[str, Any]:
         plot, draw = PLOTS[stage]
         path = root / "data" / "plots" / plot / f"{variant}.csv"
         if path.is_file():
-            found[plot] = dg.MetadataValue.md(f"![{plot}](data:image/png;base64,{draw(list(csv.DictReader(path.open())))})")
+            found[plot] = dg.MetadataValue.md(
+                f"![{plot}](data:image/png;base64,{draw(list(csv.DictReader(path.open())), root / state.out)})"
+            )
     commit = _commit(root)
     return {**found, **({"git_commit": commit} if commit else {})}
 
 
-PAGES = {"report": "report.html", "data_docs": "data_docs/index.html", "review": "review.csv"}
+def live(root: Path, address: str) -> dict[str, float]:
+    """Where a stage at work has got to: the newest value of each of its live tables, and the step."""
+    found: dict[str, float] = {}
+    for path in sorted((root / "data" / "live" / address.replace("@", "/")).glob("*.csv")):
+        with suppress(FileNotFoundError):  # a run that begins removes those of the run before
+            newest = list(csv.DictReader(path.read_text().splitlines()))[-1]
+            found = {**found, "step": max(int(newest["step"]), int(found.get("step", 0))), path.stem: float(newest[path.stem])}
+    return found
+
+
+PAGES = {"report": "report.html", "training": "training.html", "data_docs": "data_docs/index.html", "review": "review.csv"}
 
 
 def pages(root: Path, address: str) -> dict[str, Path]:
@@ -159,18 +176,23 @@ def _png(figure: Any) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _draw_loss(rows: list[dict[str, str]]) -> str:
+def _draw_course(rows: list[dict[str, str]], out: Path) -> str:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 3))
-    axes = figure.subplots()
-    axes.plot([int(row["step"]) for row in rows], [float(row["loss"]) for row in rows], linewidth=1.2)
-    axes.set(xlabel="step", ylabel="training loss")
-    axes.grid(alpha=0.3)
+    figure = Figure(figsize=(12, 3))
+    for axes, name in zip(figure.subplots(1, 3), ("loss", "learning_rate", "grad_norm"), strict=True):
+        axes.plot([int(row["step"]) for row in rows], [float(row[name]) for row in rows], linewidth=1.2, label=name)
+        axes.set(xlabel="step", title=name)
+        axes.grid(alpha=0.3)
+    training = out / "training.json"
+    watched = json.loads(training.read_text())["validation"] if training.is_file() else []
+    if watched:
+        figure.axes[0].plot([p["step"] for p in watched], [p["validation_loss"] for p in watched], marker="o", label="validation_loss")
+        figure.axes[0].legend()
     return _png(figure)
 
 
-def _draw_confusion(rows: list[dict[str, str]]) -> str:
+def _draw_confusion(rows: list[dict[str, str]], _: Path) -> str:
     from matplotlib.figure import Figure
 
     names = sorted({row["actual"] for row in rows} | {row["predicted"] for row in rows})
@@ -188,5 +210,5 @@ def _draw_confusion(rows: list[dict[str, str]]) -> str:
     return _png(figure)
 
 
-PLOTS = {"adapter": ("loss", _draw_loss), "evaluation": ("confusion", _draw_confusion)}
+PLOTS = {"adapter": ("loss", _draw_course), "evaluation": ("confusion", _draw_confusion)}
 """Stage -> the table it leaves for `dvc plots`, and how to draw it."""

@@ -80,6 +80,11 @@ def report_path(root: Path, stage: str, variant: str | None) -> Path:
     return root / "data" / "reports" / (f"{stage}/{variant}.json" if variant else f"{stage}.json")
 
 
+def measured_path(root: Path, stage: str, variant: str | None) -> Path:
+    """What the latest run took, with the sha256 of what it made. Not tracked."""
+    return root / "data" / "pages" / stage / (variant or "") / "measured.json"
+
+
 def _hold_gate(root: Path, at: At, report: Report) -> None:
     """The report and the pages are written always; on a failed blocking check nothing else is."""
     if at.pages.exists():
@@ -103,6 +108,8 @@ def _publish(root: Path, at: At, report: Report, sha256: str) -> None:
     for made in [at.out, *plots]:
         _put(root, at, made)
     write_json(report_path(root, at.stage, at.variant), {"passed": True, "output_sha256": sha256, **report.document()})
+    if report.measured:
+        write_json(measured_path(root, at.stage, at.variant), {"output_sha256": sha256, **report.measured})
 
 
 def _put(root: Path, at: At, made: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -12,13 +13,16 @@ from pathlib import Path
 from shutil import copyfile
 from typing import Any
 
+from dagster_project.chat import IGNORE
 from dagster_project.errors import InputError
 from dagster_project.params import Compute
-from dagster_project.records import CheckResult, Report, read_table, remove, write_json, write_table
-from dagster_project.training import auto, proof
+from dagster_project.records import CheckResult, Report, read_table, remove, write_json, write_table, write_text
+from dagster_project.training import auto, memory, proof
 from dagster_project.training.checkpoint import Checkpoints, code_of, refuse_full_disk, sha256_of, sha256_of_text
+from dagster_project.training.curve import live_writer, write_curve
 from dagster_project.training.hardware import prepare
 from dagster_project.training.methods import Quantization, Tunable, build
+from dagster_project.training.page import page
 from dagster_project.training.processes import claim_gpus, together
 from dagster_project.training.sft import (
     OPTIMIZER_MEMORY,
@@ -30,7 +34,6 @@ from dagster_project.training.sft import (
     steps,
     train,
     warmup,
-    write_curve,
 )
 
 log = logging.getLogger("pedigree")
@@ -97,15 +100,28 @@ class _Material:
         _refuse_clashes(tunable, params, where)
         return tunable
 
-    def train(self, tunable: Tunable, params: Params, compute: Compute, checkpoints: Checkpoints | None = None) -> Course:
-        return train(tunable, self.tokenizer, self.rows["train"], self.rows["validation"], params, compute, checkpoints)
+    def train(
+        self, tunable: Tunable, params: Params, compute: Compute, checkpoints: Checkpoints | None = None, live: Path | None = None
+    ) -> Course:
+        return train(tunable, self.tokenizer, self.rows["train"], self.rows["validation"], params, compute, checkpoints, live)
 
 
 def run(
-    variant: str, params: Params, compute: Compute, tokenized: Path, base_model: Path, out: Path, curve_file: Path, checkpoints: Path
+    variant: str,
+    params: Params,
+    compute: Compute,
+    tokenized: Path,
+    base_model: Path,
+    out: Path,
+    curve_file: Path,
+    checkpoints: Path,
+    live: Path | None = None,
+    pages: Path | None = None,
 ) -> Report:
     """Args:
     checkpoints: a folder of this variant's own that outlives a killed run. It is removed once nothing blocks.
+    live: folder for the curve so far, for whoever watches. None for nobody, and then memory is not predicted either.
+    pages: folder for the page that shows the training.
     """
     if compute.processes > 1 and params.method.lower() == "feature_extraction":
         raise InputError(
@@ -114,6 +130,7 @@ def run(
         )
     gpus = claim_gpus(compute.processes)
     device, dtype = prepare(compute)
+    runtime = memory.resident() if live and device.type == "cpu" else 0  # before the model is loaded
     material = _Material.read(params.method, tokenized, base_model)
     rows, tokenizer = material.rows, material.tokenizer
     where, example_ids, validates = f"adapter.{variant}", rows["train"]["example_ids"], len(rows["validation"]) > 0
@@ -146,6 +163,7 @@ def run(
         log.info(f"training {variant}: {name} {choice.value:g}: {choice.why}")
     total = steps(len(example_ids), params, compute.processes)
     tunable = material.model(variant, params, compute, base_model, total)
+    predicted = _predicted(params, base_model, rows["train"], dtype, device.type, runtime, where) if live else None
     model, before = tunable.model, checkpoints / "before.safetensors"
     refuse_full_disk(_disk(tunable, params, checkpoints, out), where)
     proof.before_training(model, before)
@@ -160,10 +178,10 @@ def run(
     kept_at = Checkpoints(checkpoints, identity, params.save_total_limit)
     try:
         if tunable.fit:
-            course = _fit(tunable, rows, material.category)
+            course = _fit(tunable, rows, material.category, live)
         else:
             with together(gpus, partial(_accompany, variant, params, compute, tokenized, base_model, checkpoints)):
-                course = material.train(tunable, params, compute, kept_at)
+                course = material.train(tunable, params, compute, kept_at, live)
     except Diverged as diverged:
         return _diverged(diverged, example_ids)
     tunable.save(out)
@@ -198,8 +216,12 @@ def run(
         "versions": proof.versions(libraries),
     }
     write_json(out / "training.json", document)
-    if course.seconds:
-        log.info(f"training {variant}: {course.tokens:,} tokens in {course.seconds:.0f} s, {course.tokens / course.seconds:,.0f} tokens/s")
+    measured = _measured(course, predicted, device.type)
+    log.info(f"training {variant}: {_told(measured)}")
+    if pages:
+        audit = tokenized / "audit.json"
+        examples = json.loads(audit.read_text(encoding="utf-8"))["examples"] if audit.is_file() else []
+        write_text(pages / "training.html", page(variant, document, course.curve, measured, predicted, examples))
 
     unmoved, kept = proof.unmoved(groups), after == frozen
     report = Report(
@@ -232,6 +254,7 @@ def run(
                 or ", ".join(f"{kind}: {group['moved']} of {group['tensors']} moved" for kind, group in groups.items()),
             ),
         ],
+        measured=measured,
     )
     if not report.failures:
         remove(checkpoints)
@@ -268,7 +291,51 @@ def _refuse_clashes(tunable: Tunable, params: Params, where: str) -> None:
         raise InputError("\n".join(wrong), "leave it out")
 
 
-def _fit(tunable: Tunable, rows: dict[str, Any], category: dict[str, str]) -> Course:
+def _predicted(params: Params, base_model: Path, rows: Any, dtype: Any, device: str, runtime: int, where: str) -> memory.Memory | None:
+    """Peak memory by part, from the configuration alone; None for a method that cannot be built without its weights."""
+    together = min(params.per_device_train_batch_size, len(rows))
+    try:
+        return memory.predict(
+            base_model,
+            params.method,
+            params.peft,
+            tokens=together * max(map(sum, rows["lengths"])),
+            counted=together * max(sum(label != IGNORE for label in labels) for labels in rows["labels"]),
+            dtype=dtype,
+            device=device,
+            runtime=runtime,
+            gradient_checkpointing=params.gradient_checkpointing,
+            gradient_accumulation_steps=params.gradient_accumulation_steps,
+            optim=params.optim,
+            quantize=params.quantization == "nf4",
+            where=where,
+        ).memory
+    except (InputError, RuntimeError, AttributeError):  # what the model is made of has no values there; the real one has been built
+        log.info(f"{where}: no prediction of memory for {params.method}")
+        return None
+
+
+def _measured(course: Course, predicted: memory.Memory | None, device: str) -> dict[str, float]:
+    """What the run took beside what was predicted."""
+    peak = memory.peak(device)
+    found: dict[str, float] = {"peak_memory_bytes": peak}
+    if predicted:
+        found |= {"predicted_memory_bytes": predicted.total, "prediction_error_percent": round(100 * (predicted.total / peak - 1), 1)}
+    if course.seconds:
+        found |= {"training_seconds": round(course.seconds, 1), "tokens_per_second": round(course.tokens / course.seconds, 1)}
+    return found
+
+
+def _told(measured: Mapping[str, float]) -> str:
+    said = f"memory {measured['peak_memory_bytes'] / 1e6:,.0f} MB at its peak"
+    if "predicted_memory_bytes" in measured:
+        said += f", {measured['predicted_memory_bytes'] / 1e6:,.0f} MB predicted ({measured['prediction_error_percent']:+} %)"
+    if "tokens_per_second" in measured:
+        said += f"; {measured['training_seconds']:,.0f} s, {measured['tokens_per_second']:,.0f} tokens/s"
+    return said
+
+
+def _fit(tunable: Tunable, rows: dict[str, Any], category: dict[str, str], live: Path | None) -> Course:
     """A course of what is not trained by optimizer steps over rows: every iteration sees every example."""
     assert tunable.fit
     train, validation = (
@@ -279,6 +346,8 @@ def _fit(tunable: Tunable, rows: dict[str, Any], category: dict[str, str]) -> Co
         {"learning_rate": 0.0, "grad_norm": 0.0, "tokens": 0, **point} if "loss" in point else point
         for point in tunable.fit(train, validation)
     ]
+    if live:
+        live_writer(live)(curve, now=True)
     return Course(curve=curve, seen=[(1, 1, row) for row in range(len(train))])
 
 

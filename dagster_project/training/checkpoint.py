@@ -9,13 +9,13 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.errors import PedigreeError
-from dagster_project.records import remove, write_json
+from dagster_project.records import remove
 
 if TYPE_CHECKING:
     import torch
@@ -320,22 +320,3 @@ def restore_random_state(saved: Mapping[str, Any]) -> None:
     torch.set_rng_state(saved["torch"])
     if saved["cuda"]:
         torch.cuda.set_rng_state_all(saved["cuda"])
-
-
-def progress_writer(folder: Path, every: float = 3.0) -> Callable[[Callable[[], Any]], None]:
-    """A function that writes `progress.json` for whoever watches, at most every few seconds.
-
-    It is given a function that makes the document, which is called only when it is time.
-    """
-    import time
-
-    last = float("-inf")
-
-    def write(document: Callable[[], Any]) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= every:
-            last = now
-            write_json(folder / "progress.json", document())
-
-    return write

@@ -32,6 +32,7 @@ Not in it: kernels' scratch, and what an allocator keeps of freed memory (benchm
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -186,6 +187,17 @@ def resident() -> int:
     from trl import SFTConfig, SFTTrainer  # noqa: F401
 
     return int(psutil.Process().memory_info().rss) + STARTED
+
+
+def peak(device: str) -> int:
+    """The most bytes that this process has held so far: resident on a CPU, what torch has allocated on a GPU."""
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated())
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _build(config: Any, method: str, options: dict[str, Any], device: Any, dtype: Any, quantize: bool, where: str) -> tuple[Any, Any]:

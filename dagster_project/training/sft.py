@@ -10,6 +10,7 @@ import signal
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from dagster_project.params import Compute, Section
 from dagster_project.progress import Progress
 from dagster_project.training import checkpoint, processes
 from dagster_project.training.checkpoint import Checkpoints
+from dagster_project.training.curve import live_writer
 from dagster_project.training.methods import Tunable, apart
 from dagster_project.training.proof import trainable
 
@@ -146,7 +148,8 @@ class Course:
     """What a training did, in order."""
 
     curve: list[dict[str, float]] = field(default_factory=list)
-    """{"step", "loss", "learning_rate", "grad_norm", "tokens": so far} at every step, {"step", "validation_loss"} before the first and after each epoch."""
+    """{"step", "loss", "learning_rate", "grad_norm", "tokens": so far, "tokens_per_second": of late, for those who watch} at every step,
+    {"step", "validation_loss"} before the first and after each epoch."""
     seen: list[tuple[int, int, int]] = field(default_factory=list)
     """(step from 1, epoch from 1, row of the training split) of each row that was trained on."""
     tokens: int = 0
@@ -320,6 +323,7 @@ def train(
     recipe: Recipe,
     compute: Compute,
     checkpoints: Checkpoints | None = None,
+    live: Path | None = None,
 ) -> Course:
     """Train a model in place, from its newest checkpoint if it has one.
 
@@ -332,6 +336,7 @@ def train(
         tunable: as `methods.build` makes it.
         train_rows, validation_rows: `datasets.Dataset` with input_ids, labels, weights and lengths, each row a packed row.
         checkpoints: where to keep them; None to keep none. All processes go on from what the first has found there.
+        live: folder for the curve so far, for whoever watches; None for nobody.
     Raises:
         Interrupted: SIGINT or SIGTERM came; a checkpoint has been written.
         Diverged: a loss or a gradient is not finite. The checkpoints are from before.
@@ -478,7 +483,8 @@ def train(
 
     progress = Progress("training", total, "step")
     progress.done, progress.start = course.step, progress.start - earlier
-    write_progress = checkpoint.progress_writer(checkpoints.folder) if checkpoints else None
+    recent = deque([(began, tokens_before)], maxlen=20)
+    show = live_writer(live) if live else lambda curve, now=False: None
 
     class Flow(TrainerCallback):
         """Records the curve, and decides when to save and when to stop.
@@ -490,19 +496,21 @@ def train(
             logs = logs or {}
             if "loss" in logs:
                 point = {name: logs[name] for name in ("loss", "learning_rate", "grad_norm")}
-                course.curve.append({"step": state.global_step, **point, "tokens": course.tokens})
-                speed = (course.tokens - tokens_before) / (time.monotonic() - began)
+                recent.append((time.monotonic(), course.tokens))
+                since, tokens = recent[0]
+                speed = (course.tokens - tokens) / (recent[-1][0] - since)
+                course.curve.append({"step": state.global_step, **point, "tokens": course.tokens, "tokens_per_second": speed})
                 progress.advance(
                     note="loss {loss:.3f}, rate {learning_rate:.2g}, gradient {grad_norm:.2g}".format(**point) + f", {speed:.0f} tokens/s"
                 )
-                if write_progress:
-                    write_progress(lambda: _progress_document(course, total, per_epoch, speed, clock() / state.global_step))
+                show(course.curve)
             if "eval_loss" in logs:
                 counts = torch.tensor([watched["nats"], watched["tokens"]], dtype=torch.float64, device=model.device)
                 nats, tokens = processes.summed(counts).tolist()
                 loss = nats / tokens
                 watched.update(nats=0.0, tokens=0, passes=0)
                 course.curve.append({"step": state.global_step, "validation_loss": loss})
+                show(course.curve)
                 log.info(f"training: step {state.global_step}, validation loss {loss:.3f}")
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -621,6 +629,7 @@ def train(
             _put(model, best)
             log.info(f"training: keeping the weights of step {course.best_step}")
     course.seconds = clock()
+    show(course.curve, now=True)
     return course
 
 
@@ -634,20 +643,6 @@ def _put(model: Any, weights: dict[str, torch.Tensor]) -> None:
     with torch.no_grad():
         for name, weight in weights.items():
             parameters[name].copy_(weight)
-
-
-def _progress_document(course: Course, total: int, per_epoch: int, speed: float, seconds_per_step: float) -> dict[str, Any]:
-    """progress.json: where training is, for whoever watches; the curve thinned to at most a thousand points or so."""
-    losses = [point for point in course.curve if "loss" in point]
-    return {
-        **losses[-1],
-        "steps": total,
-        "epoch": round(course.step / per_epoch, 3),
-        "tokens_per_second": round(speed, 1),
-        "seconds_left": round(seconds_per_step * (total - course.step)),
-        "curve": losses[:: max(1, len(losses) // 1000)],
-        "validation": [{"step": step, "validation_loss": loss} for step, loss in course.watched],
-    }
 
 
 def compile_layers(model: Any) -> None:
@@ -695,15 +690,3 @@ def add_noise(embeddings: Any, alpha: float, batch: dict[str, Any]) -> Any:
         return embedded + torch.empty_like(embedded).uniform_(-1, 1) * scale.to(embedded.dtype)
 
     return embeddings.register_forward_hook(hook)
-
-
-def write_curve(path: Path, curve: list[dict[str, float]]) -> None:
-    """The training as CSV for `dvc plots`: step, loss, learning_rate, grad_norm, and tokens so far."""
-    columns = ("loss", "learning_rate", "grad_norm")
-    lines = [
-        ",".join([str(point["step"]), *(f"{point[name]:.6g}" for name in columns), str(point["tokens"])])
-        for point in curve
-        if "loss" in point
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join([f"step,{','.join(columns)},tokens", *lines]) + "\n")

@@ -1,0 +1,185 @@
+"""A training can be watched at both doors while it runs, and what is shown decides nothing: no version, no status, no byte that is tracked."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+import street as mini
+from conftest import dvc
+
+from dagster_project import doors
+from dagster_project.doors.dvc import read_street
+from dagster_project.doors.report import asset_key, describe
+from dagster_project.doors.sync import sync
+from dagster_project.records import write_text
+from dagster_project.training.curve import LIVE, live_writer, thinned
+
+LORA = asset_key("adapter@lora")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return mini.make_project(tmp_path / "street")
+
+
+def point(step: int) -> dict[str, float]:
+    return {"step": step, "loss": 1 / step, "learning_rate": 1e-3, "grad_norm": 2.0, "tokens": 10 * step, "tokens_per_second": 99.5}
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def test_a_live_table_is_whole_whenever_it_is_read(tmp_path: Path) -> None:
+    curve, stop, lengths = [{"step": 0, "validation_loss": 3.5}, *map(point, range(1, 500))], threading.Event(), set()
+    show = live_writer(tmp_path / "live", every=0)
+    show(curve)
+
+    def write() -> None:
+        for end in range(100, 500, 8):
+            show(curve[:end])
+        stop.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    while not stop.is_set():
+        for name in LIVE:
+            rows = read(tmp_path / "live" / f"{name}.csv")
+            assert [list(row) for row in rows] == [["step", name]] * len(rows)
+            assert all(float(row[name]) > 0 and int(row["step"]) >= 0 for row in rows)
+            if name == "loss":
+                assert [int(row["step"]) for row in rows] == list(range(1, len(rows) + 1))
+                lengths.add(len(rows))
+    writer.join()
+    assert len(lengths) > 1, "it was never read while it grew, so nothing is shown"
+    assert sorted(path.name for path in (tmp_path / "live").iterdir()) == sorted(f"{name}.csv" for name in LIVE)
+
+
+def test_a_live_table_is_written_seldom_at_the_end_and_never_mixed_with_an_earlier_training(tmp_path: Path) -> None:
+    live_writer(tmp_path)([{"step": 1, "validation_loss": 1.0}], now=True)
+    show = live_writer(tmp_path, every=60)
+    assert not tmp_path.exists()
+    for end in (1, 2, 3):
+        show([point(step) for step in range(1, end + 1)], now=end == 3)
+        assert len(read(tmp_path / "loss.csv")) == (1 if end < 3 else 3)
+    assert not (tmp_path / "validation_loss.csv").exists()
+
+
+def test_a_long_curve_is_thinned_and_keeps_its_ends() -> None:
+    for length in (1, 999, 1000, 1001, 2500, 123_456):
+        steps = [int(p["step"]) for p in thinned([{"step": step} for step in range(length)])]
+        assert (steps[0], steps[-1]) == (0, length - 1)
+        assert len(steps) <= 1001 and len({b - a for a, b in pairwise(steps[:-1])}) <= 1, "evenly"
+
+
+def observations(instance: dg.DagsterInstance) -> list[dict[str, Any]]:
+    records = instance.fetch_observations(LORA, limit=100).records
+    return [{name: value.value for name, value in record.asset_observation.metadata.items()} for record in reversed(records)]
+
+
+def live_of(root: Path) -> Path:
+    return root / "data/live/adapter/lora"
+
+
+def test_a_run_can_be_watched_at_both_doors_and_nothing_is_decided_by_it(
+    root: Path, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doors.dvc, "WATCH", 0.2)
+    monkeypatch.setenv("STEPS", "3")
+    write_text(live_of(root) / "loss.csv", "step,loss\n9,9.0\n")  # of an earlier run
+    done = mini.materialize(root, instance, ["raw", "inst", "tok", "adapter@lora"])
+    assert done.success
+    seen = observations(instance)
+    assert {"step": 1, "loss": 1.0, "tokens_per_second": 100.0} in seen
+    assert not any(a == b for a, b in pairwise(seen)), "nothing is told twice"
+    assert all(o["step"] != 9 for o in seen)
+    state = read_street(root)["adapter@lora"]
+    [event] = done.asset_materializations_for_node("adapter__lora")
+    assert event.tags["dagster/data_version"] == state.version
+    measured = json.loads((root / "data/pages/adapter/lora/measured.json").read_text())
+    assert event.metadata["tokens_per_second"].value == measured["tokens_per_second"]
+    assert "tokens_per_second" not in (root / state.report).read_text()
+    (root / "data/pages/adapter/lora/measured.json").write_text(json.dumps({**measured, "output_sha256": "of another version"}))
+    assert "tokens_per_second" not in describe(root, state)
+    sync(root, instance, mini.STREET)
+    assert sync(root, instance, mini.STREET) == []
+    changed = mini.changed_in_dvc(root)
+    assert mini.not_fresh(root, instance) == changed == {"adapter@dora", "cmp"}
+
+    # the other door, and a kill in the middle
+    values = json.loads((root / "params.yaml").read_text())
+    values["variants"]["lora"]["r"] = 9
+    (root / "params.yaml").write_text(json.dumps(values))
+    before = mini.changed_in_dvc(root)
+    monkeypatch.setenv("STEPS", "100")
+    shutil.rmtree(live_of(root))
+    process = subprocess.Popen([sys.executable, "-m", "dvc", "repro", "-q", "-s", "adapter@lora"], cwd=root, start_new_session=True)
+    while not (live_of(root) / "tokens_per_second.csv").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    shown = json.loads(dvc(root, "plots", "show", "--json", "--split").stdout)["data"]
+    assert process.poll() is None, "it was to be shown while the stage runs"
+    assert {Path(name).name for name in shown} == {"loss.csv", "tokens_per_second.csv"}
+    assert '"loss": "' in json.dumps(shown["data/live/adapter/lora/loss.csv"])
+    process.kill()
+    process.wait(30)
+    assert mini.changed_in_dvc(root) == before
+
+
+def test_the_page_shows_curves_weights_memory_spans_and_settings_and_hostile_text_is_harmless(tiny_model: Path, tmp_path: Path) -> None:
+    from dagster_project.params import Compute
+    from dagster_project.records import write_table
+    from dagster_project.stages import adapter
+    from dagster_project.stages.tokenized import row_schema
+
+    row = {"example_ids": ["a"], "input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8], "weights": [0.0, 1.0, 1.0, 1.0], "lengths": [4]}
+    for split in ("train", "validation"):
+        write_table(tmp_path / "tokenized" / f"{split}.parquet", [row], row_schema())
+    said = "<script>alert(1)</script> ⟦its answer⟧"
+    (tmp_path / "tokenized/audit.json").write_text(json.dumps({"examples": [{"source": "faq.jsonl", "text": said}]}))
+    params = adapter.Params(peft={"r": 4, "target_modules": "all-linear"}, num_train_epochs=3, learning_rate=1e-2)
+    compute = Compute(threads=1, dtype="float32")
+    report = adapter.run(
+        "mine", params, compute, tmp_path / "tokenized", tiny_model, tmp_path / "out", tmp_path / "loss.csv", tmp_path / "checkpoints",
+        live=tmp_path / "live", pages=tmp_path / "pages",
+    )  # fmt: skip
+    names = {"peak_memory_bytes", "predicted_memory_bytes", "prediction_error_percent", "training_seconds", "tokens_per_second"}
+    assert set(report.measured) == names and not names & set(report.document())
+    predicted, peak = report.measured["predicted_memory_bytes"], report.measured["peak_memory_bytes"]
+    assert report.measured["prediction_error_percent"] == pytest.approx(100 * (predicted - peak) / peak, abs=0.1)
+    page = (tmp_path / "pages/training.html").read_text()
+    for text in (
+        "lora_A",
+        "learning_rate",
+        f"{predicted / 1e6:,.0f} MB",
+        f"{peak / 1e6:,.0f} MB",
+        "all-linear",
+        "<mark>its answer</mark>",
+        "faq.jsonl",
+    ):
+        assert text in page, text
+    assert page.count('<polyline class="line') == 5, "loss, validation loss, rate, gradient norm, speed"
+    assert "<script" not in page and "http" not in page.replace("http-equiv", "")
+    assert {path.stem for path in (tmp_path / "live").iterdir()} == set(LIVE)
+
+
+def test_a_method_whose_memory_cannot_be_predicted_is_trained_all_the_same(tiny_model: Path) -> None:
+    import torch
+    from datasets import Dataset
+
+    from dagster_project.stages import adapter
+
+    params = adapter.Params(method="cartridge", peft={"num_virtual_tokens": 3})
+    rows = Dataset.from_list([{"lengths": [4], "labels": [-100, 6, 7, 8]}])
+    assert adapter._predicted(params, tiny_model, rows, torch.float32, "cpu", 0, "adapter.x") is None
