@@ -207,6 +207,12 @@ def test_a_step_takes_each_distinct_operation_as_often_as_it_does_it() -> None:
     assert operations.seconds(torch.device("cpu"), known, lambda: pytest.fail("measured again")) == (8, 8)
 
 
+@pytest.mark.parametrize("method", ["boft", "oft"])
+def test_operations_that_look_at_values_can_be_timed(config: Any, method: str) -> None:
+    least, most = take(config(), method, {"target_modules": ["q_proj", "v_proj"]}).step.seconds(torch.device("cpu"), {})
+    assert 0 < least <= most
+
+
 @pytest.mark.parametrize(
     ("method", "options"), [("full", {}), ("qlora", ALL), ("prompt_tuning", {"num_virtual_tokens": 4})], ids=lambda given: str(given)[:5]
 )
