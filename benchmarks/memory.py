@@ -1,13 +1,17 @@
-"""Peak memory of training, predicted beside measured. usage: python benchmarks/memory.py [--tiny | --base-model FOLDER] [--method NAME ...]
+"""Peak memory of training, predicted beside measured. usage: python benchmarks/memory.py [METHOD...] [--base-model FOLDER | --tiny] [--out FILE]
 
-Each method really trains three steps in a process of its own, through the code that trains in the pipeline, with one thread. Measured is the
-process's largest resident size (on a GPU: what torch allocated), predicted is `training.memory.predict`, from the configuration alone.
-Memory figures hold on a busy machine. Times are CPU seconds of one step, beside `doors.plan`'s for this machine.
+Each method really trains, through the code that trains in the pipeline, with one thread; each in a process of its own. Measured is the largest
+resident size of the process (on a GPU: what torch allocated) while it loads the model and takes two steps; predicted is `training.memory.predict`,
+from the configuration alone. Memory figures hold on a busy machine; times do not. Times are CPU seconds of the second step, beside the range that `pedigree plan` would print.
+The table replaces the one in docs/memory.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
+import itertools
 import json
 import os
 import statistics
@@ -18,48 +22,68 @@ import time
 from pathlib import Path
 from typing import Any
 
+from methods import ORDER
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-ALL = {"target_modules": "all-linear"}
-SOME = {"target_modules": ["q_proj", "v_proj"]}
+BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
+
+EXAMPLES = (48, 80)
+"""Tokens of the examples in a row, by turns: not of one length, so that methods that do not pack have to pad."""
+
 METHODS: dict[str, dict[str, Any]] = {
-    "full": {},
-    "lora": {"r": 16, **ALL},
-    "lora_upper": {"r": 16, "target_modules": ["q_proj", "v_proj", "down_proj"], "upper": 3},
-    "rslora": {"r": 16, **ALL},
-    "dora": {"r": 16, **ALL},
-    "qlora": {"r": 16, **ALL},
-    "qdora": {"r": 16, **ALL},
-    "adalora": {"total_step": 100, **ALL},
-    "ia3": {},
-    "layernorm": {},
-    "loha": {"r": 8, **SOME},
-    "lokr": {"r": 8, **SOME},
-    "oft": {**SOME},
-    "boft": {**SOME},
-    "vera": {**SOME},
-    "hra": {"r": 8, **SOME},
-    "fourierft": {**SOME},
-    "randlora": {**SOME},
+    **{name: {} for name in ORDER},
+    "lora, all layers": {"target_modules": "all-linear"},
+    "dora, all layers": {"target_modules": "all-linear"},
+    "lora, upper third": {"target_modules": ["q_proj", "v_proj", "down_proj"], "upper": True},
 }
-"""Name -> its keys. `upper`: only that share of the layers learns, one in `upper` from the top."""
+"""Name -> the method's keys; `upper`: only the upper third of the layers learns."""
 
 
 def settings(name: str, layers: int) -> tuple[str, dict[str, Any]]:
-    options = dict(METHODS[name])
-    if upper := options.pop("upper", 0):
-        options["layers_to_transform"] = list(range(layers - layers // upper, layers))
-    return name.removesuffix("_upper"), options
+    """A name of METHODS -> the method and its keys."""
+    options = dict(METHODS.get(name, {}))
+    if options.pop("upper", None):
+        options["layers_to_transform"] = list(range(layers - layers // 3, layers))
+    return name.partition(",")[0], options
 
 
-def child(name: str, base_model: Path, dtype_name: str, length: int, checkpointing: bool) -> None:
-    """Train three steps of one row of `length` tokens, half of which count, and print what it took."""
+def child(name: str, dtype: str, cases: list[tuple[int, bool]], base_model: Path) -> None:
+    """Measure one method in one case after the other, and print a line for each."""
+    import torch
+
+    for length, checkpointing in cases:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the largest resident size is counted anew
+        found = measure(name, base_model, dtype, length, checkpointing)
+        status = Path("/proc/self/status").read_text().splitlines()
+        peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        about = {"method": name, "dtype": dtype, "tokens": length, "checkpointing": checkpointing}
+        print(json.dumps({**about, **(found or {"seconds": None}), "peak": peak if found else None}), flush=True)
+
+
+def example_row(length: int) -> dict[str, Any]:
+    """A packed row of `length` tokens; of each example, the second half counts."""
+    n = length // sum(EXAMPLES)
+    return {
+        "input_ids": [3 + i % 40 for i in range(length)],
+        "labels": [-100 if i < size // 2 else 7 for size in EXAMPLES for i in range(size)] * n,
+        "weights": [float(i >= size // 2) for size in EXAMPLES for i in range(size)] * n,
+        "lengths": list(EXAMPLES) * n,
+    }
+
+
+def measure(name: str, base_model: Path, dtype_name: str, length: int, checkpointing: bool) -> dict[str, Any] | None:
+    """Train two steps of one row, and say what it took; None where the method refuses checkpointing."""
     from datasets import Dataset
     from transformers import AutoConfig, AutoTokenizer
 
     from dagster_project.params import Compute
-    from dagster_project.training import memory
     from dagster_project.training.hardware import prepare
     from dagster_project.training.methods import build
     from dagster_project.training.sft import Recipe, train
@@ -69,19 +93,20 @@ def child(name: str, base_model: Path, dtype_name: str, length: int, checkpointi
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     method, options = settings(name, AutoConfig.from_pretrained(base_model).num_hidden_layers)
-    model = build(method, options, base_model, device, dtype, "benchmark", merge=False, total_steps=3)
+    tunable = build(method, options, base_model, device, dtype, "benchmark", merge=False, total_steps=100, categories=["even", "odd"])
+    if checkpointing and not tunable.checkpointing:
+        return None
     tokenizer = AutoTokenizer.from_pretrained(base_model)
-    one = [3 + i % 40 for i in range(64)]  # an example of 64 tokens
-    row = {
-        "input_ids": one * (length // 64),
-        "labels": ([-100] * 32 + one[32:]) * (length // 64),
-        "weights": ([0.0] * 32 + [1.0] * 32) * (length // 64),
-        "lengths": [64] * (length // 64),
-    }
+    row = example_row(length)
+    if tunable.fit:
+        tunable.fit([{**row, "categories": ["even", "odd"] * (length // sum(EXAMPLES))}], [])
+        return {"seconds": None} if not checkpointing else None
     stamps: list[float] = []
-    register_optimizer_step_post_hook(lambda *_: stamps.append(time.process_time()))
-    train(model, tokenizer, Dataset.from_list([row] * 3), None, Recipe(num_train_epochs=1, gradient_checkpointing=checkpointing), compute)
-    print(json.dumps({"peak": memory.peak(device.type), "seconds": (stamps[-1] - stamps[0]) / (len(stamps) - 1), "device": device.type}))
+    hook = register_optimizer_step_post_hook(lambda *_: stamps.append(time.process_time()))
+    recipe = Recipe(num_train_epochs=1, gradient_checkpointing=checkpointing)
+    train(tunable, tokenizer, Dataset.from_list([row] * 2), None, recipe, compute)
+    hook.remove()
+    return {"seconds": stamps[1] - stamps[0]}
 
 
 def python(*arguments: str) -> str:
@@ -90,7 +115,7 @@ def python(*arguments: str) -> str:
     done = subprocess.run([sys.executable, "-W", "ignore", *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(arguments)}: exit code {done.returncode}\n{done.stderr}")
-    return done.stdout.splitlines()[-1]
+    return done.stdout
 
 
 def tiny_model(folder: Path) -> Path:
@@ -108,72 +133,123 @@ def tiny_model(folder: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"default: all of {'; '.join(METHODS)}")
     parser.add_argument("--tiny", action="store_true", help="a random model of two layers: what is measured is the runtime alone")
     parser.add_argument("--base-model", type=Path, default=ROOT / "data" / "base_model", help="default: %(default)s")
-    parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
-    parser.add_argument("--length", nargs="+", type=int, default=[256, 1024], help="tokens of a row (default: %(default)s)")
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], help="default: %(default)s")
-    parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.child:
-        name, dtype, length = options.child.split(",")
-        child(name, options.base_model, dtype, int(length), options.gradient_checkpointing)
+    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["bfloat16", "float32"], help="default: both")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[256, 1024], help="of a row (default: 256 1024)")
+    parser.add_argument("--checkpointing", nargs="+", choices=["yes", "no"], default=["no", "yes"], help="default: both")
+    parser.add_argument("--measured", type=Path, help="file to keep measurements in; what it holds is not measured again")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "memory.md", help="default: %(default)s")
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        child(*given.child, given.base_model)
         return
     with tempfile.TemporaryDirectory() as folder:
-        compare(options, tiny_model(Path(folder)) if options.tiny else options.base_model)
+        if given.tiny:
+            given.base_model = tiny_model(Path(folder))
+        measured = measure_all(given)
+    print(len(measured))
 
 
-def compare(options: argparse.Namespace, base_model: Path) -> None:
-    cases = [(name, dtype, length) for dtype in options.dtype for length in options.length for name in options.method]
-    flags = ["--gradient-checkpointing"] if options.gradient_checkpointing else []
-    # before torch is imported here: a process starts with its parent's largest resident size as its own
-    measured = []
-    for case in cases:
-        print(f"training {' '.join(map(str, case))}", file=sys.stderr, flush=True)
-        measured.append(json.loads(python(__file__, "--base-model", str(base_model), "--child", ",".join(map(str, case)), *flags)))
+def measure_all(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """What each method took in each case, in order."""
+    known = given.measured.read_text() if given.measured and given.measured.is_file() else ""
+    found = {_case(one): one for one in map(json.loads, known.splitlines())}
+    wanted = [
+        (name, dtype, tokens, checkpointing)
+        for dtype in given.dtype
+        for name in given.methods or METHODS
+        for tokens in given.tokens
+        for checkpointing in (answer == "yes" for answer in sorted(given.checkpointing, reverse=True))
+    ]
+    for (name, dtype), cases in itertools.groupby((case for case in wanted if case not in found), key=lambda case: case[:2]):
+        print(f"training {name}, {dtype}", file=sys.stderr, flush=True)
+        arguments = [name, dtype, [case[2:] for case in cases]]
+        lines = python(__file__, "--base-model", str(given.base_model), "--child", json.dumps(arguments)).splitlines()
+        for line in lines:
+            found[_case(json.loads(line))] = json.loads(line)
+        if given.measured:
+            with given.measured.open("a") as file:
+                file.writelines(f"{line}\n" for line in lines)
+    return [found[case] for case in wanted if found[case]["peak"]]
+
+
+def compare(measured: list[dict[str, Any]], given: argparse.Namespace) -> None:
+    """Print and write the table. Called when all is measured: a process starts with the largest resident size of its parent as its own."""
     runtime = int(python("-c", "from dagster_project.training.memory import resident; print(resident())"))
 
     import torch
     from transformers import AutoConfig
 
-    from dagster_project.doors.plan import measure_speed
+    from dagster_project.doors.plan import MARGIN
+    from dagster_project.params import Compute
+    from dagster_project.training.hardware import prepare
     from dagster_project.training.memory import predict
 
-    torch.set_num_threads(1)
-    device = measured[0]["device"]
-    speed = {dtype: measure_speed(getattr(torch, dtype), device) for dtype in options.dtype}
-    layers = AutoConfig.from_pretrained(base_model).num_hidden_layers
-    errors, ratios, extra = [], [], []
-    print(
-        f"{'method':20}{'dtype':10}{'tokens':>7}{'predicted MB':>14}{'measured MB':>13}{'error':>8}   {'s a step, predicted':>20}{'measured':>10}"
-    )
-    for (name, dtype, length), found in zip(cases, measured, strict=True):
-        method, keys = settings(name, layers)
+    device, _ = prepare(Compute(threads=1))
+    layers = AutoConfig.from_pretrained(given.base_model).num_hidden_layers
+    times: dict[Any, tuple[float, float]] = {}
+    for one in measured:
+        method, options = settings(one["method"], layers)
         took = predict(
-            base_model,
-            method,
-            keys,
-            tokens=length,
-            counted=length // 2,
-            dtype=getattr(torch, dtype),
-            device=device,
-            runtime=runtime if device == "cpu" else 0,
-            gradient_checkpointing=options.gradient_checkpointing,
-        )
-        seconds = took.flops / speed[dtype].products + took.moved / speed[dtype].bytes
-        errors.append(took.memory.total / found["peak"] - 1)
-        ratios.append(found["seconds"] / seconds)
-        extra.append(found["peak"] - took.memory.total)
-        print(
-            f"{name:20}{dtype:10}{length:7}{took.memory.total / 1e6:14,.0f}{found['peak'] / 1e6:13,.0f}{100 * errors[-1]:+7.1f}%"
-            f"   {seconds:20.2f}{found['seconds']:10.2f}",
-            flush=True,
-        )
-    print(f"error of memory: median {100 * statistics.median(map(abs, errors)):.1f} %, worst {100 * max(errors, key=abs):+.1f} %")
-    print(f"measured / predicted seconds of a step: median {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f}")
-    if options.tiny:
-        print(f"beyond what was predicted, median: {statistics.median(extra) / 2**20:.0f} MB (training/memory.py: STARTED)")
+            given.base_model, method, options, lengths=example_row(one["tokens"])["lengths"], counted=one["tokens"] // 2,
+            dtype=getattr(torch, one["dtype"]), device=device.type, runtime=runtime if device.type == "cpu" else 0,
+            gradient_checkpointing=one["checkpointing"],
+        )  # fmt: skip
+        one["predicted"], one["error"] = took.memory.total, took.memory.total / one["peak"] - 1
+        one["range"] = [
+            margin * seconds for margin, seconds in zip(MARGIN, took.step.seconds(device, times, time.thread_time), strict=True)
+        ]
+        print(json.dumps(one), flush=True)
+    if given.tiny:
+        extra = statistics.median(one["peak"] - one["predicted"] for one in measured)
+        print(f"beyond what was predicted, median: {extra / 2**20:.0f} MB (training/memory.py: STARTED)")
+        return
+    text = given.out.read_text() if given.out.is_file() else BEGIN + END
+    before, _, rest = text.partition(BEGIN)
+    given.out.write_text(before + BEGIN + table(measured, device.type) + END + rest.partition(END)[2])
+
+
+def table(measured: list[dict[str, Any]], device: str) -> str:
+    """Markdown: a line for each method and dtype, predicted / measured MB and the error in each case; then the seconds of a step."""
+    cases = sorted({(one["tokens"], one["checkpointing"]) for one in measured})
+    heads = [f"{tokens} tokens{', checkpointing' if checkpointing else ''}" for tokens, checkpointing in cases]
+    errors = [abs(one["error"]) for one in measured]
+    worst = max(measured, key=lambda one: abs(one["error"]))
+    timed = [one for one in measured if one["seconds"] is not None]
+    inside = sum(one["range"][0] <= one["seconds"] <= one["range"][1] for one in timed)
+    lines = [
+        f"Peak memory on a {device}, predicted / measured in MB. {len(measured)} cases: error in the median {100 * statistics.median(errors):.1f} %,"
+        f" at worst {100 * worst['error']:+.1f} % ({worst['method']}).",
+    ]
+    by_line = {(one["dtype"], one["method"]): {} for one in measured}
+    for one in measured:
+        by_line[one["dtype"], one["method"]][one["tokens"], one["checkpointing"]] = one
+
+    def rows(cell: Any) -> list[str]:
+        return [
+            "",
+            f"| method | dtype | {' | '.join(heads)} |",
+            f"| --- | --- |{' --- |' * len(cases)}",
+            *(f"| {name} | {dtype} | {' | '.join(cell(found.get(case)) for case in cases)} |" for (dtype, name), found in by_line.items()),
+            "",
+        ]
+
+    def memory(one: dict[str, Any] | None) -> str:
+        return f"{one['predicted'] / 1e6:.0f} / {one['peak'] / 1e6:.0f} ({100 * one['error']:+.1f} %)" if one else ""
+
+    def seconds(one: dict[str, Any] | None) -> str:
+        return f"{one['range'][0]:.2f} to {one['range'][1]:.2f} / {one['seconds']:.2f}" if one and one["seconds"] is not None else ""
+
+    lines += rows(memory)
+    lines.append(f"Seconds of a step, predicted / measured CPU seconds. {inside} of {len(timed)} lie in the range.")
+    return "\n".join([*lines, *rows(seconds)])
+
+
+def _case(one: dict[str, Any]) -> tuple[Any, ...]:
+    return one["method"], one["dtype"], one["tokens"], one["checkpointing"]
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--method", action="append", help="with --model, and may be repeated (default: full, lora and qlora)")
     one.add_argument("--tokens-per-row", type=int, default=2048, metavar="N", help="with --model (default: %(default)s)")
     one.add_argument("--batch", type=int, default=1, metavar="N", help="with --model: rows in a forward pass (default: %(default)s)")
-    one.add_argument("--gradient-checkpointing", action="store_true", help="with --model")
+    one.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=True, help="with --model (default: on)")
     one.add_argument("--dtype", default="auto", help="with --model: bfloat16 or float32 (default: bfloat16 where the device has it)")
     one.add_argument("--device", default="cuda", help="with --model: cuda or cpu; it need not be here (default: %(default)s)")
     one = command(audit)

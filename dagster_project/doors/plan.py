@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project import params
-from dagster_project.chat import IGNORE
 from dagster_project.errors import InputError
 from dagster_project.params import Compute
 from dagster_project.pipeline import validate
@@ -23,10 +21,12 @@ from dagster_project.records import read_table, write_json
 from dagster_project.stages.adapter import Params, settle
 from dagster_project.training import auto, memory
 from dagster_project.training.hardware import prepare
+from dagster_project.training.methods import Quantization
+from dagster_project.training.operations import Operations
 from dagster_project.training.sft import steps
 
-SLOWER = (0.6, 2.0)
-"""A step takes from this much to this much of what products of matrices and moved bytes alone would take: benchmarks/memory.py."""
+MARGIN = (0.9, 1.4)
+"""A step takes from this much of its operations at their fastest to this much of them in new memory: caches, and Python between them (docs/memory.md)."""
 
 USUAL: dict[str, dict[str, Any]] = {
     **{name: {"r": 16, "target_modules": "all-linear"} for name in ("lora", "dora", "rslora", "qlora", "qdora")},
@@ -36,51 +36,17 @@ USUAL: dict[str, dict[str, Any]] = {
 """Keys of a method where it is planned for a model without a params.yaml. Other methods: PEFT's own defaults."""
 
 PUBLISHED = {"full": "60-80", "lora": "16-20", "qlora": "6-8"}
-"""GB of a GPU that guides state for a 7B model in 16 bits. LoRA's and QLoRA's hold for about 512 tokens a pass, or 2048 with checkpointing.
-Full training's counts weights and gradients in 16 bits; here what learns is float32, beside the copies it computes with (18 bytes a parameter)."""
-
-
-@dataclass(frozen=True)
-class Speed:
-    """What a device reaches in training's two kinds of work."""
-
-    products: float
-    """Operations a second in products of large matrices; a multiplication and an addition are two."""
-    bytes: float
-    """Bytes a second that an elementwise operation reads and writes, its result newly allocated."""
-
-
-def measure_speed(dtype: Any, device: str) -> Speed:
-    """The best of five tries each, with the threads torch is set to. Half a second.
-
-    Sizes are a small model's: (1024, 1024) by (1024, 2048); 4 million elements.
-    """
-    import torch
-
-    def best(work: Any) -> float:
-        times = []
-        for _ in range(5):
-            if device == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            work()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    a, b = torch.ones(1024, 1024, dtype=dtype, device=device), torch.ones(1024, 2048, dtype=dtype, device=device)
-    c = torch.ones(4 * 2**20, dtype=dtype, device=device)
-    return Speed(2 * 1024 * 1024 * 2048 / best(lambda: a @ b), 3 * c.numel() * c.element_size() / best(lambda: c * c))
+"""GB of a GPU that guides state for a 7B model in 16 bits. LoRA's and QLoRA's are met at 2,048 tokens a pass with gradient checkpointing.
+Full training's counts weights and gradients in 16 bits; here what learns is float32, and takes 16 bytes a parameter with AdamW."""
 
 
 class Machine:
-    """The device that training is planned for: what it has, and what it reaches. Measured once, then read from a file.
+    """The device that training is planned for: what it has, and how fast it is.
 
     Args:
         compute: threads and dtype.
         device: "cpu", "cuda", or None for the one that training would use here.
-        notes: file to keep measurements in, by versions of the libraries and number of processors; None keeps none.
+        notes: file to keep `runtime` in, by versions of the libraries and number of processors; None keeps none.
     """
 
     def __init__(self, compute: Compute, device: str | None, notes: Path | None) -> None:
@@ -95,6 +61,7 @@ class Machine:
             self.dtype = torch.bfloat16
         self.threads, self.processes = compute.threads, compute.processes
         self._notes = notes
+        self._times: dict[Any, tuple[float, float]] = {}
 
     @property
     def available(self) -> int | None:
@@ -128,13 +95,14 @@ class Machine:
 
         return int(self._noted("runtime", measure))
 
-    @cached_property
-    def speed(self) -> Speed | None:
-        """None for a GPU that is not here."""
+    def seconds(self, step: Operations) -> tuple[float, float] | None:
+        """A step's least and most seconds; None for a GPU that is not here. A second or two where it does what no step before did."""
+        import torch
+
         if not self.is_here:
             return None
-        name = f"{self.device}, {str(self.dtype).removeprefix('torch.')}, {self.threads} threads"
-        return Speed(**self._noted(name, lambda: asdict(measure_speed(self.dtype, self.device))))
+        least, most = step.seconds(torch.device(self.device), self._times)
+        return MARGIN[0] * least, MARGIN[1] * most
 
     def _noted(self, name: str, measure: Any) -> Any:
         """A measurement from the file, or made now and kept there."""
@@ -161,20 +129,22 @@ class Way:
     base_model: Path
     method: str
     options: dict[str, Any]
+    quantization: Quantization | None
     rows: int
     """Packed rows in a forward pass."""
-    tokens: int
-    """Tokens of the largest such row."""
+    lengths: list[int]
+    """Tokens of each example in the largest such row."""
     counted: int
     """Its positions that count in the loss."""
     gradient_checkpointing: bool
     gradient_accumulation_steps: int
+    optim: str
     where: str
 
     def predict(self, machine: Machine, **changed: Any) -> memory.Prediction:
         now = {**vars(self), "dtype": machine.dtype, **changed}
         rows = now.pop("rows")
-        now["tokens"], now["counted"] = rows * now["tokens"], rows * now["counted"]
+        now["lengths"], now["counted"] = rows * now["lengths"], rows * now["counted"]
         return memory.predict(
             now.pop("base_model"), now.pop("method"), now.pop("options"), device=machine.device, runtime=machine.runtime, **now
         )
@@ -185,7 +155,7 @@ class Way:
 
         one = {"rows": 1, "gradient_accumulation_steps": self.gradient_accumulation_steps * self.rows}
         row = f"per_device_train_batch_size: 1 with gradient_accumulation_steps: {one['gradient_accumulation_steps']}"
-        lora = {"options": USUAL["lora"], "gradient_checkpointing": True, **one}
+        lora = {"options": USUAL["lora"], "quantization": None, "gradient_checkpointing": True, **one}
         if not self.gradient_checkpointing and self.method != "prefix_tuning":
             yield "gradient_checkpointing: true", {"gradient_checkpointing": True}
         if self.rows > 1:
@@ -224,7 +194,6 @@ def plan_variants(root: Path, variants: Sequence[str]) -> dict[str, Any]:
     if not (base_model / "config.json").is_file():
         raise InputError("data/base_model is not here", "run `dvc repro base_model` or `dvc pull base_model` first")
     machine = Machine(params.parse(Compute, values.get("compute"), "compute"), None, _notes(root))
-    tokens, counted = _largest_row(root, values, train)
     found = {}
     for name in variants or list(values["adapter"]):
         entry = params.parse(Params, values["adapter"][name], f"adapter.{name}")
@@ -233,9 +202,10 @@ def plan_variants(root: Path, variants: Sequence[str]) -> dict[str, Any]:
         n = steps(train["rows"], recipe, machine.processes)
         per_epoch = steps(train["rows"], recipe.model_copy(update={"num_train_epochs": 1, "max_steps": None}), machine.processes)
         rows = min(recipe.per_device_train_batch_size, train["rows"])
+        lengths, counted = _largest_row(root, values, train, recipe.method)
         way = Way(
-            base_model, recipe.method, recipe.peft, rows, tokens, counted, recipe.gradient_checkpointing, recipe.gradient_accumulation_steps,
-            f"adapter.{name}",
+            base_model, recipe.method, recipe.peft, recipe.quantization, rows, lengths, counted, recipe.gradient_checkpointing,
+            recipe.gradient_accumulation_steps, recipe.optim, f"adapter.{name}",
         )  # fmt: skip
         all_tokens = round(train["tokens"] * n / per_epoch)
         most = auto.MOST_TRIALS * steps(train["rows"], settled.trial) if settled.trial else 0
@@ -278,7 +248,9 @@ def plan_model(
     machine = Machine(compute, device, None)
     found = {}
     for method in methods:
-        way = Way(model, method, USUAL.get(method, {}), rows, tokens, tokens, checkpointing, 1, f"--method {method}")
+        way = Way(
+            model, method, USUAL.get(method, {}), None, rows, [tokens], tokens, checkpointing, 1, "adamw_torch_fused", f"--method {method}"
+        )
         found[method] = {"tokens": 1000 * rows * tokens, **_taken(way, machine, 1000 * rows * tokens)}
         if machine.device == "cuda" and method in PUBLISHED and 6.5e9 < found[method]["total_parameters"] < 7.5e9:
             found[method]["published_gb"] = PUBLISHED[method]
@@ -300,33 +272,31 @@ def _told(machine: Machine) -> dict[str, Any]:
     }
 
 
-def _largest_row(root: Path, values: dict[str, Any], train: dict[str, Any]) -> tuple[int, int]:
-    """(tokens, positions that count) of the largest packed rows. Where the rows are not here: of a full row with the usual share."""
+def _largest_row(root: Path, values: dict[str, Any], train: dict[str, Any], method: str) -> tuple[list[int], int]:
+    """`memory.largest_row` of the training split. Where the rows are not here: a full row with the usual share of positions that count."""
     path = root / "data" / "tokenized" / "train.parquet"
     if path.is_file():
         rows = read_table(path, ["lengths", "labels"])
-        return max(sum(row["lengths"]) for row in rows), max(sum(label != IGNORE for label in row["labels"]) for row in rows)
+        return memory.largest_row([row["lengths"] for row in rows], [row["labels"] for row in rows], method)
     section = values.get("tokenized") or {}
     tokens = section.get("packed_length") or section.get("max_length") or 512
-    return tokens, -(-tokens * train["trained_tokens"] // train["tokens"])
+    return [tokens], -(-tokens * train["trained_tokens"] // train["tokens"])
 
 
 def _taken(way: Way, machine: Machine, tokens: int) -> dict[str, Any]:
     """What a way of training takes for so many tokens in all."""
     took = way.predict(machine)
-    available, speed = machine.available, machine.speed
+    available = machine.available
     fits = None if available is None else took.memory.total <= available
-    seconds = None
-    if speed:
-        step = took.flops / speed.products + took.moved / speed.bytes
-        seconds = step * tokens / (way.tokens * way.rows * way.gradient_accumulation_steps * machine.processes)
+    step = machine.seconds(took.step)
+    steps_of_all = tokens / (sum(way.lengths) * way.rows * way.gradient_accumulation_steps * machine.processes)
     return {
         "trainable_parameters": took.trainable,
         "total_parameters": took.total,
         "memory": {**asdict(took.memory), "total": took.memory.total},
         "fits": fits,
         "advice": [] if fits is not False or available is None else _advice(way, machine, took.memory.total, available),
-        "time": None if seconds is None else {"from_seconds": round(seconds * SLOWER[0]), "to_seconds": round(seconds * SLOWER[1])},
+        "time": None if step is None else {"from_seconds": round(step[0] * steps_of_all), "to_seconds": round(step[1] * steps_of_all)},
     }
 
 
@@ -375,7 +345,9 @@ def as_text(found: dict[str, Any]) -> str:
             lines += [f"  does not fit: {v['advice'][0]}", *(f"  hint: {text}" for text in v["advice"][1:])]
     threads = f", {machine['threads']} threads" if machine["device"] == "cpu" else ""
     if any("published_gb" in v for v in found["variants"].values()):
-        lines.append("published figures hold for some 512 tokens a pass, or 2,048 with checkpointing; full: with float32 optimizer states")
+        lines.append(
+            "published figures hold for 2,048 tokens a pass with gradient checkpointing; full: for weights that learn in 16 bits, here in 32"
+        )
     return "\n".join([*lines, f"on {machine['device']} in {machine['dtype']}{threads}"])
 
 

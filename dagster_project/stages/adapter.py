@@ -13,7 +13,6 @@ from pathlib import Path
 from shutil import copyfile
 from typing import Any
 
-from dagster_project.chat import IGNORE
 from dagster_project.errors import InputError
 from dagster_project.params import Compute
 from dagster_project.records import CheckResult, Report, read_table, remove, write_json, write_table, write_text
@@ -294,20 +293,21 @@ def _refuse_clashes(tunable: Tunable, params: Params, where: str) -> None:
 def _predicted(params: Params, base_model: Path, rows: Any, dtype: Any, device: str, runtime: int, where: str) -> memory.Memory | None:
     """Peak memory by part, from the configuration alone; None for a method that cannot be built without its weights."""
     together = min(params.per_device_train_batch_size, len(rows))
+    lengths, counted = memory.largest_row(rows["lengths"], rows["labels"], params.method)
     try:
         return memory.predict(
             base_model,
             params.method,
             params.peft,
-            tokens=together * max(map(sum, rows["lengths"])),
-            counted=together * max(sum(label != IGNORE for label in labels) for labels in rows["labels"]),
+            lengths=together * lengths,
+            counted=together * counted,
             dtype=dtype,
             device=device,
             runtime=runtime,
+            quantization=params.quantization,
             gradient_checkpointing=params.gradient_checkpointing,
             gradient_accumulation_steps=params.gradient_accumulation_steps,
             optim=params.optim,
-            quantize=params.quantization == "nf4",
             where=where,
         ).memory
     except (InputError, RuntimeError, AttributeError):  # what the model is made of has no values there; the real one has been built

@@ -7,21 +7,24 @@ autograd keeps for a frozen layer, for DoRA's norms or under checkpointing is no
 All in bytes; n = elements, b = bytes per element of the dtype:
 
     weights       sum of n b over parameters and buffers. 4-bit (Dettmers et al. 2023, QLoRA, section 3): n / 2 for nf4, n / 64 for the
-                  8-bit scale of each block of 64, 4 n / (64 x 256) for the scales' own: 0.516 bytes a weight; embeddings, output layer
-                  and norms stay in the compute dtype. On a CPU the mapped file counts as long as a tensor lies in it.
+                  8-bit scale of each block of 64, 4 n / (64 x 256) for the scales' own: 0.516 bytes a weight; what is not quantized
+                  (embeddings, output layer, norms) is float32. On a CPU the mapped file counts as long as a tensor lies in it.
     gradients     n b of each trained parameter, from when the backward pass reaches it until the optimizer's step. Accumulation keeps
                   them through the next pass, so two passes are counted then.
     optimizer     AdamW: two states in the parameter's own dtype, 2 n b (torch.optim.AdamW makes them by zeros_like), and a step of 4
                   bytes. 8-bit: 2 n, and 2 x 4 bytes a block of 256 (Dettmers et al. 2022, 8-bit Optimizers, section 2); parameters
-                  under 4,096 elements stay in 32 bits. PEFT keeps adapters in float32 whatever the model's dtype.
+                  under 4,096 elements stay in 32 bits. Others: sft.OPTIMIZER_MEMORY. What learns is float32 whatever the model's dtype,
+                  but for the adapters of 4-bit weights, which TRL holds in bfloat16. AdaLoRA keeps 3 n b more: the importance of each
+                  weight, its mean and its spread.
     activations   what autograd keeps, and passing results. In the way of Korthikanti et al. 2022, section 4.1 (34 h + 5 a s a token
                   and layer for GPT in 16 bits, with dropout), a Llama layer all of whose weights learn keeps, with h hidden, f
                   intermediate and a heads, in bytes a token:
-                      bfloat16  26 h +  8 f + 4 a + 8        float32  44 h + 16 f + 4 a + 8
-                  two norms of 8 h + 4 (the float32 copy, the normed values and the output, 12 h + 4 in float32), attention b (4 h) +
-                  4 a (query, key and value repeated to all heads, output, log-sum-exp; no scores: the kernel computes them again),
-                  b h into the output projection, b (4 f) in SwiGLU. A frozen matrix does not keep its input; a layer below the
-                  lowest trained one keeps nothing.
+                      float32  44 h + 16 f + 4 a + 8        computing in bfloat16  36 h + 8 f + 4 a + 8
+                  two norms of 12 h + 4 (their input, the normed values, the output), attention b (4 h) + 4 a (query, key and value
+                  repeated to all heads, output, log-sum-exp; no scores: the kernel computes them again), b h into the output projection,
+                  b (4 f) in SwiGLU. In bfloat16 the weights that learn, and so the stream between layers, are float32: a norm keeps 8 h + 4,
+                  each of five products a copy of its input (autocast makes one a product), and 2 n of copies of the weights are kept
+                  for the backward pass. A frozen matrix does not keep its input; a layer below the lowest trained one keeps nothing.
     logits        whatever has the vocabulary as last dimension. At the most, in the loss's backward pass, counted positions x vocabulary
                   x 4 x 3: the log-softmax that was kept, its gradient and that of the scores, all in float32.
     runtime       libraries and their state. On a CPU the resident size of a process that has imported them, measured on this machine;
@@ -34,19 +37,21 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from dagster_project.chat import IGNORE
 from dagster_project.errors import InputError
-from dagster_project.training.attention import attention_for
-from dagster_project.training.methods import CANNOT_MERGE, VIRTUAL, peft_config
-
-OWN_WEIGHTS = ("full", "bitfit", "feature_extraction")
-"""Methods that train the model's own parameters: all of them, its biases, its output layer."""
+from dagster_project.params import parse
+from dagster_project.training.head import Options
+from dagster_project.training.methods import CANNOT_MERGE, VIRTUAL, Quantization, Tunable, build
+from dagster_project.training.operations import Operations, attention, attention_and_back
+from dagster_project.training.sft import OPTIMIZER_MEMORY, causal
 
 STARTED = 45 * 2**20
 """Bytes that a process grows by once the Trainer runs, beyond its imports: `benchmarks/memory.py --tiny` measures it."""
@@ -79,10 +84,8 @@ class Prediction:
     trainable: int
     """Parameters that learn."""
     total: int
-    flops: int
-    """Operations in matrix products of an optimizer step's passes; a multiplication and an addition are two."""
-    moved: int
-    """Bytes that all other operations of these passes and the optimizer's step read and write."""
+    step: Operations
+    """What an optimizer step does: its passes, the clipping and the update."""
 
 
 def predict(
@@ -90,30 +93,27 @@ def predict(
     method: str,
     options: dict[str, Any],
     *,
-    tokens: int,
+    lengths: Sequence[int],
     counted: int,
     dtype: Any,
     device: str,
     runtime: int,
+    quantization: Quantization | None = None,
     gradient_checkpointing: bool = False,
     gradient_accumulation_steps: int = 1,
-    optim: str = "adamw_torch",
-    quantize: bool = False,
+    optim: str = "adamw_torch_fused",
     where: str = "adapter",
 ) -> Prediction:
     """Peak memory and work of training, from the configuration alone. Random states of torch stay as they are.
 
     Args:
         base_model: folder with a config.json, or such a file; weights are not needed.
-        method: a name that `methods.build` takes.
-        options: the method's keys.
-        tokens: of the largest forward pass, all its rows together.
+        method, options, quantization, optim: as the variant's entry has them.
+        lengths: tokens of each example in the largest forward pass, all its rows together.
         counted: positions of it that count in the loss.
         dtype: the model's, torch.float32 or torch.bfloat16.
         device: "cpu" or "cuda", where training will run; it need not be here.
         runtime: bytes, see `resident`; on "cuda" give CUDA_RUNTIME.
-        optim: transformers' name of an AdamW, in 8 bits where it says so.
-        quantize: hold frozen matrices in nf4 with double quantization (implied by qlora and qdora).
         where: dotted place in params.yaml, for messages.
     Raises:
         InputError: no configuration, unknown method or key, or one that does not suit the model.
@@ -122,42 +122,55 @@ def predict(
 
     config = read_config(base_model)
     stored = config.dtype or torch.float32  # building the model will set it
-    method = method.lower()
-    quantize = quantize or method in ("qlora", "qdora")
+    # a start that is computed from the weights (pissa, olora, ...) has the same shapes as any other
+    options = {key: value for key, value in options.items() if key != "init_lora_weights" or isinstance(value, bool)}
     ledger = _Ledger(config.get_text_config().vocab_size)
-    with torch.random.fork_rng(devices=[]):
-        base, model = _build(config, method, options, torch.device(device), dtype, quantize, where)
-        if gradient_checkpointing:
-            base.gradient_checkpointing_enable()
-            if model is not base:
-                model.enable_input_require_grads()
-        model.train()
-        with _quiet():
-            _passes(ledger, base, model, tokens, counted, passes=min(2, gradient_accumulation_steps))
+    with torch.random.fork_rng(devices=[]), _quiet():
+        with torch.device("meta"), _answering():
+            tunable = build(
+                method, options, base_model, torch.device(device), dtype, where, quantization, merge=False, total_steps=100,
+                categories=("one", "other"), weights=False,
+            )  # fmt: skip
+        model = tunable.model
+        held = model.base if tunable.fit else model
+        base = causal(held)
+        if not tunable.fit:
+            _like_the_trainer(model, base, gradient_checkpointing)
+        for tensor in _tensors(held):
+            ledger.born(tensor, "weights")
+        if tunable.fit:
+            batch = parse(Options, options, where).batch_size
+            _read(ledger, base, [max(lengths)] * batch)
+        else:
+            _passes(ledger, tunable, base, lengths, counted, passes := min(2, gradient_accumulation_steps))
+            ledger.operations.multiply(gradient_accumulation_steps / passes)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # read without conversion, embeddings lie in the mapped file and keep it resident, matrices that were quantized from it included
-    mapped = _replaced(base) * stored.itemsize if device == "cpu" and quantize and stored == dtype else 0
-    # what learns is float32: adapters are so in the model already; own weights stand beside the copies that autocast computes with
-    beside = method in ("full", "bitfit") and dtype != torch.float32
-    masters = 4 * sum(parameter.numel() for parameter in learning) if beside else 0
-    states = sum(_state_bytes(parameter, optim) for parameter in learning) * (2 if beside else 1)
-    parts = {
-        **ledger.peak,
-        "weights": ledger.peak["weights"] + mapped + masters,
-        "gradients": ledger.peak["gradients"] * (2 if beside else 1),
-    }
-    peak = Memory(**parts, optimizer=states, runtime=runtime)
-    loading = 0 if device != "cpu" or (stored == dtype and not quantize) else _loading(base_model, base, stored)
+    if not tunable.fit:
+        ledger.operations.note_optimizer(learning)
+    optim = tunable.optim or optim
+    states = 0 if tunable.fit else sum(_state_bytes(parameter, optim) for parameter in learning)
+    if method.lower() == "adalora":
+        states += 3 * sum(map(_bytes, learning))
+    peak = Memory(**ledger.peak, optimizer=states, runtime=runtime)
+    as_stored = stored == (torch.float32 if tunable.autocast else dtype) and not getattr(base, "is_loaded_in_4bit", False)
+    loading = 0 if device != "cpu" or as_stored else _loading(base_model, base, stored)
     if loading > peak.total - runtime:
         peak = Memory(weights=loading, gradients=0, optimizer=0, activations=0, logits=0, runtime=runtime)
-    held = sum(_bytes(parameter) for parameter in learning)
-    return Prediction(
-        peak,
-        trainable=sum(parameter.numel() for parameter in learning),
-        total=sum(_elements(parameter) for parameter in model.parameters()),
-        flops=ledger.flops * gradient_accumulation_steps // ledger.passes,
-        moved=ledger.moved * gradient_accumulation_steps // ledger.passes + 3 * held + 2 * states,
-    )
+    return Prediction(peak, tunable.trainable, tunable.total, ledger.operations)
+
+
+def largest_row(lengths: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], method: str) -> tuple[list[int], int]:
+    """(tokens of its examples, most positions that count) of the packed row that takes the most memory.
+
+    Behind virtual tokens every example gets a row of its own, as long as the longest.
+
+    Args:
+        lengths: tokens of each example in each row.
+        labels: of each row.
+    """
+    padded = CANNOT_MERGE.get(method.lower()) == VIRTUAL
+    largest = max(lengths, key=lambda row: (len(row) * max(row) if padded else sum(row), len(row)))
+    return list(largest), max(sum(label != IGNORE for label in row) for row in labels)
 
 
 def read_config(base_model: Path) -> Any:
@@ -200,79 +213,19 @@ def peak(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _build(config: Any, method: str, options: dict[str, Any], device: Any, dtype: Any, quantize: bool, where: str) -> tuple[Any, Any]:
-    """(base model, what is trained) on the meta device; the same object for a method that trains the model's own weights."""
+def _like_the_trainer(model: Any, base: Any, gradient_checkpointing: bool) -> None:
+    """What TRL's SFTTrainer does to a model before its first step."""
     import torch
-    from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
 
-    virtual = CANNOT_MERGE.get(method) == VIRTUAL
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa" if virtual else attention_for(device))
-    adapter = None if method in OWN_WEIGHTS else _adapter(method, options, where, base)
-    if quantize:
-        _to_four_bits(base, dtype)
-    if adapter is None:
-        _unfreeze(base, method, where)
-        return base, base
-    try:
-        with torch.device("meta"), _answering():
-            model = get_peft_model(base, adapter)
-    except (ValueError, RuntimeError, NotImplementedError) as error:
-        raise InputError(f"params.yaml: {where}.peft: {str(error).splitlines()[0]}", "correct the keys named") from None
-    if quantize:  # as TRL does (SFTTrainer.__init__)
+    if gradient_checkpointing:
+        base.activation_checkpointing_enable()
+        if model is not base:
+            model.enable_input_require_grads()
+    if getattr(model, "is_loaded_in_4bit", False):
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and "lora_magnitude_vector" not in name:
                 parameter.data = parameter.data.to(torch.bfloat16)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise InputError(f"params.yaml: {where}: {method} leaves no parameter to train in this model", "choose other target_modules")
-    return base, model
-
-
-def _adapter(method: str, options: dict[str, Any], where: str, base: Any) -> Any:
-    """The PEFT configuration, less a start that is computed from the weights (pissa, olora, ...): it has the same shapes as any other."""
-    kept = {key: value for key, value in options.items() if key != "init_lora_weights" or isinstance(value, bool)}
-    return peft_config(method, kept, where, base, total_steps=100)
-
-
-def _unfreeze(base: Any, method: str, where: str) -> None:
-    """Let the model's own parameters learn: all, the biases, or the output layer (of its own, also where it was the input's twin)."""
-    import torch
-
-    for name, parameter in base.named_parameters():
-        parameter.requires_grad_(method == "full" or (method == "bitfit" and name.endswith(".bias")))
-    if method == "feature_extraction":
-        head = base.get_output_embeddings()
-        head.weight = torch.nn.Parameter(torch.empty_like(head.weight))
-    if not any(parameter.requires_grad for parameter in base.parameters()):
-        raise InputError(f"params.yaml: {where}: {method} leaves no parameter to train in this model", "it has none such; choose lora")
-
-
-def _to_four_bits(base: Any, dtype: Any) -> None:
-    """Put every linear layer but the output's into nf4 with double quantization, as transformers' BitsAndBytesConfig does."""
-    import torch
-    from bitsandbytes.nn.modules import Linear4bit, Params4bit
-
-    for name, module in list(base.named_modules()):
-        if isinstance(module, torch.nn.Linear) and module is not base.get_output_embeddings():
-            held = Linear4bit(
-                module.in_features,
-                module.out_features,
-                module.bias is not None,
-                compute_dtype=dtype,
-                compress_statistics=True,
-                quant_type="nf4",
-                device="meta",
-            )
-            held.weight = Params4bit(
-                module.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=held
-            )._quantize("meta")
-            if held.bias is not None:
-                held.bias.data = held.bias.data.to(dtype)
-            base.set_submodule(name, held)
-    for parameter in base.parameters():
-        parameter.requires_grad_(False)
-    base.is_loaded_in_4bit = True
+    model.train()
 
 
 def _tensors(model: Any) -> Iterator[Any]:
@@ -286,66 +239,105 @@ def _tensors(model: Any) -> Iterator[Any]:
             yield from (value for value in vars(part).values() if isinstance(value, torch.Tensor))
 
 
-def _passes(ledger: _Ledger, base: Any, model: Any, tokens: int, counted: int, passes: int) -> None:
+def _batch(lengths: Sequence[int], packs: bool) -> dict[str, Any]:
+    """A forward pass of examples of these lengths, shaped as `sft.collate` and `methods.apart` shape it."""
+    import torch
+
+    shape = (1, sum(lengths)) if packs else (len(lengths), max(lengths))
+    ids = torch.zeros(shape, dtype=torch.long, device="meta")
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu")
+    return {"input_ids": ids, "position_ids": ids, "cu_seq_lens_q": bounds, "attention_mask": torch.ones_like(ids)}
+
+
+def _read(ledger: _Ledger, base: Any, lengths: Sequence[int]) -> None:
+    """A forward pass of training/head.py."""
+    import torch
+
+    batch = _batch(lengths, packs=False)
+    with torch.no_grad(), ledger.mode(), ledger.attention():
+        base.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+
+
+def _passes(ledger: _Ledger, tunable: Tunable, base: Any, lengths: Sequence[int], counted: int, passes: int) -> None:
     """Forward and backward passes of training/sft.py on the meta device, counted by the ledger."""
     import torch
     from torch.nn.functional import cross_entropy
 
-    ledger.passes = passes
-    for tensor in _tensors(model):
-        ledger.born(tensor, "weights")
-    for parameter in model.parameters():
+    for parameter in tunable.model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(ledger.is_gradient)
-    ids = torch.zeros((1, tokens), dtype=torch.long, device="meta")
+    batch = _batch(lengths, tunable.packs)
     where = torch.zeros(counted, dtype=torch.long, device="meta")
-    learnt = getattr(model, "active_peft_config", None)
     for _ in range(passes):
-        with ledger.mode(), ledger.attention():
-            if learnt is not None and learnt.is_prompt_learning:
-                prompts = model.get_prompt(batch_size=1)
-                if learnt.peft_type.value == "PREFIX_TUNING":
-                    given: dict[str, Any] = {"input_ids": ids, "past_key_values": prompts}
-                else:
-                    given = {"inputs_embeds": torch.cat([prompts.to(base.dtype), base.get_input_embeddings()(ids)], 1)}
-                hidden = base.base_model(**given, use_cache=False).last_hidden_state
-            else:
-                bounds = torch.tensor([0, tokens], dtype=torch.int32, device="cpu")
-                hidden = base.base_model(
-                    input_ids=ids, position_ids=torch.zeros_like(ids), cu_seq_lens_q=bounds, use_cache=False
-                ).last_hidden_state
-            scores = base.get_output_embeddings()(hidden[:, :-1].squeeze(0)[where]).float()
+        with ledger.mode(), ledger.attention(), _autocast():
+            hidden = tunable.hidden_states(batch)
+            scores = base.get_output_embeddings()(hidden[:, :-1].flatten(0, 1)[where]).float()
             losses = cross_entropy(scores, where, reduction="none")
             weights = torch.ones_like(losses)
             loss = (losses * weights).sum() / weights.sum()
-            del hidden, scores, losses
+            more = tunable.extra_loss(tunable.model)
+            loss = loss if more is None else loss + more
+            del hidden, scores, losses, more
             torch.autograd.backward(loss)
             del loss
 
 
+@contextmanager
+def _autocast() -> Iterator[None]:
+    """Within it, torch.autocast does on the meta device what it does on a CPU; torch itself knows none there.
+
+    A weight that learns is converted once while it lasts, all else at each product (torch's autocast_mode.cpp, cached_cast).
+    """
+    import torch
+
+    functions, autocast = torch.nn.functional, torch.autocast
+    linear, copies = functions.linear, dict[int, Any]()
+
+    def low(value: Any) -> Any:
+        if value is None or value.dtype != torch.float32:
+            return value
+        if not (value.is_leaf and value.requires_grad):
+            return value.to(torch.get_autocast_dtype("cpu"))
+        if id(value) not in copies:
+            copies[id(value)] = value.to(torch.get_autocast_dtype("cpu"))
+        return copies[id(value)]
+
+    def lowered(input: Any, weight: Any, bias: Any = None) -> Any:
+        return linear(*map(low, (input, weight, bias))) if torch.is_autocast_enabled("cpu") else linear(input, weight, bias)
+
+    def on_cpu(device_type: str, **how: Any) -> Any:
+        return autocast("cpu", **how)
+
+    with (
+        patch.object(torch, "autocast", on_cpu),
+        patch.object(torch, "clear_autocast_cache", copies.clear),
+        patch.object(functions, "linear", lowered),
+    ):
+        yield
+
+
 class _Ledger:
-    """Counts storages of the meta device from birth to death, and the work between."""
+    """Counts storages of the meta device from birth to death, and notes the operations between."""
 
     def __init__(self, vocabulary: int) -> None:
         self.vocabulary = vocabulary
         self.live = {"weights": 0, "gradients": 0, "activations": 0, "logits": 0}
         self.peak = dict(self.live)
-        self.highest = self.now = self.flops = self.moved = 0
-        self.passes = 1
+        self.highest = self.now = 0
+        self.operations = Operations()
         self._known: dict[int, tuple[str, int, Any]] = {}
 
-    def born(self, tensor: Any, part: str) -> bool:
-        """Whether the tensor's storage was unknown so far."""
+    def born(self, tensor: Any, part: str) -> None:
+        """Count the tensor's storage, unless it is known."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._known:
-            return False
+            return
         self._known[key] = (part, storage.nbytes(), weakref.ref(storage, lambda _: self._dead(key)))
         self.live[part] += storage.nbytes()
         self.now += storage.nbytes()
         if self.now > self.highest:
             self.highest, self.peak = self.now, dict(self.live)
-        return True
 
     def _dead(self, key: int) -> None:
         part, size, _ = self._known.pop(key)
@@ -369,7 +361,6 @@ class _Ledger:
         import torch
         from torch.utils._python_dispatch import TorchDispatchMode
         from torch.utils._pytree import tree_leaves
-        from torch.utils.flop_counter import flop_registry
 
         ledger = self
 
@@ -382,17 +373,12 @@ class _Ledger:
                     return False  # a meta tensor has no value. The one question asked: is a batch not packed? It is.
                 out = func(*args, **(kwargs or {}))
                 found = tensors(out)
-                made = [ledger.born(t, "logits" if t.shape and t.shape[-1] == ledger.vocabulary else "activations") for t in found]
-                name = func._schema.name
-                if name == "bitsandbytes::gemm_4bit":  # what it does with more than a few rows: a passing copy of the matrix, multiplied
-                    elements = args[2][0] * args[2][1]
-                    ledger.passing(elements * args[0].element_size())
-                    ledger.moved += elements * args[0].element_size()
-                    ledger.flops += 2 * elements * args[0].numel() // args[0].shape[-1]
-                elif func._overloadpacket in flop_registry:
-                    ledger.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
-                elif (any(made) or func._schema.is_mutable) and not name.startswith("aten::empty"):
-                    ledger.moved += sum(map(_bytes, found)) + sum(map(_bytes, tensors((args, kwargs))))
+                if found or tensors((args, kwargs)):
+                    ledger.operations.note(func, *args, **(kwargs or {}))
+                for tensor in found:
+                    ledger.born(tensor, "logits" if tensor.shape and tensor.shape[-1] == ledger.vocabulary else "activations")
+                if func._schema.name == "bitsandbytes::gemm_4bit":  # with more than a few rows it makes a passing copy of the matrix
+                    ledger.passing(args[2][0] * args[2][1] * args[0].element_size())
                 return out
 
         return Counting()
@@ -409,20 +395,25 @@ class _Ledger:
 
         class Fused(torch.autograd.Function):
             @staticmethod
-            def forward(ctx: Any, query: Any, key: Any, value: Any, bias: Any) -> Any:
+            def forward(ctx: Any, query: Any, key: Any, value: Any, bias: Any, causal: bool) -> Any:
                 out = torch.empty_like(query)
                 ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32), bias)
-                ledger.flops += 2 * query.numel() * key.shape[-2]  # two products, 2 operations each, half of them masked
+                ctx.causal = causal
+                ledger.operations.note(attention, query, key, value, bias, causal)
                 return out
 
             @staticmethod
             def backward(ctx: Any, *gradient: Any) -> Any:
-                query, key, value, *_ = ctx.saved_tensors
-                ledger.flops += 5 * query.numel() * key.shape[-2]  # five products
-                return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
+                query, key, value, _, _, bias = ctx.saved_tensors
+                ledger.operations.note(attention, query, key, value, bias, ctx.causal, times=-1)
+                ledger.operations.note(attention_and_back, query, key, value, bias, ctx.causal)
+                return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None, None
 
-        def fused(query: Any, key: Any, value: Any, attn_mask: Any = None, **_: Any) -> Any:
-            return Fused.apply(query, key, value, None if attn_mask is None else attn_mask.to(query.dtype))  # the kernel wants a bias
+        def fused(query: Any, key: Any, value: Any, attn_mask: Any = None, is_causal: bool = False, **_: Any) -> Any:
+            if torch.is_autocast_enabled("cpu"):
+                query, key, value = (given.to(torch.get_autocast_dtype("cpu")) for given in (query, key, value))
+            bias = None if attn_mask is None else attn_mask.to(query.dtype)  # the kernel wants one
+            return Fused.apply(query, key, value, bias, is_causal)
 
         with patch.object(torch.nn.functional, "scaled_dot_product_attention", fused):
             yield
@@ -463,16 +454,13 @@ def _elements(parameter: Any) -> int:
     return int(state.shape.numel() if state is not None else parameter.numel())
 
 
-def _replaced(base: Any) -> int:
-    """Elements of all matrices that are held in 4 bits."""
-    return sum(_elements(parameter) for parameter in base.parameters() if getattr(parameter, "quant_state", None) is not None)
-
-
 def _state_bytes(parameter: Any, optim: str) -> int:
-    """What AdamW keeps of a parameter."""
+    """What an optimizer keeps of a parameter."""
     n = int(parameter.numel())
     if "8bit" in optim:
         return 2 * n + 8 * -(-n // 256) if n >= 4096 else 8 * n
+    if "adamw" not in optim:
+        return int(n * 4 * OPTIMIZER_MEMORY[optim])
     return 2 * n * int(parameter.element_size()) + 4
 
 

@@ -490,6 +490,7 @@ def build(
     merge: bool = True,
     total_steps: int | None = None,
     categories: Sequence[str] = (),
+    weights: bool = True,
 ) -> Tunable:
     """Load the base model and put the method on it.
 
@@ -497,6 +498,7 @@ def build(
         method, options, quantization, merge: as the variant's entry has them.
         total_steps: optimizer steps of the run; adalora needs them.
         categories: the classes of feature_extraction.
+        weights: False: all on torch's meta device, as training on `device` would have it; the base model's configuration will do.
     Raises:
         InputError: `check` refuses, PEFT refuses the keys for this model, or nothing would learn.
     """
@@ -511,17 +513,17 @@ def build(
     optim = "paged_adamw_8bit" if held == "nf4" and device.type == "cuda" else None
     name, _ = _resolve(method, where)
     if name == "feature_extraction":
-        return _head(record, parse(head.Options, dict(options), f"{where}.peft"), base_model, device, dtype, categories)
+        return _head(record, parse(head.Options, dict(options), f"{where}.peft"), base_model, device, dtype, categories, weights)
     if name in {"full", "bitfit"}:
         patterns = [r"\bbias$"] if name == "bitfit" else parse(Full, dict(options), f"{where}.peft").trainable
-        return _weights(record, patterns, base_model, device, dtype, where)
+        return _weights(record, patterns, base_model, device, dtype, where, weights)
 
     from peft import get_peft_model
 
     from dagster_project.training.lora import fuse
 
     virtual = CANNOT_MERGE.get(name) == VIRTUAL
-    base = load_base(base_model, device, dtype, held, "sdpa" if virtual else attention_for(device, dtype))
+    base = load_base(base_model, device, dtype, held, "sdpa" if virtual else attention_for(device, dtype if weights else None), weights)
     config = peft_config(method, options, where, base, total_steps, str(base_model))
     try:
         model = get_peft_model(base, config)
@@ -560,12 +562,14 @@ def build(
     )
 
 
-def _weights(record: Tuned, patterns: Sequence[str], base_model: Path, device: torch.device, dtype: torch.dtype, where: str) -> Tunable:
+def _weights(
+    record: Tuned, patterns: Sequence[str], base_model: Path, device: torch.device, dtype: torch.dtype, where: str, weights: bool
+) -> Tunable:
     """The base model's own weights learn: all, or those that a pattern finds. In float32, computing in `dtype`; stored as the base model is."""
     import torch
     from transformers import AutoConfig
 
-    model = load_base(base_model, device, torch.float32, attention=attention_for(device, dtype))
+    model = load_base(base_model, device, torch.float32, attention=attention_for(device, dtype if weights else None), weights=weights)
     stored = AutoConfig.from_pretrained(base_model, trust_remote_code=False).dtype or torch.float32
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):  # tied weights have several names
@@ -583,8 +587,8 @@ def _weights(record: Tuned, patterns: Sequence[str], base_model: Path, device: t
         parameter.requires_grad_(not patterns or any(re.search(pattern, name) for pattern in patterns for name in names[id(parameter)]))
 
     def save(folder: Path) -> None:
-        weights = {name: value.to(stored) if value.is_floating_point() else value for name, value in model.state_dict().items()}
-        model.save_pretrained(folder, state_dict=weights)
+        state = {name: value.to(stored) if value.is_floating_point() else value for name, value in model.state_dict().items()}
+        model.save_pretrained(folder, state_dict=state)
         for file in sorted(base_model.iterdir()):  # tuning changes no configuration
             if not file.name.endswith((".safetensors", ".safetensors.index.json")):
                 shutil.copyfile(file, folder / file.name)
@@ -600,7 +604,13 @@ def _weights(record: Tuned, patterns: Sequence[str], base_model: Path, device: t
 
 
 def _head(
-    record: Tuned, options: head.Options, base_model: Path, device: torch.device, dtype: torch.dtype, categories: Sequence[str]
+    record: Tuned,
+    options: head.Options,
+    base_model: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    categories: Sequence[str],
+    weights: bool,
 ) -> Tunable:
     labels = sorted(set(categories))
     if len(labels) < 2:
@@ -608,7 +618,7 @@ def _head(
             f"feature_extraction learns the category of a prompt, and the training split has {len(labels)} of them",
             "use sources with a `category`, or another method",
         )
-    base = load_base(base_model, device, dtype, record.quantization)
+    base = load_base(base_model, device, dtype, record.quantization, weights=weights)
     classifier = head.Classifier(base, labels, options)
 
     def save(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from unittest.mock import patch
 
 from dagster_project.errors import InputError
 from dagster_project.params import Section
@@ -36,28 +37,59 @@ class Tuned(Section):
         (folder / RECORD).write_text(self.model_dump_json(indent=2) + "\n")
 
 
-def load_base(folder: Path, device: torch.device, dtype: torch.dtype, quantization: str = "none", attention: str = "sdpa") -> Any:
+def load_base(
+    folder: Path, device: torch.device, dtype: torch.dtype, quantization: str = "none", attention: str = "sdpa", weights: bool = True
+) -> Any:
     """The base model, its weights in `dtype`, or those of its linear layers in 4-bit NormalFloat (QLoRA, arXiv 2305.14314, section 3).
 
     nf4: blocks of 64 weights, their scales quantized too, products in bfloat16; what is not quantized in float32. The output layer is not quantized.
+
+    Args:
+        folder: of the model; without weights its config.json will do.
+        weights: False: shapes and dtypes alone, on torch's meta device.
     """
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    how: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "attn_implementation": attention}
-    if quantization == "none":
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **how).to(device)
-    from peft import prepare_model_for_kbit_training
-
+    how: dict[str, Any] = {"attn_implementation": attention}
+    stored: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, **how}
+    if quantization == "none" and weights:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **stored).to(device)
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
     )
-    base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=nf4, dtype=dtype, device_map={"": device}, **how)
+    if weights:
+        base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=nf4, dtype=dtype, device_map={"": device}, **stored)
+    else:
+        from transformers import AutoConfig
+
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False), dtype=dtype, **how)
+        if quantization == "none":
+            return base
+        _quantize(base, nf4)
+    from peft import prepare_model_for_kbit_training
+
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # or the first evaluation on a CPU packs the weights in place for a kernel without a backward pass, and training goes on blindly
             module.support_avx512bf16_for_cpu = False
     return prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+
+
+def _quantize(base: Any, how: Any) -> None:
+    """What from_pretrained does with a quantization_config, for a model on the meta device."""
+    import torch
+    from bitsandbytes.functional import name2qmap
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+    output = next(name for name, module in base.named_modules() if module is base.get_output_embeddings())
+    replace_with_bnb_linear(base, [output], how)
+    with torch.device("cpu"), patch.dict(name2qmap):  # tables are kept there for later models, who need their values
+        for module in base.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.weight = module.weight._quantize("meta")
+    base.is_loaded_in_4bit = True
 
 
 def load(folder: Path, base_model: Path | None, device: torch.device, dtype: torch.dtype) -> Any:
