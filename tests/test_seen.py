@@ -180,6 +180,6 @@ def test_a_method_whose_memory_cannot_be_predicted_is_trained_all_the_same(tiny_
 
     from dagster_project.stages import adapter
 
-    params = adapter.Params(method="cartridge", peft={"num_virtual_tokens": 3})
+    params = adapter.Params(method="waveft", peft={"n_frequency": 100})
     rows = Dataset.from_list([{"lengths": [4], "labels": [-100, 6, 7, 8]}])
     assert adapter._predicted(params, tiny_model, rows, torch.float32, "cpu", 0, "adapter.x") is None

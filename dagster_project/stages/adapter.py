@@ -310,7 +310,7 @@ def _predicted(params: Params, base_model: Path, rows: Any, dtype: Any, device: 
             optim=params.optim,
             where=where,
         ).memory
-    except (InputError, RuntimeError, AttributeError):  # what the model is made of has no values there; the real one has been built
+    except memory.Unpredictable:
         log.info(f"{where}: no prediction of memory for {params.method}")
         return None
 

@@ -76,6 +76,10 @@ class Memory:
         return sum(asdict(self).values())
 
 
+class Unpredictable(InputError):
+    """A method that looks at weights while it is put on the model, and so cannot be put on shapes."""
+
+
 @dataclass(frozen=True)
 class Prediction:
     """What one way of training a model takes."""
@@ -117,6 +121,7 @@ def predict(
         where: dotted place in params.yaml, for messages.
     Raises:
         InputError: no configuration, unknown method or key, or one that does not suit the model.
+        Unpredictable: the method needs weights for it.
     """
     import torch
 
@@ -125,7 +130,7 @@ def predict(
     # a start that is computed from the weights (pissa, olora, ...) has the same shapes as any other
     options = {key: value for key, value in options.items() if key != "init_lora_weights" or isinstance(value, bool)}
     ledger = _Ledger(config.get_text_config().vocab_size)
-    with torch.random.fork_rng(devices=[]), _quiet():
+    with torch.random.fork_rng(devices=[]), _quiet(), _on_shapes(method, where):
         with torch.device("meta"), _answering():
             tunable = build(
                 method, options, base_model, torch.device(device), dtype, where, quantization, merge=False, total_steps=100,
@@ -157,6 +162,17 @@ def predict(
     if loading > peak.total - runtime:
         peak = Memory(weights=loading, gradients=0, optimizer=0, activations=0, logits=0, runtime=runtime)
     return Prediction(peak, tunable.trainable, tunable.total, ledger.operations)
+
+
+@contextmanager
+def _on_shapes(method: str, where: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # the meta device was asked for a value
+        raise Unpredictable(
+            f"params.yaml: {where}.method: what {method} takes cannot be told without weights ({str(error).splitlines()[0][:80]})",
+            "name the variants that you want planned",
+        ) from None
 
 
 def largest_row(lengths: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], method: str) -> tuple[list[int], int]:
@@ -246,7 +262,13 @@ def _batch(lengths: Sequence[int], packs: bool) -> dict[str, Any]:
     shape = (1, sum(lengths)) if packs else (len(lengths), max(lengths))
     ids = torch.zeros(shape, dtype=torch.long, device="meta")
     bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu")
-    return {"input_ids": ids, "position_ids": ids, "cu_seq_lens_q": bounds, "attention_mask": torch.ones_like(ids)}
+    return {
+        "input_ids": ids,
+        "position_ids": ids,
+        "cu_seq_lens_q": bounds,
+        "max_length_q": max(lengths),
+        "attention_mask": torch.ones_like(ids),
+    }
 
 
 def _read(ledger: _Ledger, base: Any, lengths: Sequence[int]) -> None:

@@ -527,7 +527,7 @@ def build(
     config = peft_config(method, options, where, base, total_steps, str(base_model))
     try:
         model = get_peft_model(base, config)
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except (ValueError, TypeError, *((NotImplementedError,) if weights else ())) as error:
         raise InputError(f"params.yaml: {where}.peft: {error}", "correct the keys named") from None
     for parameter_name, parameter in model.named_parameters():
         if ".ranknum." in parameter_name:  # a count; on quantized layers PEFT lets it learn, and never saves it

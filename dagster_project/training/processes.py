@@ -146,7 +146,6 @@ def together(gpus: Sequence[str], work: Callable[[], object]) -> Iterator[None]:
     import torch.distributed as dist
 
     spawn = multiprocessing.get_context("spawn")
-    _lost.clear()
     heard = threading.Event()
     with tempfile.TemporaryDirectory() as folder:
         others = []
@@ -175,6 +174,7 @@ def together(gpus: Sequence[str], work: Callable[[], object]) -> Iterator[None]:
                 other.join()
             if dist.is_initialized():
                 dist.destroy_process_group()
+            _lost.clear()
 
 
 def _join(rank: int, count: int, folder: Path) -> None:
