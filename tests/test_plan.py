@@ -108,7 +108,7 @@ def test_four_bit_weights_take_half_a_byte_and_their_scales(config: Any) -> None
     n = sum(rows * columns for rows, columns in MATRICES) * 2
     scales = sum(rows * columns // 64 + 4 * -(-rows * columns // (64 * 256)) for rows, columns in MATRICES) * 2
     others = plain.total - plain.trainable - n  # embeddings and norms, float32 beside matrices in 4 bits
-    wanted = n // 2 + scales + 4 * others + 2 * four.trainable
+    wanted = n // 2 + scales + 4 * others + 4 * four.trainable
     buffers = plain.memory.weights - 2 * (n + others) - 4 * plain.trainable
     tables = 14 * (16 * 4 + 256 * 4 + 4)  # of the 4-bit values, of the scales' 8-bit values, and an offset; all matrices may share them
     assert wanted <= four.memory.weights - buffers <= wanted + tables
@@ -176,7 +176,7 @@ def test_a_7b_model_takes_what_is_published(config: Any) -> None:
     )  # fmt: skip
     gigabytes = {method: one["memory"]["total"] / 1e9 for method, one in found["variants"].items()}
     assert found["variants"]["full"]["trainable_parameters"] == 6738415616
-    assert 16 < gigabytes["lora"] < 20 and 6 < gigabytes["qlora"] < 8
+    assert 15 < gigabytes["lora"] < 20 and 6 < gigabytes["qlora"] < 8
     assert 16 * 6.738 < gigabytes["full"] < 120  # published 60 to 80 is for weights in 16 bits; ours learns in float32
     assert {one["published_gb"] for one in found["variants"].values()} == {"60-80", "16-20", "6-8"}
     assert "published for 7B: 6-8 GB" in plan.as_text(found)
@@ -301,6 +301,10 @@ def test_what_does_not_fit_comes_with_what_would(tokenized: Path, monkeypatch: p
     monkeypatch.setattr(plan.Machine, "runtime", 0)
     needed = plan.plan_variants(tokenized, [])["variants"]["lora"]["memory"]["total"]
     monkeypatch.setattr(plan.Machine, "available", needed - 1)
+    found = plan.plan_variants(tokenized, [])
+    assert found["variants"]["lora"]["gradient_checkpointing"] and found["variants"]["lora"]["fits"], "auto is true where that helps"
+    assert "  with gradient checkpointing\n" in plan.as_text(found)
+    edit_params(tokenized, lambda values: values["adapter"]["lora"].update(gradient_checkpointing=False))
     found = plan.plan_variants(tokenized, [])
     one = found["variants"]["lora"]
     assert (

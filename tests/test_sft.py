@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from transformers import PreTrainedModel
 
 from dagster_project.chat import IGNORE, encode
 from dagster_project.errors import InputError, PedigreeError
@@ -21,7 +22,7 @@ from dagster_project.params import Compute
 from dagster_project.records import read_table, write_table
 from dagster_project.stages import adapter
 from dagster_project.stages.tokenized import row_schema
-from dagster_project.training import attention, sft
+from dagster_project.training import attention, memory, sft
 from dagster_project.training.attention import attention_for
 from dagster_project.training.methods import Tunable, apart, peft_config, save_adapter
 from dagster_project.training.sft import Recipe, add_noise, collate, refuse_mistakes, steps, train
@@ -274,14 +275,6 @@ def test_the_validation_loss_before_the_first_step_is_the_plain_mean_per_token(m
     assert watched[0][1] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
 
 
-def test_checkpointing_changes_no_loss(model: Any, tiny_tokenizer: Any) -> None:
-    rows, curves = Dataset.from_list([packed(SHORT, LONG)]), []
-    for checkpointing in (False, True):
-        recipe = Recipe(num_train_epochs=3, gradient_checkpointing=checkpointing)
-        curves.append(train(tunable(copy.deepcopy(model)), tiny_tokenizer, rows, None, recipe, COMPUTE).curve)
-    assert [point["loss"] for point in curves[1]] == pytest.approx([point["loss"] for point in curves[0]], abs=1e-4)
-
-
 @pytest.mark.parametrize(
     ("rows", "recipe"),
     [
@@ -310,12 +303,13 @@ def tokenized(tmp_path: Path, tiny_tokenizer: Any) -> Path:
 
 def tune(
     tokenized: Path, tiny_model: Path, out: Path, method: str = "lora", peft: dict[str, Any] = LORA, epochs: int = 2, rate: float = 1e-2,
-    **recipe: Any,
+    live: Path | None = None, **recipe: Any,
 ) -> Any:  # fmt: skip
     params = adapter.Params(method=method, peft=peft, num_train_epochs=epochs, learning_rate=rate, **recipe)
     return adapter.run(
-        "x", params, COMPUTE, tokenized, tiny_model, out, curve_file=out.parent / f"{out.name}.csv", checkpoints=out.parent / "checkpoints"
-    )
+        "x", params, COMPUTE, tokenized, tiny_model, out, curve_file=out.parent / f"{out.name}.csv", checkpoints=out.parent / "checkpoints",
+        live=live,
+    )  # fmt: skip
 
 
 def test_two_trainings_give_identical_bytes(tokenized: Path, tiny_model: Path, tmp_path: Path) -> None:
@@ -326,6 +320,24 @@ def test_two_trainings_give_identical_bytes(tokenized: Path, tiny_model: Path, t
     assert set(first) == {"adapter_config.json", "adapter_model.safetensors", "method.json", "training.json", "examples.parquet"}
     assert first == second
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_checkpointing_is_on_where_memory_is_short_and_changes_no_byte(
+    tokenized: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    on: list[bool] = []
+    enable = PreTrainedModel.activation_checkpointing_enable
+    monkeypatch.setattr(PreTrainedModel, "activation_checkpointing_enable", lambda self, *a, **k: on.append(True) or enable(self, *a, **k))
+    found = []
+    with caplog.at_level("INFO", "pedigree"):
+        for name, free in (("roomy", 10**12), ("tight", 0)):
+            monkeypatch.setattr(memory, "available", lambda device, free=free: free)
+            on.clear()
+            tune(tokenized, tiny_model, tmp_path / name, peft={**LORA, "lora_dropout": 0.3}, live=tmp_path / "live")
+            assert bool(on) is (name == "tight")
+            found.append({f.name: f.read_bytes() for f in (tmp_path / name).iterdir()})
+    assert found[0] == found[1]
+    assert len(re.findall(r"with gradient checkpointing: \d MB would be needed without, and 0 MB are free", caplog.text)) == 1
 
 
 def test_the_proof_says_what_moved_and_what_did_not(tokenized: Path, tiny_model: Path, tmp_path: Path) -> None:

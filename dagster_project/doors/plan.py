@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -21,9 +21,9 @@ from dagster_project.records import read_table, write_json
 from dagster_project.stages.adapter import Params, settle
 from dagster_project.training import auto, memory
 from dagster_project.training.hardware import prepare
-from dagster_project.training.methods import Quantization
+from dagster_project.training.methods import CANNOT_CHECKPOINT, Quantization
 from dagster_project.training.operations import Operations
-from dagster_project.training.sft import steps
+from dagster_project.training.sft import AUTO, steps
 
 MARGIN = (0.9, 1.4)
 """A step takes from this much of its operations at their fastest to this much of them in new memory: caches, and Python between them (docs/memory.md)."""
@@ -65,21 +65,10 @@ class Machine:
 
     @property
     def available(self) -> int | None:
-        """Bytes that are free now for each process; None for a GPU that is not here. A container's limit counts."""
-        import psutil
-        import torch
-
+        """Bytes that are free now for each process; None for a GPU that is not here."""
         if not self.is_here:
             return None
-        if self.device == "cuda":
-            return int(torch.cuda.mem_get_info()[0])
-        free = int(psutil.virtual_memory().available)
-        folder = Path("/sys/fs/cgroup")
-        try:
-            limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
-        except (OSError, ValueError):  # no version 2 control groups, or no limit
-            return free // self.processes
-        return min(free, limit - used) // self.processes
+        return memory.available(self.device) // (1 if self.device == "cuda" else self.processes)
 
     @cached_property
     def runtime(self) -> int:
@@ -156,7 +145,7 @@ class Way:
         one = {"rows": 1, "gradient_accumulation_steps": self.gradient_accumulation_steps * self.rows}
         row = f"per_device_train_batch_size: 1 with gradient_accumulation_steps: {one['gradient_accumulation_steps']}"
         lora = {"options": USUAL["lora"], "quantization": None, "gradient_checkpointing": True, **one}
-        if not self.gradient_checkpointing and self.method != "prefix_tuning":
+        if not self.gradient_checkpointing and self.method not in CANNOT_CHECKPOINT:
             yield "gradient_checkpointing: true", {"gradient_checkpointing": True}
         if self.rows > 1:
             yield row, one
@@ -204,9 +193,11 @@ def plan_variants(root: Path, variants: Sequence[str]) -> dict[str, Any]:
         rows = min(recipe.per_device_train_batch_size, train["rows"])
         lengths, counted = _largest_row(root, values, train, recipe.method)
         way = Way(
-            base_model, recipe.method, recipe.peft, recipe.quantization, rows, lengths, counted, recipe.gradient_checkpointing,
+            base_model, recipe.method, recipe.peft, recipe.quantization, rows, lengths, counted, recipe.gradient_checkpointing is True,
             recipe.gradient_accumulation_steps, recipe.optim, f"adapter.{name}",
         )  # fmt: skip
+        if recipe.gradient_checkpointing == AUTO and recipe.method.lower() not in CANNOT_CHECKPOINT and machine.available is not None:
+            way = replace(way, gradient_checkpointing=way.predict(machine).memory.total > machine.available)
         all_tokens = round(train["tokens"] * n / per_epoch)
         most = auto.MOST_TRIALS * steps(train["rows"], settled.trial) if settled.trial else 0
         found[name] = {
@@ -215,6 +206,7 @@ def plan_variants(root: Path, variants: Sequence[str]) -> dict[str, Any]:
             "steps": n,
             "tokens": all_tokens,
             "trained_tokens": round(train["trained_tokens"] * n / per_epoch),
+            "gradient_checkpointing": way.gradient_checkpointing,
             **({"chosen": {key: asdict(choice) for key, choice in settled.chosen.items()}} if settled.chosen else {}),
             **({"sweep": {"trials_at_most": auto.MOST_TRIALS, "steps_at_most": most}} if most else {}),
             **_taken(way, machine, round(all_tokens * (n + most) / n)),
@@ -327,6 +319,8 @@ def as_text(found: dict[str, Any]) -> str:
         else:
             lines.append(f"{name}:")
         lines += [f"  {key} {choice['value']:g}: {choice['why']}" for key, choice in v.get("chosen", {}).items()]
+        if v.get("gradient_checkpointing"):
+            lines.append("  with gradient checkpointing")
         if "sweep" in v:
             lines.append(
                 f"  a sweep on the validation loss will correct learning_rate: at most {v['sweep']['trials_at_most']} trials,"

@@ -20,10 +20,11 @@ from dagster_project.training import auto, memory, proof
 from dagster_project.training.checkpoint import Checkpoints, code_of, refuse_full_disk, sha256_of, sha256_of_text
 from dagster_project.training.curve import live_writer, write_curve
 from dagster_project.training.hardware import prepare
-from dagster_project.training.methods import Quantization, Tunable, build
+from dagster_project.training.methods import CANNOT_CHECKPOINT, Quantization, Tunable, build
 from dagster_project.training.page import page
 from dagster_project.training.processes import claim_gpus, together
 from dagster_project.training.sft import (
+    AUTO,
     OPTIMIZER_MEMORY,
     Course,
     Diverged,
@@ -136,6 +137,16 @@ def run(
     settled = settle(params, sum(map(len, example_ids)), len(example_ids), validates, compute.processes)
     params, chosen = settled.params, settled.chosen
     refuse_mistakes(params, where, rows["train"]["lengths"], validates)
+    predicted = _predicted(params, base_model, rows["train"], dtype, device.type, runtime, where) if live else None
+    if params.gradient_checkpointing == AUTO:
+        free, needed = memory.available(device.type) // compute.processes, predicted.total - runtime if predicted else 0
+        on = needed > free and params.method.lower() not in CANNOT_CHECKPOINT
+        params = params.model_copy(update={"gradient_checkpointing": on})
+        if on:
+            log.info(
+                f"training {variant}: with gradient checkpointing: {needed / 1e6:,.0f} MB would be needed without, and {free / 1e6:,.0f} MB are free"
+            )
+            predicted = _predicted(params, base_model, rows["train"], dtype, device.type, runtime, where)
     libraries = (*LIBRARIES, *(["liger-kernel"] if params.use_liger_kernel else []))
     identity = {
         "tokenized data": sha256_of([tokenized / f"{split}.parquet" for split in rows]),
@@ -151,18 +162,18 @@ def run(
     }
     trials: dict[float, float] = {}
     if settled.trial:
+        trial = settled.trial.model_copy(update={"gradient_checkpointing": params.gradient_checkpointing})
 
         def learn(trial: Params) -> Course:
             return material.train(material.model(variant, trial, compute, base_model, steps(len(example_ids), trial)), trial, compute)
 
-        trials = auto.sweep(settled.trial, learn, checkpoints / "sweep.json", identity | _settings(settled.trial, compute))
-        chosen["learning_rate"] = auto.best(trials, settled.trial)
+        trials = auto.sweep(trial, learn, checkpoints / "sweep.json", identity | _settings(trial, compute))
+        chosen["learning_rate"] = auto.best(trials, trial)
         params = auto.put(params, chosen)
     for name, choice in chosen.items():
         log.info(f"training {variant}: {name} {choice.value:g}: {choice.why}")
     total = steps(len(example_ids), params, compute.processes)
     tunable = material.model(variant, params, compute, base_model, total)
-    predicted = _predicted(params, base_model, rows["train"], dtype, device.type, runtime, where) if live else None
     model, before = tunable.model, checkpoints / "before.safetensors"
     refuse_full_disk(_disk(tunable, params, checkpoints, out), where)
     proof.before_training(model, before)
@@ -273,7 +284,7 @@ def _settings(params: Params, compute: Compute) -> dict[str, str]:
     return {"parameters": sha256_of_text(json.dumps({**params.model_dump(exclude=SIDELONG), "seed": compute.seed}, sort_keys=True))}
 
 
-SIDELONG = {"report_to", "save_strategy", "save_steps", "save_total_limit"}
+SIDELONG = {"report_to", "gradient_checkpointing", "save_strategy", "save_steps", "save_total_limit"}
 """Parameters that change nothing in what is learnt."""
 
 
@@ -305,7 +316,7 @@ def _predicted(params: Params, base_model: Path, rows: Any, dtype: Any, device: 
             device=device,
             runtime=runtime,
             quantization=params.quantization,
-            gradient_checkpointing=params.gradient_checkpointing,
+            gradient_checkpointing=params.gradient_checkpointing is True,
             gradient_accumulation_steps=params.gradient_accumulation_steps,
             optim=params.optim,
             where=where,

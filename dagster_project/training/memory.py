@@ -13,8 +13,7 @@ All in bytes; n = elements, b = bytes per element of the dtype:
                   them through the next pass, so two passes are counted then.
     optimizer     AdamW: two states in the parameter's own dtype, 2 n b (torch.optim.AdamW makes them by zeros_like), and a step of 4
                   bytes. 8-bit: 2 n, and 2 x 4 bytes a block of 256 (Dettmers et al. 2022, 8-bit Optimizers, section 2); parameters
-                  under 4,096 elements stay in 32 bits. Others: sft.OPTIMIZER_MEMORY. What learns is float32 whatever the model's dtype,
-                  but for the adapters of 4-bit weights, which TRL holds in bfloat16. AdaLoRA keeps 3 n b more: the importance of each
+                  under 4,096 elements stay in 32 bits. Others: sft.OPTIMIZER_MEMORY. What learns is float32 whatever the model's dtype. AdaLoRA keeps 3 n b more: the importance of each
                   weight, its mean and its spread.
     activations   what autograd keeps, and passing results. In the way of Korthikanti et al. 2022, section 4.1 (34 h + 5 a s a token
                   and layer for GPT in 16 bits, with dropout), a Llama layer all of whose weights learn keeps, with h hidden, f
@@ -208,6 +207,22 @@ def read_config(base_model: Path) -> Any:
         ) from None
 
 
+def available(device: str) -> int:
+    """Bytes that are free now; on a CPU a container's limit counts."""
+    import psutil
+    import torch
+
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    free = int(psutil.virtual_memory().available)
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no version 2 control groups, or no limit
+        return free
+    return min(free, limit - used)
+
+
 def resident() -> int:
     """Bytes this process will hold beside the training's tensors on a CPU: it imports what training imports, and reads its resident size."""
     import datasets  # noqa: F401
@@ -231,16 +246,11 @@ def peak(device: str) -> int:
 
 def _like_the_trainer(model: Any, base: Any, gradient_checkpointing: bool) -> None:
     """What TRL's SFTTrainer does to a model before its first step."""
-    import torch
 
     if gradient_checkpointing:
         base.activation_checkpointing_enable()
         if model is not base:
             model.enable_input_require_grads()
-    if getattr(model, "is_loaded_in_4bit", False):
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and "lora_magnitude_vector" not in name:
-                parameter.data = parameter.data.to(torch.bfloat16)
     model.train()
 
 

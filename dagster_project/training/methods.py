@@ -78,6 +78,9 @@ CANNOT_MERGE = {
 }
 """Method -> why no stand-alone model can be made of it."""
 
+CANNOT_CHECKPOINT = ("prefix_tuning", "cartridge")
+"""Methods that live in the cache, which gradient checkpointing switches off."""
+
 CANNOT_MERGE_QUANTIZED = ("ia3", "adalora")
 
 CANNOT_QUANTIZE = ("full", "bitfit", "adamss", "deft", "delora", "frod", "glora", "hira", "hra", "loha", "lokr", "osf", "peanut", "psoft",
@@ -259,7 +262,7 @@ def check(
         raise InputError(
             f"params.yaml: {where}.merge: {method} {why}", f"set merge: false in {where}; evaluation then loads base and adapter"
         )
-    if gradient_checkpointing and name in {"prefix_tuning", "cartridge"}:
+    if gradient_checkpointing and name in CANNOT_CHECKPOINT:
         raise InputError(
             f"params.yaml: {where}.gradient_checkpointing: {method} lives in the cache, which checkpointing switches off",
             "set gradient_checkpointing: false",
@@ -527,7 +530,9 @@ def build(
     config = peft_config(method, options, where, base, total_steps, str(base_model))
     try:
         model = get_peft_model(base, config)
-    except (ValueError, TypeError, *((NotImplementedError,) if weights else ())) as error:
+    except (ValueError, TypeError, NotImplementedError) as error:
+        if isinstance(error, NotImplementedError) and not weights:  # of the meta device, not of the keys
+            raise
         raise InputError(f"params.yaml: {where}.peft: {error}", "correct the keys named") from None
     for parameter_name, parameter in model.named_parameters():
         if ".ranknum." in parameter_name:  # a count; on quantized layers PEFT lets it learn, and never saves it
@@ -552,7 +557,7 @@ def build(
         total,
         save,
         packs=not virtual,
-        checkpointing=name not in {"prefix_tuning", "cartridge"},
+        checkpointing=name not in CANNOT_CHECKPOINT,
         callbacks=[ranks.callback()] if ranks else [],
         extra_loss=ranks.orthogonality if ranks else _nothing,
         optim=optim,

@@ -101,8 +101,8 @@ class Recipe(Section):
     """Probability that is spread over all other tokens in the training target. The validation loss is always the plain one."""
     neftune_noise_alpha: float | None = Field(default=None, gt=0)
     """Noise on the embeddings while training (NEFTune); 5 is usual. Scaled by the length of each example, not of the packed row."""
-    gradient_checkpointing: bool = False
-    """Trade a third more time for memory that no longer grows with depth."""
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Trade a third more time for memory that no longer grows with depth. `auto`: where the training would not fit otherwise. It changes no bit of the result."""
     compile: Literal["none", "layers"] = "none"
     """`layers` compiles each decoder layer with torch.compile: slower to start, faster per step. Needs a C++ compiler on a CPU."""
     use_liger_kernel: bool = False
@@ -592,8 +592,9 @@ def train(
             per_device_eval_batch_size=recipe.per_device_train_batch_size,
             gradient_accumulation_steps=passes_per_step,
             max_grad_norm=recipe.max_grad_norm,
-            gradient_checkpointing=recipe.gradient_checkpointing,
+            gradient_checkpointing=recipe.gradient_checkpointing is True,
         )
+        whole = {weight: weight.data for weight in trainable(model).values()}
         trainer = PackedTrainer(
             model=model,
             args=config,
@@ -603,6 +604,11 @@ def train(
             data_collator=collate if tunable.packs else apart,
             callbacks=[*tunable.callbacks, Flow(), Sound()],
         )
+        for (
+            weight,
+            data,
+        ) in whole.items():  # TRL has rounded adapters of 4-bit weights to bfloat16, which takes no step below its 256th part
+            weight.data = data
         trainer.model_accepts_loss_kwargs = False  # our loss is a mean already: let the Trainer average over accumulation steps
         for printer in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:
             trainer.remove_callback(printer)
