@@ -23,11 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from methods import ORDER
+from tables import replace
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-
-BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->\n"
 
 EXAMPLES = (48, 80)
 """Tokens of the examples in a row, by turns: not of one length, so that methods that do not pack have to pad."""
@@ -150,7 +149,7 @@ def main() -> None:
         if given.tiny:
             given.base_model = tiny_model(Path(folder))
         measured = measure_all(given)
-    print(len(measured))
+        compare(measured, given)
 
 
 def measure_all(given: argparse.Namespace) -> list[dict[str, Any]]:
@@ -207,9 +206,7 @@ def compare(measured: list[dict[str, Any]], given: argparse.Namespace) -> None:
         extra = statistics.median(one["peak"] - one["predicted"] for one in measured)
         print(f"beyond what was predicted, median: {extra / 2**20:.0f} MB (training/memory.py: STARTED)")
         return
-    text = given.out.read_text() if given.out.is_file() else BEGIN + END
-    before, _, rest = text.partition(BEGIN)
-    given.out.write_text(before + BEGIN + table(measured, device.type) + END + rest.partition(END)[2])
+    replace(given.out, "memory", table(measured, device.type))
 
 
 def table(measured: list[dict[str, Any]], device: str) -> str:
