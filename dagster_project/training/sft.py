@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
@@ -198,8 +199,12 @@ def warmup(total: int, recipe: Recipe) -> int:
     return recipe.warmup_steps if recipe.warmup_steps is not None else math.ceil(total * recipe.warmup_ratio)
 
 
-def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Packed rows to one batch without padding: input_ids, labels, position_ids (1, tokens) int64, weights (1, tokens) float32, the
+SIZES = 16
+"""A batch of packed rows has a multiple of so many tokens: kernels are made anew for every size they meet, which takes time and memory."""
+
+
+def collate(rows: list[dict[str, Any]], multiple: int = 1) -> dict[str, Any]:
+    """Packed rows to one batch, of a multiple of so many tokens by an example at its end that counts nowhere: input_ids, labels, position_ids (1, tokens) int64, weights (1, tokens) float32, the
     examples' bounds `cu_seq_lens_q` (examples + 1) int32 and the longest's length `max_length_q`, named as flash attention names them, and the
     rows' numbers `rows` (rows) int64.
 
@@ -210,15 +215,18 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """
     import torch
 
-    positions = [p for row in rows for length in row["lengths"] for p in range(length)]
-    labels = [label for row in rows for label in row["labels"]]
+    lengths = [length for row in rows for length in row["lengths"]]
+    if spare := -sum(lengths) % multiple:
+        lengths.append(spare)
+    positions = [p for length in lengths for p in range(length)]
+    labels = [label for row in rows for label in row["labels"]] + [IGNORE] * spare
     return {
-        "input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]]]),
+        "input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]] + [0] * spare]),
         "labels": torch.tensor([[label if p else IGNORE for label, p in zip(labels, positions, strict=True)]]),
-        "weights": torch.tensor([[weight for row in rows for weight in row["weights"]]]),
+        "weights": torch.tensor([[weight for row in rows for weight in row["weights"]] + [0.0] * spare]),
         "position_ids": torch.tensor([positions]),
-        "cu_seq_lens_q": torch.tensor([0, *accumulate(length for row in rows for length in row["lengths"])], dtype=torch.int32),
-        "max_length_q": max(length for row in rows for length in row["lengths"]),
+        "cu_seq_lens_q": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+        "max_length_q": max(lengths),
         "rows": torch.tensor([row.get("row", -1) for row in rows]),
     }
 
@@ -601,7 +609,7 @@ def train(
             train_dataset=train_rows.add_column("row", list(range(len(train_rows)))),
             eval_dataset=validation_rows or None,
             processing_class=tokenizer,
-            data_collator=collate if tunable.packs else apart,
+            data_collator=partial(collate, multiple=SIZES) if tunable.packs else apart,
             callbacks=[*tunable.callbacks, Flow(), Sound()],
         )
         for (
