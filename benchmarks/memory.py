@@ -84,7 +84,7 @@ def measure(name: str, base_model: Path, dtype_name: str, length: int, checkpoin
 
     from dagster_project.params import Compute
     from dagster_project.training.hardware import prepare
-    from dagster_project.training.methods import build
+    from dagster_project.training.methods import CANNOT_CHECKPOINT, build
     from dagster_project.training.sft import Recipe, train
 
     compute = Compute(threads=1, dtype=dtype_name)
@@ -93,7 +93,7 @@ def measure(name: str, base_model: Path, dtype_name: str, length: int, checkpoin
 
     method, options = settings(name, AutoConfig.from_pretrained(base_model).num_hidden_layers)
     tunable = build(method, options, base_model, device, dtype, "benchmark", merge=False, total_steps=100, categories=["even", "odd"])
-    if checkpointing and not tunable.checkpointing:
+    if checkpointing and method in CANNOT_CHECKPOINT:
         return None
     tokenizer = AutoTokenizer.from_pretrained(base_model)
     row = example_row(length)

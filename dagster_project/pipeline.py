@@ -234,7 +234,7 @@ def validate(root: Path) -> dict[str, Any]:
     from dagster_project.curation.review import refuse_expired
     from dagster_project.evaluation.measure import Settings
     from dagster_project.stages import adapter, base_model, baselines, instructions, raw_examples, splits, tokenized
-    from dagster_project.training import methods, templates
+    from dagster_project.training import auto, methods, templates
 
     sections: dict[str, type[Section]] = {
         "compute": Compute,
@@ -259,8 +259,13 @@ def validate(root: Path) -> dict[str, Any]:
     for name, recipe in variants.items():
         if not str(name).replace("_", "").replace("-", "").isalnum():
             raise InputError(f"params.yaml: adapter.{name}: a variant's name may hold letters, digits, - and _", "rename it")
-        entry = adapter.settle(params.parse(adapter.Params, recipe, f"adapter.{name}"), examples=1, rows=1, validates=False).params
-        methods.check(entry.method, entry.peft, entry.quantization, entry.merge, f"adapter.{name}")
+        entry = auto.settle(params.parse(adapter.Params, recipe, f"adapter.{name}"), examples=1, rows=1, validates=False).params
+        checkpointing = entry.gradient_checkpointing is True
+        methods.check(entry.method, entry.peft, entry.quantization, entry.merge, f"adapter.{name}", checkpointing)
+        if parsed["compute"].processes > 1 and entry.method.lower() == "feature_extraction":  # type: ignore[attr-defined]
+            raise InputError(
+                f"params.yaml: compute.processes: adapter.{name} trains by feature_extraction, which takes no steps to share", "set it to 1"
+            )
     raw_examples.locate_sources(root, parsed["raw_examples"].sources)  # type: ignore[attr-defined]
     judged: instructions.Params = parsed["instructions"]  # type: ignore[assignment]
     refuse_expired(judged.waivers, "params.yaml: instructions.waivers", date.today())

@@ -20,8 +20,10 @@ from dagster_project.training.sft import Course, Diverged, Interrupted
 ALL = {"num_train_epochs": "auto", "learning_rate": "auto", "per_device_train_batch_size": "auto", "peft": {"r": "auto"}}
 
 
-def settled(entry: dict[str, Any], examples: int = 500, rows: int = 500, validates: bool = True) -> auto.Settled[adapter.Params]:
-    return adapter.settle(adapter.Params(**entry), examples, rows, validates)
+def settled(
+    entry: dict[str, Any], examples: int = 500, rows: int = 500, validates: bool = True, processes: int = 1
+) -> auto.Settled[adapter.Params]:
+    return auto.settle(adapter.Params(**entry), examples, rows, validates, processes)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +66,14 @@ def test_the_batch_counts_examples_and_not_rows(rows: int, accumulation: int, ch
         found = settled(entry, 500, rows)
     assert found.params.per_device_train_batch_size == chosen
     assert told in found.chosen["per_device_train_batch_size"].why
+
+
+def test_processes_share_the_examples_of_a_step_and_a_trial_makes_all_of_its_passes() -> None:
+    one, four = settled(ALL, 1_000, 1_000), settled(ALL, 1_000, 1_000, processes=4)
+    assert (one.params.per_device_train_batch_size, four.params.per_device_train_batch_size) == (8, 2)
+    assert one.trial and four.trial
+    assert (one.trial.gradient_accumulation_steps, four.trial.gradient_accumulation_steps) == (1, 4)
+    assert one.trial.max_steps == four.trial.max_steps
 
 
 def test_only_what_says_auto_is_chosen() -> None:
@@ -208,7 +218,7 @@ def test_an_interrupted_sweep_goes_on_after_the_trials_that_ended(tmp_path: Path
 )
 def test_nonsense_is_refused_in_one_line(entry: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as refusal:
-        found = adapter.settle(parse(adapter.Params, entry, "adapter.x"), 1, 1, False).params
+        found = auto.settle(parse(adapter.Params, entry, "adapter.x"), 1, 1, False).params
         methods.check(found.method, found.peft, found.quantization, found.merge, "adapter.x")
     assert refusal.value.what == f"params.yaml: {message}"
 

@@ -358,7 +358,7 @@ def test_adalora_goes_on_from_what_it_remembered(tiny_model: Path) -> None:
 @pytest.mark.parametrize("method", LEARNS_VIRTUAL)
 def test_the_loss_behind_virtual_tokens_is_the_weighted_mean_over_real_tokens_whatever_the_padding(method: str, tiny_model: Path) -> None:
     tunable = make(method, tiny_model)
-    assert (tunable.packs, tunable.checkpointing) == (False, method not in {"prefix_tuning", "cartridge"})
+    assert not tunable.packs
     steps(tunable)
     total, weight = 0.0, 0.0
     for one in (SHORT_ONE, LONG_ONE):  # alone, without padding, by PEFT's own forward pass

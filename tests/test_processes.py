@@ -20,10 +20,12 @@ from typing import Any
 
 import psutil
 import pytest
+from conftest import edit_params
 from test_resume import RECIPE, ROOT, forked, made, make_data
 
 from dagster_project.errors import InputError, PedigreeError
 from dagster_project.params import Compute
+from dagster_project.pipeline import validate
 from dagster_project.records import read_table, write_table
 from dagster_project.stages import adapter
 from dagster_project.training import processes
@@ -275,12 +277,14 @@ def test_more_processes_than_gpus_are_refused_and_each_sees_one(monkeypatch: pyt
     assert claim_gpus(3) == ["", "", ""], "on a CPU there is nothing to share out"
 
 
-def test_a_method_that_takes_no_steps_is_refused(tmp_path: Path) -> None:
-    params = adapter.Params(method="feature_extraction", merge=False)
-    with pytest.raises(
-        InputError, match=re.escape("compute.processes: 2, and adapter.x trains by feature_extraction, which takes no steps to share")
-    ):
-        adapter.run("x", params, Compute(processes=2), tmp_path, tmp_path, tmp_path, tmp_path / "loss.csv", tmp_path)
+def test_a_method_that_takes_no_steps_is_refused(project: Path) -> None:
+    def change(values: dict[str, Any]) -> None:
+        values["compute"]["processes"] = 2
+        values["adapter"]["x"] = {"method": "feature_extraction", "merge": False}
+
+    edit_params(project, change)
+    with pytest.raises(InputError, match=re.escape("adapter.x trains by feature_extraction, which takes no steps to share")):
+        validate(project)
 
 
 if __name__ == "__main__":

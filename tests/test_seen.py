@@ -174,7 +174,7 @@ def test_the_page_shows_curves_weights_memory_spans_and_settings_and_hostile_tex
     assert {path.stem for path in (tmp_path / "live").iterdir()} == set(LIVE)
 
 
-def test_a_method_whose_memory_cannot_be_predicted_is_trained_all_the_same(tiny_model: Path) -> None:
+def test_a_method_whose_memory_cannot_be_told_without_weights_has_no_prediction(tiny_model: Path) -> None:
     import torch
     from datasets import Dataset
 

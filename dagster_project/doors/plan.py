@@ -18,7 +18,7 @@ from dagster_project.errors import InputError
 from dagster_project.params import Compute
 from dagster_project.pipeline import validate
 from dagster_project.records import read_table, write_json
-from dagster_project.stages.adapter import Params, settle
+from dagster_project.stages.adapter import Params
 from dagster_project.training import auto, memory
 from dagster_project.training.hardware import prepare
 from dagster_project.training.methods import CANNOT_CHECKPOINT, Quantization
@@ -68,7 +68,7 @@ class Machine:
         """Bytes that are free now for each process; None for a GPU that is not here."""
         if not self.is_here:
             return None
-        return memory.available(self.device) // (1 if self.device == "cuda" else self.processes)
+        return memory.available(self.device, self.processes)
 
     @cached_property
     def runtime(self) -> int:
@@ -144,22 +144,24 @@ class Way:
 
         one = {"rows": 1, "gradient_accumulation_steps": self.gradient_accumulation_steps * self.rows}
         row = f"per_device_train_batch_size: 1 with gradient_accumulation_steps: {one['gradient_accumulation_steps']}"
+        beside = f", {row}" if self.rows > 1 else ""
         lora = {"options": USUAL["lora"], "quantization": None, "gradient_checkpointing": True, **one}
-        if not self.gradient_checkpointing and self.method not in CANNOT_CHECKPOINT:
+        can = self.method.lower() not in CANNOT_CHECKPOINT
+        if not self.gradient_checkpointing and can:
             yield "gradient_checkpointing: true", {"gradient_checkpointing": True}
         if self.rows > 1:
             yield row, one
-            yield f"gradient_checkpointing: true, {row}", {"gradient_checkpointing": True, **one}
+            if can:
+                yield f"gradient_checkpointing: true, {row}", {"gradient_checkpointing": True, **one}
         if machine.dtype == torch.float32:
             yield "compute.dtype: bfloat16", {"dtype": torch.bfloat16}
-            yield (
-                "compute.dtype: bfloat16 and gradient_checkpointing: true",
-                {"dtype": torch.bfloat16, "gradient_checkpointing": True, **one},
-            )
-        if self.method in ("full", "bitfit", "layernorm"):
-            yield "method: lora with gradient_checkpointing: true", {"method": "lora", **lora}
-        if self.method != "qlora":
-            yield "method: qlora with gradient_checkpointing: true", {"method": "qlora", **lora, "dtype": torch.bfloat16}
+            if can:
+                least = {"dtype": torch.bfloat16, "gradient_checkpointing": True, **one}
+                yield f"compute.dtype: bfloat16 and gradient_checkpointing: true{beside}", least
+        if self.method.lower() in ("full", "bitfit", "layernorm"):
+            yield f"method: lora with gradient_checkpointing: true{beside}", {"method": "lora", **lora}
+        if self.method.lower() != "qlora":
+            yield f"method: qlora with gradient_checkpointing: true{beside}", {"method": "qlora", **lora, "dtype": torch.bfloat16}
 
 
 def plan_variants(root: Path, variants: Sequence[str]) -> dict[str, Any]:
@@ -186,7 +188,7 @@ def plan_variants(root: Path, variants: Sequence[str]) -> dict[str, Any]:
     found = {}
     for name in variants or list(values["adapter"]):
         entry = params.parse(Params, values["adapter"][name], f"adapter.{name}")
-        settled = settle(entry, train["examples"], train["rows"], tokenized["validation"]["rows"] > 0, machine.processes)
+        settled = auto.settle(entry, train["examples"], train["rows"], tokenized["validation"]["rows"] > 0, machine.processes)
         recipe = settled.params
         n = steps(train["rows"], recipe, machine.processes)
         per_epoch = steps(train["rows"], recipe.model_copy(update={"num_train_epochs": 1, "max_steps": None}), machine.processes)
@@ -209,7 +211,7 @@ def plan_variants(root: Path, variants: Sequence[str]) -> dict[str, Any]:
             "gradient_checkpointing": way.gradient_checkpointing,
             **({"chosen": {key: asdict(choice) for key, choice in settled.chosen.items()}} if settled.chosen else {}),
             **({"sweep": {"trials_at_most": auto.MOST_TRIALS, "steps_at_most": most}} if most else {}),
-            **_taken(way, machine, round(all_tokens * (n + most) / n)),
+            **_taken(way, machine, round(all_tokens * (n + most * machine.processes) / n)),
         }
     return {"variants": found, "machine": _told(machine)}
 
@@ -318,7 +320,7 @@ def as_text(found: dict[str, Any]) -> str:
             )
         else:
             lines.append(f"{name}:")
-        lines += [f"  {key} {choice['value']:g}: {choice['why']}" for key, choice in v.get("chosen", {}).items()]
+        lines += [f"  {key} {choice['value']}: {choice['why']}" for key, choice in v.get("chosen", {}).items()]
         if v.get("gradient_checkpointing"):
             lines.append("  with gradient checkpointing")
         if "sweep" in v:

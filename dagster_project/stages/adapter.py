@@ -58,11 +58,6 @@ class Params(Recipe):
     """Make a stand-alone model of base and adapter; false passes the adapter on, and evaluation loads both."""
 
 
-def settle(params: Params, examples: int, rows: int, validates: bool, processes: int = 1) -> auto.Settled[Params]:
-    """The entry with a number in place of each `auto`."""
-    return auto.settle(params, params.method, params.peft, examples, rows, validates, processes)
-
-
 @dataclass(frozen=True)
 class _Material:
     """What a training reads."""
@@ -123,23 +118,18 @@ def run(
     live: folder for the curve so far, for whoever watches. None for nobody, and then memory is not predicted either.
     pages: folder for the page that shows the training.
     """
-    if compute.processes > 1 and params.method.lower() == "feature_extraction":
-        raise InputError(
-            f"params.yaml: compute.processes: {compute.processes}, and adapter.{variant} trains by feature_extraction, which takes no steps to share",
-            "set it to 1",
-        )
     gpus = claim_gpus(compute.processes)
     device, dtype = prepare(compute)
     runtime = memory.resident() if live and device.type == "cpu" else 0  # before the model is loaded
     material = _Material.read(params.method, tokenized, base_model)
     rows, tokenizer = material.rows, material.tokenizer
     where, example_ids, validates = f"adapter.{variant}", rows["train"]["example_ids"], len(rows["validation"]) > 0
-    settled = settle(params, sum(map(len, example_ids)), len(example_ids), validates, compute.processes)
+    settled = auto.settle(params, sum(map(len, example_ids)), len(example_ids), validates, compute.processes)
     params, chosen = settled.params, settled.chosen
     refuse_mistakes(params, where, rows["train"]["lengths"], validates)
     predicted = _predicted(params, base_model, rows["train"], dtype, device.type, runtime, where) if live else None
     if params.gradient_checkpointing == AUTO:
-        free, needed = memory.available(device.type) // compute.processes, predicted.total - runtime if predicted else 0
+        free, needed = memory.available(device.type, compute.processes), predicted.total - runtime if predicted else 0
         on = needed > free and params.method.lower() not in CANNOT_CHECKPOINT
         params = params.model_copy(update={"gradient_checkpointing": on})
         if on:
@@ -171,7 +161,7 @@ def run(
         chosen["learning_rate"] = auto.best(trials, trial)
         params = auto.put(params, chosen)
     for name, choice in chosen.items():
-        log.info(f"training {variant}: {name} {choice.value:g}: {choice.why}")
+        log.info(f"training {variant}: {name} {choice.value}: {choice.why}")
     total = steps(len(example_ids), params, compute.processes)
     tunable = material.model(variant, params, compute, base_model, total)
     model, before = tunable.model, checkpoints / "before.safetensors"
@@ -201,7 +191,7 @@ def run(
     write_table(out / "examples.parquet", proof.seen_examples(course.seen, example_ids), proof.seen_schema())
     groups, ranks = proof.movement(model, before), proof.ranks(model)
     after = proof.sha256_of_tensors(proof.frozen(model))
-    settings = params.model_dump(exclude=SIDELONG) | {"warmup_steps": warmup(total, params)}
+    settings = params.model_dump(exclude=SIDELONG) | {"warmup_steps": warmup(total, params), "optim": tunable.optim or params.optim}
     points = [{"learning_rate": rate, "validation_loss": loss if math.isfinite(loss) else None} for rate, loss in trials.items()]
     document = {
         "trained": groups,
@@ -293,8 +283,6 @@ def _refuse_clashes(tunable: Tunable, params: Params, where: str) -> None:
     InputError: settings that the method cannot stand.
     """
     wrong = []
-    if params.gradient_checkpointing and not tunable.checkpointing:
-        wrong.append(f"params.yaml: {where}.gradient_checkpointing: {params.method} fails with it")
     if params.neftune_noise_alpha and not tunable.packs:
         wrong.append(f"params.yaml: {where}.neftune_noise_alpha: not with {params.method}, which learns no embeddings of words")
     if wrong:

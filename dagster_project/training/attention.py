@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
+
+from dagster_project.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +47,17 @@ def _has_varlen(device: torch.device) -> bool:
     return {"scale", "window_size", "enable_gqa"} <= set(known) and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def _refuse(named: Mapping[str, Any]) -> None:
+    """Raises:
+    InputError: the model's attention does what neither way below computes.
+    """
+    for name in ("softcap", "s_aux"):
+        if named.get(name) is not None:
+            raise InputError(
+                f"data/base_model: its attention needs `{name}`, which training on packed rows does not compute", "take another model"
+            )
+
+
 def _attend_by_example(
     module: Any,
     query: torch.Tensor,
@@ -53,7 +67,8 @@ def _attend_by_example(
     scaling: float,
     cu_seq_lens_q: torch.Tensor,
     dropout: float = 0.0,
-    **_: Any,
+    sliding_window: int | None = None,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each example. query (1, heads, tokens, size), key and value with fewer heads -> (1, tokens, heads, size).
 
@@ -63,10 +78,19 @@ def _attend_by_example(
     from torch.nn.functional import scaled_dot_product_attention
     from transformers.integrations.sdpa_attention import repeat_kv
 
+    _refuse(others)
     lengths = cu_seq_lens_q.diff().tolist()
     key, value = (repeat_kv(states, module.num_key_value_groups) for states in (key, value))
     parts = zip(*(states.float().split(lengths, 2) for states in (query, key, value)), strict=True)
-    found = [scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling) for q, k, v in parts]
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        n = q.shape[2]
+        if sliding_window is None or n <= sliding_window:
+            return scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling)
+        near = torch.ones(n, n, dtype=torch.bool, device=q.device).tril().triu(1 - sliding_window)
+        return scaled_dot_product_attention(q, k, v, attn_mask=near, dropout_p=dropout, scale=scaling)
+
+    found = [attend(*part) for part in parts]
     return torch.cat(found, 2).to(query.dtype).transpose(1, 2).contiguous(), None
 
 
@@ -80,12 +104,13 @@ def _attend_at_once(
     cu_seq_lens_q: torch.Tensor,
     max_length_q: int,
     sliding_window: int | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """The same in one call of flash attention. Its backward pass is deterministic where torch.use_deterministic_algorithms is on, as it is here."""
     import torch
     from torch.nn.attention.varlen import varlen_attn
 
+    _refuse(others)
     whole, half = value.dtype, torch.bfloat16  # rotated queries and keys may be float32, and all three beside 4-bit weights
     query, key, value = (states[0].transpose(0, 1).to(half) for states in (query, key, value))
     found = varlen_attn(

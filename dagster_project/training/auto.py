@@ -29,7 +29,7 @@ from dagster_project.training.sft import AUTO, Course, Diverged, Interrupted, Re
 R = TypeVar("R", bound=Recipe)
 
 MOST_TRIALS = 6
-"""Of a sweep. From the guideline's rate they reach a factor of 300 up or down."""
+"""Of a sweep. From the guideline's rate they reach a factor of 300 up, or of 100 down."""
 
 LEAST_STEPS = 20
 """Of a trial, which else takes a tenth of the training's steps."""
@@ -89,17 +89,18 @@ class Settled(Generic[R]):
     """How to train a trial of the sweep that corrects `learning_rate`; None: there is none."""
 
 
-def settle(params: R, method: str, peft: Mapping[str, Any], examples: int, rows: int, validates: bool, processes: int = 1) -> Settled[R]:
+def settle(params: R, examples: int, rows: int, validates: bool, processes: int = 1) -> Settled[R]:
     """Put a number in place of each `auto`. The same for the training and for the plan of it.
 
     Args:
-        params: an adapter's entry, whose `method` and `peft` the next two are.
+        params: an adapter's entry.
         examples, rows: of the training split, a row being a packed row.
         validates: there is a validation split.
         processes: that share the passes of a step. A trial makes all of them in one.
     """
     passes = params.gradient_accumulation_steps * processes
     entry: dict[str, Any] = params.model_dump()
+    method, peft = entry["method"], entry["peft"]
     of, chosen = band(examples), dict[str, Choice]()
     size = f"{examples:,} examples ({of.name})"
     if entry["num_train_epochs"] == AUTO:

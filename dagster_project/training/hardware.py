@@ -28,9 +28,8 @@ def prepare(compute: Compute) -> tuple[torch.device, torch.dtype]:
     torch.set_num_threads(compute.threads)
     set_seed(compute.seed)
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = (
-        False  # writes every new tensor once more, to show up reads that no kernel here does
-    )
+    # would write every new tensor once more, to show up reads that no kernel here does
+    torch.utils.deterministic.fill_uninitialized_memory = False
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if compute.dtype not in {"auto", "bfloat16", "float32"}:
         raise InputError(f"params.yaml: compute.dtype: {compute.dtype!r} is unknown", "use auto, bfloat16 or float32")

@@ -34,7 +34,6 @@ Not in it: kernels' scratch, and what an allocator keeps of freed memory (benchm
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -207,8 +206,8 @@ def read_config(base_model: Path) -> Any:
         ) from None
 
 
-def available(device: str) -> int:
-    """Bytes that are free now; on a CPU a container's limit counts."""
+def available(device: str, processes: int = 1) -> int:
+    """Bytes that are free now for each process, which share a CPU's memory and have a GPU each; on a CPU a container's limit counts."""
     import psutil
     import torch
 
@@ -219,8 +218,8 @@ def available(device: str) -> int:
     try:
         limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
     except (OSError, ValueError):  # no version 2 control groups, or no limit
-        return free
-    return min(free, limit - used)
+        return free // processes
+    return min(free, limit - used) // processes
 
 
 def resident() -> int:
@@ -239,9 +238,12 @@ def peak(device: str) -> int:
         import torch
 
         return int(torch.cuda.max_memory_allocated())
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage would begin with the size of the process that started this one
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on a Mac
 
 
 def _like_the_trainer(model: Any, base: Any, gradient_checkpointing: bool) -> None:

@@ -407,14 +407,12 @@ class Tunable:
     """Write what was learnt into a folder, as safetensors, with a record of how (method.json). Changes nothing of the model."""
     packs: bool = True
     """Rows may hold several examples. False (virtual tokens stand in front of each example): collate with `apart`."""
-    checkpointing: bool = True
-    """Gradient checkpointing may be on."""
     callbacks: list[Any] = field(default_factory=list)
     """transformers' TrainerCallbacks that the method lives by."""
     extra_loss: Callable[[Any], torch.Tensor | None] = _nothing
     """model -> a term to add to the loss of each forward pass in training."""
     optim: str | None = None
-    """transformers' name of the optimizer to use where the recipe names none."""
+    """transformers' name of the optimizer to use whatever the recipe names."""
     autocast: torch.dtype | None = None
     """Weights that learn are float32; compute in this instead."""
     fit: Callable[[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]], list[dict[str, float]]] | None = None
@@ -557,7 +555,6 @@ def build(
         total,
         save,
         packs=not virtual,
-        checkpointing=name not in CANNOT_CHECKPOINT,
         callbacks=[ranks.callback()] if ranks else [],
         extra_loss=ranks.orthogonality if ranks else _nothing,
         optim=optim,

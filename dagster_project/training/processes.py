@@ -146,7 +146,8 @@ def together(gpus: Sequence[str], work: Callable[[], object]) -> Iterator[None]:
     import torch.distributed as dist
 
     spawn = multiprocessing.get_context("spawn")
-    heard = threading.Event()
+    heard, closing = threading.Event(), threading.Event()
+    listener: threading.Thread | None = None
     with tempfile.TemporaryDirectory() as folder:
         others = []
         ears: dict[Any, str] = {}
@@ -161,7 +162,8 @@ def together(gpus: Sequence[str], work: Callable[[], object]) -> Iterator[None]:
                 if wrong := _wrong(ear, READY):
                     raise PedigreeError(f"{name} {wrong}", "run again")
             _join(0, count, Path(folder))
-            threading.Thread(target=_listen, args=(ears, heard, dist.group.WORLD), daemon=True).start()
+            listener = threading.Thread(target=_listen, args=(ears, heard, closing, dist.group.WORLD), daemon=True)
+            listener.start()
             try:
                 yield
             except RuntimeError:  # what torch.distributed raises where a partner is gone, in many words
@@ -169,9 +171,14 @@ def together(gpus: Sequence[str], work: Callable[[], object]) -> Iterator[None]:
                     refuse_lost()
                 raise
         finally:
+            closing.set()
             for other in others:
                 other.kill()
                 other.join()
+            if listener:
+                listener.join()
+            for ear in ears:
+                ear.close()
             if dist.is_initialized():
                 dist.destroy_process_group()
             _lost.clear()
@@ -233,7 +240,7 @@ def _wrong(ear: Connection, wanted: bytes) -> str:
     return "" if word == wanted else f"failed: {word.decode()}"
 
 
-def _listen(ears: dict[Any, str], heard: threading.Event, group: Any) -> None:
+def _listen(ears: dict[Any, str], heard: threading.Event, closing: threading.Event, group: Any) -> None:
     """Wait until all others are done. If one is lost, no sum will ever be complete: break off the one under way."""
     from multiprocessing.connection import wait
 
@@ -241,7 +248,7 @@ def _listen(ears: dict[Any, str], heard: threading.Event, group: Any) -> None:
     while waiting:
         for ear in wait(waiting):
             waiting.remove(ear)
-            if wrong := _wrong(ear, DONE):  # type: ignore[arg-type]
+            if (wrong := _wrong(ear, DONE)) and not closing.is_set():  # type: ignore[arg-type]
                 _lost.append(f"{ears[ear]} {wrong}")
                 heard.set()
                 with suppress(RuntimeError):

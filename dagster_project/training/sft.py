@@ -419,6 +419,7 @@ def train(
             found = processes.summed(torch.stack(step_losses))
             for loss, rows in zip(found, step_rows, strict=True):
                 if not torch.isfinite(loss):
+                    processes.refuse_lost()
                     raise Diverged(f"the loss is {float(loss)}", step, rows)
             processes.sum_gradients(list(trainable(model).values()))
             step_losses.clear()
@@ -484,14 +485,14 @@ def train(
             dice = torch.Generator().manual_seed(compute.seed + self.epoch)
             return iter(get_length_grouped_indices(lengths, together, generator=dice))
 
-    began, earlier, tokens_before = time.monotonic(), course.seconds, course.tokens
+    began, earlier = time.monotonic(), course.seconds
 
     def clock() -> float:
         return earlier + time.monotonic() - began
 
     progress = Progress("training", total, "step")
     progress.done, progress.start = course.step, progress.start - earlier
-    recent = deque([(began, tokens_before)], maxlen=20)
+    recent: deque[tuple[float, int]] = deque(maxlen=20)
     show = live_writer(live) if live else lambda curve, now=False: None
 
     class Flow(TrainerCallback):
@@ -499,6 +500,10 @@ def train(
 
         At the end of an epoch a checkpoint is written after the validation, so that going on from it leaves out none.
         """
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if not recent:
+                recent.append((time.monotonic(), course.tokens))
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
             logs = logs or {}
@@ -612,10 +617,8 @@ def train(
             data_collator=partial(collate, multiple=SIZES) if tunable.packs else apart,
             callbacks=[*tunable.callbacks, Flow(), Sound()],
         )
-        for (
-            weight,
-            data,
-        ) in whole.items():  # TRL has rounded adapters of 4-bit weights to bfloat16, which takes no step below its 256th part
+        # TRL has rounded adapters of 4-bit weights to bfloat16, which takes no step below its 256th part
+        for weight, data in whole.items():
             weight.data = data
         trainer.model_accepts_loss_kwargs = False  # our loss is a mean already: let the Trainer average over accumulation steps
         for printer in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:
