@@ -32,11 +32,16 @@ def record(i: int) -> dict[str, Any]:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
+    make_project(tmp_path)
+    return tmp_path
+
+
+def make_project(folder: Path) -> None:
     """Test examples that three systems answered: a variant, and two baselines. Every fourth answer of `lora` and `few_shot` is the same."""
-    (tmp_path / "dvc.yaml").touch()
-    (tmp_path / "params.yaml").write_text("compute: {seed: 7}\n")
+    (folder / "dvc.yaml").touch()
+    (folder / "params.yaml").write_text("compute: {seed: 7}\n")
     records = [record(i) for i in range(N)]
-    write_records(tmp_path / "data/splits/test", records)
+    write_records(folder / "data/splits/test", records)
     answers = {
         "few_shot": [f"Same {i}." if i % 4 == 0 else f"Weak {i}." for i in range(N)],
         "tfidf_logistic": [f"Label {i}" for i in range(N)],
@@ -44,11 +49,10 @@ def project(tmp_path: Path) -> Path:
     }
     rows = {name: result_rows(name, records, None, said, [(None, None)] * N) for name, said in answers.items()}
     base = result_rows("base", records, None, [None] * N, [(1.0, 1)] * N)
-    write_table(tmp_path / "data/baselines/results.parquet", base + rows["few_shot"] + rows["tfidf_logistic"], result_schema())
-    write_table(tmp_path / "data/evaluation/lora/results.parquet", rows["lora"], result_schema())
+    write_table(folder / "data/baselines/results.parquet", base + rows["few_shot"] + rows["tfidf_logistic"], result_schema())
+    write_table(folder / "data/evaluation/lora/results.parquet", rows["lora"], result_schema())
     against = {"few_shot": {"difference": 0.5}, "tfidf_logistic": {"difference": 0.1}}
-    write_json(tmp_path / "data/comparison/comparison.json", {"lora": {"macro_f1_to": against}})
-    return tmp_path
+    write_json(folder / "data/comparison/comparison.json", {"lora": {"macro_f1_to": against}})
 
 
 @pytest.fixture
@@ -63,7 +67,8 @@ def sheet(ballot: Match, rater: str, wants: Any, n: int = 18) -> dict[str, Any]:
 
 
 def choice(pair: Pair, outcome: str) -> str:
-    return next(said for said in ("a", "b", "tie") if pair.outcome(said) == outcome)  # type: ignore[arg-type]
+    """What one presses who reads the two answers and wants this outcome."""
+    return "tie" if outcome == "tie" else "ab"[pair.shown.index(pair.answers[outcome == "loss"])]
 
 
 def saved(folder: Path, *sheets: dict[str, Any]) -> list[str]:
@@ -170,6 +175,11 @@ def test_the_interval_is_wilsons() -> None:
     assert wilson(1, 12)[1] == 1 and 0.75 < wilson(1, 12)[0] < 0.77
 
 
+def test_a_name_steers_no_terminal(project: Path, ballot: Match, capsys: Any) -> None:
+    assert main(["ballots", "import", *saved(project, sheet(ballot, "A\x1b[2J", lambda i, pair: "win")), "--project", str(project)]) == 0
+    assert "18 votes of A\\x1b[2J" in capsys.readouterr().out
+
+
 def test_pairs_without_a_vote_do_not_count(ballot: Match) -> None:
     assert tally(ballot.pairs, {ballot.pairs[0].id: "win", ballot.pairs[1].id: "tie"})["win_rate"] == 0.75
 
@@ -259,6 +269,18 @@ def test_export_says_what_it_wrote_and_refuses_what_cannot_be(project: Path, cap
     assert "'0' is no number from 1" in capsys.readouterr().err
 
 
+def test_systems_that_never_differ_have_no_ballot_and_are_in_nobodys_way(project: Path, ballot: Match, capsys: Any) -> None:
+    records = [record(i) for i in range(N)]
+    twin = ["Weak 1." if i == 1 else None for i in range(N)]  # of one prompt, and as `few_shot` answers it
+    rows = result_rows("twin", records, None, twin, [(None, None)] * N)
+    other = [{**row, "system": "other", "answer": "x", "example_id": "of an earlier split"} for row in rows[:1]]
+    write_table(project / "data/evaluation/twin/results.parquet", rows + other, result_schema())
+    for systems, same in ((("few_shot", "twin"), 1), (("lora", "other"), 0)):
+        assert main(["ballots", "export", *systems, "--project", str(project)]) == 2
+        assert f"no test prompt that both answered differently ({same} with the same answer)" in capsys.readouterr().err
+    assert ballots.read_votes(project, [Path(*saved(project, sheet(ballot, "Anna", lambda i, pair: "win")))], 7, False)[0] == ballot
+
+
 def test_without_answers_the_next_step_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="dvc repro comparison"):
         match(tmp_path, ("lora", "few_shot"), seed=7)
@@ -327,5 +349,5 @@ def test_in_a_browser_one_votes_by_keyboard_and_a_closed_tab_loses_nothing(proje
     assert [vote["vote"] for vote in json.loads((project / "votes.json").read_text())["votes"]] == ["a", "b", "a", "tie"]
     assert main(["ballots", "import", str(project / "votes.json"), "--json", "--project", str(project)]) == 0
     found = json.loads(capsys.readouterr().out)
-    wins = sum(pair.outcome(said) == "win" for pair, said in zip(ballot.pairs, ("a", "b", "a", "tie"), strict=False))  # type: ignore[arg-type]
+    wins = sum(pair.shown["ab".index(said)].startswith("Strong") for pair, said in zip(ballot.pairs, "aba", strict=False))
     assert (found["raters"], found["wins"], found["ties"], found["losses"]) == ({"A. b/t": 4}, wins, 1, 3 - wins)

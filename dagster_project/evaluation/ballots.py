@@ -79,6 +79,15 @@ SAVE = (
 )
 
 
+def export_text(found: Mapping[str, Any]) -> str:
+    """What was written, for a terminal."""
+    return (
+        f"{found['file']}: {found['pairs']} of {markup.many(found['of'], 'pair')} of {' and '.join(found['systems'])}, seed {found['seed']}; "
+        f"{found['identical']} with the same answer left out\n"
+        "send the page to the raters, then count what they saved with `pedigree ballots import votes-*.json`"
+    )
+
+
 def read_votes(project: Path, files: Sequence[Path], seed: int, partial: bool) -> tuple[Match, dict[str, dict[str, Choice]]]:
     """The match that the files vote on, and rater -> pair -> choice. Nothing in a file tells which system is which: the match is made anew.
 
@@ -182,4 +191,4 @@ def votes_text(found: Mapping[str, Any]) -> str:
         shared = markup.many(agreed["pairs"], "pair")
         lines.append(f"raters agree in {agreed['percent']} % of {shared} with several votes; Krippendorff's alpha {alpha}")
     lines.append(f"places chosen: A {places['a']}, B {places['b']}, tie {places['tie']}")
-    return "\n".join(lines)
+    return markup.visible("\n".join(lines))

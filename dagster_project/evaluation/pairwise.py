@@ -58,6 +58,7 @@ class Match:
     id: str
     """Hash of systems, seed and all answers: other answers make another match."""
     systems: tuple[str, str]
+    seed: int
     pairs: list[Pair]
     """In random order; the first n are the draw of n."""
     identical: int
@@ -106,10 +107,10 @@ def contenders(project: Path) -> tuple[str, str]:
 
 
 def match(project: Path, systems: tuple[str, str], seed: int) -> Match:
-    """The pairs of two systems. The same seed and answers give the same ids, order and places.
+    """The pairs of two systems, none where they never wrote different answers to one prompt. The same seed and answers give the same ids, order and places.
 
     Raises:
-        InputError: a system is unknown, both are one, or there is no prompt that both answered.
+        InputError: a system is unknown, or both are one.
     """
     known = answers_of(project)
     if unknown := [name for name in systems if name not in known]:
@@ -119,20 +120,17 @@ def match(project: Path, systems: tuple[str, str], seed: int) -> Match:
     records = {record["example_id"]: record for record in read_records(project / "data" / "splits" / "test")}
     first, second = (known[name] for name in systems)
     both = sorted(first.keys() & second.keys() & records.keys())
-    if not both:
-        raise InputError(f"data/splits/test: no prompt that both {systems[0]} and {systems[1]} answered", "run `dvc repro comparison`")
     # example ids are hashes of prompt and reference together, so who has only the page cannot guess this one
     secret = _digest(systems, seed, [(i, first[i], second[i]) for i in both])
     draw = random.Random(secret)
     draw.shuffle(both)
-    places = [
-        place for _ in both[::2] for place in draw.sample((False, True), 2)
-    ]  # each system is A in half of them, however many are drawn
+    # each system is A in one of every two pairs, so in half of them however many are drawn
+    places = [place for _ in both[::2] for place in draw.sample((False, True), 2)]
     pairs = [
         Pair(_digest(secret, i)[:12], records[i]["messages"][:-1], records[i]["category"], (first[i], second[i]), swapped)
         for i, swapped in zip((i for i in both if first[i].strip() != second[i].strip()), places, strict=False)
     ]
-    return Match(_digest(secret)[:16], systems, pairs, len(both) - len(pairs))
+    return Match(_digest(secret)[:16], systems, seed, pairs, len(both) - len(pairs))
 
 
 def _digest(*parts: Any) -> str:
