@@ -10,9 +10,12 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dagster_project.errors import InputError, PedigreeError
+
+if TYPE_CHECKING:
+    from dagster_project.evaluation.pairwise import Match
 
 log = logging.getLogger("pedigree")
 
@@ -46,11 +49,7 @@ def check(options: argparse.Namespace) -> int:
             options.paths, options.format, options.against, rules, tokens, [*map(str, since)], options.since or "", options.thirteen_grams
         )
     if options.report:
-        try:
-            Path(options.report).parent.mkdir(parents=True, exist_ok=True)
-            Path(options.report).write_text(page(found, found.get("changes")), encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"--report {options.report}: {error.strerror}", "name a file that can be written") from None
+        _write("--report", Path(options.report), page(found, found.get("changes")))
         log.info(f"report: {options.report}")
     wide = shutil.get_terminal_size((120, 24)).columns
     _print(options, found, lambda document: check_text(document, sys.stdout.isatty(), wide))
@@ -110,6 +109,44 @@ def audit(options: argparse.Namespace) -> int:
     return 0
 
 
+def export_ballot(options: argparse.Namespace) -> int:
+    """write a page on which people vote blindly between two systems' answers"""
+    from dagster_project.evaluation.ballots import export_text, page
+
+    ballot = _match(options)
+    out = Path(options.out or _project(options) / "data" / "pages" / "ballots" / f"{ballot.id}.html")
+    if out.suffix.lower() not in {".html", ".htm"}:
+        raise InputError(f"--out {out}: the name of a page ends in .html", "name a new file: what stood in it is replaced")
+    _write("--out", out, page(ballot, options.n))
+    pairs = {"pairs": min(options.n, len(ballot.pairs)), "of": len(ballot.pairs), "identical": ballot.identical}
+    _print(options, {"ballot": ballot.id, "systems": ballot.systems, "seed": ballot.seed, **pairs, "file": str(out)}, export_text)
+    return 0
+
+
+def import_votes(options: argparse.Namespace) -> int:
+    """count the votes that raters saved"""
+    from dagster_project.evaluation.ballots import preferences, read_votes, result, votes_text
+
+    ballot, votes = read_votes(_project(options), [Path(file) for file in options.votes], _seed(options), options.partial)
+    if options.preferences:
+        rows = preferences(ballot, votes)
+        _write("--preferences", Path(options.preferences), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        log.info(f"preferences: {options.preferences}, {len(rows)} pairs")
+    _print(options, result(ballot, votes), votes_text)
+    return 0
+
+
+def judge(options: argparse.Namespace) -> int:
+    """let a language model compare two systems' answers, in both orders"""
+    from dagster_project.evaluation import judge as module
+
+    if options.price and not all(0 <= price < float("inf") for price in options.price):
+        raise InputError(f"--price {options.price[0]:g} {options.price[1]:g}: no prices", "name two numbers from 0")
+    endpoint = module.Endpoint(options.endpoint, options.model, options.key_env)
+    _print(options, module.judge(_match(options), options.n, endpoint, options.price), module.judge_text)
+    return 0
+
+
 def ui(options: argparse.Namespace) -> int:
     """open the Dagster UI on this machine's loopback address"""
     from dagster_project.doors.ui import serve
@@ -124,6 +161,41 @@ def _project(options: argparse.Namespace) -> Path:
     if not (root / "dvc.yaml").is_file():
         raise InputError(f"no dvc.yaml in {root}", "run the command from the project's folder, or give --project FOLDER")
     return root
+
+
+def _match(options: argparse.Namespace) -> Match:
+    """The pairs of the two systems named, or of those that one would ask about first."""
+    from dagster_project.evaluation.pairwise import contenders, match
+
+    root = _project(options)
+    if len(options.systems) not in {0, 2}:
+        raise InputError(f"{len(options.systems)} system(s) named", "name two, or none for the best variant and the best prompted baseline")
+    found = match(root, tuple(options.systems) or contenders(root), _seed(options))
+    if not found.pairs:
+        raise InputError(
+            f"{' and '.join(found.systems)}: no test prompt that both answered differently ({found.identical} with the same answer)",
+            "name two other systems",
+        )
+    return found
+
+
+def _seed(options: argparse.Namespace) -> int:
+    from dagster_project import params
+
+    return (
+        int(params.parse(params.Compute, params.read(_project(options)).get("compute"), "compute").seed)
+        if options.seed is None
+        else options.seed
+    )
+
+
+def _write(option: str, path: Path, text: str) -> None:
+    from dagster_project.records import write_text
+
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise InputError(f"{option} {path}: {error.strerror}", "name a file that can be written") from None
 
 
 def _print(options: argparse.Namespace, found: Any, as_text: Any) -> None:
@@ -160,6 +232,12 @@ LINE = 2_000
 """Characters shown of a line on stderr."""
 
 
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     whole = _Parser(
         prog="pedigree",
@@ -168,12 +246,19 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(function: Any) -> argparse.ArgumentParser:
-        one = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
+    def command(function: Any, name: str = "", among: Any = commands) -> argparse.ArgumentParser:
+        one = among.add_parser(name or function.__name__, help=function.__doc__, description=function.__doc__)
         one.set_defaults(function=function)
         one.add_argument("--json", action="store_true", help="print one JSON document on stdout and nothing else")
         one.add_argument("--project", default=".", metavar="FOLDER", help="the project's folder (default: here)")
         return one
+
+    def compared(one: argparse.ArgumentParser) -> None:
+        one.add_argument(
+            "systems", nargs="*", metavar="SYSTEM", help="variants or baselines (default: the best variant and the best prompted baseline)"
+        )
+        one.add_argument("--n", type=_count, default=40, help="pairs, if there are so many (default: %(default)s)")
+        one.add_argument("--seed", type=int, help="which pairs, in which order and places (default: compute.seed)")
 
     one = command(check)
     one.add_argument("paths", nargs="+", metavar="PATH", help="files or folders of examples, preference pairs or benchmark questions")
@@ -202,6 +287,25 @@ def parser() -> argparse.ArgumentParser:
     one = command(audit)
     one.add_argument("model", metavar="MODEL", help="a path, a stage's name or a content hash")
     one.add_argument("--rev", help="git revision to look at (default: the workspace)")
+    ballots = commands.add_parser("ballots", help="let people compare two systems, blindly").add_subparsers(
+        dest="part", required=True, metavar="COMMAND"
+    )
+    one = command(export_ballot, "export", ballots)
+    compared(one)
+    one.add_argument("--out", metavar="FILE.html", help="the page (default: data/pages/ballots/<ballot>.html)")
+    one = command(import_votes, "import", ballots)
+    one.add_argument("votes", nargs="+", metavar="VOTES.json", help="files saved from one ballot, one for each rater")
+    one.add_argument("--preferences", metavar="OUT.jsonl", help="also write what most raters preferred as preference pairs")
+    one.add_argument("--partial", action="store_true", help="count files in which votes are missing")
+    one.add_argument("--seed", type=int, help="that of the export (default: compute.seed)")
+    one = command(judge)
+    compared(one)
+    one.add_argument("--endpoint", required=True, metavar="URL", help="OpenAI-compatible, up to /v1: /chat/completions is appended")
+    one.add_argument("--model", required=True, metavar="NAME", help="the judge, as the endpoint calls it")
+    one.add_argument("--key-env", metavar="NAME", help="environment variable that holds the key (default: the endpoint wants none)")
+    one.add_argument(
+        "--price", nargs=2, type=float, metavar=("IN", "OUT"), help="of a million prompt and completion tokens, to tell the cost"
+    )
     one = command(ui)
     one.add_argument("--host", default="127.0.0.1", help="address to listen on; Dagster's UI has no authentication (default: %(default)s)")
     one.add_argument("--port", type=int, default=3000, help="default: %(default)s")

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run
 
+from dagster_project.__main__ import parser
+
 README = (ROOT / "README.md").read_text()
 
 
@@ -48,6 +50,13 @@ def test_make_has_every_target_the_readme_names() -> None:
 def test_links_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text()):
         assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_the_table_lists_every_command() -> None:
+    commands = parser()._subparsers._group_actions[0].choices
+    listed = re.findall(r"^\| `pedigree (\w+)", README, re.MULTILINE)
+    assert set(listed) == set(commands)
+    assert set(re.findall(r"pedigree ballots (\w+)", README)) == set(commands["ballots"]._subparsers._group_actions[0].choices)
 
 
 def test_the_file_tree_lists_what_is_there() -> None:

@@ -1,0 +1,194 @@
+"""Human evaluation: a page on which people vote blindly between two systems' answers, and what their votes say."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from dagster_project import markup
+from dagster_project.errors import InputError
+from dagster_project.evaluation.pairwise import Choice, Match, Outcome, agreement, answers_of, as_text, majority, match, tally
+from dagster_project.params import Section, parse
+
+
+class Vote(Section):
+    """One rater's choice on one pair."""
+
+    pair: str
+    vote: Choice
+
+
+class Votes(Section):
+    """The file that the page saves."""
+
+    ballot: str
+    pairs: int = Field(ge=1)
+    """Pairs on the ballot."""
+    rater: str = Field(min_length=1, max_length=100)
+    """Name or initials."""
+    votes: list[Vote]
+
+
+def page(ballot: Match, n: int) -> str:
+    """The ballot of the first n pairs: one HTML file that takes votes by keyboard or mouse and saves them to a file. It names no system."""
+    shown = [
+        {
+            "id": pair.id,
+            "prompt": [[message["role"], markup.visible(message["content"])] for message in pair.prompt],
+            "answers": [markup.visible(answer) for answer in pair.shown],
+        }
+        for pair in ballot.pairs[:n]
+    ]
+    data = json.dumps({"ballot": ballot.id, "pairs": shown}, separators=(",", ":"), ensure_ascii=False)
+    raw = data.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    head = (
+        f'<header class="head"><p class="over">Ballot {ballot.id}</p><h1>Which answer is better?</h1></header>'
+        f'<p class="note">{markup.many(len(shown), "pair")} of answers, in random order. Keys: <b>a</b> or <b>b</b> for the better answer, <b>t</b> for a tie, '
+        "<b>←</b> and <b>→</b> to look around. Votes stay in this browser until you save them; the page loads nothing and sends nothing.</p>"
+        '<noscript><p class="verdict warn">Voting needs JavaScript, which is off here.</p></noscript>'
+    )
+    return markup.page(
+        "Ballot",
+        head,
+        {"Vote": VOTE, "Save": SAVE + f'<script type="application/json" id="ballot-data">{raw}</script>'},
+        "Made by <b>pedigree ballots export</b>.",
+        script=resources.files(__package__).joinpath("ballot.js").read_text("utf-8"),
+    )
+
+
+_ANSWER = '<article class="pair side" aria-labelledby="answer-{0}"><small id="answer-{0}">Answer {0}</small><p><bdi dir="auto"></bdi></p></article>'
+_CHOICE = '<button type="button" data-vote="{0}" aria-pressed="false" aria-keyshortcuts="{1}">{2}</button>'
+VOTE = (
+    '<div id="pager"><output id="hits" aria-live="polite" tabindex="-1"></output><span>'
+    '<button id="back" type="button" aria-keyshortcuts="ArrowLeft">← Back</button>'
+    '<button id="on" type="button" aria-keyshortcuts="ArrowRight">Next →</button></span></div>'
+    '<article class="pair" aria-labelledby="asked"><small id="asked">Prompt</small><div id="prompt"></div></article>'
+    f'<div class="sides">{_ANSWER.format("A")}{_ANSWER.format("B")}</div><p id="choices" role="group" aria-label="Your vote">Your vote'
+    f"{_CHOICE.format('a', 'a', 'A is better')}{_CHOICE.format('tie', 't', 'Tie')}{_CHOICE.format('b', 'b', 'B is better')}</p>"
+)
+SAVE = (
+    '<div id="filter"><label class="wide">Your name or initials<input id="rater" autocomplete="off" maxlength="100" spellcheck="false"></label>'
+    '<button id="download" type="button" class="wide">Save votes to a file</button></div><p class="sum"><output id="saved" aria-live="polite"></output></p>'
+)
+
+
+def export_text(found: Mapping[str, Any]) -> str:
+    """What was written, for a terminal."""
+    return (
+        f"{found['file']}: {found['pairs']} of {markup.many(found['of'], 'pair')} of {' and '.join(found['systems'])}, seed {found['seed']}; "
+        f"{found['identical']} with the same answer left out\n"
+        "send the page to the raters, then count what they saved with `pedigree ballots import votes-*.json`"
+    )
+
+
+def read_votes(project: Path, files: Sequence[Path], seed: int, partial: bool) -> tuple[Match, dict[str, dict[str, Choice]]]:
+    """The match that the files vote on, and rater -> pair -> choice. Nothing in a file tells which system is which: the match is made anew.
+
+    Args:
+        seed: that of the export.
+        partial: take files in which votes are missing.
+    Raises:
+        InputError: names everything that is wrong with any of the files.
+    """
+    sheets = {file: _read(file) for file in files}
+    ids = list(dict.fromkeys(sheet.ballot for sheet in sheets.values()))
+    if len(ids) > 1:
+        others = [str(file) for file, sheet in sheets.items() if sheet.ballot != ids[0]]
+        raise InputError(f"the votes are on {len(ids)} ballots: {', '.join(others)} not on {ids[0]}", "import one ballot at a time")
+    matches = (match(project, systems, seed) for systems in permutations(answers_of(project), 2))
+    ballot = next((found for found in matches if found.id == ids[0]), None)
+    if ballot is None:
+        raise InputError(
+            f"{files[0]}: ballot {ids[0]} is of no two systems as they answer now, with seed {seed}",
+            "give the --seed of the export; if the models have changed since, go back with `git checkout` and `dvc checkout`",
+        )
+    known = {pair.id for pair in ballot.pairs}
+    problems, hints = [], []
+    for file, sheet in sheets.items():
+        counts = Counter(vote.pair for vote in sheet.votes)
+        if unknown := [pair for pair in counts if pair not in known]:
+            problems.append(f"{file}: {markup.many(len(unknown), 'pair')} not on the ballot (first: {unknown[0]})")
+            hints.append("save the votes from the page again")
+        if twice := [pair for pair, count in counts.items() if count > 1]:
+            problems.append(f"{file}: {markup.many(len(twice), 'pair')} voted on more than once (first: {twice[0]})")
+            hints.append("keep one vote for each pair")
+        if len(counts) < sheet.pairs and not partial:
+            problems.append(f"{file}: {sheet.pairs - len(counts)} of {markup.many(sheet.pairs, 'pair')} without a vote")
+            hints.append("finish the ballot, or count what there is with --partial")
+    for rater, count in Counter(sheet.rater for sheet in sheets.values()).items():
+        if count > 1:
+            problems.append(f"{', '.join(str(file) for file, sheet in sheets.items() if sheet.rater == rater)}: all by rater {rater!r}")
+            hints.append("give one file for each rater")
+    if problems:
+        raise InputError("\n".join(problems), "; ".join(dict.fromkeys(hints)))
+    if not any(sheet.votes for sheet in sheets.values()):
+        raise InputError(f"{files[0]}: no vote", "vote on the page, then save")
+    return ballot, {sheet.rater: {vote.pair: vote.vote for vote in sheet.votes} for sheet in sheets.values()}
+
+
+def _read(file: Path) -> Votes:
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{file}: {error.strerror}", "name a file that the ballot's page saved") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"{file}: not JSON", "name a file that the ballot's page saved") from None
+    sheet = parse(Votes, document if document is not None else [], "votes", file=str(file))
+    if not sheet.rater.strip():
+        raise InputError(f"{file}: votes.rater: no name", "write a name or initials")
+    return sheet.model_copy(update={"rater": sheet.rater.strip()})
+
+
+def outcomes(ballot: Match, votes: Mapping[str, Mapping[str, Choice]]) -> dict[str, list[Outcome]]:
+    """Pair -> what each rater's choice means for the first system, in order of the ballot; pairs without a vote are left out."""
+    found = {pair.id: [pair.outcome(said[pair.id]) for said in votes.values() if pair.id in said] for pair in ballot.pairs}
+    return {pair: said for pair, said in found.items() if said}
+
+
+def result(ballot: Match, votes: Mapping[str, Mapping[str, Choice]]) -> dict[str, Any]:
+    """Win rate over the pairs, each counted once by the majority of its votes; agreement; and how often A, B or neither was chosen."""
+    said = outcomes(ballot, votes)
+    places = Counter(choice for choices in votes.values() for choice in choices.values())
+    return {
+        "ballot": ballot.id,
+        "systems": list(ballot.systems),
+        "raters": {rater: len(choices) for rater, choices in votes.items()},
+        **tally(ballot.pairs, {pair: majority(votes) for pair, votes in said.items()}),
+        "agreement": agreement(list(said.values())),
+        "places": {place: places[place] for place in ("a", "tie", "b")},
+    }
+
+
+def preferences(ballot: Match, votes: Mapping[str, Mapping[str, Choice]]) -> list[dict[str, Any]]:
+    """Pairs that most raters decided, as rows that formats.py reads as `preference`; ties are left out."""
+    won = {pair: majority(said) for pair, said in outcomes(ballot, votes).items()}
+    rows = []
+    for pair in ballot.pairs:
+        if won.get(pair.id, "tie") != "tie":
+            chosen, rejected = pair.answers if won[pair.id] == "win" else reversed(pair.answers)
+            row = {"prompt": pair.prompt, "chosen": _said(chosen), "rejected": _said(rejected)}
+            rows.append(row | ({"category": pair.category} if pair.category is not None else {}))
+    return rows
+
+
+def _said(answer: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": answer}]
+
+
+def votes_text(found: Mapping[str, Any]) -> str:
+    """The result for a terminal."""
+    raters, agreed, places = found["raters"], found["agreement"], found["places"]
+    lines = [f"ballot {found['ballot']}: {markup.many(sum(raters.values()), 'vote')} of {', '.join(raters)}", *as_text(found)]
+    if agreed["pairs"]:
+        alpha = "undefined, all votes are the same" if agreed["alpha"] is None else f"{agreed['alpha']:.2f}"
+        shared = markup.many(agreed["pairs"], "pair")
+        lines.append(f"raters agree in {agreed['percent']} % of {shared} with several votes; Krippendorff's alpha {alpha}")
+    lines.append(f"places chosen: A {places['a']}, B {places['b']}, tie {places['tie']}")
+    return markup.visible("\n".join(lines))

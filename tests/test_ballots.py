@@ -1,0 +1,353 @@
+"""A ballot tells its raters nothing of the systems, loses no vote, and what comes back is counted right."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dagster_project.__main__ import main
+from dagster_project.curation.formats import to_pairs
+from dagster_project.errors import InputError
+from dagster_project.evaluation import ballots
+from dagster_project.evaluation.measure import result_rows, result_schema
+from dagster_project.evaluation.pairwise import Match, Pair, agreement, contenders, majority, match, tally, wilson
+from dagster_project.markup import visible
+from dagster_project.records import example_id, write_json, write_records, write_table
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\u202e"
+N = 24
+
+
+def record(i: int) -> dict[str, Any]:
+    messages = [{"role": "user", "content": f"Question {i}?"}, {"role": "assistant", "content": f"Reference {i}."}]
+    category = ["login", "billing", None][i % 3]
+    return {"example_id": example_id(messages), "source": "a", "messages": messages, "category": category, "group_id": None, "meta": "{}"}
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    make_project(tmp_path)
+    return tmp_path
+
+
+def make_project(folder: Path) -> None:
+    """Test examples that three systems answered: a variant, and two baselines. Every fourth answer of `lora` and `few_shot` is the same."""
+    (folder / "dvc.yaml").touch()
+    (folder / "params.yaml").write_text("compute: {seed: 7}\n")
+    records = [record(i) for i in range(N)]
+    write_records(folder / "data/splits/test", records)
+    answers = {
+        "few_shot": [f"Same {i}." if i % 4 == 0 else f"Weak {i}." for i in range(N)],
+        "tfidf_logistic": [f"Label {i}" for i in range(N)],
+        "lora": [f" Same {i}.\n" if i % 4 == 0 else f"Strong {i}. {HOSTILE}" for i in range(N)],
+    }
+    rows = {name: result_rows(name, records, None, said, [(None, None)] * N) for name, said in answers.items()}
+    base = result_rows("base", records, None, [None] * N, [(1.0, 1)] * N)
+    write_table(folder / "data/baselines/results.parquet", base + rows["few_shot"] + rows["tfidf_logistic"], result_schema())
+    write_table(folder / "data/evaluation/lora/results.parquet", rows["lora"], result_schema())
+    against = {"few_shot": {"difference": 0.5}, "tfidf_logistic": {"difference": 0.1}}
+    write_json(folder / "data/comparison/comparison.json", {"lora": {"macro_f1_to": against}})
+
+
+@pytest.fixture
+def ballot(project: Path) -> Match:
+    return match(project, ("lora", "few_shot"), seed=7)
+
+
+def sheet(ballot: Match, rater: str, wants: Any, n: int = 18) -> dict[str, Any]:
+    """What the page saves for a rater who looks at the pairs' own answers: `wants(i, pair)` is the outcome."""
+    votes = [{"pair": pair.id, "vote": choice(pair, wants(i, pair))} for i, pair in enumerate(ballot.pairs[:n])]
+    return {"ballot": ballot.id, "pairs": n, "rater": rater, "votes": votes}
+
+
+def choice(pair: Pair, outcome: str) -> str:
+    """What one presses who reads the two answers and wants this outcome."""
+    return "tie" if outcome == "tie" else "ab"[pair.shown.index(pair.answers[outcome == "loss"])]
+
+
+def saved(folder: Path, *sheets: dict[str, Any]) -> list[str]:
+    files = [folder / f"votes-{i}.json" for i in range(len(sheets))]
+    for file, one in zip(files, sheets, strict=True):
+        write_json(file, one)
+    return [str(file) for file in files]
+
+
+def refused(project: Path, files: list[str], *options: str, capsys: Any) -> str:
+    capsys.readouterr()
+    assert main(["ballots", "import", *files, *options, "--project", str(project)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    return err
+
+
+def test_the_best_variant_meets_what_the_base_model_does_best_with_a_prompt(project: Path) -> None:
+    assert contenders(project) == ("lora", "few_shot")  # TF-IDF is better, and no answer of the base model
+
+
+def test_answers_that_are_the_same_are_left_out_and_counted(ballot: Match) -> None:
+    assert (len(ballot.pairs), ballot.identical) == (N - N // 4, N // 4)
+    assert not any("Same" in answer for pair in ballot.pairs for answer in pair.answers)
+
+
+def test_a_seed_gives_the_same_pairs_and_places_another_seed_or_answer_others(project: Path, ballot: Match) -> None:
+    assert match(project, ("lora", "few_shot"), seed=7) == ballot
+    other = match(project, ("lora", "few_shot"), seed=8)
+    assert other.id != ballot.id and {p.id for p in other.pairs}.isdisjoint(p.id for p in ballot.pairs)
+    assert [p.prompt for p in other.pairs] != [p.prompt for p in ballot.pairs]
+    rows = result_rows("lora", [record(i) for i in range(N)], None, ["New."] * N, [(None, None)] * N)
+    write_table(project / "data/evaluation/lora/results.parquet", rows, result_schema())
+    assert match(project, ("lora", "few_shot"), seed=7).id != ballot.id
+
+
+def test_each_system_stands_first_in_half_of_the_pairs(project: Path) -> None:
+    pairs = match(project, ("lora", "tfidf_logistic"), seed=7).pairs
+    assert [sum(pair.swapped for pair in pairs[:n]) for n in range(0, N + 1, 2)] == list(range(N // 2 + 1))
+    assert len({tuple(pair.swapped for pair in pairs[i : i + 2]) for i in range(0, N, 2)}) == 2  # and nobody knows in which
+
+
+def test_the_page_holds_ids_and_texts_and_nothing_that_tells_the_systems(project: Path, ballot: Match) -> None:
+    html = ballots.page(ballot, 10)
+    data = json.loads(re.search(r'id="ballot-data">(.*?)</script>', html, re.S).group(1))
+    assert data["ballot"] == ballot.id and len(data["pairs"]) == 10
+    assert [set(pair) for pair in data["pairs"]] == [{"id", "prompt", "answers"}] * 10
+    assert data["pairs"][0]["answers"] == [visible(answer) for answer in ballot.pairs[0].shown]
+    for secret in ("lora", "few_shot", "seed", "swapped", "Reference", *(record(i)["example_id"] for i in range(N))):
+        assert secret not in html
+    assert "\u202e" not in html and html.count("<script") == 2 and "default-src 'none'" in html and "http" not in html.split("<style>")[1]
+    assert ballots.page(match(project, ("lora", "few_shot"), seed=7), 10) == html
+
+
+def test_votes_are_counted_for_the_first_system_whichever_side_it_stood_on(project: Path, ballot: Match, capsys: Any) -> None:
+    anna = sheet(ballot, "Anna", lambda i, pair: "win" if i < 12 else "tie" if i < 15 else "loss")
+    assert main(["ballots", "import", *saved(project, anna), "--json", "--project", str(project)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["systems"] == ["lora", "few_shot"] and found["raters"] == {"Anna": 18}
+    assert {key: found[key] for key in ("pairs", "wins", "ties", "losses", "win_rate")} == {
+        "pairs": 18, "wins": 12, "ties": 3, "losses": 3, "win_rate": 0.75,
+    }  # fmt: skip
+    assert found["interval_method"].startswith("Wilson") and found["interval"][0] < 0.75 < found["interval"][1]
+    assert set(found["categories"]) == {"login", "billing"} and found["agreement"]["alpha"] is None
+    assert sum(part["pairs"] for part in found["categories"].values()) == sum(pair.category is not None for pair in ballot.pairs)
+    assert found["places"]["a"] + found["places"]["b"] == 15 and found["places"]["tie"] == 3
+
+
+def test_a_pair_counts_once_by_its_majority_and_agreement_is_told(project: Path, ballot: Match, capsys: Any) -> None:
+    files = saved(
+        project,
+        sheet(ballot, "Anna", lambda i, pair: "win"),
+        sheet(ballot, "Ben", lambda i, pair: "win" if i % 2 else "loss"),
+        sheet(ballot, "Cleo", lambda i, pair: "loss", n=9),
+    )
+    assert main(["ballots", "import", *files, "--project", str(project)]) == 0
+    out = capsys.readouterr().out
+    # on the odd ones Anna and Ben agree; Cleo decides the even ones of the first nine, and those after them are ties
+    assert "45 votes of Anna, Ben, Cleo" in out and "lora against few_shot: 9 wins, 4 ties, 5 losses in 18 pairs" in out
+    # pairs of raters that agree: 5 x 1 + 4 x 1 of the 27 on the first nine, 5 of the 9 on the others
+    assert "raters agree in 38.9 % of 18 pairs with several votes; Krippendorff's alpha -0." in out
+
+
+def test_the_majority_is_the_most_frequent_outcome_and_a_draw_is_a_tie() -> None:
+    assert majority(["win"]) == "win"
+    assert majority(["win", "loss", "loss"]) == "loss"
+    assert majority(["win", "loss"]) == majority(["win", "tie", "tie"]) == majority(["win", "win", "tie", "tie", "loss"]) == "tie"
+
+
+def test_krippendorffs_alpha_is_that_of_his_own_example() -> None:
+    """Krippendorff 2011, example C: four observers, twelve units, missing data; nominal alpha .743."""
+    rows = ["123321412...", "1233224125.3", ".3332342251.", "12332441251."]
+    units = [[row[i] for row in rows if row[i] != "."] for i in range(12)]
+    found = agreement(units)
+    assert found["alpha"] == 0.7434 and found["pairs"] == 11
+    assert agreement([["win", "win"], ["loss", "loss"]]) == {"pairs": 2, "percent": 100.0, "alpha": 1.0}
+    assert agreement([["win", "win"]])["alpha"] is None  # nobody ever said anything else
+    assert agreement([["win"], ["loss"]]) == {"pairs": 0, "percent": None, "alpha": None}
+
+
+def test_the_interval_is_wilsons() -> None:
+    assert [round(bound, 4) for bound in wilson(0.81, 100)] == [0.7222, 0.8749]  # Newcombe 1998: 81 of 263 is .2553 to .3662
+    assert [round(bound, 4) for bound in wilson(81 / 263, 263)] == [0.2553, 0.3662]
+    assert wilson(1, 12)[1] == 1 and 0.75 < wilson(1, 12)[0] < 0.77
+
+
+def test_a_name_steers_no_terminal(project: Path, ballot: Match, capsys: Any) -> None:
+    assert main(["ballots", "import", *saved(project, sheet(ballot, "A\x1b[2J", lambda i, pair: "win")), "--project", str(project)]) == 0
+    assert "18 votes of A\\x1b[2J" in capsys.readouterr().out
+
+
+def test_pairs_without_a_vote_do_not_count(ballot: Match) -> None:
+    assert tally(ballot.pairs, {ballot.pairs[0].id: "win", ballot.pairs[1].id: "tie"})["win_rate"] == 0.75
+
+
+def test_a_bad_file_is_refused_with_everything_that_is_wrong_with_it(project: Path, ballot: Match, capsys: Any) -> None:
+    good = sheet(ballot, "Anna", lambda i, pair: "win")
+    unknown = good | {"votes": [{"pair": "0123456789ab", "vote": "a"}, *good["votes"][:-2], good["votes"][0]]}
+    err = refused(project, saved(project, unknown, good), capsys=capsys)
+    for said in (
+        "1 pair not on the ballot (first: 0123456789ab)",
+        "1 pair voted on more than once",
+        "1 of 18 pairs without a vote",
+        "all by rater 'Anna'",
+    ):
+        assert said in err
+    assert "finish the ballot, or count what there is with --partial" in err
+
+    assert "votes-0.json: votes.votes.0.vote" in refused(
+        project, saved(project, good | {"votes": [{"pair": "x", "vote": "c"}]}), capsys=capsys
+    )
+    assert "give the --seed of the export" in refused(project, saved(project, good), "--seed", "8", capsys=capsys)
+    other = sheet(match(project, ("few_shot", "lora"), seed=7), "Ben", lambda i, pair: "win")
+    assert "the votes are on 2 ballots" in refused(project, saved(project, good, other), capsys=capsys)
+    (project / "votes.json").write_text("{")
+    assert "votes.json: not JSON" in refused(project, [str(project / "votes.json")], capsys=capsys)
+    assert "No such file" in refused(project, [str(project / "none.json")], capsys=capsys)
+    (project / "votes.json").write_text("null")
+    assert "votes.json: votes: Input should be" in refused(project, [str(project / "votes.json")], capsys=capsys)
+    assert "votes.rater: no name" in refused(project, saved(project, good | {"rater": " "}), capsys=capsys)
+    assert "no vote" in refused(project, saved(project, good | {"votes": []}), "--partial", capsys=capsys)
+
+
+def test_an_unfinished_ballot_counts_if_told_so(project: Path, ballot: Match, capsys: Any) -> None:
+    half = sheet(ballot, "Anna", lambda i, pair: "win")
+    half["votes"] = half["votes"][:9]
+    assert main(["ballots", "import", *saved(project, half), "--partial", "--json", "--project", str(project)]) == 0
+    assert json.loads(capsys.readouterr().out)["pairs"] == 9
+
+
+def test_another_seed_is_found_again_when_named(project: Path, capsys: Any) -> None:
+    ballot = match(project, ("few_shot", "lora"), seed=99)
+    files = saved(project, sheet(ballot, "Anna", lambda i, pair: "win"))
+    assert main(["ballots", "import", *files, "--seed", "99", "--json", "--project", str(project)]) == 0
+    assert json.loads(capsys.readouterr().out)["systems"] == ["few_shot", "lora"]
+
+
+def test_what_most_raters_preferred_is_read_as_preference_pairs(project: Path, capsys: Any) -> None:
+    ballot = match(project, ("few_shot", "tfidf_logistic"), seed=7)
+    anna = sheet(ballot, "Anna", lambda i, pair: ("win", "tie", "loss")[i % 3])
+    out = project / "preferences.jsonl"
+    assert main(["ballots", "import", *saved(project, anna), "--preferences", str(out), "--project", str(project)]) == 0
+    capsys.readouterr()
+    assert main(["check", str(out), "--format", "preference", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["format"], found["rows"], found["kept"]) == ("preference", 12, 12)
+    layout, pairs = to_pairs(out, "preferences.jsonl")
+    assert layout == "preference"
+    decided = [pair for i, pair in enumerate(ballot.pairs[:18]) if i % 3 != 1]
+    assert [pair["prompt"] for pair in pairs] == [pair.prompt for pair in decided]
+    assert [pair["category"] for pair in pairs] == [pair.category for pair in decided]
+    for i, (pair, source) in enumerate(zip(pairs, decided, strict=True)):
+        better, worse = source.answers if i % 2 == 0 else source.answers[::-1]
+        assert (pair["chosen"][0]["content"], pair["rejected"][0]["content"]) == (better, worse)
+
+
+def test_export_says_what_it_wrote_and_refuses_what_cannot_be(project: Path, capsys: Any) -> None:
+    def export(*arguments: str) -> int:
+        return main(["ballots", "export", *arguments, "--project", str(project)])
+
+    assert export("--json", "--n", "10") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found | {"file": "", "ballot": ""} == {
+        "ballot": "", "systems": ["lora", "few_shot"], "seed": 7, "pairs": 10, "of": 18, "identical": 6, "file": "",
+    }  # fmt: skip
+    assert Path(found["file"]).name == f"{found['ballot']}.html"  # a name that tells no rater which systems they are
+    assert "Which answer is better?" in Path(found["file"]).read_text(encoding="utf-8")
+    for arguments, said in (
+        (["lora"], "1 system(s) named"),
+        (["lora", "dora"], "systems with answers: few_shot, tfidf_logistic, lora"),
+        (["lora", "lora"], "both systems are 'lora'"),
+        (["--out", str(project / "page.txt")], "ends in .html"),
+    ):
+        assert export(*arguments) == 2
+        assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        export("--n", "0")
+    assert "'0' is no number from 1" in capsys.readouterr().err
+
+
+def test_systems_that_never_differ_have_no_ballot_and_are_in_nobodys_way(project: Path, ballot: Match, capsys: Any) -> None:
+    records = [record(i) for i in range(N)]
+    twin = ["Weak 1." if i == 1 else None for i in range(N)]  # of one prompt, and as `few_shot` answers it
+    rows = result_rows("twin", records, None, twin, [(None, None)] * N)
+    other = [{**row, "system": "other", "answer": "x", "example_id": "of an earlier split"} for row in rows[:1]]
+    write_table(project / "data/evaluation/twin/results.parquet", rows + other, result_schema())
+    for systems, same in ((("few_shot", "twin"), 1), (("lora", "other"), 0)):
+        assert main(["ballots", "export", *systems, "--project", str(project)]) == 2
+        assert f"no test prompt that both answered differently ({same} with the same answer)" in capsys.readouterr().err
+    assert ballots.read_votes(project, [Path(*saved(project, sheet(ballot, "Anna", lambda i, pair: "win")))], 7, False)[0] == ballot
+
+
+def test_without_answers_the_next_step_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="dvc repro comparison"):
+        match(tmp_path, ("lora", "few_shot"), seed=7)
+    with pytest.raises(InputError, match="no system has answered"):
+        contenders(tmp_path)
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH (apt-get install chromium)")
+def test_in_a_browser_one_votes_by_keyboard_and_a_closed_tab_loses_nothing(project: Path, ballot: Match, capsys: Any) -> None:
+    from playwright.sync_api import sync_playwright
+
+    page = project / "ballot.html"
+    page.write_text(ballots.page(ballot, 4), encoding="utf-8")
+    seen: list[str] = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        context = browser.new_context(viewport={"width": 420, "height": 800}, color_scheme="dark", accept_downloads=True)
+
+        def opened() -> Any:
+            tab = context.new_page()
+            tab.on("console", lambda message: seen.append(message.text))
+            tab.on("pageerror", lambda error: seen.append(str(error)))
+            tab.on("dialog", lambda dialog: seen.append(dialog.message))
+            tab.on("request", lambda request: seen.append(request.url) if not request.url.startswith((page.as_uri(), "blob:")) else None)
+            tab.goto(page.as_uri())
+            return tab
+
+        tab = opened()
+        hits, pressed = tab.locator("#hits"), tab.locator("[aria-pressed=true]")
+        assert hits.inner_text() == "Pair 1 of 4 · 0 voted, 4 to go" and tab.locator("#back").is_disabled()
+        shown = tab.locator(".side bdi")
+        assert shown.evaluate_all("all => all.map(one => one.textContent)") == [visible(answer) for answer in ballot.pairs[0].shown]
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 420 and tab.locator("main img").count() == 0
+        tab.keyboard.press("a")
+        tab.keyboard.press("t")
+        assert hits.inner_text() == "Pair 3 of 4 · 2 voted, 2 to go"
+        tab.keyboard.press("ArrowLeft")
+        assert pressed.inner_text() == "✓ Tie"
+        tab.keyboard.press("b")  # changes the vote on the second pair
+        tab.close()
+
+        tab = opened()
+        hits, pressed = tab.locator("#hits"), tab.locator("[aria-pressed=true]")
+        assert hits.inner_text() == "Pair 3 of 4 · 2 voted, 2 to go"
+        tab.keyboard.press("ArrowLeft")
+        assert pressed.inner_text() == "✓ B is better"
+        tab.keyboard.press("ArrowRight")
+        for _ in range(3):  # from the progress line over `Back` and `Next`: every control can be reached and its focus is seen
+            tab.keyboard.press("Tab")
+        assert tab.evaluate("document.activeElement.dataset.vote") == "a"
+        assert tab.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+        tab.keyboard.press("Enter")
+        tab.keyboard.press("t")
+        assert hits.inner_text() == "Pair 4 of 4 · all voted: save below"
+        assert tab.evaluate("document.activeElement.id") == "rater"  # the next step
+        tab.keyboard.press("Enter")
+        assert tab.locator("#saved").inner_text() == "Give your name or initials first."
+        tab.keyboard.type("A. b/t")
+        with tab.expect_download() as download:
+            tab.keyboard.press("Enter")
+        assert download.value.suggested_filename == f"votes-{ballot.id}-A_b_t.json"
+        download.value.save_as(project / "votes.json")
+        browser.close()
+    assert seen == []
+    assert [vote["vote"] for vote in json.loads((project / "votes.json").read_text())["votes"]] == ["a", "b", "a", "tie"]
+    assert main(["ballots", "import", str(project / "votes.json"), "--json", "--project", str(project)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    wins = sum(pair.shown["ab".index(said)].startswith("Strong") for pair, said in zip(ballot.pairs, "aba", strict=False))
+    assert (found["raters"], found["wins"], found["ties"], found["losses"]) == ({"A. b/t": 4}, wins, 1, 3 - wins)
