@@ -93,6 +93,7 @@ def test_a_measure_of_ones_own_is_the_mean_of_its_function(tmp_path: Path) -> No
     ("name", "content", "message"),
     [
         ("tone.polite", "import nothing_like_it", "data/metrics/tone.py fails: ModuleNotFoundError: No module named 'nothing_like_it'"),
+        ("tone.polite", "raise SystemExit(0)", "data/metrics/tone.py fails: SystemExit: 0"),
         ("tone.polite", "def polite(:", "data/metrics/tone.py fails: SyntaxError"),
         ("tone.polte", TONE, "data/metrics/tone.py has no function 'polte'"),
         ("tune.polite", TONE, "data/metrics/tune.py does not exist"),
@@ -164,6 +165,13 @@ def test_a_task_has_every_baseline_and_batches_change_no_score(tiny_model: Path,
     rows = read_table(tmp_path / "1/baselines/results.parquet")
     longest = {name: max(r["prompt_tokens"] or 0 for r in rows if r["system"] == name) for name in one["baselines"]}
     assert longest["tfidf_logistic"] == 0 < longest["zero_shot"] < longest["system_prompt"] < longest["few_shot"]
+
+
+def test_an_empty_test_split_leaves_the_baselines_nothing_to_say(tiny_model: Path, tmp_path: Path) -> None:
+    for split, rows in (("train", JSON), ("test", [])):
+        write_records(tmp_path / split, rows)
+    found = baselines.run(tmp_path, baselines.Params(), Settings(task=TASK), COMPUTE, tiny_model, tmp_path, tmp_path / "out")
+    assert found.metrics == {"base": {}} and read_table(tmp_path / "out/results.parquet") == []
 
 
 def flat(found: Any, place: str = "") -> dict[str, float]:

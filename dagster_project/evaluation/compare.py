@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-from dagster_project.evaluation.metrics import Measure
 
 NAMES = {
     "zero_shot": "base model, the question alone",
@@ -17,17 +15,24 @@ NAMES = {
 }
 """The alternatives to tuning, in words."""
 
+TITLES = {"macro_f1": "macro-F1", "accuracy": "accuracy", "rouge_l": "ROUGE-L", "exact_match": "exact match"}
+"""The measures that the board shows, in words."""
+
 Scores = Mapping[str, Mapping[str, Any]]
 """System -> its measures, and the mean tokens of its prompts if it is a language model."""
 
 
-def board(table: Mapping[str, Measure], scores: Scores, compared: Mapping[str, Any]) -> list[str]:
-    """A Markdown table, best first by the measure that decides; by perplexity where there are no answers to score."""
+def board(shown: Sequence[str], scores: Scores, compared: Mapping[str, Any]) -> list[str]:
+    """A Markdown table, best first; by perplexity where there are no answers to score.
+
+    Args:
+        shown: the measure that decides, and the one beside it.
+    """
     if scores:
-        first, second = list(table)[:2]
+        first, second = shown
         n = next(iter(scores.values()))["n"]
         return [
-            f"| {n} test examples | {table[first].title} | 95 % interval | {table[second].title} | prompt tokens |",
+            f"| {n} test examples | {TITLES[first]} | 95 % interval | {TITLES[second]} | prompt tokens |",
             "| --- | ---: | :---: | ---: | ---: |",
         ] + [
             f"| {NAMES.get(name, f'**{name}**, tuned')} | {s[first]:.3f} | {s[f'{first}_interval'][0]:.3f} to {s[f'{first}_interval'][1]:.3f} | {s[second]:.3f} | {_tokens(s)} |"
@@ -48,22 +53,21 @@ def _tokens(score: Mapping[str, Any]) -> str:
     return f"{score['prompt_tokens']:.0f}" if "prompt_tokens" in score else ""
 
 
-def advice(table: Mapping[str, Measure], scores: Scores, compared: Mapping[str, Any]) -> list[str]:
+def advice(decides: str, scores: Scores, compared: Mapping[str, Any]) -> list[str]:
     """For each variant whether it is worth it, not worth it, or not shown, with the figures that say so; then the variants among themselves."""
-    decides = next(iter(table))
-    found = [_verdict(name, decides, table[decides].title, scores, compared[name]) for name in compared]
+    found = [_verdict(name, decides, scores, compared[name]) for name in compared]
     ranked = sorted((name for name in compared if name in scores), key=lambda name: -scores[name][decides])
-    return found + [_between(ranked[0], other, decides, table[decides].title, compared[ranked[0]]) for other in ranked[1:]]
+    return found + [_between(ranked[0], other, decides, compared[ranked[0]]) for other in ranked[1:]]
 
 
-def _verdict(name: str, decides: str, title: str, scores: Scores, found: Mapping[str, Any]) -> str:
+def _verdict(name: str, decides: str, scores: Scores, found: Mapping[str, Any]) -> str:
     against = {other: differences[decides] for other, differences in found.get("to", {}).items() if other in NAMES}
     more = ""
     if against:
         rival = min(against, key=lambda other: against[other]["difference"])
         gap, (low, high) = against[rival]["difference"], against[rival]["interval"]
-        figures = f"{_points(gap, low, high, title, f'the best alternative, {NAMES[rival]}')}"
-        more = f" {_instead(rival, scores[name][decides], scores[rival][decides], scores[name], scores[rival])}"
+        figures = _points(gap, low, high, decides, f"the best alternative, {NAMES[rival]}")
+        more = f" {_instead(rival, decides, scores[name], scores[rival])}"
     elif "perplexity_to_base" not in found:
         return f"{name} names labels, and there are none to compare."
     else:
@@ -77,22 +81,22 @@ def _verdict(name: str, decides: str, title: str, scores: Scores, found: Mapping
     return f"Tuning {name} shows no sure gain: {figures}.{more}"
 
 
-def _points(gap: float, low: float, high: float, title: str, rival: str) -> str:
-    return f"{100 * gap:+.1f} points of {title} over {rival} (95 % interval {100 * low:+.1f} to {100 * high:+.1f})"
+def _points(gap: float, low: float, high: float, decides: str, rival: str) -> str:
+    return f"{100 * gap:+.1f} points of {TITLES[decides]} over {rival} (95 % interval {100 * low:+.1f} to {100 * high:+.1f})"
 
 
-def _instead(rival: str, ours: float, theirs: float, mine: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+def _instead(rival: str, decides: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
     """What the best alternative reaches, and what it costs."""
-    share = f"{100 * theirs / ours:.0f} % of" if ours else "more than"
-    if "prompt_tokens" not in other:
+    share = f"{100 * theirs[decides] / ours[decides]:.0f} % of" if ours[decides] else "at least"
+    if "prompt_tokens" not in theirs:
         cost = "without tuning a model"
     else:
-        longer = round(other["prompt_tokens"] - mine.get("prompt_tokens", 0))
+        longer = round(theirs["prompt_tokens"] - ours.get("prompt_tokens", 0))
         cost = "at no training cost" + (f", for {longer} more tokens in each prompt" if longer > 0 else "")
     return f"{NAMES[rival][0].upper()}{NAMES[rival][1:]} reaches {share} the tuned score {cost}."
 
 
-def _between(best: str, other: str, decides: str, title: str, found: Mapping[str, Any]) -> str:
+def _between(best: str, other: str, decides: str, found: Mapping[str, Any]) -> str:
     gap, (low, high) = found["to"][other][decides]["difference"], found["to"][other][decides]["interval"]
     verdict = "is better" if low > 0 else "is not surely better"
-    return f"{best} {verdict}: {_points(gap, low, high, title, other)}."
+    return f"{best} {verdict}: {_points(gap, low, high, decides, other)}."

@@ -82,8 +82,6 @@ def rate(sums: np.ndarray) -> np.ndarray:
 class Measure:
     """A score of answers against references."""
 
-    title: str
-    """Its name in words."""
     statistics: Callable[[Sequence[str], Sequence[str]], np.ndarray]
     """(references, answers) -> what each example adds to the sums, (n, k)."""
     combine: Combine = rate
@@ -99,28 +97,28 @@ def measures(task: Task | None, own: Mapping[str, Measure], writes: bool = True)
         own: a team's own measures, by dotted name.
         writes: False for a classifier, which names labels and writes nothing.
     """
-    exact = Measure("exact match", _each(lambda wanted, said: wanted.strip() == said.strip()), paired=not task)
-    rouge = Measure("ROUGE-L", _each(rouge_l), paired=not task)
+    exact = Measure(_each(lambda wanted, said: wanted.strip() == said.strip()), paired=not task)
+    rouge = Measure(_each(rouge_l), paired=not task)
     text = {"bleu": _sacrebleu("BLEU"), "chrf": _sacrebleu("CHRF", paired=not task), **own}
     if task is None:
         return {"rouge_l": rouge, "exact_match": exact, **text} if writes else {}
     named = {
-        "macro_f1": Measure("macro-F1", lambda wanted, said: _label_counts(task, wanted, said), macro_f1, paired=True),
-        "accuracy": Measure("accuracy", _each(lambda wanted, said: label(task, wanted) == label(task, said)), paired=True),
+        "macro_f1": Measure(lambda wanted, said: _label_counts(task, wanted, said), macro_f1, paired=True),
+        "accuracy": Measure(_each(lambda wanted, said: label(task, wanted) == label(task, said)), paired=True),
     }
     if not writes:
         return named
     fields: dict[str, Measure] = {}
     for name, allowed in task.fields.items():
         if allowed:
-            fields[f"{name}.accuracy"] = Measure(f"{name}, right", _field(name, lambda wanted, said: (wanted == said, 1)))
-            fields[f"{name}.precision"] = Measure(f"{name}, right where given", _field(name, partial(_right_where_given, allowed)))
+            fields[f"{name}.accuracy"] = Measure(_field(name, lambda wanted, said: (wanted == said, 1)))
+            fields[f"{name}.precision"] = Measure(_field(name, partial(_right_where_given, allowed)))
         else:
-            fields[f"{name}.token_f1"] = Measure(f"{name}, token F1", _field(name, lambda wanted, said: (token_f1(wanted, said or ""), 1)))
+            fields[f"{name}.token_f1"] = Measure(_field(name, lambda wanted, said: (token_f1(wanted, said or ""), 1)))
     return {
         **named,
-        "valid_json": Measure("valid JSON", _each(lambda _, said: parse(said) is not None)),
-        "follows_schema": Measure("schema followed", _each(lambda _, said: follows(task, parse(said)))),
+        "valid_json": Measure(_each(lambda _, said: parse(said) is not None)),
+        "follows_schema": Measure(_each(lambda _, said: follows(task, parse(said)))),
         **fields,
         "exact_match": exact,
         "rouge_l": rouge,
@@ -249,4 +247,4 @@ def _sacrebleu(name: str, paired: bool = False) -> Measure:
         of = metric()
         return np.apply_along_axis(lambda total: of._compute_score_from_stats(total.tolist()).score, -1, sums)
 
-    return Measure({"BLEU": "BLEU", "CHRF": "chrF"}[name], statistics, combine, paired)
+    return Measure(statistics, combine, paired)

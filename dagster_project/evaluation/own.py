@@ -26,7 +26,7 @@ def own_measures(root: Path, names: Sequence[str]) -> dict[str, Measure]:
     Raises:
         InputError: there is no such file or function, or the file fails.
     """
-    return {name: Measure(name, _checked(name, _load(root, name)), paired=True) for name in names}
+    return {name: Measure(_checked(name, _load(root, name)), paired=True) for name in names}
 
 
 def _load(root: Path, name: str) -> Callable[[str, str], Any]:
@@ -37,7 +37,7 @@ def _load(root: Path, name: str) -> Callable[[str, str], Any]:
     path = inside(root, place, "evaluation.metrics")
     try:
         found = runpy.run_path(str(path)).get(function)  # by file, and without a __pycache__ beside it
-    except Exception as error:  # noqa: BLE001  it is somebody's own code: whatever it raises is for them to read
+    except (Exception, SystemExit) as error:  # noqa: BLE001  it is somebody's own code: whatever it raises is for them to read
         raise InputError(f"{place} fails: {type(error).__name__}: {error}", "mend the file, or take it out of evaluation.metrics") from None
     if not callable(found):
         raise InputError(f"params.yaml: evaluation.metrics: {place} has no function {function!r}", "define it there, or name another")
@@ -52,7 +52,7 @@ def _checked(name: str, function: Callable[[str, str], Any]) -> Callable[[Sequen
         for reference, answer in zip(references, answers, strict=True):
             try:
                 value = function(reference, answer)
-            except Exception as error:  # noqa: BLE001  as above
+            except (Exception, SystemExit) as error:  # noqa: BLE001  as above
                 said = f"fails: {type(error).__name__}: {error}"
             else:
                 if isinstance(value, Real) and math.isfinite(value):

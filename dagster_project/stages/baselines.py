@@ -35,7 +35,7 @@ def run(root: Path, params: Params, settings: Settings, compute: Compute, base_m
     references = [response_text(record["messages"]) for record in questions]
     likelihoods = subject.likelihood(test, "base")
     rows = result_rows("base", test, task, likelihoods=likelihoods)
-    metrics: dict[str, Any] = {"base": {**perplexity_interval(likelihoods), **subject.retention(root, "base")}}
+    metrics: dict[str, Any] = {"base": {**(perplexity_interval(likelihoods) if test else {}), **subject.retention(root, "base")}}
     if questions:
         told = params.system_prompt or (instruction(task) if task else "")
         prompts = {"zero_shot": [with_shots("", [], record) for record in questions]}
@@ -50,12 +50,12 @@ def run(root: Path, params: Params, settings: Settings, compute: Compute, base_m
             alike = nearest(known, questions, params.retrieved)
             prompts["retrieved"] = [with_shots(told, found, record) for found, record in zip(alike, questions, strict=True)]
         for name, asked_so in prompts.items():
-            thinks = name == "chain_of_thought"
-            answers = subject.answer(asked_so, name, params.thinking_tokens if thinks else 0)
-            answers = [conclusion(answer) for answer in answers] if thinks else answers
-            lengths = subject.prompt_tokens(asked_so)
+            if name == "chain_of_thought":
+                answers = [conclusion(said) for said in subject.answer(asked_so, name, params.thinking_tokens)]
+            else:
+                answers = subject.answer(asked_so, name)
             metrics[name] = score(measures(task, own), references, answers)
-            rows += result_rows(name, questions, task, answers, lengths)
+            rows += result_rows(name, questions, task, answers, subject.prompt_tokens(asked_so))
         if task and known:
             answers = classify(known, labels, questions, compute.seed)
             metrics["tfidf_logistic"] = score(measures(task, own, writes=False), references, answers)

@@ -52,8 +52,8 @@ def run(root: Path, settings: Settings, variants: list[str], splits: Path, basel
                 for other in scores
                 if other != name
             }
-    table = measures(task, own)
-    lines, words = board(table, scores, compared), advice(table, scores, compared)
+    first, second, *_ = measures(task, own)
+    lines, words = board([first, second], scores, compared), advice(first, scores, compared)
     out.mkdir(parents=True, exist_ok=True)
     (out / "board.md").write_text("\n".join([*lines, "", *words]) + "\n")
     write_json(out / "comparison.json", {"scores": scores, "compared": compared})
