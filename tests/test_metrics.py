@@ -51,12 +51,13 @@ def test_an_interval_is_that_of_resampled_examples(name: str) -> None:
     references = [f'{{"summary": "{text}", "category": "{kind}"}}' for text, kind in zip(WANTED, TRUE, strict=False)]
     answers = [f'{{"summary": "{text}", "category": "{kind}"}}' for text, kind in zip(SAID, GOOD[::-1], strict=False)]
     measure = TABLE[name]
-    drawn = np.random.default_rng(0).integers(0, 5, (2000, 5))[:40]
-    by_hand = [measure.combine(measure.statistics([references[i] for i in d], [answers[i] for i in d]).sum(0)) for d in drawn]
+    drawn = np.random.default_rng(0).integers(0, 5, (2000, 5))
+    by_hand = [measure.combine(measure.statistics([references[i] for i in d], [answers[i] for i in d]).sum(0)) for d in drawn[:40]]
     statistics = measure.statistics(references, answers)
-    weights = np.stack([np.bincount(draw, minlength=5) for draw in drawn]).astype(float)
-    assert measure.combine(weights @ statistics) == pytest.approx(np.array(by_hand))
+    scores = measure.combine(np.stack([np.bincount(draw, minlength=5) for draw in drawn]) @ statistics)
+    assert scores[:40] == pytest.approx(np.array(by_hand))
     value, (low, high) = estimate(measure.combine, statistics)
+    assert [low, high] == pytest.approx(np.quantile(scores, [0.025, 0.975]), abs=1e-4)
     assert low <= value <= high and low < high
 
 
