@@ -167,7 +167,7 @@ def comparison(at: At) -> Report:
     from dagster_project.stages import comparison as stage
 
     settings, variants = at.params("evaluation", Settings), list(at.values["adapter"])
-    return stage.run(settings, variants, at.made_by("splits"), at.made_by("baselines"), at.all_of("evaluation"), out=at.out)
+    return stage.run(at.root, settings, variants, at.made_by("splits"), at.made_by("baselines"), at.all_of("evaluation"), out=at.out)
 
 
 STREET: dict[str, Callable[[At], Report]] = {

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
 import pytest
 
-from dagster_project.evaluation.baselines import classify, instruction, nearest, spread, with_shots
+from dagster_project.evaluation.baselines import THINK, bm25, classify, conclusion, instruction, nearest, spread, with_shots
 from dagster_project.evaluation.metrics import Task
 
 TASK = Task(fields={"summary": [], "category": ["login", "billing"]}, score="category")
@@ -56,18 +57,60 @@ def test_the_most_similar_example_is_found_and_stands_last() -> None:
     assert [len(row) for row in nearest(train, asked, 99)] == [4, 4]
 
 
+def test_retrieval_depends_on_no_order_and_a_word_that_all_share_tells_little() -> None:
+    train = [record(name, f"the {word}") for name, word in (("a", "cat"), ("b", "cat"), ("c", "dog"))]
+    asked = [record("x", "the dog"), record("y", "nothing known")]
+    found = [[example["example_id"] for example in row] for row in nearest(train, asked, 3)]
+    assert found == [["b", "a", "c"], ["c", "b", "a"]]
+    assert [[e["example_id"] for e in row] for row in nearest(train[::-1], asked, 3)] == found
+
+
+def test_bm25_is_the_sum_over_words_of_rarity_times_saturated_count() -> None:
+    """By hand, with k1 = 1.5 and b = 0.75: documents of 3 and 1 words, 2 on average."""
+    [scores] = bm25(["Late, late parcel", "parcel"], ["late parcel?"])
+    late, parcel = math.log(1 + 1.5 / 1.5), math.log(1 + 0.5 / 2.5)
+    long, short = 1.5 * (0.25 + 0.75 * 3 / 2), 1.5 * (0.25 + 0.75 * 1 / 2)
+    assert scores.tolist() == pytest.approx([late * 2 * 2.5 / (2 + long) + parcel * 2.5 / (1 + long), parcel * 2.5 / (1 + short)])
+
+
+def test_texts_without_words_are_like_no_other() -> None:
+    assert [scores.tolist() for scores in bm25(["?", "!"], ["...", "a"])] == [[0, 0], [0, 0]]
+
+
 def test_a_prompt_with_shots_shows_the_shots_and_never_the_answer_asked_for() -> None:
     shot, asked = record("shot", "Is it up?", "yes"), record("asked", "Is it down?", "the secret")
-    assert with_shots(TASK, [shot], asked) == [
-        {"role": "system", "content": instruction(TASK)},
+    shown = [
         {"role": "user", "content": "Is it up?"},
         {"role": "assistant", "content": "yes"},
         {"role": "user", "content": "Is it down?"},
     ]
+    assert with_shots("Be brief.", [shot], asked) == [{"role": "system", "content": "Be brief."}, *shown]
+    assert with_shots("", [shot], asked) == shown
 
 
-def test_the_instruction_names_every_field_and_every_allowed_value() -> None:
-    assert '"summary": a few words; "category": login or billing' in instruction(TASK)
+def test_the_question_alone_is_asked_without_the_records_own_system_prompt() -> None:
+    asked = record("asked", "Is it down?", "the secret")
+    asked["messages"].insert(0, {"role": "system", "content": "You are tuned."})
+    assert with_shots("", [], asked) == [{"role": "user", "content": "Is it down?"}]
+
+
+@pytest.mark.parametrize("said", [instruction(TASK), instruction(TASK, THINK)], ids=["at once", "after thinking"])
+def test_the_instruction_names_every_field_and_every_allowed_value(said: str) -> None:
+    assert '"summary": a few words; "category": login or billing' in said
+    assert ("step by step" in said) == ("nothing else" not in said)
+
+
+@pytest.mark.parametrize(
+    ("answer", "wanted"),
+    [
+        ('It is not login.\n{"category": "billing"}', '{"category": "billing"}'),
+        ('First\n{"category": "login"}\n\n{"category": "billing"} \nDone.\n', '{"category": "billing"}'),
+        ("Not login.\nBilling.", "Billing."),
+        (" \n", ""),
+    ],
+)
+def test_what_counts_after_thinking_is_the_last_line(answer: str, wanted: str) -> None:
+    assert conclusion(answer) == wanted
 
 
 def test_two_obvious_classes_are_told_apart() -> None:

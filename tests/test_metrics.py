@@ -11,35 +11,94 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from sklearn.metrics import f1_score
 
+from dagster_project.evaluation.bootstrap import difference, estimate, ratio
 from dagster_project.evaluation.metrics import (
     NO_LABEL,
     Task,
     follows,
     label,
     macro_f1,
-    macro_f1_difference,
-    macro_f1_interval,
+    measures,
     parse,
-    perplexity_ratio,
+    perplexity,
+    perplexity_interval,
+    rouge_l,
     score,
+    token_f1,
 )
 
 TASK = Task(fields={"summary": [], "category": ["login", "billing", "bug"]}, score="category")
+TABLE, TEXT = measures(TASK, {}), measures(None, {})
 TRUE = ["login", "billing", "bug"] * 20
 GOOD = [*TRUE[:54], "login", "login", "login", "bug", "bug", NO_LABEL]
 POOR = [*TRUE[:30], *["login"] * 30]
+SAID = ["the parcel is late", "please wait a day", "", "it is on its way to you", "no"]
+WANTED = ["your parcel is late", "please wait for a day", "hello there", "it is on its way", "no"]
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(-1, 3)), min_size=1, max_size=30))
 def test_macro_f1_is_that_of_scikit_learn(pairs: list[tuple[int, int]]) -> None:
     true, predicted = (np.array(column) for column in zip(*pairs, strict=True))
     wanted = f1_score(true, predicted, labels=range(4), average="macro", zero_division=np.nan)
-    assert macro_f1(true, predicted, 4) == pytest.approx(wanted)
+    task = Task(fields={"letter": list("abcd")}, score="letter")
+    names = [["abcd"[k] if k >= 0 else NO_LABEL for k in column] for column in (true, predicted)]
+    assert macro_f1(measures(task, {})["macro_f1"].statistics(*names).sum(0)) == pytest.approx(wanted)
 
 
-def test_macro_f1_of_many_draws_is_macro_f1_of_each() -> None:
-    true, predicted = np.array([[0, 1, 2], [2, 2, 0]]), np.array([[0, 1, 1], [2, -1, 0]])
-    assert macro_f1(true, predicted, 3).tolist() == [float(macro_f1(t, p, 3)) for t, p in zip(true, predicted, strict=True)]
+@pytest.mark.parametrize("name", ["macro_f1", "bleu", "chrf", "rouge_l", "summary.token_f1", "category.precision"])
+def test_an_interval_is_that_of_resampled_examples(name: str) -> None:
+    """By the book: draw examples with replacement, score the drawn ones, take the central 95 %."""
+    references = [f'{{"summary": "{text}", "category": "{kind}"}}' for text, kind in zip(WANTED, TRUE, strict=False)]
+    answers = [f'{{"summary": "{text}", "category": "{kind}"}}' for text, kind in zip(SAID, GOOD[::-1], strict=False)]
+    measure = TABLE[name]
+    drawn = np.random.default_rng(0).integers(0, 5, (2000, 5))
+    by_hand = [measure.combine(measure.statistics([references[i] for i in d], [answers[i] for i in d]).sum(0)) for d in drawn[:40]]
+    statistics = measure.statistics(references, answers)
+    scores = measure.combine(np.stack([np.bincount(draw, minlength=5) for draw in drawn]) @ statistics)
+    assert scores[:40] == pytest.approx(np.array(by_hand))
+    value, (low, high) = estimate(measure.combine, statistics)
+    assert [low, high] == pytest.approx(np.quantile(scores, [0.025, 0.975]), abs=1e-4)
+    assert low <= value <= high and low < high
+
+
+def test_bleu_and_chrf_are_those_of_sacrebleu() -> None:
+    from sacrebleu import corpus_bleu, corpus_chrf
+
+    found = score(TEXT, WANTED, SAID)
+    assert found["bleu"] == pytest.approx(corpus_bleu(SAID, [WANTED]).score, abs=1e-4)
+    assert found["chrf"] == pytest.approx(corpus_chrf(SAID, [WANTED]).score, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer", "rouge", "tokens"),
+    [
+        ("police killed the gunman", "police kill the gunman", 0.75, 0.75),
+        ("police killed the gunman", "the gunman killed police", 0.5, 1.0),
+        ("Police killed, the gunman!", "police killed the gunman", 1.0, 1.0),
+        ("a b a b", "b a b a", 0.75, 1.0),
+        ("a", "a a a", 0.5, 0.5),
+        ("fährt über", "er fährt", 0.5, 0.5),
+        ("something", "", 0.0, 0.0),
+        ("...", "", 1.0, 1.0),
+    ],
+)
+def test_rouge_l_keeps_the_order_of_words_and_token_f1_does_not(reference: str, answer: str, rouge: float, tokens: float) -> None:
+    assert (rouge_l(reference, answer), token_f1(reference, answer)) == (rouge, tokens)
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=9), st.lists(st.sampled_from("abc"), max_size=9))
+def test_rouge_l_finds_the_longest_common_subsequence(ours: list[str], theirs: list[str]) -> None:
+    longest = [[0] * (len(theirs) + 1) for _ in range(len(ours) + 1)]
+    for i, a in enumerate(ours):
+        for j, b in enumerate(theirs):
+            longest[i + 1][j + 1] = longest[i][j] + 1 if a == b else max(longest[i][j + 1], longest[i + 1][j])
+    wanted = 2 * longest[-1][-1] / (len(ours) + len(theirs)) if ours or theirs else 1
+    assert rouge_l(" ".join(ours), " ".join(theirs)) == wanted
+
+
+def test_a_classifier_is_measured_by_its_labels_alone() -> None:
+    assert list(measures(TASK, {}, writes=False)) == ["macro_f1", "accuracy"] == list(TABLE)[:2]
+    assert measures(None, {}, writes=False) == {}
 
 
 @pytest.mark.parametrize(
@@ -90,35 +149,43 @@ def test_what_is_no_json_object_parses_to_none(answer: str) -> None:
     assert parse(answer) is None
 
 
-def test_rates_count_over_all_answers() -> None:
-    references = ['{"summary": "a", "category": "bug"}', '{"summary": "b", "category": "login"}'] * 2
-    answers = ['{"summary": "z", "category": "bug"}', "login", '{"category": "bug"}', "who knows"]
-    found = score(TASK, references, answers)
-    assert {name: found[name] for name in ("n", "valid_json", "follows_schema", "accuracy", "fields")} == {
+def test_rates_count_over_all_answers_and_precision_over_those_that_give_an_allowed_value() -> None:
+    references = ['{"summary": "a", "category": "bug"}', '{"summary": "b c", "category": "login"}'] * 2
+    answers = ['{"summary": "z", "category": "bug"}', "login", '{"category": "bug"}', '{"summary": "c", "category": "weather"}']
+    found = score(TABLE, references, answers)
+    assert {name: found[name] for name in ("n", "valid_json", "follows_schema", "accuracy", "exact_match")} == {
         "n": 4,
-        "valid_json": 0.5,
+        "valid_json": 0.75,
         "follows_schema": 0.25,
         "accuracy": 0.75,
-        "fields": {"category": 0.5},
+        "exact_match": 0.0,
     }
+    assert (found["category.accuracy"], found["category.precision"]) == (0.5, 1.0)
+    assert found["summary.token_f1"] == pytest.approx((2 / 3) / 4, abs=1e-4)
     assert found["macro_f1"] == pytest.approx((1 + 2 / 3) / 2, abs=1e-4)
 
 
 @pytest.mark.parametrize("predicted", [GOOD, POOR, [NO_LABEL] * 60, TRUE], ids=["good", "poor", "none", "perfect"])
 def test_an_interval_contains_its_point_estimate(predicted: list[str]) -> None:
-    found = macro_f1_interval(TASK, TRUE, predicted)
-    low, high = found["macro_f1_interval"]
-    assert 0 <= low <= found["macro_f1"] <= high <= 1
-    assert (low < high) == (predicted in (GOOD, POOR))
+    found = score(TABLE, TRUE, predicted)
+    for name in ("macro_f1", "accuracy"):
+        low, high = found[f"{name}_interval"]
+        assert 0 <= low <= found[name] <= high <= 1
+        assert (low < high) == (predicted in (GOOD, POOR))
+
+
+def apart(ours: list[str], theirs: list[str]) -> dict[str, Any]:
+    measure = TABLE["macro_f1"]
+    return difference(measure.combine, measure.statistics(TRUE, ours), measure.statistics(TRUE, theirs))
 
 
 def test_a_system_does_not_differ_from_itself() -> None:
-    assert macro_f1_difference(TASK, TRUE, POOR, POOR) == {"difference": 0, "interval": [0, 0]}
+    assert apart(POOR, POOR) == {"difference": 0, "interval": [0, 0]}
 
 
 def test_a_difference_is_paired_and_changes_sign_with_its_sides() -> None:
-    found, turned = macro_f1_difference(TASK, TRUE, GOOD, POOR), macro_f1_difference(TASK, TRUE, POOR, GOOD)
-    points = [macro_f1_interval(TASK, TRUE, predicted)["macro_f1"] for predicted in (GOOD, POOR)]
+    found, turned = apart(GOOD, POOR), apart(POOR, GOOD)
+    points = [score(TABLE, TRUE, predicted)["macro_f1"] for predicted in (GOOD, POOR)]
     low, high = found["interval"]
     assert 0 < low <= found["difference"] <= high
     assert found["difference"] == pytest.approx(points[0] - points[1], abs=2e-4)
@@ -126,15 +193,20 @@ def test_a_difference_is_paired_and_changes_sign_with_its_sides() -> None:
 
 
 def test_the_perplexity_ratio_of_a_model_to_itself_is_one() -> None:
-    scores = [(3.5, 4), (0.2, 1), (40.0, 9)]
-    assert perplexity_ratio(scores, scores) == {"ratio": 1, "interval": [1, 1]}
+    scores = np.array([(3.5, 4), (0.2, 1), (40.0, 9)])
+    assert ratio(perplexity, scores, scores) == {"ratio": 1, "interval": [1, 1]}
 
 
 def test_a_perplexity_ratio_is_that_of_the_two_perplexities() -> None:
-    ours, theirs = [(1.0, 2), (4.0, 6)], [(3.0, 2), (6.0, 6)]
-    found = perplexity_ratio(ours, theirs)
+    ours, theirs = np.array([(1.0, 2), (4.0, 6)]), np.array([(3.0, 2), (6.0, 6)])
+    found = ratio(perplexity, ours, theirs)
     assert found["ratio"] == pytest.approx(np.exp(5 / 8) / np.exp(9 / 8), abs=1e-4)
     assert found["interval"][0] <= found["ratio"] <= found["interval"][1] < 1
+
+
+def test_perplexity_weighs_every_token_the_same_and_has_an_interval() -> None:
+    found = perplexity_interval([(float(np.log(2)), 1), (float(3 * np.log(4)), 3)])
+    assert found == {"perplexity": pytest.approx(2**0.25 * 4**0.75, abs=1e-4), "perplexity_interval": [2.0, 4.0]}
 
 
 @pytest.mark.parametrize("scored", ["summary", "colour"])

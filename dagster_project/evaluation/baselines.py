@@ -1,33 +1,47 @@
-"""What people try before they tune: a good prompt, examples in the prompt, retrieved examples, a classical classifier."""
+"""What people try before they tune: a good prompt, thinking aloud, examples in the prompt, retrieved examples, a classical classifier."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
-from dagster_project.evaluation.metrics import Task
+from dagster_project.evaluation.metrics import Task, words
 from dagster_project.records import prompt_text, response_text
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Record = dict[str, Any]
 Messages = list[dict[str, str]]
 
 
-def instruction(task: Task) -> str:
+ANSWER = "Answer with one line of JSON and nothing else, with"
+THINK = "Think step by step. Then write on the last line your answer, one line of JSON with"
+
+
+def instruction(task: Task, how: str = ANSWER) -> str:
     """A system prompt that states the whole task, with every allowed value."""
     fields = "; ".join(f'"{name}": {" or ".join(allowed) if allowed else "a few words"}' for name, allowed in task.fields.items())
-    return f"Classify the user's message. Answer with one line of JSON and nothing else, with exactly these fields: {fields}."
+    return f"Classify the user's message. {how} exactly these fields: {fields}."
 
 
-def with_shots(task: Task, shots: Sequence[Record], record: Record) -> Messages:
-    """The prompt for a record: the instruction, worked examples as earlier turns, the record's own question."""
-    turns = [{"role": "system", "content": instruction(task)}]
+def with_shots(said: str, shots: Sequence[Record], record: Record) -> Messages:
+    """The prompt for a record: a system prompt unless empty, worked examples as earlier turns, the record's own conversation up to the answer."""
+    turns = [{"role": "system", "content": said}] if said else []
     for shot in shots:
         turns += [
             {"role": "user", "content": prompt_text(shot["messages"])},
             {"role": "assistant", "content": response_text(shot["messages"])},
         ]
-    return [*turns, {"role": "user", "content": prompt_text(record["messages"])}]
+    return [*turns, *(turn for turn in record["messages"][:-1] if turn["role"] != "system")]
+
+
+def conclusion(answer: str) -> str:
+    """What is answered after thinking: the last line that begins as a JSON object does, else the last line."""
+    lines = [line.strip() for line in answer.splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if line.startswith("{")), lines[-1] if lines else "")
 
 
 def spread(records: Sequence[Record], labels: Sequence[str], n: int, seed: int) -> list[Record]:
@@ -43,13 +57,34 @@ def spread(records: Sequence[Record], labels: Sequence[str], n: int, seed: int) 
 
 
 def nearest(train: Sequence[Record], records: Sequence[Record], n: int) -> list[list[Record]]:
-    """For each record the `n` training examples with the most similar prompt (TF-IDF cosine), the most similar last."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
+    """For each record the `n` training examples with the most similar prompt (BM25), the most similar last."""
+    train = sorted(train, key=lambda record: record["example_id"])
+    known, asked = ([prompt_text(record["messages"]) for record in rows] for rows in (train, records))
+    return [[train[j] for j in (-similar).argsort(kind="stable")[:n][::-1]] for similar in bm25(known, asked)]
 
-    vectors = TfidfVectorizer(sublinear_tf=True).fit([prompt_text(r["messages"]) for r in train])
-    known = vectors.transform([prompt_text(r["messages"]) for r in train])
-    similar = (vectors.transform([prompt_text(r["messages"]) for r in records]) @ known.T).toarray()
-    return [[train[j] for j in sorted(range(len(train)), key=lambda j: (-row[j], train[j]["example_id"]))[:n][::-1]] for row in similar]
+
+def bm25(documents: Sequence[str], queries: Sequence[str], k1: float = 1.5, b: float = 0.75) -> Iterator[np.ndarray]:
+    """For each query the Okapi BM25 score of every document, (documents,).
+
+    Robertson and Zaragoza 2009, section 3.4; with 1 added inside the logarithm (as Lucene does), so that no word counts against a document.
+    """
+    import numpy as np
+
+    counts = [Counter(words(text)) for text in documents]
+    lengths = np.array([count.total() for count in counts], dtype=float)
+    longer = k1 * (1 - b + b * lengths / max(1.0, lengths.mean()))
+    found: dict[str, list[int]] = {}
+    for i, count in enumerate(counts):
+        for word in count:
+            found.setdefault(word, []).append(i)
+    for query in queries:
+        scores = np.zeros(len(documents))
+        for word, times in Counter(words(query)).items():
+            at = np.array(found.get(word, []), dtype=int)
+            often = np.array([counts[i][word] for i in at], dtype=float)
+            rare = np.log(1 + (len(documents) - len(at) + 0.5) / (len(at) + 0.5))
+            scores[at] += times * rare * often * (k1 + 1) / (often + longer[at])
+        yield scores
 
 
 def classify(train: Sequence[Record], labels: Sequence[str], records: Sequence[Record], seed: int) -> list[str]:

@@ -5,25 +5,38 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dagster_project.evaluation.metrics import Task, macro_f1_interval
-
 NAMES = {
-    "zero_shot": "base model, instruction only",
+    "zero_shot": "base model, the question alone",
+    "system_prompt": "base model, instruction only",
+    "chain_of_thought": "base model, told to think step by step",
     "few_shot": "base model, worked examples in the prompt",
     "retrieved": "base model, retrieved examples in the prompt",
     "tfidf_logistic": "TF-IDF + logistic regression",
 }
+"""The alternatives to tuning, in words."""
+
+TITLES = {"macro_f1": "macro-F1", "accuracy": "accuracy", "rouge_l": "ROUGE-L", "exact_match": "exact match"}
+"""The measures that the board shows, in words."""
+
+Scores = Mapping[str, Mapping[str, Any]]
+"""System -> its measures, and the mean tokens of its prompts if it is a language model."""
 
 
-def board(task: Task | None, true: Sequence[str], labels: Mapping[str, Sequence[str]], compared: Mapping[str, Any]) -> list[str]:
-    """A Markdown table, best first where there is a label to score, else by perplexity."""
-    if task and labels:
-        scored = {name: macro_f1_interval(task, true, found) for name, found in labels.items()}
-        order = sorted(scored, key=lambda name: -scored[name]["macro_f1"])
-        hits = {name: sum(a == b for a, b in zip(true, labels[name], strict=True)) / len(true) for name in order}
-        return [f"| {len(true)} test examples | macro-F1 | 95 % interval | accuracy |", "| --- | ---: | :---: | ---: |"] + [
-            f"| {NAMES.get(name, f'**{name}**, tuned')} | {scored[name]['macro_f1']:.3f} | {scored[name]['macro_f1_interval'][0]:.3f} to {scored[name]['macro_f1_interval'][1]:.3f} | {hits[name]:.3f} |"
-            for name in order
+def board(shown: Sequence[str], scores: Scores, compared: Mapping[str, Any]) -> list[str]:
+    """A Markdown table, best first; by perplexity where there are no answers to score.
+
+    Args:
+        shown: the measure that decides, and the one beside it.
+    """
+    if scores:
+        first, second = shown
+        n = next(iter(scores.values()))["n"]
+        return [
+            f"| {n} test examples | {TITLES[first]} | 95 % interval | {TITLES[second]} | prompt tokens |",
+            "| --- | ---: | :---: | ---: | ---: |",
+        ] + [
+            f"| {NAMES.get(name, f'**{name}**, tuned')} | {s[first]:.3f} | {s[f'{first}_interval'][0]:.3f} to {s[f'{first}_interval'][1]:.3f} | {s[second]:.3f} | {_tokens(s)} |"
+            for name, s in sorted(scores.items(), key=lambda item: -item[1][first])
         ]
     order = sorted(
         (name for name in compared if "perplexity_to_base" in compared[name]),
@@ -36,17 +49,25 @@ def board(task: Task | None, true: Sequence[str], labels: Mapping[str, Sequence[
     ]
 
 
-def advice(compared: Mapping[str, Any]) -> list[str]:
-    """For each variant one sentence: worth it, not worth it, or not shown; with the figures that say so."""
-    return [_verdict(name, found) for name, found in compared.items()]
+def _tokens(score: Mapping[str, Any]) -> str:
+    return f"{score['prompt_tokens']:.0f}" if "prompt_tokens" in score else ""
 
 
-def _verdict(name: str, found: Mapping[str, Any]) -> str:
-    against = found.get("macro_f1_to")
+def advice(decides: str, scores: Scores, compared: Mapping[str, Any]) -> list[str]:
+    """For each variant whether it is worth it, not worth it, or not shown, with the figures that say so; then the variants among themselves."""
+    found = [_verdict(name, decides, scores, compared[name]) for name in compared]
+    ranked = sorted((name for name in compared if name in scores), key=lambda name: -scores[name][decides])
+    return found + [_between(ranked[0], other, decides, compared[ranked[0]]) for other in ranked[1:]]
+
+
+def _verdict(name: str, decides: str, scores: Scores, found: Mapping[str, Any]) -> str:
+    against = {other: differences[decides] for other, differences in found.get("to", {}).items() if other in NAMES}
+    more = ""
     if against:
         rival = min(against, key=lambda other: against[other]["difference"])
         gap, (low, high) = against[rival]["difference"], against[rival]["interval"]
-        figures = f"{100 * gap:+.1f} points of macro-F1 over the best alternative, {NAMES[rival]} (95 % interval {100 * low:+.1f} to {100 * high:+.1f})"
+        figures = _points(gap, low, high, decides, f"the best alternative, {NAMES[rival]}")
+        more = f" {_instead(rival, decides, scores[name], scores[rival])}"
     elif "perplexity_to_base" not in found:
         return f"{name} names labels, and there are none to compare."
     else:
@@ -56,5 +77,26 @@ def _verdict(name: str, found: Mapping[str, Any]) -> str:
     if low > 0:
         return f"Tuning {name} is worth it: {figures}."
     if high < 0:
-        return f"Tuning {name} made it worse: {figures}."
-    return f"Tuning {name} shows no sure gain: {figures}."
+        return f"Tuning {name} made it worse: {figures}.{more}"
+    return f"Tuning {name} shows no sure gain: {figures}.{more}"
+
+
+def _points(gap: float, low: float, high: float, decides: str, rival: str) -> str:
+    return f"{100 * gap:+.1f} points of {TITLES[decides]} over {rival} (95 % interval {100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def _instead(rival: str, decides: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """What the best alternative reaches, and what it costs."""
+    share = f"{100 * theirs[decides] / ours[decides]:.0f} % of" if ours[decides] else "at least"
+    if "prompt_tokens" not in theirs:
+        cost = "without tuning a model"
+    else:
+        longer = round(theirs["prompt_tokens"] - ours.get("prompt_tokens", 0))
+        cost = "at no training cost" + (f", for {longer} more tokens in each prompt" if longer > 0 else "")
+    return f"{NAMES[rival][0].upper()}{NAMES[rival][1:]} reaches {share} the tuned score {cost}."
+
+
+def _between(best: str, other: str, decides: str, found: Mapping[str, Any]) -> str:
+    gap, (low, high) = found["to"][other][decides]["difference"], found["to"][other][decides]["interval"]
+    verdict = "is better" if low > 0 else "is not surely better"
+    return f"{best} {verdict}: {_points(gap, low, high, decides, other)}."

@@ -1,8 +1,7 @@
-"""How likely a model finds given answers: perplexity of responses, and multiple-choice accuracy."""
+"""How likely a model finds given answers, and multiple-choice questions answered by it."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,11 +37,6 @@ def negative_log_likelihood(
                 scores[i] = (loss, n)
             progress.advance(len(batch))
     return scores
-
-
-def perplexity(scores: Sequence[tuple[float, int]]) -> float:
-    """exp of the mean negative log-likelihood per token, every token counting the same."""
-    return math.exp(sum(loss for loss, _ in scores) / max(1, sum(n for _, n in scores)))
 
 
 def choose(model: Any, tokenizer: Any, questions: Sequence[dict[str, Any]], batch_size: int, what: str) -> list[int]:

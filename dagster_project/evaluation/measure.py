@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from dagster_project.chat import encode_prompt, encode_record
+from dagster_project.chat import encode_prompt, encode_record, is_text
 from dagster_project.curation.benchmarks import read_multiple_choice
+from dagster_project.evaluation.bootstrap import rounded
 from dagster_project.evaluation.generate import generate
 from dagster_project.evaluation.likelihood import choose, negative_log_likelihood
-from dagster_project.evaluation.metrics import Task, follows, label, parse
+from dagster_project.evaluation.metrics import Task, follows, label, parse, perplexity
 from dagster_project.params import Compute, Section, inside
-from dagster_project.records import response_text
+from dagster_project.records import prompt_text, response_text, subject_text
 from dagster_project.training import head
 from dagster_project.training.hardware import prepare
 from dagster_project.training.tuned import load
@@ -34,7 +36,8 @@ def result_schema() -> pa.Schema:
             ("system", pa.string()),  # who answered: zero_shot, few_shot, ..., or a variant's name
             ("example_id", pa.string()),
             ("answer", pa.string()),  # what it wrote; null where it was not asked to write
-            ("label", pa.string()),  # the label its answer gives; null where the example has none
+            ("label", pa.string()),  # the label its answer gives; null where answers are free text
+            ("prompt_tokens", pa.int64()),  # of what it was asked; null for systems that are no language model
             ("nll", pa.float64()),  # nats, summed over the reference response; null for systems that are no language model
             ("tokens", pa.int64()),  # of the reference response
         ]
@@ -45,7 +48,11 @@ class Settings(Section):
     """Section `evaluation`: the same for every variant, so that scores compare."""
 
     task: Task | None = None
-    """What a right answer looks like. null, or a test split without such answers, leaves perplexity and retention."""
+    """What a right answer looks like. null, or a test split without such answers: answers are free text."""
+    metrics: list[str] = []
+    """Measures of your own, `file.function` of a file in data/metrics/."""
+    max_examples: int = Field(default=200, ge=1)
+    """Test examples that are answered, at most; chosen by content, so that every system and every run answers the same. Perplexity is of all."""
     benchmarks: list[str] = []
     """Multiple-choice files, to see whether tuning made the model forget."""
     max_new_tokens: int = Field(default=48, ge=1)
@@ -83,12 +90,24 @@ class Subject:
         examples = [(ids[:room], labels[:room]) for ids, labels in (encode_record(self.tokenizer, record) for record in records)]
         return negative_log_likelihood(self.model, self.tokenizer.pad_token_id, examples, self.settings.batch_size, f"{what}: perplexity")
 
-    def answer(self, prompts: Sequence[list[dict[str, str]]], what: str) -> list[str]:
-        """What it answers to each prompt; a classifier's answer is the label alone, which `metrics.label` takes as it takes any."""
+    def answer(self, prompts: Sequence[list[dict[str, str]]], what: str, thinking_tokens: int = 0) -> list[str]:
+        """What it answers to each prompt; a classifier's answer is the label alone, which `metrics.label` takes as it takes any.
+
+        What exceeds the context is cut at the beginning.
+
+        Args:
+            thinking_tokens: room for what it says before the answer.
+        """
         if self.head is not None:
             return self.head.predict(prompts, f"{what}: answers")
-        ids = [encode_prompt(self.tokenizer, messages) for messages in prompts]
-        return generate(self.model, self.tokenizer, ids, self.settings.max_new_tokens, self.settings.batch_size, f"{what}: answers")
+        longest = self.settings.max_new_tokens + thinking_tokens
+        room = max(1, self.tokenizer.model_max_length - longest)
+        ids = [encode_prompt(self.tokenizer, messages)[-room:] for messages in prompts]
+        return generate(self.model, self.tokenizer, ids, longest, self.settings.batch_size, f"{what}: answers")
+
+    def prompt_tokens(self, prompts: Sequence[list[dict[str, str]]]) -> list[int] | None:
+        """Tokens of each prompt; None of a classifier, which is not prompted."""
+        return [len(encode_prompt(self.tokenizer, messages)) for messages in prompts] if self.writes else None
 
     def retention(self, root: Path, what: str) -> dict[str, float]:
         """Accuracy on each multiple-choice benchmark, by file name."""
@@ -100,26 +119,103 @@ class Subject:
         return found
 
 
+def asked(records: Sequence[dict[str, Any]], settings: Settings) -> tuple[Task | None, list[dict[str, Any]]]:
+    """The test examples that are answered, and the task they are answers to; None where they are free text."""
+    found = labelled(records, settings.task)
+    task = settings.task if found else None
+    found = found or conversations(records)
+    chosen = set(sorted(record["example_id"] for record in found)[: settings.max_examples])
+    return task, [record for record in found if record["example_id"] in chosen]
+
+
 def labelled(records: Sequence[dict[str, Any]], task: Task | None) -> list[dict[str, Any]]:
     """The records whose reference response is an answer as the task wants it."""
     return [record for record in records if task and follows(task, parse(response_text(record["messages"])))]
+
+
+def conversations(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records in which something is asked and answered."""
+    return [r for r in records if not is_text(r) and prompt_text(r["messages"]) and response_text(r["messages"])]
 
 
 def result_rows(
     system: str,
     records: Sequence[dict[str, Any]],
     task: Task | None,
-    answers: Sequence[str | None],
-    likelihoods: Sequence[tuple[float | None, int | None]],
+    answers: Sequence[str | None] | None = None,
+    prompt_tokens: Sequence[int | None] | None = None,
+    likelihoods: Sequence[tuple[float | None, int | None]] = (),
 ) -> list[dict[str, Any]]:
+    """A system's rows of the table, null where it has no answers, prompts or likelihoods."""
+    nothing = [None] * len(records)
     return [
         {
             "system": system,
             "example_id": record["example_id"],
             "answer": answer,
             "label": label(task, answer) if task and answer is not None else None,
+            "prompt_tokens": length,
             "nll": nll,
             "tokens": n,
         }
-        for record, answer, (nll, n) in zip(records, answers, likelihoods, strict=True)
+        for record, answer, length, (nll, n) in zip(
+            records, answers or nothing, prompt_tokens or nothing, likelihoods or [(None, None)] * len(records), strict=True
+        )
+    ]
+
+
+MOST_SLICES = 20
+OTHERS = "(others)"
+NO_CATEGORY = "(none)"
+
+
+def slices(
+    records: Sequence[dict[str, Any]], likelihoods: Sequence[tuple[float, int]], scored: str, values: Mapping[str, float]
+) -> dict[str, dict[str, Any]]:
+    """By category and by length of the prompt: how many test examples, their perplexity, and the mean score of those that were answered.
+
+    Args:
+        likelihoods: of the records; none for a classifier.
+        scored: name of the score.
+        values: example_id -> its score.
+    """
+    categories = [record["category"] or NO_CATEGORY for record in records]
+    most = {name for name, _ in Counter(sorted(categories)).most_common(MOST_SLICES)}
+    groupings = {
+        "by_category": [name if name in most else OTHERS for name in categories],
+        "by_prompt_words": thirds([len(subject_text(record["messages"]).split()) for record in records]),
+    }
+    return {
+        grouping: {
+            name: _slice([i for i, other in enumerate(names) if other == name], records, likelihoods, scored, values)
+            for name in sorted(set(names))
+        }
+        for grouping, names in groupings.items()
+    }
+
+
+def _slice(
+    members: Sequence[int],
+    records: Sequence[dict[str, Any]],
+    likelihoods: Sequence[tuple[float, int]],
+    scored: str,
+    values: Mapping[str, float],
+) -> dict[str, Any]:
+    import numpy as np
+
+    found = [values[records[i]["example_id"]] for i in members if records[i]["example_id"] in values]
+    return {
+        "n": len(members),
+        **({"perplexity": rounded(perplexity(np.array([likelihoods[i] for i in members]).sum(0)))} if likelihoods else {}),
+        **({"answered": len(found), scored: rounded(sum(found) / len(found))} if found else {}),
+    }
+
+
+def thirds(lengths: Sequence[int]) -> list[str]:
+    """The third that each length is in, named with its edges: short, medium or long of these lengths."""
+    ordered = sorted(lengths)
+    low, high = (ordered[max(0, len(ordered) * k // 3 - 1)] for k in (1, 2))
+    return [
+        f"short, up to {low}" if n <= low else f"medium, {low + 1} to {high}" if n <= high else f"long, {high + 1} and more"
+        for n in lengths
     ]

@@ -1,20 +1,23 @@
-"""Scores of answers that are one JSON object, with bootstrap intervals over the examples."""
+"""What a right answer is, and the one table of measures that evaluation, baselines and comparison score answers by."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
+from dagster_project.evaluation.bootstrap import Combine, estimate
 from dagster_project.params import Section
 
 if TYPE_CHECKING:
     import numpy as np
 
-RESAMPLES = 2000
 NO_LABEL = "(none)"
 """Predicted where an answer names no label."""
 
@@ -68,95 +71,180 @@ def label(task: Task, answer: str) -> str:
     return min(at, key=at.__getitem__) if at else NO_LABEL
 
 
-def score(task: Task, references: Sequence[str], answers: Sequence[str]) -> dict[str, Any]:
-    """Rates over all answers: valid JSON, schema followed, accuracy and macro-F1 of the label with 95 % intervals, accuracy of each closed field."""
-    true = [label(task, reference) for reference in references]
-    predicted = [label(task, answer) for answer in answers]
-    parsed = [parse(answer) for answer in answers]
-    wanted = [parse(reference) or {} for reference in references]
-    closed = {
-        name: sum((value or {}).get(name) == want[name] for value, want in zip(parsed, wanted, strict=True)) / len(answers)
-        for name, allowed in task.fields.items()
-        if allowed
-    }
-    return {
-        "n": len(answers),
-        "valid_json": _round(sum(value is not None for value in parsed) / len(answers)),
-        "follows_schema": _round(sum(follows(task, value) for value in parsed) / len(answers)),
-        "accuracy": _round(sum(a == b for a, b in zip(true, predicted, strict=True)) / len(answers)),
-        "fields": {name: _round(value) for name, value in closed.items()},
-        **macro_f1_interval(task, true, predicted),
-    }
-
-
-def _codes(task: Task, labels: Sequence[str]) -> np.ndarray:
+def rate(sums: np.ndarray) -> np.ndarray:
+    """The first sum over the second, (..., 2) -> (...); 0 where there is nothing to count."""
     import numpy as np
 
-    number = {name: i for i, name in enumerate(task.labels)}
-    return np.array([number.get(name, -1) for name in labels])
+    return np.divide(sums[..., 0], sums[..., 1], out=np.zeros(sums.shape[:-1]), where=sums[..., 1] > 0)
 
 
-def macro_f1(true: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+@dataclass(frozen=True)
+class Measure:
+    """A score of answers against references."""
+
+    statistics: Callable[[Sequence[str], Sequence[str]], np.ndarray]
+    """(references, answers) -> what each example adds to the sums, (n, k)."""
+    combine: Combine = rate
+    paired: bool = False
+    """Is it tested in pairs, against every baseline and between variants?"""
+
+
+def measures(task: Task | None, own: Mapping[str, Measure], writes: bool = True) -> dict[str, Measure]:
+    """The table: name -> measure, of all that answers can be scored by. The first decides, and the second stands beside it.
+
+    Args:
+        task: None where answers are free text.
+        own: a team's own measures, by dotted name.
+        writes: False for a classifier, which names labels and writes nothing.
+    """
+    exact = Measure(_each(lambda wanted, said: wanted.strip() == said.strip()), paired=not task)
+    rouge = Measure(_each(rouge_l), paired=not task)
+    text = {"bleu": _sacrebleu("BLEU"), "chrf": _sacrebleu("CHRF", paired=not task), **own}
+    if task is None:
+        return {"rouge_l": rouge, "exact_match": exact, **text} if writes else {}
+    named = {
+        "macro_f1": Measure(lambda wanted, said: _label_counts(task, wanted, said), macro_f1, paired=True),
+        "accuracy": Measure(_each(lambda wanted, said: label(task, wanted) == label(task, said)), paired=True),
+    }
+    if not writes:
+        return named
+    fields: dict[str, Measure] = {}
+    for name, allowed in task.fields.items():
+        if allowed:
+            fields[f"{name}.accuracy"] = Measure(_field(name, lambda wanted, said: (wanted == said, 1)))
+            fields[f"{name}.precision"] = Measure(_field(name, partial(_right_where_given, allowed)))
+        else:
+            fields[f"{name}.token_f1"] = Measure(_field(name, lambda wanted, said: (token_f1(wanted, said or ""), 1)))
+    return {
+        **named,
+        "valid_json": Measure(_each(lambda _, said: parse(said) is not None)),
+        "follows_schema": Measure(_each(lambda _, said: follows(task, parse(said)))),
+        **fields,
+        "exact_match": exact,
+        "rouge_l": rouge,
+        **text,
+    }
+
+
+def score(table: Mapping[str, Measure], references: Sequence[str], answers: Sequence[str]) -> dict[str, Any]:
+    """Every measure over all answers, each with its 95 % interval."""
+    found: dict[str, Any] = {"n": len(answers)}
+    for name, measure in table.items():
+        found[name], found[f"{name}_interval"] = estimate(measure.combine, measure.statistics(references, answers))
+    return found
+
+
+def perplexity(sums: np.ndarray) -> np.ndarray:
+    """exp of the mean negative log-likelihood per token, every token counting the same; of sums of (nats, tokens), (..., 2) -> (...)."""
+    import numpy as np
+
+    return np.exp(rate(sums))
+
+
+def perplexity_interval(scores: Sequence[tuple[float, int]]) -> dict[str, Any]:
+    """Perplexity of answers of these (nats, tokens), with its 95 % interval."""
+    import numpy as np
+
+    value, interval = estimate(perplexity, np.array(scores, dtype=float))
+    return {"perplexity": value, "perplexity_interval": interval}
+
+
+def macro_f1(sums: np.ndarray) -> np.ndarray:
     """Mean of F1 = 2 TP / (2 TP + FP + FN) over the classes that occur in either; a class that occurs in neither does not count.
 
     Args:
-        true, predicted: class numbers, (..., n); -1 is no class.
+        sums: how often each class is true, predicted, and both, (..., 3 classes).
     Returns: (...,)
     """
     import numpy as np
 
-    total, present = np.zeros(true.shape[:-1]), np.zeros(true.shape[:-1])
-    for k in range(classes):
-        hit = ((true == k) & (predicted == k)).sum(-1)
-        named = (true == k).sum(-1) + (predicted == k).sum(-1)
-        total += np.divide(2 * hit, named, out=np.zeros(hit.shape), where=named > 0)
-        present += named > 0
-    return total / np.maximum(present, 1)
+    true, predicted, hit = np.split(sums, 3, axis=-1)
+    named = true + predicted
+    f1 = np.divide(2 * hit, named, out=np.zeros(hit.shape), where=named > 0)
+    return f1.sum(-1) / np.maximum((named > 0).sum(-1), 1)
 
 
-def resample(n: int) -> np.ndarray:
-    """Bootstrap draws of example indices, (RESAMPLES, n); the same for every system, so that differences are paired."""
+def _label_counts(task: Task, references: Sequence[str], answers: Sequence[str]) -> np.ndarray:
+    """Per example the class that is true, the one predicted (neither of them for NO_LABEL), and their agreement, one-hot, (n, 3 classes)."""
     import numpy as np
 
-    return np.random.default_rng(0).integers(0, n, (RESAMPLES, n))
+    true, predicted = (
+        np.array([[label(task, text) == name for name in task.labels] for text in texts]).reshape(-1, len(task.labels))
+        for texts in (references, answers)
+    )
+    return np.concatenate([true, predicted, true & predicted], axis=1).astype(float)
 
 
-def interval(draws: np.ndarray) -> list[float]:
-    """The central 95 % of bootstrap draws (percentile interval)."""
-    import numpy as np
-
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return [_round(low), _round(high)]
-
-
-def macro_f1_interval(task: Task, true: Sequence[str], predicted: Sequence[str]) -> dict[str, Any]:
-    t, p = _codes(task, true), _codes(task, predicted)
-    draws = resample(len(t))
-    return {
-        "macro_f1": _round(macro_f1(t, p, len(task.labels))),
-        "macro_f1_interval": interval(macro_f1(t[draws], p[draws], len(task.labels))),
-    }
+def rouge_l(reference: str, answer: str) -> float:
+    """F1 of the longest common subsequence of words (ROUGE-L; Lin 2004, section 3), lower case, without punctuation."""
+    wanted, said = words(reference), words(answer)
+    at: dict[str, int] = {}
+    for i, word in enumerate(wanted):
+        at[word] = at.get(word, 0) | 1 << i
+    row = full = (1 << len(wanted)) - 1  # a bit for each word of the reference; those that end a longer subsequence turn 0 (Hyyrö 2004)
+    for word in said:
+        row = ((row + (row & at.get(word, 0))) | (row & ~at.get(word, 0))) & full
+    return _f1(len(wanted) - row.bit_count(), wanted, said)
 
 
-def macro_f1_difference(task: Task, true: Sequence[str], ours: Sequence[str], theirs: Sequence[str]) -> dict[str, Any]:
-    """Macro-F1 of `ours` minus `theirs` on the same examples, with a paired 95 % interval."""
-    t, a, b = _codes(task, true), _codes(task, ours), _codes(task, theirs)
-    n, draws = len(task.labels), resample(len(true))
-    return {
-        "difference": _round(macro_f1(t, a, n) - macro_f1(t, b, n)),
-        "interval": interval(macro_f1(t[draws], a[draws], n) - macro_f1(t[draws], b[draws], n)),
-    }
+def token_f1(reference: Any, answer: Any) -> float:
+    """F1 of the words that both have, in any order (as SQuAD scores open answers)."""
+    wanted, said = words(str(reference)), words(str(answer))
+    return _f1((Counter(wanted) & Counter(said)).total(), wanted, said)
 
 
-def perplexity_ratio(ours: Sequence[tuple[float, int]], theirs: Sequence[tuple[float, int]]) -> dict[str, Any]:
-    """Perplexity of `ours` over that of `theirs` on the same examples, with a paired 95 % interval. Below 1 is better."""
-    import numpy as np
-
-    a, b, n = (np.array(column, dtype=float) for column in ([x for x, _ in ours], [x for x, _ in theirs], [count for _, count in ours]))
-    draws = resample(len(n))
-    ratios = np.exp((a[draws] - b[draws]).sum(-1) / n[draws].sum(-1))
-    return {"ratio": _round(np.exp((a - b).sum() / n.sum())), "interval": interval(ratios)}
+def _right_where_given(allowed: Sequence[str], wanted: Any, said: Any) -> tuple[bool, bool]:
+    return wanted == said, said in allowed
 
 
-def _round(value: Any) -> float:
-    return round(float(value), 4)
+def words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def _f1(shared: int, wanted: list[str], said: list[str]) -> float:
+    return 2 * shared / (len(wanted) + len(said)) if wanted or said else 1.0
+
+
+def _each(value: Callable[[str, str], float]) -> Callable[[Sequence[str], Sequence[str]], np.ndarray]:
+    """Statistics of a mean over the examples of value(reference, answer)."""
+
+    def statistics(references: Sequence[str], answers: Sequence[str]) -> np.ndarray:
+        import numpy as np
+
+        return np.array([(value(wanted, said), 1) for wanted, said in zip(references, answers, strict=True)], dtype=float).reshape(-1, 2)
+
+    return statistics
+
+
+def _field(name: str, value: Callable[[Any, Any], tuple[float, float]]) -> Callable[[Sequence[str], Sequence[str]], np.ndarray]:
+    """Statistics of a rate over the examples of what reference and answer have in a JSON field, None where there is none."""
+
+    def statistics(references: Sequence[str], answers: Sequence[str]) -> np.ndarray:
+        import numpy as np
+
+        pairs = [[(parse(text) or {}).get(name) for text in pair] for pair in zip(references, answers, strict=True)]
+        return np.array([value(wanted, said) for wanted, said in pairs], dtype=float).reshape(-1, 2)
+
+    return statistics
+
+
+def _sacrebleu(name: str, paired: bool = False) -> Measure:
+    """A corpus score of sacrebleu with its default settings, 0 to 100. Sums of the sentences' statistics are how sacrebleu bootstraps, too."""
+
+    def metric() -> Any:
+        from sacrebleu import metrics
+
+        return getattr(metrics, name)()
+
+    def statistics(references: Sequence[str], answers: Sequence[str]) -> np.ndarray:
+        import numpy as np
+
+        return np.array(metric()._extract_corpus_statistics(list(answers), [list(references)]), dtype=float)
+
+    def combine(sums: np.ndarray) -> np.ndarray:
+        import numpy as np
+
+        of = metric()
+        return np.apply_along_axis(lambda total: of._compute_score_from_stats(total.tolist()).score, -1, sums)
+
+    return Measure(statistics, combine, paired)

@@ -7,10 +7,10 @@ from typing import Any
 
 from pydantic import Field
 
-from dagster_project.evaluation.baselines import classify, nearest, spread, with_shots
-from dagster_project.evaluation.likelihood import perplexity
-from dagster_project.evaluation.measure import Settings, Subject, labelled, result_rows, result_schema
-from dagster_project.evaluation.metrics import label, score
+from dagster_project.evaluation.baselines import THINK, classify, conclusion, instruction, nearest, spread, with_shots
+from dagster_project.evaluation.measure import Settings, Subject, asked, conversations, labelled, result_rows, result_schema
+from dagster_project.evaluation.metrics import label, measures, perplexity_interval, score
+from dagster_project.evaluation.own import own_measures
 from dagster_project.params import Compute, Section
 from dagster_project.records import Report, read_records, response_text, write_table
 
@@ -20,30 +20,45 @@ class Params(Section):
     """Worked examples in the prompt, the same for every question."""
     retrieved: int = Field(default=4, ge=1)
     """Worked examples in the prompt, those most similar to the question."""
+    system_prompt: str | None = None
+    """What the base model is told. null: the task with every allowed value, and nothing where answers are free text."""
+    thinking_tokens: int = Field(default=64, ge=1)
+    """Room to think step by step before the answer, in tokens."""
 
 
 def run(root: Path, params: Params, settings: Settings, compute: Compute, base_model: Path, splits: Path, out: Path) -> Report:
     subject = Subject(base_model, compute, settings)
     train, test = read_records(splits / "train"), read_records(splits / "test")
-    task, asked, known = settings.task, labelled(test, settings.task), labelled(train, settings.task)
+    task, questions = asked(test, settings)
+    known = labelled(train, task) if task else conversations(train)
+    own = own_measures(root, settings.metrics)
+    references = [response_text(record["messages"]) for record in questions]
     likelihoods = subject.likelihood(test, "base")
-    rows = result_rows("base", test, None, [None] * len(test), likelihoods)
-    metrics: dict[str, Any] = {"base": {"perplexity": round(perplexity(likelihoods), 4), **subject.retention(root, "base")}}
-    if task and asked and known:
-        labels = [label(task, response_text(record["messages"])) for record in known]
-        shots = spread(known, labels, params.few_shot, compute.seed)
-        systems = {
-            "zero_shot": subject.answer([with_shots(task, [], record) for record in asked], "zero_shot"),
-            "few_shot": subject.answer([with_shots(task, shots, record) for record in asked], "few_shot"),
-            "retrieved": subject.answer(
-                [with_shots(task, found, record) for found, record in zip(nearest(known, asked, params.retrieved), asked, strict=True)],
-                "retrieved",
-            ),
-            "tfidf_logistic": classify(known, labels, asked, compute.seed),
-        }
-        references = [response_text(record["messages"]) for record in asked]
-        for name, answers in systems.items():
-            metrics[name] = score(task, references, answers)
-            rows += result_rows(name, asked, task, answers, [(None, None)] * len(asked))
+    rows = result_rows("base", test, task, likelihoods=likelihoods)
+    metrics: dict[str, Any] = {"base": {**(perplexity_interval(likelihoods) if test else {}), **subject.retention(root, "base")}}
+    if questions:
+        told = params.system_prompt or (instruction(task) if task else "")
+        prompts = {"zero_shot": [with_shots("", [], record) for record in questions]}
+        if told:
+            prompts["system_prompt"] = [with_shots(told, [], record) for record in questions]
+        if task:
+            prompts["chain_of_thought"] = [with_shots(instruction(task, THINK), [], record) for record in questions]
+        if known:
+            labels = [label(task, response_text(record["messages"])) if task else record["category"] or "" for record in known]
+            shots = spread(known, labels, params.few_shot, compute.seed)
+            prompts["few_shot"] = [with_shots(told, shots, record) for record in questions]
+            alike = nearest(known, questions, params.retrieved)
+            prompts["retrieved"] = [with_shots(told, found, record) for found, record in zip(alike, questions, strict=True)]
+        for name, asked_so in prompts.items():
+            if name == "chain_of_thought":
+                answers = [conclusion(said) for said in subject.answer(asked_so, name, params.thinking_tokens)]
+            else:
+                answers = subject.answer(asked_so, name)
+            metrics[name] = score(measures(task, own), references, answers)
+            rows += result_rows(name, questions, task, answers, subject.prompt_tokens(asked_so))
+        if task and known:
+            answers = classify(known, labels, questions, compute.seed)
+            metrics["tfidf_logistic"] = score(measures(task, own, writes=False), references, answers)
+            rows += result_rows("tfidf_logistic", questions, task, answers)
     write_table(out / "results.parquet", rows, result_schema())
     return Report(metrics=metrics)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dagster_project.evaluation.likelihood import perplexity
-from dagster_project.evaluation.measure import Settings, Subject, labelled, result_rows, result_schema
-from dagster_project.evaluation.metrics import label, score
+from dagster_project.evaluation.measure import Settings, Subject, asked, result_rows, result_schema, slices
+from dagster_project.evaluation.metrics import label, measures, perplexity_interval, score
+from dagster_project.evaluation.own import own_measures
 from dagster_project.params import Compute
 from dagster_project.records import CheckResult, Report, read_records, response_text, write_table
 
@@ -38,23 +38,27 @@ def run(
     if not unseen.passed:
         return Report(checks=[unseen])
     subject = Subject(merged, compute, settings, base_model)
-    task, asked = settings.task, labelled(test, settings.task)
-    likelihoods: list[tuple[float | None, int | None]] = [(None, None)] * len(test)
+    task, questions = asked(test, settings)
+    table = measures(task, own_measures(root, settings.metrics), subject.writes)
+    likelihoods: list[tuple[float, int]] = []
     metrics: dict[str, Any] = {"test_examples": len(test)}
     if subject.writes:
-        found = subject.likelihood(test, variant)
-        likelihoods = [*found]
-        metrics |= {"perplexity": round(perplexity(found), 4), **subject.retention(root, variant)}
-    answers: dict[str, str] = {}
-    confusion = [("actual", "predicted")]
-    if task and asked:
-        said = subject.answer([record["messages"][:-1] for record in asked], variant)
-        answers = {record["example_id"]: answer for record, answer in zip(asked, said, strict=True)}
-        references = [response_text(record["messages"]) for record in asked]
-        metrics |= score(task, references, said)
-        confusion += [(label(task, reference), label(task, answer)) for reference, answer in zip(references, said, strict=True)]
-    rows = result_rows(variant, test, task, [answers.get(record["example_id"]) for record in test], likelihoods)
-    write_table(out / "results.parquet", rows, result_schema())
+        likelihoods = subject.likelihood(test, variant)
+        metrics |= {**perplexity_interval(likelihoods), **subject.retention(root, variant)}
+    rows = {row["example_id"]: row for row in result_rows(variant, test, task, likelihoods=likelihoods)}
+    confusion, scored, values = [("actual", "predicted")], "accuracy" if task else "rouge_l", {}
+    if table and questions:
+        prompts = [record["messages"][:-1] for record in questions]
+        answers = subject.answer(prompts, variant)
+        for row in result_rows(variant, questions, task, answers, subject.prompt_tokens(prompts)):
+            rows[row["example_id"]] |= {name: row[name] for name in ("answer", "label", "prompt_tokens")}
+        references = [response_text(record["messages"]) for record in questions]
+        metrics |= score(table, references, answers)
+        values = dict(zip((record["example_id"] for record in questions), table[scored].statistics(references, answers)[:, 0], strict=True))
+        if task:
+            confusion += [(label(task, reference), label(task, answer)) for reference, answer in zip(references, answers, strict=True)]
+    metrics |= slices(test, likelihoods, scored, values)
+    write_table(out / "results.parquet", list(rows.values()), result_schema())
     confusion_file.parent.mkdir(parents=True, exist_ok=True)
     confusion_file.write_text("".join(f"{actual},{predicted}\n" for actual, predicted in confusion))
     return Report(metrics=metrics, checks=[unseen])

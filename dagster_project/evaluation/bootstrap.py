@@ -1,0 +1,67 @@
+"""How far a score may be off: 95 % intervals by bootstrap over the test examples, paired where two systems are compared.
+
+Every score here is a function of sums over examples: accuracy of how many are right, perplexity of nats and tokens, macro-F1 and BLEU of counts.
+So a bootstrap draw is how often it took each example, and the sums of all draws are one matrix product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+RESAMPLES = 2000
+
+Combine = Callable[["np.ndarray"], "np.ndarray"]
+"""Sums over examples, (..., k) -> scores, (...)."""
+
+
+def estimate(combine: Combine, statistics: np.ndarray) -> tuple[float, list[float]]:
+    """A score and its interval.
+
+    Args:
+        statistics: what each example adds to the sums, (n, k).
+    """
+    return rounded(combine(statistics.sum(0))), _interval(combine(_draws(len(statistics)) @ statistics))
+
+
+def difference(combine: Combine, ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
+    """The score of `ours` minus that of `theirs` on the same examples, both (n, k), with a paired interval."""
+    draws = _draws(len(ours))
+    return {
+        "difference": rounded(combine(ours.sum(0)) - combine(theirs.sum(0))),
+        "interval": _interval(combine(draws @ ours) - combine(draws @ theirs)),
+    }
+
+
+def ratio(combine: Combine, ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
+    """As `difference`: the score of `ours` over that of `theirs`."""
+    draws = _draws(len(ours))
+    return {
+        "ratio": rounded(combine(ours.sum(0)) / combine(theirs.sum(0))),
+        "interval": _interval(combine(draws @ ours) / combine(draws @ theirs)),
+    }
+
+
+@lru_cache(maxsize=2)
+def _draws(n: int) -> np.ndarray:
+    """How often each of n examples is drawn, (RESAMPLES, n); the same for every system, so that differences are paired."""
+    import numpy as np
+
+    drawn = np.random.default_rng(0).integers(0, n, (RESAMPLES, n))
+    return np.stack([np.bincount(draw, minlength=n) for draw in drawn]).astype(float)
+
+
+def _interval(scores: np.ndarray) -> list[float]:
+    """The central 95 % of the scores of the draws (percentile interval)."""
+    import numpy as np
+
+    low, high = np.quantile(scores, [0.025, 0.975])
+    return [rounded(low), rounded(high)]
+
+
+def rounded(value: Any) -> float:
+    return round(float(value), 4)

@@ -1,0 +1,189 @@
+"""Every system answers the same examples, of a task or in free text, and a team's own measures stand beside the others."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+from dagster_project.errors import InputError
+from dagster_project.evaluation.measure import Settings, asked, slices, thirds
+from dagster_project.evaluation.metrics import Task
+from dagster_project.evaluation.own import own_measures
+from dagster_project.params import Compute
+from dagster_project.records import example_id, read_table, write_records
+from dagster_project.stages import baselines, comparison, evaluation
+
+TASK = Task(fields={"category": ["login", "billing"]}, score="category")
+COMPUTE = Compute(dtype="float32", threads=1)
+TONE = "def polite(reference, answer):\n    return 'please' in reference\n"
+
+
+def record(question: str, answer: str, category: str | None = None, meta: str | None = None) -> dict[str, Any]:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}] if question else [
+        {"role": "assistant", "content": answer}
+    ]  # fmt: skip
+    identity = example_id(messages)
+    return {"example_id": identity, "source": "s", "messages": messages, "category": category, "group_id": identity, "meta": meta}
+
+
+FREE = [record(f"question {i} {'about it ' * (i % 5)}", f"answer {i}, please", "ab"[i % 2]) for i in range(12)]
+JSON = [record(f"{kind} number {i}", json.dumps({"category": kind})) for i in range(6) for kind in ("login", "billing")]
+
+
+def test_the_examples_asked_are_chosen_by_content_and_answers_to_the_task_go_first() -> None:
+    few = Settings(max_examples=5)
+    task, chosen = asked(FREE, few)
+    assert task is None and [r["example_id"] for r in chosen] == [r["example_id"] for r in FREE if r in chosen] and len(chosen) == 5
+    assert {r["example_id"] for r in asked(FREE[::-1], few)[1]} == {r["example_id"] for r in chosen}
+    assert asked([*FREE, *JSON], Settings(task=TASK)) == (TASK, JSON)
+    assert asked(FREE, Settings(task=TASK)) == (None, FREE)
+
+
+def test_plain_text_asks_nothing() -> None:
+    text = record("", "Once upon a time", meta='{"kind": "text"}')
+    assert asked([text, *FREE], Settings()) == (None, FREE)
+
+
+def test_slices_add_up_to_the_whole() -> None:
+    likelihoods = [(float(i), 2) for i in range(12)]
+    found = slices(FREE, likelihoods, "rouge_l", {r["example_id"]: float(i % 2) for i, r in enumerate(FREE[:9])})
+    assert found["by_category"]["a"] == {"n": 6, "perplexity": pytest.approx(2.7183**2.5, abs=1e-2), "answered": 5, "rouge_l": 0.0}
+    assert found["by_category"]["b"]["rouge_l"] == 1.0
+    for grouping in found.values():
+        assert (sum(s["n"] for s in grouping.values()), sum(s["answered"] for s in grouping.values())) == (12, 9)
+
+
+def test_rare_categories_stand_together() -> None:
+    rows = [record(f"q{i}", "a", f"c{i:02}") for i in range(30)] + [record("q", "b", "c29")]
+    found = slices(rows, [], "accuracy", {})["by_category"]
+    assert len(found) == 21 and found["(others)"] == {"n": 10} and found["c29"] == {"n": 2}
+
+
+def test_lengths_are_named_with_the_edges_of_their_third() -> None:
+    assert thirds([9, 1, 2, 3, 5, 4]) == [
+        "long, 5 and more",
+        "short, up to 2",
+        "short, up to 2",
+        "medium, 3 to 4",
+        "long, 5 and more",
+        "medium, 3 to 4",
+    ]
+    assert set(thirds([7, 7, 7])) == {"short, up to 7"}
+
+
+def put(root: Path, content: str) -> Path:
+    (root / "data/metrics").mkdir(parents=True, exist_ok=True)
+    (root / "data/metrics/tone.py").write_text(content)
+    return root
+
+
+def test_a_measure_of_ones_own_is_the_mean_of_its_function(tmp_path: Path) -> None:
+    measure = own_measures(put(tmp_path, TONE), ["tone.polite"])["tone.polite"]
+    statistics = measure.statistics(["please", "no", "no"], ["", "", ""])
+    assert measure.combine(statistics.sum(0)) == pytest.approx(1 / 3)
+    assert [path.name for path in (tmp_path / "data/metrics").iterdir()] == ["tone.py"], "DVC watches the folder"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tone.polite", "import nothing_like_it", "data/metrics/tone.py fails: ModuleNotFoundError: No module named 'nothing_like_it'"),
+        ("tone.polite", "raise SystemExit(0)", "data/metrics/tone.py fails: SystemExit: 0"),
+        ("tone.polite", "def polite(:", "data/metrics/tone.py fails: SyntaxError"),
+        ("tone.polte", TONE, "data/metrics/tone.py has no function 'polte'"),
+        ("tune.polite", TONE, "data/metrics/tune.py does not exist"),
+        ("polite", TONE, "'polite' names no function"),
+        ("../tone.polite", TONE, "'../tone.polite' names no function"),
+        ("tone.polite", "def polite(r, a): return 'very'", "tone.polite gives 'very', which is no finite number; for the answer 'said'"),
+        ("tone.polite", "def polite(r, a): return float('nan')", "tone.polite gives nan, which is no finite number"),
+        ("tone.polite", "def polite(r, a): return 1 / 0", "tone.polite fails: ZeroDivisionError: division by zero; for the answer 'said'"),
+    ],
+)
+def test_a_measure_that_cannot_be_had_is_one_message(name: str, content: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        own_measures(put(tmp_path, content), [name])[name].statistics(["wanted"], ["said"])
+    assert message in caught.value.what and caught.value.hint
+
+
+def test_a_measure_outside_the_project_is_refused(tmp_path: Path) -> None:
+    put(tmp_path / "project", TONE)
+    (tmp_path / "far.py").write_text(TONE)
+    (tmp_path / "project/data/metrics/far.py").symlink_to(tmp_path / "far.py")
+    with pytest.raises(InputError, match="lies outside the project"):
+        own_measures(tmp_path / "project", ["far.polite"])
+
+
+def evaluate(root: Path, model: Path, settings: Settings, test: list[dict[str, Any]], train: list[dict[str, Any]]) -> dict[str, Any]:
+    """The three stages on a model; its reports, by stage, and `board`."""
+    for split, rows in (("train", train), ("validation", []), ("test", test)):
+        write_records(root / "splits" / split, rows)
+    data = root / "splits"
+    chosen = baselines.Params(few_shot=1, retrieved=1, thinking_tokens=2)
+    found = {"baselines": baselines.run(root, chosen, settings, COMPUTE, model, data, root / "baselines").metrics}
+    for name in ("one", "two"):
+        out = root / "evaluation" / name
+        found[name] = evaluation.run(root, name, settings, COMPUTE, model, model, data, out, root / f"{name}.csv").metrics
+    said = comparison.run(root, settings, ["one", "two"], data, root / "baselines", root / "evaluation", root / "comparison")
+    return {**found, **said.metrics, "board": (root / "comparison/board.md").read_text()}
+
+
+def digests(root: Path) -> dict[str, str]:
+    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def test_free_text_is_answered_scored_and_compared_and_two_runs_are_the_same_bytes(tiny_model: Path, tmp_path: Path) -> None:
+    settings = Settings(max_new_tokens=3, batch_size=4, metrics=["tone.polite"], max_examples=4)
+    runs = [put(tmp_path / name, TONE) for name in ("a", "b")]
+    found = [evaluate(root, tiny_model, settings, FREE[:6], FREE[6:]) for root in runs]
+    assert found[0] == found[1] and digests(runs[0]) == digests(runs[1])
+    report = found[0]
+    assert list(report["baselines"]) == ["base", "zero_shot", "few_shot", "retrieved"]
+    assert (report["one"]["n"], report["one"]["test_examples"], report["one"]["tone.polite"]) == (4, 6, 1.0)
+    assert {"rouge_l", "exact_match", "bleu", "chrf", "perplexity_interval"} < report["one"].keys()
+    assert report["compared"]["one"]["to"].keys() == {"zero_shot", "few_shot", "retrieved", "two"}
+    assert report["compared"]["one"]["to"]["zero_shot"].keys() == {"rouge_l", "exact_match", "chrf", "tone.polite"}
+    assert report["compared"]["one"]["to"]["zero_shot"]["chrf"] == {"difference": 0, "interval": [0, 0]}, "it is the same model"
+    assert report["board"].startswith("| 4 test examples | ROUGE-L | 95 % interval | exact match | prompt tokens |")
+    assert "Tuning one shows no sure gain: " in report["board"]
+
+
+def test_a_task_has_every_baseline_and_batches_change_no_score(tiny_model: Path, tmp_path: Path) -> None:
+    [one, five] = [
+        evaluate(tmp_path / str(n), tiny_model, Settings(task=TASK, max_new_tokens=3, batch_size=n), JSON[:5], JSON[5:]) for n in (1, 5)
+    ]
+    assert one["baselines"].keys() == {
+        "base", "zero_shot", "system_prompt", "chain_of_thought", "few_shot", "retrieved", "tfidf_logistic",
+    }  # fmt: skip
+    assert one["compared"]["one"]["to"]["few_shot"].keys() == {"macro_f1", "accuracy"}
+    for stage in ("one", "baselines", "compared"):
+        assert flat(one[stage]) == pytest.approx(flat(five[stage]), rel=1e-3, abs=1e-3)
+    rows = read_table(tmp_path / "1/baselines/results.parquet")
+    longest = {name: max(r["prompt_tokens"] or 0 for r in rows if r["system"] == name) for name in one["baselines"]}
+    assert longest["tfidf_logistic"] == 0 < longest["zero_shot"] < longest["system_prompt"] < longest["few_shot"]
+
+
+def test_an_empty_test_split_leaves_the_baselines_nothing_to_say(tiny_model: Path, tmp_path: Path) -> None:
+    for split, rows in (("train", JSON), ("test", [])):
+        write_records(tmp_path / split, rows)
+    found = baselines.run(tmp_path, baselines.Params(), Settings(task=TASK), COMPUTE, tiny_model, tmp_path, tmp_path / "out")
+    assert found.metrics == {"base": {}} and read_table(tmp_path / "out/results.parquet") == []
+
+
+def flat(found: Any, place: str = "") -> dict[str, float]:
+    if isinstance(found, dict | list):
+        inside = found.items() if isinstance(found, dict) else enumerate(found)
+        return {key: value for name, each in inside for key, value in flat(each, f"{place}.{name}").items()}
+    return {place: found}
+
+
+def test_the_folder_that_measures_lie_in_is_watched_by_every_stage_that_uses_them() -> None:
+    from ruamel.yaml import YAML
+
+    stages = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
+    watching = [name for name, body in stages.items() if "data/metrics" in body.get("do", body)["deps"]]
+    assert watching == ["baselines", "evaluation", "comparison"]
