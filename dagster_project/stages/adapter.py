@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -266,7 +267,8 @@ def _accompany(variant: str, params: Params, compute: Compute, tokenized: Path, 
     material = _Material.read(params.method, tokenized, base_model)
     total = steps(len(material.rows["train"]), params, compute.processes)
     tunable = material.model(variant, params, compute, base_model, total)
-    material.train(tunable, params.model_copy(update={"report_to": "none"}), compute, Checkpoints(checkpoints, {}))
+    with suppress(Diverged):  # the first says it
+        material.train(tunable, params.model_copy(update={"report_to": "none"}), compute, Checkpoints(checkpoints, {}))
 
 
 def _settings(params: Params, compute: Compute) -> dict[str, str]:
