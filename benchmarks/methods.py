@@ -38,7 +38,7 @@ def one(method: str, project: Path, steps: int, answers: int, threads: int | Non
     from dagster_project import params
     from dagster_project.evaluation.generate import generate
     from dagster_project.evaluation.measure import Settings, labelled
-    from dagster_project.evaluation.metrics import score
+    from dagster_project.evaluation.metrics import measures, score
     from dagster_project.params import Compute
     from dagster_project.records import read_records, read_table, response_text
     from dagster_project.training import head
@@ -94,7 +94,8 @@ def one(method: str, project: Path, steps: int, answers: int, threads: int | Non
             ids = [encode_prompt(tokenizer, messages) for messages in prompts]
             model = load(folder, base_model, device, dtype)
             said = generate(model, tokenizer, ids, settings.max_new_tokens, settings.batch_size, method)
-    scores = score(settings.task, [response_text(record["messages"]) for record in asked], said) if settings.task and asked else {}
+    references = [response_text(record["messages"]) for record in asked]
+    scores = score(measures(settings.task, {}, writes=tunable.fit is None), references, said) if settings.task and asked else {}
     return {
         "method": method,
         "trainable_percent": 100 * tunable.trainable / tunable.total,

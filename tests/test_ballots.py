@@ -47,12 +47,12 @@ def make_project(folder: Path) -> None:
         "tfidf_logistic": [f"Label {i}" for i in range(N)],
         "lora": [f" Same {i}.\n" if i % 4 == 0 else f"Strong {i}. {HOSTILE}" for i in range(N)],
     }
-    rows = {name: result_rows(name, records, None, said, [(None, None)] * N) for name, said in answers.items()}
-    base = result_rows("base", records, None, [None] * N, [(1.0, 1)] * N)
+    rows = {name: result_rows(name, records, None, said) for name, said in answers.items()}
+    base = result_rows("base", records, None, likelihoods=[(1.0, 1)] * N)
     write_table(folder / "data/baselines/results.parquet", base + rows["few_shot"] + rows["tfidf_logistic"], result_schema())
     write_table(folder / "data/evaluation/lora/results.parquet", rows["lora"], result_schema())
-    against = {"few_shot": {"difference": 0.5}, "tfidf_logistic": {"difference": 0.1}}
-    write_json(folder / "data/comparison/comparison.json", {"lora": {"macro_f1_to": against}})
+    against = {"few_shot": {"macro_f1": {"difference": 0.5}}, "tfidf_logistic": {"macro_f1": {"difference": 0.1}}}
+    write_json(folder / "data/comparison/comparison.json", {"scores": {}, "compared": {"lora": {"to": against}}})
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_a_seed_gives_the_same_pairs_and_places_another_seed_or_answer_others(pr
     other = match(project, ("lora", "few_shot"), seed=8)
     assert other.id != ballot.id and {p.id for p in other.pairs}.isdisjoint(p.id for p in ballot.pairs)
     assert [p.prompt for p in other.pairs] != [p.prompt for p in ballot.pairs]
-    rows = result_rows("lora", [record(i) for i in range(N)], None, ["New."] * N, [(None, None)] * N)
+    rows = result_rows("lora", [record(i) for i in range(N)], None, ["New."] * N)
     write_table(project / "data/evaluation/lora/results.parquet", rows, result_schema())
     assert match(project, ("lora", "few_shot"), seed=7).id != ballot.id
 
@@ -272,7 +272,7 @@ def test_export_says_what_it_wrote_and_refuses_what_cannot_be(project: Path, cap
 def test_systems_that_never_differ_have_no_ballot_and_are_in_nobodys_way(project: Path, ballot: Match, capsys: Any) -> None:
     records = [record(i) for i in range(N)]
     twin = ["Weak 1." if i == 1 else None for i in range(N)]  # of one prompt, and as `few_shot` answers it
-    rows = result_rows("twin", records, None, twin, [(None, None)] * N)
+    rows = result_rows("twin", records, None, twin)
     other = [{**row, "system": "other", "answer": "x", "example_id": "of an earlier split"} for row in rows[:1]]
     write_table(project / "data/evaluation/twin/results.parquet", rows + other, result_schema())
     for systems, same in ((("few_shot", "twin"), 1), (("lora", "other"), 0)):

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from dagster_project.errors import InputError
 from dagster_project.records import read_records, read_table
 
-PROMPTED = ("zero_shot", "few_shot", "retrieved")
+PROMPTED = ("zero_shot", "system_prompt", "chain_of_thought", "few_shot", "retrieved")
 """Baselines that are answers of the base model itself."""
 
 Outcome = Literal["win", "tie", "loss"]
@@ -85,17 +85,17 @@ def answers_of(project: Path) -> dict[str, dict[str, str]]:
 
 
 def contenders(project: Path) -> tuple[str, str]:
-    """The best variant, and the best the base model does with a prompt, by macro-F1.
+    """The best variant, and the best the base model does with a prompt, by the measure that decides (`metrics.measures`).
 
     Raises:
         InputError: there is no such comparison.
     """
     board = project / "data" / "comparison" / "comparison.json"
-    compared = json.loads(board.read_text(encoding="utf-8")) if board.is_file() else {}
+    compared = json.loads(board.read_text(encoding="utf-8"))["compared"] if board.is_file() else {}
     gains = {
-        name: {other: against[other]["difference"] for other in PROMPTED if other in against}
+        name: {other: next(iter(against[other].values()))["difference"] for other in PROMPTED if other in against}
         for name, found in compared.items()
-        if (against := found.get("macro_f1_to"))
+        if (against := found.get("to"))
     }
     if not any(gains.values()):
         raise InputError(
