@@ -69,6 +69,14 @@ def test_advice_says_what_the_interval_to_the_best_alternative_shows(found: dict
     assert advice("macro_f1", SCORES, {"lora": found}) == [wanted]
 
 
+def test_free_text_is_told_in_likelihood_too() -> None:
+    found = {**to_base(0.5, 0.4, 0.6), "to": {"few_shot": {"rouge_l": {"difference": 0.2, "interval": [0.1, 0.3]}}}}
+    scores = {name: {"n": 4, "rouge_l": 0.5, "rouge_l_interval": [0.4, 0.6], "exact_match": 0.0} for name in ("lora", "few_shot")}
+    [said] = advice("rouge_l", scores, {"lora": found})
+    assert said.startswith("Tuning lora is worth it: +20.0 points of ROUGE-L over the best alternative, ")
+    assert said.endswith(" By likelihood: perplexity 50.0 % below the base model's (95 % interval 40.0 to 60.0 %).")
+
+
 def test_a_model_that_grew_worse_by_perplexity_is_called_worse() -> None:
     assert advice("macro_f1", {}, {"lora": to_base(1.5, 1.4, 1.6)})[0].startswith("Tuning lora made it worse: ")
 

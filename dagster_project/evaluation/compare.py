@@ -62,23 +62,31 @@ def advice(decides: str, scores: Scores, compared: Mapping[str, Any]) -> list[st
 
 def _verdict(name: str, decides: str, scores: Scores, found: Mapping[str, Any]) -> str:
     against = {other: differences[decides] for other, differences in found.get("to", {}).items() if other in NAMES}
-    more = ""
+    more = beside = ""
     if against:
         rival = min(against, key=lambda other: against[other]["difference"])
         gap, (low, high) = against[rival]["difference"], against[rival]["interval"]
         figures = _points(gap, low, high, decides, f"the best alternative, {NAMES[rival]}")
         more = f" {_instead(rival, decides, scores[name], scores[rival])}"
+        if decides != "macro_f1" and (
+            ratio := found.get("perplexity_to_base")
+        ):  # free text has many right answers, and likelihood sees them all
+            beside = f" By likelihood: {_below(ratio)[0]}."
     elif "perplexity_to_base" not in found:
         return f"{name} names labels, and there are none to compare."
     else:
-        ratio = found["perplexity_to_base"]
-        gap, low, high = 1 - ratio["ratio"], 1 - ratio["interval"][1], 1 - ratio["interval"][0]
-        figures = f"perplexity {100 * gap:.1f} % below the base model's (95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
+        figures, low, high = _below(found["perplexity_to_base"])
     if low > 0:
-        return f"Tuning {name} is worth it: {figures}."
+        return f"Tuning {name} is worth it: {figures}.{beside}"
     if high < 0:
-        return f"Tuning {name} made it worse: {figures}.{more}"
-    return f"Tuning {name} shows no sure gain: {figures}.{more}"
+        return f"Tuning {name} made it worse: {figures}.{more}{beside}"
+    return f"Tuning {name} shows no sure gain: {figures}.{more}{beside}"
+
+
+def _below(ratio: Mapping[str, Any]) -> tuple[str, float, float]:
+    """A ratio of perplexities in words, and the ends of its interval as a gain."""
+    gap, low, high = 1 - ratio["ratio"], 1 - ratio["interval"][1], 1 - ratio["interval"][0]
+    return f"perplexity {100 * gap:.1f} % below the base model's (95 % interval {100 * low:.1f} to {100 * high:.1f} %)", low, high
 
 
 def _points(gap: float, low: float, high: float, decides: str, rival: str) -> str:
