@@ -331,7 +331,7 @@ def test_checkpointing_is_on_where_memory_is_short_and_changes_no_byte(
     found = []
     with caplog.at_level("INFO", "pedigree"):
         for name, free in (("roomy", 10**12), ("tight", 0)):
-            monkeypatch.setattr(memory, "available", lambda device, free=free: free)
+            monkeypatch.setattr(memory, "available", lambda device, processes=1, free=free: free)
             on.clear()
             tune(tokenized, tiny_model, tmp_path / name, peft={**LORA, "lora_dropout": 0.3}, live=tmp_path / "live")
             assert bool(on) is (name == "tight")
