@@ -324,7 +324,7 @@ def test_two_processes_give_identical_bytes(folder: Path, tiny_model: Path, thre
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_training_saves_a_checkpoint_and_says_where_it_goes_on(folder: Path, tiny_model: Path, number: int) -> None:
     make_data(folder, rows=30, threads=2)  # long rows: time enough to stop it
-    recipe = {"num_train_epochs": 4, "save_strategy": "no", "gradient_accumulation_steps": 4}
+    recipe = {"num_train_epochs": 16, "save_strategy": "no", "gradient_accumulation_steps": 4}
     process = start(folder, tiny_model, name="stopped", recipe=recipe)
     while not (folder / "live" / "stopped" / "loss.csv").exists() and process.poll() is None:
         time.sleep(0.01)
@@ -334,14 +334,14 @@ def test_a_stopped_training_saves_a_checkpoint_and_says_where_it_goes_on(folder:
     [checkpoint] = (folder / "checkpoints" / "stopped").glob("step-*")
     step = int(checkpoint.name.removeprefix("step-"))
     assert f"interrupted at step {step}; the next run goes on from there" in said
-    assert 1 <= step < 32
+    assert 1 <= step < 128
     assert list((folder / "stopped").iterdir()) == []
     live = {path.stem for path in (folder / "live" / "stopped").iterdir()}
     assert live == {"loss", "validation_loss", "learning_rate", "grad_norm", "tokens_per_second"}
     for name in ("stopped", "whole"):
         code, _, said = finish(start(folder, tiny_model, name=name, recipe=recipe))
         assert code == 0, said
-        assert (f"going on from the checkpoint of step {step} of 32" in said) == (name == "stopped")
+        assert (f"going on from the checkpoint of step {step} of 128" in said) == (name == "stopped")
     assert made(folder, "stopped") == made(folder, "whole")
 
 
