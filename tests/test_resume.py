@@ -301,13 +301,16 @@ def test_early_stopping_and_grouping_by_length_go_on_exactly(folder: Path, tiny_
 
 
 def test_a_training_killed_in_the_sweep_or_after_it_chooses_the_same_and_ends_in_the_same_bytes(folder: Path, tiny_model: Path) -> None:
-    in_sweep, after = ROWS + 3, 6 * ROWS + 6  # each of six trials takes the epoch that the training takes
     recipe = {"learning_rate": "auto", "max_steps": 4}
+    code, _, said = finish(start(folder, tiny_model, name="probe", recipe=recipe))
+    assert code == 0, said
+    trials = len(json.loads((folder / "probe" / "training.json").read_text())["sweep"]) - 1  # the first point is from before training
+    assert trials > 1
+    in_sweep, after = ROWS + 3, trials * ROWS + 6  # each trial takes the epoch that the training takes
     found = kills(folder, tiny_model, recipe=recipe, passes=[in_sweep, after])
     assert [one["resumed"] for one in found.values()] == [False, True]
     begun = [(folder / f"{name}.log").read_text().count("training: step 0, validation loss") for name in found]
-    assert begun == [1 + 6 + 1, 6 + 1], "a trial that was killed is begun again, and one that ended is not"
-    assert len(json.loads((folder / "whole" / "training.json").read_text())["sweep"]) == 1 + 6, "before training, and the trials"
+    assert begun == [1 + trials + 1, trials + 1], "a trial that was killed is begun again, and one that ended is not"
 
 
 @pytest.mark.parametrize("threads", [1, 2])
