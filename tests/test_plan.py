@@ -161,6 +161,14 @@ def test_a_method_that_leaves_nothing_to_train_is_refused(config: Any) -> None:
     assert take(config(attention_bias=True), "bitfit").trainable == 2 * (2 * H + 2 * KV)
 
 
+@pytest.mark.parametrize("wrong", [{"hidden_size": "big"}, {"hidden_size": 250, "num_attention_heads": 4}])
+def test_a_configuration_of_no_possible_model_is_refused_in_one_message(config: Any, wrong: dict[str, Any]) -> None:
+    file = config()
+    file.write_text(json.dumps({**json.loads(file.read_text()), **wrong}))
+    with pytest.raises(InputError, match="hint: mend the configuration"):
+        plan.plan_model(file, ["lora"], tokens=16, rows=1, checkpointing=False, compute=Compute(threads=1), device="cuda")
+
+
 def test_a_model_without_a_configuration_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no such model"}')
     for model, words in ((tmp_path / "nowhere", "no config.json"), (tmp_path, "not a configuration that transformers knows")):

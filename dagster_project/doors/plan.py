@@ -239,13 +239,19 @@ def plan_model(
     """
     if tokens < 2 or rows < 1:
         raise InputError(f"--tokens-per-row {tokens} --batch {rows}: nothing to train on", "give at least 2 tokens and 1 row")
+    from huggingface_hub.errors import StrictDataclassError
+
     machine = Machine(compute, device, None)
     found = {}
     for method in methods:
         way = Way(
             model, method, USUAL.get(method, {}), None, rows, [tokens], tokens, checkpointing, 1, "adamw_torch_fused", f"--method {method}"
         )
-        found[method] = {"tokens": 1000 * rows * tokens, **_taken(way, machine, 1000 * rows * tokens)}
+        try:
+            took = _taken(way, machine, 1000 * rows * tokens)
+        except (StrictDataclassError, ValueError, TypeError) as error:  # of the configuration's own checks, or of building from it
+            raise InputError(f"{model}: no model can be made of it: {' '.join(str(error).split())}", "mend the configuration") from None
+        found[method] = {"tokens": 1000 * rows * tokens, **took}
         if machine.device == "cuda" and method in PUBLISHED and 6.5e9 < found[method]["total_parameters"] < 7.5e9:
             found[method]["published_gb"] = PUBLISHED[method]
     return {"variants": found, "machine": _told(machine)}
