@@ -99,7 +99,7 @@ def settle(params: R, examples: int, rows: int, validates: bool, processes: int 
         processes: that share the passes of a step. A trial makes all of them in one.
     """
     passes = params.gradient_accumulation_steps * processes
-    entry: dict[str, Any] = params.model_dump()
+    entry: dict[str, Any] = params.model_dump(warnings=False)
     method, peft = entry["method"], entry["peft"]
     of, chosen = band(examples), dict[str, Choice]()
     size = f"{examples:,} examples ({of.name})"
@@ -130,7 +130,7 @@ def settle(params: R, examples: int, rows: int, validates: bool, processes: int 
 
 def put(params: R, chosen: Mapping[str, Choice]) -> R:
     """An entry with what was chosen in it."""
-    values = params.model_dump()
+    values = params.model_dump(warnings=False)
     for name, choice in chosen.items():
         *section, key = name.split(".")
         (values[section[0]] if section else values)[key] = choice.value
