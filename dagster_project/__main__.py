@@ -137,9 +137,15 @@ def import_votes(options: argparse.Namespace) -> int:
 
 
 def judge(options: argparse.Namespace) -> int:
-    """let a language model compare two systems' answers, in both orders"""
+    """let a language model compare two systems' answers, in both orders, or the reward model"""
     from dagster_project.evaluation import judge as module
 
+    if options.reward_model == bool(options.endpoint and options.model):
+        raise InputError("who is to judge?", "give --endpoint and --model, or --reward-model")
+    if options.reward_model:
+        found = module.by_reward(_match(options), options.n, _project(options) / "data" / "reward_model")
+        _print(options, found, module.by_reward_text)
+        return 0
     if options.price and not all(0 <= price < float("inf") for price in options.price):
         raise InputError(f"--price {options.price[0]:g} {options.price[1]:g}: no prices", "name two numbers from 0")
     endpoint = module.Endpoint(options.endpoint, options.model, options.key_env)
@@ -300,8 +306,9 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--seed", type=int, help="that of the export (default: compute.seed)")
     one = command(judge)
     compared(one)
-    one.add_argument("--endpoint", required=True, metavar="URL", help="OpenAI-compatible, up to /v1: /chat/completions is appended")
-    one.add_argument("--model", required=True, metavar="NAME", help="the judge, as the endpoint calls it")
+    one.add_argument("--reward-model", action="store_true", help="let the project's own reward model judge")
+    one.add_argument("--endpoint", metavar="URL", help="OpenAI-compatible, up to /v1: /chat/completions is appended")
+    one.add_argument("--model", metavar="NAME", help="the judge, as the endpoint calls it")
     one.add_argument("--key-env", metavar="NAME", help="environment variable that holds the key (default: the endpoint wants none)")
     one.add_argument(
         "--price", nargs=2, type=float, metavar=("IN", "OUT"), help="of a million prompt and completion tokens, to tell the cost"

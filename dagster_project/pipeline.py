@@ -10,12 +10,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dagster_project import params
 from dagster_project.errors import InputError
 from dagster_project.params import Compute, Section
 from dagster_project.records import Report
+
+if TYPE_CHECKING:
+    from dagster_project.stages import aligned as aligned_stage
 
 S = TypeVar("S", bound=Section)
 
@@ -54,6 +57,11 @@ class At:
         """Folder for tables that grow while the stage runs, data/live/<stage>[/<variant>], one figure each: a view for `dvc plots` and Dagster.
         The one place that is written to at once; not tracked, and what is in it decides nothing."""
         return self.root / "data" / "live" / self.stage / (self.variant or "")
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of a training's checkpoints, which outlives a killed run. Not tracked."""
+        return self.root / ".dvc" / "tmp" / "pedigree" / "checkpoints" / (self.variant or self.stage)
 
     def plot(self, name: str) -> Path:
         """A table for `dvc plots`, data/plots/<name>[/<variant>].csv."""
@@ -122,7 +130,7 @@ def adapter(at: At) -> Report:
         at.made_by("base_model"),
         out=at.out,
         curve_file=at.plot("loss"),
-        checkpoints=at.root / ".dvc" / "tmp" / "pedigree" / "checkpoints" / str(at.variant),
+        checkpoints=at.checkpoints,
         live=at.live,
         pages=at.pages,
     )
@@ -162,6 +170,72 @@ def evaluation(at: At) -> Report:
     )
 
 
+def reward_model(at: At) -> Report:
+    from dagster_project.stages import reward_model as stage
+
+    made_from = at.params("reward_model", stage.Params)
+    return stage.run(
+        made_from,
+        at.compute,
+        at.made_by("preferences"),
+        at.root / "data" / made_from.model,
+        out=at.out,
+        curve_file=at.plot("reward"),
+        calibration_file=at.plot("calibration"),
+        checkpoints=at.checkpoints,
+        live=at.live,
+    )
+
+
+def aligned(at: At) -> Report:
+    from dagster_project.stages import aligned as stage
+
+    entry = _aligned(at)
+    return stage.run(
+        str(at.variant),
+        entry,
+        at.compute,
+        at.made_by("preferences"),
+        at.made_by("reward_model"),
+        at.all_of("merged") / entry.adapter,
+        out=at.out,
+        curve_file=at.plot("alignment"),
+        checkpoints=at.checkpoints,
+        live=at.live,
+        pages=at.pages,
+    )
+
+
+def merged_aligned(at: At) -> Report:
+    from dagster_project.stages import merged as stage
+
+    return stage.run(at.compute, at.all_of("merged") / _aligned(at).adapter, at.made_by("aligned"), out=at.out)
+
+
+def evaluation_aligned(at: At) -> Report:
+    from dagster_project.evaluation.measure import Settings
+    from dagster_project.stages import evaluation as stage
+
+    settings = at.params("evaluation", Settings)
+    return stage.run(
+        at.root,
+        str(at.variant),
+        settings,
+        at.compute,
+        at.made_by("merged_aligned"),
+        at.made_by("base_model"),
+        at.made_by("splits"),
+        out=at.out,
+        confusion_file=at.plot("confusion_aligned"),
+    )
+
+
+def _aligned(at: At) -> aligned_stage.Params:
+    from dagster_project.stages import aligned as stage
+
+    return params.parse(stage.Params, at.values["aligned"][at.variant], f"aligned.{at.variant}")
+
+
 def comparison(at: At) -> Report:
     from dagster_project.evaluation.measure import Settings
     from dagster_project.stages import comparison as stage
@@ -178,12 +252,19 @@ STREET: dict[str, Callable[[At], Report]] = {
     "tokenized": tokenized,
     "adapter": adapter,
     "merged": merged,
+    "reward_model": reward_model,
+    "aligned": aligned,
+    "merged_aligned": merged_aligned,
     "baselines": baselines,
     "evaluation": evaluation,
+    "evaluation_aligned": evaluation_aligned,
     "comparison": comparison,
 }
 
-VARIANTS_OF = {"adapter": "adapter", "merged": "adapter", "evaluation": "adapter"}
+VARIANTS_OF = {
+    "adapter": "adapter", "merged": "adapter", "evaluation": "adapter",
+    "aligned": "aligned", "merged_aligned": "aligned", "evaluation_aligned": "aligned",
+}  # fmt: skip
 """Stages that have variants -> the section of params.yaml whose keys name them."""
 
 
@@ -218,11 +299,17 @@ class Pipeline:
         return stage, variant or None
 
 
+def module_of(stage: str) -> str:
+    """The file in stages/ that a stage runs. What is done with aligned variants is what is done with adapters: DVC loops over one mapping only, so
+    such a stage stands twice in dvc.yaml (docs/decisions/013)."""
+    return f"dagster_project.stages.{stage.removesuffix('_aligned')}"
+
+
 def truths(stage: str) -> dict[str, str]:
     """The checks a stage reports: name -> the truth it looks at. Cheap: stage modules import what is heavy inside functions."""
     from importlib import import_module
 
-    return dict(getattr(import_module(f"dagster_project.stages.{stage}"), "TRUTHS", {}))
+    return dict(getattr(import_module(module_of(stage)), "TRUTHS", {}))
 
 
 def validate(root: Path) -> dict[str, Any]:
@@ -233,7 +320,7 @@ def validate(root: Path) -> dict[str, Any]:
     """
     from dagster_project.curation.review import refuse_expired
     from dagster_project.evaluation.measure import Settings
-    from dagster_project.stages import adapter, base_model, baselines, instructions, raw_examples, splits, tokenized
+    from dagster_project.stages import adapter, base_model, baselines, instructions, raw_examples, reward_model, splits, tokenized
     from dagster_project.training import auto, methods, templates
 
     sections: dict[str, type[Section]] = {
@@ -243,22 +330,23 @@ def validate(root: Path) -> dict[str, Any]:
         "instructions": instructions.Params,
         "splits": splits.Params,
         "tokenized": tokenized.Params,
+        "reward_model": reward_model.Params,
         "baselines": baselines.Params,
         "evaluation": Settings,
     }
     values = params.read(root)
-    unknown = sorted(set(values) - set(sections) - {"adapter"})
+    unknown = sorted(set(values) - set(sections) - {"adapter", "aligned"})
     if unknown:
         raise InputError(
-            "\n".join(f"params.yaml: {name}: unknown section" for name in unknown), f"sections: {', '.join([*sections, 'adapter'])}"
+            "\n".join(f"params.yaml: {name}: unknown section" for name in unknown),
+            f"sections: {', '.join([*sections, 'adapter', 'aligned'])}",
         )
     parsed = {name: params.parse(model, values.get(name), name) for name, model in sections.items()}
     variants = values.get("adapter")
     if not isinstance(variants, dict) or not variants:
         raise InputError("params.yaml: adapter: must name at least one variant", "add an entry such as `lora: {method: lora}`")
     for name, recipe in variants.items():
-        if not str(name).replace("_", "").replace("-", "").isalnum():
-            raise InputError(f"params.yaml: adapter.{name}: a variant's name may hold letters, digits, - and _", "rename it")
+        _check_name(name, f"adapter.{name}")
         entry = auto.settle(params.parse(adapter.Params, recipe, f"adapter.{name}"), examples=1, rows=1, validates=False).params
         checkpointing = entry.gradient_checkpointing is True
         methods.check(entry.method, entry.peft, entry.quantization, entry.merge, f"adapter.{name}", checkpointing)
@@ -266,6 +354,7 @@ def validate(root: Path) -> dict[str, Any]:
             raise InputError(
                 f"params.yaml: compute.processes: adapter.{name} trains by feature_extraction, which takes no steps to share", "set it to 1"
             )
+    _check_aligned(values, parsed["reward_model"])
     raw_examples.locate_sources(root, parsed["raw_examples"].sources)  # type: ignore[attr-defined]
     judged: instructions.Params = parsed["instructions"]  # type: ignore[assignment]
     refuse_expired(judged.waivers, "params.yaml: instructions.waivers", date.today())
@@ -280,6 +369,42 @@ def validate(root: Path) -> dict[str, Any]:
         for path in parsed[section].benchmarks:  # type: ignore[attr-defined]
             raw_examples.locate(root, path, f"{section}.benchmarks", "data/sources/benchmarks")
     return values
+
+
+def _check_name(name: Any, where: str) -> None:
+    if not str(name).replace("_", "").replace("-", "").isalnum():
+        raise InputError(f"params.yaml: {where}: a variant's name may hold letters, digits, - and _", "rename it")
+
+
+def _check_aligned(values: Mapping[str, Any], made_from: Any) -> None:
+    """The entries that start from an SFT variant: is there such a one, and can what they say be done?"""
+    from dagster_project.stages import adapter, aligned
+    from dagster_project.training import align, methods, reward
+
+    def merges(name: str, where: str) -> None:
+        if name not in values["adapter"]:
+            raise InputError(f"params.yaml: {where}: there is no adapter.{name}", f"adapters: {', '.join(values['adapter'])}")
+        tuned = params.parse(adapter.Params, values["adapter"][name], f"adapter.{name}")
+        if not tuned.merge or methods.why_not_merged(tuned.method, tuned.peft, tuned.quantization):
+            raise InputError(f"params.yaml: {where}: adapter.{name} makes no model that stands alone", "name a variant that is merged")
+
+    if made_from.model != "base_model":
+        merges(made_from.model.removeprefix("merged/"), "reward_model.model")
+    methods.check("lora", made_from.peft, None, True, "reward_model")
+    entries = values.get("aligned")
+    if not isinstance(entries, dict):
+        raise InputError("params.yaml: aligned: must be a mapping of variants", "write `aligned: {}` for none")
+    for name, recipe in entries.items():
+        where = f"aligned.{name}"
+        _check_name(name, where)
+        if name in values["adapter"]:
+            raise InputError(f"params.yaml: {where}: adapter.{name} has the same name", "rename one of them")
+        entry = params.parse(aligned.Params, recipe, where)
+        merges(entry.adapter, f"{where}.adapter")
+        methods.check("lora", entry.peft, None, True, where)
+        align.check(entry.method, entry.options, entry.per_device_train_batch_size, where)
+        if entry.method in align.ONLINE:
+            reward.check(entry.rewards, f"{where}.rewards")
 
 
 PEDIGREE = Pipeline(STREET, VARIANTS_OF, truths, validate)

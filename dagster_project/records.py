@@ -133,6 +133,11 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     return [row for shard in sorted(folder.glob("records-*.parquet")) for row in read_table(shard)]
 
 
+def read_preferences(folder: Path) -> list[dict[str, Any]]:
+    """Pairs of one split, in order."""
+    return read_records(folder)
+
+
 @uncollected
 def write_ledger(folder: Path, rows: Iterable[dict[str, Any]]) -> None:
     write_table(folder / "ledger.parquet", list(rows), ledger_schema())

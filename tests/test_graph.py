@@ -28,7 +28,7 @@ def test_stages_with_variants_are_the_foreach_stages() -> None:
 @pytest.mark.parametrize("name", list(STAGES))
 def test_code_dependencies_are_every_module_the_stage_imports_and_no_other(name: str) -> None:
     graph = grimp.build_graph("dagster_project")
-    module = f"dagster_project.stages.{name}"
+    module = pipeline.module_of(name)
     packages = {"dagster_project", *(m for m in graph.modules if graph.find_children(m))}
     imported = (graph.find_upstream_modules(module) | {module}) - packages
     body = STAGES[name].get("do", STAGES[name])

@@ -1,4 +1,4 @@
-"""A language model as judge of pairs of answers, over any OpenAI-compatible endpoint. Each pair is asked about in both orders."""
+"""Pairs of answers judged by a language model, over any OpenAI-compatible endpoint and in both orders, or by the project's reward model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPMessage
+from pathlib import Path
 from typing import IO, Any, Literal
 from urllib.parse import urlsplit
 
@@ -19,6 +20,7 @@ from dagster_project.errors import CheckFailed, InputError, PedigreeError
 from dagster_project.evaluation.pairwise import Choice, Match, Outcome, Pair, as_text, tally
 from dagster_project.markup import many, visible
 from dagster_project.progress import Progress
+from dagster_project.training.pairs import reply as said_by_assistant
 
 log = logging.getLogger("pedigree")
 
@@ -202,6 +204,38 @@ def judge(
         "tokens": None if unmetered else dict(tokens),
         "cost": None if cost is None else round(cost, 6),
     }
+
+
+def by_reward(match: Match, n: int, folder: Path) -> dict[str, Any]:
+    """As `judge`, by the project's reward model: of two answers to a prompt the one with the higher reward wins.
+
+    Args:
+        folder: of the reward model.
+    Raises:
+        InputError: there is none.
+    """
+    import torch
+
+    from dagster_project.training.reward import RewardModel
+
+    if not (folder / "config.json").is_file():
+        raise InputError("data/reward_model: there is no reward model yet", "run `dvc repro reward_model`")
+    pairs = match.pairs[:n]
+    conversations = [[*pair.prompt, *said_by_assistant(answer)] for pair in pairs for answer in pair.answers]
+    rewards = RewardModel(folder, torch.device("cpu"), torch.float32)(conversations, what="judge")
+    by_pair = zip(rewards[::2], rewards[1::2], strict=True)
+    outcomes: dict[str, Outcome] = {
+        pair.id: "win" if first > second else "loss" if first < second else "tie"
+        for pair, (first, second) in zip(pairs, by_pair, strict=True)
+    }
+    mean = {name: round(sum(rewards[i::2]) / len(pairs), 4) for i, name in enumerate(match.systems)} if pairs else {}
+    return {"systems": list(match.systems), "model": "the reward model", **tally(pairs, outcomes), "mean_reward": mean}
+
+
+def by_reward_text(found: Mapping[str, Any]) -> str:
+    """The result for a terminal."""
+    means = ", ".join(f"{name} {value:.3f}" for name, value in found["mean_reward"].items())
+    return visible("\n".join([f"judged by {found['model']}", *as_text(found), f"mean reward: {means}"]))
 
 
 def _usage(reply: Any) -> dict[str, int]:

@@ -71,7 +71,7 @@ def answers_of(project: Path) -> dict[str, dict[str, str]]:
     Raises:
         InputError: nothing was answered yet.
     """
-    files = [project / "data" / "baselines" / "results.parquet", *sorted((project / "data" / "evaluation").glob("*/results.parquet"))]
+    files = [project / "data" / "baselines" / "results.parquet", *sorted((project / "data").glob("evaluation*/*/results.parquet"))]
     found: dict[str, dict[str, str]] = {}
     for row in (row for file in files if file.is_file() for row in read_table(file, ["system", "example_id", "answer"])):
         if row["answer"] is not None:

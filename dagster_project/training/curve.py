@@ -17,18 +17,17 @@ POINTS = 1000
 """Rows of a live table, or one more: a longer training is thinned, so that writing it costs the same at any step."""
 
 
-def write_curve(path: Path, curve: Sequence[Point]) -> None:
-    """The training as CSV for `dvc plots`: step, loss, learning_rate, grad_norm, and tokens so far. The same bytes on every run."""
-    columns = ("loss", "learning_rate", "grad_norm")
+def write_curve(path: Path, curve: Sequence[Point], columns: Sequence[str] = ("loss", "learning_rate", "grad_norm")) -> None:
+    """The training as CSV for `dvc plots`: step, the columns, and tokens so far, for each point that has them all. The same bytes on every run."""
     lines = [
         ",".join([str(point["step"]), *(f"{point[name]:.6g}" for name in columns), str(point["tokens"])])
         for point in curve
-        if "loss" in point
+        if all(name in point for name in (*columns, "tokens"))
     ]
     write_text(path, "\n".join([f"step,{','.join(columns)},tokens", *lines]) + "\n")
 
 
-def live_writer(folder: Path, every: float = 3.0) -> Callable[..., None]:
+def live_writer(folder: Path, every: float = 3.0, names: Sequence[str] = LIVE) -> Callable[..., None]:
     """A function that writes the curve so far for whoever watches, at most every few seconds unless it is told `now=True`.
 
     Each figure is a table of its own, `loss.csv` with the columns step and loss, as `dvc plots` wants them. A table is replaced in one step, so
@@ -42,7 +41,7 @@ def live_writer(folder: Path, every: float = 3.0) -> Callable[..., None]:
         if not now and time.monotonic() - last < every:
             return
         last = time.monotonic()
-        for name in LIVE:
+        for name in names:
             if points := thinned([point for point in curve if name in point]):
                 rows = [f"{point['step']},{point[name]:.6g}" for point in points]
                 write_text(folder / f"{name}.csv", "\n".join([f"step,{name}", *rows]) + "\n")

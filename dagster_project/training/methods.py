@@ -492,6 +492,8 @@ def build(
     total_steps: int | None = None,
     categories: Sequence[str] = (),
     weights: bool = True,
+    packs: bool = True,
+    named: str = "data/base_model",
 ) -> Tunable:
     """Load the base model and put the method on it.
 
@@ -500,6 +502,8 @@ def build(
         total_steps: optimizer steps of the run; adalora needs them.
         categories: the classes of feature_extraction.
         weights: False: all on torch's meta device, as training on `device` would have it; the base model's configuration will do.
+        packs: False: rows will be padded, as generation and TRL's trainers of preferences have them.
+        named: what the adapter's configuration calls the base model.
     Raises:
         InputError: `check` refuses, PEFT refuses the keys for this model, or nothing would learn.
     """
@@ -524,7 +528,8 @@ def build(
     from dagster_project.training.lora import fuse
 
     virtual = CANNOT_MERGE.get(name) == VIRTUAL
-    base = load_base(base_model, device, dtype, held, "sdpa" if virtual else attention_for(device, dtype if weights else None), weights)
+    attention = attention_for(device, dtype if weights else None) if packs and not virtual else "sdpa"
+    base = load_base(base_model, device, dtype, held, attention, weights)
     config = peft_config(method, options, where, base, total_steps, str(base_model))
     try:
         model = get_peft_model(base, config)
@@ -545,7 +550,7 @@ def build(
     fuse(model)
 
     def save(folder: Path) -> None:
-        save_adapter(model, folder, base_model="data/base_model")
+        save_adapter(model, folder, base_model=named)
         record.write(folder)
 
     ranks = _AdaptiveRanks(model) if name == "adalora" else None
@@ -554,7 +559,7 @@ def build(
         trainable,
         total,
         save,
-        packs=not virtual,
+        packs=packs and not virtual,
         callbacks=[ranks.callback()] if ranks else [],
         extra_loss=ranks.orthogonality if ranks else _nothing,
         optim=optim,

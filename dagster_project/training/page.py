@@ -71,10 +71,10 @@ def _curves(curve: Sequence[Point]) -> str:
         ("Gradient norm", "before it is clipped", ("grad_norm",)),
         ("Speed", "tokens a second over the last twenty steps, on this machine", ("tokens_per_second",)),
     )
-    return f'<div class="plots">{"".join(_plot(title, note, curve, names) for title, note, names in plots)}</div>'
+    return f'<div class="plots">{"".join(plot(title, note, curve, names) for title, note, names in plots)}</div>'
 
 
-def _plot(title: str, note: str, curve: Sequence[Point], names: Sequence[str]) -> str:
+def plot(title: str, note: str, curve: Sequence[Point], names: Sequence[str]) -> str:
     """Lines over steps. The plot stretches with its column, its letters do not."""
     lines = {name: found for name in names if (found := thinned([point for point in curve if name in point], 500))}
     if not lines:

@@ -457,7 +457,7 @@ def train(
 
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
             assert saved
-            _put(model or self.model, saved.tensors("weights"))
+            put(model or self.model, saved.tensors("weights"))
 
         def _load_optimizer_and_scheduler(self, found: str | None) -> None:
             if saved:
@@ -635,7 +635,7 @@ def train(
         elif validation_rows:
             trainer.evaluate()
         if saved and (saved.step >= total or course.stalled(recipe.early_stopping_patience)):
-            _put(model, saved.tensors("weights"))
+            put(model, saved.tensors("weights"))
             tunable.restore(state["method"])
         else:
             trainer.train(resume_from_checkpoint=str(saved.folder) if saved else None)
@@ -643,14 +643,14 @@ def train(
         if noise:
             noise.remove()
         if recipe.load_best_model_at_end:
-            _put(model, best)
+            put(model, best)
             log.info(f"training: keeping the weights of step {course.best_step}")
     course.seconds = clock()
     show(course.curve, now=True)
     return course
 
 
-def _put(model: Any, weights: dict[str, torch.Tensor]) -> None:
+def put(model: Any, weights: dict[str, torch.Tensor]) -> None:
     """Copy weights into the model's trainable parameters, all of them."""
     import torch
 

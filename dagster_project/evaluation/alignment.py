@@ -1,0 +1,256 @@
+"""What alignment did: on held-out pairs, whether the policy likes what people like; on held-out prompts, what it writes now and wrote before.
+
+A policy that games its reward shows in what it writes: reward up, and with it length, repetition or answers without an end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import cache
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from dagster_project import markup
+from dagster_project.chat import encode_prompt
+from dagster_project.evaluation.bootstrap import difference, rounded
+from dagster_project.evaluation.generate import generate
+from dagster_project.evaluation.likelihood import negative_log_likelihood
+from dagster_project.evaluation.pairwise import wilson
+from dagster_project.training.page import plot
+from dagster_project.training.pairs import both, labelled, reply
+from dagster_project.training.reward import RewardModel, distinct
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+LONGER = 1.5
+"""Answers this many times as long as before count as a sign of a gamed reward."""
+WORSE = 0.1
+"""So does such a rise of the share of repeated or unfinished answers."""
+
+
+@cache
+def sample_schema() -> pa.Schema:
+    """One held-out prompt and the answers to it."""
+    import pyarrow as pa
+
+    columns = [("example_id", pa.string()), ("prompt", pa.string())]  # of the pair, and its last message
+    for who in ("sft", "aligned"):
+        columns += [
+            (f"{who}_answer", pa.string()),
+            (f"{who}_reward", pa.float64()),  # of the reward model
+            (f"{who}_tokens", pa.int64()),
+            (f"{who}_distinct", pa.float64()),  # share of runs of three words that are not repeated
+            (f"{who}_unfinished", pa.bool_()),  # cut off
+        ]
+    return pa.schema(columns)
+
+
+def _mean(sums: np.ndarray) -> np.ndarray:
+    return sums[..., 0] / sums[..., 1]
+
+
+def paired(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
+    """Two means over the same examples, and their difference with a paired 95 % interval."""
+    import numpy as np
+
+    ours, theirs = (np.stack([np.asarray(values, dtype=float), np.ones(len(values))], 1) for values in (after, before))
+    return {"sft": rounded(_mean(theirs.sum(0))), "aligned": rounded(_mean(ours.sum(0))), **difference(_mean, ours, theirs)}
+
+
+def _share(right: Sequence[float]) -> dict[str, Any]:
+    """A share of trials, ties half, and its 95 % score interval."""
+    rate = float(sum(right)) / len(right)
+    return {"value": rounded(rate), "interval": [rounded(bound) for bound in wilson(rate, len(right))]}
+
+
+class Policies:
+    """The policy and, with its adapter off, the SFT model that it was."""
+
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
+        """Args:
+        model: a PeftModel in evaluation mode.
+        """
+        self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
+
+    def _as(self, who: str) -> AbstractContextManager[Any]:
+        from contextlib import nullcontext
+
+        return self.model.disable_adapter() if who == "sft" else nullcontext()
+
+    def log_probabilities(self, who: str, examples: Sequence[tuple[Sequence[int], Sequence[int]]], what: str) -> list[tuple[float, int]]:
+        """(log-probability in nats, tokens) of each answer."""
+        with self._as(who):
+            found = negative_log_likelihood(
+                self.model.get_base_model(),
+                self.tokenizer.pad_token_id,
+                [labelled(*example) for example in examples],
+                self.batch_size,
+                what,
+            )
+        return [(-nats, tokens) for nats, tokens in found]
+
+    def answer(self, who: str, prompts: Sequence[Sequence[dict[str, str]]], max_new_tokens: int, what: str) -> list[str]:
+        """Greedy answers."""
+        ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        with self._as(who):
+            return generate(self.model.get_base_model(), self.tokenizer, ids, max_new_tokens, self.batch_size, what)
+
+    def divergence(self, examples: Sequence[tuple[Sequence[int], Sequence[int]]]) -> float:
+        """KL(policy || SFT) in nats a token, over all next tokens at each place of the answers."""
+        import torch
+
+        total, places = 0.0, 0
+        causal = self.model.get_base_model()
+        with torch.inference_mode():
+            for prompt, answer in examples:
+                ids = torch.tensor([[*prompt, *answer]], device=self.model.device)
+                logs = []
+                for who in ("aligned", "sft"):
+                    with self._as(who):
+                        logs.append(causal(ids, use_cache=False, logits_to_keep=len(answer) + 1).logits[0, :-1].float().log_softmax(-1))
+                total += float((logs[0].exp() * (logs[0] - logs[1])).sum())
+                places += len(answer)
+        return total / max(1, places)
+
+
+def preference(policies: Policies, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """On held-out pairs: how often the chosen answer is the likelier one per token, before and after; and how often the policy's own
+    reward, the log-ratio to the SFT model, says what people said (arXiv 2305.18290, section 5)."""
+    import numpy as np
+
+    ids = both(policies.tokenizer, pairs)
+    examples = [(prompt, answer) for prompt, *answers in ids for answer in answers]
+    found = {who: np.array(policies.log_probabilities(who, examples, f"held-out pairs, {who}")) for who in ("sft", "aligned")}
+    per_token = {who: (values[:, 0] / values[:, 1]).reshape(-1, 2) for who, values in found.items()}
+    right = {who: (values[:, 0] > values[:, 1]) + 0.5 * (values[:, 0] == values[:, 1]) for who, values in per_token.items()}
+    ratio = (found["aligned"][:, 0] - found["sft"][:, 0]).reshape(-1, 2)
+    implied = (ratio[:, 0] > ratio[:, 1]) + 0.5 * (ratio[:, 0] == ratio[:, 1])
+    return {
+        "accuracy": {**paired(right["sft"], right["aligned"]), "aligned_interval": _share(right["aligned"])["interval"]},
+        "implicit_reward_accuracy": _share(implied),
+        "log_ratio": {"chosen": rounded(ratio[:, 0].mean()), "rejected": rounded(ratio[:, 1].mean())},
+    }
+
+
+def samples(
+    policies: Policies, pairs: Sequence[Mapping[str, Any]], judge: RewardModel, max_new_tokens: int
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Answers to held-out prompts before and after, rows of `sample_schema`; and what they add up to."""
+    prompts = [list(pair["prompt"]) for pair in pairs]
+    rows = [{"example_id": pair["example_id"], "prompt": pair["prompt"][-1]["content"]} for pair in pairs]
+    encode = policies.tokenizer.encode
+    after: list[tuple[list[int], list[int]]] = []
+    for who in ("sft", "aligned"):
+        answers = policies.answer(who, prompts, max_new_tokens, f"answers, {who}")
+        rewards = judge([[*prompt, *reply(answer)] for prompt, answer in zip(prompts, answers, strict=True)])
+        for row, prompt, answer, value in zip(rows, prompts, answers, rewards, strict=True):
+            ids = encode(answer, add_special_tokens=False)
+            row |= {
+                f"{who}_answer": answer,
+                f"{who}_reward": rounded(value),
+                f"{who}_tokens": len(ids),
+                f"{who}_distinct": rounded(distinct(answer)),
+                f"{who}_unfinished": len(ids) >= max_new_tokens,
+            }
+            if who == "aligned" and ids:
+                after.append((encode_prompt(policies.tokenizer, prompt), ids))
+
+    def of(name: str) -> dict[str, Any]:
+        return paired(*([float(row[f"{who}_{name}"]) for row in rows] for who in ("sft", "aligned")))
+
+    won = [(row["aligned_reward"] > row["sft_reward"]) + 0.5 * (row["aligned_reward"] == row["sft_reward"]) for row in rows]
+    return rows, {
+        **{name: of(name) for name in ("reward", "tokens", "distinct", "unfinished")},
+        "win_rate": _share(won),
+        "kl_per_token": rounded(policies.divergence(after)),
+        "prompts": len(rows),
+    }
+
+
+def gamed(watch: Mapping[str, Any]) -> list[str]:
+    """Signs that the reward rose and the answers did not get better, in words; none where there are none."""
+    tokens, signs = watch["tokens"], []
+    if tokens["aligned"] > LONGER * max(1, tokens["sft"]):
+        signs.append(f"answers grew from {tokens['sft']:.0f} to {tokens['aligned']:.0f} tokens")
+    if watch["distinct"]["difference"] < -WORSE:
+        signs.append(
+            f"the share of runs of words that are not repeated fell from {watch['distinct']['sft']:.2f} to {watch['distinct']['aligned']:.2f}"
+        )
+    if watch["unfinished"]["difference"] > WORSE:
+        signs.append(f"unfinished answers went from {watch['unfinished']['sft']:.0%} to {watch['unfinished']['aligned']:.0%}")
+    return signs
+
+
+# ---- the page ---------------------------------------------------------------------------------------------------------------------------
+
+PLOTS = (
+    ("Reward", "of the batch; for pairs, what the policy implies", ("reward", "reward_chosen", "reward_rejected")),
+    ("Accuracy", "share of pairs whose chosen answer has the higher reward", ("accuracy", "validation_accuracy")),
+    ("Margin", "between the rewards of a pair", ("margin", "validation_margin")),
+    ("KL", "divergence from the reference", ("kl",)),
+    ("Length", "tokens of an answer", ("response_length",)),
+    ("Loss", "of a step; that of the validation split in the other colour", ("loss", "validation_loss")),
+)
+
+
+def page(variant: str, metrics: Mapping[str, Any], curve: Sequence[Mapping[str, float]], rows: Sequence[Mapping[str, Any]]) -> str:
+    """One alignment as one HTML file: did it help, is the reward gamed, how it went, and answers before and after."""
+    watch = metrics["watch"]
+    told = metrics["preference"]["accuracy"]
+    tiles = [
+        ("liked as people do", f"{told['aligned']:.0%}", f"of held-out pairs, from {told['sft']:.0%}"),
+        ("reward", f"{watch['reward']['aligned']:.2f}", f"from {watch['reward']['sft']:.2f}"),
+        ("better answers", f"{watch['win_rate']['value']:.0%}", "by the reward model"),
+        ("length", f"{watch['tokens']['aligned']:.0f}", f"tokens, from {watch['tokens']['sft']:.0f}"),
+        ("not repeated", f"{watch['distinct']['aligned']:.0%}", f"from {watch['distinct']['sft']:.0%}"),
+        ("KL", f"{watch['kl_per_token']:.3f}", "nats a token"),
+    ]
+    head = (
+        f'<header class="head"><p class="over">Alignment · {markup.text(metrics["method"])} on {markup.text(metrics["adapter"])}</p>'
+        f"<h1>{markup.bdi(variant)}</h1>"
+        f'<dl class="tiles three">{"".join(f"<div><dt>{n}</dt><dd><b>{v}</b> <span>{u}</span></dd></div>" for n, v, u in tiles)}</dl></header>'
+    )
+    named = {
+        "reward": "reward",
+        "tokens": "tokens of an answer",
+        "distinct": "share of word runs not repeated",
+        "unfinished": "share unfinished",
+    }
+    figures = [
+        (
+            words,
+            watch[name]["sft"],
+            watch[name]["aligned"],
+            f"{watch[name]['difference']:+.3f}",
+            "{:+.3f} to {:+.3f}".format(*watch[name]["interval"]),
+        )
+        for name, words in named.items()
+    ]
+    signs = gamed(watch)
+    verdict = (
+        f"Look closely: {'; '.join(signs)}."
+        if signs
+        else "Reward, length, repetition and unfinished answers side by side show no sign of a gamed reward."
+    )
+    watched = f'<p class="lead">{escape(verdict)}</p>' + markup.table(
+        f"Held-out answers to {watch['prompts']} prompts", ["", "before", "after", "difference", "95 % interval"], figures, unfolded=True
+    )
+    shown = sorted(rows, key=lambda row: row["aligned_reward"] - row["sft_reward"])
+    listed = "".join(
+        f'<li><p class="text"><b>{markup.bdi(row["prompt"], 600)}</b></p>'
+        + "".join(
+            f'<p class="text"><span>{word}, reward {row[f"{who}_reward"]:.2f}, {row[f"{who}_tokens"]} tokens:</span> {markup.bdi(row[f"{who}_answer"], 900)}</p>'
+            for who, word in (("sft", "before"), ("aligned", "after"))
+        )
+        + "</li>"
+        for row in [*shown[:8], *shown[-8:]][: len(shown)]
+    )
+    sections = {
+        "Watch": f"<figure>{watched}</figure>",
+        "Curves": f'<div class="plots">{"".join(plot(title, note, list(map(dict, curve)), names) for title, note, names in PLOTS)}</div>',
+        "Answers": f'<p class="lead">Those whose reward fell most, then those whose reward rose most.</p><ul class="edits">{listed}</ul>',
+    }
+    return markup.page(f"Alignment of {variant}", head, sections, "Made by <b>pedigree run</b>.")

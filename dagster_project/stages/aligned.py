@@ -1,0 +1,220 @@
+"""preferences + reward_model + merged@SFT -> aligned@X. An SFT model learns to prefer; what it was is its reference, and what it writes is watched."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from dagster_project.errors import InputError
+from dagster_project.evaluation import alignment
+from dagster_project.params import Compute
+from dagster_project.records import CheckResult, Report, read_preferences, remove, write_json, write_table, write_text
+from dagster_project.training import align, memory, proof
+from dagster_project.training.checkpoint import Checkpoints, refuse_full_disk
+from dagster_project.training.curve import write_curve
+from dagster_project.training.hardware import prepare
+from dagster_project.training.keeping import Evidence, Steps, identity, learn
+from dagster_project.training.methods import Tunable
+from dagster_project.training.pairs import both
+from dagster_project.training.processes import claim_gpus
+from dagster_project.training.reward import MODEL, RewardModel, Rewards, tokenizer_of
+from dagster_project.training.sft import Course, Diverged, advice_on_memory
+
+log = logging.getLogger("pedigree")
+
+TRUTHS = {
+    "starts_as_the_reference": "Before the first step policy and SFT model are one: KL 0 and, for dpo, loss ln 2.",
+    "learned": "Every loss and every trained weight is finite.",
+    "trained_what_it_should": "Every group of trainable weights moved, and no frozen weight did.",
+    "prefers_as_people_do": "On held-out pairs the chosen answer is the likelier one per token more often than not, surely.",
+    "reward_is_not_gamed": "Held-out answers got no better reward by length, repetition or lack of an end.",
+}
+
+
+class Params(Steps):
+    method: align.Method
+    """dpo, kto, rloo, grpo or ppo."""
+    adapter: str = Field(pattern=r"^[\w-]+$")
+    """The SFT variant it starts from, and is held to; one that is merged."""
+    options: dict[str, Any] = {}
+    """The method's own keys."""
+    peft: dict[str, Any] = {}
+    """Keys of LoRA for the fresh adapter, as PEFT names them."""
+    rewards: dict[str, float] = {MODEL: 1.0}
+    """What online methods are rewarded for, each with its weight: reward_model, valid_json, distinct, brief."""
+    samples: int = Field(default=64, ge=1)
+    """Held-out prompts that are answered before and after."""
+    max_new_tokens: int = Field(default=96, ge=1)
+    """Longest of these answers, in tokens."""
+
+
+def run(
+    variant: str,
+    params: Params,
+    compute: Compute,
+    preferences: Path,
+    reward_model: Path,
+    sft: Path,
+    out: Path,
+    curve_file: Path,
+    checkpoints: Path,
+    live: Path | None = None,
+    pages: Path | None = None,
+) -> Report:
+    """Args:
+    sft: the model of the SFT variant, which stands alone.
+    checkpoints: a folder of this variant's own that outlives a killed run. It is removed once nothing blocks.
+    """
+    claim_gpus(1)
+    device, dtype = prepare(compute)
+    where = f"aligned.{variant}"
+    pairs = {split: read_preferences(preferences / split) for split in ("train", "validation", "test")}
+    options = align.check(params.method, params.options, params.per_device_train_batch_size, where)
+    _refuse(pairs, params, sft, reward_model, where)
+    with advice_on_memory():
+        tunable = align.policy(sft, params.peft, device, dtype, where, align.source(params.adapter))
+        judge = RewardModel(reward_model, device, dtype)
+    tokenizer = tokenizer_of(sft)
+    learning = sum(weight.nbytes for weight in proof.trainable(tunable.model).values())
+    refuse_full_disk({checkpoints: learning * (2 + 3 * params.save_total_limit), out: 2 * learning}, where)
+    policies = alignment.Policies(tunable.model, tokenizer, params.per_device_train_batch_size)
+    apart = _apart(policies, pairs["train"][:8])
+    evidence = Evidence(tunable.model, checkpoints)
+    named = {"SFT model": sft, **({"reward model": reward_model} if params.method in align.ONLINE else {})}
+    kept = Checkpoints(checkpoints, identity(params, compute, device, dtype, preferences, named, Path(__file__)), params.save_total_limit)
+    try:
+        course = _learn(tunable, tokenizer, pairs, params, options, compute, judge, kept, live)
+    except Diverged as diverged:
+        examples = [pairs["train"][row]["example_id"] for row in diverged.rows if row < len(pairs["train"])]
+        note = f"{diverged}; lower learning_rate, or raise beta"
+        return Report(checks=[CheckResult("learned", passed=False, blocking=True, count=len(examples), rows=examples[:20], note=note)])
+    finite = all(map(math.isfinite, course.losses)) and all(
+        bool(weight.isfinite().all()) for weight in proof.trainable(tunable.model).values()
+    )
+    document, moved = evidence.ends(course, params, compute, device, dtype)
+    tunable.save(out)
+    write_json(out / "training.json", document | {"step_0": apart})
+    write_table(out / "examples.parquet", proof.seen_examples(course.seen, _ids(params.method, pairs["train"])), proof.seen_schema())
+    for template in sft.glob("chat_template.jinja"):
+        write_text(out / template.name, template.read_text(encoding="utf-8"))
+    figures = [name for name in (*align.PAIRS.values(), *align.ANSWERS.values()) if any(name in point for point in course.curve)]
+    write_curve(curve_file, course.curve, ("loss", *dict.fromkeys(figures)))
+
+    prompts = list({str(pair["prompt"]): pair for pair in pairs["test"]}.values())[: params.samples]
+    rows, watch = alignment.samples(policies, prompts, judge, params.max_new_tokens)
+    write_table(out / "samples.parquet", rows, alignment.sample_schema())
+    metrics: dict[str, Any] = {
+        "method": params.method,
+        "adapter": params.adapter,
+        "steps": course.step,
+        "tokens": course.tokens,
+        "trainable_parameters": tunable.trainable,
+        "preference": alignment.preference(policies, pairs["test"]),
+        "watch": watch,
+        "environment": document["versions"],
+    }
+    if pages:
+        write_text(pages / "alignment.html", alignment.page(variant, metrics, course.curve, rows))
+    accuracy, signs = metrics["preference"]["accuracy"], alignment.gamed(watch)
+    report = Report(
+        metrics=metrics,
+        checks=[
+            _starts(apart, course, params.method, options),
+            CheckResult("learned", passed=finite, blocking=True, note=f"loss {course.losses[0]:.3f} -> {course.losses[-1]:.3f}"),
+            moved,
+            CheckResult(
+                "prefers_as_people_do",
+                passed=accuracy["aligned_interval"][0] > 0.5,
+                severity="warn",
+                note="{aligned:.3f} of {n} held-out pairs ({low:.3f} to {high:.3f}), {sft:.3f} before".format(
+                    **accuracy, n=len(pairs["test"]), low=accuracy["aligned_interval"][0], high=accuracy["aligned_interval"][1]
+                ),
+            ),
+            CheckResult(
+                "reward_is_not_gamed",
+                passed=not signs,
+                severity="warn",
+                note="; ".join(signs) or "reward {sft:.3f} -> {aligned:.3f}".format(**watch["reward"]),
+            ),
+        ],
+        measured={"training_seconds": round(course.seconds, 1), "peak_memory_bytes": memory.peak(device.type)},
+    )
+    if not report.failures:
+        remove(checkpoints)
+    return report
+
+
+def _learn(
+    tunable: Tunable,
+    tokenizer: Any,
+    pairs: Mapping[str, Sequence[Mapping[str, Any]]],
+    params: Params,
+    options: Any,
+    compute: Compute,
+    judge: RewardModel,
+    kept: Checkpoints,
+    live: Path | None,
+) -> Course:
+    prompts = [list(pair["prompt"]) for pair in pairs["train"]]
+    rewards = Rewards(params.rewards, judge) if params.method in align.ONLINE else None
+    rows = {split: align.rows(params.method, tokenizer, pairs[split]) for split in ("train", "validation")}
+    watched = [] if rewards else rows["validation"]
+    return learn(
+        align.lesson(params.method, options, prompts, rewards),
+        tunable.model,
+        tokenizer,
+        rows["train"],
+        watched,
+        params,
+        compute,
+        kept,
+        live,
+    )
+
+
+def _ids(method: str, pairs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The pair that each row of the training is of."""
+    return [[pair["example_id"]] for pair in pairs for _ in range(2 if method == "kto" else 1)]
+
+
+def _apart(policies: alignment.Policies, pairs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """How far policy and reference lie apart before the first step."""
+    examples = [(prompt, answer) for prompt, *answers in both(policies.tokenizer, pairs) for answer in answers]
+    found = [policies.log_probabilities(who, examples, f"step 0, {who}") for who in ("sft", "aligned")]
+    return {
+        "largest_log_probability_difference": max(abs(a - b) for (a, _), (b, _) in zip(*found, strict=True)),
+        "kl_per_token": policies.divergence(examples[:4]),
+    }
+
+
+def _starts(apart: Mapping[str, float], course: Course, method: str, options: Any) -> CheckResult:
+    first = course.watched[0][1] if course.watched and course.watched[0][0] == 0 else course.losses[0]
+    loss = "" if method != "dpo" else f", loss {first:.6f}"
+    right = method != "dpo" or options.loss_type != "sigmoid" or options.rpo_alpha > 0 or abs(first - math.log(2)) < 1e-5
+    return CheckResult(
+        "starts_as_the_reference",
+        passed=right and not any(apart.values()),
+        blocking=True,
+        note=f"KL {apart['kl_per_token']:g} nats a token, log-probabilities differ by {apart['largest_log_probability_difference']:g}{loss}",
+    )
+
+
+def _refuse(pairs: Mapping[str, Sequence[Any]], params: Params, sft: Path, reward_model: Path, where: str) -> None:
+    """Raises:
+    InputError: what would fail late, before a model is loaded.
+    """
+    for split in ("train", "test"):
+        if not pairs[split]:
+            raise InputError(f"data/preferences: no pair in the {split} split", "name more pairs in raw_preferences.sources")
+    if not (sft / "config.json").is_file():
+        raise InputError(f"params.yaml: {where}.adapter: {params.adapter} does not stand alone", "name a variant that is merged")
+    if (reward_model / "tokenizer.json").read_bytes() != (sft / "tokenizer.json").read_bytes():
+        raise InputError(
+            f"params.yaml: {where}: the reward model has another tokenizer than {params.adapter}",
+            "make it from the same base model: reward_model.model",
+        )

@@ -1,0 +1,216 @@
+"""preferences + a model -> reward_model. One number for an answer, learnt from pairs; judged on pairs that it never saw, and beside their length."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from dagster_project.errors import InputError
+from dagster_project.evaluation.bootstrap import difference, rounded
+from dagster_project.evaluation.pairwise import wilson
+from dagster_project.params import Compute
+from dagster_project.records import CheckResult, Report, read_preferences, remove, response_text, write_json, write_table, write_text
+from dagster_project.training import memory, proof, reward
+from dagster_project.training.checkpoint import Checkpoints, refuse_full_disk
+from dagster_project.training.curve import write_curve
+from dagster_project.training.hardware import prepare
+from dagster_project.training.keeping import Evidence, Lesson, Steps, identity, learn
+from dagster_project.training.pairs import both
+from dagster_project.training.processes import claim_gpus
+from dagster_project.training.sft import Diverged, advice_on_memory
+
+log = logging.getLogger("pedigree")
+
+TRUTHS = {
+    "learned": "Every loss and every trained weight is finite.",
+    "trained_what_it_should": "Every group of trainable weights moved, and no frozen weight did.",
+    "prefers_as_people_do": "On pairs that it never saw the accuracy is at least `min_accuracy`.",
+    "better_than_length": "There, the lower end of the accuracy's interval lies above what the length of answers tells.",
+}
+
+FIGURES = {"accuracy": "accuracy", "margin": "margin", "mean_reward": "reward"}
+BINS = 10
+
+
+class Params(Steps):
+    model: str = Field(pattern=r"^(base_model|merged/[\w-]+)$")
+    """What it is made from: `merged/NAME`, the model of an SFT variant, or `base_model`."""
+    method: Literal["lora", "full"] = "lora"
+    """Learn an adapter and the output layer, which are then merged; or every weight."""
+    peft: dict[str, Any] = {}
+    """Keys of LoRA, as PEFT names them."""
+    margins: bool = False
+    """Let the rewards of a pair differ by its `margin` at least (Touvron et al. 2023, arXiv 2307.09288, eq. 2). Every pair needs one."""
+    center_rewards_coefficient: float | None = Field(default=None, gt=0)
+    """Weight of the squared sum of a pair's rewards, which draws their mean to 0; 0.01 is usual."""
+    min_accuracy: float = Field(default=0.6, ge=0, le=1)
+    """Held-out pair accuracy below which nothing is passed on."""
+
+
+def run(
+    params: Params,
+    compute: Compute,
+    preferences: Path,
+    folder: Path,
+    out: Path,
+    curve_file: Path,
+    calibration_file: Path,
+    checkpoints: Path,
+    live: Path | None = None,
+) -> Report:
+    """Args:
+    folder: the model it is made from.
+    checkpoints: a folder of this stage's own that outlives a killed run. It is removed once nothing blocks.
+    """
+    import trl
+
+    claim_gpus(1)
+    device, dtype = prepare(compute)
+    pairs = {split: read_preferences(preferences / split) for split in ("train", "validation", "test")}
+    _refuse(pairs, params, folder)
+    with advice_on_memory():
+        model = reward.build(folder, params.peft if params.method == "lora" else None, device, dtype, "reward_model")
+    tokenizer = reward.tokenizer_of(folder)
+    learning = sum(weight.numel() * weight.element_size() for weight in proof.trainable(model).values())
+    refuse_full_disk(
+        {checkpoints: learning * (2 + 3 * params.save_total_limit), out: 2 * sum(w.nbytes for w in model.parameters())}, "reward_model"
+    )
+    evidence = Evidence(model, checkpoints)
+    kept = Checkpoints(
+        checkpoints, identity(params, compute, device, dtype, preferences, {"model": folder}, Path(__file__)), params.save_total_limit
+    )
+    more = {"max_length": None, "center_rewards_coefficient": params.center_rewards_coefficient}
+    rows = {split: _rows(tokenizer, pairs[split], params.margins) for split in ("train", "validation")}
+    lesson = Lesson("reward model", trl.RewardTrainer, trl.RewardConfig, more, FIGURES)
+    try:
+        course = learn(lesson, model, tokenizer, rows["train"], rows["validation"], params, compute, kept, live)
+    except Diverged as diverged:
+        named = [pairs["train"][row]["example_id"] for row in diverged.rows]
+        note = f"{diverged}; lower learning_rate, and look at the pairs of that step"
+        return Report(checks=[CheckResult("learned", passed=False, blocking=True, count=len(named), rows=named[:20], note=note)])
+    finite = all(map(math.isfinite, course.losses)) and all(bool(weight.isfinite().all()) for weight in proof.trainable(model).values())
+    document, moved = evidence.ends(course, params, compute, device, dtype)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "training.json", document)
+    write_table(
+        out / "examples.parquet", proof.seen_examples(course.seen, [[p["example_id"]] for p in pairs["train"]]), proof.seen_schema()
+    )
+    write_curve(curve_file, course.curve, ("loss", "accuracy", "margin", "learning_rate", "grad_norm"))
+    reward.save(model, folder, out)
+    del model
+    judged = _judge(reward.RewardModel(out, device, dtype), pairs, calibration_file)
+    accuracy, (low, high), rule = judged["accuracy"], judged["accuracy_interval"], judged["length_rule"]
+    report = Report(
+        metrics={
+            "model": params.model,
+            "method": params.method,
+            "steps": course.step,
+            "tokens": course.tokens,
+            "loss": round(course.losses[-1], 4),
+            "pairs": {split: len(found) for split, found in pairs.items()},
+            **judged,
+            "environment": document["versions"],
+        },
+        checks=[
+            CheckResult("learned", passed=finite, blocking=True, note=f"loss {course.losses[0]:.3f} -> {course.losses[-1]:.3f}"),
+            moved,
+            CheckResult(
+                "prefers_as_people_do",
+                passed=accuracy >= params.min_accuracy,
+                blocking=True,
+                note=f"accuracy {accuracy:.3f} ({low:.3f} to {high:.3f}) on {len(pairs['test'])} pairs, {params.min_accuracy} wanted",
+            ),
+            CheckResult(
+                "better_than_length",
+                passed=low > rule,
+                severity="warn",
+                note=f"accuracy {accuracy:.3f}, at least {low:.3f}; the {judged['length_rule_says']} answer is the chosen one in {rule:.3f}",
+            ),
+        ],
+        measured={"training_seconds": round(course.seconds, 1), "peak_memory_bytes": memory.peak(device.type)},
+    )
+    if not report.failures:
+        remove(checkpoints)
+    return report
+
+
+def _refuse(pairs: Mapping[str, Sequence[Any]], params: Params, folder: Path) -> None:
+    """Raises:
+    InputError: what would fail late, before a model is loaded.
+    """
+    for split in ("train", "test"):
+        if not pairs[split]:
+            raise InputError(f"data/preferences: no pair in the {split} split", "name more pairs in raw_preferences.sources")
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"params.yaml: reward_model.model: {params.model} does not stand alone", "name a variant that is merged, or base_model"
+        )
+    if params.margins and (without := sum(pair["margin"] is None for split in pairs.values() for pair in split)):
+        raise InputError(f"params.yaml: reward_model.margins: {without} pairs have no margin", "set margins: false")
+
+
+def _rows(tokenizer: Any, pairs: Sequence[Mapping[str, Any]], margins: bool) -> list[dict[str, Any]]:
+    ids = both(tokenizer, pairs)
+    return [
+        {"chosen_ids": [*prompt, *chosen], "rejected_ids": [*prompt, *rejected], **({"margin": pair["margin"]} if margins else {})}
+        for pair, (prompt, chosen, rejected) in zip(pairs, ids, strict=True)
+    ]
+
+
+def _judge(model: reward.RewardModel, pairs: Mapping[str, Sequence[Mapping[str, Any]]], calibration_file: Path) -> dict[str, Any]:
+    """Held-out accuracy, with what length alone tells, and how sure the model is where it is right."""
+    import numpy as np
+
+    test = pairs["test"]
+    rewards = model(
+        [[*pair["prompt"], *pair[side]] for side in ("chosen", "rejected") for pair in test], what="reward model, held-out pairs"
+    )
+    chosen, rejected = np.array(rewards[: len(test)]), np.array(rewards[len(test) :])
+    right = (chosen > rejected) + 0.5 * (chosen == rejected)
+
+    def longer(found: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        lengths = [[len(response_text(pair[side])) for side in ("chosen", "rejected")] for pair in found]
+        return np.array([(a > b) + 0.5 * (a == b) for a, b in lengths])
+
+    shorter = longer(pairs["train"]).mean() < 0.5  # which rule it is, the training pairs tell
+    rule = 1 - longer(test) if shorter else longer(test)
+
+    def mean(sums: np.ndarray) -> np.ndarray:
+        return sums[..., 0] / sums[..., 1]
+
+    def counted(values: np.ndarray) -> np.ndarray:
+        return np.stack([values, np.ones(len(values))], 1)
+
+    accuracy = rounded(right.mean())
+    sure = 1 / (1 + np.exp(-np.abs(chosen - rejected)))
+    bins = np.minimum(((sure - 0.5) * 2 * BINS).astype(int), BINS - 1)
+    filled = [
+        (float(sure[bins == b].mean()), float(right[bins == b].mean()), int((bins == b).sum())) for b in range(BINS) if (bins == b).any()
+    ]
+    write_text(calibration_file, "\n".join(["confidence,accuracy,pairs", *(f"{c:.4f},{a:.4f},{n}" for c, a, n in filled)]) + "\n")
+    categories = sorted({pair["category"] for pair in test if pair["category"]})
+    return {
+        "accuracy": accuracy,
+        "accuracy_interval": [rounded(bound) for bound in wilson(accuracy, len(test))],
+        "length_rule": rounded(rule.mean()),
+        "length_rule_says": "shorter" if shorter else "longer",
+        "over_length_rule": difference(mean, counted(right), counted(rule)),
+        "calibration_error": rounded(sum(n * abs(c - a) for c, a, n in filled) / len(test)),
+        "reward": {"chosen": rounded(chosen.mean()), "rejected": rounded(rejected.mean()), "spread": rounded(np.std(rewards))},
+        **(
+            {
+                "by_category": {
+                    name: {"accuracy": rounded(right[mask].mean()), "pairs": int(mask.sum())}
+                    for name in categories
+                    for mask in [np.array([pair["category"] == name for pair in test])]
+                }
+            }
+            if categories
+            else {}
+        ),
+    }

@@ -1,0 +1,180 @@
+"""Alignment: an SFT model learns to prefer, from pairs (DPO, KTO) or from rewards of its own answers (RLOO, GRPO through TRL, PPO by ppo.py).
+
+| method | learns from | source |
+| --- | --- | --- |
+| dpo | pairs, offline; the reward is beta log(policy / reference) | Rafailov et al. 2023, arXiv 2305.18290, eq. 7; its other losses as TRL names them |
+| kto | answers called good or bad, offline | Ethayarajh et al. 2024, arXiv 2402.01306 |
+| rloo | rewards of several answers to a prompt, each against the mean of the others | Ahmadian et al. 2024, arXiv 2402.14740 |
+| grpo | the same, against mean and spread of the group | Shao et al. 2024, arXiv 2402.03300 |
+| ppo | rewards of one answer to a prompt, against a learnt value | Schulman et al. 2017, arXiv 1707.06347; Ouyang et al. 2022, arXiv 2203.02155 |
+
+The reference is the SFT policy, without a second copy of the model: the weights that the SFT adapter was merged into are frozen, and a fresh adapter learns on
+top of them. It begins with no effect, so that policy and reference are one at step 0; switched off it is the reference, at any step.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from dagster_project.chat import Messages
+from dagster_project.errors import InputError
+from dagster_project.params import Section, parse
+from dagster_project.training import methods, ppo
+from dagster_project.training.keeping import Lesson, Steps
+from dagster_project.training.methods import Tunable
+from dagster_project.training.pairs import both
+from dagster_project.training.reward import Rewards
+
+if TYPE_CHECKING:
+    import torch
+
+Method = Literal["dpo", "kto", "rloo", "grpo", "ppo"]
+
+ONLINE = ("rloo", "grpo", "ppo")
+"""Methods that answer prompts themselves, and need rewards."""
+
+
+class Dpo(Section):
+    """Options of dpo."""
+
+    beta: float = Field(default=0.1, gt=0)
+    """How strongly the policy is held to the reference: the temperature of the implicit reward."""
+    loss_type: Literal[
+        "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down",
+        "discopop", "sigmoid_norm",
+    ] = "sigmoid"  # fmt: skip
+    """TRL's losses; sigmoid is that of the paper."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Probability that a pair's label is the wrong way round (cDPO, robust DPO); exo_pair needs some."""
+    rpo_alpha: float = Field(default=0.0, ge=0)
+    """Weight of the plain likelihood of the chosen answer, added to the loss: keeps the policy from unlearning it (arXiv 2404.19733)."""
+
+
+class Kto(Section):
+    """Options of kto."""
+
+    beta: float = Field(default=0.1, gt=0)
+    """How strongly the policy is held to the reference."""
+    desirable_weight: float = Field(default=1.0, gt=0)
+    """Weight of the loss of good answers."""
+    undesirable_weight: float = Field(default=1.0, gt=0)
+    """Weight of the loss of bad answers."""
+
+
+class Online(Section):
+    """Options of rloo and grpo."""
+
+    num_generations: int = Field(default=4, ge=2)
+    """Answers to each prompt, which are compared with one another. Divides per_device_train_batch_size."""
+    max_completion_length: int = Field(default=64, ge=1)
+    """Tokens an answer may have."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of sampling."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the most likely tokens that together have this probability."""
+    beta: float = Field(default=0.05, ge=0)
+    """Weight of the KL divergence from the reference."""
+    epsilon: float = Field(default=0.2, gt=0)
+    """How far one update may move the probability of a token, as a share of it."""
+    num_iterations: int = Field(default=1, ge=1)
+    """Optimizer steps on each batch of answers."""
+
+
+OPTIONS: dict[str, type[Section]] = {"dpo": Dpo, "kto": Kto, "rloo": Online, "grpo": Online, "ppo": ppo.Settings}
+
+PAIRS = {
+    "rewards/accuracies": "accuracy", "rewards/margins": "margin", "rewards/chosen": "reward_chosen", "rewards/rejected": "reward_rejected", "kl": "kl",
+}  # fmt: skip
+ANSWERS = {
+    "reward": "reward", "kl": "kl", "entropy": "entropy", "completions/mean_length": "response_length", "completions/clipped_ratio": "unfinished",
+}  # fmt: skip
+"""What TRL logs -> what we call it."""
+
+
+def check(method: str, options: Mapping[str, Any], batch: int, where: str) -> Section:
+    """The method's options, once they are sound.
+
+    Raises:
+        InputError: unknown keys or wrong values; numbers that do not go together.
+    """
+    found = parse(OPTIONS[method], dict(options), f"{where}.options")
+    if isinstance(found, Dpo) and found.loss_type == "exo_pair" and not found.label_smoothing:
+        raise InputError(f"params.yaml: {where}.options.label_smoothing: exo_pair needs it above 0", "its paper has 0.001")
+    if isinstance(found, Online) and batch % found.num_generations:
+        raise InputError(
+            f"params.yaml: {where}.per_device_train_batch_size: {batch} answers are no whole number of groups of {found.num_generations}",
+            f"use a multiple of num_generations, e.g. {found.num_generations * max(1, batch // found.num_generations)}",
+        )
+    return found
+
+
+def policy(sft: Path, peft: Mapping[str, Any], device: torch.device, dtype: torch.dtype, where: str, named: str) -> Tunable:
+    """The SFT model with a fresh LoRA adapter.
+
+    Args:
+        sft: a model that stands alone.
+        peft: keys of LoRA.
+        named: what the adapter's configuration calls that model.
+    """
+    return methods.build("lora", peft, sft, device, dtype, where, packs=False, named=named)
+
+
+def lesson(method: str, options: Section, prompts: Sequence[Messages], rewards: Rewards | None) -> Lesson:
+    """What TRL is to do.
+
+    Args:
+        prompts: of the training split, by the number of their row; online methods answer them.
+    """
+    import trl
+
+    keys = options.model_dump()
+    if isinstance(options, Dpo):
+        alpha, loss = keys.pop("rpo_alpha"), keys["loss_type"]
+        mixed = {"loss_type": [loss, "sft"], "loss_weights": [1.0, alpha]} if alpha else {"loss_type": [loss]}
+        return Lesson(method, trl.DPOTrainer, trl.DPOConfig, {**keys, **mixed, "max_length": None}, PAIRS)
+    if isinstance(options, Kto):
+        return Lesson(method, trl.KTOTrainer, trl.KTOConfig, {**keys, "max_length": None}, PAIRS)
+    assert rewards
+
+    def reward(completions: Sequence[Messages], row: Sequence[int], **_: Any) -> list[float]:
+        return rewards([prompts[number] for number in row], [completion[0]["content"] for completion in completions])
+
+    trainer, config = (trl.RLOOTrainer, trl.RLOOConfig) if method == "rloo" else (trl.GRPOTrainer, trl.GRPOConfig)
+    return Lesson(method, trainer, config, {**keys, "steps_per_generation": 1}, ANSWERS, {"reward_funcs": reward})
+
+
+def rows(method: str, tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Pairs as the method's trainer reads them, and by `pair` which one a row is of."""
+    if method in ONLINE:
+        return [{"prompt": list(pair["prompt"]), "pair": i} for i, pair in enumerate(pairs)]
+    ids = both(tokenizer, pairs)
+    if method == "dpo":
+        return [
+            {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, "pair": i}
+            for i, (prompt, chosen, rejected) in enumerate(ids)
+        ]
+    answers = [
+        {"prompt_ids": prompt, "completion_ids": answer, "label": label, "pair": i}
+        for i, (prompt, chosen, rejected) in enumerate(ids)
+        for answer, label in ((chosen, True), (rejected, False))
+    ]
+    # KL is estimated on answers to another prompt
+    return [{**row, "KL_completion_ids": answers[i - 2]["completion_ids"]} for i, row in enumerate(answers)]
+
+
+def planned(rows: int, steps: Steps, method: str, options: Section) -> int:
+    """Optimizer steps of a run."""
+    batch = steps.per_device_train_batch_size * steps.gradient_accumulation_steps
+    each = rows * options.num_generations * options.num_iterations // batch if isinstance(options, Online) else -(-rows // batch)
+    return min(max(1, each) * steps.num_train_epochs, steps.max_steps or 10**9)
+
+
+def source(adapter: str) -> str:
+    """Where the model of an SFT adapter lies, as dvc.yaml names it."""
+    assert re.fullmatch(r"[\w-]+", adapter)
+    return f"data/merged/{adapter}"

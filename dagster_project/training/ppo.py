@@ -1,0 +1,5 @@
+from dagster_project.params import Section
+
+
+class Settings(Section):
+    """stub while building"""

@@ -1,0 +1,295 @@
+"""The reward model and the aligned policies learn from pairs, begin as the SFT model, and end in the same bytes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+
+from dagster_project.errors import InputError
+from dagster_project.evaluation.alignment import gamed, paired
+from dagster_project.params import Compute
+from dagster_project.pipeline import validate
+from dagster_project.records import Report, example_id, read_table, write_records
+from dagster_project.stages import aligned, reward_model
+from dagster_project.training import align, reward
+from dagster_project.training.pairs import answered, both
+from dagster_project.training.sft import Interrupted
+
+COMPUTE = Compute(seed=3, threads=1, dtype="float32")
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+SCHEMA = pa.schema(
+    [("example_id", pa.string()), ("prompt", MESSAGES), ("chosen", MESSAGES), ("rejected", MESSAGES), ("margin", pa.float64()),
+     ("category", pa.string()), ("group_id", pa.string())]
+)  # fmt: skip
+
+
+def pair(i: int, chosen: str, rejected: str, margin: float | None = None) -> dict[str, Any]:
+    prompt = [{"role": "user", "content": f"q{i}"}]
+    good, bad = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
+    return {"example_id": example_id(prompt + good + bad), "prompt": prompt, "chosen": good, "rejected": bad, "margin": margin,
+            "category": "even" if i % 2 else None, "group_id": str(i)}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """People like answers of a, and dislike those of z. Both are as long."""
+    folder = tmp_path_factory.mktemp("preferences")
+    for split, numbers in {"train": range(16), "validation": range(20, 22), "test": range(30, 38)}.items():
+        write_records(folder / split, [pair(i, "a" * (3 + i % 3), "z" * (3 + (i + 1) % 3)) for i in numbers], SCHEMA)
+    return folder
+
+
+def train_reward(folder: Path, preferences: Path, model: Path, **settings: Any) -> Report:
+    params = reward_model.Params(**{"model": "base_model", "learning_rate": 2e-2, "num_train_epochs": 4, **settings})
+    return reward_model.run(
+        params,
+        COMPUTE,
+        preferences,
+        model,
+        folder / "reward_model",
+        folder / "reward.csv",
+        folder / "calibration.csv",
+        folder / "checkpoints",
+    )
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory, preferences: Path, tiny_model: Path) -> tuple[Path, Report]:
+    folder = tmp_path_factory.mktemp("judge")
+    return folder / "reward_model", train_reward(folder, preferences, tiny_model)
+
+
+def align_it(folder: Path, preferences: Path, judge: Path, sft: Path, **settings: Any) -> Report:
+    params = aligned.Params(
+        **{
+            "adapter": "lora",
+            "learning_rate": 1e-2,
+            "num_train_epochs": 2,
+            "samples": 4,
+            "max_new_tokens": 6,
+            "per_device_train_batch_size": 4,
+        }
+        | settings
+    )
+    return aligned.run(
+        "mine",
+        params,
+        COMPUTE,
+        preferences,
+        judge,
+        sft,
+        folder / "out",
+        folder / "curve.csv",
+        folder / "checkpoints",
+        folder / "live",
+        folder / "pages",
+    )
+
+
+def bytes_of(folder: Path) -> Mapping[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_an_answer_is_cut_from_its_prompt_where_it_begins_and_ends_with_the_end_of_turn(tiny_tokenizer: Any) -> None:
+    ((prompt, answer),) = answered(tiny_tokenizer, [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]])
+    assert tiny_tokenizer.decode(prompt).endswith("<|im_start|>assistant\n") and tiny_tokenizer.decode(answer) == "Yes<|im_end|>"
+
+
+def test_the_reward_model_prefers_as_people_do_on_pairs_it_never_saw(judged: tuple[Path, Report]) -> None:
+    folder, report = judged
+    assert not report.failures
+    assert report.metrics["accuracy"] == 1.0 and report.metrics["accuracy_interval"] == [
+        pytest.approx(0.676, abs=1e-3),
+        1.0,
+    ]  # Wilson, 8 of 8
+    assert report.metrics["by_category"] == {"even": {"accuracy": 1.0, "pairs": 4}}
+    assert (folder / "model.safetensors").is_file() and not (folder / "adapter_config.json").exists()
+
+
+def test_its_reward_of_an_answer_depends_on_no_neighbour(judged: tuple[Path, Report], preferences: Path) -> None:
+    model = reward.RewardModel(judged[0], torch.device("cpu"), torch.float32)
+    texts = [[{"role": "user", "content": "q"}, {"role": "assistant", "content": text}] for text in ("a", "zz" * 9, "hello")]
+    alone = [model([text])[0] for text in texts]
+    assert model(texts, batch_size=3) == pytest.approx(alone, abs=1e-5)
+    assert alone[0] > alone[1]
+
+
+def test_the_length_rule_is_learnt_from_train_and_told_beside_the_accuracy(tmp_path: Path, tiny_model: Path) -> None:
+    for split, numbers in {"train": range(4), "validation": range(0), "test": range(10, 14)}.items():
+        write_records(tmp_path / "pairs" / split, [pair(i, "ab", "abcd" if i != 13 else "a") for i in numbers], SCHEMA)
+    report = train_reward(tmp_path, tmp_path / "pairs", tiny_model, max_steps=1, min_accuracy=0.0)
+    assert (report.metrics["length_rule"], report.metrics["length_rule_says"]) == (0.75, "shorter")
+
+
+def test_a_reward_model_below_the_accuracy_asked_for_passes_nothing_on(tmp_path: Path, preferences: Path, tiny_model: Path) -> None:
+    report = train_reward(tmp_path, preferences, tiny_model, max_steps=3, learning_rate=1e-6, min_accuracy=1.0)
+    assert [check.name for check in report.failures] == ["prefers_as_people_do"]
+    assert "1.0 wanted" in report.failures[0].note
+
+
+def test_margins_are_refused_where_a_pair_has_none(tmp_path: Path, preferences: Path, tiny_model: Path) -> None:
+    with pytest.raises(InputError, match="26 pairs have no margin"):
+        train_reward(tmp_path, preferences, tiny_model, margins=True)
+
+
+def test_every_weight_may_learn_the_rewards_and_margins_hold_them_apart(tmp_path: Path, tiny_model: Path) -> None:
+    for split in ("train", "validation", "test"):
+        write_records(tmp_path / "pairs" / split, [pair(i, "aaa", "zzz", 1.0) for i in range(4)], SCHEMA)
+    settings = {"method": "full", "learning_rate": 1e-3, "margins": True, "center_rewards_coefficient": 0.01}
+    report = train_reward(tmp_path, tmp_path / "pairs", tiny_model, **settings)
+    assert not report.failures and report.metrics["accuracy"] == 1.0
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "dpo": {},
+    "kto": {},
+    "rloo": {"options": {"num_generations": 2, "max_completion_length": 6}, "max_steps": 3},
+    "grpo": {"options": {"num_generations": 2, "max_completion_length": 6}, "max_steps": 3, "rewards": {"reward_model": 1.0, "brief": 0.5}},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_from_the_sft_model_and_writes_what_it_saw(
+    method: str, tmp_path: Path, preferences: Path, judged: tuple[Path, Report], tiny_model: Path
+) -> None:
+    report = align_it(tmp_path, preferences, judged[0], tiny_model, method=method, **METHODS[method])
+    assert not report.failures, [check.note for check in report.failures]
+    assert json.loads((tmp_path / "out" / "training.json").read_text())["step_0"] == {
+        "largest_log_probability_difference": 0.0,
+        "kl_per_token": 0.0,
+    }
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == "data/merged/lora"
+    seen = read_table(tmp_path / "out" / "examples.parquet")
+    known = {row["example_id"] for row in read_table(preferences / "train" / "records-00000.parquet")}
+    assert seen and {row["example_id"] for row in seen} <= known
+    assert len(read_table(tmp_path / "out" / "samples.parquet")) == 4
+    assert "<script" not in (tmp_path / "pages" / "alignment.html").read_text() and (tmp_path / "live" / "loss.csv").is_file()
+
+
+def test_dpo_begins_at_a_loss_of_ln_2_and_learns_what_people_like(
+    tmp_path: Path, preferences: Path, judged: tuple[Path, Report], tiny_model: Path
+) -> None:
+    report = align_it(tmp_path, preferences, judged[0], tiny_model, method="dpo", num_train_epochs=4)
+    document = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert document["loss"]["first"] == pytest.approx(math.log(2), abs=1e-6)
+    assert document["validation"][0]["validation_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    told = report.metrics["preference"]
+    assert told["accuracy"]["aligned"] == 1.0 and told["implicit_reward_accuracy"]["value"] == 1.0
+    assert told["log_ratio"]["chosen"] > told["log_ratio"]["rejected"]
+
+
+@pytest.mark.parametrize("method", ["dpo", "rloo"])
+def test_a_training_stopped_on_the_way_ends_in_the_same_bytes(
+    method: str, tmp_path: Path, preferences: Path, judged: tuple[Path, Report], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"method": method, **METHODS[method], "max_steps": 3, "save_steps": 1, "gradient_accumulation_steps": 1}
+    align_it(tmp_path / "whole", preferences, judged[0], tiny_model, **settings)
+    from contextlib import contextmanager
+
+    from dagster_project.training import keeping
+
+    asked = iter([False, False, False, True] + [True] * 20)
+
+    @contextmanager
+    def stop() -> Any:
+        yield lambda: next(asked)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(keeping, "stop_on_request", stop)
+        with pytest.raises(Interrupted, match="interrupted at step"):
+            align_it(tmp_path / "stopped", preferences, judged[0], tiny_model, **settings)
+    assert list((tmp_path / "stopped" / "checkpoints").glob("step-*"))
+    align_it(tmp_path / "stopped", preferences, judged[0], tiny_model, **settings)
+    assert bytes_of(tmp_path / "whole" / "out") == bytes_of(tmp_path / "stopped" / "out")
+
+
+def test_another_tokenizer_in_the_reward_model_is_refused_before_anything_is_loaded(
+    tmp_path: Path, preferences: Path, judged: tuple[Path, Report], tiny_model: Path
+) -> None:
+    other = tmp_path / "judge"
+    other.mkdir()
+    (other / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match="the reward model has another tokenizer than lora"):
+        align_it(tmp_path, preferences, other, tiny_model, method="dpo")
+
+
+def test_a_reward_without_a_model_is_the_weighted_sum_of_its_rules() -> None:
+    rewards = reward.Rewards({"valid_json": 2.0, "distinct": 1.0}, None)
+    assert rewards([[], []], ['{"a": 1}', "no no no no"]) == [3.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("watch", "sign"),
+    [
+        ({}, ""),
+        ({"tokens": (10, 16)}, "answers grew from 10 to 16 tokens"),
+        ({"distinct": (0.9, 0.7)}, "not repeated fell from 0.90 to 0.70"),
+        ({"unfinished": (0.0, 0.5)}, "unfinished answers went from 0% to 50%"),
+    ],
+)
+def test_a_gamed_reward_shows_in_what_is_written(watch: dict[str, tuple[float, float]], sign: str) -> None:
+    found = {"tokens": (10, 15), "distinct": (0.9, 0.85), "unfinished": (0.1, 0.15)} | watch
+    signs = gamed({name: {"sft": a, "aligned": b, "difference": b - a} for name, (a, b) in found.items()})
+    assert len(signs) == bool(sign) and sign in "".join(signs)
+
+
+def test_paired_means_have_a_paired_interval() -> None:
+    assert paired([0, 1, 0, 1], [1, 2, 1, 2]) == {"sft": 0.5, "aligned": 1.5, "difference": 1.0, "interval": [1.0, 1.0]}
+
+
+def test_kto_estimates_kl_on_answers_to_another_prompt(tiny_tokenizer: Any) -> None:
+    pairs = [pair(i, f"good{i}", f"bad{i}") for i in range(3)]
+    rows = align.rows("kto", tiny_tokenizer, pairs)
+    own = {i: {tuple(good), tuple(bad)} for i, (_, good, bad) in enumerate(both(tiny_tokenizer, pairs))}
+    assert [row["label"] for row in rows] == [True, False] * 3
+    assert all(tuple(row["KL_completion_ids"]) not in own[row["pair"]] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"aligned": {"x": {"method": "dpo", "adapter": "lora", "options": {"beta": 0}}}},
+            "aligned.x.options.beta: Input should be greater than 0",
+        ),
+        ({"aligned": {"x": {"method": "dpo", "adapter": "gone"}}}, "aligned.x.adapter: there is no adapter.gone"),
+        ({"aligned": {"lora": {"method": "dpo", "adapter": "lora"}}}, "aligned.lora: adapter.lora has the same name"),
+        ({"aligned": {"x": {"method": "dpo", "adapter": "lora", "options": {"bata": 1}}}}, "aligned.x.options.bata: unknown key"),
+        ({"aligned": {"x": {"method": "dpo", "adapter": "lora", "options": {"loss_type": "exo_pair"}}}}, "exo_pair needs it above 0"),
+        ({"aligned": {"x": {"method": "rloo", "adapter": "lora", "per_device_train_batch_size": 6}}}, "no whole number of groups of 4"),
+        ({"aligned": {"x": {"method": "grpo", "adapter": "lora", "rewards": {"pretty": 1.0}}}}, "aligned.x.rewards: unknown: pretty"),
+        ({"aligned": {"x": {"method": "dpo", "adapter": "lora", "peft": {"rank": 4}}}}, "aligned.x.peft.rank: unknown key of lora"),
+        ({"aligned": None}, "aligned: must be a mapping"),
+        ({"reward_model": {"model": "merged/gone"}}, "reward_model.model: there is no adapter.gone"),
+        ({"reward_model": {"model": "elsewhere"}}, "reward_model.model"),
+        ({"adapter": {"lora": {"method": "prompt_tuning", "merge": False}}}, "adapter.lora makes no model that stands alone"),
+    ],
+)
+def test_an_entry_that_cannot_be_done_is_refused_in_words(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    from conftest import ROOT
+    from ruamel.yaml import YAML
+
+    values = YAML(typ="safe").load((ROOT / "params.yaml").read_text()) | change
+    (tmp_path / "params.yaml").write_text(json.dumps(values))
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    with pytest.raises(InputError) as error:
+        validate(tmp_path)
+    assert said in str(error.value)
+
+
+def test_the_reward_model_judges_two_systems(judged: tuple[Path, Report]) -> None:
+    from dagster_project.evaluation.judge import by_reward, by_reward_text
+    from dagster_project.evaluation.pairwise import Match, Pair
+
+    asked = [{"role": "user", "content": "q"}]
+    pairs = [Pair(str(i), asked, None, ("aaa", "zzz") if i else ("zzz", "aaa"), swapped=False) for i in range(4)]
+    found = by_reward(Match("m", ("ours", "theirs"), 0, pairs, identical=0), 4, judged[0])
+    assert (found["wins"], found["losses"], found["win_rate"]) == (3, 1, 0.75)
+    assert found["mean_reward"]["ours"] > found["mean_reward"]["theirs"] and "mean reward: ours" in by_reward_text(found)
