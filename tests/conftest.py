@@ -153,6 +153,8 @@ def quick(folder: Path, model: Path) -> Path:
             "learning_rate": 1e-3,
             "max_steps": 8,
         }
+        values["reward_model"] = {"model": "base_model", "max_steps": 3, "min_accuracy": 0.0}
+        values["aligned"] = {"dpo": {"method": "dpo", "adapter": "lora", "max_steps": 3, "samples": 2, "max_new_tokens": 4}}
         values["baselines"] = {"few_shot": 1, "retrieved": 1}
         values["evaluation"]["max_new_tokens"] = 4
         values["compute"]["dtype"] = "float32"

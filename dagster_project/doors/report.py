@@ -71,9 +71,8 @@ def describe(root: Path, state: StageState) -> dict[str, Any]:
     found |= {f"check/{name}": dg.MetadataValue.int(check["count"]) for name, check in report.get("checks", {}).items()}
     found |= {name: dg.MetadataValue.path(str(path)) for name, path in pages(root, state.address).items()}
     stage, _, variant = state.address.partition("@")
-    if stage in PLOTS:
-        plot, draw = PLOTS[stage]
-        path = root / "data" / "plots" / plot / f"{variant}.csv"
+    for plot, draw in PLOTS.get(stage, ()):
+        path = root / "data" / "plots" / (f"{plot}/{variant}.csv" if variant else f"{plot}.csv")
         if path.is_file():
             found[plot] = dg.MetadataValue.md(
                 f"![{plot}](data:image/png;base64,{draw(list(csv.DictReader(path.open())), root / state.out)})"
@@ -92,7 +91,7 @@ def live(root: Path, address: str) -> dict[str, float]:
     return found
 
 
-PAGES = {"report": "report.html", "training": "training.html", "data_docs": "data_docs/index.html", "review": "review.csv"}
+PAGES = {"report": "report.html", "training": "training.html", "alignment": "alignment.html", "data_docs": "data_docs/index.html", "review": "review.csv"}
 
 
 def pages(root: Path, address: str) -> dict[str, Path]:
@@ -179,8 +178,9 @@ def _png(figure: Any) -> str:
 def _draw_course(rows: list[dict[str, str]], out: Path) -> str:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 3))
-    for axes, name in zip(figure.subplots(1, 3), ("loss", "learning_rate", "grad_norm"), strict=True):
+    names = [name for name in rows[0] if name not in {"step", "tokens"}][:8] if rows else ["loss"]
+    figure = Figure(figsize=(4 * min(4, len(names)), 3 * -(-len(names) // 4)))
+    for axes, name in zip(figure.subplots(-(-len(names) // 4), min(4, len(names)), squeeze=False).flat, names, strict=False):
         axes.plot([int(row["step"]) for row in rows], [float(row[name]) for row in rows], linewidth=1.2, label=name)
         axes.set(xlabel="step", title=name)
         axes.grid(alpha=0.3)
@@ -210,5 +210,23 @@ def _draw_confusion(rows: list[dict[str, str]], _: Path) -> str:
     return _png(figure)
 
 
-PLOTS = {"adapter": ("loss", _draw_course), "evaluation": ("confusion", _draw_confusion)}
-"""Stage -> the table it leaves for `dvc plots`, and how to draw it."""
+def _draw_calibration(rows: list[dict[str, str]], _: Path) -> str:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4, 4))
+    axes = figure.subplots()
+    axes.plot([0.5, 1], [0.5, 1], color="grey", linestyle=":", label="perfectly calibrated")
+    axes.plot([float(row["confidence"]) for row in rows], [float(row["accuracy"]) for row in rows], marker="o", label="held-out pairs")
+    axes.set(xlabel="how sure the reward model is", ylabel="how often it is right")
+    axes.legend()
+    return _png(figure)
+
+
+PLOTS = {
+    "adapter": [("loss", _draw_course)],
+    "evaluation": [("confusion", _draw_confusion)],
+    "reward_model": [("reward", _draw_course), ("calibration", _draw_calibration)],
+    "aligned": [("alignment", _draw_course)],
+    "evaluation_aligned": [("confusion_aligned", _draw_confusion)],
+}
+"""Stage -> the tables it leaves for `dvc plots`, and how to draw them."""
