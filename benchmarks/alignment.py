@@ -61,7 +61,15 @@ def one(method: str, seed: int, adapter: str, episodes: int, project: Path, scor
             merged.run(compute, data / "merged" / adapter, folder / "aligned", out=folder / "merged")
             settings = params.parse(Settings, values.get("evaluation"), "evaluation").model_copy(update={"benchmarks": []})
             scored = evaluation.run(
-                project, method, settings, compute, folder / "merged", data / "base_model", data / "splits", folder / "scored", folder / "confusion.csv"
+                project,
+                method,
+                settings,
+                compute,
+                folder / "merged",
+                data / "base_model",
+                data / "splits",
+                folder / "scored",
+                folder / "confusion.csv",
             )
             found["macro_f1"] = scored.metrics.get("macro_f1")
     return found
@@ -128,11 +136,22 @@ def main() -> int:
         for method in options.methods:
             if any(run["method"] == method and run["seed"] == seed for run in kept):
                 continue
-            given = {"method": method, "seed": seed, "adapter": options.adapter, "episodes": options.episodes, "project": str(options.project), "score": seed == 1}
+            given = {
+                "method": method,
+                "seed": seed,
+                "adapter": options.adapter,
+                "episodes": options.episodes,
+                "project": str(options.project),
+                "score": seed == 1,
+            }
             print(f"{method}, seed {seed}", file=sys.stderr, flush=True)
             env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
             done = subprocess.run(
-                [sys.executable, "-W", "ignore", __file__, "--child", json.dumps(given)], env=env, capture_output=True, text=True, check=False
+                [sys.executable, "-W", "ignore", __file__, "--child", json.dumps(given)],
+                env=env,
+                capture_output=True,
+                text=True,
+                check=False,
             )
             error = {"method": method, "seed": seed, "error": (done.stderr.strip().splitlines() or [""])[-1]}
             kept.append(json.loads(done.stdout.strip().splitlines()[-1]) if done.returncode == 0 else error)

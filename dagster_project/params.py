@@ -72,7 +72,8 @@ def parse(model: type[S], values: Any, where: str, file: str = "params.yaml") ->
             if problem["type"] == "extra_forbidden":
                 lines.append(f"{file}: {place}: unknown key")
                 owner = ".".join([where, *map(str, problem["loc"][:-1])])
-                hints.append(f"keys of {owner}: {', '.join(_at(model, problem['loc'][:-1]).model_fields)}")
+                keys = (field.alias or name for name, field in _at(model, problem["loc"][:-1]).model_fields.items())
+                hints.append(f"keys of {owner}: {', '.join(keys)}")
             elif problem["type"] == "missing":
                 lines.append(f"{file}: {place}: missing")
             else:

@@ -142,6 +142,21 @@ def merged(at: At) -> Report:
     return stage.run(at.compute, at.made_by("base_model"), at.made_by("adapter"), out=at.out)
 
 
+def raw_preferences(at: At) -> Report:
+    from dagster_project.stages import raw_preferences as stage
+
+    return stage.run(at.root, at.params("raw_preferences", stage.Params), out=at.out)
+
+
+def preferences(at: At) -> Report:
+    from dagster_project.stages import preferences as stage
+
+    return stage.run(
+        at.root, at.params("preferences", stage.Params), at.compute.seed, at.made_by("raw_preferences"), at.made_by("splits"),
+        at.made_by("base_model"), out=at.out, pages=at.pages, previous=at.recorded(),
+    )  # fmt: skip
+
+
 def baselines(at: At) -> Report:
     from dagster_project.evaluation.measure import Settings
     from dagster_project.stages import baselines as stage
@@ -252,6 +267,8 @@ STREET: dict[str, Callable[[At], Report]] = {
     "tokenized": tokenized,
     "adapter": adapter,
     "merged": merged,
+    "raw_preferences": raw_preferences,
+    "preferences": preferences,
     "reward_model": reward_model,
     "aligned": aligned,
     "merged_aligned": merged_aligned,
@@ -319,8 +336,20 @@ def validate(root: Path) -> dict[str, Any]:
         InputError: unknown section, unknown key, wrong value, missing or outside file. Nothing has been changed.
     """
     from dagster_project.curation.review import refuse_expired
+    from dagster_project.curation.sources import locate, locate_sources
     from dagster_project.evaluation.measure import Settings
-    from dagster_project.stages import adapter, base_model, baselines, instructions, raw_examples, reward_model, splits, tokenized
+    from dagster_project.stages import (
+        adapter,
+        base_model,
+        baselines,
+        instructions,
+        preferences,
+        raw_examples,
+        raw_preferences,
+        reward_model,
+        splits,
+        tokenized,
+    )
     from dagster_project.training import auto, methods, templates
 
     sections: dict[str, type[Section]] = {
@@ -330,6 +359,8 @@ def validate(root: Path) -> dict[str, Any]:
         "instructions": instructions.Params,
         "splits": splits.Params,
         "tokenized": tokenized.Params,
+        "raw_preferences": raw_preferences.Params,
+        "preferences": preferences.Params,
         "reward_model": reward_model.Params,
         "baselines": baselines.Params,
         "evaluation": Settings,
@@ -355,19 +386,21 @@ def validate(root: Path) -> dict[str, Any]:
                 f"params.yaml: compute.processes: adapter.{name} trains by feature_extraction, which takes no steps to share", "set it to 1"
             )
     _check_aligned(values, parsed["reward_model"])
-    raw_examples.locate_sources(root, parsed["raw_examples"].sources)  # type: ignore[attr-defined]
-    judged: instructions.Params = parsed["instructions"]  # type: ignore[assignment]
-    refuse_expired(judged.waivers, "params.yaml: instructions.waivers", date.today())
-    for name, folder in (("review", "data/sources/review"), ("expectations", "data/expectations")):
-        if path := getattr(judged, name):
-            raw_examples.locate(root, path, f"instructions.{name}", folder)
+    for section in ("raw_examples", "raw_preferences"):
+        locate_sources(root, parsed[section].sources, f"{section}.sources")  # type: ignore[attr-defined]
+    for section in ("instructions", "preferences"):
+        refuse_expired(parsed[section].waivers, f"params.yaml: {section}.waivers", date.today())  # type: ignore[attr-defined]
+        if review := parsed[section].review:  # type: ignore[attr-defined]
+            locate(root, review, f"{section}.review", "data/sources/review")
+    if suite := parsed["instructions"].expectations:  # type: ignore[attr-defined]
+        locate(root, suite, "instructions.expectations", "data/expectations")
     augment = parsed["splits"].augment  # type: ignore[attr-defined]
     if augment and augment.paraphrases:
-        raw_examples.locate(root, augment.paraphrases, "splits.augment.paraphrases", "data/sources/paraphrases")
+        locate(root, augment.paraphrases, "splits.augment.paraphrases", "data/sources/paraphrases")
     templates.locate(root, parsed["tokenized"].chat_template)  # type: ignore[attr-defined]
-    for section in ("instructions", "evaluation"):
+    for section in ("instructions", "preferences", "evaluation"):
         for path in parsed[section].benchmarks:  # type: ignore[attr-defined]
-            raw_examples.locate(root, path, f"{section}.benchmarks", "data/sources/benchmarks")
+            locate(root, path, f"{section}.benchmarks", "data/sources/benchmarks")
     return values
 
 

@@ -54,6 +54,27 @@ def record_schema() -> pa.Schema:
 
 
 @cache
+def pair_schema() -> pa.Schema:
+    """The canonical preference pair."""
+    import pyarrow as pa
+
+    messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    return pa.schema(
+        [
+            ("example_id", pa.string()),  # content hash of prompt, chosen and rejected
+            ("source", pa.string()),
+            ("prompt", messages),  # ends with a user turn
+            ("chosen", messages),  # what is said after the prompt, the assistant first
+            ("rejected", messages),
+            ("margin", pa.float64()),  # nullable: how much better `chosen` is, in the source's own unit
+            ("category", pa.string()),  # nullable
+            ("group_id", pa.string()),  # cluster of pairs with nearly the same prompt; null until `preferences` sets it
+            ("meta", pa.string()),  # JSON: what the source row held beyond these
+        ]
+    )
+
+
+@cache
 def ledger_schema() -> pa.Schema:
     """What happened to each source row."""
     import pyarrow as pa
@@ -73,6 +94,12 @@ def example_id(messages: Sequence[dict[str, str]]) -> str:
     """Content hash of the messages: sha256 over their canonical JSON, 128 bits in hex."""
     canonical = CANONICAL.encode([[m["role"], m["content"]] for m in messages])
     return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def pair_id(prompt: Sequence[dict[str, str]], chosen: Sequence[dict[str, str]], rejected: Sequence[dict[str, str]]) -> str:
+    """Content hash of a preference pair."""
+    sides = {"chosen": chosen, "rejected": rejected}
+    return example_id([*prompt, *({"role": side, "content": CANONICAL.encode(said)} for side, said in sides.items())])
 
 
 CANONICAL = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
@@ -133,9 +160,33 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     return [row for shard in sorted(folder.glob("records-*.parquet")) for row in read_table(shard)]
 
 
+PREFERENCE = ("example_id", "prompt", "chosen", "rejected", "margin", "category", "group_id")
+"""What of a pair a trainer reads."""
+
+
+@uncollected
 def read_preferences(folder: Path) -> list[dict[str, Any]]:
-    """Pairs of one split, in order."""
-    return read_records(folder)
+    """The pairs of a split of `preferences`, in TRL's conversational form:
+
+    {"example_id": "5d41...", "prompt": [user "Hi"], "chosen": [assistant "Hello"], "rejected": [assistant "What?"], "margin": None,
+     "category": None, "group_id": "5d41..."}
+    """
+    return [row for shard in sorted(folder.glob("records-*.parquet")) for row in read_table(shard, PREFERENCE)]
+
+
+READ, JOINED = "read", "joined"
+"""Outcomes in the ledger of `raw_preferences`: a row that begins a pair, and a row that is the other half of the pair before it."""
+
+
+@uncollected
+def read_pairs(folder: Path) -> list[dict[str, Any]]:
+    """The output of `raw_preferences`: the pairs in order, each with its `source_rows` from the ledger and the first of them as `source_row`."""
+    rows: list[list[int]] = []
+    for line in read_ledger(folder):
+        if line["outcome"] == READ:
+            rows.append([])
+        rows[-1].append(line["source_row"])
+    return [{**pair, "source_row": found[0], "source_rows": found} for pair, found in zip(read_records(folder), rows, strict=True)]
 
 
 @uncollected

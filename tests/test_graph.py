@@ -54,11 +54,24 @@ def test_the_parameters_page_names_every_parameter() -> None:
     from dagster_project.evaluation.measure import Settings
     from dagster_project.evaluation.metrics import Task
     from dagster_project.params import Compute
-    from dagster_project.stages import adapter, aligned, base_model, baselines, instructions, raw_examples, reward_model, splits, tokenized
+    from dagster_project.stages import (
+        adapter,
+        aligned,
+        base_model,
+        baselines,
+        instructions,
+        preferences,
+        raw_examples,
+        raw_preferences,
+        reward_model,
+        splits,
+        tokenized,
+    )
     from dagster_project.training import align
 
     page = (ROOT / "docs" / "parameters.md").read_text()
     listed = set(re.findall(r"^\| `([a-z_0-9]+)` \|", page, re.MULTILINE))
     models = [Compute, base_model.Params, raw_examples.Params, raw_examples.Source, instructions.Params, splits.Params, tokenized.Params,
-              adapter.Params, reward_model.Params, aligned.Params, *align.OPTIONS.values(), baselines.Params, Settings, Task]  # fmt: skip
-    assert listed == {name for model in models for name in model.model_fields}
+              raw_preferences.Params, preferences.Params, adapter.Params, reward_model.Params, aligned.Params,
+              *align.OPTIONS.values(), baselines.Params, Settings, Task]  # fmt: skip
+    assert listed == {field.alias or name for model in models for name, field in model.model_fields.items()}

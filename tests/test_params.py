@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from dagster_project import params
+from dagster_project.curation.sources import locate
 from dagster_project.errors import InputError
 from dagster_project.params import Compute, inside, parse
 from dagster_project.stages import raw_examples, splits
@@ -133,9 +134,10 @@ def test_a_missing_path_is_refused(root: Path) -> None:
 
 def test_a_source_must_be_a_file_in_the_folder_that_is_watched(root: Path) -> None:
     (root / "data/rows.jsonl").write_text("{}")
-    assert raw_examples.locate(root, "data/sources/rows.jsonl").name == "rows.jsonl"
-    assert "data/rows.jsonl is not inside data/sources/" in refused(raw_examples.locate, root, "data/rows.jsonl").what
-    assert "data/sources is a folder" in refused(raw_examples.locate, root, "data/sources").what
+    here = ("here", "data/sources")
+    assert locate(root, "data/sources/rows.jsonl", *here).name == "rows.jsonl"
+    assert "data/rows.jsonl is not inside data/sources/" in refused(locate, root, "data/rows.jsonl", *here).what
+    assert "data/sources is a folder" in refused(locate, root, "data/sources", *here).what
 
 
 @pytest.mark.parametrize("content", ["expires: 2027-02-30", "n: !!int a", "a: [1"])

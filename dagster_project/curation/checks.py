@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import eq, gt
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
@@ -297,6 +298,7 @@ def judge(
     tokens: Tokens = ESTIMATED,
     decisions: Sequence[Decision] = (),
     kind: Literal["examples", "preferences", "benchmark"] = "examples",
+    divide: Callable[[Sequence[dict[str, Any]], Facts, list[int]], dict[int, str]] | None = None,
 ) -> Judgement:
     """Run every check on canonical records or pairs (with `source` and `source_row`).
 
@@ -304,6 +306,8 @@ def judge(
         held_out: questions that must not be trained on; empty where there are none, and `benchmark_leakage` says so.
         tokens: the base model's tokenizer and template.
         decisions: what people wrote in the review file.
+        divide: deals the rows that are kept (their indices are given) out to splits, and returns which of them are dropped for
+            `split_leakage`, and why.
     """
     records, edits = edited(records, decisions)
     waived = resolve(rules.waivers, decisions, records, {item.place for item in held_out})
@@ -324,6 +328,10 @@ def judge(
         if (decision := out.get(record["example_id"])) and reason[i] is None:
             reason[i], said[i] = decision.check, f"dropped: {decision.reason}"
     kept = [i for i, why in enumerate(reason) if why is None]
+    for i, why in divide(records, facts, kept).items() if divide and kept else ():
+        reason[i], said[i] = "split_leakage", why
+        kept.remove(i)
+        broken["split_leakage"] = sorted({*broken.get("split_leakage", ()), i})
     waiting = [(i, name) for name in ROW_CHECKS if rules.action(name) == "review" for i in broken.get(name, []) if reason[i] is None]
 
     counts = tokens.count([_text(records[i]) for i in kept]) if kept and len(kept) <= COUNTED and not tokens.estimated else None
@@ -332,7 +340,8 @@ def judge(
     failures = {"schema": "no rows are left"} if not kept else profiles.failures(profile, rules, near)
     notes = profiles.notes(profile, rules, near) | failures
     if kind == "preferences" and kept:
-        share = sum(_chosen_is_longer(records[i]) for i in kept) / len(kept)
+        profile |= (length := _length([records[i] for i in kept]))
+        share = length["length_rule_accuracy"]
         notes["length_bias"] = f'chosen is longer in {share:.0%} of pairs, so "the longer one wins" would be right that often'
         failures |= _set_failures("chosen_is_longer", share, length_schema(rules.max_longer_share), notes)
     if not held_out:
@@ -359,10 +368,11 @@ def _text(record: dict[str, Any]) -> str:
     return "\n".join(m["content"] for m in record["messages"])
 
 
-def _chosen_is_longer(pair: dict[str, Any]) -> float:
-    """1, or 0, or one half where both are as long."""
-    chosen, rejected = (sum(len(m["content"]) for m in side) for side in (pair["messages"][pair["asked"] :], pair["rejected"]))
-    return 0.5 if chosen == rejected else float(chosen > rejected)
+def _length(pairs: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """How often the chosen response has more characters, and how often "the longer one wins" is right, where a pair of equals counts one half."""
+    sides = [[sum(len(m["content"]) for m in side) for side in (pair["messages"][pair["asked"] :], pair["rejected"])] for pair in pairs]
+    longer, equal = (sum(of(*lengths) for lengths in sides) for of in (gt, eq))
+    return {"chosen_longer_share": round(longer / len(pairs), 4), "length_rule_accuracy": round((longer + equal / 2) / len(pairs), 4)}
 
 
 def _set_failures(column: str, value: float, schema: pa.DataFrameSchema, notes: dict[str, str]) -> dict[str, str]:

@@ -102,7 +102,7 @@ def gather(
         | problem | why the source row could not be read, else null |
         | roles_valid, ends_with_assistant, has_prompt, has_response | about the messages |
         | input_is_real | false where the input only says that there is none |
-        | response_tokens, tokens | of the last response, of the conversation; null where far from the limit |
+        | response_tokens, tokens | of the last response, of the conversation (of a pair the longer one, as the template writes it); null where far from the limit |
         | template_mark | a control token or boilerplate of a chat template in the text, else null |
         | misfit | why the conversation does not fit the base model's chat template, else null |
         | damage | what is wrong with the encoding, else null |
@@ -155,6 +155,12 @@ def gather(
         max_tokens,
         min_response,
     )
+    if tokens.rendered:
+        for i, record in enumerate(records):
+            if record.get("rejected") and record["messages"]:
+                sides = (record["messages"], [*record["messages"][: record["asked"]], *record["rejected"]])
+                written = [n for side in sides if (n := tokens.rendered(side)) is not None]
+                counted[i] = max(written, default=counted[i])
     rejected = [record.get("rejected") for record in records]
     marks = template_marks(texts, tokens.special)
     sound = [roles_are_valid(r["messages"], meta) for r, meta in zip(records, metas, strict=True)]

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from dagster_project.curation.files import Row, files_of, read_rows
 from dagster_project.errors import InputError
-from dagster_project.records import example_id
+from dagster_project.records import example_id, pair_id
 
 Messages = list[dict[str, str]]
 T = TypeVar("T")
@@ -187,6 +187,8 @@ class PairLayout:
     """Keys that went into the pairs; the others are kept in `meta`."""
     judged: str = ""
     """Key that is true or false in each row. Where it holds anything else, the row is told to be in another layout."""
+    category: str = "category"
+    """Key of the pair's category."""
 
 
 def _said(value: Any, role: str) -> Messages:
@@ -299,7 +301,7 @@ PAIR_LAYOUTS: dict[str, PairLayout] = {
 
 RECORD_FIELDS = {"prompt": True, "response": True, "system": False, "category": False}
 """Field a `mapping` may name -> whether it must."""
-PAIR_FIELDS = {"prompt": True, "chosen": True, "rejected": True}
+PAIR_FIELDS = {"prompt": True, "chosen": True, "rejected": True, "category": False}
 
 
 def mapping_problem(mapping: Mapping[str, str], fields: Mapping[str, bool] = RECORD_FIELDS) -> str:
@@ -323,8 +325,13 @@ def _mapped(mapping: Mapping[str, str]) -> Layout:
 
 
 def _mapped_pairs(mapping: Mapping[str, str]) -> PairLayout:
-    columns = frozenset(mapping.values())
-    return PairLayout(columns, _preference(mapping["prompt"], mapping["chosen"], mapping["rejected"]), columns | {"system", "margin"})
+    columns = [mapping[field] for field in ("prompt", "chosen", "rejected")]
+    return PairLayout(
+        keys=frozenset(columns),
+        pairs=_preference(*columns),
+        used=frozenset(columns) | {"system", "margin"},
+        category=mapping.get("category", "category"),
+    )
 
 
 def detect(rows: Sequence[Row], name: str, layouts: Mapping[str, Layout] | Mapping[str, PairLayout] = LAYOUTS) -> str:
@@ -447,21 +454,42 @@ def to_records(
     Returns:
         The layout used ("mapping" for one's own; those of a folder joined by ", "), and the records (`record_schema` plus `source_row`).
     """
+    return of_files(path, source, layout, mapping, split, records_of)
+
+
+FROM_FILE_NAMES = "from_file_names"
+
+
+class Reader(Protocol):
+    """`records_of` or `pairs_of`."""
+
+    def __call__(
+        self,
+        rows: list[Row],
+        name: str,
+        source: str,
+        layout: str = "auto",
+        mapping: Mapping[str, str] | None = None,
+        split: str | None = None,
+    ) -> tuple[str, list[dict[str, Any]]]: ...
+
+
+def of_files(
+    path: Path, source: str, layout: str, mapping: Mapping[str, str] | None, split: str | None, read: Reader
+) -> tuple[str, list[dict[str, Any]]]:
+    """What `read` makes of a file, or of each file of a folder."""
     used: dict[str, None] = {}
-    records: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
     labels = set()
     for file, name, place in _each(path, source):
         label = split_of_file(name) if split == FROM_FILE_NAMES else split
         labels.add(label)
-        found, more = records_of(read_rows(file), name, place, layout, mapping, label)
-        used[found] = None
-        records += more
+        told, more = read(read_rows(file), name, place, layout, mapping, label)
+        used[told] = None
+        found += more
     if split == FROM_FILE_NAMES and labels == {None}:
         raise InputError(f"{path.name}: no file is named after a split", f"name them {', '.join(SPLITS)}, or leave split out")
-    return ", ".join(used), records
-
-
-FROM_FILE_NAMES = "from_file_names"
+    return ", ".join(used), found
 
 
 def _each(path: Path, source: str) -> list[tuple[Path, str, str]]:
@@ -486,7 +514,9 @@ def _handed_over(rows: list[Row]) -> Iterator[Row]:
         yield rows.pop()
 
 
-def to_pairs(path: Path, source: str, layout: str = "auto", mapping: Mapping[str, str] | None = None) -> tuple[str, list[dict[str, Any]]]:
+def to_pairs(
+    path: Path, source: str, layout: str = "auto", mapping: Mapping[str, str] | None = None, split: str | None = None
+) -> tuple[str, list[dict[str, Any]]]:
     """Preference pairs. Every row of the file is in the `source_rows` of at least one; a tree may give several, and two KTO rows make one:
 
     {"prompt": "Hi", "completion": "Hello", "label": true}   ->  {"source_rows": [0, 1], "margin": None, "prompt": [user "Hi"],
@@ -496,16 +526,16 @@ def to_pairs(path: Path, source: str, layout: str = "auto", mapping: Mapping[str
     `meta.problem`.
 
     Args:
-        mapping: field (prompt, chosen, rejected) -> column, for a layout of one's own.
+        mapping: field (prompt, chosen, rejected, category) -> column, for a layout of one's own.
+        split: as for `to_records`. Two KTO rows of different splits make no pair.
     Returns:
-        The layout used, and the pairs: source, source_rows, prompt, chosen, rejected, margin, same_prompt, category, meta (JSON).
+        The layout used, and the pairs (`pair_schema` plus `source_row`, the first of its `source_rows`).
     """
-    found = [pairs_of(read_rows(file), name, place, layout, mapping) for file, name, place in _each(path, source)]
-    return ", ".join(dict.fromkeys(used for used, _ in found)), [pair for _, pairs in found for pair in pairs]
+    return of_files(path, source, layout, mapping, split, pairs_of)
 
 
 def pairs_of(
-    rows: list[Row], name: str, source: str, layout: str = "auto", mapping: Mapping[str, str] | None = None
+    rows: list[Row], name: str, source: str, layout: str = "auto", mapping: Mapping[str, str] | None = None, split: str | None = None
 ) -> tuple[str, list[dict[str, Any]]]:
     """As `to_pairs`, of rows read already. The list is emptied meanwhile."""
     mapped = _mapped_pairs(_sound(mapping, PAIR_FIELDS, name)) if mapping else None
@@ -514,26 +544,48 @@ def pairs_of(
     waiting: dict[tuple[str, str], deque[dict[str, Any]]] = defaultdict(deque)
     for row in _handed_over(rows):
         pairs, problem = _read(row, used.pairs, [Pair([], [], [])])
-        kept = _kept(row, used.used, "category")
+        kept = _kept(row, used.used, used.category)
+        label = split or canonical_split((row.value or {}).get("split"))
+        labelled = {"split": label} if label and not problem else {}
         for pair in pairs:
             side, other = ("chosen", "rejected") if pair.chosen else ("rejected", "chosen")
             messages = {"chosen": pair.chosen, "rejected": pair.rejected}
             half = not problem and not messages[other]
-            same = json.dumps(pair.prompt)
+            same = json.dumps([label, pair.prompt])
             if half and waiting[same, other]:
                 entry = waiting[same, other].popleft()
                 entry[side] = messages[side]
                 entry["source_rows"].append(row.source_row)
-                entry["meta"] = {other: entry["meta"][other], side: kept}
+                entry["meta"] = {other: entry["meta"][other], side: kept, **labelled}
                 continue
             missing = f"no {other} completion of the same prompt"
             meta = {"problem": problem, "row": row.value} if problem else {side: kept, "problem": missing} if half else kept
-            entry = {"source": source, "source_rows": [row.source_row], "prompt": pair.prompt, **messages, "margin": pair.margin}
-            entry["same_prompt"] = not problem.startswith(MISMATCH)
-            entries.append({**entry, "category": _category(row, "category"), "meta": meta})
+            entry = {"source": source, "source_row": row.source_row, "source_rows": [row.source_row], "prompt": pair.prompt, **messages}
+            entries.append(
+                {**entry, "margin": pair.margin, "category": _category(row, used.category), "group_id": None, "meta": {**meta, **labelled}}
+            )
             if half:
                 waiting[same, side].append(entries[-1])
-    return layout, [{**entry, "meta": json.dumps(entry["meta"], sort_keys=True)} for entry in entries]
+    return layout, [{"example_id": _pair_id(entry), **entry, "meta": json.dumps(entry["meta"], sort_keys=True)} for entry in entries]
+
+
+def _pair_id(entry: dict[str, Any]) -> str:
+    """Of what could not be read, the content is the row."""
+    sides = [entry[side] for side in ("prompt", "chosen", "rejected")]
+    if any(sides):
+        return pair_id(*sides)
+    return example_id([{"role": "malformed", "content": json.dumps(entry["meta"]["row"], ensure_ascii=False, sort_keys=True)}])
+
+
+def as_record(pair: dict[str, Any]) -> dict[str, Any]:
+    """A pair as the checks look at it, a record whose `messages` end with what was chosen:
+
+    prompt [user "Hi"], chosen [assistant "Hello"]  ->  messages [user "Hi", assistant "Hello"], asked 1
+    """
+    messages = [*pair["prompt"], *pair["chosen"]]
+    mismatch = not messages and str(json.loads(pair["meta"]).get("problem")).startswith(MISMATCH)
+    kept = {key: value for key, value in pair.items() if key not in {"prompt", "chosen"}}
+    return {**kept, "messages": messages, "asked": len(pair["prompt"]), "same_prompt": not mismatch}
 
 
 def _sound(mapping: Mapping[str, str], fields: Mapping[str, bool], name: str) -> Mapping[str, str]:

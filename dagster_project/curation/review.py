@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from dagster_project.errors import InputError
 from dagster_project.params import Section
-from dagster_project.records import example_id, prompt_text, response_text
+from dagster_project.records import example_id, pair_id, prompt_text, response_text
 
 Decide = Literal["accept", "drop", "edit"]
 COLUMNS = ("example_id", "place", "check", "prompt", "response", "decision", "reason", "new_prompt", "new_response")
@@ -190,7 +190,9 @@ def edited(records: Sequence[dict[str, Any]], decisions: Sequence[Decision]) -> 
             at = max((k for k, message in enumerate(messages) if message["role"] == role), default=None)
             if text.strip() and at is not None:
                 messages[at]["content"] = text
-        result[i] = {**record, "messages": messages, "example_id": example_id(messages)}
+        asked = record.get("asked")
+        identity = example_id(messages) if asked is None else pair_id(messages[:asked], messages[asked:], record["rejected"])
+        result[i] = {**record, "messages": messages, "example_id": identity}
         reasons[i] = edit.reason
     return result, reasons
 

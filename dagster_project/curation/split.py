@@ -252,7 +252,7 @@ WHYS = {"copy": "near-copies", "group": "the same group", "id": "the same exampl
 
 
 @uncollected
-def prove(folder: Path, copies: Copies, known: set[str]) -> Proof:
+def prove(folder: Path, copies: Copies, known: set[str], elsewhere: Path | None = None) -> Proof:
     """Read the shards of train, validation and test back and look for rows that stand in, or nearly in, two of them.
 
     Near-copies are those of the one search over the whole set (`find_copies`), dropped rows included, whatever `group_id` says. A search of
@@ -264,6 +264,7 @@ def prove(folder: Path, copies: Copies, known: set[str]) -> Proof:
         folder: what `write_records` wrote, one folder per split.
         copies: of all rows that were dealt out.
         known: the example_id of each of them.
+        elsewhere: a folder of records that count as rows of test, whose texts the search saw as well.
     Raises:
         AssertionError: a held-out row says something that was in no row dealt out.
     """
@@ -275,7 +276,8 @@ def prove(folder: Path, copies: Copies, known: set[str]) -> Proof:
     strangers: list[str] = []
     added: dict[str, int] = {}  # text that the search did not see -> first row of train that has it
     for code, name in enumerate(SPLITS):
-        for shard in sorted((folder / name).glob("records-*.parquet")):
+        shards = sorted((folder / name).glob("records-*.parquet"))
+        for shard in [*shards, *(sorted(elsewhere.glob("records-*.parquet")) if elsewhere and name == TEST else ())]:
             for identity, group, text in _read(shard):
                 number = copies.number.get(text, -1)
                 if identity not in known and name != TRAIN:
@@ -336,11 +338,13 @@ def prove(folder: Path, copies: Copies, known: set[str]) -> Proof:
 
 
 def _read(shard: Path) -> Iterator[tuple[str, str, str]]:
-    """example_id, group_id and `subject` of each row, column by column: building every message as a dict would take most of the proof's time."""
+    """example_id, group_id and `subject` of each row, column by column: building every message as a dict would take most of the proof's time.
+    The subject of a pair is that of its prompt."""
     import pyarrow.parquet as pq
 
-    table = pq.read_table(shard, columns=["example_id", "group_id", "messages"]).combine_chunks()
-    said = table["messages"].combine_chunks()
+    column = "messages" if "messages" in pq.read_schema(shard).names else "prompt"
+    table = pq.read_table(shard, columns=["example_id", "group_id", column]).combine_chunks()
+    said = table[column].combine_chunks()
     turns = said.flatten()
     roles, contents = (turns.field(name).to_pylist() for name in ("role", "content"))
     lengths = said.value_lengths().to_pylist()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dagster_project.chat import pieces
+from dagster_project.chat import Messages, pieces, render
 from dagster_project.errors import InputError
 
 
@@ -16,12 +16,14 @@ class Tokens:
 
     count: Callable[[Sequence[str]], list[int]]
     """Tokens of each text, without a template."""
-    misfit: Callable[[Sequence[dict[str, str]]], str | None] | None = None
+    misfit: Callable[[Messages], str | None] | None = None
     """Why a conversation does not fit the chat template, or None if it does; None itself where there is no template to look at."""
     special: frozenset[str] = frozenset()
     """The tokenizer's own control tokens."""
     estimated: bool = False
     """Whether the counts are a guess, for want of a tokenizer."""
+    rendered: Callable[[Messages], int | None] | None = None
+    """Tokens of a conversation as the chat template writes it, None if that refuses it; None itself where there is no template."""
 
 
 def _four_bytes(texts: Sequence[str]) -> list[int]:
@@ -51,7 +53,13 @@ def tokens_of(base_model: Path) -> Tokens:
             for encoding in backend.encode_batch_fast(list(texts[start : start + step]), add_special_tokens=False)
         ]
 
-    def misfit(messages: Sequence[dict[str, str]]) -> str | None:
+    def rendered(messages: Messages) -> int | None:
+        try:
+            return count([render(tokenizer, messages)])[0]
+        except InputError:
+            return None
+
+    def misfit(messages: Messages) -> str | None:
         try:
             pieces(tokenizer, messages)
         except InputError as error:
@@ -61,4 +69,4 @@ def tokens_of(base_model: Path) -> Tokens:
         return None
 
     special = frozenset(str(token) for token in tokenizer.all_special_tokens if len(str(token)) > 3)
-    return Tokens(count, misfit if tokenizer.chat_template else None, special)
+    return Tokens(count, misfit, special, rendered=rendered) if tokenizer.chat_template else Tokens(count, special=special)

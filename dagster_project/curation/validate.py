@@ -140,7 +140,7 @@ def _rows(rows: list[Row], source: str, layout: str, split: str | None = None) -
     name = source.rpartition("/")[2]
     kind, layout = _kind(rows, name, layout)
     if kind == "preferences":
-        return Loaded(kind, layout, [_pair(pair) for pair in formats.pairs_of(rows, name, source, layout)[1]])
+        return Loaded(kind, layout, [formats.as_record(pair) for pair in formats.pairs_of(rows, name, source, layout, split=split)[1]])
     if kind == "benchmark":
         return Loaded(kind, layout, [_question(layout, row, source) for row in rows])
     return Loaded(kind, layout, formats.records_of(rows, name, source, layout, split=split)[1])
@@ -199,18 +199,6 @@ def _is_sound(record: Mapping[str, Any]) -> bool:
         *(text for message in record["messages"] for text in (message["role"], message["content"])),
     ]
     return all(isinstance(text, str) for text in texts) and isinstance(json.loads(record["meta"]), dict)
-
-
-def _pair(pair: dict[str, Any]) -> dict[str, Any]:
-    """A preference pair as a record: `messages` end with what was chosen."""
-    messages = [*pair["prompt"], *pair["chosen"]]
-    whole = [*messages, {"role": "rejected", "content": json.dumps(pair["rejected"], ensure_ascii=False)}]
-    return {
-        "example_id": example_id(whole), "source": pair["source"], "source_row": pair["source_rows"][0], "source_rows": pair["source_rows"],
-        "messages": messages,
-        "asked": len(pair["prompt"]), "rejected": pair["rejected"], "margin": pair["margin"], "same_prompt": pair["same_prompt"], "category": pair["category"], "group_id": None,
-        "meta": pair["meta"],
-    }  # fmt: skip
 
 
 def _question(layout: str, row: Row, source: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import csv
 import io
 import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,13 @@ def live(root: Path, address: str) -> dict[str, float]:
     return found
 
 
-PAGES = {"report": "report.html", "training": "training.html", "alignment": "alignment.html", "data_docs": "data_docs/index.html", "review": "review.csv"}
+PAGES = {
+    "report": "report.html",
+    "training": "training.html",
+    "alignment": "alignment.html",
+    "data_docs": "data_docs/index.html",
+    "review": "review.csv",
+}
 
 
 def pages(root: Path, address: str) -> dict[str, Path]:
@@ -222,7 +228,7 @@ def _draw_calibration(rows: list[dict[str, str]], _: Path) -> str:
     return _png(figure)
 
 
-PLOTS = {
+PLOTS: dict[str, list[tuple[str, Callable[[list[dict[str, str]], Path], str]]]] = {
     "adapter": [("loss", _draw_course)],
     "evaluation": [("confusion", _draw_confusion)],
     "reward_model": [("reward", _draw_course), ("calibration", _draw_calibration)],

@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from functools import cache
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dagster_project.curation import expectations, findings
+from dagster_project.curation import account, expectations, findings
 from dagster_project.curation.benchmarks import read_items
-from dagster_project.curation.checks import CHECKS, EXAMPLE_CHECKS, Judgement, Rules, judge
-from dagster_project.curation.page import page
-from dagster_project.curation.review import queue, read_decisions
+from dagster_project.curation.checks import CHECKS, EXAMPLE_CHECKS, Rules, judge
+from dagster_project.curation.review import read_decisions
 from dagster_project.curation.tokens import tokens_of
 from dagster_project.params import inside
-from dagster_project.records import (
-    CheckResult,
-    Report,
-    read_ledger,
-    read_records,
-    read_table,
-    uncollected,
-    write_json,
-    write_ledger,
-    write_records,
-    write_table,
-)
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from dagster_project.records import CheckResult, Report, read_ledger, read_records, read_table, uncollected, write_ledger, write_records
 
 TRUTHS = {**{name: check.truth for name, check in EXAMPLE_CHECKS.items()}, "expectations": expectations.TRUTH}
 """The checks this stage reports, with the truth each looks at."""
@@ -69,13 +52,14 @@ def run(root: Path, params: Params, raw_examples: Path, base_model: Path, out: P
         checks.append(expectations.check(outcome, [findings.place(record) for record in kept]))
 
     write_records(out, kept)
-    write_ledger(out, _ledger(judged))
-    write_table(out / "overlaps.parquet", _overlaps(judged), overlap_schema())
-    document = findings.document("instructions", "canonical records", judged, held_out)
-    write_json(out / "findings.json", document)
-    pages.mkdir(parents=True, exist_ok=True)
-    (pages / "report.html").write_text(page(document, _changes(previous, kept, document)), encoding="utf-8")
-    (pages / "review.csv").write_text(queue(judged.records, judged.waiting), encoding="utf-8", newline="")
+    write_ledger(
+        out,
+        [
+            {**record, "outcome": f"dropped:{reason}" if reason else "kept", "why": account.why(judged, i)}
+            for i, (record, reason) in enumerate(zip(judged.records, judged.reason, strict=True))
+        ],
+    )
+    account.write_account("instructions", judged, held_out, out, pages, previous, _kept_of)
 
     dropped = Counter(why for why in judged.reason if why)
     return Report(
@@ -92,58 +76,7 @@ def run(root: Path, params: Params, raw_examples: Path, base_model: Path, out: P
     )
 
 
-def _ledger(judged: Judgement) -> Iterable[dict[str, Any]]:
-    for i, (record, why) in enumerate(zip(judged.records, judged.reason, strict=True)):
-        said = judged.said.get(i) or (CHECKS[why].truth if why else "")
-        yield {**record, "outcome": f"dropped:{why}" if why else "kept", "why": said}
-
-
-@cache
-def overlap_schema() -> pa.Schema:
-    """Every overlap that was found, not only those the report shows."""
-    import pyarrow as pa
-
-    return pa.schema(
-        [
-            ("check", pa.string()),
-            ("source", pa.string()),
-            ("source_row", pa.int64()),
-            ("example_id", pa.string()),
-            ("other", pa.string()),  # example_id of the earlier row, or "<file>:<row>" of the benchmark item
-            ("part", pa.string()),  # prompt or response
-            ("rule", pa.string()),  # equal, jaccard, containment, one_word
-            ("score", pa.float64()),
-        ]
-    )
-
-
-def _overlaps(judged: Judgement) -> list[dict[str, Any]]:
-    return [
-        {
-            **{key: judged.records[link.row][key] for key in ("source", "source_row", "example_id")},
-            "check": check,
-            "other": judged.records[link.other]["example_id"] if isinstance(link.other, int) else link.other,
-            "part": link.part,
-            "rule": link.rule,
-            "score": link.score,
-        }
-        for check, links in judged.facts.links.items()
-        for link in links
-    ]
-
-
-def _changes(previous: Mapping[str, Path], kept: list[dict[str, Any]], document: dict[str, Any]) -> dict[str, Any] | None:
-    """What differs from the set as it was recorded before; None where there was none, or it is of another form."""
-    import pyarrow as pa
-
-    try:
-        shards = [row for name in sorted(previous) if name.startswith("records-") for row in read_table(previous[name])]
-        placed = [row for row in read_table(previous["ledger.parquet"]) if row["outcome"] == "kept"]
-        before = json.loads(previous["findings.json"].read_text(encoding="utf-8"))["findings"]
-        old = [{**record, "source_row": entry["source_row"]} for record, entry in zip(shards, placed, strict=True)]
-    except (KeyError, ValueError, OSError, pa.ArrowException):
-        return None
-    return {
-        **findings.changes(old, kept, "the version recorded before"),
-        "findings": findings.finding_changes(before, document["findings"]),
-    }
+def _kept_of(previous: Mapping[str, Path]) -> list[dict[str, Any]]:
+    shards = [row for name in sorted(previous) if name.startswith("records-") for row in read_table(previous[name])]
+    placed = [row for row in read_table(previous["ledger.parquet"]) if row["outcome"] == "kept"]
+    return [{**record, "source_row": entry["source_row"]} for record, entry in zip(shards, placed, strict=True)]

@@ -2,89 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field
 
 from dagster_project.curation import formats
-from dagster_project.curation.files import files_of
-from dagster_project.curation.hub import HubSplit, held_out_label, read_split, sha256_of_rows
-from dagster_project.errors import InputError
-from dagster_project.params import Section, inside
+from dagster_project.curation.sources import Reading, Source, read_sources
 from dagster_project.records import Report, uncollected, write_ledger, write_records
 
 
-class Source(Section):
-    path: str | None = None
-    """File or folder relative to the project, inside data/sources/ (which is what DVC watches)."""
-    hub: str | None = None
-    """Instead of `path`: a data set of the Hugging Face Hub, org/name."""
-    revision: str | None = None
-    """With `hub`: the commit, 40 hex digits. Branch names move, so they are refused."""
-    config: str | None = None
-    """With `hub`: the configuration (subset), where there are several."""
-    split: str | None = None
-    """With `hub`: the split to read. With `path`: what its rows are for (train, validation or test), or "from_file_names"."""
-    format: str = "auto"
-    """A format's name, or "auto" to tell it from the keys of the rows."""
-    mapping: dict[str, str] = {}
-    """Field (prompt, response, system, category) -> column, for a layout of your own; then leave `format` out."""
-    licence: str = "unknown"
-    """Licence of the text, carried into every audit and model card."""
-    origin: str = ""
-    """Where the text came from, in words."""
-
-    @field_validator("mapping")
-    @classmethod
-    def _sound(cls, mapping: dict[str, str]) -> dict[str, str]:
-        if mapping and (problem := formats.mapping_problem(mapping)):
-            raise ValueError(problem)
-        return mapping
-
-    @model_validator(mode="after")
-    def _one_place(self) -> Source:
-        if (self.path is None) == (self.hub is None):
-            raise ValueError("name either a path or a hub data set")
-        if self.hub is not None and (self.revision is None or self.split is None):
-            raise ValueError("hub needs `revision` (the commit, 40 hex digits) and `split`")
-        if self.hub is not None and self.on_hub.problem:
-            raise ValueError(self.on_hub.problem)
-        if self.path is not None and (self.revision or self.config):
-            raise ValueError("revision and config belong to a hub data set, not to a path")
-        if self.path is not None and self.split not in (None, "train", "validation", "test", formats.FROM_FILE_NAMES):
-            raise ValueError(f"split {self.split!r} of a path must be train, validation, test or {formats.FROM_FILE_NAMES}")
-        return self
-
-    @property
-    def on_hub(self) -> HubSplit:
-        return HubSplit(self.hub or "", self.revision or "", self.split or "", self.config)
-
-    @property
-    def name(self) -> str:
-        """What messages, the report and the ledger call it."""
-        return self.on_hub.name if self.path is None else self.path
-
-
-class Params(Section):
+class Params(Reading):
     sources: list[Source] = Field(min_length=1)
     """The files, folders and data sets to learn from, in order."""
-    limit: int | None = Field(default=None, ge=1)
-    """Rows to take from each source, for a quick try. null takes all."""
-    max_malformed: float = Field(default=0.5, ge=0, le=1)
-    """Share of a source's rows that may be unreadable. More, and the source is refused: its format is likely misnamed."""
-
-    @field_validator("sources")
-    @classmethod
-    def _named_once(cls, sources: list[Source]) -> list[Source]:
-        for source in sources:
-            if [s.name for s in sources].count(source.name) > 1:
-                raise ValueError(f"{source.name} is named twice")
-        return sources
 
 
 @uncollected
@@ -92,100 +21,7 @@ def run(root: Path, params: Params, out: Path) -> Report:
     """Args:
     root: the project's folder, which source paths are relative to.
     """
-    places = locate_sources(root, params.sources)
-    rows: list[dict[str, Any]] = []
-    sources: dict[str, Any] = {}
-    for source, path in zip(params.sources, places, strict=True):
-        found, facts = _from_hub(source, params.limit) if path is None else _from_path(source, path, params.limit)
-        _readable(source, found, facts["format"], params.max_malformed)
-        rows += found
-        origin = {"origin": source.origin} if source.origin else {}
-        sources[source.name] = {"format": facts.pop("format"), "rows": len(found), **facts, "licence": source.licence, **origin}
+    rows, sources = read_sources(root, params.sources, params, "raw_examples", formats.records_of)
     write_records(out, rows)
-    write_ledger(out, ({**_place(row), "outcome": "read", "why": ""} for row in rows))
+    write_ledger(out, ({**row, "outcome": "read", "why": ""} for row in rows))
     return Report(rows_in=len(rows), rows_out=len(rows), metrics={"sources": sources})
-
-
-def _place(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: row[key] for key in ("source", "source_row", "example_id")}
-
-
-def _from_path(source: Source, path: Path, limit: int | None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    layout, found = formats.to_records(path, source.name, source.format, source.mapping, source.split)
-    found = found[:limit]
-    if path.is_file():
-        return found, {"format": layout, "sha256": _sha256(path)}
-    count = Counter(row["source"] for row in found)
-    files = {name: {"rows": count[f"{source.name.rstrip('/')}/{name}"], "sha256": _sha256(file)} for name, file in files_of(path)}
-    listed = "".join(f"{file['sha256']}  {name}\n" for name, file in files.items())
-    return found, {"format": layout, "sha256": hashlib.sha256(listed.encode()).hexdigest(), "files": files}
-
-
-def _from_hub(source: Source, limit: int | None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    rows = read_split(source.on_hub)[:limit]
-    digest = sha256_of_rows(rows)
-    layout, found = formats.records_of(rows, source.name, source.name, source.format, source.mapping, held_out_label(source.on_hub))
-    config = {"config": source.config} if source.config else {}
-    return found, {"format": layout, "sha256": digest, "hub": source.hub, "revision": source.revision, **config, "split": source.split}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _readable(source: Source, rows: Sequence[dict[str, Any]], layout: str, most: float) -> None:
-    """Raises:
-    InputError: more of the rows than that share cannot be read, or all of them.
-    """
-    unreadable = [row for row in rows if not row["messages"]]
-    if not unreadable or (len(unreadable) <= most * len(rows) and len(unreadable) < len(rows)):
-        return
-    told = [f"  {row['source']}:{row['source_row']}: {json.loads(row['meta'])['problem']}" for row in unreadable[:3]]
-    raise InputError(
-        "\n".join([f"{source.name}: {len(unreadable)} of {len(rows)} rows cannot be read ({layout}); the first:", *told]),
-        f"mend them, or name the right format; raw_examples.max_malformed ({most}) is the share that may be unreadable",
-    )
-
-
-def locate_sources(root: Path, sources: Sequence[Source]) -> list[Path | None]:
-    """Where each source lies, None on the Hub, once it is known that no row is read twice or held out.
-
-    Raises:
-        InputError: as `locate`; or two sources overlap, or one of them overlaps the benchmarks.
-    """
-    where = "params.yaml: raw_examples.sources"
-    places = [
-        None if source.path is None else _inside_sources(root, source.path, "raw_examples.sources", "data/sources") for source in sources
-    ]
-    benchmarks = (root / "data/sources/benchmarks").resolve()
-    for source, place in zip(sources, places, strict=True):
-        if place and place.is_relative_to(benchmarks):
-            raise InputError(f"{where}: {source.name} is held out, since it lies in data/sources/benchmarks/", "name other files")
-        if place and benchmarks.is_relative_to(place):
-            raise InputError(
-                f"{where}: {source.name} is a folder that has the held-out benchmarks in it", "name folders beside benchmarks/"
-            )
-        for other, there in zip(sources, places, strict=True):
-            if other is not source and place and there and there.is_relative_to(place):
-                raise InputError(f"{where}: {other.name} lies in {source.name}, and would be read twice", "name one of them")
-    return places
-
-
-def locate(root: Path, path: str, where: str = "raw_examples.sources", folder: str = "data/sources") -> Path:
-    """A file named in params.yaml, once it is known to lie where DVC watches it.
-
-    Raises:
-        InputError: outside the project, outside the watched folder, missing, or a folder.
-    """
-    full = _inside_sources(root, path, where, folder)
-    if not full.is_file():
-        raise InputError(f"params.yaml: {where}: {path} is a folder", "name one file")
-    return full
-
-
-def _inside_sources(root: Path, path: str, where: str, folder: str) -> Path:
-    full = inside(root, path, where)
-    if not full.is_relative_to((root / folder).resolve()):
-        raise InputError(f"params.yaml: {where}: {path} is not inside {folder}/", f"move it to {folder}/, which DVC watches for changes")
-    return full

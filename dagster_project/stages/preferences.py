@@ -1,0 +1,241 @@
+"""raw_preferences -> preferences. Every pair judged, every drop accounted for, and train, validation and test kept apart by prompt."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from dagster_project.curation import account, findings
+from dagster_project.curation.benchmarks import Item, read_items
+from dagster_project.curation.checks import BENCHMARKS_ONLY, CHECKS, Action, Judgement, Rules, judge
+from dagster_project.curation.facts import Facts, Link
+from dagster_project.curation.formats import as_record
+from dagster_project.curation.overlap import near_pairs
+from dagster_project.curation.review import read_decisions
+from dagster_project.curation.split import DROPPED, SPLITS, TEST, Copies, deal, find_copies, joined, prove, settle
+from dagster_project.curation.tokens import tokens_of
+from dagster_project.params import inside
+from dagster_project.records import (
+    Report,
+    pair_schema,
+    prompt_text,
+    read_pairs,
+    read_records,
+    read_table,
+    response_text,
+    subject_text,
+    uncollected,
+    write_ledger,
+    write_records,
+)
+
+TRUTHS = {
+    **{name: check.truth for name, check in CHECKS.items() if name not in BENCHMARKS_ONLY},
+    "too_long": "Every pair fits into `max_length` tokens: prompt and longer response, as the chat template writes them.",
+    "split_leakage": "No prompt stands in, or nearly in, two splits, or is trained on while the test split of the instructions holds it out.",
+    "schema": "Every split has pairs.",
+}
+
+
+class Params(Rules):
+    max_tokens: int = Field(default=1024, ge=16, alias="max_length")
+    """Tokens of the prompt and the longer response, as the base model's chat template writes them. Longer pairs are dropped and counted."""
+    test: float = Field(default=0.2, ge=0, lt=1)
+    """Share of each category's pairs that is held out and never trained on, where no label of the source decides."""
+    validation: float = Field(default=0.1, ge=0, lt=1)
+    """Share that training watches but does not learn from."""
+    benchmarks: list[str] = []
+    """Files of questions inside data/sources/benchmarks/ that must not be trained on."""
+    review: str | None = None
+    """CSV file inside data/sources/review/ in which people decide about pairs that no rule can judge."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Params:
+        if self.test + self.validation >= 1:
+            raise ValueError(f"test {self.test} and validation {self.validation} leave nothing to train on")
+        return self
+
+    def action(self, name: str) -> Action:
+        """No later stage drops a pair, so one that is too long is dropped here."""
+        return "drop" if name == "too_long" and name not in self.policy else super().action(name)
+
+
+@uncollected
+def run(
+    root: Path,
+    params: Params,
+    seed: int,
+    raw_preferences: Path,
+    splits: Path,
+    base_model: Path,
+    out: Path,
+    pages: Path,
+    previous: Mapping[str, Path],
+) -> Report:
+    """Args:
+    splits: of the instructions, whose test split no pair may be trained on.
+    pages: folder for what people look at: report.html and review.csv.
+    previous: files of the output as recorded before, by relative path; only the page's account of what changed looks at them.
+    """
+    benchmarks = [item for path in params.benchmarks for item in read_items(inside(root, path, "preferences.benchmarks"), path)]
+    decisions = read_decisions(inside(root, params.review, "preferences.review")) if params.review else []
+    test = [{**record, "source": "data/splits/test", "source_row": record["example_id"]} for record in read_records(splits / TEST)]
+    records = [as_record(pair) for pair in read_pairs(raw_preferences)]
+    division = Division()
+
+    def divide(judged: Sequence[dict[str, Any]], facts: Facts, kept: list[int]) -> dict[int, str]:
+        nonlocal division
+        division = _divide(judged, facts, kept, test, params, seed)
+        facts.links["split_leakage"] += division.links
+        return division.dropped
+
+    judged = judge(records, benchmarks, params, tokens_of(base_model), decisions, kind="preferences", divide=divide)
+    for i, group in division.groups.items():
+        judged.records[i]["group_id"] = group
+    rows = {name: [i for i, split in division.splits.items() if split == name] for name in SPLITS}
+    for name in SPLITS:
+        write_records(out / name, [_pair(judged.records[i]) for i in rows[name]], pair_schema())
+    write_ledger(out, _ledger(judged, division))
+    _look_at_splits(judged, out, division, rows, test, splits / TEST, params)
+
+    held_out = [*benchmarks, *(Item(findings.place(r), prompt_text(r["messages"]), text=response_text(r["messages"])) for r in test)]
+    account.write_account("preferences", judged, held_out, out, pages, previous, _kept_of)
+    dropped = Counter(why for why in judged.reason if why)
+    length: dict[str, Any] = {key: judged.profile[key] for key in ("chosen_longer_share", "length_rule_accuracy") if key in judged.profile}
+    return Report(
+        rows_in=len(records),
+        rows_out=sum(map(len, rows.values())),
+        dropped={name: dropped[name] for name in CHECKS if dropped[name]},
+        checks=[findings.check_result(verdict, judged, held_out) for verdict in judged.verdicts.values()],
+        metrics={
+            **{name: len(rows[name]) for name in SPLITS},
+            **length,
+            "categories": judged.profile["categories"],
+            "held_out_questions": len(benchmarks),
+            "prompt_groups": len(set(division.groups.values())),
+            "waiting_for_review": len({i for i, _ in judged.waiting}),
+        },
+    )
+
+
+@dataclass(frozen=True)
+class Division:
+    """Which pair goes where, by its index."""
+
+    splits: dict[int, str] = field(default_factory=dict)
+    groups: dict[int, str] = field(default_factory=dict)
+    """What near-copies of its prompt have in common."""
+    labelled: set[int] = field(default_factory=set)
+    """Pairs whose source says where they stand."""
+    dropped: dict[int, str] = field(default_factory=dict)
+    """Pairs that would be trained on, or watched, though they belong to what is held out, and why."""
+    links: list[Link] = field(default_factory=list)
+    """What of the test split of the instructions they repeat."""
+    copies: Copies | None = None
+
+
+def _divide(
+    records: Sequence[dict[str, Any]], facts: Facts, kept: list[int], test: Sequence[dict[str, Any]], params: Params, seed: int
+) -> Division:
+    """Deal the kept pairs out as `splits` does: labels of the source are kept, and pairs with nearly the same prompt stay together.
+
+    The test split of the instructions counts as pairs labelled test. A pair without a label that belongs to one of its examples goes to
+    test; one that its source labels train or validation is dropped.
+    """
+    prompts = [subject_text(_prompt(records[i])) for i in kept]
+    examples = [subject_text(record["messages"]) for record in test]
+    copies = find_copies([*prompts, *examples])
+    clusters = [*(records[facts.cluster[i]]["example_id"] for i in kept), *(record["group_id"] for record in test)]
+    link = joined(copies.links([*prompts, *examples], clusters))
+    groups = [link.get(cluster, cluster) for cluster in clusters]
+    labels = [label if label in SPLITS else None for i in kept for label in [json.loads(records[i]["meta"]).get("split")]]
+    fate, because = settle(groups, [None] * len(groups), [*labels, *[TEST] * len(test)])
+    places = [findings.place(record) for record in [*(records[i] for i in kept), *test]]
+    left = [k for k in range(len(kept)) if fate[k] != DROPPED]
+    dealt = deal(
+        [groups[k] for k in left],
+        [None] * len(left),
+        [fate[k] or None for k in left],
+        [str(records[kept[k]]["category"]) for k in left],
+        {"test": params.test, "validation": params.validation},
+        seed,
+    )
+    out = [k for k in range(len(kept)) if fate[k] == DROPPED]
+    return Division(
+        {kept[k]: split for k, split in zip(left, dealt.splits, strict=True)},
+        {kept[k]: groups[k] for k in left},
+        {kept[k] for k in left if labels[k]},
+        {kept[k]: f"{labels[k]} by the label of its source, but belongs to {places[because[k]]}, which is {fate[because[k]]}" for k in out},
+        [
+            Link(kept[out[p.left]], places[len(kept) + p.right], "prompt", p.rule, p.similarity)
+            for p in near_pairs([prompts[k] for k in out], examples)
+        ],
+        copies,
+    )
+
+
+def _look_at_splits(
+    judged: Judgement,
+    out: Path,
+    division: Division,
+    rows: Mapping[str, Sequence[int]],
+    test: Sequence[dict[str, Any]],
+    held_out: Path,
+    params: Params,
+) -> None:
+    """Add to the verdicts what only the finished splits show.
+
+    Raises:
+        AssertionError: the shards do not hold what was dealt out.
+    """
+    verdicts = judged.verdicts
+    if not judged.records:
+        for name, verdict in verdicts.items():
+            verdicts[name] = replace(verdict, passed=True, note="raw_preferences.sources names none")
+        return
+    if division.copies is None:
+        return
+    known = {judged.records[i]["example_id"] for i in division.splits} | {record["example_id"] for record in test}
+    proof = prove(out, division.copies, known, held_out)
+    if proof.rows != {name: len(rows[name]) + (len(test) if name == TEST else 0) for name in SPLITS}:
+        raise AssertionError(f"pairs lost: {rows} dealt out, {proof.rows} in the shards, {len(test)} of them of the instructions")
+    if proof.leaking:
+        found = "; ".join(f"{leak.place} and {leak.other}: {leak.why}" for leak in proof.leaks)
+        verdicts["split_leakage"] = replace(verdicts["split_leakage"], passed=False, action="fail", note=found)
+    wanted = {"train": 1.0, "validation": params.validation, "test": params.test}
+    if empty := [name for name in SPLITS if wanted[name] and not rows[name]]:
+        verdicts["schema"] = replace(verdicts["schema"], passed=False, note=f"no pairs in: {', '.join(empty)}")
+
+
+def _prompt(record: Mapping[str, Any]) -> list[dict[str, str]]:
+    return list(record["messages"][: record["asked"]])
+
+
+def _pair(record: Mapping[str, Any]) -> dict[str, Any]:
+    """`as_record`, undone."""
+    return {**record, "prompt": _prompt(record), "chosen": record["messages"][record["asked"] :]}
+
+
+def _ledger(judged: Judgement, division: Division) -> list[dict[str, Any]]:
+    """One line for each source row of each pair."""
+    lines = []
+    for i, (record, reason) in enumerate(zip(judged.records, judged.reason, strict=True)):
+        why = account.why(judged, i) or ("label of the source" if i in division.labelled else "")
+        outcome = f"dropped:{reason}" if reason else division.splits[i]
+        lines += [{**record, "source_row": row, "outcome": outcome, "why": why} for row in record["source_rows"]]
+    return lines
+
+
+def _kept_of(previous: Mapping[str, Path]) -> list[dict[str, Any]]:
+    pairs = {pair["example_id"]: pair for name in sorted(previous) if "/records-" in name for pair in read_table(previous[name])}
+    rows: dict[str, int] = {}
+    for line in read_table(previous["ledger.parquet"]):
+        if line["outcome"] in SPLITS:
+            rows.setdefault(line["example_id"], line["source_row"])
+    return [as_record({**pairs[identity], "source_row": row}) for identity, row in rows.items()]

@@ -1,0 +1,35 @@
+"""data/sources/* -> raw_preferences. Every source of preferences in one canonical form, one row per pair, nothing dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from dagster_project.curation import formats
+from dagster_project.curation.sources import PairSource, Reading, read_sources
+from dagster_project.records import JOINED, READ, Report, pair_schema, uncollected, write_ledger, write_records
+
+
+class Params(Reading):
+    sources: list[PairSource] = []
+    """The files, folders and data sets of preferences, in order. None is an empty set: a project need not have any."""
+
+
+@uncollected
+def run(root: Path, params: Params, out: Path) -> Report:
+    """Args:
+    root: the project's folder, which source paths are relative to.
+    """
+    pairs, sources = read_sources(root, params.sources, params, "raw_preferences", formats.pairs_of)
+    write_records(out, pairs, pair_schema())
+    write_ledger(out, _ledger(pairs))
+    return Report(rows_in=len(pairs), rows_out=len(pairs), metrics={"sources": sources})
+
+
+def _ledger(pairs: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+    for pair in pairs:
+        first, *others = pair["source_rows"]
+        yield {**pair, "source_row": first, "outcome": READ, "why": ""}
+        for row in others:
+            yield {**pair, "source_row": row, "outcome": JOINED, "why": f"the other half of the pair that row {first} begins"}
