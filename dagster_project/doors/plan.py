@@ -17,12 +17,15 @@ from dagster_project import params
 from dagster_project.errors import InputError
 from dagster_project.params import Compute
 from dagster_project.pipeline import validate
-from dagster_project.records import read_table, write_json
+from dagster_project.records import read_preferences, read_table, write_json
+from dagster_project.stages import aligned
 from dagster_project.stages.adapter import Params
-from dagster_project.training import auto, memory
+from dagster_project.training import align, auto, memory
 from dagster_project.training.hardware import prepare
 from dagster_project.training.methods import CANNOT_CHECKPOINT, Quantization
 from dagster_project.training.operations import Operations
+from dagster_project.training.pairs import both
+from dagster_project.training.reward import tokenizer_of
 from dagster_project.training.sft import AUTO, steps
 
 MARGIN = (0.9, 1.4)
@@ -171,9 +174,9 @@ def plan_variants(root: Path, variants: Sequence[str]) -> dict[str, Any]:
         InputError: an unknown variant, or the data has not been tokenized yet, or the base model is not here.
     """
     values = validate(root)
-    unknown = [name for name in variants if name not in values["adapter"]]
-    if unknown:
-        raise InputError(f"params.yaml has no variant {', '.join(unknown)}", f"variants: {', '.join(values['adapter'])}")
+    known = [*values["adapter"], *values["aligned"]]
+    if unknown := [name for name in variants if name not in known]:
+        raise InputError(f"params.yaml has no variant {', '.join(unknown)}", f"variants: {', '.join(known)}")
     report = root / "data" / "reports" / "tokenized.json"
     if not report.is_file():
         raise InputError("the data has not been tokenized yet", "run `dvc repro tokenized` first")
@@ -186,7 +189,11 @@ def plan_variants(root: Path, variants: Sequence[str]) -> dict[str, Any]:
         raise InputError("data/base_model is not here", "run `dvc repro base_model` or `dvc pull base_model` first")
     machine = Machine(params.parse(Compute, values.get("compute"), "compute"), None, _notes(root))
     found = {}
-    for name in variants or list(values["adapter"]):
+    for name in variants or known:
+        if name in values["aligned"]:
+            if variants or (root / "data" / "preferences" / "train").is_dir():
+                found[name] = _aligned(root, values["aligned"][name], name, base_model, machine)
+            continue
         entry = params.parse(Params, values["adapter"][name], f"adapter.{name}")
         settled = auto.settle(entry, train["examples"], train["rows"], tokenized["validation"]["rows"] > 0, machine.processes)
         recipe = settled.params
@@ -214,6 +221,39 @@ def plan_variants(root: Path, variants: Sequence[str]) -> dict[str, Any]:
             **_taken(way, machine, round(all_tokens * (n + most * machine.processes) / n)),
         }
     return {"variants": found, "machine": _told(machine)}
+
+
+def _aligned(root: Path, recipe: Any, name: str, base_model: Path, machine: Machine) -> dict[str, Any]:
+    """What an aligned variant takes. An answer of an online method is planned as long as it may be; that it is sampled is not in the time."""
+    entry = params.parse(aligned.Params, recipe, f"aligned.{name}")
+    options = align.check(entry.method, entry.options, entry.per_device_train_batch_size, f"aligned.{name}")
+    pairs = read_preferences(root / "data" / "preferences" / "train")
+    if not pairs:
+        raise InputError("there are no preferences to learn from yet", "run `dvc repro preferences` first")
+    ids = both(tokenizer_of(base_model), pairs)
+    if online := entry.method in align.ONLINE:
+        room = options.max_completion_length if isinstance(options, align.Online) else options.model_dump()["response_length"]
+        rows, answers = [[len(prompt) + room] for prompt, _, _ in ids], [room]
+    else:
+        rows = [[len(prompt) + len(answer) for answer in answers] for prompt, *answers in ids]
+        answers = [len(answer) for _, *both_of in ids for answer in both_of]
+    batch = entry.per_device_train_batch_size * len(rows[0])
+    n = align.planned(len(pairs), entry, entry.method, options)
+    per_step = batch * entry.gradient_accumulation_steps * sum(map(sum, rows)) / sum(map(len, rows))
+    way = Way(
+        base_model, "lora", entry.peft, None, 1, [max(map(max, rows))] * batch, batch * max(answers), entry.gradient_checkpointing,
+        entry.gradient_accumulation_steps, entry.optim, f"aligned.{name}",
+    )  # fmt: skip
+    # beside forward and backward pass, the reference's forward pass
+    took = _taken(way, machine, round(n * per_step * 4 / 3))
+    return {
+        "pairs": len(pairs),
+        "epochs": entry.num_train_epochs,
+        "steps": n,
+        "tokens": round(n * per_step),
+        **took,
+        **({"time": None} if online else {}),
+    }
 
 
 def plan_model(
@@ -320,7 +360,9 @@ def _advice(way: Way, machine: Machine, needed: int, available: int) -> list[str
 def as_text(found: dict[str, Any]) -> str:
     machine, lines = found["machine"], []
     for name, v in found["variants"].items():
-        if "steps" in v:
+        if "pairs" in v:
+            lines.append(f"{name}: {v['pairs']} pairs, {v['tokens']:,} tokens in {v['steps']} steps")
+        elif "steps" in v:
             lines.append(
                 f"{name}: {v['examples']} examples x {v['epochs']:g} epochs = {v['tokens']:,} tokens ({v['trained_tokens']:,} trained on) in {v['steps']} steps"
             )
