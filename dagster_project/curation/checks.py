@@ -328,10 +328,14 @@ def judge(
         if (decision := out.get(record["example_id"])) and reason[i] is None:
             reason[i], said[i] = decision.check, f"dropped: {decision.reason}"
     kept = [i for i, why in enumerate(reason) if why is None]
-    for i, why in divide(records, facts, kept).items() if divide and kept else ():
-        reason[i], said[i] = "split_leakage", why
-        kept.remove(i)
-        broken["split_leakage"] = sorted({*broken.get("split_leakage", ()), i})
+    if divide and kept:
+        apart = divide(records, facts, kept)
+        said |= apart
+        for i in apart:
+            reason[i] = "split_leakage"
+        for table in (found, broken):
+            table["split_leakage"] = sorted({*table.get("split_leakage", ()), *apart})
+        kept = [i for i in kept if i not in apart]
     waiting = [(i, name) for name in ROW_CHECKS if rules.action(name) == "review" for i in broken.get(name, []) if reason[i] is None]
 
     counts = tokens.count([_text(records[i]) for i in kept]) if kept and len(kept) <= COUNTED and not tokens.estimated else None

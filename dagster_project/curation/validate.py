@@ -18,7 +18,7 @@ from dagster_project.curation.privacy import mask
 from dagster_project.curation.tokens import ESTIMATED, Tokens
 from dagster_project.errors import InputError
 from dagster_project.params import parse
-from dagster_project.records import example_id, prompt_text, read_ledger, read_records, response_text
+from dagster_project.records import example_id, prompt_text, read_ledger, read_pairs, read_records, response_text
 
 Kind = Literal["examples", "preferences", "benchmark"]
 ALIASES = {"hh": "transcripts", "openai": "messages", "chatml": "messages"}
@@ -118,7 +118,7 @@ def _load(path: str, layout: str) -> list[Loaded]:
         return [_rows(read_split(hub), hub.name, layout, held_out_label(hub))]
     place = _place(path)
     if layout == "auto" and _is_canonical(place):
-        return [Loaded("examples", "canonical records", _canonical(place))]
+        return [_canonical(place)]
     if place.is_dir():
         return [_rows(read_rows(file), f"{path.rstrip('/')}/{name}", layout) for name, file in files_of(place)]
     return [_rows(read_rows(place), path, layout)]
@@ -171,8 +171,8 @@ def _is_canonical(folder: Path) -> bool:
     return all((folder / name).is_file() for name in ("records-00000.parquet", "ledger.parquet"))
 
 
-def _canonical(folder: Path) -> list[dict[str, Any]]:
-    """The output of `raw_examples` or `instructions`; rows are numbered as they stood in their sources.
+def _canonical(folder: Path) -> Loaded:
+    """The output of `raw_examples`, `instructions` or `raw_preferences`; rows are numbered as they stood in their sources.
 
     Raises:
         InputError: it is not whole, or of another program's making.
@@ -180,23 +180,27 @@ def _canonical(folder: Path) -> list[dict[str, Any]]:
     from pyarrow import ArrowException
 
     try:
-        records, ledger = read_records(folder), read_ledger(folder)
-        placed = [entry for entry in ledger if not entry["outcome"].startswith("dropped")]
-        found = [{**record, "source_row": entry["source_row"]} for record, entry in zip(records, placed, strict=True)]
-        if unsound := [findings.place(record) for record in found if not _is_sound(record)]:
+        records = read_records(folder)
+        if records and "chosen" in records[0]:
+            loaded = Loaded("preferences", "canonical pairs", [formats.as_record(pair) for pair in read_pairs(folder)])
+        else:
+            placed = [entry for entry in read_ledger(folder) if not entry["outcome"].startswith("dropped")]
+            found = [{**record, "source_row": entry["source_row"]} for record, entry in zip(records, placed, strict=True)]
+            loaded = Loaded("examples", "canonical records", found)
+        if unsound := [findings.place(record) for record in loaded.records if not _is_sound(record)]:
             raise ValueError(f"{unsound[0]} is no canonical record")
-    except (ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(
             f"{folder}: not a whole data set of this project: {error}", "run its stage again, or name another folder"
         ) from None
-    return found
+    return loaded
 
 
 def _is_sound(record: Mapping[str, Any]) -> bool:
     texts = [
         record["example_id"],
         record["source"],
-        *(text for message in record["messages"] for text in (message["role"], message["content"])),
+        *(text for message in [*record["messages"], *record.get("rejected", ())] for text in (message["role"], message["content"])),
     ]
     return all(isinstance(text, str) for text in texts) and isinstance(json.loads(record["meta"]), dict)
 
