@@ -438,6 +438,8 @@ def _check_aligned(values: Mapping[str, Any], made_from: Any) -> None:
         align.check(entry.method, entry.options, entry.per_device_train_batch_size, where)
         if entry.method in align.ONLINE:
             reward.check(entry.rewards, f"{where}.rewards")
+        elif "rewards" in recipe:
+            raise InputError(f"params.yaml: {where}.rewards: {entry.method} learns from pairs alone", "leave it out")
 
 
 PEDIGREE = Pipeline(STREET, VARIANTS_OF, truths, validate)

@@ -265,6 +265,10 @@ def test_kto_estimates_kl_on_answers_to_another_prompt(tiny_tokenizer: Any) -> N
         ({"aligned": {"x": {"method": "dpo", "adapter": "lora", "options": {"loss_type": "exo_pair"}}}}, "exo_pair needs it above 0"),
         ({"aligned": {"x": {"method": "rloo", "adapter": "lora", "per_device_train_batch_size": 6}}}, "no whole number of groups of 4"),
         ({"aligned": {"x": {"method": "grpo", "adapter": "lora", "rewards": {"pretty": 1.0}}}}, "aligned.x.rewards: unknown: pretty"),
+        (
+            {"aligned": {"x": {"method": "dpo", "adapter": "lora", "rewards": {"brief": 1.0}}}},
+            "aligned.x.rewards: dpo learns from pairs alone",
+        ),
         ({"aligned": {"x": {"method": "dpo", "adapter": "lora", "peft": {"rank": 4}}}}, "aligned.x.peft.rank: unknown key of lora"),
         ({"aligned": None}, "aligned: must be a mapping"),
         ({"reward_model": {"model": "merged/gone"}}, "reward_model.model: there is no adapter.gone"),

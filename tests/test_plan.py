@@ -308,6 +308,37 @@ def test_what_is_auto_is_told_as_training_will_choose_it_and_what_the_sweep_adds
     assert "  a sweep on the validation loss will correct learning_rate: at most 6 trials, 120 steps more\n" in told
 
 
+def test_what_a_training_would_refuse_the_plan_refuses(tokenized: Path) -> None:
+    edit_params(tokenized, lambda values: values["adapter"]["lora"].update(use_liger_kernel=True))
+    with pytest.raises(InputError, match=r"adapter.lora.use_liger_kernel: Liger"):
+        plan.plan_variants(tokenized, [])
+
+
+def test_an_aligned_variant_is_planned_by_its_pairs_with_their_reference(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_aligned import SCHEMA, pair
+
+    from dagster_project.records import write_records
+
+    monkeypatch.setattr(plan.Machine, "runtime", 0)
+    monkeypatch.setattr(plan.Machine, "seconds", lambda self, step: (3.0, 6.0))
+    assert "dpo" not in plan.plan_variants(tokenized, [])["variants"], "there are no preferences yet"
+    with pytest.raises(InputError, match="no preferences to learn from yet"):
+        plan.plan_variants(tokenized, ["dpo"])
+    write_records(tokenized / "data" / "preferences" / "train", [pair(10 + i, "aaa", "z") for i in range(12)], SCHEMA)
+    entries = {
+        "dpo": {"method": "dpo", "adapter": "lora", "per_device_train_batch_size": 4, "num_train_epochs": 2},
+        "rloo": {"method": "rloo", "adapter": "lora", "options": {"max_completion_length": 6}},
+    }
+    edit_params(tokenized, lambda values: values.update(aligned=entries))
+    found = plan.plan_variants(tokenized, ["dpo", "rloo"])
+    dpo, rloo = found["variants"]["dpo"], found["variants"]["rloo"]
+    assert (dpo["pairs"], dpo["steps"], rloo["steps"]) == (12, 6, 6)
+    prompt = dpo["tokens"] / (6 * 8) - (4 + 2) / 2
+    assert dpo["tokens"] == 6 * 4 * (2 * prompt + 4 + 2) and rloo["tokens"] == 6 * 8 * (prompt + 6)
+    assert dpo["time"] == {"from_seconds": pytest.approx(6 * 4, abs=2), "to_seconds": pytest.approx(6 * 8, abs=3)} and rloo["time"] is None
+    assert "dpo: 12 pairs, " in plan.as_text(found)
+
+
 def test_what_does_not_fit_comes_with_what_would(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan.Machine, "runtime", 0)
     needed = plan.plan_variants(tokenized, [])["variants"]["lora"]["memory"]["total"]

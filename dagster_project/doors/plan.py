@@ -26,7 +26,7 @@ from dagster_project.training.methods import CANNOT_CHECKPOINT, Quantization
 from dagster_project.training.operations import Operations
 from dagster_project.training.pairs import both
 from dagster_project.training.reward import tokenizer_of
-from dagster_project.training.sft import AUTO, steps
+from dagster_project.training.sft import AUTO, refuse_mistakes, steps
 
 MARGIN = (0.9, 1.4)
 """A step takes from this much of its operations at their fastest to this much of them in new memory: caches, and Python between them (docs/memory.md)."""
@@ -195,8 +195,10 @@ def plan_variants(root: Path, variants: Sequence[str]) -> dict[str, Any]:
                 found[name] = _aligned(root, values["aligned"][name], name, base_model, machine)
             continue
         entry = params.parse(Params, values["adapter"][name], f"adapter.{name}")
-        settled = auto.settle(entry, train["examples"], train["rows"], tokenized["validation"]["rows"] > 0, machine.processes)
+        validates = tokenized["validation"]["rows"] > 0
+        settled = auto.settle(entry, train["examples"], train["rows"], validates, machine.processes)
         recipe = settled.params
+        refuse_mistakes(recipe, f"adapter.{name}", [[1]] * train["rows"], validates)
         n = steps(train["rows"], recipe, machine.processes)
         per_epoch = steps(train["rows"], recipe.model_copy(update={"num_train_epochs": 1, "max_steps": None}), machine.processes)
         rows = min(recipe.per_device_train_batch_size, train["rows"])
