@@ -109,6 +109,15 @@ def audit(options: argparse.Namespace) -> int:
     return 0
 
 
+def verify(options: argparse.Namespace) -> int:
+    """re-make a stage in a scratch clone and compare the bytes"""
+    from dagster_project.doors import verify as proof
+
+    found = proof.verify(_project(options), options.stage, options.rev, options.deep)
+    _print(options, found, proof.as_text)
+    return 0 if found["verdict"] == "identical" else 1
+
+
 def export_ballot(options: argparse.Namespace) -> int:
     """write a page on which people vote blindly between two systems' answers"""
     from dagster_project.evaluation.ballots import export_text, page
@@ -287,6 +296,10 @@ def parser() -> argparse.ArgumentParser:
     one = command(audit)
     one.add_argument("model", metavar="MODEL", help="a path, a stage's name or a content hash")
     one.add_argument("--rev", help="git revision to look at (default: the workspace)")
+    one = command(verify)
+    one.add_argument("stage", metavar="STAGE[@VARIANT]", help="a stage's name, the path of its output or a content hash")
+    one.add_argument("--rev", help="git revision to re-make it at (default: the workspace, uncommitted work included)")
+    one.add_argument("--deep", action="store_true", help="go back to the sources: re-make every stage above it first")
     ballots = commands.add_parser("ballots", help="let people compare two systems, blindly").add_subparsers(
         dest="part", required=True, metavar="COMMAND"
     )

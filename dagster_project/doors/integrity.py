@@ -35,6 +35,12 @@ def sha256_of(folder: Path, known: dict[str, list[int | str]] | None = None) -> 
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def md5_of(path: Path) -> str:
+    """By which DVC names the object."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
 def _differs(published: str, out: Path) -> bool:
     return sha256_of(out) != published
 
