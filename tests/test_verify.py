@@ -10,7 +10,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import street as mini
 import torch
 from conftest import dvc, pedigree
 from safetensors.torch import save_file
@@ -18,15 +17,6 @@ from safetensors.torch import save_file
 from dagster_project.audit.differences import first_difference
 from dagster_project.doors.verify import as_text, verify
 from dagster_project.errors import CheckFailed, InputError
-
-
-@pytest.fixture(scope="session")
-def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = mini.make_project(tmp_path_factory.mktemp("verified") / "project")
-    assert dvc(root, "repro").returncode == 0
-    mini.git(root, "add", "-A")
-    mini.git(root, "commit", "-qm", "made")
-    return root
 
 
 @pytest.fixture

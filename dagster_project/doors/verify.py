@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -25,7 +24,6 @@ from dagster_project.errors import CheckFailed, InputError
 
 log = logging.getLogger("pedigree")
 
-REPORTS = "data/reports/"
 IDENTITY = ("dtype", "device", "threads", "processes", "attention")
 """What training.json tells of where a training ran, beside versions."""
 
@@ -91,9 +89,9 @@ class _Scratch:
         stale: list[str] = []
         for name, stage in self.lock.items():
             for out in stage.get("outs", []) if name not in again else []:
-                if any(dvc.overlap(out["path"], path) for path in read) and not out["path"].startswith(REPORTS):
+                if any(dvc.overlap(out["path"], path) for path in read) and not out["path"].startswith(integrity.REPORTS):
                     oid = read.get(out["path"], out["md5"])
-                    wanted[out["path"]] = oid, self._published(name, out) if oid == out["md5"] else None
+                    wanted[out["path"]] = oid, integrity.published(self.at, self.lock, name, out["path"]) if oid == out["md5"] else None
                     if oid != out["md5"]:  # it was made anew since
                         stale.append(name)
                         out["md5"] = oid
@@ -101,7 +99,7 @@ class _Scratch:
         wanted |= {path: (oid, None) for path, oid in sources.items() if any(dvc.overlap(path, dep) for dep in read)}
         self._refuse_missing({path: oid for path, (oid, _) in wanted.items()})
         for name in stale:
-            (self.root / _report(name)).unlink(missing_ok=True)
+            (self.root / integrity.report_of(name)).unlink(missing_ok=True)
         if stale:
             (self.root / "dvc.lock").write_text(json.dumps({"schema": "2.0", "stages": self.lock}))
         for path, (oid, published) in wanted.items():
@@ -110,18 +108,6 @@ class _Scratch:
             if path not in wanted and not self._missing(oid):
                 self._bring(path, oid, None)
         dvc.keep(self.root, wanted)
-
-    def _published(self, name: str, out: Mapping[str, Any]) -> str | None:
-        """The sha256 that the stage's report gives its main output; None if it is another output, or not the report that was recorded."""
-        report = _bytes(self.at, _report(name))
-        known = {made["path"]: made["md5"] for made in self.lock[name]["outs"]}
-        if (
-            report is None
-            or out["path"].startswith("data/plots/")
-            or hashlib.md5(report, usedforsecurity=False).hexdigest() != known.get(_report(name))
-        ):
-            return None
-        return json.loads(report).get("output_sha256")
 
     def _missing(self, oid: str) -> list[str]:
         files = self.store.files(oid)
@@ -201,10 +187,12 @@ class _Scratch:
     def compare(self, name: str) -> tuple[dict[str, dict[str, str]], list[dict[str, Any]]]:
         """Each output's recorded and made hash; and where what was made first differs, file by file, the report last."""
         made = dvc.outputs(self.root, name)
-        outs = sorted(self.lock[name]["outs"], key=lambda out: out["path"].startswith(REPORTS))
+        outs = sorted(self.lock[name]["outs"], key=lambda out: out["path"].startswith(integrity.REPORTS))
         differences = []
         for out in outs:
-            published = self._published(name, out) if not out["path"].startswith(REPORTS) else None
+            published = (
+                integrity.published(self.at, self.lock, name, out["path"]) if not out["path"].startswith(integrity.REPORTS) else None
+            )
             if made.get(out["path"]) != out["md5"]:
                 differences += self._differences(out["path"], out["md5"])
             elif published is not None and integrity.sha256_of(self.root / out["path"]) != published:
@@ -231,11 +219,11 @@ class _Scratch:
 
     def _recorded(self, path: str, oid: str) -> dict[str, tuple[str, Path]] | None:
         """(hash, file) of each recorded file by its path in the output; a report comes from git or the workspace."""
-        if not path.startswith(REPORTS):
+        if not path.startswith(integrity.REPORTS):
             files = self.store.files(oid)
             return None if files is None else {name: (one, self.store.at(one)) for name, one in files.items()}
         kept = self.root.parent / "report.json"
-        kept.write_bytes(_bytes(self.at, path) or b"")
+        kept.write_bytes(integrity.bytes_of(self.at, path) or b"")
         return {"": (oid, kept if integrity.md5_of(kept) == oid else self.store.at(oid))}
 
     def causes(self, name: str) -> list[str]:
@@ -245,7 +233,7 @@ class _Scratch:
             (
                 (maker, environment)
                 for maker in reversed([*_above(self.lock, name), name])
-                if (environment := json.loads(_bytes(self.at, _report(maker)) or b"{}").get("environment"))
+                if (environment := json.loads(integrity.bytes_of(self.at, integrity.report_of(maker)) or b"{}").get("environment"))
             ),
             (name, {}),
         )
@@ -272,10 +260,6 @@ class _Scratch:
         return {}, {}
 
 
-def _report(address: str) -> str:
-    return f"{REPORTS}{address.replace('@', '/')}.json"
-
-
 def _above(lock: Mapping[str, Any], address: str) -> list[str]:
     """All stages that one was made from, in flow order."""
     made = {out["path"]: name for name, stage in lock.items() for out in stage.get("outs", [])}
@@ -292,28 +276,16 @@ def _above(lock: Mapping[str, Any], address: str) -> list[str]:
     return found
 
 
-def _bytes(at: Revision, path: str) -> bytes | None:
-    if at.rev is None:
-        file = at.root / path
-        return file.read_bytes() if file.is_file() else None
-    return _git(at.root, "show", f"{at.rev}:./{path}")
-
-
-def _git(root: Path, *arguments: str) -> bytes | None:
-    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, check=False)
-    return done.stdout if done.returncode == 0 else None
-
-
 def _unpack(at: Revision, target: Path, path: str = ".") -> None:
     """The project's files at a revision, or in the workspace all that git does not ignore."""
     target.mkdir(parents=True, exist_ok=True)
     if at.rev is not None:
-        packed = _git(at.root, "archive", "--format=tar", at.rev, "--", path)
+        packed = integrity.git(at.root, "archive", "--format=tar", at.rev, "--", path)
         if packed is not None:
             with tarfile.open(fileobj=BytesIO(packed)) as archive:
                 archive.extractall(target, filter="tar")
         return
-    listed = _git(at.root, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", path)
+    listed = integrity.git(at.root, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", path)
     if listed is None:
         raise InputError(f"{at.root} is not in a git repository", "run `git init`: git tells what belongs to the project")
     for name in sorted({os.fsdecode(name) for name in listed.split(b"\0") if name}):
