@@ -109,6 +109,24 @@ def audit(options: argparse.Namespace) -> int:
     return 0
 
 
+def verify(options: argparse.Namespace) -> int:
+    """re-make a stage in a scratch clone and compare the bytes, or hash everything"""
+    from dagster_project.doors import integrity
+    from dagster_project.doors import verify as proof
+
+    if options.integrity == bool(options.stage):
+        raise InputError("verify: name a stage, or --integrity alone", "see `pedigree verify --help`")
+    if (options.deep and options.integrity) or (options.all_revs and not options.integrity):
+        raise InputError("verify: --deep goes with a stage, --all-revs with --integrity", "see `pedigree verify --help`")
+    if options.integrity:
+        found = integrity.examine(_project(options), options.rev, options.all_revs)
+        _print(options, found, integrity.as_text)
+        return {"intact": 0, "altered": 1, "incomplete": 2}[found["verdict"]]
+    found = proof.verify(_project(options), options.stage, options.rev, options.deep)
+    _print(options, found, proof.as_text)
+    return 0 if found["verdict"] == "identical" else 1
+
+
 def export_ballot(options: argparse.Namespace) -> int:
     """write a page on which people vote blindly between two systems' answers"""
     from dagster_project.evaluation.ballots import export_text, page
@@ -293,6 +311,12 @@ def parser() -> argparse.ArgumentParser:
     one = command(audit)
     one.add_argument("model", metavar="MODEL", help="a path, a stage's name or a content hash")
     one.add_argument("--rev", help="git revision to look at (default: the workspace)")
+    one = command(verify)
+    one.add_argument("stage", nargs="?", metavar="STAGE[@VARIANT]", help="a stage's name, the path of its output or a content hash")
+    one.add_argument("--rev", help="git revision to look at (default: the workspace, uncommitted work included)")
+    one.add_argument("--deep", action="store_true", help="go back to the sources: re-make every stage above it first")
+    one.add_argument("--integrity", action="store_true", help="instead hash everything that dvc.lock reaches, in cache and workspace")
+    one.add_argument("--all-revs", action="store_true", help="with --integrity: every commit that changed dvc.lock, too")
     ballots = commands.add_parser("ballots", help="let people compare two systems, blindly").add_subparsers(
         dest="part", required=True, metavar="COMMAND"
     )

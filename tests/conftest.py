@@ -186,6 +186,18 @@ def finished(_finished: Path, tmp_path: Path) -> Iterator[Path]:
     yield target
 
 
+@pytest.fixture(scope="session")
+def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small street (tests/street.py) in which everything has run and is committed."""
+    import street as mini
+
+    root = mini.make_project(tmp_path_factory.mktemp("street") / "project")
+    assert dvc(root, "repro").returncode == 0
+    mini.git(root, "add", "-A")
+    mini.git(root, "commit", "-qm", "made")
+    return root
+
+
 @pytest.fixture
 def instance(tmp_path: Path) -> Iterator[Any]:
     """A Dagster instance of its own, with an event log on disk."""

@@ -28,15 +28,6 @@ from dagster_project.doors.sync import sync
 from dagster_project.errors import InputError
 
 
-@pytest.fixture(scope="session")
-def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = mini.make_project(tmp_path_factory.mktemp("street") / "project")
-    assert dvc(root, "repro").returncode == 0
-    mini.git(root, "add", "-A")
-    mini.git(root, "commit", "-qm", "made")
-    return root
-
-
 @pytest.fixture
 def root(_made: Path, tmp_path: Path) -> Path:
     """A small street in which everything has run and is committed."""

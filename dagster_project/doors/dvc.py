@@ -179,7 +179,7 @@ def is_code(path: str) -> bool:
     return path.endswith(".py")
 
 
-def _overlap(a: str, b: str) -> bool:
+def overlap(a: str, b: str) -> bool:
     return a == b or a.startswith(b + "/") or b.startswith(a + "/")
 
 
@@ -234,7 +234,7 @@ def _state(root: Path, stage: Any, paths: Mapping[str, str], versions: Mapping[s
             whole = paths[maker] == path
             inputs.append(Input(maker, paths[maker], versions[maker], recorded[path] if whole or not same else versions[maker]))
         if not makers:
-            unclean = next((how for source, how in tracked.items() if how and _overlap(source, path)), "")
+            unclean = next((how for source, how in tracked.items() if how and overlap(source, path)), "")
             inputs.append(Input(None, path, now[path], recorded[path], unclean))
     definition_now = digest([stage.cmd, values, {path: now[path] for path in code}])
     defined = not stage.cmd_changed and (
@@ -350,7 +350,7 @@ def at_work(root: Path, paths: Iterable[str]) -> str:
     except (FileNotFoundError, ValueError):
         return ""
     for busy, owner in table.get("write", {}).items():
-        if owner["pid"] != os.getpid() and psutil.pid_exists(owner["pid"]) and any(_overlap(busy, str(root / path)) for path in paths):
+        if owner["pid"] != os.getpid() and psutil.pid_exists(owner["pid"]) and any(overlap(busy, str(root / path)) for path in paths):
             return f"process {owner['pid']} ({owner['cmd']})"
     return ""
 
@@ -385,7 +385,7 @@ def fingerprint(root: Path, address: str) -> Fingerprint:
         for other in every:
             for out in other.outs:
                 path = os.path.relpath(out.fs_path, root)
-                if not any(_overlap(path, read) for read in now):
+                if not any(overlap(path, read) for read in now):
                     continue
                 if other.is_data_source:
                     if unclean := _tracked(root, other, out):
@@ -424,6 +424,68 @@ def recorded_files(root: Path, address: str) -> dict[str, Path]:
         if listing is None or not listing.is_file():
             return {}
         return {entry["relpath"]: Path(repo.cache.local.oid_to_path(entry["md5"])) for entry in json.loads(listing.read_bytes())}
+
+
+@dataclass(frozen=True)
+class Store:
+    """DVC's cache as files: every object lies under the md5 of its bytes, if nobody tampered with it."""
+
+    objects: Path
+    runs: Path
+    """DVC's own record of the runs of stages, each in the form of its entry in dvc.lock."""
+
+    def at(self, oid: str) -> Path:
+        return self.objects / oid[:2] / oid[2:]
+
+    def files(self, oid: str) -> dict[str, str] | None:
+        """Objects of a recorded output by their path in it ("" where it is one file); None if its listing is not here or cannot be read."""
+        if not oid.endswith(".dir"):
+            return {"": oid}
+        try:
+            return {entry["relpath"]: entry["md5"] for entry in json.loads(self.at(oid).read_bytes())}
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+def store(root: Path) -> Store:
+    with _open(root) as repo:
+        return Store(Path(repo.cache.local.path), Path(repo.stage_cache.cache_dir))
+
+
+def stand_alone(root: Path) -> None:
+    """Make a folder with a project's files a DVC project that shares nothing: no git, its own cache, in which what lies twice is kept once."""
+    (root / ".dvc").mkdir(exist_ok=True)
+    site = root / ".dvc" / "site"
+    own = f'[core]\nno_scm = true\nsite_cache_dir = {site}\n[cache]\ndir = cache\ntype = "reflink,hardlink,copy"\n'
+    (root / ".dvc" / "config.local").write_text(own)
+
+
+def keep(root: Path, paths: Iterable[str]) -> None:
+    """Take outputs as they lie in the workspace into the cache. dvc.lock stays as it is."""
+    wanted = set(paths)
+    with _open(root) as repo:
+        for out in (out for stage in _stages(repo) for out in stage.outs):
+            if out.use_cache and os.path.relpath(out.fs_path, root) in wanted:
+                out.commit()
+
+
+def outputs(root: Path, address: str) -> dict[str, str]:
+    """Content hash on disk of each output of a stage, report and plots included, by its path."""
+    with _open(root) as repo:
+        stage = next(stage for stage in _stages(repo) if stage.name == address)
+        return {os.path.relpath(out.fs_path, root): _hash(out) for out in stage.outs}
+
+
+def tracked_sources(root: Path) -> dict[str, str]:
+    """Content hash of each source that a .dvc file tracks, as that file records it, by its path."""
+    with _open(root) as repo:
+        return {
+            os.path.relpath(out.fs_path, root): out.hash_info.value
+            for stage in _stages(repo)
+            if stage.is_data_source
+            for out in stage.outs
+            if out.hash_info
+        }
 
 
 def set_aside(root: Path, address: str, differs: Callable[[Path], bool], held: bool) -> list[str] | None:

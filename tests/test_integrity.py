@@ -1,0 +1,114 @@
+"""Everything that dvc.lock reaches is hashed: a flipped bit anywhere is named, and nothing else is."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import street as mini
+from conftest import dvc, pedigree
+
+from dagster_project.doors.integrity import as_text, examine
+
+
+@pytest.fixture
+def root(_made: Path, tmp_path: Path) -> Path:
+    """A small street in which everything has run and is committed."""
+    shutil.copytree(_made, tmp_path / "project", symlinks=True)
+    return tmp_path / "project"
+
+
+def flip(path: Path, bit: int = -1) -> None:
+    """Flip one bit in place, as a disk or an intruder would: the mode stays what it was."""
+    mode, content = path.stat().st_mode, bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.chmod(0o644)
+    path.write_bytes(content)
+    path.chmod(mode)
+
+
+def named(root: Path, where: str) -> set[str]:
+    return {found["path"] for found in examine(root)["findings"] if found["where"] == where}
+
+
+def files(folders: Iterable[Path]) -> list[Path]:
+    return [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def test_a_flipped_bit_in_every_kind_of_artifact_is_named_and_nothing_else_is(finished: Path) -> None:
+    assert examine(finished)["verdict"] == "intact"
+    made = (
+        "base_model",
+        "raw_examples",
+        "instructions",
+        "splits",
+        "tokenized",
+        "adapter",
+        "merged",
+        "baselines",
+        "evaluation",
+        "comparison",
+        "plots",
+    )
+    outputs, reports = files(finished / "data" / name for name in made), files([finished / "data/reports"])
+    assert {path.suffix for path in outputs} >= {".parquet", ".safetensors", ".json", ".csv", ".md", ".jinja"}
+    objects = [path for path in files([finished / ".dvc/cache/files/md5"]) if path.read_bytes() in {out.read_bytes() for out in outputs}]
+    listings = [path for path in files([finished / ".dvc/cache/files/md5"]) if path.suffix == ".dir"]
+    for path in [*outputs, *reports]:
+        path.unlink() if path.stat().st_nlink > 1 else flip(path)
+    assert named(finished, "workspace") == {str(path.relative_to(finished)) for path in outputs}
+    assert named(finished, "report") == {str(path.relative_to(finished)) for path in reports}
+    for path in objects:
+        flip(path)
+    assert named(finished, "cache") == set(map(str, objects))
+    for path in listings:
+        flip(path)
+    assert {path for path in named(finished, "cache") if path.endswith(".dir")} == set(map(str, listings))
+    done = pedigree(finished, "verify", "--integrity")
+    assert done.returncode == 1 and all(str(path) in done.stdout for path in listings)
+
+
+def test_a_flipped_bit_in_dvc_lock_is_caught(root: Path) -> None:
+    lock, dice = root / "dvc.lock", random.Random(0)
+    content = lock.read_bytes()
+    for _ in range(40):
+        bit = dice.randrange(len(content) * 8)
+        flip(lock, bit)
+        assert "dvc.lock" in {found["where"] for found in examine(root)["findings"]}, bit
+        lock.write_bytes(content)
+
+
+def test_an_uncommitted_run_is_vouched_for_and_an_edited_entry_is_not(root: Path) -> None:
+    (root / "params.yaml").write_text((root / "params.yaml").read_text().replace('"testseed": 7', '"testseed": 8'))
+    assert dvc(root, "repro").returncode == 0
+    assert examine(root)["verdict"] == "intact"
+    lock = root / "dvc.lock"
+    lock.write_text(lock.read_text().replace("testseed: 8", "testseed: 9"))
+    assert named(root, "dvc.lock") == {"tok"}
+
+
+def test_an_output_recorded_by_hand_is_caught_by_the_sha256_of_its_report(root: Path) -> None:
+    (root / "data/inst/rows.txt").unlink()
+    (root / "data/inst/rows.txt").write_text("BAD")
+    assert dvc(root, "commit", "-f").returncode == 0
+    assert "data/inst" in named(root, "dvc.lock")
+
+
+def test_history_is_looked_at_too_and_what_is_not_here_is_told_apart(root: Path) -> None:
+    (root / "params.yaml").write_text((root / "params.yaml").read_text().replace('"testseed": 7', '"testseed": 8'))
+    assert dvc(root, "repro").returncode == 0
+    mini.git(root, "commit", "-qam", "again")
+    found = examine(root, all_revs=True)
+    assert (found["verdict"], found["revisions"]) == ("intact", 3)
+    [old] = [path for path in files([root / ".dvc/cache/files/md5"]) if path.read_bytes() == b"test 7"]
+    flip(old)
+    assert examine(root)["verdict"] == "intact"
+    assert {one["path"] for one in examine(root, all_revs=True)["findings"]} == {str(old)}
+    old.unlink()
+    gone = examine(root, rev="HEAD~1")
+    assert gone["verdict"] == "incomplete" and [one["path"] for one in gone["missing"]] == ["data/tok/test.txt"]
+    assert "dvc pull --all-commits" in as_text(gone)
+    assert pedigree(root, "verify", "--integrity", "--rev", "HEAD~1").returncode == 2

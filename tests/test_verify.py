@@ -1,0 +1,125 @@
+"""Proof by re-making: in a clone of its own, from what was recorded, byte for byte."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import dvc, pedigree
+from safetensors.torch import save_file
+
+from dagster_project.audit.differences import first_difference
+from dagster_project.doors.verify import as_text, verify
+from dagster_project.errors import CheckFailed, InputError
+
+
+@pytest.fixture
+def root(_made: Path, tmp_path: Path) -> Path:
+    """A small street in which everything has run and is committed."""
+    shutil.copytree(_made, tmp_path / "project", symlinks=True)
+    return tmp_path / "project"
+
+
+def files_of(root: Path) -> dict[str, bytes]:
+    """What of a project counts: all but DVC's own scratch."""
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and ".git" not in path.parts and "tmp" not in path.relative_to(root).parts and "__pycache__" not in path.parts
+    }
+
+
+def test_a_stage_of_the_real_street_is_made_again_byte_for_byte(finished: Path) -> None:
+    before = files_of(finished)
+    done = pedigree(finished, "verify", "adapter@lora", "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["verdict"] == "identical" and set(document["stages"]) == {"adapter@lora"}
+    assert all(out["made"] == out["recorded"] for out in document["stages"]["adapter@lora"]["outputs"].values())
+    assert files_of(finished) == before
+
+
+def test_a_dirty_project_is_proved_by_what_was_recorded_and_is_left_as_it_is(root: Path) -> None:
+    (root / "data/sources/g.txt").write_text("r1")
+    shutil.rmtree(root / "data/inst")
+    (root / "params.yaml").write_text((root / "params.yaml").read_text().replace('"testseed": 7', '"testseed": 8'))
+    before = files_of(root)
+    deep = verify(root, "cmp", deep=True)
+    assert deep["verdict"] == "identical" and deep["changed"] == []
+    assert list(deep["stages"]) == ["raw", "inst", "tok", "adapter@lora", "adapter@dora", "cmp"]
+    assert files_of(root) == before
+
+
+def test_what_other_code_makes_is_different_and_the_code_is_named(root: Path) -> None:
+    (root / "code/tok.py").write_text("V = 1\n")
+    found = verify(root, "tok")
+    assert found["verdict"] == "different"
+    assert found["differences"][0] == {"artifact": "data/tok/train.txt", "line": 4, "recorded": "V = 0V = 0", "made": "V = 0V = 1"}
+    assert found["causes"][0] == "code/tok.py changed since it was recorded"
+    assert "tok: different" in as_text(found)
+    assert verify(root, "tok", rev="HEAD")["verdict"] == "identical"
+
+
+def test_a_stage_whose_input_was_made_anew_since_is_proved_from_the_one_it_read(root: Path) -> None:
+    (root / "params.yaml").write_text((root / "params.yaml").read_text().replace('"minlen": 1', '"minlen": 2'))
+    assert dvc(root, "repro", "--single-item", "inst").returncode == 0
+    assert verify(root, "tok")["verdict"] == "identical"
+
+
+def test_without_the_cache_nothing_is_done_and_what_to_fetch_is_said(root: Path) -> None:
+    shutil.rmtree(root / ".dvc/cache/files")
+    with pytest.raises(InputError, match="data/inst: 1 object") as said:
+        verify(root, "tok")
+    assert "dvc pull data/inst" in str(said.value)
+
+
+def test_an_input_that_was_tampered_with_is_not_used(root: Path) -> None:
+    content = (root / "data/inst/rows.txt").read_bytes()
+    for path in (root / ".dvc/cache/files").rglob("*"):
+        if path.is_file() and path.read_bytes() == content:
+            path.chmod(0o644)
+            path.write_bytes(b"TAMPERED")
+    with pytest.raises(CheckFailed, match="tampered with"):
+        verify(root, "tok")
+
+
+def test_an_unknown_stage_or_revision_is_one_message(root: Path) -> None:
+    with pytest.raises(InputError, match="nothing: no such stage"):
+        verify(root, "nothing")
+    with pytest.raises(InputError, match="no revision"):
+        verify(root, "tok", rev="0" * 40)
+
+
+def _tensors(path: Path, second: float) -> None:
+    save_file({"a": torch.ones(2, dtype=torch.bfloat16), "b": torch.tensor([1.0, second]), "c": torch.tensor(second)}, path)
+
+
+def _table(path: Path, second: str) -> None:
+    pq.write_table(pa.table({"id": ["x", "y"], "turns": [[{"content": "hi"}], [{"content": second}]]}), path)
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "expected"),
+    [
+        ("model.safetensors", lambda path, new: _tensors(path, 2.5 if new else 2.0), {"tensor": "b", "max_abs_difference": 0.5, "tensors_differing": 2, "tensors": 3}),
+        ("rows.parquet", lambda path, new: _table(path, "ho" if new else "hi"), {"row": 1, "field": "turns[0].content", "recorded": "hi", "made": "ho"}),
+        ("a.json", lambda path, new: path.write_text(json.dumps({"a": 1, "b": [1, {"c": new}]})), {"field": "b[1].c", "recorded": "false", "made": "true"}),
+        ("a.csv", lambda path, new: path.write_text(f"step,loss\n1,{2 if new else 3}\n"), {"line": 1, "recorded": "1,3", "made": "1,2"}),
+        ("a.bin", lambda path, new: path.write_bytes(b"\xff\x00" + bytes([new])), {"byte": 2}),
+        ("broken.safetensors", lambda path, new: path.write_bytes(b"12" + bytes([new])), {"byte": 2}),
+    ],
+)  # fmt: skip
+def test_the_first_difference_is_named_by_tensor_row_field_line_or_byte(
+    tmp_path: Path, name: str, write: Any, expected: dict[str, Any]
+) -> None:
+    files = [tmp_path / folder / name for folder in ("recorded", "made")]
+    for new, file in enumerate(files):
+        file.parent.mkdir()
+        write(file, bool(new))
+    assert first_difference(*files) == expected
