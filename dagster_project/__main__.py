@@ -109,6 +109,16 @@ def audit(options: argparse.Namespace) -> int:
     return 0
 
 
+def compare(options: argparse.Namespace) -> int:
+    """the board: every variant beside what tuning competes with, and which to use"""
+    folder = _project(options) / "data" / "comparison"
+    if not (folder / "comparison.json").is_file():
+        raise InputError("data/comparison: nothing was compared yet", "run `dvc repro comparison`")
+    document = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+    _print(options, document, lambda _: (folder / "board.md").read_text(encoding="utf-8").rstrip("\n"))
+    return 0
+
+
 def export_ballot(options: argparse.Namespace) -> int:
     """write a page on which people vote blindly between two systems' answers"""
     from dagster_project.evaluation.ballots import export_text, page
@@ -287,6 +297,7 @@ def parser() -> argparse.ArgumentParser:
     one = command(audit)
     one.add_argument("model", metavar="MODEL", help="a path, a stage's name or a content hash")
     one.add_argument("--rev", help="git revision to look at (default: the workspace)")
+    command(compare)
     ballots = commands.add_parser("ballots", help="let people compare two systems, blindly").add_subparsers(
         dest="part", required=True, metavar="COMMAND"
     )

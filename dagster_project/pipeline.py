@@ -6,6 +6,7 @@ folders and its parameters, and returns the stage's report. `python -m dagster_p
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date
@@ -67,12 +68,25 @@ class At:
         """The folder with the outputs of all variants of a stage."""
         return self.root / "data" / stage
 
+    def measured(self, stage: str, variant: str) -> dict[str, float]:
+        """What the run took that made a stage's present output. For pages; never for an output."""
+        return measured(self.root, f"{stage}/{variant}")
+
     def params(self, section: str, model: type[S]) -> S:
         return params.parse(model, self.values.get(section), section)
 
     @property
     def compute(self) -> Compute:
         return self.params("compute", Compute)
+
+
+def measured(root: Path, place: str) -> dict[str, float]:
+    """What the run took that made the present output of data/<place> (bytes, seconds); empty where that is not known on this machine."""
+    took, report = (root / "data" / "pages" / place / "measured.json", root / "data" / "reports" / f"{place}.json")
+    if not took.is_file() or not report.is_file():
+        return {}
+    found, made = (json.loads(path.read_text(encoding="utf-8")) for path in (took, report))
+    return found if found.pop("output_sha256") == made.get("output_sha256") else {}  # not of another version
 
 
 def base_model(at: At) -> Report:
@@ -166,8 +180,33 @@ def comparison(at: At) -> Report:
     from dagster_project.evaluation.measure import Settings
     from dagster_project.stages import comparison as stage
 
-    settings, variants = at.params("evaluation", Settings), list(at.values["adapter"])
-    return stage.run(at.root, settings, variants, at.made_by("splits"), at.made_by("baselines"), at.all_of("evaluation"), out=at.out)
+    variants = {
+        name: stage.Variant(
+            at.all_of("evaluation") / name,
+            at.all_of("merged") / name,
+            at.all_of("adapter") / name / "training.json",
+            at.measured("adapter", name),
+        )
+        for name in at.values["adapter"]
+    }
+    return stage.run(
+        at.root,
+        at.params("evaluation", Settings),
+        variants,
+        at.made_by("splits"),
+        at.made_by("baselines"),
+        at.made_by("base_model"),
+        out=at.out,
+        scores_file=at.plot("scores"),
+        pages=at.pages,
+    )
+
+
+def release(at: At) -> Report:
+    from dagster_project.stages import release as stage
+
+    merged = {name: at.all_of("merged") / name for name in at.values["adapter"]}
+    return stage.run(at.params("release", stage.Params), at.compute, at.made_by("comparison"), merged, out=at.out)
 
 
 STREET: dict[str, Callable[[At], Report]] = {
@@ -181,6 +220,7 @@ STREET: dict[str, Callable[[At], Report]] = {
     "baselines": baselines,
     "evaluation": evaluation,
     "comparison": comparison,
+    "release": release,
 }
 
 VARIANTS_OF = {"adapter": "adapter", "merged": "adapter", "evaluation": "adapter"}
@@ -233,7 +273,7 @@ def validate(root: Path) -> dict[str, Any]:
     """
     from dagster_project.curation.review import refuse_expired
     from dagster_project.evaluation.measure import Settings
-    from dagster_project.stages import adapter, base_model, baselines, instructions, raw_examples, splits, tokenized
+    from dagster_project.stages import adapter, base_model, baselines, instructions, raw_examples, release, splits, tokenized
     from dagster_project.training import auto, methods, templates
 
     sections: dict[str, type[Section]] = {
@@ -245,6 +285,7 @@ def validate(root: Path) -> dict[str, Any]:
         "tokenized": tokenized.Params,
         "baselines": baselines.Params,
         "evaluation": Settings,
+        "release": release.Params,
     }
     values = params.read(root)
     unknown = sorted(set(values) - set(sections) - {"adapter"})
@@ -268,7 +309,18 @@ def validate(root: Path) -> dict[str, Any]:
             )
     raw_examples.locate_sources(root, parsed["raw_examples"].sources)  # type: ignore[attr-defined]
     judged: instructions.Params = parsed["instructions"]  # type: ignore[assignment]
-    refuse_expired(judged.waivers, "params.yaml: instructions.waivers", date.today())
+    promoted: release.Params = parsed["release"]  # type: ignore[assignment]
+    for section, waivers in (("instructions", judged.waivers), ("release", promoted.waivers)):
+        for i, waiver in enumerate(values.get(section, {}).get("waivers", ())):
+            if not isinstance(waiver["expires"], str):
+                raise InputError(
+                    f"params.yaml: {section}.waivers.{i}.expires: DVC reads no dates", f'put it in quotes: "{waiver["expires"]}"'
+                )
+        refuse_expired(waivers, f"params.yaml: {section}.waivers", date.today())
+    if promoted.variant not in {release.AUTO, *variants}:
+        raise InputError(
+            f"params.yaml: release.variant: no variant {promoted.variant!r}", f"{release.AUTO}, or one of {', '.join(variants)}"
+        )
     for name, folder in (("review", "data/sources/review"), ("expectations", "data/expectations")):
         if path := getattr(judged, name):
             raw_examples.locate(root, path, f"instructions.{name}", folder)

@@ -54,10 +54,10 @@ def test_the_parameters_page_names_every_parameter() -> None:
     from dagster_project.evaluation.measure import Settings
     from dagster_project.evaluation.metrics import Task
     from dagster_project.params import Compute
-    from dagster_project.stages import adapter, base_model, baselines, instructions, raw_examples, splits, tokenized
+    from dagster_project.stages import adapter, base_model, baselines, instructions, raw_examples, release, splits, tokenized
 
     page = (ROOT / "docs" / "parameters.md").read_text()
     listed = set(re.findall(r"^\| `([a-z_0-9]+)` \|", page, re.MULTILINE))
     models = [Compute, base_model.Params, raw_examples.Params, raw_examples.Source, instructions.Params, splits.Params, tokenized.Params,
-              adapter.Params, baselines.Params, Settings, Task]  # fmt: skip
+              adapter.Params, baselines.Params, Settings, Task, release.Params]  # fmt: skip
     assert listed == {name for model in models for name in model.model_fields}
