@@ -138,6 +138,7 @@ def two(lora: tuple[float, float, float], dora: tuple[float, float, float], betw
         ({"lora": to_rivals(few_shot=SURE)}, "lora", "It is surely better than base model, worked examples in the prompt, the best alternative to tuning."),
         (two(SURE, (0.4, 0.3, 0.5), (0.1, 0.05, 0.2)), "dora", "the best alternative to tuning, and the best of the variants."),
         (two(SURE, (0.4, 0.3, 0.5), (0.1, -0.05, 0.2)), "lora", "dora scores more, but perhaps by chance (+10.0 points of macro-F1 over lora (95 % interval -5.0 to +20.0)), and costs more."),
+        (two((0.4, 0.3, 0.5), SURE, (-0.1, -0.2, 0.05)), "lora", "tuning. It has the best score; dora may be as good, and cost no less."),
         (two(SURE, UNSURE, (-0.2, -0.3, -0.1)), "lora", "and the best of the variants."),
         ({"lora": to_rivals(few_shot=UNSURE)}, "lora", "It has the best score, but is not surely better than base model, worked examples in the prompt, which costs no training."),
         ({"lora": to_rivals(few_shot=WORSE)}, None, "Use base model, worked examples in the prompt: no variant is better, and it costs no training."),
@@ -145,14 +146,14 @@ def two(lora: tuple[float, float, float], dora: tuple[float, float, float], betw
         ({"lora": to_base(1.2, 1.1, 1.3)}, None, "Use the base model: no variant is better, and it costs no training."),
         ({"lora": {}}, None, "No variant has answers or a perplexity to compare."),
     ],
-    ids=["one", "the better of two", "by chance: the cheaper", "only one is sure", "none is sure", "worse", "by perplexity", "worse by perplexity", "nothing"],
+    ids=["one", "the better of two", "by chance: the cheaper", "by chance: the better", "only one is sure", "none is sure", "worse", "by perplexity", "worse by perplexity", "nothing"],
 )  # fmt: skip
 def test_the_recommended_variant_is_the_best_sure_one_or_as_good_and_cheaper(
     compared: dict[str, Any], variant: str | None, why: str
 ) -> None:
     found = recommended("macro_f1", SCORES, compared, COSTS)
     assert found["variant"] == variant and found["why"].endswith(why)
-    assert found["sure"] == (("surely better" in why and "not surely" not in why) or why.startswith(("the", "and", "dora")))
+    assert found["sure"] == (variant is not None and "not surely" not in why)
 
 
 HOSTILE = "</script><script>alert(1)</script><img src=http://x onerror=alert(1)>"

@@ -110,6 +110,15 @@ def _verdict(name: str, decides: str, scores: Scores, found: Mapping[str, Any]) 
     return f"Tuning {name} shows no sure gain: {gained.words}.{more}{beside}"
 
 
+def retention(found: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """Benchmark -> a variant's accuracy, and how far that is above the base model's.
+
+    Args:
+        found: what was compared of the variant.
+    """
+    return {name: (kept["accuracy"], kept["difference"]) for name, kept in found.get("retention", {}).items()}
+
+
 def recommended(decides: str, scores: Scores, compared: Mapping[str, Any], cost: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     """The variant to use, or none, and why: the best of those that are surely better than the best alternative; between two that may
     differ by chance, the cheaper one.
@@ -139,6 +148,9 @@ def recommended(decides: str, scores: Scores, compared: Mapping[str, Any], cost:
         low, high = gap["interval"]
         figures = _points(gap["difference"], low, high, decides, cheapest)
         return {**told, "variant": cheapest, "why": f"{why}. {best} scores more, but perhaps by chance ({figures}), and costs more."}
+    others = ", ".join(name for name in alike if name != best)
+    if others:
+        return {**told, "why": f"{why}. It has the best score; {others} may be as good, and cost no less."}
     return {**told, "why": f"{why}{', and the best of the variants' if len(compared) > 1 else ''}."}
 
 

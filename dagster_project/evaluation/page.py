@@ -9,7 +9,7 @@ from importlib import resources
 from typing import Any
 
 from dagster_project import markup
-from dagster_project.evaluation.compare import NAMES, TITLES
+from dagster_project.evaluation.compare import NAMES, TITLES, retention
 
 HIGH = 220
 """Pixels of a plot."""
@@ -102,11 +102,11 @@ def _board(document: Mapping[str, Any], order: Sequence[str], measured: Measured
 def _rows(document: Mapping[str, Any], order: Sequence[str], measured: Measured) -> tuple[list[str], list[list[str]]]:
     """The columns of the board that any system has something in, and a row for each system."""
     first, second = document["shown"]
-    kept = sorted({test for found in document["compared"].values() for test in found.get("retention", {})})
+    kept = sorted({test for found in document["compared"].values() for test in retention(found)})
 
     def cells(name: str) -> dict[str, str]:
         scores, costs = document["scores"].get(name, {}), document["costs"].get(name, {})
-        took, retention = measured.get(name, {}), document["compared"].get(name, {}).get("retention", {})
+        took, accuracies = measured.get(name, {}), retention(document["compared"].get(name, {}))
         value, low, high = _point(document, name)
         return {
             TITLES[first] if scores else "perplexity": f"{value:.3f}",
@@ -117,7 +117,7 @@ def _rows(document: Mapping[str, Any], order: Sequence[str], measured: Measured)
             "trained with": _if(costs, "tokens", lambda n: f"{n:,} tokens"),
             "training": _if(took, "training_seconds", lambda n: f"{n:,.0f} s"),
             "peak memory": _if(took, "peak_memory_bytes", lambda n: f"{n / 1e6:,.0f} MB"),
-            **{markup.text(test): _kept(retention.get(test)) for test in kept},
+            **{markup.text(test): _kept(accuracies.get(test)) for test in kept},
         }
 
     table = {name: cells(name) for name in order}
@@ -129,9 +129,9 @@ def _if(found: Mapping[str, float], key: str, words: Any) -> str:
     return words(found[key]) if key in found else ""
 
 
-def _kept(found: Mapping[str, Any] | None) -> str:
+def _kept(found: tuple[float, float] | None) -> str:
     """What a variant reaches on a benchmark, and how far that is from the base model."""
-    return f"{found['accuracy']:.3f} ({100 * found['difference']:+.1f} points)" if found else ""
+    return f"{found[0]:.3f} ({100 * found[1]:+.1f} points)" if found else ""
 
 
 def _cost(document: Mapping[str, Any], order: Sequence[str]) -> str:
@@ -179,16 +179,15 @@ def _scatter(document: Mapping[str, Any], order: Sequence[str], what: str, title
         words = f"{order.index(name) + 1} {markup.label(_short(name), 36)}"
         body += f'<line class="mark" x1="10%" x2="100%" y1="{at:.1f}" y2="{at:.1f}"/>'
         body += f'<text class="marked" x="100%" y="{at - 5:.1f}" text-anchor="end">{words}</text>'
-    labels: list[tuple[float, float]] = []
-    for name in sorted(placed, key=lambda name: (costs[name][what], -_point(document, name)[0])):
+    taken: list[tuple[float, float]] = []
+    for name in sorted(placed, key=lambda name: costs[name][what]):
         (value, low, high), across, kind = _point(document, name), x(costs[name][what]), _kind(document, name)
-        above = y(high) - 8
-        while any(abs(across - other) < 6 and abs(above - place) < 15 for other, place in labels):
-            above -= 15
-        labels.append((across, above))
-        body += f'<line class="{kind} whisker" x1="{across:.2f}%" x2="{across:.2f}%" y1="{min(y(low), y(0)):.1f}" y2="{min(above + 2, y(high)):.1f}"/>'
-        body += f'<circle class="{kind}" cx="{across:.2f}%" cy="{y(value):.1f}" r="5"><title>{markup.text(_title(name))}: {value:.3f}</title></circle>'
-        body += f'<text class="marked name" x="{across:.2f}%" y="{above:.1f}" text-anchor="middle">{order.index(name) + 1}</text>'
+        while any(abs(across - other) < 5 and abs(y(value) - place) < 19 for other, place in taken):
+            across += 1  # what would hide another stands beside it
+        taken.append((across, y(value)))
+        body += f'<line class="{kind} whisker" x1="{across:.2f}%" x2="{across:.2f}%" y1="{y(low):.1f}" y2="{y(high):.1f}"/>'
+        body += f'<circle class="{kind} spot" cx="{across:.2f}%" cy="{y(value):.1f}" r="9"><title>{markup.text(_title(name))}: {value:.3f}</title></circle>'
+        body += f'<text class="tick name" x="{across:.2f}%" y="{y(value) + 4:.1f}" text-anchor="middle">{order.index(name) + 1}</text>'
     rows = [(_title(name), f"{costs[name][what]:,}", f"{_point(document, name)[0]:.3f}") for name in placed]
     label = f"{title}: " + "; ".join(f"{markup.text(name)} {value} at {cost}" for name, cost, value in rows)
     key = "".join(f"<li>{order.index(name) + 1} {markup.bdi(_title(name))}</li>" for name in order if name in placed)

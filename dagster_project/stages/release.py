@@ -6,13 +6,14 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
 from dagster_project.curation.review import Exemption
-from dagster_project.evaluation.compare import NAMES, gain
+from dagster_project.evaluation.compare import NAMES, gain, retention
 from dagster_project.params import Compute, Section
 from dagster_project.records import CheckResult, Report, write_json
 
@@ -24,6 +25,8 @@ TRUTHS = {
 }
 
 AUTO = "auto"
+PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack"}
+"""Endings of weights in other formats."""
 NEW_TOKENS = 24
 PROBES = ("What is the capital of France?", "My parcel arrived damaged. What can I do?", "Write one line of JSON.")
 
@@ -57,11 +60,11 @@ def run(params: Params, compute: Compute, comparison: Path, merged: Mapping[str,
     compared = board["compared"][variant]
     found = {
         "better_than_baselines": _better(board["shown"][0], compared),
-        "kept_its_knowledge": _kept(compared.get("retention", {}), params.max_forgetting),
+        "kept_its_knowledge": _kept(retention(compared), params.max_forgetting),
         "test_is_unseen": _unseen(board["test"]),
         "loads_in_transformers": _loads(out, merged[variant], compute),
     }
-    checks = [_judged(name, passed, note, params) for name, (passed, note) in found.items()]
+    checks = [_judged(name, what, params) for name, what in found.items()]
     names = [waiver.check for waiver in params.waivers]
     document = {
         "variant": variant,
@@ -78,42 +81,52 @@ def run(params: Params, compute: Compute, comparison: Path, merged: Mapping[str,
     return Report(metrics={"variant": variant, **shown, "waived": waived, "files": document["files"]}, checks=checks)
 
 
-def _judged(name: str, passed: bool, note: str, params: Params) -> CheckResult:
+@dataclass(frozen=True)
+class _Found:
+    """What a check saw, and what mends it where it failed."""
+
+    passed: bool
+    note: str
+    mend: str = ""
+
+
+def _judged(name: str, found: _Found, params: Params) -> CheckResult:
     """It blocks where it fails, unless somebody has said why it may: then it is a warning that says so."""
+    if found.passed:
+        return CheckResult(name, passed=True, blocking=True, note=found.note)
     waiver = next((waiver for waiver in params.waivers if waiver.check == name), None)
-    if passed or not waiver:
-        return CheckResult(name, passed, blocking=True, count=not passed, note=note)
-    return CheckResult(name, passed, severity="warn", count=1, waived=1, note=f"{note}; waived until {waiver.expires}: {waiver.reason}")
+    if waiver:
+        note = f"{found.note}; waived until {waiver.expires}: {waiver.reason}"
+        return CheckResult(name, passed=False, severity="warn", count=1, waived=1, note=note)
+    note = f"{found.note}; {found.mend}, or waive the check in release.waivers"
+    return CheckResult(name, passed=False, blocking=True, count=1, note=note)
 
 
-def _better(decides: str, compared: Mapping[str, Any]) -> tuple[bool, str]:
+def _better(decides: str, compared: Mapping[str, Any]) -> _Found:
     gained = gain(decides, compared)
     if gained is None:
-        return False, "nothing was compared: it has neither answers nor a perplexity"
+        return _Found(False, "nothing was compared: it has neither answers nor a perplexity", "name test examples that can be answered")
     if gained.sure:
-        return True, gained.words
+        return _Found(True, gained.words)
     instead = NAMES.get(gained.rival, "the base model")
-    return False, f"not surely better: {gained.words}; use {instead}, improve the variant, or waive the check in release.waivers"
+    return _Found(False, f"not surely better: {gained.words}", f"use {instead}, improve the variant")
 
 
-def _kept(retention: Mapping[str, Mapping[str, float]], most: float) -> tuple[bool, str]:
+def _kept(accuracies: Mapping[str, tuple[float, float]], most: float) -> _Found:
     """Nothing measured is nothing shown."""
-    if not retention:
-        return False, "not measured: name a benchmark in evaluation.benchmarks, or waive the check in release.waivers"
-    worst = min(retention, key=lambda name: retention[name]["difference"])
-    lost = retention[worst]["difference"]
+    if not accuracies:
+        return _Found(False, "not measured", "name a benchmark in evaluation.benchmarks")
+    worst, (_, lost) = min(accuracies.items(), key=lambda one: one[1][1])
     words = f"{100 * lost:+.1f} points on {worst}, and at most {100 * most:.1f} may be lost"
-    if lost >= -most:
-        return True, words
-    return False, f"{words}; lower the learning rate, the epochs or the rank, or replay general examples (tokenized.replay)"
+    return _Found(lost >= -most, words, "lower the learning rate, the epochs or the rank, or replay general examples (tokenized.replay)")
 
 
-def _unseen(test: Mapping[str, int]) -> tuple[bool, str]:
-    passed = test["examples"] > 0 and not test["seen"]
-    return passed, f"{test['seen']} of {test['examples']} test examples have a near-copy in what was trained on"
+def _unseen(test: Mapping[str, int]) -> _Found:
+    words = f"{test['seen']} of {test['examples']} test examples have a near-copy in what was trained on"
+    return _Found(test["examples"] > 0 and not test["seen"], words, "split again")
 
 
-def _loads(folder: Path, merged: Path, compute: Compute) -> tuple[bool, str]:
+def _loads(folder: Path, merged: Path, compute: Compute) -> _Found:
     """Greedy tokens of the released folder, loaded as anybody would, beside those of the merged model, loaded as `evaluation` does."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -122,16 +135,17 @@ def _loads(folder: Path, merged: Path, compute: Compute) -> tuple[bool, str]:
     from dagster_project.training.tuned import load
 
     prepare(compute)
-    other = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack"})
-    if other:
-        return False, f"weights that are no safetensors: {', '.join(other)}"
+    another = "name another variant in release.variant"
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
+    if pickled:
+        return _Found(False, f"weights that are no safetensors: {', '.join(pickled)}", another)
     if not (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
-        return False, "it does not stand alone: it needs its base model, or is a classifier's head"
+        return _Found(False, "it does not stand alone: it is an adapter that was not merged, or a classifier's head", another)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, trust_remote_code=False, dtype=torch.float32).eval()
     except (OSError, ValueError) as error:
-        return False, f"transformers does not load it: {' '.join(str(error).split())[:300]}"
+        return _Found(False, f"transformers does not load it: {' '.join(str(error).split())[:300]}", another)
 
     def said(asked: Any) -> list[list[int]]:
         prompts = [[{"role": "user", "content": text}] for text in PROBES]
@@ -141,8 +155,9 @@ def _loads(folder: Path, merged: Path, compute: Compute) -> tuple[bool, str]:
 
     found = said(model)
     del model
-    same = found == said(load(merged, None, torch.device("cpu"), torch.float32))
-    return same, "the same greedy tokens as merged" if same else "its greedy tokens are not those of merged"
+    if found == said(load(merged, None, torch.device("cpu"), torch.float32)):
+        return _Found(True, "the same greedy tokens as merged")
+    return _Found(False, "its greedy tokens are not those of merged", another)
 
 
 def _sha256(path: Path) -> str:
