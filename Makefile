@@ -46,8 +46,8 @@ soak: $(VENV)/ok ## play 2,000 random steps at both doors and compare after each
 clean:           ## remove what can be made again (never sources, reports or dvc.lock)
 	rm -rf .dagster .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build screenshots dvc_plots
 	rm -rf data/base_model data/raw_examples data/instructions data/splits data/tokenized data/adapter data/merged
-	rm -rf data/raw_preferences data/preferences data/reward_model data/aligned data/merged_aligned
-	rm -rf data/baselines data/evaluation data/evaluation_aligned data/comparison data/plots data/live/*
+	rm -rf data/raw_preferences data/preferences data/reward_model data/aligned/* data/merged_aligned/*
+	rm -rf data/baselines data/evaluation data/evaluation_aligned/* data/comparison data/release data/plots data/live/*
 
 .PHONY: setup-dvc
 setup-dvc:

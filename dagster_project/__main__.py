@@ -127,6 +127,16 @@ def verify(options: argparse.Namespace) -> int:
     return 0 if found["verdict"] == "identical" else 1
 
 
+def compare(options: argparse.Namespace) -> int:
+    """the board: every variant beside what tuning competes with, and which to use"""
+    folder = _project(options) / "data" / "comparison"
+    if not (folder / "comparison.json").is_file():
+        raise InputError("data/comparison: nothing was compared yet", "run `dvc repro comparison`")
+    document = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+    _print(options, document, lambda _: (folder / "board.md").read_text(encoding="utf-8").rstrip("\n"))
+    return 0
+
+
 def export_ballot(options: argparse.Namespace) -> int:
     """write a page on which people vote blindly between two systems' answers"""
     from dagster_project.evaluation.ballots import export_text, page
@@ -317,6 +327,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--deep", action="store_true", help="go back to the sources: re-make every stage above it first")
     one.add_argument("--integrity", action="store_true", help="instead hash everything that dvc.lock reaches, in cache and workspace")
     one.add_argument("--all-revs", action="store_true", help="with --integrity: every commit that changed dvc.lock, too")
+    command(compare)
     ballots = commands.add_parser("ballots", help="let people compare two systems, blindly").add_subparsers(
         dest="part", required=True, metavar="COMMAND"
     )

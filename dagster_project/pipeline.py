@@ -6,6 +6,7 @@ folders and its parameters, and returns the stage's report. `python -m dagster_p
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date
@@ -75,12 +76,25 @@ class At:
         """The folder with the outputs of all variants of a stage."""
         return self.root / "data" / stage
 
+    def measured(self, stage: str, variant: str) -> dict[str, float]:
+        """What the run took that made a stage's present output. For pages; never for an output."""
+        return measured(self.root, f"{stage}/{variant}")
+
     def params(self, section: str, model: type[S]) -> S:
         return params.parse(model, self.values.get(section), section)
 
     @property
     def compute(self) -> Compute:
         return self.params("compute", Compute)
+
+
+def measured(root: Path, place: str) -> dict[str, float]:
+    """What the run took that made the present output of data/<place> (bytes, seconds); empty where that is not known on this machine."""
+    took, report = (root / "data" / "pages" / place / "measured.json", root / "data" / "reports" / f"{place}.json")
+    if not took.is_file() or not report.is_file():
+        return {}
+    found, made = (json.loads(path.read_text(encoding="utf-8")) for path in (took, report))
+    return found if found.pop("output_sha256") == made.get("output_sha256") else {}  # not of another version
 
 
 def base_model(at: At) -> Report:
@@ -255,8 +269,36 @@ def comparison(at: At) -> Report:
     from dagster_project.evaluation.measure import Settings
     from dagster_project.stages import comparison as stage
 
-    settings, variants = at.params("evaluation", Settings), list(at.values["adapter"])
-    return stage.run(at.root, settings, variants, at.made_by("splits"), at.made_by("baselines"), at.all_of("evaluation"), out=at.out)
+    ways = {"adapter": ("evaluation", "merged"), "aligned": ("evaluation_aligned", "merged_aligned")}
+    variants = {
+        name: stage.Variant(
+            at.all_of(evaluation) / name,
+            at.all_of(merged) / name,
+            at.all_of(trained) / name / "training.json",
+            at.measured(trained, name),
+        )
+        for trained, (evaluation, merged) in ways.items()
+        for name in at.values[trained]
+    }
+    return stage.run(
+        at.root,
+        at.params("evaluation", Settings),
+        variants,
+        at.made_by("splits"),
+        at.made_by("baselines"),
+        at.made_by("base_model"),
+        out=at.out,
+        scores_file=at.plot("scores"),
+        pages=at.pages,
+    )
+
+
+def release(at: At) -> Report:
+    from dagster_project.stages import release as stage
+
+    merged = {name: at.all_of("merged") / name for name in at.values["adapter"]}
+    merged |= {name: at.all_of("merged_aligned") / name for name in at.values["aligned"]}
+    return stage.run(at.params("release", stage.Params), at.compute, at.made_by("comparison"), merged, out=at.out)
 
 
 STREET: dict[str, Callable[[At], Report]] = {
@@ -276,6 +318,7 @@ STREET: dict[str, Callable[[At], Report]] = {
     "evaluation": evaluation,
     "evaluation_aligned": evaluation_aligned,
     "comparison": comparison,
+    "release": release,
 }
 
 VARIANTS_OF = {
@@ -346,6 +389,7 @@ def validate(root: Path) -> dict[str, Any]:
         preferences,
         raw_examples,
         raw_preferences,
+        release,
         reward_model,
         splits,
         tokenized,
@@ -364,6 +408,7 @@ def validate(root: Path) -> dict[str, Any]:
         "reward_model": reward_model.Params,
         "baselines": baselines.Params,
         "evaluation": Settings,
+        "release": release.Params,
     }
     values = params.read(root)
     unknown = sorted(set(values) - set(sections) - {"adapter", "aligned"})
@@ -388,8 +433,18 @@ def validate(root: Path) -> dict[str, Any]:
     _check_aligned(values, parsed["reward_model"])
     for section in ("raw_examples", "raw_preferences"):
         locate_sources(root, parsed[section].sources, f"{section}.sources")  # type: ignore[attr-defined]
-    for section in ("instructions", "preferences"):
+    promoted: release.Params = parsed["release"]  # type: ignore[assignment]
+    for section in ("instructions", "preferences", "release"):
+        for i, waiver in enumerate((values.get(section) or {}).get("waivers", ())):
+            if not isinstance(waiver["expires"], str):
+                raise InputError(
+                    f"params.yaml: {section}.waivers.{i}.expires: DVC reads no dates", f'put it in quotes: "{waiver["expires"]}"'
+                )
         refuse_expired(parsed[section].waivers, f"params.yaml: {section}.waivers", date.today())  # type: ignore[attr-defined]
+    known = [*variants, *values["aligned"]]
+    if promoted.variant not in {release.AUTO, *known}:
+        raise InputError(f"params.yaml: release.variant: no variant {promoted.variant!r}", f"{release.AUTO}, or one of {', '.join(known)}")
+    for section in ("instructions", "preferences"):
         if review := parsed[section].review:  # type: ignore[attr-defined]
             locate(root, review, f"{section}.review", "data/sources/review")
     if suite := parsed["instructions"].expectations:  # type: ignore[attr-defined]

@@ -159,6 +159,11 @@ def quick(folder: Path, model: Path) -> Path:
         values["baselines"] = {"few_shot": 1, "retrieved": 1}
         values["evaluation"]["max_new_tokens"] = 4
         values["compute"]["dtype"] = "float32"
+        excused = [
+            {"check": name, "reason": "eight steps teach nothing", "expires": "2999-01-01"}
+            for name in ("better_than_baselines", "kept_its_knowledge")
+        ]
+        values["release"] = {"variant": "lora", "waivers": excused}
 
     edit_params(folder, change)
     return folder

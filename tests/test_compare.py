@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dagster_project.evaluation.compare import advice, board
+from dagster_project.__main__ import main
+from dagster_project.evaluation.compare import advice, board, recommended
 from dagster_project.evaluation.metrics import Task, measures, score
+from dagster_project.evaluation.page import Sample, page
 
 TASK = Task(fields={"category": ["login", "billing"]}, score="category")
 TABLE = measures(TASK, {})
@@ -115,3 +120,96 @@ def test_without_answers_the_board_ranks_by_perplexity() -> None:
         "| **middle**, tuned | 0.900 | 0.800 to 1.100 |",
         "| **worse**, tuned | 1.200 | 1.100 to 1.300 |",
     ]
+
+
+COSTS = {"lora": {"prompt_tokens": 40.0, "bytes": 9, "tokens": 100}, "dora": {"prompt_tokens": 40.0, "bytes": 9, "tokens": 200}}
+SURE, UNSURE, WORSE = (0.3, 0.2, 0.4), (0.1, -0.1, 0.3), (-0.1, -0.2, -0.05)
+
+
+def two(lora: tuple[float, float, float], dora: tuple[float, float, float], between: tuple[float, float, float]) -> dict[str, Any]:
+    """Two variants beside worked examples; dora's score is `between` above lora's."""
+    gap, low, high = between
+    return {"lora": to_rivals(few_shot=lora, dora=(-gap, -high, -low)), "dora": to_rivals(few_shot=dora, lora=between)}
+
+
+@pytest.mark.parametrize(
+    ("compared", "variant", "why"),
+    [
+        ({"lora": to_rivals(few_shot=SURE)}, "lora", "It is surely better than base model, worked examples in the prompt, the best alternative to tuning."),
+        (two(SURE, (0.4, 0.3, 0.5), (0.1, 0.05, 0.2)), "dora", "the best alternative to tuning, and the best of the variants."),
+        (two(SURE, (0.4, 0.3, 0.5), (0.1, -0.05, 0.2)), "lora", "dora scores more, but perhaps by chance (+10.0 points of macro-F1 over lora (95 % interval -5.0 to +20.0)), and costs more."),
+        (two((0.4, 0.3, 0.5), SURE, (-0.1, -0.2, 0.05)), "lora", "tuning. It has the best score; dora may be as good, and cost no less."),
+        (two(SURE, UNSURE, (-0.2, -0.3, -0.1)), "lora", "and the best of the variants."),
+        ({"lora": to_rivals(few_shot=UNSURE)}, "lora", "It has the best score, but is not surely better than base model, worked examples in the prompt, which costs no training."),
+        ({"lora": to_rivals(few_shot=WORSE)}, None, "Use base model, worked examples in the prompt: no variant is better, and it costs no training."),
+        ({"lora": to_base(0.5, 0.4, 0.6), "dora": to_base(0.4, 0.3, 0.5)}, "dora", "It is surely better than the base model, the best alternative to tuning, and the best of the variants."),
+        ({"lora": to_base(1.2, 1.1, 1.3)}, None, "Use the base model: no variant is better, and it costs no training."),
+        ({"lora": {}}, None, "No variant has answers or a perplexity to compare."),
+    ],
+    ids=["one", "the better of two", "by chance: the cheaper", "by chance: the better", "only one is sure", "none is sure", "worse", "by perplexity", "worse by perplexity", "nothing"],
+)  # fmt: skip
+def test_the_recommended_variant_is_the_best_sure_one_or_as_good_and_cheaper(
+    compared: dict[str, Any], variant: str | None, why: str
+) -> None:
+    found = recommended("macro_f1", SCORES, compared, COSTS)
+    assert found["variant"] == variant and found["why"].endswith(why)
+    assert found["sure"] == (variant is not None and "not surely" not in why)
+
+
+HOSTILE = "</script><script>alert(1)</script><img src=http://x onerror=alert(1)>"
+
+
+def document(**more: Any) -> dict[str, Any]:
+    labels = {"few_shot": ["login"] * 8, "lora": [*TRUE[:7], "login"]}
+    scores = {name: score(TABLE, TRUE, found) | {"prompt_tokens": 40.0} for name, found in labels.items()}
+    return {
+        "test": {"examples": 9, "answered": 8, "seen": 0},
+        "shown": SHOWN,
+        "scores": scores,
+        "compared": {"lora": {**to_rivals(few_shot=SURE), "retention": {"facts": {"accuracy": 0.75, "difference": -0.05}}}},
+        "costs": {"few_shot": {"prompt_tokens": 400.0, "bytes": 10**6}, "lora": COSTS["lora"]},
+        "advice": [HOSTILE],
+        "recommended": {"variant": "lora", "sure": True, "instead": "few_shot", "why": "It is better."},
+        **more,
+    }
+
+
+def samples() -> list[Sample]:
+    """Of lora's three answers one is right, one wrong as all are, and one wrong that another system gets right."""
+    marks = {"right": (1.0, 1.0), "wrong as all are": (0.0, 0.0), "wrong alone": (0.0, 1.0)}
+    return [Sample(name, HOSTILE, HOSTILE, {"lora": (HOSTILE, ours), "few_shot": ("x", theirs)}) for name, (ours, theirs) in marks.items()]
+
+
+def test_the_page_tells_advice_scores_and_costs_and_shows_the_worst_errors_first() -> None:
+    shown = page(document(), samples(), {"lora": {"training_seconds": 150.2, "peak_memory_bytes": 1.4e9}})
+    text = re.sub("<[^>]+>", "|", shown)
+    assert "Use |lora|." in text and "9 test examples, none of them seen in training" in text
+    for figure in ("0.873", "400", "100 tokens", "150 s", "1,400 MB", "0.750 (-5.0 points)", "1 MB"):
+        assert f"|{figure}|" in text, figure
+    places = [text.index(f"|{sample.prompt}|") for sample in samples()]
+    assert places[2] < places[1] < places[0], "wrong where another is right, wrong where all are, right"
+    assert re.findall('data-wrong="([^"]*)"', shown) == ["0", "0 1", ""]
+    assert shown == page(document(), samples()[::-1], {"lora": {"training_seconds": 150.2, "peak_memory_bytes": 1.4e9}})
+
+
+def test_nothing_in_the_page_is_taken_for_markup_and_it_needs_no_network() -> None:
+    shown = page(document(), samples(), {})
+    assert shown.count("<script") == 1 and "<img" not in shown and "src=" not in re.sub("&lt;.*?&gt;", "", shown)
+    assert "training |" not in shown and "peak memory" not in shown, "what was not measured here has no column"
+
+
+def test_without_answers_the_page_compares_perplexities() -> None:
+    compared = {"lora": to_base(0.5, 0.4, 0.6), "dora": to_base(0.4, 0.3, 0.5)}
+    shown = page(document(scores={}, compared=compared), [], {})
+    assert shown.index("1 dora") < shown.index("2 lora") and "0.300 to 0.500" in shown and 'id="samples"' not in shown
+
+
+def test_the_command_prints_the_board_or_its_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "dvc.yaml").write_text("")
+    assert main(["compare", "--project", str(tmp_path)]) == 2
+    assert "run `dvc repro comparison`" in capsys.readouterr().err
+    (tmp_path / "data/comparison").mkdir(parents=True)
+    (tmp_path / "data/comparison/board.md").write_text("| a board |\n\nUse it.\n")
+    (tmp_path / "data/comparison/comparison.json").write_text(json.dumps({"scores": {}}))
+    assert main(["compare", "--project", str(tmp_path)]) == 0 and capsys.readouterr().out == "| a board |\n\nUse it.\n"
+    assert main(["compare", "--json", "--project", str(tmp_path)]) == 0 and json.loads(capsys.readouterr().out) == {"scores": {}}

@@ -9,12 +9,12 @@ from typing import Any
 
 import dagster as dg
 import pytest
-from conftest import edit_params, pedigree
+from conftest import dvc, edit_params, pedigree
 from street import changed_in_dvc, not_fresh
 
 from dagster_project.doors.dagster_assets import build_definitions
 from dagster_project.doors.dvc import read_street
-from dagster_project.doors.report import asset_key
+from dagster_project.doors.report import asset_key, describe
 from dagster_project.doors.sync import sync
 from dagster_project.pipeline import PEDIGREE
 
@@ -126,3 +126,16 @@ def test_adding_a_variant_is_one_entry_in_params(finished: Path) -> None:
     keys = {key.to_user_string() for key in build_definitions(finished).resolve_asset_graph().get_all_asset_keys()}
     assert {"adapter/small", "merged/small", "evaluation/small"} <= keys
     assert changed_in_dvc(finished) == {"adapter@small", "merged@small", "evaluation@small", "comparison"}
+
+
+def test_dvc_and_dagster_show_the_scores_of_the_comparison_and_the_release_says_what_was_waived(finished: Path) -> None:
+    street = read_street(finished)
+    scores = json.loads((finished / "data/comparison/comparison.json").read_text())["scores"]
+    shown = json.loads(dvc(finished, "metrics", "show", "--json", "data/reports/comparison.json").stdout)
+    assert shown[""]["data"]["data/reports/comparison.json"]["data"]["scores"]["lora"]["macro_f1"] == scores["lora"]["macro_f1"]
+    plot = json.loads(dvc(finished, "plots", "show", "--json", "data/plots/scores.csv").stdout)["data"]["data/plots/scores.csv"]
+    assert {row["system"] for row in plot[0]["content"]["data"]["values"]} == set(scores)
+    assert Path(describe(finished, street["comparison"])["comparison"].value) == finished / "data/pages/comparison/comparison.html"
+    released = json.loads((finished / street["release"].report).read_text())
+    assert released["checks"]["loads_in_transformers"]["passed"] and released["variant"] == "lora"
+    assert released["waived"] == [name for name, check in released["checks"].items() if not check["passed"]]

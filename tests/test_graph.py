@@ -63,6 +63,7 @@ def test_the_parameters_page_names_every_parameter() -> None:
         preferences,
         raw_examples,
         raw_preferences,
+        release,
         reward_model,
         splits,
         tokenized,
@@ -73,5 +74,5 @@ def test_the_parameters_page_names_every_parameter() -> None:
     listed = set(re.findall(r"^\| `([a-z_0-9]+)` \|", page, re.MULTILINE))
     models = [Compute, base_model.Params, raw_examples.Params, raw_examples.Source, instructions.Params, splits.Params, tokenized.Params,
               raw_preferences.Params, preferences.Params, adapter.Params, reward_model.Params, aligned.Params,
-              *align.OPTIONS.values(), baselines.Params, Settings, Task]  # fmt: skip
+              *align.OPTIONS.values(), baselines.Params, Settings, Task, release.Params]  # fmt: skip
     assert listed == {field.alias or name for model in models for name, field in model.model_fields.items()}

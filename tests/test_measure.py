@@ -128,7 +128,11 @@ def evaluate(root: Path, model: Path, settings: Settings, test: list[dict[str, A
     for name in ("one", "two"):
         out = root / "evaluation" / name
         found[name] = evaluation.run(root, name, settings, COMPUTE, model, model, data, out, root / f"{name}.csv").metrics
-    said = comparison.run(root, settings, ["one", "two"], data, root / "baselines", root / "evaluation", root / "comparison")
+    (root / "training.json").write_text('{"tokens": 9, "trained_tokens": 3, "steps": 1}')
+    variants = {name: comparison.Variant(root / "evaluation" / name, model, root / "training.json") for name in ("one", "two")}
+    said = comparison.run(
+        root, settings, variants, data, root / "baselines", model, root / "comparison", root / "scores.csv", root / "pages"
+    )
     return {**found, **said.metrics, "board": (root / "comparison/board.md").read_text()}
 
 

@@ -23,7 +23,7 @@ def test_two_hundred_real_rows_run_through_to_an_evaluated_adapter(tmp_path: Pat
         values["adapter"]["lora"]["max_steps"] = 20
 
     edit_params(project, change)
-    done = dvc(project, "repro")
+    done = dvc(project, "repro", "comparison")
     assert done.returncode == 0, done.stderr
     report = json.loads((project / "data/reports/instructions.json").read_text())
     assert report["rows_in"] == 200 == report["rows_out"] + sum(report["dropped"].values())

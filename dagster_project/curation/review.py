@@ -21,19 +21,29 @@ Decide = Literal["accept", "drop", "edit"]
 COLUMNS = ("example_id", "place", "check", "prompt", "response", "decision", "reason", "new_prompt", "new_response")
 
 
-class Waiver(Section):
-    """Rows or pairs that may break a check, because somebody says why."""
+class Exemption(Section):
+    """What somebody who lets a check be broken must say."""
 
     check: str
     """Name of the check."""
+    reason: str = Field(min_length=1)
+    """Why, in words. Reported with the check."""
+    expires: datetime.date
+    """Last day on which it holds, in quotes where DVC reads it. After it, params.yaml is refused until the waiver is renewed or taken out."""
+
+    @field_validator("expires", mode="before")
+    @classmethod
+    def _in_quotes(cls, expires: Any) -> Any:
+        return datetime.date.fromisoformat(expires) if isinstance(expires, str) else expires
+
+
+class Waiver(Exemption):
+    """Rows or pairs that may break a check, because somebody says why."""
+
     rows: list[str] = []
     """Rows, each as `source:row` (0-based) or as the first 8 or more characters of its `example_id`."""
     pairs: list[list[str]] = []
     """Pairs of rows, for checks that compare two: each a list of two rows, or of a row and a benchmark item as the finding names it."""
-    reason: str = Field(min_length=1)
-    """Why, in words. Reported with the row."""
-    expires: datetime.date
-    """Last day on which it holds. After it, params.yaml is refused until the waiver is renewed or taken out."""
 
     @field_validator("pairs")
     @classmethod
@@ -49,7 +59,7 @@ class Waiver(Section):
         return self
 
 
-def refuse_expired(waivers: Sequence[Waiver], where: str, today: datetime.date) -> None:
+def refuse_expired(waivers: Sequence[Exemption], where: str, today: datetime.date) -> None:
     """A stage's result never depends on the day: an expired waiver is bad input, not a waiver that silently stops working.
 
     Raises:

@@ -16,7 +16,7 @@ import dagster as dg
 
 from dagster_project.doors.dvc import StageState, digest
 from dagster_project.markup import visible
-from dagster_project.pipeline import Pipeline
+from dagster_project.pipeline import Pipeline, measured
 
 CODE_VERSION = "1"
 """The same for every asset and for ever: changes of code are reported through `def/<stage>` (docs/decisions/002)."""
@@ -64,10 +64,7 @@ def describe(root: Path, state: StageState) -> dict[str, Any]:
     nested = {name: value for name, value in report.items() if isinstance(value, dict | list) and name not in {"dropped", "checks"}}
     if nested:
         found["figures"] = dg.MetadataValue.json(nested)
-    measured = root / "data" / "pages" / state.address.replace("@", "/") / "measured.json"
-    took = json.loads(measured.read_text()) if measured.is_file() else {}
-    if took.pop("output_sha256", None) == report.get("output_sha256"):  # not of another version
-        found |= took
+    found |= measured(root, state.address.replace("@", "/"))
     found |= {f"check/{name}": dg.MetadataValue.int(check["count"]) for name, check in report.get("checks", {}).items()}
     found |= {name: dg.MetadataValue.path(str(path)) for name, path in pages(root, state.address).items()}
     stage, _, variant = state.address.partition("@")
@@ -95,6 +92,7 @@ PAGES = {
     "report": "report.html",
     "training": "training.html",
     "alignment": "alignment.html",
+    "comparison": "comparison.html",
     "data_docs": "data_docs/index.html",
     "review": "review.csv",
 }

@@ -98,7 +98,7 @@ def _hold_gate(root: Path, at: At, report: Report) -> None:
     )
     raise CheckFailed(
         f"{at.address}: {len(report.failures)} blocking check(s) failed. {worst}",
-        f"mend the rows, or the policy in params.yaml; all findings are in {path.relative_to(root)}",
+        f"mend the rows, or change params.yaml; all findings are in {path.relative_to(root)}",
     )
 
 

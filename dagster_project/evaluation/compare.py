@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 NAMES = {
@@ -60,33 +61,112 @@ def advice(decides: str, scores: Scores, compared: Mapping[str, Any]) -> list[st
     return found + [_between(ranked[0], other, decides, compared[ranked[0]]) for other in ranked[1:]]
 
 
-def _verdict(name: str, decides: str, scores: Scores, found: Mapping[str, Any]) -> str:
+@dataclass(frozen=True)
+class Gain:
+    """What tuning gained over the best alternative to it."""
+
+    rival: str
+    """The alternative, one of NAMES; "" is the base model, by likelihood."""
+    gap: float
+    low: float
+    high: float
+    """Ends of the 95 % interval of `gap`."""
+    words: str
+
+    @property
+    def sure(self) -> bool:
+        return self.low > 0
+
+
+def gain(decides: str, found: Mapping[str, Any]) -> Gain | None:
+    """Of a variant, by the measure that decides; by perplexity where there are no answers to score; None where there is neither.
+
+    Args:
+        found: what was compared of the variant.
+    """
     against = {other: differences[decides] for other, differences in found.get("to", {}).items() if other in NAMES}
-    more = beside = ""
     if against:
         rival = min(against, key=lambda other: against[other]["difference"])
         gap, (low, high) = against[rival]["difference"], against[rival]["interval"]
-        figures = _points(gap, low, high, decides, f"the best alternative, {NAMES[rival]}")
-        more = f" {_instead(rival, decides, scores[name], scores[rival])}"
+        return Gain(rival, gap, low, high, _points(gap, low, high, decides, f"the best alternative, {NAMES[rival]}"))
+    return Gain("", *_below(found["perplexity_to_base"])) if "perplexity_to_base" in found else None
+
+
+def _verdict(name: str, decides: str, scores: Scores, found: Mapping[str, Any]) -> str:
+    gained = gain(decides, found)
+    if gained is None:
+        return f"{name} names labels, and there are none to compare."
+    more = beside = ""
+    if gained.rival:
+        more = f" {_instead(gained.rival, decides, scores[name], scores[gained.rival])}"
         if decides != "macro_f1" and (
             ratio := found.get("perplexity_to_base")
         ):  # free text has many right answers, and likelihood sees them all
-            beside = f" By likelihood: {_below(ratio)[0]}."
-    elif "perplexity_to_base" not in found:
-        return f"{name} names labels, and there are none to compare."
-    else:
-        figures, low, high = _below(found["perplexity_to_base"])
-    if low > 0:
-        return f"Tuning {name} is worth it: {figures}.{beside}"
-    if high < 0:
-        return f"Tuning {name} made it worse: {figures}.{more}{beside}"
-    return f"Tuning {name} shows no sure gain: {figures}.{more}{beside}"
+            beside = f" By likelihood: {_below(ratio)[-1]}."
+    if gained.sure:
+        return f"Tuning {name} is worth it: {gained.words}.{beside}"
+    if gained.high < 0:
+        return f"Tuning {name} made it worse: {gained.words}.{more}{beside}"
+    return f"Tuning {name} shows no sure gain: {gained.words}.{more}{beside}"
 
 
-def _below(ratio: Mapping[str, Any]) -> tuple[str, float, float]:
-    """A ratio of perplexities in words, and the ends of its interval as a gain."""
+def retention(found: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """Benchmark -> a variant's accuracy, and how far that is above the base model's.
+
+    Args:
+        found: what was compared of the variant.
+    """
+    return {name: (kept["accuracy"], kept["difference"]) for name, kept in found.get("retention", {}).items()}
+
+
+def recommended(decides: str, scores: Scores, compared: Mapping[str, Any], cost: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """The variant to use, or none, and why: the best of those that are surely better than the best alternative; between two that may
+    differ by chance, the cheaper one.
+
+    Args:
+        cost: system -> what it takes; it is compared in the order of COSTS.
+    Returns:
+        {"variant": name or None, "sure": better than the best alternative beyond chance?, "instead": the best alternative, "why"}
+    """
+    gains = {name: found for name in compared if (found := gain(decides, compared[name]))}
+    if not gains:
+        return {"variant": None, "sure": False, "instead": None, "why": "No variant has answers or a perplexity to compare."}
+    sure = {name: found for name, found in gains.items() if found.sure}
+    best = max(sure or gains, key=lambda name: gains[name].gap)
+    rival = NAMES.get(gains[best].rival, "the base model")
+    told: dict[str, Any] = {"variant": best, "sure": bool(sure), "instead": gains[best].rival or None}
+    if not sure:
+        if gains[best].gap <= 0:
+            return {**told, "variant": None, "why": f"Use {rival}: no variant is better, and it costs no training."}
+        return {**told, "why": f"It has the best score, but is not surely better than {rival}, which costs no training."}
+    dearer = {name: tuple(cost.get(name, {}).get(what, 0) for what in COSTS) for name in sure}
+    alike = [name for name in sure if name == best or _may_be_chance(compared[best], name, decides)]
+    cheapest = min(alike, key=lambda name: (dearer[name], name != best))
+    why = f"It is surely better than {rival}, the best alternative to tuning"
+    if cheapest != best:
+        gap = compared[best]["to"][cheapest][decides]
+        low, high = gap["interval"]
+        figures = _points(gap["difference"], low, high, decides, cheapest)
+        return {**told, "variant": cheapest, "why": f"{why}. {best} scores more, but perhaps by chance ({figures}), and costs more."}
+    others = ", ".join(name for name in alike if name != best)
+    if others:
+        return {**told, "why": f"{why}. It has the best score; {others} may be as good, and cost no less."}
+    return {**told, "why": f"{why}{', and the best of the variants' if len(compared) > 1 else ''}."}
+
+
+COSTS = ("prompt_tokens", "bytes", "tokens")
+"""What makes a system dear, dearest first: tokens of each prompt, size on disk, tokens it was trained with."""
+
+
+def _may_be_chance(best: Mapping[str, Any], other: str, decides: str) -> bool:
+    """Does the interval of the difference between the best variant and another include 0?"""
+    return other in best.get("to", {}) and best["to"][other][decides]["interval"][0] <= 0
+
+
+def _below(ratio: Mapping[str, Any]) -> tuple[float, float, float, str]:
+    """A ratio of perplexities as a gain, the ends of its interval, and all of it in words."""
     gap, low, high = 1 - ratio["ratio"], 1 - ratio["interval"][1], 1 - ratio["interval"][0]
-    return f"perplexity {100 * gap:.1f} % below the base model's (95 % interval {100 * low:.1f} to {100 * high:.1f} %)", low, high
+    return gap, low, high, f"perplexity {100 * gap:.1f} % below the base model's (95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
 
 
 def _points(gap: float, low: float, high: float, decides: str, rival: str) -> str:

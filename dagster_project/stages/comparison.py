@@ -1,29 +1,58 @@
-"""baselines + evaluation@* -> comparison. One board over all variants, and advice: was tuning worth it?"""
+"""baselines + evaluation@* -> comparison. One board over all variants, and advice: was tuning worth it, and which variant to use?"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dagster_project.evaluation.bootstrap import difference, ratio
-from dagster_project.evaluation.compare import NAMES, advice, board
+from dagster_project.evaluation.compare import NAMES, advice, board, recommended
 from dagster_project.evaluation.measure import Settings, asked
 from dagster_project.evaluation.metrics import measures, perplexity, score
 from dagster_project.evaluation.own import own_measures
-from dagster_project.records import Report, read_records, read_table, response_text, write_json
+from dagster_project.evaluation.page import Sample, page
+from dagster_project.records import Report, prompt_text, read_records, read_table, response_text, write_json, write_text
 
 
-def run(root: Path, settings: Settings, variants: list[str], splits: Path, baselines: Path, evaluation: Path, out: Path) -> Report:
+@dataclass(frozen=True)
+class Variant:
+    """Where the things of one variant lie."""
+
+    evaluation: Path
+    """Its results."""
+    model: Path
+    """What people would use."""
+    training: Path
+    """The document of its training, training.json."""
+    measured: Mapping[str, float] = field(default_factory=dict)
+    """What its training took on this machine (bytes, seconds), where that is known. For the page alone."""
+
+
+def run(
+    root: Path,
+    settings: Settings,
+    variants: Mapping[str, Variant],
+    splits: Path,
+    baselines: Path,
+    base_model: Path,
+    out: Path,
+    scores_file: Path,
+    pages: Path,
+) -> Report:
     """Args:
-    variants: the variants to compare; what else lies in `evaluation` is of variants that are gone.
+    variants: the variants to compare, by name.
     """
     import numpy as np
 
-    task, questions = asked(read_records(splits / "test"), settings)
+    test = read_records(splits / "test")
+    task, questions = asked(test, settings)
     references, own = [response_text(record["messages"]) for record in questions], own_measures(root, settings.metrics)
-    rows = [row for folder in (baselines, *(evaluation / name for name in variants)) for row in read_table(folder / "results.parquet")]
+    results = [baselines, *(variant.evaluation for variant in variants.values())]
     of: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in rows:
+    for row in (row for folder in results for row in read_table(folder / "results.parquet")):
         of.setdefault(row["system"], {})[row["example_id"]] = row
 
     tables, answers, scores = {}, {}, {}
@@ -53,8 +82,68 @@ def run(root: Path, settings: Settings, variants: list[str], splits: Path, basel
                 if other != name
             }
     first, second, *_ = measures(task, own)
-    lines, words = board([first, second], scores, compared), advice(first, scores, compared)
+    costs = {name: _cost(name, scores, base_model, variants) for name in (*scores, *(name for name in variants if name not in scores))}
+    train = {record["group_id"] for split in ("train", "validation") for record in read_records(splits / split)}
+    document: dict[str, Any] = {
+        "test": {"examples": len(test), "answered": len(questions), "seen": sum(record["group_id"] in train for record in test)},
+        "shown": [first, second],
+        "scores": scores,
+        "compared": compared,
+        "costs": costs,
+        "advice": advice(first, scores, compared),
+        "recommended": recommended(first, scores, compared, costs),
+    }
+    told = document["recommended"]
+    words = [*document["advice"], f"Recommended: {told['variant'] or 'no variant'}. {told['why']}"]
     out.mkdir(parents=True, exist_ok=True)
-    (out / "board.md").write_text("\n".join([*lines, "", *words]) + "\n")
-    write_json(out / "comparison.json", {"scores": scores, "compared": compared})
-    return Report(metrics={"compared": compared, "advice": words})
+    (out / "board.md").write_text("\n".join([*board([first, second], scores, compared), "", *words]) + "\n")
+    write_json(out / "comparison.json", document)
+    write_text(scores_file, _plot(first, scores, compared))
+    marks = {name: tables[name]["accuracy" if task else "rouge_l"].statistics(references, answers[name])[:, 0] for name in scores}
+    samples = [
+        Sample(
+            prompt_text(record["messages"]),
+            references[i],
+            record["category"],
+            {name: (answers[name][i], float(marks[name][i])) for name in scores},
+        )
+        for i, record in enumerate(questions)
+    ]
+    write_text(pages / "comparison.html", page(document, samples, {name: variant.measured for name, variant in variants.items()}))
+    shown = {name: {key: found[key] for key in (first, second)} for name, found in scores.items()}
+    return Report(metrics={"scores": shown, **{key: document[key] for key in ("compared", "costs", "recommended", "advice")}})
+
+
+def _cost(name: str, scores: Mapping[str, Mapping[str, Any]], base_model: Path, variants: Mapping[str, Variant]) -> dict[str, float]:
+    """What a system takes: tokens of each prompt, bytes on disk, and the tokens it was trained with; empty for what is no language model."""
+    prompt = {"prompt_tokens": scores[name]["prompt_tokens"]} if "prompt_tokens" in scores.get(name, {}) else {}
+    if name not in variants:
+        return {**prompt, "bytes": _size(base_model)} if prompt else {}
+    training = json.loads(variants[name].training.read_text(encoding="utf-8"))
+    return {
+        **prompt,
+        "bytes": _size(variants[name].model),
+        **{key: training[key] for key in ("tokens", "trained_tokens", "steps") if key in training},
+    }
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _plot(decides: str, scores: Mapping[str, Mapping[str, Any]], compared: Mapping[str, Any]) -> str:
+    """The scores for `dvc plots`, best first: by the measure that decides, or by perplexity as a share of the base model's."""
+    rows: Iterable[tuple[str, str, float, Sequence[float]]] = (
+        (name, decides, found[decides], found[f"{decides}_interval"]) for name, found in scores.items()
+    )
+    if not scores:
+        ratios = {name: found["perplexity_to_base"] for name, found in compared.items() if "perplexity_to_base" in found}
+        rows = ((name, "perplexity_to_base", found["ratio"], found["interval"]) for name, found in ratios.items())
+    ordered = sorted(rows, key=lambda row: -row[2] if scores else row[2])
+    return "".join(
+        f"{','.join(map(str, row))}\n"
+        for row in [
+            ("system", "measure", "score", "low", "high"),
+            *((name, measure, value, *interval) for name, measure, value, interval in ordered),
+        ]
+    )

@@ -1,0 +1,287 @@
+"""The comparison -> one HTML page (markup.py): advice first, then the board, what it costs, what was kept, and the answers side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from dagster_project import markup
+from dagster_project.evaluation.compare import NAMES, TITLES, retention
+
+HIGH = 220
+"""Pixels of a plot."""
+MOST = 200
+"""Questions shown."""
+ANSWER = 1_200
+"""Characters of a text; the rest is cut."""
+
+Measured = Mapping[str, Mapping[str, float]]
+"""Variant -> what its training took on this machine, by name."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One test example and what every system answered."""
+
+    prompt: str
+    reference: str
+    category: str | None
+    answers: Mapping[str, tuple[str, float]]
+    """System -> its answer, and that answer's score from 0 to 1."""
+
+
+def page(document: Mapping[str, Any], samples: Sequence[Sample], measured: Measured) -> str:
+    """Args:
+    document: of comparison.json.
+    samples: in any order.
+    """
+    order = _order(document)
+    sections = {
+        "Board": _board(document, order, measured),
+        "Cost": _cost(document, order),
+        "Measures": _measures(document["scores"], order),
+        "Answers": _answers(document, order, samples),
+    }
+    script = resources.files(__package__).joinpath("compare.js").read_text("utf-8")
+    return markup.page("Was tuning worth it?", _head(document), sections, "Made by <b>pedigree run comparison</b>.", script)
+
+
+def _order(document: Mapping[str, Any]) -> list[str]:
+    """The systems, best first; their place here is their number on the page."""
+    scores, compared, first = document["scores"], document["compared"], document["shown"][0]
+    likely = {name: found["perplexity_to_base"]["ratio"] for name, found in compared.items() if "perplexity_to_base" in found}
+    return sorted(scores, key=lambda name: -scores[name][first]) if scores else sorted(likely, key=likely.__getitem__)
+
+
+def _head(document: Mapping[str, Any]) -> str:
+    found, test = document["recommended"], document["test"]
+    kind = "good" if found["sure"] else "warn"
+    verdict = f"Use {markup.bdi(found['variant'])}." if found["variant"] else "Use no variant."
+    words = "".join(f'<li class="note">{markup.text(line, ANSWER)}</li>' for line in document["advice"])
+    seen = "none of them seen in training" if not test["seen"] else f"{markup.number(test['seen'])} of them seen in training"
+    return (
+        f'<header class="head"><p class="over">Comparison · {markup.many(test["examples"], "test example")}, {seen}</p>'
+        f'<h1>Was tuning worth it?</h1><p class="verdict {kind}"><span class="sign" aria-hidden="true">{"✓" if found["sure"] else "!"}</span>'
+        f"<span><strong>{verdict}</strong> {markup.text(found['why'], ANSWER)}</span></p><ul>{words}</ul></header>"
+    )
+
+
+def _board(document: Mapping[str, Any], order: Sequence[str], measured: Measured) -> str:
+    """A bar for each system: its interval, and where in it the score lies. Then all there is to weigh, as a table."""
+    if not order:
+        return ""
+    points = {name: _point(document, name) for name in order}
+    most = max(1.0, *(high for _, _, high in points.values()))
+    title = f"{TITLES[document['shown'][0]]} on {markup.many(document['test']['answered'], 'question')}"
+    note = "point and 95 % interval; variants in blue; in grey the base model with different prompts, and a classical classifier"
+    if not document["scores"]:
+        title, note = "Perplexity as a share of the base model's", "point and 95 % interval; less is better"
+    body = ""
+    for i, name in enumerate(order):
+        y, kind, (value, low, high) = 38 * i, _kind(document, name), points[name]
+        chosen = " · recommended" if name == document["recommended"]["variant"] else ""
+        body += f'<text x="0" y="{y + 15}" class="name">{i + 1} {markup.label(_short(name), 36)}<tspan class="soft">{chosen}</tspan></text>'
+        body += f'<text x="100%" y="{y + 15}" class="soft" text-anchor="end">{value:.3f}</text>'
+        body += f'<rect class="track" x="0" y="{y + 23}" width="100%" height="7" rx="2"/>'
+        body += f'<rect class="{kind} faint" x="{100 * low / most:.3f}%" y="{y + 23}" width="{100 * (high - low) / most:.3f}%" height="7"/>'
+        body += f'<rect class="{kind}" x="{100 * value / most:.3f}%" y="{y + 20}" width="4" height="13" rx="2" transform="translate(-2)">'
+        body += f"<title>{markup.text(_title(name))}: {value:.3f}, {low:.3f} to {high:.3f}</title></rect>"
+    label = f"{title}: " + "; ".join(f"{markup.text(_title(name))} {points[name][0]:.3f}" for name in order)
+    columns, rows = _rows(document, order, measured)
+    return markup.figure(
+        title,
+        note,
+        markup.svg(label, 38 * len(order), body),
+        f'<div class="scroll" tabindex="0" role="region" aria-label="Board">{markup.table("All there is to weigh", columns, rows, unfolded=True)}</div>',
+    )
+
+
+def _rows(document: Mapping[str, Any], order: Sequence[str], measured: Measured) -> tuple[list[str], list[list[str]]]:
+    """The columns of the board that any system has something in, and a row for each system."""
+    first, second = document["shown"]
+    kept = sorted({test for found in document["compared"].values() for test in retention(found)})
+
+    def cells(name: str) -> dict[str, str]:
+        scores, costs = document["scores"].get(name, {}), document["costs"].get(name, {})
+        took, accuracies = measured.get(name, {}), retention(document["compared"].get(name, {}))
+        value, low, high = _point(document, name)
+        return {
+            TITLES[first] if scores else "perplexity": f"{value:.3f}",
+            "95 % interval": f"{low:.3f} to {high:.3f}",
+            **({TITLES[second]: f"{scores[second]:.3f}"} if scores else {}),
+            "prompt tokens": _if(costs, "prompt_tokens", lambda n: f"{n:,.0f}"),
+            "on disk": _if(costs, "bytes", lambda n: f"{n / 1e6:,.0f} MB"),
+            "trained with": _if(costs, "tokens", lambda n: f"{n:,} tokens"),
+            "training": _if(took, "training_seconds", lambda n: f"{n:,.0f} s"),
+            "peak memory": _if(took, "peak_memory_bytes", lambda n: f"{n / 1e6:,.0f} MB"),
+            **{markup.text(test): _kept(accuracies.get(test)) for test in kept},
+        }
+
+    table = {name: cells(name) for name in order}
+    columns = [column for column in table[order[0]] if any(row[column] for row in table.values())]
+    return ["", *columns], [[f"{i} {_title(name)}", *(table[name][c] for c in columns)] for i, name in enumerate(order, 1)]
+
+
+def _if(found: Mapping[str, float], key: str, words: Any) -> str:
+    return words(found[key]) if key in found else ""
+
+
+def _kept(found: tuple[float, float] | None) -> str:
+    """What a variant reaches on a benchmark, and how far that is from the base model."""
+    return f"{found[0]:.3f} ({100 * found[1]:+.1f} points)" if found else ""
+
+
+def _cost(document: Mapping[str, Any], order: Sequence[str]) -> str:
+    """Score against what each answer costs and, between variants, against what each training cost."""
+    costs = document["costs"]
+    asked = _scatter(
+        document,
+        order,
+        "prompt_tokens",
+        "Score by tokens of the prompt",
+        "what each answer costs; up and to the left is better and cheaper",
+    )
+    several = sum("tokens" in costs.get(name, {}) for name in order) > 1
+    trained = _scatter(document, order, "tokens", "Score by tokens of training", "what each variant cost once") if several else ""
+    return f'<div class="{"plots" if trained else ""}">{asked}{trained}</div>' if asked or trained else ""
+
+
+def _scatter(document: Mapping[str, Any], order: Sequence[str], what: str, title: str, note: str) -> str:
+    """Points over a logarithmic axis, with their intervals, numbered as on the board. What has no such cost is a line across."""
+    costs = document["costs"]
+    placed = [name for name in order if costs.get(name, {}).get(what)]
+    if not document["scores"] or not placed:
+        return ""
+    free = [name for name in order if not costs.get(name)]
+    least, most = (math.log(edge(costs[name][what] for name in placed)) for edge in (min, max))
+    least, most = (least, most) if most > least else (least - 0.5, most + 0.5)
+    top = max(1.0, *(_point(document, name)[2] for name in order))
+
+    def x(value: float) -> float:
+        return 14 + 80 * (math.log(value) - least) / (most - least)
+
+    def y(value: float) -> float:
+        return 24 + HIGH * (top - value) / top
+
+    body = ""
+    for value in (0, top / 4, top / 2, 3 * top / 4, top):
+        body += f'<line class="grid" x1="10%" x2="100%" y1="{y(value):.1f}" y2="{y(value):.1f}"/>'
+        body += f'<text class="tick" x="9%" y="{y(value) + 4:.1f}" text-anchor="end">{markup.brief(value)}</text>'
+    for value in sorted({least, (least + most) / 2, most}):
+        at = x(math.exp(value))
+        body += f'<text class="tick" x="{at:.2f}%" y="{y(0) + 18:.1f}" text-anchor="middle">{markup.number(round(math.exp(value)))}</text>'
+    body += f'<text class="tick" x="54%" y="{y(0) + 36:.1f}" text-anchor="middle">{what.replace("_", " ")}, log scale</text>'
+    for name in free:
+        at = y(_point(document, name)[0])
+        words = f"{order.index(name) + 1} {markup.label(_short(name), 36)}"
+        body += f'<line class="mark" x1="10%" x2="100%" y1="{at:.1f}" y2="{at:.1f}"/>'
+        body += f'<text class="marked" x="100%" y="{at - 5:.1f}" text-anchor="end">{words}</text>'
+    taken: list[tuple[float, float]] = []
+    for name in sorted(placed, key=lambda name: costs[name][what]):
+        (value, low, high), across, kind = _point(document, name), x(costs[name][what]), _kind(document, name)
+        while any(abs(across - other) < 5 and abs(y(value) - place) < 19 for other, place in taken):
+            across += 1  # what would hide another stands beside it
+        taken.append((across, y(value)))
+        body += f'<line class="{kind} whisker" x1="{across:.2f}%" x2="{across:.2f}%" y1="{y(low):.1f}" y2="{y(high):.1f}"/>'
+        body += f'<circle class="{kind} spot" cx="{across:.2f}%" cy="{y(value):.1f}" r="9"><title>{markup.text(_title(name))}: {value:.3f}</title></circle>'
+        body += f'<text class="tick name" x="{across:.2f}%" y="{y(value) + 4:.1f}" text-anchor="middle">{order.index(name) + 1}</text>'
+    rows = [(_title(name), f"{costs[name][what]:,}", f"{_point(document, name)[0]:.3f}") for name in placed]
+    label = f"{title}: " + "; ".join(f"{markup.text(name)} {value} at {cost}" for name, cost, value in rows)
+    key = "".join(f"<li>{order.index(name) + 1} {markup.bdi(_title(name))}</li>" for name in order if name in placed)
+    return markup.figure(
+        title,
+        note,
+        markup.svg(label, y(0) + 42, body),
+        f'<ul class="places sum">{key}</ul>' + markup.table(title, ["", what.replace("_", " "), "score"], rows),
+    )
+
+
+def _measures(scores: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> str:
+    """Every measure of every system, each with its interval."""
+    if not scores:
+        return ""
+    names = list(dict.fromkeys(key for name in order for key in scores[name] if f"{key}_interval" in scores[name]))
+
+    def cell(found: Mapping[str, Any], key: str) -> str:
+        if key not in found:
+            return ""
+        low, high = found[f"{key}_interval"]
+        return f"{found[key]:.3f} ({low:.3f} to {high:.3f})"
+
+    rows = [[_title(name), *(cell(scores[name], key) for key in names)] for name in order]
+    table = markup.table(
+        "Every measure, with its 95 % interval", ["", *(markup.text(TITLES.get(key, key)) for key in names)], rows, unfolded=True
+    )
+    return f'<figure><div class="scroll" tabindex="0" role="region" aria-label="Measures">{table}</div></figure>'
+
+
+def _answers(document: Mapping[str, Any], order: Sequence[str], samples: Sequence[Sample]) -> str:
+    """Questions side by side, the worst errors of the variant in question first: what it got wrong and most others got right."""
+    if not samples:
+        return ""
+    variants = [name for name in order if name in document["compared"]]
+    subject = document["recommended"]["variant"] if document["recommended"]["variant"] in order else (variants or order)[0]
+
+    def badness(sample: Sample) -> tuple[float, float]:
+        others = [value for name, (_, value) in sample.answers.items() if name != subject]
+        return sample.answers[subject][1], -sum(others)
+
+    worst = sorted(samples, key=badness)[:MOST]
+    categories = sorted({sample.category for sample in worst if sample.category})
+    options = "".join(f'<option value="{i}">{markup.text(_title(name))}</option>' for i, name in enumerate(order))
+    kinds = "".join(f'<option value="{i}">{markup.text(name)}</option>' for i, name in enumerate(categories))
+    shown = "".join(_sample(sample, order, categories) for sample in worst)
+    more = f" The worst {MOST} of {markup.number(len(samples))} are shown." if len(samples) > MOST else ""
+    return (
+        f'<p class="lead">Worst errors first: what {markup.bdi(_title(subject))} got wrong and others got right.{more}</p>'
+        '<div id="filter" role="search" aria-label="Filter answers" hidden>'
+        f'<label>Wrong<select id="by-wrong"><option value="">any</option>{options}</select></label>'
+        f'<label>Right<select id="by-right"><option value="">any</option>{options}</select></label>'
+        f'<label>Category<select id="by-category"><option value="">all</option>{kinds}</select></label>'
+        '<label>Words<input id="by-text" type="search" placeholder="in questions and answers" spellcheck="false"></label></div>'
+        '<div id="pager" hidden><output id="hits" aria-live="polite" tabindex="-1"></output></div>'
+        f'<div id="samples">{shown}</div><p class="more"><button id="more" type="button" hidden>Show more</button></p>'
+    )
+
+
+def _sample(sample: Sample, order: Sequence[str], categories: Sequence[str]) -> str:
+    """One question. A score below 1/2 counts as wrong."""
+    wrong = [i for i, name in enumerate(order) if sample.answers[name][1] < 0.5]
+    place = categories.index(sample.category) if sample.category else ""
+    chip = f'<span class="chip">{markup.bdi(sample.category)}</span>' if sample.category else ""
+    lines = ""
+    for i, name in enumerate(order):
+        answer, value = sample.answers[name]
+        mark = ("✕ wrong" if i in wrong else "✓ right") if value in {0, 1} else f"{value:.2f}"
+        kind = "bad" if i in wrong else "fine"
+        lines += f'<li><span>{markup.bdi(_short(name))} <small class="{kind}">{mark}</small></span><q>{markup.bdi(answer, ANSWER)}</q></li>'
+    return (
+        f'<article class="pair" data-wrong="{" ".join(map(str, wrong))}" data-category="{place}"><header>{chip}</header>'
+        f'<p class="text"><bdi dir="auto">{markup.text(sample.prompt, ANSWER)}</bdi></p>'
+        f'<ul class="quotes"><li><b>reference</b><q>{markup.bdi(sample.reference, ANSWER)}</q></li>{lines}</ul></article>'
+    )
+
+
+def _point(document: Mapping[str, Any], name: str) -> tuple[float, float, float]:
+    """A system's score and the ends of its interval, by what decides."""
+    if document["scores"]:
+        first, found = document["shown"][0], document["scores"][name]
+        return found[first], *found[f"{first}_interval"]
+    found = document["compared"][name]["perplexity_to_base"]
+    return found["ratio"], *found["interval"]
+
+
+def _title(name: str) -> str:
+    return NAMES.get(name, name)
+
+
+def _short(name: str) -> str:
+    return _title(name).removeprefix("base model, ")
+
+
+def _kind(document: Mapping[str, Any], name: str) -> str:
+    """The class of a system's marks: variants in colour, what they are compared with in grey."""
+    return "bar" if name in document["compared"] else "bar all"

@@ -1,0 +1,165 @@
+"""comparison + merged@X -> release. The chosen stand-alone model, if it passes the promotion gate: better, nothing forgotten, fairly tested, loadable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from dagster_project.curation.review import Exemption
+from dagster_project.evaluation.compare import NAMES, gain, retention
+from dagster_project.params import Compute, Section
+from dagster_project.records import CheckResult, Report, write_json
+
+TRUTHS = {
+    "better_than_baselines": "The variant is better than the best alternative to tuning, beyond chance.",
+    "kept_its_knowledge": "The variant forgot no more of any benchmark than `max_forgetting`.",
+    "test_is_unseen": "No example of the test split, nor a near-copy of one, was trained on.",
+    "loads_in_transformers": "Plain transformers loads the folder, from safetensors alone, and it says what the merged model says.",
+}
+
+AUTO = "auto"
+PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack"}
+"""Endings of weights in other formats."""
+NEW_TOKENS = 24
+PROBES = ("What is the capital of France?", "My parcel arrived damaged. What can I do?", "Write one line of JSON.")
+
+
+class Waiver(Exemption):
+    """A check that may fail, because somebody says why."""
+
+    check: Literal["better_than_baselines", "kept_its_knowledge", "test_is_unseen", "loads_in_transformers"]
+
+
+class Params(Section):
+    variant: str = AUTO
+    """What is released: auto (what `comparison` recommends), or a variant by its name."""
+    max_forgetting: float = Field(default=0.05, ge=0, le=1)
+    """Most that accuracy on any benchmark may fall below the base model's."""
+    waivers: list[Waiver] = []
+    """Checks that may fail."""
+
+
+def run(params: Params, compute: Compute, comparison: Path, merged: Mapping[str, Path], out: Path) -> Report:
+    """Args:
+    merged: variant -> the folder of its stand-alone model.
+    """
+    board = json.loads((comparison / "comparison.json").read_text(encoding="utf-8"))
+    recommended = board["recommended"]
+    variant = recommended["variant"] if params.variant == AUTO else params.variant
+    if variant is None:
+        note = f"comparison recommends no variant: {recommended['why']} To release one anyway, name it in release.variant"
+        return Report(checks=[CheckResult("better_than_baselines", passed=False, blocking=True, count=1, note=note)])
+    shutil.copytree(merged[variant], out, dirs_exist_ok=True)
+    compared = board["compared"][variant]
+    found = {
+        "better_than_baselines": _better(board["shown"][0], compared),
+        "kept_its_knowledge": _kept(retention(compared), params.max_forgetting),
+        "test_is_unseen": _unseen(board["test"]),
+        "loads_in_transformers": _loads(out, merged[variant], compute),
+    }
+    checks = [_judged(name, what, params) for name, what in found.items()]
+    names = [waiver.check for waiver in params.waivers]
+    document = {
+        "variant": variant,
+        "recommended": recommended,
+        "checks": {check.name: {"passed": check.passed, "note": check.note} for check in checks},
+        "waivers": [waiver.model_dump(mode="json") for waiver in params.waivers],
+        "scores": board["scores"].get(variant, {}),
+        "costs": board["costs"][variant],
+        "files": {str(path.relative_to(out)): _sha256(path) for path in sorted(out.rglob("*")) if path.is_file()},
+    }
+    write_json(out / "release.json", document)
+    shown = {name: document["scores"][name] for name in board["shown"] if name in document["scores"]}
+    waived = [check.name for check in checks if not check.passed and check.name in names]
+    return Report(metrics={"variant": variant, **shown, "waived": waived, "files": document["files"]}, checks=checks)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a check saw, and what mends it where it failed."""
+
+    passed: bool
+    note: str
+    mend: str = ""
+
+
+def _judged(name: str, found: _Found, params: Params) -> CheckResult:
+    """It blocks where it fails, unless somebody has said why it may: then it is a warning that says so."""
+    if found.passed:
+        return CheckResult(name, passed=True, blocking=True, note=found.note)
+    waiver = next((waiver for waiver in params.waivers if waiver.check == name), None)
+    if waiver:
+        note = f"{found.note}; waived until {waiver.expires}: {waiver.reason}"
+        return CheckResult(name, passed=False, severity="warn", count=1, waived=1, note=note)
+    note = f"{found.note}; {found.mend}, or waive the check in release.waivers"
+    return CheckResult(name, passed=False, blocking=True, count=1, note=note)
+
+
+def _better(decides: str, compared: Mapping[str, Any]) -> _Found:
+    gained = gain(decides, compared)
+    if gained is None:
+        return _Found(False, "nothing was compared: it has neither answers nor a perplexity", "name test examples that can be answered")
+    if gained.sure:
+        return _Found(True, gained.words)
+    instead = NAMES.get(gained.rival, "the base model")
+    return _Found(False, f"not surely better: {gained.words}", f"use {instead}, improve the variant")
+
+
+def _kept(accuracies: Mapping[str, tuple[float, float]], most: float) -> _Found:
+    """Nothing measured is nothing shown."""
+    if not accuracies:
+        return _Found(False, "not measured", "name a benchmark in evaluation.benchmarks")
+    worst, (_, lost) = min(accuracies.items(), key=lambda one: one[1][1])
+    words = f"{100 * lost:+.1f} points on {worst}, and at most {100 * most:.1f} may be lost"
+    return _Found(lost >= -most, words, "lower the learning rate, the epochs or the rank, or replay general examples (tokenized.replay)")
+
+
+def _unseen(test: Mapping[str, int]) -> _Found:
+    words = f"{test['seen']} of {test['examples']} test examples have a near-copy in what was trained on"
+    return _Found(test["examples"] > 0 and not test["seen"], words, "split again")
+
+
+def _loads(folder: Path, merged: Path, compute: Compute) -> _Found:
+    """Greedy tokens of the released folder, loaded as anybody would, beside those of the merged model, loaded as `evaluation` does."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from dagster_project.training.hardware import prepare
+    from dagster_project.training.tuned import load
+
+    prepare(compute)
+    another = "name another variant in release.variant"
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
+    if pickled:
+        return _Found(False, f"weights that are no safetensors: {', '.join(pickled)}", another)
+    if not (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+        return _Found(False, "it does not stand alone: it is an adapter that was not merged, or a classifier's head", another)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, trust_remote_code=False, dtype=torch.float32).eval()
+    except (OSError, ValueError) as error:
+        return _Found(False, f"transformers does not load it: {' '.join(str(error).split())[:300]}", another)
+
+    def said(asked: Any) -> list[list[int]]:
+        prompts = [[{"role": "user", "content": text}] for text in PROBES]
+        ids = [tokenizer.apply_chat_template(p, add_generation_prompt=True, return_tensors="pt", return_dict=True) for p in prompts]
+        with torch.inference_mode():
+            return [asked.generate(**one, max_new_tokens=NEW_TOKENS, do_sample=False)[0].tolist() for one in ids]
+
+    found = said(model)
+    del model
+    if found == said(load(merged, None, torch.device("cpu"), torch.float32)):
+        return _Found(True, "the same greedy tokens as merged")
+    return _Found(False, "its greedy tokens are not those of merged", another)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,155 @@
+"""The gate before a release: what is not better, forgot, was tested on what it had seen, or does not load is not released, unless somebody says why."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from datetime import date
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, edit_params
+
+from dagster_project import pipeline
+from dagster_project.errors import InputError
+from dagster_project.params import Compute
+from dagster_project.records import Report, write_json
+from dagster_project.stages import release
+from dagster_project.stages.release import Params, Waiver
+
+Change = Callable[[dict[str, Any]], Any]
+
+
+def board() -> dict[str, Any]:
+    """What `comparison` says of a variant that nothing speaks against."""
+    against = {"few_shot": {"macro_f1": {"difference": 0.2, "interval": [0.1, 0.3]}}}
+    return {
+        "test": {"examples": 9, "answered": 9, "seen": 0},
+        "shown": ["macro_f1", "accuracy"],
+        "scores": {"lora": {"n": 9, "macro_f1": 0.8, "accuracy": 0.9}},
+        "costs": {"lora": {"bytes": 7}},
+        "compared": {"lora": {"to": against, "retention": {"facts": {"accuracy": 0.7, "difference": -0.01}}}},
+        "recommended": {"variant": "lora", "sure": True, "instead": "few_shot", "why": "It is better."},
+    }
+
+
+def promote(tmp_path: Path, model: Path, change: Change = lambda found: None, params: Params | None = None) -> Report:
+    found = board()
+    change(found)
+    write_json(tmp_path / "comparison" / "comparison.json", found)
+    return release.run(params or Params(), Compute(threads=1), tmp_path / "comparison", {"lora": model}, tmp_path / "release")
+
+
+def worse(found: dict[str, Any]) -> None:
+    found["compared"]["lora"]["to"]["few_shot"]["macro_f1"]["interval"] = [-0.01, 0.3]
+
+
+def test_what_passes_the_gate_is_the_merged_model_file_by_file_with_its_record(tiny_model: Path, tmp_path: Path) -> None:
+    report = promote(tmp_path, tiny_model)
+    assert {check.name: check.passed for check in report.checks} == dict.fromkeys(release.TRUTHS, True) and not report.failures
+    record = json.loads((tmp_path / "release/release.json").read_text())
+    assert record["files"] == {path.name: sha256(path.read_bytes()).hexdigest() for path in sorted(tiny_model.iterdir())}
+    assert all((tmp_path / "release" / name).read_bytes() == (tiny_model / name).read_bytes() for name in record["files"])
+    assert (record["variant"], record["scores"]["macro_f1"], record["waivers"]) == ("lora", 0.8, [])
+    assert report.checks[-1].note == "the same greedy tokens as merged"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "why"),
+    [
+        ("better_than_baselines", worse, "not surely better: +20.0 points of macro-F1 over the best alternative, base model, worked examples"),
+        ("better_than_baselines", lambda b: b["compared"]["lora"].pop("to"), "nothing was compared"),
+        ("kept_its_knowledge", lambda b: b["compared"]["lora"]["retention"]["facts"].update(difference=-0.06), "-6.0 points on facts, and at most 5.0"),
+        ("kept_its_knowledge", lambda b: b["compared"]["lora"].pop("retention"), "not measured; name a benchmark in evaluation.benchmarks, or waive the check in release.waivers"),
+        ("test_is_unseen", lambda b: b["test"].update(seen=2), "2 of 9 test examples have a near-copy in what was trained on"),
+        ("test_is_unseen", lambda b: b["test"].update(examples=0), "0 of 0 test examples"),
+    ],
+)  # fmt: skip
+def test_a_failed_check_blocks_unless_it_is_waived_with_a_reason(
+    name: str, change: Change, why: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    [failed] = promote(tmp_path / "a", tiny_model, change).failures
+    assert failed.name == name and failed.note.startswith(why)
+    waiver = Waiver(check=name, reason="agreed with the owner", expires="2999-01-01")  # type: ignore[arg-type]
+    report = promote(tmp_path / "b", tiny_model, change, Params(waivers=[waiver]))
+    [waived] = [check for check in report.checks if not check.passed]
+    assert not report.failures and report.metrics["waived"] == [name]
+    assert (waived.severity, waived.waived) == ("warn", 1) and waived.note.endswith("; waived until 2999-01-01: agreed with the owner")
+    record = json.loads((tmp_path / "b/release/release.json").read_text())
+    assert record["waivers"] == [{"check": name, "reason": "agreed with the owner", "expires": "2999-01-01"}]
+    assert not record["checks"][name]["passed"]
+
+
+def test_no_more_may_be_forgotten_than_the_parameter_says(tiny_model: Path, tmp_path: Path) -> None:
+    assert [c.name for c in promote(tmp_path, tiny_model, params=Params(max_forgetting=0.005)).failures] == ["kept_its_knowledge"]
+    shutil.rmtree(tmp_path / "release")
+    assert not promote(tmp_path, tiny_model, params=Params(max_forgetting=0.01)).failures
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "it does not stand alone"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{}"), "it does not stand alone"),
+        (lambda folder: (folder / "pytorch_model.bin").write_bytes(b"x"), "weights that are no safetensors: pytorch_model.bin"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "transformers does not load it: "),
+    ],
+    ids=["no config", "adapter", "pickle", "no weights"],
+)
+def test_a_folder_that_plain_transformers_does_not_load_is_not_released(
+    spoil: Callable[[Path], Any], why: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "merged")
+    spoil(tmp_path / "merged")
+    [failed] = promote(tmp_path, tmp_path / "merged").failures
+    assert failed.name == "loads_in_transformers" and failed.note.startswith(why)
+
+
+def test_where_no_variant_is_recommended_the_gate_says_what_to_use_instead_and_waives_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    def none(found: dict[str, Any]) -> None:
+        found["recommended"] = {"variant": None, "sure": False, "instead": "few_shot", "why": "Use few-shot."}
+
+    waiver = Waiver(check="better_than_baselines", reason="it must go out", expires=date(2999, 1, 1))
+    report = promote(tmp_path, tiny_model, none, Params(waivers=[waiver]))
+    assert [check.note for check in report.failures] == [
+        "comparison recommends no variant: Use few-shot. To release one anyway, name it in release.variant"
+    ]
+    assert promote(tmp_path, tiny_model, none, Params(variant="lora")).failures == [], "one that is named is judged by the figures alone"
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"variant": "dora"}, "params.yaml: release.variant: no variant 'dora'"),
+        ({"waivers": [{"check": "better_than_baselines", "expires": "2999-01-01"}]}, "release.waivers.0.reason: missing"),
+        ({"waivers": [{"check": "better", "reason": "x", "expires": "2999-01-01"}]}, "release.waivers.0.check: Input should be "),
+        ({"waivers": [{"check": "test_is_unseen", "reason": "x", "expires": "2020-01-01"}]}, "test_is_unseen expired on 2020-01-01"),
+        ({"waivers": [{"check": "test_is_unseen", "reason": "x", "expires": "soon"}]}, "release.waivers.0.expires: Invalid isoformat string"),
+        ({"max_forgetting": 2}, "release.max_forgetting: Input should be"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_the_section_is_one_message(section: dict[str, Any], message: str, tmp_path: Path) -> None:
+    project(tmp_path, lambda values: values.update(release=section))
+    with pytest.raises(InputError, match=message.replace("[", r"\[")) as refused:
+        pipeline.validate(tmp_path)
+    assert refused.value.hint
+
+
+def test_a_date_that_dvc_would_not_read_is_named_before_dvc_fails(tmp_path: Path) -> None:
+    project(tmp_path)
+    waivers = "waivers: [{check: test_is_unseen, reason: x, expires: 2999-01-01}]"
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text().replace("max_forgetting: 0.05", waivers))
+    with pytest.raises(InputError, match=r"release\.waivers\.0\.expires: DVC reads no dates") as refused:
+        pipeline.validate(tmp_path)
+    assert refused.value.hint == 'put it in quotes: "2999-01-01"'
+
+
+def project(folder: Path, change: Change = lambda values: None) -> None:
+    """The parameters of the project and the files that they name."""
+    shutil.copy(ROOT / "params.yaml", folder)
+    for name in ("sources", "expectations"):
+        shutil.copytree(ROOT / "data" / name, folder / "data" / name)
+    edit_params(folder, change)
