@@ -158,6 +158,13 @@ def test_the_recommended_variant_is_the_best_sure_one_or_as_good_and_cheaper(
     assert found["sure"] == (variant is not None and "not surely" not in why)
 
 
+RETENTION = {
+    "overall": {
+        "accuracy": {"base": 0.8, "tuned": 0.75, "difference": -0.05, "interval": [-0.1, 0.0]},
+        "gold_log_likelihood": {"difference": -0.2, "interval": [-0.3, -0.1]},
+        "questions": 60,
+    }
+}
 HOSTILE = "</script><script>alert(1)</script><img src=http://x onerror=alert(1)>"
 
 
@@ -168,7 +175,7 @@ def document(**more: Any) -> dict[str, Any]:
         "test": {"examples": 9, "answered": 8, "seen": 0},
         "shown": SHOWN,
         "scores": scores,
-        "compared": {"lora": {**to_rivals(few_shot=SURE), "retention": {"facts": {"accuracy": 0.75, "difference": -0.05}}}},
+        "compared": {"lora": {**to_rivals(few_shot=SURE), "retention": RETENTION}},
         "costs": {"few_shot": {"prompt_tokens": 400.0, "bytes": 10**6}, "lora": COSTS["lora"]},
         "advice": [HOSTILE],
         "recommended": {"variant": "lora", "sure": True, "instead": "few_shot", "why": "It is better."},
@@ -188,6 +195,7 @@ def test_the_page_tells_advice_scores_and_costs_and_shows_the_worst_errors_first
     assert "Use |lora|." in text and "9 test examples, none of them seen in training" in text
     for figure in ("0.873", "400", "100 tokens", "150 s", "1,400 MB", "0.750 (-5.0 points)", "1 MB"):
         assert f"|{figure}|" in text, figure
+    assert "|-5.0 points|" in text and "|-0.100 to +0.000|" in text and "|-0.300 to -0.100|" in text
     places = [text.index(f"|{sample.prompt}|") for sample in samples()]
     assert places[2] < places[1] < places[0], "wrong where another is right, wrong where all are, right"
     assert re.findall('data-wrong="([^"]*)"', shown) == ["0", "0 1", ""]
