@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from dagster_project.evaluation.compare import advice, board, recommended
 from dagster_project.evaluation.metrics import Task, measures, score
 from dagster_project.evaluation.page import Sample, page
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TASK = Task(fields={"category": ["login", "billing"]}, score="category")
 TABLE = measures(TASK, {})
 SHOWN = list(TABLE)[:2]
@@ -156,6 +158,13 @@ def test_the_recommended_variant_is_the_best_sure_one_or_as_good_and_cheaper(
     assert found["sure"] == (variant is not None and "not surely" not in why)
 
 
+RETENTION = {
+    "overall": {
+        "accuracy": {"base": 0.8, "tuned": 0.75, "difference": -0.05, "interval": [-0.1, 0.0]},
+        "gold_log_likelihood": {"difference": -0.2, "interval": [-0.3, -0.1]},
+        "questions": 60,
+    }
+}
 HOSTILE = "</script><script>alert(1)</script><img src=http://x onerror=alert(1)>"
 
 
@@ -166,7 +175,7 @@ def document(**more: Any) -> dict[str, Any]:
         "test": {"examples": 9, "answered": 8, "seen": 0},
         "shown": SHOWN,
         "scores": scores,
-        "compared": {"lora": {**to_rivals(few_shot=SURE), "retention": {"facts": {"accuracy": 0.75, "difference": -0.05}}}},
+        "compared": {"lora": {**to_rivals(few_shot=SURE), "retention": RETENTION}},
         "costs": {"few_shot": {"prompt_tokens": 400.0, "bytes": 10**6}, "lora": COSTS["lora"]},
         "advice": [HOSTILE],
         "recommended": {"variant": "lora", "sure": True, "instead": "few_shot", "why": "It is better."},
@@ -186,6 +195,7 @@ def test_the_page_tells_advice_scores_and_costs_and_shows_the_worst_errors_first
     assert "Use |lora|." in text and "9 test examples, none of them seen in training" in text
     for figure in ("0.873", "400", "100 tokens", "150 s", "1,400 MB", "0.750 (-5.0 points)", "1 MB"):
         assert f"|{figure}|" in text, figure
+    assert "|-5.0 points|" in text and "|-0.100 to +0.000|" in text and "|-0.300 to -0.100|" in text
     places = [text.index(f"|{sample.prompt}|") for sample in samples()]
     assert places[2] < places[1] < places[0], "wrong where another is right, wrong where all are, right"
     assert re.findall('data-wrong="([^"]*)"', shown) == ["0", "0 1", ""]
@@ -202,6 +212,35 @@ def test_without_answers_the_page_compares_perplexities() -> None:
     compared = {"lora": to_base(0.5, 0.4, 0.6), "dora": to_base(0.4, 0.3, 0.5)}
     shown = page(document(scores={}, compared=compared), [], {})
     assert shown.index("1 dora") < shown.index("2 lora") and "0.300 to 0.500" in shown and 'id="samples"' not in shown
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH (apt-get install chromium)")
+def test_in_a_browser_answers_are_filtered_without_a_request_or_an_error_and_nothing_is_wider_than_a_phone(tmp_path: Path) -> None:
+    from playwright.sync_api import sync_playwright
+
+    (tmp_path / "page.html").write_text(page(document(), samples() * 5, {}), encoding="utf-8")
+    wrong: list[str] = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": 400, "height": 900})
+        tab.on("console", lambda message: wrong.append(message.text))
+        tab.on("pageerror", lambda error: wrong.append(str(error)))
+        tab.on("request", lambda request: wrong.append(request.url) if not request.url.startswith("file:") else None)
+        tab.goto((tmp_path / "page.html").as_uri())
+        visible = tab.locator("#samples > article:visible")
+        assert (visible.count(), tab.locator("#hits").inner_text()) == (10, "10 of 15 questions")
+        tab.get_by_role("button", name="Show more").click()
+        assert visible.count() == 15 and not tab.get_by_role("button", name="Show more").is_visible()
+        tab.get_by_label("Wrong").select_option("lora")
+        assert visible.count() == 10
+        tab.get_by_label("Right").select_option("base model, worked examples in the prompt")
+        assert visible.count() == 5 and all("wrong alone" in text for text in visible.all_inner_texts())
+        tab.get_by_label("Words").fill("as all are")
+        assert (visible.count(), tab.locator("#hits").inner_text()) == (0, "No question fits the filter")
+        assert tab.evaluate("document.documentElement.scrollWidth") == 400
+        browser.close()
+    assert wrong == []
 
 
 def test_the_command_prints_the_board_or_its_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

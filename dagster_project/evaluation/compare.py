@@ -110,15 +110,6 @@ def _verdict(name: str, decides: str, scores: Scores, found: Mapping[str, Any]) 
     return f"Tuning {name} shows no sure gain: {gained.words}.{more}{beside}"
 
 
-def retention(found: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-    """Benchmark -> a variant's accuracy, and how far that is above the base model's.
-
-    Args:
-        found: what was compared of the variant.
-    """
-    return {name: (kept["accuracy"], kept["difference"]) for name, kept in found.get("retention", {}).items()}
-
-
 def recommended(decides: str, scores: Scores, compared: Mapping[str, Any], cost: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     """The variant to use, or none, and why: the best of those that are surely better than the best alternative; between two that may
     differ by chance, the cheaper one.

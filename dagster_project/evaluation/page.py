@@ -9,7 +9,7 @@ from importlib import resources
 from typing import Any
 
 from dagster_project import markup
-from dagster_project.evaluation.compare import NAMES, TITLES, retention
+from dagster_project.evaluation.compare import NAMES, TITLES
 
 HIGH = 220
 """Pixels of a plot."""
@@ -42,6 +42,7 @@ def page(document: Mapping[str, Any], samples: Sequence[Sample], measured: Measu
     sections = {
         "Board": _board(document, order, measured),
         "Cost": _cost(document, order),
+        "Retention": _retention(document["compared"], order),
         "Measures": _measures(document["scores"], order),
         "Answers": _answers(document, order, samples),
     }
@@ -102,11 +103,10 @@ def _board(document: Mapping[str, Any], order: Sequence[str], measured: Measured
 def _rows(document: Mapping[str, Any], order: Sequence[str], measured: Measured) -> tuple[list[str], list[list[str]]]:
     """The columns of the board that any system has something in, and a row for each system."""
     first, second = document["shown"]
-    kept = sorted({test for found in document["compared"].values() for test in retention(found)})
 
     def cells(name: str) -> dict[str, str]:
         scores, costs = document["scores"].get(name, {}), document["costs"].get(name, {})
-        took, accuracies = measured.get(name, {}), retention(document["compared"].get(name, {}))
+        took, kept = measured.get(name, {}), document["compared"].get(name, {}).get("retention", {}).get("overall", {})
         value, low, high = _point(document, name)
         return {
             TITLES[first] if scores else "perplexity": f"{value:.3f}",
@@ -117,7 +117,7 @@ def _rows(document: Mapping[str, Any], order: Sequence[str], measured: Measured)
             "trained with": _if(costs, "tokens", lambda n: f"{n:,} tokens"),
             "training": _if(took, "training_seconds", lambda n: f"{n:,.0f} s"),
             "peak memory": _if(took, "peak_memory_bytes", lambda n: f"{n / 1e6:,.0f} MB"),
-            **{markup.text(test): _kept(accuracies.get(test)) for test in kept},
+            "benchmarks": _if(kept, "accuracy", lambda found: f"{found['tuned']:.3f} ({100 * found['difference']:+.1f} points)"),
         }
 
     table = {name: cells(name) for name in order}
@@ -125,13 +125,8 @@ def _rows(document: Mapping[str, Any], order: Sequence[str], measured: Measured)
     return ["", *columns], [[f"{i} {_title(name)}", *(table[name][c] for c in columns)] for i, name in enumerate(order, 1)]
 
 
-def _if(found: Mapping[str, float], key: str, words: Any) -> str:
+def _if(found: Mapping[str, Any], key: str, words: Any) -> str:
     return words(found[key]) if key in found else ""
-
-
-def _kept(found: tuple[float, float] | None) -> str:
-    """What a variant reaches on a benchmark, and how far that is from the base model."""
-    return f"{found[0]:.3f} ({100 * found[1]:+.1f} points)" if found else ""
 
 
 def _cost(document: Mapping[str, Any], order: Sequence[str]) -> str:
@@ -196,6 +191,38 @@ def _scatter(document: Mapping[str, Any], order: Sequence[str], what: str, title
         note,
         markup.svg(label, y(0) + 42, body),
         f'<ul class="places sum">{key}</ul>' + markup.table(title, ["", what.replace("_", " "), "score"], rows),
+    )
+
+
+def _retention(compared: Mapping[str, Any], order: Sequence[str]) -> str:
+    """A figure for each variant: how its accuracy on the benchmarks changed, overall and by subject."""
+    figures = [_change(name, compared[name]["retention"]) for name in order if compared.get(name, {}).get("retention")]
+    return f'<div class="{"plots" if len(figures) > 1 else ""}">{"".join(figures)}</div>' if figures else ""
+
+
+def _change(variant: str, retention: Mapping[str, Any]) -> str:
+    """A bar for each subject, around the line of no change: its interval, and where in it the change lies."""
+    rows, body = [], ""
+    widest = max(0.05, *(abs(edge) for found in retention.values() for edge in found["accuracy"]["interval"]))
+    for i, (subject, found) in enumerate(retention.items()):
+        y, accuracy, nats = 38 * i, found["accuracy"], found["gold_log_likelihood"]
+        change, low, high = (50 + 50 * value / widest for value in (accuracy["difference"], *accuracy["interval"]))
+        body += f'<text x="0" y="{y + 15}" class="name">{markup.label(subject)}<tspan class="soft"> · {found["questions"]}</tspan></text>'
+        body += f'<text x="100%" y="{y + 15}" class="soft" text-anchor="end">{100 * accuracy["difference"]:+.1f} points</text>'
+        body += f'<rect class="track" x="0" y="{y + 23}" width="100%" height="7" rx="2"/>'
+        body += f'<rect class="bar faint" x="{low:.3f}%" y="{y + 23}" width="{high - low:.3f}%" height="7"/>'
+        body += f'<rect class="bar" x="{change:.3f}%" y="{y + 20}" width="4" height="13" rx="2" transform="translate(-2)"/>'
+        intervals = ["{:+.3f} to {:+.3f}".format(*interval) for interval in (accuracy["interval"], nats["interval"])]
+        before, after = f"{accuracy['base']:.3f}", f"{accuracy['tuned']:.3f}"
+        rows.append((subject, found["questions"], before, after, intervals[0], f"{nats['difference']:+.3f}", intervals[1]))
+    body += f'<line class="mark" x1="50%" x2="50%" y1="19" y2="{38 * len(retention) - 3}"/>'
+    columns = ["", "questions", "base", "tuned", "95 % interval of the change", "nats for the right answer", "95 % interval"]
+    title = f"Change of accuracy of {variant}"
+    return markup.figure(
+        markup.text(title),
+        "on the benchmarks, against the base model; the line is no change, and the bar the 95 % interval",
+        markup.svg(f"{markup.text(title)}: {100 * retention['overall']['accuracy']['difference']:+.1f} points", 38 * len(retention), body),
+        f'<div class="scroll" tabindex="0" role="region" aria-label="Retention">{markup.table(markup.text(title), columns, rows)}</div>',
     )
 
 
