@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import warnings
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,7 +24,6 @@ log = logging.getLogger("pedigree")
 def check(options: argparse.Namespace) -> int:
     """validate any data set without a pipeline"""
     import tempfile
-    from datetime import date
 
     from dagster_project.audit.lineage import files_at
     from dagster_project.curation.checks import Rules
@@ -134,6 +134,18 @@ def compare(options: argparse.Namespace) -> int:
         raise InputError("data/comparison: nothing was compared yet", "run `dvc repro comparison`")
     document = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
     _print(options, document, lambda _: (folder / "board.md").read_text(encoding="utf-8").rstrip("\n"))
+    return 0
+
+
+def export(options: argparse.Namespace) -> int:
+    """write a model's papers: model card, bill of materials, lineage events"""
+    from dagster_project.audit.export import export as paper
+
+    text = paper(_project(options), options.model, options.format, options.rev, options.issued)
+    if options.out:
+        _write("--out", Path(options.out), text)
+        log.info(f"{options.format}: {options.out}")
+    _print(options, {"format": options.format, "file": options.out, "text": text}, lambda found: "" if options.out else text.rstrip())
     return 0
 
 
@@ -272,6 +284,13 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _date(text: str) -> date:
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no date such as 2026-01-31") from None
+
+
 def parser() -> argparse.ArgumentParser:
     whole = _Parser(
         prog="pedigree",
@@ -328,6 +347,12 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--integrity", action="store_true", help="instead hash everything that dvc.lock reaches, in cache and workspace")
     one.add_argument("--all-revs", action="store_true", help="with --integrity: every commit that changed dvc.lock, too")
     command(compare)
+    one = command(export)
+    one.add_argument("model", metavar="MODEL", help="a path, a stage's name or a content hash")
+    one.add_argument("--format", required=True, choices=["model-card", "cyclonedx", "openlineage"])
+    one.add_argument("--out", metavar="FILE", help="default: print it")
+    one.add_argument("--rev", help="git revision to look at (default: the workspace)")
+    one.add_argument("--issued", type=_date, metavar="YYYY-MM-DD", help="default: the date of the commit that recorded the model")
     ballots = commands.add_parser("ballots", help="let people compare two systems, blindly").add_subparsers(
         dest="part", required=True, metavar="COMMAND"
     )

@@ -1,0 +1,105 @@
+"""What a model's papers say, whatever their form: told from reports alone, so that a stage can write them, too."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+from uuid import UUID, uuid5
+
+NAMESPACE = UUID("6f1d7c1e-2f0b-5f5e-9a53-0f0c6b1f2a90")
+"""Of all ids in papers: uuid5 of what a thing is, so that the same thing has the same id in every paper."""
+
+
+def from_reports(address: str, reports: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The lineage of a model as far as reports tell it: all that a stage may know, which reads files and neither git nor dvc.lock.
+
+    Args:
+        address: the model's stage, e.g. merged@lora.
+        reports: in flow order, the report of every stage above the model, of itself if it has one yet, and of those that measured it.
+    Returns:
+        {"model", "sources", "base_model", "stages", "training", "environment", "metrics", "untuned", "advice"}, as `export.papers` has them.
+    """
+    variant = address.partition("@")[2]
+    tuned = [report for name, report in reports.items() if "environment" in report]
+    measured = {name: report for name, report in reports.items() if name.startswith("evaluation") and name.partition("@")[2] == variant}
+    base, own = reports.get("base_model", {}), reports.get(address, {})
+    return {
+        "model": {"stage": address, "sha256": own.get("output_sha256"), "stands_alone": own.get("merged", address == "release")},
+        "sources": reports.get("raw_examples", {}).get("sources", {}),
+        "base_model": {key: base[key] for key in ("origin", "licence", "parameters", "dtype", "sha256") if key in base},
+        "stages": {
+            name: _stage(report) for name, report in reports.items() if name not in measured and name not in {"baselines", "comparison"}
+        },
+        "training": {key: tuned[-1][key] for key in TRAINING if key in tuned[-1]} if tuned else {},
+        "environment": tuned[-1]["environment"] if tuned else {},
+        "metrics": {name: {key: value for key, value in report.items() if key not in NO_METRIC} for name, report in measured.items()},
+        "untuned": reports.get("baselines", {}).get("base", {}),
+        "advice": reports.get("comparison", {}).get("advice", []),
+    }
+
+
+TRAINING = (
+    "method",
+    "trainable_parameters",
+    "trainable_percent",
+    "steps",
+    "tokens",
+    "trained_tokens",
+    "dtype",
+    "device",
+    "loss",
+    "validation_loss",
+)
+NO_METRIC = {"checks", "passed", "output_sha256"}
+
+
+def _stage(report: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: report[key] for key in ("rows_in", "rows_out", "dropped", "train", "validation", "test") if key in report}
+    checks = {
+        name: {key: check[key] for key in ("passed", "count", "note") if key in check} for name, check in report.get("checks", {}).items()
+    }
+    return {"sha256": report.get("output_sha256"), **kept, **({"checks": checks} if checks else {})}
+
+
+def identity(*parts: Any) -> UUID:
+    return uuid5(NAMESPACE, json.dumps(parts, sort_keys=True))
+
+
+def results(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Each measure that has an interval: {"stage", "name", "value", "low", "high"}."""
+    return [
+        {"stage": stage, "name": name, "value": value, "low": figures[f"{name}_interval"][0], "high": figures[f"{name}_interval"][1]}
+        for stage, figures in found["metrics"].items()
+        for name, value in figures.items()
+        if f"{name}_interval" in figures
+    ]
+
+
+def limits(found: Mapping[str, Any]) -> list[str]:
+    """What the model must not be trusted with, as far as it was measured; and what was not."""
+    lines = []
+    for figures in found["metrics"].values():
+        if "test_examples" in figures:
+            lines.append(
+                f"Measured on {figures['test_examples']} test examples from the same sources as the training data. On other data: unknown."
+            )
+        scored = {name: group for name, group in figures.get("by_category", {}).items() if "accuracy" in group}
+        if scored:
+            worst = min(scored, key=lambda name: (scored[name]["accuracy"], name))
+            lines.append(f"Weakest category: {worst}, accuracy {scored[worst]['accuracy']:.3f} on {scored[worst]['answered']} answers.")
+        if "general_knowledge" in figures:
+            before = found["untuned"].get("general_knowledge")
+            lines.append(
+                f"General knowledge: {figures['general_knowledge']:.3f}" + ("." if before is None else f", {before:.3f} before tuning.")
+            )
+    failed = [
+        f"{name} ({stage}): {check.get('note') or check['count']}"
+        for stage, at in found["stages"].items()
+        for name, check in at.get("checks", {}).items()
+        if not check["passed"]
+    ]
+    lines += [f"Check that did not pass: {one}" for one in failed]
+    if not found["metrics"]:
+        lines.append("It was not evaluated.")
+    return [*lines, "Safety, bias and toxicity were not measured."]

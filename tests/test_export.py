@@ -1,0 +1,117 @@
+"""A model's papers: valid by the libraries that read them, true to the lineage, the same each time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+import street as mini
+from conftest import pedigree
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
+from huggingface_hub import ModelCard, ModelCardData
+
+from dagster_project.audit.card import model_card
+from dagster_project.audit.export import export, papers
+from dagster_project.audit.papers import from_reports
+from dagster_project.errors import InputError
+
+ISSUED = date(2026, 1, 31)
+
+
+def reports_of(root: Path, names: list[str]) -> dict[str, Any]:
+    return {name: json.loads((root / f"data/reports/{name.replace('@', '/')}.json").read_text()) for name in names}
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_model_card_is_read_by_the_hubs_library_and_says_what_the_reports_say(finished: Path) -> None:
+    text = export(finished, "merged@lora", "model-card", issued=ISSUED)
+    data = ModelCard(text).data
+    assert ModelCardData(**data.to_dict()).to_dict() == data.to_dict()
+    assert (data.license, data.library_name, data.tags) == ("apache-2.0", "transformers", ["lora", "pedigree"])
+    report = reports_of(finished, ["evaluation@lora"])["evaluation@lora"]
+    found = {
+        result.metric_type: (result.metric_value, [result.metric_args["low"], result.metric_args["high"]]) for result in data.eval_results
+    }
+    assert found == {name: (report[name], report[f"{name}_interval"]) for name in report if f"{name}_interval" in report} and found
+    for path in ("triage_alpaca.json", "triage_messages.jsonl", "replies_messages.jsonl"):
+        assert f"`{sha256(finished / 'data/sources' / path)}`" in text
+    assert "pedigree verify merged@lora --deep" in text and "issued: 2026-01-31" in text
+    assert ModelCard(export(finished, "adapter@lora", "model-card", issued=ISSUED)).data.library_name == "peft"
+
+
+def test_a_stage_can_write_the_card_from_reports_alone(finished: Path) -> None:
+    above = list(papers(finished, "merged@lora")["stages"])
+    reports = reports_of(finished, [*above, "baselines", "evaluation@lora", "comparison"])
+    card, whole = model_card(from_reports("merged@lora", reports)), export(finished, "merged@lora", "model-card", issued=ISSUED)
+    assert ModelCard(card).data.to_dict() == ModelCard(whole).data.to_dict()
+    assert not set(card.splitlines()) - set(whole.splitlines())
+    assert "commit" not in card and "issued" not in card
+
+
+def test_a_bill_of_materials_is_valid_and_names_every_source_and_weight_by_its_hash(finished: Path) -> None:
+    text = export(finished, "merged@lora", "cyclonedx", issued=ISSUED)
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
+    document = json.loads(text)
+    parts = {part["bom-ref"]: part for part in document["components"]}
+    assert parts["base_model"]["hashes"][0]["content"] == sha256(finished / "data/base_model/model.safetensors")
+    for name, part in parts.items():
+        if name.startswith("source:"):
+            assert part["hashes"][0]["content"] == sha256(finished / name.removeprefix("source:"))
+            assert part["licenses"] == [{"license": {"id": "Apache-2.0"}}] and part["data"][0]["type"] == "dataset"
+    card = document["metadata"]["component"]["modelCard"]
+    assert {one["ref"] for one in card["modelParameters"]["datasets"]} < set(parts)
+    assert {one["type"] for one in card["quantitativeAnalysis"]["performanceMetrics"]} >= {"perplexity", "rouge_l"}
+    [dependencies] = [one["dependsOn"] for one in document["dependencies"] if one["ref"] == "model"]
+    assert set(dependencies) == set(parts)
+
+
+def test_every_stage_has_its_two_events_and_reads_what_others_made(finished: Path) -> None:
+    events = [json.loads(line) for line in export(finished, "merged@lora", "openlineage", issued=ISSUED).splitlines()]
+    stages = ["base_model", "raw_examples", "instructions", "splits", "tokenized", "adapter@lora", "merged@lora"]
+    assert [(event["job"]["name"], event["eventType"]) for event in events] == [
+        (name, kind) for name in stages for kind in ("START", "COMPLETE")
+    ]
+    made: dict[str, str] = {}
+    for event in events[1::2]:
+        for read in event["inputs"]:
+            if not read["name"].startswith(("data/sources", "data/expectations", "data/templates")):
+                assert read["facets"]["contentHash"]["md5"] == made[read["name"]]
+        [out] = event["outputs"]
+        made[out["name"]] = out["facets"]["contentHash"]["md5"]
+        assert out["facets"]["contentHash"]["sha256"] and event["eventTime"] == "2026-01-31T00:00:00Z"
+    assert len({event["run"]["runId"] for event in events}) == len(stages)
+
+
+@pytest.mark.parametrize("form", ["model-card", "cyclonedx", "openlineage"])
+def test_papers_are_the_same_each_time_and_only_their_date_is_given(finished: Path, form: str) -> None:
+    with pytest.raises(InputError, match="not committed"):
+        export(finished, "merged@lora", form)
+    mini.git(finished, "add", "-A")
+    mini.git(finished, "commit", "-qm", "made", "--date=2020-02-02T00:00:00Z")
+    committed = mini.git(finished, "log", "-1", "--format=%cs").strip()
+    text = export(finished, "merged@lora", form)
+    assert (
+        text
+        == export(finished, "merged@lora", form, rev="HEAD")
+        == export(finished, "merged@lora", form, issued=date.fromisoformat(committed))
+    )
+    other = export(finished, "merged@lora", form, issued=ISSUED)
+    assert other != text and str(finished) not in text
+    if form == "model-card":
+        assert other.replace("2026-01-31", committed) == text
+
+
+def test_what_is_no_model_has_no_card(finished: Path) -> None:
+    done = pedigree(finished, "export", "splits", "--format", "model-card", "--issued", "2026-01-31")
+    assert done.returncode == 2 and "splits is no model" in done.stderr
+    done = pedigree(finished, "export", "merged@lora", "--format", "cyclonedx", "--issued", "2026-01-31", "--out", "bom.json", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["text"] == (finished / "bom.json").read_text()
+    assert pedigree(finished, "export", "merged@lora", "--format", "cyclonedx", "--issued", "tomorrow").returncode == 2
