@@ -65,10 +65,10 @@ def test_force_runs_again_and_gives_the_same_version(finished: Path, instance) -
     ("edit", "stale"),
     [
         (lambda root: edit_params(root, lambda v: v["splits"].update(test=0.3)), {"splits"}),
-        (lambda root: (root / "dagster_project/curation/split.py").open("a").write("# a change\n"), {"splits"}),
+        (lambda root: (root / "dagster_project/curation/split.py").open("a").write("# a change\n"), {"splits", "preferences"}),
         (lambda root: edit_params(root, lambda v: v["adapter"]["lora"].update(max_steps=9)), {"adapter@lora", "comparison"}),
         (lambda root: shutil.rmtree(root / "data" / "instructions"), {"instructions", "splits"}),
-        (lambda root: (root / "data/splits/train/records-00000.parquet").write_bytes(b"x"), {"splits", "tokenized", "baselines", "evaluation@lora", "comparison"}),
+        (lambda root: (root / "data/splits/train/records-00000.parquet").write_bytes(b"x"), {"splits", "tokenized", "preferences", "baselines", "evaluation@lora", "comparison"}),
     ],
     ids=["parameter", "code", "recipe", "deleted output", "tampered output"],
 )  # fmt: skip
@@ -78,12 +78,12 @@ def test_a_change_makes_exactly_the_right_assets_stale(finished: Path, instance,
     assert both_doors_agree(finished, instance) == stale
 
 
-def test_an_added_source_row_makes_its_reader_stale_and_reverting_it_makes_it_fresh(finished: Path, instance) -> None:
+def test_an_added_source_row_makes_the_readers_of_sources_stale_and_reverting_it_makes_it_fresh(finished: Path, instance) -> None:
     sync(finished, instance)
     path = finished / "data/sources/replies_messages.jsonl"
     before = path.read_text()
     path.write_text(before + before.splitlines()[0] + "\n")
-    assert both_doors_agree(finished, instance) == {"raw_examples"}
+    assert both_doors_agree(finished, instance) == {"raw_examples", "raw_preferences"}
     path.write_text(before)
     assert both_doors_agree(finished, instance) == set()
 

@@ -269,7 +269,9 @@ def test_a_pair_that_repeats_a_benchmark_is_dropped(tmp_path: Path, tiny_model: 
 def test_how_often_the_longer_one_wins_is_told_of_the_pairs_that_are_kept(tmp_path: Path, tiny_model: Path) -> None:
     sides = [("long answer", "short"), ("long answer", "short"), ("short", "long answer"), ("equal", "alike")]
     rows = [better(text, *both) for text, both in zip(OTHERS, sides, strict=False)]
-    report = run(tmp_path, tiny_model, [*rows, better("Ho", "much the longest", "much the longest")], max_longer_share=0.6)
+    rows += [better("Ho", "much the longest", "much the longest"), better(LONG, "a leak", "no", split="train")]
+    report = run(tmp_path, tiny_model, rows, examples=[ask(LONG)], max_longer_share=0.6)
+    assert report.dropped == {"identical_pair": 1, "split_leakage": 1}
     assert (report.metrics["chosen_longer_share"], report.metrics["length_rule_accuracy"]) == (0.5, 0.625)
     check = next(check for check in report.checks if check.name == "length_bias")
     assert not check.passed and "62% of pairs" in check.note
@@ -303,7 +305,8 @@ def test_the_same_pairs_give_the_same_bytes_and_the_page_alone_says_what_changed
     assert [path for path in files if (tmp_path / "a" / path).read_bytes() != (tmp_path / "b" / path).read_bytes()] == []
     run(tmp_path / "b", tiny_model, [*rows[:-1], better("Ho"), better("Hey")], validation=0.2, previous=tmp_path / "a/out")
     page = (tmp_path / "b/pages/report.html").read_text()
-    assert "the version recorded before" in page and "the version recorded before" not in (tmp_path / "a/pages/report.html").read_text()
+    assert "1 of 1 row changed" in page and "1 of 1 row added" in page
+    assert "the version recorded before" not in (tmp_path / "a/pages/report.html").read_text()
 
 
 def test_a_pair_that_moves_to_another_file_row_is_the_same_pair(tmp_path: Path, tiny_model: Path) -> None:

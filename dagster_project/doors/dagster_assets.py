@@ -64,7 +64,9 @@ def build_definitions(root: Path, pipeline: Pipeline = PEDIGREE) -> dg.Definitio
         jobs=[
             whole,
             dg.define_asset_job(
-                "data", selection=dg.AssetSelection.assets(*map(asset_key, data)), description="The data side only: from sources to splits."
+                "data",
+                selection=dg.AssetSelection.assets(*map(asset_key, data)),
+                description="The data side only: from sources to splits and preferences.",
             ),
             *(
                 dg.define_asset_job(
