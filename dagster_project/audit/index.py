@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import sqlite3
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 PLACE = Path(".dvc", "tmp", "pedigree", "index.sqlite3")
-FORM = 1
-"""Of the tables below. A file of another form is made anew."""
 CHUNK = 256
 """Rows in a chunk: what one look-up reads."""
 SEGMENT = 4_000_000
@@ -49,6 +48,7 @@ CREATE TABLE listed (md5 TEXT PRIMARY KEY, deals INTEGER) WITHOUT ROWID;
 CREATE TABLE file (out TEXT, name TEXT, md5 TEXT);
 CREATE INDEX file_out ON file (out);
 CREATE INDEX file_md5 ON file (md5);
+CREATE INDEX file_name ON file (name);
 CREATE TABLE wanted (md5 TEXT PRIMARY KEY, out TEXT, name TEXT) WITHOUT ROWID;
 CREATE TABLE content (id INTEGER PRIMARY KEY, md5 TEXT UNIQUE);
 CREATE TABLE drawn (content INTEGER, source TEXT, rows INTEGER);
@@ -58,6 +58,8 @@ CREATE INDEX learnt_made ON learnt (made);
 CREATE TABLE seen (segment INTEGER, first BLOB, keys BLOB, contents BLOB, steps BLOB, epochs BLOB, PRIMARY KEY (segment, first));
 CREATE TABLE said (segment INTEGER, first BLOB, keys BLOB, ids BLOB, PRIMARY KEY (segment, first));
 """
+FORM = zlib.crc32(TABLES.encode()) >> 1
+"""A file with other tables is made anew."""
 
 
 @dataclass(frozen=True)
@@ -346,13 +348,14 @@ class Index:
     def _learn(self) -> None:
         """How many records of each source a model learnt from, from which step to which."""
         done = {made for (made,) in self._db.execute("SELECT DISTINCT made FROM learnt")}
+        telling = {out for (out,) in self._db.execute("SELECT DISTINCT out FROM file WHERE name = ?", (EVIDENCE,))}
         with self._db:
             for made in self.made.values():
-                evidence = (self.files(made.md5) or {}).get(EVIDENCE) if made.weights and made.id not in done else None
-                place = self.objects.path(evidence, self.here.get(made.md5, "")) if evidence else None
+                if made.id in done or made.md5 not in telling or not (evidence := self.place(made.md5, EVIDENCE)):
+                    continue
                 shards = [self.objects.path(md5, self.here.get(out, "")) for out, _, split, md5 in self.shards(made) if split == "train"]
-                if place and shards and all(shards):
-                    rows = _learnt(place, [shard for shard in shards if shard])
+                if shards and all(shards):
+                    rows = _learnt(evidence, [shard for shard in shards if shard]) or [("", 0, 0, 0)]
                     self._db.executemany("INSERT INTO learnt VALUES (?, ?, ?, ?, ?)", [(made.id, *row) for row in rows])
 
     def shards(self, made: Made) -> list[tuple[str, str, str, str]]:

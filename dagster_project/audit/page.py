@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from dagster_project import markup
@@ -83,9 +84,14 @@ def _diagram(found: Mapping[str, Any]) -> str:
     for name, row in depth.items():
         wide = min(30.0, 92 / len(rows[row]))
         for parent in parents.get(name, []):
-            y1, y2 = depth[parent] * ROW + BOX, row * ROW
-            lines += f'<line class="line" x1="{place[parent]:.2f}%" x2="{place[name]:.2f}%" y1="{y1}" y2="{y2}"/>'
-        stage = stages.get(name)
+            x1, x2, y1, y2 = place[parent], place[name], depth[parent] * ROW + BOX, row * ROW
+            if row == depth[parent] + 1 or abs(x1 - x2) < wide / 2:
+                corners = [(x1, y1), (x2, y2)]
+            else:  # past the rows between, down and then across
+                corners = [(x1, y1), (x1, y2 + BOX / 2), (x2 + (wide / 2 if x1 > x2 else -wide / 2), y2 + BOX / 2)]
+            for (xa, ya), (xb, yb) in pairwise(corners):
+                lines += f'<line class="line" x1="{xa:.2f}%" x2="{xb:.2f}%" y1="{ya:g}" y2="{yb:g}"/>'
+        stage, title = stages.get(name), markup.label(name.removeprefix("data/sources/"), 26)
         kind = "node kept" if name in models else "node"
         note = (
             f"{stage['md5'][:12]}{_passed(stage)}"
@@ -94,7 +100,7 @@ def _diagram(found: Mapping[str, Any]) -> str:
         )
         boxes += (
             f'<rect class="box {kind}" x="{place[name] - wide / 2:.2f}%" y="{row * ROW}" width="{wide:.2f}%" height="{BOX}" rx="6"/>'
-            f'<text class="name" x="{place[name]:.2f}%" y="{row * ROW + 18}" text-anchor="middle">{markup.label(name, 26)}</text>'
+            f'<text class="name" x="{place[name]:.2f}%" y="{row * ROW + 18}" text-anchor="middle">{title}</text>'
             f'<text class="soft" x="{place[name]:.2f}%" y="{row * ROW + 35}" text-anchor="middle">{markup.text(note, 40)}</text>'
         )
     told = [(name, stage["md5"], ", ".join(stage["parents"]) or "sources", stage["output"]) for name, stage in stages.items()]
@@ -114,7 +120,7 @@ def _sources(found: Mapping[str, Any]) -> str:
         (path, one["rows"], one["format"], one["licence"], one.get("origin", one.get("revision", "")), one.get("sha256", "unknown"))
         for path, one in found["sources"].items()
     ]
-    return f"<figure>{markup.table('Sources', columns, rows, unfolded=True)}</figure>" if rows else ""
+    return _sheet("Sources", columns, rows)
 
 
 def _rows(found: Mapping[str, Any]) -> str:
@@ -128,9 +134,9 @@ def _rows(found: Mapping[str, Any]) -> str:
         for path, one in found["sources"].items()
         for stage, counts in one["outcomes"].items()
     ]
-    tables = [markup.table("Rows through the stages", ["stage", "rows in", "rows out", "dropped"], flow, unfolded=True)] if flow else []
-    tables += [markup.table("What became of each source's rows", ["source", "stage", "rows"], became, unfolded=True)] if became else []
-    return "".join(f"<figure>{table}</figure>" for table in tables)
+    return _sheet("Rows through the stages", ["stage", "rows in", "rows out", "dropped"], flow) + _sheet(
+        "What became of each source's rows", ["source", "stage", "rows"], became
+    )
 
 
 def _records(found: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
@@ -148,10 +154,8 @@ def _records(found: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> 
         if len(records) > LISTED
         else ""
     )
-    return (
-        f"<figure>{markup.table('Learnt by', columns, parts, unfolded=True)}</figure>"
-        f"<figure>{markup.table('Records', ['record', 'source row', 'model', 'steps (epochs)'], rows)}{more}</figure>"
-    )
+    listed = markup.table("Records", ["record", "source row", "model", "steps (epochs)"], rows)
+    return _sheet("Learnt by", columns, parts) + f'<figure class="sheet">{listed}{more}</figure>'
 
 
 def _checks(found: Mapping[str, Any]) -> str:
@@ -163,22 +167,28 @@ def _checks(found: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     columns = ["check", "result", "rows", "dropped", "waived", "note"]
     waived = _named({str(i + 1): waiver for i, waiver in enumerate(found["waivers"])}, "Waivers")
-    return (f"<figure>{markup.table('Checks', columns, rows, unfolded=True)}</figure>" if rows else "") + waived
+    return _sheet("Checks", columns, rows) + waived
 
 
 def _code(found: Mapping[str, Any]) -> str:
     code = found["code"]
     rows = list(code["files"].items())
-    return f'<p class="lead">{markup.bdi(told_commit(code))}</p><figure>{markup.table("Code", ["file", "md5"], rows)}</figure>'
+    return (
+        f'<p class="lead">{markup.bdi(told_commit(code))}</p><figure class="sheet">{markup.table("Code", ["file", "md5"], rows)}</figure>'
+    )
 
 
 def _named(values: Mapping[str, Any], caption: str) -> str:
     rows = [(name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)) for name, value in values.items()]
-    return f"<figure>{markup.table(caption, ['name', 'value'], rows, unfolded=True)}</figure>" if rows else ""
+    return _sheet(caption, ["name", "value"], rows)
 
 
 def _missing(found: Mapping[str, Any]) -> str:
     rows = [(one["path"], one["md5"], one["fetch"]) for one in found["missing"]]
     if found["shallow"]:
         rows.append(("history before the first commit", "", "`git fetch --unshallow`: this clone is shallow"))
-    return f"<figure>{markup.table('Not here', ['what', 'md5', 'fetch it'], rows, unfolded=True)}</figure>" if rows else ""
+    return _sheet("Not here", ["what", "md5", "fetch it"], rows)
+
+
+def _sheet(caption: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    return f'<figure class="sheet">{markup.table(caption, columns, rows, unfolded=True)}</figure>' if rows else ""
