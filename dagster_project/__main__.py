@@ -112,7 +112,8 @@ def audit(options: argparse.Namespace) -> int:
     if options.diff:
         if options.model or options.html or options.records:
             raise InputError("--diff names two models itself", "leave out MODEL, --html and --records")
-        _print(options, diff(root, *options.diff, options.rev, options.against_rev), as_text)
+        before, after = options.diff
+        _print(options, diff(root, before, after, options.rev, options.against_rev), as_text)
         return 0
     if not options.model or options.against_rev:
         raise InputError("no MODEL named" if not options.model else "--against-rev belongs to --diff", "see `pedigree audit --help`")

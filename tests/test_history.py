@@ -221,6 +221,17 @@ def test_after_gc_the_unknown_is_called_unknown_with_the_way_to_fetch_it(made: P
     assert "records: unknown" in diff_text(diff(made.root, f"{commit}:merged@lora", "merged@lora"))
 
 
+def test_one_missing_shard_makes_every_data_set_that_shares_it_unknown(made: Project) -> None:
+    first, second = made.street(ROWS), made.street([("frogs", "train", FAQ), *ROWS[2:]])
+    made.commit(first)
+    made.commit(second)
+    shared = Index(made.root).files(first["splits"]["outs"][0]["md5"])["test/records-00000.parquet"]
+    shutil.rmtree((made.root / PLACE).parent)
+    Index(made.root).objects.path(shared).unlink()
+    assert len(impact(made.root, record=identity("fish"))["unknown"]) == 4
+    assert len(impact(made.root, record=identity("frogs"))["unknown"]) == 2
+
+
 def test_what_was_indexed_before_gc_stays_known(made: Project) -> None:
     old = made.street(ROWS)
     made.commit(old)

@@ -105,26 +105,25 @@ def _given(subject: Subject) -> tuple[dict[str, tuple[list[str], list[Place]]], 
     """example_id -> (splits, (source, row) of each), of every data set that was dealt out; and the runs whose output is not here."""
     import pyarrow.parquet as pq
 
-    index, rows, lost = subject.index, {}, []
+    index = subject.index
+    rows: dict[str, tuple[list[str], list[Place]]] = {}
+    lost: list[Made] = []
     data = {md5: one for made in subject.models for md5, one in index.data(made).items()}
     for md5, made in data.items():
         files = index.files(md5)
         if files is None:
             lost += [made] if index.deals(made) else []
             continue
-        shards = {name: found.group(1) for name in files if (found := SPLIT.search(name))}
-        if not shards:
-            continue
-        read: dict[str, Path | None] = {name: index.place(md5, name) for name in [*shards, "ledger.parquet"]}
-        if any(read[name] is None for name in shards):
+        shards = [(split, index.place(md5, name)) for name in files if (found := SPLIT.search(name)) for split in found.groups()]
+        if not all(path for _, path in shards):
             lost.append(made)
             continue
-        ledger = read["ledger.parquet"]
+        ledger = index.place(md5, "ledger.parquet")
         places: dict[str, list[Place]] = {}
         for row in pq.read_table(ledger, columns=["source", "source_row", "example_id"]).to_pylist() if ledger else []:
             places.setdefault(row["example_id"], []).append((row["source"], row["source_row"]))
-        for name, split in shards.items():
-            for row in pq.read_table(read[name], columns=["example_id", "source"]).to_pylist():
+        for split, path in shards:
+            for row in pq.read_table(path, columns=["example_id", "source"]).to_pylist():
                 splits, where = rows.setdefault(row["example_id"], ([], []))
                 splits += [split] if split not in splits else []
                 where += [place for place in places.get(row["example_id"], [(row["source"], None)]) if place not in where]

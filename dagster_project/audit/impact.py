@@ -94,8 +94,13 @@ class _Question:
 
     @cached_property
     def _trained(self) -> list[Made]:
-        """The models that learnt something, or may have: those made from data."""
-        return [made for made in self.index.made.values() if made.weights and self.index.data(made) and not self._copies(made)]
+        """The models that learnt something, or may have: those made from data, or with evidence of it."""
+        index = self.index
+        return [
+            made
+            for made in index.made.values()
+            if made.weights and (index.data(made) or EVIDENCE in (index.files(made.md5) or {})) and not self._copies(made)
+        ]
 
     def _copies(self, made: Made) -> bool:
         """Is it one of the models it was made from, byte for byte? Then all it saw it saw as that."""
@@ -127,12 +132,9 @@ class _Question:
         for made in self._trained:
             if only is not None and not only & self.index.data(made).keys():
                 continue
-            rows = Counter[str]()
-            for _, _, split, md5 in self.index.shards(made) if drawn else ():
-                rows[split] += drawn.get(md5, 0)
-            if +rows:
-                learnt = self.index.learnt(made, name)
-                self._own[made.id] = Seen(+rows, learnt=learnt)
+            rows = sum((Counter(drawn[out]) for out in self.index.data(made).keys() & drawn.keys()), Counter[str]())
+            if rows:
+                self._own[made.id] = Seen(rows, learnt=self.index.learnt(made, name))
 
     def content(self, wanted: str) -> None:
         """Raises:
@@ -153,11 +155,11 @@ class _Question:
             above = index.data(made)
             shards = index.shards(made)
             whole = any(one.id in read for one in [*above.values(), made]) or any(out.startswith(prefix) for out in above)
-            mine = [(split, md5) for _, _, split, md5 in shards if whole or md5 in files]
+            mine = [(split, md5) for _, split, md5 in shards if whole or md5 in files]
             if not (whole or mine or outs & above.keys()):
                 continue
             rows = Counter[str]()
-            for split, md5 in mine or [(split, md5) for _, _, split, md5 in shards]:
+            for split, md5 in mine or [(split, md5) for _, split, md5 in shards]:
                 rows[split] += index.sizes.get(md5, 0)
             learnt = index.learnt(made, None) if whole or not mine else self._from(made, [md5 for split, md5 in mine if split == "train"])
             self._own[made.id] = Seen(rows, learnt=learnt)

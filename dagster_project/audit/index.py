@@ -14,7 +14,7 @@ import sqlite3
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -45,7 +45,7 @@ CREATE TABLE held (lock INTEGER, made INTEGER, PRIMARY KEY (lock, made)) WITHOUT
 CREATE TABLE reads (made INTEGER, dep TEXT, path TEXT, md5 TEXT);
 CREATE TABLE origin (made INTEGER, source TEXT, sha256 TEXT);
 CREATE TABLE listed (md5 TEXT PRIMARY KEY, deals INTEGER) WITHOUT ROWID;
-CREATE TABLE file (out TEXT, name TEXT, md5 TEXT);
+CREATE TABLE file (out TEXT, name TEXT, md5 TEXT, split TEXT);
 CREATE INDEX file_out ON file (out);
 CREATE INDEX file_md5 ON file (md5);
 CREATE INDEX file_name ON file (name);
@@ -105,9 +105,21 @@ class Index:
         self.objects = Objects(root)
         self.history = history(root)
         self._db = _connect(root)
-        self._read_locks()
-        self._list()
-        self._trace()
+        with self._alone():
+            self._read_locks()
+            self._list()
+            self._trace()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One process at a time fills the tables; what fails leaves them as they were."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
 
     # What made what.
 
@@ -127,13 +139,12 @@ class Index:
             name.partition(":")[0]: text for name, text in found.items() if ":" in name
         }
         models: dict[bytes, frozenset[str]] = {}
-        with self._db:
-            for blob, (content, commit) in texts.items():
-                pipeline = declared.get(commit, b"")
-                if pipeline not in models:
-                    models[pipeline] = _declared_models(pipeline)
-                with suppress(InputError, UnicodeDecodeError):  # somebody committed an unresolved merge
-                    self._read_lock(blob, _parts(content.decode()), models[pipeline])
+        for blob, (content, commit) in texts.items():
+            pipeline = declared.get(commit, b"")
+            if pipeline not in models:
+                models[pipeline] = _declared_models(pipeline)
+            with suppress(InputError, UnicodeDecodeError):  # somebody committed an unresolved merge
+                self._read_lock(blob, _parts(content.decode()), models[pipeline])
 
     def _read_lock(self, blob: str, parts: _Parts, models: frozenset[str]) -> None:
         rows = {
@@ -147,7 +158,7 @@ class Index:
                 if out is None:
                     continue
                 weights = address.partition("@")[0] in models
-                report = next((one for one in stage["outs"] if one["path"].startswith("data/reports/")), {})
+                report: dict[str, str] = next((one for one in stage["outs"] if one["path"].startswith("data/reports/")), {})
                 cursor = self._db.execute(
                     "INSERT INTO made (key, address, path, md5, weights, report, report_md5, text) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                     (key, address, out["path"], out["md5"], weights, report.get("path"), report.get("md5"), parts.text[address]),
@@ -164,20 +175,19 @@ class Index:
 
     def _list(self) -> None:
         """The files of every output that is here and was not before."""
-        with self._db:
-            for md5, path in self._db.execute(
-                "SELECT md5, path FROM made WHERE md5 NOT IN (SELECT md5 FROM listed) GROUP BY md5"
-            ).fetchall():
-                listing = self.objects.listing(md5, path if md5 in self.here else "")
-                if listing is None:
-                    continue
-                deals = any(map(SPLIT.search, listing))
-                self._db.execute("INSERT INTO listed VALUES (?, ?)", (md5, deals))
-                self._db.executemany("INSERT INTO file VALUES (?, ?, ?)", [(md5, name, value) for name, value in listing.items()])
-                telling = [(value, md5, name) for name, value in listing.items() if SPLIT.search(name) or name == EVIDENCE]
-                self._db.executemany("INSERT OR IGNORE INTO wanted SELECT ?, ?, ? WHERE ?1 NOT IN (SELECT md5 FROM content)", telling)
-                if any(name.endswith(WEIGHTS) for name in listing):
-                    self._db.execute("UPDATE made SET weights = 1 WHERE md5 = ?", (md5,))
+        query = "SELECT md5, path FROM made WHERE md5 NOT IN (SELECT md5 FROM listed) GROUP BY md5"
+        for md5, path in self._db.execute(query).fetchall():
+            listing = self.objects.listing(md5, path if md5 in self.here else "")
+            if listing is None:
+                continue
+            splits = {name: found.group(1) for name in listing if (found := SPLIT.search(name))}
+            self._db.execute("INSERT INTO listed VALUES (?, ?)", (md5, bool(splits)))
+            files = [(md5, name, value, splits.get(name)) for name, value in listing.items()]
+            self._db.executemany("INSERT INTO file VALUES (?, ?, ?, ?)", files)
+            telling = [(value, md5, name) for name, value in listing.items() if name in splits or name == EVIDENCE]
+            self._db.executemany("INSERT OR IGNORE INTO wanted SELECT ?, ?, ? WHERE ?1 NOT IN (SELECT md5 FROM content)", telling)
+            if any(name.endswith(WEIGHTS) for name in listing):
+                self._db.execute("UPDATE made SET weights = 1 WHERE md5 = ?", (md5,))
 
     def _trace(self) -> None:
         """The sources of each run that read files nobody makes, as its report names them."""
@@ -186,13 +196,12 @@ class Index:
         waiting = [one for one in self._db.execute(query).fetchall() if one[0] in self.made]
         named = {made: f"{self.made[made].commit}:./{report}" for made, report, _ in waiting if self.made[made].commit}
         found = blobs(self.root, named.values())
-        with self._db:
-            for made, report, md5 in waiting:
-                here = self.root / report
-                told = found.get(named.get(made, ""), b"") or (here.read_bytes() if here.is_file() else b"")
-                if hashlib.md5(told, usedforsecurity=False).hexdigest() == md5:
-                    facts = json.loads(told).get("sources") or {"": {}}
-                    self._db.executemany("INSERT INTO origin VALUES (?, ?, ?)", [(made, s, f.get("sha256")) for s, f in facts.items()])
+        for made, report, md5 in waiting:
+            here = self.root / report
+            told = found.get(named.get(made, ""), b"") or (here.read_bytes() if here.is_file() else b"")
+            if hashlib.md5(told, usedforsecurity=False).hexdigest() == md5:
+                facts = json.loads(told).get("sources") or {"": {}}
+                self._db.executemany("INSERT INTO origin VALUES (?, ?, ?)", [(made, s, f.get("sha256")) for s, f in facts.items()])
 
     @cached_property
     def here(self) -> dict[str, str]:
@@ -327,46 +336,46 @@ class Index:
 
     def read_records(self) -> None:
         """Read every shard and every evidence that is here and was not read before."""
-        waiting = []
-        for md5, out, name in self._db.execute("SELECT md5, out, name FROM wanted ORDER BY out, name").fetchall():
-            if path := self.objects.path(md5, self.here.get(out, "")):
-                waiting.append((md5, name, path))
-        while waiting:
-            with self._db:
-                (segment,) = self._db.execute("SELECT coalesce(max(segment), -1) + 1 FROM seen").fetchone()
-                rows = _Rows()
-                while waiting and rows.size < SEGMENT:
-                    md5, name, path = waiting.pop(0)
-                    content = self._db.execute("INSERT INTO content (md5) VALUES (?)", (md5,)).lastrowid or 0
-                    self._db.execute("DELETE FROM wanted WHERE md5 = ?", (md5,))
-                    drawn = rows.evidence(path, content) if name == EVIDENCE else rows.shard(path, content)
-                    self._db.executemany("INSERT INTO drawn VALUES (?, ?, ?)", [(content, *one) for one in drawn.items()])
-                self._db.executemany("INSERT INTO seen VALUES (?, ?, ?, ?, ?, ?)", ((segment, *chunk) for chunk in rows.seen()))
-                self._db.executemany("INSERT INTO said VALUES (?, ?, ?, ?)", ((segment, *chunk) for chunk in rows.said()))
-        self._learn()
+        while self._read_segment():
+            pass
+        with self._alone():
+            self._learn()
+
+    def _read_segment(self) -> bool:
+        """Returns: whether anything was read."""
+        with self._alone():
+            rows = _Rows()
+            for md5, out, name in self._db.execute("SELECT md5, out, name FROM wanted ORDER BY out, name").fetchall():
+                path = self.objects.path(md5, self.here.get(out, ""))
+                if path is None:
+                    continue
+                content = self._db.execute("INSERT INTO content (md5) VALUES (?)", (md5,)).lastrowid or 0
+                self._db.execute("DELETE FROM wanted WHERE md5 = ?", (md5,))
+                drawn = rows.evidence(path, content) if name == EVIDENCE else rows.shard(path, content)
+                self._db.executemany("INSERT INTO drawn VALUES (?, ?, ?)", [(content, *one) for one in drawn.items()])
+                if rows.size >= SEGMENT:
+                    break
+            (segment,) = self._db.execute("SELECT coalesce(max(segment), -1) + 1 FROM seen").fetchone()
+            self._db.executemany("INSERT INTO seen VALUES (?, ?, ?, ?, ?, ?)", ((segment, *chunk) for chunk in rows.seen()))
+            self._db.executemany("INSERT INTO said VALUES (?, ?, ?, ?)", ((segment, *chunk) for chunk in rows.said()))
+            return rows.size > 0
 
     def _learn(self) -> None:
         """How many records of each source a model learnt from, from which step to which."""
         done = {made for (made,) in self._db.execute("SELECT DISTINCT made FROM learnt")}
         telling = {out for (out,) in self._db.execute("SELECT DISTINCT out FROM file WHERE name = ?", (EVIDENCE,))}
-        with self._db:
-            for made in self.made.values():
-                if made.id in done or made.md5 not in telling or not (evidence := self.place(made.md5, EVIDENCE)):
-                    continue
-                shards = [self.objects.path(md5, self.here.get(out, "")) for out, _, split, md5 in self.shards(made) if split == "train"]
-                if shards and all(shards):
-                    rows = _learnt(evidence, [shard for shard in shards if shard]) or [("", 0, 0, 0)]
-                    self._db.executemany("INSERT INTO learnt VALUES (?, ?, ?, ?, ?)", [(made.id, *row) for row in rows])
+        for made in self.made.values():
+            if made.id in done or made.md5 not in telling or not (evidence := self.place(made.md5, EVIDENCE)):
+                continue
+            shards = [self.objects.path(md5, self.here.get(out, "")) for out, split, md5 in self.shards(made) if split == "train"]
+            if shards and all(shards):
+                rows = _learnt(evidence, [shard for shard in shards if shard]) or [("", 0, 0, 0)]
+                self._db.executemany("INSERT INTO learnt VALUES (?, ?, ?, ?, ?)", [(made.id, *row) for row in rows])
 
-    def shards(self, made: Made) -> list[tuple[str, str, str, str]]:
-        """(hash of the output, path in it, split, hash) of each shard of the data a run was made from."""
-        return [
-            (out, name, split.group(1), md5)
-            for out in self.data(made)
-            if out in self.dealing
-            for name, md5 in (self.files(out) or {}).items()
-            if (split := SPLIT.search(name))
-        ]
+    def shards(self, made: Made) -> list[tuple[str, str, str]]:
+        """(hash of the output, split, hash) of each shard of the data a run was made from."""
+        query = "SELECT out, split, md5 FROM file WHERE out = ? AND split IS NOT NULL ORDER BY name"
+        return [row for out in self.data(made) if out in self.dealing for row in self._db.execute(query, (out,))]
 
     @cached_property
     def dealing(self) -> frozenset[str]:
@@ -387,7 +396,8 @@ class Index:
 
     @cached_property
     def _waiting(self) -> frozenset[str]:
-        return frozenset(out for (out,) in self._db.execute("SELECT DISTINCT out FROM wanted"))
+        query = "SELECT DISTINCT file.out FROM wanted JOIN file ON file.md5 = wanted.md5"
+        return frozenset(out for (out,) in self._db.execute(query))
 
     @cached_property
     def _known(self) -> frozenset[str]:
@@ -412,13 +422,12 @@ class Index:
                 by_content: dict[int, list[tuple[int, int]]] = defaultdict(list)
                 for content, step, epoch in zip(contents, steps, epochs, strict=True):
                     by_content[content] += [(step, epoch)] if step else []
-                for out, name, content in self._rows(
-                    "SELECT file.out, file.name, content.id FROM content JOIN file ON file.md5 = content.md5 WHERE content.id IN",
+                for out, split, content in self._rows(
+                    "SELECT file.out, file.split, content.id FROM content JOIN file ON file.md5 = content.md5"
+                    f" WHERE (file.split IS NOT NULL OR file.name = '{EVIDENCE}') AND content.id IN",
                     [*by_content],
                 ):
-                    split = SPLIT.search(name)
-                    if split or name == EVIDENCE:
-                        found.append(Sighting(out, split.group(1) if split else None, key, sorted(by_content[content])))
+                    found.append(Sighting(out, split, key, sorted(by_content[content])))
         return found
 
     def saying(self, text: str) -> list[bytes]:
@@ -430,10 +439,14 @@ class Index:
                 found += [chunk[1][16 * i : 16 * i + 16] for i in _equal(chunk[0], key).nonzero()[0].tolist()]
         return sorted(set(found))
 
-    def drawn(self, source: str) -> dict[str, int]:
-        """Hash of a shard -> rows of it that come from a source: a file, or a folder and all in it."""
-        query = "SELECT content.md5, sum(rows) FROM drawn JOIN content ON content.id = drawn.content WHERE source = ?1 OR source LIKE ?2 ESCAPE '\\' GROUP BY 1"
-        return dict(self._db.execute(query, (source, _inside(source))))
+    def drawn(self, source: str) -> dict[str, dict[str, int]]:
+        """Hash of an output -> split -> rows that come from a source: a file, or a folder and all in it."""
+        query = """SELECT file.out, file.split, sum(rows) FROM drawn JOIN content ON content.id = drawn.content JOIN file ON file.md5 = content.md5
+            WHERE file.split IS NOT NULL AND (source = ?1 OR source LIKE ?2 ESCAPE '\\') GROUP BY 1, 2"""
+        found: dict[str, dict[str, int]] = defaultdict(dict)
+        for out, split, rows in self._db.execute(query, (source, _inside(source))):
+            found[out][split] = rows
+        return dict(found)
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -452,12 +465,8 @@ class Index:
 
     def texts(self) -> dict[str, Path]:
         """Hash -> place of every shard that is here."""
-        query = "SELECT DISTINCT file.md5, file.out, file.name FROM file JOIN content ON content.md5 = file.md5"
-        return {
-            md5: path
-            for md5, out, name in self._db.execute(query)
-            if SPLIT.search(name) and (path := self.objects.path(md5, self.here.get(out, "")))
-        }
+        query = "SELECT DISTINCT file.md5, file.out FROM file JOIN content ON content.md5 = file.md5 WHERE file.split IS NOT NULL"
+        return {md5: path for md5, out in self._db.execute(query) if (path := self.objects.path(md5, self.here.get(out, "")))}
 
     def _segments(self, table: str) -> list[int]:
         (last,) = self._db.execute(f"SELECT coalesce(max(segment), -1) FROM {table}").fetchone()
@@ -480,7 +489,7 @@ def _connect(root: Path) -> sqlite3.Connection:
     for _ in range(2):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            db = sqlite3.connect(path, timeout=300)
+            db = sqlite3.connect(path, timeout=3600, isolation_level=None)
             (form,) = db.execute("PRAGMA user_version").fetchone()
             if form == FORM:
                 return db
@@ -495,7 +504,7 @@ def _connect(root: Path) -> sqlite3.Connection:
             path.unlink()
         except OSError:
             break
-    db = sqlite3.connect(":memory:")
+    db = sqlite3.connect(":memory:", isolation_level=None)
     db.executescript(TABLES)
     return db
 
@@ -533,7 +542,7 @@ def output(stage: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _reads(stage: Mapping[str, Any], outs: Mapping[str, str]) -> list[tuple[str, str, str]]:
     """(dependency, path of the output it is, or its own, hash). A folder of outputs stands for those in it, a file of one for the whole."""
-    found = []
+    found: list[tuple[str, str, str]] = []
     for dep in stage.get("deps", []):
         path, md5 = dep["path"], dep.get("md5", "")
         if path.endswith(".py"):

@@ -75,10 +75,10 @@ def _diagram(found: Mapping[str, Any]) -> str:
         depth[name] = 1 + max((depth[parent] for parent in parents[name]), default=-1)
     rows = [[name for name in depth if depth[name] == row] for row in range(max(depth.values(), default=-1) + 1)]
     place: dict[str, float] = {}
-    for row in rows:
-        wanted = {name: sum(place[p] for p in parents.get(name, [])) / len(parents[name]) if parents.get(name) else 50 for name in row}
-        row.sort(key=lambda name: wanted[name])
-        place |= {name: 100 * (i + 0.5) / len(row) for i, name in enumerate(row)}
+    for names in rows:
+        wanted = {name: sum(place[p] for p in parents.get(name, [])) / len(parents[name]) if parents.get(name) else 50 for name in names}
+        names.sort(key=wanted.__getitem__)
+        place |= {name: 100 * (i + 0.5) / len(names) for i, name in enumerate(names)}
     models = {one["stage"] for one in found["parents"]} | {found["model"]["stage"]}
     lines, boxes = "", ""
     for name, row in depth.items():
