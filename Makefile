@@ -35,8 +35,9 @@ ui: $(VENV)/ok   ## open Dagster on loopback, its home inside the project
 	@$(MAKE) --no-print-directory setup-dvc
 	$(BIN)/pedigree ui --port $(PORT)
 
-bench: $(VENV)/ok ## print what the doors cost, as ratios, and near-duplicates beside datasketch and rensa
+bench: $(VENV)/ok ## print what the doors cost, as ratios, and near-duplicates beside datasketch and rensa, and impact over a long history
 	$(BIN)/python benchmarks/doors.py
+	$(BIN)/python benchmarks/audit.py
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	$(BIN)/python benchmarks/curation.py
 

@@ -25,7 +25,7 @@ def check(options: argparse.Namespace) -> int:
     """validate any data set without a pipeline"""
     import tempfile
 
-    from dagster_project.audit.lineage import files_at
+    from dagster_project.audit.history import files_at
     from dagster_project.curation.checks import Rules
     from dagster_project.curation.page import page
     from dagster_project.curation.review import refuse_expired
@@ -102,10 +102,38 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def audit(options: argparse.Namespace) -> int:
-    """which data, parameters and code made a model"""
+    """which data, parameters and code made a model, or what differs between two"""
     from dagster_project.audit import lineage
+    from dagster_project.audit.diff import as_text, diff
+    from dagster_project.audit.index import Index
+    from dagster_project.audit.page import page
 
-    _print(options, lineage.audit(_project(options), options.model, options.rev), lineage.as_text)
+    root = _project(options)
+    if options.diff:
+        if options.model or options.html or options.records:
+            raise InputError("--diff names two models itself", "leave out MODEL, --html and --records")
+        before, after = options.diff
+        _print(options, diff(root, before, after, options.rev, options.against_rev), as_text)
+        return 0
+    if not options.model or options.against_rev:
+        raise InputError("no MODEL named" if not options.model else "--against-rev belongs to --diff", "see `pedigree audit --help`")
+    for option, name, endings in (("--html", options.html, (".html", ".htm")), ("--records", options.records, (".csv", ".parquet"))):
+        if name and not name.lower().endswith(endings):
+            raise InputError(
+                f"{option} {name}: its name must end in {' or '.join(endings)}", "name a new file: what stood in it is replaced"
+            )
+    subject = lineage.find(Index(root), options.model, options.rev)
+    found = lineage.document(subject)
+    if options.json or options.html or options.records:
+        records, _ = lineage.trained_on(subject)
+        listed = lineage.listed(records) if options.json or options.html else []
+        if options.records:
+            lineage.write_trained_on(records, Path(options.records))
+        if options.html:
+            _write("--html", Path(options.html), page(found, listed))
+        if options.json and found["records"]:
+            found["records"]["list"] = listed
+    _print(options, found, lineage.as_text)
     return 0
 
 
@@ -147,6 +175,16 @@ def export(options: argparse.Namespace) -> int:
         log.info(f"{options.format}: {options.out}")
     _print(options, {"format": options.format, "file": options.out, "text": text}, lambda found: "" if options.out else text.rstrip())
     return 0
+
+
+def impact(options: argparse.Namespace) -> int:
+    """every model in history that saw a record, a text, a source or a file"""
+    from dagster_project.audit import impact as module
+
+    asked = {"record": options.record, "text": options.text, "source": options.source, "content": options.hash}
+    found = module.impact(_project(options), **asked, near=options.near)
+    _print(options, found, module.as_text)
+    return 0 if found["models"] else 1
 
 
 def export_ballot(options: argparse.Namespace) -> int:
@@ -338,8 +376,21 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--dtype", default="auto", help="with --model: bfloat16 or float32 (default: bfloat16 where the device has it)")
     one.add_argument("--device", default="cuda", help="with --model: cuda or cpu; it need not be here (default: %(default)s)")
     one = command(audit)
-    one.add_argument("model", metavar="MODEL", help="a path, a stage's name or a content hash")
+    one.add_argument(
+        "model", nargs="?", metavar="MODEL", help="a stage's name, a path (a copied folder too), a content hash, or REV:one of them"
+    )
     one.add_argument("--rev", help="git revision to look at (default: the workspace)")
+    one.add_argument("--html", metavar="FILE.html", help="also write one self-contained page")
+    one.add_argument("--records", metavar="FILE", help="also write every record it learnt from, with step and epoch: .csv or .parquet")
+    one.add_argument("--diff", nargs=2, metavar=("A", "B"), help="instead: what differs between two models, each as MODEL or REV:MODEL")
+    one.add_argument("--against-rev", metavar="REV", help="with --diff: the revision of B, as --rev is that of A")
+    one = command(impact)
+    asked = one.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--record", metavar="ID", help="a record, by its example_id")
+    asked.add_argument("--text", help="what one of its messages says, but for case and white space")
+    asked.add_argument("--source", metavar="PATH", help="every record of a source: a file, or a folder and all in it")
+    asked.add_argument("--hash", help="md5 or sha256 (or its beginning) of a source, an output, or a file of one")
+    one.add_argument("--near", action="store_true", help="with --record or --text: near-copies of it too")
     one = command(verify)
     one.add_argument("stage", nargs="?", metavar="STAGE[@VARIANT]", help="a stage's name, the path of its output or a content hash")
     one.add_argument("--rev", help="git revision to look at (default: the workspace, uncommitted work included)")

@@ -9,7 +9,11 @@ from pathlib import Path
 from conftest import edit_params, pedigree, run
 from ruamel.yaml import YAML
 
-from dagster_project.audit.lineage import audit
+from dagster_project.audit.diff import diff
+from dagster_project.audit.impact import impact
+from dagster_project.audit.index import Index
+from dagster_project.audit.lineage import audit, find, trained_on
+from dagster_project.records import read_records, read_table
 
 
 def test_an_audit_names_every_source_with_its_hash_and_every_stage_before_the_model(finished: Path) -> None:
@@ -37,17 +41,48 @@ def test_a_model_is_found_by_name_by_path_and_by_hash(finished: Path) -> None:
     assert audit(finished, by_name["model"]["md5"][:10]) == by_name
 
 
-def test_an_earlier_revision_is_audited_as_it_was(finished: Path) -> None:
+def test_a_changed_record_is_named_by_the_difference_and_the_earlier_model_is_audited_as_it_was(finished: Path) -> None:
     for command in (["git", "add", "-A"], ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "run"]):
         assert run(command, finished).returncode == 0
     commit = run(["git", "rev-parse", "HEAD"], finished).stdout.strip()
-    before = audit(finished, "splits")
+    before = audit(finished, "adapter@lora")
     assert before["code"] == {**before["code"], "commit": commit, "clean": True}
-    edit_params(finished, lambda v: v["splits"].update(test=0.3))
-    assert run(["python", "-m", "dvc", "repro", "splits"], finished).returncode == 0
-    assert audit(finished, "splits")["parameters"]["splits"]["test"] == 0.3
-    assert not audit(finished, "splits")["code"]["clean"]
-    assert audit(finished, "splits", rev="HEAD") == before
+    file = finished / "data/sources/triage_alpaca.json"
+    rows = json.loads(file.read_text())
+    rows[3]["input"] += " It has been so since Tuesday."
+    file.write_text(json.dumps(rows))
+    edit_params(finished, lambda v: v["adapter"]["lora"].update(learning_rate=2e-3))
+    done = run(["python", "-m", "dvc", "repro", "adapter@lora"], finished)
+    assert done.returncode == 0, done.stderr
+    after = audit(finished, "adapter@lora")
+    assert after["parameters"]["adapter.lora"]["learning_rate"] == 2e-3
+    assert after["code"]["commit"] is None and after["code"]["after"] == commit and not after["code"]["clean"]
+    assert audit(finished, "adapter@lora", rev="HEAD") == before
+    found = diff(finished, "adapter@lora", "adapter@lora", rev="HEAD")
+    (changed,) = found["records"]["changed"]
+    assert changed["before"]["rows"] == changed["after"]["rows"] == ["data/sources/triage_alpaca.json:3"]
+    assert changed["before"]["example_id"] != changed["after"]["example_id"]
+    assert not found["records"]["added"] and not found["records"]["removed"]
+    assert found["parameters"]["adapter.lora.learning_rate"] == [1e-3, 2e-3] and found["code"] == {}
+    assert list(found["sources"]) == ["data/sources/triage_alpaca.json"] and found["metrics"]["adapter.loss"]
+    models = {
+        (one["stage"], one["commit"])
+        for part in ("before", "after")
+        for one in impact(finished, record=changed[part]["example_id"])["models"]
+    }
+    assert models == {("adapter@lora", commit), ("merged@lora", commit), ("adapter@lora", None)}
+
+
+def test_the_records_of_a_model_are_those_it_was_trained_on(finished: Path) -> None:
+    subject = find(Index(finished), "merged@lora")
+    seen, missing = trained_on(subject)
+    written = read_table(finished / "data/adapter/lora/examples.parquet")
+    assert [(row["example_id"], row["step"], row["epoch"]) for row in seen.to_pylist()] == [
+        (row["example_id"], row["step"], row["epoch"]) for row in written
+    ]
+    assert not missing and all(row["source"] and row["source_row"] is not None for row in seen.to_pylist())
+    records = {record["example_id"]: record for record in read_records(finished / "data/splits/train")}
+    assert {row["example_id"] for row in seen.to_pylist()} <= records.keys()
 
 
 def test_the_command_line_says_the_same_in_text_and_json(finished: Path) -> None:

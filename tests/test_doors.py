@@ -17,6 +17,7 @@ from dagster_project.doors.dvc import read_street
 from dagster_project.doors.report import asset_key, describe
 from dagster_project.doors.sync import sync
 from dagster_project.pipeline import PEDIGREE
+from dagster_project.records import read_table
 
 DATA = ["base_model", "raw_examples", "instructions", "splits"]
 
@@ -40,6 +41,12 @@ def test_after_dvc_repro_and_a_sync_dagster_shows_everything_fresh_with_the_hash
         event = instance.get_latest_materialization_event(asset_key(address))
         assert event.asset_materialization.tags["dagster/data_version"] == version
         assert version in (finished / "dvc.lock").read_text()
+    shown = instance.get_latest_materialization_event(asset_key("merged@lora")).asset_materialization.metadata
+    assert shown["verify"].value == "pedigree verify merged@lora"
+    assert shown["records"].value == len({row["example_id"] for row in read_table(finished / "data/adapter/lora/examples.parquet")})
+    assert all(f"| {stage} | {lock[stage][:12]} |" in shown["lineage"].value for stage in [*DATA, "tokenized", "adapter@lora"])
+    assert lock["adapter@lora"] in Path(shown["audit"].value).read_text()
+    assert "lineage" not in instance.get_latest_materialization_event(asset_key("splits")).asset_materialization.metadata
 
 
 def test_after_materializing_dvc_status_is_clean_and_a_second_run_runs_nothing(project: Path, instance) -> None:

@@ -27,7 +27,7 @@ OTHERS = [c for c in commands() if not c.startswith(("make ", "git clone", "cd "
 
 
 def test_the_tour_has_commands() -> None:
-    assert {c.split()[1] for c in OTHERS if c.startswith("pedigree")} == {"check", "plan", "audit", "verify", "sync"}
+    assert {c.split()[1] for c in OTHERS if c.startswith("pedigree")} == {"check", "plan", "audit", "impact", "verify", "sync"}
 
 
 def test_the_readmes_commands_run_on_the_quick_override(finished: Path) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -219,7 +220,25 @@ def test_what_comes_from_the_run_cache_is_reported_with_its_checks_and_runs_noth
     done = {"@".join(e.asset_key.path): e.materialization.metadata["done"].value for e in result.get_asset_materialization_events()}
     assert done == {"raw": "nothing", **dict.fromkeys(["inst", "tok", "adapter@lora", "adapter@dora", "cmp"], "restored")}
     assert "did not receive any messages" not in "".join(entry.user_message for entry in instance.all_logs(result.run_id))
-    assert [(c.check_name, c.passed) for c in result.get_asset_check_evaluations()] == [("no_bad_rows", True)]
+    said = Counter((c.check_name, c.passed) for c in result.get_asset_check_evaluations())
+    assert said == {("no_bad_rows", True): 1, ("dvc_in_sync", True): 6}
+
+
+def test_every_asset_says_whether_dvc_calls_it_up_to_date(root: Path, instance: dg.DagsterInstance) -> None:
+    def unsynced() -> set[str]:
+        keys = {dg.AssetCheckKey(asset_key(address), "dvc_in_sync"): address for address in read_street(root)}
+        records = instance.event_log_storage.get_latest_asset_check_execution_by_key([*keys])
+        assert records.keys() == keys.keys()
+        return {keys[key] for key, record in records.items() if not record.event.dagster_event.event_specific_data.passed}
+
+    assert unsynced() == set()
+    (root / "code/tok.py").write_text("V = 1\n")
+    assert "check tok dvc_in_sync: failed" in sync(root, instance, mini.STREET)
+    assert unsynced() == mini.changed_in_dvc(root) == {"tok"}
+    assert mini.materialize(root, instance, ["tok"]).success
+    sync(root, instance, mini.STREET)
+    assert unsynced() == mini.changed_in_dvc(root)
+    assert sync(root, instance, mini.STREET) == []
 
 
 def test_deleting_dagsters_home_and_syncing_brings_the_view_back(root: Path) -> None:

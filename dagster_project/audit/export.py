@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.audit import lineage
+from dagster_project.audit.history import Revision
 from dagster_project.audit.papers import from_reports
 from dagster_project.errors import InputError
 
@@ -18,7 +19,7 @@ MODELS = ("adapter", "aligned", "reward_model", "merged", "merged_aligned", "rel
 
 def papers(root: Path, model: str, rev: str | None = None) -> dict[str, Any]:
     """`from_reports`, and beside it what dvc.lock and git know: hashes, inputs, parameters and the commit."""
-    at = lineage.Revision(root, rev)
+    at = Revision(root, rev)
     lock = at.lock()
     found = lineage.audit(root, model, rev)
     address = found["model"]["stage"]

@@ -18,7 +18,19 @@ from dagster_pipes import PipesContext, PipesDefaultContextLoader, PipesDefaultM
 
 from dagster_project.doors import dvc
 from dagster_project.doors.dvc import StageState
-from dagster_project.doors.report import CODE_VERSION, asset_key, check_results, definition_key, describe, live, read_report, source_key
+from dagster_project.doors.report import (
+    CODE_VERSION,
+    IN_SYNC,
+    IN_SYNC_TRUTH,
+    asset_key,
+    check_results,
+    definition_key,
+    describe,
+    in_sync,
+    live,
+    read_report,
+    source_key,
+)
 from dagster_project.doors.runs import MACHINE_TAG, reap
 from dagster_project.doors.sync import mirror, read, sync
 from dagster_project.errors import InputError, PedigreeError
@@ -111,7 +123,7 @@ def _asset(root: Path, address: str, state: StageState, pipeline: Pipeline) -> d
     )
     checks = [
         dg.AssetCheckSpec(name, asset=asset_key(address), description=truth)
-        for name, truth in pipeline.truths(address.partition("@")[0]).items()
+        for name, truth in {**pipeline.truths(address.partition("@")[0]), IN_SYNC: IN_SYNC_TRUTH}.items()
     ]
 
     days = state.meta.get("stale_after_days")
@@ -184,6 +196,7 @@ def _bring_up_to_date(context: dg.AssetExecutionContext, root: Path, address: st
     state = street[address]
     report = read_report(root, state) or {}
     yield from check_results(root, address, report, pipeline)
+    yield in_sync(state)
     if report.get("passed") is False:
         raise dg.Failure(f"{address}: its report says that a blocking check failed. See {state.report}.", allow_retries=False)
     if state.doubt:

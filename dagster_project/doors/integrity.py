@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dagster_project.audit.lineage import Revision
+from dagster_project.audit.history import Revision
 from dagster_project.doors import dvc
 from dagster_project.doors.dvc import StageState
 from dagster_project.errors import InputError

@@ -14,9 +14,13 @@ from typing import Any
 
 import dagster as dg
 
+from dagster_project.audit import lineage
+from dagster_project.audit.index import Index
+from dagster_project.audit.page import page
 from dagster_project.doors.dvc import StageState, digest
 from dagster_project.markup import visible
 from dagster_project.pipeline import Pipeline, measured
+from dagster_project.records import write_text
 
 CODE_VERSION = "1"
 """The same for every asset and for ever: changes of code are reported through `def/<stage>` (docs/decisions/002)."""
@@ -65,6 +69,7 @@ def describe(root: Path, state: StageState) -> dict[str, Any]:
     if nested:
         found["figures"] = dg.MetadataValue.json(nested)
     found |= measured(root, state.address.replace("@", "/"))
+    found |= _lineage(root, state)
     found |= {f"check/{name}": dg.MetadataValue.int(check["count"]) for name, check in report.get("checks", {}).items()}
     found |= {name: dg.MetadataValue.path(str(path)) for name, path in pages(root, state.address).items()}
     stage, _, variant = state.address.partition("@")
@@ -76,6 +81,26 @@ def describe(root: Path, state: StageState) -> dict[str, Any]:
             )
     commit = _commit(root)
     return {**found, **({"git_commit": commit} if commit else {})}
+
+
+def _lineage(root: Path, state: StageState) -> dict[str, Any]:
+    """Of a model: what it was made from, how many records it learnt from, and how to prove it. Leaves the audit as a page."""
+    if "safetensors" not in state.meta.get("kinds", []) or not state.recorded or state.doubt:
+        return {}
+    subject = lineage.find(Index(root), state.address)
+    audited = lineage.document(subject)
+    records, _ = lineage.trained_on(subject)
+    write_text(root / "data" / "pages" / state.address.replace("@", "/") / "audit.html", page(audited, lineage.listed(records)))
+    rows = [
+        [name, one["md5"][:12], one.get("rows_in", ""), one.get("rows_out", ""), sum(one.get("dropped", {}).values()) or ""]
+        for name, one in audited["stages"].items()
+    ]
+    learnt = {"records": dg.MetadataValue.int(audited["records"]["records"])} if audited["records"] else {}
+    return {
+        "lineage": dg.MetadataValue.md(_table(["stage", "md5", "rows in", "rows out", "dropped"], rows)),
+        **learnt,
+        "verify": dg.MetadataValue.text(f"pedigree verify {state.address}"),
+    }
 
 
 def live(root: Path, address: str) -> dict[str, float]:
@@ -93,6 +118,7 @@ PAGES = {
     "training": "training.html",
     "alignment": "alignment.html",
     "comparison": "comparison.html",
+    "audit": "audit.html",
     "data_docs": "data_docs/index.html",
     "review": "review.csv",
 }
@@ -166,6 +192,23 @@ def check_results(root: Path, address: str, report: Mapping[str, Any], pipeline:
             )
         )
     return results
+
+
+IN_SYNC = "dvc_in_sync"
+IN_SYNC_TRUTH = "DVC calls the stage up to date: its output, inputs, parameters and code are what dvc.lock recorded."
+
+
+def in_sync(state: StageState) -> dg.AssetCheckResult:
+    """The same verdict as `dvc status`."""
+    why = "; ".join(state.changed)
+    metadata = {"truth": dg.MetadataValue.text(IN_SYNC_TRUTH), REPORT_TAG: dg.MetadataValue.text(digest(why))}
+    return dg.AssetCheckResult(
+        check_name=IN_SYNC,
+        asset_key=asset_key(state.address),
+        passed=not why,
+        severity=dg.AssetCheckSeverity.WARN,
+        metadata=metadata | ({"note": dg.MetadataValue.text(why)} if why else {}),
+    )
 
 
 def _table(head: list[str], rows: list[Any]) -> str:

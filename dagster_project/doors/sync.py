@@ -23,6 +23,7 @@ from dagster_project.doors.report import (
     check_results,
     definition_key,
     describe,
+    in_sync,
     read_report,
     source_key,
 )
@@ -111,12 +112,15 @@ def _checks(root: Path, instance: dg.DagsterInstance, street: Mapping[str, Stage
     results = {
         dg.AssetCheckKey(asset_key(address), str(result.check_name)): result
         for address, state in street.items()
-        for result in check_results(root, address, read_report(root, state) or {}, pipeline)
+        for result in [*check_results(root, address, read_report(root, state) or {}, pipeline), in_sync(state)]
     }
+    recorded = {asset_key(address): state.recorded for address, state in street.items()}
     records = instance.event_log_storage.get_latest_asset_check_execution_by_key([*results])
     said = []
     for key, result in results.items():
         record = records.get(key)
+        if record is None and not recorded[key.asset_key]:
+            continue  # never run, which the asset says itself
         event = record.event.dagster_event if record and record.event else None
         known = event.event_specific_data if event else None
         if isinstance(known, dg.AssetCheckEvaluation):

@@ -18,7 +18,7 @@ from typing import Any
 
 from dagster_project import params
 from dagster_project.audit.differences import first_difference
-from dagster_project.audit.lineage import Revision, resolve
+from dagster_project.audit.history import Revision, resolve
 from dagster_project.doors import dvc, integrity
 from dagster_project.errors import CheckFailed, InputError
 

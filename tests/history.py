@@ -1,0 +1,150 @@
+"""Small histories made by hand: commits of a dvc.lock, and the Parquet files it names put straight into DVC's cache. Nothing runs.
+
+splits (from data/sources) -> adapter@X -> merged@X
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from ruamel.yaml import YAML
+from street import git
+
+from dagster_project.records import example_id, ledger_schema, record_schema
+from dagster_project.training.proof import seen_schema
+
+DVC_YAML = """\
+stages:
+  adapter: {foreach: {lora: 1}, do: {cmd: x, meta: {kinds: [safetensors]}}}
+  merged: {foreach: {lora: 1}, do: {cmd: x, meta: {kinds: [safetensors]}}}
+"""
+
+
+def identity(text: str) -> str:
+    return example_id(messages(text))
+
+
+def messages(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"What of {text}?"}, {"role": "assistant", "content": f"All about {text}."}]
+
+
+def table(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), buffer)
+    return buffer.getvalue()
+
+
+def md5(content: bytes) -> str:
+    return hashlib.md5(content).hexdigest()
+
+
+class Project:
+    """A repository with DVC's cache and no code."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        (root / ".dvc").mkdir(parents=True)
+        (root / ".dvc" / "config").write_text("")
+        (root / ".gitignore").write_text("/.dvc/cache\n/.dvc/tmp\n/data/splits\n/data/adapter\n/data/merged\n")
+        (root / "dvc.yaml").write_text(DVC_YAML)
+        git(root, "init", "-q", "-b", "main")
+        self.commit({}, "start")
+
+    def put(self, files: Mapping[str, bytes]) -> str:
+        """A folder into the cache. Returns its hash."""
+        listing = [{"md5": self._keep(content), "relpath": name} for name, content in sorted(files.items())]
+        return self._keep(json.dumps(listing).encode(), ".dir")
+
+    def _keep(self, content: bytes, ending: str = "") -> str:
+        name = md5(content) + ending
+        path = self.root / ".dvc" / "cache" / "files" / "md5" / name[:2] / name[2:]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        return name
+
+    def splits(self, rows: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
+        """Stages up to the splits, from (text, split, source) of each row."""
+        numbered = [(text, split, source, i) for i, (text, split, source) in enumerate(rows)]
+        record = record_schema().append(pa.field("split", pa.string()))
+        files = {
+            f"{split}/records-00000.parquet": table(
+                [
+                    {"example_id": identity(t), "source": s, "messages": messages(t), "meta": "{}", "split": split}
+                    for t, sp, s, _ in numbered
+                    if sp == split
+                ],
+                record,
+            )
+            for split in ("train", "validation", "test")
+        }
+        ledger = [{"source": s, "source_row": i, "example_id": identity(t), "outcome": sp, "why": ""} for t, sp, s, i in numbered]
+        files["ledger.parquet"] = table(ledger, ledger_schema())
+        told = {name: {"rows": n, "format": "text", "licence": "MIT", "sha256": hashlib.sha256(f"{name}{rows}".encode()).hexdigest()}
+                for name in sorted({source for _, _, source in rows}) for n in [sum(s == name for _, _, s in rows)]}  # fmt: skip
+        report = self._report("splits", {"passed": True, "sources": told})
+        return {"splits": entry("splits", {"data/sources": md5(str(rows).encode()) + ".dir"}, self.put(files), report)}
+
+    def _report(self, name: str, document: Mapping[str, Any]) -> dict[str, str]:
+        path = self.root / "data" / "reports" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(document))
+        return {"path": f"data/reports/{name}.json", "md5": md5(path.read_bytes())}
+
+    def adapter(self, lock: Mapping[str, Any], texts: Sequence[str], name: str = "adapter@lora", seed: int = 0) -> dict[str, Any]:
+        """A model that learns one text in each step, made from the splits of `lock`."""
+        seen = [{"step": i + 1, "epoch": 1, "position": 0, "example_id": identity(text)} for i, text in enumerate(texts)]
+        files = {"examples.parquet": table(seen, seen_schema()), "adapter_model.safetensors": f"{texts}{seed}".encode()}
+        splits = next(out for stage in lock.values() for out in stage["outs"] if out["path"] == "data/splits")
+        return {name: entry(name, {"data/splits": splits["md5"]}, self.put(files))}
+
+    def merged(self, lock: Mapping[str, Any], adapter: str = "adapter@lora", name: str = "merged@lora") -> dict[str, Any]:
+        out = lock[adapter]["outs"][0]
+        return {name: entry(name, {out["path"]: out["md5"]}, self.put({"model.safetensors": out["md5"].encode()}))}
+
+    def street(self, rows: Sequence[tuple[str, str, str]], seed: int = 0, learnt: Sequence[str] | None = None) -> dict[str, Any]:
+        """The whole dvc.lock: everything in train is learnt once, in order."""
+        lock = self.splits(rows)
+        lock |= self.adapter(lock, [t for t, split, _ in rows if split == "train"] if learnt is None else learnt, seed=seed)
+        return lock | self.merged(lock)
+
+    def write(self, lock: Mapping[str, Any]) -> None:
+        with (self.root / "dvc.lock").open("w") as file:
+            YAML().dump({"schema": "2.0", "stages": dict(lock)}, file)
+
+    def commit(self, lock: Mapping[str, Any], message: str = "run") -> str:
+        if lock:
+            self.write(lock)
+        git(self.root, "add", "-A")
+        git(self.root, "commit", "-qm", message, "--allow-empty")
+        return git(self.root, "rev-parse", "HEAD").strip()
+
+    def collect_garbage(self, keep: Mapping[str, Any]) -> None:
+        """What `dvc gc --workspace` does: only what one dvc.lock names stays in the cache."""
+        cache = self.root / ".dvc" / "cache" / "files" / "md5"
+        wanted = {out["md5"] for stage in keep.values() for out in stage["outs"]}
+        for name in list(wanted):
+            if name.endswith(".dir"):
+                wanted |= {one["md5"] for one in json.loads((cache / name[:2] / name[2:]).read_bytes())}
+        for path in cache.rglob("*"):
+            if path.is_file() and path.parent.name + path.name not in wanted:
+                path.unlink()
+
+    def forget_cache(self) -> None:
+        shutil.rmtree(self.root / ".dvc" / "cache")
+
+
+def entry(name: str, deps: Mapping[str, str], out: str, report: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """A stage of dvc.lock."""
+    return {
+        "cmd": f"python -m dagster_project run {name}",
+        "deps": [{"path": path, "hash": "md5", "md5": value} for path, value in deps.items()],
+        "outs": [{"path": f"data/{name.replace('@', '/')}", "hash": "md5", "md5": out}, *([{**report, "hash": "md5"}] if report else [])],
+    }

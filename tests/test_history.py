@@ -1,0 +1,424 @@
+"""Audit and impact over small histories made by hand, held against an oracle that reads everything anew; and where history has holes."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import pedigree
+from history import Project, entry, identity
+from street import git
+
+from dagster_project.audit import index
+from dagster_project.audit.diff import as_text as diff_text
+from dagster_project.audit.diff import diff
+from dagster_project.audit.impact import as_text, impact
+from dagster_project.audit.index import PLACE, Index
+from dagster_project.audit.lineage import audit, document, find, listed, trained_on
+from dagster_project.errors import InputError
+from dagster_project.records import read_table
+
+FAQ, MAIL = "data/sources/faq.jsonl", "data/sources/mail.jsonl"
+ROWS = [("cats", "train", FAQ), ("dogs", "train", MAIL), ("birds", "validation", FAQ), ("fish", "test", MAIL)]
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Project:
+    return Project(tmp_path / "project")
+
+
+def names(found: dict[str, Any]) -> list[tuple[str, str | None]]:
+    return [(model["stage"], model["commit"]) for model in found["models"]]
+
+
+def test_a_record_leads_to_every_model_that_saw_it_with_split_and_steps(made: Project) -> None:
+    first = made.commit(made.street(ROWS))
+    second = made.commit(made.street([ROWS[0], *ROWS[2:], ("frogs", "train", FAQ)]))
+    found = impact(made.root, record=identity("dogs"))
+    assert names(found) == [("adapter@lora", first), ("merged@lora", first)]
+    assert found["models"][0]["seen"] == [
+        {"by": "adapter@lora", "md5": found["models"][0]["md5"], "splits": {"train": 1}, "steps": [2], "epochs": [1]}
+    ]
+    assert found["models"][1]["seen"] == found["models"][0]["seen"]  # through its parent
+    for text, split in (("birds", "validation"), ("fish", "test")):
+        found = impact(made.root, record=identity(text))
+        assert [commit for _, commit in names(found)] == [first, first, second, second]
+        assert all(seen["splits"] == {split: 1} and seen["steps"] == [] for model in found["models"] for seen in model["seen"])
+    assert not impact(made.root, record=identity("cows"))["models"]
+
+
+def test_what_stood_in_train_and_was_never_reached_was_learnt_in_no_step(made: Project) -> None:
+    made.commit(made.street(ROWS, learnt=["cats"]))
+    assert impact(made.root, record=identity("dogs"))["models"][0]["seen"][0] | {"md5": ""} == {
+        "by": "adapter@lora", "md5": "", "splits": {"train": 1}, "steps": [], "epochs": []
+    }  # fmt: skip
+
+
+def test_a_text_is_found_but_for_case_and_white_space_and_near_copies_on_request(made: Project) -> None:
+    long = "the long and winding road that leads to the harbour where seven old boats lie"
+    made.commit(made.street([*ROWS, (long, "train", FAQ), (long.replace("seven", "eight"), "test", FAQ)]))
+    assert impact(made.root, text="what of  CATS?")["records"] == [identity("cats")]
+    assert impact(made.root, text="All about dogs.")["records"] == [identity("dogs")]
+    assert impact(made.root, text="nobody said this")["models"] == []
+    alone = impact(made.root, record=identity(long))
+    assert alone["models"][0]["seen"][0]["splits"] == {"train": 1}
+    both = impact(made.root, record=identity(long), near=True)
+    assert [one["example_id"] for one in both["near"]] == [identity(long.replace("seven", "eight"))]
+    assert both["models"][0]["seen"][0]["splits"] == {"train": 1, "test": 1}
+
+
+def test_a_source_leads_to_its_records_by_name_by_folder_and_by_sha256(made: Project) -> None:
+    commits = [made.commit(made.street(ROWS)), made.commit(made.street([*ROWS, ("frogs", "train", MAIL)]))]
+    found = impact(made.root, source=MAIL)
+    assert [commit for _, commit in names(found)] == [commits[0]] * 2 + [commits[1]] * 2
+    assert found["models"][0]["seen"][0]["splits"] == {"train": 1, "test": 1}
+    assert found["models"][0]["seen"][0]["learnt"] == {"records": 1, "first_step": 2, "last_step": 2}
+    assert found["models"][2]["seen"][0]["learnt"] == {"records": 2, "first_step": 2, "last_step": 3}
+    assert impact(made.root, source="data/sources")["models"][0]["seen"][0]["splits"] == {"train": 2, "test": 1, "validation": 1}
+    assert impact(made.root, source="data/sources/m")["models"] == []  # a beginning is no folder
+    sha256 = audit(made.root, "merged@lora")["sources"][MAIL]["sha256"]
+    by_hash = impact(made.root, content=sha256[:20])
+    assert [commit for _, commit in names(by_hash)] == [commits[1]] * 2  # while the file was so
+
+
+def test_a_hash_leads_to_what_was_made_of_a_data_set_a_shard_a_source_folder_or_a_model(made: Project) -> None:
+    lock = made.street(ROWS)
+    made.commit(lock)
+    other = made.street(ROWS[:1] + ROWS[2:])
+    made.commit(other)
+    out = lock["splits"]["outs"][0]["md5"]
+    mine = [one["md5"] for address in ("adapter@lora", "merged@lora") for one in lock[address]["outs"]]
+    for content in (out, out[:8], lock["splits"]["deps"][0]["md5"], mine[0]):
+        assert [model["md5"] for model in impact(made.root, content=content)["models"]] == mine
+    files = Index(made.root).files(out)
+    shard = impact(made.root, content=files["train/records-00000.parquet"])
+    assert [model["md5"] for model in shard["models"]] == mine
+    assert shard["models"][0]["seen"][0]["learnt"] == {"records": 2, "first_step": 1, "last_step": 2}
+    assert len(impact(made.root, content=files["test/records-00000.parquet"])["models"]) == 4
+    with pytest.raises(InputError, match="no output, file of one, or source"):
+        impact(made.root, content="0123456789")
+
+
+def test_an_audit_lists_every_record_with_step_and_source_row(made: Project) -> None:
+    commit = made.commit(made.street(ROWS))
+    subject = find(Index(made.root), "merged@lora")
+    found = document(subject)
+    assert found["records"] == {"records": 2, "learnt_by": {"adapter@lora": {"records": 2, "views": 2, "steps": 2, "epochs": 1}}}
+    assert found["code"]["commit"] == commit and found["code"]["clean"]
+    assert [one["stage"] for one in found["parents"]] == ["adapter@lora"]
+    assert found["sources"][FAQ]["outcomes"] == {"splits": {"train": 1, "validation": 1}}
+    assert listed(trained_on(subject)[0]) == [
+        {"example_id": identity(text), "source": source, "source_row": row, "model": "adapter@lora", "steps": [row + 1], "epochs": [1]}
+        for row, (text, _, source) in enumerate(ROWS[:2])
+    ]
+
+
+def test_the_commit_that_made_a_model_is_the_first_whose_lock_holds_its_hash(made: Project) -> None:
+    lock = made.street(ROWS)
+    first = made.commit(lock)
+    later = made.commit({**lock, "splits": {**lock["splits"], "cmd": "another command, the same bytes"}})
+    (made.root / "notes.txt").write_text("nothing of it")
+    made.commit({}, "notes")
+    assert audit(made.root, "adapter@lora")["code"]["commit"] == first
+    found = audit(made.root, "splits")["code"]
+    assert (found["commit"], found["made_again"]) == (first, later)
+
+
+def test_a_commit_that_does_not_hold_the_code_that_ran_is_dirty(made: Project) -> None:
+    lock = made.street(ROWS)
+    (made.root / "a.py").write_text("V = 1\n")
+    recorded = {"path": "a.py", "hash": "md5", "md5": "00000000000000000000000000000000"}
+    lock["adapter@lora"]["deps"].append(recorded)
+    made.commit(lock)
+    assert audit(made.root, "merged@lora")["code"]["differs"] == ["a.py"]
+    assert "dirty: it holds a.py otherwise" in pedigree(made.root, "audit", "merged@lora").stdout
+
+
+def test_uncommitted_work_is_audited_and_called_so(made: Project) -> None:
+    first = made.commit(made.street(ROWS))
+    lock = made.street(ROWS, seed=1)
+    made.write(lock)
+    found = audit(made.root, "adapter@lora")
+    assert found["code"]["commit"] is None and found["code"]["after"] == first and not found["code"]["clean"]
+    pairs = [(stage, commit) for commit in (first, None) for stage in ("adapter@lora", "merged@lora")]
+    assert names(impact(made.root, record=identity("cats"))) == pairs
+    second = made.commit(lock)
+    assert audit(made.root, "adapter@lora")["code"]["commit"] == second
+
+
+def test_models_of_merged_branches_are_found_and_rebased_ones_are_not(made: Project) -> None:
+    made.commit(made.street(ROWS), "base")
+    git(made.root, "checkout", "-qb", "side")
+    side = made.commit(made.street(ROWS, seed=1), "side")
+    git(made.root, "checkout", "-q", "main")
+    mine = made.commit(made.street(ROWS, seed=2), "main")
+    git(made.root, "merge", "-q", "-s", "ours", "-m", "merge", "side")
+    git(made.root, "branch", "-qD", "side")
+    gone = made.commit(made.street(ROWS, seed=3), "will be rebased away")
+    found = {commit for _, commit in names(impact(made.root, record=identity("cats")))}
+    assert {side, mine, gone} <= found and len(found) == 4
+    git(made.root, "reset", "-q", "--hard", "HEAD~1")
+    assert {commit for _, commit in names(impact(made.root, record=identity("cats")))} == found - {gone}
+    with pytest.raises(InputError, match="no branch or tag leads to"):
+        audit(made.root, "merged@lora", rev=gone)
+
+
+def test_an_old_model_is_found_by_hash_and_by_a_copy_of_its_folder(made: Project, tmp_path: Path) -> None:
+    old = made.street(ROWS)
+    commit = made.commit(old)
+    made.commit(made.street(ROWS, seed=1))
+    out = old["merged@lora"]["outs"][0]
+    wanted = audit(made.root, "merged@lora", rev=commit)
+    assert wanted["model"]["md5"] == out["md5"]
+    assert audit(made.root, f"{commit[:10]}:merged@lora") == audit(made.root, out["md5"][:12]) == wanted
+    files = Index(made.root).files(out["md5"])
+    copy = tmp_path / "elsewhere"
+    copy.mkdir()
+    for name, md5 in files.items():
+        shutil.copy(Index(made.root).objects.path(md5), copy / name)
+    assert audit(made.root, str(copy)) == wanted
+    (copy / "README.md").write_text("a card")  # what others add does not hide the weights
+    assert audit(made.root, str(copy)) == wanted
+    (copy / "model.safetensors").write_text("other weights")
+    with pytest.raises(InputError, match="no output in history holds these files"):
+        audit(made.root, str(copy))
+
+
+def test_a_renamed_stage_is_one_model_by_its_content(made: Project) -> None:
+    lock = made.street(ROWS)
+    first = made.commit(lock)
+    renamed = {"sft@lora": {**lock["adapter@lora"], "outs": [{**lock["adapter@lora"]["outs"][0], "path": "data/sft/lora"}]}}
+    deps = [{**lock["merged@lora"]["deps"][0], "path": "data/sft/lora"}]
+    made.commit({"splits": lock["splits"], **renamed, "merged@lora": {**lock["merged@lora"], "deps": deps}})
+    found = impact(made.root, record=identity("cats"))
+    assert names(found) == [("adapter@lora", first), ("merged@lora", first)]
+    assert found["models"][0]["also_called"] == ["sft@lora"]
+    assert [one["stage"] for one in audit(made.root, "merged@lora")["parents"]] == ["sft@lora"]
+    with pytest.raises(InputError, match=r"adapter@lora is not in dvc\.lock; it was, last with md5"):
+        audit(made.root, "adapter@lora")
+
+
+def test_after_gc_the_unknown_is_called_unknown_with_the_way_to_fetch_it(made: Project) -> None:
+    commit = made.commit(old := made.street(ROWS))
+    made.commit(new := made.street([("frogs", "train", FAQ), *ROWS[1:]]))
+    made.collect_garbage(new)
+    found = impact(made.root, record=identity("cats"))
+    assert found["models"] == []
+    assert [model["md5"] for model in found["unknown"]] == [old[name]["outs"][0]["md5"] for name in ("adapter@lora", "merged@lora")]
+    assert {one["path"] for one in found["unknown"][0]["missing"]} == {"data/splits", "data/adapter/lora"}
+    done = pedigree(made.root, "impact", "--record", identity("cats"))
+    assert done.returncode == 1 and "no model is known to have seen it" in done.stdout
+    assert f"fetch: `git checkout {commit[:12]}`, then `dvc pull splits adapter@lora`" in done.stdout
+    assert len(impact(made.root, record=identity("dogs"))["models"]) == 2
+    told = audit(made.root, "merged@lora", rev=commit)
+    assert told["records"] is None and {one["path"] for one in told["missing"]} == {"data/adapter/lora"}
+    assert "records: unknown" in diff_text(diff(made.root, f"{commit}:merged@lora", "merged@lora"))
+
+
+def test_one_missing_shard_makes_every_data_set_that_shares_it_unknown(made: Project) -> None:
+    first, second = made.street(ROWS), made.street([("frogs", "train", FAQ), *ROWS[2:]])
+    made.commit(first)
+    made.commit(second)
+    shared = Index(made.root).files(first["splits"]["outs"][0]["md5"])["test/records-00000.parquet"]
+    shutil.rmtree((made.root / PLACE).parent)
+    Index(made.root).objects.path(shared).unlink()
+    assert len(impact(made.root, record=identity("fish"))["unknown"]) == 4
+    assert len(impact(made.root, record=identity("frogs"))["unknown"]) == 2
+
+
+def test_what_was_indexed_before_gc_stays_known(made: Project) -> None:
+    old = made.street(ROWS)
+    made.commit(old)
+    before = impact(made.root, record=identity("cats"))
+    new = made.street([("frogs", "train", FAQ)])
+    made.commit(new)
+    made.collect_garbage(new)
+    after = impact(made.root, record=identity("cats"))
+    assert after["models"] == before["models"] and not after["unknown"]
+
+
+def test_a_clone_without_cache_knows_the_chain_and_says_what_is_missing(made: Project, tmp_path: Path) -> None:
+    made.commit(made.street(ROWS))
+    clone = tmp_path / "clone"
+    git(tmp_path, "clone", "-q", str(made.root), str(clone))
+    found = impact(clone, record=identity("cats"))
+    assert found["models"] == [] and [one["stage"] for one in found["unknown"]] == ["adapter@lora", "merged@lora"]
+    told = audit(clone, "merged@lora")
+    assert [one["stage"] for one in told["parents"]] == ["adapter@lora"] and told["records"] is None
+    assert told["sources"].keys() == {FAQ, MAIL} and told["missing"][0]["fetch"].startswith("`dvc pull adapter@lora`")
+    shutil.copytree(made.root / ".dvc" / "cache", clone / ".dvc" / "cache")
+    assert len(impact(clone, record=identity("cats"))["models"]) == 2
+
+
+def test_without_a_cache_the_workspace_tells_where_it_holds_the_same_bytes(made: Project) -> None:
+    lock = made.street(ROWS)
+    made.commit(lock)
+    known = Index(made.root)
+    for stage in lock.values():
+        out = stage["outs"][0]
+        for name, md5 in known.files(out["md5"]).items():
+            target = made.root / out["path"] / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(known.objects.path(md5), target)
+    made.forget_cache()
+    shutil.rmtree((made.root / PLACE).parent)
+    assert len(impact(made.root, record=identity("cats"))["models"]) == 2
+    shutil.rmtree((made.root / PLACE).parent)
+    (made.root / "data/splits/train/records-00000.parquet").write_bytes(b"other")
+    assert impact(made.root, record=identity("fish"))["unknown"]
+
+
+def test_a_shallow_clone_says_so(made: Project, tmp_path: Path) -> None:
+    made.commit(made.street(ROWS))
+    made.commit(made.street(ROWS, seed=1))
+    clone = tmp_path / "clone"
+    git(tmp_path, "clone", "-q", "--depth", "1", f"file://{made.root}", str(clone))
+    shutil.copytree(made.root / ".dvc" / "cache", clone / ".dvc" / "cache")
+    found = impact(clone, record=identity("cats"))
+    assert found["shallow"] and len(found["models"]) == 2
+    assert "models before its first commit are unknown" in as_text(found)
+    assert audit(clone, "merged@lora")["code"]["or_earlier"]
+
+
+def test_a_diff_names_the_record_that_was_changed_added_or_moved(made: Project) -> None:
+    before = made.commit(made.street(ROWS))
+    made.commit(made.street([("lions", "train", FAQ), ROWS[1], ROWS[2], ("fish", "train", MAIL), ("newts", "test", FAQ)]))
+    found = diff(made.root, "merged@lora", "merged@lora", rev=before)
+    assert found["records"]["changed"] == [
+        {"before": {"example_id": identity("cats"), "splits": ["train"], "rows": [f"{FAQ}:0"]},
+         "after": {"example_id": identity("lions"), "splits": ["train"], "rows": [f"{FAQ}:0"]}}
+    ]  # fmt: skip
+    assert [one["example_id"] for one in found["records"]["added"]] == [identity("newts")]
+    assert [one["after"]["splits"] for one in found["records"]["moved"]] == [["train"]]
+    assert not diff(made.root, "adapter@lora", "merged@lora")["records"]["changed"]
+    done = pedigree(made.root, "audit", "--diff", f"{before}:merged@lora", "merged@lora")
+    assert done.returncode == 0 and f"- {identity('cats')}  train  {FAQ}:0\n  + {identity('lions')}" in done.stdout
+
+
+def test_a_model_released_with_anothers_weights_saw_what_that_one_saw_and_no_more(made: Project) -> None:
+    lock = made.street(ROWS)
+    lock |= made.adapter(lock, ["cats"], "adapter@dora", seed=5)
+    lock |= made.merged(lock, "adapter@dora", "merged@dora")
+    chosen = lock["merged@dora"]["outs"][0]
+    board = entry("comparison", {"data/splits": lock["splits"]["outs"][0]["md5"]}, made.put({"board.md": b"dora"}))
+    weights = made.put({"model.safetensors": lock["adapter@dora"]["outs"][0]["md5"].encode(), "README.md": b"card"})
+    release = entry("release", {"data/comparison": board["outs"][0]["md5"], "data/merged": "f" * 32 + ".dir"}, weights)
+    made.commit({**lock, "comparison": board, "release": release})
+    assert [one["md5"] for one in audit(made.root, "release")["parents"]][-1] == chosen["md5"]
+    found = impact(made.root, record=identity("dogs"))
+    (seen,) = next(model for model in found["models"] if model["stage"] == "release")["seen"]
+    assert (seen["by"], seen["steps"]) == ("adapter@dora", [])
+
+
+def oracle(history: list[tuple[str, dict[str, Any]]], texts: dict[str, list[str]], rows: dict[str, Any], text: str) -> set[Any]:
+    """(md5 of model, split, steps) by brute force: every lock of history, every row of its data."""
+    found = set()
+    for _, lock in history:
+        data = rows[lock["splits"]["outs"][0]["md5"]]
+        adapter = lock["adapter@lora"]["outs"][0]["md5"]
+        steps = tuple(i + 1 for i, one in enumerate(texts[adapter]) if one == text)
+        for split in {split for one, split, _ in data if one == text}:
+            for stage in ("adapter@lora", "merged@lora"):
+                found.add((lock[stage]["outs"][0]["md5"], split, steps))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_brute_force_oracle_agrees_on_random_histories(made: Project, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index, "CHUNK", 2)
+    monkeypatch.setattr(index, "SEGMENT", 5)
+    draw = random.Random(seed)
+    words = [f"word{i}" for i in range(8)]
+    history, texts, rows = [], {}, {}
+    for i in range(6):
+        if history and draw.random() < 0.4:
+            git(made.root, "checkout", "-q", "-b", f"branch{i}", draw.choice(history)[0])
+        given = [
+            (word, draw.choice(["train", "train", "validation", "test"]), draw.choice([FAQ, MAIL])) for word in words if draw.random() < 0.6
+        ]
+        train = [word for word, split, _ in given if split == "train"]
+        learnt = draw.choices(train, k=5) if train else []
+        lock = made.street(given, learnt=learnt)
+        texts[lock["adapter@lora"]["outs"][0]["md5"]] = learnt
+        rows[lock["splits"]["outs"][0]["md5"]] = given
+        history.append((made.commit(lock), lock))
+        if draw.random() < 0.5:  # the index grows as history does
+            impact(made.root, record=identity("nobody"))
+    for rebuilt in (False, True):
+        if rebuilt:
+            (made.root / PLACE).unlink()
+        for word in words:
+            found = impact(made.root, record=identity(word))
+            told = {(m["md5"], split, tuple(s["steps"])) for m in found["models"] for s in m["seen"] for split in s["splits"]}
+            assert told == oracle(history, texts, rows, word)
+            assert impact(made.root, text=f"What of {word}?")["models"] == found["models"]
+    for commit, lock in history:
+        subject = find(Index(made.root), "merged@lora", commit)
+        seen = trained_on(subject)[0].to_pylist()
+        learnt = texts[lock["adapter@lora"]["outs"][0]["md5"]]
+        assert [(row["step"], row["example_id"]) for row in seen] == [(i + 1, identity(word)) for i, word in enumerate(learnt)]
+    counts = Counter(source for _, _, source in rows[history[-1][1]["splits"]["outs"][0]["md5"]])
+    last = {m["md5"]: m for source in counts for m in impact(made.root, source=source)["models"]}
+    assert not counts or history[-1][1]["merged@lora"]["outs"][0]["md5"] in last
+
+
+def test_the_index_can_be_spoilt_and_is_made_anew(made: Project) -> None:
+    made.commit(made.street(ROWS))
+    before = impact(made.root, record=identity("cats"))
+    (made.root / PLACE).write_bytes(b"no database at all, but a file of some length" * 100)
+    assert impact(made.root, record=identity("cats")) == before
+
+
+def test_each_file_is_read_once_however_many_models_saw_it(made: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    shard = index._Rows.shard
+    monkeypatch.setattr(index._Rows, "shard", lambda self, path, content: read.append(path) or shard(self, path, content))
+    for seed in range(5):
+        made.commit(made.street(ROWS, seed=seed))
+        impact(made.root, record=identity("cats"))
+    assert len(read) == 3
+
+
+def test_the_command_line_answers_no_with_1_and_bad_questions_with_2(made: Project, tmp_path: Path) -> None:
+    made.commit(made.street(ROWS))
+    assert pedigree(made.root, "impact", "--text", "Nobody said this.").returncode == 1
+    told = pedigree(made.root, "impact", "--record", identity("dogs"))
+    assert told.returncode == 0 and "train 1; step 2 through adapter@lora" in told.stdout and "2 model versions saw it" in told.stdout
+    assert json.loads(pedigree(made.root, "impact", "--source", MAIL, "--json").stdout)["models"]
+    for wrong in (["impact"], ["impact", "--source", MAIL, "--near"], ["audit"], ["audit", "splits", "--diff", "a", "b"],
+                  ["audit", "nothing"], ["audit", "splits", "--records", "x.txt"], ["audit", "splits", "--rev", "nowhere"]):  # fmt: skip
+        done = pedigree(made.root, *wrong)
+        assert done.returncode == 2 and "hint:" in done.stderr and "Traceback" not in done.stderr
+    page, rows = tmp_path / "page.html", tmp_path / "rows.parquet"
+    done = pedigree(made.root, "audit", "merged@lora", "--html", str(page), "--records", str(rows), "--json")
+    assert [one["example_id"] for one in json.loads(done.stdout)["records"]["list"]] == [identity("cats"), identity("dogs")]
+    assert [row["step"] for row in read_table(rows)] == [1, 2]
+    text = page.read_text()
+    for shown in ("adapter@lora", MAIL, identity("cats"), "<svg", "pedigree verify merged@lora"):
+        assert shown in text
+    assert "http://" not in text and "https://" not in text
+
+
+def test_a_project_without_git_is_audited_as_uncommitted(made: Project) -> None:
+    made.write(made.street(ROWS))
+    shutil.rmtree(made.root / ".git")
+    assert audit(made.root, "merged@lora")["code"]["commit"] is None
+    assert names(impact(made.root, record=identity("cats"))) == [("adapter@lora", None), ("merged@lora", None)]
+
+
+def test_a_committed_merge_conflict_hides_no_other_model(made: Project) -> None:
+    commit = made.commit(made.street(ROWS))
+    sound = (made.root / "dvc.lock").read_text()
+    (made.root / "dvc.lock").write_text("<<<<<<< HEAD\n" + sound + ">>>>>>> other\n")
+    git(made.root, "commit", "-qam", "oops")
+    assert {one for _, one in names(impact(made.root, record=identity("cats")))} == {commit}
+    with pytest.raises(InputError, match=r"dvc\.lock cannot be read"):
+        audit(made.root, "merged@lora")
+    subprocess.run(["git", "checkout", "-q", commit, "--", "dvc.lock"], cwd=made.root, check=True)
+    assert audit(made.root, "merged@lora")["code"]["commit"] == commit
