@@ -70,7 +70,8 @@ def test_a_changed_record_is_named_by_the_difference_and_the_earlier_model_is_au
         for part in ("before", "after")
         for one in impact(finished, record=changed[part]["example_id"])["models"]
     }
-    assert models == {("adapter@lora", commit), ("merged@lora", commit), ("adapter@lora", None)}
+    started_from_it = {(stage, commit) for stage in ("merged@lora", "aligned@dpo", "merged_aligned@dpo", "release")}
+    assert models == {("adapter@lora", commit), ("adapter@lora", None), *started_from_it}
 
 
 def test_the_records_of_a_model_are_those_it_was_trained_on(finished: Path) -> None:

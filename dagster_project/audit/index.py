@@ -278,7 +278,8 @@ class Index:
         return list(dict.fromkeys(whole))
 
     def data(self, made: Made) -> dict[str, Made]:
-        """Hash -> run of all that a run read, directly or through others, not going past models."""
+        """Hash -> run of all that a run read, directly or through others, not going past models or past what is dealt out into splits: a set of
+        preferences reads the test split of the instructions to keep apart from it, and no model learns that from it."""
         found: dict[str, Made] = {}
         waiting = [made]
         while waiting:
@@ -287,7 +288,8 @@ class Index:
                 maker = self.maker(reader, md5)
                 if maker and not maker.weights and md5 not in found:
                     found[md5] = maker
-                    waiting.append(maker)
+                    if not self.deals(maker):
+                        waiting.append(maker)
         return found
 
     def files(self, out: str) -> dict[str, str] | None:
