@@ -13,6 +13,8 @@ from test_formats import PAIR_ROWS, SHARED
 from test_raw_examples import jsonl
 
 from dagster_project.chat import render
+from dagster_project.curation import sources
+from dagster_project.curation.files import Row
 from dagster_project.curation.split import find_copies, prove
 from dagster_project.errors import InputError
 from dagster_project.params import parse
@@ -28,7 +30,7 @@ from dagster_project.records import (
 )
 from dagster_project.stages import preferences, raw_preferences
 
-Row = dict[str, Any]
+Fields = dict[str, Any]
 OTHERS = [
     "Where is my kite?",
     "Can I still change the address?",
@@ -40,11 +42,11 @@ OTHERS = [
 """Prompts without a run of words in common."""
 
 
-def better(prompt: str = "Where is my kite?", chosen: str = "On its way.", rejected: str = "No idea.", **more: Any) -> Row:
+def better(prompt: str = "Where is my kite?", chosen: str = "On its way.", rejected: str = "No idea.", **more: Any) -> Fields:
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **more}
 
 
-def read(root: Path, *rows: Any, source: Row | None = None, **section: Any) -> Report:
+def read(root: Path, *rows: Any, source: Fields | None = None, **section: Any) -> Report:
     """Rows of one file through `raw_preferences`, into `root`/raw."""
     jsonl(root / "data/sources/p.jsonl", *rows)
     values = {"sources": [{"path": "data/sources/p.jsonl", **(source or {})}], **section}
@@ -52,7 +54,7 @@ def read(root: Path, *rows: Any, source: Row | None = None, **section: Any) -> R
 
 
 def run(
-    root: Path, model: Path, rows: list[Any], examples: list[Row] | None = None, previous: Path | None = None, **section: Any
+    root: Path, model: Path, rows: list[Any], examples: list[Fields] | None = None, previous: Path | None = None, **section: Any
 ) -> Report:
     """Rows through both stages, into `root`/out and `root`/pages.
 
@@ -137,6 +139,15 @@ def test_a_mapping_of_examples_is_refused_for_pairs(tmp_path: Path) -> None:
         read(tmp_path, better(), source={"mapping": {"prompt": "q", "response": "a"}})
 
 
+def test_a_split_of_the_hub_is_read_as_pairs_and_keeps_its_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "read_split", lambda named: [Row(i, better(text)) for i, text in enumerate(OTHERS)])
+    source = {"hub": "org/name", "revision": "0123456789" * 4, "split": "test"}
+    params = parse(raw_preferences.Params, {"sources": [source], "limit": 2}, "raw_preferences")
+    found = raw_preferences.run(tmp_path, params, tmp_path / "raw").metrics["sources"]["hub:org/name@012345678901/test"]
+    assert (found["rows"], found["pairs"], found["revision"]) == (2, 2, source["revision"])
+    assert {json.loads(pair["meta"])["split"] for pair in read_pairs(tmp_path / "raw")} == {"test"}
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real files lie beside the project, not in it")
 def test_ranked_siblings_of_real_trees_are_pairs(tmp_path: Path) -> None:
     trees = (SHARED / "oasst_en_100_tree.jsonl").read_text(encoding="utf-8").splitlines()
@@ -170,7 +181,7 @@ def test_every_pair_is_kept_or_dropped_for_a_reason(tmp_path: Path, tiny_model: 
 
 
 @pytest.mark.parametrize("rows", [[better()], [better(rejected="On its way.")], []], ids=["a pair is kept", "none is", "there is none"])
-def test_every_check_is_reported_in_any_case(rows: list[Row], tmp_path: Path, tiny_model: Path) -> None:
+def test_every_check_is_reported_in_any_case(rows: list[Fields], tmp_path: Path, tiny_model: Path) -> None:
     assert {check.name for check in run(tmp_path, tiny_model, rows).checks} == preferences.TRUTHS.keys()
 
 
@@ -222,6 +233,8 @@ def test_the_split_of_a_row_is_kept_and_one_that_is_missing_is_dealt_out_of_trai
     run(tmp_path, tiny_model, rows, test=0.5, validation=0.25)
     found = prompts(tmp_path)
     assert found["test"] == set(OTHERS[:2]) and len(found["validation"]) == 1 and len(found["train"]) == 3
+    said = {(line["outcome"], line["why"]) for line in read_ledger(tmp_path / "out")}
+    assert said == {("test", "label of the source"), ("train", "label of the source"), ("validation", "")}
 
 
 def test_no_pair_is_trained_on_whose_prompt_the_instructions_hold_out(tmp_path: Path, tiny_model: Path) -> None:
@@ -323,7 +336,7 @@ def test_a_pair_that_moves_to_another_file_row_is_the_same_pair(tmp_path: Path, 
         ({"policy": {"length": "warn"}}, "unknown check 'length'"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(section: Row, message: str) -> None:
+def test_settings_that_make_no_sense_are_refused(section: Fields, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         parse(preferences.Params, section, "preferences")
     assert "max_tokens" not in caught.value.hint and ("unknown key" not in message or "max_length" in caught.value.hint)

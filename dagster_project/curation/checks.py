@@ -60,7 +60,10 @@ ROW_CHECKS: dict[str, Check] = {
         "No response is too short to teach anything.", "info", "warn", "Read a few; lower `min_response_tokens` if short answers are meant."
     ),
     "too_long": Check(
-        "Every example fits into `max_tokens` tokens of the base model.", "warn", "warn", "Shorten or divide them, or raise `max_tokens`."
+        "Every example fits into `max_tokens` tokens of the base model.",
+        "warn",
+        "warn",
+        "Shorten or divide them, or raise `max_tokens` (of preferences `max_length`).",
     ),
     "special_tokens_in_text": Check(
         "No text holds a chat template's control tokens.", "error", "drop", "Take the markers out of the text; the template adds its own."

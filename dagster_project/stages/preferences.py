@@ -132,7 +132,7 @@ class Division:
     groups: dict[int, str] = field(default_factory=dict)
     """What near-copies of its prompt have in common."""
     labelled: set[int] = field(default_factory=set)
-    """Pairs whose source says where they stand."""
+    """Pairs that stand where the label of their source puts them."""
     dropped: dict[int, str] = field(default_factory=dict)
     """Pairs that would be trained on, or watched, though they belong to what is held out, and why."""
     links: list[Link] = field(default_factory=list)
@@ -170,7 +170,7 @@ def _divide(
     return Division(
         {kept[k]: split for k, split in zip(left, dealt.splits, strict=True)},
         {kept[k]: groups[k] for k in left},
-        {kept[k] for k in left if labels[k]},
+        {kept[left[n]] for n in dealt.labelled if labels[left[n]]},
         {kept[k]: f"{labels[k]} by the label of its source, but belongs to {places[because[k]]}, which is {fate[because[k]]}" for k in out},
         [
             Link(kept[out[p.left]], places[len(kept) + p.right], "prompt", p.rule, p.similarity)
