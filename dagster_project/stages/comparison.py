@@ -10,6 +10,7 @@ from dagster_project.evaluation.compare import NAMES, advice, board
 from dagster_project.evaluation.measure import Settings, asked
 from dagster_project.evaluation.metrics import measures, perplexity, score
 from dagster_project.evaluation.own import own_measures
+from dagster_project.evaluation.retention import forgot, retained
 from dagster_project.records import Report, read_records, read_table, response_text, write_json
 
 
@@ -52,8 +53,11 @@ def run(root: Path, settings: Settings, variants: list[str], splits: Path, basel
                 for other in scores
                 if other != name
             }
+        if kept := retained(*(read_table(folder / "retention.parquet") for folder in (baselines, evaluation / name))):
+            compared[name]["retention"] = kept
     first, second, *_ = measures(task, own)
     lines, words = board([first, second], scores, compared), advice(first, scores, compared)
+    words += [line for name in compared for line in forgot(name, compared[name].get("retention", {}), settings.forgetting)]
     out.mkdir(parents=True, exist_ok=True)
     (out / "board.md").write_text("\n".join([*lines, "", *words]) + "\n")
     write_json(out / "comparison.json", {"scores": scores, "compared": compared})
