@@ -275,10 +275,11 @@ def comparison(at: At) -> Report:
             at.all_of(evaluation) / name,
             at.all_of(merged) / name,
             at.all_of(trained) / name / "training.json",
+            at.all_of("adapter") / entry["adapter"] / "training.json" if trained == "aligned" else None,
             at.measured(trained, name),
         )
         for trained, (evaluation, merged) in ways.items()
-        for name in at.values[trained]
+        for name, entry in at.values[trained].items()
     }
     return stage.run(
         at.root,

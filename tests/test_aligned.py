@@ -134,6 +134,15 @@ def test_a_reward_model_below_the_accuracy_asked_for_passes_nothing_on(tmp_path:
     assert "1.0 wanted" in report.failures[0].note
 
 
+def test_a_project_without_preferences_has_no_reward_model_and_no_error(tmp_path: Path, tiny_model: Path) -> None:
+    for split in ("train", "validation", "test"):
+        write_records(tmp_path / "pairs" / split, [], SCHEMA)
+    report = train_reward(tmp_path, tmp_path / "pairs", tiny_model)
+    assert not report.failures and report.metrics == {"pairs": 0}
+    with pytest.raises(InputError, match="no pair in the train split"):
+        align_it(tmp_path, tmp_path / "pairs", tmp_path / "reward_model", tiny_model, method="dpo")
+
+
 def test_margins_are_refused_where_a_pair_has_none(tmp_path: Path, preferences: Path, tiny_model: Path) -> None:
     with pytest.raises(InputError, match="26 pairs have no margin"):
         train_reward(tmp_path, preferences, tiny_model, margins=True)

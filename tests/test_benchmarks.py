@@ -64,8 +64,17 @@ def test_a_file_in_no_benchmarks_layout_is_refused_with_the_layouts(tmp_path: Pa
 
 def test_only_labelled_choices_can_be_scored(tmp_path: Path) -> None:
     good = ROWS["mmlu"][0]
-    assert [q["answer"] for q in read_multiple_choice(jsonl(tmp_path / "b.jsonl", good, {**good, "answer": "A"}))] == [1, 0]
+    assert [item.answer for item in read_multiple_choice(jsonl(tmp_path / "b.jsonl", good, {**good, "answer": "A"}))] == [1, 0]
     with pytest.raises(InputError, match=r"b\.jsonl:1 is unlabelled"):
-        list(read_multiple_choice(jsonl(tmp_path / "b.jsonl", good, {**good, "answer": None})))
+        read_multiple_choice(jsonl(tmp_path / "b.jsonl", good, {**good, "answer": None}))
     with pytest.raises(InputError, match=r"b\.jsonl:0 has no choices"):
-        list(read_multiple_choice(jsonl(tmp_path / "b.jsonl", ROWS["gsm8k"][0])))
+        read_multiple_choice(jsonl(tmp_path / "b.jsonl", ROWS["gsm8k"][0]))
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "subject"),
+    [("mmlu", {}, "sums"), ("hellaswag", {}, "Home"), ("piqa", {"category": "crafts"}, "crafts"), ("arc", {"subject": "physics"}, "physics"), ("arc", {}, "")],
+)  # fmt: skip
+def test_a_subject_is_what_the_row_calls_subject_or_category(name: str, more: dict[str, str], subject: str, tmp_path: Path) -> None:
+    (item,) = read_items(jsonl(tmp_path / "b.jsonl", {**ROWS[name][0], **more}), "b.jsonl")
+    assert item.subject == subject

@@ -141,8 +141,14 @@ def digests(root: Path) -> dict[str, str]:
 
 
 def test_free_text_is_answered_scored_and_compared_and_two_runs_are_the_same_bytes(tiny_model: Path, tmp_path: Path) -> None:
-    settings = Settings(max_new_tokens=3, batch_size=4, metrics=["tone.polite"], max_examples=4)
+    settings = Settings(max_new_tokens=3, batch_size=4, metrics=["tone.polite"], max_examples=4, benchmarks=["sums.jsonl"])
     runs = [put(tmp_path / name, TONE) for name in ("a", "b")]
+    for root in runs:
+        rows = [
+            {"question": f"{n} and {n}?", "choices": [str(n), str(2 * n)], "answer": 1, "subject": "even" if n % 2 else "odd"}
+            for n in range(1, 5)
+        ]
+        (root / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = [evaluate(root, tiny_model, settings, FREE[:6], FREE[6:]) for root in runs]
     assert found[0] == found[1] and digests(runs[0]) == digests(runs[1])
     report = found[0]
@@ -154,6 +160,11 @@ def test_free_text_is_answered_scored_and_compared_and_two_runs_are_the_same_byt
     assert report["compared"]["one"]["to"]["zero_shot"]["chrf"] == {"difference": 0, "interval": [0, 0]}, "it is the same model"
     assert report["board"].startswith("| 4 test examples | ROUGE-L | 95 % interval | exact match | prompt tokens |")
     assert "Tuning one shows no sure gain: " in report["board"]
+    kept = report["compared"]["one"]["retention"]
+    assert {name: (found["questions"], found["gold_log_likelihood"]["difference"]) for name, found in kept.items()} == {
+        "overall": (4, 0), "even": (2, 0), "odd": (2, 0),
+    }  # fmt: skip
+    assert kept["overall"]["accuracy"]["tuned"] == report["one"]["sums"] == report["baselines"]["base"]["sums"]
 
 
 def test_a_task_has_every_baseline_and_batches_change_no_score(tiny_model: Path, tmp_path: Path) -> None:
@@ -169,6 +180,17 @@ def test_a_task_has_every_baseline_and_batches_change_no_score(tiny_model: Path,
     rows = read_table(tmp_path / "1/baselines/results.parquet")
     longest = {name: max(r["prompt_tokens"] or 0 for r in rows if r["system"] == name) for name in one["baselines"]}
     assert longest["tfidf_logistic"] == 0 < longest["zero_shot"] < longest["system_prompt"] < longest["few_shot"]
+
+
+def test_a_benchmark_without_its_answers_is_refused_before_a_model_is_read(tmp_path: Path) -> None:
+    for split in ("train", "validation", "test"):
+        write_records(tmp_path / split, FREE[:1] if split == "test" else [])
+    (tmp_path / "b.jsonl").write_text(json.dumps({"question": "?", "choices": ["a", "b"], "answer": -1}) + "\n")
+    settings, nowhere = Settings(benchmarks=["b.jsonl"]), tmp_path / "no model"
+    with pytest.raises(InputError, match=r"b\.jsonl:0 is unlabelled"):
+        baselines.run(tmp_path, baselines.Params(), settings, COMPUTE, nowhere, tmp_path, tmp_path / "out")
+    with pytest.raises(InputError, match=r"b\.jsonl:0 is unlabelled"):
+        evaluation.run(tmp_path, "one", settings, COMPUTE, nowhere, nowhere, tmp_path, tmp_path / "out", tmp_path / "one.csv")
 
 
 def test_an_empty_test_split_leaves_the_baselines_nothing_to_say(tiny_model: Path, tmp_path: Path) -> None:

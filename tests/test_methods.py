@@ -390,8 +390,10 @@ def test_examples_apart_are_rows_of_their_own_with_padding_behind_a_mask() -> No
 def test_answers_and_likelihoods_behind_virtual_tokens_are_those_of_peft(
     method: str, tiny_model: Path, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
+    from dagster_project.curation.benchmarks import Item
     from dagster_project.evaluation.generate import generate
     from dagster_project.evaluation.likelihood import negative_log_likelihood
+    from dagster_project.evaluation.retention import ask
 
     tunable = make(method, tiny_model)
     steps(tunable, 30, rate=0.1)
@@ -415,6 +417,11 @@ def test_answers_and_likelihoods_behind_virtual_tokens_are_those_of_peft(
         scores = logits(tunable.model, one["input_ids"])[0, -len(one["input_ids"]) :].log_softmax(-1)
         wanted = -sum(float(scores[i - 1, label]) for i, label in enumerate(one["labels"]) if label != IGNORE)
         assert (found, n) == (pytest.approx(wanted, abs=1e-4), sum(label != IGNORE for label in one["labels"]))
+    item = Item("b.jsonl:0", "Hot?", ("ice", "fire"), 1, "fire")
+    context, whole = (tiny_tokenizer.encode(text) for text in (item.prompt, f"{item.prompt} fire"))
+    scores = logits(tunable.model, whole)[0, -len(whole) :].log_softmax(-1)
+    wanted = sum(float(scores[i - 1, whole[i]]) for i in range(len(context), len(whole)))
+    assert ask(model, tiny_tokenizer, {"b": [item]}, 2, "test")[0]["gold_logprob"] == pytest.approx(wanted, abs=1e-4)
 
 
 def test_p_tuning_saves_its_tokens_without_dropout(tiny_model: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,17 @@ class Item:
     text: str = ""
     """The answer in words: the right choice, or the free text."""
     subject: str = ""
+    continues: bool = False
+    """The choices go on where the question breaks off, as in HellaSwag."""
+
+    @property
+    def row(self) -> int:
+        return int(self.place.rpartition(":")[2])
+
+    @property
+    def prompt(self) -> str:
+        """What a language model is to go on from, as lm-evaluation-harness words it for ARC and PIQA, and for MMLU in `mmlu_continuation`."""
+        return self.question if self.continues else f"Question: {self.question}\nAnswer:"
 
     @property
     def labelled(self) -> bool:
@@ -59,36 +70,30 @@ def _index(label: Any, names: Sequence[str]) -> int | None:
     raise ValueError(f"the answer {label!r} is none of the {len(names)} choices")
 
 
-def _chosen(question: str, choices: tuple[str, ...], label: Any, names: Sequence[str], subject: str = "") -> Item:
+def _chosen(row: Mapping[str, Any], question: str, choices: tuple[str, ...], label: Any, names: Sequence[str]) -> Item:
     answer = _index(label, names)
+    subjects = [row.get(key) for key in ("subject", "category", "activity_label")]
+    subject = next((name for name in subjects if isinstance(name, str) and name), "")
     return Item("", question, choices, answer, "" if answer is None else choices[answer], subject)
 
 
 def _mmlu(row: Mapping[str, Any]) -> Item:
     choices = _texts(row["choices"])
-    subject = row.get("subject")
-    return _chosen(
-        _text(row, "question"),
-        choices,
-        row.get("answer"),
-        string.ascii_uppercase[: len(choices)],
-        subject if isinstance(subject, str) else "",
-    )
+    return _chosen(row, _text(row, "question"), choices, row.get("answer"), string.ascii_uppercase[: len(choices)])
 
 
 def _arc(row: Mapping[str, Any]) -> Item:
     names = _texts(row["choices"]["label"])
-    return _chosen(_text(row, "question"), _texts(row["choices"]["text"]), row.get("answerKey"), names)
+    return _chosen(row, _text(row, "question"), _texts(row["choices"]["text"]), row.get("answerKey"), names)
 
 
 def _hellaswag(row: Mapping[str, Any]) -> Item:
     endings = _texts(row["endings"])
-    activity = row.get("activity_label")
-    return _chosen(_text(row, "ctx"), endings, row.get("label"), [""] * len(endings), activity if isinstance(activity, str) else "")
+    return replace(_chosen(row, _text(row, "ctx"), endings, row.get("label"), [""] * len(endings)), continues=True)
 
 
 def _piqa(row: Mapping[str, Any]) -> Item:
-    return _chosen(_text(row, "goal"), (_text(row, "sol1"), _text(row, "sol2")), row.get("label"), ["", ""])
+    return _chosen(row, _text(row, "goal"), (_text(row, "sol1"), _text(row, "sol2")), row.get("label"), ["", ""])
 
 
 def _gsm8k(row: Mapping[str, Any]) -> Item:
@@ -124,8 +129,7 @@ def read_item(layout: str, row: Row, source: str) -> Item:
     """
     if row.problem or row.value is None:
         raise ValueError(row.problem)
-    item = BENCHMARKS[layout][1](row.value)
-    return Item(f"{source}:{row.source_row}", item.question, item.choices, item.answer, item.text, item.subject)
+    return replace(BENCHMARKS[layout][1](row.value), place=f"{source}:{row.source_row}")
 
 
 def read_items(path: Path, source: str) -> list[Item]:
@@ -157,13 +161,14 @@ def _shapes() -> Iterator[str]:
     return (f"{name} ({', '.join(sorted(keys))})" for name, (keys, _) in BENCHMARKS.items())
 
 
-def read_multiple_choice(path: Path) -> Iterator[dict[str, Any]]:
-    """Questions that a model can be scored on: {"question", "choices": [...], "answer": index, "subject"}.
+def read_multiple_choice(path: Path) -> list[Item]:
+    """Questions that a model can be scored on.
 
     Raises:
         InputError: names the first row that is not such a question, or has no label (`unlabelled`).
     """
-    for item in read_items(path, path.name):
+    items = read_items(path, path.name)
+    for item in items:
         if not item.choices or item.answer is None:
             raise InputError(
                 f"{item.place} is unlabelled: no score can be computed without the right choice"
@@ -171,4 +176,4 @@ def read_multiple_choice(path: Path) -> Iterator[dict[str, Any]]:
                 else f"{item.place} has no choices",
                 "use the split of the benchmark that has labels, of multiple-choice questions",
             )
-        yield {"question": item.question, "choices": list(item.choices), "answer": item.answer, "subject": item.subject}
+    return items

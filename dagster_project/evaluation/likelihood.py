@@ -1,4 +1,4 @@
-"""How likely a model finds given answers, and multiple-choice questions answered by it."""
+"""How likely a model finds given answers."""
 
 from __future__ import annotations
 
@@ -37,21 +37,3 @@ def negative_log_likelihood(
                 scores[i] = (loss, n)
             progress.advance(len(batch))
     return scores
-
-
-def choose(model: Any, tokenizer: Any, questions: Sequence[dict[str, Any]], batch_size: int, what: str) -> list[int]:
-    """For each multiple-choice question the index of the choice with the highest summed log-likelihood after "Question: ...\\nAnswer:".
-
-    That is the score lm-evaluation-harness calls `acc`.
-    """
-    examples = []
-    for question in questions:
-        context = tokenizer.encode(f"Question: {question['question']}\nAnswer:", add_special_tokens=False)
-        for choice in question["choices"]:
-            answer = tokenizer.encode(f" {choice}", add_special_tokens=False)
-            examples.append((context + answer, [IGNORE] * len(context) + answer))
-    scores = iter(negative_log_likelihood(model, tokenizer.pad_token_id, examples, batch_size, what))
-    return [
-        min(range(len(losses)), key=losses.__getitem__)
-        for losses in ([next(scores)[0] for _ in question["choices"]] for question in questions)
-    ]

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from dagster_project.chat import encode_prompt, encode_record, is_text
-from dagster_project.curation.benchmarks import read_multiple_choice
 from dagster_project.evaluation.bootstrap import rounded
 from dagster_project.evaluation.generate import generate
-from dagster_project.evaluation.likelihood import choose, negative_log_likelihood
+from dagster_project.evaluation.likelihood import negative_log_likelihood
 from dagster_project.evaluation.metrics import Task, follows, label, parse, perplexity
-from dagster_project.params import Compute, Section, inside
+from dagster_project.params import Compute, Section
 from dagster_project.records import prompt_text, response_text, subject_text
 from dagster_project.training import head
 from dagster_project.training.hardware import prepare
@@ -55,6 +54,8 @@ class Settings(Section):
     """Test examples that are answered, at most; chosen by content, so that every system and every run answers the same. Perplexity is of all."""
     benchmarks: list[str] = []
     """Multiple-choice files, to see whether tuning made the model forget."""
+    forgetting: float = Field(default=0.05, ge=0, le=1)
+    """Accuracy on these that tuning may cost: `comparison` warns beyond it."""
     max_new_tokens: int = Field(default=48, ge=1)
     """Longest answer, in tokens."""
     batch_size: int = Field(default=40, ge=1)
@@ -108,15 +109,6 @@ class Subject:
     def prompt_tokens(self, prompts: Sequence[list[dict[str, str]]]) -> list[int] | None:
         """Tokens of each prompt; None of a classifier, which is not prompted."""
         return [len(encode_prompt(self.tokenizer, messages)) for messages in prompts] if self.writes else None
-
-    def retention(self, root: Path, what: str) -> dict[str, float]:
-        """Accuracy on each multiple-choice benchmark, by file name."""
-        found = {}
-        for path in self.settings.benchmarks:
-            questions = list(read_multiple_choice(inside(root, path, "evaluation.benchmarks")))
-            chosen = choose(self.model, self.tokenizer, questions, self.settings.batch_size, f"{what}: {Path(path).stem}")
-            found[Path(path).stem] = round(sum(q["answer"] == c for q, c in zip(questions, chosen, strict=True)) / len(questions), 4)
-        return found
 
 
 def asked(records: Sequence[dict[str, Any]], settings: Settings) -> tuple[Task | None, list[dict[str, Any]]]:

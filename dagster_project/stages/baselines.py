@@ -11,6 +11,7 @@ from dagster_project.evaluation.baselines import THINK, classify, conclusion, in
 from dagster_project.evaluation.measure import Settings, Subject, asked, conversations, labelled, result_rows, result_schema
 from dagster_project.evaluation.metrics import label, measures, perplexity_interval, score
 from dagster_project.evaluation.own import own_measures
+from dagster_project.evaluation.retention import accuracies, ask, read_benchmarks, retention_schema
 from dagster_project.params import Compute, Section
 from dagster_project.records import Report, read_records, response_text, write_table
 
@@ -27,6 +28,7 @@ class Params(Section):
 
 
 def run(root: Path, params: Params, settings: Settings, compute: Compute, base_model: Path, splits: Path, out: Path) -> Report:
+    benchmarks = read_benchmarks(root, settings.benchmarks)
     subject = Subject(base_model, compute, settings)
     train, test = read_records(splits / "train"), read_records(splits / "test")
     task, questions = asked(test, settings)
@@ -35,7 +37,8 @@ def run(root: Path, params: Params, settings: Settings, compute: Compute, base_m
     references = [response_text(record["messages"]) for record in questions]
     likelihoods = subject.likelihood(test, "base")
     rows = result_rows("base", test, task, likelihoods=likelihoods)
-    metrics: dict[str, Any] = {"base": {**(perplexity_interval(likelihoods) if test else {}), **subject.retention(root, "base")}}
+    kept = ask(subject.model, subject.tokenizer, benchmarks, settings.batch_size, "base")
+    metrics: dict[str, Any] = {"base": {**(perplexity_interval(likelihoods) if test else {}), **accuracies(kept)}}
     if questions:
         told = params.system_prompt or (instruction(task) if task else "")
         prompts = {"zero_shot": [with_shots("", [], record) for record in questions]}
@@ -61,4 +64,5 @@ def run(root: Path, params: Params, settings: Settings, compute: Compute, base_m
             metrics["tfidf_logistic"] = score(measures(task, own, writes=False), references, answers)
             rows += result_rows("tfidf_logistic", questions, task, answers)
     write_table(out / "results.parquet", rows, result_schema())
+    write_table(out / "retention.parquet", kept, retention_schema())
     return Report(metrics=metrics)

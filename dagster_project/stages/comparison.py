@@ -14,6 +14,7 @@ from dagster_project.evaluation.measure import Settings, asked
 from dagster_project.evaluation.metrics import measures, perplexity, score
 from dagster_project.evaluation.own import own_measures
 from dagster_project.evaluation.page import Sample, page
+from dagster_project.evaluation.retention import forgot, retained
 from dagster_project.records import Report, prompt_text, read_records, read_table, response_text, write_json, write_text
 
 
@@ -27,6 +28,8 @@ class Variant:
     """What people would use."""
     training: Path
     """The document of its training, training.json."""
+    before: Path | None = None
+    """That of the training it started from, if it did."""
     measured: Mapping[str, float] = field(default_factory=dict)
     """What its training took on this machine (bytes, seconds), where that is known. For the page alone."""
 
@@ -81,6 +84,8 @@ def run(
                 for other in scores
                 if other != name
             }
+        if kept := retained(*(read_table(folder / "retention.parquet") for folder in (baselines, variants[name].evaluation))):
+            compared[name]["retention"] = kept
     first, second, *_ = measures(task, own)
     costs = {name: _cost(name, scores, base_model, variants) for name in (*scores, *(name for name in variants if name not in scores))}
     train = {record["group_id"] for split in ("train", "validation") for record in read_records(splits / split)}
@@ -93,6 +98,8 @@ def run(
         "advice": advice(first, scores, compared),
         "recommended": recommended(first, scores, compared, costs),
     }
+    kept = {name: compared[name].get("retention", {}) for name in compared}
+    document["advice"] += [line for name, found in kept.items() for line in forgot(name, found, settings.forgetting)]
     told = document["recommended"]
     words = [*document["advice"], f"Recommended: {told['variant'] or 'no variant'}. {told['why']}"]
     out.mkdir(parents=True, exist_ok=True)
@@ -119,12 +126,10 @@ def _cost(name: str, scores: Mapping[str, Mapping[str, Any]], base_model: Path, 
     prompt = {"prompt_tokens": scores[name]["prompt_tokens"]} if "prompt_tokens" in scores.get(name, {}) else {}
     if name not in variants:
         return {**prompt, "bytes": _size(base_model)} if prompt else {}
-    training = json.loads(variants[name].training.read_text(encoding="utf-8"))
-    return {
-        **prompt,
-        "bytes": _size(variants[name].model),
-        **{key: training[key] for key in ("tokens", "trained_tokens", "steps") if key in training},
-    }
+    files = [file for file in (variants[name].before, variants[name].training) if file]
+    trainings = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    taken = {key: sum(one.get(key, 0) for one in trainings) for key in ("tokens", "trained_tokens", "steps")}
+    return {**prompt, "bytes": _size(variants[name].model), **taken}
 
 
 def _size(folder: Path) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 from dagster_project.evaluation.measure import Settings, Subject, asked, result_rows, result_schema, slices
 from dagster_project.evaluation.metrics import label, measures, perplexity_interval, score
 from dagster_project.evaluation.own import own_measures
+from dagster_project.evaluation.retention import accuracies, ask, read_benchmarks, retention_schema
 from dagster_project.params import Compute
 from dagster_project.records import CheckResult, Report, read_records, response_text, write_table
 
@@ -37,14 +38,17 @@ def run(
     )
     if not unseen.passed:
         return Report(checks=[unseen])
+    benchmarks = read_benchmarks(root, settings.benchmarks)
     subject = Subject(merged, compute, settings, base_model)
     task, questions = asked(test, settings)
     table = measures(task, own_measures(root, settings.metrics), subject.writes)
     likelihoods: list[tuple[float, int]] = []
+    kept: list[dict[str, Any]] = []
     metrics: dict[str, Any] = {"test_examples": len(test)}
     if subject.writes:
         likelihoods = subject.likelihood(test, variant)
-        metrics |= {**perplexity_interval(likelihoods), **subject.retention(root, variant)}
+        kept = ask(subject.model, subject.tokenizer, benchmarks, settings.batch_size, variant)
+        metrics |= {**perplexity_interval(likelihoods), **accuracies(kept)}
     rows = {row["example_id"]: row for row in result_rows(variant, test, task, likelihoods=likelihoods)}
     confusion, scored, values = [("actual", "predicted")], "accuracy" if task else "rouge_l", {}
     if table and questions:
@@ -59,6 +63,7 @@ def run(
             confusion += [(label(task, reference), label(task, answer)) for reference, answer in zip(references, answers, strict=True)]
     metrics |= slices(test, likelihoods, scored, values)
     write_table(out / "results.parquet", list(rows.values()), result_schema())
+    write_table(out / "retention.parquet", kept, retention_schema())
     confusion_file.parent.mkdir(parents=True, exist_ok=True)
     confusion_file.write_text("".join(f"{actual},{predicted}\n" for actual, predicted in confusion))
     return Report(metrics=metrics, checks=[unseen])

