@@ -28,7 +28,7 @@ def write_curve(path: Path, curve: Sequence[Point]) -> None:
     write_text(path, "\n".join([f"step,{','.join(columns)},tokens", *lines]) + "\n")
 
 
-def live_writer(folder: Path, every: float = 3.0) -> Callable[..., None]:
+def live_writer(folder: Path, every: float = 3.0, names: Sequence[str] = LIVE) -> Callable[..., None]:
     """A function that writes the curve so far for whoever watches, at most every few seconds unless it is told `now=True`.
 
     Each figure is a table of its own, `loss.csv` with the columns step and loss, as `dvc plots` wants them. A table is replaced in one step, so
@@ -42,7 +42,7 @@ def live_writer(folder: Path, every: float = 3.0) -> Callable[..., None]:
         if not now and time.monotonic() - last < every:
             return
         last = time.monotonic()
-        for name in LIVE:
+        for name in names:
             if points := thinned([point for point in curve if name in point]):
                 rows = [f"{point['step']},{point[name]:.6g}" for point in points]
                 write_text(folder / f"{name}.csv", "\n".join([f"step,{name}", *rows]) + "\n")
