@@ -124,7 +124,7 @@ class Course:
     tokens: int = 0
     """Of prompts and answers, each episode once."""
     stopped: str = ""
-    """Why the run ended before its last iteration, with the weights of the one before, and what to change; empty where it did not."""
+    """Why the run ended early, which weights were kept, and what to change; empty where it did not."""
     seconds: float = 0.0
     """Time it took, earlier parts of an interrupted training included. For the log only."""
 
@@ -182,7 +182,7 @@ def train(
     every result is that of one up to rounding.
 
     Args:
-        model: a PeftModel whose adapter changes nothing yet. Its attention is left as `attention_for` chooses it.
+        model: a PeftModel whose adapter changes nothing yet.
         prompts: token ids of each, the assistant's header included.
         checkpoints: where to keep them; None to keep none.
         live: folder for the curve so far, for whoever watches; None for nobody.
@@ -195,14 +195,13 @@ def train(
     refuse_mistakes(model, tokenizer, prompts, settings)
     here, device, total = processes.place(), model.device, iterations(settings)
     model.eval()
+    attention = causal(model).config._attn_implementation
     head = value_head(model)
     learning = {**trainable(model), **{f"value_head.{name}": weight for name, weight in head.named_parameters()}}
     for weight in learning.values():
         processes.from_first(weight.data)
     optimizer = torch.optim.Adam(learning.values(), lr=settings.learning_rate, eps=1e-5)
-    course, kl_coef, done = Course(), settings.kl_coef, 0
-    good = _copied(learning)
-
+    course, kl_coef, good = Course(), settings.kl_coef, _copied(learning)
     saved = checkpoints.newest() if checkpoints and not here.rank else None
     done = int(processes.from_first(torch.tensor(saved.step if saved else 0, device=device)))
     if here.rank:
@@ -221,6 +220,7 @@ def train(
     progress.done, progress.start = done, progress.start - earlier
     show = live_writer(live, names=LIVE) if live else lambda curve, now=False: None
 
+    good_step = done
     with stop_on_request() as stop_asked:
         for step in range(done + 1, total + 1):
             if course.stopped:
@@ -242,7 +242,7 @@ def train(
                 if step == 1:
                     refuse_other_reference(judged.log_probs, reference, rollout.mask, model.dtype)
                 refuse_explosion(kl, settings)
-                good = _copied(learning)
+                good, good_step = _copied(learning), step
                 # 4. advantages
                 rewards = rewards_per_token(judged.log_probs - reference, rollout, scores, kl_coef, settings)
                 advantages, returns = generalized_advantages(rewards, judged.values, rollout.mask, settings.gamma, settings.lam)
@@ -256,8 +256,8 @@ def train(
             except Collapsed as collapsed:
                 _put(learning, good)
                 course.stopped = (
-                    f"ppo: iteration {step}: {collapsed}. The weights are those of the iteration before."
-                    " Lower learning_rate, num_ppo_epochs or max_kl, or raise kl_coef"
+                    f"ppo: iteration {step}: {collapsed}. Kept are the weights that answered in iteration {good_step};"
+                    " lower learning_rate, num_ppo_epochs or max_kl, or raise kl_coef"
                 )
                 log.warning(course.stopped)
             else:
@@ -296,6 +296,7 @@ def train(
             if stop_asked() and step < total and not course.stopped:
                 raise Interrupted(f"interrupted at iteration {step}; the next run goes on from there", "run the same command again")
     processes.refuse_lost()
+    causal(model).set_attn_implementation(attention)
     show(course.curve, now=True)
     return course
 
