@@ -316,7 +316,7 @@ def test_a_bandit_is_solved() -> None:
     optimum = start * (won / 0.3).exp()
     optimum /= optimum.sum()
     chosen = settings(
-        total_episodes=256 * 24, batch_size=256, mini_batch_size=64, rollout_batch_size=256, response_length=1, kl_coef=0.3,
+        total_episodes=256 * 16, batch_size=256, mini_batch_size=64, rollout_batch_size=256, response_length=1, kl_coef=0.3,
         missing_eos_penalty=0.0, learning_rate=2e-2, max_kl=None,
     )  # fmt: skip
     ppo.train(model, tokenizer, [[1]], lambda _, texts: [float(won[arms.index(text or "</s>")]) for text in texts], chosen, COMPUTE)
@@ -327,15 +327,18 @@ def test_a_bandit_is_solved() -> None:
 @pytest.fixture(scope="module")
 def learnt(tiny_model: Path, tiny_tokenizer: Any) -> ppo.Course:
     """The small fixed run that docs/ppo.md shows."""
-    chosen = settings(total_episodes=64 * 8, batch_size=64, learning_rate=1e-2, kl_coef=0.01, target_kl=8.0, horizon=64)
+    chosen = settings(
+        total_episodes=768, batch_size=64, mini_batch_size=32, num_ppo_epochs=4, learning_rate=5e-3, kl_coef=0.02, target_kl=10.0, horizon=64,
+        vf_coef=0.5,
+    )  # fmt: skip
     return ppo.train(policy(tiny_model), tiny_tokenizer, prompts_of(tiny_tokenizer), small_letters, chosen, COMPUTE)
 
 
 def test_the_mean_reward_rises_and_kl_stays_under_its_target(learnt: ppo.Course) -> None:
     rewards = [point["reward"] for point in learnt.curve]
-    assert sum(rewards[-2:]) / 2 > 1.5 * sum(rewards[:2]) / 2
-    assert max(point["kl"] for point in learnt.curve) < 8.0
-    assert (learnt.stopped, len(learnt.curve), len(learnt.seen)) == ("", 8, 512)
+    assert sum(rewards[-2:]) / 2 > 2 * sum(rewards[:2]) / 2
+    assert max(point["kl"] for point in learnt.curve) < 10.0
+    assert (learnt.stopped, len(learnt.curve), len(learnt.seen)) == ("", 12, 768)
 
 
 def test_before_the_first_update_policy_and_reference_are_one(learnt: ppo.Course) -> None:
@@ -345,7 +348,7 @@ def test_before_the_first_update_policy_and_reference_are_one(learnt: ppo.Course
 
 def test_the_penalty_moves_as_the_controller_says(learnt: ppo.Course) -> None:
     for point, after in zip(learnt.curve, learnt.curve[1:], strict=False):
-        error = min(max(point["kl"] / 8.0 - 1, -0.2), 0.2)
+        error = min(max(point["kl"] / 10.0 - 1, -0.2), 0.2)
         assert after["kl_coef"] == pytest.approx(point["kl_coef"] * (1 + error))
 
 
