@@ -491,7 +491,7 @@ def _check_aligned(values: Mapping[str, Any], made_from: Any) -> None:
         entry = params.parse(aligned.Params, recipe, where)
         merges(entry.adapter, f"{where}.adapter")
         methods.check("lora", entry.peft, None, True, where)
-        align.check(entry.method, entry.options, entry.per_device_train_batch_size, where)
+        align.check(entry.method, entry.options, entry.per_device_train_batch_size, where, recipe)
         if entry.method in align.ONLINE:
             reward.check(entry.rewards, f"{where}.rewards")
         elif "rewards" in recipe:

@@ -70,7 +70,7 @@ def test_the_parameters_page_names_every_parameter() -> None:
     )
     from dagster_project.training import align
 
-    page = (ROOT / "docs" / "parameters.md").read_text()
+    page = "".join((ROOT / "docs" / name).read_text() for name in ("parameters.md", "ppo.md"))
     listed = set(re.findall(r"^\| `([a-z_0-9]+)` \|", page, re.MULTILINE))
     models = [Compute, base_model.Params, raw_examples.Params, raw_examples.Source, instructions.Params, splits.Params, tokenized.Params,
               raw_preferences.Params, preferences.Params, adapter.Params, reward_model.Params, aligned.Params,

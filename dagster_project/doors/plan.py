@@ -20,7 +20,7 @@ from dagster_project.pipeline import validate
 from dagster_project.records import read_preferences, read_table, write_json
 from dagster_project.stages import aligned
 from dagster_project.stages.adapter import Params
-from dagster_project.training import align, auto, memory
+from dagster_project.training import align, auto, memory, ppo
 from dagster_project.training.hardware import prepare
 from dagster_project.training.methods import CANNOT_CHECKPOINT, Quantization
 from dagster_project.training.operations import Operations
@@ -234,17 +234,18 @@ def _aligned(root: Path, recipe: Any, name: str, base_model: Path, machine: Mach
         raise InputError("there are no preferences to learn from yet", "run `dvc repro preferences` first")
     ids = both(tokenizer_of(base_model), pairs)
     if online := entry.method in align.ONLINE:
-        room = options.max_completion_length if isinstance(options, align.Online) else options.model_dump()["response_length"]
+        room = options.response_length if isinstance(options, ppo.Settings) else options.model_dump()["max_completion_length"]
         rows, answers = [[len(prompt) + room] for prompt, _, _ in ids], [room]
     else:
         rows = [[len(prompt) + len(answer) for answer in answers] for prompt, *answers in ids]
         answers = [len(answer) for _, *both_of in ids for answer in both_of]
-    batch = entry.per_device_train_batch_size * len(rows[0])
+    at_once, passes = align.passes(entry, options)
+    batch = at_once * len(rows[0])
     n = align.planned(len(pairs), entry, entry.method, options)
-    per_step = batch * entry.gradient_accumulation_steps * sum(map(sum, rows)) / sum(map(len, rows))
+    per_step = batch * passes * sum(map(sum, rows)) / sum(map(len, rows))
     way = Way(
         base_model, "lora", entry.peft, None, 1, [max(map(max, rows))] * batch, batch * max(answers), entry.gradient_checkpointing,
-        entry.gradient_accumulation_steps, entry.optim, f"aligned.{name}",
+        passes, entry.optim, f"aligned.{name}",
     )  # fmt: skip
     # beside forward and backward pass, the reference's forward pass
     took = _taken(way, machine, round(n * per_step * 4 / 3))

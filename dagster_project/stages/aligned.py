@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
+from dagster_project.chat import Messages, encode_prompt
 from dagster_project.errors import InputError
 from dagster_project.evaluation import alignment
 from dagster_project.params import Compute
 from dagster_project.records import CheckResult, Report, read_preferences, remove, write_json, write_table, write_text
-from dagster_project.training import align, memory, proof
+from dagster_project.training import align, memory, ppo, proof
 from dagster_project.training.checkpoint import Checkpoints, refuse_full_disk
 from dagster_project.training.curve import write_curve
 from dagster_project.training.hardware import prepare
@@ -34,6 +36,10 @@ TRUTHS = {
     "prefers_as_people_do": "On held-out pairs the chosen answer is the likelier one per token more often than not, surely.",
     "reward_is_not_gamed": "Held-out answers got no better reward by length, repetition or lack of an end.",
 }
+
+
+ASKED_AT_ONCE = 16
+"""Answers in a forward pass that only looks."""
 
 
 class Params(Steps):
@@ -82,7 +88,7 @@ def run(
     tokenizer = tokenizer_of(sft)
     learning = sum(weight.nbytes for weight in proof.trainable(tunable.model).values())
     refuse_full_disk({checkpoints: learning * (2 + 3 * params.save_total_limit), out: 2 * learning}, where)
-    policies = alignment.Policies(tunable.model, tokenizer, params.per_device_train_batch_size)
+    policies = alignment.Policies(tunable.model, tokenizer, ASKED_AT_ONCE)
     apart = _apart(policies, pairs["train"][:8])
     evidence = Evidence(tunable.model, checkpoints)
     named = {"SFT model": sft, **({"reward model": reward_model} if params.method in align.ONLINE else {})}
@@ -96,13 +102,14 @@ def run(
     finite = all(map(math.isfinite, course.losses)) and all(
         bool(weight.isfinite().all()) for weight in proof.trainable(tunable.model).values()
     )
-    document, moved = evidence.ends(course, params, compute, device, dtype)
+    settings = params.model_dump(exclude=align.unused(params.method)) | {"options": options.model_dump()}
+    document, moved = evidence.ends(course, settings, compute, device, dtype)
     tunable.save(out)
     write_json(out / "training.json", document | {"step_0": apart})
     write_table(out / "examples.parquet", proof.seen_examples(course.seen, _ids(params.method, pairs["train"])), proof.seen_schema())
     for template in sft.glob("chat_template.jinja"):
         write_text(out / template.name, template.read_text(encoding="utf-8"))
-    figures = [name for name in (*align.PAIRS.values(), *align.ANSWERS.values()) if any(name in point for point in course.curve)]
+    figures = [name for name in align.FIGURES if any(name in point for point in course.curve)]
     write_curve(curve_file, course.curve, ("loss", *dict.fromkeys(figures)))
 
     prompts = list({str(pair["prompt"]): pair for pair in pairs["test"]}.values())[: params.samples]
@@ -112,6 +119,7 @@ def run(
         "method": params.method,
         "adapter": params.adapter,
         "steps": course.step,
+        **({"stopped": course.stopped} if isinstance(course, align.Stopped) else {}),
         "tokens": course.tokens,
         "trainable_parameters": tunable.trainable,
         "preference": alignment.preference(policies, pairs["test"]),
@@ -125,7 +133,7 @@ def run(
         metrics=metrics,
         checks=[
             _starts(apart, course, params.method, options),
-            CheckResult("learned", passed=finite, blocking=True, note=f"loss {course.losses[0]:.3f} -> {course.losses[-1]:.3f}"),
+            _learned(course, finite),
             moved,
             CheckResult(
                 "prefers_as_people_do",
@@ -162,6 +170,12 @@ def _learn(
 ) -> Course:
     prompts = [list(pair["prompt"]) for pair in pairs["train"]]
     rewards = Rewards(params.rewards, judge) if params.method in align.ONLINE else None
+    if isinstance(options, ppo.Settings):
+        assert rewards
+        reward = partial(_reward, rewards, prompts)
+        return align.from_ppo(
+            ppo.train(tunable.model, tokenizer, [encode_prompt(tokenizer, p) for p in prompts], reward, options, compute, kept, live)
+        )
     rows = {split: align.rows(params.method, tokenizer, pairs[split]) for split in ("train", "validation")}
     watched = [] if rewards else rows["validation"]
     return learn(
@@ -177,6 +191,10 @@ def _learn(
     )
 
 
+def _reward(rewards: Rewards, prompts: Sequence[Messages], rows: Sequence[int], answers: Sequence[str]) -> list[float]:
+    return rewards([prompts[row] for row in rows], answers)
+
+
 def _ids(method: str, pairs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """The pair that each row of the training is of."""
     return [[pair["example_id"]] for pair in pairs for _ in range(2 if method == "kto" else 1)]
@@ -190,6 +208,13 @@ def _apart(policies: alignment.Policies, pairs: Sequence[Mapping[str, Any]]) -> 
         "largest_log_probability_difference": max(abs(a - b) for (a, _), (b, _) in zip(*found, strict=True)),
         "kl_per_token": policies.divergence(examples[:4]),
     }
+
+
+def _learned(course: Course, finite: bool) -> CheckResult:
+    note = f"loss {course.losses[0]:.3f} -> {course.losses[-1]:.3f}"
+    if isinstance(course, align.Stopped):  # the weights are the last good ones, and whoever reads the report decides about them
+        return CheckResult("learned", passed=False, severity="warn", note=course.stopped)
+    return CheckResult("learned", passed=finite, blocking=True, note=note)
 
 
 def _starts(apart: Mapping[str, float], course: Course, method: str, options: Any) -> CheckResult:

@@ -19,7 +19,7 @@ from dagster_project.training import memory, proof, reward
 from dagster_project.training.checkpoint import Checkpoints, refuse_full_disk
 from dagster_project.training.curve import write_curve
 from dagster_project.training.hardware import prepare
-from dagster_project.training.keeping import Evidence, Lesson, Steps, identity, learn
+from dagster_project.training.keeping import SIDELONG, Evidence, Lesson, Steps, identity, learn
 from dagster_project.training.pairs import both
 from dagster_project.training.processes import claim_gpus
 from dagster_project.training.sft import Diverged, advice_on_memory
@@ -97,7 +97,7 @@ def run(
         note = f"{diverged}; lower learning_rate, and look at the pairs of that step"
         return Report(checks=[CheckResult("learned", passed=False, blocking=True, count=len(named), rows=named[:20], note=note)])
     finite = all(map(math.isfinite, course.losses)) and all(bool(weight.isfinite().all()) for weight in proof.trainable(model).values())
-    document, moved = evidence.ends(course, params, compute, device, dtype)
+    document, moved = evidence.ends(course, params.model_dump(exclude=SIDELONG), compute, device, dtype)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "training.json", document)
     write_table(

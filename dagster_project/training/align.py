@@ -15,7 +15,8 @@ top of them. It begins with no effect, so that policy and reference are one at s
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,10 +26,11 @@ from dagster_project.chat import Messages
 from dagster_project.errors import InputError
 from dagster_project.params import Section, parse
 from dagster_project.training import methods, ppo
-from dagster_project.training.keeping import Lesson, Steps
+from dagster_project.training.keeping import SIDELONG, Lesson, Steps
 from dagster_project.training.methods import Tunable
 from dagster_project.training.pairs import both
 from dagster_project.training.reward import Rewards
+from dagster_project.training.sft import Course
 
 if TYPE_CHECKING:
     import torch
@@ -94,15 +96,48 @@ ANSWERS = {
     "reward": "reward", "kl": "kl", "entropy": "entropy", "completions/mean_length": "response_length", "completions/clipped_ratio": "unfinished",
 }  # fmt: skip
 """What TRL logs -> what we call it."""
+FIGURES = tuple(dict.fromkeys([*PAIRS.values(), *ANSWERS.values(), "kl_coef", "value_loss", "clip_fraction", "explained_variance"]))
+"""What a curve may tell beside its loss."""
 
 
-def check(method: str, options: Mapping[str, Any], batch: int, where: str) -> Section:
+@dataclass
+class Stopped(Course):
+    """A course that ended before its end, with the last weights that were sound."""
+
+    stopped: str = ""
+    """Why, and what to change."""
+
+
+def from_ppo(found: ppo.Course) -> Course:
+    """As the courses of the other methods: an iteration is a step, and the policy's loss the loss.
+
+    Raises:
+        InputError: it stopped before anything was learnt.
+    """
+    curve = [{**point, "loss": point["policy_loss"]} for point in found.curve]
+    if found.stopped and not curve:
+        raise InputError(found.stopped, "change what it says in the entry's options")
+    kept = Course(curve=curve, seen=found.seen, tokens=found.tokens, seconds=found.seconds)
+    return Stopped(**vars(kept), stopped=found.stopped) if found.stopped else kept
+
+
+def unused(method: str) -> set[str]:
+    """Keys of an entry that do nothing for a method. ppo takes its steps by its options."""
+    return SIDELONG | (set(Steps.model_fields) - {"save_total_limit"} if method == "ppo" else set())
+
+
+def check(method: str, options: Mapping[str, Any], batch: int, where: str, named: Collection[str] = ()) -> Section:
     """The method's options, once they are sound.
 
+    Args:
+        named: keys that the entry itself names.
     Raises:
         InputError: unknown keys or wrong values; numbers that do not go together.
     """
     found = parse(OPTIONS[method], dict(options), f"{where}.options")
+    if vain := sorted((unused(method) - SIDELONG) & set(named)):
+        known = f"its options: {', '.join(OPTIONS[method].model_fields)}"
+        raise InputError(f"params.yaml: {where}: {', '.join(vain)}: {method} takes its steps by its options", known)
     if isinstance(found, Dpo) and found.loss_type == "exo_pair" and not found.label_smoothing:
         raise InputError(f"params.yaml: {where}.options.label_smoothing: exo_pair needs it above 0", "its paper has 0.001")
     if isinstance(found, Online) and batch % found.num_generations:
@@ -167,9 +202,19 @@ def rows(method: str, tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> lis
     return [{**row, "KL_completion_ids": answers[i - 2]["completion_ids"]} for i, row in enumerate(answers)]
 
 
+def passes(steps: Steps, options: Section) -> tuple[int, int]:
+    """(pairs or answers in a forward pass, forward passes per optimizer step)."""
+    if isinstance(options, ppo.Settings):
+        return options.mini_batch_size, options.gradient_accumulation_steps
+    return steps.per_device_train_batch_size, steps.gradient_accumulation_steps
+
+
 def planned(rows: int, steps: Steps, method: str, options: Section) -> int:
     """Optimizer steps of a run."""
-    batch = steps.per_device_train_batch_size * steps.gradient_accumulation_steps
+    at_once, times = passes(steps, options)
+    batch = at_once * times
+    if isinstance(options, ppo.Settings):
+        return ppo.iterations(options) * options.num_ppo_epochs * -(-options.batch_size // batch)
     each = rows * options.num_generations * options.num_iterations // batch if isinstance(options, Online) else -(-rows // batch)
     return min(max(1, each) * steps.num_train_epochs, steps.max_steps or 10**9)
 

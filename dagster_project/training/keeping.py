@@ -329,7 +329,9 @@ class Evidence:
         proof.before_training(model, self.before)
         self.frozen = proof.sha256_of_tensors(proof.frozen(model))
 
-    def ends(self, course: Course, steps: Steps, compute: Compute, device: torch.device, dtype: torch.dtype) -> tuple[Any, CheckResult]:
+    def ends(
+        self, course: Course, settings: Mapping[str, Any], compute: Compute, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Any, CheckResult]:
         """The document of training.json, and the check `trained_what_it_should`."""
         groups, after = proof.movement(self.model, self.before), proof.sha256_of_tensors(proof.frozen(self.model))
         unmoved = proof.unmoved(groups)
@@ -340,7 +342,7 @@ class Evidence:
             "tokens": course.tokens,
             "loss": {"first": course.losses[0], "last": course.losses[-1]},
             "validation": [point for point in course.curve if "validation_loss" in point],
-            "settings": steps.model_dump(exclude=SIDELONG),
+            "settings": settings,
             "seed": compute.seed,
             "threads": compute.threads,
             "dtype": str(dtype).removeprefix("torch."),
