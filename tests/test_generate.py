@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 
 from dagster_project.evaluation.generate import generate
+from dagster_project.records import example_id, write_records
 
 TOKENS = 12
 QUESTIONS = ["Where is my parcel?", "No", "I was charged twice, please help", "Hi there", "My login fails and I have no idea why", "Thanks"]
@@ -61,3 +65,33 @@ def test_an_answer_ends_at_the_end_of_turn_however_long_its_neighbours_are(model
 
 def test_no_prompts_have_no_answers(model: Any, tiny_tokenizer: Any) -> None:
     assert generate(model, tiny_tokenizer, [], TOKENS, 4, "test") == []
+
+
+def test_the_benchmark_asks_both_the_same_and_tells_it_side_by_side(
+    model: Any, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part in (model, tiny_tokenizer):
+        part.save_pretrained(tmp_path / "data/base_model")
+    (tmp_path / "params.yaml").write_text(
+        "{baselines: {few_shot: 2, retrieved: 1}, evaluation: {batch_size: 4}, compute: {dtype: float32, threads: 1}}"
+    )
+    for split in ("train", "test"):
+        turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": split}] for q in QUESTIONS]
+        records = [
+            {"example_id": example_id(m), "source": "s", "messages": m, "category": None, "group_id": None, "meta": None} for m in turns
+        ]
+        write_records(tmp_path / "data/splits" / split, records)
+    given = {"--project": tmp_path, "--rows": 6, "--many": 8, "--rounds": 1, "--max-new-tokens": 3, "--out": tmp_path / "table.md"}
+    monkeypatch.setattr("sys.argv", ["evaluation.py", *(str(word) for pair in given.items() for word in pair)])
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    runpy.run_path(str(ROOT / "benchmarks/evaluation.py"), run_name="__main__")
+    begin, said, _, head, _, *rows, end = (tmp_path / "table.md").read_text().splitlines()
+    assert (begin, end) == ("<!-- evaluation: begin -->", "<!-- evaluation: end -->")
+    assert (
+        said.startswith("6 prompts, at most 3 new tokens each, on a cpu, float32, 1 thread(s), batches of 4; ")
+        and "seconds for 8 rows" in head
+    )
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[0] for row in cells] == ["`zero_shot`", "`few_shot`", "`retrieved`"]
+    assert all(row[-1] == "100 %" for row in cells), "in float32 they answer alike"
+    assert float(cells[0][1]) < float(cells[2][1]) < float(cells[1][1]), "worked examples make prompts longer"
