@@ -86,6 +86,9 @@ class Revision:
             return file.read_text(encoding="utf-8") if file.is_file() else None
         return git(self.root, "show", f"{self.rev}:./{path}")
 
+    def json(self, path: str) -> dict[str, Any]:
+        return json.loads(self.text(path) or "{}")
+
     def lock(self) -> dict[str, Any]:
         """The stages of dvc.lock.
 
