@@ -121,9 +121,9 @@ class History:
 
 def history(root: Path) -> History:
     """All branches, tags and experiments. Commits that nothing refers to any more, as after a rebase, are not among them."""
-    told = git(
-        root, "log", "--all", "--full-history", "-m", "--date-order", "--reverse", "--raw", "--no-abbrev", "--format=%x00%H", "--", LOCK
-    )
+    order = ("--all", "--full-history", "-m", "--date-order", "--reverse")
+    shown = ("--raw", "--no-abbrev", "--no-color", "--no-renames", "--no-show-signature", "--format=%x00%H")
+    told = git(root, "-c", "log.showRoot=true", "log", *order, *shown, "--", LOCK)
     first: dict[str, str] = {}
     for commit in (told or "").split("\0")[1:]:
         sha, *changes = commit.split()

@@ -86,7 +86,7 @@ def _diagram(found: Mapping[str, Any]) -> str:
         for parent in parents.get(name, []):
             x1, x2, y1, y2 = place[parent], place[name], depth[parent] * ROW + BOX, row * ROW
             if row == depth[parent] + 1 or abs(x1 - x2) < wide / 2:
-                corners = [(x1, y1), (x2, y2)]
+                corners: list[tuple[float, float]] = [(x1, y1), (x2, y2)]
             else:  # past the rows between, down and then across
                 corners = [(x1, y1), (x1, y2 + BOX / 2), (x2 + (wide / 2 if x1 > x2 else -wide / 2), y2 + BOX / 2)]
             for (xa, ya), (xb, yb) in pairwise(corners):
