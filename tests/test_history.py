@@ -232,6 +232,22 @@ def test_one_missing_shard_makes_every_data_set_that_shares_it_unknown(made: Pro
     assert len(impact(made.root, record=identity("frogs"))["unknown"]) == 2
 
 
+def test_evidence_and_data_tell_each_what_they_know_where_the_other_is_gone(made: Project) -> None:
+    lock = made.street(ROWS)
+    made.commit(lock)
+    known = Index(made.root)
+    evidence = known.files(lock["adapter@lora"]["outs"][0]["md5"])["examples.parquet"]
+    shard = known.files(lock["splits"]["outs"][0]["md5"])["train/records-00000.parquet"]
+    for gone, splits, steps in ((evidence, {"train": 1}, None), (shard, {"train": 1}, [1])):
+        shutil.rmtree((made.root / PLACE).parent)
+        path = known.objects.path(gone)
+        content = path.read_bytes()
+        path.unlink()
+        (seen,) = impact(made.root, record=identity("cats"))["models"][0]["seen"]
+        assert (seen["splits"], seen["steps"]) == (splits, steps)
+        path.write_bytes(content)
+
+
 def test_what_was_indexed_before_gc_stays_known(made: Project) -> None:
     old = made.street(ROWS)
     made.commit(old)

@@ -87,8 +87,7 @@ class Revision:
         return git(self.root, "show", f"{self.rev}:./{path}")
 
     def json(self, path: str) -> dict[str, Any]:
-        text = self.text(path)
-        return json.loads(text) if text else {}
+        return json.loads(self.text(path) or "{}")
 
     def lock(self) -> dict[str, Any]:
         """The stages of dvc.lock.
@@ -144,9 +143,9 @@ class History:
 
 def history(root: Path) -> History:
     """All branches, tags and experiments. Commits that nothing refers to any more, as after a rebase, are not among them."""
-    told = git(
-        root, "log", "--all", "--full-history", "-m", "--date-order", "--reverse", "--raw", "--no-abbrev", "--format=%x00%H", "--", LOCK
-    )
+    order = ("--all", "--full-history", "-m", "--date-order", "--reverse")
+    shown = ("--raw", "--no-abbrev", "--no-color", "--no-renames", "--no-show-signature", "--format=%x00%H")
+    told = git(root, "-c", "log.showRoot=true", "log", *order, *shown, "--", LOCK)
     first: dict[str, str] = {}
     for commit in (told or "").split("\0")[1:]:
         sha, *changes = commit.split()

@@ -111,18 +111,19 @@ class _Question:
         self.asked = [names.get(key, key.hex()) for key in keys]
         shards: dict[str, Counter[str]] = defaultdict(Counter)
         steps: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        learnt: Counter[str] = Counter()
         for found in self.index.where(keys):
             if found.split:
                 shards[found.out][found.split] += 1
             else:
                 steps[found.out] += found.steps
+                learnt[found.out] += 1
         for made in self._trained:
             rows = sum((shards[out] for out in self.index.data(made).keys() & shards.keys()), Counter[str]())
-            learnt = sorted(steps.get(made.md5, []))
-            if learnt and not rows["train"]:
-                rows["train"] = len(keys) if len(keys) == 1 else 1  # the data set itself is not here, but the evidence is
+            if learnt[made.md5] and not rows["train"]:  # the data set is not here, but the evidence is
+                rows["train"] = learnt[made.md5]
             if rows:
-                self._own[made.id] = Seen(rows, learnt, tells=EVIDENCE in (self.index.files(made.md5) or {}))
+                self._own[made.id] = Seen(rows, sorted(steps.get(made.md5, [])), tells=self.index.tells(made))
 
     def source(self, name: str, only: frozenset[str] | None = None) -> None:
         """Args:
@@ -172,7 +173,7 @@ class _Question:
         from dagster_project.records import read_table
 
         places = self.index.texts()
-        if EVIDENCE not in (self.index.files(made.md5) or {}) or any(md5 not in places for md5 in shards):
+        if not self.index.tells(made) or any(md5 not in places for md5 in shards):
             return None
         keys = {record_key(row["example_id"]) for md5 in shards for row in read_table(places[md5], ["example_id"])}
         found = [one for one in self.index.where(keys) if one.out == made.md5 and one.split is None]

@@ -432,6 +432,11 @@ class Index:
                     found.append(Sighting(out, split, key, sorted(by_content[content])))
         return found
 
+    def tells(self, made: Made) -> bool:
+        """Is it known at which steps a model learnt?"""
+        query = "SELECT 1 FROM file JOIN content ON content.md5 = file.md5 WHERE file.out = ? AND file.name = ?"
+        return self._db.execute(query, (made.md5, EVIDENCE)).fetchone() is not None
+
     def saying(self, text: str) -> list[bytes]:
         """The records with a message that says this, but for case and white space."""
         key = _text_key(text)
