@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -50,6 +51,13 @@ def test_a_folder_becomes_a_model_whose_every_file_is_in_the_report(root: Path) 
     assert report.metrics["sha256"] == {f.relative_to(out).as_posix(): sha256(f) for f in out.rglob("*") if f.is_file()}
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= set(report.metrics["sha256"])
     assert (report.metrics["origin"], report.metrics["licence"]) == ("models/tiny", "Apache-2.0")
+
+
+def test_whether_a_run_was_offline_leaves_no_trace(root: Path) -> None:
+    fetch(root)
+    assert (
+        json.loads((root / "data" / "base_model" / "tokenizer_config.json").read_text())["local_files_only"] is False
+    )  # tests run offline
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from conftest import dvc, pedigree
 from safetensors.torch import save_file
 
 from dagster_project.audit.differences import first_difference
-from dagster_project.doors.verify import as_text, verify
+from dagster_project.audit.lineage import Revision
+from dagster_project.doors.dvc import Store
+from dagster_project.doors.verify import _Scratch, as_text, verify
 from dagster_project.errors import CheckFailed, InputError
+from dagster_project.records import write_json
 
 
 @pytest.fixture
@@ -87,6 +91,24 @@ def test_an_input_that_was_tampered_with_is_not_used(root: Path) -> None:
             path.write_bytes(b"TAMPERED")
     with pytest.raises(CheckFailed, match="tampered with"):
         verify(root, "tok")
+
+
+def test_the_likely_cause_is_what_is_not_as_it_was(root: Path) -> None:
+    def told(environment: dict[str, str], then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+        write_json(root / "data/reports/adapter/lora.json", {"environment": environment})
+        write_json(store.at("ab12"), then)
+        write_json(store.at("cd34.dir"), [{"relpath": "training.json", "md5": "ab12"}])
+        write_json(root / "data/adapter/lora/training.json", now)
+        lock = {"adapter@lora": {"outs": [{"path": "data/adapter/lora", "md5": "cd34.dir"}]}}
+        return _Scratch(Revision(root, None), lock, store, root).causes("adapter@lora")
+
+    store = Store(root / "objects", root / "runs")
+    same = {"threads": 2, "dtype": "float32"}
+    here = {"numpy": version("numpy")}
+    assert told(here | {"peft": "0.0"}, same, same) == [f"peft 0.0 when adapter@lora was made, {version('peft')} now"]
+    assert told(here, same, same | {"threads": 1}) == ["threads: 2 then, 1 now"]
+    assert told(here, same, same)[0].startswith("unknown: the same versions as when adapter@lora was made")
+    assert told({}, {}, {})[0].startswith("unknown: versions then are not recorded")
 
 
 def test_an_unknown_stage_or_revision_is_one_message(root: Path) -> None:

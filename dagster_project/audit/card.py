@@ -8,6 +8,7 @@ from typing import Any
 
 from dagster_project.audit.papers import limits, results
 
+SPDX = re.compile(r"^(?!LicenseRef)[\w.+-]+$")
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
@@ -38,11 +39,14 @@ def _metadata(found: Mapping[str, Any]) -> str:
         for one in results(found)
     ]
     hub = sorted({source["hub"] for source in found["sources"].values() if "hub" in source})
+    licence = base.get("licence")
+    known = licence and SPDX.match(licence)
     data = ModelCardData(
         base_model=origin if HUB_ID.match(origin) and "@" in base.get("origin", "") else None,
         datasets=hub or None,
         library_name="transformers" if found["model"]["stands_alone"] else "peft",
-        license=base["licence"].lower() if "licence" in base else None,
+        license=None if licence is None else licence.lower() if known else "other",
+        license_name=None if known else licence,
         pipeline_tag="text-generation",
         tags=sorted({"pedigree", *([training["method"]] if "method" in training else [])}),
         model_name=address,

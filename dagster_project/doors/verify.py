@@ -124,6 +124,8 @@ class _Scratch:
 
     def _bring(self, path: str, oid: str, published: str | None) -> None:
         target = self.root / path
+        if oid.endswith(".dir"):
+            target.mkdir(parents=True, exist_ok=True)
         for name, one in (self.store.files(oid) or {}).items():
             file = target / name if name else target
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -245,11 +247,9 @@ class _Scratch:
         found += [f"{key}: {recorded.get(key)} then, {made.get(key)} now" for key in IDENTITY if recorded.get(key) != made.get(key)]
         if found:
             return found
-        same = [
-            f"versions as when {maker} was made" if then else "versions then: unknown",
-            *(["same " + ", ".join(IDENTITY)] if recorded else []),
-        ]
-        return [f"unknown ({'; '.join(same)}); another kind of processor, which is not recorded, rounds otherwise"]
+        same = [f"the same versions as when {maker} was made" if then else "versions then are not recorded"]
+        same += [f"the same {', '.join(IDENTITY)}"] if recorded else []
+        return [f"unknown: {', '.join(same)}; the kind of processor and environment variables are not recorded"]
 
     def _training(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
         for out in self.lock[name]["outs"]:

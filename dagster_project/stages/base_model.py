@@ -80,6 +80,7 @@ def run(root: Path, params: Params, out: Path) -> Report:
             options = {"use_safetensors": True}
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, params.dtype), trust_remote_code=False, **options)
         _set_padding(tokenizer, model, params)
+        tokenizer.init_kwargs["local_files_only"] = False  # it would be saved, and HF_HUB_OFFLINE is no input
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
         for licence in folder.glob("LICENSE*"):
