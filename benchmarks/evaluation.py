@@ -1,14 +1,14 @@
 """Batched answers beside one `model.generate` a prompt. usage: python benchmarks/evaluation.py [--project FOLDER] [--rows N] [--rounds N] [--threads N] [--out FILE]
 
-Same model (data/base_model), same prompts (of the test split, asked as the stage `baselines` asks them: the question alone, behind worked examples that all
-prompts share, behind retrieved ones that each has for itself), same number of new tokens at most, both greedy, side by side in one process:
+Same model (data/base_model), same prompts (of the test split: the question alone, behind worked examples that all prompts share, behind retrieved ones that
+each has for itself; as many as the stage `baselines` gives), same number of new tokens at most, both greedy, side by side in one process:
 
     alone   transformers' `generate`, one prompt at a time
     ours    evaluation/generate.py as the stages call it, in batches of evaluation.batch_size
 
 Tokens a second are those of the answers, the end of turn not counted; the ratio is of the two in the same round; medians over rounds. Beside it the
-seconds that ours takes for as many rows as a stage answers by default, and the share of the prompts that both answer alike: all in float32, and all but a few
-in bfloat16, in which a near-tie of two tokens may fall either way.
+seconds that ours takes for as many rows as a stage answers by default, and the share of the prompts that both answer alike: all in float32; in bfloat16
+a near-tie of two tokens may fall either way.
 """
 
 from __future__ import annotations
