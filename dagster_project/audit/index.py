@@ -717,4 +717,4 @@ def _learnt(evidence: Path, shards: Mapping[str, Path]) -> list[tuple[str, str, 
     joined = pa.concat_tables(parts).join(steps, "example_id", join_type="inner").group_by(["shard", "source"])
     found = joined.aggregate([("example_id", "count_distinct"), ("step_min", "min"), ("step_max", "max")]).to_pylist()
     columns = ("shard", "source", "example_id_count_distinct", "step_min_min", "step_max_max")
-    return sorted(tuple(row[name] for name in columns) for row in found)
+    return sorted((tuple(row[name] for name in columns) for row in found), key=str)
