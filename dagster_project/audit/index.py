@@ -53,8 +53,9 @@ CREATE TABLE wanted (md5 TEXT PRIMARY KEY, out TEXT, name TEXT) WITHOUT ROWID;
 CREATE TABLE content (id INTEGER PRIMARY KEY, md5 TEXT UNIQUE);
 CREATE TABLE drawn (content INTEGER, source TEXT, rows INTEGER);
 CREATE INDEX drawn_content ON drawn (content);
-CREATE TABLE learnt (made INTEGER, source TEXT, records INTEGER, first INTEGER, last INTEGER);
-CREATE INDEX learnt_made ON learnt (made);
+CREATE TABLE learnt (evidence TEXT, shard TEXT, source TEXT, records INTEGER, first INTEGER, last INTEGER);
+CREATE INDEX learnt_shard ON learnt (shard, evidence);
+CREATE TABLE settled (made INTEGER PRIMARY KEY);
 CREATE TABLE seen (segment INTEGER, first BLOB, keys BLOB, contents BLOB, steps BLOB, epochs BLOB, PRIMARY KEY (segment, first));
 CREATE TABLE said (segment INTEGER, first BLOB, keys BLOB, ids BLOB, PRIMARY KEY (segment, first));
 """
@@ -363,16 +364,24 @@ class Index:
             return rows.size > 0
 
     def _learn(self) -> None:
-        """How many records of each source a model learnt from, from which step to which."""
-        done = {made for (made,) in self._db.execute("SELECT DISTINCT made FROM learnt")}
-        telling = {out for (out,) in self._db.execute("SELECT DISTINCT out FROM file WHERE name = ?", (EVIDENCE,))}
-        for made in self.made.values():
-            if made.id in done or made.md5 not in telling or not (evidence := self.place(made.md5, EVIDENCE)):
-                continue
-            shards = [self.objects.path(md5, self.here.get(out, "")) for out, split, md5 in self.shards(made) if split == "train"]
-            if shards and all(shards):
-                rows = _learnt(evidence, [shard for shard in shards if shard]) or [("", 0, 0, 0)]
-                self._db.executemany("INSERT INTO learnt VALUES (?, ?, ?, ?, ?)", [(made.id, *row) for row in rows])
+        """How many records of each source a model learnt from which shard, from which step to which. Each shard is held against each evidence once."""
+        settled = {made for (made,) in self._db.execute("SELECT made FROM settled")}
+        telling = dict(self._db.execute("SELECT out, md5 FROM file WHERE name = ?", (EVIDENCE,)))
+        waiting: dict[str, tuple[Path, dict[str, Path]]] = {}
+        done: set[tuple[str, str]] = set()
+        models = [made for made in self.made.values() if made.id not in settled and made.md5 in telling]
+        if models:
+            done |= set(self._db.execute("SELECT DISTINCT evidence, shard FROM learnt").fetchall())
+        for made in models:
+            evidence, place = telling[made.md5], self.place(made.md5, EVIDENCE)
+            train = [(md5, self.here.get(out, "")) for out, split, md5 in self.shards(made) if split == "train"]
+            found = {md5: self.objects.path(md5, out) for md5, out in train if (evidence, md5) not in done}
+            if place and train and all(found.values()):
+                waiting.setdefault(evidence, (place, {}))[1].update({md5: path for md5, path in found.items() if path})
+                self._db.execute("INSERT INTO settled VALUES (?)", (made.id,))
+        for evidence, (place, shards) in waiting.items():
+            rows = [(evidence, *row) for row in _learnt(place, shards)] if shards else []
+            self._db.executemany("INSERT INTO learnt VALUES (?, ?, ?, ?, ?, ?)", rows)
 
     def shards(self, made: Made) -> list[tuple[str, str, str]]:
         """(hash of the output, split, hash) of each shard of the data a run was made from."""
@@ -462,13 +471,17 @@ class Index:
 
     def learnt(self, made: Made, source: str | None) -> tuple[int, int, int] | None:
         """(records, first step, last step) of what a model learnt from a source, or from all; None if that is not known."""
-        if self._db.execute("SELECT 1 FROM learnt WHERE made = ?", (made.id,)).fetchone() is None:
+        if self._db.execute("SELECT 1 FROM settled WHERE made = ?", (made.id,)).fetchone() is None:
             return None
-        query = "SELECT coalesce(sum(records), 0), coalesce(min(first), 0), coalesce(max(last), 0) FROM learnt WHERE made = ?1"
+        outs = [out for out in self.data(made) if out in self.dealing]
+        query = f"""SELECT coalesce(sum(records), 0), coalesce(min(first), 0), coalesce(max(last), 0) FROM file
+            JOIN learnt ON learnt.shard = file.md5 AND learnt.evidence = (SELECT md5 FROM file WHERE out = ? AND name = '{EVIDENCE}')
+            WHERE file.out IN ({",".join("?" * len(outs))}) AND file.split = 'train'"""
+        values = [made.md5, *outs]
         if source is not None:
-            query += " AND (source = ?2 OR source LIKE ?3 ESCAPE '\\')"
-            return tuple(self._db.execute(query, (made.id, source, _inside(source))).fetchone())
-        return tuple(self._db.execute(query, (made.id,)).fetchone())
+            query += " AND (source = ? OR source LIKE ? ESCAPE '\\')"
+            values += [source, _inside(source)]
+        return tuple(self._db.execute(query, values).fetchone())
 
     def texts(self) -> dict[str, Path]:
         """Hash -> place of every shard that is here."""
@@ -693,16 +706,17 @@ def _chunks(keys: bytes, columns: Sequence[np.ndarray]) -> Iterator[tuple[bytes,
         yield (inside[:8], inside, *(column[rows].tobytes() for column in columns))
 
 
-def _learnt(evidence: Path, shards: Sequence[Path]) -> list[tuple[str, int, int, int]]:
-    """(source, records, first step, last step) of what was learnt from each source."""
+def _learnt(evidence: Path, shards: Mapping[str, Path]) -> list[tuple[str, str, int, int, int]]:
+    """(shard, source, records, first step, last step) of what was learnt of each shard, by its hash."""
     import pyarrow as pa
-    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    sources = pa.concat_tables(pq.read_table(shard, columns=["example_id", "source"]) for shard in shards)
-    sources = sources.group_by("example_id").aggregate([("source", "min")])
+    parts = []
+    for md5, path in shards.items():
+        part = pq.read_table(path, columns=["example_id", "source"])
+        parts.append(part.append_column("shard", pa.array([md5] * part.num_rows, pa.string())))
     steps = pq.read_table(evidence, columns=["example_id", "step"]).group_by("example_id").aggregate([("step", "min"), ("step", "max")])
-    joined = steps.join(sources, "example_id", join_type="left outer")
-    joined = joined.set_column(joined.schema.get_field_index("source_min"), "source", pc.fill_null(joined["source_min"], ""))
-    found = joined.group_by("source").aggregate([("example_id", "count"), ("step_min", "min"), ("step_max", "max")]).to_pylist()
-    return sorted((row["source"], row["example_id_count"], row["step_min_min"], row["step_max_max"]) for row in found)
+    joined = pa.concat_tables(parts).join(steps, "example_id", join_type="inner").group_by(["shard", "source"])
+    found = joined.aggregate([("example_id", "count_distinct"), ("step_min", "min"), ("step_max", "max")]).to_pylist()
+    columns = ("shard", "source", "example_id_count_distinct", "step_min_min", "step_max_max")
+    return sorted((tuple(row[name] for name in columns) for row in found), key=str)
