@@ -611,7 +611,7 @@ def update(
         policy_loss, value_loss, clip_fraction, approx_kl = (processes.summed(sums) / count).tolist()
         if not math.isfinite(policy_loss + value_loss):
             raise Collapsed(f"the loss is {policy_loss + value_loss}")
-        if settings.max_kl is not None and approx_kl > settings.max_kl:
+        if taken and settings.max_kl is not None and approx_kl > settings.max_kl:
             break
         processes.sum_gradients(weights)
         norm = float(torch.nn.utils.clip_grad_norm_(weights, settings.max_grad_norm))
