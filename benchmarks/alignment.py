@@ -26,11 +26,11 @@ sys.path.insert(0, str(ROOT))
 PHASES = {"dpo": "SFT, DPO", "kto": "SFT, KTO"} | {name: f"SFT, reward model, {name.upper()}" for name in ("rloo", "grpo", "ppo")}
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "dpo": {"learning_rate": 2e-4},
-    "kto": {"learning_rate": 2e-4},
+    "dpo": {"learning_rate": 4e-4},
+    "kto": {"learning_rate": 4e-4},
     "rloo": {"learning_rate": 2e-4, "options": {"max_completion_length": 48}},
     "grpo": {"learning_rate": 2e-4, "options": {"max_completion_length": 48}},
-    "ppo": {"learning_rate": 2e-4, "options": {"response_length": 48}},
+    "ppo": {"options": {"response_length": 48, "learning_rate": 3e-4, "horizon": 64}},
 }
 """Method -> its entry."""
 
@@ -48,7 +48,7 @@ def one(method: str, seed: int, adapter: str, episodes: int, project: Path, scor
     if method in ("rloo", "grpo"):
         entry["max_steps"] = episodes // 8
     if method == "ppo":
-        entry["options"] = {**entry.get("options", {}), "episodes": episodes}
+        entry["options"] = {**entry.get("options", {}), "total_episodes": episodes}
     with tempfile.TemporaryDirectory() as scratch:
         folder, began = Path(scratch), time.perf_counter()
         report = aligned.run(
