@@ -265,18 +265,16 @@ class Index:
         return dict(stages_of("stages:\n" + text)[made.address])
 
     def parents(self, made: Made) -> list[Made]:
-        """The models that a model was made from, directly. Of a folder of models those whose weights went into it as they are, if any did."""
-        found: dict[str, list[Made]] = defaultdict(list)
-        for dep, _, md5 in made.reads:
+        """The models that a model was made from, directly. Of folders of models those whose weights went into it as they are, if any did."""
+        named: list[Made] = []
+        gathered: list[Made] = []
+        for dep, path, md5 in made.reads:
             maker = self.maker(made, md5)
             if maker and maker.weights and maker.md5 != made.md5:
-                found[dep].append(maker)
+                (named if dep == path else gathered).append(maker)
         mine = self.weights(made.md5)
-        whole: list[Made] = []
-        for makers in found.values():
-            same = [maker for maker in makers if mine & self.weights(maker.md5)] if len(makers) > 1 else []
-            whole += same or makers
-        return list(dict.fromkeys(whole))
+        same = [maker for maker in gathered if mine & self.weights(maker.md5)]
+        return list(dict.fromkeys([*named, *(same or gathered)]))
 
     def data(self, made: Made) -> dict[str, Made]:
         """Hash -> run of all that a run read, directly or through others, not going past models or past what is dealt out into splits: a set of

@@ -55,17 +55,16 @@ class Subject:
 
 
 def _flow(index: Index, made: Made) -> list[Made]:
-    order: list[Made] = []
+    order: dict[tuple[str, str], Made] = {}  # a stage that made the same bytes twice is one
 
     def visit(one: Made) -> None:
         for _, _, md5 in one.reads:
             if parent := index.maker(one, md5):
                 visit(parent)
-        if one not in order:
-            order.append(one)
+        order.setdefault((one.address, one.md5), one)
 
     visit(made)
-    return order
+    return list(order.values())
 
 
 def report_of(index: Index, made: Made) -> dict[str, Any]:
@@ -173,7 +172,7 @@ def document(subject: Subject) -> dict[str, Any]:
     sources = {name: dict(facts) for report in reports.values() for name, facts in report.get("sources", {}).items()}
     for name, facts in sources.items():
         facts["outcomes"] = {
-            names[one]: counts
+            names[one.path, one.md5]: counts
             for one, found in ledgers.items()
             if (counts := _of_source(found, name)) and counts != {"read": facts.get("rows")}
         }
@@ -181,7 +180,7 @@ def document(subject: Subject) -> dict[str, Any]:
         "model": {"stage": made.address, "path": made.path, "md5": made.md5},
         "sources": sources,
         "base_model": next(({key: r[key] for key in ORIGIN if key in r} for r in reports.values() if {"origin", "sha256"} <= r.keys()), {}),
-        "stages": {names[one]: _stage(index, one, reports[one], names) for one in street},
+        "stages": {names[one.path, one.md5]: _stage(index, one, reports[one], names) for one in street},
         "records": _counted(records),
         "parents": [{"stage": one.address, "path": one.path, "md5": one.md5, **_dated(index, one)} for one in subject.models[:-1]],
         "parameters": parameters,
@@ -195,11 +194,11 @@ def document(subject: Subject) -> dict[str, Any]:
     }
 
 
-def _names(street: Iterable[Made]) -> dict[Made, str]:
-    """Addresses, told apart where two versions of a stage had a part in it."""
-    found: dict[Made, str] = {}
+def _names(street: Iterable[Made]) -> dict[tuple[str, str], str]:
+    """(path, hash) -> address, told apart where two versions of a stage had a part in it."""
+    found: dict[tuple[str, str], str] = {}
     for made in street:
-        found[made] = f"{made.address} {made.md5[:8]}" if made.address in found.values() else made.address
+        found[made.path, made.md5] = f"{made.address} {made.md5[:8]}" if made.address in found.values() else made.address
     return found
 
 
@@ -253,10 +252,10 @@ def _holds(params: bytes, recorded: Mapping[str, Any]) -> bool:
     return True
 
 
-def _stage(index: Index, made: Made, report: Mapping[str, Any], names: Mapping[Made, str]) -> dict[str, Any]:
+def _stage(index: Index, made: Made, report: Mapping[str, Any], names: Mapping[tuple[str, str], str]) -> dict[str, Any]:
     shown = ("passed", "severity", "blocking", "count", "dropped", "waived", "note")
     checks = {name: {key: found[key] for key in shown if key in found} for name, found in report.get("checks", {}).items()}
-    parents = {names[maker] for _, _, md5 in made.reads if (maker := index.maker(made, md5)) and maker in names}
+    parents = {names[path, md5] for _, path, md5 in made.reads if (path, md5) in names}
     splits = {name: report[name] for name in ("train", "validation", "test") if isinstance(report.get(name), int)}
     return {
         "output": made.path,
@@ -300,7 +299,6 @@ def trained_on(subject: Subject) -> tuple[pa.Table | None, list[dict[str, str]]]
 
     index = subject.index
     tables, missing = [], []
-    known: set[str] = set()
     for made in subject.models:
         files = index.files(made.md5)
         data = list(index.data(made).values())
@@ -308,10 +306,8 @@ def trained_on(subject: Subject) -> tuple[pa.Table | None, list[dict[str, str]]]
             if data:  # else it learnt nothing by itself
                 missing.append(_missing(made))
             continue
-        evidence = files.get(EVIDENCE)
-        if evidence is None or evidence in known:
-            continue
-        known.add(evidence)
+        if EVIDENCE not in files or any(index.weights(made.md5) <= index.weights(parent.md5) for parent in index.parents(made)):
+            continue  # a copy of its parent learnt nothing by itself, though the evidence went along
         path = index.place(made.md5, EVIDENCE)
         if path is None:
             missing.append(_missing(made))
