@@ -26,11 +26,11 @@ sys.path.insert(0, str(ROOT))
 PHASES = {"dpo": "SFT, DPO", "kto": "SFT, KTO"} | {name: f"SFT, reward model, {name.upper()}" for name in ("rloo", "grpo", "ppo")}
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "dpo": {"learning_rate": 4e-4},
-    "kto": {"learning_rate": 4e-4},
+    "dpo": {"learning_rate": 2.5e-4},
+    "kto": {"learning_rate": 2.5e-4},
     "rloo": {"learning_rate": 2e-4, "options": {"max_completion_length": 48}},
     "grpo": {"learning_rate": 2e-4, "options": {"max_completion_length": 48}},
-    "ppo": {"options": {"response_length": 48, "learning_rate": 3e-4, "horizon": 64}},
+    "ppo": {"options": {"response_length": 48, "learning_rate": 3e-4, "target_kl": 6.0, "horizon": 64}},
 }
 """Method -> its entry."""
 
@@ -77,12 +77,12 @@ def one(method: str, seed: int, adapter: str, episodes: int, project: Path, scor
 
 def table(runs: list[dict[str, Any]], sft: float | None, device: str) -> str:
     lines = [
-        f"{device}; mean over the seeds and, in brackets, the least and the most of them. Reward, win rate, length and KL are of held-out prompts; the SFT model's reward is"
+        f"{device}; mean over the seeds and, in brackets, the least and the most of them. Reward, win rate, length and KL are of held-out prompts, gain and macro-F1 of the first seed; the SFT model's reward is"
         f" {_over(runs, lambda run: run['watch']['reward']['sft'])}, its answers have {_over(runs, lambda run: run['watch']['tokens']['sft'])} tokens"
         + (f", its macro-F1 is {sft:.3f}." if sft is not None else "."),
         "",
-        "| method | phases | learns | seeds | reward | win rate | preference accuracy | KL, nats a token | tokens of an answer | macro-F1 | seconds | peak GB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| method | phases | learns | seeds | reward | gain over SFT, 95 % interval | win rate | preference accuracy | KL, nats an answer | tokens of an answer | macro-F1 | seconds | peak GB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for method in dict.fromkeys(run["method"] for run in runs):
         mine = [run for run in runs if run["method"] == method]
@@ -97,9 +97,10 @@ def table(runs: list[dict[str, Any]], sft: float | None, device: str) -> str:
             "offline" if method in ("dpo", "kto") else "online",
             f"{len(good)} of {len(mine)}",
             _over(good, lambda run: run["watch"]["reward"]["aligned"]),
+            "{difference:+.2f} ({interval[0]:+.2f} to {interval[1]:+.2f})".format(**good[0]["watch"]["reward"]),
             _over(good, lambda run: run["watch"]["win_rate"]["value"]),
             _over(good, lambda run: run["preference"]["accuracy"]["aligned"]),
-            _over(good, lambda run: run["watch"]["kl_per_token"], 3),
+            _over(good, lambda run: run["watch"]["kl_per_token"] * run["watch"]["tokens"]["aligned"], 1),
             _over(good, lambda run: run["watch"]["tokens"]["aligned"]),
             f"{f1[0]:.3f}" if f1 else "",
             _over(good, lambda run: run["training_seconds"], 0),

@@ -299,7 +299,17 @@ def release(at: At) -> Report:
 
     merged = {name: at.all_of("merged") / name for name in at.values["adapter"]}
     merged |= {name: at.all_of("merged_aligned") / name for name in at.values["aligned"]}
-    return stage.run(at.params("release", stage.Params), at.compute, at.made_by("comparison"), merged, out=at.out)
+    trained = {f"{name}@{variant}": at.all_of(name) / variant for name in ("adapter", "aligned") for variant in at.values[name]}
+    return stage.run(at.params("release", stage.Params), at.compute, at.made_by("comparison"), merged, trained, _reports(at), out=at.out)
+
+
+def _reports(at: At) -> dict[str, dict[str, Any]]:
+    """The report of every stage that comes before this one, in flow order."""
+    found = {}
+    for stage in list(STREET)[: list(STREET).index(at.stage)]:
+        for name in [f"{stage}/{variant}" for variant in at.values[VARIANTS_OF[stage]]] if stage in VARIANTS_OF else [stage]:
+            found[name.replace("/", "@")] = json.loads((at.root / "data" / "reports" / f"{name}.json").read_text(encoding="utf-8"))
+    return found
 
 
 STREET: dict[str, Callable[[At], Report]] = {

@@ -1,6 +1,6 @@
 """A small street of real stages that take no time, for tests of the two doors: a foreach, a gate, a git source and a .dvc source.
 
-    raw (data/sources/g.txt in git, d.txt under DVC) -> inst (a gate: no row may say BAD) -> tok -> adapter@X -> cmp
+    raw (data/sources/g.txt in git, d.txt under DVC) -> inst (a gate: no row may say BAD) -> tok -> adapter@X -> cmp (reads the reports of both, too)
 
 As a script in a project's folder it is that project's command line: `python street.py run STAGE`, `python street.py materialize [ADDRESS...]`.
 """
@@ -84,6 +84,7 @@ def adapter(at: At) -> Report:
 def cmp(at: At) -> Report:
     _started(at)
     found = [path.read_text() for name in at.values["variants"] for path in sorted((at.root / "data/adapter" / name).glob("*"))]
+    found += [(at.root / "data/reports" / name).read_text() for name in ("tok.json", *(f"adapter/{name}.json" for name in at.values["variants"]))]
     (at.out / "board.txt").write_text("\n".join([*found, (at.root / "data/tok/test.txt").read_text(), _code(at)]))
     return Report()
 
@@ -125,7 +126,7 @@ def dvc_yaml(note: str = "", with_extra: bool = False, raw_reads_d: bool = True)
         | stage_text("inst", ["data/raw"], ["minlen"], note)
         | stage_text("tok", ["data/inst"], ["testseed"])
         | stage_text("adapter", ["data/tok"], ["variants.${key}"])
-        | stage_text("cmp", ["data/adapter", "data/tok"], ["variants"])
+        | stage_text("cmp", ["data/adapter", "data/tok", "data/reports/adapter", "data/reports/tok.json"], ["variants"])
         | (stage_text("extra", ["data/tok"], []) if with_extra else {})
     )
     return json.dumps({"plots": [{"data/live": {"x": "step"}}], "stages": stages}, indent=1)

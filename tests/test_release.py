@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, edit_params
+from huggingface_hub import ModelCard
 
 from dagster_project import pipeline
+from dagster_project.audit.papers import chain
 from dagster_project.errors import InputError
 from dagster_project.params import Compute
 from dagster_project.records import Report, write_json
@@ -40,7 +42,7 @@ def promote(tmp_path: Path, model: Path, change: Change = lambda found: None, pa
     found = board()
     change(found)
     write_json(tmp_path / "comparison" / "comparison.json", found)
-    return release.run(params or Params(), Compute(threads=1), tmp_path / "comparison", {"lora": model}, tmp_path / "release")
+    return release.run(params or Params(), Compute(threads=1), tmp_path / "comparison", {"lora": model}, {}, {}, tmp_path / "release")
 
 
 def worse(found: dict[str, Any]) -> None:
@@ -81,6 +83,40 @@ def test_a_failed_check_blocks_unless_it_is_waived_with_a_reason(
     record = json.loads((tmp_path / "b/release/release.json").read_text())
     assert record["waivers"] == [{"check": name, "reason": "agreed with the owner", "expires": "2999-01-01"}]
     assert not record["checks"][name]["passed"]
+
+
+def test_a_release_carries_the_card_and_audit_of_its_own_variant_alone(tiny_model: Path, tmp_path: Path) -> None:
+    trained = {name: tmp_path / name for name in ("adapter@lora", "adapter@dora")}
+    for name, folder in trained.items():
+        folder.mkdir()
+        (folder / "training.json").write_text(json.dumps({"stage": name}))
+    reports: dict[str, dict[str, Any]] = {
+        "base_model": {"origin": "org/base", "licence": "Apache-2.0"},
+        "raw_examples": {"sources": {"data/sources/a.jsonl": {"rows": 9, "format": "messages", "licence": "MIT", "sha256": "0" * 64}}},
+        "adapter@lora": {"environment": {"peft": "1"}, "steps": 3, "method": "lora"},
+        "adapter@dora": {"environment": {"peft": "1"}, "steps": 5, "method": "dora"},
+        "raw_preferences": {},
+        "evaluation@lora": {"macro_f1": 0.8, "macro_f1_interval": [0.7, 0.9], "test_examples": 9},
+        "evaluation@dora": {"macro_f1": 0.6, "macro_f1_interval": [0.5, 0.7], "test_examples": 9},
+        "comparison": {"advice": ["It is worth it."]},
+    }
+    write_json(tmp_path / "comparison" / "comparison.json", board())
+    release.run(Params(), Compute(threads=1), tmp_path / "comparison", {"lora": tiny_model}, trained, reports, tmp_path / "release")
+    card = ModelCard((tmp_path / "release/README.md").read_text())
+    assert [(one.metric_type, one.metric_value) for one in card.data.eval_results] == [("macro_f1", 0.8)]
+    assert card.data.tags == ["lora", "pedigree"] and "data/sources/a.jsonl" in card.text and "It is worth it." in card.text
+    found = json.loads((tmp_path / "release/audit/audit.json").read_text())
+    assert list(found["stages"]) == ["base_model", "raw_examples", "adapter@lora"] and found["training"]["steps"] == 3
+    assert [path.parent.name for path in (tmp_path / "release/audit").rglob("training.json")] == ["adapter_lora"]
+
+
+def test_an_aligned_variant_is_traced_through_the_variant_it_started_from() -> None:
+    reports: dict[str, dict[str, Any]] = dict.fromkeys(
+        ["tokenized", "adapter@lora", "adapter@dora", "merged@lora", "preferences", "reward_model", "merged_aligned@dpo", "evaluation@lora"], {}
+    )
+    assert chain("lora", reports) == ["tokenized", "adapter@lora", "merged@lora", "evaluation@lora"]
+    reports["aligned@dpo"] = {"adapter": "lora"}
+    assert chain("dpo", reports) == [name for name in reports if name not in {"adapter@dora", "evaluation@lora"}]
 
 
 def test_no_more_may_be_forgotten_than_the_parameter_says(tiny_model: Path, tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ def papers(root: Path, model: str, rev: str | None = None) -> dict[str, Any]:
         for name in lock
         if name in {"baselines", "comparison"} or (variant and name.startswith("evaluation") and name.endswith(f"@{variant}"))
     ]
-    reports = {name: at.json(f"data/reports/{name.replace('@', '/')}.json") for name in [*found["stages"], *beside]}
-    told = from_reports(address, reports)
+    reports = {name: at.json(f"data/reports/{name.replace('@', '/')}.json") for name in dict.fromkeys([*found["stages"], *beside])}
+    told = from_reports(address, reports, reports[address].get("variant", "") if address == "release" else "")
     stages = {
         name: {**stage, **{key: found["stages"][name][key] for key in ("output", "md5", "inputs")}}
         for name, stage in told["stages"].items()

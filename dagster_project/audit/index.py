@@ -558,12 +558,17 @@ def output(stage: Mapping[str, Any]) -> dict[str, Any] | None:
     return dict(outs[0]) if outs else None
 
 
+def is_input(path: str) -> bool:
+    """Whether a dependency is data: neither code nor what another stage tells of its output."""
+    return not path.endswith(".py") and not path.startswith("data/reports/")
+
+
 def _reads(stage: Mapping[str, Any], outs: Mapping[str, str]) -> list[tuple[str, str, str]]:
     """(dependency, path of the output it is, or its own, hash). A folder of outputs stands for those in it, a file of one for the whole."""
     found: list[tuple[str, str, str]] = []
     for dep in stage.get("deps", []):
         path, md5 = dep["path"], dep.get("md5", "")
-        if path.endswith(".py"):
+        if not is_input(path):
             continue
         inside = [(path, out, value) for out, value in outs.items() if out.startswith(path + "/")]
         around = [(path, out, value) for out, value in outs.items() if path.startswith(out + "/")]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.audit.history import LOCK, Revision, blobs, commit_of, folder_md5, git, is_there, listing_of
-from dagster_project.audit.index import EVIDENCE, WEIGHTS, Index, Made
+from dagster_project.audit.index import EVIDENCE, WEIGHTS, Index, Made, is_input
 from dagster_project.errors import InputError
 
 if TYPE_CHECKING:
@@ -260,7 +260,7 @@ def _stage(index: Index, made: Made, report: Mapping[str, Any], names: Mapping[t
     return {
         "output": made.path,
         "md5": made.md5,
-        "inputs": {dep["path"]: dep.get("md5", "") for dep in index.stage(made).get("deps", []) if not dep["path"].endswith(".py")},
+        "inputs": {dep["path"]: dep.get("md5", "") for dep in index.stage(made).get("deps", []) if is_input(dep["path"])},
         "parents": [name for name in names.values() if name in parents],
         **{key: report[key] for key in ("rows_in", "rows_out", "dropped") if key in report},
         **({"examples": splits} if splits else {}),

@@ -11,16 +11,19 @@ NAMESPACE = UUID("6f1d7c1e-2f0b-5f5e-9a53-0f0c6b1f2a90")
 """Of all ids in papers: uuid5 of what a thing is, so that the same thing has the same id in every paper."""
 
 
-def from_reports(address: str, reports: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def from_reports(address: str, reports: Mapping[str, Mapping[str, Any]], released: str = "") -> dict[str, Any]:
     """The lineage of a model as far as reports tell it: all that a stage may know, which reads files and neither git nor dvc.lock.
 
     Args:
         address: the model's stage, e.g. merged@lora.
         reports: in flow order, the report of every stage above the model, of itself if it has one yet, and of those that measured it.
+        released: of a release, the variant that it is; what made and measured other variants is left out.
     Returns:
         {"model", "sources", "base_model", "stages", "training", "environment", "metrics", "untuned", "advice"}, as `export.papers` has them.
     """
-    variant = address.partition("@")[2]
+    variant = released or address.partition("@")[2]
+    if released:
+        reports = {name: reports[name] for name in chain(released, reports)}
     tuned = [report for name, report in reports.items() if "environment" in report]
     measured = {name: report for name, report in reports.items() if name.startswith("evaluation") and name.partition("@")[2] == variant}
     base, own = reports.get("base_model", {}), reports.get(address, {})
@@ -39,6 +42,24 @@ def from_reports(address: str, reports: Mapping[str, Mapping[str, Any]]) -> dict
     }
 
 
+def chain(variant: str, reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The stages that had a part in one variant, of all that reports are given of."""
+    aligned = reports.get(f"aligned@{variant}")
+    mine = {variant, *([aligned["adapter"]] if aligned else [])}
+    return [
+        name
+        for name in reports
+        if (
+            "@" not in name
+            and (aligned or name not in PREFERRING)
+            or name.partition("@")[2] == variant
+            or (name.startswith(("adapter@", "merged@")) and name.partition("@")[2] in mine)
+        )
+    ]
+
+
+PREFERRING = {"raw_preferences", "preferences", "reward_model"}
+"""Stages that no model goes through which is not aligned."""
 TRAINING = (
     "method",
     "trainable_parameters",

@@ -26,6 +26,7 @@ logging.getLogger("dvc").setLevel(logging.ERROR)
 log = logging.getLogger("pedigree")
 
 MISSING = "missing"
+REPORTS = "data/reports/"
 WATCH = 10.0
 """Seconds between two looks at a stage that runs."""
 UNREADABLE = {"YAMLFileCorruptedError", "YAMLValidationError", "YAMLSyntaxError", "ResolveError", "EntryNotFound", "CyclicGraphError"}
@@ -59,7 +60,7 @@ class StageState:
     report: str | None
     inputs: tuple[Input, ...]
     definition_now: str
-    """Hash of command, parameter values and code."""
+    """Hash of command, parameter values, code, and reports of other stages that it reads."""
     definition_recorded: str | None
     version: str
     """Content hash of the output on disk, or "missing"."""
@@ -70,7 +71,7 @@ class StageState:
     in_cache: bool
     """Could `dvc checkout` bring the recorded output back?"""
     code: tuple[str, ...]
-    """Files of code it depends on."""
+    """Files of code, and reports of other stages, that it depends on."""
 
     @property
     def changed(self) -> list[str]:
@@ -80,7 +81,7 @@ class StageState:
         return (
             ([self.doubt] if self.doubt else [])
             + [f"{i.path} changed" for i in self.inputs if i.now != i.recorded]
-            + ([] if self.definition_now == self.definition_recorded else ["command, parameters or code changed"])
+            + ([] if self.definition_now == self.definition_recorded else ["command, parameters, code or a report it reads changed"])
         )
 
 
@@ -179,6 +180,11 @@ def is_code(path: str) -> bool:
     return path.endswith(".py")
 
 
+def is_report(path: str) -> bool:
+    """What a stage tells of its output. A stage that reads one reads no output: it counts as part of the reader's definition."""
+    return path.startswith(REPORTS)
+
+
 def overlap(a: str, b: str) -> bool:
     return a == b or a.startswith(b + "/") or b.startswith(a + "/")
 
@@ -224,7 +230,7 @@ def _state(root: Path, stage: Any, paths: Mapping[str, str], versions: Mapping[s
     for dep in stage.params:
         values.update(dep.read_params())
         locked.update(dep.hash_info.value or {} if dep.hash_info else {})
-    code = sorted(filter(is_code, now))
+    code = sorted(path for path in now if is_code(path) or is_report(path))
     inputs: list[Input] = []
     for path in (path for path in now if path not in code):
         makers = [address for address, made in paths.items() if made == path or made.startswith(path + "/")]

@@ -21,7 +21,7 @@ from dagster_project.doors import dvc
 from dagster_project.doors.dvc import StageState
 from dagster_project.errors import InputError
 
-REPORTS, PLOTS = "data/reports/", "data/plots/"
+REPORTS, PLOTS = dvc.REPORTS, "data/plots/"
 """Where a stage's outputs lie that are not its main one."""
 KNOWN = Path(".dvc", "tmp", "pedigree", "sha256.json")
 """What was hashed before: path -> [mtime in ns, inode, size, sha256]. Only a cache: it can be deleted."""

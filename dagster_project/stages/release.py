@@ -12,10 +12,12 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from dagster_project.audit.card import model_card
+from dagster_project.audit.papers import from_reports
 from dagster_project.curation.review import Exemption
 from dagster_project.evaluation.compare import NAMES, gain
 from dagster_project.params import Compute, Section
-from dagster_project.records import CheckResult, Report, write_json
+from dagster_project.records import CheckResult, Report, write_json, write_text
 
 TRUTHS = {
     "better_than_baselines": "The variant is better than the best alternative to tuning, beyond chance.",
@@ -27,6 +29,8 @@ TRUTHS = {
 AUTO = "auto"
 PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack"}
 """Endings of weights in other formats."""
+EVIDENCE = ("training.json", "examples.parquet")
+"""What a training leaves beside its weights: settings as resolved and what learnt; each record with the steps that saw it."""
 NEW_TOKENS = 24
 PROBES = ("What is the capital of France?", "My parcel arrived damaged. What can I do?", "Write one line of JSON.")
 
@@ -46,9 +50,19 @@ class Params(Section):
     """Checks that may fail."""
 
 
-def run(params: Params, compute: Compute, comparison: Path, merged: Mapping[str, Path], out: Path) -> Report:
+def run(
+    params: Params,
+    compute: Compute,
+    comparison: Path,
+    merged: Mapping[str, Path],
+    trained: Mapping[str, Path],
+    reports: Mapping[str, Mapping[str, Any]],
+    out: Path,
+) -> Report:
     """Args:
     merged: variant -> the folder of its stand-alone model.
+    trained: stage that trains (adapter@lora) -> its output.
+    reports: every stage before this one -> its report, in flow order.
     """
     board = json.loads((comparison / "comparison.json").read_text(encoding="utf-8"))
     recommended = board["recommended"]
@@ -76,9 +90,23 @@ def run(params: Params, compute: Compute, comparison: Path, merged: Mapping[str,
         "files": {str(path.relative_to(out)): _sha256(path) for path in sorted(out.rglob("*")) if path.is_file()},
     }
     write_json(out / "release.json", document)
+    _papers(variant, trained, reports, out)
     shown = {name: document["scores"][name] for name in board["shown"] if name in document["scores"]}
     waived = [check.name for check in checks if not check.passed and check.name in names]
     return Report(metrics={"variant": variant, **shown, "waived": waived, "files": document["files"]}, checks=checks)
+
+
+def _papers(variant: str, trained: Mapping[str, Path], reports: Mapping[str, Mapping[str, Any]], out: Path) -> None:
+    """The model card, and under audit/ what the model was made from: the record, and of each training the records it took, in the order seen."""
+    found = from_reports("release", reports, variant)
+    write_text(out / "README.md", model_card(found))
+    write_json(out / "audit" / "audit.json", found)
+    for name in (name for name in found["stages"] if name in trained):
+        for file in EVIDENCE:
+            if (source := trained[name] / file).is_file():
+                target = out / "audit" / name.replace("@", "_") / file
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, target)
 
 
 @dataclass(frozen=True)
