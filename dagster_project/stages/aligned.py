@@ -20,7 +20,7 @@ from dagster_project.training import align, memory, ppo, proof
 from dagster_project.training.checkpoint import Checkpoints, refuse_full_disk
 from dagster_project.training.curve import write_curve
 from dagster_project.training.hardware import prepare
-from dagster_project.training.keeping import Evidence, Steps, identity, learn
+from dagster_project.training.keeping import Evidence, Steps, identity, learn, reuse_large_blocks
 from dagster_project.training.methods import Tunable
 from dagster_project.training.pairs import both
 from dagster_project.training.processes import claim_gpus
@@ -78,6 +78,7 @@ def run(
     """
     claim_gpus(1)
     device, dtype = prepare(compute)
+    reuse_large_blocks()
     where = f"aligned.{variant}"
     pairs = {split: read_preferences(preferences / split) for split in ("train", "validation", "test")}
     options = align.check(params.method, params.options, params.per_device_train_batch_size, where)

@@ -19,7 +19,7 @@ from dagster_project.training import memory, proof, reward
 from dagster_project.training.checkpoint import Checkpoints, refuse_full_disk
 from dagster_project.training.curve import write_curve
 from dagster_project.training.hardware import prepare
-from dagster_project.training.keeping import SIDELONG, Evidence, Lesson, Steps, identity, learn
+from dagster_project.training.keeping import SIDELONG, Evidence, Lesson, Steps, identity, learn, reuse_large_blocks
 from dagster_project.training.pairs import both
 from dagster_project.training.processes import claim_gpus
 from dagster_project.training.sft import Diverged, advice_on_memory
@@ -71,6 +71,7 @@ def run(
 
     claim_gpus(1)
     device, dtype = prepare(compute)
+    reuse_large_blocks()
     pairs = {split: read_preferences(preferences / split) for split in ("train", "validation", "test")}
     if not any(pairs.values()):  # a project without preferences: there is nothing to learn, and nothing wrong
         write_json(out / "training.json", {"pairs": 0})

@@ -74,6 +74,15 @@ SIDELONG = {"gradient_checkpointing", "save_steps", "save_total_limit"}
 """Parameters that change nothing in what is learnt."""
 
 
+def reuse_large_blocks() -> None:
+    """Let glibc keep freed memory for the next tensor. It gives blocks above 32 MB back to the kernel, which fills each new one with zeros page by page:
+    half the time of a step where there are logits of a whole vocabulary for many tokens. Nothing is computed otherwise; elsewhere nothing happens."""
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mmap_threshold, trim_threshold = -3, -1
+        mallopt(mmap_threshold, 2**30)
+        mallopt(trim_threshold, 2**31 - 1)
+
+
 @dataclass(frozen=True)
 class Lesson:
     """What is learnt, by which of TRL's trainers."""
@@ -119,8 +128,6 @@ def learn(
     from datasets import Dataset
     from transformers import TrainerCallback
 
-    if model.device.type == "cpu":
-        _reuse_large_blocks()
     saved = checkpoints.newest() if checkpoints else None
     state = saved.state(model.device) if saved else {}
     course = (
@@ -279,15 +286,6 @@ def learn(
     if show:
         show(course.curve, now=True)
     return course
-
-
-def _reuse_large_blocks() -> None:
-    """Let glibc keep freed memory for the next tensor. It gives blocks above 32 MB back to the kernel, which fills each new one with zeros page by page:
-    half the time of a step, since TRL computes logits of a whole vocabulary for every token. Nothing is computed otherwise; elsewhere nothing happens."""
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        mmap_threshold, trim_threshold = -3, -1
-        mallopt(mmap_threshold, 2**30)
-        mallopt(trim_threshold, 2**31 - 1)
 
 
 def _with_rows(batch: Any, found: Sequence[Mapping[str, Any]]) -> Any:
