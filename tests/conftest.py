@@ -128,7 +128,11 @@ def copy_project(target: Path) -> Path:
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split("\n")
     for name in filter(None, tracked):
-        if name == "dvc.lock" or (name.startswith(("data/reports/", ".dvc/")) and not name.endswith(".gitkeep")) or not (ROOT / name).is_file():
+        if (
+            name == "dvc.lock"
+            or (name.startswith(("data/reports/", ".dvc/")) and not name.endswith(".gitkeep"))
+            or not (ROOT / name).is_file()
+        ):
             continue
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, target / name)

@@ -84,7 +84,9 @@ def adapter(at: At) -> Report:
 def cmp(at: At) -> Report:
     _started(at)
     found = [path.read_text() for name in at.values["variants"] for path in sorted((at.root / "data/adapter" / name).glob("*"))]
-    found += [(at.root / "data/reports" / name).read_text() for name in ("tok.json", *(f"adapter/{name}.json" for name in at.values["variants"]))]
+    found += [
+        (at.root / "data/reports" / name).read_text() for name in ("tok.json", *(f"adapter/{name}.json" for name in at.values["variants"]))
+    ]
     (at.out / "board.txt").write_text("\n".join([*found, (at.root / "data/tok/test.txt").read_text(), _code(at)]))
     return Report()
 

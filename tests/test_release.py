@@ -111,9 +111,8 @@ def test_a_release_carries_the_card_and_audit_of_its_own_variant_alone(tiny_mode
 
 
 def test_an_aligned_variant_is_traced_through_the_variant_it_started_from() -> None:
-    reports: dict[str, dict[str, Any]] = dict.fromkeys(
-        ["tokenized", "adapter@lora", "adapter@dora", "merged@lora", "preferences", "reward_model", "merged_aligned@dpo", "evaluation@lora"], {}
-    )
+    names = "tokenized adapter@lora adapter@dora merged@lora preferences reward_model merged_aligned@dpo evaluation@lora"
+    reports: dict[str, dict[str, Any]] = {name: {} for name in names.split()}
     assert chain("lora", reports) == ["tokenized", "adapter@lora", "merged@lora", "evaluation@lora"]
     reports["aligned@dpo"] = {"adapter": "lora"}
     assert chain("dpo", reports) == [name for name in reports if name not in {"adapter@dora", "evaluation@lora"}]

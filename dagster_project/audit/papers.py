@@ -45,17 +45,13 @@ def from_reports(address: str, reports: Mapping[str, Mapping[str, Any]], release
 def chain(variant: str, reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The stages that had a part in one variant, of all that reports are given of."""
     aligned = reports.get(f"aligned@{variant}")
-    mine = {variant, *([aligned["adapter"]] if aligned else [])}
-    return [
-        name
-        for name in reports
-        if (
-            "@" not in name
-            and (aligned or name not in PREFERRING)
-            or name.partition("@")[2] == variant
-            or (name.startswith(("adapter@", "merged@")) and name.partition("@")[2] in mine)
-        )
-    ]
+    judge = str(reports.get("reward_model", {}).get("model", "")).removeprefix("merged/")
+    mine = {variant, aligned["adapter"], judge} if aligned else {variant}
+
+    def had_part(stage: str, of: str) -> bool:
+        return of == variant or (of in mine and stage in {"adapter", "merged"}) if of else bool(aligned) or stage not in PREFERRING
+
+    return [name for name in reports if had_part(name.partition("@")[0], name.partition("@")[2])]
 
 
 PREFERRING = {"raw_preferences", "preferences", "reward_model"}
