@@ -56,6 +56,19 @@ def test_a_stage_can_write_the_card_from_reports_alone(finished: Path) -> None:
     assert "commit" not in card and "issued" not in card
 
 
+def test_a_release_carries_the_card_and_the_record_that_its_papers_say(finished: Path) -> None:
+    folder = finished / "data" / "release"
+    card, whole = (folder / "README.md").read_text(), export(finished, "release", "model-card", issued=ISSUED)
+    assert ModelCard(card).data.to_dict() == ModelCard(whole).data.to_dict()
+    assert {one.metric_type for one in ModelCard(card).data.eval_results} >= {"perplexity"} and "`reward_model`" not in card
+    for path in ("triage_alpaca.json", "triage_messages.jsonl", "replies_messages.jsonl"):
+        assert f"`{sha256(finished / 'data/sources' / path)}`" in card
+    found = json.loads((folder / "audit" / "audit.json").read_text())
+    assert list(found["stages"]) == ["base_model", "raw_examples", "instructions", "splits", "tokenized", "adapter@lora", "merged@lora"]
+    for name in ("training.json", "examples.parquet"):
+        assert (folder / "audit/adapter_lora" / name).read_bytes() == (finished / "data/adapter/lora" / name).read_bytes()
+
+
 def test_what_is_on_the_hub_is_linked_and_a_licence_of_ones_own_has_its_name(finished: Path) -> None:
     reports = reports_of(finished, ["base_model", "raw_examples", "adapter@lora"])
     reports["base_model"] |= {"origin": f"org/base@{'0' * 40}", "licence": "House rules 2"}
