@@ -1,4 +1,4 @@
-"""Every alignment method on the project's own preferences, side by side. usage: python benchmarks/alignment.py [METHOD...] [--seeds N] [--episodes N] [--out FILE]
+"""Every alignment method on the project's own preferences, side by side. usage: python benchmarks/alignment.py [METHOD...] [--seeds N] [--episodes N] [--threads N] [--out FILE]
 
 Each method starts from the same SFT model (data/merged/<adapter>) with the same fresh adapter, learns through the pipeline's own stage, and is asked the same
 held-out prompts; one process for each seed. Nothing is chosen by the outcome: settings stand in SETTINGS. The task score is that of the first seed, its adapter
@@ -35,7 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """Method -> its entry."""
 
 
-def one(method: str, seed: int, adapter: str, episodes: int, project: Path, score: bool) -> dict[str, Any]:
+def one(method: str, seed: int, adapter: str, episodes: int, threads: int, project: Path, score: bool) -> dict[str, Any]:
     """Align and measure one model in this process."""
     from dagster_project import params
     from dagster_project.evaluation.measure import Settings
@@ -43,7 +43,7 @@ def one(method: str, seed: int, adapter: str, episodes: int, project: Path, scor
     from dagster_project.stages import aligned, evaluation, merged
 
     values, data = params.read(project), project / "data"
-    compute = params.parse(Compute, values.get("compute"), "compute").model_copy(update={"seed": seed})
+    compute = params.parse(Compute, values.get("compute"), "compute").model_copy(update={"seed": seed, "threads": threads})
     entry = {"method": method, "adapter": adapter, **SETTINGS[method]}
     if method in ("rloo", "grpo"):
         entry["max_steps"] = episodes // 8
@@ -123,6 +123,7 @@ def main() -> int:
     parser.add_argument("methods", nargs="*", default=list(SETTINGS))
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method (default: %(default)s)")
     parser.add_argument("--episodes", type=int, default=256, help="answers that an online method learns from (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="of each run (default: %(default)s)")
     parser.add_argument("--adapter", default="lora", help="the SFT variant (default: %(default)s)")
     parser.add_argument("--project", type=Path, default=ROOT)
     parser.add_argument("--measured", type=Path, help="file to keep measurements in; what it holds is not measured again")
@@ -142,6 +143,7 @@ def main() -> int:
                 "seed": seed,
                 "adapter": options.adapter,
                 "episodes": options.episodes,
+                "threads": options.threads,
                 "project": str(options.project),
                 "score": seed == 1,
             }
@@ -165,7 +167,7 @@ def main() -> int:
 
     device, dtype = prepare(Compute())
     wanted = [run for run in kept if run["method"] in options.methods]
-    shown = table(wanted, sft, f"{device.type}, {str(dtype).removeprefix('torch.')}")
+    shown = table(wanted, sft, f"{device.type}, {str(dtype).removeprefix('torch.')}, {options.threads} thread(s)")
     replace(options.out, "alignment", shown)
     print(shown)
     return 0

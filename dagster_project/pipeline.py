@@ -300,6 +300,7 @@ def release(at: At) -> Report:
     merged = {name: at.all_of("merged") / name for name in at.values["adapter"]}
     merged |= {name: at.all_of("merged_aligned") / name for name in at.values["aligned"]}
     trained = {f"{name}@{variant}": at.all_of(name) / variant for name in ("adapter", "aligned") for variant in at.values[name]}
+    trained["reward_model"] = at.made_by("reward_model")
     return stage.run(at.params("release", stage.Params), at.compute, at.made_by("comparison"), merged, trained, _reports(at), out=at.out)
 
 

@@ -16,6 +16,7 @@ from dagster_project.errors import InputError
 from dagster_project.evaluation.alignment import gamed, paired
 from dagster_project.params import Compute
 from dagster_project.pipeline import validate
+from dagster_project.progress import Progress
 from dagster_project.records import Report, example_id, read_table, write_records
 from dagster_project.stages import aligned, reward_model
 from dagster_project.training import align, reward
@@ -66,7 +67,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory, preferences: Path, tiny_mod
     return folder / "reward_model", train_reward(folder, preferences, tiny_model)
 
 
-def align_it(folder: Path, preferences: Path, judge: Path, sft: Path, **settings: Any) -> Report:
+def align_it(folder: Path, preferences: Path, judge: Path, sft: Path, compute: Compute = COMPUTE, **settings: Any) -> Report:
     params = aligned.Params(
         **{
             "adapter": "lora",
@@ -81,7 +82,7 @@ def align_it(folder: Path, preferences: Path, judge: Path, sft: Path, **settings
     return aligned.run(
         "mine",
         params,
-        COMPUTE,
+        compute,
         preferences,
         judge,
         sft,
@@ -221,6 +222,46 @@ def test_a_training_stopped_on_the_way_ends_in_the_same_bytes(
     assert bytes_of(tmp_path / "whole" / "out") == bytes_of(tmp_path / "stopped" / "out")
 
 
+def test_wherever_it_is_stopped_it_ends_in_the_same_bytes_measured_as_often(
+    tmp_path: Path, preferences: Path, judged: tuple[Path, Report], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from contextlib import contextmanager
+
+    from dagster_project.training import keeping
+
+    align_it(tmp_path / "whole", preferences, judged[0], tiny_model, method="dpo")  # four steps an epoch, two epochs
+    assert [point["step"] for point in json.loads((tmp_path / "whole" / "out" / "training.json").read_text())["validation"]] == [0, 4, 8]
+    made: list[Progress] = []
+
+    def counted(*arguments: Any) -> Progress:
+        made.append(Progress(*arguments))
+        return made[-1]
+
+    for step in (1, 4, 8):  # the last two end an epoch
+
+        @contextmanager
+        def stop(step: int = step) -> Any:
+            yield lambda: made[-1].done >= step - 1  # it advances when a step has been logged, after it has ended
+
+        with monkeypatch.context() as patched:
+            patched.setattr(keeping, "Progress", counted)
+            patched.setattr(keeping, "stop_on_request", stop)
+            with pytest.raises(Interrupted, match=f"interrupted at step {step};"):
+                align_it(tmp_path / str(step), preferences, judged[0], tiny_model, method="dpo")
+        align_it(tmp_path / str(step), preferences, judged[0], tiny_model, method="dpo")
+        assert bytes_of(tmp_path / "whole" / "out") == bytes_of(tmp_path / str(step) / "out"), step
+
+
+def test_two_processes_share_ppo_and_tell_of_it(tmp_path: Path, preferences: Path, judged: tuple[Path, Report], tiny_model: Path) -> None:
+    shared = COMPUTE.model_copy(update={"processes": 2})
+    for name, compute in {"alone": COMPUTE, "shared": shared}.items():
+        report = align_it(tmp_path / name, preferences, judged[0], tiny_model, compute, method="ppo", **METHODS["ppo"])
+        assert not report.failures, [check.note for check in report.failures]
+    alone, both_ = (json.loads((tmp_path / name / "out" / "training.json").read_text()) for name in ("alone", "shared"))
+    assert both_["processes"] == 2 and "processes" not in alone
+    assert both_["tokens"] == alone["tokens"] and both_["loss"]["first"] == pytest.approx(alone["loss"]["first"], rel=1e-2, abs=1e-3)
+
+
 def test_another_tokenizer_in_the_reward_model_is_refused_before_anything_is_loaded(
     tmp_path: Path, preferences: Path, judged: tuple[Path, Report], tiny_model: Path
 ) -> None:
@@ -243,10 +284,11 @@ def test_a_reward_without_a_model_is_the_weighted_sum_of_its_rules() -> None:
         ({"tokens": (10, 16)}, "answers grew from 10 to 16 tokens"),
         ({"distinct": (0.9, 0.7)}, "not repeated fell from 0.90 to 0.70"),
         ({"unfinished": (0.0, 0.5)}, "unfinished answers went from 0% to 50%"),
+        ({"unfinished": (0.0, 0.5), "reward": (1.0, 0.5)}, ""),
     ],
 )
 def test_a_gamed_reward_shows_in_what_is_written(watch: dict[str, tuple[float, float]], sign: str) -> None:
-    found = {"tokens": (10, 15), "distinct": (0.9, 0.85), "unfinished": (0.1, 0.15)} | watch
+    found = {"reward": (1.0, 2.0), "tokens": (10, 15), "distinct": (0.9, 0.85), "unfinished": (0.1, 0.15)} | watch
     signs = gamed({name: {"sft": a, "aligned": b, "difference": b - a} for name, (a, b) in found.items()})
     assert len(signs) == bool(sign) and sign in "".join(signs)
 
@@ -261,6 +303,9 @@ def test_kto_estimates_kl_on_answers_to_another_prompt(tiny_tokenizer: Any) -> N
     own = {i: {tuple(good), tuple(bad)} for i, (_, good, bad) in enumerate(both(tiny_tokenizer, pairs))}
     assert [row["label"] for row in rows] == [True, False] * 3
     assert all(tuple(row["KL_completion_ids"]) not in own[row["pair"]] for row in rows)
+    ranked = [pair(0, "other", "bad"), *({**pair(1, "best", bad), "prompt": pairs[1]["prompt"]} for bad in ("worse", "worst"))]
+    good = [row for row in align.rows("kto", tiny_tokenizer, ranked) if row["label"]]
+    assert good[2]["KL_completion_ids"] == good[1]["KL_completion_ids"] == good[0]["completion_ids"]
 
 
 @pytest.mark.parametrize(
@@ -284,6 +329,10 @@ def test_kto_estimates_kl_on_answers_to_another_prompt(tiny_tokenizer: Any) -> N
         (
             {"aligned": {"x": {"method": "ppo", "adapter": "lora", "learning_rate": 1e-3}}},
             "aligned.x: learning_rate: ppo takes its steps by its options",
+        ),
+        (
+            {"aligned": {"x": {"method": "ppo", "adapter": "lora", "options": {"target_kl": 6.0, "horizon": 12}}}},
+            "aligned.x.options.horizon: 12 would move beta below zero at 64 answers",
         ),
         ({"aligned": None}, "aligned: must be a mapping"),
         ({"reward_model": {"model": "merged/gone"}}, "reward_model.model: there is no adapter.gone"),

@@ -74,6 +74,20 @@ def test_a_changed_record_is_named_by_the_difference_and_the_earlier_model_is_au
     assert models == {("adapter@lora", commit), ("adapter@lora", None), *started_from_it}
 
 
+def test_a_source_and_what_was_read_from_it_lead_by_their_hashes_to_the_models_their_names_lead_to(finished: Path) -> None:
+    def models(**asked: str) -> list[tuple[str, object]]:
+        return [(model["stage"], model["seen"]) for model in impact(finished, **asked)["models"]]
+
+    for path, stage in {"triage_alpaca.json": "raw_examples", "preferences.jsonl": "raw_preferences"}.items():
+        by_name = models(source=f"data/sources/{path}")
+        content = (finished / "data" / "sources" / path).read_bytes()
+        assert by_name and models(content=hashlib.sha256(content).hexdigest()) == by_name
+        read = audit(finished, stage)["model"]["md5"]
+        assert [stage for stage, _ in models(content=read)] == [stage for stage, _ in by_name]
+    assert {stage for stage, _ in models(source="data/sources/triage_alpaca.json")} >= {"adapter@lora", "aligned@dpo", "release"}
+    assert "adapter@lora" not in {stage for stage, _ in models(source="data/sources/preferences.jsonl")}
+
+
 def test_the_records_of_a_model_are_those_it_was_trained_on(finished: Path) -> None:
     subject = find(Index(finished), "merged@lora")
     seen, missing = trained_on(subject)

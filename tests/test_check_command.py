@@ -589,6 +589,15 @@ def test_preferences_are_judged_as_pairs(name: str, check: Check) -> None:
     assert not (BENCHMARKS_ONLY & done.findings.keys())
 
 
+def test_last_answers_to_different_questions_are_no_pair(check: Check) -> None:
+    def transcript(*turns: str) -> str:
+        return "".join(f"\n\n{who}: {said}" for who, said in zip(("Human", "Assistant") * 2, turns, strict=True))
+
+    apart = {"chosen": transcript("Hi", "What?", "My parcel", "Its number?"), "rejected": transcript("Hi", "Go.", "Why?", "Because.")}
+    same = {"chosen": transcript("Hi", "What?", "My parcel", "Its number?"), "rejected": transcript("Hi", "What?", "My parcel", "Because.")}
+    assert check(jsonl(Path("a.jsonl"), apart, same), "--json").findings["prompt_mismatch"]["rows"] == [0]
+
+
 def test_a_margin_of_0_is_a_tie_and_any_other_none(check: Check) -> None:
     rows = [
         {"prompt": f"Where is {margin}?", "chosen": "Here.", "rejected": "There.", "margin": margin} for margin in (0, 0.0, 1, -2, None)

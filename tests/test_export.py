@@ -69,6 +69,16 @@ def test_a_release_carries_the_card_and_the_record_that_its_papers_say(finished:
         assert (folder / "audit/adapter_lora" / name).read_bytes() == (finished / "data/adapter/lora" / name).read_bytes()
 
 
+def test_the_papers_of_an_aligned_model_name_its_preferences_and_every_run_what_it_read(finished: Path) -> None:
+    source = "data/sources/preferences.jsonl"
+    assert f"| {source} |" in export(finished, "merged_aligned@dpo", "model-card", issued=ISSUED)
+    assert f"source:{source}" in export(finished, "merged_aligned@dpo", "cyclonedx", issued=ISSUED)
+    assert source not in export(finished, "merged@lora", "model-card", issued=ISSUED)
+    events = [json.loads(line) for line in export(finished, "merged_aligned@dpo", "openlineage", issued=ISSUED).splitlines()]
+    read = {event["job"]["name"]: {one["name"] for one in event["inputs"]} for event in events}
+    assert source in read["raw_preferences"] and source not in read["raw_examples"]
+
+
 def test_what_is_on_the_hub_is_linked_and_a_licence_of_ones_own_has_its_name(finished: Path) -> None:
     reports = reports_of(finished, ["base_model", "raw_examples", "adapter@lora"])
     reports["base_model"] |= {"origin": f"org/base@{'0' * 40}", "licence": "House rules 2"}

@@ -42,7 +42,7 @@ def events(found: Mapping[str, Any], issued: date) -> str:
     ]
     lines = []
     for name, stage in found["stages"].items():
-        read = {**stage["inputs"], **(dict.fromkeys(found["sources"]) if name == "raw_examples" else {})}
+        read = {**stage["inputs"], **dict.fromkeys(stage.get("sources", ()))}
         inputs = [InputDataset(NAMESPACE, path, facets=_facets(md5, sums.get(path), producer)) for path, md5 in read.items()]
         rows = output_statistics_output_dataset.OutputStatisticsOutputDatasetFacet(rowCount=stage.get("rows_out"), producer=producer)
         outputs = [

@@ -31,6 +31,14 @@ class Seen:
     tells: bool = True
     """Is it known at which steps it learnt from a record?"""
 
+    def plus(self, other: Seen) -> Seen:
+        """What it saw of both, where not each record is asked about."""
+        learnt = None
+        if self.learnt and other.learnt:
+            parts = [part for part in (self.learnt, other.learnt) if part[0]] or [self.learnt]
+            learnt = (sum(n for n, _, _ in parts), min(first for _, first, _ in parts), max(last for _, _, last in parts))
+        return Seen(self.rows + other.rows, learnt=learnt)
+
 
 def impact(
     root: Path,
@@ -131,11 +139,13 @@ class _Question:
         """
         drawn = self.index.drawn(name)
         for made in self._trained:
-            if only is not None and not only & self.index.data(made).keys():
+            if only is not None and not only & self.index.above(made).keys():
                 continue
             rows = sum((Counter(drawn[out]) for out in self.index.data(made).keys() & drawn.keys()), Counter[str]())
             if rows:
-                self._own[made.id] = Seen(rows, learnt=self.index.learnt(made, name))
+                before = self._own.get(made.id)  # of another source with the same bytes
+                found = Seen(rows, learnt=self.index.learnt(made, name))
+                self._own[made.id] = before.plus(found) if before else found
 
     def content(self, wanted: str) -> None:
         """Raises:
@@ -149,11 +159,11 @@ class _Question:
             self.source(name, outs)
         files, outs = index.holding(prefix)
         read = {made.id for made in index.made.values() for _, _, md5 in made.reads if md5.startswith(prefix)}
-        self._certain = bool(sources or read or index.starting_with(prefix))
-        if not (self._certain or files):
+        self._certain = bool(read or index.starting_with(prefix))
+        if not (self._certain or sources or files):
             raise InputError(f"--hash {wanted}: no output, file of one, or source in history has this hash", "see `pedigree audit MODEL`")
         for made in self._trained:
-            above = index.data(made)
+            above = index.above(made)
             shards = index.shards(made)
             whole = any(one.id in read for one in [*above.values(), made]) or any(out.startswith(prefix) for out in above)
             mine = [(split, md5) for _, split, md5 in shards if whole or md5 in files]

@@ -291,6 +291,19 @@ class Index:
                         waiting.append(maker)
         return found
 
+    def above(self, made: Made) -> dict[str, Made]:
+        """Hash -> run of `data`, and of all that it was dealt out from. What another data set was dealt into, which one of them read, is left out."""
+        found = dict(self.data(made))
+        waiting = list(found.values())
+        while waiting:
+            reader = waiting.pop()
+            for _, _, md5 in reader.reads:
+                maker = self.maker(reader, md5)
+                if maker and not maker.weights and md5 not in found and not (md5 in self.dealing or maker.path in self._dealers):
+                    found[md5] = maker
+                    waiting.append(maker)
+        return found
+
     def files(self, out: str) -> dict[str, str] | None:
         """Path -> hash of the files of an output; None if it is not here and never was."""
         if self._db.execute("SELECT 1 FROM listed WHERE md5 = ?", (out,)).fetchone() is None:

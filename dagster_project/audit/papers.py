@@ -29,7 +29,7 @@ def from_reports(address: str, reports: Mapping[str, Mapping[str, Any]], release
     base, own = reports.get("base_model", {}), reports.get(address, {})
     return {
         "model": {"stage": address, "sha256": own.get("output_sha256"), "stands_alone": own.get("merged", address == "release")},
-        "sources": reports.get("raw_examples", {}).get("sources", {}),
+        "sources": {path: facts for report in reports.values() for path, facts in report.get("sources", {}).items()},
         "base_model": {key: base[key] for key in ("origin", "licence", "parameters", "dtype", "sha256") if key in base},
         "stages": {
             name: _stage(report) for name, report in reports.items() if name not in measured and name not in {"baselines", "comparison"}
@@ -76,7 +76,8 @@ def _stage(report: Mapping[str, Any]) -> dict[str, Any]:
     checks = {
         name: {key: check[key] for key in ("passed", "count", "note") if key in check} for name, check in report.get("checks", {}).items()
     }
-    return {"sha256": report.get("output_sha256"), **kept, **({"checks": checks} if checks else {})}
+    read = {"sources": sorted(report["sources"])} if "sources" in report else {}
+    return {"sha256": report.get("output_sha256"), **read, **kept, **({"checks": checks} if checks else {})}
 
 
 def identity(*parts: Any) -> UUID:

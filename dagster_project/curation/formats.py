@@ -584,6 +584,8 @@ def as_record(pair: dict[str, Any]) -> dict[str, Any]:
     """
     messages = [*pair["prompt"], *pair["chosen"]]
     mismatch = not messages and str(json.loads(pair["meta"]).get("problem")).startswith(MISMATCH)
+    if pair["chosen"] and pair["rejected"]:  # of several turns the last ones are compared: they answer what stands before them
+        mismatch = pair["chosen"][:-1] != pair["rejected"][:-1]
     kept = {key: value for key, value in pair.items() if key not in {"prompt", "chosen"}}
     return {**kept, "messages": messages, "asked": len(pair["prompt"]), "same_prompt": not mismatch}
 

@@ -43,7 +43,7 @@ def sample_schema() -> pa.Schema:
             (f"{who}_reward", pa.float64()),  # of the reward model
             (f"{who}_tokens", pa.int64()),
             (f"{who}_distinct", pa.float64()),  # share of runs of three words that are not repeated
-            (f"{who}_unfinished", pa.bool_()),  # cut off
+            (f"{who}_unfinished", pa.bool_()),  # cut off, or nothing at all
         ]
     return pa.schema(columns)
 
@@ -153,7 +153,7 @@ def samples(
                 f"{who}_reward": rounded(value),
                 f"{who}_tokens": len(ids),
                 f"{who}_distinct": rounded(distinct(answer)),
-                f"{who}_unfinished": len(ids) >= max_new_tokens,
+                f"{who}_unfinished": not ids or len(ids) >= max_new_tokens,
             }
             if who == "aligned" and ids:
                 after.append((encode_prompt(policies.tokenizer, prompt), ids))
@@ -172,7 +172,10 @@ def samples(
 
 def gamed(watch: Mapping[str, Any]) -> list[str]:
     """Signs that the reward rose and the answers did not get better, in words; none where there are none."""
-    tokens, signs = watch["tokens"], []
+    tokens = watch["tokens"]
+    signs: list[str] = []
+    if watch["reward"]["difference"] <= 0:
+        return signs
     if tokens["aligned"] > LONGER * max(1, tokens["sft"]):
         signs.append(f"answers grew from {tokens['sft']:.0f} to {tokens['aligned']:.0f} tokens")
     if watch["distinct"]["difference"] < -WORSE:

@@ -23,7 +23,7 @@ from dagster_project.training.hardware import prepare
 from dagster_project.training.keeping import Evidence, Steps, identity, learn, reuse_large_blocks
 from dagster_project.training.methods import Tunable
 from dagster_project.training.pairs import both
-from dagster_project.training.processes import claim_gpus
+from dagster_project.training.processes import claim_gpus, together
 from dagster_project.training.reward import MODEL, RewardModel, Rewards, tokenizer_of
 from dagster_project.training.sft import Course, Diverged, advice_on_memory
 
@@ -76,7 +76,7 @@ def run(
     sft: the model of the SFT variant, which stands alone.
     checkpoints: a folder of this variant's own that outlives a killed run. It is removed once nothing blocks.
     """
-    claim_gpus(1)
+    gpus = claim_gpus(compute.processes if params.method == "ppo" else 1)
     device, dtype = prepare(compute)
     reuse_large_blocks()
     where = f"aligned.{variant}"
@@ -88,14 +88,17 @@ def run(
         judge = RewardModel(reward_model, device, dtype)
     tokenizer = tokenizer_of(sft)
     learning = sum(weight.nbytes for weight in proof.trainable(tunable.model).values())
-    refuse_full_disk({checkpoints: learning * (2 + 3 * params.save_total_limit), out: 2 * learning}, where)
+    refuse_full_disk(
+        {checkpoints: learning * (1 + (4 if params.method == "ppo" else 3) * (params.save_total_limit + 1)), out: 2 * learning}, where
+    )
     policies = alignment.Policies(tunable.model, tokenizer, ASKED_AT_ONCE)
     apart = _apart(policies, pairs["train"][:8])
     evidence = Evidence(tunable.model, checkpoints)
     named = {"SFT model": sft, **({"reward model": reward_model} if params.method in align.ONLINE else {})}
     kept = Checkpoints(checkpoints, identity(params, compute, device, dtype, preferences, named, Path(__file__)), params.save_total_limit)
     try:
-        course = _learn(tunable, tokenizer, pairs, params, options, compute, judge, kept, live)
+        with together(gpus, partial(_accompany, params, compute, preferences, reward_model, sft, checkpoints)):
+            course = _learn(tunable, tokenizer, pairs, params, options, compute, judge, kept, live)
     except Diverged as diverged:
         examples = [pairs["train"][row]["example_id"] for row in diverged.rows if row < len(pairs["train"])]
         note = f"{diverged}; lower learning_rate, or raise beta"
@@ -105,6 +108,8 @@ def run(
     )
     settings = params.model_dump(exclude=align.unused(params.method)) | {"options": options.model_dump()}
     document, moved = evidence.ends(course, settings, compute, device, dtype)
+    if len(gpus) > 1:
+        document["processes"] = len(gpus)
     tunable.save(out)
     write_json(out / "training.json", document | {"step_0": apart})
     write_table(out / "examples.parquet", proof.seen_examples(course.seen, _ids(params.method, pairs["train"])), proof.seen_schema())
@@ -173,10 +178,7 @@ def _learn(
     rewards = Rewards(params.rewards, judge) if params.method in align.ONLINE else None
     if isinstance(options, ppo.Settings):
         assert rewards
-        reward = partial(_reward, rewards, prompts)
-        return align.from_ppo(
-            ppo.train(tunable.model, tokenizer, [encode_prompt(tokenizer, p) for p in prompts], reward, options, compute, kept, live)
-        )
+        return align.from_ppo(_ppo(tunable, tokenizer, prompts, rewards, options, compute, kept, live))
     rows = {split: align.rows(params.method, tokenizer, pairs[split]) for split in ("train", "validation")}
     watched = [] if rewards else rows["validation"]
     return learn(
@@ -190,6 +192,32 @@ def _learn(
         kept,
         live,
     )
+
+
+def _ppo(
+    tunable: Tunable,
+    tokenizer: Any,
+    prompts: Sequence[Messages],
+    rewards: Rewards,
+    options: ppo.Settings,
+    compute: Compute,
+    kept: Checkpoints,
+    live: Path | None = None,
+) -> ppo.Course:
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    return ppo.train(tunable.model, tokenizer, ids, partial(_reward, rewards, prompts), options, compute, kept, live)
+
+
+def _accompany(params: Params, compute: Compute, preferences: Path, reward_model: Path, sft: Path, checkpoints: Path) -> None:
+    """What the other processes of PPO do: the same, of which nothing is written."""
+    device, dtype = prepare(compute)
+    reuse_large_blocks()
+    options = align.check(params.method, params.options, params.per_device_train_batch_size, "aligned")
+    assert isinstance(options, ppo.Settings)
+    prompts = [list(pair["prompt"]) for pair in read_preferences(preferences / "train")]
+    tunable = align.policy(sft, params.peft, device, dtype, "aligned", align.source(params.adapter))
+    rewards = Rewards(params.rewards, RewardModel(reward_model, device, dtype))
+    _ppo(tunable, tokenizer_of(sft), prompts, rewards, options, compute, Checkpoints(checkpoints, {}))
 
 
 def _reward(rewards: Rewards, prompts: Sequence[Messages], rows: Sequence[int], answers: Sequence[str]) -> list[float]:

@@ -82,7 +82,8 @@ def run(
     tokenizer = reward.tokenizer_of(folder)
     learning = sum(weight.numel() * weight.element_size() for weight in proof.trainable(model).values())
     refuse_full_disk(
-        {checkpoints: learning * (2 + 3 * params.save_total_limit), out: 2 * sum(w.nbytes for w in model.parameters())}, "reward_model"
+        {checkpoints: learning * (1 + 3 * (params.save_total_limit + 1)), out: 2 * sum(w.nbytes for w in model.parameters())},
+        "reward_model",
     )
     evidence = Evidence(model, checkpoints)
     kept = Checkpoints(

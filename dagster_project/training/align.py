@@ -140,6 +140,15 @@ def check(method: str, options: Mapping[str, Any], batch: int, where: str, named
         raise InputError(f"params.yaml: {where}: {', '.join(vain)}: {method} takes its steps by its options", known)
     if isinstance(found, Dpo) and found.loss_type == "exo_pair" and not found.label_smoothing:
         raise InputError(f"params.yaml: {where}.options.label_smoothing: exo_pair needs it above 0", "its paper has 0.001")
+    if (
+        isinstance(found, ppo.Settings)
+        and found.target_kl is not None
+        and found.horizon <= 0.2 * min(found.batch_size, found.total_episodes)
+    ):
+        raise InputError(
+            f"params.yaml: {where}.options.horizon: {found.horizon:g} would move beta below zero at {found.batch_size} answers an iteration",
+            f"use more than a fifth of them, e.g. {10 * found.batch_size}",
+        )
     if isinstance(found, Online) and batch % found.num_generations:
         raise InputError(
             f"params.yaml: {where}.per_device_train_batch_size: {batch} answers are no whole number of groups of {found.num_generations}",
@@ -198,8 +207,17 @@ def rows(method: str, tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> lis
         for i, (prompt, chosen, rejected) in enumerate(ids)
         for answer, label in ((chosen, True), (rejected, False))
     ]
-    # KL is estimated on answers to another prompt
-    return [{**row, "KL_completion_ids": answers[i - 2]["completion_ids"]} for i, row in enumerate(answers)]
+    return [{**row, "KL_completion_ids": _unmatched(answers, i)["completion_ids"]} for i, row in enumerate(answers)]
+
+
+def _unmatched(answers: Sequence[Mapping[str, Any]], i: int) -> Mapping[str, Any]:
+    """The nearest answer before the i-th, the last before the first, that is as good and to another prompt: KL is estimated on such (arXiv 2402.01306,
+    section 4.2). Where all prompts are one, the one before."""
+    mine = answers[i]
+    for back in range(2, len(answers), 2):
+        if answers[i - back]["prompt_ids"] != mine["prompt_ids"]:
+            return answers[i - back]
+    return answers[i - 2]
 
 
 def passes(steps: Steps, options: Section) -> tuple[int, int]:

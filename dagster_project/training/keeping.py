@@ -221,7 +221,10 @@ def learn(
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if stop_asked():
                 control.should_training_stop = True
-            control.should_save = stop_asked() or bool(steps.save_steps and state.global_step % steps.save_steps == 0)
+            ends = (
+                state.global_step >= state.max_steps or float(state.epoch or 0).is_integer()
+            )  # the epoch's end saves, once it is measured
+            control.should_save = not ends and (stop_asked() or bool(steps.save_steps and state.global_step % steps.save_steps == 0))
 
         def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             control.should_save = True
@@ -323,6 +326,7 @@ def identity(
         "code": sha256_of(code_of(module, Path(__file__).parents[1])),
         "parameters": sha256_of_text(json.dumps(values, sort_keys=True)),
         "threads": str(compute.threads),
+        "processes": str(compute.processes),
         "dtype": str(dtype),
         "device": device.type,
         "library versions": json.dumps(proof.versions(LIBRARIES)),
