@@ -43,7 +43,7 @@ def test_a_flipped_bit_in_every_kind_of_artifact_is_named_and_nothing_else_is(fi
     assert examine(finished)["verdict"] == "intact"
     outputs, reports = files(finished / "data" / name for name in (*STREET, "plots")), files([finished / "data/reports"])
     assert {path.suffix for path in outputs} >= {".parquet", ".safetensors", ".json", ".csv", ".md", ".jinja"}
-    outputs = [path for path in outputs if path.name != ".gitkeep"]
+    outputs, reports = ([path for path in paths if path.name != ".gitkeep"] for paths in (outputs, reports))
     contents = {out.read_bytes() for out in outputs}
     objects = [path for path in files([finished / ".dvc/cache/files/md5"]) if path.read_bytes() in contents]
     listings = [path for path in files([finished / ".dvc/cache/files/md5"]) if path.suffix == ".dir"]

@@ -212,4 +212,4 @@ def test_the_folder_that_measures_lie_in_is_watched_by_every_stage_that_uses_the
 
     stages = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
     watching = [name for name, body in stages.items() if "data/metrics" in body.get("do", body)["deps"]]
-    assert watching == ["baselines", "evaluation", "comparison"]
+    assert watching == ["baselines", "evaluation", "evaluation_aligned", "comparison"]

@@ -291,7 +291,10 @@ def test_what_is_auto_is_told_as_training_will_choose_it_and_what_the_sweep_adds
     monkeypatch.setattr(plan.Machine, "seconds", lambda self, step: (2.0, 3.0))
     open_entry = {"num_train_epochs": "auto", "learning_rate": "auto", "per_device_train_batch_size": "auto", "peft": {"r": "auto"}}
     edit_params(
-        tokenized, lambda values: values.update(adapter={"x": open_entry, "fixed": {"num_train_epochs": 10, "peft": {"r": 8}}}, aligned={})
+        tokenized,
+        lambda values: values.update(
+            adapter={"x": open_entry, "fixed": {"num_train_epochs": 10, "peft": {"r": 8}}}, aligned={}, release={}
+        ),
     )
     found = plan.plan_variants(tokenized, [])
     one, fixed = found["variants"]["x"], found["variants"]["fixed"]

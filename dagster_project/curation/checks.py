@@ -53,7 +53,12 @@ ROW_CHECKS: dict[str, Check] = {
     "empty_prompt": Check("Every prompt has text.", "error", "drop", "Write the prompt, or take the row out."),
     "empty_response": Check("Every response has text.", "error", "drop", "Write the response, or take the row out."),
     "placeholder_input": Check("No input merely says that there is none.", "warn", "drop", "Leave the input empty instead."),
-    "prompt_mismatch": Check("Chosen and rejected answer the same prompt; of sides with several turns only the last may differ.", "error", "drop", "Pair answers to one prompt."),
+    "prompt_mismatch": Check(
+        "Chosen and rejected answer the same prompt; of sides with several turns only the last may differ.",
+        "error",
+        "drop",
+        "Pair answers to one prompt.",
+    ),
     "identical_pair": Check("Chosen and rejected differ.", "error", "drop", "Take the pair out: it teaches nothing."),
     "tied_pair": Check("One of chosen and rejected is better.", "warn", "drop", "Take ties out, or have them judged again."),
     "short_response": Check(
