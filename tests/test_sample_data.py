@@ -140,5 +140,5 @@ def test_length_does_not_tell_the_chosen_reply(parts: tuple[str, ...]) -> None:
 
 def test_the_benchmark_has_sixty_labelled_questions_all_different() -> None:
     questions = list(read_multiple_choice(ROOT / BENCHMARK))
-    assert len(questions) == len({question["question"] for question in questions}) == 60
-    assert all(len(set(question["choices"])) == len(question["choices"]) for question in questions)
+    assert len(questions) == len({question.question for question in questions}) == 60
+    assert all(len(set(question.choices)) == len(question.choices) for question in questions)
