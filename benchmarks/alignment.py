@@ -30,7 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "kto": {"learning_rate": 2.5e-4},
     "rloo": {"learning_rate": 2e-4, "options": {"max_completion_length": 48}},
     "grpo": {"learning_rate": 2e-4, "options": {"max_completion_length": 48}},
-    "ppo": {"options": {"response_length": 48, "learning_rate": 2e-4, "target_kl": 6.0, "horizon": 64}},
+    "ppo": {"options": {"response_length": 48, "learning_rate": 1e-4, "target_kl": 6.0, "horizon": 64}},
 }
 """Method -> its entry."""
 
