@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -369,10 +369,12 @@ class Index:
                 self._db.executemany("INSERT INTO drawn VALUES (?, ?, ?)", [(content, *one) for one in drawn.items()])
                 if rows.size >= SEGMENT:
                     break
+            if not rows.size:
+                return False
             (segment,) = self._db.execute("SELECT coalesce(max(segment), -1) + 1 FROM seen").fetchone()
             self._db.executemany("INSERT INTO seen VALUES (?, ?, ?, ?, ?, ?)", ((segment, *chunk) for chunk in rows.seen()))
             self._db.executemany("INSERT INTO said VALUES (?, ?, ?, ?)", ((segment, *chunk) for chunk in rows.said()))
-            return rows.size > 0
+            return True
 
     def _learn(self) -> None:
         """How many records of each source a model learnt from which shard, from which step to which. Each shard is held against each evidence once."""
@@ -454,8 +456,13 @@ class Index:
 
     def tells(self, made: Made) -> bool:
         """Is it known at which steps a model learnt?"""
-        query = "SELECT 1 FROM file JOIN content ON content.md5 = file.md5 WHERE file.out = ? AND file.name = ?"
-        return self._db.execute(query, (made.md5, EVIDENCE)).fetchone() is not None
+        return made.md5 in self._telling
+
+    @cached_property
+    def _telling(self) -> frozenset[str]:
+        """Outputs whose evidence has been read."""
+        read = {md5 for (md5,) in self._db.execute("SELECT md5 FROM content")}
+        return frozenset(out for out, md5 in self._db.execute("SELECT out, md5 FROM file WHERE name = ?", (EVIDENCE,)) if md5 in read)
 
     def saying(self, text: str) -> list[bytes]:
         """The records with a message that says this, but for case and white space."""
@@ -482,17 +489,26 @@ class Index:
 
     def learnt(self, made: Made, source: str | None) -> tuple[int, int, int] | None:
         """(records, first step, last step) of what a model learnt from a source, or from all; None if that is not known."""
-        if self._db.execute("SELECT 1 FROM settled WHERE made = ?", (made.id,)).fetchone() is None:
+        if made.id not in self._settled:
             return None
-        outs = [out for out in self.data(made) if out in self.dealing]
-        query = f"""SELECT coalesce(sum(records), 0), coalesce(min(first), 0), coalesce(max(last), 0) FROM file
-            JOIN learnt ON learnt.shard = file.md5 AND learnt.evidence = (SELECT md5 FROM file WHERE out = ? AND name = '{EVIDENCE}')
-            WHERE file.out IN ({",".join("?" * len(outs))}) AND file.split = 'train'"""
-        values = [made.md5, *outs]
-        if source is not None:
-            query += " AND (source = ? OR source LIKE ? ESCAPE '\\')"
-            values += [source, _inside(source)]
-        return tuple(self._db.execute(query, values).fetchone())
+        told = self._learning(source).get((self.files(made.md5) or {}).get(EVIDENCE, ""), {})
+        shards = [told[md5] for _, split, md5 in self.shards(made) if split == "train" and md5 in told]
+        records, first, last = (tuple(zip(*shards, strict=True))) if shards else ((0,), (0,), (0,))
+        return sum(records), min(first), max(last)
+
+    @cached_property
+    def _settled(self) -> frozenset[int]:
+        return frozenset(made for (made,) in self._db.execute("SELECT made FROM settled"))
+
+    @cache  # noqa: B019  an index lives as long as its question
+    def _learning(self, source: str | None) -> dict[str, dict[str, tuple[int, int, int]]]:
+        """Evidence -> shard -> (records, first step, last step) of a source, or of all."""
+        found: dict[str, dict[str, tuple[int, int, int]]] = defaultdict(dict)
+        where, values = ("", []) if source is None else ("WHERE source = ? OR source LIKE ? ESCAPE '\\'", [source, _inside(source)])
+        query = f"SELECT evidence, shard, sum(records), min(first), max(last) FROM learnt {where} GROUP BY 1, 2"
+        for evidence, shard, *told in self._db.execute(query, values):
+            found[evidence][shard] = tuple(told)
+        return found
 
     def texts(self) -> dict[str, Path]:
         """Hash -> place of every shard that is here."""
