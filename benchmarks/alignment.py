@@ -1,7 +1,7 @@
 """Every alignment method on the project's own preferences, side by side. usage: python benchmarks/alignment.py [METHOD...] [--seeds N] [--episodes N] [--threads N] [--out FILE]
 
 Each method starts from the same SFT model (data/merged/<adapter>) with the same fresh adapter, learns through the pipeline's own stage, and is asked the same
-held-out prompts; one process for each seed. Nothing is chosen by the outcome: settings stand in SETTINGS. The task score is that of the first seed, its adapter
+held-out prompts; one process for each seed. Settings stand in SETTINGS; docs/alignment.md says which were chosen by their outcome. The task score is that of the first seed, its adapter
 merged and asked what the test split asks. The table replaces the one in docs/alignment.md.
 """
 
