@@ -9,8 +9,8 @@ optimizer, rate, schedule and number of examples, some 8 examples an optimizer s
     ours_compiled   the same with `compile: layers`, warm: steps that compile are left out
 
 Tokens a second are real ones (padding does not count) over the steps after the first few, the median over seeds. The validation loss is the plain mean per
-trained token over examples that were not trained on, by one piece of code for all. The share of the peak is the work of the matrix products that LoRA
-needs at the least (forward, and backward to the activations; the output layer where a label counts) over the time, beside the best that a large matrix
+trained token over examples that were not trained on, by one piece of code for all, in float32. The share of the peak is the work of the matrix products that
+LoRA needs at the least (forward, and backward to the activations; the output layer where a label counts) over the time, beside the best that a large matrix
 product of the same dtype reaches on the machine.
 """
 
@@ -181,7 +181,7 @@ def one(name: str, seed: int, limit: int, epochs: int, skip: int) -> dict[str, A
         "flops_per_second": (4 * layers * tokens + 4 * head * counted) * steps / len(stamps) / seconds,
         "peak_bytes": peak,
         "dtype": str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
-        "validation_loss": validation_loss(model, held),
+        "validation_loss": validation_loss(model.float(), held),
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import runpy
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from conftest import ROOT
 
 from dagster_project.evaluation.generate import generate
 from dagster_project.records import example_id, write_records
+from dagster_project.training import decoding
 
 TOKENS = 12
 QUESTIONS = ["Where is my parcel?", "No", "I was charged twice, please help", "Hi there", "My login fails and I have no idea why", "Thanks"]
@@ -31,6 +33,12 @@ def one_by_one(model: Any, tokenizer: Any, prompts: list[list[int]]) -> list[str
     return answers
 
 
+@pytest.fixture(params=[1024, 40], ids=["read at once", "read a few at a time"])
+def tokens_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(decoding.TOKENS_AT_ONCE, "cpu", request.param)
+
+
+@pytest.mark.usefixtures("tokens_at_once")
 @pytest.mark.parametrize("prefix", ["", SYSTEM], ids=["nothing shared", "shared prefix"])
 @pytest.mark.parametrize("batch_size", [1, 4, 40])
 def test_batch_size_and_shared_prefix_change_no_answer(model: Any, tiny_tokenizer: Any, prefix: str, batch_size: int) -> None:
@@ -52,8 +60,6 @@ def test_equal_prompts_and_a_prompt_that_begins_another_are_answered(model: Any,
 
 
 def test_an_answer_ends_at_the_end_of_turn_however_long_its_neighbours_are(model: Any, tiny_tokenizer: Any) -> None:
-    import copy
-
     prompts = [tiny_tokenizer.encode(SYSTEM + question) for question in QUESTIONS]
     unended = one_by_one(model, tiny_tokenizer, prompts)
     ending = copy.deepcopy(tiny_tokenizer)
@@ -61,6 +67,39 @@ def test_an_answer_ends_at_the_end_of_turn_however_long_its_neighbours_are(model
     ended = one_by_one(model, ending, prompts)
     assert min(map(len, ended)) < max(map(len, ended)) and ended[0] != unended[0]
     assert generate(model, ending, prompts, TOKENS, 6, "test") == ended
+
+
+@pytest.mark.usefixtures("tokens_at_once")
+@pytest.mark.parametrize("kind", ["a window in every other layer", "convolutions in every other layer"])
+@pytest.mark.parametrize("prefix", ["", SYSTEM], ids=["nothing shared", "shared prefix"])
+def test_models_that_keep_other_things_than_all_keys_answer_as_alone(tiny_tokenizer: Any, kind: str, prefix: str) -> None:
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Lfm2Config, Lfm2ForCausalLM
+
+    torch.manual_seed(3)
+    size = {"vocab_size": len(tiny_tokenizer), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    other: Any
+    if "window" in kind:
+        kinds = ["sliding_attention", "full_attention"] * 2
+        other = Gemma3ForCausalLM(Gemma3TextConfig(**size, num_key_value_heads=2, head_dim=8, sliding_window=7, layer_types=kinds))
+    else:
+        other = Lfm2ForCausalLM(Lfm2Config(**size, num_key_value_heads=2, layer_types=["conv", "full_attention"] * 2))
+    for weight in other.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    other.eval()
+    prompts = [tiny_tokenizer.encode(prefix + question) for question in QUESTIONS]
+    wanted = one_by_one(other, tiny_tokenizer, prompts)
+    assert len(set(wanted)) > 1, "prompts have the same answer, so nothing is shown"
+    assert generate(other, tiny_tokenizer, prompts, TOKENS, 4, "test") == wanted
+    ending = copy.deepcopy(tiny_tokenizer)
+    ending.eos_token_id = tiny_tokenizer.encode(wanted[0])[1]  # so that an answer leaves the batch early
+    assert generate(other, ending, prompts, TOKENS, 4, "test") == one_by_one(other, ending, prompts)
+
+
+def test_texts_that_are_read_together_are_alike_in_length_and_few() -> None:
+    lengths = [5, 30, 1, 30, 2000, 500, 524]
+    assert list(decoding.groups(lengths, 3, "cpu")) == [[2, 0, 1], [3, 5], [6], [4]]
+    assert list(decoding.groups(lengths, 9, "cuda")) == [[2, 0, 1, 3, 5, 6, 4]]
+    assert list(decoding.groups([], 3, "cpu")) == []
 
 
 def test_no_prompts_have_no_answers(model: Any, tiny_tokenizer: Any) -> None:

@@ -29,6 +29,7 @@ from dagster_project.errors import InputError
 from dagster_project.params import Compute
 from dagster_project.training import ppo
 from dagster_project.training.checkpoint import Checkpoints
+from dagster_project.training.decoding import decode
 from dagster_project.training.processes import together
 from dagster_project.training.proof import sha256_of_tensors, trainable
 from dagster_project.training.sft import Interrupted
@@ -257,7 +258,7 @@ def test_neither_the_batch_nor_padding_nor_the_length_limit_decides_what_is_said
 def test_an_answer_is_drawn_from_what_the_model_says_without_cache_or_padding(tiny_model: Path, tiny_tokenizer: Any) -> None:
     model, prompts = policy(tiny_model).eval(), prompts_of(tiny_tokenizer)
     numbers = [[0.1, 0.9, 0.5, 0.3, 0.7]] * 4
-    found = ppo.generate(model.get_base_model(), prompts, numbers, 1.3, -1, 0)
+    found = decode(model.get_base_model(), prompts, ppo.sampled(numbers, 1.3), 5, -1, 0)
     for prompt, answer in zip(prompts, found, strict=True):
         for t, token in enumerate(answer):
             with torch.no_grad():

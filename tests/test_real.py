@@ -23,7 +23,7 @@ def test_two_hundred_real_rows_run_through_to_an_evaluated_adapter(tmp_path: Pat
         values["adapter"]["lora"]["max_steps"] = 20
         values["raw_preferences"]["limit"] = 160  # the first 96 are those of test
         values["reward_model"] |= {"max_steps": 4, "min_accuracy": 0.0}
-        values["evaluation"]["max_new_tokens"] = 16
+        values["evaluation"] |= {"max_new_tokens": 16, "max_examples": 20}
         values["aligned"]["dpo"] |= {"max_steps": 4, "samples": 4, "max_new_tokens": 24}
 
     edit_params(project, change)

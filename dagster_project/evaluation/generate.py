@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dagster_project.progress import Progress
+from dagster_project.training.decoding import decode, keeps_all, read
+from dagster_project.training.tuned import Prompted
+
+if TYPE_CHECKING:
+    import torch
 
 
 def generate(model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int, what: str) -> list[str]:
@@ -18,42 +22,30 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_t
         prompts: token ids of each prompt, the assistant's header included.
         what: named in the progress lines.
     """
-    import torch
-    from transformers import DynamicCache
-
     if not prompts:
         return []
-    shared = _common_prefix(prompts)
+    causal, behind = (model.causal, model.behind(1)) if isinstance(model, Prompted) else (model, None)
+    shared = _common_prefix(prompts) if keeps_all(causal) else 0
+    if shared:
+        behind = read(causal, prompts[0][:shared], behind)
+    if behind is not None and not keeps_all(causal):
+        batch_size = 1
     progress = Progress(what, len(prompts), "answer")
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    with torch.inference_mode():
-        prefix = torch.tensor([prompts[0][:shared]], device=model.device)
-        cache = model(prefix, use_cache=True, cache=DynamicCache(config=model.config)).cache if shared else None
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            rests = [prompts[i][shared:] for i in batch]
-            width = max(map(len, rests))
-            ids = torch.tensor(
-                [[*prompts[0][:shared], *[tokenizer.pad_token_id] * (width - len(rest)), *rest] for rest in rests], device=model.device
-            )
-            mask = torch.tensor([[1] * shared + [0] * (width - len(rest)) + [1] * len(rest) for rest in rests], device=model.device)
-            past = copy.deepcopy(cache)
-            if past is not None:
-                past.batch_repeat_interleave(len(batch))
-            out = model.generate(
-                ids,
-                attention_mask=mask,
-                cache=past,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-            )
-            for i, row in zip(batch, out[:, ids.shape[1] :], strict=True):
-                answers[i] = tokenizer.decode(row, skip_special_tokens=True).strip()
-            progress.advance(len(batch))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        rests = [prompts[i][shared:] for i in batch]
+        found = decode(causal, rests, _likeliest, max_new_tokens, tokenizer.eos_token_id, tokenizer.pad_token_id, behind)
+        for i, ids in zip(batch, found, strict=True):
+            answers[i] = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        progress.advance(len(batch))
     return answers
+
+
+def _likeliest(logits: torch.Tensor, *_: Any) -> list[int]:
+    found: list[int] = logits.argmax(-1).tolist()
+    return found
 
 
 def _common_prefix(prompts: Sequence[list[int]]) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 from dagster_project.chat import IGNORE
 from dagster_project.progress import Progress
+from dagster_project.training.decoding import groups
 
 
 def negative_log_likelihood(
@@ -20,11 +21,9 @@ def negative_log_likelihood(
     from torch.nn.functional import cross_entropy
 
     scores: list[tuple[float, int]] = [(0.0, 0)] * len(examples)
-    order = sorted(range(len(examples)), key=lambda i: (len(examples[i][0]), i))
     progress = Progress(what, len(examples), "answer")
     with torch.inference_mode():
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+        for batch in groups([len(ids) for ids, _ in examples], batch_size, model.device.type):
             width = max(len(examples[i][0]) for i in batch)
             ids = torch.tensor([examples[i][0] + [pad_token_id] * (width - len(examples[i][0])) for i in batch], device=model.device)
             labels = torch.tensor([examples[i][1] + [IGNORE] * (width - len(examples[i][1])) for i in batch], device=model.device)[:, 1:]

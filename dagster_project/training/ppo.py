@@ -35,6 +35,7 @@ from dagster_project.training import checkpoint, processes
 from dagster_project.training.attention import attention_for
 from dagster_project.training.checkpoint import Checkpoints
 from dagster_project.training.curve import live_writer
+from dagster_project.training.decoding import Choose, decode
 from dagster_project.training.proof import trainable
 from dagster_project.training.sft import SIZES, Interrupted, causal, collate, stop_on_request
 
@@ -331,9 +332,9 @@ def roll_out(model: Any, tokenizer: Any, rows: list[int], prompts: list[list[int
         if here.does(number):
             dice = [random.Random(f"{seed} answer {e}") for e in batch]
             uniform = [[die.random() for _ in range(longest)] for die in dice]
-            answers = generate(
-                causal(model), [prompts[e] for e in batch], uniform, settings.temperature, tokenizer.eos_token_id, tokenizer.pad_token_id
-            )
+            answers = decode(
+                causal(model), [prompts[e] for e in batch], sampled(uniform, settings.temperature), longest, tokenizer.eos_token_id, tokenizer.pad_token_id,
+            )  # fmt: skip
             for e, answer in zip(batch, answers, strict=True):
                 tokens[e, : len(answer)] = torch.tensor(answer, device=model.device)
                 lengths[e] = len(answer)
@@ -345,48 +346,9 @@ def roll_out(model: Any, tokenizer: Any, rows: list[int], prompts: list[list[int
     return Rollout(rows, prompts, said, mask, finished)
 
 
-def generate(
-    base: Any, prompts: Sequence[list[int]], uniform: Sequence[Sequence[float]], temperature: float, eos: int, pad: int | None
-) -> list[list[int]]:
-    """Answers, end of turn included, each of at most as many tokens as there are numbers for it.
-
-    Prompts are padded on the left. An answer that has ended leaves the batch.
-
-    Args:
-        base: a language model of transformers.
-        uniform: numbers in [0, 1), one for each token, the same count for every prompt.
-    """
-    import torch
-    from transformers import DynamicCache
-
-    answers: list[list[int]] = [[] for _ in prompts]
-    open_ = list(range(len(prompts)))
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad or 0] * (width - len(prompt)) + prompt for prompt in prompts], device=base.device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=base.device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = DynamicCache(config=base.config)
-    with torch.no_grad():
-        for place in range(len(uniform[0])):
-            hidden = base.base_model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True
-            ).last_hidden_state[:, -1]
-            logits = base.get_output_embeddings()(hidden.to(base.get_output_embeddings().weight.dtype))
-            drawn = draw(logits, [uniform[e][place] for e in open_], temperature)
-            for e, token in zip(open_, drawn, strict=True):
-                answers[e].append(token)
-            going = [i for i, token in enumerate(drawn) if token != eos]
-            if not going:
-                break
-            if len(going) < len(open_):
-                kept = torch.tensor(going, device=base.device)
-                cache.batch_select_indices(kept)
-                mask, positions = mask[kept], positions[kept]
-                open_ = [open_[i] for i in going]
-            ids = torch.tensor([[drawn[i]] for i in going], device=base.device)
-            mask = torch.cat((mask, mask.new_ones(len(going), 1)), 1)
-            positions = positions[:, -1:] + 1
-    return answers
+def sampled(uniform: Sequence[Sequence[float]], temperature: float) -> Choose:
+    """Tokens drawn at these numbers in [0, 1), one for each prompt and place."""
+    return lambda logits, rows, place: draw(logits, [uniform[row][place] for row in rows], temperature)
 
 
 def draw(logits: torch.Tensor, uniform: Sequence[float], temperature: float) -> list[int]:

@@ -93,7 +93,7 @@ def _quantize(base: Any, how: Any) -> None:
 
 
 def load(folder: Path, base_model: Path | None, device: torch.device, dtype: torch.dtype) -> Any:
-    """A model as evaluation asks it: `model(ids)`, `model.generate(...)`, `model.base_model(...)`, `model.get_output_embeddings()`.
+    """A model as evaluation asks it: `model(ids)`, `model.base_model(...)`, `model.get_output_embeddings()`.
 
     Args:
         folder: weights that stand alone, or an adapter as PEFT writes it.
@@ -154,7 +154,8 @@ class Prompted:
                 learnt = self.causal.base_model(inputs_embeds=rows, use_cache=True).cache
         self._learnt = learnt
 
-    def _behind(self, batch: int) -> Any:
+    def behind(self, batch: int) -> Any:
+        """A cache of `batch` rows that holds the virtual tokens."""
         cache = copy.deepcopy(self._learnt)
         cache.batch_repeat_interleave(batch)
         return cache
@@ -169,21 +170,9 @@ class Prompted:
 
     def base_model(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool = False) -> Any:
         return self.causal.base_model(
-            input_ids=input_ids, attention_mask=self._seen(attention_mask), cache=self._behind(len(input_ids)), use_cache=use_cache
+            input_ids=input_ids, attention_mask=self._seen(attention_mask), cache=self.behind(len(input_ids)), use_cache=use_cache
         )
 
-    def __call__(self, input_ids: torch.Tensor, use_cache: bool = False, cache: Any = None) -> Any:
-        """Logits of `input_ids` (batch, tokens). The cache that comes back holds the virtual tokens too; one that is given must be empty."""
-        if cache is not None and cache.get_seq_length():
-            raise ValueError("the cache must be empty: virtual tokens stand before all others")
-        return self.causal(input_ids, use_cache=use_cache, cache=self._behind(len(input_ids)))
-
-    def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, cache: Any = None, **how: Any) -> torch.Tensor:
-        """As transformers' `generate`: (batch, tokens + new tokens). `cache` may come from a call of this model."""
-        import torch
-
-        # ids that are never read: generate() takes the tokens that the cache does not hold yet, counting from the left
-        held = input_ids.new_zeros(len(input_ids), self.virtual)
-        cache = self._behind(len(input_ids)) if cache is None else cache
-        out = self.causal.generate(torch.cat((held, input_ids), 1), attention_mask=self._seen(attention_mask), cache=cache, **how)
-        return out[:, self.virtual :]
+    def __call__(self, input_ids: torch.Tensor, use_cache: bool = False) -> Any:
+        """Logits of `input_ids` (batch, tokens)."""
+        return self.causal(input_ids, use_cache=use_cache, cache=self.behind(len(input_ids)))
