@@ -19,7 +19,7 @@ import street as mini
 from dagster_project.doors.dvc import read_street
 from dagster_project.doors.sync import sync
 
-ROUNDS = 10
+ROUNDS = 6
 BUSY = ("is busy, it is being blocked by", "Unable to acquire lock")
 
 
