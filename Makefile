@@ -21,9 +21,9 @@ run: $(VENV)/ok  ## set up, run what has changed, show the summary
 	@echo "Open the Dagster UI with: make ui     (http://127.0.0.1:$(PORT))"
 	@echo "Ask what made the model:  .venv/bin/pedigree audit merged@lora"
 
-test: $(VENV)/ok ## run all tests
+test: $(VENV)/ok ## run all tests, two at a time (JOBS=N: N at a time)
 	@$(MAKE) --no-print-directory setup-dvc
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses $(or $(JOBS),2) --dist worksteal
 
 lint: $(VENV)/ok ## style, types and import rules
 	$(BIN)/ruff check .

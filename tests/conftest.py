@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ settings.register_profile("steady", derandomize=True)
 settings.load_profile("default" if os.environ.get("PEDIGREE_FUZZ") else "steady")
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a thread that waits sleeps: spinning would take the core from the other test process
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DAGSTER_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("DVC_NO_ANALYTICS", "1")
@@ -180,11 +182,18 @@ def project(tmp_path: Path, tiny_model: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def _finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    folder = quick(copy_project(tmp_path_factory.mktemp("finished") / "project"), tiny_model)
-    done = dvc(folder, "repro")
-    assert done.returncode == 0, done.stderr + done.stdout
-    return folder
+def _finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, worker_id: str) -> Path:
+    """A quick project in which the whole street has run: made once, by the test process that asks first."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own if worker_id == "master" else own.parent
+    with (shared / "finished.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / "finished").exists():
+            folder = quick(copy_project(own / "unfinished"), tiny_model)
+            done = dvc(folder, "repro")
+            assert done.returncode == 0, done.stderr + done.stdout
+            folder.rename(shared / "finished")
+    return shared / "finished"
 
 
 @pytest.fixture
