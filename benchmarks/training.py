@@ -1,11 +1,12 @@
 """LoRA on short examples: plain TRL beside ours. usage: python benchmarks/training.py [--setup NAME ...] [--seeds N] [--examples N] [--out FILE]
 
 Same model (data/base_model), same examples and labels (data/tokenized, unpacked), same LoRA (r 16, alpha 32, dropout 0.05, all linear layers), same
-optimizer, rate, schedule and number of examples, some 8 examples an optimizer step; each run in a process of its own. What differs is how:
+optimizer, rate, schedule and number of steps, some 8 examples an optimizer step; each run in a process of its own. What differs is how:
 
     trl             TRL's defaults: float32 as TRL loads a model, 8 examples padded to the longest, gradient checkpointing
     trl_...         its settings that could be faster: no checkpointing, bfloat16, packing, no padding, compiled; the fastest of them is TRL's best
     ours            training/sft.py as `adapter@X` calls it
+    ours_float32    the same in float32, to tell what bfloat16 changes
     ours_compiled   the same with `compile: layers`, warm: steps that compile are left out
 
 Tokens a second are real ones (padding does not count) over the steps after the first few, the median over seeds. The validation loss is the plain mean per
@@ -25,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import accumulate, pairwise
+from itertools import accumulate, count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ TRL: dict[str, dict[str, Any]] = {
     "trl_packed_compiled": {"dtype": "bfloat16", "torch_compile": True, **PLAIN},
 }
 """Name -> settings of TRL's SFTConfig; `dtype`: of the model."""
-OURS: dict[str, dict[str, Any]] = {"ours": {}, "ours_compiled": {"compile": "layers"}}
+OURS: dict[str, dict[str, Any]] = {"ours": {}, "ours_float32": {"dtype": "float32"}, "ours_compiled": {"compile": "layers"}}
+"""Name -> entries of the recipe; `dtype`: of `compute`."""
 
 
 def examples(limit: int) -> tuple[list[dict[str, list[int]]], list[dict[str, list[int]]]]:
@@ -64,8 +66,12 @@ def examples(limit: int) -> tuple[list[dict[str, list[int]]], list[dict[str, lis
 
 
 def room(found: list[dict[str, list[int]]]) -> int:
-    """Tokens of a packed row that holds as many examples as a padded batch."""
-    return BATCH * sum(len(example["input_ids"]) for example in found) // len(found)
+    """Tokens of a packed row such that there are no more rows than padded batches: packed or not, a run takes as many steps."""
+    from dagster_project.chat import pack
+
+    lengths = [len(example["input_ids"]) for example in found]
+    batches = -(-len(found) // BATCH)
+    return next(size for size in count(max(max(lengths), sum(lengths) // batches)) if len(pack(lengths, size)) <= batches)
 
 
 def train_trl(name: str, found: list[dict[str, list[int]]], seed: int, epochs: int, stamps: list[float]) -> Any:
@@ -108,7 +114,8 @@ def train_ours(name: str, found: list[dict[str, list[int]]], seed: int, epochs: 
     from dagster_project.training.methods import build
     from dagster_project.training.sft import Recipe, train
 
-    compute = Compute(seed=seed, threads=int(os.environ["OMP_NUM_THREADS"]))
+    settings = dict(OURS[name])
+    compute = Compute(seed=seed, threads=int(os.environ["OMP_NUM_THREADS"]), dtype=settings.pop("dtype", "auto"))
     device, dtype = prepare(compute)
     rows = []
     for row in pack([len(example["input_ids"]) for example in found], room(found)):
@@ -118,7 +125,7 @@ def train_ours(name: str, found: list[dict[str, list[int]]], seed: int, epochs: 
         rows.append({"input_ids": ids, "labels": labels, "weights": [1.0] * len(ids), "lengths": [len(p["input_ids"]) for p in parts]})
     tunable = build("lora", LORA, ROOT / "data" / "base_model", device, dtype, "benchmark")
     tunable = replace(tunable, callbacks=[*tunable.callbacks, stamping(stamps)])
-    recipe = Recipe(**SHARED, warmup_ratio=0.1, num_train_epochs=epochs, **OURS[name])
+    recipe = Recipe(**SHARED, warmup_ratio=0.1, num_train_epochs=epochs, **settings)
     train(tunable, AutoTokenizer.from_pretrained(ROOT / "data" / "base_model"), Dataset.from_list(rows), None, recipe, compute)
     return tunable.model
 

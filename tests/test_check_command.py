@@ -54,6 +54,7 @@ Check = Callable[..., Done]
 def check(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Check:
     """The command, in a folder of its own and without a new process."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
 
     def call(*arguments: object) -> Done:
         capsys.readouterr()
