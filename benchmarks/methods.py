@@ -160,7 +160,7 @@ def table(found: list[dict[str, Any]], steps: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="*", default=ORDER)
-    parser.add_argument("--steps", type=int, default=160, help="optimizer steps of a packed row each (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=120, help="optimizer steps of a packed row each (default: %(default)s)")
     parser.add_argument("--answers", type=int, default=120, help="test examples to be answered (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="instead of compute.threads; 1 on a busy machine")
     parser.add_argument("--project", type=Path, default=ROOT)
