@@ -232,7 +232,7 @@ def measure(engine: str, file: Path) -> dict[str, float]:
     return {
         "rows/s": len(texts) / seconds,
         "precision": len(right) / max(1, len(found)),
-        "peak GB": peak / 2**20,
+        "peak GiB": peak / 2**20,
         "of it texts and libraries": loaded / 2**20,
         **{name: len(found & pairs) / len(pairs) for name, pairs in planted.items()},
     }
@@ -277,7 +277,7 @@ def street(rows: int, templates: int, base_model: Path, root: Path) -> None:
     print(
         f"{rows:,} rows, {size / 1e6:,.0f} MB, {templates:,} templates, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start"
     )
-    print(f"{'':14}{'seconds':>9}{'CPU seconds':>13}{'peak GB':>9}{'rows out':>11}  digest")
+    print(f"{'':14}{'seconds':>9}{'CPU seconds':>13}{'peak GiB':>9}{'rows out':>11}  digest")
     total = [0.0, 0.0, 0.0]
     for stage in STREET:
         start = time.perf_counter()
@@ -292,9 +292,9 @@ def street(rows: int, templates: int, base_model: Path, root: Path) -> None:
         if process.returncode:
             raise SystemExit(f"{stage} failed")
         told = json.loads(said)
-        total = [total[0] + seconds, total[1] + told["cpu"], max(total[2], told["peak GB"])]
+        total = [total[0] + seconds, total[1] + told["cpu"], max(total[2], told["peak GiB"])]
         print(
-            f"{stage:14}{seconds:9.1f}{told['cpu']:13.1f}{told['peak GB']:9.2f}{told['rows out']:11,}  {_digest(root / 'data' / stage)}",
+            f"{stage:14}{seconds:9.1f}{told['cpu']:13.1f}{told['peak GiB']:9.2f}{told['rows out']:11,}  {_digest(root / 'data' / stage)}",
             flush=True,
         )
     print(f"{'sum':14}{total[0]:9.1f}{total[1]:13.1f}{total[2]:9.2f}")
@@ -316,7 +316,7 @@ def run_stage(stage: str, base_model: Path, root: Path) -> dict[str, float]:
     else:
         report = splits.run(root, splits.Params(), 7, data / "instructions", data / stage)
     used = resource.getrusage(resource.RUSAGE_SELF)
-    return {"cpu": used.ru_utime + used.ru_stime, "peak GB": used.ru_maxrss / 2**20, "rows out": report.rows_out or 0}
+    return {"cpu": used.ru_utime + used.ru_stime, "peak GiB": used.ru_maxrss / 2**20, "rows out": report.rows_out or 0}
 
 
 def _digest(folder: Path) -> str:

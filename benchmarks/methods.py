@@ -141,7 +141,7 @@ def table(found: list[dict[str, Any]], steps: int) -> str:
         f"{steps} steps of the project's own rows on a {found[0]['device']}, {found[0]['dtype']}; {found[0]['threads']} thread(s); macro-F1 of {found[0]['asked']} test examples.",
         "feature_extraction takes no such steps; its loss is that of the category, not of tokens.",
         "",
-        "| method | trainable % | stored MB | peak GB | tokens/s | learning rate | validation loss | macro-F1 |",
+        "| method | trainable % | stored MB | peak GiB | tokens/s | learning rate | validation loss | macro-F1 |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in found:

@@ -4,7 +4,7 @@ Same model (data/base_model), same examples and labels (data/tokenized, unpacked
 optimizer, rate, schedule and number of steps, some 8 examples an optimizer step; each run in a process of its own. What differs is how:
 
     trl             TRL's defaults: float32 as TRL loads a model, 8 examples padded to the longest, gradient checkpointing
-    trl_...         its settings that could be faster: no checkpointing, bfloat16, packing, no padding, compiled; the fastest of them is TRL's best
+    trl_...         its settings that could be faster: no checkpointing, bfloat16, packing, no padding, compiled; the fastest of those measured is TRL's best
     ours            training/sft.py as `adapter@X` calls it
     ours_float32    the same in float32, to tell what bfloat16 changes
     ours_compiled   the same with `compile: layers`, warm: steps that compile are left out

@@ -12,7 +12,7 @@ class Progress:
     """Counts towards a known total and logs at most every few seconds.
 
     >>> bar = Progress("training", total=90, unit="step")
-    >>> bar.advance(note="loss 1.93")        # training 1/90 steps, 0:03:10 left, loss 1.93
+    >>> bar.advance(note="loss 1.93")        # training: 1/90 steps, about 3:10 left, loss 1.93
     """
 
     def __init__(self, what: str, total: int, unit: str, every: float = 5.0) -> None:

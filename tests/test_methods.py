@@ -589,7 +589,7 @@ def test_a_prompt_ends_where_the_last_answer_begins() -> None:
         "lengths": [7, 3],
         "categories": ["a", None],
     }
-    assert head.cut([row]) == ([[1, 2, 3, 4]], ["a"])
+    assert head.cut([row]) == ([[1, 2, 3, 4]], ["a"], [(0, 0)])
 
 
 def test_a_head_needs_categories(tiny_model: Path, tiny_tokenizer: Any) -> None:

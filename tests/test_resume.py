@@ -287,6 +287,20 @@ def test_every_optimizer_goes_on_exactly(folder: Path, tiny_model: Path, optim: 
     assert kills(folder, tiny_model, recipe={"optim": optim}, passes=[6])["pass 6"]["resumed"]
 
 
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"method": "adalora", "peft": {"init_r": 6, "target_r": 2, "tinit": 2, "tfinal": 3, "target_modules": ["q_proj", "v_proj"]},
+         "load_best_model_at_end": True},
+        {"method": "qlora"},
+        {"method": "prefix_tuning", "peft": {"num_virtual_tokens": 3}, "neftune_noise_alpha": None},
+    ],
+    ids=lambda recipe: recipe["method"],
+)  # fmt: skip
+def test_methods_with_more_to_remember_than_weights_go_on_exactly(folder: Path, tiny_model: Path, recipe: dict[str, Any]) -> None:
+    assert kills(folder, tiny_model, recipe={**recipe, "merge": False}, passes=[ROWS + 3])[f"pass {ROWS + 3}"]["resumed"]
+
+
 def test_early_stopping_and_grouping_by_length_go_on_exactly(folder: Path, tiny_model: Path) -> None:
     from dagster_project.records import read_table, write_table
     from dagster_project.stages.tokenized import row_schema

@@ -6,6 +6,9 @@ import copy
 import json
 import math
 import re
+import shutil
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -13,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from datasets import Dataset
 from transformers import PreTrainedModel
 
@@ -21,8 +25,8 @@ from dagster_project.errors import InputError, PedigreeError
 from dagster_project.params import Compute
 from dagster_project.records import read_table, write_table
 from dagster_project.stages import adapter
-from dagster_project.stages.tokenized import row_schema
-from dagster_project.training import attention, memory, sft
+from dagster_project.stages.tokenized import category_schema, row_schema
+from dagster_project.training import attention, hardware, memory, sft
 from dagster_project.training.attention import attention_for
 from dagster_project.training.methods import Tunable, apart, peft_config, save_adapter
 from dagster_project.training.sft import Recipe, add_noise, collate, refuse_mistakes, steps, train
@@ -326,6 +330,8 @@ def test_checkpointing_is_on_where_memory_is_short_and_changes_no_byte(
     tokenized: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     on: list[bool] = []
+    given_back: list[bool] = []
+    monkeypatch.setattr(sft, "giving_back", lambda: lambda *_: given_back.append(True))
     enable = PreTrainedModel.activation_checkpointing_enable
     monkeypatch.setattr(PreTrainedModel, "activation_checkpointing_enable", lambda self, *a, **k: on.append(True) or enable(self, *a, **k))
     found = []
@@ -333,11 +339,120 @@ def test_checkpointing_is_on_where_memory_is_short_and_changes_no_byte(
         for name, free in (("roomy", 10**12), ("tight", 0)):
             monkeypatch.setattr(memory, "available", lambda device, processes=1, free=free: free)
             on.clear()
+            given_back.clear()
             tune(tokenized, tiny_model, tmp_path / name, peft={**LORA, "lora_dropout": 0.3}, live=tmp_path / "live")
-            assert bool(on) is (name == "tight")
+            assert bool(on) is bool(given_back) is (name == "tight")
             found.append({f.name: f.read_bytes() for f in (tmp_path / name).iterdir()})
     assert found[0] == found[1]
     assert len(re.findall(r"with gradient checkpointing: \d MB would be needed without, and 0 MB are free", caplog.text)) == 1
+
+
+@pytest.mark.skipif(hardware._of_glibc("malloc_trim") is None, reason="another C library than glibc")
+def test_what_lies_free_between_blocks_goes_back_to_the_kernel_once_there_is_much_of_it() -> None:
+    code = """
+import psutil
+from dagster_project.training.hardware import giving_back
+
+give_back, given = giving_back(), []
+for megabytes in (50, 200):
+    blocks = [b"x" * 100_000 for _ in range(10 * megabytes)]
+    blocks = blocks[::20]  # no longer one free stretch at the end, which glibc gives back by itself
+    before = psutil.Process().memory_info().rss
+    give_back()
+    given.append(before - psutil.Process().memory_info().rss)
+    assert all(block == b"x" * 100_000 for block in blocks)
+assert abs(given[0]) < 5_000_000 and given[1] > 150_000_000, given
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_best_weights_of_adalora_keep_the_ranks_that_they_had(tokenized: Path, tiny_model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    ranks = {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 3, "deltaT": 1, "target_modules": ["q_proj", "v_proj"]}
+    [row, _] = read_table(tokenized / "train.parquet")
+    contrary = [label if label == IGNORE else 3 for label in row["labels"]]
+    write_table(tokenized / "validation.parquet", [{**row, "labels": contrary}], row_schema())
+    tune(tokenized, tiny_model, tmp_path / "x", "adalora", ranks, epochs=6, rate=0.1, load_best_model_at_end=True, merge=False)
+    proof = json.loads((tmp_path / "x" / "training.json").read_text())
+    assert 0 < proof["best_step"] < proof["steps"] == 12
+    left = sum(one["after"] for one in proof["ranks"].values())
+    assert left > 2 * len(proof["ranks"]), "the best weights are from before all ranks were taken away"
+    pattern = json.loads((tmp_path / "x" / "adapter_config.json").read_text())["rank_pattern"]
+    saved = load_file(tmp_path / "x" / "adapter_model.safetensors")
+    kept = sum(int((weight != 0).sum()) for name, weight in saved.items() if "lora_E" in name)
+    assert left == kept and (not pattern or left == sum(map(sum, pattern.values())))
+
+
+def test_a_head_is_said_to_have_seen_no_example_that_it_did_not_read(tokenized: Path, tiny_model: Path, tmp_path: Path) -> None:
+    [row, _] = read_table(tokenized / "train.parquet")
+    rows = [packed(*({**row, "example_ids": [name]} for name in names)) for names in (("a", "b"), ("c",))]
+    write_table(
+        tokenized / "train.parquet",
+        [{**one, "example_ids": names} for one, names in zip(rows, (["a", "b"], ["c"]), strict=True)],
+        row_schema(),
+    )
+    write_table(
+        tokenized / "categories.parquet",
+        [{"example_id": "b", "category": "login"}, {"example_id": "c", "category": "delivery"}],
+        category_schema(),
+    )
+    report = tune(tokenized, tiny_model, tmp_path / "x", "feature_extraction", {}, merge=False)
+    assert [line["example_id"] for line in read_table(tmp_path / "x" / "examples.parquet")] == ["b", "c"]
+    prompt = next(i for i, label in enumerate(row["labels"]) if label != IGNORE)
+    assert report.metrics["tokens"] == 2 * prompt and report.metrics["trained_tokens"] == 0
+
+
+def test_a_checkpoint_is_of_this_data_template_tokenizer_model_parameters_threads_format_and_versions(
+    tokenized: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Found(Exception):
+        pass
+
+    def stop(folder: Path, identity: dict[str, str], keep: int) -> Any:
+        raise Found(identity)
+
+    monkeypatch.setattr(adapter, "Checkpoints", stop)
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+
+    def identity(compute: Compute = COMPUTE, **recipe: Any) -> dict[str, str]:
+        params = adapter.Params(peft=LORA, **recipe)
+        with pytest.raises(Found) as found:
+            adapter.run("x", params, compute, tokenized, model, tmp_path / "x", tmp_path / "x.csv", tmp_path / "checkpoints")
+        return {part: value for part, value in found.value.args[0].items() if part != "weights at the start"}
+
+    def edit(file: Path) -> None:
+        file.write_text(json.dumps({**json.loads(file.read_text()), "of_no_use": 1}))
+
+    before = identity()
+
+    def differs() -> set[str]:
+        now = identity()
+        return {part for part in before | now if before.get(part) != now.get(part)}
+
+    assert differs() == set()
+    for part, other in {
+        "threads": identity(compute=COMPUTE.model_copy(update={"threads": 2})),
+        "dtype": identity(compute=COMPUTE.model_copy(update={"dtype": "bfloat16"})),
+        "parameters": identity(learning_rate=0.5),
+    }.items():
+        assert {name for name in before if before[name] != other[name]} == {part}
+    assert identity(save_steps=7, gradient_checkpointing=True) == before
+    monkeypatch.setattr(adapter.proof, "versions", lambda names: {"torch": "1.0"})
+    assert differs() == {"library versions"}
+    monkeypatch.undo()
+    monkeypatch.setattr(adapter, "Checkpoints", stop)
+    changed = set()
+    for part, change in {
+        "chat template": lambda: (tokenized / "chat_template.jinja").write_text("{{ messages }}"),
+        "tokenizer": lambda: edit(model / "tokenizer_config.json"),
+        "base model": lambda: edit(model / "config.json"),
+        "tokenized data": lambda: write_table(tokenized / "validation.parquet", [], row_schema()),
+    }.items():
+        change()
+        changed.add(part)
+        assert differs() == changed
 
 
 def test_the_proof_says_what_moved_and_what_did_not(tokenized: Path, tiny_model: Path, tmp_path: Path) -> None:
@@ -444,9 +559,15 @@ def test_running_out_of_memory_is_one_message_with_advice(
         raise error
 
     monkeypatch.setattr("trl.SFTTrainer.evaluate", fail)
-    with pytest.raises(PedigreeError, match="training ran out of memory") as refusal:
-        tune(tokenized, tiny_model, tmp_path / "adapter")
-    assert "per_device_train_batch_size" in refusal.value.hint
+    monkeypatch.setattr(memory, "available", lambda *_: 10**9)
+    hints = []
+    for checkpointing in (False, True):
+        with pytest.raises(PedigreeError, match="training ran out of memory") as refusal:
+            tune(tokenized, tiny_model, tmp_path / "adapter", gradient_checkpointing=checkpointing, per_device_train_batch_size=2)
+        hints.append(refusal.value.hint)
+    first, then = hints
+    assert re.fullmatch(r"\d MB were predicted, and 1.0 GB were free; gradient_checkpointing: true would take \d MB", first), first
+    assert "free; per_device_train_batch_size: 1 with gradient_accumulation_steps: 2 would take" in then, then
 
 
 def test_other_errors_are_not_called_a_lack_of_memory(

@@ -6,8 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,8 @@ from dagster_project.stages import aligned
 from dagster_project.stages.adapter import Params
 from dagster_project.training import align, auto, memory, ppo
 from dagster_project.training.hardware import prepare
-from dagster_project.training.methods import CANNOT_CHECKPOINT, Quantization
+from dagster_project.training.memory import size_text
+from dagster_project.training.methods import CANNOT_CHECKPOINT
 from dagster_project.training.operations import Operations
 from dagster_project.training.pairs import both
 from dagster_project.training.reward import tokenizer_of
@@ -32,7 +33,7 @@ MARGIN = (0.9, 1.4)
 """A step takes from this much of its operations at their fastest to this much of them in new memory: caches, and Python between them (docs/memory.md)."""
 
 USUAL: dict[str, dict[str, Any]] = {
-    **{name: {"r": 16, "target_modules": "all-linear"} for name in ("lora", "dora", "rslora", "qlora", "qdora")},
+    **dict.fromkeys(("lora", "dora", "rslora", "qlora", "qdora"), memory.LORA),
     "adalora": {"target_modules": "all-linear"},
     **{name: {"num_virtual_tokens": 20} for name in ("prefix_tuning", "prompt_tuning", "p_tuning")},
 }
@@ -87,6 +88,10 @@ class Machine:
 
         return int(self._noted("runtime", measure))
 
+    def way(self, *given: Any) -> memory.Way:
+        """What is planned, on this machine."""
+        return memory.Way(self.device, self.dtype, self.runtime, *given)
+
     def seconds(self, step: Operations) -> tuple[float, float] | None:
         """A step's least and most seconds; None for a GPU that is not here. A second or two where it does what no step before did."""
         import torch
@@ -112,59 +117,6 @@ class Machine:
                 write_json(scratch, notes)
                 scratch.replace(self._notes)
         return notes[machine][name]
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way of training: what the prediction depends on."""
-
-    base_model: Path
-    method: str
-    options: dict[str, Any]
-    quantization: Quantization | None
-    rows: int
-    """Packed rows in a forward pass."""
-    lengths: list[int]
-    """Tokens of each example in the largest such row."""
-    counted: int
-    """Its positions that count in the loss."""
-    gradient_checkpointing: bool
-    gradient_accumulation_steps: int
-    optim: str
-    where: str
-
-    def predict(self, machine: Machine, **changed: Any) -> memory.Prediction:
-        now = {**vars(self), "dtype": machine.dtype, **changed}
-        rows = now.pop("rows")
-        now["lengths"], now["counted"] = rows * now["lengths"], rows * now["counted"]
-        return memory.predict(
-            now.pop("base_model"), now.pop("method"), now.pop("options"), device=machine.device, runtime=machine.runtime, **now
-        )
-
-    def lighter(self, machine: Machine) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Changes that need less memory, in the order in which one would try them: what to write, and what it changes here."""
-        import torch
-
-        one = {"rows": 1, "gradient_accumulation_steps": self.gradient_accumulation_steps * self.rows}
-        row = f"per_device_train_batch_size: 1 with gradient_accumulation_steps: {one['gradient_accumulation_steps']}"
-        beside = f", {row}" if self.rows > 1 else ""
-        lora = {"options": USUAL["lora"], "quantization": None, "gradient_checkpointing": True, **one}
-        can = self.method.lower() not in CANNOT_CHECKPOINT
-        if not self.gradient_checkpointing and can:
-            yield "gradient_checkpointing: true", {"gradient_checkpointing": True}
-        if self.rows > 1:
-            yield row, one
-            if can:
-                yield f"gradient_checkpointing: true, {row}", {"gradient_checkpointing": True, **one}
-        if machine.dtype == torch.float32:
-            yield "compute.dtype: bfloat16", {"dtype": torch.bfloat16}
-            if can:
-                least = {"dtype": torch.bfloat16, "gradient_checkpointing": True, **one}
-                yield f"compute.dtype: bfloat16 and gradient_checkpointing: true{beside}", least
-        if self.method.lower() in ("full", "bitfit", "layernorm"):
-            yield f"method: lora with gradient_checkpointing: true{beside}", {"method": "lora", **lora}
-        if self.method.lower() != "qlora":
-            yield f"method: qlora with gradient_checkpointing: true{beside}", {"method": "qlora", **lora, "dtype": torch.bfloat16}
 
 
 def plan_variants(root: Path, variants: Sequence[str]) -> dict[str, Any]:
@@ -203,12 +155,12 @@ def plan_variants(root: Path, variants: Sequence[str]) -> dict[str, Any]:
         per_epoch = steps(train["rows"], recipe.model_copy(update={"num_train_epochs": 1, "max_steps": None}), machine.processes)
         rows = min(recipe.per_device_train_batch_size, train["rows"])
         lengths, counted = _largest_row(root, values, train, recipe.method)
-        way = Way(
+        way = machine.way(
             base_model, recipe.method, recipe.peft, recipe.quantization, rows, lengths, counted, recipe.gradient_checkpointing is True,
             recipe.gradient_accumulation_steps, recipe.optim, f"adapter.{name}",
         )  # fmt: skip
         if recipe.gradient_checkpointing == AUTO and recipe.method.lower() not in CANNOT_CHECKPOINT and machine.available is not None:
-            way = replace(way, gradient_checkpointing=way.predict(machine).memory.total > machine.available)
+            way = replace(way, gradient_checkpointing=way.predict().memory.total > machine.available)
         all_tokens = round(train["tokens"] * n / per_epoch)
         most = auto.MOST_TRIALS * steps(train["rows"], settled.trial) if settled.trial else 0
         found[name] = {
@@ -243,7 +195,7 @@ def _aligned(root: Path, recipe: Any, name: str, base_model: Path, machine: Mach
     batch = at_once * len(rows[0])
     n = align.planned(len(pairs), entry, entry.method, options)
     per_step = batch * passes * sum(map(sum, rows)) / sum(map(len, rows))
-    way = Way(
+    way = machine.way(
         base_model, "lora", entry.peft, None, 1, [max(map(max, rows))] * batch, batch * max(answers), entry.gradient_checkpointing,
         passes, entry.optim, f"aligned.{name}",
     )  # fmt: skip
@@ -287,7 +239,7 @@ def plan_model(
     machine = Machine(compute, device, None)
     found = {}
     for method in methods:
-        way = Way(
+        way = machine.way(
             model, method, USUAL.get(method, {}), None, rows, [tokens], tokens, checkpointing, 1, "adamw_torch_fused", f"--method {method}"
         )
         try:
@@ -326,9 +278,9 @@ def _largest_row(root: Path, values: dict[str, Any], train: dict[str, Any], meth
     return [tokens], -(-tokens * train["trained_tokens"] // train["tokens"])
 
 
-def _taken(way: Way, machine: Machine, tokens: int) -> dict[str, Any]:
+def _taken(way: memory.Way, machine: Machine, tokens: int) -> dict[str, Any]:
     """What a way of training takes for so many tokens in all."""
-    took = way.predict(machine)
+    took = way.predict()
     available = machine.available
     fits = None if available is None else took.memory.total <= available
     step = machine.seconds(took.step)
@@ -338,26 +290,20 @@ def _taken(way: Way, machine: Machine, tokens: int) -> dict[str, Any]:
         "total_parameters": took.total,
         "memory": {**asdict(took.memory), "total": took.memory.total},
         "fits": fits,
-        "advice": [] if fits is not False or available is None else _advice(way, machine, took.memory.total, available),
+        "advice": [] if fits is not False or available is None else _advice(way, took.memory.total, available),
         "time": None if step is None else {"from_seconds": round(step[0] * steps_of_all), "to_seconds": round(step[1] * steps_of_all)},
     }
 
 
-def _advice(way: Way, machine: Machine, needed: int, available: int) -> list[str]:
+def _advice(way: memory.Way, needed: int, available: int) -> list[str]:
     """What does not fit, and the first change that would."""
-    place = "of the GPU are" if machine.device == "cuda" else "are"
-    said = [f"needs {_size(needed)}, but {_size(available)} {place} free"]
-    least = (needed, "")
-    for text, changed in way.lighter(machine):
-        took = way.predict(machine, **changed).memory.total
-        if took <= available:
-            return [*said, f"{text} would take {_size(took)}"]
-        least = min(least, (took, text))
-    return (
-        [*said, f"{least[1]} would take {_size(least[0])}, which is the least; take a smaller model or a larger machine"]
-        if least[1]
-        else said
-    )
+    said = f"needs {size_text(needed)}, but {size_text(available)} {'of the GPU are' if way.device == 'cuda' else 'are'} free"
+    took, text = way.within(available)
+    if took <= available:
+        return [said, f"{text} would take {size_text(took)}"]
+    if took < needed:
+        return [said, f"{text} would take {size_text(took)}, which is the least; take a smaller model or a larger machine"]
+    return [said]
 
 
 def as_text(found: dict[str, Any]) -> str:
@@ -381,10 +327,10 @@ def as_text(found: dict[str, Any]) -> str:
             )
         share = 100 * v["trainable_parameters"] / v["total_parameters"]
         lines.append(f"  {v['trainable_parameters']:,} of {v['total_parameters']:,} parameters learn ({share:.3g} %)")
-        parts = ", ".join(f"{part} {_size(size)}" for part, size in v["memory"].items() if part != "total" and size >= 5e5)
+        parts = ", ".join(f"{part} {size_text(size)}" for part, size in v["memory"].items() if part != "total" and size >= 5e5)
         beside = f"; published for 7B: {v['published_gb']} GB" if "published_gb" in v else ""
-        free = "" if machine["available_bytes"] is None else f" of {_size(machine['available_bytes'])} free"
-        lines.append(f"  memory {_size(v['memory']['total'])}{free} ({parts}){beside}")
+        free = "" if machine["available_bytes"] is None else f" of {size_text(machine['available_bytes'])} free"
+        lines.append(f"  memory {size_text(v['memory']['total'])}{free} ({parts}){beside}")
         if v["time"]:
             per = "" if "steps" in v else f" for {v['tokens']:,} tokens"
             lines.append(f"  time {_time(v['time']['from_seconds'])} to {_time(v['time']['to_seconds'])}{per}")
@@ -396,10 +342,6 @@ def as_text(found: dict[str, Any]) -> str:
             "published figures hold for 2,048 tokens a pass with gradient checkpointing; full: for weights that learn in 16 bits, here in 32"
         )
     return "\n".join([*lines, f"on {machine['device']} in {machine['dtype']}{threads}"])
-
-
-def _size(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 9.5e8 else f"{size / 1e6:.0f} MB"
 
 
 def _time(seconds: int) -> str:

@@ -21,6 +21,7 @@ from dagster_project.training import auto, memory, proof
 from dagster_project.training.checkpoint import Checkpoints, code_of, refuse_full_disk, sha256_of, sha256_of_text
 from dagster_project.training.curve import live_writer, write_curve
 from dagster_project.training.hardware import prepare
+from dagster_project.training.head import cut
 from dagster_project.training.methods import CANNOT_CHECKPOINT, Quantization, Tunable, build
 from dagster_project.training.page import page
 from dagster_project.training.processes import claim_gpus, together
@@ -89,10 +90,9 @@ class _Material:
         device, dtype = prepare(compute)
         learnt = {self.category[identity] for row in self.rows["train"]["example_ids"] for identity in row if identity in self.category}
         where = f"adapter.{variant}"
-        with advice_on_memory():
-            tunable = build(
-                params.method, params.peft, base_model, device, dtype, where, params.quantization, params.merge, total, sorted(learnt)
-            )
+        tunable = build(
+            params.method, params.peft, base_model, device, dtype, where, params.quantization, params.merge, total, sorted(learnt)
+        )
         _refuse_clashes(tunable, params, where)
         return tunable
 
@@ -128,16 +128,19 @@ def run(
     settled = auto.settle(params, sum(map(len, example_ids)), len(example_ids), validates, compute.processes)
     params, chosen = settled.params, settled.chosen
     refuse_mistakes(params, where, rows["train"]["lengths"], validates)
-    predicted = _predicted(params, base_model, rows["train"], dtype, device.type, runtime, where) if live else None
+    way = partial(_way, base_model=base_model, rows=rows["train"], dtype=dtype, device=device.type, runtime=runtime, where=where)
+    predicted = _predicted(way(params)) if live else None
+    free = memory.available(device.type, compute.processes)
     if params.gradient_checkpointing == AUTO:
-        free, needed = memory.available(device.type, compute.processes), predicted.total - runtime if predicted else 0
+        needed = predicted.total - runtime if predicted else 0
         on = needed > free and params.method.lower() not in CANNOT_CHECKPOINT
         params = params.model_copy(update={"gradient_checkpointing": on})
         if on:
             log.info(
                 f"training {variant}: with gradient checkpointing: {needed / 1e6:,.0f} MB would be needed without, and {free / 1e6:,.0f} MB are free"
             )
-            predicted = _predicted(params, base_model, rows["train"], dtype, device.type, runtime, where)
+            predicted = _predicted(way(params))
+    advised = partial(advice_on_memory, lambda: _lighter(way(params), free))
     libraries = (*LIBRARIES, *(["liger-kernel"] if params.use_liger_kernel else []))
     identity = {
         "tokenized data": sha256_of([tokenized / f"{split}.parquet" for split in rows]),
@@ -158,13 +161,15 @@ def run(
         def learn(trial: Params) -> Course:
             return material.train(material.model(variant, trial, compute, base_model, steps(len(example_ids), trial)), trial, compute)
 
-        trials = auto.sweep(trial, learn, checkpoints / "sweep.json", identity | _settings(trial, compute))
+        with advised():
+            trials = auto.sweep(trial, learn, checkpoints / "sweep.json", identity | _settings(trial, compute))
         chosen["learning_rate"] = auto.best(trials, trial)
         params = auto.put(params, chosen)
     for name, choice in chosen.items():
         log.info(f"training {variant}: {name} {choice.value}: {choice.why}")
     total = steps(len(example_ids), params, compute.processes)
-    tunable = material.model(variant, params, compute, base_model, total)
+    with advised():
+        tunable = material.model(variant, params, compute, base_model, total)
     model, before = tunable.model, checkpoints / "before.safetensors"
     refuse_full_disk(_disk(tunable, params, checkpoints, out), where)
     proof.before_training(model, before)
@@ -178,11 +183,12 @@ def run(
     identity |= _settings(params, compute) | {"weights at the start": sha256_of([before]), "attention": tunable.attention}
     kept_at = Checkpoints(checkpoints, identity, params.save_total_limit)
     try:
-        if tunable.fit:
-            course = _fit(tunable, rows, material.category, live)
-        else:
-            with together(gpus, partial(_accompany, variant, params, compute, tokenized, base_model, checkpoints)):
-                course = material.train(tunable, params, compute, kept_at, live)
+        with advised():
+            if tunable.fit:
+                course, example_ids = _fit(tunable, rows, material.category, live)
+            else:
+                with together(gpus, partial(_accompany, variant, params, compute, tokenized, base_model, checkpoints)):
+                    course = material.train(tunable, params, compute, kept_at, live)
     except Diverged as diverged:
         return _diverged(diverged, example_ids)
     tunable.save(out)
@@ -266,8 +272,8 @@ def _accompany(variant: str, params: Params, compute: Compute, tokenized: Path, 
     """What the other processes of a training do: the same training, of which nothing is written."""
     material = _Material.read(params.method, tokenized, base_model)
     total = steps(len(material.rows["train"]), params, compute.processes)
-    tunable = material.model(variant, params, compute, base_model, total)
-    with suppress(Diverged):  # the first says it
+    with suppress(Diverged), advice_on_memory():  # the first says it
+        tunable = material.model(variant, params, compute, base_model, total)
         material.train(tunable, params.model_copy(update={"report_to": "none"}), compute, Checkpoints(checkpoints, {}))
 
 
@@ -291,29 +297,33 @@ def _refuse_clashes(tunable: Tunable, params: Params, where: str) -> None:
         raise InputError("\n".join(wrong), "leave it out")
 
 
-def _predicted(params: Params, base_model: Path, rows: Any, dtype: Any, device: str, runtime: int, where: str) -> memory.Memory | None:
-    """Peak memory by part, from the configuration alone; None for a method that cannot be built without its weights."""
-    together = min(params.per_device_train_batch_size, len(rows))
+def _way(params: Params, base_model: Path, rows: Any, dtype: Any, device: str, runtime: int, where: str) -> memory.Way:
+    """What the memory of the training depends on."""
     lengths, counted = memory.largest_row(rows["lengths"], rows["labels"], params.method)
+    return memory.Way(
+        device, dtype, runtime, base_model, params.method, params.peft, params.quantization,
+        min(params.per_device_train_batch_size, len(rows)), lengths, counted, params.gradient_checkpointing is True,
+        params.gradient_accumulation_steps, params.optim, where,
+    )  # fmt: skip
+
+
+def _predicted(way: memory.Way) -> memory.Memory | None:
+    """Peak memory by part, from the configuration alone; None for a method that cannot be built without its weights."""
     try:
-        return memory.predict(
-            base_model,
-            params.method,
-            params.peft,
-            lengths=together * lengths,
-            counted=together * counted,
-            dtype=dtype,
-            device=device,
-            runtime=runtime,
-            quantization=params.quantization,
-            gradient_checkpointing=params.gradient_checkpointing is True,
-            gradient_accumulation_steps=params.gradient_accumulation_steps,
-            optim=params.optim,
-            where=where,
-        ).memory
+        return way.predict().memory
     except memory.Unpredictable:
-        log.info(f"{where}: no prediction of memory for {params.method}")
+        log.info(f"{way.where}: no prediction of memory for {way.method}")
         return None
+
+
+def _lighter(way: memory.Way, free: int) -> str:
+    """What to change where memory ran out: the first change that the plan holds for small enough."""
+    predicted = _predicted(way)
+    if not predicted:
+        return "lower per_device_train_batch_size, or set gradient_checkpointing: true"
+    took, text = way.within(min(predicted.total, free) - 1)
+    said = f"{memory.size_text(predicted.total)} were predicted, and {memory.size_text(free)} were free"
+    return f"{said}; {f'{text} would take {memory.size_text(took)}' if text else 'take a smaller model or a larger machine'}"
 
 
 def _measured(course: Course, predicted: memory.Memory | None, device: str) -> dict[str, float]:
@@ -336,8 +346,9 @@ def _told(measured: Mapping[str, float]) -> str:
     return said
 
 
-def _fit(tunable: Tunable, rows: dict[str, Any], category: dict[str, str], live: Path | None) -> Course:
-    """A course of what is not trained by optimizer steps over rows: every iteration sees every example."""
+def _fit(tunable: Tunable, rows: dict[str, Any], category: dict[str, str], live: Path | None) -> tuple[Course, list[list[str]]]:
+    """The course of what is not trained by optimizer steps over rows: every iteration sees all that is read. And the examples of each row
+    that are read: those with a category."""
     assert tunable.fit
     train, validation = (
         [{**row, "categories": [category.get(identity) for identity in row["example_ids"]]} for row in rows[split]]
@@ -349,7 +360,11 @@ def _fit(tunable: Tunable, rows: dict[str, Any], category: dict[str, str], live:
     ]
     if live:
         live_writer(live)(curve, now=True)
-    return Course(curve=curve, seen=[(1, 1, row) for row in range(len(train))])
+    prompts, _, places = cut(train)
+    read: list[list[str]] = [[] for _ in train]
+    for row, place in places:
+        read[row].append(train[row]["example_ids"][place])
+    return Course(curve=curve, seen=[(1, 1, row) for row in range(len(train))], tokens=sum(map(len, prompts))), read
 
 
 def _learned(course: Course, finite: bool) -> CheckResult:

@@ -18,8 +18,8 @@ from dagster_project.records import CheckResult, Report, read_preferences, remov
 from dagster_project.training import memory, proof, reward
 from dagster_project.training.checkpoint import Checkpoints, refuse_full_disk
 from dagster_project.training.curve import write_curve
-from dagster_project.training.hardware import prepare
-from dagster_project.training.keeping import SIDELONG, Evidence, Lesson, Steps, identity, learn, reuse_large_blocks
+from dagster_project.training.hardware import prepare, reuse_large_blocks
+from dagster_project.training.keeping import SIDELONG, Evidence, Lesson, Steps, identity, learn
 from dagster_project.training.pairs import both
 from dagster_project.training.processes import claim_gpus
 from dagster_project.training.sft import Diverged, advice_on_memory

@@ -34,18 +34,19 @@ class Options(Section):
     """Prompts in a forward pass."""
 
 
-def cut(rows: Sequence[Mapping[str, Any]]) -> tuple[list[list[int]], list[str]]:
-    """Packed rows -> the prompts of their examples (token ids up to the last answer) and their categories. Examples without one are left out.
+def cut(rows: Sequence[Mapping[str, Any]]) -> tuple[list[list[int]], list[str], list[tuple[int, int]]]:
+    """Packed rows -> the prompts of their examples (token ids up to the last answer), their categories, and where they stood: (row, example of it).
+    Examples without a category are left out.
 
-        ids [5, 6, 7, 8], labels [-100, -100, 7, 8], lengths [4], categories ["login"]  ->  [[5, 6]], ["login"]
+        ids [5, 6, 7, 8], labels [-100, -100, 7, 8], lengths [4], categories ["login"]  ->  [[5, 6]], ["login"], [(0, 0)]
 
     Args:
         rows: with input_ids, labels, lengths and categories (one for each example, nullable).
     """
-    prompts, categories = [], []
-    for row in rows:
+    prompts, categories, places = [], [], []
+    for number, row in enumerate(rows):
         start = 0
-        for length, category in zip(row["lengths"], row["categories"], strict=True):
+        for place, (length, category) in enumerate(zip(row["lengths"], row["categories"], strict=True)):
             ids, labels = row["input_ids"][start : start + length], row["labels"][start : start + length]
             start += length
             trained = [i for i, label in enumerate(labels) if label != IGNORE]
@@ -54,7 +55,8 @@ def cut(rows: Sequence[Mapping[str, Any]]) -> tuple[list[list[int]], list[str]]:
             first = next(i for i in range(trained[-1], -1, -1) if i == 0 or labels[i - 1] == IGNORE)
             prompts.append(list(ids[:first]))
             categories.append(category)
-    return prompts, categories
+            places.append((number, place))
+    return prompts, categories, places
 
 
 def features(model: Any, prompts: Sequence[Sequence[int]], batch_size: int, what: str) -> torch.Tensor:
@@ -151,8 +153,8 @@ class Classifier:
         import torch
         from torch.nn.functional import cross_entropy
 
-        prompts, categories = cut(train)
-        held, held_categories = cut(validation)
+        prompts, categories, _ = cut(train)
+        held, held_categories, _ = cut(validation)
         if not prompts:
             raise InputError("feature_extraction learns the category of a prompt, and no example has one", "use sources with a `category`")
         strange = sorted({*categories, *held_categories} - set(self.labels))

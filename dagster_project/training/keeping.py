@@ -5,12 +5,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import json
 import logging
 import math
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -72,15 +70,6 @@ class Steps(Section):
 
 SIDELONG = {"gradient_checkpointing", "save_steps", "save_total_limit"}
 """Parameters that change nothing in what is learnt."""
-
-
-def reuse_large_blocks() -> None:
-    """Let glibc keep freed memory for the next tensor. It gives blocks above 32 MB back to the kernel, which fills each new one with zeros page by page:
-    half the time of a step where there are logits of a whole vocabulary for many tokens. Nothing is computed otherwise; elsewhere nothing happens."""
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        mmap_threshold, trim_threshold = -3, -1
-        mallopt(mmap_threshold, 2**30)
-        mallopt(trim_threshold, 2**31 - 1)
 
 
 @dataclass(frozen=True)

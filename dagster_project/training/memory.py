@@ -26,18 +26,22 @@ All in bytes; n = elements, b = bytes per element of the dtype:
                   for the backward pass. A frozen matrix does not keep its input; a layer below the lowest trained one keeps nothing.
     logits        whatever has the vocabulary as last dimension. At the most, in the loss's backward pass, counted positions x vocabulary
                   x 4 x 3: the log-softmax that was kept, its gradient and that of the scores, all in float32.
+    fragmentation on a CPU, memory that is free and still held: glibc keeps freed blocks of up to hardware.LARGE_BLOCK. Counted as if it
+                  reused a block for its own size alone: the most that ever lives of each size, all sizes together, less what of such
+                  blocks lives at the peak. On a GPU the peak is what torch has allocated, which leaves this out.
     runtime       libraries and their state. On a CPU the resident size of a process that has imported them, measured on this machine;
                   on a GPU the CUDA context and cuBLAS workspace, CUDA_RUNTIME.
 
-Not in it: kernels' scratch, and what an allocator keeps of freed memory (benchmarks/memory.py prints predicted against measured).
+Not in it: kernels' scratch (benchmarks/memory.py prints predicted against measured).
 """
 
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -46,8 +50,9 @@ from unittest.mock import patch
 from dagster_project.chat import IGNORE
 from dagster_project.errors import InputError
 from dagster_project.params import parse
+from dagster_project.training.hardware import LARGE_BLOCK
 from dagster_project.training.head import Options
-from dagster_project.training.methods import CANNOT_MERGE, VIRTUAL, Quantization, Tunable, build
+from dagster_project.training.methods import CANNOT_CHECKPOINT, CANNOT_MERGE, VIRTUAL, Quantization, Tunable, build
 from dagster_project.training.operations import Operations, attention, attention_and_back
 from dagster_project.training.sft import OPTIMIZER_MEMORY, causal
 
@@ -67,6 +72,7 @@ class Memory:
     optimizer: int
     activations: int
     logits: int
+    fragmentation: int
     runtime: int
 
     @property
@@ -154,12 +160,86 @@ def predict(
     states = 0 if tunable.fit else sum(_state_bytes(parameter, optim) for parameter in learning)
     if method.lower() == "adalora":
         states += 3 * sum(map(_bytes, learning))
-    peak = Memory(**ledger.peak, optimizer=states, runtime=runtime)
+    kept = ledger.fragmentation if device == "cpu" else 0
+    peak = Memory(**ledger.peak, optimizer=states, fragmentation=kept, runtime=runtime)
     as_stored = stored == (torch.float32 if tunable.autocast else dtype) and not getattr(base, "is_loaded_in_4bit", False)
     loading = 0 if device != "cpu" or as_stored else _loading(base_model, base, stored)
     if loading > peak.total - runtime:
-        peak = Memory(weights=loading, gradients=0, optimizer=0, activations=0, logits=0, runtime=runtime)
+        peak = Memory(weights=loading, gradients=0, optimizer=0, activations=0, logits=0, fragmentation=0, runtime=runtime)
     return Prediction(peak, tunable.trainable, tunable.total, ledger.operations)
+
+
+LORA = {"r": 16, "target_modules": "all-linear"}
+"""Keys of LoRA, where it is proposed instead of something heavier."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of training: what a prediction depends on, as `predict` names it."""
+
+    device: str
+    dtype: Any
+    runtime: int
+    base_model: Path
+    method: str
+    options: dict[str, Any]
+    quantization: Quantization | None
+    rows: int
+    """Packed rows in a forward pass."""
+    lengths: list[int]
+    """Tokens of each example in the largest such row."""
+    counted: int
+    """Its positions that count in the loss."""
+    gradient_checkpointing: bool
+    gradient_accumulation_steps: int
+    optim: str
+    where: str
+
+    def predict(self) -> Prediction:
+        given = dict(vars(self))
+        rows = given.pop("rows")
+        given["lengths"], given["counted"] = rows * self.lengths, rows * self.counted
+        return predict(given.pop("base_model"), given.pop("method"), given.pop("options"), **given)
+
+    def lighter(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Changes that need less memory, in the order in which one would try them: what to write, and what it changes here."""
+        import torch
+
+        one = {"rows": 1, "gradient_accumulation_steps": self.gradient_accumulation_steps * self.rows}
+        row = f"per_device_train_batch_size: 1 with gradient_accumulation_steps: {one['gradient_accumulation_steps']}"
+        beside = f", {row}" if self.rows > 1 else ""
+        lora = {"options": LORA, "quantization": None, "gradient_checkpointing": True, **one}
+        can = self.method.lower() not in CANNOT_CHECKPOINT
+        if not self.gradient_checkpointing and can:
+            yield "gradient_checkpointing: true", {"gradient_checkpointing": True}
+        if self.rows > 1:
+            yield row, one
+            if can:
+                yield f"gradient_checkpointing: true, {row}", {"gradient_checkpointing": True, **one}
+        if self.dtype == torch.float32:
+            yield "compute.dtype: bfloat16", {"dtype": torch.bfloat16}
+            if can:
+                least = {"dtype": torch.bfloat16, "gradient_checkpointing": True, **one}
+                yield f"compute.dtype: bfloat16 and gradient_checkpointing: true{beside}", least
+        if self.method.lower() in ("full", "bitfit", "layernorm"):
+            yield f"method: lora with gradient_checkpointing: true{beside}", {"method": "lora", **lora}
+        if self.method.lower() != "qlora":
+            yield f"method: qlora with gradient_checkpointing: true{beside}", {"method": "qlora", **lora, "dtype": torch.bfloat16}
+
+    def within(self, room: int) -> tuple[int, str]:
+        """(bytes, what to write) of the first lighter way that takes no more than `room`; where none does, of the one that takes the least."""
+        least = (self.predict().memory.total, "")
+        for text, changed in self.lighter():
+            took = replace(self, **changed).predict().memory.total
+            if took <= room:
+                return took, text
+            least = min(least, (took, text))
+        return least
+
+
+def size_text(size: float) -> str:
+    """Bytes, for people."""
+    return f"{size / 1e9:.1f} GB" if size >= 9.5e8 else f"{size / 1e6:.0f} MB"
 
 
 @contextmanager
@@ -360,6 +440,9 @@ class _Ledger:
         self.highest = self.now = 0
         self.operations = Operations()
         self._known: dict[int, tuple[str, int, Any]] = {}
+        self._small = Counter[int]()  # size of a block that glibc keeps -> bytes that live in such blocks
+        self._most = Counter[int]()  # the same at its most
+        self._at_peak = 0  # bytes in all of them at the peak
 
     def born(self, tensor: Any, part: str) -> None:
         """Count the tensor's storage, unless it is known."""
@@ -368,20 +451,31 @@ class _Ledger:
         if key in self._known:
             return
         self._known[key] = (part, storage.nbytes(), weakref.ref(storage, lambda _: self._dead(key)))
-        self.live[part] += storage.nbytes()
-        self.now += storage.nbytes()
-        if self.now > self.highest:
-            self.highest, self.peak = self.now, dict(self.live)
+        self._add(part, storage.nbytes())
 
     def _dead(self, key: int) -> None:
         part, size, _ = self._known.pop(key)
-        self.live[part] -= size
-        self.now -= size
+        self._add(part, -size)
 
     def passing(self, size: int) -> None:
         """Bytes that a kernel takes for as long as it runs."""
-        if self.now + size > self.highest:
-            self.highest, self.peak = self.now + size, {**self.live, "activations": self.live["activations"] + size}
+        self._add("activations", size)
+        self._add("activations", -size)
+
+    def _add(self, part: str, change: int) -> None:
+        self.live[part] += change
+        self.now += change
+        size = abs(change)
+        if size <= LARGE_BLOCK and part != "weights":
+            self._small[size] += change
+            self._most[size] = max(self._most[size], self._small[size])
+        if self.now > self.highest:
+            self.highest, self.peak, self._at_peak = self.now, dict(self.live), self._small.total()
+
+    @property
+    def fragmentation(self) -> int:
+        """Bytes held beside the peak, if a freed block is used again for its own size alone."""
+        return self._most.total() - self._at_peak
 
     def is_gradient(self, parameter: Any) -> None:
         key = parameter.grad.untyped_storage()._cdata

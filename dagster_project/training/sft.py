@@ -29,6 +29,7 @@ from dagster_project.progress import Progress
 from dagster_project.training import checkpoint, processes
 from dagster_project.training.checkpoint import Checkpoints
 from dagster_project.training.curve import live_writer
+from dagster_project.training.hardware import giving_back
 from dagster_project.training.methods import Tunable, apart
 from dagster_project.training.proof import trainable
 
@@ -274,9 +275,11 @@ def refuse_mistakes(recipe: Recipe, where: str, lengths: Sequence[Sequence[int]]
 
 
 @contextmanager
-def advice_on_memory() -> Iterator[None]:
+def advice_on_memory(advice: Callable[[], str] | None = None) -> Iterator[None]:
     """Running out of memory as one message, whichever library says it in whichever words.
 
+    Args:
+        advice: what to change, where more is known than what helps in general.
     Raises:
         PedigreeError: with what to change.
     """
@@ -292,8 +295,9 @@ def advice_on_memory() -> Iterator[None]:
         said = (str(error).splitlines() or [""])[0]
         raise PedigreeError(
             f"training ran out of memory{f' ({said})' if said else ''}",
-            "lower per_device_train_batch_size or tokenized.packed_length, set gradient_checkpointing: true, or use method: qlora;"
-            " `pedigree plan` shows what a variant needs",
+            advice()
+            if advice
+            else "lower per_device_train_batch_size or set gradient_checkpointing: true; `pedigree plan` shows what a variant needs",
         ) from None
 
 
@@ -348,7 +352,7 @@ def train(
     Raises:
         Interrupted: SIGINT or SIGTERM came; a checkpoint has been written.
         Diverged: a loss or a gradient is not finite. The checkpoints are from before.
-        PedigreeError: memory or disk ran out.
+        PedigreeError: the disk is full.
     """
     import torch
     from torch.nn.functional import cross_entropy
@@ -372,6 +376,7 @@ def train(
         Course(**saved.document("course"), seen=[(step, epoch, row) for step, epoch, row in state["seen"].tolist()]) if saved else Course()
     )
     best = saved.tensors("best") if saved else {}
+    method_at_best = state.get("method_at_best", {})
     watched = {"nats": 0.0, "tokens": 0, "passes": 0}  # of the evaluation under way: the Trainer would average over rows, however short
     batch: dict[str, Any] = {}  # the one under way
     step_losses: list[torch.Tensor] = []  # of the passes of the step under way; zero where another process does the pass
@@ -442,6 +447,7 @@ def train(
                     "schedule": self.lr_scheduler.state_dict(),
                     "random": checkpoint.random_state(),
                     "method": tunable.state(),
+                    "method_at_best": method_at_best,
                     "seen": torch.tensor(course.seen, dtype=torch.int32),
                 }
                 course.seconds = clock()
@@ -544,6 +550,8 @@ def train(
             if recipe.load_best_model_at_end and course.best() == course.watched[-1]:
                 best.clear()
                 best.update({name: weight.detach().cpu().clone() for name, weight in trainable(model).items()})
+                method_at_best.clear()
+                method_at_best.update(tunable.state())
                 course.best_step = state.global_step
             if stop_asked() or course.stalled(recipe.early_stopping_patience):
                 control.should_training_stop = True
@@ -571,7 +579,7 @@ def train(
                     f"the gradient is {norm}", state.global_step, [row for step, _, row in course.seen if step == state.global_step]
                 )
 
-    with tempfile.TemporaryDirectory() as scratch, stop_on_request() as stop_asked, advice_on_memory():
+    with tempfile.TemporaryDirectory() as scratch, stop_on_request() as stop_asked:
         if checkpoints and "tensorboard" in recipe.trackers:
             os.environ.setdefault(
                 "TENSORBOARD_LOGGING_DIR", str(checkpoints.folder.parent.parent / "tensorboard" / checkpoints.folder.name)
@@ -627,7 +635,13 @@ def train(
             use_liger_kernels(causal(model))
         if recipe.compile == "layers":
             compile_layers(model)
-        noise = add_noise(causal(model).get_input_embeddings(), recipe.neftune_noise_alpha, batch) if recipe.neftune_noise_alpha else None
+        hooks = []
+        # a checkpointed layer frees nearly all that it made, and glibc would keep it beside what the next layer makes
+        if recipe.gradient_checkpointing is True and model.device.type == "cpu" and recipe.compile == "none":
+            give_back = giving_back()
+            hooks += [layer.register_forward_hook(give_back) for layer in decoder_layers(model)]
+        if recipe.neftune_noise_alpha:
+            hooks.append(add_noise(causal(model).get_input_embeddings(), recipe.neftune_noise_alpha, batch))
         for weight in trainable(model).values():
             processes.from_first(weight.data)
         if saved:
@@ -640,10 +654,11 @@ def train(
         else:
             trainer.train(resume_from_checkpoint=str(saved.folder) if saved else None)
         processes.refuse_lost()
-        if noise:
-            noise.remove()
+        for hook in hooks:
+            hook.remove()
         if recipe.load_best_model_at_end:
             put(model, best)
+            tunable.restore(method_at_best)
             log.info(f"training: keeping the weights of step {course.best_step}")
     course.seconds = clock()
     show(course.curve, now=True)
@@ -662,12 +677,16 @@ def put(model: Any, weights: dict[str, torch.Tensor]) -> None:
             parameters[name].copy_(weight)
 
 
+def decoder_layers(model: Any) -> list[Any]:
+    """The blocks that make up a model, as its architecture names them."""
+    kinds = set(causal(model)._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in kinds]
+
+
 def compile_layers(model: Any) -> None:
     """Compile each decoder layer for itself, for rows of any length. What the model's weights are called does not change."""
-    kinds = set(causal(model)._no_split_modules or ())
-    for module in model.modules():
-        if type(module).__name__ in kinds:
-            module.compile(dynamic=True)
+    for layer in decoder_layers(model):
+        layer.compile(dynamic=True)
 
 
 def use_liger_kernels(model: Any) -> None:
