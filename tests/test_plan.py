@@ -398,3 +398,25 @@ def test_help_needs_no_torch() -> None:
 
 def test_the_total_is_the_sum_of_the_parts() -> None:
     assert Memory(1, 2, 3, 4, 5, 6, 7).total == 28
+
+
+@pytest.mark.slow
+def test_what_training_takes_is_near_what_was_told(tmp_path: Path) -> None:
+    """On the real model: a method that keeps much, under checkpointing, and one that keeps little."""
+    if not (ROOT / "data" / "base_model" / "model.safetensors").is_file():
+        pytest.skip("no real model: run `dvc repro base_model`")
+    command = [
+        sys.executable,
+        "benchmarks/memory.py",
+        "lora",
+        "qdora",
+        "--dtype",
+        "bfloat16",
+        "--tokens",
+        "256",
+        "--out",
+        str(tmp_path / "x.md"),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == 4 and max(abs(one["error"]) for one in found) < 0.3

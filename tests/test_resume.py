@@ -213,10 +213,11 @@ def main() -> None:
             arrange()
             run(folder, model, name, recipe, threads)
 
-        ends = [
-            forked(killed, folder / f"{name}.log"),
-            forked(lambda name=name: run(folder, model, name, recipe, threads), folder / f"{name}.log"),
-        ]  # type: ignore[misc]
+        ends = [forked(killed, folder / f"{name}.log")]
+        if order.get("damage"):
+            newest = max((folder / "checkpoints" / name).glob("step-????????"))
+            (newest / "weights.safetensors").write_bytes((newest / "weights.safetensors").read_bytes()[:-1])
+        ends.append(forked(lambda name=name: run(folder, model, name, recipe, threads), folder / f"{name}.log"))  # type: ignore[misc]
         said = (folder / f"{name}.log").read_text()
         found[name] = {
             "ends": ends,
@@ -280,6 +281,12 @@ def test_a_kill_at_any_write_of_a_checkpoint_costs_no_more_than_that_checkpoint(
     found = kills(folder, tiny_model, threads=threads, save=3, boundaries=boundaries)
     assert len(found) >= (boundaries or 25)
     assert all(one["resumed"] for one in found.values())
+
+
+def test_a_damaged_newest_checkpoint_costs_no_more_than_the_way_from_the_one_before(folder: Path, tiny_model: Path) -> None:
+    [found] = kills(folder, tiny_model, recipe={"save_strategy": "steps"}, passes=[12], damage=True).values()
+    assert "checkpoint step-00000006 is damaged" in found["log"]
+    assert "going on from the checkpoint of step 4 of 12" in found["log"]
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "adafactor", "adagrad", "rmsprop", "sgd"])

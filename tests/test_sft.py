@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from dagster_project.chat import IGNORE, encode
 from dagster_project.errors import InputError, PedigreeError
 from dagster_project.params import Compute
+from dagster_project.progress import Progress
 from dagster_project.records import read_table, write_table
 from dagster_project.stages import adapter
 from dagster_project.stages.tokenized import category_schema, row_schema
@@ -383,6 +384,33 @@ def test_the_best_weights_of_adalora_keep_the_ranks_that_they_had(tokenized: Pat
     saved = load_file(tmp_path / "x" / "adapter_model.safetensors")
     kept = sum(int((weight != 0).sum()) for name, weight in saved.items() if "lora_E" in name)
     assert left == kept and (not pattern or left == sum(map(sum, pattern.values())))
+
+
+def test_a_tracker_gets_the_curve_and_changes_no_byte(
+    tokenized: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    for name, tracker in (("watched", "tensorboard"), ("alone", "none")):
+        tune(tokenized, tiny_model, tmp_path / name, report_to=tracker)
+    [events] = (path for path in (tmp_path / "logs").rglob("*") if path.is_file())
+    for tag in ("train/loss", "train/learning_rate", "train/grad_norm", "eval/loss"):
+        assert tag.encode() in events.read_bytes()
+    watched, alone = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("watched", "alone"))
+    assert watched == alone
+
+
+def test_progress_tells_how_long_is_left(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    now = [0.0]
+    monkeypatch.setattr("dagster_project.progress.time.monotonic", lambda: now[0])
+    progress = Progress("training", 100, "step")
+    with caplog.at_level("INFO", "pedigree"):
+        for now[0] in (2.0, 4.0, 8.0, 200.0):
+            progress.advance(25)
+    assert [record.getMessage() for record in caplog.records] == [
+        "training: 25/100 steps, about 0:06 left",
+        "training: 75/100 steps, about 0:03 left",
+        "training: 100/100 steps, done in 200 s",
+    ]
 
 
 def test_a_head_is_said_to_have_seen_no_example_that_it_did_not_read(tokenized: Path, tiny_model: Path, tmp_path: Path) -> None:
