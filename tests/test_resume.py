@@ -304,7 +304,7 @@ def test_every_optimizer_goes_on_exactly(folder: Path, tiny_model: Path, optim: 
     ],
     ids=lambda recipe: recipe["method"],
 )  # fmt: skip
-def test_methods_with_more_to_remember_than_weights_go_on_exactly(folder: Path, tiny_model: Path, recipe: dict[str, Any]) -> None:
+def test_other_methods_than_lora_go_on_exactly(folder: Path, tiny_model: Path, recipe: dict[str, Any]) -> None:
     assert kills(folder, tiny_model, recipe={**recipe, "merge": False}, passes=[ROWS + 3])[f"pass {ROWS + 3}"]["resumed"]
 
 

@@ -342,7 +342,8 @@ def test_checkpointing_is_on_where_memory_is_short_and_changes_no_byte(
             on.clear()
             given_back.clear()
             tune(tokenized, tiny_model, tmp_path / name, peft={**LORA, "lora_dropout": 0.3}, live=tmp_path / "live")
-            assert bool(on) is bool(given_back) is (name == "tight")
+            assert bool(on) is (name == "tight")
+            assert bool(given_back) is (name == "tight" and not torch.cuda.is_available())
             found.append({f.name: f.read_bytes() for f in (tmp_path / name).iterdir()})
     assert found[0] == found[1]
     assert len(re.findall(r"with gradient checkpointing: \d MB would be needed without, and 0 MB are free", caplog.text)) == 1
@@ -371,7 +372,7 @@ assert abs(given[0]) < 5_000_000 and given[1] > 150_000_000, given
 def test_the_best_weights_of_adalora_keep_the_ranks_that_they_had(tokenized: Path, tiny_model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    ranks = {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 3, "deltaT": 1, "target_modules": ["q_proj", "v_proj"]}
+    ranks = {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 3, "deltaT": 3, "target_modules": ["q_proj", "v_proj"]}
     [row, _] = read_table(tokenized / "train.parquet")
     contrary = [label if label == IGNORE else 3 for label in row["labels"]]
     write_table(tokenized / "validation.parquet", [{**row, "labels": contrary}], row_schema())

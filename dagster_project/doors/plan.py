@@ -88,10 +88,6 @@ class Machine:
 
         return int(self._noted("runtime", measure))
 
-    def way(self, *given: Any) -> memory.Way:
-        """What is planned, on this machine."""
-        return memory.Way(self.device, self.dtype, self.runtime, *given)
-
     def seconds(self, step: Operations) -> tuple[float, float] | None:
         """A step's least and most seconds; None for a GPU that is not here. A second or two where it does what no step before did."""
         import torch
@@ -155,9 +151,9 @@ def plan_variants(root: Path, variants: Sequence[str]) -> dict[str, Any]:
         per_epoch = steps(train["rows"], recipe.model_copy(update={"num_train_epochs": 1, "max_steps": None}), machine.processes)
         rows = min(recipe.per_device_train_batch_size, train["rows"])
         lengths, counted = _largest_row(root, values, train, recipe.method)
-        way = machine.way(
-            base_model, recipe.method, recipe.peft, recipe.quantization, rows, lengths, counted, recipe.gradient_checkpointing is True,
-            recipe.gradient_accumulation_steps, recipe.optim, f"adapter.{name}",
+        way = memory.Way(
+            machine.device, machine.dtype, machine.runtime, base_model, recipe.method, recipe.peft, recipe.quantization, rows, lengths, counted,
+            recipe.gradient_checkpointing is True, recipe.gradient_accumulation_steps, recipe.optim, f"adapter.{name}",
         )  # fmt: skip
         if recipe.gradient_checkpointing == AUTO and recipe.method.lower() not in CANNOT_CHECKPOINT and machine.available is not None:
             way = replace(way, gradient_checkpointing=way.predict().memory.total > machine.available)
@@ -195,9 +191,9 @@ def _aligned(root: Path, recipe: Any, name: str, base_model: Path, machine: Mach
     batch = at_once * len(rows[0])
     n = align.planned(len(pairs), entry, entry.method, options)
     per_step = batch * passes * sum(map(sum, rows)) / sum(map(len, rows))
-    way = machine.way(
-        base_model, "lora", entry.peft, None, 1, [max(map(max, rows))] * batch, batch * max(answers), entry.gradient_checkpointing,
-        passes, entry.optim, f"aligned.{name}",
+    way = memory.Way(
+        machine.device, machine.dtype, machine.runtime, base_model, "lora", entry.peft, None, 1, [max(map(max, rows))] * batch,
+        batch * max(answers), entry.gradient_checkpointing, passes, entry.optim, f"aligned.{name}",
     )  # fmt: skip
     # beside forward and backward pass, the reference's forward pass
     took = _taken(way, machine, round(n * per_step * 4 / 3))
@@ -239,9 +235,10 @@ def plan_model(
     machine = Machine(compute, device, None)
     found = {}
     for method in methods:
-        way = machine.way(
-            model, method, USUAL.get(method, {}), None, rows, [tokens], tokens, checkpointing, 1, "adamw_torch_fused", f"--method {method}"
-        )
+        way = memory.Way(
+            machine.device, machine.dtype, machine.runtime, model, method, USUAL.get(method, {}), None, rows, [tokens], tokens, checkpointing,
+            1, "adamw_torch_fused", f"--method {method}",
+        )  # fmt: skip
         try:
             took = _taken(way, machine, 1000 * rows * tokens)
         except (StrictDataclassError, ValueError, TypeError) as error:  # of the configuration's own checks, or of building from it
@@ -283,6 +280,13 @@ def _taken(way: memory.Way, machine: Machine, tokens: int) -> dict[str, Any]:
     took = way.predict()
     available = machine.available
     fits = None if available is None else took.memory.total <= available
+    advice = []
+    if available is not None and not fits:
+        place = "of the GPU are" if way.device == "cuda" else "are"
+        advice = [
+            f"needs {size_text(took.memory.total)}, but {size_text(available)} {place} free",
+            way.remedy(took.memory.total, available),
+        ]
     step = machine.seconds(took.step)
     steps_of_all = tokens / (sum(way.lengths) * way.rows * way.gradient_accumulation_steps * machine.processes)
     return {
@@ -290,20 +294,9 @@ def _taken(way: memory.Way, machine: Machine, tokens: int) -> dict[str, Any]:
         "total_parameters": took.total,
         "memory": {**asdict(took.memory), "total": took.memory.total},
         "fits": fits,
-        "advice": [] if fits is not False or available is None else _advice(way, took.memory.total, available),
+        "advice": advice,
         "time": None if step is None else {"from_seconds": round(step[0] * steps_of_all), "to_seconds": round(step[1] * steps_of_all)},
     }
-
-
-def _advice(way: memory.Way, needed: int, available: int) -> list[str]:
-    """What does not fit, and the first change that would."""
-    said = f"needs {size_text(needed)}, but {size_text(available)} {'of the GPU are' if way.device == 'cuda' else 'are'} free"
-    took, text = way.within(available)
-    if took <= available:
-        return [said, f"{text} would take {size_text(took)}"]
-    if took < needed:
-        return [said, f"{text} would take {size_text(took)}, which is the least; take a smaller model or a larger machine"]
-    return [said]
 
 
 def as_text(found: dict[str, Any]) -> str:

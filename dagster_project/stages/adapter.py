@@ -140,7 +140,7 @@ def run(
                 f"training {variant}: with gradient checkpointing: {needed / 1e6:,.0f} MB would be needed without, and {free / 1e6:,.0f} MB are free"
             )
             predicted = _predicted(way(params))
-    advised = partial(advice_on_memory, lambda: _lighter(way(params), free))
+    advised = partial(advice_on_memory, lambda: _remedy(way(params, runtime=0), free))
     libraries = (*LIBRARIES, *(["liger-kernel"] if params.use_liger_kernel else []))
     identity = {
         "tokenized data": sha256_of([tokenized / f"{split}.parquet" for split in rows]),
@@ -183,12 +183,12 @@ def run(
     identity |= _settings(params, compute) | {"weights at the start": sha256_of([before]), "attention": tunable.attention}
     kept_at = Checkpoints(checkpoints, identity, params.save_total_limit)
     try:
-        with advised():
-            if tunable.fit:
+        if tunable.fit:
+            with advised():
                 course, example_ids = _fit(tunable, rows, material.category, live)
-            else:
-                with together(gpus, partial(_accompany, variant, params, compute, tokenized, base_model, checkpoints)):
-                    course = material.train(tunable, params, compute, kept_at, live)
+        else:
+            with together(gpus, partial(_accompany, variant, params, compute, tokenized, base_model, checkpoints)), advised():
+                course = material.train(tunable, params, compute, kept_at, live)
     except Diverged as diverged:
         return _diverged(diverged, example_ids)
     tunable.save(out)
@@ -316,14 +316,19 @@ def _predicted(way: memory.Way) -> memory.Memory | None:
         return None
 
 
-def _lighter(way: memory.Way, free: int) -> str:
-    """What to change where memory ran out: the first change that the plan holds for small enough."""
-    predicted = _predicted(way)
-    if not predicted:
-        return "lower per_device_train_batch_size, or set gradient_checkpointing: true"
-    took, text = way.within(min(predicted.total, free) - 1)
-    said = f"{memory.size_text(predicted.total)} were predicted, and {memory.size_text(free)} were free"
-    return f"{said}; {f'{text} would take {memory.size_text(took)}' if text else 'take a smaller model or a larger machine'}"
+def _remedy(way: memory.Way, free: int) -> str:
+    """What to change where memory ran out, by the plan; "" where it cannot tell.
+
+    Args:
+        way: without the runtime, which is there already.
+        free: bytes that were free before training.
+    """
+    try:
+        needed = way.predict().memory.total
+        told = f"{memory.size_text(needed)} were predicted, and {memory.size_text(free)} were free"
+        return f"{told}; {way.remedy(needed, min(needed, free) - 1)}"
+    except (InputError, ValueError, RuntimeError, MemoryError):
+        return ""
 
 
 def _measured(course: Course, predicted: memory.Memory | None, device: str) -> dict[str, float]:

@@ -53,18 +53,24 @@ def reuse_large_blocks() -> None:
         mallopt(trim_threshold, 2**31 - 1)
 
 
-def giving_back(slack: int = 4 * LARGE_BLOCK) -> Callable[..., None]:
-    """A function, or forward hook, that lets glibc give what is freed back to the kernel if the process has grown by more than `slack` bytes
-    since it last did: a page that is given back takes time when it is next used. Nothing happens with another C library."""
+SLACK = 4 * LARGE_BLOCK
+"""Bytes by which a process grows before it gives back what is freed: a page that is given back takes time when it is next used."""
+
+
+def giving_back() -> Callable[..., None]:
+    """A function, or forward hook, that lets glibc give what is freed back to the kernel if the process has grown by more than SLACK since it
+    last did. Nothing happens with another C library."""
     import psutil
 
     malloc_trim, process = _of_glibc("malloc_trim"), psutil.Process()
+    if not malloc_trim:
+        return lambda *_: None
     least = process.memory_info().rss
 
     def give_back(*_: Any) -> None:
         nonlocal least
         now = process.memory_info().rss
-        if malloc_trim and now > least + slack:
+        if now > least + SLACK:
             malloc_trim(0)
             least = process.memory_info().rss
         else:

@@ -175,7 +175,7 @@ LORA = {"r": 16, "target_modules": "all-linear"}
 
 @dataclass(frozen=True)
 class Way:
-    """One way of training: what a prediction depends on, as `predict` names it."""
+    """One way of training: what a prediction depends on, see `predict`."""
 
     device: str
     dtype: Any
@@ -226,15 +226,16 @@ class Way:
         if self.method.lower() != "qlora":
             yield f"method: qlora with gradient_checkpointing: true{beside}", {"method": "qlora", **lora, "dtype": torch.bfloat16}
 
-    def within(self, room: int) -> tuple[int, str]:
-        """(bytes, what to write) of the first lighter way that takes no more than `room`; where none does, of the one that takes the least."""
-        least = (self.predict().memory.total, "")
+    def remedy(self, needed: int, room: int) -> str:
+        """The first change with which it takes no more than `room` bytes, or else the one that takes the least, where it takes `needed` now."""
+        least = (needed, "")
         for text, changed in self.lighter():
             took = replace(self, **changed).predict().memory.total
             if took <= room:
-                return took, text
+                return f"{text} would take {size_text(took)}"
             least = min(least, (took, text))
-        return least
+        other = "take a smaller model or a larger machine"
+        return f"{least[1]} would take {size_text(least[0])}, which is the least; {other}" if least[1] else other
 
 
 def size_text(size: float) -> str:

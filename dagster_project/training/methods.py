@@ -549,11 +549,14 @@ def build(
         parameter.data = parameter.data.float()
     fuse(model)
 
+    ranks = _AdaptiveRanks(model) if name == "adalora" else None
+
     def save(folder: Path) -> None:
+        if ranks:
+            ranks.settle()
         save_adapter(model, folder, base_model=named)
         record.write(folder)
 
-    ranks = _AdaptiveRanks(model) if name == "adalora" else None
     return Tunable(
         model,
         trainable,
@@ -671,6 +674,12 @@ class _AdaptiveRanks:
                 product = weight @ weight.T if ".lora_A." in name else weight.T @ weight
                 terms.append(torch.linalg.norm(product - torch.eye(len(product), device=product.device, dtype=product.dtype)))
         return self.config.orth_reg_weight * torch.stack(terms).mean()
+
+    def settle(self) -> None:
+        """Let the ranks that are left be those of the weights as they are. PEFT notes them at each cut, and stores no others: but between two
+        cuts they grow again, and the weights may be those of an earlier step."""
+        weights = dict(self.tuner.model.named_parameters())
+        self.config.rank_pattern = {name: (weights[name] != 0).flatten().tolist() for name in self.config.rank_pattern or {}} or None
 
     def state(self) -> dict[str, torch.Tensor]:
         """Smoothed importances and their uncertainties, and which ranks are left; all by the name of the weight."""

@@ -279,7 +279,7 @@ def advice_on_memory(advice: Callable[[], str] | None = None) -> Iterator[None]:
     """Running out of memory as one message, whichever library says it in whichever words.
 
     Args:
-        advice: what to change, where more is known than what helps in general.
+        advice: says what to change, where more may be known than what helps in general; "" where it is not.
     Raises:
         PedigreeError: with what to change.
     """
@@ -295,9 +295,8 @@ def advice_on_memory(advice: Callable[[], str] | None = None) -> Iterator[None]:
         said = (str(error).splitlines() or [""])[0]
         raise PedigreeError(
             f"training ran out of memory{f' ({said})' if said else ''}",
-            advice()
-            if advice
-            else "lower per_device_train_batch_size or set gradient_checkpointing: true; `pedigree plan` shows what a variant needs",
+            (advice and advice())
+            or "lower per_device_train_batch_size or set gradient_checkpointing: true; `pedigree plan` shows what a variant needs",
         ) from None
 
 
@@ -376,7 +375,6 @@ def train(
         Course(**saved.document("course"), seen=[(step, epoch, row) for step, epoch, row in state["seen"].tolist()]) if saved else Course()
     )
     best = saved.tensors("best") if saved else {}
-    method_at_best = state.get("method_at_best", {})
     watched = {"nats": 0.0, "tokens": 0, "passes": 0}  # of the evaluation under way: the Trainer would average over rows, however short
     batch: dict[str, Any] = {}  # the one under way
     step_losses: list[torch.Tensor] = []  # of the passes of the step under way; zero where another process does the pass
@@ -447,7 +445,6 @@ def train(
                     "schedule": self.lr_scheduler.state_dict(),
                     "random": checkpoint.random_state(),
                     "method": tunable.state(),
-                    "method_at_best": method_at_best,
                     "seen": torch.tensor(course.seen, dtype=torch.int32),
                 }
                 course.seconds = clock()
@@ -550,8 +547,6 @@ def train(
             if recipe.load_best_model_at_end and course.best() == course.watched[-1]:
                 best.clear()
                 best.update({name: weight.detach().cpu().clone() for name, weight in trainable(model).items()})
-                method_at_best.clear()
-                method_at_best.update(tunable.state())
                 course.best_step = state.global_step
             if stop_asked() or course.stalled(recipe.early_stopping_patience):
                 control.should_training_stop = True
@@ -658,7 +653,6 @@ def train(
             hook.remove()
         if recipe.load_best_model_at_end:
             put(model, best)
-            tunable.restore(method_at_best)
             log.info(f"training: keeping the weights of step {course.best_step}")
     course.seconds = clock()
     show(course.curve, now=True)
