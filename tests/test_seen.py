@@ -182,4 +182,6 @@ def test_a_method_whose_memory_cannot_be_told_without_weights_has_no_prediction(
 
     params = adapter.Params(method="waveft", peft={"n_frequency": 100})
     rows = Dataset.from_list([{"lengths": [4], "labels": [-100, 6, 7, 8]}])
-    assert adapter._predicted(params, tiny_model, rows, torch.float32, "cpu", 0, "adapter.x") is None
+    way = adapter._way(params, tiny_model, rows, torch.float32, "cpu", 0, "adapter.x")
+    assert adapter._predicted(way) is None
+    assert adapter._remedy(way, free=10**9) == "", "then the message says what helps in general"
