@@ -75,10 +75,8 @@ def describe(root: Path, state: StageState) -> dict[str, Any]:
     stage, _, variant = state.address.partition("@")
     for plot, draw in PLOTS.get(stage, ()):
         path = root / "data" / "plots" / (f"{plot}/{variant}.csv" if variant else f"{plot}.csv")
-        if path.is_file():
-            found[plot] = dg.MetadataValue.md(
-                f"![{plot}](data:image/png;base64,{draw(list(csv.DictReader(path.open())), root / state.out)})"
-            )
+        if points := list(csv.DictReader(path.read_text().splitlines())) if path.is_file() else []:
+            found[plot] = dg.MetadataValue.md(f"![{plot}](data:image/png;base64,{draw(points, root / state.out)})")
     commit = _commit(root)
     return {**found, **({"git_commit": commit} if commit else {})}
 
@@ -225,7 +223,7 @@ def _png(figure: Any) -> str:
 def _draw_course(rows: list[dict[str, str]], out: Path) -> str:
     from matplotlib.figure import Figure
 
-    names = [name for name in rows[0] if name not in {"step", "tokens"}][:8] if rows else ["loss"]
+    names = [name for name in rows[0] if name not in {"step", "tokens"}][:8]
     figure = Figure(figsize=(4 * min(4, len(names)), 3 * -(-len(names) // 4)))
     for axes, name in zip(figure.subplots(-(-len(names) // 4), min(4, len(names)), squeeze=False).flat, names, strict=False):
         axes.plot([int(row["step"]) for row in rows], [float(row[name]) for row in rows], linewidth=1.2, label=name)

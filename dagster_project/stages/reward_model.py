@@ -35,6 +35,8 @@ TRUTHS = {
 
 FIGURES = {"accuracy": "accuracy", "margin": "margin", "mean_reward": "reward"}
 BINS = 10
+CURVE = ("loss", "accuracy", "margin", "learning_rate", "grad_norm")
+"""Columns of the training curve, between step and tokens."""
 
 
 class Params(Steps):
@@ -73,9 +75,8 @@ def run(
     device, dtype = prepare(compute)
     reuse_large_blocks()
     pairs = {split: read_preferences(preferences / split) for split in ("train", "validation", "test")}
-    if not any(pairs.values()):  # a project without preferences: there is nothing to learn, and nothing wrong
-        write_json(out / "training.json", {"pairs": 0})
-        return Report(metrics={"pairs": 0}, checks=[CheckResult(name, passed=True, note="there are no preferences") for name in TRUTHS])
+    if not any(pairs.values()):
+        return _without_pairs(out, curve_file, calibration_file)
     _refuse(pairs, params, folder)
     with advice_on_memory():
         model = reward.build(folder, params.peft if params.method == "lora" else None, device, dtype, "reward_model")
@@ -105,7 +106,7 @@ def run(
     write_table(
         out / "examples.parquet", proof.seen_examples(course.seen, [[p["example_id"]] for p in pairs["train"]]), proof.seen_schema()
     )
-    write_curve(curve_file, course.curve, ("loss", "accuracy", "margin", "learning_rate", "grad_norm"))
+    write_curve(curve_file, course.curve, CURVE)
     reward.save(model, folder, out)
     del model
     judged = _judge(reward.RewardModel(out, device, dtype), pairs, calibration_file)
@@ -142,6 +143,21 @@ def run(
     if not report.failures:
         remove(checkpoints)
     return report
+
+
+def _without_pairs(out: Path, curve_file: Path, calibration_file: Path) -> Report:
+    """The outputs of a project without preferences: every file that dvc.yaml names exists, and holds no rows."""
+    write_json(out / "training.json", {"pairs": 0})
+    write_curve(curve_file, [], CURVE)
+    _write_calibration(calibration_file, [])
+    return Report(metrics={"pairs": 0}, checks=[CheckResult(name, passed=True, note="there are no preferences") for name in TRUTHS])
+
+
+def _write_calibration(path: Path, bins: Sequence[tuple[float, float, int]]) -> None:
+    """Args:
+    bins: mean confidence, accuracy and number of held-out pairs of each bin that has any.
+    """
+    write_text(path, "\n".join(["confidence,accuracy,pairs", *(f"{c:.4f},{a:.4f},{n}" for c, a, n in bins)]) + "\n")
 
 
 def _refuse(pairs: Mapping[str, Sequence[Any]], params: Params, folder: Path) -> None:
@@ -197,7 +213,7 @@ def _judge(model: reward.RewardModel, pairs: Mapping[str, Sequence[Mapping[str, 
     filled = [
         (float(sure[bins == b].mean()), float(right[bins == b].mean()), int((bins == b).sum())) for b in range(BINS) if (bins == b).any()
     ]
-    write_text(calibration_file, "\n".join(["confidence,accuracy,pairs", *(f"{c:.4f},{a:.4f},{n}" for c, a, n in filled)]) + "\n")
+    _write_calibration(calibration_file, filled)
     categories = sorted({pair["category"] for pair in test if pair["category"]})
     return {
         "accuracy": accuracy,
