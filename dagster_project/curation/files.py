@@ -12,7 +12,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -339,7 +339,7 @@ def _depth(value: Any) -> int:
 
 
 def _csv(path: Path) -> list[Row]:
-    """Column names from the first line; every value is text. One quote left open would swallow all that follows, so the file is refused."""
+    """Column names from the first line, unless that is a question of MMLU; every value is text. One quote left open would swallow all that follows, so the file is refused."""
 
     def lines() -> Iterator[str]:
         for number, line in _lines(path):
@@ -351,21 +351,25 @@ def _csv(path: Path) -> list[Row]:
     reader = csv.reader(lines(), strict=True)
     usual = csv.field_size_limit(MAX_ROW_BYTES)
     try:
-        table = (fields for fields in reader if fields)
-        header = next(table, [])
+        table: Iterator[tuple[list[str], int]] = ((fields, reader.line_num) for fields in reader if fields)
+        begin = [*islice(table, 2)]
+        if begin and all(_is_mmlu(fields) for fields, _ in begin):
+            header, table = MMLU_COLUMNS, chain(begin, table)
+        else:
+            header, table = (begin[0][0] if begin else []), chain(begin[1:], table)
         _named_once(path, header)
         if len(header) == 1 and (other := next((mark for mark in ";\t|" if mark in header[0]), "")):
             raise InputError(f"{path.name}: not CSV: columns are separated by {other!r}", "save the file with commas between columns")
-        for fields in table:
+        for fields, line in table:
             if any(not field.isascii() and re.search("[\udc80-\udcff]", field) for field in fields):
-                problem = f"not UTF-8 (line {reader.line_num})"
+                problem = f"not UTF-8 (line {line})"
             elif sum(map(len, fields)) > MAX_ROW_BYTES:
-                problem = _too_long(reader.line_num)
+                problem = _too_long(line)
             elif len(fields) != len(header):
-                problem = f"{len(fields)} fields where the header has {len(header)} (line {reader.line_num})"
+                problem = f"{len(fields)} fields where the header has {len(header)} (line {line})"
             else:
                 problem = ""
-            rows.append(Row(len(rows), None if problem else dict(zip(header, fields, strict=True)), problem, reader.line_num))
+            rows.append(Row(len(rows), None if problem else dict(zip(header, fields, strict=True)), problem, line))
     except csv.Error as error:
         raise InputError(
             f"{path.name}: not CSV: {error}, near line {reader.line_num}", "close every quote; double quotes inside one"
@@ -373,6 +377,15 @@ def _csv(path: Path) -> list[Row]:
     finally:
         csv.field_size_limit(usual)
     return rows
+
+
+MMLU_COLUMNS = ["question", "A", "B", "C", "D", "answer"]
+"""Names for the columns of MMLU's own CSV files, which have none."""
+
+
+def _is_mmlu(fields: list[str]) -> bool:
+    """Whether a line of a CSV file is a question of MMLU: six fields, of which the last is the letter of the right choice."""
+    return len(fields) == len(MMLU_COLUMNS) and fields[-1] in MMLU_COLUMNS[1:5]
 
 
 def _named_once(path: Path, columns: list[str]) -> None:

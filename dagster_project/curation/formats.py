@@ -6,10 +6,10 @@ import json
 import re
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from dagster_project.curation.files import Row, files_of, read_rows
 from dagster_project.errors import InputError
@@ -36,6 +36,8 @@ class Layout:
     """Key of the row's category."""
     alone: bool = False
     """Told from its keys only where a row has no others."""
+    parts: Callable[[dict[str, Any]], list[Any]] | None = None
+    """Rows of one example each, where a source row holds several. KeyError and ValueError as for `messages`."""
 
 
 def _text(value: Any) -> str:
@@ -102,6 +104,24 @@ def _single(prompt: str, completion: str, system: str | None = "system") -> Call
     return lambda row: _turns(row.get(system) if system else None, ("user", _text(row[prompt])), ("assistant", _text(row[completion])))
 
 
+def _instances(row: dict[str, Any]) -> list[Any]:
+    """One row per instance, with its number. A key that instance and row both have goes to `row`; an instance that is not an object stays as it is.
+
+    {"instruction": "Add.", "instances": [{"input": "1, 2", "output": "3"}]}  ->  [{"instruction": "Add.", "input": "1, 2", "output": "3", "instance": 0}]
+    """
+    shared = {key: value for key, value in row.items() if key != "instances"}
+    _text(shared["instruction"])
+    rows: list[Any] = []
+    for number, instance in enumerate(_list(row, "instances", "instance")):
+        if not isinstance(instance, dict):
+            rows.append(instance)
+            continue
+        own = {"instance": number, **instance}
+        hidden = {key: shared[key] for key in own if key in shared and shared[key] != own[key]}
+        rows.append({**shared, **own} | ({"row": hidden} if hidden else {}))
+    return rows
+
+
 OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
 
 
@@ -150,7 +170,9 @@ LAYOUTS: dict[str, Layout] = {
     "messages": _layout("messages", _messages),
     "sharegpt": _layout("conversations", _sharegpt, "system"),
     "dolly": _layout("instruction response", _dolly, "context"),
+    "instances": _layout("instruction instances", _alpaca, "input output system", meta=_input, parts=_instances),
     "prompt_completion": _layout("prompt completion", _single("prompt", "completion"), "system"),
+    "prompt_response": _layout("prompt response", _single("prompt", "response"), "system"),
     "question_answer": _layout("question answer", _single("question", "answer"), "system"),
     "flan": _layout("inputs targets", _single("inputs", "targets"), "system"),
     "ultrachat": _layout("data", _ultrachat),
@@ -186,9 +208,24 @@ class PairLayout:
     used: frozenset[str]
     """Keys that went into the pairs; the others are kept in `meta`."""
     judged: str = ""
-    """Key that is true or false in each row. Where it holds anything else, the row is told to be in another layout."""
+    """Key that is true or false in each row. Where it holds anything else, the row is in another layout."""
     category: str = "category"
     """Key of the pair's category."""
+    variants: tuple[PairLayout, ...] = ()
+    """The same layout with other keys."""
+
+    @property
+    def forms(self) -> tuple[PairLayout, ...]:
+        return (self, *self.variants)
+
+    def form_of(self, row: Mapping[str, Any]) -> PairLayout:
+        """The form whose keys the row has, or most of them. A table of mixed rows has null in some."""
+
+        def here(form: PairLayout) -> tuple[bool, int]:
+            keys = sum(row.get(key) is not None for key in form.keys)
+            return keys == len(form.keys), keys
+
+        return max(self.forms, key=here) if self.variants else self
 
 
 def _said(value: Any, role: str) -> Messages:
@@ -251,20 +288,58 @@ def _whole_conversations(row: dict[str, Any]) -> list[Pair]:
 
 
 def _alpaca_eval(row: dict[str, Any]) -> list[Pair]:
-    """`preference` runs from 1 (the first output is better) to 2; 1.5 is a tie. The margin is its distance from a tie, 0 to 1."""
-    preference = _number(row["preference"])
+    """`preference` runs from 1 (the first output is better) to 2; 1.5, in older annotations 0, is a tie. The margin is the distance from a tie, 0 to 1."""
+    preference = _number(row["preference"]) or TIE
     if not 1 <= preference <= 2:
-        raise ValueError(f"preference must lie between 1 and 2, found {preference:g}")
+        raise ValueError(f"preference must lie between 1 and 2, or be 0 for a tie, found {preference:g}")
     outputs = [_said(_text(row[key]), "assistant") for key in ("output_1", "output_2")]
-    chosen, rejected = outputs if preference <= 1.5 else reversed(outputs)
-    return [Pair(_turns(row.get("system"), ("user", _asked(row, "input"))), chosen, rejected, 2 * abs(preference - 1.5))]
+    chosen, rejected = outputs if preference <= TIE else reversed(outputs)
+    return [Pair(_turns(row.get("system"), ("user", _asked(row, "input"))), chosen, rejected, 2 * abs(preference - TIE))]
 
 
-def _kto(row: dict[str, Any]) -> list[Pair]:
-    prompt, completion = [*_turns(row.get("system")), *_said(row["prompt"], "user")], _said(row["completion"], "assistant")
-    if not isinstance(row["label"], bool):
-        raise ValueError(f"label must be true or false, found {type(row['label']).__name__}")
-    return [Pair(prompt, completion, []) if row["label"] else Pair(prompt, [], completion)]
+TIE = 1.5
+"""AlpacaEval's own metrics read a `preference` of 0 as this (alpaca_eval/metrics/helpers.py)."""
+
+
+def _judgement(value: Any) -> bool | None:
+    """True or false, which a CSV file holds as text; None for anything else."""
+    if isinstance(value, str):
+        return {"true": True, "false": False}.get(value.strip().lower())
+    return value if isinstance(value, bool) else None
+
+
+def _kto(judged: str, conversation: Callable[[dict[str, Any]], tuple[Messages, Messages]]) -> Callable[[dict[str, Any]], list[Pair]]:
+    """A reader of rows with one answer each, called good or bad.
+
+    Args:
+        judged: key of the judgement.
+        conversation: gives the prompt and the answer.
+    """
+
+    def pairs(row: dict[str, Any]) -> list[Pair]:
+        prompt, answer = conversation(row)
+        good = _judgement(row[judged])
+        if good is None:
+            raise ValueError(f"{judged} must be true or false, found {type(row[judged]).__name__}")
+        return [Pair(prompt, answer, []) if good else Pair(prompt, [], answer)]
+
+    return pairs
+
+
+def _completion(row: dict[str, Any]) -> tuple[Messages, Messages]:
+    return [*_turns(row.get("system")), *_said(row["prompt"], "user")], _said(row["completion"], "assistant")
+
+
+def _last_turn(conversation: Callable[[dict[str, Any]], Messages]) -> Callable[[dict[str, Any]], tuple[Messages, Messages]]:
+    """What is judged in a whole conversation is its last turn, which must be the assistant's."""
+
+    def cut(row: dict[str, Any]) -> tuple[Messages, Messages]:
+        *prompt, answer = conversation(row)
+        if not prompt or answer["role"] != "assistant":
+            raise ValueError("the conversation must end with an answer of the assistant, after a prompt")
+        return prompt, [answer]
+
+    return cut
 
 
 def _oasst_pairs(row: dict[str, Any]) -> list[Pair]:
@@ -286,8 +361,22 @@ def _oasst_pairs(row: dict[str, Any]) -> list[Pair]:
     return pairs
 
 
-def _pair_layout(keys: str, pairs: Callable[[dict[str, Any]], list[Pair]], optional: str = "", judged: str = "") -> PairLayout:
-    return PairLayout(frozenset(keys.split()), pairs, frozenset((keys + " " + optional).split()), judged)
+def _pair_layout(keys: str, pairs: Callable[[dict[str, Any]], list[Pair]], optional: str = "", **more: Any) -> PairLayout:
+    return PairLayout(frozenset(keys.split()), pairs, frozenset((keys + " " + optional).split()), **more)
+
+
+def _kto_forms() -> Iterator[PairLayout]:
+    """TRL's columns, then LLaMA-Factory's: whole conversations, or Alpaca's columns, with a judgement."""
+    yield _pair_layout("prompt completion label", _kto("label", _completion), "system", judged="label")
+    for judged in ("label", "kto_tag"):
+        yield _pair_layout(f"messages {judged}", _kto(judged, _last_turn(_messages)), judged=judged)
+        yield _pair_layout(f"conversations {judged}", _kto(judged, _last_turn(_sharegpt)), "system", judged=judged)
+    yield _pair_layout("instruction output kto_tag", _kto("kto_tag", _last_turn(_alpaca)), "input system", judged="kto_tag")
+
+
+def _kto_layout() -> PairLayout:
+    first, *others = _kto_forms()
+    return replace(first, variants=tuple(others))
 
 
 PAIR_LAYOUTS: dict[str, PairLayout] = {
@@ -295,7 +384,7 @@ PAIR_LAYOUTS: dict[str, PairLayout] = {
     "sharegpt": _pair_layout("conversations chosen rejected", _sharegpt_pair, "system margin"),
     "transcripts": _pair_layout("chosen rejected", _whole_conversations, "margin"),
     "alpaca_eval": _pair_layout("instruction output_1 output_2 preference", _alpaca_eval, "input system"),
-    "kto": _pair_layout("prompt completion label", _kto, "system", judged="label"),
+    "kto": _kto_layout(),
     "oasst": PairLayout(frozenset({"message_tree_id", "prompt"}), _oasst_pairs, frozenset({"prompt"})),
 }
 
@@ -342,27 +431,32 @@ def detect(rows: Sequence[Row], name: str, layouts: Mapping[str, Layout] | Mappi
     Raises:
         InputError: no layout fits any row, or the rows are preferences where examples are wanted, or the other way round.
     """
-    example, examples = _best(rows, LAYOUTS)
-    pair, pairs = _best(rows, PAIR_LAYOUTS, _is_pair if layouts is LAYOUTS else None)
-    best, fitting = (example, examples) if layouts is LAYOUTS else (pair, pairs)
-    if layouts is LAYOUTS and _preferred(example, examples, pair, pairs):
+    examples, pairs = _best(rows, LAYOUTS), _best(rows, PAIR_LAYOUTS, _is_pair if layouts is LAYOUTS else None)
+    best = examples if layouts is LAYOUTS else pairs
+    if layouts is LAYOUTS and _preferred(examples, pairs):
         raise InputError(
-            f"{name}: the rows are preferences ({pair}: {', '.join(sorted(PAIR_LAYOUTS[pair].keys))}), not examples to imitate",
-            "name the file under raw_preferences" + (f"; to imitate all of it nevertheless, set format: {example}" if examples else ""),
+            f"{name}: the rows are preferences ({pairs.name}: {', '.join(sorted(pairs.keys))}), not examples to imitate",
+            "name the file under raw_preferences"
+            + (f"; to imitate all of it nevertheless, set format: {examples.name}" if examples.rows else ""),
         )
-    if layouts is PAIR_LAYOUTS and examples and not pairs:
+    if layouts is PAIR_LAYOUTS and examples.rows and not pairs.rows:
         raise InputError(
-            f"{name}: the rows are examples ({example}: {', '.join(sorted(LAYOUTS[example].keys))}), not preferences",
+            f"{name}: the rows are examples ({examples.name}: {', '.join(sorted(examples.keys))}), not preferences",
             "name the file under raw_examples",
         )
-    if not fitting:
+    if not best.rows:
         found = sorted(next((row.value for row in rows if row.value is not None), {}))
         wanted = "; ".join(f"{known}: {', '.join(sorted(layout.keys))}" for known, layout in layouts.items())
         raise InputError(
             f"{name}: unknown format (keys of the first row: {', '.join(found) or 'none'})",
             f"known formats and their keys: {wanted}",
         )
-    return best
+    return best.name
+
+
+def is_known(rows: Sequence[Row]) -> bool:
+    """Whether any row is in a layout of examples or of preferences."""
+    return bool(_best(rows, LAYOUTS).rows or _best(rows, PAIR_LAYOUTS).rows)
 
 
 def kind(rows: Sequence[Row]) -> Literal["examples", "preferences"]:
@@ -372,35 +466,56 @@ def kind(rows: Sequence[Row]) -> Literal["examples", "preferences"]:
     {"prompt", "completion", "label": true}  ->  preferences (KTO), since the other half should not be imitated
     {"message_tree_id", "prompt"}            ->  examples, since a tree is both
     """
-    return "preferences" if _preferred(*_best(rows, LAYOUTS), *_best(rows, PAIR_LAYOUTS, _is_pair)) else "examples"
+    return "preferences" if _preferred(_best(rows, LAYOUTS), _best(rows, PAIR_LAYOUTS, _is_pair)) else "examples"
 
 
-def _preferred(example: str, examples: int, pair: str, pairs: int) -> bool:
-    return pairs > examples or (len(PAIR_LAYOUTS[pair].keys) > len(LAYOUTS[example].keys) and 2 * pairs > examples)
+class _Fit(NamedTuple):
+    """The layout that fits most rows."""
+
+    name: str
+    rows: int
+    """How many rows it fits."""
+    keys: frozenset[str]
+    """By which keys."""
 
 
-def _best(rows: Sequence[Row], layouts: Mapping[str, L], look: Callable[[dict[str, Any], L], bool] | None = None) -> tuple[str, int]:
-    """The layout that fits most rows, of such the one with most keys, and how many rows it fits.
+def _preferred(examples: _Fit, pairs: _Fit) -> bool:
+    return pairs.rows > examples.rows or (len(pairs.keys) > len(examples.keys) and 2 * pairs.rows > examples.rows)
+
+
+def _best(rows: Sequence[Row], layouts: Mapping[str, L], look: Callable[[dict[str, Any], PairLayout], bool] | None = None) -> _Fit:
+    """The layout that fits most rows, of such the one with most keys.
 
     Args:
-        look: whether a row that has a layout's keys is in it; any is, unless given.
+        look: whether a row that has the keys of a form of a pair layout is in it; any is, unless given.
     """
     shapes = Counter(tuple(row.value) for row in rows if row.value is not None)
-    fitting: dict[str, int] = {}
+    found = []
     for name, layout in layouts.items():
-        alone = isinstance(layout, Layout) and layout.alone
-        fit = {shape for shape in shapes if (layout.keys == set(shape) if alone else layout.keys <= set(shape))}
-        if fit and look:
-            fitting[name] = sum(row.value is not None and tuple(row.value) in fit and look(row.value, layout) for row in rows)
+        forms = {shape: _forms(layout, shape) for shape in shapes}
+        counts: Counter[frozenset[str]] = Counter()
+        if look and any(forms.values()):
+            for row in rows:
+                if row.value is not None and (form := next((one for one in forms[tuple(row.value)] if look(row.value, one)), None)):  # type: ignore[arg-type]
+                    counts[form.keys] += 1
         else:
-            fitting[name] = sum(shapes[shape] for shape in fit)
-    best = max(layouts, key=lambda name: (fitting[name], len(layouts[name].keys)))
-    return best, fitting[best]
+            for shape, fitting in forms.items():
+                counts.update({fitting[0].keys: shapes[shape]} if fitting else {})
+        keys = max(counts, key=lambda keys: (counts[keys], len(keys)), default=layout.keys)
+        found.append(_Fit(name, counts.total(), keys))
+    return max(found, key=lambda fit: (fit.rows, len(fit.keys)))
 
 
-def _is_pair(row: dict[str, Any], layout: PairLayout) -> bool:
+def _forms(layout: Layout | PairLayout, shape: Sequence[str]) -> Sequence[Layout | PairLayout]:
+    """The forms of a layout whose keys a row has."""
+    if isinstance(layout, Layout):
+        return [layout] if (layout.keys == set(shape) if layout.alone else layout.keys <= set(shape)) else []
+    return [form for form in layout.forms if form.keys <= set(shape)]
+
+
+def _is_pair(row: dict[str, Any], form: PairLayout) -> bool:
     """A table that mixes both has all columns in every row, some of them empty."""
-    return all(row[key] is not None for key in layout.keys) and (not layout.judged or isinstance(row[layout.judged], bool))
+    return all(row[key] is not None for key in form.keys) and (not form.judged or _judgement(row[form.judged]) is not None)
 
 
 def _choose(rows: Sequence[Row], name: str, layout: str, layouts: Mapping[str, L], mapped: L | None) -> tuple[str, L]:
@@ -505,7 +620,23 @@ def records_of(
     """As `to_records`, of rows read already. The list is emptied meanwhile, so that no row is held twice."""
     mapped = _mapped(_sound(mapping, RECORD_FIELDS, name)) if mapping else None
     layout, used = _choose(rows, name, layout, LAYOUTS, mapped)
-    return layout, [_record(row, source, used, split) for row in _handed_over(rows)]
+    return layout, [_record(one, source, used, split) for row in _handed_over(rows) for one in _parts(row, used)]
+
+
+def _parts(row: Row, layout: Layout) -> list[Row]:
+    """The row, or one row for each of the examples that it holds. What cannot be split is malformed as a whole."""
+    if layout.parts is None or row.value is None:
+        return [row]
+    parts, problem = _read(row, layout.parts, [])
+    if problem:
+        return [row._replace(problem=problem)]
+    return [row._replace(value=part) if isinstance(part, dict) else _no_instance(row, part, number) for number, part in enumerate(parts)]
+
+
+def _no_instance(row: Row, part: Any, number: int) -> Row:
+    where = f" (line {row.line})" if row.line else ""
+    value = {**(row.value or {}), "instances": [part]}
+    return row._replace(value=value, problem=f"instance {number}: expected an object, found {type(part).__name__}{where}")
 
 
 def _handed_over(rows: list[Row]) -> Iterator[Row]:
@@ -543,8 +674,9 @@ def pairs_of(
     entries: list[dict[str, Any]] = []
     waiting: dict[tuple[str, str], deque[dict[str, Any]]] = defaultdict(deque)
     for row in _handed_over(rows):
-        pairs, problem = _read(row, used.pairs, [Pair([], [], [])])
-        kept = _kept(row, used.used, used.category)
+        form = used.form_of(row.value or {})
+        pairs, problem = _read(row, form.pairs, [Pair([], [], [])])
+        kept = _kept(row, form.used, form.category)
         label = split or canonical_split((row.value or {}).get("split"))
         labelled = {"split": label} if label and not problem else {}
         for pair in pairs:
@@ -562,7 +694,7 @@ def pairs_of(
             meta = {"problem": problem, "row": row.value} if problem else {side: kept, "problem": missing} if half else kept
             entry = {"source": source, "source_row": row.source_row, "source_rows": [row.source_row], "prompt": pair.prompt, **messages}
             entries.append(
-                {**entry, "margin": pair.margin, "category": _category(row, used.category), "group_id": None, "meta": {**meta, **labelled}}
+                {**entry, "margin": pair.margin, "category": _category(row, form.category), "group_id": None, "meta": {**meta, **labelled}}
             )
             if half:
                 waiting[same, side].append(entries[-1])

@@ -87,18 +87,18 @@ class Named:
     """The rows of a set by the ways in which people name them."""
 
     records: Sequence[dict[str, Any]]
-    places: dict[str, int] = field(default_factory=dict)
+    places: dict[str, list[int]] = field(default_factory=dict)
     ids: dict[str, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for i, record in enumerate(self.records):
-            self.places[f"{record['source']}:{record['source_row']}"] = i
+            self.places.setdefault(f"{record['source']}:{record['source_row']}", []).append(i)
             self.ids.setdefault(record["example_id"][:8], []).append(i)
 
     def rows(self, name: str) -> list[int]:
-        """Indices of the rows a name stands for: one by its place, all copies by their content."""
+        """Indices of the records a name stands for: by its place those of one source row, by their content all copies."""
         if name in self.places:
-            return [self.places[name]]
+            return self.places[name]
         if re.fullmatch(r"[0-9a-f]{8,32}", name):
             return [i for i in self.ids.get(name[:8], []) if self.records[i]["example_id"].startswith(name)]
         return []

@@ -114,8 +114,9 @@ def read_sources(
         _readable(source, found, layout, reading.max_malformed, section)
         rows += found
         origin = {"origin": source.origin} if source.origin else {}
-        pairs = {"pairs": len(found)} if read is formats.pairs_of else {}
-        facts[source.name] = {"format": layout, "rows": len(_places(found)), **pairs, **more, "licence": source.licence, **origin}
+        rows_read = len(_places(found))
+        made = {"pairs": len(found)} if read is formats.pairs_of else {"examples": len(found)} if len(found) != rows_read else {}
+        facts[source.name] = {"format": layout, "rows": rows_read, **made, **more, "licence": source.licence, **origin}
     return rows, facts
 
 

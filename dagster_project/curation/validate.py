@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dagster_project.curation import findings, formats
-from dagster_project.curation.benchmarks import BENCHMARKS, Item, benchmark_of, read_item, read_items
+from dagster_project.curation.benchmarks import BENCHMARKS, Item, benchmark_of, items_of, only_asks, read_item
 from dagster_project.curation.checks import Rules, judge
 from dagster_project.curation.files import Row, files_of, read_rows
 from dagster_project.curation.hub import held_out_label, parse_spec, read_split
@@ -216,7 +216,8 @@ def _question(layout: str, row: Row, source: str) -> dict[str, Any]:
         labelled, category = True, None
     else:
         choices = "".join(f"\n{choice}" for choice in item.choices)
-        messages = [{"role": "user", "content": item.question + choices}, {"role": "assistant", "content": item.text or "(no answer)"}]
+        answer = item.text or item.rubric or "(no answer)"
+        messages = [{"role": "user", "content": item.question + choices}, {"role": "assistant", "content": answer}]
         labelled, meta, category = item.labelled, {}, item.subject or None
     return {
         "example_id": example_id(messages or [{"role": "malformed", "content": json.dumps(row.value, sort_keys=True)}]), "source": source,
@@ -226,21 +227,25 @@ def _question(layout: str, row: Row, source: str) -> dict[str, Any]:
 
 
 def _items(path: str) -> list[Item]:
-    """What a held-out file or folder asks and answers: the questions of a benchmark, or examples, which a team holds out itself.
+    """What a held-out file or folder asks and answers: a benchmark's questions, prompts alone, or examples, which a team holds out itself.
 
     Raises:
         InputError: a row of it cannot be read: it could be the one that leaks.
     """
-    if not parse_spec(path):
-        place = _place(path)
-        if place.is_dir() and not _is_canonical(place):
-            return [item for name, _ in files_of(place) for item in _items(f"{path.rstrip('/')}/{name}")]
-        if place.is_file() and benchmark_of(read_rows(place)):
-            return read_items(place, path)
-    found = load([path])
+    hub = parse_spec(path)
+    place = Path() if hub else _place(path)
+    if not hub and _is_canonical(place):
+        found = _canonical(place)
+    elif not hub and place.is_dir():
+        return [item for name, _ in files_of(place) for item in _items(f"{path.rstrip('/')}/{name}")]
+    else:
+        rows, source = (read_split(hub), hub.name) if hub else (read_rows(place), path)
+        if benchmark_of(rows) or (only_asks(rows) and not formats.is_known(rows)):
+            return items_of(rows, source.rpartition("/")[2], source)
+        found = _rows(rows, source, "auto")
     for record in found.records:
         if not record["messages"]:
-            raise InputError(f"{findings.place(record)}: {findings.excerpt(record)}", "mend the row, or take it out of what is held out")
+            raise InputError(f"{findings.place(record)}: {findings.excerpt(record)}", "fix the row, or take it out of what is held out")
     return [
         Item(
             findings.place(record),
