@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dagster_project.chat import Messages, pieces, render
+from dagster_project.curation.light_tokenizer import read_tokenizer
 from dagster_project.errors import InputError
 
 
@@ -34,16 +36,24 @@ ESTIMATED = Tokens(_four_bytes, estimated=True)
 """Four bytes a token: about what English comes to with most tokenizers."""
 
 
+def _from_transformers(base_model: Path) -> Any:
+    """Any tokenizer that transformers can read. The import brings torch along where that is installed."""
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise InputError(f"{base_model}: reading its tokenizer takes transformers: {error}", "pip install transformers") from None
+    try:
+        return AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001  tokenizers raises nothing narrower; transformers whatever a broken file leads to
+        raise InputError(f"{base_model}: the tokenizer cannot be read: {error!r}", "name the folder of a whole model") from None
+
+
 def tokens_of(base_model: Path) -> Tokens:
     """Of the tokenizer in a model's folder. A conversation fits its chat template if that renders it, leaves earlier turns as they are when a
     later one comes, writes all that the assistant says, and ends it with the end-of-turn token (`chat.pieces`)."""
     from jinja2 import TemplateError
-    from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
-    except Exception as error:  # noqa: BLE001  tokenizers raises nothing narrower; transformers whatever a broken file leads to
-        raise InputError(f"{base_model}: the tokenizer cannot be read: {error!r}", "name the folder of a whole model") from None
+    tokenizer = read_tokenizer(base_model) or _from_transformers(base_model)
 
     def count(texts: Sequence[str]) -> list[int]:
         backend, step = tokenizer.backend_tokenizer, 4096
