@@ -566,6 +566,78 @@ def test_a_broken_base_model_is_refused(content: str, check: Check) -> None:
 # What each kind of data is judged by
 
 
+def kto(*judged: tuple[str, str, bool]) -> list[dict[str, Any]]:
+    return [
+        {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}], "label": good}
+        for asked, said, good in judged
+    ]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--format", "kto"], ["--format", "dpo"]])
+def test_answers_called_good_or_bad_are_checked_as_pairs(arguments: list[str], check: Check) -> None:
+    rows = kto(("Where is my kite?", "It flies over the hill.", True), ("Where is my kite?", "Who cares, go and look.", False))
+    done = check(jsonl(Path("a.jsonl"), *rows), "--json", *arguments)
+    assert (done.document["format"], done.document["rows"], done.document["kept"]) == ("kto", 1, 1)
+    assert "malformed_row" not in done.findings
+
+
+def test_an_answer_called_good_or_bad_without_a_counterpart_is_unpaired_and_nothing_else(check: Check) -> None:
+    rows = kto(("Where is my kite?", "It flies over the hill.", True), ("Who took the parcel?", "How would I know that.", False))
+    done = check(jsonl(Path("a.jsonl"), *rows), "--json")
+    assert done.document["dropped"] == {"unpaired_answer": 2} and done.findings["unpaired_answer"]["rows"] == [0, 1]
+    assert not {"malformed_row", "ends_on_user_turn", "empty_response"} & done.findings.keys()
+
+
+@pytest.mark.parametrize("tie", [0, 1.5])
+def test_a_tie_is_counted_as_one_and_does_not_make_a_held_out_file_unreadable(tie: float, check: Check) -> None:
+    rows = [
+        {"instruction": asked, "output_1": "It flies over the hill.", "output_2": "Who cares.", "preference": preference}
+        for asked, preference in ((LONG, tie), ("Who took the blue parcel from the shelf?", 1))
+    ]
+    done = check(jsonl(Path("a.jsonl"), *rows), "--json")
+    assert done.findings["tied_pair"]["rows"] == [0] and "malformed_row" not in done.findings
+    leaked = check(jsonl(Path("b.jsonl"), ask(LONG), *many(3)), "--against", "a.jsonl", "--json")
+    assert leaked.findings["benchmark_leakage"]["rows"] == [0]
+
+
+@pytest.mark.parametrize("column", ["prompt", "question", "instruction"])
+def test_prompts_alone_can_be_held_out(column: str, check: Check) -> None:
+    jsonl(Path("held.jsonl"), {"id": 1, column: LONG}, {"id": 2, column: "Who took the blue parcel from the shelf?"})
+    leaked = check(jsonl(Path("a.jsonl"), ask(LONG), *many(3)), "--against", "held.jsonl", "--json")
+    assert leaked.findings["benchmark_leakage"]["rows"] == [0]
+    refused(check("a.jsonl", "--against", jsonl(Path("held.jsonl"), {column: LONG}, {column: None})), "held.jsonl: row 1", "prompts")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("name", ["mmlu", "mmlu, in columns", "agieval", "hellaswag", "ifeval"])
+def test_a_benchmark_is_checked_and_held_out_from_each_file_type(name: str, suffix: str, check: Check) -> None:
+    row, question, _ = BENCHMARK_ROWS[name]
+    WRITERS[suffix](
+        Path(f"a{suffix}"),
+        [
+            {key: value for key, value in row.items() if value is not None and key != "kwargs"}
+            | ({"kwargs": "[]"} if "kwargs" in row else {})
+        ],
+    )
+    found = check(f"a{suffix}", "--json").document
+    assert (found["format"], found["rows"], found["kept"]) == (name.partition(",")[0], 1, 1)
+    leaked = check(jsonl(Path("b.jsonl"), ask(question), *many(3)), "--against", f"a{suffix}", "--json")
+    assert leaked.findings["benchmark_leakage"]["rows"] == [0]
+
+
+def test_a_waiver_for_a_row_holds_for_each_of_its_instances(check: Check) -> None:
+    jsonl(
+        Path("a.jsonl"),
+        {
+            "instruction": "Name it.",
+            "instances": [{"input": f"Write to ann.{name}@kites.co.uk", "output": "It is a kite."} for name in ("lee", "low")],
+        },
+    )
+    Path("p.yaml").write_text("waivers: [{check: pii, rows: ['a.jsonl:0'], reason: public, expires: '2999-01-01'}]")
+    assert check("a.jsonl", "--json").findings["pii"]["dropped"] == 2
+    assert check("a.jsonl", "--json", "--policy", "p.yaml").document["dropped"].get("pii", 0) == 0
+
+
 PREFERENCES: dict[str, tuple[list[dict[str, Any]], list[int]]] = {
     "identical_pair": ([{"prompt": "Where is it?", "chosen": "Here.", "rejected": "Here."}], [0]),
     "prompt_mismatch": (

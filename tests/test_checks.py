@@ -67,6 +67,7 @@ KEY = "AKIA" + "Q3EXAMPLE7KEY2AB"
 EXAMPLES: dict[str, tuple[list[Record], list[Record]]] = {
     # check: (good rows, rows of which the last breaks the check; or which break it as a set)
     "malformed_row": ([ask()], [chat(problem="expected text, found int")]),
+    "unpaired_answer": ([pair()], [{**pair(), "rejected": []}]),
     "unlabelled": ([{**ask(), "labelled": True}], [{**ask(), "labelled": False}]),
     "invalid_roles": (
         [chat(("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello there"))],

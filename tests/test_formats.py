@@ -54,6 +54,14 @@ ROWS: dict[str, tuple[dict[str, Any], list[tuple[str, str]]]] = {
         {"system": "Be brief.", "prompt": "Hi", "completion": "Hello"},
         [SYSTEM, ("user", "Hi"), ("assistant", "Hello")],
     ),
+    "prompt_response": (
+        {"system": "Be brief.", "prompt": "Hi", "response": "Hello"},
+        [SYSTEM, ("user", "Hi"), ("assistant", "Hello")],
+    ),
+    "instances": (
+        {"instruction": "Name it.", "instances": [{"input": "A bird.", "output": "Wren"}]},
+        [("user", "Name it.\n\nA bird."), ("assistant", "Wren")],
+    ),
     "question_answer": (
         {"system": "Be brief.", "question": "Hi?", "answer": "Hello"},
         [SYSTEM, ("user", "Hi?"), ("assistant", "Hello")],
@@ -320,6 +328,11 @@ WRITERS: dict[str, tuple[st.SearchStrategy[Any], Callable[[list[dict[str, str]]]
     "sharegpt": (ANY, lambda messages: {"conversations": [{"from": FROM[m["role"]], "value": m["content"]} for m in messages]}),
     "dolly": (SINGLE, single("instruction", "response")),
     "prompt_completion": (SINGLE | WITH_SYSTEM, single("prompt", "completion")),
+    "prompt_response": (SINGLE | WITH_SYSTEM, single("prompt", "response")),
+    "instances": (
+        SINGLE,
+        lambda messages: {"instruction": messages[0]["content"], "instances": [{"input": "", "output": messages[1]["content"]}]},
+    ),
     "question_answer": (SINGLE | WITH_SYSTEM, single("question", "answer")),
     "flan": (SINGLE | WITH_SYSTEM, single("inputs", "targets")),
     "ultrachat": (EVEN, lambda messages: {"data": [m["content"] for m in messages]}),
@@ -696,13 +709,15 @@ def test_transcripts_of_different_prompts_are_malformed(tmp_path: Path) -> None:
     assert problem_of(pairs_of(tmp_path, row)[0]) == "chosen and rejected do not answer the same prompt"
 
 
-@pytest.mark.parametrize(("preference", "chosen", "margin"), [(1, "A", 1.0), (2, "B", 1.0), (1.5, "A", 0.0), (1.75, "B", 0.5)])
+@pytest.mark.parametrize(
+    ("preference", "chosen", "margin"), [(1, "A", 1.0), (2, "B", 1.0), (1.5, "A", 0.0), (0, "A", 0.0), (1.75, "B", 0.5)]
+)
 def test_the_preferred_output_is_chosen_and_a_tie_has_no_margin(preference: float, chosen: str, margin: float, tmp_path: Path) -> None:
     row = {"instruction": "Hi", "output_1": "A", "output_2": "B", "preference": preference}
     assert [(pair["chosen"], pair["margin"]) for pair in pairs_of(tmp_path, row)] == [(answer(chosen), margin)]
 
 
-@pytest.mark.parametrize("preference", [None, 0, 3, True, "1"])
+@pytest.mark.parametrize("preference", [None, 0.5, 3, False, "1"])
 def test_a_preference_for_neither_output_is_malformed(preference: Any, tmp_path: Path) -> None:
     row = {"instruction": "Hi", "output_1": "A", "output_2": "B", "preference": preference}
     assert problem_of(pairs_of(tmp_path, row)[0])
@@ -719,6 +734,102 @@ def test_good_and_bad_completions_of_a_prompt_are_paired_and_the_others_say_so(t
         "no chosen completion of the same prompt",
         "no rejected completion of the same prompt",
     ]
+
+
+KTO_ROWS: dict[str, Callable[[str], dict[str, Any]]] = {
+    "TRL": lambda said: {"prompt": "Hi", "completion": said},
+    "TRL, conversational": lambda said: {"prompt": user("Hi"), "completion": answer(said)},
+    "LLaMA-Factory, messages": lambda said: {"messages": user("Hi", said)},
+    "LLaMA-Factory, conversations": lambda said: {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": said}]},
+}
+
+
+@pytest.mark.parametrize("form", KTO_ROWS)
+@pytest.mark.parametrize("layout", ["auto", "kto"])
+def test_answers_called_good_or_bad_are_preferences_in_each_form(form: str, layout: str, tmp_path: Path) -> None:
+    rows = [{**KTO_ROWS[form]("Hello"), "label": True, "stars": 4}, {**KTO_ROWS[form]("What?"), "label": False}]
+    (found,) = pairs_of(tmp_path, *rows, layout=layout)
+    assert (sides(found), found["source_rows"]) == ((user("Hi"), answer("Hello"), answer("What?")), [0, 1])
+    assert json.loads(found["meta"]) == {"chosen": {"stars": 4}, "rejected": {}}
+
+
+@pytest.mark.parametrize("judged", ["label", "kto_tag"])
+def test_answers_called_good_or_bad_are_refused_as_examples_and_the_refusal_names_raw_preferences(judged: str, tmp_path: Path) -> None:
+    rows = [{"messages": user("Hi", said), judged: good} for said, good in (("Hello", True), ("What?", False))]
+    path = jsonl(tmp_path / "a.jsonl", *rows)
+    assert refused(path) == f"a.jsonl: the rows are preferences (kto: {judged}, messages), not examples to imitate"
+    with pytest.raises(InputError) as caught:
+        to_records(path, "a.jsonl")
+    assert caught.value.hint.startswith("name the file under raw_preferences")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"messages": user("Hi", "Hello"), "label": "spam"}, {"messages": user("Hi", "Hello"), "label": 1}, {"instruction": "Hi", "output": "A", "label": True}],
+)  # fmt: skip
+def test_another_label_does_not_make_examples_preferences(row: dict[str, Any], tmp_path: Path) -> None:
+    assert kind(read_rows(jsonl(tmp_path / "a.jsonl", row))) == "examples"
+
+
+def test_true_and_false_of_a_table_are_judgements(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,completion,label\nHi,Hello,True\nHi,What?,False\n")
+    assert refused(tmp_path / "a.csv").startswith("a.csv: the rows are preferences (kto: ")
+    assert [sides(pair) for pair in to_pairs(tmp_path / "a.csv", "a.csv")[1]] == [(user("Hi"), answer("Hello"), answer("What?"))]
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        (
+            {"messages": user("Hi", "Hello", "Bye"), "label": True},
+            "the conversation must end with an answer of the assistant, after a prompt",
+        ),
+        ({"messages": answer("Hello"), "label": True}, "the conversation must end with an answer of the assistant, after a prompt"),
+        ({"messages": user("Hi", "Hello"), "label": 1}, "label must be true or false, found int"),
+        ({"messages": user("Hi", "Hello")}, "no key 'label'"),
+    ],
+)
+def test_a_judged_conversation_that_cannot_be_read_says_why(row: dict[str, Any], problem: str, tmp_path: Path) -> None:
+    assert problem_of(pairs_of(tmp_path, row, layout="kto")[0]) == problem
+
+
+def test_each_instance_of_an_instruction_is_a_record_of_the_same_source_row(tmp_path: Path) -> None:
+    row = {
+        "instruction": "Add.",
+        "topic": "sums",
+        "input": "outer",
+        "instances": [{"input": "1 2", "output": "3"}, {"input": "", "output": "0", "stars": 4}],
+    }
+    records = to_records(jsonl(tmp_path / "a.jsonl", ROWS["instances"][0], row), "a.jsonl")[1]
+    assert [(record["source_row"], turns(record)) for record in records[1:]] == [
+        (1, [("user", "Add.\n\n1 2"), ("assistant", "3")]),
+        (1, [("user", "Add."), ("assistant", "0")]),
+    ]
+    assert [json.loads(record["meta"]) for record in records[1:]] == [
+        {"topic": "sums", "instance": 0, "input": "1 2", "row": {"input": "outer"}},
+        {"topic": "sums", "instance": 1, "stars": 4, "row": {"input": "outer"}},
+    ]
+
+
+def test_an_instance_that_cannot_be_read_spoils_no_other_and_is_counted(tmp_path: Path) -> None:
+    row = {"instruction": "Add.", "instances": ["1 2", {"input": "1 2"}, {"input": "1 2", "output": "3"}]}
+    records = to_records(jsonl(tmp_path / "a.jsonl", row, {"instruction": "Add.", "instances": []}), "a.jsonl")[1]
+    assert [(record["source_row"], problem_of(record)) for record in records] == [
+        (0, "instance 0: expected an object, found str"),
+        (0, "no key 'output'"),
+        (0, ""),
+        (1, "`instances` must be a list with at least one instance"),
+    ]
+    assert json.loads(records[0]["meta"])["row"]["instances"] == ["1 2"]
+
+
+def test_the_report_of_a_source_counts_its_rows_and_the_examples_in_them(tmp_path: Path) -> None:
+    (tmp_path / "data/sources").mkdir(parents=True)
+    row = {"instruction": "Add.", "instances": [{"input": "1 2", "output": "3"}, {"input": "3 4", "output": "7"}]}
+    jsonl(tmp_path / "data/sources/a.jsonl", row, row)
+    report = raw_examples.run(tmp_path, raw_examples.Params(sources=[raw_examples.Source(path="data/sources/a.jsonl")]), tmp_path / "out")
+    facts = report.metrics["sources"]["data/sources/a.jsonl"]
+    assert (facts["rows"], facts["examples"], report.rows_in, report.rows_out) == (2, 4, 4, 4)
 
 
 def test_the_best_reply_is_compared_with_each_that_is_ranked_below_it(tmp_path: Path) -> None:
@@ -769,7 +880,7 @@ def test_a_row_of_any_shape_is_read_or_malformed_and_never_lost(
     def holds(rows: list[dict[str, Any]]) -> None:
         found = read(jsonl(path, *rows), "a.jsonl", layout)[1]
         if read is to_records:
-            assert [record["source_row"] for record in found] == [*range(len(rows))]
+            assert [*dict.fromkeys(record["source_row"] for record in found)] == [*range(len(rows))]
         else:
             assert {row for pair in found for row in pair["source_rows"]} == set(range(len(rows)))
         for entry in found:

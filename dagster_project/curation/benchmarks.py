@@ -28,11 +28,11 @@ class Item:
     """Index of the right choice; None where there is no label (HellaSwag's test split has -1), or no choice."""
     text: str = ""
     """The answer in words: the right choice (all of them where there are several), or the free text."""
-    rubric: str = ""
-    """What decides whether an answer is right where none is given: IFEval's names of the instructions to follow."""
     subject: str = ""
     continues: bool = False
     """The choices go on where the question breaks off, as in HellaSwag."""
+    rubric: str = ""
+    """What decides whether an answer is right where none is given: IFEval's names of the instructions to follow."""
 
     @property
     def row(self) -> int:

@@ -40,6 +40,12 @@ ROW_CHECKS: dict[str, Check] = {
     "malformed_row": Check(
         "Every row can be read in its format.", "error", "drop", "Mend the rows; rows are counted from 0, lines from 1."
     ),
+    "unpaired_answer": Check(
+        "Every answer called good or bad has a counterpart to the same prompt.",
+        "warn",
+        "drop",
+        "Add an answer of the other kind to the same prompt: alignment learns from pairs.",
+    ),
     "unlabelled": Check("Every benchmark question has its answer.", "error", "drop", "Use the split of the benchmark that has labels."),
     "invalid_roles": Check(
         "Roles are system (optional), then user and assistant in turns.",
@@ -131,7 +137,7 @@ SET_CHECKS: dict[str, Check] = {
     ),
 }
 
-PAIRS_ONLY = frozenset({"prompt_mismatch", "identical_pair", "tied_pair", "length_bias"})
+PAIRS_ONLY = frozenset({"unpaired_answer", "prompt_mismatch", "identical_pair", "tied_pair", "length_bias"})
 BENCHMARKS_ONLY = frozenset({"unlabelled"})
 CHECKS = {**ROW_CHECKS, **SET_CHECKS}
 EXAMPLE_CHECKS = {name: check for name, check in CHECKS.items() if name not in PAIRS_ONLY | BENCHMARKS_ONLY}
@@ -203,6 +209,7 @@ def row_schema(max_tokens: int, min_response_tokens: int) -> pa.DataFrameSchema:
     return pa.DataFrameSchema(
         {
             "problem": _is_null("malformed_row"),
+            "paired": _is_true("unpaired_answer"),
             "labelled": _is_true("unlabelled"),
             "roles_valid": _is_true("invalid_roles"),
             "ends_with_assistant": _is_true("ends_on_user_turn"),

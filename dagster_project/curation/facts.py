@@ -100,6 +100,7 @@ def gather(
         | column | meaning |
         | --- | --- |
         | problem | why the source row could not be read, else null |
+        | paired | for pairs: there is both a chosen and a rejected answer |
         | roles_valid, ends_with_assistant, has_prompt, has_response | about the messages |
         | input_is_real | false where the input only says that there is none |
         | response_tokens, tokens | of the last response, of the conversation (of a pair the longer one, as the template writes it); null where far from the limit |
@@ -162,6 +163,7 @@ def gather(
                 written = [n for side in sides if (n := tokens.rendered(side)) is not None]
                 counted[i] = max(written, default=counted[i])
     rejected = [record.get("rejected") for record in records]
+    halves = [is_half(record) for record in records]
     marks = template_marks(texts, tokens.special)
     sound = [roles_are_valid(r["messages"], meta) for r, meta in zip(records, metas, strict=True)]
     frame = pl.DataFrame(
@@ -174,7 +176,10 @@ def gather(
                 dtype=pl.String,
             ),
             "roles_valid": [not r["messages"] or valid for r, valid in zip(records, sound, strict=True)],
-            "ends_with_assistant": [not r["messages"] or r["messages"][-1]["role"] == "assistant" for r in records],
+            "paired": [not half for half in halves],
+            "ends_with_assistant": [
+                not r["messages"] or half or r["messages"][-1]["role"] == "assistant" for r, half in zip(records, halves, strict=True)
+            ],
             "has_prompt": [
                 not r["messages"] or bool(prompt.strip()) or is_text(r["messages"], meta)
                 for r, meta, prompt in zip(records, metas, prompts, strict=True)
@@ -213,10 +218,13 @@ def _best(links: Iterable[Link], size: int) -> list[Link | None]:
     return best
 
 
+def is_half(record: Mapping[str, Any]) -> bool:
+    """Whether a pair has one side alone: a KTO row without a counterpart."""
+    return "rejected" in record and bool(record["messages"]) and (len(record["messages"]) <= record["asked"] or not record["rejected"])
+
+
 def _says_something(record: dict[str, Any]) -> bool:
     sides = [record["messages"], record["rejected"]] if "rejected" in record else [record["messages"]]
-    if "rejected" in record and bool(record["messages"]) != bool(record["rejected"]):
-        return False
     return all(not side or side[-1]["role"] != "assistant" or bool(side[-1]["content"].strip()) for side in sides)
 
 

@@ -73,7 +73,8 @@ def read_tokenizer(base_model: Path) -> LightTokenizer | None:
     """The tokenizer of a model's folder; None where transformers would do more than read tokenizer.json, or refuse."""
     try:
         settings, model, state = (
-            json.loads((base_model / name).read_text(encoding="utf-8")) for name in ("tokenizer_config.json", "config.json", "tokenizer.json")
+            json.loads((base_model / name).read_text(encoding="utf-8"))
+            for name in ("tokenizer_config.json", "config.json", "tokenizer.json")
         )
         return _plain(base_model, settings, model, state)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
