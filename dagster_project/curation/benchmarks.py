@@ -207,7 +207,7 @@ PROMPT_COLUMNS = ("prompt", "question", "instruction", "query", "problem", "turn
 def _prompt(row: Mapping[str, Any]) -> Item:
     """Text, or a list: of texts, as MT-Bench's turns, or of messages, of which the user's count."""
     asked = next((row[column] for column in PROMPT_COLUMNS if row.get(column) is not None), None)
-    parts = asked if isinstance(asked, list) else [asked]
+    parts: list[Any] = asked if isinstance(asked, list) else [asked]
     said = [part["content"] for part in parts if isinstance(part, dict) and part["role"] == "user"] or parts
     if not said or not all(isinstance(part, str) and part.strip() for part in said):
         raise ValueError(f"expected a prompt in one of the columns {', '.join(PROMPT_COLUMNS)}")

@@ -627,7 +627,8 @@ def _parts(row: Row, layout: Layout) -> list[Row]:
     """The row, or one row for each of the examples that it holds. What cannot be split is malformed as a whole."""
     if layout.parts is None or row.value is None:
         return [row]
-    parts, problem = _read(row, layout.parts, [])
+    nothing: list[Any] = []
+    parts, problem = _read(row, layout.parts, nothing)
     if problem:
         return [row._replace(problem=problem)]
     return [row._replace(value=part) if isinstance(part, dict) else _no_instance(row, part, number) for number, part in enumerate(parts)]
