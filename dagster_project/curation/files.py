@@ -339,7 +339,10 @@ def _depth(value: Any) -> int:
 
 
 def _csv(path: Path) -> list[Row]:
-    """Column names from the first line, unless that is a question of MMLU; every value is text. One quote left open would swallow all that follows, so the file is refused."""
+    """Column names from the first line, unless that is a question of MMLU; every value is text.
+
+    One quote left open would swallow all that follows, so the file is refused.
+    """
 
     def lines() -> Iterator[str]:
         for number, line in _lines(path):

@@ -105,9 +105,10 @@ def _single(prompt: str, completion: str, system: str | None = "system") -> Call
 
 
 def _instances(row: dict[str, Any]) -> list[Any]:
-    """One row per instance, with its number. A key that instance and row both have goes to `row`; an instance that is not an object stays as it is.
+    """One row per instance, with its number: {"instruction": "Add.", "instances": [{"input": "1, 2", "output": "3"}]}
+    ->  [{"instruction": "Add.", "input": "1, 2", "output": "3", "instance": 0}]
 
-    {"instruction": "Add.", "instances": [{"input": "1, 2", "output": "3"}]}  ->  [{"instruction": "Add.", "input": "1, 2", "output": "3", "instance": 0}]
+    Values of the row under a key that the instance has too go to `row`. An instance that is not an object stays as it is.
     """
     shared = {key: value for key, value in row.items() if key != "instances"}
     _text(shared["instruction"])
@@ -288,7 +289,10 @@ def _whole_conversations(row: dict[str, Any]) -> list[Pair]:
 
 
 def _alpaca_eval(row: dict[str, Any]) -> list[Pair]:
-    """`preference` runs from 1 (the first output is better) to 2; 1.5, in older annotations 0, is a tie. The margin is the distance from a tie, 0 to 1."""
+    """`preference` runs from 1 (the first output is better) to 2; 1.5, in older annotations 0, is a tie.
+
+    The margin is the distance from a tie, 0 to 1.
+    """
     preference = _number(row["preference"]) or TIE
     if not 1 <= preference <= 2:
         raise ValueError(f"preference must lie between 1 and 2, or be 0 for a tie, found {preference:g}")
