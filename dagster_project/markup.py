@@ -78,9 +78,9 @@ def number(value: float) -> str:
 
 
 def brief(value: float) -> str:
-    """For an axis: 0.25, 800, 12k, 3M."""
+    """For an axis: 0.25, 800, 12k, 3M, -2k."""
     for size, unit in ((1e6, "M"), (1e3, "k")):
-        if value >= size:
+        if abs(value) >= size:
             return f"{value / size:.2g}{unit}"
     return f"{value:.3g}"
 

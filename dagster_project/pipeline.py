@@ -7,7 +7,7 @@ folders and its parameters, and returns the stage's report. `python -m dagster_p
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -75,6 +75,10 @@ class At:
     def all_of(self, stage: str) -> Path:
         """The folder with the outputs of all variants of a stage."""
         return self.root / "data" / stage
+
+    def report(self, place: str) -> Path:
+        """The report of a stage, by `STAGE` or `STAGE/VARIANT`."""
+        return self.root / "data" / "reports" / f"{place}.json"
 
     def measured(self, stage: str, variant: str) -> dict[str, float]:
         """What the run took that made a stage's present output. For pages; never for an output."""
@@ -277,6 +281,7 @@ def comparison(at: At) -> Report:
             at.all_of(trained) / name / "training.json",
             at.all_of("adapter") / entry["adapter"] / "training.json" if trained == "aligned" else None,
             at.measured(trained, name),
+            _failed_checks(at, [*_made_from(trained, name, entry), f"{merged}/{name}", f"{evaluation}/{name}"]),
         )
         for trained, (evaluation, merged) in ways.items()
         for name, entry in at.values[trained].items()
@@ -294,6 +299,21 @@ def comparison(at: At) -> Report:
     )
 
 
+def _made_from(trained: str, name: str, entry: Mapping[str, Any]) -> list[str]:
+    """The trainings of a variant, as places of reports; of an aligned one also those of the SFT variant that it started from."""
+    return [f"adapter/{entry['adapter']}", f"merged/{entry['adapter']}", f"aligned/{name}"] if trained == "aligned" else [f"adapter/{name}"]
+
+
+def _failed_checks(at: At, places: Sequence[str]) -> list[str]:
+    """The failed checks in reports, e.g. "learned of adapter@lora: validation loss 1.2 -> 1.4"."""
+    return [
+        f"{check} of {place.replace('/', '@')}: {found.get('note') or found['count']}"
+        for place in places
+        for check, found in json.loads(at.report(place).read_text(encoding="utf-8")).get("checks", {}).items()
+        if not found["passed"]
+    ]
+
+
 def release(at: At) -> Report:
     from dagster_project.stages import release as stage
 
@@ -309,7 +329,7 @@ def _reports(at: At) -> dict[str, dict[str, Any]]:
     found = {}
     for stage in list(STREET)[: list(STREET).index(at.stage)]:
         for name in [f"{stage}/{variant}" for variant in at.values[VARIANTS_OF[stage]]] if stage in VARIANTS_OF else [stage]:
-            found[name.replace("/", "@")] = json.loads((at.root / "data" / "reports" / f"{name}.json").read_text(encoding="utf-8"))
+            found[name.replace("/", "@")] = json.loads(at.report(name).read_text(encoding="utf-8"))
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from dagster_project.records import Report, example_id, read_table, write_record
 from dagster_project.stages import aligned, reward_model
 from dagster_project.training import align, reward
 from dagster_project.training.pairs import answered, both
-from dagster_project.training.sft import Interrupted
+from dagster_project.training.sft import Course, Diverged, Interrupted
 
 COMPUTE = Compute(seed=3, threads=1, dtype="float32")
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
@@ -129,10 +130,88 @@ def test_the_length_rule_is_learnt_from_train_and_told_beside_the_accuracy(tmp_p
     assert (report.metrics["length_rule"], report.metrics["length_rule_says"]) == (0.75, "shorter")
 
 
-def test_a_reward_model_below_the_accuracy_asked_for_passes_nothing_on(tmp_path: Path, preferences: Path, tiny_model: Path) -> None:
-    report = train_reward(tmp_path, preferences, tiny_model, max_steps=3, learning_rate=1e-6, min_accuracy=1.0)
-    assert [check.name for check in report.failures] == ["prefers_as_people_do"]
-    assert "1.0 wanted" in report.failures[0].note
+@pytest.fixture(scope="module")
+def weak(tmp_path_factory: pytest.TempPathFactory, preferences: Path, tiny_model: Path) -> tuple[Path, Report]:
+    """A reward model that learned nothing, and misses its gate."""
+    folder = tmp_path_factory.mktemp("weak")
+    settings = {"max_steps": 3, "learning_rate": 1e-6, "min_accuracy": 1.0}
+    return folder / "reward_model", train_reward(folder, preferences, tiny_model, **settings)
+
+
+def test_a_reward_model_below_the_accuracy_asked_for_is_reported_and_blocks_nothing_itself(weak: tuple[Path, Report]) -> None:
+    folder, report = weak
+    [failed] = [check for check in report.checks if not check.passed and check.severity == "error"]
+    assert failed.name == "prefers_as_people_do" and not report.failures
+    assert "reward_model.min_accuracy is 1.0" in failed.note
+    assert reward.failed_checks(folder) == {"prefers_as_people_do": failed.note} and (folder / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_methods_that_learn_from_pairs_go_on_with_a_reward_model_that_failed_its_checks_and_say_so(
+    method: str, tmp_path: Path, preferences: Path, weak: tuple[Path, Report], tiny_model: Path
+) -> None:
+    report = align_it(tmp_path, preferences, weak[0], tiny_model, method=method)
+    assert not report.failures and "reward" in report.metrics["watch"]
+    [told] = [check for check in report.checks if check.name == "reward_model_is_reliable"]
+    assert (told.passed, told.severity, told.blocking) == (False, "warn", False) and "prefers_as_people_do" in told.note
+    assert "The reward model is not reliable." in (tmp_path / "pages" / "alignment.html").read_text()
+
+
+@pytest.mark.parametrize("method", ["rloo", "grpo", "ppo"])
+def test_methods_that_learn_from_rewards_refuse_a_reward_model_that_failed_its_checks_before_any_work(
+    method: str, tmp_path: Path, preferences: Path, weak: tuple[Path, Report], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(align, "policy", lambda *_, **__: pytest.fail("a model was loaded"))
+    report = align_it(tmp_path, preferences, weak[0], tiny_model, **METHODS[method] | {"method": method})
+    [failed] = report.failures
+    assert failed.name == "reward_model_is_reliable" and failed.severity == "error"
+    assert "reward_model.min_accuracy" in failed.note and "aligned.mine.rewards" in failed.note
+    assert not (tmp_path / "out").exists() and not (tmp_path / "checkpoints").exists()
+
+
+def test_a_method_that_is_rewarded_by_rules_alone_does_not_ask_for_a_reward_model(
+    tmp_path: Path, preferences: Path, weak: tuple[Path, Report], tiny_model: Path
+) -> None:
+    settings = {**METHODS["rloo"], "rewards": {"brief": 1.0, "reward_model": 0.0}}
+    report = align_it(tmp_path, preferences, weak[0], tiny_model, method="rloo", **settings)
+    [told] = [check for check in report.checks if check.name == "reward_model_is_reliable"]
+    assert report.metrics["steps"] == 3 and not told.blocking and "does not learn from the reward model" in told.note
+
+
+@pytest.mark.parametrize("diverges", ["at a step", "in the weights"])
+def test_without_usable_weights_the_reward_model_is_an_output_that_says_why_and_dpo_goes_on_without_rewards(
+    diverges: str, tmp_path: Path, preferences: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(lesson: Any, model: Any, *_: Any) -> Course:
+        if diverges == "at a step":
+            raise Diverged("the loss is nan", 2, [0])
+        next(weight for weight in model.parameters() if weight.requires_grad).data.fill_(math.nan)
+        return Course(curve=[{"step": 1, "loss": 1.0}])
+
+    with monkeypatch.context() as patched:
+        patched.setattr(reward_model, "learn", diverge)
+        report = train_reward(tmp_path, preferences, tiny_model)
+    judge = tmp_path / "reward_model"
+    assert [check.name for check in report.checks if not check.passed] == ["learned"] and not report.failures
+    assert list(reward.failed_checks(judge)) == ["learned"] and not list(judge.glob("*.safetensors"))
+    assert (tmp_path / "reward.csv").is_file() and (tmp_path / "calibration.csv").is_file()  # dvc.yaml names them
+
+    report = align_it(tmp_path, preferences, judge, tiny_model, method="dpo")
+    assert not report.failures and not {"reward", "win_rate"} & set(report.metrics["watch"])
+    assert {row["sft_reward"] for row in read_table(tmp_path / "out" / "samples.parquet")} == {None}
+    page = (tmp_path / "pages" / "alignment.html").read_text()
+    assert "No reward was measured." in page and "better answers" not in page
+    [failed] = align_it(tmp_path, preferences, judge, tiny_model, method="rloo").failures
+    assert "learned" in failed.note and "aligned.mine.rewards" in failed.note and "min_accuracy" not in failed.note
+
+
+def test_a_reward_model_whose_checks_are_not_recorded_is_not_learned_from(
+    tmp_path: Path, preferences: Path, judged: tuple[Path, Report], tiny_model: Path
+) -> None:
+    shutil.copytree(judged[0], tmp_path / "judge")
+    (tmp_path / "judge" / reward.QUALITY).unlink()
+    [failed] = align_it(tmp_path, preferences, tmp_path / "judge", tiny_model, method="rloo").failures
+    assert "dvc repro reward_model" in failed.note
 
 
 def test_a_project_without_preferences_has_no_reward_model_and_no_error(tmp_path: Path, tiny_model: Path) -> None:
@@ -262,14 +341,17 @@ def test_two_processes_share_ppo_and_tell_of_it(tmp_path: Path, preferences: Pat
     assert both_["tokens"] == alone["tokens"] and both_["loss"]["first"] == pytest.approx(alone["loss"]["first"], rel=1e-2, abs=1e-3)
 
 
-def test_another_tokenizer_in_the_reward_model_is_refused_before_anything_is_loaded(
+def test_another_tokenizer_in_the_reward_model_is_refused_by_what_learns_from_it(
     tmp_path: Path, preferences: Path, judged: tuple[Path, Report], tiny_model: Path
 ) -> None:
     other = tmp_path / "judge"
     other.mkdir()
     (other / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="the reward model has another tokenizer than lora"):
-        align_it(tmp_path, preferences, other, tiny_model, method="dpo")
+        align_it(tmp_path, preferences, other, tiny_model, method="rloo")
+    report = align_it(tmp_path, preferences, other, tiny_model, method="dpo")
+    assert not report.failures and "reward" not in report.metrics["watch"]
+    assert "another tokenizer than lora" in next(check.note for check in report.checks if check.name == "reward_model_is_reliable")
 
 
 def test_a_reward_without_a_model_is_the_weighted_sum_of_its_rules() -> None:
@@ -285,11 +367,12 @@ def test_a_reward_without_a_model_is_the_weighted_sum_of_its_rules() -> None:
         ({"distinct": (0.9, 0.7)}, "not repeated fell from 0.90 to 0.70"),
         ({"unfinished": (0.0, 0.5)}, "unfinished answers went from 0% to 50%"),
         ({"unfinished": (0.0, 0.5), "reward": (1.0, 0.5)}, ""),
+        ({"tokens": (10, 16), "reward": None}, "answers grew from 10 to 16 tokens"),
     ],
 )
-def test_a_gamed_reward_shows_in_what_is_written(watch: dict[str, tuple[float, float]], sign: str) -> None:
+def test_a_gamed_reward_shows_in_what_is_written(watch: dict[str, tuple[float, float] | None], sign: str) -> None:
     found = {"reward": (1.0, 2.0), "tokens": (10, 15), "distinct": (0.9, 0.85), "unfinished": (0.1, 0.15)} | watch
-    signs = gamed({name: {"sft": a, "aligned": b, "difference": b - a} for name, (a, b) in found.items()})
+    signs = gamed({name: {"sft": ends[0], "aligned": ends[1], "difference": ends[1] - ends[0]} for name, ends in found.items() if ends})
     assert len(signs) == bool(sign) and sign in "".join(signs)
 
 

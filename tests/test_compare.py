@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dagster_project.__main__ import main
-from dagster_project.evaluation.compare import advice, board, recommended
+from dagster_project.evaluation.compare import FEWEST, advice, board, headline, recommended
 from dagster_project.evaluation.metrics import Task, measures, score
 from dagster_project.evaluation.page import Sample, page
 
@@ -19,6 +19,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 TASK = Task(fields={"category": ["login", "billing"]}, score="category")
 TABLE = measures(TASK, {})
 SHOWN = list(TABLE)[:2]
+TEST = {"examples": 90, "answered": 80, "seen": 0}
 TRUE = ["login", "billing"] * 4
 SCORES: dict[str, dict[str, Any]] = {
     "lora": {"macro_f1": 0.8, "prompt_tokens": 40.0},
@@ -73,31 +74,31 @@ def to_rivals(**rivals: tuple[float, float, float]) -> dict[str, Any]:
     ids=["worth it", "worse", "no sure gain", "a classifier does", "worth it by perplexity", "no sure gain by perplexity", "nothing"],
 )
 def test_advice_says_what_the_interval_to_the_best_alternative_shows(found: dict[str, Any], wanted: str) -> None:
-    assert advice("macro_f1", SCORES, {"lora": found}) == [wanted]
+    assert advice("macro_f1", SCORES, {"lora": found}, TEST) == [wanted]
 
 
 def test_free_text_is_told_in_likelihood_too() -> None:
     found = {**to_base(0.5, 0.4, 0.6), "to": {"few_shot": {"rouge_l": {"difference": 0.2, "interval": [0.1, 0.3]}}}}
     scores = {name: {"n": 4, "rouge_l": 0.5, "rouge_l_interval": [0.4, 0.6], "exact_match": 0.0} for name in ("lora", "few_shot")}
-    [said] = advice("rouge_l", scores, {"lora": found})
+    said, _ = advice("rouge_l", scores, {"lora": found}, TEST)
     assert said.startswith("Tuning lora is worth it: +20.0 points of ROUGE-L over the best alternative, ")
     assert said.endswith(" By likelihood: perplexity 50.0 % below the base model's (95 % interval 40.0 to 60.0 %).")
 
 
 def test_a_model_that_grew_worse_by_perplexity_is_called_worse() -> None:
-    assert advice("macro_f1", {}, {"lora": to_base(1.5, 1.4, 1.6)})[0].startswith("Tuning lora made it worse: ")
+    assert advice("macro_f1", {}, {"lora": to_base(1.5, 1.4, 1.6)}, TEST)[0].startswith("Tuning lora made it worse: ")
 
 
 def test_every_variant_gets_its_sentence_in_order() -> None:
-    words = advice("macro_f1", {}, {"small": to_base(0.5, 0.4, 0.6), "large": to_base(1.5, 1.4, 1.6)})
+    words = advice("macro_f1", {}, {"small": to_base(0.5, 0.4, 0.6), "large": to_base(1.5, 1.4, 1.6)}, TEST)
     assert [line.split(":")[0] for line in words] == ["Tuning small is worth it", "Tuning large made it worse"]
 
 
-@pytest.mark.parametrize(("low", "wanted"), [(0.01, "is better"), (-0.02, "is not surely better")])
+@pytest.mark.parametrize(("low", "wanted"), [(0.01, "is better"), (-0.02, "shows no sure gain")])
 def test_the_best_variant_is_compared_with_the_others(low: float, wanted: str) -> None:
     scores = {**SCORES, "dora": {"macro_f1": 0.9, "prompt_tokens": 40.0}}
     compared = {"lora": to_rivals(few_shot=(0.3, 0.2, 0.4)), "dora": to_rivals(few_shot=(0.3, 0.2, 0.4), lora=(0.1, low, 0.2))}
-    said = advice("macro_f1", scores, compared)[2:]
+    said = advice("macro_f1", scores, compared, TEST)[2:]
     assert said == [f"dora {wanted}: +10.0 points of macro-F1 over lora (95 % interval {100 * low:+.1f} to +20.0)."]
 
 
@@ -153,9 +154,65 @@ def two(lora: tuple[float, float, float], dora: tuple[float, float, float], betw
 def test_the_recommended_variant_is_the_best_sure_one_or_as_good_and_cheaper(
     compared: dict[str, Any], variant: str | None, why: str
 ) -> None:
-    found = recommended("macro_f1", SCORES, compared, COSTS)
+    found = recommended("macro_f1", SCORES, compared, COSTS, TEST)
     assert found["variant"] == variant and found["why"].endswith(why)
     assert found["sure"] == (variant is not None and "not surely" not in why)
+
+
+FAILED = "learned of adapter@lora: validation loss 1.2 -> 1.4"
+
+
+def test_failed_checks_are_named_and_never_called_worth_it() -> None:
+    compared = {"lora": {**to_rivals(few_shot=SURE), "failed_checks": [FAILED]}}
+    said = advice("macro_f1", SCORES, compared, TEST)[0]
+    assert said.startswith("Tuning lora gained, but its checks failed: +30.0 points") and FAILED in said and "worth it" not in said
+    found = recommended("macro_f1", SCORES, compared, COSTS, TEST)
+    assert (found["variant"], found["sure"]) == ("lora", False) and FAILED in found["why"]
+    assert headline(found, compared) == "Failed checks: look into lora first."
+
+
+def test_a_variant_that_passed_its_checks_is_recommended_before_a_better_one_that_did_not() -> None:
+    compared = two(SURE, (0.4, 0.3, 0.5), (0.1, 0.05, 0.2))
+    compared["dora"]["failed_checks"] = [FAILED]
+    found = recommended("macro_f1", SCORES, compared, COSTS, TEST)
+    assert (found["variant"], found["sure"]) == ("lora", True)
+
+
+@pytest.mark.parametrize("gap", [UNSURE, WORSE])
+def test_failed_checks_are_named_where_there_is_no_gain_either(gap: tuple[float, float, float]) -> None:
+    [said] = advice("macro_f1", SCORES, {"lora": {**to_rivals(few_shot=gap), "failed_checks": [FAILED]}}, TEST)
+    assert said.endswith(f"Failed checks: {FAILED}.")
+
+
+@pytest.mark.parametrize(
+    ("answered", "found"), [(FEWEST - 1, to_rivals(few_shot=SURE)), (1, to_base(0.5, 0.4, 0.6)), (0, to_base(1.5, 1.4, 1.6))]
+)
+def test_nothing_is_concluded_from_a_few_answers(answered: int, found: dict[str, Any]) -> None:
+    test = {"examples": answered, "answered": answered, "seen": 0}
+    said = advice("macro_f1", SCORES if "to" in found else {}, {"lora": found}, test)
+    assert said[0].startswith(f"Nothing can be concluded from {answered} test example") and "splits.test" in said[0]
+    assert not any(word in line for line in said for word in ("worth it", "is better", "made it worse"))
+    told = recommended("macro_f1", SCORES, {"lora": found}, COSTS, test)
+    assert (told["variant"], told["sure"]) == (None, False) and told["why"].startswith("Nothing can be concluded")
+
+
+def test_from_the_fewest_answers_on_a_gain_counts() -> None:
+    test = {"examples": FEWEST, "answered": FEWEST, "seen": 0}
+    assert advice("macro_f1", SCORES, {"lora": to_rivals(few_shot=SURE)}, test)[0].startswith("Tuning lora is worth it")
+
+
+def test_an_interval_over_0_makes_no_recommendation_without_the_doubt() -> None:
+    compared = {"lora": to_rivals(few_shot=UNSURE)}
+    found = recommended("macro_f1", SCORES, compared, COSTS, TEST)
+    assert headline(found, compared) == "No sure gain: lora." and not found["sure"]
+
+
+def test_open_text_names_ballots_and_a_judge_as_the_next_step_and_labels_do_not() -> None:
+    scores = {name: {"rouge_l": 0.5} for name in ("lora", "few_shot")}
+    found = {"to": {"few_shot": {"rouge_l": {"difference": 0.2, "interval": [0.1, 0.3]}}}}
+    assert "`pedigree ballots export`" in advice("rouge_l", scores, {"lora": found}, TEST)[-1]
+    assert "pedigree judge" in advice("rouge_l", scores, {"lora": found}, TEST)[-1]
+    assert "ballots" not in "".join(advice("macro_f1", SCORES, {"lora": to_rivals(few_shot=SURE)}, TEST))
 
 
 RETENTION = {
@@ -192,7 +249,7 @@ def samples() -> list[Sample]:
 def test_the_page_tells_advice_scores_and_costs_and_shows_the_worst_errors_first() -> None:
     shown = page(document(), samples(), {"lora": {"training_seconds": 150.2, "peak_memory_bytes": 1.4e9}})
     text = re.sub("<[^>]+>", "|", shown)
-    assert "Use |lora|." in text and "9 test examples, none of them seen in training" in text
+    assert "|Use lora.|" in text and "9 test examples, none of them seen in training" in text
     for figure in ("0.873", "400", "100 tokens", "150 s", "1,400 MB", "0.750 (-5.0 points)", "1 MB"):
         assert f"|{figure}|" in text, figure
     assert "|-5.0 points|" in text and "|-0.100 to +0.000|" in text and "|-0.300 to -0.100|" in text
@@ -200,6 +257,15 @@ def test_the_page_tells_advice_scores_and_costs_and_shows_the_worst_errors_first
     assert places[2] < places[1] < places[0], "wrong where another is right, wrong where all are, right"
     assert re.findall('data-wrong="([^"]*)"', shown) == ["0", "0 1", ""]
     assert shown == page(document(), samples()[::-1], {"lora": {"training_seconds": 150.2, "peak_memory_bytes": 1.4e9}})
+
+
+def test_the_page_names_failed_checks_and_does_not_call_the_variant_the_one_to_use() -> None:
+    compared = {"lora": {**to_rivals(few_shot=SURE), "failed_checks": [FAILED]}}
+    told = {"variant": "lora", "sure": False, "instead": "few_shot", "why": f"Its checks failed: {FAILED}."}
+    shown = page(document(compared=compared, recommended=told), samples(), {})
+    text = re.sub("<[^>]+>", "|", shown)
+    assert "look into lora first" in text and "validation loss 1.2 -&gt; 1.4" in text and "|failed checks|" in text
+    assert "Use lora" not in text and 'class="verdict warn"' in shown
 
 
 def test_nothing_in_the_page_is_taken_for_markup_and_it_needs_no_network() -> None:

@@ -17,7 +17,7 @@ from dagster_project.evaluation.bootstrap import difference, rounded
 from dagster_project.evaluation.generate import generate
 from dagster_project.evaluation.likelihood import negative_log_likelihood
 from dagster_project.evaluation.pairwise import wilson
-from dagster_project.training.page import plot
+from dagster_project.training.page import overfitting_since, plot
 from dagster_project.training.pairs import both, labelled, reply
 from dagster_project.training.reward import RewardModel, distinct
 
@@ -136,21 +136,26 @@ def preference(policies: Policies, pairs: Sequence[Mapping[str, Any]]) -> dict[s
 
 
 def samples(
-    policies: Policies, pairs: Sequence[Mapping[str, Any]], judge: RewardModel, max_new_tokens: int
+    policies: Policies, pairs: Sequence[Mapping[str, Any]], judge: RewardModel | None, max_new_tokens: int
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Answers to held-out prompts before and after, rows of `sample_schema`; and what they add up to."""
+    """Answers to held-out prompts before and after, rows of `sample_schema`; and what they add up to.
+
+    Args:
+        judge: None where there is no usable reward model: rewards are null, and the summary has neither `reward` nor `win_rate`.
+    """
     prompts = [list(pair["prompt"]) for pair in pairs]
     rows = [{"example_id": pair["example_id"], "prompt": pair["prompt"][-1]["content"]} for pair in pairs]
     encode = policies.tokenizer.encode
     after: list[tuple[list[int], list[int]]] = []
     for who in ("sft", "aligned"):
         answers = policies.answer(who, prompts, max_new_tokens, f"answers, {who}")
-        rewards = judge([[*prompt, *reply(answer)] for prompt, answer in zip(prompts, answers, strict=True)])
+        asked = [[*prompt, *reply(answer)] for prompt, answer in zip(prompts, answers, strict=True)]
+        rewards = judge(asked) if judge else [None] * len(asked)
         for row, prompt, answer, value in zip(rows, prompts, answers, rewards, strict=True):
             ids = encode(answer, add_special_tokens=False)
             row |= {
                 f"{who}_answer": answer,
-                f"{who}_reward": rounded(value),
+                f"{who}_reward": None if value is None else rounded(value),
                 f"{who}_tokens": len(ids),
                 f"{who}_distinct": rounded(distinct(answer)),
                 f"{who}_unfinished": not ids or len(ids) >= max_new_tokens,
@@ -161,20 +166,25 @@ def samples(
     def of(name: str) -> dict[str, Any]:
         return paired(*([float(row[f"{who}_{name}"]) for row in rows] for who in ("sft", "aligned")))
 
-    won = [(row["aligned_reward"] > row["sft_reward"]) + 0.5 * (row["aligned_reward"] == row["sft_reward"]) for row in rows]
+    def won(row: Mapping[str, Any]) -> float:
+        return (row["aligned_reward"] > row["sft_reward"]) + 0.5 * (row["aligned_reward"] == row["sft_reward"])
+
     return rows, {
-        **{name: of(name) for name in ("reward", "tokens", "distinct", "unfinished")},
-        "win_rate": _share(won),
+        **{name: of(name) for name in (*(["reward"] if judge else []), "tokens", "distinct", "unfinished")},
+        **({"win_rate": _share([won(row) for row in rows])} if judge else {}),
         "kl_per_token": rounded(policies.divergence(after)),
         "prompts": len(rows),
     }
 
 
 def gamed(watch: Mapping[str, Any]) -> list[str]:
-    """Signs that the reward rose and the answers did not get better, in words; none where there are none."""
+    """Signs that the reward rose and the answers did not get better, in words; none where there are none.
+
+    Where no reward was measured, the same changes of the answers are named whatever the reward did.
+    """
     tokens = watch["tokens"]
     signs: list[str] = []
-    if watch["reward"]["difference"] <= 0:
+    if "reward" in watch and watch["reward"]["difference"] <= 0:
         return signs
     if tokens["aligned"] > LONGER * max(1, tokens["sft"]):
         signs.append(f"answers grew from {tokens['sft']:.0f} to {tokens['aligned']:.0f} tokens")
@@ -190,32 +200,64 @@ def gamed(watch: Mapping[str, Any]) -> list[str]:
 # ---- the page ---------------------------------------------------------------------------------------------------------------------------
 
 PLOTS = (
-    ("Reward", "of the batch; for pairs, what the policy implies", ("reward", "reward_chosen", "reward_rejected")),
+    ("Reward", "mean of the batch; for pairs, what the policy implies", ("reward", "reward_chosen", "reward_rejected")),
     ("Accuracy", "share of pairs whose chosen answer has the higher reward", ("accuracy", "validation_accuracy")),
     ("Margin", "between the rewards of a pair", ("margin", "validation_margin")),
-    ("KL", "divergence from the reference", ("kl",)),
+    ("KL", "divergence from the reference, in nats", ("kl",)),
     ("Length", "tokens of an answer", ("response_length",)),
-    ("Loss", "of a step; that of the validation split in the other colour", ("loss", "validation_loss")),
+    ("Loss", "of each step, and of the validation split", ("loss", "validation_loss")),
 )
+SHOWN = 8
+"""Answers shown from either end of the list."""
 
 
-def page(variant: str, metrics: Mapping[str, Any], curve: Sequence[Mapping[str, float]], rows: Sequence[Mapping[str, Any]]) -> str:
-    """One alignment as one HTML file: did it help, is the reward gamed, how it went, and answers before and after."""
-    watch = metrics["watch"]
-    told = metrics["preference"]["accuracy"]
-    tiles = [
-        ("liked as people do", f"{told['aligned']:.0%}", f"of held-out pairs, from {told['sft']:.0%}"),
-        ("reward", f"{watch['reward']['aligned']:.2f}", f"from {watch['reward']['sft']:.2f}"),
-        ("better answers", f"{watch['win_rate']['value']:.0%}", "by the reward model"),
+def page(
+    variant: str, metrics: Mapping[str, Any], curve: Sequence[Mapping[str, float]], rows: Sequence[Mapping[str, Any]], doubt: str = ""
+) -> str:
+    """One alignment as one HTML file: did it help, is the reward gamed, how it went, and answers before and after.
+
+    Args:
+        doubt: why the rewards of the reward model are not to be trusted; "" where it passed its checks.
+    """
+    points = list(map(dict, curve))
+    since = overfitting_since(points)
+    words = f"Overfitting since step {since}: the validation loss rose while the training loss went on falling."
+    lead = f'<p class="lead">{words}</p>' if since is not None else ""
+    sections = {
+        "Watch": _watch(metrics["watch"]),
+        "Curves": f'{lead}<div class="plots">{"".join(plot(title, note, points, names) for title, note, names in PLOTS)}</div>',
+        "Answers": _answers(rows),
+    }
+    return markup.page(f"Alignment of {variant}", _head(variant, metrics, doubt), sections, "Made by <b>pedigree run</b>.")
+
+
+def _head(variant: str, metrics: Mapping[str, Any], doubt: str) -> str:
+    watch, told = metrics["watch"], metrics["preference"]["accuracy"]
+    tiles = [("liked as people do", f"{told['aligned']:.0%}", f"of held-out pairs, from {told['sft']:.0%}")]
+    if "reward" in watch:
+        tiles += [
+            ("reward", f"{watch['reward']['aligned']:.2f}", f"from {watch['reward']['sft']:.2f}"),
+            ("better answers", f"{watch['win_rate']['value']:.0%}", "by the reward model"),
+        ]
+    tiles += [
         ("length", f"{watch['tokens']['aligned']:.0f}", f"tokens, from {watch['tokens']['sft']:.0f}"),
         ("not repeated", f"{watch['distinct']['aligned']:.0%}", f"from {watch['distinct']['sft']:.0%}"),
         ("KL", f"{watch['kl_per_token']:.3f}", "nats a token"),
     ]
-    head = (
-        f'<header class="head"><p class="over">Alignment · {markup.text(metrics["method"])} on {markup.text(metrics["adapter"])}</p>'
-        f"<h1>{markup.bdi(variant)}</h1>"
-        f'<dl class="tiles three">{"".join(f"<div><dt>{n}</dt><dd><b>{v}</b> <span>{u}</span></dd></div>" for n, v, u in tiles)}</dl></header>'
+    warning = (
+        '<p class="verdict warn"><span class="sign" aria-hidden="true">!</span>'
+        f"<span><strong>The reward model is not reliable.</strong> {markup.text(doubt, 1_200)}</span></p>"
+        if doubt
+        else ""
     )
+    return (
+        f'<header class="head"><p class="over">Alignment · {markup.text(metrics["method"])} on {markup.text(metrics["adapter"])}</p>'
+        f"<h1>{markup.bdi(variant)}</h1>{warning}"
+        f'<dl class="tiles{" three" if len(tiles) % 3 == 0 else ""}">{"".join(f"<div><dt>{n}</dt><dd><b>{v}</b> <span>{u}</span></dd></div>" for n, v, u in tiles)}</dl></header>'
+    )
+
+
+def _watch(watch: Mapping[str, Any]) -> str:
     named = {
         "reward": "reward",
         "tokens": "tokens of an answer",
@@ -231,29 +273,33 @@ def page(variant: str, metrics: Mapping[str, Any], curve: Sequence[Mapping[str, 
             "{:+.3f} to {:+.3f}".format(*watch[name]["interval"]),
         )
         for name, words in named.items()
+        if name in watch
     ]
     signs = gamed(watch)
+    measured = "Reward, length" if "reward" in watch else "No reward was measured. Length"
     verdict = (
         f"Look closely: {'; '.join(signs)}."
         if signs
-        else "Reward, length, repetition and unfinished answers side by side show no sign of a gamed reward."
+        else f"{measured}, repetition and unfinished answers side by side show no sign of a gamed reward."
     )
-    watched = f'<p class="lead">{escape(verdict)}</p>' + markup.table(
-        f"Held-out answers to {watch['prompts']} prompts", ["", "before", "after", "difference", "95 % interval"], figures, unfolded=True
-    )
-    shown = sorted(rows, key=lambda row: row["aligned_reward"] - row["sft_reward"])
+    caption = f"Held-out answers to {watch['prompts']} prompts"
+    table = markup.table(caption, ["", "before", "after", "difference", "95 % interval"], figures, unfolded=True)
+    return f'<figure><p class="lead">{escape(verdict)}</p>{table}</figure>'
+
+
+def _answers(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The answers of a few prompts, before and after: by the change of their reward or, without rewards, of their length."""
+    by, words = ("reward", "reward") if all(row["aligned_reward"] is not None for row in rows) else ("tokens", "length")
+    order = sorted(rows, key=lambda row: row[f"aligned_{by}"] - row[f"sft_{by}"])
+    shown = order if len(order) <= 2 * SHOWN else [*order[:SHOWN], *order[-SHOWN:]]
+
+    def answer(row: Mapping[str, Any], who: str, word: str) -> str:
+        reward = "" if row[f"{who}_reward"] is None else f", reward {row[f'{who}_reward']:.2f}"
+        said = f"{word}{reward}, {row[f'{who}_tokens']} tokens:"
+        return f'<p class="text"><span>{said}</span> {markup.bdi(row[f"{who}_answer"], 900)}</p>'
+
     listed = "".join(
-        f'<li><p class="text"><b>{markup.bdi(row["prompt"], 600)}</b></p>'
-        + "".join(
-            f'<p class="text"><span>{word}, reward {row[f"{who}_reward"]:.2f}, {row[f"{who}_tokens"]} tokens:</span> {markup.bdi(row[f"{who}_answer"], 900)}</p>'
-            for who, word in (("sft", "before"), ("aligned", "after"))
-        )
-        + "</li>"
-        for row in [*shown[:8], *shown[-8:]][: len(shown)]
+        f'<li><p class="text"><b>{markup.bdi(row["prompt"], 600)}</b></p>{answer(row, "sft", "before")}{answer(row, "aligned", "after")}</li>'
+        for row in shown
     )
-    sections = {
-        "Watch": f"<figure>{watched}</figure>",
-        "Curves": f'<div class="plots">{"".join(plot(title, note, list(map(dict, curve)), names) for title, note, names in PLOTS)}</div>',
-        "Answers": f'<p class="lead">Those whose reward fell most, then those whose reward rose most.</p><ul class="edits">{listed}</ul>',
-    }
-    return markup.page(f"Alignment of {variant}", head, sections, "Made by <b>pedigree run</b>.")
+    return f'<p class="lead">Those whose {words} fell most, then those whose {words} rose most.</p><ul class="edits">{listed}</ul>'

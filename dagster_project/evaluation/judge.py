@@ -216,10 +216,15 @@ def by_reward(match: Match, n: int, folder: Path) -> dict[str, Any]:
     """
     import torch
 
-    from dagster_project.training.reward import RewardModel
+    from dagster_project.training.reward import QUALITY, RewardModel, failed_checks
 
+    failed = "; ".join(f"{name}: {note}" for name, note in failed_checks(folder).items())
     if not (folder / "config.json").is_file():
+        if (folder / QUALITY).is_file():
+            raise InputError(f"data/reward_model: it has no weights: {failed}", "change reward_model in params.yaml")
         raise InputError("data/reward_model: there is no reward model yet", "run `dvc repro reward_model`")
+    if failed:
+        log.warning(f"the reward model failed its checks: {failed}")
     pairs = match.pairs[:n]
     conversations = [[*pair.prompt, *said_by_assistant(answer)] for pair in pairs for answer in pair.answers]
     rewards = RewardModel(folder, torch.device("cpu"), torch.float32)(conversations, what="judge")

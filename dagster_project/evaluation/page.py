@@ -9,7 +9,7 @@ from importlib import resources
 from typing import Any
 
 from dagster_project import markup
-from dagster_project.evaluation.compare import NAMES, TITLES
+from dagster_project.evaluation.compare import NAMES, TITLES, headline
 
 HIGH = 220
 """Pixels of a plot."""
@@ -60,7 +60,7 @@ def _order(document: Mapping[str, Any]) -> list[str]:
 def _head(document: Mapping[str, Any]) -> str:
     found, test = document["recommended"], document["test"]
     kind = "good" if found["sure"] else "warn"
-    verdict = f"Use {markup.bdi(found['variant'])}." if found["variant"] else "Use no variant."
+    verdict = markup.bdi(headline(found, document["compared"]))
     words = "".join(f'<li class="note">{markup.text(line, ANSWER)}</li>' for line in document["advice"])
     seen = "none of them seen in training" if not test["seen"] else f"{markup.number(test['seen'])} of them seen in training"
     return (
@@ -83,7 +83,8 @@ def _board(document: Mapping[str, Any], order: Sequence[str], measured: Measured
     body = ""
     for i, name in enumerate(order):
         y, kind, (value, low, high) = 38 * i, _kind(document, name), points[name]
-        chosen = " · recommended" if name == document["recommended"]["variant"] else ""
+        chosen = " · recommended" if document["recommended"]["sure"] and name == document["recommended"]["variant"] else ""
+        chosen += " · failed checks" if document["compared"].get(name, {}).get("failed_checks") else ""
         body += f'<text x="0" y="{y + 15}" class="name">{i + 1} {markup.label(_short(name), 36)}<tspan class="soft">{chosen}</tspan></text>'
         body += f'<text x="100%" y="{y + 15}" class="soft" text-anchor="end">{value:.3f}</text>'
         body += f'<rect class="track" x="0" y="{y + 23}" width="100%" height="7" rx="2"/>'
@@ -111,6 +112,7 @@ def _rows(document: Mapping[str, Any], order: Sequence[str], measured: Measured)
         return {
             TITLES[first] if scores else "perplexity": f"{value:.3f}",
             "95 % interval": f"{low:.3f} to {high:.3f}",
+            "failed checks": _if(document["compared"].get(name, {}), "failed_checks", lambda failed: str(len(failed))),
             **({TITLES[second]: f"{scores[second]:.3f}"} if scores else {}),
             "prompt tokens": _if(costs, "prompt_tokens", lambda n: f"{n:,.0f}"),
             "on disk": _if(costs, "bytes", lambda n: f"{n / 1e6:,.0f} MB"),

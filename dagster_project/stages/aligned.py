@@ -24,7 +24,7 @@ from dagster_project.training.keeping import Evidence, Steps, identity, learn
 from dagster_project.training.methods import Tunable
 from dagster_project.training.pairs import both
 from dagster_project.training.processes import claim_gpus, together
-from dagster_project.training.reward import MODEL, RewardModel, Rewards, tokenizer_of
+from dagster_project.training.reward import MODEL, RewardModel, Rewards, failed_checks, tokenizer_of
 from dagster_project.training.sft import Course, Diverged, advice_on_memory
 
 log = logging.getLogger("pedigree")
@@ -35,6 +35,7 @@ TRUTHS = {
     "trained_what_it_should": "Every group of trainable weights moved, and no frozen weight did.",
     "prefers_as_people_do": "On held-out pairs the chosen answer is the likelier one per token more often than not, surely.",
     "reward_is_not_gamed": "Held-out answers got no better reward by length, repetition or lack of an end.",
+    "reward_model_is_reliable": "The reward model that it learns from, or is monitored with, passed its checks.",
 }
 
 
@@ -76,16 +77,19 @@ def run(
     sft: the model of the SFT variant, which stands alone.
     checkpoints: a folder of this variant's own that outlives a killed run. It is removed once nothing blocks.
     """
-    gpus = claim_gpus(compute.processes if params.method == "ppo" else 1)
-    device, dtype = prepare(compute)
-    reuse_large_blocks()
     where = f"aligned.{variant}"
     pairs = {split: read_preferences(preferences / split) for split in ("train", "validation", "test")}
     options = align.check(params.method, params.options, params.per_device_train_batch_size, where)
-    _refuse(pairs, params, sft, reward_model, where)
+    _refuse(pairs, params, sft, where)
+    usable, reliable = _examine(reward_model, sft, params, where)
+    if reliable.blocking and not reliable.passed:
+        return Report(checks=[reliable])
+    gpus = claim_gpus(compute.processes if params.method == "ppo" else 1)
+    device, dtype = prepare(compute)
+    reuse_large_blocks()
     with advice_on_memory():
         tunable = align.policy(sft, params.peft, device, dtype, where, align.source(params.adapter))
-        judge = RewardModel(reward_model, device, dtype)
+        judge = RewardModel(reward_model, device, dtype) if usable else None
     tokenizer = tokenizer_of(sft)
     learning = sum(weight.nbytes for weight in proof.trainable(tunable.model).values())
     refuse_full_disk(
@@ -133,7 +137,8 @@ def run(
         "environment": document["versions"],
     }
     if pages:
-        write_text(pages / "alignment.html", alignment.page(variant, metrics, course.curve, rows))
+        doubt = "" if reliable.passed else reliable.note
+        write_text(pages / "alignment.html", alignment.page(variant, metrics, course.curve, rows, doubt))
     accuracy, signs = metrics["preference"]["accuracy"], alignment.gamed(watch)
     report = Report(
         metrics=metrics,
@@ -153,8 +158,10 @@ def run(
                 "reward_is_not_gamed",
                 passed=not signs,
                 severity="warn",
-                note="; ".join(signs) or "reward {sft:.3f} -> {aligned:.3f}".format(**watch["reward"]),
+                note="; ".join(signs)
+                or ("reward {sft:.3f} -> {aligned:.3f}".format(**watch["reward"]) if judge else "rewards were not measured"),
             ),
+            reliable,
         ],
         measured={"training_seconds": round(course.seconds, 1), "peak_memory_bytes": memory.peak(device.type)},
     )
@@ -170,7 +177,7 @@ def _learn(
     params: Params,
     options: Any,
     compute: Compute,
-    judge: RewardModel,
+    judge: RewardModel | None,
     kept: Checkpoints,
     live: Path | None,
 ) -> Course:
@@ -216,7 +223,7 @@ def _accompany(params: Params, compute: Compute, preferences: Path, reward_model
     assert isinstance(options, ppo.Settings)
     prompts = [list(pair["prompt"]) for pair in read_preferences(preferences / "train")]
     tunable = align.policy(sft, params.peft, device, dtype, "aligned", align.source(params.adapter))
-    rewards = Rewards(params.rewards, RewardModel(reward_model, device, dtype))
+    rewards = Rewards(params.rewards, RewardModel(reward_model, device, dtype) if params.rewards.get(MODEL) else None)
     _ppo(tunable, tokenizer_of(sft), prompts, rewards, options, compute, Checkpoints(checkpoints, {}))
 
 
@@ -258,7 +265,40 @@ def _starts(apart: Mapping[str, float], course: Course, method: str, options: An
     )
 
 
-def _refuse(pairs: Mapping[str, Sequence[Any]], params: Params, sft: Path, reward_model: Path, where: str) -> None:
+def _examine(reward_model: Path, sft: Path, params: Params, where: str) -> tuple[bool, CheckResult]:
+    """Whether the reward model can score answers at all, and the check `reward_model_is_reliable`.
+
+    The check blocks what learns from the reward model's scores. Other methods are only monitored with it: they go on and report the failure.
+
+    Raises:
+        InputError: the method learns from a reward model of another tokenizer.
+    """
+    learns = params.method in align.ONLINE and bool(params.rewards.get(MODEL))
+    usable = (reward_model / "config.json").is_file()
+    failed = failed_checks(reward_model)
+    problems = [f"{name}: {note}" for name, note in failed.items()]
+    tokenizer = reward_model / "tokenizer.json"
+    if tokenizer.is_file() and tokenizer.read_bytes() != (sft / "tokenizer.json").read_bytes():
+        problem = f"the reward model has another tokenizer than {params.adapter}"
+        if learns:
+            raise InputError(f"params.yaml: {where}: {problem}", "make it from the same base model: reward_model.model")
+        usable, problems = False, [*problems, problem]
+    if not problems:
+        return usable, CheckResult("reward_model_is_reliable", passed=True, severity="error" if learns else "warn", blocking=learns)
+    said = f"the reward model failed its checks ({'; '.join(problems)})"
+    if learns:
+        lower = "lower reward_model.min_accuracy if that accuracy is enough, " if "prefers_as_people_do" in failed else ""
+        note = (
+            f"{params.method} learns from its rewards, and {said}. In params.yaml: {lower}train a better one (reward_model.model, more pairs "
+            f"in raw_preferences.sources), or reward by rules alone, {where}.rewards: {{distinct: 1.0}}"
+        )
+        return usable, CheckResult("reward_model_is_reliable", passed=False, blocking=True, count=len(problems), note=note)
+    shown = "the rewards on held-out answers come from it" if usable else "no rewards of held-out answers were measured"
+    note = f"{params.method} does not learn from the reward model and went on; {shown}; {said}"
+    return usable, CheckResult("reward_model_is_reliable", passed=False, severity="warn", count=len(problems), note=note)
+
+
+def _refuse(pairs: Mapping[str, Sequence[Any]], params: Params, sft: Path, where: str) -> None:
     """Raises:
     InputError: what would fail late, before a model is loaded.
     """
@@ -267,8 +307,3 @@ def _refuse(pairs: Mapping[str, Sequence[Any]], params: Params, sft: Path, rewar
             raise InputError(f"data/preferences: no pair in the {split} split", "name more pairs in raw_preferences.sources")
     if not (sft / "config.json").is_file():
         raise InputError(f"params.yaml: {where}.adapter: {params.adapter} does not stand alone", "name a variant that is merged")
-    if (reward_model / "tokenizer.json").read_bytes() != (sft / "tokenizer.json").read_bytes():
-        raise InputError(
-            f"params.yaml: {where}: the reward model has another tokenizer than {params.adapter}",
-            "make it from the same base model: reward_model.model",
-        )

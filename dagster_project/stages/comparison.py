@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.evaluation.bootstrap import difference, ratio
-from dagster_project.evaluation.compare import NAMES, advice, board, recommended
+from dagster_project.evaluation.compare import NAMES, advice, board, headline, recommended
 from dagster_project.evaluation.measure import Settings, asked
 from dagster_project.evaluation.metrics import measures, perplexity, score
 from dagster_project.evaluation.own import own_measures
@@ -32,6 +32,8 @@ class Variant:
     """That of the training it started from, if it did."""
     measured: Mapping[str, float] = field(default_factory=dict)
     """What its training took on this machine (bytes, seconds), where that is known. For the page alone."""
+    failed_checks: Sequence[str] = ()
+    """Failed checks of the stages that made it and measured it, each with its stage and note."""
 
 
 def run(
@@ -86,22 +88,26 @@ def run(
             }
         if kept := retained(*(read_table(folder / "retention.parquet") for folder in (baselines, variants[name].evaluation))):
             compared[name]["retention"] = kept
+        if variants[name].failed_checks:
+            compared[name]["failed_checks"] = list(variants[name].failed_checks)
     first, second, *_ = measures(task, own)
     costs = {name: _cost(name, scores, base_model, variants) for name in (*scores, *(name for name in variants if name not in scores))}
     train = {record["group_id"] for split in ("train", "validation") for record in read_records(splits / split)}
+    counted = {"examples": len(test), "answered": len(questions), "seen": sum(record["group_id"] in train for record in test)}
     document: dict[str, Any] = {
-        "test": {"examples": len(test), "answered": len(questions), "seen": sum(record["group_id"] in train for record in test)},
+        "test": counted,
         "shown": [first, second],
         "scores": scores,
         "compared": compared,
         "costs": costs,
-        "advice": advice(first, scores, compared),
-        "recommended": recommended(first, scores, compared, costs),
+        "advice": advice(first, scores, compared, counted),
+        "recommended": recommended(first, scores, compared, costs, counted),
     }
     kept = {name: compared[name].get("retention", {}) for name in compared}
     document["advice"] += [line for name, found in kept.items() for line in forgot(name, found, settings.forgetting)]
     told = document["recommended"]
-    words = [*document["advice"], f"Recommended: {told['variant'] or 'no variant'}. {told['why']}"]
+    last = f"Recommended: {told['variant'] or 'no variant'}." if told["sure"] or not told["variant"] else headline(told, compared)
+    words = [*document["advice"], f"{last} {told['why']}"]
     out.mkdir(parents=True, exist_ok=True)
     (out / "board.md").write_text("\n".join([*board([first, second], scores, compared), "", *words]) + "\n")
     write_json(out / "comparison.json", document)

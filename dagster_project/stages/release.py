@@ -15,7 +15,7 @@ from pydantic import Field
 from dagster_project.audit.card import model_card
 from dagster_project.audit.papers import from_reports
 from dagster_project.curation.review import Exemption
-from dagster_project.evaluation.compare import NAMES, gain
+from dagster_project.evaluation.compare import FEWEST, NAMES, gain
 from dagster_project.params import Compute, Section
 from dagster_project.records import CheckResult, Report, write_json, write_text
 
@@ -73,7 +73,7 @@ def run(
     shutil.copytree(merged[variant], out, dirs_exist_ok=True)
     compared = board["compared"][variant]
     found = {
-        "better_than_baselines": _better(board["shown"][0], compared),
+        "better_than_baselines": _better(board["shown"][0], compared, board["test"]),
         "kept_its_knowledge": _kept(compared.get("retention", {}), params.max_forgetting),
         "test_is_unseen": _unseen(board["test"]),
         "loads_in_transformers": _loads(out, merged[variant], compute),
@@ -130,10 +130,13 @@ def _judged(name: str, found: _Found, params: Params) -> CheckResult:
     return CheckResult(name, passed=False, blocking=True, count=1, note=note)
 
 
-def _better(decides: str, compared: Mapping[str, Any]) -> _Found:
-    gained = gain(decides, compared)
+def _better(decides: str, compared: Mapping[str, Any], test: Mapping[str, int]) -> _Found:
+    gained = gain(decides, compared, test)
     if gained is None:
         return _Found(False, "nothing was compared: it has neither answers nor a perplexity", "name test examples that can be answered")
+    if not gained.enough:
+        words = f"nothing can be concluded from {gained.examples} test examples, {FEWEST} are needed: {gained.words}"
+        return _Found(False, words, "add examples, or raise splits.test or evaluation.max_examples")
     if gained.sure:
         return _Found(True, gained.words)
     instead = NAMES.get(gained.rival, "the base model")

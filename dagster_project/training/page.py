@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from html import escape
 from typing import Any
@@ -34,7 +35,7 @@ def page(
     examples: of the audit of labels; what is trained on stands in ⟦⟧ in their "text".
     """
     sections = {
-        "Curves": _curves(curve),
+        "Curves": _curves(curve, training.get("best_step")),
         "Memory": _memory(predicted, int(measured["peak_memory_bytes"]), training["device"]),
         "Weights": _weights(training),
         "Examples": _examples(examples),
@@ -64,48 +65,191 @@ def _head(variant: str, training: Mapping[str, Any], measured: Mapping[str, floa
     )
 
 
-def _curves(curve: Sequence[Point]) -> str:
+SMOOTHED = "smoothed_loss"
+SMOOTHING = 0.9
+"""Share of the earlier average in each point of the smoothed loss: about the last ten steps count."""
+RISE = 0.01
+"""Share by which the validation loss must lie above its lowest value to count as risen: smaller moves are noise of a small validation split."""
+NAMES = {
+    "loss": "training loss of a step",
+    SMOOTHED: "training loss, smoothed",
+    "validation_loss": "validation loss",
+    "learning_rate": "learning rate",
+    "grad_norm": "gradient norm",
+    "tokens_per_second": "tokens per second",
+    "reward": "reward",
+    "reward_chosen": "chosen answers",
+    "reward_rejected": "rejected answers",
+    "accuracy": "training",
+    "validation_accuracy": "validation",
+    "margin": "training",
+    "validation_margin": "validation",
+    "kl": "KL",
+    "response_length": "tokens",
+}
+"""Figure of a curve -> its name in a legend."""
+FEW = 40
+"""Points up to which a line also marks each of them: a single one would be invisible."""
+
+
+def smoothed(curve: Sequence[Point]) -> list[Point]:
+    """The loss of each step as an exponential moving average, without bias to the first (as Adam corrects its own).
+
+    >>> [round(point["smoothed_loss"], 3) for point in smoothed([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}])]
+    [2.0, 1.474]
+    """
+    found: list[Point] = []
+    mean, weight = 0.0, 0.0
+    for point in curve:
+        if "loss" in point and math.isfinite(point["loss"]):
+            mean = SMOOTHING * mean + (1 - SMOOTHING) * point["loss"]
+            weight = SMOOTHING * weight + (1 - SMOOTHING)
+            found.append({"step": point["step"], SMOOTHED: mean / weight})
+    return found
+
+
+def overfitting_since(curve: Sequence[Point]) -> int | None:
+    """The step of the lowest validation loss, if the last one lies above it by more than RISE while the smoothed training loss fell; else None."""
+    watched = [(point["step"], point["validation_loss"]) for point in curve if "validation_loss" in point]
+    if not watched:
+        return None
+    best, lowest = min(watched, key=lambda point: point[1])
+    last = watched[-1][1]
+    averages = smoothed(curve)
+    if not averages or last <= lowest + RISE * abs(lowest):
+        return None
+    then = ([point for point in averages if point["step"] <= best] or averages)[-1 if best else 0]
+    return int(best) if averages[-1][SMOOTHED] < then[SMOOTHED] else None
+
+
+def meaning(curve: Sequence[Point], kept: int | None = None) -> str:
+    """What the curves of losses say, in one or two sentences.
+
+    Args:
+        kept: the step whose weights were kept, where that is not the last.
+    """
+    watched = [(int(point["step"]), point["validation_loss"]) for point in curve if "validation_loss" in point]
+    if len(watched) < 2:
+        return "There is no validation loss, so these curves cannot tell learning from memorizing: set splits.validation above 0."
+    best, lowest = min(watched, key=lambda point: point[1])
+    last = watched[-1][1]
+    if (since := overfitting_since(curve)) is not None:
+        return (
+            f"Overfitting since step {since:,}: the validation loss rose from {lowest:.3f} to {last:.3f} while the training loss went on falling. "
+            + (
+                "Train fewer epochs, or keep the best weights (load_best_model_at_end: true)."
+                if kept is None
+                else f"The weights of step {kept:,} were kept."
+            )
+        )
+    if last > watched[0][1]:
+        return f"Not learning: the validation loss rose from {watched[0][1]:.3f} to {last:.3f}. Lower learning_rate."
+    if last <= lowest + RISE * abs(lowest):
+        flat = len(watched) > 2 and watched[-2][1] - last <= RISE * abs(lowest)
+        more = "it hardly changes any more" if flat else "it was still falling at the end: more steps may help"
+        return f"No overfitting: the validation loss fell from {watched[0][1]:.3f} to {last:.3f}, and {more}."
+    return f"Unstable: the validation loss was lowest at step {best:,} ({lowest:.3f}) and ended at {last:.3f}, and the training loss rose with it."
+
+
+def _curves(curve: Sequence[Point], kept: int | None) -> str:
     plots = (
-        ("Loss", "a step's training loss; the validation loss in the other colour", ("loss", "validation_loss")),
+        ("Loss", "of each step, smoothed over about ten steps, and of the validation split", ("loss", SMOOTHED, "validation_loss")),
         ("Learning rate", "as the schedule has it", ("learning_rate",)),
         ("Gradient norm", "before it is clipped", ("grad_norm",)),
         ("Speed", "tokens a second over the last twenty steps, on this machine", ("tokens_per_second",)),
     )
-    return f'<div class="plots">{"".join(plot(title, note, curve, names) for title, note, names in plots)}</div>'
+    points = [*curve, *smoothed(curve)]
+    shown = "".join(plot(title, note, points, names) for title, note, names in plots)
+    return f'<p class="lead">{markup.text(meaning(curve, kept), 600)}</p><div class="plots">{shown}</div>'
+
+
+def axis(values: Sequence[float]) -> tuple[float, float]:
+    """The ends of an axis on which every value is visible: from 0 where that costs less than half of the height.
+
+    >>> axis([2.0, 10.0]), axis([8.0, 10.0]), axis([-3.0, 1.0]), axis([-10.0, -2.0]), axis([5.0])
+    ((0.0, 10.0), (8.0, 10.0), (-3.0, 1.0), (-10.0, 0.0), (5.0, 6.0))
+    """
+    low, high = min(values), max(values)
+    if low == high:
+        return low, low + 1
+    if 0 < low < high / 2:
+        low = 0.0
+    if low / 2 < high < 0:
+        high = 0.0
+    return low, high
 
 
 def plot(title: str, note: str, curve: Sequence[Point], names: Sequence[str]) -> str:
-    """Lines over steps. The plot stretches with its column, its letters do not."""
-    lines = {name: found for name in names if (found := thinned([point for point in curve if name in point], 500))}
+    """Lines over steps, with a legend where there are several. The plot stretches with its column, its letters do not.
+
+    Values that are not finite are left out, and counted in the note.
+    """
+    finite = {name: [point for point in curve if name in point and math.isfinite(point[name])] for name in names}
+    lines = {name: thinned(found, 500) for name, found in finite.items() if found}
     if not lines:
         return ""
-    values = [point[name] for name, found in lines.items() for point in found]
+    missing = sum(name in point for name in names for point in curve) - sum(map(len, finite.values()))
     last = max(found[-1]["step"] for found in lines.values())
-    low, high = min(values), max(values)
-    low = 0.0 if low < high / 2 else low
-    high = high if high > low else low + 1
+    low, high = axis([point[name] for name, found in lines.items() for point in found])
 
     def y(value: float) -> float:
         return 8 + HIGH * (high - value) / (high - low)
 
-    body, drawn = "", ""
-    for value in (low, (low + high) / 2, high):
-        body += f'<line class="grid" x1="12%" x2="100%" y1="{y(value):.1f}" y2="{y(value):.1f}"/>'
-        body += f'<text class="tick" x="11%" y="{y(value) + 4:.1f}" text-anchor="end">{markup.brief(value)}</text>'
-    for step, anchor, at in ((0, "start", 12), (last / 2, "middle", 56), (last, "end", 100)):
-        body += f'<text class="tick" x="{at}%" y="{HIGH + 26}" text-anchor="{anchor}">{markup.number(round(step))}</text>'
-    for number, (name, found) in enumerate(lines.items()):
-        places = " ".join(f"{100 * point['step'] / max(1, last):.2f},{y(point[name]):.1f}" for point in found)
-        drawn += f'<polyline class="line of-{number}" points="{places}"><title>{name}</title></polyline>'
-    body += f'<svg x="12%" width="88%" height="{HIGH + 16}" viewBox="0 0 100 {HIGH + 16}" preserveAspectRatio="none">{drawn}</svg>'
-    told = "; ".join(f"{name} from {found[0][name]:.4g} to {found[-1][name]:.4g}" for name, found in lines.items())
-    columns = [(point["step"], name, f"{point[name]:.4g}") for name, found in lines.items() for point in thinned(found, 20)]
+    body = _grid(low, high, last, y) + _lines(lines, last, y)
+    told = "; ".join(f"{NAMES.get(name, name)} from {found[0][name]:.4g} to {found[-1][name]:.4g}" for name, found in lines.items())
+    columns = [
+        (point["step"], NAMES.get(name, name), f"{point[name]:.4g}") for name, found in lines.items() for point in thinned(found, 20)
+    ]
     return markup.figure(
         title,
-        note,
-        markup.svg(f"{title} over {last:,} steps: {told}", HIGH + 32, body),
+        note + (f"; {markup.many(missing, 'value')} not finite, not drawn" if missing else ""),
+        _legend(lines) + markup.svg(f"{title} over {last:,} steps: {told}", HIGH + 32, body),
         markup.table(title, ["step", "", "value"], columns),
     )
+
+
+def _grid(low: float, high: float, last: float, y: Callable[[float], float]) -> str:
+    """Lines across at both ends, in the middle and, where the axis crosses it, at 0; steps below."""
+    values = [low, (low + high) / 2, high]
+    if low < 0 < high:  # 0 takes the place of a line that its letters would cover
+        values = [*(value for value in values if abs(y(value) - y(0)) > 14), 0.0]
+    body = ""
+    for value in values:
+        kind = "grid zero" if value == 0 and low < 0 else "grid"
+        body += f'<line class="{kind}" x1="12%" x2="100%" y1="{y(value):.1f}" y2="{y(value):.1f}"/>'
+        body += f'<text class="tick" x="11%" y="{y(value) + 4:.1f}" text-anchor="end">{markup.brief(value)}</text>'
+    for step, anchor, at in ((0, "start", 12), (last / 2, "middle", 56), (last, "end", 100)):
+        if step in {0, last} or last >= 2:
+            body += f'<text class="tick" x="{at}%" y="{HIGH + 26}" text-anchor="{anchor}">{markup.number(round(step))}</text>'
+    return body
+
+
+def _lines(lines: Mapping[str, Sequence[Point]], last: float, y: Callable[[float], float]) -> str:
+    drawn = marks = ""
+    for name, found in lines.items():
+        kind, words = _kind(name, lines), markup.text(NAMES.get(name, name))
+        places = [(100 * point["step"] / max(1, last), y(point[name])) for point in found]
+        drawn += (
+            f'<polyline class="line {kind}" points="{" ".join(f"{x:.2f},{at:.1f}" for x, at in places)}"><title>{words}</title></polyline>'
+        )
+        if len(places) <= FEW:
+            marks += "".join(f'<circle class="dot {kind}" cx="{12 + 0.88 * x:.2f}%" cy="{at:.1f}" r="2.5"/>' for x, at in places)
+    return f'<svg x="12%" width="88%" height="{HIGH + 16}" viewBox="0 0 100 {HIGH + 16}" preserveAspectRatio="none">{drawn}</svg>{marks}'
+
+
+def _legend(lines: Mapping[str, Any]) -> str:
+    if len(lines) < 2:
+        return ""
+    items = "".join(f'<li class="{_kind(name, lines)}">{markup.text(NAMES.get(name, name))}</li>' for name in lines)
+    return f'<ul class="legend">{items}</ul>'
+
+
+def _kind(name: str, lines: Mapping[str, Any]) -> str:
+    """The class of a line: blue for the first, orange for the second; a raw line behind its smoothed one is faint."""
+    if SMOOTHED in lines and name == "loss":
+        return "of-0 raw"
+    order = [other for other in lines if not (SMOOTHED in lines and other == "loss")]
+    return f"of-{order.index(name)}"
 
 
 def _memory(predicted: Memory | None, peak: int, device: str) -> str:

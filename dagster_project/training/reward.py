@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dagster_project.chat import Messages
 from dagster_project.errors import InputError
 from dagster_project.progress import Progress
+from dagster_project.records import CheckResult, write_json
 from dagster_project.training.head import pad
 from dagster_project.training.methods import peft_config
 from dagster_project.training.pairs import answered, reply
@@ -23,6 +24,22 @@ if TYPE_CHECKING:
     import torch
 
 MODEL = "reward_model"
+QUALITY = "quality.json"
+"""The file beside the weights of a reward model that lists its failed checks."""
+
+
+def write_quality(folder: Path, checks: Sequence[CheckResult]) -> None:
+    """List the failed checks of severity "error". Whether they forbid a use is decided by the stage that uses the model."""
+    failed = {check.name: check.note for check in checks if not check.passed and check.severity == "error"}
+    write_json(folder / QUALITY, {"failed_checks": failed})
+
+
+def failed_checks(folder: Path) -> dict[str, str]:
+    """Failed checks of a reward model -> their notes. Empty where all passed."""
+    if not (folder / QUALITY).is_file():
+        return {"quality": f"{QUALITY} is missing: run `dvc repro reward_model`"}
+    found: dict[str, str] = json.loads((folder / QUALITY).read_text(encoding="utf-8"))["failed_checks"]
+    return found
 
 
 def build(folder: Path, peft: Mapping[str, Any] | None, device: torch.device, dtype: torch.dtype, where: str) -> Any:
@@ -167,10 +184,10 @@ class Rewards:
 
     def __init__(self, weights: Mapping[str, float], model: RewardModel | None) -> None:
         """Args:
-        weights: name -> weight, as an entry of params.yaml has them.
+        weights: name -> weight, as an entry of params.yaml has them. What weighs 0 is left out.
         model: needed where they name it.
         """
-        self.weights, self.model = weights, model
+        self.weights, self.model = {name: weight for name, weight in weights.items() if weight}, model
 
     def __call__(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[float]:
         total = [0.0] * len(answers)

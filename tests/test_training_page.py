@@ -1,0 +1,121 @@
+"""The curves of a training: every value is visible, every line is named, and one sentence says what they mean."""
+
+from __future__ import annotations
+
+import math
+import re
+from itertools import pairwise
+
+import pytest
+
+from dagster_project import markup
+from dagster_project.training.curve import Point
+from dagster_project.training.page import RISE, axis, meaning, overfitting_since, plot, smoothed
+
+
+def course(validation: dict[int, float], losses: list[float]) -> list[Point]:
+    return [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)] + [
+        {"step": step, "validation_loss": loss} for step, loss in validation.items()
+    ]
+
+
+FALLING = [2.0 - i / 20 for i in range(30)]
+
+
+def heights(html: str) -> list[float]:
+    return [float(place.split(",")[1]) for line in re.findall('polyline class="[^"]*" points="([^"]*)"', html) for place in line.split()]
+
+
+@pytest.mark.parametrize("values", [[-3.0, 1.0], [-9.0, -1.0], [-5.0, -4.5], [0.0, -2.0], [-1e-3, 5e3], [2.0], [-2.0], [0.0, 0.0]])
+def test_negative_values_are_inside_the_plot(values: list[float]) -> None:
+    found = heights(plot("Reward", "", [{"step": i, "reward": value} for i, value in enumerate(values)], ["reward"]))
+    assert len(found) == len(values) and all(0 <= y <= 186 for y in found)
+    low, high = axis(values)
+    assert low <= min(values) and max(values) <= high and low < high
+    assert [a < b for a, b in pairwise(found)] == [a > b for a, b in pairwise(values)]
+
+
+def test_an_axis_that_crosses_0_shows_where_0_is() -> None:
+    shown = plot("Reward", "", [{"step": 1, "reward": -3.0}, {"step": 9, "reward": 1.0}], ["reward"])
+    assert 'class="grid zero"' in shown and ">-3<" in shown
+    assert 'class="grid zero"' not in plot("Loss", "", [{"step": 1, "loss": 3.0}, {"step": 9, "loss": 1.0}], ["loss"])
+
+
+def test_large_negative_numbers_are_short_on_an_axis() -> None:
+    assert [markup.brief(value) for value in (-1200, -3e6, -0.25, 800)] == ["-1.2k", "-3M", "-0.25", "800"]
+
+
+def test_values_that_are_not_finite_are_counted_and_do_not_bend_the_axis() -> None:
+    shown = plot("KL", "of it", [{"step": 1, "kl": 1.0}, {"step": 2, "kl": math.inf}, {"step": 3, "kl": 2.0}], ["kl"])
+    assert len(heights(shown)) == 2 and "of it; 1 value not finite, not drawn" in shown
+
+
+def test_a_single_point_is_visible() -> None:
+    assert "<circle" in plot("Loss", "", [{"step": 1, "loss": 1.0}], ["loss"])
+
+
+def test_several_lines_have_a_legend_and_one_has_none() -> None:
+    curve = course({0: 2.0, 30: 1.0}, FALLING)
+    legend = re.findall(
+        '<li class="[^"]*">([^<]*)</li>', plot("Loss", "", [*curve, *smoothed(curve)], ["loss", "smoothed_loss", "validation_loss"])
+    )
+    assert legend == ["training loss of a step", "training loss, smoothed", "validation loss"]
+    assert "legend" not in plot("Loss", "", curve, ["loss"])
+
+
+def test_the_smoothed_loss_is_a_mean_of_the_losses_so_far() -> None:
+    found = [point["smoothed_loss"] for point in smoothed(course({}, [4.0, 4.0, 4.0]))]
+    assert found == pytest.approx([4.0, 4.0, 4.0])
+    noisy = [point["smoothed_loss"] for point in smoothed(course({}, [1.0, 3.0] * 40))]
+    assert max(noisy[40:]) - min(noisy[40:]) < 0.25
+
+
+@pytest.mark.parametrize(
+    ("validation", "losses", "since"),
+    [
+        ({0: 3.0, 10: 1.0, 20: 1.2, 30: 1.4}, FALLING, 10),
+        ({0: 3.0, 10: 1.0, 20: 1.4, 30: 1.0}, FALLING, None),
+        ({0: 3.0, 10: 1.0, 30: 1.0 + RISE}, FALLING, None),
+        ({0: 3.0, 10: 1.0, 30: 1.0 + 2 * RISE}, FALLING, 10),
+        ({0: 3.0, 10: 1.0, 30: 1.5}, FALLING[::-1], None),
+        ({0: 1.0, 30: 1.5}, FALLING, 0),
+        ({0: 3.0, 30: 1.0}, FALLING, None),
+        ({}, FALLING, None),
+        ({0: 1.0, 30: 2.0}, [], None),
+    ],
+    ids=[
+        "since the lowest",
+        "back down",
+        "within noise",
+        "beyond noise",
+        "training rose too",
+        "from the start",
+        "falls",
+        "none",
+        "no step",
+    ],
+)
+def test_overfitting_is_a_validation_loss_that_rose_while_the_training_loss_fell(
+    validation: dict[int, float], losses: list[float], since: int | None
+) -> None:
+    assert overfitting_since(course(validation, losses)) == since
+    assert meaning(course(validation, losses)).startswith("Overfitting since step") == (since is not None)
+
+
+def test_where_the_best_weights_were_kept_overfitting_asks_for_no_change() -> None:
+    curve = course({0: 3.0, 10: 1.0, 30: 1.5}, FALLING)
+    assert "load_best_model_at_end" in meaning(curve) and meaning(curve, 10).endswith("The weights of step 10 were kept.")
+
+
+@pytest.mark.parametrize(
+    ("validation", "losses", "words"),
+    [
+        ({}, FALLING, "set splits.validation above 0"),
+        ({0: 3.0, 10: 2.0, 30: 1.0}, FALLING, "No overfitting: the validation loss fell from 3.000 to 1.000, and it was still falling"),
+        ({0: 3.0, 10: 1.001, 30: 1.0}, FALLING, "and it hardly changes any more"),
+        ({0: 3.0, 10: 1.0, 30: 1.5}, FALLING[::-1], "Unstable: the validation loss was lowest at step 10"),
+        ({0: 1.0, 30: 2.0}, FALLING[::-1], "Not learning: the validation loss rose from 1.000 to 2.000"),
+    ],
+)
+def test_the_page_says_in_words_what_the_curves_mean(validation: dict[int, float], losses: list[float], words: str) -> None:
+    assert words in meaning(course(validation, losses))
