@@ -168,7 +168,7 @@ def test_failed_checks_are_named_and_never_called_worth_it() -> None:
     assert said.startswith("Tuning lora gained, but its checks failed: +30.0 points") and FAILED in said and "worth it" not in said
     found = recommended("macro_f1", SCORES, compared, COSTS, TEST)
     assert (found["variant"], found["sure"]) == ("lora", False) and FAILED in found["why"]
-    assert headline(found, compared) == "Failed checks: look into lora first."
+    assert headline({"compared": compared, "recommended": found}) == "Failed checks: look into lora first."
 
 
 def test_a_variant_that_passed_its_checks_is_recommended_before_a_better_one_that_did_not() -> None:
@@ -194,6 +194,8 @@ def test_nothing_is_concluded_from_a_few_answers(answered: int, found: dict[str,
     assert not any(word in line for line in said for word in ("worth it", "is better", "made it worse"))
     told = recommended("macro_f1", SCORES, {"lora": found}, COSTS, test)
     assert (told["variant"], told["sure"]) == (None, False) and told["why"].startswith("Nothing can be concluded")
+    scores = SCORES if "to" in found else {}
+    assert headline({"compared": {}, "recommended": told, "test": test, "scores": scores}) == "No conclusion."
 
 
 def test_from_the_fewest_answers_on_a_gain_counts() -> None:
@@ -204,7 +206,7 @@ def test_from_the_fewest_answers_on_a_gain_counts() -> None:
 def test_an_interval_over_0_makes_no_recommendation_without_the_doubt() -> None:
     compared = {"lora": to_rivals(few_shot=UNSURE)}
     found = recommended("macro_f1", SCORES, compared, COSTS, TEST)
-    assert headline(found, compared) == "No sure gain: lora." and not found["sure"]
+    assert headline({"compared": compared, "recommended": found}) == "No sure gain: lora." and not found["sure"]
 
 
 def test_open_text_names_ballots_and_a_judge_as_the_next_step_and_labels_do_not() -> None:

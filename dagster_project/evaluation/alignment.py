@@ -253,7 +253,7 @@ def _head(variant: str, metrics: Mapping[str, Any], doubt: str) -> str:
     return (
         f'<header class="head"><p class="over">Alignment · {markup.text(metrics["method"])} on {markup.text(metrics["adapter"])}</p>'
         f"<h1>{markup.bdi(variant)}</h1>{warning}"
-        f'<dl class="tiles{" three" if len(tiles) % 3 == 0 else ""}">{"".join(f"<div><dt>{n}</dt><dd><b>{v}</b> <span>{u}</span></dd></div>" for n, v, u in tiles)}</dl></header>'
+        f'<dl class="tiles three">{"".join(f"<div><dt>{n}</dt><dd><b>{v}</b> <span>{u}</span></dd></div>" for n, v, u in tiles)}</dl></header>'
     )
 
 
@@ -276,11 +276,12 @@ def _watch(watch: Mapping[str, Any]) -> str:
         if name in watch
     ]
     signs = gamed(watch)
-    measured = "Reward, length" if "reward" in watch else "No reward was measured. Length"
-    verdict = (
+    unmeasured = "" if "reward" in watch else "No reward was measured. "
+    shown = "Length" if unmeasured else "Reward, length"
+    verdict = unmeasured + (
         f"Look closely: {'; '.join(signs)}."
         if signs
-        else f"{measured}, repetition and unfinished answers side by side show no sign of a gamed reward."
+        else f"{shown}, repetition and unfinished answers side by side show no sign of a gamed reward."
     )
     caption = f"Held-out answers to {watch['prompts']} prompts"
     table = markup.table(caption, ["", "before", "after", "difference", "95 % interval"], figures, unfolded=True)

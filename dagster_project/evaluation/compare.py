@@ -195,17 +195,18 @@ def recommended(
     return {**told, "why": f"{why}{', and the best of the variants' if len(compared) > 1 else ''}."}
 
 
-def headline(told: Mapping[str, Any], compared: Mapping[str, Any]) -> str:
+def headline(document: Mapping[str, Any]) -> str:
     """What to do, in a few words.
 
     Args:
-        told: of `recommended`.
+        document: of comparison.json.
     """
-    name = told["variant"]
-    if told["sure"]:
+    compared, name = document["compared"], document["recommended"]["variant"]
+    if document["recommended"]["sure"]:
         return f"Use {name}."
     if name is None:
-        return "Use no variant."
+        few = document["test"]["answered" if document["scores"] else "examples"] < FEWEST
+        return "No conclusion." if few else "Use no variant."
     return f"Failed checks: look into {name} first." if compared[name].get("failed_checks") else f"No sure gain: {name}."
 
 

@@ -60,8 +60,8 @@ def _order(document: Mapping[str, Any]) -> list[str]:
 def _head(document: Mapping[str, Any]) -> str:
     found, test = document["recommended"], document["test"]
     kind = "good" if found["sure"] else "warn"
-    verdict = markup.bdi(headline(found, document["compared"]))
-    words = "".join(f'<li class="note">{markup.text(line, ANSWER)}</li>' for line in document["advice"])
+    verdict = markup.bdi(headline(document))
+    words = "".join(f'<li class="note">{markup.text(line, ANSWER)}</li>' for line in document["advice"] if line != found["why"])
     seen = "none of them seen in training" if not test["seen"] else f"{markup.number(test['seen'])} of them seen in training"
     return (
         f'<header class="head"><p class="over">Comparison · {markup.many(test["examples"], "test example")}, {seen}</p>'

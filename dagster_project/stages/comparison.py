@@ -106,7 +106,7 @@ def run(
     kept = {name: compared[name].get("retention", {}) for name in compared}
     document["advice"] += [line for name, found in kept.items() for line in forgot(name, found, settings.forgetting)]
     told = document["recommended"]
-    last = f"Recommended: {told['variant'] or 'no variant'}." if told["sure"] or not told["variant"] else headline(told, compared)
+    last = f"Recommended: {told['variant'] or 'no variant'}." if told["sure"] or not told["variant"] else headline(document)
     words = [*document["advice"], f"{last} {told['why']}"]
     out.mkdir(parents=True, exist_ok=True)
     (out / "board.md").write_text("\n".join([*board([first, second], scores, compared), "", *words]) + "\n")

@@ -167,11 +167,11 @@ def axis(values: Sequence[float]) -> tuple[float, float]:
     """The ends of an axis on which every value is visible: from 0 where that costs less than half of the height.
 
     >>> axis([2.0, 10.0]), axis([8.0, 10.0]), axis([-3.0, 1.0]), axis([-10.0, -2.0]), axis([5.0])
-    ((0.0, 10.0), (8.0, 10.0), (-3.0, 1.0), (-10.0, 0.0), (5.0, 6.0))
+    ((0.0, 10.0), (8.0, 10.0), (-3.0, 1.0), (-10.0, 0.0), (0.0, 5.0))
     """
     low, high = min(values), max(values)
     if low == high:
-        return low, low + 1
+        return min(low, 0.0), max(high, 0.0) or float(low == 0)
     if 0 < low < high / 2:
         low = 0.0
     if low / 2 < high < 0:
