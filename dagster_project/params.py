@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, Tag, ValidationError
 
 from dagster_project.errors import InputError
 
@@ -30,6 +30,8 @@ class Compute(Section):
 
 
 S = TypeVar("S", bound=Section)
+TAG = "form:"
+"""Tags of a union's alternatives begin with this: pydantic puts the tag into the place of an error, and `parse` takes it out again."""
 
 
 def read(root: Path) -> dict[str, Any]:
@@ -68,10 +70,10 @@ def parse(model: type[S], values: Any, where: str, file: str = "params.yaml") ->
     except ValidationError as error:
         lines, hints = [], []
         for problem in error.errors():
-            place = ".".join([where, *map(str, problem["loc"])])
+            place = _place(where, problem["loc"])
             if problem["type"] == "extra_forbidden":
                 lines.append(f"{file}: {place}: unknown key")
-                owner = ".".join([where, *map(str, problem["loc"][:-1])])
+                owner = _place(where, problem["loc"][:-1])
                 keys = (field.alias or name for name, field in _at(model, problem["loc"][:-1]).model_fields.items())
                 hints.append(f"keys of {owner}: {', '.join(keys)}")
             elif problem["type"] == "missing":
@@ -83,12 +85,25 @@ def parse(model: type[S], values: Any, where: str, file: str = "params.yaml") ->
 
 def _at(model: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:
     """The model a place inside `model` is parsed by: ("sources", 0) -> Source."""
+    annotation: Any = None
     for name in location:
-        if name in model.model_fields:
+        if str(name).startswith(TAG):  # of the alternatives the one with this tag
+            annotation = next((a for a in _inside(annotation) if Tag(str(name)) in getattr(a, "__metadata__", ())), annotation)
+        elif name in model.model_fields:
             annotation = model.model_fields[str(name)].annotation
-            inner = [annotation, *get_args(annotation)]
-            model = next((a for a in inner if isinstance(a, type) and issubclass(a, BaseModel)), model)
+        else:
+            continue
+        model = next((a for a in _inside(annotation) if isinstance(a, type) and issubclass(a, BaseModel)), model)
     return model
+
+
+def _inside(annotation: Any) -> list[Any]:
+    """A type and all types in it: list[A | None]  ->  [list[A | None], A | None, A, None]"""
+    return [annotation, *(inner for argument in get_args(annotation) for inner in _inside(argument))]
+
+
+def _place(where: str, location: tuple[int | str, ...]) -> str:
+    return ".".join([where, *(str(name) for name in location if not str(name).startswith(TAG))])
 
 
 def inside(root: Path, path: str, where: str) -> Path:

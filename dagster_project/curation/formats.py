@@ -38,6 +38,17 @@ class Layout:
     """Told from its keys only where a row has no others."""
     parts: Callable[[dict[str, Any]], list[Any]] | None = None
     """Rows of one example each, where a source row holds several. KeyError and ValueError as for `messages`."""
+    labels: bool = False
+    """The response is a label, and the category too. Told from its keys only where a row has those of no other layout."""
+
+
+def _label(value: Any) -> str:
+    """A label as text, without spaces around it: "spam "  ->  "spam", 1  ->  "1", True  ->  "true"."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if not isinstance(value, str | int):
+        raise ValueError(f"expected a label (text, a whole number, true or false), found {type(value).__name__}")
+    return str(value).strip()
 
 
 def _text(value: Any) -> str:
@@ -162,6 +173,15 @@ def _tree(row: dict[str, Any]) -> dict[str, Any]:
     return {"tree": {"messages": len(found), "kept": kept, "unanswered": thread - kept, "other_branches": len(found) - thread}}
 
 
+def _labeled(prompt: str, label: str, system: str | None = "system") -> Callable[[dict[str, Any]], Messages]:
+    return lambda row: _turns(row.get(system) if system else None, ("user", _text(row[prompt])), ("assistant", _label(row[label])))
+
+
+def _classification(row: dict[str, Any]) -> Messages:
+    """Where labels are numbers and `label_text` names them, the names are what is learned."""
+    return _labeled("text", "label_text" if row.get("label_text") else "label")(row)
+
+
 def _layout(keys: str, messages: Callable[[dict[str, Any]], Messages], optional: str = "", **more: Any) -> Layout:
     return Layout(frozenset(keys.split()), messages, frozenset((keys + " " + optional).split()), **more)
 
@@ -178,6 +198,14 @@ LAYOUTS: dict[str, Layout] = {
     "flan": _layout("inputs targets", _single("inputs", "targets"), "system"),
     "ultrachat": _layout("data", _ultrachat),
     "oasst": Layout(frozenset({"message_tree_id", "prompt"}), _oasst, frozenset({"prompt"}), _tree),
+    "classification": _layout(
+        "text label",
+        _classification,
+        "label_text system",
+        category="label",
+        labels=True,
+        meta=lambda row: {"label": row["label"]} if row.get("label_text") else {},
+    ),
     "text": _layout("text", lambda row: _turns(None, ("assistant", _text(row["text"]))), meta=lambda row: {"kind": "text"}, alone=True),
 }
 
@@ -403,17 +431,21 @@ def mapping_problem(mapping: Mapping[str, str], fields: Mapping[str, bool] = REC
         return f"unknown field {', '.join(map(repr, unknown))}; fields: {', '.join(fields)}"
     if missing := [field for field, needed in fields.items() if needed and field not in mapping]:
         return f"no column for {', '.join(missing)}"
-    if twice := [column for column in mapping.values() if list(mapping.values()).count(column) > 1]:
+    columns = [column for field, column in mapping.items() if (field, column) != ("category", mapping.get("response"))]
+    if twice := [column for column in columns if columns.count(column) > 1]:
         return f"column {twice[0]!r} is named twice"
     return ""
 
 
 def _mapped(mapping: Mapping[str, str]) -> Layout:
+    """One column as response and category means that responses are labels."""
+    labels = mapping.get("category") == mapping["response"]
     return Layout(
         keys=frozenset({mapping["prompt"], mapping["response"]}),
-        messages=_single(mapping["prompt"], mapping["response"], mapping.get("system")),
-        used=frozenset(mapping.values()) - {mapping.get("category")},
+        messages=(_labeled if labels else _single)(mapping["prompt"], mapping["response"], mapping.get("system")),
+        used=frozenset(mapping.values()) - ({mapping.get("category")} if not labels else set()),
         category=mapping.get("category", "category"),
+        labels=labels,
     )
 
 
@@ -512,9 +544,15 @@ def _best(rows: Sequence[Row], layouts: Mapping[str, L], look: Callable[[dict[st
 
 def _forms(layout: Layout | PairLayout, shape: Sequence[str]) -> Sequence[Layout | PairLayout]:
     """The forms of a layout whose keys a row has."""
-    if isinstance(layout, Layout):
-        return [layout] if (layout.keys == set(shape) if layout.alone else layout.keys <= set(shape)) else []
-    return [form for form in layout.forms if form.keys <= set(shape)]
+    if isinstance(layout, PairLayout):
+        return [form for form in layout.forms if form.keys <= set(shape)]
+    if layout.labels and any(_forms(other, shape) for other in _OTHERS):
+        return []
+    return [layout] if (layout.keys == set(shape) if layout.alone else layout.keys <= set(shape)) else []
+
+
+_OTHERS: list[Layout | PairLayout] = [*(layout for layout in LAYOUTS.values() if not layout.labels), *PAIR_LAYOUTS.values()]
+"""What a row with `text` and `label` is in rather than a classification set, where it has the keys: KTO rows have a `label`, too."""
 
 
 def _is_pair(row: dict[str, Any], form: PairLayout) -> bool:
@@ -776,7 +814,7 @@ def _record(row: Row, source: str, layout: Layout, split: str | None) -> dict[st
         "source": source,
         "source_row": row.source_row,
         "messages": messages,
-        "category": _category(row, layout.category),
+        "category": (messages[-1]["content"] or None) if layout.labels and messages else _category(row, layout.category),
         "group_id": None,
         "meta": (ASCII if problem else JSON).encode(meta) if meta else "{}",
     }

@@ -65,6 +65,10 @@ def describe(root: Path, state: StageState) -> dict[str, Any]:
     found |= {
         name: value for name, value in report.items() if isinstance(value, int | float | str) and name not in found and name != "passed"
     }
+    if labels := report.get("by_label"):
+        columns = list(next(iter(labels.values())))
+        rows = [[visible(" ".join(name.split())), *(figures[column] for column in columns)] for name, figures in labels.items()]
+        found["by_label"] = dg.MetadataValue.md(_table(["label", *columns], rows))
     nested = {name: value for name, value in report.items() if isinstance(value, dict | list) and name not in {"dropped", "checks"}}
     if nested:
         found["figures"] = dg.MetadataValue.json(nested)
@@ -242,11 +246,13 @@ def _draw_confusion(rows: list[dict[str, str]], _: Path) -> str:
 
     names = sorted({row["actual"] for row in rows} | {row["predicted"] for row in rows})
     counts = [[sum(row["actual"] == a and row["predicted"] == p for row in rows) for p in names] for a in names]
-    figure = Figure(figsize=(5, 4.5))
+    size = max(1, len(names) / 12)
+    figure = Figure(figsize=(5 * size, 4.5 * size))
     axes = figure.subplots()
     axes.imshow(counts, cmap="Blues")
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
-    axes.set_yticks(range(len(names)), names)
+    ticks = [visible(name if len(name) <= 30 else f"{name[:29]}…") for name in names]
+    axes.set_xticks(range(len(names)), ticks, rotation=45, ha="right", parse_math=False)
+    axes.set_yticks(range(len(names)), ticks, parse_math=False)
     axes.set(xlabel="predicted", ylabel="actual")
     for i, row in enumerate(counts):
         for j, count in enumerate(row):

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dagster_project.evaluation.labels import LabelSet
 from dagster_project.evaluation.metrics import Task, words
 from dagster_project.records import prompt_text, response_text
 
@@ -19,10 +20,17 @@ Messages = list[dict[str, str]]
 
 ANSWER = "Answer with one line of JSON and nothing else, with"
 THINK = "Think step by step. Then write on the last line your answer, one line of JSON with"
+LABEL_ALONE = {
+    ANSWER: "Answer with one of these labels and nothing else:",
+    THINK: "Think step by step. Then write on the last line your answer, one of these labels and nothing else:",
+}
+"""The same where the answer is a label."""
 
 
-def instruction(task: Task, how: str = ANSWER) -> str:
+def instruction(task: Task | LabelSet, how: str = ANSWER) -> str:
     """A system prompt that states the whole task, with every allowed value."""
+    if isinstance(task, LabelSet):
+        return f"Classify the user's message. {LABEL_ALONE[how]} {'; '.join(task.known)}."
     fields = "; ".join(f'"{name}": {" or ".join(allowed) if allowed else "a few words"}' for name, allowed in task.fields.items())
     return f"Classify the user's message. {how} exactly these fields: {fields}."
 

@@ -6,16 +6,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from dagster_project.chat import encode_prompt, encode_record, is_text
 from dagster_project.evaluation.bootstrap import rounded
 from dagster_project.evaluation.generate import generate
+from dagster_project.evaluation.labels import LabelSet, LabelTask, label_set
 from dagster_project.evaluation.likelihood import negative_log_likelihood
-from dagster_project.evaluation.metrics import Task, follows, label, parse, perplexity
-from dagster_project.params import Compute, Section
+from dagster_project.evaluation.metrics import Task, is_answer, label, perplexity
+from dagster_project.params import TAG, Compute, Section
 from dagster_project.records import prompt_text, response_text, subject_text
 from dagster_project.training import head
 from dagster_project.training.hardware import prepare
@@ -43,11 +44,16 @@ def result_schema() -> pa.Schema:
     )
 
 
+def _form(value: Any) -> str:
+    """Which of the two forms of `task` a value is meant to be."""
+    return f"{TAG}labels" if isinstance(value, LabelTask) or (isinstance(value, dict) and "labels" in value) else f"{TAG}fields"
+
+
 class Settings(Section):
     """Section `evaluation`: the same for every variant, so that scores compare."""
 
-    task: Task | None = None
-    """What a right answer looks like. null, or a test split without such answers: answers are free text."""
+    task: Annotated[Annotated[Task, Tag(f"{TAG}fields")] | Annotated[LabelTask, Tag(f"{TAG}labels")], Discriminator(_form)] | None = None
+    """What a right answer looks like: a JSON object, or a label. null, or a test split without such answers: answers are free text."""
     metrics: list[str] = []
     """Measures of your own, `file.function` of a file in data/metrics/."""
     max_examples: int = Field(default=200, ge=1)
@@ -111,18 +117,30 @@ class Subject:
         return [len(encode_prompt(self.tokenizer, messages)) for messages in prompts] if self.writes else None
 
 
-def asked(records: Sequence[dict[str, Any]], settings: Settings) -> tuple[Task | None, list[dict[str, Any]]]:
-    """The test examples that are answered, and the task they are answers to; None where they are free text."""
-    found = labelled(records, settings.task)
-    task = settings.task if found else None
+def asked(
+    records: Sequence[dict[str, Any]], settings: Settings, train: Sequence[dict[str, Any]] = ()
+) -> tuple[Task | LabelSet | None, list[dict[str, Any]]]:
+    """The test examples that are answered, and the task they are answers to; None where they are free text.
+
+    Args:
+        records: the test split.
+        train: the training split, whose responses are the labels of `labels: auto`.
+    """
+    task: Task | LabelSet | None
+    if isinstance(settings.task, LabelTask):
+        task = label_set(settings.task, *([response_text(r["messages"]) for r in conversations(split)] for split in (train, records)))
+    else:
+        task = settings.task
+    found = labelled(records, task)
+    task = task if found else None
     found = found or conversations(records)
     chosen = set(sorted(record["example_id"] for record in found)[: settings.max_examples])
     return task, [record for record in found if record["example_id"] in chosen]
 
 
-def labelled(records: Sequence[dict[str, Any]], task: Task | None) -> list[dict[str, Any]]:
-    """The records whose reference response is an answer as the task wants it."""
-    return [record for record in records if task and follows(task, parse(response_text(record["messages"])))]
+def labelled(records: Sequence[dict[str, Any]], task: Task | LabelSet | None) -> list[dict[str, Any]]:
+    """The records whose reference response is an answer to the task."""
+    return [record for record in records if task and is_answer(task, response_text(record["messages"]))]
 
 
 def conversations(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -133,7 +151,7 @@ def conversations(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def result_rows(
     system: str,
     records: Sequence[dict[str, Any]],
-    task: Task | None,
+    task: Task | LabelSet | None,
     answers: Sequence[str | None] | None = None,
     prompt_tokens: Sequence[int | None] | None = None,
     likelihoods: Sequence[tuple[float | None, int | None]] = (),

@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, model_validator
 
 from dagster_project.evaluation.bootstrap import Combine, estimate
+from dagster_project.evaluation.labels import NO_LABEL, LabelSet, per_label
 from dagster_project.params import Section
 
 if TYPE_CHECKING:
     import numpy as np
-
-NO_LABEL = "(none)"
-"""Predicted where an answer names no label."""
 
 
 class Task(Section):
@@ -59,11 +57,18 @@ def follows(task: Task, value: dict[str, Any] | None) -> bool:
     )
 
 
-def label(task: Task, answer: str) -> str:
-    """The label an answer gives: its JSON field if it has one, else the first label it names in any way; NO_LABEL if none.
+def is_answer(task: Task | LabelSet, response: str) -> bool:
+    """Whether a reference response is an answer to the task."""
+    return task.of_response(response) is not None if isinstance(task, LabelSet) else follows(task, parse(response))
+
+
+def label(task: Task | LabelSet, answer: str) -> str:
+    """The label an answer gives; NO_LABEL if none. Of JSON its field if it has one, else the first label it names in any way.
 
     The second rule is for models that were not tuned to the format: they are credited for what they say, not for how.
     """
+    if isinstance(task, LabelSet):
+        return task.of_answer(answer) or NO_LABEL
     value = parse(answer)
     if value is not None and value.get(task.score) in task.labels:
         return str(value[task.score])
@@ -89,7 +94,7 @@ class Measure:
     """Is it tested in pairs, against every baseline and between variants?"""
 
 
-def measures(task: Task | None, own: Mapping[str, Measure], writes: bool = True) -> dict[str, Measure]:
+def measures(task: Task | LabelSet | None, own: Mapping[str, Measure], writes: bool = True) -> dict[str, Measure]:
     """The table: name -> measure, of all that answers can be scored by. The first decides, and the second stands beside it.
 
     Args:
@@ -108,6 +113,8 @@ def measures(task: Task | None, own: Mapping[str, Measure], writes: bool = True)
     }
     if not writes:
         return named
+    if isinstance(task, LabelSet):
+        return {**named, "valid_label": Measure(_each(lambda _, said: label(task, said) != NO_LABEL)), "exact_match": exact, **own}
     fields: dict[str, Measure] = {}
     for name, allowed in task.fields.items():
         if allowed:
@@ -132,6 +139,13 @@ def score(table: Mapping[str, Measure], references: Sequence[str], answers: Sequ
     for name, measure in table.items():
         found[name], found[f"{name}_interval"] = estimate(measure.combine, measure.statistics(references, answers))
     return found
+
+
+def by_label(task: Task | LabelSet | None, references: Sequence[str], answers: Sequence[str]) -> dict[str, Any]:
+    """Figures of each label, to stand beside the scores of a label task; nothing for any other."""
+    if not isinstance(task, LabelSet):
+        return {}
+    return {"by_label": per_label(task, _label_counts(task, references, answers).sum(0).tolist())}
 
 
 def perplexity(sums: np.ndarray) -> np.ndarray:
@@ -164,12 +178,12 @@ def macro_f1(sums: np.ndarray) -> np.ndarray:
     return f1.sum(-1) / np.maximum((named > 0).sum(-1), 1)
 
 
-def _label_counts(task: Task, references: Sequence[str], answers: Sequence[str]) -> np.ndarray:
+def _label_counts(task: Task | LabelSet, references: Sequence[str], answers: Sequence[str]) -> np.ndarray:
     """Per example the class that is true, the one predicted (neither of them for NO_LABEL), and their agreement, one-hot, (n, 3 classes)."""
     import numpy as np
 
     true, predicted = (
-        np.array([[label(task, text) == name for name in task.labels] for text in texts]).reshape(-1, len(task.labels))
+        np.array([[said == name for name in task.labels] for said in (label(task, text) for text in texts)]).reshape(-1, len(task.labels))
         for texts in (references, answers)
     )
     return np.concatenate([true, predicted, true & predicted], axis=1).astype(float)

@@ -44,6 +44,7 @@ def page(document: Mapping[str, Any], samples: Sequence[Sample], measured: Measu
         "Cost": _cost(document, order),
         "Retention": _retention(document["compared"], order),
         "Measures": _measures(document["scores"], order),
+        "Labels": _labels(document["scores"], order),
         "Answers": _answers(document, order, samples),
     }
     script = resources.files(__package__).joinpath("compare.js").read_text("utf-8")
@@ -245,6 +246,16 @@ def _measures(scores: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> 
         "Every measure, with its 95 % interval", ["", *(markup.text(TITLES.get(key, key)) for key in names)], rows, unfolded=True
     )
     return f'<figure><div class="scroll" tabindex="0" role="region" aria-label="Measures">{table}</div></figure>'
+
+
+def _labels(scores: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> str:
+    """F1 of every label by every system; only a label task has these."""
+    tables = [scores[name]["by_label"] for name in order if "by_label" in scores.get(name, {})]
+    if not tables:
+        return ""
+    rows = [[label, figures["n"], *(f"{table[label]['f1']:.3f}" for table in tables)] for label, figures in tables[0].items()]
+    table = markup.table("F1 of each label", ["", "test examples", *map(_title, order)], rows, unfolded=True)
+    return f'<figure><div class="scroll" tabindex="0" role="region" aria-label="Labels">{table}</div></figure>'
 
 
 def _answers(document: Mapping[str, Any], order: Sequence[str], samples: Sequence[Sample]) -> str:

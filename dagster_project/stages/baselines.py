@@ -9,7 +9,7 @@ from pydantic import Field
 
 from dagster_project.evaluation.baselines import THINK, classify, conclusion, instruction, nearest, spread, with_shots
 from dagster_project.evaluation.measure import Settings, Subject, asked, conversations, labelled, result_rows, result_schema
-from dagster_project.evaluation.metrics import label, measures, perplexity_interval, score
+from dagster_project.evaluation.metrics import by_label, label, measures, perplexity_interval, score
 from dagster_project.evaluation.own import own_measures
 from dagster_project.evaluation.retention import accuracies, ask, read_benchmarks, retention_schema
 from dagster_project.params import Compute, Section
@@ -22,16 +22,16 @@ class Params(Section):
     retrieved: int = Field(default=4, ge=1)
     """Worked examples in the prompt, those most similar to the question."""
     system_prompt: str | None = None
-    """What the base model is told. null: the task with every allowed value, and nothing where answers are free text."""
+    """What the base model is told. null: the task with every allowed value or label, and nothing where answers are free text."""
     thinking_tokens: int = Field(default=64, ge=1)
     """Room to think step by step before the answer, in tokens."""
 
 
 def run(root: Path, params: Params, settings: Settings, compute: Compute, base_model: Path, splits: Path, out: Path) -> Report:
     benchmarks = read_benchmarks(root, settings.benchmarks)
-    subject = Subject(base_model, compute, settings)
     train, test = read_records(splits / "train"), read_records(splits / "test")
-    task, questions = asked(test, settings)
+    task, questions = asked(test, settings, train)
+    subject = Subject(base_model, compute, settings)
     known = labelled(train, task) if task else conversations(train)
     own = own_measures(root, settings.metrics)
     references = [response_text(record["messages"]) for record in questions]
@@ -57,11 +57,11 @@ def run(root: Path, params: Params, settings: Settings, compute: Compute, base_m
                 answers = [conclusion(said) for said in subject.answer(asked_so, name, params.thinking_tokens)]
             else:
                 answers = subject.answer(asked_so, name)
-            metrics[name] = score(measures(task, own), references, answers)
+            metrics[name] = score(measures(task, own), references, answers) | by_label(task, references, answers)
             rows += result_rows(name, questions, task, answers, subject.prompt_tokens(asked_so))
         if task and known:
             answers = classify(known, labels, questions, compute.seed)
-            metrics["tfidf_logistic"] = score(measures(task, own, writes=False), references, answers)
+            metrics["tfidf_logistic"] = score(measures(task, own, writes=False), references, answers) | by_label(task, references, answers)
             rows += result_rows("tfidf_logistic", questions, task, answers)
     write_table(out / "results.parquet", rows, result_schema())
     write_table(out / "retention.parquet", kept, retention_schema())

@@ -11,7 +11,7 @@ from typing import Any
 from dagster_project.evaluation.bootstrap import difference, ratio
 from dagster_project.evaluation.compare import NAMES, advice, board, headline, recommended
 from dagster_project.evaluation.measure import Settings, asked
-from dagster_project.evaluation.metrics import measures, perplexity, score
+from dagster_project.evaluation.metrics import by_label, measures, perplexity, score
 from dagster_project.evaluation.own import own_measures
 from dagster_project.evaluation.page import Sample, page
 from dagster_project.evaluation.retention import forgot, retained
@@ -52,8 +52,8 @@ def run(
     """
     import numpy as np
 
-    test = read_records(splits / "test")
-    task, questions = asked(test, settings)
+    train, validation, test = (read_records(splits / name) for name in ("train", "validation", "test"))
+    task, questions = asked(test, settings, train)
     references, own = [response_text(record["messages"]) for record in questions], own_measures(root, settings.metrics)
     results = [baselines, *(variant.evaluation for variant in variants.values())]
     of: dict[str, dict[str, dict[str, Any]]] = {}
@@ -68,7 +68,7 @@ def run(
             writes = None not in lengths
             tables[name], answers[name] = measures(task, own, writes), [row["answer"] for row in found]
             cost = {"prompt_tokens": round(sum(lengths) / len(lengths), 1)} if writes else {}
-            scores[name] = score(tables[name], references, answers[name]) | cost
+            scores[name] = score(tables[name], references, answers[name]) | by_label(task, references, answers[name]) | cost
 
     compared: dict[str, Any] = {}
     for name in variants:
@@ -92,8 +92,8 @@ def run(
             compared[name]["failed_checks"] = list(variants[name].failed_checks)
     first, second, *_ = measures(task, own)
     costs = {name: _cost(name, scores, base_model, variants) for name in (*scores, *(name for name in variants if name not in scores))}
-    train = {record["group_id"] for split in ("train", "validation") for record in read_records(splits / split)}
-    counted = {"examples": len(test), "answered": len(questions), "seen": sum(record["group_id"] in train for record in test)}
+    trained = {record["group_id"] for record in train + validation}
+    counted = {"examples": len(test), "answered": len(questions), "seen": sum(record["group_id"] in trained for record in test)}
     document: dict[str, Any] = {
         "test": counted,
         "shown": [first, second],

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dagster_project.evaluation.measure import Settings, Subject, asked, result_rows, result_schema, slices
-from dagster_project.evaluation.metrics import label, measures, perplexity_interval, score
+from dagster_project.evaluation.metrics import by_label, label, measures, perplexity_interval, score
 from dagster_project.evaluation.own import own_measures
 from dagster_project.evaluation.retention import accuracies, ask, read_benchmarks, retention_schema
 from dagster_project.params import Compute
@@ -26,8 +28,8 @@ def run(
     out: Path,
     confusion_file: Path,
 ) -> Report:
-    train, test = read_records(splits / "train") + read_records(splits / "validation"), read_records(splits / "test")
-    seen = {record["group_id"] for record in train} & {record["group_id"] for record in test}
+    train, validation, test = (read_records(splits / name) for name in ("train", "validation", "test"))
+    seen = {record["group_id"] for record in train + validation} & {record["group_id"] for record in test}
     unseen = CheckResult(
         "test_is_unseen",
         passed=bool(test) and not seen,
@@ -39,8 +41,8 @@ def run(
     if not unseen.passed:
         return Report(checks=[unseen])
     benchmarks = read_benchmarks(root, settings.benchmarks)
+    task, questions = asked(test, settings, train)
     subject = Subject(merged, compute, settings, base_model)
-    task, questions = asked(test, settings)
     table = measures(task, own_measures(root, settings.metrics), subject.writes)
     likelihoods: list[tuple[float, int]] = []
     kept: list[dict[str, Any]] = []
@@ -57,13 +59,19 @@ def run(
         for row in result_rows(variant, questions, task, answers, subject.prompt_tokens(prompts)):
             rows[row["example_id"]] |= {name: row[name] for name in ("answer", "label", "prompt_tokens")}
         references = [response_text(record["messages"]) for record in questions]
-        metrics |= score(table, references, answers)
+        metrics |= score(table, references, answers) | by_label(task, references, answers)
         values = dict(zip((record["example_id"] for record in questions), table[scored].statistics(references, answers)[:, 0], strict=True))
         if task:
             confusion += [(label(task, reference), label(task, answer)) for reference, answer in zip(references, answers, strict=True)]
     metrics |= slices(test, likelihoods, scored, values)
     write_table(out / "results.parquet", list(rows.values()), result_schema())
     write_table(out / "retention.parquet", kept, retention_schema())
-    confusion_file.parent.mkdir(parents=True, exist_ok=True)
-    confusion_file.write_text("".join(f"{actual},{predicted}\n" for actual, predicted in confusion))
+    _write_csv(confusion_file, confusion)
     return Report(metrics=metrics, checks=[unseen])
+
+
+def _write_csv(path: Path, rows: Sequence[tuple[str, str]]) -> None:
+    """Labels with commas, quotes and line breaks are quoted."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
