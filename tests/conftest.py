@@ -132,6 +132,29 @@ def edit_params(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path.write_text(json.dumps(values))
 
 
+def evaluate(root: Path, model: Path, settings: Any, test: list[dict[str, Any]], train: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stages baselines, evaluation and comparison on a model, and two variants that are the same model: reports by stage, and `board`."""
+    from dagster_project.params import Compute
+    from dagster_project.records import write_records
+    from dagster_project.stages import baselines, comparison, evaluation
+
+    compute = Compute(dtype="float32", threads=1)
+    for split, rows in (("train", train), ("validation", []), ("test", test)):
+        write_records(root / "splits" / split, rows)
+    data = root / "splits"
+    chosen = baselines.Params(few_shot=1, retrieved=1, thinking_tokens=2)
+    found = {"baselines": baselines.run(root, chosen, settings, compute, model, data, root / "baselines").metrics}
+    for name in ("one", "two"):
+        out = root / "evaluation" / name
+        found[name] = evaluation.run(root, name, settings, compute, model, model, data, out, root / f"{name}.csv").metrics
+    (root / "training.json").write_text('{"tokens": 9, "trained_tokens": 3, "steps": 1}')
+    variants = {name: comparison.Variant(root / "evaluation" / name, model, root / "training.json") for name in ("one", "two")}
+    said = comparison.run(
+        root, settings, variants, data, root / "baselines", model, root / "comparison", root / "scores.csv", root / "pages"
+    )
+    return {**found, **said.metrics, "board": (root / "comparison/board.md").read_text()}
+
+
 def copy_project(target: Path) -> Path:
     """A fresh clone of the working tree, as git and DVC would have it, without results."""
     tracked = subprocess.run(

@@ -82,6 +82,10 @@ ROWS: dict[str, tuple[dict[str, Any], list[tuple[str, str]]]] = {
         },
         [("user", "Hi"), ("assistant", "Hello")],
     ),
+    "classification": (
+        {"system": "Be brief.", "text": "Great!", "label": 1, "label_text": "positive"},
+        [SYSTEM, ("user", "Great!"), ("assistant", "positive")],
+    ),
     "text": ({"text": "Wrens are small."}, [("assistant", "Wrens are small.")]),
 }
 PAIR = {"prompt": "Hi", "completion": "Hello"}
@@ -337,6 +341,10 @@ WRITERS: dict[str, tuple[st.SearchStrategy[Any], Callable[[list[dict[str, str]]]
     "flan": (SINGLE | WITH_SYSTEM, single("inputs", "targets")),
     "ultrachat": (EVEN, lambda messages: {"data": [m["content"] for m in messages]}),
     "oasst": (EVEN, lambda messages: tree(*(m["content"] for m in messages))),
+    "classification": (
+        st.tuples(TEXT, TEXT).map(lambda both: user(both[0], both[1].strip())),
+        lambda messages: {"text": messages[0]["content"], "label": messages[1]["content"]},
+    ),
     "text": (TEXT.map(answer), lambda messages: {"text": messages[0]["content"]}),
 }
 

@@ -51,6 +51,7 @@ def test_the_readme_names_every_stage_and_every_check() -> None:
 
 
 def test_the_parameters_page_names_every_parameter() -> None:
+    from dagster_project.evaluation.labels import LabelTask
     from dagster_project.evaluation.measure import Settings
     from dagster_project.evaluation.metrics import Task
     from dagster_project.params import Compute
@@ -74,5 +75,5 @@ def test_the_parameters_page_names_every_parameter() -> None:
     listed = set(re.findall(r"^\| `([a-z_0-9]+)` \|", page, re.MULTILINE))
     models = [Compute, base_model.Params, raw_examples.Params, raw_examples.Source, instructions.Params, splits.Params, tokenized.Params,
               raw_preferences.Params, preferences.Params, adapter.Params, reward_model.Params, aligned.Params,
-              *align.OPTIONS.values(), baselines.Params, Settings, Task, release.Params]  # fmt: skip
+              *align.OPTIONS.values(), baselines.Params, Settings, Task, LabelTask, release.Params]  # fmt: skip
     assert listed == {field.alias or name for model in models for name, field in model.model_fields.items()}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, evaluate
 
 from dagster_project.errors import InputError
 from dagster_project.evaluation.measure import Settings, asked, slices, thirds
@@ -16,7 +16,7 @@ from dagster_project.evaluation.metrics import Task
 from dagster_project.evaluation.own import own_measures
 from dagster_project.params import Compute
 from dagster_project.records import example_id, read_table, write_records
-from dagster_project.stages import baselines, comparison, evaluation
+from dagster_project.stages import baselines, evaluation
 
 TASK = Task(fields={"category": ["login", "billing"]}, score="category")
 COMPUTE = Compute(dtype="float32", threads=1)
@@ -116,24 +116,6 @@ def test_a_measure_outside_the_project_is_refused(tmp_path: Path) -> None:
     (tmp_path / "project/data/metrics/far.py").symlink_to(tmp_path / "far.py")
     with pytest.raises(InputError, match="lies outside the project"):
         own_measures(tmp_path / "project", ["far.polite"])
-
-
-def evaluate(root: Path, model: Path, settings: Settings, test: list[dict[str, Any]], train: list[dict[str, Any]]) -> dict[str, Any]:
-    """The three stages on a model; its reports, by stage, and `board`."""
-    for split, rows in (("train", train), ("validation", []), ("test", test)):
-        write_records(root / "splits" / split, rows)
-    data = root / "splits"
-    chosen = baselines.Params(few_shot=1, retrieved=1, thinking_tokens=2)
-    found = {"baselines": baselines.run(root, chosen, settings, COMPUTE, model, data, root / "baselines").metrics}
-    for name in ("one", "two"):
-        out = root / "evaluation" / name
-        found[name] = evaluation.run(root, name, settings, COMPUTE, model, model, data, out, root / f"{name}.csv").metrics
-    (root / "training.json").write_text('{"tokens": 9, "trained_tokens": 3, "steps": 1}')
-    variants = {name: comparison.Variant(root / "evaluation" / name, model, root / "training.json") for name in ("one", "two")}
-    said = comparison.run(
-        root, settings, variants, data, root / "baselines", model, root / "comparison", root / "scores.csv", root / "pages"
-    )
-    return {**found, **said.metrics, "board": (root / "comparison/board.md").read_text()}
 
 
 def digests(root: Path) -> dict[str, str]:
