@@ -172,6 +172,18 @@ def _frequency(names: Array, texts: Array, size: int) -> Array:
 
 
 @compiled
+def spread(tokens: Array, low: Array, high: Array) -> Array:
+    """For each word id in how many of the texts low[t]:high[t] the word stands."""
+    counts, last = np.zeros(len(tokens), np.int32), np.full(len(tokens), -1, np.int32)
+    for text in range(len(low)):
+        for i in range(low[text], high[text]):
+            if last[tokens[i]] != text:
+                last[tokens[i]] = text
+                counts[tokens[i]] += 1
+    return counts
+
+
+@compiled
 def _index(names: Array, texts: Array, counts: Array, right: Array, rare: int) -> Index:
     """Keys that at most `rare` texts hold, with those of their texts that are on the right."""
     key, kept, total = np.full(len(counts), -1, np.int32), 0, 0

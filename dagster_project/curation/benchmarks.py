@@ -44,6 +44,10 @@ class Item:
         return self.question if self.continues else f"Question: {self.question}\nAnswer:"
 
     @property
+    def with_choices(self) -> str:
+        return "\n".join([self.question, *self.choices])
+
+    @property
     def labelled(self) -> bool:
         return bool(self.text or self.rubric)
 

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 
 from dagster_project.curation import profile as profiles
 from dagster_project.curation.benchmarks import Item
-from dagster_project.curation.facts import Facts, gather
+from dagster_project.curation.facts import GROUPED, Facts, Link, gather
 from dagster_project.curation.review import Decision, Waived, Waiver, edited, resolve
 from dagster_project.curation.tokens import ESTIMATED, Tokens
 from dagster_project.records import uncollected
@@ -155,6 +155,8 @@ class Rules(profiles.Limits):
     """Tokens a conversation may have before `too_long`, counted by the base model's tokenizer."""
     min_response_tokens: int = Field(default=2, ge=0)
     """Responses of fewer tokens get `short_response`."""
+    near_duplicate_similarity: float = Field(default=0.65, ge=0, le=1)
+    """Similarity from which on two prompts are reported as `near_duplicates`. Less similar ones still share a `group_id`."""
     max_longer_share: float = Field(default=0.65, ge=0.5, le=1)
     """Share of pairs in which the chosen response may be the longer one before `length_bias`; one half is no bias."""
     waivers: list[Waiver] = []
@@ -326,7 +328,9 @@ def judge(
     """
     records, edits = edited(records, decisions)
     waived = resolve(rules.waivers, decisions, records, {item.place for item in held_out})
-    facts = gather(records, held_out, waived, tokens, rules.max_tokens, rules.min_response_tokens)
+    facts = gather(
+        records, held_out, waived, tokens, rules.max_tokens, rules.min_response_tokens, rules.near_duplicate_similarity
+    )
     found = violations(facts.frame, row_schema(rules.max_tokens, rules.min_response_tokens)) if records else {}
     broken = {name: [i for i in rows if i not in waived.rows.get(name, ())] for name, rows in found.items()}
     reason: list[str | None] = [None] * len(records)
@@ -355,7 +359,8 @@ def judge(
 
     counts = tokens.count([_text(records[i]) for i in kept]) if kept and len(kept) <= COUNTED and not tokens.estimated else None
     profile = profiles.profile([records[i] for i in kept], counts)
-    near = sum(1 for i in broken.get("near_duplicates", []) if reason[i] is None)
+    similar = {link.row for name in ("near_duplicates", GROUPED) for link in facts.links[name]} - set(waived.rows.get("near_duplicates", ()))
+    near = sum(1 for i in similar if reason[i] is None)
     failures = {"schema": "no rows are left"} if not kept else profiles.failures(profile, rules, near)
     notes = profiles.notes(profile, rules, near) | failures
     if kind == "preferences" and kept:
@@ -373,10 +378,26 @@ def judge(
             continue
         rows = broken.get(name, [])
         verdicts[name] = Verdict(
-            name, rules.action(name), rules.severity_of(name), rows, dropped[name], len({*found.get(name, []), *facts.waived.get(name, ())}) - len(rows),
+            name, rules.action(name), _severity(name, rules, rows, facts), rows, dropped[name], len({*found.get(name, []), *facts.waived.get(name, ())}) - len(rows),
             passed=name not in failures and all(reason[i] is not None for i in rows), note=notes.get(name, ""),
         )  # fmt: skip
     return Judgement(records, reason, facts, verdicts, profile, said, waiting)
+
+
+def _severity(name: str, rules: Rules, rows: Sequence[int], facts: Facts) -> Severity:
+    """As the rules say; overlaps with held-out text of which none is a copy are a warning, unless the rules say otherwise."""
+    copied = {link.row for link in facts.links["benchmark_leakage"] if not link.partial} if name == "benchmark_leakage" else set()
+    decided = name != "benchmark_leakage" or name in rules.severity or rules.action(name) == "fail"
+    return rules.severity_of(name) if decided or not rows or not copied.isdisjoint(rows) else "warn"
+
+
+def _leak_notes(leaks: Sequence[Link], frames: int) -> list[str]:
+    copied = {link.row for link in leaks if not link.partial}
+    partly = {link.row for link in leaks} - copied
+    return [
+        *([f"{len(copied):,} rows copy held-out text, {len(partly):,} overlap it in part"] if partly else []),
+        *([f"{frames:,} pairs share only a common frame, which proves nothing"] if frames else []),
+    ]
 
 
 COUNTED = 50_000
@@ -430,6 +451,13 @@ def _row_notes(
         text, count = facts.compared.boilerplate[0]
         more = f" and {len(facts.compared.boilerplate) - 1} more" if len(facts.compared.boilerplate) > 1 else ""
         notes["near_duplicates"] = [f'boilerplate, which proves nothing: "{text}" in {count} prompts{more}']
+    leaks = facts.links["benchmark_leakage"]
+    if leaks or facts.frames:
+        notes["benchmark_leakage"] = _leak_notes(leaks, facts.frames)
+    if facts.links[GROUPED]:
+        notes.setdefault("near_duplicates", []).append(
+            f"{len(facts.links[GROUPED]):,} pairs are less similar, or ask something else: they share a group_id and are not reported"
+        )
     if facts.transcripts:
         notes.setdefault("special_tokens_in_text", []).append(f"{facts.transcripts} rows quote a transcript; they are kept")
     if waived.unknown:

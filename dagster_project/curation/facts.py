@@ -17,6 +17,7 @@ from dagster_project.curation.overlap import Comparison, Pair, Rule, clusters, c
 from dagster_project.curation.privacy import scan
 from dagster_project.curation.review import Waived
 from dagster_project.curation.tokens import Tokens
+from dagster_project.curation.wording import is_instruction_only, is_near_duplicate, leak_severity
 from dagster_project.records import prompt_text, response_text
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class Link:
     """What of the row matched: "prompt" or "response"."""
     rule: Rule
     score: float
+    partial: bool = False
+    """Of an overlap with held-out text: neither equal nor a copy of most of it. A warning, where a copy is an error."""
 
 
 @dataclass
@@ -64,6 +67,12 @@ class Facts:
     """Check -> rows all of whose overlaps are waived as pairs."""
     transcripts: int = 0
     """Rows that quote a conversation ("Human: ... Assistant: ..."), which people do; a template's control tokens are another matter."""
+    frames: int = 0
+    """Overlaps with held-out questions that consist of a common frame alone, and are no leaks."""
+
+
+GROUPED = "grouped"
+"""In `Facts.links`: near-copies that share a `group_id` and are too different to be reported as `near_duplicates`."""
 
 
 def roles_are_valid(messages: Sequence[dict[str, str]], meta: Mapping[str, Any]) -> bool:
@@ -84,7 +93,13 @@ def is_placeholder(text: str) -> bool:
 
 
 def gather(
-    records: Sequence[dict[str, Any]], held_out: Sequence[Item], waived: Waived, tokens: Tokens, max_tokens: int, min_response: int
+    records: Sequence[dict[str, Any]],
+    held_out: Sequence[Item],
+    waived: Waived,
+    tokens: Tokens,
+    max_tokens: int,
+    min_response: int,
+    near_similarity: float,
 ) -> Facts:
     """The facts about each record.
 
@@ -94,6 +109,7 @@ def gather(
         held_out: questions that must not be trained on.
         waived: pairs that may stand.
         max_tokens, min_response: limits; a row's tokens are counted only where they could pass one.
+        near_similarity: from which on near-copies are reported; all of them share a cluster.
     Returns:
         `frame` has one row per record, in order:
 
@@ -110,8 +126,9 @@ def gather(
         | secret, personal | the kind of secret or personal data in the text and the words around it, masked; else null |
         | labelled | false for a benchmark question without its answer |
         | pair_is_real, same_prompt, preferred | for pairs: chosen and rejected differ, answer the same prompt, and one of them is better |
-        | repeats, near_copy_of | an earlier row with the same, or nearly the same, messages / prompt; else null |
-        | conflicts_with | an earlier row with the same prompt and another response (pairs: the opposite preference), else null |
+        | repeats | an earlier row with the same messages and tools, else null |
+        | near_copy_of | an earlier row whose user turns are the same or nearly so, whatever its system prompt and tools; else null |
+        | conflicts_with | an earlier row with the same system prompt, tools and turns and another response (pairs: the opposite preference), else null |
         | other_split | a row of another upstream split that it nearly repeats, else null |
         | leaks | the held-out question that its prompt or response overlaps, else null |
     """
@@ -125,19 +142,19 @@ def gather(
     subjects = [prompt or response for prompt, response in zip(prompts, responses, strict=True)]  # as records.subject_text
     secret, personal = _hits(texts)
     labels = [label if isinstance(label := meta.get("split"), str) else None for meta in metas]
-    repeats, conflicts = _repeats(records, labels)
+    repeats, conflicts = _repeats(records, [tools_of(meta) for meta in metas], labels)
     links: dict[str, list[Link]] = {"exact_duplicates": [Link(i, j, "prompt", "equal", 1.0) for i, j in repeats.items()]}
     links["conflicting_responses"] = [Link(i, j, "prompt", "equal", 1.0) for i, j in conflicts.items()]
     once = [i for i in range(size) if records[i]["messages"] and i not in repeats]
-    compared = compare([subjects[i] for i in once])
+    compared = compare([subjects[i] for i in once], count_words=True)
     near = [Pair(once[p.left], once[p.right], p.similarity, p.rule) for p in compared.pairs]
-    links["near_duplicates"] = [Link(p.right, p.left, "prompt", p.rule, p.similarity) for p in near]
+    links["near_duplicates"], links[GROUPED] = _reported(near, records, subjects, compared.frequency, near_similarity)
     links["split_leakage"] = [
         Link(max(a, b, key=lambda i: (labels[i] == "train", i)), min(a, b, key=lambda i: (labels[i] == "train", i)), "prompt", rule, score)
         for a, b, rule, score in [(p.left, p.right, p.rule, p.similarity) for p in near] + [(i, j, "equal", 1.0) for i, j in repeats.items()]
         if labels[a] and labels[b] and labels[a] != labels[b]
     ]  # fmt: skip
-    links["benchmark_leakage"] = _leaks(subjects, responses, held_out)
+    links["benchmark_leakage"], frames = _leaks(subjects, responses, held_out)
     may_stand: dict[str, set[int]] = {}
     for name, found in links.items():
         stand = waived.pairs.get(name, set())
@@ -208,7 +225,8 @@ def gather(
         }
     )
     transcripts = sum(mark is not None and mark.startswith("transcript") for mark in marks)
-    return Facts(frame, clusters(size, near + [Pair(j, i, 1.0) for i, j in repeats.items()]), links, compared, may_stand, transcripts)
+    cluster = clusters(size, near + [Pair(j, i, 1.0) for i, j in repeats.items()])
+    return Facts(frame, cluster, links, compared, may_stand, transcripts, frames)
 
 
 def _best(links: Iterable[Link], size: int) -> list[Link | None]:
@@ -245,12 +263,28 @@ def _hits(texts: Sequence[str]) -> tuple[list[str | None], list[str | None]]:
 HELD_OUT = {"test": 0, "validation": 1}
 
 
-def _repeats(records: Sequence[dict[str, Any]], labels: Sequence[str | None]) -> tuple[dict[int, int], dict[int, int]]:
-    """Row -> the row with the same messages that is kept: the first, or the first that an upstream label holds out. And row -> an earlier row with the
-    same prompt but another response."""
-    first: dict[str, int] = {}
+def tools_of(meta: Mapping[str, Any]) -> str:
+    """The definitions of the functions that the assistant may call, in one spelling; "" for none.
+
+    They are context, as a system prompt is: part of what the model sees, and no part of the question.
+    """
+    given = meta.get("tools") or meta.get("functions")
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except ValueError:
+            given = given.strip()
+    return json.dumps(given, ensure_ascii=False, sort_keys=True) if given else ""
+
+
+def _repeats(
+    records: Sequence[dict[str, Any]], tools: Sequence[str], labels: Sequence[str | None]
+) -> tuple[dict[int, int], dict[int, int]]:
+    """Row -> the row with the same messages and tools that is kept: the first, or the first that an upstream label holds out. And row -> an earlier
+    row that answers the same prompt, tools included, in another way."""
+    first: dict[tuple[str, str], int] = {}
     for i in sorted((i for i, label in enumerate(labels) if label in HELD_OUT), key=lambda i: (HELD_OUT[str(labels[i])], i)):
-        first.setdefault(records[i]["example_id"], i)
+        first.setdefault((records[i]["example_id"], tools[i]), i)
     answers: dict[tuple[str, ...], dict[Any, int]] = defaultdict(dict)
     repeats: dict[int, int] = {}
     conflicts: dict[int, int] = {}
@@ -258,19 +292,19 @@ def _repeats(records: Sequence[dict[str, Any]], labels: Sequence[str | None]) ->
         messages = record["messages"]
         if not messages:
             continue
-        if (same := first.setdefault(record["example_id"], i)) != i:
+        if (same := first.setdefault((record["example_id"], tools[i]), i)) != i:
             repeats[i] = same
             continue
         if "rejected" in record:
             chosen, rejected = (tuple(m["content"] for m in side) for side in (messages[record["asked"] :], record["rejected"]))
-            earlier = answers[_key(messages[: record["asked"]])]
+            earlier = answers[_key(messages[: record["asked"]], tools[i])]
             if (rejected, chosen) in earlier:
                 conflicts[i] = earlier[rejected, chosen]
             earlier.setdefault((chosen, rejected), i)
             continue
         if len(messages) < 2:
             continue
-        earlier = answers[_key(messages[:-1])]
+        earlier = answers[_key(messages[:-1], tools[i])]
         answer = messages[-1]["content"]
         if earlier and answer not in earlier:
             conflicts[i] = next(iter(earlier.values()))
@@ -278,22 +312,61 @@ def _repeats(records: Sequence[dict[str, Any]], labels: Sequence[str | None]) ->
     return repeats, conflicts
 
 
-def _key(messages: Sequence[dict[str, str]]) -> tuple[str, ...]:
-    return tuple(part for m in messages for part in (m["role"], m["content"]))
+def _key(messages: Sequence[dict[str, str]], tools: str) -> tuple[str, ...]:
+    return (tools, *(part for m in messages for part in (m["role"], m["content"])))
 
 
-def _leaks(subjects: Sequence[str], responses: Sequence[str], held_out: Sequence[Item]) -> list[Link]:
-    """Prompts that overlap a held-out question, and responses that overlap its answer or the question itself."""
+def _reported(
+    near: Sequence[Pair], records: Sequence[dict[str, Any]], subjects: Sequence[str], frequency: Mapping[str, int], least: float
+) -> tuple[list[Link], list[Link]]:
+    """Near-copies that people are told of, and those that only share a cluster: less similar ones, texts contained in a longer one, and
+    conversations that end in different questions."""
+    told: list[Link] = []
+    grouped: list[Link] = []
+    for p in near:
+        same = p.rule == "equal" or (
+            p.rule != "containment"
+            and p.similarity >= least
+            and is_near_duplicate(subjects[p.left], subjects[p.right], frequency)
+            and is_near_duplicate(_last_asked(records[p.left]), _last_asked(records[p.right]), frequency)
+        )
+        (told if same else grouped).append(Link(p.right, p.left, "prompt", p.rule, p.similarity))
+    return told, grouped
+
+
+def _last_asked(record: dict[str, Any]) -> str:
+    return next((m["content"] for m in reversed(record["messages"]) if m["role"] == "user"), "")
+
+
+def _leaks(subjects: Sequence[str], responses: Sequence[str], held_out: Sequence[Item]) -> tuple[list[Link], int]:
+    """Prompts that overlap a held-out question, and responses that overlap its answer or the question itself. And how many overlaps are a common
+    frame and nothing else."""
     if not held_out:
-        return []
+        return [], 0
     size, items = len(subjects), len(held_out)
     long = [response if _is_long(response[:400]) else "" for response in responses]
     answers = [item.text if _is_long(item.text) else "" for item in held_out]
-    found = compare([*subjects, *long], [*(item.question for item in held_out), *answers]).pairs
+    mine, theirs = [*subjects, *long], [*_questions(held_out), *answers]
+    compared = compare(mine, theirs, count_words=True)
+    links, frames = [], 0
+    for p in compared.pairs:
+        if p.left < size and p.right >= items:
+            continue
+        severity = leak_severity(mine[p.left], theirs[p.right], p.rule, p.similarity, compared.frequency)
+        frames += severity is None
+        if severity:
+            part = "prompt" if p.left < size else "response"
+            links.append(Link(p.left % size, held_out[p.right % items].place, part, p.rule, p.similarity, severity == "warn"))
+    return links, frames
+
+
+def _questions(held_out: Sequence[Item]) -> list[str]:
+    """What each item asks; with its choices where the question alone is an instruction, or other items ask it with other choices."""
+    choices: dict[str, set[tuple[str, ...]]] = defaultdict(set)
+    for item in held_out:
+        choices[item.question].add(item.choices)
     return [
-        Link(p.left % size, held_out[p.right % items].place, "prompt" if p.left < size else "response", p.rule, p.similarity)
-        for p in found
-        if p.left >= size or p.right < items
+        item.with_choices if len(choices[item.question]) > 1 or is_instruction_only(item.question) else item.question for item in held_out
     ]
 
 

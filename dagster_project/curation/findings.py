@@ -142,7 +142,8 @@ def match(link: Link, records: Sequence[dict[str, Any]], items: Mapping[str, Ite
     else:
         item = items[link.other]
         other = item.place
-        theirs = item.question if link.part == "prompt" else max(item.text, item.question, key=lambda t: _shared(text, t))
+        said = (item.question, item.with_choices) if link.part == "prompt" else (item.text, item.question, item.with_choices)
+        theirs = max(said, key=lambda t: _shared(text, t))
     text, theirs = mask(text[: 10 * width]), mask(theirs[: 10 * width])
     mine_span, other_span = shared_span(text, theirs)
     text, mine_span = _window(text, mine_span, width)

@@ -10,7 +10,7 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 RUN = 5
@@ -63,6 +63,8 @@ class Comparison:
     """For each of `BINS` equal steps of containment from 0 to 1: compared pairs that were kept apart, and near-copies. Complete from half the gates on."""
     boilerplate: list[tuple[str, int]]
     """Passages that stand in more than `RARE` different texts, which proves nothing: the ten most frequent, with how many texts hold them."""
+    frequency: dict[str, int] = field(default_factory=dict)
+    """Word -> in how many different texts it stands, for the words of near-copies; empty unless asked for."""
 
 
 def near_pairs(texts: Sequence[str], against: Sequence[str] | None = None) -> Iterator[Pair]:
@@ -70,10 +72,13 @@ def near_pairs(texts: Sequence[str], against: Sequence[str] | None = None) -> It
     return iter(compare(texts, against).pairs)
 
 
-def compare(texts: Sequence[str], against: Sequence[str] | None = None) -> Comparison:
+def compare(texts: Sequence[str], against: Sequence[str] | None = None, count_words: bool = False) -> Comparison:
     """Near-copies within `texts` (left < right), or of `texts` (left) with `against` (right), in order.
 
     Copies count once where runs are counted, so a text is found however many copies of it there are.
+
+    Args:
+        count_words: whether to fill `Comparison.frequency`.
     """
     import numpy as np
 
@@ -101,6 +106,13 @@ def compare(texts: Sequence[str], against: Sequence[str] | None = None) -> Compa
         if within:
             near[b].append((a, round(similarity, 3), rule))
     scores[-2] += scores[-1]
+    frequency: dict[str, int] = {}
+    if count_words:
+        spread = compiled.spread(tokens, offsets[first], offsets[first + 1])
+        for text in sorted({*near, *(other for others in near.values() for other, _, _ in others)}):
+            row = int(first[text])
+            counts = spread[tokens[offsets[row] : offsets[row + 1]]].tolist()
+            frequency.update(zip(words(texts[row] if row < size else (against or ())[row - size]), counts, strict=True))
 
     # Texts stand for all their copies.
     pairs: list[Pair] = []
@@ -117,7 +129,7 @@ def compare(texts: Sequence[str], against: Sequence[str] | None = None) -> Compa
         row = int(np.searchsorted(offsets, start, "right")) - 1
         spans = _spans(texts[row] if row < size else (against or ())[row - size])[start - int(offsets[row]) :][:length]
         passages.append((" ".join(word for word, _, _ in spans), count))
-    return Comparison(pairs, [(int(apart), int(near)) for apart, near in scores[:BINS]], passages)
+    return Comparison(pairs, [(int(apart), int(near)) for apart, near in scores[:BINS]], passages, frequency)
 
 
 def thirteen_gram_pairs(texts: Sequence[str], against: Sequence[str]) -> Iterator[tuple[int, int]]:
