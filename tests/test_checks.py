@@ -91,7 +91,7 @@ EXAMPLES: dict[str, tuple[list[Record], list[Record]]] = {
     "benchmark_leakage": ([ask("Which planet is red?")], [ask(HELD_OUT[0].question)]),
     "split_leakage": ([ask(LONG, split="train"), ask("The kite came", split="test")], [ask(LONG, split="test"), ask(LONG + " again", split="train")]),
     "conflicting_responses": ([ask("Hi", "Hello you"), ask("Ho", "Bye you")], [ask("Hi", "Hello you"), ask("Hi", "Bye you")]),
-    "near_duplicates": ([ask(LONG), ask("The kite came, thank you")], [ask(LONG), ask(LONG.replace("garden", "yellow"))]),
+    "near_duplicates": ([ask(LONG), ask("The kite came, thank you")], [ask(LONG), ask(LONG + " again")]),
     "schema": ([ask()], []),
     "small_dataset": ([ask("Hi"), ask("Ho")], [ask("Hi")]),
     "unbalanced_categories": (
@@ -256,7 +256,7 @@ def test_a_waiver_holds_for_its_check_alone() -> None:
 def test_a_waived_pair_is_no_near_duplicate_but_another_is(pair_: list[str]) -> None:
     rows = [
         ask(LONG),
-        ask(LONG.replace("garden", "yellow")),
+        ask(LONG + " again"),
         ask(OTHER := "Please add a button that reminds me to buy filters"),
         ask(OTHER + " soon"),
     ]

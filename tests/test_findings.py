@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_checks import LONG, ask, placed
 
+from dagster_project.curation.benchmarks import Item
 from dagster_project.curation.checks import Rules, judge
 from dagster_project.curation.findings import changes, document, finding_changes
 from dagster_project.curation.terminal import check_text
@@ -32,7 +33,7 @@ def test_the_worst_finding_comes_first() -> None:
 
 
 def test_an_overlap_shows_both_texts_and_what_they_share() -> None:
-    shown = found(f"Dear all! {LONG}", f"Well, {LONG.upper()}, and then some")
+    shown = found(f"Dear all! {LONG}", f"Well, {LONG.upper()}, and more")
     match = next(one for one in shown["findings"] if one["check"] == "near_duplicates")["matches"][0]
     assert (match["place"], match["other"], match["part"]) == ("rows.jsonl:1", "rows.jsonl:0", "prompt")
     assert match["other_text"][slice(*match["other_span"])] == LONG
@@ -41,8 +42,9 @@ def test_an_overlap_shows_both_texts_and_what_they_share() -> None:
 
 def test_a_long_text_is_cut_around_what_is_shared() -> None:
     filler = " ".join(f"word{i}" for i in range(2000))
-    shown = document("s", "messages", judge(rows(LONG, f"{filler} {LONG} {filler[::-1]}"), [], Rules()), [], width=300)
-    match = next(one for one in shown["findings"] if one["check"] == "near_duplicates")["matches"][0]
+    held_out = [Item("quiz.jsonl:0", LONG)]
+    shown = document("s", "messages", judge(rows(f"{filler} {LONG} {filler[::-1]}"), held_out, Rules()), held_out, width=300)
+    match = next(one for one in shown["findings"] if one["check"] == "benchmark_leakage")["matches"][0]
     assert len(match["text"]) < 320
     assert LONG.startswith(match["text"][slice(*match["span"])][:40])
 
