@@ -57,7 +57,12 @@ def test_the_same_rows_give_the_same_bytes(tmp_path: Path, tiny_model: Path) -> 
 def test_every_overlap_is_listed_with_its_rule_and_score(tmp_path: Path, tiny_model: Path) -> None:
     run(tmp_path, tiny_model, [ask(LONG), ask(LONG + " again"), ask(LONG), ask(LONG.replace("garden", "yellow"))])
     found = [(row["check"], row["source_row"], row["rule"]) for row in read_table(tmp_path / "out/overlaps.parquet")]
-    assert found == [("exact_duplicates", 2, "equal"), ("near_duplicates", 1, "jaccard"), ("grouped", 3, "jaccard"), ("grouped", 3, "jaccard")]
+    assert found == [
+        ("exact_duplicates", 2, "equal"),
+        ("near_duplicates", 1, "jaccard"),
+        ("grouped", 3, "jaccard"),
+        ("grouped", 3, "jaccard"),
+    ]
 
 
 def test_a_decision_in_the_review_file_is_honoured_on_the_next_run(tmp_path: Path, tiny_model: Path) -> None:

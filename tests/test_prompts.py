@@ -72,7 +72,11 @@ def test_pairs_that_prefer_opposite_answers_under_other_tools_are_no_conflict() 
         made = row(BOOK, chosen, tools=tools)
         return {**made, "example_id": example_id([*made["messages"], *said]), "asked": 1, "rejected": said, "margin": None}
 
-    first, same, other = pair("Yes, booked.", "No, sorry.", MAIL), pair("No, sorry.", "Yes, booked.", MAIL), pair("No, sorry.", "Yes, booked.", LOAN)
+    first, same, other = (
+        pair("Yes, booked.", "No, sorry.", MAIL),
+        pair("No, sorry.", "Yes, booked.", MAIL),
+        pair("No, sorry.", "Yes, booked.", LOAN),
+    )
     assert judged([first, same]).broken["conflicting_responses"] == [1]
     assert "conflicting_responses" not in judged([first, other]).broken
 
@@ -139,7 +143,11 @@ TWINS = (
     ("What is the derivative of sin x with respect to x?", "What is the derivative of cos x with respect to x?"),
 )  # fmt: skip
 """Questions that differ in the word they are about."""
-ONLY_FRAMES = ("Which of the following is true?", "Which of the following statements is not correct?", "Choose the best answer to the question.")
+ONLY_FRAMES = (
+    "Which of the following is true?",
+    "Which of the following statements is not correct?",
+    "Choose the best answer to the question.",
+)
 
 
 def quiz() -> tuple[list[str], list[str], set[tuple[int, int]]]:
@@ -218,7 +226,9 @@ def test_partial_overlaps_alone_make_the_finding_a_warning() -> None:
 
 
 def test_a_question_that_is_an_instruction_alone_leaks_with_its_choices_only() -> None:
-    item = Item("quiz.jsonl:0", "Which of the following is true?", ("Mitosis yields four cells.", "Meiosis yields four gametes.", "Neither."), 1)
+    item = Item(
+        "quiz.jsonl:0", "Which of the following is true?", ("Mitosis yields four cells.", "Meiosis yields four gametes.", "Neither."), 1
+    )
     alone, with_choices = row(item.question), row("Which of the following is true?\n" + "\n".join(item.choices))
     found = judged([alone, with_choices], [item])
     assert found.reason == [None, "benchmark_leakage"]
@@ -227,7 +237,10 @@ def test_a_question_that_is_an_instruction_alone_leaks_with_its_choices_only() -
 
 
 def test_a_question_that_several_items_ask_with_other_choices_leaks_with_its_choices_only() -> None:
-    items = [Item(f"quiz.jsonl:{i}", "Which animal is a mammal?", choices) for i, choices in enumerate([("the whale", "the shark"), ("the bat", "the wren")])]
+    items = [
+        Item(f"quiz.jsonl:{i}", "Which animal is a mammal?", choices)
+        for i, choices in enumerate([("the whale", "the shark"), ("the bat", "the wren")])
+    ]
     assert judged([row("Which animal is a mammal?")], items).reason == [None]
     assert judged([row("Which animal is a mammal?")], items[:1]).reason == ["benchmark_leakage"]
 
@@ -260,7 +273,12 @@ EMAIL = "Write an email to my boss that says the project is on track and will be
 
 
 def test_near_duplicates_are_reported_from_the_parameter_on_and_grouped_below_it() -> None:
-    less = EMAIL.replace("Write an", "Draft me an").replace("is on track", "goes well").replace("regards", "greetings").replace("done", "ready")
+    less = (
+        EMAIL.replace("Write an", "Draft me an")
+        .replace("is on track", "goes well")
+        .replace("regards", "greetings")
+        .replace("done", "ready")
+    )
     rows = [row(EMAIL), row(EMAIL.replace("week", "month")), row(less)]
     found = judged(rows)
     assert found.broken["near_duplicates"] == [1]
@@ -291,7 +309,13 @@ def test_prompts_that_differ_in_what_they_are_about_are_not_near_duplicates(left
 
 
 def test_conversations_that_end_in_different_questions_are_grouped_and_not_reported() -> None:
-    found = judged([row(EMAIL, "Done.", "Who made the law?", "He."), row(EMAIL, "Done.", "Why is that so?", "So."), row(EMAIL, "Sent.", "Who made this law?", "I.")])
+    found = judged(
+        [
+            row(EMAIL, "Done.", "Who made the law?", "He."),
+            row(EMAIL, "Done.", "Why is that so?", "So."),
+            row(EMAIL, "Sent.", "Who made this law?", "I."),
+        ]
+    )
     assert found.broken["near_duplicates"] == [2]
     assert [(link.row, link.other) for link in found.facts.links["near_duplicates"]] == [(2, 0)]
     assert found.cluster == [0, 0, 0]

@@ -328,9 +328,7 @@ def judge(
     """
     records, edits = edited(records, decisions)
     waived = resolve(rules.waivers, decisions, records, {item.place for item in held_out})
-    facts = gather(
-        records, held_out, waived, tokens, rules.max_tokens, rules.min_response_tokens, rules.near_duplicate_similarity
-    )
+    facts = gather(records, held_out, waived, tokens, rules.max_tokens, rules.min_response_tokens, rules.near_duplicate_similarity)
     found = violations(facts.frame, row_schema(rules.max_tokens, rules.min_response_tokens)) if records else {}
     broken = {name: [i for i in rows if i not in waived.rows.get(name, ())] for name, rows in found.items()}
     reason: list[str | None] = [None] * len(records)
@@ -359,7 +357,9 @@ def judge(
 
     counts = tokens.count([_text(records[i]) for i in kept]) if kept and len(kept) <= COUNTED and not tokens.estimated else None
     profile = profiles.profile([records[i] for i in kept], counts)
-    similar = {link.row for name in ("near_duplicates", GROUPED) for link in facts.links[name]} - set(waived.rows.get("near_duplicates", ()))
+    similar = {link.row for name in ("near_duplicates", GROUPED) for link in facts.links[name]} - set(
+        waived.rows.get("near_duplicates", ())
+    )
     near = sum(1 for i in similar if reason[i] is None)
     failures = {"schema": "no rows are left"} if not kept else profiles.failures(profile, rules, near)
     notes = profiles.notes(profile, rules, near) | failures

@@ -362,9 +362,10 @@ def _leaks(subjects: Sequence[str], responses: Sequence[str], held_out: Sequence
 
 def _questions(held_out: Sequence[Item]) -> list[str]:
     """What each item asks; with its choices where the question alone is an instruction, or other items ask it with other choices."""
-    choices: dict[str, set[tuple[str, ...]]] = defaultdict(set)
+    choices: dict[str, set[frozenset[str]]] = defaultdict(set)
     for item in held_out:
-        choices[item.question].add(item.choices)
+        if item.choices:
+            choices[item.question].add(frozenset(item.choices))
     return [
         item.with_choices if len(choices[item.question]) > 1 or is_instruction_only(item.question) else item.question for item in held_out
     ]

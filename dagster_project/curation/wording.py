@@ -22,7 +22,7 @@ FIRM_JACCARD, FIRM_CONTAINMENT = 0.6, 0.8
 """From here on an overlap of texts with at least `FEW_CONTENT` content words is a copy, and an `error`."""
 
 COMMON = frozenset(
-    """
+    words("""
     a about after all also am an and any anyone anything are as at be because been before being below between both but by can could d did do
     does doing done don during each either else for from had has have having he her here hers him his how i if in into is it its just let like
     ll many may me might more most much must my of off on once one ones only or other our ours out over own per please re s shall she should
@@ -35,16 +35,16 @@ COMMON = frozenset(
     name named need option options paragraph part phrase primary probably process provide provided question questions read refer refers related
     select sentence sentences show state stated statement statements suggest tell term terms text thing things true typical typically use used
     using usually want way ways word words write
-    """.split()
+    """)
 )
 """Words that stand in any question: function words, courtesies, and the vocabulary of instructions and exams. English; in other languages
 only how often a word occurs tells."""
 ASPECTS = frozenset(
-    """
+    words("""
     cause caused causes characteristic characteristics definition difference differences effect effects example examples feature features
     function functions purpose role symptom symptoms type types
     except false incorrect incorrectly least never no nor not untrue without wrong
-    """.split()
+    """)
 )
 """Words that decide what is asked about a subject, and are no subject themselves: "a cause of ...", "not a cause of ..."."""
 
