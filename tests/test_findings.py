@@ -33,7 +33,7 @@ def test_the_worst_finding_comes_first() -> None:
 
 
 def test_an_overlap_shows_both_texts_and_what_they_share() -> None:
-    shown = found(f"Dear all! {LONG}", f"Well, {LONG.upper()}, and more")
+    shown = found(f"Dear all! {LONG}", f"Please, {LONG.upper()}, and more")
     match = next(one for one in shown["findings"] if one["check"] == "near_duplicates")["matches"][0]
     assert (match["place"], match["other"], match["part"]) == ("rows.jsonl:1", "rows.jsonl:0", "prompt")
     assert match["other_text"][slice(*match["other_span"])] == LONG
