@@ -31,12 +31,17 @@ def check(options: argparse.Namespace) -> int:
     from dagster_project.curation.review import refuse_expired
     from dagster_project.curation.terminal import check_text
     from dagster_project.curation.tokens import ESTIMATED, tokens_of
-    from dagster_project.curation.validate import check_paths, read_policy
+    from dagster_project.curation.validate import check_paths, read_mapping, read_policy
+    from dagster_project.curation.written import refuse_overwriting
 
     if options.report and Path(options.report).suffix.lower() not in {".html", ".htm"}:
         raise InputError(f"--report {options.report}: the name of a page ends in .html", "name a new file: what stood in it is replaced")
     if options.thirteen_grams and not options.against:
         raise InputError("--thirteen-grams compares with what is held out", "name that with --against")
+    outputs = {f"--{name}": Path(path) for name in ("out", "dropped") if (path := getattr(options, name))}
+    inputs = [*options.paths, *options.against, *filter(None, (options.policy, options.base_model, options.since))]
+    refuse_overwriting(outputs, [Path(path) for path in inputs], Path(options.report) if options.report else None)
+    mapping = None if options.mapping is None else read_mapping(options.mapping)
     rules = read_policy(Path(options.policy)) if options.policy else Rules()
     refuse_expired(rules.waivers, f"{options.policy}: waivers", date.today())
     base_model = Path(options.base_model or Path(options.project) / "data" / "base_model")
@@ -46,11 +51,14 @@ def check(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         since = [] if options.since is None else files_at(options.since, [Path(path) for path in options.paths], Path(folder))
         found = check_paths(
-            options.paths, options.format, options.against, rules, tokens, [*map(str, since)], options.since or "", options.thirteen_grams
-        )
+            options.paths, options.format, options.against, rules, tokens, [*map(str, since)], options.since or "", options.thirteen_grams,
+            mapping, outputs.get("--out"), outputs.get("--dropped"),
+        )  # fmt: skip
     if options.report:
         _write("--report", Path(options.report), page(found, found.get("changes")))
         log.info(f"report: {options.report}")
+    for option, path in outputs.items():
+        log.info(f"{option.lstrip('-')}: {path}, {found['kept'] if option == '--out' else found['rows'] - found['kept']} rows")
     wide = shutil.get_terminal_size((120, 24)).columns
     _print(options, found, lambda document: check_text(document, sys.stdout.isatty(), wide))
     return 1 if any(finding["severity"] == "error" and finding["count"] for finding in found["findings"]) else 0
@@ -354,6 +362,11 @@ def parser() -> argparse.ArgumentParser:
     one = command(check)
     one.add_argument("paths", nargs="+", metavar="PATH", help="files or folders of examples, preference pairs or benchmark questions")
     one.add_argument("--format", default="auto", help="alpaca, messages, sharegpt, dolly, dpo, hh, ...; default: told from the keys")
+    one.add_argument(
+        "--mapping", metavar="FIELD=COLUMN,...", help="for columns of your own: prompt=q,response=a or prompt=q,chosen=a,rejected=b"
+    )
+    one.add_argument("--out", metavar="CLEAN.jsonl", help="write the rows that would be kept, repaired where the policy is `fix`")
+    one.add_argument("--dropped", metavar="DROPPED.jsonl", help="write the other rows, each with its source row and all reasons")
     one.add_argument("--against", nargs="+", default=[], metavar="PATH", help="held-out files that PATH must not overlap")
     one.add_argument("--policy", metavar="FILE", help="YAML with policy, limits and waivers: the keys of `instructions` in params.yaml")
     one.add_argument("--report", metavar="FILE.html", help="also write one self-contained page")

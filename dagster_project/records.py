@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, wraps
 from pathlib import Path
@@ -75,19 +75,26 @@ def pair_schema() -> pa.Schema:
 
 
 @cache
-def ledger_schema() -> pa.Schema:
-    """What happened to each source row."""
+def ledger_schema(repaired: bool = False) -> pa.Schema:
+    """What happened to each source row.
+
+    Args:
+        repaired: with the columns of a set in which rows were repaired.
+    """
     import pyarrow as pa
 
-    return pa.schema(
-        [
-            ("source", pa.string()),
-            ("source_row", pa.int64()),  # 0-based row in the source file
-            ("example_id", pa.string()),
-            ("outcome", pa.string()),  # kept, dropped:<check>, a split's name, truncated, ...
-            ("why", pa.string()),
-        ]
-    )
+    columns = [
+        ("source", pa.string()),
+        ("source_row", pa.int64()),  # 0-based row in the source file
+        ("example_id", pa.string()),
+        ("outcome", pa.string()),  # kept, dropped:<check>, a split's name, truncated, ...
+        ("why", pa.string()),
+    ]
+    more = [
+        ("source_id", pa.string()),  # example_id of the row as it was read; null where it is the same
+        ("repaired", pa.list_(pa.string())),  # checks it was repaired for; null where it was not
+    ]
+    return pa.schema(columns + (more if repaired else []))
 
 
 def example_id(messages: Sequence[dict[str, str]]) -> str:
@@ -100,6 +107,12 @@ def pair_id(prompt: Sequence[dict[str, str]], chosen: Sequence[dict[str, str]], 
     """Content hash of a preference pair."""
     sides = {"chosen": chosen, "rejected": rejected}
     return example_id([*prompt, *({"role": side, "content": CANONICAL.encode(said)} for side, said in sides.items())])
+
+
+def content_id(record: Mapping[str, Any]) -> str:
+    """`example_id` of a record or, where it is a pair as the checks look at it (`formats.as_record`), of the pair."""
+    messages, asked = record["messages"], record.get("asked")
+    return example_id(messages) if asked is None else pair_id(messages[:asked], messages[asked:], record["rejected"])
 
 
 CANONICAL = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
@@ -191,7 +204,8 @@ def read_pairs(folder: Path) -> list[dict[str, Any]]:
 
 @uncollected
 def write_ledger(folder: Path, rows: Iterable[dict[str, Any]]) -> None:
-    write_table(folder / "ledger.parquet", list(rows), ledger_schema())
+    lines = list(rows)
+    write_table(folder / "ledger.parquet", lines, ledger_schema(any(line.get("repaired") for line in lines)))
 
 
 @uncollected
@@ -219,6 +233,8 @@ class CheckResult:
     """Rows dropped for it, and for no check before it."""
     waived: int = 0
     """Rows that break it and may, because somebody said why."""
+    fixed: int = 0
+    """Rows that broke it, were repaired and are kept."""
     matches: list[dict[str, Any]] = field(default_factory=list)
     """The first overlaps, each with both texts (curation/findings.py)."""
 
@@ -231,6 +247,8 @@ class Report:
     rows_out: int | None = None
     dropped: dict[str, int] = field(default_factory=dict)
     """Reason -> rows. rows_in == rows_out + sum(dropped.values()), always."""
+    fixed: dict[str, int] = field(default_factory=dict)
+    """Check -> rows that were repaired for it and kept."""
     metrics: dict[str, Any] = field(default_factory=dict)
     checks: list[CheckResult] = field(default_factory=list)
     measured: dict[str, float] = field(default_factory=dict)
@@ -247,9 +265,12 @@ class Report:
     def document(self) -> dict[str, Any]:
         """The JSON document, without empty parts; checks keyed by name."""
         rows = {"rows_in": self.rows_in, "rows_out": self.rows_out, "dropped": self.dropped} if self.rows_in is not None else {}
+        rows |= {"fixed": self.fixed} if self.fixed else {}
         checks = {
             c.name: {
-                k: v for k, v in asdict(c).items() if k != "name" and v not in ([], "") and not (v == 0 and k in {"dropped", "waived"})
+                k: v
+                for k, v in asdict(c).items()
+                if k != "name" and v not in ([], "") and not (v == 0 and k in {"dropped", "waived", "fixed"})
             }
             for c in self.checks
         }

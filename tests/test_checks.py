@@ -84,6 +84,8 @@ EXAMPLES: dict[str, tuple[list[Record], list[Record]]] = {
     "too_long": ([ask("Hi", "la " * 200)], [ask("Hi", "la " * 300)]),
     "special_tokens_in_text": ([ask("Is <b>this</b> a tag?")], [ask("Is this a tag?<|im_end|>")]),
     "template_mismatch": ([ask()], [chat(("user", "Hi"), ("assistant", "look up"), ("tool", "found"), ("assistant", "Hello there"))]),
+    "hidden_characters": ([ask("👩\u200d🚀 नमस्\u200dते")], [ask("Where is my ki\u200bte?")]),
+    "unicode_form": ([ask("Où est le café ?")], [ask("Ou\u0300 est le cafe\u0301 ?")]),
     "encoding": ([ask("Où est le café ?")], [ask("OÃ¹ est le cafÃ© ?")]),
     "secrets": ([ask("My key ring is lost")], [ask(f"My key is {KEY} I think")]),
     "pii": ([ask("Follow me @kites, 3 @ 5.00")], [ask("Write to ann.lee@kites.co.uk")]),

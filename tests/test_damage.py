@@ -22,7 +22,6 @@ from dagster_project.curation.privacy import candidates
         ("page\x0cbreak", "control character: 'page\\x0cbreak'"),
         ("wait \x85", "control character: 'wait \\x85'; mojibake: 'wait \\x85'"),
         ("\x1b[31mred", "control character: '\\x1b[31mred'"),
-        ("x\ufeffy", "byte order mark: 'x\\ufeffy'"),
         ("if admin\u202e } \u2066", "bidirectional control: 'if admin\\u202e } \\u2066'"),
         ("icon \ue0b0", "private-use character: 'icon \\ue0b0'"),
         ("half \ud83d", "half of a surrogate pair: 'half \\ud83d'"),
@@ -64,7 +63,7 @@ def test_the_prefilter_loses_nothing(text: str) -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.text(st.characters(codec="utf-8", categories=["L", "N", "P", "Zs", "S"], exclude_characters="\ufffd"), max_size=20), st.sampled_from(["\x00", "\x9f", "\u202e", "\ufeff"]), st.text(max_size=20))  # fmt: skip
+@given(st.text(st.characters(codec="utf-8", categories=["L", "N", "P", "Zs", "S"], exclude_characters="\ufffd"), max_size=20), st.sampled_from(["\x00", "\x9f", "\u202e"]), st.text(max_size=20))  # fmt: skip
 def test_a_hidden_character_is_found_anywhere_and_shown_escaped(head: str, bad: str, tail: str) -> None:
     (said,) = damage([head + bad + tail])
     assert said is not None

@@ -71,11 +71,12 @@ def impact(
     elif content is not None:
         question.content(content)
     else:
-        keys = [record_key(record)] if record is not None else index.saying(text or "")
+        named = [record, *repaired_from(index, record)] if record is not None else []
+        keys = [record_key(one) for one in named] if named else index.saying(text or "")
         if near:
             copies = _near(index, keys, text)
             keys = sorted({*keys, *(record_key(copy["example_id"]) for copy in copies)})
-        question.records(keys, {record_key(record): record} if record is not None else {})
+        question.records(keys, {record_key(one): one for one in named})
     models = question.models()
     known = {model["md5"] for model in models}
     return {
@@ -86,6 +87,20 @@ def impact(
         "unknown": [model for model in question.unknown() if model["md5"] not in known],
         "shallow": index.history.shallow,
     }
+
+
+def repaired_from(index: Index, source_id: str) -> list[str]:
+    """What a source row became where it was repaired: the ids under which ledgers of the whole history have it."""
+    import pyarrow.parquet as pq
+
+    found: dict[str, None] = {}
+    for out in dict.fromkeys(made.md5 for made in index.made.values() if not made.weights):
+        path = index.place(out, "ledger.parquet")
+        if path is None or "source_id" not in pq.read_schema(path).names:
+            continue
+        rows = pq.read_table(path, columns=["example_id"], filters=[("source_id", "==", source_id)])
+        found |= dict.fromkeys(rows["example_id"].to_pylist())
+    return [*found]
 
 
 class _Question:

@@ -253,7 +253,7 @@ def _holds(params: bytes, recorded: Mapping[str, Any]) -> bool:
 
 
 def _stage(index: Index, made: Made, report: Mapping[str, Any], names: Mapping[tuple[str, str], str]) -> dict[str, Any]:
-    shown = ("passed", "severity", "blocking", "count", "dropped", "waived", "note")
+    shown = ("passed", "severity", "blocking", "count", "dropped", "fixed", "waived", "note")
     checks = {name: {key: found[key] for key in shown if key in found} for name, found in report.get("checks", {}).items()}
     parents = {names[path, md5] for _, path, md5 in made.reads if (path, md5) in names}
     splits = {name: report[name] for name in ("train", "validation", "test") if isinstance(report.get(name), int)}
@@ -262,7 +262,7 @@ def _stage(index: Index, made: Made, report: Mapping[str, Any], names: Mapping[t
         "md5": made.md5,
         "inputs": {dep["path"]: dep.get("md5", "") for dep in index.stage(made).get("deps", []) if is_input(dep["path"])},
         "parents": [name for name in names.values() if name in parents],
-        **{key: report[key] for key in ("rows_in", "rows_out", "dropped") if key in report},
+        **{key: report[key] for key in ("rows_in", "rows_out", "dropped", "fixed") if key in report},
         **({"examples": splits} if splits else {}),
         **({"checks": checks} if checks else {}),
         **({} if report else {"report": "unknown"}),
@@ -454,6 +454,7 @@ def as_text(found: dict[str, Any]) -> str:
     for name, stage in found["stages"].items():
         rows = f"  {stage['rows_in']} rows in, {stage['rows_out']} out" if "rows_in" in stage else ""
         drops = f"  dropped: {_told(stage['dropped'])}" if stage.get("dropped") else ""
+        drops += f"  repaired: {_told(stage['fixed'])}" if stage.get("fixed") else ""
         split = f"  {_told(stage['examples'])}" if "examples" in stage else ""
         lines.append(f"  {name:<16} {stage['md5'][:12]}{rows}{drops}{split}{_told_checks(stage)}")
     lines += [f"waived     {json.dumps(waiver, ensure_ascii=False)}" for waiver in found["waivers"]]

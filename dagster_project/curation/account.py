@@ -46,9 +46,11 @@ def write_account(
 
 
 def why(judged: Judgement, i: int) -> str:
-    """What the ledger says about a row: what a person said, or the truth that it breaks."""
+    """What the ledger says about a row: what a person said, or the truth that it breaks; and what it was repaired for."""
     check = judged.reason[i]
-    return judged.said.get(i) or (CHECKS[check].truth if check else "")
+    repaired = judged.records[i].get("repaired")
+    parts = [judged.said.get(i) or (CHECKS[check].truth if check else ""), f"repaired: {', '.join(repaired)}" if repaired else ""]
+    return "; ".join(part for part in parts if part)
 
 
 @cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import eq, gt
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,7 +13,8 @@ from pydantic import Field, field_validator
 from dagster_project.curation import profile as profiles
 from dagster_project.curation.benchmarks import Item
 from dagster_project.curation.facts import GROUPED, Facts, Link, gather
-from dagster_project.curation.review import Decision, Waived, Waiver, edited, resolve
+from dagster_project.curation.repair import REPAIRS, Repaired, repair
+from dagster_project.curation.review import Decision, Waived, Waiver, edited, ids_of, resolve
 from dagster_project.curation.tokens import ESTIMATED, Tokens
 from dagster_project.records import uncollected
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     import pandera.polars as pa
     import polars as pl
 
-Action = Literal["drop", "review", "warn", "fail"]
+Action = Literal["fix", "drop", "review", "warn", "fail"]
 Severity = Literal["error", "warn", "info"]
 
 
@@ -58,14 +59,19 @@ ROW_CHECKS: dict[str, Check] = {
     ),
     "empty_prompt": Check("Every prompt has text.", "error", "drop", "Write the prompt, or take the row out."),
     "empty_response": Check("Every response has text.", "error", "drop", "Write the response, or take the row out."),
-    "placeholder_input": Check("No input merely says that there is none.", "warn", "drop", "Leave the input empty instead."),
+    "placeholder_input": Check("No input merely says that there is none.", "warn", "fix", "Leave the input empty instead."),
     "prompt_mismatch": Check(
         "Chosen and rejected answer the same prompt; of sides with several turns only the last may differ.",
         "error",
         "drop",
         "Pair answers to one prompt.",
     ),
-    "identical_pair": Check("Chosen and rejected differ.", "error", "drop", "Take the pair out: it teaches nothing."),
+    "identical_pair": Check(
+        "Chosen and rejected differ in more than case, white space, Unicode form or the final stop.",
+        "error",
+        "drop",
+        "Take the pair out: it teaches nothing.",
+    ),
     "tied_pair": Check("One of chosen and rejected is better.", "warn", "drop", "Take ties out, or have them judged again."),
     "short_response": Check(
         "No response is too short to teach anything.", "info", "warn", "Read a few; lower `min_response_tokens` if short answers are meant."
@@ -77,13 +83,22 @@ ROW_CHECKS: dict[str, Check] = {
         "Shorten or divide them, or raise `max_tokens` (of preferences `max_length`).",
     ),
     "special_tokens_in_text": Check(
-        "No text holds a chat template's control tokens.", "error", "drop", "Take the markers out of the text; the template adds its own."
+        "No text holds a chat template's control tokens.", "error", "fix", "Take the markers out of the text; the template adds its own."
     ),
     "template_mismatch": Check(
         "Every conversation fits the base model's chat template.",
         "error",
         "drop",
         "Use the roles that the template knows, or another template.",
+    ),
+    "hidden_characters": Check(
+        "No text holds a byte order mark or zero-width characters that join nothing.",
+        "info",
+        "fix",
+        "Take them out: they split words into other tokens, and hide copies.",
+    ),
+    "unicode_form": Check(
+        "Every text is in Unicode's composed form (NFC).", "info", "fix", "Compose it: the same word in two forms is two words to a model."
     ),
     "encoding": Check("No text shows encoding damage.", "warn", "drop", "Read the file again in its true encoding, and save it as UTF-8."),
     "secrets": Check(
@@ -96,7 +111,7 @@ ROW_CHECKS: dict[str, Check] = {
         "No text holds personal data such as an e-mail address or a card number.",
         "warn",
         "drop",
-        "Replace it by a placeholder such as [e-mail], or take the row out.",
+        "Set the policy `pii: fix` to put placeholders such as [EMAIL] in its place, or take the row out.",
     ),
     "exact_duplicates": Check("No two rows are identical.", "warn", "drop", "Nothing to do: one of them is kept."),
     "benchmark_leakage": Check(
@@ -148,7 +163,8 @@ class Rules(profiles.Limits):
     """How strictly a set is judged."""
 
     policy: dict[str, Action] = {}
-    """Check -> `drop` the row, keep it until somebody decides in the `review` file, keep it and `warn`, or `fail` the stage."""
+    """Check -> `fix` the row or, where that is not possible, drop it; `drop` it; keep it until somebody decides in the `review` file; keep it and
+    `warn`; or `fail` the stage."""
     severity: dict[str, Severity] = {}
     """Check -> `error`, `warn` or `info`, where the default does not suit. Checks with policy `fail` are errors."""
     max_tokens: int = Field(default=2048, ge=16)
@@ -168,6 +184,8 @@ class Rules(profiles.Limits):
         for name, value in values.items():
             if name not in CHECKS:
                 raise ValueError(f"unknown check {name!r}; checks: {', '.join(CHECKS)}")
+            if value == "fix" and name not in REPAIRS:
+                raise ValueError(f"{name} has no repair; checks that can be fixed: {', '.join(REPAIRS)}")
             if name in SET_CHECKS and value in {"drop", "review"}:
                 raise ValueError(f"{name} judges the set as a whole: warn or fail, not {value}")
         return values
@@ -179,6 +197,10 @@ class Rules(profiles.Limits):
             if waiver.check not in ROW_CHECKS:
                 raise ValueError(f"{waiver.check!r} is no check on rows; such checks: {', '.join(ROW_CHECKS)}")
         return waivers
+
+    def fixed(self) -> list[str]:
+        """The checks whose rows are repaired, in the order of repair."""
+        return [name for name in REPAIRS if self.action(name) == "fix"]
 
     def action(self, name: str) -> Action:
         return self.policy.get(name, CHECKS[name].action)
@@ -225,6 +247,8 @@ def row_schema(max_tokens: int, min_response_tokens: int) -> pa.DataFrameSchema:
             "tokens": pa.Column(pl.Int64, pa.Check.le(max_tokens, error="too_long"), nullable=True),
             "template_mark": _is_null("special_tokens_in_text"),
             "misfit": _is_null("template_mismatch"),
+            "hidden": _is_null("hidden_characters"),
+            "decomposed": _is_null("unicode_form"),
             "damage": _is_null("encoding"),
             "secret": _is_null("secrets"),
             "personal": _is_null("pii"),
@@ -271,13 +295,15 @@ class Verdict:
     action: Action
     severity: Severity
     broken: list[int]
-    """Indices of the rows that break it, waived ones left out."""
+    """Indices of the rows that break it, or did before they were repaired; waived ones left out."""
     dropped: int
     """Rows dropped for it, and not for a check before it."""
     waived: int
     passed: bool
     """No row that is kept breaks it, or, for a check on the set, it holds."""
     note: str
+    fixed: int = 0
+    """Rows repaired for it that are kept."""
 
 
 @dataclass(frozen=True)
@@ -285,7 +311,7 @@ class Judgement:
     """What the checks found in a set of records."""
 
     records: list[dict[str, Any]]
-    """As judged: with the edits of the review file made."""
+    """As judged: with the edits of the review file made, and repaired. One that was repaired has `repaired` and `source_id` (curation/repair.py)."""
     reason: list[str | None]
     """For each record the check it is dropped for, or None if it is kept."""
     facts: Facts
@@ -297,6 +323,13 @@ class Judgement:
     """Index -> what a person said about the row: why it was waived, edited, accepted or dropped."""
     waiting: list[tuple[int, str]] = field(default_factory=list)
     """(index, check) of rows that are kept until somebody decides about them."""
+    repaired: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    """Check -> index of each row that was repaired for it -> what was wrong, in words."""
+
+    @property
+    def fixed(self) -> dict[str, int]:
+        """Check -> rows repaired for it that are kept."""
+        return {name: verdict.fixed for name, verdict in self.verdicts.items() if verdict.fixed}
 
     @property
     def cluster(self) -> list[int]:
@@ -326,14 +359,13 @@ def judge(
         divide: deals the rows that are kept (their indices are given) out to splits, and returns which of them are dropped for
             `split_leakage`, and why.
     """
-    records, edits = edited(records, decisions)
-    waived = resolve(rules.waivers, decisions, records, {item.place for item in held_out})
+    records, edits, waived, repaired = _prepared(records, held_out, rules, tokens, decisions)
     facts = gather(records, held_out, waived, tokens, rules.max_tokens, rules.min_response_tokens, rules.near_duplicate_similarity)
     found = violations(facts.frame, row_schema(rules.max_tokens, rules.min_response_tokens)) if records else {}
     broken = {name: [i for i in rows if i not in waived.rows.get(name, ())] for name, rows in found.items()}
     reason: list[str | None] = [None] * len(records)
     for name in ROW_CHECKS:
-        if rules.action(name) == "drop":
+        if rules.action(name) in {"drop", "fix"}:
             for i in broken.get(name, []):
                 reason[i] = reason[i] or name
     said = {
@@ -342,7 +374,7 @@ def judge(
     }
     out = {d.example_id: d for d in decisions if d.decision == "drop"}
     for i, record in enumerate(records) if out else ():
-        if (decision := out.get(record["example_id"])) and reason[i] is None:
+        if (decision := next((out[one] for one in ids_of(record) if one in out), None)) and reason[i] is None:
             reason[i], said[i] = decision.check, f"dropped: {decision.reason}"
     kept = [i for i, why in enumerate(reason) if why is None]
     if divide and kept:
@@ -370,7 +402,8 @@ def judge(
         failures |= _set_failures("chosen_is_longer", share, length_schema(rules.max_longer_share), notes)
     if not held_out:
         notes["benchmark_leakage"] = "nothing held out to compare with"
-    notes |= _row_notes(facts, broken, reason, tokens, rules, waived)
+    notes |= _row_notes(facts, broken, reason, tokens, rules, waived, repaired)
+    fixed = repaired.counts(reason)
     dropped = Counter(why for why in reason if why)
     verdicts = {}
     for name in CHECKS:
@@ -378,10 +411,28 @@ def judge(
             continue
         rows = broken.get(name, [])
         verdicts[name] = Verdict(
-            name, rules.action(name), _severity(name, rules, rows, facts), rows, dropped[name], len({*found.get(name, []), *facts.waived.get(name, ())}) - len(rows),
-            passed=name not in failures and all(reason[i] is not None for i in rows), note=notes.get(name, ""),
+            name, rules.action(name), _severity(name, rules, rows, facts), sorted({*rows, *repaired.found.get(name, ())}), dropped[name],
+            len({*found.get(name, []), *facts.waived.get(name, ())}) - len(rows),
+            passed=name not in failures and all(reason[i] is not None for i in rows), note=notes.get(name, ""), fixed=fixed.get(name, 0),
         )  # fmt: skip
-    return Judgement(records, reason, facts, verdicts, profile, said, waiting)
+    return Judgement(records, reason, facts, verdicts, profile, said, waiting, repaired.found)
+
+
+def _prepared(
+    records: Sequence[dict[str, Any]], held_out: Sequence[Item], rules: Rules, tokens: Tokens, decisions: Sequence[Decision]
+) -> tuple[list[dict[str, Any]], dict[int, str], Waived, Repaired]:
+    """The records as they are judged: edited by people, and repaired but for those that are waived; and the reasons of the edits.
+
+    The review file shows rows as they were repaired, so edits are looked up before the repair and after it, and what was edited then is repaired too.
+    """
+    items = {item.place for item in held_out}
+    changed, edits = edited(records, decisions)
+    exempt = resolve(rules.waivers, decisions, changed, items).rows
+    repaired = repair(changed, rules.fixed(), exempt, tokens.special)
+    again, more = edited(repaired.records, decisions)
+    if more:
+        repaired = repair(again, rules.fixed(), exempt, tokens.special, repaired)
+    return repaired.records, edits | more, resolve(rules.waivers, decisions, repaired.records, items), repaired
 
 
 def _severity(name: str, rules: Rules, rows: Sequence[int], facts: Facts) -> Severity:
@@ -426,8 +477,18 @@ def _set_failures(column: str, value: float, schema: pa.DataFrameSchema, notes: 
     return {}
 
 
+CHARACTERS = {"hidden_characters": "hidden", "unicode_form": "decomposed", "encoding": "damage"}
+"""Check on characters -> its column."""
+
+
 def _row_notes(
-    facts: Facts, broken: dict[str, list[int]], reason: Sequence[str | None], tokens: Tokens, rules: Rules, waived: Waived
+    facts: Facts,
+    broken: dict[str, list[int]],
+    reason: Sequence[str | None],
+    tokens: Tokens,
+    rules: Rules,
+    waived: Waived,
+    repaired: Repaired,
 ) -> dict[str, str]:
     """Figures in words for checks on rows."""
     notes: dict[str, list[str]] = {}
@@ -443,9 +504,9 @@ def _row_notes(
     if tokens.estimated:
         for name in ("too_long", "short_response"):
             notes.setdefault(name, []).append("tokens estimated at four bytes each: no base model at hand")
-    for name, column in (("secrets", "secret"), ("pii", "personal"), ("template_mismatch", "misfit"), ("encoding", "damage")):
-        if rows := broken.get(name):
-            kinds = Counter(facts.frame[column][i].partition(":")[0] for i in rows)
+    for name, column in (("secrets", "secret"), ("pii", "personal"), ("template_mismatch", "misfit"), *CHARACTERS.items()):
+        kinds = Counter(facts.frame[column][i].partition(":")[0] for i in broken.get(name, ())) + repaired.kinds(name)
+        if kinds:
             notes[name] = [", ".join(f"{kind} {n}" for kind, n in kinds.most_common(5))]
     if facts.compared and facts.compared.boilerplate:
         text, count = facts.compared.boilerplate[0]

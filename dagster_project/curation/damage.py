@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from unicodedata import is_normalized
 
 from dagster_project.curation.privacy import candidates, mask
 
@@ -14,7 +15,6 @@ AROUND = 10
 _CHARACTERS = {
     "replacement character": "\ufffd",
     "control character": "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f",
-    "byte order mark": "\ufeff",
     "bidirectional control": "\u202a-\u202e\u2066-\u2069",
     "private-use character": "\ue000-\uf8ff\U000f0000-\U000ffffd\U00100000-\U0010fffd",
     "half of a surrogate pair": "\ud800-\udfff",
@@ -26,6 +26,12 @@ The bidirectional ones make text read otherwise than it is; Arabic and Hebrew do
 (U+200E, U+200F, U+061C) are not among these, nor is the joiner of emoji. Tag characters are invisible ASCII: right after a black
 flag they name a region (Scotland's flag), anywhere else they smuggle.
 """
+
+_WRITTEN_WITH = "\u0e00-\u109f\u1780-\u17ff\u1950-\u19df\u1a20-\u1aaf\ua9e0-\ua9ff\uaa60-\uaadf"
+"""Scripts without spaces (Thai, Lao, Tibetan, Burmese, Khmer, ...), in which a zero-width space marks where a word ends."""
+_PLAIN = "\x00-\u024f\u200b-\u200d\u2060\ufeff"
+"""Beside these a joiner or non-joiner joins nothing; emoji, Persian and the scripts of India need both."""
+_HIDDEN = re.compile(f"[\u2060\ufeff]|(?<![{_WRITTEN_WITH}])\u200b(?![{_WRITTEN_WITH}])|(?<![^{_PLAIN}])[\u200c\u200d](?![^{_PLAIN}])")
 
 _FLAG = re.compile("\U0001f3f4[\U000e0020-\U000e007e]+\U000e007f")
 
@@ -53,6 +59,41 @@ def template_marks(texts: Sequence[str], special_tokens: Iterable[str] = ()) -> 
     own = sorted({token for token in special_tokens if token.strip()}, key=lambda token: (-len(token), token))
     pattern = re.compile("|".join(map(re.escape, own))) if own else None
     return _look(texts, _MARK_HINT, lambda text: _marks(text, pattern), own)
+
+
+def hidden(texts: Sequence[str]) -> list[str | None]:
+    """For each text the first byte order mark or zero-width character that says nothing, with an excerpt, or None."""
+    return _look(texts, "[\u200b-\u200d\u2060\ufeff]", _hidden)
+
+
+def without_hidden(text: str) -> str:
+    return _HIDDEN.sub("", text)
+
+
+def decomposed(texts: Sequence[str]) -> list[str | None]:
+    """For each text that is not in Unicode's composed form (NFC) the first word that is not, or None."""
+    return [None if text.isascii() or is_normalized("NFC", text) else _decomposed(text) for text in texts]
+
+
+def repaired_encoding(text: str) -> str:
+    """The text with its mojibake undone, line by line or word by word, where `damage` finds any: "cafÃ©" -> "café"."""
+    return "\n".join(_unmojibake(line) if _mojibake(line) else line for line in text.split("\n")) if _mojibake(text) else text
+
+
+def without_end_marks(text: str, special_tokens: Iterable[str] = ()) -> str:
+    """The text without the control tokens that a tokenizer or an export left at its end, or the start of a sequence at its beginning.
+
+    "Yes. <|endoftext|>" -> "Yes."; tokens within the text, and HTML's strike-through, are left alone.
+
+    Args:
+        special_tokens: the base model's own; of these such count as say that they end a text.
+    """
+    ends = (*END_MARKS, *(token for token in special_tokens if _ENDS.search(token)))
+    while (mark := next((mark for mark in ends if text.rstrip().endswith(mark)), None)) and not _struck(text.strip(), at_end=True):
+        text = text.rstrip().removesuffix(mark).rstrip()
+    while (mark := next((mark for mark in START_MARKS if text.lstrip().startswith(mark)), None)) and not _struck(text, at_end=False):
+        text = text.lstrip().removeprefix(mark).lstrip()
+    return text
 
 
 def _look(texts: Sequence[str], hint: str, judge: Callable[[str], str | None], literals: Sequence[str] = ()) -> list[str | None]:
@@ -129,6 +170,24 @@ def _visible(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def _hidden(text: str) -> str | None:
+    if (match := _HIDDEN.search(text)) is None:
+        return None
+    return _say("byte order mark" if match.group() == "\ufeff" else "zero-width character", mask(text), _HIDDEN)
+
+
+def _decomposed(text: str) -> str:
+    word = next((word for word in mask(text).split(" ") if not is_normalized("NFC", word)), "")
+    return f"not composed: '{''.join(c if c.isascii() and c.isprintable() else ascii(c)[1:-1] for c in word[:40])}'"
+
+
+def _unmojibake(line: str) -> str:
+    from ftfy import fix_encoding
+
+    whole = fix_encoding(line)
+    return whole if whole != line else " ".join(map(fix_encoding, line.split(" ")))
+
+
 # --- templates -------------------------------------------------------------------------------------------------------------------
 
 _TOKEN = re.compile(
@@ -138,6 +197,13 @@ _TOKEN = re.compile(
     r"|\[/?(?:SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CONTENT|MODEL_SETTINGS)\]|\[(?:TOOL_CALLS|CALL_ID|ARGS)\]"  # Mistral
     r"|<(?:start|end)_of_turn>|<(?:bos|eos)>"  # Gemma
 )
+END_MARKS = (
+    "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|eos|>", "<|end|>", "<|return|>",
+    "<|end_of_turn|>", "<|END_OF_TURN_TOKEN|>", "<end_of_turn>", "<eos>", "</s>", "<\uff5cend\u2581of\u2581sentence\uff5c>",
+)  # fmt: skip
+"""What the tokenizers of GPT-2, ChatML, Llama, Phi, gpt-oss, OpenChat, Cohere, Gemma and DeepSeek end a text or a turn with."""
+START_MARKS = ("<|endoftext|>", "<|begin_of_text|>", "<|startoftext|>", "<bos>", "<s>", "<\uff5cbegin\u2581of\u2581sentence\uff5c>")
+_ENDS = re.compile("(?i)(?<![a-z])(?:end|eo[dmst])(?![a-z])|endof|</s>")
 _STRIKE = re.compile(r"<s>(?:(?!</?s>).){1,400}</s>", re.DOTALL)
 _SENTENCE = re.compile("</?s>")
 _BOILERPLATE = re.compile(
@@ -172,3 +238,12 @@ def _sentence(text: str) -> re.Match[str] | None:
     if pairs == [(0, len(whole))]:
         return _SENTENCE.search(whole)
     return next((m for m in _SENTENCE.finditer(whole) if not any(start <= m.start() < end for start, end in pairs)), None)
+
+
+def _struck(text: str, at_end: bool) -> bool:
+    """Whether the text ends, or begins, with a part that HTML strikes through, and is not struck as a whole."""
+    whole = text.strip()
+    return any(
+        match.span() != (0, len(whole)) and (match.end() == len(whole) if at_end else match.start() == 0)
+        for match in _STRIKE.finditer(whole)
+    )

@@ -9,9 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+from unicodedata import normalize
 
 from dagster_project.curation.benchmarks import Item
-from dagster_project.curation.damage import damage, template_marks
+from dagster_project.curation.damage import damage, decomposed, hidden, template_marks
 from dagster_project.curation.formats import is_text
 from dagster_project.curation.overlap import Comparison, Pair, Rule, clusters, compare, words
 from dagster_project.curation.privacy import scan
@@ -92,6 +93,11 @@ def is_placeholder(text: str) -> bool:
     return len(text) < 40 and " ".join(words(text)) in PLACEHOLDERS
 
 
+def text_of(record: Mapping[str, Any]) -> str:
+    """All that a record says, of a pair both sides."""
+    return "\n".join([m["content"] for side in (record["messages"], record.get("rejected") or ()) for m in side])
+
+
 def gather(
     records: Sequence[dict[str, Any]],
     held_out: Sequence[Item],
@@ -122,10 +128,11 @@ def gather(
         | response_tokens, tokens | of the last response, of the conversation (of a pair the longer one, as the template writes it); null where far from the limit |
         | template_mark | a control token or boilerplate of a chat template in the text, else null |
         | misfit | why the conversation does not fit the base model's chat template, else null |
+        | hidden, decomposed | a byte order mark or zero-width character in the text, a word that is not in Unicode's composed form, else null |
         | damage | what is wrong with the encoding, else null |
         | secret, personal | the kind of secret or personal data in the text and the words around it, masked; else null |
         | labelled | false for a benchmark question without its answer |
-        | pair_is_real, same_prompt, preferred | for pairs: chosen and rejected differ, answer the same prompt, and one of them is better |
+        | pair_is_real, same_prompt, preferred | for pairs: chosen and rejected differ in more than form, answer the same prompt, and one of them is better |
         | repeats | an earlier row with the same messages and tools, else null |
         | near_copy_of | an earlier row whose user turns are the same or nearly so, whatever its system prompt and tools; else null |
         | conflicts_with | an earlier row with the same system prompt, tools and turns and another response (pairs: the opposite preference), else null |
@@ -137,7 +144,7 @@ def gather(
     size = len(records)
     nothing: dict[str, Any] = {}
     metas = [json.loads(record["meta"]) if record["meta"] != "{}" else nothing for record in records]
-    texts = ["\n".join([m["content"] for side in (record["messages"], record.get("rejected") or ()) for m in side]) for record in records]
+    texts = [text_of(record) for record in records]
     prompts, responses = ([of(record["messages"]) for record in records] for of in (prompt_text, response_text))
     subjects = [prompt or response for prompt, response in zip(prompts, responses, strict=True)]  # as records.subject_text
     secret, personal = _hits(texts)
@@ -203,18 +210,21 @@ def gather(
             ],
             "has_response": [_says_something(r) for r in records],
             "input_is_real": [
-                not any(isinstance(given, str) and is_placeholder(given) for given in _inputs(r, meta))
-                for r, meta in zip(records, metas, strict=True)
+                not any(is_placeholder(given) for given in inputs_of(r, meta)) for r, meta in zip(records, metas, strict=True)
             ],
             "response_tokens": pl.Series(answered, dtype=pl.Int64),
             "tokens": pl.Series(counted, dtype=pl.Int64),
             "template_mark": pl.Series([mark if mark and not mark.startswith("transcript") else None for mark in marks], dtype=pl.String),
             "misfit": pl.Series(_misfits(records, metas, sound, tokens), dtype=pl.String),
+            "hidden": pl.Series(hidden(texts), dtype=pl.String),
+            "decomposed": pl.Series(decomposed(texts), dtype=pl.String),
             "damage": pl.Series(damage(texts), dtype=pl.String),
             "secret": pl.Series(secret, dtype=pl.String),
             "personal": pl.Series(personal, dtype=pl.String),
             "labelled": [record.get("labelled", True) for record in records],
-            "pair_is_real": [not r or not m["messages"] or m["messages"][-len(r) :] != r for r, m in zip(rejected, records, strict=True)],
+            "pair_is_real": [
+                not r or not m["messages"] or not _alike(m["messages"][-len(r) :], r) for r, m in zip(rejected, records, strict=True)
+            ],
             "same_prompt": [record.get("same_prompt", True) for record in records],
             "preferred": [record.get("margin") != 0 for record in records],
             "repeats": first("exact_duplicates"),
@@ -227,6 +237,28 @@ def gather(
     transcripts = sum(mark is not None and mark.startswith("transcript") for mark in marks)
     cluster = clusters(size, near + [Pair(j, i, 1.0) for i, j in repeats.items()])
     return Facts(frame, cluster, links, compared, may_stand, transcripts, frames)
+
+
+def _alike(chosen: Sequence[Mapping[str, str]], rejected: Sequence[Mapping[str, str]]) -> bool:
+    """Whether two sides say the same, but for case, white space, Unicode form and the stop at the end; in code only white space at line ends."""
+    if len(chosen) != len(rejected):
+        return False
+    texts = [(a["content"], b["content"]) for a, b in zip(chosen, rejected, strict=True)]
+    code = any("```" in text for both in texts for text in both) or all(_INDENTED.search(text) for text in texts[-1])
+    plain = _code_form if code else _plain_form
+    return all(a["role"] == b["role"] for a, b in zip(chosen, rejected, strict=True)) and all(plain(a) == plain(b) for a, b in texts)
+
+
+_INDENTED = re.compile(r"\n(?: {4}|\t)")
+
+
+def _plain_form(text: str) -> str:
+    plain = " ".join(normalize("NFKC", text).casefold().split())
+    return plain.rstrip(".!\u3002\u2026 ") or plain
+
+
+def _code_form(text: str) -> str:
+    return "\n".join(line.rstrip() for line in normalize("NFC", text).strip("\n").split("\n"))
 
 
 def _best(links: Iterable[Link], size: int) -> list[Link | None]:
@@ -246,8 +278,15 @@ def _says_something(record: dict[str, Any]) -> bool:
     return all(not side or side[-1]["role"] != "assistant" or bool(side[-1]["content"].strip()) for side in sides)
 
 
-def _inputs(record: dict[str, Any], meta: Mapping[str, Any]) -> list[Any]:
-    return [meta.get("input", ""), *(m["content"] for m in record["messages"] if m["role"] == "user")]
+def inputs_of(record: Mapping[str, Any], meta: Mapping[str, Any] | None = None) -> list[str]:
+    """The texts that a user gives: the input of an Alpaca row, and what user turns say.
+
+    Args:
+        meta: of the record, where it is parsed already.
+    """
+    meta = (json.loads(record["meta"]) if '"input"' in record["meta"] else {}) if meta is None else meta
+    given = meta.get("input", "")
+    return [*([given] if isinstance(given, str) else []), *(m["content"] for m in record["messages"] if m["role"] == "user")]
 
 
 def _hits(texts: Sequence[str]) -> tuple[list[str | None], list[str | None]]:

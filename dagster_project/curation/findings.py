@@ -9,14 +9,14 @@ from itertools import accumulate, islice, takewhile
 from typing import Any
 
 from dagster_project.curation.benchmarks import Item
-from dagster_project.curation.checks import CHECKS, Judgement, Verdict
+from dagster_project.curation.checks import CHARACTERS, CHECKS, Judgement, Verdict
 from dagster_project.curation.facts import Link
 from dagster_project.curation.overlap import BINS, CONTAINMENT, JACCARD, shared_span
 from dagster_project.curation.privacy import mask
 from dagster_project.records import CheckResult, prompt_text, response_text, subject_text
 
 ROWS, MATCHES, WIDTH = 20, 200, 2000
-"""Rows named and overlaps shown for each check, and characters shown of a text around what it shares with another."""
+"""Rows named in a report that git keeps, overlaps shown for each check, and characters shown of a text around what it shares with another."""
 ORDER = {"error": 0, "warn": 1, "info": 2}
 
 
@@ -48,6 +48,7 @@ def document(
         "rows": len(judged.records),
         "kept": judged.reason.count(None),
         "dropped": {check: dropped[check] for check in CHECKS if dropped[check]},
+        **({"fixed": judged.fixed} if judged.fixed else {}),
         "findings": sorted(findings, key=lambda f: (ORDER[f["severity"]], -f["count"], f["check"])),
         "similarity": {
             "gate": {"jaccard": JACCARD, "containment": CONTAINMENT},
@@ -84,10 +85,11 @@ def finding(verdict: Verdict, judged: Judgement, items: Mapping[str, Item], matc
         "passed": verdict.passed,
         "count": len(rows) or int(not verdict.passed),
         "dropped": verdict.dropped,
+        **({"fixed": verdict.fixed} if verdict.fixed else {}),
         "elsewhere": sum(judged.reason[i] is not None for i in rows) - verdict.dropped,
         "waived": verdict.waived,
-        "rows": rows[:ROWS],
-        "places": [place(judged.records[i]) for i in rows[:ROWS]],
+        "rows": rows,
+        "places": [place(judged.records[i]) for i in rows],
         "examples": [_example(verdict.name, judged, i) for i in rows[:3]],
         "truth": check.truth,
         "note": verdict.note,
@@ -96,22 +98,24 @@ def finding(verdict: Verdict, judged: Judgement, items: Mapping[str, Item], matc
     }
 
 
-TELLING = {"secrets": "secret", "pii": "personal", "encoding": "damage", "special_tokens_in_text": "template_mark"}
+TELLING = {"secrets": "secret", "pii": "personal", "special_tokens_in_text": "template_mark", **CHARACTERS}
 """Checks whose fact shows the place in the text -> its column."""
 
 
 def _example(check: str, judged: Judgement, i: int) -> str:
     """What is wrong with the row in its own words or, where that shows nothing, how the row begins."""
+    if wrong := judged.repaired.get(check, {}).get(i):
+        return wrong[:200]
     return str(judged.facts.frame[TELLING[check]][i])[:200] if check in TELLING else excerpt(judged.records[i])
 
 
 def check_result(verdict: Verdict, judged: Judgement, held_out: Sequence[Item]) -> CheckResult:
     """The finding as a stage reports it: in few words, since git keeps it."""
     found = finding(verdict, judged, {item.place: item for item in held_out}, matches=5, width=240)
-    done = f"{verdict.dropped} dropped" if verdict.dropped else ""
+    done = ", ".join(f"{n} {what}" for n, what in ((verdict.dropped, "dropped"), (verdict.fixed, "fixed")) if n)
     return CheckResult(
-        verdict.name, verdict.passed, verdict.severity, verdict.action == "fail", len(verdict.broken), found["places"], found["examples"],
-        "; ".join(part for part in (done, verdict.note) if part), verdict.dropped, verdict.waived, found["matches"],
+        verdict.name, verdict.passed, verdict.severity, verdict.action == "fail", len(verdict.broken), found["places"][:ROWS], found["examples"],
+        "; ".join(part for part in (done, verdict.note) if part), verdict.dropped, verdict.waived, verdict.fixed, found["matches"],
     )  # fmt: skip
 
 

@@ -17,6 +17,8 @@ WHOLE, AROUND, INSIDE = 2_400, 400, 1_200
 """Characters. Longer texts are cut: this much is shown before and after the shared words, and of them."""
 BARS = 10
 """Bars in a chart; its table has all."""
+LISTED = 20
+"""Places of a finding that are listed."""
 RANK = {"error": 0, "warn": 1, "info": 2}
 SIGNS = {"error": "✕", "warn": "!", "info": "i"}
 """What severity looks like where colour can't be told apart."""
@@ -64,8 +66,8 @@ def page(document: dict[str, Any], changes: dict[str, Any] | None = None) -> str
 
 
 def _left(finding: Mapping[str, Any]) -> int:
-    """Rows that break a check and are kept."""
-    return max(0, int(finding["count"]) - int(finding["dropped"]) - int(finding["elsewhere"]))
+    """Rows that break a check and are kept as they are."""
+    return max(0, int(finding["count"]) - int(finding["dropped"]) - int(finding["elsewhere"]) - int(finding.get("fixed", 0)))
 
 
 def _verdict(document: Mapping[str, Any], findings: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]:
@@ -77,11 +79,16 @@ def _verdict(document: Mapping[str, Any], findings: Sequence[Mapping[str, Any]])
     if open_["error"]:
         return "error", "Not ready to train on", f"{markup.many(len(open_['error']), 'error')} not dealt with: {names}."
     errors = sum(f["severity"] == "error" for f in findings)
-    dealt = f" The rows of {markup.many(errors, 'error')} are dropped." if errors else ""
+    fixed = any(f["severity"] == "error" and f.get("fixed") for f in findings)
+    dealt = f" The rows of {markup.many(errors, 'error')} are {'repaired or dropped' if fixed else 'dropped'}." if errors else ""
     if open_["warn"]:
         return "warn", "Usable, with care", f"{markup.many(len(open_['warn']), 'warning')} to look at: {names}.{dealt}"
     if findings:
-        return "good", "Ready to train on", f"Every row that breaks a check is dropped for it or waived, or is worth a remark only.{dealt}"
+        return (
+            "good",
+            "Ready to train on",
+            f"Every row that breaks a check is repaired, dropped for it or waived, or is worth a remark only.{dealt}",
+        )
     return "good", "Ready to train on", "No check found anything."
 
 
@@ -91,9 +98,10 @@ def _head(document: Mapping[str, Any], findings: Sequence[Mapping[str, Any]]) ->
     found = {
         word: sum(f["severity"] == name for f in findings) for name, word in (("error", "error"), ("warn", "warning"), ("info", "remark"))
     }
+    fixed = ", ".join(f"{markup.bdi(name)} {markup.number(n)}" for name, n in document.get("fixed", {}).items())
     figures = [
         ("read", markup.number(rows), "rows"),
-        ("kept", markup.number(kept), markup.share(kept, rows)),
+        ("kept", markup.number(kept), "; ".join([markup.share(kept, rows), *([f"repaired: {fixed}"] if fixed else [])])),
         ("dropped", markup.number(rows - kept), markup.share(rows - kept, rows)),
         ("findings", markup.number(len(findings)), ", ".join(markup.many(n, word) for word, n in found.items() if n) or "none"),
     ]
@@ -150,13 +158,13 @@ def _findings(findings: Sequence[Mapping[str, Any]], notes: Mapping[str, str]) -
 def _finding(number: int, finding: Mapping[str, Any]) -> str:
     severity, count, left = finding["severity"], finding["count"], _left(finding)
     facts = [("dropped", "dropped for it", finding["dropped"]), ("elsewhere", "dropped for another check", finding["elsewhere"])]
-    facts += [("left", "kept", left)]
+    facts += [("fixed", "repaired", finding.get("fixed", 0)), ("left", "kept as they are" if finding.get("fixed") else "kept", left)]
     start, bar = 0.0, ""
     for kind, _, n in facts:
         width = 100 * n / max(1, count)
         bar += f'<rect class="{kind}" x="{start:.4g}%" width="{width:.4g}%" height="8"/>' if n else ""
         start += width
-    facts = [fact for fact in facts if fact[2] or fact[0] != "elsewhere"] + (
+    facts = [fact for fact in facts if fact[2] or fact[0] in {"dropped", "left"}] + (
         [("waived", "waived", finding["waived"])] if finding["waived"] else []
     )
     words = "".join(f'<div class="{kind}"><dt>{name}</dt><dd>{markup.number(n)}</dd></div>' for kind, name, n in facts)
@@ -165,6 +173,7 @@ def _finding(number: int, finding: Mapping[str, Any]) -> str:
         f"<li><code>{markup.bdi(place)}</code><q>{markup.bdi(text)}</q></li>"
         for place, text in zip(places, finding.get("examples", []), strict=False)
     )
+    places = places[:LISTED]
     rest = places[len(finding.get("examples", [])) :]
     more = f" (the first {len(places)} of {markup.number(count)} are listed)" if count > len(places) else ""
     listed = "".join(f"<li><code>{markup.bdi(place)}</code></li>" for place in rest)

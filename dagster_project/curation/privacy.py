@@ -73,6 +73,18 @@ def mask(text: str) -> str:
     return text
 
 
+def redact(text: str, secret: bool) -> str:
+    """The text with personal data (or, with `secret`, keys and passwords) replaced by typed placeholders; see `placeholder`."""
+    while found := [one for one in _find(text) if one[2].secret is secret]:  # again, for the reason given in `mask`
+        text = "".join(_masked(text, found, placeholder))
+    return text
+
+
+def placeholder(kind: str) -> str:
+    """What a training text says instead of a value: "e-mail" -> "[EMAIL]", "national id" -> "[NATIONAL_ID]"."""
+    return f"[{kind.upper().replace('-', '').replace(' ', '_')}]"
+
+
 def candidates(texts: Sequence[str], hint: str, literals: Sequence[str] = ()) -> list[int]:
     """Indices of the texts that match a regular expression or hold a literal, by Polars' Rust engines: only there a closer look is worth while."""
     strings = _strings(texts)
@@ -89,11 +101,11 @@ def _strings(texts: Sequence[str]) -> pl.Series:
         return pl.Series([re.sub("[\ud800-\udfff]", "\ufffd", text) for text in texts], dtype=pl.String)
 
 
-def _masked(text: str, found: Sequence[tuple[int, int, Rule]]) -> list[str]:
+def _masked(text: str, found: Sequence[tuple[int, int, Rule]], name: Callable[[str], str] = "[{}]".format) -> list[str]:
     """The text in pieces: what is left as it is at even places, the kinds of what is hidden at odd ones."""
     pieces, at = [], 0
     for start, end, rule in found:
-        pieces += [text[at:start], f"[{rule.kind}]"]
+        pieces += [text[at:start], name(rule.kind)]
         at = end
     return [*pieces, text[at:]]
 
@@ -149,7 +161,7 @@ _AFTER_TOKEN = re.compile(r"[A-Za-z0-9_\-]*")
 _AWS_SECRET = re.compile(r"(?i:aws.{0,20}?(?:key|secret).{0,20}?[=:]\s*)([0-9a-zA-Z/+]{40})(?![0-9a-zA-Z/+=])")
 _URL_PASSWORD = re.compile(r"://[^\s/:@\"']+:([^\s/@\"']+)@")
 _NO_PASSWORD = re.compile(
-    r"(?i)(?:your|my|the)?[_-]?(?:pass(?:word|wd|phrase)?|pwd|pw|secret|token|key)|x+|\*+|\.+|%\w+%?|\$\w+|\[[a-z -]+\]"
+    r"(?i)(?:your|my|the)?[_-]?(?:pass(?:word|wd|phrase)?|pwd|pw|secret|token|key)|x+|\*+|\.+|%\w+%?|\$\w+|\[[a-z _-]+\]"
 )
 """Words that stand for a password in a URL."""
 

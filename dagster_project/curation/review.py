@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from dagster_project.errors import InputError
 from dagster_project.params import Section
-from dagster_project.records import example_id, pair_id, prompt_text, response_text
+from dagster_project.records import content_id, prompt_text, response_text
 
 Decide = Literal["accept", "drop", "edit"]
 COLUMNS = ("example_id", "place", "check", "prompt", "response", "decision", "reason", "new_prompt", "new_response")
@@ -82,6 +82,11 @@ class Decision:
     new_response: str = ""
 
 
+def ids_of(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """A record's `example_id` and, of one that was repaired, that of the row as it was read. People may name it by either."""
+    return tuple(dict.fromkeys((record["example_id"], record.get("source_id") or record["example_id"])))
+
+
 @dataclass
 class Named:
     """The rows of a set by the ways in which people name them."""
@@ -93,14 +98,15 @@ class Named:
     def __post_init__(self) -> None:
         for i, record in enumerate(self.records):
             self.places.setdefault(f"{record['source']}:{record['source_row']}", []).append(i)
-            self.ids.setdefault(record["example_id"][:8], []).append(i)
+            for identity in ids_of(record):
+                self.ids.setdefault(identity[:8], []).append(i)
 
     def rows(self, name: str) -> list[int]:
         """Indices of the records a name stands for: by its place those of one source row, by their content all copies."""
         if name in self.places:
             return self.places[name]
         if re.fullmatch(r"[0-9a-f]{8,32}", name):
-            return [i for i in self.ids.get(name[:8], []) if self.records[i]["example_id"].startswith(name)]
+            return [i for i in self.ids.get(name[:8], []) if any(one.startswith(name) for one in ids_of(self.records[i]))]
         return []
 
 
@@ -200,9 +206,8 @@ def edited(records: Sequence[dict[str, Any]], decisions: Sequence[Decision]) -> 
             at = max((k for k, message in enumerate(messages) if message["role"] == role), default=None)
             if text.strip() and at is not None:
                 messages[at]["content"] = text
-        asked = record.get("asked")
-        identity = example_id(messages) if asked is None else pair_id(messages[:asked], messages[asked:], record["rejected"])
-        result[i] = {**record, "messages": messages, "example_id": identity}
+        new = {**record, "messages": messages}
+        result[i] = {**new, "example_id": content_id(new)}
         reasons[i] = edit.reason
     return result, reasons
 

@@ -30,18 +30,22 @@ def check_text(found: Mapping[str, Any], colour: bool = False, width: int = 120)
     parts: list[Any] = [Text(first, style="bold")]
     if found["dropped"]:
         parts.append(Text("would be dropped: " + ", ".join(f"{name} {n:,}" for name, n in found["dropped"].items())))
+    if found.get("fixed"):
+        parts.append(Text("would be repaired: " + ", ".join(f"{name} {n:,}" for name, n in found["fixed"].items())))
     parts += [Text(line, style="dim") for line in _figures(found)]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name, justify in (("", "left"), ("check", "left"), ("rows", "right"), ("dropped", "right"), ("first rows, from 0", "left")):
+    columns = [("", "left"), ("check", "left"), ("rows", "right"), ("dropped", "right")]
+    columns += [("fixed", "right")] if found.get("fixed") else []
+    for name, justify in [*columns, ("first rows, from 0", "left")]:
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for finding in found["findings"]:
-        rows = ", ".join(map(str, finding["rows"][:6])) + (", …" if finding["count"] > 6 and finding["rows"] else "")
         table.add_row(
             Text(finding["severity"], style=COLOURS[finding["severity"]]),
             finding["check"],
             "the set" if finding["count"] and not finding["rows"] else f"{finding['count']:,}",
             f"{finding['dropped']:,}" if finding["dropped"] else "",
-            rows,
+            *([f"{finding['fixed']:,}" if finding.get("fixed") else ""] if found.get("fixed") else []),
+            _some_rows(finding["rows"]),
         )
     parts += [Text(), table] if found["findings"] else []
     for finding in found["findings"]:
@@ -79,6 +83,11 @@ def check_text(found: Mapping[str, Any], colour: bool = False, width: int = 120)
     )
     console.print(Group(*parts))
     return re.sub(r"[ \t]+$", "", console.file.getvalue(), flags=re.M).rstrip("\n")  # type: ignore[attr-defined]
+
+
+def _some_rows(rows: Sequence[int], most: int = 6) -> str:
+    more = f" and {len(rows) - most:,} more" if len(rows) > most else ""
+    return ", ".join(map(str, rows[:most])) + more
 
 
 def _line(text: str, most: int = 200) -> str:

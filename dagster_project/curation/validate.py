@@ -16,6 +16,7 @@ from dagster_project.curation.hub import held_out_label, parse_spec, read_split
 from dagster_project.curation.overlap import shared_span, thirteen_gram_pairs
 from dagster_project.curation.privacy import mask
 from dagster_project.curation.tokens import ESTIMATED, Tokens
+from dagster_project.curation.written import write_rows
 from dagster_project.errors import InputError
 from dagster_project.params import parse
 from dagster_project.records import example_id, prompt_text, read_ledger, read_pairs, read_records, response_text
@@ -45,6 +46,9 @@ def check_paths(
     since: Sequence[str] = (),
     previous: str = "",
     thirteen_grams: bool = False,
+    mapping: Mapping[str, str] | None = None,
+    out: Path | None = None,
+    dropped: Path | None = None,
 ) -> dict[str, Any]:
     """Judge files of examples, of preference pairs, or of benchmark questions.
 
@@ -53,21 +57,25 @@ def check_paths(
         rules: policy, limits and waivers.
         since: the previous version of `paths`, to say what has changed; `previous` is its name.
         thirteen_grams: also count what the usual rule, any 13 words in common, would call leakage (in `thirteen_grams`).
+        mapping: field -> column, for a layout of one's own; as `mapping` of a source in params.yaml.
+        out, dropped: JSONL files to write the rows to that are kept, and those that are not (curation/written.py).
     Returns:
         The document of `findings.document`; `rows` are 0-based source rows, counted on through the files where there is more than one.
     Raises:
         InputError: a file is missing, empty or in no known format, or the files are of different kinds.
     """
     rules = rules or Rules()
-    loaded = load(paths, layout)
+    loaded = load(paths, layout, mapping)
+    if loaded.kind == "benchmark" and (out or dropped):
+        raise InputError(f"{', '.join(paths)}: holds benchmark questions", "--out and --dropped write examples and preference pairs")
     held_out = [item for path in against for item in _items(path)]
     judged = judge(loaded.records, held_out, rules, tokens, kind=loaded.kind)
     name = ", ".join(paths)
-    document = findings.document(name, loaded.layout, judged, held_out)
+    document = {"fixed": {}, **findings.document(name, loaded.layout, judged, held_out)}
     if thirteen_grams:
         document["thirteen_grams"] = _thirteen(loaded.records, held_out)
     if since:
-        before = load(since, layout)
+        before = load(since, layout, mapping)
         if before.kind != loaded.kind:
             raise InputError(f"{previous} holds {before.kind}, {name} {loaded.kind}", "name an earlier version of the same data")
         was = judge(before.records, held_out, rules, tokens, kind=before.kind)
@@ -76,6 +84,7 @@ def check_paths(
             **findings.changes(_from(before.records, since, paths), loaded.records, previous),
             "findings": findings.finding_changes(old["findings"], document["findings"]),
         }
+    write_rows(judged, out, dropped)
     return document
 
 
@@ -93,16 +102,20 @@ def _from(records: Sequence[dict[str, Any]], places: Sequence[str], names: Seque
     return renamed
 
 
-def load(paths: Sequence[str], layout: str = "auto") -> Loaded:
+def load(paths: Sequence[str], layout: str = "auto", mapping: Mapping[str, str] | None = None) -> Loaded:
     """Files, folders and splits on the Hub in one list.
 
+    Args:
+        mapping: field -> column, for a layout of one's own.
     Raises:
         InputError: missing, unreadable, or of different kinds.
     """
     layout = ALIASES.get(layout, layout)
     if layout not in KNOWN:
         raise InputError(f"unknown format {layout!r}", f"known formats: {', '.join(KNOWN)}")
-    parts = [part for path in paths for part in _load(path, layout)]
+    if mapping and layout != "auto":
+        raise InputError(f"both a format ({layout}) and a mapping", "leave --format or --mapping out")
+    parts = [part for path in paths for part in _load(path, layout, mapping)]
     kinds = {part.kind: part.records[0]["source"] for part in parts if part.records}
     if len(kinds) > 1:
         raise InputError(
@@ -113,15 +126,15 @@ def load(paths: Sequence[str], layout: str = "auto") -> Loaded:
     )
 
 
-def _load(path: str, layout: str) -> list[Loaded]:
+def _load(path: str, layout: str, mapping: Mapping[str, str] | None = None) -> list[Loaded]:
     if hub := parse_spec(path):
-        return [_rows(read_split(hub), hub.name, layout, held_out_label(hub))]
+        return [_rows(read_split(hub), hub.name, layout, held_out_label(hub), mapping)]
     place = _place(path)
-    if layout == "auto" and _is_canonical(place):
+    if layout == "auto" and not mapping and _is_canonical(place):
         return [_canonical(place)]
     if place.is_dir():
-        return [_rows(read_rows(file), f"{path.rstrip('/')}/{name}", layout) for name, file in files_of(place)]
-    return [_rows(read_rows(place), path, layout)]
+        return [_rows(read_rows(file), f"{path.rstrip('/')}/{name}", layout, mapping=mapping) for name, file in files_of(place)]
+    return [_rows(read_rows(place), path, layout, mapping=mapping)]
 
 
 def _place(path: str) -> Path:
@@ -136,14 +149,44 @@ def _place(path: str) -> Path:
     raise InputError(f"{path or 'a path without a name'} does not exist", "name a file, a folder or hub:org/name@REVISION:split")
 
 
-def _rows(rows: list[Row], source: str, layout: str, split: str | None = None) -> Loaded:
+def _rows(rows: list[Row], source: str, layout: str, split: str | None = None, mapping: Mapping[str, str] | None = None) -> Loaded:
     name = source.rpartition("/")[2]
-    kind, layout = _kind(rows, name, layout)
+    if mapping:
+        kind: Kind = "preferences" if PAIR_ONLY & mapping.keys() else "examples"
+    else:
+        kind, layout = _kind(rows, name, layout)
     if kind == "preferences":
-        return Loaded(kind, layout, [formats.as_record(pair) for pair in formats.pairs_of(rows, name, source, layout, split=split)[1]])
+        layout, pairs = formats.pairs_of(rows, name, source, layout, mapping, split)
+        return Loaded(kind, layout, [formats.as_record(pair) for pair in pairs])
     if kind == "benchmark":
         return Loaded(kind, layout, [_question(layout, row, source) for row in rows])
-    return Loaded(kind, layout, formats.records_of(rows, name, source, layout, split=split)[1])
+    layout, records = formats.records_of(rows, name, source, layout, mapping, split)
+    return Loaded(kind, layout, records)
+
+
+PAIR_ONLY = formats.PAIR_FIELDS.keys() - formats.RECORD_FIELDS.keys()
+"""Fields of a mapping that only pairs have."""
+
+
+def read_mapping(text: str) -> dict[str, str]:
+    """ "prompt=q,response=a"  ->  {"prompt": "q", "response": "a"}
+
+    Raises:
+        InputError: a field is not known, missing or named twice.
+    """
+    parts = [part.partition("=") for part in text.split(",")]
+    named = [field.strip() for field, _, _ in parts]
+    mapping = {field.strip(): column.strip() for field, _, column in parts}
+    fields = formats.PAIR_FIELDS if PAIR_ONLY & mapping.keys() else formats.RECORD_FIELDS
+    if not all(sign and column.strip() for _, sign, column in parts):
+        problem = "expected FIELD=COLUMN,..."
+    elif len(mapping) < len(named):
+        problem = f"field {next(field for field in named if named.count(field) > 1)!r} is named twice"
+    else:
+        problem = formats.mapping_problem(mapping, fields)
+    if problem:
+        raise InputError(f"--mapping {text}: {problem}", "as in prompt=q,response=a or prompt=q,chosen=a,rejected=b")
+    return mapping
 
 
 def _kind(rows: Sequence[Row], name: str, layout: str) -> tuple[Kind, str]:

@@ -62,6 +62,8 @@ def describe(root: Path, state: StageState) -> dict[str, Any]:
             found[name] = dg.MetadataValue.int(report[name])
     if report.get("dropped"):
         found["dropped"] = dg.MetadataValue.md(_table(["check", "rows"], list(report["dropped"].items())))
+    if report.get("fixed"):
+        found["fixed"] = dg.MetadataValue.md(_table(["check", "rows"], list(report["fixed"].items())))
     found |= {
         name: value for name, value in report.items() if isinstance(value, int | float | str) and name not in found and name != "passed"
     }
@@ -69,7 +71,9 @@ def describe(root: Path, state: StageState) -> dict[str, Any]:
         columns = list(next(iter(labels.values())))
         rows = [[visible(" ".join(name.split())), *(figures[column] for column in columns)] for name, figures in labels.items()]
         found["by_label"] = dg.MetadataValue.md(_table(["label", *columns], rows))
-    nested = {name: value for name, value in report.items() if isinstance(value, dict | list) and name not in {"dropped", "checks"}}
+    nested = {
+        name: value for name, value in report.items() if isinstance(value, dict | list) and name not in {"dropped", "fixed", "checks"}
+    }
     if nested:
         found["figures"] = dg.MetadataValue.json(nested)
     found |= measured(root, state.address.replace("@", "/"))
@@ -164,6 +168,7 @@ def check_results(root: Path, address: str, report: Mapping[str, Any], pipeline:
         metadata: dict[str, Any] = {
             "truth": truth,
             **{name: found.get(name, 0) for name in ("count", "dropped", "waived")},
+            **({"fixed": found["fixed"]} if found.get("fixed") else {}),
             REPORT_TAG: digest(found),
         }
         if "matches" in found:

@@ -66,6 +66,7 @@ def run(root: Path, params: Params, raw_examples: Path, base_model: Path, out: P
         rows_in=len(records),
         rows_out=len(kept),
         dropped={name: dropped[name] for name in CHECKS if dropped[name]},
+        fixed=judged.fixed,
         checks=checks,
         metrics={
             "categories": judged.profile["categories"],

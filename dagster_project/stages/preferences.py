@@ -112,6 +112,7 @@ def run(
         rows_in=len(records),
         rows_out=sum(map(len, rows.values())),
         dropped={name: dropped[name] for name in CHECKS if dropped[name]},
+        fixed=judged.fixed,
         checks=[findings.check_result(verdict, judged, held_out) for verdict in judged.verdicts.values()],
         metrics={
             **{name: len(rows[name]) for name in SPLITS},

@@ -18,8 +18,8 @@ from dagster_project.params import Section, inside
 from dagster_project.records import (
     CheckResult,
     Report,
+    read_ledger,
     read_records,
-    read_table,
     record_schema,
     subject_text,
     uncollected,
@@ -71,8 +71,7 @@ def run(root: Path, params: Params, seed: int, instructions: Path, out: Path) ->
     supplied = params.augment.paraphrases if params.augment else None
     paraphrases = read_paraphrases(inside(root, supplied, "splits.augment.paraphrases")) if supplied else []
     records = read_records(instructions)
-    ledger = read_table(instructions / "ledger.parquet", ["source_row", "outcome"])
-    source_rows = [row["source_row"] for row in ledger if not row["outcome"].startswith("dropped")]
+    placed = [line for line in read_ledger(instructions) if not line["outcome"].startswith("dropped")]
     texts = [subject_text(record["messages"]) for record in records]
     copies = find_copies(texts)
     groups = [record["group_id"] for record in records]
@@ -95,7 +94,7 @@ def run(root: Path, params: Params, seed: int, instructions: Path, out: Path) ->
         for record in written:
             record["split"] = name
         write_records(out / name, written, schema)
-    write_ledger(out, _ledger(records, source_rows, dealt, rows[TRAIN], added))
+    write_ledger(out, _ledger(records, placed, dealt, rows[TRAIN], added))
 
     proof = prove(out, copies, known)
     counts = {name: len(rows[name]) for name in SPLITS}
@@ -158,17 +157,18 @@ def _labels(params: Params, records: Sequence[dict[str, Any]]) -> list[str | Non
 
 
 def _ledger(
-    records: Sequence[dict[str, Any]], source_rows: Sequence[int], dealt: Deal, train: Sequence[int], added: Added
+    records: Sequence[dict[str, Any]], placed: Sequence[dict[str, Any]], dealt: Deal, train: Sequence[int], added: Added
 ) -> list[dict[str, Any]]:
     lines = []
-    for i, (record, source_row, split) in enumerate(zip(records, source_rows, dealt.splits, strict=True)):
+    for i, (record, before, split) in enumerate(zip(records, placed, dealt.splits, strict=True)):
         why = "label of the source" if i in dealt.labelled else ""
         if i in dealt.because:
             keeper = dealt.because[i]
             why = f"belongs to {dealt.splits[keeper]}/{records[keeper]['example_id']}"
         outcome = "dropped:split_leakage" if split == DROPPED else split
-        identity = {"source": record["source"], "source_row": source_row, "example_id": record["example_id"]}
-        lines.append({**identity, "outcome": outcome, "why": why})
+        identity = {"source": record["source"], "source_row": before["source_row"], "example_id": record["example_id"]}
+        repairs = {key: before[key] for key in ("source_id", "repaired") if before.get(key)}
+        lines.append({**identity, **repairs, "outcome": outcome, "why": why})
     for i, kind, record in added.rows:
         parent = lines[train[i]]
         lines.append(

@@ -1,0 +1,581 @@
+"""What can be repaired is repaired: counted, judged again, told in the ledger, and written by `pedigree check --out`."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dagster_project.__main__ import main
+from dagster_project.audit.impact import repaired_from
+from dagster_project.curation import privacy
+from dagster_project.curation.checks import ROW_CHECKS, SET_CHECKS, Judgement, Rules, judge
+from dagster_project.curation.damage import decomposed, hidden, without_end_marks, without_hidden
+from dagster_project.curation.files import Row
+from dagster_project.curation.findings import document
+from dagster_project.curation.formats import as_record, pairs_of, records_of
+from dagster_project.curation.repair import REPAIRS
+from dagster_project.curation.review import Decision, Waiver
+from dagster_project.curation.validate import load
+from dagster_project.records import Report, content_id, read_ledger, read_records, write_ledger, write_records
+from dagster_project.stages import instructions, preferences, raw_preferences, splits
+
+MAIL = "ann.lee@kites.co.uk"
+KEY = "AKIA" + "Q3EXAMPLE7KEY2AB"
+MARKS = ["<|endoftext|>", "</s>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", " </s>\n", "<|im_end|>\n<|endoftext|>"]
+
+
+def asked(prompt: str, answer: str, **more: Any) -> dict[str, Any]:
+    return {"instruction": prompt, "output": answer, **more}
+
+
+def records(*rows: dict[str, Any]) -> list[dict[str, Any]]:
+    return records_of([Row(i, row) for i, row in enumerate(rows)], "rows", "rows.jsonl")[1]
+
+
+def pairs(*rows: dict[str, Any]) -> list[dict[str, Any]]:
+    return [as_record(pair) for pair in pairs_of([Row(i, row) for i, row in enumerate(rows)], "rows", "rows.jsonl")[1]]
+
+
+def judged(rows: list[dict[str, Any]], decisions: list[Decision] | None = None, **rules: Any) -> Judgement:
+    return judge(rows, [], Rules(**rules), decisions=decisions or [], kind="preferences" if "rejected" in rows[0] else "examples")
+
+
+def said(record: dict[str, Any]) -> list[str]:
+    return [message["content"] for message in record["messages"]]
+
+
+# The repairs
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_an_end_of_text_marker_is_stripped_and_the_row_kept(mark: str) -> None:
+    found = judged(records(asked("Where is my kite?", f"In the hall.{mark}"), asked("Is it blue?", "It is <b>red</b>.")))
+    assert found.reason == [None, None]
+    assert said(found.records[0]) == ["Where is my kite?", "In the hall."]
+    assert (found.fixed, found.verdicts["special_tokens_in_text"].passed) == ({"special_tokens_in_text": 1}, True)
+
+
+@pytest.mark.parametrize(
+    "text", ["Say <|im_end|> at the end.", "<|im_start|>user\nHi<|im_end|>", "[INST] Hi [/INST] Ho</s>", "### Response: yes</s>"]
+)
+def test_a_marker_within_a_text_is_not_repaired_but_dropped_as_it_was_read(text: str) -> None:
+    rows = records(asked("Where is my kite?", text))
+    found = judged(rows)
+    assert (found.reason, found.records, found.fixed) == (["special_tokens_in_text"], rows, {})
+
+
+@pytest.mark.parametrize("text", ["It was <s>10</s> 8 euros, not <s>12</s>", "<s>old</s> new"])
+def test_text_that_html_strikes_through_keeps_its_marks(text: str) -> None:
+    assert without_end_marks(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"), [("<s>Hi there</s>", "Hi there"), ("<s> Hi", "Hi"), ("<|begin_of_text|>Hi<|eot_id|>", "Hi"), ("</s>", "")]
+)
+def test_the_marks_around_a_sequence_are_stripped(text: str, plain: str) -> None:
+    assert without_end_marks(text) == plain
+
+
+def test_an_answer_that_is_nothing_but_a_marker_is_dropped_as_empty() -> None:
+    assert judged(records(asked("Where is my kite?", "<|endoftext|>"))).reason == ["empty_response"]
+
+
+@pytest.mark.parametrize("text", ["\ufeffWhere is it?", "Where\u200b is it?", "Whe\u2060re is it?", "Where\u200d is\u200c it?"])
+def test_byte_order_marks_and_zero_width_characters_are_taken_out(text: str) -> None:
+    found = judged(records(asked(text, "In the hall.")))
+    assert (found.reason, said(found.records[0])[0], found.fixed) == ([None], "Where is it?", {"hidden_characters": 1})
+
+
+@pytest.mark.parametrize("text", ["👩\u200d🚀", "می\u200cخواهم", "क्\u200dष", "សួស្តី\u200bពិភពលោក", "สวัสดี\u200bโลก", "❤\ufe0f\u200d🔥"])
+def test_joiners_that_join_and_spaces_between_words_of_scripts_without_spaces_stay(text: str) -> None:
+    assert without_hidden(text) == text and hidden([text]) == [None]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.sampled_from("aé \u200b\u200c\u200d\u2060\ufeffمក👩\ufe0f\n"), max_size=12))
+def test_what_is_found_hidden_is_what_is_taken_out(text: str) -> None:
+    assert (hidden([text]) == [None]) == (without_hidden(text) == text)
+    assert hidden([without_hidden(text)]) == [None]
+
+
+def test_a_decomposed_text_is_composed() -> None:
+    text = "Où est le café d'Ångström ? 한국어"
+    found = judged(records(asked(unicodedata.normalize("NFD", text), "Ici.")))
+    assert (said(found.records[0])[0], found.fixed, decomposed([text])) == (text, {"unicode_form": 1}, [None])
+
+
+@pytest.mark.parametrize("spelling", ["No input", "noinput", "< noinput >", "`<noinput>`", "N/A", "No input."])
+def test_an_input_that_says_there_is_none_is_emptied(spelling: str) -> None:
+    found = judged(records(asked("Name a kite.", "Delta.", input=spelling)))
+    assert (found.reason, said(found.records[0]), json.loads(found.records[0]["meta"])) == ([None], ["Name a kite.", "Delta."], {})
+    assert found.fixed == {"placeholder_input": 1}
+
+
+def test_a_placeholder_that_is_the_whole_prompt_cannot_be_emptied() -> None:
+    assert judged(records(asked("N/A", "Delta.", input="No input"))).reason == ["placeholder_input"]
+
+
+@pytest.mark.parametrize(
+    ("value", "masked"),
+    [
+        (MAIL, "[EMAIL]"),
+        ("+44 20 7946 0958", "[PHONE]"),
+        ("4111 1111 1111 1111", "[CARD]"),
+        ("DE89 3704 0044 0532 0130 00", "[IBAN]"),
+        ("078-05-1120", "[NATIONAL_ID]"),
+        ("203.0.113.57", "[IP_ADDRESS]"),
+    ],
+)
+def test_personal_data_is_masked_by_a_typed_placeholder(value: str, masked: str) -> None:
+    row = asked(f"Call me at {value} please", "Gladly.", input=f"See {value}", note={"who": [value]})
+    found = judged(records(row), policy={"pii": "fix"})
+    assert (found.reason, said(found.records[0])[0]) == ([None], f"Call me at {masked} please\n\nSee {masked}")
+    assert value not in json.dumps(found.records)
+    assert privacy.scan(said(found.records[0])) == []
+
+
+def test_a_secret_is_masked_where_the_policy_says_so_and_personal_data_beside_it_is_not() -> None:
+    found = judged(records(asked(f"Use {KEY} and write to {MAIL}", "Done.")), policy={"secrets": "fix", "pii": "warn"})
+    assert said(found.records[0])[0] == f"Use [AWS_KEY] and write to {MAIL}"
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from([MAIL, KEY, "call 020 7946 0958", "https://bob:hunter2x@h.org", "203.0.113.57", "a", "[", "]", ":"]), max_size=6
+    )
+)
+def test_masking_ends_and_leaves_nothing(parts: list[str]) -> None:
+    for joint in ("", " ", "@", "://"):
+        for secret in (True, False):
+            assert not [hit for hit in privacy.scan([privacy.redact(joint.join(parts), secret)]) if hit.secret is secret]
+
+
+def test_mojibake_is_undone_where_the_policy_says_so_and_dropped_otherwise() -> None:
+    rows = records(asked("OÃ¹ est le cafÃ© ?\nIt is fine.", "Ici."))
+    assert judged(rows).reason == ["encoding"]
+    found = judged(rows, policy={"encoding": "fix"})
+    assert (found.reason, said(found.records[0])[0]) == ([None], "Où est le café ?\nIt is fine.")
+
+
+# The policy
+
+
+@pytest.mark.parametrize("name", [name for name in (*ROW_CHECKS, *SET_CHECKS) if name not in REPAIRS])
+def test_fix_is_refused_for_a_check_without_a_repair_and_the_others_are_listed(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} has no repair; checks that can be fixed: {', '.join(REPAIRS)}"):
+        Rules(policy={name: "fix"})
+
+
+@pytest.mark.parametrize("action", ["drop", "warn", "review", "fail"])
+def test_only_the_policy_fix_changes_a_text(action: str) -> None:
+    rows = records(asked("\ufeffWhere is the cafe\u0301?", "In the hall.</s>", input="No input"), asked(f"Write to {MAIL}", "I do."))
+    found = judged(rows, policy=dict.fromkeys(REPAIRS, action))
+    assert (found.records, found.fixed, found.repaired) == (rows, {}, {})
+
+
+# Judged again, and counted
+
+
+def test_copies_that_only_the_repair_makes_equal_are_found() -> None:
+    rows = records(
+        asked(f"Write to {MAIL}", "I do."), asked("Write to bob@kites.org", "I do."), asked("Fly.</s>", "Up."), asked("Fly.", "Up.")
+    )
+    found = judged(rows, policy={"pii": "fix"})
+    assert found.reason == [None, "exact_duplicates", None, "exact_duplicates"]
+    assert (found.fixed, found.verdicts["pii"].broken) == ({"pii": 1, "special_tokens_in_text": 1}, [0, 1])
+
+
+def test_a_repaired_row_has_the_id_of_what_it_says_now_and_keeps_the_one_it_was_read_with() -> None:
+    rows = records(asked("Where is it?", "Here.</s>"), asked("Who flew it?", "Ann."))
+    first, second = judged(rows).records
+    assert (first["example_id"], first["source_id"], first["repaired"]) == (
+        content_id(first),
+        rows[0]["example_id"],
+        ["special_tokens_in_text"],
+    )
+    assert first["example_id"] != first["source_id"] and second == rows[1]
+
+
+def test_a_row_with_several_faults_is_repaired_for_each() -> None:
+    text = f"\ufeffCafe\u0301 of {MAIL}"
+    found = judged(records(asked(text, "Yes.<|endoftext|>", input="None")), policy={"pii": "fix"})
+    assert said(found.records[0]) == ["Café of [EMAIL]", "Yes."]
+    assert found.records[0]["repaired"] == ["hidden_characters", "unicode_form", "placeholder_input", "special_tokens_in_text", "pii"]
+    assert (found.reason, set(found.fixed.values())) == ([None], {1})
+
+
+def test_the_document_counts_each_row_once_as_fixed_dropped_or_kept() -> None:
+    rows = records(asked("Fly.", "Up.</s>"), asked("Fly.", "Up.<|im_end|>"), asked("A <|im_end|> b", "c"), asked("Land.", "Down."))
+    shown = document("set", "alpaca", judged(rows), [])
+    assert (shown["rows"], shown["kept"], shown["dropped"]) == (4, 2, {"special_tokens_in_text": 1, "exact_duplicates": 1})
+    assert shown["fixed"] == {"special_tokens_in_text": 1}
+    (one,) = [f for f in shown["findings"] if f["check"] == "special_tokens_in_text"]
+    assert (one["count"], one["fixed"], one["dropped"], one["elsewhere"]) == (3, 1, 1, 1)
+    assert one["examples"][0] == "control token: '</s>'"
+
+
+def test_a_value_that_was_masked_is_in_no_finding() -> None:
+    found = judged(records(asked(f"Write to {MAIL} now", "I do.")), policy={"pii": "fix"})
+    shown = json.dumps(document("set", "alpaca", found, []))
+    assert MAIL not in shown and "e-mail: Write to [e-mail] now" in shown and "e-mail 1" in found.verdicts["pii"].note
+
+
+def test_a_waived_row_is_left_as_it_was_read() -> None:
+    rows = records(asked(f"Write to {MAIL}", "I do."), asked("Write to bob@kites.org", "He does."))
+    waiver = Waiver(check="pii", rows=["rows.jsonl:0"], reason="a public address", expires="2999-01-01")  # type: ignore[arg-type]
+    found = judged(rows, policy={"pii": "fix"}, waivers=[waiver])
+    assert (said(found.records[0]), said(found.records[1])[0]) == (said(rows[0]), "Write to [EMAIL]")
+    assert (found.verdicts["pii"].waived, found.fixed) == (1, {"pii": 1})
+
+
+@pytest.mark.parametrize("by", ["source_id", "example_id"])
+def test_people_may_name_a_repaired_row_by_either_id(by: str) -> None:
+    rows = records(asked("Where is it?", "Here.</s>"))
+    (name,) = [record[by] for record in judged(rows).records]
+    assert judged(rows, [Decision(name, "conflicting_responses", "drop", "rude")]).said == {0: "dropped: rude"}
+    edited = judged(rows, [Decision(name, "conflicting_responses", "edit", "clearer", new_response="There.<|im_end|>")])
+    assert (said(edited.records[0]), edited.reason) == (["Where is it?", "There."], [None])
+
+
+def test_the_repairs_and_their_defaults_are_documented() -> None:
+    page = (ROOT / "docs/checks.md").read_text()
+    for name, one in REPAIRS.items():
+        default = Rules().action(name)
+        assert f"| `{name}` | {one.does} | {'yes' if default == 'fix' else f'no, `{default}`'} |" in page
+
+
+def test_the_id_of_a_source_row_leads_to_what_it_became(tmp_path: Path, tiny_model: Path) -> None:
+    rows = records(asked("Fly.", "Up.</s>"), asked("Land.", "Down."))
+    staged(tmp_path, tiny_model, rows)
+    made = SimpleNamespace(md5="a", weights=False)
+    index: Any = SimpleNamespace(made={1: made}, place=lambda out, name: tmp_path / "out" / name)
+    assert repaired_from(index, rows[0]["example_id"]) == [read_records(tmp_path / "out")[0]["example_id"]]
+    assert repaired_from(index, rows[1]["example_id"]) == []
+
+
+# Pairs
+
+
+def test_every_side_of_a_pair_is_repaired() -> None:
+    row = {"prompt": f"Ask {MAIL}</s>", "chosen": f"Wrote {MAIL}.<|im_end|>", "rejected": f"\ufeffNo {MAIL}<|eot_id|>"}
+    found = judged(pairs(row), policy={"pii": "fix"})
+    (one,) = found.records
+    assert (said(one), one["rejected"][0]["content"]) == (["Ask [EMAIL]", "Wrote [EMAIL]."], "No [EMAIL]")
+    assert (found.reason, one["example_id"]) == ([None], content_id(one))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [
+        ("On its way.", "on its  way"),
+        ("On its way.", "ON ITS WAY."),
+        ("On its\nway.", " On its way.\n\n"),
+        ("Un café.", "Un cafe\u0301"),
+        ("ﬁne", "fine!"),
+    ],
+)
+def test_a_pair_that_differs_in_form_alone_is_identical(chosen: str, rejected: str) -> None:
+    found = judged(pairs({"prompt": "Where is it?", "chosen": chosen, "rejected": rejected}), policy=dict.fromkeys(REPAIRS, "warn"))
+    assert found.reason == ["identical_pair"]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [
+        ("Is it here?", "It is here."),
+        ("Is it?", "Is it."),
+        ("```\nif a:\n    b\n```", "```\nif a:\nb\n```"),
+        ("Run `ls`:\n```\nTrue\n```", "Run `ls`:\n```\ntrue\n```"),
+        ("if a:\n    b\n    c", "if a:\n    b\nc"),
+        ("...", "!!!"),
+    ],
+)
+def test_a_pair_that_differs_in_what_it_says_or_in_the_layout_of_code_is_not(chosen: str, rejected: str) -> None:
+    assert judged(pairs({"prompt": "Where is it?", "chosen": chosen, "rejected": rejected})).reason == [None]
+
+
+def test_each_of_many_planted_pairs_that_are_equal_but_for_form_is_found() -> None:
+    rows = [
+        {"prompt": f"Where is kite {i}?", "chosen": f"Kite {i} is in the hall.", "rejected": f"No kite has the number {i}."}
+        for i in range(40)
+    ]
+    for i, row in enumerate(rows[:22]):
+        row["rejected"] = row["chosen"].upper() if i % 2 else row["chosen"].replace(" ", "  ") + "\n"
+    assert judged(pairs(*rows)).reason == ["identical_pair"] * 22 + [None] * 18
+
+
+# The stages
+
+
+def staged(folder: Path, model: Path, rows: list[dict[str, Any]], **params: Any) -> Report:
+    write_records(folder / "raw", rows)
+    write_ledger(folder / "raw", [{**row, "outcome": "read", "why": ""} for row in rows])
+    return instructions.run(folder, instructions.Params(**params), folder / "raw", model, folder / "out", folder / "pages", {})
+
+
+def test_a_stage_writes_repaired_rows_and_its_ledger_says_from_what(tmp_path: Path, tiny_model: Path) -> None:
+    rows = records(asked("Fly.", "Up.</s>"), asked("Fly.", "Up."), asked("Who?", f"{MAIL} did."), asked("Land.", ""))
+    report = staged(tmp_path, tiny_model, rows, policy={"pii": "fix"})
+    assert (report.rows_in, report.rows_out, report.dropped) == (4, 2, {"empty_response": 1, "exact_duplicates": 1})
+    assert report.document()["fixed"] == {"special_tokens_in_text": 1, "pii": 1} == report.fixed
+    kept, ledger = read_records(tmp_path / "out"), read_ledger(tmp_path / "out")
+    assert [said(record)[1] for record in kept] == ["Up.", "[EMAIL] did."]
+    assert [line["example_id"] for line in ledger if line["outcome"] == "kept"] == [record["example_id"] for record in kept]
+    assert [line["source_id"] or line["example_id"] for line in ledger] == [row["example_id"] for row in rows]
+    assert [line["repaired"] for line in ledger] == [["special_tokens_in_text"], None, ["pii"], None]
+    assert ledger[0]["why"] == "repaired: special_tokens_in_text"
+    page = (tmp_path / "pages/report.html").read_text()
+    assert "repaired: " in page and "special_tokens_in_text" in page
+    assert json.loads((tmp_path / "out/findings.json").read_text())["fixed"] == report.fixed
+
+
+def test_a_ledger_without_repairs_is_what_it_was(tmp_path: Path, tiny_model: Path) -> None:
+    report = staged(tmp_path, tiny_model, records(asked("Fly.", "Up."), asked("Land.", "")))
+    assert "fixed" not in report.document() and set(read_ledger(tmp_path / "out")[0]) == {
+        "source",
+        "source_row",
+        "example_id",
+        "outcome",
+        "why",
+    }
+
+
+def test_what_was_repaired_goes_on_into_the_ledger_of_the_splits(tmp_path: Path, tiny_model: Path) -> None:
+    rows = records(*(asked(f"Where is kite {i}?", f"In hall {i}.{'</s>' if i == 3 else ''}") for i in range(8)))
+    staged(tmp_path, tiny_model, rows)
+    splits.run(tmp_path, splits.Params(), 7, tmp_path / "out", tmp_path / "splits")
+    (line,) = [line for line in read_ledger(tmp_path / "splits") if line["repaired"]]
+    assert (line["source_row"], line["source_id"], line["repaired"]) == (3, rows[3]["example_id"], ["special_tokens_in_text"])
+
+
+def test_pairs_are_repaired_in_their_stage_and_accounted_for(tmp_path: Path, tiny_model: Path) -> None:
+    rows = [{"prompt": f"Where is kite {i}?", "chosen": f"In hall {i}.<|im_end|>", "rejected": f"Nobody knows {i}."} for i in range(6)]
+    rows[5]["rejected"] = "in hall 5"
+    (tmp_path / "data/sources").mkdir(parents=True)
+    (tmp_path / "data/sources/p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = raw_preferences.Params(sources=[{"path": "data/sources/p.jsonl"}])  # type: ignore[list-item]
+    raw_preferences.run(tmp_path, source, tmp_path / "raw")
+    write_records(tmp_path / "splits/test", [])
+    folders = (tmp_path / "raw", tmp_path / "splits", tiny_model, tmp_path / "out", tmp_path / "pages")
+    report = preferences.run(tmp_path, preferences.Params(), 7, *folders, {})
+    assert (report.rows_in, report.rows_out, report.dropped) == (6, 5, {"identical_pair": 1})
+    assert report.fixed == {"special_tokens_in_text": 5}
+    kept = [pair for name in ("train", "validation", "test") for pair in read_records(tmp_path / "out" / name)]
+    assert sorted(pair["chosen"][0]["content"] for pair in kept) == [f"In hall {i}." for i in range(5)]
+    assert all(line["repaired"] == ["special_tokens_in_text"] and line["source_id"] for line in read_ledger(tmp_path / "out"))
+
+
+# The command
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> dict[str, Any]:
+        return dict(json.loads(self.out))
+
+
+@pytest.fixture
+def check(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> Done:
+        capsys.readouterr()
+        try:
+            code = main(["check", *map(str, arguments)])
+        except SystemExit as usage:
+            code = int(usage.code or 0)
+        return Done(code, *capsys.readouterr())
+
+    return call
+
+
+def jsonl(name: str, rows: list[dict[str, Any]]) -> Path:
+    path = Path(name)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def lines(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(name).read_text(encoding="utf-8").splitlines()]
+
+
+def refused(done: Done, *parts: str) -> None:
+    assert (done.code, done.out) == (2, "") and "Traceback" not in done.err and done.err.count("error: ") == 1
+    assert all(part in done.err for part in parts), done.err
+
+
+MIXED = [
+    asked("Where is the kite?", "In the hall.</s>", category="a", customer=7),
+    asked("Where is the kite?", "In the hall."),
+    asked("Who flew it?", f"{MAIL} did.", input="No input"),
+    asked("Land it.", "", split="test"),
+    {"instruction": "Fly it.", "output": 3},
+    asked("Is it <|im_start|> red?", "It is blue.", input="noinput"),
+]
+
+
+def test_fix_in_a_policy_file_is_refused_for_a_check_without_a_repair(check: Any) -> None:
+    Path("policy.yaml").write_text("policy: {empty_response: fix}")
+    refused(check(jsonl("a.jsonl", MIXED), "--policy", "policy.yaml"), "policy.yaml", "empty_response has no repair", "pii", "unicode_form")
+
+
+def test_the_command_says_what_would_be_repaired_in_text_and_in_json(check: Any) -> None:
+    Path("policy.yaml").write_text("policy: {pii: fix}")
+    found = check(jsonl("a.jsonl", MIXED), "--policy", "policy.yaml", "--json").document
+    assert found["fixed"] == {"placeholder_input": 1, "special_tokens_in_text": 1, "pii": 1}
+    text = check("a.jsonl", "--policy", "policy.yaml").out
+    assert "would be repaired: placeholder_input 1, special_tokens_in_text 1, pii 1" in " ".join(text.split()) and " fixed " in text
+    assert check(jsonl("b.jsonl", [asked("Fly.", "Up.")]), "--json").document["fixed"] == {}
+
+
+def test_kept_and_dropped_rows_are_written_and_add_up(check: Any) -> None:
+    found = check(jsonl("a.jsonl", MIXED), "--out", "clean.jsonl", "--dropped", "gone.jsonl", "--json").document
+    clean, gone = lines("clean.jsonl"), lines("gone.jsonl")
+    assert (len(clean), len(clean) + len(gone), found["rows"]) == (found["kept"], len(MIXED), len(MIXED))
+    assert clean[0] == {
+        "messages": [{"role": "user", "content": "Where is the kite?"}, {"role": "assistant", "content": "In the hall."}],
+        "category": "a",
+        "customer": 7,
+    }
+    assert {row["source_row"]: row["reasons"] for row in gone} == {
+        1: ["exact_duplicates"],
+        2: ["pii"],
+        3: ["empty_response"],
+        4: ["malformed_row"],
+        5: ["special_tokens_in_text"],
+    }
+    assert gone[0]["source"] == "a.jsonl" and gone[3]["row"]["row"] == MIXED[4]
+
+
+def test_a_dropped_row_names_every_check_it_would_be_dropped_for(check: Any) -> None:
+    check(jsonl("a.jsonl", [asked("Fly.", "Up."), asked(f"Is {KEY} of {MAIL}?", "")]), "--dropped", "gone.jsonl")
+    (gone,) = lines("gone.jsonl")
+    assert (gone["check"], gone["reasons"]) == ("empty_response", ["empty_response", "secrets", "pii"])
+
+
+def test_what_was_written_is_clean_when_it_is_checked_again(check: Any) -> None:
+    rows = [*MIXED, asked("Plain", "words", prompt="x", completion="y", messages="z")]
+    first = check(jsonl("a.jsonl", rows), "--out", "clean.jsonl", "--json").document
+    again = check("clean.jsonl", "--json").document
+    assert (again["format"], again["rows"], again["kept"], again["fixed"]) == ("messages", first["kept"], first["kept"], {})
+    assert [said(one) for one in load(["clean.jsonl"]).records][-1] == ["Plain", "words"]
+
+
+def test_pairs_are_written_in_the_layout_of_preferences(check: Any) -> None:
+    rows = [
+        {"prompt": "Where?", "chosen": "Here.</s>", "rejected": "There.", "margin": 2.0, "rater": "x"},
+        {"prompt": "Who?", "chosen": "Ann.", "rejected": "ann"},
+    ]
+    found = check(jsonl("a.jsonl", rows), "--out", "clean.jsonl", "--dropped", "gone.jsonl", "--json").document
+    (clean,), (gone,) = lines("clean.jsonl"), lines("gone.jsonl")
+    assert (clean["chosen"], clean["margin"], clean["rater"]) == ([{"role": "assistant", "content": "Here."}], 2.0, "x")
+    assert (gone["source_row"], gone["reasons"], found["kept"]) == (1, ["identical_pair"], 1)
+    assert check("clean.jsonl", "--json").document["format"] == "preference"
+
+
+def test_halves_of_kto_pairs_are_accounted_for_by_both_their_rows(check: Any) -> None:
+    rows = [{"prompt": "Who?", "completion": "Ann.", "label": label} for label in (True, False)]
+    check(jsonl("a.jsonl", rows), "--dropped", "gone.jsonl")
+    (gone,) = lines("gone.jsonl")
+    assert (gone["source_row"], gone["source_rows"]) == (0, [0, 1])
+
+
+def test_columns_of_ones_own_are_mapped_on_the_command_line(check: Any) -> None:
+    jsonl("a.jsonl", [{"q": "Where?", "a": "Here.", "b": "There.", "area": "x"}])
+    found = check("a.jsonl", "--mapping", "prompt=q,response=a,category=area", "--out", "clean.jsonl", "--json").document
+    assert (found["format"], found["kept"], lines("clean.jsonl")[0]["category"]) == ("mapping", 1, "x")
+    assert check("a.jsonl", "--mapping", "prompt=q, chosen=a, rejected=b", "--json").document["profile"]["length_rule_accuracy"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("mapping", "part"),
+    [
+        ("prompt=q", "no column for response"),
+        ("prompt=q,answer=a", "unknown field 'answer'"),
+        ("prompt", "FIELD=COLUMN"),
+        ("prompt=q,prompt=a", "named twice"),
+        ("prompt=q,response=q", "named twice"),
+        ("prompt=q,response=nope", "no row has the columns"),
+    ],
+)
+def test_a_mapping_that_makes_no_sense_is_refused(mapping: str, part: str, check: Any) -> None:
+    refused(check(jsonl("a.jsonl", [{"q": "Where?", "a": "Here."}]), "--mapping", mapping), part)
+
+
+def test_a_mapping_and_a_format_are_refused_together(check: Any) -> None:
+    refused(check(jsonl("a.jsonl", [{"q": "Where?", "a": "Here."}]), "--mapping", "prompt=q,response=a", "--format", "alpaca"), "mapping")
+
+
+@pytest.mark.parametrize("option", ["--out", "--dropped"])
+@pytest.mark.parametrize("name", ["a.jsonl", "./a.jsonl", "link.jsonl", "hard.jsonl", "held.jsonl"])
+def test_an_input_is_never_overwritten(option: str, name: str, check: Any) -> None:
+    before = jsonl("a.jsonl", MIXED).read_bytes()
+    jsonl("held.jsonl", MIXED[:1])
+    Path("link.jsonl").symlink_to("a.jsonl")
+    Path("hard.jsonl").hardlink_to("a.jsonl")
+    refused(check("a.jsonl", "--against", "held.jsonl", option, name), option, "is read")
+    assert Path("a.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--out", "in/clean.jsonl"], "is read"),
+        (["--out", "clean.csv"], ".jsonl"),
+        (["--out", "x.jsonl", "--dropped", "x.jsonl"], "both name"),
+        (["--out", "folder.jsonl"], "folder"),
+        (["--out", "file/clean.jsonl"], "--out"),
+    ],
+)
+def test_an_output_that_cannot_be_is_refused_and_nothing_is_left(arguments: list[str], part: str, check: Any) -> None:
+    for folder in ("in", "folder.jsonl"):
+        Path(folder).mkdir()
+    Path("file").write_text("")
+    jsonl("in/a.jsonl", MIXED)
+    before = sorted(Path().rglob("*"))
+    refused(check("in", *arguments), part)
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_where_one_file_cannot_be_written_the_other_is_not_either(check: Any) -> None:
+    Path("file").write_text("")
+    Path("clean.jsonl").write_text("as it was")
+    refused(check(jsonl("a.jsonl", MIXED), "--out", "clean.jsonl", "--dropped", "file/gone.jsonl"), "gone.jsonl")
+    assert Path("clean.jsonl").read_text() == "as it was" and not [*Path().glob(".clean*")]
+
+
+def test_benchmark_questions_are_not_written(check: Any) -> None:
+    jsonl("quiz.jsonl", [{"question": "Who?", "choices": ["Ann", "Bob"], "answer": 0}])
+    refused(check("quiz.jsonl", "--out", "clean.jsonl"), "benchmark questions")
+
+
+def test_json_lists_every_row_and_text_says_how_many_more(check: Any) -> None:
+    jsonl("a.jsonl", [asked(f"Write to nr{i}@kites.org", f"Done {i}.") for i in range(33)])
+    (one,) = [f for f in check("a.jsonl", "--json").document["findings"] if f["check"] == "pii"]
+    assert (one["rows"], len(one["places"]), one["count"]) == ([*range(33)], 33, 33)
+    assert "0, 1, 2, 3, 4, 5 and 27 more" in check("a.jsonl").out
+    check("a.jsonl", "--report", "page.html")
+    assert "the first 20 of 33" in Path("page.html").read_text()
+
+
+SHARED = ROOT.parent / "shared" / "data"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data, the real data sets, is missing")
+def test_the_placeholder_inputs_of_a_real_alpaca_file_are_emptied_and_no_row_is_lost(check: Any) -> None:
+    found = check(SHARED / "alpaca_en_demo.json", "--out", "clean.jsonl", "--dropped", "gone.jsonl", "--json").document
+    assert found["fixed"]["placeholder_input"] == 8 and "placeholder_input" not in found["dropped"]
+    assert len(lines("clean.jsonl")) + len(lines("gone.jsonl")) == 999 == found["rows"]
