@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import unicodedata
 from pathlib import Path
@@ -99,7 +100,7 @@ def test_joiners_that_join_and_spaces_between_words_of_scripts_without_spaces_st
     assert without_hidden(text) == text and hidden([text]) == [None]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.text(st.sampled_from("aé \u200b\u200c\u200d\u2060\ufeffمក👩\ufe0f\n"), max_size=12))
 def test_what_is_found_hidden_is_what_is_taken_out(text: str) -> None:
     assert (hidden([text]) == [None]) == (without_hidden(text) == text)
@@ -130,14 +131,14 @@ def test_a_placeholder_that_is_the_whole_prompt_cannot_be_emptied() -> None:
         ("+44 20 7946 0958", "[PHONE]"),
         ("4111 1111 1111 1111", "[CARD]"),
         ("DE89 3704 0044 0532 0130 00", "[IBAN]"),
-        ("078-05-1120", "[NATIONAL_ID]"),
-        ("203.0.113.57", "[IP_ADDRESS]"),
+        ("536-90-4399", "[NATIONAL_ID]"),
+        ("104.244.42.193", "[IP_ADDRESS]"),
     ],
 )
 def test_personal_data_is_masked_by_a_typed_placeholder(value: str, masked: str) -> None:
-    row = asked(f"Call me at {value} please", "Gladly.", input=f"See {value}", note={"who": [value]})
+    row = asked(f"It was {value} that", "Gladly.", input=f"See {value}", note={"who": [value]})
     found = judged(records(row), policy={"pii": "fix"})
-    assert (found.reason, said(found.records[0])[0]) == ([None], f"Call me at {masked} please\n\nSee {masked}")
+    assert (found.reason, said(found.records[0])[0]) == ([None], f"It was {masked} that\n\nSee {masked}")
     assert value not in json.dumps(found.records)
     assert privacy.scan(said(found.records[0])) == []
 
@@ -147,16 +148,12 @@ def test_a_secret_is_masked_where_the_policy_says_so_and_personal_data_beside_it
     assert said(found.records[0])[0] == f"Use [AWS_KEY] and write to {MAIL}"
 
 
-@settings(max_examples=200, deadline=None)
-@given(
-    st.lists(
-        st.sampled_from([MAIL, KEY, "call 020 7946 0958", "https://bob:hunter2x@h.org", "203.0.113.57", "a", "[", "]", ":"]), max_size=6
-    )
-)
-def test_masking_ends_and_leaves_nothing(parts: list[str]) -> None:
-    for joint in ("", " ", "@", "://"):
-        for secret in (True, False):
-            assert not [hit for hit in privacy.scan([privacy.redact(joint.join(parts), secret)]) if hit.secret is secret]
+@pytest.mark.parametrize("secret", [True, False])
+def test_masking_ends_and_leaves_nothing_whatever_stands_next_to_a_value(secret: bool) -> None:
+    values = [MAIL, KEY, "call 020 7946 0958", "https://bob:hunter2x@h.org", "104.244.42.193", "a", "[", "]:"]
+    texts = [joint.join(parts) for parts in itertools.product(values, repeat=3) for joint in ("", " ", "@", "://")]
+    masked = [privacy.redact(text, secret) for text in texts]
+    assert [hit for hit in privacy.scan(masked) if hit.secret is secret] == []
 
 
 def test_mojibake_is_undone_where_the_policy_says_so_and_dropped_otherwise() -> None:
