@@ -464,7 +464,7 @@ def test_a_dropped_row_names_every_check_it_would_be_dropped_for(check: Any) -> 
 
 
 def test_what_was_written_is_clean_when_it_is_checked_again(check: Any) -> None:
-    rows = [*MIXED, asked("Plain", "words", prompt="x", completion="y", messages="z")]
+    rows = [*MIXED, {**asked("Plain", "words"), "prompt": "x", "completion": "y", "messages": "z"}]
     first = check(jsonl("a.jsonl", rows), "--out", "clean.jsonl", "--json").document
     again = check("clean.jsonl", "--json").document
     assert (again["format"], again["rows"], again["kept"], again["fixed"]) == ("messages", first["kept"], first["kept"], {})
