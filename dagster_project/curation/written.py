@@ -13,7 +13,8 @@ from dagster_project.curation import account, formats
 from dagster_project.curation.checks import ROW_CHECKS, Judgement
 from dagster_project.errors import InputError
 
-LAYOUTS: list[formats.Layout | formats.PairLayout] = [*formats.LAYOUTS.values(), *formats.PAIR_LAYOUTS.values()]
+FORMS = [form for layout in formats.PAIR_LAYOUTS.values() for form in layout.forms]
+LAYOUTS: list[formats.Layout | formats.PairLayout] = [*formats.LAYOUTS.values(), *FORMS]
 RESERVED = frozenset({"meta"}).union(*(layout.keys | layout.used for layout in LAYOUTS))
 """Keys by which a layout is told, or that it reads: a row is written with none of them but its own, the others go to `meta`."""
 
