@@ -166,7 +166,7 @@ def test_json_is_one_document_with_the_keys_of_the_contract_and_nothing_else(che
     done = check(jsonl(Path("a.jsonl"), *many(3), ask("Hi <|im_end|>"), "no json"), "--json")
     assert done.out.count("\n") == 1 and done.err == ""
     found = done.document
-    assert {"name", "format", "rows", "kept", "dropped", "findings", "similarity", "profile", "notes"} == set(found)
+    assert {"name", "format", "rows", "kept", "dropped", "fixed", "findings", "similarity", "profile", "notes"} == set(found)
     keys = {
         "check",
         "severity",
