@@ -169,7 +169,7 @@ def test_the_page_shows_curves_weights_memory_spans_and_settings_and_hostile_tex
         "faq.jsonl",
     ):
         assert text in page, text
-    assert page.count('<polyline class="line') == 5, "loss, validation loss, rate, gradient norm, speed"
+    assert page.count('<polyline class="line') == 6, "loss, smoothed and validation loss, rate, gradient norm, speed"
     assert "<script" not in page and "http" not in page.replace("http-equiv", "")
     assert {path.stem for path in (tmp_path / "live").iterdir()} == set(LIVE)
 
