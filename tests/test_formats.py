@@ -168,7 +168,7 @@ def test_each_file_type_gives_the_same_rows(name: str, tmp_path: Path) -> None:
     rows = [PAIR, {"prompt": "Grüße", "completion": "你好"}]
     path = tmp_path / name
     text = json.dumps(rows) if name == "rows.json" else "\n".join(map(json.dumps, rows))
-    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    path.write_bytes(gzip.compress(text.encode(), mtime=0) if name.endswith(".gz") else text.encode())
     records = to_records(path, name)[1]
     assert [turns(record)[0][1] for record in records] == ["Hi", "Grüße"]
     assert [record["source_row"] for record in records] == [0, 1]
@@ -254,7 +254,7 @@ def test_a_number_too_long_to_convert_spoils_its_row_and_no_other(tmp_path: Path
         ("a.json", b'[{"prompt": "caf\xe9"}]', "a.json: not UTF-8 at byte 16"),
         ("a.jsonl", b'{"prompt": "caf\xe9"}', "a.jsonl: not JSON: not UTF-8 at byte 15 (line 1)"),
         ("a.jsonl.gz", b"plain", "a.jsonl.gz: broken gzip file: "),
-        ("a.jsonl.gz", gzip.compress(b'{"prompt": "Hi"}')[:-9], "a.jsonl.gz: broken gzip file: "),
+        ("a.jsonl.gz", gzip.compress(b'{"prompt": "Hi"}', mtime=0)[:-9], "a.jsonl.gz: broken gzip file: "),
     ],
 )
 def test_a_bad_file_is_refused_by_name_and_reason(name: str, content: bytes, message: str, tmp_path: Path) -> None:
@@ -278,7 +278,7 @@ def test_a_json_list_without_a_single_object_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_gzip_file_with_damaged_content_is_refused(tmp_path: Path) -> None:
-    damaged = bytearray(gzip.compress(b'{"prompt": "Hi", "completion": "Hello"}\n' * 50))
+    damaged = bytearray(gzip.compress(b'{"prompt": "Hi", "completion": "Hello"}\n' * 50, mtime=0))
     damaged[10:14] = bytes(byte ^ 0xFF for byte in damaged[10:14])
     (tmp_path / "a.jsonl.gz").write_bytes(damaged)
     assert refused(tmp_path / "a.jsonl.gz").startswith("a.jsonl.gz: broken gzip file: ")
