@@ -12,6 +12,7 @@ from pydantic import Field, field_validator
 
 from dagster_project.curation import profile as profiles
 from dagster_project.curation.benchmarks import Item
+from dagster_project.curation.content import CONTENT_CHECKS
 from dagster_project.curation.facts import GROUPED, Facts, Link, gather
 from dagster_project.curation.repair import REPAIRS, Repaired, repair
 from dagster_project.curation.review import Decision, Waived, Waiver, edited, ids_of, resolve
@@ -113,6 +114,7 @@ ROW_CHECKS: dict[str, Check] = {
         "drop",
         "Set the policy `pii: fix` to put placeholders such as [EMAIL] in its place, or take the row out.",
     ),
+    **{check.name: Check(check.description, check.severity, "warn", check.hint) for check in CONTENT_CHECKS},
     "exact_duplicates": Check("No two rows are identical.", "warn", "drop", "Nothing to do: one of them is kept."),
     "benchmark_leakage": Check(
         "No row overlaps a held-out benchmark.",
@@ -252,6 +254,7 @@ def row_schema(max_tokens: int, min_response_tokens: int) -> pa.DataFrameSchema:
             "damage": _is_null("encoding"),
             "secret": _is_null("secrets"),
             "personal": _is_null("pii"),
+            **{check.name: _is_null(check.name) for check in CONTENT_CHECKS},
             "repeats": _is_null("exact_duplicates"),
             "leaks": _is_null("benchmark_leakage"),
             "other_split": _is_null("split_leakage"),
@@ -504,7 +507,8 @@ def _row_notes(
     if tokens.estimated:
         for name in ("too_long", "short_response"):
             notes.setdefault(name, []).append("tokens estimated at four bytes each: no base model at hand")
-    for name, column in (("secrets", "secret"), ("pii", "personal"), ("template_mismatch", "misfit"), *CHARACTERS.items()):
+    columns = {"secrets": "secret", "pii": "personal", "template_mismatch": "misfit", **CHARACTERS}
+    for name, column in (*columns.items(), *((check.name, check.name) for check in CONTENT_CHECKS)):
         kinds = Counter(facts.frame[column][i].partition(":")[0] for i in broken.get(name, ())) + repaired.kinds(name)
         if kinds:
             notes[name] = [", ".join(f"{kind} {n}" for kind, n in kinds.most_common(5))]

@@ -162,10 +162,10 @@ def _say(kind: str, shown: str, pattern: re.Pattern[str]) -> str:
         before = before.partition(" ")[2]
     if end < len(shown) and " " in after:
         after = after.rpartition(" ")[0]
-    return f"{kind}: '{_visible(before + match.group() + after)}'"
+    return f"{kind}: '{visible(before + match.group() + after)}'"
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """On one line, with what can't be seen or would steer a terminal escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
@@ -223,7 +223,7 @@ _MARK_HINT = (
 def _marks(text: str, own: re.Pattern[str] | None) -> str | None:
     found = []
     if token := _TOKEN.search(text) or (own and own.search(text)) or _sentence(text):
-        found.append(f"control token: '{_visible(token.group())}'")
+        found.append(f"control token: '{visible(token.group())}'")
     if boilerplate := _BOILERPLATE.search(text):
         found.append(f"instruction template: '{boilerplate.group().strip()}'")
     if (asks := _ASKS.search(text)) and (answers := _ANSWERS.search(text, asks.end())):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from unicodedata import normalize
 
 from dagster_project.curation.benchmarks import Item
+from dagster_project.curation.content import content_facts
 from dagster_project.curation.damage import damage, decomposed, hidden, template_marks
 from dagster_project.curation.formats import is_text
 from dagster_project.curation.overlap import Comparison, Pair, Rule, clusters, compare, words
@@ -130,6 +131,7 @@ def gather(
         | misfit | why the conversation does not fit the base model's chat template, else null |
         | hidden, decomposed | a byte order mark or zero-width character in the text, a word that is not in Unicode's composed form, else null |
         | damage | what is wrong with the encoding, else null |
+        | (each check of `content.CONTENT_CHECKS`) | what breaks it in the first answer that does, else null |
         | secret, personal | the kind of secret or personal data in the text and the words around it, masked; else null |
         | labelled | false for a benchmark question without its answer |
         | pair_is_real, same_prompt, preferred | for pairs: chosen and rejected differ in more than form, answer the same prompt, and one of them is better |
@@ -221,6 +223,7 @@ def gather(
             "damage": pl.Series(damage(texts), dtype=pl.String),
             "secret": pl.Series(secret, dtype=pl.String),
             "personal": pl.Series(personal, dtype=pl.String),
+            **{name: pl.Series(found, dtype=pl.String) for name, found in content_facts(records).items()},
             "labelled": [record.get("labelled", True) for record in records],
             "pair_is_real": [
                 not r or not m["messages"] or not _alike(m["messages"][-len(r) :], r) for r, m in zip(rejected, records, strict=True)

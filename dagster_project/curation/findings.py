@@ -10,6 +10,7 @@ from typing import Any
 
 from dagster_project.curation.benchmarks import Item
 from dagster_project.curation.checks import CHARACTERS, CHECKS, Judgement, Verdict
+from dagster_project.curation.content import CONTENT_CHECKS
 from dagster_project.curation.facts import Link
 from dagster_project.curation.overlap import BINS, CONTAINMENT, JACCARD, shared_span
 from dagster_project.curation.privacy import mask
@@ -98,7 +99,13 @@ def finding(verdict: Verdict, judged: Judgement, items: Mapping[str, Item], matc
     }
 
 
-TELLING = {"secrets": "secret", "pii": "personal", "special_tokens_in_text": "template_mark", **CHARACTERS}
+TELLING = {
+    "secrets": "secret",
+    "pii": "personal",
+    "special_tokens_in_text": "template_mark",
+    **CHARACTERS,
+    **{check.name: check.name for check in CONTENT_CHECKS},
+}
 """Checks whose fact shows the place in the text -> its column."""
 
 

@@ -87,12 +87,13 @@ def placeholder(kind: str) -> str:
 
 def candidates(texts: Sequence[str], hint: str, literals: Sequence[str] = ()) -> list[int]:
     """Indices of the texts that match a regular expression or hold a literal, by Polars' Rust engines: only there a closer look is worth while."""
-    strings = _strings(texts)
+    strings = text_column(texts)
     found = strings.str.contains(hint)
     return ((found | strings.str.contains_any(list(literals))) if literals else found).arg_true().to_list()
 
 
-def _strings(texts: Sequence[str]) -> pl.Series:
+def text_column(texts: Sequence[str]) -> pl.Series:
+    """The texts for Polars; half of a surrogate pair, which Arrow cannot hold, becomes U+FFFD."""
     import polars as pl
 
     try:
