@@ -240,12 +240,16 @@ def judge(options: argparse.Namespace) -> int:
 
 
 def ui(options: argparse.Namespace) -> int:
-    """open the Dagster UI on this machine's loopback address"""
+    """open the Dagster UI on this machine's loopback address, and the project's pages beside it"""
+    from dagster_project.doors import pages
     from dagster_project.doors.ui import serve
 
-    _print(options, {"url": f"http://{options.host}:{options.port}"}, lambda found: f"Dagster UI: {found['url']}  (stop with Ctrl-C)")
+    root = _project(options)
+    port = pages.port_of(root) if options.pages_port is None else options.pages_port
+    found = {"url": f"http://{options.host}:{options.port}", "pages": f"http://{pages.HOST}:{port}/"}
+    _print(options, found, lambda found: f"Dagster UI: {found['url']}  (stop with Ctrl-C)\nPages: {found['pages']}")
     sys.stdout.flush()
-    serve(_project(options), options.host, options.port)
+    serve(root, options.host, options.port, port)
 
 
 def _project(options: argparse.Namespace) -> Path:
@@ -440,6 +444,12 @@ def parser() -> argparse.ArgumentParser:
     one = command(ui)
     one.add_argument("--host", default="127.0.0.1", help="address to listen on; Dagster's UI has no authentication (default: %(default)s)")
     one.add_argument("--port", type=int, default=3000, help="default: %(default)s")
+    one.add_argument(
+        "--pages-port",
+        type=int,
+        metavar="PORT",
+        help="port of the project's pages on 127.0.0.1 (default: the one used last, at first 3100)",
+    )
     return whole
 
 

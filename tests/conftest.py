@@ -255,3 +255,36 @@ def instance(tmp_path: Path) -> Iterator[Any]:
     (tmp_path / "dagster").mkdir()
     with dg.DagsterInstance.local_temp(str(tmp_path / "dagster")) as found:
         yield found
+
+
+CHECKS_QUERY = """{ assetNodes { assetKey { path } assetChecksOrError { ... on AssetChecks { checks {
+    name executionForLatestMaterialization { status evaluation { severity success } } } } } } }"""
+
+
+def shown_checks(root: Path, instance: Any) -> dict[str, dict[str, str]]:
+    """What Dagster's GraphQL shows of the small street's checks, by address and name: a status, or "NOT_EVALUATED" for the latest materialization."""
+    from dagster._core.remote_origin import InProcessCodeLocationOrigin
+    from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
+    from dagster._core.workspace.context import WorkspaceProcessContext
+    from dagster._core.workspace.load_target import InProcessWorkspaceLoadTarget
+    from dagster_graphql.test.utils import execute_dagster_graphql
+
+    module = root / "shown_definitions.py"
+    module.write_text(
+        "from pathlib import Path\n\nfrom street import STREET\n\nfrom dagster_project.doors.dagster_assets import build_definitions\n\n"
+        "defs = build_definitions(Path(__file__).parent, STREET)\n"
+    )
+    origin = InProcessCodeLocationOrigin(
+        LoadableTargetOrigin(executable_path=sys.executable, python_file=str(module), working_directory=str(root)), location_name="street"
+    )
+    with WorkspaceProcessContext(instance, InProcessWorkspaceLoadTarget(origin)) as context:
+        found = execute_dagster_graphql(context.create_request_context(), CHECKS_QUERY).data["assetNodes"]
+    module.unlink()
+    return {
+        "@".join(node["assetKey"]["path"]): {
+            check["name"]: (check["executionForLatestMaterialization"] or {"status": "NOT_EVALUATED"})["status"]
+            for check in node["assetChecksOrError"].get("checks", [])
+        }
+        for node in found
+        if node["assetChecksOrError"].get("checks")
+    }

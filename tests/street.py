@@ -161,6 +161,23 @@ def make_project(root: Path, values: Mapping[str, Any] | None = None) -> Path:
     return root
 
 
+def commands_run(root: Path) -> list[str]:
+    return [json.loads(line)["stage"] for line in (root / LOG).read_text().splitlines()]
+
+
+def start_until_tok_runs(root: Path, *command: str, **environment: str) -> subprocess.Popen[str]:
+    """Start a door on an edited `tok` that takes its time, and come back when its stage command runs."""
+    (root / "code/tok.py").write_text("V = 9\n")
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=root, env={**os.environ, "SLOW": "tok", **environment}, text=True, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    while "tok" not in commands_run(root)[5:]:
+        time.sleep(0.1)
+        assert process.poll() is None
+    return process
+
+
 def materialize(root: Path, instance: Any, addresses: list[str] | None = None, definitions: Any = None) -> Any:
     """Materialize these assets, or all, in this process."""
     from dagster_project.doors.dagster_assets import build_definitions

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, edit_params, pedigree
 
+from dagster_project.curation.severity import shown
 from dagster_project.doors.dvc import read_street
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -79,13 +80,14 @@ def ui(_finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ui
 
     root = tmp_path_factory.mktemp("ui") / "project"
     shutil.copytree(_finished, root, symlinks=True)
-    with socket.socket() as probe:
+    with socket.socket() as probe, socket.socket() as second:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        second.bind(("127.0.0.1", 0))
+        port, pages_port = probe.getsockname()[1], second.getsockname()[1]
     env = {**os.environ, "DAGSTER_HOME": str(root / ".dagster")}
     log = (root / "ui.log").open("w")
     server = subprocess.Popen(
-        [sys.executable, "-m", "dagster_project", "ui", "--project", str(root), "--port", str(port)],
+        [sys.executable, "-m", "dagster_project", "ui", "--project", str(root), "--port", str(port), "--pages-port", str(pages_port)],
         cwd=root, env=env, stdout=log, stderr=log, start_new_session=True,
     )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
@@ -112,11 +114,29 @@ def ui(_finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ui
 
 def test_the_lineage_graph_has_named_groups_and_readable_keys(ui: Ui) -> None:
     everything = f"Materialize all ({len(read_street(ui.root))})"
-    ui.see("/asset-groups", "sources", "data", "training", "model", "evaluation", "definitions", everything, shot="lineage")
+    groups = ["1_inputs", "2_data", "3_training", "4_alignment", "5_evaluation", "6_release"]
+    said = ui.see("/asset-groups", *groups, everything, shot="lineage")
+    assert "definitions" not in said
+    left = [ui.page.get_by_text(group, exact=True).last.bounding_box()["x"] for group in groups]
+    assert left == sorted(left), "the groups stand in the order of the flow"
+    ui.page.get_by_text("3_training", exact=True).last.click()
+    ui.wait("tokenized", "adapter_lora", "merged_lora", shot="lineage-training")
+    said = ui.see("/assets", "adapter", "instructions", shot="catalog")
+    assert "Command, parameters and code of" not in said
     said = ui.see(
-        "/locations/__repository__@pedigree/asset-groups/data/lineage", "raw_examples", "instructions", "splits", shot="lineage-data"
+        "/locations/__repository__@pedigree/asset-groups/2_data/lineage", "raw_examples", "instructions", "splits", shot="lineage-data"
     )
     assert "Join the community" not in said
+
+
+def test_an_assets_page_links_its_pages_by_url_and_they_open(ui: Ui) -> None:
+    ui.see("/assets/instructions?view=overview", "report", "review", shot="links")
+    link = ui.page.locator("a[href*='/instructions/report.html']").first.get_attribute("href")
+    ui.page.goto(link)
+    assert ui.page.locator("h1").inner_text() == "instructions" and ui.page.locator("article.card").count()
+    ui.page.screenshot(path=SHOTS / "page-by-url.png")
+    ui.page.goto(f"{link.partition('/instructions')[0]}/instructions/")
+    ui.wait("report.html", "review.csv", shot="pages")
 
 
 def test_an_assets_page_tells_what_it_is_its_rows_its_version_and_its_commit(ui: Ui) -> None:
@@ -138,9 +158,10 @@ def test_a_trained_asset_shows_its_loss_curve(ui: Ui) -> None:
 
 def test_the_checks_of_the_instruction_set_passed(ui: Ui) -> None:
     checks = json.loads((ui.root / "data/reports/instructions.json").read_text())["checks"]
-    failed = [name for name, check in checks.items() if not check["passed"]]
+    failed = [name for name, check in checks.items() if shown(check["severity"], check["passed"], check["count"]) in {"warn", "error"}]
     said = ui.see("/assets/instructions?view=checks", f"Checks ({len(checks) + 1})", *sorted([*checks, "dvc_in_sync"])[:12], shot="checks")
     assert said.count("Succeeded") + len(failed) >= 12, "the list shows as many as the window has room for"
+    assert "Not evaluated" not in said
 
 
 def test_after_an_edit_the_right_assets_are_unsynced(ui: Ui) -> None:

@@ -14,7 +14,7 @@ from street import changed_in_dvc, not_fresh
 
 from dagster_project.doors.dagster_assets import build_definitions
 from dagster_project.doors.dvc import read_street
-from dagster_project.doors.report import asset_key, describe
+from dagster_project.doors.report import asset_key, describe, source_key
 from dagster_project.doors.sync import sync
 from dagster_project.pipeline import PEDIGREE
 from dagster_project.records import read_table
@@ -45,7 +45,8 @@ def test_after_dvc_repro_and_a_sync_dagster_shows_everything_fresh_with_the_hash
     assert shown["verify"].value == "pedigree verify merged@lora"
     assert shown["records"].value == len({row["example_id"] for row in read_table(finished / "data/adapter/lora/examples.parquet")})
     assert all(f"| {stage} | {lock[stage][:12]} |" in shown["lineage"].value for stage in [*DATA, "tokenized", "adapter@lora"])
-    assert lock["adapter@lora"] in Path(shown["audit"].value).read_text()
+    assert shown["audit"].url.startswith("http://127.0.0.1:3100/merged/lora/audit.html?")
+    assert lock["adapter@lora"] in (Path(shown["pages"].path) / "audit.html").read_text()
     assert "lineage" not in instance.get_latest_materialization_event(asset_key("splits")).asset_materialization.metadata
 
 
@@ -104,7 +105,7 @@ def test_a_failed_gate_shows_its_rows_and_nothing_downstream_runs(project: Path,
     failed = {e.check_name: e for e in result.get_asset_check_evaluations() if not e.passed and e.severity == dg.AssetCheckSeverity.ERROR}
     assert set(failed) == {"empty_response"}
     assert "triage_alpaca.json:0" in str(failed["empty_response"].metadata["rows"].value)
-    assert Path(failed["empty_response"].metadata["full report"].value) == project / "data/pages/instructions/report.html"
+    assert "/instructions/report.html?" in failed["empty_response"].metadata["full report"].url
     assert "empty_response" in (project / "data/pages/instructions/report.html").read_text()
     assert not (project / "data" / "splits").exists() and not (project / "data" / "instructions").exists()
     assert [event.asset_key.path[-1] for event in result.get_asset_materialization_events()] == ["base_model", "raw_examples"]
@@ -142,7 +143,28 @@ def test_dvc_and_dagster_show_the_scores_of_the_comparison_and_the_release_says_
     assert shown[""]["data"]["data/reports/comparison.json"]["data"]["scores"]["lora"]["macro_f1"] == scores["lora"]["macro_f1"]
     plot = json.loads(dvc(finished, "plots", "show", "--json", "data/plots/scores.csv").stdout)["data"]["data/plots/scores.csv"]
     assert {row["system"] for row in plot[0]["content"]["data"]["values"]} == set(scores)
-    assert Path(describe(finished, street["comparison"])["comparison"].value) == finished / "data/pages/comparison/comparison.html"
+    assert "/comparison/comparison.html?" in describe(finished, street["comparison"])["comparison"].url
+    assert (finished / "data/pages/comparison/comparison.html").is_file()
     released = json.loads((finished / street["release"].report).read_text())
     assert released["checks"]["loads_in_transformers"]["passed"] and released["variant"] == "lora"
     assert released["waived"] == [name for name, check in released["checks"].items() if not check["passed"]]
+
+
+def test_groups_follow_the_flow_and_each_variant_has_one_that_names_stage_and_variant(finished: Path) -> None:
+    street = read_street(finished)
+    graph = build_definitions(finished).resolve_asset_graph()
+    group = {address: graph.get(asset_key(address)).group_name for address in street}
+    assert group["adapter@lora"] == "3_training/adapter_lora" and group["merged@lora"] == "3_training/merged_lora"
+    assert asset_key("adapter@lora").path == ["adapter", "lora"]
+    for address, state in street.items():
+        for i in state.inputs:
+            above = group[i.producer] if i.producer else graph.get(source_key(i.path)).group_name
+            assert above.partition("/")[0] <= group[address].partition("/")[0], f"{i.path} -> {address}"
+
+
+def test_definitions_are_hidden_in_graph_and_catalog_and_can_still_be_observed(finished: Path) -> None:
+    graph = build_definitions(finished).resolve_asset_graph()
+    for key in graph.get_all_asset_keys():
+        hidden = "dagster/auto_created_stub_asset" in graph.get(key).metadata
+        assert hidden == (key.path[0] == "def"), key
+        assert not hidden or graph.get(key).is_observable

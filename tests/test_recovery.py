@@ -6,9 +6,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,23 +47,6 @@ def failure(result: Any) -> str:
     """Why a run failed, as Dagster shows it."""
     event = next(e for e in result.all_events if e.event_type_value == "STEP_FAILURE")
     return str(event.event_specific_data.user_failure_data.description)
-
-
-def commands_run(root: Path) -> list[str]:
-    return [json.loads(line)["stage"] for line in (root / mini.LOG).read_text().splitlines()]
-
-
-def start_until_tok_runs(root: Path, *command: str, **environment: str) -> subprocess.Popen[str]:
-    """Start a door on an edited `tok` that takes its time, and come back when its stage command runs."""
-    (root / "code/tok.py").write_text("V = 9\n")
-    process = subprocess.Popen(
-        [sys.executable, *command], cwd=root, env={**os.environ, "SLOW": "tok", **environment}, text=True, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    while "tok" not in commands_run(root)[5:]:
-        time.sleep(0.1)
-        assert process.poll() is None
-    return process
 
 
 def tamper_with_cache(root: Path, address: str, checkout: bool = True) -> None:
@@ -130,7 +111,7 @@ def test_an_output_edited_by_hand_cannot_be_recorded_with_dvc_commit(root: Path,
 
 
 def test_a_killed_run_is_ended_frees_its_slots_and_the_next_one_recovers(root: Path, instance: dg.DagsterInstance) -> None:
-    process = start_until_tok_runs(root, "street.py", "materialize")
+    process = mini.start_until_tok_runs(root, "street.py", "materialize")
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     [run_id] = [found.run_id for found in instance.get_runs(dg.RunsFilter(statuses=ALIVE))]
@@ -149,7 +130,7 @@ def test_a_killed_run_is_ended_frees_its_slots_and_the_next_one_recovers(root: P
 
 def test_terminating_a_run_ends_its_stage_command_and_loses_nothing(root: Path, instance: dg.DagsterInstance) -> None:
     before = (root / "data/tok/train.txt").read_bytes()
-    process = start_until_tok_runs(root, "street.py", "materialize")
+    process = mini.start_until_tok_runs(root, "street.py", "materialize")
     command = json.loads((root / mini.LOG).read_text().splitlines()[-1])["pid"]
     process.send_signal(signal.SIGINT)  # what Dagster sends to a run that is terminated
     assert process.wait(25) != 0
@@ -160,7 +141,7 @@ def test_terminating_a_run_ends_its_stage_command_and_loses_nothing(root: Path, 
 
 
 def test_an_input_edited_while_a_stage_runs_is_not_recorded(root: Path) -> None:
-    process = start_until_tok_runs(root, "-m", "dvc", "repro", SLOW_SECONDS="2")
+    process = mini.start_until_tok_runs(root, "-m", "dvc", "repro", SLOW_SECONDS="2")
     (root / "params.yaml").write_text((root / "params.yaml").read_text().replace('"testseed": 7', '"testseed": 8'))
     assert process.wait(30) != 0
     assert "changed while the stage ran" in (process.stderr.read() if process.stderr else "")
@@ -214,9 +195,9 @@ def test_what_comes_from_the_run_cache_is_reported_with_its_checks_and_runs_noth
     (root / "params.yaml").write_text(values.replace('"minlen": 1', '"minlen": 2'))
     assert dvc(root, "repro").returncode == 0
     (root / "params.yaml").write_text(values)
-    ran = len(commands_run(root))
+    ran = len(mini.commands_run(root))
     result = mini.materialize(root, instance)
-    assert result.success and len(commands_run(root)) == ran
+    assert result.success and len(mini.commands_run(root)) == ran
     done = {"@".join(e.asset_key.path): e.materialization.metadata["done"].value for e in result.get_asset_materialization_events()}
     assert done == {"raw": "nothing", **dict.fromkeys(["inst", "tok", "adapter@lora", "adapter@dora", "cmp"], "restored")}
     assert "did not receive any messages" not in "".join(entry.user_message for entry in instance.all_logs(result.run_id))

@@ -10,6 +10,7 @@ from importlib import resources
 from typing import Any
 
 from dagster_project import markup
+from dagster_project.curation.severity import Shown, shown
 
 PAGE = 20
 """Pairs shown at once; without JavaScript, the pairs shown of each finding. page.js has the same number."""
@@ -47,7 +48,7 @@ def page(document: dict[str, Any], changes: dict[str, Any] | None = None) -> str
         document: the check document of a data set.
         changes: how the data set differs from its previous version, or None where there is none to compare with.
     """
-    findings = sorted(document["findings"], key=lambda finding: (RANK[finding["severity"]], -finding["count"]))
+    findings = sorted(document["findings"], key=lambda finding: (RANK[_shown(finding)], -finding["count"]))
     parts = {
         "Changes": _changes(changes) if changes else "",
         "Rows": _flow(document) if document["rows"] else "",
@@ -70,9 +71,19 @@ def _left(finding: Mapping[str, Any]) -> int:
     return max(0, int(finding["count"]) - int(finding["dropped"]) - int(finding["elsewhere"]) - int(finding.get("fixed", 0)))
 
 
+def _passed(finding: Mapping[str, Any]) -> bool:
+    """A finding that does not say whether its check passed is judged by its figures."""
+    return bool(finding.get("passed", not _left(finding)))
+
+
+def _shown(finding: Mapping[str, Any]) -> Shown:
+    """What was found and waived is a remark."""
+    return shown(finding["severity"], _passed(finding), finding["count"]) or "info"
+
+
 def _verdict(document: Mapping[str, Any], findings: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]:
-    """Severity, verdict and the reason for it. A finding that does not say whether its check passed is judged by its figures."""
-    open_ = {s: [f for f in findings if f["severity"] == s and not f.get("passed", not _left(f))] for s in RANK}
+    """Severity, verdict and the reason for it."""
+    open_ = {s: [f for f in findings if f["severity"] == s and not _passed(f)] for s in RANK}
     names = ", ".join(markup.bdi(f["check"]) for f in (open_["error"] or open_["warn"])[:6])
     if not document["kept"]:
         return "error", "Nothing to learn from", "No row is left."
@@ -95,9 +106,7 @@ def _verdict(document: Mapping[str, Any], findings: Sequence[Mapping[str, Any]])
 def _head(document: Mapping[str, Any], findings: Sequence[Mapping[str, Any]]) -> str:
     severity, verdict, why = _verdict(document, findings)
     rows, kept = document["rows"], document["kept"]
-    found = {
-        word: sum(f["severity"] == name for f in findings) for name, word in (("error", "error"), ("warn", "warning"), ("info", "remark"))
-    }
+    found = {word: sum(_shown(f) == name for f in findings) for name, word in (("error", "error"), ("warn", "warning"), ("info", "remark"))}
     fixed = ", ".join(f"{markup.bdi(name)} {markup.number(n)}" for name, n in document.get("fixed", {}).items())
     figures = [
         ("read", markup.number(rows), "rows"),
@@ -156,7 +165,7 @@ def _findings(findings: Sequence[Mapping[str, Any]], notes: Mapping[str, str]) -
 
 
 def _finding(number: int, finding: Mapping[str, Any]) -> str:
-    severity, count, left = finding["severity"], finding["count"], _left(finding)
+    severity, count, left = _shown(finding), finding["count"], _left(finding)
     facts = [("dropped", "dropped for it", finding["dropped"]), ("elsewhere", "dropped for another check", finding["elsewhere"])]
     facts += [("fixed", "repaired", finding.get("fixed", 0)), ("left", "kept as they are" if finding.get("fixed") else "kept", left)]
     start, bar = 0.0, ""

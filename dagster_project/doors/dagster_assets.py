@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import tempfile
 import time
 import warnings
@@ -14,9 +15,10 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import dagster as dg
+from dagster._core.definitions.assets.definition.asset_spec import SYSTEM_METADATA_KEY_AUTO_CREATED_STUB_ASSET
 from dagster_pipes import PipesContext, PipesDefaultContextLoader, PipesDefaultMessageWriter, PipesMappingParamsLoader
 
-from dagster_project.doors import dvc
+from dagster_project.doors import dvc, pages
 from dagster_project.doors.dvc import StageState
 from dagster_project.doors.report import (
     CODE_VERSION,
@@ -32,13 +34,16 @@ from dagster_project.doors.report import (
     source_key,
 )
 from dagster_project.doors.runs import MACHINE_TAG, reap
-from dagster_project.doors.sync import mirror, read, sync
+from dagster_project.doors.sync import Reading, mirror, read, sync, wanted_tags
 from dagster_project.errors import InputError, PedigreeError
 from dagster_project.pipeline import PEDIGREE, Pipeline
 
 for category in (dg.BetaWarning, dg.PreviewWarning):  # observable sources, Pipes: one line per asset and run helps nobody
     warnings.filterwarnings("ignore", category=category)
 
+INPUTS, DATA = "1_inputs", "2_data"
+"""Groups of the sources and of the stages that the job `data` runs. dvc.yaml names the groups of all stages, numbered so
+that lists show them in flow order."""
 FORCE_TAG = "pedigree/force"
 DAGSTER_YAML = """\
 telemetry: {enabled: false}
@@ -60,7 +65,7 @@ def build_definitions(root: Path, pipeline: Pipeline = PEDIGREE) -> dg.Definitio
         pipeline.split_address(address)
     sources = {i.path for state in street.values() for i in state.inputs if i.producer is None}
     variants = sorted({address.partition("@")[2] for address in street} - {""})
-    data = [address for address, state in street.items() if state.meta.get("group") == "data"]
+    data = [address for address, state in street.items() if state.meta.get("group") == DATA]
     data = [address for address in street if address in data or any(address in dvc.ancestors(street, one) for one in data)]
     whole = dg.define_asset_job(
         "street",
@@ -100,7 +105,7 @@ def build_definitions(root: Path, pipeline: Pipeline = PEDIGREE) -> dg.Definitio
 
 
 def _source(root: Path, path: str) -> dg.SourceAsset:
-    @dg.observable_source_asset(key=source_key(path), group_name="sources", description=f"`{path}`, as it is in the workspace.")
+    @dg.observable_source_asset(key=source_key(path), group_name=INPUTS, description=f"`{path}`, as it is in the workspace.")
     def observe() -> dg.DataVersion:
         return dg.DataVersion(next(i.now for state in dvc.read_street(root).values() for i in state.inputs if i.path == path))
 
@@ -109,7 +114,10 @@ def _source(root: Path, path: str) -> dg.SourceAsset:
 
 def _definition(root: Path, address: str) -> dg.SourceAsset:
     @dg.observable_source_asset(
-        key=definition_key(address), group_name="definitions", description=f"Command, parameters and code of `{address}`."
+        key=definition_key(address),
+        group_name="definitions",
+        description=f"Command, parameters and code of `{address}`.",
+        metadata={SYSTEM_METADATA_KEY_AUTO_CREATED_STUB_ASSET: True},  # not shown until somebody asks for it (docs/decisions/016)
     )
     def observe() -> dg.DataVersion:
         return dg.DataVersion(dvc.read_street(root)[address].definition_now)
@@ -135,10 +143,14 @@ def _asset(root: Path, address: str, state: StageState, pipeline: Pipeline) -> d
         code_version=CODE_VERSION,
         check_specs=checks,
         description=state.description,
-        group_name=state.meta.get("group", "default"),
+        group_name=_group(address, state),
         kinds=set(state.meta.get("kinds", [])),
         freshness_policy=freshness,
-        metadata={"command": f"python -m dagster_project run {address}", "output": state.out},
+        metadata={
+            "command": f"python -m dagster_project run {address}",
+            "output": state.out,
+            "pages": dg.MetadataValue.url(pages.url(root, f"{address.replace('@', '/')}/")),
+        },
     )
     def body(context: dg.AssetExecutionContext, config: RunConfig) -> Iterator[Any]:
         yield from _bring_up_to_date(context, root, address, pipeline, config.force or context.run.tags.get(FORCE_TAG) == "true")
@@ -146,10 +158,21 @@ def _asset(root: Path, address: str, state: StageState, pipeline: Pipeline) -> d
     return body
 
 
+def _group(address: str, state: StageState) -> str:
+    """Group of an asset; of a variant, a group in that of its stage, e.g. "3_training/adapter_lora".
+
+    A node in Dagster's graph shows only the last part of its key, which is the same for every stage of a variant.
+    """
+    group = str(state.meta.get("group", "default"))
+    return f"{group}/{re.sub('[^A-Za-z0-9_]', '_', address)}" if "@" in address else group
+
+
 @dataclass(frozen=True)
 class Mirrored:
     """The street as it was when this process last brought an instance up to date."""
 
+    run_id: str
+    """Of the run that did: another run mirrors again, since what this one had planned was left to it."""
     street: dict[str, StageState]
     stamp: list[tuple[str, int, int, int]] | None
     """`dvc.stamp` from before it was read, if known: while it stays, nothing need be read again."""
@@ -165,25 +188,27 @@ def _bring_up_to_date(context: dg.AssetExecutionContext, root: Path, address: st
     try:
         pipeline.validate(root)  # before anything is reported: bad input leaves the event log as it was
         known = _mirrored.get(instance)
+        known = known if known and known.run_id == context.run_id else None
         now = dvc.stamp(root, known.street) if known else None
         if known and now == known.stamp:
             street = known.street
         else:
-            street = _settled(context, root, address, pipeline)
+            reading = _settled(context, root, address, pipeline)
+            street = reading.street
             if not known or street != known.street:
-                mirror(root, instance, street, pipeline)
-            _mirrored[instance] = Mirrored(street, now if known and street.keys() == known.street.keys() else None)
+                mirror(root, instance, reading, pipeline)
+            _mirrored[instance] = Mirrored(context.run_id, street, now if known and street.keys() == known.street.keys() else None)
         if address not in street:
             raise dg.Failure(f"{address} is no longer in dvc.yaml. Reload the code location.", allow_retries=False)
         if why := _not_ready(street, address):
             raise dg.Failure(f"{address} was not run: {why}.", allow_retries=False)
         done = "nothing"
+        after: Reading | None = None
         if force or street[address].changed:
             for _ in range(2):  # what DVC restores from a tampered cache object is set aside, and then made
                 done = _reproduce(context, root, address, force)
-                street, said = read(root, pipeline)
-                for line in said:
-                    context.log.warning(line)
+                after = _read(context, root, pipeline)
+                street = after.street
                 if not street[address].doubt:
                     break
         else:
@@ -201,24 +226,34 @@ def _bring_up_to_date(context: dg.AssetExecutionContext, root: Path, address: st
         raise dg.Failure(f"{address}: its report says that a blocking check failed. See {state.report}.", allow_retries=False)
     if state.doubt:
         raise dg.Failure(f"{address}: {state.doubt}. Materialize it again.", allow_retries=False)
+    # the tags are those that sync would report, so that there is nothing to correct and no second materialization
     yield dg.MaterializeResult(
-        asset_key=asset_key(address), data_version=dg.DataVersion(state.version), metadata={**describe(root, state), "done": done}
+        asset_key=asset_key(address),
+        data_version=dg.DataVersion(state.version),
+        metadata={**describe(root, state), "done": done},
+        tags=wanted_tags(state),
     )
-    mirror(root, instance, {address: state} if done == "nothing" else street, pipeline)
-    if done != "nothing":
-        _mirrored[instance] = Mirrored(street, None)
+    if after is not None:
+        mirror(root, instance, after, pipeline)
+        _mirrored[instance] = Mirrored(context.run_id, street, None)
 
 
-def _settled(context: dg.AssetExecutionContext, root: Path, address: str, pipeline: Pipeline) -> dict[str, StageState]:
+def _read(context: dg.AssetExecutionContext, root: Path, pipeline: Pipeline) -> Reading:
+    reading = read(root, context.instance, pipeline)
+    for line in reading.lines:
+        context.log.warning(line)
+    return reading
+
+
+def _settled(context: dg.AssetExecutionContext, root: Path, address: str, pipeline: Pipeline) -> Reading:
     """The street, once nobody is at work on what `address` is made from: DVC removes outputs for a moment even where it then restores them."""
     told = False
     while True:
-        street, said = read(root, pipeline)
-        for line in said:
-            context.log.warning(line)
+        reading = _read(context, root, pipeline)
+        street = reading.street
         holder = dvc.at_work(root, [street[name].out for name in dvc.ancestors(street, address)]) if address in street else ""
         if not holder:
-            return street
+            return reading
         if not told:
             context.log.info(f"{address} waits: what it is made from is being made by {holder}")
             told = True

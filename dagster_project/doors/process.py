@@ -63,7 +63,13 @@ def die_with_parent() -> None:
         parent = parent.parent()
     if parent is None:
         os.kill(os.getpid(), signal.SIGKILL)
-    elif sys.platform == "linux" and parent.pid == os.getppid():
+    else:
+        end_with(parent)
+
+
+def end_with(parent: psutil.Process) -> None:
+    """End when another process does, which is an ancestor of this one."""
+    if sys.platform == "linux" and parent.pid == os.getppid():
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent.pid:  # it died before the signal was asked for
             os.kill(os.getpid(), signal.SIGKILL)

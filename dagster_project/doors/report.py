@@ -17,7 +17,9 @@ import dagster as dg
 from dagster_project.audit import lineage
 from dagster_project.audit.index import Index
 from dagster_project.audit.page import page
+from dagster_project.curation.severity import shown
 from dagster_project.doors.dvc import StageState, digest
+from dagster_project.doors.pages import url
 from dagster_project.markup import visible
 from dagster_project.pipeline import Pipeline, measured
 from dagster_project.records import write_text
@@ -79,7 +81,9 @@ def describe(root: Path, state: StageState) -> dict[str, Any]:
     found |= measured(root, state.address.replace("@", "/"))
     found |= _lineage(root, state)
     found |= {f"check/{name}": dg.MetadataValue.int(check["count"]) for name, check in report.get("checks", {}).items()}
-    found |= {name: dg.MetadataValue.path(str(path)) for name, path in pages(root, state.address).items()}
+    found |= {name: page_url(root, path) for name, path in pages(root, state.address).items()}
+    if (folder := pages_folder(root, state.address)).is_dir():
+        found["pages"] = dg.MetadataValue.path(str(folder))  # for those who look without `pedigree ui`, which serves them
     stage, _, variant = state.address.partition("@")
     for plot, draw in PLOTS.get(stage, ()):
         path = root / "data" / "plots" / (f"{plot}/{variant}.csv" if variant else f"{plot}.csv")
@@ -130,9 +134,18 @@ PAGES = {
 }
 
 
+def pages_folder(root: Path, address: str) -> Path:
+    return root / "data" / "pages" / address.replace("@", "/")
+
+
+def page_url(root: Path, path: Path) -> dg.UrlMetadataValue:
+    """Link to a page, which `pedigree ui` serves."""
+    return dg.MetadataValue.url(url(root, path.relative_to(root / "data" / "pages").as_posix()))
+
+
 def pages(root: Path, address: str) -> dict[str, Path]:
     """What the stage left for people to look at, as far as it is there: pages are a view that `dvc checkout` does not bring back."""
-    folder = root / "data" / "pages" / address.replace("@", "/")
+    folder = pages_folder(root, address)
     return {name: folder / file for name, file in PAGES.items() if (folder / file).is_file()}
 
 
@@ -158,18 +171,23 @@ def _marked(match: Mapping[str, Any], column: str) -> str | float:
 
 
 def check_results(root: Path, address: str, report: Mapping[str, Any], pipeline: Pipeline) -> list[dg.AssetCheckResult]:
-    """What the report says of each of the stage's checks. Severity decides the colour, `blocking` has already decided the run."""
+    """What the report says of each of the stage's checks, as severe as the data-quality page shows it; Dagster has no remarks: they pass.
+
+    `blocking` has already decided the run.
+    """
     link = pages(root, address).get("report")
     results = []
     for name, truth in pipeline.truths(address.partition("@")[0]).items():
         found = report.get("checks", {}).get(name)
         if found is None:
             continue
+        severity = shown(found["severity"], found["passed"], found["count"])
         metadata: dict[str, Any] = {
             "truth": truth,
             **{name: found.get(name, 0) for name in ("count", "dropped", "waived")},
             **({"fixed": found["fixed"]} if found.get("fixed") else {}),
-            REPORT_TAG: digest(found),
+            "severity": severity or "none",
+            REPORT_TAG: digest([found, severity]),
         }
         if "matches" in found:
             columns = ("place", "other", "part", "rule", "score", "text", "other_text")
@@ -185,16 +203,15 @@ def check_results(root: Path, address: str, report: Mapping[str, Any], pipeline:
                 ]
             )
         if link:
-            metadata["full report"] = dg.MetadataValue.path(str(link))
+            metadata["full report"] = page_url(root, link)
         if "note" in found:
             metadata["note"] = found["note"]
-        severity = dg.AssetCheckSeverity.ERROR if found["severity"] == "error" else dg.AssetCheckSeverity.WARN
         results.append(
             dg.AssetCheckResult(
                 check_name=name,
                 asset_key=asset_key(address),
-                passed=found["passed"],
-                severity=severity,
+                passed=severity not in {"error", "warn"},
+                severity=dg.AssetCheckSeverity.ERROR if severity == "error" else dg.AssetCheckSeverity.WARN,
                 metadata={key: dg.MetadataValue.text(value) if isinstance(value, str) else value for key, value in metadata.items()},
             )
         )

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import platform
+import time
 
 import dagster as dg
 import psutil
 
 MACHINE_TAG = "pedigree/machine"
 """Tag of a run: where its process runs. Only there can be told whether it lives."""
+QUIET = 3600.0
+"""Seconds without an event after which a run no longer counts as in progress if its process cannot be looked up:
+it is on another machine, or the run never reported its process."""
 ALIVE = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
 
 
@@ -29,6 +33,45 @@ def reap(instance: dg.DagsterInstance) -> list[str]:
         instance.report_run_failed(run, f"Process {last[0]} of this run was killed. Launch it again: what was finished is not run twice.")
         instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
     return said
+
+
+def in_progress(instance: dg.DagsterInstance) -> frozenset[dg.AssetKey]:
+    """Assets that a live run is going to materialize: planned, and neither materialized, failed nor skipped in that run yet.
+
+    A run that was killed stays in a started status; it counts only while its process exists.
+    """
+    found: set[dg.AssetKey] = set()
+    for run in instance.get_runs(dg.RunsFilter(statuses=ALIVE)):
+        if _lives(instance, run):
+            found |= _remaining(instance, run.run_id)
+    return frozenset(found)
+
+
+def _lives(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
+    process = _process(instance, run.run_id)
+    if process is not None and run.tags.get(MACHINE_TAG, platform.node()) == platform.node():
+        return _runs(*process)
+    record = instance.get_run_record_by_id(run.run_id)
+    latest = instance.get_records_for_run(run.run_id, limit=1, ascending=False).records
+    times = [record.update_timestamp.timestamp()] if record else []
+    return time.time() - max([*times, *(entry.timestamp for entry in latest)], default=0.0) < QUIET
+
+
+def _remaining(instance: dg.DagsterInstance, run_id: str) -> set[dg.AssetKey]:
+    """Assets that the run planned to materialize and whose step has not ended."""
+    kinds = dg.DagsterEventType
+    planned: dict[dg.AssetKey, str | None] = {}
+    ended: set[dg.AssetKey | str | None] = set()
+    of_type = {kinds.ASSET_MATERIALIZATION_PLANNED, kinds.ASSET_MATERIALIZATION, kinds.STEP_SUCCESS, kinds.STEP_FAILURE, kinds.STEP_SKIPPED}
+    for entry in instance.all_logs(run_id, of_type=of_type):
+        event = entry.get_dagster_event()
+        if event.event_type == kinds.ASSET_MATERIALIZATION_PLANNED and event.asset_key:
+            planned[event.asset_key] = event.step_key
+        elif event.event_type == kinds.ASSET_MATERIALIZATION:
+            ended.add(event.asset_key)
+        else:
+            ended.add(event.step_key)
+    return {key for key, step in planned.items() if key not in ended and step not in ended}
 
 
 def _process(instance: dg.DagsterInstance, run_id: str) -> tuple[int, float] | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import dagster as dg
+from dagster._core.definitions.asset_checks.asset_check_evaluation import AssetCheckEvaluationTargetMaterializationData
 from dagster._core.definitions.data_version import (
     CODE_VERSION_TAG,
     DATA_VERSION_IS_USER_PROVIDED_TAG,
@@ -13,8 +15,10 @@ from dagster._core.definitions.data_version import (
     get_input_data_version_tag,
     get_input_event_pointer_tag,
 )
+from dagster._core.instance.utils import RUNLESS_RUN_ID
+from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecord
 
-from dagster_project.doors import dvc, integrity
+from dagster_project.doors import dvc, integrity, process
 from dagster_project.doors.dvc import StageState
 from dagster_project.doors.report import (
     CODE_VERSION,
@@ -27,9 +31,24 @@ from dagster_project.doors.report import (
     read_report,
     source_key,
 )
+from dagster_project.doors.runs import in_progress
 from dagster_project.pipeline import PEDIGREE, Pipeline
 
+SYNC_LOCK = ".sync"
 INPUT_TAG_PREFIX = "dagster/input_data_version/"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The street, and what the event log held before it was read: whatever a run reports meanwhile is newer than the reading."""
+
+    street: dict[str, StageState]
+    lines: list[str]
+    """One for each output found tampered with."""
+    in_progress: frozenset[dg.AssetKey]
+    """Assets that a run was about to materialize."""
+    materialized: Mapping[dg.AssetKey, int | None]
+    """Storage id of the latest materialization of each asset."""
 
 
 def sync(root: Path, instance: dg.DagsterInstance, pipeline: Pipeline = PEDIGREE) -> list[str]:
@@ -38,33 +57,53 @@ def sync(root: Path, instance: dg.DagsterInstance, pipeline: Pipeline = PEDIGREE
     Returns:
         One line for each event reported and for each output found tampered with; empty if there was nothing to say.
     """
-    street, said = read(root, pipeline)
-    return said + mirror(root, instance, street, pipeline)
+    reading = read(root, instance, pipeline)
+    return reading.lines + mirror(root, instance, reading, pipeline)
 
 
-def read(root: Path, pipeline: Pipeline = PEDIGREE) -> tuple[dict[str, StageState], list[str]]:
-    """The street as it is, once what was tampered with has been set aside, and a line for each such output.
+def read(root: Path, instance: dg.DagsterInstance, pipeline: Pipeline = PEDIGREE) -> Reading:
+    """The street as it is, once what was tampered with has been set aside.
 
     Raises:
         InputError: dvc.yaml has a stage that the code does not know.
     """
+    busy, materialized = in_progress(instance), _materialized(instance)
     street = dvc.read_street(root)
     for address in street:
         pipeline.split_address(address)
-    said = integrity.set_tampered_aside(root, street.values())
-    return (dvc.read_street(root) if said else street), said
+    lines = integrity.set_tampered_aside(root, street.values())
+    return Reading(dvc.read_street(root) if lines else street, lines, busy, materialized)
 
 
-def mirror(root: Path, instance: dg.DagsterInstance, street: Mapping[str, StageState], pipeline: Pipeline = PEDIGREE) -> list[str]:
-    """Report to Dagster what it does not know of these stages. Returns one line for each event."""
-    observed = {source_key(i.path): i.now for state in street.values() for i in state.inputs if i.producer is None}
-    observed |= {definition_key(address): state.definition_now for address, state in street.items()}
-    said = [line for key, version in observed.items() for line in _observe(instance, key, version)]
-    records = {record.asset_entry.asset_key: record for record in instance.get_asset_records([*map(asset_key, street)])}
-    for address, state in street.items():
-        record = records.get(asset_key(address))
-        said += _materialize(root, instance, state, record.asset_entry.last_materialization if record else None)
-    return said + _checks(root, instance, street, pipeline)
+def _materialized(instance: dg.DagsterInstance) -> dict[dg.AssetKey, int | None]:
+    entries = [record.asset_entry for record in instance.get_asset_records()]
+    return {entry.asset_key: entry.last_materialization_storage_id for entry in entries}
+
+
+def mirror(root: Path, instance: dg.DagsterInstance, reading: Reading, pipeline: Pipeline = PEDIGREE) -> list[str]:
+    """Report to Dagster what it does not know of these stages, one process at a time.
+
+    An asset that a run is about to materialize, or that was materialized after the street was read, is left alone: that run reports the
+    materialization and its checks, and a second one beside it would leave the checks without a materialization that they judge.
+
+    Returns:
+        One line for each event.
+    """
+    street = reading.street
+    with process.hold(root, SYNC_LOCK, lambda _: None):
+        observed = {source_key(i.path): i.now for state in street.values() for i in state.inputs if i.producer is None}
+        observed |= {definition_key(address): state.definition_now for address, state in street.items()}
+        said = [line for key, version in observed.items() for line in _observe(instance, key, version)]
+        busy = reading.in_progress | in_progress(instance)
+        records = {record.asset_entry.asset_key: record.asset_entry for record in instance.get_asset_records([*map(asset_key, street)])}
+        settled = {}
+        for address, state in street.items():
+            key = asset_key(address)
+            latest = records[key].last_materialization_record if key in records else None
+            if key not in busy and (latest.storage_id if latest else None) == reading.materialized.get(key):
+                settled[address] = state
+                said += _materialize(root, instance, state, latest.event_log_entry if latest else None)
+        return said + _checks(root, instance, settled, pipeline)
 
 
 def _observe(instance: dg.DagsterInstance, key: dg.AssetKey, version: str) -> list[str]:
@@ -109,6 +148,7 @@ def _materialize(root: Path, instance: dg.DagsterInstance, state: StageState, kn
 
 
 def _checks(root: Path, instance: dg.DagsterInstance, street: Mapping[str, StageState], pipeline: Pipeline) -> list[str]:
+    """Report each check result that differs from the latest one, or that Dagster would not show because it judges an earlier materialization."""
     results = {
         dg.AssetCheckKey(asset_key(address), str(result.check_name)): result
         for address, state in street.items()
@@ -116,22 +156,45 @@ def _checks(root: Path, instance: dg.DagsterInstance, street: Mapping[str, Stage
     }
     recorded = {asset_key(address): state.recorded for address, state in street.items()}
     records = instance.event_log_storage.get_latest_asset_check_execution_by_key([*results])
+    assets = {record.asset_entry.asset_key: record.asset_entry for record in instance.get_asset_records([*recorded])}
     said = []
     for key, result in results.items():
         record = records.get(key)
         if record is None and not recorded[key.asset_key]:
             continue  # never run, which the asset says itself
+        latest = assets[key.asset_key].last_materialization_record if key.asset_key in assets else None
         event = record.event.dagster_event if record and record.event else None
         known = event.event_specific_data if event else None
-        if isinstance(known, dg.AssetCheckEvaluation):
-            if known.metadata.get(REPORT_TAG) == result.metadata[REPORT_TAG]:
+        if record and isinstance(known, dg.AssetCheckEvaluation):
+            if known.metadata.get(REPORT_TAG) == result.metadata[REPORT_TAG] and _judges(record, known, latest):
                 continue
-        elif record and (planned := instance.get_run_by_id(record.run_id)) and not planned.is_finished:
+        elif record and (planned := instance.get_run_by_id(record.run_id)) and planned.status == dg.DagsterRunStatus.QUEUED:
             continue  # a run is about to report it
+        target = (
+            AssetCheckEvaluationTargetMaterializationData(
+                storage_id=latest.storage_id, run_id=latest.event_log_entry.run_id, timestamp=latest.timestamp
+            )
+            if latest
+            else None
+        )
         instance.report_runless_asset_event(
             dg.AssetCheckEvaluation(
-                asset_key=key.asset_key, check_name=key.name, passed=result.passed, severity=result.severity, metadata=result.metadata
+                asset_key=key.asset_key,
+                check_name=key.name,
+                passed=result.passed,
+                severity=result.severity,
+                description=result.description,
+                metadata=result.metadata,
+                target_materialization_data=target,
             )
         )
         said.append(f"check {'@'.join(key.asset_key.path)} {key.name}: {'passed' if result.passed else 'failed'}")
     return said
+
+
+def _judges(record: AssetCheckExecutionRecord, known: dg.AssetCheckEvaluation, latest: dg.EventLogRecord | None) -> bool:
+    """Does Dagster show this evaluation for the latest materialization? As `AssetCheckExecutionRecord.targets_latest_materialization` decides it."""
+    if latest is None or latest.event_log_entry.run_id == record.run_id != RUNLESS_RUN_ID:
+        return True
+    target = known.target_materialization_data
+    return target.storage_id == latest.storage_id if target else latest.timestamp < record.create_timestamp

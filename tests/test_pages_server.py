@@ -1,0 +1,176 @@
+"""data/pages by URL: readable on loopback while the UI runs, and nothing else is."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from conftest import pedigree
+
+from dagster_project import markup
+from dagster_project.doors import pages
+from dagster_project.errors import InputError
+
+SECRET = "a secret outside data/pages"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((pages.HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with pages, a secret beside them, and links to it."""
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
+    root = tmp_path / "project"
+    folder = root / "data" / "pages" / "instructions"
+    folder.mkdir(parents=True)
+    (folder / "report.html").write_text(markup.page("Data quality", "", {"Rows": "<p>ten</p>"}, "", script="let a = 1"))
+    (folder / "plain.html").write_text("<script>alert(1)</script>")
+    (folder / "review.csv").write_text("row,decision\n")
+    (folder / ".hidden").write_text(SECRET)
+    (root / "params.yaml").write_text(SECRET)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "key.txt").write_text(SECRET)
+    (folder / "link.html").symlink_to(root / "params.yaml")
+    (folder / "folder").symlink_to(tmp_path / "elsewhere")
+    os.mkfifo(folder / "pipe.html")
+    return root
+
+
+@pytest.fixture
+def port(root: Path) -> Iterator[int]:
+    number = free_port()
+    server = pages.server(root, pages.listen(number))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield number
+    server.shutdown()
+    server.server_close()
+
+
+def ask(port: int, path: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], str]:
+    connection = http.client.HTTPConnection(pages.HOST, port, timeout=10)
+    connection.putrequest(method, path, skip_host="Host" in headers)  # as it is: no client tidies it
+    for name, value in headers.items():
+        connection.putheader(name, value)
+    connection.endheaders()
+    answer = connection.getresponse()
+    body = answer.read().decode()
+    connection.close()
+    return answer.status, dict(answer.getheaders()), body
+
+
+def test_a_page_is_served_with_its_own_strict_policy(root: Path, port: int) -> None:
+    status, headers, body = ask(port, "/instructions/report.html")
+    assert (status, body) == (200, (root / "data/pages/instructions/report.html").read_text())
+    (own,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', body)
+    assert headers["Content-Security-Policy"] == f"{own}; frame-ancestors 'none'" and "unsafe" not in own
+    assert headers["X-Content-Type-Options"] == "nosniff" and headers["Content-Type"] == "text/html; charset=utf-8"
+    status, headers, _ = ask(port, "/instructions/plain.html")
+    assert (status, headers["Content-Security-Policy"]) == (200, "default-src 'none'; frame-ancestors 'none'")
+    assert ask(port, "/instructions/review.csv")[1]["Content-Type"].startswith("text/csv")
+    assert ask(port, "/instructions/report.html", "HEAD")[2] == ""
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/../params.yaml", "/../../params.yaml", "/instructions/../../../params.yaml", "/%2e%2e/%2e%2e/params.yaml", "/..%2f..%2fparams.yaml",
+        "/%2fetc/passwd", "//etc/passwd", "/instructions/..\\..\\..\\params.yaml", "/instructions/link.html", "/instructions/folder/key.txt",
+        "/instructions/folder/", "/instructions/.hidden", "/instructions/pipe.html", "/instructions/report.html%00.txt", "/" + 300 * "a",
+        "/instructions/report.html/x", "/nothing",
+    ],
+)  # fmt: skip
+def test_nothing_outside_the_folder_is_served_and_no_link_is_followed(port: int, path: str) -> None:
+    status, _, body = ask(port, path)
+    assert status == 404 and SECRET not in body and "root:" not in body
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
+def test_nothing_can_be_written(port: int, method: str) -> None:
+    assert ask(port, "/instructions/report.html", method)[0] == 501
+
+
+def test_a_web_site_whose_name_resolves_to_loopback_reads_nothing(port: int) -> None:
+    assert ask(port, "/instructions/report.html", Host="evil.example")[0] == 403
+    assert ask(port, "/instructions/report.html", Host=f"localhost:{port}")[0] == 200
+
+
+def test_a_folder_lists_what_is_served_from_it(port: int) -> None:
+    status, headers, body = ask(port, "/instructions/")
+    assert status == 200 and "script" not in headers["Content-Security-Policy"]
+    assert re.findall('href="([^"]*)"', body) == [f"/instructions/{name}" for name in ("plain.html", "report.html", "review.csv")]
+
+
+def test_a_link_of_another_project_is_refused_and_a_link_of_this_one_answers(root: Path, port: int, tmp_path: Path) -> None:
+    pages.remember_port(root, port)
+    link = urlsplit(pages.url(root, "instructions/report.html"))
+    assert (link.scheme, link.netloc, link.path) == ("http", f"127.0.0.1:{port}", "/instructions/report.html")
+    assert ask(port, f"{link.path}?{link.query}")[0] == 200
+    other = urlsplit(pages.url(tmp_path / "another", "instructions/report.html"))
+    assert ask(port, f"{other.path}?{other.query}")[0] == 404
+
+
+def test_links_have_the_port_of_the_latest_ui_and_the_default_before_there_was_one(root: Path) -> None:
+    assert pages.port_of(root) == pages.DEFAULT_PORT
+    pages.remember_port(root, 4567)
+    assert pages.port_of(root) == 4567 and ":4567/" in pages.url(root, "")
+
+
+def test_a_busy_port_is_said_with_the_next_step(project: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind((pages.HOST, 0))
+        taken.listen()
+        number = taken.getsockname()[1]
+        done = pedigree(project, "ui", "--port", str(free_port()), "--pages-port", str(number))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"cannot serve data/pages on 127.0.0.1:{number}" in done.stderr and "--pages-port" in done.stderr
+    assert not (project / ".dagster").exists()
+
+
+@pytest.mark.parametrize("port", [0, -1, 65536])
+def test_what_is_not_a_port_is_bad_input(port: int) -> None:
+    with pytest.raises(InputError, match="not a port"):
+        pages.listen(port)
+
+
+def test_the_server_ends_with_the_process_that_started_it(root: Path) -> None:
+    number = free_port()
+    script = (
+        "import sys, time\nfrom pathlib import Path\nfrom dagster_project.doors import pages\n"
+        f"server = pages.start(Path({str(root)!r}), pages.listen({number}))\nprint(server.pid, flush=True)\ntime.sleep(600)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    try:
+        assert parent.stdout is not None and int(parent.stdout.readline())
+        assert ask_patiently(number) == 200
+    finally:
+        parent.kill()
+        parent.wait()
+    for _ in range(200):
+        with socket.socket() as probe:
+            if probe.connect_ex((pages.HOST, number)):
+                return
+        time.sleep(0.05)
+    raise AssertionError("the server outlived the UI")
+
+
+def ask_patiently(port: int) -> int:
+    for _ in range(600):
+        try:
+            return ask(port, "/instructions/report.html")[0]
+        except (OSError, http.client.HTTPException):
+            time.sleep(0.1)
+    raise AssertionError("the server never answered")

@@ -1,0 +1,68 @@
+"""A finding is as severe in Dagster as on the data-quality page."""
+
+from __future__ import annotations
+
+import re
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from dagster_project.curation.page import page
+from dagster_project.curation.severity import shown
+from dagster_project.doors.report import check_results
+from dagster_project.pipeline import Pipeline
+
+CHECKED = Pipeline({}, {}, lambda stage: {"pii": "No text holds personal data."}, lambda root: {})
+
+
+def on_the_page(finding: dict[str, Any]) -> str:
+    document = {
+        "name": "a",
+        "format": "alpaca",
+        "rows": 9,
+        "kept": 5,
+        "dropped": {},
+        "findings": [finding],
+        "similarity": {},
+        "profile": {},
+    }
+    (severity,) = re.findall(r'<article class="card (\w+)"', page(document))
+    return str(severity)
+
+
+def in_dagster(root: Path, check: dict[str, Any]) -> str:
+    reported = {name: value for name, value in check.items() if value != []}  # as a report leaves out what is empty
+    (result,) = check_results(root, "instructions", {"checks": {"pii": reported}}, CHECKED)
+    return "passed" if result.passed else {"ERROR": "error", "WARN": "warn"}[result.severity.value]
+
+
+@pytest.mark.parametrize(("severity", "passed", "count"), product(("error", "warn", "info"), (True, False), (0, 4)))
+def test_every_finding_is_shown_as_severe_in_dagster_as_on_the_page(tmp_path: Path, severity: str, passed: bool, count: int) -> None:
+    finding = {"check": "pii", "severity": severity, "passed": passed, "count": count, "dropped": count if passed else 0, "elsewhere": 0, "waived": 0,
+               "rows": [], "places": [], "examples": [], "truth": "", "note": "", "next": "", "matches": []}  # fmt: skip
+    assert {"info": "passed"}.get(on_the_page(finding), on_the_page(finding)) == in_dagster(tmp_path, finding)
+
+
+def test_an_error_whose_rows_were_dropped_is_a_warning_and_one_whose_rows_are_kept_is_an_error() -> None:
+    assert (shown("error", True, 3), shown("error", False, 3), shown("error", True, 0)) == ("warn", "error", None)
+    assert (shown("warn", True, 3), shown("info", False, 3)) == ("warn", "info")
+
+
+def test_the_checks_of_a_run_agree_with_the_page_that_it_wrote(finished: Path) -> None:
+    from dagster_project.doors.dvc import read_street
+    from dagster_project.doors.report import read_report
+    from dagster_project.pipeline import PEDIGREE
+
+    html = (finished / "data/pages/instructions/report.html").read_text()
+    cards = {name: severity for severity, name in re.findall(r'<article class="card (\w+)".*?<h3><bdi dir="auto">(\w+)<', html)}
+    assert "warn" in cards.values()
+    report = read_report(finished, read_street(finished)["instructions"]) or {}
+    results = {result.check_name: result for result in check_results(finished, "instructions", report, PEDIGREE)}
+    failed = {name: result.severity for name, result in results.items() if not result.passed}
+    words = {"error": dg.AssetCheckSeverity.ERROR, "warn": dg.AssetCheckSeverity.WARN}
+    assert failed == {name: words[severity] for name, severity in cards.items() if severity in words}
+    dropped = [name for name, check in report["checks"].items() if check["severity"] == "error" and check.get("dropped")]
+    assert dropped and all(failed[name] == dg.AssetCheckSeverity.WARN for name in dropped)

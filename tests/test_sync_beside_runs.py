@@ -1,0 +1,150 @@
+"""Sync beside runs of the same assets: each materialization is in the event log once, with the checks that judge it. On the small street."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import dagster as dg
+import pytest
+import street as mini
+from conftest import dvc, shown_checks
+
+from dagster_project.doors import runs
+from dagster_project.doors.dvc import read_street
+from dagster_project.doors.report import asset_key
+from dagster_project.doors.runs import ALIVE, MACHINE_TAG, in_progress
+from dagster_project.doors.sync import mirror, read, sync
+
+TOK = asset_key("tok")
+
+
+@pytest.fixture
+def root(_made: Path, tmp_path: Path) -> Path:
+    """A small street in which everything has run and is committed."""
+    shutil.copytree(_made, tmp_path / "project", symlinks=True)
+    return tmp_path / "project"
+
+
+@pytest.fixture
+def instance(root: Path) -> Iterator[dg.DagsterInstance]:
+    (root / ".dagster").mkdir()
+    (root / ".dagster" / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
+    with dg.DagsterInstance.from_config(str(root / ".dagster")) as found:
+        sync(root, found, mini.STREET)
+        yield found
+
+
+def versions(instance: dg.DagsterInstance, address: str) -> Counter[str]:
+    """How often each data version of an asset was reported as materialized."""
+    records = instance.fetch_materializations(asset_key(address), limit=100).records
+    return Counter((record.asset_materialization.tags or {})["dagster/data_version"] for record in records)
+
+
+def each_version_once_and_every_check_shown(root: Path, instance: dg.DagsterInstance) -> None:
+    for address, state in read_street(root).items():
+        assert versions(instance, address)[state.version] == 1, address
+        assert set(versions(instance, address).values()) == {1}, address
+    shown = shown_checks(root, instance)
+    assert shown.keys() == read_street(root).keys()
+    assert {status for checks in shown.values() for status in checks.values()} == {"SUCCEEDED"}, shown
+
+
+def test_syncs_during_and_right_after_a_run_report_nothing_that_the_run_reports(root: Path, instance: dg.DagsterInstance) -> None:
+    process = mini.start_until_tok_runs(root, "street.py", "materialize", SLOW_SECONDS="2")
+    synced = 0
+    while process.poll() is None:
+        sync(root, instance, mini.STREET)
+        synced += 1
+    assert process.returncode == 0 and synced > 1
+    sync(root, instance, mini.STREET)
+    event = instance.get_latest_materialization_event(TOK)
+    assert event is not None and event.run_id
+    changed = {a for a, s in read_street(root).items() if len(versions(instance, a)) > 1}
+    assert changed >= {"tok", "cmp"}
+    for address in changed:
+        assert set(versions(instance, address).values()) == {1}, address
+    assert {status for checks in shown_checks(root, instance).values() for status in checks.values()} == {"SUCCEEDED"}
+    assert sync(root, instance, mini.STREET) == []
+    assert mini.not_fresh(root, instance) == mini.changed_in_dvc(root) == set()
+
+
+def test_a_sync_that_looked_while_a_run_was_at_work_reports_nothing_of_it_once_the_run_has_ended(
+    root: Path, instance: dg.DagsterInstance
+) -> None:
+    process = mini.start_until_tok_runs(root, "street.py", "materialize", "tok", SLOW_SECONDS="1")
+    reading = read(root, instance, mini.STREET)
+    assert TOK in reading.in_progress and asset_key("cmp") not in reading.in_progress
+    assert process.wait(60) == 0 and in_progress(instance) == frozenset()
+    assert not [line for line in mirror(root, instance, reading, mini.STREET) if line.startswith("tok ")]
+    assert versions(instance, "tok")[read_street(root)["tok"].version] == 1
+    assert set(shown_checks(root, instance)["tok"].values()) == {"SUCCEEDED"}
+
+
+def test_a_sync_that_looked_before_a_run_began_reports_nothing_that_the_run_reported(root: Path, instance: dg.DagsterInstance) -> None:
+    (root / "code/tok.py").write_text("V = 9\n")
+    reading = read(root, instance, mini.STREET)
+    assert mini.materialize(root, instance).success
+    before = {address: versions(instance, address) for address in reading.street}
+    mirror(root, instance, reading, mini.STREET)
+    assert {address: versions(instance, address) for address in reading.street} == before
+    assert {status for checks in shown_checks(root, instance).values() for status in checks.values()} == {"SUCCEEDED"}
+
+
+def test_two_syncs_at_once_report_one_materialization(root: Path, instance: dg.DagsterInstance) -> None:
+    (root / "code/tok.py").write_text("V = 9\n")
+    assert dvc(root, "repro").returncode == 0
+    first, second = read(root, instance, mini.STREET), read(root, instance, mini.STREET)
+    assert mirror(root, instance, first, mini.STREET)
+    mirror(root, instance, second, mini.STREET)
+    each_version_once_and_every_check_shown(root, instance)
+
+
+def test_what_dvc_ran_and_nobody_synced_is_reported_once_when_it_is_materialized(root: Path, instance: dg.DagsterInstance) -> None:
+    (root / "code/tok.py").write_text("V = 9\n")
+    assert dvc(root, "repro").returncode == 0
+    assert mini.materialize(root, instance, ["tok"]).success
+    assert versions(instance, "tok")[read_street(root)["tok"].version] == 1
+    sync(root, instance, mini.STREET)
+    each_version_once_and_every_check_shown(root, instance)
+
+
+def test_a_materialization_that_sync_reports_comes_with_its_checks(root: Path, instance: dg.DagsterInstance) -> None:
+    (root / "code/inst.py").write_text("V = 5\n")
+    assert mini.materialize(root, instance).success  # so that the checks are those of a run
+    (root / "dvc.yaml").write_text(mini.dvc_yaml(note=" --note"))  # runs again, and says and makes the same
+    assert dvc(root, "repro").returncode == 0
+    lines = sync(root, instance, mini.STREET)
+    assert any(line.startswith("inst is ") for line in lines) and "check inst no_bad_rows: passed" in lines
+    assert {status for checks in shown_checks(root, instance).values() for status in checks.values()} == {"SUCCEEDED"}
+    assert sync(root, instance, mini.STREET) == []
+
+
+def test_a_killed_run_keeps_sync_from_nothing(root: Path, instance: dg.DagsterInstance) -> None:
+    process = mini.start_until_tok_runs(root, "street.py", "materialize", "tok")
+    assert in_progress(instance) == {TOK}
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(30)
+    assert instance.get_runs(dg.RunsFilter(statuses=ALIVE)), "a killed run stays started"
+    assert in_progress(instance) == frozenset()
+    assert dvc(root, "repro").returncode == 0
+    assert any(line.startswith("tok is ") for line in sync(root, instance, mini.STREET))
+    assert mini.not_fresh(root, instance) == mini.changed_in_dvc(root) == set()
+    assert {status for checks in shown_checks(root, instance).values() for status in checks.values()} == {"SUCCEEDED"}
+
+
+def test_a_run_of_another_machine_counts_until_it_has_been_quiet_for_an_hour(
+    root: Path, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = mini.start_until_tok_runs(root, "street.py", "materialize", "tok")
+    [run] = instance.get_runs(dg.RunsFilter(statuses=ALIVE))
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(30)
+    instance.add_run_tags(run.run_id, {MACHINE_TAG: "elsewhere"})
+    assert in_progress(instance) == {TOK}
+    monkeypatch.setattr(runs, "QUIET", 0.0)
+    assert in_progress(instance) == frozenset()
