@@ -88,26 +88,40 @@ def test_checkpointing_keeps_one_hidden_state_a_layer(config: Any) -> None:
 
 def test_what_a_freed_block_leaves_is_held_for_blocks_of_its_size_alone(config: Any) -> None:
     """The account of a hand-written sequence: of 3,000 bytes that are live at the most, 5,000 are held."""
-    ledger, kept = memory._Ledger(vocabulary=7), []
+    account = memory.Account()
 
-    def make(size: int, part: str = "activations") -> torch.Tensor:
-        kept.append(torch.empty(size, dtype=torch.uint8, device="meta"))
-        ledger.born(kept[-1], part)
-        return kept[-1]
+    def make(*sizes: int, part: str = "activations") -> None:
+        for size in sizes:
+            account.apply(("", part, size))
 
-    make(1000), make(1000)
-    kept.clear()
-    assert ledger.fragmentation == 0, "nothing but the two at the peak"
+    def free(*sizes: int) -> None:
+        for size in sizes:
+            account.apply(("activations", "", size))
+
+    make(1000, 1000)
+    free(1000, 1000)
+    assert account.fragmentation == 0, "nothing but the two at the peak"
     make(3000)
-    assert (ledger.highest, ledger.fragmentation) == (3000, 2000)
+    assert (account.highest, account.fragmentation) == (3000, 2000)
     make(1000)
-    assert (ledger.highest, ledger.fragmentation) == (4000, 1000), "one of the two is used again"
-    kept.clear()
-    make(LARGE_BLOCK + 1), make(5000, "weights")
-    kept.clear()
+    assert (account.highest, account.fragmentation) == (4000, 1000), "one of the two is used again"
+    free(3000, 1000)
+    make(LARGE_BLOCK + 1)
+    make(5000, part="weights")
+    free(LARGE_BLOCK + 1)
     make(LARGE_BLOCK + 2)
-    assert ledger.fragmentation == 1000 + 1000 + 3000, "neither weights nor what goes back to the kernel, and all else was free at the peak"
+    assert account.fragmentation == 1000 + 1000 + 3000, "neither weights nor what goes back to the kernel, and all else was free at the peak"
     assert take(config(), "lora", ALL, device="cuda").memory.fragmentation == 0 < take(config(), "lora", ALL).memory.fragmentation
+
+
+def test_storages_are_recorded_from_birth_to_death() -> None:
+    ledger = memory._Ledger(vocabulary=7)
+    one = torch.empty(1000, dtype=torch.uint8, device="meta")
+    ledger.born(one, "activations")
+    ledger.born(one[:10], "activations")
+    del one
+    ledger.passing(5)
+    assert ledger.events == [("", "activations", 1000), ("activations", "", 1000), ("", "activations", 5), ("activations", "", 5)]
 
 
 def test_accumulation_holds_the_gradients_through_the_next_pass(config: Any) -> None:

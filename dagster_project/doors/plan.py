@@ -20,7 +20,7 @@ from dagster_project.pipeline import validate
 from dagster_project.records import read_preferences, read_table, write_json
 from dagster_project.stages import aligned
 from dagster_project.stages.adapter import Params
-from dagster_project.training import align, auto, memory, ppo
+from dagster_project.training import align, auto, layerwise, memory, ppo
 from dagster_project.training.hardware import prepare
 from dagster_project.training.memory import size_text
 from dagster_project.training.methods import CANNOT_CHECKPOINT
@@ -42,6 +42,11 @@ USUAL: dict[str, dict[str, Any]] = {
 PUBLISHED = {"full": "60-80", "lora": "16-20", "qlora": "6-8"}
 """GB of a GPU that guides state for a 7B model in 16 bits. LoRA's and QLoRA's are met at 2,048 tokens a pass with gradient checkpointing.
 Full training's counts weights and gradients in 16 bits; here what learns is float32, and takes 16 bytes a parameter with AdamW."""
+
+
+GPU_SIZES = (24, 40, 80)
+"""GB of the GPUs that `plan --model` compares with, of 10^9 bytes. A card sold as 24 GB has 24 x 2^30: the 7 % between them are left to
+what a prediction leaves out, kernels' scratch and what the allocator holds."""
 
 
 class Machine:
@@ -233,20 +238,58 @@ def plan_model(
     from huggingface_hub.errors import StrictDataclassError
 
     machine = Machine(compute, device, None)
-    found = {}
-    for method in methods:
-        way = memory.Way(
-            machine.device, machine.dtype, machine.runtime, model, method, USUAL.get(method, {}), None, rows, [tokens], tokens, checkpointing,
-            1, "adamw_torch_fused", f"--method {method}",
-        )  # fmt: skip
-        try:
-            took = _taken(way, machine, 1000 * rows * tokens)
-        except (StrictDataclassError, ValueError, TypeError) as error:  # of the configuration's own checks, or of building from it
-            raise InputError(f"{model}: no model can be made of it: {' '.join(str(error).split())}", "mend the configuration") from None
-        found[method] = {"tokens": 1000 * rows * tokens, **took}
-        if machine.device == "cuda" and method in PUBLISHED and 6.5e9 < found[method]["total_parameters"] < 7.5e9:
-            found[method]["published_gb"] = PUBLISHED[method]
-    return {"variants": found, "machine": _told(machine)}
+    memory.read_config(model)
+    found, sizes = {}, {}
+    try:
+        copies = layerwise.SmallCopies(model)
+        for method in methods:
+            way = memory.Way(
+                machine.device, machine.dtype, machine.runtime, model, method, USUAL.get(method, {}), None, rows, [tokens], tokens,
+                checkpointing and method.lower() not in CANNOT_CHECKPOINT, 1, "adamw_torch_fused", f"--method {method}",
+                timed=machine.is_here, trace=copies.trace,
+            )  # fmt: skip
+            found[method] = {"tokens": 1000 * rows * tokens, **_taken(way, machine, 1000 * rows * tokens)}
+            if machine.device == "cuda":
+                sizes[method] = _on_gpus(way, found[method]["memory"]["total"])
+                if method in PUBLISHED and 6.5e9 < found[method]["total_parameters"] < 7.5e9:
+                    found[method]["published_gb"] = PUBLISHED[method]
+    except (StrictDataclassError, ValueError, TypeError) as error:  # of the configuration's own checks, or of building from it
+        raise InputError(f"{model}: no model can be made of it: {' '.join(str(error).split())}", "correct the configuration") from None
+    assumptions = {
+        "sequence_length": tokens,
+        "batch_size": rows,
+        "gradient_accumulation_steps": 1,
+        "gradient_checkpointing": checkpointing,
+        "dtype": _told(machine)["dtype"],
+        "examples": 1000 * rows,
+        "methods": {name: {"peft": USUAL.get(name, {}), "optimizer": found[name].pop("optimizer_name")} for name in methods},
+    }
+    return {"model": _model(model, copies), "assumptions": assumptions, "variants": found, "gpus": sizes, "machine": _told(machine)}
+
+
+def _model(path: Path, copies: layerwise.SmallCopies) -> dict[str, Any]:
+    """What a configuration says of its model: the name in it, or else that of its folder."""
+    folder = path.resolve() if path.is_dir() else path.resolve().parent
+    values = json.loads((folder / "config.json" if path.is_dir() else path).read_text())
+    file = folder.name if path.is_dir() or path.stem == "config" else path.stem
+    return {
+        "name": values.get("_name_or_path") or file,
+        "architecture": (values.get("architectures") or [values.get("model_type")])[0],
+        "layers": copies.layers,
+        "parameters": sum(parameter.numel() for parameter in copies.skeleton.parameters()),
+    }
+
+
+def _on_gpus(way: memory.Way, total: int) -> list[dict[str, Any]]:
+    """Peak memory with and without gradient checkpointing, and on which GPUs it fits; `total` is that of `way` as it is."""
+    can = way.method.lower() not in CANNOT_CHECKPOINT
+    found = []
+    for checkpointing in (False, True) if can else (False,):
+        as_is = checkpointing == way.gradient_checkpointing
+        peak = total if as_is else replace(way, gradient_checkpointing=checkpointing, timed=False).predict().memory.total
+        fits = {str(size): peak <= size * 10**9 for size in GPU_SIZES}
+        found.append({"gradient_checkpointing": checkpointing, "peak": peak, "fits": fits})
+    return found
 
 
 def _notes(root: Path) -> Path | None:
@@ -290,6 +333,7 @@ def _taken(way: memory.Way, machine: Machine, tokens: int) -> dict[str, Any]:
     step = machine.seconds(took.step)
     steps_of_all = tokens / (sum(way.lengths) * way.rows * way.gradient_accumulation_steps * machine.processes)
     return {
+        "optimizer_name": took.optim,
         "trainable_parameters": took.trainable,
         "total_parameters": took.total,
         "memory": {**asdict(took.memory), "total": took.memory.total},
@@ -300,7 +344,7 @@ def _taken(way: memory.Way, machine: Machine, tokens: int) -> dict[str, Any]:
 
 
 def as_text(found: dict[str, Any]) -> str:
-    machine, lines = found["machine"], []
+    machine, lines = found["machine"], _assumed(found) if "assumptions" in found else []
     for name, v in found["variants"].items():
         if "pairs" in v:
             lines.append(f"{name}: {v['pairs']} pairs, {v['tokens']:,} tokens in {v['steps']} steps")
@@ -334,7 +378,36 @@ def as_text(found: dict[str, Any]) -> str:
         lines.append(
             "published figures hold for 2,048 tokens a pass with gradient checkpointing; full: for weights that learn in 16 bits, here in 32"
         )
-    return "\n".join([*lines, f"on {machine['device']} in {machine['dtype']}{threads}"])
+    table = _gpu_table(found["gpus"]) if found.get("gpus") else []
+    return "\n".join([*lines, f"on {machine['device']} in {machine['dtype']}{threads}", *table])
+
+
+def _assumed(found: dict[str, Any]) -> list[str]:
+    """The model, and what its plan assumes."""
+    model, given = found["model"], found["assumptions"]
+    rows = "1 row" if given["batch_size"] == 1 else f"{given['batch_size']} rows"
+    on = "on" if given["gradient_checkpointing"] else "off"
+    lines = [
+        f"model: {model['name']} ({model['architecture']}), {model['parameters']:,} parameters in {model['layers']} layers",
+        f"assumes: {rows} of {given['sequence_length']:,} tokens in a forward pass, every token counted in the loss; no gradient accumulation;"
+        f" {given['dtype']}; gradient checkpointing {on}; a time, where one is given, is for {given['examples']:,} such rows (no data is read)",
+    ]
+    for name, one in given["methods"].items():
+        keys = "".join(f", {key} {value}" for key, value in one["peft"].items())
+        lines.append(f"  {name}: optimizer {one['optimizer']}{keys}")
+    return [*lines, "change them with --tokens-per-row, --batch, --method, --dtype, --no-gradient-checkpointing", ""]
+
+
+def _gpu_table(gpus: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Which method fits on which GPU."""
+    wide = max(map(len, [*gpus, "method"]))
+    lines = ["", f"{'method':{wide}}  checkpointing        peak" + "".join(f"{f'{size} GB':>8}" for size in GPU_SIZES)]
+    for name, rows in gpus.items():
+        for row in rows:
+            on = "on" if row["gradient_checkpointing"] else "off"
+            fits = "".join(f"{'fits' if row['fits'][str(size)] else 'no':>8}" for size in GPU_SIZES)
+            lines.append(f"{name:{wide}}  {on:<13}  {size_text(row['peak']):>10}{fits}")
+    return [*lines, "fits: the predicted peak is at most that many GB of 10^9 bytes, on one GPU"]
 
 
 def _time(seconds: int) -> str:

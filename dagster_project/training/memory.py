@@ -39,7 +39,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
@@ -94,6 +94,8 @@ class Prediction:
     total: int
     step: Operations
     """What an optimizer step does: its passes, the clipping and the update."""
+    optim: str
+    """transformers' name of the optimizer; empty where none takes steps."""
 
 
 def predict(
@@ -127,13 +129,73 @@ def predict(
         InputError: no configuration, unknown method or key, or one that does not suit the model.
         Unpredictable: the method needs weights for it.
     """
+    trace = trace_step(
+        base_model, method, options, lengths=lengths, counted=counted, dtype=dtype, device=device, quantization=quantization,
+        gradient_checkpointing=gradient_checkpointing, gradient_accumulation_steps=gradient_accumulation_steps, optim=optim, where=where,
+    )  # fmt: skip
+    return predict_from(trace, device, runtime)
+
+
+StorageEvent = tuple[str, str, int]
+"""(from, to, bytes): a storage is allocated ("", part), freed (part, ""), or becomes a gradient (part, "gradients")."""
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """A training step on the meta device: everything that a prediction is computed from."""
+
+    events: list[StorageEvent]
+    operations: Operations
+    trainable: int
+    total: int
+    optimizer: int
+    """Bytes of its states."""
+    optim: str
+    """transformers' name of it; empty where none takes steps."""
+    loading: int
+    """Bytes resident while weights are read and converted; 0 where they are used as they are stored."""
+
+
+def predict_from(trace: StepTrace, device: str, runtime: int) -> Prediction:
+    """Peak memory of a traced step."""
+    account = Account()
+    for event in trace.events:
+        account.apply(event)
+    kept = account.fragmentation if device == "cpu" else 0
+    peak = Memory(**account.peak, optimizer=trace.optimizer, fragmentation=kept, runtime=runtime)
+    if trace.loading > peak.total - runtime:
+        peak = Memory(weights=trace.loading, gradients=0, optimizer=0, activations=0, logits=0, fragmentation=0, runtime=runtime)
+    return Prediction(peak, trace.trainable, trace.total, trace.operations, trace.optim)
+
+
+def trace_step(
+    base_model: Path,
+    method: str,
+    options: dict[str, Any],
+    *,
+    lengths: Sequence[int],
+    counted: int,
+    dtype: Any,
+    device: str,
+    quantization: Quantization | None = None,
+    gradient_checkpointing: bool = False,
+    gradient_accumulation_steps: int = 1,
+    optim: str = "adamw_torch_fused",
+    where: str = "adapter",
+    timed: bool = True,
+) -> StepTrace:
+    """Build model and method on the meta device and take one step; see `predict`.
+
+    Args:
+        timed: note the operations, too, so that their time can be measured. Takes a third longer.
+    """
     import torch
 
     config = read_config(base_model)
     stored = config.dtype or torch.float32  # building the model will set it
     # a start that is computed from the weights (pissa, olora, ...) has the same shapes as any other
     options = {key: value for key, value in options.items() if key != "init_lora_weights" or isinstance(value, bool)}
-    ledger = _Ledger(config.get_text_config().vocab_size)
+    ledger = _Ledger(config.get_text_config().vocab_size, timed)
     with torch.random.fork_rng(devices=[]), _quiet(), _on_shapes(method, where):
         with torch.device("meta"), _answering():
             tunable = build(
@@ -154,19 +216,17 @@ def predict(
             _passes(ledger, tunable, base, lengths, counted, passes := min(2, gradient_accumulation_steps))
             ledger.operations.multiply(gradient_accumulation_steps / passes)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not tunable.fit:
+    if timed and not tunable.fit:
         ledger.operations.note_optimizer(learning)
     optim = tunable.optim or optim
     states = 0 if tunable.fit else sum(_state_bytes(parameter, optim) for parameter in learning)
     if method.lower() == "adalora":
         states += 3 * sum(map(_bytes, learning))
-    kept = ledger.fragmentation if device == "cpu" else 0
-    peak = Memory(**ledger.peak, optimizer=states, fragmentation=kept, runtime=runtime)
     as_stored = stored == (torch.float32 if tunable.autocast else dtype) and not getattr(base, "is_loaded_in_4bit", False)
     loading = 0 if device != "cpu" or as_stored else _loading(base_model, base, stored)
-    if loading > peak.total - runtime:
-        peak = Memory(weights=loading, gradients=0, optimizer=0, activations=0, logits=0, fragmentation=0, runtime=runtime)
-    return Prediction(peak, tunable.trainable, tunable.total, ledger.operations)
+    return StepTrace(
+        list(ledger.events), ledger.operations, tunable.trainable, tunable.total, states, "" if tunable.fit else optim, loading
+    )
 
 
 LORA = {"r": 16, "target_modules": "all-linear"}
@@ -194,12 +254,16 @@ class Way:
     gradient_accumulation_steps: int
     optim: str
     where: str
+    timed: bool = True
+    """Whether the step's operations are needed, too."""
+    trace: Callable[..., StepTrace] = trace_step
 
     def predict(self) -> Prediction:
         given = dict(vars(self))
-        rows = given.pop("rows")
+        rows, runtime, trace = given.pop("rows"), given.pop("runtime"), given.pop("trace")
         given["lengths"], given["counted"] = rows * self.lengths, rows * self.counted
-        return predict(given.pop("base_model"), given.pop("method"), given.pop("options"), **given)
+        step = trace(given.pop("base_model"), given.pop("method"), given.pop("options"), **given)
+        return predict_from(step, self.device, runtime)
 
     def lighter(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Changes that need less memory, in the order in which one would try them: what to write, and what it changes here."""
@@ -431,42 +495,26 @@ def _autocast() -> Iterator[None]:
         yield
 
 
-class _Ledger:
-    """Counts storages of the meta device from birth to death, and notes the operations between."""
+class Account:
+    """Bytes that live in each part, and the most that ever did."""
 
-    def __init__(self, vocabulary: int) -> None:
-        self.vocabulary = vocabulary
+    def __init__(self) -> None:
         self.live = {"weights": 0, "gradients": 0, "activations": 0, "logits": 0}
         self.peak = dict(self.live)
         self.highest = self.now = 0
-        self.operations = Operations()
-        self._known: dict[int, tuple[str, int, Any]] = {}
         self._small = Counter[int]()  # size of a block that glibc keeps -> bytes that live in such blocks
         self._most = Counter[int]()  # the same at its most
         self._at_peak = 0  # bytes in all of them at the peak
 
-    def born(self, tensor: Any, part: str) -> None:
-        """Count the tensor's storage, unless it is known."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._known:
+    def apply(self, event: StorageEvent) -> None:
+        before, after, size = event
+        if before and after:
+            self.live[before] -= size
+            self.live[after] += size
             return
-        self._known[key] = (part, storage.nbytes(), weakref.ref(storage, lambda _: self._dead(key)))
-        self._add(part, storage.nbytes())
-
-    def _dead(self, key: int) -> None:
-        part, size, _ = self._known.pop(key)
-        self._add(part, -size)
-
-    def passing(self, size: int) -> None:
-        """Bytes that a kernel takes for as long as it runs."""
-        self._add("activations", size)
-        self._add("activations", -size)
-
-    def _add(self, part: str, change: int) -> None:
+        part, change = (before, -size) if before else (after, size)
         self.live[part] += change
         self.now += change
-        size = abs(change)
         if size <= LARGE_BLOCK and part != "weights":
             self._small[size] += change
             self._most[size] = max(self._most[size], self._small[size])
@@ -478,11 +526,38 @@ class _Ledger:
         """Bytes held beside the peak, if a freed block is used again for its own size alone."""
         return self._most.total() - self._at_peak
 
+
+class _Ledger:
+    """Records storages of the meta device from birth to death, and notes the operations between."""
+
+    def __init__(self, vocabulary: int, timed: bool = True) -> None:
+        self.vocabulary, self.timed = vocabulary, timed
+        self.events: list[StorageEvent] = []
+        self.operations = Operations()
+        self._known: dict[int, tuple[str, int, Any]] = {}
+
+    def born(self, tensor: Any, part: str) -> None:
+        """Count the tensor's storage, unless it is known."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = storage.nbytes()
+        self._known[key] = (part, size, weakref.ref(storage, lambda _: self._dead(key)))
+        self.events.append(("", part, size))
+
+    def _dead(self, key: int) -> None:
+        part, size, _ = self._known.pop(key)
+        self.events.append((part, "", size))
+
+    def passing(self, size: int) -> None:
+        """Bytes that a kernel takes for as long as it runs."""
+        self.events += [("", "activations", size), ("activations", "", size)]
+
     def is_gradient(self, parameter: Any) -> None:
         key = parameter.grad.untyped_storage()._cdata
         part, size, alive = self._known[key]
-        self.live[part] -= size
-        self.live["gradients"] += size
+        self.events.append((part, "gradients", size))
         self._known[key] = ("gradients", size, alive)
 
     def mode(self) -> Any:
@@ -502,7 +577,7 @@ class _Ledger:
                     return False  # a meta tensor has no value. The one question asked: is a batch not packed? It is.
                 out = func(*args, **(kwargs or {}))
                 found = tensors(out)
-                if found or tensors((args, kwargs)):
+                if ledger.timed and (found or tensors((args, kwargs))):
                     ledger.operations.note(func, *args, **(kwargs or {}))
                 for tensor in found:
                     ledger.born(tensor, "logits" if tensor.shape and tensor.shape[-1] == ledger.vocabulary else "activations")
@@ -528,14 +603,16 @@ class _Ledger:
                 out = torch.empty_like(query)
                 ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32), bias)
                 ctx.causal = causal
-                ledger.operations.note(attention, query, key, value, bias, causal)
+                if ledger.timed:
+                    ledger.operations.note(attention, query, key, value, bias, causal)
                 return out
 
             @staticmethod
             def backward(ctx: Any, *gradient: Any) -> Any:
                 query, key, value, _, _, bias = ctx.saved_tensors
-                ledger.operations.note(attention, query, key, value, bias, ctx.causal, times=-1)
-                ledger.operations.note(attention_and_back, query, key, value, bias, ctx.causal)
+                if ledger.timed:
+                    ledger.operations.note(attention, query, key, value, bias, ctx.causal, times=-1)
+                    ledger.operations.note(attention_and_back, query, key, value, bias, ctx.causal)
                 return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None, None
 
         def fused(query: Any, key: Any, value: Any, attn_mask: Any = None, is_causal: bool = False, **_: Any) -> Any:

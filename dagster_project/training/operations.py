@@ -59,6 +59,10 @@ class Operations:
     def multiply(self, times: float) -> None:
         self.counts = {key: n * times for key, n in self.counts.items()}
 
+    def with_counts(self, counts: dict[Any, float]) -> Operations:
+        """The same operations, done as often as `counts` says."""
+        return Operations(counts, self._runs)
+
     def note_optimizer(self, parameters: Iterable[Any]) -> None:
         """Clipping of the gradients and a step of AdamW, for each parameter."""
         import torch
