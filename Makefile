@@ -14,12 +14,12 @@ help:            ## show this list
 
 run: $(VENV)/ok  ## set up, run what has changed, show the summary
 	@$(MAKE) --no-print-directory setup-dvc
-	$(BIN)/dvc repro
+	@mkdir -p .dvc/tmp && date +%s > .dvc/tmp/run_started
+	@echo "dvc repro" && $(BIN)/dvc repro || { printf '%s\n' "" \
+	  'The run stopped: the first error above says why. What had finished is kept; correct it and run `make run` again.' \
+	  'If it was release: data/pages/comparison/comparison.html shows the figures, docs/checks.md (release) what the gate asks.' >&2; exit 1; }
 	@$(BIN)/pedigree sync > /dev/null
-	@echo && cat data/comparison/board.md && echo
-	@$(BIN)/pedigree audit merged@lora | sed '/^parameters/,$$d'
-	@echo "Open the Dagster UI with: make ui     (http://127.0.0.1:$(PORT))"
-	@echo "Ask what made the model:  .venv/bin/pedigree audit merged@lora"
+	@$(MAKE) --no-print-directory summary
 
 test: $(VENV)/ok ## run all tests, two at a time (JOBS=N: N at a time)
 	@$(MAKE) --no-print-directory setup-dvc
@@ -50,7 +50,25 @@ clean:           ## remove what can be made again (never sources, reports or dvc
 	rm -rf data/raw_preferences data/preferences data/reward_model data/aligned/* data/merged_aligned/*
 	rm -rf data/baselines data/evaluation data/evaluation_aligned/* data/comparison data/release data/plots data/live/*
 
-.PHONY: setup-dvc
+define ASK
+from transformers import pipeline
+ask = pipeline("text-generation", "data/release")
+print(ask([{"role": "user", "content": "Hello!"}], max_new_tokens=64)[0]["generated_text"][-1]["content"])
+endef
+export ASK
+
+.PHONY: setup-dvc summary
+summary:
+	@echo && cat data/comparison/board.md && echo
+	@$(BIN)/pedigree audit release | sed '/^parameters/,$$d'
+	@took=$$(($$(date +%s) - $$(cat .dvc/tmp/run_started))); echo "took          $$((took / 60)) min $$((took % 60)) s, without the installation"
+	@echo "disk used     $$(du -shc data .dvc | tail -1 | cut -f1) by data and DVC's cache, $$(du -sh $(VENV) | cut -f1) by $(VENV)"
+	@echo "the model     data/release"
+	@echo "what made it  .venv/bin/pedigree audit release"
+	@echo "the UI        make ui     (http://127.0.0.1:$(PORT))"
+	@echo "keep in git   git add params.yaml dvc.lock data/sources data/reports && git commit -m 'Run the pipeline'"
+	@echo "ask it        .venv/bin/python -c '$$ASK'"
+
 setup-dvc:
 	@git rev-parse --git-dir > /dev/null 2>&1 || git init -q
 	@[ -f .dvc/config ] || $(BIN)/dvc init -q

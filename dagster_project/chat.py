@@ -143,6 +143,11 @@ def loss_weights(tokenizer: Any, labels: Sequence[int], answer: str, fields: Map
     return [weight / total for weight in weights] if per_example and total else weights
 
 
+def has_field(answer: str, name: str) -> bool:
+    """Does an answer write the JSON field that `loss_weights` looks for?"""
+    return re.search(rf'"{re.escape(name)}"\s*:', answer) is not None
+
+
 def encode_prompt(tokenizer: Any, messages: Messages) -> list[int]:
     """Ids of everything before the answer that is asked for, the assistant's header included.
 

@@ -88,6 +88,8 @@ class Outcome:
     """In the suite's order."""
     page: str
     """Data Docs' first page, relative to the folder given; empty where none was."""
+    foreign: tuple[str, ...] = ()
+    """Signs that the suite was written for other data."""
 
     @property
     def failed(self) -> list[Judged]:
@@ -111,7 +113,7 @@ def check(outcome: Outcome, places: Sequence[str] = ()) -> CheckResult:
         count=len(failed),
         rows=[places[i] for i in dict.fromkeys(i for one in failed for i in one.rows)][:20] if places else [],
         examples=[f"{one.words} Found: {one.seen}." for one in failed],
-        note=f"{len(outcome.expectations) - len(failed)} of {len(outcome.expectations)} expectations hold",
+        note="; ".join([f"{len(outcome.expectations) - len(failed)} of {len(outcome.expectations)} expectations hold", *outcome.foreign]),
     )
 
 
@@ -184,7 +186,26 @@ def run(frame: pd.DataFrame, suite_file: Path, docs_folder: Path | None = None, 
         if docs_folder is not None:
             words = {str(i): f"{one.words} ({expectations[i].severity.value})" for i, one in enumerate(judged)}
             data_docs.write(docs_folder, suite, result, words)
-    return Outcome(suite.name, len(frame), judged, data_docs.INDEX if docs_folder is not None else "")
+    return Outcome(suite.name, len(frame), judged, data_docs.INDEX if docs_folder is not None else "", _foreign(frame, expectations, name))
+
+
+def _foreign(frame: pd.DataFrame, expectations: Sequence[Any], name: str) -> tuple[str, ...]:
+    """One message where the suite names categories or sources of which no row has any."""
+    found = []
+    for column in ("category", "source"):
+        named = {
+            value
+            for one in expectations
+            if one.configuration.kwargs.get("column") == column
+            for value in _listed(one.configuration.kwargs.get("value_set"))
+        }
+        if named and not named & set(frame[column].dropna()):
+            plural = "categories" if column == "category" else "sources"
+            found.append(
+                f"the suite names {len(named)} {plural} that no row has: {name} was written for other data, edit it or leave out"
+                " instructions.expectations"
+            )
+    return tuple(found)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -21,6 +22,8 @@ from dagster_project.records import prompt_text, response_text, subject_text
 from dagster_project.training import head
 from dagster_project.training.hardware import prepare
 from dagster_project.training.tuned import load
+
+log = logging.getLogger("pedigree")
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -132,6 +135,11 @@ def asked(
     else:
         task = settings.task
     found = labelled(records, task)
+    if isinstance(task, Task) and records and not found:
+        log.warning(
+            f"params.yaml: evaluation.task: none of {len(records)} test answers is a JSON object with the fields {', '.join(task.fields)}"
+            " and allowed values; answers are scored as free text. Remove evaluation.task, or describe your own answers"
+        )
     task = task if found else None
     found = found or conversations(records)
     chosen = set(sorted(record["example_id"] for record in found)[: settings.max_examples])

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from dagster_project.chat import IGNORE, is_text, pack
+from dagster_project.chat import IGNORE, has_field, is_text, pack
 from dagster_project.errors import InputError
 from dagster_project.params import Section
-from dagster_project.records import CheckResult, Report, read_ledger, read_records, write_json, write_ledger, write_table
+from dagster_project.records import CheckResult, Report, read_ledger, read_records, response_text, write_json, write_ledger, write_table
 from dagster_project.training import label_audit, mixture, templates
 from dagster_project.training.examples import Example, Fate, Rules, TooLong, make
 
@@ -97,6 +97,7 @@ def run(root: Path, params: Params, seed: int, splits: Path, base_model: Path, o
     if template is None and not all(is_text(record) for found in records.values() for record in found):
         raise InputError("data/base_model: it has no chat template", "name one in params.yaml: tokenized.chat_template, e.g. chatml")
 
+    _refuse_foreign_fields(params, records["train"])
     rules = Rules(params.max_length, params.on_too_long, params.field_weights, params.weigh == "example")
     fates = {split: make(tokenizer, found, rules) for split, found in records.items()}
     copies = {split: [int(fate.kept) for fate in found] for split, found in fates.items()}
@@ -152,6 +153,18 @@ def run(root: Path, params: Params, seed: int, splits: Path, base_model: Path, o
         metrics=metrics,
         checks=_checks(params, tokenizer, [record for found in records.values() for record in found], everything, ledger),
     )
+
+
+def _refuse_foreign_fields(params: Params, train: Sequence[Record]) -> None:
+    """Raises: InputError: `field_weights` names a field that no answer has, as where it was written for other data."""
+    if not params.field_weights or not train:
+        return
+    answers = [response_text(record["messages"]) for record in train]
+    if missing := [name for name in params.field_weights if not any(has_field(answer, name) for answer in answers)]:
+        raise InputError(
+            f"params.yaml: tokenized.field_weights: no answer of the training split is a JSON object with the field {', '.join(missing)}",
+            "take out tokenized.field_weights, or name fields that your answers have",
+        )
 
 
 def _in_order(records: Sequence[Record], fates: Sequence[Fate], copies: Sequence[int]) -> list[tuple[str, Example]]:

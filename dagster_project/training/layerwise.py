@@ -71,7 +71,8 @@ class SmallCopies:
         """What `memory.trace_step` returns for the model that the copies are of; the arguments are its own."""
         has_weights = self.base_model.is_dir() and any(self.base_model.glob("*.safetensors"))
         reads_weights = has_weights and given["device"] == "cpu"  # the files' sizes count
-        if self.depth is not None and not reads_weights and CANNOT_MERGE.get(method.lower()) != VIRTUAL:
+        virtual = CANNOT_MERGE.get(method.lower()) == VIRTUAL
+        if self.depth is not None and not (reads_weights or virtual or names_layers(options)):
             traces = [trace_step(self._copy(layers), method, options, **given) for layers in self.depth.small]
             extended = extend(traces, self.depth.times)
             if extended is not None:
@@ -106,6 +107,17 @@ class SmallCopies:
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(values))
         return folder
+
+
+def names_layers(options: dict[str, Any]) -> bool:
+    """May a method's keys treat one layer unlike another?"""
+    known = {"layers_to_transform", "layers_pattern", "layer_replication", "rank_pattern", "alpha_pattern", "exclude_modules", "trainable"}
+    if any(options.get(key) for key in known):
+        return True
+    targets = options.get("target_modules") or []
+    if isinstance(targets, str):
+        return targets != "all-linear"  # a regular expression
+    return any(character.isdigit() for name in targets for character in name)
 
 
 def repetition(layers: Sequence[Any]) -> Depth | None:

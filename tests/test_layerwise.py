@@ -1,0 +1,132 @@
+"""A deep model traced by copies with few layers gives what tracing the whole of it gives."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dagster_project.__main__ import main
+from dagster_project.doors import plan
+from dagster_project.params import Compute
+from dagster_project.training import layerwise, memory
+from dagster_project.training.layerwise import Depth, SmallCopies, insert, insertions, repetition
+
+BASE = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 500,
+        "dtype": "bfloat16"}  # fmt: skip
+LAYERS = 8
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {**BASE, "model_type": "llama", "tie_word_embeddings": True},
+    "qwen3": {**BASE, "model_type": "qwen3"},
+    "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_head": 4, "vocab_size": 500, "n_positions": 256, "n_layer": LAYERS},
+}
+METHODS = {"lora": memory.LORA, "qlora": memory.LORA, "full": {}}
+
+
+def write(folder: Path, values: dict[str, Any], layers: int = LAYERS) -> Path:
+    folder.mkdir(exist_ok=True)
+    depth = {} if "n_layer" in values else {"num_hidden_layers": layers}
+    (folder / "config.json").write_text(json.dumps({**values, **depth}))
+    return folder
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_with_few_layers_give_the_account_of_the_whole_model(
+    kind: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal event by event, so peak, fragmentation and operations are equal, too."""
+    model = write(tmp_path / "model", KINDS[kind])
+    copies, trace_step, traced = SmallCopies(model), memory.trace_step, []
+
+    def counting(base_model: Path, *arguments: Any, **given: Any) -> memory.StepTrace:
+        traced.append(base_model)
+        return trace_step(base_model, *arguments, **given)
+
+    monkeypatch.setattr(layerwise, "trace_step", counting)
+    for checkpointing, device in ((True, "cuda"), (False, "cpu")):
+        given = {"lengths": [24], "counted": 24, "dtype": torch.bfloat16, "device": device, "gradient_checkpointing": checkpointing}
+        whole = trace_step(model, method, METHODS[method], **given)
+        small = copies.trace(model, method, METHODS[method], **given)
+        assert small.events == whole.events
+        assert small.operations.counts == whole.operations.counts
+        sizes = ("trainable", "total", "optimizer", "optim", "loading")
+        assert [getattr(small, name) for name in sizes] == [getattr(whole, name) for name in sizes]
+        assert memory.predict_from(small, device, 7).memory == memory.predict_from(whole, device, 7).memory
+    assert model not in traced, "no layer but those of the copies was traced"
+
+
+def test_what_copies_cannot_foretell_is_traced_whole(tmp_path: Path) -> None:
+    model = write(tmp_path / "model", KINDS["llama"])
+    given: dict[str, Any] = {"lengths": [24], "counted": 24, "dtype": torch.float32, "device": "cuda"}
+    one, two, three = (memory.trace_step(write(tmp_path / str(n), KINDS["llama"], n), "full", {}, **given) for n in (1, 2, 3))
+    assert layerwise.extend([one, two, three], 0) is not None
+    assert layerwise.extend([one, three, two], 1) is None
+    upper = {"r": 4, "target_modules": ["q_proj"], "layers_to_transform": [LAYERS - 1]}
+    for method, options in (("prefix_tuning", {"num_virtual_tokens": 4}), ("lora", upper)):
+        whole = memory.trace_step(model, method, options, **given)
+        assert SmallCopies(model).trace(model, method, options, **given).events == whole.events
+
+
+def test_layers_repeat_from_the_first_like_one_on_and_in_their_period() -> None:
+    assert repetition("aaaaaaaa") == Depth(8, 0, 1)
+    assert repetition("daaaaaaa") == Depth(8, 1, 1)
+    assert repetition("abababababab") == Depth(12, 0, 2)
+    assert repetition("ababababababa") == Depth(13, 1, 2)
+    assert repetition("abcdefgh") is None
+    assert repetition("aab") is None
+    assert not Depth(6, 0, 1).saves and Depth(7, 0, 1).saves
+
+
+def test_runs_are_inserted_where_they_repeat() -> None:
+    short, long = list("PAMBS"), list("PAAMBBS")
+    added = insertions(short, long)
+    assert added is not None and insert(short, added, 1) == long
+    assert insert(short, added, 3) == list("PAAAAMBBBBS")
+    assert insertions(list("PAMS"), list("PAXNS")) is None
+
+
+@pytest.fixture
+def deep(tmp_path: Path) -> Path:
+    return write(tmp_path / "Acme-Small", {**KINDS["qwen3"], "architectures": ["Qwen3ForCausalLM"]}, layers=12)
+
+
+def test_a_plan_names_the_model_its_assumptions_and_the_gpus_it_fits_on(deep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", str(deep), "--tokens-per-row", "64", "--batch", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "model: Acme-Small (Qwen3ForCausalLM), " in said and " parameters in 12 layers" in said
+    for assumption in ("2 rows of 64 tokens", "no gradient accumulation", "gradient checkpointing on", "2,000 such rows", "bfloat16",
+                       "lora: optimizer adamw_torch_fused, r 16", "qlora: optimizer paged_adamw_8bit"):  # fmt: skip
+        assert assumption in said, assumption
+    table = [line.split() for line in said.splitlines() if line.startswith(("full  ", "lora  ", "qlora "))]
+    assert [(row[0], row[1]) for row in table] == [(method, on) for method in ("full", "lora", "qlora") for on in ("off", "on")]
+    assert all(row[-3:] == ["fits", "fits", "fits"] for row in table)
+
+
+def test_a_gpu_fits_what_takes_no_more_than_its_size(deep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "_taken", lambda *_: {"memory": {"total": 40 * 10**9}, "optimizer_name": "x", "total_parameters": 1})
+    given: dict[str, Any] = {"tokens": 16, "rows": 1, "checkpointing": True, "compute": Compute(threads=1), "device": "cuda"}
+    with_on = plan.plan_model(deep, ["lora"], **given)["gpus"]["lora"]
+    assert [row["gradient_checkpointing"] for row in with_on] == [False, True]
+    assert with_on[1] == {"gradient_checkpointing": True, "peak": 40 * 10**9, "fits": {"24": False, "40": True, "80": True}}
+
+
+def test_a_name_in_the_configuration_wins_over_the_folders(deep: Path) -> None:
+    (deep / "config.json").write_text(json.dumps({**json.loads((deep / "config.json").read_text()), "_name_or_path": "acme/small-12"}))
+    assert plan._model(deep, SmallCopies(deep))["name"] == "acme/small-12"
+    assert plan._model(deep / "config.json", SmallCopies(deep / "config.json"))["name"] == "acme/small-12"
+
+
+def test_depth_costs_no_time(tmp_path: Path) -> None:
+    """Eighty layers are traced as fast as nine: as many layers, on shapes that cost nothing. CPU time, since tests share cores."""
+    took = {}
+    for layers in (9, 80):
+        copies = SmallCopies(write(tmp_path / str(layers), KINDS["llama"], layers))
+        start = time.process_time()
+        copies.trace(copies.base_model, "lora", memory.LORA, lengths=[64], counted=64, dtype=torch.bfloat16, device="cuda", timed=False)
+        took[layers] = time.process_time() - start
+    assert took[80] < 3 * took[9]

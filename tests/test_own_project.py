@@ -1,0 +1,210 @@
+"""A clone on other data: nothing of the sample set is a default, what is left of it is named, and `make run` ends with what to do next."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, copy_project, dvc, edit_params, run
+from pydantic import BaseModel
+from ruamel.yaml import YAML
+
+from dagster_project.curation import expectations
+from dagster_project.errors import InputError
+from dagster_project.evaluation.measure import Settings, asked
+from dagster_project.evaluation.metrics import Task
+from dagster_project.params import Compute, parse
+from dagster_project.pipeline import validate
+from dagster_project.stages import (
+    adapter,
+    aligned,
+    base_model,
+    baselines,
+    instructions,
+    preferences,
+    raw_examples,
+    raw_preferences,
+    release,
+    reward_model,
+    splits,
+    tokenized,
+)
+
+PAGE = (ROOT / "docs" / "own-project.md").read_text()
+MINIMAL = re.search(r"<!-- params: begin -->\n```yaml\n(.*?)```", PAGE, re.DOTALL)[1]
+SAMPLE = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
+WORDS = [
+    "river",
+    "stone",
+    "lamp",
+    "garden",
+    "window",
+    "music",
+    "paper",
+    "bridge",
+    "winter",
+    "coffee",
+    "engine",
+    "letter",
+    "forest",
+    "harbor",
+    "pencil",
+    "mirror",
+    "ticket",
+    "basket",
+]
+
+
+def rows(n: int) -> list[dict[str, str]]:
+    draw = random.Random(3)
+    return [{"instruction": f"{' '.join(draw.sample(WORDS, 7))} {i}?", "output": " ".join(draw.sample(WORDS, 5))} for i in range(n)]
+
+
+@pytest.fixture
+def own(tmp_path: Path, tiny_model: Path) -> Path:
+    """A clone with other rows, the documented parameters, and a tiny model that takes few steps; the sample set's files are still there."""
+    root = copy_project(tmp_path / "own")
+    (root / "data/sources/mine.json").write_text(json.dumps(rows(60)))
+    (root / "params.yaml").write_text(MINIMAL)
+    shutil.copytree(tiny_model, root / "models/tiny")
+
+    def small(values: dict[str, Any]) -> None:
+        values["base_model"] = {"folder": "models/tiny", "licence": "Apache-2.0", "dtype": "float32"}
+        values["adapter"]["lora"] |= {"max_steps": 3}
+        values["compute"] |= {"dtype": "float32"}
+        values["baselines"] |= {"few_shot": 1, "retrieved": 1}
+        values["evaluation"] |= {"max_new_tokens": 4}
+        values["release"] = {"variant": "lora", "waivers": [waiver(name) for name in ("better_than_baselines", "kept_its_knowledge")]}
+
+    edit_params(root, small)
+    return root
+
+
+def waiver(check: str) -> dict[str, str]:
+    return {"check": check, "reason": "three steps teach nothing", "expires": "2999-01-01"}
+
+
+def test_the_documented_parameters_name_every_section_and_are_valid(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text(MINIMAL)
+    (tmp_path / "data/sources").mkdir(parents=True)
+    (tmp_path / "data/sources/mine.json").touch()
+    assert set(validate(tmp_path)) == set(SAMPLE)
+
+
+def test_other_data_runs_through_on_the_documented_parameters(own: Path) -> None:
+    done = dvc(own, "repro")
+    assert done.returncode == 0, done.stderr + done.stdout
+    report = json.loads((own / "data/reports/instructions.json").read_text())
+    assert report["rows_in"] == 60 and all(check["passed"] for check in report["checks"])
+    assert list(json.loads((own / "data/reports/raw_examples.json").read_text())["sources"]) == ["data/sources/mine.json"]
+    assert json.loads((own / "data/release/release.json").read_text())["variant"] == "lora"
+    assert "rouge_l" in (own / "data/comparison/comparison.json").read_text()
+
+
+def values_of(value: Any) -> list[Any]:
+    if isinstance(value, BaseModel):
+        value = value.model_dump()
+    if isinstance(value, dict):
+        return [one for key, inner in value.items() for one in [key, *values_of(inner)]]
+    return [one for inner in value for one in values_of(inner)] if isinstance(value, list | tuple) else [value]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Compute, Settings, adapter.Params, aligned.Params, base_model.Params, baselines.Params, instructions.Params,
+        preferences.Params, raw_examples.Params, raw_preferences.Params, release.Params, reward_model.Params, splits.Params, tokenized.Params,
+    ],
+    ids=lambda model: f"{model.__module__.rpartition('.')[2]}.{model.__name__}",
+)  # fmt: skip
+def test_no_default_is_of_the_sample_set(model: type[BaseModel]) -> None:
+    task = SAMPLE["evaluation"]["task"]["fields"]
+    of_the_sample = {"summary", *task["category"], *task["priority"], "base_model"} | {
+        source["path"] for source in SAMPLE["raw_examples"]["sources"]
+    }
+    defaults = [field.get_default(call_default_factory=True) for field in model.model_fields.values() if not field.is_required()]
+    found = [value for value in values_of(defaults) if isinstance(value, str)]
+    assert not of_the_sample & set(found)
+    assert not [value for value in found if "data/" in value or "smollm" in value.lower()]
+
+
+def kept(category: str | None, n: int = 20) -> list[dict[str, Any]]:
+    return [
+        {
+            "source": "data/sources/mine.json",
+            "category": category,
+            "group_id": str(i),
+            "messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "yes"}],
+        }
+        for i in range(n)
+    ]
+
+
+def test_expectations_of_the_sample_set_are_named_as_such_on_other_data() -> None:
+    suite = ROOT / "data/expectations/instructions.json"
+    name = "data/expectations/instructions.json"
+    check = expectations.check(expectations.run(expectations.table(kept(None)), suite, name=name))
+    assert not check.passed
+    assert f"the suite names 8 categories that no row has: {name} was written for other data" in check.note
+    assert "leave out instructions.expectations" in check.note
+    fits = expectations.check(expectations.run(expectations.table(kept("bug")), suite, name=name))
+    assert "categories that no row has" not in fits.note
+
+
+def test_weights_of_a_field_that_no_answer_has_are_refused() -> None:
+    params = parse(tokenized.Params, {"field_weights": {"category": 16}}, "tokenized")
+    with pytest.raises(
+        InputError, match=r"tokenized\.field_weights: no answer of the training split is a JSON object with the field category"
+    ):
+        tokenized._refuse_foreign_fields(params, kept(None))
+    answers = kept(None)
+    answers[3]["messages"][1]["content"] = '{"category": "bug"}'
+    tokenized._refuse_foreign_fields(params, answers)
+
+
+def test_a_task_that_no_answer_fits_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    records = [{**record, "example_id": str(i)} for i, record in enumerate(kept(None))]
+    task, questions = asked(records, Settings(task=Task.model_validate(SAMPLE["evaluation"]["task"])))
+    assert task is None and len(questions) == 20
+    said = capsys.readouterr().err
+    assert "evaluation.task: none of 20 test answers is a JSON object with the fields summary, category, priority" in said
+    assert asked(records, Settings())[0] is None and capsys.readouterr().err == ""
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    """A folder in which `make run` finds tools that do nothing."""
+    (tmp_path / "data/comparison").mkdir(parents=True)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".dvc").mkdir()
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("pyproject.toml", ".dvc/config", ".venv/ok", "data/comparison/board.md"):
+        (tmp_path / name).touch()
+    for tool in ("dvc", "pedigree"):
+        (tmp_path / ".venv/bin" / tool).write_text("#!/bin/sh\nexit 0\n")
+        (tmp_path / ".venv/bin" / tool).chmod(0o755)
+    run(["git", "init", "-q"], tmp_path)
+    return tmp_path
+
+
+def test_make_run_ends_with_time_disk_model_question_and_what_to_commit(made: Path) -> None:
+    done = run(["make", "run"], made)
+    assert done.returncode == 0, done.stderr
+    for line in (r"^took +0 min \d+ s", r"^disk used +\S+ by data and DVC's cache, \S+ by .venv", r"^the model +data/release$"):
+        assert re.search(line, done.stdout, re.MULTILINE), line
+    assert "git add params.yaml dvc.lock data/sources data/reports && git commit" in done.stdout
+    code = re.search(r"ask it +.venv/bin/python -c '(.*)'", done.stdout, re.DOTALL)[1]
+    compile(code, "make run", "exec")
+    assert "data/release" in code
+
+
+def test_make_run_that_stops_says_what_to_do(made: Path) -> None:
+    (made / ".venv/bin/dvc").write_text("#!/bin/sh\nexit 1\n")
+    done = run(["make", "run"], made)
+    assert done.returncode != 0 and "took" not in done.stdout
+    assert "run `make run` again" in done.stderr and "data/pages/comparison/comparison.html" in done.stderr
