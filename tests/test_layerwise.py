@@ -90,6 +90,19 @@ def test_runs_are_inserted_where_they_repeat() -> None:
     assert insertions(list("PAMS"), list("PAXNS")) is None
 
 
+def test_the_order_in_which_storages_are_freed_changes_no_account() -> None:
+    born, freed, gradient = ("", "activations", 8), ("activations", "", 8), ("activations", "gradients", 8)
+    events = [born, born, born, gradient, freed, born, freed]
+    assert memory.in_order(events) == [born, born, born, freed, gradient, born, freed]
+    accounts = []
+    for given in (events, memory.in_order(events)):
+        account = memory.Account()
+        for event in given:
+            account.apply(event)
+        accounts.append(vars(account))
+    assert accounts[0] == accounts[1]
+
+
 @pytest.fixture
 def deep(tmp_path: Path) -> Path:
     return write(tmp_path / "Acme-Small", {**KINDS["qwen3"], "architectures": ["Qwen3ForCausalLM"]}, layers=12)

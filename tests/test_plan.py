@@ -110,7 +110,9 @@ def test_what_a_freed_block_leaves_is_held_for_blocks_of_its_size_alone(config: 
     make(5000, part="weights")
     free(LARGE_BLOCK + 1)
     make(LARGE_BLOCK + 2)
-    assert account.fragmentation == 1000 + 1000 + 3000, "neither weights nor what goes back to the kernel, and all else was free at the peak"
+    assert account.fragmentation == 1000 + 1000 + 3000, (
+        "neither weights nor what goes back to the kernel, and all else was free at the peak"
+    )
     assert take(config(), "lora", ALL, device="cuda").memory.fragmentation == 0 < take(config(), "lora", ALL).memory.fragmentation
 
 
@@ -204,7 +206,7 @@ def test_a_method_that_leaves_nothing_to_train_is_refused(config: Any) -> None:
 def test_a_configuration_of_no_possible_model_is_refused_in_one_message(config: Any, wrong: dict[str, Any]) -> None:
     file = config()
     file.write_text(json.dumps({**json.loads(file.read_text()), **wrong}))
-    with pytest.raises(InputError, match="hint: mend the configuration"):
+    with pytest.raises(InputError, match="hint: correct the configuration"):
         plan.plan_model(file, ["lora"], tokens=16, rows=1, checkpointing=False, compute=Compute(threads=1), device="cuda")
 
 

@@ -238,7 +238,6 @@ def plan_model(
     from huggingface_hub.errors import StrictDataclassError
 
     machine = Machine(compute, device, None)
-    memory.read_config(model)
     found, sizes = {}, {}
     try:
         copies = layerwise.SmallCopies(model)

@@ -156,6 +156,17 @@ class StepTrace:
     """Bytes resident while weights are read and converted; 0 where they are used as they are stored."""
 
 
+def in_order(events: Sequence[StorageEvent]) -> list[StorageEvent]:
+    """The events with what happens between two allocations sorted: in which order storages are freed there changes no peak, and is not always the same."""
+    found: list[StorageEvent] = []
+    start = 0
+    for place, event in enumerate(events):
+        if not event[0]:
+            found += [*sorted(events[start:place]), event]
+            start = place + 1
+    return [*found, *sorted(events[start:])]
+
+
 def predict_from(trace: StepTrace, device: str, runtime: int) -> Prediction:
     """Peak memory of a traced step."""
     account = Account()
