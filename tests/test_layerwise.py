@@ -39,7 +39,7 @@ def write(folder: Path, values: dict[str, Any], layers: int = LAYERS) -> Path:
 def test_copies_with_few_layers_give_the_account_of_the_whole_model(
     kind: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Equal event by event, so peak, fragmentation and operations are equal, too."""
+    """Equal event by event, but for the order of frees between two allocations, which changes no account: so peak, fragmentation and operations are equal, too."""
     model = write(tmp_path / "model", KINDS[kind])
     copies, trace_step, traced = SmallCopies(model), memory.trace_step, []
 
@@ -52,7 +52,7 @@ def test_copies_with_few_layers_give_the_account_of_the_whole_model(
         given = {"lengths": [24], "counted": 24, "dtype": torch.bfloat16, "device": device, "gradient_checkpointing": checkpointing}
         whole = trace_step(model, method, METHODS[method], **given)
         small = copies.trace(model, method, METHODS[method], **given)
-        assert small.events == whole.events
+        assert memory.in_order(small.events) == memory.in_order(whole.events)
         assert small.operations.counts == whole.operations.counts
         sizes = ("trainable", "total", "optimizer", "optim", "loading")
         assert [getattr(small, name) for name in sizes] == [getattr(whole, name) for name in sizes]

@@ -6,11 +6,12 @@ import json
 import random
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, copy_project, dvc, edit_params, run
+from conftest import ROOT, copy_project, edit_params, run
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
@@ -38,6 +39,16 @@ from dagster_project.stages import (
 PAGE = (ROOT / "docs" / "own-project.md").read_text()
 MINIMAL = re.search(r"<!-- params: begin -->\n```yaml\n(.*?)```", PAGE, re.DOTALL)[1]
 SAMPLE = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
+ALL_STAGES = """
+from pathlib import Path
+from dagster_project.doors.run import run_stage
+from dagster_project.pipeline import PEDIGREE, validate
+values = validate(Path.cwd())
+for stage in PEDIGREE.stages:
+    section = PEDIGREE.variants_of.get(stage)
+    for variant in values[section] if section else [None]:
+        print(run_stage(Path.cwd(), f"{stage}@{variant}" if variant else stage).document())
+"""
 WORDS = [
     "river",
     "stone",
@@ -96,8 +107,19 @@ def test_the_documented_parameters_name_every_section_and_are_valid(tmp_path: Pa
     assert set(validate(tmp_path)) == set(SAMPLE)
 
 
+def test_the_documented_parameters_have_every_key_that_dvc_tracks_by_name() -> None:
+    values = YAML(typ="safe").load(MINIMAL)
+    stages = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"].values()
+    tracked = {name for stage in stages for name in stage.get("do", stage).get("params", []) if "$" not in name}
+    assert {"compute.seed", "splits"} <= tracked
+    for name in tracked:
+        section, _, key = name.partition(".")
+        assert section in values and (not key or key in values[section]), f"DVC would stop: {name} is missing from params.yaml"
+
+
 def test_other_data_runs_through_on_the_documented_parameters(own: Path) -> None:
-    done = dvc(own, "repro")
+    """All stages in one process, in the order of the pipeline: each process more takes seconds to import what training needs."""
+    done = run([sys.executable, "-c", ALL_STAGES], own)
     assert done.returncode == 0, done.stderr + done.stdout
     report = json.loads((own / "data/reports/instructions.json").read_text())
     assert report["rows_in"] == 60 and all(check["passed"] for check in report["checks"])
@@ -167,13 +189,14 @@ def test_weights_of_a_field_that_no_answer_has_are_refused() -> None:
     tokenized._refuse_foreign_fields(params, answers)
 
 
-def test_a_task_that_no_answer_fits_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_task_that_no_answer_fits_is_named(caplog: pytest.LogCaptureFixture) -> None:
     records = [{**record, "example_id": str(i)} for i, record in enumerate(kept(None))]
     task, questions = asked(records, Settings(task=Task.model_validate(SAMPLE["evaluation"]["task"])))
     assert task is None and len(questions) == 20
-    said = capsys.readouterr().err
+    said = caplog.text
     assert "evaluation.task: none of 20 test answers is a JSON object with the fields summary, category, priority" in said
-    assert asked(records, Settings())[0] is None and capsys.readouterr().err == ""
+    caplog.clear()
+    assert asked(records, Settings())[0] is None and not caplog.text
 
 
 @pytest.fixture

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from dagster_project import params
 from dagster_project.errors import InputError
@@ -235,6 +237,8 @@ def plan_model(
     """
     if tokens < 2 or rows < 1:
         raise InputError(f"--tokens-per-row {tokens} --batch {rows}: nothing to train on", "give at least 2 tokens and 1 row")
+    if device == "cuda":
+        _import_bitsandbytes()
     from huggingface_hub.errors import StrictDataclassError
 
     machine = Machine(compute, device, None)
@@ -264,6 +268,15 @@ def plan_model(
         "methods": {name: {"peft": USUAL.get(name, {}), "optimizer": found[name].pop("optimizer_name")} for name in methods},
     }
     return {"model": _model(model, copies), "assumptions": assumptions, "variants": found, "gpus": sizes, "machine": _told(machine)}
+
+
+def _import_bitsandbytes() -> None:
+    """Import it without torch's compiler, a third of the imports' time: it wraps kernels for a CPU in torch.compile, and none of them runs here."""
+    import torch
+
+    if find_spec("bitsandbytes"):
+        with patch.object(torch, "compile", lambda function, **_: function):
+            import bitsandbytes  # noqa: F401
 
 
 def _model(path: Path, copies: layerwise.SmallCopies) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def _attend_by_example(
 
     _refuse(others)
     lengths = cu_seq_lens_q.diff().tolist()
-    key, value = (repeat_kv(states, module.num_key_value_groups) for states in (key, value))
+    key, value = (repeat_kv(states, getattr(module, "num_key_value_groups", 1)) for states in (key, value))
     parts = zip(*(states.float().split(lengths, 2) for states in (query, key, value)), strict=True)
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

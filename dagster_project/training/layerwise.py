@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dagster_project.training.memory import StepTrace, StorageEvent, read_config, trace_step
+from dagster_project.training.memory import StepTrace, StorageEvent, in_order, read_config, trace_step
 from dagster_project.training.methods import CANNOT_MERGE, VIRTUAL
 from dagster_project.training.operations import Operations
 
@@ -134,9 +134,11 @@ def repetition(layers: Sequence[Any]) -> Depth | None:
 def extend(traces: Sequence[StepTrace], times: int) -> StepTrace | None:
     """The trace of a model with so many periods more than the last of three traces; None where the first two do not foretell the third."""
     one, two, three = traces
-    added = insertions(one.events, two.events)
-    if added is None or insert(one.events, added, 2) != three.events:
-        return None
+    # a multiset freed at once repeats in one of the two orders: as it was freed, or sorted
+    recorded = [trace.events for trace in traces]
+    events = extended_events(recorded, times)
+    if events is None:
+        events = extended_events([in_order(given) for given in recorded], times)
     operations = _extended(one.operations, two.operations, three.operations, times)
     sizes = {}
     for name in ("trainable", "total", "optimizer", "loading"):
@@ -144,9 +146,18 @@ def extend(traces: Sequence[StepTrace], times: int) -> StepTrace | None:
         if c - b != b - a:
             return None
         sizes[name] = c + times * (c - b)
-    if operations is None:
+    if events is None or operations is None:
         return None
-    return replace(three, events=insert(one.events, added, 2 + times), operations=operations, **sizes)
+    return replace(three, events=events, operations=operations, **sizes)
+
+
+def extended_events(traces: Sequence[list[StorageEvent]], times: int) -> list[StorageEvent] | None:
+    """Events of a model with `times` periods more than the third; None where what the second adds to the first does not give the third."""
+    one, two, three = traces
+    added = insertions(one, two)
+    if added is None or insert(one, added, 2) != three:
+        return None
+    return insert(one, added, 2 + times)
 
 
 def insertions(short: Sequence[StorageEvent], long: Sequence[StorageEvent]) -> list[tuple[int, Sequence[StorageEvent]]] | None:
