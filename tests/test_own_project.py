@@ -41,13 +41,14 @@ MINIMAL = re.search(r"<!-- params: begin -->\n```yaml\n(.*?)```", PAGE, re.DOTAL
 SAMPLE = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
 ALL_STAGES = """
 from pathlib import Path
-from dagster_project.doors.run import run_stage
+from dagster_project.doors import dvc, run
 from dagster_project.pipeline import PEDIGREE, validate
+run._guarded = lambda root, address: dvc.fingerprint(root, address).now  # without DVC no dvc.lock records what a stage made
 values = validate(Path.cwd())
 for stage in PEDIGREE.stages:
     section = PEDIGREE.variants_of.get(stage)
     for variant in values[section] if section else [None]:
-        print(run_stage(Path.cwd(), f"{stage}@{variant}" if variant else stage).document())
+        print(run.run_stage(Path.cwd(), f"{stage}@{variant}" if variant else stage).document())
 """
 WORDS = [
     "river",
