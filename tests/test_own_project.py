@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import random
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, copy_project, edit_params, run
+from conftest import ROOT, run
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
@@ -39,66 +36,6 @@ from dagster_project.stages import (
 PAGE = (ROOT / "docs" / "own-project.md").read_text()
 MINIMAL = re.search(r"<!-- params: begin -->\n```yaml\n(.*?)```", PAGE, re.DOTALL)[1]
 SAMPLE = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
-ALL_STAGES = """
-from pathlib import Path
-from dagster_project.doors import dvc, run
-from dagster_project.pipeline import PEDIGREE, validate
-run._guarded = lambda root, address: dvc.fingerprint(root, address).now  # without DVC no dvc.lock records what a stage made
-values = validate(Path.cwd())
-for stage in PEDIGREE.stages:
-    section = PEDIGREE.variants_of.get(stage)
-    for variant in values[section] if section else [None]:
-        print(run.run_stage(Path.cwd(), f"{stage}@{variant}" if variant else stage).document())
-"""
-WORDS = [
-    "river",
-    "stone",
-    "lamp",
-    "garden",
-    "window",
-    "music",
-    "paper",
-    "bridge",
-    "winter",
-    "coffee",
-    "engine",
-    "letter",
-    "forest",
-    "harbor",
-    "pencil",
-    "mirror",
-    "ticket",
-    "basket",
-]
-
-
-def rows(n: int) -> list[dict[str, str]]:
-    draw = random.Random(3)
-    return [{"instruction": f"{' '.join(draw.sample(WORDS, 7))} {i}?", "output": " ".join(draw.sample(WORDS, 5))} for i in range(n)]
-
-
-@pytest.fixture
-def own(tmp_path: Path, tiny_model: Path) -> Path:
-    """A clone with other rows, the documented parameters, and a tiny model that takes few steps; the sample set's files are still there."""
-    root = copy_project(tmp_path / "own")
-    (root / "data/sources/mine.json").write_text(json.dumps(rows(60)))
-    (root / "params.yaml").write_text(MINIMAL)
-    shutil.copytree(tiny_model, root / "models/tiny")
-
-    def small(values: dict[str, Any]) -> None:
-        values["base_model"] = {"folder": "models/tiny", "licence": "Apache-2.0", "dtype": "float32"}
-        values["adapter"]["lora"] |= {"max_steps": 3}
-        values["compute"] |= {"dtype": "float32"}
-        values["baselines"] |= {"few_shot": 1, "retrieved": 1}
-        values["evaluation"] |= {"max_new_tokens": 4}
-        values["release"] = {"variant": "lora", "waivers": [waiver(name) for name in ("better_than_baselines", "kept_its_knowledge")]}
-
-    edit_params(root, small)
-    return root
-
-
-def waiver(check: str) -> dict[str, str]:
-    return {"check": check, "reason": "three steps teach nothing", "expires": "2999-01-01"}
 
 
 def test_the_documented_parameters_name_every_section_and_are_valid(tmp_path: Path) -> None:
@@ -116,17 +53,6 @@ def test_the_documented_parameters_have_every_key_that_dvc_tracks_by_name() -> N
     for name in tracked:
         section, _, key = name.partition(".")
         assert section in values and (not key or key in values[section]), f"DVC would stop: {name} is missing from params.yaml"
-
-
-def test_other_data_runs_through_on_the_documented_parameters(own: Path) -> None:
-    """All stages in one process, in the order of the pipeline: each process more takes seconds to import what training needs."""
-    done = run([sys.executable, "-c", ALL_STAGES], own)
-    assert done.returncode == 0, done.stderr + done.stdout
-    report = json.loads((own / "data/reports/instructions.json").read_text())
-    assert report["rows_in"] == 60 and all(check["passed"] for check in report["checks"])
-    assert list(json.loads((own / "data/reports/raw_examples.json").read_text())["sources"]) == ["data/sources/mine.json"]
-    assert json.loads((own / "data/release/release.json").read_text())["variant"] == "lora"
-    assert "rouge_l" in (own / "data/comparison/comparison.json").read_text()
 
 
 def values_of(value: Any) -> list[Any]:
