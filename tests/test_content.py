@@ -166,6 +166,7 @@ GOOD: dict[str, list[Record]] = {
         ask("What does NaN mean?", "NaN means not a number."),
         ask("What is a to-do list?", "A list of what is left to do, TODO for short."),
         ask("Link to the docs.", "See [link](https://docs.example)."),
+        ask("Where can I reach Ann?", "Write to [EMAIL] or call [PHONE]; do not send her key, [AWS_KEY]."),
         ask("Correct: Dear [Name], how is you?", "Dear [Name], how are you?"),
         ask("What does lorem ipsum mean?", "It is filler text; lorem ipsum is not real Latin."),
     ],

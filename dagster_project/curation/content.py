@@ -29,8 +29,6 @@ AROUND = 30
 class Exchange(NamedTuple):
     """One answer of the assistant."""
 
-    row: int
-    """Index of its record."""
     asked: str
     """The message before it if the user wrote that, else the empty string."""
     said: str
@@ -47,14 +45,25 @@ class Exchange(NamedTuple):
 
 @dataclass(frozen=True)
 class Texts:
-    """All exchanges in columns, for pretests."""
+    """All exchanges in columns."""
 
+    rows: list[int]
+    """Index of the record."""
+    places: list[int]
+    """Index of the answer in the record's messages."""
     asked: list[str]
     said: list[str]
+
+    def exchange(self, i: int, records: Sequence[Mapping[str, Any]]) -> Exchange:
+        return Exchange(self.asked[i], self.said[i], records[self.rows[i]]["messages"], self.places[i])
 
     @cached_property
     def asked_column(self) -> pl.Series:
         return text_column(self.asked)
+
+    @cached_property
+    def asked_lower(self) -> pl.Series:
+        return self.asked_column.str.to_lowercase()
 
     @cached_property
     def said_column(self) -> pl.Series:
@@ -74,9 +83,11 @@ class ContentCheck:
     severity: Literal["warn", "info"]
     hint: str
     """What to do about a finding."""
-    pretest: Callable[[Texts], Iterable[int]]
-    """Indices of the exchanges that may break the check."""
     find: Callable[[Exchange], Found | None]
+    words: tuple[str, ...] = ()
+    """`find` looks at the responses that hold one of these, written here in lower case,"""
+    pretest: Callable[[Texts], Iterable[int]] = lambda _: ()
+    """and at the exchanges with these indices."""
 
 
 def content_facts(records: Sequence[Mapping[str, Any]]) -> dict[str, list[str | None]]:
@@ -85,31 +96,39 @@ def content_facts(records: Sequence[Mapping[str, Any]]) -> dict[str, list[str | 
     Args:
         records: canonical records or pairs; benchmark questions (those with `labelled`) have no answers to judge.
     """
-    exchanges = _exchanges(records)
-    texts = Texts([one.asked for one in exchanges], [one.said for one in exchanges])
-    facts: dict[str, list[str | None]] = {}
+    texts = _texts(records)
+    facts: dict[str, list[str | None]] = {check.name: [None] * len(records) for check in CONTENT_CHECKS}
+    if not texts.said:
+        return facts
+    lower = texts.said_column.str.to_lowercase()
+    worded = _having(lower, [word for check in CONTENT_CHECKS for word in check.words]).arg_true()
+    responses = lower.gather(worded)
     for check in CONTENT_CHECKS:
-        column: list[str | None] = [None] * len(records)
-        for i in check.pretest(texts) if exchanges else ():
-            one = exchanges[i]
-            if column[one.row] is None and (found := check.find(one)):
-                column[one.row] = _shown(one, *found)
-        facts[check.name] = column
+        column = facts[check.name]
+        with_words = worded.filter(_having(responses, check.words)).to_list() if check.words else []
+        for i in sorted({*with_words, *check.pretest(texts)}):
+            row = texts.rows[i]
+            if column[row] is None and (found := check.find(one := texts.exchange(i, records))):
+                column[row] = _shown(one, *found)
     return facts
 
 
-def _exchanges(records: Sequence[Mapping[str, Any]]) -> list[Exchange]:
-    found: list[Exchange] = []
+def _texts(records: Sequence[Mapping[str, Any]]) -> Texts:
+    texts = Texts([], [], [], [])
+    rows, places, prompts, responses = texts.rows.append, texts.places.append, texts.asked.append, texts.said.append
     for row, record in enumerate(records):
         if "labelled" in record:
             continue
-        messages, start, asked = record["messages"], record.get("asked", 0), ""
-        for at, message in enumerate(messages):
+        start, asked = record.get("asked", 0), ""
+        for at, message in enumerate(record["messages"]):
             role, content = message["role"], message["content"]
             if role == "assistant" and at >= start:
-                found.append(Exchange(row, asked, content, messages, at))
+                rows(row)
+                places(at)
+                prompts(asked)
+                responses(content)
             asked = content if role == "user" else ""
-    return found
+    return texts
 
 
 def _shown(one: Exchange, kind: str, phrase: str) -> str:
@@ -122,44 +141,9 @@ def _shown(one: Exchange, kind: str, phrase: str) -> str:
     return kind
 
 
-def _having(column: pl.Series, words: Sequence[str]) -> pl.Series:
-    """Which texts hold one of the words, whatever the case of its ASCII letters."""
-    return column.str.contains_any(list(words), ascii_case_insensitive=True)
-
-
-def _answers_with(*words: str) -> Callable[[Texts], Iterable[int]]:
-    """A pretest: the answers that hold one of the words."""
-    return lambda texts: _having(texts.said_column, words).arg_true().to_list()
-
-
-def _names_itself(*names: str) -> Callable[[Texts], Iterable[int]]:
-    """A pretest: the answers that hold one of the names, and words of the first person."""
-    first_person = (
-        "i am",
-        "i'm",
-        "i’m",
-        "i was",
-        "i have",
-        "i've",
-        "i’ve",
-        " me",
-        "my ",
-        "as ",
-        "this is",
-        "ich bin",
-        "je suis",
-        "soy",
-        "sou",
-        "sono",
-        "ben",
-        "我",
-    )
-
-    def pretest(texts: Texts) -> Iterable[int]:
-        named = _having(texts.said_column, names).arg_true()
-        return named.filter(_having(texts.said_column.gather(named), first_person)).to_list()
-
-    return pretest
+def _having(lower: pl.Series, words: Iterable[str]) -> pl.Series:
+    """Which texts, given in lower case, hold one of the words."""
+    return lower.str.contains("|".join(map(re.escape, words)))
 
 
 _FENCE = re.compile(r"```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]+`", re.DOTALL)
@@ -303,11 +287,12 @@ _IDENTITY = re.compile(
     r"|我(?:是|叫)(?:一个)?(?:由)?\s*(?:ChatGPT|GPT|OpenAI|Claude|Anthropic|通义千问|千问|Qwen|文心一言|百度|阿里|DeepSeek|深度求索|Kimi|智谱|豆包)"
     rf"|\b(?i:ich bin|je suis|yo soy|soy|sono|eu sou|sou|ik ben) (?:{_MODELS})\b"
 )
+_FIRST_PERSON = re.compile(r"\b(?:I|me|my|as|as an?|this is|ich bin|je suis|soy|sou|sono|ben)\b|我", re.IGNORECASE)
 _NAMED = re.compile(rf"{_MODELS}|{_ALSO_WORDS}|{_MAKERS}")
 
 
 def _identity(one: Exchange) -> Found | None:
-    match = _IDENTITY.search(_prose(one.said))
+    match = _IDENTITY.search(_prose(one.said)) if _FIRST_PERSON.search(one.said) else None
     if match is None or _quoted(one.said, one.said.find(match.group())):
         return None
     named = _NAMED.search(match.group())
@@ -331,7 +316,7 @@ _EMPTY_ANSWERS = frozenset(
 _WRAPPING = " \n\t\"'<>[](){}*`.!"
 _PERSONS = r"your|recipient|sender|customer|client|company|employer|hiring manager|friend|name of|date of|teacher|professor|manager|boss"
 _THINGS = (
-    r"(?:first |last |full )?name|date|time|address|location|city|phone(?: number)?|e-?mail(?: address)?|signature|title|position"
+    r"(?:first |last |full )?name|date|time|address|location|city|phone number|e-?mail address|signature|title|position"
     r"|job title|topic|number|amount|link|url|x{2,}"
 )
 _INSERT = re.compile(r"[\[<{]insert\b[^\]>}\n]{0,60}[\]>}]|\blorem ipsum\b", re.IGNORECASE)
@@ -340,11 +325,11 @@ _SLOT = re.compile(
     rf"|[\[<{{](?:{_PERSONS})(?:['’]s)?\b[ _-]?[^\]>}}\n]{{0,40}}[\]>}}]|\[(?:{_THINGS})\](?!\()|\{{\{{ ?[a-z_]+ ?\}}\}}|\blorem ipsum\b",
     re.IGNORECASE,
 )
-_SLOT_WORDS = [
+_SLOT_WORDS = (
     *(f"{bracket}{word}" for bracket in "[<{" for word in (*_PERSONS.split("|"), "please", "insert", "fill in", "enter", "add", "put", "type")),
     "(insert", "{{", "lorem ipsum",
     *(f"[{word}" for word in ["first", "last", "full", "name", "date", "time", "address", "location", "city", "phone", "email", "e-mail", "signature", "title", "position", "job", "topic", "number", "amount", "link", "url", "xx"]),
-]  # fmt: skip
+)  # fmt: skip
 _WANTS_SLOTS = re.compile(
     r"template|placeholder|boilerplate|fill[- ]in|\bblanks?\b|lorem|variable|\bform\b|\bmad libs?\b|regex|format", re.IGNORECASE
 )
@@ -357,8 +342,7 @@ def _says_nothing(text: str) -> bool:
 def _placeholder_pretest(texts: Texts) -> Iterable[int]:
     short = (texts.said_column.str.len_bytes() < 40).arg_true().to_list()
     empty = [i for i in short if _says_nothing(texts.said[i])]
-    slots = _having(texts.said_column, _SLOT_WORDS) | _having(texts.asked_column, ["[insert", "<insert", "{insert", "lorem ipsum"])
-    return sorted({*empty, *slots.arg_true().to_list()})
+    return [*empty, *_having(texts.asked_lower, ["[insert", "<insert", "{insert", "lorem ipsum"]).arg_true().to_list()]
 
 
 def _placeholder(one: Exchange) -> Found | None:
@@ -557,7 +541,7 @@ PROBE = 18
 """Characters of the probes that show where a loop may be; a third of it where a character may be a word."""
 LOOKED_THROUGH = 20_000
 """Characters of a response that are searched for loops."""
-_ONE_CHARACTER = re.compile(r"(\w)\1{39}|([^\W\d_])\2{19}")
+_ONE_CHARACTER = re.compile(r"(\w)\1{29}")
 _TOKEN = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|\w+")
 _SENTENCE = re.compile(r"[.!?]+[\"'”’)\]*_]*\s+|\n+|[。！？]")
 _COUNTER = re.compile(r"\A\W*(?:\d+\W+)?")
@@ -591,17 +575,16 @@ def _loop_pretest(texts: Texts) -> Iterable[int]:
 def _loop(one: Exchange) -> Found | None:
     if match := _ONE_CHARACTER.search(one.said):
         return "one character over and over", match.group()
-    if _WANTS_LOOPS.search(one.asked):
-        return None
     text = _prose(one.said[:LOOKED_THROUGH])
+    tokens = _TOKEN.findall(text.casefold())
+    shared = [max(Counter(zip(*(tokens[k:] for k in range(size)), strict=False)).values(), default=0) for size in (3, 4)]
+    if shared[0] < LOOPS or _WANTS_LOOPS.search(one.asked):
+        return None
     units = Counter(_COUNTER.sub("", unit).strip() for unit in _SENTENCE.split(text))
     again = {unit: times * len(unit) for unit, times in units.items() if times >= LOOPS and _is_sentence(unit)}
     if again and 3 * sum(again.values()) >= len(text):
         return "sentences or lines over and over", max(again, key=lambda unit: again[unit])
-    tokens = _TOKEN.findall(text.casefold())
-    if max(Counter(zip(tokens, tokens[1:], tokens[2:], tokens[3:], strict=False)).values(), default=0) < LOOPS - 1:
-        return None
-    words = "".join([f"{token} " for token in tokens])
+    words = "".join([f"{token} " for token in tokens]) if shared[1] >= LOOPS else ""
     for pattern in _RUNS:
         if (match := pattern.search(words)) and not match[1].replace(" ", "").isdigit():
             return "one run of words over and over", ""
@@ -643,7 +626,7 @@ _DOCUMENT = re.compile(r"\s*<(?:!doctype|html|\?xml|svg|[a-z]+[ >])", re.IGNOREC
 
 
 def _markup_pretest(texts: Texts) -> Iterable[int]:
-    return (_having(texts.said_column, _MARKUP_WORDS) | _having(texts.asked_column, _MARKUP_WORDS)).arg_true().to_list()
+    return _having(texts.asked_lower, _MARKUP_WORDS).arg_true().to_list()
 
 
 def _markup(one: Exchange) -> Found | None:
@@ -712,9 +695,9 @@ def _language(one: Exchange) -> Found | None:
         return None
     asked, said = (_prose(text).strip()[:READ] for text in (one.asked, one.said))
     letters = min(len(_LETTER.findall(asked)), answered := len(_LETTER.findall(said)))
-    if letters < SCRIPT_LETTERS or 2 * answered < len(said):  # figures, formulas
+    if letters < SCRIPT_LETTERS or 5 * answered < 3 * len("".join(said.split())):  # figures, formulas
         return None
-    wrote = scripts([asked, said])
+    wrote = ["Latin", "Latin"] if asked.isascii() and said.isascii() else scripts([asked, said])
     if wrote[0] != wrote[1]:
         if any(name.startswith("(") for name in wrote) or (letters < LETTERS and not {"Han", "Kana", "Hangul"} & {*wrote}):
             return None
@@ -774,34 +757,34 @@ CONTENT_CHECKS: tuple[ContentCheck, ...] = (
         "No response declines to answer.",
         "warn",
         "Keep the refusals that you mean to teach; answer the others, or take them out.",
-        _answers_with(
+        words=(
             "sorry", "afraid", "pologi", "unfortunately", "regrettably", "as an ai", "as a large", "as an artificial", "language model", "chatbot",
             "i decline", "to decline", "respectfully decline", "to refuse", "must refuse", "comfortable", "my programming", "my guidelines", "my polic", "my principles",
             "my ethical", "my capabilit", "inappropriate", "not appropriate", "ethical", "be impossible", "not possible", "is impossible", "help you with", "help with", "assist with",
             "i cannot", "i can't", "i can’t", "i can not", "i won't", "i won’t", "i will not", "i am unable", "i'm unable", "i’m unable", "i am not", "i'm not",
-            "i’m not", "i do not", "i don't", "i don’t", "leid", "lo siento", "désolé", "Désolé", "dispiace", "desculpe", "sinto muito", "lamento", "сожалению",
-            "звините", "helaas", "het spijt", "抱歉", "对不起", "對不起", "申し訳", "すみません",
+            "i’m not", "i do not", "i don't", "i don’t", "leid", "lo siento", "désolé", "dispiace", "desculpe", "sinto muito", "lamento", "сожалению",
+            "извините", "helaas", "het spijt", "抱歉", "对不起", "對不起", "申し訳", "すみません",
         ),
-        _refusal,
+        find=_refusal,
     ),
     ContentCheck(
         "assistant_boilerplate",
         "No response speaks of itself as an AI model without being asked.",
         "warn",
         "Take the phrase out, or rewrite the response: a model that learns it says it everywhere.",
-        _answers_with(
+        words=(
             "an ai ", "an ai,", " ai,", "ai model", "ai language", "ai assistant", "as ai", "language model", "artificial intelligence", "llm", "chatbot", "virtual assistant", "my knowledge", "my training", "my last", "my latest",
             "my most recent", "have personal", "have any personal", "have real", "have any real", "作为", "als ki", "como una ia", "como ia",
             "inteligencia artificial", "modelo de lenguaje", "en tant qu",
         ),
-        _boilerplate,
+        find=_boilerplate,
     ),
     ContentCheck(
         "foreign_identity",
         "No response claims to be another vendor's model.",
         "warn",
         "Put your own model's name in, or take the row out.",
-        _names_itself(
+        words=(
             "chatgpt", "chat gpt", "gpt-", "gpt3", "gpt4", "openai", "open ai", "anthropic", "google", "deepmind", "alibaba", "meta", "microsoft", "mistral", "deepseek",
             "baidu", "moonshot", "xai", "cohere", "laion", "huggingface", "hugging face", "stability ai", "databricks", "zhipu", "tencent", "bytedance", "lmsys", "inflection",
             "bing chat", "qwen", "qianwen", "openassistant", "open assistant", "ernie bot", "huggingchat", "internlm", "chatglm", "baichuan", "stablelm", "wizardlm",
@@ -809,54 +792,56 @@ CONTENT_CHECKS: tuple[ContentCheck, ...] = (
             "dolly", "koala", "doubao",
             "我是", "我叫",
         ),
-        _identity,
+        find=_identity,
     ),
     ContentCheck(
         "placeholder_text",
         "No text holds a placeholder that nobody filled in.",
         "info",
         "Fill it in, or take the row out.",
-        _placeholder_pretest,
-        _placeholder,
+        words=_SLOT_WORDS,
+        pretest=_placeholder_pretest,
+        find=_placeholder,
     ),
     ContentCheck(
         "prompt_echo",
         "No response repeats its prompt.",
         "warn",
         "Take the copy of the prompt out of the response.",
-        _echo_pretest,
-        _echo,
+        pretest=_echo_pretest,
+        find=_echo,
     ),
     ContentCheck(
         "truncated_response",
         "Every response comes to its end.",
         "info",
         "Complete the response, or take the row out; look for a limit on tokens where the responses were made.",
-        _cut_pretest,
-        _cut,
+        pretest=_cut_pretest,
+        find=_cut,
     ),
     ContentCheck(
         "repetition",
         "No response says the same over and over.",
         "warn",
         "Cut the response off where the loop begins, or take the row out.",
-        _loop_pretest,
-        _loop,
+        pretest=_loop_pretest,
+        find=_loop,
     ),
     ContentCheck(
         "markup_leftovers",
         "No text holds HTML, or role labels, of the page or log that it was copied from.",
         "warn",
         "Convert HTML to text, and cut role labels off, in the source.",
-        _markup_pretest,
-        _markup,
+        words=_MARKUP_WORDS,
+        pretest=_markup_pretest,
+        find=_markup,
     ),
     ContentCheck(
         "language_mismatch",
         "Every response is in the language of its prompt.",
         "warn",
         "Translate the response, or let the prompt say which language it asks for.",
-        _language_pretest,
-        _language,
+        pretest=_language_pretest,
+        find=_language,
     ),
 )  # fmt: skip
