@@ -10,10 +10,13 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from dagster_project.curation.checks import Rules, judge
+from dagster_project.curation.findings import check_result, document
 from dagster_project.curation.page import page
 from dagster_project.curation.severity import shown
 from dagster_project.doors.report import check_results
-from dagster_project.pipeline import Pipeline
+from dagster_project.pipeline import PEDIGREE, Pipeline
+from dagster_project.records import Report, example_id
 
 CHECKED = Pipeline({}, {}, lambda stage: {"pii": "No text holds personal data."}, lambda root: {})
 
@@ -51,18 +54,22 @@ def test_an_error_whose_rows_were_dropped_is_a_warning_and_one_whose_rows_are_ke
     assert (shown("warn", True, 3), shown("info", False, 3)) == ("warn", "info")
 
 
-def test_the_checks_of_a_run_agree_with_the_page_that_it_wrote(finished: Path) -> None:
-    from dagster_project.doors.dvc import read_street
-    from dagster_project.doors.report import read_report
-    from dagster_project.pipeline import PEDIGREE
+def test_the_checks_of_a_judged_set_agree_with_its_page(tmp_path: Path) -> None:
+    def asked(prompt: str, answer: str) -> dict[str, Any]:
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        return {"example_id": example_id(messages), "messages": messages, "category": None, "meta": "{}"}
 
-    html = (finished / "data/pages/instructions/report.html").read_text()
+    long = "Tell me at length how one plants an apple tree in a garden of heavy clay, and when"
+    rows = [asked(long, "Dig a deep hole first."), asked(long, "Dig a deep hole first."), asked("Write to me at once", " ")]
+    rows += [asked("Who wrote to bob.smith@corporate-mail.com today, and why?", "Nobody wrote to him."), asked("Say hi", "Hi")]
+    placed = [{**row, "source": "rows.jsonl", "source_row": i} for i, row in enumerate(rows)]
+    judged = judge(placed, [], Rules(policy={"pii": "warn"}))
+    html = page(document("rows.jsonl", "messages", judged, []))
     cards = {name: severity for severity, name in re.findall(r'<article class="card (\w+)".*?<h3><bdi dir="auto">(\w+)<', html)}
-    assert "warn" in cards.values()
-    report = read_report(finished, read_street(finished)["instructions"]) or {}
-    results = {result.check_name: result for result in check_results(finished, "instructions", report, PEDIGREE)}
-    failed = {name: result.severity for name, result in results.items() if not result.passed}
-    words = {"error": dg.AssetCheckSeverity.ERROR, "warn": dg.AssetCheckSeverity.WARN}
-    assert failed == {name: words[severity] for name, severity in cards.items() if severity in words}
-    dropped = [name for name, check in report["checks"].items() if check["severity"] == "error" and check.get("dropped")]
-    assert dropped and all(failed[name] == dg.AssetCheckSeverity.WARN for name in dropped)
+    report = Report(checks=[check_result(verdict, judged, []) for verdict in judged.verdicts.values()]).document()
+    results = {str(result.check_name): result for result in check_results(tmp_path, "instructions", report, PEDIGREE)}
+    words = {dg.AssetCheckSeverity.ERROR: "error", dg.AssetCheckSeverity.WARN: "warn"}
+    failed = {name: words[result.severity] for name, result in results.items() if not result.passed}
+    assert failed == {name: severity for name, severity in cards.items() if severity != "info"}
+    assert report["checks"]["empty_response"]["severity"] == "error" and failed["empty_response"] == "warn"
+    assert failed["pii"] == "warn" and cards["short_response"] == "info"
