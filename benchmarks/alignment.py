@@ -37,9 +37,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def one(method: str, seed: int, adapter: str, episodes: int, threads: int, project: Path, score: bool) -> dict[str, Any]:
     """Align and measure one model in this process."""
-    from dagster_project import params
-    from dagster_project.evaluation.measure import Settings
-    from dagster_project.params import Compute
+    from dagster_project.core import params
+    from dagster_project.core.params import Compute
+    from dagster_project.evaluation.evaluator import Settings
     from dagster_project.stages import aligned, evaluation, merged
 
     values, data = params.read(project), project / "data"
@@ -51,16 +51,16 @@ def one(method: str, seed: int, adapter: str, episodes: int, threads: int, proje
         entry["options"] = {**entry.get("options", {}), "total_episodes": episodes}
     with tempfile.TemporaryDirectory() as scratch:
         folder, began = Path(scratch), time.perf_counter()
-        report = aligned.run(
+        report = aligned.produce(
             method, params.parse(aligned.Params, entry, f"aligned.{method}"), compute, data / "preferences", data / "reward_model",
             data / "merged" / adapter, folder / "aligned", folder / "curve.csv", folder / "checkpoints",
         )  # fmt: skip
         found: dict[str, Any] = {"method": method, "seed": seed, "seconds": time.perf_counter() - began, **report.measured}
         found |= {"failed": [check.note for check in report.failures]} if report.failures else report.metrics
         if score and not report.failures:
-            merged.run(compute, data / "merged" / adapter, folder / "aligned", out=folder / "merged")
+            merged.produce(compute, data / "merged" / adapter, folder / "aligned", out=folder / "merged")
             settings = params.parse(Settings, values.get("evaluation"), "evaluation").model_copy(update={"benchmarks": []})
-            scored = evaluation.run(
+            scored = evaluation.produce(
                 project,
                 method,
                 settings,
@@ -162,8 +162,8 @@ def main() -> int:
                 options.measured.write_text(json.dumps(kept))
     report = options.project / "data" / "reports" / "evaluation" / f"{options.adapter}.json"
     sft = json.loads(report.read_text()).get("macro_f1") if report.is_file() else None
-    from dagster_project.params import Compute
-    from dagster_project.training.hardware import prepare
+    from dagster_project.core.params import Compute
+    from dagster_project.training.methods.hardware import prepare
 
     device, dtype = prepare(Compute())
     wanted = [run for run in kept if run["method"] in options.methods]

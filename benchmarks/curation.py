@@ -184,7 +184,7 @@ def plant(rows: int, templates: int, seed: int = 0) -> tuple[list[str], dict[str
 
 
 def ours(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
-    from dagster_project.curation.overlap import near_pairs
+    from dagster_project.curation.similarity.overlap import near_pairs
 
     return ((pair.left, pair.right) for pair in near_pairs(texts))
 
@@ -308,13 +308,13 @@ def run_stage(stage: str, base_model: Path, root: Path) -> dict[str, float]:
     data = root / "data"
     if stage == "raw_examples":
         sources = raw_examples.Params.model_validate({"sources": [{"path": "data/sources/rows.jsonl"}]})
-        report = raw_examples.run(root, sources, data / stage)
+        report = raw_examples.produce(root, sources, data / stage)
     elif stage == "instructions":
         benchmarks = sorted(f"data/sources/benchmarks/{file.name}" for file in (data / "sources/benchmarks").glob("*.jsonl"))
         rules = instructions.Params(benchmarks=benchmarks, expectations="data/expectations/instructions.json")
-        report = instructions.run(root, rules, data / "raw_examples", base_model, data / stage, data / stage / "pages", {})
+        report = instructions.produce(root, rules, data / "raw_examples", base_model, data / stage, data / stage / "pages", {})
     else:
-        report = splits.run(root, splits.Params(), 7, data / "instructions", data / stage)
+        report = splits.produce(root, splits.Params(), 7, data / "instructions", data / stage)
     used = resource.getrusage(resource.RUSAGE_SELF)
     return {"cpu": used.ru_utime + used.ru_stime, "peak GiB": used.ru_maxrss / 2**20, "rows out": report.rows_out or 0}
 

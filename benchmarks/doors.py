@@ -54,7 +54,7 @@ def thirty(repeat: int) -> None:
     sys.path.insert(0, str(ROOT / "tests"))
     import street as mini
 
-    from dagster_project.doors.sync import sync
+    from dagster_project.orchestration.dagster.sync import sync
 
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with tempfile.TemporaryDirectory() as folder:

@@ -4,7 +4,7 @@ Same model (data/base_model), same prompts (of the test split: the question alon
 each has for itself; as many as the stage `baselines` gives), same number of new tokens at most, both greedy, side by side in one process:
 
     alone   transformers' `generate`, one prompt at a time
-    ours    evaluation/generate.py as the stages call it, in batches of evaluation.batch_size
+    ours    training/inference/generate.py as the stages call it, in batches of evaluation.batch_size
 
 Tokens a second are those of the answers, the end of turn not counted; the ratio is of the two in the same round; medians over rounds. Beside it the
 seconds that ours takes for as many rows as a stage answers by default, and the share of the prompts that both answer alike: all in float32; in bfloat16
@@ -30,11 +30,11 @@ from tables import replace  # noqa: E402
 
 def prompts(project: Path, tokenizer: Any, rows: int, longest: int) -> dict[str, list[list[int]]]:
     """System -> token ids of each of `rows` prompts, at most `longest`; the test split from its beginning again where it is shorter."""
-    from dagster_project import params
-    from dagster_project.chat import encode_prompt
+    from dagster_project.core import params
+    from dagster_project.core.chat import encode_prompt
+    from dagster_project.core.records import read_records
     from dagster_project.evaluation.baselines import nearest, with_shots
-    from dagster_project.evaluation.measure import conversations
-    from dagster_project.records import read_records
+    from dagster_project.evaluation.evaluator import conversations
     from dagster_project.stages.baselines import Params
 
     chosen = params.parse(Params, params.read(project).get("baselines"), "baselines")
@@ -76,10 +76,10 @@ def tokens_of(tokenizer: Any, answers: list[str]) -> int:
 
 def measure(project: Path, rows: int, many: int, rounds: int, max_new_tokens: int, threads: int | None) -> list[dict[str, Any]]:
     """One row of the table for each system."""
-    from dagster_project import params
-    from dagster_project.evaluation.generate import generate
-    from dagster_project.evaluation.measure import Settings, Subject
-    from dagster_project.params import Compute
+    from dagster_project.core import params
+    from dagster_project.core.params import Compute
+    from dagster_project.evaluation.evaluator import Settings, Subject
+    from dagster_project.training.inference.generate import generate
 
     values = params.read(project)
     settings = params.parse(Settings, values.get("evaluation"), "evaluation")

@@ -82,10 +82,11 @@ def measure(name: str, base_model: Path, dtype_name: str, length: int, checkpoin
     from datasets import Dataset
     from transformers import AutoConfig, AutoTokenizer
 
-    from dagster_project.params import Compute
-    from dagster_project.training.hardware import prepare
-    from dagster_project.training.methods import CANNOT_CHECKPOINT, build
-    from dagster_project.training.sft import Recipe, train
+    from dagster_project.core.params import Compute
+    from dagster_project.training.methods.build import CANNOT_CHECKPOINT, build
+    from dagster_project.training.methods.hardware import prepare
+    from dagster_project.training.trainers.params import SftParams
+    from dagster_project.training.trainers.sft import train
 
     compute = Compute(threads=1, dtype=dtype_name)
     device, dtype = prepare(compute)
@@ -102,7 +103,7 @@ def measure(name: str, base_model: Path, dtype_name: str, length: int, checkpoin
         return {"seconds": None} if not checkpointing else None
     stamps: list[float] = []
     hook = register_optimizer_step_post_hook(lambda *_: stamps.append(time.process_time()))
-    recipe = Recipe(num_train_epochs=1, gradient_checkpointing=checkpointing)
+    recipe = SftParams(num_train_epochs=1, gradient_checkpointing=checkpointing)
     train(tunable, tokenizer, Dataset.from_list([row] * 2), None, recipe, compute)
     hook.remove()
     return {"seconds": stamps[1] - stamps[0]}
@@ -177,15 +178,15 @@ def measure_all(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 def compare(measured: list[dict[str, Any]], given: argparse.Namespace) -> None:
     """Print and write the table. Called when all is measured: a process starts with the largest resident size of its parent as its own."""
-    runtime = int(python("-c", "from dagster_project.training.memory import resident; print(resident())"))
+    runtime = int(python("-c", "from dagster_project.training.planning.memory import resident; print(resident())"))
 
     import torch
     from transformers import AutoConfig
 
-    from dagster_project.doors.plan import MARGIN
-    from dagster_project.params import Compute
-    from dagster_project.training.hardware import prepare
-    from dagster_project.training.memory import predict
+    from dagster_project.commands.plan import MARGIN
+    from dagster_project.core.params import Compute
+    from dagster_project.training.methods.hardware import prepare
+    from dagster_project.training.planning.memory import predict
 
     device, _ = prepare(Compute(threads=1))
     layers = AutoConfig.from_pretrained(given.base_model).num_hidden_layers
@@ -204,7 +205,7 @@ def compare(measured: list[dict[str, Any]], given: argparse.Namespace) -> None:
         print(json.dumps(one), flush=True)
     if given.tiny:
         extra = statistics.median(one["peak"] - one["predicted"] for one in measured)
-        print(f"beyond what was predicted, median: {extra / 2**20:.0f} MB (training/memory.py: STARTED)")
+        print(f"beyond what was predicted, median: {extra / 2**20:.0f} MB (training/planning/memory.py: STARTED)")
         return
     replace(given.out, "memory", table(measured, device.type))
 

@@ -22,6 +22,8 @@ from typing import Any
 
 from tables import replace
 
+from dagster_project.training.tokens.collators import SIZES, collate_packed, collate_padded
+
 ROOT = Path(__file__).resolve().parents[1]
 
 ORDER = ["lora", "rslora", "dora", "qlora", "qdora", "adalora", "ia3", "loha", "lokr", "oft", "boft", "vera", "hra", "fourierft", "miss", "randlora",
@@ -35,17 +37,18 @@ def one(method: str, project: Path, steps: int, answers: int, threads: int | Non
     """Train and measure one method in this process."""
     from datasets import Dataset
 
-    from dagster_project import params
-    from dagster_project.evaluation.generate import generate
-    from dagster_project.evaluation.measure import Settings, labelled
+    from dagster_project.core import params
+    from dagster_project.core.params import Compute
+    from dagster_project.core.records import read_records, read_table, response_text
+    from dagster_project.evaluation.evaluator import Settings, labelled
     from dagster_project.evaluation.metrics import measures, score
-    from dagster_project.params import Compute
-    from dagster_project.records import read_records, read_table, response_text
-    from dagster_project.training import head
-    from dagster_project.training.hardware import prepare
-    from dagster_project.training.methods import build, quantization_of, why_not_merged
-    from dagster_project.training.sft import Recipe, train
-    from dagster_project.training.tuned import load
+    from dagster_project.training.inference.generate import generate
+    from dagster_project.training.methods import feature_extraction
+    from dagster_project.training.methods.build import build, quantization_of, why_not_merged
+    from dagster_project.training.methods.hardware import prepare
+    from dagster_project.training.methods.load import load
+    from dagster_project.training.trainers.params import SftParams
+    from dagster_project.training.trainers.sft import train
 
     values = params.read(project)
     settings = params.parse(Settings, values.get("evaluation"), "evaluation")
@@ -65,7 +68,7 @@ def one(method: str, project: Path, steps: int, answers: int, threads: int | Non
     merge = not why_not_merged(method, {}, quantization_of(method, None))
     tunable = build(method, {}, base_model, device, dtype, f"adapter.{method}", merge=merge, total_steps=steps, categories=known)
     tokens = sum(map(sum, (row["lengths"] for row in rows["train"])))
-    recipe = Recipe(learning_rate=RATES.get(method, 1e-3), num_train_epochs=1, max_steps=steps)
+    recipe = SftParams(learning_rate=RATES.get(method, 1e-3), num_train_epochs=1, max_steps=steps)
     clock = time.process_time if compute.threads == 1 and device.type == "cpu" else time.perf_counter
     start = clock()
     if tunable.fit is None:
@@ -86,10 +89,10 @@ def one(method: str, project: Path, steps: int, answers: int, threads: int | Non
         tunable.save(folder)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         prompts = [record["messages"][:-1] for record in asked]
-        if head.is_head(folder):
-            said = head.load(folder, base_model, device, dtype).predict(prompts)
+        if feature_extraction.is_head(folder):
+            said = feature_extraction.load(folder, base_model, device, dtype).predict(prompts)
         else:
-            from dagster_project.chat import encode_prompt
+            from dagster_project.core.chat import encode_prompt
 
             ids = [encode_prompt(tokenizer, messages) for messages in prompts]
             model = load(folder, base_model, device, dtype)
@@ -117,16 +120,14 @@ def validation_loss(tunable: Any, rows: list[dict[str, Any]]) -> float:
     import torch
     from torch.nn.functional import cross_entropy
 
-    from dagster_project.chat import IGNORE
-    from dagster_project.training.methods import apart
-    from dagster_project.training.sft import SIZES, collate
+    from dagster_project.core.chat import IGNORE
 
     causal = tunable.model.get_base_model() if hasattr(tunable.model, "get_base_model") else tunable.model
     tunable.model.eval()
     total, count = 0.0, 0
     with torch.no_grad():
         for row in rows:
-            batch = collate([row], SIZES) if tunable.packs else apart([row])
+            batch = collate_packed([row], SIZES) if tunable.packs else collate_padded([row])
             batch = {name: value.to(causal.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
             labels = batch["labels"][:, 1:]
             counted = labels != IGNORE

@@ -5,7 +5,7 @@ optimizer, rate, schedule and number of steps, some 8 examples an optimizer step
 
     trl             TRL's defaults: float32 as TRL loads a model, 8 examples padded to the longest, gradient checkpointing
     trl_...         its settings that could be faster: no checkpointing, bfloat16, packing, no padding, compiled; the fastest of those measured is TRL's best
-    ours            training/sft.py as `adapter@X` calls it
+    ours            training/trainers/sft.py as `adapter@X` calls it
     ours_float32    the same in float32, to tell what bfloat16 changes
     ours_compiled   the same with `compile: layers`, warm: steps that compile are left out
 
@@ -56,7 +56,7 @@ OURS: dict[str, dict[str, Any]] = {"ours": {}, "ours_float32": {"dtype": "float3
 
 def examples(limit: int) -> tuple[list[dict[str, list[int]]], list[dict[str, list[int]]]]:
     """(to train on, to validate with): input_ids and labels of each example; the first `limit` of the training split, and at most 100 that are left."""
-    from dagster_project.records import read_table
+    from dagster_project.core.records import read_table
 
     found = []
     for row in read_table(ROOT / "data" / "tokenized" / "train.parquet", ["lengths", "input_ids", "labels"]):
@@ -67,7 +67,7 @@ def examples(limit: int) -> tuple[list[dict[str, list[int]]], list[dict[str, lis
 
 def room(found: list[dict[str, list[int]]]) -> int:
     """Tokens of a packed row such that there are no more rows than padded batches: packed or not, a run takes as many steps."""
-    from dagster_project.chat import pack
+    from dagster_project.core.chat import pack
 
     lengths = [len(example["input_ids"]) for example in found]
     batches = -(-len(found) // BATCH)
@@ -108,11 +108,12 @@ def train_ours(name: str, found: list[dict[str, list[int]]], seed: int, epochs: 
     from datasets import Dataset
     from transformers import AutoTokenizer
 
-    from dagster_project.chat import pack
-    from dagster_project.params import Compute
-    from dagster_project.training.hardware import prepare
-    from dagster_project.training.methods import build
-    from dagster_project.training.sft import Recipe, train
+    from dagster_project.core.chat import pack
+    from dagster_project.core.params import Compute
+    from dagster_project.training.methods.build import build
+    from dagster_project.training.methods.hardware import prepare
+    from dagster_project.training.trainers.params import SftParams
+    from dagster_project.training.trainers.sft import train
 
     settings = dict(OURS[name])
     compute = Compute(seed=seed, threads=int(os.environ["OMP_NUM_THREADS"]), dtype=settings.pop("dtype", "auto"))
@@ -125,7 +126,7 @@ def train_ours(name: str, found: list[dict[str, list[int]]], seed: int, epochs: 
         rows.append({"input_ids": ids, "labels": labels, "weights": [1.0] * len(ids), "lengths": [len(p["input_ids"]) for p in parts]})
     tunable = build("lora", LORA, ROOT / "data" / "base_model", device, dtype, "benchmark")
     tunable = replace(tunable, callbacks=[*tunable.callbacks, stamping(stamps)])
-    recipe = Recipe(**SHARED, warmup_ratio=0.1, num_train_epochs=epochs, **settings)
+    recipe = SftParams(**SHARED, warmup_ratio=0.1, num_train_epochs=epochs, **settings)
     train(tunable, AutoTokenizer.from_pretrained(ROOT / "data" / "base_model"), Dataset.from_list(rows), None, recipe, compute)
     return tunable.model
 

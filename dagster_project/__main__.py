@@ -13,7 +13,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dagster_project.errors import InputError, PedigreeError
+from dagster_project.core.errors import InputError, PedigreeError
 
 if TYPE_CHECKING:
     from dagster_project.evaluation.pairwise import Match
@@ -25,14 +25,14 @@ def check(options: argparse.Namespace) -> int:
     """validate any data set without a pipeline"""
     import tempfile
 
-    from dagster_project.audit.history import files_at
-    from dagster_project.curation.checks import Rules
-    from dagster_project.curation.page import page
-    from dagster_project.curation.review import refuse_expired
-    from dagster_project.curation.terminal import check_text
-    from dagster_project.curation.tokens import ESTIMATED, tokens_of
-    from dagster_project.curation.validate import check_paths, read_mapping, read_policy
-    from dagster_project.curation.written import refuse_overwriting
+    from dagster_project.curation.check_files import check_paths, read_mapping, read_policy
+    from dagster_project.curation.checks.checks import Rules
+    from dagster_project.curation.checks.review import refuse_expired
+    from dagster_project.curation.checks.token_counts import ESTIMATED, tokens_of
+    from dagster_project.curation.sources.written import refuse_overwriting
+    from dagster_project.lineage.history import files_at
+    from dagster_project.views.data_quality import page
+    from dagster_project.views.data_quality_terminal import check_text
 
     if options.report and Path(options.report).suffix.lower() not in {".html", ".htm"}:
         raise InputError(f"--report {options.report}: the name of a page ends in .html", "name a new file: what stood in it is replaced")
@@ -66,7 +66,7 @@ def check(options: argparse.Namespace) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """run one stage; what dvc.yaml calls"""
-    from dagster_project.doors.run import run_stage, streaming_to_dagster
+    from dagster_project.orchestration.run_stage import run_stage, streaming_to_dagster
 
     with streaming_to_dagster():
         report = run_stage(_project(options), options.stage)
@@ -75,11 +75,21 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def render(options: argparse.Namespace) -> int:
+    """draw pages again from the documents on disk, without running anything"""
+    from dagster_project.commands.render import as_text
+    from dagster_project.commands.render import render as draw
+
+    result = draw(_project(options), options.stage)
+    _print(options, result, as_text)
+    return 0
+
+
 def sync(options: argparse.Namespace) -> int:
     """mirror what DVC did into Dagster's event log"""
-    from dagster_project.doors.dagster_assets import open_instance
-    from dagster_project.doors.runs import reap
-    from dagster_project.doors.sync import sync as mirror
+    from dagster_project.orchestration.dagster.assets import open_instance
+    from dagster_project.orchestration.dagster.dead_runs import reap
+    from dagster_project.orchestration.dagster.sync import sync as mirror
 
     root = _project(options)
     with open_instance(root) as instance:
@@ -90,8 +100,8 @@ def sync(options: argparse.Namespace) -> int:
 
 def plan(options: argparse.Namespace) -> int:
     """tokens, steps, memory and time of each variant, before training"""
-    from dagster_project.doors.plan import as_text, plan_model, plan_variants
-    from dagster_project.params import Compute
+    from dagster_project.commands.plan import as_text, plan_model, plan_variants
+    from dagster_project.core.params import Compute
 
     if options.model:
         found = plan_model(
@@ -111,10 +121,10 @@ def plan(options: argparse.Namespace) -> int:
 
 def audit(options: argparse.Namespace) -> int:
     """which data, parameters and code made a model, or what differs between two"""
-    from dagster_project.audit import lineage
-    from dagster_project.audit.diff import as_text, diff
-    from dagster_project.audit.index import Index
-    from dagster_project.audit.page import page
+    from dagster_project.lineage import lineage
+    from dagster_project.lineage.diff import as_text, diff
+    from dagster_project.lineage.index import Index
+    from dagster_project.views.lineage import page
 
     root = _project(options)
     if options.diff:
@@ -147,8 +157,8 @@ def audit(options: argparse.Namespace) -> int:
 
 def verify(options: argparse.Namespace) -> int:
     """re-make a stage in a scratch clone and compare the bytes, or hash everything"""
-    from dagster_project.doors import integrity
-    from dagster_project.doors import verify as proof
+    from dagster_project.commands import verify as proof
+    from dagster_project.orchestration import integrity
 
     if options.integrity == bool(options.stage):
         raise InputError("verify: name a stage, or --integrity alone", "see `pedigree verify --help`")
@@ -175,7 +185,7 @@ def compare(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace) -> int:
     """write a model's papers: model card, bill of materials, lineage events"""
-    from dagster_project.audit.export import export as paper
+    from dagster_project.lineage.export.export import export as paper
 
     text = paper(_project(options), options.model, options.format, options.rev, options.issued)
     if options.out:
@@ -187,7 +197,7 @@ def export(options: argparse.Namespace) -> int:
 
 def impact(options: argparse.Namespace) -> int:
     """every model in history that saw a record, a text, a source or a file"""
-    from dagster_project.audit import impact as module
+    from dagster_project.lineage import impact as module
 
     asked = {"record": options.record, "text": options.text, "source": options.source, "content": options.hash}
     found = module.impact(_project(options), **asked, near=options.near)
@@ -197,13 +207,14 @@ def impact(options: argparse.Namespace) -> int:
 
 def export_ballot(options: argparse.Namespace) -> int:
     """write a page on which people vote blindly between two systems' answers"""
-    from dagster_project.evaluation.ballots import export_text, page
+    from dagster_project.evaluation.ballots import document, export_text
+    from dagster_project.views.ballot import page
 
     ballot = _match(options)
     out = Path(options.out or _project(options) / "data" / "pages" / "ballots" / f"{ballot.id}.html")
     if out.suffix.lower() not in {".html", ".htm"}:
         raise InputError(f"--out {out}: the name of a page ends in .html", "name a new file: what stood in it is replaced")
-    _write("--out", out, page(ballot, options.n))
+    _write("--out", out, page(document(ballot, options.n)))
     pairs = {"pairs": min(options.n, len(ballot.pairs)), "of": len(ballot.pairs), "identical": ballot.identical}
     _print(options, {"ballot": ballot.id, "systems": ballot.systems, "seed": ballot.seed, **pairs, "file": str(out)}, export_text)
     return 0
@@ -241,8 +252,8 @@ def judge(options: argparse.Namespace) -> int:
 
 def ui(options: argparse.Namespace) -> int:
     """open the Dagster UI on this machine's loopback address, and the project's pages beside it"""
-    from dagster_project.doors import pages
-    from dagster_project.doors.ui import serve
+    from dagster_project.orchestration.dagster import pages
+    from dagster_project.orchestration.dagster.ui import serve
 
     root = _project(options)
     port = pages.port_of(root) if options.pages_port is None else options.pages_port
@@ -276,7 +287,7 @@ def _match(options: argparse.Namespace) -> Match:
 
 
 def _seed(options: argparse.Namespace) -> int:
-    from dagster_project import params
+    from dagster_project.core import params
 
     return (
         int(params.parse(params.Compute, params.read(_project(options)).get("compute"), "compute").seed)
@@ -286,7 +297,7 @@ def _seed(options: argparse.Namespace) -> int:
 
 
 def _write(option: str, path: Path, text: str) -> None:
-    from dagster_project.records import write_text
+    from dagster_project.core.records import write_text
 
     try:
         write_text(path, text)
@@ -319,7 +330,7 @@ class _Plain(logging.Formatter):
 
 def _visible(text: str) -> str:
     """For a terminal: names come from data, so none may steer it, or fill it."""
-    from dagster_project.markup import visible
+    from dagster_project.core.text import visible
 
     return "\n".join(line if len(line) <= LINE else f"{line[:LINE]} ..." for line in visible(text).split("\n"))
 
@@ -382,6 +393,7 @@ def parser() -> argparse.ArgumentParser:
         "--thirteen-grams", action="store_true", help="also say what the usual rule, any 13 words in common, would call leakage"
     )
     command(run).add_argument("stage", metavar="STAGE[@VARIANT]", help="a stage of dvc.yaml, e.g. splits or adapter@lora")
+    command(render).add_argument("stage", nargs="?", metavar="STAGE[@VARIANT]", help="default: all stages that have pages")
     command(sync)
     one = command(plan)
     one.add_argument("variants", nargs="*", metavar="VARIANT", help="variants of params.yaml (default: all)")

@@ -1,5 +1,5 @@
 """The Dagster door: everything Dagster loads, derived from dvc.yaml."""
 
-from dagster_project.doors.dagster_assets import build_definitions, project_root
+from dagster_project.orchestration.dagster.assets import build_definitions, project_root
 
 defs = build_definitions(project_root())

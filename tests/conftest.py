@@ -111,7 +111,7 @@ def model(tiny_model: Path) -> Any:
 def run(arguments: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """A command in a project folder, with the interpreter that runs the tests first on PATH."""
     env = {**os.environ, "DAGSTER_HOME": str(folder / ".dagster"), "PEDIGREE_PROJECT": str(folder), **environment}
-    return subprocess.run(arguments, cwd=folder, env=env, capture_output=True, text=True, timeout=900, check=False)
+    return subprocess.run(arguments, cwd=folder, env=env, capture_output=True, text=True, timeout=1800, check=False)
 
 
 def pedigree(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -120,6 +120,14 @@ def pedigree(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def dvc(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return run([sys.executable, "-m", "dvc", *arguments], folder)
+
+
+def draw_pages(address: str, report: Any, out: Path, pages: Path, root: Path | None = None) -> None:
+    """Draw a stage's pages from its documents, as the runner does after the stage."""
+    from dagster_project.core.context import Documents
+    from dagster_project.views.render import draw
+
+    draw(Documents(root or out.parent, address, out, pages, report.document()))
 
 
 def edit_params(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -134,8 +142,8 @@ def edit_params(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 def evaluate(root: Path, model: Path, settings: Any, test: list[dict[str, Any]], train: list[dict[str, Any]]) -> dict[str, Any]:
     """Stages baselines, evaluation and comparison on a model, and two variants that are the same model: reports by stage, and `board`."""
-    from dagster_project.params import Compute
-    from dagster_project.records import write_records
+    from dagster_project.core.params import Compute
+    from dagster_project.core.records import write_records
     from dagster_project.stages import baselines, comparison, evaluation
 
     compute = Compute(dtype="float32", threads=1)
@@ -143,15 +151,16 @@ def evaluate(root: Path, model: Path, settings: Any, test: list[dict[str, Any]],
         write_records(root / "splits" / split, rows)
     data = root / "splits"
     chosen = baselines.Params(few_shot=1, retrieved=1, thinking_tokens=2)
-    found = {"baselines": baselines.run(root, chosen, settings, compute, model, data, root / "baselines").metrics}
+    found = {"baselines": baselines.produce(root, chosen, settings, compute, model, data, root / "baselines").metrics}
     for name in ("one", "two"):
         out = root / "evaluation" / name
-        found[name] = evaluation.run(root, name, settings, compute, model, model, data, out, root / f"{name}.csv").metrics
+        found[name] = evaluation.produce(root, name, settings, compute, model, model, data, out, root / f"{name}.csv").metrics
     (root / "training.json").write_text('{"tokens": 9, "trained_tokens": 3, "steps": 1}')
     variants = {name: comparison.Variant(root / "evaluation" / name, model, root / "training.json") for name in ("one", "two")}
-    said = comparison.run(
+    said = comparison.produce(
         root, settings, variants, data, root / "baselines", model, root / "comparison", root / "scores.csv", root / "pages"
     )
+    draw_pages("comparison", said, root / "comparison", root / "pages", root)
     return {**found, **said.metrics, "board": (root / "comparison/board.md").read_text()}
 
 
@@ -271,7 +280,7 @@ def shown_checks(root: Path, instance: Any) -> dict[str, dict[str, str]]:
 
     module = root / "shown_definitions.py"
     module.write_text(
-        "from pathlib import Path\n\nfrom street import STREET\n\nfrom dagster_project.doors.dagster_assets import build_definitions\n\n"
+        "from pathlib import Path\n\nfrom street import STREET\n\nfrom dagster_project.orchestration.dagster.assets import build_definitions\n\n"
         "defs = build_definitions(Path(__file__).parent, STREET)\n"
     )
     origin = InProcessCodeLocationOrigin(

@@ -16,84 +16,86 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dagster_project import params
-from dagster_project.doors import dvc
-from dagster_project.errors import PedigreeError
-from dagster_project.pipeline import At, Pipeline
-from dagster_project.records import CheckResult, Report, write_text
+from dagster_project.core import params
+from dagster_project.core.context import StageContext
+from dagster_project.core.errors import PedigreeError
+from dagster_project.core.records import CheckResult, Report, write_text
+from dagster_project.orchestration import dvc
+from dagster_project.pipeline import Pipeline
 
 STAGES = ("raw", "inst", "tok", "adapter", "cmp", "extra")
 LOG = "runs.log"
 
 
-def _code(at: At) -> str:
+def _code(ctx: StageContext) -> str:
     """The stage's own code, whose only line is a version."""
-    return (at.root / "code" / f"{at.stage}.py").read_text().strip()
+    return (ctx.root / "code" / f"{ctx.stage}.py").read_text().strip()
 
 
 def _lines(path: Path) -> list[str]:
     return path.read_text().split("\n")
 
 
-def _started(at: At) -> None:
+def _started(ctx: StageContext) -> None:
     """Note that a command runs, and whether what it reads differs from what dvc.lock says it read before."""
-    state = dvc.read_street(at.root)[at.address]
+    state = dvc.read_street(ctx.root)[ctx.address]
     new = any(i.now != i.recorded for i in state.inputs) or state.definition_now != state.definition_recorded
-    with (at.root / LOG).open("a") as file:
-        file.write(json.dumps({"stage": at.address, "inputs_changed": new, "pid": os.getpid()}) + "\n")
-    if os.environ.get("SLOW") == at.stage:
+    with (ctx.root / LOG).open("a") as file:
+        file.write(json.dumps({"stage": ctx.address, "inputs_changed": new, "pid": os.getpid()}) + "\n")
+    if os.environ.get("SLOW") == ctx.stage:
         time.sleep(float(os.environ.get("SLOW_SECONDS", "30")))
 
 
-def raw(at: At) -> Report:
-    _started(at)
-    rows = _lines(at.root / "data/sources/g.txt") + _lines(at.root / "data/sources/d.txt")
-    (at.out / "rows.txt").write_text("\n".join([*rows, _code(at)]))
+def raw(ctx: StageContext) -> Report:
+    _started(ctx)
+    rows = _lines(ctx.root / "data/sources/g.txt") + _lines(ctx.root / "data/sources/d.txt")
+    (ctx.out / "rows.txt").write_text("\n".join([*rows, _code(ctx)]))
     return Report(rows_in=len(rows), rows_out=len(rows))
 
 
-def inst(at: At) -> Report:
-    _started(at)
-    rows = _lines(at.root / "data/raw/rows.txt")
+def inst(ctx: StageContext) -> Report:
+    _started(ctx)
+    rows = _lines(ctx.root / "data/raw/rows.txt")
     bad = [str(i) for i, row in enumerate(rows) if "BAD" in row]
-    (at.out / "rows.txt").write_text("\n".join([*rows, f"minlen {at.values['minlen']}", _code(at)]))
+    (ctx.out / "rows.txt").write_text("\n".join([*rows, f"minlen {ctx.values['minlen']}", _code(ctx)]))
     return Report(
         rows_in=len(rows), rows_out=len(rows), checks=[CheckResult("no_bad_rows", not bad, blocking=True, count=len(bad), rows=bad)]
     )
 
 
-def tok(at: At) -> Report:
-    _started(at)
-    (at.out / "train.txt").write_text((at.root / "data/inst/rows.txt").read_text().upper() + _code(at))
-    (at.out / "test.txt").write_text(f"test {at.values['testseed']}")
+def tok(ctx: StageContext) -> Report:
+    _started(ctx)
+    (ctx.out / "train.txt").write_text((ctx.root / "data/inst/rows.txt").read_text().upper() + _code(ctx))
+    (ctx.out / "test.txt").write_text(f"test {ctx.values['testseed']}")
     return Report()
 
 
-def adapter(at: At) -> Report:
-    _started(at)
+def adapter(ctx: StageContext) -> Report:
+    _started(ctx)
     for step in range(int(os.environ.get("STEPS", "0"))):  # a training that can be watched
-        write_text(at.live / "loss.csv", f"step,loss\n{step + 1},{1 / (step + 1)}\n")
-        write_text(at.live / "tokens_per_second.csv", f"step,tokens_per_second\n{step + 1},{100 + step}\n")
+        write_text(ctx.live / "loss.csv", f"step,loss\n{step + 1},{1 / (step + 1)}\n")
+        write_text(ctx.live / "tokens_per_second.csv", f"step,tokens_per_second\n{step + 1},{100 + step}\n")
         time.sleep(0.5)
-    recipe = at.values["variants"][at.variant]
-    (at.out / "weights.txt").write_text((at.root / "data/tok/train.txt").read_text() + str(recipe) + _code(at))
+    recipe = ctx.values["variants"][ctx.variant]
+    (ctx.out / "weights.txt").write_text((ctx.root / "data/tok/train.txt").read_text() + str(recipe) + _code(ctx))
     # tokens a second are others at each run
     return Report(metrics={"loss": 1 / recipe["r"]}, measured={"tokens_per_second": time.monotonic()})
 
 
-def cmp(at: At) -> Report:
-    _started(at)
-    found = [path.read_text() for name in at.values["variants"] for path in sorted((at.root / "data/adapter" / name).glob("*"))]
+def cmp(ctx: StageContext) -> Report:
+    _started(ctx)
+    found = [path.read_text() for name in ctx.values["variants"] for path in sorted((ctx.root / "data/adapter" / name).glob("*"))]
     found += [
-        (at.root / "data/reports" / name).read_text() for name in ("tok.json", *(f"adapter/{name}.json" for name in at.values["variants"]))
+        (ctx.root / "data/reports" / name).read_text()
+        for name in ("tok.json", *(f"adapter/{name}.json" for name in ctx.values["variants"]))
     ]
-    (at.out / "board.txt").write_text("\n".join([*found, (at.root / "data/tok/test.txt").read_text(), _code(at)]))
+    (ctx.out / "board.txt").write_text("\n".join([*found, (ctx.root / "data/tok/test.txt").read_text(), _code(ctx)]))
     return Report()
 
 
-def extra(at: At) -> Report:
-    _started(at)
-    (at.out / "copy.txt").write_text((at.root / "data/tok/test.txt").read_text() + _code(at))
+def extra(ctx: StageContext) -> Report:
+    _started(ctx)
+    (ctx.out / "copy.txt").write_text((ctx.root / "data/tok/test.txt").read_text() + _code(ctx))
     return Report()
 
 
@@ -180,8 +182,8 @@ def start_until_tok_runs(root: Path, *command: str, **environment: str) -> subpr
 
 def materialize(root: Path, instance: Any, addresses: list[str] | None = None, definitions: Any = None) -> Any:
     """Materialize these assets, or all, in this process."""
-    from dagster_project.doors.dagster_assets import build_definitions
-    from dagster_project.doors.report import asset_key
+    from dagster_project.orchestration.dagster.assets import build_definitions
+    from dagster_project.orchestration.dagster.metadata import asset_key
 
     found = definitions or build_definitions(root, STREET)
     job = found.resolve_implicit_global_asset_job_def()
@@ -205,8 +207,8 @@ def not_fresh(root: Path, instance: Any, pipeline: Pipeline = STREET) -> set[str
     from dagster._core.definitions.data_version import CachingStaleStatusResolver
     from dagster._core.loader import LoadingContextForTest
 
-    from dagster_project.doors.dagster_assets import build_definitions
-    from dagster_project.doors.report import asset_key
+    from dagster_project.orchestration.dagster.assets import build_definitions
+    from dagster_project.orchestration.dagster.metadata import asset_key
 
     graph = build_definitions(root, pipeline).resolve_asset_graph()
     resolver = CachingStaleStatusResolver(instance, graph, LoadingContextForTest(instance))
@@ -216,7 +218,7 @@ def not_fresh(root: Path, instance: Any, pipeline: Pipeline = STREET) -> set[str
 def main() -> int:
     root = Path.cwd()
     if sys.argv[1] == "run":
-        from dagster_project.doors.run import run_stage, streaming_to_dagster
+        from dagster_project.orchestration.run_stage import run_stage, streaming_to_dagster
 
         try:
             with streaming_to_dagster():

@@ -12,17 +12,20 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
+from conftest import draw_pages
 
-from dagster_project.errors import InputError
+from dagster_project.core.errors import InputError
+from dagster_project.core.params import Compute
+from dagster_project.core.progress import Progress
+from dagster_project.core.records import Report, example_id, read_table, write_records
 from dagster_project.evaluation.alignment import gamed, paired
-from dagster_project.params import Compute
 from dagster_project.pipeline import validate
-from dagster_project.progress import Progress
-from dagster_project.records import Report, example_id, read_table, write_records
 from dagster_project.stages import aligned, reward_model
-from dagster_project.training import align, reward
-from dagster_project.training.pairs import answered, both
-from dagster_project.training.sft import Course, Diverged, Interrupted
+from dagster_project.training.tokens.preference_pairs import answered, both
+from dagster_project.training.trainers import preference
+from dagster_project.training.trainers import reward_model as reward
+from dagster_project.training.trainers.harness import Diverged, Interrupted
+from dagster_project.training.trainers.history import TrainingHistory
 
 COMPUTE = Compute(seed=3, threads=1, dtype="float32")
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
@@ -50,13 +53,13 @@ def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train_reward(folder: Path, preferences: Path, model: Path, **settings: Any) -> Report:
     params = reward_model.Params(**{"model": "base_model", "learning_rate": 2e-2, "num_train_epochs": 4, **settings})
-    return reward_model.run(
+    return reward_model.produce(
         params,
         COMPUTE,
         preferences,
         model,
         folder / "reward_model",
-        folder / "reward.csv",
+        folder / "reward_model.csv",
         folder / "calibration.csv",
         folder / "checkpoints",
     )
@@ -80,7 +83,7 @@ def align_it(folder: Path, preferences: Path, judge: Path, sft: Path, compute: C
         }
         | settings
     )
-    return aligned.run(
+    report = aligned.produce(
         "mine",
         params,
         compute,
@@ -93,6 +96,8 @@ def align_it(folder: Path, preferences: Path, judge: Path, sft: Path, compute: C
         folder / "live",
         folder / "pages",
     )
+    draw_pages("aligned@mine", report, folder / "out", folder / "pages")
+    return report
 
 
 def bytes_of(folder: Path) -> Mapping[str, bytes]:
@@ -161,7 +166,7 @@ def test_methods_that_learn_from_pairs_go_on_with_a_reward_model_that_failed_its
 def test_methods_that_learn_from_rewards_refuse_a_reward_model_that_failed_its_checks_before_any_work(
     method: str, tmp_path: Path, preferences: Path, weak: tuple[Path, Report], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(align, "policy", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(preference, "policy", lambda *_, **__: pytest.fail("a model was loaded"))
     report = align_it(tmp_path, preferences, weak[0], tiny_model, **METHODS[method] | {"method": method})
     [failed] = report.failures
     assert failed.name == "reward_model_is_reliable" and failed.severity == "error"
@@ -182,19 +187,19 @@ def test_a_method_that_is_rewarded_by_rules_alone_does_not_ask_for_a_reward_mode
 def test_without_usable_weights_the_reward_model_is_an_output_that_says_why_and_dpo_goes_on_without_rewards(
     diverges: str, tmp_path: Path, preferences: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def diverge(lesson: Any, model: Any, *_: Any) -> Course:
+    def diverge(lesson: Any, model: Any, *_: Any) -> TrainingHistory:
         if diverges == "at a step":
             raise Diverged("the loss is nan", 2, [0])
         next(weight for weight in model.parameters() if weight.requires_grad).data.fill_(math.nan)
-        return Course(curve=[{"step": 1, "loss": 1.0}])
+        return TrainingHistory(curve=[{"step": 1, "loss": 1.0}])
 
     with monkeypatch.context() as patched:
-        patched.setattr(reward_model, "learn", diverge)
+        patched.setattr(reward_model, "train", diverge)
         report = train_reward(tmp_path, preferences, tiny_model)
     judge = tmp_path / "reward_model"
     assert [check.name for check in report.checks if not check.passed] == ["learned"] and not report.failures
     assert list(reward.failed_checks(judge)) == ["learned"] and not list(judge.glob("*.safetensors"))
-    assert (tmp_path / "reward.csv").is_file() and (tmp_path / "calibration.csv").is_file()  # dvc.yaml names them
+    assert (tmp_path / "reward_model.csv").is_file() and (tmp_path / "calibration.csv").is_file()  # dvc.yaml names them
 
     report = align_it(tmp_path, preferences, judge, tiny_model, method="dpo")
     assert not report.failures and not {"reward", "win_rate"} & set(report.metrics["watch"])
@@ -284,7 +289,7 @@ def test_a_training_stopped_on_the_way_ends_in_the_same_bytes(
     align_it(tmp_path / "whole", preferences, judged[0], tiny_model, **settings)
     from contextlib import contextmanager
 
-    from dagster_project.training import keeping, ppo
+    from dagster_project.training.trainers import ppo, trl_training
 
     asked = iter([*[False] * (0 if method == "ppo" else 3), *[True] * 20])
 
@@ -293,7 +298,7 @@ def test_a_training_stopped_on_the_way_ends_in_the_same_bytes(
         yield lambda: next(asked)
 
     with monkeypatch.context() as patched:
-        patched.setattr(ppo if method == "ppo" else keeping, "stop_on_request", stop)
+        patched.setattr(ppo if method == "ppo" else trl_training, "stop_on_request", stop)
         with pytest.raises(Interrupted, match="interrupted at"):
             align_it(tmp_path / "stopped", preferences, judged[0], tiny_model, **settings)
     assert list((tmp_path / "stopped" / "checkpoints").glob("step-*"))
@@ -306,7 +311,7 @@ def test_wherever_it_is_stopped_it_ends_in_the_same_bytes_measured_as_often(
 ) -> None:
     from contextlib import contextmanager
 
-    from dagster_project.training import keeping
+    from dagster_project.training.trainers import harness, trl_training
 
     align_it(tmp_path / "whole", preferences, judged[0], tiny_model, method="dpo")  # four steps an epoch, two epochs
     assert [point["step"] for point in json.loads((tmp_path / "whole" / "out" / "training.json").read_text())["validation"]] == [0, 4, 8]
@@ -323,8 +328,8 @@ def test_wherever_it_is_stopped_it_ends_in_the_same_bytes_measured_as_often(
             yield lambda: made[-1].done >= step - 1  # it advances when a step has been logged, after it has ended
 
         with monkeypatch.context() as patched:
-            patched.setattr(keeping, "Progress", counted)
-            patched.setattr(keeping, "stop_on_request", stop)
+            patched.setattr(harness, "Progress", counted)
+            patched.setattr(trl_training, "stop_on_request", stop)
             with pytest.raises(Interrupted, match=f"interrupted at step {step};"):
                 align_it(tmp_path / str(step), preferences, judged[0], tiny_model, method="dpo")
         align_it(tmp_path / str(step), preferences, judged[0], tiny_model, method="dpo")
@@ -382,12 +387,12 @@ def test_paired_means_have_a_paired_interval() -> None:
 
 def test_kto_estimates_kl_on_answers_to_another_prompt(tiny_tokenizer: Any) -> None:
     pairs = [pair(i, f"good{i}", f"bad{i}") for i in range(3)]
-    rows = align.rows("kto", tiny_tokenizer, pairs)
+    rows = preference.rows("kto", tiny_tokenizer, pairs)
     own = {i: {tuple(good), tuple(bad)} for i, (_, good, bad) in enumerate(both(tiny_tokenizer, pairs))}
     assert [row["label"] for row in rows] == [True, False] * 3
     assert all(tuple(row["KL_completion_ids"]) not in own[row["pair"]] for row in rows)
     ranked = [pair(0, "other", "bad"), *({**pair(1, "best", bad), "prompt": pairs[1]["prompt"]} for bad in ("worse", "worst"))]
-    good = [row for row in align.rows("kto", tiny_tokenizer, ranked) if row["label"]]
+    good = [row for row in preference.rows("kto", tiny_tokenizer, ranked) if row["label"]]
     assert good[2]["KL_completion_ids"] == good[1]["KL_completion_ids"] == good[0]["completion_ids"]
 
 
@@ -420,7 +425,7 @@ def test_kto_estimates_kl_on_answers_to_another_prompt(tiny_tokenizer: Any) -> N
         ({"aligned": None}, "aligned: must be a mapping"),
         ({"reward_model": {"model": "merged/gone"}}, "reward_model.model: there is no adapter.gone"),
         ({"reward_model": {"model": "elsewhere"}}, "reward_model.model"),
-        ({"adapter": {"lora": {"method": "prompt_tuning", "merge": False}}}, "adapter.lora makes no model that stands alone"),
+        ({"adapter": {"lora": {"method": "prompt_tuning", "merge": False}}}, "adapter.lora does not produce a merged model"),
     ],
 )
 def test_an_entry_that_cannot_be_done_is_refused_in_words(change: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -429,7 +434,8 @@ def test_an_entry_that_cannot_be_done_is_refused_in_words(change: dict[str, Any]
 
     values = YAML(typ="safe").load((ROOT / "params.yaml").read_text()) | change
     (tmp_path / "params.yaml").write_text(json.dumps(values))
-    (tmp_path / "data").symlink_to(ROOT / "data")
+    for folder in ("sources", "expectations"):
+        shutil.copytree(ROOT / "data" / folder, tmp_path / "data" / folder)
     with pytest.raises(InputError) as error:
         validate(tmp_path)
     assert said in str(error.value)

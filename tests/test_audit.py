@@ -9,11 +9,11 @@ from pathlib import Path
 from conftest import edit_params, pedigree, run
 from ruamel.yaml import YAML
 
-from dagster_project.audit.diff import diff
-from dagster_project.audit.impact import impact
-from dagster_project.audit.index import Index
-from dagster_project.audit.lineage import audit, find, trained_on
-from dagster_project.records import read_records, read_table
+from dagster_project.core.records import read_records, read_table
+from dagster_project.lineage.diff import diff
+from dagster_project.lineage.impact import impact
+from dagster_project.lineage.index import Index
+from dagster_project.lineage.lineage import audit, find, trained_on
 
 
 def test_an_audit_names_every_source_with_its_hash_and_every_stage_before_the_model(finished: Path) -> None:

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from dagster_project.curation import augment as augmenting
-from dagster_project.curation.augment import Added, Augment, Paraphrase, augment, in_another_case, read_paraphrases, with_typos
-from dagster_project.curation.overlap import near_pairs
-from dagster_project.errors import InputError
-from dagster_project.records import Report, example_id, prompt_text, read_ledger, read_records, write_ledger, write_records
+from dagster_project.core.errors import InputError
+from dagster_project.core.records import Report, example_id, prompt_text, read_ledger, read_records, write_ledger, write_records
+from dagster_project.curation.similarity.overlap import near_pairs
+from dagster_project.curation.splitting import augment as augmenting
+from dagster_project.curation.splitting.augment import Added, Augment, Paraphrase, augment, in_another_case, read_paraphrases, with_typos
 from dagster_project.stages import splits
 
 PROSE = "please tell me where the parcel with the kite stands this morning"
@@ -181,7 +181,7 @@ def test_paraphrases_outside_the_watched_folder_are_refused(path: str) -> None:
 def run(root: Path, out: str, rows: Sequence[dict[str, Any]], **wanted: Any) -> Report:
     write_records(root / "in", rows)
     write_ledger(root / "in", [{**row, "source_row": i, "outcome": "kept", "why": ""} for i, row in enumerate(rows)])
-    return splits.run(root, splits.Params(augment=Augment(**wanted) if wanted else None), 7, root / "in", root / out)
+    return splits.produce(root, splits.Params(augment=Augment(**wanted) if wanted else None), 7, root / "in", root / out)
 
 
 def test_augmenting_adds_to_train_and_leaves_everything_else_as_it_is(tmp_path: Path) -> None:

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 from test_resume import make_data
 
-from dagster_project.errors import InputError
-from dagster_project.params import Compute, parse
+from dagster_project.core.errors import InputError
+from dagster_project.core.params import Compute, parse
 from dagster_project.stages import adapter
-from dagster_project.training import auto, methods
-from dagster_project.training.sft import Course, Diverged, Interrupted
+from dagster_project.training.methods import build
+from dagster_project.training.trainers import auto
+from dagster_project.training.trainers.harness import Diverged, Interrupted
+from dagster_project.training.trainers.history import TrainingHistory
 
 ALL = {"num_train_epochs": "auto", "learning_rate": "auto", "per_device_train_batch_size": "auto", "peft": {"r": "auto"}}
 
@@ -157,15 +159,15 @@ def test_climbing_finds_the_lowest_loss_within_the_trials(loss: Callable[[int], 
 TRIAL = adapter.Params(learning_rate=1e-4, max_steps=20)
 
 
-def ends_with(losses: dict[float, Any], done: list[float]) -> Callable[[adapter.Params], Course]:
+def ends_with(losses: dict[float, Any], done: list[float]) -> Callable[[adapter.Params], TrainingHistory]:
     """A training that ends with a validation loss by its rate, or raises."""
 
-    def learn(trial: adapter.Params) -> Course:
+    def learn(trial: adapter.Params) -> TrainingHistory:
         done.append(trial.learning_rate)
         loss = losses[trial.learning_rate]
         if isinstance(loss, Exception):
             raise loss
-        return Course(curve=[{"step": 0, "validation_loss": 9.0}, {"step": 20, "validation_loss": loss}])
+        return TrainingHistory(curve=[{"step": 0, "validation_loss": 9.0}, {"step": 20, "validation_loss": loss}])
 
     return learn
 
@@ -219,7 +221,7 @@ def test_an_interrupted_sweep_goes_on_after_the_trials_that_ended(tmp_path: Path
 def test_nonsense_is_refused_in_one_line(entry: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as refusal:
         found = auto.settle(parse(adapter.Params, entry, "adapter.x"), 1, 1, False).params
-        methods.check(found.method, found.peft, found.quantization, found.merge, "adapter.x")
+        build.check(found.method, found.peft, found.quantization, found.merge, "adapter.x")
     assert refusal.value.what == f"params.yaml: {message}"
 
 
@@ -228,7 +230,7 @@ def test_a_stage_with_everything_auto_chooses_tells_why_and_repeats_byte_for_byt
     found = []
     for name in ("first", "second"):
         out = tmp_path / name
-        report = adapter.run(
+        report = adapter.produce(
             "x", adapter.Params(**ALL | {"max_steps": 4}), Compute(threads=1, dtype="float32"), tmp_path / "tokenized", tiny_model, out,
             tmp_path / f"{name}.csv", tmp_path / "checkpoints",
         )  # fmt: skip

@@ -14,9 +14,9 @@ import dagster as dg
 import pytest
 from conftest import dvc, edit_params, pedigree, run
 
-from dagster_project.doors.dagster_assets import build_definitions
-from dagster_project.doors.report import asset_key
-from dagster_project.doors.sync import sync
+from dagster_project.orchestration.dagster.assets import build_definitions
+from dagster_project.orchestration.dagster.metadata import asset_key
+from dagster_project.orchestration.dagster.sync import sync
 
 
 def fingerprint(root: Path) -> dict[str, str]:

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from dagster_project.__main__ import main
-from dagster_project.curation.formats import to_pairs
-from dagster_project.errors import InputError
+from dagster_project.core.errors import InputError
+from dagster_project.core.records import example_id, write_json, write_records, write_table
+from dagster_project.curation.sources.formats import to_pairs
 from dagster_project.evaluation import ballots
-from dagster_project.evaluation.measure import result_rows, result_schema
+from dagster_project.evaluation.evaluator import result_rows, result_schema
 from dagster_project.evaluation.pairwise import Match, Pair, agreement, contenders, majority, match, tally, wilson
-from dagster_project.markup import visible
-from dagster_project.records import example_id, write_json, write_records, write_table
+from dagster_project.views.ballot import page as ballot_page
+from dagster_project.views.html import visible
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\u202e"
@@ -112,7 +113,7 @@ def test_each_system_stands_first_in_half_of_the_pairs(project: Path) -> None:
 
 
 def test_the_page_holds_ids_and_texts_and_nothing_that_tells_the_systems(project: Path, ballot: Match) -> None:
-    html = ballots.page(ballot, 10)
+    html = ballot_page(ballots.document(ballot, 10))
     data = json.loads(re.search(r'id="ballot-data">(.*?)</script>', html, re.S).group(1))
     assert data["ballot"] == ballot.id and len(data["pairs"]) == 10
     assert [set(pair) for pair in data["pairs"]] == [{"id", "prompt", "answers"}] * 10
@@ -120,7 +121,7 @@ def test_the_page_holds_ids_and_texts_and_nothing_that_tells_the_systems(project
     for secret in ("lora", "few_shot", "seed", "swapped", "Reference", *(record(i)["example_id"] for i in range(N))):
         assert secret not in html
     assert "\u202e" not in html and html.count("<script") == 2 and "default-src 'none'" in html and "http" not in html.split("<style>")[1]
-    assert ballots.page(match(project, ("lora", "few_shot"), seed=7), 10) == html
+    assert ballot_page(ballots.document(match(project, ("lora", "few_shot"), seed=7), 10)) == html
 
 
 def test_votes_are_counted_for_the_first_system_whichever_side_it_stood_on(project: Path, ballot: Match, capsys: Any) -> None:
@@ -294,7 +295,7 @@ def test_in_a_browser_one_votes_by_keyboard_and_a_closed_tab_loses_nothing(proje
     from playwright.sync_api import sync_playwright
 
     page = project / "ballot.html"
-    page.write_text(ballots.page(ballot, 4), encoding="utf-8")
+    page.write_text(ballot_page(ballots.document(ballot, 4)), encoding="utf-8")
     seen: list[str] = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from dagster_project import params
-from dagster_project.errors import InputError
-from dagster_project.records import Report
+from dagster_project.core import params
+from dagster_project.core.errors import InputError
+from dagster_project.core.records import Report
 from dagster_project.stages import base_model
 
 FOLDER: dict[str, Any] = {"folder": "models/tiny", "licence": "Apache-2.0"}
@@ -33,7 +33,7 @@ def root(tmp_path: Path, tiny_model: Path) -> Path:
 
 
 def fetch(root: Path, **section: Any) -> Report:
-    return base_model.run(root, params.parse(base_model.Params, FOLDER | section, "base_model"), out=root / "data" / "base_model")
+    return base_model.produce(root, params.parse(base_model.Params, FOLDER | section, "base_model"), out=root / "data" / "base_model")
 
 
 def refusal(root: Path, **section: Any) -> InputError:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from dagster_project.curation.benchmarks import PROMPT_COLUMNS, read_items, read_multiple_choice
-from dagster_project.curation.files import read_rows
-from dagster_project.errors import InputError
+from dagster_project.core.errors import InputError
+from dagster_project.curation.sources.benchmarks import PROMPT_COLUMNS, read_items, read_multiple_choice
+from dagster_project.curation.sources.files import read_rows
 
 ROWS: dict[str, tuple[dict[str, Any], str, str]] = {
     # layout: (row, question, right answer)

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 from conftest import ROOT, edit_params, pedigree
 
-from dagster_project.curation.severity import shown
-from dagster_project.doors.dvc import read_street
+from dagster_project.core.severity import shown
+from dagster_project.orchestration.dvc import read_street
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SHOTS = ROOT / "screenshots"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dagster_project.chat import (
+from dagster_project.core.chat import (
     IGNORE,
     encode,
     encode_pieces,
@@ -22,7 +22,7 @@ from dagster_project.chat import (
     pieces,
     record_pieces,
 )
-from dagster_project.errors import InputError
+from dagster_project.core.errors import InputError
 
 ONE_TURN = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
 TWO_TURNS = [

@@ -20,8 +20,8 @@ from test_files import WRITERS
 from test_formats import PAIR_ROWS, ROWS, jsonl
 
 from dagster_project.__main__ import main
-from dagster_project.curation.checks import BENCHMARKS_ONLY, CHECKS, PAIRS_ONLY
-from dagster_project.curation.validate import ALIASES, KNOWN
+from dagster_project.curation.check_files import ALIASES, KNOWN
+from dagster_project.curation.checks.checks import BENCHMARKS_ONLY, CHECKS, PAIRS_ONLY
 
 KEY = "AKIA" + "Q3EXAMPLE7KEY2AB"
 LONG = "My parcel with the garden kite went to the wrong house last week"
@@ -183,7 +183,7 @@ def test_json_is_one_document_with_the_keys_of_the_contract_and_nothing_else(che
         "next",
         "matches",
     }
-    assert found["findings"] and all(set(finding) == keys for finding in found["findings"])
+    assert found["findings"] and all(set(finding) - {"fixed"} == keys for finding in found["findings"])
     assert {finding["severity"] for finding in found["findings"]} <= {"error", "warn", "info"}
     assert found["rows"] == found["kept"] + sum(found["dropped"].values())
     assert (done.findings["malformed_row"]["rows"], done.findings["special_tokens_in_text"]["rows"]) == ([4], [3])
@@ -254,7 +254,7 @@ def test_a_few_questions_do_not_make_examples_a_benchmark(check: Check) -> None:
 
 
 def test_the_output_of_a_stage_is_read_as_it_is_and_a_broken_one_refused(check: Check) -> None:
-    from dagster_project.records import write_ledger, write_records
+    from dagster_project.core.records import write_ledger, write_records
 
     records = [
         {"example_id": f"{i:032x}", "source": "s.json", "messages": [{"role": "user", "content": f"Where is {i}?"}, {"role": "assistant", "content": f"At place {i}."}],

@@ -25,12 +25,12 @@ from test_files import READERS, WRITERS
 from test_formats import PAIR_ROWS, ROWS
 
 from dagster_project.__main__ import main
-from dagster_project.curation import files
-from dagster_project.curation.checks import CHECKS, Rules
-from dagster_project.curation.review import edited, read_decisions
-from dagster_project.curation.validate import KNOWN
-from dagster_project.errors import InputError
-from dagster_project.records import read_ledger, read_records, write_ledger, write_records
+from dagster_project.core.errors import InputError
+from dagster_project.core.records import read_ledger, read_records, write_ledger, write_records
+from dagster_project.curation.check_files import KNOWN
+from dagster_project.curation.checks.checks import CHECKS, Rules
+from dagster_project.curation.checks.review import edited, read_decisions
+from dagster_project.curation.sources import files
 
 CASES = int(os.environ.get("PEDIGREE_FUZZ", "0"))
 STEERS = re.compile("[\0-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -76,7 +76,7 @@ def holds(*arguments: object) -> dict[str, Any] | None:
     assert code == int(any(one["severity"] == "error" and one["count"] for one in found["findings"]))
     for finding in found["findings"]:
         assert finding["dropped"] + finding["waived"] <= finding["count"] + finding["waived"] <= found["rows"] + 1
-        assert len(finding["rows"]) == len(finding["places"]) <= 20
+        assert len(finding["rows"]) == len(finding["places"]) <= found["rows"] + 1
         for match in finding["matches"]:
             for text, span in ((match["text"], match["span"]), (match["other_text"], match["other_span"])):
                 assert 0 <= span[0] <= span[1] <= len(text)

@@ -9,12 +9,22 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from dagster_project.curation.benchmarks import Item
-from dagster_project.curation.checks import BENCHMARKS_ONLY, CHECKS, PAIRS_ONLY, ROW_CHECKS, SET_CHECKS, Judgement, Rules, Verdict, judge
-from dagster_project.curation.findings import document
-from dagster_project.curation.review import Decision, Waiver
-from dagster_project.curation.tokens import ESTIMATED, Tokens
-from dagster_project.records import example_id
+from dagster_project.core.records import example_id
+from dagster_project.curation.checks.checks import (
+    BENCHMARKS_ONLY,
+    CHECKS,
+    PAIRS_ONLY,
+    ROW_CHECKS,
+    SET_CHECKS,
+    Judgement,
+    Rules,
+    Verdict,
+    judge,
+)
+from dagster_project.curation.checks.findings import document
+from dagster_project.curation.checks.review import Decision, Waiver
+from dagster_project.curation.checks.token_counts import ESTIMATED, Tokens
+from dagster_project.curation.sources.benchmarks import Item
 
 Record = dict[str, Any]
 HELD_OUT = [

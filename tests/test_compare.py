@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from dagster_project.__main__ import main
-from dagster_project.evaluation.compare import FEWEST, advice, board, headline, recommended
+from dagster_project.evaluation.comparison import FEWEST, advice, board, headline, recommended
 from dagster_project.evaluation.metrics import Task, measures, score
-from dagster_project.evaluation.page import Sample, page
+from dagster_project.views.comparison import Sample, page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TASK = Task(fields={"category": ["login", "billing"]}, score="category")
@@ -230,7 +230,7 @@ HOSTILE = "</script><script>alert(1)</script><img src=http://x onerror=alert(1)>
 def document(**more: Any) -> dict[str, Any]:
     labels = {"few_shot": ["login"] * 8, "lora": [*TRUE[:7], "login"]}
     scores = {name: score(TABLE, TRUE, found) | {"prompt_tokens": 40.0} for name, found in labels.items()}
-    return {
+    whole = {
         "test": {"examples": 9, "answered": 8, "seen": 0},
         "shown": SHOWN,
         "scores": scores,
@@ -240,6 +240,7 @@ def document(**more: Any) -> dict[str, Any]:
         "recommended": {"variant": "lora", "sure": True, "instead": "few_shot", "why": "It is better."},
         **more,
     }
+    return {"headline": headline(whole), **whole}
 
 
 def samples() -> list[Sample]:

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import street as mini
 
-from dagster_project.doors.dvc import read_street
-from dagster_project.doors.sync import sync
+from dagster_project.orchestration.dagster.sync import sync
+from dagster_project.orchestration.dvc import read_street
 
 ROUNDS = 6
 BUSY = ("is busy, it is being blocked by", "Unable to acquire lock")

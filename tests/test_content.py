@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from dagster_project.curation.checks import CHECKS, ROW_CHECKS, Rules, judge
-from dagster_project.curation.content import CONTENT_CHECKS, content_facts
-from dagster_project.curation.findings import document
-from dagster_project.records import example_id
+from dagster_project.core.records import example_id
+from dagster_project.curation.checks.checks import CHECKS, ROW_CHECKS, Rules, judge
+from dagster_project.curation.checks.content import CONTENT_CHECKS, content_facts
+from dagster_project.curation.checks.findings import document
 
 Record = dict[str, Any]
 NAMES = [check.name for check in CONTENT_CHECKS]

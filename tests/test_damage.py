@@ -7,8 +7,8 @@ from ftfy.badness import BADNESS_RE, MOJIBAKE_CATEGORIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dagster_project.curation.damage import _damage, _damage_hint, damage, template_marks
-from dagster_project.curation.privacy import candidates
+from dagster_project.curation.checks.damage import _damage, _damage_hint, damage, template_marks
+from dagster_project.curation.checks.privacy import candidates
 
 
 @pytest.mark.parametrize(

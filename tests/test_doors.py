@@ -12,12 +12,12 @@ import pytest
 from conftest import dvc, edit_params, pedigree
 from street import changed_in_dvc, not_fresh
 
-from dagster_project.doors.dagster_assets import build_definitions
-from dagster_project.doors.dvc import read_street
-from dagster_project.doors.report import asset_key, describe, source_key
-from dagster_project.doors.sync import sync
+from dagster_project.core.records import read_table
+from dagster_project.orchestration.dagster.assets import build_definitions
+from dagster_project.orchestration.dagster.metadata import asset_key, describe, source_key
+from dagster_project.orchestration.dagster.sync import sync
+from dagster_project.orchestration.dvc import read_street
 from dagster_project.pipeline import PEDIGREE
-from dagster_project.records import read_table
 
 DATA = ["base_model", "raw_examples", "instructions", "splits"]
 
@@ -73,7 +73,7 @@ def test_force_runs_again_and_gives_the_same_version(finished: Path, instance) -
     ("edit", "stale"),
     [
         (lambda root: edit_params(root, lambda v: v["splits"].update(test=0.3)), {"splits"}),
-        (lambda root: (root / "dagster_project/curation/split.py").open("a").write("# a change\n"), {"splits", "preferences"}),
+        (lambda root: (root / "dagster_project/curation/splitting/split.py").open("a").write("# a change\n"), {"splits", "preferences"}),
         (lambda root: edit_params(root, lambda v: v["adapter"]["lora"].update(max_steps=9)), {"adapter@lora", "comparison"}),
         (lambda root: shutil.rmtree(root / "data" / "instructions"), {"instructions", "splits"}),
         (lambda root: (root / "data/splits/train/records-00000.parquet").write_bytes(b"x"), {"splits", "tokenized", "preferences", "baselines", "evaluation@lora", "evaluation_aligned@dpo", "comparison"}),

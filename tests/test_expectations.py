@@ -16,11 +16,11 @@ from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dagster_project.curation import data_docs, expectations
-from dagster_project.curation.benchmarks import read_items
-from dagster_project.curation.checks import Rules, judge
-from dagster_project.curation.formats import to_records
-from dagster_project.errors import InputError
+from dagster_project.core.errors import InputError
+from dagster_project.curation.checks import data_docs, expectations
+from dagster_project.curation.checks.checks import Rules, judge
+from dagster_project.curation.sources.benchmarks import read_items
+from dagster_project.curation.sources.formats import to_records
 
 SUITE = ROOT / "data" / "expectations" / "instructions.json"
 Record = dict[str, Any]

@@ -15,10 +15,10 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 from huggingface_hub import ModelCard, ModelCardData
 
-from dagster_project.audit.card import model_card
-from dagster_project.audit.export import export, papers
-from dagster_project.audit.papers import from_reports
-from dagster_project.errors import InputError
+from dagster_project.core.errors import InputError
+from dagster_project.lineage.export.export import export, papers
+from dagster_project.lineage.export.model_card import model_card
+from dagster_project.lineage.export.summary import from_reports
 
 ISSUED = date(2026, 1, 31)
 

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dagster_project.curation import files
-from dagster_project.curation.files import READERS, read_rows
-from dagster_project.errors import InputError
+from dagster_project.core.errors import InputError
+from dagster_project.curation.sources import files
+from dagster_project.curation.sources.files import READERS, read_rows
 
 ROWS = [{"prompt": "Hi", "completion": "Hello"}, {"prompt": 'Grüße, "du"\n', "completion": "你好"}]
 

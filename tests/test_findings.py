@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_checks import LONG, ask, placed
 
-from dagster_project.curation.benchmarks import Item
-from dagster_project.curation.checks import Rules, judge
-from dagster_project.curation.findings import changes, document, finding_changes
-from dagster_project.curation.terminal import check_text
+from dagster_project.curation.checks.checks import Rules, judge
+from dagster_project.curation.checks.findings import changes, document, finding_changes
+from dagster_project.curation.sources.benchmarks import Item
+from dagster_project.views.data_quality_terminal import check_text
 
 calm = settings(deadline=None, max_examples=60)
 

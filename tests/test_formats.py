@@ -14,9 +14,12 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dagster_project.curation.checks import Rules, judge
-from dagster_project.curation.files import read_rows
-from dagster_project.curation.formats import (
+from dagster_project.core.errors import InputError
+from dagster_project.core.params import parse
+from dagster_project.core.records import read_records
+from dagster_project.curation.checks.checks import Rules, judge
+from dagster_project.curation.sources.files import read_rows
+from dagster_project.curation.sources.formats import (
     LAYOUTS,
     PAIR_LAYOUTS,
     SPLITS,
@@ -27,9 +30,6 @@ from dagster_project.curation.formats import (
     to_pairs,
     to_records,
 )
-from dagster_project.errors import InputError
-from dagster_project.params import parse
-from dagster_project.records import read_records
 from dagster_project.stages import raw_examples
 
 SYSTEM = ("system", "Be brief.")
@@ -226,7 +226,7 @@ def test_half_a_surrogate_pair_spoils_its_row_and_no_other(tmp_path: Path) -> No
     (tmp_path / "data/sources").mkdir(parents=True)
     jsonl(tmp_path / "data/sources/rows.jsonl", PAIR, '{"prompt": "cut \\ud83d off", "completion": "Hello"}', PAIR)
     params = raw_examples.Params(sources=[raw_examples.Source(path="data/sources/rows.jsonl")])
-    raw_examples.run(tmp_path, params, tmp_path / "out")
+    raw_examples.produce(tmp_path, params, tmp_path / "out")
     assert [bool(record["messages"]) for record in read_records(tmp_path / "out")][::2] == [True, True]
 
 
@@ -550,7 +550,7 @@ def test_a_source_takes_a_mapping_and_refuses_a_wrong_one(tmp_path: Path) -> Non
     (tmp_path / "data/sources").mkdir(parents=True)
     jsonl(tmp_path / "data/sources/a.jsonl", {"q": "Hi", "a": "Hello"})
     source = {"path": "data/sources/a.jsonl", "mapping": {"prompt": "q", "response": "a"}}
-    report = raw_examples.run(tmp_path, parse(raw_examples.Params, {"sources": [source]}, "raw_examples"), tmp_path / "out")
+    report = raw_examples.produce(tmp_path, parse(raw_examples.Params, {"sources": [source]}, "raw_examples"), tmp_path / "out")
     assert report.metrics["sources"]["data/sources/a.jsonl"]["format"] == "mapping"
     assert turns(read_records(tmp_path / "out")[0]) == [("user", "Hi"), ("assistant", "Hello")]
     with pytest.raises(InputError, match=r"raw_examples\.sources\.0\.mapping: unknown field 'question'; fields: prompt"):
@@ -835,7 +835,9 @@ def test_the_report_of_a_source_counts_its_rows_and_the_examples_in_them(tmp_pat
     (tmp_path / "data/sources").mkdir(parents=True)
     row = {"instruction": "Add.", "instances": [{"input": "1 2", "output": "3"}, {"input": "3 4", "output": "7"}]}
     jsonl(tmp_path / "data/sources/a.jsonl", row, row)
-    report = raw_examples.run(tmp_path, raw_examples.Params(sources=[raw_examples.Source(path="data/sources/a.jsonl")]), tmp_path / "out")
+    report = raw_examples.produce(
+        tmp_path, raw_examples.Params(sources=[raw_examples.Source(path="data/sources/a.jsonl")]), tmp_path / "out"
+    )
     facts = report.metrics["sources"]["data/sources/a.jsonl"]
     assert (facts["rows"], facts["examples"], report.rows_in, report.rows_out) == (2, 4, 4, 4)
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from dagster_project.evaluation.generate import generate
-from dagster_project.records import example_id, write_records
-from dagster_project.training import decoding
+from dagster_project.core.records import example_id, write_records
+from dagster_project.training.inference import decoding
+from dagster_project.training.inference.generate import generate
 
 TOKENS = 12
 QUESTIONS = ["Where is my parcel?", "No", "I was charged twice, please help", "Hi there", "My login fails and I have no idea why", "Thanks"]

@@ -10,13 +10,13 @@ from conftest import ROOT
 from ruamel.yaml import YAML
 
 from dagster_project import pipeline
-from dagster_project.doors import dvc
+from dagster_project.orchestration import dvc
 
 STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
 
 
 def test_dvc_yaml_has_exactly_the_stages_of_the_street_in_flow_order() -> None:
-    assert list(STAGES) == list(pipeline.STREET)
+    assert list(STAGES) == list(pipeline.STAGES)
 
 
 def test_stages_with_variants_are_the_foreach_stages() -> None:
@@ -28,7 +28,7 @@ def test_stages_with_variants_are_the_foreach_stages() -> None:
 @pytest.mark.parametrize("name", list(STAGES))
 def test_code_dependencies_are_every_module_the_stage_imports_and_no_other(name: str) -> None:
     graph = grimp.build_graph("dagster_project")
-    module = pipeline.module_of(name)
+    module = pipeline.module_of(name).__name__
     packages = {"dagster_project", *(m for m in graph.modules if graph.find_children(m))}
     imported = (graph.find_upstream_modules(module) | {module}) - packages
     body = STAGES[name].get("do", STAGES[name])
@@ -46,15 +46,15 @@ def test_every_stage_has_one_output_and_one_report_in_the_folders_named_after_it
 
 def test_the_readme_names_every_stage_and_every_check() -> None:
     text = (ROOT / "README.md").read_text() + (ROOT / "docs" / "checks.md").read_text()
-    names = [*pipeline.STREET, *(check for stage in pipeline.STREET for check in pipeline.truths(stage))]
+    names = [*pipeline.STAGES, *(check for stage in pipeline.STAGES for check in pipeline.PEDIGREE.check_descriptions(stage))]
     assert [name for name in names if f"`{name}" not in text] == []
 
 
 def test_the_parameters_page_names_every_parameter() -> None:
+    from dagster_project.core.params import Compute
+    from dagster_project.evaluation.evaluator import Settings
     from dagster_project.evaluation.labels import LabelTask
-    from dagster_project.evaluation.measure import Settings
     from dagster_project.evaluation.metrics import Task
-    from dagster_project.params import Compute
     from dagster_project.stages import (
         adapter,
         aligned,
@@ -69,11 +69,11 @@ def test_the_parameters_page_names_every_parameter() -> None:
         splits,
         tokenized,
     )
-    from dagster_project.training import align
+    from dagster_project.training.trainers import preference
 
     page = "".join((ROOT / "docs" / name).read_text() for name in ("parameters.md", "ppo.md"))
     listed = set(re.findall(r"^\| `([a-z_0-9]+)` \|", page, re.MULTILINE))
     models = [Compute, base_model.Params, raw_examples.Params, raw_examples.Source, instructions.Params, splits.Params, tokenized.Params,
               raw_preferences.Params, preferences.Params, adapter.Params, reward_model.Params, aligned.Params,
-              *align.OPTIONS.values(), baselines.Params, Settings, Task, LabelTask, release.Params]  # fmt: skip
+              *preference.OPTIONS.values(), baselines.Params, Settings, Task, LabelTask, release.Params]  # fmt: skip
     assert listed == {field.alias or name for model in models for name, field in model.model_fields.items()}

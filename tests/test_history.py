@@ -15,14 +15,14 @@ from conftest import pedigree
 from history import Project, entry, identity
 from street import git
 
-from dagster_project.audit import index
-from dagster_project.audit.diff import as_text as diff_text
-from dagster_project.audit.diff import diff
-from dagster_project.audit.impact import as_text, impact
-from dagster_project.audit.index import PLACE, Index
-from dagster_project.audit.lineage import audit, document, find, listed, trained_on
-from dagster_project.errors import InputError
-from dagster_project.records import read_table
+from dagster_project.core.errors import InputError
+from dagster_project.core.records import read_table
+from dagster_project.lineage import index
+from dagster_project.lineage.diff import as_text as diff_text
+from dagster_project.lineage.diff import diff
+from dagster_project.lineage.impact import as_text, impact
+from dagster_project.lineage.index import PLACE, Index
+from dagster_project.lineage.lineage import audit, document, find, listed, trained_on
 
 FAQ, MAIL = "data/sources/faq.jsonl", "data/sources/mail.jsonl"
 ROWS = [("cats", "train", FAQ), ("dogs", "train", MAIL), ("birds", "validation", FAQ), ("fish", "test", MAIL)]

@@ -18,8 +18,8 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from conftest import ROOT
 
-from dagster_project.curation import hub as reader
-from dagster_project.errors import InputError
+from dagster_project.core.errors import InputError
+from dagster_project.curation.sources import hub as reader
 
 NAME, OLD, NEW = "org/name", "a" * 40, "b" * 40
 PAIRS = [{"prompt": f"Hi {i}", "completion": "Hello"} for i in range(5)]
@@ -143,7 +143,7 @@ def hub() -> Iterator[Hub]:
 READ = """
 import json, sys
 from dagster_project.curation import hub
-from dagster_project.errors import InputError
+from dagster_project.core.errors import InputError
 found = []
 for source in json.loads(sys.argv[1]):
     try:
@@ -325,16 +325,16 @@ def test_a_folder_of_the_same_name_is_not_taken_for_the_data_set(hub: Hub, tmp_p
 STAGE = """
 import json, sys
 from pathlib import Path
-from dagster_project.params import parse
+from dagster_project.core.params import parse
 from dagster_project.stages import raw_examples
 root = Path.cwd()
-report = raw_examples.run(root, parse(raw_examples.Params, json.loads(sys.argv[1]), "raw_examples"), root / "out")
+report = raw_examples.produce(root, parse(raw_examples.Params, json.loads(sys.argv[1]), "raw_examples"), root / "out")
 print(json.dumps(report.document()))
 """
 
 
 def test_splits_of_the_hub_are_sources_like_any_other(hub: Hub, tmp_path: Path) -> None:
-    from dagster_project.records import read_ledger, read_records
+    from dagster_project.core.records import read_ledger, read_records
 
     (tmp_path / "data/sources").mkdir(parents=True)
     (tmp_path / "data/sources/a.jsonl").write_bytes(lines(PAIRS[0]))

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import draw_pages
 from test_checks import EXAMPLES, LONG, ask, placed
 
-from dagster_project.curation.checks import BENCHMARKS_ONLY, CHECKS, PAIRS_ONLY, ROW_CHECKS
-from dagster_project.errors import InputError
-from dagster_project.records import Report, read_ledger, read_records, read_table, write_ledger, write_records
+from dagster_project.core.errors import InputError
+from dagster_project.core.records import Report, read_ledger, read_records, read_table, write_ledger, write_records
+from dagster_project.curation.checks.checks import BENCHMARKS_ONLY, CHECKS, PAIRS_ONLY, ROW_CHECKS
 from dagster_project.stages import instructions
 
 Record = dict[str, Any]
@@ -24,7 +25,9 @@ def run(folder: Path, model: Path, rows: list[Record], previous: str | None = No
     write_records(folder / "raw", [{key: value for key, value in row.items() if key != "source_row"} for row in rows])
     write_ledger(folder / "raw", rows)
     before = {path.name: path for path in Path(previous, "out").iterdir()} if previous else {}
-    return instructions.run(folder, instructions.Params(**params), folder / "raw", model, folder / "out", folder / "pages", before)
+    report = instructions.produce(folder, instructions.Params(**params), folder / "raw", model, folder / "out", folder / "pages", before)
+    draw_pages("instructions", report, folder / "out", folder / "pages")
+    return report
 
 
 def test_every_row_is_kept_or_dropped_for_a_reason(tmp_path: Path, tiny_model: Path) -> None:
@@ -43,7 +46,7 @@ def test_every_row_is_kept_or_dropped_for_a_reason(tmp_path: Path, tiny_model: P
 
 @pytest.mark.parametrize("rows", [[ask("Hi")], [ask("Hi", "")]], ids=["a row is kept", "none is"])
 def test_every_check_is_reported_in_any_case(rows: list[Record], tmp_path: Path, tiny_model: Path) -> None:
-    assert {check.name for check in run(tmp_path, tiny_model, rows).checks} == instructions.TRUTHS.keys()
+    assert {check.name for check in run(tmp_path, tiny_model, rows).checks} == instructions.CHECK_DESCRIPTIONS.keys()
 
 
 def test_the_same_rows_give_the_same_bytes(tmp_path: Path, tiny_model: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 import street as mini
 from conftest import dvc, pedigree
 
-from dagster_project.doors.integrity import as_text, examine
-from dagster_project.pipeline import STREET
+from dagster_project.orchestration.integrity import as_text, examine
+from dagster_project.pipeline import STAGES
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def files(folders: Iterable[Path]) -> list[Path]:
 
 def test_a_flipped_bit_in_every_kind_of_artifact_is_named_and_nothing_else_is(finished: Path) -> None:
     assert examine(finished)["verdict"] == "intact"
-    outputs, reports = files(finished / "data" / name for name in (*STREET, "plots")), files([finished / "data/reports"])
+    outputs, reports = files(finished / "data" / name for name in (*STAGES, "plots")), files([finished / "data/reports"])
     assert {path.suffix for path in outputs} >= {".parquet", ".safetensors", ".json", ".csv", ".md", ".jinja"}
     outputs, reports = ([path for path in paths if path.name != ".gitkeep"] for paths in (outputs, reports))
     contents = {out.read_bytes() for out in outputs}

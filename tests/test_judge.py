@@ -13,7 +13,7 @@ import pytest
 from test_ballots import make_project
 
 from dagster_project.__main__ import main
-from dagster_project.errors import CheckFailed, InputError, PedigreeError
+from dagster_project.core.errors import CheckFailed, InputError, PedigreeError
 from dagster_project.evaluation.judge import Endpoint, ask, judge, judge_text, verdict
 from dagster_project.evaluation.pairwise import Match, Pair
 

@@ -14,16 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
 
-from dagster_project.curation.files import read_rows
-from dagster_project.curation.formats import kind, mapping_problem, to_records
-from dagster_project.curation.validate import check_paths
-from dagster_project.errors import InputError
+from dagster_project.core.errors import InputError
+from dagster_project.core.params import parse
+from dagster_project.core.records import example_id, read_records, read_table
+from dagster_project.curation.check_files import check_paths
+from dagster_project.curation.sources.files import read_rows
+from dagster_project.curation.sources.formats import kind, mapping_problem, to_records
 from dagster_project.evaluation.baselines import THINK, instruction
+from dagster_project.evaluation.evaluator import Settings, Subject, asked
 from dagster_project.evaluation.labels import NO_LABEL, LabelSet, LabelTask, label_set
-from dagster_project.evaluation.measure import Settings, Subject, asked
 from dagster_project.evaluation.metrics import by_label, label, measures, score
-from dagster_project.params import parse
-from dagster_project.records import example_id, read_records, read_table
 from dagster_project.stages import instructions, raw_examples, splits
 
 AUTO = LabelTask(labels="auto")
@@ -264,9 +264,9 @@ def split_reviews(tmp_path: Path, tiny_model: Path) -> Path:
     ]
     write_csv(tmp_path / "data/sources/reviews.csv", ("text", "label"), *dict.fromkeys(rows))
     made_from = parse(raw_examples.Params, {"sources": [{"path": "data/sources/reviews.csv"}]}, "raw_examples")
-    raw_examples.run(tmp_path, made_from, tmp_path / "raw")
-    instructions.run(tmp_path, instructions.Params(), tmp_path / "raw", tiny_model, tmp_path / "checked", tmp_path / "pages", {})
-    splits.run(tmp_path, splits.Params(validation=0.0), 7, tmp_path / "checked", tmp_path / "made")
+    raw_examples.produce(tmp_path, made_from, tmp_path / "raw")
+    instructions.produce(tmp_path, instructions.Params(), tmp_path / "raw", tiny_model, tmp_path / "checked", tmp_path / "pages", {})
+    splits.produce(tmp_path, splits.Params(validation=0.0), 7, tmp_path / "checked", tmp_path / "made")
     return tmp_path
 
 
@@ -324,7 +324,7 @@ def test_a_random_model_answers_no_label_and_that_is_what_the_scores_say(split_r
 
 
 def test_dagster_shows_the_table_of_labels_and_a_matrix_of_odd_ones(tmp_path: Path) -> None:
-    from dagster_project.doors.report import describe
+    from dagster_project.orchestration.dagster.metadata import describe
 
     report = {"by_label": by_label(LabelSet(("a|b", "$x$", "l\nn")), ["a|b", "$x$"], ["a|b", "l n"])["by_label"], "accuracy": 0.5}
     for path, text in (("data/reports/e.json", json.dumps(report)), ("data/plots/confusion/x.csv", 'actual,predicted\n"$x^$","a,b"\n')):

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from dagster_project.__main__ import main
-from dagster_project.doors import plan
-from dagster_project.params import Compute
-from dagster_project.training import layerwise, memory
-from dagster_project.training.layerwise import Depth, SmallCopies, insert, insertions, repetition
+from dagster_project.commands import plan
+from dagster_project.core.params import Compute
+from dagster_project.training.planning import layerwise, memory
+from dagster_project.training.planning.layerwise import Depth, SmallCopies, insert, insertions, repetition
 
 BASE = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 500,
         "dtype": "bfloat16"}  # fmt: skip

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from dagster_project.curation import tokens
-from dagster_project.curation.light_tokenizer import PLAIN_CLASSES, PLAIN_MODELS, compiled, read_tokenizer
+from dagster_project.curation.checks import token_counts
+from dagster_project.curation.checks.light_tokenizer import PLAIN_CLASSES, PLAIN_MODELS, compiled, read_tokenizer
 
 HEAVY = ["torch", "transformers", "trl", "peft", "accelerate", "dagster", "dvc", "great_expectations"]
 TEXTS = ["", "Hi", "<|im_start|>user Hi<|im_end|>", "你好 wörld 👋🏽\n\n x", " two  spaces\t\n"]
@@ -36,9 +36,9 @@ def outcome(call: Any) -> Any:
 
 def test_counts_special_tokens_and_misfits_are_those_of_transformers(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_tokenizer(tiny_model) is not None
-    light = tokens.tokens_of(tiny_model)
-    monkeypatch.setattr(tokens, "read_tokenizer", lambda folder: None)
-    heavy = tokens.tokens_of(tiny_model)
+    light = token_counts.tokens_of(tiny_model)
+    monkeypatch.setattr(token_counts, "read_tokenizer", lambda folder: None)
+    heavy = token_counts.tokens_of(tiny_model)
     assert light.special == heavy.special != frozenset()
     assert light.count(TEXTS) == heavy.count(TEXTS)
     for chat in CHATS:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from dagster_project.evaluation.likelihood import IGNORE, negative_log_likelihood
 from dagster_project.evaluation.metrics import perplexity_interval
+from dagster_project.training.inference.likelihood import IGNORE, negative_log_likelihood
 
 EXAMPLES = [
     ([5, 6, 7, 8], [IGNORE, IGNORE, 7, 8]),

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from dagster_project.training import lora
+from dagster_project.training.methods import fused_lora
 
 
 def pair(folder: Path, dtype: torch.dtype = torch.float32, **keys: Any) -> tuple[Any, Any]:
@@ -24,7 +24,7 @@ def pair(folder: Path, dtype: torch.dtype = torch.float32, **keys: Any) -> tuple
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.05)
         found.append(model.train())
-    lora.fuse(found[1])
+    fused_lora.fuse(found[1])
     return found[0], found[1]
 
 
@@ -64,7 +64,7 @@ def test_dropout_keeps_the_share_it_should_and_gives_the_gradients_of_what_it_ke
     result, x = torch.randn(64, 6, dtype=dtype), torch.randn(64, 48, dtype=dtype)
     a, b, out_gradient = torch.randn(4, 48), torch.randn(6, 4), torch.randn(64, 6, dtype=dtype)
     ours = [tensor.clone().requires_grad_() for tensor in (result, x, a, b)]
-    out, _, kept = lora.update(*ours, 0.5, 0.25)
+    out, _, kept = fused_lora.update(*ours, 0.5, 0.25)
     out.backward(out_gradient)
     assert 0.7 < float((kept != 0).float().mean()) < 0.8
     exact = [tensor.double().requires_grad_() for tensor in (result, x, a, b)]
@@ -79,7 +79,7 @@ def test_dropout_keeps_the_share_it_should_and_gives_the_gradients_of_what_it_ke
 def test_dropped_elements_are_drawn_from_torchs_generator() -> None:
     def draw() -> torch.Tensor:
         torch.manual_seed(5)
-        return lora._kept(torch.empty(40, 33), 0.05)
+        return fused_lora._kept(torch.empty(40, 33), 0.05)
 
     assert torch.equal(draw(), draw())
     assert torch.all((draw() == 0) | (draw() == -1))

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from conftest import ROOT, evaluate
 
-from dagster_project.errors import InputError
-from dagster_project.evaluation.measure import Settings, asked, slices, thirds
+from dagster_project.core.errors import InputError
+from dagster_project.core.params import Compute
+from dagster_project.core.records import example_id, read_table, write_records
+from dagster_project.evaluation.custom_metrics import own_measures
+from dagster_project.evaluation.evaluator import Settings, asked, slices, thirds
 from dagster_project.evaluation.metrics import Task
-from dagster_project.evaluation.own import own_measures
-from dagster_project.params import Compute
-from dagster_project.records import example_id, read_table, write_records
 from dagster_project.stages import baselines, evaluation
 
 TASK = Task(fields={"category": ["login", "billing"]}, score="category")
@@ -170,15 +170,15 @@ def test_a_benchmark_without_its_answers_is_refused_before_a_model_is_read(tmp_p
     (tmp_path / "b.jsonl").write_text(json.dumps({"question": "?", "choices": ["a", "b"], "answer": -1}) + "\n")
     settings, nowhere = Settings(benchmarks=["b.jsonl"]), tmp_path / "no model"
     with pytest.raises(InputError, match=r"b\.jsonl:0 is unlabelled"):
-        baselines.run(tmp_path, baselines.Params(), settings, COMPUTE, nowhere, tmp_path, tmp_path / "out")
+        baselines.produce(tmp_path, baselines.Params(), settings, COMPUTE, nowhere, tmp_path, tmp_path / "out")
     with pytest.raises(InputError, match=r"b\.jsonl:0 is unlabelled"):
-        evaluation.run(tmp_path, "one", settings, COMPUTE, nowhere, nowhere, tmp_path, tmp_path / "out", tmp_path / "one.csv")
+        evaluation.produce(tmp_path, "one", settings, COMPUTE, nowhere, nowhere, tmp_path, tmp_path / "out", tmp_path / "one.csv")
 
 
 def test_an_empty_test_split_leaves_the_baselines_nothing_to_say(tiny_model: Path, tmp_path: Path) -> None:
     for split, rows in (("train", JSON), ("test", [])):
         write_records(tmp_path / split, rows)
-    found = baselines.run(tmp_path, baselines.Params(), Settings(task=TASK), COMPUTE, tiny_model, tmp_path, tmp_path / "out")
+    found = baselines.produce(tmp_path, baselines.Params(), Settings(task=TASK), COMPUTE, tiny_model, tmp_path, tmp_path / "out")
     assert found.metrics == {"base": {}} and read_table(tmp_path / "out/results.parquet") == []
 
 

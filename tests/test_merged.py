@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dagster_project.params import Compute
+from dagster_project.core.params import Compute
 from dagster_project.stages import merged
-from dagster_project.training.methods import peft_config, save_adapter
+from dagster_project.training.methods.build import peft_config, save_adapter
 
 
 def make_adapter(tiny_model: Path, folder: Path, size: float) -> Path:
@@ -31,7 +31,7 @@ def make_adapter(tiny_model: Path, folder: Path, size: float) -> Path:
 @pytest.mark.parametrize(("size", "passes"), [(0.3, True), (0.0, False)], ids=["trained", "untrained"])
 def test_a_merge_passes_only_with_an_adapter_that_changes_something(tiny_model: Path, tmp_path: Path, size: float, passes: bool) -> None:
     adapter = make_adapter(tiny_model, tmp_path / "adapter", size)
-    report = merged.run(Compute(threads=1), tiny_model, adapter, out=tmp_path / "merged")
+    report = merged.produce(Compute(threads=1), tiny_model, adapter, out=tmp_path / "merged")
     assert {check.name: check.passed for check in report.checks} == {"merge_is_equal": passes}
     assert [check.name for check in report.failures] == ([] if passes else ["merge_is_equal"])
     assert report.metrics["largest_logit_difference"] < merged.TOLERANCE
@@ -43,7 +43,7 @@ def test_the_merged_folder_stands_alone_and_says_what_base_plus_adapter_says(tin
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     adapter = make_adapter(tiny_model, tmp_path / "adapter", 0.3)
-    merged.run(Compute(threads=1), tiny_model, adapter, out=tmp_path / "merged")
+    merged.produce(Compute(threads=1), tiny_model, adapter, out=tmp_path / "merged")
     ids = AutoTokenizer.from_pretrained(tmp_path / "merged")("The capital of France is", return_tensors="pt").input_ids
     alone = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), adapter).eval()

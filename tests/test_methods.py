@@ -16,12 +16,13 @@ import torch
 from conftest import ROOT
 from torch.nn.functional import cross_entropy
 
-from dagster_project.chat import IGNORE
-from dagster_project.errors import InputError
-from dagster_project.params import Compute
+from dagster_project.core.chat import IGNORE
+from dagster_project.core.errors import InputError
+from dagster_project.core.params import Compute
 from dagster_project.stages import merged
-from dagster_project.training import decoding, head
-from dagster_project.training.methods import (
+from dagster_project.training.inference import decoding
+from dagster_project.training.methods import feature_extraction
+from dagster_project.training.methods.build import (
     CANNOT_MERGE,
     CANNOT_QUANTIZE,
     NOT_HERE,
@@ -29,8 +30,7 @@ from dagster_project.training.methods import (
     NOT_SAFE,
     OWN,
     SHORT,
-    Tunable,
-    apart,
+    PreparedModel,
     build,
     check,
     methods,
@@ -38,8 +38,8 @@ from dagster_project.training.methods import (
     peft_keys,
     peft_methods,
 )
-from dagster_project.training.sft import collate
-from dagster_project.training.tuned import Tuned, load, load_base
+from dagster_project.training.methods.load import AdapterInfo, load, load_base
+from dagster_project.training.tokens.collators import collate_packed, collate_padded
 
 CPU = torch.device("cpu")
 COMPUTE = Compute(threads=1, dtype="float32")
@@ -78,15 +78,15 @@ LONG_ONE = example([9, 8, 7, 20, 30, 40, 50], 3, weight=2.0)
 ROW = packed(SHORT_ONE, LONG_ONE)
 
 
-def make(method: str, tiny_model: Path, dtype: torch.dtype = torch.float32, **how: Any) -> Tunable:
+def make(method: str, tiny_model: Path, dtype: torch.dtype = torch.float32, **how: Any) -> PreparedModel:
     options = how.pop("options", SMALL.get(method, {}))
     how.setdefault("merge", not CANNOT_MERGE.get(SHORT.get(method, (method, {}))[0]))
     return build(method, options, tiny_model, CPU, dtype, "adapter.x", total_steps=10, **how)
 
 
-def loss_of(tunable: Tunable, row: dict[str, Any] = ROW) -> torch.Tensor:
+def loss_of(tunable: PreparedModel, row: dict[str, Any] = ROW) -> torch.Tensor:
     """What a trainer computes: the weighted mean cross entropy over the seam that every method has, and the method's own term."""
-    batch = collate([row]) if tunable.packs else apart([row])
+    batch = collate_packed([row]) if tunable.packs else collate_padded([row])
     labels, weights = batch["labels"][:, 1:], batch["weights"][:, 1:]
     counted = labels != IGNORE
     causal = tunable.model.get_base_model() if hasattr(tunable.model, "get_base_model") else tunable.model
@@ -97,7 +97,7 @@ def loss_of(tunable: Tunable, row: dict[str, Any] = ROW) -> torch.Tensor:
     return loss if extra is None else loss + extra
 
 
-def steps(tunable: Tunable, n: int = 3, rate: float = 1e-2) -> list[float]:
+def steps(tunable: PreparedModel, n: int = 3, rate: float = 1e-2) -> list[float]:
     """A plain training loop."""
     from transformers import TrainerControl, TrainerState
 
@@ -162,14 +162,14 @@ def test_a_method_learns_only_what_it_says_and_comes_back_as_it_was_saved(method
     assert {f.name: f.read_bytes() for f in (tmp_path / "adapter").iterdir()} == {
         f.name: f.read_bytes() for f in (tmp_path / "again").iterdir()
     }
-    record = Tuned.read(tmp_path / "adapter")
+    record = AdapterInfo.read(tmp_path / "adapter")
     assert record.method == method
     theirs = reloaded(tmp_path / "adapter", tiny_model, record.quantization)
     torch.testing.assert_close(logits(theirs), logits(tunable.model), atol=1e-6, rtol=1e-6)
     ours = load(tmp_path / "adapter", tiny_model, CPU, torch.float32)
     torch.testing.assert_close(logits(ours), logits(tunable.model), atol=1e-5, rtol=1e-5)
 
-    report = merged.run(COMPUTE, tiny_model, tmp_path / "adapter", out=tmp_path / "merged")
+    report = merged.produce(COMPUTE, tiny_model, tmp_path / "adapter", out=tmp_path / "merged")
     assert [check.passed for check in report.checks] == [True], report.checks[0].note
     assert report.metrics["merged"] == (not CANNOT_MERGE.get(SHORT.get(method, (method, {}))[0]))
     if record.quantization == "none":
@@ -183,9 +183,9 @@ def test_a_method_learns_only_what_it_says_and_comes_back_as_it_was_saved(method
 def test_packed_examples_are_strangers_to_each_other_under_every_method_that_packs(method: str, tiny_model: Path) -> None:
     tunable = make(method, tiny_model)
     steps(tunable)
-    together = tunable.hidden_states(collate([ROW])).split([5, 7], 1)
+    together = tunable.hidden_states(collate_packed([ROW])).split([5, 7], 1)
     for found, one in zip(together, (SHORT_ONE, LONG_ONE), strict=True):
-        torch.testing.assert_close(found, tunable.hidden_states(collate([one])), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found, tunable.hidden_states(collate_packed([one])), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", TRAINED)
@@ -251,7 +251,7 @@ def test_keys_read_from_the_source_are_those_of_the_configuration_itself() -> No
 # ---- what the papers say --------------------------------------------------------------------------------------------------------------
 
 
-def weights_of(tunable: Tunable, module: str) -> dict[str, torch.Tensor]:
+def weights_of(tunable: PreparedModel, module: str) -> dict[str, torch.Tensor]:
     return {
         name.removeprefix(f"base_model.model.{module}."): value.detach().double()
         for name, value in tunable.model.state_dict().items()
@@ -281,7 +281,7 @@ def test_dora_is_magnitude_times_direction_and_its_magnitudes_move(method: str, 
     w = weights_of(tunable, Q)
     assert bool((w[key] != start).all())
     tunable.save(tmp_path / "adapter")
-    report = merged.run(COMPUTE, tiny_model, tmp_path / "adapter", out=tmp_path / "merged")
+    report = merged.produce(COMPUTE, tiny_model, tmp_path / "adapter", out=tmp_path / "merged")
     assert report.checks[0].passed
     base = plain(tiny_model).get_submodule(Q).weight.detach().double()
     direction = base + 32 / 4 * w["lora_B.default.weight"] @ w["lora_A.default.weight"]
@@ -369,14 +369,14 @@ def test_the_loss_behind_virtual_tokens_is_the_weighted_mean_over_real_tokens_wh
                 total -= float(scores[i - 1, label]) * one["weights"][i]
                 weight += one["weights"][i]
     assert float(loss_of(tunable)) == pytest.approx(total / weight, abs=1e-5)
-    alone = [tunable.hidden_states(apart([one]))[0] for one in (SHORT_ONE, LONG_ONE)]
-    together = tunable.hidden_states(apart([ROW]))
+    alone = [tunable.hidden_states(collate_padded([one]))[0] for one in (SHORT_ONE, LONG_ONE)]
+    together = tunable.hidden_states(collate_padded([ROW]))
     torch.testing.assert_close(together[0, :5], alone[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(together[1], alone[1], atol=1e-5, rtol=1e-5)
 
 
 def test_examples_apart_are_rows_of_their_own_with_padding_behind_a_mask() -> None:
-    batch = apart([packed(example([5, 6], 1), example([7], 0, weight=2.0)), example([8, 9, 10], 1)])
+    batch = collate_padded([packed(example([5, 6], 1), example([7], 0, weight=2.0)), example([8, 9, 10], 1)])
     assert {name: value.tolist() for name, value in batch.items()} == {
         "input_ids": [[5, 6, 0], [7, 0, 0], [8, 9, 10]],
         "labels": [[IGNORE, 6, IGNORE], [IGNORE, IGNORE, IGNORE], [IGNORE, 9, 10]],
@@ -390,10 +390,10 @@ def test_examples_apart_are_rows_of_their_own_with_padding_behind_a_mask() -> No
 def test_answers_and_likelihoods_behind_virtual_tokens_are_those_of_peft(
     method: str, tiny_model: Path, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dagster_project.curation.benchmarks import Item
-    from dagster_project.evaluation.generate import generate
-    from dagster_project.evaluation.likelihood import negative_log_likelihood
+    from dagster_project.curation.sources.benchmarks import Item
     from dagster_project.evaluation.retention import ask
+    from dagster_project.training.inference.generate import generate
+    from dagster_project.training.inference.likelihood import negative_log_likelihood
 
     tunable = make(method, tiny_model)
     steps(tunable, 30, rate=0.1)
@@ -460,7 +460,7 @@ def test_full_changes_every_weight_and_keeps_tied_embeddings_tied(tiny_model: Pa
         assert "lm_head.weight" not in stored.keys()  # noqa: SIM118
     model = load(tmp_path / "adapter", None, CPU, torch.float32)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    report = merged.run(COMPUTE, tiny_model, tmp_path / "adapter", out=tmp_path / "merged")
+    report = merged.produce(COMPUTE, tiny_model, tmp_path / "adapter", out=tmp_path / "merged")
     assert (report.checks[0].passed, report.metrics["merged"]) == (True, True)
     assert {f.name for f in (tmp_path / "adapter").iterdir()} - {f.name for f in (tmp_path / "merged").iterdir()} == {"method.json"}
 
@@ -522,7 +522,7 @@ def conversations(n: int) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def rows_of(tokenizer: Any, n: int) -> list[dict[str, Any]]:
-    from dagster_project.chat import encode
+    from dagster_project.core.chat import encode
 
     rows = []
     for messages, category in zip(*conversations(n), strict=True):
@@ -553,13 +553,13 @@ def test_a_head_learns_the_category_and_comes_back_as_it_was_saved(
     assert folders[0] == folders[1]
     assert set(folders[0]) == {"head.json", "head.safetensors", "method.json"}
     asked, wanted = conversations(36)
-    predictor = head.load(tmp_path / "first", tiny_model, CPU, torch.float32)
+    predictor = feature_extraction.load(tmp_path / "first", tiny_model, CPU, torch.float32)
     assert predictor.predict(asked) == wanted
-    report = merged.run(COMPUTE, tiny_model, tmp_path / "first", out=tmp_path / "merged")
+    report = merged.produce(COMPUTE, tiny_model, tmp_path / "first", out=tmp_path / "merged")
     assert (report.checks[0].passed, report.metrics["merged"]) == (True, False)
     assert "leaves the base model as it is" in report.metrics["why_not"]
 
-    from dagster_project.evaluation.measure import Settings, Subject
+    from dagster_project.evaluation.evaluator import Settings, Subject
 
     subject = Subject(tmp_path / "merged", COMPUTE, Settings(), tiny_model)
     assert not subject.writes
@@ -574,7 +574,7 @@ def test_a_head_is_logistic_regression_with_an_l2_penalty() -> None:
     y = (x @ torch.randn(5, 3) + torch.randn(60, 3)).argmax(1)
     x = (x - x.mean(0)) / x.std(0, correction=0)
     for balanced in (None, "balanced"):
-        weight, bias, losses = head.fit(x * 7 + 3, y, 3, head.Options(l2=0.1, class_weight=balanced))
+        weight, bias, losses = feature_extraction.fit(x * 7 + 3, y, 3, feature_extraction.Options(l2=0.1, class_weight=balanced))
         total = 60 if balanced is None else sum(60 / (3 * float((y == k).sum())) * float((y == k).sum()) for k in range(3))
         theirs = LogisticRegression(C=1 / (0.1 * total), class_weight=balanced, tol=1e-10, max_iter=5000).fit(x.numpy(), y.numpy())
         scores = (x * 7 + 3) @ weight.T + bias
@@ -589,7 +589,7 @@ def test_a_prompt_ends_where_the_last_answer_begins() -> None:
         "lengths": [7, 3],
         "categories": ["a", None],
     }
-    assert head.cut([row]) == ([[1, 2, 3, 4]], ["a"], [(0, 0)])
+    assert feature_extraction.split_prompts([row]) == ([[1, 2, 3, 4]], ["a"], [(0, 0)])
 
 
 def test_a_head_needs_categories(tiny_model: Path, tiny_tokenizer: Any) -> None:
@@ -654,7 +654,7 @@ def test_every_method_passes_the_border_with_its_defaults(method: str) -> None:
 
 def test_the_border_imports_neither_peft_nor_torch() -> None:
     code = (
-        "import sys; from dagster_project.training.methods import check; check('lora', {'r': 4}, None, True, 'x');"
+        "import sys; from dagster_project.training.methods.build import check; check('lora', {'r': 4}, None, True, 'x');"
         "assert not {'peft', 'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
@@ -688,17 +688,17 @@ def test_starts_that_change_the_base_model_merge_into_what_was_trained(start: st
     tunable = make("lora", tiny_model, options={"r": 4, "init_lora_weights": start})
     steps(tunable)
     tunable.save(tmp_path / "adapter")
-    assert merged.run(COMPUTE, tiny_model, tmp_path / "adapter", out=tmp_path / "merged").checks[0].passed
+    assert merged.produce(COMPUTE, tiny_model, tmp_path / "adapter", out=tmp_path / "merged").checks[0].passed
     torch.testing.assert_close(logits(load(tmp_path / "merged", None, CPU, torch.float32)), logits(tunable.model), atol=1e-4, rtol=1e-4)
 
 
 def test_an_adapter_that_is_not_merged_by_choice_is_measured_on_its_base(tiny_model: Path, tmp_path: Path) -> None:
-    from dagster_project.evaluation.measure import Settings, Subject
+    from dagster_project.evaluation.evaluator import Settings, Subject
 
     tunable = make("lora", tiny_model, merge=False)
     steps(tunable)
     tunable.save(tmp_path / "adapter")
-    report = merged.run(COMPUTE, tiny_model, tmp_path / "adapter", out=tmp_path / "merged")
+    report = merged.produce(COMPUTE, tiny_model, tmp_path / "adapter", out=tmp_path / "merged")
     assert (report.metrics["merged"], report.metrics["why_not"]) == (False, "params.yaml says merge: false")
     subject = Subject(tmp_path / "merged", COMPUTE, Settings(), tiny_model)
     torch.testing.assert_close(logits(subject.model), logits(tunable.model), atol=1e-6, rtol=1e-6)

@@ -18,9 +18,9 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dagster_project.curation import _overlap_numba as compiled
-from dagster_project.curation import overlap
-from dagster_project.curation.overlap import RARE, Pair, clusters, near_pairs, shared_span, thirteen_gram_pairs, words
+from dagster_project.curation.similarity import _overlap_numba as compiled
+from dagster_project.curation.similarity import overlap
+from dagster_project.curation.similarity.overlap import RARE, Pair, clusters, near_pairs, shared_span, thirteen_gram_pairs, words
 
 TEXT = "The kite we ordered for the birthday went to the pub on Mill Row"
 OTHER = "Please add a button that reminds me to buy coffee filters every month"
@@ -214,7 +214,7 @@ def test_the_number_of_threads_does_not_matter(planted: Any) -> None:
 
 
 def test_importing_the_module_loads_no_library() -> None:
-    code = "import sys, dagster_project.curation.overlap; print({'numba', 'numpy', 'pyarrow'} & set(sys.modules))"
+    code = "import sys, dagster_project.curation.similarity.overlap; print({'numba', 'numpy', 'pyarrow'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == "set()"
 
 

@@ -12,11 +12,11 @@ from conftest import ROOT, run
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
-from dagster_project.curation import expectations
-from dagster_project.errors import InputError
-from dagster_project.evaluation.measure import Settings, asked
+from dagster_project.core.errors import InputError
+from dagster_project.core.params import Compute, parse
+from dagster_project.curation.checks import expectations
+from dagster_project.evaluation.evaluator import Settings, asked
 from dagster_project.evaluation.metrics import Task
-from dagster_project.params import Compute, parse
 from dagster_project.pipeline import validate
 from dagster_project.stages import (
     adapter,

@@ -17,13 +17,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dagster_project import markup
-from dagster_project.curation import page as module
-from dagster_project.curation.page import cut, page
-from dagster_project.markup import visible
+from dagster_project.views import data_quality as module
+from dagster_project.views import html
+from dagster_project.views.data_quality import cut, page
+from dagster_project.views.html import visible
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-CSS = Path(markup.__file__).with_name("markup.css").read_text(encoding="utf-8")
+CSS = Path(html.__file__).with_name("html.css").read_text(encoding="utf-8")
 
 HOSTILE = [
     "</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "\" onload=alert(1) x='", "<!--", "]]>", "</style><style>*{display:none}",

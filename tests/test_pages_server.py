@@ -17,9 +17,9 @@ from urllib.parse import urlsplit
 import pytest
 from conftest import pedigree
 
-from dagster_project import markup
-from dagster_project.doors import pages
-from dagster_project.errors import InputError
+from dagster_project.core.errors import InputError
+from dagster_project.orchestration.dagster import pages
+from dagster_project.views import html
 
 SECRET = "a secret outside data/pages"
 
@@ -37,7 +37,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = tmp_path / "project"
     folder = root / "data" / "pages" / "instructions"
     folder.mkdir(parents=True)
-    (folder / "report.html").write_text(markup.page("Data quality", "", {"Rows": "<p>ten</p>"}, "", script="let a = 1"))
+    (folder / "report.html").write_text(html.page("Data quality", "", {"Rows": "<p>ten</p>"}, "", script="let a = 1"))
     (folder / "plain.html").write_text("<script>alert(1)</script>")
     (folder / "review.csv").write_text("row,decision\n")
     (folder / ".hidden").write_text(SECRET)
@@ -149,7 +149,7 @@ def test_what_is_not_a_port_is_bad_input(port: int) -> None:
 def test_the_server_ends_with_the_process_that_started_it(root: Path) -> None:
     number = free_port()
     script = (
-        "import sys, time\nfrom pathlib import Path\nfrom dagster_project.doors import pages\n"
+        "import sys, time\nfrom pathlib import Path\nfrom dagster_project.orchestration.dagster import pages\n"
         f"server = pages.start(Path({str(root)!r}), pages.listen({number}))\nprint(server.pid, flush=True)\ntime.sleep(600)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)

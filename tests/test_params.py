@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from dagster_project import params
-from dagster_project.curation.sources import locate
-from dagster_project.errors import InputError
-from dagster_project.params import Compute, inside, parse
+from dagster_project.core import params
+from dagster_project.core.errors import InputError
+from dagster_project.core.params import Compute, inside, parse
+from dagster_project.curation.sources.reading import locate
 from dagster_project.stages import raw_examples, splits
 
 

@@ -16,15 +16,16 @@ from conftest import ROOT, edit_params
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dagster_project.__main__ import main
-from dagster_project.doors import plan
-from dagster_project.errors import InputError
-from dagster_project.params import Compute
-from dagster_project.training import memory
-from dagster_project.training.hardware import LARGE_BLOCK
-from dagster_project.training.memory import Memory, Prediction, _state_bytes, predict
-from dagster_project.training.methods import apart, build
-from dagster_project.training.operations import Operations, Shape
-from dagster_project.training.sft import causal, collate
+from dagster_project.commands import plan
+from dagster_project.core.errors import InputError
+from dagster_project.core.params import Compute
+from dagster_project.training.methods.build import build
+from dagster_project.training.methods.hardware import LARGE_BLOCK
+from dagster_project.training.planning import memory
+from dagster_project.training.planning.memory import Memory, Prediction, _state_bytes, predict
+from dagster_project.training.planning.timing import Operations, Shape
+from dagster_project.training.tokens.collators import collate_packed, collate_padded
+from dagster_project.training.trainers.sft import causal
 
 H, F, A, KV = 64, 128, 4, 32  # hidden, intermediate, heads, width of key and value
 TINY = {
@@ -280,7 +281,7 @@ def test_the_account_multiplies_the_matrices_that_training_multiplies(method: st
             return func(*args, **(kwargs or {}))
 
     with Counting():
-        hidden = tunable.hidden_states(collate([row]) if tunable.packs else apart([row]))
+        hidden = tunable.hidden_states(collate_packed([row]) if tunable.packs else collate_padded([row]))
         causal(tunable.model).get_output_embeddings()(hidden[:, :-1].flatten(0, 1)).sum().backward()
     told: Counter[str] = Counter()
     found = predict(
@@ -361,7 +362,7 @@ def test_what_a_training_would_refuse_the_plan_refuses(tokenized: Path) -> None:
 def test_an_aligned_variant_is_planned_by_its_pairs_with_their_reference(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from test_aligned import SCHEMA, pair
 
-    from dagster_project.records import write_records
+    from dagster_project.core.records import write_records
 
     monkeypatch.setattr(plan.Machine, "runtime", 0)
     monkeypatch.setattr(plan.Machine, "seconds", lambda self, step: (3.0, 6.0))

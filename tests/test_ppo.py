@@ -25,14 +25,14 @@ import torch
 from conftest import ROOT
 from test_resume import forked
 
-from dagster_project.errors import InputError
-from dagster_project.params import Compute
-from dagster_project.training import ppo
-from dagster_project.training.checkpoint import Checkpoints
-from dagster_project.training.decoding import decode
-from dagster_project.training.processes import together
-from dagster_project.training.proof import sha256_of_tensors, trainable
-from dagster_project.training.sft import Interrupted
+from dagster_project.core.errors import InputError
+from dagster_project.core.params import Compute
+from dagster_project.training.inference.decoding import decode
+from dagster_project.training.trainers import ppo
+from dagster_project.training.trainers.checkpoint import Checkpoints
+from dagster_project.training.trainers.distributed import together
+from dagster_project.training.trainers.harness import Interrupted
+from dagster_project.training.trainers.weight_audit import sha256_of_tensors, trainable
 
 COMPUTE = Compute(threads=1, dtype="float32")
 QUESTIONS = ["Hi", "Where is my parcel?", "No, thank you", "I was charged twice"]
@@ -267,7 +267,7 @@ def test_an_answer_is_drawn_from_what_the_model_says_without_cache_or_padding(ti
 
 
 def test_what_is_made_of_a_sample_depends_on_no_other_and_on_no_padding(tiny_model: Path, tiny_tokenizer: Any) -> None:
-    from dagster_project.training.attention import attention_for
+    from dagster_project.training.methods.attention import attention_for
 
     model, prompts = policy(tiny_model, init_lora_weights=False).eval(), prompts_of(tiny_tokenizer)
     head = ppo.value_head(model)
@@ -326,7 +326,7 @@ def test_a_bandit_is_solved() -> None:
 
 
 @pytest.fixture(scope="module")
-def learnt(tiny_model: Path, tiny_tokenizer: Any) -> ppo.Course:
+def learnt(tiny_model: Path, tiny_tokenizer: Any) -> ppo.PPOHistory:
     """The small fixed run that docs/ppo.md shows."""
     chosen = settings(
         total_episodes=768, batch_size=64, mini_batch_size=32, num_ppo_epochs=4, learning_rate=5e-3, kl_coef=0.02, target_kl=10.0, horizon=64,
@@ -335,19 +335,19 @@ def learnt(tiny_model: Path, tiny_tokenizer: Any) -> ppo.Course:
     return ppo.train(policy(tiny_model), tiny_tokenizer, prompts_of(tiny_tokenizer), small_letters, chosen, COMPUTE)
 
 
-def test_the_mean_reward_rises_and_kl_stays_under_its_target(learnt: ppo.Course) -> None:
+def test_the_mean_reward_rises_and_kl_stays_under_its_target(learnt: ppo.PPOHistory) -> None:
     rewards = [point["reward"] for point in learnt.curve]
     assert sum(rewards[-2:]) / 2 > 2 * sum(rewards[:2]) / 2
     assert max(point["kl"] for point in learnt.curve) < 10.0
     assert (learnt.stopped, len(learnt.curve), len(learnt.seen)) == ("", 12, 768)
 
 
-def test_before_the_first_update_policy_and_reference_are_one(learnt: ppo.Course) -> None:
+def test_before_the_first_update_policy_and_reference_are_one(learnt: ppo.PPOHistory) -> None:
     assert learnt.curve[0]["kl"] == 0.0
     assert learnt.curve[1]["kl"] != 0.0
 
 
-def test_the_penalty_moves_as_the_controller_says(learnt: ppo.Course) -> None:
+def test_the_penalty_moves_as_the_controller_says(learnt: ppo.PPOHistory) -> None:
     for point, after in zip(learnt.curve, learnt.curve[1:], strict=False):
         error = min(max(point["kl"] / 10.0 - 1, -0.2), 0.2)
         assert after["kl_coef"] == pytest.approx(point["kl_coef"] * (1 + error))
@@ -367,7 +367,7 @@ FIGURES = (
 )
 
 
-def test_the_docs_show_the_small_run_as_it_is(learnt: ppo.Course) -> None:
+def test_the_docs_show_the_small_run_as_it_is(learnt: ppo.PPOHistory) -> None:
     text = (ROOT / "docs" / "ppo.md").read_text()
     lines = [f"| {point['step']} | " + " | ".join(f"{point[name]:.4g}" for name in FIGURES) + " |" for point in learnt.curve]
     shown = re.findall(r"^\| \d+ \|.*\|$", text, re.MULTILINE)
@@ -491,7 +491,7 @@ def test_an_explosion_in_the_last_update_is_noticed_too(tiny_model: Path, tiny_t
 # the same bytes ---------------------------------------------------------------------------------------------------------------------------
 
 
-def result(folder: Path, model: Any, course: ppo.Course, name: str) -> None:
+def result(folder: Path, model: Any, course: ppo.PPOHistory, name: str) -> None:
     found = {"weights": sha256_of_tensors(trainable(model)), **dataclasses.asdict(course), "seconds": 0}
     (folder / f"{name}.json").write_text(json.dumps(found))
 

@@ -8,26 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import draw_pages
 from test_checks import LONG, ask
 from test_formats import PAIR_ROWS, SHARED
 from test_raw_examples import jsonl
 
-from dagster_project.chat import render
-from dagster_project.curation import sources
-from dagster_project.curation.files import Row
-from dagster_project.curation.split import find_copies, prove
-from dagster_project.errors import InputError
-from dagster_project.params import parse
-from dagster_project.records import (
-    Report,
-    pair_id,
-    pair_schema,
-    read_ledger,
-    read_pairs,
-    read_preferences,
-    read_table,
-    write_records,
-)
+from dagster_project.core.chat import render
+from dagster_project.core.errors import InputError
+from dagster_project.core.params import parse
+from dagster_project.core.records import Report, pair_id, pair_schema, read_ledger, read_pairs, read_preferences, read_table, write_records
+from dagster_project.curation.sources import reading
+from dagster_project.curation.sources.files import Row
+from dagster_project.curation.splitting.split import find_copies, prove
 from dagster_project.stages import preferences, raw_preferences
 
 Fields = dict[str, Any]
@@ -50,7 +42,7 @@ def read(root: Path, *rows: Any, source: Fields | None = None, **section: Any) -
     """Rows of one file through `raw_preferences`, into `root`/raw."""
     jsonl(root / "data/sources/p.jsonl", *rows)
     values = {"sources": [{"path": "data/sources/p.jsonl", **(source or {})}], **section}
-    return raw_preferences.run(root, parse(raw_preferences.Params, values, "raw_preferences"), root / "raw")
+    return raw_preferences.produce(root, parse(raw_preferences.Params, values, "raw_preferences"), root / "raw")
 
 
 def run(
@@ -63,10 +55,12 @@ def run(
     """
     held_out = [{**row, "source": "e.jsonl", "group_id": row["example_id"]} for row in examples or []]
     write_records(root / "splits/test", held_out)
-    read(root, *rows) if rows else raw_preferences.run(root, raw_preferences.Params(), root / "raw")
+    read(root, *rows) if rows else raw_preferences.produce(root, raw_preferences.Params(), root / "raw")
     params = parse(preferences.Params, {"test": 0.0, "validation": 0.0, **section}, "preferences")
     before = {path.relative_to(previous).as_posix(): path for path in previous.rglob("*.*")} if previous else {}
-    return preferences.run(root, params, 7, root / "raw", root / "splits", model, root / "out", root / "pages", before)
+    report = preferences.produce(root, params, 7, root / "raw", root / "splits", model, root / "out", root / "pages", before)
+    draw_pages("preferences", report, root / "out", root / "pages")
+    return report
 
 
 def prompts(root: Path) -> dict[str, set[str]]:
@@ -140,10 +134,10 @@ def test_a_mapping_of_examples_is_refused_for_pairs(tmp_path: Path) -> None:
 
 
 def test_a_split_of_the_hub_is_read_as_pairs_and_keeps_its_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "read_split", lambda named: [Row(i, better(text)) for i, text in enumerate(OTHERS)])
+    monkeypatch.setattr(reading, "read_split", lambda named: [Row(i, better(text)) for i, text in enumerate(OTHERS)])
     source = {"hub": "org/name", "revision": "0123456789" * 4, "split": "test"}
     params = parse(raw_preferences.Params, {"sources": [source], "limit": 2}, "raw_preferences")
-    found = raw_preferences.run(tmp_path, params, tmp_path / "raw").metrics["sources"]["hub:org/name@012345678901/test"]
+    found = raw_preferences.produce(tmp_path, params, tmp_path / "raw").metrics["sources"]["hub:org/name@012345678901/test"]
     assert (found["rows"], found["pairs"], found["revision"]) == (2, 2, source["revision"])
     assert {json.loads(pair["meta"])["split"] for pair in read_pairs(tmp_path / "raw")} == {"test"}
 
@@ -182,7 +176,7 @@ def test_every_pair_is_kept_or_dropped_for_a_reason(tmp_path: Path, tiny_model: 
 
 @pytest.mark.parametrize("rows", [[better()], [better(rejected="On its way.")], []], ids=["a pair is kept", "none is", "there is none"])
 def test_every_check_is_reported_in_any_case(rows: list[Fields], tmp_path: Path, tiny_model: Path) -> None:
-    assert {check.name for check in run(tmp_path, tiny_model, rows).checks} == preferences.TRUTHS.keys()
+    assert {check.name for check in run(tmp_path, tiny_model, rows).checks} == preferences.CHECK_DESCRIPTIONS.keys()
 
 
 def test_a_project_without_preferences_has_an_empty_set_and_goes_on(tmp_path: Path, tiny_model: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from phonenumbers import PhoneNumberFormat, PhoneNumberType, example_number_for_type, format_number
 from stdnum import iban, luhn
 
-from dagster_project.curation.privacy import _find, mask, scan
+from dagster_project.curation.checks.privacy import _find, mask, scan
 
 LETTERS, ALNUM = string.ascii_letters, string.ascii_letters + string.digits
 TOKEN = ALNUM + "_-"

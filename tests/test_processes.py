@@ -23,14 +23,14 @@ import pytest
 from conftest import edit_params
 from test_resume import RECIPE, ROOT, forked, made, make_data
 
-from dagster_project.errors import InputError, PedigreeError
-from dagster_project.params import Compute
+from dagster_project.core.errors import InputError, PedigreeError
+from dagster_project.core.params import Compute
+from dagster_project.core.records import read_table, write_table
 from dagster_project.pipeline import validate
-from dagster_project.records import read_table, write_table
 from dagster_project.stages import adapter
-from dagster_project.training import processes
-from dagster_project.training.processes import Place, claim_gpus, together
-from dagster_project.training.sft import steps
+from dagster_project.training.trainers import distributed
+from dagster_project.training.trainers.distributed import Place, claim_gpus, together
+from dagster_project.training.trainers.sft import steps
 
 PLAIN = {**RECIPE, "peft": {**RECIPE["peft"], "lora_dropout": 0.0}, "neftune_noise_alpha": None}
 """Seven rows an epoch: of the four steps the last has one row, and so one process has none."""
@@ -47,7 +47,7 @@ def tune(folder: Path, model: Path, name: str, count: int, recipe: dict[str, Any
     compute = Compute(threads=1, dtype="float32", processes=count)
     params = adapter.Params(**{**recipe, "gradient_accumulation_steps": accumulation})
     try:
-        report = adapter.run("x", params, compute, folder / data, model, out, out / "loss.csv", folder / "checkpoints" / name)
+        report = adapter.produce("x", params, compute, folder / data, model, out, out / "loss.csv", folder / "checkpoints" / name)
     except PedigreeError as error:
         (folder / f"{name}.said").write_text(str(error))
         os._exit(error.exit_code)
@@ -88,7 +88,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     whole = multiprocessing.get_context
     multiprocessing.get_context = lambda _=None: whole("fork")  # type: ignore[assignment,misc]
-    processes.BUCKET = 300  # so that gradients take several
+    distributed.BUCKET = 300  # so that gradients take several
 
     def everybody_is_asked_to_stop() -> None:
         for process in [*others(), psutil.Process()]:
@@ -201,7 +201,7 @@ def test_a_killed_training_leaves_no_process_and_ends_in_the_same_bytes(trained:
     left = json.loads((trained[0] / "pids").read_text())
     assert left
     assert not [pid for pid in left if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
-    assert "going on from the checkpoint of step 2 of 6" in (trained[0] / "killed.log").read_text()
+    assert "resuming from the checkpoint of step 2 of 6" in (trained[0] / "killed.log").read_text()
     assert made(trained[0], "killed") == made(trained[0], "first")
 
 
@@ -230,8 +230,8 @@ def count_and_leave(folder: Path) -> None:
     import torch
 
     print("nobody hears this")
-    total = processes.summed(torch.tensor([float(processes.place().rank + 1)]))
-    (folder / f"{processes.place().rank}").write_text(str(total.item()))
+    total = distributed.summed(torch.tensor([float(distributed.place().rank + 1)]))
+    (folder / f"{distributed.place().rank}").write_text(str(total.item()))
 
 
 def run_out_of_memory() -> None:
@@ -242,14 +242,14 @@ def test_processes_are_started_anew_meet_and_are_gone(tmp_path: Path, capfd: pyt
     import torch
 
     with together(["", ""], partial(count_and_leave, tmp_path)):
-        assert processes.place() == Place(0, 2)
-        assert processes.summed(torch.tensor([1.0])).tolist() == [3.0]
+        assert distributed.place() == Place(0, 2)
+        assert distributed.summed(torch.tensor([1.0])).tolist() == [3.0]
         [other] = [child for child in others() if "spawn_main" in " ".join(child.cmdline())]
         while not (tmp_path / "1").exists() or not (tmp_path / "1").read_text():
             time.sleep(0.01)
     assert (tmp_path / "1").read_text() == "3.0"
     assert not other.is_running()
-    assert processes.place() == Place(0, 1)
+    assert distributed.place() == Place(0, 1)
     assert capfd.readouterr() == ("", "")
 
 
@@ -260,8 +260,8 @@ def test_what_another_process_says_when_it_fails_is_said() -> None:
         pytest.raises(PedigreeError, match=re.escape("process 2 of 2 failed: training ran out of memory\nhint: lower it")),
         together(["", ""], run_out_of_memory),
     ):
-        processes.summed(torch.tensor([1.0]))
-        processes.summed(torch.tensor([1.0]))
+        distributed.summed(torch.tensor([1.0]))
+        distributed.summed(torch.tensor([1.0]))
 
 
 def test_more_processes_than_gpus_are_refused_and_each_sees_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dagster_project.curation.profile import Limits, failures, notes, profile, set_schema, shares
-from dagster_project.records import example_id
+from dagster_project.core.records import example_id
+from dagster_project.curation.checks.profile import Limits, failures, notes, profile, set_schema, shares
 
 Record = dict[str, Any]
 LIMITS = Limits(min_rows=1)
@@ -267,7 +267,7 @@ def test_the_order_of_rows_does_not_matter(rows: list[Record], shuffled: Any) ->
 def test_chunks_leave_no_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [*varied(30), ask("请写诗"), chat()]
     whole = profile(rows)
-    monkeypatch.setattr("dagster_project.curation.profile.CHUNK", 7)
+    monkeypatch.setattr("dagster_project.curation.checks.profile.CHUNK", 7)
     assert profile(rows) == whole
 
 

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from dagster_project.curation.benchmarks import Item
-from dagster_project.curation.checks import Judgement, Rules, judge
-from dagster_project.curation.facts import GROUPED
-from dagster_project.curation.findings import document
-from dagster_project.curation.overlap import compare
-from dagster_project.curation.validate import load
-from dagster_project.curation.wording import content_words, is_instruction_only, is_near_duplicate, leak_severity
-from dagster_project.records import example_id, prompt_text, response_text
+from dagster_project.core.records import example_id, prompt_text, response_text
+from dagster_project.curation.check_files import load
+from dagster_project.curation.checks.checks import Judgement, Rules, judge
+from dagster_project.curation.checks.facts import GROUPED
+from dagster_project.curation.checks.findings import document
+from dagster_project.curation.similarity.overlap import compare
+from dagster_project.curation.similarity.wording import content_words, is_instruction_only, is_near_duplicate, leak_severity
+from dagster_project.curation.sources.benchmarks import Item
 
 REAL = ROOT.parent / "shared" / "data"
 BOOK = "Can you please book a flight for me from New York to London?"

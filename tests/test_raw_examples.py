@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from dagster_project.errors import InputError
-from dagster_project.params import parse
-from dagster_project.records import Report, read_ledger, read_records
+from dagster_project.core.errors import InputError
+from dagster_project.core.params import parse
+from dagster_project.core.records import Report, read_ledger, read_records
 from dagster_project.stages import raw_examples
 
 PAIR = {"prompt": "Hi", "completion": "Hello"}
@@ -37,7 +37,7 @@ def root(tmp_path: Path) -> Path:
 
 def read(root: Path, *sources: Any, **section: Any) -> Report:
     values = {"sources": [{"path": source} if isinstance(source, str) else source for source in sources], **section}
-    return raw_examples.run(root, parse(raw_examples.Params, values, "raw_examples"), root / "out")
+    return raw_examples.produce(root, parse(raw_examples.Params, values, "raw_examples"), root / "out")
 
 
 def refusal(root: Path, *sources: Any, **section: Any) -> InputError:

@@ -12,6 +12,7 @@ REAL = ROOT.parent / "shared" / "data" / "alpaca_en_demo.json"
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)  # in float32, on a CPU without fast bfloat16, a step of DPO takes a minute
 def test_two_hundred_real_rows_run_through_to_an_evaluated_adapter(tmp_path: Path) -> None:
     if not REAL.is_file():
         pytest.skip(f"no real data at {REAL}")
@@ -22,9 +23,9 @@ def test_two_hundred_real_rows_run_through_to_an_evaluated_adapter(tmp_path: Pat
         values["raw_examples"] = {"sources": [{"path": "data/sources/alpaca_en_demo.json", "licence": "Apache-2.0"}], "limit": 200}
         values["adapter"]["lora"]["max_steps"] = 20
         values["raw_preferences"]["limit"] = 160  # the first 96 are those of test
-        values["reward_model"] |= {"max_steps": 4, "min_accuracy": 0.0}
+        values["reward_model"] |= {"max_steps": 2, "per_device_train_batch_size": 2, "min_accuracy": 0.0}
         values["evaluation"] |= {"max_new_tokens": 16, "max_examples": 20}
-        values["aligned"]["dpo"] |= {"max_steps": 4, "samples": 4, "max_new_tokens": 24}
+        values["aligned"]["dpo"] |= {"max_steps": 2, "per_device_train_batch_size": 2, "samples": 2, "max_new_tokens": 12}
 
     edit_params(project, change)
     done = dvc(project, "repro", "comparison")

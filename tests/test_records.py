@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dagster_project.records import (
+from dagster_project.core.records import (
     CheckResult,
     Report,
     example_id,

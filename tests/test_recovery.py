@@ -18,13 +18,13 @@ import pytest
 import street as mini
 from conftest import dvc, pedigree, run
 
-from dagster_project.doors.dagster_assets import build_definitions, home
-from dagster_project.doors.dvc import read_street
-from dagster_project.doors.process import hold
-from dagster_project.doors.report import asset_key
-from dagster_project.doors.runs import ALIVE, reap
-from dagster_project.doors.sync import sync
-from dagster_project.errors import InputError
+from dagster_project.core.errors import InputError
+from dagster_project.orchestration.dagster.assets import build_definitions, home
+from dagster_project.orchestration.dagster.dead_runs import ALIVE, reap
+from dagster_project.orchestration.dagster.metadata import asset_key
+from dagster_project.orchestration.dagster.sync import sync
+from dagster_project.orchestration.dvc import read_street
+from dagster_project.orchestration.locks import hold
 
 
 @pytest.fixture
@@ -294,7 +294,7 @@ def test_a_dagster_home_of_another_project_is_refused(root: Path, tmp_path: Path
 
 
 def test_schedule_and_freshness_are_examples_that_are_off(root: Path) -> None:
-    from dagster_project.doors.dagster_assets import DAGSTER_YAML
+    from dagster_project.orchestration.dagster.assets import DAGSTER_YAML
 
     definitions = build_definitions(root, mini.STREET)
     assert [s.default_status for s in definitions.schedules] == [dg.DefaultScheduleStatus.STOPPED]

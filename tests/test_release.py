@@ -15,10 +15,10 @@ from conftest import ROOT, edit_params
 from huggingface_hub import ModelCard
 
 from dagster_project import pipeline
-from dagster_project.audit.papers import chain
-from dagster_project.errors import InputError
-from dagster_project.params import Compute
-from dagster_project.records import Report, write_json
+from dagster_project.core.errors import InputError
+from dagster_project.core.params import Compute
+from dagster_project.core.records import Report, write_json
+from dagster_project.lineage.export.summary import chain
 from dagster_project.stages import release
 from dagster_project.stages.release import Params, Waiver
 
@@ -42,7 +42,7 @@ def promote(tmp_path: Path, model: Path, change: Change = lambda found: None, pa
     found = board()
     change(found)
     write_json(tmp_path / "comparison" / "comparison.json", found)
-    return release.run(params or Params(), Compute(threads=1), tmp_path / "comparison", {"lora": model}, {}, {}, tmp_path / "release")
+    return release.produce(params or Params(), Compute(threads=1), tmp_path / "comparison", {"lora": model}, {}, {}, tmp_path / "release")
 
 
 def worse(found: dict[str, Any]) -> None:
@@ -51,7 +51,7 @@ def worse(found: dict[str, Any]) -> None:
 
 def test_what_passes_the_gate_is_the_merged_model_file_by_file_with_its_record(tiny_model: Path, tmp_path: Path) -> None:
     report = promote(tmp_path, tiny_model)
-    assert {check.name: check.passed for check in report.checks} == dict.fromkeys(release.TRUTHS, True) and not report.failures
+    assert {check.name: check.passed for check in report.checks} == dict.fromkeys(release.CHECK_DESCRIPTIONS, True) and not report.failures
     record = json.loads((tmp_path / "release/release.json").read_text())
     assert record["files"] == {path.name: sha256(path.read_bytes()).hexdigest() for path in sorted(tiny_model.iterdir())}
     assert all((tmp_path / "release" / name).read_bytes() == (tiny_model / name).read_bytes() for name in record["files"])
@@ -102,7 +102,7 @@ def test_a_release_carries_the_card_and_audit_of_its_own_variant_alone(tiny_mode
         "comparison": {"advice": ["It is worth it."]},
     }
     write_json(tmp_path / "comparison" / "comparison.json", board())
-    release.run(Params(), Compute(threads=1), tmp_path / "comparison", {"lora": tiny_model}, trained, reports, tmp_path / "release")
+    release.produce(Params(), Compute(threads=1), tmp_path / "comparison", {"lora": tiny_model}, trained, reports, tmp_path / "release")
     card = ModelCard((tmp_path / "release/README.md").read_text())
     assert [(one.metric_type, one.metric_value) for one in card.data.eval_results] == [("macro_f1", 0.8)]
     assert card.data.tags == ["lora", "pedigree"] and "data/sources/a.jsonl" in card.text and "It is worth it." in card.text
@@ -178,9 +178,9 @@ def test_a_date_that_dvc_would_not_read_is_named_before_dvc_fails(tmp_path: Path
     project(tmp_path)
     waivers = "waivers: [{check: test_is_unseen, reason: x, expires: 2999-01-01}]"
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text().replace("max_forgetting: 0.05", waivers))
-    with pytest.raises(InputError, match=r"release\.waivers\.0\.expires: DVC reads no dates") as refused:
+    with pytest.raises(InputError, match=r"release\.waivers\.0\.expires: DVC cannot parse YAML dates") as refused:
         pipeline.validate(tmp_path)
-    assert refused.value.hint == 'put it in quotes: "2999-01-01"'
+    assert refused.value.hint == 'quote the value: "2999-01-01"'
 
 
 def project(folder: Path, change: Change = lambda values: None) -> None:

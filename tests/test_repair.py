@@ -10,22 +10,22 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, draw_pages
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dagster_project.__main__ import main
-from dagster_project.audit.impact import repaired_from
-from dagster_project.curation import privacy
-from dagster_project.curation.checks import ROW_CHECKS, SET_CHECKS, Judgement, Rules, judge
-from dagster_project.curation.damage import decomposed, hidden, without_end_marks, without_hidden
-from dagster_project.curation.files import Row
-from dagster_project.curation.findings import document
-from dagster_project.curation.formats import as_record, pairs_of, records_of
-from dagster_project.curation.repair import REPAIRS
-from dagster_project.curation.review import Decision, Waiver
-from dagster_project.curation.validate import load
-from dagster_project.records import Report, content_id, read_ledger, read_records, write_ledger, write_records
+from dagster_project.core.records import Report, content_id, read_ledger, read_records, write_ledger, write_records
+from dagster_project.curation.check_files import load
+from dagster_project.curation.checks import privacy
+from dagster_project.curation.checks.checks import ROW_CHECKS, SET_CHECKS, Judgement, Rules, judge
+from dagster_project.curation.checks.damage import decomposed, hidden, without_end_marks, without_hidden
+from dagster_project.curation.checks.findings import document
+from dagster_project.curation.checks.repair import REPAIRS
+from dagster_project.curation.checks.review import Decision, Waiver
+from dagster_project.curation.sources.files import Row
+from dagster_project.curation.sources.formats import as_record, pairs_of, records_of
+from dagster_project.lineage.impact import repaired_from
 from dagster_project.stages import instructions, preferences, raw_preferences, splits
 
 MAIL = "ann.lee@kites.co.uk"
@@ -316,7 +316,9 @@ def test_each_of_many_planted_pairs_that_are_equal_but_for_form_is_found() -> No
 def staged(folder: Path, model: Path, rows: list[dict[str, Any]], **params: Any) -> Report:
     write_records(folder / "raw", rows)
     write_ledger(folder / "raw", [{**row, "outcome": "read", "why": ""} for row in rows])
-    return instructions.run(folder, instructions.Params(**params), folder / "raw", model, folder / "out", folder / "pages", {})
+    report = instructions.produce(folder, instructions.Params(**params), folder / "raw", model, folder / "out", folder / "pages", {})
+    draw_pages("instructions", report, folder / "out", folder / "pages")
+    return report
 
 
 def test_a_stage_writes_repaired_rows_and_its_ledger_says_from_what(tmp_path: Path, tiny_model: Path) -> None:
@@ -349,7 +351,7 @@ def test_a_ledger_without_repairs_is_what_it_was(tmp_path: Path, tiny_model: Pat
 def test_what_was_repaired_goes_on_into_the_ledger_of_the_splits(tmp_path: Path, tiny_model: Path) -> None:
     rows = records(*(asked(f"Where is kite {i}?", f"In hall {i}.{'</s>' if i == 3 else ''}") for i in range(8)))
     staged(tmp_path, tiny_model, rows)
-    splits.run(tmp_path, splits.Params(), 7, tmp_path / "out", tmp_path / "splits")
+    splits.produce(tmp_path, splits.Params(), 7, tmp_path / "out", tmp_path / "splits")
     (line,) = [line for line in read_ledger(tmp_path / "splits") if line["repaired"]]
     assert (line["source_row"], line["source_id"], line["repaired"]) == (3, rows[3]["example_id"], ["special_tokens_in_text"])
 
@@ -360,10 +362,10 @@ def test_pairs_are_repaired_in_their_stage_and_accounted_for(tmp_path: Path, tin
     (tmp_path / "data/sources").mkdir(parents=True)
     (tmp_path / "data/sources/p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = raw_preferences.Params(sources=[{"path": "data/sources/p.jsonl"}])  # type: ignore[list-item]
-    raw_preferences.run(tmp_path, source, tmp_path / "raw")
+    raw_preferences.produce(tmp_path, source, tmp_path / "raw")
     write_records(tmp_path / "splits/test", [])
     folders = (tmp_path / "raw", tmp_path / "splits", tiny_model, tmp_path / "out", tmp_path / "pages")
-    report = preferences.run(tmp_path, preferences.Params(), 7, *folders, {})
+    report = preferences.produce(tmp_path, preferences.Params(), 7, *folders, {})
     assert (report.rows_in, report.rows_out, report.dropped) == (6, 5, {"identical_pair": 1})
     assert report.fixed == {"special_tokens_in_text": 5}
     kept = [pair for name in ("train", "validation", "test") for pair in read_records(tmp_path / "out" / name)]

@@ -39,8 +39,8 @@ PASSES = ROWS * 3
 
 def make_data(folder: Path, rows: int = ROWS, threads: int = 1) -> None:
     """Packed rows of random examples; for two threads long enough that they share the work."""
-    from dagster_project.chat import IGNORE
-    from dagster_project.records import write_table
+    from dagster_project.core.chat import IGNORE
+    from dagster_project.core.records import write_table
     from dagster_project.stages.tokenized import row_schema
 
     dice = random.Random(3)
@@ -63,13 +63,13 @@ def make_data(folder: Path, rows: int = ROWS, threads: int = 1) -> None:
 
 def run(folder: Path, model: Path, name: str, recipe: dict[str, Any], threads: int = 1, live: Path | None = None) -> None:
     """The stage, its outputs under folder/name; its checkpoints outlive it."""
-    from dagster_project.params import Compute
+    from dagster_project.core.params import Compute
     from dagster_project.stages import adapter
 
     out = folder / name
     out.mkdir(parents=True, exist_ok=True)
     compute = Compute(threads=threads, dtype="float32")
-    report = adapter.run(
+    report = adapter.produce(
         "x", adapter.Params(**recipe), compute, folder / "tokenized", model, out, out / "loss.csv", folder / "checkpoints" / name,
         live=live,
     )  # fmt: skip
@@ -110,7 +110,7 @@ def kill_at_write(save: int, boundary: int | None, count: Path | None = None) ->
 
     import safetensors.torch
 
-    from dagster_project.training.checkpoint import Checkpoints
+    from dagster_project.training.trainers.checkpoint import Checkpoints
 
     saves, passed, active = 0, 0, False
     whole = Checkpoints.save
@@ -178,7 +178,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     recipe, threads = {**RECIPE, **order.get("recipe", {})}, order.get("threads", 1)
     if "name" in order:  # one plain run
-        from dagster_project.errors import PedigreeError
+        from dagster_project.core.errors import PedigreeError
 
         try:
             run(folder, model, order["name"], recipe, threads, live=folder / "live" / order["name"])
@@ -222,7 +222,7 @@ def main() -> None:
         found[name] = {
             "ends": ends,
             "same": made(folder, name) == made(folder, "whole"),
-            "resumed": "going on from the checkpoint" in said,
+            "resumed": "resuming from the checkpoint" in said,
             "left": (folder / "checkpoints" / name).exists(),
             "log": said[-2000:],
         }
@@ -286,7 +286,7 @@ def test_a_kill_at_any_write_of_a_checkpoint_costs_no_more_than_that_checkpoint(
 def test_a_damaged_newest_checkpoint_costs_no_more_than_the_way_from_the_one_before(folder: Path, tiny_model: Path) -> None:
     [found] = kills(folder, tiny_model, recipe={"save_strategy": "steps"}, passes=[12], damage=True).values()
     assert "checkpoint step-00000006 is damaged" in found["log"]
-    assert "going on from the checkpoint of step 4 of 12" in found["log"]
+    assert "resuming from the checkpoint of step 4 of 12" in found["log"]
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "adafactor", "adagrad", "rmsprop", "sgd"])
@@ -309,7 +309,7 @@ def test_other_methods_than_lora_go_on_exactly(folder: Path, tiny_model: Path, r
 
 
 def test_early_stopping_and_grouping_by_length_go_on_exactly(folder: Path, tiny_model: Path) -> None:
-    from dagster_project.records import read_table, write_table
+    from dagster_project.core.records import read_table, write_table
     from dagster_project.stages.tokenized import row_schema
 
     path = folder / "tokenized" / "train.parquet"
@@ -365,7 +365,7 @@ def test_a_stopped_training_saves_a_checkpoint_and_says_where_it_goes_on(folder:
     for name in ("stopped", "whole"):
         code, _, said = finish(start(folder, tiny_model, name=name, recipe=recipe))
         assert code == 0, said
-        assert (f"going on from the checkpoint of step {step} of 128" in said) == (name == "stopped")
+        assert (f"resuming from the checkpoint of step {step} of 128" in said) == (name == "stopped")
     assert made(folder, "stopped") == made(folder, "whole")
 
 

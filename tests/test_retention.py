@@ -14,7 +14,7 @@ import pytest
 import torch
 from test_benchmarks import jsonl
 
-from dagster_project.errors import InputError
+from dagster_project.core.errors import InputError
 from dagster_project.evaluation.retention import accuracies, ask, forgot, read_benchmarks, retained
 
 WORDS = ["red", "blue", "a green one", "grey", "it is yellow", "no colour at all"]

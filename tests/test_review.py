@@ -12,9 +12,9 @@ import pytest
 from pydantic import ValidationError
 from test_checks import ask, placed
 
-from dagster_project.curation.checks import Rules
-from dagster_project.curation.review import COLUMNS, Waiver, queue, read_decisions, refuse_expired
-from dagster_project.errors import InputError
+from dagster_project.core.errors import InputError
+from dagster_project.curation.checks.checks import Rules
+from dagster_project.curation.checks.review import COLUMNS, Waiver, queue, read_decisions, refuse_expired
 
 WAIVER: dict[str, Any] = {"check": "pii", "rows": ["a.jsonl:3"], "reason": "our own address", "expires": date(2026, 6, 30)}
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from dagster_project.curation.benchmarks import read_multiple_choice
-from dagster_project.records import Report, read_ledger, read_records
+from dagster_project.core.records import Report, read_ledger, read_records
+from dagster_project.curation.sources.benchmarks import read_multiple_choice
 from dagster_project.stages import instructions, raw_examples
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,9 +42,9 @@ def cured(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Cured:
     folder = tmp_path_factory.mktemp("cured")
     names = ("triage_alpaca.json", "triage_messages.jsonl", "replies_messages.jsonl")
     sources = [raw_examples.Source(path=f"data/sources/{name}") for name in names]
-    raw_examples.run(ROOT, raw_examples.Params(sources=sources), folder / "raw")
+    raw_examples.produce(ROOT, raw_examples.Params(sources=sources), folder / "raw")
     params = instructions.Params(benchmarks=[BENCHMARK])
-    report = instructions.run(ROOT, params, folder / "raw", tiny_model, folder / "out", folder / "pages", {})
+    report = instructions.produce(ROOT, params, folder / "raw", tiny_model, folder / "out", folder / "pages", {})
     return report, read_records(folder / "out"), read_ledger(folder / "out")
 
 

@@ -18,12 +18,12 @@ import pytest
 import street as mini
 from conftest import dvc
 
-from dagster_project import doors
-from dagster_project.doors.dvc import read_street
-from dagster_project.doors.report import asset_key, describe
-from dagster_project.doors.sync import sync
-from dagster_project.records import write_text
-from dagster_project.training.curve import LIVE, live_writer, thinned
+from dagster_project.core.curves import thinned
+from dagster_project.core.records import write_text
+from dagster_project.orchestration.dagster.metadata import asset_key, describe
+from dagster_project.orchestration.dagster.sync import sync
+from dagster_project.orchestration.dvc import read_street
+from dagster_project.training.trainers.curve import LIVE, live_writer
 
 LORA = asset_key("adapter@lora")
 
@@ -95,7 +95,7 @@ def live_of(root: Path) -> Path:
 def test_a_run_can_be_watched_at_both_doors_and_nothing_is_decided_by_it(
     root: Path, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doors.dvc, "WATCH", 0.2)
+    monkeypatch.setattr("dagster_project.orchestration.dvc.WATCH", 0.2)
     monkeypatch.setenv("STEPS", "3")
     write_text(live_of(root) / "loss.csv", "step,loss\n9,9.0\n")  # of an earlier run
     done = mini.materialize(root, instance, ["raw", "inst", "tok", "adapter@lora"])
@@ -138,27 +138,30 @@ def test_a_run_can_be_watched_at_both_doors_and_nothing_is_decided_by_it(
 
 
 def test_the_page_shows_curves_weights_memory_spans_and_settings_and_hostile_text_is_harmless(tiny_model: Path, tmp_path: Path) -> None:
-    from dagster_project.params import Compute
-    from dagster_project.records import write_table
+    from dagster_project.core.context import StageContext
+    from dagster_project.core.params import Compute
+    from dagster_project.core.records import write_table
+    from dagster_project.orchestration.run_stage import run_with_pages
+    from dagster_project.pipeline import PEDIGREE
     from dagster_project.stages import adapter
     from dagster_project.stages.tokenized import row_schema
 
     row = {"example_ids": ["a"], "input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8], "weights": [0.0, 1.0, 1.0, 1.0], "lengths": [4]}
     for split in ("train", "validation"):
-        write_table(tmp_path / "tokenized" / f"{split}.parquet", [row], row_schema())
+        write_table(tmp_path / "data/tokenized" / f"{split}.parquet", [row], row_schema())
     said = "<script>alert(1)</script> ⟦its answer⟧"
-    (tmp_path / "tokenized/audit.json").write_text(json.dumps({"examples": [{"source": "faq.jsonl", "text": said}]}))
+    (tmp_path / "data/tokenized/audit.json").write_text(json.dumps({"examples": [{"source": "faq.jsonl", "text": said}]}))
     params = adapter.Params(peft={"r": 4, "target_modules": "all-linear"}, num_train_epochs=3, learning_rate=1e-2)
     compute = Compute(threads=1, dtype="float32")
-    report = adapter.run(
-        "mine", params, compute, tmp_path / "tokenized", tiny_model, tmp_path / "out", tmp_path / "loss.csv", tmp_path / "checkpoints",
-        live=tmp_path / "live", pages=tmp_path / "pages",
-    )  # fmt: skip
+    shutil.copytree(tiny_model, tmp_path / "data/base_model")
+    values = {"adapter": {"mine": params.model_dump(exclude_unset=True)}, "compute": compute.model_dump()}
+    ctx = StageContext(tmp_path, "adapter", "mine", tmp_path / "scratch", values, {"adapter": "adapter"})
+    report = run_with_pages(ctx, PEDIGREE)
     names = {"peak_memory_bytes", "predicted_memory_bytes", "prediction_error_percent", "training_seconds", "tokens_per_second"}
     assert set(report.measured) == names and not names & set(report.document())
     predicted, peak = report.measured["predicted_memory_bytes"], report.measured["peak_memory_bytes"]
     assert report.measured["prediction_error_percent"] == pytest.approx(100 * (predicted - peak) / peak, abs=0.1)
-    page = (tmp_path / "pages/training.html").read_text()
+    page = (ctx.pages / "training.html").read_text()
     for text in (
         "lora_A",
         "learning_rate",
@@ -171,17 +174,21 @@ def test_the_page_shows_curves_weights_memory_spans_and_settings_and_hostile_tex
         assert text in page, text
     assert page.count('<polyline class="line') == 6, "loss, smoothed and validation loss, rate, gradient norm, speed"
     assert "<script" not in page and "http" not in page.replace("http-equiv", "")
-    assert {path.stem for path in (tmp_path / "live").iterdir()} == set(LIVE)
+    assert {path.stem for path in ctx.live.iterdir()} == set(LIVE)
 
 
-def test_a_method_whose_memory_cannot_be_told_without_weights_has_no_prediction(tiny_model: Path) -> None:
+def test_a_method_whose_memory_cannot_be_told_without_weights_has_no_prediction(tiny_model: Path, tmp_path: Path) -> None:
     import torch
-    from datasets import Dataset
 
+    from dagster_project.core.records import write_table
     from dagster_project.stages import adapter
+    from dagster_project.stages.tokenized import row_schema
+    from dagster_project.training.planning.hints import forecast_training
 
     params = adapter.Params(method="waveft", peft={"n_frequency": 100})
-    rows = Dataset.from_list([{"lengths": [4], "labels": [-100, 6, 7, 8]}])
-    way = adapter._way(params, tiny_model, rows, torch.float32, "cpu", 0, "adapter.x")
-    assert adapter._predicted(way) is None
-    assert adapter._remedy(way, free=10**9) == "", "then the message says what helps in general"
+    row = {"example_ids": ["a"], "input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8], "weights": [0.0, 1.0, 1.0, 1.0], "lengths": [4]}
+    for split in ("train", "validation"):
+        write_table(tmp_path / f"{split}.parquet", [row], row_schema())
+    forecast = forecast_training(params, tmp_path, tiny_model, 1, (torch.device("cpu"), torch.float32), "adapter.x")
+    assert forecast.memory is None
+    assert forecast.hints.advice() == "", "then the message gives the general advice"

@@ -27,7 +27,7 @@ def test_freshness_of_the_board_is_an_example_that_is_off(tmp_path: Path, monkey
     from dagster import AssetKey
 
     from dagster_project.definitions import defs
-    from dagster_project.doors.dagster_assets import open_instance
+    from dagster_project.orchestration.dagster.assets import open_instance
 
     [spec] = [spec for spec in defs.resolve_all_asset_specs() if spec.key == AssetKey("comparison")]
     assert spec.freshness_policy is not None and spec.freshness_policy.fail_window.to_timedelta().days == 7

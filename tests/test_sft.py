@@ -20,24 +20,30 @@ from conftest import ROOT
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from dagster_project.chat import IGNORE, encode
-from dagster_project.errors import InputError, PedigreeError
-from dagster_project.params import Compute
-from dagster_project.progress import Progress
-from dagster_project.records import read_table, write_table
+from dagster_project.core.chat import IGNORE, encode
+from dagster_project.core.context import ExecutionHints
+from dagster_project.core.errors import InputError, PedigreeError
+from dagster_project.core.params import Compute
+from dagster_project.core.progress import Progress
+from dagster_project.core.records import read_table, write_table
 from dagster_project.stages import adapter
 from dagster_project.stages.tokenized import category_schema, row_schema
-from dagster_project.training import attention, hardware, memory, sft
-from dagster_project.training.attention import attention_for
-from dagster_project.training.methods import Tunable, apart, peft_config, save_adapter
-from dagster_project.training.sft import Recipe, add_noise, collate, refuse_mistakes, steps, train
+from dagster_project.training.methods import attention, hardware
+from dagster_project.training.methods.attention import attention_for
+from dagster_project.training.methods.build import PreparedModel, peft_config, save_adapter
+from dagster_project.training.planning import hints as planning_hints
+from dagster_project.training.planning.hints import forecast_training
+from dagster_project.training.tokens.collators import collate_packed, collate_padded
+from dagster_project.training.trainers import checkpoint, fit, sft
+from dagster_project.training.trainers.params import SftParams
+from dagster_project.training.trainers.sft import add_noise, refuse_mistakes, steps, train
 
 COMPUTE = Compute(threads=1, dtype="float32")
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["v_proj", "q_proj", "down_proj"]}
 
 
-def tunable(model: Any) -> Tunable:
-    return Tunable(model, 0, 0, lambda folder: None)
+def tunable(model: Any) -> PreparedModel:
+    return PreparedModel(model, 0, 0, lambda folder: None)
 
 
 def example(ids: list[int], answer_from: int, weight: float = 1.0) -> dict[str, Any]:
@@ -76,7 +82,7 @@ SHORT, LONG, OTHER = (
 
 def test_positions_start_anew_for_each_example_and_its_first_token_is_no_label() -> None:
     row, other = packed(example([5, 6], 1), example([7], 0)), example([8, 9, 10, 11, 12], 3, weight=2.0)
-    batch = collate([row | {"row": 4}, other])
+    batch = collate_packed([row | {"row": 4}, other])
     assert batch.pop("max_length_q") == 5
     assert {name: batch[name].tolist() for name in batch} == {
         "input_ids": [[5, 6, 7, 8, 9, 10, 11, 12]],
@@ -158,7 +164,7 @@ def test_where_torch_lacks_flash_attention_one_call_with_a_mask_is_chosen(monkey
 
 def test_flash_attention_is_asked_for_what_the_other_ways_compute(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     an_ampere_gpu(monkeypatch)
-    batch, found = collate([packed(SHORT, LONG), OTHER]), {}
+    batch, found = collate_packed([packed(SHORT, LONG), OTHER]), {}
     batch.pop("labels")
     layer = model.model.layers[0].self_attn
     for name, device in (("by_example", "cpu"), ("varlen", "cuda")):
@@ -193,7 +199,7 @@ def test_flash_attention_keeps_to_the_window_of_a_model(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"], ids=["attention of a CPU", "attention of a GPU"])
 def test_packed_examples_never_attend_to_each_other(model: Any, device: str) -> None:
-    batch = collate([packed(SHORT, LONG), OTHER])
+    batch = collate_packed([packed(SHORT, LONG), OTHER])
     with torch.no_grad():
         alone = [model(torch.tensor([one["input_ids"]])).logits[0] for one in (SHORT, LONG, OTHER)]
         leaking = model(input_ids=batch["input_ids"][:, :12], use_cache=False).logits[0, 5:]
@@ -206,7 +212,7 @@ def test_packed_examples_never_attend_to_each_other(model: Any, device: str) -> 
 
 
 def test_examples_set_apart_have_the_logits_that_each_has_alone(model: Any) -> None:
-    batch = apart([packed(SHORT, LONG), OTHER])
+    batch = collate_padded([packed(SHORT, LONG), OTHER])
     with torch.no_grad():
         together = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         for found, one in zip(together, (SHORT, LONG, OTHER), strict=True):
@@ -215,7 +221,7 @@ def test_examples_set_apart_have_the_logits_that_each_has_alone(model: Any) -> N
 
 
 def test_liger_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = Recipe(use_liger_kernel=True)
+    recipe = SftParams(use_liger_kernel=True)
     with pytest.raises(
         InputError, match=re.escape("adapter.x.use_liger_kernel: Liger is not installed\nhint: pip install 'pedigree[gpu]'")
     ):
@@ -246,7 +252,7 @@ def test_liger_leaves_the_loss_to_us_and_refuses_a_model_it_does_not_know(
         monkeypatch.setitem(sys.modules, f"liger_kernel{name}", module)
     monkeypatch.setattr(integration, "is_liger_kernel_available", lambda: True)
     wanted = weighted_mean([loss for one in (SHORT, LONG) for loss in losses_alone(model, one)])
-    recipe = Recipe(use_liger_kernel=True, num_train_epochs=1)
+    recipe = SftParams(use_liger_kernel=True, num_train_epochs=1)
     rows = Dataset.from_list([packed(SHORT, LONG)])
     novel = copy.deepcopy(model)
     novel.config.model_type = "novel"
@@ -259,14 +265,14 @@ def test_liger_leaves_the_loss_to_us_and_refuses_a_model_it_does_not_know(
 
 def test_the_training_loss_is_the_weighted_mean_cross_entropy_of_the_batch(model: Any, tiny_tokenizer: Any) -> None:
     wanted = weighted_mean([loss for one in (SHORT, LONG, OTHER) for loss in losses_alone(model, one)])
-    recipe = Recipe(per_device_train_batch_size=2, num_train_epochs=1)
+    recipe = SftParams(per_device_train_batch_size=2, num_train_epochs=1)
     curve = train(tunable(model), tiny_tokenizer, Dataset.from_list([packed(SHORT, LONG), OTHER]), None, recipe, COMPUTE).curve
     assert [point["loss"] for point in curve] == pytest.approx([wanted], abs=1e-4)
 
 
 def test_accumulated_passes_count_the_same(model: Any, tiny_tokenizer: Any) -> None:
     wanted = sum(weighted_mean(losses_alone(model, one)) for one in (LONG, OTHER)) / 2
-    recipe = Recipe(gradient_accumulation_steps=2, num_train_epochs=1)
+    recipe = SftParams(gradient_accumulation_steps=2, num_train_epochs=1)
     curve = train(tunable(model), tiny_tokenizer, Dataset.from_list([LONG, OTHER]), None, recipe, COMPUTE).curve
     assert [point["loss"] for point in curve] == pytest.approx([wanted], abs=1e-4)
 
@@ -274,7 +280,7 @@ def test_accumulated_passes_count_the_same(model: Any, tiny_tokenizer: Any) -> N
 def test_the_validation_loss_before_the_first_step_is_the_plain_mean_per_token(model: Any, tiny_tokenizer: Any) -> None:
     losses = [loss for one in (SHORT, LONG, OTHER) for loss, _ in losses_alone(model, one)]
     rows = Dataset.from_list([packed(SHORT, LONG), OTHER])  # two rows with unlike numbers of tokens
-    curve = train(tunable(model), tiny_tokenizer, rows, rows, Recipe(num_train_epochs=2), COMPUTE).curve
+    curve = train(tunable(model), tiny_tokenizer, rows, rows, SftParams(num_train_epochs=2), COMPUTE).curve
     watched = [(point["step"], point["validation_loss"]) for point in curve if "validation_loss" in point]
     assert [step for step, _ in watched] == [0, 2, 4]
     assert watched[0][1] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
@@ -283,15 +289,15 @@ def test_the_validation_loss_before_the_first_step_is_the_plain_mean_per_token(m
 @pytest.mark.parametrize(
     ("rows", "recipe"),
     [
-        (3, Recipe()),
-        (5, Recipe(per_device_train_batch_size=2, gradient_accumulation_steps=2)),
-        (5, Recipe(gradient_accumulation_steps=4, num_train_epochs=3)),
-        (5, Recipe(max_steps=3)),
-        (2, Recipe(num_train_epochs=1, max_steps=6)),
+        (3, SftParams()),
+        (5, SftParams(per_device_train_batch_size=2, gradient_accumulation_steps=2)),
+        (5, SftParams(gradient_accumulation_steps=4, num_train_epochs=3)),
+        (5, SftParams(max_steps=3)),
+        (2, SftParams(num_train_epochs=1, max_steps=6)),
     ],
     ids=["plain", "batch and accumulation", "accumulation that does not divide", "max_steps stops early", "max_steps beyond the epochs"],
 )
-def test_steps_says_how_many_steps_are_taken(model: Any, tiny_tokenizer: Any, rows: int, recipe: Recipe) -> None:
+def test_steps_says_how_many_steps_are_taken(model: Any, tiny_tokenizer: Any, rows: int, recipe: SftParams) -> None:
     curve = train(tunable(model), tiny_tokenizer, Dataset.from_list([OTHER] * rows), None, recipe, COMPUTE).curve
     assert [point["step"] for point in curve] == list(range(1, steps(rows, recipe) + 1))
 
@@ -308,12 +314,15 @@ def tokenized(tmp_path: Path, tiny_tokenizer: Any) -> Path:
 
 def tune(
     tokenized: Path, tiny_model: Path, out: Path, method: str = "lora", peft: dict[str, Any] = LORA, epochs: int = 2, rate: float = 1e-2,
-    live: Path | None = None, **recipe: Any,
+    live: Path | None = None, planned: bool = False, **recipe: Any,
 ) -> Any:  # fmt: skip
     params = adapter.Params(method=method, peft=peft, num_train_epochs=epochs, learning_rate=rate, **recipe)
-    return adapter.run(
+    hints = ExecutionHints()
+    if planned:
+        hints = forecast_training(params, tokenized, tiny_model, 1, hardware.prepare(COMPUTE), "adapter.x").hints
+    return adapter.produce(
         "x", params, COMPUTE, tokenized, tiny_model, out, curve_file=out.parent / f"{out.name}.csv", checkpoints=out.parent / "checkpoints",
-        live=live,
+        live=live, hints=hints,
     )  # fmt: skip
 
 
@@ -338,10 +347,10 @@ def test_checkpointing_is_on_where_memory_is_short_and_changes_no_byte(
     found = []
     with caplog.at_level("INFO", "pedigree"):
         for name, free in (("roomy", 10**12), ("tight", 0)):
-            monkeypatch.setattr(memory, "available", lambda device, processes=1, free=free: free)
+            monkeypatch.setattr(planning_hints, "available_memory", lambda device, processes=1, free=free: free)
             on.clear()
             given_back.clear()
-            tune(tokenized, tiny_model, tmp_path / name, peft={**LORA, "lora_dropout": 0.3}, live=tmp_path / "live")
+            tune(tokenized, tiny_model, tmp_path / name, peft={**LORA, "lora_dropout": 0.3}, live=tmp_path / "live", planned=True)
             assert bool(on) is (name == "tight")
             assert bool(given_back) is (name == "tight" and not torch.cuda.is_available())
             found.append({f.name: f.read_bytes() for f in (tmp_path / name).iterdir()})
@@ -353,7 +362,7 @@ def test_checkpointing_is_on_where_memory_is_short_and_changes_no_byte(
 def test_what_lies_free_between_blocks_goes_back_to_the_kernel_once_there_is_much_of_it() -> None:
     code = """
 import psutil
-from dagster_project.training.hardware import giving_back
+from dagster_project.training.methods.hardware import giving_back
 
 give_back, given = giving_back(), []
 for megabytes in (50, 200):
@@ -402,7 +411,7 @@ def test_a_tracker_gets_the_curve_and_changes_no_byte(
 
 def test_progress_tells_how_long_is_left(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     now = [0.0]
-    monkeypatch.setattr("dagster_project.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("dagster_project.core.progress.time.monotonic", lambda: now[0])
     progress = Progress("training", 100, "step")
     with caplog.at_level("INFO", "pedigree"):
         for now[0] in (2.0, 4.0, 8.0, 200.0):
@@ -442,13 +451,13 @@ def test_a_checkpoint_is_of_this_data_template_tokenizer_model_parameters_thread
     def stop(folder: Path, identity: dict[str, str], keep: int) -> Any:
         raise Found(identity)
 
-    monkeypatch.setattr(adapter, "Checkpoints", stop)
+    monkeypatch.setattr(fit, "Checkpoints", stop)
     model = shutil.copytree(tiny_model, tmp_path / "model")
 
     def identity(compute: Compute = COMPUTE, **recipe: Any) -> dict[str, str]:
         params = adapter.Params(peft=LORA, **recipe)
         with pytest.raises(Found) as found:
-            adapter.run("x", params, compute, tokenized, model, tmp_path / "x", tmp_path / "x.csv", tmp_path / "checkpoints")
+            adapter.produce("x", params, compute, tokenized, model, tmp_path / "x", tmp_path / "x.csv", tmp_path / "checkpoints")
         return {part: value for part, value in found.value.args[0].items() if part != "weights at the start"}
 
     def edit(file: Path) -> None:
@@ -468,10 +477,10 @@ def test_a_checkpoint_is_of_this_data_template_tokenizer_model_parameters_thread
     }.items():
         assert {name for name in before if before[name] != other[name]} == {part}
     assert identity(save_steps=7, gradient_checkpointing=True) == before
-    monkeypatch.setattr(adapter.proof, "versions", lambda names: {"torch": "1.0"})
+    monkeypatch.setattr(checkpoint, "versions", lambda names: {"torch": "1.0"})
     assert differs() == {"library versions"}
     monkeypatch.undo()
-    monkeypatch.setattr(adapter, "Checkpoints", stop)
+    monkeypatch.setattr(fit, "Checkpoints", stop)
     changed = set()
     for part, change in {
         "chat template": lambda: (tokenized / "chat_template.jinja").write_text("{{ messages }}"),
@@ -539,14 +548,14 @@ def test_a_group_that_does_not_move_blocks(tokenized: Path, tiny_model: Path, tm
 
 
 def test_a_frozen_weight_that_changes_blocks(tokenized: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = adapter.train
+    honest = fit.train
 
-    def meddling(tunable: Tunable, *rest: Any) -> Any:
+    def meddling(tunable: PreparedModel, *rest: Any) -> Any:
         course = honest(tunable, *rest)
         next(p for p in tunable.model.parameters() if not p.requires_grad).data[0] += 1e-3
         return course
 
-    monkeypatch.setattr(adapter, "train", meddling)
+    monkeypatch.setattr(fit, "train", meddling)
     failed = tune(tokenized, tiny_model, tmp_path / "adapter").failures[0]
     assert (failed.name, failed.note) == ("trained_what_it_should", "a frozen weight changed")
 
@@ -555,7 +564,7 @@ def test_a_loss_that_is_no_number_stops_at_once_and_names_the_examples(tokenized
     bad = SHORT | {"example_ids": ["bad"], "weights": [float("nan")] * 5}
     write_table(tmp_path / "tokenized" / "train.parquet", [*([OTHER] * 3), bad], row_schema())
     report = tune(tokenized, tiny_model, tmp_path / "adapter", epochs=1)
-    assert [check.name for check in report.checks] == list(adapter.TRUTHS)
+    assert [check.name for check in report.checks] == list(adapter.CHECK_DESCRIPTIONS)
     learned = report.failures[0]
     assert (learned.name, learned.rows, learned.blocking) == ("learned", ["bad"], True)
     assert re.match(r"the loss is nan at step \d; lower learning_rate", learned.note)
@@ -588,11 +597,18 @@ def test_running_out_of_memory_is_one_message_with_advice(
         raise error
 
     monkeypatch.setattr("trl.SFTTrainer.evaluate", fail)
-    monkeypatch.setattr(memory, "available", lambda *_: 10**9)
+    monkeypatch.setattr(planning_hints, "available_memory", lambda *_: 10**9)
     hints = []
     for checkpointing in (False, True):
         with pytest.raises(PedigreeError, match="training ran out of memory") as refusal:
-            tune(tokenized, tiny_model, tmp_path / "adapter", gradient_checkpointing=checkpointing, per_device_train_batch_size=2)
+            tune(
+                tokenized,
+                tiny_model,
+                tmp_path / "adapter",
+                planned=True,
+                gradient_checkpointing=checkpointing,
+                per_device_train_batch_size=2,
+            )
         hints.append(refusal.value.hint)
     first, then = hints
     assert re.fullmatch(r"\d MB were predicted, and 1.0 GB were free; gradient_checkpointing: true would take \d MB", first), first
@@ -620,7 +636,7 @@ def test_mistakes_are_told_all_at_once_before_the_model_is_loaded(tokenized: Pat
     write_table(tokenized / "validation.parquet", [], row_schema())
     write_table(tokenized / "train.parquet", [packed(SHORT, LONG)], row_schema())
     lengths = [row["lengths"] for row in read_table(tokenized / "train.parquet")]
-    recipe = Recipe(
+    recipe = SftParams(
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"minimum": 1},
         early_stopping_patience=1,
@@ -654,7 +670,7 @@ def test_training_stops_when_the_validation_loss_no_longer_falls(
 
 def test_the_best_epochs_weights_are_the_ones_kept(model: Any, tiny_tokenizer: Any) -> None:
     rows, foreign = Dataset.from_list([SHORT, OTHER]), Dataset.from_list([LONG])
-    recipe = Recipe(num_train_epochs=6, learning_rate=0.05, load_best_model_at_end=True)
+    recipe = SftParams(num_train_epochs=6, learning_rate=0.05, load_best_model_at_end=True)
     course = train(tunable(model), tiny_tokenizer, rows, foreign, recipe, COMPUTE)
     step, loss = course.best()
     assert step < 12
@@ -669,14 +685,14 @@ def test_smoothed_labels_give_the_documented_loss_and_leave_validation_plain(mod
     plain = sum(-float(row[t]) for row, t in targets) / 3
     spread = sum(-float(row.mean()) for row, _ in targets) / 3
     rows = Dataset.from_list([OTHER])
-    course = train(tunable(model), tiny_tokenizer, rows, rows, Recipe(label_smoothing_factor=0.2, num_train_epochs=1), COMPUTE)
+    course = train(tunable(model), tiny_tokenizer, rows, rows, SftParams(label_smoothing_factor=0.2, num_train_epochs=1), COMPUTE)
     assert course.losses == pytest.approx([0.8 * plain + 0.2 * spread], abs=1e-4)
-    assert course.watched[0][1] == pytest.approx(plain, abs=1e-4)
+    assert course.validation[0][1] == pytest.approx(plain, abs=1e-4)
 
 
 def test_noise_is_scaled_by_each_examples_length_and_only_while_training() -> None:
     embeddings = torch.nn.Embedding(10, 16)
-    handle = add_noise(embeddings, 5.0, collate([packed(SHORT, OTHER)]))
+    handle = add_noise(embeddings, 5.0, collate_packed([packed(SHORT, OTHER)]))
     ids = torch.zeros(1, 9, dtype=torch.int64)
     with torch.no_grad():
         embeddings.eval()
@@ -693,7 +709,7 @@ def test_noise_is_scaled_by_each_examples_length_and_only_while_training() -> No
 
 def test_rows_of_like_length_share_a_step(model: Any, tiny_tokenizer: Any) -> None:
     rows = [example(list(range(3, 3 + 4 + n % 2 * 20)), 1) for n in range(40)]
-    recipe = Recipe(group_by_length=True, per_device_train_batch_size=4, num_train_epochs=2)
+    recipe = SftParams(group_by_length=True, per_device_train_batch_size=4, num_train_epochs=2)
     course = train(tunable(model), tiny_tokenizer, Dataset.from_list(rows), None, recipe, COMPUTE)
     kinds = {step: {row % 2 for s, _, row in course.seen if s == step} for step in range(1, 21)}
     assert sum(len(kind) == 1 for kind in kinds.values()) >= 12, "by chance it would be two or three"
@@ -703,7 +719,7 @@ def test_rows_of_like_length_share_a_step(model: Any, tiny_tokenizer: Any) -> No
 
 
 def test_warmup_may_be_given_in_steps(model: Any, tiny_tokenizer: Any) -> None:
-    recipe = Recipe(warmup_steps=3, learning_rate=0.3, lr_scheduler_type="constant_with_warmup", num_train_epochs=5)
+    recipe = SftParams(warmup_steps=3, learning_rate=0.3, lr_scheduler_type="constant_with_warmup", num_train_epochs=5)
     course = train(tunable(model), tiny_tokenizer, Dataset.from_list([OTHER]), None, recipe, COMPUTE)
     assert [point["learning_rate"] for point in course.curve] == pytest.approx([0, 0.1, 0.2, 0.3, 0.3])
 
@@ -713,7 +729,7 @@ def test_compiled_layers_compute_the_same(model: Any, tiny_tokenizer: Any) -> No
     rows, curves = Dataset.from_list([packed(SHORT, LONG), OTHER, LONG]), []
     model.set_attn_implementation(attention_for(torch.device("cpu")))
     for compiling in ("none", "layers"):
-        recipe = Recipe(num_train_epochs=2, compile=compiling)
+        recipe = SftParams(num_train_epochs=2, compile=compiling)
         curves.append(train(tunable(copy.deepcopy(model)), tiny_tokenizer, rows, None, recipe, COMPUTE).losses)
     assert curves[1] == pytest.approx(curves[0], abs=1e-4)
 

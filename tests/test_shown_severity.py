@@ -10,13 +10,13 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from dagster_project.curation.checks import Rules, judge
-from dagster_project.curation.findings import check_result, document
-from dagster_project.curation.page import page
-from dagster_project.curation.severity import shown
-from dagster_project.doors.report import check_results
+from dagster_project.core.records import Report, example_id
+from dagster_project.core.severity import shown
+from dagster_project.curation.checks.checks import Rules, judge
+from dagster_project.curation.checks.findings import check_result, document
+from dagster_project.orchestration.dagster.metadata import check_results
 from dagster_project.pipeline import PEDIGREE, Pipeline
-from dagster_project.records import Report, example_id
+from dagster_project.views.data_quality import page
 
 CHECKED = Pipeline({}, {}, lambda stage: {"pii": "No text holds personal data."}, lambda root: {})
 

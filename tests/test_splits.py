@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from dagster_project.curation.overlap import near_pairs
-from dagster_project.curation.split import DROPPED, SPLITS, assign, deal, find_copies, prove, settle, straddling, units
-from dagster_project.errors import InputError
-from dagster_project.records import Report, example_id, read_ledger, read_records, write_ledger, write_records
+from dagster_project.core.errors import InputError
+from dagster_project.core.records import Report, example_id, read_ledger, read_records, write_ledger, write_records
+from dagster_project.curation.similarity.overlap import near_pairs
+from dagster_project.curation.splitting.split import DROPPED, SPLITS, assign, deal, find_copies, prove, settle, straddling, units
 from dagster_project.stages import splits
 
 SHARES = {"test": 0.25, "validation": 0.1}
@@ -333,7 +333,7 @@ def folder_of(path: Path, n: int) -> Path:
 
 
 def run(params: splits.Params, source: Path, out: Path, seed: int = 7) -> Report:
-    return splits.run(source.parent, params, seed, source, out)
+    return splits.produce(source.parent, params, seed, source, out)
 
 
 def standing(out: Path) -> dict[str, str]:

@@ -14,11 +14,11 @@ import pytest
 import street as mini
 from conftest import dvc, shown_checks
 
-from dagster_project.doors import runs
-from dagster_project.doors.dvc import read_street
-from dagster_project.doors.report import asset_key
-from dagster_project.doors.runs import ALIVE, MACHINE_TAG, in_progress
-from dagster_project.doors.sync import mirror, read, sync
+from dagster_project.orchestration.dagster import dead_runs
+from dagster_project.orchestration.dagster.dead_runs import ALIVE, MACHINE_TAG, in_progress
+from dagster_project.orchestration.dagster.metadata import asset_key
+from dagster_project.orchestration.dagster.sync import mirror, read, sync
+from dagster_project.orchestration.dvc import read_street
 
 TOK = asset_key("tok")
 
@@ -146,5 +146,5 @@ def test_a_run_of_another_machine_counts_until_it_has_been_quiet_for_an_hour(
     process.wait(30)
     instance.add_run_tags(run.run_id, {MACHINE_TAG: "elsewhere"})
     assert in_progress(instance) == {TOK}
-    monkeypatch.setattr(runs, "QUIET", 0.0)
+    monkeypatch.setattr(dead_runs, "QUIET", 0.0)
     assert in_progress(instance) == frozenset()

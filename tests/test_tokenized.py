@@ -14,15 +14,16 @@ from conftest import CHAT_TEMPLATE, ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dagster_project.chat import IGNORE, encode, encode_prompt, pieces
-from dagster_project.curation import formats
-from dagster_project.errors import InputError
-from dagster_project.params import parse
-from dagster_project.records import CheckResult, Report, example_id, read_ledger, read_table, write_ledger, write_records, write_table
+from dagster_project.core.chat import IGNORE, encode, encode_prompt, pieces
+from dagster_project.core.errors import InputError
+from dagster_project.core.params import parse
+from dagster_project.core.records import CheckResult, Report, example_id, read_ledger, read_table, write_ledger, write_records, write_table
+from dagster_project.curation.sources import formats
 from dagster_project.stages import tokenized
-from dagster_project.training import label_audit, templates
-from dagster_project.training.examples import Example, Fate, Rules, make, spans
-from dagster_project.training.mixture import Replay, balance, mix, resample
+from dagster_project.training.tokens import chat_templates, label_audit
+from dagster_project.training.tokens.collators import collate_packed
+from dagster_project.training.tokens.examples import Example, Fate, Rules, make, spans
+from dagster_project.training.tokens.mixture import Replay, balance, mix, resample
 
 SYSTEM = "Be kind."
 
@@ -71,13 +72,13 @@ class Stage:
         write_ledger(
             splits, [{**{k: r[k] for k in ("source", "example_id")}, "source_row": 10 + i} for i, r in enumerate([*train, *validation])]
         )
-        return tokenized.run(self.root, parse(tokenized.Params, params, "tokenized"), seed, splits, self.model, out=self.out)
+        return tokenized.produce(self.root, parse(tokenized.Params, params, "tokenized"), seed, splits, self.model, out=self.out)
 
     def template(self, source: str) -> str:
-        path = self.root / templates.FOLDER / "mine.jinja"
+        path = self.root / chat_templates.FOLDER / "mine.jinja"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(source)
-        return f"{templates.FOLDER}/mine.jinja"
+        return f"{chat_templates.FOLDER}/mine.jinja"
 
     def examples(self, split: str = "train") -> list[dict[str, Any]]:
         """The examples in the rows, one by one."""
@@ -132,22 +133,22 @@ def test_the_base_models_template_is_used_and_travels(stage: Stage, tiny_model: 
 def test_a_named_template_writes_what_its_name_says(stage: Stage, tiny_tokenizer: Any, name: str, wanted: str) -> None:
     stage(ask("Hi"), chat_template=name)
     assert [marked(tiny_tokenizer, example) for example in stage.examples()] == [wanted]
-    assert (stage.out / "chat_template.jinja").read_text() == templates.NAMED[name]
+    assert (stage.out / "chat_template.jinja").read_text() == chat_templates.NAMED[name]
 
 
 def test_alpaca_writes_the_system_turn_first_and_tool_turns_as_input(tiny_tokenizer: Any, tmp_path: Path) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer)
-    templates.use(tokenizer, tmp_path, "alpaca")
+    chat_templates.use(tokenizer, tmp_path, "alpaca")
     messages = [say("system", SYSTEM), say("user", "Sum?"), say("assistant", "add"), say("tool", "3"), say("assistant", "It is 3.")]
     assert "".join(f"[{said}]" if trained else said for said, trained in pieces(tokenizer, messages)) == (
         "Be kind.\n\n### Instruction:\nSum?\n\n### Response:\n[add<|im_end|>]\n\n### Input:\n3\n\n### Response:\n[It is 3.<|im_end|>]"
     )
 
 
-@pytest.mark.parametrize("name", [None, *templates.NAMED])
+@pytest.mark.parametrize("name", [None, *chat_templates.NAMED])
 def test_a_prompt_has_the_ids_it_was_trained_with_whatever_the_template(tiny_tokenizer: Any, tmp_path: Path, name: str | None) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer)
-    templates.use(tokenizer, tmp_path, name)
+    chat_templates.use(tokenizer, tmp_path, name)
     messages = talk("Hi", "Yes?", "Well", "No.", system=SYSTEM)
     ids, labels = encode(tokenizer, messages)
     *_, (last, _) = spans(np.array(labels))
@@ -176,7 +177,7 @@ def test_a_tokenizer_that_loads_the_written_template_makes_the_same_ids(stage: S
 def test_chatml_ends_a_turn_with_the_models_own_end_where_that_is_another_token(tiny_tokenizer: Any, tmp_path: Path) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.eos_token = "<|endoftext|>"
-    templates.use(tokenizer, tmp_path, "chatml")
+    chat_templates.use(tokenizer, tmp_path, "chatml")
     assert [said for said, trained in pieces(tokenizer, talk("Hi", "Yes?")) if trained] == ["Yes?<|im_end|><|endoftext|>"]
 
 
@@ -189,7 +190,7 @@ def test_chatml_is_refused_where_the_tokenizer_lacks_its_tokens(tiny_tokenizer: 
     with pytest.raises(
         InputError, match=r"tokenized\.chat_template: chatml: the base model's tokenizer has no special token <\|im_start\|>"
     ):
-        templates.use(bare, tmp_path, "chatml")
+        chat_templates.use(bare, tmp_path, "chatml")
 
 
 def test_a_named_template_writes_the_beginning_that_the_tokenizer_expects(tiny_tokenizer: Any, tmp_path: Path) -> None:
@@ -197,7 +198,7 @@ def test_a_named_template_writes_the_beginning_that_the_tokenizer_expects(tiny_t
 
     beginning = copy.deepcopy(tiny_tokenizer)
     beginning.backend_tokenizer.post_processor = TemplateProcessing("<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
-    templates.use(beginning, tmp_path, "alpaca")
+    chat_templates.use(beginning, tmp_path, "alpaca")
     assert pieces(beginning, talk("Hi", "Yes?"))[0][0].startswith("<|im_start|>Below is an instruction")
 
 
@@ -235,7 +236,7 @@ def test_a_template_that_fails_or_reaches_too_far_gets_one_clear_error(stage: St
     ids=["loops", "one endless operation"],
 )
 def test_a_template_that_never_ends_is_stopped(stage: Stage, monkeypatch: pytest.MonkeyPatch, endless: str) -> None:
-    monkeypatch.setattr(templates, "SECONDS", 1)
+    monkeypatch.setattr(chat_templates, "SECONDS", 1)
     with pytest.raises(InputError, match=r"mine\.jinja: takes more than 1 s for a few words"):
         stage(ask("Hi"), chat_template=stage.template(endless + CHAT_TEMPLATE))
 
@@ -253,12 +254,12 @@ def test_a_template_that_is_not_there_is_refused(tmp_path: Path, name: str, comp
     (tmp_path / "params").mkdir()
     (tmp_path / "params" / "mine.jinja").write_text(CHAT_TEMPLATE)
     with pytest.raises(InputError, match=complaint) as refusal:
-        templates.locate(tmp_path, name)
+        chat_templates.locate(tmp_path, name)
     assert hint in refusal.value.hint
 
 
 def test_the_folder_of_templates_is_watched_by_dvc() -> None:
-    assert f"- {templates.FOLDER}\n" in (ROOT / "dvc.yaml").read_text() and (ROOT / templates.FOLDER).is_dir()
+    assert f"- {chat_templates.FOLDER}\n" in (ROOT / "dvc.yaml").read_text() and (ROOT / chat_templates.FOLDER).is_dir()
 
 
 def without_template(model: Path, folder: Path) -> Path:
@@ -324,7 +325,7 @@ def test_plain_text_has_no_template_and_is_trained_on_to_its_end(stage: Stage, t
 
 
 def test_plain_text_is_what_curation_calls_plain_text() -> None:
-    from dagster_project.chat import is_text
+    from dagster_project.core.chat import is_text
 
     for found in (text("x"), ask("Hi"), record(say("assistant", "x")), {**ask("Hi"), "meta": '{"kind": "text"}'}):
         assert is_text(found) == formats.is_text(found["messages"], json.loads(found["meta"]))
@@ -531,8 +532,8 @@ def test_two_beginnings_are_found(stage: Stage) -> None:
 
 
 def test_every_check_is_reported_also_when_all_is_well(stage: Stage) -> None:
-    assert [found.name for found in stage(ask("Hi")).checks] == list(tokenized.TRUTHS)
-    assert [found.name for found in stage().checks] == list(tokenized.TRUTHS)
+    assert [found.name for found in stage(ask("Hi")).checks] == list(tokenized.CHECK_DESCRIPTIONS)
+    assert [found.name for found in stage().checks] == list(tokenized.CHECK_DESCRIPTIONS)
 
 
 # mixtures
@@ -629,8 +630,7 @@ def test_replayed_rows_are_not_balanced() -> None:
 def test_examples_packed_into_a_row_have_the_logits_that_each_has_alone(stage: Stage, model: Any, device: str) -> None:
     import torch
 
-    from dagster_project.training.attention import attention_for
-    from dagster_project.training.sft import collate
+    from dagster_project.training.methods.attention import attention_for
 
     stage(*(ask(f"question {i}", "y" * i) for i in range(1, 7)), max_length=64, packed_length=200)
     packed = read_table(stage.out / "train.parquet")
@@ -640,7 +640,7 @@ def test_examples_packed_into_a_row_have_the_logits_that_each_has_alone(stage: S
         model.set_attn_implementation(attention_for(torch.device(device)))
         together = []
         for row in packed:
-            batch = collate([row])
+            batch = collate_packed([row])
             whole = {name: batch[name] for name in ("input_ids", "position_ids", "cu_seq_lens_q")}
             together += model(**whole, use_cache=False).logits[0].split(row["lengths"])
     for found, wanted in zip(together, alone, strict=True):

@@ -8,9 +8,9 @@ from itertools import pairwise
 
 import pytest
 
-from dagster_project import markup
-from dagster_project.training.curve import Point
-from dagster_project.training.page import RISE, axis, meaning, overfitting_since, plot, smoothed
+from dagster_project.training.trainers.curve import Point
+from dagster_project.views import html
+from dagster_project.views.training import RISE, axis, meaning, overfitting_since, plot, smoothed
 
 
 def course(validation: dict[int, float], losses: list[float]) -> list[Point]:
@@ -42,7 +42,7 @@ def test_an_axis_that_crosses_0_shows_where_0_is() -> None:
 
 
 def test_large_negative_numbers_are_short_on_an_axis() -> None:
-    assert [markup.brief(value) for value in (-1200, -3e6, -0.25, 800)] == ["-1.2k", "-3M", "-0.25", "800"]
+    assert [html.brief(value) for value in (-1200, -3e6, -0.25, 800)] == ["-1.2k", "-3M", "-0.25", "800"]
 
 
 def test_values_that_are_not_finite_are_counted_and_do_not_bend_the_axis() -> None:

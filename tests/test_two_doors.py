@@ -28,11 +28,11 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from dagster_project.doors.dagster_assets import build_definitions
-from dagster_project.doors.dvc import read_street
-from dagster_project.doors.report import asset_key
-from dagster_project.doors.runs import ALIVE, reap
-from dagster_project.doors.sync import sync
+from dagster_project.orchestration.dagster.assets import build_definitions
+from dagster_project.orchestration.dagster.dead_runs import ALIVE, reap
+from dagster_project.orchestration.dagster.metadata import asset_key
+from dagster_project.orchestration.dagster.sync import sync
+from dagster_project.orchestration.dvc import read_street
 
 COUNTS: Counter[str] = Counter()
 """What was played, for the soak's summary."""

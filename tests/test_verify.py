@@ -15,12 +15,12 @@ import torch
 from conftest import dvc, pedigree
 from safetensors.torch import save_file
 
-from dagster_project.audit.differences import first_difference
-from dagster_project.audit.lineage import Revision
-from dagster_project.doors.dvc import Store
-from dagster_project.doors.verify import _Scratch, as_text, verify
-from dagster_project.errors import CheckFailed, InputError
-from dagster_project.records import write_json
+from dagster_project.commands.verify import _Scratch, as_text, verify
+from dagster_project.core.errors import CheckFailed, InputError
+from dagster_project.core.records import write_json
+from dagster_project.lineage.first_difference import first_difference
+from dagster_project.lineage.lineage import Revision
+from dagster_project.orchestration.dvc import Store
 
 
 @pytest.fixture

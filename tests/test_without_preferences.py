@@ -10,10 +10,10 @@ import pytest
 from conftest import dvc, edit_params, run
 from street import changed_in_dvc, not_fresh
 
-from dagster_project.doors.dagster_assets import build_definitions
-from dagster_project.doors.dvc import read_street
-from dagster_project.doors.report import asset_key
-from dagster_project.doors.sync import sync
+from dagster_project.orchestration.dagster.assets import build_definitions
+from dagster_project.orchestration.dagster.metadata import asset_key
+from dagster_project.orchestration.dagster.sync import sync
+from dagster_project.orchestration.dvc import read_street
 from dagster_project.pipeline import PEDIGREE
 
 HEADERS = {
@@ -40,6 +40,7 @@ def materialize_all(root: Path, instance: Any) -> None:
     assert result.success, "\n".join(failed)
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("front_end", [repro, materialize_all], ids=["dvc", "dagster"])
 def test_a_project_without_preferences_runs_through_to_a_release(without_preferences: Path, instance: Any, front_end: Any) -> None:
     root = without_preferences

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from dagster_project import markup
-from dagster_project.errors import InputError
+from dagster_project.core.errors import InputError
+from dagster_project.core.params import Section, parse
+from dagster_project.core.text import many, visible
 from dagster_project.evaluation.pairwise import Choice, Match, Outcome, agreement, answers_of, as_text, majority, match, tally
-from dagster_project.params import Section, parse
 
 
 class Vote(Section):
@@ -36,53 +35,10 @@ class Votes(Section):
     votes: list[Vote]
 
 
-def page(ballot: Match, n: int) -> str:
-    """The ballot of the first n pairs: one HTML file that takes votes by keyboard or mouse and saves them to a file. It names no system."""
-    shown = [
-        {
-            "id": pair.id,
-            "prompt": [[message["role"], markup.visible(message["content"])] for message in pair.prompt],
-            "answers": [markup.visible(answer) for answer in pair.shown],
-        }
-        for pair in ballot.pairs[:n]
-    ]
-    data = json.dumps({"ballot": ballot.id, "pairs": shown}, separators=(",", ":"), ensure_ascii=False)
-    raw = data.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-    head = (
-        f'<header class="head"><p class="over">Ballot {ballot.id}</p><h1>Which answer is better?</h1></header>'
-        f'<p class="note">{markup.many(len(shown), "pair")} of answers, in random order. Keys: <b>a</b> or <b>b</b> for the better answer, <b>t</b> for a tie, '
-        "<b>←</b> and <b>→</b> to look around. Votes stay in this browser until you save them; the page loads nothing and sends nothing.</p>"
-        '<noscript><p class="verdict warn">Voting needs JavaScript, which is off here.</p></noscript>'
-    )
-    return markup.page(
-        "Ballot",
-        head,
-        {"Vote": VOTE, "Save": SAVE + f'<script type="application/json" id="ballot-data">{raw}</script>'},
-        "Made by <b>pedigree ballots export</b>.",
-        script=resources.files(__package__).joinpath("ballot.js").read_text("utf-8"),
-    )
-
-
-_ANSWER = '<article class="pair side" aria-labelledby="answer-{0}"><small id="answer-{0}">Answer {0}</small><p><bdi dir="auto"></bdi></p></article>'
-_CHOICE = '<button type="button" data-vote="{0}" aria-pressed="false" aria-keyshortcuts="{1}">{2}</button>'
-VOTE = (
-    '<div id="pager"><output id="hits" aria-live="polite" tabindex="-1"></output><span>'
-    '<button id="back" type="button" aria-keyshortcuts="ArrowLeft">← Back</button>'
-    '<button id="on" type="button" aria-keyshortcuts="ArrowRight">Next →</button></span></div>'
-    '<article class="pair" aria-labelledby="asked"><small id="asked">Prompt</small><div id="prompt"></div></article>'
-    f'<div class="sides">{_ANSWER.format("A")}{_ANSWER.format("B")}</div><p id="choices" role="group" aria-label="Your vote">Your vote'
-    f"{_CHOICE.format('a', 'a', 'A is better')}{_CHOICE.format('tie', 't', 'Tie')}{_CHOICE.format('b', 'b', 'B is better')}</p>"
-)
-SAVE = (
-    '<div id="filter"><label class="wide">Your name or initials<input id="rater" autocomplete="off" maxlength="100" spellcheck="false"></label>'
-    '<button id="download" type="button" class="wide">Save votes to a file</button></div><p class="sum"><output id="saved" aria-live="polite"></output></p>'
-)
-
-
 def export_text(found: Mapping[str, Any]) -> str:
     """What was written, for a terminal."""
     return (
-        f"{found['file']}: {found['pairs']} of {markup.many(found['of'], 'pair')} of {' and '.join(found['systems'])}, seed {found['seed']}; "
+        f"{found['file']}: {found['pairs']} of {many(found['of'], 'pair')} of {' and '.join(found['systems'])}, seed {found['seed']}; "
         f"{found['identical']} with the same answer left out\n"
         "send the page to the raters, then count what they saved with `pedigree ballots import votes-*.json`"
     )
@@ -114,13 +70,13 @@ def read_votes(project: Path, files: Sequence[Path], seed: int, partial: bool) -
     for file, sheet in sheets.items():
         counts = Counter(vote.pair for vote in sheet.votes)
         if unknown := [pair for pair in counts if pair not in known]:
-            problems.append(f"{file}: {markup.many(len(unknown), 'pair')} not on the ballot (first: {unknown[0]})")
+            problems.append(f"{file}: {many(len(unknown), 'pair')} not on the ballot (first: {unknown[0]})")
             hints.append("save the votes from the page again")
         if twice := [pair for pair, count in counts.items() if count > 1]:
-            problems.append(f"{file}: {markup.many(len(twice), 'pair')} voted on more than once (first: {twice[0]})")
+            problems.append(f"{file}: {many(len(twice), 'pair')} voted on more than once (first: {twice[0]})")
             hints.append("keep one vote for each pair")
         if len(counts) < sheet.pairs and not partial:
-            problems.append(f"{file}: {sheet.pairs - len(counts)} of {markup.many(sheet.pairs, 'pair')} without a vote")
+            problems.append(f"{file}: {sheet.pairs - len(counts)} of {many(sheet.pairs, 'pair')} without a vote")
             hints.append("finish the ballot, or count what there is with --partial")
     for rater, count in Counter(sheet.rater for sheet in sheets.values()).items():
         if count > 1:
@@ -185,10 +141,16 @@ def _said(answer: str) -> list[dict[str, str]]:
 def votes_text(found: Mapping[str, Any]) -> str:
     """The result for a terminal."""
     raters, agreed, places = found["raters"], found["agreement"], found["places"]
-    lines = [f"ballot {found['ballot']}: {markup.many(sum(raters.values()), 'vote')} of {', '.join(raters)}", *as_text(found)]
+    lines = [f"ballot {found['ballot']}: {many(sum(raters.values()), 'vote')} of {', '.join(raters)}", *as_text(found)]
     if agreed["pairs"]:
         alpha = "undefined, all votes are the same" if agreed["alpha"] is None else f"{agreed['alpha']:.2f}"
-        shared = markup.many(agreed["pairs"], "pair")
+        shared = many(agreed["pairs"], "pair")
         lines.append(f"raters agree in {agreed['percent']} % of {shared} with several votes; Krippendorff's alpha {alpha}")
     lines.append(f"places chosen: A {places['a']}, B {places['b']}, tie {places['tie']}")
-    return markup.visible("\n".join(lines))
+    return visible("\n".join(lines))
+
+
+def document(ballot: Match, n: int) -> dict[str, Any]:
+    """What the ballot's page shows: the first n pairs, without the names of systems."""
+    pairs = [{"id": pair.id, "prompt": [dict(m) for m in pair.prompt], "answers": list(pair.shown)} for pair in ballot.pairs[:n]]
+    return {"ballot": ballot.id, "pairs": pairs}

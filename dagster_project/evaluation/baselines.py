@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dagster_project.core.records import prompt_text, response_text
 from dagster_project.evaluation.labels import LabelSet
 from dagster_project.evaluation.metrics import Task, words
-from dagster_project.records import prompt_text, response_text
 
 if TYPE_CHECKING:
     import numpy as np

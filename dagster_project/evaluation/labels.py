@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from dagster_project.errors import InputError
-from dagster_project.params import Section
+from dagster_project.core.errors import InputError
+from dagster_project.core.params import Section
 
 NO_LABEL = "(none)"
 """Predicted label of an answer that gives none."""

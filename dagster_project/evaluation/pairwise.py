@@ -13,8 +13,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
-from dagster_project.errors import InputError
-from dagster_project.records import read_records, read_table
+from dagster_project.core.errors import InputError
+from dagster_project.core.records import read_records, read_table
 
 PROMPTED = ("zero_shot", "system_prompt", "chain_of_thought", "few_shot", "retrieved")
 """Baselines that are answers of the base model itself."""

@@ -9,11 +9,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dagster_project.curation.benchmarks import Item, read_multiple_choice
-from dagster_project.errors import InputError
+from dagster_project.core.errors import InputError
+from dagster_project.core.params import inside
+from dagster_project.core.progress import Progress
+from dagster_project.curation.sources.benchmarks import Item, read_multiple_choice
 from dagster_project.evaluation.bootstrap import difference, rounded
-from dagster_project.params import inside
-from dagster_project.progress import Progress
 
 if TYPE_CHECKING:
     import numpy as np

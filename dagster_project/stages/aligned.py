@@ -11,25 +11,32 @@ from typing import Any
 
 from pydantic import Field
 
-from dagster_project.chat import Messages, encode_prompt
-from dagster_project.errors import InputError
+from dagster_project.core.chat import Messages, encode_prompt
+from dagster_project.core.context import StageContext, ValidationContext
+from dagster_project.core.errors import InputError
+from dagster_project.core.params import Compute
+from dagster_project.core.records import CheckResult, Report, read_preferences, remove, write_json, write_table, write_text
 from dagster_project.evaluation import alignment
-from dagster_project.params import Compute
-from dagster_project.records import CheckResult, Report, read_preferences, remove, write_json, write_table, write_text
-from dagster_project.training import align, memory, ppo, proof
-from dagster_project.training.checkpoint import Checkpoints, refuse_full_disk
-from dagster_project.training.curve import write_curve
-from dagster_project.training.hardware import prepare, reuse_large_blocks
-from dagster_project.training.keeping import Evidence, Steps, identity, learn
-from dagster_project.training.methods import Tunable
-from dagster_project.training.pairs import both
-from dagster_project.training.processes import claim_gpus, together
-from dagster_project.training.reward import MODEL, RewardModel, Rewards, failed_checks, tokenizer_of
-from dagster_project.training.sft import Course, Diverged, advice_on_memory
+from dagster_project.training.methods import build as methods
+from dagster_project.training.methods.build import PreparedModel
+from dagster_project.training.methods.hardware import peak_memory, prepare, reuse_large_blocks
+from dagster_project.training.tokens.preference_pairs import both
+from dagster_project.training.trainers import ppo, preference, weight_audit
+from dagster_project.training.trainers import reward_model as reward
+from dagster_project.training.trainers.checkpoint import Checkpoints, refuse_full_disk
+from dagster_project.training.trainers.curve import write_curve
+from dagster_project.training.trainers.distributed import claim_gpus, process_group
+from dagster_project.training.trainers.harness import Diverged, advice_on_memory
+from dagster_project.training.trainers.history import TrainingHistory
+from dagster_project.training.trainers.params import PreferenceParams, refuse_unmerged
+from dagster_project.training.trainers.preference import document_of, preference_identity
+from dagster_project.training.trainers.reward_model import MODEL, RewardModel, Rewards, failed_checks, tokenizer_of
+from dagster_project.training.trainers.trl_training import train
+from dagster_project.training.trainers.weight_audit import WeightAudit
 
 log = logging.getLogger("pedigree")
 
-TRUTHS = {
+CHECK_DESCRIPTIONS = {
     "starts_as_the_reference": "Before the first step policy and SFT model are one: KL 0 and, for dpo, loss ln 2.",
     "learned": "Every loss and every trained weight is finite.",
     "trained_what_it_should": "Every group of trainable weights moved, and no frozen weight did.",
@@ -43,8 +50,8 @@ ASKED_AT_ONCE = 16
 """Answers in a forward pass that only looks."""
 
 
-class Params(Steps):
-    method: align.Method
+class Params(PreferenceParams):
+    method: preference.Method
     """dpo, kto, rloo, grpo or ppo."""
     adapter: str = Field(pattern=r"^[\w-]+$")
     """The SFT variant it starts from, and is held to; one that is merged."""
@@ -60,7 +67,37 @@ class Params(Steps):
     """Longest of these answers, in tokens."""
 
 
-def run(
+def validate(params: Params, ctx: ValidationContext) -> None:
+    where = ctx.section
+    if ctx.name in ctx.values["adapter"]:
+        raise InputError(f"params.yaml: {where}: adapter.{ctx.name} has the same name", "rename one of them")
+    refuse_unmerged(ctx.values["adapter"], params.adapter, f"{where}.adapter")
+    methods.check("lora", params.peft, None, True, where)
+    preference.check(params.method, params.options, params.per_device_train_batch_size, where, ctx.value)
+    if params.method in preference.ONLINE:
+        reward.check(params.rewards, f"{where}.rewards")
+    elif "rewards" in ctx.value:
+        raise InputError(f"params.yaml: {where}.rewards: {params.method} learns from pairs alone", "leave it out")
+
+
+def run(ctx: StageContext) -> Report:
+    params = ctx.variant_params("aligned", Params)
+    return produce(
+        str(ctx.variant),
+        params,
+        ctx.compute,
+        ctx.output_of("preferences"),
+        ctx.output_of("reward_model"),
+        ctx.outputs_of("merged") / params.adapter,
+        out=ctx.out,
+        curve_file=ctx.plot("alignment"),
+        checkpoints=ctx.checkpoints,
+        live=ctx.live,
+        pages=ctx.pages,
+    )
+
+
+def produce(
     variant: str,
     params: Params,
     compute: Compute,
@@ -79,7 +116,7 @@ def run(
     """
     where = f"aligned.{variant}"
     pairs = {split: read_preferences(preferences / split) for split in ("train", "validation", "test")}
-    options = align.check(params.method, params.options, params.per_device_train_batch_size, where)
+    options = preference.check(params.method, params.options, params.per_device_train_batch_size, where)
     _refuse(pairs, params, sft, where)
     usable, reliable = _examine(reward_model, sft, params, where)
     if reliable.blocking and not reliable.passed:
@@ -88,39 +125,44 @@ def run(
     device, dtype = prepare(compute)
     reuse_large_blocks()
     with advice_on_memory():
-        tunable = align.policy(sft, params.peft, device, dtype, where, align.source(params.adapter))
+        tunable = preference.policy(sft, params.peft, device, dtype, where, preference.source(params.adapter))
         judge = RewardModel(reward_model, device, dtype) if usable else None
     tokenizer = tokenizer_of(sft)
-    learning = sum(weight.nbytes for weight in proof.trainable(tunable.model).values())
+    learning = sum(weight.nbytes for weight in weight_audit.trainable(tunable.model).values())
     refuse_full_disk(
         {checkpoints: learning * (1 + (4 if params.method == "ppo" else 3) * (params.save_total_limit + 1)), out: 2 * learning}, where
     )
     policies = alignment.Policies(tunable.model, tokenizer, ASKED_AT_ONCE)
     apart = _apart(policies, pairs["train"][:8])
-    evidence = Evidence(tunable.model, checkpoints)
-    named = {"SFT model": sft, **({"reward model": reward_model} if params.method in align.ONLINE else {})}
-    kept = Checkpoints(checkpoints, identity(params, compute, device, dtype, preferences, named, Path(__file__)), params.save_total_limit)
+    audit = WeightAudit(tunable.model, checkpoints)
+    named = {"SFT model": sft, **({"reward model": reward_model} if params.method in preference.ONLINE else {})}
+    kept = Checkpoints(
+        checkpoints, preference_identity(params, compute, device, dtype, preferences, named, Path(__file__)), params.save_total_limit
+    )
     try:
-        with together(gpus, partial(_accompany, params, compute, preferences, reward_model, sft, checkpoints)):
-            course = _learn(tunable, tokenizer, pairs, params, options, compute, judge, kept, live)
+        with process_group(gpus, partial(worker_main, params, compute, preferences, reward_model, sft, checkpoints)):
+            history = _learn(tunable, tokenizer, pairs, params, options, compute, judge, kept, live)
     except Diverged as diverged:
         examples = [pairs["train"][row]["example_id"] for row in diverged.rows if row < len(pairs["train"])]
         note = f"{diverged}; lower learning_rate, or raise beta"
         return Report(checks=[CheckResult("learned", passed=False, blocking=True, count=len(examples), rows=examples[:20], note=note)])
-    finite = all(map(math.isfinite, course.losses)) and all(
-        bool(weight.isfinite().all()) for weight in proof.trainable(tunable.model).values()
+    finite = all(map(math.isfinite, history.losses)) and all(
+        bool(weight.isfinite().all()) for weight in weight_audit.trainable(tunable.model).values()
     )
-    settings = params.model_dump(exclude=align.unused(params.method)) | {"options": options.model_dump()}
-    document, moved = evidence.ends(course, settings, compute, device, dtype)
+    settings = params.model_dump(exclude=preference.unused(params.method)) | {"options": options.model_dump()}
+    change = audit.change()
+    document = document_of(history, change, settings, compute, device, dtype)
     if len(gpus) > 1:
         document["processes"] = len(gpus)
     tunable.save(out)
     write_json(out / "training.json", document | {"step_0": apart})
-    write_table(out / "examples.parquet", proof.seen_examples(course.seen, _ids(params.method, pairs["train"])), proof.seen_schema())
+    write_table(
+        out / "examples.parquet", weight_audit.seen_examples(history.seen, _ids(params.method, pairs["train"])), weight_audit.seen_schema()
+    )
     for template in sft.glob("chat_template.jinja"):
         write_text(out / template.name, template.read_text(encoding="utf-8"))
-    figures = [name for name in align.FIGURES if any(name in point for point in course.curve)]
-    write_curve(curve_file, course.curve, ("loss", *dict.fromkeys(figures)))
+    figures = [name for name in preference.FIGURES if any(name in point for point in history.curve)]
+    write_curve(curve_file, history.curve, ("loss", *dict.fromkeys(figures)))
 
     prompts = list({str(pair["prompt"]): pair for pair in pairs["test"]}.values())[: params.samples]
     rows, watch = alignment.samples(policies, prompts, judge, params.max_new_tokens)
@@ -128,24 +170,23 @@ def run(
     metrics: dict[str, Any] = {
         "method": params.method,
         "adapter": params.adapter,
-        "steps": course.step,
-        **({"stopped": course.stopped} if isinstance(course, align.Stopped) else {}),
-        "tokens": course.tokens,
+        "steps": history.step,
+        **({"stopped": history.stopped} if isinstance(history, preference.Stopped) else {}),
+        "tokens": history.tokens,
         "trainable_parameters": tunable.trainable,
         "preference": alignment.preference(policies, pairs["test"]),
         "watch": watch,
         "environment": document["versions"],
     }
     if pages:
-        doubt = "" if reliable.passed else reliable.note
-        write_text(pages / "alignment.html", alignment.page(variant, metrics, course.curve, rows, doubt))
+        write_json(pages / "history.json", {"curve": history.curve, "signs": alignment.gamed(watch)})
     accuracy, signs = metrics["preference"]["accuracy"], alignment.gamed(watch)
     report = Report(
         metrics=metrics,
         checks=[
-            _starts(apart, course, params.method, options),
-            _learned(course, finite),
-            moved,
+            _starts(apart, history, params.method, options),
+            _learned(history, finite),
+            change.check(),
             CheckResult(
                 "prefers_as_people_do",
                 passed=accuracy["aligned_interval"][0] > 0.5,
@@ -163,7 +204,7 @@ def run(
             ),
             reliable,
         ],
-        measured={"training_seconds": round(course.seconds, 1), "peak_memory_bytes": memory.peak(device.type)},
+        measured={"training_seconds": round(history.seconds, 1), "peak_memory_bytes": peak_memory(device.type)},
     )
     if not report.failures:
         remove(checkpoints)
@@ -171,7 +212,7 @@ def run(
 
 
 def _learn(
-    tunable: Tunable,
+    tunable: PreparedModel,
     tokenizer: Any,
     pairs: Mapping[str, Sequence[Mapping[str, Any]]],
     params: Params,
@@ -180,16 +221,16 @@ def _learn(
     judge: RewardModel | None,
     kept: Checkpoints,
     live: Path | None,
-) -> Course:
+) -> TrainingHistory:
     prompts = [list(pair["prompt"]) for pair in pairs["train"]]
-    rewards = Rewards(params.rewards, judge) if params.method in align.ONLINE else None
+    rewards = Rewards(params.rewards, judge) if params.method in preference.ONLINE else None
     if isinstance(options, ppo.Settings):
         assert rewards
-        return align.from_ppo(_ppo(tunable, tokenizer, prompts, rewards, options, compute, kept, live))
-    rows = {split: align.rows(params.method, tokenizer, pairs[split]) for split in ("train", "validation")}
+        return preference.from_ppo(_ppo(tunable, tokenizer, prompts, rewards, options, compute, kept, live))
+    rows = {split: preference.rows(params.method, tokenizer, pairs[split]) for split in ("train", "validation")}
     watched = [] if rewards else rows["validation"]
-    return learn(
-        align.lesson(params.method, options, prompts, rewards),
+    return train(
+        preference.trainer_spec(params.method, options, prompts, rewards),
         tunable.model,
         tokenizer,
         rows["train"],
@@ -202,7 +243,7 @@ def _learn(
 
 
 def _ppo(
-    tunable: Tunable,
+    tunable: PreparedModel,
     tokenizer: Any,
     prompts: Sequence[Messages],
     rewards: Rewards,
@@ -210,19 +251,19 @@ def _ppo(
     compute: Compute,
     kept: Checkpoints,
     live: Path | None = None,
-) -> ppo.Course:
+) -> ppo.PPOHistory:
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     return ppo.train(tunable.model, tokenizer, ids, partial(_reward, rewards, prompts), options, compute, kept, live)
 
 
-def _accompany(params: Params, compute: Compute, preferences: Path, reward_model: Path, sft: Path, checkpoints: Path) -> None:
-    """What the other processes of PPO do: the same, of which nothing is written."""
+def worker_main(params: Params, compute: Compute, preferences: Path, reward_model: Path, sft: Path, checkpoints: Path) -> None:
+    """What the other processes of PPO do: the same, without writing anything."""
     device, dtype = prepare(compute)
     reuse_large_blocks()
-    options = align.check(params.method, params.options, params.per_device_train_batch_size, "aligned")
+    options = preference.check(params.method, params.options, params.per_device_train_batch_size, "aligned")
     assert isinstance(options, ppo.Settings)
     prompts = [list(pair["prompt"]) for pair in read_preferences(preferences / "train")]
-    tunable = align.policy(sft, params.peft, device, dtype, "aligned", align.source(params.adapter))
+    tunable = preference.policy(sft, params.peft, device, dtype, "aligned", preference.source(params.adapter))
     rewards = Rewards(params.rewards, RewardModel(reward_model, device, dtype) if params.rewards.get(MODEL) else None)
     _ppo(tunable, tokenizer_of(sft), prompts, rewards, options, compute, Checkpoints(checkpoints, {}))
 
@@ -246,15 +287,15 @@ def _apart(policies: alignment.Policies, pairs: Sequence[Mapping[str, Any]]) -> 
     }
 
 
-def _learned(course: Course, finite: bool) -> CheckResult:
-    note = f"loss {course.losses[0]:.3f} -> {course.losses[-1]:.3f}"
-    if isinstance(course, align.Stopped):  # the weights are the last good ones, and whoever reads the report decides about them
-        return CheckResult("learned", passed=False, severity="warn", note=course.stopped)
+def _learned(history: TrainingHistory, finite: bool) -> CheckResult:
+    note = f"loss {history.losses[0]:.3f} -> {history.losses[-1]:.3f}"
+    if isinstance(history, preference.Stopped):  # the weights are the last good ones, and whoever reads the report decides about them
+        return CheckResult("learned", passed=False, severity="warn", note=history.stopped)
     return CheckResult("learned", passed=finite, blocking=True, note=note)
 
 
-def _starts(apart: Mapping[str, float], course: Course, method: str, options: Any) -> CheckResult:
-    first = course.watched[0][1] if course.watched and course.watched[0][0] == 0 else course.losses[0]
+def _starts(apart: Mapping[str, float], history: TrainingHistory, method: str, options: Any) -> CheckResult:
+    first = history.validation[0][1] if history.validation and history.validation[0][0] == 0 else history.losses[0]
     loss = "" if method != "dpo" else f", loss {first:.6f}"
     right = method != "dpo" or options.loss_type != "sigmoid" or options.rpo_alpha > 0 or abs(first - math.log(2)) < 1e-5
     return CheckResult(
@@ -273,7 +314,7 @@ def _examine(reward_model: Path, sft: Path, params: Params, where: str) -> tuple
     Raises:
         InputError: the method learns from a reward model of another tokenizer.
     """
-    learns = params.method in align.ONLINE and bool(params.rewards.get(MODEL))
+    learns = params.method in preference.ONLINE and bool(params.rewards.get(MODEL))
     usable = (reward_model / "config.json").is_file()
     failed = failed_checks(reward_model)
     problems = [f"{name}: {note}" for name, note in failed.items()]

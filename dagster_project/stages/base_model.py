@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import shutil
@@ -15,9 +14,11 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from dagster_project.errors import InputError
-from dagster_project.params import Section, inside
-from dagster_project.records import Report
+from dagster_project.core.context import StageContext, ValidationContext
+from dagster_project.core.errors import InputError
+from dagster_project.core.hashing import sha256_of_file
+from dagster_project.core.params import Section, inside
+from dagster_project.core.records import Report
 
 log = logging.getLogger("pedigree")
 
@@ -57,7 +58,15 @@ class Params(Section):
         return self
 
 
-def run(root: Path, params: Params, out: Path) -> Report:
+def validate(params: Params, ctx: ValidationContext) -> None:
+    """Nothing beyond types: what the entry names is looked for when the stage runs."""
+
+
+def run(ctx: StageContext) -> Report:
+    return produce(ctx.root, ctx.params("base_model", Params), out=ctx.out)
+
+
+def produce(root: Path, params: Params, out: Path) -> Report:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as hf_logging
@@ -87,7 +96,7 @@ def run(root: Path, params: Params, out: Path) -> Report:
             shutil.copy(licence, out)
     weights = sum(p.numel() for p in model.parameters())
     origin = params.package or (f"{params.hub}@{params.revision}" if params.hub else params.folder)
-    files = {f.relative_to(out).as_posix(): _sha256(f) for f in sorted(out.rglob("*")) if f.is_file()}
+    files = {f.relative_to(out).as_posix(): sha256_of_file(f) for f in sorted(out.rglob("*")) if f.is_file()}
     return Report(metrics={"origin": origin, "licence": params.licence, "parameters": weights, "dtype": params.dtype, "sha256": files})
 
 
@@ -175,15 +184,10 @@ def _enough_disk(folder: Path, needed: int) -> None:
         )
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _verify(path: Path, name: str, digest: str) -> None:
     if not path.is_file():
         raise InputError(f"base_model: no file {name} to verify", "correct the names under base_model.sha256")
-    found = _sha256(path)
+    found = sha256_of_file(path)
     if found != digest:
         raise InputError(
             f"base_model: sha256 of {name} is {found}, params.yaml expects {digest}", "do not use this file unless you know why it changed"

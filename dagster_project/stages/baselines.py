@@ -7,13 +7,14 @@ from typing import Any
 
 from pydantic import Field
 
+from dagster_project.core.context import StageContext, ValidationContext
+from dagster_project.core.params import Compute, Section
+from dagster_project.core.records import Report, read_records, response_text, write_table
 from dagster_project.evaluation.baselines import THINK, classify, conclusion, instruction, nearest, spread, with_shots
-from dagster_project.evaluation.measure import Settings, Subject, asked, conversations, labelled, result_rows, result_schema
+from dagster_project.evaluation.custom_metrics import own_measures
+from dagster_project.evaluation.evaluator import Settings, Subject, asked, conversations, labelled, result_rows, result_schema
 from dagster_project.evaluation.metrics import by_label, label, measures, perplexity_interval, score
-from dagster_project.evaluation.own import own_measures
 from dagster_project.evaluation.retention import accuracies, ask, read_benchmarks, retention_schema
-from dagster_project.params import Compute, Section
-from dagster_project.records import Report, read_records, response_text, write_table
 
 
 class Params(Section):
@@ -27,7 +28,18 @@ class Params(Section):
     """Room to think step by step before the answer, in tokens."""
 
 
-def run(root: Path, params: Params, settings: Settings, compute: Compute, base_model: Path, splits: Path, out: Path) -> Report:
+def validate(params: Params, ctx: ValidationContext) -> None:
+    """Nothing beyond types."""
+
+
+def run(ctx: StageContext) -> Report:
+    return produce(
+        ctx.root, ctx.params("baselines", Params), ctx.params("evaluation", Settings), ctx.compute,
+        ctx.output_of("base_model"), ctx.output_of("splits"), out=ctx.out,
+    )  # fmt: skip
+
+
+def produce(root: Path, params: Params, settings: Settings, compute: Compute, base_model: Path, splits: Path, out: Path) -> Report:
     benchmarks = read_benchmarks(root, settings.benchmarks)
     train, test = read_records(splits / "train"), read_records(splits / "test")
     task, questions = asked(test, settings, train)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dagster_project.core.context import StageContext, ValidationContext
+from dagster_project.core.params import Section
+from dagster_project.core.records import Report, prompt_text, read_records, read_table, response_text, write_json, write_text
+from dagster_project.core.text import NAMES
 from dagster_project.evaluation.bootstrap import difference, ratio
-from dagster_project.evaluation.compare import NAMES, advice, board, headline, recommended
-from dagster_project.evaluation.measure import Settings, asked
+from dagster_project.evaluation.comparison import advice, board, headline, recommended
+from dagster_project.evaluation.custom_metrics import own_measures
+from dagster_project.evaluation.evaluator import Settings, asked
 from dagster_project.evaluation.metrics import by_label, measures, perplexity, score
-from dagster_project.evaluation.own import own_measures
-from dagster_project.evaluation.page import Sample, page
 from dagster_project.evaluation.retention import forgot, retained
-from dagster_project.records import Report, prompt_text, read_records, read_table, response_text, write_json, write_text
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,68 @@ class Variant:
     """The document of its training, training.json."""
     before: Path | None = None
     """That of the training it started from, if it did."""
-    measured: Mapping[str, float] = field(default_factory=dict)
-    """What its training took on this machine (bytes, seconds), where that is known. For the page alone."""
+    trained: str = "adapter"
+    """The stage that trained it: adapter or aligned."""
     failed_checks: Sequence[str] = ()
     """Failed checks of the stages that made it and measured it, each with its stage and note."""
 
 
-def run(
+class Params(Section):
+    """No parameters of its own: it reads the section `evaluation`."""
+
+
+def validate(params: Params, ctx: ValidationContext) -> None:
+    """Nothing to check."""
+
+
+FOLDERS = {"adapter": ("evaluation", "merged"), "aligned": ("evaluation_aligned", "merged_aligned")}
+"""Stage that trains -> the stages that hold a variant's results and its model."""
+
+
+def run(ctx: StageContext) -> Report:
+    variants = {
+        name: Variant(
+            ctx.outputs_of(evaluation) / name,
+            ctx.outputs_of(merged) / name,
+            ctx.outputs_of(trained) / name / "training.json",
+            ctx.outputs_of("adapter") / entry["adapter"] / "training.json" if trained == "aligned" else None,
+            trained,
+            _failed_checks(ctx, [*_trainings(trained, name, entry), f"{merged}@{name}", f"{evaluation}@{name}"]),
+        )
+        for trained, (evaluation, merged) in FOLDERS.items()
+        for name, entry in ctx.values[trained].items()
+    }
+    return produce(
+        ctx.root,
+        ctx.params("evaluation", Settings),
+        variants,
+        ctx.output_of("splits"),
+        ctx.output_of("baselines"),
+        ctx.output_of("base_model"),
+        out=ctx.out,
+        scores_file=ctx.plot("scores"),
+        pages=ctx.pages,
+    )
+
+
+def _trainings(trained: str, name: str, entry: Mapping[str, Any]) -> list[str]:
+    """Stages that trained a variant; of an aligned one also those of the SFT variant that it started from."""
+    if trained == "adapter":
+        return [f"adapter@{name}"]
+    return [f"adapter@{entry['adapter']}", f"merged@{entry['adapter']}", f"aligned@{name}"]
+
+
+def _failed_checks(ctx: StageContext, addresses: Sequence[str]) -> list[str]:
+    """The failed checks of stages, e.g. "learned of adapter@lora: validation loss 1.2 -> 1.4"."""
+    return [
+        f"{check} of {address}: {result.get('note') or result['count']}"
+        for address in addresses
+        for check, result in ctx.report(address).get("checks", {}).items()
+        if not result["passed"]
+    ]
+
+
+def produce(
     root: Path,
     settings: Settings,
     variants: Mapping[str, Variant],
@@ -114,15 +171,16 @@ def run(
     write_text(scores_file, _plot(first, scores, compared))
     marks = {name: tables[name]["accuracy" if task else "rouge_l"].statistics(references, answers[name])[:, 0] for name in scores}
     samples = [
-        Sample(
-            prompt_text(record["messages"]),
-            references[i],
-            record["category"],
-            {name: (answers[name][i], float(marks[name][i])) for name in scores},
-        )
+        {
+            "prompt": prompt_text(record["messages"]),
+            "reference": references[i],
+            "category": record["category"],
+            "answers": {name: (answers[name][i], float(marks[name][i])) for name in scores},
+        }
         for i, record in enumerate(questions)
     ]
-    write_text(pages / "comparison.html", page(document, samples, {name: variant.measured for name, variant in variants.items()}))
+    by_stage = {name: variant.trained for name, variant in variants.items()}
+    write_json(pages / "samples.json", {"headline": headline(document), "trained": by_stage, "samples": samples})
     shown = {name: {key: found[key] for key in (first, second)} for name, found in scores.items()}
     return Report(metrics={"scores": shown, **{key: document[key] for key in ("compared", "costs", "recommended", "advice")}})
 

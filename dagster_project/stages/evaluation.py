@@ -7,17 +7,45 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dagster_project.evaluation.measure import Settings, Subject, asked, result_rows, result_schema, slices
+from dagster_project.core.context import StageContext, ValidationContext
+from dagster_project.core.params import Compute
+from dagster_project.core.records import CheckResult, Report, read_records, response_text, write_table
+from dagster_project.curation.sources.reading import locate
+from dagster_project.evaluation.custom_metrics import own_measures
+from dagster_project.evaluation.evaluator import Settings, Subject, asked, result_rows, result_schema, slices
 from dagster_project.evaluation.metrics import by_label, label, measures, perplexity_interval, score
-from dagster_project.evaluation.own import own_measures
 from dagster_project.evaluation.retention import accuracies, ask, read_benchmarks, retention_schema
-from dagster_project.params import Compute
-from dagster_project.records import CheckResult, Report, read_records, response_text, write_table
 
-TRUTHS = {"test_is_unseen": "No example of the test split, nor a near-copy of one, was trained on."}
+CHECK_DESCRIPTIONS = {"test_is_unseen": "No example of the test split, nor a near-copy of one, was trained on."}
 
 
-def run(
+Params = Settings
+
+
+def validate(params: Params, ctx: ValidationContext) -> None:
+    for path in params.benchmarks:
+        locate(ctx.root, path, "evaluation.benchmarks", "data/sources/benchmarks")
+
+
+def run(ctx: StageContext) -> Report:
+    merged, confusion = {
+        "evaluation": ("merged", "confusion"),
+        "evaluation_aligned": ("merged_aligned", "confusion_aligned"),
+    }[ctx.stage]
+    return produce(
+        ctx.root,
+        str(ctx.variant),
+        ctx.params("evaluation", Params),
+        ctx.compute,
+        ctx.output_of(merged),
+        ctx.output_of("base_model"),
+        ctx.output_of("splits"),
+        out=ctx.out,
+        confusion_file=ctx.plot(confusion),
+    )
+
+
+def produce(
     root: Path,
     variant: str,
     settings: Settings,

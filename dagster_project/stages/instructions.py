@@ -7,15 +7,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dagster_project.curation import account, expectations, findings
-from dagster_project.curation.benchmarks import read_items
-from dagster_project.curation.checks import CHECKS, EXAMPLE_CHECKS, Rules, judge
-from dagster_project.curation.review import read_decisions
-from dagster_project.curation.tokens import tokens_of
-from dagster_project.params import inside
-from dagster_project.records import CheckResult, Report, read_ledger, read_records, read_table, uncollected, write_ledger, write_records
+from dagster_project.core.context import StageContext, ValidationContext
+from dagster_project.core.params import inside
+from dagster_project.core.records import (
+    CheckResult,
+    Report,
+    read_ledger,
+    read_records,
+    read_table,
+    uncollected,
+    write_ledger,
+    write_records,
+)
+from dagster_project.curation.checks import account, expectations, findings
+from dagster_project.curation.checks.checks import CHECKS, EXAMPLE_CHECKS, Rules, judge
+from dagster_project.curation.checks.review import read_decisions, refuse_missing_files
+from dagster_project.curation.checks.token_counts import tokens_of
+from dagster_project.curation.sources.benchmarks import read_items
+from dagster_project.curation.sources.reading import locate
 
-TRUTHS = {**{name: check.truth for name, check in EXAMPLE_CHECKS.items()}, "expectations": expectations.TRUTH}
+CHECK_DESCRIPTIONS = {**{name: check.truth for name, check in EXAMPLE_CHECKS.items()}, "expectations": expectations.TRUTH}
 """The checks this stage reports, with the truth each looks at."""
 
 
@@ -28,8 +39,23 @@ class Params(Rules):
     """Great Expectations suite inside data/expectations/: what a data owner expects of the set as a whole."""
 
 
+def validate(params: Params, ctx: ValidationContext) -> None:
+    refuse_missing_files(params, ctx)
+    if params.expectations:
+        locate(ctx.root, params.expectations, "instructions.expectations", "data/expectations")
+
+
+def run(ctx: StageContext) -> Report:
+    return produce(
+        ctx.root, ctx.params("instructions", Params), ctx.output_of("raw_examples"), ctx.output_of("base_model"),
+        out=ctx.out, pages=ctx.pages, previous=ctx.recorded(),
+    )  # fmt: skip
+
+
 @uncollected
-def run(root: Path, params: Params, raw_examples: Path, base_model: Path, out: Path, pages: Path, previous: Mapping[str, Path]) -> Report:
+def produce(
+    root: Path, params: Params, raw_examples: Path, base_model: Path, out: Path, pages: Path, previous: Mapping[str, Path]
+) -> Report:
     """Args:
     pages: folder for what people look at: report.html, review.csv, and Great Expectations' Data Docs.
     previous: files of the output as recorded before, by relative path; only the page's account of what changed looks at them.

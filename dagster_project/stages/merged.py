@@ -6,13 +6,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from dagster_project.params import Compute
-from dagster_project.records import CheckResult, Report
-from dagster_project.training import head
-from dagster_project.training.hardware import prepare
-from dagster_project.training.tuned import RECORD, Tuned, load, load_base
+from dagster_project.core.context import StageContext, ValidationContext
+from dagster_project.core.params import Compute, Section
+from dagster_project.core.records import CheckResult, Report
+from dagster_project.training.methods import feature_extraction
+from dagster_project.training.methods.hardware import prepare
+from dagster_project.training.methods.load import RECORD, AdapterInfo, load, load_base
 
-TRUTHS = {"merge_is_equal": "In float32, merged and unmerged model give the same logits."}
+CHECK_DESCRIPTIONS = {"merge_is_equal": "In float32, merged and unmerged model give the same logits."}
 
 TOLERANCE = 1e-3
 """Largest difference between two logits (which span tens) that counts as rounding."""
@@ -20,17 +21,32 @@ TOLERANCE = 1e-3
 PROBES = ("The capital of France is", '{"summary": "parcel', "Dear customer,\nthank you for", "0 1 1 2 3 5 8 13")
 
 
-def run(compute: Compute, base_model: Path, adapter: Path, out: Path) -> Report:
+class Params(Section):
+    """No parameters of its own: whether a variant is merged is part of its entry under `adapter`."""
+
+
+def validate(params: Params, ctx: ValidationContext) -> None:
+    """Nothing to check."""
+
+
+def run(ctx: StageContext) -> Report:
+    if ctx.stage == "merged":
+        return produce(ctx.compute, ctx.output_of("base_model"), ctx.output_of("adapter"), out=ctx.out)
+    sft = ctx.values["aligned"][ctx.variant]["adapter"]
+    return produce(ctx.compute, ctx.outputs_of("merged") / sft, ctx.output_of("aligned"), out=ctx.out)
+
+
+def produce(compute: Compute, base_model: Path, adapter: Path, out: Path) -> Report:
     prepare(compute)
-    tuned = Tuned.read(adapter)
-    if head.is_head(adapter) or not tuned.merge:
+    tuned = AdapterInfo.read(adapter)
+    if feature_extraction.is_head(adapter) or not tuned.merge:
         return _pass_on(base_model, adapter, out, {"merged": False, "why_not": tuned.why_not}, f"not merged: {tuned.why_not}")
     if not (adapter / "adapter_config.json").is_file():
         return _pass_on(base_model, adapter, out, {"merged": True}, "the tuned weights stand alone")
     return _merge(base_model, adapter, tuned, out)
 
 
-def _merge(base_model: Path, adapter: Path, tuned: Tuned, out: Path) -> Report:
+def _merge(base_model: Path, adapter: Path, tuned: AdapterInfo, out: Path) -> Report:
     """Fold the adapter into the base model's weights, and store them in the base model's dtype.
 
     The base model is the full one, also where the adapter was trained against quantized weights: the report then says how far apart the two are.
@@ -95,12 +111,12 @@ def _pass_on(base_model: Path, adapter: Path, out: Path, metrics: dict[str, Any]
     shutil.copytree(adapter, out, dirs_exist_ok=True)
     if metrics["merged"]:
         (out / RECORD).unlink(missing_ok=True)
-    if head.is_head(out):
-        effect = float(head.load(out, base_model, cpu, torch.float32).classifier.score.weight.detach().abs().max())
+    if feature_extraction.is_head(out):
+        effect = float(feature_extraction.load(out, base_model, cpu, torch.float32).classifier.score.weight.detach().abs().max())
         note += f"; the layer's largest weight is {effect:.2g}"
     else:
         probes = _probes(base_model)
-        untuned = _logits(load_base(base_model, cpu, torch.float32, Tuned.read(out).quantization).eval(), probes)
+        untuned = _logits(load_base(base_model, cpu, torch.float32, AdapterInfo.read(out).quantization).eval(), probes)
         effect = _furthest(_logits(load(out, base_model, cpu, torch.float32), probes), untuned)
         metrics["largest_adapter_effect"] = round(effect, 3)
         note += f"; it changes logits by up to {effect:.2g}"

@@ -11,17 +11,9 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from dagster_project.curation import account, findings
-from dagster_project.curation.benchmarks import Item, read_items
-from dagster_project.curation.checks import BENCHMARKS_ONLY, CHECKS, Action, Judgement, Rules, judge
-from dagster_project.curation.facts import Facts, Link
-from dagster_project.curation.formats import as_record
-from dagster_project.curation.overlap import near_pairs
-from dagster_project.curation.review import read_decisions
-from dagster_project.curation.split import DROPPED, SPLITS, TEST, Copies, deal, find_copies, joined, prove, settle
-from dagster_project.curation.tokens import tokens_of
-from dagster_project.params import inside
-from dagster_project.records import (
+from dagster_project.core.context import StageContext, ValidationContext
+from dagster_project.core.params import inside
+from dagster_project.core.records import (
     Report,
     pair_schema,
     prompt_text,
@@ -34,8 +26,17 @@ from dagster_project.records import (
     write_ledger,
     write_records,
 )
+from dagster_project.curation.checks import account, findings
+from dagster_project.curation.checks.checks import BENCHMARKS_ONLY, CHECKS, Action, Judgement, Rules, judge
+from dagster_project.curation.checks.facts import Facts, Link
+from dagster_project.curation.checks.review import read_decisions, refuse_missing_files
+from dagster_project.curation.checks.token_counts import tokens_of
+from dagster_project.curation.similarity.overlap import near_pairs
+from dagster_project.curation.sources.benchmarks import Item, read_items
+from dagster_project.curation.sources.formats import as_record
+from dagster_project.curation.splitting.split import DROPPED, SPLITS, TEST, Copies, deal, find_copies, joined, prove, settle
 
-TRUTHS = {
+CHECK_DESCRIPTIONS = {
     **{name: check.truth for name, check in CHECKS.items() if name not in BENCHMARKS_ONLY},
     "too_long": "Every pair fits into `max_length` tokens: prompt and longer response, as the chat template writes them.",
     "split_leakage": "No prompt stands in, or nearly in, two splits, or is trained on while the test split of the instructions holds it out.",
@@ -66,8 +67,19 @@ class Params(Rules):
         return "drop" if name == "too_long" and name not in self.policy else super().action(name)
 
 
+def validate(params: Params, ctx: ValidationContext) -> None:
+    refuse_missing_files(params, ctx)
+
+
+def run(ctx: StageContext) -> Report:
+    return produce(
+        ctx.root, ctx.params("preferences", Params), ctx.compute.seed, ctx.output_of("raw_preferences"), ctx.output_of("splits"),
+        ctx.output_of("base_model"), out=ctx.out, pages=ctx.pages, previous=ctx.recorded(),
+    )  # fmt: skip
+
+
 @uncollected
-def run(
+def produce(
     root: Path,
     params: Params,
     seed: int,

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from pydantic import Field
 
-from dagster_project.curation import formats
-from dagster_project.curation.sources import Reading, Source, read_sources
-from dagster_project.records import Report, uncollected, write_ledger, write_records
+from dagster_project.core.context import StageContext, ValidationContext
+from dagster_project.core.records import Report, uncollected, write_ledger, write_records
+from dagster_project.curation.sources import formats
+from dagster_project.curation.sources.reading import Reading, Source, locate_sources, read_sources
 
 
 class Params(Reading):
@@ -16,8 +17,16 @@ class Params(Reading):
     """The files, folders and data sets to learn from, in order."""
 
 
+def validate(params: Params, ctx: ValidationContext) -> None:
+    locate_sources(ctx.root, params.sources, f"{ctx.section}.sources")
+
+
+def run(ctx: StageContext) -> Report:
+    return produce(ctx.root, ctx.params("raw_examples", Params), out=ctx.out)
+
+
 @uncollected
-def run(root: Path, params: Params, out: Path) -> Report:
+def produce(root: Path, params: Params, out: Path) -> Report:
     """Args:
     root: the project's folder, which source paths are relative to.
     """

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dagster_project.curation import formats
-from dagster_project.curation.sources import PairSource, Reading, read_sources
-from dagster_project.records import JOINED, READ, Report, pair_schema, uncollected, write_ledger, write_records
+from dagster_project.core.context import StageContext, ValidationContext
+from dagster_project.core.records import JOINED, READ, Report, pair_schema, uncollected, write_ledger, write_records
+from dagster_project.curation.sources import formats
+from dagster_project.curation.sources.reading import PairSource, Reading, locate_sources, read_sources
 
 
 class Params(Reading):
@@ -16,8 +17,16 @@ class Params(Reading):
     """The files, folders and data sets of preferences, in order. None is an empty set: a project need not have any."""
 
 
+def validate(params: Params, ctx: ValidationContext) -> None:
+    locate_sources(ctx.root, params.sources, f"{ctx.section}.sources")
+
+
+def run(ctx: StageContext) -> Report:
+    return produce(ctx.root, ctx.params("raw_preferences", Params), out=ctx.out)
+
+
 @uncollected
-def run(root: Path, params: Params, out: Path) -> Report:
+def produce(root: Path, params: Params, out: Path) -> Report:
     """Args:
     root: the project's folder, which source paths are relative to.
     """

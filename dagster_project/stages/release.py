@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -12,14 +11,18 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from dagster_project.audit.card import model_card
-from dagster_project.audit.papers import from_reports
-from dagster_project.curation.review import Exemption
-from dagster_project.evaluation.compare import FEWEST, NAMES, gain
-from dagster_project.params import Compute, Section
-from dagster_project.records import CheckResult, Report, write_json, write_text
+from dagster_project.core.context import StageContext, ValidationContext
+from dagster_project.core.errors import InputError
+from dagster_project.core.hashing import sha256_of_file
+from dagster_project.core.params import Compute, Section
+from dagster_project.core.records import CheckResult, Report, write_json, write_text
+from dagster_project.core.text import NAMES
+from dagster_project.curation.checks.review import Exemption, check_waivers
+from dagster_project.evaluation.comparison import FEWEST, gain
+from dagster_project.lineage.export.model_card import model_card
+from dagster_project.lineage.export.summary import from_reports
 
-TRUTHS = {
+CHECK_DESCRIPTIONS = {
     "better_than_baselines": "The variant is better than the best alternative to tuning, beyond chance.",
     "kept_its_knowledge": "The variant answers no fewer benchmark questions rightly than the base model, but for `max_forgetting`.",
     "test_is_unseen": "No example of the test split, nor a near-copy of one, was trained on.",
@@ -50,7 +53,25 @@ class Params(Section):
     """Checks that may fail."""
 
 
-def run(
+def validate(params: Params, ctx: ValidationContext) -> None:
+    check_waivers(params.waivers, ctx)
+    known = [*ctx.values["adapter"], *ctx.values["aligned"]]
+    if params.variant not in {AUTO, *known}:
+        raise InputError(f"params.yaml: release.variant: no variant {params.variant!r}", f"{AUTO}, or one of {', '.join(known)}")
+
+
+def run(ctx: StageContext) -> Report:
+    merged = {
+        name: ctx.outputs_of(folder) / name
+        for section, folder in (("adapter", "merged"), ("aligned", "merged_aligned"))
+        for name in ctx.values[section]
+    }
+    trained = {f"{name}@{variant}": ctx.outputs_of(name) / variant for name in ("adapter", "aligned") for variant in ctx.values[name]}
+    trained["reward_model"] = ctx.output_of("reward_model")
+    return produce(ctx.params("release", Params), ctx.compute, ctx.output_of("comparison"), merged, trained, ctx.reports(), out=ctx.out)
+
+
+def produce(
     params: Params,
     compute: Compute,
     comparison: Path,
@@ -87,7 +108,7 @@ def run(
         "waivers": [waiver.model_dump(mode="json") for waiver in params.waivers],
         "scores": board["scores"].get(variant, {}),
         "costs": board["costs"][variant],
-        "files": {str(path.relative_to(out)): _sha256(path) for path in sorted(out.rglob("*")) if path.is_file()},
+        "files": {str(path.relative_to(out)): sha256_of_file(path) for path in sorted(out.rglob("*")) if path.is_file()},
     }
     write_json(out / "release.json", document)
     _papers(variant, trained, reports, out)
@@ -162,8 +183,8 @@ def _loads(folder: Path, merged: Path, compute: Compute) -> _Found:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from dagster_project.training.hardware import prepare
-    from dagster_project.training.tuned import load
+    from dagster_project.training.methods.hardware import prepare
+    from dagster_project.training.methods.load import load
 
     prepare(compute)
     another = "name another variant in release.variant"
@@ -189,8 +210,3 @@ def _loads(folder: Path, merged: Path, compute: Compute) -> _Found:
     if found == said(load(merged, None, torch.device("cpu"), torch.float32)):
         return _Found(True, "the same greedy tokens as merged")
     return _Found(False, "its greedy tokens are not those of merged", another)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -11,23 +11,28 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from dagster_project.errors import InputError
+from dagster_project.core.context import StageContext, ValidationContext
+from dagster_project.core.errors import InputError
+from dagster_project.core.params import Compute
+from dagster_project.core.records import CheckResult, Report, read_preferences, remove, response_text, write_json, write_table, write_text
 from dagster_project.evaluation.bootstrap import difference, rounded
 from dagster_project.evaluation.pairwise import wilson
-from dagster_project.params import Compute
-from dagster_project.records import CheckResult, Report, read_preferences, remove, response_text, write_json, write_table, write_text
-from dagster_project.training import memory, proof, reward
-from dagster_project.training.checkpoint import Checkpoints, refuse_full_disk
-from dagster_project.training.curve import write_curve
-from dagster_project.training.hardware import prepare, reuse_large_blocks
-from dagster_project.training.keeping import SIDELONG, Evidence, Lesson, Steps, identity, learn
-from dagster_project.training.pairs import both
-from dagster_project.training.processes import claim_gpus
-from dagster_project.training.sft import Diverged, advice_on_memory
+from dagster_project.training.methods import build as methods
+from dagster_project.training.methods.hardware import peak_memory, prepare, reuse_large_blocks
+from dagster_project.training.tokens.preference_pairs import both
+from dagster_project.training.trainers import reward_model, weight_audit
+from dagster_project.training.trainers.checkpoint import Checkpoints, refuse_full_disk
+from dagster_project.training.trainers.curve import write_curve
+from dagster_project.training.trainers.distributed import claim_gpus
+from dagster_project.training.trainers.harness import Diverged, advice_on_memory
+from dagster_project.training.trainers.params import NON_SEMANTIC_PARAMS, PreferenceParams, refuse_unmerged
+from dagster_project.training.trainers.preference import document_of, preference_identity
+from dagster_project.training.trainers.trl_training import TrainerSpec, train
+from dagster_project.training.trainers.weight_audit import WeightAudit
 
 log = logging.getLogger("pedigree")
 
-TRUTHS = {
+CHECK_DESCRIPTIONS = {
     "learned": "Every loss and every trained weight is finite.",
     "trained_what_it_should": "Every group of trainable weights moved, and no frozen weight did.",
     "prefers_as_people_do": "On pairs that it never saw the accuracy is at least `min_accuracy`.",
@@ -40,7 +45,7 @@ CURVE = ("loss", "accuracy", "margin", "learning_rate", "grad_norm")
 """Columns of the training curve, between step and tokens."""
 
 
-class Params(Steps):
+class Params(PreferenceParams):
     model: str = Field(pattern=r"^(base_model|merged/[\w-]+)$")
     """What it is made from: `merged/NAME`, the model of an SFT variant, or `base_model`."""
     method: Literal["lora", "full"] = "lora"
@@ -55,7 +60,28 @@ class Params(Steps):
     """Held-out pair accuracy below which rloo, grpo and ppo refuse to learn from it."""
 
 
-def run(
+def validate(params: Params, ctx: ValidationContext) -> None:
+    if params.model != "base_model":
+        refuse_unmerged(ctx.values["adapter"], params.model.removeprefix("merged/"), "reward_model.model")
+    methods.check("lora", params.peft, None, True, "reward_model")
+
+
+def run(ctx: StageContext) -> Report:
+    params = ctx.params("reward_model", Params)
+    return produce(
+        params,
+        ctx.compute,
+        ctx.output_of("preferences"),
+        ctx.root / "data" / params.model,
+        out=ctx.out,
+        curve_file=ctx.plot("reward"),
+        calibration_file=ctx.plot("calibration"),
+        checkpoints=ctx.checkpoints,
+        live=ctx.live,
+    )
+
+
+def produce(
     params: Params,
     compute: Compute,
     preferences: Path,
@@ -82,57 +108,62 @@ def run(
         return _without_pairs(out, curve_file, calibration_file)
     _refuse(pairs, params, folder)
     with advice_on_memory():
-        model = reward.build(folder, params.peft if params.method == "lora" else None, device, dtype, "reward_model")
-    tokenizer = reward.tokenizer_of(folder)
-    learning = sum(weight.numel() * weight.element_size() for weight in proof.trainable(model).values())
+        model = reward_model.build(folder, params.peft if params.method == "lora" else None, device, dtype, "reward_model")
+    tokenizer = reward_model.tokenizer_of(folder)
+    learning = sum(weight.numel() * weight.element_size() for weight in weight_audit.trainable(model).values())
     refuse_full_disk(
         {checkpoints: learning * (1 + 3 * (params.save_total_limit + 1)), out: 2 * sum(w.nbytes for w in model.parameters())},
         "reward_model",
     )
-    evidence = Evidence(model, checkpoints)
+    audit = WeightAudit(model, checkpoints)
     kept = Checkpoints(
-        checkpoints, identity(params, compute, device, dtype, preferences, {"model": folder}, Path(__file__)), params.save_total_limit
+        checkpoints,
+        preference_identity(params, compute, device, dtype, preferences, {"model": folder}, Path(__file__)),
+        params.save_total_limit,
     )
     more = {"max_length": None, "center_rewards_coefficient": params.center_rewards_coefficient}
     rows = {split: _rows(tokenizer, pairs[split], params.margins) for split in ("train", "validation")}
-    lesson = Lesson("reward model", trl.RewardTrainer, trl.RewardConfig, more, FIGURES)
+    spec = TrainerSpec("reward model", trl.RewardTrainer, trl.RewardConfig, more, FIGURES)
     try:
-        course = learn(lesson, model, tokenizer, rows["train"], rows["validation"], params, compute, kept, live)
+        history = train(spec, model, tokenizer, rows["train"], rows["validation"], params, compute, kept, live)
     except Diverged as diverged:
         named = [pairs["train"][row]["example_id"] for row in diverged.rows]
         note = f"{diverged}; lower reward_model.learning_rate, and look at the pairs of that step"
         remove(checkpoints)
         failed = CheckResult("learned", passed=False, count=len(named), rows=named[:20], note=note)
         return _without_weights(failed, out, curve_file, calibration_file)
-    if not (all(map(math.isfinite, course.losses)) and all(bool(w.isfinite().all()) for w in proof.trainable(model).values())):
+    if not (all(map(math.isfinite, history.losses)) and all(bool(w.isfinite().all()) for w in weight_audit.trainable(model).values())):
         remove(checkpoints)
         failed = CheckResult("learned", passed=False, note="a loss or a trained weight is not finite; lower reward_model.learning_rate")
         return _without_weights(failed, out, curve_file, calibration_file)
-    document, moved = evidence.ends(course, params.model_dump(exclude=SIDELONG), compute, device, dtype)
+    change = audit.change()
+    document = document_of(history, change, params.model_dump(exclude=set(NON_SEMANTIC_PARAMS)), compute, device, dtype)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "training.json", document)
     write_table(
-        out / "examples.parquet", proof.seen_examples(course.seen, [[p["example_id"]] for p in pairs["train"]]), proof.seen_schema()
+        out / "examples.parquet",
+        weight_audit.seen_examples(history.seen, [[p["example_id"]] for p in pairs["train"]]),
+        weight_audit.seen_schema(),
     )
-    write_curve(curve_file, course.curve, CURVE)
-    reward.save(model, folder, out)
+    write_curve(curve_file, history.curve, CURVE)
+    reward_model.save(model, folder, out)
     del model
-    judged = _judge(reward.RewardModel(out, device, dtype), pairs, calibration_file)
+    judged = _judge(reward_model.RewardModel(out, device, dtype), pairs, calibration_file)
     accuracy, (low, high), rule = judged["accuracy"], judged["accuracy_interval"], judged["length_rule"]
     report = Report(
         metrics={
             "model": params.model,
             "method": params.method,
-            "steps": course.step,
-            "tokens": course.tokens,
-            "loss": round(course.losses[-1], 4),
+            "steps": history.step,
+            "tokens": history.tokens,
+            "loss": round(history.losses[-1], 4),
             "pairs": {split: len(found) for split, found in pairs.items()},
             **judged,
             "environment": document["versions"],
         },
         checks=[
-            CheckResult("learned", passed=True, note=f"loss {course.losses[0]:.3f} -> {course.losses[-1]:.3f}"),
-            replace(moved, blocking=False),
+            CheckResult("learned", passed=True, note=f"loss {history.losses[0]:.3f} -> {history.losses[-1]:.3f}"),
+            replace(change.check(), blocking=False),
             CheckResult(
                 "prefers_as_people_do",
                 passed=accuracy >= params.min_accuracy,
@@ -146,9 +177,9 @@ def run(
                 note=f"accuracy {accuracy:.3f}, at least {low:.3f}; the {judged['length_rule_says']} answer is the chosen one in {rule:.3f}",
             ),
         ],
-        measured={"training_seconds": round(course.seconds, 1), "peak_memory_bytes": memory.peak(device.type)},
+        measured={"training_seconds": round(history.seconds, 1), "peak_memory_bytes": peak_memory(device.type)},
     )
-    reward.write_quality(out, report.checks)
+    reward_model.write_quality(out, report.checks)
     remove(checkpoints)
     return report
 
@@ -158,12 +189,14 @@ def _without_pairs(out: Path, curve_file: Path, calibration_file: Path) -> Repor
     write_json(out / "training.json", {"pairs": 0})
     write_curve(curve_file, [], CURVE)
     _write_calibration(calibration_file, [])
-    return Report(metrics={"pairs": 0}, checks=[CheckResult(name, passed=True, note="there are no preferences") for name in TRUTHS])
+    return Report(
+        metrics={"pairs": 0}, checks=[CheckResult(name, passed=True, note="there are no preferences") for name in CHECK_DESCRIPTIONS]
+    )
 
 
 def _without_weights(failed: CheckResult, out: Path, curve_file: Path, calibration_file: Path) -> Report:
     """The outputs of a training that ended in weights that nothing can use. Every file that dvc.yaml names exists."""
-    reward.write_quality(out, [failed])
+    reward_model.write_quality(out, [failed])
     write_curve(curve_file, [], CURVE)
     _write_calibration(calibration_file, [])
     return Report(checks=[failed])
@@ -199,7 +232,7 @@ def _rows(tokenizer: Any, pairs: Sequence[Mapping[str, Any]], margins: bool) -> 
     ]
 
 
-def _judge(model: reward.RewardModel, pairs: Mapping[str, Sequence[Mapping[str, Any]]], calibration_file: Path) -> dict[str, Any]:
+def _judge(model: reward_model.RewardModel, pairs: Mapping[str, Sequence[Mapping[str, Any]]], calibration_file: Path) -> dict[str, Any]:
     """Held-out accuracy, with what length alone tells, and how sure the model is where it is right."""
     import numpy as np
 

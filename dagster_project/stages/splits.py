@@ -10,12 +10,10 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from dagster_project.curation.augment import Added, Augment, augment, read_paraphrases
-from dagster_project.curation.privacy import mask
-from dagster_project.curation.split import DROPPED, SPLITS, TRAIN, Deal, Proof, deal, find_copies, joined, prove
-from dagster_project.errors import InputError
-from dagster_project.params import Section, inside
-from dagster_project.records import (
+from dagster_project.core.context import StageContext, ValidationContext
+from dagster_project.core.errors import InputError
+from dagster_project.core.params import Section, inside
+from dagster_project.core.records import (
     CheckResult,
     Report,
     read_ledger,
@@ -26,8 +24,12 @@ from dagster_project.records import (
     write_ledger,
     write_records,
 )
+from dagster_project.curation.checks.privacy import mask
+from dagster_project.curation.sources.reading import locate
+from dagster_project.curation.splitting.augment import Added, Augment, augment, read_paraphrases
+from dagster_project.curation.splitting.split import DROPPED, SPLITS, TRAIN, Deal, Proof, deal, find_copies, joined, prove
 
-TRUTHS = {
+CHECK_DESCRIPTIONS = {
     "split_leakage": "No row stands in, or nearly in, two splits.",
     "schema": "Every split has rows.",
     "augmented_rows": "Validation and test hold only rows of the instruction set, none made by `augment`.",
@@ -61,8 +63,17 @@ class Params(Section):
         return self
 
 
+def validate(params: Params, ctx: ValidationContext) -> None:
+    if params.augment and params.augment.paraphrases:
+        locate(ctx.root, params.augment.paraphrases, "splits.augment.paraphrases", "data/sources/paraphrases")
+
+
+def run(ctx: StageContext) -> Report:
+    return produce(ctx.root, ctx.params("splits", Params), ctx.compute.seed, ctx.output_of("instructions"), out=ctx.out)
+
+
 @uncollected
-def run(root: Path, params: Params, seed: int, instructions: Path, out: Path) -> Report:
+def produce(root: Path, params: Params, seed: int, instructions: Path, out: Path) -> Report:
     """Args:
     root: the project's folder, which the path of paraphrases is relative to.
     """

@@ -11,19 +11,30 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from dagster_project.chat import IGNORE, has_field, is_text, pack
-from dagster_project.errors import InputError
-from dagster_project.params import Section
-from dagster_project.records import CheckResult, Report, read_ledger, read_records, response_text, write_json, write_ledger, write_table
-from dagster_project.training import label_audit, mixture, templates
-from dagster_project.training.examples import Example, Fate, Rules, TooLong, make
+from dagster_project.core.chat import IGNORE, has_field, is_text, pack
+from dagster_project.core.context import StageContext, ValidationContext
+from dagster_project.core.errors import InputError
+from dagster_project.core.hashing import sha256_of_text
+from dagster_project.core.params import Section
+from dagster_project.core.records import (
+    CheckResult,
+    Report,
+    read_ledger,
+    read_records,
+    response_text,
+    write_json,
+    write_ledger,
+    write_table,
+)
+from dagster_project.training.tokens import chat_templates, label_audit, mixture
+from dagster_project.training.tokens.examples import Example, Fate, Rules, TooLong, make
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 Record = dict[str, Any]
 
-TRUTHS = {
+CHECK_DESCRIPTIONS = {
     "template_mismatch": "Every conversation fits the chat template.",
     "no_answer": "Every conversation has an answer to learn from.",
     "too_long": "Every example fits into `max_length` tokens.",
@@ -79,7 +90,17 @@ class Params(Section):
     """General data mixed into train against forgetting."""
 
 
-def run(root: Path, params: Params, seed: int, splits: Path, base_model: Path, out: Path) -> Report:
+def validate(params: Params, ctx: ValidationContext) -> None:
+    chat_templates.locate(ctx.root, params.chat_template)
+
+
+def run(ctx: StageContext) -> Report:
+    return produce(
+        ctx.root, ctx.params("tokenized", Params), ctx.compute.seed, ctx.output_of("splits"), ctx.output_of("base_model"), out=ctx.out
+    )
+
+
+def produce(root: Path, params: Params, seed: int, splits: Path, base_model: Path, out: Path) -> Report:
     """Args:
     root: the project's folder, which the path of a template is relative to.
     seed: draws the rows that are repeated or left out, and the examples that the audit shows.
@@ -92,7 +113,7 @@ def run(root: Path, params: Params, seed: int, splits: Path, base_model: Path, o
             f"params.yaml: tokenized.max_length: {params.max_length} is more than the model's context of {tokenizer.model_max_length}",
             "lower it",
         )
-    template = templates.use(tokenizer, root, params.chat_template)
+    template = chat_templates.use(tokenizer, root, params.chat_template)
     records = {split: read_records(splits / split) for split in ("train", "validation")}
     if template is None and not all(is_text(record) for found in records.values() for record in found):
         raise InputError("data/base_model: it has no chat template", "name one in params.yaml: tokenized.chat_template, e.g. chatml")
@@ -119,7 +140,7 @@ def run(root: Path, params: Params, seed: int, splits: Path, base_model: Path, o
     write_table(out / "categories.parquet", [{"example_id": i, "category": name} for i, name in categories.items()], category_schema())
 
     room = params.packed_length or params.max_length
-    written = {"name": params.chat_template or "base_model", "sha256": hashlib.sha256(template.encode()).hexdigest()} if template else None
+    written = {"name": params.chat_template or "base_model", "sha256": sha256_of_text(template)} if template else None
     metrics: dict[str, Any] = {"template": written} if written else {}
     audit: dict[str, Any] = {**metrics, "splits": {}, "examples": []}
     for split in records:
@@ -141,7 +162,7 @@ def run(root: Path, params: Params, seed: int, splits: Path, base_model: Path, o
         }
     write_json(out / "audit.json", audit)
     if template:
-        (out / templates.FILE).write_text(template, encoding="utf-8")
+        (out / chat_templates.FILE).write_text(template, encoding="utf-8")
 
     everything = [fate for found in fates.values() for fate in found]
     metrics |= _lost(everything)
@@ -225,8 +246,8 @@ def _lost(fates: Sequence[Fate]) -> dict[str, Any]:
 def _checks(
     params: Params, tokenizer: Any, records: Sequence[Record], fates: Sequence[Fate], ledger: Sequence[dict[str, Any]]
 ) -> list[CheckResult]:
-    """The results of TRUTHS, in its order."""
-    found: dict[str, dict[int, str]] = {name: {} for name in TRUTHS}
+    """The results of CHECK_DESCRIPTIONS, in its order."""
+    found: dict[str, dict[int, str]] = {name: {} for name in CHECK_DESCRIPTIONS}
     for i, fate in enumerate(fates):
         kind = fate.outcome.removeprefix("dropped:").partition(":")[0]
         name = "too_long" if kind in {"truncated", "split"} else kind

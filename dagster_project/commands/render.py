@@ -1,0 +1,62 @@
+"""`pedigree render`: draw pages again from the documents on disk, without running anything."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dagster_project.core.context import Documents
+from dagster_project.core.errors import InputError
+from dagster_project.core.layout import pages_of, report_of
+from dagster_project.orchestration import dvc
+from dagster_project.views.render import PAGES, draw
+
+
+def render(root: Path, address: str | None = None) -> dict[str, Any]:
+    """Draw the pages of one stage, or of all stages that have any.
+
+    Args:
+        address: e.g. "comparison" or "adapter@lora"; None for all.
+    Returns:
+        {"pages": paths that were written, "skipped": {address: why}}.
+    Raises:
+        InputError: no such stage, or one without pages.
+    """
+    stages = dvc.read_street(root)
+    if address is not None and address not in stages:
+        raise InputError(f"{address} is not a stage of dvc.yaml", f"stages: {', '.join(stages)}")
+    with_pages = [name for name in stages if name.partition("@")[0] in PAGES]
+    if address is not None and address not in with_pages:
+        raise InputError(f"{address} has no pages", f"stages with pages: {', '.join(with_pages)}")
+    written: list[str] = []
+    skipped: dict[str, str] = {}
+    for name in with_pages if address is None else [address]:
+        reason, paths = _render(root, name, root / stages[name].out)
+        written += paths
+        if reason:
+            skipped[name] = reason
+    return {"pages": written, "skipped": skipped}
+
+
+def _render(root: Path, address: str, out: Path) -> tuple[str, list[str]]:
+    """Why nothing was drawn, or "", and the pages that were."""
+    path, pages = root / report_of(address), pages_of(root, address)
+    if not path.is_file() or not out.exists():
+        return "it has not run yet", []
+    report = json.loads(path.read_text(encoding="utf-8"))
+    if not report.get("passed", True):
+        return "its latest run failed a blocking check: its page shows that run already", []
+    before = _times(pages)
+    draw(Documents(root, address, out, pages, report))
+    drawn = [str(page.relative_to(root)) for page, time in _times(pages).items() if before.get(page) != time]
+    return ("" if drawn else "the documents of its latest run are not on this machine: run it again", drawn)
+
+
+def _times(folder: Path) -> dict[Path, int]:
+    return {page: page.stat().st_mtime_ns for page in sorted(folder.glob("*.html"))}
+
+
+def as_text(result: dict[str, Any]) -> str:
+    lines = [*result["pages"], *(f"{address}: not drawn: {reason}" for address, reason in result["skipped"].items())]
+    return "\n".join(lines) or "no stage with pages has run yet"

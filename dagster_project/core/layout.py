@@ -1,0 +1,32 @@
+"""Where everything lies under a project's data/ folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+REPORTS = "data/reports/"
+PLOTS = "data/plots/"
+
+
+def report_of(address: str) -> str:
+    """ "adapter@lora" -> "data/reports/adapter/lora.json": the stage's report, which git tracks."""
+    return f"{REPORTS}{address.replace('@', '/')}.json"
+
+
+def is_report(path: str) -> bool:
+    """Whether a path is a stage's report. A stage that reads one reads no output: the report counts as part of the reader's definition."""
+    return path.startswith(REPORTS)
+
+
+def is_code(path: str) -> bool:
+    return path.endswith(".py")
+
+
+def pages_of(root: Path, address: str) -> Path:
+    """Folder of a stage's pages, and of other files about its latest run. Not tracked."""
+    return root / "data" / "pages" / address.replace("@", "/")
+
+
+def measured_path(root: Path, address: str) -> Path:
+    """Time and memory of the stage's latest run, with the sha256 of what it made. Not tracked."""
+    return pages_of(root, address) / "measured.json"

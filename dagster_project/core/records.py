@@ -1,0 +1,297 @@
+"""The canonical record, its Parquet shards, the row ledger and the report: the forms in which stages meet."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache, wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+if TYPE_CHECKING:
+    import pyarrow as pa  # imported inside functions: Dagster loads every stage's module, and Arrow costs more than all of them
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def uncollected(function: Callable[P, T]) -> Callable[P, T]:
+    """Call it without Python's cycle collector, which would walk millions of rows over and over, and never finds a cycle in one."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            if collecting:
+                gc.enable()
+
+    return call
+
+
+@cache
+def record_schema() -> pa.Schema:
+    """The canonical record."""
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            ("example_id", pa.string()),  # content hash of the canonical messages: the same on every machine
+            ("source", pa.string()),  # path of the file it came from, relative to the project
+            ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+            ("category", pa.string()),  # nullable
+            ("group_id", pa.string()),  # cluster of near-duplicates; null until `instructions` sets it
+            ("meta", pa.string()),  # JSON: what the source row held beyond the messages
+        ]
+    )
+
+
+@cache
+def pair_schema() -> pa.Schema:
+    """The canonical preference pair."""
+    import pyarrow as pa
+
+    messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    return pa.schema(
+        [
+            ("example_id", pa.string()),  # content hash of prompt, chosen and rejected
+            ("source", pa.string()),
+            ("prompt", messages),  # ends with a user turn
+            ("chosen", messages),  # what is said after the prompt, the assistant first
+            ("rejected", messages),
+            ("margin", pa.float64()),  # nullable: how much better `chosen` is, in the source's own unit
+            ("category", pa.string()),  # nullable
+            ("group_id", pa.string()),  # cluster of pairs with nearly the same prompt; null until `preferences` sets it
+            ("meta", pa.string()),  # JSON: what the source row held beyond these
+        ]
+    )
+
+
+@cache
+def ledger_schema(repaired: bool = False) -> pa.Schema:
+    """What happened to each source row.
+
+    Args:
+        repaired: with the columns of a set in which rows were repaired.
+    """
+    import pyarrow as pa
+
+    columns = [
+        ("source", pa.string()),
+        ("source_row", pa.int64()),  # 0-based row in the source file
+        ("example_id", pa.string()),
+        ("outcome", pa.string()),  # kept, dropped:<check>, a split's name, truncated, ...
+        ("why", pa.string()),
+    ]
+    more = [
+        ("source_id", pa.string()),  # example_id of the row as it was read; null where it is the same
+        ("repaired", pa.list_(pa.string())),  # checks it was repaired for; null where it was not
+    ]
+    return pa.schema(columns + (more if repaired else []))
+
+
+def example_id(messages: Sequence[dict[str, str]]) -> str:
+    """Content hash of the messages: sha256 over their canonical JSON, 128 bits in hex."""
+    canonical = CANONICAL.encode([[m["role"], m["content"]] for m in messages])
+    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def pair_id(prompt: Sequence[dict[str, str]], chosen: Sequence[dict[str, str]], rejected: Sequence[dict[str, str]]) -> str:
+    """Content hash of a preference pair."""
+    sides = {"chosen": chosen, "rejected": rejected}
+    return example_id([*prompt, *({"role": side, "content": CANONICAL.encode(said)} for side, said in sides.items())])
+
+
+def content_id(record: Mapping[str, Any]) -> str:
+    """`example_id` of a record or, where it is a pair as the checks look at it (`formats.as_record`), of the pair."""
+    messages, asked = record["messages"], record.get("asked")
+    return example_id(messages) if asked is None else pair_id(messages[:asked], messages[asked:], record["rejected"])
+
+
+CANONICAL = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
+def prompt_text(messages: Sequence[dict[str, str]]) -> str:
+    """What people ask: the content of all user turns. System prompts are left out, being the same for whole sets."""
+    return "\n".join(m["content"] for m in messages if m["role"] == "user")
+
+
+def response_text(messages: Sequence[dict[str, str]]) -> str:
+    """The last message's content if the assistant says it, else the empty string."""
+    return messages[-1]["content"] if messages and messages[-1]["role"] == "assistant" else ""
+
+
+def subject_text(messages: Sequence[dict[str, str]]) -> str:
+    """What of a row is compared with other rows: what is asked or, where nobody asks (plain text), what is said."""
+    return prompt_text(messages) or response_text(messages)
+
+
+def _shards(ids: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """(start, end) of each shard. A boundary depends on the row before it alone, so an edit in one place changes few shards."""
+    start = 0
+    for i, identity in enumerate(ids, 1):
+        if i == len(ids) or (i - start >= 256 and int(identity[:4] or "0", 16) % 1024 == 0) or i - start >= 8192:
+            yield start, i
+            start = i
+
+
+def write_table(path: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema) -> None:
+    """Rows to one Parquet file, byte for byte the same for the same rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), path, compression="zstd", store_schema=True)
+
+
+@uncollected
+def write_records(folder: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema | None = None) -> None:
+    """A data set to a folder of shards, records-00000.parquet and on, in the order given; `schema` is the canonical record's unless given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ids = [row["example_id"] for row in rows]
+    for number, (start, end) in enumerate(_shards(ids) if rows else [(0, 0)]):
+        write_table(folder / f"records-{number:05d}.parquet", rows[start:end], schema or record_schema())
+
+
+def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """The rows of `write_table`."""
+    import pyarrow.parquet as pq
+
+    return pq.read_table(path, columns=list(columns) if columns else None).to_pylist()
+
+
+@uncollected
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """The rows of `write_records`, in order."""
+    return [row for shard in sorted(folder.glob("records-*.parquet")) for row in read_table(shard)]
+
+
+PREFERENCE = ("example_id", "prompt", "chosen", "rejected", "margin", "category", "group_id")
+"""What of a pair a trainer reads."""
+
+
+@uncollected
+def read_preferences(folder: Path) -> list[dict[str, Any]]:
+    """The pairs of a split of `preferences`, in TRL's conversational form:
+
+    {"example_id": "5d41...", "prompt": [user "Hi"], "chosen": [assistant "Hello"], "rejected": [assistant "What?"], "margin": None,
+     "category": None, "group_id": "5d41..."}
+    """
+    return [row for shard in sorted(folder.glob("records-*.parquet")) for row in read_table(shard, PREFERENCE)]
+
+
+READ, JOINED = "read", "joined"
+"""Outcomes in the ledger of `raw_preferences`: a row that begins a pair, and a row that is the other half of the pair before it."""
+
+
+@uncollected
+def read_pairs(folder: Path) -> list[dict[str, Any]]:
+    """The output of `raw_preferences`: the pairs in order, each with its `source_rows` from the ledger and the first of them as `source_row`."""
+    rows: list[list[int]] = []
+    for line in read_ledger(folder):
+        if line["outcome"] == READ:
+            rows.append([])
+        rows[-1].append(line["source_row"])
+    return [{**pair, "source_row": found[0], "source_rows": found} for pair, found in zip(read_records(folder), rows, strict=True)]
+
+
+@uncollected
+def write_ledger(folder: Path, rows: Iterable[dict[str, Any]]) -> None:
+    lines = list(rows)
+    write_table(folder / "ledger.parquet", lines, ledger_schema(any(line.get("repaired") for line in lines)))
+
+
+@uncollected
+def read_ledger(folder: Path) -> list[dict[str, Any]]:
+    return read_table(folder / "ledger.parquet")
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """One check of a stage: the truth it looked at and the rows that broke it."""
+
+    name: str
+    passed: bool
+    severity: str = "error"
+    """"error", "warn" or "info"."""
+    blocking: bool = False
+    """A failed blocking check stops the stage before it writes its output."""
+    count: int = 0
+    """Rows that broke the check, those dropped for it included."""
+    rows: list[str] = field(default_factory=list)
+    """The first offending rows, as "source:row" (0-based)."""
+    examples: list[str] = field(default_factory=list)
+    note: str = ""
+    dropped: int = 0
+    """Rows dropped for it, and for no check before it."""
+    waived: int = 0
+    """Rows that break it and may, because somebody said why."""
+    fixed: int = 0
+    """Rows that broke it, were repaired and are kept."""
+    matches: list[dict[str, Any]] = field(default_factory=list)
+    """The first overlaps, each with both texts (curation/checks/findings.py)."""
+
+
+@dataclass
+class Report:
+    """What a stage says about its run. Becomes data/reports/<stage>.json, which git tracks."""
+
+    rows_in: int | None = None
+    rows_out: int | None = None
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Reason -> rows. rows_in == rows_out + sum(dropped.values()), always."""
+    fixed: dict[str, int] = field(default_factory=dict)
+    """Check -> rows that were repaired for it and kept."""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    checks: list[CheckResult] = field(default_factory=list)
+    measured: dict[str, float] = field(default_factory=dict)
+    """What this very run took: bytes, seconds, tokens a second. Shown, and never in a file that is tracked: it differs from run to run."""
+
+    def __post_init__(self) -> None:
+        if self.rows_in is not None and self.rows_out is not None and self.rows_in != self.rows_out + sum(self.dropped.values()):
+            raise AssertionError(f"rows lost: {self.rows_in} in, {self.rows_out} out, dropped {self.dropped}")
+
+    @property
+    def failures(self) -> list[CheckResult]:
+        return [check for check in self.checks if check.blocking and not check.passed]
+
+    def document(self) -> dict[str, Any]:
+        """The JSON document, without empty parts; checks keyed by name."""
+        rows = {"rows_in": self.rows_in, "rows_out": self.rows_out, "dropped": self.dropped} if self.rows_in is not None else {}
+        rows |= {"fixed": self.fixed} if self.fixed else {}
+        checks = {
+            c.name: {
+                k: v
+                for k, v in asdict(c).items()
+                if k != "name" and v not in ([], "") and not (v == 0 and k in {"dropped", "waived", "fixed"})
+            }
+            for c in self.checks
+        }
+        return {**rows, **self.metrics, **({"checks": checks} if checks else {})}
+
+
+def write_json(path: Path, document: Any) -> None:
+    write_text(path, json.dumps(document, indent=1, ensure_ascii=False, sort_keys=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """In one step, so that whoever reads meanwhile finds the old text or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder if it is there. Never through a link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

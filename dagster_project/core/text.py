@@ -1,0 +1,50 @@
+"""Text for people: hidden characters made visible, numbers, plurals."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+NAMES = {
+    "zero_shot": "base model, the question alone",
+    "system_prompt": "base model, instruction only",
+    "chain_of_thought": "base model, told to think step by step",
+    "few_shot": "base model, worked examples in the prompt",
+    "retrieved": "base model, retrieved examples in the prompt",
+    "tfidf_logistic": "TF-IDF + logistic regression",
+}
+"""Systems that tuned variants are compared with, in words."""
+
+TITLES = {"macro_f1": "macro-F1", "accuracy": "accuracy", "rouge_l": "ROUGE-L", "exact_match": "exact match"}
+"""Measures of the comparison table, in words."""
+
+_HIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ufdd0-\ufdef\ufffe\uffff\ud800-\udfff"
+    "\U000e0000-\U000e0fff" + "".join(chr(plane * 0x10000 + last) for plane in range(1, 17) for last in (0xFFFE, 0xFFFF)) + "]"
+)
+"""Controls, bidirectional controls, characters without a glyph, lone surrogates and non-characters. Not the two joiners that words need."""
+
+
+def visible(text: str) -> str:
+    """The text with every hidden character written out: ESC as \\x1b, a right-to-left override as \\u202e. Encodes as UTF-8."""
+    return _HIDDEN.sub(lambda found: found.group().encode("unicode_escape", "surrogatepass").decode(), text)
+
+
+def number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{round(value, 3):,}"
+
+
+def many(count: int, noun: str) -> str:
+    return f"{number(count)} {noun}{'' if count == 1 else 's'}"
+
+
+def commit_text(code: Mapping[str, Any]) -> str:
+    """ "commit 1234abcd5678, clean"."""
+    if code["commit"] is None:
+        return f"uncommitted, after {code['after'][:12]}" if code.get("after") else "uncommitted"
+    earlier = " or earlier (this clone is shallow: `git fetch --unshallow` brings the rest)" if code.get("or_earlier") else ""
+    again = f"; the same bytes again at {code['made_again'][:12]}" if code.get("made_again") else ""
+    differs = code.get("differs", [])
+    clean = "clean" if not differs else f"dirty: it holds {', '.join(differs[:5])}{' and more' if len(differs) > 5 else ''} otherwise"
+    return f"commit {code['commit'][:12]}{earlier}, {clean}{again}"

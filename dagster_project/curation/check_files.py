@@ -1,0 +1,342 @@
+"""`pedigree check`: the checks of the pipeline on any files, without a pipeline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dagster_project.core.errors import InputError
+from dagster_project.core.params import parse
+from dagster_project.core.records import example_id, prompt_text, read_ledger, read_pairs, read_records, response_text
+from dagster_project.curation.checks import findings
+from dagster_project.curation.checks.checks import Rules, judge
+from dagster_project.curation.checks.privacy import mask
+from dagster_project.curation.checks.token_counts import ESTIMATED, Tokens
+from dagster_project.curation.similarity.overlap import shared_span, thirteen_gram_pairs
+from dagster_project.curation.sources import formats
+from dagster_project.curation.sources.benchmarks import BENCHMARKS, Item, benchmark_of, items_of, only_asks, read_item
+from dagster_project.curation.sources.files import Row, files_of, read_rows
+from dagster_project.curation.sources.hub import held_out_label, parse_spec, read_split
+from dagster_project.curation.sources.written import write_rows
+
+Kind = Literal["examples", "preferences", "benchmark"]
+ALIASES = {"hh": "transcripts", "openai": "messages", "chatml": "messages"}
+PAIRS = "dpo"
+"""Names no layout, but what the rows are for: preference pairs in any layout."""
+KNOWN = ("auto", *dict.fromkeys([*formats.LAYOUTS, *formats.PAIR_LAYOUTS, PAIRS, *BENCHMARKS, *ALIASES]))
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A set of rows, ready to be judged."""
+
+    kind: Kind
+    layout: str
+    records: list[dict[str, Any]]
+
+
+def check_paths(
+    paths: Sequence[str],
+    layout: str = "auto",
+    against: Sequence[str] = (),
+    rules: Rules | None = None,
+    tokens: Tokens = ESTIMATED,
+    since: Sequence[str] = (),
+    previous: str = "",
+    thirteen_grams: bool = False,
+    mapping: Mapping[str, str] | None = None,
+    out: Path | None = None,
+    dropped: Path | None = None,
+) -> dict[str, Any]:
+    """Judge files of examples, of preference pairs, or of benchmark questions.
+
+    Args:
+        against: held-out files, of examples or of benchmark questions, that `paths` must not overlap.
+        rules: policy, limits and waivers.
+        since: the previous version of `paths`, to say what has changed; `previous` is its name.
+        thirteen_grams: also count what the usual rule, any 13 words in common, would call leakage (in `thirteen_grams`).
+        mapping: field -> column, for a layout of one's own; as `mapping` of a source in params.yaml.
+        out, dropped: JSONL files to write the rows to that are kept, and those that are not (curation/sources/written.py).
+    Returns:
+        The document of `findings.document`; `rows` are 0-based source rows, counted on through the files where there is more than one.
+    Raises:
+        InputError: a file is missing, empty or in no known format, or the files are of different kinds.
+    """
+    rules = rules or Rules()
+    loaded = load(paths, layout, mapping)
+    if loaded.kind == "benchmark" and (out or dropped):
+        raise InputError(f"{', '.join(paths)}: holds benchmark questions", "--out and --dropped write examples and preference pairs")
+    held_out = [item for path in against for item in _items(path)]
+    judged = judge(loaded.records, held_out, rules, tokens, kind=loaded.kind)
+    name = ", ".join(paths)
+    document = {"fixed": {}, **findings.document(name, loaded.layout, judged, held_out)}
+    if thirteen_grams:
+        document["thirteen_grams"] = _thirteen(loaded.records, held_out)
+    if since:
+        before = load(since, layout, mapping)
+        if before.kind != loaded.kind:
+            raise InputError(f"{previous} holds {before.kind}, {name} {loaded.kind}", "name an earlier version of the same data")
+        was = judge(before.records, held_out, rules, tokens, kind=before.kind)
+        old = findings.document(previous, before.layout, was, held_out, matches=0)
+        document["changes"] = {
+            **findings.changes(_from(before.records, since, paths), loaded.records, previous),
+            "findings": findings.finding_changes(old["findings"], document["findings"]),
+        }
+    write_rows(judged, out, dropped)
+    return document
+
+
+def _from(records: Sequence[dict[str, Any]], places: Sequence[str], names: Sequence[str]) -> list[dict[str, Any]]:
+    """The records as if they came from `names`: the same files, at another place."""
+    renamed = []
+    for record in records:
+        source = record["source"]
+        for place, name in zip(places, names, strict=False):
+            place = place.rstrip("/")
+            if source == place or source.startswith(f"{place}/"):
+                source = name.rstrip("/") + source[len(place) :]
+                break
+        renamed.append({**record, "source": source})
+    return renamed
+
+
+def load(paths: Sequence[str], layout: str = "auto", mapping: Mapping[str, str] | None = None) -> Loaded:
+    """Files, folders and splits on the Hub in one list.
+
+    Args:
+        mapping: field -> column, for a layout of one's own.
+    Raises:
+        InputError: missing, unreadable, or of different kinds.
+    """
+    layout = ALIASES.get(layout, layout)
+    if layout not in KNOWN:
+        raise InputError(f"unknown format {layout!r}", f"known formats: {', '.join(KNOWN)}")
+    if mapping and layout != "auto":
+        raise InputError(f"both a format ({layout}) and a mapping", "leave --format or --mapping out")
+    parts = [part for path in paths for part in _load(path, layout, mapping)]
+    kinds = {part.kind: part.records[0]["source"] for part in parts if part.records}
+    if len(kinds) > 1:
+        raise InputError(
+            f"different kinds of data: {', '.join(f'{path} holds {kind}' for kind, path in kinds.items())}", "check them one by one"
+        )
+    return Loaded(
+        parts[0].kind, ", ".join(dict.fromkeys(part.layout for part in parts)), [record for part in parts for record in part.records]
+    )
+
+
+def _load(path: str, layout: str, mapping: Mapping[str, str] | None = None) -> list[Loaded]:
+    if hub := parse_spec(path):
+        return [_rows(read_split(hub), hub.name, layout, held_out_label(hub), mapping)]
+    place = _place(path)
+    if layout == "auto" and not mapping and _is_canonical(place):
+        return [_canonical(place)]
+    if place.is_dir():
+        return [_rows(read_rows(file), f"{path.rstrip('/')}/{name}", layout, mapping=mapping) for name, file in files_of(place)]
+    return [_rows(read_rows(place), path, layout, mapping=mapping)]
+
+
+def _place(path: str) -> Path:
+    """Raises:
+    InputError: there is nothing there; an empty name would stand for the folder one is in.
+    """
+    try:
+        if path and Path(path).exists():
+            return Path(path)
+    except OSError:  # a name too long for a file
+        pass
+    raise InputError(f"{path or 'a path without a name'} does not exist", "name a file, a folder or hub:org/name@REVISION:split")
+
+
+def _rows(rows: list[Row], source: str, layout: str, split: str | None = None, mapping: Mapping[str, str] | None = None) -> Loaded:
+    name = source.rpartition("/")[2]
+    if mapping:
+        kind: Kind = "preferences" if PAIR_ONLY & mapping.keys() else "examples"
+    else:
+        kind, layout = _kind(rows, name, layout)
+    if kind == "preferences":
+        layout, pairs = formats.pairs_of(rows, name, source, layout, mapping, split)
+        return Loaded(kind, layout, [formats.as_record(pair) for pair in pairs])
+    if kind == "benchmark":
+        return Loaded(kind, layout, [_question(layout, row, source) for row in rows])
+    layout, records = formats.records_of(rows, name, source, layout, mapping, split)
+    return Loaded(kind, layout, records)
+
+
+PAIR_ONLY = formats.PAIR_FIELDS.keys() - formats.RECORD_FIELDS.keys()
+"""Fields of a mapping that only pairs have."""
+
+
+def read_mapping(text: str) -> dict[str, str]:
+    """ "prompt=q,response=a"  ->  {"prompt": "q", "response": "a"}
+
+    Raises:
+        InputError: a field is not known, missing or named twice.
+    """
+    parts = [part.partition("=") for part in text.split(",")]
+    named = [field.strip() for field, _, _ in parts]
+    mapping = {field.strip(): column.strip() for field, _, column in parts}
+    fields = formats.PAIR_FIELDS if PAIR_ONLY & mapping.keys() else formats.RECORD_FIELDS
+    if not all(sign and column.strip() for _, sign, column in parts):
+        problem = "expected FIELD=COLUMN,..."
+    elif len(mapping) < len(named):
+        problem = f"field {next(field for field in named if named.count(field) > 1)!r} is named twice"
+    else:
+        problem = formats.mapping_problem(mapping, fields)
+    if problem:
+        raise InputError(f"--mapping {text}: {problem}", "as in prompt=q,response=a or prompt=q,chosen=a,rejected=b")
+    return mapping
+
+
+def _kind(rows: Sequence[Row], name: str, layout: str) -> tuple[Kind, str]:
+    """What the rows are, and in which layout. A format's name that two kinds share is told by the keys."""
+    if layout == PAIRS:
+        try:
+            return "preferences", formats.detect(rows, name, formats.PAIR_LAYOUTS)
+        except InputError as error:
+            raise InputError(error.what, "leave --format out, or name the layout that the rows are in") from None
+    if layout != "auto":
+        owners: list[Kind] = [
+            kind  # type: ignore[misc]
+            for kind, table in (("examples", formats.LAYOUTS), ("preferences", formats.PAIR_LAYOUTS), ("benchmark", BENCHMARKS))
+            if layout in table
+        ]
+        return (formats.kind(rows) if len(owners) > 1 else owners[0]), layout
+    benchmark = benchmark_of(rows)
+    if benchmark and benchmark != "gsm8k":
+        return "benchmark", benchmark
+    kind = formats.kind(rows)
+    return kind, formats.detect(rows, name, formats.PAIR_LAYOUTS if kind == "preferences" else formats.LAYOUTS)
+
+
+def _is_canonical(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in ("records-00000.parquet", "ledger.parquet"))
+
+
+def _canonical(folder: Path) -> Loaded:
+    """The output of `raw_examples`, `instructions` or `raw_preferences`; rows are numbered as they stood in their sources.
+
+    Raises:
+        InputError: it is not whole, or of another program's making.
+    """
+    from pyarrow import ArrowException
+
+    try:
+        records = read_records(folder)
+        if records and "chosen" in records[0]:
+            loaded = Loaded("preferences", "canonical pairs", [formats.as_record(pair) for pair in read_pairs(folder)])
+        else:
+            placed = [entry for entry in read_ledger(folder) if not entry["outcome"].startswith("dropped")]
+            found = [{**record, "source_row": entry["source_row"]} for record, entry in zip(records, placed, strict=True)]
+            loaded = Loaded("examples", "canonical records", found)
+        if unsound := [findings.place(record) for record in loaded.records if not _is_sound(record)]:
+            raise ValueError(f"{unsound[0]} is no canonical record")
+    except (ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{folder}: not a whole data set of this project: {error}", "run its stage again, or name another folder"
+        ) from None
+    return loaded
+
+
+def _is_sound(record: Mapping[str, Any]) -> bool:
+    texts = [
+        record["example_id"],
+        record["source"],
+        *(text for message in [*record["messages"], *record.get("rejected", ())] for text in (message["role"], message["content"])),
+    ]
+    return all(isinstance(text, str) for text in texts) and isinstance(json.loads(record["meta"]), dict)
+
+
+def _question(layout: str, row: Row, source: str) -> dict[str, Any]:
+    """A benchmark's question as a record: the assistant says the right answer."""
+    try:
+        item = read_item(layout, row, source)
+    except (ValueError, TypeError, KeyError) as error:
+        problem = f"no key {error}" if isinstance(error, KeyError) else str(error)
+        messages: list[dict[str, str]] = []
+        meta: dict[str, Any] = {"problem": problem, "row": row.value}
+        labelled, category = True, None
+    else:
+        choices = "".join(f"\n{choice}" for choice in item.choices)
+        answer = item.text or item.rubric or "(no answer)"
+        messages = [{"role": "user", "content": item.question + choices}, {"role": "assistant", "content": answer}]
+        labelled, meta, category = item.labelled, {}, item.subject or None
+    return {
+        "example_id": example_id(messages or [{"role": "malformed", "content": json.dumps(row.value, sort_keys=True)}]), "source": source,
+        "source_row": row.source_row, "messages": messages, "category": category, "group_id": None, "meta": json.dumps(meta),
+        "labelled": labelled,
+    }  # fmt: skip
+
+
+def _items(path: str) -> list[Item]:
+    """What a held-out file or folder asks and answers: a benchmark's questions, prompts alone, or examples, which a team holds out itself.
+
+    Raises:
+        InputError: a row of it cannot be read: it could be the one that leaks.
+    """
+    hub = parse_spec(path)
+    place = Path() if hub else _place(path)
+    if not hub and _is_canonical(place):
+        found = _canonical(place)
+    elif not hub and place.is_dir():
+        return [item for name, _ in files_of(place) for item in _items(f"{path.rstrip('/')}/{name}")]
+    else:
+        rows, source = (read_split(hub), hub.name) if hub else (read_rows(place), path)
+        if benchmark_of(rows) or (only_asks(rows) and not formats.is_known(rows)):
+            return items_of(rows, source.rpartition("/")[2], source)
+        found = _rows(rows, source, "auto")
+    for record in found.records:
+        if not record["messages"]:
+            raise InputError(f"{findings.place(record)}: {findings.excerpt(record)}", "fix the row, or take it out of what is held out")
+    return [
+        Item(
+            findings.place(record),
+            prompt_text(record["messages"]) or response_text(record["messages"]),
+            text=response_text(record["messages"]),
+        )
+        for record in found.records
+    ]
+
+
+def _thirteen(records: Sequence[dict[str, Any]], held_out: Sequence[Item]) -> dict[str, Any]:
+    """What any run of 13 words in common would find, to compare with."""
+    texts, questions = [prompt_text(record["messages"]) for record in records], [item.question for item in held_out]
+    pairs = list(thirteen_gram_pairs(texts, questions))
+    matches = []
+    for i, j in pairs[: findings.ROWS]:
+        text = mask(texts[i][: 10 * findings.WIDTH])
+        span, _ = shared_span(text, mask(questions[j][: 10 * findings.WIDTH]))
+        matches.append({"place": findings.place(records[i]), "other": held_out[j].place, "shared": text[slice(*span)][:300]})
+    return {"rows": len({i for i, _ in pairs}), "pairs": len(pairs), "matches": matches}
+
+
+def read_policy(path: Path) -> Rules:
+    """Policy, limits and waivers from a YAML file: the keys of `instructions` in params.yaml, or a params.yaml as it is.
+
+    Raises:
+        InputError: it cannot be read, or holds unknown keys or values.
+    """
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    if not path.is_file():
+        raise InputError(f"{path} is no file", "name a YAML file with the keys of `instructions` in params.yaml")
+    try:
+        values = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    except (YAMLError, ValueError, KeyError, RecursionError) as error:  # YAML leaves a date such as 30 February to Python
+        raise InputError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}", "mend the line named") from None
+    except OSError as error:
+        raise InputError(f"{path.name}: cannot be read: {error.strerror}", "look at the file's permissions") from None
+    if isinstance(values, dict) and "instructions" in values:
+        values = values["instructions"]
+        if isinstance(values, dict):
+            values = {key: value for key, value in values.items() if key not in STAGE_ONLY}
+    if values is not None and not isinstance(values, dict):
+        raise InputError(f"{path.name}: expected a mapping", f"keys: {', '.join(Rules.model_fields)}")
+    return parse(Rules, values, "instructions", path.name)
+
+
+STAGE_ONLY = frozenset({"benchmarks", "review", "expectations"})
+"""Keys of `instructions` that name files of the project, which no other data has to do with."""

@@ -1,0 +1,106 @@
+"""What a stage that judges a set leaves behind: checks, findings and every overlap in its output, a page and the review file for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dagster_project.core.records import write_json, write_table
+from dagster_project.curation.checks import findings
+from dagster_project.curation.checks.checks import CHECKS, Judgement
+from dagster_project.curation.checks.review import queue
+from dagster_project.curation.sources.benchmarks import Item
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def write_account(
+    name: str,
+    judged: Judgement,
+    held_out: Sequence[Item],
+    out: Path,
+    pages: Path,
+    previous: Mapping[str, Path],
+    kept_of: Callable[[Mapping[str, Path]], list[dict[str, Any]]],
+) -> None:
+    """Args:
+    name: of the set.
+    held_out: all items that an overlap may name.
+    out: the stage's output, which gets overlaps.parquet and findings.json.
+    pages: folder for people, which gets changes.json and review.csv.
+    previous: files of the output as recorded before, by their path in it; only the page's account of what changed looks at them.
+    kept_of: reads the kept records out of those. KeyError, ValueError, OSError and ArrowException mean: there are none, or of another form.
+    """
+    write_table(out / "overlaps.parquet", _overlaps(judged), overlap_schema())
+    document = findings.document(name, "canonical records", judged, held_out)
+    write_json(out / "findings.json", document)
+    kept = [record for record, why in zip(judged.records, judged.reason, strict=True) if why is None]
+    pages.mkdir(parents=True, exist_ok=True)
+    write_json(pages / "changes.json", _changes(previous, kept_of, kept, document))
+    (pages / "review.csv").write_text(queue(judged.records, judged.waiting), encoding="utf-8", newline="")
+
+
+def why(judged: Judgement, i: int) -> str:
+    """What the ledger says about a row: what a person said, or the truth that it breaks; and what it was repaired for."""
+    check = judged.reason[i]
+    repaired = judged.records[i].get("repaired")
+    parts = [judged.said.get(i) or (CHECKS[check].truth if check else ""), f"repaired: {', '.join(repaired)}" if repaired else ""]
+    return "; ".join(part for part in parts if part)
+
+
+@cache
+def overlap_schema() -> pa.Schema:
+    """Every overlap that was found, not only those the report shows."""
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            ("check", pa.string()),
+            ("source", pa.string()),
+            ("source_row", pa.int64()),
+            ("example_id", pa.string()),
+            ("other", pa.string()),  # example_id of the earlier row, or "<file>:<row>" of the benchmark item
+            ("part", pa.string()),  # prompt or response
+            ("rule", pa.string()),  # equal, jaccard, containment, one_word
+            ("score", pa.float64()),
+        ]
+    )
+
+
+def _overlaps(judged: Judgement) -> list[dict[str, Any]]:
+    return [
+        {
+            **{key: judged.records[link.row][key] for key in ("source", "source_row", "example_id")},
+            "check": check,
+            "other": judged.records[link.other]["example_id"] if isinstance(link.other, int) else link.other,
+            "part": link.part,
+            "rule": link.rule,
+            "score": link.score,
+        }
+        for check, links in judged.facts.links.items()
+        for link in links
+    ]
+
+
+def _changes(
+    previous: Mapping[str, Path],
+    kept_of: Callable[[Mapping[str, Path]], list[dict[str, Any]]],
+    kept: list[dict[str, Any]],
+    document: dict[str, Any],
+) -> dict[str, Any] | None:
+    """What differs from the set as it was recorded before; None where there was none."""
+    import pyarrow as pa
+
+    try:
+        old = kept_of(previous)
+        found = json.loads(previous["findings.json"].read_text(encoding="utf-8"))["findings"]
+    except (KeyError, ValueError, OSError, pa.ArrowException):
+        return None
+    return {
+        **findings.changes(old, kept, "the version recorded before"),
+        "findings": findings.finding_changes(found, document["findings"]),
+    }

@@ -1,0 +1,847 @@
+"""Records -> what is wrong with what they say: refusals, foreign identities, placeholders, echoes, cut ends, loops, markup.
+
+One check is one object in `CONTENT_CHECKS`; `facts.gather`, `checks.row_schema` and `checks.ROW_CHECKS` loop over that table. Checks judge
+exchanges: an answer of the assistant and what was said before it; of a preference pair only the chosen answer. Each check has two
+steps: `pretest`, cheap, over all exchanges at once, and `find`, on the few that are left.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from dagster_project.curation.checks.damage import visible
+from dagster_project.curation.checks.privacy import mask, text_column
+from dagster_project.curation.checks.profile import scripts
+
+if TYPE_CHECKING:
+    import polars as pl
+    from py3langid.langid import LanguageIdentifier
+
+AROUND = 30
+"""Characters shown on each side of what was found."""
+
+
+class Exchange(NamedTuple):
+    """One answer of the assistant."""
+
+    asked: str
+    """The message before it if the user wrote that, else the empty string."""
+    said: str
+    messages: Sequence[Mapping[str, str]]
+    """The whole conversation."""
+    at: int
+    """Index of the answer in `messages`."""
+
+    @property
+    def before(self) -> str:
+        """Everything said before the answer, the system prompt included."""
+        return "\n".join([m["content"] for m in self.messages[: self.at]])
+
+
+@dataclass(frozen=True)
+class Texts:
+    """All exchanges in columns."""
+
+    rows: list[int]
+    """Index of the record."""
+    places: list[int]
+    """Index of the answer in the record's messages."""
+    asked: list[str]
+    said: list[str]
+
+    def exchange(self, i: int, records: Sequence[Mapping[str, Any]]) -> Exchange:
+        return Exchange(self.asked[i], self.said[i], records[self.rows[i]]["messages"], self.places[i])
+
+    @cached_property
+    def asked_column(self) -> pl.Series:
+        return text_column(self.asked)
+
+    @cached_property
+    def asked_lower(self) -> pl.Series:
+        return self.asked_column.str.to_lowercase()
+
+    @cached_property
+    def said_column(self) -> pl.Series:
+        return text_column(self.said)
+
+
+Found = tuple[str, str]
+"""What was found: its kind, and the words of the text that show it (or the empty string)."""
+
+
+@dataclass(frozen=True)
+class ContentCheck:
+    name: str
+    """Of the check, and of its column in the table of facts."""
+    description: str
+    """What holds for good data."""
+    severity: Literal["warn", "info"]
+    hint: str
+    """What to do about a finding."""
+    find: Callable[[Exchange], Found | None]
+    words: tuple[str, ...] = ()
+    """`find` looks at the responses that hold one of these, written here in lower case,"""
+    pretest: Callable[[Texts], Iterable[int]] = lambda _: ()
+    """and at the exchanges with these indices."""
+
+
+def content_facts(records: Sequence[Mapping[str, Any]]) -> dict[str, list[str | None]]:
+    """Check -> for each record what breaks it in the first answer that does ("HTML tag: '...<br>...'", masked), else null.
+
+    Args:
+        records: canonical records or pairs; benchmark questions (those with `labelled`) have no answers to judge.
+    """
+    texts = _texts(records)
+    facts: dict[str, list[str | None]] = {check.name: [None] * len(records) for check in CONTENT_CHECKS}
+    if not texts.said:
+        return facts
+    lower = texts.said_column.str.to_lowercase()
+    worded = _having(lower, [word for check in CONTENT_CHECKS for word in check.words]).arg_true()
+    responses = lower.gather(worded)
+    for check in CONTENT_CHECKS:
+        column = facts[check.name]
+        with_words = worded.filter(_having(responses, check.words)).to_list() if check.words else []
+        for i in sorted({*with_words, *check.pretest(texts)}):
+            row = texts.rows[i]
+            if column[row] is None and (found := check.find(one := texts.exchange(i, records))):
+                column[row] = _shown(one, *found)
+    return facts
+
+
+def _texts(records: Sequence[Mapping[str, Any]]) -> Texts:
+    texts = Texts([], [], [], [])
+    rows, places, prompts, responses = texts.rows.append, texts.places.append, texts.asked.append, texts.said.append
+    for row, record in enumerate(records):
+        if "labelled" in record:
+            continue
+        start, asked = record.get("asked", 0), ""
+        for at, message in enumerate(record["messages"]):
+            role, content = message["role"], message["content"]
+            if role == "assistant" and at >= start:
+                rows(row)
+                places(at)
+                prompts(asked)
+                responses(content)
+            asked = content if role == "user" else ""
+    return texts
+
+
+def _shown(one: Exchange, kind: str, phrase: str) -> str:
+    """The kind, and the masked text around the phrase unless something in the phrase itself is masked."""
+    for text in (one.said, one.asked) if phrase else ():
+        if phrase in text and (at := (shown := mask(text)).find(phrase)) >= 0:
+            start, end = max(0, at - AROUND), at + len(phrase) + AROUND
+            excerpt = visible(" ".join(shown[start:end].split()))
+            return f"{kind}: '{'…' if start else ''}{excerpt}{'…' if end < len(shown) else ''}'"
+    return kind
+
+
+def _having(lower: pl.Series, words: Iterable[str]) -> pl.Series:
+    """Which texts, given in lower case, hold one of the words."""
+    return lower.str.contains("|".join(map(re.escape, words)))
+
+
+_FENCE = re.compile(r"```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]+`", re.DOTALL)
+
+
+def _prose(text: str) -> str:
+    """The text without code in fences and backticks."""
+    return _FENCE.sub(" ", text) if "`" in text or "~~~" in text else text
+
+
+def _quoted(text: str, at: int) -> bool:
+    """Whether the place is inside quotation marks."""
+    before = text[:at]
+    return before.count('"') % 2 == 1 or before.count("“") > before.count("”") or before.count("「") > before.count("」")
+
+
+def _holds(text: str, phrase: str) -> bool:
+    return phrase.strip().casefold() in text.casefold()
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------------------------
+
+REFUSES_WITHIN = 400
+"""Characters at the beginning of an answer in which it says that it refuses."""
+_NOT_ABLE = "unable|not able|not (?:allowed|permitted|designed|programmed|capable)"
+_CANNOT = (
+    rf"(?:can(?:no|['’])?t|can not|won['’]?t|will not|(?:am|['’]m) (?:{_NOT_ABLE})|do(?:n['’]t| not) "
+    r"(?:currently |actually |really |yet )?(?:have (?:the |any )?(?:ability|abilities|capabilit(?:y|ies)|access|means|tools?"
+    r"|function(?:ality)?|real-?time)|feel comfortable))"
+)
+_OPENS = (
+    r"(?:I['’]m|I am|we['’]re|we are) (?:(?:so|very|really|truly|terribly) )?(?:sorry|afraid)|(?:my )?(?:sincere )?apologies"
+    r"|(?:I|we) (?:sincerely |do |must )?apologi[sz]e(?: for [^.,\n]{1,60})?|(?:so )?sorry|unfortunately|regrettably"
+)
+_SERVES = (
+    r"(?:help|assist|provide|comply|fulfil|answer|support|engage|create|write|generat|discuss|do (?:that|this|so)|share|offer"
+    r"|participat|condon|continue|complete|perform|access|browse|open|view|recommend|promot|encourag|respond|produc|give you"
+    r"|tell you|process|execute|search|predict|display|retriev)"
+)
+_FLATLY = r"(?:I|we)(?: also| really| just| simply| still| currently| personally)? ?"
+_REFUSALS = (
+    re.compile(
+        rf"\b(?:{_OPENS})[,.;:!]?(?: but| however| that)?,? (?:[^.!?\n]{{0,80}}?, (?:but )?)?{_FLATLY}{_CANNOT}(?: to)? ?(?P<what>{_SERVES})?",
+        re.IGNORECASE,
+    ),
+    re.compile(rf"\A\W*{_FLATLY}{_CANNOT}(?: to)? (?P<what>{_SERVES})", re.IGNORECASE),
+    re.compile(
+        rf"\bAs an? (?:[A-Za-z-]+ ){{0,3}}(?P<what>AI|artificial intelligence|language model|assistant|chatbot)\b[^.!?\n]{{0,80}}?\b{_FLATLY}{_CANNOT}"
+        r"|\bI (?:must|have to|will have to|need to) (?:respectfully |politely )?(?:decline|refuse) (?P<what2>to|this|that|your)\b"
+        rf"|\bI(?:['’]m| am)? ?{_CANNOT} (?:to )?(?P<what3>assist|help you|help) with (?:that|this|your|such|any|the)\b"
+        r"|\A\W*(?:It|That|This) (?:is|would be) (?:not (?:appropriate|ethical|possible)|inappropriate|unethical|impossible) "
+        r"(?:for me )?to (?P<what4>provide|create|generate|write|answer|assist|help|determine|fulfil)"
+        r"|\b(?:against|violates?|outside) (?P<what5>my (?:programming|guidelines|polic(?:y|ies)|principles|ethical|capabilit))",
+        re.IGNORECASE,
+    ),
+    re.compile(
+        r"\A\W*(?P<what>Es tut mir (?:sehr )?leid,? (?:aber )?(?:ich kann|(?:das|dabei) kann ich|als KI)|Lo siento,? (?:pero )?(?:no puedo|como)"
+        r"|(?:Je suis )?désolée?,? (?:mais )?je ne (?:peux|suis)|Mi dispiace,? (?:ma )?non posso|(?:Desculpe|Sinto muito|Lamento),? (?:mas )?(?:eu )?não posso"
+        r"|(?:К сожалению|Извините),? (?:но )?я не могу|Helaas kan ik|Het spijt me,? (?:maar )?ik kan"
+        r"|(?:很?抱歉|对不起|對不起)[,，。]?\s*(?:但)?(?:作为[^,，]{0,20}[,，])?\s*我(?:无法|不能|不會|不会|無法)"
+        r"|申し訳(?:ありませんが|ございませんが)|すみませんが)",
+        re.IGNORECASE,
+    ),
+)
+"""With a group `what` (named with or without a digit) where the words tell that it is the assistant who does not answer."""
+_SALUTATION = re.compile(r"\A\W*(?:Dear|Subject:|Hi|Hello|To whom)\b[^\n]*\n", re.IGNORECASE)
+_WRITTEN_FOR_OTHERS = re.compile(
+    r"\b(?:excuses?|letters?|e-?mails?|apolog\w+|messages?|repl(?:y|ies)|dialog\w*|conversations?|scripts?|stor(?:y|ies)|poems?|speech"
+    r"|note|rewrite|paraphrase|rephrase|sentence|respond to|role|customer|tweet|act as|pretend)\b",
+    re.IGNORECASE,
+)
+
+
+def _refusal(one: Exchange) -> Found | None:
+    if _SALUTATION.match(one.said):
+        return None
+    head = " ".join(one.said[:REFUSES_WITHIN].split(" "))
+    for pattern in _REFUSALS:
+        match = pattern.search(head)
+        if match is None or _quoted(head, match.start()) or _holds(one.before, " ".join(match.group().split()[-3:])):
+            continue
+        if any(match.groupdict().values()) or not _WRITTEN_FOR_OTHERS.search(one.asked):
+            return "refusal", match.group().strip()
+    return None
+
+
+# --- boilerplate and identity ------------------------------------------------------------------------------------------------------
+
+_MACHINE = (
+    r"(?:AI(?:[- ](?:language model|assistant|model|chatbot|system|program|bot))?|artificial intelligence|(?:large )?language model|LLM"
+)
+_BOILERPLATE = re.compile(
+    rf"\bAs (?:an? )?(?:[A-Za-z-]+ ){{0,3}}?{_MACHINE}|chatbot|virtual assistant)(?=[,.;]| (?:I|developed|created|trained|designed|made|my)\b)"
+    rf"|\bI(?:['’]m| am) (?:just |only |merely |simply |actually )?an? (?:[A-Za-z-]+ ){{0,2}}?{_MACHINE})\b"
+    r"(?! (?:engineer|researcher|expert|student|scientist|enthusiast|developer|consultant|specialist|startup|company))"
+    r"|\bmy (?:knowledge|training)(?: data)? (?:cut-?off|only goes|ends|extends|is limited to)"
+    r"|\b(?:as of|since|until|up to) my (?:last|latest|most recent) (?:knowledge |training )?(?:update|training|cut-?off)|\bmy knowledge cut-?off\b"
+    r"|\bI do(?:n['’]t| not) have (?:any )?(?:personal (?:opinions?|feelings?|beliefs?|experiences?|preferences?|emotions?|views?)"
+    r"|real-?time (?:data|information|access))"
+    r"|作为(?:一个|一名)?(?:AI|人工智能)(?:语言)?(?:模型|助手)|\bals KI(?:-Sprachmodell|-Assistent)?,"
+    r"|\bcomo (?:una? )?(?:IA|inteligencia artificial|modelo de lenguaje),|\ben tant qu['’](?:IA|intelligence artificielle|assistant virtuel)",
+    re.IGNORECASE,
+)
+_ASKS_WHO = re.compile(
+    r"\b(?:who|what) (?:are|r|is|made|created|built|trained) (?:you|u)\b|\bare you (?:an?|the|really|human|chat)"
+    r"|\byour (?:name|creators?|developers?|knowledge|training|cut-?off)\b|\byou(?:'re| are) (?:just )?an? (?:AI|bot|robot|machine|language model)"
+    r"|\b(?:introduce|about|describe) yourself",
+    re.IGNORECASE,
+)
+
+
+def _boilerplate(one: Exchange) -> Found | None:
+    match = _BOILERPLATE.search(_prose(one.said))
+    if match is None or _quoted(one.said, one.said.find(match.group())) or _holds(one.before, match.group()) or _ASKS_WHO.search(one.asked):
+        return None
+    return "speaks as an AI", match.group().strip()
+
+
+_MODELS = (
+    r"Chat ?GPT|GPT-?[345]\w*|Bing Chat|Qwen\w*|Tongyi Qianwen|DeepSeek\w*|Open ?Assistant|ERNIE Bot|HuggingChat|InternLM|ChatGLM\w*"
+    r"|Baichuan\w*|Google Bard|Google Gemini|Microsoft Copilot|Meta AI|StableLM|WizardLM"
+)
+_ALSO_WORDS = r"Claude|Bard|Gemini|Llama\w*|LLaMA\w*|Grok|Copilot|Kimi|Mistral|Phi|Gemma|Sydney|Alpaca|Vicuna|Cohere|Command R|Falcon|Dolly|Koala|Doubao"
+"""Models whose names are also words or names of people: they count only where the text says that a model is meant."""
+_MAKERS = (
+    r"Open ?AI|Anthropic|Google(?: DeepMind| AI)?|DeepMind|Alibaba(?: Cloud)?|Meta(?: AI)?|Microsoft|Mistral(?: AI)?|DeepSeek|Baidu"
+    r"|Moonshot(?: AI)?|xAI|Cohere|LAION|Hugging ?Face|Stability AI|Databricks|Zhipu(?: AI)?|Tencent|ByteDance|LMSYS|Inflection(?: AI)?"
+)
+_MADE = r"(?:created|developed|trained|made|built|designed|programmed|powered|provided|fine-?tuned|produced|maintained)"
+_CALLED = r"(?:I(?:['’]m| am)(?: called| named)?|(?i:my name is|call me|this is|you can call me))"
+_IDENTITY = re.compile(
+    rf"\b{_CALLED} (?:{_MODELS})\b(?! (?:engineer|user|expert|developer))"
+    rf"|\b{_CALLED} (?:{_ALSO_WORDS})(?: \d[\d.]*)?,? (?:and I(?:['’]m| am) )?(?:an?|the|your)? ?(?:(?:[A-Za-z-]+ ){{0,4}}"
+    rf"(?:AI\b|artificial intelligence|language model|LLM|chatbot|assistant|model (?:by|from))|{_MADE} by (?:{_MAKERS})\b)"
+    rf"|\bI(?:['’]m| am| was| have been|['’]ve been)\b[^.!?\n]{{0,80}}?\b{_MADE} by (?:the )?(?:(?:team|people|researchers|engineers|company) )?"
+    rf"(?:(?:at|of|from) )?(?:{_MAKERS})\b"
+    rf"|\b(?:{_MAKERS}) (?:has |have )?{_MADE} me\b|\b(?i:my (?:creators?|developers?|makers?)(?: is| are|,)?(?: at)?) (?:{_MAKERS})\b"
+    rf"|\b(?i:as) (?:{_MODELS}),? I\b|\b(?i:as an?) (?:[A-Za-z-]+ ){{0,3}}(?:AI|model|assistant)(?: (?:language )?(?:model|assistant))?,? "
+    rf"(?:{_MADE} )?(?:by|from) (?:{_MAKERS})\b"
+    rf"|\bI(?:['’]m| am) (?:an?|the|one of) (?:{_MAKERS})(?:['’]s)? (?:[A-Za-z-]+ ){{0,3}}(?:model|assistant|AI|chatbot)"
+    r"|我(?:是|叫)(?:一个)?(?:由)?\s*(?:ChatGPT|GPT|OpenAI|Claude|Anthropic|通义千问|千问|Qwen|文心一言|百度|阿里|DeepSeek|深度求索|Kimi|智谱|豆包)"
+    rf"|\b(?i:ich bin|je suis|yo soy|soy|sono|eu sou|sou|ik ben) (?:{_MODELS})\b"
+)
+_FIRST_PERSON = re.compile(r"\b(?:I|me|my|as|as an?|this is|ich bin|je suis|soy|sou|sono|ben)\b|我", re.IGNORECASE)
+_NAMED = re.compile(rf"{_MODELS}|{_ALSO_WORDS}|{_MAKERS}")
+
+
+def _identity(one: Exchange) -> Found | None:
+    match = _IDENTITY.search(_prose(one.said)) if _FIRST_PERSON.search(one.said) else None
+    if match is None or _quoted(one.said, one.said.find(match.group())):
+        return None
+    named = _NAMED.search(match.group())
+    if named and re.search(
+        rf"(?i)\b(?:you(?: are|['’]re|r name is)|act as|pretend|imagine|role|persona|play)\b[^\n]{{0,60}}\b{re.escape(named.group())}\b",
+        one.before,
+    ):
+        return None
+    return "identity", match.group().strip()
+
+
+# --- placeholders ------------------------------------------------------------------------------------------------------------------
+
+_EMPTY_ANSWERS = frozenset(
+    {
+        "n/a", "#n/a", "nan", "null", "nil", "undefined", "todo", "to do", "tbd", "tba", "fixme", "placeholder", "lorem ipsum", "no output",
+        "nooutput", "no response", "no answer", "not available", "not applicable", "xxx", "...", "…", "-", "--", "?", "#name?", "#ref!",
+        "answer here", "your answer here", "insert answer here", "to be determined", "to be done", "coming soon",
+    }
+)  # fmt: skip
+_WRAPPING = " \n\t\"'<>[](){}*`.!"
+_PERSONS = r"your|recipient|sender|customer|client|company|employer|hiring manager|friend|name of|date of|teacher|professor|manager|boss"
+_THINGS = (
+    r"(?:first |last |full )?name|date|time|address|location|city|phone number|e-?mail address|signature|title|position"
+    r"|job title|topic|number|amount|link|url|x{2,}"
+)
+_INSERT = re.compile(r"[\[<{]insert\b[^\]>}\n]{0,60}[\]>}]|\blorem ipsum\b", re.IGNORECASE)
+_SLOT = re.compile(
+    r"[\[<{](?:please )?(?:insert|fill in|enter|add|put|type)\b[^\]>}\n]{0,60}[\]>}]|\(insert\b[^)\n]{0,60}\)"
+    rf"|[\[<{{](?:{_PERSONS})(?:['’]s)?\b[ _-]?[^\]>}}\n]{{0,40}}[\]>}}]|\[(?:{_THINGS})\](?!\()|\{{\{{ ?[a-z_]+ ?\}}\}}|\blorem ipsum\b",
+    re.IGNORECASE,
+)
+_SLOT_WORDS = (
+    *(f"{bracket}{word}" for bracket in "[<{" for word in (*_PERSONS.split("|"), "please", "insert", "fill in", "enter", "add", "put", "type")),
+    "(insert", "{{", "lorem ipsum",
+    *(f"[{word}" for word in ["first", "last", "full", "name", "date", "time", "address", "location", "city", "phone", "email", "e-mail", "signature", "title", "position", "job", "topic", "number", "amount", "link", "url", "xx"]),
+)  # fmt: skip
+_WANTS_SLOTS = re.compile(
+    r"template|placeholder|boilerplate|fill[- ]in|\bblanks?\b|lorem|variable|\bform\b|\bmad libs?\b|regex|format", re.IGNORECASE
+)
+
+
+def _says_nothing(text: str) -> bool:
+    return len(text) < 40 and ((bare := text.strip().casefold()) in _EMPTY_ANSWERS or bare.strip(_WRAPPING) in _EMPTY_ANSWERS)
+
+
+def _placeholder_pretest(texts: Texts) -> Iterable[int]:
+    short = (texts.said_column.str.len_bytes() < 40).arg_true().to_list()
+    empty = [i for i in short if _says_nothing(texts.said[i])]
+    return [*empty, *_having(texts.asked_lower, ["[insert", "<insert", "{insert", "lorem ipsum"]).arg_true().to_list()]
+
+
+def _placeholder(one: Exchange) -> Found | None:
+    if _says_nothing(one.said):
+        return "nothing but a placeholder", one.said.strip()
+    before = one.before
+    if _WANTS_SLOTS.search(before):
+        return None
+    if (match := _SLOT.search(_prose(one.said))) and not _holds(before, match.group()):
+        return "slot in the response", match.group()
+    if match := _INSERT.search(_prose(one.asked)):
+        return "slot in the prompt", match.group()
+    return None
+
+
+# --- echo --------------------------------------------------------------------------------------------------------------------------
+
+ECHO = 16
+"""Characters, and three words, that a prompt must have for its copy to count."""
+_LABEL = r"(?:the )?(?:question|prompt|instruction|task|query|q|user|human|input|request)s?\W*(?:is|was|:|\n)"
+_LABELLED = re.compile(rf"\A\W*(?:{_LABEL}\W*)?", re.IGNORECASE)
+_WANTS_ECHO = re.compile(r"\b(?:repeat|echo|copy|recite|verbatim)\b", re.IGNORECASE)
+_WANTS_EDIT = re.compile(
+    r"\b(?:rewrite|edit|correct|proofread|translate|continue|complete|finish|fix|paraphrase|improve|format|reformat|rephrase|spell|extend|add)\b",
+    re.IGNORECASE,
+)
+_AROUND_ECHO = " \n\t#*>\"'“”`"
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _echo_pretest(texts: Texts) -> Iterable[int]:
+    asked, said = (
+        column.str.slice(0, 64).str.strip_chars_start(_AROUND_ECHO).str.slice(0, ECHO - 2).str.to_lowercase()
+        for column in (texts.asked_column, texts.said_column)
+    )
+    alike = (asked == said) | said.str.contains(rf"^{_LABEL}")
+    return (alike & (texts.asked_column.str.len_bytes() >= ECHO)).arg_true().to_list()
+
+
+def _echo(one: Exchange) -> Found | None:
+    asked, answer = _plain(one.asked).strip(_AROUND_ECHO), _LABELLED.sub("", one.said, count=1)
+    said = _plain(answer).lstrip(_AROUND_ECHO)
+    if not said.startswith(asked[:ECHO]) or _WANTS_ECHO.search(one.asked):
+        return None
+    for part in dict.fromkeys((asked, _plain(one.asked.strip().partition("\n\n")[0]).strip(_AROUND_ECHO))):
+        if len(part) < ECHO or part.count(" ") < 2:
+            continue
+        if said.rstrip(_AROUND_ECHO + ".?!") == part.rstrip(".?!"):
+            return "the response is the prompt", ""
+        if not said.startswith(part):
+            continue
+        first_line = _plain(answer.strip().partition("\n")[0]).strip(_AROUND_ECHO)
+        if (part == asked and (part[-1] in "?!.:。？！" or first_line == part)) or (
+            first_line == part and not _WANTS_EDIT.search(one.asked)
+        ):
+            return "the response begins with the prompt", ""
+    return None
+
+
+# --- cut ends ----------------------------------------------------------------------------------------------------------------------
+
+PROSE, LONG = 8, 30
+"""Words from which on a line is read as prose, not as a title or an item; and a response as one that would end with a full stop."""
+_CLOSED = frozenset(".!?…。！？\"'”’」)]}>`*_|%$€£°~=\\0123456789")
+"""Characters at which a text may end."""
+_GOES_ON = frozenset(
+    [
+        "the",
+        "a",
+        "an",
+        "of",
+        "and",
+        "or",
+        "but",
+        "with",
+        "from",
+        "by",
+        "into",
+        "because",
+        "if",
+        "than",
+        "their",
+        "its",
+        "your",
+        "our",
+        "my",
+        "which",
+        "such",
+        "these",
+        "his",
+        "her",
+        "is",
+        "are",
+        "was",
+        "were",
+        "has",
+        "have",
+        "had",
+        "would",
+        "could",
+        "should",
+        "will",
+        "can",
+        "may",
+        "might",
+        "must",
+        "that",
+        "to",
+        "for",
+        "in",
+        "on",
+        "at",
+        "as",
+        "while",
+        "when",
+        "where",
+        "although",
+        "however",
+        "between",
+        "without",
+    ]
+)
+_LAST_WORD = re.compile(r"([^\W\d_]+)\Z")
+_BULLET = r"(?:[-*•+–]|\d{1,3}[.)])"
+_EMPTY_ITEM = re.compile(rf"(?:\A|\n)[ \t]*(?:{_BULLET}|#{{1,6}})(?:[ \t]+\*{{1,2}})?\Z")
+_ITEM = re.compile(rf"[ \t]*(?:{_BULLET}|[a-zA-Z][.)]|#{{1,6}}|>|\|)\s*")
+_STOP = re.compile(r"(?<!\d)(?<!\b[A-Z])(?<!\bMr)(?<!\bDr)(?<!\bMrs)(?<!\bSt)[.!?…。！？][\"'”’)\]*_]*(?:\s|\Z)")
+_CODE = re.compile(r"[{}=\\;|<>]|\b\w+\(|://|^\s{4,}\S|^\s*(?:#|//|import |def |class |SELECT )", re.MULTILINE)
+_SIGNATURE = re.compile(r"\W*[-–—#@~(]|\W*(?:sincerely|regards|love|yours|cheers|best|thanks|thank you)\b", re.IGNORECASE)
+
+
+def _cut_pretest(texts: Texts) -> Iterable[int]:
+    closed, found = _CLOSED, []
+    for i, text in enumerate(texts.said):
+        end = text[-1:]
+        if end in closed:
+            if "```" in text or (end in ".*)" and "\n" in text[-8:]) or (text[0] in "{[" and end not in "}]"):
+                found.append(i)
+        elif text.rstrip()[-1:] not in closed or "```" in text:
+            found.append(i)
+    return found
+
+
+def _cut(one: Exchange) -> Found | None:
+    text = one.said.rstrip()
+    if not one.asked or not text:
+        return None
+    tail = text[-40:]
+    if text.count("```") % 2:
+        return "open code fence", tail
+    if text[-1] not in "}]" and re.match(r'(?:\{\s*"|\[\s*[{\["])', text):
+        return "open JSON", tail
+    prose = _prose(text).rstrip()
+    if not prose or prose[-1] != text[-1] or len(prose.split()) < 5:
+        return None
+    if _EMPTY_ITEM.search(prose):
+        return "empty list item", tail
+    last = prose.rpartition("\n")[2]
+    if _CODE.search(last):
+        return None
+    if prose[-1] in ",(":
+        return ("ends with a comma" if prose[-1] == "," else "open bracket"), tail
+    if prose[-1] == ":" and _STOP.search(prose):
+        return "ends with a colon", tail
+    return ("ends in mid-sentence", tail) if (word := _LAST_WORD.search(prose)) and _is_mid_sentence(prose, last, word[1]) else None
+
+
+def _is_mid_sentence(prose: str, last: str, word: str) -> bool:
+    """Whether a text that ends in a letter ends too early.
+
+    Args:
+        last: its last line.
+        word: its last word.
+    """
+    if not _STOP.search(prose):
+        return False
+    if len(last.split()) >= 3 and word in _GOES_ON:
+        return True
+    if len(prose.split()) < LONG:
+        return False
+    sentences = _STOP.split(_ITEM.sub("", last, count=1))
+    if len(sentences) > 1:
+        return not _SIGNATURE.match(sentences[-1])
+    lines = [line.rstrip() for line in prose.split("\n")[:-1] if len(line.split()) >= PROSE]
+    return len(last.split()) >= PROSE - 2 and len(lines) >= 2 and all(line[-1] in _CLOSED or line[-1] == ":" for line in lines)
+
+
+# --- loops -------------------------------------------------------------------------------------------------------------------------
+
+LOOPS = 4
+"""Times that a line, a sentence or a run of words must come to be a loop."""
+PROBE = 18
+"""Characters of the probes that show where a loop may be; a third of it where a character may be a word."""
+LOOKED_THROUGH = 20_000
+"""Characters of a response that are searched for loops."""
+_ONE_CHARACTER = re.compile(r"(\w)\1{29}")
+_TOKEN = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|\w+")
+_SENTENCE = re.compile(r"[.!?]+[\"'”’)\]*_]*\s+|\n+|[。！？]")
+_COUNTER = re.compile(r"\A\W*(?:\d+\W+)?")
+_RUNS = (
+    re.compile(r"(?<!\S)((?!\d+ )\S\S+ )\1{6}"),
+    re.compile(r"(?<!\S)((?:\S+ ){2,3})\1{4}"),
+    re.compile(r"(?<!\S)((?:\S+ ){4,30}?)\1{3}"),
+)
+_WANTS_LOOPS = re.compile(
+    r"\b(?:repeat\w*|times|loop\w*|patterns?|lyrics?|songs?|chorus|refrain|chant|sequence|poems?|rhymes?|palindrome|binary|ascii|rap|mantra)\b",
+    re.IGNORECASE,
+)
+
+
+def _loop_pretest(texts: Texts) -> Iterable[int]:
+    found = []
+    for i, text in enumerate(texts.said):
+        size, probe = len(text), PROBE if text.isascii() else PROBE // 3
+        if size < probe * LOOPS:
+            if size > 12 and len(set(text)) * 3 < size:
+                found.append(i)
+            continue
+        half, quarter = size >> 1, size >> 2
+        for at in (size - probe, half, half + quarter):
+            if text.count(text[at : at + probe]) >= LOOPS:
+                found.append(i)
+                break
+    return found
+
+
+def _loop(one: Exchange) -> Found | None:
+    if match := _ONE_CHARACTER.search(one.said):
+        return "one character over and over", match.group()
+    text = _prose(one.said[:LOOKED_THROUGH])
+    tokens = _TOKEN.findall(text.casefold())
+    shared = [max(Counter(zip(*(tokens[k:] for k in range(size)), strict=False)).values(), default=0) for size in (3, 4)]
+    if shared[0] < LOOPS or _WANTS_LOOPS.search(one.asked):
+        return None
+    units = Counter(_COUNTER.sub("", unit).strip() for unit in _SENTENCE.split(text))
+    again = {unit: times * len(unit) for unit, times in units.items() if times >= LOOPS and _is_sentence(unit)}
+    if again and 3 * sum(again.values()) >= len(text):
+        return "sentences or lines over and over", max(again, key=lambda unit: again[unit])
+    words = "".join([f"{token} " for token in tokens]) if shared[1] >= LOOPS else ""
+    for pattern in _RUNS:
+        if (match := pattern.search(words)) and not match[1].replace(" ", "").isdigit():
+            return "one run of words over and over", ""
+    return None
+
+
+def _is_sentence(text: str) -> bool:
+    return (len(text.split()) >= 3 or len(_TOKEN.findall(text)) >= 6) and not _CODE.search(text)
+
+
+# --- markup ------------------------------------------------------------------------------------------------------------------------
+
+_TAG = re.compile(
+    r"</?(?:div|span|p|br|li|ul|ol|table|tr|td|th|font|center|img|h[1-6]|strong|em|blockquote|iframe|section|a)(?:\s+[a-z-]+ ?= ?[\"'][^<>]*)?\s*/?>|<!--.*?-->",
+    re.IGNORECASE | re.DOTALL,
+)
+_ENTITY = re.compile(
+    r"&(?:nbsp|amp|lt|gt|quot|apos|[rl][sd]quo|[mn]dash|hellip|bull|copy|reg|trade|euro|#\d{2,5}|#x[0-9a-f]{2,5});", re.IGNORECASE
+)
+_MARKUP_WORDS = (
+    *(f"<{tag}" for tag in ["div", "span", "p>", "br", "li", "ul", "ol", "table", "tr", "td", "th", "font", "center", "img", "h1", "h2", "h3", "h4", "h5", "h6", "strong", "em", "blockquote", "iframe", "section", "!--"]),
+    "<a ", "<p ", "</", *(f"&{name};" for name in ["nbsp", "amp", "lt", "gt", "quot", "apos", "rsquo", "lsquo", "rdquo", "ldquo", "mdash", "ndash", "hellip", "bull", "copy", "reg", "trade", "euro"]),
+    "&#", *(f"{who}{colon}" for who in ("human", "user", "assistant", "chatgpt", "gpt", "ai", "bot") for colon in (":", "**:", ":**")),
+)  # fmt: skip
+_ROLES = r"(?:Human|User|HUMAN|USER)"
+_OWN_ROLES = r"(?:Assistant|ASSISTANT|ChatGPT|GPT|AI|Bot)"
+_ROLE_IN_RESPONSE = re.compile(rf"(?:\A|\n)[ \t>*#]*(?:{_ROLES}|{_OWN_ROLES})(?:\*\*)?:")
+_ROLE_IN_PROMPT = re.compile(rf"\A[ \t>*#]*{_ROLES}(?:\*\*)?:|\n[ \t>*#]*{_OWN_ROLES}(?:\*\*)?:\s*\Z")
+_ABOUT_MARKUP = re.compile(
+    r"html|\bcss\b|xml\b|javascript|\bjsx?\b|\btags?\b|web ?(?:page|site|app)|markup|markdown|\breact\b|\bsvg\b|\bphp\b|\bentit|escape"
+    r"|\bvue\b|angular|\bdom\b|\bcode\b|\bregex|pars(?:e|ing)|scrap(?:e|ing)|beautifulsoup",
+    re.IGNORECASE,
+)
+_WANTS_TALK = re.compile(
+    r"dialog|conversation|\bchat|transcript|interview|\bscript\b|role|\bskit\b|\bplay\b|discussion|scene|exchange|\bbot\b|debate|human\b|\buser\b|assistant",
+    re.IGNORECASE,
+)
+_DOCUMENT = re.compile(r"\s*<(?:!doctype|html|\?xml|svg|[a-z]+[ >])", re.IGNORECASE)
+
+
+def _markup_pretest(texts: Texts) -> Iterable[int]:
+    return _having(texts.asked_lower, _MARKUP_WORDS).arg_true().to_list()
+
+
+def _markup(one: Exchange) -> Found | None:
+    said, asked, before = _prose(one.said), _prose(one.asked), one.before
+    if (match := _ROLE_IN_RESPONSE.search(said)) and not _WANTS_TALK.search(before):
+        return "role label", match.group().strip()
+    if (match := _ROLE_IN_PROMPT.search(asked)) and not re.search(r"(?i)dialog|conversation|transcript|interview|\bscript\b", asked):
+        return "role label", match.group().strip()
+    if _DOCUMENT.match(said) and said.rstrip().endswith(">") and _ABOUT_MARKUP.search(before):
+        return None
+    for text in (said, asked):
+        for kind, pattern in (("HTML tag", _TAG), ("HTML entity", _ENTITY)):
+            if (match := pattern.search(text)) and not any(_ABOUT_MARKUP.search(pattern.sub("", words)) for words in (before, text)):
+                return kind, match.group()
+    return None
+
+
+# --- language ----------------------------------------------------------------------------------------------------------------------
+
+LETTERS, SCRIPT_LETTERS = 25, 10
+"""Letters from which on a text's language is identified; the second where prompt and response differ in script and one is Chinese, Japanese or Korean."""
+READ = 300
+"""Characters at the beginning of a text that its language is identified by."""
+SURE, LIKELY, UNLIKELY = 0.8, 0.5, 0.05
+"""A response must have its language with the first probability, a prompt with the second, and each the other's with at most the third."""
+_FREQUENT = {
+    code: frozenset(words.split())
+    for code, words in {
+        "en": "the of and to that are you for with what how this it he she his they there has have from each can will not would their but if when which more than i is a in",
+        "de": "der die das und ist nicht ein eine mit für von zu auf den wie ich sie im in werden sind",
+        "fr": "le la les et est des une un du pour que qui dans avec vous je pas au ce sont",
+        "es": "el la los las y es de que en un una por con para como del se su son",
+        "pt": "o os as e é de que em um uma por com para como do da não se são",
+        "it": "il lo gli e è di che un una per con come non del della sono si la",
+        "nl": "de het een en is van dat niet met voor op zijn wat hoe ik te in",
+        "ru": "и в не на что с как это по для я из от но к",
+    }.items()
+}
+"""ISO 639 code -> frequent short words. Where those of one language are the most frequent on both sides, no closer look is needed."""
+_LETTER = re.compile(r"[^\W\d_]")
+_WORDS = re.compile(r"[^\W\d_]+")
+_QUOTES = re.compile(r"[\n:\"“”«»]+")
+_NAMES_A_LANGUAGE = re.compile(
+    r"translat|translit|\b(?:foreign |other |which |what |another |native )?languages?\b|multilingual|bilingual"
+    r"|\b(?:english|spanish|french|german|italian|portuguese|dutch|russian|chinese|mandarin|cantonese|japanese|korean|arabic|hindi|turkish|polish|swedish"
+    r"|danish|norwegian|finnish|greek|hebrew|latin|vietnamese|thai|indonesian|ukrainian|czech|hungarian|romanian|persian|farsi|urdu|bengali|tamil|catalan"
+    r"|esperanto|swahili|malay|tagalog|pinyin|kanji|hiragana|bulgarian|croatian|serbian|slovak|irish|welsh|basque|galician)\b"
+    r"|übersetz|auf (?:deutsch|englisch|französisch|spanisch)|traduc|traduz|traduis|traduire|inglés|español|francés|alemán|anglais|français|espagnol|allemand"
+    r"|inglês|português|espanhol|inglese|italiano|vertaal|engels|перевед|перевод|английск|по-русски|翻译|翻譯|英语|英文|中文|日语|法语|英語|日本語|訳|번역|영어|한국어",
+    re.IGNORECASE,
+)
+_SHARED_SCRIPTS = frozenset({"Latin", "Cyrillic", "Arabic", "Devanagari"})
+"""Scripts in which many languages are written."""
+
+
+def _language_pretest(texts: Texts) -> Iterable[int]:
+    long = (texts.asked_column.str.len_bytes() >= SCRIPT_LETTERS) & (texts.said_column.str.len_bytes() >= SCRIPT_LETTERS)
+    words = "|".join(_FREQUENT["en"])
+    twice = rf"(?i)[\s(\"](?:{words})[\s,.?](?s:.)*?[\s(\"](?:{words})[\s,.?]"
+    english = [column.str.slice(0, READ).str.contains(twice) for column in (texts.asked_column, texts.said_column)]
+    return (long & ~(english[0] & english[1])).arg_true().to_list()
+
+
+def _language(one: Exchange) -> Found | None:
+    if one.said[:1] in "{[":
+        return None
+    asked, said = (_prose(text).strip()[:READ] for text in (one.asked, one.said))
+    letters = min(len(_LETTER.findall(asked)), answered := len(_LETTER.findall(said)))
+    if letters < SCRIPT_LETTERS or 5 * answered < 3 * len("".join(said.split())):  # figures, formulas
+        return None
+    wrote = ["Latin", "Latin"] if asked.isascii() and said.isascii() else scripts([asked, said])
+    if wrote[0] != wrote[1]:
+        if any(name.startswith("(") for name in wrote) or (letters < LETTERS and not {"Han", "Kana", "Hangul"} & {*wrote}):
+            return None
+        differ = f"{wrote[0]} asked, {wrote[1]} answered"
+    elif wrote[0] in _SHARED_SCRIPTS and letters >= LETTERS and (languages := _languages(asked, said)):
+        differ = f"{languages[0]} asked, {languages[1]} answered"
+    else:
+        return None
+    return None if _NAMES_A_LANGUAGE.search(one.before) else (differ, said[:40])
+
+
+def _languages(asked: str, said: str) -> tuple[str, str] | None:
+    """The languages (ISO 639) of two texts in one script if they surely differ."""
+    if (usual := _usual(asked)) and usual == _usual(said):
+        return None
+    answered = _likely(said)
+    (language, probability), *_ = answered.items()
+    if language == "zxx" or probability < SURE:  # zxx: no language
+        return None
+    expected = _likely(asked)
+    (prompted, probability), *_ = expected.items()
+    if (
+        prompted in {language, "zxx"}
+        or probability < LIKELY
+        or expected.get(language, 0) > UNLIKELY
+        or answered.get(prompted, 0) > UNLIKELY
+    ):
+        return None
+    for part in _QUOTES.split(asked):  # a prompt may quote a text in another language
+        if _usual(part) == language or (len(_LETTER.findall(part)) >= SCRIPT_LETTERS and _likely(part).get(language, 0) > UNLIKELY):
+            return None
+    return prompted, language
+
+
+def _usual(text: str) -> str | None:
+    """The language most of whose frequent words are in the text, if it is one."""
+    words = {*_WORDS.findall(text.casefold())}
+    (most, language), (second, _) = sorted(((len(words & frequent), code) for code, frequent in _FREQUENT.items()), reverse=True)[:2]
+    return language if most > second else None
+
+
+def _likely(text: str) -> dict[str, float]:
+    """ISO 639 code -> probability, most likely first."""
+    return dict(_identifier().rank(text))
+
+
+@cache
+def _identifier() -> LanguageIdentifier:
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+
+CONTENT_CHECKS: tuple[ContentCheck, ...] = (
+    ContentCheck(
+        "refusal",
+        "No response declines to answer.",
+        "warn",
+        "Keep the refusals that you mean to teach; answer the others, or take them out.",
+        words=(
+            "sorry", "afraid", "pologi", "unfortunately", "regrettably", "as an ai", "as a large", "as an artificial", "language model", "chatbot",
+            "i decline", "to decline", "respectfully decline", "to refuse", "must refuse", "comfortable", "my programming", "my guidelines", "my polic", "my principles",
+            "my ethical", "my capabilit", "inappropriate", "not appropriate", "ethical", "be impossible", "not possible", "is impossible", "help you with", "help with", "assist with",
+            "i cannot", "i can't", "i can’t", "i can not", "i won't", "i won’t", "i will not", "i am unable", "i'm unable", "i’m unable", "i am not", "i'm not",
+            "i’m not", "i do not", "i don't", "i don’t", "leid", "lo siento", "désolé", "dispiace", "desculpe", "sinto muito", "lamento", "сожалению",
+            "извините", "helaas", "het spijt", "抱歉", "对不起", "對不起", "申し訳", "すみません",
+        ),
+        find=_refusal,
+    ),
+    ContentCheck(
+        "assistant_boilerplate",
+        "No response speaks of itself as an AI model without being asked.",
+        "warn",
+        "Take the phrase out, or rewrite the response: a model that learns it says it everywhere.",
+        words=(
+            "an ai ", "an ai,", " ai,", "ai model", "ai language", "ai assistant", "as ai", "language model", "artificial intelligence", "llm", "chatbot", "virtual assistant", "my knowledge", "my training", "my last", "my latest",
+            "my most recent", "have personal", "have any personal", "have real", "have any real", "作为", "als ki", "como una ia", "como ia",
+            "inteligencia artificial", "modelo de lenguaje", "en tant qu",
+        ),
+        find=_boilerplate,
+    ),
+    ContentCheck(
+        "foreign_identity",
+        "No response claims to be another vendor's model.",
+        "warn",
+        "Put your own model's name in, or take the row out.",
+        words=(
+            "chatgpt", "chat gpt", "gpt-", "gpt3", "gpt4", "openai", "open ai", "anthropic", "google", "deepmind", "alibaba", "meta", "microsoft", "mistral", "deepseek",
+            "baidu", "moonshot", "xai", "cohere", "laion", "huggingface", "hugging face", "stability ai", "databricks", "zhipu", "tencent", "bytedance", "lmsys", "inflection",
+            "bing chat", "qwen", "qianwen", "openassistant", "open assistant", "ernie bot", "huggingchat", "internlm", "chatglm", "baichuan", "stablelm", "wizardlm",
+            "claude", "bard", "gemini", "llama", "grok", "copilot", "kimi", "phi", "gemma", "sydney", "alpaca", "vicuna", "command r", "falcon",
+            "dolly", "koala", "doubao",
+            "我是", "我叫",
+        ),
+        find=_identity,
+    ),
+    ContentCheck(
+        "placeholder_text",
+        "No text holds a placeholder that nobody filled in.",
+        "info",
+        "Fill it in, or take the row out.",
+        words=_SLOT_WORDS,
+        pretest=_placeholder_pretest,
+        find=_placeholder,
+    ),
+    ContentCheck(
+        "prompt_echo",
+        "No response repeats its prompt.",
+        "warn",
+        "Take the copy of the prompt out of the response.",
+        pretest=_echo_pretest,
+        find=_echo,
+    ),
+    ContentCheck(
+        "truncated_response",
+        "Every response comes to its end.",
+        "info",
+        "Complete the response, or take the row out; look for a limit on tokens where the responses were made.",
+        pretest=_cut_pretest,
+        find=_cut,
+    ),
+    ContentCheck(
+        "repetition",
+        "No response says the same over and over.",
+        "warn",
+        "Cut the response off where the loop begins, or take the row out.",
+        pretest=_loop_pretest,
+        find=_loop,
+    ),
+    ContentCheck(
+        "markup_leftovers",
+        "No text holds HTML, or role labels, of the page or log that it was copied from.",
+        "warn",
+        "Convert HTML to text, and cut role labels off, in the source.",
+        words=_MARKUP_WORDS,
+        pretest=_markup_pretest,
+        find=_markup,
+    ),
+    ContentCheck(
+        "language_mismatch",
+        "Every response is in the language of its prompt.",
+        "warn",
+        "Translate the response, or let the prompt say which language it asks for.",
+        pretest=_language_pretest,
+        find=_language,
+    ),
+)  # fmt: skip

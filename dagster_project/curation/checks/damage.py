@@ -1,0 +1,249 @@
+"""Texts -> what in them is no text: encoding damage, characters that hide or steer, and the marks of a template that was left in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from unicodedata import is_normalized
+
+from dagster_project.curation.checks.privacy import candidates, mask
+
+AROUND = 10
+"""Characters on each side of what is wrong in its excerpt."""
+
+_CHARACTERS = {
+    "replacement character": "\ufffd",
+    "control character": "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f",
+    "bidirectional control": "\u202a-\u202e\u2066-\u2069",
+    "private-use character": "\ue000-\uf8ff\U000f0000-\U000ffffd\U00100000-\U0010fffd",
+    "half of a surrogate pair": "\ud800-\udfff",
+    "hidden tag character": "\U000e0000-\U000e007f",
+}
+"""Kind -> characters, as a range of a regular expression.
+
+The bidirectional ones make text read otherwise than it is; Arabic and Hebrew do without them, and the marks that they do use
+(U+200E, U+200F, U+061C) are not among these, nor is the joiner of emoji. Tag characters are invisible ASCII: right after a black
+flag they name a region (Scotland's flag), anywhere else they smuggle.
+"""
+
+_WRITTEN_WITH = "\u0e00-\u109f\u1780-\u17ff\u1950-\u19df\u1a20-\u1aaf\ua9e0-\ua9ff\uaa60-\uaadf"
+"""Scripts without spaces (Thai, Lao, Tibetan, Burmese, Khmer, ...), in which a zero-width space marks where a word ends."""
+_PLAIN = "\x00-\u024f\u200b-\u200d\u2060\ufeff"
+"""Beside these a joiner or non-joiner joins nothing; emoji, Persian and the scripts of India need both."""
+_HIDDEN = re.compile(f"[\u2060\ufeff]|(?<![{_WRITTEN_WITH}])\u200b(?![{_WRITTEN_WITH}])|(?<![^{_PLAIN}])[\u200c\u200d](?![^{_PLAIN}])")
+
+_FLAG = re.compile("\U0001f3f4[\U000e0020-\U000e007e]+\U000e007f")
+
+
+def damage(texts: Sequence[str]) -> list[str | None]:
+    """For each text what is wrong with its characters, in words with an excerpt ("mojibake: 'cafÃ©'"), or None.
+
+    The excerpt is masked, and whatever can't be seen in it is escaped, as in "control character: 'a\\x00b'".
+    """
+    return _look(texts, _damage_hint(), _damage)
+
+
+def template_marks(texts: Sequence[str], special_tokens: Iterable[str] = ()) -> list[str | None]:
+    """For each text the first of each kind of template mark in it, or None.
+
+    - "control token: '<|im_end|>'": a token that chat templates are made of, or one of `special_tokens`. `<s>` and `</s>` around a part
+      of a text are HTML's strike-through and left alone, unless they are special tokens of the base model: then the tokenizer
+      takes them for such, whatever the writer meant.
+    - "instruction template: '### Response:'": the boilerplate of a prompt template.
+    - "transcript: 'Human: ... Assistant:'": turns of both sides written as text.
+
+    Args:
+        special_tokens: the base model's own, as its tokenizer lists them.
+    """
+    own = sorted({token for token in special_tokens if token.strip()}, key=lambda token: (-len(token), token))
+    pattern = re.compile("|".join(map(re.escape, own))) if own else None
+    return _look(texts, _MARK_HINT, lambda text: _marks(text, pattern), own)
+
+
+def hidden(texts: Sequence[str]) -> list[str | None]:
+    """For each text the first byte order mark or zero-width character that says nothing, with an excerpt, or None."""
+    return _look(texts, "[\u200b-\u200d\u2060\ufeff]", _hidden)
+
+
+def without_hidden(text: str) -> str:
+    return _HIDDEN.sub("", text)
+
+
+def decomposed(texts: Sequence[str]) -> list[str | None]:
+    """For each text that is not in Unicode's composed form (NFC) the first word that is not, or None."""
+    return [None if text.isascii() or is_normalized("NFC", text) else _decomposed(text) for text in texts]
+
+
+def repaired_encoding(text: str) -> str:
+    """The text with its mojibake undone, line by line or word by word, where `damage` finds any: "cafÃ©" -> "café"."""
+    return "\n".join(_unmojibake(line) if _mojibake(line) else line for line in text.split("\n")) if _mojibake(text) else text
+
+
+def without_end_marks(text: str, special_tokens: Iterable[str] = ()) -> str:
+    """The text without the control tokens that a tokenizer or an export left at its end, or the start of a sequence at its beginning.
+
+    "Yes. <|endoftext|>" -> "Yes."; tokens within the text, and HTML's strike-through, are left alone.
+
+    Args:
+        special_tokens: the base model's own; of these such count as say that they end a text.
+    """
+    ends = (*END_MARKS, *(token for token in special_tokens if _ENDS.search(token)))
+    while (mark := next((mark for mark in ends if text.rstrip().endswith(mark)), None)) and not _struck(text.strip(), at_end=True):
+        text = text.rstrip().removesuffix(mark).rstrip()
+    while (mark := next((mark for mark in START_MARKS if text.lstrip().startswith(mark)), None)) and not _struck(text, at_end=False):
+        text = text.lstrip().removeprefix(mark).lstrip()
+    return text
+
+
+def _look(texts: Sequence[str], hint: str, judge: Callable[[str], str | None], literals: Sequence[str] = ()) -> list[str | None]:
+    found: list[str | None] = [None] * len(texts)
+    for row in candidates(texts, hint, literals):
+        found[row] = judge(texts[row])
+    return found
+
+
+# --- characters ------------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _damage_hint() -> str:
+    """What every damaged text matches. Looser than ftfy's own expression, but plain Cyrillic, Greek and French don't match, and Rust reads it."""
+    from ftfy.badness import MOJIBAKE_CATEGORIES as SETS
+
+    characters = "".join(
+        chars for kind, chars in _CHARACTERS.items() if kind != "half of a surrogate pair"
+    )  # candidates come with U+FFFD there
+    letters = SETS["lower_common"] + SETS["upper_common"]  # of Cyrillic and Greek
+    marks = "".join(chars for kind, chars in SETS.items() if not kind.endswith("_common")) + "À-ɏ√‚†®´¥µø"
+    broken = SETS["bad"] + SETS["upper_accented"]
+    between = SETS["bad"] + SETS["start_punctuation"] + SETS["end_punctuation"] + SETS["currency"] + "°µ"
+    return f"[{characters}]|[{marks}]{{2}}|[{letters}][{broken}]|[{broken}][{letters}]|[ВГРСΒΓΞΟ][{between}][ВГРСΒΓΞΟ]|[вВ]Ђ|β€|[Œœ][^A-Za-z]|[ÃÂ] "
+
+
+def _damage(text: str) -> str | None:
+    broken = _mojibake(text)
+    unflagged = _FLAG.sub("", text)
+    patterns = {kind: re.compile(f"[{characters}]") for kind, characters in _CHARACTERS.items()}
+    kinds = [kind for kind, pattern in patterns.items() if pattern.search(unflagged)]
+    if not kinds and not broken:
+        return None
+    shown = mask(unflagged)
+    found = [_say(kind, shown, patterns[kind]) for kind in kinds]
+    if broken:
+        found.append(_say("mojibake", shown, re.compile(re.escape(broken))))
+    return "; ".join(found)
+
+
+def _mojibake(text: str) -> str | None:
+    """The first sequence that ftfy holds for mojibake, in a line that it can also mend: the sequence alone may be art or mathematics."""
+    from ftfy import fix_encoding
+    from ftfy.badness import BADNESS_RE
+
+    for line in text.split("\n"):
+        line = _NOISE.sub("", line)
+        if match := BADNESS_RE.search(line):
+            word = line[line.rfind(" ", 0, match.start()) + 1 :].partition(" ")[0]
+            if any(fix_encoding(part) != part for part in (line, word)):
+                return match.group()
+    return None
+
+
+_NOISE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffd\ufeff]")
+
+
+def _say(kind: str, shown: str, pattern: re.Pattern[str]) -> str:
+    match = pattern.search(shown)
+    if match is None:  # in a value that is masked
+        return kind
+    start, end = max(0, match.start() - AROUND), match.end() + AROUND
+    before, after = shown[start : match.start()], shown[match.end() : end]
+    if start and " " in before:
+        before = before.partition(" ")[2]
+    if end < len(shown) and " " in after:
+        after = after.rpartition(" ")[0]
+    return f"{kind}: '{visible(before + match.group() + after)}'"
+
+
+def visible(text: str) -> str:
+    """On one line, with what can't be seen or would steer a terminal escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _hidden(text: str) -> str | None:
+    if (match := _HIDDEN.search(text)) is None:
+        return None
+    return _say("byte order mark" if match.group() == "\ufeff" else "zero-width character", mask(text), _HIDDEN)
+
+
+def _decomposed(text: str) -> str:
+    word = next((word for word in mask(text).split(" ") if not is_normalized("NFC", word)), "")
+    return f"not composed: '{''.join(c if c.isascii() and c.isprintable() else ascii(c)[1:-1] for c in word[:40])}'"
+
+
+def _unmojibake(line: str) -> str:
+    from ftfy import fix_encoding
+
+    whole = fix_encoding(line)
+    return whole if whole != line else " ".join(map(fix_encoding, line.split(" ")))
+
+
+# --- templates -------------------------------------------------------------------------------------------------------------------
+
+_TOKEN = re.compile(
+    r"<\|[A-Za-z][\w.:/-]{0,39}\|>"  # ChatML, Llama 3, Phi, Zephyr, Qwen, <|endoftext|>
+    r"|<｜[^｜<>\s]{1,40}｜>"  # DeepSeek
+    r"|\[/?INST\]|<</?SYS>>"  # Llama 2, Mistral
+    r"|\[/?(?:SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CONTENT|MODEL_SETTINGS)\]|\[(?:TOOL_CALLS|CALL_ID|ARGS)\]"  # Mistral
+    r"|<(?:start|end)_of_turn>|<(?:bos|eos)>"  # Gemma
+)
+END_MARKS = (
+    "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|eos|>", "<|end|>", "<|return|>",
+    "<|end_of_turn|>", "<|END_OF_TURN_TOKEN|>", "<end_of_turn>", "<eos>", "</s>", "<\uff5cend\u2581of\u2581sentence\uff5c>",
+)  # fmt: skip
+"""What the tokenizers of GPT-2, ChatML, Llama, Phi, gpt-oss, OpenChat, Cohere, Gemma and DeepSeek end a text or a turn with."""
+START_MARKS = ("<|endoftext|>", "<|begin_of_text|>", "<|startoftext|>", "<bos>", "<s>", "<\uff5cbegin\u2581of\u2581sentence\uff5c>")
+_ENDS = re.compile("(?i)(?<![a-z])(?:end|eo[dmst])(?![a-z])|endof|</s>")
+_STRIKE = re.compile(r"<s>(?:(?!</?s>).){1,400}</s>", re.DOTALL)
+_SENTENCE = re.compile("</?s>")
+_BOILERPLATE = re.compile(
+    "(?m:^)[ \t]*### ?(?:Instruction|Response|Human|Assistant|User|System):|Below is an instruction that describes a task"
+    "|A chat between a curious (?:user|human) and an artificial intelligence assistant"
+)
+"""Plural "### Instructions:" and "### Input:" head the parts of recipes and programming tasks."""
+_ASKS = re.compile(r"(?m:^)[ \t>*]*(Human|HUMAN|User|USER)(?:\*\*)?:")
+_ANSWERS = re.compile(r"(?m:^)[ \t>*]*(Assistant|ASSISTANT|AI|Bot|GPT)(?:\*\*)?:|\s(ASSISTANT):")
+_MARK_HINT = (
+    r"<\|[A-Za-z]|<｜|\[/?INST\]|SYS>>|\[/?(?:SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_[A-Z]+|MODEL_SETTINGS|CALL_ID|ARGS)\]|_of_turn>|<(?:bos|eos|s|/s)>"
+    r"|### ?(?:Instruction|Response|Human|Assistant|User|System):|Below is an instruction that|A chat between a curious"
+    r"|(?:Human|HUMAN|User|USER)(?:\*\*)?:"
+)
+
+
+def _marks(text: str, own: re.Pattern[str] | None) -> str | None:
+    found = []
+    if token := _TOKEN.search(text) or (own and own.search(text)) or _sentence(text):
+        found.append(f"control token: '{visible(token.group())}'")
+    if boilerplate := _BOILERPLATE.search(text):
+        found.append(f"instruction template: '{boilerplate.group().strip()}'")
+    if (asks := _ASKS.search(text)) and (answers := _ANSWERS.search(text, asks.end())):
+        found.append(f"transcript: '{asks[1]}: ... {answers[1] or answers[2]}:'")
+    return "; ".join(found) or None
+
+
+def _sentence(text: str) -> re.Match[str] | None:
+    """<s> or </s>, but for pairs around a part of the text, which strike it through in HTML. A pair around all of it is a sequence."""
+    whole = text.strip()
+    pairs = [(match.start(), match.end()) for match in _STRIKE.finditer(whole)]
+    if pairs == [(0, len(whole))]:
+        return _SENTENCE.search(whole)
+    return next((m for m in _SENTENCE.finditer(whole) if not any(start <= m.start() < end for start, end in pairs)), None)
+
+
+def _struck(text: str, at_end: bool) -> bool:
+    """Whether the text ends, or begins, with a part that HTML strikes through, and is not struck as a whole."""
+    whole = text.strip()
+    return any(
+        match.span() != (0, len(whole)) and (match.end() == len(whole) if at_end else match.start() == 0)
+        for match in _STRIKE.finditer(whole)
+    )

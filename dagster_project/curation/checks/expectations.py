@@ -1,0 +1,471 @@
+"""Expectations on a whole set, which Great Expectations judges: what a data owner expects is a file of theirs, what was found is Data Docs.
+
+A row check asks whether one row is sound. An expectation asks whether the set is the one its owner believes it to be: how many rows, which
+categories in which shares, how long the texts, from where. The suite file has Great Expectations' own JSON form, so that its documentation
+applies; it judges `table`, which holds figures about each kept row and no text of it, so that no text can get into a result or a page.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import json
+import logging
+import math
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from dagster_project.core.errors import InputError
+from dagster_project.core.records import CheckResult, prompt_text, response_text
+from dagster_project.curation.checks import data_docs
+from dagster_project.curation.checks.privacy import mask
+from dagster_project.curation.checks.profile import count_words, scripts
+
+if TYPE_CHECKING:
+    import pandas as pd  # type: ignore[import-untyped]
+
+NAME = "expectations"
+"""Of the check."""
+TRUTH = "The set is what its owner expects it to be."
+
+COLUMNS = {
+    "source": "file the row came from",
+    "category": "its category, or null",
+    "script": "the script that most letters of the prompt belong to (Latin, Han, ...), `other`, or `(none)` without letters",
+    "turns": "answers of the assistant in it",
+    "prompt": "a number that two rows share if and only if they have the same prompt",
+    "prompt_words": "words the user says; each Chinese or Japanese character is one",
+    "response_words": "words of the last answer",
+    "response_is_json": "whether the last answer is a JSON object or list",
+    "near_copy": "whether an earlier row has nearly the same prompt",
+    "category_share": "share of all rows that have this row's category (null is one)",
+    "source_share": "share of all rows that come from this row's source",
+    "kept_share": "share of the rows read that were kept; the same in every row",
+}
+"""Columns of `table`, one row per kept record. Shares are of the whole set, so that a least or greatest one can be expected."""
+
+SEVERITY: dict[str, Literal["error", "warn", "info"]] = {"critical": "error", "warning": "warn", "info": "info"}
+"""Great Expectations' word for how bad a failure is -> ours. A failed critical expectation blocks."""
+
+_DECODE = json.JSONDecoder().raw_decode
+_NOT_KWARGS = {"id", "meta", "notes", "description", "severity", "rendered_content", "windows", "batch_id", "catch_exceptions"}
+_NOT_KWARGS |= {"result_format", "condition_parser"}
+"""Fields of an expectation that are no part of its `kwargs` here; a condition given as text would be run as code."""
+_GALLERY = "https://greatexpectations.io/expectations"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One expectation and what was found."""
+
+    type: str
+    """Great Expectations' name for it."""
+    words: str
+    """What is expected: the suite's `description`, else Great Expectations' own sentence."""
+    passed: bool
+    severity: Literal["error", "warn", "info"]
+    """If it fails. From critical, warning, info."""
+    observed: Any
+    """Plain data: a number, a list of values, {quantile: value}, or {"unexpected", "of", "values"} where single rows are judged."""
+    seen: str
+    """The same in words."""
+    rows: list[int]
+    """The first rows of the table that break it, where single rows are judged."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was found of a suite. The same for the same table and suite."""
+
+    suite: str
+    rows: int
+    expectations: list[Judged]
+    """In the suite's order."""
+    page: str
+    """Data Docs' first page, relative to the folder given; empty where none was."""
+    foreign: tuple[str, ...] = ()
+    """Signs that the suite was written for other data."""
+
+    @property
+    def failed(self) -> list[Judged]:
+        return [one for one in self.expectations if not one.passed]
+
+
+def check(outcome: Outcome, places: Sequence[str] = ()) -> CheckResult:
+    """The check of a stage: it counts failed expectations and blocks if one of them is critical.
+
+    Args:
+        places: "source:row" of each row of the table, to name rows that break an expectation.
+    """
+    order = ("error", "warn", "info")
+    failed = sorted(outcome.failed, key=lambda one: order.index(one.severity))
+    worst = min((order.index(one.severity) for one in failed or outcome.expectations), default=1)
+    return CheckResult(
+        name=NAME,
+        passed=not failed,
+        severity=order[worst],
+        blocking=order[worst] == "error",
+        count=len(failed),
+        rows=[places[i] for i in dict.fromkeys(i for one in failed for i in one.rows)][:20] if places else [],
+        examples=[f"{one.words} Found: {one.seen}." for one in failed],
+        note="; ".join([f"{len(outcome.expectations) - len(failed)} of {len(outcome.expectations)} expectations hold", *outcome.foreign]),
+    )
+
+
+def table(records: Sequence[dict[str, Any]], clusters: Sequence[Any] | None = None, read: int | None = None) -> pd.DataFrame:
+    """What expectations are about: `COLUMNS`, one row per kept record, in order.
+
+    Args:
+        records: the kept canonical records.
+        clusters: for each record what its near-copies share; `group_id` unless given.
+        read: rows read, of which these were kept; as many as there are records unless given.
+    """
+    import numpy as np
+    import pandas as pd
+
+    messages = [record["messages"] for record in records]
+    prompts, responses = [prompt_text(turns) for turns in messages], [response_text(turns) for turns in messages]
+    groups = pd.Series(list(clusters) if clusters is not None else [record["group_id"] for record in records], dtype=object)
+    source = pd.Categorical([record["source"] for record in records])
+    names = {name: mask(name) for name in {record["category"] for record in records} if name is not None}
+    category = pd.Categorical([names.get(record["category"]) for record in records])
+
+    def share(of: pd.Categorical) -> Any:
+        return np.bincount(of.codes + 1, minlength=1)[of.codes + 1] / max(1, len(records))
+
+    return pd.DataFrame(
+        {
+            "source": source,
+            "category": category,
+            "script": pd.Categorical(scripts(prompts)),
+            "turns": np.array([[m["role"] for m in turns].count("assistant") for turns in messages], dtype=np.int64),
+            "prompt": pd.factorize(pd.array(prompts, dtype=object))[0],
+            "prompt_words": count_words(prompts).to_numpy(),
+            "response_words": count_words(responses).to_numpy(),
+            "response_is_json": [_is_json(text) for text in responses],
+            "near_copy": (groups.notna() & groups.duplicated()).to_numpy(dtype=bool),
+            "category_share": share(category),
+            "source_share": share(source),
+            "kept_share": len(records) / max(1, read if read is not None else len(records)),
+        },
+        columns=list(COLUMNS),
+    ).astype({"response_is_json": bool})
+
+
+def _is_json(text: str) -> bool:
+    text = text.strip()
+    if text[:1] not in ("{", "["):
+        return False
+    try:
+        return _DECODE(text)[1] == len(text)
+    except (ValueError, RecursionError):
+        return False
+
+
+def run(frame: pd.DataFrame, suite_file: Path, docs_folder: Path | None = None, name: str = "") -> Outcome:
+    """Judge a table by a suite, and write Data Docs about it.
+
+    Args:
+        frame: `table`'s. Every row is judged, none sampled: a million rows and twenty expectations take about a second.
+        suite_file: a suite in Great Expectations' JSON form: {"name", "expectations": [{"type", "kwargs", "severity", "description"}]}.
+        docs_folder: gets the pages of data_docs.py; None for no pages.
+        name: of the suite file in messages; its path unless given.
+    Raises:
+        InputError: lists everything in the suite that cannot be judged.
+    """
+    name = name or str(suite_file)
+    with _quiet():
+        suite, expectations = _load(suite_file, name, list(frame.columns))
+        result = _validate(frame, suite)
+        judged = _judge(result, expectations, frame, name)
+        if docs_folder is not None:
+            words = {str(i): f"{one.words} ({expectations[i].severity.value})" for i, one in enumerate(judged)}
+            data_docs.write(docs_folder, suite, result, words)
+    return Outcome(suite.name, len(frame), judged, data_docs.INDEX if docs_folder is not None else "", _foreign(frame, expectations, name))
+
+
+def _foreign(frame: pd.DataFrame, expectations: Sequence[Any], name: str) -> tuple[str, ...]:
+    """One message where the suite names categories or sources of which no row has any."""
+    found = []
+    for column in ("category", "source"):
+        named = {
+            value
+            for one in expectations
+            if one.configuration.kwargs.get("column") == column
+            for value in _listed(one.configuration.kwargs.get("value_set"))
+        }
+        if named and not named & set(frame[column].dropna()):
+            plural = "categories" if column == "category" else "sources"
+            found.append(
+                f"the suite names {len(named)} {plural} that no row has: {name} was written for other data, edit it or leave out"
+                " instructions.expectations"
+            )
+    return tuple(found)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Great Expectations warns, logs and draws progress bars, one of them whatever its settings say."""
+    log = logging.getLogger("great_expectations")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def _load(path: Path, name: str, columns: list[str]) -> tuple[Any, list[Any]]:
+    """The suite and its expectations, each with its index as `id`."""
+    import great_expectations as gx
+
+    try:
+        document = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"{name}: {error.strerror}", "name a suite of expectations that is there") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{name}: not JSON: {error}", "mend the place named") from None
+    form = '{"name": "...", "expectations": [{"type": "expect_...", "kwargs": {...}, "severity": "warning"}]}'
+    if not isinstance(document, dict) or not isinstance(document.get("expectations"), list) or not document["expectations"]:
+        raise InputError(f"{name}: not a suite: it needs a list of expectations", f"its form is {form}")
+    title = document.get("name")
+    problems = [] if isinstance(title, str) and title else [f"{name}: name: must be text"]
+    known = ("name", "expectations", "meta", "notes", "id")
+    problems += [f"{name}: {key}: unknown key; keys: {', '.join(known)}" for key in document if key not in known]
+    expectations: list[Any] = []
+    for i, entry in enumerate(document["expectations"]):
+        found, wrong = _expectation(entry, str(i), columns)
+        kind = f" ({entry['type']})" if isinstance(entry, dict) and isinstance(entry.get("type"), str) else ""
+        problems += [f"{name}: expectations[{i}]{kind}: {line}" for line in wrong]
+        expectations.append(found)
+    if problems:
+        raise InputError("\n".join(problems), f"what each type takes: {_GALLERY}; columns and what they hold: docs/checks.md")
+    suite = gx.ExpectationSuite(name=str(title), expectations=[one.configuration for one in expectations], notes=document.get("notes"))
+    return suite, expectations
+
+
+def _expectation(entry: Any, number: str, columns: list[str]) -> tuple[Any, list[str]]:
+    """One entry of a suite as an expectation, or what is wrong with it."""
+    from great_expectations.compatibility.pydantic import ValidationError
+    from great_expectations.exceptions import GreatExpectationsError
+    from great_expectations.expectations.expectation_configuration import ExpectationConfiguration
+    from great_expectations.expectations.registry import get_expectation_impl, list_registered_expectation_implementations
+
+    known = ("type", "kwargs", "severity", "description", "notes", "meta", "id")
+    if not isinstance(entry, dict):
+        return None, [f"must be an object with {', '.join(known)}"]
+    types = sorted(list_registered_expectation_implementations())
+    kind, kwargs = entry.get("type"), entry.get("kwargs", {})
+    if kind not in types:
+        near = difflib.get_close_matches(str(kind), types, n=3, cutoff=0.5)
+        return None, [f"unknown type {kind!r}; " + (f"near it: {', '.join(near)}" if near else f"types: {', '.join(types)}")]
+    if not isinstance(kwargs, dict):
+        return None, ["kwargs: must be an object"]
+    fields = sorted(set(get_expectation_impl(kind).__fields__) - _NOT_KWARGS)
+    problems = [f"{key}: unknown key; keys: {', '.join(known)}" for key in entry if key not in known]
+    problems += [f"kwargs.{key}: unknown; {kind} takes {', '.join(fields)}" for key in kwargs if key not in fields]
+    problems += [f"severity: must be one of {', '.join(SEVERITY)}"] if entry.get("severity", "critical") not in list(SEVERITY) else []
+    problems += ["description: must be text"] if not isinstance(entry.get("description"), str | None) else []
+    problems += ["meta: must be an object"] if not isinstance(entry.get("meta"), dict | None) else []
+    problems += [f"no column {column!r}; columns: {', '.join(columns)}" for column in _columns(kwargs) if column not in columns]
+    problems += _empty(kwargs, fields)
+    if problems:
+        return None, problems
+    try:
+        given = {key: entry[key] for key in ("severity", "description", "notes", "meta") if key in entry}
+        return ExpectationConfiguration(type=kind, kwargs=kwargs, id=number, **given).to_domain_obj(), []
+    except ValidationError as error:
+        # Where several types would do, the library complains of each: the first says enough.
+        first: dict[str, str] = {}
+        for problem in error.errors():
+            first.setdefault(str(problem["loc"][0]), str(problem["msg"]))
+        return None, [f"{'' if key == '__root__' else f'kwargs.{key}: '}{text}" for key, text in first.items()]
+    except (GreatExpectationsError, TypeError, ValueError) as error:
+        return None, [_line(error)]
+
+
+def _columns(kwargs: dict[str, Any]) -> list[str]:
+    """The columns an expectation names, those of its condition included."""
+    named = [kwargs[key] for key in ("column", "column_A", "column_B") if isinstance(kwargs.get(key), str)]
+    named += [one for key in ("column_list", "column_set") for one in _listed(kwargs.get(key)) if isinstance(one, str)]
+
+    def walk(condition: Any) -> Iterator[str]:
+        if isinstance(condition, dict):
+            column = condition.get("column")
+            if isinstance(column, dict) and isinstance(column.get("name"), str):
+                yield column["name"]
+            for one in _listed(condition.get("conditions")):
+                yield from walk(one)
+
+    return list(dict.fromkeys([*named, *walk(kwargs.get("row_condition"))]))
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _empty(kwargs: dict[str, Any], fields: Sequence[str]) -> list[str]:
+    """Ways to expect nothing, or what can never be, and to run code: the library would take them."""
+    problems = []
+    low, high = kwargs.get("min_value"), kwargs.get("max_value")
+    if {"min_value", "max_value"} <= set(fields) and "threshold" not in fields and low is None and high is None:
+        problems.append("expects nothing: give min_value, max_value or both")
+    if isinstance(low, int | float) and isinstance(high, int | float) and low > high:
+        problems.append(f"can never hold: min_value {low} is above max_value {high}")
+    if kwargs.get("mostly") == 0:
+        problems.append("kwargs.mostly: 0 expects nothing: give a share above 0")
+    ranges = kwargs.get("quantile_ranges")
+    if isinstance(ranges, dict) and len(_listed(ranges.get("quantiles"))) != len(_listed(ranges.get("value_ranges"))):
+        problems.append("kwargs.quantile_ranges: needs as many value_ranges as quantiles")
+    if "$PARAMETER" in json.dumps(kwargs):
+        problems.append("kwargs: no $PARAMETER has a value here: write the value itself")
+    condition = json.dumps(kwargs.get("row_condition"))
+    if isinstance(kwargs.get("row_condition"), str) or "pass_through" in condition:
+        problems.append(
+            'kwargs.row_condition: must be an object such as {"type": "comparison", "column": {"name": "category"}, "operator": "==", '
+            '"parameter": "bug"} or {"type": "nullity", "column": {"name": "category"}, "is_null": true}; text would be run as code'
+        )
+    return problems
+
+
+def _line(error: object) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _validate(frame: pd.DataFrame, suite: Any) -> Any:
+    """Great Expectations' result for the whole table."""
+    import great_expectations as gx
+    from great_expectations.data_context.types.base import ProgressBarsConfig
+
+    context = gx.get_context(mode="ephemeral")
+    context.enable_analytics(False)
+    context.variables.progress_bars = ProgressBarsConfig(globally=False, metric_calculations=False)
+    asset = context.data_sources.add_pandas("instructions").add_dataframe_asset("rows")
+    batch = asset.add_batch_definition_whole_dataframe("all").get_batch({"dataframe": frame})
+    return batch.validate(suite, result_format="COMPLETE")
+
+
+def _judge(result: Any, expectations: Sequence[Any], frame: pd.DataFrame, name: str) -> list[Judged]:
+    """The result in our words, in the suite's order. Mends in `result` what Data Docs would not show."""
+    from great_expectations.util import convert_to_json_serializable
+
+    judged: dict[int, Judged] = {}
+    problems = []
+    for one in sorted(result.results, key=lambda one: int(one.expectation_config.id)):
+        i, kind = int(one.expectation_config.id), one.expectation_config.type
+        raised = [info for info in _infos(one.exception_info) if info["raised_exception"]]
+        if raised:
+            problems.append(f"{name}: expectations[{i}] ({kind}): cannot be judged: {_line(raised[0]['exception_message'])}")
+            continue
+        # A NumPy bool is not JSON to the library's own pages.
+        one.success = bool(one.success)
+        found = json.loads(json.dumps(convert_to_json_serializable(one.result)))  # a NumPy float passes for JSON with the library
+        rows: list[int] = []
+        one.result = found
+        if "element_count" in found:
+            rows = (found.pop("unexpected_index_list", None) or [])[:20]
+            found["partial_unexpected_list"] = [
+                " / ".join(map(str, value.values() if isinstance(value, dict) else value)) if isinstance(value, dict | list) else value
+                for value in found.get("partial_unexpected_list") or []
+                if value is not None
+            ]
+            for key in ("unexpected_list", "unexpected_index_query", "partial_unexpected_index_list", "partial_unexpected_counts"):
+                found.pop(key, None)
+            if found["element_count"] == (found.get("missing_count") or 0):
+                one.success = False  # whoever looked at nothing has not found it in order
+        elif "_distinct_values_" in kind:
+            # The library leaves out what it saw, and then trips over a count that has no percentage.
+            found["observed_value"] = sorted(frame[one.expectation_config.kwargs["column"]].dropna().unique().tolist())[:100]
+            for key in ("unexpected_count", "missing_count", "partial_unexpected_list", "partial_missing_list"):
+                found.pop(key, None)
+        observed = _plain(found)
+        expectation = expectations[i]
+        severity = SEVERITY[expectation.severity.value]
+        judged[i] = Judged(kind, _sentence(expectation), one.success, severity, observed, _seen(observed), rows)
+    if problems:
+        raise InputError("\n".join(problems), f"choose another type or column; what each type takes: {_GALLERY}")
+    statistics = [one.success for one in result.results]
+    result.success = all(statistics)
+    result.statistics.update(
+        successful_expectations=sum(statistics),
+        unsuccessful_expectations=len(statistics) - sum(statistics),
+        success_percent=100 * sum(statistics) / len(statistics),
+    )
+    return [judged[i] for i in range(len(expectations))]
+
+
+def _infos(info: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was raised: one account, or one for each metric."""
+    return [info] if "raised_exception" in info else list(info.values())
+
+
+def _plain(found: dict[str, Any]) -> Any:
+    """What was observed, as plain and stable data."""
+    if "element_count" in found:
+        values = {json.dumps(value): value for value in map(_value, found["partial_unexpected_list"])}
+        judged = found["element_count"] - (found.get("missing_count") or 0)
+        return {"unexpected": found["unexpected_count"], "of": judged, "values": [values[key] for key in sorted(values)][:10]}
+    return _value(found.get("observed_value"))
+
+
+def _value(value: Any) -> Any:
+    """As JSON: numbers rounded to six digits, NaN and null are None, quantiles a mapping."""
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, dict):
+        if value.keys() == {"quantiles", "values"}:
+            return {str(q): _value(v) for q, v in zip(value["quantiles"], value["values"], strict=False)}
+        return {str(key): _value(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_value(one) for one in value]
+    if isinstance(value, float):
+        return None if math.isnan(value) else float(f"{value:.6g}")
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def _seen(observed: Any) -> str:
+    """An observed value for a person to read."""
+    if isinstance(observed, dict) and "unexpected" in observed:
+        if not observed["of"]:
+            return "no row to judge"
+        if not observed["unexpected"]:
+            return f"all {observed['of']} rows do"
+        which = ", ".join(_seen(value) for value in observed["values"][:5] if value is not None)
+        share = f"{observed['unexpected']} of {observed['of']} rows do not ({100 * observed['unexpected'] / observed['of']:.3g} %)"
+        return f"{share}, such as {which}" if which else share
+    if isinstance(observed, dict):
+        return ", ".join(f"{key}: {_seen(value)}" for key, value in observed.items())
+    if isinstance(observed, list):
+        return (", ".join(map(_seen, observed[:20])) + (", ..." if len(observed) > 20 else "")) or "none"
+    if isinstance(observed, float):
+        return f"{observed:.4g}"
+    return "nothing" if observed is None else str(observed)
+
+
+def _sentence(expectation: Any) -> str:
+    """What is expected, in the owner's words or else in the library's."""
+    from great_expectations.render.renderer.inline_renderer import InlineRenderer
+
+    if expectation.description:
+        return str(expectation.description)
+    value = InlineRenderer(render_object=expectation.configuration).get_rendered_content()[0].value.to_json_dict()
+    if "template" in value:
+        return _filled(value)
+    kwargs = {key: one for key, one in expectation.configuration.kwargs.items() if isinstance(one, str | int | float)}
+    given = ", ".join(f"{key} {one}" for key, one in kwargs.items())
+    if "quantile_ranges" in expectation.configuration.kwargs:
+        rows = "; ".join(f"{row[0]['value']}: {row[1]['value']} to {row[2]['value']}" for row in value["table"])
+        return f"{_filled(value['header']['value']).rstrip('.')}: {rows}."
+    return f"{expectation.expectation_type.replace('_', ' ')}: {given}."
+
+
+def _filled(value: dict[str, Any]) -> str:
+    """The library's template with its parameters."""
+    params = {key: str(one["value"]) for key, one in (value.get("params") or {}).items()}
+    return re.sub(r"\$(\w+)", lambda match: params.get(match[1], match[0]), value["template"])

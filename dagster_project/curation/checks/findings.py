@@ -1,0 +1,278 @@
+"""What the checks found, in one form. The terminal, --json, the report, Dagster and the page all show this document and nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, islice, takewhile
+from typing import Any
+
+from dagster_project.core.records import CheckResult, prompt_text, response_text, subject_text
+from dagster_project.curation.checks.checks import CHARACTERS, CHECKS, Judgement, Verdict
+from dagster_project.curation.checks.content import CONTENT_CHECKS
+from dagster_project.curation.checks.facts import Link
+from dagster_project.curation.checks.privacy import mask
+from dagster_project.curation.similarity.overlap import BINS, CONTAINMENT, JACCARD, shared_span
+from dagster_project.curation.sources.benchmarks import Item
+
+ROWS, MATCHES, WIDTH = 20, 200, 2000
+"""Rows named in a report that git keeps, overlaps shown for each check, and characters shown of a text around what it shares with another."""
+ORDER = {"error": 0, "warn": 1, "info": 2}
+
+
+def document(
+    name: str, layout: str, judged: Judgement, held_out: Sequence[Item], matches: int = MATCHES, width: int = WIDTH
+) -> dict[str, Any]:
+    """The findings, worst first; see docs/checks.md for the form. No secret, address or number is in it: texts are masked.
+
+    Args:
+        name: of the data set.
+        layout: of its rows.
+        matches, width: overlaps a check, and characters a text.
+    """
+    items = {item.place: item for item in held_out}
+    findings = [
+        finding(verdict, judged, items, matches, width)
+        for verdict in judged.verdicts.values()
+        if verdict.broken or not verdict.passed or verdict.waived
+    ]
+    numbers = _numbers(judged.records)
+    for one in findings:
+        one["rows"] = [numbers[i] for i in one["rows"]]
+        one["matches"] = [{**found, "row": numbers[found["row"]]} for found in one["matches"]]
+    dropped = Counter(why for why in judged.reason if why)
+    compared = judged.facts.compared
+    return {
+        "name": name,
+        "format": layout,
+        "rows": len(judged.records),
+        "kept": judged.reason.count(None),
+        "dropped": {check: dropped[check] for check in CHECKS if dropped[check]},
+        **({"fixed": judged.fixed} if judged.fixed else {}),
+        "findings": sorted(findings, key=lambda f: (ORDER[f["severity"]], -f["count"], f["check"])),
+        "similarity": {
+            "gate": {"jaccard": JACCARD, "containment": CONTAINMENT},
+            "histogram": [
+                {"from": i / BINS, "to": (i + 1) / BINS, "pairs": apart + near, "near": near}
+                for i, (apart, near) in enumerate(compared.scores)
+            ],
+            "boilerplate": [{"text": mask(text), "rows": rows} for text, rows in compared.boilerplate],
+        }
+        if compared
+        else {},
+        "profile": judged.profile,
+        "notes": {verdict.name: verdict.note for verdict in judged.verdicts.values() if verdict.note},
+    }
+
+
+def _numbers(records: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The source row of each record, counted on through the sources. A row may give several records, and two rows one."""
+    rows: dict[str, int] = {}
+    for record in records:
+        last = max(record.get("source_rows") or [record["source_row"]])
+        rows[record["source"]] = max(rows.get(record["source"], 0), last + 1)
+    starts = dict(zip(rows, accumulate(rows.values(), initial=0), strict=False))
+    return [starts[record["source"]] + record["source_row"] for record in records]
+
+
+def finding(verdict: Verdict, judged: Judgement, items: Mapping[str, Item], matches: int, width: int) -> dict[str, Any]:
+    """One check's finding, whose `rows` are indices of records. A check on the whole set that fails counts 1."""
+    check, rows, broken = CHECKS[verdict.name], verdict.broken, set(verdict.broken)
+    links = islice((link for link in judged.facts.links.get(verdict.name, ()) if link.row in broken), matches)
+    return {
+        "check": verdict.name,
+        "severity": verdict.severity if rows or not verdict.passed else "info",  # all that was found is waived
+        "passed": verdict.passed,
+        "count": len(rows) or int(not verdict.passed),
+        "dropped": verdict.dropped,
+        **({"fixed": verdict.fixed} if verdict.fixed else {}),
+        "elsewhere": sum(judged.reason[i] is not None for i in rows) - verdict.dropped,
+        "waived": verdict.waived,
+        "rows": rows,
+        "places": [place(judged.records[i]) for i in rows],
+        "examples": [_example(verdict.name, judged, i) for i in rows[:3]],
+        "truth": check.truth,
+        "note": verdict.note,
+        "next": check.next,
+        "matches": [match(link, judged.records, items, width, verdict.name == "conflicting_responses") for link in links],
+    }
+
+
+TELLING = {
+    "secrets": "secret",
+    "pii": "personal",
+    "special_tokens_in_text": "template_mark",
+    **CHARACTERS,
+    **{check.name: check.name for check in CONTENT_CHECKS},
+}
+"""Checks whose fact shows the place in the text -> its column."""
+
+
+def _example(check: str, judged: Judgement, i: int) -> str:
+    """What is wrong with the row in its own words or, where that shows nothing, how the row begins."""
+    if wrong := judged.repaired.get(check, {}).get(i):
+        return wrong[:200]
+    return str(judged.facts.frame[TELLING[check]][i])[:200] if check in TELLING else excerpt(judged.records[i])
+
+
+def check_result(verdict: Verdict, judged: Judgement, held_out: Sequence[Item]) -> CheckResult:
+    """The finding as a stage reports it: in few words, since git keeps it."""
+    found = finding(verdict, judged, {item.place: item for item in held_out}, matches=5, width=240)
+    done = ", ".join(f"{n} {what}" for n, what in ((verdict.dropped, "dropped"), (verdict.fixed, "fixed")) if n)
+    return CheckResult(
+        verdict.name, verdict.passed, verdict.severity, verdict.action == "fail", len(verdict.broken), found["places"][:ROWS], found["examples"],
+        "; ".join(part for part in (done, verdict.note) if part), verdict.dropped, verdict.waived, verdict.fixed, found["matches"],
+    )  # fmt: skip
+
+
+def place(record: Mapping[str, Any]) -> str:
+    return f"{record['source']}:{record['source_row']}"
+
+
+def excerpt(record: Mapping[str, Any], width: int = 120) -> str:
+    """The first words of a record for a person to recognise it by, masked; of one that could not be read, why, and what it held."""
+    if record["messages"]:
+        text = prompt_text(record["messages"]) or " ".join(m["content"] for m in record["messages"])
+    else:
+        meta = json.loads(record["meta"])
+        text = f"{meta.get('problem', '')}  {json.dumps(meta['row'], ensure_ascii=False) if meta.get('row') else ''}"
+    return " ".join(mask(text[: 20 * width]).split())[:width]
+
+
+def match(link: Link, records: Sequence[dict[str, Any]], items: Mapping[str, Item], width: int, answered: bool = False) -> dict[str, Any]:
+    """Both texts of an overlap, with the longest run of words that they share.
+
+    Args:
+        answered: prompts are shown with their responses, which is where they differ.
+    """
+    record = records[link.row]
+    text = _asked(record, answered) if link.part == "prompt" else response_text(record["messages"])
+    if isinstance(link.other, int):
+        other, theirs = place(records[link.other]), _asked(records[link.other], answered)
+    else:
+        item = items[link.other]
+        other = item.place
+        said = (item.question, item.with_choices) if link.part == "prompt" else (item.text, item.question, item.with_choices)
+        theirs = max(said, key=lambda t: _shared(text, t))
+    text, theirs = mask(text[: 10 * width]), mask(theirs[: 10 * width])
+    mine_span, other_span = shared_span(text, theirs)
+    text, mine_span = _window(text, mine_span, width)
+    theirs, other_span = _window(theirs, other_span, width)
+    return {
+        "row": link.row, "place": place(record), "other": other, "part": link.part, "rule": link.rule, "score": link.score,
+        "text": text, "span": list(mine_span), "other_text": theirs, "other_span": list(other_span),
+    }  # fmt: skip
+
+
+def _asked(record: Mapping[str, Any], answered: bool) -> str:
+    asked = subject_text(record["messages"])
+    return f"{asked}\n\n{response_text(record['messages'])}" if answered else asked
+
+
+def _shared(a: str, b: str) -> int:
+    (start, end), _ = shared_span(a[:4000], b[:4000])
+    return end - start
+
+
+def _window(text: str, span: tuple[int, int], width: int) -> tuple[str, tuple[int, int]]:
+    """At most `width` characters of the text, with the start of the span in them."""
+    if len(text) <= width:
+        return text, span
+    start = max(0, min(span[0] - width // 4, len(text) - width))
+    head = "… " if start else ""
+    tail = " …" if start + width < len(text) else ""
+    cut = text[start : start + width]
+    begin = span[0] - start + len(head)
+    return head + cut + tail, (begin, min(span[1] - start + len(head), len(head) + len(cut)))
+
+
+def changes(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]], previous: str) -> dict[str, Any]:
+    """What differs between two versions of a data set, by content: a row that only moved is unchanged.
+
+    A removed and an added row that stand in the same gap between unchanged rows of one source are one changed row:
+    a, b, c  ->  a, B, c, d   is   changed b/B, added d
+    """
+    pairs: list[tuple[dict[str, Any] | None, dict[str, Any] | None]] = []
+    sources = dict.fromkeys(record["source"] for record in (*old, *new))
+    by_source: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {source: ([], []) for source in sources}
+    for side, records in enumerate((old, new)):
+        for record in records:
+            by_source[record["source"]][side].append(record)
+    unchanged = 0
+    for before, after in by_source.values():
+        here, there = _gaps(before, after)
+        unchanged += len(before) - sum(map(len, here.values()))
+        for gap in sorted(here.keys() | there.keys()):
+            gone, come = here.get(gap, []), there.get(gap, [])
+            pairs += [(gone[k] if k < len(gone) else None, come[k] if k < len(come) else None) for k in range(max(len(gone), len(come)))]
+    changed = [(a, b) for a, b in pairs if a and b]
+    added, removed = [b for a, b in pairs if b and not a], [a for a, b in pairs if a and not b]
+    return {
+        "previous": previous,
+        "rows": {"added": len(added), "removed": len(removed), "changed": len(changed), "unchanged": unchanged},
+        "examples": {
+            "added": [{"place": place(b), "text": excerpt(b, 300)} for b in added[:ROWS] if b],
+            "removed": [{"place": f"{place(a)} (before)", "text": excerpt(a, 300)} for a in removed[:ROWS] if a],
+            "changed": [{"place": place(b), **_edit(a, b)} for a, b in changed[:ROWS]],
+        },
+    }
+
+
+def _gaps(
+    before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]
+) -> tuple[dict[int, list[dict[str, Any]]], dict[int, list[dict[str, Any]]]]:
+    """The rows of each version that the other has not, by the number of shared rows before them. Copies count one by one."""
+    left = Counter(record["example_id"] for record in after)
+    shared: set[int] = set()
+    for i, record in enumerate(before):
+        if left[record["example_id"]]:
+            left[record["example_id"]] -= 1
+            shared.add(i)
+    spare = Counter(before[i]["example_id"] for i in shared)
+    gone: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    come: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    seen = 0
+    for i, record in enumerate(before):
+        if i in shared:
+            seen += 1
+        else:
+            gone[seen].append(record)
+    seen = 0
+    for record in after:
+        if spare[record["example_id"]]:
+            spare[record["example_id"]] -= 1
+            seen += 1
+        else:
+            come[seen].append(record)
+    return gone, come
+
+
+def _edit(before: dict[str, Any], after: dict[str, Any], around: int = 100) -> dict[str, str]:
+    """Both versions of a row, masked and cut to where they differ."""
+    texts = ["\n".join(m["content"] for m in record["messages"]) or excerpt(record, WIDTH) for record in (before, after)]
+    first = max(0, _alike(*texts) - 5 * WIDTH)  # a secret that begins before the difference is masked whole
+    texts = [mask(text[first : first + 10 * WIDTH]) for text in texts]
+    start = _alike(*texts)
+    rest = _alike(*(text[start:][::-1] for text in texts))
+    old, new = (text[max(0, start - around) : len(text) - rest + around][:WIDTH] for text in texts)
+    return {"before": old, "after": new}
+
+
+def _alike(a: str, b: str) -> int:
+    """Characters that two texts begin with alike."""
+    return sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(a, b, strict=False)))
+
+
+def finding_changes(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Checks that find something now and did not before, the other way round, and those that find another number of rows."""
+    before, after = ({f["check"]: f["count"] for f in found} for found in (old, new))
+    return {
+        "new": [{"check": name, "count": after[name]} for name in after if name not in before],
+        "gone": [{"check": name, "count": before[name]} for name in before if name not in after],
+        "changed": [
+            {"check": name, "before": before[name], "after": after[name]}
+            for name in after
+            if name in before and after[name] != before[name]
+        ],
+    }

@@ -1,0 +1,186 @@
+"""A model's tokenizer and chat template without transformers, whose import brings torch along: most of what `pedigree check` took.
+
+Only folders whose tokenizer transformers loads from tokenizer.json as it is are read here; tests compare both on tokens and on templates.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+PLAIN_CLASSES = frozenset({"TokenizersBackend", "PreTrainedTokenizerFast"})
+"""Tokenizer classes that take tokenizer.json as it is; the others of transformers 5 build a pipeline of their own from its vocabulary."""
+PLAIN_MODELS = frozenset({"llama", "smollm3", "qwen3", "gpt2", "gpt_neox"})
+"""Model types for which transformers honors these classes; for some others it takes the tokenizer class that it has for the model."""
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""Special tokens in transformers' order; a template sees them by these names."""
+EXTRA = frozenset({"extra_special_tokens", "additional_special_tokens"})
+WITHOUT_EFFECT = frozenset(
+    {
+        "tokenizer_class", "backend", "is_local", "local_files_only", "model_max_length", "clean_up_tokenization_spaces", "model_input_names",
+        "padding_side", "truncation_side", "chat_template", "added_tokens_decoder",
+    }
+)  # fmt: skip
+"""Keys of tokenizer_config.json that change no count of tokens; `added_tokens_decoder` must repeat tokenizer.json."""
+PATCHED_FROM = 100_000
+"""Vocabularies beyond this may get Mistral's regular expression replaced by transformers."""
+
+
+@dataclass(frozen=True)
+class LightTokenizer:
+    """As much of a transformers tokenizer as `core.chat` and `token_counts` call."""
+
+    backend_tokenizer: Any
+    """A `tokenizers.Tokenizer`."""
+    special_tokens: Mapping[str, str]
+    """The special tokens that have a name, by it."""
+    extra: Sequence[str]
+    """Those that have none."""
+    chat_template: str | None
+
+    @property
+    def eos_token(self) -> str | None:
+        return self.special_tokens.get("eos_token")
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        return list(dict.fromkeys([*self.special_tokens.values(), *self.extra]))
+
+    @cached_property
+    def _template(self) -> Any:
+        return compiled(self.chat_template or "")
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, str]], tokenize: bool, add_generation_prompt: bool) -> str:
+        """The conversation as text. The arguments are those of transformers, which `chat.render` calls by name."""
+        if tokenize or not messages:
+            raise ValueError("Cannot apply chat template to an empty conversation. Provide at least one message.")
+        text: str = self._template.render(
+            messages=[dict(message) for message in messages],
+            tools=None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **self.special_tokens,
+        )
+        return text
+
+
+def read_tokenizer(base_model: Path) -> LightTokenizer | None:
+    """The tokenizer of a model's folder; None where transformers would do more than read tokenizer.json, or refuse."""
+    try:
+        settings, model, state = (
+            json.loads((base_model / name).read_text(encoding="utf-8"))
+            for name in ("tokenizer_config.json", "config.json", "tokenizer.json")
+        )
+        return _plain(base_model, settings, model, state)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _plain(base_model: Path, settings: dict[str, Any], model: dict[str, Any], state: dict[str, Any]) -> LightTokenizer | None:
+    from tokenizers import Tokenizer
+
+    added = {token["content"] for token in state["added_tokens"]}
+    special = {name: _content(settings[name]) for name in NAMED if settings.get(name) is not None}
+    extra = [_content(token) for key in sorted(EXTRA) for token in settings.get(key) or []]
+    template = settings.get("chat_template")
+    if (base_model / "chat_template.jinja").is_file():
+        template = (base_model / "chat_template.jinja").read_text(encoding="utf-8")
+    plain = (
+        settings["tokenizer_class"] in PLAIN_CLASSES
+        and model["model_type"] in PLAIN_MODELS
+        and settings.keys() <= WITHOUT_EFFECT | EXTRA | {*NAMED}
+        and not all(settings.get(key) for key in EXTRA)
+        and not any(isinstance(settings.get(key), dict) for key in EXTRA)
+        and added.issuperset([*special.values(), *extra])
+        and _repeats(settings.get("added_tokens_decoder"), state["added_tokens"])
+        and isinstance(template, str | None)
+        and not any((base_model / name).exists() for name in ("special_tokens_map.json", "added_tokens.json", "additional_chat_templates"))
+    )
+    if not plain:
+        return None
+    try:
+        backend = Tokenizer.from_file(str(base_model / "tokenizer.json"))
+    except Exception:  # noqa: BLE001  tokenizers raises nothing narrower; transformers then says what is wrong
+        return None
+    return LightTokenizer(backend, special, extra, template) if backend.get_vocab_size() <= PATCHED_FROM else None
+
+
+def _content(token: Any) -> str:
+    """A special token is written as text, or as an object with its flags."""
+    content = token["content"] if isinstance(token, dict) else token
+    if not isinstance(content, str):
+        raise TypeError(f"expected a special token, found {type(content).__name__}")
+    return content
+
+
+def _repeats(decoder: Mapping[str, Mapping[str, Any]] | None, added: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether `added_tokens_decoder` says the same as tokenizer.json, in which case it adds nothing."""
+    return decoder is None or {int(i): {**token} for i, token in decoder.items()} == {
+        token["id"]: {key: value for key, value in token.items() if key != "id"} for token in added
+    }
+
+
+def compiled(chat_template: str) -> Any:
+    """A chat template in the environment that transformers gives it: sandboxed, with the same options, filters, functions and tags.
+
+    Raises:
+        jinja2.TemplateError: it is no template.
+    """
+    from jinja2 import TemplateError, nodes
+    from jinja2.exceptions import SecurityError
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.utils import Namespace
+
+    class Generation(Extension):
+        """`{% generation %}` marks what the assistant says; the text is what stands in it."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.CallBlock(self.call_method("_said"), [], [], body).set_lineno(line)
+
+        def _said(self, caller: Any) -> Any:
+            return caller()
+
+    class SafeNamespace(Namespace):
+        """Takes no name that begins with an underscore: those lead to Python's internals."""
+
+        def __init__(*args: Any, **kwargs: Any) -> None:  # `self` may be a name in the template
+            names = dict(*args[1:], **kwargs)
+            for name in names:
+                SafeNamespace.check(name)
+            Namespace.__init__(args[0], names)
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            SafeNamespace.check(name)
+            super().__setitem__(name, value)
+
+        @staticmethod
+        def check(name: Any) -> None:
+            if isinstance(name, str) and name.startswith("_"):
+                raise SecurityError(
+                    f"Chat templates cannot store underscore-prefixed attributes on a namespace, but got {name!r}. Please rename the attribute."
+                )
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment.filters["tojson"] = tojson
+    environment.globals |= {
+        "raise_exception": refuse,
+        "strftime_now": lambda form: datetime.now().strftime(form),
+        "namespace": SafeNamespace,
+    }
+    return environment.from_string(chat_template)

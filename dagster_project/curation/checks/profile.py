@@ -1,0 +1,504 @@
+"""What a set as a whole is made of: balance, lengths, diversity, readability; and the checks on its shares."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from heapq import nsmallest
+from itertools import islice, pairwise
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from dagster_project.core.params import Section
+from dagster_project.core.records import prompt_text, response_text
+from dagster_project.curation.checks.privacy import mask
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandera.polars as pa
+    import polars as pl
+
+NONE, OTHERS = "(none)", "(others)"
+CHUNK = 20_000
+"""Rows measured at a time: what Polars copies of the texts is gone before the next are read."""
+SAMPLE_WORDS = 20_000
+"""Words of prompts that the vocabulary is measured over. Distinct-n falls with the amount of text, so sets of different size compare
+only over equal amounts."""
+SAMPLE_PROMPT = 100
+"""Words taken from one prompt, so that long ones do not fill the sample alone."""
+TEMPLATE = 0.05
+"""A pair of neighbouring words belongs to a template if it stands in more than this share of prompts (and more than two)."""
+SCRIPT_CHARACTERS = 500
+"""Characters at the beginning of a prompt that tell its script."""
+LONG_RESPONSE = 8
+"""Words from which on a response that repeats is no label. Sets for classification rightly repeat short ones."""
+REPEATED = 0.01
+"""A response is listed as repeated from this share of rows on (and two rows)."""
+SCORED_WORDS = 10
+"""Fewest words of a prompt whose readability is scored."""
+HARD = 50.0
+"""Flesch reading ease below which a text is `difficult` or `very difficult` in his scale: beyond school."""
+
+_CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff"
+_WORD = rf"[{_CJK}]|[^\W_{_CJK}]+(?:['’][^\W_{_CJK}]+)*"
+"""A word, contractions whole ("don't"); each CJK character, which has no spaces around it."""
+_VOWELS = "aeiouyà-öø-ÿ"
+_CONSONANTS = "bcdfghjklmnpqrstvwxz"
+_SYLLABLE = rf"(?i)[{_VOWELS}]+|(?:^|[^\w'’])[{_CONSONANTS}0-9]+\b"
+"""A group of vowels, or a whole word without any ("Mr", "48")."""
+_SILENT = rf"(?i)[{_VOWELS}](?:le|[a-z]*(?:[bcdfghjkmnpqrstvwxz]e|[{_VOWELS}]le|[bcfghjklmnpqrsvwxz]ed|[bdfkmnprtvw]es))\b"
+"""A word whose last vowel is silent after another one was heard: make, whole, walked, times; not: the, table, wanted, houses."""
+_ENDS = r"[.!?…]+[\"'”’)\]]*\s+|[^\S\n]*\n\s*"
+"""Between two sentences: a stop and space, or the end of a line (lists and verses have no stops)."""
+
+_NAMES = {
+    "CJK": "Han",
+    "HIRAGANA": "Kana",
+    "KATAKANA": "Kana",
+    "KATAKANA-HIRAGANA": "Kana",
+    **{
+        name.upper(): name
+        for name in (
+            "Latin", "Hangul", "Cyrillic", "Arabic", "Hebrew", "Devanagari", "Greek", "Thai", "Bengali", "Tamil", "Telugu", "Gujarati",
+            "Gurmukhi", "Kannada", "Malayalam", "Sinhala", "Lao", "Tibetan", "Myanmar", "Khmer", "Armenian", "Georgian", "Ethiopic",
+        )
+    },
+}  # fmt: skip
+_SCRIPTS = (NONE, "other", *dict.fromkeys(_NAMES.values()))
+
+
+class Limits(Section):
+    """What the shares of a set may be."""
+
+    min_rows: int = Field(default=100, ge=0)
+    """Rows. Sets smaller than this get `small_dataset`: they rarely teach more than format."""
+    balance_ratio: float = Field(default=5.0, ge=1)
+    """The largest category may be at most this many times as frequent as the smallest; a model neglects what it rarely saw."""
+    max_source_share: float | None = Field(default=None, ge=0, le=1)
+    """Share of rows that may come from one source file, for sets that shall not be ruled by one. null: any."""
+    max_opening_share: float = Field(default=0.6, ge=0, le=1)
+    """Share of prompts that may begin with the same two words. Beyond it the set has one kind of task in one wording."""
+    min_distinct_2: float = Field(default=0.3, ge=0, le=1)
+    """Fewest different pairs of neighbouring words, as a share of all in 20,000 words of prompts. Prompts written by people have over 0.6."""
+    max_template_share: float = Field(default=0.3, ge=0, le=1)
+    """Most of those pairs that may stand in more than a twentieth of the prompts each. Prompts written by people have 0.1 or less; filled-in
+    templates have more, also those with so many gaps that few pairs repeat."""
+    max_response_share: float = Field(default=0.2, ge=0, le=1)
+    """Share of rows that may have the same response of 8 words or more. A model learns to give it whatever is asked."""
+    max_near_copy_share: float = Field(default=0.5, ge=0, le=1)
+    """Share of rows whose prompt may be nearly that of an earlier row. Beyond it most rows add little."""
+    min_rows_for_diversity: int = Field(default=20, ge=1)
+    """Rows. Sets smaller than this are not judged for diversity: there, two of a kind are already a share."""
+
+
+def profile(records: Sequence[dict[str, Any]], lengths: Sequence[int] | None = None) -> dict[str, Any]:
+    """The figures of a set.
+
+    Args:
+        records: canonical records.
+        lengths: tokens of each whole conversation by the base model's tokenizer, where they are known.
+    Returns:
+        rows, category_count, categories, rarest, sources, scripts, roles, lengths, singletons, entropy, effective_categories, diversity,
+        readability. Counts are of rows, most frequent first, ties by name; entropies are in bits; floats have 4 digits.
+    """
+    categories = Counter(str(record["category"] or "").strip() or NONE for record in records)
+    named = Counter({name: n for name, n in categories.items() if name != NONE}) or categories
+    sources = Counter(record["source"] for record in records)
+    roles = Counter(tuple(message["role"] for message in record["messages"]) for record in records)
+    shapes: Counter[str] = Counter()
+    for turns, n in roles.items():
+        shapes[_shape(turns)] += n
+    rows = _measure(records)
+    return {
+        "rows": len(records),
+        "category_count": len(named) if named is not categories else 0,
+        "categories": _top(categories, 50),
+        "rarest": {mask(name): n for name, n in sorted(named.items(), key=lambda item: (item[1], item[0]))[:10] if name != NONE},
+        "sources": _top(sources, 50),
+        "scripts": _top(Counter(rows["script"].to_list()), 50),
+        "roles": _top(shapes, 20),
+        "lengths": {
+            "prompt": {"unit": "words", **_spread(rows["prompt_words"].to_list())},
+            "response": {"unit": "words", **_spread(rows["response_words"].to_list())},
+            **({"tokens": {"unit": "tokens", **_spread(lengths)}} if lengths is not None else {}),
+        },
+        "singletons": sum(n == 1 for name, n in named.items() if name != NONE),
+        "entropy": round(_entropy(named.values()), 4),
+        "effective_categories": round(2 ** _entropy(named.values()), 4) if records else 0.0,
+        "diversity": {**_vocabulary(records, rows["prompt_words"]), **_openings(rows["opening"]), **_responses(records, rows)},
+        "readability": _readability(rows["reading_ease"].drop_nulls().to_list()),
+    }
+
+
+def _top(counts: Mapping[str, int], most: int) -> dict[str, int]:
+    """The most frequent, ties by name, then the sum of the others. Names are the data's own, so addresses in them are masked."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    shown: Counter[str] = Counter()
+    for name, n in ordered[:most]:
+        shown[mask(name)] += n
+    return {**shown, **({OTHERS: sum(n for _, n in ordered[most:])} if len(ordered) > most else {})}
+
+
+def _entropy(counts: Iterable[int]) -> float:
+    """Shannon entropy in bits (A mathematical theory of communication, 1948): 0 for one kind, log2(n) for n equally frequent ones."""
+    given = list(counts)
+    total = sum(given)
+    return math.fsum(n / total * math.log2(total / n) for n in given)
+
+
+def _shape(roles: tuple[str, ...]) -> str:
+    """system user assistant user assistant  ->  "system user assistant ... (4 turns)" """
+    first = roles[:1] if roles[:1] == ("system",) else ()
+    turns = roles[len(first) :]
+    if len(turns) > 2 and all(role == turns[i % 2] for i, role in enumerate(turns)):
+        return " ".join([*first, *turns[:2], f"... ({len(turns)} turns)"])
+    return " ".join([*first, *turns[:8], *([f"... ({len(turns)} turns)"] if len(turns) > 8 else [])]) or NONE
+
+
+def _measure(records: Sequence[dict[str, Any]]) -> pl.DataFrame:
+    """One row per record: script, prompt_words, response_words, opening, response (its hash), reading_ease."""
+    import polars as pl
+
+    prompt, response = pl.col("prompt").str, pl.col("response").str
+    counted = {
+        "prompt_words": prompt.count_matches(_WORD).cast(pl.Int64),
+        "response_words": response.count_matches(_WORD).cast(pl.Int64),
+        "sentences": 1 + prompt.strip_chars(" \t\r\n.!?…\"'”’)]").str.count_matches(_ENDS),
+        "syllables": prompt.count_matches(_SYLLABLE).cast(pl.Int64) - prompt.count_matches(_SILENT),
+        "opening": pl.col("asked").str.to_lowercase().str.extract_groups(rf"^[\W_]*({_WORD})[\W_]*({_WORD})?"),
+        "response": response.strip_chars().hash(),
+    }
+    words, opening = pl.col("prompt_words"), [pl.col("opening").struct.field(group) for group in ("1", "2")]
+    # Flesch, A new readability yardstick, Journal of Applied Psychology 32 (1948); for English.
+    ease = 206.835 - 1.015 * words / pl.col("sentences") - 84.6 * pl.col("syllables") / words
+    scored = (pl.col("script") == "Latin") & (words >= SCORED_WORDS)
+    # A number is a number, so that numbered rows have one opening and nobody's number is told.
+    opened = pl.concat_str(opening, separator=" ", ignore_nulls=True).str.replace_all(r"\S*\d\S*", "#")
+    schema = {"prompt": pl.String, "response": pl.String, "asked": pl.String, "script": pl.String}
+    parts = []
+    for start in range(0, len(records) or 1, CHUNK):
+        conversations = [record["messages"] for record in records[start : start + CHUNK]]
+        prompts = [prompt_text(messages) for messages in conversations]
+        asked = [next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")[:200] for messages in conversations]
+        responses = [response_text(messages) for messages in conversations]
+        chunk = pl.DataFrame([prompts, responses, asked, scripts(prompts)], schema=schema)
+        parts.append(
+            chunk.select("script", **counted).select(
+                "script",
+                "prompt_words",
+                "response_words",
+                "response",
+                opening=pl.when(opening[0].is_not_null()).then(opened),
+                reading_ease=pl.when(scored).then(ease),
+            )
+        )
+    return pl.concat(parts)
+
+
+@cache
+def _letters() -> np.ndarray[Any, Any]:
+    """Code point -> index into `_SCRIPTS`. The Unicode name of a letter begins with its script's."""
+    import unicodedata
+
+    import numpy as np
+
+    table = np.zeros(0x110000, np.uint8)
+    for code in range(0x32000):  # no letters beyond
+        if unicodedata.category(chr(code))[0] == "L":
+            name = unicodedata.name(chr(code), "").removeprefix("FULLWIDTH ").removeprefix("HALFWIDTH ").split(" ")[0]
+            table[code] = _SCRIPTS.index(_NAMES.get(name, "other"))
+    return table
+
+
+def count_words(texts: Sequence[str]) -> pl.Series:
+    """Words of each text."""
+    import polars as pl
+
+    return pl.Series(texts, dtype=pl.String).str.count_matches(_WORD).cast(pl.Int64)
+
+
+def scripts(texts: Sequence[str]) -> list[str]:
+    """The script that most letters of each text belong to."""
+    import numpy as np
+
+    found = ["Latin" if text.isascii() and _ASCII_LETTER.search(text) else NONE for text in texts]
+    mixed = [i for i, text in enumerate(texts) if not text.isascii()]
+    beginnings = [texts[i][:SCRIPT_CHARACTERS] for i in mixed]
+    codes = np.frombuffer("".join(beginnings).encode("utf-32-le"), np.uint32)
+    row = np.repeat(np.arange(len(mixed)), [len(text) for text in beginnings])
+    size = len(_SCRIPTS)
+    counts = np.bincount(row * size + _letters()[codes], minlength=len(mixed) * size).reshape(-1, size)
+    counts[:, 0] = 0  # what is no letter
+    han, kana = _SCRIPTS.index("Han"), _SCRIPTS.index("Kana")
+    counts[:, kana] += np.where(counts[:, kana] * 5 >= counts[:, han], counts[:, han], 0)  # Japanese is written in both
+    for i, main in zip(mixed, counts.argmax(axis=1).tolist(), strict=True):
+        found[i] = _SCRIPTS[main]
+    return found
+
+
+_ASCII_LETTER = re.compile("[A-Za-z]")
+
+
+def _number(value: float) -> float | int:
+    """4 digits, and a whole number as one."""
+    return int(value) if value == int(value) else round(value, 4)
+
+
+def _spread(values: Sequence[int]) -> dict[str, Any]:
+    """total, median, p95 (interpolated), max, and a histogram by powers of two, each bin without its upper end: 0, 1, 2-3, 4-7, ..."""
+    import numpy as np
+
+    given = np.asarray(values, np.int64)
+    if not len(given):
+        return {"total": 0, "median": 0, "p95": 0, "max": 0, "histogram": []}
+    edges = [0, *(2**i for i in range(int(given.max()).bit_length() + 1))]
+    rows = np.histogram(given, edges)[0].tolist()
+    first = next(i for i, n in enumerate(rows) if n)
+    bins = [{"from": edges[i], "to": edges[i + 1], "rows": n} for i, n in enumerate(rows)]
+    median, p95 = np.percentile(given, [50, 95]).tolist()
+    return {"total": int(given.sum()), "median": _number(median), "p95": _number(p95), "max": int(given.max()), "histogram": bins[first:]}
+
+
+def _vocabulary(records: Sequence[dict[str, Any]], prompt_words: pl.Series) -> dict[str, Any]:
+    """How many different words and pairs of words prompts use, over a sample: the beginnings of prompts in the order of their content
+    hashes, which is as good as random, needs no seed and does not depend on the order of rows.
+
+    distinct_1, distinct_2: Li et al., A diversity-promoting objective function for neural conversation models (2016): different words
+    (pairs of neighbouring words within a prompt) over all.
+    effective_words: the Hill number of order 1 (Hill, Diversity and evenness, 1973), 2 to the entropy of the words: as many equally
+    frequent ones would be as diverse.
+    template_share: pairs that stand in more than `TEMPLATE` of the prompts, over all.
+    """
+    import polars as pl
+
+    beginnings: list[str] = []
+    expected = 0
+    for i in nsmallest(SAMPLE_WORDS, range(len(records)), key=lambda i: (records[i]["example_id"], i)):
+        if expected >= SAMPLE_WORDS:
+            break
+        beginnings.append(prompt_text(records[i]["messages"])[: 20 * SAMPLE_PROMPT])
+        expected += min(prompt_words[i], SAMPLE_PROMPT)
+    words: Counter[str] = Counter()
+    pairs: Counter[tuple[str, str]] = Counter()
+    prompts: Counter[tuple[str, str]] = Counter()
+    for found in pl.Series(beginnings, dtype=pl.String).str.to_lowercase().str.extract_all(_WORD).list.head(SAMPLE_PROMPT).to_list():
+        words.update(found)
+        pairs.update(pairwise(found))
+        prompts.update(set(pairwise(found)))
+    total = words.total()
+    template = sum(n for pair, n in pairs.items() if prompts[pair] > max(2, TEMPLATE * len(beginnings)))
+    return {
+        "sampled_words": total,
+        "distinct_1": round(len(words) / max(1, total), 4),
+        "distinct_2": round(len(pairs) / max(1, pairs.total()), 4),
+        "effective_words": round(2 ** _entropy(words.values()), 4) if words else 0.0,
+        "template_share": round(template / max(1, pairs.total()), 4),
+    }
+
+
+def _openings(column: pl.Series) -> dict[str, Any]:
+    """The variety of tasks, told by the first two words of what is asked last ("write a", "how do"), as in Wang et al.,
+    Self-Instruct (2023), where verb and noun play that part."""
+    import polars as pl
+
+    counted = column.drop_nulls().value_counts().sort(["count", column.name], descending=[True, False])
+    rows = counted["count"].to_list()
+    common = counted.filter(pl.col("count") > 1).head(10)
+    return {
+        "openings": len(counted),
+        "top_openings": {name[:40]: n for name, n in common.iter_rows()},
+        "top_opening_share": round(max(rows, default=0) / max(1, len(column)), 4),
+        "opening_entropy": round(_entropy(rows), 4),
+    }
+
+
+def _responses(records: Sequence[dict[str, Any]], rows: pl.DataFrame) -> dict[str, Any]:
+    """Which responses stand in many rows, and the commonest of those with `LONG_RESPONSE` words or more."""
+    import polars as pl
+
+    counted = (
+        rows.with_row_index("row")
+        .with_columns(pl.Series("example_id", [record["example_id"] for record in records], dtype=pl.String))
+        .filter(pl.col("response_words") > 0)
+        .group_by("response")
+        .agg(pl.len().alias("rows"), pl.col("row").min(), pl.col("example_id").min(), pl.col("response_words").first())
+        .filter(pl.col("rows") > 1)
+        .sort(["rows", "example_id"], descending=[True, False])
+    )
+    repeated = counted.filter(pl.col("rows") >= REPEATED * len(rows))
+    top: Counter[str] = Counter()
+    for row, n in repeated.head(10).select("row", "rows").iter_rows():
+        top[_beginning(records[row])] += n
+    long = counted.filter(pl.col("response_words") >= LONG_RESPONSE).head(1).select("row", "rows").rows()
+    return {
+        "repeated_responses": len(repeated),
+        "top_responses": dict(sorted(top.items(), key=lambda item: (-item[1], item[0]))),
+        "top_long_response": _beginning(records[long[0][0]]) if long else "",
+        "top_response_share": round(long[0][1] / len(rows), 4) if long else 0.0,
+    }
+
+
+def _beginning(record: dict[str, Any]) -> str:
+    return mask(" ".join(response_text(record["messages"]).split()))[:60]
+
+
+def _readability(scores: Sequence[float]) -> dict[str, Any]:
+    """Flesch reading ease of prompts, 100 very easy, 0 very hard; `rows` of them were scored, the others being short or in another script.
+    The histogram's first and last bin take what lies beyond."""
+    import numpy as np
+
+    if not scores:
+        return {"measure": "Flesch reading ease of prompts", "rows": 0}
+    low, middle, high = np.percentile(scores, [10, 50, 90]).tolist()
+    rows = np.histogram(np.clip(scores, 0, 100), range(0, 101, 10))[0].tolist()
+    return {
+        "measure": "Flesch reading ease of prompts",
+        "rows": len(scores),
+        "median": round(middle, 4),
+        "p10": round(low, 4),
+        "p90": round(high, 4),
+        "share_hard": round(sum(score < HARD for score in scores) / len(scores), 4),
+        "histogram": [{"from": 10 * i, "to": 10 * i + 10, "rows": n} for i, n in enumerate(rows)],
+    }
+
+
+def set_schema(limits: Limits) -> pa.DataFrameSchema:
+    """What must be true of the `shares` of a set. Each check carries the name it is reported under; null is a share that does not apply."""
+    import pandera.polars as pa
+    import polars as pl
+
+    def at_most(limit: float | None, check: str) -> pa.Column:
+        return pa.Column(pl.Float64, pa.Check.le(limit, error=check) if limit is not None else None, nullable=True)
+
+    def at_least(limit: float, check: str) -> pa.Column:
+        return pa.Column(pl.Float64, pa.Check.ge(limit, error=check), nullable=True)
+
+    return pa.DataFrameSchema(
+        {
+            "rows": pa.Column(pl.Int64, pa.Check.ge(limits.min_rows, error="small_dataset")),
+            "category_ratio": at_most(limits.balance_ratio, "unbalanced_categories"),
+            "top_source_share": at_most(limits.max_source_share, "unbalanced_categories"),
+            "top_opening_share": at_most(limits.max_opening_share, "low_diversity"),
+            "distinct_2": at_least(limits.min_distinct_2, "low_diversity"),
+            "template_share": at_most(limits.max_template_share, "low_diversity"),
+            "top_response_share": at_most(limits.max_response_share, "low_diversity"),
+            "near_copy_share": at_most(limits.max_near_copy_share, "low_diversity"),
+        },
+        strict=True,
+    )
+
+
+JUDGED = ("small_dataset", "unbalanced_categories", "low_diversity")
+
+
+def shares(profile: Mapping[str, Any], limits: Limits, near_copies: int | None = None) -> pl.DataFrame:
+    """The row that `set_schema` judges: a column per measure, null where it does not apply.
+
+    Args:
+        near_copies: rows whose prompt is nearly that of an earlier row; None if nobody looked.
+    """
+    import polars as pl
+
+    rows, diversity = profile["rows"], profile["diversity"]
+    judged = rows >= limits.min_rows_for_diversity
+    named = [n for name, n in profile["categories"].items() if name not in {NONE, OTHERS}]
+    measures = {
+        "category_ratio": named[0] / min(profile["rarest"].values()) if profile["category_count"] else None,
+        "top_source_share": _largest(profile["sources"])[1] / rows if rows else None,
+        "top_opening_share": diversity["top_opening_share"] if judged else None,
+        "distinct_2": diversity["distinct_2"] if judged else None,
+        "template_share": diversity["template_share"] if judged else None,
+        "top_response_share": diversity["top_response_share"] if judged else None,
+        "near_copy_share": near_copies / rows if judged and near_copies is not None else None,
+    }
+    return pl.DataFrame({"rows": rows, **measures}, schema={"rows": pl.Int64, **dict.fromkeys(measures, pl.Float64)})
+
+
+def failures(profile: Mapping[str, Any], limits: Limits, near_copies: int | None = None) -> dict[str, str]:
+    """Check -> what is wrong, with the figures, for the checks on the set that fail."""
+    import pandera.polars as pa
+
+    try:
+        set_schema(limits).validate(shares(profile, limits, near_copies), lazy=True)
+    except pa.errors.SchemaErrors as errors:
+        cases = errors.failure_cases.select("check", "column").rows()
+        if wrong := [case for case in cases if case[0] not in JUDGED]:
+            raise AssertionError(f"the table of shares itself is wrong: {wrong}") from None
+        said = _said(profile, limits, near_copies)
+        return {check: "; ".join(said[column] for name, column in cases if name == check) for check in JUDGED if check in dict(cases)}
+    return {}
+
+
+def notes(profile: Mapping[str, Any], limits: Limits, near_copies: int | None = None) -> dict[str, str]:
+    """Check -> its figures in words, for the checks on the set that pass."""
+    said, failed = _said(profile, limits, near_copies), failures(profile, limits, near_copies)
+    known = [name for name, value in shares(profile, limits, near_copies).row(0, named=True).items() if value is not None]
+    diverse: list[str] = [
+        name for name in ("top_opening_share", "distinct_2", "template_share", "top_response_share", "near_copy_share") if name in known
+    ]
+    balance = ["category_ratio", *(["top_source_share"] if len(profile["sources"]) > 1 else [])]
+    parts: dict[str, list[str]] = {
+        "small_dataset": ["rows"],
+        "unbalanced_categories": [*balance, *(["scripts"] if len(profile["scripts"]) > 1 else [])],
+        "low_diversity": diverse or ["few"],
+    }
+    return {check: "; ".join(said[name] for name in names) for check, names in parts.items() if check not in failed}
+
+
+def _said(profile: Mapping[str, Any], limits: Limits, near_copies: int | None) -> dict[str, str]:
+    """Measure -> its figures in words."""
+    rows, diversity, count = profile["rows"], profile["diversity"], profile["category_count"]
+    words = profile["lengths"]["prompt"]["total"] + profile["lengths"]["response"]["total"]
+    source, most = _largest(profile["sources"])
+    opening, _ = _largest(diversity["top_openings"])
+    begin = f'{diversity["top_opening_share"]:.0%} of the prompts open with "{opening}"' if opening else "each in one prompt"
+    copies = near_copies or 0
+    return {
+        "rows": f"{rows:,} {'row' if rows == 1 else 'rows'}, {words:,} words: {_volume(words)}",
+        "category_ratio": _categories(profile) if count else "no categories",
+        "top_source_share": f"{source} holds {most / max(1, rows):.0%} of the rows",
+        "scripts": "scripts: " + ", ".join(f"{name} {n:,}" for name, n in islice(profile["scripts"].items(), 3)),
+        "top_opening_share": f"{diversity['openings']:,} openings, {begin}",
+        "distinct_2": f"{diversity['distinct_2']:.0%} of the pairs of words in {diversity['sampled_words']:,} words of prompts are distinct",
+        "template_share": f"{diversity['template_share']:.0%} of the pairs of words in prompts stand in more than {TEMPLATE:.0%} of the prompts each",
+        "top_response_share": f'{diversity["top_response_share"]:.0%} of the rows have the response "{diversity["top_long_response"]}"'
+        if diversity["top_long_response"]
+        else "no long response repeats",
+        "near_copy_share": f"{copies:,} prompts ({copies / max(1, rows):.0%}) are nearly those of earlier rows",
+        "few": f"not judged below {limits.min_rows_for_diversity} rows",
+    }
+
+
+def _largest(counts: Mapping[str, int]) -> tuple[str, int]:
+    """The first, which is the most frequent."""
+    return next(iter(counts.items()), ("", 0))
+
+
+def _volume(words: int) -> str:
+    """What so much text can do. Rules of thumb, not measurements: how much is enough depends on how far the task is from what the model knows."""
+    if words < 1_000:
+        return "teaches form more than knowledge; a prompt or retrieval may do"
+    if words <= 10_000:
+        return "can teach a form or one narrow task; knowledge is better retrieved"
+    return "enough to teach a task"
+
+
+def _categories(profile: Mapping[str, Any]) -> str:
+    """12 categories (effectively 7.8); login 60 (40 %), rarest bug 1; 2 have one row: bug, idea"""
+    rows, count, single = profile["rows"], profile["category_count"], profile["singletons"]
+    name, most = next((item for item in profile["categories"].items() if item[0] not in {NONE, OTHERS}), (NONE, 0))
+    rarest, least = _largest(profile["rarest"])
+    text = f"{count} {'category' if count == 1 else 'categories'} (effectively {profile['effective_categories']:.1f}); "
+    text += f"{name} {most:,} rows ({most / rows:.0%})"
+    if count > 1:
+        text += f", {rarest} {least:,}" if least < most else ", as every other"
+    if single:
+        names = list(profile["rarest"])[: min(single, 5)]
+        text += f"; {single} with one row: {', '.join(names)}{', ...' if single > len(names) else ''}"
+    if missing := profile["categories"].get(NONE):
+        text += f"; {missing:,} rows without"
+    return text

@@ -1,0 +1,164 @@
+"""records -> records, repaired where the policy of a check is `fix`. A row that a repair does not cure is left as it was read."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from unicodedata import normalize
+
+from dagster_project.core.records import content_id
+from dagster_project.curation.checks import damage, privacy
+from dagster_project.curation.checks.facts import inputs_of, is_placeholder, text_of
+
+Record = dict[str, Any]
+Find = Callable[[Sequence[Record]], list[str | None]]
+"""For each record what is wrong with it, in words that are fit for a report, or None."""
+
+
+@dataclass(frozen=True)
+class Repair:
+    """How the rows that break one check are repaired."""
+
+    does: str
+    """What it does to a row, for the documentation."""
+    make: Callable[[Collection[str]], tuple[Find, Callable[[Record], Record]]]
+    """The base model's special tokens -> what finds the rows, and what repairs one."""
+
+
+@dataclass
+class Repaired:
+    """What was repaired in a set."""
+
+    records: list[Record]
+    """In the order given. One that was repaired has `repaired`, the names of the checks, and `source_id`, its `example_id` as it was read."""
+    found: dict[str, dict[int, str]] = field(default_factory=dict)
+    """Check -> index of each row repaired for it -> what was wrong, in words."""
+
+    def counts(self, reason: Sequence[str | None]) -> dict[str, int]:
+        """Check -> rows repaired for it that are kept."""
+        kept = {name: sum(reason[i] is None for i in rows) for name, rows in self.found.items()}
+        return {name: n for name, n in kept.items() if n}
+
+    def kinds(self, name: str) -> Counter[str]:
+        """What was wrong with the rows repaired for a check, by kind."""
+        return Counter(wrong.partition(":")[0] for wrong in self.found.get(name, {}).values())
+
+
+def repair(
+    records: Sequence[Record],
+    checks: Sequence[str],
+    exempt: Mapping[str, Collection[int]],
+    special_tokens: Collection[str] = (),
+    earlier: Repaired | None = None,
+) -> Repaired:
+    """Repair each row that breaks one of the checks, in the order given, so that a later repair sees the text of an earlier one.
+
+    Args:
+        records: canonical records or pairs, which are not changed.
+        checks: names in `REPAIRS`.
+        exempt: check -> indices of rows that are left alone, since somebody waived it for them.
+        special_tokens: the base model's own.
+        earlier: repairs that these records have had before.
+    """
+    done = Repaired(list(records), {name: dict(rows) for name, rows in (earlier.found if earlier else {}).items()})
+    for name in checks:
+        find, mend = REPAIRS[name].make(special_tokens)
+        rows = {i: wrong for i, wrong in enumerate(find(done.records)) if wrong and i not in exempt.get(name, ())}
+        tried = {i: mend(done.records[i]) for i in rows}
+        for i, left in zip(tried, find([*tried.values()]), strict=True):
+            if left is None:
+                done.records[i] = _named(tried[i], done.records[i], name)
+                done.found.setdefault(name, {})[i] = rows[i]
+    return done
+
+
+def _named(new: Record, old: Record, check: str) -> Record:
+    """The repaired record with the content hash of what it says now, and the names of its repairs."""
+    names = dict.fromkeys([*old.get("repaired", ()), check])
+    return {**new, "example_id": content_id(new), "source_id": old.get("source_id", old["example_id"]), "repaired": [*names]}
+
+
+def _rewritten(record: Record, change: Callable[[str], str], whole: bool = False) -> Record:
+    """The record with every message changed, and what `meta` repeats of them; with `whole` every text in `meta`."""
+    new = {**record, "messages": [{**m, "content": change(m["content"])} for m in record["messages"]]}
+    if record.get("rejected"):
+        new["rejected"] = [{**m, "content": change(m["content"])} for m in record["rejected"]]
+    meta = json.loads(record["meta"])
+    changed = {key: _changed(value, change) if whole or key == "input" else value for key, value in meta.items()}
+    return new if changed == meta else {**new, "meta": _dumped(changed)}
+
+
+def _changed(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [_changed(one, change) for one in value]
+    return {key: _changed(one, change) for key, one in value.items()} if isinstance(value, dict) else value
+
+
+def _dumped(meta: Mapping[str, Any]) -> str:
+    return json.dumps(meta, ensure_ascii=False, sort_keys=True)
+
+
+def _of_texts(find: Callable[[Sequence[str]], list[str | None]]) -> Find:
+    return lambda records: find([text_of(record) for record in records])
+
+
+def _characters(
+    find: Callable[[Sequence[str]], list[str | None]], change: Callable[[str], str]
+) -> Callable[[Collection[str]], tuple[Find, Callable[[Record], Record]]]:
+    return lambda _: (_of_texts(find), lambda record: _rewritten(record, change))
+
+
+def _marks(special: Collection[str]) -> tuple[Find, Callable[[Record], Record]]:
+    def find(texts: Sequence[str]) -> list[str | None]:
+        return [mark if mark and not mark.startswith("transcript") else None for mark in damage.template_marks(texts, special)]
+
+    return _of_texts(find), lambda record: _rewritten(record, lambda text: damage.without_end_marks(text, special))
+
+
+def _values(secret: bool) -> Callable[[Collection[str]], tuple[Find, Callable[[Record], Record]]]:
+    """Personal data, or secrets. They are taken out of `meta` too: what is masked in the text must not stand beside it."""
+
+    def find(texts: Sequence[str]) -> list[str | None]:
+        found: list[str | None] = [None] * len(texts)
+        for hit in privacy.scan(texts):
+            if hit.secret is secret:
+                found[hit.row] = found[hit.row] or f"{hit.kind}: {hit.excerpt}"
+        return found
+
+    return lambda _: (_of_texts(find), lambda record: _rewritten(record, lambda text: privacy.redact(text, secret), whole=True))
+
+
+def _find_placeholders(records: Sequence[Record]) -> list[str | None]:
+    given = [next((text for text in inputs_of(record) if is_placeholder(text)), None) for record in records]
+    return [None if text is None else f"placeholder: '{text.strip()}'" for text in given]
+
+
+def _without_input(record: Record) -> Record:
+    """The record as if its input had been empty: in the Alpaca layout the input stands after a blank line at the end of the question."""
+    meta = json.loads(record["meta"])
+    given = meta.get("input")
+    if not (isinstance(given, str) and is_placeholder(given)):
+        return record
+    at = next((i for i, m in enumerate(record["messages"]) if m["role"] == "user" and m["content"].endswith(f"\n\n{given}")), None)
+    if at is None:
+        return record
+    messages = [dict(message) for message in record["messages"]]
+    messages[at]["content"] = messages[at]["content"].removesuffix(f"\n\n{given}")
+    return {**record, "messages": messages, "meta": _dumped({key: value for key, value in meta.items() if key != "input"})}
+
+
+REPAIRS: dict[str, Repair] = {
+    "hidden_characters": Repair("takes byte order marks and zero-width characters out", _characters(damage.hidden, damage.without_hidden)),
+    "unicode_form": Repair("composes it (NFC)", _characters(damage.decomposed, lambda text: normalize("NFC", text))),
+    "placeholder_input": Repair("empties an input that says there is none", lambda _: (_find_placeholders, _without_input)),
+    "special_tokens_in_text": Repair("strips tokens that end a text from its end, or begin a sequence from its start", _marks),
+    "encoding": Repair("undoes mojibake", _characters(damage.damage, damage.repaired_encoding)),
+    "secrets": Repair("puts a typed placeholder such as `[AWS_KEY]` in the place of each", _values(secret=True)),
+    "pii": Repair("puts a typed placeholder such as `[EMAIL]` in the place of each value", _values(secret=False)),
+}
+"""In the order in which a row is repaired: characters first, so that what follows reads the text as it will be."""

@@ -1,0 +1,261 @@
+"""What people decided about single rows: waivers in params.yaml, and the review file. Both name rows, give a reason, and are counted."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import Field, field_validator, model_validator
+
+from dagster_project.core.context import ValidationContext
+from dagster_project.core.errors import InputError
+from dagster_project.core.params import Section
+from dagster_project.core.records import content_id, prompt_text, response_text
+from dagster_project.curation.sources.reading import locate
+
+Decide = Literal["accept", "drop", "edit"]
+COLUMNS = ("example_id", "place", "check", "prompt", "response", "decision", "reason", "new_prompt", "new_response")
+
+
+class Exemption(Section):
+    """What somebody who lets a check be broken must say."""
+
+    check: str
+    """Name of the check."""
+    reason: str = Field(min_length=1)
+    """Why, in words. Reported with the check."""
+    expires: datetime.date
+    """Last day on which it holds, in quotes where DVC reads it. After it, params.yaml is refused until the waiver is renewed or taken out."""
+
+    @field_validator("expires", mode="before")
+    @classmethod
+    def _in_quotes(cls, expires: Any) -> Any:
+        return datetime.date.fromisoformat(expires) if isinstance(expires, str) else expires
+
+
+class Waiver(Exemption):
+    """Rows or pairs that may break a check, because somebody says why."""
+
+    rows: list[str] = []
+    """Rows, each as `source:row` (0-based) or as the first 8 or more characters of its `example_id`."""
+    pairs: list[list[str]] = []
+    """Pairs of rows, for checks that compare two: each a list of two rows, or of a row and a benchmark item as the finding names it."""
+
+    @field_validator("pairs")
+    @classmethod
+    def _of_two(cls, pairs: list[list[str]]) -> list[list[str]]:
+        if any(len(pair) != 2 for pair in pairs):
+            raise ValueError("a pair is a list of two rows")
+        return pairs
+
+    @model_validator(mode="after")
+    def _names_something(self) -> Waiver:
+        if not self.rows and not self.pairs:
+            raise ValueError("names neither rows nor pairs")
+        return self
+
+
+def refuse_expired(waivers: Sequence[Exemption], where: str, today: datetime.date) -> None:
+    """A stage's result never depends on the day: an expired waiver is bad input, not a waiver that silently stops working.
+
+    Raises:
+        InputError: names every waiver that has expired.
+    """
+    expired = [f"{where}.{i}: the waiver for {w.check} expired on {w.expires}" for i, w in enumerate(waivers) if w.expires < today]
+    if expired:
+        raise InputError("\n".join(expired), "renew it with a new reason and date, or take it out")
+
+
+def check_waivers(waivers: Sequence[Exemption], ctx: ValidationContext) -> None:
+    """Raises:
+    InputError: a waiver has expired, or its date is not quoted in params.yaml, where DVC cannot parse YAML dates.
+    """
+    for i, written in enumerate((ctx.value or {}).get("waivers", ())):
+        if not isinstance(written["expires"], str):
+            raise InputError(
+                f"params.yaml: {ctx.section}.waivers.{i}.expires: DVC cannot parse YAML dates", f'quote the value: "{written["expires"]}"'
+            )
+    refuse_expired(waivers, f"params.yaml: {ctx.section}.waivers", datetime.date.today())
+
+
+def refuse_missing_files(params: Any, ctx: ValidationContext) -> None:
+    """Check waivers, review file and benchmarks of a stage that judges rows.
+
+    Raises:
+        InputError: as `check_waivers`; or a file is missing or outside its folder.
+    """
+    check_waivers(params.waivers, ctx)
+    if params.review:
+        locate(ctx.root, params.review, f"{ctx.section}.review", "data/sources/review")
+    for path in params.benchmarks:
+        locate(ctx.root, path, f"{ctx.section}.benchmarks", "data/sources/benchmarks")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One line of the review file that somebody has filled in."""
+
+    example_id: str
+    check: str
+    decision: Decide
+    reason: str
+    new_prompt: str = ""
+    new_response: str = ""
+
+
+def ids_of(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """A record's `example_id` and, of one that was repaired, that of the row as it was read. People may name it by either."""
+    return tuple(dict.fromkeys((record["example_id"], record.get("source_id") or record["example_id"])))
+
+
+@dataclass
+class Named:
+    """The rows of a set by the ways in which people name them."""
+
+    records: Sequence[dict[str, Any]]
+    places: dict[str, list[int]] = field(default_factory=dict)
+    ids: dict[str, list[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for i, record in enumerate(self.records):
+            self.places.setdefault(f"{record['source']}:{record['source_row']}", []).append(i)
+            for identity in ids_of(record):
+                self.ids.setdefault(identity[:8], []).append(i)
+
+    def rows(self, name: str) -> list[int]:
+        """Indices of the records a name stands for: by its place those of one source row, by their content all copies."""
+        if name in self.places:
+            return self.places[name]
+        if re.fullmatch(r"[0-9a-f]{8,32}", name):
+            return [i for i in self.ids.get(name[:8], []) if any(one.startswith(name) for one in ids_of(self.records[i]))]
+        return []
+
+
+@dataclass(frozen=True)
+class Waived:
+    """Waivers, resolved on the rows of a set."""
+
+    rows: Mapping[str, set[int]]
+    """Check -> indices of waived rows."""
+    pairs: Mapping[str, set[tuple[int | str, int | str]]]
+    """Check -> waived pairs, both ways round; a benchmark item stands for itself."""
+    reasons: Mapping[tuple[str, int], str]
+    unknown: Sequence[str]
+    """Names that stand for no row of the set."""
+
+
+def resolve(waivers: Iterable[Waiver], decisions: Iterable[Decision], records: Sequence[dict[str, Any]], held_out: set[str]) -> Waived:
+    """Args:
+    decisions: those that accept a row waive the check they name.
+    held_out: places of the benchmark items.
+    """
+    waivers, accepted = list(waivers), [d for d in decisions if d.decision == "accept"]
+    rows: dict[str, set[int]] = {}
+    pairs: dict[str, set[tuple[int | str, int | str]]] = {}
+    reasons: dict[tuple[str, int], str] = {}
+    unknown: list[str] = []
+    if not waivers and not accepted:
+        return Waived(rows, pairs, reasons, unknown)
+    named = Named(records)
+    for check, name, reason in [(w.check, row, w.reason) for w in waivers for row in w.rows] + [
+        (d.check, d.example_id, d.reason) for d in accepted
+    ]:
+        found = named.rows(name)
+        unknown += [] if found else [name]
+        rows.setdefault(check, set()).update(found)
+        reasons |= {(check, i): reason for i in found}
+    for waiver in waivers:
+        for pair in waiver.pairs:
+            sides: list[list[int | str]] = [[*named.rows(name)] or ([name] if name in held_out else []) for name in pair]
+            unknown += [name for name, side in zip(pair, sides, strict=True) if not side]
+            for a in sides[0]:
+                for b in sides[1]:
+                    pairs.setdefault(waiver.check, set()).update({(a, b), (b, a)})
+    return Waived(rows, pairs, reasons, unknown)
+
+
+def read_decisions(path: Path) -> list[Decision]:
+    """The filled-in lines of a review file; lines without a decision are still waiting.
+
+    Raises:
+        InputError: lists every line with an unknown decision, without a reason, or with nothing to edit.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        lines = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path.name}: not UTF-8 at byte {error.start}", "save the file as UTF-8") from None
+    except csv.Error as error:
+        raise InputError(f"{path.name}: not CSV: {error}", "close every quote; double quotes inside one") from None
+    missing = {"example_id", "check", "decision", "reason"} - set(lines[0] if lines else COLUMNS)
+    if missing:
+        raise InputError(f"{path.name}: no column {', '.join(sorted(missing))}", f"columns: {', '.join(COLUMNS)}")
+    decisions, problems = [], []
+    seen: dict[tuple[str, str], str] = {}
+    for number, line in enumerate(lines, 1):
+        values = {name: line.get(name) or "" for name in COLUMNS}
+        decision = values["decision"].strip().lower()
+        if not decision:
+            continue
+        key = (values["example_id"], values["check"])
+        if decision not in get_args(Decide):
+            problems.append(f"{path.name}: row {number}: {decision!r} is none of {', '.join(get_args(Decide))}")
+        elif not values["reason"].strip():
+            problems.append(f"{path.name}: row {number}: no reason")
+        elif decision == "edit" and not (values["new_prompt"].strip() or values["new_response"].strip()):
+            problems.append(f"{path.name}: row {number}: edit, but neither new_prompt nor new_response says anything")
+        elif seen.setdefault(key, decision) != decision:
+            problems.append(f"{path.name}: row {number}: {key[0]} was already decided otherwise for {key[1]}")
+        else:
+            decisions.append(
+                Decision(key[0], key[1], decision, values["reason"].strip(), values["new_prompt"], values["new_response"])  # type: ignore[arg-type]
+            )
+    if problems:
+        raise InputError("\n".join(problems), "fill in decision (accept, drop or edit) and reason, or leave both empty")
+    return decisions
+
+
+def edited(records: Sequence[dict[str, Any]], decisions: Sequence[Decision]) -> tuple[list[dict[str, Any]], dict[int, str]]:
+    """The records with the edits made, and the reason for each index that was edited. An edited row gets the `example_id` of what it says now."""
+    edits = {d.example_id: d for d in decisions if d.decision == "edit"}
+    result, reasons = list(records), {}
+    for i, record in enumerate(records) if edits else ():
+        if (edit := edits.get(record["example_id"])) is None:
+            continue
+        messages = [dict(message) for message in record["messages"]]
+        for role, text in (("user", edit.new_prompt), ("assistant", edit.new_response)):
+            at = max((k for k, message in enumerate(messages) if message["role"] == role), default=None)
+            if text.strip() and at is not None:
+                messages[at]["content"] = text
+        new = {**record, "messages": messages}
+        result[i] = {**new, "example_id": content_id(new)}
+        reasons[i] = edit.reason
+    return result, reasons
+
+
+def queue(records: Sequence[dict[str, Any]], waiting: Iterable[tuple[int, str]]) -> str:
+    """The review file for rows that no rule can judge, as CSV: `decision`, `reason` and the new texts are for a person to fill in.
+
+    Args:
+        waiting: (index of a record, check).
+    """
+    file = io.StringIO(newline="")
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for i, check in waiting:
+        record = records[i]
+        place = f"{record['source']}:{record['source_row']}"
+        said = (prompt_text(record["messages"]), response_text(record["messages"]))
+        writer.writerow([record["example_id"], place, check, *map(_harmless, said), "", "", "", ""])
+    return file.getvalue()
+
+
+def _harmless(text: str) -> str:
+    """A cell that begins like a formula would be run by a spreadsheet."""
+    return f"'{text}" if text[:1] in {"=", "+", "-", "@", "\t", "\r"} else text

@@ -1,0 +1,82 @@
+"""How long texts are for the base model, and whether conversations fit its chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dagster_project.core.chat import Messages, pieces, render
+from dagster_project.core.errors import InputError
+from dagster_project.curation.checks.light_tokenizer import read_tokenizer
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The base model's tokenizer and chat template, as far as judging data needs them."""
+
+    count: Callable[[Sequence[str]], list[int]]
+    """Tokens of each text, without a template."""
+    misfit: Callable[[Messages], str | None] | None = None
+    """Why a conversation does not fit the chat template, or None if it does; None itself where there is no template to look at."""
+    special: frozenset[str] = frozenset()
+    """The tokenizer's own control tokens."""
+    estimated: bool = False
+    """Whether the counts are a guess, for want of a tokenizer."""
+    rendered: Callable[[Messages], int | None] | None = None
+    """Tokens of a conversation as the chat template writes it, None if that refuses it; None itself where there is no template."""
+
+
+def _four_bytes(texts: Sequence[str]) -> list[int]:
+    return [-(-len(text.encode("utf-8", "replace")) // 4) for text in texts]
+
+
+ESTIMATED = Tokens(_four_bytes, estimated=True)
+"""Four bytes a token: about what English comes to with most tokenizers."""
+
+
+def _from_transformers(base_model: Path) -> Any:
+    """Any tokenizer that transformers can read. The import brings torch along where that is installed."""
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise InputError(f"{base_model}: reading its tokenizer takes transformers: {error}", "pip install transformers") from None
+    try:
+        return AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001  tokenizers raises nothing narrower; transformers whatever a broken file leads to
+        raise InputError(f"{base_model}: the tokenizer cannot be read: {error!r}", "name the folder of a whole model") from None
+
+
+def tokens_of(base_model: Path) -> Tokens:
+    """Of the tokenizer in a model's folder. A conversation fits its chat template if that renders it, leaves earlier turns as they are when a
+    later one comes, writes all that the assistant says, and ends it with the end-of-turn token (`chat.pieces`)."""
+    from jinja2 import TemplateError
+
+    tokenizer = read_tokenizer(base_model) or _from_transformers(base_model)
+
+    def count(texts: Sequence[str]) -> list[int]:
+        backend, step = tokenizer.backend_tokenizer, 4096
+        return [
+            len(encoding.ids)
+            for start in range(0, len(texts), step)
+            for encoding in backend.encode_batch_fast(list(texts[start : start + step]), add_special_tokens=False)
+        ]
+
+    def rendered(messages: Messages) -> int | None:
+        try:
+            return count([render(tokenizer, messages)])[0]
+        except InputError:
+            return None
+
+    def misfit(messages: Messages) -> str | None:
+        try:
+            pieces(tokenizer, messages)
+        except InputError as error:
+            return error.what
+        except (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+            return f"the chat template refuses it: {error}"
+        return None
+
+    special = frozenset(str(token) for token in tokenizer.all_special_tokens if len(str(token)) > 3)
+    return Tokens(count, misfit, special, rendered=rendered) if tokenizer.chat_template else Tokens(count, special=special)

@@ -1,0 +1,219 @@
+"""Which texts are nearly the same? Candidates share a rare run of words; similarity is then measured exactly.
+
+The rule beats locality-sensitive hashing on what happens in instruction data (one edited word, a text quoted inside
+a longer one) and needs no tuning; docs/decisions/006 has the figures it rests on.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+RUN = 5
+"""Words in the run two texts must share to be compared. Texts with fewer words match only if equal."""
+SHINGLE = 3
+"""Words in the runs that similarity is measured over (Broder, On the resemblance and containment of documents, 1997)."""
+BINS = 20
+RARE = 50
+"""A run or shingle that stands in more different texts than this is boilerplate and proves nothing."""
+JACCARD, CONTAINMENT = 0.3, 0.6
+"""Texts are near-copies from this share of common shingles, of their union or, where they share a run, of the smaller text."""
+FIRM, IN_ORDER, LONG = 0.5, 0.7, 40
+"""Below a Jaccard index of `FIRM`, texts of which one has fewer than `LONG` words must also have this share of the shorter one's words in the same
+order: an edit leaves the rest in place, while "Explain the concept of ..." is a common opening and no copy."""
+FEW, WHOLE = 10, 0.8
+"""A text of fewer than `FEW` shingles must be contained nearly whole: half of a short text is a common phrase."""
+SHORT = 15
+"""Two texts of fewer words may lack a common run after one or two edits: any common shingle makes them candidates for `JACCARD`."""
+EDITED = 8
+"""One edit may leave two texts of fewer words without enough common shingles: they also match if they are the same once
+a word is left out of one or each of them (the index of deletions known from SymSpell, over words)."""
+
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]|[^\W_]+")
+
+Rule: TypeAlias = Literal["equal", "jaccard", "containment", "one_word"]
+_RULES: tuple[Rule, ...] = ("equal", "jaccard", "containment", "one_word")
+
+
+@dataclass(frozen=True)
+class Pair:
+    left: int
+    right: int
+    similarity: float
+    """1.0 for equal words, else the Jaccard index or containment, or for `one_word` the share of words kept."""
+    rule: Rule = "equal"
+    """What matched, the first that did: the same words, `JACCARD`, `CONTAINMENT`, or all words but one (`EDITED`)."""
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Words after NFKC and case folding; one token per CJK character, which has no spaces around it."""
+    return tuple(_WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What comparing texts found, and what it passed over."""
+
+    pairs: list[Pair]
+    scores: list[tuple[int, int]]
+    """For each of `BINS` equal steps of containment from 0 to 1: compared pairs that were kept apart, and near-copies. Complete from half the gates on."""
+    boilerplate: list[tuple[str, int]]
+    """Passages that stand in more than `RARE` different texts, which proves nothing: the ten most frequent, with how many texts hold them."""
+    frequency: dict[str, int] = field(default_factory=dict)
+    """Word -> in how many different texts it stands, for the words of near-copies; empty unless asked for."""
+
+
+def near_pairs(texts: Sequence[str], against: Sequence[str] | None = None) -> Iterator[Pair]:
+    """Pairs of near-copies: within `texts` (left < right), or of `texts` (left) with `against` (right), in order."""
+    return iter(compare(texts, against).pairs)
+
+
+def compare(texts: Sequence[str], against: Sequence[str] | None = None, count_words: bool = False) -> Comparison:
+    """Near-copies within `texts` (left < right), or of `texts` (left) with `against` (right), in order.
+
+    Copies count once where runs are counted, so a text is found however many copies of it there are.
+
+    Args:
+        count_words: whether to fill `Comparison.frequency`.
+    """
+    import numpy as np
+
+    from dagster_project.curation.similarity import _overlap_numba as compiled
+
+    within, size = against is None, len(texts)
+    rows = [text.encode() if text.isascii() else " ".join(words(text)).encode() for text in (*texts, *(against or ()))]
+    tokens, offsets = compiled.tokenize(rows)
+    del rows
+    number, first = compiled.distinct(tokens, offsets)
+    rights = range(size) if within else range(size, len(number))
+    left, right = np.zeros(len(first), np.bool_), np.zeros(len(first), np.bool_)
+    for side, held in ((left, number[:size]), (right, number[rights.start :])):
+        side[held[held >= 0]] = True
+    near: dict[int, list[tuple[int, float, int]]] = defaultdict(list)
+    scores = np.zeros((compiled.BINS, 2), np.int64)
+    frequent: list[tuple[int, int, int]] = []
+    found = compiled.near_texts(
+        tokens, offsets[first], offsets[first + 1], left, right, within, scores=scores, boilerplate=frequent,
+        run=RUN, shingle=SHINGLE, short=SHORT, edited=EDITED, rare=RARE,
+        gates=compiled.Gates(JACCARD, FIRM, IN_ORDER, LONG, CONTAINMENT, WHOLE, FEW),
+    )  # fmt: skip
+    for a, b, similarity, rule in found:
+        near[a].append((b, round(similarity, 3), rule))
+        if within:
+            near[b].append((a, round(similarity, 3), rule))
+    scores[-2] += scores[-1]
+    frequency: dict[str, int] = {}
+    if count_words:
+        spread = compiled.spread(tokens, offsets[first], offsets[first + 1])
+        for text in sorted({*near, *(other for others in near.values() for other, _, _ in others)}):
+            row = int(first[text])
+            counts = spread[tokens[offsets[row] : offsets[row + 1]]].tolist()
+            frequency.update(zip(words(texts[row] if row < size else (against or ())[row - size]), counts, strict=True))
+
+    # Texts stand for all their copies.
+    pairs: list[Pair] = []
+    by_text = np.argsort(number[rights.start :], kind="stable")
+    bounds = np.searchsorted(number[rights.start :], range(len(first) + 1), sorter=by_text)
+    repeated = np.diff(bounds) > within
+    repeated[list(near)] = True
+    for i in np.flatnonzero((number[:size] >= 0) & repeated[number[:size]]) if len(first) else ():
+        copies = [(int(number[i]), 1.0, 0), *near.get(int(number[i]), ())]
+        others = sorted((int(j), similarity, rule) for text, similarity, rule in copies for j in by_text[bounds[text] : bounds[text + 1]])
+        pairs += [Pair(int(i), j, similarity, _RULES[rule]) for j, similarity, rule in others if not within or j > i]
+    passages = []
+    for start, length, count in frequent:
+        row = int(np.searchsorted(offsets, start, "right")) - 1
+        spans = _spans(texts[row] if row < size else (against or ())[row - size])[start - int(offsets[row]) :][:length]
+        passages.append((" ".join(word for word, _, _ in spans), count))
+    return Comparison(pairs, [(int(apart), int(near)) for apart, near in scores[:BINS]], passages, frequency)
+
+
+def thirteen_gram_pairs(texts: Sequence[str], against: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Pairs of `texts` and `against` with any run of 13 words in common, in order: the usual test of benchmark leakage, to compare with.
+
+    Brown et al., Language Models are Few-Shot Learners (2020), appendix C.
+    """
+
+    def grams(text: str) -> set[tuple[str, ...]]:
+        tokens = words(text)
+        return {tokens[i : i + 13] for i in range(len(tokens) - 12)}
+
+    holders: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for j, text in enumerate(against):
+        for gram in grams(text):
+            holders[gram].append(j)
+    for i, text in enumerate(texts):
+        for j in sorted({j for gram in grams(text) & holders.keys() for j in holders[gram]}):
+            yield i, j
+
+
+def shared_span(left: str, right: str) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Where the longest common run of words stands in both texts, as (start, end) of characters; (0, 0) if there is none.
+
+    "He said: Good Morning!" and "good morning, Ann" -> (9, 21), (0, 12)
+    """
+    mine, theirs = _spans(left), _spans(right)
+    i, j, size = _longest_run([w for w, _, _ in mine], [w for w, _, _ in theirs])
+    if not size:
+        return (0, 0), (0, 0)
+    (_, a, _), (_, _, a_end) = mine[i], mine[i + size - 1]
+    (_, b, _), (_, _, b_end) = theirs[j], theirs[j + size - 1]
+    return (a, a_end), (b, b_end)
+
+
+def _longest_run(left: Sequence[str], right: Sequence[str]) -> tuple[int, int, int]:
+    """Where the longest common run of words begins in both, the first of several, and its length. difflib takes minutes where a word repeats."""
+    import numpy as np
+
+    number = {word: i for i, word in enumerate(dict.fromkeys(right))}
+    theirs = np.array([number[word] for word in right], np.int32)
+    best, before = (0, 0, 0), np.zeros(len(right) + 1, np.int32)  # words in common up to each of theirs, and the last of mine
+    for i, word in enumerate(left):
+        now = np.zeros(len(right) + 1, np.int32)
+        if word in number:
+            now[1:] = (before[:-1] + 1) * (theirs == number[word])
+            j = int(now.argmax())
+            size = int(now[j])
+            best = (i + 1 - size, j - size, size) if size > best[2] else best
+        before = now
+    return best
+
+
+def _spans(text: str) -> list[tuple[str, int, int]]:
+    """The `words` of a text, each with the place of the characters it came from."""
+    if text.isascii():
+        return [(m.group(), m.start(), m.end()) for m in _WORD.finditer(text.lower())]
+    parts: list[tuple[str, int]] = []  # the shortest pieces that normalise alone as they do together, and where they start
+    for i, c in enumerate(text):
+        alone = c if c.isascii() else unicodedata.normalize("NFKC", c)
+        before, start = parts[-1] if parts else ("", 0)
+        joined = before + alone if c.isascii() else unicodedata.normalize("NFKC", text[start : i + 1])
+        if not parts or (joined == before + alone and not unicodedata.combining(alone[0])):
+            parts.append((alone, i))
+        else:
+            parts[-1] = (joined, start)
+    folded = [(part.casefold(), start) for part, start in parts]
+    origin = [k for k, (part, _) in enumerate(folded) for _ in part]
+    starts = [start for _, start in folded] + [len(text)]
+    matches = _WORD.finditer("".join(part for part, _ in folded))
+    return [(m.group(), starts[origin[m.start()]], starts[origin[m.end() - 1] + 1]) for m in matches]
+
+
+def clusters(size: int, pairs: Sequence[Pair]) -> list[int]:
+    """For each of `size` rows the smallest row it is linked to, directly or through others (itself if none)."""
+    parent = list(range(size))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    for pair in pairs:
+        a, b = sorted((root(pair.left), root(pair.right)))
+        parent[b] = a
+    return [root(i) for i in range(size)]

@@ -1,0 +1,306 @@
+"""Held-out benchmarks: what they ask and which answer is right, in the layouts that they are published in."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import string
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dagster_project.core.errors import InputError
+from dagster_project.curation.sources.files import Row, read_rows
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question of a benchmark."""
+
+    place: str
+    """ "<file>:<source row>"."""
+    question: str
+    choices: tuple[str, ...] = ()
+    """Empty where the answer is free text."""
+    answer: int | None = None
+    """Index of the right choice; None where there is no label (HellaSwag's test split has -1), or no choice."""
+    text: str = ""
+    """The answer in words: the right choice (all of them where there are several), or the free text."""
+    subject: str = ""
+    continues: bool = False
+    """The choices go on where the question breaks off, as in HellaSwag."""
+    rubric: str = ""
+    """What decides whether an answer is right where none is given: IFEval's names of the instructions to follow."""
+
+    @property
+    def row(self) -> int:
+        return int(self.place.rpartition(":")[2])
+
+    @property
+    def prompt(self) -> str:
+        """What a language model is to go on from, as lm-evaluation-harness words it for ARC and PIQA, and for MMLU in `mmlu_continuation`."""
+        return self.question if self.continues else f"Question: {self.question}\nAnswer:"
+
+    @property
+    def with_choices(self) -> str:
+        return "\n".join([self.question, *self.choices])
+
+    @property
+    def labelled(self) -> bool:
+        return bool(self.text or self.rubric)
+
+
+def _text(row: Mapping[str, Any], key: str) -> str:
+    if not isinstance(row[key], str):
+        raise ValueError(f"`{key}`: expected text, found {type(row[key]).__name__}")
+    return row[key]
+
+
+def _texts(values: Any) -> tuple[str, ...]:
+    values = _listed(values)
+    if not isinstance(values, list) or len(values) < 2 or not all(isinstance(value, str) for value in values):
+        raise ValueError("expected a list of two choices or more, each a text")
+    return tuple(values)
+
+
+_LITERAL = r"""(?:'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*")"""
+_PYTHON_LIST = re.compile(rf"\[\s*{_LITERAL}(?:[\s,]+{_LITERAL})*\s*\]")
+
+
+def _listed(value: Any) -> Any:
+    """A list of texts out of a CSV cell: as JSON, or as Python or NumPy print it (without commas); anything else as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return [ast.literal_eval(literal) for literal in re.findall(_LITERAL, value)] if _PYTHON_LIST.fullmatch(value.strip()) else value
+    except (ValueError, SyntaxError):
+        return value
+
+
+def _index(label: Any, names: Sequence[str]) -> int | None:
+    """A label as index into the choices: 2, "2" or "C"; None for none (absent, "", -1).
+
+    Raises:
+        ValueError: it is no choice's.
+    """
+    if label is None or label in {"", -1, "-1"}:
+        return None
+    if isinstance(label, str) and label in names:
+        return names.index(label)
+    if isinstance(label, int | str) and not isinstance(label, bool) and str(label).isdecimal() and int(label) < len(names):
+        return int(label)
+    raise ValueError(f"the answer {label!r} is none of the {len(names)} choices")
+
+
+def _chosen(row: Mapping[str, Any], question: str, choices: tuple[str, ...], label: Any, names: Sequence[str]) -> Item:
+    answer = _index(label, names)
+    subjects = [row.get(key) for key in ("subject", "category", "activity_label")]
+    subject = next((name for name in subjects if isinstance(name, str) and name), "")
+    return Item("", question, choices, answer, "" if answer is None else choices[answer], subject)
+
+
+def _letters(choices: Sequence[str]) -> list[str]:
+    return list(string.ascii_uppercase[: len(choices)])
+
+
+def _mmlu(row: Mapping[str, Any]) -> Item:
+    choices = _texts(row["choices"])
+    return _chosen(row, _text(row, "question"), choices, row.get("answer"), _letters(choices))
+
+
+def _mmlu_columns(question: str, answer: str) -> Callable[[Mapping[str, Any]], Item]:
+    """Each choice in a column of its own, A to D, as MMLU's own CSV files, C-Eval and CMMLU have them."""
+
+    def item(row: Mapping[str, Any]) -> Item:
+        choices = tuple(_text(row, letter) for letter in "ABCD")
+        return _chosen(row, _text(row, question), choices, row.get(answer), _letters(choices))
+
+    return item
+
+
+def _mmlu_pro(row: Mapping[str, Any]) -> Item:
+    choices = _texts(row["options"])
+    return _chosen(row, _text(row, "question"), choices, row["answer_index"], _letters(choices))
+
+
+def _agieval(row: Mapping[str, Any]) -> Item:
+    """Questions after a passage or without one, with one right choice, with several, or to be answered in words (`options` is null)."""
+    question = "\n\n".join(part for part in (row.get("passage"), _text(row, "question")) if part)
+    label = _listed(row["label"])
+    if not row["options"]:
+        answer = row.get("answer")
+        return Item("", question, text=answer if isinstance(answer, str) else "")
+    choices = _unlettered(_texts(row["options"]))
+    if not isinstance(label, list):
+        return _chosen(row, question, choices, label, _letters(choices))
+    right = [index for one in label if (index := _index(one, _letters(choices))) is not None]
+    return Item("", question, choices, right[0] if len(right) == 1 else None, "\n".join(choices[index] for index in right))
+
+
+def _unlettered(options: tuple[str, ...]) -> tuple[str, ...]:
+    """("(A)2", "(B)4")  ->  ("2", "4")"""
+    found = [re.match(rf"\s*\({letter}\)\s*", option) for letter, option in zip(_letters(options), options, strict=True)]
+    return tuple(option[match.end() :] for match, option in zip(found, options, strict=True) if match) if all(found) else options
+
+
+def _ifeval(row: Mapping[str, Any]) -> Item:
+    instructions = _listed(row["instruction_id_list"])
+    if not isinstance(instructions, list) or not all(isinstance(one, str) for one in instructions):
+        raise ValueError("`instruction_id_list`: expected a list of texts")
+    return Item("", _text(row, "prompt"), rubric=", ".join(instructions))
+
+
+def _arc(row: Mapping[str, Any]) -> Item:
+    names = _texts(row["choices"]["label"])
+    return _chosen(row, _text(row, "question"), _texts(row["choices"]["text"]), row.get("answerKey"), names)
+
+
+def _hellaswag(row: Mapping[str, Any]) -> Item:
+    endings = _texts(row["endings"])
+    return replace(_chosen(row, _text(row, "ctx"), endings, row.get("label"), [""] * len(endings)), continues=True)
+
+
+def _piqa(row: Mapping[str, Any]) -> Item:
+    return _chosen(row, _text(row, "goal"), (_text(row, "sol1"), _text(row, "sol2")), row.get("label"), ["", ""])
+
+
+def _gsm8k(row: Mapping[str, Any]) -> Item:
+    answer = row.get("answer")
+    return Item("", _text(row, "question"), text=answer if isinstance(answer, str) else "")
+
+
+class Form(NamedTuple):
+    """One way in which a benchmark is published."""
+
+    keys: frozenset[str]
+    """Keys that a row must have."""
+    item: Callable[[Mapping[str, Any]], Item]
+    """How to read a row. KeyError, TypeError and ValueError mean: not such a row."""
+
+
+def _form(keys: str, item: Callable[[Mapping[str, Any]], Item]) -> Form:
+    return Form(frozenset(keys.split()), item)
+
+
+BENCHMARKS: dict[str, tuple[Form, ...]] = {
+    "arc": (_form("question choices answerKey", _arc),),
+    "mmlu": (
+        _form("question choices", _mmlu),
+        _form("question A B C D", _mmlu_columns("question", "answer")),
+        _form("Question A B C D", _mmlu_columns("Question", "Answer")),
+    ),
+    "mmlu_pro": (_form("question options answer_index", _mmlu_pro),),
+    "agieval": (_form("question options label", _agieval),),
+    "hellaswag": (_form("ctx endings", _hellaswag),),
+    "piqa": (_form("goal sol1 sol2", _piqa),),
+    "ifeval": (_form("prompt instruction_id_list kwargs", _ifeval),),
+    "gsm8k": (_form("question answer", _gsm8k),),
+}
+"""In this order: the first whose keys a row has."""
+
+PROMPT_COLUMNS = ("prompt", "question", "instruction", "query", "problem", "turns", "Question")
+"""Where a file that only asks holds what it asks. The first of them that a row has."""
+
+
+def _prompt(row: Mapping[str, Any]) -> Item:
+    """Text, or a list: of texts, as MT-Bench's turns, or of messages, of which the user's count."""
+    asked = next((row[column] for column in PROMPT_COLUMNS if row.get(column) is not None), None)
+    parts: list[Any] = asked if isinstance(asked, list) else [asked]
+    said = [part["content"] for part in parts if isinstance(part, dict) and part["role"] == "user"] or parts
+    if not said or not all(isinstance(part, str) and part.strip() for part in said):
+        raise ValueError(f"expected a prompt in one of the columns {', '.join(PROMPT_COLUMNS)}")
+    return Item("", "\n\n".join(said))
+
+
+PROMPTS = "prompts"
+"""Name of the layout of a file that asks and does not answer. It can be held out, and that is all."""
+
+
+def benchmark_of(rows: Sequence[Row]) -> str | None:
+    """The benchmark layout of most rows that can be read, if any."""
+    votes = dict.fromkeys(BENCHMARKS, 0)
+    for row in rows:
+        for name in BENCHMARKS:
+            if row.value is not None and _form_of(name, row.value):
+                votes[name] += 1
+                break
+    best = max(votes, key=lambda name: votes[name])
+    return best if 2 * votes[best] > sum(row.value is not None for row in rows) else None
+
+
+def only_asks(rows: Sequence[Row]) -> bool:
+    """Whether most rows that can be read have a column for a prompt."""
+    found = [any(column in row.value for column in PROMPT_COLUMNS) for row in rows if row.value is not None]
+    return 2 * sum(found) > len(found)
+
+
+def _form_of(layout: str, row: Mapping[str, Any]) -> Form | None:
+    return next((form for form in BENCHMARKS[layout] if form.keys <= row.keys()), None)
+
+
+def read_item(layout: str, row: Row, source: str) -> Item:
+    """Raises:
+    ValueError, KeyError, TypeError: it is no row of the layout.
+    """
+    if row.problem or row.value is None:
+        raise ValueError(row.problem)
+    item = _prompt if layout == PROMPTS else (_form_of(layout, row.value) or BENCHMARKS[layout][0]).item
+    return replace(item(row.value), place=f"{source}:{row.source_row}")
+
+
+def read_items(path: Path, source: str) -> list[Item]:
+    """The questions of a benchmark file, labelled or not.
+
+    Raises:
+        InputError: as `items_of`.
+    """
+    return items_of(read_rows(path), path.name, source)
+
+
+def items_of(rows: Sequence[Row], name: str, source: str) -> list[Item]:
+    """The questions that rows ask.
+
+    Args:
+        name: of the file, used in messages.
+    Raises:
+        InputError: no known layout, or a row that is not of it (a benchmark of which a part was not read proves nothing).
+    """
+    layout = benchmark_of(rows) or (PROMPTS if only_asks(rows) else None)
+    if layout is None:
+        raise InputError(f"{name}: not a benchmark in a known layout", f"known: {'; '.join(_shapes())}")
+    items = []
+    for row in rows:
+        try:
+            items.append(read_item(layout, row, source))
+        except (ValueError, TypeError, KeyError) as error:
+            problem = f"no key {error}" if isinstance(error, KeyError) else error
+            raise InputError(f"{name}: row {row.source_row} is no {layout} question: {problem}", "fix the row, or take it out") from None
+    return items
+
+
+def _shapes() -> Iterator[str]:
+    yield from (f"{name} ({' or '.join(', '.join(sorted(form.keys)) for form in forms)})" for name, forms in BENCHMARKS.items())
+    yield f"{PROMPTS} ({' or '.join(PROMPT_COLUMNS)})"
+
+
+def read_multiple_choice(path: Path) -> list[Item]:
+    """Questions that a model can be scored on.
+
+    Raises:
+        InputError: names the first row that is not such a question, or has no label (`unlabelled`).
+    """
+    items = read_items(path, path.name)
+    for item in items:
+        if not item.choices or item.answer is None:
+            problem = "has several right choices" if item.text else "is unlabelled: no score can be computed without the right choice"
+            raise InputError(
+                f"{item.place} {problem if item.choices else 'has no choices'}",
+                "use the split of the benchmark that has labels, of multiple-choice questions",
+            )
+    return items

@@ -1,0 +1,506 @@
+"""Bytes -> rows. One reader per file type; a row that cannot be read keeps its place and says why, with the line it stands on."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import json
+import math
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dagster_project.core.errors import InputError
+
+MEGABYTE = 2**20
+MAX_ROW_BYTES = 16 * MEGABYTE
+"""Longest line, paragraph, CSV row, element of a list or row of a table. A longer one is a malformed row; as text it is never held."""
+MAX_DEPTH = 200
+"""Deepest nesting of lists and objects in a row, well below where Python's own recursion ends."""
+MAX_GZIP_RATIO = 200
+"""Decompressed over compressed bytes, looked at once more than `GZIP_FREE_BYTES` came out. JSON of text stays below 30."""
+GZIP_FREE_BYTES = 64 * MEGABYTE
+BATCH = 128
+"""Rows of a Parquet file that are decoded at a time."""
+
+
+class Row(NamedTuple):
+    """One row of a source, parsed or not."""
+
+    source_row: int
+    """0-based: the element of a list or table, the line of a JSONL file (blank lines are not rows), the paragraph of a text."""
+    value: dict[str, Any] | None
+    problem: str = ""
+    line: int = 0
+    """The line it ends on, from 1; 0 in files that have no lines."""
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file, or of all files of the known types in a folder, sorted by relative path and numbered through.
+
+    A broken row is a row with a problem, not an end:
+    {"prompt": "Hi"}⏎{"prompt": "H  ->  Row(0, {"prompt": "Hi"}), Row(1, None, "line is not JSON: ... (line 2)")
+
+    Raises:
+        InputError: another file type, an empty file, a file that cannot be told into rows, or one in which nothing is JSON.
+    """
+    if path.is_dir():
+        found = [(name, row) for name, file in files_of(path) for row in read_rows(file)]
+        return [row._replace(source_row=i, problem=row.problem and f"{name}: {row.problem}") for i, (name, row) in enumerate(found)]
+    suffix = _suffix(path)
+    if suffix not in READERS:
+        raise InputError(f"{path.name}: unknown file type {suffix or '(none)'}", f"use {', '.join(READERS)}")
+    try:
+        rows = READERS[suffix](path) if path.stat().st_size else []
+    except OSError as error:
+        raise InputError(
+            f"{path.name}: cannot be read: {error.strerror or error}", "look at the file's permissions, and the disk"
+        ) from None
+    if not rows:
+        raise InputError(f"{path.name}: the file is empty", "put at least one example in it, or take it out of params.yaml")
+    return rows
+
+
+def _suffix(path: Path) -> str:
+    """The file type. Some systems write it in capitals."""
+    suffix = path.suffix.lower()
+    return "".join(path.suffixes[-2:]).lower() if suffix == ".gz" else suffix
+
+
+def files_of(folder: Path) -> list[tuple[str, Path]]:
+    """The files of the known types in a folder, by relative path and sorted by it.
+
+    Raises:
+        InputError: there is none, a folder in it cannot be read, or a link leads out: it could bring in any file of the machine.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"{error.filename}: cannot be read: {error.strerror}", "look at the folder's permissions") from None
+
+    found = []
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        for path in (Path(place, name) for name in [*folders, *names]):
+            if path.is_symlink() and not (path.exists() and path.resolve().is_relative_to(folder.resolve())):
+                raise InputError(
+                    f"{path.relative_to(folder.parent)}: a link that leads out of its folder or nowhere", "copy the file there instead"
+                )
+        found += [path for path in (Path(place, name) for name in names) if _suffix(path) in READERS]
+    if not found:
+        raise InputError(f"{folder.name}: no file of examples in the folder", f"file types: {', '.join(READERS)}")
+    return sorted((path.relative_to(folder).as_posix(), path) for path in found)
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    """The content, decompressed: each line, or what fits in `MAX_ROW_BYTES` of it and then the rest in such pieces."""
+    packed = path.suffix.lower() == ".gz"
+    out, most = 0, max(GZIP_FREE_BYTES, MAX_GZIP_RATIO * path.stat().st_size)
+    try:
+        with gzip.open(path) if packed else path.open("rb") as stream:
+            while piece := stream.readline(MAX_ROW_BYTES + 1):
+                out += len(piece)
+                if packed and out > most:
+                    raise InputError(
+                        f"{path.name}: decompresses to more than {MAX_GZIP_RATIO} times its size", "decompress it yourself if you trust it"
+                    )
+                yield piece
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise InputError(f"{path.name}: broken gzip file: {error}", "compress it again") from None
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
+    """Each line with its number, from 1; None for one that is too long. A byte order mark is not part of the first."""
+    number, inside = 0, False
+    for piece in _pieces(path):
+        if not inside:
+            number += 1
+            line = piece.removeprefix(codecs.BOM_UTF8) if number == 1 else piece
+            yield number, line if len(piece) <= MAX_ROW_BYTES else None
+        inside = not piece.endswith(b"\n")
+
+
+def _text_lines(path: Path) -> Iterator[tuple[int, str, str]]:
+    """Each line's number, its text, and what is wrong with it."""
+    for number, line in _lines(path):
+        try:
+            yield (number, line.decode(), "") if line is not None else (number, "", _too_long(number))
+        except UnicodeDecodeError as error:
+            yield number, "", f"not UTF-8 at byte {error.start} (line {number})"
+
+
+def _jsonl(path: Path) -> list[Row]:
+    rows: list[Row] = []
+    for number, line, problem in _text_lines(path):
+        if problem:
+            rows.append(Row(len(rows), None, problem, number))
+        elif line.strip():
+            rows.append(_line(len(rows), line, number))
+    if rows and all(row.value is None for row in rows):
+        hint = "save the file as UTF-8" if rows[0].problem.startswith("not UTF-8") else "each line must be one JSON object"
+        raise InputError(f"{path.name}: not JSON: {rows[0].problem}", hint)
+    return rows
+
+
+def _line(source_row: int, line: str, number: int) -> Row:
+    try:
+        row = _row(source_row, STRICT.decode(line.rstrip("\r\n")), line, number)
+    except json.JSONDecodeError as error:
+        row = Row(source_row, None, f"line is not JSON: {error.msg}: column {error.colno}", number)
+    except ValueError as error:
+        row = Row(source_row, None, str(error), number)
+    except RecursionError:
+        row = Row(source_row, None, TOO_DEEP, number)
+    return row._replace(problem=f"{row.problem} (line {number})") if row.problem else row
+
+
+class _Window:
+    """The text of a JSON file, of which only the part at hand is held."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.pieces, self.decoder = path, _pieces(path), codecs.getincrementaldecoder("utf-8")()
+        self.held, self.at = "", 0  # what is held, and the place in it where reading goes on
+        self.bytes = 0  # read so far
+        self.chars = self.lines = self.column = 0  # let go so far; `column` counts from the last line break
+
+    def more(self) -> bool:
+        """Lets go what lies before `at` and reads on. False at the end of the file."""
+        content = b"".join(self._megabyte())
+        waiting = len(self.decoder.getstate()[0])
+        try:
+            text = self.decoder.decode(content, final=not content)
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{self.path.name}: not UTF-8 at byte {self.bytes - waiting + error.start}", "save the file as UTF-8"
+            ) from None
+        if not content:
+            return False
+        self.chars, self.lines, self.column = self._place(self.at)
+        self.held = self.held[self.at :] + (text if self.bytes else text.removeprefix("\ufeff"))
+        self.bytes, self.at = self.bytes + len(content), 0
+        return True
+
+    def _megabyte(self) -> Iterator[bytes]:
+        size = 0
+        while size < MEGABYTE and (piece := next(self.pieces, b"")):
+            size += len(piece)
+            yield piece
+
+    def _place(self, at: int) -> tuple[int, int, int]:
+        """Characters and lines before a place in what is held, and characters before it in its line."""
+        lines = self.held.count("\n", 0, at)
+        return self.chars + at, self.lines + lines, at - 1 - self.held.rfind("\n", 0, at) if lines else self.column + at
+
+    def mark(self) -> str:
+        """The next character that is no white space, without taking it; nothing at the end of the file."""
+        while True:
+            while self.held[self.at : self.at + 1] in {" ", "\t", "\r", "\n"}:
+                self.at += 1
+            if self.at < len(self.held) or not self.more():
+                return self.held[self.at : self.at + 1]
+
+    def flaw(self, what: str, at: int) -> InputError:
+        chars, lines, column = self._place(at)
+        where = f"line {lines + 1} column {column + 1} (char {chars})"
+        return InputError(f"{self.path.name}: not JSON: {what}: {where}", "mend the file; one object a line is .jsonl")
+
+
+def _json(path: Path) -> list[Row]:
+    text = _Window(path)
+    try:
+        first = text.mark()
+        if first and first != "[":
+            _element(text, 0)
+            raise InputError(f"{path.name}: a .json file must hold a list of rows", "wrap the rows in [ ]; one object a line is .jsonl")
+        rows = list(_elements(text)) if first else []
+    except RecursionError as error:
+        raise InputError(f"{path.name}: not JSON: {error}", "mend the file; one object a line is .jsonl") from None
+    if first and not rows:
+        raise InputError(f"{path.name}: the list is empty", "put at least one example in it")
+    return rows
+
+
+def _elements(text: _Window) -> Iterator[Row]:
+    """The elements of a JSON list one by one, so that what JSON forbids or leaves open in one of them spoils no other."""
+    text.at += 1
+    number = 0
+    while text.mark() != "]" or number:
+        yield _element(text, number)
+        number += 1
+        if text.mark() == "]":
+            break
+        if text.mark() != ",":
+            raise text.flaw("Expecting ',' delimiter", text.at)
+        text.at += 1
+    text.at += 1
+    if text.mark():
+        raise text.flaw("Extra data", text.at)
+
+
+def _element(text: _Window, number: int) -> Row:
+    """Takes one element. One that does not parse may only lack its end, so more is read; one that is too long is passed over."""
+    while True:
+        start, end, row, flaw = text.at, 0, Row(number, None, _too_long()), None
+        try:
+            value, end = STRICT.raw_decode(text.held, start)
+            row = _row(number, value, text.held[start:end])
+        except json.JSONDecodeError as error:
+            flaw = text.flaw(error.msg, error.pos)
+        except ValueError as error:
+            row = Row(number, None, str(error))
+            try:
+                _, end = LENIENT.raw_decode(text.held, start)
+            except json.JSONDecodeError as broken:
+                flaw = text.flaw(broken.msg, broken.pos)
+        if flaw and len(text.held) - start > MAX_ROW_BYTES:
+            if _pass_over(text) > MAX_ROW_BYTES:
+                return Row(number, None, _too_long())
+            raise flaw
+        if 0 < end < len(text.held) or not text.more():
+            break
+    if flaw:
+        raise flaw
+    text.at = end
+    too_long = 4 * (end - start) > MAX_ROW_BYTES and len(text.held[start:end].encode()) > MAX_ROW_BYTES
+    return Row(number, None, _too_long()) if too_long else row
+
+
+QUOTED, UNQUOTED = re.compile(r'\\.|"', re.DOTALL), re.compile(r'["\[\]{},]')
+
+
+def _pass_over(text: _Window) -> int:
+    """Takes an element by its brackets and quotes alone, holding nothing of it. Returns its length in characters, 0 if it has no end."""
+    start, depth, quoted = text.chars + text.at, 0, False
+    while True:
+        while found := (QUOTED if quoted else UNQUOTED).search(text.held, text.at):
+            mark = found[0]
+            if not quoted and not depth and mark in ",]}":
+                return text.chars + found.start() - start
+            text.at = found.end()
+            if mark == '"':
+                quoted = not quoted
+            elif not quoted:
+                depth += (mark in "[{") - (mark in "]}")
+        text.at = len(text.held) - text.held.endswith("\\")  # what it escapes is not read yet
+        if not text.more():
+            return 0
+
+
+def _too_long(line: int = 0) -> str:
+    return f"longer than {MAX_ROW_BYTES} bytes" + (f" (line {line})" if line else "")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError(f"key {Counter(name for name, _ in pairs).most_common(1)[0][0]!r} stands twice in one object")
+    return value
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number} is no number that JSON can hold")
+    return value
+
+
+STRICT = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_finite, parse_float=_finite)
+LENIENT = json.JSONDecoder(parse_int=len)
+"""Only finds where an element ends; `len` because Python refuses to convert integers of thousands of digits."""
+TOO_DEEP = f"nested more than {MAX_DEPTH} deep"
+HALF = "text holds half of a surrogate pair, which is no character"
+
+
+def _row(source_row: int, value: Any, text: str, line: int = 0) -> Row:
+    """Args:
+    text: the JSON it was parsed from, which tells cheaply whether the costly looks are needed.
+    """
+    if not isinstance(value, dict):
+        return Row(source_row, None, f"expected an object, found {type(value).__name__}", line)
+    if text.count("[") + text.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+        raise ValueError(TOO_DEEP)
+    if re.search(r"\\u[dD]", text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return Row(source_row, value, HALF, line)
+    return Row(source_row, value, "", line)
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level := [inner for v in level if isinstance(v, dict | list) for inner in (v.values() if isinstance(v, dict) else v)]:
+        depth += 1
+    return depth
+
+
+def _csv(path: Path) -> list[Row]:
+    """Column names from the first line, unless that is a question of MMLU; every value is text.
+
+    One quote left open would swallow all that follows, so the file is refused.
+    """
+
+    def lines() -> Iterator[str]:
+        for number, line in _lines(path):
+            if line is None:
+                raise csv.Error(_too_long(number))
+            yield line.decode("utf-8", "surrogateescape")
+
+    rows: list[Row] = []
+    reader = csv.reader(lines(), strict=True)
+    usual = csv.field_size_limit(MAX_ROW_BYTES)
+    try:
+        table: Iterator[tuple[list[str], int]] = ((fields, reader.line_num) for fields in reader if fields)
+        begin = [*islice(table, 2)]
+        if begin and all(_is_mmlu(fields) for fields, _ in begin):
+            header, table = MMLU_COLUMNS, chain(begin, table)
+        else:
+            header, table = (begin[0][0] if begin else []), chain(begin[1:], table)
+        _named_once(path, header)
+        if len(header) == 1 and (other := next((mark for mark in ";\t|" if mark in header[0]), "")):
+            raise InputError(f"{path.name}: not CSV: columns are separated by {other!r}", "save the file with commas between columns")
+        for fields, line in table:
+            if any(not field.isascii() and re.search("[\udc80-\udcff]", field) for field in fields):
+                problem = f"not UTF-8 (line {line})"
+            elif sum(map(len, fields)) > MAX_ROW_BYTES:
+                problem = _too_long(line)
+            elif len(fields) != len(header):
+                problem = f"{len(fields)} fields where the header has {len(header)} (line {line})"
+            else:
+                problem = ""
+            rows.append(Row(len(rows), None if problem else dict(zip(header, fields, strict=True)), problem, line))
+    except csv.Error as error:
+        raise InputError(
+            f"{path.name}: not CSV: {error}, near line {reader.line_num}", "close every quote; double quotes inside one"
+        ) from None
+    finally:
+        csv.field_size_limit(usual)
+    return rows
+
+
+MMLU_COLUMNS = ["question", "A", "B", "C", "D", "answer"]
+"""Names for the columns of MMLU's own CSV files, which have none."""
+
+
+def _is_mmlu(fields: list[str]) -> bool:
+    """Whether a line of a CSV file is a question of MMLU: six fields, of which the last is the letter of the right choice."""
+    return len(fields) == len(MMLU_COLUMNS) and fields[-1] in MMLU_COLUMNS[1:5]
+
+
+def _named_once(path: Path, columns: list[str]) -> None:
+    for name, count in Counter(columns).items():
+        if count > 1:
+            raise InputError(f"{path.name}: column {name!r} stands twice", "give each column its own name")
+        if re.search("[\ud800-\udfff]", name):
+            raise InputError(f"{path.name}: the column names are not UTF-8", "save the file as UTF-8")
+
+
+def _parquet(path: Path) -> list[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            _named_once(path, file.schema_arrow.names)
+            return table_rows(file.iter_batches(batch_size=BATCH))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise InputError(f"{path.name}: not Parquet: {error}", "write the file again") from None
+
+
+def _arrow(path: Path) -> list[Row]:
+    """An Arrow IPC file or stream. Each batch is validated in full: Arrow trusts the offsets it finds."""
+    import pyarrow as pa
+
+    def batches(reader: Any) -> Iterator[Any]:
+        stream = reader if isinstance(reader, pa.RecordBatchReader) else map(reader.get_batch, range(reader.num_record_batches))
+        for batch in stream:
+            batch.validate(full=True)
+            yield batch
+
+    try:
+        with pa.OSFile(str(path)) as file:
+            magic = file.read(6)
+            file.seek(0)
+            reader = pa.ipc.open_file(file) if magic == b"ARROW1" else pa.ipc.open_stream(file)
+            _named_once(path, reader.schema.names)
+            return table_rows(batches(reader))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise InputError(f"{path.name}: not Arrow: {error}", "write the file again") from None
+
+
+def table_rows(batches: Iterable[Any], decode: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> list[Row]:
+    """Values as JSON would hold them: dates and decimals as text, bytes as the text they spell.
+
+    Args:
+        batches: Arrow record batches.
+        decode: what each row goes through first.
+    """
+    rows: list[Row] = []
+    for value in chain.from_iterable(map(_values, batches)):
+        try:
+            if isinstance(value, Exception):
+                raise value
+            plain = json.dumps(decode(value) if decode else value, default=_spelt, allow_nan=False)
+            rows.append(_row(len(rows), json.loads(plain), plain))
+        except _TooLong as error:
+            rows.append(Row(len(rows), None, str(error)))
+        except RecursionError:
+            rows.append(Row(len(rows), None, TOO_DEEP))
+        except (ValueError, TypeError, OverflowError) as error:
+            rows.append(Row(len(rows), None, f"a value that JSON cannot hold: {error}"))
+    return rows
+
+
+class _TooLong(ValueError):
+    pass
+
+
+def _values(batch: Any) -> list[Any]:
+    """The batch's rows; for one that Python cannot hold (text that is not UTF-8, a date out of range) or need not (too long), the error."""
+    try:
+        if batch.nbytes <= MAX_ROW_BYTES:
+            return batch.to_pylist()
+        unfit: Exception = _TooLong(_too_long())
+    except (ValueError, OverflowError) as error:
+        unfit = error
+    half = batch.num_rows // 2
+    return [*_values(batch.slice(0, half)), *_values(batch.slice(half))] if half else [unfit]
+
+
+def _spelt(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _paragraphs(path: Path) -> list[Row]:
+    """Plain text, one row per paragraph: "One⏎two⏎⏎three"  ->  {"text": "One⏎two"}, {"text": "three"}"""
+    rows: list[Row] = []
+    lines: list[str] = []
+    size, problem, last = 0, "", 0
+    for number, line, flaw in chain(_text_lines(path), [(0, "", "")]):
+        if flaw or line.strip():
+            size += len(line.encode())
+            problem = problem or flaw or ("" if size <= MAX_ROW_BYTES else _too_long(number))
+            last = number
+            if not problem or not lines:
+                lines.append(line.rstrip("\r\n"))
+        elif lines:
+            rows.append(Row(len(rows), None if problem else {"text": "\n".join(lines)}, problem, last))
+            lines, size, problem = [], 0, ""
+    return rows
+
+
+READERS: dict[str, Callable[[Path], list[Row]]] = {
+    ".json": _json,
+    ".json.gz": _json,
+    ".jsonl": _jsonl,
+    ".jsonl.gz": _jsonl,
+    ".csv": _csv,
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+    ".feather": _arrow,
+    ".txt": _paragraphs,
+}

@@ -1,0 +1,235 @@
+"""Results side by side, and what follows from them in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dagster_project.core.text import NAMES, TITLES
+
+FEWEST = 30
+"""Test examples below which nothing is concluded. Measured on simulated pairs of right and wrong answers: the 95 % bootstrap interval of a
+difference of accuracies holds the true one in 93 to 96 % of the cases from 30 answers on, in 65 to 89 % at 10 and in 41 to 68 % at 5."""
+
+Scores = Mapping[str, Mapping[str, Any]]
+"""System -> its measures, and the mean tokens of its prompts if it is a language model."""
+
+
+def board(shown: Sequence[str], scores: Scores, compared: Mapping[str, Any]) -> list[str]:
+    """A Markdown table, best first; by perplexity where there are no answers to score.
+
+    Args:
+        shown: the measure that decides, and the one beside it.
+    """
+    if scores:
+        first, second = shown
+        n = next(iter(scores.values()))["n"]
+        return [
+            f"| {n} test examples | {TITLES[first]} | 95 % interval | {TITLES[second]} | prompt tokens |",
+            "| --- | ---: | :---: | ---: | ---: |",
+        ] + [
+            f"| {NAMES.get(name, f'**{name}**, tuned')} | {s[first]:.3f} | {s[f'{first}_interval'][0]:.3f} to {s[f'{first}_interval'][1]:.3f} | {s[second]:.3f} | {_tokens(s)} |"
+            for name, s in sorted(scores.items(), key=lambda item: -item[1][first])
+        ]
+    order = sorted(
+        (name for name in compared if "perplexity_to_base" in compared[name]),
+        key=lambda name: compared[name]["perplexity_to_base"]["ratio"],
+    )
+    return ["| variant | perplexity as a share of the base model's | 95 % interval |", "| --- | ---: | :---: |"] + [
+        f"| **{name}**, tuned | {c['ratio']:.3f} | {c['interval'][0]:.3f} to {c['interval'][1]:.3f} |"
+        for name in order
+        for c in [compared[name]["perplexity_to_base"]]
+    ]
+
+
+def _tokens(score: Mapping[str, Any]) -> str:
+    return f"{score['prompt_tokens']:.0f}" if "prompt_tokens" in score else ""
+
+
+def advice(decides: str, scores: Scores, compared: Mapping[str, Any], test: Mapping[str, int]) -> list[str]:
+    """For each variant whether it is worth it, not worth it, or not shown, with the figures that say so; then the variants among themselves;
+    then the next step where these figures cannot answer the question.
+
+    Args:
+        compared: variant -> its differences to other systems, its `perplexity_to_base` and its `failed_checks`, each where there are any.
+        test: of the test split the `examples`, and the `answered` ones.
+    """
+    found = [_verdict(name, decides, scores, compared[name], test) for name in compared]
+    ranked = sorted((name for name in compared if name in scores), key=lambda name: -scores[name][decides])
+    few = test["answered" if scores else "examples"]
+    if few < FEWEST and compared:
+        return [f"{_few(few)} {MORE}", *found]
+    found += [_between(ranked[0], other, decides, compared[ranked[0]]) for other in ranked[1:]]
+    return found + ([OPEN_TEXT] if ranked and decides == OPEN else [])
+
+
+OPEN = "rouge_l"
+"""The measure that decides where answers are open text (`metrics.measures`)."""
+OPEN_TEXT = (
+    "Open text has many right answers, and ROUGE-L compares with one of them. Next step: let people vote blindly between two systems "
+    "(`pedigree ballots export`), or a judge model (`pedigree judge --endpoint URL --model NAME`)."
+)
+MORE = "Add examples, or raise splits.test or evaluation.max_examples in params.yaml."
+
+
+def _few(answers: int) -> str:
+    return f"Nothing can be concluded from {answers} test example{'' if answers == 1 else 's'}: at least {FEWEST} are needed."
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What tuning gained over the best alternative to it."""
+
+    rival: str
+    """The alternative, one of NAMES; "" is the base model, by likelihood."""
+    gap: float
+    low: float
+    high: float
+    """Ends of the 95 % interval of `gap`."""
+    words: str
+    examples: int
+    """Test examples that it was measured on."""
+
+    @property
+    def enough(self) -> bool:
+        return self.examples >= FEWEST
+
+    @property
+    def sure(self) -> bool:
+        return self.enough and self.low > 0
+
+
+def gain(decides: str, found: Mapping[str, Any], test: Mapping[str, int]) -> Gain | None:
+    """Of a variant, by the measure that decides; by perplexity where there are no answers to score; None where there is neither.
+
+    Args:
+        found: what was compared of the variant.
+        test: as of `advice`.
+    """
+    against = {other: differences[decides] for other, differences in found.get("to", {}).items() if other in NAMES}
+    if against:
+        rival = min(against, key=lambda other: against[other]["difference"])
+        gap, (low, high) = against[rival]["difference"], against[rival]["interval"]
+        words = _points(gap, low, high, decides, f"the best alternative, {NAMES[rival]}")
+        return Gain(rival, gap, low, high, words, test["answered"])
+    return Gain("", *_below(found["perplexity_to_base"]), test["examples"]) if "perplexity_to_base" in found else None
+
+
+def _verdict(name: str, decides: str, scores: Scores, found: Mapping[str, Any], test: Mapping[str, int]) -> str:
+    gained = gain(decides, found, test)
+    failed = found.get("failed_checks", ())
+    checks = f" Failed checks: {'; '.join(failed)}." if failed else ""
+    if gained is None:
+        return f"{name} names labels, and there are none to compare.{checks}"
+    more = beside = ""
+    if gained.rival:
+        more = f" {_instead(gained.rival, decides, scores[name], scores[gained.rival])}"
+        if decides != "macro_f1" and (
+            ratio := found.get("perplexity_to_base")
+        ):  # free text has many right answers, and likelihood sees them all
+            beside = f" By likelihood: {_below(ratio)[-1]}."
+    if not gained.enough and (gained.low > 0 or gained.high < 0):
+        return f"Tuning {name} is not judged: {gained.words}, which so few examples cannot tell from chance.{checks}"
+    if gained.sure and failed:
+        return f"Tuning {name} gained, but its checks failed: {gained.words}.{beside}{checks} Look into them before you use it."
+    if gained.sure:
+        return f"Tuning {name} is worth it: {gained.words}.{beside}"
+    if gained.high < 0:
+        return f"Tuning {name} made it worse: {gained.words}.{more}{beside}{checks}"
+    return f"Tuning {name} shows no sure gain: {gained.words}.{more}{beside}{checks}"
+
+
+def recommended(
+    decides: str, scores: Scores, compared: Mapping[str, Any], cost: Mapping[str, Mapping[str, float]], test: Mapping[str, int]
+) -> dict[str, Any]:
+    """The variant to use, or none, and why: the best of those that are surely better than the best alternative and passed their checks;
+    between two that may differ by chance, the cheaper one.
+
+    Args:
+        cost: system -> what it takes; it is compared in the order of COSTS.
+        test: as of `advice`.
+    Returns:
+        {"variant": name or None, "sure": better than the best alternative beyond chance, and no check failed?, "instead": the best
+        alternative, "why"}
+    """
+    gains = {name: found for name in compared if (found := gain(decides, compared[name], test))}
+    if not gains:
+        return {"variant": None, "sure": False, "instead": None, "why": "No variant has answers or a perplexity to compare."}
+    better = {name: found for name, found in gains.items() if found.sure}
+    sure = {name: found for name, found in better.items() if not compared[name].get("failed_checks")}
+    best = max(sure or better or gains, key=lambda name: gains[name].gap)
+    rival = NAMES.get(gains[best].rival, "the base model")
+    told: dict[str, Any] = {"variant": best, "sure": bool(sure), "instead": gains[best].rival or None}
+    if not gains[best].enough:
+        return {**told, "variant": None, "why": f"{_few(gains[best].examples)} {MORE}"}
+    if not better:
+        if gains[best].gap <= 0:
+            return {**told, "variant": None, "why": f"Use {rival}: no variant is better, and it costs no training."}
+        return {**told, "why": f"It has the best score, but is not surely better than {rival}, which costs no training."}
+    if not sure:
+        return {**told, "why": f"It is surely better than {rival}, but its checks failed: {'; '.join(compared[best]['failed_checks'])}."}
+    dearer = {name: tuple(cost.get(name, {}).get(what, 0) for what in COSTS) for name in sure}
+    alike = [name for name in sure if name == best or _may_be_chance(compared[best], name, decides)]
+    cheapest = min(alike, key=lambda name: (dearer[name], name != best))
+    why = f"It is surely better than {rival}, the best alternative to tuning"
+    if cheapest != best:
+        gap = compared[best]["to"][cheapest][decides]
+        low, high = gap["interval"]
+        figures = _points(gap["difference"], low, high, decides, cheapest)
+        return {**told, "variant": cheapest, "why": f"{why}. {best} scores more, but perhaps by chance ({figures}), and costs more."}
+    others = ", ".join(name for name in alike if name != best)
+    if others:
+        return {**told, "why": f"{why}. It has the best score; {others} may be as good, and cost no less."}
+    return {**told, "why": f"{why}{', and the best of the variants' if len(compared) > 1 else ''}."}
+
+
+def headline(document: Mapping[str, Any]) -> str:
+    """What to do, in a few words.
+
+    Args:
+        document: of comparison.json.
+    """
+    compared, name = document["compared"], document["recommended"]["variant"]
+    if document["recommended"]["sure"]:
+        return f"Use {name}."
+    if name is None:
+        few = document["test"]["answered" if document["scores"] else "examples"] < FEWEST
+        return "No conclusion." if few else "Use no variant."
+    return f"Failed checks: look into {name} first." if compared[name].get("failed_checks") else f"No sure gain: {name}."
+
+
+COSTS = ("prompt_tokens", "bytes", "tokens")
+"""What makes a system dear, dearest first: tokens of each prompt, size on disk, tokens it was trained with."""
+
+
+def _may_be_chance(best: Mapping[str, Any], other: str, decides: str) -> bool:
+    """Does the interval of the difference between the best variant and another include 0?"""
+    return other in best.get("to", {}) and best["to"][other][decides]["interval"][0] <= 0
+
+
+def _below(ratio: Mapping[str, Any]) -> tuple[float, float, float, str]:
+    """A ratio of perplexities as a gain, the ends of its interval, and all of it in words."""
+    gap, low, high = 1 - ratio["ratio"], 1 - ratio["interval"][1], 1 - ratio["interval"][0]
+    return gap, low, high, f"perplexity {100 * gap:.1f} % below the base model's (95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
+
+
+def _points(gap: float, low: float, high: float, decides: str, rival: str) -> str:
+    return f"{100 * gap:+.1f} points of {TITLES[decides]} over {rival} (95 % interval {100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def _instead(rival: str, decides: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """What the best alternative reaches, and what it costs."""
+    share = f"{100 * theirs[decides] / ours[decides]:.0f} % of" if ours[decides] else "at least"
+    if "prompt_tokens" not in theirs:
+        cost = "without tuning a model"
+    else:
+        longer = round(theirs["prompt_tokens"] - ours.get("prompt_tokens", 0))
+        cost = "at no training cost" + (f", for {longer} more tokens in each prompt" if longer > 0 else "")
+    return f"{NAMES[rival][0].upper()}{NAMES[rival][1:]} reaches {share} the tuned score {cost}."
+
+
+def _between(best: str, other: str, decides: str, found: Mapping[str, Any]) -> str:
+    gap, (low, high) = found["to"][other][decides]["difference"], found["to"][other][decides]["interval"]
+    verdict = "is better" if low > 0 else "shows no sure gain"
+    return f"{best} {verdict}: {_points(gap, low, high, decides, other)}."

@@ -1,0 +1,241 @@
+"""What is measured of a model, tuned or not, and the table in which results are kept."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Discriminator, Field, Tag
+
+from dagster_project.core.chat import encode_prompt, encode_record, is_text
+from dagster_project.core.params import TAG, Compute, Section
+from dagster_project.core.records import prompt_text, response_text, subject_text
+from dagster_project.evaluation.bootstrap import rounded
+from dagster_project.evaluation.labels import LabelSet, LabelTask, label_set
+from dagster_project.evaluation.metrics import Task, is_answer, label, perplexity
+from dagster_project.training.inference.generate import generate
+from dagster_project.training.inference.likelihood import negative_log_likelihood
+from dagster_project.training.methods import feature_extraction
+from dagster_project.training.methods.hardware import prepare
+from dagster_project.training.methods.load import load
+
+log = logging.getLogger("pedigree")
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@cache
+def result_schema() -> pa.Schema:
+    """One answer of one system to one test example."""
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            ("system", pa.string()),  # who answered: zero_shot, few_shot, ..., or a variant's name
+            ("example_id", pa.string()),
+            ("answer", pa.string()),  # what it wrote; null where it was not asked to write
+            ("label", pa.string()),  # the label its answer gives; null where answers are free text
+            ("prompt_tokens", pa.int64()),  # of what it was asked; null for systems that are no language model
+            ("nll", pa.float64()),  # nats, summed over the reference response; null for systems that are no language model
+            ("tokens", pa.int64()),  # of the reference response
+        ]
+    )
+
+
+def _form(value: Any) -> str:
+    """Which of the two forms of `task` a value is meant to be."""
+    return f"{TAG}labels" if isinstance(value, LabelTask) or (isinstance(value, dict) and "labels" in value) else f"{TAG}fields"
+
+
+class Settings(Section):
+    """Section `evaluation`: the same for every variant, so that scores compare."""
+
+    task: Annotated[Annotated[Task, Tag(f"{TAG}fields")] | Annotated[LabelTask, Tag(f"{TAG}labels")], Discriminator(_form)] | None = None
+    """What a right answer looks like: a JSON object, or a label. null, or a test split without such answers: answers are free text."""
+    metrics: list[str] = []
+    """Measures of your own, `file.function` of a file in data/metrics/."""
+    max_examples: int = Field(default=200, ge=1)
+    """Test examples that are answered, at most; chosen by content, so that every system and every run answers the same. Perplexity is of all."""
+    benchmarks: list[str] = []
+    """Multiple-choice files, to see whether tuning made the model forget."""
+    forgetting: float = Field(default=0.05, ge=0, le=1)
+    """Accuracy on these that tuning may cost: `comparison` warns beyond it."""
+    max_new_tokens: int = Field(default=48, ge=1)
+    """Longest answer, in tokens."""
+    batch_size: int = Field(default=40, ge=1)
+    """Prompts that are answered at the same time."""
+
+
+class Subject:
+    """A loaded model, ready to be measured."""
+
+    def __init__(self, folder: Path, compute: Compute, settings: Settings, base_model: Path | None = None) -> None:
+        """Args:
+        folder: weights that stand alone; or an adapter, or a classifier's head, with the `base_model` it stands on.
+        """
+        device, dtype = prepare(compute)
+        from transformers import AutoTokenizer
+
+        alone = base_model is None or not (feature_extraction.is_head(folder) or (folder / "adapter_config.json").is_file())
+        self.tokenizer = AutoTokenizer.from_pretrained(folder if alone else base_model, trust_remote_code=False)
+        for template in folder.glob("chat_template.jinja"):
+            self.tokenizer.chat_template = template.read_text(encoding="utf-8")
+        self.head = (
+            feature_extraction.load(folder, base_model, device, dtype) if base_model and feature_extraction.is_head(folder) else None
+        )
+        self.model = None if self.head else load(folder, base_model, device, dtype)
+        self.settings = settings
+
+    @property
+    def writes(self) -> bool:
+        """Is it a language model? A classifier only names labels: it has no perplexity and answers no multiple-choice questions."""
+        return self.head is None
+
+    def likelihood(self, records: Sequence[dict[str, Any]], what: str) -> list[tuple[float, int]]:
+        """Per record the negative log-likelihood of its responses, and their tokens. What exceeds the context is cut at the end."""
+        room = self.tokenizer.model_max_length
+        examples = [(ids[:room], labels[:room]) for ids, labels in (encode_record(self.tokenizer, record) for record in records)]
+        return negative_log_likelihood(self.model, self.tokenizer.pad_token_id, examples, self.settings.batch_size, f"{what}: perplexity")
+
+    def answer(self, prompts: Sequence[list[dict[str, str]]], what: str, thinking_tokens: int = 0) -> list[str]:
+        """What it answers to each prompt; a classifier's answer is the label alone, which `metrics.label` takes as it takes any.
+
+        What exceeds the context is cut at the beginning.
+
+        Args:
+            thinking_tokens: room for what it says before the answer.
+        """
+        if self.head is not None:
+            return self.head.predict(prompts, f"{what}: answers")
+        longest = self.settings.max_new_tokens + thinking_tokens
+        room = max(1, self.tokenizer.model_max_length - longest)
+        ids = [encode_prompt(self.tokenizer, messages)[-room:] for messages in prompts]
+        return generate(self.model, self.tokenizer, ids, longest, self.settings.batch_size, f"{what}: answers")
+
+    def prompt_tokens(self, prompts: Sequence[list[dict[str, str]]]) -> list[int] | None:
+        """Tokens of each prompt; None of a classifier, which is not prompted."""
+        return [len(encode_prompt(self.tokenizer, messages)) for messages in prompts] if self.writes else None
+
+
+def asked(
+    records: Sequence[dict[str, Any]], settings: Settings, train: Sequence[dict[str, Any]] = ()
+) -> tuple[Task | LabelSet | None, list[dict[str, Any]]]:
+    """The test examples that are answered, and the task they are answers to; None where they are free text.
+
+    Args:
+        records: the test split.
+        train: the training split, whose responses are the labels of `labels: auto`.
+    """
+    task: Task | LabelSet | None
+    if isinstance(settings.task, LabelTask):
+        task = label_set(settings.task, *([response_text(r["messages"]) for r in conversations(split)] for split in (train, records)))
+    else:
+        task = settings.task
+    found = labelled(records, task)
+    if isinstance(task, Task) and records and not found:
+        log.warning(
+            f"params.yaml: evaluation.task: none of {len(records)} test answers is a JSON object with the fields {', '.join(task.fields)}"
+            " and allowed values; answers are scored as free text. Remove evaluation.task, or describe your own answers"
+        )
+    task = task if found else None
+    found = found or conversations(records)
+    chosen = set(sorted(record["example_id"] for record in found)[: settings.max_examples])
+    return task, [record for record in found if record["example_id"] in chosen]
+
+
+def labelled(records: Sequence[dict[str, Any]], task: Task | LabelSet | None) -> list[dict[str, Any]]:
+    """The records whose reference response is an answer to the task."""
+    return [record for record in records if task and is_answer(task, response_text(record["messages"]))]
+
+
+def conversations(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records in which something is asked and answered."""
+    return [r for r in records if not is_text(r) and prompt_text(r["messages"]) and response_text(r["messages"])]
+
+
+def result_rows(
+    system: str,
+    records: Sequence[dict[str, Any]],
+    task: Task | LabelSet | None,
+    answers: Sequence[str | None] | None = None,
+    prompt_tokens: Sequence[int | None] | None = None,
+    likelihoods: Sequence[tuple[float | None, int | None]] = (),
+) -> list[dict[str, Any]]:
+    """A system's rows of the table, null where it has no answers, prompts or likelihoods."""
+    nothing = [None] * len(records)
+    return [
+        {
+            "system": system,
+            "example_id": record["example_id"],
+            "answer": answer,
+            "label": label(task, answer) if task and answer is not None else None,
+            "prompt_tokens": length,
+            "nll": nll,
+            "tokens": n,
+        }
+        for record, answer, length, (nll, n) in zip(
+            records, answers or nothing, prompt_tokens or nothing, likelihoods or [(None, None)] * len(records), strict=True
+        )
+    ]
+
+
+MOST_SLICES = 20
+OTHERS = "(others)"
+NO_CATEGORY = "(none)"
+
+
+def slices(
+    records: Sequence[dict[str, Any]], likelihoods: Sequence[tuple[float, int]], scored: str, values: Mapping[str, float]
+) -> dict[str, dict[str, Any]]:
+    """By category and by length of the prompt: how many test examples, their perplexity, and the mean score of those that were answered.
+
+    Args:
+        likelihoods: of the records; none for a classifier.
+        scored: name of the score.
+        values: example_id -> its score.
+    """
+    categories = [record["category"] or NO_CATEGORY for record in records]
+    most = {name for name, _ in Counter(sorted(categories)).most_common(MOST_SLICES)}
+    groupings = {
+        "by_category": [name if name in most else OTHERS for name in categories],
+        "by_prompt_words": thirds([len(subject_text(record["messages"]).split()) for record in records]),
+    }
+    return {
+        grouping: {
+            name: _slice([i for i, other in enumerate(names) if other == name], records, likelihoods, scored, values)
+            for name in sorted(set(names))
+        }
+        for grouping, names in groupings.items()
+    }
+
+
+def _slice(
+    members: Sequence[int],
+    records: Sequence[dict[str, Any]],
+    likelihoods: Sequence[tuple[float, int]],
+    scored: str,
+    values: Mapping[str, float],
+) -> dict[str, Any]:
+    import numpy as np
+
+    found = [values[records[i]["example_id"]] for i in members if records[i]["example_id"] in values]
+    return {
+        "n": len(members),
+        **({"perplexity": rounded(perplexity(np.array([likelihoods[i] for i in members]).sum(0)))} if likelihoods else {}),
+        **({"answered": len(found), scored: rounded(sum(found) / len(found))} if found else {}),
+    }
+
+
+def thirds(lengths: Sequence[int]) -> list[str]:
+    """The third that each length is in, named with its edges: short, medium or long of these lengths."""
+    ordered = sorted(lengths)
+    low, high = (ordered[max(0, len(ordered) * k // 3 - 1)] for k in (1, 2))
+    return [
+        f"short, up to {low}" if n <= low else f"medium, {low + 1} to {high}" if n <= high else f"long, {high + 1} and more"
+        for n in lengths
+    ]

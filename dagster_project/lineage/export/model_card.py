@@ -1,0 +1,136 @@
+"""The model card, as the Hugging Face Hub reads it: a metadata block, then what people read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dagster_project.lineage.export.summary import limits, results
+
+SPDX = re.compile(r"^(?!LicenseRef)[\w.+-]+$")
+HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+
+
+def model_card(lineage: Mapping[str, Any]) -> str:
+    """A README.md for the model.
+
+    Args:
+        lineage: of `export.papers`, or of `papers.from_reports` for a stage, which knows neither commit nor dvc.lock; with "issued" for a date.
+    """
+    return f"---\n{_metadata(lineage)}\n---\n\n{_text(lineage)}"
+
+
+def _metadata(found: Mapping[str, Any]) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    address, base, training = found["model"]["stage"], found["base_model"], found["training"]
+    origin = base.get("origin", "").partition("@")[0]
+    evaluated = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="splits",
+            dataset_name="test split of the project's data",
+            dataset_split="test",
+            metric_type=one["name"],
+            metric_value=one["value"],
+            metric_args={"confidence": 0.95, "low": one["low"], "high": one["high"]},
+        )
+        for one in results(found)
+    ]
+    hub = sorted({source["hub"] for source in found["sources"].values() if "hub" in source})
+    licence = base.get("licence")
+    known = licence and SPDX.match(licence)
+    data = ModelCardData(
+        base_model=origin if HUB_ID.match(origin) and "@" in base.get("origin", "") else None,
+        datasets=hub or None,
+        library_name="transformers" if found["model"]["stands_alone"] else "peft",
+        license=None if licence is None else licence.lower() if known else "other",
+        license_name=None if known else licence,
+        pipeline_tag="text-generation",
+        tags=sorted({"pedigree", *([training["method"]] if "method" in training else [])}),
+        model_name=address,
+        eval_results=evaluated or None,
+    )
+    return data.to_yaml(line_break="\n").strip()
+
+
+def _text(found: Mapping[str, Any]) -> str:
+    model, base, training, code = found["model"], found["base_model"], found["training"], found.get("code", {})
+    files = base.get("sha256", {})
+    weights = ", ".join(f"`{name}` {digest}" for name, digest in files.items() if name.endswith(".safetensors"))
+    parts = [f"# {model['stage']}"]
+    parts.append(
+        f"AdapterInfo from {base.get('origin', 'a base model that is not recorded')}, licence {base.get('licence', 'unknown')}, {base.get('parameters', 0):,} parameters (sha256 of {weights or 'its weights: unknown'})."
+        " The metadata name the base model's licence; what the data's licences below ask for, holds too."
+    )
+    parts.append(
+        _lines(
+            [
+                ("content", f"sha256 {model['sha256']}" if model.get("sha256") else ""),
+                ("DVC", model.get("md5", "")),
+                ("issued", found.get("issued", "")),
+            ]
+        )
+    )
+    parts += [
+        "## Data",
+        _table(
+            ["source", "rows", "format", "licence", "sha256"],
+            [[path, s["rows"], s["format"], s["licence"], f"`{s['sha256']}`"] for path, s in found["sources"].items()],
+        ),
+    ]
+    rows = [
+        [
+            name,
+            s["rows_in"],
+            s["rows_out"],
+            ", ".join(f"{why} {n}" for why, n in s.get("dropped", {}).items()) or "none",
+            f"`{s['sha256']}`",
+        ]
+        for name, s in found["stages"].items()
+        if "rows_in" in s
+    ]
+    parts.append(_table(["stage", "rows in", "rows out", "dropped", "sha256"], rows))
+    for stage in found["stages"].values():
+        if "train" in stage and "test" in stage:
+            parts.append(
+                f"Train {stage['train']}, validation {stage['validation']} and test {stage['test']} examples; near-copies never straddle two of them."
+            )
+    parts += ["## Results", _results(found), *found["advice"]]
+    parts += ["## Limits", "\n".join(f"- {line}" for line in limits(found))]
+    parts += ["## How it was made", _lines([(key.replace("_", " "), _value(value)) for key, value in training.items()])]
+    if found["environment"]:
+        parts.append(f"With {', '.join(f'{name} {version}' for name, version in found['environment'].items())}.")
+    checks = [check["passed"] for stage in found["stages"].values() for check in stage.get("checks", {}).values()]
+    parts.append(f"{sum(checks)} of {len(checks)} checks passed.")
+    commit = code.get("commit")
+    if commit and not code["clean"]:
+        parts.append(f"Made with uncommitted changes on top of commit {commit}.")
+    checkout = [f"git checkout {commit}"] if commit and code["clean"] else []
+    parts += [
+        "## Proof",
+        "\n".join(["```console", *(f"$ {line}" for line in [*checkout, "dvc pull", f"pedigree verify {model['stage']} --deep"]), "```"]),
+    ]
+    parts.append(
+        f"makes it again from the sources and compares the bytes; `pedigree audit {model['stage']}` names every row and parameter."
+    )
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _results(found: Mapping[str, Any]) -> str:
+    rows = [[one["name"], f"{one['value']:.4g}", f"{one['low']:.4g} to {one['high']:.4g}"] for one in results(found)]
+    return _table(["measure", "value", "95 % interval"], rows) if rows else "None were measured."
+
+
+def _value(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _lines(pairs: Sequence[tuple[str, str]]) -> str:
+    return "\n".join(f"- {name}: {value}" for name, value in pairs if value)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |"]
+    return "\n".join(lines + [f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in row)} |" for row in rows])

@@ -1,0 +1,203 @@
+"""data/pages over HTTP while the Dagster UI runs: on loopback only, read-only, nothing outside the folder.
+
+As a module it is the server: `python -m dagster_project.orchestration.dagster.pages PROJECT FILE_DESCRIPTOR`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from functools import partial
+from html import escape
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+import psutil
+
+from dagster_project.core.errors import InputError
+from dagster_project.core.records import write_text
+from dagster_project.orchestration.locks import end_with
+
+HOST = "127.0.0.1"
+DEFAULT_PORT = 3100
+PORT_FILE = "pages_port"
+"""File in Dagster's home: the port of the latest `pedigree ui`, so that links which are recorded later agree with it."""
+TYPES = {".html": "text/html; charset=utf-8", ".csv": "text/csv; charset=utf-8", ".json": "application/json"}
+NOTHING = "default-src 'none'"
+LISTING = f"{NOTHING}; style-src 'unsafe-inline'"
+POLICY = re.compile(rb'<meta http-equiv="Content-Security-Policy" content="([^"\r\n]*)">')
+HEAD = 4096
+"""Bytes at the start of a page in which its policy is looked for."""
+
+
+def _port_file(root: Path) -> Path:
+    return Path(os.environ.get("DAGSTER_HOME") or root / ".dagster") / PORT_FILE
+
+
+def port_of(root: Path) -> int:
+    """Port of the latest `pedigree ui` of the project, or the default."""
+    try:
+        return int(_port_file(root).read_text())
+    except (OSError, ValueError):
+        return DEFAULT_PORT
+
+
+def remember_port(root: Path, port: int) -> None:
+    write_text(_port_file(root), f"{port}\n")
+
+
+def identity(root: Path) -> str:
+    """Short hash of the project's folder, which tells its links from those of another project on the same port."""
+    return hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:8]
+
+
+def url(root: Path, path: str) -> str:
+    """Address of a file or folder in data/pages.
+
+    Args:
+        path: relative to data/pages; a folder's ends in "/".
+    """
+    return f"http://{HOST}:{port_of(root)}/{quote(path)}?project={identity(root)}"
+
+
+def listen(port: int) -> socket.socket:
+    """A listening socket on loopback.
+
+    Raises:
+        InputError: the port is taken, or is none.
+    """
+    if not 0 < port < 65536:
+        raise InputError(f"--pages-port {port}: not a port", f"give a number from 1 to 65535, e.g. {DEFAULT_PORT}")
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((HOST, port))
+    except OSError as error:
+        listener.close()
+        raise InputError(
+            f"cannot serve data/pages on {HOST}:{port}: {error.strerror}",
+            f"stop what runs there, or give another --pages-port, e.g. {port + 1 if port < 65535 else DEFAULT_PORT}",
+        ) from None
+    listener.listen()
+    return listener
+
+
+def start(root: Path, listener: socket.socket) -> subprocess.Popen[bytes]:
+    """Serve from a process that ends when this one does, whatever program this one becomes."""
+    command = [sys.executable, "-m", "dagster_project.orchestration.dagster.pages", str(root), str(listener.fileno())]
+    return subprocess.Popen(command, pass_fds=[listener.fileno()], stdin=subprocess.DEVNULL)
+
+
+def locate(base: Path, path: str) -> Path | None:
+    """The file or folder that a URL's path names below `base`; None if there is none.
+
+    Hidden names and symbolic links, wherever they lead, count as not there.
+    """
+    pieces = [piece for piece in unquote(path).split("/") if piece]
+    if any(piece.startswith(".") or "\\" in piece or "\0" in piece for piece in pieces):
+        return None
+    target = base.resolve().joinpath(*pieces)
+    try:
+        found = target.resolve(strict=True)
+    except (OSError, RuntimeError):
+        return None
+    return found if found == target and (found.is_file() or found.is_dir()) else None
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers GET and HEAD; every other method is refused by the base class."""
+
+    server_version = "pedigree"
+    sys_version = ""
+
+    def __init__(self, root: Path, *arguments: object) -> None:
+        self.root = root
+        super().__init__(*arguments)  # type: ignore[arg-type]
+
+    def do_GET(self) -> None:
+        status, kind, policy, body = self._answer()
+        self.send_response(status)
+        for name, value in {
+            "Content-Type": kind,
+            "Content-Length": str(len(body)),
+            "Content-Security-Policy": f"{policy}; frame-ancestors 'none'",
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "Cross-Origin-Resource-Policy": "same-origin",
+            "Cache-Control": "no-store",
+        }.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def _answer(self) -> tuple[HTTPStatus, str, str, bytes]:
+        """Status, content type, policy and body."""
+        asked = urlsplit(self.path)
+        port = self.request.getsockname()[1]
+        if self.headers.get("Host") not in {f"{HOST}:{port}", f"localhost:{port}"}:  # a web site that resolves its name to loopback
+            return self._refusal(HTTPStatus.FORBIDDEN, "this server answers on loopback only")
+        project = parse_qs(asked.query).get("project", [identity(self.root)])
+        if project != [identity(self.root)]:
+            return self._refusal(HTTPStatus.NOT_FOUND, f"the link is another project's; the pages here are those of {self.root}")
+        base = self.root / "data" / "pages"
+        found = locate(base, asked.path)
+        if found is None:
+            return self._refusal(HTTPStatus.NOT_FOUND, "no such page; a run of the stage writes it")
+        if found.is_dir():
+            return HTTPStatus.OK, TYPES[".html"], LISTING, _listing(base.resolve(), found).encode()
+        try:
+            body = found.read_bytes()
+        except OSError as error:
+            return self._refusal(HTTPStatus.NOT_FOUND, f"cannot be read: {error.strerror}")
+        own = POLICY.search(body[:HEAD]) if found.suffix == ".html" else None
+        return HTTPStatus.OK, TYPES.get(found.suffix, "application/octet-stream"), own[1].decode("latin-1") if own else NOTHING, body
+
+    def _refusal(self, status: HTTPStatus, why: str) -> tuple[HTTPStatus, str, str, bytes]:
+        return status, "text/plain; charset=utf-8", NOTHING, f"{why}\n".encode()
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Nothing: the terminal belongs to Dagster."""
+
+
+def _listing(base: Path, folder: Path) -> str:
+    """Links to what a folder holds, hidden files and symbolic links left out."""
+    inside = [path for path in folder.iterdir() if path.name[0] != "." and not path.is_symlink()]
+    names = sorted([f"{path.name}/" for path in inside if path.is_dir()] + [path.name for path in inside if path.is_file()])
+    where = "/".join(["data/pages", *folder.relative_to(base).parts])
+    prefix = quote("/".join(["", *folder.relative_to(base).parts, ""]))
+    items = "".join(f'<li><a href="{escape(prefix + quote(name))}">{escape(name)}</a></li>' for name in names) or "<li>nothing yet</li>"
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(where)}</title>'
+        f"<style>body{{font:1rem sans-serif;margin:2rem}}</style></head><body><h1>{escape(where)}</h1><ul>{items}</ul></body></html>\n"
+    )
+
+
+def server(root: Path, listener: socket.socket) -> ThreadingHTTPServer:
+    """The server on a listening socket."""
+    found = ThreadingHTTPServer(listener.getsockname(), partial(Handler, root), bind_and_activate=False)
+    found.socket.close()
+    found.socket = listener
+    found.server_address = listener.getsockname()
+    return found
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for Dagster, and this process ends with it
+    parent = psutil.Process().parent()
+    if parent is not None:
+        end_with(parent)
+        server(Path(sys.argv[1]), socket.socket(fileno=int(sys.argv[2]))).serve_forever()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""`pedigree ui`: Dagster's web server and daemon, on loopback, with its home inside the project; and data/pages beside it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from dagster_project.core.errors import InputError
+from dagster_project.orchestration.dagster import pages
+from dagster_project.orchestration.dagster.assets import home, open_instance
+from dagster_project.orchestration.dagster.dead_runs import reap
+from dagster_project.orchestration.dagster.sync import sync
+
+log = logging.getLogger("pedigree")
+
+
+def serve(root: Path, host: str, port: int, pages_port: int) -> NoReturn:
+    """Start the server of data/pages, sync once, then become `dagster dev`, so that a signal to stop reaches it and nobody else.
+
+    Args:
+        host, port: of the Dagster UI.
+        pages_port: of data/pages, which are served on loopback whatever `host` is.
+    Raises:
+        InputError: a port is taken.
+    """
+    if port == pages_port:
+        raise InputError(f"--port and --pages-port are both {port}", "give two ports")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as error:
+            raise InputError(
+                f"cannot listen on {host}:{port}: {getattr(error, 'strerror', None) or error}",
+                f"stop what runs there, or give another --port, e.g. {port + 1 if port < 65535 else 3000}",
+            ) from None
+    listener = pages.listen(pages_port)
+    folder = home(root)
+    pages.remember_port(root, listener.getsockname()[1])
+    with open_instance(root) as instance:
+        for line in reap(instance) + sync(root, instance):
+            log.info(line)
+    command = [sys.executable, "-m", "dagster", "dev", "-w", str(root / "workspace.yaml"), "-h", host, "-p", str(port)]
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "DAGSTER_HOME": str(folder),
+        "PEDIGREE_PROJECT": str(root),
+    }
+    pages.start(root, listener)
+    listener.close()
+    os.chdir(root)
+    os.execve(command[0], command, environment)

@@ -1,0 +1,220 @@
+"""feature_extraction: the base model as it is, and a linear layer that reads the category from what it makes of a prompt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from dagster_project.core.chat import IGNORE, Messages, encode_prompt
+from dagster_project.core.errors import InputError
+from dagster_project.core.params import Section
+from dagster_project.core.progress import Progress
+from dagster_project.training.methods.load import AdapterInfo, load_base
+from dagster_project.training.tokens.collators import pad
+
+if TYPE_CHECKING:
+    import torch
+
+WEIGHTS, LABELS = "head.safetensors", "head.json"
+ITERATIONS = 300
+"""Most steps of L-BFGS; the loss is convex, so it ends earlier where nothing more is to be gained."""
+
+
+class Options(Section):
+    """Keys of feature_extraction."""
+
+    l2: float = Field(default=0.1, ge=0)
+    """Weight of half the squared norm of the layer's weights, beside the mean cross entropy; features have variance 1."""
+    class_weight: Literal["balanced"] | None = None
+    """"balanced": every category counts the same in the loss, however many examples it has."""
+    batch_size: int = Field(default=16, ge=1)
+    """Prompts in a forward pass."""
+
+
+def split_prompts(rows: Sequence[Mapping[str, Any]]) -> tuple[list[list[int]], list[str], list[tuple[int, int]]]:
+    """Packed rows -> the prompts of their examples (token ids up to the last answer), their categories, and where they stood: (row, example of it).
+    Examples without a category are left out.
+
+        ids [5, 6, 7, 8], labels [-100, -100, 7, 8], lengths [4], categories ["login"]  ->  [[5, 6]], ["login"], [(0, 0)]
+
+    Args:
+        rows: with input_ids, labels, lengths and categories (one for each example, nullable).
+    """
+    prompts, categories, places = [], [], []
+    for number, row in enumerate(rows):
+        start = 0
+        for place, (length, category) in enumerate(zip(row["lengths"], row["categories"], strict=True)):
+            ids, labels = row["input_ids"][start : start + length], row["labels"][start : start + length]
+            start += length
+            trained = [i for i, label in enumerate(labels) if label != IGNORE]
+            if category is None or not trained:
+                continue
+            first = next(i for i in range(trained[-1], -1, -1) if i == 0 or labels[i - 1] == IGNORE)
+            prompts.append(list(ids[:first]))
+            categories.append(category)
+            places.append((number, place))
+    return prompts, categories, places
+
+
+def features(model: Any, prompts: Sequence[Sequence[int]], batch_size: int, what: str) -> torch.Tensor:
+    """The last hidden state at the last token of each prompt, (prompts, size) float32. Padding stands on the right behind a mask."""
+    import torch
+
+    found = torch.zeros(len(prompts), model.config.hidden_size)
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    progress = Progress(what, len(prompts), "prompt")
+    with torch.inference_mode():
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            ids, mask = pad([prompts[i] for i in batch])
+            hidden = model.base_model(
+                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False
+            ).last_hidden_state
+            found[batch] = hidden[torch.arange(len(batch)), mask.sum(1) - 1].float().cpu()
+            progress.advance(len(batch))
+    return found.clone()
+
+
+def fit(found: torch.Tensor, targets: torch.Tensor, classes: int, options: Options) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
+    """Multinomial logistic regression with an L2 penalty, by L-BFGS in float64 from zero: convex, so nothing is left to chance.
+
+    Args:
+        found: features (n, size); targets: class numbers (n,).
+    Returns:
+        weight (classes, size) and bias (classes,), both float32, that read features as they are; the loss at each iteration.
+    """
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    x = found.double()
+    mean, scale = x.mean(0), x.std(0, correction=0).clamp_min(1e-6)
+    x = (x - mean) / scale
+    counts = torch.bincount(targets, minlength=classes).double()
+    balance = len(targets) / (classes * counts.clamp_min(1)) if options.class_weight else None
+    weight = torch.zeros(classes, x.shape[1], dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
+    solver = torch.optim.LBFGS([weight, bias], max_iter=1, tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        solver.zero_grad()
+        value = cross_entropy(x @ weight.T + bias, targets, weight=balance) + options.l2 / 2 * weight.square().sum()
+        value.backward()
+        return value
+
+    losses: list[float] = []
+    while len(losses) < ITERATIONS and (len(losses) < 2 or losses[-2] - losses[-1] > 1e-9):
+        losses.append(float(solver.step(loss)))
+    weight, bias = weight.detach() / scale, bias.detach()
+    return weight.float(), (bias - weight @ mean).float(), losses
+
+
+class Classifier:
+    """A base model and the linear layer `score` on it, (size) -> (labels)."""
+
+    def __init__(self, base: Any, labels: Sequence[str], options: Options) -> None:
+        import torch
+
+        self.base, self.labels, self.options, self.device = base.requires_grad_(False).eval(), list(labels), options, base.device
+        self.score = torch.nn.Linear(base.config.hidden_size, len(labels))
+
+    def parameters(self) -> list[Any]:
+        """What learns."""
+        return list(self.score.parameters())
+
+    def named_parameters(self) -> list[tuple[str, Any]]:
+        return [*self.base.named_parameters(prefix="base"), *self.score.named_parameters(prefix="score")]
+
+    def state_dict(self, keep_vars: bool = False) -> dict[str, Any]:
+        stored = {"base": self.base, "score": self.score}
+        return {
+            f"{part}.{name}": value for part, module in stored.items() for name, value in module.state_dict(keep_vars=keep_vars).items()
+        }
+
+    def fit(self, train: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+        """Train on packed rows, in place.
+
+        Returns:
+            The curve, as `sft.train` gives it: the loss of each iteration, and the validation loss before the first and after the last.
+        Raises:
+            InputError: no example has a category, or one of validation has a category that train lacks.
+        """
+        import torch
+        from torch.nn.functional import cross_entropy
+
+        prompts, categories, _ = split_prompts(train)
+        held, held_categories, _ = split_prompts(validation)
+        if not prompts:
+            raise InputError("feature_extraction learns the category of a prompt, and no example has one", "use sources with a `category`")
+        strange = sorted({*categories, *held_categories} - set(self.labels))
+        if strange:
+            raise InputError(f"feature_extraction: categories without a class: {', '.join(strange)}", "name all categories")
+        number = {name: i for i, name in enumerate(self.labels)}
+        targets, wanted = (torch.tensor([number[name] for name in names]) for names in (categories, held_categories))
+        unseen = features(self.base, held, self.options.batch_size, "validation features") if held else None
+
+        def watch(step: int) -> list[dict[str, float]]:
+            if unseen is None:
+                return []
+            with torch.no_grad():
+                return [{"step": step, "validation_loss": float(cross_entropy(self.score(unseen), wanted))}]
+
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.zero_()
+        curve = watch(0)
+        weight, bias, losses = fit(
+            features(self.base, prompts, self.options.batch_size, "features"), targets, len(self.labels), self.options
+        )
+        with torch.no_grad():
+            self.score.weight.copy_(weight)
+            self.score.bias.copy_(bias)
+        curve += [{"step": step, "loss": loss, "learning_rate": 1.0} for step, loss in enumerate(losses, 1)]
+        return curve + watch(len(losses))
+
+    def save(self, folder: Path) -> None:
+        """head.safetensors (score.weight, score.bias; float32) and head.json (the labels in order, and the options)."""
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({f"score.{name}": value.contiguous() for name, value in sorted(self.score.state_dict().items())}, folder / WEIGHTS)
+        about = {"labels": self.labels, "options": self.options.model_dump()}
+        (folder / LABELS).write_text(json.dumps(about, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+class Predictor:
+    """A saved head, ready to be asked."""
+
+    def __init__(self, classifier: Classifier, tokenizer: Any) -> None:
+        self.classifier, self.tokenizer = classifier, tokenizer
+
+    def predict(self, conversations: Sequence[Messages], what: str = "categories") -> list[str]:
+        """The category of each conversation, which ends where the answer would begin. Prompts have the ids that training read."""
+        import torch
+
+        if not conversations:
+            return []
+        head = self.classifier
+        prompts = [encode_prompt(self.tokenizer, messages) for messages in conversations]
+        with torch.inference_mode():
+            scores = head.score(features(head.base, prompts, head.options.batch_size, what))
+        return [head.labels[i] for i in scores.argmax(1).tolist()]
+
+
+def is_head(folder: Path) -> bool:
+    return (folder / LABELS).is_file()
+
+
+def load(folder: Path, base_model: Path, device: torch.device, dtype: torch.dtype) -> Predictor:
+    """The head in `folder` on its base model."""
+    from safetensors.torch import load_file
+    from transformers import AutoTokenizer
+
+    about = json.loads((folder / LABELS).read_text())
+    base = load_base(base_model, device, dtype, AdapterInfo.read(folder).quantization)
+    classifier = Classifier(base, about["labels"], Options.model_validate(about["options"]))
+    classifier.score.load_state_dict({name.removeprefix("score."): value for name, value in load_file(folder / WEIGHTS).items()})
+    return Predictor(classifier, AutoTokenizer.from_pretrained(base_model, trust_remote_code=False))

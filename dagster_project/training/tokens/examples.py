@@ -1,0 +1,223 @@
+"""Records -> examples of at most `room` tokens with labels. What becomes of a record that is too long, or that teaches nothing, is its fate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby, pairwise
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, Literal
+
+from dagster_project.core.chat import IGNORE, Pieces, encode_pieces, is_text, loss_weights, record_pieces
+from dagster_project.core.errors import InputError
+from dagster_project.core.records import response_text
+
+if TYPE_CHECKING:
+    import numpy as np
+
+TooLong = Literal["drop", "truncate", "split"]
+Encoded = list[tuple[list[int], bool]]
+"""The ids of each piece of a text, and whether it is trained on."""
+
+CHUNK = 1024
+"""Records tokenized in one call."""
+LOOKED_AT = 20_000
+"""Records that are tokenized a second time, at once; in a larger set every second, third, ... one."""
+
+
+@dataclass(slots=True)
+class Example:
+    """What is learnt from at once: a record, or a part of one. Arrays are (tokens,)."""
+
+    input_ids: np.ndarray
+    """int32."""
+    labels: np.ndarray
+    """int32, -100 where the loss does not count."""
+    weights: np.ndarray
+    """float32, how much each token counts in the loss."""
+
+
+@dataclass(slots=True)
+class Fate:
+    """What became of a record."""
+
+    outcome: str
+    """kept, truncated, split:N, or dropped:<reason>."""
+    why: str = ""
+    examples: list[Example] = field(default_factory=list)
+    tokens: int = 0
+    """Of the whole record, its template included."""
+    trained: int = 0
+    """Of them, those to learn from."""
+    stable: bool | None = None
+    """Whether the whole text, tokenized at once as other programs do it, has the ids that its pieces have; None if that was not looked at."""
+
+    @property
+    def kept(self) -> bool:
+        return bool(self.examples)
+
+    @property
+    def lost(self) -> int:
+        """Tokens to learn from that stand in no example."""
+        return self.trained - sum(int((example.labels != IGNORE).sum()) for example in self.examples)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How records become examples."""
+
+    room: int
+    """Tokens an example may have."""
+    too_long: TooLong = "drop"
+    field_weights: Mapping[str, float] = field(default_factory=dict)
+    per_example: bool = False
+
+
+def make(tokenizer: Any, records: Sequence[dict[str, Any]], rules: Rules) -> list[Fate]:
+    """The fate of each record, in order. The tokenizer is called once for every thousand records, not once for every piece of text."""
+    fates: list[Fate] = []
+    step = -(-len(records) // LOOKED_AT)
+    for start in range(0, len(records), CHUNK):
+        chunk = records[start : start + CHUNK]
+        cuts = [_cut(tokenizer, record) for record in chunk]
+        pieces = {i: cut for i, cut in enumerate(cuts, start) if not isinstance(cut, Fate)}
+        encoded = dict(zip(pieces, encode_pieces(tokenizer, pieces.values()), strict=True))
+        looked_at = [i for i in pieces if i % step == 0]
+        whole = dict(zip(looked_at, encode_pieces(tokenizer, ([("".join(t for t, _ in pieces[i]), True)] for i in looked_at)), strict=True))
+        for i, (record, cut) in enumerate(zip(chunk, cuts, strict=True), start):
+            if isinstance(cut, Fate):
+                fates.append(cut)
+                continue
+            found = [(ids, trained) for ids, (_, trained) in zip(encoded[i], cut, strict=True)]
+            fate = _fit(tokenizer, record, found, rules)
+            fate.tokens = sum(len(ids) for ids, _ in found)
+            fate.trained = sum(len(ids) for ids, trained in found if trained)
+            fate.stable = whole[i][0] == [token for ids, _ in found for token in ids] if i in whole else None
+            fates.append(fate)
+    return fates
+
+
+def _cut(tokenizer: Any, record: Mapping[str, Any]) -> Pieces | Fate:
+    roles = [message["role"] for message in record["messages"]]
+    if "assistant" not in roles:
+        return Fate("dropped:no_answer", f"turns: {', '.join(roles) or 'none'}")
+    try:
+        return record_pieces(tokenizer, record)
+    except InputError as error:
+        return Fate("dropped:template_mismatch", error.what)
+
+
+def _fit(tokenizer: Any, record: Mapping[str, Any], encoded: Encoded, rules: Rules) -> Fate:
+    length = sum(len(ids) for ids, _ in encoded)
+    answer = "" if is_text(record) else response_text(record["messages"])
+    after = next(i for i, message in enumerate(reversed(record["messages"])) if message["role"] == "assistant")
+    if length <= rules.room:
+        return Fate("kept", f"{after} turns after the last answer left out" if after else "", [_example(tokenizer, encoded, answer, rules)])
+    why = f"{length} tokens, room for {rules.room}"
+    if rules.too_long == "truncate":
+        if shorter := truncate(tokenizer, encoded, rules.room):
+            return Fate("truncated", why, [_example(tokenizer, shorter, answer, rules)])
+        return Fate("dropped:too_long", f"{why}; the prompt alone fills it")
+    if rules.too_long == "split":
+        parts = (
+            [(part, "") for part in windows(encoded, rules.room)] if is_text(record) else split(tokenizer, record["messages"], rules.room)
+        )
+        if parts:
+            return Fate(f"split:{len(parts)}", why, [_example(tokenizer, part, said, rules) for part, said in parts])
+        return Fate("dropped:too_long", f"{why}; no answer fits with its question")
+    return Fate("dropped:too_long", why)
+
+
+def _example(tokenizer: Any, encoded: Encoded, answer: str, rules: Rules) -> Example:
+    import numpy as np
+
+    labels = [label for ids, trained in encoded for label in (ids if trained else [IGNORE] * len(ids))]
+    weights = loss_weights(tokenizer, labels, answer, rules.field_weights, rules.per_example)
+    return Example(
+        np.array([token for ids, _ in encoded for token in ids], dtype=np.int32),
+        np.array(labels, dtype=np.int32),
+        np.array(weights, dtype=np.float32),
+    )
+
+
+def truncate(tokenizer: Any, encoded: Encoded, room: int) -> Encoded | None:
+    """The end of the last answer cut off, its end-of-turn token kept; None where the prompt leaves no room for one token of the answer.
+
+    No character is cut in two: of tokens that are parts of one, those at the cut go too.
+
+        prompt 4, answer [7, 8, 9, END], after it [0], room 7  ->  prompt 4, answer [7, 8, END]
+    """
+    last = max(i for i, (_, trained) in enumerate(encoded) if trained)
+    *said, end = encoded[last][0]
+    left = room - 1 - sum(len(ids) for ids, _ in encoded[:last])
+    cut = said[: max(0, left)]
+    for _ in range(3 if len(cut) < len(said) else 0):  # UTF-8 has at most four bytes a character
+        if cut and tokenizer.decode(cut).endswith("\ufffd"):
+            cut.pop()
+    return [*encoded[:last], ([*cut, end], True)] if cut else None
+
+
+def windows(encoded: Encoded, room: int) -> list[Encoded]:
+    """A plain text in as few parts as hold it, of nearly the same length; only the last ends with the end-of-text token."""
+    flat = [(token, trained) for ids, trained in encoded for token in ids]
+    n = -(-len(flat) // room)
+    bounds = [len(flat) * i // n for i in range(n + 1)]
+    return [[([token for token, _ in run], trained) for trained, run in groupby(flat[a:b], key=itemgetter(1))] for a, b in pairwise(bounds)]
+
+
+def split(tokenizer: Any, messages: Sequence[dict[str, str]], room: int) -> list[tuple[Encoded, str]]:
+    """A conversation in parts that fit, each with the last answer in it. Every answer is trained on once, in the part where it is new.
+
+    Exchanges (a user turn and all that follows it up to the next one) stay whole. A part has the system turn, as many new exchanges as fit,
+    and before them as many earlier ones as still fit, as context:
+
+        system, exchanges 1 2 3 4, room for the system turn and three  ->  system 1 2 3;  system 2 3 4 with labels on 4 only
+
+    An exchange that does not fit even by itself is left out.
+    """
+    system = [message for message in messages[:1] if message["role"] == "system"]
+    exchanges: list[list[dict[str, str]]] = []
+    for message in messages[len(system) :]:
+        if not exchanges or (message["role"] == "user" and exchanges[-1][-1]["role"] == "assistant"):
+            exchanges.append([])
+        exchanges[-1].append(message)
+
+    def encode(first: int, new: int, stop: int) -> Encoded | None:
+        """Exchanges first to stop, trained on from `new` on; None if too long, or if the template refuses them."""
+        cut = _cut(tokenizer, {"messages": [*system, *(m for exchange in exchanges[first:stop] for m in exchange)], "meta": None})
+        if isinstance(cut, Fate):
+            return None
+        ids = encode_pieces(tokenizer, [cut])[0]
+        context = sum(message["role"] == "assistant" for exchange in exchanges[first:new] for message in exchange)
+        answers, found = 0, []
+        for piece, (_, trained) in zip(ids, cut, strict=True):
+            answers += trained
+            found.append((piece, trained and answers > context))
+        return found if sum(map(len, ids)) <= room else None
+
+    parts: list[tuple[Encoded, str]] = []
+    new = 0
+    while new < len(exchanges):
+        stop, best = new, None
+        while stop < len(exchanges) and (longer := encode(new, new, stop + 1)):
+            stop, best = stop + 1, longer
+        if best is None:
+            new += 1
+            continue
+        first = new
+        while first and (longer := encode(first - 1, new, stop)):
+            first, best = first - 1, longer
+        parts.append((best, response_text(exchanges[stop - 1])))
+        new = stop
+    return parts
+
+
+def spans(labels: np.ndarray) -> Iterator[tuple[int, int]]:
+    """(start, stop) of each unbroken run of labels that count.
+
+    [-100, 5, 6, -100, 7]  ->  (1, 3), (4, 5)
+    """
+    import numpy as np
+
+    edges = np.flatnonzero(np.diff(labels != IGNORE, prepend=False, append=False)).tolist()
+    return zip(edges[::2], edges[1::2], strict=True)

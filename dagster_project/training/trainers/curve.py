@@ -1,0 +1,44 @@
+"""A training as tables for plots: one that is part of the result, and live ones that grow while it runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dagster_project.core.curves import Point, thinned
+from dagster_project.core.records import remove, write_text
+
+LIVE = ("loss", "validation_loss", "learning_rate", "grad_norm", "tokens_per_second")
+
+
+def write_curve(path: Path, curve: Sequence[Point], columns: Sequence[str] = ("loss", "learning_rate", "grad_norm")) -> None:
+    """The training as CSV for `dvc plots`: step, the columns, and tokens so far, for each point that has them all. The same bytes on every run."""
+    lines = [
+        ",".join([str(point["step"]), *(f"{point[name]:.6g}" for name in columns), str(point["tokens"])])
+        for point in curve
+        if all(name in point for name in (*columns, "tokens"))
+    ]
+    write_text(path, "\n".join([f"step,{','.join(columns)},tokens", *lines]) + "\n")
+
+
+def live_writer(folder: Path, every: float = 3.0, names: Sequence[str] = LIVE) -> Callable[..., None]:
+    """A function that writes the curve so far for whoever watches, at most every few seconds unless it is told `now=True`.
+
+    Each figure is a table of its own, `loss.csv` with the columns step and loss, as `dvc plots` wants them. A table is replaced in one step, so
+    it is whole at any moment. Those of an earlier training are removed.
+    """
+    remove(folder)
+    last = float("-inf")
+
+    def write(curve: Sequence[Point], now: bool = False) -> None:
+        nonlocal last
+        if not now and time.monotonic() - last < every:
+            return
+        last = time.monotonic()
+        for name in names:
+            if points := thinned([point for point in curve if name in point]):
+                rows = [f"{point['step']},{point[name]:.6g}" for point in points]
+                write_text(folder / f"{name}.csv", "\n".join([f"step,{name}", *rows]) + "\n")
+
+    return write

@@ -1,0 +1,237 @@
+"""Fit one adapter: resolve `auto`, sweep the learning rate, build, train, and compare the weights before and after."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dagster_project.core.errors import InputError
+from dagster_project.core.hashing import sha256_of_files, sha256_of_text
+from dagster_project.core.params import Compute
+from dagster_project.core.records import read_table
+from dagster_project.training.methods.build import PreparedModel, build
+from dagster_project.training.methods.feature_extraction import split_prompts
+from dagster_project.training.methods.hardware import prepare
+from dagster_project.training.trainers import auto, weight_audit
+from dagster_project.training.trainers.checkpoint import Checkpoints, params_identity, refuse_full_disk
+from dagster_project.training.trainers.curve import live_writer
+from dagster_project.training.trainers.distributed import process_group
+from dagster_project.training.trainers.harness import Diverged, advice_on_memory
+from dagster_project.training.trainers.history import TrainingHistory
+from dagster_project.training.trainers.params import OPTIMIZER_MEMORY, AdapterParams
+from dagster_project.training.trainers.sft import steps, train
+from dagster_project.training.trainers.weight_audit import WeightAudit, WeightChange
+
+log = logging.getLogger("pedigree")
+
+Advised = Callable[[], AbstractContextManager[None]]
+"""Opens a context in which running out of memory becomes a message with advice."""
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a training reads, and how to build its model."""
+
+    name: str
+    """Of the variant."""
+    compute: Compute
+    tokenized: Path
+    base_model: Path
+    tokenizer: Any
+    rows: dict[str, Any]
+    """Split -> `datasets.Dataset` of packed rows."""
+    category: dict[str, str]
+    """Example -> category, where categories are learned."""
+
+    @classmethod
+    def read(cls, name: str, method: str, compute: Compute, tokenized: Path, base_model: Path) -> TrainingData:
+        from datasets import Dataset
+        from transformers import AutoTokenizer
+
+        columns = ["example_ids", "input_ids", "labels", "weights", "lengths"]
+        rows = {split: Dataset.from_list(read_table(tokenized / f"{split}.parquet", columns)) for split in ("train", "validation")}
+        if not len(rows["train"]):
+            raise InputError("adapter: the training split is empty", "name more examples in raw_examples.sources")
+        tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
+        for template in tokenized.glob("chat_template.jinja"):
+            tokenizer.chat_template = template.read_text(encoding="utf-8")
+        labeled = read_table(tokenized / "categories.parquet") if method.lower() == "feature_extraction" else []
+        return cls(name, compute, tokenized, base_model, tokenizer, rows, {line["example_id"]: line["category"] for line in labeled})
+
+    @property
+    def where(self) -> str:
+        """Place of the entry in params.yaml."""
+        return f"adapter.{self.name}"
+
+    @property
+    def example_ids(self) -> list[list[str]]:
+        """The examples in each row of the training split."""
+        return list(self.rows["train"]["example_ids"])
+
+    def steps(self, params: AdapterParams, processes: int = 1) -> int:
+        return steps(len(self.rows["train"]), params, processes)
+
+    def identity(self) -> dict[str, str]:
+        """The part of a training's identity that its inputs determine."""
+        return {
+            "tokenized data": sha256_of_files([self.tokenized / f"{split}.parquet" for split in self.rows]),
+            "chat template": sha256_of_text(json.dumps(self.tokenizer.chat_template)),
+            "tokenizer": sha256_of_files(sorted(self.base_model.glob("tokenizer*")) + sorted(self.base_model.glob("special_tokens*"))),
+            "base model": sha256_of_files(sorted([*self.base_model.glob("*.safetensors"), self.base_model / "config.json"])),
+        }
+
+    def model(self, params: AdapterParams, total: int) -> PreparedModel:
+        """An untrained model, the same each time.
+
+        Args:
+            total: optimizer steps of the training.
+        """
+        device, dtype = prepare(self.compute)
+        labels = {self.category[identity] for row in self.example_ids for identity in row if identity in self.category}
+        prepared = build(
+            params.method, params.peft, self.base_model, device, dtype, self.where, params.quantization, params.merge, total, sorted(labels)
+        )
+        if params.neftune_noise_alpha and not prepared.packs:
+            raise InputError(
+                f"params.yaml: {self.where}.neftune_noise_alpha: {params.method} does not train word embeddings", "leave it out"
+            )
+        return prepared
+
+    def train(
+        self, prepared: PreparedModel, params: AdapterParams, checkpoints: Checkpoints | None = None, live: Path | None = None
+    ) -> TrainingHistory:
+        return train(prepared, self.tokenizer, self.rows["train"], self.rows["validation"], params, self.compute, checkpoints, live)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A trained adapter."""
+
+    prepared: PreparedModel
+    params: AdapterParams
+    """With a number in place of every `auto`."""
+    chosen: dict[str, auto.Choice]
+    """What was put in place of each `auto`, by its name in the entry, and why."""
+    trials: dict[float, float]
+    """Learning rate -> validation loss of the sweep."""
+    total: int
+    """Planned optimizer steps."""
+    history: TrainingHistory
+    example_ids: list[list[str]]
+    """The examples in each row of `history.seen`."""
+    change: WeightChange
+
+
+def fit(
+    data: TrainingData,
+    settled: auto.Settled[AdapterParams],
+    identity: dict[str, str],
+    checkpoints: Path,
+    out: Path,
+    live: Path | None,
+    advised: Advised,
+    gpus: list[str],
+) -> Fitted:
+    """Train an adapter, from its newest checkpoint if it has one.
+
+    Args:
+        settled: the entry without `auto` but for a learning rate that is still to be swept.
+        identity: what must be equal for a checkpoint to be resumed from, but for the parameters.
+        checkpoints: folder that outlives a killed run.
+        out: only its disk is checked for space.
+        gpus: one for each process.
+    Raises:
+        Diverged: a loss or a gradient is not finite.
+        InputError, PedigreeError: bad settings; out of memory or disk; interrupted.
+    """
+    params, chosen, trials = settled.params, dict(settled.chosen), dict[float, float]()
+    if settled.trial:
+        trial = settled.trial.model_copy(update={"gradient_checkpointing": params.gradient_checkpointing})
+        with advised():
+            trials = auto.sweep(
+                trial,
+                lambda one: data.train(data.model(one, data.steps(one)), one),
+                checkpoints / "sweep.json",
+                identity | params_identity(trial, data.compute),
+            )
+        chosen["learning_rate"] = auto.best(trials, trial)
+        params = auto.put(params, chosen)
+    for name, choice in chosen.items():
+        log.info(f"training {data.name}: {name} {choice.value}: {choice.why}")
+    total = data.steps(params, data.compute.processes)
+    with advised():
+        prepared = data.model(params, total)
+    refuse_full_disk(_disk(prepared, params, checkpoints, out), data.where)
+    audit = WeightAudit(prepared.model, checkpoints)
+    _log_start(data, prepared)
+    whole = identity | params_identity(params, data.compute)
+    whole |= {"weights at the start": sha256_of_files([audit.before]), "attention": prepared.attention}
+    kept = Checkpoints(checkpoints, whole, params.save_total_limit)
+    example_ids = data.example_ids
+    if prepared.fit:
+        with advised():
+            history, example_ids = _fit_without_steps(data, prepared, live)
+    else:
+        with (
+            process_group(gpus, partial(worker_main, data.name, params, data.compute, data.tokenized, data.base_model, checkpoints)),
+            advised(),
+        ):
+            history = data.train(prepared, params, kept, live)
+    return Fitted(prepared, params, chosen, trials, total, history, example_ids, audit.change())
+
+
+def worker_main(name: str, params: AdapterParams, compute: Compute, tokenized: Path, base_model: Path, checkpoints: Path) -> None:
+    """What the other processes of a training do: the same training, without writing anything."""
+    data = TrainingData.read(name, params.method, compute, tokenized, base_model)
+    total = data.steps(params, compute.processes)
+    with suppress(Diverged), advice_on_memory():  # the first process reports it
+        prepared = data.model(params, total)
+        data.train(prepared, params.model_copy(update={"report_to": "none"}), Checkpoints(checkpoints, {}))
+
+
+def _log_start(data: TrainingData, prepared: PreparedModel) -> None:
+    device, dtype = prepare(data.compute)
+    processes = f", {data.compute.processes} processes" if data.compute.processes > 1 else ""
+    tokens = sum(map(sum, data.rows["train"]["lengths"]))
+    log.info(
+        f"training {data.name}: {prepared.trainable:,} of {prepared.total:,} parameters ({100 * prepared.trainable / prepared.total:.2f} %),"
+        f" {tokens:,} tokens an epoch, {str(dtype).removeprefix('torch.')} on {device}{processes}"
+    )
+
+
+def _fit_without_steps(data: TrainingData, prepared: PreparedModel, live: Path | None) -> tuple[TrainingHistory, list[list[str]]]:
+    """The history of a method that takes no optimizer steps over rows, since each of its iterations sees all rows.
+
+    Returns:
+        The history, and the examples of each row that were read: those with a category.
+    """
+    assert prepared.fit
+    train_rows, validation_rows = (
+        [{**row, "categories": [data.category.get(identity) for identity in row["example_ids"]]} for row in data.rows[split]]
+        for split in ("train", "validation")
+    )
+    curve = [
+        {"learning_rate": 0.0, "grad_norm": 0.0, "tokens": 0, **point} if "loss" in point else point
+        for point in prepared.fit(train_rows, validation_rows)
+    ]
+    if live:
+        live_writer(live)(curve, now=True)
+    prompts, _, places = split_prompts(train_rows)
+    read: list[list[str]] = [[] for _ in train_rows]
+    for row, place in places:
+        read[row].append(train_rows[row]["example_ids"][place])
+    return TrainingHistory(curve=curve, seen=[(1, 1, row) for row in range(len(train_rows))], tokens=sum(map(len, prompts))), read
+
+
+def _disk(prepared: PreparedModel, params: AdapterParams, checkpoints: Path, out: Path) -> dict[Path, int]:
+    """Folder -> bytes that training will write into it: one checkpoint more than are kept, the weights as they were, and the output."""
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in weight_audit.trainable(prepared.model).values())
+    state = int(prepared.trainable * 4 * OPTIMIZER_MEMORY[params.optim])
+    one = weights * (2 if params.load_best_model_at_end else 1) + state
+    return {checkpoints: weights + one * (params.save_total_limit + 1), out: 2 * weights}

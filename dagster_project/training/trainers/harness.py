@@ -1,0 +1,368 @@
+"""What every trainer built on transformers' Trainer shares: exact resume, training history, progress, a clean stop, divergence.
+
+A `Session` holds the state of one training. `ResumableTrainer` is the mixin that routes the Trainer's checkpoints through it, `monitor` the
+callback that records the history and decides when to save and when to stop, and `run_session` trains.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dagster_project.core.errors import PedigreeError
+from dagster_project.core.params import Compute
+from dagster_project.core.progress import Progress
+from dagster_project.training.trainers import checkpoint, distributed
+from dagster_project.training.trainers.checkpoint import Checkpoints, Saved
+from dagster_project.training.trainers.curve import live_writer
+from dagster_project.training.trainers.history import TrainingHistory
+from dagster_project.training.trainers.params import TrainingParams
+from dagster_project.training.trainers.weight_audit import trainable
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger("pedigree")
+
+
+class Interrupted(PedigreeError):
+    """The training was asked to stop."""
+
+    exit_code = 130
+
+
+class Diverged(Exception):
+    """The loss or the gradient is NaN or infinite. Internal: the stage reports it with the examples of the step."""
+
+    def __init__(self, what: str, step: int, rows: Sequence[int]) -> None:
+        """Args:
+        what: e.g. "the loss is nan".
+        rows: rows of the training split in that step.
+        """
+        super().__init__(f"{what} at step {step}")
+        self.rows = list(rows)
+
+
+class Session:
+    """One training in progress: model, history, checkpoints, progress."""
+
+    def __init__(
+        self, name: str, model: Any, params: TrainingParams, checkpoints: Checkpoints | None, saved: Saved | None, live: Path | None,
+        metrics: Sequence[str],
+    ) -> None:  # fmt: skip
+        """Args:
+        name: for progress lines, e.g. "dpo".
+        model: its trainable weights are trained, and are what a checkpoint keeps.
+        checkpoints: where to keep them; None to keep none.
+        saved: the checkpoint to resume from, or None.
+        live: folder for the curves so far; None to write none.
+        metrics: names of the curves.
+        """
+        self.name, self.model, self.params, self.checkpoints, self.saved = name, model, params, checkpoints, saved
+        self.state = saved.state(model.device) if saved else {}
+        self.history = (
+            TrainingHistory(**saved.document("course"), seen=[(step, epoch, row) for step, epoch, row in self.state["seen"].tolist()])
+            if saved
+            else TrainingHistory()
+        )
+        self._began, self._earlier = time.monotonic(), self.history.seconds
+        self.progress = Progress(name, 1, "step")
+        self.progress.done, self.progress.start = self.history.step, self.progress.start - self._earlier
+        self.show = live_writer(live, names=metrics) if live else lambda curve, now=False: None
+        self.stop_requested: Callable[[], bool] = lambda: False
+
+    # What trainers override.
+
+    def step_point(self, step: int, logs: Mapping[str, float]) -> tuple[dict[str, float], str]:
+        """The history's point of a step from the Trainer's logs, and a note for the progress line."""
+        raise NotImplementedError
+
+    def validation_point(self, step: int, logs: Mapping[str, float]) -> dict[str, float]:
+        """The history's point of a validation from the Trainer's logs."""
+        raise NotImplementedError
+
+    def method_state(self) -> dict[str, Any]:
+        """State of the method beyond weights, optimizer and random generators, for a checkpoint."""
+        return {}
+
+    def method_tensors(self) -> dict[str, Mapping[str, torch.Tensor]]:
+        """Further tensors of a checkpoint: file name (without suffix) -> name -> tensor."""
+        return {}
+
+    def restore_method(self) -> None:
+        """Take up `method_state` from the checkpoint resumed from."""
+
+    def step_begins(self) -> None:
+        """Called before each optimizer step."""
+
+    def validation_pass(self, step: int) -> None:
+        """Called after each forward pass of a validation.
+
+        Args:
+            step: of the training; 0 before the first.
+        """
+
+    def validated(self, control: Any) -> None:
+        """Called after each validation but that before the first step."""
+
+    def is_complete(self) -> bool:
+        """Whether the checkpoint resumed from is that of a finished training."""
+        return self.saved is not None and self.saved.step >= self.saved.document("trainer_state")["max_steps"]
+
+    # What the Trainer calls, through `ResumableTrainer` and `monitor`.
+
+    def seconds(self) -> float:
+        return self._earlier + time.monotonic() - self._began
+
+    def record(self, point: dict[str, float]) -> None:
+        self.history.curve.append(point)
+        self.show(self.history.curve)
+
+    def save(self, trainer: Any) -> None:
+        """Write a checkpoint of the trainer's state, if checkpoints are kept."""
+        if not self.checkpoints:
+            return
+        import torch
+
+        distributed.refuse_lost()
+        self.history.seconds = self.seconds()
+        state = {
+            "optimizer": checkpoint.optimizer_state(trainer.optimizer),
+            "schedule": trainer.lr_scheduler.state_dict(),
+            "random": checkpoint.random_state(),
+            **self.method_state(),
+            "seen": torch.tensor(self.history.seen, dtype=torch.int32),
+        }
+        self.checkpoints.save(
+            trainer.state.global_step,
+            state,
+            {"weights": trainable(self.model), **self.method_tensors()},
+            {
+                "course": {name: value for name, value in dataclasses.asdict(self.history).items() if name != "seen"},
+                "trainer_state": dataclasses.asdict(dataclasses.replace(trainer.state, log_history=[], stateful_callbacks=None)),
+            },
+        )
+
+    def restore_weights(self) -> None:
+        assert self.saved
+        put(self.model, self.saved.tensors("weights"))
+
+
+class ResumableTrainer:
+    """Mixin for transformers' Trainer: checkpoints are those of the session, whole and hashed, and resume to the same bytes.
+
+    Overrides four private methods of transformers 5; `run_session` checks that they exist.
+    """
+
+    session: Session
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.session.save(self)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.session.restore_weights()
+
+    def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
+        if self.session.saved:
+            checkpoint.restore_optimizer(self.optimizer, self.session.state["optimizer"])  # type: ignore[attr-defined]
+            self.lr_scheduler.load_state_dict(self.session.state["schedule"])  # type: ignore[attr-defined]
+            self.session.restore_method()
+
+    def _load_rng_state(self, folder: str | None) -> None:
+        if self.session.saved:
+            checkpoint.restore_random_state(self.session.state["random"])
+
+
+@cache
+def _monitor_class() -> type:
+    from transformers import TrainerCallback
+
+    class Monitor(TrainerCallback):
+        """Records the history, and decides when to save and when to stop.
+
+        At the end of an epoch a checkpoint is written after the validation, so that resuming from it skips none.
+        """
+
+        def __init__(self, session: Session) -> None:
+            self.session = session
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.session.progress.total = state.max_steps
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.session.step_begins()
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+            session, logs, step = self.session, logs or {}, state.global_step
+            if "loss" in logs:
+                point, note = session.step_point(step, logs)
+                session.history.curve.append(point)
+                session.progress.advance(note=note)
+                session.show(session.history.curve)
+                if not math.isfinite(point["grad_norm"]):  # before the step can be saved
+                    raise Diverged(f"the gradient is {point['grad_norm']}", step, session.history.rows_of(step))
+            elif "eval_loss" in logs:
+                point = session.validation_point(step, logs)
+                session.record(point)
+                log.info(f"{session.name}: step {step}, validation loss {point['validation_loss']:.3f}")
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            stop = self.session.stop_requested()
+            if stop:
+                control.should_training_stop = True
+            ends_epoch = state.global_step >= state.max_steps or float(state.epoch or 0).is_integer()
+            control.should_save = not ends_epoch and (stop or self.session.params.saves_at(state.global_step))
+
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            last = state.global_step >= state.max_steps
+            control.should_save = self.session.stop_requested() or self.session.params.saves_after_epoch(state.global_step, last)
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if not state.global_step:
+                return
+            self.session.validated(control)
+            if self.session.stop_requested():
+                control.should_training_stop = control.should_save = True
+
+        def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.session.validation_pass(state.global_step)
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if self.session.stop_requested():
+                raise Interrupted(f"interrupted at step {state.global_step}; the next run goes on from there", "run the same command again")
+
+    return Monitor
+
+
+def monitor(session: Session) -> Any:
+    """The transformers callback of a session."""
+    return _monitor_class()(session)
+
+
+def training_arguments(params: TrainingParams, compute: Compute, scratch: str, device: str, validates: bool) -> dict[str, Any]:
+    """What all trainers hand to transformers' TrainingArguments. Saving is left to the session."""
+    names = ("learning_rate", "lr_scheduler_type", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
+             "optim", "weight_decay", "max_grad_norm")  # fmt: skip
+    return {
+        "output_dir": scratch,
+        "seed": compute.seed,
+        "data_seed": compute.seed,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "logging_nan_inf_filter": False,
+        "eval_strategy": "epoch" if validates else "no",
+        "use_cpu": device == "cpu",
+        "bf16": False,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+        "per_device_eval_batch_size": params.per_device_train_batch_size,
+        **{name: getattr(params, name) for name in names},
+    }
+
+
+def run_session(session: Session, trainer: Any, validates: bool) -> None:
+    """Train, from the session's checkpoint if it has one.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM came; a checkpoint has been written.
+        Diverged: a loss or a gradient is not finite. The checkpoints are from before.
+    """
+    check_overrides(type(trainer))
+    trainer.session = session
+    for printer in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:
+        trainer.remove_callback(printer)
+    if session.saved:
+        total = f" of {session.progress.total}" if session.progress.total > 1 else ""
+        log.info(f"{session.name}: resuming from the checkpoint of step {session.saved.step}{total}")
+    elif validates:
+        trainer.evaluate()
+    if session.is_complete():
+        session.restore_weights()
+        session.restore_method()
+    else:
+        trainer.train(resume_from_checkpoint=str(session.saved.folder) if session.saved else None)
+
+
+def check_overrides(trainer: type) -> None:
+    """Raises:
+    AssertionError: transformers has no such method any more, so that ours would never be called.
+    """
+    from transformers import Trainer, __version__
+
+    names = [name for name in vars(ResumableTrainer) if name.startswith("_") and not name.startswith("__")]
+    if missing := [name for name in names if not hasattr(Trainer, name)]:
+        raise AssertionError(f"written for transformers 5.24: {__version__} has no Trainer.{', Trainer.'.join(missing)}")
+
+
+@contextmanager
+def advice_on_memory(advice: Callable[[], str] | None = None) -> Iterator[None]:
+    """Turn running out of memory into one message, whatever library reports it.
+
+    Args:
+        advice: says what to change where more is known than the general advice; "" where it is not.
+    Raises:
+        PedigreeError: with what to change.
+    """
+    import torch
+
+    words = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        short = isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error).lower() for word in words)
+        if not short:
+            raise
+        reason = (str(error).splitlines() or [""])[0]
+        raise PedigreeError(
+            f"training ran out of memory{f' ({reason})' if reason else ''}",
+            (advice and advice())
+            or "lower per_device_train_batch_size or set gradient_checkpointing: true; `pedigree plan` shows what a variant needs",
+        ) from None
+
+
+@contextmanager
+def stop_on_request() -> Iterator[Callable[[], bool]]:
+    """While open, the first SIGINT or SIGTERM is only noted, so that the loop stops where it can resume; a second one, a second later, interrupts.
+
+    Of several processes only the first is asked; the others stop with it.
+    """
+    asked: list[float] = []
+
+    def ask(number: int, _: Any) -> None:
+        if asked and time.monotonic() - asked[0] > 1:
+            raise KeyboardInterrupt
+        if not asked:
+            log.warning("training: stopping after this step; once more to stop at once, without a checkpoint")
+        asked.append(time.monotonic())
+
+    if threading.current_thread() is not threading.main_thread() or distributed.place().rank:
+        yield lambda: False
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def put(model: Any, weights: Mapping[str, torch.Tensor]) -> None:
+    """Copy weights into the model's trainable parameters, all of them."""
+    import torch
+
+    parameters = trainable(model)
+    if set(parameters) != set(weights):
+        raise AssertionError(f"weights do not match the trainable parameters: {sorted(set(parameters) ^ set(weights))[:5]}")
+    with torch.no_grad():
+        for name, weight in weights.items():
+            parameters[name].copy_(weight)

@@ -1,0 +1,199 @@
+"""Parameters of training, for every trainer. Names are those of transformers' TrainingArguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+
+from dagster_project.core import params
+from dagster_project.core.errors import InputError
+from dagster_project.core.params import Section
+from dagster_project.training.methods.build import Quantization, why_not_merged
+
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
+
+AUTO = "auto"
+"""Value that an entry may give instead of a number; trainers/auto.py replaces it before training."""
+
+
+def _number_or_auto(value: Any, number: ValidatorFunctionWrapHandler) -> Any:
+    if value == AUTO:
+        return value
+    try:
+        return number(value)
+    except ValidationError as error:
+        raise ValueError(f"{error.errors()[0]['msg']}, or auto") from None
+
+
+OrAuto = WrapValidator(_number_or_auto)
+
+OPTIMIZER_MEMORY = {
+    "adamw_torch": 2.0,
+    "adamw_torch_fused": 2.0,
+    "adamw_8bit": 0.6,
+    "adafactor": 0.1,
+    "adagrad": 1.0,
+    "rmsprop": 1.0,
+    "sgd": 0.0,
+}
+"""Optimizer -> size of its state, as a multiple of the trainable weights in float32."""
+
+
+SETTINGS_ORDER = (
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio", "warmup_steps", "num_train_epochs", "max_steps",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "group_by_length", "optim", "weight_decay", "max_grad_norm",
+)  # fmt: skip
+"""Order of the first settings of supervised tuning in training.json: part of its bytes."""
+
+
+class TrainingParams(Section):
+    """What supervised and preference training have in common. Subclasses override types and defaults, and inherit descriptions."""
+
+    learning_rate: float = Field(default=5e-5, gt=0)
+    """Peak learning rate."""
+    lr_scheduler_type: str = "cosine"
+    """Shape of the learning rate after warm-up, one of transformers' schedules."""
+    warmup_ratio: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises to its peak."""
+    num_train_epochs: int = Field(default=1, ge=1)
+    """Passes over the training split."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps after which to stop, whatever the number of epochs; null for no such limit."""
+    per_device_train_batch_size: int = Field(default=1, ge=1)
+    """Rows per forward pass."""
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    """Forward passes per optimizer step."""
+    optim: str = "adamw_torch_fused"
+    """The optimizer."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """How fast weights shrink towards zero, as a share of the learning rate."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Largest gradient norm; a larger gradient is scaled down to it."""
+    save_total_limit: int = Field(default=2, ge=1)
+    """Checkpoints to keep. They are removed when the training is done."""
+
+    def saves_at(self, step: int) -> bool:
+        """Whether to write a checkpoint after a step within an epoch."""
+        raise NotImplementedError
+
+    def saves_after_epoch(self, step: int, last: bool) -> bool:
+        """Whether to write a checkpoint at the end of an epoch.
+
+        Args:
+            last: it is also the end of the training.
+        """
+        raise NotImplementedError
+
+
+class SftParams(TrainingParams):
+    """Supervised fine-tuning."""
+
+    learning_rate: Annotated[float, Field(gt=0), OrAuto] = 2e-4
+    """Peak learning rate. Small models want more: 1e-3 suits 135M parameters. `auto` finds it by short trials on the validation loss."""
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt", "cosine_with_min_lr",
+        "cosine_warmup_with_min_lr", "warmup_stable_decay",
+    ] = "cosine"  # fmt: skip
+    lr_scheduler_kwargs: dict[str, Any] = {}
+    """The schedule's own keys, e.g. {min_lr_rate: 0.1} for cosine_with_min_lr."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Steps over which the learning rate rises, instead of `warmup_ratio`."""
+    num_train_epochs: Annotated[int, Field(ge=1), OrAuto] = 2
+    """Passes over the training split, or `auto`."""
+    per_device_train_batch_size: Annotated[int, Field(ge=1), OrAuto] = 1
+    """Packed rows per forward pass, or `auto`."""
+    group_by_length: bool = False
+    """Put rows of similar length into one step. For rows of one example each (`tokenized.packing: false`)."""
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "adafactor", "adagrad", "rmsprop", "sgd"] = "adamw_torch_fused"
+    """The optimizer. adamw_8bit (bitsandbytes) and adafactor keep a smaller state and so need less memory."""
+    label_smoothing_factor: float = Field(default=0.0, ge=0, lt=1)
+    """Probability that is spread over all other tokens in the training target. The validation loss is always the plain one."""
+    neftune_noise_alpha: float | None = Field(default=None, gt=0)
+    """Noise on the embeddings while training (NEFTune); 5 is usual. Scaled by the length of each example, not of the packed row."""
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Trade a third more time for memory that no longer grows with depth. `auto`: where the training would not fit otherwise. It changes no bit of the result."""
+    compile: Literal["none", "layers"] = "none"
+    """`layers` compiles each decoder layer with torch.compile: slower to start, faster per step. Needs a C++ compiler on a CPU."""
+    use_liger_kernel: bool = False
+    """Normalization, rotary embedding and the gated MLP by Liger's fused kernels. The loss stays ours. Needs a GPU and `pip install 'pedigree[gpu]'`."""
+    early_stopping_patience: int | None = Field(default=None, ge=1)
+    """Stop after this many epochs in a row without a lower validation loss; null to train to the end."""
+    load_best_model_at_end: bool = False
+    """Keep the weights of the epoch with the lowest validation loss instead of the last ones."""
+    save_strategy: Literal["epoch", "steps", "no"] = "epoch"
+    """When to write a checkpoint that an interrupted training resumes from. With `no`, only when it is stopped with Ctrl-C."""
+    save_steps: int = Field(default=500, ge=1)
+    """Steps between two checkpoints with `save_strategy: steps`."""
+    report_to: Literal["none"] | Tracker | list[Tracker] = "none"
+    """Also show the curves in tensorboard, wandb or mlflow, if installed. They decide nothing and are no part of the result."""
+
+    @property
+    def trackers(self) -> list[str]:
+        return [] if self.report_to == "none" else [self.report_to] if isinstance(self.report_to, str) else list(self.report_to)
+
+    def settings(self) -> dict[str, Any]:
+        """The parameters that determine the weights, in the order that training.json keeps."""
+        values = self.model_dump(exclude=set(NON_SEMANTIC_PARAMS))
+        return {name: values[name] for name in (*SETTINGS_ORDER, *(name for name in values if name not in SETTINGS_ORDER))}
+
+    def saves_at(self, step: int) -> bool:
+        return self.save_strategy == "steps" and step % self.save_steps == 0
+
+    def saves_after_epoch(self, step: int, last: bool) -> bool:
+        return self.save_strategy == "epoch" or self.saves_at(step) or (last and self.save_strategy != "no")
+
+
+class PreferenceParams(TrainingParams):
+    """Training on preferences: reward model, DPO and its kin."""
+
+    learning_rate: float = Field(default=5e-5, gt=0)
+    """Peak learning rate. Lower than in supervised tuning: a preference carries little information."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"] = "cosine"
+    per_device_train_batch_size: int = Field(default=8, ge=1)
+    """Pairs, or answers of online methods, per forward pass."""
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "adafactor", "rmsprop", "sgd"] = "adamw_torch_fused"
+    gradient_checkpointing: bool = False
+    """Trade a third more time for memory that no longer grows with depth. It changes no bit of the result."""
+    save_steps: int | None = Field(default=None, ge=1)
+    """Steps between two checkpoints that an interrupted training resumes from; null: at the end of each epoch."""
+
+    def saves_at(self, step: int) -> bool:
+        return bool(self.save_steps and step % self.save_steps == 0)
+
+    def saves_after_epoch(self, step: int, last: bool) -> bool:
+        return True
+
+
+class AdapterParams(SftParams):
+    """One entry under `adapter`: how to train, by which method, and whether to merge."""
+
+    method: str = "lora"
+    """One of PEFT's methods by its name, a short name (qlora, dora, rslora, layernorm, ...), full, bitfit or feature_extraction."""
+    peft: dict[str, Any] = {}
+    """The method's own keys, as PEFT names them (r, lora_alpha, target_modules, ...). `r: auto` for lora and its short names."""
+    quantization: Quantization | None = None
+    """Data type of the base model's weights while the adapter trains: none or nf4. null: nf4 for qlora and qdora, else none."""
+    merge: bool = True
+    """Make a stand-alone model of base and adapter. false: pass the adapter on, and evaluation loads both."""
+
+
+NON_SEMANTIC_PARAMS = frozenset({"report_to", "gradient_checkpointing", "save_strategy", "save_steps", "save_total_limit"})
+"""Parameters that do not change the trained weights. They are no part of a checkpoint's identity."""
+
+
+def refuse_unmerged(adapters: Mapping[str, Any], name: str, where: str) -> None:
+    """Check that an adapter exists and yields a stand-alone model.
+
+    Args:
+        adapters: section `adapter` of params.yaml.
+        where: dotted place of the key that names the adapter, for messages.
+    Raises:
+        InputError: no such adapter, or it is not merged.
+    """
+    if name not in adapters:
+        raise InputError(f"params.yaml: {where}: there is no adapter.{name}", f"adapters: {', '.join(adapters)}")
+    entry = params.parse(AdapterParams, adapters[name], f"adapter.{name}")
+    if not entry.merge or why_not_merged(entry.method, entry.peft, entry.quantization):
+        raise InputError(f"params.yaml: {where}: adapter.{name} does not produce a merged model", "choose a variant that is merged")

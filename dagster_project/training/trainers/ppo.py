@@ -1,0 +1,705 @@
+"""Proximal policy optimization: a policy answers, is rewarded, and learns from its own answers, near to the policy it started from.
+
+One iteration of `train`, top to bottom:
+
+1. **roll out**: the policy pi answers a batch of prompts, one sampled token at a time. An answer is an episode, a token an action.
+2. **reward**: a score for each whole answer; less for one that did not end.
+3. **judge**: log-probabilities of every token under pi and under the reference pi_ref, and the values V before each token, in one forward pass each.
+   pi_ref is the same network with the adapter off, so the two begin as one.
+4. **advantages**: a token's reward is -beta (log pi - log pi_ref), and that of the last one the score too. How much better than V did it go?
+5. **update**: a few passes over the episodes in mini-batches, with clipped ratios, until pi has moved too far for its old answers to tell.
+
+Sources: PPO arXiv 1707.06347, GAE 1506.02438, the penalty per token and its controller 1909.08593 (sections 2 and 2.2), what implementations add to
+both (rewards at the end, whitening, clipped values, the EOS penalty) 2403.17031. Estimates of KL: joschu.net/blog/kl-approx.html.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from dagster_project.core.chat import IGNORE
+from dagster_project.core.errors import InputError
+from dagster_project.core.params import Compute, Section
+from dagster_project.core.progress import Progress
+from dagster_project.training.inference.decoding import Choose, decode
+from dagster_project.training.methods.attention import attention_for
+from dagster_project.training.tokens.collators import SIZES, collate_packed
+from dagster_project.training.trainers import checkpoint, distributed
+from dagster_project.training.trainers.checkpoint import Checkpoints
+from dagster_project.training.trainers.curve import live_writer
+from dagster_project.training.trainers.harness import Interrupted, stop_on_request
+from dagster_project.training.trainers.sft import causal
+from dagster_project.training.trainers.weight_audit import trainable
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger("pedigree")
+
+Reward = Callable[[Sequence[int], Sequence[str]], list[float]]
+"""(numbers of the prompts, the answer to each without special tokens and outer blanks) -> a finite number for each."""
+
+
+LIVE = ("reward", "kl", "kl_coef", "entropy", "response_length", "policy_loss", "value_loss", "clip_fraction", "learning_rate", "grad_norm")
+"""Figures of the curve for whoever watches."""
+
+
+class Settings(Section):
+    """PPO's own parameters, named as TRL's PPOConfig named them while there was one."""
+
+    total_episodes: int = Field(default=256, ge=2)
+    """Answers to learn from, over the whole run."""
+    batch_size: int = Field(default=64, ge=2)
+    """Answers per iteration: rolled out by one policy, then learnt from."""
+    rollout_batch_size: int = Field(default=32, ge=1)
+    """Answers generated side by side. For speed and memory only: each has its own random numbers."""
+    mini_batch_size: int = Field(default=8, ge=1)
+    """Answers per forward pass when judging and learning."""
+    gradient_accumulation_steps: int = Field(default=2, ge=1)
+    """Forward passes per optimizer step. Their tokens count alike, as if they were one pass."""
+    num_ppo_epochs: int = Field(default=2, ge=1)
+    """Passes over an iteration's answers."""
+    response_length: int = Field(default=48, ge=1)
+    """Most tokens in an answer, its end of turn included."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Logits are divided by it, when sampling and when learning alike."""
+    missing_eos_penalty: float = Field(default=1.0, ge=0)
+    """Taken from the score of an answer that did not end within `response_length`."""
+    kl_coef: float = Field(default=0.05, ge=0)
+    """beta: what a nat of KL against the reference costs, in units of the reward. With `target_kl` only where it starts."""
+    target_kl: float | None = Field(default=None, gt=0)
+    """KL against the reference, in nats per answer, towards which beta is moved; null leaves beta as it is."""
+    horizon: float = Field(default=640, gt=0)
+    """With `target_kl`: how slowly beta follows. An iteration moves it by its share of so many answers, times the error; 640 at 64 answers is the paper's 0.1."""
+    gamma: float = Field(default=1.0, gt=0, le=1)
+    """Discount per token."""
+    lam: float = Field(default=0.95, ge=0, le=1)
+    """lambda of GAE: 0 trusts the values, 1 the rewards that came."""
+    whiten_rewards: bool = False
+    """Divide the tokens' rewards by their standard deviation over the iteration."""
+    whiten_advantages: bool = True
+    """Shift and scale the advantages to mean 0 and variance 1 over the iteration's tokens."""
+    cliprange: float = Field(default=0.2, gt=0)
+    """epsilon: a ratio this far from 1 earns nothing more."""
+    cliprange_value: float = Field(default=0.2, gt=0)
+    """A value this far from where it was earns nothing more."""
+    vf_coef: float = Field(default=0.1, ge=0)
+    """Weight of the value loss beside the policy loss."""
+    max_kl: float | None = Field(default=0.1, gt=0)
+    """An iteration's updates end where the policy has moved so many nats per token from the one that answered; null for no such end."""
+    explode_kl: float = Field(default=50.0, gt=0)
+    """The run ends, with the weights of the iteration before, where KL against the reference has grown to so many nats per answer."""
+    learning_rate: float = Field(default=1e-4, gt=0)
+    """The optimizer's (Adam) rate in the first iteration."""
+    lr_scheduler_type: Literal["linear", "constant"] = "linear"
+    """`linear` falls towards 0 after the last iteration."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Longest gradient; longer ones are scaled down to it."""
+    allow_constant_reward: bool = False
+    """Go on where all answers of the first iteration get the same reward, which teaches nothing."""
+    save_steps: int = Field(default=1, ge=1)
+    """Iterations between two checkpoints."""
+
+
+@dataclass
+class PPOHistory:
+    """What a training did, in order."""
+
+    curve: list[dict[str, float]] = field(default_factory=list)
+    """Of each iteration, from 1, that was learnt from:
+
+    reward (mean score, without penalties), kl (nats per answer, the policy that answered against the reference), kl_coef, entropy (nats per token),
+    response_length (mean, in tokens), unfinished (share of answers without an end), explained_variance (of the returns, by the values);
+    policy_loss, value_loss, clip_fraction (share of tokens), approx_kl (nats per token, from the policy that answered), grad_norm: means over the updates;
+    updates (optimizer steps), learning_rate, tokens (so far)."""
+    seen: list[tuple[int, int, int]] = field(default_factory=list)
+    """(iteration from 1, pass over the prompts from 1, number of the prompt) of each episode."""
+    tokens: int = 0
+    """Of prompts and answers, each episode once."""
+    stopped: str = ""
+    """Why the run ended early, which weights were kept, and what to change; empty where it did not."""
+    seconds: float = 0.0
+    """Time it took, earlier parts of an interrupted training included. For the log only."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A batch of episodes."""
+
+    rows: list[int]
+    """Number of each episode's prompt."""
+    prompts: list[list[int]]
+    answers: list[list[int]]
+    """Token ids, the end of turn included."""
+    mask: torch.Tensor
+    """(episodes, longest answer), true where there is a token: the form of all that is known of tokens, with zeros elsewhere."""
+    finished: torch.Tensor
+    """(episodes): it ended with an end of turn."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a policy makes of a rollout's tokens, (episodes, longest answer) each."""
+
+    log_probs: torch.Tensor
+    values: torch.Tensor
+    """What is to come, seen from before the token."""
+    entropy: torch.Tensor
+    """Of the distribution that the token was drawn from, in nats."""
+
+
+class Collapsed(Exception):
+    """The run cannot go on from the weights it has. Not for users: `train` puts it into the course."""
+
+
+def iterations(settings: Settings) -> int:
+    return math.ceil(settings.total_episodes / settings.batch_size)
+
+
+def train(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    reward: Reward,
+    settings: Settings,
+    compute: Compute,
+    checkpoints: Checkpoints | None = None,
+    live: Path | None = None,
+) -> PPOHistory:
+    """Train a policy in place, from its newest checkpoint if it has one.
+
+    The value head is a linear layer on the backbone's last hidden state. It begins at zero, learns with the adapter, and is no part of the model.
+    Dropout is off throughout: a ratio is to tell what was learnt. What is random depends on seed, iteration and episode alone.
+
+    Several processes share the rollout's batches and each forward pass' episodes, and sum what they find: all hold the same weights. With others
+    every result is that of one up to rounding.
+
+    Args:
+        model: a PeftModel whose adapter changes nothing yet.
+        prompts: token ids of each, the assistant's header included.
+        checkpoints: where to keep them; None to keep none.
+        live: folder for the curve so far, for whoever watches; None for nobody.
+    Raises:
+        InputError: prompts, model or reward with which training would be in vain.
+        Interrupted: SIGINT or SIGTERM came; a checkpoint has been written.
+    """
+    import torch
+
+    refuse_mistakes(model, tokenizer, prompts, settings)
+    here, device, total = distributed.place(), model.device, iterations(settings)
+    model.eval()
+    attention = causal(model).config._attn_implementation
+    head = value_head(model)
+    learning = {**trainable(model), **{f"value_head.{name}": weight for name, weight in head.named_parameters()}}
+    for weight in learning.values():
+        distributed.from_first(weight.data)
+    optimizer = torch.optim.Adam(learning.values(), lr=settings.learning_rate, eps=1e-5)
+    course, kl_coef, good = PPOHistory(), settings.kl_coef, _copied(learning)
+    saved = checkpoints.newest() if checkpoints and not here.rank else None
+    done = int(distributed.from_first(torch.tensor(saved.step if saved else 0, device=device)))
+    if here.rank:
+        saved = checkpoints.at(done) if checkpoints and done else None
+        checkpoints = None
+    if saved:
+        state = saved.state(device)
+        course = PPOHistory(**saved.document("course"), seen=[(step, epoch, row) for step, epoch, row in state["seen"].tolist()])
+        kl_coef, good = state["kl_coef"], saved.tensors("good")
+        _put(learning, saved.tensors("weights"))
+        checkpoint.restore_optimizer(optimizer, state["optimizer"])
+        log.info(f"ppo: going on from the checkpoint of iteration {done} of {total}")
+
+    began, earlier = time.monotonic(), course.seconds
+    progress = Progress("ppo", total, "iteration", every=0)
+    progress.done, progress.start = done, progress.start - earlier
+    show = live_writer(live, names=LIVE) if live else lambda curve, now=False: None
+
+    good_step = done
+    with stop_on_request() as stop_asked:
+        for step in range(done + 1, total + 1):
+            if course.stopped:
+                break
+            try:
+                # 1. roll out
+                drawn = drawn_prompts(len(prompts), step, settings, compute.seed)
+                rows = [row for _, row in drawn]
+                rollout = roll_out(model, tokenizer, rows, [prompts[row] for row in rows], settings, f"{compute.seed} {step}")
+                # 2. reward
+                texts = [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in rollout.answers]
+                refuse_silence(texts, first=step == 1)
+                scores = rewarded(reward, rollout, texts, settings, first=step == 1)
+                # 3. judge
+                judged = judge(model, head, rollout, settings)
+                with model.disable_adapter():
+                    reference = judge(model, head, rollout, settings).log_probs
+                kl = kl_per_answer(judged.log_probs, reference)
+                if step == 1:
+                    refuse_other_reference(judged.log_probs, reference, rollout.mask, model.dtype)
+                refuse_explosion(kl, settings)
+                good, good_step = _copied(learning), step
+                # 4. advantages
+                rewards = rewards_per_token(judged.log_probs - reference, rollout, scores, kl_coef, settings)
+                advantages, returns = generalized_advantages(rewards, judged.values, rollout.mask, settings.gamma, settings.lam)
+                if settings.whiten_advantages:
+                    advantages = whitened(advantages, rollout.mask)
+                # 5. update
+                rate = learning_rate(step, total, settings)
+                found = update(model, head, optimizer, rate, rollout, judged, advantages, returns, settings, f"{compute.seed} {step}")
+                if step == total:  # no rollout will tell how far it went
+                    refuse_explosion(kl_per_answer(judged.log_probs, judge(model, head, rollout, settings).log_probs), settings)
+            except Collapsed as collapsed:
+                _put(learning, good)
+                course.stopped = (
+                    f"ppo: iteration {step}: {collapsed}. Kept are the weights that answered in iteration {good_step};"
+                    " lower learning_rate, num_ppo_epochs or max_kl, or raise kl_coef"
+                )
+                log.warning(course.stopped)
+            else:
+                course.seen += [(step, epoch, row) for epoch, row in drawn]
+                course.tokens += sum(map(len, [*rollout.prompts, *rollout.answers]))
+                point = {
+                    "step": step,
+                    "reward": float(scores.mean()),
+                    "kl": kl,
+                    "kl_coef": kl_coef,
+                    "entropy": float(judged.entropy[rollout.mask].mean()),
+                    "response_length": sum(map(len, rollout.answers)) / len(rows),
+                    "unfinished": 1 - float(rollout.finished.double().mean()),
+                    "explained_variance": explained_variance(judged.values[rollout.mask], returns[rollout.mask]),
+                    **found,
+                    "learning_rate": rate,
+                    "tokens": course.tokens,
+                }
+                course.curve.append(point)
+                progress.advance(note="reward {reward:.3f}, KL {kl:.2f}, {response_length:.0f} tokens an answer".format(**point))
+                show(course.curve)
+                kl_coef = next_kl_coef(kl_coef, kl, len(rows), settings)
+            course.seconds = earlier + time.monotonic() - began
+            if checkpoints and (step % settings.save_steps == 0 or step == total or course.stopped or stop_asked()):
+                distributed.refuse_lost()
+                checkpoints.save(
+                    step,
+                    {
+                        "optimizer": checkpoint.optimizer_state(optimizer),
+                        "kl_coef": kl_coef,
+                        "seen": torch.tensor(course.seen, dtype=torch.int32).view(-1, 3),
+                    },
+                    {"weights": learning, "good": good},
+                    {"course": {name: value for name, value in dataclasses.asdict(course).items() if name != "seen"}},
+                )
+            if stop_asked() and step < total and not course.stopped:
+                raise Interrupted(f"interrupted at iteration {step}; the next run goes on from there", "run the same command again")
+    distributed.refuse_lost()
+    causal(model).set_attn_implementation(attention)
+    show(course.curve, now=True)
+    return course
+
+
+# ---- 1. roll out ------------------------------------------------------------------------------------------------------------------------
+
+
+def drawn_prompts(count: int, step: int, settings: Settings, seed: int) -> list[tuple[int, int]]:
+    """(pass over the prompts from 1, number of the prompt) of each episode of an iteration. Every pass has an order of its own."""
+    first = (step - 1) * settings.batch_size
+    episodes = range(first, min(first + settings.batch_size, settings.total_episodes))
+    orders = {
+        epoch: random.Random(f"{seed} prompts {epoch}").sample(range(count), count) for epoch in {episode // count for episode in episodes}
+    }
+    return [(episode // count + 1, orders[episode // count][episode % count]) for episode in episodes]
+
+
+def roll_out(model: Any, tokenizer: Any, rows: list[int], prompts: list[list[int]], settings: Settings, seed: str) -> Rollout:
+    """Sample an answer to each prompt, in batches of prompts of like length.
+
+    A token is drawn by inverting the distribution function at a number of its own, u ~ U[0, 1), that depends on the seed, the episode and its place in the
+    answer. So neither the batch nor the padding nor `response_length` decides what is said.
+    """
+    import torch
+
+    longest, here = settings.response_length, distributed.place()
+    tokens = torch.zeros(len(prompts), longest, dtype=torch.int64, device=model.device)
+    lengths = torch.zeros(len(prompts), dtype=torch.int64, device=model.device)
+    order = sorted(range(len(prompts)), key=lambda e: (len(prompts[e]), e))
+    causal(model).set_attn_implementation("sdpa")
+    for number, batch in enumerate(_parts(order, settings.rollout_batch_size)):
+        if here.does(number):
+            dice = [random.Random(f"{seed} answer {e}") for e in batch]
+            uniform = [[die.random() for _ in range(longest)] for die in dice]
+            answers = decode(
+                causal(model), [prompts[e] for e in batch], sampled(uniform, settings.temperature), longest, tokenizer.eos_token_id, tokenizer.pad_token_id,
+            )  # fmt: skip
+            for e, answer in zip(batch, answers, strict=True):
+                tokens[e, : len(answer)] = torch.tensor(answer, device=model.device)
+                lengths[e] = len(answer)
+    distributed.summed(tokens)
+    distributed.summed(lengths)
+    mask = torch.arange(int(lengths.max()), device=model.device) < lengths[:, None]
+    finished = tokens.gather(1, lengths[:, None] - 1)[:, 0] == tokenizer.eos_token_id
+    said = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+    return Rollout(rows, prompts, said, mask, finished)
+
+
+def sampled(uniform: Sequence[Sequence[float]], temperature: float) -> Choose:
+    """Tokens drawn at these numbers in [0, 1), one for each prompt and place."""
+    return lambda logits, rows, place: draw(logits, [uniform[row][place] for row in rows], temperature)
+
+
+def draw(logits: torch.Tensor, uniform: Sequence[float], temperature: float) -> list[int]:
+    """The token at which each row's distribution function passes its number. On the CPU: a cumulative sum on a GPU is not reproducible."""
+    import torch
+
+    upto = (wide(logits.cpu()) / temperature).softmax(-1).double().cumsum(-1)
+    found = torch.searchsorted(upto, torch.tensor(uniform, dtype=torch.float64)[:, None] * upto[:, -1:], right=True)
+    return [int(token) for token in found[:, 0].clamp(max=logits.shape[-1] - 1)]
+
+
+# ---- 2. reward --------------------------------------------------------------------------------------------------------------------------
+
+
+def rewarded(reward: Reward, rollout: Rollout, texts: Sequence[str], settings: Settings, first: bool) -> torch.Tensor:
+    """The score of each answer, (episodes) float32, as `reward` gives it.
+
+    Raises:
+        InputError: not one finite number for each; in the first iteration, the same for all.
+    """
+    import torch
+
+    here = distributed.place()
+    mine = list(range(here.rank, len(texts), here.size))
+    given = reward([rollout.rows[e] for e in mine], [texts[e] for e in mine]) if mine else []
+    if len(given) != len(mine):
+        raise InputError(f"ppo: the reward gave {len(given)} numbers for {len(mine)} answers", "let it give one for each")
+    for e, score in zip(mine, given, strict=True):
+        if not math.isfinite(score):
+            raise InputError(
+                f"ppo: the reward of an answer to prompt {rollout.rows[e]} is {score}: {texts[e][:80]!r}",
+                "mend the reward: look at its report, and at what it says of this answer",
+            )
+    scores = torch.zeros(len(texts), device=rollout.mask.device)
+    scores[mine] = torch.tensor(given, dtype=torch.float32, device=scores.device)
+    distributed.summed(scores)
+    if first and not settings.allow_constant_reward and bool((scores == scores[0]).all()):
+        raise InputError(
+            f"ppo: all {len(texts)} answers of the first iteration have the same reward, {float(scores[0]):g}: there is nothing to learn",
+            "mend the reward, raise temperature or batch_size, or set allow_constant_reward: true",
+        )
+    return scores
+
+
+# ---- 3. judge ---------------------------------------------------------------------------------------------------------------------------
+
+
+def value_head(model: Any) -> Any:
+    """A linear layer from the last hidden state to one number, zero at first, in float32 or better."""
+    import torch
+
+    base = causal(model)
+    output = base.get_output_embeddings().weight
+    head = torch.nn.Linear(output.shape[1], 1, device=output.device, dtype=torch.promote_types(output.dtype, torch.float32))
+    with torch.no_grad():
+        for weight in head.parameters():
+            weight.zero_()
+    return head
+
+
+def forward(
+    model: Any, head: Any, rollout: Rollout, episodes: Sequence[int], temperature: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One pass over episodes as one packed row, without padding between them: log-probabilities of their answers' tokens, values before them, and logits.
+
+    (tokens), (tokens) and (tokens, vocabulary): of answers alone, one after another, in the order given. `rollout.mask[episodes]` takes them apart.
+    """
+    from torch.nn.functional import cross_entropy
+
+    rows = []
+    for e in episodes:
+        prompt, answer = rollout.prompts[e], rollout.answers[e]
+        ids, labels = prompt + answer, [IGNORE] * len(prompt) + answer
+        rows.append({"input_ids": ids, "labels": labels, "weights": [1.0] * len(ids), "lengths": [len(ids)]})
+    batch = collate_packed(rows, SIZES)
+    device, base = model.device, causal(model)
+    labels = batch["labels"].to(device)[:, 1:]
+    counted = labels != IGNORE
+    hidden = base.base_model(
+        input_ids=batch["input_ids"].to(device),
+        position_ids=batch["position_ids"].to(device),
+        cu_seq_lens_q=batch["cu_seq_lens_q"].to(device),
+        max_length_q=batch["max_length_q"],
+        use_cache=False,
+    ).last_hidden_state[:, :-1][counted]
+    output = base.get_output_embeddings()
+    logits = wide(output(hidden.to(output.weight.dtype))) / temperature
+    return -cross_entropy(logits, labels[counted], reduction="none"), head(wide(hidden))[:, 0], logits
+
+
+def judge(model: Any, head: Any, rollout: Rollout, settings: Settings) -> Judged:
+    """What the policy makes of every token, or the reference while the adapter is off. The same passes each time: where the two are the same, so is this."""
+    import torch
+
+    here = distributed.place()
+    causal(model).set_attn_implementation(attention_for(model.device, model.dtype))
+    found = torch.zeros((3, *rollout.mask.shape), dtype=head.weight.dtype, device=model.device)
+    with torch.no_grad():
+        for episodes in _parts(range(len(rollout.rows)), settings.mini_batch_size):
+            if mine := episodes[here.rank :: here.size]:
+                log_probs, values, logits = forward(model, head, rollout, mine, settings.temperature)
+                entropy = torch.distributions.Categorical(logits=logits, validate_args=False).entropy()
+                part = torch.zeros_like(found[:, mine])
+                part[:, rollout.mask[mine]] = torch.stack((log_probs, values, entropy))
+                found[:, mine] = part
+    return Judged(*distributed.summed(found))
+
+
+def kl_per_answer(log_probs: torch.Tensor, others: torch.Tensor) -> float:
+    """KL between a policy and another over whole answers, in nats, from answers that the first one gave: the mean over episodes of the sum over tokens of
+    the difference of their log-probabilities."""
+    return float((log_probs - others).sum(1).mean())
+
+
+# ---- 4. advantages ----------------------------------------------------------------------------------------------------------------------
+
+
+def rewards_per_token(log_ratio: torch.Tensor, rollout: Rollout, scores: torch.Tensor, kl_coef: float, settings: Settings) -> torch.Tensor:
+    """r_t = -beta (log pi - log pi_ref), plus the score at the last token (arXiv 1909.08593, equation 2), less the penalty where there is no end.
+
+    beta 0.1, log pi - log pi_ref [0.5, -1.0], score 2, penalty 1, no end  ->  [-0.05, 0.1 + 2 - 1]
+    """
+    rewards = -kl_coef * log_ratio
+    for e, answer in enumerate(rollout.answers):
+        rewards[e, len(answer) - 1] += scores[e] - settings.missing_eos_penalty * ~rollout.finished[e]
+    return whitened(rewards, rollout.mask, shift=False) if settings.whiten_rewards else rewards
+
+
+def generalized_advantages(
+    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Advantages (arXiv 1506.02438, equation 16) and returns, (episodes, longest answer); zero where there is no token.
+
+    A_t = sum over l >= 0 of (gamma lambda)^l delta_{t+l}, with delta_t = r_t + gamma V_{t+1} - V_t, and V = 0 after the last token. Returns are A + V.
+    """
+    import torch
+
+    advantages = torch.zeros_like(rewards)
+    following = torch.zeros_like(rewards[:, 0])  # A_{t+1}; V_{t+1} is zero where there is no token
+    for t in reversed(range(rewards.shape[1])):
+        next_value = values[:, t + 1] if t + 1 < rewards.shape[1] else torch.zeros_like(following)
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        following = (delta + gamma * lam * following) * mask[:, t]
+        advantages[:, t] = following
+    return advantages, (advantages + values) * mask
+
+
+def whitened(values: torch.Tensor, mask: torch.Tensor, shift: bool = True) -> torch.Tensor:
+    """Values where there are tokens scaled to variance 1, and shifted to mean 0 unless told not to; zero elsewhere."""
+    found = values[mask]
+    scale = (found.var(correction=0) + 1e-8).rsqrt()
+    return (values - found.mean() if shift else values) * scale * mask
+
+
+def next_kl_coef(kl_coef: float, kl: float, episodes: int, settings: Settings) -> float:
+    """beta for the next iteration (arXiv 1909.08593, section 2.2): times 1 + K e, where e = (KL - target) / target within 0.2 of zero and K = episodes / horizon."""
+    if settings.target_kl is None:
+        return kl_coef
+    error = min(max(kl / settings.target_kl - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * episodes / settings.horizon)
+
+
+def explained_variance(values: torch.Tensor, returns: torch.Tensor) -> float:
+    """1 - Var(R - V) / Var(R): 1 for values that foresee all, 0 for a constant; 0 too where all returns are alike."""
+    spread = float(returns.var(correction=0))
+    return 1 - float((returns - values).var(correction=0)) / spread if spread else 0.0
+
+
+# ---- 5. update --------------------------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, total: int, settings: Settings) -> float:
+    return settings.learning_rate * (1 - (step - 1) / total if settings.lr_scheduler_type == "linear" else 1)
+
+
+def update(
+    model: Any,
+    head: Any,
+    optimizer: Any,
+    rate: float,
+    rollout: Rollout,
+    judged: Judged,
+    advantages: torch.Tensor,
+    returns: torch.Tensor,
+    settings: Settings,
+    seed: str,
+) -> dict[str, float]:
+    """Learn from an iteration's episodes, in passes in orders of their own, each cut into mini-batches.
+
+    The loss of an optimizer step is the mean over its tokens, in however many passes and processes it is computed.
+
+    Returns:
+        policy_loss, value_loss, clip_fraction, approx_kl and grad_norm, means over the steps, and updates, how many there were.
+    Raises:
+        Collapsed: a loss or a gradient is not finite.
+    """
+    import torch
+
+    here = distributed.place()
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    per_step = settings.mini_batch_size * settings.gradient_accumulation_steps
+    taken: list[list[float]] = []
+    for episodes in mini_batches(len(rollout.rows), per_step, settings.num_ppo_epochs, seed):
+        count = rollout.mask[episodes].sum()
+        sums = torch.zeros(4, dtype=torch.float64, device=model.device)
+        optimizer.zero_grad(set_to_none=True)
+        for part in _parts(episodes, settings.mini_batch_size):
+            mine = part[here.rank :: here.size]
+            if not mine:
+                continue
+            at = rollout.mask[mine]
+            log_probs, values, _ = forward(model, head, rollout, mine, settings.temperature)
+            policy, value, ratio = losses(
+                log_probs, values, judged.log_probs[mine][at], judged.values[mine][at], advantages[mine][at], returns[mine][at], settings
+            )
+            ((policy + settings.vf_coef * value).sum() / count).backward()
+            with torch.no_grad():
+                clipped = (ratio - 1).abs() > settings.cliprange
+                sums += torch.stack([each.double().sum() for each in (policy, value, clipped, ratio - 1 - ratio.log())])
+        policy_loss, value_loss, clip_fraction, approx_kl = (distributed.summed(sums) / count).tolist()
+        if not math.isfinite(policy_loss + value_loss):
+            raise Collapsed(f"the loss is {policy_loss + value_loss}")
+        if taken and settings.max_kl is not None and approx_kl > settings.max_kl:
+            break
+        distributed.sum_gradients(weights)
+        norm = float(torch.nn.utils.clip_grad_norm_(weights, settings.max_grad_norm))
+        if not math.isfinite(norm):
+            raise Collapsed(f"the gradient is {norm}")
+        optimizer.step()
+        taken.append([policy_loss, value_loss, clip_fraction, approx_kl, norm])
+    optimizer.zero_grad(set_to_none=True)
+    means = [sum(column) / len(taken) for column in zip(*taken, strict=True)]
+    return {
+        **dict(zip(("policy_loss", "value_loss", "clip_fraction", "approx_kl", "grad_norm"), means, strict=True)),
+        "updates": len(taken),
+    }
+
+
+def losses(
+    log_probs: torch.Tensor,
+    values: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    old_values: torch.Tensor,
+    advantages: torch.Tensor,
+    returns: torch.Tensor,
+    settings: Settings,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Policy loss, value loss and ratio pi / pi_old of each token.
+
+    Policy: -min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon) A) (arXiv 1707.06347, equation 7). Value: half the larger of (V - R)^2 and
+    (V_old + clip(V - V_old, -epsilon_V, epsilon_V) - R)^2 (2403.17031, detail 13).
+    """
+    import torch
+
+    ratio = (log_probs - old_log_probs).exp()
+    near = ratio.clamp(1 - settings.cliprange, 1 + settings.cliprange)
+    policy = -torch.minimum(ratio * advantages, near * advantages)
+    close = old_values + (values - old_values).clamp(-settings.cliprange_value, settings.cliprange_value)
+    value = 0.5 * torch.maximum((values - returns) ** 2, (close - returns) ** 2)
+    return policy, value, ratio
+
+
+def mini_batches(count: int, per_step: int, epochs: int, seed: str) -> Iterator[list[int]]:
+    """The episodes of each optimizer step: every one once in each epoch, in an order of its own."""
+    for epoch in range(epochs):
+        yield from _parts(random.Random(f"{seed} update {epoch}").sample(range(count), count), per_step)
+
+
+# ---- what would be in vain --------------------------------------------------------------------------------------------------------------
+
+
+def refuse_mistakes(model: Any, tokenizer: Any, prompts: Sequence[list[int]], settings: Settings) -> None:
+    """Raises:
+    InputError: no prompts, prompts too long for the context, or no end of turn.
+    """
+    if not prompts:
+        raise InputError("ppo: there are no prompts", "name more preferences, or lower what the splits take away")
+    if tokenizer.eos_token_id is None:
+        raise InputError("ppo: the tokenizer has no end of turn, so no answer would ever end", "name its eos_token in data/base_model")
+    context = min(tokenizer.model_max_length, getattr(causal(model).config, "max_position_embeddings", None) or math.inf)
+    room = context - settings.response_length
+    if long := [row for row, prompt in enumerate(prompts) if len(prompt) > room]:
+        raise InputError(
+            f"ppo: {len(long)} of {len(prompts)} prompts leave no room for {settings.response_length} tokens in a context of {context}"
+            f" (first: prompt {long[0]} with {len(prompts[long[0]])} tokens)",
+            "lower response_length, or leave these prompts out",
+        )
+
+
+def refuse_silence(texts: Sequence[str], first: bool) -> None:
+    """Raises:
+    InputError: in the first iteration, all answers are empty.
+    Collapsed: in a later one.
+    """
+    if any(texts):
+        return
+    if first:
+        raise InputError(
+            "ppo: every answer of the first iteration is empty: the policy ends its turn at once",
+            "look at the SFT adapter's answers: was it trained with the chat template that made these prompts?",
+        )
+    raise Collapsed("every answer is empty: the policy has learnt to end its turn at once")
+
+
+def refuse_other_reference(log_probs: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raises:
+    InputError: the policy does not start as the reference.
+    """
+    import torch
+
+    apart = float((log_probs - reference).abs()[mask].mean())
+    if not apart <= torch.finfo(dtype).eps ** 0.5:
+        raise InputError(
+            f"ppo: before the first update the policy is {apart:.3g} nats per token from its reference, which is itself with the adapter off",
+            "start with an adapter that changes nothing: leave out peft.init_lora_weights",
+        )
+
+
+def refuse_explosion(kl: float, settings: Settings) -> None:
+    """Raises:
+    Collapsed: KL is too large, or no number.
+    """
+    if not kl <= settings.explode_kl:
+        raise Collapsed(f"KL is {kl:.4g} nats per answer, over explode_kl {settings.explode_kl:g}")
+
+
+# ---- small ------------------------------------------------------------------------------------------------------------------------------
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """In float32, or as it is in float64."""
+    import torch
+
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _parts(items: Sequence[int], size: int) -> Iterator[list[int]]:
+    return (list(items[start : start + size]) for start in range(0, len(items), size))
+
+
+def _copied(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().cpu().clone() for name, weight in weights.items()}
+
+
+def _put(weights: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
+    import torch
+
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(values[name])

@@ -1,0 +1,201 @@
+"""Rewards: one number for an answer, from a reward model that learnt people's preferences, from rules, or from both.
+
+A reward model is a language model whose output layer is a single number, read at the last token (Bradley-Terry model of pairs: the probability
+that one answer is preferred is sigmoid of the difference of their rewards; Ouyang et al. 2022, arXiv 2203.02155, section 3.5).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dagster_project.core.chat import Messages
+from dagster_project.core.errors import InputError
+from dagster_project.core.progress import Progress
+from dagster_project.core.records import CheckResult, write_json
+from dagster_project.training.methods.build import peft_config
+from dagster_project.training.tokens.collators import pad
+from dagster_project.training.tokens.preference_pairs import answered, reply
+
+if TYPE_CHECKING:
+    import torch
+
+MODEL = "reward_model"
+QUALITY = "quality.json"
+"""The file beside the weights of a reward model that lists its failed checks."""
+
+
+def write_quality(folder: Path, checks: Sequence[CheckResult]) -> None:
+    """List the failed checks of severity "error". Whether they forbid a use is decided by the stage that uses the model."""
+    failed = {check.name: check.note for check in checks if not check.passed and check.severity == "error"}
+    write_json(folder / QUALITY, {"failed_checks": failed})
+
+
+def failed_checks(folder: Path) -> dict[str, str]:
+    """Failed checks of a reward model -> their notes. Empty where all passed."""
+    if not (folder / QUALITY).is_file():
+        return {"quality": f"{QUALITY} is missing: run `dvc repro reward_model`"}
+    found: dict[str, str] = json.loads((folder / QUALITY).read_text(encoding="utf-8"))["failed_checks"]
+    return found
+
+
+def build(folder: Path, peft: Mapping[str, Any] | None, device: torch.device, dtype: torch.dtype, where: str) -> Any:
+    """A language model with a new output layer `score` that gives one number, ready to learn.
+
+    Args:
+        folder: a model that stands alone.
+        peft: keys of LoRA; None: every weight learns.
+    """
+    import torch
+    from peft import TaskType, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    from dagster_project.training.methods.fused_lora import fuse
+
+    held = torch.float32 if peft is None else dtype
+    said = logging.get_verbosity()
+    logging.set_verbosity_error()  # that the output layer is new is meant
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=1, dtype=held, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa"
+    ).to(device)
+    logging.set_verbosity(said)
+    model.config.pad_token_id = tokenizer_of(folder).pad_token_id
+    if peft is None:
+        return model
+    config = peft_config("lora", peft, where, model)
+    config.task_type, config.modules_to_save = TaskType.SEQ_CLS, ["score"]
+    model = get_peft_model(model, config)
+    for parameter in model.parameters():  # a step smaller than 1/256 of a bfloat16 weight is lost: what learns is float32
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    model.get_base_model().score.register_forward_pre_hook(lambda _, given: (given[0].float(),))
+    fuse(model)
+    return model
+
+
+def save(model: Any, folder: Path, out: Path) -> None:
+    """The reward model as one that stands alone, in the dtype of the model in `folder` that it was made from, with its tokenizer."""
+    import torch
+    from transformers import AutoConfig
+
+    stored = AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype or torch.float32
+    alone = model.float().merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    alone.to(stored).save_pretrained(out)
+    for file in sorted(folder.glob("*")):
+        if file.name.startswith(("tokenizer", "special_tokens", "chat_template", "vocab", "merges", "LICENSE")):
+            shutil.copyfile(file, out / file.name)
+
+
+def tokenizer_of(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+class RewardModel:
+    """A reward model as it is asked."""
+
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+        from transformers import AutoModelForSequenceClassification
+
+        self.tokenizer = tokenizer_of(folder)
+        self.model = (
+            AutoModelForSequenceClassification.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa"
+            )
+            .to(device)
+            .eval()
+        )
+
+    def __call__(self, conversations: Sequence[Messages], batch_size: int = 32, what: str = "") -> list[float]:
+        """The reward of the answer that each conversation ends with. Padding stands on the right behind a mask.
+
+        Args:
+            what: named in the progress lines; nothing: none.
+        """
+        import torch
+
+        texts = [[*prompt, *answer] for prompt, answer in answered(self.tokenizer, conversations)]
+        rewards = [0.0] * len(texts)
+        order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
+        progress = Progress(what, len(texts), "answer") if what else None
+        with torch.inference_mode():
+            for start in range(0, len(order), batch_size):
+                batch = order[start : start + batch_size]
+                ids, mask = pad([texts[i] for i in batch])
+                # which id pads does not matter behind a mask, but the model finds the last token by it
+                ids = ids.masked_fill(mask == 0, self.model.config.pad_token_id)
+                found = self.model(input_ids=ids.to(self.model.device), attention_mask=mask.to(self.model.device), use_cache=False).logits
+                for i, value in zip(batch, found[:, 0].float().tolist(), strict=True):
+                    rewards[i] = value
+                if progress:
+                    progress.advance(len(batch))
+        return rewards
+
+
+# ---- rules ------------------------------------------------------------------------------------------------------------------------------
+
+
+def valid_json(answer: str) -> float:
+    """1 where an answer is one JSON value, else 0."""
+    try:
+        json.loads(answer)
+    except ValueError:
+        return 0.0
+    return 1.0
+
+
+def distinct(answer: str, n: int = 3) -> float:
+    """Share of an answer's runs of three words that it does not repeat; 1 where it has none.
+
+    >>> distinct("a b c a b c"), distinct("yes")
+    (0.75, 1.0)
+    """
+    words = answer.split()
+    runs = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return len(set(runs)) / len(runs) if runs else 1.0
+
+
+def brief(answer: str) -> float:
+    """1 for an answer of no words, falling to 0 at a hundred."""
+    return max(0.0, 1 - len(answer.split()) / 100)
+
+
+RULES: dict[str, Callable[[str], float]] = {"valid_json": valid_json, "distinct": distinct, "brief": brief}
+"""Rewards that need no model: name -> of an answer."""
+
+
+def check(rewards: Mapping[str, float], where: str) -> None:
+    """Raises:
+    InputError: a reward that there is not, or none at all.
+    """
+    unknown = sorted(rewards.keys() - RULES.keys() - {MODEL})
+    if unknown or not any(rewards.values()):
+        what = f"unknown: {', '.join(unknown)}" if unknown else "nothing is rewarded"
+        raise InputError(f"params.yaml: {where}: {what}", f"rewards, each with its weight: {', '.join([MODEL, *RULES])}")
+
+
+class Rewards:
+    """A weighted sum of a reward model and rules."""
+
+    def __init__(self, weights: Mapping[str, float], model: RewardModel | None) -> None:
+        """Args:
+        weights: name -> weight, as an entry of params.yaml has them. What weighs 0 is left out.
+        model: needed where they name it.
+        """
+        self.weights, self.model = {name: weight for name, weight in weights.items() if weight}, model
+
+    def __call__(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[float]:
+        total = [0.0] * len(answers)
+        for name, weight in self.weights.items():
+            if name == MODEL:
+                assert self.model
+                found = self.model([[*prompt, *reply(answer)] for prompt, answer in zip(prompts, answers, strict=True)])
+            else:
+                found = [RULES[name](answer) for answer in answers]
+            total = [so_far + weight * value for so_far, value in zip(total, found, strict=True)]
+        return total

@@ -1,0 +1,464 @@
+"""tokenized -> adapter: supervised fine-tuning by TRL's SFTTrainer, on rows that are already tokenized, labeled and packed."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dagster_project.core.chat import IGNORE
+from dagster_project.core.errors import InputError
+from dagster_project.core.params import Compute
+from dagster_project.training.methods.build import PreparedModel
+from dagster_project.training.methods.hardware import giving_back
+from dagster_project.training.tokens.collators import SIZES, collate_packed, collate_padded
+from dagster_project.training.trainers import distributed
+from dagster_project.training.trainers.checkpoint import Checkpoints, Saved
+from dagster_project.training.trainers.curve import LIVE
+from dagster_project.training.trainers.harness import (
+    Diverged,
+    Interrupted,
+    ResumableTrainer,
+    Session,
+    monitor,
+    put,
+    run_session,
+    stop_on_request,
+    training_arguments,
+)
+from dagster_project.training.trainers.history import TrainingHistory
+from dagster_project.training.trainers.params import SftParams
+from dagster_project.training.trainers.weight_audit import trainable
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger("pedigree")
+
+
+def steps(rows: int, params: SftParams, processes: int = 1) -> int:
+    """Optimizer steps of a run over `rows` packed rows, whose steps `processes` share."""
+    planned = steps_per_epoch(rows, params, processes) * params.num_train_epochs
+    return min(planned, params.max_steps or planned)
+
+
+def steps_per_epoch(rows: int, params: SftParams, processes: int = 1) -> int:
+    return math.ceil(rows / (params.per_device_train_batch_size * params.gradient_accumulation_steps * processes))
+
+
+def warmup(total: int, params: SftParams) -> int:
+    """Steps over which the rate rises, of `total`."""
+    return params.warmup_steps if params.warmup_steps is not None else math.ceil(total * params.warmup_ratio)
+
+
+def causal(model: Any) -> Any:
+    """The language model inside a PeftModel; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def refuse_mistakes(params: SftParams, where: str, lengths: Sequence[Sequence[int]], validates: bool) -> None:
+    """Find what would fail late, before a model is loaded.
+
+    Args:
+        where: dotted place in params.yaml, for messages.
+        lengths: tokens of each example in each row of the training split.
+        validates: there is a validation split.
+    Raises:
+        InputError: all such mistakes at once.
+    """
+    import torch
+    from transformers import get_scheduler
+
+    wrong: list[tuple[str, str]] = []
+    total = steps(len(lengths), params)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=params.learning_rate)
+    try:
+        get_scheduler(params.lr_scheduler_type, optimizer, warmup(total, params), total, params.lr_scheduler_kwargs)
+    except (TypeError, ValueError, KeyError) as error:
+        wrong.append((f"{where}.lr_scheduler_kwargs: {error}", f"use the keys of transformers' {params.lr_scheduler_type} schedule"))
+    for key in ("early_stopping_patience", "load_best_model_at_end"):
+        if getattr(params, key) and not validates:
+            wrong.append((f"{where}.{key}: there is no validation split to judge by", "set splits.validation"))
+    if params.group_by_length and any(len(row) > 1 for row in lengths):
+        wrong.append((f"{where}.group_by_length: rows hold several examples", "set tokenized.packing: false"))
+    packages = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "mlflow": ("mlflow", "mlflow_skinny")}
+    for name in params.trackers:
+        if not any(map(find_spec, packages[name])):
+            wrong.append((f"{where}.report_to: {name} is not installed", f"pip install {name}, or set report_to: none"))
+    if params.use_liger_kernel and not find_spec("liger_kernel"):
+        wrong.append((f"{where}.use_liger_kernel: Liger is not installed", "pip install 'pedigree[gpu]'"))
+    elif params.use_liger_kernel and not torch.cuda.is_available():
+        wrong.append((f"{where}.use_liger_kernel: Liger's kernels run on a GPU, and there is none", "leave it out"))
+    if wrong:
+        raise InputError("\n".join(f"params.yaml: {what}" for what, _ in wrong), "; ".join(hint for _, hint in wrong))
+
+
+class SftSession(Session):
+    """A supervised training whose steps several processes may share.
+
+    Every process walks through the same batches in the same order, as if it were alone and accumulated all passes of a step. It computes its
+    share of them (pass n is that of process n modulo their number), and gradients and losses are summed before the optimizer steps. So no row
+    is missing or doubled, whatever the numbers, and all processes hold the same weights. Dropout in a pass depends on the seed and the pass
+    alone. The first process alone writes.
+    """
+
+    def __init__(
+        self, prepared: PreparedModel, params: SftParams, compute: Compute, rows: Any, checkpoints: Checkpoints | None,
+        saved: Saved | None, live: Path | None,
+    ) -> None:  # fmt: skip
+        super().__init__("training", prepared.model, params, checkpoints, saved, live, LIVE)
+        self.prepared, self.sft, self.compute, self.process = prepared, params, compute, distributed.place()
+        self.lengths = [sum(row) for row in rows["lengths"]]
+        self.total = steps(len(rows), params, self.process.size)
+        self.per_epoch = steps_per_epoch(len(rows), params, self.process.size)
+        self.progress.total = self.total
+        self.best_weights: dict[str, torch.Tensor] = saved.tensors("best") if saved else {}
+        self.batch: dict[str, Any] = {}
+        """The batch of the current forward pass."""
+        self._validation = {"nats": 0.0, "tokens": 0, "passes": 0}  # summed here: the Trainer would average over rows of any length
+        self._step_losses: list[torch.Tensor] = []  # of the passes of the current step; zero for a pass of another process
+        self._step_rows: list[list[int]] = []
+        self._recent: deque[tuple[float, int]] = deque(maxlen=20)
+
+    def loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """Weighted mean over a forward pass; in validation the plain mean per token. Logits only where a label counts: with a large
+        vocabulary the others are most of the work."""
+        import torch
+        from torch.nn.functional import cross_entropy
+
+        self.batch.update(inputs)
+        hidden = self.prepared.hidden_states(inputs)
+        labels = inputs["labels"][:, 1:]
+        counted = labels != IGNORE
+        losses = cross_entropy(
+            causal(model).get_output_embeddings()(hidden[:, :-1][counted]).float(),
+            labels[counted],
+            reduction="none",
+            label_smoothing=self.sft.label_smoothing_factor if model.training else 0.0,
+        )
+        weights = inputs["weights"][:, 1:][counted] if model.training else torch.ones_like(losses)
+        loss = (losses * weights).sum() / weights.sum()
+        if not model.training:
+            self._validation["nats"] += float(losses.double().sum())
+            self._validation["tokens"] += len(losses)
+            return loss
+        more = self.prepared.extra_loss(model)
+        return loss if more is None else loss + more
+
+    def training_pass(self, inputs: dict[str, Any], step: int, forward_backward: Callable[[], torch.Tensor], last: bool) -> torch.Tensor:
+        """One forward and backward pass, in the process that it belongs to.
+
+        Args:
+            step: from 1.
+            forward_backward: computes the pass and returns its loss, for the log.
+            last: the optimizer steps after this pass.
+        Returns:
+            The loss that the Trainer logs: that of the whole step at its last pass, else 0.
+        """
+        import torch
+
+        rows = inputs["rows"].tolist()
+        self.history.seen += [(step, (step - 1) // self.per_epoch + 1, row) for row in rows]
+        self.history.tokens += sum(self.lengths[row] for row in rows)
+        self.history.trained_tokens += int((inputs["labels"][:, 1:] != IGNORE).sum())
+        number = len(self._step_rows)
+        if self.process.size > 1:
+            torch.manual_seed(distributed.seed_of(self.compute.seed, step, number))
+        self._step_rows.append(rows)
+        zero = torch.zeros((), device=self.model.device)
+        self._step_losses.append(forward_backward() if self.process.does(number) else zero)
+        if not last:
+            return torch.zeros_like(self._step_losses[0])
+        losses = distributed.summed(torch.stack(self._step_losses))
+        for loss, rows in zip(losses, self._step_rows, strict=True):
+            if not torch.isfinite(loss):
+                distributed.refuse_lost()
+                raise Diverged(f"the loss is {float(loss)}", step, rows)
+        distributed.sum_gradients(list(trainable(self.model).values()))
+        self._step_losses.clear()
+        self._step_rows.clear()
+        return sum(losses)  # one after another, as the Trainer would
+
+    def validates_here(self) -> bool:
+        """Whether the next validation pass belongs to this process."""
+        mine = self.process.does(int(self._validation["passes"]))
+        self._validation["passes"] += 1
+        return mine
+
+    def sampler(self) -> Any:
+        """Rows of similar length together, for `group_by_length`."""
+        together = self.sft.per_device_train_batch_size * self.sft.gradient_accumulation_steps * self.process.size
+        return _length_sampler_class()(self.lengths, together, self.compute.seed)
+
+    def step_begins(self) -> None:
+        if not self._recent:
+            self._recent.append((time.monotonic(), self.history.tokens))
+
+    def step_point(self, step: int, logs: Mapping[str, float]) -> tuple[dict[str, float], str]:
+        point = {name: logs[name] for name in ("loss", "learning_rate", "grad_norm")}
+        self._recent.append((time.monotonic(), self.history.tokens))
+        since, tokens = self._recent[0]
+        speed = (self.history.tokens - tokens) / (self._recent[-1][0] - since)
+        note = "loss {loss:.3f}, rate {learning_rate:.2g}, gradient {grad_norm:.2g}".format(**point) + f", {speed:.0f} tokens/s"
+        return {"step": step, **point, "tokens": self.history.tokens, "tokens_per_second": speed}, note
+
+    def validation_point(self, step: int, logs: Mapping[str, float]) -> dict[str, float]:
+        import torch
+
+        counts = torch.tensor([self._validation["nats"], self._validation["tokens"]], dtype=torch.float64, device=self.model.device)
+        nats, tokens = distributed.summed(counts).tolist()
+        self._validation.update(nats=0.0, tokens=0, passes=0)
+        return {"step": step, "validation_loss": nats / tokens}
+
+    def validation_pass(self, step: int) -> None:
+        if not step and self.stop_requested():
+            raise Interrupted("interrupted before the first step", "run again to start anew")
+
+    def validated(self, control: Any) -> None:
+        if self.sft.load_best_model_at_end and self.history.best() == self.history.validation[-1]:
+            self.best_weights.clear()
+            self.best_weights.update({name: weight.detach().cpu().clone() for name, weight in trainable(self.model).items()})
+            self.history.best_step = self.history.validation[-1][0]
+        if self.history.stalled(self.sft.early_stopping_patience):
+            control.should_training_stop = True
+
+    def method_state(self) -> dict[str, Any]:
+        return {"method": self.prepared.state()}
+
+    def method_tensors(self) -> dict[str, Mapping[str, torch.Tensor]]:
+        return {"best": self.best_weights} if self.best_weights else {}
+
+    def restore_method(self) -> None:
+        self.prepared.restore(self.state["method"])
+
+    def is_complete(self) -> bool:
+        return self.saved is not None and (self.saved.step >= self.total or self.history.stalled(self.sft.early_stopping_patience))
+
+
+@cache
+def _trainer_class() -> type:
+    from trl import SFTTrainer
+
+    class PackedTrainer(ResumableTrainer, SFTTrainer):
+        """TRL's trainer with the loss and the passes of an `SftSession`."""
+
+        session: SftSession
+
+        def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+            loss = self.session.loss(model, inputs)
+            return (loss, None) if return_outputs else loss
+
+        def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+            forward_backward = partial(super().training_step, model, inputs, num_items_in_batch)
+            return self.session.training_pass(inputs, self.state.global_step + 1, forward_backward, self.accelerator.sync_gradients)
+
+        def prediction_step(self, *arguments: Any, **named: Any) -> Any:
+            if self.session.validates_here():
+                return super().prediction_step(*arguments, **named)
+            import torch
+
+            return torch.zeros((), device=self.model.device), None, None
+
+        def _get_train_sampler(self, *arguments: Any) -> Any:
+            return self.session.sampler() if self.session.sft.group_by_length else super()._get_train_sampler(*arguments)
+
+    return PackedTrainer
+
+
+@cache
+def _length_sampler_class() -> type:
+    import torch
+    from torch.utils.data import Sampler
+    from transformers.trainer_pt_utils import get_length_grouped_indices
+
+    class LengthSampler(Sampler):
+        """Rows of similar length together, shuffled; the order of an epoch depends on the seed and the epoch alone."""
+
+        def __init__(self, lengths: Sequence[int], together: int, seed: int) -> None:
+            self.lengths, self.together, self.seed, self.epoch = list(lengths), together, seed, 0
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+        def __len__(self) -> int:
+            return len(self.lengths)
+
+        def __iter__(self) -> Iterator[int]:
+            generator = torch.Generator().manual_seed(self.seed + self.epoch)
+            return iter(get_length_grouped_indices(self.lengths, self.together, generator=generator))
+
+    return LengthSampler
+
+
+def _newest(checkpoints: Checkpoints | None, device: Any) -> tuple[Checkpoints | None, Saved | None]:
+    """Where this process writes checkpoints, and the one to resume from: all processes take the one that the first has found."""
+    import torch
+
+    rank = distributed.place().rank
+    saved = checkpoints.newest() if checkpoints and not rank else None
+    step = int(distributed.from_first(torch.tensor(saved.step if saved else 0, device=device)))
+    if rank:
+        return None, checkpoints.at(step) if checkpoints and step else None
+    return checkpoints, saved
+
+
+def train(
+    prepared: PreparedModel,
+    tokenizer: Any,
+    train_rows: Any,
+    validation_rows: Any,
+    params: SftParams,
+    compute: Compute,
+    checkpoints: Checkpoints | None = None,
+    live: Path | None = None,
+) -> TrainingHistory:
+    """Train a model in place, from its newest checkpoint if it has one.
+
+    Args:
+        prepared: as `methods.build` makes it.
+        train_rows, validation_rows: `datasets.Dataset` with input_ids, labels, weights and lengths, each row a packed row.
+        checkpoints: where to keep them; None to keep none.
+        live: folder for the curves so far; None to write none.
+    Raises:
+        Interrupted: SIGINT or SIGTERM came; a checkpoint has been written.
+        Diverged: a loss or a gradient is not finite. The checkpoints are from before.
+        PedigreeError: the disk is full.
+    """
+    kept, saved = _newest(checkpoints, prepared.model.device)
+    session = SftSession(prepared, params, compute, train_rows, kept, saved, live)
+    with tempfile.TemporaryDirectory() as scratch, stop_on_request() as session.stop_requested:
+        _name_tensorboard_folder(params, kept)
+        trainer = _build_trainer(session, tokenizer, train_rows, validation_rows, scratch)
+        with _accelerated(session):
+            for weight in trainable(session.model).values():
+                distributed.from_first(weight.data)
+            run_session(session, trainer, bool(validation_rows))
+            distributed.refuse_lost()
+        if params.load_best_model_at_end:
+            put(session.model, session.best_weights)
+            log.info(f"training: keeping the weights of step {session.history.best_step}")
+    session.history.seconds = session.seconds()
+    session.show(session.history.curve, now=True)
+    return session.history
+
+
+def _name_tensorboard_folder(params: SftParams, checkpoints: Checkpoints | None) -> None:
+    if checkpoints and "tensorboard" in params.trackers:
+        folder = checkpoints.folder
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.parent.parent / "tensorboard" / folder.name))
+
+
+def _build_trainer(session: SftSession, tokenizer: Any, train_rows: Any, validation_rows: Any, scratch: str) -> Any:
+    from trl import SFTConfig
+
+    params, prepared, model = session.sft, session.prepared, session.model
+    arguments = training_arguments(params, session.compute, scratch, model.device.type, bool(validation_rows))
+    config = SFTConfig(
+        **arguments
+        | {
+            "report_to": params.trackers or "none",
+            "run_name": session.checkpoints.folder.name if session.checkpoints else None,
+            "dataset_kwargs": {"skip_prepare_dataset": True},
+            "max_length": None,
+            "optim": prepared.optim or params.optim,
+            "lr_scheduler_kwargs": params.lr_scheduler_kwargs,
+            "warmup_steps": warmup(session.total, params),
+            "max_steps": session.total,
+            "gradient_accumulation_steps": params.gradient_accumulation_steps * session.process.size,
+            "gradient_checkpointing": params.gradient_checkpointing is True,
+        }
+    )
+    whole = {weight: weight.data for weight in trainable(model).values()}
+    trainer = _trainer_class()(
+        model=model,
+        args=config,
+        train_dataset=train_rows.add_column("row", list(range(len(train_rows)))),
+        eval_dataset=validation_rows or None,
+        processing_class=tokenizer,
+        data_collator=partial(collate_packed, multiple=SIZES) if prepared.packs else collate_padded,
+        callbacks=[*prepared.callbacks, monitor(session)],
+    )
+    # TRL has rounded adapters of 4-bit weights to bfloat16, which represents no step below 1/256 of a weight
+    for weight, data in whole.items():
+        weight.data = data
+    trainer.model_accepts_loss_kwargs = False  # our loss is a mean already: let the Trainer average over accumulation steps
+    return trainer
+
+
+@contextmanager
+def _accelerated(session: SftSession) -> Iterator[None]:
+    """Kernels, compilation and hooks that the parameters ask for. The hooks are removed at the end."""
+    params, model, hooks = session.sft, session.model, []
+    if params.use_liger_kernel:
+        use_liger_kernels(causal(model))
+    if params.compile == "layers":
+        compile_layers(model)
+    # a checkpointed layer frees nearly all that it made, and glibc would keep it beside what the next layer makes
+    if params.gradient_checkpointing is True and model.device.type == "cpu" and params.compile == "none":
+        give_back = giving_back()
+        hooks += [layer.register_forward_hook(give_back) for layer in decoder_layers(model)]
+    if params.neftune_noise_alpha:
+        hooks.append(add_noise(causal(model).get_input_embeddings(), params.neftune_noise_alpha, session.batch))
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+def decoder_layers(model: Any) -> list[Any]:
+    """The blocks that make up a model, as its architecture names them."""
+    kinds = set(causal(model)._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in kinds]
+
+
+def compile_layers(model: Any) -> None:
+    """Compile each decoder layer for itself, for rows of any length. What the model's weights are called does not change."""
+    for layer in decoder_layers(model):
+        layer.compile(dynamic=True)
+
+
+def use_liger_kernels(model: Any) -> None:
+    """Liger's kernels for a model's norms, rotation and gated MLPs, those of its layers that are there already. Ours computes the loss.
+
+    Raises:
+        InputError: Liger has no kernels for such a model.
+    """
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    from transformers.integrations.liger import apply_liger_kernel
+
+    if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise InputError(
+            f"params.yaml: use_liger_kernel: Liger has no kernels for {model.config.model_type}", "leave it out: other models train without"
+        )
+    apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
+
+
+def add_noise(embeddings: Any, alpha: float, batch: dict[str, Any]) -> Any:
+    """Uniform noise of alpha / sqrt(length x width) on each token's embedding while training (NEFTune, arXiv:2310.05914, section 2).
+
+    The length is that of the token's example. transformers' own hook takes the row's, which in a packed row would make the noise too faint.
+
+    Args:
+        batch: holds the `cu_seq_lens_q` of the batch under way.
+    Returns:
+        A handle whose `remove()` takes the noise off again.
+    """
+    import torch
+
+    def hook(module: Any, _: Any, embedded: torch.Tensor) -> torch.Tensor:
+        if not module.training:
+            return embedded
+        lengths = batch["cu_seq_lens_q"].diff()
+        per_token = lengths.repeat_interleave(lengths)[:, None]
+        scale = alpha / (per_token * embedded.shape[-1]).float().sqrt()
+        return embedded + torch.empty_like(embedded).uniform_(-1, 1) * scale.to(embedded.dtype)
+
+    return embeddings.register_forward_hook(hook)

@@ -1,0 +1,179 @@
+"""Train by one of TRL's trainers on rows that are already tokenized: reward model, DPO, KTO, RLOO, GRPO."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from dagster_project.core.params import Compute
+from dagster_project.training.trainers.checkpoint import Checkpoints, Saved
+from dagster_project.training.trainers.harness import (
+    Diverged,
+    ResumableTrainer,
+    Session,
+    advice_on_memory,
+    monitor,
+    run_session,
+    stop_on_request,
+    training_arguments,
+)
+from dagster_project.training.trainers.history import TrainingHistory
+from dagster_project.training.trainers.params import PreferenceParams
+
+
+@dataclass(frozen=True)
+class TrainerSpec:
+    """Which of TRL's trainers to use, and how."""
+
+    name: str
+    """For progress lines, e.g. "dpo"."""
+    trainer: type
+    """TRL's class."""
+    config: type
+    """The class of its arguments."""
+    arguments: Mapping[str, Any]
+    """Arguments beyond those of `training_arguments`."""
+    metrics: Mapping[str, str]
+    """Metric as TRL logs it -> its name in our curve, e.g. {"rewards/margins": "margin"}."""
+    constructor: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of the trainer's constructor, e.g. reward functions."""
+
+
+class TrlSession(Session):
+    """A training by one of TRL's trainers."""
+
+    def __init__(
+        self,
+        spec: TrainerSpec,
+        model: Any,
+        params: PreferenceParams,
+        checkpoints: Checkpoints | None,
+        saved: Saved | None,
+        live: Path | None,
+    ) -> None:
+        metrics = (*spec.metrics.values(), "loss", "validation_loss", "learning_rate", "grad_norm")
+        super().__init__(spec.name, model, params, checkpoints, saved, live, metrics)
+        self.metrics = spec.metrics
+
+    def step_point(self, step: int, logs: Mapping[str, float]) -> tuple[dict[str, float], str]:
+        self.history.tokens = int(logs.get("num_tokens", 0))
+        metrics = {ours: float(logs[theirs]) for theirs, ours in self.metrics.items() if theirs in logs}
+        plain = {name: float(logs[name]) for name in ("loss", "learning_rate", "grad_norm")}
+        note = ", ".join(f"{name} {value:.3g}" for name, value in {"loss": logs["loss"], **metrics}.items())
+        return {"step": step, **plain, "tokens": self.history.tokens, **metrics}, note
+
+    def validation_point(self, step: int, logs: Mapping[str, float]) -> dict[str, float]:
+        metrics = {f"validation_{ours}": logs[f"eval_{theirs}"] for theirs, ours in self.metrics.items() if f"eval_{theirs}" in logs}
+        return {"step": step, "validation_loss": logs["eval_loss"], **metrics}
+
+
+@cache
+def _trainer_class(base: type) -> type:
+    import torch
+
+    class RowTrainer(ResumableTrainer, base):
+        """TRL's trainer on tokenized rows; notes which rows each step was trained on."""
+
+        session: TrlSession
+
+        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+            return dataset
+
+        def training_step(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> Any:
+            history, step, epoch = self.session.history, self.state.global_step + 1, int(self.state.epoch or 0) + 1
+            known = {row for _, _, row in takewhile(lambda seen: seen[0] == step, reversed(history.seen))}
+            history.seen += [(step, epoch, row) for row in dict.fromkeys(_take_rows(inputs)) if row not in known]
+            loss = super().training_step(model, inputs, *arguments, **named)
+            if not torch.isfinite(loss):
+                raise Diverged(f"the loss is {float(loss)}", step, history.rows_of(step))
+            return loss
+
+        def prediction_step(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> Any:
+            _take_rows(inputs)
+            return super().prediction_step(model, inputs, *arguments, **named)
+
+        def _load_rng_state(self, folder: str | None) -> None:
+            super()._load_rng_state(folder)
+            if self.session.saved:
+                self._total_train_tokens = self.session.history.tokens  # TRL 1.16 counts on from it
+
+    return RowTrainer
+
+
+def train(
+    spec: TrainerSpec,
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Mapping[str, Any]],
+    validation_rows: Sequence[Mapping[str, Any]],
+    params: PreferenceParams,
+    compute: Compute,
+    checkpoints: Checkpoints | None = None,
+    live: Path | None = None,
+) -> TrainingHistory:
+    """Train a model in place, from its newest checkpoint if it has one.
+
+    Args:
+        model: its trainable weights are trained, and are what a checkpoint keeps.
+        rows: of the training split, with the columns that the trainer reads after tokenization.
+        validation_rows: likewise; none: no validation.
+        live: folder for the curves so far; None to write none.
+    Raises:
+        Interrupted: SIGINT or SIGTERM came; a checkpoint has been written.
+        Diverged: a loss or a gradient is not finite. The checkpoints are from before.
+        PedigreeError: out of memory or disk.
+    """
+    session = TrlSession(spec, model, params, checkpoints, checkpoints.newest() if checkpoints else None, live)
+    with tempfile.TemporaryDirectory() as scratch, stop_on_request() as session.stop_requested, advice_on_memory():
+        run_session(session, _build_trainer(spec, session, tokenizer, rows, validation_rows, compute, scratch), bool(validation_rows))
+    session.history.seconds = session.seconds()
+    session.show(session.history.curve, now=True)
+    return session.history
+
+
+def _build_trainer(
+    spec: TrainerSpec, session: TrlSession, tokenizer: Any, rows: Sequence[Mapping[str, Any]],
+    validation_rows: Sequence[Mapping[str, Any]], compute: Compute, scratch: str,
+) -> Any:  # fmt: skip
+    from datasets import Dataset
+
+    params, model = session.params, session.model
+    assert isinstance(params, PreferenceParams)
+    arguments = training_arguments(params, compute, scratch, model.device.type, bool(validation_rows))
+    own = {
+        "report_to": "none",
+        "warmup_steps": params.warmup_ratio,
+        "max_steps": params.max_steps or -1,
+        "gradient_checkpointing": params.gradient_checkpointing,
+    }
+    trainer = _trainer_class(spec.trainer)(
+        model=model,
+        args=spec.config(**arguments | own | dict(spec.arguments)),
+        train_dataset=Dataset.from_list([{**row, "row": number} for number, row in enumerate(rows)]),
+        eval_dataset=Dataset.from_list([{**row, "row": -1} for row in validation_rows]) if validation_rows else None,
+        processing_class=tokenizer,
+        callbacks=[monitor(session)],
+        **spec.constructor,
+    )
+    if "ref" in getattr(model, "peft_config", {}):  # TRL's copy of the adapter: with the adapter off, the model is the reference already
+        model.delete_adapter("ref")
+    collate = trainer.data_collator
+    trainer.data_collator = lambda batch: _with_rows(collate(batch), batch)
+    return trainer
+
+
+def _with_rows(batch: Any, rows: Sequence[Mapping[str, Any]]) -> Any:
+    """The batch with the numbers of its rows, "rows" (rows) int64. That of an online method is the list of rows itself."""
+    import torch
+
+    return batch if isinstance(batch, list) else {**batch, "rows": torch.tensor([row["row"] for row in rows])}
+
+
+def _take_rows(inputs: Any) -> list[int]:
+    """Numbers of the rows in a batch; the batch is left as TRL made it."""
+    return [row["row"] for row in inputs] if isinstance(inputs, list) else [int(row) for row in inputs.pop("rows").tolist()]

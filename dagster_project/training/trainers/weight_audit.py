@@ -1,0 +1,189 @@
+"""What training did to the weights, and with which examples: the evidence that goes into the adapter's folder."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dagster_project.core.records import CheckResult
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import torch
+
+
+LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "safetensors")
+"""Libraries whose versions determine what a run computes."""
+
+
+@cache
+def seen_schema() -> pa.Schema:
+    """One example that was trained on, in the order seen."""
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            ("step", pa.int32()),  # optimizer step, from 1
+            ("epoch", pa.int32()),  # from 1
+            ("position", pa.int32()),  # place in the step, from 0
+            ("example_id", pa.string()),
+        ]
+    )
+
+
+def seen_examples(seen: Sequence[tuple[int, int, int]], example_ids: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+    """Rows of `seen_schema`.
+
+    Args:
+        seen: (step, epoch, row) of each row that went through a forward pass, in order.
+        example_ids: the examples in each row of the training split.
+
+    >>> [list(row.values()) for row in seen_examples([(1, 1, 1), (2, 1, 0)], [["a"], ["b", "c"]])]
+    [[1, 1, 0, 'b'], [1, 1, 1, 'c'], [2, 1, 0, 'a']]
+    """
+    found: list[dict[str, Any]] = []
+    step_before, position = 0, 0
+    for step, epoch, row in seen:
+        position = position if step == step_before else 0
+        step_before = step
+        for identity in example_ids[row]:
+            found.append({"step": step, "epoch": epoch, "position": position, "example_id": identity})
+            position += 1
+    return found
+
+
+def trainable(model: Any) -> dict[str, torch.Tensor]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def frozen(model: Any) -> dict[str, torch.Tensor]:
+    """All that the model stores and that must not learn: frozen parameters and stored buffers."""
+    learning = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) not in learning}
+
+
+def sha256_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and bytes, in the order of the names. One tensor at a time is brought to the CPU."""
+    import torch
+
+    whole = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return whole.hexdigest()
+
+
+def kind_of(name: str) -> str:
+    """Which group a parameter belongs to: the module it lies in, without its place in the model.
+
+    >>> kind_of("base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight")
+    'lora_A'
+    >>> kind_of("model.layers.3.input_layernorm.weight"), kind_of("model.layers.3.mlp.up_proj.bias")
+    ('input_layernorm', 'up_proj bias')
+    """
+    *path, last = [part for part in name.split(".") if not part.isdigit() and part not in {"default", "modules_to_save"}]
+    if last in {"weight", "bias"} and path:
+        return path[-1] if last == "weight" else f"{path[-1]} bias"
+    return last
+
+
+def before_training(model: Any, path: Path) -> None:
+    """Keep the trainable weights as they are now in a file: a second copy of a whole model may not fit into memory."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: parameter.detach().cpu().contiguous() for name, parameter in trainable(model).items()}, path)
+
+
+def movement(model: Any, before: Path) -> dict[str, dict[str, Any]]:
+    """How far each group of trainable weights has moved from where `before_training` saw it.
+
+    Returns:
+        Group -> {"tensors", "moved": how many of them changed, "norm_of_change": Euclidean norm over all of them}.
+    """
+    from safetensors import safe_open
+
+    groups: dict[str, list[float]] = {}
+    with safe_open(before, framework="pt") as stored:
+        for name, parameter in trainable(model).items():
+            change = parameter.detach().cpu().double() - stored.get_tensor(name).double()
+            groups.setdefault(kind_of(name), []).append(float(change.norm()))
+    return {
+        kind: {
+            "tensors": len(norms),
+            "moved": sum(norm > 0 for norm in norms),
+            "norm_of_change": float(f"{sum(norm**2 for norm in norms) ** 0.5:.6g}"),
+        }
+        for kind, norms in sorted(groups.items())
+    }
+
+
+def unmoved(groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Groups in which no weight learnt anything, or not a number was learnt."""
+    return [kind for kind, group in groups.items() if not group["norm_of_change"] > 0]
+
+
+def ranks(model: Any) -> dict[str, dict[str, int]]:
+    """AdaLoRA's ranks: module -> {"before": singular values it began with, "after": those that are not zero}. Empty for other methods."""
+    return {
+        name.removeprefix("base_model.model.").removesuffix(".lora_E.default"): {
+            "before": parameter.shape[0],
+            "after": int((parameter != 0).sum()),
+        }
+        for name, parameter in model.named_parameters()
+        if name.endswith(".lora_E.default")
+    }
+
+
+def versions(names: Iterable[str]) -> dict[str, str]:
+    """Versions of Python and of the libraries that decide what a run computes."""
+    import platform
+    from importlib.metadata import version
+
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+@dataclass(frozen=True)
+class WeightChange:
+    """What a training did to the weights."""
+
+    groups: dict[str, dict[str, Any]]
+    """Kind of trainable weight -> tensors, how many of them moved, norm of the change."""
+    frozen: dict[str, Any]
+    """Number of frozen tensors, and their sha256 before and after."""
+
+    def check(self) -> CheckResult:
+        """The check `trained_what_it_should`."""
+        still = unmoved(self.groups)
+        intact = self.frozen["sha256_before"] == self.frozen["sha256_after"]
+        wrong = [*([f"did not move: {', '.join(still)}"] if still else []), *([] if intact else ["a frozen weight changed"])]
+        moved = ", ".join(f"{kind}: {group['moved']} of {group['tensors']} moved" for kind, group in self.groups.items())
+        return CheckResult(
+            "trained_what_it_should",
+            passed=not wrong,
+            blocking=True,
+            count=len(still) + (not intact),
+            note="; ".join(wrong) or moved,
+        )
+
+
+class WeightAudit:
+    """A model's weights before a training, to compare with those after it."""
+
+    def __init__(self, model: Any, folder: Path) -> None:
+        """Args:
+        folder: for the trainable weights as they are now.
+        """
+        self.model, self.before = model, folder / "before.safetensors"
+        before_training(model, self.before)
+        self.frozen_before = sha256_of_tensors(frozen(model))
+
+    def change(self) -> WeightChange:
+        kept = frozen(self.model)
+        hashes = {"sha256_before": self.frozen_before, "sha256_after": sha256_of_tensors(kept)}
+        return WeightChange(movement(self.model, self.before), {"tensors": len(kept), **hashes})
