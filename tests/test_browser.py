@@ -112,33 +112,6 @@ def ui(_finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ui
             os.killpg(server.pid, signal.SIGKILL)
 
 
-def test_the_lineage_graph_has_named_groups_and_readable_keys(ui: Ui) -> None:
-    everything = f"Materialize all ({len(read_street(ui.root))})"
-    groups = ["1_inputs", "2_data", "3_training", "4_alignment", "5_evaluation", "6_release"]
-    said = ui.see("/asset-groups", *groups, everything, shot="lineage")
-    assert "definitions" not in said
-    left = [ui.page.get_by_text(group, exact=True).last.bounding_box()["x"] for group in groups]
-    assert left == sorted(left), "the groups stand in the order of the flow"
-    ui.page.get_by_text("3_training", exact=True).last.click()
-    ui.wait("tokenized", "adapter_lora", "merged_lora", shot="lineage-training")
-    said = ui.see("/assets", "adapter", "instructions", shot="catalog")
-    assert "Command, parameters and code of" not in said
-    said = ui.see(
-        "/locations/__repository__@pedigree/asset-groups/2_data/lineage", "raw_examples", "instructions", "splits", shot="lineage-data"
-    )
-    assert "Join the community" not in said
-
-
-def test_an_assets_page_links_its_pages_by_url_and_they_open(ui: Ui) -> None:
-    ui.see("/assets/instructions?view=overview", "report", "review", shot="links")
-    link = ui.page.locator("a[href*='/instructions/report.html']").first.get_attribute("href")
-    ui.page.goto(link)
-    assert ui.page.locator("h1").inner_text() == "instructions" and ui.page.locator("article.card").count()
-    ui.page.screenshot(path=SHOTS / "page-by-url.png")
-    ui.page.goto(f"{link.partition('/instructions')[0]}/instructions/")
-    ui.wait("report.html", "review.csv", shot="pages")
-
-
 def test_an_assets_page_tells_what_it_is_its_rows_its_version_and_its_commit(ui: Ui) -> None:
     state = read_street(ui.root)["instructions"]
     report = json.loads((ui.root / "data/reports/instructions.json").read_text())
