@@ -102,6 +102,7 @@ def ui(_finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ui
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
             page = browser.new_page(viewport={"width": 1600, "height": 1000})
+            page.set_default_timeout(120_000)  # a busy machine needs more than half a minute for a page
             yield Ui(root, url, page)
             browser.close()
     finally:

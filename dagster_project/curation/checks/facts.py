@@ -70,7 +70,7 @@ class Facts:
     transcripts: int = 0
     """Rows that quote a conversation ("Human: ... Assistant: ..."), which people do; a template's control tokens are another matter."""
     frames: int = 0
-    """Overlaps with held-out questions that consist of a common frame alone, and are no leaks."""
+    """Overlaps with held-out questions that share only a common frame, and are not leaks."""
 
 
 GROUPED = "grouped"
