@@ -49,7 +49,7 @@ SETTINGS_ORDER = (
 
 
 class TrainingParams(Section):
-    """What supervised and preference training have in common. Subclasses override types and defaults, and inherit descriptions."""
+    """What supervised and preference training have in common. Subclasses override types and defaults."""
 
     learning_rate: float = Field(default=5e-5, gt=0)
     """Peak learning rate."""
