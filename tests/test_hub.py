@@ -142,7 +142,7 @@ def hub() -> Iterator[Hub]:
 
 READ = """
 import json, sys
-from dagster_project.curation import hub
+from dagster_project.curation.sources import hub
 from dagster_project.core.errors import InputError
 found = []
 for source in json.loads(sys.argv[1]):

@@ -30,7 +30,7 @@ from dagster_project.core.params import Compute
 from dagster_project.training.inference.decoding import decode
 from dagster_project.training.trainers import ppo
 from dagster_project.training.trainers.checkpoint import Checkpoints
-from dagster_project.training.trainers.distributed import together
+from dagster_project.training.trainers.distributed import process_group
 from dagster_project.training.trainers.harness import Interrupted
 from dagster_project.training.trainers.weight_audit import sha256_of_tensors, trainable
 
@@ -527,7 +527,7 @@ def main() -> None:
         return small_letters(rows, texts)
 
     def shared() -> None:
-        with together(["", ""], partial(run, folder, tiny_model, "other", keep=False)):
+        with process_group(["", ""], partial(run, folder, tiny_model, "other", keep=False)):
             run(folder, tiny_model, "two")
 
     log = folder / "log"

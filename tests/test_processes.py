@@ -29,7 +29,7 @@ from dagster_project.core.records import read_table, write_table
 from dagster_project.pipeline import validate
 from dagster_project.stages import adapter
 from dagster_project.training.trainers import distributed
-from dagster_project.training.trainers.distributed import Place, claim_gpus, together
+from dagster_project.training.trainers.distributed import Place, claim_gpus, process_group
 from dagster_project.training.trainers.sft import steps
 
 PLAIN = {**RECIPE, "peft": {**RECIPE["peft"], "lora_dropout": 0.0}, "neftune_noise_alpha": None}
@@ -241,7 +241,7 @@ def run_out_of_memory() -> None:
 def test_processes_are_started_anew_meet_and_are_gone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     import torch
 
-    with together(["", ""], partial(count_and_leave, tmp_path)):
+    with process_group(["", ""], partial(count_and_leave, tmp_path)):
         assert distributed.place() == Place(0, 2)
         assert distributed.summed(torch.tensor([1.0])).tolist() == [3.0]
         [other] = [child for child in others() if "spawn_main" in " ".join(child.cmdline())]
@@ -258,7 +258,7 @@ def test_what_another_process_says_when_it_fails_is_said() -> None:
 
     with (
         pytest.raises(PedigreeError, match=re.escape("process 2 of 2 failed: training ran out of memory\nhint: lower it")),
-        together(["", ""], run_out_of_memory),
+        process_group(["", ""], run_out_of_memory),
     ):
         distributed.summed(torch.tensor([1.0]))
         distributed.summed(torch.tensor([1.0]))
