@@ -283,7 +283,7 @@ def test_a_method_that_takes_no_steps_is_refused(project: Path) -> None:
         values["adapter"]["x"] = {"method": "feature_extraction", "merge": False}
 
     edit_params(project, change)
-    with pytest.raises(InputError, match=re.escape("adapter.x trains by feature_extraction, which takes no steps to share")):
+    with pytest.raises(InputError, match=re.escape("adapter.x uses feature_extraction, which takes no optimizer steps to share")):
         validate(project)
 
 

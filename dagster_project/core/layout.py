@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+CODE = "dagster_project"
 REPORTS = "data/reports/"
 PLOTS = "data/plots/"
 
@@ -19,7 +20,8 @@ def is_report(path: str) -> bool:
 
 
 def is_code(path: str) -> bool:
-    return path.endswith(".py")
+    """Whether a dependency is code: a module, or a folder of the package as a whole."""
+    return path.endswith(".py") or path.split("/")[0] == CODE
 
 
 def pages_of(root: Path, address: str) -> Path:

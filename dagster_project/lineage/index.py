@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_bytes
-from dagster_project.core.layout import PLOTS, REPORTS
+from dagster_project.core.layout import PLOTS, REPORTS, is_code
 from dagster_project.lineage.history import LOCK, Objects, blobs, history, stages_of
 
 if TYPE_CHECKING:
@@ -591,7 +591,7 @@ def output(stage: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def is_input(path: str) -> bool:
     """Whether a dependency is data: neither code nor what another stage tells of its output."""
-    return not path.endswith(".py") and not path.startswith(REPORTS)
+    return not is_code(path) and not path.startswith(REPORTS)
 
 
 def _reads(stage: Mapping[str, Any], outs: Mapping[str, str]) -> list[tuple[str, str, str]]:

@@ -15,6 +15,7 @@ from dagster_project.core.git import git
 from dagster_project.core.hashing import md5_of_bytes, md5_of_folder
 from dagster_project.core.layout import REPORTS
 from dagster_project.core.text import commit_text
+from dagster_project.lineage.code import code_in
 from dagster_project.lineage.history import LOCK, Revision, blobs, commit_of, is_there, listing_of
 from dagster_project.lineage.index import EVIDENCE, WEIGHTS, Index, Made, is_input
 
@@ -216,39 +217,15 @@ def _code(index: Index, made: Made) -> dict[str, Any]:
     """The code that first made these bytes, and whether the commit that recorded them holds it.
 
     Returns:
-        {"commit", "clean", "files": {path: md5}}; also "differs" (paths that the commit holds otherwise), "made_again" (a later commit, where other code
+        {"commit", "clean", "files": {path: md5}} as `code_in` gives them; also "differs" (paths that the commit holds otherwise), "made_again" (a later commit, where other code
         made the same bytes) and "after" (the commit that the uncommitted work stands on), where they apply.
     """
     first = index.makers[made.md5][0]
-    stages = [index.stage(one) for one in _flow(index, first)]
-    files = dict(
-        sorted((dep["path"], dep.get("md5", "")) for stage in stages for dep in stage.get("deps", []) if dep["path"].endswith(".py"))
-    )
-    again = {"made_again": made.commit} if made.commit not in {None, first.commit} else {}
+    files, differs = code_in(index.root, first.commit, [index.stage(one) for one in _flow(index, first)])
     if first.commit is None:
         return {**_dated(index, made), "clean": False, "after": commit_of(index.root, "HEAD"), "files": files}
-    held = blobs(index.root, [f"{first.commit}:./{path}" for path in [*files, "params.yaml"]])
-    differs = [path for path, md5 in files.items() if md5_of_bytes(held.get(f"{first.commit}:./{path}", b"")) != md5]
-    recorded = {key: value for stage in stages for key, value in (stage.get("params", {}).get("params.yaml") or {}).items()}
-    if not _holds(held.get(f"{first.commit}:./params.yaml", b""), recorded):
-        differs.append("params.yaml")
+    again = {"made_again": made.commit} if made.commit not in {None, first.commit} else {}
     return {**_dated(index, made), "clean": not differs, **({"differs": differs} if differs else {}), **again, "files": files}
-
-
-def _holds(params: bytes, recorded: Mapping[str, Any]) -> bool:
-    """Does a params.yaml say what was recorded, by dotted names?"""
-    from ruamel.yaml import YAML
-
-    if not recorded:
-        return True
-    values = YAML(typ="safe").load(params.decode()) or {}
-    for key, value in recorded.items():
-        found: Any = values
-        for part in key.split("."):
-            found = found.get(part) if isinstance(found, dict) else None
-        if found != value:
-            return False
-    return True
 
 
 def _stage(index: Index, made: Made, report: Mapping[str, Any], names: Mapping[tuple[str, str], str]) -> dict[str, Any]:

@@ -1,0 +1,75 @@
+"""The code that made an output is named file by file, although dvc.lock has one hash for a folder."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+from conftest import run
+from dvc.repo import Repo
+
+from dagster_project.lineage.code import code_in
+
+FOLDER = "dagster_project/core"
+
+
+def md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def commit(root: Path) -> str:
+    for command in (["git", "add", "-A"], ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "x"]):
+        assert run(command, root).returncode == 0
+    return run(["git", "rev-parse", "HEAD"], root).stdout.strip()
+
+
+def recorded(root: Path) -> list[dict]:
+    """What DVC itself records of the folder and a module, as an entry of dvc.lock."""
+    (root / "dvc.yaml").write_text(f"stages: {{s: {{cmd: 'true', deps: [{FOLDER}, dagster_project/stages/s.py]}}}}\n")
+    (dep, module) = Repo(root).stage.collect("s")[0].deps
+    return [{"deps": [{"path": one.def_path, "md5": one.get_hash().value} for one in (dep, module)]}]
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)  # DVC looks up a stage in the working folder
+    for name in ("a.py", "inner/b.py", "__pycache__/a.pyc", "__pycache__/a.nbi"):
+        (tmp_path / FOLDER / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / FOLDER / name).write_text(name)
+    (tmp_path / "dagster_project/stages").mkdir()
+    (tmp_path / "dagster_project/stages/s.py").write_text("s")
+    (tmp_path / ".gitignore").write_text("__pycache__/\n")
+    (tmp_path / ".dvcignore").write_text("__pycache__\n")
+    assert run(["git", "init", "-q"], tmp_path).returncode == 0
+    assert run(["dvc", "init", "-q"], tmp_path).returncode == 0
+    return tmp_path
+
+
+def test_committed_code_is_listed_file_by_file(root: Path) -> None:
+    stages, sha = recorded(root), commit(root)
+    expected = {name: md5(root / name) for name in (f"{FOLDER}/a.py", f"{FOLDER}/inner/b.py", "dagster_project/stages/s.py")}
+    assert code_in(root, sha, stages) == (expected, [])
+    (root / FOLDER / "a.py").write_text("edited since")  # the workspace does not matter for what is committed
+    assert code_in(root, sha, stages) == (expected, [])
+
+
+def test_uncommitted_code_is_named_by_the_files_that_differ(root: Path) -> None:
+    sha = commit(root)
+    (root / FOLDER / "a.py").write_text("edited")
+    (root / FOLDER / "new.py").write_text("new")
+    (root / FOLDER / "inner/b.py").unlink()
+    stages = recorded(root)
+    files, differs = code_in(root, sha, stages)
+    assert files == {name: md5(root / name) for name in (f"{FOLDER}/a.py", f"{FOLDER}/new.py", "dagster_project/stages/s.py")}
+    assert differs == [f"{FOLDER}/a.py", f"{FOLDER}/inner/b.py", f"{FOLDER}/new.py"]
+    assert code_in(root, None, stages) == (files, [])
+
+
+def test_code_that_is_nowhere_any_more_is_named_by_its_folder(root: Path) -> None:
+    sha = commit(root)
+    (root / FOLDER / "a.py").write_text("edited")
+    stages = recorded(root)
+    (root / FOLDER / "a.py").write_text("edited again")
+    files, differs = code_in(root, sha, stages)
+    assert files[FOLDER].endswith(".dir") and FOLDER in differs
