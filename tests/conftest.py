@@ -190,7 +190,7 @@ def quick(folder: Path, model: Path) -> Path:
     shutil.copytree(model, folder / "models" / "tiny")
 
     def change(values: dict[str, Any]) -> None:
-        values["base_model"] = {"folder": "models/tiny", "licence": "Apache-2.0", "dtype": "float32"}
+        values["base_model"] = {"folder": "models/tiny", "license": "Apache-2.0", "dtype": "float32"}
         values["raw_examples"]["limit"] = 40
         values["raw_preferences"]["limit"] = 140  # the first 96 are those of test
         values["tokenized"]["max_length"] = 1024

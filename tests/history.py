@@ -87,7 +87,7 @@ class Project:
         }
         ledger = [{"source": s, "source_row": i, "example_id": identity(t), "outcome": sp, "why": ""} for t, sp, s, i in numbered]
         files["ledger.parquet"] = table(ledger, ledger_schema())
-        told = {name: {"rows": n, "format": "text", "licence": "MIT", "sha256": hashlib.sha256(f"{name}{rows}".encode()).hexdigest()}
+        told = {name: {"rows": n, "format": "text", "license": "MIT", "sha256": hashlib.sha256(f"{name}{rows}".encode()).hexdigest()}
                 for name in sorted({source for _, _, source in rows}) for n in [sum(s == name for _, _, s in rows)]}  # fmt: skip
         report = self._report("splits", {"passed": True, "sources": told})
         return {"splits": entry("splits", {"data/sources": md5(str(rows).encode()) + ".dir"}, self.put(files), report)}

@@ -22,7 +22,7 @@ def test_an_audit_names_every_source_with_its_hash_and_every_stage_before_the_mo
     assert list(found["stages"]) == ["base_model", "raw_examples", "instructions", "splits", "tokenized", "adapter@lora", "merged@lora"]
     for path, source in found["sources"].items():
         assert source["sha256"] == hashlib.sha256((finished / path).read_bytes()).hexdigest()
-        assert source["licence"] == "Apache-2.0"
+        assert source["license"] == "Apache-2.0"
     assert found["model"]["md5"] in {out["md5"] for out in lock["merged@lora"]["outs"]}
     assert found["stages"]["merged@lora"]["parents"] == ["base_model", "adapter@lora"]
     assert found["parameters"]["adapter.lora"]["max_steps"] == 8

@@ -17,7 +17,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.records import Report
 from dagster_project.stages import base_model
 
-FOLDER: dict[str, Any] = {"folder": "models/tiny", "licence": "Apache-2.0"}
+FOLDER: dict[str, Any] = {"folder": "models/tiny", "license": "Apache-2.0"}
 
 
 def sha256(path: Path) -> str:
@@ -50,7 +50,7 @@ def test_a_folder_becomes_a_model_whose_every_file_is_in_the_report(root: Path) 
     out = root / "data" / "base_model"
     assert report.metrics["sha256"] == {f.relative_to(out).as_posix(): sha256(f) for f in out.rglob("*") if f.is_file()}
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= set(report.metrics["sha256"])
-    assert (report.metrics["origin"], report.metrics["licence"]) == ("models/tiny", "Apache-2.0")
+    assert (report.metrics["origin"], report.metrics["license"]) == ("models/tiny", "Apache-2.0")
 
 
 def test_whether_a_run_was_offline_leaves_no_trace(root: Path) -> None:

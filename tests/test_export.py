@@ -79,10 +79,10 @@ def test_the_papers_of_an_aligned_model_name_its_preferences_and_every_run_what_
     assert source in read["raw_preferences"] and source not in read["raw_examples"]
 
 
-def test_what_is_on_the_hub_is_linked_and_a_licence_of_ones_own_has_its_name(finished: Path) -> None:
+def test_what_is_on_the_hub_is_linked_and_a_license_of_ones_own_has_its_name(finished: Path) -> None:
     reports = reports_of(finished, ["base_model", "raw_examples", "adapter@lora"])
-    reports["base_model"] |= {"origin": f"org/base@{'0' * 40}", "licence": "House rules 2"}
-    reports["raw_examples"]["sources"]["org/set"] = {"rows": 1, "format": "messages", "licence": "MIT", "sha256": "0", "hub": "org/set"}
+    reports["base_model"] |= {"origin": f"org/base@{'0' * 40}", "license": "House rules 2"}
+    reports["raw_examples"]["sources"]["org/set"] = {"rows": 1, "format": "messages", "license": "MIT", "sha256": "0", "hub": "org/set"}
     data = ModelCard(model_card(from_reports("adapter@lora", reports))).data
     assert (data.base_model, data.datasets, data.license, data.license_name) == ("org/base", ["org/set"], "other", "House rules 2")
     assert data.eval_results is None and "It was not evaluated." in model_card(from_reports("adapter@lora", reports))

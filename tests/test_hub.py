@@ -338,7 +338,7 @@ def test_splits_of_the_hub_are_sources_like_any_other(hub: Hub, tmp_path: Path) 
 
     (tmp_path / "data/sources").mkdir(parents=True)
     (tmp_path / "data/sources/a.jsonl").write_bytes(lines(PAIRS[0]))
-    on_hub = {"hub": NAME, "revision": OLD, "licence": "MIT"}
+    on_hub = {"hub": NAME, "revision": OLD, "license": "MIT"}
     values = {"sources": [{**on_hub, "split": "train"}, {"path": "data/sources/a.jsonl"}, {**on_hub, "split": "test"}], "limit": 3}
     sources = run(hub, tmp_path, STAGE, values)["sources"]
     train, test = "hub:org/name@aaaaaaaaaaaa/train", "hub:org/name@aaaaaaaaaaaa/test"
@@ -351,7 +351,7 @@ def test_splits_of_the_hub_are_sources_like_any_other(hub: Hub, tmp_path: Path) 
         "hub": NAME,
         "revision": OLD,
         "split": "train",
-        "licence": "MIT",
+        "license": "MIT",
     }
     ledger = [(row["source"], row["source_row"]) for row in read_ledger(tmp_path / "out")]
     assert ledger == [(train, 0), (train, 1), (train, 2), ("data/sources/a.jsonl", 0), (test, 0), (test, 1)]

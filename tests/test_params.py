@@ -36,7 +36,20 @@ def test_an_unknown_key_is_refused_and_the_known_ones_listed() -> None:
 def test_an_unknown_key_deeper_down_is_answered_with_the_keys_of_that_place() -> None:
     error = refused(parse, raw_examples.Params, {"sources": [{"path": "a.jsonl", "licens": "MIT"}]}, "raw_examples")
     assert error.what == "params.yaml: raw_examples.sources.0.licens: unknown key"
-    assert "licence" in error.hint
+    assert "license" in error.hint
+
+
+def test_the_old_spelling_of_license_is_accepted_with_one_hint(caplog: pytest.LogCaptureFixture) -> None:
+    params._hint_at_license.cache_clear()
+    sources = [{"path": f"{name}.jsonl", "licence": "MIT"} for name in "ab"]
+    found = parse(raw_examples.Params, {"sources": sources}, "raw_examples")
+    assert [source.license for source in found.sources] == ["MIT", "MIT"]
+    assert [record.getMessage() for record in caplog.records] == ["params.yaml: the key `licence` is now `license`; write `license`"]
+
+
+def test_both_spellings_of_license_at_once_are_refused() -> None:
+    both = {"sources": [{"path": "a.jsonl", "licence": "MIT", "license": "CC0-1.0"}]}
+    assert "licence: unknown key" in refused(parse, raw_examples.Params, both, "raw_examples").what
 
 
 @pytest.mark.parametrize("value", ["3", 3.5, None, True, [3]])

@@ -147,7 +147,7 @@ def test_ranked_siblings_of_real_trees_are_pairs(tmp_path: Path) -> None:
     trees = (SHARED / "oasst_en_100_tree.jsonl").read_text(encoding="utf-8").splitlines()
     report = read(tmp_path, *trees)
     assert report.metrics["sources"]["data/sources/p.jsonl"] | {"sha256": ""} == {
-        "format": "oasst", "rows": 100, "pairs": 429, "licence": "unknown", "sha256": ""
+        "format": "oasst", "rows": 100, "pairs": 429, "license": "unknown", "sha256": ""
     }  # fmt: skip
     assert all(pair["margin"] >= 1 for pair in read_pairs(tmp_path / "raw") if pair["chosen"])
 

@@ -63,10 +63,10 @@ def test_every_row_is_a_record_and_a_line_of_the_ledger_in_the_same_order(root: 
 
 
 def test_the_report_says_what_each_source_is(root: Path) -> None:
-    report = read(root, {"path": "data/sources/a.jsonl", "licence": "MIT", "origin": "a friend"})
+    report = read(root, {"path": "data/sources/a.jsonl", "license": "MIT", "origin": "a friend"})
     digest = hashlib.sha256((root / "data/sources/a.jsonl").read_bytes()).hexdigest()
     assert report.metrics["sources"] == {
-        "data/sources/a.jsonl": {"format": "prompt_completion", "rows": 2, "sha256": digest, "licence": "MIT", "origin": "a friend"}
+        "data/sources/a.jsonl": {"format": "prompt_completion", "rows": 2, "sha256": digest, "license": "MIT", "origin": "a friend"}
     }
 
 

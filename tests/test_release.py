@@ -92,7 +92,7 @@ def test_a_release_carries_the_card_and_audit_of_its_own_variant_alone(tiny_mode
         folder.mkdir()
         (folder / "training.json").write_text(json.dumps({"stage": name}))
     reports: dict[str, dict[str, Any]] = {
-        "base_model": {"origin": "org/base", "licence": "Apache-2.0"},
+        "base_model": {"origin": "org/base", "license": "Apache-2.0"},
         "raw_examples": {"sources": {"data/sources/a.jsonl": {"rows": 9, "format": "messages", "licence": "MIT", "sha256": "0" * 64}}},
         "adapter@lora": {"environment": {"peft": "1"}, "steps": 3, "method": "lora"},
         "adapter@dora": {"environment": {"peft": "1"}, "steps": 5, "method": "dora"},
@@ -105,7 +105,11 @@ def test_a_release_carries_the_card_and_audit_of_its_own_variant_alone(tiny_mode
     release.produce(Params(), Compute(threads=1), tmp_path / "comparison", {"lora": tiny_model}, trained, reports, tmp_path / "release")
     card = ModelCard((tmp_path / "release/README.md").read_text())
     assert [(one.metric_type, one.metric_value) for one in card.data.eval_results] == [("macro_f1", 0.8)]
-    assert card.data.tags == ["lora", "pedigree"] and "data/sources/a.jsonl" in card.text and "It is worth it." in card.text
+    assert (
+        card.data.tags == ["lora", "pedigree"]
+        and "| data/sources/a.jsonl | 9 | messages | MIT |" in card.text
+        and "It is worth it." in card.text
+    )
     found = json.loads((tmp_path / "release/audit/audit.json").read_text())
     assert list(found["stages"]) == ["base_model", "raw_examples", "adapter@lora"] and found["training"]["steps"] == 3
     assert [path.parent.name for path in (tmp_path / "release/audit").rglob("training.json")] == ["adapter_lora"]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, Tag, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, Tag, ValidationError, model_validator
 
 from dagster_project.core.errors import InputError
+
+log = logging.getLogger("pedigree")
 
 
 class Section(BaseModel):
@@ -16,17 +20,38 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
+class Licensed(Section):
+    """A section with a key `license`. Files of earlier versions spell it `licence`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_licence(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "licence" not in values or "license" in values:
+            return values
+        _hint_at_license()
+        return {"license" if key == "licence" else key: value for key, value in values.items()}
+
+
+@cache
+def _hint_at_license() -> None:
+    """One line per process, however many sections use the old key."""
+    log.warning("params.yaml: the key `licence` is now `license`; write `license`")
+
+
 class Compute(Section):
-    """Section `compute`: what makes two runs the same run. Part of the identity of every model."""
+    """What makes two runs the same run. Every value is part of a model's identity."""
 
     seed: int = 7
-    """Seed of every random choice: splits, initial adapter weights, dropout, bootstrap."""
+    """Seed of every random choice: splits, initial adapter weights, dropout, sampling, bootstrap."""
     threads: int = 2
-    """CPU threads for torch. Another number gives other bits, so it is a parameter and not a guess."""
+    """CPU threads that torch uses. Part of a model's identity, because another number of threads gives different
+    bits."""
     dtype: str = "auto"
-    """"auto" (bfloat16 where the hardware multiplies it natively, else float32), "bfloat16" or "float32"."""
+    """Number format of the computation. `auto` is bfloat16 where the hardware multiplies it natively (AMX, AVX512-BF16,
+    GPUs from Ampere on), otherwise float32; GPUs before Ampere (Turing, Volta) have no native bfloat16."""
     processes: int = Field(default=1, ge=1)
-    """Processes that share the passes of each training step, one GPU each. On a CPU each has its own `threads`."""
+    """Processes that train one adapter together, one GPU each; on a CPU each process uses its own `threads`. An
+    optimizer step then covers this many times more rows. See docs/methods.md."""
 
 
 S = TypeVar("S", bound=Section)

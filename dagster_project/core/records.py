@@ -213,6 +213,11 @@ def read_ledger(folder: Path) -> list[dict[str, Any]]:
     return read_table(folder / "ledger.parquet")
 
 
+def with_license(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a report says of a source or a base model, under today's key: reports of earlier versions have `licence`."""
+    return {"license" if key == "licence" else key: value for key, value in facts.items()}
+
+
 @dataclass(frozen=True)
 class CheckResult:
     """One check of a stage: the truth it looked at and the rows that broke it."""

@@ -53,18 +53,20 @@ def _form(value: Any) -> str:
 
 
 class Settings(Section):
-    """Section `evaluation`: the same for every variant, so that scores compare."""
+    """How answers are scored, the same for every variant. See docs/evaluation.md."""
 
     task: Annotated[Annotated[Task, Tag(f"{TAG}fields")] | Annotated[LabelTask, Tag(f"{TAG}labels")], Discriminator(_form)] | None = None
-    """What a right answer looks like: a JSON object, or a label. null, or a test split without such answers: answers are free text."""
+    """What a correct answer looks like: a label (`labels`), or one JSON object (`fields` and `score`). null, or no test
+    example with such an answer: answers are free text."""
     metrics: list[str] = []
-    """Measures of your own, `file.function` of a file in data/metrics/."""
+    """Measures of your own: `file.function` of a Python file in data/metrics/."""
     max_examples: int = Field(default=200, ge=1)
-    """Test examples that are answered, at most; chosen by content, so that every system and every run answers the same. Perplexity is of all."""
+    """Most test examples that are answered, chosen by content, so that every system and every run answers the same
+    ones. Perplexity covers all test examples."""
     benchmarks: list[str] = []
-    """Multiple-choice files, to see whether tuning made the model forget."""
+    """Multiple-choice files in data/sources/benchmarks/, to measure what tuning made the model forget."""
     forgetting: float = Field(default=0.05, ge=0, le=1)
-    """Accuracy on these that tuning may cost: `comparison` warns beyond it."""
+    """Loss of accuracy on the benchmarks above which `comparison` warns."""
     max_new_tokens: int = Field(default=48, ge=1)
     """Longest answer, in tokens."""
     batch_size: int = Field(default=40, ge=1)

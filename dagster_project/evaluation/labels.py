@@ -30,7 +30,7 @@ class LabelTask(Section):
     """The whole response is one label, and nothing else."""
 
     labels: Literal["auto"] | list[str] = Field()
-    """The labels; "auto" is every different response of the training split."""
+    """The labels, as a list, e.g. `[ham, spam]`. `auto`: every distinct response of the training split."""
 
     @field_validator("labels", mode="before")
     @classmethod

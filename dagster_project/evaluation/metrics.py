@@ -24,9 +24,9 @@ class Task(Section):
     """What a right answer looks like: one JSON object with these fields."""
 
     fields: dict[str, list[str]] = Field(min_length=1)
-    """Field -> the values it may have; an empty list allows any text."""
+    """Field -> allowed values. An empty list allows any text."""
     score: str
-    """The field whose value is the label."""
+    """The field whose value is the label. It must be one of `fields` and list its values."""
 
     @model_validator(mode="after")
     def _labels_exist(self) -> Task:

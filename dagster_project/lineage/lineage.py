@@ -14,6 +14,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.git import git
 from dagster_project.core.hashing import md5_of_bytes, md5_of_folder
 from dagster_project.core.layout import REPORTS
+from dagster_project.core.records import with_license
 from dagster_project.core.text import commit_text
 from dagster_project.lineage.code import code_in
 from dagster_project.lineage.history import LOCK, Revision, blobs, commit_of, is_there, listing_of
@@ -22,7 +23,7 @@ from dagster_project.lineage.index import EVIDENCE, WEIGHTS, Index, Made, is_inp
 if TYPE_CHECKING:
     import pyarrow as pa
 
-ORIGIN = ("origin", "revision", "licence", "parameters", "sha256")
+ORIGIN = ("origin", "revision", "license", "parameters", "sha256")
 """What a report says of weights that came from elsewhere."""
 NO_FIGURES = {"checks", "environment", "passed", "output_sha256"}
 
@@ -161,7 +162,7 @@ def document(subject: Subject) -> dict[str, Any]:
     """The lineage of one output.
 
     Returns:
-        "model"; "sources" with sha256, rows, licence and what became of the rows; "base_model"; "stages" in flow order, each with its output's hash,
+        "model"; "sources" with sha256, rows, license and what became of the rows; "base_model"; "stages" in flow order, each with its output's hash,
         inputs, rows and checks; "records" it learnt from; "parents", the models it was made from; "parameters" as they were recorded; "waivers";
         "chat_template"; "code" with commit and file hashes; "environment"; "metrics"; "missing" outputs, for which something is unknown; "shallow".
     """
@@ -173,7 +174,7 @@ def document(subject: Subject) -> dict[str, Any]:
     }
     ledgers = {one: _ledger(index, one) for one in street if not one.weights}
     records, missing = trained_on(subject)
-    sources = {name: dict(facts) for report in reports.values() for name, facts in report.get("sources", {}).items()}
+    sources = {name: with_license(facts) for report in reports.values() for name, facts in report.get("sources", {}).items()}
     for name, facts in sources.items():
         facts["outcomes"] = {
             names[one.path, one.md5]: counts
@@ -183,7 +184,7 @@ def document(subject: Subject) -> dict[str, Any]:
     return {
         "model": {"stage": made.address, "path": made.path, "md5": made.md5},
         "sources": sources,
-        "base_model": next(({key: r[key] for key in ORIGIN if key in r} for r in reports.values() if {"origin", "sha256"} <= r.keys()), {}),
+        "base_model": next((_origin(r) for r in reports.values() if {"origin", "sha256"} <= r.keys()), {}),
         "stages": {names[one.path, one.md5]: _stage(index, one, reports[one], names) for one in street},
         "records": _counted(records),
         "parents": [{"stage": one.address, "path": one.path, "md5": one.md5, **_dated(index, one)} for one in subject.models[:-1]],
@@ -196,6 +197,11 @@ def document(subject: Subject) -> dict[str, Any]:
         "missing": missing,
         "shallow": index.history.shallow,
     }
+
+
+def _origin(report: Mapping[str, Any]) -> dict[str, Any]:
+    facts = with_license(report)
+    return {key: facts[key] for key in ORIGIN if key in facts}
 
 
 def _names(street: Iterable[Made]) -> dict[tuple[str, str], str]:
@@ -412,7 +418,7 @@ def as_text(found: dict[str, Any]) -> str:
     if found["base_model"]:
         base = found["base_model"]
         lines += [
-            f"base model {base['origin']}, {base.get('licence', 'unknown')}, sha256 {base['sha256'].get('model.safetensors', '')[:16]}"
+            f"base model {base['origin']}, {base.get('license', 'unknown')}, sha256 {base['sha256'].get('model.safetensors', '')[:16]}"
         ]
     lines += [f"made from  {one['stage']}  md5 {one['md5']}" for one in found["parents"]]
     lines += [f"learnt by  {line}" for line in told_records(found)]
@@ -423,7 +429,7 @@ def as_text(found: dict[str, Any]) -> str:
     lines += ["", "sources"]
     for path, source in found["sources"].items():
         origin = f", {source['origin']}" if source.get("origin") else ""
-        lines.append(f"  {path}  {source['rows']} rows, {source['format']}, {source['licence']}{origin}, sha256 {source['sha256'][:16]}")
+        lines.append(f"  {path}  {source['rows']} rows, {source['format']}, {source['license']}{origin}, sha256 {source['sha256'][:16]}")
         if flow := "; ".join(f"{stage}: {_told(outcomes)}" for stage, outcomes in source["outcomes"].items()):
             lines.append(f"    {flow}")
     lines += ["", "stages"]

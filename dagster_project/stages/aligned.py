@@ -51,18 +51,22 @@ ASKED_AT_ONCE = 16
 
 
 class Params(PreferenceParams):
+    """One entry per variant; no adapter may have its name. The name becomes `aligned@NAME`, `merged_aligned@NAME` and
+    `evaluation_aligned@NAME`. `aligned: {}` for none. See docs/alignment.md."""
+
     method: preference.Method
-    """dpo, kto, rloo, grpo or ppo."""
+    """The alignment method."""
     adapter: str = Field(pattern=r"^[\w-]+$")
-    """The SFT variant it starts from, and is held to; one that is merged."""
+    """Name of the SFT variant that training starts from and uses as its reference. It must be merged."""
     options: dict[str, Any] = {}
-    """The method's own keys."""
+    """The method's own keys, listed below."""
     peft: dict[str, Any] = {}
-    """Keys of LoRA for the fresh adapter, as PEFT names them."""
+    """Keys of LoRA for the new adapter, as PEFT names them."""
     rewards: dict[str, float] = {MODEL: 1.0}
-    """What online methods are rewarded for, each with its weight: reward_model, valid_json, distinct, brief."""
+    """Rewards of online methods, each with its weight: reward_model; valid_json, 1 for an answer that is JSON;
+    distinct, the share of three-word runs that are not repeated; brief, falling from 1 to 0 at a hundred words."""
     samples: int = Field(default=64, ge=1)
-    """Held-out prompts that are answered before and after."""
+    """Held-out prompts that are answered before and after training."""
     max_new_tokens: int = Field(default=96, ge=1)
     """Longest of these answers, in tokens."""
 

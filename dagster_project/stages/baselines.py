@@ -18,14 +18,17 @@ from dagster_project.evaluation.retention import accuracies, ask, read_benchmark
 
 
 class Params(Section):
+    """What the untuned model reaches with prompts alone. See docs/evaluation.md."""
+
     few_shot: int = Field(default=8, ge=1)
     """Worked examples in the prompt, the same for every question."""
     retrieved: int = Field(default=4, ge=1)
-    """Worked examples in the prompt, those most similar to the question."""
+    """Worked examples in the prompt, those most similar to the question (BM25)."""
     system_prompt: str | None = None
-    """What the base model is told. null: the task with every allowed value or label, and nothing where answers are free text."""
+    """System prompt of the base model. null: the task with every allowed value or label; none for free text, which then
+    has no baseline of this name."""
     thinking_tokens: int = Field(default=64, ge=1)
-    """Room to think step by step before the answer, in tokens."""
+    """Tokens for step-by-step reasoning before the answer. The last line is the answer."""
 
 
 def validate(params: Params, ctx: ValidationContext) -> None:

@@ -31,12 +31,15 @@ CHECK_DESCRIPTIONS = {**{name: check.truth for name, check in EXAMPLE_CHECKS.ite
 
 
 class Params(Rules):
+    """How strictly the instruction set is checked. See docs/checks.md."""
+
     benchmarks: list[str] = []
-    """Files of questions inside data/sources/benchmarks/ that must not be trained on."""
+    """Files inside data/sources/benchmarks/ with questions that must not be trained on."""
     review: str | None = None
-    """CSV file inside data/sources/review/ in which people decide about rows that no rule can judge."""
+    """CSV file inside data/sources/review/ with people's decisions on rows that no rule can judge. See
+    docs/checks.md."""
     expectations: str | None = None
-    """Great Expectations suite inside data/expectations/: what a data owner expects of the set as a whole."""
+    """Great Expectations suite inside data/expectations/: what the data owner expects of the whole set."""
 
 
 def validate(params: Params, ctx: ValidationContext) -> None:

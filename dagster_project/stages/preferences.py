@@ -45,16 +45,21 @@ CHECK_DESCRIPTIONS = {
 
 
 class Params(Rules):
+    """How strictly preference pairs are checked, and how they are split. See docs/checks.md and docs/splits.md."""
+
     max_tokens: int = Field(default=1024, ge=16, alias="max_length")
-    """Tokens of the prompt and the longer response, as the base model's chat template writes them. Longer pairs are dropped and counted."""
+    """Tokens that the prompt and the longer response may have together, in the base model's chat template. Longer pairs
+    are dropped and counted as `too_long`, because trainers would truncate them without a message. `policy: {too_long:
+    warn}` keeps them."""
     test: float = Field(default=0.2, ge=0, lt=1)
-    """Share of each category's pairs that is held out and never trained on, where no label of the source decides."""
+    """Share of each category's pairs that is held out and never trained on, unless the source labels its splits."""
     validation: float = Field(default=0.1, ge=0, lt=1)
-    """Share that training watches but does not learn from."""
+    """Share of pairs that training measures its loss on but does not learn from."""
     benchmarks: list[str] = []
-    """Files of questions inside data/sources/benchmarks/ that must not be trained on."""
+    """Files inside data/sources/benchmarks/ with questions that must not be trained on."""
     review: str | None = None
-    """CSV file inside data/sources/review/ in which people decide about pairs that no rule can judge."""
+    """CSV file inside data/sources/review/ with people's decisions on pairs that no rule can judge. See
+    docs/checks.md."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Params:

@@ -13,8 +13,10 @@ from dagster_project.curation.sources.reading import Reading, Source, locate_sou
 
 
 class Params(Reading):
+    """The examples to learn from. See docs/sources.md."""
+
     sources: list[Source] = Field(min_length=1)
-    """The files, folders and data sets to learn from, in order."""
+    """Files, folders and data sets on the Hub, in order."""
 
 
 def validate(params: Params, ctx: ValidationContext) -> None:

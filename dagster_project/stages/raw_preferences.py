@@ -13,8 +13,10 @@ from dagster_project.curation.sources.reading import PairSource, Reading, locate
 
 
 class Params(Reading):
+    """Pairs of a better and a worse answer. See docs/sources.md."""
+
     sources: list[PairSource] = []
-    """The files, folders and data sets of preferences, in order. None is an empty set: a project need not have any."""
+    """Files, folders and data sets on the Hub, in order. An empty list means a project without preferences."""
 
 
 def validate(params: Params, ctx: ValidationContext) -> None:

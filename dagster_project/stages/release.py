@@ -42,15 +42,18 @@ class Waiver(Exemption):
     """A check that may fail, because somebody says why."""
 
     check: Literal["better_than_baselines", "kept_its_knowledge", "test_is_unseen", "loads_in_transformers"]
+    """Name of the check."""
 
 
 class Params(Section):
+    """Which variant is released, and what it must fulfill. See docs/checks.md and docs/evaluation.md."""
+
     variant: str = AUTO
-    """What is released: auto (what `comparison` recommends), or a variant by its name."""
+    """The variant to release, by name. `auto`: the one that `comparison` recommends."""
     max_forgetting: float = Field(default=0.05, ge=0, le=1)
-    """Most that accuracy on the benchmarks may fall below the base model's."""
+    """Largest allowed loss of accuracy on the benchmarks, compared with the base model."""
     waivers: list[Waiver] = []
-    """Checks that may fail."""
+    """Checks that may fail, each with a reason and an expiry date. See docs/checks.md."""
 
 
 def validate(params: Params, ctx: ValidationContext) -> None:

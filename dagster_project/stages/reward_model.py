@@ -46,18 +46,23 @@ CURVE = ("loss", "accuracy", "margin", "learning_rate", "grad_norm")
 
 
 class Params(PreferenceParams):
+    """How the reward model is trained on preference pairs. See docs/alignment.md."""
+
     model: str = Field(pattern=r"^(base_model|merged/[\w-]+)$")
-    """What it is made from: `merged/NAME`, the model of an SFT variant, or `base_model`."""
+    """The model to start from: `base_model`, or `merged/NAME`, the model of an SFT variant."""
     method: Literal["lora", "full"] = "lora"
-    """Learn an adapter and the output layer, which are then merged; or every weight."""
+    """`lora` trains an adapter and the output layer, and merges them. `full` trains every weight."""
     peft: dict[str, Any] = {}
     """Keys of LoRA, as PEFT names them."""
     margins: bool = False
-    """Let the rewards of a pair differ by its `margin` at least (Touvron et al. 2023, arXiv 2307.09288, eq. 2). Every pair needs one."""
+    """Require the rewards of a pair to differ by at least its `margin` (Touvron et al. 2023, arXiv 2307.09288, eq. 2).
+    Every pair needs a margin."""
     center_rewards_coefficient: float | None = Field(default=None, gt=0)
-    """Weight of the squared sum of a pair's rewards, which draws their mean to 0; 0.01 is usual."""
+    """Weight of the squared sum of a pair's rewards in the loss, which moves their mean to 0; 0.01 is usual. null:
+    none."""
     min_accuracy: float = Field(default=0.6, ge=0, le=1)
-    """Held-out pair accuracy below which rloo, grpo and ppo refuse to learn from it."""
+    """Held-out pair accuracy below which rloo, grpo and ppo refuse to use it. dpo and kto continue, and their reports
+    say so."""
 
 
 def validate(params: Params, ctx: ValidationContext) -> None:

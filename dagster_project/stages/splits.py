@@ -39,20 +39,25 @@ ALMOST = 0.01
 
 
 class Params(Section):
+    """How examples are divided into train, validation and test. See docs/splits.md."""
+
     test: float = Field(default=0.2, ge=0, lt=1)
     """Share of each category that is held out and never trained on."""
     validation: float = Field(default=0.1, ge=0, lt=1)
-    """Share that training watches but does not learn from."""
+    """Share that training measures its loss on but does not learn from."""
     stratify_by: Literal["category", "source", "none"] = "category"
-    """Each split gets the same share of every value of this, as far as what is not divided allows."""
+    """Every split gets the same share of each value of this field, as far as rows that must stay together allow. Not
+    possible for the field that `by` names."""
     by: Literal["group", "source", "category", "key"] = "group"
-    """What is never divided: groups of near-copies, or beyond them all rows of a source, of a category, or with the same `key`."""
+    """Rows that stay in one split. `group`: near-copies. `source`, `category`: also all rows of one source or category,
+    to test on sources or kinds that were never trained on. `key`: also rows with the same value of the field `key`."""
     key: str | None = None
-    """With `by: key`: the field of the source rows to go by, e.g. customer_id. A row without it stands for itself."""
+    """With `by: key`: a field of the source rows, e.g. customer_id. 17 and "17" are the same value. A row without the
+    field is grouped by near-copies only."""
     keep_labels: bool = True
     """Keep the split that a row has in an upstream data set (`split` in its `meta`)."""
     augment: Augment | None = None
-    """Copies of train rows with another prompt."""
+    """Copies of train rows with a changed prompt. null: none."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Params:

@@ -68,26 +68,35 @@ def category_schema() -> pa.Schema:
 
 
 class Params(Section):
+    """How conversations become tokens, labels and packed rows. See docs/tokenized.md."""
+
     chat_template: str | None = None
-    """alpaca, chatml, or a Jinja file in data/templates/; null means the base model's own."""
+    """`alpaca`, `chatml`, or the path of a Jinja file in data/templates/. null: the base model's own template."""
     on_mismatch: Literal["fail", "drop"] = "fail"
-    """What a conversation that the template does not fit does: stop the stage, or go, and be counted."""
+    """What happens when a conversation does not fit the template: `fail` stops the stage, `drop` drops the conversation
+    and counts it."""
     max_length: int = Field(default=512, ge=16)
-    """Tokens an example may have, prompt and response together."""
+    """Tokens that an example may have, prompt and response together."""
     on_too_long: TooLong = "drop"
-    """What becomes of a longer record: dropped; its last answer truncated; or split, a conversation between turns and a plain text anywhere."""
+    """What happens to a longer record: `drop`; `truncate` the end of its last answer; or `split` it, a conversation
+    between turns and a plain text into windows."""
     packed_length: int | None = Field(default=None, ge=16)
-    """Tokens of a packed row; null means `max_length`. Shorter rows mean more and smaller steps for the same tokens. A longer example has a row of its own."""
+    """Tokens of a packed row. null: `max_length`. Shorter rows mean more and smaller steps for the same tokens. An
+    example that is longer gets a row of its own."""
     weigh: Literal["token", "example"] = "token"
-    """What counts the same in the loss: every token (the usual), or every example, so that long answers do not drown short ones."""
+    """What counts equally in the loss: every `token` (the usual choice), or every `example`, so that long answers do
+    not outweigh short ones."""
     field_weights: dict[str, Annotated[float, Field(ge=0)]] = {}
-    """JSON field -> how many times as much the tokens of its value count. For answers in which one word is what matters."""
+    """JSON field -> factor by which the tokens of its value count in the loss, for answers in which one word matters
+    most. Fields of a truncated answer get no extra weight. A field that no answer of the training split contains is
+    refused."""
     packing: bool = True
-    """Put several examples into one row. They stay isolated from each other."""
+    """Put several examples into one row. Attention never crosses from one example to another."""
     balance: mixture.Balance = "none"
-    """Repeat train rows of rare categories: until all are equally frequent (category), or half way there (sqrt)."""
+    """Repeat train rows of rare categories: `category`, until each category has as many rows as the largest; `sqrt`,
+    until the geometric mean of both counts."""
     replay: mixture.Replay | None = None
-    """General data mixed into train against forgetting."""
+    """General data mixed into the training split to reduce forgetting. null: none."""
 
 
 def validate(params: Params, ctx: ValidationContext) -> None:

@@ -50,7 +50,7 @@ def _head(found: Mapping[str, Any]) -> str:
     facts = [("output", f"{model['path']}, md5 {model['md5']}"), ("code", commit_text(found["code"]))]
     if base := found["base_model"]:
         digest = base["sha256"].get("model.safetensors", "")
-        facts.append(("base model", f"{base['origin']}, {base.get('licence', 'unknown')}{f', sha256 {digest}' if digest else ''}"))
+        facts.append(("base model", f"{base['origin']}, {base.get('license', 'unknown')}{f', sha256 {digest}' if digest else ''}"))
     if template := found["chat_template"]:
         facts.append(("chat template", f"{template['name']}, sha256 {template['sha256']}"))
     if found["environment"]:
@@ -96,7 +96,7 @@ def _diagram(found: Mapping[str, Any]) -> str:
         note = (
             f"{stage['md5'][:12]}{_passed(stage)}"
             if stage
-            else f"{found['sources'][name]['rows']} rows, {found['sources'][name]['licence']}"
+            else f"{found['sources'][name]['rows']} rows, {found['sources'][name]['license']}"
         )
         boxes += (
             f'<rect class="box {kind}" x="{place[name] - wide / 2:.2f}%" y="{row * ROW}" width="{wide:.2f}%" height="{BOX}" rx="6"/>'
@@ -115,9 +115,9 @@ def _passed(stage: Mapping[str, Any]) -> str:
 
 
 def _sources(found: Mapping[str, Any]) -> str:
-    columns = ["source", "rows", "format", "licence", "origin", "sha256"]
+    columns = ["source", "rows", "format", "license", "origin", "sha256"]
     rows = [
-        (path, one["rows"], one["format"], one["licence"], one.get("origin", one.get("revision", "")), one.get("sha256", "unknown"))
+        (path, one["rows"], one["format"], one["license"], one.get("origin", one.get("revision", "")), one.get("sha256", "unknown"))
         for path, one in found["sources"].items()
     ]
     return _sheet("Sources", columns, rows)

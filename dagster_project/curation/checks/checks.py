@@ -165,20 +165,23 @@ class Rules(profiles.Limits):
     """How strictly a set is judged."""
 
     policy: dict[str, Action] = {}
-    """Check -> `fix` the row or, where that is not possible, drop it; `drop` it; keep it until somebody decides in the `review` file; keep it and
-    `warn`; or `fail` the stage."""
+    """Check -> what to do with rows that fail it. `fix` repairs the row, or drops it where no repair is possible;
+    `drop` removes it; `review` keeps it until a person decides in the `review` file; `warn` keeps it and reports it;
+    `fail` stops the stage. See docs/checks.md."""
     severity: dict[str, Severity] = {}
-    """Check -> `error`, `warn` or `info`, where the default does not suit. Checks with policy `fail` are errors."""
+    """Check -> severity, to replace the default. A check with policy `fail` is always an error."""
     max_tokens: int = Field(default=2048, ge=16)
-    """Tokens a conversation may have before `too_long`, counted by the base model's tokenizer."""
+    """Tokens of the base model's tokenizer that a conversation may have. Longer ones fail `too_long`."""
     min_response_tokens: int = Field(default=2, ge=0)
-    """Responses of fewer tokens get `short_response`."""
+    """Responses with fewer tokens fail `short_response`."""
     near_duplicate_similarity: float = Field(default=0.65, ge=0, le=1)
-    """Similarity from which on two prompts are reported as `near_duplicates`. Less similar ones still share a `group_id`."""
+    """Jaccard index of three-word runs from which on two prompts fail `near_duplicates`. Near-copies from 0.3 on share
+    a `group_id` and stay in one split, reported or not."""
     max_longer_share: float = Field(default=0.65, ge=0.5, le=1)
-    """Share of pairs in which the chosen response may be the longer one before `length_bias`; one half is no bias."""
+    """Preferences: largest share of pairs whose chosen response may be the longer one; above it `length_bias` fails.
+    0.5 means no bias."""
     waivers: list[Waiver] = []
-    """Rows and pairs that may break a check, each with reason and expiry date."""
+    """Rows and pairs that may fail a check, each with a reason and an expiry date. See docs/checks.md."""
 
     @field_validator("policy", "severity")
     @classmethod

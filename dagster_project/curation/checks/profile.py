@@ -75,24 +75,30 @@ class Limits(Section):
     """What the shares of a set may be."""
 
     min_rows: int = Field(default=100, ge=0)
-    """Rows. Sets smaller than this get `small_dataset`: they rarely teach more than format."""
+    """Rows. Smaller sets fail `small_dataset`: they rarely teach more than the format."""
     balance_ratio: float = Field(default=5.0, ge=1)
-    """The largest category may be at most this many times as frequent as the smallest; a model neglects what it rarely saw."""
+    """Largest allowed ratio of the most frequent to the least frequent category. Models neglect categories that they
+    rarely saw."""
     max_source_share: float | None = Field(default=None, ge=0, le=1)
-    """Share of rows that may come from one source file, for sets that shall not be ruled by one. null: any."""
+    """Largest share of rows that may come from one source file. null: no limit."""
     max_opening_share: float = Field(default=0.6, ge=0, le=1)
-    """Share of prompts that may begin with the same two words. Beyond it the set has one kind of task in one wording."""
+    """Largest share of prompts that may begin with the same two words. Above it the set probably contains one kind of
+    task in one wording."""
     min_distinct_2: float = Field(default=0.3, ge=0, le=1)
-    """Fewest different pairs of neighbouring words, as a share of all in 20,000 words of prompts. Prompts written by people have over 0.6."""
+    """Smallest share of distinct pairs of neighboring words among all such pairs in 20,000 words of prompts. Prompts
+    written by people have more than 0.6."""
     max_template_share: float = Field(default=0.3, ge=0, le=1)
-    """Most of those pairs that may stand in more than a twentieth of the prompts each. Prompts written by people have 0.1 or less; filled-in
-    templates have more, also those with so many gaps that few pairs repeat."""
+    """Largest share of these word pairs that may each occur in more than a twentieth of the prompts. Prompts written
+    by people have 0.1 or less. Filled-in templates have more, including templates with so many gaps that few
+    pairs repeat."""
     max_response_share: float = Field(default=0.2, ge=0, le=1)
-    """Share of rows that may have the same response of 8 words or more. A model learns to give it whatever is asked."""
+    """Largest share of rows that may have the same response of 8 words or more. A model learns to give such a response
+    whatever the prompt is."""
     max_near_copy_share: float = Field(default=0.5, ge=0, le=1)
-    """Share of rows whose prompt may be nearly that of an earlier row. Beyond it most rows add little."""
+    """Largest share of rows that may share a `group_id` with an earlier row (exact repeats not counted). Above it most
+    rows add little."""
     min_rows_for_diversity: int = Field(default=20, ge=1)
-    """Rows. Sets smaller than this are not judged for diversity: there, two of a kind are already a share."""
+    """Rows. Smaller sets are not checked for diversity, because in them two similar rows already are a large share."""
 
 
 def profile(records: Sequence[dict[str, Any]], lengths: Sequence[int] | None = None) -> dict[str, Any]:

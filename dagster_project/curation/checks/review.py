@@ -29,9 +29,10 @@ class Exemption(Section):
     check: str
     """Name of the check."""
     reason: str = Field(min_length=1)
-    """Why, in words. Reported with the check."""
+    """Why the check may fail, in words. Reports show it with the check."""
     expires: datetime.date
-    """Last day on which it holds, in quotes where DVC reads it. After it, params.yaml is refused until the waiver is renewed or taken out."""
+    """Last day on which the waiver is valid, in quotes, because DVC cannot parse YAML dates. After this day params.yaml
+    is refused until the waiver is renewed or removed."""
 
     @field_validator("expires", mode="before")
     @classmethod
@@ -45,7 +46,8 @@ class Waiver(Exemption):
     rows: list[str] = []
     """Rows, each as `source:row` (0-based) or as the first 8 or more characters of its `example_id`."""
     pairs: list[list[str]] = []
-    """Pairs of rows, for checks that compare two: each a list of two rows, or of a row and a benchmark item as the finding names it."""
+    """Pairs of rows, for checks that compare two: each is a list of two rows, or of a row and a benchmark item as the
+    finding names it."""
 
     @field_validator("pairs")
     @classmethod

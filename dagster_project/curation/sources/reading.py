@@ -12,32 +12,38 @@ from pydantic import Field, field_validator, model_validator
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_file, sha256_of_text
-from dagster_project.core.params import Section, inside
+from dagster_project.core.params import Licensed, Section, inside
 from dagster_project.curation.sources import formats
 from dagster_project.curation.sources.files import files_of
 from dagster_project.curation.sources.hub import HubSplit, held_out_label, read_split, sha256_of_rows
 
 
-class Source(Section):
+class Source(Licensed):
+    """A file, a folder or a data set on the Hugging Face Hub. Exactly one of `path` and `hub`."""
+
     FIELDS: ClassVar[Mapping[str, bool]] = formats.RECORD_FIELDS
     """What `mapping` may name."""
 
     path: str | None = None
-    """File or folder relative to the project, inside data/sources/ (which is what DVC watches)."""
+    """File or folder inside data/sources/, relative to the project. DVC tracks changes in data/sources/ only."""
     hub: str | None = None
-    """Instead of `path`: a data set of the Hugging Face Hub, org/name."""
+    """Instead of `path`: a data set on the Hugging Face Hub, `org/name`. Requires `revision` and `split`."""
     revision: str | None = None
-    """With `hub`: the commit, 40 hex digits. Branch names move, so they are refused."""
+    """With `hub`: the commit, 40 hex digits. Branches and tags are refused, because they move."""
     config: str | None = None
-    """With `hub`: the configuration (subset), where there are several."""
+    """With `hub`: name of the configuration (subset), if the data set has several."""
     split: str | None = None
-    """With `hub`: the split to read. With `path`: what its rows are for (train, validation or test), or "from_file_names"."""
+    """With `hub`: the split to read. With `path`: `train`, `validation` or `test` labels all rows, `from_file_names`
+    labels each file by its name. See docs/sources.md."""
     format: str = "auto"
-    """A format's name, or "auto" to tell it from the keys of the rows."""
+    """Name of the layout of the rows. `auto` detects it from the keys of the rows. See docs/sources.md for the
+    layouts."""
     mapping: dict[str, str] = {}
-    """Field (prompt, response, system, category) -> column, for a layout of your own; then leave `format` out."""
-    licence: str = "unknown"
-    """Licence of the text, carried into every audit and model card."""
+    """Field -> column, for a layout without a name, e.g. `{prompt: q, response: a}`; optional fields are `system` and
+    `category`. `response` and `category` may be the same column, whose values are then labels. Not together with
+    `format`."""
+    license: str = "unknown"
+    """License of the text. Audits and model cards show it."""
     origin: str = ""
     """Where the text came from, in words."""
 
@@ -73,18 +79,26 @@ class Source(Section):
 
 
 class PairSource(Source):
-    """A source of preferences; its `mapping` names other fields."""
+    """A source of preferences. Keys are those of a source of examples; `format` and `mapping` take other values."""
 
     FIELDS = formats.PAIR_FIELDS
+
+    format: str = "auto"
+    """Name of the layout of the rows. `auto` detects it from the keys of the rows. See docs/sources.md for the layouts
+    of preferences."""
+    mapping: dict[str, str] = {}
+    """Field -> column, for a layout without a name, e.g. `{prompt: q, chosen: good, rejected: bad}`; optional field:
+    `category`. Not together with `format`."""
 
 
 class Reading(Section):
     """How sources are read. Whoever reads adds `sources`."""
 
     limit: int | None = Field(default=None, ge=1)
-    """Rows to take from each source, for a quick try. null takes all."""
+    """Rows to read from each source, for a quick try. null: all rows."""
     max_malformed: float = Field(default=0.5, ge=0, le=1)
-    """Share of a source's rows that may be unreadable. More, and the source is refused: its format is likely misnamed."""
+    """Largest share of a source's rows that may be unreadable. Above it, or if no row is readable, the source is
+    refused with its first three problems, because its format is probably wrong."""
 
     @field_validator("sources", check_fields=False)
     @classmethod
@@ -116,7 +130,7 @@ def read_sources(
         origin = {"origin": source.origin} if source.origin else {}
         rows_read = len(_places(found))
         made = {"pairs": len(found)} if read is formats.pairs_of else {"examples": len(found)} if len(found) != rows_read else {}
-        facts[source.name] = {"format": layout, "rows": rows_read, **made, **more, "licence": source.licence, **origin}
+        facts[source.name] = {"format": layout, "rows": rows_read, **made, **more, "license": source.license, **origin}
     return rows, facts
 
 

@@ -27,12 +27,15 @@ PARAPHRASES = PurePosixPath("data/sources/paraphrases")
 
 
 class Augment(Section):
+    """Copies of train rows with a changed prompt. See docs/splits.md."""
+
     typos: float = Field(default=0.0, ge=0, le=1)
     """Share of train rows that get a copy with one to three typing errors in the last user turn."""
     case: float = Field(default=0.0, ge=0, le=1)
-    """Share of train rows that get a copy whose last user turn is in lower case, or begins with a capital."""
+    """Share of train rows that get a copy whose last user turn is in lower case, or begins with a capital letter."""
     paraphrases: str | None = None
-    """File inside data/sources/paraphrases/ with rows {"example_id" or "prompt", "paraphrase"}: each adds a copy with that last user turn."""
+    """File inside data/sources/paraphrases/. Each row is {"example_id" or "prompt": ..., "paraphrase": ...} and adds a
+    copy with that last user turn."""
 
     @field_validator("paraphrases")
     @classmethod

@@ -25,26 +25,26 @@ def bom(found: Mapping[str, Any], issued: date) -> str:
     from cyclonedx.schema import SchemaVersion
     from cyclonedx.validation.json import JsonStrictValidator
 
-    def licences(licence: str | None) -> list[Any]:
-        return [LicenseFactory().make_from_string(licence)] if licence else []
+    def licenses(name: str | None) -> list[Any]:
+        return [LicenseFactory().make_from_string(name)] if name else []
 
-    def component(kind: ComponentType, ref: str, name: str, sha256: str | None, licence: str | None = None, **told: Any) -> Component:
+    def component(kind: ComponentType, ref: str, name: str, sha256: str | None, license_name: str | None = None, **told: Any) -> Component:
         properties = [Property(name=f"pedigree:{key}", value=str(value)) for key, value in told.items() if value is not None]
         sums = [HashType(alg=HashAlgorithm.SHA_256, content=sha256)] if sha256 else []
-        return Component(type=kind, bom_ref=ref, name=name, hashes=sums, licenses=licences(licence), properties=properties)
+        return Component(type=kind, bom_ref=ref, name=name, hashes=sums, licenses=licenses(license_name), properties=properties)
 
     model, base = found["model"], found["base_model"]
     whole = component(
-        ComponentType.MACHINE_LEARNING_MODEL, "model", model["stage"], model["sha256"], base.get("licence"),
+        ComponentType.MACHINE_LEARNING_MODEL, "model", model["stage"], model["sha256"], base.get("license"),
         sha256_is=SUM, md5=model.get("md5"), commit=found["code"]["commit"], clean=found["code"]["clean"],
     )  # fmt: skip
     weights = [digest for name, digest in base.get("sha256", {}).items() if name.endswith(".safetensors")]
     parts = [
         component(
             ComponentType.MACHINE_LEARNING_MODEL, "base_model", base.get("origin", "unknown"), weights[0] if len(weights) == 1 else None,
-            base.get("licence"), parameters=base.get("parameters"), **{f"sha256:{name}": digest for name, digest in base.get("sha256", {}).items()},
+            base.get("license"), parameters=base.get("parameters"), **{f"sha256:{name}": digest for name, digest in base.get("sha256", {}).items()},
         ),
-        *(component(ComponentType.DATA, f"source:{path}", path, s["sha256"], s["licence"], rows=s["rows"], format=s["format"]) for path, s in found["sources"].items()),
+        *(component(ComponentType.DATA, f"source:{path}", path, s["sha256"], s["license"], rows=s["rows"], format=s["format"]) for path, s in found["sources"].items()),
         *(component(ComponentType.DATA, f"stage:{name}", name, s["sha256"], sha256_is=SUM, md5=s["md5"]) for name, s in _data(found).items()),
     ]  # fmt: skip
     for library, number in found["environment"].items():

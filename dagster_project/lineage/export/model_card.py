@@ -39,14 +39,14 @@ def _metadata(found: Mapping[str, Any]) -> str:
         for one in results(found)
     ]
     hub = sorted({source["hub"] for source in found["sources"].values() if "hub" in source})
-    licence = base.get("licence")
-    known = licence and SPDX.match(licence)
+    name = base.get("license")
+    known = name and SPDX.match(name)
     data = ModelCardData(
         base_model=origin if HUB_ID.match(origin) and "@" in base.get("origin", "") else None,
         datasets=hub or None,
         library_name="transformers" if found["model"]["stands_alone"] else "peft",
-        license=None if licence is None else licence.lower() if known else "other",
-        license_name=None if known else licence,
+        license=None if name is None else name.lower() if known else "other",
+        license_name=None if known else name,
         pipeline_tag="text-generation",
         tags=sorted({"pedigree", *([training["method"]] if "method" in training else [])}),
         model_name=address,
@@ -61,8 +61,8 @@ def _text(found: Mapping[str, Any]) -> str:
     weights = ", ".join(f"`{name}` {digest}" for name, digest in files.items() if name.endswith(".safetensors"))
     parts = [f"# {model['stage']}"]
     parts.append(
-        f"AdapterInfo from {base.get('origin', 'a base model that is not recorded')}, licence {base.get('licence', 'unknown')}, {base.get('parameters', 0):,} parameters (sha256 of {weights or 'its weights: unknown'})."
-        " The metadata name the base model's licence; what the data's licences below ask for, holds too."
+        f"Tuned from {base.get('origin', 'a base model that is not recorded')}, license {base.get('license', 'unknown')}, {base.get('parameters', 0):,} parameters (sha256 of {weights or 'its weights: unknown'})."
+        " The metadata name the base model's license; what the data's licenses below ask for, holds too."
     )
     parts.append(
         _lines(
@@ -76,8 +76,8 @@ def _text(found: Mapping[str, Any]) -> str:
     parts += [
         "## Data",
         _table(
-            ["source", "rows", "format", "licence", "sha256"],
-            [[path, s["rows"], s["format"], s["licence"], f"`{s['sha256']}`"] for path, s in found["sources"].items()],
+            ["source", "rows", "format", "license", "sha256"],
+            [[path, s["rows"], s["format"], s["license"], f"`{s['sha256']}`"] for path, s in found["sources"].items()],
         ),
     ]
     rows = [

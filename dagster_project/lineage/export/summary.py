@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 from uuid import UUID, uuid5
 
+from dagster_project.core.records import with_license
+
 NAMESPACE = UUID("6f1d7c1e-2f0b-5f5e-9a53-0f0c6b1f2a90")
 """Of all ids in papers: uuid5 of what a thing is, so that the same thing has the same id in every paper."""
 
@@ -26,11 +28,11 @@ def from_reports(address: str, reports: Mapping[str, Mapping[str, Any]], release
         reports = {name: reports[name] for name in chain(released, reports)}
     tuned = [report for name, report in reports.items() if "environment" in report]
     measured = {name: report for name, report in reports.items() if name.startswith("evaluation") and name.partition("@")[2] == variant}
-    base, own = reports.get("base_model", {}), reports.get(address, {})
+    base, own = with_license(reports.get("base_model", {})), reports.get(address, {})
     return {
         "model": {"stage": address, "sha256": own.get("output_sha256"), "stands_alone": own.get("merged", address == "release")},
-        "sources": {path: facts for report in reports.values() for path, facts in report.get("sources", {}).items()},
-        "base_model": {key: base[key] for key in ("origin", "licence", "parameters", "dtype", "sha256") if key in base},
+        "sources": {path: with_license(facts) for report in reports.values() for path, facts in report.get("sources", {}).items()},
+        "base_model": {key: base[key] for key in ("origin", "license", "parameters", "dtype", "sha256") if key in base},
         "stages": {
             name: _stage(report) for name, report in reports.items() if name not in measured and name not in {"baselines", "comparison"}
         },

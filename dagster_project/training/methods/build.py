@@ -126,7 +126,8 @@ class Full(Section):
     """Keys of `full`."""
 
     trainable: list[str] = Field(default=[])
-    """Regular expressions; a weight learns where one is found in its name. Empty: all."""
+    """Regular expressions. A weight is trained if one of them matches a part of its name. Empty: all weights are
+    trained."""
 
     @field_validator("trainable")
     @classmethod

@@ -28,11 +28,13 @@ class Options(Section):
     """Keys of feature_extraction."""
 
     l2: float = Field(default=0.1, ge=0)
-    """Weight of half the squared norm of the layer's weights, beside the mean cross entropy; features have variance 1."""
+    """Weight of half the squared norm of the layer's weights, added to the mean cross entropy. Features have variance
+    1."""
     class_weight: Literal["balanced"] | None = None
-    """"balanced": every category counts the same in the loss, however many examples it has."""
+    """`balanced`: every category counts equally in the loss, however many examples it has. null: every example counts
+    equally."""
     batch_size: int = Field(default=16, ge=1)
-    """Prompts in a forward pass."""
+    """Prompts per forward pass."""
 
 
 def split_prompts(rows: Sequence[Mapping[str, Any]]) -> tuple[list[list[int]], list[str], list[tuple[int, int]]]:

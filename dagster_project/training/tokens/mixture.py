@@ -21,9 +21,9 @@ class Replay(Section):
     """General data mixed into train against forgetting."""
 
     sources: list[str] = Field(min_length=1)
-    """Sources of general data, as the records name them: files, or folders of such."""
+    """Entries of `raw_examples.sources` that contain general data: files, or folders of files."""
     share: float = Field(gt=0, lt=1)
-    """Share of the training tokens that their rows make up: rows are left out or repeated as it takes."""
+    """Share of the training tokens that these rows make up. Rows are left out or repeated to reach it."""
 
 
 def mix(

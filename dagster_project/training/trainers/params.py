@@ -54,13 +54,13 @@ class TrainingParams(Section):
     learning_rate: float = Field(default=5e-5, gt=0)
     """Peak learning rate."""
     lr_scheduler_type: str = "cosine"
-    """Shape of the learning rate after warm-up, one of transformers' schedules."""
+    """Shape of the learning rate after warm-up, by the name of transformers' schedule."""
     warmup_ratio: float = Field(default=0.1, ge=0, lt=1)
-    """Share of the steps over which the learning rate rises to its peak."""
+    """Share of the optimizer steps during which the learning rate rises to its peak."""
     num_train_epochs: int = Field(default=1, ge=1)
     """Passes over the training split."""
     max_steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps after which to stop, whatever the number of epochs; null for no such limit."""
+    """Optimizer steps after which training stops, whatever the number of epochs. null: no limit."""
     per_device_train_batch_size: int = Field(default=1, ge=1)
     """Rows per forward pass."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
@@ -70,9 +70,9 @@ class TrainingParams(Section):
     weight_decay: float = Field(default=0.0, ge=0)
     """How fast weights shrink towards zero, as a share of the learning rate."""
     max_grad_norm: float = Field(default=1.0, gt=0)
-    """Largest gradient norm; a larger gradient is scaled down to it."""
+    """Largest gradient norm. A larger gradient is scaled down to it."""
     save_total_limit: int = Field(default=2, ge=1)
-    """Checkpoints to keep. They are removed when the training is done."""
+    """Checkpoints to keep during training. All are deleted when training is complete."""
 
     def saves_at(self, step: int) -> bool:
         """Whether to write a checkpoint after a step within an epoch."""
@@ -91,43 +91,52 @@ class SftParams(TrainingParams):
     """Supervised fine-tuning."""
 
     learning_rate: Annotated[float, Field(gt=0), OrAuto] = 2e-4
-    """Peak learning rate. Small models want more: 1e-3 suits 135M parameters. `auto` finds it by short trials on the validation loss."""
+    """Peak learning rate. Small models need more: 1e-3 suits 135M parameters. `auto` finds it by short trials on the
+    validation loss, see docs/methods.md."""
     lr_scheduler_type: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt", "cosine_with_min_lr",
         "cosine_warmup_with_min_lr", "warmup_stable_decay",
     ] = "cosine"  # fmt: skip
+    """Shape of the learning rate after warm-up, by the name of transformers' schedule."""
     lr_scheduler_kwargs: dict[str, Any] = {}
-    """The schedule's own keys, e.g. {min_lr_rate: 0.1} for cosine_with_min_lr."""
+    """The schedule's own keys, e.g. `{min_lr_rate: 0.1}` for cosine_with_min_lr."""
     warmup_steps: int | None = Field(default=None, ge=0)
-    """Steps over which the learning rate rises, instead of `warmup_ratio`."""
+    """Optimizer steps during which the learning rate rises. null: by `warmup_ratio`."""
     num_train_epochs: Annotated[int, Field(ge=1), OrAuto] = 2
-    """Passes over the training split, or `auto`."""
+    """Passes over the training split. `auto` chooses by the number of examples, see docs/methods.md."""
     per_device_train_batch_size: Annotated[int, Field(ge=1), OrAuto] = 1
-    """Packed rows per forward pass, or `auto`."""
+    """Packed rows per forward pass. `auto` chooses by the number of examples, see docs/methods.md."""
     group_by_length: bool = False
     """Put rows of similar length into one step. For rows of one example each (`tokenized.packing: false`)."""
     optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "adafactor", "adagrad", "rmsprop", "sgd"] = "adamw_torch_fused"
-    """The optimizer. adamw_8bit (bitsandbytes) and adafactor keep a smaller state and so need less memory."""
+    """The optimizer. adamw_8bit (bitsandbytes) and adafactor keep a smaller state and need less memory."""
     label_smoothing_factor: float = Field(default=0.0, ge=0, lt=1)
-    """Probability that is spread over all other tokens in the training target. The validation loss is always the plain one."""
+    """Probability that is spread over all other tokens in the training target. The validation loss is always computed
+    without it."""
     neftune_noise_alpha: float | None = Field(default=None, gt=0)
-    """Noise on the embeddings while training (NEFTune); 5 is usual. Scaled by the length of each example, not of the packed row."""
+    """Noise added to the embeddings during training (NEFTune); 5 is usual. Scaled by the length of each example, not of
+    the packed row. null: no noise."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
-    """Trade a third more time for memory that no longer grows with depth. `auto`: where the training would not fit otherwise. It changes no bit of the result."""
+    """Training takes about a third longer, and its memory no longer grows with depth. `auto`: on if the predicted
+    memory exceeds the free memory, off where no prediction is possible (methods that read the weights when they are
+    built). Changes no bit of the result."""
     compile: Literal["none", "layers"] = "none"
-    """`layers` compiles each decoder layer with torch.compile: slower to start, faster per step. Needs a C++ compiler on a CPU."""
+    """`layers` compiles each decoder layer with torch.compile: slower to start, faster per step. Requires a C++
+    compiler on a CPU."""
     use_liger_kernel: bool = False
-    """Normalization, rotary embedding and the gated MLP by Liger's fused kernels. The loss stays ours. Needs a GPU and `pip install 'pedigree[gpu]'`."""
+    """Use Liger's fused kernels for normalization, rotary embedding and the gated MLP; the loss is computed without
+    them. Requires a GPU and `pip install 'pedigree[gpu]'`."""
     early_stopping_patience: int | None = Field(default=None, ge=1)
-    """Stop after this many epochs in a row without a lower validation loss; null to train to the end."""
+    """Epochs in a row without a lower validation loss after which training stops. null: train to the end."""
     load_best_model_at_end: bool = False
     """Keep the weights of the epoch with the lowest validation loss instead of the last ones."""
     save_strategy: Literal["epoch", "steps", "no"] = "epoch"
-    """When to write a checkpoint that an interrupted training resumes from. With `no`, only when it is stopped with Ctrl-C."""
+    """When to write a checkpoint from which an interrupted training resumes. With `no`, only when training is stopped
+    with Ctrl-C."""
     save_steps: int = Field(default=500, ge=1)
-    """Steps between two checkpoints with `save_strategy: steps`."""
+    """Optimizer steps between two checkpoints with `save_strategy: steps`."""
     report_to: Literal["none"] | Tracker | list[Tracker] = "none"
-    """Also show the curves in tensorboard, wandb or mlflow, if installed. They decide nothing and are no part of the result."""
+    """Also send the curves to tensorboard, wandb or mlflow (one or a list), if installed. Not part of the result."""
 
     @property
     def trackers(self) -> list[str]:
@@ -149,15 +158,18 @@ class PreferenceParams(TrainingParams):
     """Training on preferences: reward model, DPO and its kin."""
 
     learning_rate: float = Field(default=5e-5, gt=0)
-    """Peak learning rate. Lower than in supervised tuning: a preference carries little information."""
+    """Peak learning rate. Lower than in supervised tuning, because a preference carries little information."""
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"] = "cosine"
+    """Shape of the learning rate after warm-up, by the name of transformers' schedule."""
     per_device_train_batch_size: int = Field(default=8, ge=1)
-    """Pairs, or answers of online methods, per forward pass."""
+    """Pairs per forward pass, or answers for online methods."""
     optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "adafactor", "rmsprop", "sgd"] = "adamw_torch_fused"
+    """The optimizer. adamw_8bit (bitsandbytes) and adafactor keep a smaller state and need less memory."""
     gradient_checkpointing: bool = False
-    """Trade a third more time for memory that no longer grows with depth. It changes no bit of the result."""
+    """Training takes about a third longer, and its memory no longer grows with depth. Changes no bit of the result."""
     save_steps: int | None = Field(default=None, ge=1)
-    """Steps between two checkpoints that an interrupted training resumes from; null: at the end of each epoch."""
+    """Optimizer steps between two checkpoints from which an interrupted training resumes. null: one at the end of each
+    epoch."""
 
     def saves_at(self, step: int) -> bool:
         return bool(self.save_steps and step % self.save_steps == 0)
@@ -167,16 +179,20 @@ class PreferenceParams(TrainingParams):
 
 
 class AdapterParams(SftParams):
-    """One entry under `adapter`: how to train, by which method, and whether to merge."""
+    """One entry per variant. Its name becomes `adapter@NAME`, `merged@NAME` and `evaluation@NAME`. See
+    docs/methods.md."""
 
     method: str = "lora"
-    """One of PEFT's methods by its name, a short name (qlora, dora, rslora, layernorm, ...), full, bitfit or feature_extraction."""
+    """lora, rslora, dora, qlora, qdora, adalora, ia3, prefix_tuning, prompt_tuning, p_tuning, layernorm, bitfit, full,
+    feature_extraction, or another method of PEFT by its name."""
     peft: dict[str, Any] = {}
-    """The method's own keys, as PEFT names them (r, lora_alpha, target_modules, ...). `r: auto` for lora and its short names."""
+    """The method's own keys, as PEFT names them (r, lora_alpha, target_modules, ...). `r` may be `auto` for lora,
+    rslora, dora, qlora and qdora; `lora_alpha` is then twice `r` unless it is set."""
     quantization: Quantization | None = None
-    """Data type of the base model's weights while the adapter trains: none or nf4. null: nf4 for qlora and qdora, else none."""
+    """Format of the base model's weights during training. null: nf4 for qlora and qdora, none for the others."""
     merge: bool = True
-    """Make a stand-alone model of base and adapter. false: pass the adapter on, and evaluation loads both."""
+    """Make a standalone model of base model and adapter. false: keep the adapter separate, and evaluation loads both;
+    required for prefix_tuning, prompt_tuning, p_tuning and feature_extraction."""
 
 
 NON_SEMANTIC_PARAMS = frozenset({"report_to", "gradient_checkpointing", "save_strategy", "save_steps", "save_total_limit"})

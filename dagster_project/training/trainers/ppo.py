@@ -55,58 +55,63 @@ LIVE = ("reward", "kl", "kl_coef", "entropy", "response_length", "policy_loss", 
 
 
 class Settings(Section):
-    """PPO's own parameters, named as TRL's PPOConfig named them while there was one."""
+    """Options of ppo, named as in TRL's former PPOConfig."""
 
     total_episodes: int = Field(default=256, ge=2)
     """Answers to learn from, over the whole run."""
     batch_size: int = Field(default=64, ge=2)
-    """Answers per iteration: rolled out by one policy, then learnt from."""
+    """Answers per iteration: sampled from one policy, then trained on."""
     rollout_batch_size: int = Field(default=32, ge=1)
-    """Answers generated side by side. For speed and memory only: each has its own random numbers."""
+    """Answers generated at the same time. Affects speed and memory only, because each answer has its own random
+    numbers."""
     mini_batch_size: int = Field(default=8, ge=1)
-    """Answers per forward pass when judging and learning."""
+    """Answers per forward pass of scoring and training."""
     gradient_accumulation_steps: int = Field(default=2, ge=1)
-    """Forward passes per optimizer step. Their tokens count alike, as if they were one pass."""
+    """Forward passes per optimizer step. Every token counts equally, as in one large pass."""
     num_ppo_epochs: int = Field(default=2, ge=1)
     """Passes over an iteration's answers."""
     response_length: int = Field(default=48, ge=1)
-    """Most tokens in an answer, its end of turn included."""
+    """Longest answer in tokens, including its end of turn."""
     temperature: float = Field(default=1.0, gt=0)
-    """Logits are divided by it, when sampling and when learning alike."""
+    """Divisor of the logits, in sampling and in training."""
     missing_eos_penalty: float = Field(default=1.0, ge=0)
-    """Taken from the score of an answer that did not end within `response_length`."""
+    """Subtracted from the score of an answer that did not end within `response_length`."""
     kl_coef: float = Field(default=0.05, ge=0)
-    """beta: what a nat of KL against the reference costs, in units of the reward. With `target_kl` only where it starts."""
+    """beta: penalty per nat of KL from the reference, in units of the reward. With `target_kl` only the starting
+    value."""
     target_kl: float | None = Field(default=None, gt=0)
-    """KL against the reference, in nats per answer, towards which beta is moved; null leaves beta as it is."""
+    """KL from the reference, in nats per answer, towards which beta is adjusted. null: beta is constant."""
     horizon: float = Field(default=640, gt=0)
-    """With `target_kl`: how slowly beta follows. An iteration moves it by its share of so many answers, times the error; 640 at 64 answers is the paper's 0.1."""
+    """With `target_kl`: how slowly beta is adjusted, in answers. An iteration changes beta by (its answers / horizon)
+    times the error; 640 at 64 answers is the paper's 0.1."""
     gamma: float = Field(default=1.0, gt=0, le=1)
-    """Discount per token."""
+    """Discount factor per token."""
     lam: float = Field(default=0.95, ge=0, le=1)
-    """lambda of GAE: 0 trusts the values, 1 the rewards that came."""
+    """lambda of GAE: 0 relies on the value estimates, 1 on the rewards received."""
     whiten_rewards: bool = False
     """Divide the tokens' rewards by their standard deviation over the iteration."""
     whiten_advantages: bool = True
     """Shift and scale the advantages to mean 0 and variance 1 over the iteration's tokens."""
     cliprange: float = Field(default=0.2, gt=0)
-    """epsilon: a ratio this far from 1 earns nothing more."""
+    """epsilon: range around 1 beyond which a larger probability ratio gains nothing."""
     cliprange_value: float = Field(default=0.2, gt=0)
-    """A value this far from where it was earns nothing more."""
+    """Range around the old value estimate beyond which a further change gains nothing."""
     vf_coef: float = Field(default=0.1, ge=0)
-    """Weight of the value loss beside the policy loss."""
+    """Weight of the value loss relative to the policy loss."""
     max_kl: float | None = Field(default=0.1, gt=0)
-    """An iteration's updates end where the policy has moved so many nats per token from the one that answered; null for no such end."""
+    """KL from the policy that sampled the answers, in nats per token, above which an iteration's updates end. null: no
+    limit."""
     explode_kl: float = Field(default=50.0, gt=0)
-    """The run ends, with the weights of the iteration before, where KL against the reference has grown to so many nats per answer."""
+    """KL from the reference, in nats per answer, above which the run ends with the weights of the previous
+    iteration."""
     learning_rate: float = Field(default=1e-4, gt=0)
-    """The optimizer's (Adam) rate in the first iteration."""
+    """Learning rate of the optimizer (Adam) in the first iteration."""
     lr_scheduler_type: Literal["linear", "constant"] = "linear"
-    """`linear` falls towards 0 after the last iteration."""
+    """Shape of the learning rate. `linear` falls towards 0 after the last iteration."""
     max_grad_norm: float = Field(default=1.0, gt=0)
-    """Longest gradient; longer ones are scaled down to it."""
+    """Largest gradient norm. A larger gradient is scaled down to it."""
     allow_constant_reward: bool = False
-    """Go on where all answers of the first iteration get the same reward, which teaches nothing."""
+    """Continue if all answers of the first iteration get the same reward. Such a reward teaches nothing."""
     save_steps: int = Field(default=1, ge=1)
     """Iterations between two checkpoints."""
 

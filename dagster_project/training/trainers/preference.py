@@ -50,23 +50,24 @@ class Dpo(Section):
     """Options of dpo."""
 
     beta: float = Field(default=0.1, gt=0)
-    """How strongly the policy is held to the reference: the temperature of the implicit reward."""
+    """How strongly the policy is kept close to the reference: temperature of the implicit reward."""
     loss_type: Literal[
         "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down",
         "discopop", "sigmoid_norm",
     ] = "sigmoid"  # fmt: skip
-    """TRL's losses; sigmoid is that of the paper."""
+    """The loss, by TRL's name; `sigmoid` is the loss of the DPO paper."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """Probability that a pair's label is the wrong way round (cDPO, robust DPO); exo_pair needs some."""
+    """Assumed probability that chosen and rejected are swapped (cDPO, robust DPO). exo_pair requires more than 0."""
     rpo_alpha: float = Field(default=0.0, ge=0)
-    """Weight of the plain likelihood of the chosen answer, added to the loss: keeps the policy from unlearning it (arXiv 2404.19733)."""
+    """Weight of the negative log-likelihood of the chosen answer in the loss, so that its likelihood does not fall
+    (arXiv 2404.19733)."""
 
 
 class Kto(Section):
     """Options of kto."""
 
     beta: float = Field(default=0.1, gt=0)
-    """How strongly the policy is held to the reference."""
+    """How strongly the policy is kept close to the reference."""
     desirable_weight: float = Field(default=1.0, gt=0)
     """Weight of the loss of good answers."""
     undesirable_weight: float = Field(default=1.0, gt=0)
@@ -77,17 +78,17 @@ class Online(Section):
     """Options of rloo and grpo."""
 
     num_generations: int = Field(default=4, ge=2)
-    """Answers to each prompt, which are compared with one another. Divides per_device_train_batch_size."""
+    """Answers to each prompt, which are compared with each other. Must divide `per_device_train_batch_size`."""
     max_completion_length: int = Field(default=64, ge=1)
-    """Tokens an answer may have."""
+    """Longest answer, in tokens."""
     temperature: float = Field(default=1.0, gt=0)
-    """Of sampling."""
+    """Temperature of sampling."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Sample from the most likely tokens that together have this probability."""
     beta: float = Field(default=0.05, ge=0)
     """Weight of the KL divergence from the reference."""
     epsilon: float = Field(default=0.2, gt=0)
-    """How far one update may move the probability of a token, as a share of it."""
+    """Largest relative change of a token's probability in one update (clipping range)."""
     num_iterations: int = Field(default=1, ge=1)
     """Optimizer steps on each batch of answers."""
 
