@@ -7,7 +7,7 @@ export PATH := $(BIN):$(PATH)
 export DAGSTER_HOME ?= $(abspath .dagster)
 PORT ?= 3000
 
-.PHONY: help run test lint ui bench soak clean
+.PHONY: help run test lint docs ui bench soak clean
 
 help:            ## show this list
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -30,6 +30,9 @@ lint: $(VENV)/ok ## style, types and import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(VENV)/ok ## write docs/parameters.md, its JSON Schema and the tables of docs/checks.md from the code
+	$(BIN)/python -m dagster_project.commands.docs
 
 ui: $(VENV)/ok   ## open Dagster on loopback, its home inside the project
 	@$(MAKE) --no-print-directory setup-dvc

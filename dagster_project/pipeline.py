@@ -15,7 +15,7 @@ from typing import Any
 from dagster_project.core import params
 from dagster_project.core.context import Documents, StageContext, ValidationContext
 from dagster_project.core.errors import InputError
-from dagster_project.core.params import Compute
+from dagster_project.core.params import Compute, Section
 from dagster_project.core.records import Report
 
 STAGES = {
@@ -87,6 +87,13 @@ def module_of(stage: str) -> Any:
     return import_module(f"dagster_project.stages.{STAGES[stage]}")
 
 
+def sections() -> dict[str, type[Section]]:
+    """Section of params.yaml, in flow order -> its class; of a section with variants the class of one variant."""
+    return {"compute": Compute} | {
+        stage: module_of(stage).Params for stage, module in STAGES.items() if stage == module and module_of(stage).Params.model_fields
+    }
+
+
 def validate(root: Path) -> dict[str, Any]:
     """All of params.yaml, after every section has been checked and every file it names has been found.
 
@@ -94,13 +101,13 @@ def validate(root: Path) -> dict[str, Any]:
         InputError: unknown section, unknown key, wrong value, missing file, or file outside the project. Nothing has been changed.
     """
     values = params.read(root)
-    sections = ["compute", *(s for s in STAGES if s == STAGES[s] and module_of(s).Params.model_fields)]
-    if unknown := sorted(set(values) - set(sections)):
-        raise InputError("\n".join(f"params.yaml: {name}: unknown section" for name in unknown), f"sections: {', '.join(sections)}")
+    known = sections()
+    if unknown := sorted(set(values) - set(known)):
+        raise InputError("\n".join(f"params.yaml: {name}: unknown section" for name in unknown), f"sections: {', '.join(known)}")
     params.parse(Compute, values.get("compute"), "compute")
     places = [
         (section, place)
-        for section in sections[1:]
+        for section in list(known)[1:]
         for place in ([f"{section}.{name}" for name in _variants(values, section)] if section in VARIANTS_OF.values() else [section])
     ]
     parsed = [(s, p, params.parse(module_of(s).Params, ValidationContext(root, values, p).value, p)) for s, p in places]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import grimp
 import pytest
 from conftest import ROOT
@@ -55,32 +53,3 @@ def test_the_readme_names_every_stage_and_every_check() -> None:
     text = (ROOT / "README.md").read_text() + (ROOT / "docs" / "checks.md").read_text()
     names = [*pipeline.STAGES, *(check for stage in pipeline.STAGES for check in pipeline.PEDIGREE.check_descriptions(stage))]
     assert [name for name in names if f"`{name}" not in text] == []
-
-
-def test_the_parameters_page_names_every_parameter() -> None:
-    from dagster_project.core.params import Compute
-    from dagster_project.evaluation.evaluator import Settings
-    from dagster_project.evaluation.labels import LabelTask
-    from dagster_project.evaluation.metrics import Task
-    from dagster_project.stages import (
-        adapter,
-        aligned,
-        base_model,
-        baselines,
-        instructions,
-        preferences,
-        raw_examples,
-        raw_preferences,
-        release,
-        reward_model,
-        splits,
-        tokenized,
-    )
-    from dagster_project.training.trainers import preference
-
-    page = "".join((ROOT / "docs" / name).read_text() for name in ("parameters.md", "ppo.md"))
-    listed = set(re.findall(r"^\| `([a-z_0-9]+)` \|", page, re.MULTILINE))
-    models = [Compute, base_model.Params, raw_examples.Params, raw_examples.Source, instructions.Params, splits.Params, tokenized.Params,
-              raw_preferences.Params, preferences.Params, adapter.Params, reward_model.Params, aligned.Params,
-              *preference.OPTIONS.values(), baselines.Params, Settings, Task, LabelTask, release.Params]  # fmt: skip
-    assert listed == {field.alias or name for model in models for name, field in model.model_fields.items()}

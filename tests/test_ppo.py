@@ -378,13 +378,6 @@ def test_the_docs_show_the_small_run_as_it_is(learnt: ppo.PPOHistory) -> None:
     ], "\n".join(lines)
 
 
-def test_the_docs_name_every_setting() -> None:
-    text = (ROOT / "docs" / "ppo.md").read_text()
-    listed = dict(re.findall(r"^\| `(\w+)` \| (\S+) \|", text, re.MULTILINE))
-    defaults = {name: json.dumps(field.default).strip('"') for name, field in ppo.Settings.model_fields.items()}
-    assert listed == defaults
-
-
 def test_it_trains_in_bfloat16(tiny_model: Path, tiny_tokenizer: Any) -> None:
     model = policy(tiny_model, dtype=torch.bfloat16)
     for weight in trainable(model).values():

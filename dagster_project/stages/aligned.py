@@ -59,7 +59,8 @@ class Params(PreferenceParams):
     adapter: str = Field(pattern=r"^[\w-]+$")
     """Name of the SFT variant that training starts from and uses as its reference. It must be merged."""
     options: dict[str, Any] = {}
-    """The method's own keys, listed below."""
+    """The method's own keys, listed below. For ppo they include learning rate, batch size and checkpoints, which are then
+    refused in the entry itself."""
     peft: dict[str, Any] = {}
     """Keys of LoRA for the new adapter, as PEFT names them."""
     rewards: dict[str, float] = {MODEL: 1.0}
