@@ -44,7 +44,7 @@ def test_the_old_spelling_of_license_is_accepted_with_one_hint(caplog: pytest.Lo
     sources = [{"path": f"{name}.jsonl", "licence": "MIT"} for name in "ab"]
     found = parse(raw_examples.Params, {"sources": sources}, "raw_examples")
     assert [source.license for source in found.sources] == ["MIT", "MIT"]
-    assert [record.getMessage() for record in caplog.records] == ["params.yaml: the key `licence` is now `license`; write `license`"]
+    assert [record.getMessage() for record in caplog.records] == ["params.yaml: the key `licence` is deprecated: write `license`"]
 
 
 def test_both_spellings_of_license_at_once_are_refused() -> None:

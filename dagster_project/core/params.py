@@ -35,7 +35,7 @@ class Licensed(Section):
 @cache
 def _hint_at_license() -> None:
     """One line per process, however many sections use the old key."""
-    log.warning("params.yaml: the key `licence` is now `license`; write `license`")
+    log.warning("params.yaml: the key `licence` is deprecated: write `license`")
 
 
 class Compute(Section):
@@ -75,7 +75,7 @@ def read(root: Path) -> dict[str, Any]:
     try:
         found = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     except (YAMLError, ValueError, KeyError, RecursionError) as error:  # ValueError: not UTF-8, or a date that no calendar has
-        raise InputError(f"params.yaml is not valid YAML: {' '.join(str(error).split())}", "mend the line named") from None
+        raise InputError(f"params.yaml is not valid YAML: {' '.join(str(error).split())}", "fix the line that the message names") from None
     if not isinstance(found, dict):
         raise InputError("params.yaml must be a mapping of sections", "see docs/parameters.md")
     return found
@@ -106,7 +106,7 @@ def parse(model: type[S], values: Any, where: str, file: str = "params.yaml") ->
                 lines.append(f"{file}: {place}: missing")
             else:
                 lines.append(f"{file}: {place}: {problem['msg'].removeprefix('Value error, ')} (got {problem['input']!r})")
-        raise InputError("\n".join(lines), "; ".join(dict.fromkeys(hints)) or f"mend {file} and run again") from None
+        raise InputError("\n".join(lines), "; ".join(dict.fromkeys(hints)) or f"fix {file} and run again") from None
 
 
 def _at(model: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:
