@@ -50,7 +50,10 @@ def generated(root: Path) -> dict[Path, str]:
 
 
 class _Generator(GenerateJsonSchema):
-    """Adds the value `auto` to fields that accept it by a validator."""
+    """Adds the value `auto` to fields that accept it by a validator. Leaves out titles, which repeat the names of fields."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
 
     def function_wrap_schema(self, schema: core_schema.WrapValidatorFunctionSchema) -> Schema:
         accepted = super().function_wrap_schema(schema)
@@ -68,6 +71,8 @@ def params_schema() -> Schema:
     models: list[type[BaseModel]] = [whole, *OWN.values(), *OPTIONS.values()]
     _, document = models_json_schema([(model, "validation") for model in dict.fromkeys(models)], schema_generator=_Generator)
     definitions = json.loads(_short_names(json.dumps(document["$defs"])))
+    for definition in definitions.values():
+        definition.pop("title")  # the name of the class
     root = definitions.pop("params")
     for name in VARIANTS_OF.values():
         root["properties"][name]["propertyNames"] = {"pattern": r"^[\w-]+$"}
@@ -112,13 +117,12 @@ def _own_first(model: type[Section], definition: Schema) -> None:
 
 
 def _tidy(value: Any) -> Any:
-    """Drops the titles that repeat a field's name, and line breaks in descriptions."""
+    """Joins the lines of descriptions."""
     if isinstance(value, list):
         return [_tidy(one) for one in value]
     if not isinstance(value, dict):
         return value
-    kept = {key: one for key, one in value.items() if key != "title" or one == "params.yaml"}
-    return {key: " ".join(one.split()) if key == "description" and isinstance(one, str) else _tidy(one) for key, one in kept.items()}
+    return {key: " ".join(one.split()) if key == "description" and isinstance(one, str) else _tidy(one) for key, one in value.items()}
 
 
 def _definition(schema: Schema, definitions: Schema) -> Schema:
