@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
     with streaming_to_dagster():
         report = run_stage(_project(options), options.stage)
     if options.json:
-        print(json.dumps(report.document(), ensure_ascii=False))
+        print(json.dumps(report, ensure_ascii=False))
     return 0
 
 

@@ -141,7 +141,7 @@ def test_the_page_shows_curves_weights_memory_spans_and_settings_and_hostile_tex
     from dagster_project.core.context import StageContext
     from dagster_project.core.params import Compute
     from dagster_project.core.records import write_table
-    from dagster_project.orchestration.run_stage import run_with_pages
+    from dagster_project.orchestration.executors.local import run_with_pages
     from dagster_project.pipeline import PEDIGREE
     from dagster_project.stages import adapter
     from dagster_project.stages.tokenized import row_schema

@@ -22,7 +22,7 @@ from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.hashing import md5_of_bytes
 from dagster_project.core.layout import is_code, is_report
 from dagster_project.core.records import remove
-from dagster_project.orchestration.locks import end_command
+from dagster_project.orchestration.processes import interrupt_command, is_running
 
 logging.getLogger("dvc").setLevel(logging.ERROR)
 log = logging.getLogger("pedigree")
@@ -327,7 +327,7 @@ def reproduce(
                     return done.result()
                 except BaseException:
                     if not done.done():
-                        end_command(address)
+                        interrupt_command(address)
                     raise
         except (ReproductionError, LockError) as error:
             cause = error if isinstance(error, LockError) else error.__cause__
@@ -341,14 +341,12 @@ def reproduce(
 
 def at_work(root: Path, paths: Iterable[str]) -> str:
     """Who writes one of these paths right now, as DVC's table of busy paths has it; empty if nobody does."""
-    import psutil
-
     try:
         table = json.loads((root / ".dvc" / "tmp" / "rwlock").read_bytes())
     except (FileNotFoundError, ValueError):
         return ""
     for busy, owner in table.get("write", {}).items():
-        if owner["pid"] != os.getpid() and psutil.pid_exists(owner["pid"]) and any(overlap(busy, str(root / path)) for path in paths):
+        if owner["pid"] != os.getpid() and is_running(owner["pid"]) and any(overlap(busy, str(root / path)) for path in paths):
             return f"process {owner['pid']} ({owner['cmd']})"
     return ""
 

@@ -1,4 +1,4 @@
-"""`pedigree run STAGE`: the only way a stage ever runs. Guards its inputs, holds its gate, publishes its outputs."""
+"""`pedigree run STAGE`, the driver: the only way a stage ever runs. Checks its inputs, lets an executor run it, applies the gate, publishes outputs."""
 
 from __future__ import annotations
 
@@ -6,32 +6,39 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from dagster_project.core.context import Documents, StageContext
+from dagster_project.core.context import StageContext
 from dagster_project.core.errors import Busy, CheckFailed, InputError, PedigreeError
 from dagster_project.core.layout import measured_path, report_of
-from dagster_project.core.records import Report, remove, write_json
-from dagster_project.orchestration import dvc, integrity, locks
+from dagster_project.core.records import remove, write_json
+from dagster_project.orchestration import dvc, integrity, locks, processes
+from dagster_project.orchestration.executors import Executor, StageJob, StageResult
+from dagster_project.orchestration.executors.local import LocalExecutor
 from dagster_project.pipeline import PEDIGREE, Pipeline
 
 log = logging.getLogger("pedigree")
 
+LOCAL = LocalExecutor()
 
-def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE) -> Report:
-    """Run one stage on what lies in the workspace.
 
-    The stage writes into a scratch folder; its outputs take their place in one step, after every blocking check has passed and its inputs have
-    been found unchanged. Whatever goes wrong before that leaves the earlier outputs as they were (those DVC removed are put back).
+def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE, executor: Executor = LOCAL) -> Mapping[str, Any]:
+    """Run one stage on the files in the workspace.
+
+    The stage writes into a scratch folder; its outputs are moved to their places in one step, after every blocking check has passed and its inputs
+    were verified as unchanged. If anything fails before that, the earlier outputs are kept (those that DVC removed are restored).
+
+    Returns:
+        The stage's report.
 
     Raises:
         InputError: bad parameters or input.
         CheckFailed: a blocking check failed, or an input is not what its producer recorded, or changed meanwhile.
-        Busy: another process runs the stage. Under DVC, which has cleared the way, it is waited for instead.
+        Busy: another process runs the stage. Under DVC, which has already removed the outputs, the driver waits instead.
     """
     stage, variant = pipeline.split_address(address)
-    locks.die_with_parent()
+    processes.end_with_dvc()
 
     def busy(holder: str) -> None:
         if "DVC_STAGE" not in os.environ:
@@ -41,7 +48,7 @@ def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE) -> Report
     with locks.hold(root, address, busy):
         scratch = root / ".dvc" / "tmp" / "pedigree" / "scratch" / address
         try:
-            before = _guarded(root, address)  # before anything is read that it watches
+            before = _verified_inputs(root, address)  # before anything is read that it hashes
             values = pipeline.validate(root)
             names = tuple(pipeline.stages)
             ctx = StageContext(
@@ -50,13 +57,13 @@ def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE) -> Report
             )  # fmt: skip
             remove(scratch)
             ctx.out.mkdir(parents=True)
-            report = run_with_pages(ctx, pipeline)
-            _hold_gate(root, ctx, report)
+            result = executor.run(StageJob(pipeline, ctx, before))
+            report = _pass_gate(root, ctx, result)
             sha256 = integrity.sha256_of(ctx.out)
             changed = [path for path, value in dvc.fingerprint(root, address).now.items() if before[path] != value]
             if changed:
                 raise CheckFailed(f"{address}: {', '.join(changed)} changed while the stage ran", "run it again; nothing was recorded")
-            _publish(root, ctx, report, sha256)
+            _publish(root, ctx, report, sha256, result.measured)
         except BaseException:
             dvc.restore_outputs(root, address)
             raise
@@ -67,29 +74,13 @@ def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE) -> Report
     return report
 
 
-def run_with_pages(ctx: StageContext, pipeline: Pipeline) -> Report:
-    """Run the stage with what planning decided for it, and draw its pages, also if a blocking check failed."""
-    forecast = pipeline.forecast(ctx)
-    report = pipeline.stages[ctx.stage](ctx if forecast is None else replace(ctx, hints=forecast.hints))
-    documents = Documents(ctx.root, ctx.address, ctx.out, ctx.pages, report.document())
-    if forecast is not None:
-        report.measured |= forecast.compared(report.measured)
-        if report.measured:
-            write_json(ctx.pages / "run.json", {**forecast.document(), "measured": report.measured})
-            log.info(f"{ctx.address}: {forecast.text(report.measured)}")
-    pipeline.draw(documents)
-    return report
-
-
-def _guarded(root: Path, address: str) -> Mapping[str, str]:
-    """Hashes of everything the stage reads, once each input has been found to be what its producer made and recorded."""
-    street = dvc.read_street(root)
-    if address not in street:
-        raise InputError(f"{address} is not a stage of dvc.yaml", f"stages: {', '.join(street)}")
-    tampered = integrity.set_tampered_aside(
-        root, [street[i.producer] for i in street[address].inputs if i.producer], "DVC_STAGE" in os.environ
-    )
-    if tampered:
+def _verified_inputs(root: Path, address: str) -> Mapping[str, str]:
+    """Hashes of everything the stage reads, after each input was verified to be what its producer recorded."""
+    states = dvc.read_street(root)
+    if address not in states:
+        raise InputError(f"{address} is not a stage of dvc.yaml", f"stages: {', '.join(states)}")
+    producers = [states[i.producer] for i in states[address].inputs if i.producer]
+    if tampered := integrity.set_tampered_aside(root, producers, "DVC_STAGE" in os.environ):
         raise CheckFailed("\n".join(tampered), f"run `dvc repro {address}` again")
     before = dvc.fingerprint(root, address)
     if before.disputed:
@@ -97,47 +88,59 @@ def _guarded(root: Path, address: str) -> Mapping[str, str]:
     return before.now
 
 
-def _hold_gate(root: Path, ctx: StageContext, report: Report) -> None:
-    """The report and the pages are written always; on a failed blocking check nothing else is."""
+def _pass_gate(root: Path, ctx: StageContext, result: StageResult) -> Mapping[str, Any]:
+    """The report of a successful run. Pages, and the report of a failed run, are written in any case."""
     if ctx.pages.exists():
-        _put(root, ctx, ctx.pages)
-    if not report.failures:
-        return
+        _move_to_place(root, ctx, ctx.pages)
+    report = result.report or {}
+    failed = {name: check for name, check in report.get("checks", {}).items() if check["blocking"] and not check["passed"]}
+    if not failed and result.report is not None and result.exit_code == 0:
+        return report
+    if not failed:
+        raise (InputError if result.exit_code == 2 else CheckFailed)(
+            f"{ctx.address} ended with exit code {result.exit_code} and without a report of a failed check",
+            "see its own message above; nothing was recorded",
+        )
     path = root / report_of(ctx.address)
-    write_json(path, {"passed": False, **report.document()})
-    worst = "; ".join(
-        f"{c.name}: {c.note or f'{c.count} rows'}{' (first: ' + ', '.join(c.rows[:5]) + ')' if c.rows else ''}" for c in report.failures
+    write_json(path, {"passed": False, **report})
+    details = "; ".join(
+        f"{name}: {_counted(check)}" + (f" (first: {', '.join(check['rows'][:5])})" if "rows" in check else "")
+        for name, check in failed.items()
     )
     raise CheckFailed(
-        f"{ctx.address}: {len(report.failures)} blocking check(s) failed. {worst}",
-        f"mend the rows, or change params.yaml; all findings are in {path.relative_to(root)}",
+        f"{ctx.address}: {len(failed)} blocking check(s) failed. {details}",
+        f"fix the rows, or change params.yaml; all findings are in {path.relative_to(root)}",
     )
 
 
-def _publish(root: Path, ctx: StageContext, report: Report, sha256: str) -> None:
-    """Outputs from the scratch folder to their places, each by one rename; the report with the sha256 of the main one."""
+def _publish(root: Path, ctx: StageContext, report: Mapping[str, Any], sha256: str, measured: Mapping[str, float]) -> None:
+    """Move outputs from the scratch folder to their places, each by one rename; write the report with the sha256 of the main output."""
     plots = list((ctx.scratch / "data" / "plots").rglob("*.csv")) if (ctx.scratch / "data" / "plots").exists() else []
-    for made in [ctx.out, *plots]:
-        _put(root, ctx, made)
-    write_json(root / report_of(ctx.address), {"passed": True, "output_sha256": sha256, **report.document()})
-    if report.measured:
-        write_json(measured_path(root, ctx.address), {"output_sha256": sha256, **report.measured})
+    for path in [ctx.out, *plots]:
+        _move_to_place(root, ctx, path)
+    write_json(root / report_of(ctx.address), {"passed": True, "output_sha256": sha256, **report})
+    if measured:
+        write_json(measured_path(root, ctx.address), {"output_sha256": sha256, **measured})
 
 
-def _put(root: Path, ctx: StageContext, made: Path) -> None:
-    target = root / made.relative_to(ctx.scratch)
+def _move_to_place(root: Path, ctx: StageContext, path: Path) -> None:
+    target = root / path.relative_to(ctx.scratch)
     remove(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    made.replace(target)
+    path.replace(target)
 
 
-def _summary(address: str, report: Report) -> list[str]:
+def _summary(address: str, report: Mapping[str, Any]) -> list[str]:
     lines = []
-    if report.rows_in is not None:
-        dropped = ", ".join(f"{name} {n}" for name, n in report.dropped.items())
-        lines.append(f"{address}: {report.rows_in} rows in, {report.rows_out} out" + (f", dropped: {dropped}" if dropped else ""))
-    lines += [f"{address}: {c.severity}: {c.name}: {c.note or f'{c.count} rows'}" for c in report.checks if not c.passed]
-    return lines
+    if "rows_in" in report:
+        dropped = ", ".join(f"{name} {n}" for name, n in report["dropped"].items())
+        lines.append(f"{address}: {report['rows_in']} rows in, {report['rows_out']} out" + (f", dropped: {dropped}" if dropped else ""))
+    checks = report.get("checks", {}).items()
+    return lines + [f"{address}: {check['severity']}: {name}: {_counted(check)}" for name, check in checks if not check["passed"]]
+
+
+def _counted(check: Mapping[str, Any]) -> str:
+    return check.get("note") or f"{check['count']} rows"
 
 
 @contextmanager

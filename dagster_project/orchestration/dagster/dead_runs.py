@@ -6,7 +6,8 @@ import platform
 import time
 
 import dagster as dg
-import psutil
+
+from dagster_project.orchestration.processes import is_running
 
 MACHINE_TAG = "pedigree/machine"
 """Tag of a run: where its process runs. Only there can be told whether it lives."""
@@ -24,7 +25,7 @@ def reap(instance: dg.DagsterInstance) -> list[str]:
     said = []
     for run in instance.get_runs(dg.RunsFilter(statuses=ALIVE)):
         last = _process(instance, run.run_id)
-        if run.tags.get(MACHINE_TAG, platform.node()) != platform.node() or last is None or _runs(*last):
+        if run.tags.get(MACHINE_TAG, platform.node()) != platform.node() or last is None or is_running(*last):
             continue
         now = instance.get_run_by_id(run.run_id)
         if now is None or now.is_finished:  # it ended while we looked
@@ -50,7 +51,7 @@ def in_progress(instance: dg.DagsterInstance) -> frozenset[dg.AssetKey]:
 def _lives(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
     process = _process(instance, run.run_id)
     if process is not None and run.tags.get(MACHINE_TAG, platform.node()) == platform.node():
-        return _runs(*process)
+        return is_running(*process)
     record = instance.get_run_record_by_id(run.run_id)
     latest = instance.get_records_for_run(run.run_id, limit=1, ascending=False).records
     times = [record.update_timestamp.timestamp()] if record else []
@@ -81,12 +82,3 @@ def _process(instance: dg.DagsterInstance, run_id: str) -> tuple[int, float] | N
         if pid is not None:
             return int(str(pid.value)), entry.timestamp
     return None
-
-
-def _runs(pid: int, told: float) -> bool:
-    """Is it there, and not a later process with the same number?"""
-    try:
-        process = psutil.Process(pid)
-        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= told + 1
-    except psutil.NoSuchProcess:
-        return False

@@ -19,11 +19,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-import psutil
-
 from dagster_project.core.errors import InputError
 from dagster_project.core.records import write_text
-from dagster_project.orchestration.locks import end_with
+from dagster_project.orchestration.processes import end_with_parent
 
 HOST = "127.0.0.1"
 DEFAULT_PORT = 3100
@@ -193,10 +191,8 @@ def server(root: Path, listener: socket.socket) -> ThreadingHTTPServer:
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for Dagster, and this process ends with it
-    parent = psutil.Process().parent()
-    if parent is not None:
-        end_with(parent)
-        server(Path(sys.argv[1]), socket.socket(fileno=int(sys.argv[2]))).serve_forever()
+    end_with_parent()
+    server(Path(sys.argv[1]), socket.socket(fileno=int(sys.argv[2]))).serve_forever()
 
 
 if __name__ == "__main__":

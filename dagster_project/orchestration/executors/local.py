@@ -1,0 +1,36 @@
+"""Executor `local`: the stage runs in the driver's own process.
+
+So what holds for the driver holds for the stage: it ends when its DVC does, an interrupt reaches it first, and its lock is free once it is dead.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from dagster_project.core.context import Documents, StageContext
+from dagster_project.core.records import Report, write_json
+from dagster_project.orchestration.executors import StageJob, StageResult
+from dagster_project.pipeline import Pipeline
+
+log = logging.getLogger("pedigree")
+
+
+class LocalExecutor:
+    def run(self, job: StageJob) -> StageResult:
+        report = run_with_pages(job.ctx, job.pipeline)
+        return StageResult(1 if report.failures else 0, report.document(), report.measured)
+
+
+def run_with_pages(ctx: StageContext, pipeline: Pipeline) -> Report:
+    """Run the stage with the execution hints that planning has for this host, and draw its pages, also if a blocking check failed."""
+    forecast = pipeline.forecast(ctx)
+    report = pipeline.stages[ctx.stage](ctx if forecast is None else replace(ctx, hints=forecast.hints))
+    documents = Documents(ctx.root, ctx.address, ctx.out, ctx.pages, report.document())
+    if forecast is not None:
+        report.measured |= forecast.compared(report.measured)
+        if report.measured:
+            write_json(ctx.pages / "run.json", {**forecast.document(), "measured": report.measured})
+            log.info(f"{ctx.address}: {forecast.text(report.measured)}")
+    pipeline.draw(documents)
+    return report

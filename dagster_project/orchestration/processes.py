@@ -1,0 +1,76 @@
+"""Processes on this host: the stage command that DVC starts (the driver), and what starts or ends it. Where the stage itself computes is the
+executor's business (executors/)."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+
+import psutil
+
+SHELLS = {"sh", "bash", "dash", "zsh", "fish", "ksh"}
+PR_SET_PDEATHSIG = 1
+CLEAN_UP = 20.0
+"""Seconds that an interrupted stage command has to restore outputs, and its executor to stop the stage."""
+
+
+def is_running(pid: int, since: float | None = None) -> bool:
+    """Whether a process exists.
+
+    Args:
+        since: time at which it was seen running; a later process with the same number does not count.
+    """
+    try:
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and (since is None or process.create_time() <= since + 1)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def end_with_dvc() -> None:
+    """If DVC started this process, end with it, so that no orphan writes after its DVC was killed."""
+    if "DVC_STAGE" not in os.environ:
+        return
+    parent = psutil.Process().parent()
+    while parent is not None and parent.name() in SHELLS:
+        parent = parent.parent()
+    _end_with(parent)
+
+
+def end_with_parent() -> None:
+    """End when the process that started this one ends, or now if it already has."""
+    _end_with(psutil.Process().parent())
+
+
+def _end_with(ancestor: psutil.Process | None) -> None:
+    if ancestor is None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif sys.platform == "linux" and ancestor.pid == os.getppid():
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != ancestor.pid:  # it died before the signal was requested
+            os.kill(os.getpid(), signal.SIGKILL)
+    else:
+        threading.Thread(target=_poll, args=(ancestor,), daemon=True).start()
+
+
+def _poll(ancestor: psutil.Process) -> None:
+    while ancestor.is_running() and ancestor.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def interrupt_command(address: str) -> None:
+    """Interrupt the stage command that DVC in this process has started; kill it if it has not ended after `CLEAN_UP` seconds."""
+    interrupted = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if child.environ().get("DVC_STAGE") == address:
+                child.send_signal(signal.SIGINT)
+                interrupted.append(child)
+    for child in psutil.wait_procs(interrupted, timeout=CLEAN_UP)[1]:
+        child.kill()

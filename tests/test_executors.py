@@ -1,0 +1,115 @@
+"""The seam between driver and executor: a stage that runs in another folder and process gives the same record as one that runs here."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import street as mini
+from conftest import dvc
+
+from dagster_project.core.errors import CheckFailed, InputError
+from dagster_project.core.layout import measured_path, report_of
+from dagster_project.orchestration.executors import StageJob, StageResult
+from dagster_project.orchestration.run_stage import run_stage
+
+log = logging.getLogger("pedigree")
+
+
+class Elsewhere:
+    """Runs the stage's command in a copy of the project, and brings its files back into the working folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def run(self, job: StageJob) -> StageResult:
+        root, address = self.folder / "project", job.ctx.address
+        shutil.copytree(job.ctx.root, root, symlinks=True)
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("DVC_")} | {"STEPS": "1"}
+        command = [sys.executable, "street.py", "run", address]
+        done = subprocess.run(command, cwd=root, env=environment, stderr=subprocess.PIPE, text=True, check=False)
+        for line in done.stderr.splitlines():
+            log.info(line)
+        for kind in ("live", "pages", *(["."] if done.returncode == 0 else [])):
+            source = root / "data" / kind / address.replace("@", "/")
+            target = (job.ctx.root if kind == "live" else job.ctx.scratch) / "data" / kind / address.replace("@", "/")
+            if source.is_dir():
+                shutil.copytree(source, target, dirs_exist_ok=True)
+        report = root / report_of(address)
+        measured = measured_path(root, address)
+        return StageResult(
+            done.returncode,
+            {k: v for k, v in json.loads(report.read_text()).items() if k not in {"passed", "output_sha256"}} if report.is_file() else None,
+            {k: v for k, v in json.loads(measured.read_text()).items() if k != "output_sha256"} if measured.is_file() else {},
+        )
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return mini.make_project(tmp_path / "driver" / "project")
+
+
+def outputs(root: Path, address: str) -> dict[str, bytes]:
+    folder = root / "data" / address.replace("@", "/")
+    found = {path.relative_to(root).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {**found, "report": (root / report_of(address)).read_bytes()}
+
+
+def test_a_stage_that_runs_elsewhere_gives_the_same_outputs_and_report(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert dvc(root, "repro").returncode == 0
+    here = {address: outputs(root, address) for address in ("tok", "adapter@lora")}
+    for address in here:
+        with caplog.at_level(logging.INFO, logger="pedigree"):
+            run_stage(root, address, mini.STREET, Elsewhere(tmp_path / address))
+        assert outputs(root, address) == here[address]
+    assert mini.changed_in_dvc(root) == set()
+    assert (root / "data/live/adapter/lora/loss.csv").is_file() and measured_path(root, "adapter@lora").is_file()
+
+
+def test_a_gate_that_fails_elsewhere_fails_here_and_publishes_its_report_alone(root: Path, tmp_path: Path) -> None:
+    assert dvc(root, "repro").returncode == 0
+    before = (root / "data/inst/rows.txt").read_bytes()
+    (root / "data/sources/g.txt").write_text("BAD\n")
+    assert dvc(root, "repro", "raw").returncode == 0
+    with pytest.raises(CheckFailed, match=r"inst: 1 blocking check\(s\) failed. no_bad_rows: 1 rows \(first: 0\)"):
+        run_stage(root, "inst", mini.STREET, Elsewhere(tmp_path / "elsewhere"))
+    assert (root / "data/inst/rows.txt").read_bytes() == before
+    assert json.loads((root / report_of("inst")).read_text())["passed"] is False
+
+
+@pytest.mark.parametrize(("code", "error"), [(1, CheckFailed), (2, InputError), (137, CheckFailed)])
+def test_a_run_that_ends_without_a_report_publishes_nothing(root: Path, code: int, error: type[Exception]) -> None:
+    class Lost:
+        def run(self, job: StageJob) -> StageResult:
+            (job.ctx.out / "half.txt").write_text("half")
+            return StageResult(code, None, {})
+
+    assert dvc(root, "repro").returncode == 0
+    before = outputs(root, "tok")
+    with pytest.raises(error, match=f"tok ended with exit code {code} and without a report"):
+        run_stage(root, "tok", mini.STREET, Lost())
+    assert outputs(root, "tok") == before and mini.changed_in_dvc(root) == set()
+
+
+def test_a_job_is_identified_by_what_it_reads_and_a_failed_exit_code_never_publishes(root: Path) -> None:
+    jobs: list[StageJob] = []
+
+    class Failing:
+        def run(self, job: StageJob) -> StageResult:
+            jobs.append(job)
+            return StageResult(1, {}, {})
+
+    assert dvc(root, "repro").returncode == 0
+    for _ in range(2):
+        with pytest.raises(CheckFailed):
+            run_stage(root, "tok", mini.STREET, Failing())
+    assert jobs[0].inputs == jobs[1].inputs and {"data/inst", "code/tok.py", "params.yaml"} <= set(jobs[0].inputs)
+    assert mini.changed_in_dvc(root) == set()
