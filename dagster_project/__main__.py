@@ -184,10 +184,10 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def export(options: argparse.Namespace) -> int:
-    """write a model's papers: model card, bill of materials, lineage events"""
-    from dagster_project.lineage.export.export import export as paper
+    """write a model's lineage for other tools: model card, bill of materials, lineage events"""
+    from dagster_project.lineage.export.export import export as export_model
 
-    text = paper(_project(options), options.model, options.format, options.rev, options.issued)
+    text = export_model(_project(options), options.model, options.format, options.rev, options.issued)
     if options.out:
         _write("--out", Path(options.out), text)
         log.info(f"{options.format}: {options.out}")
@@ -353,6 +353,8 @@ def _date(text: str) -> date:
 
 
 def parser() -> argparse.ArgumentParser:
+    from dagster_project.lineage.export.registry import formats
+
     whole = _Parser(
         prog="pedigree",
         description="LLM fine-tuning in which every model knows its data.",
@@ -429,7 +431,7 @@ def parser() -> argparse.ArgumentParser:
     command(compare)
     one = command(export)
     one.add_argument("model", metavar="MODEL", help="a path, a stage's name or a content hash")
-    one.add_argument("--format", required=True, choices=["model-card", "cyclonedx", "openlineage"])
+    one.add_argument("--format", required=True, choices=formats())
     one.add_argument("--out", metavar="FILE", help="default: print it")
     one.add_argument("--rev", help="git revision to look at (default: the workspace)")
     one.add_argument("--issued", type=_date, metavar="YYYY-MM-DD", help="default: the date of the commit that recorded the model")

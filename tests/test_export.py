@@ -1,23 +1,25 @@
-"""A model's papers: valid by the libraries that read them, true to the lineage, the same each time."""
+"""Exports of a model: valid by the libraries that read them, true to the lineage, the same each time."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
 import street as mini
-from conftest import pedigree
+from conftest import ROOT, pedigree
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 from huggingface_hub import ModelCard, ModelCardData
 
 from dagster_project.core.errors import InputError
-from dagster_project.lineage.export.export import export, papers
+from dagster_project.lineage.export.export import export, summarize
 from dagster_project.lineage.export.model_card import model_card
+from dagster_project.lineage.export.registry import formats
 from dagster_project.lineage.export.summary import from_reports
 
 ISSUED = date(2026, 1, 31)
@@ -48,7 +50,7 @@ def test_a_model_card_is_read_by_the_hubs_library_and_says_what_the_reports_say(
 
 
 def test_a_stage_can_write_the_card_from_reports_alone(finished: Path) -> None:
-    above = list(papers(finished, "merged@lora")["stages"])
+    above = list(summarize(finished, "merged@lora")["stages"])
     reports = reports_of(finished, [*above, "baselines", "evaluation@lora", "comparison"])
     card, whole = model_card(from_reports("merged@lora", reports)), export(finished, "merged@lora", "model-card", issued=ISSUED)
     assert ModelCard(card).data.to_dict() == ModelCard(whole).data.to_dict()
@@ -56,7 +58,7 @@ def test_a_stage_can_write_the_card_from_reports_alone(finished: Path) -> None:
     assert "commit" not in card and "issued" not in card
 
 
-def test_a_release_carries_the_card_and_the_record_that_its_papers_say(finished: Path) -> None:
+def test_a_release_carries_its_card_and_the_record_that_its_export_names(finished: Path) -> None:
     folder = finished / "data" / "release"
     card, whole = (folder / "README.md").read_text(), export(finished, "release", "model-card", issued=ISSUED)
     assert ModelCard(card).data.to_dict() == ModelCard(whole).data.to_dict()
@@ -69,7 +71,7 @@ def test_a_release_carries_the_card_and_the_record_that_its_papers_say(finished:
         assert (folder / "audit/adapter_lora" / name).read_bytes() == (finished / "data/adapter/lora" / name).read_bytes()
 
 
-def test_the_papers_of_an_aligned_model_name_its_preferences_and_every_run_what_it_read(finished: Path) -> None:
+def test_exports_of_an_aligned_model_name_its_preferences_and_the_inputs_of_every_run(finished: Path) -> None:
     source = "data/sources/preferences.jsonl"
     assert f"| {source} |" in export(finished, "merged_aligned@dpo", "model-card", issued=ISSUED)
     assert f"source:{source}" in export(finished, "merged_aligned@dpo", "cyclonedx", issued=ISSUED)
@@ -122,8 +124,8 @@ def test_every_stage_has_its_two_events_and_reads_what_others_made(finished: Pat
     assert len({event["run"]["runId"] for event in events}) == len(stages)
 
 
-@pytest.mark.parametrize("form", ["model-card", "cyclonedx", "openlineage"])
-def test_papers_are_the_same_each_time_and_only_their_date_is_given(finished: Path, form: str) -> None:
+@pytest.mark.parametrize("form", formats())
+def test_exports_are_deterministic_and_only_their_date_is_an_argument(finished: Path, form: str) -> None:
     with pytest.raises(InputError, match="not committed"):
         export(finished, "merged@lora", form)
     mini.git(finished, "add", "-A")
@@ -141,8 +143,17 @@ def test_papers_are_the_same_each_time_and_only_their_date_is_given(finished: Pa
         assert other.replace("2026-01-31", committed) == text
 
 
-def test_what_is_no_model_has_no_card(finished: Path) -> None:
+def test_every_format_is_documented() -> None:
+    text = (ROOT / "docs" / "verify.md").read_text()
+    assert (
+        {"model-card", "cyclonedx", "openlineage"}
+        <= set(formats())
+        == set(re.findall(r"(?m)^\| `([a-z-]+)` \|", text.partition("## Exports")[2]))
+    )
+
+
+def test_a_stage_that_is_not_a_model_has_no_card(finished: Path) -> None:
     done = pedigree(finished, "export", "splits", "--format", "model-card", "--issued", "2026-01-31")
-    assert done.returncode == 2 and "splits is no model" in done.stderr
+    assert done.returncode == 2 and "splits is not a model" in done.stderr
     done = pedigree(finished, "export", "merged@lora", "--format", "cyclonedx", "--issued", "2026-01-31", "--out", "bom.json", "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["text"] == (finished / "bom.json").read_text()

@@ -1,4 +1,4 @@
-"""CycloneDX 1.6, a bill of materials for machine learning: the model with its card, the data it was made from, the libraries that made it."""
+"""CycloneDX 1.6, a bill of materials for machine learning: the model with its card, its training data and the libraries in use."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from dagster_project.lineage.export.summary import identity, limits, results
 SUM = "sha256 over the lines '<sha256 of file> <path>' of all its files"
 
 
-def bom(found: Mapping[str, Any], issued: date) -> str:
-    """The document as JSON, checked against the official schema.
+def cyclonedx(summary: Mapping[str, Any], issued: date) -> str:
+    """The document as JSON, validated against the official schema.
 
-    The library has no classes for `modelCard` and `data` yet, so these two are added to what it writes.
+    The library has no classes for `modelCard` and `data` yet, so these two are added to its JSON.
     """
     from cyclonedx.factory.license import LicenseFactory
     from cyclonedx.model import HashAlgorithm, HashType, Property
@@ -28,15 +28,15 @@ def bom(found: Mapping[str, Any], issued: date) -> str:
     def licenses(name: str | None) -> list[Any]:
         return [LicenseFactory().make_from_string(name)] if name else []
 
-    def component(kind: ComponentType, ref: str, name: str, sha256: str | None, license_name: str | None = None, **told: Any) -> Component:
-        properties = [Property(name=f"pedigree:{key}", value=str(value)) for key, value in told.items() if value is not None]
+    def component(kind: ComponentType, ref: str, name: str, sha256: str | None, license: str | None = None, **facts: Any) -> Component:
+        properties = [Property(name=f"pedigree:{key}", value=str(value)) for key, value in facts.items() if value is not None]
         sums = [HashType(alg=HashAlgorithm.SHA_256, content=sha256)] if sha256 else []
-        return Component(type=kind, bom_ref=ref, name=name, hashes=sums, licenses=licenses(license_name), properties=properties)
+        return Component(type=kind, bom_ref=ref, name=name, hashes=sums, licenses=licenses(license), properties=properties)
 
-    model, base = found["model"], found["base_model"]
+    model, base = summary["model"], summary["base_model"]
     whole = component(
         ComponentType.MACHINE_LEARNING_MODEL, "model", model["stage"], model["sha256"], base.get("license"),
-        sha256_is=SUM, md5=model.get("md5"), commit=found["code"]["commit"], clean=found["code"]["clean"],
+        sha256_is=SUM, md5=model.get("md5"), commit=summary["code"]["commit"], clean=summary["code"]["clean"],
     )  # fmt: skip
     weights = [digest for name, digest in base.get("sha256", {}).items() if name.endswith(".safetensors")]
     parts = [
@@ -44,10 +44,10 @@ def bom(found: Mapping[str, Any], issued: date) -> str:
             ComponentType.MACHINE_LEARNING_MODEL, "base_model", base.get("origin", "unknown"), weights[0] if len(weights) == 1 else None,
             base.get("license"), parameters=base.get("parameters"), **{f"sha256:{name}": digest for name, digest in base.get("sha256", {}).items()},
         ),
-        *(component(ComponentType.DATA, f"source:{path}", path, s["sha256"], s["license"], rows=s["rows"], format=s["format"]) for path, s in found["sources"].items()),
-        *(component(ComponentType.DATA, f"stage:{name}", name, s["sha256"], sha256_is=SUM, md5=s["md5"]) for name, s in _data(found).items()),
+        *(component(ComponentType.DATA, f"source:{path}", path, s["sha256"], s["license"], rows=s["rows"], format=s["format"]) for path, s in summary["sources"].items()),
+        *(component(ComponentType.DATA, f"stage:{name}", name, s["sha256"], sha256_is=SUM, md5=s["md5"]) for name, s in _data(summary).items()),
     ]  # fmt: skip
-    for library, number in found["environment"].items():
+    for library, number in summary["environment"].items():
         part = component(ComponentType.PLATFORM if library == "python" else ComponentType.LIBRARY, f"library:{library}", library, None)
         part.version = number
         parts.append(part)
@@ -58,35 +58,35 @@ def bom(found: Mapping[str, Any], issued: date) -> str:
     )
     document.register_dependency(whole, parts)
     written = json.loads(JsonV1Dot6(document).output_as_string())
-    written["metadata"]["component"]["modelCard"] = _card(found)
+    written["metadata"]["component"]["modelCard"] = _card(summary)
     for part in written["components"]:
         if part["type"] == "data":
-            part["data"] = [{"type": "dataset", "name": part["name"], "description": _told(found, part["bom-ref"])}]
+            part["data"] = [{"type": "dataset", "name": part["name"], "description": _description(summary, part["bom-ref"])}]
     text = json.dumps(written, indent=1, ensure_ascii=False) + "\n"
-    if (wrong := JsonStrictValidator(SchemaVersion.V1_6).validate_str(text)) is not None:
-        raise AssertionError(f"not CycloneDX 1.6: {wrong}")
+    if (error := JsonStrictValidator(SchemaVersion.V1_6).validate_str(text)) is not None:
+        raise AssertionError(f"not CycloneDX 1.6: {error}")
     return text
 
 
-def _data(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The stages that make data sets on the way."""
-    return {name: stage for name, stage in found["stages"].items() if "rows_in" in stage}
+def _data(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The stages whose outputs are data sets."""
+    return {name: stage for name, stage in summary["stages"].items() if "rows_in" in stage}
 
 
-def _told(found: Mapping[str, Any], ref: str) -> str:
+def _description(summary: Mapping[str, Any], ref: str) -> str:
     kind, _, name = ref.partition(":")
     if kind == "source":
-        return f"{found['sources'][name]['rows']} rows, layout {found['sources'][name]['format']}"
-    stage = found["stages"][name]
+        return f"{summary['sources'][name]['rows']} rows, layout {summary['sources'][name]['format']}"
+    stage = summary["stages"][name]
     dropped = ", ".join(f"{why} {n}" for why, n in stage.get("dropped", {}).items())
     return f"{stage['rows_in']} rows in, {stage['rows_out']} out; dropped: {dropped or 'none'}"
 
 
-def _card(found: Mapping[str, Any]) -> dict[str, Any]:
-    training = found["training"]
-    data = [{"ref": f"source:{path}"} for path in found["sources"]] + [{"ref": f"stage:{name}"} for name in _data(found)]
-    # of an aligned model the reports do not say which kind of learning it was
-    approach = {} if any(name.startswith("aligned") for name in found["stages"]) else {"approach": {"type": "supervised"}}
+def _card(summary: Mapping[str, Any]) -> dict[str, Any]:
+    training = summary["training"]
+    data = [{"ref": f"source:{path}"} for path in summary["sources"]] + [{"ref": f"stage:{name}"} for name in _data(summary)]
+    # the reports of an aligned model do not name the kind of learning
+    approach = {} if any(name.startswith("aligned") for name in summary["stages"]) else {"approach": {"type": "supervised"}}
     measured = [
         {
             "type": one["name"],
@@ -94,13 +94,13 @@ def _card(found: Mapping[str, Any]) -> dict[str, Any]:
             "slice": "test",
             "confidenceInterval": {"lowerBound": str(one["low"]), "upperBound": str(one["high"])},
         }
-        for one in results(found)
+        for one in results(summary)
     ]
     return {
         "modelParameters": {**approach, "task": "text-generation", "datasets": data},
         **({"quantitativeAnalysis": {"performanceMetrics": measured}} if measured else {}),
-        "considerations": {"technicalLimitations": limits(found)},
+        "considerations": {"technicalLimitations": limits(summary)},
         "properties": [
-            {"name": f"pedigree:{key}", "value": json.dumps(value)} for key, value in {**training, **found["parameters"]}.items()
+            {"name": f"pedigree:{key}", "value": json.dumps(value)} for key, value in {**training, **summary["parameters"]}.items()
         ],
     }

@@ -1,8 +1,7 @@
-"""`pedigree export`: a model's papers in the forms that others read. Same lineage, same text; only the issue date is given from outside."""
+"""`pedigree export`: the lineage of a model in formats that other tools read. Same lineage, same text; only the issue date is an argument."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -11,38 +10,38 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.git import git
 from dagster_project.core.layout import report_of
 from dagster_project.lineage import lineage
+from dagster_project.lineage.export import registry
 from dagster_project.lineage.export.summary import from_reports
 from dagster_project.lineage.history import Revision
 
 MODELS = ("adapter", "aligned", "reward_model", "merged", "merged_aligned", "release")
-"""Stages that make a model that was tuned here."""
+"""Stages whose output is a model that this project trained."""
 
 
-def papers(root: Path, model: str, rev: str | None = None) -> dict[str, Any]:
-    """`from_reports`, and beside it what dvc.lock and git know: hashes, inputs, parameters and the commit."""
-    at = Revision(root, rev)
-    lock = at.lock()
-    found = lineage.audit(root, model, rev)
-    address = found["model"]["stage"]
+def summarize(root: Path, model: str, rev: str | None = None) -> dict[str, Any]:
+    """`from_reports`, completed with what dvc.lock and git record: hashes, inputs, parameters and the commit."""
+    revision = Revision(root, rev)
+    audit = lineage.audit(root, model, rev)
+    address = audit["model"]["stage"]
     variant = address.partition("@")[2]
-    beside = [
+    measuring = [
         name
-        for name in lock
+        for name in revision.lock()
         if name in {"baselines", "comparison"} or (variant and name.startswith("evaluation") and name.endswith(f"@{variant}"))
     ]
-    reports = {name: at.json(report_of(name)) for name in dict.fromkeys([*found["stages"], *beside])}
-    told = from_reports(address, reports, reports[address].get("variant", "") if address == "release" else "")
+    reports = {name: revision.json(report_of(name)) for name in dict.fromkeys([*audit["stages"], *measuring])}
+    summary = from_reports(address, reports, reports[address].get("variant", "") if address == "release" else "")
     stages = {
-        name: {**stage, **{key: found["stages"][name][key] for key in ("output", "md5", "inputs")}}
-        for name, stage in told["stages"].items()
-        if name in found["stages"]
+        name: {**stage, **{key: audit["stages"][name][key] for key in ("output", "md5", "inputs")}}
+        for name, stage in summary["stages"].items()
+        if name in audit["stages"]
     }
     return {
-        **told,
-        "model": {**found["model"], **told["model"]},
+        **summary,
+        "model": {**audit["model"], **summary["model"]},
         "stages": stages,
-        "parameters": found["parameters"],
-        "code": found["code"],
+        "parameters": audit["parameters"],
+        "code": audit["code"],
     }
 
 
@@ -50,50 +49,29 @@ def issue_date(root: Path, rev: str | None) -> date:
     """The date of the commit that recorded the model.
 
     Raises:
-        InputError: what dvc.lock says is not committed yet.
+        InputError: dvc.lock has uncommitted changes.
     """
-    status = git(root, "status", "--porcelain", "--", "dvc.lock")
-    made = "" if status and rev is None else (git(root, "log", "-1", "--format=%cs", rev or "HEAD", "--", "dvc.lock") or "").strip()
-    if not made:
-        raise InputError(
-            "dvc.lock is not committed, so that no date says when this model was recorded", "commit it, or give --issued YYYY-MM-DD"
-        )
-    return date.fromisoformat(made)
+    uncommitted = rev is None and git(root, "status", "--porcelain", "--", "dvc.lock")
+    committed = "" if uncommitted else (git(root, "log", "-1", "--format=%cs", rev or "HEAD", "--", "dvc.lock") or "").strip()
+    if not committed:
+        raise InputError("dvc.lock is not committed, so the model has no issue date", "commit it, or give --issued YYYY-MM-DD")
+    return date.fromisoformat(committed)
 
 
 def export(root: Path, model: str, form: str, rev: str | None = None, issued: date | None = None) -> str:
-    """A model's paper in one of FORMATS.
+    """A model in one of `registry.formats()`.
 
     Args:
         issued: default: the date of the commit that recorded the model.
     Raises:
-        InputError: no such model, or one that has no such paper.
+        InputError: unknown model, or a stage that the format cannot describe.
     """
-    found = papers(root, model, rev)
-    address = found["model"]["stage"]
-    if form != "openlineage" and address.partition("@")[0] not in MODELS:
+    write, any_stage = registry.find(form)
+    summary = summarize(root, model, rev)
+    address = summary["model"]["stage"]
+    if not any_stage and address.partition("@")[0] not in MODELS:
         raise InputError(
-            f"{address} is no model that was tuned here: it has no {form}", f"name one of {', '.join(MODELS)}, or ask for openlineage"
+            f"{address} is not a model that this project trained: {form} cannot describe it",
+            f"name one of {', '.join(MODELS)}, or use openlineage",
         )
-    return FORMATS[form](found, issued or issue_date(root, rev))
-
-
-def _card(found: Mapping[str, Any], issued: date) -> str:
-    from dagster_project.lineage.export.model_card import model_card
-
-    return model_card({**found, "issued": issued.isoformat()})
-
-
-def _bom(found: Mapping[str, Any], issued: date) -> str:
-    from dagster_project.lineage.export.cyclonedx import bom
-
-    return bom(found, issued)
-
-
-def _events(found: Mapping[str, Any], issued: date) -> str:
-    from dagster_project.lineage.export.openlineage import events
-
-    return events(found, issued)
-
-
-FORMATS: dict[str, Callable[[Mapping[str, Any], date], str]] = {"model-card": _card, "cyclonedx": _bom, "openlineage": _events}
+    return write(summary, issued or issue_date(root, rev))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from datetime import date
 from typing import Any
 
 from dagster_project.lineage.export.summary import limits, results
@@ -12,19 +13,20 @@ SPDX = re.compile(r"^(?!LicenseRef)[\w.+-]+$")
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
-def model_card(lineage: Mapping[str, Any]) -> str:
+def model_card(summary: Mapping[str, Any], issued: date | None = None) -> str:
     """A README.md for the model.
 
     Args:
-        lineage: of `export.papers`, or of `papers.from_reports` for a stage, which knows neither commit nor dvc.lock; with "issued" for a date.
+        summary: of `export.summarize`, or of `from_reports` in a stage, which has neither commit nor dvc.lock.
+        issued: None leaves the line out.
     """
-    return f"---\n{_metadata(lineage)}\n---\n\n{_text(lineage)}"
+    return f"---\n{_metadata(summary)}\n---\n\n{_text(summary, issued)}"
 
 
-def _metadata(found: Mapping[str, Any]) -> str:
+def _metadata(summary: Mapping[str, Any]) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
-    address, base, training = found["model"]["stage"], found["base_model"], found["training"]
+    address, base, training = summary["model"]["stage"], summary["base_model"], summary["training"]
     origin = base.get("origin", "").partition("@")[0]
     evaluated = [
         EvalResult(
@@ -36,17 +38,17 @@ def _metadata(found: Mapping[str, Any]) -> str:
             metric_value=one["value"],
             metric_args={"confidence": 0.95, "low": one["low"], "high": one["high"]},
         )
-        for one in results(found)
+        for one in results(summary)
     ]
-    hub = sorted({source["hub"] for source in found["sources"].values() if "hub" in source})
-    name = base.get("license")
-    known = name and SPDX.match(name)
+    hub = sorted({source["hub"] for source in summary["sources"].values() if "hub" in source})
+    license = base.get("license")
+    known = license and SPDX.match(license)
     data = ModelCardData(
         base_model=origin if HUB_ID.match(origin) and "@" in base.get("origin", "") else None,
         datasets=hub or None,
-        library_name="transformers" if found["model"]["stands_alone"] else "peft",
-        license=None if name is None else name.lower() if known else "other",
-        license_name=None if known else name,
+        library_name="transformers" if summary["model"]["stands_alone"] else "peft",
+        license=None if license is None else license.lower() if known else "other",
+        license_name=None if known else license,
         pipeline_tag="text-generation",
         tags=sorted({"pedigree", *([training["method"]] if "method" in training else [])}),
         model_name=address,
@@ -55,8 +57,8 @@ def _metadata(found: Mapping[str, Any]) -> str:
     return data.to_yaml(line_break="\n").strip()
 
 
-def _text(found: Mapping[str, Any]) -> str:
-    model, base, training, code = found["model"], found["base_model"], found["training"], found.get("code", {})
+def _text(summary: Mapping[str, Any], issued: date | None) -> str:
+    model, base, training, code = summary["model"], summary["base_model"], summary["training"], summary.get("code", {})
     files = base.get("sha256", {})
     weights = ", ".join(f"`{name}` {digest}" for name, digest in files.items() if name.endswith(".safetensors"))
     parts = [f"# {model['stage']}"]
@@ -69,7 +71,7 @@ def _text(found: Mapping[str, Any]) -> str:
             [
                 ("content", f"sha256 {model['sha256']}" if model.get("sha256") else ""),
                 ("DVC", model.get("md5", "")),
-                ("issued", found.get("issued", "")),
+                ("issued", issued.isoformat() if issued else ""),
             ]
         )
     )
@@ -77,7 +79,7 @@ def _text(found: Mapping[str, Any]) -> str:
         "## Data",
         _table(
             ["source", "rows", "format", "license", "sha256"],
-            [[path, s["rows"], s["format"], s["license"], f"`{s['sha256']}`"] for path, s in found["sources"].items()],
+            [[path, s["rows"], s["format"], s["license"], f"`{s['sha256']}`"] for path, s in summary["sources"].items()],
         ),
     ]
     rows = [
@@ -88,21 +90,21 @@ def _text(found: Mapping[str, Any]) -> str:
             ", ".join(f"{why} {n}" for why, n in s.get("dropped", {}).items()) or "none",
             f"`{s['sha256']}`",
         ]
-        for name, s in found["stages"].items()
+        for name, s in summary["stages"].items()
         if "rows_in" in s
     ]
     parts.append(_table(["stage", "rows in", "rows out", "dropped", "sha256"], rows))
-    for stage in found["stages"].values():
+    for stage in summary["stages"].values():
         if "train" in stage and "test" in stage:
             parts.append(
                 f"Train {stage['train']}, validation {stage['validation']} and test {stage['test']} examples; near-copies never straddle two of them."
             )
-    parts += ["## Results", _results(found), *found["advice"]]
-    parts += ["## Limits", "\n".join(f"- {line}" for line in limits(found))]
+    parts += ["## Results", _results(summary), *summary["advice"]]
+    parts += ["## Limits", "\n".join(f"- {line}" for line in limits(summary))]
     parts += ["## How it was made", _lines([(key.replace("_", " "), _value(value)) for key, value in training.items()])]
-    if found["environment"]:
-        parts.append(f"With {', '.join(f'{name} {version}' for name, version in found['environment'].items())}.")
-    checks = [check["passed"] for stage in found["stages"].values() for check in stage.get("checks", {}).values()]
+    if summary["environment"]:
+        parts.append(f"With {', '.join(f'{name} {version}' for name, version in summary['environment'].items())}.")
+    checks = [check["passed"] for stage in summary["stages"].values() for check in stage.get("checks", {}).values()]
     parts.append(f"{sum(checks)} of {len(checks)} checks passed.")
     commit = code.get("commit")
     if commit and not code["clean"]:
@@ -118,8 +120,8 @@ def _text(found: Mapping[str, Any]) -> str:
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _results(found: Mapping[str, Any]) -> str:
-    rows = [[one["name"], f"{one['value']:.4g}", f"{one['low']:.4g} to {one['high']:.4g}"] for one in results(found)]
+def _results(summary: Mapping[str, Any]) -> str:
+    rows = [[one["name"], f"{one['value']:.4g}", f"{one['low']:.4g} to {one['high']:.4g}"] for one in results(summary)]
     return _table(["measure", "value", "95 % interval"], rows) if rows else "None were measured."
 
 

@@ -15,33 +15,36 @@ from openlineage.client.serde import Serde
 from dagster_project.lineage.export.summary import identity
 
 NAMESPACE = "pedigree"
+ANY_STAGE = True
 
 
 @attr.define
 class ContentHash(DatasetFacet):
-    """What the bytes of a data set are."""
+    """Content hashes of a data set."""
 
     md5: str | None = attr.field(default=None)
-    """As DVC names it; of a folder, with .dir at its end."""
+    """DVC's hash; that of a folder ends in .dir."""
     sha256: str | None = attr.field(default=None)
     """Of a file; of a folder over the lines "<sha256 of file> <path>" of all its files."""
 
 
-def events(found: Mapping[str, Any], issued: date) -> str:
-    """Args:
-    issued: stands as the time of every event: when a stage ran is not recorded, as the same inputs give the same bytes at any time.
+def openlineage(summary: Mapping[str, Any], issued: date) -> str:
+    """The events, one JSON document per line.
+
+    Args:
+        issued: time of every event: the time of a run is not recorded, because the same inputs give the same bytes at any time.
     """
     producer = f"urn:pedigree:{version('pedigree')}"
-    sums = {stage["output"]: stage["sha256"] for stage in found["stages"].values()} | {
-        path: s["sha256"] for path, s in found["sources"].items()
+    sums = {stage["output"]: stage["sha256"] for stage in summary["stages"].values()} | {
+        path: s["sha256"] for path, s in summary["sources"].items()
     }
     tags = [
         tags_run.TagsRunFacetFields(key=key, value=str(value), source="git")
-        for key, value in found["code"].items()
+        for key, value in summary["code"].items()
         if key in {"commit", "clean"}
     ]
     lines = []
-    for name, stage in found["stages"].items():
+    for name, stage in summary["stages"].items():
         read = {**stage["inputs"], **dict.fromkeys(stage.get("sources", ()))}
         inputs = [InputDataset(NAMESPACE, path, facets=_facets(md5, sums.get(path), producer)) for path, md5 in read.items()]
         rows = output_statistics_output_dataset.OutputStatisticsOutputDatasetFacet(rowCount=stage.get("rows_out"), producer=producer)

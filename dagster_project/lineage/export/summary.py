@@ -1,4 +1,4 @@
-"""What a model's papers say, whatever their form: told from reports alone, so that a stage can write them, too."""
+"""The content of a model's exports, independent of the format. Built from reports alone, so that a stage can write a card, too."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from uuid import UUID, uuid5
 from dagster_project.core.records import with_license
 
 NAMESPACE = UUID("6f1d7c1e-2f0b-5f5e-9a53-0f0c6b1f2a90")
-"""Of all ids in papers: uuid5 of what a thing is, so that the same thing has the same id in every paper."""
+"""Of all ids in exports: uuid5 of the content, so that the same thing has the same id in every export."""
 
 
 def from_reports(address: str, reports: Mapping[str, Mapping[str, Any]], released: str = "") -> dict[str, Any]:
-    """The lineage of a model as far as reports tell it: all that a stage may know, which reads files and neither git nor dvc.lock.
+    """The lineage of a model as recorded in reports: a stage has these, but neither git nor dvc.lock.
 
     Args:
         address: the model's stage, e.g. merged@lora.
-        reports: in flow order, the report of every stage above the model, of itself if it has one yet, and of those that measured it.
-        released: of a release, the variant that it is; what made and measured other variants is left out.
+        reports: in flow order, the report of every stage upstream of the model, its own if it exists yet, and those of its evaluation.
+        released: for a release, its variant; stages of other variants are left out.
     Returns:
-        {"model", "sources", "base_model", "stages", "training", "environment", "metrics", "untuned", "advice"}, as `export.papers` has them.
+        {"model", "sources", "base_model", "stages", "training", "environment", "metrics", "untuned", "advice"}, as in `export.summarize`.
     """
     variant = released or address.partition("@")[2]
     if released:
@@ -38,26 +38,26 @@ def from_reports(address: str, reports: Mapping[str, Mapping[str, Any]], release
         },
         "training": {key: tuned[-1][key] for key in TRAINING if key in tuned[-1]} if tuned else {},
         "environment": tuned[-1]["environment"] if tuned else {},
-        "metrics": {name: {key: value for key, value in report.items() if key not in NO_METRIC} for name, report in measured.items()},
+        "metrics": {name: {key: value for key, value in report.items() if key not in NOT_METRICS} for name, report in measured.items()},
         "untuned": reports.get("baselines", {}).get("base", {}),
         "advice": reports.get("comparison", {}).get("advice", []),
     }
 
 
 def chain(variant: str, reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The stages that had a part in one variant, of all that reports are given of."""
+    """The stages among `reports` that contributed to one variant."""
     aligned = reports.get(f"aligned@{variant}")
     judge = str(reports.get("reward_model", {}).get("model", "")).removeprefix("merged/")
-    mine = {variant, aligned["adapter"], judge} if aligned else {variant}
+    own = {variant, aligned["adapter"], judge} if aligned else {variant}
 
-    def had_part(stage: str, of: str) -> bool:
-        return of == variant or (of in mine and stage in {"adapter", "merged"}) if of else bool(aligned) or stage not in PREFERRING
+    def contributes(stage: str, of: str) -> bool:
+        return of == variant or (of in own and stage in {"adapter", "merged"}) if of else bool(aligned) or stage not in PREFERENCE_STAGES
 
-    return [name for name in reports if had_part(name.partition("@")[0], name.partition("@")[2])]
+    return [name for name in reports if contributes(name.partition("@")[0], name.partition("@")[2])]
 
 
-PREFERRING = {"raw_preferences", "preferences", "reward_model"}
-"""Stages that no model goes through which is not aligned."""
+PREFERENCE_STAGES = {"raw_preferences", "preferences", "reward_model"}
+"""Stages that only aligned models depend on."""
 TRAINING = (
     "method",
     "trainable_parameters",
@@ -70,7 +70,7 @@ TRAINING = (
     "loss",
     "validation_loss",
 )
-NO_METRIC = {"checks", "passed", "output_sha256"}
+NOT_METRICS = {"checks", "passed", "output_sha256"}
 
 
 def _stage(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,20 +86,20 @@ def identity(*parts: Any) -> UUID:
     return uuid5(NAMESPACE, json.dumps(parts, sort_keys=True))
 
 
-def results(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+def results(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Each measure that has an interval: {"stage", "name", "value", "low", "high"}."""
     return [
         {"stage": stage, "name": name, "value": value, "low": figures[f"{name}_interval"][0], "high": figures[f"{name}_interval"][1]}
-        for stage, figures in found["metrics"].items()
+        for stage, figures in summary["metrics"].items()
         for name, value in figures.items()
         if f"{name}_interval" in figures
     ]
 
 
-def limits(found: Mapping[str, Any]) -> list[str]:
-    """What the model must not be trusted with, as far as it was measured; and what was not."""
+def limits(summary: Mapping[str, Any]) -> list[str]:
+    """Known weaknesses of the model, and what was not measured."""
     lines = []
-    for figures in found["metrics"].values():
+    for figures in summary["metrics"].values():
         if "test_examples" in figures:
             lines.append(
                 f"Measured on {figures['test_examples']} test examples from the same sources as the training data. On other data: unknown."
@@ -109,17 +109,17 @@ def limits(found: Mapping[str, Any]) -> list[str]:
             worst = min(scored, key=lambda name: (scored[name]["accuracy"], name))
             lines.append(f"Weakest category: {worst}, accuracy {scored[worst]['accuracy']:.3f} on {scored[worst]['answered']} answers.")
         if "general_knowledge" in figures:
-            before = found["untuned"].get("general_knowledge")
+            before = summary["untuned"].get("general_knowledge")
             lines.append(
                 f"General knowledge: {figures['general_knowledge']:.3f}" + ("." if before is None else f", {before:.3f} before tuning.")
             )
     failed = [
         f"{name} ({stage}): {check.get('note') or check['count']}"
-        for stage, at in found["stages"].items()
-        for name, check in at.get("checks", {}).items()
+        for stage, facts in summary["stages"].items()
+        for name, check in facts.get("checks", {}).items()
         if not check["passed"]
     ]
     lines += [f"Check that did not pass: {one}" for one in failed]
-    if not found["metrics"]:
+    if not summary["metrics"]:
         lines.append("It was not evaluated.")
     return [*lines, "Safety, bias and toxicity were not measured."]
