@@ -93,8 +93,8 @@ def sync(options: argparse.Namespace) -> int:
 
     root = _project(options)
     with open_instance(root) as instance:
-        said = reap(instance) + mirror(root, instance)
-    _print(options, {"reported": said}, lambda _: "\n".join(said) or "Dagster and DVC agree; nothing to report.")
+        lines = reap(instance) + mirror(root, instance)
+    _print(options, {"reported": lines}, lambda _: "\n".join(lines) or "Dagster and DVC agree; nothing to report.")
     return 0
 
 

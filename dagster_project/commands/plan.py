@@ -1,4 +1,4 @@
-"""`pedigree plan`: what training will take, told before it starts."""
+"""`pedigree plan`: predicted tokens, steps, memory and time of training, before it starts."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Machine:
 
     @cached_property
     def runtime(self) -> int:
-        """Bytes that a training process holds beside its tensors."""
+        """Bytes that a training process uses in addition to its tensors."""
         if self.device == "cuda":
             return memory.CUDA_RUNTIME
         code = "from dagster_project.training.planning.memory import resident; print(resident())"
@@ -98,7 +98,7 @@ class Machine:
         return int(self._noted("runtime", measure))
 
     def seconds(self, step: Operations) -> tuple[float, float] | None:
-        """A step's least and most seconds; None for a GPU that is not here. A second or two where it does what no step before did."""
+        """Least and most seconds of a step; None for a GPU that is not on this machine. Takes a second or two for an operation that is new."""
         import torch
 
         if not self.is_here:
@@ -107,7 +107,7 @@ class Machine:
         return MARGIN[0] * least, MARGIN[1] * most
 
     def _noted(self, name: str, measure: Any) -> Any:
-        """A measurement from the file, or made now and kept there."""
+        """A measurement from the file, or measured now and written there."""
         versions = " ".join(f"{library} {version(library)}" for library in ("torch", "transformers", "trl", "peft"))
         machine = f"{os.cpu_count()} processors, {versions}"
         try:
@@ -177,9 +177,9 @@ def plan_variants(root: Path, variants: Sequence[str]) -> dict[str, Any]:
             "gradient_checkpointing": way.gradient_checkpointing,
             **({"chosen": {key: asdict(choice) for key, choice in settled.chosen.items()}} if settled.chosen else {}),
             **({"sweep": {"trials_at_most": auto.MOST_TRIALS, "steps_at_most": most}} if most else {}),
-            **_taken(way, machine, round(all_tokens * (n + most * machine.processes) / n)),
+            **_requirements(way, machine, round(all_tokens * (n + most * machine.processes) / n)),
         }
-    return {"variants": found, "machine": _told(machine)}
+    return {"variants": found, "machine": _machine_summary(machine)}
 
 
 def _aligned(root: Path, recipe: Any, name: str, base_model: Path, machine: Machine) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def _aligned(root: Path, recipe: Any, name: str, base_model: Path, machine: Mach
         batch * max(answers), entry.gradient_checkpointing, passes, entry.optim, f"aligned.{name}",
     )  # fmt: skip
     # beside forward and backward pass, the reference's forward pass
-    took = _taken(way, machine, round(n * per_step * 4 / 3))
+    took = _requirements(way, machine, round(n * per_step * 4 / 3))
     return {
         "pairs": len(pairs),
         "epochs": entry.num_train_epochs,
@@ -253,7 +253,7 @@ def plan_model(
                 checkpointing and method.lower() not in CANNOT_CHECKPOINT, 1, "adamw_torch_fused", f"--method {method}",
                 timed=machine.is_here, trace=copies.trace,
             )  # fmt: skip
-            found[method] = {"tokens": 1000 * rows * tokens, **_taken(way, machine, 1000 * rows * tokens)}
+            found[method] = {"tokens": 1000 * rows * tokens, **_requirements(way, machine, 1000 * rows * tokens)}
             if machine.device == "cuda":
                 sizes[method] = _on_gpus(way, found[method]["memory"]["total"])
                 if method in PUBLISHED and 6.5e9 < found[method]["total_parameters"] < 7.5e9:
@@ -265,11 +265,17 @@ def plan_model(
         "batch_size": rows,
         "gradient_accumulation_steps": 1,
         "gradient_checkpointing": checkpointing,
-        "dtype": _told(machine)["dtype"],
+        "dtype": _machine_summary(machine)["dtype"],
         "examples": 1000 * rows,
         "methods": {name: {"peft": USUAL.get(name, {}), "optimizer": found[name].pop("optimizer_name")} for name in methods},
     }
-    return {"model": _model(model, copies), "assumptions": assumptions, "variants": found, "gpus": sizes, "machine": _told(machine)}
+    return {
+        "model": _model(model, copies),
+        "assumptions": assumptions,
+        "variants": found,
+        "gpus": sizes,
+        "machine": _machine_summary(machine),
+    }
 
 
 def _import_bitsandbytes() -> None:
@@ -282,7 +288,7 @@ def _import_bitsandbytes() -> None:
 
 
 def _model(path: Path, copies: layerwise.SmallCopies) -> dict[str, Any]:
-    """What a configuration says of its model: the name in it, or else that of its folder."""
+    """Name (of the configuration, else of its folder), architecture and size of a model."""
     folder = path.resolve() if path.is_dir() else path.resolve().parent
     values = json.loads((folder / "config.json" if path.is_dir() else path).read_text())
     file = folder.name if path.is_dir() or path.stem == "config" else path.stem
@@ -297,20 +303,20 @@ def _model(path: Path, copies: layerwise.SmallCopies) -> dict[str, Any]:
 def _on_gpus(way: memory.Way, total: int) -> list[dict[str, Any]]:
     """Peak memory with and without gradient checkpointing, and on which GPUs it fits; `total` is that of `way` as it is."""
     can = way.method.lower() not in CANNOT_CHECKPOINT
-    found = []
+    rows = []
     for checkpointing in (False, True) if can else (False,):
         as_is = checkpointing == way.gradient_checkpointing
         peak = total if as_is else replace(way, gradient_checkpointing=checkpointing, timed=False).predict().memory.total
         fits = {str(size): peak <= size * 10**9 for size in GPU_SIZES}
-        found.append({"gradient_checkpointing": checkpointing, "peak": peak, "fits": fits})
-    return found
+        rows.append({"gradient_checkpointing": checkpointing, "peak": peak, "fits": fits})
+    return rows
 
 
 def _notes(root: Path) -> Path | None:
     return root / ".dvc" / "tmp" / "pedigree" / "speed.json" if (root / ".dvc").is_dir() else None
 
 
-def _told(machine: Machine) -> dict[str, Any]:
+def _machine_summary(machine: Machine) -> dict[str, Any]:
     dtype = str(machine.dtype).removeprefix("torch.")
     return {
         "device": machine.device,
@@ -332,8 +338,8 @@ def _largest_row(root: Path, values: dict[str, Any], train: dict[str, Any], meth
     return [tokens], -(-tokens * train["trained_tokens"] // train["tokens"])
 
 
-def _taken(way: memory.Way, machine: Machine, tokens: int) -> dict[str, Any]:
-    """What a way of training takes for so many tokens in all."""
+def _requirements(way: memory.Way, machine: Machine, tokens: int) -> dict[str, Any]:
+    """Parameters, peak memory and time of a training on `tokens` tokens in total."""
     took = way.predict()
     available = machine.available
     fits = None if available is None else took.memory.total <= available

@@ -105,7 +105,7 @@ def _open(root: Path) -> Iterator[Any]:
                         f"{name} has an unresolved merge",
                         f"take one side with `git checkout --ours {name}` (or --theirs), then `dvc repro`",
                     ) from None
-            raise InputError(f"dvc.yaml or dvc.lock: {error}", "mend the file named and run again") from None
+            raise InputError(f"dvc.yaml or dvc.lock: {error}", "fix that file and run again") from None
         raise
 
 
@@ -280,14 +280,14 @@ def _flow(parents: Mapping[str, list[str]]) -> list[str]:
 
 def ancestors(street: Mapping[str, StageState], address: str) -> list[str]:
     """All stages that `address` is made from, in flow order."""
-    found: set[str] = set()
-    waiting = [address]
-    while waiting:
-        for i in street[waiting.pop()].inputs:
-            if i.producer and i.producer not in found:
-                found.add(i.producer)
-                waiting.append(i.producer)
-    return [name for name in street if name in found]
+    names: set[str] = set()
+    pending = [address]
+    while pending:
+        for i in street[pending.pop()].inputs:
+            if i.producer and i.producer not in names:
+                names.add(i.producer)
+                pending.append(i.producer)
+    return [name for name in street if name in names]
 
 
 def reproduce(
@@ -303,10 +303,10 @@ def reproduce(
     An interrupt (Dagster's "terminate") ends the command too: DVC ignores interrupts in the main thread while a command runs, so it gets another.
 
     Args:
-        waiting: told once who keeps the stage busy.
+        waiting: called once with the process that keeps the stage busy.
         watching: called every ten seconds while the stage runs, or less often if it runs for long.
     Raises:
-        CheckFailed: the stage's command failed; it has said why itself.
+        CheckFailed: the stage's command failed; its own message has the reason.
     """
     from dvc.exceptions import ReproductionError
     from dvc.lock import LockError
@@ -315,7 +315,7 @@ def reproduce(
         with _open(root) as repo:
             return bool(repo.reproduce([address], single_item=True, force=force, run_env=command_environment(environment)))
 
-    told = False
+    notified = False
     while True:
         try:
             with chdir(root), ThreadPoolExecutor(1) as thread:  # DVC resolves targets against the current directory
@@ -332,15 +332,15 @@ def reproduce(
         except (ReproductionError, LockError) as error:
             cause = error if isinstance(error, LockError) else error.__cause__
             if not isinstance(cause, LockError):
-                raise CheckFailed(f"{address} failed: {cause or error}", "its own message stands above; nothing was recorded") from None
-            if not told:
+                raise CheckFailed(f"{address} failed: {cause or error}", "see its own message above; nothing was recorded") from None
+            if not notified:
                 waiting(str(cause).partition("\n\nIf there are no")[0])
-                told = True
+                notified = True
             time.sleep(0.5)
 
 
 def at_work(root: Path, paths: Iterable[str]) -> str:
-    """Who writes one of these paths right now, as DVC's table of busy paths has it; empty if nobody does."""
+    """The process that is writing one of these paths, from DVC's table of busy paths; empty if there is none."""
     try:
         table = json.loads((root / ".dvc" / "tmp" / "rwlock").read_bytes())
     except (FileNotFoundError, ValueError):

@@ -39,7 +39,7 @@ from dagster_project.orchestration.dagster.sync import Reading, mirror, read, sy
 from dagster_project.orchestration.dvc import StageState
 from dagster_project.pipeline import PEDIGREE, Pipeline
 
-for category in (dg.BetaWarning, dg.PreviewWarning):  # observable sources, Pipes: one line per asset and run helps nobody
+for category in (dg.BetaWarning, dg.PreviewWarning):  # observable sources, Pipes: one line per asset and run, of no use
     warnings.filterwarnings("ignore", category=category)
 
 INPUTS, DATA = "1_inputs", "2_data"
@@ -95,11 +95,7 @@ def build_definitions(root: Path, pipeline: Pipeline = PEDIGREE) -> dg.Definitio
                 for name in variants
             ),
         ],
-        schedules=[
-            dg.ScheduleDefinition(
-                name="nightly", job=whole, cron_schedule="0 3 * * *", description="An example, off until somebody switches it on."
-            )
-        ],
+        schedules=[dg.ScheduleDefinition(name="nightly", job=whole, cron_schedule="0 3 * * *", description="An example, off by default.")],
         sensors=[_sync_sensor(root, pipeline)],
         executor=dg.in_process_executor,
     )
@@ -118,7 +114,7 @@ def _definition(root: Path, address: str) -> dg.SourceAsset:
         key=definition_key(address),
         group_name="definitions",
         description=f"Command, parameters and code of `{address}`.",
-        metadata={SYSTEM_METADATA_KEY_AUTO_CREATED_STUB_ASSET: True},  # not shown until somebody asks for it (docs/decisions/016)
+        metadata={SYSTEM_METADATA_KEY_AUTO_CREATED_STUB_ASSET: True},  # hidden by default (docs/decisions/016)
     )
     def observe() -> dg.DataVersion:
         return dg.DataVersion(dvc.read_street(root)[address].definition_now)
@@ -170,13 +166,13 @@ def _group(address: str, state: StageState) -> str:
 
 @dataclass(frozen=True)
 class Mirrored:
-    """The street as it was when this process last brought an instance up to date."""
+    """State of all stages when this process last brought an instance up to date."""
 
     run_id: str
-    """Of the run that did: another run mirrors again, since what this one had planned was left to it."""
+    """Run in which that happened. Another run mirrors again, because assets planned by this run were skipped."""
     street: dict[str, StageState]
     stamp: list[tuple[str, int, int, int]] | None
-    """`dvc.stamp` from before it was read, if known: while it stays, nothing need be read again."""
+    """`dvc.stamp` from before they were read, if known: while it is the same, they need not be read again."""
 
 
 _mirrored: WeakKeyDictionary[dg.DagsterInstance, Mirrored] = WeakKeyDictionary()
@@ -206,7 +202,7 @@ def _bring_up_to_date(context: dg.AssetExecutionContext, root: Path, address: st
         done = "nothing"
         after: Reading | None = None
         if force or street[address].changed:
-            for _ in range(2):  # what DVC restores from a tampered cache object is set aside, and then made
+            for _ in range(2):  # an output restored from a tampered cache object is set aside, then the stage runs
                 done = _reproduce(context, root, address, force)
                 after = _read(context, root, pipeline)
                 street = after.street
@@ -215,7 +211,7 @@ def _bring_up_to_date(context: dg.AssetExecutionContext, root: Path, address: st
         else:
             context.log.info(f"{address} is up to date; nothing was run")
     except PedigreeError as error:
-        with suppress(PedigreeError):  # the error may be that the street cannot be read
+        with suppress(PedigreeError):  # the error may be that the stages cannot be read
             report = read_report(root, dvc.read_street(root)[address]) or {}
             yield from check_results(root, address, report if report.get("passed") is False else {}, pipeline)
         raise dg.Failure(str(error), allow_retries=False) from None
@@ -247,22 +243,22 @@ def _read(context: dg.AssetExecutionContext, root: Path, pipeline: Pipeline) -> 
 
 
 def _settled(context: dg.AssetExecutionContext, root: Path, address: str, pipeline: Pipeline) -> Reading:
-    """The street, once nobody is at work on what `address` is made from: DVC removes outputs for a moment even where it then restores them."""
-    told = False
+    """State of all stages, once no process works on the inputs of `address`: DVC removes outputs briefly even if it then restores them."""
+    logged = False
     while True:
         reading = _read(context, root, pipeline)
         street = reading.street
         holder = dvc.at_work(root, [street[name].out for name in dvc.ancestors(street, address)]) if address in street else ""
         if not holder:
             return reading
-        if not told:
-            context.log.info(f"{address} waits: what it is made from is being made by {holder}")
-            told = True
+        if not logged:
+            context.log.info(f"{address} waits: {holder} is writing its inputs")
+            logged = True
         time.sleep(0.5)
 
 
 def _not_ready(street: Mapping[str, StageState], address: str) -> str:
-    """What must be done before a stage can run, in words; empty if all that it is made from is clean. Nothing has been deleted yet."""
+    """Why a stage cannot run yet and what to do; empty if all of its inputs are up to date. Nothing has been deleted yet."""
     above = dvc.ancestors(street, address)
     for name in [*above, address]:
         for source in street[name].inputs:
@@ -283,7 +279,7 @@ def _not_ready(street: Mapping[str, StageState], address: str) -> str:
 
 
 def _reproduce(context: dg.AssetExecutionContext, root: Path, address: str, force: bool) -> str:
-    """DVC runs the stage command; what the command logs streams into this run's log through Dagster Pipes. Returns what was done, in a word."""
+    """DVC runs the stage command; what the command logs streams into this run's log through Dagster Pipes. Returns "run", "restored" or "nothing"."""
     seen = live(root, address)  # of an earlier run
 
     def watching() -> None:
@@ -307,7 +303,7 @@ def _reproduce(context: dg.AssetExecutionContext, root: Path, address: str, forc
         )
         if Path(session.message_reader_params["path"]).stat().st_size:
             return "run"
-        reader = PipesMappingParamsLoader(variables)  # no command was started: answer in its place
+        reader = PipesMappingParamsLoader(variables)  # no command was started: send the Pipes messages here
         with PipesContext(reader, PipesDefaultContextLoader(), PipesDefaultMessageWriter()):
             context.log.info(f"{address} was restored from DVC's run cache" if done else f"{address} is up to date; nothing was run")
         return "restored" if done else "nothing"
@@ -321,8 +317,8 @@ def _sync_sensor(root: Path, pipeline: Pipeline) -> dg.SensorDefinition:
         description="Mirrors what DVC did into Dagster's event log, and ends runs whose process was killed.",
     )
     def sensor(context: dg.SensorEvaluationContext) -> dg.SkipReason:
-        said = reap(context.instance) + sync(root, context.instance, pipeline)
-        return dg.SkipReason("; ".join(said) if said else "Dagster and DVC agree.")
+        lines = reap(context.instance) + sync(root, context.instance, pipeline)
+        return dg.SkipReason("; ".join(lines) if lines else "Dagster and DVC agree.")
 
     return sensor
 
@@ -333,14 +329,14 @@ def project_root() -> Path:
 
 
 OWNER = "pedigree_project"
-"""File in Dagster's home: the project whose view it holds."""
+"""File in Dagster's home: the project that it belongs to."""
 
 
 def home(root: Path) -> Path:
     """Dagster's home: DAGSTER_HOME, or .dagster in the project.
 
     Raises:
-        InputError: it cannot be written, or holds the view of another project.
+        InputError: it is not writable, or belongs to another project.
     """
     folder = Path(os.environ.get("DAGSTER_HOME") or root / ".dagster").absolute()
     try:
@@ -360,7 +356,7 @@ def home(root: Path) -> Path:
             owner.write_text(f"{root}\n")
     except OSError as error:
         raise InputError(
-            f"Dagster's home {folder} is not writable: {error.strerror}", "mend its permissions, or set DAGSTER_HOME to another folder"
+            f"Dagster's home {folder} is not writable: {error.strerror}", "fix its permissions, or set DAGSTER_HOME to another folder"
         ) from None
     return folder
 

@@ -1,4 +1,4 @@
-"""Dagster runs whose process is dead: Dagster's default launcher never looks, so a killed run would stay "started" for ever."""
+"""Dagster runs whose process is dead: Dagster's default launcher does not check, so a killed run would stay "started" forever."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import dagster as dg
 from dagster_project.orchestration.processes import is_running
 
 MACHINE_TAG = "pedigree/machine"
-"""Tag of a run: where its process runs. Only there can be told whether it lives."""
+"""Tag of a run: the host of its process. Only that host can check whether the process is alive."""
 QUIET = 3600.0
 """Seconds without an event after which a run no longer counts as in progress if its process cannot be looked up:
 it is on another machine, or the run never reported its process."""
@@ -20,20 +20,20 @@ ALIVE = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRu
 def reap(instance: dg.DagsterInstance) -> list[str]:
     """Mark each run as failed whose process was on this machine and is gone, and free its slots. Returns a line for each.
 
-    A run tells its process in its log when it starts; one that has not got so far is left alone.
+    A run logs its process id when it starts; a run without one is skipped.
     """
-    said = []
+    lines = []
     for run in instance.get_runs(dg.RunsFilter(statuses=ALIVE)):
         last = _process(instance, run.run_id)
         if run.tags.get(MACHINE_TAG, platform.node()) != platform.node() or last is None or is_running(*last):
             continue
         now = instance.get_run_by_id(run.run_id)
-        if now is None or now.is_finished:  # it ended while we looked
+        if now is None or now.is_finished:  # it ended in the meantime
             continue
-        said.append(f"run {run.run_id[:8]} ({run.job_name}): its process {last[0]} was killed; marked as failed")
+        lines.append(f"run {run.run_id[:8]} ({run.job_name}): its process {last[0]} was killed; marked as failed")
         instance.report_run_failed(run, f"Process {last[0]} of this run was killed. Launch it again: what was finished is not run twice.")
         instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
-    return said
+    return lines
 
 
 def in_progress(instance: dg.DagsterInstance) -> frozenset[dg.AssetKey]:
@@ -76,7 +76,7 @@ def _remaining(instance: dg.DagsterInstance, run_id: str) -> set[dg.AssetKey]:
 
 
 def _process(instance: dg.DagsterInstance, run_id: str) -> tuple[int, float] | None:
-    """(process id, time it was told) of the latest process of a run."""
+    """(process id, time of the log entry) of the latest process of a run."""
     for entry in reversed(instance.all_logs(run_id, of_type=dg.DagsterEventType.ENGINE_EVENT)):
         pid = entry.get_dagster_event().engine_event_data.metadata.get("pid")
         if pid is not None:

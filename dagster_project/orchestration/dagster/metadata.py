@@ -27,9 +27,9 @@ from dagster_project.pipeline import Pipeline
 from dagster_project.views.lineage import page
 
 CODE_VERSION = "1"
-"""The same for every asset and for ever: changes of code are reported through `def/<stage>` (docs/decisions/002)."""
+"""Constant for all assets: changes of code are reported through `def/<stage>` (docs/decisions/002)."""
 REPORT_TAG = "report"
-"""Metadata of a check result: hash of what the report says of the check, so that sync can tell whether Dagster knows."""
+"""Metadata of a check result: hash of the check's entry in the report, by which sync detects that Dagster has it already."""
 
 
 def asset_key(address: str) -> dg.AssetKey:
@@ -51,52 +51,52 @@ def read_report(root: Path, state: StageState) -> dict[str, Any] | None:
 
 
 def describe(root: Path, state: StageState) -> dict[str, Any]:
-    """Metadata of a materialization: rows, figures, plots, where it lies, which commit."""
+    """Metadata of a materialization: rows, metrics, plots, path and commit."""
     report = read_report(root, state) or {}
     if report.get("passed") is False:
-        report = {}  # of an attempt that made nothing
-    found: dict[str, Any] = {}
+        report = {}  # a failed attempt without output
+    metadata: dict[str, Any] = {}
     board = root / state.out / "board.md"
     if board.is_file():
-        found["board"] = dg.MetadataValue.md(board.read_text())
-    found["path"] = dg.MetadataValue.text(state.out)
-    found["data_version"] = dg.MetadataValue.text(state.version)
+        metadata["board"] = dg.MetadataValue.md(board.read_text())
+    metadata["path"] = dg.MetadataValue.text(state.out)
+    metadata["data_version"] = dg.MetadataValue.text(state.version)
     for name in ("rows_in", "rows_out"):
         if name in report:
-            found[name] = dg.MetadataValue.int(report[name])
+            metadata[name] = dg.MetadataValue.int(report[name])
     if report.get("dropped"):
-        found["dropped"] = dg.MetadataValue.md(_table(["check", "rows"], list(report["dropped"].items())))
+        metadata["dropped"] = dg.MetadataValue.md(_table(["check", "rows"], list(report["dropped"].items())))
     if report.get("fixed"):
-        found["fixed"] = dg.MetadataValue.md(_table(["check", "rows"], list(report["fixed"].items())))
-    found |= {
-        name: value for name, value in report.items() if isinstance(value, int | float | str) and name not in found and name != "passed"
+        metadata["fixed"] = dg.MetadataValue.md(_table(["check", "rows"], list(report["fixed"].items())))
+    metadata |= {
+        name: value for name, value in report.items() if isinstance(value, int | float | str) and name not in metadata and name != "passed"
     }
     if labels := report.get("by_label"):
         columns = list(next(iter(labels.values())))
         rows = [[visible(" ".join(name.split())), *(figures[column] for column in columns)] for name, figures in labels.items()]
-        found["by_label"] = dg.MetadataValue.md(_table(["label", *columns], rows))
+        metadata["by_label"] = dg.MetadataValue.md(_table(["label", *columns], rows))
     nested = {
         name: value for name, value in report.items() if isinstance(value, dict | list) and name not in {"dropped", "fixed", "checks"}
     }
     if nested:
-        found["figures"] = dg.MetadataValue.json(nested)
-    found |= measured(root, state.address)
-    found |= _lineage(root, state)
-    found |= {f"check/{name}": dg.MetadataValue.int(check["count"]) for name, check in report.get("checks", {}).items()}
-    found |= {name: page_url(root, path) for name, path in pages(root, state.address).items()}
+        metadata["figures"] = dg.MetadataValue.json(nested)
+    metadata |= measured(root, state.address)
+    metadata |= _lineage(root, state)
+    metadata |= {f"check/{name}": dg.MetadataValue.int(check["count"]) for name, check in report.get("checks", {}).items()}
+    metadata |= {name: page_url(root, path) for name, path in pages(root, state.address).items()}
     if (folder := pages_of(root, state.address)).is_dir():
-        found["pages"] = dg.MetadataValue.path(str(folder))  # for those who look without `pedigree ui`, which serves them
+        metadata["pages"] = dg.MetadataValue.path(str(folder))  # for readers without `pedigree ui`, which serves the pages
     stage, _, variant = state.address.partition("@")
     for plot, draw in PLOTS.get(stage, ()):
         path = root / "data" / "plots" / (f"{plot}/{variant}.csv" if variant else f"{plot}.csv")
         if points := list(csv.DictReader(path.read_text().splitlines())) if path.is_file() else []:
-            found[plot] = dg.MetadataValue.md(f"![{plot}](data:image/png;base64,{draw(points, root / state.out)})")
+            metadata[plot] = dg.MetadataValue.md(f"![{plot}](data:image/png;base64,{draw(points, root / state.out)})")
     commit = _commit(root)
-    return {**found, **({"git_commit": commit} if commit else {})}
+    return {**metadata, **({"git_commit": commit} if commit else {})}
 
 
 def _lineage(root: Path, state: StageState) -> dict[str, Any]:
-    """Of a model: what it was made from, how many records it learnt from, and how to prove it. Leaves the audit as a page."""
+    """Of a model: its inputs, the number of records it was trained on, and the command that verifies it. Writes the audit as a page."""
     if "safetensors" not in state.meta.get("kinds", []) or not state.recorded or state.doubt:
         return {}
     subject = lineage.find(Index(root), state.address)
@@ -107,22 +107,22 @@ def _lineage(root: Path, state: StageState) -> dict[str, Any]:
         [name, one["md5"][:12], one.get("rows_in", ""), one.get("rows_out", ""), sum(one.get("dropped", {}).values()) or ""]
         for name, one in audited["stages"].items()
     ]
-    learnt = {"records": dg.MetadataValue.int(audited["records"]["records"])} if audited["records"] else {}
+    trained_on = {"records": dg.MetadataValue.int(audited["records"]["records"])} if audited["records"] else {}
     return {
         "lineage": dg.MetadataValue.md(_table(["stage", "md5", "rows in", "rows out", "dropped"], rows)),
-        **learnt,
+        **trained_on,
         "verify": dg.MetadataValue.text(f"pedigree verify {state.address}"),
     }
 
 
 def live(root: Path, address: str) -> dict[str, float]:
-    """Where a stage at work has got to: the newest value of each of its live tables, and the step."""
-    found: dict[str, float] = {}
+    """Progress of a running stage: the newest value of each of its live tables, and the step."""
+    values: dict[str, float] = {}
     for path in sorted((root / "data" / "live" / address.replace("@", "/")).glob("*.csv")):
-        with suppress(FileNotFoundError):  # a run that begins removes those of the run before
+        with suppress(FileNotFoundError):  # a new run removes the tables of the run before
             newest = list(csv.DictReader(path.read_text().splitlines()))[-1]
-            found = {**found, "step": max(int(newest["step"]), int(found.get("step", 0))), path.stem: float(newest[path.stem])}
-    return found
+            values = {**values, "step": max(int(newest["step"]), int(values.get("step", 0))), path.stem: float(newest[path.stem])}
+    return values
 
 
 PAGES = {
@@ -142,14 +142,13 @@ def page_url(root: Path, path: Path) -> dg.UrlMetadataValue:
 
 
 def pages(root: Path, address: str) -> dict[str, Path]:
-    """What the stage left for people to look at, as far as it is there: pages are a view that `dvc checkout` does not bring back."""
+    """The stage's pages that exist: `dvc checkout` does not restore pages."""
     folder = pages_of(root, address)
     return {name: folder / file for name, file in PAGES.items() if (folder / file).is_file()}
 
 
 def _commit(root: Path) -> str:
-    """The commit that holds what dvc.lock says; if it is not committed yet, the one it will follow, with a word that says so."""
-
+    """The commit of dvc.lock; if dvc.lock has changes, HEAD with a note that says so."""
     if git(root, "status", "--porcelain", "--", "dvc.lock"):
         head = (git(root, "rev-parse", "--verify", "--quiet", "HEAD") or "").strip()
         return f"{head} with uncommitted changes" if head else ""
@@ -157,7 +156,7 @@ def _commit(root: Path) -> str:
 
 
 def _marked(match: Mapping[str, Any], column: str) -> str | float:
-    """A cell of the table of overlaps; what both texts share stands in brackets."""
+    """A cell of the table of overlaps; the shared span is in brackets."""
     value = match[column]
     if column not in {"text", "other_text"}:
         return value
@@ -166,41 +165,41 @@ def _marked(match: Mapping[str, Any], column: str) -> str | float:
 
 
 def check_results(root: Path, address: str, report: Mapping[str, Any], pipeline: Pipeline) -> list[dg.AssetCheckResult]:
-    """What the report says of each of the stage's checks, as severe as the data-quality page shows it; Dagster has no remarks: they pass.
+    """Results of the stage's checks from its report, with the severity of the data-quality page. Dagster has no severity for remarks: they pass.
 
-    `blocking` has already decided the run.
+    Whether a check blocks was decided when the stage ran.
     """
     link = pages(root, address).get("report")
     results = []
-    for name, truth in pipeline.check_descriptions(address.partition("@")[0]).items():
-        found = report.get("checks", {}).get(name)
-        if found is None:
+    for name, description in pipeline.check_descriptions(address.partition("@")[0]).items():
+        check = report.get("checks", {}).get(name)
+        if check is None:
             continue
-        severity = shown(found["severity"], found["passed"], found["count"])
+        severity = shown(check["severity"], check["passed"], check["count"])
         metadata: dict[str, Any] = {
-            "truth": truth,
-            **{name: found.get(name, 0) for name in ("count", "dropped", "waived")},
-            **({"fixed": found["fixed"]} if found.get("fixed") else {}),
+            "truth": description,
+            **{name: check.get(name, 0) for name in ("count", "dropped", "waived")},
+            **({"fixed": check["fixed"]} if check.get("fixed") else {}),
             "severity": severity or "none",
-            REPORT_TAG: digest([found, severity]),
+            REPORT_TAG: digest([check, severity]),
         }
-        if "matches" in found:
+        if "matches" in check:
             columns = ("place", "other", "part", "rule", "score", "text", "other_text")
             metadata["pairs"] = dg.MetadataValue.table(
-                [dg.TableRecord({c: _marked(match, c) for c in columns}) for match in found["matches"]]
+                [dg.TableRecord({c: _marked(match, c) for c in columns}) for match in check["matches"]]
             )
-        if "rows" in found:
-            begins = found.get("examples", [])
+        if "rows" in check:
+            excerpts = check.get("examples", [])
             metadata["rows"] = dg.MetadataValue.table(
                 [
-                    dg.TableRecord({"source row": row, "begins": visible(begins[i]) if i < len(begins) else ""})
-                    for i, row in enumerate(found["rows"])
+                    dg.TableRecord({"source row": row, "begins": visible(excerpts[i]) if i < len(excerpts) else ""})
+                    for i, row in enumerate(check["rows"])
                 ]
             )
         if link:
             metadata["full report"] = page_url(root, link)
-        if "note" in found:
-            metadata["note"] = found["note"]
+        if "note" in check:
+            metadata["note"] = check["note"]
         results.append(
             dg.AssetCheckResult(
                 check_name=name,
@@ -241,7 +240,7 @@ def _png(figure: Any) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _draw_course(rows: list[dict[str, str]], out: Path) -> str:
+def _draw_curves(rows: list[dict[str, str]], out: Path) -> str:
     from matplotlib.figure import Figure
 
     names = [name for name in rows[0] if name not in {"step", "tokens"}][:8]
@@ -291,10 +290,10 @@ def _draw_calibration(rows: list[dict[str, str]], _: Path) -> str:
 
 
 PLOTS: dict[str, list[tuple[str, Callable[[list[dict[str, str]], Path], str]]]] = {
-    "adapter": [("loss", _draw_course)],
+    "adapter": [("loss", _draw_curves)],
     "evaluation": [("confusion", _draw_confusion)],
-    "reward_model": [("reward", _draw_course), ("calibration", _draw_calibration)],
-    "aligned": [("alignment", _draw_course)],
+    "reward_model": [("reward", _draw_curves), ("calibration", _draw_calibration)],
+    "aligned": [("alignment", _draw_curves)],
     "evaluation_aligned": [("confusion_aligned", _draw_confusion)],
 }
-"""Stage -> the tables it leaves for `dvc plots`, and how to draw them."""
+"""Stage -> its tables for `dvc plots`, and the functions that draw them."""

@@ -69,7 +69,7 @@ def listen(port: int) -> socket.socket:
     """A listening socket on loopback.
 
     Raises:
-        InputError: the port is taken, or is none.
+        InputError: the port is in use or out of range.
     """
     if not 0 < port < 65536:
         raise InputError(f"--pages-port {port}: not a port", f"give a number from 1 to 65535, e.g. {DEFAULT_PORT}")
@@ -96,7 +96,7 @@ def start(root: Path, listener: socket.socket) -> subprocess.Popen[bytes]:
 def locate(base: Path, path: str) -> Path | None:
     """The file or folder that a URL's path names below `base`; None if there is none.
 
-    Hidden names and symbolic links, wherever they lead, count as not there.
+    Hidden names and symbolic links count as missing.
     """
     pieces = [piece for piece in unquote(path).split("/") if piece]
     if any(piece.startswith(".") or "\\" in piece or "\0" in piece for piece in pieces):
@@ -164,7 +164,7 @@ class Handler(BaseHTTPRequestHandler):
         return status, "text/plain; charset=utf-8", NOTHING, f"{why}\n".encode()
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Nothing: the terminal belongs to Dagster."""
+        """Logs nothing: the terminal belongs to Dagster."""
 
 
 def _listing(base: Path, folder: Path) -> str:
@@ -190,7 +190,7 @@ def server(root: Path, listener: socket.socket) -> ThreadingHTTPServer:
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for Dagster, and this process ends with it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C stops Dagster, and this process ends with it
     end_with_parent()
     server(Path(sys.argv[1]), socket.socket(fileno=int(sys.argv[2]))).serve_forever()
 

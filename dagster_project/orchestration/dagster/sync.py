@@ -40,11 +40,11 @@ INPUT_TAG_PREFIX = "dagster/input_data_version/"
 
 @dataclass(frozen=True)
 class Reading:
-    """The street, and what the event log held before it was read: whatever a run reports meanwhile is newer than the reading."""
+    """State of all stages, and of the event log before they were read: events that a run reports meanwhile are newer than this reading."""
 
     street: dict[str, StageState]
     lines: list[str]
-    """One for each output found tampered with."""
+    """One for each output that was tampered with."""
     in_progress: frozenset[dg.AssetKey]
     """Assets that a run was about to materialize."""
     materialized: Mapping[dg.AssetKey, int | None]
@@ -55,17 +55,17 @@ def sync(root: Path, instance: dg.DagsterInstance, pipeline: Pipeline = PEDIGREE
     """Bring Dagster's view up to date with DVC.
 
     Returns:
-        One line for each event reported and for each output found tampered with; empty if there was nothing to say.
+        One line for each event reported and for each output that was tampered with.
     """
     reading = read(root, instance, pipeline)
     return reading.lines + mirror(root, instance, reading, pipeline)
 
 
 def read(root: Path, instance: dg.DagsterInstance, pipeline: Pipeline = PEDIGREE) -> Reading:
-    """The street as it is, once what was tampered with has been set aside.
+    """State of all stages, after outputs that were tampered with were set aside.
 
     Raises:
-        InputError: dvc.yaml has a stage that the code does not know.
+        InputError: dvc.yaml has a stage that pipeline.py does not list.
     """
     busy, materialized = in_progress(instance), _materialized(instance)
     street = dvc.read_street(root)
@@ -81,10 +81,10 @@ def _materialized(instance: dg.DagsterInstance) -> dict[dg.AssetKey, int | None]
 
 
 def mirror(root: Path, instance: dg.DagsterInstance, reading: Reading, pipeline: Pipeline = PEDIGREE) -> list[str]:
-    """Report to Dagster what it does not know of these stages, one process at a time.
+    """Report to Dagster how these stages differ from its event log, one process at a time.
 
-    An asset that a run is about to materialize, or that was materialized after the street was read, is left alone: that run reports the
-    materialization and its checks, and a second one beside it would leave the checks without a materialization that they judge.
+    An asset that a run is about to materialize, or that was materialized after the stages were read, is skipped: that run reports the
+    materialization and its checks. A second materialization would separate the checks from the one that they evaluate.
 
     Returns:
         One line for each event.
@@ -93,7 +93,7 @@ def mirror(root: Path, instance: dg.DagsterInstance, reading: Reading, pipeline:
     with locks.hold(root, SYNC_LOCK, lambda _: None):
         observed = {source_key(i.path): i.now for state in street.values() for i in state.inputs if i.producer is None}
         observed |= {definition_key(address): state.definition_now for address, state in street.items()}
-        said = [line for key, version in observed.items() for line in _observe(instance, key, version)]
+        events = [line for key, version in observed.items() for line in _observe(instance, key, version)]
         busy = reading.in_progress | in_progress(instance)
         records = {record.asset_entry.asset_key: record.asset_entry for record in instance.get_asset_records([*map(asset_key, street)])}
         settled = {}
@@ -102,8 +102,8 @@ def mirror(root: Path, instance: dg.DagsterInstance, reading: Reading, pipeline:
             latest = records[key].last_materialization_record if key in records else None
             if key not in busy and (latest.storage_id if latest else None) == reading.materialized.get(key):
                 settled[address] = state
-                said += _materialize(root, instance, state, latest.event_log_entry if latest else None)
-        return said + _checks(root, instance, settled, pipeline)
+                events += _materialize(root, instance, state, latest.event_log_entry if latest else None)
+        return events + _checks(root, instance, settled, pipeline)
 
 
 def _observe(instance: dg.DagsterInstance, key: dg.AssetKey, version: str) -> list[str]:
@@ -117,10 +117,10 @@ def _observe(instance: dg.DagsterInstance, key: dg.AssetKey, version: str) -> li
 
 
 def wanted_tags(state: StageState) -> dict[str, str]:
-    """What Dagster must believe of a stage that was run: version from disk, input versions from dvc.lock.
+    """Tags of a materialization in Dagster: version from disk, input versions from dvc.lock.
 
-    An output that is not what dvc.lock recorded gets a code version of its own, which makes the asset stale where nothing else does. So the report
-    of a gate that failed on new input is no news, and a failed gate is never reported as materialized.
+    An output that is not what dvc.lock recorded gets a different code version, which makes the asset stale where nothing else does. So
+    the report of a gate that failed on new input changes nothing, and a failed gate is never reported as materialized.
     """
     code = CODE_VERSION + (f"+{state.doubt}" if not state.recorded or state.changed == [state.doubt] else "")
     tags = {DATA_VERSION_TAG: state.version, CODE_VERSION_TAG: code, DATA_VERSION_IS_USER_PROVIDED_TAG: "true"}
@@ -157,16 +157,16 @@ def _checks(root: Path, instance: dg.DagsterInstance, street: Mapping[str, Stage
     recorded = {asset_key(address): state.recorded for address, state in street.items()}
     records = instance.event_log_storage.get_latest_asset_check_execution_by_key([*results])
     assets = {record.asset_entry.asset_key: record.asset_entry for record in instance.get_asset_records([*recorded])}
-    said = []
+    events = []
     for key, result in results.items():
         record = records.get(key)
         if record is None and not recorded[key.asset_key]:
-            continue  # never run, which the asset says itself
+            continue  # never run, which the asset shows already
         latest = assets[key.asset_key].last_materialization_record if key.asset_key in assets else None
         event = record.event.dagster_event if record and record.event else None
-        known = event.event_specific_data if event else None
-        if record and isinstance(known, dg.AssetCheckEvaluation):
-            if known.metadata.get(REPORT_TAG) == result.metadata[REPORT_TAG] and _judges(record, known, latest):
+        evaluation = event.event_specific_data if event else None
+        if record and isinstance(evaluation, dg.AssetCheckEvaluation):
+            if evaluation.metadata.get(REPORT_TAG) == result.metadata[REPORT_TAG] and _judges(record, evaluation, latest):
                 continue
         elif record and (planned := instance.get_run_by_id(record.run_id)) and planned.status == dg.DagsterRunStatus.QUEUED:
             continue  # a run is about to report it
@@ -188,12 +188,12 @@ def _checks(root: Path, instance: dg.DagsterInstance, street: Mapping[str, Stage
                 target_materialization_data=target,
             )
         )
-        said.append(f"check {'@'.join(key.asset_key.path)} {key.name}: {'passed' if result.passed else 'failed'}")
-    return said
+        events.append(f"check {'@'.join(key.asset_key.path)} {key.name}: {'passed' if result.passed else 'failed'}")
+    return events
 
 
 def _judges(record: AssetCheckExecutionRecord, known: dg.AssetCheckEvaluation, latest: dg.EventLogRecord | None) -> bool:
-    """Does Dagster show this evaluation for the latest materialization? As `AssetCheckExecutionRecord.targets_latest_materialization` decides it."""
+    """Whether Dagster shows this evaluation for the latest materialization: same rule as `AssetCheckExecutionRecord.targets_latest_materialization`."""
     if latest is None or latest.event_log_entry.run_id == record.run_id != RUNLESS_RUN_ID:
         return True
     target = known.target_materialization_data

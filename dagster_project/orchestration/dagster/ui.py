@@ -19,13 +19,13 @@ log = logging.getLogger("pedigree")
 
 
 def serve(root: Path, host: str, port: int, pages_port: int) -> NoReturn:
-    """Start the server of data/pages, sync once, then become `dagster dev`, so that a signal to stop reaches it and nobody else.
+    """Start the server of data/pages, sync once, then become `dagster dev`, so that a stop signal reaches that process directly.
 
     Args:
         host, port: of the Dagster UI.
         pages_port: of data/pages, which are served on loopback whatever `host` is.
     Raises:
-        InputError: a port is taken.
+        InputError: a port is in use.
     """
     if port == pages_port:
         raise InputError(f"--port and --pages-port are both {port}", "give two ports")
