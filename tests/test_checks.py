@@ -10,19 +10,10 @@ import pytest
 from pydantic import ValidationError
 
 from dagster_project.core.records import example_id
-from dagster_project.curation.checks.checks import (
-    BENCHMARKS_ONLY,
-    CHECKS,
-    PAIRS_ONLY,
-    ROW_CHECKS,
-    SET_CHECKS,
-    Judgement,
-    Rules,
-    Verdict,
-    judge,
-)
+from dagster_project.curation.checks.checks import CHECKS, SET_CHECKS, Judgement, Rules, Verdict, checks_of, judge
 from dagster_project.curation.checks.findings import document
 from dagster_project.curation.checks.review import Decision, Waiver
+from dagster_project.curation.checks.row_checks import ROW_CHECKS
 from dagster_project.curation.checks.token_counts import ESTIMATED, Tokens
 from dagster_project.curation.sources.benchmarks import Item
 
@@ -162,8 +153,8 @@ def test_a_check_on_the_set_fails_its_bad_example_and_says_how(name: str) -> Non
 
 
 def test_every_check_reports_a_result_even_when_all_is_well() -> None:
-    assert set(judged([ask()]).verdicts) == CHECKS.keys() - PAIRS_ONLY - BENCHMARKS_ONLY
-    assert set(judged([pair()]).verdicts) == CHECKS.keys() - BENCHMARKS_ONLY
+    assert set(judged([ask()]).verdicts) == checks_of("examples").keys()
+    assert set(judged([pair()]).verdicts) == checks_of("preferences").keys()
 
 
 @pytest.mark.parametrize(
@@ -315,7 +306,7 @@ def test_a_waiver_for_a_row_that_is_not_there_is_told() -> None:
 def test_a_leak_through_the_answer_is_found() -> None:
     found = judged([ask("Tell me something", HELD_OUT[0].text)])
     assert found.reason == ["benchmark_leakage"]
-    assert [(link.part, link.other, link.rule) for link in found.facts.links["benchmark_leakage"]] == [
+    assert [(link.part, link.other, link.rule) for link in found.overlaps.links["benchmark_leakage"]] == [
         ("response", "quiz.jsonl:7", "equal")
     ]
 
@@ -335,7 +326,7 @@ def test_a_conflict_waits_for_review_and_decisions_are_honoured() -> None:
 
 
 def test_the_document_accounts_for_every_row() -> None:
-    rows = [row for name in ROW_CHECKS if name not in PAIRS_ONLY | BENCHMARKS_ONLY for row in EXAMPLES[name][1]]
+    rows = [row for name, check in ROW_CHECKS.items() if check.kind is None for row in EXAMPLES[name][1]]
     found = document("set", "messages", judged(rows), HELD_OUT)
     assert found["rows"] == len(rows) == found["kept"] + sum(found["dropped"].values())
     assert sum(one["dropped"] for one in found["findings"]) == sum(found["dropped"].values())

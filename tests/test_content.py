@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from dagster_project.core.records import example_id
-from dagster_project.curation.checks.checks import CHECKS, ROW_CHECKS, Rules, judge
+from dagster_project.curation.checks.checks import CHECKS, Rules, judge
 from dagster_project.curation.checks.content import CONTENT_CHECKS, content_facts
 from dagster_project.curation.checks.findings import document
+from dagster_project.curation.checks.row_checks import ROW_CHECKS
 
 Record = dict[str, Any]
 NAMES = [check.name for check in CONTENT_CHECKS]
@@ -265,7 +266,7 @@ def test_a_finding_names_the_row_and_shows_what_was_found() -> None:
     (finding,) = [one for one in document("set", "messages", judge(rows, [], Rules()), [])["findings"] if one["check"] == "refusal"]
     assert (finding["count"], finding["places"]) == (1, ["rows.jsonl:1"])
     assert finding["examples"] == ["refusal: 'I'm sorry, but I can't help with that.'"]
-    assert finding["note"] == "refusal 1" and finding["next"] == CHECKS["refusal"].next
+    assert finding["note"] == "refusal 1" and finding["next"] == CHECKS["refusal"].hint
 
 
 def test_every_answer_of_a_conversation_is_judged() -> None:

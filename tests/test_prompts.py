@@ -14,8 +14,8 @@ from conftest import ROOT
 from dagster_project.core.records import example_id, prompt_text, response_text
 from dagster_project.curation.check_files import load
 from dagster_project.curation.checks.checks import Judgement, Rules, judge
-from dagster_project.curation.checks.facts import GROUPED
 from dagster_project.curation.checks.findings import document
+from dagster_project.curation.checks.overlaps import GROUPED
 from dagster_project.curation.similarity.overlap import compare
 from dagster_project.curation.similarity.wording import content_words, is_instruction_only, is_near_duplicate, leak_severity
 from dagster_project.curation.sources.benchmarks import Item
@@ -40,7 +40,7 @@ def judged(rows: Sequence[dict[str, Any]], held_out: Sequence[Item] = (), **rule
 def leaks(prompts: Sequence[str], *questions: str) -> dict[int, str]:
     """Row -> severity of the overlap with a held-out question."""
     found = judged([row(prompt) for prompt in prompts], [Item(f"quiz.jsonl:{i}", question) for i, question in enumerate(questions)])
-    links = found.facts.links["benchmark_leakage"]
+    links = found.overlaps.links["benchmark_leakage"]
     return {link.row: "warn" if link.partial else "error" for link in reversed(links)}
 
 
@@ -63,7 +63,7 @@ def test_rows_that_differ_in_their_tools_are_not_identical_but_share_a_group() -
 def test_another_answer_under_other_tools_is_no_conflict() -> None:
     rows = [row(BOOK, "I can only check mail.", tools=MAIL), row(BOOK, "I can only plan loans.", tools=LOAN)]
     assert "conflicting_responses" not in judged(rows).broken
-    assert judged([*rows, row(BOOK, "Which day?", tools=LOAN)]).facts.links["conflicting_responses"][0].other == 1
+    assert judged([*rows, row(BOOK, "Which day?", tools=LOAN)]).overlaps.links["conflicting_responses"][0].other == 1
 
 
 def test_pairs_that_prefer_opposite_answers_under_other_tools_are_no_conflict() -> None:
@@ -103,7 +103,7 @@ def test_exact_repeats_of_real_tool_calls_are_those_of_the_raw_rows() -> None:
     answers = defaultdict(set)
     for one in raw:
         answers[json.dumps([one["conversations"][:-1], one["tools"]])].add(one["conversations"][-1]["value"])
-    for link in found.facts.links["conflicting_responses"]:
+    for link in found.overlaps.links["conflicting_responses"]:
         assert len(answers[json.dumps([raw[link.row]["conversations"][:-1], raw[link.row]["tools"]])]) > 1
     assert found.broken["conflicting_responses"] == [164]  # two refusals to order a pizza, of one assistant with one tool
 
@@ -253,7 +253,7 @@ def test_pairs_that_share_only_a_frame_are_counted_in_the_note() -> None:
 def test_of_real_arithmetic_problems_no_test_question_is_copied_and_few_overlap_in_part() -> None:
     train, test = load([real("gsm8k_train.jsonl")]).records, load([real("gsm8k_test.jsonl")]).records
     items = [Item(f"test:{i}", prompt_text(r["messages"]), text=response_text(r["messages"])) for i, r in enumerate(test)]
-    links = judge(train, items, Rules()).facts.links["benchmark_leakage"]
+    links = judge(train, items, Rules()).overlaps.links["benchmark_leakage"]
     assert {(link.row, link.other) for link in links} == {  # each the same problem with other numbers, things and names
         (1314, "test:602"), (5162, "test:602"), (20, "test:632"), (3726, "test:824"), (1781, "test:448"),
     }  # fmt: skip
@@ -283,7 +283,7 @@ def test_near_duplicates_are_reported_from_the_parameter_on_and_grouped_below_it
     found = judged(rows)
     assert found.broken["near_duplicates"] == [1]
     assert found.cluster == [0, 0, 0]
-    assert {(link.row, link.other) for link in found.facts.links[GROUPED]} == {(2, 0), (2, 1)}
+    assert {(link.row, link.other) for link in found.overlaps.links[GROUPED]} == {(2, 0), (2, 1)}
     assert "2 pairs are less similar, or ask something else" in found.verdicts["near_duplicates"].note
     assert judged(rows, near_duplicate_similarity=0.3).broken["near_duplicates"] == [1, 2]
     assert judged(rows, near_duplicate_similarity=1.0).broken.get("near_duplicates", []) == []
@@ -317,7 +317,7 @@ def test_conversations_that_end_in_different_questions_are_grouped_and_not_repor
         ]
     )
     assert found.broken["near_duplicates"] == [2]
-    assert [(link.row, link.other) for link in found.facts.links["near_duplicates"]] == [(2, 0)]
+    assert [(link.row, link.other) for link in found.overlaps.links["near_duplicates"]] == [(2, 0)]
     assert found.cluster == [0, 0, 0]
 
 
@@ -338,7 +338,7 @@ def test_low_diversity_still_counts_all_near_copies() -> None:
 @pytest.mark.parametrize("name", ["glaive_toolcall_en_demo.json", "gsm8k_train.jsonl"])
 def test_reported_near_duplicates_of_real_sets_are_similar_in_all_they_ask(name: str) -> None:
     found = judge(load([real(name)]).records, [], Rules())
-    pairs = [link for link in found.facts.links["near_duplicates"] if link.rule != "equal"]
+    pairs = [link for link in found.overlaps.links["near_duplicates"] if link.rule != "equal"]
     assert Counter(link.rule for link in pairs) == {"jaccard": len(pairs)}
     assert len(pairs) >= (1 if name.startswith("gsm8k") else 9)
     for link in pairs:

@@ -18,11 +18,12 @@ from dagster_project.__main__ import main
 from dagster_project.core.records import Report, content_id, read_ledger, read_records, write_ledger, write_records
 from dagster_project.curation.check_files import load
 from dagster_project.curation.checks import privacy
-from dagster_project.curation.checks.checks import ROW_CHECKS, SET_CHECKS, Judgement, Rules, judge
+from dagster_project.curation.checks.checks import SET_CHECKS, Judgement, Rules, judge
 from dagster_project.curation.checks.damage import decomposed, hidden, without_end_marks, without_hidden
 from dagster_project.curation.checks.findings import document
 from dagster_project.curation.checks.repair import REPAIRS
 from dagster_project.curation.checks.review import Decision, Waiver
+from dagster_project.curation.checks.row_checks import ROW_CHECKS
 from dagster_project.curation.sources.files import Row
 from dagster_project.curation.sources.formats import as_record, pairs_of, records_of
 from dagster_project.lineage.impact import repaired_from

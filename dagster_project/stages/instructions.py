@@ -20,13 +20,13 @@ from dagster_project.core.records import (
     write_records,
 )
 from dagster_project.curation.checks import account, expectations, findings
-from dagster_project.curation.checks.checks import CHECKS, EXAMPLE_CHECKS, Rules, judge
+from dagster_project.curation.checks.checks import CHECKS, Rules, checks_of, judge
 from dagster_project.curation.checks.review import read_decisions, refuse_missing_files
 from dagster_project.curation.checks.token_counts import tokens_of
 from dagster_project.curation.sources.benchmarks import read_items
 from dagster_project.curation.sources.reading import locate
 
-CHECK_DESCRIPTIONS = {**{name: check.truth for name, check in EXAMPLE_CHECKS.items()}, "expectations": expectations.TRUTH}
+CHECK_DESCRIPTIONS = {**{name: check.description for name, check in checks_of("examples").items()}, "expectations": expectations.TRUTH}
 """The checks this stage reports, with the truth each looks at."""
 
 

@@ -27,8 +27,9 @@ from dagster_project.core.records import (
     write_records,
 )
 from dagster_project.curation.checks import account, findings
-from dagster_project.curation.checks.checks import BENCHMARKS_ONLY, CHECKS, Action, Judgement, Rules, judge
-from dagster_project.curation.checks.facts import Facts, Link
+from dagster_project.curation.checks.check import Action
+from dagster_project.curation.checks.checks import CHECKS, Judgement, Rules, checks_of, judge
+from dagster_project.curation.checks.overlaps import Link, Overlaps
 from dagster_project.curation.checks.review import read_decisions, refuse_missing_files
 from dagster_project.curation.checks.token_counts import tokens_of
 from dagster_project.curation.similarity.overlap import near_pairs
@@ -37,7 +38,7 @@ from dagster_project.curation.sources.formats import as_record
 from dagster_project.curation.splitting.split import DROPPED, SPLITS, TEST, Copies, deal, find_copies, joined, prove, settle
 
 CHECK_DESCRIPTIONS = {
-    **{name: check.truth for name, check in CHECKS.items() if name not in BENCHMARKS_ONLY},
+    **{name: check.description for name, check in checks_of("preferences").items()},
     "too_long": "Every pair fits into `max_length` tokens: prompt and longer response, as the chat template writes them.",
     "split_leakage": "No prompt stands in, or nearly in, two splits, or is trained on while the test split of the instructions holds it out.",
     "schema": "Every split has pairs.",
@@ -106,10 +107,10 @@ def produce(
     records = [as_record(pair) for pair in read_pairs(raw_preferences)]
     division = Division()
 
-    def divide(judged: Sequence[dict[str, Any]], facts: Facts, kept: list[int]) -> dict[int, str]:
+    def divide(judged: Sequence[dict[str, Any]], overlaps: Overlaps, kept: list[int]) -> dict[int, str]:
         nonlocal division
-        division = _divide(judged, facts, kept, test, params, seed)
-        facts.links["split_leakage"] += division.links
+        division = _divide(judged, overlaps, kept, test, params, seed)
+        overlaps.links["split_leakage"] += division.links
         return division.dropped
 
     judged = judge(records, benchmarks, params, tokens_of(base_model), decisions, kind="preferences", divide=divide)
@@ -159,7 +160,7 @@ class Division:
 
 
 def _divide(
-    records: Sequence[dict[str, Any]], facts: Facts, kept: list[int], test: Sequence[dict[str, Any]], params: Params, seed: int
+    records: Sequence[dict[str, Any]], overlaps: Overlaps, kept: list[int], test: Sequence[dict[str, Any]], params: Params, seed: int
 ) -> Division:
     """Deal the kept pairs out as `splits` does: labels of the source are kept, and pairs with nearly the same prompt stay together.
 
@@ -169,7 +170,7 @@ def _divide(
     prompts = [subject_text(_prompt(records[i])) for i in kept]
     examples = [subject_text(record["messages"]) for record in test]
     copies = find_copies([*prompts, *examples])
-    clusters = [*(records[facts.cluster[i]]["example_id"] for i in kept), *(record["group_id"] for record in test)]
+    clusters = [*(records[overlaps.cluster[i]]["example_id"] for i in kept), *(record["group_id"] for record in test)]
     link = joined(copies.links([*prompts, *examples], clusters))
     groups = [link.get(cluster, cluster) for cluster in clusters]
     labels = [label if label in SPLITS else None for i in kept for label in [json.loads(records[i]["meta"]).get("split")]]

@@ -45,10 +45,10 @@ def write_account(
 
 
 def why(judged: Judgement, i: int) -> str:
-    """What the ledger says about a row: what a person said, or the truth that it breaks; and what it was repaired for."""
+    """What the ledger says about a row: what a person said, or the description of the check that it breaks; and what it was repaired for."""
     check = judged.reason[i]
     repaired = judged.records[i].get("repaired")
-    parts = [judged.said.get(i) or (CHECKS[check].truth if check else ""), f"repaired: {', '.join(repaired)}" if repaired else ""]
+    parts = [judged.said.get(i) or (CHECKS[check].description if check else ""), f"repaired: {', '.join(repaired)}" if repaired else ""]
     return "; ".join(part for part in parts if part)
 
 
@@ -81,7 +81,7 @@ def _overlaps(judged: Judgement) -> list[dict[str, Any]]:
             "rule": link.rule,
             "score": link.score,
         }
-        for check, links in judged.facts.links.items()
+        for check, links in judged.overlaps.links.items()
         for link in links
     ]
 

@@ -6,16 +6,17 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import eq, gt
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator
 
 from dagster_project.core.records import uncollected
 from dagster_project.curation.checks import profile as profiles
-from dagster_project.curation.checks.content import CONTENT_CHECKS
-from dagster_project.curation.checks.facts import GROUPED, Facts, Link, gather
+from dagster_project.curation.checks.check import Action, Check, Kind, Rows, Severity
+from dagster_project.curation.checks.overlaps import GROUPED, Overlaps, find_overlaps
 from dagster_project.curation.checks.repair import REPAIRS, Repaired, repair
 from dagster_project.curation.checks.review import Decision, Waived, Waiver, edited, ids_of, resolve
+from dagster_project.curation.checks.row_checks import ROW_CHECKS, gather, row_schema, violations
 from dagster_project.curation.checks.token_counts import ESTIMATED, Tokens
 from dagster_project.curation.sources.benchmarks import Item
 
@@ -23,142 +24,53 @@ if TYPE_CHECKING:
     import pandera.polars as pa
     import polars as pl
 
-Action = Literal["fix", "drop", "review", "warn", "fail"]
-Severity = Literal["error", "warn", "info"]
-
-
-@dataclass(frozen=True)
-class Check:
-    truth: str
-    """What holds for good data. Shown as the check's description."""
-    severity: Severity
-    action: Action
-    """What a stage does with a row that breaks it, unless params.yaml says otherwise."""
-    next: str
-    """What to do about it."""
-
-
-ROW_CHECKS: dict[str, Check] = {
-    "malformed_row": Check(
-        "Every row can be read in its format.", "error", "drop", "Mend the rows; rows are counted from 0, lines from 1."
-    ),
-    "unpaired_answer": Check(
-        "Every answer called good or bad has a counterpart to the same prompt.",
-        "warn",
-        "drop",
-        "Add an answer of the other kind to the same prompt: alignment learns from pairs.",
-    ),
-    "unlabelled": Check("Every benchmark question has its answer.", "error", "drop", "Use the split of the benchmark that has labels."),
-    "invalid_roles": Check(
-        "Roles are system (optional), then user and assistant in turns.",
-        "error",
-        "drop",
-        "Put the turns in order, or name the right format.",
-    ),
-    "ends_on_user_turn": Check(
-        "Every conversation ends with the assistant's answer.", "error", "drop", "Add the answer, or cut the last question off."
-    ),
-    "empty_prompt": Check("Every prompt has text.", "error", "drop", "Write the prompt, or take the row out."),
-    "empty_response": Check("Every response has text.", "error", "drop", "Write the response, or take the row out."),
-    "placeholder_input": Check("No input merely says that there is none.", "warn", "fix", "Leave the input empty instead."),
-    "prompt_mismatch": Check(
-        "Chosen and rejected answer the same prompt; of sides with several turns only the last may differ.",
-        "error",
-        "drop",
-        "Pair answers to one prompt.",
-    ),
-    "identical_pair": Check(
-        "Chosen and rejected differ in more than case, white space, Unicode form or the final stop.",
-        "error",
-        "drop",
-        "Take the pair out: it teaches nothing.",
-    ),
-    "tied_pair": Check("One of chosen and rejected is better.", "warn", "drop", "Take ties out, or have them judged again."),
-    "short_response": Check(
-        "No response is too short to teach anything.", "info", "warn", "Read a few; lower `min_response_tokens` if short answers are meant."
-    ),
-    "too_long": Check(
-        "Every example fits into `max_tokens` tokens of the base model.",
-        "warn",
-        "warn",
-        "Shorten or divide them, or raise `max_tokens` (of preferences `max_length`).",
-    ),
-    "special_tokens_in_text": Check(
-        "No text holds a chat template's control tokens.", "error", "fix", "Take the markers out of the text; the template adds its own."
-    ),
-    "template_mismatch": Check(
-        "Every conversation fits the base model's chat template.",
-        "error",
-        "drop",
-        "Use the roles that the template knows, or another template.",
-    ),
-    "hidden_characters": Check(
-        "No text holds a byte order mark or zero-width characters that join nothing.",
-        "info",
-        "fix",
-        "Take them out: they split words into other tokens, and hide copies.",
-    ),
-    "unicode_form": Check(
-        "Every text is in Unicode's composed form (NFC).", "info", "fix", "Compose it: the same word in two forms is two words to a model."
-    ),
-    "encoding": Check("No text shows encoding damage.", "warn", "drop", "Read the file again in its true encoding, and save it as UTF-8."),
-    "secrets": Check(
-        "No text holds a password, key or token.",
-        "error",
-        "drop",
-        "Revoke the secret, then take it out of the source: a model can recite it.",
-    ),
-    "pii": Check(
-        "No text holds personal data such as an e-mail address or a card number.",
-        "warn",
-        "drop",
-        "Set the policy `pii: fix` to put placeholders such as [EMAIL] in its place, or take the row out.",
-    ),
-    **{check.name: Check(check.description, check.severity, "warn", check.hint) for check in CONTENT_CHECKS},
-    "exact_duplicates": Check("No two rows are identical.", "warn", "drop", "Nothing to do: one of them is kept."),
-    "benchmark_leakage": Check(
-        "No row overlaps a held-out benchmark.",
-        "error",
-        "drop",
-        "Take the row out of the source, or waive it if the overlap is a common phrase.",
-    ),
-    "split_leakage": Check(
-        "No row stands in, or nearly in, two splits.", "error", "warn", "Take it out of the training split; `splits` does so."
-    ),
-    "conflicting_responses": Check(
-        "The same prompt never has two different responses.",
-        "warn",
-        "review",
-        "Keep the right one; in the pipeline, decide in the review file.",
-    ),
-    "near_duplicates": Check(
-        "No two prompts are nearly the same.", "warn", "warn", "Read the pairs. They share a `group_id`, so `splits` keeps them together."
-    ),
+SET_CHECKS = {
+    check.name: check
+    for check in (
+        Check(
+            "schema",
+            "The set has rows, and each column the canonical type.",
+            "error",
+            "See the rows dropped above for the reason.",
+            "fail",
+        ),
+        Check(
+            "small_dataset",
+            "The set is large enough to learn from.",
+            "warn",
+            "Add examples, or compare with a good prompt first.",
+            "warn",
+        ),
+        Check(
+            "unbalanced_categories",
+            "No category is far more frequent than another.",
+            "warn",
+            "Add rows of the rare ones, or take some of the frequent ones out.",
+            "warn",
+        ),
+        Check(
+            "low_diversity",
+            "Tasks, wording and answers vary.",
+            "warn",
+            "Write examples in other words; copies of one template teach the template.",
+            "warn",
+        ),
+        Check(
+            "length_bias",
+            "Which response is longer does not tell which was chosen.",
+            "warn",
+            "Add pairs in which the shorter response was chosen.",
+            "warn",
+            kind="preferences",
+        ),
+    )
 }
-"""In the order in which a row is judged: it is dropped for the first check it breaks."""
+CHECKS: dict[str, Check] = {**ROW_CHECKS, **SET_CHECKS}
 
-SET_CHECKS: dict[str, Check] = {
-    "schema": Check("The set has rows, and each column the canonical type.", "error", "fail", "See the rows dropped above for the reason."),
-    "small_dataset": Check("The set is large enough to learn from.", "warn", "warn", "Add examples, or compare with a good prompt first."),
-    "unbalanced_categories": Check(
-        "No category is far more frequent than another.",
-        "warn",
-        "warn",
-        "Add rows of the rare ones, or take some of the frequent ones out.",
-    ),
-    "low_diversity": Check(
-        "Tasks, wording and answers vary.", "warn", "warn", "Write examples in other words; copies of one template teach the template."
-    ),
-    "length_bias": Check(
-        "Which response is longer does not tell which was chosen.", "warn", "warn", "Add pairs in which the shorter response was chosen."
-    ),
-}
 
-PAIRS_ONLY = frozenset({"unpaired_answer", "prompt_mismatch", "identical_pair", "tied_pair", "length_bias"})
-BENCHMARKS_ONLY = frozenset({"unlabelled"})
-CHECKS = {**ROW_CHECKS, **SET_CHECKS}
-EXAMPLE_CHECKS = {name: check for name, check in CHECKS.items() if name not in PAIRS_ONLY | BENCHMARKS_ONLY}
-"""The checks that judge a set of instructions."""
+def checks_of(kind: Kind) -> dict[str, Check]:
+    """The checks that judge one kind of data."""
+    return {name: check for name, check in CHECKS.items() if check.kind in {None, kind}}
 
 
 class Rules(profiles.Limits):
@@ -214,77 +126,6 @@ class Rules(profiles.Limits):
         return "error" if self.action(name) == "fail" else self.severity.get(name, CHECKS[name].severity)
 
 
-def _is_true(name: str) -> pa.Column:
-    import pandera.polars as pa
-    import polars as pl
-
-    return pa.Column(pl.Boolean, pa.Check(lambda data: data.lazyframe.select(pl.col(data.key)), name=name))
-
-
-def _is_null(name: str) -> pa.Column:
-    import pandera.polars as pa
-    import polars as pl
-
-    return pa.Column(
-        pl.String, pa.Check(lambda data: data.lazyframe.select(pl.col(data.key).is_null()), name=name, ignore_na=False), nullable=True
-    )
-
-
-def row_schema(max_tokens: int, min_response_tokens: int) -> pa.DataFrameSchema:
-    """What must be true of every row of `facts.gather`. Each check carries the name it is reported under."""
-    import pandera.polars as pa
-    import polars as pl
-
-    return pa.DataFrameSchema(
-        {
-            "problem": _is_null("malformed_row"),
-            "paired": _is_true("unpaired_answer"),
-            "labelled": _is_true("unlabelled"),
-            "roles_valid": _is_true("invalid_roles"),
-            "ends_with_assistant": _is_true("ends_on_user_turn"),
-            "has_prompt": _is_true("empty_prompt"),
-            "has_response": _is_true("empty_response"),
-            "input_is_real": _is_true("placeholder_input"),
-            "same_prompt": _is_true("prompt_mismatch"),
-            "pair_is_real": _is_true("identical_pair"),
-            "preferred": _is_true("tied_pair"),
-            "response_tokens": pa.Column(pl.Int64, pa.Check.ge(min_response_tokens, error="short_response"), nullable=True),
-            "tokens": pa.Column(pl.Int64, pa.Check.le(max_tokens, error="too_long"), nullable=True),
-            "template_mark": _is_null("special_tokens_in_text"),
-            "misfit": _is_null("template_mismatch"),
-            "hidden": _is_null("hidden_characters"),
-            "decomposed": _is_null("unicode_form"),
-            "damage": _is_null("encoding"),
-            "secret": _is_null("secrets"),
-            "personal": _is_null("pii"),
-            **{check.name: _is_null(check.name) for check in CONTENT_CHECKS},
-            "repeats": _is_null("exact_duplicates"),
-            "leaks": _is_null("benchmark_leakage"),
-            "other_split": _is_null("split_leakage"),
-            "conflicts_with": _is_null("conflicting_responses"),
-            "near_copy_of": _is_null("near_duplicates"),
-        },
-        strict=True,
-    )
-
-
-def violations(frame: pl.DataFrame, schema: pa.DataFrameSchema) -> dict[str, list[int]]:
-    """Check name -> indices of the rows that break it, in order. The frame is eager, so data checks really run."""
-    import pandera.polars as pa
-
-    found: dict[str, list[int]] = {}
-    try:
-        schema.validate(frame, lazy=True)
-    except pa.errors.SchemaErrors as errors:
-        cases = errors.failure_cases
-        broken = cases.filter(cases["index"].is_null())
-        if len(broken):
-            raise AssertionError(f"the facts table itself is wrong: {broken.to_dicts()}") from None
-        for (name,), rows in cases.select("check", "index").group_by("check", maintain_order=True):
-            found[str(name)] = sorted(set(rows["index"].to_list()))
-    return found
-
-
 def length_schema(most: float) -> pa.DataFrameSchema:
     """What must be true of a set of preference pairs: one row with the share of pairs whose chosen response is the longer one."""
     import pandera.polars as pa
@@ -320,7 +161,9 @@ class Judgement:
     """As judged: with the edits of the review file made, and repaired. One that was repaired has `repaired` and `source_id` (curation/checks/repair.py)."""
     reason: list[str | None]
     """For each record the check it is dropped for, or None if it is kept."""
-    facts: Facts
+    frame: pl.DataFrame
+    """The fact of each check on rows about each record; see `row_checks.gather`."""
+    overlaps: Overlaps
     verdicts: dict[str, Verdict]
     """By check, in the order of `CHECKS`."""
     profile: dict[str, Any]
@@ -339,7 +182,7 @@ class Judgement:
 
     @property
     def cluster(self) -> list[int]:
-        return self.facts.cluster
+        return self.overlaps.cluster
 
     @property
     def broken(self) -> dict[str, list[int]]:
@@ -353,75 +196,118 @@ def judge(
     rules: Rules,
     tokens: Tokens = ESTIMATED,
     decisions: Sequence[Decision] = (),
-    kind: Literal["examples", "preferences", "benchmark"] = "examples",
-    divide: Callable[[Sequence[dict[str, Any]], Facts, list[int]], dict[int, str]] | None = None,
+    kind: Kind = "examples",
+    divide: Callable[[Sequence[dict[str, Any]], Overlaps, list[int]], dict[int, str]] | None = None,
 ) -> Judgement:
     """Run every check on canonical records or pairs (with `source` and `source_row`).
 
     Args:
         held_out: questions that must not be trained on; empty where there are none, and `benchmark_leakage` says so.
         tokens: the base model's tokenizer and template.
-        decisions: what people wrote in the review file.
-        divide: deals the rows that are kept (their indices are given) out to splits, and returns which of them are dropped for
-            `split_leakage`, and why.
+        decisions: the filled-in lines of the review file.
+        divide: assigns the kept rows (their indices are given) to splits, and returns index -> reason of those that are dropped for
+            `split_leakage`.
     """
     records, edits, waived, repaired = _prepared(records, held_out, rules, tokens, decisions)
-    facts = gather(records, held_out, waived, tokens, rules.max_tokens, rules.min_response_tokens, rules.near_duplicate_similarity)
-    found = violations(facts.frame, row_schema(rules.max_tokens, rules.min_response_tokens)) if records else {}
-    broken = {name: [i for i in rows if i not in waived.rows.get(name, ())] for name, rows in found.items()}
+    facts = _row_facts(records, held_out, rules, tokens, waived, repaired)
+    overlaps, found, broken = facts.overlaps, facts.found, facts.broken
+    reason, why = _drop(records, broken, rules, decisions)
+    comments = {
+        **{i: f"waived for {check}: {text}" for (check, i), text in waived.reasons.items()},
+        **{i: f"edited: {text}" for i, text in edits.items()},
+        **why,
+    }
+    kept = [i for i, check in enumerate(reason) if check is None]
+    if divide and kept:
+        leaking = divide(records, overlaps, kept)
+        comments |= leaking
+        for i in leaking:
+            reason[i] = "split_leakage"
+        for table in (found, broken):
+            table["split_leakage"] = sorted({*table.get("split_leakage", ()), *leaking})
+        kept = [i for i in kept if i not in leaking]
+    waiting = [(i, name) for name in ROW_CHECKS if rules.action(name) == "review" for i in broken.get(name, []) if reason[i] is None]
+
+    profile, notes, failures = _judge_set([records[i] for i in kept], _near_copies(overlaps, waived, reason), rules, tokens, kind)
+    notes |= facts.notes
+    fixed, dropped = repaired.counts(reason), Counter(check for check in reason if check)
+    verdicts = {}
+    for name in checks_of(kind):
+        rows = broken.get(name, [])
+        verdicts[name] = Verdict(
+            name, rules.action(name), _severity(name, rules, rows, overlaps), sorted({*rows, *repaired.found.get(name, ())}), dropped[name],
+            len({*found.get(name, []), *overlaps.waived.get(name, ())}) - len(rows),
+            passed=name not in failures and all(reason[i] is not None for i in rows), note=notes.get(name, ""), fixed=fixed.get(name, 0),
+        )  # fmt: skip
+    return Judgement(records, reason, facts.frame, overlaps, verdicts, profile, comments, waiting, repaired.found)
+
+
+@dataclass(frozen=True)
+class _RowFacts:
+    frame: pl.DataFrame
+    overlaps: Overlaps
+    found: dict[str, list[int]]
+    """Check -> indices of the rows that break it."""
+    broken: dict[str, list[int]]
+    """The same without the rows for which the check is waived."""
+    notes: dict[str, str]
+
+
+def _row_facts(
+    records: Sequence[dict[str, Any]], held_out: Sequence[Item], rules: Rules, tokens: Tokens, waived: Waived, repaired: Repaired
+) -> _RowFacts:
+    """Run every check on rows. Texts of the whole set are freed on return."""
+    rows = Rows(records, held_out, waived, tokens, rules.max_tokens, rules.min_response_tokens, rules.near_duplicate_similarity)
+    schema = row_schema(rows)
+    frame = gather(rows, schema)
+    found = violations(frame, schema) if records else {}
+    broken = {name: [i for i in indices if i not in waived.rows.get(name, ())] for name, indices in found.items()}
+    notes = {}
+    for name, check in ROW_CHECKS.items():
+        facts = [*frame[name].gather(broken.get(name, [])), *repaired.found.get(name, {}).values()]
+        notes[name] = "; ".join(check.note(rows, facts))
+    if waived.unknown:
+        notes["schema"] = f"waived or reviewed, but not in the set: {', '.join(sorted(set(waived.unknown))[:5])}"
+    return _RowFacts(frame, rows.shared(find_overlaps), found, broken, {name: note for name, note in notes.items() if note})
+
+
+def _drop(
+    records: Sequence[dict[str, Any]], broken: Mapping[str, list[int]], rules: Rules, decisions: Sequence[Decision]
+) -> tuple[list[str | None], dict[int, str]]:
+    """For each record the check it is dropped for, or None; and index -> comment of a person who dropped it in the review file."""
     reason: list[str | None] = [None] * len(records)
     for name in ROW_CHECKS:
         if rules.action(name) in {"drop", "fix"}:
             for i in broken.get(name, []):
                 reason[i] = reason[i] or name
-    said = {
-        **{i: f"waived for {check}: {why}" for (check, i), why in waived.reasons.items()},
-        **{i: f"edited: {why}" for i, why in edits.items()},
-    }
-    out = {d.example_id: d for d in decisions if d.decision == "drop"}
-    for i, record in enumerate(records) if out else ():
-        if (decision := next((out[one] for one in ids_of(record) if one in out), None)) and reason[i] is None:
-            reason[i], said[i] = decision.check, f"dropped: {decision.reason}"
-    kept = [i for i, why in enumerate(reason) if why is None]
-    if divide and kept:
-        apart = divide(records, facts, kept)
-        said |= apart
-        for i in apart:
-            reason[i] = "split_leakage"
-        for table in (found, broken):
-            table["split_leakage"] = sorted({*table.get("split_leakage", ()), *apart})
-        kept = [i for i in kept if i not in apart]
-    waiting = [(i, name) for name in ROW_CHECKS if rules.action(name) == "review" for i in broken.get(name, []) if reason[i] is None]
+    comments = {}
+    by_id = {d.example_id: d for d in decisions if d.decision == "drop"}
+    for i, record in enumerate(records) if by_id else ():
+        if (decision := next((by_id[one] for one in ids_of(record) if one in by_id), None)) and reason[i] is None:
+            reason[i], comments[i] = decision.check, f"dropped: {decision.reason}"
+    return reason, comments
 
-    counts = tokens.count([_text(records[i]) for i in kept]) if kept and len(kept) <= COUNTED and not tokens.estimated else None
-    profile = profiles.profile([records[i] for i in kept], counts)
-    similar = {link.row for name in ("near_duplicates", GROUPED) for link in facts.links[name]} - set(
-        waived.rows.get("near_duplicates", ())
-    )
-    near = sum(1 for i in similar if reason[i] is None)
-    failures = {"schema": "no rows are left"} if not kept else profiles.failures(profile, rules, near)
-    notes = profiles.notes(profile, rules, near) | failures
+
+def _near_copies(overlaps: Overlaps, waived: Waived, reason: Sequence[str | None]) -> int:
+    """Kept rows that nearly repeat an earlier one."""
+    similar = {link.row for name in ("near_duplicates", GROUPED) for link in overlaps.links[name]}
+    return sum(1 for i in similar - set(waived.rows.get("near_duplicates", ())) if reason[i] is None)
+
+
+def _judge_set(
+    kept: Sequence[dict[str, Any]], near_copies: int, rules: Rules, tokens: Tokens, kind: Kind
+) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
+    """Profile of the kept records, and notes and failures (check -> reason) of the checks on the set."""
+    counts = tokens.count([_text(record) for record in kept]) if kept and len(kept) <= COUNTED and not tokens.estimated else None
+    profile = profiles.profile(kept, counts)
+    failures = profiles.failures(profile, rules, near_copies) if kept else {"schema": "no rows are left"}
+    notes = profiles.notes(profile, rules, near_copies) | failures
     if kind == "preferences" and kept:
-        profile |= (length := _length([records[i] for i in kept]))
+        profile |= (length := _length(kept))
         share = length["length_rule_accuracy"]
         notes["length_bias"] = f'chosen is longer in {share:.0%} of pairs, so "the longer one wins" would be right that often'
         failures |= _set_failures("chosen_is_longer", share, length_schema(rules.max_longer_share), notes)
-    if not held_out:
-        notes["benchmark_leakage"] = "nothing held out to compare with"
-    notes |= _row_notes(facts, broken, reason, tokens, rules, waived, repaired)
-    fixed = repaired.counts(reason)
-    dropped = Counter(why for why in reason if why)
-    verdicts = {}
-    for name in CHECKS:
-        if (name in PAIRS_ONLY and kind != "preferences") or (name in BENCHMARKS_ONLY and kind != "benchmark"):
-            continue
-        rows = broken.get(name, [])
-        verdicts[name] = Verdict(
-            name, rules.action(name), _severity(name, rules, rows, facts), sorted({*rows, *repaired.found.get(name, ())}), dropped[name],
-            len({*found.get(name, []), *facts.waived.get(name, ())}) - len(rows),
-            passed=name not in failures and all(reason[i] is not None for i in rows), note=notes.get(name, ""), fixed=fixed.get(name, 0),
-        )  # fmt: skip
-    return Judgement(records, reason, facts, verdicts, profile, said, waiting, repaired.found)
+    return profile, notes, failures
 
 
 def _prepared(
@@ -441,20 +327,11 @@ def _prepared(
     return repaired.records, edits | more, resolve(rules.waivers, decisions, repaired.records, items), repaired
 
 
-def _severity(name: str, rules: Rules, rows: Sequence[int], facts: Facts) -> Severity:
+def _severity(name: str, rules: Rules, rows: Sequence[int], overlaps: Overlaps) -> Severity:
     """As the rules say; overlaps with held-out text of which none is a copy are a warning, unless the rules say otherwise."""
-    copied = {link.row for link in facts.links["benchmark_leakage"] if not link.partial} if name == "benchmark_leakage" else set()
+    copied = {link.row for link in overlaps.links["benchmark_leakage"] if not link.partial} if name == "benchmark_leakage" else set()
     decided = name != "benchmark_leakage" or name in rules.severity or rules.action(name) == "fail"
     return rules.severity_of(name) if decided or not rows or not copied.isdisjoint(rows) else "warn"
-
-
-def _leak_notes(leaks: Sequence[Link], frames: int) -> list[str]:
-    copied = {link.row for link in leaks if not link.partial}
-    partly = {link.row for link in leaks} - copied
-    return [
-        *([f"{len(copied):,} rows copy held-out text, {len(partly):,} overlap it in part"] if partly else []),
-        *([f"{frames:,} pairs share only a common frame, which proves nothing"] if frames else []),
-    ]
 
 
 COUNTED = 50_000
@@ -481,53 +358,3 @@ def _set_failures(column: str, value: float, schema: pa.DataFrameSchema, notes: 
     except pa.errors.SchemaErrors as errors:
         return {name: notes[name] for name in errors.failure_cases["check"]}
     return {}
-
-
-CHARACTERS = {"hidden_characters": "hidden", "unicode_form": "decomposed", "encoding": "damage"}
-"""Check on characters -> its column."""
-
-
-def _row_notes(
-    facts: Facts,
-    broken: dict[str, list[int]],
-    reason: Sequence[str | None],
-    tokens: Tokens,
-    rules: Rules,
-    waived: Waived,
-    repaired: Repaired,
-) -> dict[str, str]:
-    """Figures in words for checks on rows."""
-    notes: dict[str, list[str]] = {}
-    if rows := broken.get("too_long"):
-        counts = facts.frame["tokens"]
-        notes["too_long"] = [
-            f"{sum(counts[i] for i in rows):,} tokens in all, {sum(counts[i] - rules.max_tokens for i in rows):,} beyond {rules.max_tokens:,} each"
-        ]
-    if rows := broken.get("short_response"):
-        notes["short_response"] = [
-            f"fewer than {rules.min_response_tokens} tokens each, {sum(facts.frame['response_tokens'][i] for i in rows):,} in all"
-        ]
-    if tokens.estimated:
-        for name in ("too_long", "short_response"):
-            notes.setdefault(name, []).append("tokens estimated at four bytes each: no base model at hand")
-    columns = {"secrets": "secret", "pii": "personal", "template_mismatch": "misfit", **CHARACTERS}
-    for name, column in (*columns.items(), *((check.name, check.name) for check in CONTENT_CHECKS)):
-        kinds = Counter(facts.frame[column][i].partition(":")[0] for i in broken.get(name, ())) + repaired.kinds(name)
-        if kinds:
-            notes[name] = [", ".join(f"{kind} {n}" for kind, n in kinds.most_common(5))]
-    if facts.compared and facts.compared.boilerplate:
-        text, count = facts.compared.boilerplate[0]
-        more = f" and {len(facts.compared.boilerplate) - 1} more" if len(facts.compared.boilerplate) > 1 else ""
-        notes["near_duplicates"] = [f'boilerplate, which proves nothing: "{text}" in {count} prompts{more}']
-    leaks = facts.links["benchmark_leakage"]
-    if leaks or facts.frames:
-        notes["benchmark_leakage"] = _leak_notes(leaks, facts.frames)
-    if facts.links[GROUPED]:
-        notes.setdefault("near_duplicates", []).append(
-            f"{len(facts.links[GROUPED]):,} pairs are less similar, or ask something else: they share a group_id and are not reported"
-        )
-    if facts.transcripts:
-        notes.setdefault("special_tokens_in_text", []).append(f"{facts.transcripts} rows quote a transcript; they are kept")
-    if waived.unknown:
-        notes.setdefault("schema", []).append(f"waived or reviewed, but not in the set: {', '.join(sorted(set(waived.unknown))[:5])}")
-    return {name: "; ".join(parts) for name, parts in notes.items()}

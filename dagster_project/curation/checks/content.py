@@ -1,8 +1,8 @@
 """Records -> what is wrong with what they say: refusals, foreign identities, placeholders, echoes, cut ends, loops, markup.
 
-One check is one object in `CONTENT_CHECKS`; `facts.gather`, `checks.row_schema` and `checks.ROW_CHECKS` loop over that table. Checks judge
-exchanges: an answer of the assistant and what was said before it; of a preference pair only the chosen answer. Each check has two
-steps: `pretest`, cheap, over all exchanges at once, and `find`, on the few that are left.
+Each check is one object in `CONTENT_CHECKS`. Checks judge exchanges: an answer of the assistant with the messages before it; of a
+preference pair only the chosen answer. Each has two steps: `pretest`, cheap, over all exchanges at once, and `find`, on the few that
+are left.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dagster_project.curation.checks.check import Action, Check, Rows, Values, kinds
 from dagster_project.curation.checks.damage import visible
 from dagster_project.curation.checks.privacy import mask, text_column
 from dagster_project.curation.checks.profile import scripts
@@ -74,20 +75,23 @@ Found = tuple[str, str]
 """What was found: its kind, and the words of the text that show it (or the empty string)."""
 
 
-@dataclass(frozen=True)
-class ContentCheck:
-    name: str
-    """Of the check, and of its column in the table of facts."""
-    description: str
-    """What holds for good data."""
-    severity: Literal["warn", "info"]
-    hint: str
-    """What to do about a finding."""
+@dataclass(frozen=True, kw_only=True)
+class ContentCheck(Check):
+    """A check on each answer of the assistant. Its fact is the first fault found in the conversation."""
+
     find: Callable[[Exchange], Found | None]
     words: tuple[str, ...] = ()
     """`find` looks at the responses that hold one of these, written here in lower case,"""
     pretest: Callable[[Texts], Iterable[int]] = lambda _: ()
     """and at the exchanges with these indices."""
+    action: Action = "warn"
+    column: Callable[[Rows, str], Values] = lambda rows, name: rows.shared(_content_facts)[name]
+    quotes: bool = True
+    note: Callable[[Rows, Sequence[Any]], list[str]] = kinds
+
+
+def _content_facts(rows: Rows) -> dict[str, list[str | None]]:
+    return content_facts(rows.records)
 
 
 def content_facts(records: Sequence[Mapping[str, Any]]) -> dict[str, list[str | None]]:

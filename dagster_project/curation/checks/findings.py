@@ -9,9 +9,8 @@ from itertools import accumulate, islice, takewhile
 from typing import Any
 
 from dagster_project.core.records import CheckResult, prompt_text, response_text, subject_text
-from dagster_project.curation.checks.checks import CHARACTERS, CHECKS, Judgement, Verdict
-from dagster_project.curation.checks.content import CONTENT_CHECKS
-from dagster_project.curation.checks.facts import Link
+from dagster_project.curation.checks.checks import CHECKS, Judgement, Verdict
+from dagster_project.curation.checks.overlaps import Link
 from dagster_project.curation.checks.privacy import mask
 from dagster_project.curation.similarity.overlap import BINS, CONTAINMENT, JACCARD, shared_span
 from dagster_project.curation.sources.benchmarks import Item
@@ -42,7 +41,7 @@ def document(
         one["rows"] = [numbers[i] for i in one["rows"]]
         one["matches"] = [{**found, "row": numbers[found["row"]]} for found in one["matches"]]
     dropped = Counter(why for why in judged.reason if why)
-    compared = judged.facts.compared
+    compared = judged.overlaps.compared
     return {
         "name": name,
         "format": layout,
@@ -58,9 +57,7 @@ def document(
                 for i, (apart, near) in enumerate(compared.scores)
             ],
             "boilerplate": [{"text": mask(text), "rows": rows} for text, rows in compared.boilerplate],
-        }
-        if compared
-        else {},
+        },
         "profile": judged.profile,
         "notes": {verdict.name: verdict.note for verdict in judged.verdicts.values() if verdict.note},
     }
@@ -79,7 +76,7 @@ def _numbers(records: Sequence[Mapping[str, Any]]) -> list[int]:
 def finding(verdict: Verdict, judged: Judgement, items: Mapping[str, Item], matches: int, width: int) -> dict[str, Any]:
     """One check's finding, whose `rows` are indices of records. A check on the whole set that fails counts 1."""
     check, rows, broken = CHECKS[verdict.name], verdict.broken, set(verdict.broken)
-    links = islice((link for link in judged.facts.links.get(verdict.name, ()) if link.row in broken), matches)
+    links = islice((link for link in judged.overlaps.links.get(verdict.name, ()) if link.row in broken), matches)
     return {
         "check": verdict.name,
         "severity": verdict.severity if rows or not verdict.passed else "info",  # all that was found is waived
@@ -92,28 +89,18 @@ def finding(verdict: Verdict, judged: Judgement, items: Mapping[str, Item], matc
         "rows": rows,
         "places": [place(judged.records[i]) for i in rows],
         "examples": [_example(verdict.name, judged, i) for i in rows[:3]],
-        "truth": check.truth,
+        "truth": check.description,
         "note": verdict.note,
-        "next": check.next,
+        "next": check.hint,
         "matches": [match(link, judged.records, items, width, verdict.name == "conflicting_responses") for link in links],
     }
-
-
-TELLING = {
-    "secrets": "secret",
-    "pii": "personal",
-    "special_tokens_in_text": "template_mark",
-    **CHARACTERS,
-    **{check.name: check.name for check in CONTENT_CHECKS},
-}
-"""Checks whose fact shows the place in the text -> its column."""
 
 
 def _example(check: str, judged: Judgement, i: int) -> str:
     """What is wrong with the row in its own words or, where that shows nothing, how the row begins."""
     if wrong := judged.repaired.get(check, {}).get(i):
         return wrong[:200]
-    return str(judged.facts.frame[TELLING[check]][i])[:200] if check in TELLING else excerpt(judged.records[i])
+    return str(judged.frame[check][i])[:200] if CHECKS[check].quotes else excerpt(judged.records[i])
 
 
 def check_result(verdict: Verdict, judged: Judgement, held_out: Sequence[Item]) -> CheckResult:

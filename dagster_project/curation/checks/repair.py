@@ -11,7 +11,8 @@ from unicodedata import normalize
 
 from dagster_project.core.records import content_id
 from dagster_project.curation.checks import damage, privacy
-from dagster_project.curation.checks.facts import inputs_of, is_placeholder, text_of
+from dagster_project.curation.checks.check import text_of
+from dagster_project.curation.checks.row_checks import inputs_of, is_placeholder
 
 Record = dict[str, Any]
 Find = Callable[[Sequence[Record]], list[str | None]]

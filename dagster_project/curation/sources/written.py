@@ -11,7 +11,8 @@ from typing import Any
 
 from dagster_project.core.errors import InputError
 from dagster_project.curation.checks import account
-from dagster_project.curation.checks.checks import ROW_CHECKS, Judgement
+from dagster_project.curation.checks.checks import Judgement
+from dagster_project.curation.checks.row_checks import ROW_CHECKS
 from dagster_project.curation.sources import formats
 
 FORMS = [form for layout in formats.PAIR_LAYOUTS.values() for form in layout.forms]

@@ -1,0 +1,119 @@
+"""What a check is: one object with its fact about each row, the condition on it, severity, advice and what findings show."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from dagster_project.core.records import prompt_text, response_text
+from dagster_project.curation.checks.review import Waived
+from dagster_project.curation.checks.token_counts import Tokens
+from dagster_project.curation.sources.benchmarks import Item
+
+if TYPE_CHECKING:
+    import pandera.polars as pa
+
+Action = Literal["fix", "drop", "review", "warn", "fail"]
+Severity = Literal["error", "warn", "info"]
+Kind = Literal["examples", "preferences", "benchmark"]
+Values = Sequence[bool] | Sequence[str | None] | Sequence[int | None]
+T = TypeVar("T")
+
+
+def text_of(record: Mapping[str, Any]) -> str:
+    """All messages of a record, of a pair both sides."""
+    return "\n".join([m["content"] for side in (record["messages"], record.get("rejected") or ()) for m in side])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A set of records with the limits they are judged by. Everything that several checks need is computed once."""
+
+    records: Sequence[dict[str, Any]]
+    """Canonical records with `source` and `source_row`; pairs have `rejected` (messages), `asked` (how many of `messages` are the prompt),
+    `margin` and `same_prompt`; benchmark questions have `labelled`."""
+    held_out: Sequence[Item]
+    """Questions that must not be trained on."""
+    waived: Waived
+    tokens: Tokens
+    max_tokens: int
+    min_response_tokens: int
+    near_duplicate_similarity: float
+    """Similarity from which on near-copies are reported; all of them share a cluster."""
+    _shared: dict[Callable[[Rows], Any], Any] = field(default_factory=dict)
+
+    def shared(self, compute: Callable[[Rows], T]) -> T:
+        """`compute(self)`, computed on the first call and shared by all checks that use it."""
+        if compute not in self._shared:
+            self._shared[compute] = compute(self)
+        result: T = self._shared[compute]
+        return result
+
+    @cached_property
+    def metas(self) -> list[dict[str, Any]]:
+        nothing: dict[str, Any] = {}
+        return [json.loads(record["meta"]) if record["meta"] != "{}" else nothing for record in self.records]
+
+    @cached_property
+    def texts(self) -> list[str]:
+        return [text_of(record) for record in self.records]
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        return [prompt_text(record["messages"]) for record in self.records]
+
+    @cached_property
+    def responses(self) -> list[str]:
+        return [response_text(record["messages"]) for record in self.records]
+
+
+def is_null(rows: Rows, name: str) -> pa.Column:
+    """The fact is text that describes a fault, or null."""
+    import pandera.polars as pa
+    import polars as pl
+
+    return pa.Column(
+        pl.String, pa.Check(lambda data: data.lazyframe.select(pl.col(data.key).is_null()), name=name, ignore_na=False), nullable=True
+    )
+
+
+def is_true(rows: Rows, name: str) -> pa.Column:
+    import pandera.polars as pa
+    import polars as pl
+
+    return pa.Column(pl.Boolean, pa.Check(lambda data: data.lazyframe.select(pl.col(data.key)), name=name))
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check on each row or, without a `column`, on the set as a whole."""
+
+    name: str
+    """The same in code, reports, UI, command line, and as the name of its column in the table of facts."""
+    description: str
+    """The property of good data that it tests."""
+    severity: Severity
+    hint: str
+    """How to fix what it finds."""
+    action: Action = "drop"
+    """What a stage does with a row that breaks it, unless params.yaml says otherwise."""
+    column: Callable[[Rows, str], Values] | None = None
+    """Rows and the check's name -> the fact about each row that it judges."""
+    holds: Callable[[Rows, str], pa.Column] = is_null
+    """Rows and the check's name -> type of the column, and the condition on its values."""
+    kind: Kind | None = None
+    """The only kind of data that it applies to; None for every kind."""
+    quotes: bool = False
+    """Whether the fact quotes the text ("mojibake: 'cafÃ©'"). Findings then show it as the example, in place of the start of the row."""
+    note: Callable[[Rows, Sequence[Any]], list[str]] = lambda rows, facts: []
+    """Rows, and the facts of those that break it or did before they were repaired -> figures in words."""
+
+
+def kinds(rows: Rows, facts: Sequence[str]) -> list[str]:
+    """The most frequent kinds of fault, of facts such as "mojibake: 'cafÃ©'": "mojibake 3, control character 1"."""
+    found = Counter(fact.partition(":")[0] for fact in facts)
+    return [", ".join(f"{kind} {n}" for kind, n in found.most_common(5))] if found else []

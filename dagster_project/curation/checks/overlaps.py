@@ -1,0 +1,215 @@
+"""Rows -> near-copies among them and of held-out items: duplicates, conflicting responses, leaks between splits and from benchmarks."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dagster_project.curation.checks.check import Rows
+from dagster_project.curation.similarity.overlap import Comparison, Pair, Rule, clusters, compare, words
+from dagster_project.curation.similarity.wording import is_instruction_only, is_near_duplicate, leak_severity
+from dagster_project.curation.sources.benchmarks import Item
+
+SHORT_ANSWER = 8
+"""Words an answer must have to be compared with a benchmark's answers: a short one is right for many questions."""
+GROUPED = "grouped"
+"""In `Overlaps.links`: near-copies that share a `group_id` and are too different to be reported as `near_duplicates`."""
+HELD_OUT = {"test": 0, "validation": 1}
+
+
+@dataclass(frozen=True)
+class Link:
+    """Two rows, or a row and a benchmark item, that say nearly the same."""
+
+    row: int
+    other: int | str
+    """Index of the earlier row, or the item's place."""
+    part: str
+    """What of the row matched: "prompt" or "response"."""
+    rule: Rule
+    score: float
+    partial: bool = False
+    """Of an overlap with held-out text: neither equal nor a copy of most of it. A warning, where a copy is an error."""
+
+
+@dataclass
+class Overlaps:
+    """What `find_overlaps` found."""
+
+    cluster: list[int]
+    """For each record the first record of its near-duplicate cluster."""
+    compared: Comparison
+    """Of the prompts with one another."""
+    links: dict[str, list[Link]] = field(default_factory=dict)
+    """Check, or `GROUPED` -> the overlaps behind it, best first; waived ones left out."""
+    waived: dict[str, set[int]] = field(default_factory=dict)
+    """Check -> rows all of whose overlaps are waived as pairs."""
+    common_frames: int = 0
+    """Overlaps with held-out questions that share only a common frame, and are not leaks."""
+
+
+def find_overlaps(rows: Rows) -> Overlaps:
+    """`near_duplicates`: rows whose user turns are the same or nearly so, whatever their system prompt and tools. The other checks are
+    described in docs/checks.md."""
+    size = len(rows.records)
+    subjects = [prompt or response for prompt, response in zip(rows.prompts, rows.responses, strict=True)]  # as records.subject_text
+    labels = [label if isinstance(label := meta.get("split"), str) else None for meta in rows.metas]
+    repeats, conflicts = _repeats(rows.records, [tools_of(meta) for meta in rows.metas], labels)
+    first = [i for i in range(size) if rows.records[i]["messages"] and i not in repeats]
+    compared = compare([subjects[i] for i in first], count_words=True)
+    near = [Pair(first[p.left], first[p.right], p.similarity, p.rule) for p in compared.pairs]
+    copies = [Pair(j, i, 1.0) for i, j in repeats.items()]
+    reported, grouped = _reported(near, rows.records, subjects, compared.frequency, rows.near_duplicate_similarity)
+    leaks, common_frames = _leaks(subjects, rows.responses, rows.held_out)
+    overlaps = Overlaps(clusters(size, near + copies), compared, common_frames=common_frames)
+    for name, links in {
+        "exact_duplicates": [Link(i, j, "prompt", "equal", 1.0) for i, j in repeats.items()],
+        "conflicting_responses": [Link(i, j, "prompt", "equal", 1.0) for i, j in conflicts.items()],
+        "near_duplicates": reported,
+        GROUPED: grouped,
+        "split_leakage": _split_leaks(near + copies, labels),
+        "benchmark_leakage": leaks,
+    }.items():
+        waived = rows.waived.pairs.get(name, set())
+        left = [link for link in links if (link.row, link.other) not in waived]
+        overlaps.links[name] = sorted(left, key=lambda link: (-link.score, link.row, str(link.other)))
+        overlaps.waived[name] = {link.row for link in links} - {link.row for link in left}
+    return overlaps
+
+
+def first_overlap(rows: Rows, name: str) -> list[str | None]:
+    """For each row the earlier row or held-out item of its best overlap, or None."""
+    best: list[str | None] = [None] * len(rows.records)
+    for link in rows.shared(find_overlaps).links[name]:
+        best[link.row] = best[link.row] or str(link.other)
+    return best
+
+
+def tools_of(meta: Mapping[str, Any]) -> str:
+    """The definitions of the functions that the assistant may call, in one spelling; "" for none.
+
+    They are context, as a system prompt is: part of what the model sees, and not part of the question.
+    """
+    given = meta.get("tools") or meta.get("functions")
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except ValueError:
+            given = given.strip()
+    return json.dumps(given, ensure_ascii=False, sort_keys=True) if given else ""
+
+
+def _repeats(
+    records: Sequence[dict[str, Any]], tools: Sequence[str], labels: Sequence[str | None]
+) -> tuple[dict[int, int], dict[int, int]]:
+    """Row -> the row with the same messages and tools that is kept: the first, or the first that an upstream label holds out. And row -> an earlier
+    row that answers the same prompt, tools included, in another way."""
+    first: dict[tuple[str, str], int] = {}
+    for i in sorted((i for i, label in enumerate(labels) if label in HELD_OUT), key=lambda i: (HELD_OUT[str(labels[i])], i)):
+        first.setdefault((records[i]["example_id"], tools[i]), i)
+    answers: dict[tuple[str, ...], dict[Any, int]] = defaultdict(dict)
+    repeats: dict[int, int] = {}
+    conflicts: dict[int, int] = {}
+    for i, record in enumerate(records):
+        messages = record["messages"]
+        if not messages:
+            continue
+        if (same := first.setdefault((record["example_id"], tools[i]), i)) != i:
+            repeats[i] = same
+            continue
+        if "rejected" in record:
+            chosen, rejected = (tuple(m["content"] for m in side) for side in (messages[record["asked"] :], record["rejected"]))
+            earlier = answers[_key(messages[: record["asked"]], tools[i])]
+            if (rejected, chosen) in earlier:
+                conflicts[i] = earlier[rejected, chosen]
+            earlier.setdefault((chosen, rejected), i)
+            continue
+        if len(messages) < 2:
+            continue
+        earlier = answers[_key(messages[:-1], tools[i])]
+        answer = messages[-1]["content"]
+        if earlier and answer not in earlier:
+            conflicts[i] = next(iter(earlier.values()))
+        earlier.setdefault(answer, i)
+    return repeats, conflicts
+
+
+def _key(messages: Sequence[dict[str, str]], tools: str) -> tuple[str, ...]:
+    return (tools, *(part for m in messages for part in (m["role"], m["content"])))
+
+
+def _split_leaks(pairs: Iterable[Pair], labels: Sequence[str | None]) -> list[Link]:
+    """Pairs in two upstream splits. The row is the one in the training split or, if neither is, the later one."""
+    links = []
+    for p in pairs:
+        if labels[p.left] and labels[p.right] and labels[p.left] != labels[p.right]:
+            other, row = sorted((p.left, p.right), key=lambda i: (labels[i] == "train", i))
+            links.append(Link(row, other, "prompt", p.rule, p.similarity))
+    return links
+
+
+def _reported(
+    near: Sequence[Pair], records: Sequence[dict[str, Any]], subjects: Sequence[str], frequency: Mapping[str, int], least: float
+) -> tuple[list[Link], list[Link]]:
+    """Near-copies that people are told of, and those that only share a cluster: less similar ones, texts contained in a longer one, and
+    conversations that end in different questions."""
+    told: list[Link] = []
+    grouped: list[Link] = []
+    for p in near:
+        same = p.rule == "equal" or (
+            p.rule != "containment"
+            and p.similarity >= least
+            and is_near_duplicate(subjects[p.left], subjects[p.right], frequency)
+            and is_near_duplicate(_last_asked(records[p.left]), _last_asked(records[p.right]), frequency)
+        )
+        (told if same else grouped).append(Link(p.right, p.left, "prompt", p.rule, p.similarity))
+    return told, grouped
+
+
+def _last_asked(record: dict[str, Any]) -> str:
+    return next((m["content"] for m in reversed(record["messages"]) if m["role"] == "user"), "")
+
+
+def _leaks(subjects: Sequence[str], responses: Sequence[str], held_out: Sequence[Item]) -> tuple[list[Link], int]:
+    """Prompts that overlap a held-out question, and responses that overlap its answer or the question itself. And how many overlaps are a common
+    frame and nothing else."""
+    if not held_out:
+        return [], 0
+    size, items = len(subjects), len(held_out)
+    long = [response if _is_long(response[:400]) else "" for response in responses]
+    answers = [item.text if _is_long(item.text) else "" for item in held_out]
+    mine, theirs = [*subjects, *long], [*_questions(held_out), *answers]
+    compared = compare(mine, theirs, count_words=True)
+    links, frames = [], 0
+    for p in compared.pairs:
+        if p.left < size and p.right >= items:
+            continue
+        severity = leak_severity(mine[p.left], theirs[p.right], p.rule, p.similarity, compared.frequency)
+        frames += severity is None
+        if severity:
+            part = "prompt" if p.left < size else "response"
+            links.append(Link(p.left % size, held_out[p.right % items].place, part, p.rule, p.similarity, severity == "warn"))
+    return links, frames
+
+
+def _questions(held_out: Sequence[Item]) -> list[str]:
+    """What each item asks; with its choices where the question alone is an instruction, or other items ask it with other choices."""
+    choices: dict[str, set[frozenset[str]]] = defaultdict(set)
+    for item in held_out:
+        if item.choices:
+            choices[item.question].add(frozenset(item.choices))
+    return [
+        item.with_choices if len(choices[item.question]) > 1 or is_instruction_only(item.question) else item.question for item in held_out
+    ]
+
+
+_LONG = re.compile(rf"[\W_]*+(?:[^\W_]++[\W_]++){{{SHORT_ANSWER - 1}}}[^\W_]", re.ASCII)
+
+
+def _is_long(text: str) -> bool:
+    """Whether it has `SHORT_ANSWER` `words`; of ASCII an expression tells that sooner."""
+    return bool(_LONG.match(text)) if text.isascii() else len(words(text)) >= SHORT_ANSWER

@@ -1,0 +1,528 @@
+"""Records -> one table with a fact per check and row, and the schema that judges it. Each check on rows is one object in `ROW_CHECKS`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+from unicodedata import normalize
+
+from dagster_project.curation.checks.check import Check, Rows, is_true, kinds
+from dagster_project.curation.checks.content import CONTENT_CHECKS
+from dagster_project.curation.checks.damage import damage, decomposed, hidden, template_marks
+from dagster_project.curation.checks.overlaps import GROUPED, find_overlaps, first_overlap
+from dagster_project.curation.checks.privacy import scan
+from dagster_project.curation.similarity.overlap import words
+from dagster_project.curation.sources.formats import is_text
+
+if TYPE_CHECKING:
+    import pandera.polars as pa
+    import polars as pl
+
+PLACEHOLDERS = frozenset(
+    {
+        "no input", "noinput", "none", "n a", "na", "null", "nil", "empty", "not applicable", "no input provided", "no input required",
+        "no input needed", "no additional input", "input not available", "placeholder", "todo", "tbd", "lorem ipsum",
+    }
+)  # fmt: skip
+"""Inputs that only say that there is none, after `words` has removed case and punctuation ("<noinput>", "N/A", "No input.")."""
+MAX_RENDERED = 20_000
+"""Rows whose chat template is rendered; in a larger set as many of each conversation shape in turn. `tokenized` renders every row."""
+
+
+def row_schema(rows: Rows) -> pa.DataFrameSchema:
+    """The type of each column of `gather`, and the condition on its values."""
+    import pandera.polars as pa
+
+    return pa.DataFrameSchema({check.name: check.holds(rows, check.name) for check in ROW_CHECKS.values()}, strict=True)
+
+
+def gather(rows: Rows, schema: pa.DataFrameSchema) -> pl.DataFrame:
+    """The facts: one row per record, in order, and one column per check."""
+    import polars as pl
+
+    return pl.DataFrame(
+        [
+            pl.Series(check.name, check.column(rows, check.name), dtype=schema.columns[check.name].dtype.type)
+            for check in ROW_CHECKS.values()
+            if check.column
+        ]
+    )
+
+
+def violations(frame: pl.DataFrame, schema: pa.DataFrameSchema) -> dict[str, list[int]]:
+    """Check name -> indices of the rows that break it, in order. The frame is eager, so data checks really run."""
+    import pandera.polars as pa
+
+    found: dict[str, list[int]] = {}
+    try:
+        schema.validate(frame, lazy=True)
+    except pa.errors.SchemaErrors as errors:
+        cases = errors.failure_cases
+        broken = cases.filter(cases["index"].is_null())
+        if len(broken):
+            raise AssertionError(f"the facts table itself is wrong: {broken.to_dicts()}") from None
+        for (name,), rows in cases.select("check", "index").group_by("check", maintain_order=True):
+            found[str(name)] = sorted(set(rows["index"].to_list()))
+    return found
+
+
+# --- messages ----------------------------------------------------------------------------------------------------------------------
+
+
+def _problem(rows: Rows, _: str) -> list[str | None]:
+    """Why each source row could not be read, else null."""
+    return [
+        None if r["messages"] or not r.get("same_prompt", True) else meta.get("problem")
+        for r, meta in zip(rows.records, rows.metas, strict=True)
+    ]
+
+
+def _is_half(record: Mapping[str, Any]) -> bool:
+    """Whether a pair has one side only: a KTO row without a counterpart."""
+    return "rejected" in record and bool(record["messages"]) and (len(record["messages"]) <= record["asked"] or not record["rejected"])
+
+
+def _roles_are_valid(messages: Sequence[dict[str, str]], meta: Mapping[str, Any]) -> bool:
+    """An optional system turn, then user and assistant in turns, the user first; tools may answer the assistant, who then goes on. Or plain text."""
+    return is_text(messages, meta) or _in_turns(tuple([m["role"] for m in messages]))
+
+
+_BEFORE = {"user": {"system", "assistant", ""}, "assistant": {"user", "tool"}, "tool": {"assistant", "tool"}, "system": {""}}
+
+
+@lru_cache
+def _in_turns(roles: tuple[str, ...]) -> bool:
+    return set(roles) != {"system"} and all(last in _BEFORE.get(role, ()) for last, role in zip(("", *roles), roles, strict=False))
+
+
+def _valid_roles(rows: Rows) -> list[bool]:
+    return [_roles_are_valid(r["messages"], meta) for r, meta in zip(rows.records, rows.metas, strict=True)]
+
+
+def _ends_with_assistant(record: Mapping[str, Any]) -> bool:
+    return not record["messages"] or _is_half(record) or record["messages"][-1]["role"] == "assistant"
+
+
+def _have_prompt(rows: Rows, _: str) -> list[bool]:
+    return [
+        not r["messages"] or bool(prompt.strip()) or is_text(r["messages"], meta)
+        for r, meta, prompt in zip(rows.records, rows.metas, rows.prompts, strict=True)
+    ]
+
+
+def _has_response(record: Mapping[str, Any]) -> bool:
+    sides = [record["messages"], record["rejected"]] if "rejected" in record else [record["messages"]]
+    return all(not side or side[-1]["role"] != "assistant" or bool(side[-1]["content"].strip()) for side in sides)
+
+
+def inputs_of(record: Mapping[str, Any], meta: Mapping[str, Any] | None = None) -> list[str]:
+    """The texts that a user gives: the input of an Alpaca row, and the user turns.
+
+    Args:
+        meta: of the record, where it is parsed already.
+    """
+    meta = (json.loads(record["meta"]) if '"input"' in record["meta"] else {}) if meta is None else meta
+    given = meta.get("input", "")
+    return [*([given] if isinstance(given, str) else []), *(m["content"] for m in record["messages"] if m["role"] == "user")]
+
+
+def is_placeholder(text: str) -> bool:
+    return len(text) < 40 and " ".join(words(text)) in PLACEHOLDERS
+
+
+def _inputs_are_real(rows: Rows, _: str) -> list[bool]:
+    return [not any(is_placeholder(text) for text in inputs_of(r, meta)) for r, meta in zip(rows.records, rows.metas, strict=True)]
+
+
+def _of_record(holds: Callable[[Mapping[str, Any]], bool]) -> Callable[[Rows, str], list[bool]]:
+    """A column that depends on each record alone."""
+    return lambda rows, _: [holds(record) for record in rows.records]
+
+
+def _of_text(find: Callable[[Sequence[str]], list[str | None]]) -> Callable[[Rows, str], list[str | None]]:
+    """A column that depends on each record's text alone."""
+    return lambda rows, _: find(rows.texts)
+
+
+# --- pairs -------------------------------------------------------------------------------------------------------------------------
+
+
+def _sides_differ(record: Mapping[str, Any]) -> bool:
+    rejected = record.get("rejected")
+    return not rejected or not record["messages"] or not _alike(record["messages"][-len(rejected) :], rejected)
+
+
+def _alike(chosen: Sequence[Mapping[str, str]], rejected: Sequence[Mapping[str, str]]) -> bool:
+    """Whether two sides say the same, but for case, white space, Unicode form and the stop at the end; in code only white space at line ends."""
+    if len(chosen) != len(rejected):
+        return False
+    texts = [(a["content"], b["content"]) for a, b in zip(chosen, rejected, strict=True)]
+    code = any("```" in text for both in texts for text in both) or all(_INDENTED.search(text) for text in texts[-1])
+    plain = _code_form if code else _plain_form
+    return all(a["role"] == b["role"] for a, b in zip(chosen, rejected, strict=True)) and all(plain(a) == plain(b) for a, b in texts)
+
+
+_INDENTED = re.compile(r"\n(?: {4}|\t)")
+
+
+def _plain_form(text: str) -> str:
+    plain = " ".join(normalize("NFKC", text).casefold().split())
+    return plain.rstrip(".!\u3002\u2026 ") or plain
+
+
+def _code_form(text: str) -> str:
+    return "\n".join(line.rstrip() for line in normalize("NFC", text).strip("\n").split("\n"))
+
+
+# --- tokens and template -----------------------------------------------------------------------------------------------------------
+
+
+def _conversation_tokens(rows: Rows, _: str) -> list[int | None]:
+    """Tokens of each conversation (of a pair the longer one, as the template writes it); null where the limit is out of reach.
+
+    A token has at least one byte."""
+    records, most = rows.records, rows.max_tokens
+    texts = [_longest(record) for record in records] if any("rejected" in r for r in records) else rows.texts
+    counted: list[int | None] = [None] * len(texts)
+    long = [
+        i for i, text in enumerate(texts) if 4 * len(text) >= most and (len(text) >= most or len(text.encode("utf-8", "replace")) >= most)
+    ]
+    for i, count in zip(long, rows.tokens.count([texts[i] for i in long]), strict=True):
+        counted[i] = count
+    if not (rendered := rows.tokens.rendered):
+        return counted
+    for i, record in enumerate(records):
+        if record.get("rejected") and record["messages"]:
+            sides = (record["messages"], [*record["messages"][: record["asked"]], *record["rejected"]])
+            written = [n for side in sides if (n := rendered(side)) is not None]
+            counted[i] = max(written, default=counted[i])
+    return counted
+
+
+def _longest(pair: dict[str, Any]) -> str:
+    """Of the two conversations of a pair the longer one."""
+    prompt = pair["messages"][: pair["asked"]]
+    return max(("\n".join(m["content"] for m in side) for side in (pair["messages"], [*prompt, *pair["rejected"]])), key=len)
+
+
+def _response_tokens(rows: Rows, _: str) -> list[int | None]:
+    """Tokens of each last response; null where it is empty or surely long enough. A token of prose has at most 16 characters."""
+    counted: list[int | None] = [None] * len(rows.responses)
+    short = [i for i, text in enumerate(rows.responses) if len(text) <= 16 * rows.min_response_tokens and text.strip()]
+    for i, n in zip(short, rows.tokens.count([rows.responses[i] for i in short]), strict=True):
+        counted[i] = n
+    return counted
+
+
+def _at_most_max_tokens(rows: Rows, name: str) -> pa.Column:
+    import pandera.polars as pa
+    import polars as pl
+
+    return pa.Column(pl.Int64, pa.Check.le(rows.max_tokens, error=name), nullable=True)
+
+
+def _at_least_min_response_tokens(rows: Rows, name: str) -> pa.Column:
+    import pandera.polars as pa
+    import polars as pl
+
+    return pa.Column(pl.Int64, pa.Check.ge(rows.min_response_tokens, error=name), nullable=True)
+
+
+def _too_long_note(rows: Rows, counts: Sequence[int]) -> list[str]:
+    most = rows.max_tokens
+    return [
+        *([f"{sum(counts):,} tokens in all, {sum(n - most for n in counts):,} beyond {most:,} each"] if counts else []),
+        *_estimated(rows),
+    ]
+
+
+def _short_note(rows: Rows, counts: Sequence[int]) -> list[str]:
+    return [*([f"fewer than {rows.min_response_tokens} tokens each, {sum(counts):,} in all"] if counts else []), *_estimated(rows)]
+
+
+def _estimated(rows: Rows) -> list[str]:
+    return ["tokens estimated at four bytes each: no base model at hand"] if rows.tokens.estimated else []
+
+
+def _marks(rows: Rows) -> list[str | None]:
+    return template_marks(rows.texts, rows.tokens.special)
+
+
+def _control_tokens(rows: Rows, _: str) -> list[str | None]:
+    """Control tokens and boilerplate of chat templates. Quoted transcripts ("Human: ... Assistant: ...") are no fault: people write them."""
+    return [None if mark and mark.startswith("transcript") else mark for mark in rows.shared(_marks)]
+
+
+def _transcripts_note(rows: Rows, _: Sequence[str]) -> list[str]:
+    transcripts = sum(mark is not None and mark.startswith("transcript") for mark in rows.shared(_marks))
+    return [f"{transcripts} rows quote a transcript; they are kept"] if transcripts else []
+
+
+def _misfits(rows: Rows, _: str) -> list[str | None]:
+    """Why each conversation does not fit the chat template. What a template does depends on roles and on white space around the contents."""
+    misfits: list[str | None] = [None] * len(rows.records)
+    if rows.tokens.misfit is None:
+        return misfits
+    shapes: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for i, (record, meta, valid) in enumerate(zip(rows.records, rows.metas, rows.shared(_valid_roles), strict=True)):
+        if record["messages"] and valid and not is_text(record["messages"], meta):
+            turns = [(m["role"], m["content"]) for m in record["messages"]]
+            shapes[tuple([(role, text[:1].isspace(), text[-1:].isspace(), not text) for role, text in turns])].append(i)
+    share = max(1, MAX_RENDERED // max(1, len(shapes)))
+    for same_shape in shapes.values():
+        for i in same_shape[:share]:
+            misfits[i] = rows.tokens.misfit(rows.records[i]["messages"])
+    return misfits
+
+
+# --- values and overlaps -----------------------------------------------------------------------------------------------------------
+
+
+def _private_values(rows: Rows) -> dict[bool, list[str | None]]:
+    """Whether secret -> for each text the first secret, or else the first piece of personal data: its kind, and the words around it, masked."""
+    found: dict[bool, list[str | None]] = {secret: [None] * len(rows.texts) for secret in (True, False)}
+    for hit in scan(rows.texts):
+        column = found[hit.secret]
+        column[hit.row] = column[hit.row] or f"{hit.kind}: {hit.excerpt}"
+    return found
+
+
+def _leak_note(rows: Rows, _: Sequence[str]) -> list[str]:
+    if not rows.held_out:
+        return ["nothing held out to compare with"]
+    overlaps = rows.shared(find_overlaps)
+    links, frames = overlaps.links["benchmark_leakage"], overlaps.common_frames
+    copied = {link.row for link in links if not link.partial}
+    partly = {link.row for link in links} - copied
+    return [
+        *([f"{len(copied):,} rows copy held-out text, {len(partly):,} overlap it in part"] if partly else []),
+        *([f"{frames:,} pairs share only a common frame, which proves nothing"] if frames else []),
+    ]
+
+
+def _near_copies_note(rows: Rows, _: Sequence[str]) -> list[str]:
+    overlaps = rows.shared(find_overlaps)
+    note = []
+    if overlaps.compared.boilerplate:
+        (text, count), *others = overlaps.compared.boilerplate
+        more = f" and {len(others)} more" if others else ""
+        note = [f'boilerplate, which proves nothing: "{text}" in {count} prompts{more}']
+    if grouped := overlaps.links[GROUPED]:
+        note.append(f"{len(grouped):,} pairs are less similar, or ask something else: they share a group_id and are not reported")
+    return note
+
+
+_ROW_CHECKS: tuple[Check, ...] = (
+    Check(
+        "malformed_row",
+        "Every row can be read in its format.",
+        "error",
+        "Mend the rows; rows are counted from 0, lines from 1.",
+        column=_problem,
+    ),
+    Check(
+        "unpaired_answer",
+        "Every answer called good or bad has a counterpart to the same prompt.",
+        "warn",
+        "Add an answer of the other kind to the same prompt: alignment learns from pairs.",
+        column=_of_record(lambda record: not _is_half(record)),
+        holds=is_true,
+        kind="preferences",
+    ),
+    Check(
+        "unlabelled",
+        "Every benchmark question has its answer.",
+        "error",
+        "Use the split of the benchmark that has labels.",
+        column=_of_record(lambda record: record.get("labelled", True)),
+        holds=is_true,
+        kind="benchmark",
+    ),
+    Check(
+        "invalid_roles",
+        "Roles are system (optional), then user and assistant in turns.",
+        "error",
+        "Put the turns in order, or name the right format.",
+        column=lambda rows, _: [not r["messages"] or valid for r, valid in zip(rows.records, rows.shared(_valid_roles), strict=True)],
+        holds=is_true,
+    ),
+    Check(
+        "ends_on_user_turn",
+        "Every conversation ends with the assistant's answer.",
+        "error",
+        "Add the answer, or cut the last question off.",
+        column=_of_record(_ends_with_assistant),
+        holds=is_true,
+    ),
+    Check("empty_prompt", "Every prompt has text.", "error", "Write the prompt, or take the row out.", column=_have_prompt, holds=is_true),
+    Check(
+        "empty_response",
+        "Every response has text.",
+        "error",
+        "Write the response, or take the row out.",
+        column=_of_record(_has_response),
+        holds=is_true,
+    ),
+    Check(
+        "placeholder_input",
+        "No input merely says that there is none.",
+        "warn",
+        "Leave the input empty instead.",
+        "fix",
+        column=_inputs_are_real,
+        holds=is_true,
+    ),
+    Check(
+        "prompt_mismatch",
+        "Chosen and rejected answer the same prompt; of sides with several turns only the last may differ.",
+        "error",
+        "Pair answers to one prompt.",
+        column=_of_record(lambda record: record.get("same_prompt", True)),
+        holds=is_true,
+        kind="preferences",
+    ),
+    Check(
+        "identical_pair",
+        "Chosen and rejected differ in more than case, white space, Unicode form or the final stop.",
+        "error",
+        "Take the pair out: it teaches nothing.",
+        column=_of_record(_sides_differ),
+        holds=is_true,
+        kind="preferences",
+    ),
+    Check(
+        "tied_pair",
+        "One of chosen and rejected is better.",
+        "warn",
+        "Take ties out, or have them judged again.",
+        column=_of_record(lambda record: record.get("margin") != 0),
+        holds=is_true,
+        kind="preferences",
+    ),
+    Check(
+        "short_response",
+        "No response is too short to teach anything.",
+        "info",
+        "Read a few; lower `min_response_tokens` if short answers are meant.",
+        "warn",
+        column=_response_tokens,
+        holds=_at_least_min_response_tokens,
+        note=_short_note,
+    ),
+    Check(
+        "too_long",
+        "Every example fits into `max_tokens` tokens of the base model.",
+        "warn",
+        "Shorten or divide them, or raise `max_tokens` (of preferences `max_length`).",
+        "warn",
+        column=_conversation_tokens,
+        holds=_at_most_max_tokens,
+        note=_too_long_note,
+    ),
+    Check(
+        "special_tokens_in_text",
+        "No text holds a chat template's control tokens.",
+        "error",
+        "Take the markers out of the text; the template adds its own.",
+        "fix",
+        column=_control_tokens,
+        quotes=True,
+        note=_transcripts_note,
+    ),
+    Check(
+        "template_mismatch",
+        "Every conversation fits the base model's chat template.",
+        "error",
+        "Use the roles that the template knows, or another template.",
+        column=_misfits,
+        note=kinds,
+    ),
+    Check(
+        "hidden_characters",
+        "No text holds a byte order mark or zero-width characters that join nothing.",
+        "info",
+        "Take them out: they split words into other tokens, and hide copies.",
+        "fix",
+        column=_of_text(hidden),
+        quotes=True,
+        note=kinds,
+    ),
+    Check(
+        "unicode_form",
+        "Every text is in Unicode's composed form (NFC).",
+        "info",
+        "Compose it: the same word in two forms is two words to a model.",
+        "fix",
+        column=_of_text(decomposed),
+        quotes=True,
+        note=kinds,
+    ),
+    Check(
+        "encoding",
+        "No text shows encoding damage.",
+        "warn",
+        "Read the file again in its true encoding, and save it as UTF-8.",
+        column=_of_text(damage),
+        quotes=True,
+        note=kinds,
+    ),
+    Check(
+        "secrets",
+        "No text holds a password, key or token.",
+        "error",
+        "Revoke the secret, then take it out of the source: a model can recite it.",
+        column=lambda rows, _: rows.shared(_private_values)[True],
+        quotes=True,
+        note=kinds,
+    ),
+    Check(
+        "pii",
+        "No text holds personal data such as an e-mail address or a card number.",
+        "warn",
+        "Set the policy `pii: fix` to put placeholders such as [EMAIL] in its place, or take the row out.",
+        column=lambda rows, _: rows.shared(_private_values)[False],
+        quotes=True,
+        note=kinds,
+    ),
+    *CONTENT_CHECKS,
+    Check("exact_duplicates", "No two rows are identical.", "warn", "Nothing to do: one of them is kept.", column=first_overlap),
+    Check(
+        "benchmark_leakage",
+        "No row overlaps a held-out benchmark.",
+        "error",
+        "Take the row out of the source, or waive it if the overlap is a common phrase.",
+        column=first_overlap,
+        note=_leak_note,
+    ),
+    Check(
+        "split_leakage",
+        "No row stands in, or nearly in, two splits.",
+        "error",
+        "Take it out of the training split; `splits` does so.",
+        "warn",
+        column=first_overlap,
+    ),
+    Check(
+        "conflicting_responses",
+        "The same prompt never has two different responses.",
+        "warn",
+        "Keep the right one; in the pipeline, decide in the review file.",
+        "review",
+        column=first_overlap,
+    ),
+    Check(
+        "near_duplicates",
+        "No two prompts are nearly the same.",
+        "warn",
+        "Read the pairs. They share a `group_id`, so `splits` keeps them together.",
+        "warn",
+        column=first_overlap,
+        note=_near_copies_note,
+    ),
+)
+"""In the order in which a row is judged: it is dropped for the first check it breaks."""
+ROW_CHECKS = {check.name: check for check in _ROW_CHECKS}
