@@ -108,7 +108,8 @@ class Check:
     kind: Kind | None = None
     """The only kind of data that it applies to; None for every kind."""
     quotes: bool = False
-    """Whether the fact quotes the text ("mojibake: 'cafÃ©'"). Findings then show it as the example, in place of the start of the row."""
+    """Whether the fact quotes the text ("mojibake: 'cafÃ©'"). Findings then show it as the example, in place of the start of the row,
+    so the quotation must be masked (`privacy.mask`)."""
     note: Callable[[Rows, Sequence[Any]], list[str]] = lambda rows, facts: []
     """Rows, and the facts of those that break it or did before they were repaired -> figures in words."""
 
