@@ -16,7 +16,8 @@ from pydantic.json_schema import GenerateJsonSchema, models_json_schema
 from pydantic_core import core_schema
 
 from dagster_project.core.params import Section
-from dagster_project.curation.checks.checks import BENCHMARKS_ONLY, CHECKS, PAIRS_ONLY, ROW_CHECKS, Rules
+from dagster_project.curation.checks.checks import CHECKS, Rules
+from dagster_project.curation.checks.row_checks import ROW_CHECKS
 from dagster_project.pipeline import PEDIGREE, STAGES, VARIANTS_OF, sections
 from dagster_project.training.methods.build import OWN
 from dagster_project.training.trainers.params import AUTO, OrAuto
@@ -214,8 +215,8 @@ def check_tables() -> dict[str, str]:
 
 def _checks(names: list[str]) -> str:
     rules = Rules()
-    only = {**dict.fromkeys(PAIRS_ONLY, " (pairs)"), **dict.fromkeys(BENCHMARKS_ONLY, " (benchmarks)")}
-    rows = [f"| `{n}`{only.get(n, '')} | {CHECKS[n].truth} | {rules.severity_of(n)} | {rules.action(n)} |" for n in names]
+    only = {None: "", "examples": "", "preferences": " (pairs)", "benchmark": " (benchmarks)"}
+    rows = [f"| `{n}`{only[CHECKS[n].kind]} | {CHECKS[n].description} | {rules.severity_of(n)} | {rules.action(n)} |" for n in names]
     return "\n".join(["| check | passes if | severity | default policy |", "| --- | --- | --- | --- |", *rows])
 
 
@@ -224,7 +225,7 @@ def _later_checks() -> str:
     for module in [one for one in dict.fromkeys(STAGES.values()) if one != "instructions"]:
         stages = ", ".join(f"`{stage}`" for stage, one in STAGES.items() if one == module)
         for name, description in PEDIGREE.check_descriptions(module).items():
-            if module != "preferences" or description != CHECKS[name].truth:  # the others are in the tables above
+            if module != "preferences" or description != CHECKS[name].description:  # the others are in the tables above
                 rows.append(f"| {stages} | `{name}` | {description} |")
     return "\n".join(["| stage | check | passes if |", "| --- | --- | --- |", *rows])
 

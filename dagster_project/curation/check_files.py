@@ -20,7 +20,7 @@ from dagster_project.curation.sources import formats
 from dagster_project.curation.sources.benchmarks import BENCHMARKS, Item, benchmark_of, items_of, only_asks, read_item
 from dagster_project.curation.sources.files import Row, files_of, read_rows
 from dagster_project.curation.sources.hub import held_out_label, parse_spec, read_split
-from dagster_project.curation.sources.written import write_rows
+from dagster_project.curation.write_checked import write_rows
 
 Kind = Literal["examples", "preferences", "benchmark"]
 ALIASES = {"hh": "transcripts", "openai": "messages", "chatml": "messages"}
