@@ -187,7 +187,7 @@ def test_a_method_that_is_rewarded_by_rules_alone_does_not_ask_for_a_reward_mode
 def test_without_usable_weights_the_reward_model_is_an_output_that_says_why_and_dpo_goes_on_without_rewards(
     diverges: str, tmp_path: Path, preferences: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def diverge(lesson: Any, model: Any, *_: Any) -> TrainingHistory:
+    def diverge(spec: Any, model: Any, *_: Any) -> TrainingHistory:
         if diverges == "at a step":
             raise Diverged("the loss is nan", 2, [0])
         next(weight for weight in model.parameters() if weight.requires_grad).data.fill_(math.nan)
@@ -387,12 +387,12 @@ def test_paired_means_have_a_paired_interval() -> None:
 
 def test_kto_estimates_kl_on_answers_to_another_prompt(tiny_tokenizer: Any) -> None:
     pairs = [pair(i, f"good{i}", f"bad{i}") for i in range(3)]
-    rows = preference.rows("kto", tiny_tokenizer, pairs)
+    rows = preference.Kto().rows(tiny_tokenizer, pairs)
     own = {i: {tuple(good), tuple(bad)} for i, (_, good, bad) in enumerate(both(tiny_tokenizer, pairs))}
     assert [row["label"] for row in rows] == [True, False] * 3
     assert all(tuple(row["KL_completion_ids"]) not in own[row["pair"]] for row in rows)
     ranked = [pair(0, "other", "bad"), *({**pair(1, "best", bad), "prompt": pairs[1]["prompt"]} for bad in ("worse", "worst"))]
-    good = [row for row in preference.rows("kto", tiny_tokenizer, ranked) if row["label"]]
+    good = [row for row in preference.Kto().rows(tiny_tokenizer, ranked) if row["label"]]
     assert good[2]["KL_completion_ids"] == good[1]["KL_completion_ids"] == good[0]["completion_ids"]
 
 

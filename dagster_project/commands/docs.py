@@ -21,11 +21,11 @@ from dagster_project.curation.checks.row_checks import ROW_CHECKS
 from dagster_project.pipeline import PEDIGREE, STAGES, VARIANTS_OF, sections
 from dagster_project.training.methods.build import OWN
 from dagster_project.training.trainers.params import AUTO, OrAuto
-from dagster_project.training.trainers.preference import OPTIONS
+from dagster_project.training.trainers.preference import METHODS
 
 Schema = dict[str, Any]
 
-METHOD_KEYS: dict[str, tuple[str, Mapping[str, type[Section]]]] = {"adapter": ("peft", OWN), "aligned": ("options", OPTIONS)}
+METHOD_KEYS: dict[str, tuple[str, Mapping[str, type[Section]]]] = {"adapter": ("peft", OWN), "aligned": ("options", METHODS)}
 """Section -> the key whose content depends on `method`, and its class by method. Other methods of `adapter` take PEFT's keys."""
 
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
@@ -69,7 +69,7 @@ def params_schema() -> Schema:
         one = model | None if optional else model
         fields[name] = (dict[str, model] if name in VARIANTS_OF.values() else one, ...)  # type: ignore[valid-type]
     whole = create_model("params", __base__=Section, **fields)
-    models: list[type[BaseModel]] = [whole, *OWN.values(), *OPTIONS.values()]
+    models: list[type[BaseModel]] = [whole, *OWN.values(), *METHODS.values()]
     _, document = models_json_schema([(model, "validation") for model in dict.fromkeys(models)], schema_generator=_Generator)
     definitions = json.loads(_short_names(json.dumps(document["$defs"])))
     for definition in definitions.values():

@@ -28,7 +28,7 @@ from dagster_project.training.planning import layerwise, memory
 from dagster_project.training.planning.memory import size_text
 from dagster_project.training.planning.timing import Operations
 from dagster_project.training.tokens.preference_pairs import both
-from dagster_project.training.trainers import auto, ppo, preference
+from dagster_project.training.trainers import auto
 from dagster_project.training.trainers.params import AUTO
 from dagster_project.training.trainers.reward_model import tokenizer_of
 from dagster_project.training.trainers.sft import refuse_mistakes, steps
@@ -183,26 +183,22 @@ def plan_variants(root: Path, variants: Sequence[str]) -> dict[str, Any]:
 
 
 def _aligned(root: Path, recipe: Any, name: str, base_model: Path, machine: Machine) -> dict[str, Any]:
-    """What an aligned variant takes. An answer of an online method is planned as long as it may be; that it is sampled is not in the time."""
+    """What an aligned variant takes. An answer of an online method is planned as long as it may be; the time for sampling it is not predicted."""
     entry = params.parse(aligned.Params, recipe, f"aligned.{name}")
-    options = preference.check(entry.method, entry.options, entry.per_device_train_batch_size, f"aligned.{name}")
+    method = entry.parsed_method(f"aligned.{name}")
     pairs = read_preferences(root / "data" / "preferences" / "train")
     if not pairs:
         raise InputError("there are no preferences to learn from yet", "run `dvc repro preferences` first")
     ids = both(tokenizer_of(base_model), pairs)
-    if online := entry.method in preference.ONLINE:
-        room = options.response_length if isinstance(options, ppo.Settings) else options.model_dump()["max_completion_length"]
-        rows, answers = [[len(prompt) + room] for prompt, _, _ in ids], [room]
-    else:
-        rows = [[len(prompt) + len(answer) for answer in answers] for prompt, *answers in ids]
-        answers = [len(answer) for _, *both_of in ids for answer in both_of]
-    at_once, passes = preference.passes(entry, options)
-    batch = at_once * len(rows[0])
-    n = preference.planned(len(pairs), entry, entry.method, options)
-    per_step = batch * passes * sum(map(sum, rows)) / sum(map(len, rows))
+    sequences = [method.sequence_lengths(len(prompt), [len(answer) for answer in answers]) for prompt, *answers in ids]
+    lengths = [length for pair in sequences for length, _ in pair]
+    per_pass, passes = method.passes(entry)
+    batch = per_pass * len(sequences[0])
+    n = method.steps(len(pairs), entry)
+    per_step = batch * passes * sum(lengths) / len(lengths)
     way = memory.Way(
-        machine.device, machine.dtype, machine.runtime, base_model, "lora", entry.peft, None, 1, [max(map(max, rows))] * batch,
-        batch * max(answers), entry.gradient_checkpointing, passes, entry.optim, f"aligned.{name}",
+        machine.device, machine.dtype, machine.runtime, base_model, "lora", entry.peft, None, 1, [max(lengths)] * batch,
+        batch * max(answer for pair in sequences for _, answer in pair), entry.gradient_checkpointing, passes, entry.optim, f"aligned.{name}",
     )  # fmt: skip
     # beside forward and backward pass, the reference's forward pass
     took = _requirements(way, machine, round(n * per_step * 4 / 3))
@@ -212,7 +208,7 @@ def _aligned(root: Path, recipe: Any, name: str, base_model: Path, machine: Mach
         "steps": n,
         "tokens": round(n * per_step),
         **took,
-        **({"time": None} if online else {}),
+        **({"time": None} if method.learns_from_rewards else {}),
     }
 
 

@@ -1,17 +1,17 @@
-"""preferences + reward_model + merged@SFT -> aligned@X. An SFT model learns to prefer; what it was is its reference, and what it writes is watched."""
+"""preferences + reward_model + merged@SFT -> aligned@X. Preference training of an SFT model, which stays its reference; its answers before and after are compared."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from dagster_project.core.chat import Messages, encode_prompt
 from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
@@ -21,17 +21,16 @@ from dagster_project.training.methods import build as methods
 from dagster_project.training.methods.build import PreparedModel
 from dagster_project.training.methods.hardware import peak_memory, prepare, reuse_large_blocks
 from dagster_project.training.tokens.preference_pairs import both
-from dagster_project.training.trainers import ppo, preference, weight_audit
+from dagster_project.training.trainers import preference, weight_audit
 from dagster_project.training.trainers import reward_model as reward
 from dagster_project.training.trainers.checkpoint import Checkpoints, refuse_full_disk
 from dagster_project.training.trainers.curve import write_curve
 from dagster_project.training.trainers.distributed import claim_gpus, process_group
 from dagster_project.training.trainers.harness import Diverged, advice_on_memory
 from dagster_project.training.trainers.history import TrainingHistory
-from dagster_project.training.trainers.params import PreferenceParams, refuse_unmerged
-from dagster_project.training.trainers.preference import document_of, preference_identity
+from dagster_project.training.trainers.params import NON_SEMANTIC_PARAMS, PreferenceParams, refuse_unmerged
+from dagster_project.training.trainers.preference import AlignmentMethod, AlignmentRun, StoppedHistory, document_of, preference_identity
 from dagster_project.training.trainers.reward_model import MODEL, RewardModel, Rewards, failed_checks, tokenizer_of
-from dagster_project.training.trainers.trl_training import train
 from dagster_project.training.trainers.weight_audit import WeightAudit
 
 log = logging.getLogger("pedigree")
@@ -45,16 +44,15 @@ CHECK_DESCRIPTIONS = {
     "reward_model_is_reliable": "The reward model that it learns from, or is monitored with, passed its checks.",
 }
 
-
-ASKED_AT_ONCE = 16
-"""Answers in a forward pass that only looks."""
+EVALUATION_BATCH = 16
+"""Answers in a forward pass that does not train."""
 
 
 class Params(PreferenceParams):
     """One entry per variant; no adapter may have its name. The name becomes `aligned@NAME`, `merged_aligned@NAME` and
     `evaluation_aligned@NAME`. `aligned: {}` for none. See docs/alignment.md."""
 
-    method: preference.Method
+    method: preference.MethodName
     """The alignment method."""
     adapter: str = Field(pattern=r"^[\w-]+$")
     """Name of the SFT variant that training starts from and uses as its reference. It must be merged."""
@@ -71,6 +69,19 @@ class Params(PreferenceParams):
     max_new_tokens: int = Field(default=96, ge=1)
     """Longest of these answers, in tokens."""
 
+    def parsed_method(self, where: str, given: Collection[str] = ()) -> AlignmentMethod:
+        """The method with its options; `given`: keys that the entry itself names."""
+        return preference.parse_method(self.method, self.options, self, where, given)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Folders that an alignment reads."""
+
+    preferences: Path
+    reward_model: Path
+    sft: Path
+
 
 def validate(params: Params, ctx: ValidationContext) -> None:
     where = ctx.section
@@ -78,8 +89,8 @@ def validate(params: Params, ctx: ValidationContext) -> None:
         raise InputError(f"params.yaml: {where}: adapter.{ctx.name} has the same name", "rename one of them")
     refuse_unmerged(ctx.values["adapter"], params.adapter, f"{where}.adapter")
     methods.check("lora", params.peft, None, True, where)
-    preference.check(params.method, params.options, params.per_device_train_batch_size, where, ctx.value)
-    if params.method in preference.ONLINE:
+    method = params.parsed_method(where, ctx.value)
+    if method.learns_from_rewards:
         reward.check(params.rewards, f"{where}.rewards")
     elif "rewards" in ctx.value:
         raise InputError(f"params.yaml: {where}.rewards: {params.method} learns from pairs alone", "leave it out")
@@ -116,97 +127,68 @@ def produce(
     pages: Path | None = None,
 ) -> Report:
     """Args:
-    sft: the model of the SFT variant, which stands alone.
-    checkpoints: a folder of this variant's own that outlives a killed run. It is removed once nothing blocks.
+    sft: the model of the SFT variant, a stand-alone one.
+    checkpoints: a folder of this variant alone that outlives a killed run. It is removed unless a check blocks.
     """
     where = f"aligned.{variant}"
+    sources = Sources(preferences, reward_model, sft)
     pairs = {split: read_preferences(preferences / split) for split in ("train", "validation", "test")}
-    options = preference.check(params.method, params.options, params.per_device_train_batch_size, where)
+    method = params.parsed_method(where)
     _refuse(pairs, params, sft, where)
-    usable, reliable = _examine(reward_model, sft, params, where)
+    usable, reliable = _examine(reward_model, sft, params, method, where)
     if reliable.blocking and not reliable.passed:
         return Report(checks=[reliable])
-    gpus = claim_gpus(compute.processes if params.method == "ppo" else 1)
+    gpus = claim_gpus(compute.processes if method.shares_processes else 1)
     device, dtype = prepare(compute)
     reuse_large_blocks()
     with advice_on_memory():
-        tunable = preference.policy(sft, params.peft, device, dtype, where, preference.source(params.adapter))
+        prepared = preference.policy(sft, params.peft, device, dtype, where, params.adapter)
         judge = RewardModel(reward_model, device, dtype) if usable else None
-    tokenizer = tokenizer_of(sft)
-    learning = sum(weight.nbytes for weight in weight_audit.trainable(tunable.model).values())
-    refuse_full_disk(
-        {checkpoints: learning * (1 + (4 if params.method == "ppo" else 3) * (params.save_total_limit + 1)), out: 2 * learning}, where
-    )
-    policies = alignment.Policies(tunable.model, tokenizer, ASKED_AT_ONCE)
-    apart = _apart(policies, pairs["train"][:8])
-    audit = WeightAudit(tunable.model, checkpoints)
-    named = {"SFT model": sft, **({"reward model": reward_model} if params.method in preference.ONLINE else {})}
-    kept = Checkpoints(
-        checkpoints, preference_identity(params, compute, device, dtype, preferences, named, Path(__file__)), params.save_total_limit
-    )
+    _refuse_full_disk(prepared, params, method, checkpoints, out, where)
+    policies = alignment.Policies(prepared.model, tokenizer_of(sft), EVALUATION_BATCH)
+    start = _initial_difference(policies, pairs["train"][:8])
+    audit = WeightAudit(prepared.model, checkpoints)
+    models = {"SFT model": sft, **({"reward model": reward_model} if method.learns_from_rewards else {})}
+    identity = preference_identity(params, compute, device, dtype, preferences, models, Path(__file__))
+    kept = Checkpoints(checkpoints, identity, params.save_total_limit)
+    rewards = Rewards(params.rewards, judge) if method.learns_from_rewards else None
     try:
-        with process_group(gpus, partial(worker_main, params, compute, preferences, reward_model, sft, checkpoints)):
-            history = _learn(tunable, tokenizer, pairs, params, options, compute, judge, kept, live)
+        with process_group(gpus, partial(worker_main, params, compute, sources, checkpoints)):
+            history = method.train(AlignmentRun(prepared.model, policies.tokenizer, pairs, rewards, params, compute, kept, live))
     except Diverged as diverged:
-        examples = [pairs["train"][row]["example_id"] for row in diverged.rows if row < len(pairs["train"])]
-        note = f"{diverged}; lower learning_rate, or raise beta"
-        return Report(checks=[CheckResult("learned", passed=False, blocking=True, count=len(examples), rows=examples[:20], note=note)])
+        return Report(checks=[_diverged(diverged, pairs["train"])])
     finite = all(map(math.isfinite, history.losses)) and all(
-        bool(weight.isfinite().all()) for weight in weight_audit.trainable(tunable.model).values()
+        bool(weight.isfinite().all()) for weight in weight_audit.trainable(prepared.model).values()
     )
-    settings = params.model_dump(exclude=preference.unused(params.method)) | {"options": options.model_dump()}
     change = audit.change()
+    settings = params.model_dump(exclude=set(NON_SEMANTIC_PARAMS | method.ignored_params)) | {"options": method.model_dump()}
     document = document_of(history, change, settings, compute, device, dtype)
     if len(gpus) > 1:
         document["processes"] = len(gpus)
-    tunable.save(out)
-    write_json(out / "training.json", document | {"step_0": apart})
-    write_table(
-        out / "examples.parquet", weight_audit.seen_examples(history.seen, _ids(params.method, pairs["train"])), weight_audit.seen_schema()
-    )
-    for template in sft.glob("chat_template.jinja"):
-        write_text(out / template.name, template.read_text(encoding="utf-8"))
-    figures = [name for name in preference.FIGURES if any(name in point for point in history.curve)]
-    write_curve(curve_file, history.curve, ("loss", *dict.fromkeys(figures)))
-
-    prompts = list({str(pair["prompt"]): pair for pair in pairs["test"]}.values())[: params.samples]
-    rows, watch = alignment.samples(policies, prompts, judge, params.max_new_tokens)
-    write_table(out / "samples.parquet", rows, alignment.sample_schema())
-    metrics: dict[str, Any] = {
-        "method": params.method,
-        "adapter": params.adapter,
-        "steps": history.step,
-        **({"stopped": history.stopped} if isinstance(history, preference.Stopped) else {}),
-        "tokens": history.tokens,
-        "trainable_parameters": tunable.trainable,
-        "preference": alignment.preference(policies, pairs["test"]),
-        "watch": watch,
-        "environment": document["versions"],
-    }
+    prepared.save(out)
+    _write_training(document | {"step_0": start}, history, method, pairs["train"], sft, out, curve_file)
+    preferred, watch = _evaluate(policies, pairs["test"], judge, params, out)
+    signs = alignment.gamed(watch)
     if pages:
-        write_json(pages / "history.json", {"curve": history.curve, "signs": alignment.gamed(watch)})
-    accuracy, signs = metrics["preference"]["accuracy"], alignment.gamed(watch)
+        write_json(pages / "history.json", {"curve": history.curve, "signs": signs})
     report = Report(
-        metrics=metrics,
+        metrics={
+            "method": params.method,
+            "adapter": params.adapter,
+            "steps": history.step,
+            **({"stopped": history.stopped} if isinstance(history, StoppedHistory) else {}),
+            "tokens": history.tokens,
+            "trainable_parameters": prepared.trainable,
+            "preference": preferred,
+            "watch": watch,
+            "environment": document["versions"],
+        },
         checks=[
-            _starts(apart, history, params.method, options),
+            _starts_as_the_reference(start, history, method),
             _learned(history, finite),
             change.check(),
-            CheckResult(
-                "prefers_as_people_do",
-                passed=accuracy["aligned_interval"][0] > 0.5,
-                severity="warn",
-                note="{aligned:.3f} of {n} held-out pairs ({low:.3f} to {high:.3f}), {sft:.3f} before".format(
-                    **accuracy, n=len(pairs["test"]), low=accuracy["aligned_interval"][0], high=accuracy["aligned_interval"][1]
-                ),
-            ),
-            CheckResult(
-                "reward_is_not_gamed",
-                passed=not signs,
-                severity="warn",
-                note="; ".join(signs)
-                or ("reward {sft:.3f} -> {aligned:.3f}".format(**watch["reward"]) if judge else "rewards were not measured"),
-            ),
+            _prefers(preferred["accuracy"], len(pairs["test"])),
+            _not_gamed(signs, watch, judge is not None),
             reliable,
         ],
         measured={"training_seconds": round(history.seconds, 1), "peak_memory_bytes": peak_memory(device.type)},
@@ -216,102 +198,92 @@ def produce(
     return report
 
 
-def _learn(
-    tunable: PreparedModel,
-    tokenizer: Any,
-    pairs: Mapping[str, Sequence[Mapping[str, Any]]],
-    params: Params,
-    options: Any,
-    compute: Compute,
-    judge: RewardModel | None,
-    kept: Checkpoints,
-    live: Path | None,
-) -> TrainingHistory:
-    prompts = [list(pair["prompt"]) for pair in pairs["train"]]
-    rewards = Rewards(params.rewards, judge) if params.method in preference.ONLINE else None
-    if isinstance(options, ppo.Settings):
-        assert rewards
-        return preference.from_ppo(_ppo(tunable, tokenizer, prompts, rewards, options, compute, kept, live))
-    rows = {split: preference.rows(params.method, tokenizer, pairs[split]) for split in ("train", "validation")}
-    watched = [] if rewards else rows["validation"]
-    return train(
-        preference.trainer_spec(params.method, options, prompts, rewards),
-        tunable.model,
-        tokenizer,
-        rows["train"],
-        watched,
-        params,
-        compute,
-        kept,
-        live,
-    )
-
-
-def _ppo(
-    tunable: PreparedModel,
-    tokenizer: Any,
-    prompts: Sequence[Messages],
-    rewards: Rewards,
-    options: ppo.Settings,
-    compute: Compute,
-    kept: Checkpoints,
-    live: Path | None = None,
-) -> ppo.PPOHistory:
-    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    return ppo.train(tunable.model, tokenizer, ids, partial(_reward, rewards, prompts), options, compute, kept, live)
-
-
-def worker_main(params: Params, compute: Compute, preferences: Path, reward_model: Path, sft: Path, checkpoints: Path) -> None:
-    """What the other processes of PPO do: the same, without writing anything."""
+def worker_main(params: Params, compute: Compute, sources: Sources, checkpoints: Path) -> None:
+    """What the other processes of a shared training do: the same, without writing anything."""
     device, dtype = prepare(compute)
     reuse_large_blocks()
-    options = preference.check(params.method, params.options, params.per_device_train_batch_size, "aligned")
-    assert isinstance(options, ppo.Settings)
-    prompts = [list(pair["prompt"]) for pair in read_preferences(preferences / "train")]
-    tunable = preference.policy(sft, params.peft, device, dtype, "aligned", preference.source(params.adapter))
-    rewards = Rewards(params.rewards, RewardModel(reward_model, device, dtype) if params.rewards.get(MODEL) else None)
-    _ppo(tunable, tokenizer_of(sft), prompts, rewards, options, compute, Checkpoints(checkpoints, {}))
+    prepared = preference.policy(sources.sft, params.peft, device, dtype, "aligned", params.adapter)
+    rewards = Rewards(params.rewards, RewardModel(sources.reward_model, device, dtype) if params.rewards.get(MODEL) else None)
+    pairs = {"train": read_preferences(sources.preferences / "train")}
+    run = AlignmentRun(prepared.model, tokenizer_of(sources.sft), pairs, rewards, params, compute, Checkpoints(checkpoints, {}))
+    params.parsed_method("aligned").train(run)
 
 
-def _reward(rewards: Rewards, prompts: Sequence[Messages], rows: Sequence[int], answers: Sequence[str]) -> list[float]:
-    return rewards([prompts[row] for row in rows], answers)
+def _refuse_full_disk(prepared: PreparedModel, params: Params, method: AlignmentMethod, checkpoints: Path, out: Path, where: str) -> None:
+    size = sum(weight.nbytes for weight in weight_audit.trainable(prepared.model).values())
+    refuse_full_disk({checkpoints: size * (1 + method.checkpoint_size * (params.save_total_limit + 1)), out: 2 * size}, where)
 
 
-def _ids(method: str, pairs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """The pair that each row of the training is of."""
-    return [[pair["example_id"]] for pair in pairs for _ in range(2 if method == "kto" else 1)]
+def _write_training(
+    document: Mapping[str, Any], history: TrainingHistory, method: AlignmentMethod, pairs: Sequence[Mapping[str, Any]], sft: Path,
+    out: Path, curve_file: Path,
+) -> None:  # fmt: skip
+    """training.json, the pairs that each step saw, the chat template and the curve."""
+    write_json(out / "training.json", document)
+    ids = [[pair["example_id"]] for pair in pairs for _ in range(method.rows_per_pair)]
+    write_table(out / "examples.parquet", weight_audit.seen_examples(history.seen, ids), weight_audit.seen_schema())
+    for template in sft.glob("chat_template.jinja"):
+        write_text(out / template.name, template.read_text(encoding="utf-8"))
+    figures = [name for name in method.figures if any(name in point for point in history.curve)]
+    write_curve(curve_file, history.curve, ("loss", *figures))
 
 
-def _apart(policies: alignment.Policies, pairs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """How far policy and reference lie apart before the first step."""
+def _evaluate(
+    policies: alignment.Policies, pairs: Sequence[Mapping[str, Any]], judge: RewardModel | None, params: Params, out: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What policy and SFT model prefer on held-out pairs, and how their answers differ; writes samples.parquet."""
+    prompts = list({str(pair["prompt"]): pair for pair in pairs}.values())[: params.samples]
+    rows, watch = alignment.samples(policies, prompts, judge, params.max_new_tokens)
+    write_table(out / "samples.parquet", rows, alignment.sample_schema())
+    return alignment.preference(policies, pairs), watch
+
+
+def _initial_difference(policies: alignment.Policies, pairs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Difference of policy and reference before the first step."""
     examples = [(prompt, answer) for prompt, *answers in both(policies.tokenizer, pairs) for answer in answers]
-    found = [policies.log_probabilities(who, examples, f"step 0, {who}") for who in ("sft", "aligned")]
+    sft, aligned = (policies.log_probabilities(who, examples, f"step 0, {who}") for who in ("sft", "aligned"))
     return {
-        "largest_log_probability_difference": max(abs(a - b) for (a, _), (b, _) in zip(*found, strict=True)),
+        "largest_log_probability_difference": max(abs(a - b) for (a, _), (b, _) in zip(sft, aligned, strict=True)),
         "kl_per_token": policies.divergence(examples[:4]),
     }
 
 
+def _diverged(diverged: Diverged, pairs: Sequence[Mapping[str, Any]]) -> CheckResult:
+    examples = [pairs[row]["example_id"] for row in diverged.rows if row < len(pairs)]
+    note = f"{diverged}; lower learning_rate, or raise beta"
+    return CheckResult("learned", passed=False, blocking=True, count=len(examples), rows=examples[:20], note=note)
+
+
 def _learned(history: TrainingHistory, finite: bool) -> CheckResult:
     note = f"loss {history.losses[0]:.3f} -> {history.losses[-1]:.3f}"
-    if isinstance(history, preference.Stopped):  # the weights are the last good ones, and whoever reads the report decides about them
+    if isinstance(history, StoppedHistory):  # the weights are the last sound ones; the reader of the report decides about them
         return CheckResult("learned", passed=False, severity="warn", note=history.stopped)
     return CheckResult("learned", passed=finite, blocking=True, note=note)
 
 
-def _starts(apart: Mapping[str, float], history: TrainingHistory, method: str, options: Any) -> CheckResult:
+def _starts_as_the_reference(start: Mapping[str, float], history: TrainingHistory, method: AlignmentMethod) -> CheckResult:
     first = history.validation[0][1] if history.validation and history.validation[0][0] == 0 else history.losses[0]
-    loss = "" if method != "dpo" else f", loss {first:.6f}"
-    right = method != "dpo" or options.loss_type != "sigmoid" or options.rpo_alpha > 0 or abs(first - math.log(2)) < 1e-5
+    expected, note = method.check_first_loss(first)
     return CheckResult(
         "starts_as_the_reference",
-        passed=right and not any(apart.values()),
+        passed=expected and not any(start.values()),
         blocking=True,
-        note=f"KL {apart['kl_per_token']:g} nats a token, log-probabilities differ by {apart['largest_log_probability_difference']:g}{loss}",
+        note=f"KL {start['kl_per_token']:g} nats a token, log-probabilities differ by {start['largest_log_probability_difference']:g}{note}",
     )
 
 
-def _examine(reward_model: Path, sft: Path, params: Params, where: str) -> tuple[bool, CheckResult]:
+def _prefers(accuracy: Mapping[str, Any], pairs: int) -> CheckResult:
+    low, high = accuracy["aligned_interval"]
+    note = f"{accuracy['aligned']:.3f} of {pairs} held-out pairs ({low:.3f} to {high:.3f}), {accuracy['sft']:.3f} before"
+    return CheckResult("prefers_as_people_do", passed=low > 0.5, severity="warn", note=note)
+
+
+def _not_gamed(signs: Sequence[str], watch: Mapping[str, Any], rewarded: bool) -> CheckResult:
+    reward_note = "reward {sft:.3f} -> {aligned:.3f}".format(**watch["reward"]) if rewarded else "rewards were not measured"
+    return CheckResult("reward_is_not_gamed", passed=not signs, severity="warn", note="; ".join(signs) or reward_note)
+
+
+def _examine(reward_model: Path, sft: Path, params: Params, method: AlignmentMethod, where: str) -> tuple[bool, CheckResult]:
     """Whether the reward model can score answers at all, and the check `reward_model_is_reliable`.
 
     The check blocks what learns from the reward model's scores. Other methods are only monitored with it: they go on and report the failure.
@@ -319,7 +291,7 @@ def _examine(reward_model: Path, sft: Path, params: Params, where: str) -> tuple
     Raises:
         InputError: the method learns from a reward model of another tokenizer.
     """
-    learns = params.method in preference.ONLINE and bool(params.rewards.get(MODEL))
+    learns = method.learns_from_rewards and bool(params.rewards.get(MODEL))
     usable = (reward_model / "config.json").is_file()
     failed = failed_checks(reward_model)
     problems = [f"{name}: {note}" for name, note in failed.items()]
@@ -331,16 +303,16 @@ def _examine(reward_model: Path, sft: Path, params: Params, where: str) -> tuple
         usable, problems = False, [*problems, problem]
     if not problems:
         return usable, CheckResult("reward_model_is_reliable", passed=True, severity="error" if learns else "warn", blocking=learns)
-    said = f"the reward model failed its checks ({'; '.join(problems)})"
+    failure = f"the reward model failed its checks ({'; '.join(problems)})"
     if learns:
         lower = "lower reward_model.min_accuracy if that accuracy is enough, " if "prefers_as_people_do" in failed else ""
         note = (
-            f"{params.method} learns from its rewards, and {said}. In params.yaml: {lower}train a better one (reward_model.model, more pairs "
+            f"{params.method} learns from its rewards, and {failure}. In params.yaml: {lower}train a better one (reward_model.model, more pairs "
             f"in raw_preferences.sources), or reward by rules alone, {where}.rewards: {{distinct: 1.0}}"
         )
         return usable, CheckResult("reward_model_is_reliable", passed=False, blocking=True, count=len(problems), note=note)
-    shown = "the rewards on held-out answers come from it" if usable else "no rewards of held-out answers were measured"
-    note = f"{params.method} does not learn from the reward model and went on; {shown}; {said}"
+    scored = "the rewards on held-out answers come from it" if usable else "no rewards of held-out answers were measured"
+    note = f"{params.method} does not learn from the reward model and went on; {scored}; {failure}"
     return usable, CheckResult("reward_model_is_reliable", passed=False, severity="warn", count=len(problems), note=note)
 
 

@@ -1,5 +1,8 @@
 """Alignment: an SFT model learns to prefer, from pairs (DPO, KTO) or from rewards of its own answers (RLOO, GRPO through TRL, PPO by ppo.py).
 
+A method is one class below: its fields are its options, its attributes and functions are all that training, reports and planning ask of it.
+To add one, write its class and list it in METHODS.
+
 | method | learns from | source |
 | --- | --- | --- |
 | dpo | pairs, offline; the reward is beta log(policy / reference) | Rafailov et al. 2023, arXiv 2305.18290, eq. 7; its other losses as TRL names them |
@@ -14,23 +17,24 @@ top of them. It begins with no effect, so that policy and reference are one at s
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from dagster_project.core.chat import Messages
+from dagster_project.core.chat import Messages, encode_prompt
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_files
 from dagster_project.core.params import Compute, Section, parse
 from dagster_project.training.methods import build
 from dagster_project.training.methods.build import PreparedModel
 from dagster_project.training.tokens.preference_pairs import both
-from dagster_project.training.trainers import ppo
-from dagster_project.training.trainers.checkpoint import params_identity, run_identity
+from dagster_project.training.trainers import ppo, trl_training
+from dagster_project.training.trainers.checkpoint import Checkpoints, params_identity, run_identity
 from dagster_project.training.trainers.history import TrainingHistory
 from dagster_project.training.trainers.params import NON_SEMANTIC_PARAMS, PreferenceParams
 from dagster_project.training.trainers.reward_model import Rewards
@@ -40,14 +44,121 @@ from dagster_project.training.trainers.weight_audit import LIBRARIES, WeightChan
 if TYPE_CHECKING:
     import torch
 
-Method = Literal["dpo", "kto", "rloo", "grpo", "ppo"]
 
-ONLINE = ("rloo", "grpo", "ppo")
-"""Methods that answer prompts themselves, and need rewards."""
+@dataclass(frozen=True)
+class AlignmentRun:
+    """What a method trains, and what it learns from."""
+
+    model: Any
+    """A PeftModel whose adapter changes nothing yet."""
+    tokenizer: Any
+    pairs: Mapping[str, Sequence[Mapping[str, Any]]]
+    """Split -> its pairs."""
+    rewards: Rewards | None
+    """For methods that learn from rewards."""
+    params: PreferenceParams
+    compute: Compute
+    checkpoints: Checkpoints
+    live: Path | None = None
+
+    @property
+    def prompts(self) -> list[Messages]:
+        """Prompts of the training split, by the number of their pair."""
+        return [list(pair["prompt"]) for pair in self.pairs["train"]]
+
+    def reward(self, rows: Sequence[int], answers: Sequence[str]) -> list[float]:
+        """Reward of each answer to the prompts of these pairs."""
+        assert self.rewards
+        return self.rewards([list(self.pairs["train"][row]["prompt"]) for row in rows], answers)
 
 
-class Dpo(Section):
+class AlignmentMethod(Section):
+    """An alignment method: an instance holds the options of one variant."""
+
+    name: ClassVar[str]
+    """Value of `method` in params.yaml."""
+    learns_from_rewards: ClassVar[bool] = False
+    """It answers prompts itself and needs rewards; otherwise it learns from the answers of the pairs."""
+    shares_processes: ClassVar[bool] = False
+    """Several processes can share one training."""
+    checkpoint_size: ClassVar[int] = 3
+    """Size of a checkpoint, in multiples of the trainable weights."""
+    ignored_params: ClassVar[frozenset[str]] = frozenset()
+    """Keys of an entry that this method does not use."""
+    rows_per_pair: ClassVar[int] = 1
+    """Training rows made of each pair."""
+    figures: ClassVar[Sequence[str]]
+    """Columns of the training curve after the loss, where they were measured."""
+
+    def refuse_contradictions(self, params: PreferenceParams, where: str) -> None:
+        """Raises:
+        InputError: options that contradict each other, or the entry.
+        """
+
+    def train(self, run: AlignmentRun) -> TrainingHistory:
+        """Train the model in place, from its newest checkpoint if it has one."""
+        raise NotImplementedError
+
+    def check_first_loss(self, loss: float) -> tuple[bool, str]:
+        """Whether the loss before the first step is that of a policy equal to its reference, and a note for the report."""
+        return True, ""
+
+    def passes(self, params: PreferenceParams) -> tuple[int, int]:
+        """(pairs or answers in a forward pass, forward passes per optimizer step)."""
+        return params.per_device_train_batch_size, params.gradient_accumulation_steps
+
+    def steps(self, pairs: int, params: PreferenceParams) -> int:
+        """Optimizer steps of a training."""
+        return min(max(1, self.steps_per_epoch(pairs, params)) * params.num_train_epochs, params.max_steps or 10**9)
+
+    def steps_per_epoch(self, pairs: int, params: PreferenceParams) -> int:
+        return -(-pairs // math.prod(self.passes(params)))
+
+    def sequence_lengths(self, prompt: int, answers: Sequence[int]) -> list[tuple[int, int]]:
+        """(tokens, tokens of the answer) of each sequence that a pair adds to a forward pass, for planning.
+
+        Args:
+            prompt: tokens of the pair's prompt.
+            answers: tokens of each of its answers.
+        """
+        return [(prompt + answer, answer) for answer in answers]
+
+
+class TrlMethod(AlignmentMethod):
+    """A method that one of TRL's trainers trains."""
+
+    metrics: ClassVar[Mapping[str, str]]
+    """Metric as TRL logs it -> its name in the curve."""
+
+    def trainer_spec(self, run: AlignmentRun) -> TrainerSpec:
+        raise NotImplementedError
+
+    def rows(self, tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Pairs as the trainer reads them; `pair` is the number of the pair that a row was made of."""
+        raise NotImplementedError
+
+    def train(self, run: AlignmentRun) -> TrainingHistory:
+        rows, validation = (self.rows(run.tokenizer, run.pairs[split]) for split in ("train", "validation"))
+        return trl_training.train(
+            self.trainer_spec(run), run.model, run.tokenizer, rows, [] if self.learns_from_rewards else validation, run.params,
+            run.compute, run.checkpoints, run.live,
+        )  # fmt: skip
+
+
+PAIR_METRICS = {
+    "rewards/accuracies": "accuracy", "rewards/margins": "margin", "rewards/chosen": "reward_chosen", "rewards/rejected": "reward_rejected", "kl": "kl",
+}  # fmt: skip
+"""Metrics of methods that learn from pairs, as TRL logs them -> as we name them."""
+ONLINE_FIGURES = ("kl", "reward", "entropy", "response_length", "unfinished")
+"""Curve of methods that learn from rewards."""
+
+
+class Dpo(TrlMethod):
     """Options of dpo."""
+
+    name = "dpo"
+    metrics = PAIR_METRICS
+    figures = tuple(PAIR_METRICS.values())
 
     beta: float = Field(default=0.1, gt=0)
     """How strongly the policy is kept close to the reference: temperature of the implicit reward."""
@@ -62,9 +173,38 @@ class Dpo(Section):
     """Weight of the negative log-likelihood of the chosen answer in the loss, so that its likelihood does not fall
     (arXiv 2404.19733)."""
 
+    def refuse_contradictions(self, params: PreferenceParams, where: str) -> None:
+        if self.loss_type == "exo_pair" and not self.label_smoothing:
+            raise InputError(f"params.yaml: {where}.options.label_smoothing: exo_pair needs it above 0", "its paper has 0.001")
 
-class Kto(Section):
+    def trainer_spec(self, run: AlignmentRun) -> TrainerSpec:
+        import trl
+
+        options = self.model_dump(exclude={"rpo_alpha"})
+        losses: dict[str, Any] = {"loss_type": [self.loss_type]}
+        if self.rpo_alpha:
+            losses = {"loss_type": [self.loss_type, "sft"], "loss_weights": [1.0, self.rpo_alpha]}
+        return TrainerSpec(self.name, trl.DPOTrainer, trl.DPOConfig, {**options, **losses, "max_length": None}, self.metrics)
+
+    def rows(self, tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        return [
+            {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, "pair": i}
+            for i, (prompt, chosen, rejected) in enumerate(both(tokenizer, pairs))
+        ]
+
+    def check_first_loss(self, loss: float) -> tuple[bool, str]:
+        """ln 2 with the paper's loss: both answers are equally likely."""
+        known = self.loss_type == "sigmoid" and not self.rpo_alpha
+        return not known or abs(loss - math.log(2)) < 1e-5, f", loss {loss:.6f}"
+
+
+class Kto(TrlMethod):
     """Options of kto."""
+
+    name = "kto"
+    metrics = PAIR_METRICS
+    figures = tuple(PAIR_METRICS.values())
+    rows_per_pair = 2
 
     beta: float = Field(default=0.1, gt=0)
     """How strongly the policy is kept close to the reference."""
@@ -73,9 +213,37 @@ class Kto(Section):
     undesirable_weight: float = Field(default=1.0, gt=0)
     """Weight of the loss of bad answers."""
 
+    def trainer_spec(self, run: AlignmentRun) -> TrainerSpec:
+        import trl
 
-class Online(Section):
+        return TrainerSpec(self.name, trl.KTOTrainer, trl.KTOConfig, {**self.model_dump(), "max_length": None}, self.metrics)
+
+    def rows(self, tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        answers = [
+            {"prompt_ids": prompt, "completion_ids": answer, "label": label, "pair": i}
+            for i, (prompt, chosen, rejected) in enumerate(both(tokenizer, pairs))
+            for answer, label in ((chosen, True), (rejected, False))
+        ]
+        return [{**row, "KL_completion_ids": _unmatched(answers, i)["completion_ids"]} for i, row in enumerate(answers)]
+
+
+def _unmatched(answers: Sequence[Mapping[str, Any]], i: int) -> Mapping[str, Any]:
+    """The nearest earlier answer (before the first: the last) with the same label and another prompt: KL is estimated on such answers (arXiv
+    2402.01306, section 4.2). Where all prompts are the same, the previous answer with the same label."""
+    for back in range(2, len(answers), 2):
+        if answers[i - back]["prompt_ids"] != answers[i]["prompt_ids"]:
+            return answers[i - back]
+    return answers[i - 2]
+
+
+class GroupMethod(TrlMethod):
     """Options of rloo and grpo."""
+
+    learns_from_rewards = True
+    metrics = {
+        "reward": "reward", "kl": "kl", "entropy": "entropy", "completions/mean_length": "response_length", "completions/clipped_ratio": "unfinished",
+    }  # fmt: skip
+    figures = ONLINE_FIGURES
 
     num_generations: int = Field(default=4, ge=2)
     """Answers to each prompt, which are compared with each other. Must divide `per_device_train_batch_size`."""
@@ -92,161 +260,138 @@ class Online(Section):
     num_iterations: int = Field(default=1, ge=1)
     """Optimizer steps on each batch of answers."""
 
+    def refuse_contradictions(self, params: PreferenceParams, where: str) -> None:
+        batch, group = params.per_device_train_batch_size, self.num_generations
+        if batch % group:
+            raise InputError(
+                f"params.yaml: {where}.per_device_train_batch_size: {batch} answers are no whole number of groups of {group}",
+                f"use a multiple of num_generations, e.g. {group * max(1, batch // group)}",
+            )
 
-OPTIONS: dict[str, type[Section]] = {"dpo": Dpo, "kto": Kto, "rloo": Online, "grpo": Online, "ppo": ppo.Settings}
+    def trl_classes(self) -> tuple[type, type]:
+        """TRL's trainer and the class of its arguments."""
+        raise NotImplementedError
 
-PAIRS = {
-    "rewards/accuracies": "accuracy", "rewards/margins": "margin", "rewards/chosen": "reward_chosen", "rewards/rejected": "reward_rejected", "kl": "kl",
-}  # fmt: skip
-ANSWERS = {
-    "reward": "reward", "kl": "kl", "entropy": "entropy", "completions/mean_length": "response_length", "completions/clipped_ratio": "unfinished",
-}  # fmt: skip
-"""What TRL logs -> what we call it."""
-FIGURES = tuple(dict.fromkeys([*PAIRS.values(), *ANSWERS.values(), "kl_coef", "value_loss", "clip_fraction", "explained_variance"]))
-"""What a curve may tell beside its loss."""
+    def trainer_spec(self, run: AlignmentRun) -> TrainerSpec:
+        def reward(completions: Sequence[Messages], row: Sequence[int], **_: Any) -> list[float]:
+            return run.reward(row, [completion[0]["content"] for completion in completions])
+
+        arguments = {**self.model_dump(), "steps_per_generation": 1}
+        return TrainerSpec(self.name, *self.trl_classes(), arguments, self.metrics, {"reward_funcs": reward})
+
+    def rows(self, tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        return [{"prompt": list(pair["prompt"]), "pair": i} for i, pair in enumerate(pairs)]
+
+    def steps_per_epoch(self, pairs: int, params: PreferenceParams) -> int:
+        return pairs * self.num_generations * self.num_iterations // math.prod(self.passes(params))
+
+    def sequence_lengths(self, prompt: int, answers: Sequence[int]) -> list[tuple[int, int]]:
+        return [(prompt + self.max_completion_length, self.max_completion_length)]
+
+
+class Rloo(GroupMethod):
+    name = "rloo"
+
+    def trl_classes(self) -> tuple[type, type]:
+        import trl
+
+        return trl.RLOOTrainer, trl.RLOOConfig
+
+
+class Grpo(GroupMethod):
+    name = "grpo"
+
+    def trl_classes(self) -> tuple[type, type]:
+        import trl
+
+        return trl.GRPOTrainer, trl.GRPOConfig
+
+
+class Ppo(AlignmentMethod, ppo.Settings):
+    """Options of ppo, which the loop of ppo.py trains."""
+
+    name = "ppo"
+    learns_from_rewards = True
+    shares_processes = True
+    checkpoint_size = 4
+    ignored_params = frozenset(PreferenceParams.model_fields) - {"save_total_limit"}
+    figures = (*ONLINE_FIGURES, "kl_coef", "value_loss", "clip_fraction", "explained_variance")
+
+    def refuse_contradictions(self, params: PreferenceParams, where: str) -> None:
+        if self.target_kl is not None and self.horizon <= 0.2 * min(self.batch_size, self.total_episodes):
+            raise InputError(
+                f"params.yaml: {where}.options.horizon: {self.horizon:g} would move beta below zero at {self.batch_size} answers an iteration",
+                f"use more than a fifth of them, e.g. {10 * self.batch_size}",
+            )
+
+    def train(self, run: AlignmentRun) -> TrainingHistory:
+        """The history is that of the other methods: an iteration is a step, and the policy's loss the loss.
+
+        Raises:
+            InputError: it stopped before the first update.
+        """
+        prompts = [encode_prompt(run.tokenizer, prompt) for prompt in run.prompts]
+        history = ppo.train(run.model, run.tokenizer, prompts, run.reward, self, run.compute, run.checkpoints, run.live)
+        if history.stopped and not history.curve:
+            raise InputError(history.stopped, "change what it says in the entry's options")
+        curve = [{**point, "loss": point["policy_loss"]} for point in history.curve]
+        trained = TrainingHistory(curve=curve, seen=history.seen, tokens=history.tokens, seconds=history.seconds)
+        return StoppedHistory(**vars(trained), stopped=history.stopped) if history.stopped else trained
+
+    def passes(self, params: PreferenceParams) -> tuple[int, int]:
+        return self.mini_batch_size, self.gradient_accumulation_steps
+
+    def steps(self, pairs: int, params: PreferenceParams) -> int:
+        return ppo.iterations(self) * self.num_ppo_epochs * -(-self.batch_size // math.prod(self.passes(params)))
+
+    def sequence_lengths(self, prompt: int, answers: Sequence[int]) -> list[tuple[int, int]]:
+        return [(prompt + self.response_length, self.response_length)]
+
+
+METHODS: dict[str, type[AlignmentMethod]] = {method.name: method for method in (Dpo, Kto, Rloo, Grpo, Ppo)}
+
+if TYPE_CHECKING:
+    MethodName = str
+else:
+    MethodName = Literal[tuple(METHODS)]
 
 
 @dataclass
-class Stopped(TrainingHistory):
-    """A course that ended before its end, with the last weights that were sound."""
+class StoppedHistory(TrainingHistory):
+    """A training that stopped early, with the last weights that were sound."""
 
     stopped: str = ""
     """Why, and what to change."""
 
 
-def from_ppo(found: ppo.PPOHistory) -> TrainingHistory:
-    """As the courses of the other methods: an iteration is a step, and the policy's loss the loss.
-
-    Raises:
-        InputError: it stopped before anything was learnt.
-    """
-    curve = [{**point, "loss": point["policy_loss"]} for point in found.curve]
-    if found.stopped and not curve:
-        raise InputError(found.stopped, "change what it says in the entry's options")
-    kept = TrainingHistory(curve=curve, seen=found.seen, tokens=found.tokens, seconds=found.seconds)
-    return Stopped(**vars(kept), stopped=found.stopped) if found.stopped else kept
-
-
-def unused(method: str) -> set[str]:
-    """Keys of an entry that do nothing for a method. ppo takes its steps by its options."""
-    return set(NON_SEMANTIC_PARAMS) | (set(PreferenceParams.model_fields) - {"save_total_limit"} if method == "ppo" else set())
-
-
-def check(method: str, options: Mapping[str, Any], batch: int, where: str, named: Collection[str] = ()) -> Section:
-    """The method's options, once they are sound.
+def parse_method(
+    name: str, options: Mapping[str, Any], params: PreferenceParams, where: str, given: Collection[str] = ()
+) -> AlignmentMethod:
+    """The method of an entry, with its options.
 
     Args:
-        named: keys that the entry itself names.
+        given: keys that the entry itself names.
     Raises:
-        InputError: unknown keys or wrong values; numbers that do not go together.
+        InputError: unknown keys or wrong values; options that contradict each other.
     """
-    found = parse(OPTIONS[method], dict(options), f"{where}.options")
-    if vain := sorted((unused(method) - NON_SEMANTIC_PARAMS) & set(named)):
-        known = f"its options: {', '.join(OPTIONS[method].model_fields)}"
-        raise InputError(f"params.yaml: {where}: {', '.join(vain)}: {method} takes its steps by its options", known)
-    if isinstance(found, Dpo) and found.loss_type == "exo_pair" and not found.label_smoothing:
-        raise InputError(f"params.yaml: {where}.options.label_smoothing: exo_pair needs it above 0", "its paper has 0.001")
-    if (
-        isinstance(found, ppo.Settings)
-        and found.target_kl is not None
-        and found.horizon <= 0.2 * min(found.batch_size, found.total_episodes)
-    ):
-        raise InputError(
-            f"params.yaml: {where}.options.horizon: {found.horizon:g} would move beta below zero at {found.batch_size} answers an iteration",
-            f"use more than a fifth of them, e.g. {10 * found.batch_size}",
-        )
-    if isinstance(found, Online) and batch % found.num_generations:
-        raise InputError(
-            f"params.yaml: {where}.per_device_train_batch_size: {batch} answers are no whole number of groups of {found.num_generations}",
-            f"use a multiple of num_generations, e.g. {found.num_generations * max(1, batch // found.num_generations)}",
-        )
-    return found
+    method = parse(METHODS[name], dict(options), f"{where}.options")
+    if ignored := sorted((method.ignored_params - NON_SEMANTIC_PARAMS) & set(given)):
+        known = f"its options: {', '.join(METHODS[name].model_fields)}"
+        raise InputError(f"params.yaml: {where}: {', '.join(ignored)}: {name} takes its steps by its options", known)
+    method.refuse_contradictions(params, where)
+    return method
 
 
-def policy(sft: Path, peft: Mapping[str, Any], device: torch.device, dtype: torch.dtype, where: str, named: str) -> PreparedModel:
+def policy(sft: Path, peft: Mapping[str, Any], device: torch.device, dtype: torch.dtype, where: str, adapter: str) -> PreparedModel:
     """The SFT model with a fresh LoRA adapter.
 
     Args:
-        sft: a model that stands alone.
+        sft: a stand-alone model.
         peft: keys of LoRA.
-        named: what the adapter's configuration calls that model.
+        adapter: name of the SFT variant; the adapter's configuration refers to its model as dvc.yaml names it.
     """
-    return build.build("lora", peft, sft, device, dtype, where, packs=False, named=named)
-
-
-def trainer_spec(method: str, options: Section, prompts: Sequence[Messages], rewards: Rewards | None) -> TrainerSpec:
-    """What TRL is to do.
-
-    Args:
-        prompts: of the training split, by the number of their row; online methods answer them.
-    """
-    import trl
-
-    keys = options.model_dump()
-    if isinstance(options, Dpo):
-        alpha, loss = keys.pop("rpo_alpha"), keys["loss_type"]
-        mixed = {"loss_type": [loss, "sft"], "loss_weights": [1.0, alpha]} if alpha else {"loss_type": [loss]}
-        return TrainerSpec(method, trl.DPOTrainer, trl.DPOConfig, {**keys, **mixed, "max_length": None}, PAIRS)
-    if isinstance(options, Kto):
-        return TrainerSpec(method, trl.KTOTrainer, trl.KTOConfig, {**keys, "max_length": None}, PAIRS)
-    assert rewards
-
-    def reward(completions: Sequence[Messages], row: Sequence[int], **_: Any) -> list[float]:
-        return rewards([prompts[number] for number in row], [completion[0]["content"] for completion in completions])
-
-    trainer, config = (trl.RLOOTrainer, trl.RLOOConfig) if method == "rloo" else (trl.GRPOTrainer, trl.GRPOConfig)
-    return TrainerSpec(method, trainer, config, {**keys, "steps_per_generation": 1}, ANSWERS, {"reward_funcs": reward})
-
-
-def rows(method: str, tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Pairs as the method's trainer reads them, and by `pair` which one a row is of."""
-    if method in ONLINE:
-        return [{"prompt": list(pair["prompt"]), "pair": i} for i, pair in enumerate(pairs)]
-    ids = both(tokenizer, pairs)
-    if method == "dpo":
-        return [
-            {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, "pair": i}
-            for i, (prompt, chosen, rejected) in enumerate(ids)
-        ]
-    answers = [
-        {"prompt_ids": prompt, "completion_ids": answer, "label": label, "pair": i}
-        for i, (prompt, chosen, rejected) in enumerate(ids)
-        for answer, label in ((chosen, True), (rejected, False))
-    ]
-    return [{**row, "KL_completion_ids": _unmatched(answers, i)["completion_ids"]} for i, row in enumerate(answers)]
-
-
-def _unmatched(answers: Sequence[Mapping[str, Any]], i: int) -> Mapping[str, Any]:
-    """The nearest answer before the i-th, the last before the first, that is as good and to another prompt: KL is estimated on such (arXiv 2402.01306,
-    section 4.2). Where all prompts are one, the one before."""
-    mine = answers[i]
-    for back in range(2, len(answers), 2):
-        if answers[i - back]["prompt_ids"] != mine["prompt_ids"]:
-            return answers[i - back]
-    return answers[i - 2]
-
-
-def passes(steps: PreferenceParams, options: Section) -> tuple[int, int]:
-    """(pairs or answers in a forward pass, forward passes per optimizer step)."""
-    if isinstance(options, ppo.Settings):
-        return options.mini_batch_size, options.gradient_accumulation_steps
-    return steps.per_device_train_batch_size, steps.gradient_accumulation_steps
-
-
-def planned(rows: int, steps: PreferenceParams, method: str, options: Section) -> int:
-    """Optimizer steps of a run."""
-    at_once, times = passes(steps, options)
-    batch = at_once * times
-    if isinstance(options, ppo.Settings):
-        return ppo.iterations(options) * options.num_ppo_epochs * -(-options.batch_size // batch)
-    each = rows * options.num_generations * options.num_iterations // batch if isinstance(options, Online) else -(-rows // batch)
-    return min(max(1, each) * steps.num_train_epochs, steps.max_steps or 10**9)
-
-
-def source(adapter: str) -> str:
-    """Where the model of an SFT adapter lies, as dvc.yaml names it."""
     assert re.fullmatch(r"[\w-]+", adapter)
-    return f"data/merged/{adapter}"
+    return build.build("lora", peft, sft, device, dtype, where, packs=False, named=f"data/merged/{adapter}")
 
 
 def preference_identity(
