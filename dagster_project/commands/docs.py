@@ -154,8 +154,11 @@ def parameters_page(schema: Schema) -> str:
 
 
 def _by_model(by_method: Mapping[str, type[Section]]) -> dict[str, type[Section]]:
-    """Methods with the same keys, joined: `rloo`, `grpo` -> their class."""
-    return {", ".join(f"`{m}`" for m, one in by_method.items() if one is model): model for model in dict.fromkeys(by_method.values())}
+    """Methods with the same keys, joined: "`rloo`, `grpo`" -> their class."""
+    groups: dict[str, dict[str, type[Section]]] = {}
+    for method, model in by_method.items():
+        groups.setdefault(str(model.model_json_schema().get("properties")), {})[method] = model
+    return {", ".join(f"`{method}`" for method in group): next(iter(group.values())) for group in groups.values()}
 
 
 def _table(model: Schema, definitions: Schema) -> str:
