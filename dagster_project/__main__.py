@@ -31,7 +31,7 @@ def check(options: argparse.Namespace) -> int:
     from dagster_project.curation.checks.token_counts import ESTIMATED, tokens_of
     from dagster_project.curation.write_checked import refuse_overwriting
     from dagster_project.lineage.history import files_at
-    from dagster_project.views.data_quality import page
+    from dagster_project.views.data_quality import data_quality_page
     from dagster_project.views.data_quality_terminal import check_text
 
     if options.report and Path(options.report).suffix.lower() not in {".html", ".htm"}:
@@ -55,7 +55,7 @@ def check(options: argparse.Namespace) -> int:
             mapping, outputs.get("--out"), outputs.get("--dropped"),
         )  # fmt: skip
     if options.report:
-        _write("--report", Path(options.report), page(found, found.get("changes")))
+        _write("--report", Path(options.report), data_quality_page(found, found.get("changes")))
         log.info(f"report: {options.report}")
     for option, path in outputs.items():
         log.info(f"{option.lstrip('-')}: {path}, {found['kept'] if option == '--out' else found['rows'] - found['kept']} rows")
@@ -124,7 +124,7 @@ def audit(options: argparse.Namespace) -> int:
     from dagster_project.lineage import lineage
     from dagster_project.lineage.diff import as_text, diff
     from dagster_project.lineage.index import Index
-    from dagster_project.views.lineage import page
+    from dagster_project.views.lineage import lineage_page
 
     root = _project(options)
     if options.diff:
@@ -148,7 +148,7 @@ def audit(options: argparse.Namespace) -> int:
         if options.records:
             lineage.write_trained_on(records, Path(options.records))
         if options.html:
-            _write("--html", Path(options.html), page(found, listed))
+            _write("--html", Path(options.html), lineage_page(found, listed))
         if options.json and found["records"]:
             found["records"]["list"] = listed
     _print(options, found, lineage.as_text)
@@ -208,13 +208,13 @@ def impact(options: argparse.Namespace) -> int:
 def export_ballot(options: argparse.Namespace) -> int:
     """write a page on which people vote blindly between two systems' answers"""
     from dagster_project.evaluation.ballots import document, export_text
-    from dagster_project.views.ballot import page
+    from dagster_project.views.ballot import ballot_page
 
     ballot = _match(options)
     out = Path(options.out or _project(options) / "data" / "pages" / "ballots" / f"{ballot.id}.html")
     if out.suffix.lower() not in {".html", ".htm"}:
         raise InputError(f"--out {out}: the name of a page ends in .html", "name a new file: what stood in it is replaced")
-    _write("--out", out, page(document(ballot, options.n)))
+    _write("--out", out, ballot_page(document(ballot, options.n)))
     pairs = {"pairs": min(options.n, len(ballot.pairs)), "of": len(ballot.pairs), "identical": ballot.identical}
     _print(options, {"ballot": ballot.id, "systems": ballot.systems, "seed": ballot.seed, **pairs, "file": str(out)}, export_text)
     return 0

@@ -13,12 +13,12 @@ import pytest
 from dagster_project.__main__ import main
 from dagster_project.core.errors import InputError
 from dagster_project.core.records import example_id, write_json, write_records, write_table
+from dagster_project.core.text import visible
 from dagster_project.curation.sources.formats import to_pairs
 from dagster_project.evaluation import ballots
 from dagster_project.evaluation.evaluator import result_rows, result_schema
 from dagster_project.evaluation.pairwise import Match, Pair, agreement, contenders, majority, match, tally, wilson
-from dagster_project.views.ballot import page as ballot_page
-from dagster_project.views.html import visible
+from dagster_project.views.ballot import ballot_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\u202e"

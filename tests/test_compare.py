@@ -13,7 +13,7 @@ import pytest
 from dagster_project.__main__ import main
 from dagster_project.evaluation.comparison import FEWEST, advice, board, headline, recommended
 from dagster_project.evaluation.metrics import Task, measures, score
-from dagster_project.views.comparison import Sample, page
+from dagster_project.views.comparison import Sample, comparison_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TASK = Task(fields={"category": ["login", "billing"]}, score="category")
@@ -250,7 +250,7 @@ def samples() -> list[Sample]:
 
 
 def test_the_page_tells_advice_scores_and_costs_and_shows_the_worst_errors_first() -> None:
-    shown = page(document(), samples(), {"lora": {"training_seconds": 150.2, "peak_memory_bytes": 1.4e9}})
+    shown = comparison_page(document(), samples(), {"lora": {"training_seconds": 150.2, "peak_memory_bytes": 1.4e9}})
     text = re.sub("<[^>]+>", "|", shown)
     assert "|Use lora.|" in text and "9 test examples, none of them seen in training" in text
     for figure in ("0.873", "400", "100 tokens", "150 s", "1,400 MB", "0.750 (-5.0 points)", "1 MB"):
@@ -259,27 +259,27 @@ def test_the_page_tells_advice_scores_and_costs_and_shows_the_worst_errors_first
     places = [text.index(f"|{sample.prompt}|") for sample in samples()]
     assert places[2] < places[1] < places[0], "wrong where another is right, wrong where all are, right"
     assert re.findall('data-wrong="([^"]*)"', shown) == ["0", "0 1", ""]
-    assert shown == page(document(), samples()[::-1], {"lora": {"training_seconds": 150.2, "peak_memory_bytes": 1.4e9}})
+    assert shown == comparison_page(document(), samples()[::-1], {"lora": {"training_seconds": 150.2, "peak_memory_bytes": 1.4e9}})
 
 
 def test_the_page_names_failed_checks_and_does_not_call_the_variant_the_one_to_use() -> None:
     compared = {"lora": {**to_rivals(few_shot=SURE), "failed_checks": [FAILED]}}
     told = {"variant": "lora", "sure": False, "instead": "few_shot", "why": f"Its checks failed: {FAILED}."}
-    shown = page(document(compared=compared, recommended=told), samples(), {})
+    shown = comparison_page(document(compared=compared, recommended=told), samples(), {})
     text = re.sub("<[^>]+>", "|", shown)
     assert "look into lora first" in text and "validation loss 1.2 -&gt; 1.4" in text and "|failed checks|" in text
     assert "Use lora" not in text and 'class="verdict warn"' in shown
 
 
 def test_nothing_in_the_page_is_taken_for_markup_and_it_needs_no_network() -> None:
-    shown = page(document(), samples(), {})
+    shown = comparison_page(document(), samples(), {})
     assert shown.count("<script") == 1 and "<img" not in shown and "src=" not in re.sub("&lt;.*?&gt;", "", shown)
     assert "training |" not in shown and "peak memory" not in shown, "what was not measured here has no column"
 
 
 def test_without_answers_the_page_compares_perplexities() -> None:
     compared = {"lora": to_base(0.5, 0.4, 0.6), "dora": to_base(0.4, 0.3, 0.5)}
-    shown = page(document(scores={}, compared=compared), [], {})
+    shown = comparison_page(document(scores={}, compared=compared), [], {})
     assert shown.index("1 dora") < shown.index("2 lora") and "0.300 to 0.500" in shown and 'id="samples"' not in shown
 
 
@@ -288,7 +288,7 @@ def test_without_answers_the_page_compares_perplexities() -> None:
 def test_in_a_browser_answers_are_filtered_without_a_request_or_an_error_and_nothing_is_wider_than_a_phone(tmp_path: Path) -> None:
     from playwright.sync_api import sync_playwright
 
-    (tmp_path / "page.html").write_text(page(document(), samples() * 5, {}), encoding="utf-8")
+    (tmp_path / "page.html").write_text(comparison_page(document(), samples() * 5, {}), encoding="utf-8")
     wrong: list[str] = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])

@@ -17,10 +17,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dagster_project.core.text import visible
 from dagster_project.views import data_quality as module
 from dagster_project.views import html
-from dagster_project.views.data_quality import cut, page
-from dagster_project.views.html import visible
+from dagster_project.views.data_quality import around_span, data_quality_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CSS = Path(html.__file__).with_name("html.css").read_text(encoding="utf-8")
@@ -185,12 +185,12 @@ def hostile_documents(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
 @given(hostile_documents())
 def test_no_text_makes_an_element_or_an_attribute_and_every_page_encodes(drawn: tuple[dict[str, Any], dict[str, Any]]) -> None:
     found, changes = drawn
-    html = page(found, changes)
+    html = data_quality_page(found, changes)
     html.encode("utf-8")
     assert not set(html) & {chr(c) for c in [*range(9), 11, *range(14, 32), 127, 0x202E, 0x2066, 0x2028]}
     names: dict[str, str] = {}
     harmless = renamed(found, names)
-    assert Reader(html).skeleton() == Reader(page(harmless, renamed(changes, names))).skeleton()
+    assert Reader(html).skeleton() == Reader(data_quality_page(harmless, renamed(changes, names))).skeleton()
 
 
 @given(texts)
@@ -203,7 +203,7 @@ def test_what_is_hidden_becomes_visible_and_the_rest_stays(text: str) -> None:
 
 @given(st.integers(0, 9000), st.integers(0, 9000), st.integers(0, 9000))
 def test_a_long_text_is_cut_around_its_span_and_the_characters_not_shown_are_counted(before: int, inside: int, after: int) -> None:
-    first, middle, last, hidden = cut("a" * before + "b" * inside + "c" * after, (before, before + inside))
+    first, middle, last, hidden = around_span("a" * before + "b" * inside + "c" * after, (before, before + inside))
     assert len((first + middle + last).replace("…", "")) + hidden == before + inside + after
     assert bool(middle) == bool(inside)
     assert len(first + middle + last) <= max(module.WHOLE, 2 * module.AROUND + module.INSIDE + 3)
@@ -211,7 +211,7 @@ def test_a_long_text_is_cut_around_its_span_and_the_characters_not_shown_are_cou
 
 def test_a_megabyte_of_text_makes_a_small_page_that_says_how_much_is_missing() -> None:
     text = "x" * 700_000 + "the shared words" + "y" * 300_000
-    html = page(
+    html = data_quality_page(
         document(findings=[finding("near_duplicates", examples=[text], note=text, matches=[match(text, text, (700_000, 700_016))])])
     )
     assert len(html) < 200_000
@@ -221,7 +221,7 @@ def test_a_megabyte_of_text_makes_a_small_page_that_says_how_much_is_missing() -
 
 def test_the_figures_of_the_page_are_those_of_the_document() -> None:
     found = document()
-    reader = Reader(page(found, CHANGES))
+    reader = Reader(data_quality_page(found, CHANGES))
     words = re.sub(r"\s+", " ", " ".join(reader.words))
     assert "1,203 read = 1,189 kept + 9 exact_duplicates + 5 empty_response" in words
     assert [row[:2] for row in reader.tables["Rows by what became of them"][1:]] == [
@@ -250,7 +250,7 @@ def test_the_figures_of_the_page_are_those_of_the_document() -> None:
         "was 3",
     ):
         assert said in words
-    html = page(found, CHANGES)
+    html = data_quality_page(found, CHANGES)
     for drawn in (
         "777 · 65.3 %</text>",
         "412 · 34.7 %</text>",
@@ -264,8 +264,10 @@ def test_the_figures_of_the_page_are_those_of_the_document() -> None:
 
 
 def test_findings_stand_worst_first_with_their_severity_in_words() -> None:
-    html = page(document(findings=[finding("a", "info", 90), finding("b", "warn", 2), finding("c", "error", 1), finding("d", "warn", 5)]))
-    assert re.findall(r'<article class="card (\w+)".*?</span> (\w+)</span><h3><bdi dir="auto">(\w)<', html) == [
+    html = data_quality_page(
+        document(findings=[finding("a", "info", 90), finding("b", "warn", 2), finding("c", "error", 1), finding("d", "warn", 5)])
+    )
+    assert re.findall(r'<article class="card (\w+)".*?</span> (\w+)</span><h3><bdi dir="auto">(\w)<', html, re.S) == [
         ("error", "error", "c"), ("warn", "warn", "d"), ("warn", "warn", "b"), ("info", "info", "a"),
     ]  # fmt: skip
 
@@ -284,18 +286,18 @@ def test_findings_stand_worst_first_with_their_severity_in_words() -> None:
     ],
 )
 def test_the_verdict_follows_from_what_was_not_dealt_with(findings: list[dict[str, Any]], kept: int, verdict: str) -> None:
-    assert re.findall("<strong>(.*?)\\.</strong>", page(document(findings=findings, kept=kept))) == [verdict]
+    assert re.findall("<strong>(.*?)\\.</strong>", data_quality_page(document(findings=findings, kept=kept))) == [verdict]
 
 
 def test_a_document_with_nothing_in_it_makes_a_page() -> None:
     empty = {"name": "a", "format": "", "rows": 0, "kept": 0, "dropped": {}, "findings": [], "similarity": {}, "profile": {}}
-    assert "Nothing to learn from" in page(empty)
+    assert "Nothing to learn from" in data_quality_page(empty)
     bare = {"readability": {"rows": 0}, "lengths": {"prompt": {"unit": "words", "histogram": []}}, "categories": {}, "diversity": {}}
-    Reader(page(document(findings=[], dropped={}, similarity={}, profile=bare)))
+    Reader(data_quality_page(document(findings=[], dropped={}, similarity={}, profile=bare)))
 
 
 def test_the_policy_allows_the_pages_own_style_and_script_and_nothing_else_is_loaded() -> None:
-    html = page(document(), CHANGES)
+    html = data_quality_page(document(), CHANGES)
     (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', html)
     assert policy.startswith("default-src 'none'; style-src 'sha256-") and "unsafe" not in policy and "*" not in policy
     for tag in ("style", "script"):
@@ -307,11 +309,11 @@ def test_the_policy_allows_the_pages_own_style_and_script_and_nothing_else_is_lo
         ), tag
         assert tag != "link" and re.fullmatch(r"#[a-z]+(-\d+)?", attrs.get("href") or "#a")
     assert "http" not in CSS and "url(" not in CSS and "@import" not in CSS
-    assert page(document(), CHANGES) == html
+    assert data_quality_page(document(), CHANGES) == html
 
 
 def test_charts_have_words_and_controls_have_labels() -> None:
-    html = page(document(), CHANGES)
+    html = data_quality_page(document(), CHANGES)
     reader = Reader(html)
     pictures = [attrs for tag, attrs in reader.elements if tag == "svg" and attrs.get("class") in {"plot", "flow"}]
     assert len(pictures) == 11 and all(attrs["role"] == "img" and attrs["aria-label"] for attrs in pictures)
@@ -380,7 +382,7 @@ def test_in_a_browser_pairs_are_filtered_and_paged_without_a_request_or_an_error
     trap = match(f"before {hostile} after", f"<script>alert(1)</script>{hostile}", (7, 7 + len(hostile)), "<b>rule</b>", 0.5)
     found = document(name=hostile)
     found["findings"].append(finding(hostile, "error", matches=[trap], note=hostile, examples=[hostile]))
-    (tmp_path / "page.html").write_text(page(found, CHANGES), encoding="utf-8")
+    (tmp_path / "page.html").write_text(data_quality_page(found, CHANGES), encoding="utf-8")
     url = (tmp_path / "page.html").as_uri()
     seen: list[str] = []
     with sync_playwright() as playwright:
@@ -431,7 +433,7 @@ def test_in_a_browser_pairs_are_filtered_and_paged_without_a_request_or_an_error
 
 def test_the_embedded_pairs_are_those_of_the_document() -> None:
     found = document()
-    (raw,) = re.findall(r'id="pairs-data">(.*?)</script>', page(found))
+    (raw,) = re.findall(r'id="pairs-data">(.*?)</script>', data_quality_page(found))
     held = [m for f in sorted(found["findings"], key=lambda f: -f["count"]) for m in f.get("matches", [])]
     data = json.loads(raw)
     assert [pair["score"] for pair in data] == [m["score"] for m in held]

@@ -19,7 +19,7 @@ from conftest import pedigree
 
 from dagster_project.core.errors import InputError
 from dagster_project.orchestration.dagster import pages
-from dagster_project.views import html
+from dagster_project.views.ballot import ballot_page
 
 SECRET = "a secret outside data/pages"
 
@@ -37,7 +37,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = tmp_path / "project"
     folder = root / "data" / "pages" / "instructions"
     folder.mkdir(parents=True)
-    (folder / "report.html").write_text(html.page("Data quality", "", {"Rows": "<p>ten</p>"}, "", script="let a = 1"))
+    (folder / "report.html").write_text(ballot_page({"ballot": "b", "pairs": []}))
     (folder / "plain.html").write_text("<script>alert(1)</script>")
     (folder / "review.csv").write_text("row,decision\n")
     (folder / ".hidden").write_text(SECRET)

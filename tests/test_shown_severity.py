@@ -16,7 +16,7 @@ from dagster_project.curation.checks.checks import Rules, judge
 from dagster_project.curation.checks.findings import check_result, document
 from dagster_project.orchestration.dagster.metadata import check_results
 from dagster_project.pipeline import PEDIGREE, Pipeline
-from dagster_project.views.data_quality import page
+from dagster_project.views.data_quality import data_quality_page
 
 CHECKED = Pipeline({}, {}, lambda stage: {"pii": "No text holds personal data."}, lambda root: {})
 
@@ -32,7 +32,7 @@ def on_the_page(finding: dict[str, Any]) -> str:
         "similarity": {},
         "profile": {},
     }
-    (severity,) = re.findall(r'<article class="card (\w+)"', page(document))
+    (severity,) = re.findall(r'<article class="card (\w+)"', data_quality_page(document))
     return str(severity)
 
 
@@ -64,8 +64,8 @@ def test_the_checks_of_a_judged_set_agree_with_its_page(tmp_path: Path) -> None:
     rows += [asked("Who wrote to bob.smith@corporate-mail.com today, and why?", "Nobody wrote to him."), asked("Say hi", "Hi")]
     placed = [{**row, "source": "rows.jsonl", "source_row": i} for i, row in enumerate(rows)]
     judged = judge(placed, [], Rules(policy={"pii": "warn"}))
-    html = page(document("rows.jsonl", "messages", judged, []))
-    cards = {name: severity for severity, name in re.findall(r'<article class="card (\w+)".*?<h3><bdi dir="auto">(\w+)<', html)}
+    html = data_quality_page(document("rows.jsonl", "messages", judged, []))
+    cards = {name: severity for severity, name in re.findall(r'<article class="card (\w+)".*?<h3><bdi dir="auto">(\w+)<', html, re.S)}
     report = Report(checks=[check_result(verdict, judged, []) for verdict in judged.verdicts.values()]).document()
     results = {str(result.check_name): result for result in check_results(tmp_path, "instructions", report, PEDIGREE)}
     words = {dg.AssetCheckSeverity.ERROR: "error", dg.AssetCheckSeverity.WARN: "warn"}

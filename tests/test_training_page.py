@@ -10,13 +10,17 @@ import pytest
 
 from dagster_project.training.trainers.curve import Point
 from dagster_project.views import html
-from dagster_project.views.training import RISE, axis, meaning, overfitting_since, plot, smoothed
+from dagster_project.views.training import RISE, axis, curve_figure, meaning, overfitting_since, smoothed
 
 
 def course(validation: dict[int, float], losses: list[float]) -> list[Point]:
     return [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)] + [
         {"step": step, "validation_loss": loss} for step, loss in validation.items()
     ]
+
+
+def plot(title: str, note: str, curve: list[Point], names: list[str]) -> str:
+    return str(html.ENVIRONMENT.get_template("macros.jinja").module.figure(curve_figure(title, note, curve, names)))
 
 
 FALLING = [2.0 - i / 20 for i in range(30)]

@@ -14,8 +14,8 @@ from dagster_project import pipeline
 from dagster_project.training.trainers.checkpoint import code_of
 
 PACKAGE = ROOT / "dagster_project"
-DRAWN_OR_PLANNED = [*sorted((PACKAGE / "views").iterdir()), *sorted((PACKAGE / "training" / "planning").iterdir())]
-FILES = [path.relative_to(ROOT) for path in DRAWN_OR_PLANNED if path.is_file()]
+DRAWN_OR_PLANNED = [*sorted((PACKAGE / "views").rglob("*")), *sorted((PACKAGE / "training" / "planning").iterdir())]
+FILES = [path.relative_to(ROOT) for path in DRAWN_OR_PLANNED if path.is_file() and path.suffix != ".pyc"]
 
 
 @pytest.mark.parametrize("stage", list(pipeline.STAGES))
@@ -37,7 +37,7 @@ def test_an_edit_of_any_view_or_planner_leaves_dvc_clean_and_the_identity_of_a_c
 
     before = identities()
     for file in FILES:
-        comment = "/* edited */" if file.suffix in {".css", ".js"} else "# edited"
+        comment = {".css": "/* edited */", ".js": "/* edited */", ".jinja": "{# edited #}"}.get(file.suffix, "# edited")
         with (finished / file).open("a") as opened:
             opened.write(f"\n{comment}\n")
     assert identities() == before

@@ -1,17 +1,16 @@
-"""The comparison -> one HTML page (markup.py): advice first, then the board, what it costs, what was kept, and the answers side by side."""
+"""The comparison -> one HTML page: advice first, then the table, what it costs, what was kept, and the answers side by side."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 from dagster_project.core.context import Documents, measured
 from dagster_project.core.records import write_text
-from dagster_project.core.text import NAMES, TITLES
-from dagster_project.views import html
+from dagster_project.core.text import NAMES, TITLES, many, number
+from dagster_project.views.html import Figure, Plot, Shape, Table, brief, cut, label, render, shape
 
 HIGH = 220
 """Pixels of a plot."""
@@ -35,17 +34,17 @@ class Sample:
     """System -> its answer, and that answer's score from 0 to 1."""
 
 
-def draw(documents: Documents) -> None:
+def draw_comparison(documents: Documents) -> None:
     """data/pages/comparison/comparison.html: advice, scores, costs, what was kept, and the answers side by side."""
     document, view = documents.read(documents.out / "comparison.json"), documents.read(documents.pages / "samples.json")
     if document is None or view is None:
         return
     samples = [Sample(**sample) for sample in view["samples"]]
     took = {variant: measured(documents.root, f"{stage}@{variant}") for variant, stage in view["trained"].items()}
-    write_text(documents.pages / "comparison.html", page({**document, "headline": view["headline"]}, samples, took))
+    write_text(documents.pages / "comparison.html", comparison_page({**document, "headline": view["headline"]}, samples, took))
 
 
-def page(document: Mapping[str, Any], samples: Sequence[Sample], took: Measured) -> str:
+def comparison_page(document: Mapping[str, Any], samples: Sequence[Sample], took: Measured) -> str:
     """Args:
     document: of comparison.json, with its `headline`.
     samples: in any order.
@@ -53,15 +52,19 @@ def page(document: Mapping[str, Any], samples: Sequence[Sample], took: Measured)
     """
     order = _order(document)
     sections = {
-        "Board": _board(document, order, took),
+        "Board": _board(document, order, took) if order else None,
         "Cost": _cost(document, order),
-        "Retention": _retention(document["compared"], order),
-        "Measures": _measures(document["scores"], order),
+        "Retention": [_change(name, found) for name in order if (found := document["compared"].get(name, {}).get("retention"))],
+        "Measures": _measures(document["scores"], order) if document["scores"] else None,
         "Labels": _labels(document["scores"], order),
-        "Answers": _answers(document, order, samples),
+        "Answers": _answers(document, order, samples) if samples else None,
     }
-    script = resources.files(__package__).joinpath("comparison.js").read_text("utf-8")
-    return html.page("Was tuning worth it?", _head(document), sections, "Made by <b>pedigree run comparison</b>.", script)
+    found, test = document["recommended"], document["test"]
+    seen = "none of them seen in training" if not test["seen"] else f"{number(test['seen'])} of them seen in training"
+    return render(
+        "comparison.jinja", "Was tuning worth it?", sections, "comparison.js", document=document, limit=ANSWER,
+        tested=f"{many(test['examples'], 'test example')}, {seen}", advice=[line for line in document["advice"] if line != found["why"]],
+    )  # fmt: skip
 
 
 def _order(document: Mapping[str, Any]) -> list[str]:
@@ -71,48 +74,40 @@ def _order(document: Mapping[str, Any]) -> list[str]:
     return sorted(scores, key=lambda name: -scores[name][first]) if scores else sorted(likely, key=likely.__getitem__)
 
 
-def _head(document: Mapping[str, Any]) -> str:
-    found, test = document["recommended"], document["test"]
-    kind = "good" if found["sure"] else "warn"
-    verdict = html.bdi(document["headline"])
-    words = "".join(f'<li class="note">{html.text(line, ANSWER)}</li>' for line in document["advice"] if line != found["why"])
-    seen = "none of them seen in training" if not test["seen"] else f"{html.number(test['seen'])} of them seen in training"
-    return (
-        f'<header class="head"><p class="over">Comparison · {html.many(test["examples"], "test example")}, {seen}</p>'
-        f'<h1>Was tuning worth it?</h1><p class="verdict {kind}"><span class="sign" aria-hidden="true">{"✓" if found["sure"] else "!"}</span>'
-        f"<span><strong>{verdict}</strong> {html.text(found['why'], ANSWER)}</span></p><ul>{words}</ul></header>"
-    )
-
-
-def _board(document: Mapping[str, Any], order: Sequence[str], measured: Measured) -> str:
+def _board(document: Mapping[str, Any], order: Sequence[str], measured: Measured) -> Figure:
     """A bar for each system: its interval, and where in it the score lies. Then all there is to weigh, as a table."""
-    if not order:
-        return ""
     points = {name: _point(document, name) for name in order}
     most = max(1.0, *(high for _, _, high in points.values()))
-    title = f"{TITLES[document['shown'][0]]} on {html.many(document['test']['answered'], 'question')}"
+    title = f"{TITLES[document['shown'][0]]} on {many(document['test']['answered'], 'question')}"
     note = "point and 95 % interval; variants in blue; in grey the base model with different prompts, and a classical classifier"
     if not document["scores"]:
         title, note = "Perplexity as a share of the base model's", "point and 95 % interval; less is better"
-    body = ""
+    body = []
     for i, name in enumerate(order):
         y, kind, (value, low, high) = 38 * i, _kind(document, name), points[name]
         chosen = " · recommended" if document["recommended"]["sure"] and name == document["recommended"]["variant"] else ""
         chosen += " · failed checks" if document["compared"].get(name, {}).get("failed_checks") else ""
-        body += f'<text x="0" y="{y + 15}" class="name">{i + 1} {html.label(_short(name), 36)}<tspan class="soft">{chosen}</tspan></text>'
-        body += f'<text x="100%" y="{y + 15}" class="soft" text-anchor="end">{value:.3f}</text>'
-        body += f'<rect class="track" x="0" y="{y + 23}" width="100%" height="7" rx="2"/>'
-        body += f'<rect class="{kind} faint" x="{100 * low / most:.3f}%" y="{y + 23}" width="{100 * (high - low) / most:.3f}%" height="7"/>'
-        body += f'<rect class="{kind}" x="{100 * value / most:.3f}%" y="{y + 20}" width="4" height="13" rx="2" transform="translate(-2)">'
-        body += f"<title>{html.text(_title(name))}: {value:.3f}, {low:.3f} to {high:.3f}</title></rect>"
-    label = f"{title}: " + "; ".join(f"{html.text(_title(name))} {points[name][0]:.3f}" for name in order)
+        words = f"{cut(_title(name))}: {value:.3f}, {low:.3f} to {high:.3f}"
+        numbered = f"{i + 1} {label(_short(name), 36)}"
+        body += [
+            shape("text", numbered, shape("tspan", chosen, class_="soft"), x="0", y=y + 15, class_="name"),
+            shape("text", f"{value:.3f}", x="100%", y=y + 15, class_="soft", text_anchor="end"),
+            *_interval(y, kind, value / most, low / most, high / most, shape("title", words)),
+        ]
+    words = f"{title}: " + "; ".join(f"{cut(_title(name))} {points[name][0]:.3f}" for name in order)
     columns, rows = _rows(document, order, measured)
-    return html.figure(
-        title,
-        note,
-        html.svg(label, 38 * len(order), body),
-        f'<div class="scroll" tabindex="0" role="region" aria-label="Board">{html.table("All there is to weigh", columns, rows, unfolded=True)}</div>',
-    )
+    table = Table("All there is to weigh", columns, rows, folded=False, region="Board")
+    return Figure(title, note, Plot(words, 38 * len(order), body), table)
+
+
+def _interval(y: int, kind: str, value: float, low: float, high: float, *title: Shape) -> list[Shape]:
+    """The bar of an interval and a mark at its point, on a track from 0 to 1."""
+    place = {"x": f"{100 * value:.3f}%", "y": y + 20, "width": "4", "height": "13", "rx": "2", "transform": "translate(-2)"}
+    return [
+        shape("rect", class_="track", x="0", y=y + 23, width="100%", height="7", rx="2"),
+        shape("rect", class_=f"{kind} faint", x=f"{100 * low:.3f}%", y=y + 23, width=f"{100 * (high - low):.3f}%", height="7"),
+        shape("rect", *title, class_=kind, **place),
+    ]
 
 
 def _rows(document: Mapping[str, Any], order: Sequence[str], measured: Measured) -> tuple[list[str], list[list[str]]]:
@@ -145,31 +140,26 @@ def _if(found: Mapping[str, Any], key: str, words: Any) -> str:
     return words(found[key]) if key in found else ""
 
 
-def _cost(document: Mapping[str, Any], order: Sequence[str]) -> str:
+def _cost(document: Mapping[str, Any], order: Sequence[str]) -> list[dict[str, Any]]:
     """Score against what each answer costs and, between variants, against what each training cost."""
     costs = document["costs"]
-    asked = _scatter(
-        document,
-        order,
-        "prompt_tokens",
-        "Score by tokens of the prompt",
-        "what each answer costs; up and to the left is better and cheaper",
-    )
-    several = sum("tokens" in costs.get(name, {}) for name in order) > 1
-    trained = _scatter(document, order, "tokens", "Score by tokens of training", "what each variant cost once") if several else ""
-    return f'<div class="{"plots" if trained else ""}">{asked}{trained}</div>' if asked or trained else ""
+    note = "what each answer costs; up and to the left is better and cheaper"
+    plots = [_scatter(document, order, "prompt_tokens", "Score by tokens of the prompt", note)]
+    if sum("tokens" in costs.get(name, {}) for name in order) > 1:
+        plots.append(_scatter(document, order, "tokens", "Score by tokens of training", "what each variant cost once"))
+    return [plot for plot in plots if plot]
 
 
-def _scatter(document: Mapping[str, Any], order: Sequence[str], what: str, title: str, note: str) -> str:
+def _scatter(document: Mapping[str, Any], order: Sequence[str], what: str, title: str, note: str) -> dict[str, Any] | None:
     """Points over a logarithmic axis, with their intervals, numbered as on the board. What has no such cost is a line across."""
     costs = document["costs"]
     placed = [name for name in order if costs.get(name, {}).get(what)]
     if not document["scores"] or not placed:
-        return ""
-    free = [name for name in order if not costs.get(name)]
+        return None
+    points = {name: _point(document, name) for name in order}
     least, most = (math.log(edge(costs[name][what] for name in placed)) for edge in (min, max))
     least, most = (least, most) if most > least else (least - 0.5, most + 0.5)
-    top = max(1.0, *(_point(document, name)[2] for name in order))
+    top = max(1.0, *(high for _, _, high in points.values()))
 
     def x(value: float) -> float:
         return 14 + 80 * (math.log(value) - least) / (most - least)
@@ -177,75 +167,64 @@ def _scatter(document: Mapping[str, Any], order: Sequence[str], what: str, title
     def y(value: float) -> float:
         return 24 + HIGH * (top - value) / top
 
-    body = ""
+    body = []
     for value in (0, top / 4, top / 2, 3 * top / 4, top):
-        body += f'<line class="grid" x1="10%" x2="100%" y1="{y(value):.1f}" y2="{y(value):.1f}"/>'
-        body += f'<text class="tick" x="9%" y="{y(value) + 4:.1f}" text-anchor="end">{html.brief(value)}</text>'
+        body.append(shape("line", class_="grid", x1="10%", x2="100%", y1=f"{y(value):.1f}", y2=f"{y(value):.1f}"))
+        body.append(shape("text", brief(value), class_="tick", x="9%", y=f"{y(value) + 4:.1f}", text_anchor="end"))
     for value in sorted({least, (least + most) / 2, most}):
-        at = x(math.exp(value))
-        body += f'<text class="tick" x="{at:.2f}%" y="{y(0) + 18:.1f}" text-anchor="middle">{html.number(round(math.exp(value)))}</text>'
-    body += f'<text class="tick" x="54%" y="{y(0) + 36:.1f}" text-anchor="middle">{what.replace("_", " ")}, log scale</text>'
-    for name in free:
-        at = y(_point(document, name)[0])
-        words = f"{order.index(name) + 1} {html.label(_short(name), 36)}"
-        body += f'<line class="mark" x1="10%" x2="100%" y1="{at:.1f}" y2="{at:.1f}"/>'
-        body += f'<text class="marked" x="100%" y="{at - 5:.1f}" text-anchor="end">{words}</text>'
+        tick, at = number(round(math.exp(value))), f"{x(math.exp(value)):.2f}%"
+        body.append(shape("text", tick, class_="tick", x=at, y=f"{y(0) + 18:.1f}", text_anchor="middle"))
+    unit = what.replace("_", " ")
+    body.append(shape("text", f"{unit}, log scale", class_="tick", x="54%", y=f"{y(0) + 36:.1f}", text_anchor="middle"))
+    for name in (name for name in order if not costs.get(name)):
+        at_y, words = y(points[name][0]), f"{order.index(name) + 1} {label(_short(name), 36)}"
+        body.append(shape("line", class_="mark", x1="10%", x2="100%", y1=f"{at_y:.1f}", y2=f"{at_y:.1f}"))
+        body.append(shape("text", words, class_="marked", x="100%", y=f"{at_y - 5:.1f}", text_anchor="end"))
     taken: list[tuple[float, float]] = []
     for name in sorted(placed, key=lambda name: costs[name][what]):
-        (value, low, high), across, kind = _point(document, name), x(costs[name][what]), _kind(document, name)
+        (value, low, high), across, kind = points[name], x(costs[name][what]), _kind(document, name)
         while any(abs(across - other) < 5 and abs(y(value) - place) < 19 for other, place in taken):
-            across += 1  # what would hide another stands beside it
+            across += 1  # moved right where it would hide another point
         taken.append((across, y(value)))
-        body += f'<line class="{kind} whisker" x1="{across:.2f}%" x2="{across:.2f}%" y1="{y(low):.1f}" y2="{y(high):.1f}"/>'
-        body += f'<circle class="{kind} spot" cx="{across:.2f}%" cy="{y(value):.1f}" r="9"><title>{html.text(_title(name))}: {value:.3f}</title></circle>'
-        body += f'<text class="tick name" x="{across:.2f}%" y="{y(value) + 4:.1f}" text-anchor="middle">{order.index(name) + 1}</text>'
-    rows = [(_title(name), f"{costs[name][what]:,}", f"{_point(document, name)[0]:.3f}") for name in placed]
-    label = f"{title}: " + "; ".join(f"{html.text(name)} {value} at {cost}" for name, cost, value in rows)
-    key = "".join(f"<li>{order.index(name) + 1} {html.bdi(_title(name))}</li>" for name in order if name in placed)
-    return html.figure(
-        title,
-        note,
-        html.svg(label, y(0) + 42, body),
-        f'<ul class="places sum">{key}</ul>' + html.table(title, ["", what.replace("_", " "), "score"], rows),
-    )
+        at, words = f"{across:.2f}%", f"{cut(_title(name))}: {value:.3f}"
+        body.append(shape("line", class_=f"{kind} whisker", x1=at, x2=at, y1=f"{y(low):.1f}", y2=f"{y(high):.1f}"))
+        body.append(shape("circle", shape("title", words), class_=f"{kind} spot", cx=at, cy=f"{y(value):.1f}", r="9"))
+        body.append(shape("text", str(order.index(name) + 1), class_="tick name", x=at, y=f"{y(value) + 4:.1f}", text_anchor="middle"))
+    rows = [(_title(name), f"{costs[name][what]:,}", f"{points[name][0]:.3f}") for name in placed]
+    words = f"{title}: " + "; ".join(f"{cut(name)} {value} at {cost}" for name, cost, value in rows)
+    figure = Figure(title, note, Plot(words, y(0) + 42, body), Table(title, ["", unit, "score"], rows))
+    return {"figure": figure, "key": [(order.index(name) + 1, _title(name)) for name in placed]}
 
 
-def _retention(compared: Mapping[str, Any], order: Sequence[str]) -> str:
-    """A figure for each variant: how its accuracy on the benchmarks changed, overall and by subject."""
-    figures = [_change(name, compared[name]["retention"]) for name in order if compared.get(name, {}).get("retention")]
-    return f'<div class="{"plots" if len(figures) > 1 else ""}">{"".join(figures)}</div>' if figures else ""
-
-
-def _change(variant: str, retention: Mapping[str, Any]) -> str:
-    """A bar for each subject, around the line of no change: its interval, and where in it the change lies."""
-    rows, body = [], ""
+def _change(variant: str, retention: Mapping[str, Any]) -> Figure:
+    """How a variant's accuracy on the benchmarks changed: a bar for each subject, around the line of no change."""
+    rows, body = [], []
     widest = max(0.05, *(abs(edge) for found in retention.values() for edge in found["accuracy"]["interval"]))
     for i, (subject, found) in enumerate(retention.items()):
         y, accuracy, nats = 38 * i, found["accuracy"], found["gold_log_likelihood"]
-        change, low, high = (50 + 50 * value / widest for value in (accuracy["difference"], *accuracy["interval"]))
-        body += f'<text x="0" y="{y + 15}" class="name">{html.label(subject)}<tspan class="soft"> · {found["questions"]}</tspan></text>'
-        body += f'<text x="100%" y="{y + 15}" class="soft" text-anchor="end">{100 * accuracy["difference"]:+.1f} points</text>'
-        body += f'<rect class="track" x="0" y="{y + 23}" width="100%" height="7" rx="2"/>'
-        body += f'<rect class="bar faint" x="{low:.3f}%" y="{y + 23}" width="{high - low:.3f}%" height="7"/>'
-        body += f'<rect class="bar" x="{change:.3f}%" y="{y + 20}" width="4" height="13" rx="2" transform="translate(-2)"/>'
+        change, low, high = (0.5 + 0.5 * value / widest for value in (accuracy["difference"], *accuracy["interval"]))
+        questions = shape("tspan", f" · {found['questions']}", class_="soft")
+        body += [
+            shape("text", label(subject), questions, x="0", y=y + 15, class_="name"),
+            shape("text", f"{100 * accuracy['difference']:+.1f} points", x="100%", y=y + 15, class_="soft", text_anchor="end"),
+            *_interval(y, "bar", change, low, high),
+        ]
         intervals = ["{:+.3f} to {:+.3f}".format(*interval) for interval in (accuracy["interval"], nats["interval"])]
         before, after = f"{accuracy['base']:.3f}", f"{accuracy['tuned']:.3f}"
         rows.append((subject, found["questions"], before, after, intervals[0], f"{nats['difference']:+.3f}", intervals[1]))
-    body += f'<line class="mark" x1="50%" x2="50%" y1="19" y2="{38 * len(retention) - 3}"/>'
+    body.append(shape("line", class_="mark", x1="50%", x2="50%", y1="19", y2=38 * len(retention) - 3))
     columns = ["", "questions", "base", "tuned", "95 % interval of the change", "nats for the right answer", "95 % interval"]
-    title = f"Change of accuracy of {variant}"
-    return html.figure(
-        html.text(title),
+    title = f"Change of accuracy of {cut(variant)}"
+    return Figure(
+        title,
         "on the benchmarks, against the base model; the line is no change, and the bar the 95 % interval",
-        html.svg(f"{html.text(title)}: {100 * retention['overall']['accuracy']['difference']:+.1f} points", 38 * len(retention), body),
-        f'<div class="scroll" tabindex="0" role="region" aria-label="Retention">{html.table(html.text(title), columns, rows)}</div>',
+        Plot(f"{title}: {100 * retention['overall']['accuracy']['difference']:+.1f} points", 38 * len(retention), body),
+        Table(title, columns, rows, region="Retention"),
     )
 
 
-def _measures(scores: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> str:
+def _measures(scores: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> Table:
     """Every measure of every system, each with its interval."""
-    if not scores:
-        return ""
     names = list(dict.fromkeys(key for name in order for key in scores[name] if f"{key}_interval" in scores[name]))
 
     def cell(found: Mapping[str, Any], key: str) -> str:
@@ -254,27 +233,22 @@ def _measures(scores: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> 
         low, high = found[f"{key}_interval"]
         return f"{found[key]:.3f} ({low:.3f} to {high:.3f})"
 
+    columns = ["", *(TITLES.get(key, key) for key in names)]
     rows = [[_title(name), *(cell(scores[name], key) for key in names)] for name in order]
-    table = html.table(
-        "Every measure, with its 95 % interval", ["", *(html.text(TITLES.get(key, key)) for key in names)], rows, unfolded=True
-    )
-    return f'<figure><div class="scroll" tabindex="0" role="region" aria-label="Measures">{table}</div></figure>'
+    return Table("Every measure, with its 95 % interval", columns, rows, folded=False, region="Measures")
 
 
-def _labels(scores: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> str:
+def _labels(scores: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> Table | None:
     """F1 of every label by every system; only a label task has these."""
     tables = [scores[name]["by_label"] for name in order if "by_label" in scores.get(name, {})]
     if not tables:
-        return ""
+        return None
     rows = [[label, figures["n"], *(f"{table[label]['f1']:.3f}" for table in tables)] for label, figures in tables[0].items()]
-    table = html.table("F1 of each label", ["", "test examples", *map(_title, order)], rows, unfolded=True)
-    return f'<figure><div class="scroll" tabindex="0" role="region" aria-label="Labels">{table}</div></figure>'
+    return Table("F1 of each label", ["", "test examples", *map(_title, order)], rows, folded=False, region="Labels")
 
 
-def _answers(document: Mapping[str, Any], order: Sequence[str], samples: Sequence[Sample]) -> str:
+def _answers(document: Mapping[str, Any], order: Sequence[str], samples: Sequence[Sample]) -> dict[str, Any]:
     """Questions side by side, the worst errors of the variant in question first: what it got wrong and most others got right."""
-    if not samples:
-        return ""
     variants = [name for name in order if name in document["compared"]]
     subject = document["recommended"]["variant"] if document["recommended"]["variant"] in order else (variants or order)[0]
 
@@ -284,38 +258,31 @@ def _answers(document: Mapping[str, Any], order: Sequence[str], samples: Sequenc
 
     worst = sorted(samples, key=badness)[:MOST]
     categories = sorted({sample.category for sample in worst if sample.category})
-    options = "".join(f'<option value="{i}">{html.text(_title(name))}</option>' for i, name in enumerate(order))
-    kinds = "".join(f'<option value="{i}">{html.text(name)}</option>' for i, name in enumerate(categories))
-    shown = "".join(_sample(sample, order, categories) for sample in worst)
-    more = f" The worst {MOST} of {html.number(len(samples))} are shown." if len(samples) > MOST else ""
-    return (
-        f'<p class="lead">Worst errors first: what {html.bdi(_title(subject))} got wrong and others got right.{more}</p>'
-        '<div id="filter" role="search" aria-label="Filter answers" hidden>'
-        f'<label>Wrong<select id="by-wrong"><option value="">any</option>{options}</select></label>'
-        f'<label>Right<select id="by-right"><option value="">any</option>{options}</select></label>'
-        f'<label>Category<select id="by-category"><option value="">all</option>{kinds}</select></label>'
-        '<label>Words<input id="by-text" type="search" placeholder="in questions and answers" spellcheck="false"></label></div>'
-        '<div id="pager" hidden><output id="hits" aria-live="polite" tabindex="-1"></output></div>'
-        f'<div id="samples">{shown}</div><p class="more"><button id="more" type="button" hidden>Show more</button></p>'
-    )
+    return {
+        "subject": _title(subject),
+        "more": f" The worst {MOST} of {number(len(samples))} are shown." if len(samples) > MOST else "",
+        "systems": [_title(name) for name in order],
+        "categories": categories,
+        "samples": [_sample(sample, order, categories) for sample in worst],
+    }
 
 
-def _sample(sample: Sample, order: Sequence[str], categories: Sequence[str]) -> str:
+def _sample(sample: Sample, order: Sequence[str], categories: Sequence[str]) -> dict[str, Any]:
     """One question. A score below 1/2 counts as wrong."""
     wrong = [i for i, name in enumerate(order) if sample.answers[name][1] < 0.5]
-    place = categories.index(sample.category) if sample.category else ""
-    chip = f'<span class="chip">{html.bdi(sample.category)}</span>' if sample.category else ""
-    lines = ""
+    answers = []
     for i, name in enumerate(order):
         answer, value = sample.answers[name]
         mark = ("✕ wrong" if i in wrong else "✓ right") if value in {0, 1} else f"{value:.2f}"
-        kind = "bad" if i in wrong else "fine"
-        lines += f'<li><span>{html.bdi(_short(name))} <small class="{kind}">{mark}</small></span><q>{html.bdi(answer, ANSWER)}</q></li>'
-    return (
-        f'<article class="pair" data-wrong="{" ".join(map(str, wrong))}" data-category="{place}"><header>{chip}</header>'
-        f'<p class="text"><bdi dir="auto">{html.text(sample.prompt, ANSWER)}</bdi></p>'
-        f'<ul class="quotes"><li><b>reference</b><q>{html.bdi(sample.reference, ANSWER)}</q></li>{lines}</ul></article>'
-    )
+        answers.append((_short(name), "bad" if i in wrong else "fine", mark, answer))
+    return {
+        "prompt": sample.prompt,
+        "reference": sample.reference,
+        "category": sample.category,
+        "place": categories.index(sample.category) if sample.category else "",
+        "wrong": " ".join(map(str, wrong)),
+        "answers": answers,
+    }
 
 
 def _point(document: Mapping[str, Any], name: str) -> tuple[float, float, float]:

@@ -1,7 +1,7 @@
-"""What every page is made of: one HTML file that needs nothing else, no network and no server.
+"""Jinja templates -> pages: each is one HTML file that needs nothing else, no network and no server.
 
-Data is hostile: every text passes `visible` and `html.escape`, is kept apart by <bdi> from the text around it, and names no element,
-attribute or class. The page's Content-Security-Policy allows its own style and script, by their hash, and nothing else.
+Data is hostile: whatever a template prints has its hidden characters written out and is escaped, and no text from data becomes an
+element, an attribute's name or a class. A page's Content-Security-Policy allows its own style and script, by their hash, and nothing else.
 """
 
 from __future__ import annotations
@@ -9,60 +9,103 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping, Sequence
-from html import escape
-from importlib import resources
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from dagster_project.core.text import many, number, visible
 
-__all__ = ["bdi", "brief", "figure", "label", "many", "number", "page", "share", "svg", "table", "text", "visible"]
-
+FOLDER = Path(__file__).parent
 SHORT = 300
 """Characters of a name, place or note; the rest is cut."""
 
 
-def page(title: str, head: str, sections: Mapping[str, str], footer: str, script: str = "") -> str:
-    """A whole page. The same parts give the same bytes.
+@dataclass(frozen=True)
+class Table:
+    """The first column names the row."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[object]]
+    folded: bool = True
+    """Shown on demand: the numbers of a plot, for readers who cannot see it or want to copy them."""
+    region: str = ""
+    """Name of the region in which a wide table scrolls; empty: it does not scroll."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An SVG element. Its tag and the names of its attributes come from code, never from data."""
+
+    tag: str
+    attributes: Mapping[str, object]
+    children: Sequence[Shape | str] = ()
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A picture as wide as its column: horizontal positions are in percent, so that letters keep their size on a narrow screen."""
+
+    label: str
+    """Says what is shown, for readers who cannot see it."""
+    height: float
+    """Pixels."""
+    shapes: Sequence[Shape]
+    kind: str = "plot"
+    """CSS classes."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A plot with its caption and its numbers."""
+
+    title: str
+    note: str
+    plot: Plot
+    table: Table
+    legend: Sequence[tuple[str, str]] = field(default=())
+    """CSS class and name of each line."""
+
+
+def shape(tag: str, *children: Shape | str, **attributes: object) -> Shape:
+    """>>> shape("text", "a", x=1, text_anchor="end", class_="tick").attributes
+    {'x': 1, 'text-anchor': 'end', 'class': 'tick'}
+    """
+    return Shape(tag, {name.rstrip("_").replace("_", "-"): value for name, value in attributes.items()}, children)
+
+
+def render(template: str, title: str, sections: Mapping[str, Any], script: str = "", **view: Any) -> str:
+    """A whole page. The same arguments give the same bytes.
 
     Args:
-        title: any text.
-        head: HTML of the page's header.
-        sections: title -> HTML; empty ones are left out.
-        footer: HTML.
+        template: file in templates/, with a block `head` and a block for each section, named as the section in lower case.
+        sections: title -> what its block shows; empty ones are left out.
+        script: file beside this one; empty: the page runs none.
+        view: what the template shows outside of sections.
     """
-    style = resources.files(__package__).joinpath("html.css").read_text("utf-8")
-    shown = {name: body for name, body in sections.items() if body}
-    links = "".join(f'<li><a href="#{name.lower()}">{name}</a></li>' for name in shown)
-    bodies = "".join(
-        f'<section id="{n.lower()}" aria-labelledby="h-{n}"><h2 id="h-{n}">{n}</h2>{body}</section>' for n, body in shown.items()
-    )
-    policy = f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="referrer" content="no-referrer">'
-        f'<meta name="color-scheme" content="light dark"><title>{text(title)}</title><style>{style}</style></head>'
-        f'<body>{head}<nav aria-label="Sections"><ul>{links}</ul></nav><main>{bodies}</main>'
-        f"<footer>{footer}</footer>{f'<script>{script}</script>' if script else ''}</body></html>\n"
-    )
+    style, code = ((FOLDER / name).read_text("utf-8") if name else "" for name in ("html.css", script))
+    policy = f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(code)}; base-uri 'none'; form-action 'none'"
+    shown = {name: section for name, section in sections.items() if section}
+    own = {"policy": Markup(policy), "style": Markup(style), "script": Markup(code)}
+    return ENVIRONMENT.get_template(template).render(title=title, sections=shown, **own, **view)
 
 
 def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def text(value: object, limit: int = SHORT) -> str:
-    """Any text of the document, cut, visible and escaped: fit for an attribute, or for an element that holds nothing else."""
-    whole = str(value)
-    more = f" … ({number(len(whole) - limit)} characters cut)" if len(whole) > limit else ""
-    return escape(visible(whole[:limit])) + more
-
-
-def bdi(value: object, limit: int = SHORT) -> str:
-    return f'<bdi dir="auto">{text(value, limit)}</bdi>'
+def cut(value: object, limit: int = SHORT) -> str:
+    """The text; what exceeds the limit is replaced by its number of characters."""
+    text = str(value)
+    return text if len(text) <= limit else f"{text[:limit]} … ({number(len(text) - limit)} characters cut)"
 
 
 def label(name: str, most: int = 30) -> str:
     """A name in a picture, shortened in the middle: paths and names differ at their ends."""
-    return text(name if len(name) <= most else f"{name[: most // 2]}…{name[-(most // 2) :]}")
+    return cut(name if len(name) <= most else f"{name[: most // 2]}…{name[-(most // 2) :]}")
 
 
 def brief(value: float) -> str:
@@ -79,20 +122,15 @@ def share(part: int, whole: int) -> str:
     return "<0.1 %" if 0 < percent < 0.1 else ">99.9 %" if 99.9 < percent < 100 else f"{percent:.1f} %"
 
 
-def table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[object]], unfolded: bool = False) -> str:
-    """The figures of a plot, for those who can't see it or want to copy it. The first column names the row."""
-    head = "".join(f'<th scope="col">{column}</th>' for column in columns)
-    body = "".join(
-        f'<tr><th scope="row">{bdi(first)}</th>{"".join(f"<td>{text(cell)}</td>" for cell in rest)}</tr>' for first, *rest in rows
-    )
-    whole = f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return whole if unfolded else f"<details><summary>Table<span> of {caption.lower()}</span></summary>{whole}</details>"
+def _printed(value: object) -> object:
+    """What a template prints of a value, before it is escaped."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def figure(title: str, note: str, plot: str, table: str) -> str:
-    return f"<figure><figcaption><b>{title}</b> <span>{note}</span></figcaption>{plot}{table}</figure>"
-
-
-def svg(label: str, height: float, body: str, kind: str = "plot") -> str:
-    """A picture as wide as its column: places across are in percent, so that letters keep their size on a narrow screen."""
-    return f'<svg class="{kind}" role="img" aria-label="{label}" width="100%" height="{height:g}">{body}</svg>'
+ENVIRONMENT = Environment(
+    loader=FileSystemLoader(FOLDER / "templates"), autoescape=True, finalize=_printed, undefined=StrictUndefined,
+    trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+)  # fmt: skip
+ENVIRONMENT.filters |= {"cut": cut, "number": number}
+ENVIRONMENT.globals |= {"many": many}
+ENVIRONMENT.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}

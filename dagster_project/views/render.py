@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from dagster_project.core.context import Documents
-from dagster_project.views import alignment, comparison, data_quality, training
+from dagster_project.views.alignment import draw_alignment
+from dagster_project.views.comparison import draw_comparison
+from dagster_project.views.data_quality import draw_data_quality
+from dagster_project.views.training import draw_training
 
 PAGES: Mapping[str, Callable[[Documents], None]] = {
-    "instructions": data_quality.draw,
-    "preferences": data_quality.draw,
-    "adapter": training.draw,
-    "aligned": alignment.draw,
-    "comparison": comparison.draw,
+    "instructions": draw_data_quality,
+    "preferences": draw_data_quality,
+    "adapter": draw_training,
+    "aligned": draw_alignment,
+    "comparison": draw_comparison,
 }
 """Stage -> what draws its pages."""
 

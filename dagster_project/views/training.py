@@ -1,4 +1,4 @@
-"""One training -> one HTML page (markup.py): its curves, what learnt, from what, by which settings, and what it took beside what was told."""
+"""One training -> one HTML page: its curves, what was trained, from what, by which settings, and the memory that it took and was predicted."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from typing import Any
 
 from dagster_project.core.context import Documents
 from dagster_project.core.curves import Point, thinned
 from dagster_project.core.records import write_text
-from dagster_project.views import html
+from dagster_project.core.text import many, number
+from dagster_project.views.html import Figure, Plot, Shape, Table, brief, render, shape
 
 HIGH = 170
 """Pixels of a plot."""
@@ -20,18 +20,18 @@ SPANS = 5
 """Examples shown."""
 
 
-def draw(documents: Documents) -> None:
+def draw_training(documents: Documents) -> None:
     """data/pages/adapter/<variant>/training.html: curves, what was trained, memory, what the loss counted, settings."""
     training, run = documents.read(documents.out / "training.json"), documents.read(documents.pages / "run.json")
     history = documents.read(documents.pages / "history.json")
     if training is None or run is None or history is None:
         return
     audit = documents.read(documents.root / "data" / "tokenized" / "audit.json") or {"examples": []}
-    text = page(documents.variant, training, history["curve"], run["measured"], run.get("memory"), audit["examples"])
+    text = training_page(documents.variant, training, history["curve"], run["measured"], run.get("memory"), audit["examples"])
     write_text(documents.pages / "training.html", text)
 
 
-def page(
+def training_page(
     variant: str,
     training: Mapping[str, Any],
     curve: Sequence[Point],
@@ -50,29 +50,24 @@ def page(
         "Curves": _curves(curve, training.get("best_step")),
         "Memory": _memory(predicted, int(measured["peak_memory_bytes"]), training["device"]),
         "Weights": _weights(training),
-        "Examples": _examples(examples),
+        "Examples": [{"source": one["source"], "pieces": re.split("[⟦⟧]", one["text"])} for one in examples[:SPANS]],
         "Settings": _settings(training),
     }
-    return html.page(f"Training of {variant}", _head(variant, training, measured), sections, "Made by <b>pedigree run</b>.")
+    how = f"{training['settings']['method']}, {training['dtype']} on {training['device']}"
+    return render("training.jinja", f"Training of {variant}", sections, variant=variant, how=how, figures=_figures(training, measured))
 
 
-def _head(variant: str, training: Mapping[str, Any], measured: Mapping[str, float]) -> str:
+def _figures(training: Mapping[str, Any], measured: Mapping[str, float]) -> list[tuple[str, str, str]]:
     loss, watched = training["loss"], training["validation"]
     falls = [("loss", loss["first"], loss["last"])]
     falls += [("validation loss", watched[0]["validation_loss"], watched[-1]["validation_loss"])] if watched else []
-    figures = [
-        ("steps", html.number(training["steps"]), f"of {html.number(training['planned_steps'])}"),
-        ("tokens", html.number(training["tokens"]), f"{html.number(training['trained_tokens'])} trained on"),
+    return [
+        ("steps", number(training["steps"]), f"of {number(training['planned_steps'])}"),
+        ("tokens", number(training["tokens"]), f"{number(training['trained_tokens'])} trained on"),
         *((name, f"{last:.3f}", f"from {first:.3f}") for name, first, last in falls),
-        ("speed", html.number(round(measured["tokens_per_second"])), "tokens/s") if "tokens_per_second" in measured else ("speed", "–", ""),
+        ("speed", number(round(measured["tokens_per_second"])), "tokens/s") if "tokens_per_second" in measured else ("speed", "–", ""),
         ("memory", f"{measured['peak_memory_bytes'] / 1e6:,.0f}", "MB at the peak"),
     ]
-    tiles = "".join(f"<div><dt>{name}</dt><dd><b>{value}</b> <span>{unit}</span></dd></div>" for name, value, unit in figures)
-    how = f"{training['settings']['method']}, {training['dtype']} on {training['device']}"
-    return (
-        f'<header class="head"><p class="over">Training · {html.bdi(how)}</p><h1>{html.bdi(variant)}</h1>'
-        f'<dl class="tiles three">{tiles}</dl></header>'
-    )
 
 
 SMOOTHED = "smoothed_loss"
@@ -161,7 +156,7 @@ def meaning(curve: Sequence[Point], kept: int | None = None) -> str:
     return f"Unstable: the validation loss was lowest at step {best:,} ({lowest:.3f}) and ended at {last:.3f}, and the training loss rose with it."
 
 
-def _curves(curve: Sequence[Point], kept: int | None) -> str:
+def _curves(curve: Sequence[Point], kept: int | None) -> dict[str, Any]:
     plots = (
         ("Loss", "of each step, smoothed over about ten steps, and of the validation split", ("loss", SMOOTHED, "validation_loss")),
         ("Learning rate", "as the schedule has it", ("learning_rate",)),
@@ -169,8 +164,8 @@ def _curves(curve: Sequence[Point], kept: int | None) -> str:
         ("Speed", "tokens a second over the last twenty steps, on this machine", ("tokens_per_second",)),
     )
     points = [*curve, *smoothed(curve)]
-    shown = "".join(plot(title, note, points, names) for title, note, names in plots)
-    return f'<p class="lead">{html.text(meaning(curve, kept), 600)}</p><div class="plots">{shown}</div>'
+    figures = [curve_figure(title, note, points, names) for title, note, names in plots]
+    return {"meaning": meaning(curve, kept), "figures": [figure for figure in figures if figure]}
 
 
 def axis(values: Sequence[float]) -> tuple[float, float]:
@@ -189,15 +184,15 @@ def axis(values: Sequence[float]) -> tuple[float, float]:
     return low, high
 
 
-def plot(title: str, note: str, curve: Sequence[Point], names: Sequence[str]) -> str:
-    """Lines over steps, with a legend where there are several. The plot stretches with its column, its letters do not.
+def curve_figure(title: str, note: str, curve: Sequence[Point], names: Sequence[str]) -> Figure | None:
+    """Lines over steps, with a legend where there are several; None without a value. The plot stretches with its column, its letters do not.
 
     Values that are not finite are left out, and counted in the note.
     """
     finite = {name: [point for point in curve if name in point and math.isfinite(point[name])] for name in names}
     lines = {name: thinned(found, 500) for name, found in finite.items() if found}
     if not lines:
-        return ""
+        return None
     missing = sum(name in point for name in names for point in curve) - sum(map(len, finite.values()))
     last = max(found[-1]["step"] for found in lines.values())
     low, high = axis([point[name] for name, found in lines.items() for point in found])
@@ -205,53 +200,46 @@ def plot(title: str, note: str, curve: Sequence[Point], names: Sequence[str]) ->
     def y(value: float) -> float:
         return 8 + HIGH * (high - value) / (high - low)
 
-    body = _grid(low, high, last, y) + _lines(lines, last, y)
-    told = "; ".join(f"{NAMES.get(name, name)} from {found[0][name]:.4g} to {found[-1][name]:.4g}" for name, found in lines.items())
+    words = "; ".join(f"{NAMES.get(name, name)} from {found[0][name]:.4g} to {found[-1][name]:.4g}" for name, found in lines.items())
     columns = [
         (point["step"], NAMES.get(name, name), f"{point[name]:.4g}") for name, found in lines.items() for point in thinned(found, 20)
     ]
-    return html.figure(
+    return Figure(
         title,
-        note + (f"; {html.many(missing, 'value')} not finite, not drawn" if missing else ""),
-        _legend(lines) + html.svg(f"{title} over {last:,} steps: {told}", HIGH + 32, body),
-        html.table(title, ["step", "", "value"], columns),
+        note + (f"; {many(missing, 'value')} not finite, not drawn" if missing else ""),
+        Plot(f"{title} over {last:,} steps: {words}", HIGH + 32, [*_grid(low, high, last, y), *_lines(lines, last, y)]),
+        Table(title, ["step", "", "value"], columns),
+        legend=[(_kind(name, lines), NAMES.get(name, name)) for name in lines] if len(lines) > 1 else [],
     )
 
 
-def _grid(low: float, high: float, last: float, y: Callable[[float], float]) -> str:
+def _grid(low: float, high: float, last: float, y: Callable[[float], float]) -> list[Shape]:
     """Lines across at both ends, in the middle and, where the axis crosses it, at 0; steps below."""
     values = [low, (low + high) / 2, high]
     if low < 0 < high:  # 0 takes the place of a line that its letters would cover
         values = [*(value for value in values if abs(y(value) - y(0)) > 14), 0.0]
-    body = ""
+    body = []
     for value in values:
         kind = "grid zero" if value == 0 and low < 0 else "grid"
-        body += f'<line class="{kind}" x1="12%" x2="100%" y1="{y(value):.1f}" y2="{y(value):.1f}"/>'
-        body += f'<text class="tick" x="11%" y="{y(value) + 4:.1f}" text-anchor="end">{html.brief(value)}</text>'
+        body.append(shape("line", class_=kind, x1="12%", x2="100%", y1=f"{y(value):.1f}", y2=f"{y(value):.1f}"))
+        body.append(shape("text", brief(value), class_="tick", x="11%", y=f"{y(value) + 4:.1f}", text_anchor="end"))
     for step, anchor, at in ((0, "start", 12), (last / 2, "middle", 56), (last, "end", 100)):
         if step in {0, last} or last >= 2:
-            body += f'<text class="tick" x="{at}%" y="{HIGH + 26}" text-anchor="{anchor}">{html.number(round(step))}</text>'
+            body.append(shape("text", number(round(step)), class_="tick", x=f"{at}%", y=HIGH + 26, text_anchor=anchor))
     return body
 
 
-def _lines(lines: Mapping[str, Sequence[Point]], last: float, y: Callable[[float], float]) -> str:
-    drawn = marks = ""
+def _lines(lines: Mapping[str, Sequence[Point]], last: float, y: Callable[[float], float]) -> list[Shape]:
+    drawn, marks = [], []
     for name, found in lines.items():
-        kind, words = _kind(name, lines), html.text(NAMES.get(name, name))
+        kind, words = _kind(name, lines), shape("title", NAMES.get(name, name))
         places = [(100 * point["step"] / max(1, last), y(point[name])) for point in found]
-        drawn += (
-            f'<polyline class="line {kind}" points="{" ".join(f"{x:.2f},{at:.1f}" for x, at in places)}"><title>{words}</title></polyline>'
-        )
+        points = " ".join(f"{x:.2f},{at:.1f}" for x, at in places)
+        drawn.append(shape("polyline", words, class_=f"line {kind}", points=points))
         if len(places) <= FEW:
-            marks += "".join(f'<circle class="dot {kind}" cx="{12 + 0.88 * x:.2f}%" cy="{at:.1f}" r="2.5"/>' for x, at in places)
-    return f'<svg x="12%" width="88%" height="{HIGH + 16}" viewBox="0 0 100 {HIGH + 16}" preserveAspectRatio="none">{drawn}</svg>{marks}'
-
-
-def _legend(lines: Mapping[str, Any]) -> str:
-    if len(lines) < 2:
-        return ""
-    items = "".join(f'<li class="{_kind(name, lines)}">{html.text(NAMES.get(name, name))}</li>' for name in lines)
-    return f'<ul class="legend">{items}</ul>'
+            marks += [shape("circle", class_=f"dot {kind}", cx=f"{12 + 0.88 * x:.2f}%", cy=f"{at:.1f}", r="2.5") for x, at in places]
+    box = {"viewBox": f"0 0 100 {HIGH + 16}", "preserveAspectRatio": "none"}
+    return [shape("svg", *drawn, x="12%", width="88%", height=HIGH + 16, **box), *marks]
 
 
 def _kind(name: str, lines: Mapping[str, Any]) -> str:
@@ -262,47 +250,36 @@ def _kind(name: str, lines: Mapping[str, Any]) -> str:
     return f"of-{order.index(name)}"
 
 
-def _memory(predicted: Mapping[str, int] | None, peak: int, device: str) -> str:
+def _memory(predicted: Mapping[str, int] | None, peak: int, device: str) -> Figure:
     """A bar for each part as predicted, their sum, and what was measured."""
     what = "resident in the process" if device == "cpu" else "allocated by torch"
     total = sum((predicted or {}).values())
     bars = [*(predicted or {}).items(), *([("predicted", total)] if predicted else []), ("measured", peak)]
-    most, body = max(size for _, size in bars), ""
+    most, body = max(size for _, size in bars), []
     for i, (name, size) in enumerate(bars):
-        y = 36 * i
-        body += f'<text x="0" y="{y + 15}" class="name">{name}</text>'
-        body += f'<text x="100%" y="{y + 15}" class="soft" text-anchor="end">{size / 1e6:,.0f} MB</text>'
-        body += f'<rect class="track" x="0" y="{y + 21}" width="100%" height="7" rx="2"/>'
-        kind = "bar" if name == "measured" else "bar all"
-        body += f'<rect class="{kind}" x="0" y="{y + 21}" width="{100 * size / most:.3f}%" height="7" rx="2"/>'
+        y, kind = 36 * i, "bar" if name == "measured" else "bar all"
+        body += [
+            shape("text", name, x="0", y=y + 15, class_="name"),
+            shape("text", f"{size / 1e6:,.0f} MB", x="100%", y=y + 15, class_="soft", text_anchor="end"),
+            shape("rect", class_="track", x="0", y=y + 21, width="100%", height="7", rx="2"),
+            shape("rect", class_=kind, x="0", y=y + 21, width=f"{100 * size / most:.3f}%", height="7", rx="2"),
+        ]
     note = f"{100 * (total / peak - 1):+.1f} % off what was measured" if predicted else "this method's cannot be predicted"
-    table = html.table("Memory", ["", "bytes"], [(name, html.number(size)) for name, size in bars])
-    label = f"Memory: {peak / 1e6:,.0f} MB measured; {note}"
-    return html.figure("Peak memory", f"by part as predicted, {what}; {note}", html.svg(label, 36 * len(bars), body), table)
+    table = Table("Memory", ["", "bytes"], [(name, number(size)) for name, size in bars])
+    plot = Plot(f"Memory: {peak / 1e6:,.0f} MB measured; {note}", 36 * len(bars), body)
+    return Figure("Peak memory", f"by part as predicted, {what}; {note}", plot, table)
 
 
-def _weights(training: Mapping[str, Any]) -> str:
+def _weights(training: Mapping[str, Any]) -> dict[str, Any]:
     frozen = training["frozen"]
     kept = "the same before and after" if frozen["sha256_before"] == frozen["sha256_after"] else "changed, which they must not"
-    rows = [(kind, group["tensors"], group["moved"], html.number(group["norm_of_change"])) for kind, group in training["trained"].items()]
-    return (
-        "<figure>"
-        + html.table("What learnt", ["weights", "tensors", "moved", "norm of change"], rows, unfolded=True)
-        + f'<p class="sum">{html.many(frozen["tensors"], "frozen tensor")}: {kept}.</p></figure>'
-    )
+    rows = [(kind, group["tensors"], group["moved"], number(group["norm_of_change"])) for kind, group in training["trained"].items()]
+    table = Table("What learnt", ["weights", "tensors", "moved", "norm of change"], rows, folded=False)
+    return {"table": table, "frozen": f"{many(frozen['tensors'], 'frozen tensor')}: {kept}."}
 
 
-def _examples(examples: Sequence[Mapping[str, Any]]) -> str:
-    listed = ""
-    for example in examples[:SPANS]:
-        parts = re.split("[⟦⟧]", example["text"])
-        shown = "".join(f"<mark>{escape(html.visible(p))}</mark>" if i % 2 else escape(html.visible(p)) for i, p in enumerate(parts))
-        listed += f'<li><code>{html.bdi(example["source"])}</code><p class="text"><bdi dir="auto">{shown}</bdi></p></li>'
-    return f'<p class="lead">What the loss counts is <mark>marked</mark>.</p><ul class="edits">{listed}</ul>' if listed else ""
-
-
-def _settings(training: Mapping[str, Any]) -> str:
+def _settings(training: Mapping[str, Any]) -> Table:
     settings = {**training["settings"], **{name: training[name] for name in ("seed", "threads", "dtype", "device")}}
     settings |= {f"version of {name}": value for name, value in training["versions"].items()}
     rows = [(name, value if isinstance(value, str) else json.dumps(value)) for name, value in settings.items()]
-    return f"<figure>{html.table('Settings as they were resolved', ['name', 'value'], rows, unfolded=True)}</figure>"
+    return Table("Settings as they were resolved", ["name", "value"], rows, folded=False)

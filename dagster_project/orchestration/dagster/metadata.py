@@ -24,7 +24,7 @@ from dagster_project.lineage.index import Index
 from dagster_project.orchestration.dagster.pages import url
 from dagster_project.orchestration.dvc import StageState, digest
 from dagster_project.pipeline import Pipeline
-from dagster_project.views.lineage import page
+from dagster_project.views.lineage import lineage_page
 
 CODE_VERSION = "1"
 """Constant for all assets: changes of code are reported through `def/<stage>` (docs/decisions/002)."""
@@ -102,7 +102,7 @@ def _lineage(root: Path, state: StageState) -> dict[str, Any]:
     subject = lineage.find(Index(root), state.address)
     audited = lineage.document(subject)
     records, _ = lineage.trained_on(subject)
-    write_text(pages_of(root, state.address) / "audit.html", page(audited, lineage.listed(records)))
+    write_text(pages_of(root, state.address) / "audit.html", lineage_page(audited, lineage.listed(records)))
     rows = [
         [name, one["md5"][:12], one.get("rows_in", ""), one.get("rows_out", ""), sum(one.get("dropped", {}).values()) or ""]
         for name, one in audited["stages"].items()
