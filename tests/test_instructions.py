@@ -102,6 +102,8 @@ def test_what_a_data_owner_expects_is_a_check_and_data_docs(tmp_path: Path, tiny
     report = run(tmp_path, tiny_model, [ask("Hi")], expectations="suite.json")
     assert [check.name for check in report.failures] == ["expectations"]
     assert (tmp_path / "pages/data_docs/index.html").is_file()
+    page = (tmp_path / "pages/report.html").read_text()
+    assert 'id="expectations"' in page and "0 of 1 expectation hold" in page and "fails (error)" in page
 
 
 def test_a_suite_that_expects_nonsense_is_refused_by_name(tmp_path: Path, tiny_model: Path) -> None:

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 
 import grimp
+import pyarrow as pa
 import pytest
 from conftest import ROOT, pedigree
 from street import changed_in_dvc
 
 from dagster_project import pipeline
+from dagster_project.core.context import Documents
+from dagster_project.core.records import write_table
 from dagster_project.training.trainers.checkpoint import code_of
+from dagster_project.views.alignment import draw_alignment
+from dagster_project.views.ballot import ballot_page
+from dagster_project.views.comparison import Sample, comparison_page
+from dagster_project.views.data_quality import data_quality_page
+from dagster_project.views.lineage import lineage_page
+from dagster_project.views.training import training_page
 
 PACKAGE = ROOT / "dagster_project"
 DRAWN_OR_PLANNED = [*sorted((PACKAGE / "views").rglob("*")), *sorted((PACKAGE / "training" / "planning").iterdir())]
@@ -74,3 +86,142 @@ def test_rendering_names_what_it_cannot_draw(finished: Path) -> None:
     for stage, message in (("splits", "splits has no pages"), ("nothing", "nothing is not a stage of dvc.yaml")):
         refused = pedigree(finished, "render", stage)
         assert refused.returncode == 2 and message in refused.stderr and "Traceback" not in refused.stderr
+
+
+HOSTILE = "</script></style></svg><script>alert(1)</script><img src=x onerror=alert(1)>\" onload='alert(1)' {{ 7*7 }}{% raw %}\x1b[31m\u202e\ud800\x00"
+Text = Callable[[str], str]
+
+
+def quality(text: Text, tmp_path: Path) -> str:
+    match = {"row": 1, "place": text("a"), "other": text("b"), "part": text("prompt"), "rule": text("equal"), "score": 1.0,
+             "text": text("one"), "span": [0, 3], "other_text": text("two"), "other_span": [0, 3]}  # fmt: skip
+    finding = {"check": text("pii"), "severity": "error", "count": 40, "dropped": 1, "waived": 1, "elsewhere": 0, "fixed": 1, "rows": [1, 2],
+               "places": [text("a"), text("b")], "examples": [text("c")], "truth": text("d"), "note": text("e"), "next": text("f"),
+               "matches": [match]}  # fmt: skip
+    bins = [{"from": 0.0, "to": 1.0, "rows": 1, "pairs": 2, "near": 1}]
+    counts = {text("name"): 3}
+    found = {
+        "name": text("a"), "format": text("b"), "rows": 9, "kept": 7, "dropped": counts, "fixed": counts, "findings": [finding],
+        "notes": {text("quiet"): text("note")},
+        "similarity": {"gate": {text("gate"): 0.5}, "histogram": bins, "boilerplate": [{"text": text("phrase"), "rows": 2}]},
+        "profile": {
+            "categories": counts, "sources": counts, "scripts": counts, "roles": counts,
+            "lengths": {text("prompt"): {"unit": text("words"), "max": 3, "median": 1, "histogram": bins}},
+            "diversity": {text("distinct"): 0.5, "top_openings": counts, "top_responses": counts},
+        },
+    }  # fmt: skip
+    entry = {"place": text("p"), "text": text("t"), "before": f"a {text('x')} b", "after": f"a {text('y')} b"}
+    changes = {
+        "previous": text("HEAD"), "rows": {}, "examples": {kind: [entry] for kind in ("added", "removed", "changed")},
+        "findings": {kind: [{"check": text("pii"), "count": 1, "before": 1, "after": 2}] for kind in ("new", "gone", "changed")},
+    }  # fmt: skip
+    return data_quality_page(found, changes)
+
+
+def training(text: Text, tmp_path: Path) -> str:
+    document = {
+        "loss": {"first": 2.0, "last": 1.0}, "validation": [], "steps": 1, "planned_steps": 1, "tokens": 1, "trained_tokens": 1,
+        "settings": {"method": text("lora"), text("name"): [text("value")]}, "dtype": text("float32"), "device": text("cpu"), "seed": 7,
+        "threads": 2, "versions": {text("torch"): text("2")}, "frozen": {"sha256_before": "a", "sha256_after": "a", "tensors": 2},
+        "trained": {text("lora_A"): {"tensors": 1, "moved": 1, "norm_of_change": 0.1}},
+    }  # fmt: skip
+    examples = [{"source": text("a:1"), "text": f"{text('user')} ⟦{text('answer')}⟧ {text('rest')}"}]
+    measured = {"peak_memory_bytes": 2e9}
+    return training_page(text("lora"), document, [{"step": 1, "loss": 2.0}], measured, {text("weights"): 10**9}, examples)
+
+
+def alignment(text: Text, tmp_path: Path) -> str:
+    pair = {"sft": 1.0, "aligned": 2.0, "difference": 1.0, "interval": [0.0, 2.0]}
+    watch = {
+        "reward": pair,
+        "win_rate": {"value": 0.5},
+        "tokens": pair,
+        "distinct": pair,
+        "unfinished": pair,
+        "kl_per_token": 0.1,
+        "prompts": 1,
+    }
+    metrics = {
+        "watch": watch, "preference": {"accuracy": pair}, "method": text("dpo"), "adapter": text("lora"),
+        "checks": {"reward_model_is_reliable": {"passed": False, "note": text("note")}},
+    }  # fmt: skip
+    row = {f"{who}_{what}": 1.0 for who in ("sft", "aligned") for what in ("reward", "tokens")}
+    stored = {name: text(name).replace("\ud800", "") for name in ("prompt", "sft_answer", "aligned_answer")}  # Parquet holds UTF-8
+    rows = [{**row, **stored}]
+    write_table(tmp_path / "out" / "samples.parquet", rows, pa.Table.from_pylist(rows).schema)
+    (tmp_path / "pages").mkdir()
+    (tmp_path / "pages" / "history.json").write_text(json.dumps({"curve": [{"step": 1, "reward": 1.0}], "signs": [text("sign")]}))
+    draw_alignment(Documents(tmp_path, f"aligned@{text('dpo')}", tmp_path / "out", tmp_path / "pages", metrics))
+    return (tmp_path / "pages" / "alignment.html").read_text()
+
+
+def comparison(text: Text, tmp_path: Path) -> str:
+    systems, label = [text("lora"), text("few_shot")], {"n": 2, "f1": 0.5}
+    score = {"macro_f1": 0.5, "macro_f1_interval": [0.4, 0.6], "accuracy": 0.5, "by_label": {text("login"): label}}
+    change = {"base": 0.5, "tuned": 0.6, "difference": 0.1, "interval": [0.0, 0.2]}
+    retention = {"accuracy": change, "gold_log_likelihood": change, "questions": 9}
+    document = {
+        "headline": text("Use it."), "advice": [text("advice")], "test": {"examples": 9, "answered": 8, "seen": 1}, "shown": ["macro_f1", "accuracy"],
+        "recommended": {"variant": systems[0], "sure": True, "why": text("why")}, "scores": dict.fromkeys(systems, score),
+        "compared": {systems[0]: {"retention": {"overall": retention, text("subject"): retention}, "failed_checks": [text("check")]}},
+        "costs": {systems[0]: {"prompt_tokens": 40.0, "bytes": 1, "tokens": 9}, systems[1]: {}},
+    }  # fmt: skip
+    answers = {name: (text("answer"), 0.0) for name in systems}
+    return comparison_page(document, [Sample(text("prompt"), text("reference"), text("category"), answers)], {})
+
+
+def lineage(text: Text, tmp_path: Path) -> str:
+    source = {
+        "rows": 1,
+        "format": text("alpaca"),
+        "licence": text("MIT"),
+        "origin": text("web"),
+        "outcomes": {text("kept"): {text("kept"): 1}},
+    }
+    check = {"passed": False, "severity": text("error"), "count": 1, "note": text("note")}
+    stage = {"md5": text("abc"), "parents": [], "output": text("data"), "rows_in": 1, "rows_out": 0, "dropped": {text("pii"): 1},
+             "checks": {text("pii"): check}}  # fmt: skip
+    part = {"records": 1, "views": 1, "steps": 1, "epochs": 1}
+    found = {
+        "model": {"stage": text("adapter"), "path": text("data/a"), "md5": text("abc")}, "parents": [], "sources": {text("a.json"): source},
+        "stages": {text("adapter"): stage}, "records": {"records": 1, "learnt_by": {text("adapter"): part}}, "missing": [
+        {"path": text("a"), "md5": text("b"), "fetch": text("dvc pull")}], "shallow": True, "waivers": [{"reason": text("because")}],
+        "parameters": {text("adapter.lora"): {text("r"): text("4")}}, "metrics": {text("adapter"): {text("loss"): text("1")}},
+        "code": {"commit": None, "after": text("abc"), "files": {text("a.py"): text("abc")}}, "environment": {text("torch"): text("2")},
+        "base_model": {"origin": text("hub"), "licence": text("MIT"), "sha256": {"model.safetensors": text("abc")}},
+        "chat_template": {"name": text("chatml"), "sha256": text("abc")},
+    }  # fmt: skip
+    record = {"example_id": text("abc"), "source": text("a.json"), "source_row": 1, "model": text("adapter"), "steps": [1], "epochs": [1]}
+    return lineage_page(found, [record])
+
+
+def ballot(text: Text, tmp_path: Path) -> str:
+    prompt = [{"role": text("user"), "content": text("hi")}]
+    return ballot_page({"ballot": text("abc"), "pairs": [{"id": text("1"), "prompt": prompt, "answers": [text("a"), text("b")]}]})
+
+
+class Elements(HTMLParser):
+    """The elements of a page with the names of their attributes, and its text without style and script."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, list[str]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, [name for name, _ in attrs]))
+        self.text += " ".join(value or "" for name, value in attrs if name not in {"class", "content"})
+
+    def handle_data(self, data: str) -> None:
+        if self.found and self.found[-1][0] not in {"style", "script"}:
+            self.text += data
+
+
+@pytest.mark.parametrize("page", [quality, training, alignment, comparison, lineage, ballot])
+def test_hostile_text_in_any_field_of_any_page_stays_text(page: Callable[[Text, Path], str], tmp_path: Path) -> None:
+    hostile, harmless = page(lambda text: text + HOSTILE, tmp_path / "a"), page(lambda text: f"{text} word", tmp_path / "b")
+    assert Elements(hostile).found == Elements(harmless).found, "text made an element or an attribute"
+    assert "<img" not in hostile and not re.search("[\x00-\x08\x0b-\x1f\u202e\ud800]", hostile)
+    body = hostile[hostile.index("<body>") :]
+    assert "{{ 7*7 }}" in body and "49" not in re.sub("[0-9.]{3,}", "", Elements(body).text)

@@ -16,6 +16,7 @@ from dagster_project.core.records import (
     read_records,
     read_table,
     uncollected,
+    write_json,
     write_ledger,
     write_records,
 )
@@ -60,7 +61,7 @@ def produce(
     root: Path, params: Params, raw_examples: Path, base_model: Path, out: Path, pages: Path, previous: Mapping[str, Path]
 ) -> Report:
     """Args:
-    pages: folder for what people look at: report.html, review.csv, and Great Expectations' Data Docs.
+    pages: folder for documents about this run (changes.json, expectations.json), review.csv, and Great Expectations' Data Docs.
     previous: files of the output as recorded before, by relative path; only the page's account of what changed looks at them.
     """
     held_out = [item for path in params.benchmarks for item in read_items(inside(root, path, "instructions.benchmarks"), path)]
@@ -78,7 +79,9 @@ def produce(
     else:
         suite = inside(root, params.expectations, "instructions.expectations")
         outcome = expectations.run(expectations.table(kept, read=len(records)), suite, pages / "data_docs", params.expectations)
-        checks.append(expectations.check(outcome, [findings.place(record) for record in kept]))
+        places = [findings.place(record) for record in kept]
+        checks.append(expectations.check(outcome, places))
+        write_json(pages / "expectations.json", expectations.document(outcome, places))
 
     write_records(out, kept)
     write_ledger(

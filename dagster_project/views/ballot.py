@@ -18,7 +18,7 @@ def ballot_page(ballot: Mapping[str, Any]) -> str:
     pairs = [
         {
             "id": pair["id"],
-            "prompt": [[message["role"], visible(message["content"])] for message in pair["prompt"]],
+            "prompt": [[visible(message["role"]), visible(message["content"])] for message in pair["prompt"]],
             "answers": [visible(answer) for answer in pair["answers"]],
         }
         for pair in ballot["pairs"]

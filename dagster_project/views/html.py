@@ -133,4 +133,4 @@ ENVIRONMENT = Environment(
 )  # fmt: skip
 ENVIRONMENT.filters |= {"cut": cut, "number": number}
 ENVIRONMENT.globals |= {"many": many}
-ENVIRONMENT.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
+ENVIRONMENT.policies["json.dumps_kwargs"] = {"separators": (",", ":")}  # ASCII: no hidden character is in a page

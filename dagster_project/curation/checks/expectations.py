@@ -117,6 +117,20 @@ def check(outcome: Outcome, places: Sequence[str] = ()) -> CheckResult:
     )
 
 
+def document(outcome: Outcome, places: Sequence[str]) -> dict[str, Any]:
+    """expectations.json, from which the data-quality page is drawn.
+
+    Args:
+        places: "source:row" of each row of the table.
+    """
+    judged = [
+        {"type": one.type, "words": one.words, "passed": one.passed, "severity": one.severity, "seen": one.seen,
+         "places": [places[i] for i in one.rows]}
+        for one in outcome.expectations
+    ]  # fmt: skip
+    return {"suite": outcome.suite, "rows": outcome.rows, "expectations": judged}
+
+
 def table(records: Sequence[dict[str, Any]], clusters: Sequence[Any] | None = None, read: int | None = None) -> pd.DataFrame:
     """What expectations are about: `COLUMNS`, one row per kept record, in order.
 
