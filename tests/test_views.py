@@ -174,7 +174,7 @@ def lineage(text: Text, tmp_path: Path) -> str:
     source = {
         "rows": 1,
         "format": text("alpaca"),
-        "licence": text("MIT"),
+        "license": text("MIT"),
         "origin": text("web"),
         "outcomes": {text("kept"): {text("kept"): 1}},
     }
@@ -188,7 +188,7 @@ def lineage(text: Text, tmp_path: Path) -> str:
         {"path": text("a"), "md5": text("b"), "fetch": text("dvc pull")}], "shallow": True, "waivers": [{"reason": text("because")}],
         "parameters": {text("adapter.lora"): {text("r"): text("4")}}, "metrics": {text("adapter"): {text("loss"): text("1")}},
         "code": {"commit": None, "after": text("abc"), "files": {text("a.py"): text("abc")}}, "environment": {text("torch"): text("2")},
-        "base_model": {"origin": text("hub"), "licence": text("MIT"), "sha256": {"model.safetensors": text("abc")}},
+        "base_model": {"origin": text("hub"), "license": text("MIT"), "sha256": {"model.safetensors": text("abc")}},
         "chat_template": {"name": text("chatml"), "sha256": text("abc")},
     }  # fmt: skip
     record = {"example_id": text("abc"), "source": text("a.json"), "source_row": 1, "model": text("adapter"), "steps": [1], "epochs": [1]}
