@@ -85,8 +85,8 @@ def measure(name: str, base_model: Path, dtype_name: str, length: int, checkpoin
     from dagster_project.core.params import Compute
     from dagster_project.training.methods.build import CANNOT_CHECKPOINT, build
     from dagster_project.training.methods.hardware import prepare
-    from dagster_project.training.trainers.params import SftParams
-    from dagster_project.training.trainers.sft import train
+    from dagster_project.training.trainers.harness.params import SftParams
+    from dagster_project.training.trainers.sft.sft import train
 
     compute = Compute(threads=1, dtype=dtype_name)
     device, dtype = prepare(compute)

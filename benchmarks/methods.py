@@ -47,8 +47,8 @@ def one(method: str, project: Path, steps: int, answers: int, threads: int | Non
     from dagster_project.training.methods.build import build, quantization_of, why_not_merged
     from dagster_project.training.methods.hardware import prepare
     from dagster_project.training.methods.load import load
-    from dagster_project.training.trainers.params import SftParams
-    from dagster_project.training.trainers.sft import train
+    from dagster_project.training.trainers.harness.params import SftParams
+    from dagster_project.training.trainers.sft.sft import train
 
     values = params.read(project)
     settings = params.parse(Settings, values.get("evaluation"), "evaluation")

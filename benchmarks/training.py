@@ -5,7 +5,7 @@ optimizer, rate, schedule and number of steps, some 8 examples an optimizer step
 
     trl             TRL's defaults: float32 as TRL loads a model, 8 examples padded to the longest, gradient checkpointing
     trl_...         its settings that could be faster: no checkpointing, bfloat16, packing, no padding, compiled; the fastest of those measured is TRL's best
-    ours            training/trainers/sft.py as `adapter@X` calls it
+    ours            training/trainers/sft/sft.py as `adapter@X` calls it
     ours_float32    the same in float32, to tell what bfloat16 changes
     ours_compiled   the same with `compile: layers`, warm: steps that compile are left out
 
@@ -112,8 +112,8 @@ def train_ours(name: str, found: list[dict[str, list[int]]], seed: int, epochs: 
     from dagster_project.core.params import Compute
     from dagster_project.training.methods.build import build
     from dagster_project.training.methods.hardware import prepare
-    from dagster_project.training.trainers.params import SftParams
-    from dagster_project.training.trainers.sft import train
+    from dagster_project.training.trainers.harness.params import SftParams
+    from dagster_project.training.trainers.sft.sft import train
 
     settings = dict(OURS[name])
     compute = Compute(seed=seed, threads=int(os.environ["OMP_NUM_THREADS"]), dtype=settings.pop("dtype", "auto"))

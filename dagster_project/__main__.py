@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from dagster_project.core.errors import InputError, PedigreeError
 
 if TYPE_CHECKING:
-    from dagster_project.evaluation.pairwise import Match
+    from dagster_project.evaluation.paired.pairwise import Match
 
 log = logging.getLogger("pedigree")
 
@@ -272,7 +272,7 @@ def _project(options: argparse.Namespace) -> Path:
 
 def _match(options: argparse.Namespace) -> Match:
     """The pairs of the two systems named, or of those that one would ask about first."""
-    from dagster_project.evaluation.pairwise import contenders, match
+    from dagster_project.evaluation.paired.pairwise import contenders, match
 
     root = _project(options)
     if len(options.systems) not in {0, 2}:

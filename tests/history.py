@@ -19,7 +19,7 @@ from ruamel.yaml import YAML
 from street import git
 
 from dagster_project.core.records import example_id, ledger_schema, record_schema
-from dagster_project.training.trainers.weight_audit import seen_schema
+from dagster_project.training.trainers.harness.weight_audit import seen_schema
 
 DVC_YAML = """\
 stages:

@@ -18,14 +18,14 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
 from dagster_project.core.progress import Progress
 from dagster_project.core.records import Report, example_id, read_table, write_records
-from dagster_project.evaluation.alignment import gamed, paired
+from dagster_project.evaluation.paired.alignment import gamed, paired
 from dagster_project.pipeline import validate
 from dagster_project.stages import aligned, reward_model
 from dagster_project.training.tokens.preference_pairs import answered, both
-from dagster_project.training.trainers import preference
-from dagster_project.training.trainers import reward_model as reward
-from dagster_project.training.trainers.harness import Diverged, Interrupted
-from dagster_project.training.trainers.history import TrainingHistory
+from dagster_project.training.trainers.alignment import preference
+from dagster_project.training.trainers.alignment import reward_model as reward
+from dagster_project.training.trainers.harness.history import TrainingHistory
+from dagster_project.training.trainers.harness.session import Diverged, Interrupted
 
 COMPUTE = Compute(seed=3, threads=1, dtype="float32")
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
@@ -289,7 +289,7 @@ def test_a_training_stopped_on_the_way_ends_in_the_same_bytes(
     align_it(tmp_path / "whole", preferences, judged[0], tiny_model, **settings)
     from contextlib import contextmanager
 
-    from dagster_project.training.trainers import ppo, trl_training
+    from dagster_project.training.trainers.alignment import ppo, trl_training
 
     asked = iter([*[False] * (0 if method == "ppo" else 3), *[True] * 20])
 
@@ -311,7 +311,8 @@ def test_wherever_it_is_stopped_it_ends_in_the_same_bytes_measured_as_often(
 ) -> None:
     from contextlib import contextmanager
 
-    from dagster_project.training.trainers import harness, trl_training
+    from dagster_project.training.trainers.alignment import trl_training
+    from dagster_project.training.trainers.harness import session as harness
 
     align_it(tmp_path / "whole", preferences, judged[0], tiny_model, method="dpo")  # four steps an epoch, two epochs
     assert [point["step"] for point in json.loads((tmp_path / "whole" / "out" / "training.json").read_text())["validation"]] == [0, 4, 8]
@@ -443,7 +444,7 @@ def test_an_entry_that_cannot_be_done_is_refused_in_words(change: dict[str, Any]
 
 def test_the_reward_model_judges_two_systems(judged: tuple[Path, Report]) -> None:
     from dagster_project.evaluation.judge import by_reward, by_reward_text
-    from dagster_project.evaluation.pairwise import Match, Pair
+    from dagster_project.evaluation.paired.pairwise import Match, Pair
 
     asked = [{"role": "user", "content": "q"}]
     pairs = [Pair(str(i), asked, None, ("aaa", "zzz") if i else ("zzz", "aaa"), swapped=False) for i in range(4)]

@@ -15,9 +15,9 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute, parse
 from dagster_project.stages import adapter
 from dagster_project.training.methods import build
-from dagster_project.training.trainers import auto
-from dagster_project.training.trainers.harness import Diverged, Interrupted
-from dagster_project.training.trainers.history import TrainingHistory
+from dagster_project.training.trainers.harness.history import TrainingHistory
+from dagster_project.training.trainers.harness.session import Diverged, Interrupted
+from dagster_project.training.trainers.sft import auto
 
 ALL = {"num_train_epochs": "auto", "learning_rate": "auto", "per_device_train_batch_size": "auto", "peft": {"r": "auto"}}
 

@@ -17,8 +17,8 @@ from conftest import ROOT
 from ruamel.yaml import YAML
 
 from dagster_project.core.errors import PedigreeError
-from dagster_project.training.trainers import checkpoint
-from dagster_project.training.trainers.checkpoint import Checkpoints, code_of, pack, refuse_full_disk, unpack
+from dagster_project.training.trainers.harness import checkpoint
+from dagster_project.training.trainers.harness.checkpoint import Checkpoints, code_of, pack, refuse_full_disk, unpack
 
 IDENTITY = {"parameters": "p", "code": "c", "threads": "1"}
 

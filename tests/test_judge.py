@@ -15,7 +15,7 @@ from test_ballots import make_project
 from dagster_project.__main__ import main
 from dagster_project.core.errors import CheckFailed, InputError, PedigreeError
 from dagster_project.evaluation.judge import Endpoint, ask, judge, judge_text, verdict
-from dagster_project.evaluation.pairwise import Match, Pair
+from dagster_project.evaluation.paired.pairwise import Match, Pair
 
 KEY = "sk-not-to-be-seen"
 Answer = Callable[[dict[str, Any]], Any]

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from sklearn.metrics import f1_score
 
-from dagster_project.evaluation.bootstrap import difference, estimate, ratio
 from dagster_project.evaluation.metrics import (
     NO_LABEL,
     Task,
@@ -26,6 +25,7 @@ from dagster_project.evaluation.metrics import (
     score,
     token_f1,
 )
+from dagster_project.evaluation.paired.bootstrap import difference, estimate, ratio
 
 TASK = Task(fields={"summary": [], "category": ["login", "billing", "bug"]}, score="category")
 TABLE, TEXT = measures(TASK, {}), measures(None, {})

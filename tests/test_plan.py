@@ -25,7 +25,7 @@ from dagster_project.training.planning import memory
 from dagster_project.training.planning.memory import Memory, Prediction, _state_bytes, predict
 from dagster_project.training.planning.timing import Operations, Shape
 from dagster_project.training.tokens.collators import collate_packed, collate_padded
-from dagster_project.training.trainers.sft import causal
+from dagster_project.training.trainers.sft.sft import causal
 
 H, F, A, KV = 64, 128, 4, 32  # hidden, intermediate, heads, width of key and value
 TINY = {

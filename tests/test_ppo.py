@@ -28,11 +28,11 @@ from test_resume import forked
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
 from dagster_project.training.inference.decoding import decode
-from dagster_project.training.trainers import ppo
-from dagster_project.training.trainers.checkpoint import Checkpoints
-from dagster_project.training.trainers.distributed import process_group
-from dagster_project.training.trainers.harness import Interrupted
-from dagster_project.training.trainers.weight_audit import sha256_of_tensors, trainable
+from dagster_project.training.trainers.alignment import ppo
+from dagster_project.training.trainers.harness.checkpoint import Checkpoints
+from dagster_project.training.trainers.harness.distributed import process_group
+from dagster_project.training.trainers.harness.session import Interrupted
+from dagster_project.training.trainers.harness.weight_audit import sha256_of_tensors, trainable
 
 COMPUTE = Compute(threads=1, dtype="float32")
 QUESTIONS = ["Hi", "Where is my parcel?", "No, thank you", "I was charged twice"]

@@ -28,9 +28,9 @@ from dagster_project.core.params import Compute
 from dagster_project.core.records import read_table, write_table
 from dagster_project.pipeline import validate
 from dagster_project.stages import adapter
-from dagster_project.training.trainers import distributed
-from dagster_project.training.trainers.distributed import Place, claim_gpus, process_group
-from dagster_project.training.trainers.sft import steps
+from dagster_project.training.trainers.harness import distributed
+from dagster_project.training.trainers.harness.distributed import Place, claim_gpus, process_group
+from dagster_project.training.trainers.sft.sft import steps
 
 PLAIN = {**RECIPE, "peft": {**RECIPE["peft"], "lora_dropout": 0.0}, "neftune_noise_alpha": None}
 """Seven rows an epoch: of the four steps the last has one row, and so one process has none."""

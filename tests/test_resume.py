@@ -110,7 +110,7 @@ def kill_at_write(save: int, boundary: int | None, count: Path | None = None) ->
 
     import safetensors.torch
 
-    from dagster_project.training.trainers.checkpoint import Checkpoints
+    from dagster_project.training.trainers.harness.checkpoint import Checkpoints
 
     saves, passed, active = 0, 0, False
     whole = Checkpoints.save

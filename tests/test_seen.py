@@ -23,7 +23,7 @@ from dagster_project.core.records import write_text
 from dagster_project.orchestration.dagster.metadata import asset_key, describe
 from dagster_project.orchestration.dagster.sync import sync
 from dagster_project.orchestration.dvc import read_street
-from dagster_project.training.trainers.curve import LIVE, live_writer
+from dagster_project.training.trainers.harness.curve import LIVE, live_writer
 
 LORA = asset_key("adapter@lora")
 

@@ -34,9 +34,10 @@ from dagster_project.training.methods.build import PreparedModel, peft_config, s
 from dagster_project.training.planning import hints as planning_hints
 from dagster_project.training.planning.hints import forecast_training
 from dagster_project.training.tokens.collators import collate_packed, collate_padded
-from dagster_project.training.trainers import checkpoint, fit, sft
-from dagster_project.training.trainers.params import SftParams
-from dagster_project.training.trainers.sft import add_noise, refuse_mistakes, steps, train
+from dagster_project.training.trainers.harness import checkpoint
+from dagster_project.training.trainers.harness.params import SftParams
+from dagster_project.training.trainers.sft import fit, sft
+from dagster_project.training.trainers.sft.sft import add_noise, refuse_mistakes, steps, train
 
 COMPUTE = Compute(threads=1, dtype="float32")
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["v_proj", "q_proj", "down_proj"]}

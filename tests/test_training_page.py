@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 
-from dagster_project.training.trainers.curve import Point
+from dagster_project.training.trainers.harness.curve import Point
 from dagster_project.views import html
 from dagster_project.views.training import RISE, axis, curve_figure, meaning, overfitting_since, smoothed
 

@@ -17,7 +17,7 @@ from street import changed_in_dvc
 from dagster_project import pipeline
 from dagster_project.core.context import Documents
 from dagster_project.core.records import write_table
-from dagster_project.training.trainers.checkpoint import code_of
+from dagster_project.training.trainers.harness.checkpoint import code_of
 from dagster_project.views.alignment import draw_alignment
 from dagster_project.views.ballot import ballot_page
 from dagster_project.views.comparison import Sample, comparison_page

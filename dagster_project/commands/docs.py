@@ -20,8 +20,8 @@ from dagster_project.curation.checks.checks import CHECKS, Rules
 from dagster_project.curation.checks.row_checks import ROW_CHECKS
 from dagster_project.pipeline import PEDIGREE, STAGES, VARIANTS_OF, sections
 from dagster_project.training.methods.build import OWN
-from dagster_project.training.trainers.params import AUTO, OrAuto
-from dagster_project.training.trainers.preference import METHODS
+from dagster_project.training.trainers.alignment.preference import METHODS
+from dagster_project.training.trainers.harness.params import AUTO, OrAuto
 
 Schema = dict[str, Any]
 

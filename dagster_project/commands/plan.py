@@ -28,10 +28,10 @@ from dagster_project.training.planning import layerwise, memory
 from dagster_project.training.planning.memory import size_text
 from dagster_project.training.planning.timing import Operations
 from dagster_project.training.tokens.preference_pairs import both
-from dagster_project.training.trainers import auto
-from dagster_project.training.trainers.params import AUTO
-from dagster_project.training.trainers.reward_model import tokenizer_of
-from dagster_project.training.trainers.sft import refuse_mistakes, steps
+from dagster_project.training.trainers.alignment.reward_model import tokenizer_of
+from dagster_project.training.trainers.harness.params import AUTO
+from dagster_project.training.trainers.sft import auto
+from dagster_project.training.trainers.sft.sft import refuse_mistakes, steps
 
 MARGIN = (0.9, 1.4)
 """A step takes from this much of its operations at their fastest to this much of them in new memory: caches, and Python between them (docs/memory.md)."""

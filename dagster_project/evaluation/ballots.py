@@ -14,7 +14,7 @@ from pydantic import Field
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Section, parse
 from dagster_project.core.text import many, visible
-from dagster_project.evaluation.pairwise import Choice, Match, Outcome, agreement, answers_of, as_text, majority, match, tally
+from dagster_project.evaluation.paired.pairwise import Choice, Match, Outcome, agreement, answers_of, as_text, majority, match, tally
 
 
 class Vote(Section):

@@ -14,9 +14,9 @@ from pydantic import Discriminator, Field, Tag
 from dagster_project.core.chat import encode_prompt, encode_record, is_text
 from dagster_project.core.params import TAG, Compute, Section
 from dagster_project.core.records import prompt_text, response_text, subject_text
-from dagster_project.evaluation.bootstrap import rounded
 from dagster_project.evaluation.labels import LabelSet, LabelTask, label_set
 from dagster_project.evaluation.metrics import Task, is_answer, label, perplexity
+from dagster_project.evaluation.paired.bootstrap import rounded
 from dagster_project.training.inference.generate import generate
 from dagster_project.training.inference.likelihood import negative_log_likelihood
 from dagster_project.training.methods import feature_extraction

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from dagster_project.core.errors import CheckFailed, InputError, PedigreeError
 from dagster_project.core.progress import Progress
 from dagster_project.core.text import many, visible
-from dagster_project.evaluation.pairwise import Choice, Match, Outcome, Pair, as_text, tally
+from dagster_project.evaluation.paired.pairwise import Choice, Match, Outcome, Pair, as_text, tally
 from dagster_project.training.tokens.preference_pairs import reply as said_by_assistant
 
 log = logging.getLogger("pedigree")
@@ -216,7 +216,7 @@ def by_reward(match: Match, n: int, folder: Path) -> dict[str, Any]:
     """
     import torch
 
-    from dagster_project.training.trainers.reward_model import QUALITY, RewardModel, failed_checks
+    from dagster_project.training.trainers.alignment.reward_model import QUALITY, RewardModel, failed_checks
 
     failed = "; ".join(f"{name}: {note}" for name, note in failed_checks(folder).items())
     if not (folder / "config.json").is_file():

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, model_validator
 
 from dagster_project.core.params import Section
-from dagster_project.evaluation.bootstrap import Combine, estimate
 from dagster_project.evaluation.labels import NO_LABEL, LabelSet, per_label
+from dagster_project.evaluation.paired.bootstrap import Combine, estimate
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,7 +13,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.params import inside
 from dagster_project.core.progress import Progress
 from dagster_project.curation.sources.benchmarks import Item, read_multiple_choice
-from dagster_project.evaluation.bootstrap import difference, rounded
+from dagster_project.evaluation.paired.bootstrap import difference, rounded
 
 if TYPE_CHECKING:
     import numpy as np

@@ -18,16 +18,17 @@ from dagster_project.core.params import Compute
 from dagster_project.core.records import CheckResult, Report, remove, write_json, write_table
 from dagster_project.training.methods import build as methods
 from dagster_project.training.methods.hardware import peak_memory, prepare
-from dagster_project.training.trainers import auto, weight_audit
-from dagster_project.training.trainers.checkpoint import run_identity
-from dagster_project.training.trainers.curve import write_curve
-from dagster_project.training.trainers.distributed import claim_gpus
-from dagster_project.training.trainers.fit import Fitted, TrainingData, fit
-from dagster_project.training.trainers.harness import Diverged, advice_on_memory
-from dagster_project.training.trainers.history import TrainingHistory
-from dagster_project.training.trainers.params import AUTO, AdapterParams
-from dagster_project.training.trainers.sft import refuse_mistakes, warmup
-from dagster_project.training.trainers.weight_audit import LIBRARIES
+from dagster_project.training.trainers.harness import weight_audit
+from dagster_project.training.trainers.harness.checkpoint import run_identity
+from dagster_project.training.trainers.harness.curve import write_curve
+from dagster_project.training.trainers.harness.distributed import claim_gpus
+from dagster_project.training.trainers.harness.history import TrainingHistory
+from dagster_project.training.trainers.harness.params import AUTO, AdapterParams
+from dagster_project.training.trainers.harness.session import Diverged, advice_on_memory
+from dagster_project.training.trainers.harness.weight_audit import LIBRARIES
+from dagster_project.training.trainers.sft import auto
+from dagster_project.training.trainers.sft.fit import Fitted, TrainingData, fit
+from dagster_project.training.trainers.sft.sft import refuse_mistakes, warmup
 
 log = logging.getLogger("pedigree")
 

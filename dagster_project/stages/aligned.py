@@ -16,22 +16,28 @@ from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
 from dagster_project.core.records import CheckResult, Report, read_preferences, remove, write_json, write_table, write_text
-from dagster_project.evaluation import alignment
+from dagster_project.evaluation.paired import alignment
 from dagster_project.training.methods import build as methods
 from dagster_project.training.methods.build import PreparedModel
 from dagster_project.training.methods.hardware import peak_memory, prepare, reuse_large_blocks
 from dagster_project.training.tokens.preference_pairs import both
-from dagster_project.training.trainers import preference, weight_audit
-from dagster_project.training.trainers import reward_model as reward
-from dagster_project.training.trainers.checkpoint import Checkpoints, refuse_full_disk
-from dagster_project.training.trainers.curve import write_curve
-from dagster_project.training.trainers.distributed import claim_gpus, process_group
-from dagster_project.training.trainers.harness import Diverged, advice_on_memory
-from dagster_project.training.trainers.history import TrainingHistory
-from dagster_project.training.trainers.params import NON_SEMANTIC_PARAMS, PreferenceParams, refuse_unmerged
-from dagster_project.training.trainers.preference import AlignmentMethod, AlignmentRun, StoppedHistory, document_of, preference_identity
-from dagster_project.training.trainers.reward_model import MODEL, RewardModel, Rewards, failed_checks, tokenizer_of
-from dagster_project.training.trainers.weight_audit import WeightAudit
+from dagster_project.training.trainers.alignment import preference
+from dagster_project.training.trainers.alignment import reward_model as reward
+from dagster_project.training.trainers.alignment.preference import (
+    AlignmentMethod,
+    AlignmentRun,
+    StoppedHistory,
+)
+from dagster_project.training.trainers.alignment.reward_model import MODEL, RewardModel, Rewards, failed_checks, tokenizer_of
+from dagster_project.training.trainers.alignment.trl_training import document_of, preference_identity
+from dagster_project.training.trainers.harness import weight_audit
+from dagster_project.training.trainers.harness.checkpoint import Checkpoints, refuse_full_disk
+from dagster_project.training.trainers.harness.curve import write_curve
+from dagster_project.training.trainers.harness.distributed import claim_gpus, process_group
+from dagster_project.training.trainers.harness.history import TrainingHistory
+from dagster_project.training.trainers.harness.params import NON_SEMANTIC_PARAMS, PreferenceParams, refuse_unmerged
+from dagster_project.training.trainers.harness.session import Diverged, advice_on_memory
+from dagster_project.training.trainers.harness.weight_audit import WeightAudit
 
 log = logging.getLogger("pedigree")
 

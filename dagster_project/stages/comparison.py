@@ -12,11 +12,11 @@ from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.params import Section
 from dagster_project.core.records import Report, prompt_text, read_records, read_table, response_text, write_json, write_text
 from dagster_project.core.text import NAMES
-from dagster_project.evaluation.bootstrap import difference, ratio
 from dagster_project.evaluation.comparison import advice, board, headline, recommended
 from dagster_project.evaluation.custom_metrics import own_measures
 from dagster_project.evaluation.evaluator import Settings, asked
 from dagster_project.evaluation.metrics import by_label, measures, perplexity, score
+from dagster_project.evaluation.paired.bootstrap import difference, ratio
 from dagster_project.evaluation.retention import forgot, retained
 
 

@@ -343,6 +343,11 @@ def _check_keys(name: str, keys: dict[str, Any], options: Mapping[str, Any], whe
 # ---- building ---------------------------------------------------------------------------------------------------------------------------
 
 
+def causal(model: Any) -> Any:
+    """The language model inside a PeftModel; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def peft_config(
     method: str, options: Mapping[str, Any], where: str, base: Any = None, total_steps: int | None = None, tokenizer: str | None = None
 ) -> Any:

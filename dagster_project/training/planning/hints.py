@@ -14,9 +14,9 @@ from dagster_project.core.records import read_table
 from dagster_project.training.methods.build import CANNOT_CHECKPOINT
 from dagster_project.training.methods.hardware import available_memory, prepare
 from dagster_project.training.planning import memory
-from dagster_project.training.trainers import auto
-from dagster_project.training.trainers.distributed import claim_gpus
-from dagster_project.training.trainers.params import AUTO, AdapterParams
+from dagster_project.training.trainers.harness.distributed import claim_gpus
+from dagster_project.training.trainers.harness.params import AUTO, AdapterParams
+from dagster_project.training.trainers.sft import auto
 
 log = logging.getLogger("pedigree")
 

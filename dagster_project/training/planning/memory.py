@@ -50,12 +50,11 @@ from unittest.mock import patch
 from dagster_project.core.chat import IGNORE
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import parse
-from dagster_project.training.methods.build import CANNOT_CHECKPOINT, CANNOT_MERGE, VIRTUAL, PreparedModel, Quantization, build
+from dagster_project.training.methods.build import CANNOT_CHECKPOINT, CANNOT_MERGE, VIRTUAL, PreparedModel, Quantization, build, causal
 from dagster_project.training.methods.feature_extraction import Options
 from dagster_project.training.methods.hardware import LARGE_BLOCK
 from dagster_project.training.planning.timing import Operations, attention, attention_and_back
-from dagster_project.training.trainers.params import OPTIMIZER_MEMORY
-from dagster_project.training.trainers.sft import causal
+from dagster_project.training.trainers.harness.params import OPTIMIZER_MEMORY
 
 STARTED = 45 * 2**20
 """Bytes that a process grows by once the Trainer runs, beyond its imports: `benchmarks/memory.py --tiny` measures it."""
@@ -420,7 +419,7 @@ def _read(ledger: _Ledger, base: Any, lengths: Sequence[int]) -> None:
 
 
 def _passes(ledger: _Ledger, tunable: PreparedModel, base: Any, lengths: Sequence[int], counted: int, passes: int) -> None:
-    """Forward and backward passes of training/trainers/sft.py on the meta device, counted by the ledger."""
+    """Forward and backward passes of training/trainers/sft/sft.py on the meta device, counted by the ledger."""
     import torch
     from torch.nn.functional import cross_entropy
 

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 from dagster_project.core.errors import PedigreeError
 from dagster_project.core.params import Compute
 from dagster_project.core.progress import Progress
-from dagster_project.training.trainers import checkpoint, distributed
-from dagster_project.training.trainers.checkpoint import Checkpoints, Saved
-from dagster_project.training.trainers.curve import live_writer
-from dagster_project.training.trainers.history import TrainingHistory
-from dagster_project.training.trainers.params import TrainingParams
-from dagster_project.training.trainers.weight_audit import trainable
+from dagster_project.training.trainers.harness import checkpoint, distributed
+from dagster_project.training.trainers.harness.checkpoint import Checkpoints, Saved
+from dagster_project.training.trainers.harness.curve import live_writer
+from dagster_project.training.trainers.harness.history import TrainingHistory
+from dagster_project.training.trainers.harness.params import TrainingParams
+from dagster_project.training.trainers.harness.weight_audit import trainable
 
 if TYPE_CHECKING:
     import torch

@@ -11,12 +11,12 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.chat import encode_prompt
-from dagster_project.evaluation.bootstrap import difference, rounded
-from dagster_project.evaluation.pairwise import wilson
+from dagster_project.evaluation.paired.bootstrap import difference, rounded
+from dagster_project.evaluation.paired.pairwise import wilson
 from dagster_project.training.inference.generate import generate
 from dagster_project.training.inference.likelihood import negative_log_likelihood
 from dagster_project.training.tokens.preference_pairs import both, labelled, reply
-from dagster_project.training.trainers.reward_model import RewardModel, distinct
+from dagster_project.training.trainers.alignment.reward_model import RewardModel, distinct
 
 if TYPE_CHECKING:
     import numpy as np

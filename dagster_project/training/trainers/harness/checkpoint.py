@@ -17,8 +17,8 @@ from dagster_project.core.errors import PedigreeError
 from dagster_project.core.hashing import sha256_of_file, sha256_of_files, sha256_of_text
 from dagster_project.core.params import Compute
 from dagster_project.core.records import remove
-from dagster_project.training.trainers.params import NON_SEMANTIC_PARAMS, TrainingParams
-from dagster_project.training.trainers.weight_audit import versions
+from dagster_project.training.trainers.harness.params import NON_SEMANTIC_PARAMS, TrainingParams
+from dagster_project.training.trainers.harness.weight_audit import versions
 
 if TYPE_CHECKING:
     import torch
@@ -212,7 +212,7 @@ def run_identity(module: Path, compute: Compute, device: torch.device, dtype: to
         module: the stage's own file.
     """
     return {
-        "code": sha256_of_files(code_of(module, Path(__file__).parents[2])),
+        "code": sha256_of_files(code_of(module, Path(__file__).parents[3])),
         "threads": str(compute.threads),
         "processes": str(compute.processes),
         "dtype": str(dtype),

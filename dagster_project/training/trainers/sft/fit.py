@@ -18,15 +18,16 @@ from dagster_project.core.records import read_table
 from dagster_project.training.methods.build import PreparedModel, build
 from dagster_project.training.methods.feature_extraction import split_prompts
 from dagster_project.training.methods.hardware import prepare
-from dagster_project.training.trainers import auto, weight_audit
-from dagster_project.training.trainers.checkpoint import Checkpoints, params_identity, refuse_full_disk
-from dagster_project.training.trainers.curve import live_writer
-from dagster_project.training.trainers.distributed import process_group
-from dagster_project.training.trainers.harness import Diverged, advice_on_memory
-from dagster_project.training.trainers.history import TrainingHistory
-from dagster_project.training.trainers.params import OPTIMIZER_MEMORY, AdapterParams
-from dagster_project.training.trainers.sft import steps, train
-from dagster_project.training.trainers.weight_audit import WeightAudit, WeightChange
+from dagster_project.training.trainers.harness import weight_audit
+from dagster_project.training.trainers.harness.checkpoint import Checkpoints, params_identity, refuse_full_disk
+from dagster_project.training.trainers.harness.curve import live_writer
+from dagster_project.training.trainers.harness.distributed import process_group
+from dagster_project.training.trainers.harness.history import TrainingHistory
+from dagster_project.training.trainers.harness.params import OPTIMIZER_MEMORY, AdapterParams
+from dagster_project.training.trainers.harness.session import Diverged, advice_on_memory
+from dagster_project.training.trainers.harness.weight_audit import WeightAudit, WeightChange
+from dagster_project.training.trainers.sft import auto
+from dagster_project.training.trainers.sft.sft import steps, train
 
 log = logging.getLogger("pedigree")
 

@@ -24,10 +24,10 @@ from typing import Any, Generic, TypeVar
 from dagster_project.core.progress import Progress
 from dagster_project.core.records import write_json
 from dagster_project.training.methods.build import SHORT
-from dagster_project.training.trainers.harness import Diverged, Interrupted
-from dagster_project.training.trainers.history import TrainingHistory
-from dagster_project.training.trainers.params import AUTO, SftParams
-from dagster_project.training.trainers.sft import steps, warmup
+from dagster_project.training.trainers.harness.history import TrainingHistory
+from dagster_project.training.trainers.harness.params import AUTO, SftParams
+from dagster_project.training.trainers.harness.session import Diverged, Interrupted
+from dagster_project.training.trainers.sft.sft import steps, warmup
 
 R = TypeVar("R", bound=SftParams)
 

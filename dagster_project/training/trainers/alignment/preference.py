@@ -28,18 +28,16 @@ from pydantic import Field
 
 from dagster_project.core.chat import Messages, encode_prompt
 from dagster_project.core.errors import InputError
-from dagster_project.core.hashing import sha256_of_files
 from dagster_project.core.params import Compute, Section, parse
 from dagster_project.training.methods import build
 from dagster_project.training.methods.build import PreparedModel
 from dagster_project.training.tokens.preference_pairs import both
-from dagster_project.training.trainers import ppo, trl_training
-from dagster_project.training.trainers.checkpoint import Checkpoints, params_identity, run_identity
-from dagster_project.training.trainers.history import TrainingHistory
-from dagster_project.training.trainers.params import NON_SEMANTIC_PARAMS, PreferenceParams
-from dagster_project.training.trainers.reward_model import Rewards
-from dagster_project.training.trainers.trl_training import TrainerSpec
-from dagster_project.training.trainers.weight_audit import LIBRARIES, WeightChange, versions
+from dagster_project.training.trainers.alignment import ppo, trl_training
+from dagster_project.training.trainers.alignment.reward_model import Rewards
+from dagster_project.training.trainers.alignment.trl_training import TrainerSpec
+from dagster_project.training.trainers.harness.checkpoint import Checkpoints
+from dagster_project.training.trainers.harness.history import TrainingHistory
+from dagster_project.training.trainers.harness.params import NON_SEMANTIC_PARAMS, PreferenceParams
 
 if TYPE_CHECKING:
     import torch
@@ -392,47 +390,3 @@ def policy(sft: Path, peft: Mapping[str, Any], device: torch.device, dtype: torc
     """
     assert re.fullmatch(r"[\w-]+", adapter)
     return build.build("lora", peft, sft, device, dtype, where, packs=False, named=f"data/merged/{adapter}")
-
-
-def preference_identity(
-    params: PreferenceParams,
-    compute: Compute,
-    device: torch.device,
-    dtype: torch.dtype,
-    data: Path,
-    folders: Mapping[str, Path],
-    module: Path,
-) -> dict[str, str]:
-    """What must be equal for a training to resume from a checkpoint.
-
-    Args:
-        data: folder of the pairs.
-        folders: models that it reads, by name for messages.
-        module: the stage's own file.
-    """
-    return {
-        "preferences": sha256_of_files(sorted(data.rglob("*.parquet"))),
-        **{name: sha256_of_files(sorted(file for file in folder.iterdir() if file.suffix != ".md")) for name, folder in folders.items()},
-        **params_identity(params, compute),
-        **run_identity(module, compute, device, dtype, LIBRARIES),
-    }
-
-
-def document_of(
-    history: TrainingHistory, change: WeightChange, settings: Mapping[str, Any], compute: Compute, device: torch.device, dtype: torch.dtype
-) -> dict[str, Any]:
-    """training.json of a training on preferences."""
-    return {
-        "trained": change.groups,
-        "frozen": change.frozen,
-        "steps": history.step,
-        "tokens": history.tokens,
-        "loss": {"first": history.losses[0], "last": history.losses[-1]},
-        "validation": [point for point in history.curve if "validation_loss" in point],
-        "settings": settings,
-        "seed": compute.seed,
-        "threads": compute.threads,
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": device.type,
-        "versions": versions(LIBRARIES),
-    }

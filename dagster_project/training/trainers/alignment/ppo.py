@@ -33,13 +33,13 @@ from dagster_project.core.params import Compute, Section
 from dagster_project.core.progress import Progress
 from dagster_project.training.inference.decoding import Choose, decode
 from dagster_project.training.methods.attention import attention_for
+from dagster_project.training.methods.build import causal
 from dagster_project.training.tokens.collators import SIZES, collate_packed
-from dagster_project.training.trainers import checkpoint, distributed
-from dagster_project.training.trainers.checkpoint import Checkpoints
-from dagster_project.training.trainers.curve import live_writer
-from dagster_project.training.trainers.harness import Interrupted, stop_on_request
-from dagster_project.training.trainers.sft import causal
-from dagster_project.training.trainers.weight_audit import trainable
+from dagster_project.training.trainers.harness import checkpoint, distributed
+from dagster_project.training.trainers.harness.checkpoint import Checkpoints
+from dagster_project.training.trainers.harness.curve import live_writer
+from dagster_project.training.trainers.harness.session import Interrupted, stop_on_request
+from dagster_project.training.trainers.harness.weight_audit import trainable
 
 if TYPE_CHECKING:
     import torch

@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from dagster_project.core.hashing import sha256_of_files
 from dagster_project.core.params import Compute
-from dagster_project.training.trainers.checkpoint import Checkpoints, Saved
-from dagster_project.training.trainers.harness import (
+from dagster_project.training.trainers.harness.checkpoint import Checkpoints, Saved, params_identity, run_identity
+from dagster_project.training.trainers.harness.history import TrainingHistory
+from dagster_project.training.trainers.harness.params import PreferenceParams
+from dagster_project.training.trainers.harness.session import (
     Diverged,
     ResumableTrainer,
     Session,
@@ -22,8 +25,10 @@ from dagster_project.training.trainers.harness import (
     stop_on_request,
     training_arguments,
 )
-from dagster_project.training.trainers.history import TrainingHistory
-from dagster_project.training.trainers.params import PreferenceParams
+from dagster_project.training.trainers.harness.weight_audit import LIBRARIES, WeightChange, versions
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -177,3 +182,47 @@ def _with_rows(batch: Any, rows: Sequence[Mapping[str, Any]]) -> Any:
 def _take_rows(inputs: Any) -> list[int]:
     """Numbers of the rows in a batch; the batch is left as TRL made it."""
     return [row["row"] for row in inputs] if isinstance(inputs, list) else [int(row) for row in inputs.pop("rows").tolist()]
+
+
+def preference_identity(
+    params: PreferenceParams,
+    compute: Compute,
+    device: torch.device,
+    dtype: torch.dtype,
+    data: Path,
+    folders: Mapping[str, Path],
+    module: Path,
+) -> dict[str, str]:
+    """What must be equal for a training to resume from a checkpoint.
+
+    Args:
+        data: folder of the pairs.
+        folders: models that it reads, by name for messages.
+        module: the stage's own file.
+    """
+    return {
+        "preferences": sha256_of_files(sorted(data.rglob("*.parquet"))),
+        **{name: sha256_of_files(sorted(file for file in folder.iterdir() if file.suffix != ".md")) for name, folder in folders.items()},
+        **params_identity(params, compute),
+        **run_identity(module, compute, device, dtype, LIBRARIES),
+    }
+
+
+def document_of(
+    history: TrainingHistory, change: WeightChange, settings: Mapping[str, Any], compute: Compute, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """training.json of a training on preferences."""
+    return {
+        "trained": change.groups,
+        "frozen": change.frozen,
+        "steps": history.step,
+        "tokens": history.tokens,
+        "loss": {"first": history.losses[0], "last": history.losses[-1]},
+        "validation": [point for point in history.curve if "validation_loss" in point],
+        "settings": settings,
+        "seed": compute.seed,
+        "threads": compute.threads,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device.type,
+        "versions": versions(LIBRARIES),
+    }

@@ -18,13 +18,15 @@ from typing import TYPE_CHECKING, Any
 from dagster_project.core.chat import IGNORE
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
-from dagster_project.training.methods.build import PreparedModel
+from dagster_project.training.methods.build import PreparedModel, causal
 from dagster_project.training.methods.hardware import giving_back
 from dagster_project.training.tokens.collators import SIZES, collate_packed, collate_padded
-from dagster_project.training.trainers import distributed
-from dagster_project.training.trainers.checkpoint import Checkpoints, Saved
-from dagster_project.training.trainers.curve import LIVE
-from dagster_project.training.trainers.harness import (
+from dagster_project.training.trainers.harness import distributed
+from dagster_project.training.trainers.harness.checkpoint import Checkpoints, Saved
+from dagster_project.training.trainers.harness.curve import LIVE
+from dagster_project.training.trainers.harness.history import TrainingHistory
+from dagster_project.training.trainers.harness.params import SftParams
+from dagster_project.training.trainers.harness.session import (
     Diverged,
     Interrupted,
     ResumableTrainer,
@@ -35,9 +37,7 @@ from dagster_project.training.trainers.harness import (
     stop_on_request,
     training_arguments,
 )
-from dagster_project.training.trainers.history import TrainingHistory
-from dagster_project.training.trainers.params import SftParams
-from dagster_project.training.trainers.weight_audit import trainable
+from dagster_project.training.trainers.harness.weight_audit import trainable
 
 if TYPE_CHECKING:
     import torch
@@ -58,11 +58,6 @@ def steps_per_epoch(rows: int, params: SftParams, processes: int = 1) -> int:
 def warmup(total: int, params: SftParams) -> int:
     """Steps over which the rate rises, of `total`."""
     return params.warmup_steps if params.warmup_steps is not None else math.ceil(total * params.warmup_ratio)
-
-
-def causal(model: Any) -> Any:
-    """The language model inside a PeftModel; any other model as it is."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def refuse_mistakes(params: SftParams, where: str, lengths: Sequence[Sequence[int]], validates: bool) -> None:
