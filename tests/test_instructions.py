@@ -93,7 +93,7 @@ def test_the_page_says_what_changed_since_the_recorded_version_and_the_output_do
     assert (tmp_path / "new/out/findings.json").read_bytes() == (tmp_path / "alone/out/findings.json").read_bytes()
 
 
-def test_what_a_data_owner_expects_is_a_check_and_data_docs(tmp_path: Path, tiny_model: Path) -> None:
+def test_what_a_data_owner_expects_is_a_check_and_a_section_of_the_page(tmp_path: Path, tiny_model: Path) -> None:
     suite = {
         "name": "mine",
         "expectations": [{"type": "expect_table_row_count_to_be_between", "kwargs": {"min_value": 5}, "severity": "critical"}],
@@ -101,9 +101,16 @@ def test_what_a_data_owner_expects_is_a_check_and_data_docs(tmp_path: Path, tiny
     (tmp_path / "suite.json").write_text(json.dumps(suite))
     report = run(tmp_path, tiny_model, [ask("Hi")], expectations="suite.json")
     assert [check.name for check in report.failures] == ["expectations"]
-    assert (tmp_path / "pages/data_docs/index.html").is_file()
+    assert not (tmp_path / "pages/data_docs").exists()
     page = (tmp_path / "pages/report.html").read_text()
     assert 'id="expectations"' in page and "0 of 1 expectation hold" in page and "fails (error)" in page
+
+
+def test_data_docs_are_built_where_asked_for(tmp_path: Path, tiny_model: Path) -> None:
+    suite = {"name": "mine", "expectations": [{"type": "expect_table_row_count_to_be_between", "kwargs": {"min_value": 1}}]}
+    (tmp_path / "suite.json").write_text(json.dumps(suite))
+    run(tmp_path, tiny_model, [ask("Hi")], expectations="suite.json", data_docs=True)
+    assert (tmp_path / "pages/data_docs/index.html").is_file()
 
 
 def test_a_suite_that_expects_nonsense_is_refused_by_name(tmp_path: Path, tiny_model: Path) -> None:

@@ -41,6 +41,8 @@ class Params(Rules):
     docs/checks.md."""
     expectations: str | None = None
     """Great Expectations suite inside data/expectations/: what the data owner expects of the whole set."""
+    data_docs: bool = False
+    """Also build Great Expectations' own Data Docs, in data/pages/instructions/data_docs. They load styles and scripts from the web."""
 
 
 def validate(params: Params, ctx: ValidationContext) -> None:
@@ -61,7 +63,7 @@ def produce(
     root: Path, params: Params, raw_examples: Path, base_model: Path, out: Path, pages: Path, previous: Mapping[str, Path]
 ) -> Report:
     """Args:
-    pages: folder for documents about this run (changes.json, expectations.json), review.csv, and Great Expectations' Data Docs.
+    pages: folder for documents about this run (changes.json, expectations.json), review.csv, and Data Docs where asked for.
     previous: files of the output as recorded before, by relative path; only the page's account of what changed looks at them.
     """
     held_out = [item for path in params.benchmarks for item in read_items(inside(root, path, "instructions.benchmarks"), path)]
@@ -78,7 +80,9 @@ def produce(
         checks.append(CheckResult(expectations.NAME, passed=True, note="no suite is named" if kept else "no rows to judge"))
     else:
         suite = inside(root, params.expectations, "instructions.expectations")
-        outcome = expectations.run(expectations.table(kept, read=len(records)), suite, pages / "data_docs", params.expectations)
+        outcome = expectations.run(
+            expectations.table(kept, read=len(records)), suite, pages / "data_docs" if params.data_docs else None, params.expectations
+        )
         places = [findings.place(record) for record in kept]
         checks.append(expectations.check(outcome, places))
         write_json(pages / "expectations.json", expectations.document(outcome, places))

@@ -1,4 +1,4 @@
-"""Expectations on a whole set, which Great Expectations judges: what a data owner expects is a file of theirs, what was found is Data Docs.
+"""Expectations on a whole set, which Great Expectations judges: the data owner's file says what is expected, the data-quality page what was found.
 
 A row check asks whether one row is sound. An expectation asks whether the set is the one its owner believes it to be: how many rows, which
 categories in which shares, how long the texts, from where. The suite file has Great Expectations' own JSON form, so that its documentation
@@ -182,12 +182,12 @@ def _is_json(text: str) -> bool:
 
 
 def run(frame: pd.DataFrame, suite_file: Path, docs_folder: Path | None = None, name: str = "") -> Outcome:
-    """Judge a table by a suite, and write Data Docs about it.
+    """Judge a table by a suite.
 
     Args:
         frame: `table`'s. Every row is judged, none sampled: a million rows and twenty expectations take about a second.
         suite_file: a suite in Great Expectations' JSON form: {"name", "expectations": [{"type", "kwargs", "severity", "description"}]}.
-        docs_folder: gets the pages of data_docs.py; None for no pages.
+        docs_folder: gets Great Expectations' own Data Docs; None for none.
         name: of the suite file in messages; its path unless given.
     Raises:
         InputError: lists everything in the suite that cannot be judged.
