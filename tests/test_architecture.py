@@ -1,0 +1,35 @@
+"""The drawing of the packages in docs/architecture.md is that of the real imports."""
+
+from __future__ import annotations
+
+import re
+
+import grimp
+from conftest import ROOT
+
+PACKAGE = "dagster_project"
+
+
+def test_the_drawing_has_exactly_the_imports_between_packages() -> None:
+    drawing = (ROOT / "docs/architecture.md").read_text().split("```mermaid")[1].split("```")[0]
+    drawn = {tuple(part.replace("main", "__main__") for part in edge) for edge in re.findall(r"^ +(\w+) --> (\w+)$", drawing, re.MULTILINE)}
+    graph = grimp.build_graph(PACKAGE)
+    units = {module: module.split(".")[1] for module in graph.modules if "." in module}
+    imported = {(units[a], units[b]) for a in units for b in graph.find_modules_directly_imported_by(a) if b in units}
+    assert drawn == {(a, b) for a, b in imported if a != b and b != "core"}
+    assert {b for a, b in imported if a == "core"} <= {"core"}
+
+
+def test_the_parts_of_a_package_do_not_import_each_other_in_a_circle() -> None:
+    graph = grimp.build_graph(PACKAGE)
+    for package in ("curation", "training", "evaluation", "orchestration", "lineage"):
+        above: dict[str, set[str]] = {}
+        for module in graph.find_descendants(f"{PACKAGE}.{package}"):
+            part = module.split(".")[2]
+            for other in graph.find_modules_directly_imported_by(module):
+                if other.startswith(f"{PACKAGE}.{package}.") and other.split(".")[2] != part:
+                    above.setdefault(part, set()).add(other.split(".")[2])
+        remaining = set(above)
+        while free := {part for part in remaining if not above[part] & remaining}:
+            remaining -= free
+        assert remaining == set(), f"{package}: these import each other in a circle"
