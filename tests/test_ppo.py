@@ -150,7 +150,7 @@ def test_explained_variance_of_perfect_and_of_constant_values() -> None:
 
 def test_every_prompt_is_drawn_once_in_each_pass_and_every_episode_learnt_from_once_in_each_epoch() -> None:
     chosen = settings(total_episodes=20, batch_size=8)
-    drawn = [draw for step in (1, 2, 3) for draw in ppo.drawn_prompts(7, step, chosen, seed=7)]
+    drawn = [draw for step in (1, 2, 3) for draw in ppo.prompt_schedule(7, step, chosen, seed=7)]
     assert len(drawn) == 20
     passes = [[row for epoch, row in drawn if epoch == e] for e in (1, 2, 3)]
     assert [sorted(p) for p in passes[:2]] == [list(range(7))] * 2

@@ -1,6 +1,6 @@
 """Proximal policy optimization: a policy answers, is rewarded, and learns from its own answers, near to the policy it started from.
 
-One iteration of `train`, top to bottom:
+One iteration (`Training.run_iteration`):
 
 1. **roll out**: the policy pi answers a batch of prompts, one sampled token at a time. An answer is an episode, a token an action.
 2. **reward**: a score for each whole answer; less for one that did not end.
@@ -164,7 +164,7 @@ class Judged:
 
 
 class Collapsed(Exception):
-    """The run cannot go on from the weights it has. Not for users: `train` puts it into the course."""
+    """The run cannot go on from the weights it has. Not for users: `Training` puts it into the history."""
 
 
 def iterations(settings: Settings) -> int:
@@ -198,121 +198,206 @@ def train(
         InputError: prompts, model or reward with which training would be in vain.
         Interrupted: SIGINT or SIGTERM came; a checkpoint has been written.
     """
-    import torch
-
     refuse_mistakes(model, tokenizer, prompts, settings)
-    here, device, total = distributed.place(), model.device, iterations(settings)
     model.eval()
     attention = causal(model).config._attn_implementation
-    head = value_head(model)
-    learning = {**trainable(model), **{f"value_head.{name}": weight for name, weight in head.named_parameters()}}
-    for weight in learning.values():
-        distributed.from_first(weight.data)
-    optimizer = torch.optim.Adam(learning.values(), lr=settings.learning_rate, eps=1e-5)
-    course, kl_coef, good = PPOHistory(), settings.kl_coef, _copied(learning)
-    saved = checkpoints.newest() if checkpoints and not here.rank else None
-    done = int(distributed.from_first(torch.tensor(saved.step if saved else 0, device=device)))
-    if here.rank:
-        saved = checkpoints.at(done) if checkpoints and done else None
-        checkpoints = None
-    if saved:
-        state = saved.state(device)
-        course = PPOHistory(**saved.document("course"), seen=[(step, epoch, row) for step, epoch, row in state["seen"].tolist()])
-        kl_coef, good = state["kl_coef"], saved.tensors("good")
-        _put(learning, saved.tensors("weights"))
-        checkpoint.restore_optimizer(optimizer, state["optimizer"])
-        log.info(f"ppo: going on from the checkpoint of iteration {done} of {total}")
-
-    began, earlier = time.monotonic(), course.seconds
-    progress = Progress("ppo", total, "iteration", every=0)
-    progress.done, progress.start = done, progress.start - earlier
-    show = live_writer(live, names=LIVE) if live else lambda curve, now=False: None
-
-    good_step = done
-    with stop_on_request() as stop_asked:
-        for step in range(done + 1, total + 1):
-            if course.stopped:
+    training = Training(model, tokenizer, prompts, reward, settings, compute, checkpoints, live)
+    with stop_on_request() as stop_requested:
+        for step in range(training.done + 1, training.total + 1):
+            if training.history.stopped:
                 break
-            try:
-                # 1. roll out
-                drawn = drawn_prompts(len(prompts), step, settings, compute.seed)
-                rows = [row for _, row in drawn]
-                rollout = roll_out(model, tokenizer, rows, [prompts[row] for row in rows], settings, f"{compute.seed} {step}")
-                # 2. reward
-                texts = [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in rollout.answers]
-                refuse_silence(texts, first=step == 1)
-                scores = rewarded(reward, rollout, texts, settings, first=step == 1)
-                # 3. judge
-                judged = judge(model, head, rollout, settings)
-                with model.disable_adapter():
-                    reference = judge(model, head, rollout, settings).log_probs
-                kl = kl_per_answer(judged.log_probs, reference)
-                if step == 1:
-                    refuse_other_reference(judged.log_probs, reference, rollout.mask, model.dtype)
-                refuse_explosion(kl, settings)
-                good, good_step = _copied(learning), step
-                # 4. advantages
-                rewards = rewards_per_token(judged.log_probs - reference, rollout, scores, kl_coef, settings)
-                advantages, returns = generalized_advantages(rewards, judged.values, rollout.mask, settings.gamma, settings.lam)
-                if settings.whiten_advantages:
-                    advantages = whitened(advantages, rollout.mask)
-                # 5. update
-                rate = learning_rate(step, total, settings)
-                found = update(model, head, optimizer, rate, rollout, judged, advantages, returns, settings, f"{compute.seed} {step}")
-                if step == total:  # no rollout will tell how far it went
-                    refuse_explosion(kl_per_answer(judged.log_probs, judge(model, head, rollout, settings).log_probs), settings)
-            except Collapsed as collapsed:
-                _put(learning, good)
-                course.stopped = (
-                    f"ppo: iteration {step}: {collapsed}. Kept are the weights that answered in iteration {good_step};"
-                    " lower learning_rate, num_ppo_epochs or max_kl, or raise kl_coef"
-                )
-                log.warning(course.stopped)
-            else:
-                course.seen += [(step, epoch, row) for epoch, row in drawn]
-                course.tokens += sum(map(len, [*rollout.prompts, *rollout.answers]))
-                point = {
-                    "step": step,
-                    "reward": float(scores.mean()),
-                    "kl": kl,
-                    "kl_coef": kl_coef,
-                    "entropy": float(judged.entropy[rollout.mask].mean()),
-                    "response_length": sum(map(len, rollout.answers)) / len(rows),
-                    "unfinished": 1 - float(rollout.finished.double().mean()),
-                    "explained_variance": explained_variance(judged.values[rollout.mask], returns[rollout.mask]),
-                    **found,
-                    "learning_rate": rate,
-                    "tokens": course.tokens,
-                }
-                course.curve.append(point)
-                progress.advance(note="reward {reward:.3f}, KL {kl:.2f}, {response_length:.0f} tokens an answer".format(**point))
-                show(course.curve)
-                kl_coef = next_kl_coef(kl_coef, kl, len(rows), settings)
-            course.seconds = earlier + time.monotonic() - began
-            if checkpoints and (step % settings.save_steps == 0 or step == total or course.stopped or stop_asked()):
-                distributed.refuse_lost()
-                checkpoints.save(
-                    step,
-                    {
-                        "optimizer": checkpoint.optimizer_state(optimizer),
-                        "kl_coef": kl_coef,
-                        "seen": torch.tensor(course.seen, dtype=torch.int32).view(-1, 3),
-                    },
-                    {"weights": learning, "good": good},
-                    {"course": {name: value for name, value in dataclasses.asdict(course).items() if name != "seen"}},
-                )
-            if stop_asked() and step < total and not course.stopped:
+            training.run_iteration(step)
+            last = step == training.total or bool(training.history.stopped)
+            if training.checkpoints and (step % settings.save_steps == 0 or last or stop_requested()):
+                training.save(training.checkpoints, step)
+            if stop_requested() and not last:
                 raise Interrupted(f"interrupted at iteration {step}; the next run goes on from there", "run the same command again")
     distributed.refuse_lost()
     causal(model).set_attn_implementation(attention)
-    show(course.curve, now=True)
-    return course
+    training.show(training.history.curve, now=True)
+    return training.history
+
+
+@dataclass(frozen=True)
+class Experience:
+    """An iteration's episodes, before anything is learned from them."""
+
+    schedule: list[tuple[int, int]]
+    """(pass over the prompts from 1, number of the prompt) of each episode."""
+    rollout: Rollout
+    scores: torch.Tensor
+    """(episodes) float32, without penalties."""
+    policy: Judged
+    reference: torch.Tensor
+    """Log-probabilities under the reference, (episodes, longest answer)."""
+    kl: float
+    """Of the policy from the reference, in nats per answer."""
+
+
+class Training:
+    """State of one training: weights, optimizer, beta, history, and the weights to restore after a collapse."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        prompts: Sequence[list[int]],
+        reward: Reward,
+        settings: Settings,
+        compute: Compute,
+        checkpoints: Checkpoints | None,
+        live: Path | None,
+    ) -> None:
+        """Resume from the newest checkpoint, if there is one. Arguments are those of `train`."""
+        import torch
+
+        self.model, self.tokenizer, self.prompts, self.reward = model, tokenizer, prompts, reward
+        self.settings, self.seed, self.total = settings, compute.seed, iterations(settings)
+        self.head = value_head(model)
+        self.weights = {**trainable(model), **{f"value_head.{name}": w for name, w in self.head.named_parameters()}}
+        for weight in self.weights.values():
+            distributed.from_first(weight.data)
+        self.optimizer = torch.optim.Adam(self.weights.values(), lr=settings.learning_rate, eps=1e-5)
+        self.history, self.kl_coef, self.good = PPOHistory(), settings.kl_coef, _copied(self.weights)
+        self.done = self.good_step = self._resume(checkpoints)
+        self.checkpoints = None if distributed.place().rank else checkpoints
+        self._began, self._earlier = time.monotonic(), self.history.seconds
+        self.progress = Progress("ppo", self.total, "iteration", every=0)
+        self.progress.done, self.progress.start = self.done, self.progress.start - self._earlier
+        self.show = live_writer(live, names=LIVE) if live else lambda curve, now=False: None
+
+    def _resume(self, checkpoints: Checkpoints | None) -> int:
+        """Iteration of the newest checkpoint of the first process, which every process loads; 0 without one."""
+        import torch
+
+        rank, device = distributed.place().rank, self.model.device
+        saved = checkpoints.newest() if checkpoints and not rank else None
+        done = int(distributed.from_first(torch.tensor(saved.step if saved else 0, device=device)))
+        if rank:
+            saved = checkpoints.at(done) if checkpoints and done else None
+        if saved:
+            state = saved.state(device)
+            seen = [(step, epoch, row) for step, epoch, row in state["seen"].tolist()]
+            self.history = PPOHistory(**saved.document("course"), seen=seen)
+            self.kl_coef, self.good = state["kl_coef"], saved.tensors("good")
+            _put(self.weights, saved.tensors("weights"))
+            checkpoint.restore_optimizer(self.optimizer, state["optimizer"])
+            log.info(f"ppo: going on from the checkpoint of iteration {done} of {self.total}")
+        return done
+
+    def run_iteration(self, step: int) -> None:
+        """Learn from one iteration. After a collapse, restore the last good weights and record the reason."""
+        try:
+            experience = self._collect(step)
+            self.good, self.good_step = _copied(self.weights), step
+            advantages, returns = self._advantages(experience)
+            figures = self._update(step, experience, advantages, returns)
+        except Collapsed as collapsed:
+            _put(self.weights, self.good)
+            self.history.stopped = (
+                f"ppo: iteration {step}: {collapsed}. Kept are the weights that answered in iteration {self.good_step};"
+                " lower learning_rate, num_ppo_epochs or max_kl, or raise kl_coef"
+            )
+            log.warning(self.history.stopped)
+        else:
+            self._record(step, experience, returns, figures)
+        self.history.seconds = self._earlier + time.monotonic() - self._began
+
+    def _collect(self, step: int) -> Experience:
+        """Steps 1 to 3: roll out, reward, judge.
+
+        Raises:
+            Collapsed: the policy gives empty answers, or is too far from the reference.
+        """
+        model, settings = self.model, self.settings
+        schedule = prompt_schedule(len(self.prompts), step, settings, self.seed)
+        rows = [row for _, row in schedule]
+        prompts = [self.prompts[row] for row in rows]
+        rollout = roll_out(model, self.tokenizer, rows, prompts, settings, f"{self.seed} {step}")
+        texts = [self.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in rollout.answers]
+        refuse_silence(texts, first=step == 1)
+        scores = rewarded(self.reward, rollout, texts, settings, first=step == 1)
+        policy = judge(model, self.head, rollout, settings)
+        with model.disable_adapter():
+            reference = judge(model, self.head, rollout, settings).log_probs
+        kl = kl_per_answer(policy.log_probs, reference)
+        if step == 1:
+            refuse_other_reference(policy.log_probs, reference, rollout.mask, model.dtype)
+        refuse_explosion(kl, settings)
+        return Experience(schedule, rollout, scores, policy, reference, kl)
+
+    def _advantages(self, experience: Experience) -> tuple[torch.Tensor, torch.Tensor]:
+        """Step 4: advantages and returns, (episodes, longest answer) each."""
+        settings, rollout, policy = self.settings, experience.rollout, experience.policy
+        log_ratio = policy.log_probs - experience.reference
+        rewards = rewards_per_token(log_ratio, rollout, experience.scores, self.kl_coef, settings)
+        advantages, returns = generalized_advantages(rewards, policy.values, rollout.mask, settings.gamma, settings.lam)
+        return whitened(advantages, rollout.mask) if settings.whiten_advantages else advantages, returns
+
+    def _update(
+        self,
+        step: int,
+        experience: Experience,
+        advantages: torch.Tensor,
+        returns: torch.Tensor,
+    ) -> dict[str, float]:
+        """Step 5: change the weights.
+
+        Returns:
+            Figures of the updates for the curve.
+        Raises:
+            Collapsed: a loss or gradient is not finite, or the last policy is too far from the one that answered.
+        """
+        model, head, settings = self.model, self.head, self.settings
+        rollout, policy, seed = experience.rollout, experience.policy, f"{self.seed} {step}"
+        rate = learning_rate(step, self.total, settings)
+        figures = update(model, head, self.optimizer, rate, rollout, policy, advantages, returns, settings, seed)
+        if step == self.total:  # no later rollout measures how far the policy moved
+            moved = judge(model, head, rollout, settings).log_probs
+            refuse_explosion(kl_per_answer(policy.log_probs, moved), settings)
+        return {**figures, "learning_rate": rate}
+
+    def _record(self, step: int, experience: Experience, returns: torch.Tensor, figures: Mapping[str, float]) -> None:
+        """Add the iteration to the history, report progress, and set beta for the next iteration."""
+        history, rollout, policy, kl = self.history, experience.rollout, experience.policy, experience.kl
+        count = len(rollout.rows)
+        history.seen += [(step, epoch, row) for epoch, row in experience.schedule]
+        history.tokens += sum(map(len, [*rollout.prompts, *rollout.answers]))
+        point = {
+            "step": step,
+            "reward": float(experience.scores.mean()),
+            "kl": kl,
+            "kl_coef": self.kl_coef,
+            "entropy": float(policy.entropy[rollout.mask].mean()),
+            "response_length": sum(map(len, rollout.answers)) / count,
+            "unfinished": 1 - float(rollout.finished.double().mean()),
+            "explained_variance": explained_variance(policy.values[rollout.mask], returns[rollout.mask]),
+            **figures,
+            "tokens": history.tokens,
+        }
+        history.curve.append(point)
+        note = "reward {reward:.3f}, KL {kl:.2f}, {response_length:.0f} tokens an answer".format(**point)
+        self.progress.advance(note=note)
+        self.show(history.curve)
+        self.kl_coef = next_kl_coef(self.kl_coef, kl, count, self.settings)
+
+    def save(self, checkpoints: Checkpoints, step: int) -> None:
+        import torch
+
+        distributed.refuse_lost()
+        state = {
+            "optimizer": checkpoint.optimizer_state(self.optimizer),
+            "kl_coef": self.kl_coef,
+            "seen": torch.tensor(self.history.seen, dtype=torch.int32).view(-1, 3),
+        }
+        document = {name: value for name, value in dataclasses.asdict(self.history).items() if name != "seen"}
+        checkpoints.save(step, state, {"weights": self.weights, "good": self.good}, {"course": document})
 
 
 # ---- 1. roll out ------------------------------------------------------------------------------------------------------------------------
 
 
-def drawn_prompts(count: int, step: int, settings: Settings, seed: int) -> list[tuple[int, int]]:
+def prompt_schedule(count: int, step: int, settings: Settings, seed: int) -> list[tuple[int, int]]:
     """(pass over the prompts from 1, number of the prompt) of each episode of an iteration. Every pass has an order of its own."""
     first = (step - 1) * settings.batch_size
     episodes = range(first, min(first + settings.batch_size, settings.total_episodes))
@@ -326,7 +411,7 @@ def roll_out(model: Any, tokenizer: Any, rows: list[int], prompts: list[list[int
     """Sample an answer to each prompt, in batches of prompts of like length.
 
     A token is drawn by inverting the distribution function at a number of its own, u ~ U[0, 1), that depends on the seed, the episode and its place in the
-    answer. So neither the batch nor the padding nor `response_length` decides what is said.
+    answer. So neither the batch nor the padding nor `response_length` affects the answers.
     """
     import torch
 
@@ -339,18 +424,18 @@ def roll_out(model: Any, tokenizer: Any, rows: list[int], prompts: list[list[int
         if here.does(number):
             dice = [random.Random(f"{seed} answer {e}") for e in batch]
             uniform = [[die.random() for _ in range(longest)] for die in dice]
-            answers = decode(
+            batch_answers = decode(
                 causal(model), [prompts[e] for e in batch], sampled(uniform, settings.temperature), longest, tokenizer.eos_token_id, tokenizer.pad_token_id,
             )  # fmt: skip
-            for e, answer in zip(batch, answers, strict=True):
+            for e, answer in zip(batch, batch_answers, strict=True):
                 tokens[e, : len(answer)] = torch.tensor(answer, device=model.device)
                 lengths[e] = len(answer)
     distributed.summed(tokens)
     distributed.summed(lengths)
     mask = torch.arange(int(lengths.max()), device=model.device) < lengths[:, None]
     finished = tokens.gather(1, lengths[:, None] - 1)[:, 0] == tokenizer.eos_token_id
-    said = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
-    return Rollout(rows, prompts, said, mask, finished)
+    answers = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+    return Rollout(rows, prompts, answers, mask, finished)
 
 
 def sampled(uniform: Sequence[Sequence[float]], temperature: float) -> Choose:
@@ -363,8 +448,8 @@ def draw(logits: torch.Tensor, uniform: Sequence[float], temperature: float) -> 
     import torch
 
     upto = (wide(logits.cpu()) / temperature).softmax(-1).double().cumsum(-1)
-    found = torch.searchsorted(upto, torch.tensor(uniform, dtype=torch.float64)[:, None] * upto[:, -1:], right=True)
-    return [int(token) for token in found[:, 0].clamp(max=logits.shape[-1] - 1)]
+    chosen = torch.searchsorted(upto, torch.tensor(uniform, dtype=torch.float64)[:, None] * upto[:, -1:], right=True)
+    return [int(token) for token in chosen[:, 0].clamp(max=logits.shape[-1] - 1)]
 
 
 # ---- 2. reward --------------------------------------------------------------------------------------------------------------------------
@@ -452,16 +537,16 @@ def judge(model: Any, head: Any, rollout: Rollout, settings: Settings) -> Judged
 
     here = distributed.place()
     causal(model).set_attn_implementation(attention_for(model.device, model.dtype))
-    found = torch.zeros((3, *rollout.mask.shape), dtype=head.weight.dtype, device=model.device)
+    judged = torch.zeros((3, *rollout.mask.shape), dtype=head.weight.dtype, device=model.device)
     with torch.no_grad():
         for episodes in _parts(range(len(rollout.rows)), settings.mini_batch_size):
             if mine := episodes[here.rank :: here.size]:
                 log_probs, values, logits = forward(model, head, rollout, mine, settings.temperature)
                 entropy = torch.distributions.Categorical(logits=logits, validate_args=False).entropy()
-                part = torch.zeros_like(found[:, mine])
+                part = torch.zeros_like(judged[:, mine])
                 part[:, rollout.mask[mine]] = torch.stack((log_probs, values, entropy))
-                found[:, mine] = part
-    return Judged(*distributed.summed(found))
+                judged[:, mine] = part
+    return Judged(*distributed.summed(judged))
 
 
 def kl_per_answer(log_probs: torch.Tensor, others: torch.Tensor) -> float:
@@ -504,10 +589,10 @@ def generalized_advantages(
 
 
 def whitened(values: torch.Tensor, mask: torch.Tensor, shift: bool = True) -> torch.Tensor:
-    """Values where there are tokens scaled to variance 1, and shifted to mean 0 unless told not to; zero elsewhere."""
-    found = values[mask]
-    scale = (found.var(correction=0) + 1e-8).rsqrt()
-    return (values - found.mean() if shift else values) * scale * mask
+    """Values where there are tokens scaled to variance 1, and shifted to mean 0 if `shift`; zero elsewhere."""
+    counted = values[mask]
+    scale = (counted.var(correction=0) + 1e-8).rsqrt()
+    return (values - counted.mean() if shift else values) * scale * mask
 
 
 def next_kl_coef(kl_coef: float, kl: float, episodes: int, settings: Settings) -> float:
