@@ -26,9 +26,10 @@ from dagster_project.training.trainers.harness import weight_audit
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints, refuse_full_disk
 from dagster_project.training.trainers.harness.curve import write_curve
 from dagster_project.training.trainers.harness.distributed import claim_gpus
+from dagster_project.training.trainers.harness.history import TrainingHistory
 from dagster_project.training.trainers.harness.params import NON_SEMANTIC_PARAMS, PreferenceParams, refuse_unmerged
 from dagster_project.training.trainers.harness.session import Diverged, advice_on_memory
-from dagster_project.training.trainers.harness.weight_audit import WeightAudit
+from dagster_project.training.trainers.harness.weight_audit import WeightAudit, WeightChange
 
 log = logging.getLogger("pedigree")
 
@@ -103,8 +104,6 @@ def produce(
 
     No failed check blocks: whether a reward model is good enough is decided by what learns from it (`aligned`).
     """
-    import trl
-
     claim_gpus(1)
     device, dtype = prepare(compute)
     reuse_large_blocks()
@@ -112,49 +111,30 @@ def produce(
     if not any(pairs.values()):
         return _without_pairs(out, curve_file, calibration_file)
     _refuse(pairs, params, folder)
+    peft = params.peft if params.method == "lora" else None
     with advice_on_memory():
-        model = reward_model.build(folder, params.peft if params.method == "lora" else None, device, dtype, "reward_model")
-    tokenizer = reward_model.tokenizer_of(folder)
-    learning = sum(weight.numel() * weight.element_size() for weight in weight_audit.trainable(model).values())
-    refuse_full_disk(
-        {checkpoints: learning * (1 + 3 * (params.save_total_limit + 1)), out: 2 * sum(w.nbytes for w in model.parameters())},
-        "reward_model",
-    )
+        model = reward_model.build(folder, peft, device, dtype, "reward_model")
+    trainable_bytes = sum(w.numel() * w.element_size() for w in weight_audit.trainable(model).values())
+    checkpoint_bytes = trainable_bytes * (1 + 3 * (params.save_total_limit + 1))
+    model_bytes = sum(w.nbytes for w in model.parameters())
+    refuse_full_disk({checkpoints: checkpoint_bytes, out: 2 * model_bytes}, "reward_model")
     audit = WeightAudit(model, checkpoints)
-    kept = Checkpoints(
-        checkpoints,
-        preference_identity(params, compute, device, dtype, preferences, {"model": folder}, Path(__file__)),
-        params.save_total_limit,
-    )
-    more = {"max_length": None, "center_rewards_coefficient": params.center_rewards_coefficient}
-    rows = {split: _rows(tokenizer, pairs[split], params.margins) for split in ("train", "validation")}
-    spec = TrainerSpec("reward model", trl.RewardTrainer, trl.RewardConfig, more, FIGURES)
-    try:
-        history = train(spec, model, tokenizer, rows["train"], rows["validation"], params, compute, kept, live)
-    except Diverged as diverged:
-        named = [pairs["train"][row]["example_id"] for row in diverged.rows]
-        note = f"{diverged}; lower reward_model.learning_rate, and look at the pairs of that step"
+    identity = preference_identity(params, compute, device, dtype, preferences, {"model": folder}, Path(__file__))
+    resumable = Checkpoints(checkpoints, identity, params.save_total_limit)
+    history = _train(model, reward_model.tokenizer_of(folder), pairs, params, compute, resumable, live)
+    if isinstance(history, CheckResult):
         remove(checkpoints)
-        failed = CheckResult("learned", passed=False, count=len(named), rows=named[:20], note=note)
-        return _without_weights(failed, out, curve_file, calibration_file)
-    if not (all(map(math.isfinite, history.losses)) and all(bool(w.isfinite().all()) for w in weight_audit.trainable(model).values())):
-        remove(checkpoints)
-        failed = CheckResult("learned", passed=False, note="a loss or a trained weight is not finite; lower reward_model.learning_rate")
-        return _without_weights(failed, out, curve_file, calibration_file)
+        return _without_weights(history, out, curve_file, calibration_file)
     change = audit.change()
     document = document_of(history, change, params.model_dump(exclude=set(NON_SEMANTIC_PARAMS)), compute, device, dtype)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "training.json", document)
-    write_table(
-        out / "examples.parquet",
-        weight_audit.seen_examples(history.seen, [[p["example_id"]] for p in pairs["train"]]),
-        weight_audit.seen_schema(),
-    )
+    seen = weight_audit.seen_examples(history.seen, [[pair["example_id"]] for pair in pairs["train"]])
+    write_table(out / "examples.parquet", seen, weight_audit.seen_schema())
     write_curve(curve_file, history.curve, CURVE)
     reward_model.save(model, folder, out)
     del model
-    judged = _judge(reward_model.RewardModel(out, device, dtype), pairs, calibration_file)
-    accuracy, (low, high), rule = judged["accuracy"], judged["accuracy_interval"], judged["length_rule"]
+    quality = _judge(reward_model.RewardModel(out, device, dtype), pairs, calibration_file)
     report = Report(
         metrics={
             "model": params.model,
@@ -162,31 +142,67 @@ def produce(
             "steps": history.step,
             "tokens": history.tokens,
             "loss": round(history.losses[-1], 4),
-            "pairs": {split: len(found) for split, found in pairs.items()},
-            **judged,
+            "pairs": {split: len(of_split) for split, of_split in pairs.items()},
+            **quality,
             "environment": document["versions"],
         },
-        checks=[
-            CheckResult("learned", passed=True, note=f"loss {history.losses[0]:.3f} -> {history.losses[-1]:.3f}"),
-            replace(change.check(), blocking=False),
-            CheckResult(
-                "prefers_as_people_do",
-                passed=accuracy >= params.min_accuracy,
-                note=f"accuracy {accuracy:.3f} ({low:.3f} to {high:.3f}) on {len(pairs['test'])} pairs, "
-                f"reward_model.min_accuracy is {params.min_accuracy}",
-            ),
-            CheckResult(
-                "better_than_length",
-                passed=low > rule,
-                severity="warn",
-                note=f"accuracy {accuracy:.3f}, at least {low:.3f}; the {judged['length_rule_says']} answer is the chosen one in {rule:.3f}",
-            ),
-        ],
+        checks=_checks(history, change, quality, len(pairs["test"]), params),
         measured={"training_seconds": round(history.seconds, 1), "peak_memory_bytes": peak_memory(device.type)},
     )
     reward_model.write_quality(out, report.checks)
     remove(checkpoints)
     return report
+
+
+def _train(
+    model: Any,
+    tokenizer: Any,
+    pairs: Mapping[str, Sequence[Any]],
+    params: Params,
+    compute: Compute,
+    checkpoints: Checkpoints,
+    live: Path | None,
+) -> TrainingHistory | CheckResult:
+    """Train the model in place. Returns the failed check `learned` if a loss or a trained weight is not finite."""
+    import trl
+
+    options = {"max_length": None, "center_rewards_coefficient": params.center_rewards_coefficient}
+    spec = TrainerSpec("reward model", trl.RewardTrainer, trl.RewardConfig, options, FIGURES)
+    rows = {split: _rows(tokenizer, pairs[split], params.margins) for split in ("train", "validation")}
+    try:
+        history = train(spec, model, tokenizer, rows["train"], rows["validation"], params, compute, checkpoints, live)
+    except Diverged as diverged:
+        ids = [pairs["train"][row]["example_id"] for row in diverged.rows]
+        note = f"{diverged}; lower reward_model.learning_rate, and look at the pairs of that step"
+        return CheckResult("learned", passed=False, count=len(ids), rows=ids[:20], note=note)
+    finite_weights = (bool(weight.isfinite().all()) for weight in weight_audit.trainable(model).values())
+    if not (all(map(math.isfinite, history.losses)) and all(finite_weights)):
+        note = "a loss or a trained weight is not finite; lower reward_model.learning_rate"
+        return CheckResult("learned", passed=False, note=note)
+    return history
+
+
+def _checks(
+    history: TrainingHistory, change: WeightChange, quality: Mapping[str, Any], test_pairs: int, params: Params
+) -> list[CheckResult]:
+    accuracy, (low, high) = quality["accuracy"], quality["accuracy_interval"]
+    rule, length = quality["length_rule"], quality["length_rule_says"]
+    return [
+        CheckResult("learned", passed=True, note=f"loss {history.losses[0]:.3f} -> {history.losses[-1]:.3f}"),
+        replace(change.check(), blocking=False),
+        CheckResult(
+            "prefers_as_people_do",
+            passed=accuracy >= params.min_accuracy,
+            note=f"accuracy {accuracy:.3f} ({low:.3f} to {high:.3f}) on {test_pairs} pairs, "
+            f"reward_model.min_accuracy is {params.min_accuracy}",
+        ),
+        CheckResult(
+            "better_than_length",
+            passed=low > rule,
+            severity="warn",
+            note=f"accuracy {accuracy:.3f}, at least {low:.3f}; the {length} answer is the chosen one in {rule:.3f}",
+        ),
+    ]
 
 
 def _without_pairs(out: Path, curve_file: Path, calibration_file: Path) -> Report:
@@ -248,8 +264,8 @@ def _judge(model: reward_model.RewardModel, pairs: Mapping[str, Sequence[Mapping
     chosen, rejected = np.array(rewards[: len(test)]), np.array(rewards[len(test) :])
     right = (chosen > rejected) + 0.5 * (chosen == rejected)
 
-    def longer(found: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        lengths = [[len(response_text(pair[side])) for side in ("chosen", "rejected")] for pair in found]
+    def longer(split: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        lengths = [[len(response_text(pair[side])) for side in ("chosen", "rejected")] for pair in split]
         return np.array([(a > b) + 0.5 * (a == b) for a, b in lengths])
 
     shorter = longer(pairs["train"]).mean() < 0.5  # which rule it is, the training pairs tell
