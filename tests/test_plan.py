@@ -213,7 +213,7 @@ def test_a_configuration_of_no_possible_model_is_refused_in_one_message(config: 
 
 def test_a_model_without_a_configuration_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no such model"}')
-    for model, words in ((tmp_path / "nowhere", "no config.json"), (tmp_path, "not a configuration that transformers knows")):
+    for model, words in ((tmp_path / "nowhere", "no config.json"), (tmp_path, "transformers does not support this configuration")):
         assert main(["plan", "--model", str(model)]) == 2
         assert words in capsys.readouterr().err
 
@@ -271,7 +271,7 @@ def test_the_account_multiplies_the_matrices_that_training_multiplies(method: st
     lengths = [5, 9]
     row = {"input_ids": [3] * 14, "labels": [4] * 14, "weights": [1.0] * 14, "lengths": lengths}
     tunable = build(method, options, tiny_model, torch.device("cpu"), torch.bfloat16, "adapter.x", merge=False, total_steps=100)
-    memory._like_the_trainer(tunable.model, causal(tunable.model), False)
+    memory._prepare_for_training(tunable.model, causal(tunable.model), False)
     done: Counter[str] = Counter()
 
     class Counting(TorchDispatchMode):
@@ -399,7 +399,7 @@ def test_what_does_not_fit_comes_with_what_would(tokenized: Path, monkeypatch: p
     )
     assert "does not fit: needs" in plan.as_text(found) and "hint: gradient_checkpointing: true" in plan.as_text(found)
     monkeypatch.setattr(plan.Machine, "available", 1)
-    assert "which is the least; take a smaller model" in plan.plan_variants(tokenized, [])["variants"]["lora"]["advice"][1]
+    assert "which is the least; use a smaller model" in plan.plan_variants(tokenized, [])["variants"]["lora"]["advice"][1]
 
 
 def test_without_the_base_model_the_plan_says_what_to_run(tokenized: Path) -> None:

@@ -342,7 +342,7 @@ def test_checkpointing_is_on_where_memory_is_short_and_changes_no_byte(
 ) -> None:
     on: list[bool] = []
     given_back: list[bool] = []
-    monkeypatch.setattr(sft, "giving_back", lambda: lambda *_: given_back.append(True))
+    monkeypatch.setattr(sft, "memory_trimmer", lambda: lambda *_: given_back.append(True))
     enable = PreTrainedModel.activation_checkpointing_enable
     monkeypatch.setattr(PreTrainedModel, "activation_checkpointing_enable", lambda self, *a, **k: on.append(True) or enable(self, *a, **k))
     found = []
@@ -356,16 +356,16 @@ def test_checkpointing_is_on_where_memory_is_short_and_changes_no_byte(
             assert bool(given_back) is (name == "tight" and not torch.cuda.is_available())
             found.append({f.name: f.read_bytes() for f in (tmp_path / name).iterdir()})
     assert found[0] == found[1]
-    assert len(re.findall(r"with gradient checkpointing: \d MB would be needed without, and 0 MB are free", caplog.text)) == 1
+    assert len(re.findall(r"gradient checkpointing is on: \d MB predicted without it, 0 MB free", caplog.text)) == 1
 
 
 @pytest.mark.skipif(hardware._of_glibc("malloc_trim") is None, reason="another C library than glibc")
 def test_what_lies_free_between_blocks_goes_back_to_the_kernel_once_there_is_much_of_it() -> None:
     code = """
 import psutil
-from dagster_project.training.methods.hardware import giving_back
+from dagster_project.training.methods.hardware import memory_trimmer
 
-give_back, given = giving_back(), []
+give_back, given = memory_trimmer(), []
 for megabytes in (50, 200):
     blocks = [b"x" * 100_000 for _ in range(10 * megabytes)]
     blocks = blocks[::20]  # no longer one free stretch at the end, which glibc gives back by itself
@@ -612,8 +612,8 @@ def test_running_out_of_memory_is_one_message_with_advice(
             )
         hints.append(refusal.value.hint)
     first, then = hints
-    assert re.fullmatch(r"\d MB were predicted, and 1.0 GB were free; gradient_checkpointing: true would take \d MB", first), first
-    assert "free; per_device_train_batch_size: 1 with gradient_accumulation_steps: 2 would take" in then, then
+    assert re.fullmatch(r"predicted \d MB, free 1.0 GB; gradient_checkpointing: true would take \d MB", first), first
+    assert "; per_device_train_batch_size: 1 with gradient_accumulation_steps: 2 would take" in then, then
 
 
 def test_other_errors_are_not_called_a_lack_of_memory(

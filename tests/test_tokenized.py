@@ -22,7 +22,7 @@ from dagster_project.curation.sources import formats
 from dagster_project.stages import tokenized
 from dagster_project.training.tokens import chat_templates, label_audit
 from dagster_project.training.tokens.collators import collate_packed
-from dagster_project.training.tokens.examples import Example, Fate, Rules, make, spans
+from dagster_project.training.tokens.examples import Example, RecordOutcome, Rules, make, spans
 from dagster_project.training.tokens.mixture import Replay, balance, mix, resample
 
 SYSTEM = "Be kind."
@@ -206,14 +206,14 @@ def test_a_named_template_writes_the_beginning_that_the_tokenizer_expects(tiny_t
     ("source", "complaint"),
     [
         ("{% for m in messages %}\n{{ m }", "line 2: unexpected '}'"),
-        ("{{ ''.__class__ }}" + CHAT_TEMPLATE, "line 1: reaches for `__class__`"),
-        ("{{ ''['__class__'] }}" + CHAT_TEMPLATE, "line 1: reaches for `__class__`"),
-        ("{{ ''|attr('__class__') }}" + CHAT_TEMPLATE, "line 1: `attr` reaches for attributes by name"),
+        ("{{ ''.__class__ }}" + CHAT_TEMPLATE, "line 1: accesses the private attribute `__class__`"),
+        ("{{ ''['__class__'] }}" + CHAT_TEMPLATE, "line 1: accesses the private attribute `__class__`"),
+        ("{{ ''|attr('__class__') }}" + CHAT_TEMPLATE, "line 1: `attr` accesses attributes by name"),
         ("{% set k = '_' ~ '_class_' ~ '_' %}{{ ''[k].mro() }}" + CHAT_TEMPLATE, "access to attribute '__class__' of 'str' object is unsafe"),
         ("{{ messages.append(1) }}" + CHAT_TEMPLATE, "access to attribute 'append' of 'list' object is unsafe"),
         ("{% include '/etc/passwd' %}" + CHAT_TEMPLATE, "no loader for this environment"),
-        ("{{ strftime_now('%d %b %Y') }}" + CHAT_TEMPLATE, "`strftime_now` gives something else each time"),
-        ("{{ ['a', 'b']|random }}" + CHAT_TEMPLATE, "`random` gives something else each time"),
+        ("{{ strftime_now('%d %b %Y') }}" + CHAT_TEMPLATE, "`strftime_now` is not deterministic"),
+        ("{{ ['a', 'b']|random }}" + CHAT_TEMPLATE, "`random` is not deterministic"),
         ("{{ 1 / 0 }}" + CHAT_TEMPLATE, "the chat template refuses it: division by zero"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}" + CHAT_TEMPLATE, "maximum recursion depth exceeded"),
         ("{% set x = 'a' * 10 ** 11 %}" + CHAT_TEMPLATE, "MemoryError"),
@@ -237,14 +237,14 @@ def test_a_template_that_fails_or_reaches_too_far_gets_one_clear_error(stage: St
 )
 def test_a_template_that_never_ends_is_stopped(stage: Stage, monkeypatch: pytest.MonkeyPatch, endless: str) -> None:
     monkeypatch.setattr(chat_templates, "SECONDS", 1)
-    with pytest.raises(InputError, match=r"mine\.jinja: takes more than 1 s for a few words"):
+    with pytest.raises(InputError, match=r"mine\.jinja: takes more than 1 s for a short conversation"):
         stage(ask("Hi"), chat_template=stage.template(endless + CHAT_TEMPLATE))
 
 
 @pytest.mark.parametrize(
     ("name", "complaint", "hint"),
     [
-        ("alpacca", "'alpacca' is no template", "use alpaca, chatml, or a file in data/templates/"),
+        ("alpacca", "'alpacca' is not a known template", "use alpaca, chatml, or a file in data/templates/"),
         ("data/templates/none.jinja", "does not exist", "put the file there"),
         ("../mine.jinja", "lies outside the project", "copy it"),
         ("params/mine.jinja", "is not a file in data/templates/", "move it to data/templates/"),
@@ -442,7 +442,7 @@ def test_whatever_comes_every_record_has_a_fate_and_every_label_its_reason(
 # labels
 
 
-def fate_of(tokenizer: Any, found: dict[str, Any]) -> Fate:
+def fate_of(tokenizer: Any, found: dict[str, Any]) -> RecordOutcome:
     return make(tokenizer, [found], Rules(512))[0]
 
 
@@ -451,7 +451,7 @@ TWO = record(*talk("Hi", "Yes?", "Well", "Grüße!", system=SYSTEM))
 
 @pytest.mark.parametrize("found", [TWO, ask("Hi"), text("Once upon"), ask("Hi", " padded \n"), ask("Hi", "It is <|im_end|>, I think.")])
 def test_labels_as_they_are_made_pass_their_audit(tiny_tokenizer: Any, found: dict[str, Any]) -> None:
-    assert label_audit.misplaced(tiny_tokenizer, [found], [fate_of(tiny_tokenizer, found)]) == {}
+    assert label_audit.find_wrong_labels(tiny_tokenizer, [found], [fate_of(tiny_tokenizer, found)]) == {}
 
 
 def damage_header(labels: np.ndarray, ids: np.ndarray) -> None:
@@ -492,11 +492,11 @@ DAMAGES = [damage_header, damage_end, damage_turn, damage_user, damage_all, dama
 def test_labels_that_stand_elsewhere_are_found(tiny_tokenizer: Any, found: dict[str, Any], damage: Any) -> None:
     fate = fate_of(tiny_tokenizer, found)
     damage(fate.examples[0].labels, fate.examples[0].input_ids)
-    assert list(label_audit.misplaced(tiny_tokenizer, [found], [fate])) == [0]
+    assert list(label_audit.find_wrong_labels(tiny_tokenizer, [found], [fate])) == [0]
 
 
 def test_misplaced_labels_block_the_stage(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    def mask_all(*arguments: Any) -> list[Fate]:
+    def mask_all(*arguments: Any) -> list[RecordOutcome]:
         fates = make(*arguments)
         for fate in fates:
             fate.examples[0].labels[:] = IGNORE
@@ -520,9 +520,9 @@ def test_a_tokenizer_that_changes_the_text_is_held_to_what_it_gives_back(tiny_to
     folding = copy.deepcopy(tiny_tokenizer)
     folding.backend_tokenizer.normalizer = normalizers.Lowercase()
     fate = fate_of(folding, ask("HI", "YES?"))
-    assert label_audit.misplaced(folding, [ask("HI", "YES?")], [fate]) == {}
+    assert label_audit.find_wrong_labels(folding, [ask("HI", "YES?")], [fate]) == {}
     damage_header(fate.examples[0].labels, fate.examples[0].input_ids)
-    assert list(label_audit.misplaced(folding, [ask("HI", "YES?")], [fate])) == [0]
+    assert list(label_audit.find_wrong_labels(folding, [ask("HI", "YES?")], [fate])) == [0]
 
 
 def test_two_beginnings_are_found(stage: Stage) -> None:
@@ -618,7 +618,7 @@ def test_balance_repeats_rare_categories_in_train_alone_and_says_so(stage: Stage
 
 def test_replayed_rows_are_not_balanced() -> None:
     records = [*(ask(f"own {i}", category="bug") for i in range(4)), ask("gen", source=GENERAL, category="chat")]
-    fates = [Fate("kept", examples=[Example(np.zeros(10), np.zeros(10), np.zeros(10))]) for _ in records]
+    fates = [RecordOutcome("kept", examples=[Example(np.zeros(10), np.zeros(10), np.zeros(10))]) for _ in records]
     copies, report = mix(records, fates, "category", Replay(sources=[GENERAL], share=0.2), seed=7)
     assert copies == [1, 1, 1, 1, 1] and report["repeats"] == {"category": {}, "source": {}}
 

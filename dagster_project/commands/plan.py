@@ -13,7 +13,6 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from dagster_project.core import params
 from dagster_project.core.errors import InputError
@@ -27,6 +26,7 @@ from dagster_project.training.methods.hardware import available_memory, prepare
 from dagster_project.training.planning import layerwise, memory
 from dagster_project.training.planning.memory import size_text
 from dagster_project.training.planning.timing import Operations
+from dagster_project.training.planning.torch_internals import replaced
 from dagster_project.training.tokens.preference_pairs import both
 from dagster_project.training.trainers.alignment.reward_model import tokenizer_of
 from dagster_project.training.trainers.harness.params import AUTO
@@ -160,7 +160,7 @@ def plan_variants(root: Path, variants: Sequence[str]) -> dict[str, Any]:
         per_epoch = steps(train["rows"], recipe.model_copy(update={"num_train_epochs": 1, "max_steps": None}), machine.processes)
         rows = min(recipe.per_device_train_batch_size, train["rows"])
         lengths, counted = _largest_row(root, values, train, recipe.method)
-        way = memory.Way(
+        way = memory.TrainingSpec(
             machine.device, machine.dtype, machine.runtime, base_model, recipe.method, recipe.peft, recipe.quantization, rows, lengths, counted,
             recipe.gradient_checkpointing is True, recipe.gradient_accumulation_steps, recipe.optim, f"adapter.{name}",
         )  # fmt: skip
@@ -196,7 +196,7 @@ def _aligned(root: Path, recipe: Any, name: str, base_model: Path, machine: Mach
     batch = per_pass * len(sequences[0])
     n = method.steps(len(pairs), entry)
     per_step = batch * passes * sum(lengths) / len(lengths)
-    way = memory.Way(
+    way = memory.TrainingSpec(
         machine.device, machine.dtype, machine.runtime, base_model, "lora", entry.peft, None, 1, [max(lengths)] * batch,
         batch * max(answer for pair in sequences for _, answer in pair), entry.gradient_checkpointing, passes, entry.optim, f"aligned.{name}",
     )  # fmt: skip
@@ -244,7 +244,7 @@ def plan_model(
     try:
         copies = layerwise.SmallCopies(model)
         for method in methods:
-            way = memory.Way(
+            way = memory.TrainingSpec(
                 machine.device, machine.dtype, machine.runtime, model, method, USUAL.get(method, {}), None, rows, [tokens], tokens,
                 checkpointing and method.lower() not in CANNOT_CHECKPOINT, 1, "adamw_torch_fused", f"--method {method}",
                 timed=machine.is_here, trace=copies.trace,
@@ -279,7 +279,7 @@ def _import_bitsandbytes() -> None:
     import torch
 
     if find_spec("bitsandbytes"):
-        with patch.object(torch, "compile", lambda function, **_: function):
+        with replaced(torch, "compile", lambda function, **_: function):
             import bitsandbytes  # noqa: F401
 
 
@@ -296,7 +296,7 @@ def _model(path: Path, copies: layerwise.SmallCopies) -> dict[str, Any]:
     }
 
 
-def _on_gpus(way: memory.Way, total: int) -> list[dict[str, Any]]:
+def _on_gpus(way: memory.TrainingSpec, total: int) -> list[dict[str, Any]]:
     """Peak memory with and without gradient checkpointing, and on which GPUs it fits; `total` is that of `way` as it is."""
     can = way.method.lower() not in CANNOT_CHECKPOINT
     rows = []
@@ -334,7 +334,7 @@ def _largest_row(root: Path, values: dict[str, Any], train: dict[str, Any], meth
     return [tokens], -(-tokens * train["trained_tokens"] // train["tokens"])
 
 
-def _requirements(way: memory.Way, machine: Machine, tokens: int) -> dict[str, Any]:
+def _requirements(way: memory.TrainingSpec, machine: Machine, tokens: int) -> dict[str, Any]:
     """Parameters, peak memory and time of a training on `tokens` tokens in total."""
     took = way.predict()
     available = machine.available

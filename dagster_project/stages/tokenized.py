@@ -27,7 +27,7 @@ from dagster_project.core.records import (
     write_table,
 )
 from dagster_project.training.tokens import chat_templates, label_audit, mixture
-from dagster_project.training.tokens.examples import Example, Fate, Rules, TooLong, make
+from dagster_project.training.tokens.examples import Example, RecordOutcome, Rules, TooLong, make
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -157,10 +157,10 @@ def produce(root: Path, params: Params, seed: int, splits: Path, base_model: Pat
         lengths = [len(example.input_ids) for _, example in examples]
         layout = pack(lengths, room) if params.packing else [[i] for i in range(len(examples))]
         _write_rows(out / f"{split}.parquet", examples, layout)
-        figures = label_audit.figures(tokenizer, records[split], fates[split])
+        figures = label_audit.statistics(tokenizer, records[split], fates[split])
         figures["fill_rate"] = round(sum(lengths) / sum(max(room, sum(lengths[i] for i in row)) for row in layout), 4) if layout else 0.0
         audit["splits"][split] = figures
-        audit["examples"] += label_audit.shown(tokenizer, split, records[split], fates[split], seed)
+        audit["examples"] += label_audit.sample(tokenizer, split, records[split], fates[split], seed)
         metrics[split] = {
             "examples": len(examples),
             "rows": len(layout),
@@ -197,7 +197,7 @@ def _refuse_foreign_fields(params: Params, train: Sequence[Record]) -> None:
         )
 
 
-def _in_order(records: Sequence[Record], fates: Sequence[Fate], copies: Sequence[int]) -> list[tuple[str, Example]]:
+def _in_order(records: Sequence[Record], fates: Sequence[RecordOutcome], copies: Sequence[int]) -> list[tuple[str, Example]]:
     """(example_id, example) of every part and copy, by content hash, so that each row is a fair mixture: long replies and short labels learn in
     the same step, and copies of an example do not stand together."""
 
@@ -241,7 +241,7 @@ def _write_rows(path: Path, examples: Sequence[tuple[str, Example]], layout: Seq
     pq.write_table(pa.Table.from_arrays(columns, schema=row_schema()), path, compression="zstd", store_schema=True)
 
 
-def _lost(fates: Sequence[Fate]) -> dict[str, Any]:
+def _lost(fates: Sequence[RecordOutcome]) -> dict[str, Any]:
     """Reason -> records that lose tokens to learn from, and how many."""
     found: dict[str, dict[str, int]] = {}
     for fate in fates:
@@ -253,7 +253,7 @@ def _lost(fates: Sequence[Fate]) -> dict[str, Any]:
 
 
 def _checks(
-    params: Params, tokenizer: Any, records: Sequence[Record], fates: Sequence[Fate], ledger: Sequence[dict[str, Any]]
+    params: Params, tokenizer: Any, records: Sequence[Record], fates: Sequence[RecordOutcome], ledger: Sequence[dict[str, Any]]
 ) -> list[CheckResult]:
     """The results of CHECK_DESCRIPTIONS, in its order."""
     found: dict[str, dict[int, str]] = {name: {} for name in CHECK_DESCRIPTIONS}
@@ -262,9 +262,9 @@ def _checks(
         name = "too_long" if kind in {"truncated", "split"} else kind
         if name in found:
             found[name][i] = fate.outcome if name == "too_long" else fate.why
-        if any(label_audit.begins_twice(tokenizer, example) for example in fate.examples):
+        if any(label_audit.has_double_bos(tokenizer, example) for example in fate.examples):
             found["double_bos"][i] = "two beginning-of-text tokens"
-    found["labels"] = label_audit.misplaced(tokenizer, records, fates)
+    found["labels"] = label_audit.find_wrong_labels(tokenizer, records, fates)
     blocking = {"labels"} | ({"template_mismatch"} if params.on_mismatch == "fail" else set())
     repaired = {"template_mismatch", "no_answer", "too_long"} - blocking
     """What was wrong is not in the output any more."""

@@ -1,4 +1,4 @@
-"""Answers of a language model to many prompts at once, one token after another."""
+"""Autoregressive decoding of a batch of prompts with a KV cache."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ if TYPE_CHECKING:
     import torch
 
 Choose = Callable[["torch.Tensor", Sequence[int], int], list[int]]
-"""(logits (rows, vocabulary), number of each row's prompt, place in the answer from 0) -> a token for each row."""
+"""(logits (batch, vocabulary), index of each row's prompt, position in the answer from 0) -> a token id for each row."""
 
 TOKENS_AT_ONCE = {"cpu": 1024}
-"""Tokens, padding included, of the texts that one pass reads: more of them leave a CPU's caches and take longer. Elsewhere there is no such limit.
-What stands before the texts does not count."""
+"""Device -> maximum number of prompt tokens, with padding, in a pass: more exceed a CPU's caches. A shared prefix does not count."""
 
 
 def groups(lengths: Sequence[int], most: int, device: str) -> Iterator[list[int]]:
-    """Numbers of the texts that one pass reads: neighbours in length, at most `most`, and as few as the device reads fastest."""
+    """Yield the indices of the texts of each pass: similar in length, at most `most`, and within TOKENS_AT_ONCE."""
     group: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
         if group and (len(group) == most or lengths[i] * (len(group) + 1) > TOKENS_AT_ONCE.get(device, float("inf"))):
@@ -31,108 +30,114 @@ def groups(lengths: Sequence[int], most: int, device: str) -> Iterator[list[int]
 
 
 def decode(
-    model: Any, prompts: Sequence[Sequence[int]], choose: Choose, longest: int, eos: int | None, pad: int | None, behind: Any = None
+    model: Any, prompts: Sequence[Sequence[int]], choose: Choose, longest: int, eos: int | None, pad: int | None, prefix: Any = None
 ) -> list[list[int]]:
-    """Token ids of the answer to each prompt, at most `longest`, the end of turn included.
+    """Generate the answer to each prompt.
 
-    Prompts are padded on the left, and on a CPU read a few at a time. Answers that have ended leave the batch, once they are a quarter of it.
+    Prompts are padded on the left; a CPU reads a few at a time. Finished answers are removed once they are a quarter of the batch.
 
     Args:
-        model: a causal language model of transformers.
-        behind: a cache of one row: tokens that stand before every prompt. For one prompt only, where the model does not keep all.
+        model: causal language model of transformers.
+        prompts: token ids of each prompt.
+        choose: selects the next tokens.
+        longest: maximum number of tokens of an answer.
+        prefix: cache with one row of tokens that precede every prompt. Without `keeps_all_tokens`, only one prompt is supported.
+    Returns:
+        Token ids of each answer, including the end-of-turn token.
     """
     import torch
 
     answers: list[list[int]] = [[] for _ in prompts]
     rows, ended = list(range(len(prompts))), set[int]()
     with torch.no_grad():
-        hidden, mask, cache = _read_all(model, prompts, longest, pad or 0, behind)
-        for place in range(longest):
+        hidden, mask, cache = _read_all(model, prompts, longest, pad or 0, prefix)
+        for position in range(longest):
             head = model.get_output_embeddings()
-            chosen = choose(head(hidden.to(head.weight.dtype)), rows, place)
+            chosen = choose(head(hidden.to(head.weight.dtype)), rows, position)
             for i, token in zip(rows, chosen, strict=True):
                 if i not in ended:
                     answers[i].append(token)
                 if token == eos:
                     ended.add(i)
-            if len(ended) == len(prompts) or place + 1 == longest:
+            if len(ended) == len(prompts) or position + 1 == longest:
                 break
-            going = [k for k, i in enumerate(rows) if i not in ended]
-            if 4 * len(going) <= 3 * len(rows):
-                kept = torch.tensor(going, device=model.device)
+            unfinished = [k for k, i in enumerate(rows) if i not in ended]
+            if 4 * len(unfinished) <= 3 * len(rows):
+                kept = torch.tensor(unfinished, device=model.device)
                 cache.reorder_cache(kept)
-                mask, rows, chosen = mask[kept], [rows[k] for k in going], [chosen[k] for k in going]
+                mask, rows, chosen = mask[kept], [rows[k] for k in unfinished], [chosen[k] for k in unfinished]
             mask = torch.cat((mask, mask.new_ones(len(rows), 1)), 1)
             hidden = _run(model, torch.tensor(chosen, device=model.device)[:, None], mask, cache)
     return answers
 
 
-def read(model: Any, ids: Sequence[int], behind: Any = None) -> Any:
-    """A cache of one row with these tokens, behind those that `behind` holds already."""
+def prefill(model: Any, ids: Sequence[int], prefix: Any = None) -> Any:
+    """A cache with one row of these tokens, after those of `prefix`."""
     import torch
 
-    cache = _empty(model) if behind is None else copy.deepcopy(behind)
-    seen = [1] * (cache.get_seq_length() + len(ids))
+    cache = _empty(model) if prefix is None else copy.deepcopy(prefix)
+    attended = [1] * (cache.get_seq_length() + len(ids))
     with torch.no_grad():
-        _run(model, torch.tensor([ids], device=model.device), torch.tensor([seen], device=model.device), cache)
+        _run(model, torch.tensor([ids], device=model.device), torch.tensor([attended], device=model.device), cache)
     return cache
 
 
 def _run(model: Any, ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> torch.Tensor:
-    """The last hidden state of each row (rows, size), behind what the cache holds, to which `ids` (rows, tokens) are added."""
+    """Last hidden state of each row, (batch, hidden). Adds `ids` (batch, seq) to the cache; `mask` (batch, cached + seq) covers both."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     out = model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True)
     return out.last_hidden_state[:, -1]
 
 
-def _read_all(model: Any, prompts: Sequence[Sequence[int]], longest: int, pad: int, behind: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """The last hidden state of each prompt (prompts, size), a mask (prompts, tokens), and a cache of the prompts, with room where it is plain."""
+def _read_all(model: Any, prompts: Sequence[Sequence[int]], longest: int, pad: int, prefix: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """Read the prompts: last hidden states (prompts, hidden), mask (prompts, seq), and a cache, preallocated if its layers are plain."""
     import torch
     from transformers import DynamicCache
 
-    start = _empty(model) if behind is None else behind
-    before = behind.get_seq_length() if behind is not None else 0
+    start = _empty(model) if prefix is None else prefix
+    before = prefix.get_seq_length() if prefix is not None else 0
 
-    def masked(some: Sequence[int]) -> torch.Tensor:
-        width = max(len(prompts[i]) for i in some)
-        return torch.tensor([[1] * before + [0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in some], device=model.device)
+    def mask_of(group: Sequence[int]) -> torch.Tensor:
+        width = max(len(prompts[i]) for i in group)
+        return torch.tensor([[1] * before + [0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in group], device=model.device)
 
-    def run(some: Sequence[int]) -> tuple[torch.Tensor, Any]:
-        cache, mask = copy.deepcopy(start), masked(some)
-        if before and len(some) > 1:
-            cache.batch_repeat_interleave(len(some))
+    def run(group: Sequence[int]) -> tuple[torch.Tensor, Any]:
+        cache, mask = copy.deepcopy(start), mask_of(group)
+        if before and len(group) > 1:
+            cache.batch_repeat_interleave(len(group))
         width = mask.shape[1] - before
-        ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in some], device=model.device)
+        ids = torch.tensor([[pad] * (width - len(prompts[i])) + list(prompts[i]) for i in group], device=model.device)
         return _run(model, ids, mask, cache), cache
 
-    mask = masked(range(len(prompts)))
+    mask = mask_of(range(len(prompts)))
     if not _plain(start):
-        return (found := run(range(len(prompts))))[0], mask, found[1]
-    cache, hidden = DynamicCache(), dict[int, torch.Tensor]()
+        hidden, cache = run(range(len(prompts)))
+        return hidden, mask, cache
+    cache, states = DynamicCache(), dict[int, torch.Tensor]()
     for group in groups([len(prompt) for prompt in prompts], len(prompts), model.device.type):
         last, part = run(group)
-        hidden |= dict(zip(group, last, strict=True))
+        states |= dict(zip(group, last, strict=True))
         first = not cache.layers
         for k in range(len(part.layers)):
-            filled, part.layers[k] = part.layers[k], None  # so that a layer at a time is held twice
+            filled, part.layers[k] = part.layers[k], None  # so that only one layer at a time exists twice
             if first:
-                cache.layers.append(_roomy()(filled, *mask.shape, longest))
+                cache.layers.append(_preallocated_layer()(filled, *mask.shape, longest))
             layer, gap = cache.layers[k], mask.shape[1] - filled.keys.shape[2]
-            for whole, some in ((layer.keys, filled.keys), (layer.values, filled.values)):
-                whole[group, :, :before] = some[:, :, :before]
-                whole[group, :, before + gap :] = some[:, :, before:]
-    return torch.stack([hidden[i] for i in range(len(prompts))]), mask, cache
+            for target, source in ((layer.keys, filled.keys), (layer.values, filled.values)):
+                target[group, :, :before] = source[:, :, :before]
+                target[group, :, before + gap :] = source[:, :, before:]
+    return torch.stack([states[i] for i in range(len(prompts))]), mask, cache
 
 
 def _plain(cache: Any) -> bool:
-    """Has it nothing but layers that keep all keys and values?"""
+    """Whether all layers of a cache keep all keys and values."""
     from transformers.cache_utils import DynamicLayer
 
     return all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def _empty(model: Any) -> Any:
-    """A cache that keeps every token, for a window is the mask's business; or the model's own, where there is more to keep than keys and values."""
+    """A cache that keeps every token (sliding windows are applied by the mask), or the model's own cache if it has other state."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -140,27 +145,28 @@ def _empty(model: Any) -> Any:
     return DynamicCache() if all(type(layer) in {DynamicLayer, DynamicSlidingWindowLayer} for layer in own.layers) else own
 
 
-def keeps_all(model: Any) -> bool:
-    """Does every layer keep all keys and values? Of what stands before several prompts, a window would let go too early, and a state knows no padding."""
+def keeps_all_tokens(model: Any) -> bool:
+    """Whether every layer keeps all keys and values, as a shared prefix requires: windows drop tokens, recurrent states ignore padding."""
     from transformers import DynamicCache
 
     return _plain(DynamicCache(config=model.config))
 
 
 @functools.cache
-def _roomy() -> type:
-    """A layer of a cache with room for the tokens to come: another token moves none that is there."""
+def _preallocated_layer() -> type:
+    """Class of cache layers with memory for all tokens to come, so that appending a token copies nothing."""
     from transformers.cache_utils import DynamicLayer
 
-    class Roomy(DynamicLayer):
+    class Preallocated(DynamicLayer):
         def __init__(self, like: Any, rows: int, filled: int, more: int) -> None:
-            """Args:
-            like: a layer with keys and values (rows, heads, tokens, size).
-            filled, more: tokens of each row, and those that may come.
+            """
+            Args:
+                like: layer with keys and values (batch, heads, seq, head size).
+                filled, more: number of tokens of each row, and of those to come.
             """
             super().__init__()
             self.lazy_initialization(like.keys, like.values)
-            self.all = [some.new_zeros(rows, some.shape[1], filled + more, some.shape[3]) for some in (like.keys, like.values)]
+            self.all = [states.new_zeros(rows, states.shape[1], filled + more, states.shape[3]) for states in (like.keys, like.values)]
             self._show(filled)
 
         def _show(self, tokens: int) -> None:
@@ -179,4 +185,4 @@ def _roomy() -> type:
             self.all = [whole[beam_idx] for whole in self.all]
             self._show(tokens)
 
-    return Roomy
+    return Preallocated

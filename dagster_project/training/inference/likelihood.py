@@ -1,4 +1,4 @@
-"""How likely a model finds given answers."""
+"""Likelihood of given answers under a model."""
 
 from __future__ import annotations
 
@@ -13,9 +13,15 @@ from dagster_project.training.inference.decoding import groups
 def negative_log_likelihood(
     model: Any, pad_token_id: int, examples: Sequence[tuple[list[int], list[int]]], batch_size: int, what: str
 ) -> list[tuple[float, int]]:
-    """For each example (input_ids, labels) the summed negative log-likelihood in nats of its labelled tokens, and how many they are.
+    """Negative log-likelihood of the labelled tokens of each example.
 
-    Padding stands on the right behind an attention mask, so batch size and padding change no score beyond rounding.
+    Padding is on the right and masked, so batch size and padding change scores only by rounding.
+
+    Args:
+        examples: (input_ids, labels) of each example; tokens labelled -100 are not scored.
+        what: name of the work in progress lines.
+    Returns:
+        For each example the sum in nats, and the number of labelled tokens.
     """
     import torch
     from torch.nn.functional import cross_entropy

@@ -1,4 +1,4 @@
-"""Attention for packed rows: each example attends to itself alone."""
+"""Attention for packed rows: the examples of a row are isolated from each other."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.errors import InputError
+from dagster_project.core.versions import require_version
 
 if TYPE_CHECKING:
     import torch
 
 
 def attention_for(device: torch.device, dtype: torch.dtype | None = None) -> str:
-    """Which attention to load a model with for training on packed rows: by_example, varlen or sdpa.
+    """Choose the attention implementation for training on packed rows: by_example, varlen or sdpa.
 
-    On a CPU each example attends by itself: a block-diagonal mask over a whole row computes mostly what it then throws away
-    (a third of a training step at 512 tokens a row). On a GPU one call is faster than many small ones: that of torch's flash
-    attention for rows of several lengths where the GPU has it, else one with a mask.
+    On a CPU attention is computed per example, because most results under a block-diagonal mask are discarded (a third of a training
+    step at 512 tokens a row). On a GPU one call is faster: torch's flash attention for variable lengths if supported, else a mask.
 
     Args:
-        dtype: in which the model computes; flash attention takes bfloat16 only.
+        dtype: dtype of the computation; flash attention supports only bfloat16.
     """
     import torch
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    # calls of as many sizes as there are examples are nothing to compile
+    # not compiled, because the sizes differ from example to example
     for name, attend in (("by_example", torch.compiler.disable(_attend_by_example)), ("varlen", _attend_at_once)):
         AttentionInterface.register(name, attend)
         AttentionMaskInterface.register(name, lambda *_, **__: None)
@@ -35,26 +35,34 @@ def attention_for(device: torch.device, dtype: torch.dtype | None = None) -> str
     return "varlen" if dtype == torch.bfloat16 and _has_varlen(device) else "sdpa"
 
 
+def attention_of(model: Any) -> str:
+    """Name of the attention implementation that a transformers model uses."""
+    require_version("transformers", ">=5.24,<6", "config._attn_implementation")  # set_attn_implementation has no getter
+    return str(model.config._attn_implementation)
+
+
 def _has_varlen(device: torch.device) -> bool:
-    """Has torch the kernel, and can the GPU run it (Ampere and later)?"""
+    """Whether torch has the kernel and the GPU supports it (Ampere and later)."""
     import torch
 
     if not (torch.cuda.is_available() and torch.version.cuda and find_spec("torch.nn.attention.varlen")):
         return False
     from torch.nn.attention.varlen import varlen_attn
 
-    known = inspect.signature(varlen_attn).parameters
-    return {"scale", "window_size", "enable_gqa"} <= set(known) and torch.cuda.get_device_capability(device) >= (8, 0)
+    parameters = inspect.signature(varlen_attn).parameters
+    return {"scale", "window_size", "enable_gqa"} <= set(parameters) and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _refuse(named: Mapping[str, Any]) -> None:
-    """Raises:
-    InputError: the model's attention does what neither way below computes.
+def _refuse(arguments: Mapping[str, Any]) -> None:
+    """Refuse a model whose attention needs more than the implementations below compute.
+
+    Raises:
+        InputError: the model uses logit soft-capping or attention sinks.
     """
     for name in ("softcap", "s_aux"):
-        if named.get(name) is not None:
+        if arguments.get(name) is not None:
             raise InputError(
-                f"data/base_model: its attention needs `{name}`, which training on packed rows does not compute", "take another model"
+                f"data/base_model: its attention needs `{name}`, which training on packed rows does not support", "use another model"
             )
 
 
@@ -70,9 +78,13 @@ def _attend_by_example(
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each example. query (1, heads, tokens, size), key and value with fewer heads -> (1, tokens, heads, size).
+    """Causal attention within each example, computed in float32, whose backward pass is twice as fast as bfloat16 on a CPU.
 
-    In float32 whatever comes in: the kernel's backward pass in bfloat16 takes twice as long on a CPU.
+    Args:
+        query: (1, heads, seq, head size); key and value may have fewer heads.
+        cu_seq_lens_q: (examples + 1), int32, bounds of the examples.
+    Returns:
+        (1, seq, heads, head size) in the dtype of `query`, and None for the attention weights.
     """
     import torch
     from torch.nn.functional import scaled_dot_product_attention
@@ -87,11 +99,11 @@ def _attend_by_example(
         n = q.shape[2]
         if sliding_window is None or n <= sliding_window:
             return scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling)
-        near = torch.ones(n, n, dtype=torch.bool, device=q.device).tril().triu(1 - sliding_window)
-        return scaled_dot_product_attention(q, k, v, attn_mask=near, dropout_p=dropout, scale=scaling)
+        window = torch.ones(n, n, dtype=torch.bool, device=q.device).tril().triu(1 - sliding_window)
+        return scaled_dot_product_attention(q, k, v, attn_mask=window, dropout_p=dropout, scale=scaling)
 
-    found = [attend(*part) for part in parts]
-    return torch.cat(found, 2).to(query.dtype).transpose(1, 2).contiguous(), None
+    outputs = [attend(*part) for part in parts]
+    return torch.cat(outputs, 2).to(query.dtype).transpose(1, 2).contiguous(), None
 
 
 def _attend_at_once(
@@ -106,14 +118,14 @@ def _attend_at_once(
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The same in one call of flash attention. Its backward pass is deterministic where torch.use_deterministic_algorithms is on, as it is here."""
+    """As `_attend_by_example`, in one call of flash attention. Deterministic under torch.use_deterministic_algorithms, which is on."""
     import torch
     from torch.nn.attention.varlen import varlen_attn
 
     _refuse(others)
-    whole, half = value.dtype, torch.bfloat16  # rotated queries and keys may be float32, and all three beside 4-bit weights
-    query, key, value = (states[0].transpose(0, 1).to(half) for states in (query, key, value))
-    found = varlen_attn(
+    dtype = value.dtype  # with 4-bit weights float32, as rotated queries and keys may be
+    query, key, value = (states[0].transpose(0, 1).to(torch.bfloat16) for states in (query, key, value))
+    output = varlen_attn(
         query,
         key,
         value,
@@ -125,4 +137,4 @@ def _attend_at_once(
         window_size=((sliding_window or 0) - 1, 0),
         enable_gqa=key.shape[1] != query.shape[1],
     )
-    return found[None].to(whole), None
+    return output[None].to(dtype), None

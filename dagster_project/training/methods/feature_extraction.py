@@ -1,4 +1,4 @@
-"""feature_extraction: the base model as it is, and a linear layer that reads the category from what it makes of a prompt."""
+"""feature_extraction: a linear layer that predicts the category from the frozen base model's last hidden state of a prompt."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 WEIGHTS, LABELS = "head.safetensors", "head.json"
 ITERATIONS = 300
-"""Most steps of L-BFGS; the loss is convex, so it ends earlier where nothing more is to be gained."""
+"""Maximum number of L-BFGS steps; the loss is convex, and fitting stops once it no longer decreases."""
 
 
 class Options(Section):
@@ -38,18 +38,19 @@ class Options(Section):
 
 
 def split_prompts(rows: Sequence[Mapping[str, Any]]) -> tuple[list[list[int]], list[str], list[tuple[int, int]]]:
-    """Packed rows -> the prompts of their examples (token ids up to the last answer), their categories, and where they stood: (row, example of it).
-    Examples without a category are left out.
+    """Extract the prompts of packed rows. Examples without a category are left out.
 
         ids [5, 6, 7, 8], labels [-100, -100, 7, 8], lengths [4], categories ["login"]  ->  [[5, 6]], ["login"], [(0, 0)]
 
     Args:
-        rows: with input_ids, labels, lengths and categories (one for each example, nullable).
+        rows: with input_ids, labels, lengths and categories (one per example, nullable).
+    Returns:
+        Token ids of each prompt (up to the last answer), its category, and its position (row, example in the row).
     """
-    prompts, categories, places = [], [], []
+    prompts, categories, positions = [], [], []
     for number, row in enumerate(rows):
         start = 0
-        for place, (length, category) in enumerate(zip(row["lengths"], row["categories"], strict=True)):
+        for position, (length, category) in enumerate(zip(row["lengths"], row["categories"], strict=True)):
             ids, labels = row["input_ids"][start : start + length], row["labels"][start : start + length]
             start += length
             trained = [i for i, label in enumerate(labels) if label != IGNORE]
@@ -58,15 +59,15 @@ def split_prompts(rows: Sequence[Mapping[str, Any]]) -> tuple[list[list[int]], l
             first = next(i for i in range(trained[-1], -1, -1) if i == 0 or labels[i - 1] == IGNORE)
             prompts.append(list(ids[:first]))
             categories.append(category)
-            places.append((number, place))
-    return prompts, categories, places
+            positions.append((number, position))
+    return prompts, categories, positions
 
 
 def features(model: Any, prompts: Sequence[Sequence[int]], batch_size: int, what: str) -> torch.Tensor:
-    """The last hidden state at the last token of each prompt, (prompts, size) float32. Padding stands on the right behind a mask."""
+    """Last hidden state of the last token of each prompt, (prompts, hidden) float32. Padding is on the right and masked."""
     import torch
 
-    found = torch.zeros(len(prompts), model.config.hidden_size)
+    states = torch.zeros(len(prompts), model.config.hidden_size)
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     progress = Progress(what, len(prompts), "prompt")
     with torch.inference_mode():
@@ -76,23 +77,24 @@ def features(model: Any, prompts: Sequence[Sequence[int]], batch_size: int, what
             hidden = model.base_model(
                 input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False
             ).last_hidden_state
-            found[batch] = hidden[torch.arange(len(batch)), mask.sum(1) - 1].float().cpu()
+            states[batch] = hidden[torch.arange(len(batch)), mask.sum(1) - 1].float().cpu()
             progress.advance(len(batch))
-    return found.clone()
+    return states.clone()
 
 
-def fit(found: torch.Tensor, targets: torch.Tensor, classes: int, options: Options) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
-    """Multinomial logistic regression with an L2 penalty, by L-BFGS in float64 from zero: convex, so nothing is left to chance.
+def fit(inputs: torch.Tensor, targets: torch.Tensor, classes: int, options: Options) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
+    """Multinomial logistic regression with an L2 penalty, by L-BFGS in float64 from zero. The problem is convex, so the result is unique.
 
     Args:
-        found: features (n, size); targets: class numbers (n,).
+        inputs: (n, hidden) features.
+        targets: (n,) class indices, int64.
     Returns:
-        weight (classes, size) and bias (classes,), both float32, that read features as they are; the loss at each iteration.
+        Weight (classes, hidden) and bias (classes,), both float32, for unscaled features; the loss of each iteration.
     """
     import torch
     from torch.nn.functional import cross_entropy
 
-    x = found.double()
+    x = inputs.double()
     mean, scale = x.mean(0), x.std(0, correction=0).clamp_min(1e-6)
     x = (x - mean) / scale
     counts = torch.bincount(targets, minlength=classes).double()
@@ -115,7 +117,7 @@ def fit(found: torch.Tensor, targets: torch.Tensor, classes: int, options: Optio
 
 
 class Classifier:
-    """A base model and the linear layer `score` on it, (size) -> (labels)."""
+    """A frozen base model and the linear layer `score`, (hidden) -> (labels)."""
 
     def __init__(self, base: Any, labels: Sequence[str], options: Options) -> None:
         import torch
@@ -124,7 +126,7 @@ class Classifier:
         self.score = torch.nn.Linear(base.config.hidden_size, len(labels))
 
     def parameters(self) -> list[Any]:
-        """What learns."""
+        """The trained parameters."""
         return list(self.score.parameters())
 
     def named_parameters(self) -> list[tuple[str, Any]]:
@@ -140,34 +142,36 @@ class Classifier:
         """Train on packed rows, in place.
 
         Returns:
-            The curve, as `sft.train` gives it: the loss of each iteration, and the validation loss before the first and after the last.
+            The loss curve in the format of `sft.train`: the loss of each iteration, and the validation loss before and after.
         Raises:
-            InputError: no example has a category, or one of validation has a category that train lacks.
+            InputError: no example has a category, or a validation example has a category that train lacks.
         """
         import torch
         from torch.nn.functional import cross_entropy
 
         prompts, categories, _ = split_prompts(train)
-        held, held_categories, _ = split_prompts(validation)
+        validation_prompts, validation_categories, _ = split_prompts(validation)
         if not prompts:
-            raise InputError("feature_extraction learns the category of a prompt, and no example has one", "use sources with a `category`")
-        strange = sorted({*categories, *held_categories} - set(self.labels))
-        if strange:
-            raise InputError(f"feature_extraction: categories without a class: {', '.join(strange)}", "name all categories")
+            raise InputError("feature_extraction needs categories, and no example has one", "use sources with a `category`")
+        unknown = sorted({*categories, *validation_categories} - set(self.labels))
+        if unknown:
+            raise InputError(f"feature_extraction: categories without a class: {', '.join(unknown)}", "list all categories")
         number = {name: i for i, name in enumerate(self.labels)}
-        targets, wanted = (torch.tensor([number[name] for name in names]) for names in (categories, held_categories))
-        unseen = features(self.base, held, self.options.batch_size, "validation features") if held else None
+        targets, validation_targets = (torch.tensor([number[name] for name in names]) for names in (categories, validation_categories))
+        validation_inputs = (
+            features(self.base, validation_prompts, self.options.batch_size, "validation features") if validation_prompts else None
+        )
 
-        def watch(step: int) -> list[dict[str, float]]:
-            if unseen is None:
+        def validate(step: int) -> list[dict[str, float]]:
+            if validation_inputs is None:
                 return []
             with torch.no_grad():
-                return [{"step": step, "validation_loss": float(cross_entropy(self.score(unseen), wanted))}]
+                return [{"step": step, "validation_loss": float(cross_entropy(self.score(validation_inputs), validation_targets))}]
 
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.zero_()
-        curve = watch(0)
+        curve = validate(0)
         weight, bias, losses = fit(
             features(self.base, prompts, self.options.batch_size, "features"), targets, len(self.labels), self.options
         )
@@ -175,10 +179,10 @@ class Classifier:
             self.score.weight.copy_(weight)
             self.score.bias.copy_(bias)
         curve += [{"step": step, "loss": loss, "learning_rate": 1.0} for step, loss in enumerate(losses, 1)]
-        return curve + watch(len(losses))
+        return curve + validate(len(losses))
 
     def save(self, folder: Path) -> None:
-        """head.safetensors (score.weight, score.bias; float32) and head.json (the labels in order, and the options)."""
+        """Write head.safetensors (score.weight, score.bias; float32) and head.json (the labels in order, and the options)."""
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -188,13 +192,13 @@ class Classifier:
 
 
 class Predictor:
-    """A saved head, ready to be asked."""
+    """Predicts categories with a saved classifier."""
 
     def __init__(self, classifier: Classifier, tokenizer: Any) -> None:
         self.classifier, self.tokenizer = classifier, tokenizer
 
     def predict(self, conversations: Sequence[Messages], what: str = "categories") -> list[str]:
-        """The category of each conversation, which ends where the answer would begin. Prompts have the ids that training read."""
+        """Predict the category of each conversation, given up to the answer and tokenized as in training."""
         import torch
 
         if not conversations:
@@ -207,11 +211,12 @@ class Predictor:
 
 
 def is_head(folder: Path) -> bool:
+    """Whether a folder contains a saved classifier."""
     return (folder / LABELS).is_file()
 
 
 def load(folder: Path, base_model: Path, device: torch.device, dtype: torch.dtype) -> Predictor:
-    """The head in `folder` on its base model."""
+    """Load the classifier in `folder` with its base model."""
     from safetensors.torch import load_file
     from transformers import AutoTokenizer
 

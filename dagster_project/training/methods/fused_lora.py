@@ -1,6 +1,6 @@
-"""LoRA's update as one operation: what PEFT's layers compute, in the model's dtype and in fewer passes over memory.
+"""LoRA's update as one custom operation: the result of PEFT's layers, in the model's dtype and with fewer passes over memory.
 
-The operation has a name that torch knows, so that torch.compile, too, takes it as it is. Importing this file imports torch.
+It is registered with torch, so torch.compile does not trace into it. Importing this file imports torch.
 """
 
 from __future__ import annotations
@@ -12,26 +12,23 @@ import torch
 
 
 def fuse(model: Any) -> None:
-    """Let every plain LoRA layer of a PeftModel (LoRA, rsLoRA, QLoRA) compute its update by `update`. Layers of other methods stay PEFT's own.
-
-    Weights, names and what is saved do not change.
-    """
+    """Make every plain LoRA layer of a PeftModel (LoRA, rsLoRA, QLoRA) use `update`. Other layers, names and saved files do not change."""
     from peft.tuners.lora import LoraLayer
 
     for module in model.modules():
-        # a layer that merges with others, is an embedding, or has a variant (DoRA) computes something else
+        # embeddings, variants (DoRA) and other classes compute something else
         if isinstance(module, LoraLayer) and type(module).__name__ in {"Linear", "Linear4bit"} and not module.lora_variant:
             (adapter,) = module.lora_A
             if module.lora_B[adapter].bias is None:
                 module.forward = MethodType(_forward, module)
 
 
-def _forward(layer: Any, x: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
+def _forward(layer: Any, x: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
     if layer.disable_adapters or layer.merged:
-        return type(layer).forward(layer, x, *arguments, **named)
+        return type(layer).forward(layer, x, *arguments, **keywords)
     (adapter,) = layer.lora_A
     dropout = getattr(layer.lora_dropout[adapter], "p", 0.0) if layer.training else 0.0
-    result = layer.base_layer(x, *arguments, **named)
+    result = layer.base_layer(x, *arguments, **keywords)
     a, b, scaling = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter]
     return update(result, x.to(result.dtype), a, b, scaling, dropout)[0]
 
@@ -45,10 +42,10 @@ def update(
     Args:
         result: (..., out).
         x: (..., in), in the dtype of result.
-        a, b: (r, in) and (out, r), float32 as what learns is; so are their gradients.
+        a, b: (r, in) and (out, r), float32, as are their gradients.
     Returns:
-        The sum, and for the backward pass dropout(x) A^T and which elements were kept (nothing without dropout). x itself is kept as it is,
-        since layers that read the same x share it.
+        The sum (..., out); for the backward pass dropout(x) A^T (tokens, r) and the dropout mask (empty without dropout). x is saved
+        unmasked, because layers with the same input share it.
     """
     kept = _kept(x, dropout) if dropout else x.new_empty(0, dtype=torch.int16)
     down = _flat(_masked(x, kept)) @ a.to(x.dtype).T
@@ -85,7 +82,7 @@ def _(gradient: Any, x: Any, a: Any, b: Any, down: Any, kept: Any, scaling: floa
     return torch.empty_like(x) if through_x else x.new_empty(0), torch.empty_like(a), torch.empty_like(b)
 
 
-def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+def save_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     _, x, a, b, scaling, dropout = inputs
     ctx.save_for_backward(x, a, b, *output[1:])
     ctx.scaling = scaling / (1 - dropout)
@@ -97,7 +94,7 @@ def gradients(ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple[torch.Tensor |
     return gradient, of_x if through_x else None, of_a, of_b, None, None
 
 
-update.register_autograd(gradients, setup_context=keep)
+update.register_autograd(gradients, setup_context=save_context)
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:
@@ -109,9 +106,9 @@ def _integer(x: torch.Tensor) -> torch.dtype:
 
 
 def _kept(x: torch.Tensor, dropout: float) -> torch.Tensor:
-    """Which elements of x dropout keeps: integers of their size, all bits set for a kept one and none for a dropped one.
+    """Dropout mask: integers of the size of x's elements, all bits set for kept elements and none for dropped ones.
 
-    15 random bits decide on each: torch's own dropout draws 64 for it, which on a CPU takes longer than LoRA's products.
+    15 random bits per element; torch's dropout draws 64, which on a CPU takes longer than LoRA's products.
     """
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None).view(torch.int16)[: x.numel()]
     below = bits.bitwise_and(2**15 - 1).sub_(round(dropout * 2**15)).bitwise_right_shift_(15)  # the sign: -1 or 0

@@ -1,4 +1,4 @@
-"""Threads, number format and determinism: what the machine adds to the identity of a run; and what becomes of freed memory, which changes no bit."""
+"""Device, dtype, threads and determinism, which are part of a run's identity; and memory settings, which do not affect results."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
+from dagster_project.core.versions import require_version
 
 if TYPE_CHECKING:
     import torch
 
 LARGE_BLOCK = 32 * 2**20
-"""Bytes from which glibc gives a freed block back to the kernel. Smaller ones it keeps (mallopt(3), M_MMAP_THRESHOLD)."""
+"""Bytes from which glibc returns a freed block to the kernel; it keeps smaller ones (mallopt(3), M_MMAP_THRESHOLD)."""
 
 
 def prepare(compute: Compute) -> tuple[torch.device, torch.dtype]:
-    """Pin threads, seeds and deterministic kernels; say on which device and in which dtype to compute.
+    """Set threads, seeds and deterministic kernels, and choose device and dtype.
 
     Raises:
-        InputError: params.yaml asks for a dtype that does not exist.
+        InputError: unknown dtype in params.yaml.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -35,40 +36,44 @@ def prepare(compute: Compute) -> tuple[torch.device, torch.dtype]:
     torch.set_num_threads(compute.threads)
     set_seed(compute.seed)
     torch.use_deterministic_algorithms(True)
-    # would write every new tensor once more, to show up reads that no kernel here does
+    # a debugging aid that fills every new tensor; no kernel here reads uninitialized memory
     torch.utils.deterministic.fill_uninitialized_memory = False
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if compute.dtype not in {"auto", "bfloat16", "float32"}:
         raise InputError(f"params.yaml: compute.dtype: {compute.dtype!r} is unknown", "use auto, bfloat16 or float32")
     if compute.dtype != "auto":
         return device, getattr(torch, compute.dtype)
-    return device, torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
+    return device, torch.bfloat16 if _supports_bfloat16(device) else torch.float32
 
 
 def reuse_large_blocks() -> None:
-    """Let glibc keep large blocks too for the next tensor. The kernel fills each new one with zeros page by page: half the time of a step
-    where there are logits of a whole vocabulary for many tokens. Nothing happens with another C library."""
-    if mallopt := _of_glibc("mallopt"):
+    """Let glibc keep large freed blocks for the next tensor. No effect with another C library.
+
+    The kernel zeroes new blocks page by page, which takes half of a step with logits of many tokens over the whole vocabulary.
+    """
+    if mallopt := _glibc_function("mallopt"):
         mmap_threshold, trim_threshold = -3, -1
         mallopt(mmap_threshold, 2**30)
         mallopt(trim_threshold, 2**31 - 1)
 
 
 SLACK = 4 * LARGE_BLOCK
-"""Bytes by which a process grows before it gives back what is freed: a page that is given back takes time when it is next used."""
+"""Bytes by which a process grows before freed memory is returned: a returned page takes time when it is used again."""
 
 
-def giving_back() -> Callable[..., None]:
-    """A function, or forward hook, that lets glibc give what is freed back to the kernel if the process has grown by more than SLACK since it
-    last did. Nothing happens with another C library."""
+def memory_trimmer() -> Callable[..., None]:
+    """A function or forward hook that returns freed memory to the kernel once the process has grown by more than SLACK.
+
+    No effect with another C library than glibc.
+    """
     import psutil
 
-    malloc_trim, process = _of_glibc("malloc_trim"), psutil.Process()
+    malloc_trim, process = _glibc_function("malloc_trim"), psutil.Process()
     if not malloc_trim:
         return lambda *_: None
     least = process.memory_info().rss
 
-    def give_back(*_: Any) -> None:
+    def trim(*_: Any) -> None:
         nonlocal least
         now = process.memory_info().rss
         if now > least + SLACK:
@@ -77,23 +82,26 @@ def giving_back() -> Callable[..., None]:
         else:
             least = min(least, now)
 
-    return give_back
+    return trim
 
 
-def _of_glibc(function: str) -> Any:
-    return getattr(ctypes.CDLL(None), function, None) if sys.platform == "linux" else None
+def _glibc_function(name: str) -> Any:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
-def _multiplies_bfloat16(device: torch.device) -> bool:
+def _supports_bfloat16(device: torch.device) -> bool:
+    """Whether the processor has bfloat16 products, without emulation."""
     import torch
 
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    # torch.cpu.get_capabilities is newer than the oldest supported torch
+    require_version("torch", ">=2.9,<3", "torch.cpu._is_amx_tile_supported")
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 def available_memory(device: str, processes: int = 1) -> int:
-    """Bytes that are free now for each process, which share a CPU's memory and have a GPU each; on a CPU a container's limit counts."""
+    """Free bytes per process. Processes share a CPU's memory, within the container's limit, and have a GPU each."""
     import psutil
     import torch
 
@@ -103,20 +111,20 @@ def available_memory(device: str, processes: int = 1) -> int:
     folder = Path("/sys/fs/cgroup")
     try:
         limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
-    except (OSError, ValueError):  # no version 2 control groups, or no limit
+    except (OSError, ValueError):  # no cgroups v2, or no limit
         return free // processes
     return min(free, limit - used) // processes
 
 
 def peak_memory(device: str) -> int:
-    """The most bytes that this process has held so far: resident on a CPU, what torch has allocated on a GPU."""
+    """Peak bytes of this process so far: resident on a CPU, allocated by torch on a GPU."""
     if device == "cuda":
         import torch
 
         return int(torch.cuda.max_memory_allocated())
     status = Path("/proc/self/status")
-    if status.is_file():  # getrusage would begin with the size of the process that started this one
+    if status.is_file():  # getrusage includes the size of the parent process
         return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on a Mac
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS

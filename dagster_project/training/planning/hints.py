@@ -1,4 +1,4 @@
-"""What the memory prediction decides for a training, before it runs: execution hints, outside the stage's identity."""
+"""Execution hints from the memory prediction. They are not part of a stage's identity."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ log = logging.getLogger("pedigree")
 
 @dataclass(frozen=True)
 class Forecast:
-    """Hints for one run, and the memory that was predicted for it."""
+    """Execution hints and predicted memory of one run."""
 
     hints: ExecutionHints
     memory: memory.Memory | None = None
-    """None for a stage without a prediction, or for a method that cannot be built without its weights."""
+    """None for stages without a prediction and for methods that cannot be built without weights."""
 
     def document(self) -> dict[str, Any]:
         """Bytes by part, for pages."""
         return {"memory": asdict(self.memory)} if self.memory else {}
 
     def compared(self, measured: Mapping[str, float]) -> dict[str, float]:
-        """The prediction next to what a run measured."""
+        """Predicted bytes and the error in percent, given what a run measured; empty without a prediction."""
         if not self.memory or "peak_memory_bytes" not in measured:
             return {}
         error = 100 * (self.memory.total / measured["peak_memory_bytes"] - 1)
         return {"predicted_memory_bytes": self.memory.total, "prediction_error_percent": round(error, 1)}
 
     def text(self, measured: Mapping[str, float]) -> str:
-        """Memory and time of a run, next to the prediction, for the log."""
+        """Log line with the measured memory and time of a run, and the predicted memory."""
         text = f"memory {measured['peak_memory_bytes'] / 1e6:,.0f} MB at its peak"
         if "predicted_memory_bytes" in measured:
             text += f", {measured['predicted_memory_bytes'] / 1e6:,.0f} MB predicted ({measured['prediction_error_percent']:+} %)"
@@ -63,9 +63,13 @@ def forecast(ctx: StageContext) -> Forecast | None:
 def forecast_training(
     params: AdapterParams, tokenized: Path, base_model: Path, processes: int, target: tuple[Any, Any], where: str
 ) -> Forecast:
-    """Args:
-    target: device and dtype that training will use.
-    where: place of the entry in params.yaml.
+    """Predict the memory of a training, and decide on gradient checkpointing if it is `auto`.
+
+    Args:
+        tokenized: output folder of the `tokenized` stage.
+        processes: number of training processes.
+        target: device and dtype that training will use.
+        where: dotted path of the entry in params.yaml.
     """
     claim_gpus(processes)
     device, dtype = target
@@ -73,7 +77,7 @@ def forecast_training(
     rows = {split: read_table(tokenized / f"{split}.parquet", columns) for split in ("train", "validation")}
     train = rows["train"]
     if not train:
-        return Forecast(ExecutionHints())  # the stage refuses it
+        return Forecast(ExecutionHints())  # the stage reports that there are no rows
     examples = sum(len(row["example_ids"]) for row in train)
     params = auto.settle(params, examples, len(train), bool(rows["validation"]), processes).params
     runtime = memory.resident() if device.type == "cpu" else 0  # before the model is loaded
@@ -87,8 +91,8 @@ def forecast_training(
         params = params.model_copy(update={"gradient_checkpointing": on})
     if on:
         log.info(
-            f"training {where.removeprefix('adapter.')}: with gradient checkpointing:"
-            f" {needed / 1e6:,.0f} MB would be needed without, and {free / 1e6:,.0f} MB are free"
+            f"training {where.removeprefix('adapter.')}: gradient checkpointing is on:"
+            f" {needed / 1e6:,.0f} MB predicted without it, {free / 1e6:,.0f} MB free"
         )
         predicted = _predicted(training_spec(params, base_model, train, dtype, device.type, runtime, where))
     without_runtime = training_spec(params, base_model, train, dtype, device.type, 0, where)
@@ -97,18 +101,18 @@ def forecast_training(
 
 def training_spec(
     params: AdapterParams, base_model: Path, rows: list[dict[str, Any]], dtype: Any, device: str, runtime: int, where: str
-) -> memory.Way:
-    """What the memory of a training depends on."""
+) -> memory.TrainingSpec:
+    """Build the specification that the prediction takes, for the row that needs the most memory."""
     lengths, counted = memory.largest_row([row["lengths"] for row in rows], [row["labels"] for row in rows], params.method)
-    return memory.Way(
+    return memory.TrainingSpec(
         device, dtype, runtime, base_model, params.method, params.peft, params.quantization,
         min(params.per_device_train_batch_size, len(rows)), lengths, counted, params.gradient_checkpointing is True,
         params.gradient_accumulation_steps, params.optim, where,
     )  # fmt: skip
 
 
-def _predicted(spec: memory.Way) -> memory.Memory | None:
-    """Peak memory by part, from the configuration alone; None for a method that cannot be built without its weights."""
+def _predicted(spec: memory.TrainingSpec) -> memory.Memory | None:
+    """Predicted peak memory by part; None for a method that cannot be built without weights."""
     try:
         return spec.predict().memory
     except memory.Unpredictable:
@@ -116,16 +120,16 @@ def _predicted(spec: memory.Way) -> memory.Memory | None:
         return None
 
 
-def _remedy(spec: memory.Way, free: int) -> str:
-    """What to change if memory ran out, by the plan; "" if that is unknown.
+def _remedy(spec: memory.TrainingSpec, free: int) -> str:
+    """Advice for a run that ran out of memory; "" if there is no prediction.
 
     Args:
-        spec: without the runtime, which is in memory already.
+        spec: with runtime 0, because libraries are already in memory.
         free: bytes that were free before training.
     """
     try:
         needed = spec.predict().memory.total
-        figures = f"{memory.size_text(needed)} were predicted, and {memory.size_text(free)} were free"
-        return f"{figures}; {spec.remedy(needed, min(needed, free) - 1)}"
+        comparison = f"predicted {memory.size_text(needed)}, free {memory.size_text(free)}"
+        return f"{comparison}; {spec.remedy(needed, min(needed, free) - 1)}"
     except (InputError, ValueError, RuntimeError, MemoryError):
         return ""

@@ -1,11 +1,9 @@
-"""The trace of a deep model's training step, from copies of it with few layers: exact, and as fast for 80 layers as for three.
+"""The trace of a deep model's training step, composed from copies of the model with few layers.
 
-Decoder layers that are built alike do the same to memory. A trace (memory.StepTrace) of n + 1 layers is that of n layers with what one layer
-adds inserted wherever layers follow one another: among the weights, in the forward and in the backward pass. So three copies are traced, with
-one, two and three layers; what the second adds to the first must give the third, event by event, and is then inserted as often as the model has
-layers more. Where it does not, or where the layers are not alike, the whole model is traced, as `memory.predict` does.
-
-Layers that differ in a period, as where every sixth has full attention, or of which the first few differ, are taken a period at a time.
+Decoder layers with the same structure use memory in the same way, so a trace of n + 1 layers is the trace of n layers with inserted runs
+of events. Copies with one, two and three layers are traced. If what the second adds to the first gives the third, event by event, it is
+inserted as often as the model has more layers; otherwise the whole model is traced. Layers that differ with a period (e.g. every sixth
+with full attention), or of which the first few differ, are handled a period at a time.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from dagster_project.training.planning.memory import StepTrace, StorageEvent, in
 from dagster_project.training.planning.timing import Operations
 
 COPIES = 3
-"""Small copies that are traced: two to see what a layer adds, and one to check it."""
+"""Number of traced copies: two to find what a layer adds, and one to check it."""
 
 
 @dataclass(frozen=True)
@@ -31,33 +29,34 @@ class Depth:
 
     layers: int
     first: int
-    """Layers before the repetition starts; the repetition then fills the rest exactly."""
+    """Layers before the repetition, which covers all other layers exactly."""
     period: int
 
     @property
     def small(self) -> list[int]:
-        """Layers of the small copies."""
+        """Number of layers of each small copy."""
         return [self.first + n * self.period for n in range(1, COPIES + 1)]
 
     @property
     def times(self) -> int:
-        """Periods that the model has more than the largest copy."""
+        """Number of periods of the model beyond those of the largest copy."""
         return (self.layers - self.small[-1]) // self.period
 
     @property
     def saves(self) -> bool:
+        """Whether the copies together have fewer layers than the model."""
         return sum(self.small) < self.layers
 
 
 class SmallCopies:
-    """Traces of one model, whatever the method: finds out once how its layers repeat."""
+    """Traces one model with any method. How its layers repeat is determined once."""
 
     def __init__(self, base_model: Path) -> None:
         """
         Args:
             base_model: folder with a config.json, or such a file.
         Raises:
-            InputError: no configuration, or one that transformers does not know.
+            InputError: no configuration, or one that transformers does not support.
         """
         config = read_config(base_model)
         self.base_model = base_model
@@ -67,20 +66,20 @@ class SmallCopies:
         self._folder = tempfile.TemporaryDirectory(prefix="pedigree-plan-")
         self.depth = self._depth()
 
-    def trace(self, base_model: Path, method: str, options: dict[str, Any], **given: Any) -> StepTrace:
-        """What `memory.trace_step` returns for the model that the copies are of; the arguments are its own."""
+    def trace(self, base_model: Path, method: str, options: dict[str, Any], **arguments: Any) -> StepTrace:
+        """The trace of the whole model; see `memory.trace_step` for the arguments."""
         has_weights = self.base_model.is_dir() and any(self.base_model.glob("*.safetensors"))
-        reads_weights = has_weights and given["device"] == "cpu"  # the files' sizes count
+        reads_weights = has_weights and arguments["device"] == "cpu"  # the sizes of the files count
         virtual = CANNOT_MERGE.get(method.lower()) == VIRTUAL
         if self.depth is not None and not (reads_weights or virtual or names_layers(options)):
-            traces = [trace_step(self._copy(layers), method, options, **given) for layers in self.depth.small]
+            traces = [trace_step(self._copy(layers), method, options, **arguments) for layers in self.depth.small]
             extended = extend(traces, self.depth.times)
             if extended is not None:
                 return extended
-        return trace_step(self.base_model, method, options, **given)
+        return trace_step(self.base_model, method, options, **arguments)
 
     def _depth(self) -> Depth | None:
-        """None: nothing repeats, or too seldom for copies to be faster."""
+        """How the layers repeat; None if they do not, or if copies would not be faster."""
         known = _layers(self.skeleton, self.layers)
         depth = repetition(known)
         if depth is None or not depth.saves:
@@ -93,7 +92,7 @@ class SmallCopies:
         return depth if same else None
 
     def _copy(self, layers: int) -> Path:
-        """Folder of the configuration with so many layers; lists with a value for each layer are cut to them."""
+        """Folder with the configuration for this number of layers; lists with a value per layer are shortened."""
         folder = Path(self._folder.name) / str(layers)
         if folder.is_dir():
             return folder
@@ -110,7 +109,7 @@ class SmallCopies:
 
 
 def names_layers(options: dict[str, Any]) -> bool:
-    """May a method's keys treat one layer unlike another?"""
+    """Whether a method's keys can treat layers differently."""
     known = {"layers_to_transform", "layers_pattern", "layer_replication", "rank_pattern", "alpha_pattern", "exclude_modules", "trainable"}
     if any(options.get(key) for key in known):
         return True
@@ -121,10 +120,10 @@ def names_layers(options: dict[str, Any]) -> bool:
 
 
 def repetition(layers: Sequence[Any]) -> Depth | None:
-    """The shortest period with which the layers repeat up to the last, and the fewest layers before it; None if they never do."""
+    """The shortest period with which the layers repeat up to the last, after the fewest other layers; None if they do not repeat."""
     for period in range(1, len(layers) // COPIES + 1):
-        unlike = [n for n in range(len(layers) - period) if layers[n] != layers[n + period]]
-        first = unlike[-1] + 1 if unlike else 0
+        different = [n for n in range(len(layers) - period) if layers[n] != layers[n + period]]
+        first = different[-1] + 1 if different else 0
         first += (len(layers) - first) % period
         if first + COPIES * period <= len(layers):
             return Depth(len(layers), first, period)
@@ -132,13 +131,13 @@ def repetition(layers: Sequence[Any]) -> Depth | None:
 
 
 def extend(traces: Sequence[StepTrace], times: int) -> StepTrace | None:
-    """The trace of a model with so many periods more than the last of three traces; None where the first two do not foretell the third."""
+    """The trace of a model with `times` more periods than the last of three traces; None if the first two do not predict the third."""
     one, two, three = traces
-    # a multiset freed at once repeats in one of the two orders: as it was freed, or sorted
+    # storages that are freed together repeat either in the recorded order or when sorted
     recorded = [trace.events for trace in traces]
     events = extended_events(recorded, times)
     if events is None:
-        events = extended_events([in_order(given) for given in recorded], times)
+        events = extended_events([in_order(event_list) for event_list in recorded], times)
     operations = _extended(one.operations, two.operations, three.operations, times)
     sizes = {}
     for name in ("trainable", "total", "optimizer", "loading"):
@@ -152,7 +151,7 @@ def extend(traces: Sequence[StepTrace], times: int) -> StepTrace | None:
 
 
 def extended_events(traces: Sequence[list[StorageEvent]], times: int) -> list[StorageEvent] | None:
-    """Events of a model with `times` periods more than the third; None where what the second adds to the first does not give the third."""
+    """Events of a model with `times` more periods than the third; None if the runs that the second adds to the first do not give the third."""
     one, two, three = traces
     added = insertions(one, two)
     if added is None or insert(one, added, 2) != three:
@@ -161,37 +160,37 @@ def extended_events(traces: Sequence[list[StorageEvent]], times: int) -> list[St
 
 
 def insertions(short: Sequence[StorageEvent], long: Sequence[StorageEvent]) -> list[tuple[int, Sequence[StorageEvent]]] | None:
-    """Runs that `long` has and `short` does not: (place in `short`, run). None where `long` is not `short` with runs inserted."""
-    found: list[tuple[int, Sequence[StorageEvent]]] = []
+    """Runs of events in `long` that `short` lacks, as (index in `short`, run); None if `long` is not `short` with inserted runs."""
+    runs: list[tuple[int, Sequence[StorageEvent]]] = []
     here, there = 0, 0
     left = len(long) - len(short)
     while left > 0:
         same = _same(short, here, long, there)
         here, there = here + same, there + same
         size = max(range(1, left + 1), key=lambda n: (_same(short, here, long, there + n), -n))
-        found.append((here, long[there : there + size]))
+        runs.append((here, long[there : there + size]))
         there, left = there + size, left - size
-    return found if left == 0 and short[here:] == long[there:] else None
+    return runs if left == 0 and short[here:] == long[there:] else None
 
 
 def insert(events: Sequence[StorageEvent], runs: Sequence[tuple[int, Sequence[StorageEvent]]], times: int) -> list[StorageEvent]:
-    """`events` with each run repeated `times` times at its place."""
-    found: list[StorageEvent] = []
+    """`events` with each run inserted `times` times at its index."""
+    extended: list[StorageEvent] = []
     start = 0
-    for place, run in runs:
-        found += [*events[start:place], *(event for _ in range(times) for event in run)]
-        start = place
-    return [*found, *events[start:]]
+    for index, run in runs:
+        extended += [*events[start:index], *(event for _ in range(times) for event in run)]
+        start = index
+    return [*extended, *events[start:]]
 
 
 def _same(short: Sequence[Any], here: int, long: Sequence[Any], there: int) -> int:
-    """How many events from here and from there are equal."""
+    """Length of the common run of events from these two indices on."""
     most = min(len(short) - here, len(long) - there)
     return next((n for n in range(most) if short[here + n] != long[there + n]), most)
 
 
 def _extended(one: Operations, two: Operations, three: Operations, times: int) -> Operations | None:
-    """Operations of a deeper model, counted linearly; None where the three counts do not lie on a line."""
+    """Operations of a deeper model by linear extrapolation; None if the three counts are not on a line."""
     counts = dict[Any, float]()
     for key in three.counts.keys() | two.counts.keys() | one.counts.keys():
         a, b, c = (operations.counts.get(key, 0) for operations in (one, two, three))
@@ -211,7 +210,7 @@ def _skeleton(base_model: Path) -> Any:
 
 
 def _layers(model: Any, n: int) -> list[Any]:
-    """What distinguishes each of a model's n layers: classes, settings and shapes. Empty where it is not clear which they are."""
+    """Signature of each of a model's n layers: classes, settings and shapes. Empty if the layers cannot be identified."""
     import torch
 
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == n]

@@ -1,38 +1,8 @@
-"""What a training step will hold in memory and compute, told from the model's configuration alone.
+"""Peak memory and operations of a training step, from the model's configuration alone.
 
-The account is the step itself: model and method are built on torch's meta device, where tensors have shapes and dtypes but no storage,
-one forward and backward pass runs there with the training's own code, and every storage is counted from its birth to its death. So what
-autograd keeps for a frozen layer, for DoRA's norms or under checkpointing is not estimated but looked up. A second for a 7B model.
-
-All in bytes; n = elements, b = bytes per element of the dtype:
-
-    weights       sum of n b over parameters and buffers. 4-bit (Dettmers et al. 2023, QLoRA, section 3): n / 2 for nf4, n / 64 for the
-                  8-bit scale of each block of 64, 4 n / (64 x 256) for the scales' own: 0.516 bytes a weight; what is not quantized
-                  (embeddings, output layer, norms) is float32. On a CPU the mapped file counts as long as a tensor lies in it.
-    gradients     n b of each trained parameter, from when the backward pass reaches it until the optimizer's step. Accumulation keeps
-                  them through the next pass, so two passes are counted then.
-    optimizer     AdamW: two states in the parameter's own dtype, 2 n b (torch.optim.AdamW makes them by zeros_like), and a step of 4
-                  bytes. 8-bit: 2 n, and 2 x 4 bytes a block of 256 (Dettmers et al. 2022, 8-bit Optimizers, section 2); parameters
-                  under 4,096 elements stay in 32 bits. Others: sft.OPTIMIZER_MEMORY. What learns is float32 whatever the model's dtype. AdaLoRA keeps 3 n b more: the importance of each
-                  weight, its mean and its spread.
-    activations   what autograd keeps, and passing results. In the way of Korthikanti et al. 2022, section 4.1 (34 h + 5 a s a token
-                  and layer for GPT in 16 bits, with dropout), a Llama layer all of whose weights learn keeps, with h hidden, f
-                  intermediate and a heads, in bytes a token:
-                      float32  44 h + 16 f + 4 a + 8        computing in bfloat16  36 h + 8 f + 4 a + 8
-                  two norms of 12 h + 4 (their input, the normed values, the output), attention b (4 h) + 4 a (query, key and value
-                  repeated to all heads, output, log-sum-exp; no scores: the kernel computes them again), b h into the output projection,
-                  b (4 f) in SwiGLU. In bfloat16 the weights that learn, and so the stream between layers, are float32: a norm keeps 8 h + 4,
-                  each of five products a copy of its input (autocast makes one a product), and 2 n of copies of the weights are kept
-                  for the backward pass. A frozen matrix does not keep its input; a layer below the lowest trained one keeps nothing.
-    logits        whatever has the vocabulary as last dimension. At the most, in the loss's backward pass, counted positions x vocabulary
-                  x 4 x 3: the log-softmax that was kept, its gradient and that of the scores, all in float32.
-    fragmentation on a CPU, memory that is free and still held: glibc keeps freed blocks of up to hardware.LARGE_BLOCK. Counted as if it
-                  reused a block for its own size alone: the most that ever lives of each size, all sizes together, less what of such
-                  blocks lives at the peak. On a GPU the peak is what torch has allocated, which leaves this out.
-    runtime       libraries and their state. On a CPU the resident size of a process that has imported them, measured on this machine;
-                  on a GPU the CUDA context and cuBLAS workspace, CUDA_RUNTIME.
-
-Not in it: kernels' scratch (benchmarks/memory.py prints predicted against measured).
+Model and method are built on torch's meta device, where tensors have shapes and dtypes but no storage. Forward and backward passes
+run there with the training's own code, and every storage is counted from allocation to release. All sizes are in bytes.
+docs/memory.md has the formulas and compares predictions with measurements (`benchmarks/memory.py`).
 """
 
 from __future__ import annotations
@@ -45,7 +15,6 @@ from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from dagster_project.core.chat import IGNORE
 from dagster_project.core.errors import InputError
@@ -54,18 +23,19 @@ from dagster_project.training.methods.build import CANNOT_CHECKPOINT, CANNOT_MER
 from dagster_project.training.methods.feature_extraction import Options
 from dagster_project.training.methods.hardware import LARGE_BLOCK
 from dagster_project.training.planning.timing import Operations, attention, attention_and_back
+from dagster_project.training.planning.torch_internals import dispatch_mode, flatten, reads_meta_value, replaced
 from dagster_project.training.trainers.harness.params import OPTIMIZER_MEMORY
 
 STARTED = 45 * 2**20
-"""Bytes that a process grows by once the Trainer runs, beyond its imports: `benchmarks/memory.py --tiny` measures it."""
+"""Bytes by which a process grows once the Trainer runs, beyond its imports; measured with `benchmarks/memory.py --tiny`."""
 
 CUDA_RUNTIME = 600 * 2**20
-"""Bytes that a process takes of a GPU before its first tensor: context and kernels (300 to 550 MB by card and driver), cuBLAS workspace."""
+"""Bytes that a process uses on a GPU before its first tensor: context and kernels (300 to 550 MB by card and driver), cuBLAS workspace."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by part, at the moment at which they are the most together."""
+    """Bytes by part at the moment of the peak."""
 
     weights: int
     gradients: int
@@ -81,21 +51,22 @@ class Memory:
 
 
 class Unpredictable(InputError):
-    """A method that looks at weights while it is put on the model, and so cannot be put on shapes."""
+    """The method reads weights while it is applied to the model, so it cannot be built on the meta device."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What one way of training a model takes."""
+    """Predicted memory and work of one training."""
 
     memory: Memory
     trainable: int
-    """Parameters that learn."""
+    """Number of trained parameters."""
     total: int
+    """Number of all parameters."""
     step: Operations
-    """What an optimizer step does: its passes, the clipping and the update."""
+    """Operations of an optimizer step: its passes, gradient clipping and the update."""
     optim: str
-    """transformers' name of the optimizer; empty where none takes steps."""
+    """transformers' name of the optimizer; empty if the method takes no optimizer steps."""
 
 
 def predict(
@@ -114,20 +85,19 @@ def predict(
     optim: str = "adamw_torch_fused",
     where: str = "adapter",
 ) -> Prediction:
-    """Peak memory and work of training, from the configuration alone. Random states of torch stay as they are.
+    """Predict peak memory and work of training. The random state of torch does not change.
 
     Args:
         base_model: folder with a config.json, or such a file; weights are not needed.
-        method, options, quantization, optim: as the variant's entry has them.
-        lengths: tokens of each example in the largest forward pass, all its rows together.
-        counted: positions of it that count in the loss.
-        dtype: the model's, torch.float32 or torch.bfloat16.
-        device: "cpu" or "cuda", where training will run; it need not be here.
-        runtime: bytes, see `resident`; on "cuda" give CUDA_RUNTIME.
-        where: dotted place in params.yaml, for messages.
+        method, options, quantization, optim: values of the variant's entry in params.yaml.
+        lengths: tokens of each example in the largest forward pass, over all its rows.
+        counted: number of its positions that count in the loss.
+        dtype: torch.float32 or torch.bfloat16.
+        device: "cpu" or "cuda", the device of the training; it need not exist on this machine.
+        runtime: bytes, see `resident`; CUDA_RUNTIME on "cuda".
+        where: dotted path of the entry in params.yaml, for messages.
     Raises:
-        InputError: no configuration, unknown method or key, or one that does not suit the model.
-        Unpredictable: the method needs weights for it.
+        InputError: no configuration, an unknown method or key, or one that does not fit the model; Unpredictable if the method needs weights.
     """
     trace = trace_step(
         base_model, method, options, lengths=lengths, counted=counted, dtype=dtype, device=device, quantization=quantization,
@@ -142,29 +112,29 @@ StorageEvent = tuple[str, str, int]
 
 @dataclass(frozen=True)
 class StepTrace:
-    """A training step on the meta device: everything that a prediction is computed from."""
+    """A training step on the meta device, from which predictions are computed."""
 
     events: list[StorageEvent]
     operations: Operations
     trainable: int
     total: int
     optimizer: int
-    """Bytes of its states."""
+    """Bytes of the optimizer state."""
     optim: str
-    """transformers' name of it; empty where none takes steps."""
+    """transformers' name of the optimizer; empty if the method takes no optimizer steps."""
     loading: int
-    """Bytes resident while weights are read and converted; 0 where they are used as they are stored."""
+    """Bytes resident while weights are read and converted; 0 if the stored weights are used without conversion."""
 
 
 def in_order(events: Sequence[StorageEvent]) -> list[StorageEvent]:
-    """The events with what happens between two allocations sorted: in which order storages are freed there changes no peak, and is not always the same."""
-    found: list[StorageEvent] = []
+    """Sort the events between two allocations. The order in which storages are freed there varies and does not affect the peak."""
+    ordered: list[StorageEvent] = []
     start = 0
-    for place, event in enumerate(events):
+    for index, event in enumerate(events):
         if not event[0]:
-            found += [*sorted(events[start:place]), event]
-            start = place + 1
-    return [*found, *sorted(events[start:])]
+            ordered += [*sorted(events[start:index]), event]
+            start = index + 1
+    return [*ordered, *sorted(events[start:])]
 
 
 def predict_from(trace: StepTrace, device: str, runtime: int) -> Prediction:
@@ -172,8 +142,8 @@ def predict_from(trace: StepTrace, device: str, runtime: int) -> Prediction:
     account = Account()
     for event in trace.events:
         account.apply(event)
-    kept = account.fragmentation if device == "cpu" else 0
-    peak = Memory(**account.peak, optimizer=trace.optimizer, fragmentation=kept, runtime=runtime)
+    fragmentation = account.fragmentation if device == "cpu" else 0
+    peak = Memory(**account.peak, optimizer=trace.optimizer, fragmentation=fragmentation, runtime=runtime)
     if trace.loading > peak.total - runtime:
         peak = Memory(weights=trace.loading, gradients=0, optimizer=0, activations=0, logits=0, fragmentation=0, runtime=runtime)
     return Prediction(peak, trace.trainable, trace.total, trace.operations, trace.optim)
@@ -195,58 +165,58 @@ def trace_step(
     where: str = "adapter",
     timed: bool = True,
 ) -> StepTrace:
-    """Build model and method on the meta device and take one step; see `predict`.
+    """Build model and method on the meta device and run one step; see `predict` for the arguments.
 
     Args:
-        timed: note the operations, too, so that their time can be measured. Takes a third longer.
+        timed: also record the operations, so that their time can be measured. Takes a third longer.
     """
     import torch
 
     config = read_config(base_model)
-    stored = config.dtype or torch.float32  # building the model will set it
-    # a start that is computed from the weights (pissa, olora, ...) has the same shapes as any other
+    stored = config.dtype or torch.float32  # read before the model is built, which changes it
+    # initial values that are computed from the weights (pissa, olora, ...) have the same shapes as any others
     options = {key: value for key, value in options.items() if key != "init_lora_weights" or isinstance(value, bool)}
     ledger = _Ledger(config.get_text_config().vocab_size, timed)
-    with torch.random.fork_rng(devices=[]), _quiet(), _on_shapes(method, where):
-        with torch.device("meta"), _answering():
-            tunable = build(
+    with torch.random.fork_rng(devices=[]), _without_warnings(), _needs_no_weights(method, where):
+        with torch.device("meta"), _zero_for_values():
+            prepared = build(
                 method, options, base_model, torch.device(device), dtype, where, quantization, merge=False, total_steps=100,
                 categories=("one", "other"), weights=False,
             )  # fmt: skip
-        model = tunable.model
-        held = model.base if tunable.fit else model
-        base = causal(held)
-        if not tunable.fit:
-            _like_the_trainer(model, base, gradient_checkpointing)
-        for tensor in _tensors(held):
+        model = prepared.model
+        network = model.base if prepared.fit else model
+        base = causal(network)
+        if not prepared.fit:
+            _prepare_for_training(model, base, gradient_checkpointing)
+        for tensor in _tensors(network):
             ledger.born(tensor, "weights")
-        if tunable.fit:
+        if prepared.fit:
             batch = parse(Options, options, where).batch_size
-            _read(ledger, base, [max(lengths)] * batch)
+            _feature_pass(ledger, base, [max(lengths)] * batch)
         else:
-            _passes(ledger, tunable, base, lengths, counted, passes := min(2, gradient_accumulation_steps))
+            _passes(ledger, prepared, base, lengths, counted, passes := min(2, gradient_accumulation_steps))
             ledger.operations.multiply(gradient_accumulation_steps / passes)
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if timed and not tunable.fit:
-        ledger.operations.note_optimizer(learning)
-    optim = tunable.optim or optim
-    states = 0 if tunable.fit else sum(_state_bytes(parameter, optim) for parameter in learning)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if timed and not prepared.fit:
+        ledger.operations.note_optimizer(trained)
+    optim = prepared.optim or optim
+    states = 0 if prepared.fit else sum(_state_bytes(parameter, optim) for parameter in trained)
     if method.lower() == "adalora":
-        states += 3 * sum(map(_bytes, learning))
-    as_stored = stored == (torch.float32 if tunable.autocast else dtype) and not getattr(base, "is_loaded_in_4bit", False)
+        states += 3 * sum(map(_bytes, trained))  # importance of each weight, its mean and its spread
+    as_stored = stored == (torch.float32 if prepared.autocast else dtype) and not getattr(base, "is_loaded_in_4bit", False)
     loading = 0 if device != "cpu" or as_stored else _loading(base_model, base, stored)
     return StepTrace(
-        list(ledger.events), ledger.operations, tunable.trainable, tunable.total, states, "" if tunable.fit else optim, loading
+        list(ledger.events), ledger.operations, prepared.trainable, prepared.total, states, "" if prepared.fit else optim, loading
     )
 
 
 LORA = {"r": 16, "target_modules": "all-linear"}
-"""Keys of LoRA, where it is proposed instead of something heavier."""
+"""PEFT keys of LoRA when it is suggested instead of a method that needs more memory."""
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way of training: what a prediction depends on, see `predict`."""
+class TrainingSpec:
+    """Everything that a prediction depends on; see `predict` for the fields."""
 
     device: str
     dtype: Any
@@ -260,83 +230,90 @@ class Way:
     lengths: list[int]
     """Tokens of each example in the largest such row."""
     counted: int
-    """Its positions that count in the loss."""
+    """Positions of that row that count in the loss."""
     gradient_checkpointing: bool
     gradient_accumulation_steps: int
     optim: str
     where: str
     timed: bool = True
-    """Whether the step's operations are needed, too."""
+    """Whether the step's operations are recorded."""
     trace: Callable[..., StepTrace] = trace_step
 
     def predict(self) -> Prediction:
-        given = dict(vars(self))
-        rows, runtime, trace = given.pop("rows"), given.pop("runtime"), given.pop("trace")
-        given["lengths"], given["counted"] = rows * self.lengths, rows * self.counted
-        step = trace(given.pop("base_model"), given.pop("method"), given.pop("options"), **given)
+        arguments = dict(vars(self))
+        rows, runtime, trace = arguments.pop("rows"), arguments.pop("runtime"), arguments.pop("trace")
+        arguments["lengths"], arguments["counted"] = rows * self.lengths, rows * self.counted
+        step = trace(arguments.pop("base_model"), arguments.pop("method"), arguments.pop("options"), **arguments)
         return predict_from(step, self.device, runtime)
 
     def lighter(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Changes that need less memory, in the order in which one would try them: what to write, and what it changes here."""
+        """Changes that need less memory, mildest first, as pairs of (text for params.yaml, changed fields)."""
         import torch
 
-        one = {"rows": 1, "gradient_accumulation_steps": self.gradient_accumulation_steps * self.rows}
-        row = f"per_device_train_batch_size: 1 with gradient_accumulation_steps: {one['gradient_accumulation_steps']}"
-        beside = f", {row}" if self.rows > 1 else ""
-        lora = {"options": LORA, "quantization": None, "gradient_checkpointing": True, **one}
-        can = self.method.lower() not in CANNOT_CHECKPOINT
-        if not self.gradient_checkpointing and can:
+        single = {"rows": 1, "gradient_accumulation_steps": self.gradient_accumulation_steps * self.rows}
+        row = f"per_device_train_batch_size: 1 with gradient_accumulation_steps: {single['gradient_accumulation_steps']}"
+        with_row = f", {row}" if self.rows > 1 else ""
+        lora = {"options": LORA, "quantization": None, "gradient_checkpointing": True, **single}
+        supports_checkpointing = self.method.lower() not in CANNOT_CHECKPOINT
+        if not self.gradient_checkpointing and supports_checkpointing:
             yield "gradient_checkpointing: true", {"gradient_checkpointing": True}
         if self.rows > 1:
-            yield row, one
-            if can:
-                yield f"gradient_checkpointing: true, {row}", {"gradient_checkpointing": True, **one}
+            yield row, single
+            if supports_checkpointing:
+                yield f"gradient_checkpointing: true, {row}", {"gradient_checkpointing": True, **single}
         if self.dtype == torch.float32:
             yield "compute.dtype: bfloat16", {"dtype": torch.bfloat16}
-            if can:
-                least = {"dtype": torch.bfloat16, "gradient_checkpointing": True, **one}
-                yield f"compute.dtype: bfloat16 and gradient_checkpointing: true{beside}", least
+            if supports_checkpointing:
+                least = {"dtype": torch.bfloat16, "gradient_checkpointing": True, **single}
+                yield f"compute.dtype: bfloat16 and gradient_checkpointing: true{with_row}", least
         if self.method.lower() in ("full", "bitfit", "layernorm"):
-            yield f"method: lora with gradient_checkpointing: true{beside}", {"method": "lora", **lora}
+            yield f"method: lora with gradient_checkpointing: true{with_row}", {"method": "lora", **lora}
         if self.method.lower() != "qlora":
-            yield f"method: qlora with gradient_checkpointing: true{beside}", {"method": "qlora", **lora, "dtype": torch.bfloat16}
+            yield f"method: qlora with gradient_checkpointing: true{with_row}", {"method": "qlora", **lora, "dtype": torch.bfloat16}
 
     def remedy(self, needed: int, room: int) -> str:
-        """The first change with which it takes no more than `room` bytes, or else the one that takes the least, where it takes `needed` now."""
+        """The mildest change that fits, or else the one that needs least memory.
+
+        Args:
+            needed: bytes predicted for this spec.
+            room: bytes that may be used.
+        """
         least = (needed, "")
         for text, changed in self.lighter():
-            took = replace(self, **changed).predict().memory.total
-            if took <= room:
-                return f"{text} would take {size_text(took)}"
-            least = min(least, (took, text))
-        other = "take a smaller model or a larger machine"
+            predicted = replace(self, **changed).predict().memory.total
+            if predicted <= room:
+                return f"{text} would take {size_text(predicted)}"
+            least = min(least, (predicted, text))
+        other = "use a smaller model or a machine with more memory"
         return f"{least[1]} would take {size_text(least[0])}, which is the least; {other}" if least[1] else other
 
 
 def size_text(size: float) -> str:
-    """Bytes, for people."""
+    """Bytes as text in MB or GB (powers of ten)."""
     return f"{size / 1e9:.1f} GB" if size >= 9.5e8 else f"{size / 1e6:.0f} MB"
 
 
 @contextmanager
-def _on_shapes(method: str, where: str) -> Iterator[None]:
+def _needs_no_weights(method: str, where: str) -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # the meta device was asked for a value
+    except RuntimeError as error:  # a value was read from a meta tensor
         raise Unpredictable(
-            f"params.yaml: {where}.method: what {method} takes cannot be told without weights ({str(error).splitlines()[0][:80]})",
-            "name the variants that you want planned",
+            f"params.yaml: {where}.method: the memory of {method} cannot be predicted without weights ({str(error).splitlines()[0][:80]})",
+            "list the variants to plan, without this one",
         ) from None
 
 
 def largest_row(lengths: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], method: str) -> tuple[list[int], int]:
-    """(tokens of its examples, most positions that count) of the packed row that takes the most memory.
+    """The packed row that needs the most memory.
 
-    Behind virtual tokens every example gets a row of its own, as long as the longest.
+    With virtual tokens every example is padded to the longest.
 
     Args:
-        lengths: tokens of each example in each row.
-        labels: of each row.
+        lengths: tokens of each example, for each row.
+        labels: label ids, for each row.
+    Returns:
+        Tokens of each example in that row; the largest number of positions that count in the loss of any row.
     """
     padded = CANNOT_MERGE.get(method.lower()) == VIRTUAL
     largest = max(lengths, key=lambda row: (len(row) * max(row) if padded else sum(row), len(row)))
@@ -344,26 +321,26 @@ def largest_row(lengths: Sequence[Sequence[int]], labels: Sequence[Sequence[int]
 
 
 def read_config(base_model: Path) -> Any:
-    """A model's configuration.
+    """The transformers configuration of a model.
 
     Raises:
-        InputError: there is none, or transformers knows no model of its kind.
+        InputError: there is none, or transformers does not support the model type.
     """
     from transformers import AutoConfig
 
     file = base_model / "config.json" if base_model.is_dir() else base_model
     if not file.is_file():
-        raise InputError(f"{base_model}: no config.json there", "name the folder of a model or its config.json")
+        raise InputError(f"{base_model}: no config.json", "give the folder of a model or its config.json")
     try:
         return AutoConfig.from_pretrained(file, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{file}: not a configuration that transformers knows: {str(error).splitlines()[0]}", "name another model"
+            f"{file}: transformers does not support this configuration: {str(error).splitlines()[0]}", "use another model"
         ) from None
 
 
 def resident() -> int:
-    """Bytes this process will hold beside the training's tensors on a CPU: it imports what training imports, and reads its resident size."""
+    """Bytes that a training process uses on a CPU besides tensors: the resident size of this process after the imports of training."""
     import datasets  # noqa: F401
     import peft  # noqa: F401
     import psutil
@@ -372,9 +349,8 @@ def resident() -> int:
     return int(psutil.Process().memory_info().rss) + STARTED
 
 
-def _like_the_trainer(model: Any, base: Any, gradient_checkpointing: bool) -> None:
-    """What TRL's SFTTrainer does to a model before its first step."""
-
+def _prepare_for_training(model: Any, base: Any, gradient_checkpointing: bool) -> None:
+    """Change the model as TRL's SFTTrainer does before its first step."""
     if gradient_checkpointing:
         base.activation_checkpointing_enable()
         if model is not base:
@@ -383,7 +359,7 @@ def _like_the_trainer(model: Any, base: Any, gradient_checkpointing: bool) -> No
 
 
 def _tensors(model: Any) -> Iterator[Any]:
-    """Everything a model holds, the scales of 4-bit weights included."""
+    """All parameters and buffers of a model, and the scales of 4-bit weights."""
     import torch
 
     for tensor in [*model.parameters(), *model.buffers()]:
@@ -394,7 +370,7 @@ def _tensors(model: Any) -> Iterator[Any]:
 
 
 def _batch(lengths: Sequence[int], packs: bool) -> dict[str, Any]:
-    """A forward pass of examples of these lengths, shaped as `sft.collate` and `methods.apart` shape it."""
+    """A batch on the meta device with the shapes of `collate_packed` or, if `packs` is False, `collate_padded`."""
     import torch
 
     shape = (1, sum(lengths)) if packs else (len(lengths), max(lengths))
@@ -409,8 +385,8 @@ def _batch(lengths: Sequence[int], packs: bool) -> dict[str, Any]:
     }
 
 
-def _read(ledger: _Ledger, base: Any, lengths: Sequence[int]) -> None:
-    """A forward pass of training/methods/feature_extraction.py."""
+def _feature_pass(ledger: _Ledger, base: Any, lengths: Sequence[int]) -> None:
+    """Run the forward pass of training/methods/feature_extraction.py."""
     import torch
 
     batch = _batch(lengths, packs=False)
@@ -418,42 +394,42 @@ def _read(ledger: _Ledger, base: Any, lengths: Sequence[int]) -> None:
         base.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
 
 
-def _passes(ledger: _Ledger, tunable: PreparedModel, base: Any, lengths: Sequence[int], counted: int, passes: int) -> None:
-    """Forward and backward passes of training/trainers/sft/sft.py on the meta device, counted by the ledger."""
+def _passes(ledger: _Ledger, prepared: PreparedModel, base: Any, lengths: Sequence[int], counted: int, passes: int) -> None:
+    """Run the forward and backward passes of training/trainers/sft/sft.py on the meta device."""
     import torch
     from torch.nn.functional import cross_entropy
 
-    for parameter in tunable.model.parameters():
+    for parameter in prepared.model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(ledger.is_gradient)
-    batch = _batch(lengths, tunable.packs)
+    batch = _batch(lengths, prepared.packs)
     where = torch.zeros(counted, dtype=torch.long, device="meta")
     for _ in range(passes):
-        with ledger.mode(), ledger.attention(), _autocast():
-            hidden = tunable.hidden_states(batch)
+        with ledger.mode(), ledger.attention(), _autocast_on_meta():
+            hidden = prepared.hidden_states(batch)
             scores = base.get_output_embeddings()(hidden[:, :-1].flatten(0, 1)[where]).float()
             losses = cross_entropy(scores, where, reduction="none")
             weights = torch.ones_like(losses)
             loss = (losses * weights).sum() / weights.sum()
-            more = tunable.extra_loss(tunable.model)
-            loss = loss if more is None else loss + more
-            del hidden, scores, losses, more
+            penalty = prepared.extra_loss(prepared.model)
+            loss = loss if penalty is None else loss + penalty
+            del hidden, scores, losses, penalty  # a reference that is kept would count as memory
             torch.autograd.backward(loss)
             del loss
 
 
 @contextmanager
-def _autocast() -> Iterator[None]:
-    """Within it, torch.autocast does on the meta device what it does on a CPU; torch itself knows none there.
+def _autocast_on_meta() -> Iterator[None]:
+    """Let torch.autocast work on the meta device as on a CPU, which torch does not support.
 
-    A weight that learns is converted once while it lasts, all else at each product (torch's autocast_mode.cpp, cached_cast).
+    A trained weight is converted once per autocast region, everything else at each product (torch's autocast_mode.cpp, cached_cast).
     """
     import torch
 
     functions, autocast = torch.nn.functional, torch.autocast
     linear, copies = functions.linear, dict[int, Any]()
 
-    def low(value: Any) -> Any:
+    def cast(value: Any) -> Any:
         if value is None or value.dtype != torch.float32:
             return value
         if not (value.is_leaf and value.requires_grad):
@@ -462,30 +438,30 @@ def _autocast() -> Iterator[None]:
             copies[id(value)] = value.to(torch.get_autocast_dtype("cpu"))
         return copies[id(value)]
 
-    def lowered(input: Any, weight: Any, bias: Any = None) -> Any:
-        return linear(*map(low, (input, weight, bias))) if torch.is_autocast_enabled("cpu") else linear(input, weight, bias)
+    def linear_cast(input: Any, weight: Any, bias: Any = None) -> Any:
+        return linear(*map(cast, (input, weight, bias))) if torch.is_autocast_enabled("cpu") else linear(input, weight, bias)
 
-    def on_cpu(device_type: str, **how: Any) -> Any:
-        return autocast("cpu", **how)
+    def autocast_on_cpu(device_type: str, **options: Any) -> Any:
+        return autocast("cpu", **options)
 
     with (
-        patch.object(torch, "autocast", on_cpu),
-        patch.object(torch, "clear_autocast_cache", copies.clear),
-        patch.object(functions, "linear", lowered),
+        replaced(torch, "autocast", autocast_on_cpu),
+        replaced(torch, "clear_autocast_cache", copies.clear),
+        replaced(functions, "linear", linear_cast),
     ):
         yield
 
 
 class Account:
-    """Bytes that live in each part, and the most that ever did."""
+    """Bytes allocated in each part, now and at the peak."""
 
     def __init__(self) -> None:
         self.live = {"weights": 0, "gradients": 0, "activations": 0, "logits": 0}
         self.peak = dict(self.live)
         self.highest = self.now = 0
-        self._small = Counter[int]()  # size of a block that glibc keeps -> bytes that live in such blocks
-        self._most = Counter[int]()  # the same at its most
-        self._at_peak = 0  # bytes in all of them at the peak
+        self._small = Counter[int]()  # size of a block that glibc keeps when freed -> bytes allocated in such blocks
+        self._most = Counter[int]()  # the same, the maximum for each size
+        self._at_peak = 0  # bytes allocated in all such blocks at the peak
 
     def apply(self, event: StorageEvent) -> None:
         before, after, size = event
@@ -504,12 +480,12 @@ class Account:
 
     @property
     def fragmentation(self) -> int:
-        """Bytes held beside the peak, if a freed block is used again for its own size alone."""
+        """Free bytes that are held at the peak, assuming that a freed block is reused only for its own size."""
         return self._most.total() - self._at_peak
 
 
 class _Ledger:
-    """Records storages of the meta device from birth to death, and notes the operations between."""
+    """Records allocations and releases of meta storages, and the operations between them."""
 
     def __init__(self, vocabulary: int, timed: bool = True) -> None:
         self.vocabulary, self.timed = vocabulary, timed
@@ -518,9 +494,9 @@ class _Ledger:
         self._known: dict[int, tuple[str, int, Any]] = {}
 
     def born(self, tensor: Any, part: str) -> None:
-        """Count the tensor's storage, unless it is known."""
+        """Record the allocation of the tensor's storage, unless it is already recorded."""
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = id(storage)  # torch keeps one Python object per storage, for as long as the storage exists
         if key in self._known:
             return
         size = storage.nbytes()
@@ -532,47 +508,46 @@ class _Ledger:
         self.events.append((part, "", size))
 
     def passing(self, size: int) -> None:
-        """Bytes that a kernel takes for as long as it runs."""
+        """Record bytes that a kernel allocates only while it runs."""
         self.events += [("", "activations", size), ("activations", "", size)]
 
     def is_gradient(self, parameter: Any) -> None:
-        key = parameter.grad.untyped_storage()._cdata
+        """Move the storage of the parameter's gradient to the gradients."""
+        key = id(parameter.grad.untyped_storage())
         part, size, alive = self._known[key]
         self.events.append((part, "gradients", size))
         self._known[key] = ("gradients", size, alive)
 
     def mode(self) -> Any:
-        """Within it, every operation is counted."""
+        """A context in which every operation is recorded."""
         import torch
-        from torch.utils._python_dispatch import TorchDispatchMode
-        from torch.utils._pytree import tree_leaves
 
         ledger = self
 
         def tensors(values: Any) -> list[Any]:
-            return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor) and value.device.type == "meta"]
+            return [value for value in flatten(values)[0] if isinstance(value, torch.Tensor) and value.device.type == "meta"]
 
-        class Counting(TorchDispatchMode):
+        class Recording(dispatch_mode()):  # type: ignore[misc]
             def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
-                    return False  # a meta tensor has no value. The one question asked: is a batch not packed? It is.
+                if reads_meta_value(func, args):
+                    return False  # the only value that is read: whether a batch is not packed
                 out = func(*args, **(kwargs or {}))
-                found = tensors(out)
-                if ledger.timed and (found or tensors((args, kwargs))):
+                outputs = tensors(out)
+                if ledger.timed and (outputs or tensors((args, kwargs))):
                     ledger.operations.note(func, *args, **(kwargs or {}))
-                for tensor in found:
+                for tensor in outputs:
                     ledger.born(tensor, "logits" if tensor.shape and tensor.shape[-1] == ledger.vocabulary else "activations")
-                if func._schema.name == "bitsandbytes::gemm_4bit":  # with more than a few rows it makes a passing copy of the matrix
+                if func.name() == "bitsandbytes::gemm_4bit":  # for more than a few rows it makes a temporary copy of the matrix
                     ledger.passing(args[2][0] * args[2][1] * args[0].element_size())
                 return out
 
-        return Counting()
+        return Recording()
 
     @contextmanager
     def attention(self) -> Iterator[None]:
-        """Within it, attention is the fused kernel's: it keeps query, key, value, output and log-sum-exp (Dao et al. 2022), no scores.
+        """A context in which attention saves what the fused kernel saves: query, key, value, output and log-sum-exp (Dao et al. 2022).
 
-        On the meta device torch itself would take the path that keeps the scores.
+        On the meta device torch would choose the implementation that also saves the scores.
         """
         import torch
 
@@ -598,23 +573,21 @@ class _Ledger:
 
         def fused(query: Any, key: Any, value: Any, attn_mask: Any = None, is_causal: bool = False, **_: Any) -> Any:
             if torch.is_autocast_enabled("cpu"):
-                query, key, value = (given.to(torch.get_autocast_dtype("cpu")) for given in (query, key, value))
-            bias = None if attn_mask is None else attn_mask.to(query.dtype)  # the kernel wants one
+                query, key, value = (states.to(torch.get_autocast_dtype("cpu")) for states in (query, key, value))
+            bias = None if attn_mask is None else attn_mask.to(query.dtype)  # the kernel needs it in this dtype
             return Fused.apply(query, key, value, bias, is_causal)
 
-        with patch.object(torch.nn.functional, "scaled_dot_product_attention", fused):
+        with replaced(torch.nn.functional, "scaled_dot_product_attention", fused):
             yield
 
 
 @contextmanager
-def _answering() -> Iterator[None]:
-    """For methods that ask a tensor for its value while they are built: a meta tensor has none, and zero is answered."""
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
+def _zero_for_values() -> Iterator[None]:
+    """Return 0 for the value of a meta tensor, for methods that read values while they are built."""
 
-    class Zero(TorchDispatchMode):
+    class Zero(dispatch_mode()):  # type: ignore[misc]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
+            if reads_meta_value(func, args):
                 return 0
             return func(*args, **(kwargs or {}))
 
@@ -623,7 +596,7 @@ def _answering() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _without_warnings() -> Iterator[None]:
     import warnings
 
     with warnings.catch_warnings():
@@ -636,13 +609,13 @@ def _bytes(tensor: Any) -> int:
 
 
 def _elements(parameter: Any) -> int:
-    """Numbers a parameter stands for; a 4-bit weight is stored two to a byte."""
+    """Number of weights in a parameter; 4-bit weights are stored two to a byte."""
     state = getattr(parameter, "quant_state", None)
     return int(state.shape.numel() if state is not None else parameter.numel())
 
 
 def _state_bytes(parameter: Any, optim: str) -> int:
-    """What an optimizer keeps of a parameter."""
+    """Bytes of optimizer state for a parameter."""
     n = int(parameter.numel())
     if "8bit" in optim:
         return 2 * n + 8 * -(-n // 256) if n >= 4096 else 8 * n
@@ -652,7 +625,7 @@ def _state_bytes(parameter: Any, optim: str) -> int:
 
 
 def _loading(base_model: Path, base: Any, stored: Any) -> int:
-    """Bytes resident on a CPU while weights are read and converted: the file, mapped into memory, and what is made of it."""
+    """Bytes resident on a CPU while weights are read and converted: the mapped file and the converted weights."""
     files = list(base_model.glob("*.safetensors")) if base_model.is_dir() else []
     size = sum(file.stat().st_size for file in files) or sum(map(_elements, base.parameters())) * stored.itemsize
     return size + sum(_bytes(tensor) for tensor in _tensors(base))

@@ -1,7 +1,7 @@
-"""How long the operations of a training step take on this machine: each distinct one is run for real, on tensors of its shapes.
+"""Time of a training step's operations on this machine, measured by running each distinct operation on tensors of its shapes.
 
-No rate of the whole machine is assumed: a product of thin matrices, a copy that fits the cache or a 4-bit layer take what they take. Of a step's
-thousands of operations a few hundred are distinct, since layers are alike; so this takes about as long as one layer does.
+No overall rate of the machine is assumed. A step has thousands of operations but only a few hundred distinct ones, because layers repeat,
+so the measurement takes about as long as one layer.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from dagster_project.training.planning.torch_internals import flatten, fused_adamw, unflatten
+
 SHORT = 0.01
-"""Seconds after which an operation is not repeated any more."""
+"""Seconds after which an operation is no longer repeated."""
 
 
 @dataclass(frozen=True)
@@ -23,29 +25,28 @@ class Shape:
     stride: tuple[int, ...]
     dtype: Any
     on_device: bool
-    """False: on the CPU whatever the device, as scalars and bounds are."""
+    """False: on the CPU whatever the device, e.g. scalars and sequence bounds."""
 
     def filled(self, device: Any) -> Any:
-        """Ones, which no kernel is slow with, and from which the pivots of a matrix count; zeros where it may be an index."""
+        """A tensor of ones, which are fast in every kernel and valid pivots of a matrix; of zeros for dtypes that may be indices."""
         import torch
 
-        made = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=device if self.on_device else "cpu")
-        return made.fill_(1 if self.dtype.is_floating_point or self.dtype == torch.int32 else 0)
+        tensor = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=device if self.on_device else "cpu")
+        return tensor.fill_(1 if self.dtype.is_floating_point or self.dtype == torch.int32 else 0)
 
 
 @dataclass
 class Operations:
-    """What a step does, each distinct operation with how often it is done."""
+    """The distinct operations of a step and their counts."""
 
     counts: dict[Any, float] = field(default_factory=dict)
     _runs: dict[Any, tuple[Callable[..., Any], Any, list[Any]]] = field(default_factory=dict)
 
     def note(self, run: Callable[..., Any], *arguments: Any, times: float = 1, **keywords: Any) -> None:
-        """Count a call; what it is given may lie on the meta device."""
+        """Count a call. Its tensors may be on the meta device."""
         import torch
-        from torch.utils._pytree import tree_flatten
 
-        leaves, tree = tree_flatten((arguments, keywords))
+        leaves, tree = flatten((arguments, keywords))
         shapes = [
             Shape(tuple(leaf.shape), tuple(leaf.stride()), leaf.dtype, leaf.device.type == "meta")
             if isinstance(leaf, torch.Tensor)
@@ -60,11 +61,11 @@ class Operations:
         self.counts = {key: n * times for key, n in self.counts.items()}
 
     def with_counts(self, counts: dict[Any, float]) -> Operations:
-        """The same operations, done as often as `counts` says."""
+        """The same operations with other counts."""
         return Operations(counts, self._runs)
 
     def note_optimizer(self, parameters: Iterable[Any]) -> None:
-        """Clipping of the gradients and a step of AdamW, for each parameter."""
+        """Count gradient clipping and a step of AdamW for each parameter."""
         import torch
 
         for weight in (parameter.detach() for parameter in parameters):
@@ -72,18 +73,18 @@ class Operations:
             self.note(torch.Tensor.mul_, weight, 1.0)
             step = torch.empty((), device="meta")
             self.note(
-                torch._fused_adamw_, [weight], [weight], [weight], [weight], [], [step],
+                fused_adamw(), [weight], [weight], [weight], [weight], [], [step],
                 lr=0.0, beta1=0.9, beta2=0.999, weight_decay=0.0, eps=1e-8, amsgrad=False, maximize=False,
             )  # fmt: skip
 
     def seconds(
         self, device: Any, known: dict[Any, tuple[float, float]], clock: Callable[[], float] = time.perf_counter
     ) -> tuple[float, float]:
-        """Of a step: each operation at its fastest, and each in memory that is new to the process, as what is kept for the backward pass is.
+        """Seconds of a step: with each operation at its fastest, and with each in memory that is new to the process.
 
         Args:
-            known: what was measured before, to be added to.
-            clock: time.thread_time for CPU seconds, which hold on a busy machine with one thread.
+            known: measured operations -> seconds; extended in place.
+            clock: time.thread_time measures CPU seconds, which are valid on a busy machine with one thread.
         """
         for key in self.counts.keys() - known.keys():
             known[key] = _time(*self._runs[key], device, clock)
@@ -91,17 +92,16 @@ class Operations:
 
 
 def _time(run: Callable[..., Any], tree: Any, shapes: Iterable[Any], device: Any, clock: Callable[[], float]) -> tuple[float, float]:
-    """(least seconds, seconds in new memory)."""
+    """Run an operation: (least seconds, seconds in memory that is new to the process)."""
     import torch
-    from torch.utils._pytree import tree_unflatten
 
     def real(leaf: Any) -> Any:
         return leaf.filled(device) if isinstance(leaf, Shape) else device if leaf == torch.device("meta") else leaf
 
-    arguments, keywords = tree_unflatten([real(leaf) for leaf in shapes], tree)
-    kept: list[Any] = []
+    arguments, keywords = unflatten([real(leaf) for leaf in shapes], tree)
+    outputs: list[Any] = []  # kept, so that every run allocates new memory
     times: list[float] = []
-    while len(times) < 2 or (sum(times[1:]) < SHORT and len(times) < 5):  # the first prepares what later ones find
+    while len(times) < 2 or (sum(times[1:]) < SHORT and len(times) < 5):  # the first run warms up
         if device.type == "cuda":
             torch.cuda.synchronize()
         start = clock()
@@ -110,14 +110,14 @@ def _time(run: Callable[..., Any], tree: Any, shapes: Iterable[Any], device: Any
         except RuntimeError as error:
             if "memory" in str(error).lower():
                 raise
-            # it looks at values, and these are none: a check of what was computed, which takes no time
+            # the operation checks values, which are meaningless here; such a check takes no time
             return 0.0, 0.0
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(clock() - start)
-        kept.append(out)
+        outputs.append(out)
     fresh = times[1]
-    del kept[:]
+    del outputs[:]
     return min(times[1:]), fresh
 
 
@@ -129,9 +129,9 @@ def attention(query: Any, key: Any, value: Any, bias: Any, causal: bool) -> Any:
 
 
 def attention_and_back(query: Any, key: Any, value: Any, bias: Any, causal: bool) -> Any:
-    """Forward and backward."""
+    """Scaled dot product attention, forward and backward."""
     import torch
 
-    query, key, value = given = [tensor.requires_grad_() for tensor in (query, key, value)]
+    query, key, value = inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
     out = attention(query, key, value, bias, causal)
-    return torch.autograd.grad(out, given, torch.ones_like(out))
+    return torch.autograd.grad(out, inputs, torch.ones_like(out))

@@ -1,7 +1,7 @@
-"""The chat template a model is taught with: the base model's, one named here, or a Jinja file of the project.
+"""The chat template of training: the base model's, a built-in one, or a Jinja file of the project.
 
-Rendered by transformers alone, whose environment is jinja2's ImmutableSandboxedEnvironment. Whatever is named is first tried on four small
-conversations in a process that may take only so much time and memory.
+transformers renders it in jinja2's ImmutableSandboxedEnvironment. Every template is first tested on four small conversations in a process
+with limited time and memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 FILE = "chat_template.jinja"
 """Name of the template in a model's folder, as transformers reads and writes it."""
 FOLDER = "data/templates"
-"""Where the project's own templates lie; DVC watches it."""
+"""Folder of the project's templates, tracked by DVC."""
 WHERE = "params.yaml: tokenized.chat_template"
 
 CHATML = (
@@ -31,7 +31,7 @@ CHATML = (
     "{% if message['role'] == 'assistant' and eos_token != '<|im_end|>' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-"""OpenAI's Chat Markup Language. Where the model ends a text with another token, that one follows the assistant's `<|im_end|>`, so that generation stops."""
+"""OpenAI's Chat Markup Language. If the model has another end-of-text token, it follows the assistant's `<|im_end|>`, so that generation stops."""
 
 ALPACA = (
     "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% else %}"
@@ -49,9 +49,9 @@ ALPACA = (
 NAMED = {"alpaca": ALPACA, "chatml": CHATML}
 
 SECONDS = 5
-"""Processor time that rendering four small conversations may take."""
+"""Maximum processor seconds for rendering four small conversations."""
 MEMORY = 1 << 30
-"""Bytes it may take beyond what the process has."""
+"""Maximum additional bytes for rendering them."""
 
 USER, ANSWER = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}
 PROBES = (
@@ -60,32 +60,33 @@ PROBES = (
     [USER, ANSWER, USER, ANSWER],
     [USER, ANSWER, {"role": "tool", "content": "42"}, ANSWER],
 )
-"""The first must fit any template; the others only must not hang it, since many refuse system or tool turns."""
+"""Every template must render the first. It may refuse the others (many refuse system or tool turns), but must terminate."""
 
 
 def locate(root: Path, name: str | None) -> Path | None:
-    """The file of a template that is named by its path; None for the base model's own and for those of NAMED.
+    """The file of a template given by its path; None for the base model's template and those of NAMED.
 
     Raises:
-        InputError: no such name and no such file, or a file where DVC does not watch it.
+        InputError: no such name or file, or a file that DVC does not track.
     """
     if name is None or name in NAMED:
         return None
     if "/" not in name:
-        raise InputError(f"{WHERE}: {name!r} is no template", f"use {', '.join(NAMED)}, or a file in {FOLDER}/ by its path")
+        raise InputError(f"{WHERE}: {name!r} is not a known template", f"use {', '.join(NAMED)}, or a file in {FOLDER}/ by its path")
     path = inside(root, name, "tokenized.chat_template")
     if not path.is_relative_to((root / FOLDER).resolve()) or not path.is_file():
-        raise InputError(f"{WHERE}: {name} is not a file in {FOLDER}/", f"move it to {FOLDER}/, which DVC watches for changes")
+        raise InputError(f"{WHERE}: {name} is not a file in {FOLDER}/", f"move it to {FOLDER}/, which DVC tracks")
     return path
 
 
 def use(tokenizer: Any, root: Path, name: str | None) -> str | None:
-    """Give the tokenizer its template, once it is known to be harmless and to let labels be placed.
+    """Check a template and set it as the tokenizer's.
 
-    Returns: the template's text; None if the base model has none and none is named.
+    Returns:
+        The template's text; None if the base model has none and none is configured.
     Raises:
-        InputError: it is not Jinja, reaches for attributes that are none of its business, reads the clock, fails, takes too long, or does
-            not write the assistant's words and the end-of-turn token behind them.
+        InputError: it is not Jinja, accesses private attributes, is not deterministic, fails, takes too long, or does not write the
+            assistant's content followed by the end-of-turn token.
     """
     path = locate(root, name)
     where = f"{WHERE}: {name}" if name else "data/base_model: its chat template"
@@ -97,52 +98,51 @@ def use(tokenizer: Any, root: Path, name: str | None) -> str | None:
     elif name is not None:
         for token in ("<|im_start|>", "<|im_end|>") if name == "chatml" else ():
             if not any(str(added) == token and added.special for added in tokenizer.added_tokens_decoder.values()):
-                raise InputError(
-                    f"{where}: the base model's tokenizer has no special token {token}", "use alpaca, or a template of your own"
-                )
-        # a tokenizer that begins texts with a token of its own adds none to a template, which therefore has to write it
+                raise InputError(f"{where}: the base model's tokenizer has no special token {token}", "use alpaca, or your own template")
+        # rendered templates are tokenized without special tokens, so the template must write the beginning-of-text token
         tokenizer.chat_template = ("{{ bos_token }}" if adds_bos(tokenizer) else "") + NAMED[name]
     elif not tokenizer.chat_template:
         return None
     source = str(tokenizer.get_chat_template())
-    refuse_tricks(source, where)
+    refuse_unsafe(source, where)
     _try(tokenizer, where)
     return source
 
 
-def refuse_tricks(source: str, where: str) -> None:
-    """Raises:
-    InputError: not Jinja; or it reaches for what begins with `_`, which the sandbox would silently render as nothing; or it calls the clock or
-        the dice, which would make two runs differ.
+def refuse_unsafe(source: str, where: str) -> None:
+    """Refuse templates that access private attributes, which the sandbox renders as nothing, or that are not deterministic.
+
+    Raises:
+        InputError: such a template, or one that is not Jinja.
     """
     from jinja2 import TemplateSyntaxError, nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
     try:
-        tree = environment.parse(re.sub(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}", "", source))  # a tag of transformers' own
+        tree = environment.parse(re.sub(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}", "", source))  # a tag that transformers adds
     except TemplateSyntaxError as error:
-        raise InputError(f"{where}: line {error.lineno}: {error.message}", "mend the template") from None
-    reached = [(node.lineno, node.attr) for node in tree.find_all(nodes.Getattr)]
-    reached += [(node.lineno, node.arg.value) for node in tree.find_all(nodes.Getitem) if isinstance(node.arg, nodes.Const)]
+        raise InputError(f"{where}: line {error.lineno}: {error.message}", "fix the template") from None
+    accessed = [(node.lineno, node.attr) for node in tree.find_all(nodes.Getattr)]
+    accessed += [(node.lineno, node.arg.value) for node in tree.find_all(nodes.Getitem) if isinstance(node.arg, nodes.Const)]
     called = [(node.lineno, node.node.name) for node in tree.find_all(nodes.Call) if isinstance(node.node, nodes.Name)]
     called += [(node.lineno, node.name) for node in tree.find_all(nodes.Filter)]
-    for line, name in sorted((line, name) for line, name in reached if str(name).startswith("_")):
-        raise InputError(f"{where}: line {line}: reaches for `{name}`, which is none of a template's business", "mend the template")
+    for line, name in sorted((line, name) for line, name in accessed if str(name).startswith("_")):
+        raise InputError(f"{where}: line {line}: accesses the private attribute `{name}`, which templates may not use", "fix the template")
     for line, name in sorted(called):
         if name == "attr":
-            raise InputError(f"{where}: line {line}: `attr` reaches for attributes by name, which no template needs", "mend the template")
+            raise InputError(f"{where}: line {line}: `attr` accesses attributes by name, which templates may not use", "fix the template")
         if name in {"strftime_now", "random", "lipsum"}:
             raise InputError(
-                f"{where}: line {line}: `{name}` gives something else each time, so two runs would not give the same bytes",
-                f"copy the template to {FOLDER}/, write a constant in its place, and name the file in tokenized.chat_template",
+                f"{where}: line {line}: `{name}` is not deterministic, so two runs would not give the same bytes",
+                f"copy the template to {FOLDER}/, replace it by a constant, and set tokenized.chat_template to the file",
             )
 
 
 def _try(tokenizer: Any, where: str) -> None:
     import multiprocessing
 
-    context = multiprocessing.get_context("fork")  # the tokenizer is there already: nothing is imported or read again
+    context = multiprocessing.get_context("fork")  # the child inherits the tokenizer, so nothing is imported or read again
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_render_probes, args=(tokenizer, sender), daemon=True)
     child.start()
@@ -153,11 +153,13 @@ def _try(tokenizer: Any, where: str) -> None:
         child.join()
         slow = child.exitcode == -signal.SIGXCPU
         problem = (
-            f"takes more than {SECONDS} s for a few words" if slow else f"ends the process that renders it (exit code {child.exitcode})"
+            f"takes more than {SECONDS} s for a short conversation"
+            if slow
+            else f"terminates the process that renders it (exit code {child.exitcode})"
         )
     child.join()
     if problem:
-        raise InputError(f"{where}: {problem}", "mend the template, or use another one")
+        raise InputError(f"{where}: {problem}", "fix the template, or use another one")
 
 
 def _render_probes(tokenizer: Any, sender: Connection) -> None:

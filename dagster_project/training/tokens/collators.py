@@ -1,4 +1,4 @@
-"""Tokenized rows -> the batch that a model reads: packed into one row, or one padded row per example."""
+"""Tokenized rows -> batch: packed into one row, or one padded row per example."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ if TYPE_CHECKING:
     import torch
 
 SIZES = 16
-"""Packed batches have a multiple of this many tokens: kernels are built anew for every size they meet, which takes time and memory."""
+"""Packed batches are padded to a multiple of this many tokens, because kernels are compiled for every new size."""
 
 
 def collate_packed(rows: Sequence[Mapping[str, Any]], multiple: int = 1) -> dict[str, Any]:
-    """Packed rows -> one batch.
+    """Collate packed rows into one batch.
 
-    Positions restart at 0 for each example and no attention mask is given, so that every attention implementation isolates the examples.
-    An example's first token has no context to be predicted from, so its label is -100:
+    Positions restart at 0 for each example, without an attention mask, so every attention implementation isolates the examples.
+    The first token of an example has no context, so its label is -100:
 
         lengths [2] and [1], ids [5, 6] and [7]  ->  position_ids [0, 1, 0], cu_seq_lens_q [0, 2, 3], labels [-100, 6, -100]
 
     Args:
-        multiple: pad to a multiple of this many tokens, by an example at the end without labels.
+        multiple: pad to a multiple of this many tokens with an unlabelled example at the end.
     Returns:
-        input_ids, labels, position_ids (1, tokens) int64; weights (1, tokens) float32; example bounds `cu_seq_lens_q` (examples + 1) int32
-        and the longest length `max_length_q`, named as flash attention names them; row numbers `rows` (rows) int64.
+        input_ids, labels, position_ids (1, seq) int64; weights (1, seq) float32; example bounds `cu_seq_lens_q` (examples + 1) int32 and
+        the longest length `max_length_q`, with flash attention's names; row indices `rows` (rows) int64.
     """
     import torch
 
@@ -48,10 +48,10 @@ def collate_packed(rows: Sequence[Mapping[str, Any]], multiple: int = 1) -> dict
 
 
 def collate_padded(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Packed rows -> one batch with one right-padded row per example. The same examples per step as `collate_packed`, so that methods compare.
+    """Collate packed rows into one right-padded row per example. A step has the same examples as with `collate_packed`.
 
     Returns:
-        input_ids, labels, attention_mask (examples, longest) int64; weights (examples, longest) float32; row numbers `rows` (rows) int64.
+        input_ids, labels, attention_mask (examples, seq) int64; weights (examples, seq) float32; row indices `rows` (rows) int64.
 
         lengths [2, 1], ids [5, 6, 7]  ->  input_ids [[5, 6], [7, 0]], labels [[-100, 6], [-100, -100]], attention_mask [[1, 1], [1, 0]]
     """
@@ -76,7 +76,7 @@ def collate_padded(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def pad(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask, both (rows, longest) int64, with padding on the right. Which id pads does not matter behind a mask: 0."""
+    """Pad on the right with id 0, which is masked. Returns ids and mask, both (batch, seq) int64."""
     import torch
 
     width = max(map(len, rows))

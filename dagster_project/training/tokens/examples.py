@@ -1,4 +1,4 @@
-"""Records -> examples of at most `room` tokens with labels. What becomes of a record that is too long, or that teaches nothing, is its fate."""
+"""Records -> tokenized examples with labels. Records that are too long are dropped, truncated or split."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ if TYPE_CHECKING:
 
 TooLong = Literal["drop", "truncate", "split"]
 Encoded = list[tuple[list[int], bool]]
-"""The ids of each piece of a text, and whether it is trained on."""
+"""Token ids of each piece of a text, and whether it is trained on."""
 
 CHUNK = 1024
 """Records tokenized in one call."""
 LOOKED_AT = 20_000
-"""Records that are tokenized a second time, at once; in a larger set every second, third, ... one."""
+"""Number of records whose whole text is tokenized for comparison; of a larger set every second, third, ... record."""
 
 
 @dataclass(slots=True)
 class Example:
-    """What is learnt from at once: a record, or a part of one. Arrays are (tokens,)."""
+    """A training example: a record or a part of one. Arrays have shape (seq,)."""
 
     input_ids: np.ndarray
     """int32."""
     labels: np.ndarray
-    """int32, -100 where the loss does not count."""
+    """int32, -100 for tokens that are not in the loss."""
     weights: np.ndarray
-    """float32, how much each token counts in the loss."""
+    """float32, weight of each token in the loss."""
 
 
 @dataclass(slots=True)
-class Fate:
-    """What became of a record."""
+class RecordOutcome:
+    """Outcome of tokenizing a record, and its examples."""
 
     outcome: str
     """kept, truncated, split:N, or dropped:<reason>."""
     why: str = ""
     examples: list[Example] = field(default_factory=list)
     tokens: int = 0
-    """Of the whole record, its template included."""
+    """Tokens of the whole record, including its template."""
     trained: int = 0
-    """Of them, those to learn from."""
+    """Tokens of the whole record that are trained on."""
     stable: bool | None = None
-    """Whether the whole text, tokenized at once as other programs do it, has the ids that its pieces have; None if that was not looked at."""
+    """Whether the text tokenized as a whole has the same ids as its pieces; None if that was not checked."""
 
     @property
     def kept(self) -> bool:
@@ -58,7 +58,7 @@ class Fate:
 
     @property
     def lost(self) -> int:
-        """Tokens to learn from that stand in no example."""
+        """Trained tokens of the record that are in no example."""
         return self.trained - sum(int((example.labels != IGNORE).sum()) for example in self.examples)
 
 
@@ -67,65 +67,67 @@ class Rules:
     """How records become examples."""
 
     room: int
-    """Tokens an example may have."""
+    """Maximum tokens of an example."""
     too_long: TooLong = "drop"
     field_weights: Mapping[str, float] = field(default_factory=dict)
     per_example: bool = False
 
 
-def make(tokenizer: Any, records: Sequence[dict[str, Any]], rules: Rules) -> list[Fate]:
-    """The fate of each record, in order. The tokenizer is called once for every thousand records, not once for every piece of text."""
-    fates: list[Fate] = []
+def make(tokenizer: Any, records: Sequence[dict[str, Any]], rules: Rules) -> list[RecordOutcome]:
+    """Tokenize records, in order. The tokenizer is called once per `CHUNK` records, which is faster than once per text."""
+    fates: list[RecordOutcome] = []
     step = -(-len(records) // LOOKED_AT)
     for start in range(0, len(records), CHUNK):
         chunk = records[start : start + CHUNK]
         cuts = [_cut(tokenizer, record) for record in chunk]
-        pieces = {i: cut for i, cut in enumerate(cuts, start) if not isinstance(cut, Fate)}
+        pieces = {i: cut for i, cut in enumerate(cuts, start) if not isinstance(cut, RecordOutcome)}
         encoded = dict(zip(pieces, encode_pieces(tokenizer, pieces.values()), strict=True))
-        looked_at = [i for i in pieces if i % step == 0]
-        whole = dict(zip(looked_at, encode_pieces(tokenizer, ([("".join(t for t, _ in pieces[i]), True)] for i in looked_at)), strict=True))
+        checked = [i for i in pieces if i % step == 0]
+        whole = dict(zip(checked, encode_pieces(tokenizer, ([("".join(t for t, _ in pieces[i]), True)] for i in checked)), strict=True))
         for i, (record, cut) in enumerate(zip(chunk, cuts, strict=True), start):
-            if isinstance(cut, Fate):
+            if isinstance(cut, RecordOutcome):
                 fates.append(cut)
                 continue
-            found = [(ids, trained) for ids, (_, trained) in zip(encoded[i], cut, strict=True)]
-            fate = _fit(tokenizer, record, found, rules)
-            fate.tokens = sum(len(ids) for ids, _ in found)
-            fate.trained = sum(len(ids) for ids, trained in found if trained)
-            fate.stable = whole[i][0] == [token for ids, _ in found for token in ids] if i in whole else None
+            trained_pieces = [(ids, trained) for ids, (_, trained) in zip(encoded[i], cut, strict=True)]
+            fate = _fit(tokenizer, record, trained_pieces, rules)
+            fate.tokens = sum(len(ids) for ids, _ in trained_pieces)
+            fate.trained = sum(len(ids) for ids, trained in trained_pieces if trained)
+            fate.stable = whole[i][0] == [token for ids, _ in trained_pieces for token in ids] if i in whole else None
             fates.append(fate)
     return fates
 
 
-def _cut(tokenizer: Any, record: Mapping[str, Any]) -> Pieces | Fate:
+def _cut(tokenizer: Any, record: Mapping[str, Any]) -> Pieces | RecordOutcome:
     roles = [message["role"] for message in record["messages"]]
     if "assistant" not in roles:
-        return Fate("dropped:no_answer", f"turns: {', '.join(roles) or 'none'}")
+        return RecordOutcome("dropped:no_answer", f"turns: {', '.join(roles) or 'none'}")
     try:
         return record_pieces(tokenizer, record)
     except InputError as error:
-        return Fate("dropped:template_mismatch", error.what)
+        return RecordOutcome("dropped:template_mismatch", error.what)
 
 
-def _fit(tokenizer: Any, record: Mapping[str, Any], encoded: Encoded, rules: Rules) -> Fate:
+def _fit(tokenizer: Any, record: Mapping[str, Any], encoded: Encoded, rules: Rules) -> RecordOutcome:
     length = sum(len(ids) for ids, _ in encoded)
     answer = "" if is_text(record) else response_text(record["messages"])
     after = next(i for i, message in enumerate(reversed(record["messages"])) if message["role"] == "assistant")
     if length <= rules.room:
-        return Fate("kept", f"{after} turns after the last answer left out" if after else "", [_example(tokenizer, encoded, answer, rules)])
+        return RecordOutcome(
+            "kept", f"{after} turns after the last answer left out" if after else "", [_example(tokenizer, encoded, answer, rules)]
+        )
     why = f"{length} tokens, room for {rules.room}"
     if rules.too_long == "truncate":
         if shorter := truncate(tokenizer, encoded, rules.room):
-            return Fate("truncated", why, [_example(tokenizer, shorter, answer, rules)])
-        return Fate("dropped:too_long", f"{why}; the prompt alone fills it")
+            return RecordOutcome("truncated", why, [_example(tokenizer, shorter, answer, rules)])
+        return RecordOutcome("dropped:too_long", f"{why}; the prompt alone fills it")
     if rules.too_long == "split":
         parts = (
             [(part, "") for part in windows(encoded, rules.room)] if is_text(record) else split(tokenizer, record["messages"], rules.room)
         )
         if parts:
-            return Fate(f"split:{len(parts)}", why, [_example(tokenizer, part, said, rules) for part, said in parts])
-        return Fate("dropped:too_long", f"{why}; no answer fits with its question")
-    return Fate("dropped:too_long", why)
+            return RecordOutcome(f"split:{len(parts)}", why, [_example(tokenizer, part, said, rules) for part, said in parts])
+        return RecordOutcome("dropped:too_long", f"{why}; no answer fits with its question")
+    return RecordOutcome("dropped:too_long", why)
 
 
 def _example(tokenizer: Any, encoded: Encoded, answer: str, rules: Rules) -> Example:
@@ -141,9 +143,9 @@ def _example(tokenizer: Any, encoded: Encoded, answer: str, rules: Rules) -> Exa
 
 
 def truncate(tokenizer: Any, encoded: Encoded, room: int) -> Encoded | None:
-    """The end of the last answer cut off, its end-of-turn token kept; None where the prompt leaves no room for one token of the answer.
+    """Cut off the end of the last answer, and keep its end-of-turn token; None if the prompt leaves no room for the answer.
 
-    No character is cut in two: of tokens that are parts of one, those at the cut go too.
+    Characters are not split: tokens of an incomplete character at the cut are removed too.
 
         prompt 4, answer [7, 8, 9, END], after it [0], room 7  ->  prompt 4, answer [7, 8, END]
     """
@@ -158,7 +160,7 @@ def truncate(tokenizer: Any, encoded: Encoded, room: int) -> Encoded | None:
 
 
 def windows(encoded: Encoded, room: int) -> list[Encoded]:
-    """A plain text in as few parts as hold it, of nearly the same length; only the last ends with the end-of-text token."""
+    """Split a plain text into the fewest parts, of nearly equal length; only the last ends with the end-of-text token."""
     flat = [(token, trained) for ids, trained in encoded for token in ids]
     n = -(-len(flat) // room)
     bounds = [len(flat) * i // n for i in range(n + 1)]
@@ -166,14 +168,15 @@ def windows(encoded: Encoded, room: int) -> list[Encoded]:
 
 
 def split(tokenizer: Any, messages: Sequence[dict[str, str]], room: int) -> list[tuple[Encoded, str]]:
-    """A conversation in parts that fit, each with the last answer in it. Every answer is trained on once, in the part where it is new.
+    """Split a conversation into parts that fit. Every answer is trained on once, in the part where it is new.
 
-    Exchanges (a user turn and all that follows it up to the next one) stay whole. A part has the system turn, as many new exchanges as fit,
-    and before them as many earlier ones as still fit, as context:
+    An exchange is a user turn and everything up to the next one. A part has the system turn, as many new exchanges as fit, and before
+    them as many earlier exchanges as still fit, as context. An exchange that does not fit by itself is left out.
 
         system, exchanges 1 2 3 4, room for the system turn and three  ->  system 1 2 3;  system 2 3 4 with labels on 4 only
 
-    An exchange that does not fit even by itself is left out.
+    Returns:
+        For each part its pieces, and the text of its last answer.
     """
     system = [message for message in messages[:1] if message["role"] == "system"]
     exchanges: list[list[dict[str, str]]] = []
@@ -183,17 +186,17 @@ def split(tokenizer: Any, messages: Sequence[dict[str, str]], room: int) -> list
         exchanges[-1].append(message)
 
     def encode(first: int, new: int, stop: int) -> Encoded | None:
-        """Exchanges first to stop, trained on from `new` on; None if too long, or if the template refuses them."""
+        """Exchanges first to stop with labels from `new` on; None if too long, or if the template refuses them."""
         cut = _cut(tokenizer, {"messages": [*system, *(m for exchange in exchanges[first:stop] for m in exchange)], "meta": None})
-        if isinstance(cut, Fate):
+        if isinstance(cut, RecordOutcome):
             return None
         ids = encode_pieces(tokenizer, [cut])[0]
         context = sum(message["role"] == "assistant" for exchange in exchanges[first:new] for message in exchange)
-        answers, found = 0, []
+        answers, encoded = 0, []
         for piece, (_, trained) in zip(ids, cut, strict=True):
             answers += trained
-            found.append((piece, trained and answers > context))
-        return found if sum(map(len, ids)) <= room else None
+            encoded.append((piece, trained and answers > context))
+        return encoded if sum(map(len, ids)) <= room else None
 
     parts: list[tuple[Encoded, str]] = []
     new = 0
@@ -213,7 +216,7 @@ def split(tokenizer: Any, messages: Sequence[dict[str, str]], room: int) -> list
 
 
 def spans(labels: np.ndarray) -> Iterator[tuple[int, int]]:
-    """(start, stop) of each unbroken run of labels that count.
+    """(start, stop) of each contiguous run of labels in the loss.
 
     [-100, 5, 6, -100, 7]  ->  (1, 3), (4, 5)
     """

@@ -1,4 +1,4 @@
-"""Whether labels stand where they must, found out anew from the ids that were made, and what the set looks like to the model."""
+"""Independent check of labels against the records, and statistics and samples of the tokenized set."""
 
 from __future__ import annotations
 
@@ -8,25 +8,27 @@ from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.chat import IGNORE, is_text, render
 from dagster_project.core.errors import InputError
-from dagster_project.training.tokens.examples import Example, Fate, spans
+from dagster_project.training.tokens.examples import Example, RecordOutcome, spans
 from dagster_project.training.tokens.mixture import draw_order
 
 if TYPE_CHECKING:
     import numpy as np
 
 FIRST = 3
-"""Examples shown from the beginning of each split."""
+"""Number of first examples of each split in the sample."""
 OF_EACH_SOURCE = 2
-"""Examples shown of each source, drawn by seed."""
+"""Number of random examples of each source in the sample."""
 
 
-def misplaced(tokenizer: Any, records: Sequence[dict[str, Any]], fates: Sequence[Fate]) -> dict[int, str]:
-    """Index of a record -> what is wrong with its labels; empty when all is well.
+def find_wrong_labels(tokenizer: Any, records: Sequence[dict[str, Any]], fates: Sequence[RecordOutcome]) -> dict[int, str]:
+    """Find records with wrong labels, independently of the code that created the labels.
 
-    Nothing of how the labels were made is used: each unbroken run of labels is decoded and compared with what the record's assistant turns say,
-    each followed by the end-of-turn token. All of them must be there, in order and nothing else; the last of a truncated record may be cut, and
-    a split record may lack some. A template may add text of its own to the assistant's turns (an empty <think></think>, say): what it adds to
-    a probe is expected in every turn.
+    Each contiguous run of labels is decoded and compared with the record's assistant turns, each followed by the end-of-turn token. All
+    turns must be present, in order, with nothing else; the last turn of a truncated record may be cut, and a split record may lack turns.
+    Text that a template adds to assistant turns (e.g. an empty <think></think>) is determined from probes and expected in every turn.
+
+    Returns:
+        Index of a record -> problem.
     """
     runs = [
         (i, example.labels[a:b].tolist()) for i, fate in enumerate(fates) for example in fate.examples for a, b in spans(example.labels)
@@ -49,7 +51,7 @@ def misplaced(tokenizer: Any, records: Sequence[dict[str, Any]], fates: Sequence
             wrong[i] = "a label is another token than the one it stands at"
         elif is_text(record):
             text = decode(tokenizer, [[token for ids in found[i] for token in ids]])[0]
-            if not _says(tokenizer, text, answers[0], [("", "")], fate.outcome == "truncated"):
+            if not _matches(tokenizer, text, answers[0], [("", "")], fate.outcome == "truncated"):
                 wrong[i] = f"labels say {_short(text)}"
         elif problem := _compare(tokenizer, said[i], answers, frames, fate.outcome):
             wrong[i] = problem
@@ -57,7 +59,7 @@ def misplaced(tokenizer: Any, records: Sequence[dict[str, Any]], fates: Sequence
 
 
 def decode(tokenizer: Any, many: Sequence[list[int]]) -> list[str]:
-    """The text of each list of ids, special tokens and spaces as they stand."""
+    """Text of each list of ids, with special tokens and unchanged spaces."""
     return tokenizer.backend_tokenizer.decode_batch(list(many), skip_special_tokens=False)
 
 
@@ -65,7 +67,7 @@ def _compare(tokenizer: Any, said: Sequence[str], answers: Sequence[str], frames
     left = list(answers)
     for n, text in enumerate(said):
         cut = outcome == "truncated" and n == len(said) - 1
-        while left and not _says(tokenizer, text, left[0], frames, cut):
+        while left and not _matches(tokenizer, text, left[0], frames, cut):
             if not outcome.startswith("split"):
                 return f"labels say {_short(text)}, the assistant {_short(left[0])}"
             left.pop(0)
@@ -75,9 +77,11 @@ def _compare(tokenizer: Any, said: Sequence[str], answers: Sequence[str], frames
     return "" if not left or outcome.startswith("split") else f"the answer {_short(left[0])} is not learnt"
 
 
-def _says(tokenizer: Any, text: str, answer: str, frames: list[tuple[str, str]], cut: bool) -> bool:
-    """Whether a run of labels says the answer and the end-of-turn token. A tokenizer that cannot give a text back exactly (one that normalizes
-    it) is held to what it gives back of the answer."""
+def _matches(tokenizer: Any, text: str, answer: str, frames: list[tuple[str, str]], cut: bool) -> bool:
+    """Whether a run of labels decodes to the answer and the end-of-turn token.
+
+    For tokenizers that normalize text, the decoded encoding of the answer counts as well.
+    """
     end = tokenizer.eos_token
     for before, after in frames:
         for words in (answer, answer.strip()):
@@ -91,14 +95,14 @@ def _says(tokenizer: Any, text: str, answer: str, frames: list[tuple[str, str]],
 
 
 def _frames(tokenizer: Any, records: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """What the template writes before and after the assistant's words within its turn, first and later: ("", "") for most."""
+    """Text that the template adds before and after an assistant's content, in first and later turns; ("", "") for most templates."""
     user, answer = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}
     found = []
     for messages in ([user, answer], [user, answer, user, answer]) if any(not is_text(record) for record in records) else ():
         try:
             turn = render(tokenizer, messages)[len(render(tokenizer, messages[:-1], add_generation_prompt=True)) :]
         except InputError:
-            continue  # a template for single turns
+            continue  # a template that supports only single turns
         before, _, after = turn.partition(answer["content"])
         found.append((before, after.partition(tokenizer.eos_token)[0]))
     return list(dict.fromkeys(found))
@@ -108,22 +112,22 @@ def _short(text: str) -> str:
     return repr(text if len(text) <= 60 else f"{text[:40]}...{text[-15:]}")
 
 
-def begins_twice(tokenizer: Any, example: Example) -> bool:
-    """Whether it begins with two beginning-of-text tokens: the template wrote one, and somebody another."""
+def has_double_bos(tokenizer: Any, example: Example) -> bool:
+    """Whether an example begins with two beginning-of-text tokens, one of them from the template."""
     return (
         len(example.input_ids) > 1 and tokenizer.bos_token_id is not None and bool((example.input_ids[:2] == tokenizer.bos_token_id).all())
     )
 
 
-def figures(tokenizer: Any, records: Sequence[dict[str, Any]], fates: Sequence[Fate]) -> dict[str, Any]:
-    """Of a whole split, each example counted once however often it is repeated."""
+def statistics(tokenizer: Any, records: Sequence[dict[str, Any]], fates: Sequence[RecordOutcome]) -> dict[str, Any]:
+    """Statistics of a split. An example counts once, however often it is repeated."""
     import numpy as np
 
     examples = [(record, example) for record, fate in zip(records, fates, strict=True) for example in fate.examples]
     lengths = [len(example.input_ids) for _, example in examples]
     trained = [int((example.labels != IGNORE).sum()) for _, example in examples]
     ends = sum(bool((example.labels[1:] == tokenizer.eos_token_id).any()) for _, example in examples)
-    looked_at = [fate.stable for fate in fates if fate.kept and fate.stable is not None]
+    checked = [fate.stable for fate in fates if fate.kept and fate.stable is not None]
     groups = {
         name: {value: _group(lengths, trained, chosen) for value, chosen in sorted(_by(examples, name).items())}
         for name in ("category", "source")
@@ -135,8 +139,8 @@ def figures(tokenizer: Any, records: Sequence[dict[str, Any]], fates: Sequence[F
         "trained_tokens": sum(trained),
         "trained_share": _share(sum(trained), total),
         "end_of_turn_in_loss": _share(ends, len(examples)),
-        "double_bos": sum(begins_twice(tokenizer, example) for _, example in examples),
-        "prefix_stable": _share(sum(looked_at), len(looked_at)),
+        "double_bos": sum(has_double_bos(tokenizer, example) for _, example in examples),
+        "prefix_stable": _share(sum(checked), len(checked)),
         "padding_without_packing": _share(len(lengths) * max(lengths, default=0) - total, len(lengths) * max(lengths, default=0)),
         "lengths": histogram(np.array(lengths)),
         **groups,
@@ -163,7 +167,7 @@ def _group(lengths: Sequence[int], trained: Sequence[int], chosen: Sequence[int]
 
 
 def histogram(lengths: np.ndarray) -> dict[str, int]:
-    """Examples by their tokens, in powers of two: {"33-64": 12} are those of 33 to 64 tokens."""
+    """Number of examples by length in tokens, in powers of two: {"33-64": 12} means 12 examples of 33 to 64 tokens."""
     import numpy as np
 
     if not len(lengths):
@@ -176,13 +180,15 @@ def _share(part: int, whole: int) -> float:
     return round(part / whole, 4) if whole else 0.0
 
 
-def shown(tokenizer: Any, split: str, records: Sequence[dict[str, Any]], fates: Sequence[Fate], seed: int) -> Iterator[dict[str, Any]]:
-    """The first examples and a sample of each source, each as text with its trained spans in ⟦ ⟧, as ids and as labels."""
+def sample(
+    tokenizer: Any, split: str, records: Sequence[dict[str, Any]], fates: Sequence[RecordOutcome], seed: int
+) -> Iterator[dict[str, Any]]:
+    """The first examples and a random sample of each source: text with trained spans in ⟦ ⟧, ids and labels."""
     kept = [i for i, fate in enumerate(fates) if fate.kept]
-    drawn = [kept[k] for k in draw_order([records[i]["example_id"] for i in kept], seed)]
+    shuffled = [kept[k] for k in draw_order([records[i]["example_id"] for i in kept], seed)]
     chosen = dict.fromkeys(kept[:FIRST], "first")
     for source in sorted({records[i]["source"] for i in kept}):
-        for i in [i for i in drawn if records[i]["source"] == source][:OF_EACH_SOURCE]:
+        for i in [i for i in shuffled if records[i]["source"] == source][:OF_EACH_SOURCE]:
             chosen.setdefault(i, "sample")
     for i, why in chosen.items():
         for part, example in enumerate(fates[i].examples):
@@ -199,7 +205,7 @@ def shown(tokenizer: Any, split: str, records: Sequence[dict[str, Any]], fates: 
 
 
 def marked(tokenizer: Any, example: Example) -> str:
-    """The decoded example, each trained span in ⟦ ⟧."""
+    """The decoded example with each trained span in ⟦ ⟧."""
     ids, text, at = example.input_ids.tolist(), "", 0
     for start, stop in spans(example.labels):
         before, span = decode(tokenizer, [ids[at:start], ids[start:stop]])

@@ -1,4 +1,4 @@
-"""How often each train row is learnt from: rare categories more often, general data as often as its share of the tokens wants."""
+"""Number of copies of each train row: balances categories, and mixes in general data up to its share of the tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import Field
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Section
-from dagster_project.training.tokens.examples import Fate
+from dagster_project.training.tokens.examples import RecordOutcome
 
 Balance = Literal["none", "category", "sqrt"]
 
@@ -27,17 +27,17 @@ class Replay(Section):
 
 
 def mix(
-    records: Sequence[dict[str, Any]], fates: list[Fate], how: Balance, replay: Replay | None, seed: int
+    records: Sequence[dict[str, Any]], outcomes: list[RecordOutcome], how: Balance, replay: Replay | None, seed: int
 ) -> tuple[list[int], dict[str, Any]]:
-    """Copies of each train record, and what the report says of them. A record that replay leaves out gets the fate dropped:replay.
+    """Determine the copies of each train record. Rows of replayed sources are not balanced.
 
-    Rows of the replayed sources are not balanced: they are what they are, in the share that is asked for.
-
+    Returns:
+        Copies of each record, and facts for the report. A record that replay leaves out gets the outcome dropped:replay in `outcomes`.
     Raises:
-        InputError: replay names a source without rows, or all of them.
+        InputError: replay lists a source without rows, or all sources.
     """
-    copies = [int(fate.kept) for fate in fates]
-    kept = [i for i, fate in enumerate(fates) if fate.kept]
+    copies = [int(fate.kept) for fate in outcomes]
+    kept = [i for i, fate in enumerate(outcomes) if fate.kept]
     general = [i for i in kept if replay and _of(records[i]["source"], replay.sources)]
     own = sorted(set(kept) - set(general))
     ids = [record["example_id"] for record in records]
@@ -45,12 +45,14 @@ def mix(
         copies[i] = n
     if replay:
         _refuse_empty([records[i]["source"] for i in kept], replay.sources, bool(own))
-        tokens = sum(copies[i] * _tokens(fates[i]) for i in own)
+        tokens = sum(copies[i] * _tokens(outcomes[i]) for i in own)
         target = tokens * replay.share / (1 - replay.share)
-        for i, n in zip(general, resample([_tokens(fates[i]) for i in general], [ids[i] for i in general], target, seed), strict=True):
+        for i, n in zip(general, resample([_tokens(outcomes[i]) for i in general], [ids[i] for i in general], target, seed), strict=True):
             copies[i] = n
             if not n:
-                fates[i] = Fate("dropped:replay", "replay has its share without it", [], fates[i].tokens, fates[i].trained, fates[i].stable)
+                outcomes[i] = RecordOutcome(
+                    "dropped:replay", "replay has its share without it", [], outcomes[i].tokens, outcomes[i].trained, outcomes[i].stable
+                )
     if how == "none" and not replay:
         return copies, {}
     more = [(i, copies[i] - 1) for i in kept if copies[i] > 1]
@@ -58,12 +60,12 @@ def mix(
         "repeats": {name: _counts([(str(records[i][name] or "(none)"), n) for i, n in more]) for name in ("category", "source")}
     }
     if replay:
-        replayed = sum(copies[i] * _tokens(fates[i]) for i in general)
+        replayed = sum(copies[i] * _tokens(outcomes[i]) for i in general)
         report["replay_share"] = round(replayed / (replayed + tokens), 4)
     return copies, report
 
 
-def _tokens(fate: Fate) -> int:
+def _tokens(fate: RecordOutcome) -> int:
     return sum(len(example.input_ids) for example in fate.examples)
 
 
@@ -77,19 +79,19 @@ def _refuse_empty(sources: Sequence[str], named: Sequence[str], others: bool) ->
         if not any(_of(source, [name]) for source in sources):
             raise InputError(f"{where}: no train row comes from {name}", f"sources of train: {', '.join(sorted(set(sources))) or 'none'}")
     if not others:
-        raise InputError(f"{where}: all of train comes from them", "name only the general data, which is mixed into the rest")
+        raise InputError(f"{where}: all of train comes from them", "list only the general data, which is mixed into the rest")
 
 
 def draw_order(ids: Sequence[str], seed: int) -> list[int]:
-    """Indices in an order that depends on the seed and the ids alone, not on where a row stands."""
+    """Indices in a random order that depends only on the seed and the ids, not on the order of the rows."""
     return sorted(range(len(ids)), key=lambda i: (hashlib.sha256(f"{seed}:{ids[i]}".encode()).digest(), i))
 
 
 def balance(categories: Sequence[str | None], ids: Sequence[str], how: Balance, seed: int) -> list[int]:
-    """Copies of each row, at least one. Rows without a category are a category of their own.
+    """Copies of each row, at least one. Rows without a category form a category.
 
-    With n rows in a category and m in the largest, it gets m copies in all by `category`, and sqrt(n m) by `sqrt`: half way between, on a
-    logarithmic scale (temperature 2; Arivazhagan et al. 2019, section 4). Copies are dealt out evenly, what is left over by seed.
+    With n rows in a category and m in the largest, it gets m copies in all by `category`, and sqrt(n m) by `sqrt`: halfway between, on a
+    logarithmic scale (temperature 2; Arivazhagan et al. 2019, section 4). Copies are distributed evenly, the remainder by seed.
 
         bug 4 rows, login 1  ->  by category 4 and 4 copies, by sqrt 4 and 2
     """
@@ -97,19 +99,21 @@ def balance(categories: Sequence[str | None], ids: Sequence[str], how: Balance, 
         return [1] * len(ids)
     sizes = Counter(categories)
     largest = max(sizes.values(), default=0)
-    wanted = {name: largest if how == "category" else math.isqrt(n * largest) for name, n in sizes.items()}
-    copies = [wanted[name] // sizes[name] for name in categories]
-    over = {name: wanted[name] % n for name, n in sizes.items()}
+    targets = {name: largest if how == "category" else math.isqrt(n * largest) for name, n in sizes.items()}
+    copies = [targets[name] // sizes[name] for name in categories]
+    remainder = {name: targets[name] % n for name, n in sizes.items()}
     for i in draw_order(ids, seed):
-        if over[categories[i]]:
-            over[categories[i]] -= 1
+        if remainder[categories[i]]:
+            remainder[categories[i]] -= 1
             copies[i] += 1
     return copies
 
 
 def resample(tokens: Sequence[int], ids: Sequence[str], target: float, seed: int) -> list[int]:
-    """Copies of each row, none included, so that their tokens come as near to `target` as whole rows can, taken by turns in an order drawn by
-    seed: no row is taken once more before all have been."""
+    """Copies of each row, possibly 0, whose tokens are as close to `target` as whole rows allow.
+
+    Rows are taken in turn, in an order given by the seed, so copies differ by at most one.
+    """
     passes, rest = divmod(target, sum(tokens))
     copies = [int(passes)] * len(tokens)
     taken = 0
@@ -123,7 +127,7 @@ def resample(tokens: Sequence[int], ids: Sequence[str], target: float, seed: int
 
 def _counts(extra: Sequence[tuple[str, int]]) -> dict[str, int]:
     """(name, n) summed by name, names in order, zeros left out."""
-    found: defaultdict[str, int] = defaultdict(int)
+    sums: defaultdict[str, int] = defaultdict(int)
     for name, n in extra:
-        found[name] += n
-    return {name: found[name] for name in sorted(found) if found[name]}
+        sums[name] += n
+    return {name: sums[name] for name in sorted(sums) if sums[name]}

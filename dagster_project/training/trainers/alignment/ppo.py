@@ -32,7 +32,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute, Section
 from dagster_project.core.progress import Progress
 from dagster_project.training.inference.decoding import Choose, decode
-from dagster_project.training.methods.attention import attention_for
+from dagster_project.training.methods.attention import attention_for, attention_of
 from dagster_project.training.methods.build import causal
 from dagster_project.training.tokens.collators import SIZES, collate_packed
 from dagster_project.training.trainers.harness import checkpoint, distributed
@@ -200,7 +200,7 @@ def train(
     """
     refuse_mistakes(model, tokenizer, prompts, settings)
     model.eval()
-    attention = causal(model).config._attn_implementation
+    attention = attention_of(causal(model))
     training = Training(model, tokenizer, prompts, reward, settings, compute, checkpoints, live)
     with stop_on_request() as stop_requested:
         for step in range(training.done + 1, training.total + 1):

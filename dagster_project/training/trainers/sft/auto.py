@@ -23,7 +23,7 @@ from typing import Any, Generic, TypeVar
 
 from dagster_project.core.progress import Progress
 from dagster_project.core.records import write_json
-from dagster_project.training.methods.build import SHORT
+from dagster_project.training.methods.build import ALIASES
 from dagster_project.training.trainers.harness.history import TrainingHistory
 from dagster_project.training.trainers.harness.params import AUTO, SftParams
 from dagster_project.training.trainers.harness.session import Diverged, Interrupted
@@ -111,7 +111,7 @@ def settle(params: R, examples: int, rows: int, validates: bool, processes: int 
         for name, value in (("load_best_model_at_end", True), ("early_stopping_patience", PATIENCE)):
             if validates and name not in params.model_fields_set:
                 chosen[name] = Choice(value, "guards against more epochs than the data bears")
-    if peft.get("r") == AUTO and SHORT.get(method.lower(), (method.lower(), {}))[0] == "lora":
+    if peft.get("r") == AUTO and ALIASES.get(method.lower(), (method.lower(), {}))[0] == "lora":
         r = 8 * round(of.at(examples, of.r) / 8)
         chosen["peft.r"] = Choice(r, f"guideline for {size}")
         if "lora_alpha" not in peft:

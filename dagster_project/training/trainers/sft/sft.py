@@ -19,7 +19,7 @@ from dagster_project.core.chat import IGNORE
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
 from dagster_project.training.methods.build import PreparedModel, causal
-from dagster_project.training.methods.hardware import giving_back
+from dagster_project.training.methods.hardware import memory_trimmer
 from dagster_project.training.tokens.collators import SIZES, collate_packed, collate_padded
 from dagster_project.training.trainers.harness import distributed
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints, Saved
@@ -399,7 +399,7 @@ def _accelerated(session: SftSession) -> Iterator[None]:
         compile_layers(model)
     # a checkpointed layer frees nearly all that it made, and glibc would keep it beside what the next layer makes
     if params.gradient_checkpointing is True and model.device.type == "cpu" and params.compile == "none":
-        give_back = giving_back()
+        give_back = memory_trimmer()
         hooks += [layer.register_forward_hook(give_back) for layer in decoder_layers(model)]
     if params.neftune_noise_alpha:
         hooks.append(add_noise(causal(model).get_input_embeddings(), params.neftune_noise_alpha, session.batch))
