@@ -64,7 +64,7 @@ def test_a_question_without_its_answer_is_unlabelled(name: str, change: dict[str
 )
 def test_a_row_that_is_no_question_of_the_layout_is_refused_by_row(change: dict[str, Any], tmp_path: Path) -> None:
     path = jsonl(tmp_path / "b.jsonl", ROWS["mmlu"][0], {**ROWS["mmlu"][0], **change})
-    with pytest.raises(InputError, match=r"b\.jsonl: row 1 is no mmlu question"):
+    with pytest.raises(InputError, match=r"b\.jsonl: row 1 is not a mmlu question"):
         read_items(path, "b.jsonl")
 
 
@@ -87,7 +87,7 @@ def test_a_file_of_prompts_alone_is_read_by_the_column_that_asks(column: str, tm
 
 @pytest.mark.parametrize("asked", [None, 3, "", [], [3]])
 def test_a_row_that_asks_nothing_is_refused_by_row(asked: Any, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"b\.jsonl: row 1 is no prompts question: expected a prompt in one of the columns prompt, "):
+    with pytest.raises(InputError, match=r"b\.jsonl: row 1 is not a prompts question: expected a prompt in one of the columns prompt, "):
         read_items(jsonl(tmp_path / "b.jsonl", {"prompt": "Hi"}, {"prompt": asked}), "b.jsonl")
 
 
@@ -115,7 +115,7 @@ def test_mmlus_own_tables_have_no_header_and_lose_no_question(tmp_path: Path) ->
 
 
 def test_a_question_with_several_right_choices_cannot_be_scored(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"b\.jsonl:0 has several right choices"):
+    with pytest.raises(InputError, match=r"b\.jsonl:0 has several correct choices"):
         read_multiple_choice(jsonl(tmp_path / "b.jsonl", ROWS["agieval, several"][0]))
 
 

@@ -270,12 +270,12 @@ def test_the_output_of_a_stage_is_read_as_it_is_and_a_broken_one_refused(check: 
     found = check("set", "--json").document
     assert (found["format"], found["rows"]) == ("canonical records", 3)
     write_ledger(Path("set"), entries[:3])
-    refused(check("set"), "set: not a whole data set")
+    refused(check("set"), "set: not a complete data set")
     write_ledger(Path("set"), entries)
     write_records(Path("set"), [{**records[0], "messages": [{"role": "user", "content": None}]}, *records[1:]])
-    refused(check("set"), "s.json:0 is no canonical record")
+    refused(check("set"), "s.json:0 is not a canonical record")
     (Path("set") / "ledger.parquet").write_bytes(b"PAR1" + b"\0" * 40)
-    refused(check("set"), "set: not a whole data set")
+    refused(check("set"), "set: not a complete data set")
     (Path("set") / "ledger.parquet").unlink()
     write_records(Path("set"), records)
     assert check("set", "--json").document["format"] == "messages"

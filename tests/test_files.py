@@ -362,7 +362,7 @@ def test_a_bad_csv_row_spoils_no_other(tmp_path: Path) -> None:
     [
         (b'a,b\n1,"2\n3,4\n5,6\n', "a.csv: not CSV: unexpected end of data, near line 4"),
         (b'a,b\n1,"2"x\n', "a.csv: not CSV: ',' expected after '\"', near line 2"),
-        (b"a,a\n1,2\n", "a.csv: column 'a' stands twice"),
+        (b"a,a\n1,2\n", "a.csv: column 'a' is duplicated"),
         (b"caf\xe9,a\n1,2\n", "a.csv: the column names are not UTF-8"),
         (b"a\n" + b"x" * 300 + b"\n", "a.csv: not CSV: longer than 200 bytes (line 2), near line 1"),
         (b'a\n"' + b"x\n" * 300 + b'"\n', "a.csv: not CSV: field larger than field limit (200), near line 102"),
@@ -487,7 +487,7 @@ def test_a_link_out_of_a_folder_is_refused_and_one_inside_is_followed(target: st
     (tmp_path / "set/b.jsonl").symlink_to("a.jsonl")
     assert len(read_rows(tmp_path / "set")) == 2
     (tmp_path / "set" / target).symlink_to(tmp_path / target)
-    assert refused(tmp_path / "set") == f"set/{target}: a link that leads out of its folder or nowhere"
+    assert refused(tmp_path / "set") == f"set/{target}: a link that is broken or points outside its folder"
 
 
 # Any bytes at all

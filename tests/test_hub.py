@@ -251,7 +251,7 @@ def test_what_the_hub_does_not_give_is_said_in_one_line(hub: Hub, tmp_path: Path
         ({"revision": NEW}, f"Revision '{NEW}' doesn't exist for dataset 'org/name' on the Hub."),
         ({"split": "validation"}, "there is no split 'validation'"),
         ({"split": "all"}, "there is no split 'all'"),
-        ({"revision": "main"}, "revision 'main' is no commit"),
+        ({"revision": "main"}, "revision 'main' is not a commit"),
         ({"hub": "org/gated"}, "Dataset 'org/gated' is a gated dataset on the Hub."),
         ({"hub": "org/private"}, "Dataset 'org/private' is a gated dataset on the Hub."),
         ({"hub": "org/broken"}, "LocalEntryNotFoundError: An error happened while trying to locate the file on the Hub"),
@@ -280,14 +280,14 @@ def test_a_data_set_that_gives_no_rows_of_text_is_refused_in_one_line(hub: Hub, 
         "org/elsewhere": (files_from(f"{hub.url}/datasets/{NAME}/resolve/{NEW}/x.jsonl"), "Data files don't belong to org/elsewhere."),
         "org/later": (
             files_from(f"hf://datasets/org/later@{NEW}/x.jsonl"),
-            f"takes rows from outside of its commit: hf://datasets/org/later@{NEW}/x.jsonl",
+            f"reads rows from outside its commit: hf://datasets/org/later@{NEW}/x.jsonl",
         ),
         "org/photo": (
             {
                 "README.md": card(dataset_info={"features": photo}),
                 "a.parquet": parquet([{"photo": {"bytes": b"x", "path": None}, "text": "a"}]),
             },
-            "columns that hold no text: photo (Image)",
+            "columns without text: photo (Image)",
         ),
     }
     hub.repos = {name: {OLD: files} for name, (files, _) in cases.items()}
@@ -310,7 +310,7 @@ def test_a_line_that_goes_dead_is_an_error_and_leaves_nothing_that_is_read_later
 def test_a_hub_that_gives_another_commit_is_not_believed(hub: Hub, tmp_path: Path) -> None:
     hub.repos[NAME][NEW] = hub.repos[NAME][OLD]
     hub.says = NEW
-    assert read(hub, tmp_path)[0]["what"] == f"hub:org/name@aaaaaaaaaaaa/train: the Hub gave commit {NEW}"
+    assert read(hub, tmp_path)[0]["what"] == f"hub:org/name@aaaaaaaaaaaa/train: the Hub returned commit {NEW}"
 
 
 def test_a_folder_of_the_same_name_is_not_taken_for_the_data_set(hub: Hub, tmp_path: Path) -> None:
@@ -378,21 +378,21 @@ def test_a_split_of_the_hub_has_a_name_on_the_command_line(spec: str, config: st
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("hub:org/name", "no split of a data set"),
-        (f"hub:org/name@{OLD}", "no split of a data set"),
-        ("hub:org/name@main:train", "revision 'main' is no commit"),
-        (f"hub:name@{OLD}:train", "'name' is no data set of the Hub"),
-        (f"hub:org/name@{OLD}:", "split '' is no split's name"),
-        (f"hub:org/name@{OLD}:a:b:c", "no split of a data set"),
+        ("hub:org/name", "not a split of a data set"),
+        (f"hub:org/name@{OLD}", "not a split of a data set"),
+        ("hub:org/name@main:train", "revision 'main' is not a commit"),
+        (f"hub:name@{OLD}:train", "'name' is not a data set name"),
+        (f"hub:org/name@{OLD}:", "split '' is not a split name"),
+        (f"hub:org/name@{OLD}:a:b:c", "not a split of a data set"),
     ],
 )
 def test_a_name_that_is_no_split_of_a_commit_is_refused(spec: str, message: str) -> None:
     with pytest.raises(InputError) as caught:
         reader.parse_spec(spec)
-    assert message in caught.value.what and caught.value.hint == "write hub:org/name@REVISION:split"
+    assert message in caught.value.what and caught.value.hint == "use hub:org/name@REVISION:split"
 
 
 @pytest.mark.parametrize("secret", [TOKEN, "a-token-of-another-kind"])
 def test_no_token_comes_into_a_message(secret: str) -> None:
-    told = reader._plainly(OSError(f"\n\nIllegal header b'Bearer {secret}' for https://me:pass@hub.example/x\nmore"), secret)
+    told = reader._error_text(OSError(f"\n\nIllegal header b'Bearer {secret}' for https://me:pass@hub.example/x\nmore"), secret)
     assert told == "Illegal header b'Bearer [token]' for https://hub.example/x"

@@ -110,21 +110,21 @@ def test_the_split_of_a_source_labels_its_rows(root: Path) -> None:
 @pytest.mark.parametrize(
     ("sources", "message"),
     [
-        (["data/sources"], "data/sources is a folder that has the held-out benchmarks in it"),
-        (["data/sources/benchmarks"], "data/sources/benchmarks is held out, since it lies in data/sources/benchmarks/"),
-        (["data/sources/benchmarks/b.jsonl"], "data/sources/benchmarks/b.jsonl is held out, since it lies in data/sources/benchmarks/"),
+        (["data/sources"], "data/sources is a folder that contains the held-out benchmarks"),
+        (["data/sources/benchmarks"], "data/sources/benchmarks is held out, because it is in data/sources/benchmarks/"),
+        (["data/sources/benchmarks/b.jsonl"], "data/sources/benchmarks/b.jsonl is held out, because it is in data/sources/benchmarks/"),
         (
             ["data/sources/mine", "data/sources/mine/train.jsonl"],
-            "data/sources/mine/train.jsonl lies in data/sources/mine, and would be read twice",
+            "data/sources/mine/train.jsonl is in data/sources/mine and would be read twice",
         ),
-        (["data/sources/mine/more", "data/sources/mine"], "data/sources/mine/more lies in data/sources/mine, and would be read twice"),
+        (["data/sources/mine/more", "data/sources/mine"], "data/sources/mine/more is in data/sources/mine and would be read twice"),
         (
             ["data/sources/a.jsonl", "data/sources/./a.jsonl"],
-            "data/sources/./a.jsonl lies in data/sources/a.jsonl, and would be read twice",
+            "data/sources/./a.jsonl is in data/sources/a.jsonl and would be read twice",
         ),
         (
             ["data/sources/link.jsonl", "data/sources/a.jsonl"],
-            "data/sources/a.jsonl lies in data/sources/link.jsonl, and would be read twice",
+            "data/sources/a.jsonl is in data/sources/link.jsonl and would be read twice",
         ),
         (["data"], "data is not inside data/sources/"),
         (["data/sources/none"], "data/sources/none does not exist"),
@@ -147,17 +147,17 @@ COMMIT = "0123456789" * 4
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({}, "name either a path or a hub data set"),
-        ({"path": "data/sources/a.jsonl", "hub": "org/name"}, "name either a path or a hub data set"),
-        ({"hub": "org/name", "split": "train"}, "hub needs `revision` (the commit, 40 hex digits) and `split`"),
-        ({"hub": "org/name", "revision": COMMIT}, "hub needs `revision` (the commit, 40 hex digits) and `split`"),
-        ({"hub": "org/name", "revision": "main", "split": "train"}, "revision 'main' is no commit: 40 hex digits are needed"),
-        ({"hub": "org/name", "revision": COMMIT[:12], "split": "train"}, "revision '012345678901' is no commit"),
-        ({"hub": "org/name", "revision": COMMIT + "\n", "split": "train"}, "is no commit"),
-        ({"hub": "name", "revision": COMMIT, "split": "train"}, "'name' is no data set of the Hub: write org/name"),
-        ({"hub": "../name", "revision": COMMIT, "split": "train"}, "'../name' is no data set of the Hub"),
-        ({"hub": "org/name", "revision": COMMIT, "split": "train[:5]"}, "split 'train[:5]' is no split's name"),
-        ({"hub": "org/name", "revision": COMMIT, "split": "train", "config": "../x"}, "config '../x' is no configuration's name"),
+        ({}, "set either path or hub"),
+        ({"path": "data/sources/a.jsonl", "hub": "org/name"}, "set either path or hub"),
+        ({"hub": "org/name", "split": "train"}, "hub requires `revision` (the commit, 40 hex digits) and `split`"),
+        ({"hub": "org/name", "revision": COMMIT}, "hub requires `revision` (the commit, 40 hex digits) and `split`"),
+        ({"hub": "org/name", "revision": "main", "split": "train"}, "revision 'main' is not a commit: 40 hex digits are required"),
+        ({"hub": "org/name", "revision": COMMIT[:12], "split": "train"}, "revision '012345678901' is not a commit"),
+        ({"hub": "org/name", "revision": COMMIT + "\n", "split": "train"}, "is not a commit"),
+        ({"hub": "name", "revision": COMMIT, "split": "train"}, "'name' is not a data set name: use org/name"),
+        ({"hub": "../name", "revision": COMMIT, "split": "train"}, "'../name' is not a data set name"),
+        ({"hub": "org/name", "revision": COMMIT, "split": "train[:5]"}, "split 'train[:5]' is not a split name"),
+        ({"hub": "org/name", "revision": COMMIT, "split": "train", "config": "../x"}, "config '../x' is not a configuration name"),
         ({"path": "data/sources/a.jsonl", "revision": COMMIT}, "revision and config belong to a hub data set, not to a path"),
         ({"path": "data/sources/a.jsonl", "split": "dev"}, "split 'dev' of a path must be train, validation, test or from_file_names"),
     ],
@@ -184,7 +184,7 @@ def test_a_source_that_is_mostly_unreadable_is_refused_with_its_first_problems(r
         "  data/sources/a.jsonl:2: line is not JSON: Expecting property name enclosed in double quotes: column 2 (line 4)",
         "  data/sources/a.jsonl:3: expected text, found int (line 5)",
     ]
-    assert error.hint == "mend them, or name the right format; raw_examples.max_malformed (0.5) is the share that may be unreadable"
+    assert error.hint == "fix them, or set the right format; raw_examples.max_malformed (0.5) is the share that may be unreadable"
 
 
 @pytest.mark.parametrize(("bad", "most", "refused"), [(2, 0.5, False), (3, 0.5, True), (3, 0.8, False), (1, 0.0, True), (0, 0.0, False)])

@@ -535,7 +535,7 @@ def test_an_input_is_never_overwritten(option: str, name: str, check: Any) -> No
     [
         (["--out", "in/clean.jsonl"], "is read"),
         (["--out", "clean.csv"], ".jsonl"),
-        (["--out", "x.jsonl", "--dropped", "x.jsonl"], "both name"),
+        (["--out", "x.jsonl", "--dropped", "x.jsonl"], "write"),
         (["--out", "folder.jsonl"], "folder"),
         (["--out", "file/clean.jsonl"], "--out"),
     ],

@@ -1,4 +1,4 @@
-"""`pedigree check`: the checks of the pipeline on any files, without a pipeline."""
+"""`pedigree check`: applies the checks of the pipeline to any files, without running the pipeline."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dagster_project.curation.checks.privacy import mask
 from dagster_project.curation.checks.token_counts import ESTIMATED, Tokens
 from dagster_project.curation.similarity.overlap import shared_span, thirteen_gram_pairs
 from dagster_project.curation.sources import formats
-from dagster_project.curation.sources.benchmarks import BENCHMARKS, Item, benchmark_of, items_of, only_asks, read_item
+from dagster_project.curation.sources.benchmarks import BENCHMARKS, Item, benchmark_of, has_only_prompts, items_of, read_item
 from dagster_project.curation.sources.files import Row, files_of, read_rows
 from dagster_project.curation.sources.hub import held_out_label, parse_spec, read_split
 from dagster_project.curation.write_checked import write_rows
@@ -25,13 +25,13 @@ from dagster_project.curation.write_checked import write_rows
 Kind = Literal["examples", "preferences", "benchmark"]
 ALIASES = {"hh": "transcripts", "openai": "messages", "chatml": "messages"}
 PAIRS = "dpo"
-"""Names no layout, but what the rows are for: preference pairs in any layout."""
+"""Not a layout, but the kind of the rows: preference pairs in any layout."""
 KNOWN = ("auto", *dict.fromkeys([*formats.LAYOUTS, *formats.PAIR_LAYOUTS, PAIRS, *BENCHMARKS, *ALIASES]))
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A set of rows, ready to be judged."""
+    """Records of one kind, ready for the checks."""
 
     kind: Kind
     layout: str
@@ -51,19 +51,19 @@ def check_paths(
     out: Path | None = None,
     dropped: Path | None = None,
 ) -> dict[str, Any]:
-    """Judge files of examples, of preference pairs, or of benchmark questions.
+    """Check files of examples, preference pairs or benchmark questions.
 
     Args:
-        against: held-out files, of examples or of benchmark questions, that `paths` must not overlap.
+        against: held-out files of examples or benchmark questions, which `paths` must not overlap.
         rules: policy, limits and waivers.
-        since: the previous version of `paths`, to say what has changed; `previous` is its name.
-        thirteen_grams: also count what the usual rule, any 13 words in common, would call leakage (in `thirteen_grams`).
-        mapping: field -> column, for a layout of one's own; as `mapping` of a source in params.yaml.
-        out, dropped: JSONL files to write the rows to that are kept, and those that are not (curation/sources/written.py).
+        since: the previous version of `paths`, to report changes; `previous` is its name.
+        thirteen_grams: also report leakage by the common rule of any 13 shared words (in `thirteen_grams`).
+        mapping: field -> column, for a custom layout; see `mapping` of a source in params.yaml.
+        out, dropped: JSONL files for kept and dropped rows.
     Returns:
-        The document of `findings.document`; `rows` are 0-based source rows, counted on through the files where there is more than one.
+        `findings.document`; `rows` are 0-based source rows, numbered consecutively across files.
     Raises:
-        InputError: a file is missing, empty or in no known format, or the files are of different kinds.
+        InputError: a file is missing, empty or in an unknown format, or the files are of different kinds.
     """
     rules = rules or Rules()
     loaded = load(paths, layout, mapping)
@@ -78,7 +78,7 @@ def check_paths(
     if since:
         before = load(since, layout, mapping)
         if before.kind != loaded.kind:
-            raise InputError(f"{previous} holds {before.kind}, {name} {loaded.kind}", "name an earlier version of the same data")
+            raise InputError(f"{previous} holds {before.kind}, {name} {loaded.kind}", "use an earlier version of the same data")
         was = judge(before.records, held_out, rules, tokens, kind=before.kind)
         old = findings.document(previous, before.layout, was, held_out, matches=0)
         document["changes"] = {
@@ -90,7 +90,7 @@ def check_paths(
 
 
 def _from(records: Sequence[dict[str, Any]], places: Sequence[str], names: Sequence[str]) -> list[dict[str, Any]]:
-    """The records as if they came from `names`: the same files, at another place."""
+    """The records with sources renamed from `places` to `names`, which are the same files elsewhere."""
     renamed = []
     for record in records:
         source = record["source"]
@@ -104,12 +104,12 @@ def _from(records: Sequence[dict[str, Any]], places: Sequence[str], names: Seque
 
 
 def load(paths: Sequence[str], layout: str = "auto", mapping: Mapping[str, str] | None = None) -> Loaded:
-    """Files, folders and splits on the Hub in one list.
+    """Load files, folders and splits on the Hub.
 
     Args:
-        mapping: field -> column, for a layout of one's own.
+        mapping: field -> column, for a custom layout.
     Raises:
-        InputError: missing, unreadable, or of different kinds.
+        InputError: a file is missing or unreadable, or the files are of different kinds.
     """
     layout = ALIASES.get(layout, layout)
     if layout not in KNOWN:
@@ -139,15 +139,17 @@ def _load(path: str, layout: str, mapping: Mapping[str, str] | None = None) -> l
 
 
 def _place(path: str) -> Path:
-    """Raises:
-    InputError: there is nothing there; an empty name would stand for the folder one is in.
+    """The existing path.
+
+    Raises:
+        InputError: it does not exist or is empty; an empty path would be the current folder.
     """
     try:
         if path and Path(path).exists():
             return Path(path)
-    except OSError:  # a name too long for a file
+    except OSError:  # the name is too long
         pass
-    raise InputError(f"{path or 'a path without a name'} does not exist", "name a file, a folder or hub:org/name@REVISION:split")
+    raise InputError(f"{path or 'an empty path'} does not exist", "use a file, a folder or hub:org/name@REVISION:split")
 
 
 def _rows(rows: list[Row], source: str, layout: str, split: str | None = None, mapping: Mapping[str, str] | None = None) -> Loaded:
@@ -166,14 +168,14 @@ def _rows(rows: list[Row], source: str, layout: str, split: str | None = None, m
 
 
 PAIR_ONLY = formats.PAIR_FIELDS.keys() - formats.RECORD_FIELDS.keys()
-"""Fields of a mapping that only pairs have."""
+"""Fields of a mapping that exist only for pairs."""
 
 
 def read_mapping(text: str) -> dict[str, str]:
     """ "prompt=q,response=a"  ->  {"prompt": "q", "response": "a"}
 
     Raises:
-        InputError: a field is not known, missing or named twice.
+        InputError: a field is unknown, missing or duplicated.
     """
     parts = [part.partition("=") for part in text.split(",")]
     named = [field.strip() for field, _, _ in parts]
@@ -182,21 +184,21 @@ def read_mapping(text: str) -> dict[str, str]:
     if not all(sign and column.strip() for _, sign, column in parts):
         problem = "expected FIELD=COLUMN,..."
     elif len(mapping) < len(named):
-        problem = f"field {next(field for field in named if named.count(field) > 1)!r} is named twice"
+        problem = f"field {next(field for field in named if named.count(field) > 1)!r} is duplicated"
     else:
         problem = formats.mapping_problem(mapping, fields)
     if problem:
-        raise InputError(f"--mapping {text}: {problem}", "as in prompt=q,response=a or prompt=q,chosen=a,rejected=b")
+        raise InputError(f"--mapping {text}: {problem}", "e.g. prompt=q,response=a or prompt=q,chosen=a,rejected=b")
     return mapping
 
 
 def _kind(rows: Sequence[Row], name: str, layout: str) -> tuple[Kind, str]:
-    """What the rows are, and in which layout. A format's name that two kinds share is told by the keys."""
+    """Kind and layout of the rows. If two kinds share the name of a format, the keys decide."""
     if layout == PAIRS:
         try:
             return "preferences", formats.detect(rows, name, formats.PAIR_LAYOUTS)
         except InputError as error:
-            raise InputError(error.what, "leave --format out, or name the layout that the rows are in") from None
+            raise InputError(error.what, "leave --format out, or set the layout of the rows") from None
     if layout != "auto":
         owners: list[Kind] = [
             kind  # type: ignore[misc]
@@ -216,10 +218,10 @@ def _is_canonical(folder: Path) -> bool:
 
 
 def _canonical(folder: Path) -> Loaded:
-    """The output of `raw_examples`, `instructions` or `raw_preferences`; rows are numbered as they stood in their sources.
+    """Load an output of `raw_examples`, `instructions` or `raw_preferences`, with the row numbers of its sources.
 
     Raises:
-        InputError: it is not whole, or of another program's making.
+        InputError: it is incomplete or was not written by this project.
     """
     from pyarrow import ArrowException
 
@@ -228,19 +230,19 @@ def _canonical(folder: Path) -> Loaded:
         if records and "chosen" in records[0]:
             loaded = Loaded("preferences", "canonical pairs", [formats.as_record(pair) for pair in read_pairs(folder)])
         else:
-            placed = [entry for entry in read_ledger(folder) if not entry["outcome"].startswith("dropped")]
-            found = [{**record, "source_row": entry["source_row"]} for record, entry in zip(records, placed, strict=True)]
-            loaded = Loaded("examples", "canonical records", found)
-        if unsound := [findings.place(record) for record in loaded.records if not _is_sound(record)]:
-            raise ValueError(f"{unsound[0]} is no canonical record")
+            kept = [entry for entry in read_ledger(folder) if not entry["outcome"].startswith("dropped")]
+            numbered = [{**record, "source_row": entry["source_row"]} for record, entry in zip(records, kept, strict=True)]
+            loaded = Loaded("examples", "canonical records", numbered)
+        if invalid := [findings.place(record) for record in loaded.records if not _is_valid(record)]:
+            raise ValueError(f"{invalid[0]} is not a canonical record")
     except (ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{folder}: not a whole data set of this project: {error}", "run its stage again, or name another folder"
+            f"{folder}: not a complete data set of this project: {error}", "run its stage again, or use another folder"
         ) from None
     return loaded
 
 
-def _is_sound(record: Mapping[str, Any]) -> bool:
+def _is_valid(record: Mapping[str, Any]) -> bool:
     texts = [
         record["example_id"],
         record["source"],
@@ -250,7 +252,7 @@ def _is_sound(record: Mapping[str, Any]) -> bool:
 
 
 def _question(layout: str, row: Row, source: str) -> dict[str, Any]:
-    """A benchmark's question as a record: the assistant says the right answer."""
+    """A benchmark question as a record whose assistant turn is the correct answer."""
     try:
         item = read_item(layout, row, source)
     except (ValueError, TypeError, KeyError) as error:
@@ -271,10 +273,10 @@ def _question(layout: str, row: Row, source: str) -> dict[str, Any]:
 
 
 def _items(path: str) -> list[Item]:
-    """What a held-out file or folder asks and answers: a benchmark's questions, prompts alone, or examples, which a team holds out itself.
+    """Questions and answers of a held-out file or folder of benchmark questions, prompts or examples.
 
     Raises:
-        InputError: a row of it cannot be read: it could be the one that leaks.
+        InputError: a row cannot be read, and so cannot be checked for leakage.
     """
     hub = parse_spec(path)
     place = Path() if hub else _place(path)
@@ -284,12 +286,12 @@ def _items(path: str) -> list[Item]:
         return [item for name, _ in files_of(place) for item in _items(f"{path.rstrip('/')}/{name}")]
     else:
         rows, source = (read_split(hub), hub.name) if hub else (read_rows(place), path)
-        if benchmark_of(rows) or (only_asks(rows) and not formats.is_known(rows)):
+        if benchmark_of(rows) or (has_only_prompts(rows) and not formats.is_known(rows)):
             return items_of(rows, source.rpartition("/")[2], source)
         found = _rows(rows, source, "auto")
     for record in found.records:
         if not record["messages"]:
-            raise InputError(f"{findings.place(record)}: {findings.excerpt(record)}", "fix the row, or take it out of what is held out")
+            raise InputError(f"{findings.place(record)}: {findings.excerpt(record)}", "fix the row, or remove it from the held-out data")
     return [
         Item(
             findings.place(record),
@@ -301,7 +303,7 @@ def _items(path: str) -> list[Item]:
 
 
 def _thirteen(records: Sequence[dict[str, Any]], held_out: Sequence[Item]) -> dict[str, Any]:
-    """What any run of 13 words in common would find, to compare with."""
+    """Leakage by the common rule of any 13 shared words, for comparison."""
     texts, questions = [prompt_text(record["messages"]) for record in records], [item.question for item in held_out]
     pairs = list(thirteen_gram_pairs(texts, questions))
     matches = []
@@ -313,22 +315,22 @@ def _thirteen(records: Sequence[dict[str, Any]], held_out: Sequence[Item]) -> di
 
 
 def read_policy(path: Path) -> Rules:
-    """Policy, limits and waivers from a YAML file: the keys of `instructions` in params.yaml, or a params.yaml as it is.
+    """Read policy, limits and waivers from a YAML file with the keys of `instructions`, or from a params.yaml.
 
     Raises:
-        InputError: it cannot be read, or holds unknown keys or values.
+        InputError: the file is unreadable or has unknown keys or values.
     """
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
     if not path.is_file():
-        raise InputError(f"{path} is no file", "name a YAML file with the keys of `instructions` in params.yaml")
+        raise InputError(f"{path} is not a file", "use a YAML file with the keys of `instructions` in params.yaml")
     try:
         values = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
-    except (YAMLError, ValueError, KeyError, RecursionError) as error:  # YAML leaves a date such as 30 February to Python
-        raise InputError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}", "mend the line named") from None
+    except (YAMLError, ValueError, KeyError, RecursionError) as error:  # ValueError for dates such as 30 February
+        raise InputError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}", "fix that line") from None
     except OSError as error:
-        raise InputError(f"{path.name}: cannot be read: {error.strerror}", "look at the file's permissions") from None
+        raise InputError(f"{path.name}: cannot be read: {error.strerror}", "check the file's permissions") from None
     if isinstance(values, dict) and "instructions" in values:
         values = values["instructions"]
         if isinstance(values, dict):
@@ -339,4 +341,4 @@ def read_policy(path: Path) -> Rules:
 
 
 STAGE_ONLY = frozenset({"benchmarks", "review", "expectations"})
-"""Keys of `instructions` that name files of the project, which no other data has to do with."""
+"""Keys of `instructions` that refer to files of the project and do not apply to other data."""

@@ -1,4 +1,4 @@
-"""What `pedigree check` leaves behind of the rows it judged: those that are kept in one file, those that are not in another."""
+"""Output files of `pedigree check`: kept rows in one file, dropped rows in another."""
 
 from __future__ import annotations
 
@@ -18,72 +18,76 @@ from dagster_project.curation.sources import formats
 FORMS = [form for layout in formats.PAIR_LAYOUTS.values() for form in layout.forms]
 LAYOUTS: list[formats.Layout | formats.PairLayout] = [*formats.LAYOUTS.values(), *FORMS]
 RESERVED = frozenset({"meta"}).union(*(layout.keys | layout.used for layout in LAYOUTS))
-"""Keys by which a layout is told, or that it reads: a row is written with none of them but its own, the others go to `meta`."""
+"""Keys that identify a layout or that it reads. A row is written with those of its own layout only; others go to `meta`."""
 
 
 def refuse_overwriting(outputs: Mapping[str, Path], inputs: Sequence[Path], report: Path | None = None) -> None:
-    """Args:
-    outputs: option -> file to write.
-    inputs: files and folders that are read.
-    report: another file that is written.
+    """Refuse outputs that would overwrite something.
+
+    Args:
+        outputs: option -> file to write.
+        inputs: files and folders that are read.
+        report: another file that is written.
     Raises:
-        InputError: an output is an input, lies in one, is no .jsonl file or is written twice.
+        InputError: an output is an input, is inside one, is not a .jsonl file, or is written twice.
     """
     for option, path in outputs.items():
         if path.suffix.lower() != ".jsonl":
-            raise InputError(f"{option} {path}: the name of a file of rows ends in .jsonl", "name a new file: what stood in it is replaced")
+            raise InputError(f"{option} {path}: the file name must end in .jsonl", "use a new file, because an existing one is replaced")
         if path.is_dir():
-            raise InputError(f"{option} {path}: is a folder", "name a file")
+            raise InputError(f"{option} {path}: is a folder", "use a file")
         for other in inputs:
             if _same(path, other) or (other.is_dir() and path.resolve().is_relative_to(other.resolve())):
-                raise InputError(f"{option} {path}: {other} is read, and would be overwritten or read again", "name a file elsewhere")
+                raise InputError(
+                    f"{option} {path}: {other} is read, and would be overwritten or read again", "use a file in another folder"
+                )
     written: list[tuple[str, Path]] = [*outputs.items(), *([("--report", report)] if report else [])]
     for i, (option, path) in enumerate(written):
         for earlier, there in written[:i]:
             if _same(path, there):
-                raise InputError(f"{earlier} and {option} both name {path}", "name two files")
+                raise InputError(f"{earlier} and {option} write {path}", "use two files")
 
 
 def _same(path: Path, other: Path) -> bool:
-    """Whether two names mean one file, also through a link of either kind."""
+    """Whether two paths are the same file, also through symbolic or hard links."""
     return path.resolve() == other.resolve() or (path.exists() and other.exists() and path.samefile(other))
 
 
 def write_rows(judged: Judgement, out: Path | None, dropped: Path | None) -> None:
-    """The rows that are kept to `out`, the others to `dropped`, one JSON object a line. Both appear whole, or neither.
+    """Write kept rows to `out` and dropped rows to `dropped`, as JSON lines. Both files appear complete, or neither.
 
     Raises:
         InputError: a file cannot be written.
     """
     kept = (i for i, reason in enumerate(judged.reason) if reason is None)
-    gone = (i for i, reason in enumerate(judged.reason) if reason is not None)
+    removed = (i for i, reason in enumerate(judged.reason) if reason is not None)
     broken = _broken(judged)
-    wanted: list[tuple[Path, Iterable[dict[str, Any]]]] = []
+    outputs: list[tuple[Path, Iterable[dict[str, Any]]]] = []
     if out:
-        wanted.append((out, (_row(judged.records[i]) for i in kept)))
+        outputs.append((out, (_row(judged.records[i]) for i in kept)))
     if dropped:
-        wanted.append((dropped, (_dropped(judged, i, broken) for i in gone)))
+        outputs.append((dropped, (_dropped(judged, i, broken) for i in removed)))
     scratch: list[tuple[Path, Path]] = []
     path = None
     try:
-        for path, rows in wanted:
+        for path, rows in outputs:
             path.parent.mkdir(parents=True, exist_ok=True)
             scratch.append((path.with_name(f".{path.name}.{os.getpid()}"), path))
             with scratch[-1][0].open("w", encoding="utf-8") as file:
                 file.writelines(_line(row) for row in rows)
                 file.flush()
                 os.fsync(file.fileno())
-        for half, path in scratch:
-            half.replace(path)
+        for partial, path in scratch:
+            partial.replace(path)
     except OSError as error:
-        raise InputError(f"--out or --dropped {path}: cannot be written: {error.strerror}", "name another file") from None
+        raise InputError(f"--out or --dropped {path}: cannot be written: {error.strerror}", "use another file") from None
     finally:
-        for half, _ in scratch:
-            half.unlink(missing_ok=True)
+        for partial, _ in scratch:
+            partial.unlink(missing_ok=True)
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    """As people read it; half of a surrogate pair, which UTF-8 does not hold, as an escape."""
+    """JSON line without escapes, unless the row has unpaired surrogates, which UTF-8 cannot represent."""
     text = json.dumps(row, ensure_ascii=False)
     try:
         text.encode()
@@ -93,7 +97,7 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def _row(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record in the `messages` layout, a pair in the `preference` layout; with its category and what else its source row held."""
+    """A record in the `messages` layout or a pair in the `preference` layout, with its category and other fields of its source row."""
     asked, meta = record.get("asked"), json.loads(record["meta"])
     if asked is None:
         row: dict[str, Any] = {"messages": record["messages"]}
@@ -101,13 +105,13 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
         row = {"prompt": record["messages"][:asked], "chosen": record["messages"][asked:], "rejected": record["rejected"]}
         row |= {} if record.get("margin") is None else {"margin": record["margin"]}
     row |= {} if record["category"] is None else {"category": record["category"]}
-    beside = {key: value for key, value in meta.items() if key not in RESERVED and key not in row}
-    rest = {key: value for key, value in meta.items() if key not in beside}
-    return {**row, **beside, **({"meta": rest} if rest else {})}
+    extra = {key: value for key, value in meta.items() if key not in RESERVED and key not in row}
+    rest = {key: value for key, value in meta.items() if key not in extra}
+    return {**row, **extra, **({"meta": rest} if rest else {})}
 
 
 def _broken(judged: Judgement) -> dict[int, list[str]]:
-    """Index of each row that is dropped -> the checks that it is dropped for, or would be if it were not for one before them."""
+    """Index of each dropped row -> all checks that would drop it, not only the first."""
     reasons: dict[int, list[str]] = defaultdict(list)
     for name in ROW_CHECKS:
         verdict = judged.verdicts.get(name)
@@ -120,11 +124,11 @@ def _broken(judged: Judgement) -> dict[int, list[str]]:
 
 
 def _dropped(judged: Judgement, i: int, broken: Mapping[int, Sequence[str]]) -> dict[str, Any]:
-    """Where the row stands, the check it is counted for, all checks that it would be dropped for, and the row as it was judged."""
+    """A dropped row with its source, the check that it is counted for, and all checks that would drop it."""
     record, check = judged.records[i], judged.reason[i]
-    place = {"source": record["source"], "source_row": record["source_row"]}
+    location = {"source": record["source"], "source_row": record["source_row"]}
     if len(record.get("source_rows", ())) > 1:
-        place["source_rows"] = record["source_rows"]
+        location["source_rows"] = record["source_rows"]
     reasons = [*dict.fromkeys([str(check), *broken.get(i, ())])]
     repaired = {"repaired": record["repaired"]} if record.get("repaired") else {}
-    return {**place, "check": check, "reasons": reasons, "why": account.why(judged, i), **repaired, "row": _row(record)}
+    return {**location, "check": check, "reasons": reasons, "why": account.why(judged, i), **repaired, "row": _row(record)}

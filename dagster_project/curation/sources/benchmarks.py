@@ -1,4 +1,4 @@
-"""Held-out benchmarks: what they ask and which answer is right, in the layouts that they are published in."""
+"""Held-out benchmarks in their published layouts -> questions, choices and correct answers."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Item:
     choices: tuple[str, ...] = ()
     """Empty where the answer is free text."""
     answer: int | None = None
-    """Index of the right choice; None where there is no label (HellaSwag's test split has -1), or no choice."""
+    """Index of the correct choice; None if there is no label (-1 in HellaSwag's test split) or no choices."""
     text: str = ""
-    """The answer in words: the right choice (all of them where there are several), or the free text."""
+    """The answer as text: the correct choice (all of them if there are several), or the free text."""
     subject: str = ""
     continues: bool = False
-    """The choices go on where the question breaks off, as in HellaSwag."""
+    """Whether the choices continue the text of the question, as in HellaSwag."""
     rubric: str = ""
-    """What decides whether an answer is right where none is given: IFEval's names of the instructions to follow."""
+    """Criterion of a correct answer if there is no reference: IFEval's instruction ids."""
 
     @property
     def row(self) -> int:
@@ -40,7 +40,7 @@ class Item:
 
     @property
     def prompt(self) -> str:
-        """What a language model is to go on from, as lm-evaluation-harness words it for ARC and PIQA, and for MMLU in `mmlu_continuation`."""
+        """Prompt for a language model, in the wording of lm-evaluation-harness for ARC, PIQA and `mmlu_continuation`."""
         return self.question if self.continues else f"Question: {self.question}\nAnswer:"
 
     @property
@@ -70,7 +70,7 @@ _PYTHON_LIST = re.compile(rf"\[\s*{_LITERAL}(?:[\s,]+{_LITERAL})*\s*\]")
 
 
 def _listed(value: Any) -> Any:
-    """A list of texts out of a CSV cell: as JSON, or as Python or NumPy print it (without commas); anything else as it is."""
+    """Parse a list of texts in a CSV cell, in JSON or as printed by Python or NumPy (without commas); other values are unchanged."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
     try:
@@ -84,10 +84,10 @@ def _listed(value: Any) -> Any:
 
 
 def _index(label: Any, names: Sequence[str]) -> int | None:
-    """A label as index into the choices: 2, "2" or "C"; None for none (absent, "", -1).
+    """Index of a label (2, "2" or "C") in the choices; None for no label (missing, "", -1).
 
     Raises:
-        ValueError: it is no choice's.
+        ValueError: there is no such choice.
     """
     if label is None or label in {"", -1, "-1"}:
         return None
@@ -95,7 +95,7 @@ def _index(label: Any, names: Sequence[str]) -> int | None:
         return names.index(label)
     if isinstance(label, int | str) and not isinstance(label, bool) and str(label).isdecimal() and int(label) < len(names):
         return int(label)
-    raise ValueError(f"the answer {label!r} is none of the {len(names)} choices")
+    raise ValueError(f"the answer {label!r} is not one of the {len(names)} choices")
 
 
 def _chosen(row: Mapping[str, Any], question: str, choices: tuple[str, ...], label: Any, names: Sequence[str]) -> Item:
@@ -115,7 +115,7 @@ def _mmlu(row: Mapping[str, Any]) -> Item:
 
 
 def _mmlu_columns(question: str, answer: str) -> Callable[[Mapping[str, Any]], Item]:
-    """Each choice in a column of its own, A to D, as MMLU's own CSV files, C-Eval and CMMLU have them."""
+    """Reader of rows with choices in the columns A to D, as in MMLU's CSV files, C-Eval and CMMLU."""
 
     def item(row: Mapping[str, Any]) -> Item:
         choices = tuple(_text(row, letter) for letter in "ABCD")
@@ -130,7 +130,7 @@ def _mmlu_pro(row: Mapping[str, Any]) -> Item:
 
 
 def _agieval(row: Mapping[str, Any]) -> Item:
-    """Questions after a passage or without one, with one right choice, with several, or to be answered in words (`options` is null)."""
+    """Read a question with or without a passage, with one or several correct choices, or with a free-text answer (`options` is null)."""
     question = "\n\n".join(part for part in (row.get("passage"), _text(row, "question")) if part)
     label = _listed(row["label"])
     if not row["options"]:
@@ -139,19 +139,19 @@ def _agieval(row: Mapping[str, Any]) -> Item:
     choices = _unlettered(_texts(row["options"]))
     if not isinstance(label, list):
         return _chosen(row, question, choices, label, _letters(choices))
-    right = [index for one in label if (index := _index(one, _letters(choices))) is not None]
-    return Item("", question, choices, right[0] if len(right) == 1 else None, "\n".join(choices[index] for index in right))
+    correct = [index for letter in label if (index := _index(letter, _letters(choices))) is not None]
+    return Item("", question, choices, correct[0] if len(correct) == 1 else None, "\n".join(choices[index] for index in correct))
 
 
 def _unlettered(options: tuple[str, ...]) -> tuple[str, ...]:
     """("(A)2", "(B)4")  ->  ("2", "4")"""
-    found = [re.match(rf"\s*\({letter}\)\s*", option) for letter, option in zip(_letters(options), options, strict=True)]
-    return tuple(option[match.end() :] for match, option in zip(found, options, strict=True) if match) if all(found) else options
+    matches = [re.match(rf"\s*\({letter}\)\s*", option) for letter, option in zip(_letters(options), options, strict=True)]
+    return tuple(option[match.end() :] for match, option in zip(matches, options, strict=True) if match) if all(matches) else options
 
 
 def _ifeval(row: Mapping[str, Any]) -> Item:
     instructions = _listed(row["instruction_id_list"])
-    if not isinstance(instructions, list) or not all(isinstance(one, str) for one in instructions):
+    if not isinstance(instructions, list) or not all(isinstance(name, str) for name in instructions):
         raise ValueError("`instruction_id_list`: expected a list of texts")
     return Item("", _text(row, "prompt"), rubric=", ".join(instructions))
 
@@ -176,12 +176,12 @@ def _gsm8k(row: Mapping[str, Any]) -> Item:
 
 
 class Form(NamedTuple):
-    """One way in which a benchmark is published."""
+    """A published layout of a benchmark."""
 
     keys: frozenset[str]
     """Keys that a row must have."""
     item: Callable[[Mapping[str, Any]], Item]
-    """How to read a row. KeyError, TypeError and ValueError mean: not such a row."""
+    """Reader of a row. Raises KeyError, TypeError or ValueError for rows of another layout."""
 
 
 def _form(keys: str, item: Callable[[Mapping[str, Any]], Item]) -> Form:
@@ -202,28 +202,28 @@ BENCHMARKS: dict[str, tuple[Form, ...]] = {
     "ifeval": (_form("prompt instruction_id_list kwargs", _ifeval),),
     "gsm8k": (_form("question answer", _gsm8k),),
 }
-"""In this order: the first whose keys a row has."""
+"""Checked in this order: the first whose keys a row has."""
 
 PROMPT_COLUMNS = ("prompt", "question", "instruction", "query", "problem", "turns", "Question")
-"""Where a file that only asks holds what it asks. The first of them that a row has."""
+"""Columns that may contain the prompt in a file of prompts. The first that a row has is used."""
 
 
 def _prompt(row: Mapping[str, Any]) -> Item:
-    """Text, or a list: of texts, as MT-Bench's turns, or of messages, of which the user's count."""
-    asked = next((row[column] for column in PROMPT_COLUMNS if row.get(column) is not None), None)
-    parts: list[Any] = asked if isinstance(asked, list) else [asked]
-    said = [part["content"] for part in parts if isinstance(part, dict) and part["role"] == "user"] or parts
-    if not said or not all(isinstance(part, str) and part.strip() for part in said):
+    """Read a prompt: text, a list of texts (MT-Bench's turns), or a list of messages, of which the user's are used."""
+    prompt = next((row[column] for column in PROMPT_COLUMNS if row.get(column) is not None), None)
+    parts: list[Any] = prompt if isinstance(prompt, list) else [prompt]
+    texts = [part["content"] for part in parts if isinstance(part, dict) and part["role"] == "user"] or parts
+    if not texts or not all(isinstance(part, str) and part.strip() for part in texts):
         raise ValueError(f"expected a prompt in one of the columns {', '.join(PROMPT_COLUMNS)}")
-    return Item("", "\n\n".join(said))
+    return Item("", "\n\n".join(texts))
 
 
 PROMPTS = "prompts"
-"""Name of the layout of a file that asks and does not answer. It can be held out, and that is all."""
+"""Layout of a file of prompts without answers. It can only be held out."""
 
 
 def benchmark_of(rows: Sequence[Row]) -> str | None:
-    """The benchmark layout of most rows that can be read, if any."""
+    """The benchmark layout of most readable rows, or None."""
     votes = dict.fromkeys(BENCHMARKS, 0)
     for row in rows:
         for name in BENCHMARKS:
@@ -234,10 +234,10 @@ def benchmark_of(rows: Sequence[Row]) -> str | None:
     return best if 2 * votes[best] > sum(row.value is not None for row in rows) else None
 
 
-def only_asks(rows: Sequence[Row]) -> bool:
-    """Whether most rows that can be read have a column for a prompt."""
-    found = [any(column in row.value for column in PROMPT_COLUMNS) for row in rows if row.value is not None]
-    return 2 * sum(found) > len(found)
+def has_only_prompts(rows: Sequence[Row]) -> bool:
+    """Whether most readable rows have a column for a prompt."""
+    has_prompt = [any(column in row.value for column in PROMPT_COLUMNS) for row in rows if row.value is not None]
+    return 2 * sum(has_prompt) > len(has_prompt)
 
 
 def _form_of(layout: str, row: Mapping[str, Any]) -> Form | None:
@@ -245,8 +245,10 @@ def _form_of(layout: str, row: Mapping[str, Any]) -> Form | None:
 
 
 def read_item(layout: str, row: Row, source: str) -> Item:
-    """Raises:
-    ValueError, KeyError, TypeError: it is no row of the layout.
+    """Read a row of a known layout.
+
+    Raises:
+        ValueError, KeyError, TypeError: the row is not in the layout.
     """
     if row.problem or row.value is None:
         raise ValueError(row.problem)
@@ -255,23 +257,23 @@ def read_item(layout: str, row: Row, source: str) -> Item:
 
 
 def read_items(path: Path, source: str) -> list[Item]:
-    """The questions of a benchmark file, labelled or not.
+    """Read the questions of a benchmark file, labelled or not.
 
     Raises:
-        InputError: as `items_of`.
+        InputError: see `items_of`.
     """
     return items_of(read_rows(path), path.name, source)
 
 
 def items_of(rows: Sequence[Row], name: str, source: str) -> list[Item]:
-    """The questions that rows ask.
+    """Convert rows to questions.
 
     Args:
-        name: of the file, used in messages.
+        name: name of the file, for messages.
     Raises:
-        InputError: no known layout, or a row that is not of it (a benchmark of which a part was not read proves nothing).
+        InputError: unknown layout, or a row in another layout: a partly read benchmark cannot exclude leakage.
     """
-    layout = benchmark_of(rows) or (PROMPTS if only_asks(rows) else None)
+    layout = benchmark_of(rows) or (PROMPTS if has_only_prompts(rows) else None)
     if layout is None:
         raise InputError(f"{name}: not a benchmark in a known layout", f"known: {'; '.join(_shapes())}")
     items = []
@@ -280,7 +282,7 @@ def items_of(rows: Sequence[Row], name: str, source: str) -> list[Item]:
             items.append(read_item(layout, row, source))
         except (ValueError, TypeError, KeyError) as error:
             problem = f"no key {error}" if isinstance(error, KeyError) else error
-            raise InputError(f"{name}: row {row.source_row} is no {layout} question: {problem}", "fix the row, or take it out") from None
+            raise InputError(f"{name}: row {row.source_row} is not a {layout} question: {problem}", "fix or remove the row") from None
     return items
 
 
@@ -290,15 +292,15 @@ def _shapes() -> Iterator[str]:
 
 
 def read_multiple_choice(path: Path) -> list[Item]:
-    """Questions that a model can be scored on.
+    """Read multiple-choice questions with one correct choice each.
 
     Raises:
-        InputError: names the first row that is not such a question, or has no label (`unlabelled`).
+        InputError: states the first row that is not such a question, or has no label (`unlabelled`).
     """
     items = read_items(path, path.name)
     for item in items:
         if not item.choices or item.answer is None:
-            problem = "has several right choices" if item.text else "is unlabelled: no score can be computed without the right choice"
+            problem = "has several correct choices" if item.text else "is unlabelled: no score can be computed without the correct choice"
             raise InputError(
                 f"{item.place} {problem if item.choices else 'has no choices'}",
                 "use the split of the benchmark that has labels, of multiple-choice questions",

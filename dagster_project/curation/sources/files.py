@@ -1,4 +1,4 @@
-"""Bytes -> rows. One reader per file type; a row that cannot be read keeps its place and says why, with the line it stands on."""
+"""Files -> rows. One reader per file type; an unreadable row keeps its index and has a problem, with its line number."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from dagster_project.core.errors import InputError
 
 MEGABYTE = 2**20
 MAX_ROW_BYTES = 16 * MEGABYTE
-"""Longest line, paragraph, CSV row, element of a list or row of a table. A longer one is a malformed row; as text it is never held."""
+"""Maximum bytes of a line, paragraph, CSV row, list element or table row. A longer one is malformed; its text is never kept in memory."""
 MAX_DEPTH = 200
-"""Deepest nesting of lists and objects in a row, well below where Python's own recursion ends."""
+"""Maximum nesting of lists and objects in a row, well below Python's recursion limit."""
 MAX_GZIP_RATIO = 200
-"""Decompressed over compressed bytes, looked at once more than `GZIP_FREE_BYTES` came out. JSON of text stays below 30."""
+"""Maximum ratio of decompressed to compressed bytes, checked above `GZIP_FREE_BYTES`. Text in JSON stays below 30."""
 GZIP_FREE_BYTES = 64 * MEGABYTE
 BATCH = 128
 """Rows of a Parquet file that are decoded at a time."""
@@ -38,66 +38,64 @@ class Row(NamedTuple):
     value: dict[str, Any] | None
     problem: str = ""
     line: int = 0
-    """The line it ends on, from 1; 0 in files that have no lines."""
+    """Number of its last line, from 1; 0 for files without lines."""
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file, or of all files of the known types in a folder, sorted by relative path and numbered through.
+    """Read a file, or all files of the known types in a folder, sorted by relative path and numbered consecutively.
 
-    A broken row is a row with a problem, not an end:
+    An unreadable row becomes a row with a problem:
     {"prompt": "Hi"}⏎{"prompt": "H  ->  Row(0, {"prompt": "Hi"}), Row(1, None, "line is not JSON: ... (line 2)")
 
     Raises:
-        InputError: another file type, an empty file, a file that cannot be told into rows, or one in which nothing is JSON.
+        InputError: unknown file type, empty file, or a file that cannot be separated into rows or contains no JSON.
     """
     if path.is_dir():
-        found = [(name, row) for name, file in files_of(path) for row in read_rows(file)]
-        return [row._replace(source_row=i, problem=row.problem and f"{name}: {row.problem}") for i, (name, row) in enumerate(found)]
+        named = [(name, row) for name, file in files_of(path) for row in read_rows(file)]
+        return [row._replace(source_row=i, problem=row.problem and f"{name}: {row.problem}") for i, (name, row) in enumerate(named)]
     suffix = _suffix(path)
     if suffix not in READERS:
         raise InputError(f"{path.name}: unknown file type {suffix or '(none)'}", f"use {', '.join(READERS)}")
     try:
         rows = READERS[suffix](path) if path.stat().st_size else []
     except OSError as error:
-        raise InputError(
-            f"{path.name}: cannot be read: {error.strerror or error}", "look at the file's permissions, and the disk"
-        ) from None
+        raise InputError(f"{path.name}: cannot be read: {error.strerror or error}", "check the file's permissions and the disk") from None
     if not rows:
         raise InputError(f"{path.name}: the file is empty", "put at least one example in it, or take it out of params.yaml")
     return rows
 
 
 def _suffix(path: Path) -> str:
-    """The file type. Some systems write it in capitals."""
+    """File type in lower case."""
     suffix = path.suffix.lower()
     return "".join(path.suffixes[-2:]).lower() if suffix == ".gz" else suffix
 
 
 def files_of(folder: Path) -> list[tuple[str, Path]]:
-    """The files of the known types in a folder, by relative path and sorted by it.
+    """Files of the known types in a folder, as (relative path, path), sorted.
 
     Raises:
-        InputError: there is none, a folder in it cannot be read, or a link leads out: it could bring in any file of the machine.
+        InputError: there is none, a subfolder cannot be read, or a link points outside the folder, to any file of the machine.
     """
 
     def refuse(error: OSError) -> None:
-        raise InputError(f"{error.filename}: cannot be read: {error.strerror}", "look at the folder's permissions") from None
+        raise InputError(f"{error.filename}: cannot be read: {error.strerror}", "check the folder's permissions") from None
 
-    found = []
-    for place, folders, names in os.walk(folder, onerror=refuse):
-        for path in (Path(place, name) for name in [*folders, *names]):
+    files = []
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        for path in (Path(parent, name) for name in [*folders, *names]):
             if path.is_symlink() and not (path.exists() and path.resolve().is_relative_to(folder.resolve())):
                 raise InputError(
-                    f"{path.relative_to(folder.parent)}: a link that leads out of its folder or nowhere", "copy the file there instead"
+                    f"{path.relative_to(folder.parent)}: a link that is broken or points outside its folder", "copy the file there instead"
                 )
-        found += [path for path in (Path(place, name) for name in names) if _suffix(path) in READERS]
-    if not found:
+        files += [path for path in (Path(parent, name) for name in names) if _suffix(path) in READERS]
+    if not files:
         raise InputError(f"{folder.name}: no file of examples in the folder", f"file types: {', '.join(READERS)}")
-    return sorted((path.relative_to(folder).as_posix(), path) for path in found)
+    return sorted((path.relative_to(folder).as_posix(), path) for path in files)
 
 
 def _pieces(path: Path) -> Iterator[bytes]:
-    """The content, decompressed: each line, or what fits in `MAX_ROW_BYTES` of it and then the rest in such pieces."""
+    """Yield the decompressed content line by line; lines above `MAX_ROW_BYTES` in several pieces."""
     packed = path.suffix.lower() == ".gz"
     out, most = 0, max(GZIP_FREE_BYTES, MAX_GZIP_RATIO * path.stat().st_size)
     try:
@@ -114,7 +112,7 @@ def _pieces(path: Path) -> Iterator[bytes]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
-    """Each line with its number, from 1; None for one that is too long. A byte order mark is not part of the first."""
+    """Yield each line with its number, from 1; None for one that is too long. Removes a byte order mark."""
     number, inside = 0, False
     for piece in _pieces(path):
         if not inside:
@@ -125,7 +123,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
 
 
 def _text_lines(path: Path) -> Iterator[tuple[int, str, str]]:
-    """Each line's number, its text, and what is wrong with it."""
+    """Yield the number, text and problem of each line."""
     for number, line in _lines(path):
         try:
             yield (number, line.decode(), "") if line is not None else (number, "", _too_long(number))
@@ -159,16 +157,16 @@ def _line(source_row: int, line: str, number: int) -> Row:
 
 
 class _Window:
-    """The text of a JSON file, of which only the part at hand is held."""
+    """The text of a JSON file, of which only the current part is in memory."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.pieces, self.decoder = path, _pieces(path), codecs.getincrementaldecoder("utf-8")()
-        self.held, self.at = "", 0  # what is held, and the place in it where reading goes on
+        self.text, self.at = "", 0  # the part in memory, and the reading position in it
         self.bytes = 0  # read so far
-        self.chars = self.lines = self.column = 0  # let go so far; `column` counts from the last line break
+        self.chars = self.lines = self.column = 0  # released so far; `column` counts from the last line break
 
     def more(self) -> bool:
-        """Lets go what lies before `at` and reads on. False at the end of the file."""
+        """Release the text before `at` and read more. False at the end of the file."""
         content = b"".join(self._megabyte())
         waiting = len(self.decoder.getstate()[0])
         try:
@@ -179,8 +177,8 @@ class _Window:
             ) from None
         if not content:
             return False
-        self.chars, self.lines, self.column = self._place(self.at)
-        self.held = self.held[self.at :] + (text if self.bytes else text.removeprefix("\ufeff"))
+        self.chars, self.lines, self.column = self._position(self.at)
+        self.text = self.text[self.at :] + (text if self.bytes else text.removeprefix("\ufeff"))
         self.bytes, self.at = self.bytes + len(content), 0
         return True
 
@@ -190,93 +188,94 @@ class _Window:
             size += len(piece)
             yield piece
 
-    def _place(self, at: int) -> tuple[int, int, int]:
-        """Characters and lines before a place in what is held, and characters before it in its line."""
-        lines = self.held.count("\n", 0, at)
-        return self.chars + at, self.lines + lines, at - 1 - self.held.rfind("\n", 0, at) if lines else self.column + at
+    def _position(self, at: int) -> tuple[int, int, int]:
+        """Characters and lines before a position in the text, and characters before it in its line."""
+        lines = self.text.count("\n", 0, at)
+        return self.chars + at, self.lines + lines, at - 1 - self.text.rfind("\n", 0, at) if lines else self.column + at
 
-    def mark(self) -> str:
-        """The next character that is no white space, without taking it; nothing at the end of the file."""
+    def peek(self) -> str:
+        """Peek at the next character that is not white space; empty at the end of the file."""
         while True:
-            while self.held[self.at : self.at + 1] in {" ", "\t", "\r", "\n"}:
+            while self.text[self.at : self.at + 1] in {" ", "\t", "\r", "\n"}:
                 self.at += 1
-            if self.at < len(self.held) or not self.more():
-                return self.held[self.at : self.at + 1]
+            if self.at < len(self.text) or not self.more():
+                return self.text[self.at : self.at + 1]
 
-    def flaw(self, what: str, at: int) -> InputError:
-        chars, lines, column = self._place(at)
+    def error_at(self, what: str, at: int) -> InputError:
+        """The error for invalid JSON at a position."""
+        chars, lines, column = self._position(at)
         where = f"line {lines + 1} column {column + 1} (char {chars})"
-        return InputError(f"{self.path.name}: not JSON: {what}: {where}", "mend the file; one object a line is .jsonl")
+        return InputError(f"{self.path.name}: not JSON: {what}: {where}", "fix the file; one object per line is .jsonl")
 
 
 def _json(path: Path) -> list[Row]:
     text = _Window(path)
     try:
-        first = text.mark()
+        first = text.peek()
         if first and first != "[":
             _element(text, 0)
-            raise InputError(f"{path.name}: a .json file must hold a list of rows", "wrap the rows in [ ]; one object a line is .jsonl")
+            raise InputError(f"{path.name}: a .json file must hold a list of rows", "wrap the rows in [ ]; one object per line is .jsonl")
         rows = list(_elements(text)) if first else []
     except RecursionError as error:
-        raise InputError(f"{path.name}: not JSON: {error}", "mend the file; one object a line is .jsonl") from None
+        raise InputError(f"{path.name}: not JSON: {error}", "fix the file; one object per line is .jsonl") from None
     if first and not rows:
         raise InputError(f"{path.name}: the list is empty", "put at least one example in it")
     return rows
 
 
 def _elements(text: _Window) -> Iterator[Row]:
-    """The elements of a JSON list one by one, so that what JSON forbids or leaves open in one of them spoils no other."""
+    """Yield the elements of a JSON list one by one, so that an invalid element does not affect the others."""
     text.at += 1
     number = 0
-    while text.mark() != "]" or number:
+    while text.peek() != "]" or number:
         yield _element(text, number)
         number += 1
-        if text.mark() == "]":
+        if text.peek() == "]":
             break
-        if text.mark() != ",":
-            raise text.flaw("Expecting ',' delimiter", text.at)
+        if text.peek() != ",":
+            raise text.error_at("Expecting ',' delimiter", text.at)
         text.at += 1
     text.at += 1
-    if text.mark():
-        raise text.flaw("Extra data", text.at)
+    if text.peek():
+        raise text.error_at("Extra data", text.at)
 
 
 def _element(text: _Window, number: int) -> Row:
-    """Takes one element. One that does not parse may only lack its end, so more is read; one that is too long is passed over."""
+    """Consume one element. One that does not parse may be incomplete, so more is read; one that is too long is skipped."""
     while True:
         start, end, row, flaw = text.at, 0, Row(number, None, _too_long()), None
         try:
-            value, end = STRICT.raw_decode(text.held, start)
-            row = _row(number, value, text.held[start:end])
+            value, end = STRICT.raw_decode(text.text, start)
+            row = _row(number, value, text.text[start:end])
         except json.JSONDecodeError as error:
-            flaw = text.flaw(error.msg, error.pos)
+            flaw = text.error_at(error.msg, error.pos)
         except ValueError as error:
             row = Row(number, None, str(error))
             try:
-                _, end = LENIENT.raw_decode(text.held, start)
+                _, end = LENIENT.raw_decode(text.text, start)
             except json.JSONDecodeError as broken:
-                flaw = text.flaw(broken.msg, broken.pos)
-        if flaw and len(text.held) - start > MAX_ROW_BYTES:
-            if _pass_over(text) > MAX_ROW_BYTES:
+                flaw = text.error_at(broken.msg, broken.pos)
+        if flaw and len(text.text) - start > MAX_ROW_BYTES:
+            if _skip(text) > MAX_ROW_BYTES:
                 return Row(number, None, _too_long())
             raise flaw
-        if 0 < end < len(text.held) or not text.more():
+        if 0 < end < len(text.text) or not text.more():
             break
     if flaw:
         raise flaw
     text.at = end
-    too_long = 4 * (end - start) > MAX_ROW_BYTES and len(text.held[start:end].encode()) > MAX_ROW_BYTES
+    too_long = 4 * (end - start) > MAX_ROW_BYTES and len(text.text[start:end].encode()) > MAX_ROW_BYTES
     return Row(number, None, _too_long()) if too_long else row
 
 
 QUOTED, UNQUOTED = re.compile(r'\\.|"', re.DOTALL), re.compile(r'["\[\]{},]')
 
 
-def _pass_over(text: _Window) -> int:
-    """Takes an element by its brackets and quotes alone, holding nothing of it. Returns its length in characters, 0 if it has no end."""
+def _skip(text: _Window) -> int:
+    """Consume an element by brackets and quotes, without keeping it in memory. Returns its length in characters, 0 if it has no end."""
     start, depth, quoted = text.chars + text.at, 0, False
     while True:
-        while found := (QUOTED if quoted else UNQUOTED).search(text.held, text.at):
+        while found := (QUOTED if quoted else UNQUOTED).search(text.text, text.at):
             mark = found[0]
             if not quoted and not depth and mark in ",]}":
                 return text.chars + found.start() - start
@@ -285,7 +284,7 @@ def _pass_over(text: _Window) -> int:
                 quoted = not quoted
             elif not quoted:
                 depth += (mark in "[{") - (mark in "]}")
-        text.at = len(text.held) - text.held.endswith("\\")  # what it escapes is not read yet
+        text.at = len(text.text) - text.text.endswith("\\")  # the escaped character is not read yet
         if not text.more():
             return 0
 
@@ -310,14 +309,16 @@ def _finite(number: str) -> float:
 
 STRICT = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_finite, parse_float=_finite)
 LENIENT = json.JSONDecoder(parse_int=len)
-"""Only finds where an element ends; `len` because Python refuses to convert integers of thousands of digits."""
+"""Finds only the end of an element; `len`, because Python refuses to convert integers of thousands of digits."""
 TOO_DEEP = f"nested more than {MAX_DEPTH} deep"
 HALF = "text holds half of a surrogate pair, which is no character"
 
 
 def _row(source_row: int, value: Any, text: str, line: int = 0) -> Row:
-    """Args:
-    text: the JSON it was parsed from, which tells cheaply whether the costly looks are needed.
+    """Check a parsed value.
+
+    Args:
+        text: the JSON source, which shows cheaply whether the expensive checks are needed.
     """
     if not isinstance(value, dict):
         return Row(source_row, None, f"expected an object, found {type(value).__name__}", line)
@@ -339,9 +340,9 @@ def _depth(value: Any) -> int:
 
 
 def _csv(path: Path) -> list[Row]:
-    """Column names from the first line, unless that is a question of MMLU; every value is text.
+    """Read CSV: column names from the first line, unless it is an MMLU question; every value is text.
 
-    One quote left open would swallow all that follows, so the file is refused.
+    An unclosed quote would include all that follows, so the file is refused.
     """
 
     def lines() -> Iterator[str]:
@@ -383,18 +384,18 @@ def _csv(path: Path) -> list[Row]:
 
 
 MMLU_COLUMNS = ["question", "A", "B", "C", "D", "answer"]
-"""Names for the columns of MMLU's own CSV files, which have none."""
+"""Column names of MMLU's CSV files, which have no header."""
 
 
 def _is_mmlu(fields: list[str]) -> bool:
-    """Whether a line of a CSV file is a question of MMLU: six fields, of which the last is the letter of the right choice."""
+    """Whether a CSV line is an MMLU question: six fields, the last of which is the letter of the correct choice."""
     return len(fields) == len(MMLU_COLUMNS) and fields[-1] in MMLU_COLUMNS[1:5]
 
 
 def _named_once(path: Path, columns: list[str]) -> None:
     for name, count in Counter(columns).items():
         if count > 1:
-            raise InputError(f"{path.name}: column {name!r} stands twice", "give each column its own name")
+            raise InputError(f"{path.name}: column {name!r} is duplicated", "give each column a unique name")
         if re.search("[\ud800-\udfff]", name):
             raise InputError(f"{path.name}: the column names are not UTF-8", "save the file as UTF-8")
 
@@ -412,7 +413,7 @@ def _parquet(path: Path) -> list[Row]:
 
 
 def _arrow(path: Path) -> list[Row]:
-    """An Arrow IPC file or stream. Each batch is validated in full: Arrow trusts the offsets it finds."""
+    """Read an Arrow IPC file or stream. Each batch is fully validated, because Arrow does not check offsets."""
     import pyarrow as pa
 
     def batches(reader: Any) -> Iterator[Any]:
@@ -433,18 +434,18 @@ def _arrow(path: Path) -> list[Row]:
 
 
 def table_rows(batches: Iterable[Any], decode: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> list[Row]:
-    """Values as JSON would hold them: dates and decimals as text, bytes as the text they spell.
+    """Convert values to those of JSON: dates and decimals as text, bytes decoded as UTF-8.
 
     Args:
         batches: Arrow record batches.
-        decode: what each row goes through first.
+        decode: applied to each row first.
     """
     rows: list[Row] = []
     for value in chain.from_iterable(map(_values, batches)):
         try:
             if isinstance(value, Exception):
                 raise value
-            plain = json.dumps(decode(value) if decode else value, default=_spelt, allow_nan=False)
+            plain = json.dumps(decode(value) if decode else value, default=_as_text, allow_nan=False)
             rows.append(_row(len(rows), json.loads(plain), plain))
         except _TooLong as error:
             rows.append(Row(len(rows), None, str(error)))
@@ -460,7 +461,7 @@ class _TooLong(ValueError):
 
 
 def _values(batch: Any) -> list[Any]:
-    """The batch's rows; for one that Python cannot hold (text that is not UTF-8, a date out of range) or need not (too long), the error."""
+    """Rows of a batch; an exception for rows that Python cannot represent (not UTF-8, date out of range) or that are too long."""
     try:
         if batch.nbytes <= MAX_ROW_BYTES:
             return batch.to_pylist()
@@ -471,12 +472,12 @@ def _values(batch: Any) -> list[Any]:
     return [*_values(batch.slice(0, half)), *_values(batch.slice(half))] if half else [unfit]
 
 
-def _spelt(value: Any) -> str:
+def _as_text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def _paragraphs(path: Path) -> list[Row]:
-    """Plain text, one row per paragraph: "One⏎two⏎⏎three"  ->  {"text": "One⏎two"}, {"text": "three"}"""
+    """Read plain text, one row per paragraph: "One⏎two⏎⏎three"  ->  {"text": "One⏎two"}, {"text": "three"}"""
     rows: list[Row] = []
     lines: list[str] = []
     size, problem, last = 0, "", 0

@@ -1,4 +1,4 @@
-"""A split of a data set on the Hugging Face Hub, at one commit -> rows. `datasets` fetches and caches; no code of a data set is run."""
+"""A split of a data set on the Hugging Face Hub, at one commit -> rows. `datasets` downloads and caches; code of data sets is never run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.core.errors import InputError
+from dagster_project.core.versions import require_version
 from dagster_project.curation.sources.files import Row, table_rows
 from dagster_project.curation.sources.formats import canonical_split
 
@@ -22,7 +23,7 @@ NEXT = (
 
 @dataclass(frozen=True)
 class HubSplit:
-    """Rows that stay the same for ever: a branch may move, a commit cannot."""
+    """A split of a data set at a commit. Unlike a branch, a commit never changes."""
 
     hub: str
     """org/name."""
@@ -38,28 +39,27 @@ class HubSplit:
 
     @property
     def problem(self) -> str:
-        """What is wrong with how it is named, or nothing."""
+        """What is wrong with the names; empty if valid."""
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", self.hub, re.ASCII) or ".." in self.hub:
-            return f"{self.hub!r} is no data set of the Hub: write org/name"
+            return f"{self.hub!r} is not a data set name: use org/name"
         if not re.fullmatch(r"[0-9a-f]{40}", self.revision):
-            return f"revision {self.revision!r} is no commit: 40 hex digits are needed, since branches and tags move"
+            return f"revision {self.revision!r} is not a commit: 40 hex digits are required, because branches and tags move"
         if not re.fullmatch(r"\w+(\.\w+)*", self.split):
-            return f"split {self.split!r} is no split's name: write train, for instance"
+            return f"split {self.split!r} is not a split name: use e.g. train"
         if self.config is not None and (not re.fullmatch(r"[^<>:/\\|?*\0-\x1f]+", self.config) or self.config.startswith(".")):
-            return f"config {self.config!r} is no configuration's name"
+            return f"config {self.config!r} is not a configuration name"
         return ""
 
 
 def read_split(source: HubSplit) -> list[Row]:
-    """The rows, from the cache (HF_HOME) or from the Hub. What was fetched once needs no network: a commit does not change.
+    """Read the rows from the cache (HF_HOME) or from the Hub. A cached commit needs no network.
 
     Raises:
-        InputError: no such data set, commit, configuration or split; no access; no network; nothing that is read as rows of text.
+        InputError: no such data set, commit, configuration or split; no access; no network; no rows of text.
     """
     import datasets
     import huggingface_hub
-    from datasets.packaged_modules.cache.cache import Cache
-    from huggingface_hub.errors import HTTPError  # of the library that carries the requests
+    from huggingface_hub.errors import HTTPError  # raised by the HTTP library
     from huggingface_hub.utils import disable_progress_bars
 
     if source.problem:
@@ -67,43 +67,50 @@ def read_split(source: HubSplit) -> list[Row]:
     datasets.disable_progress_bars()
     disable_progress_bars()
     datasets.logging.set_verbosity_error()
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # they would tell a third place what is read here
-    # A folder per commit and configuration, since `datasets` takes the newest of what a folder holds.
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # counting would report every read to Hugging Face
+    # One folder per commit and configuration, because `datasets` uses the newest content of a folder.
     cache = Path(datasets.config.HF_DATASETS_CACHE, "pedigree", source.hub.replace("/", "___"), source.revision)
     cache /= f"config {source.config}" if source.config else "any"
     try:
         if any(cache.glob(f"*/*/*/{source.revision}")):
-            name = source.hub.partition("/")[2]
-            builder = Cache(cache_dir=str(cache), repo_id=source.hub, dataset_name=name, version="auto", hash="auto")
+            builder = _cached_builder(cache, source.hub)
         else:
-            place = f"hf://datasets/{source.hub}"  # without hf:// a folder of that name would be taken
-            builder = datasets.load_dataset_builder(place, name=source.config, revision=source.revision, cache_dir=str(cache))
-        _pinned(source, builder)
+            address = f"hf://datasets/{source.hub}"  # without hf:// a local folder of that name would be used
+            builder = datasets.load_dataset_builder(address, name=source.config, revision=source.revision, cache_dir=str(cache))
+        _refuse_unpinned(source, builder)
         builder.download_and_prepare()
         if source.split not in builder.info.splits:
             raise InputError(f"{source.name}: there is no split {source.split!r}", f"splits: {', '.join(builder.info.splits)}")
-        found = builder.as_dataset(source.split)
-    except StopIteration:  # all that `datasets` says of an empty file
-        raise InputError(f"{source.name}: the data set is empty, or its first file is", "name another split or data set") from None
+        data = builder.as_dataset(source.split)
+    except StopIteration:  # raised by `datasets` for an empty file
+        raise InputError(f"{source.name}: the data set is empty, or its first file is", "use another split or data set") from None
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, HTTPError) as error:
-        raise InputError(f"{source.name}: {_plainly(error, huggingface_hub.get_token())}", NEXT) from None
-    if media := {name: kind for name, feature in found.features.items() for kind in _kinds(feature) - TEXTUAL}:
-        told = ", ".join(f"{name} ({kind})" for name, kind in media.items())
-        raise InputError(f"{source.name}: columns that hold no text: {told}", "save the other columns as a file in data/sources/")
-    rows = table_rows(found.with_format("arrow").iter(1024), _decoder(found.features))
+        raise InputError(f"{source.name}: {_error_text(error, huggingface_hub.get_token())}", NEXT) from None
+    if media := {name: kind for name, feature in data.features.items() for kind in _kinds(feature) - TEXTUAL}:
+        columns = ", ".join(f"{name} ({kind})" for name, kind in media.items())
+        raise InputError(f"{source.name}: columns without text: {columns}", "save the other columns as a file in data/sources/")
+    rows = table_rows(data.with_format("arrow").iter(1024), _decoder(data.features))
     if not rows:
-        raise InputError(f"{source.name}: the split is empty", "name another split")
+        raise InputError(f"{source.name}: the split is empty", "use another split")
     return rows
 
 
-def _pinned(source: HubSplit, builder: Any) -> None:
-    """The commit asked for, and no file from elsewhere: a data set's card may name any address, whose content can change."""
+def _cached_builder(folder: Path, repository: str) -> Any:
+    """Builder of a data set that is already in a cache folder. `datasets` has no public way to load from its cache without network."""
+    require_version("datasets", ">=5.2,<6", "datasets.packaged_modules.cache.cache.Cache")
+    from datasets.packaged_modules.cache.cache import Cache
+
+    return Cache(cache_dir=str(folder), repo_id=repository, dataset_name=repository.partition("/")[2], version="auto", hash="auto")
+
+
+def _refuse_unpinned(source: HubSplit, builder: Any) -> None:
+    """Refuse another commit, and files from outside the commit: a data set card may list any address, whose content can change."""
     if builder.hash != source.revision:
-        raise InputError(f"{source.name}: the Hub gave commit {builder.hash}", "name the commit that you want")
+        raise InputError(f"{source.name}: the Hub returned commit {builder.hash}", "set the commit to use")
     files = [file for files in (builder.config.data_files or {}).values() for file in files]
-    if strange := [file for file in files if not file.startswith(f"hf://datasets/{source.hub}@{source.revision}/")]:
+    if external := [file for file in files if not file.startswith(f"hf://datasets/{source.hub}@{source.revision}/")]:
         raise InputError(
-            f"{source.name}: takes rows from outside of its commit: {strange[0]}", "copy them to data/sources/ if you trust them"
+            f"{source.name}: reads rows from outside its commit: {external[0]}", "copy them to data/sources/ if you trust them"
         )
 
 
@@ -111,7 +118,7 @@ TEXTUAL = frozenset({"Value", "ClassLabel", "Json", "Translation", "TranslationV
 
 
 def _kinds(feature: Any) -> set[str]:
-    """The kinds of value in a column, however deep."""
+    """Feature types in a column, at any depth."""
     if isinstance(feature, Mapping):
         return {kind for inner in feature.values() for kind in _kinds(inner)}
     if isinstance(feature, list):
@@ -120,7 +127,7 @@ def _kinds(feature: Any) -> set[str]:
 
 
 def _decoder(features: Any) -> Any:
-    """Labels by their names, and JSON that is stored as text as what it says. None where a row has neither."""
+    """Function that replaces class labels by their names and parses JSON stored as text; None if there is neither."""
     names = {name: feature.names for name, feature in features.items() if type(feature).__name__ == "ClassLabel"}
     stored = any("Json" in _kinds(feature) for feature in features.values())
 
@@ -131,17 +138,17 @@ def _decoder(features: Any) -> Any:
     return decode if names or stored else None
 
 
-def _plainly(error: BaseException, token: str | None) -> str:
-    """One line that shows no token and no password of an address."""
-    told = str(error.__cause__ or error) if "while generating" in str(error) else str(error)
-    told = told.rpartition(" on the Hugging Face Hub either: ")[2]
-    line = next((line for line in map(str.strip, told.splitlines()) if line), type(error).__name__)
+def _error_text(error: BaseException, token: str | None) -> str:
+    """One line of the error message, without tokens and passwords in addresses."""
+    text = str(error.__cause__ or error) if "while generating" in str(error) else str(error)
+    text = text.rpartition(" on the Hugging Face Hub either: ")[2]
+    line = next((line for line in map(str.strip, text.splitlines()) if line), type(error).__name__)
     line = re.sub(r"//[^/@\s]+@", "//", re.sub(r"\bhf_\w+", "[token]", line))
     return (line.replace(token, "[token]") if token else line)[:300]
 
 
 def sha256_of_rows(rows: Iterable[Row]) -> str:
-    """Over the rows as JSON lines, keys sorted; a row that cannot be read counts as its problem."""
+    """Hash of the rows as JSON lines with sorted keys; an unreadable row is represented by its problem."""
     digest = hashlib.sha256()
     encode = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode
     for row in rows:
@@ -150,7 +157,7 @@ def sha256_of_rows(rows: Iterable[Row]) -> str:
 
 
 def held_out_label(source: HubSplit) -> str | None:
-    """The label of its rows. Those who made the set held out its test and validation splits; its train split may be split like any file."""
+    """Split label of the rows. Test and validation splits of the data set stay held out; its train split has no label and may be split."""
     label = canonical_split(source.split)
     return None if label == "train" else label
 
@@ -162,12 +169,12 @@ def parse_spec(spec: str) -> HubSplit | None:
     """ "hub:org/name@REVISION:split" or "hub:org/name@REVISION:config:split"; None for anything that does not begin with "hub:".
 
     Raises:
-        InputError: what begins so but names no split of a commit.
+        InputError: begins with "hub:" but is not a split at a commit.
     """
     if not spec.startswith("hub:"):
         return None
-    found = SPEC.fullmatch(spec)
-    source = HubSplit(**found.groupdict()) if found else None
+    match = SPEC.fullmatch(spec)
+    source = HubSplit(**match.groupdict()) if match else None
     if source is None or source.problem:
-        raise InputError(f"{spec}: {source.problem if source else 'no split of a data set'}", "write hub:org/name@REVISION:split")
+        raise InputError(f"{spec}: {source.problem if source else 'not a split of a data set'}", "use hub:org/name@REVISION:split")
     return source

@@ -1,4 +1,4 @@
-"""Where rows come from: files and folders of the project, and splits on the Hub, as params.yaml names them. Every row is read and accounted for."""
+"""Sources in params.yaml (files, folders, splits on the Hub) -> rows. Every row is read and accounted for."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Source(Licensed):
     """A file, a folder or a data set on the Hugging Face Hub. Exactly one of `path` and `hub`."""
 
     FIELDS: ClassVar[Mapping[str, bool]] = formats.RECORD_FIELDS
-    """What `mapping` may name."""
+    """Fields that `mapping` may contain -> whether they are required."""
 
     path: str | None = None
     """File or folder inside data/sources/, relative to the project. DVC tracks changes in data/sources/ only."""
@@ -49,17 +49,17 @@ class Source(Licensed):
 
     @field_validator("mapping")
     @classmethod
-    def _sound(cls, mapping: dict[str, str]) -> dict[str, str]:
+    def _valid_mapping(cls, mapping: dict[str, str]) -> dict[str, str]:
         if mapping and (problem := formats.mapping_problem(mapping, cls.FIELDS)):
             raise ValueError(problem)
         return mapping
 
     @model_validator(mode="after")
-    def _one_place(self) -> Source:
+    def _exactly_one_location(self) -> Source:
         if (self.path is None) == (self.hub is None):
-            raise ValueError("name either a path or a hub data set")
+            raise ValueError("set either path or hub")
         if self.hub is not None and (self.revision is None or self.split is None):
-            raise ValueError("hub needs `revision` (the commit, 40 hex digits) and `split`")
+            raise ValueError("hub requires `revision` (the commit, 40 hex digits) and `split`")
         if self.hub is not None and self.on_hub.problem:
             raise ValueError(self.on_hub.problem)
         if self.path is not None and (self.revision or self.config):
@@ -74,7 +74,7 @@ class Source(Licensed):
 
     @property
     def name(self) -> str:
-        """What messages, the report and the ledger call it."""
+        """Name in messages, the report and the ledger."""
         return self.on_hub.name if self.path is None else self.path
 
 
@@ -112,75 +112,79 @@ class Reading(Section):
 def read_sources(
     root: Path, sources: Sequence[Source], reading: Reading, section: str, read: formats.Reader
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
-    """Every row of every source, in order, and for the report what each source is.
+    """Read every row of every source, in order.
 
     Args:
-        root: the project's folder, which source paths are relative to.
-        section: of params.yaml, used in messages.
+        root: the project's folder; source paths are relative to it.
+        section: section of params.yaml, for messages.
         read: `formats.records_of` or `formats.pairs_of`.
+    Returns:
+        The rows, and facts about each source for the report.
     Raises:
         InputError: a source is missing, misnamed, mostly unreadable, held out or read twice.
     """
     rows: list[dict[str, Any]] = []
     facts: dict[str, dict[str, Any]] = {}
     for source, path in zip(sources, locate_sources(root, sources, f"{section}.sources"), strict=True):
-        layout, found, more = _from_hub(source, reading.limit, read) if path is None else _from_path(source, path, reading.limit, read)
-        _readable(source, found, layout, reading.max_malformed, section)
-        rows += found
+        layout, records, details = _from_hub(source, reading.limit, read) if path is None else _from_path(source, path, reading.limit, read)
+        _refuse_unreadable(source, records, layout, reading.max_malformed, section)
+        rows += records
         origin = {"origin": source.origin} if source.origin else {}
-        rows_read = len(_places(found))
-        made = {"pairs": len(found)} if read is formats.pairs_of else {"examples": len(found)} if len(found) != rows_read else {}
-        facts[source.name] = {"format": layout, "rows": rows_read, **made, **more, "license": source.license, **origin}
+        rows_read = len(_source_rows(records))
+        counts = {"pairs": len(records)} if read is formats.pairs_of else {"examples": len(records)} if len(records) != rows_read else {}
+        facts[source.name] = {"format": layout, "rows": rows_read, **counts, **details, "license": source.license, **origin}
     return rows, facts
 
 
-def _places(found: Iterable[Mapping[str, Any]]) -> set[tuple[str, int]]:
-    """The source rows. A row may give several pairs, and two rows one."""
-    return {(one["source"], row) for one in found for row in one.get("source_rows", (one["source_row"],))}
+def _source_rows(records: Iterable[Mapping[str, Any]]) -> set[tuple[str, int]]:
+    """(source, row) of all source rows. A row may give several pairs, and two rows may give one."""
+    return {(record["source"], row) for record in records for row in record.get("source_rows", (record["source_row"],))}
 
 
-Found = tuple[str, list[dict[str, Any]], dict[str, Any]]
-"""Layout, rows, and what else the report tells."""
+Loaded = tuple[str, list[dict[str, Any]], dict[str, Any]]
+"""Layout, records, and further facts for the report."""
 
 
-def _from_path(source: Source, path: Path, limit: int | None, read: formats.Reader) -> Found:
-    layout, found = formats.of_files(path, source.name, source.format, source.mapping, source.split, read)
-    found = found[:limit]
+def _from_path(source: Source, path: Path, limit: int | None, read: formats.Reader) -> Loaded:
+    layout, records = formats.of_files(path, source.name, source.format, source.mapping, source.split, read)
+    records = records[:limit]
     if path.is_file():
-        return layout, found, {"sha256": sha256_of_file(path)}
-    count = Counter(name for name, _ in _places(found))
+        return layout, records, {"sha256": sha256_of_file(path)}
+    count = Counter(name for name, _ in _source_rows(records))
     files = {name: {"rows": count[f"{source.name.rstrip('/')}/{name}"], "sha256": sha256_of_file(file)} for name, file in files_of(path)}
     listed = "".join(f"{file['sha256']}  {name}\n" for name, file in files.items())
-    return layout, found, {"sha256": sha256_of_text(listed), "files": files}
+    return layout, records, {"sha256": sha256_of_text(listed), "files": files}
 
 
-def _from_hub(source: Source, limit: int | None, read: formats.Reader) -> Found:
+def _from_hub(source: Source, limit: int | None, read: formats.Reader) -> Loaded:
     rows = read_split(source.on_hub)[:limit]
     digest = sha256_of_rows(rows)
-    layout, found = read(rows, source.name, source.name, source.format, source.mapping, held_out_label(source.on_hub))
+    layout, records = read(rows, source.name, source.name, source.format, source.mapping, held_out_label(source.on_hub))
     config = {"config": source.config} if source.config else {}
-    return layout, found, {"sha256": digest, "hub": source.hub, "revision": source.revision, **config, "split": source.split}
+    return layout, records, {"sha256": digest, "hub": source.hub, "revision": source.revision, **config, "split": source.split}
 
 
-def _readable(source: Source, found: Sequence[dict[str, Any]], layout: str, most: float, section: str) -> None:
-    """Raises:
-    InputError: more of the rows than that share cannot be read, or all of them.
+def _refuse_unreadable(source: Source, records: Sequence[dict[str, Any]], layout: str, most: float, section: str) -> None:
+    """Refuse a source with too many unreadable rows.
+
+    Raises:
+        InputError: the share of unreadable rows is above `most`, or all are unreadable.
     """
-    unreadable = [one for one in found if not any(one.get(said) for said in ("messages", "prompt", "chosen", "rejected"))]
-    if not unreadable or (len(unreadable) <= most * len(found) and len(unreadable) < len(found)):
+    unreadable = [record for record in records if not any(record.get(field) for field in ("messages", "prompt", "chosen", "rejected"))]
+    if not unreadable or (len(unreadable) <= most * len(records) and len(unreadable) < len(records)):
         return
-    told = [f"  {row['source']}:{row['source_row']}: {json.loads(row['meta'])['problem']}" for row in unreadable[:3]]
+    examples = [f"  {row['source']}:{row['source_row']}: {json.loads(row['meta'])['problem']}" for row in unreadable[:3]]
     raise InputError(
-        "\n".join([f"{source.name}: {len(unreadable)} of {len(found)} rows cannot be read ({layout}); the first:", *told]),
-        f"mend them, or name the right format; {section}.max_malformed ({most}) is the share that may be unreadable",
+        "\n".join([f"{source.name}: {len(unreadable)} of {len(records)} rows cannot be read ({layout}); the first:", *examples]),
+        f"fix them, or set the right format; {section}.max_malformed ({most}) is the share that may be unreadable",
     )
 
 
 def locate_sources(root: Path, sources: Sequence[Source], where: str) -> list[Path | None]:
-    """Where each source lies, None on the Hub, once it is known that no row is read twice or held out.
+    """Paths of the sources (None on the Hub), after checking that no row is read twice or held out.
 
     Args:
-        where: of the list in params.yaml, used in messages, e.g. "raw_examples.sources".
+        where: path of the list in params.yaml, for messages, e.g. "raw_examples.sources".
     Raises:
         InputError: as `locate`; or two sources overlap, or one of them overlaps the benchmarks.
     """
@@ -189,31 +193,29 @@ def locate_sources(root: Path, sources: Sequence[Source], where: str) -> list[Pa
     benchmarks = (root / "data/sources/benchmarks").resolve()
     for source, place in zip(sources, places, strict=True):
         if place and place.is_relative_to(benchmarks):
-            raise InputError(f"{where}: {source.name} is held out, since it lies in data/sources/benchmarks/", "name other files")
+            raise InputError(f"{where}: {source.name} is held out, because it is in data/sources/benchmarks/", "use other files")
         if place and benchmarks.is_relative_to(place):
-            raise InputError(
-                f"{where}: {source.name} is a folder that has the held-out benchmarks in it", "name folders beside benchmarks/"
-            )
+            raise InputError(f"{where}: {source.name} is a folder that contains the held-out benchmarks", "use folders next to benchmarks/")
         for other, there in zip(sources, places, strict=True):
             if other is not source and place and there and there.is_relative_to(place):
-                raise InputError(f"{where}: {other.name} lies in {source.name}, and would be read twice", "name one of them")
+                raise InputError(f"{where}: {other.name} is in {source.name} and would be read twice", "list one of them")
     return places
 
 
 def locate(root: Path, path: str, where: str, folder: str) -> Path:
-    """A file named in params.yaml, once it is known to lie where DVC watches it.
+    """Path of a file in params.yaml, after checking that DVC tracks it.
 
     Raises:
-        InputError: outside the project, outside the watched folder, missing, or a folder.
+        InputError: outside the project or the tracked folder, missing, or a folder.
     """
     full = _inside_sources(root, path, where, folder)
     if not full.is_file():
-        raise InputError(f"params.yaml: {where}: {path} is a folder", "name one file")
+        raise InputError(f"params.yaml: {where}: {path} is a folder", "use a file")
     return full
 
 
 def _inside_sources(root: Path, path: str, where: str, folder: str) -> Path:
     full = inside(root, path, where)
     if not full.is_relative_to((root / folder).resolve()):
-        raise InputError(f"params.yaml: {where}: {path} is not inside {folder}/", f"move it to {folder}/, which DVC watches for changes")
+        raise InputError(f"params.yaml: {where}: {path} is not inside {folder}/", f"move it to {folder}/, which DVC tracks")
     return full
