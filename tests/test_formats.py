@@ -468,7 +468,7 @@ def test_files_named_after_splits_label_their_rows_where_that_is_asked_for(tmp_p
     for split, expected in [("from_file_names", ["validation", None, "train"]), (None, [None] * 3)]:
         records = to_records(tmp_path, "set", split=split)[1]
         assert [json.loads(record["meta"]).get("split") for record in records] == expected
-    with pytest.raises(InputError, match=r"more\.jsonl: no file is named after a split"):
+    with pytest.raises(InputError, match=r"more\.jsonl: no file name contains a split"):
         to_records(tmp_path / "more.jsonl", "more.jsonl", split="from_file_names")
 
 
@@ -621,7 +621,7 @@ def test_the_refusal_of_preferences_names_the_way_out(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", *PAIR_ROWS["kto"])
     with pytest.raises(InputError) as caught:
         to_records(path, "a.jsonl")
-    assert caught.value.hint == "name the file under raw_preferences; to imitate all of it nevertheless, set format: prompt_completion"
+    assert caught.value.hint == "list the file under raw_preferences; to imitate all of it nevertheless, set format: prompt_completion"
     layout, records = to_records(path, "a.jsonl", "prompt_completion")
     assert (layout, [json.loads(record["meta"])["label"] for record in records]) == ("prompt_completion", [True, False])
 
@@ -768,7 +768,7 @@ def test_answers_called_good_or_bad_are_refused_as_examples_and_the_refusal_name
     assert refused(path) == f"a.jsonl: the rows are preferences (kto: {judged}, messages), not examples to imitate"
     with pytest.raises(InputError) as caught:
         to_records(path, "a.jsonl")
-    assert caught.value.hint.startswith("name the file under raw_preferences")
+    assert caught.value.hint.startswith("list the file under raw_preferences")
 
 
 @pytest.mark.parametrize(

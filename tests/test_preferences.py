@@ -19,7 +19,7 @@ from dagster_project.core.params import parse
 from dagster_project.core.records import Report, pair_id, pair_schema, read_ledger, read_pairs, read_preferences, read_table, write_records
 from dagster_project.curation.sources import reading
 from dagster_project.curation.sources.files import Row
-from dagster_project.curation.splitting.split import find_copies, prove
+from dagster_project.curation.splitting.split import find_copies, verify_splits
 from dagster_project.stages import preferences, raw_preferences
 
 Fields = dict[str, Any]
@@ -254,9 +254,9 @@ def test_the_finished_splits_are_proven_apart_from_the_test_examples(tmp_path: P
         write_records(tmp_path / "out" / name, [pair] if name == "train" else [], pair_schema())
     write_records(tmp_path / "held", [{**ask(LONG), "source": "e.jsonl", "group_id": "e"}])
     identity = ask(LONG)["example_id"]
-    proof = prove(tmp_path / "out", find_copies([LONG]), {"p", identity}, tmp_path / "held")
+    proof = verify_splits(tmp_path / "out", find_copies([LONG]), {"p", identity}, tmp_path / "held")
     assert [(leak.place, leak.other) for leak in proof.leaks] == [(f"test/{identity}", "train/p")]
-    assert not prove(tmp_path / "out", find_copies([LONG]), {"p"}).leaks
+    assert not verify_splits(tmp_path / "out", find_copies([LONG]), {"p"}).leaks
 
 
 def test_upstream_splits_that_leak_lose_the_less_strictly_held_out_pair(tmp_path: Path, tiny_model: Path) -> None:

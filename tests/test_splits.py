@@ -16,7 +16,17 @@ from pydantic import ValidationError
 from dagster_project.core.errors import InputError
 from dagster_project.core.records import Report, example_id, read_ledger, read_records, write_ledger, write_records
 from dagster_project.curation.similarity.overlap import near_pairs
-from dagster_project.curation.splitting.split import DROPPED, SPLITS, assign, deal, find_copies, prove, settle, straddling, units
+from dagster_project.curation.splitting.split import (
+    DROPPED,
+    SPLITS,
+    assign,
+    assign_splits,
+    find_copies,
+    keep_labels,
+    straddling,
+    units,
+    verify_splits,
+)
 from dagster_project.stages import splits
 
 SHARES = {"test": 0.25, "validation": 0.1}
@@ -59,11 +69,11 @@ def test_no_split_gets_more_than_its_share_whatever_the_groups(rows: list[tuple[
 def test_the_order_of_rows_does_not_matter(rows: list[tuple[str, str]], seed: int, data: st.DataObject) -> None:
     shuffled = data.draw(st.permutations(rows))
 
-    def deal(of: list[tuple[str, str]]) -> dict[str, str]:
+    def by_id(of: list[tuple[str, str]]) -> dict[str, str]:
         groups, strata = zip(*of, strict=True)
         return dict(zip(groups, assign(groups, strata, SHARES, seed), strict=True))
 
-    assert deal(rows) == deal(shuffled)
+    assert by_id(rows) == by_id(shuffled)
 
 
 def test_another_seed_gives_another_deal() -> None:
@@ -104,7 +114,7 @@ wholes = st.lists(
 
 def dealt_out(rows: Sequence[tuple[str, str | None, str | None, str]], seed: int = 7) -> list[str]:
     groups, keys, labels, strata = zip(*rows, strict=True)
-    return deal(groups, keys, labels, strata, SHARES, seed).splits
+    return assign_splits(groups, keys, labels, strata, SHARES, seed).splits
 
 
 @given(rows=wholes, seed=seeds)
@@ -122,7 +132,7 @@ def test_every_row_goes_to_one_split_or_is_dropped_for_a_row_held_out_more_stric
     rows: list[tuple[str, str | None, str | None, str]], seed: int
 ) -> None:
     groups, keys, labels, strata = zip(*rows, strict=True)
-    found = deal(groups, keys, labels, strata, SHARES, seed)
+    found = assign_splits(groups, keys, labels, strata, SHARES, seed)
     assert set(found.splits) <= {*SPLITS, DROPPED}
     assert set(found.because) == {i for i, split in enumerate(found.splits) if split == DROPPED}
     for i, keeper in found.because.items():
@@ -136,7 +146,7 @@ def test_a_label_is_kept_unless_the_row_is_dropped_or_train_must_give_a_split_th
     rows: list[tuple[str, str | None, str | None, str]], seed: int
 ) -> None:
     dealt = dealt_out(rows, seed)
-    named = set(settle(*list(zip(*rows, strict=True))[:3])[0])
+    named = set(keep_labels(*list(zip(*rows, strict=True))[:3])[0])
     for (_, _, label, _), split in zip(rows, dealt, strict=True):
         if label == "test":
             assert split == "test"
@@ -171,31 +181,31 @@ def test_units_are_the_connected_components_of_groups_and_keys(rows: list[tuple[
 
 def test_a_train_row_that_is_dropped_takes_no_other_with_it() -> None:
     groups, keys = ["a", "b", "b", "c"], ["one", "two", "one", "two"]
-    fate, because = settle(groups, keys, ["test", "train", "train", "train"])
+    fate, because = keep_labels(groups, keys, ["test", "train", "train", "train"])
     assert fate == ["test", "train", DROPPED, "train"]  # the third row is customer one's; its near-copy is not
     assert because == {2: 0}
 
 
 def test_a_row_without_a_label_follows_the_labelled_row_it_belongs_to_and_links_others_to_it() -> None:
-    fate, because = settle(["a", "a", "b", "c"], [None, "one", "one", None], ["test", None, "train", None])
+    fate, because = keep_labels(["a", "a", "b", "c"], [None, "one", "one", None], ["test", None, "train", None])
     assert (fate, because) == (["test", "test", DROPPED, ""], {2: 1})
 
 
 def test_a_validation_row_is_dropped_for_test_and_a_train_row_for_validation() -> None:
-    fate, _ = settle(["a", "a", "b", "b"], [None] * 4, ["validation", "test", "train", "validation"])
+    fate, _ = keep_labels(["a", "a", "b", "b"], [None] * 4, ["validation", "test", "train", "validation"])
     assert fate == [DROPPED, "test", DROPPED, "validation"]
 
 
 def test_a_split_that_no_label_names_is_dealt_out_of_train() -> None:
     groups = [f"group {i}" for i in range(200)]
     labels = ["train"] * 150 + ["test"] * 50
-    found = deal(groups, [None] * 200, labels, [""] * 200, {"test": 0.2, "validation": 0.1}, 7)
+    found = assign_splits(groups, [None] * 200, labels, [""] * 200, {"test": 0.2, "validation": 0.1}, 7)
     assert Counter(zip(labels, found.splits, strict=True)) == {("train", "train"): 135, ("train", "validation"): 15, ("test", "test"): 50}
 
 
 def test_rows_without_a_label_are_dealt_out_by_share_of_themselves() -> None:
     labels = [*(["train"] * 50 + ["validation"] * 20 + ["test"] * 30), *[None] * 100]
-    found = deal([f"group {i}" for i in range(200)], [None] * 200, labels, [""] * 200, {"test": 0.2, "validation": 0.1}, 7)
+    found = assign_splits([f"group {i}" for i in range(200)], [None] * 200, labels, [""] * 200, {"test": 0.2, "validation": 0.1}, 7)
     assert found.splits[:100] == labels[:100]
     assert Counter(found.splits[100:]) == {"train": 70, "validation": 10, "test": 20}
     assert found.labelled == set(range(100))
@@ -203,7 +213,7 @@ def test_rows_without_a_label_are_dealt_out_by_share_of_themselves() -> None:
 
 def test_large_units_fill_the_shares_as_far_as_they_can() -> None:
     keys = [f"customer {i // 50}" for i in range(1000)]
-    found = deal(
+    found = assign_splits(
         [f"group {i}" for i in range(1000)],
         keys,
         [None] * 1000,
@@ -216,7 +226,7 @@ def test_large_units_fill_the_shares_as_far_as_they_can() -> None:
 
 def test_a_wanted_split_gets_the_unit_nearest_in_size_if_none_is_small_enough() -> None:
     keys = ["big"] * 60 + ["middle"] * 30 + ["small"] * 10
-    found = deal([f"group {i}" for i in range(100)], keys, [None] * 100, [""] * 100, {"test": 0.2, "validation": 0.05}, 7)
+    found = assign_splits([f"group {i}" for i in range(100)], keys, [None] * 100, [""] * 100, {"test": 0.2, "validation": 0.05}, 7)
     assert dict(zip(keys, found.splits, strict=True)) == {"big": "train", "middle": "validation", "small": "test"}
 
 
@@ -248,7 +258,9 @@ def finished(path: Path, **rows: list[dict[str, Any]]) -> Path:
 def proven(path: Path, all_rows: Sequence[dict[str, Any]] | None = None, **rows: list[dict[str, Any]]) -> Any:
     """The proof on finished splits with these rows, which are all that was dealt out unless `all_rows` says otherwise."""
     held = all_rows or [row for name in rows.values() for row in name]
-    return prove(finished(path, **rows), find_copies([row["messages"][0]["content"] for row in held]), {row["example_id"] for row in held})
+    return verify_splits(
+        finished(path, **rows), find_copies([row["messages"][0]["content"] for row in held]), {row["example_id"] for row in held}
+    )
 
 
 def test_near_copies_in_two_splits_are_found_although_their_groups_say_otherwise(tmp_path: Path) -> None:
@@ -279,7 +291,7 @@ def test_a_group_or_an_example_in_two_splits_is_found(tmp_path: Path) -> None:
 
 def test_unrelated_rows_leak_nothing(tmp_path: Path) -> None:
     found = proven(tmp_path, train=[record(COPY), record(NEARLY)], validation=[record(OTHERS[0])], test=[record(OTHERS[1])])
-    assert (found.leaks, found.leaking, found.strangers) == ([], 0, [])
+    assert (found.leaks, found.leaking, found.unexpected) == ([], 0, [])
 
 
 def test_the_proof_counts_rare_runs_as_the_deal_did_where_test_against_train_would_not(tmp_path: Path) -> None:
@@ -299,7 +311,7 @@ def test_the_proof_counts_rare_runs_as_the_deal_did_where_test_against_train_wou
 def test_held_out_rows_that_the_set_does_not_hold_are_found(tmp_path: Path) -> None:
     rows = [record(text) for text in OTHERS]
     found = proven(tmp_path, rows[:2], train=[rows[0]], test=[rows[1], rows[2]])
-    assert found.strangers == [f"test/{rows[2]['example_id']}"]
+    assert found.unexpected == [f"test/{rows[2]['example_id']}"]
 
 
 def test_a_row_added_to_train_that_nearly_repeats_a_test_row_is_found(tmp_path: Path) -> None:

@@ -35,7 +35,17 @@ from dagster_project.curation.checks.token_counts import tokens_of
 from dagster_project.curation.similarity.overlap import near_pairs
 from dagster_project.curation.sources.benchmarks import Item, read_items
 from dagster_project.curation.sources.formats import as_record
-from dagster_project.curation.splitting.split import DROPPED, SPLITS, TEST, Copies, deal, find_copies, joined, prove, settle
+from dagster_project.curation.splitting.split import (
+    DROPPED,
+    SPLITS,
+    TEST,
+    Copies,
+    assign_splits,
+    find_copies,
+    joined,
+    keep_labels,
+    verify_splits,
+)
 
 CHECK_DESCRIPTIONS = {
     **{name: check.description for name, check in checks_of("preferences").items()},
@@ -174,10 +184,10 @@ def _divide(
     link = joined(copies.links([*prompts, *examples], clusters))
     groups = [link.get(cluster, cluster) for cluster in clusters]
     labels = [label if label in SPLITS else None for i in kept for label in [json.loads(records[i]["meta"]).get("split")]]
-    fate, because = settle(groups, [None] * len(groups), [*labels, *[TEST] * len(test)])
+    fate, because = keep_labels(groups, [None] * len(groups), [*labels, *[TEST] * len(test)])
     places = [findings.place(record) for record in [*(records[i] for i in kept), *test]]
     left = [k for k in range(len(kept)) if fate[k] != DROPPED]
-    dealt = deal(
+    dealt = assign_splits(
         [groups[k] for k in left],
         [None] * len(left),
         [fate[k] or None for k in left],
@@ -221,7 +231,7 @@ def _look_at_splits(
     if division.copies is None:
         return
     known = {judged.records[i]["example_id"] for i in division.splits} | {record["example_id"] for record in test}
-    proof = prove(out, division.copies, known, held_out)
+    proof = verify_splits(out, division.copies, known, held_out)
     if proof.rows != {name: len(rows[name]) + (len(test) if name == TEST else 0) for name in SPLITS}:
         raise AssertionError(f"pairs lost: {rows} dealt out, {proof.rows} in the shards, {len(test)} of them of the instructions")
     if proof.leaking:

@@ -27,7 +27,17 @@ from dagster_project.core.records import (
 from dagster_project.curation.checks.privacy import mask
 from dagster_project.curation.sources.reading import locate
 from dagster_project.curation.splitting.augment import Added, Augment, augment, read_paraphrases
-from dagster_project.curation.splitting.split import DROPPED, SPLITS, TRAIN, Deal, Proof, deal, find_copies, joined, prove
+from dagster_project.curation.splitting.split import (
+    DROPPED,
+    SPLITS,
+    TRAIN,
+    Assignment,
+    Verification,
+    assign_splits,
+    find_copies,
+    joined,
+    verify_splits,
+)
 
 CHECK_DESCRIPTIONS = {
     "split_leakage": "No row stands in, or nearly in, two splits.",
@@ -97,7 +107,7 @@ def produce(root: Path, params: Params, seed: int, instructions: Path, out: Path
     stratify_by = "none" if params.by in {"source", "category"} else params.stratify_by
     strata = [str(record[stratify_by]) if stratify_by != "none" else "" for record in records]
     shares = {"test": params.test, "validation": params.validation}
-    dealt = deal([link.get(group, group) for group in groups], keys, labels, strata, shares, seed)
+    dealt = assign_splits([link.get(group, group) for group in groups], keys, labels, strata, shares, seed)
 
     known = {record["example_id"] for record in records}
     rows: dict[str, list[int]] = {name: [i for i, split in enumerate(dealt.splits) if split == name] for name in SPLITS}
@@ -112,7 +122,7 @@ def produce(root: Path, params: Params, seed: int, instructions: Path, out: Path
         write_records(out / name, written, schema)
     write_ledger(out, _ledger(records, placed, dealt, rows[TRAIN], added))
 
-    proof = prove(out, copies, known)
+    proof = verify_splits(out, copies, known)
     counts = {name: len(rows[name]) for name in SPLITS}
     if proof.rows != {**counts, TRAIN: counts[TRAIN] + len(added.rows)}:
         raise AssertionError(f"rows lost: {counts} dealt out, {len(added.rows)} added, {proof.rows} in the shards")
@@ -173,7 +183,7 @@ def _labels(params: Params, records: Sequence[dict[str, Any]]) -> list[str | Non
 
 
 def _ledger(
-    records: Sequence[dict[str, Any]], placed: Sequence[dict[str, Any]], dealt: Deal, train: Sequence[int], added: Added
+    records: Sequence[dict[str, Any]], placed: Sequence[dict[str, Any]], dealt: Assignment, train: Sequence[int], added: Added
 ) -> list[dict[str, Any]]:
     lines = []
     for i, (record, before, split) in enumerate(zip(records, placed, dealt.splits, strict=True)):
@@ -194,7 +204,12 @@ def _ledger(
 
 
 def _split_leakage(
-    records: Sequence[dict[str, Any]], texts: Sequence[str], dealt: Deal, proof: Proof, labels: Sequence[str | None], regrouped: int
+    records: Sequence[dict[str, Any]],
+    texts: Sequence[str],
+    dealt: Assignment,
+    proof: Verification,
+    labels: Sequence[str | None],
+    regrouped: int,
 ) -> CheckResult:
     because = sorted(dealt.because.items())
     found = [(f"{leak.place} and {leak.other}: {leak.why}", leak.text) for leak in proof.leaks]
@@ -220,7 +235,7 @@ def _split_leakage(
     )
 
 
-def _schema(params: Params, counts: dict[str, int], labels: Sequence[str | None], dealt: Deal) -> CheckResult:
+def _schema(params: Params, counts: dict[str, int], labels: Sequence[str | None], dealt: Assignment) -> CheckResult:
     wanted = {"train": 1.0, "validation": params.validation, "test": params.test}
     empty = [name for name in SPLITS if wanted[name] and not counts[name]]
     total, labelled = sum(counts.values()), sum(label is not None for label in labels)
@@ -240,15 +255,15 @@ def _schema(params: Params, counts: dict[str, int], labels: Sequence[str | None]
     return CheckResult("schema", passed=not empty, blocking=True, count=len(empty), note="; ".join(notes))
 
 
-def _augmented_rows(proof: Proof, added: Added) -> CheckResult:
+def _augmented_rows(proof: Verification, added: Added) -> CheckResult:
     notes = [f"{n} copies left out: {reason.replace('_', ' ')}" for reason, n in added.dropped.items()]
     if added.unused:
         notes.append(f"{added.unused} paraphrases are of no row in train")
     return CheckResult(
         "augmented_rows",
-        passed=not proof.strangers,
+        passed=not proof.unexpected,
         blocking=True,
-        count=len(proof.strangers),
-        rows=proof.strangers[:20],
+        count=len(proof.unexpected),
+        rows=proof.unexpected[:20],
         note="; ".join(notes),
     )

@@ -1,7 +1,7 @@
-"""Which texts are nearly the same? Candidates share a rare run of words; similarity is then measured exactly.
+"""Near-copies among texts. Candidates share a rare run of words; their similarity is then measured exactly.
 
-The rule beats locality-sensitive hashing on what happens in instruction data (one edited word, a text quoted inside
-a longer one) and needs no tuning; docs/decisions/006 has the figures it rests on.
+On instruction data (one edited word, a text quoted inside a longer one) the rule is better than locality-sensitive hashing and needs no
+tuning; docs/decisions/006 has the measurements.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SHINGLE = 3
 """Words in the runs that similarity is measured over (Broder, On the resemblance and containment of documents, 1997)."""
 BINS = 20
 RARE = 50
-"""A run or shingle that stands in more different texts than this is boilerplate and proves nothing."""
+"""A run or shingle in more different texts than this is boilerplate and is ignored."""
 JACCARD, CONTAINMENT = 0.3, 0.6
 """Texts are near-copies from this share of common shingles, of their union or, where they share a run, of the smaller text."""
 FIRM, IN_ORDER, LONG = 0.5, 0.7, 40
@@ -56,15 +56,15 @@ def words(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What comparing texts found, and what it passed over."""
+    """Near-copies of a comparison, and statistics."""
 
     pairs: list[Pair]
     scores: list[tuple[int, int]]
-    """For each of `BINS` equal steps of containment from 0 to 1: compared pairs that were kept apart, and near-copies. Complete from half the gates on."""
+    """For each of `BINS` equal steps of containment from 0 to 1: compared pairs that are not near-copies, and near-copies. Complete above half of the thresholds."""
     boilerplate: list[tuple[str, int]]
-    """Passages that stand in more than `RARE` different texts, which proves nothing: the ten most frequent, with how many texts hold them."""
+    """Passages in more than `RARE` different texts: the ten most frequent, with the number of texts."""
     frequency: dict[str, int] = field(default_factory=dict)
-    """Word -> in how many different texts it stands, for the words of near-copies; empty unless asked for."""
+    """Word -> number of different texts with it, for the words of near-copies; empty unless requested."""
 
 
 def near_pairs(texts: Sequence[str], against: Sequence[str] | None = None) -> Iterator[Pair]:
@@ -75,7 +75,7 @@ def near_pairs(texts: Sequence[str], against: Sequence[str] | None = None) -> It
 def compare(texts: Sequence[str], against: Sequence[str] | None = None, count_words: bool = False) -> Comparison:
     """Near-copies within `texts` (left < right), or of `texts` (left) with `against` (right), in order.
 
-    Copies count once where runs are counted, so a text is found however many copies of it there are.
+    Equal texts count once in the frequencies of runs, so a text is found however often it is repeated.
 
     Args:
         count_words: whether to fill `Comparison.frequency`.
@@ -91,17 +91,17 @@ def compare(texts: Sequence[str], against: Sequence[str] | None = None, count_wo
     number, first = compiled.distinct(tokens, offsets)
     rights = range(size) if within else range(size, len(number))
     left, right = np.zeros(len(first), np.bool_), np.zeros(len(first), np.bool_)
-    for side, held in ((left, number[:size]), (right, number[rights.start :])):
-        side[held[held >= 0]] = True
+    for side, numbers in ((left, number[:size]), (right, number[rights.start :])):
+        side[numbers[numbers >= 0]] = True
     near: dict[int, list[tuple[int, float, int]]] = defaultdict(list)
     scores = np.zeros((compiled.BINS, 2), np.int64)
     frequent: list[tuple[int, int, int]] = []
-    found = compiled.near_texts(
+    matches = compiled.near_texts(
         tokens, offsets[first], offsets[first + 1], left, right, within, scores=scores, boilerplate=frequent,
         run=RUN, shingle=SHINGLE, short=SHORT, edited=EDITED, rare=RARE,
         gates=compiled.Gates(JACCARD, FIRM, IN_ORDER, LONG, CONTAINMENT, WHOLE, FEW),
     )  # fmt: skip
-    for a, b, similarity, rule in found:
+    for a, b, similarity, rule in matches:
         near[a].append((b, round(similarity, 3), rule))
         if within:
             near[b].append((a, round(similarity, 3), rule))
@@ -114,7 +114,7 @@ def compare(texts: Sequence[str], against: Sequence[str] | None = None, count_wo
             counts = spread[tokens[offsets[row] : offsets[row + 1]]].tolist()
             frequency.update(zip(words(texts[row] if row < size else (against or ())[row - size]), counts, strict=True))
 
-    # Texts stand for all their copies.
+    # A text represents all its equal copies.
     pairs: list[Pair] = []
     by_text = np.argsort(number[rights.start :], kind="stable")
     bounds = np.searchsorted(number[rights.start :], range(len(first) + 1), sorter=by_text)
@@ -129,11 +129,11 @@ def compare(texts: Sequence[str], against: Sequence[str] | None = None, count_wo
         row = int(np.searchsorted(offsets, start, "right")) - 1
         spans = _spans(texts[row] if row < size else (against or ())[row - size])[start - int(offsets[row]) :][:length]
         passages.append((" ".join(word for word, _, _ in spans), count))
-    return Comparison(pairs, [(int(apart), int(near)) for apart, near in scores[:BINS]], passages, frequency)
+    return Comparison(pairs, [(int(other), int(near)) for other, near in scores[:BINS]], passages, frequency)
 
 
 def thirteen_gram_pairs(texts: Sequence[str], against: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Pairs of `texts` and `against` with any run of 13 words in common, in order: the usual test of benchmark leakage, to compare with.
+    """Yield pairs of `texts` and `against` that share a run of 13 words, in order: the common test of benchmark leakage, for comparison.
 
     Brown et al., Language Models are Few-Shot Learners (2020), appendix C.
     """
@@ -152,7 +152,7 @@ def thirteen_gram_pairs(texts: Sequence[str], against: Sequence[str]) -> Iterato
 
 
 def shared_span(left: str, right: str) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Where the longest common run of words stands in both texts, as (start, end) of characters; (0, 0) if there is none.
+    """Position of the longest common run of words in both texts, as (start, end) in characters; (0, 0) if there is none.
 
     "He said: Good Morning!" and "good morning, Ann" -> (9, 21), (0, 12)
     """
@@ -166,7 +166,7 @@ def shared_span(left: str, right: str) -> tuple[tuple[int, int], tuple[int, int]
 
 
 def _longest_run(left: Sequence[str], right: Sequence[str]) -> tuple[int, int, int]:
-    """Where the longest common run of words begins in both, the first of several, and its length. difflib takes minutes where a word repeats."""
+    """Start of the longest common run of words in both texts, and its length. difflib takes minutes if words repeat."""
     import numpy as np
 
     number = {word: i for i, word in enumerate(dict.fromkeys(right))}
@@ -184,10 +184,10 @@ def _longest_run(left: Sequence[str], right: Sequence[str]) -> tuple[int, int, i
 
 
 def _spans(text: str) -> list[tuple[str, int, int]]:
-    """The `words` of a text, each with the place of the characters it came from."""
+    """The `words` of a text, each with (start, end) of its characters."""
     if text.isascii():
         return [(m.group(), m.start(), m.end()) for m in _WORD.finditer(text.lower())]
-    parts: list[tuple[str, int]] = []  # the shortest pieces that normalise alone as they do together, and where they start
+    parts: list[tuple[str, int]] = []  # the shortest pieces that can be normalized independently, and their start
     for i, c in enumerate(text):
         alone = c if c.isascii() else unicodedata.normalize("NFKC", c)
         before, start = parts[-1] if parts else ("", 0)

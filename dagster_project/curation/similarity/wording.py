@@ -1,7 +1,7 @@
-"""overlap -> facts. Which words tell a text from others of its kind, and whether two near-copies share them.
+"""Whether two near-copies also share the words that carry their meaning.
 
-`overlap` finds texts that share runs of words. Between short texts such a run is often a frame ("Which of the following is true of ..."),
-and the one word that differs is what the text is about. docs/decisions/006 has the figures these rules rest on.
+`overlap` finds texts that share runs of words. In short texts such a run is often a common phrase ("Which of the following is true of
+..."), and the one different word is the subject. docs/decisions/006 has the measurements.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ COMMON = frozenset(
     using usually want way ways word words write
     """)
 )
-"""Words that stand in any question: function words, courtesies, and the vocabulary of instructions and exams. English; in other languages
-only how often a word occurs tells."""
+"""Words that occur in any question: function words, courtesies, and the vocabulary of instructions and exams. English only; in other
+languages only the frequency of words is used."""
 ASPECTS = frozenset(
     words("""
     cause caused causes characteristic characteristics definition difference differences effect effects example examples feature features
@@ -46,7 +46,7 @@ ASPECTS = frozenset(
     except false incorrect incorrectly least never no nor not untrue without wrong
     """)
 )
-"""Words that decide what is asked about a subject, and are no subject themselves: "a cause of ...", "not a cause of ..."."""
+"""Words that determine what is asked about a subject but are not subjects: "a cause of ...", "not a cause of ..."."""
 
 
 @lru_cache(maxsize=1 << 15)
@@ -56,7 +56,7 @@ def content_words(text: str) -> frozenset[str]:
 
 
 def is_instruction_only(text: str) -> bool:
-    """Whether a question asks nothing by itself: "Which of the following statements is not true?" """
+    """Whether a question has no subject of its own: "Which of the following statements is not true?" """
     return content_words(text) <= ASPECTS
 
 
@@ -66,7 +66,7 @@ def is_near_duplicate(left: str, right: str, frequency: Mapping[str, int]) -> bo
     "Book a flight to Paris", "Please book a flight to Paris"  ->  True;  "... to Paris", "... to Rome"  ->  False
 
     Args:
-        frequency: word -> in how many texts it stands.
+        frequency: word -> number of texts with it.
     """
     mine, theirs = content_words(left), content_words(right)
     shared = mine & theirs
@@ -81,12 +81,12 @@ def is_near_duplicate(left: str, right: str, frequency: Mapping[str, int]) -> bo
 
 
 def leak_severity(text: str, held_out: str, rule: Rule, score: float, frequency: Mapping[str, int]) -> Severity | None:
-    """How an overlap with a held-out text counts: `error` for a copy, `warn` for a part of it, None where only a frame is shared.
+    """Severity of an overlap with a held-out text: `error` for a copy, `warn` for a part, None if only a common phrase is shared.
 
     Args:
-        text: what a row asks or answers.
+        text: prompt or response of a row.
         rule, score: of `overlap`.
-        frequency: word -> in how many texts, of both sets, it stands.
+        frequency: word -> number of texts of both sets with it.
     """
     mine, theirs = content_words(text), content_words(held_out)
     shared = (mine & theirs) - ASPECTS
@@ -102,7 +102,7 @@ def leak_severity(text: str, held_out: str, rule: Rule, score: float, frequency:
     if _quotes(text, held_out):
         return "error" if len(shared) >= QUOTED_CONTENT else "warn"
     missing, edited = theirs - mine, mine ^ theirs
-    if rule == "containment":  # the row may say anything besides
+    if rule == "containment":  # the row may contain other words
         edited = missing
     if edited & ASPECTS or any(map(_is_number, edited)):
         return None
@@ -110,7 +110,7 @@ def leak_severity(text: str, held_out: str, rule: Rule, score: float, frequency:
 
 
 def _distinguishes(edited: frozenset[str], shared: frozenset[str], frequency: Mapping[str, int]) -> bool:
-    """Whether an edit changes what a short text is about: it touches a number, or a word as rare as the rarest that is shared."""
+    """Whether an edit changes the subject of a short text: it changes a number, or a word as rare as the rarest shared one."""
     return any(map(_is_number, edited)) or min(frequency.get(word, 1) for word in edited) <= min(frequency.get(word, 1) for word in shared)
 
 
@@ -119,5 +119,5 @@ def _is_number(word: str) -> bool:
 
 
 def _quotes(text: str, held_out: str) -> bool:
-    """Whether the held-out words stand in the text, one after the other."""
+    """Whether the text contains the held-out words consecutively."""
     return f" {' '.join(words(held_out))} " in f" {' '.join(words(text))} "

@@ -1,4 +1,4 @@
-"""Rows -> canonical records and preference pairs. One function per layout; detection looks at the keys the rows have."""
+"""Rows -> canonical records and preference pairs. One function per layout; layouts are detected by the keys of the rows."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ class Layout:
     keys: frozenset[str]
     """Keys a row must have."""
     messages: Callable[[dict[str, Any]], Messages]
-    """The row's conversation. KeyError, TypeError and ValueError mean: not such a row."""
+    """Converts a row to a conversation. Raises KeyError, TypeError or ValueError for rows of another layout."""
     used: frozenset[str]
     """Keys that went into the messages; the others are kept in `meta`."""
     meta: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: {}
-    """What `meta` says beyond the keys that are not used."""
+    """Entries of `meta` in addition to the unused keys."""
     category: str = "category"
     """Key of the row's category."""
     alone: bool = False
-    """Told from its keys only where a row has no others."""
+    """Detected only for rows without other keys."""
     parts: Callable[[dict[str, Any]], list[Any]] | None = None
-    """Rows of one example each, where a source row holds several. KeyError and ValueError as for `messages`."""
+    """Splits a source row with several examples into one row per example. Raises errors like `messages`."""
     labels: bool = False
-    """The response is a label, and the category too. Told from its keys only where a row has those of no other layout."""
+    """Whether the response is a label, which is also the category. Detected only for rows that fit no other layout."""
 
 
 def _label(value: Any) -> str:
-    """A label as text, without spaces around it: "spam "  ->  "spam", 1  ->  "1", True  ->  "true"."""
+    """Convert a label to text, without surrounding spaces: "spam "  ->  "spam", 1  ->  "1", True  ->  "true"."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if not isinstance(value, str | int):
@@ -68,13 +68,13 @@ def _turns(system: Any, *turns: tuple[str, str]) -> Messages:
     return first + [{"role": role, "content": content} for role, content in turns]
 
 
-def _asked(row: dict[str, Any], context: str) -> str:
-    given = _text(row.get(context) or "")
-    return _text(row["instruction"]) + (f"\n\n{given}" if given else "")
+def _instruction(row: dict[str, Any], context: str) -> str:
+    extra = _text(row.get(context) or "")
+    return _text(row["instruction"]) + (f"\n\n{extra}" if extra else "")
 
 
 def _alpaca(row: dict[str, Any]) -> Messages:
-    return _turns(row.get("system"), ("user", _asked(row, "input")), ("assistant", _text(row["output"])))
+    return _turns(row.get("system"), ("user", _instruction(row, "input")), ("assistant", _text(row["output"])))
 
 
 def _input(row: dict[str, Any]) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def _input(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _dolly(row: dict[str, Any]) -> Messages:
-    return _turns(None, ("user", _asked(row, "context")), ("assistant", _text(row["response"])))
+    return _turns(None, ("user", _instruction(row, "context")), ("assistant", _text(row["response"])))
 
 
 def _messages(row: dict[str, Any]) -> Messages:
@@ -90,10 +90,10 @@ def _messages(row: dict[str, Any]) -> Messages:
 
 
 def _content(message: dict[str, Any]) -> str:
-    """What is said, then what is called: {"content": None, "tool_calls": [{"id": "a"}]}  ->  '[{"id": "a"}]'"""
+    """Content, then tool calls as JSON: {"content": None, "tool_calls": [{"id": "a"}]}  ->  '[{"id": "a"}]'"""
     calls = message.get("tool_calls")
-    said = [] if calls and message.get("content") is None else [_text(message["content"])]
-    return "\n".join([*said, json.dumps(calls, ensure_ascii=False)] if calls else said)
+    content = [] if calls and message.get("content") is None else [_text(message["content"])]
+    return "\n".join([*content, json.dumps(calls, ensure_ascii=False)] if calls else content)
 
 
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
@@ -108,7 +108,7 @@ def _sharegpt(row: dict[str, Any]) -> Messages:
 
 
 def _ultrachat(row: dict[str, Any]) -> Messages:
-    return _turns(None, *((("user", "assistant")[i % 2], _text(said)) for i, said in enumerate(_list(row, "data", "turn"))))
+    return _turns(None, *((("user", "assistant")[i % 2], _text(text)) for i, text in enumerate(_list(row, "data", "turn"))))
 
 
 def _single(prompt: str, completion: str, system: str | None = "system") -> Callable[[dict[str, Any]], Messages]:
@@ -119,7 +119,7 @@ def _instances(row: dict[str, Any]) -> list[Any]:
     """One row per instance, with its number: {"instruction": "Add.", "instances": [{"input": "1, 2", "output": "3"}]}
     ->  [{"instruction": "Add.", "input": "1, 2", "output": "3", "instance": 0}]
 
-    Values of the row under a key that the instance has too go to `row`. An instance that is not an object stays as it is.
+    Values of the row whose key the instance has too go to `row`. An instance that is not an object is unchanged.
     """
     shared = {key: value for key, value in row.items() if key != "instances"}
     _text(shared["instruction"])
@@ -142,13 +142,13 @@ def _oasst_turn(message: dict[str, Any]) -> dict[str, str]:
 
 
 def _replies(message: dict[str, Any]) -> list[dict[str, Any]]:
-    """The replies that were not deleted, best first: by rank, then those that were answered themselves, then as they stand."""
+    """Replies that were not deleted, best first: by rank, then those with replies, then in their order."""
     replies = [reply for reply in message.get("replies") or [] if not reply.get("deleted")]
     return sorted(replies, key=lambda reply: (reply.get("rank") is None, reply.get("rank") or 0, not reply.get("replies")))
 
 
 def _thread(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The best reply to the best reply to the prompt, and so on."""
+    """The thread of best replies, starting at the prompt."""
     thread = [row["prompt"]]
     while replies := _replies(thread[-1]):
         thread.append(replies[0])
@@ -165,7 +165,7 @@ def _oasst(row: dict[str, Any]) -> Messages:
 
 
 def _tree(row: dict[str, Any]) -> dict[str, Any]:
-    """Where the tree's messages went; `messages` is the sum of the others."""
+    """Numbers of messages of a tree by their use; `messages` is the sum of the others."""
     found = [row["prompt"]]
     for message in found:
         found += message.get("replies") or []
@@ -178,7 +178,7 @@ def _labeled(prompt: str, label: str, system: str | None = "system") -> Callable
 
 
 def _classification(row: dict[str, Any]) -> Messages:
-    """Where labels are numbers and `label_text` names them, the names are what is learned."""
+    """Use the names in `label_text`, if there are any, instead of numeric labels."""
     return _labeled("text", "label_text" if row.get("label_text") else "label")(row)
 
 
@@ -211,19 +211,19 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def is_text(messages: Sequence[dict[str, str]], meta: Mapping[str, Any]) -> bool:
-    """Whether a record is plain text to continue, as the `text` layout makes it, and no conversation: nobody asked, so it has no prompt."""
+    """Whether a record is plain text from the `text` layout: one assistant message without a prompt."""
     return meta.get("kind") == "text" and [message["role"] for message in messages] == ["assistant"]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two completions of one prompt. One side is empty where the format has them in rows of their own (KTO)."""
+    """Two completions of one prompt. One side is empty if the format has one completion per row (KTO)."""
 
     prompt: Messages
     chosen: Messages
     rejected: Messages
     margin: float | None = None
-    """How much better `chosen` is, in the format's own unit; 0 is a tie."""
+    """Difference in quality, in the format's unit; 0 is a tie."""
 
 
 @dataclass(frozen=True)
@@ -233,11 +233,11 @@ class PairLayout:
     keys: frozenset[str]
     """Keys a row must have."""
     pairs: Callable[[dict[str, Any]], list[Pair]]
-    """The row's pairs. KeyError, TypeError and ValueError mean: not such a row."""
+    """Converts a row to pairs. Raises KeyError, TypeError or ValueError for rows of another layout."""
     used: frozenset[str]
     """Keys that went into the pairs; the others are kept in `meta`."""
     judged: str = ""
-    """Key that is true or false in each row. Where it holds anything else, the row is in another layout."""
+    """Key of a boolean in each row. With another value the row is in another layout."""
     category: str = "category"
     """Key of the pair's category."""
     variants: tuple[PairLayout, ...] = ()
@@ -248,17 +248,17 @@ class PairLayout:
         return (self, *self.variants)
 
     def form_of(self, row: Mapping[str, Any]) -> PairLayout:
-        """The form whose keys the row has, or most of them. A table of mixed rows has null in some."""
+        """The variant whose keys the row has, or most of them. Keys with null count as missing."""
 
-        def here(form: PairLayout) -> tuple[bool, int]:
+        def match(form: PairLayout) -> tuple[bool, int]:
             keys = sum(row.get(key) is not None for key in form.keys)
             return keys == len(form.keys), keys
 
-        return max(self.forms, key=here) if self.variants else self
+        return max(self.forms, key=match) if self.variants else self
 
 
-def _said(value: Any, role: str) -> Messages:
-    """Text, or messages already: "Hi"  ->  [{"role": "user", "content": "Hi"}]"""
+def _conversation(value: Any, role: str) -> Messages:
+    """Convert text to a message; messages are unchanged: "Hi"  ->  [{"role": "user", "content": "Hi"}]"""
     if not isinstance(value, str | list):
         raise ValueError(f"expected text or messages, found {type(value).__name__}")
     return [{"role": role, "content": value}] if isinstance(value, str) else _messages({"messages": value})
@@ -279,15 +279,15 @@ def _number(value: Any) -> float:
 
 def _preference(prompt: str, chosen: str, rejected: str) -> Callable[[dict[str, Any]], list[Pair]]:
     def pairs(row: dict[str, Any]) -> list[Pair]:
-        asked = [*_turns(row.get("system")), *_said(row[prompt], "user")]
-        good, bad = (_said(row[key], "assistant") for key in (chosen, rejected))
-        if good[: len(asked)] == asked == bad[: len(asked)]:  # UltraFeedback repeats the prompt in both
-            good, bad = good[len(asked) :], bad[len(asked) :]
+        context = [*_turns(row.get("system")), *_conversation(row[prompt], "user")]
+        good, bad = (_conversation(row[key], "assistant") for key in (chosen, rejected))
+        if good[: len(context)] == context == bad[: len(context)]:  # UltraFeedback repeats the prompt in both
+            good, bad = good[len(context) :], bad[len(context) :]
         if not good or not bad:
             raise ValueError("chosen or rejected says nothing after the prompt")
         if good[0]["role"] != "assistant" or bad[0]["role"] != "assistant":
             raise ValueError(MISMATCH)
-        return [Pair(asked, good, bad, _margin(row))]
+        return [Pair(context, good, bad, _margin(row))]
 
     return pairs
 
@@ -297,17 +297,19 @@ def _sharegpt_pair(row: dict[str, Any]) -> list[Pair]:
 
 
 def _transcript(text: str) -> Messages:
-    """Anthropic's form: "\\n\\nHuman: Hi\\n\\nAssistant: Hello"  ->  user "Hi", assistant "Hello"."""
+    """Parse Anthropic's format: "\\n\\nHuman: Hi\\n\\nAssistant: Hello"  ->  user "Hi", assistant "Hello"."""
     before, *parts = re.split(r"\n\n(Human|Assistant): ?", text)
     if before.strip() or not parts:
         raise ValueError("expected a transcript that begins with a blank line and `Human:`")
     roles = {"Human": "user", "Assistant": "assistant"}
-    return _turns(None, *((roles[who], said) for who, said in zip(parts[::2], parts[1::2], strict=True)))
+    return _turns(None, *((roles[name], text) for name, text in zip(parts[::2], parts[1::2], strict=True)))
 
 
 def _whole_conversations(row: dict[str, Any]) -> list[Pair]:
-    """What both share, up to a user turn, is the prompt."""
-    good, bad = (_transcript(row[key]) if isinstance(row[key], str) else _said(row[key], "assistant") for key in ("chosen", "rejected"))
+    """Convert two whole conversations; their common beginning, up to a user turn, is the prompt."""
+    good, bad = (
+        _transcript(row[key]) if isinstance(row[key], str) else _conversation(row[key], "assistant") for key in ("chosen", "rejected")
+    )
     shared = len([*takewhile(lambda both: both[0] == both[1], zip(good[:-1], bad[:-1], strict=False))])
     while shared and good[shared - 1]["role"] != "user":
         shared -= 1
@@ -317,35 +319,35 @@ def _whole_conversations(row: dict[str, Any]) -> list[Pair]:
 
 
 def _alpaca_eval(row: dict[str, Any]) -> list[Pair]:
-    """`preference` runs from 1 (the first output is better) to 2; 1.5, in older annotations 0, is a tie.
+    """Convert AlpacaEval annotations. The margin is the distance from a tie, 0 to 1.
 
-    The margin is the distance from a tie, 0 to 1.
+    `preference` is between 1 (the first output is better) and 2; 1.5, in older annotations 0, is a tie.
     """
     preference = _number(row["preference"]) or TIE
     if not 1 <= preference <= 2:
         raise ValueError(f"preference must lie between 1 and 2, or be 0 for a tie, found {preference:g}")
-    outputs = [_said(_text(row[key]), "assistant") for key in ("output_1", "output_2")]
+    outputs = [_conversation(_text(row[key]), "assistant") for key in ("output_1", "output_2")]
     chosen, rejected = outputs if preference <= TIE else reversed(outputs)
-    return [Pair(_turns(row.get("system"), ("user", _asked(row, "input"))), chosen, rejected, 2 * abs(preference - TIE))]
+    return [Pair(_turns(row.get("system"), ("user", _instruction(row, "input"))), chosen, rejected, 2 * abs(preference - TIE))]
 
 
 TIE = 1.5
-"""AlpacaEval's own metrics read a `preference` of 0 as this (alpaca_eval/metrics/helpers.py)."""
+"""AlpacaEval's metrics convert a `preference` of 0 to this value (alpaca_eval/metrics/helpers.py)."""
 
 
 def _judgement(value: Any) -> bool | None:
-    """True or false, which a CSV file holds as text; None for anything else."""
+    """Parse a boolean, which is text in a CSV file; None for other values."""
     if isinstance(value, str):
         return {"true": True, "false": False}.get(value.strip().lower())
     return value if isinstance(value, bool) else None
 
 
 def _kto(judged: str, conversation: Callable[[dict[str, Any]], tuple[Messages, Messages]]) -> Callable[[dict[str, Any]], list[Pair]]:
-    """A reader of rows with one answer each, called good or bad.
+    """Reader of rows with one answer each that is labelled good or bad.
 
     Args:
-        judged: key of the judgement.
-        conversation: gives the prompt and the answer.
+        judged: key of the label.
+        conversation: returns the prompt and the answer.
     """
 
     def pairs(row: dict[str, Any]) -> list[Pair]:
@@ -359,11 +361,11 @@ def _kto(judged: str, conversation: Callable[[dict[str, Any]], tuple[Messages, M
 
 
 def _completion(row: dict[str, Any]) -> tuple[Messages, Messages]:
-    return [*_turns(row.get("system")), *_said(row["prompt"], "user")], _said(row["completion"], "assistant")
+    return [*_turns(row.get("system")), *_conversation(row["prompt"], "user")], _conversation(row["completion"], "assistant")
 
 
 def _last_turn(conversation: Callable[[dict[str, Any]], Messages]) -> Callable[[dict[str, Any]], tuple[Messages, Messages]]:
-    """What is judged in a whole conversation is its last turn, which must be the assistant's."""
+    """Split a conversation before its last turn, which must be the assistant's and is what the label refers to."""
 
     def cut(row: dict[str, Any]) -> tuple[Messages, Messages]:
         *prompt, answer = conversation(row)
@@ -375,7 +377,7 @@ def _last_turn(conversation: Callable[[dict[str, Any]], Messages]) -> Callable[[
 
 
 def _oasst_pairs(row: dict[str, Any]) -> list[Pair]:
-    """The best reply to each prompter turn against each reply ranked below it. The margin is the distance in ranks."""
+    """Pair the best reply to each prompter turn with each lower-ranked reply. The margin is the difference in rank."""
     pairs = []
     threads = [[row["prompt"]]]
     for thread in threads:
@@ -421,12 +423,12 @@ PAIR_LAYOUTS: dict[str, PairLayout] = {
 }
 
 RECORD_FIELDS = {"prompt": True, "response": True, "system": False, "category": False}
-"""Field a `mapping` may name -> whether it must."""
+"""Field of a `mapping` -> whether it is required."""
 PAIR_FIELDS = {"prompt": True, "chosen": True, "rejected": True, "category": False}
 
 
 def mapping_problem(mapping: Mapping[str, str], fields: Mapping[str, bool] = RECORD_FIELDS) -> str:
-    """What is wrong with a mapping of fields to columns, or nothing."""
+    """Why a mapping of fields to columns is invalid; empty if valid."""
     if unknown := [field for field in mapping if field not in fields]:
         return f"unknown field {', '.join(map(repr, unknown))}; fields: {', '.join(fields)}"
     if missing := [field for field, needed in fields.items() if needed and field not in mapping]:
@@ -438,7 +440,7 @@ def mapping_problem(mapping: Mapping[str, str], fields: Mapping[str, bool] = REC
 
 
 def _mapped(mapping: Mapping[str, str]) -> Layout:
-    """One column as response and category means that responses are labels."""
+    """Layout of a mapping. If response and category are the same column, responses are labels."""
     labels = mapping.get("category") == mapping["response"]
     return Layout(
         keys=frozenset({mapping["prompt"], mapping["response"]}),
@@ -465,27 +467,27 @@ def detect(rows: Sequence[Row], name: str, layouts: Mapping[str, Layout] | Mappi
     Args:
         layouts: LAYOUTS or PAIR_LAYOUTS.
     Raises:
-        InputError: no layout fits any row, or the rows are preferences where examples are wanted, or the other way round.
+        InputError: no layout fits any row, or the rows are preferences where examples are expected, or vice versa.
     """
     examples, pairs = _best(rows, LAYOUTS), _best(rows, PAIR_LAYOUTS, _is_pair if layouts is LAYOUTS else None)
     best = examples if layouts is LAYOUTS else pairs
     if layouts is LAYOUTS and _preferred(examples, pairs):
         raise InputError(
             f"{name}: the rows are preferences ({pairs.name}: {', '.join(sorted(pairs.keys))}), not examples to imitate",
-            "name the file under raw_preferences"
+            "list the file under raw_preferences"
             + (f"; to imitate all of it nevertheless, set format: {examples.name}" if examples.rows else ""),
         )
     if layouts is PAIR_LAYOUTS and examples.rows and not pairs.rows:
         raise InputError(
             f"{name}: the rows are examples ({examples.name}: {', '.join(sorted(examples.keys))}), not preferences",
-            "name the file under raw_examples",
+            "list the file under raw_examples",
         )
     if not best.rows:
-        found = sorted(next((row.value for row in rows if row.value is not None), {}))
-        wanted = "; ".join(f"{known}: {', '.join(sorted(layout.keys))}" for known, layout in layouts.items())
+        keys = sorted(next((row.value for row in rows if row.value is not None), {}))
+        expected = "; ".join(f"{known}: {', '.join(sorted(layout.keys))}" for known, layout in layouts.items())
         raise InputError(
-            f"{name}: unknown format (keys of the first row: {', '.join(found) or 'none'})",
-            f"known formats and their keys: {wanted}",
+            f"{name}: unknown format (keys of the first row: {', '.join(keys) or 'none'})",
+            f"known formats and their keys: {expected}",
         )
     return best.name
 
@@ -496,7 +498,7 @@ def is_known(rows: Sequence[Row]) -> bool:
 
 
 def kind(rows: Sequence[Row]) -> Literal["examples", "preferences"]:
-    """What the rows are for. Preferences where most have the keys of a pair layout, and these say more than those of any layout of examples:
+    """Kind of the rows: preferences if most rows have the keys of a pair layout that has more keys than any layout of examples.
 
     {"prompt", "completion"}                 ->  examples
     {"prompt", "completion", "label": true}  ->  preferences (KTO), since the other half should not be imitated
@@ -512,7 +514,7 @@ class _Fit(NamedTuple):
     rows: int
     """How many rows it fits."""
     keys: frozenset[str]
-    """By which keys."""
+    """The keys of the layout."""
 
 
 def _preferred(examples: _Fit, pairs: _Fit) -> bool:
@@ -520,30 +522,30 @@ def _preferred(examples: _Fit, pairs: _Fit) -> bool:
 
 
 def _best(rows: Sequence[Row], layouts: Mapping[str, L], look: Callable[[dict[str, Any], PairLayout], bool] | None = None) -> _Fit:
-    """The layout that fits most rows, of such the one with most keys.
+    """The layout that fits most rows; of several, the one with most keys.
 
     Args:
-        look: whether a row that has the keys of a form of a pair layout is in it; any is, unless given.
+        look: further condition for rows that have the keys of a variant of a pair layout.
     """
     shapes = Counter(tuple(row.value) for row in rows if row.value is not None)
-    found = []
+    fits = []
     for name, layout in layouts.items():
         forms = {shape: _forms(layout, shape) for shape in shapes}
         counts: Counter[frozenset[str]] = Counter()
         if look and any(forms.values()):
             for row in rows:
-                if row.value is not None and (form := next((one for one in forms[tuple(row.value)] if look(row.value, one)), None)):  # type: ignore[arg-type]
+                if row.value is not None and (form := next((form for form in forms[tuple(row.value)] if look(row.value, form)), None)):  # type: ignore[arg-type]
                     counts[form.keys] += 1
         else:
             for shape, fitting in forms.items():
                 counts.update({fitting[0].keys: shapes[shape]} if fitting else {})
         keys = max(counts, key=lambda keys: (counts[keys], len(keys)), default=layout.keys)
-        found.append(_Fit(name, counts.total(), keys))
-    return max(found, key=lambda fit: (fit.rows, len(fit.keys)))
+        fits.append(_Fit(name, counts.total(), keys))
+    return max(fits, key=lambda fit: (fit.rows, len(fit.keys)))
 
 
 def _forms(layout: Layout | PairLayout, shape: Sequence[str]) -> Sequence[Layout | PairLayout]:
-    """The forms of a layout whose keys a row has."""
+    """The variants of a layout whose keys a row has."""
     if isinstance(layout, PairLayout):
         return [form for form in layout.forms if form.keys <= set(shape)]
     if layout.labels and any(_forms(other, shape) for other in _OTHERS):
@@ -552,11 +554,11 @@ def _forms(layout: Layout | PairLayout, shape: Sequence[str]) -> Sequence[Layout
 
 
 _OTHERS: list[Layout | PairLayout] = [*(layout for layout in LAYOUTS.values() if not layout.labels), *PAIR_LAYOUTS.values()]
-"""What a row with `text` and `label` is in rather than a classification set, where it has the keys: KTO rows have a `label`, too."""
+"""Layouts that take precedence over classification, e.g. KTO, whose rows also have a `label`."""
 
 
 def _is_pair(row: dict[str, Any], form: PairLayout) -> bool:
-    """A table that mixes both has all columns in every row, some of them empty."""
+    """Whether a row is a pair. In a table with both kinds every row has all columns, some of them null."""
     return all(row[key] is not None for key in form.keys) and (not form.judged or _judgement(row[form.judged]) is not None)
 
 
@@ -569,10 +571,10 @@ def _choose(rows: Sequence[Row], name: str, layout: str, layouts: Mapping[str, L
     if layout != "auto":
         raise InputError(f"{name}: both a format ({layout}) and a mapping", "leave one of them out")
     if not any(row.value is not None and mapped.keys <= row.value.keys() for row in rows):
-        found = sorted(next((row.value for row in rows if row.value is not None), {}))
+        columns = sorted(next((row.value for row in rows if row.value is not None), {}))
         raise InputError(
             f"{name}: mapping: no row has the columns {', '.join(sorted(mapped.keys))}",
-            f"columns of the first row: {', '.join(found) or 'none'}",
+            f"columns of the first row: {', '.join(columns) or 'none'}",
         )
     return "mapping", mapped
 
@@ -580,36 +582,36 @@ def _choose(rows: Sequence[Row], name: str, layout: str, layouts: Mapping[str, L
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
     ("validation", "valid", "val", "dev", "eval", "evaluation"), "validation"
 )
-"""Spelling of a split -> its name here."""
+"""Spelling of a split -> canonical name."""
 
 
 def canonical_split(label: Any) -> str | None:
-    """ "Dev"  ->  "validation"; None where it is no split's name."""
+    """ "Dev"  ->  "validation"; None if it is not a split name."""
     return SPLITS.get(label.strip().lower()) if isinstance(label, str) else None
 
 
 def split_of_file(path: str) -> str | None:
-    """The split that a file is named after: "a/val.jsonl.gz", "a/validation-00000-of-00002.parquet"  ->  "validation"."""
+    """The split in the name of a file: "a/val.jsonl.gz", "a/validation-00000-of-00002.parquet"  ->  "validation"."""
     return canonical_split(re.sub(r"-\d+-of-\d+$", "", path.rpartition("/")[2].split(".")[0]))
 
 
 def to_records(
     path: Path, source: str, layout: str = "auto", mapping: Mapping[str, str] | None = None, split: str | None = None
 ) -> tuple[str, list[dict[str, Any]]]:
-    """Every row of a file as a canonical record with its `source_row`; nothing is dropped.
+    """Convert every row of a file to a canonical record with its `source_row`; nothing is dropped.
 
-    A row that cannot be read keeps its place with no messages and `meta.problem`:
+    An unreadable row has no messages, and `meta.problem`:
     {"instruction": "Hi", "output": 3}  ->  messages [], meta {"problem": "expected text, found int (line 1)"}
 
-    In a folder each file is read for itself, and is the source of its rows: source "data/sources/mine", file "b/a.jsonl"  ->
+    In a folder each file is a source: source "data/sources/mine", file "b/a.jsonl"  ->
     "data/sources/mine/b/a.jsonl".
 
     Args:
-        mapping: field (prompt, response, system, category) -> column, for a layout of one's own:
+        mapping: field (prompt, response, system, category) -> column, for a custom layout:
             {"prompt": "q", "response": "a"} reads {"q": "Hi", "a": "Hello"} as user "Hi", assistant "Hello".
         split: label for every row, or "from_file_names".
     Returns:
-        The layout used ("mapping" for one's own; those of a folder joined by ", "), and the records (`record_schema` plus `source_row`).
+        The layout ("mapping" for a custom one; several in a folder are joined by ", "), and the records (`record_schema` plus `source_row`).
     """
     return of_files(path, source, layout, mapping, split, records_of)
 
@@ -634,19 +636,19 @@ class Reader(Protocol):
 def of_files(
     path: Path, source: str, layout: str, mapping: Mapping[str, str] | None, split: str | None, read: Reader
 ) -> tuple[str, list[dict[str, Any]]]:
-    """What `read` makes of a file, or of each file of a folder."""
+    """Apply `read` to a file, or to each file of a folder."""
     used: dict[str, None] = {}
-    found: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     labels = set()
-    for file, name, place in _each(path, source):
+    for file, name, file_source in _each(path, source):
         label = split_of_file(name) if split == FROM_FILE_NAMES else split
         labels.add(label)
-        told, more = read(read_rows(file), name, place, layout, mapping, label)
-        used[told] = None
-        found += more
+        file_layout, file_records = read(read_rows(file), name, file_source, layout, mapping, label)
+        used[file_layout] = None
+        records += file_records
     if split == FROM_FILE_NAMES and labels == {None}:
-        raise InputError(f"{path.name}: no file is named after a split", f"name them {', '.join(SPLITS)}, or leave split out")
-    return ", ".join(used), found
+        raise InputError(f"{path.name}: no file name contains a split", f"use the names {', '.join(SPLITS)}, or leave split out")
+    return ", ".join(used), records
 
 
 def _each(path: Path, source: str) -> list[tuple[Path, str, str]]:
@@ -659,14 +661,14 @@ def _each(path: Path, source: str) -> list[tuple[Path, str, str]]:
 def records_of(
     rows: list[Row], name: str, source: str, layout: str = "auto", mapping: Mapping[str, str] | None = None, split: str | None = None
 ) -> tuple[str, list[dict[str, Any]]]:
-    """As `to_records`, of rows read already. The list is emptied meanwhile, so that no row is held twice."""
-    mapped = _mapped(_sound(mapping, RECORD_FIELDS, name)) if mapping else None
+    """As `to_records`, for rows that are already read. Empties the list, so that rows are not in memory twice."""
+    mapped = _mapped(_validated(mapping, RECORD_FIELDS, name)) if mapping else None
     layout, used = _choose(rows, name, layout, LAYOUTS, mapped)
-    return layout, [_record(one, source, used, split) for row in _handed_over(rows) for one in _parts(row, used)]
+    return layout, [_record(part, source, used, split) for row in _consumed(rows) for part in _parts(row, used)]
 
 
 def _parts(row: Row, layout: Layout) -> list[Row]:
-    """The row, or one row for each of the examples that it holds. What cannot be split is malformed as a whole."""
+    """The row, or one row per example in it. A row that cannot be split is malformed."""
     if layout.parts is None or row.value is None:
         return [row]
     nothing: list[Any] = []
@@ -682,7 +684,7 @@ def _no_instance(row: Row, part: Any, number: int) -> Row:
     return row._replace(value=value, problem=f"instance {number}: expected an object, found {type(part).__name__}{where}")
 
 
-def _handed_over(rows: list[Row]) -> Iterator[Row]:
+def _consumed(rows: list[Row]) -> Iterator[Row]:
     rows.reverse()
     while rows:
         yield rows.pop()
@@ -691,19 +693,18 @@ def _handed_over(rows: list[Row]) -> Iterator[Row]:
 def to_pairs(
     path: Path, source: str, layout: str = "auto", mapping: Mapping[str, str] | None = None, split: str | None = None
 ) -> tuple[str, list[dict[str, Any]]]:
-    """Preference pairs. Every row of the file is in the `source_rows` of at least one; a tree may give several, and two KTO rows make one:
+    """Convert a file to preference pairs. Every row is in the `source_rows` of at least one pair; a tree may give several, and two KTO rows form one:
 
     {"prompt": "Hi", "completion": "Hello", "label": true}   ->  {"source_rows": [0, 1], "margin": None, "prompt": [user "Hi"],
     {"prompt": "Hi", "completion": "What?", "label": false}       "chosen": [assistant "Hello"], "rejected": [assistant "What?"], ...}
 
-    A row that cannot be read keeps its place with no messages; a KTO row without a counterpart has one empty side. Both say why in
-    `meta.problem`.
+    An unreadable row has no messages, and a KTO row without a counterpart has one empty side. `meta.problem` has the reason.
 
     Args:
-        mapping: field (prompt, chosen, rejected, category) -> column, for a layout of one's own.
-        split: as for `to_records`. Two KTO rows of different splits make no pair.
+        mapping: field (prompt, chosen, rejected, category) -> column, for a custom layout.
+        split: as for `to_records`. KTO rows of different splits are not paired.
     Returns:
-        The layout used, and the pairs (`pair_schema` plus `source_row`, the first of its `source_rows`).
+        The layout, and the pairs (`pair_schema` plus `source_row`, the first of its `source_rows`).
     """
     return of_files(path, source, layout, mapping, split, pairs_of)
 
@@ -711,12 +712,12 @@ def to_pairs(
 def pairs_of(
     rows: list[Row], name: str, source: str, layout: str = "auto", mapping: Mapping[str, str] | None = None, split: str | None = None
 ) -> tuple[str, list[dict[str, Any]]]:
-    """As `to_pairs`, of rows read already. The list is emptied meanwhile."""
-    mapped = _mapped_pairs(_sound(mapping, PAIR_FIELDS, name)) if mapping else None
+    """As `to_pairs`, for rows that are already read. Empties the list."""
+    mapped = _mapped_pairs(_validated(mapping, PAIR_FIELDS, name)) if mapping else None
     layout, used = _choose(rows, name, layout, PAIR_LAYOUTS, mapped)
     entries: list[dict[str, Any]] = []
     waiting: dict[tuple[str, str], deque[dict[str, Any]]] = defaultdict(deque)
-    for row in _handed_over(rows):
+    for row in _consumed(rows):
         form = used.form_of(row.value or {})
         pairs, problem = _read(row, form.pairs, [Pair([], [], [])])
         kept = _kept(row, form.used, form.category)
@@ -745,7 +746,7 @@ def pairs_of(
 
 
 def _pair_id(entry: dict[str, Any]) -> str:
-    """Of what could not be read, the content is the row."""
+    """Content hash of a pair; of the row if it is unreadable."""
     sides = [entry[side] for side in ("prompt", "chosen", "rejected")]
     if any(sides):
         return pair_id(*sides)
@@ -753,26 +754,26 @@ def _pair_id(entry: dict[str, Any]) -> str:
 
 
 def as_record(pair: dict[str, Any]) -> dict[str, Any]:
-    """A pair as the checks look at it, a record whose `messages` end with what was chosen:
+    """Convert a pair to a record for the checks, whose `messages` end with the chosen answer:
 
     prompt [user "Hi"], chosen [assistant "Hello"]  ->  messages [user "Hi", assistant "Hello"], asked 1
     """
     messages = [*pair["prompt"], *pair["chosen"]]
     mismatch = not messages and str(json.loads(pair["meta"]).get("problem")).startswith(MISMATCH)
-    if pair["chosen"] and pair["rejected"]:  # of several turns the last ones are compared: they answer what stands before them
+    if pair["chosen"] and pair["rejected"]:  # of several turns only the last are compared, so all others must be equal
         mismatch = pair["chosen"][:-1] != pair["rejected"][:-1]
     kept = {key: value for key, value in pair.items() if key not in {"prompt", "chosen"}}
     return {**kept, "messages": messages, "asked": len(pair["prompt"]), "same_prompt": not mismatch}
 
 
-def _sound(mapping: Mapping[str, str], fields: Mapping[str, bool], name: str) -> Mapping[str, str]:
+def _validated(mapping: Mapping[str, str], fields: Mapping[str, bool], name: str) -> Mapping[str, str]:
     if problem := mapping_problem(mapping, fields):
-        raise InputError(f"{name}: mapping: {problem}", "map each field to a column of its own")
+        raise InputError(f"{name}: mapping: {problem}", "map each field to a different column")
     return mapping
 
 
 def _read(row: Row, convert: Callable[[dict[str, Any]], T], otherwise: T) -> tuple[T, str]:
-    """What the row says, or `otherwise` and why it cannot be read."""
+    """The converted row, or `otherwise` and why it is unreadable."""
     if row.problem or row.value is None:
         return otherwise, row.problem
     try:
@@ -790,7 +791,7 @@ def _category(row: Row, key: str) -> str | None:
 
 
 def _kept(row: Row, used: frozenset[str], category: str) -> dict[str, Any]:
-    """What went into no other column. A category that is not text is no category, and stays here."""
+    """Values that are in no other column, including a category that is not text."""
     elsewhere = used | ({category} if isinstance((row.value or {}).get(category), str | None) else set())
     return {key: value for key, value in (row.value or {}).items() if key not in elsewhere}
 
