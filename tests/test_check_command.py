@@ -516,9 +516,9 @@ def test_a_name_that_is_not_utf_8_a_link_and_a_submodule_have_an_earlier_version
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [(["a.jsonl", "--since", "nowhere"], "--since nowhere: no such path, and no such revision"), (["a.jsonl", "--since=--help"], "no such revision"),
-     (["a.jsonl", "--since=-p"], "no such revision"), (["a.jsonl", "--since=HEAD:a.jsonl"], "no such revision"), (["new.jsonl", "--since", "HEAD"], "git does not hold new.jsonl"),
+     (["a.jsonl", "--since=-p"], "no such revision"), (["a.jsonl", "--since=HEAD:a.jsonl"], "no such revision"), (["new.jsonl", "--since", "HEAD"], "new.jsonl is not in git"),
      (["gone.jsonl", "--since", "HEAD"], "gone.jsonl does not exist here"), (["a.jsonl", "--since", "pairs.jsonl"], "pairs.jsonl holds preferences, a.jsonl examples"),
-     ([Path(os.devnull), "--since", "HEAD"], "git does not hold")],
+     ([Path(os.devnull), "--since", "HEAD"], "is not in git")],
 )  # fmt: skip
 def test_an_earlier_version_that_is_none_is_refused(arguments: list[str], said: str, check: Check) -> None:
     committed(jsonl(Path("a.jsonl"), ANSWERED).name, jsonl(Path("gone.jsonl"), ANSWERED).name)

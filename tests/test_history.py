@@ -21,7 +21,7 @@ from dagster_project.lineage import index
 from dagster_project.lineage.diff import as_text as diff_text
 from dagster_project.lineage.diff import diff
 from dagster_project.lineage.impact import as_text, impact
-from dagster_project.lineage.index import PLACE, Index
+from dagster_project.lineage.index import INDEX_FILE, Index
 from dagster_project.lineage.lineage import audit, document, find, listed, trained_on
 
 FAQ, MAIL = "data/sources/faq.jsonl", "data/sources/mail.jsonl"
@@ -165,7 +165,7 @@ def test_models_of_merged_branches_are_found_and_rebased_ones_are_not(made: Proj
     assert {side, mine, gone} <= found and len(found) == 4
     git(made.root, "reset", "-q", "--hard", "HEAD~1")
     assert {commit for _, commit in names(impact(made.root, record=identity("cats")))} == found - {gone}
-    with pytest.raises(InputError, match="no branch or tag leads to"):
+    with pytest.raises(InputError, match="not reachable from any branch"):
         audit(made.root, "merged@lora", rev=gone)
 
 
@@ -186,7 +186,7 @@ def test_an_old_model_is_found_by_hash_and_by_a_copy_of_its_folder(made: Project
     (copy / "README.md").write_text("a card")  # what others add does not hide the weights
     assert audit(made.root, str(copy)) == wanted
     (copy / "model.safetensors").write_text("other weights")
-    with pytest.raises(InputError, match="no output in history holds these files"):
+    with pytest.raises(InputError, match="no output in history contains these files"):
         audit(made.root, str(copy))
 
 
@@ -200,7 +200,7 @@ def test_a_renamed_stage_is_one_model_by_its_content(made: Project) -> None:
     assert names(found) == [("adapter@lora", first), ("merged@lora", first)]
     assert found["models"][0]["also_called"] == ["sft@lora"]
     assert [one["stage"] for one in audit(made.root, "merged@lora")["parents"]] == ["sft@lora"]
-    with pytest.raises(InputError, match=r"adapter@lora is not in dvc\.lock; it was, last with md5"):
+    with pytest.raises(InputError, match=r"adapter@lora is not in dvc\.lock; it was before, last with md5"):
         audit(made.root, "adapter@lora")
 
 
@@ -226,7 +226,7 @@ def test_one_missing_shard_makes_every_data_set_that_shares_it_unknown(made: Pro
     made.commit(first)
     made.commit(second)
     shared = Index(made.root).files(first["splits"]["outs"][0]["md5"])["test/records-00000.parquet"]
-    shutil.rmtree((made.root / PLACE).parent)
+    shutil.rmtree((made.root / INDEX_FILE).parent)
     Index(made.root).objects.path(shared).unlink()
     assert len(impact(made.root, record=identity("fish"))["unknown"]) == 4
     assert len(impact(made.root, record=identity("frogs"))["unknown"]) == 2
@@ -239,7 +239,7 @@ def test_evidence_and_data_tell_each_what_they_know_where_the_other_is_gone(made
     evidence = known.files(lock["adapter@lora"]["outs"][0]["md5"])["examples.parquet"]
     shard = known.files(lock["splits"]["outs"][0]["md5"])["train/records-00000.parquet"]
     for gone, splits, steps in ((evidence, {"train": 1}, None), (shard, {"train": 1}, [1])):
-        shutil.rmtree((made.root / PLACE).parent)
+        shutil.rmtree((made.root / INDEX_FILE).parent)
         path = known.objects.path(gone)
         content = path.read_bytes()
         path.unlink()
@@ -283,9 +283,9 @@ def test_without_a_cache_the_workspace_tells_where_it_holds_the_same_bytes(made:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(known.objects.path(md5), target)
     made.forget_cache()
-    shutil.rmtree((made.root / PLACE).parent)
+    shutil.rmtree((made.root / INDEX_FILE).parent)
     assert len(impact(made.root, record=identity("cats"))["models"]) == 2
-    shutil.rmtree((made.root / PLACE).parent)
+    shutil.rmtree((made.root / INDEX_FILE).parent)
     (made.root / "data/splits/train/records-00000.parquet").write_bytes(b"other")
     assert impact(made.root, record=identity("fish"))["unknown"]
 
@@ -368,7 +368,7 @@ def test_a_brute_force_oracle_agrees_on_random_histories(made: Project, seed: in
             impact(made.root, record=identity("nobody"))
     for rebuilt in (False, True):
         if rebuilt:
-            (made.root / PLACE).unlink()
+            (made.root / INDEX_FILE).unlink()
         for word in words:
             found = impact(made.root, record=identity(word))
             told = {(m["md5"], split, tuple(s["steps"])) for m in found["models"] for s in m["seen"] for split in s["splits"]}
@@ -387,14 +387,14 @@ def test_a_brute_force_oracle_agrees_on_random_histories(made: Project, seed: in
 def test_the_index_can_be_spoilt_and_is_made_anew(made: Project) -> None:
     made.commit(made.street(ROWS))
     before = impact(made.root, record=identity("cats"))
-    (made.root / PLACE).write_bytes(b"no database at all, but a file of some length" * 100)
+    (made.root / INDEX_FILE).write_bytes(b"no database at all, but a file of some length" * 100)
     assert impact(made.root, record=identity("cats")) == before
 
 
 def test_each_file_is_read_once_however_many_models_saw_it(made: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
-    shard = index._Rows.shard
-    monkeypatch.setattr(index._Rows, "shard", lambda self, path, content: read.append(path) or shard(self, path, content))
+    shard = index._RowCollector.add_shard
+    monkeypatch.setattr(index._RowCollector, "add_shard", lambda self, path, content: read.append(path) or shard(self, path, content))
     for seed in range(5):
         made.commit(made.street(ROWS, seed=seed))
         impact(made.root, record=identity("cats"))

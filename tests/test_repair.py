@@ -254,8 +254,8 @@ def test_the_repairs_and_their_defaults_are_documented() -> None:
 def test_the_id_of_a_source_row_leads_to_what_it_became(tmp_path: Path, tiny_model: Path) -> None:
     rows = records(asked("Fly.", "Up.</s>"), asked("Land.", "Down."))
     staged(tmp_path, tiny_model, rows)
-    made = SimpleNamespace(md5="a", weights=False)
-    index: Any = SimpleNamespace(made={1: made}, place=lambda out, name: tmp_path / "out" / name)
+    made = SimpleNamespace(md5="a", is_model=False)
+    index: Any = SimpleNamespace(runs={1: made}, file_path=lambda out, name: tmp_path / "out" / name)
     assert repaired_from(index, rows[0]["example_id"]) == [read_records(tmp_path / "out")[0]["example_id"]]
     assert repaired_from(index, rows[1]["example_id"]) == []
 

@@ -1,4 +1,4 @@
-"""What differs between two models: records, parameters, code, versions, scores."""
+"""Differences between two models: records, parameters, code, library versions and scores."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.core.text import visible
-from dagster_project.lineage.index import SPLIT, Index, Made
-from dagster_project.lineage.lineage import NO_FIGURES, Subject, document, fetch, find
+from dagster_project.lineage.index import SPLIT, Index, StageRun
+from dagster_project.lineage.lineage import NON_METRICS, Subject, document, fetch_hint, find
 
 SHOWN = 20
-"""Records that are shown at a terminal; `--json` has all."""
+"""Most records of a kind shown in the terminal; `--json` lists all."""
 
-Place = tuple[str, int | None]
+SourceRow = tuple[str, int | None]
+"""(source, row in it from 0, or None if unknown)."""
 
 
 def diff(root: Path, before: str, after: str, rev: str | None = None, against_rev: str | None = None) -> dict[str, Any]:
-    """What differs between two models, or between one at two revisions.
+    """The differences between two models, or between two revisions of one.
 
     Args:
-        rev, against_rev: of `before` and of `after`; "REV:MODEL" says the same.
+        rev, against_rev: revisions of `before` and `after`; "REV:MODEL" is equivalent.
     Returns:
         {"models", "same", "records", "parameters", "code", "environment", "base_model", "sources", "metrics", "missing"}. "records" has "added",
         "removed", "changed" (another record from the same source row) and "moved" (to another split), each record with its source rows; it is null
-        where a data set is not here. The others are {name: [before, after]}, of what differs alone.
+        if a data set is unavailable. The others are {name: [before, after]}, for differing values only.
     """
     index = Index(root)
     subjects = [find(index, before, rev), find(index, after, against_rev)]
@@ -39,8 +40,8 @@ def diff(root: Path, before: str, after: str, rev: str | None = None, against_re
         "code": _differing(old["code"]["files"], new["code"]["files"]),
         "environment": _differing(old["environment"], new["environment"]),
         "base_model": _differing(_flat(old["base_model"]), _flat(new["base_model"])),
-        "sources": _differing(*({name: facts.get("sha256") for name, facts in one["sources"].items()} for one in (old, new))),
-        "metrics": _differing(*(_scores(subject, one) for subject, one in zip(subjects, (old, new), strict=True))),
+        "sources": _differing(*({name: facts.get("sha256") for name, facts in audited["sources"].items()} for audited in (old, new))),
+        "metrics": _differing(*(_scores(subject, audited) for subject, audited in zip(subjects, (old, new), strict=True))),
         "missing": missing,
     }
 
@@ -49,113 +50,119 @@ def _differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str,
     return {name: [before.get(name), after.get(name)] for name in sorted({*before, *after}) if before.get(name) != after.get(name)}
 
 
-def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Nested mappings by dotted names."""
-    found: dict[str, Any] = {}
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested mappings to dotted names."""
+    flat: dict[str, Any] = {}
     for key, value in values.items():
-        found |= _flat(value, f"{above}{key}.") if isinstance(value, dict) and value else {f"{above}{key}": value}
-    return found
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
 
 
-def _scores(subject: Subject, found: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures, by the stage that measured them: a variant's name would keep those of two variants apart."""
-    variant = subject.made.address.partition("@")[2]
-    named = {name.removesuffix(f"@{variant}") if variant else name: figures for name, figures in found["metrics"].items()}
-    return _flat({name: {key: value for key, value in figures.items() if key not in NO_FIGURES} for name, figures in named.items()})
+def _scores(subject: Subject, audited: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics by stage, without the variant's name, so that two variants can be compared."""
+    variant = subject.run.address.partition("@")[2]
+    by_stage = {name.removesuffix(f"@{variant}") if variant else name: metrics for name, metrics in audited["metrics"].items()}
+    return _flat({name: {key: value for key, value in metrics.items() if key not in NON_METRICS} for name, metrics in by_stage.items()})
 
 
 def _records(before: Subject, after: Subject) -> tuple[dict[str, list[dict[str, Any]]] | None, list[dict[str, str]]]:
-    """Records by example_id and split, over all that each model and those it was made from were given."""
-    given, missing = [], []
+    """Differences in records, over the data sets of each model and of the models it was derived from; and the missing outputs."""
+    rows_of, missing = [], []
     for subject in (before, after):
-        rows, lost = _given(subject)
-        given.append(rows)
-        missing += [{"path": one.path, "md5": one.md5, "fetch": fetch([one])} for one in lost]
+        rows, unavailable = _split_rows(subject)
+        rows_of.append(rows)
+        missing += [{"path": run.path, "md5": run.md5, "fetch": fetch_hint([run])} for run in unavailable]
     if missing:
         return None, missing
-    old, new = given
-    gone, come = old.keys() - new.keys(), new.keys() - old.keys()
-    rows_before = {place: identity for identity in gone for _, places in [old[identity]] for place in places}
+    old, new = rows_of
+    removed, added = old.keys() - new.keys(), new.keys() - old.keys()
+    rows_before = {source_row: identity for identity in removed for _, source_rows in [old[identity]] for source_row in source_rows}
     changed = {
-        identity: was
-        for identity in come
-        for place in new[identity][1]
-        if (was := rows_before.get(place)) is not None and place[1] is not None
+        identity: former
+        for identity in added
+        for source_row in new[identity][1]
+        if (former := rows_before.get(source_row)) is not None and source_row[1] is not None
     }
 
-    def told(identity: str, among: Mapping[str, tuple[list[str], list[Place]]]) -> dict[str, Any]:
-        splits, places = among[identity]
+    def describe(identity: str, rows: Mapping[str, tuple[list[str], list[SourceRow]]]) -> dict[str, Any]:
+        splits, source_rows = rows[identity]
         return {
             "example_id": identity,
             "splits": splits,
-            "rows": [f"{source}:{row}" if row is not None else source for source, row in places],
+            "rows": [f"{source}:{row}" if row is not None else source for source, row in source_rows],
         }
 
     return {
-        "added": [told(one, new) for one in sorted(come - changed.keys())],
-        "removed": [told(one, old) for one in sorted(gone - set(changed.values()))],
-        "changed": [{"before": told(was, old), "after": told(one, new)} for one, was in sorted(changed.items())],
+        "added": [describe(identity, new) for identity in sorted(added - changed.keys())],
+        "removed": [describe(identity, old) for identity in sorted(removed - set(changed.values()))],
+        "changed": [{"before": describe(former, old), "after": describe(identity, new)} for identity, former in sorted(changed.items())],
         "moved": [
-            {"before": told(one, old), "after": told(one, new)} for one in sorted(old.keys() & new.keys()) if old[one][0] != new[one][0]
+            {"before": describe(identity, old), "after": describe(identity, new)}
+            for identity in sorted(old.keys() & new.keys())
+            if old[identity][0] != new[identity][0]
         ],
     }, []
 
 
-def _given(subject: Subject) -> tuple[dict[str, tuple[list[str], list[Place]]], list[Made]]:
-    """example_id -> (splits, (source, row) of each), of every data set that was dealt out; and the runs whose output is not here."""
+def _split_rows(subject: Subject) -> tuple[dict[str, tuple[list[str], list[SourceRow]]], list[StageRun]]:
+    """example_id -> (splits, source rows), over every data set with splits; and the runs whose outputs are unavailable."""
     import pyarrow.parquet as pq
 
     index = subject.index
-    rows: dict[str, tuple[list[str], list[Place]]] = {}
-    lost: list[Made] = []
-    data = {md5: one for made in subject.models for md5, one in index.data(made).items()}
-    for md5, made in data.items():
+    rows: dict[str, tuple[list[str], list[SourceRow]]] = {}
+    unavailable: list[StageRun] = []
+    data = {md5: run for model in subject.models for md5, run in index.data(model).items()}
+    for md5, run in data.items():
         files = index.files(md5)
         if files is None:
-            lost += [made] if index.deals(made) else []
+            unavailable += [run] if index.is_split(run) else []
             continue
-        shards = [(split, index.place(md5, name)) for name in files if (found := SPLIT.search(name)) for split in found.groups()]
+        shards = [(split, index.file_path(md5, name)) for name in files if (match := SPLIT.search(name)) for split in match.groups()]
         if not all(path for _, path in shards):
-            lost.append(made)
+            unavailable.append(run)
             continue
-        ledger = index.place(md5, "ledger.parquet")
-        places: dict[str, list[Place]] = {}
+        ledger = index.file_path(md5, "ledger.parquet")
+        rows_by_id: dict[str, list[SourceRow]] = {}
         for row in pq.read_table(ledger, columns=["source", "source_row", "example_id"]).to_pylist() if ledger else []:
-            places.setdefault(row["example_id"], []).append((row["source"], row["source_row"]))
+            rows_by_id.setdefault(row["example_id"], []).append((row["source"], row["source_row"]))
         for split, path in shards:
             for row in pq.read_table(path, columns=["example_id", "source"]).to_pylist():
-                splits, where = rows.setdefault(row["example_id"], ([], []))
+                splits, known = rows.setdefault(row["example_id"], ([], []))
                 splits += [split] if split not in splits else []
-                where += [place for place in places.get(row["example_id"], [(row["source"], None)]) if place not in where]
-    return rows, lost
+                known += [
+                    source_row for source_row in rows_by_id.get(row["example_id"], [(row["source"], None)]) if source_row not in known
+                ]
+    return rows, unavailable
 
 
-def as_text(found: Mapping[str, Any]) -> str:
-    """The difference for a person at a terminal."""
-    lines = [f"{sign} {one['stage']}  {one['path']}  md5 {one['md5']}" for sign, one in zip("-+", found["models"], strict=True)]
-    if found["same"]:
-        lines.append("the same bytes")
-    records = found["records"]
+def as_text(difference: Mapping[str, Any]) -> str:
+    """The differences as text for the terminal."""
+    lines = [
+        f"{sign} {entry['stage']}  {entry['path']}  md5 {entry['md5']}" for sign, entry in zip("-+", difference["models"], strict=True)
+    ]
+    if difference["same"]:
+        lines.append("identical bytes")
+    records = difference["records"]
     lines.append("")
     if records is None:
         lines += ["records: unknown, because a data set is not in the cache"]
-        lines += [f"  {one['path']}  md5 {one['md5']}\n    fetch it: {one['fetch']}" for one in found["missing"]]
+        lines += [f"  {entry['path']}  md5 {entry['md5']}\n    fetch it: {entry['fetch']}" for entry in difference["missing"]]
     else:
-        lines.append("records: " + (", ".join(f"{len(ones)} {name}" for name, ones in records.items() if ones) or "the same"))
-        lines += [f"  + {_record(one)}" for one in records["added"][:SHOWN]]
-        lines += [f"  - {_record(one)}" for one in records["removed"][:SHOWN]]
-        for one in [*records["changed"][:SHOWN], *records["moved"][:SHOWN]]:
-            lines += [f"  - {_record(one['before'])}", f"  + {_record(one['after'])}"]
+        lines.append("records: " + (", ".join(f"{len(entries)} {name}" for name, entries in records.items() if entries) or "the same"))
+        lines += [f"  + {_record(entry)}" for entry in records["added"][:SHOWN]]
+        lines += [f"  - {_record(entry)}" for entry in records["removed"][:SHOWN]]
+        for entry in [*records["changed"][:SHOWN], *records["moved"][:SHOWN]]:
+            lines += [f"  - {_record(entry['before'])}", f"  + {_record(entry['after'])}"]
     for name in ("sources", "base_model", "parameters", "code", "environment", "metrics"):
-        if found[name]:
+        if difference[name]:
             lines += ["", name.replace("_", " ")]
-            lines += [f"  {key}: {_value(name, was)} -> {_value(name, now)}" for key, (was, now) in found[name].items()]
+            lines += [f"  {key}: {_value(name, before)} -> {_value(name, after)}" for key, (before, after) in difference[name].items()]
     return "\n".join(lines)
 
 
-def _record(one: Mapping[str, Any]) -> str:
-    rows: Sequence[str] = one["rows"]
-    return f"{one['example_id']}  {', '.join(one['splits'])}  {visible(', '.join(rows[:3]))}{' and more' if len(rows) > 3 else ''}"
+def _record(record: Mapping[str, Any]) -> str:
+    rows: Sequence[str] = record["rows"]
+    return f"{record['example_id']}  {', '.join(record['splits'])}  {visible(', '.join(rows[:3]))}{' and more' if len(rows) > 3 else ''}"
 
 
 def _value(name: str, value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Where do two versions of a file first differ? The tensor of a safetensors file, the row and field of a table, the key of a JSON document, else the line."""
+"""Locates the first difference between two versions of a file: tensor (safetensors), row and field (Parquet), key (JSON), or line."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from typing import Any
 from dagster_project.curation.checks.privacy import mask
 
 SHOWN = 120
-"""Characters shown of a value."""
+"""Longest value shown, in characters."""
 
 
 def first_difference(recorded: Path, made: Path) -> dict[str, Any]:
-    """The first place where two files differ that are not the same byte for byte.
+    """The first difference between two files whose bytes differ.
 
     Returns:
         {"tensor", "max_abs_difference", "tensors_differing", "tensors"}, {"row", "field", "recorded", "made"}, {"field", "recorded", "made"},
-        {"line", "recorded", "made"} or {"byte"}; rows and lines count from 0, as everywhere, and values are masked and cut.
+        {"line", "recorded", "made"} or {"byte"}. Rows and lines count from 0; personal data is masked and long values are truncated.
     """
     from safetensors import SafetensorError
 
-    look = {".safetensors": _tensor, ".parquet": _row, ".json": _field}.get(made.suffix, _line)
+    compare = {".safetensors": _tensor, ".parquet": _row, ".json": _field}.get(made.suffix, _line)
     try:
-        found = look(recorded, made)
-    except (OSError, ValueError, NotImplementedError, SafetensorError):  # one of them is no such file, and bytes can still be compared
-        found = {}
-    return found or {"byte": _byte(recorded, made)}
+        difference = compare(recorded, made)
+    except (OSError, ValueError, NotImplementedError, SafetensorError):  # a file is invalid, but its bytes can still be compared
+        difference = {}
+    return difference or {"byte": _byte(recorded, made)}
 
 
 def _tensor(recorded: Path, made: Path) -> dict[str, Any]:
@@ -39,28 +39,28 @@ def _tensor(recorded: Path, made: Path) -> dict[str, Any]:
         names, others = set(a.keys()), set(b.keys())
         for name in sorted(names ^ others):
             return {"tensor": name, "only": "recorded" if name in names else "made"}
-        found: list[dict[str, Any]] = []
+        differences: list[dict[str, Any]] = []
         for name in sorted(names):
-            one, other = a.get_tensor(name), b.get_tensor(name)
-            if one.shape != other.shape or one.dtype != other.dtype:
-                shapes = {"recorded": f"{one.dtype} {tuple(one.shape)}", "made": f"{other.dtype} {tuple(other.shape)}"}
-                found.append({"tensor": name, **shapes})
-            elif not torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))):
-                found.append({"tensor": name, "max_abs_difference": float((one.double() - other.double()).abs().max())})
-    return {**found[0], "tensors_differing": len(found), "tensors": len(names)} if found else {}
+            tensor_a, tensor_b = a.get_tensor(name), b.get_tensor(name)
+            if tensor_a.shape != tensor_b.shape or tensor_a.dtype != tensor_b.dtype:
+                shapes = {"recorded": f"{tensor_a.dtype} {tuple(tensor_a.shape)}", "made": f"{tensor_b.dtype} {tuple(tensor_b.shape)}"}
+                differences.append({"tensor": name, **shapes})
+            elif not torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (tensor_a, tensor_b))):
+                differences.append({"tensor": name, "max_abs_difference": float((tensor_a.double() - tensor_b.double()).abs().max())})
+    return {**differences[0], "tensors_differing": len(differences), "tensors": len(names)} if differences else {}
 
 
 def _row(recorded: Path, made: Path) -> dict[str, Any]:
     import pyarrow.parquet as pq
 
-    one, other = pq.read_table(recorded), pq.read_table(made)
-    if one.schema != other.schema:
-        return {"field": "schema", "recorded": _shown(str(one.schema)), "made": _shown(str(other.schema))}
-    for row, (a, b) in enumerate(zip_longest(_rows(one), _rows(other))):
+    table_a, table_b = pq.read_table(recorded), pq.read_table(made)
+    if table_a.schema != table_b.schema:
+        return {"field": "schema", "recorded": _shown(str(table_a.schema)), "made": _shown(str(table_b.schema))}
+    for row, (a, b) in enumerate(zip_longest(_rows(table_a), _rows(table_b))):
         if a is None or b is None:
-            return {"row": row, "recorded": f"{one.num_rows} rows", "made": f"{other.num_rows} rows"}
+            return {"row": row, "recorded": f"{table_a.num_rows} rows", "made": f"{table_b.num_rows} rows"}
         for name in a:
-            if (difference := _deep(a[name], b[name], name)) is not None:
+            if (difference := _first_key(a[name], b[name], name)) is not None:
                 return {"row": row, **difference}
     return {}
 
@@ -71,29 +71,29 @@ def _rows(table: Any) -> Iterator[dict[str, Any]]:
 
 
 def _field(recorded: Path, made: Path) -> dict[str, Any]:
-    return _deep(json.loads(recorded.read_bytes()), json.loads(made.read_bytes()), "") or {}
+    return _first_key(json.loads(recorded.read_bytes()), json.loads(made.read_bytes()), "") or {}
 
 
-def _deep(one: Any, other: Any, where: str) -> dict[str, Any] | None:
-    """The first key, in the recorded order, under which two values differ; None if they are the same."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        for key in dict.fromkeys([*one, *other]):
-            found = _deep(one.get(key, ABSENT), other.get(key, ABSENT), f"{where}.{key}" if where else str(key))
-            if found is not None:
-                return found
+def _first_key(a: Any, b: Any, path: str) -> dict[str, Any] | None:
+    """The first key, in the recorded order, whose values differ; None if the values are equal."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in dict.fromkeys([*a, *b]):
+            difference = _first_key(a.get(key, ABSENT), b.get(key, ABSENT), f"{path}.{key}" if path else str(key))
+            if difference is not None:
+                return difference
         return None
-    if isinstance(one, list) and isinstance(other, list):
-        for i, (a, b) in enumerate(zip_longest(one, other, fillvalue=ABSENT)):
-            if (found := _deep(a, b, f"{where}[{i}]")) is not None:
-                return found
+    if isinstance(a, list) and isinstance(b, list):
+        for i, (item_a, item_b) in enumerate(zip_longest(a, b, fillvalue=ABSENT)):
+            if (difference := _first_key(item_a, item_b, f"{path}[{i}]")) is not None:
+                return difference
         return None
-    # as written: 1 is not True, and not a number is not a number
-    return None if repr(one) == repr(other) else {"field": where, "recorded": _shown(one), "made": _shown(other)}
+    # compared as written: 1 is not True, and NaN equals NaN
+    return None if repr(a) == repr(b) else {"field": path, "recorded": _shown(a), "made": _shown(b)}
 
 
 def _line(recorded: Path, made: Path) -> dict[str, Any]:
-    with recorded.open(encoding="utf-8") as one, made.open(encoding="utf-8") as other:
-        for number, (a, b) in enumerate(zip_longest(one, other, fillvalue=ABSENT)):
+    with recorded.open(encoding="utf-8") as file_a, made.open(encoding="utf-8") as file_b:
+        for number, (a, b) in enumerate(zip_longest(file_a, file_b, fillvalue=ABSENT)):
             if a != b:
                 return {"line": number, "recorded": _shown(a), "made": _shown(b)}
     return {}
@@ -101,9 +101,9 @@ def _line(recorded: Path, made: Path) -> dict[str, Any]:
 
 def _byte(recorded: Path, made: Path) -> int:
     position = 0
-    with recorded.open("rb") as one, made.open("rb") as other:
+    with recorded.open("rb") as file_a, made.open("rb") as file_b:
         while True:
-            a, b = one.read(1 << 20), other.read(1 << 20)
+            a, b = file_a.read(1 << 20), file_b.read(1 << 20)
             if a != b:
                 return position + next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
             if not a:

@@ -1,4 +1,4 @@
-"""Which models saw this record? Every model in history, merged and aligned ones through their parents, with split and steps."""
+"""Finds the models that have seen a record: every model in history, directly or through its parents, with splits and steps."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from typing import Any
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.text import visible
-from dagster_project.lineage.index import EVIDENCE, Index, Made, record_key
-from dagster_project.lineage.lineage import fetch
+from dagster_project.lineage.index import EVIDENCE, Index, StageRun, record_key
+from dagster_project.lineage.lineage import fetch_hint
 
 SHOWN = 12
-"""Steps of a model that are shown at a terminal, and records, and outputs that are missing; `--json` has all."""
+"""Most steps, records and missing outputs shown in the terminal; `--json` lists all."""
 
 
 @dataclass
-class Seen:
-    """What one model saw by itself of what is asked about."""
+class Exposure:
+    """The matching rows that one model itself has seen, parents excluded."""
 
     rows: Counter[str] = field(default_factory=Counter)
     """Split -> rows."""
     steps: list[tuple[int, int]] = field(default_factory=list)
-    """(step, epoch) of each time it learnt from one of them."""
-    learnt: tuple[int, int, int] | None = None
-    """(records, first step, last step), where not each record is asked about."""
-    tells: bool = True
-    """Is it known at which steps it learnt from a record?"""
+    """(step, epoch) of every training step on one of them."""
+    training_summary: tuple[int, int, int] | None = None
+    """(records, first step, last step), for queries by source or hash; None if unknown."""
+    steps_known: bool = True
+    """Whether the training steps are known."""
 
-    def plus(self, other: Seen) -> Seen:
-        """What it saw of both, where not each record is asked about."""
-        learnt = None
-        if self.learnt and other.learnt:
-            parts = [part for part in (self.learnt, other.learnt) if part[0]] or [self.learnt]
-            learnt = (sum(n for n, _, _ in parts), min(first for _, first, _ in parts), max(last for _, _, last in parts))
-        return Seen(self.rows + other.rows, learnt=learnt)
+    def plus(self, other: Exposure) -> Exposure:
+        """Sum of two exposures, for queries by source or hash."""
+        summary = None
+        if self.training_summary and other.training_summary:
+            parts = [part for part in (self.training_summary, other.training_summary) if part[0]] or [self.training_summary]
+            summary = (sum(n for n, _, _ in parts), min(first for _, first, _ in parts), max(last for _, _, last in parts))
+        return Exposure(self.rows + other.rows, training_summary=summary)
 
 
 def impact(
@@ -48,312 +48,341 @@ def impact(
     content: str | None = None,
     near: bool = False,
 ) -> dict[str, Any]:
-    """The models that saw a record, a text, a source, or a file or folder by its hash. Just one of the four is given.
+    """The models that saw a record, a text, a source, or a file or folder by its hash. Exactly one of the four is given.
 
     Args:
-        text: what a message says, but for case and white space.
-        source: a file, or a folder and all in it, as the records name it.
-        content: md5 or sha256, or the beginning of one, of a source or of any output or file of one.
-        near: also look for near-copies of the record or text (curation/similarity/overlap.py).
+        text: text of a message; case and whitespace are ignored.
+        source: a file, or a folder and its contents, as named in the records.
+        content: md5 or sha256, or a prefix of one, of a source, an output, or a file of an output.
+        near: also search for near-copies of the record or text (curation/similarity/overlap.py).
     Returns:
-        {"asked", "records", "models", "near", "unknown", "shallow"}: `models` in the order of history, each with the splits it saw it in, the steps
-        it learnt at, and the model among its parents that did; `unknown` are models of which it cannot be said, with what is missing.
+        {"asked", "records", "models", "near", "unknown", "shallow"}. `models`, in the order of history, have the splits and training steps, and the
+        parent that saw the record; `unknown` lists models that cannot be decided, with the outputs that are missing.
     """
     if near and record is None and text is None:
-        raise InputError("--near compares texts", "give --text, or --record")
+        raise InputError("--near needs a text to compare", "use it with --text or --record")
     index = Index(root)
     index.read_records()
-    question = _Question(index)
+    query = _ImpactQuery(index)
     asked: dict[str, Any] = {"record": record, "text": text, "source": source, "hash": content}
     copies: list[dict[str, Any]] = []
     if source is not None:
-        question.source(source.removeprefix("./"))
+        query.match_source(source.removeprefix("./"))
     elif content is not None:
-        question.content(content)
+        query.match_content(content)
     else:
-        named = [record, *repaired_from(index, record)] if record is not None else []
-        keys = [record_key(one) for one in named] if named else index.saying(text or "")
+        ids = [record, *repaired_from(index, record)] if record is not None else []
+        keys = [record_key(identity) for identity in ids] if ids else index.records_with_text(text or "")
         if near:
-            copies = _near(index, keys, text)
+            copies = _near_copies(index, keys, text)
             keys = sorted({*keys, *(record_key(copy["example_id"]) for copy in copies)})
-        question.records(keys, {record_key(one): one for one in named})
-    models = question.models()
-    known = {model["md5"] for model in models}
+        query.match_records(keys, {record_key(identity): identity for identity in ids})
+    models = query.models()
+    listed = {model["md5"] for model in models}
     return {
         "asked": {name: value for name, value in asked.items() if value is not None},
-        "records": question.asked,
+        "records": query.record_ids,
         "models": models,
         **({"near": copies} if near else {}),
-        "unknown": [model for model in question.unknown() if model["md5"] not in known],
+        "unknown": [model for model in query.unknown() if model["md5"] not in listed],
         "shallow": index.history.shallow,
     }
 
 
 def repaired_from(index: Index, source_id: str) -> list[str]:
-    """What a source row became where it was repaired: the ids under which ledgers of the whole history have it."""
+    """Ids of the repaired versions of a source row, from the ledgers of the whole history."""
     import pyarrow.parquet as pq
 
-    found: dict[str, None] = {}
-    for out in dict.fromkeys(made.md5 for made in index.made.values() if not made.weights):
-        path = index.place(out, "ledger.parquet")
+    ids: dict[str, None] = {}
+    for out in dict.fromkeys(run.md5 for run in index.runs.values() if not run.is_model):
+        path = index.file_path(out, "ledger.parquet")
         if path is None or "source_id" not in pq.read_schema(path).names:
             continue
         rows = pq.read_table(path, columns=["example_id"], filters=[("source_id", "==", source_id)])
-        found |= dict.fromkeys(rows["example_id"].to_pylist())
-    return [*found]
+        ids |= dict.fromkeys(rows["example_id"].to_pylist())
+    return [*ids]
 
 
-class _Question:
-    """What is asked, as rows of shards and steps of evidence; and who is the answer."""
+class _ImpactQuery:
+    """Matches a query against shards and training evidence, and collects the models that were exposed."""
 
     def __init__(self, index: Index) -> None:
         self.index = index
-        self.asked: list[str] = []
-        """The records, where it is records that are asked about."""
-        self._own: dict[int, Seen] = {}
-        """Run of a model -> what it saw by itself."""
-        self._certain = False
-        """Does dvc.lock alone tell the answer?"""
+        self.record_ids: list[str] = []
+        """The queried records; empty for queries by source or hash."""
+        self._exposures: dict[int, Exposure] = {}
+        """Id of a model's run -> its own exposure."""
+        self._complete = False
+        """Whether dvc.lock alone determines the result."""
 
     @cached_property
-    def _trained(self) -> list[Made]:
-        """The models that learnt something, or may have: those made from data, or with evidence of it."""
+    def _trained_models(self) -> list[StageRun]:
+        """Models that were or may have been trained: those with upstream data or with training evidence."""
         index = self.index
         return [
-            made
-            for made in index.made.values()
-            if made.weights and (index.data(made) or EVIDENCE in (index.files(made.md5) or {})) and not self._copies(made)
+            run
+            for run in index.runs.values()
+            if run.is_model and (index.data(run) or EVIDENCE in (index.files(run.md5) or {})) and not self._is_copy(run)
         ]
 
-    def _copies(self, made: Made) -> bool:
-        """Is it one of the models it was made from, byte for byte? Then all it saw it saw as that."""
-        mine = self.index.weights(made.md5)
-        return bool(mine) and any(mine <= self.index.weights(parent.md5) for parent in self.index.parents(made))
+    def _is_copy(self, run: StageRun) -> bool:
+        """Whether the model is a byte-for-byte copy of a parent, which then accounts for all of its exposure."""
+        mine = self.index.weights(run.md5)
+        return bool(mine) and any(mine <= self.index.weights(parent.md5) for parent in self.index.parents(run))
 
-    def records(self, keys: Sequence[bytes], names: Mapping[bytes, str]) -> None:
-        self.asked = [names.get(key, key.hex()) for key in keys]
+    def match_records(self, keys: Sequence[bytes], names: Mapping[bytes, str]) -> None:
+        self.record_ids = [names.get(key, key.hex()) for key in keys]
         shards: dict[str, Counter[str]] = defaultdict(Counter)
         steps: dict[str, list[tuple[int, int]]] = defaultdict(list)
-        learnt: Counter[str] = Counter()
-        for found in self.index.where(keys):
-            if found.split:
-                shards[found.out][found.split] += 1
+        trained: Counter[str] = Counter()
+        for use in self.index.record_uses(keys):
+            if use.split:
+                shards[use.out][use.split] += 1
             else:
-                steps[found.out] += found.steps
-                learnt[found.out] += 1
-        for made in self._trained:
-            rows = sum((shards[out] for out in self.index.data(made).keys() & shards.keys()), Counter[str]())
-            if learnt[made.md5] and not rows["train"]:  # the data set is not here, but the evidence is
-                rows["train"] = learnt[made.md5]
+                steps[use.out] += use.steps
+                trained[use.out] += 1
+        for run in self._trained_models:
+            rows = sum((shards[out] for out in self.index.data(run).keys() & shards.keys()), Counter[str]())
+            if trained[run.md5] and not rows["train"]:  # the data set is unavailable, but the evidence is not
+                rows["train"] = trained[run.md5]
             if rows:
-                self._own[made.id] = Seen(rows, sorted(steps.get(made.md5, [])), tells=self.index.tells(made))
+                self._exposures[run.id] = Exposure(rows, sorted(steps.get(run.md5, [])), steps_known=self.index.knows_steps(run))
 
-    def source(self, name: str, only: frozenset[str] | None = None) -> None:
-        """Args:
-        only: hashes of outputs of which one must be among what the data was made from.
+    def match_source(self, name: str, outputs: frozenset[str] | None = None) -> None:
+        """Match all records of a source.
+
+        Args:
+            outputs: hashes; one of them must be upstream of the model's data.
         """
-        drawn = self.index.drawn(name)
-        for made in self._trained:
-            if only is not None and not only & self.index.above(made).keys():
+        rows_of = self.index.rows_from_source(name)
+        for run in self._trained_models:
+            if outputs is not None and not outputs & self.index.ancestors(run).keys():
                 continue
-            rows = sum((Counter(drawn[out]) for out in self.index.data(made).keys() & drawn.keys()), Counter[str]())
+            rows = sum((Counter(rows_of[out]) for out in self.index.data(run).keys() & rows_of.keys()), Counter[str]())
             if rows:
-                before = self._own.get(made.id)  # of another source with the same bytes
-                found = Seen(rows, learnt=self.index.learnt(made, name))
-                self._own[made.id] = before.plus(found) if before else found
+                earlier = self._exposures.get(run.id)  # from another source with the same bytes
+                exposure = Exposure(rows, training_summary=self.index.training_summary(run, name))
+                self._exposures[run.id] = earlier.plus(exposure) if earlier else exposure
 
-    def content(self, wanted: str) -> None:
-        """Raises:
-        InputError: nothing in history has such a hash.
+    def match_content(self, digest: str) -> None:
+        """Match an output, a file or a source by its hash.
+
+        Raises:
+            InputError: the prefix is too short, or nothing in history has such a hash.
         """
-        index, prefix = self.index, wanted.lower()
+        index, prefix = self.index, digest.lower()
         if len(prefix) < 6:
-            raise InputError(f"--hash {wanted}: too short to mean one thing", "give at least six digits")
-        sources = index.drawing(prefix)
+            raise InputError(f"--hash {digest}: hash prefix is ambiguous", "give at least six digits")
+        sources = index.outputs_by_source_hash(prefix)
         for name, outs in sources.items():
-            self.source(name, outs)
-        files, outs = index.holding(prefix)
-        read = {made.id for made in index.made.values() for _, _, md5 in made.reads if md5.startswith(prefix)}
-        self._certain = bool(read or index.starting_with(prefix))
-        if not (self._certain or sources or files):
-            raise InputError(f"--hash {wanted}: no output, file of one, or source in history has this hash", "see `pedigree audit MODEL`")
-        for made in self._trained:
-            above = index.above(made)
-            shards = index.shards(made)
-            whole = any(one.id in read for one in [*above.values(), made]) or any(out.startswith(prefix) for out in above)
-            mine = [(split, md5) for _, split, md5 in shards if whole or md5 in files]
-            if not (whole or mine or outs & above.keys()):
+            self.match_source(name, outs)
+        files, outs = index.matching_hashes(prefix)
+        readers = {run.id for run in index.runs.values() for _, _, md5 in run.inputs if md5.startswith(prefix)}
+        self._complete = bool(readers or index.outputs_with_prefix(prefix))
+        if not (self._complete or sources or files):
+            raise InputError(f"--hash {digest}: no output, file of one, or source in history has this hash", "see `pedigree audit MODEL`")
+        for run in self._trained_models:
+            ancestors = index.ancestors(run)
+            shards = index.shards(run)
+            whole = any(upstream.id in readers for upstream in [*ancestors.values(), run]) or any(
+                out.startswith(prefix) for out in ancestors
+            )
+            matching = [(split, md5) for _, split, md5 in shards if whole or md5 in files]
+            if not (whole or matching or outs & ancestors.keys()):
                 continue
             rows = Counter[str]()
-            for split, md5 in mine or [(split, md5) for _, split, md5 in shards]:
-                rows[split] += index.sizes.get(md5, 0)
-            learnt = index.learnt(made, None) if whole or not mine else self._from(made, [md5 for split, md5 in mine if split == "train"])
-            self._own[made.id] = Seen(rows, learnt=learnt)
-        for made in index.made.values():
-            if made.weights and made.md5 in outs and made.id not in self._own:
-                self._own[made.id] = Seen()
+            for split, md5 in matching or [(split, md5) for _, split, md5 in shards]:
+                rows[split] += index.shard_sizes.get(md5, 0)
+            summary = (
+                index.training_summary(run, None)
+                if whole or not matching
+                else self._summary_of_shards(run, [md5 for split, md5 in matching if split == "train"])
+            )
+            self._exposures[run.id] = Exposure(rows, training_summary=summary)
+        for run in index.runs.values():
+            if run.is_model and run.md5 in outs and run.id not in self._exposures:
+                self._exposures[run.id] = Exposure()
 
-    def _from(self, made: Made, shards: Sequence[str]) -> tuple[int, int, int] | None:
-        """(records, first step, last step) of what a model learnt from some shards; None if that is not known."""
+    def _summary_of_shards(self, run: StageRun, shards: Sequence[str]) -> tuple[int, int, int] | None:
+        """(records, first step, last step) of a model's training on some shards; None if unknown."""
         from dagster_project.core.records import read_table
 
-        places = self.index.texts()
-        if not self.index.tells(made) or any(md5 not in places for md5 in shards):
+        paths = self.index.shard_paths()
+        if not self.index.knows_steps(run) or any(md5 not in paths for md5 in shards):
             return None
-        keys = {record_key(row["example_id"]) for md5 in shards for row in read_table(places[md5], ["example_id"])}
-        found = [one for one in self.index.where(keys) if one.out == made.md5 and one.split is None]
-        steps = [step for one in found for step, _ in one.steps]
-        return len({one.key for one in found}), min(steps, default=0), max(steps, default=0)
+        keys = {record_key(row["example_id"]) for md5 in shards for row in read_table(paths[md5], ["example_id"])}
+        uses = [use for use in self.index.record_uses(keys) if use.out == run.md5 and use.split is None]
+        steps = [step for use in uses for step, _ in use.steps]
+        return len({use.key for use in uses}), min(steps, default=0), max(steps, default=0)
 
     def models(self) -> list[dict[str, Any]]:
-        """The answer: every version of a model that saw it, by itself or through its parents, in the order of history."""
-        seen: dict[str, dict[str, Any]] = {}
+        """Every version of a model that was exposed, itself or through its parents, in the order of history."""
+        by_hash: dict[str, dict[str, Any]] = {}
         reached: dict[int, dict[int, None]] = {}
 
-        def through(made: Made) -> dict[int, None]:
-            """Runs, itself or models it was made from, that saw it by themselves."""
-            if made.id not in reached:
-                reached[made.id] = {}
-                own = {made.id: None} if made.id in self._own else {}
-                reached[made.id] = own | {one: None for parent in self.index.parents(made) for one in through(parent)}
-            return reached[made.id]
+        def through(run: StageRun) -> dict[int, None]:
+            """Ids of the runs with their own exposure: the model itself and its ancestors."""
+            if run.id not in reached:
+                reached[run.id] = {}
+                own = {run.id: None} if run.id in self._exposures else {}
+                reached[run.id] = own | {entry: None for parent in self.index.parents(run) for entry in through(parent)}
+            return reached[run.id]
 
-        for made in self.index.made.values():
-            if not made.weights or not (who := through(made)):
+        for run in self.index.runs.values():
+            if not run.is_model or not (exposed := through(run)):
                 continue
-            one = seen.setdefault(
-                made.md5,
+            entry = by_hash.setdefault(
+                run.md5,
                 {
-                    "stage": made.address,
-                    "path": made.path,
-                    "md5": made.md5,
-                    "commit": self.index.makers[made.md5][0].commit,
+                    "stage": run.address,
+                    "path": run.path,
+                    "md5": run.md5,
+                    "commit": self.index.runs_by_output[run.md5][0].commit,
                     "also_called": [],
                     "seen": [],
                 },
             )
-            if made.address != one["stage"] and made.address not in one["also_called"]:
-                one["also_called"].append(made.address)
-            for by in who:
-                told = self._told(self.index.made[by])
-                if told not in one["seen"]:
-                    one["seen"].append(told)
-        return list(seen.values())
+            if run.address != entry["stage"] and run.address not in entry["also_called"]:
+                entry["also_called"].append(run.address)
+            for by in exposed:
+                document = self._exposure_document(self.index.runs[by])
+                if document not in entry["seen"]:
+                    entry["seen"].append(document)
+        return list(by_hash.values())
 
-    def _told(self, made: Made) -> dict[str, Any]:
-        seen = self._own[made.id]
-        steps = [step for step, _ in seen.steps]
-        told: dict[str, Any] = {"by": made.address, "md5": made.md5, "splits": dict(sorted(seen.rows.items()))}
-        if self.asked:
-            return {**told, "steps": steps if seen.tells else None, "epochs": [epoch for _, epoch in seen.steps] if seen.tells else None}
-        if seen.learnt is None:
-            return {**told, "learnt": None}
-        return {**told, "learnt": dict(zip(("records", "first_step", "last_step"), seen.learnt, strict=True))}
+    def _exposure_document(self, run: StageRun) -> dict[str, Any]:
+        exposure = self._exposures[run.id]
+        steps = [step for step, _ in exposure.steps]
+        document: dict[str, Any] = {"by": run.address, "md5": run.md5, "splits": dict(sorted(exposure.rows.items()))}
+        if self.record_ids:
+            return {
+                **document,
+                "steps": steps if exposure.steps_known else None,
+                "epochs": [epoch for _, epoch in exposure.steps] if exposure.steps_known else None,
+            }
+        if exposure.training_summary is None:
+            return {**document, "learnt": None}
+        return {**document, "learnt": dict(zip(("records", "first_step", "last_step"), exposure.training_summary, strict=True))}
 
     def unknown(self) -> list[dict[str, Any]]:
-        """Models of which it cannot be said, because something is not here."""
-        found: dict[str, dict[str, Any]] = {}
-        for made in [] if self._certain else [one for one in self.index.made.values() if one.weights]:
-            lost: dict[str, Made] = {}
-            waiting = [made]
-            while waiting:
-                one = waiting.pop()
-                waiting += self.index.parents(one)
-                lost |= {gone.md5: gone for gone in self.index.unread(one)} if self.index.data(one) else {}
-            if lost:
-                missing = [{"stage": gone.address, "path": gone.path, "md5": gone.md5} for gone in lost.values()]
-                commit = self.index.makers[made.md5][0].commit
-                told = {"stage": made.address, "md5": made.md5, "commit": commit, "missing": missing, "fetch": fetch([*lost.values()])}
-                found.setdefault(made.md5, told)
-        return list(found.values())
+        """Models that cannot be decided, because an output is unavailable."""
+        unknown: dict[str, dict[str, Any]] = {}
+        for run in [] if self._complete else [upstream for upstream in self.index.runs.values() if upstream.is_model]:
+            missing: dict[str, StageRun] = {}
+            pending = [run]
+            while pending:
+                upstream = pending.pop()
+                pending += self.index.parents(upstream)
+                missing |= {absent.md5: absent for absent in self.index.missing(upstream)} if self.index.data(upstream) else {}
+            if missing:
+                described = [{"stage": absent.address, "path": absent.path, "md5": absent.md5} for absent in missing.values()]
+                commit = self.index.runs_by_output[run.md5][0].commit
+                entry = {
+                    "stage": run.address,
+                    "md5": run.md5,
+                    "commit": commit,
+                    "missing": described,
+                    "fetch": fetch_hint([*missing.values()]),
+                }
+                unknown.setdefault(run.md5, entry)
+        return list(unknown.values())
 
 
-def _near(index: Index, keys: Iterable[bytes], text: str | None) -> list[dict[str, Any]]:
-    """Records whose prompt or response is nearly the same as the text, or as that of the records. Reads every shard that is here."""
+def _near_copies(index: Index, keys: Iterable[bytes], text: str | None) -> list[dict[str, Any]]:
+    """Records whose prompt or response nearly equals the text, or that of the given records. Reads every available shard."""
     from dagster_project.core.records import prompt_text, read_table, response_text
     from dagster_project.curation.similarity.overlap import compare
 
-    wanted = set(keys)
-    known: dict[str, dict[str, str]] = {}
-    for path in index.texts().values():
+    excluded = set(keys)
+    texts_of: dict[str, dict[str, str]] = {}
+    for path in index.shard_paths().values():
         for row in read_table(path):
-            spoken = known.setdefault(row["example_id"], {})
+            texts = texts_of.setdefault(row["example_id"], {})
             for part in ("messages", "prompt", "chosen", "rejected"):
                 turns = row.get(part)
                 if isinstance(turns, list):
-                    spoken |= {f"{part}, prompt": prompt_text(turns), f"{part}, response": response_text(turns)}
-    asked = [text] if text else [said for identity, spoken in known.items() if record_key(identity) in wanted for said in spoken.values()]
-    places = [(identity, part, said) for identity, spoken in sorted(known.items()) for part, said in spoken.items() if said]
+                    texts |= {f"{part}, prompt": prompt_text(turns), f"{part}, response": response_text(turns)}
+    queries = (
+        [text]
+        if text
+        else [text_of_part for identity, texts in texts_of.items() if record_key(identity) in excluded for text_of_part in texts.values()]
+    )
+    candidates = [
+        (identity, part, text_of_part)
+        for identity, texts in sorted(texts_of.items())
+        for part, text_of_part in texts.items()
+        if text_of_part
+    ]
     best: dict[str, dict[str, Any]] = {}
-    for pair in compare(asked, [said for _, _, said in places]).pairs:
-        identity, part, said = places[pair.right]
-        if record_key(identity) in wanted or best.get(identity, {"similarity": 0})["similarity"] >= pair.similarity:
+    for pair in compare(queries, [text_of_part for _, _, text_of_part in candidates]).pairs:
+        identity, part, text_of_part = candidates[pair.right]
+        if record_key(identity) in excluded or best.get(identity, {"similarity": 0})["similarity"] >= pair.similarity:
             continue
-        best[identity] = {"example_id": identity, "part": part, "rule": pair.rule, "similarity": pair.similarity, "text": said}
-    return sorted(best.values(), key=lambda one: (-one["similarity"], one["example_id"]))
+        best[identity] = {"example_id": identity, "part": part, "rule": pair.rule, "similarity": pair.similarity, "text": text_of_part}
+    return sorted(best.values(), key=lambda copy: (-copy["similarity"], copy["example_id"]))
 
 
-def as_text(found: Mapping[str, Any]) -> str:
-    """The answer for a person at a terminal."""
-    ((what, value),) = found["asked"].items()
-    versions = len(found["models"])
-    lines = [f"{what} {visible(value)}"]
-    if found["records"] and found["records"] != [value]:
-        lines.append(f"records {_some(found['records'])}")
-    for copy in found.get("near", [])[:SHOWN]:
+def as_text(result: Mapping[str, Any]) -> str:
+    """The result as text for the terminal."""
+    ((kind, value),) = result["asked"].items()
+    versions = len(result["models"])
+    lines = [f"{kind} {visible(value)}"]
+    if result["records"] and result["records"] != [value]:
+        lines.append(f"records {_shortened(result['records'])}")
+    for copy in result.get("near", [])[:SHOWN]:
         lines.append(
             f"near    {copy['example_id']}  {copy['part']}, {copy['rule']} {copy['similarity']:.2f}  {visible(' '.join(copy['text'].split())[:80])}"
         )
     lines.append("")
-    for model in found["models"]:
+    for model in result["models"]:
         where = f"commit {model['commit'][:12]}" if model["commit"] else "uncommitted"
-        also = f", also called {', '.join(model['also_called'])}" if model["also_called"] else ""
-        lines.append(f"{model['stage']}  md5 {model['md5'][:12]}  {where}{also}")
-        lines += [f"  {_told(seen, model)}" for seen in model["seen"]]
+        aliases = f", also called {', '.join(model['also_called'])}" if model["also_called"] else ""
+        lines.append(f"{model['stage']}  md5 {model['md5'][:12]}  {where}{aliases}")
+        lines += [f"  {_exposure_text(seen, model)}" for seen in model["seen"]]
     lines += [""] if versions else []
-    none = "no model is known to have seen it" if found["unknown"] or found["shallow"] else "no model saw it"
+    none = "no model is known to have seen it" if result["unknown"] or result["shallow"] else "no model saw it"
     lines.append(f"{versions} model version{'' if versions == 1 else 's'} saw it" if versions else none)
-    if unknown := found["unknown"]:
-        lines.append(f"unknown of {len(unknown)}, because what they were made from is not in the cache:")
+    if unknown := result["unknown"]:
+        lines.append(f"unknown for {len(unknown)}, because upstream outputs are not in the cache:")
         groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
         for model in unknown:
             groups[model["fetch"]].append(model)
-        for how, models in list(groups.items())[:SHOWN]:
-            lines.append("  " + _some([f"{model['stage']} {model['md5'][:12]}" for model in models]))
+        for command, models in list(groups.items())[:SHOWN]:
+            lines.append("  " + _shortened([f"{model['stage']} {model['md5'][:12]}" for model in models]))
             lines.append(
-                f"    missing: {', '.join(dict.fromkeys(one['path'] for model in models for one in model['missing']))}; fetch: {how}"
+                f"    missing: {', '.join(dict.fromkeys(output['path'] for model in models for output in model['missing']))}; fetch: {command}"
             )
-    if found["shallow"]:
+    if result["shallow"]:
         lines.append("this clone is shallow: models before its first commit are unknown (`git fetch --unshallow` brings them)")
     return "\n".join(lines)
 
 
-def _some(values: Sequence[object]) -> str:
+def _shortened(values: Sequence[object]) -> str:
     return ", ".join(map(str, values[:SHOWN])) + (f" and {len(values) - SHOWN} more" if len(values) > SHOWN else "")
 
 
-def _told(seen: Mapping[str, Any], model: Mapping[str, Any]) -> str:
+def _exposure_text(seen: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     through = f" through {seen['by']} {seen['md5'][:12]}" if seen["md5"] != model["md5"] else ""
     splits = ", ".join(f"{split} {n}" for split, n in seen["splits"].items())
     if not splits:
-        return f"made of it{through}" if through else "it is this model"
+        return f"derived from it{through}" if through else "is this model"
     if "steps" in seen:
         steps = seen["steps"]
         if "train" not in seen["splits"]:
-            at = "not learnt from"
+            steps_text = "not trained on"
         elif steps is None:
-            at = "at steps unknown"
+            steps_text = "at steps unknown"
         elif not steps:
-            at = "in no step"
+            steps_text = "in no step"
         else:
-            at = f"step {_some(steps)}"
+            steps_text = f"step {_shortened(steps)}"
     elif seen["learnt"] is None:
-        at = "at steps unknown"
+        steps_text = "at steps unknown"
     else:
-        learnt = seen["learnt"]
-        at = (
-            f"{learnt['records']} records in steps {learnt['first_step']} to {learnt['last_step']}"
-            if learnt["records"]
-            else "not learnt from"
+        training = seen["learnt"]
+        steps_text = (
+            f"{training['records']} records in steps {training['first_step']} to {training['last_step']}"
+            if training["records"]
+            else "not trained on"
         )
-    return f"{splits}; {at}{through}"
+    return f"{splits}; {steps_text}{through}"
