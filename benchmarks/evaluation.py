@@ -34,11 +34,11 @@ def prompts(project: Path, tokenizer: Any, rows: int, longest: int) -> dict[str,
     from dagster_project.core.chat import encode_prompt
     from dagster_project.core.records import read_records
     from dagster_project.evaluation.baselines import nearest, with_shots
-    from dagster_project.evaluation.evaluator import conversations
+    from dagster_project.evaluation.evaluator import with_prompt_and_response
     from dagster_project.stages.baselines import Params
 
     chosen = params.parse(Params, params.read(project).get("baselines"), "baselines")
-    known, asked = (conversations(read_records(project / "data" / "splits" / split)) for split in ("train", "test"))
+    known, asked = (with_prompt_and_response(read_records(project / "data" / "splits" / split)) for split in ("train", "test"))
     asked = list(islice(cycle(asked), rows))
     shots = known[: chosen.few_shot]
     found = {
@@ -78,14 +78,14 @@ def measure(project: Path, rows: int, many: int, rounds: int, max_new_tokens: in
     """One row of the table for each system."""
     from dagster_project.core import params
     from dagster_project.core.params import Compute
-    from dagster_project.evaluation.evaluator import Settings, Subject
+    from dagster_project.evaluation.evaluator import EvaluatedModel, Settings
     from dagster_project.training.inference.generate import generate
 
     values = params.read(project)
     settings = params.parse(Settings, values.get("evaluation"), "evaluation")
     compute = params.parse(Compute, values.get("compute"), "compute")
     compute = compute.model_copy(update={"threads": threads or compute.threads})
-    subject = Subject(project / "data" / "base_model", compute, settings)
+    subject = EvaluatedModel(project / "data" / "base_model", compute, settings)
     model, tokenizer = subject.model, subject.tokenizer
 
     def ours(ids: list[list[int]]) -> list[str]:

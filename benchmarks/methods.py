@@ -40,7 +40,7 @@ def one(method: str, project: Path, steps: int, answers: int, threads: int | Non
     from dagster_project.core import params
     from dagster_project.core.params import Compute
     from dagster_project.core.records import read_records, read_table, response_text
-    from dagster_project.evaluation.evaluator import Settings, labelled
+    from dagster_project.evaluation.evaluator import Settings, with_task_answers
     from dagster_project.evaluation.metrics import measures, score
     from dagster_project.training.inference.generate import generate
     from dagster_project.training.methods import feature_extraction
@@ -83,7 +83,7 @@ def one(method: str, project: Path, steps: int, answers: int, threads: int | Non
         seconds = clock() - start
         loss = curve[-1]["validation_loss"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    asked = labelled(records["test"], settings.task)[:answers]
+    asked = with_task_answers(records["test"], settings.task)[:answers]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         tunable.save(folder)

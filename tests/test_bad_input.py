@@ -31,7 +31,7 @@ def source(name: str):
 
 CASES = {
     "missing source file": (source("data/sources/nowhere.json"), "data/sources/nowhere.json does not exist"),
-    "source outside the project": (source("../elsewhere.json"), "lies outside the project"),
+    "source outside the project": (source("../elsewhere.json"), "is outside the project"),
     "source where DVC does not look": (source("params.yaml"), "is not inside data/sources/"),
     "unknown format": (lambda v: v["raw_examples"]["sources"][0].update(format="csvish"), "unknown format 'csvish'"),
     "unknown key": (lambda v: v["splits"].update(tset=0.1), "splits.tset: unknown key"),

@@ -196,7 +196,7 @@ def test_a_bad_file_is_refused_with_everything_that_is_wrong_with_it(project: Pa
         "all by rater 'Anna'",
     ):
         assert said in err
-    assert "finish the ballot, or count what there is with --partial" in err
+    assert "finish the ballot, or count incomplete ballots with --partial" in err
 
     assert "votes-0.json: votes.votes.0.vote" in refused(
         project, saved(project, good | {"votes": [{"pair": "x", "vote": "c"}]}), capsys=capsys

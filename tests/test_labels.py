@@ -21,7 +21,7 @@ from dagster_project.curation.check_files import check_paths
 from dagster_project.curation.sources.files import read_rows
 from dagster_project.curation.sources.formats import kind, mapping_problem, to_records
 from dagster_project.evaluation.baselines import THINK, instruction
-from dagster_project.evaluation.evaluator import Settings, Subject, asked
+from dagster_project.evaluation.evaluator import EvaluatedModel, Settings, select_questions
 from dagster_project.evaluation.labels import NO_LABEL, LabelSet, LabelTask, label_set
 from dagster_project.evaluation.metrics import by_label, label, measures, score
 from dagster_project.stages import instructions, raw_examples, splits
@@ -135,12 +135,12 @@ def test_a_list_that_no_test_response_is_in_is_refused_instead_of_scored_as_free
     with pytest.raises(
         InputError, match=r"no response of the test split is one of 'spam', 'ham'; the most frequent are '1' \(2\), '0' \(1\)"
     ):
-        asked([record("a", "1"), record("b", "1"), record("c", "0")], Settings(task=LabelTask(labels=["spam", "ham"])))
+        select_questions([record("a", "1"), record("b", "1"), record("c", "0")], Settings(task=LabelTask(labels=["spam", "ham"])))
 
 
 def test_of_a_mixed_test_split_a_list_asks_the_responses_that_are_labels() -> None:
     rows = [record("a", "spam"), record("b", "Ham."), record("c", "Dear customer, thank you")]
-    task, questions = asked(rows, Settings(task=LabelTask(labels=["spam", "ham"])))
+    task, questions = select_questions(rows, Settings(task=LabelTask(labels=["spam", "ham"])))
     assert isinstance(task, LabelSet) and questions == rows[:2]
 
 
@@ -290,7 +290,7 @@ def test_a_table_of_text_and_label_is_trained_split_scored_and_compared_by_its_l
 ) -> None:
     train, test = (read_records(split_reviews / "made" / name) for name in ("train", "test"))
     assert {r["category"] for r in test} == set(WORDS) and {r["category"] for r in train} == set(WORDS)
-    monkeypatch.setattr(Subject, "answer", lambda self, prompts, what, thinking_tokens=0: planted(prompts, what))
+    monkeypatch.setattr(EvaluatedModel, "answer", lambda self, prompts, what, thinking_tokens=0: planted(prompts, what))
     found = evaluate(split_reviews, tiny_model, Settings(task=AUTO, max_new_tokens=3), test, train)
 
     reached = found["baselines"]

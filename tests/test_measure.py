@@ -13,8 +13,8 @@ from conftest import ROOT, evaluate
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
 from dagster_project.core.records import example_id, read_table, write_records
-from dagster_project.evaluation.custom_metrics import own_measures
-from dagster_project.evaluation.evaluator import Settings, asked, slices, thirds
+from dagster_project.evaluation.custom_metrics import custom_measures
+from dagster_project.evaluation.evaluator import Settings, select_questions, slices, thirds
 from dagster_project.evaluation.metrics import Task
 from dagster_project.stages import baselines, evaluation
 
@@ -37,16 +37,16 @@ JSON = [record(f"{kind} number {i}", json.dumps({"category": kind})) for i in ra
 
 def test_the_examples_asked_are_chosen_by_content_and_answers_to_the_task_go_first() -> None:
     few = Settings(max_examples=5)
-    task, chosen = asked(FREE, few)
+    task, chosen = select_questions(FREE, few)
     assert task is None and [r["example_id"] for r in chosen] == [r["example_id"] for r in FREE if r in chosen] and len(chosen) == 5
-    assert {r["example_id"] for r in asked(FREE[::-1], few)[1]} == {r["example_id"] for r in chosen}
-    assert asked([*FREE, *JSON], Settings(task=TASK)) == (TASK, JSON)
-    assert asked(FREE, Settings(task=TASK)) == (None, FREE)
+    assert {r["example_id"] for r in select_questions(FREE[::-1], few)[1]} == {r["example_id"] for r in chosen}
+    assert select_questions([*FREE, *JSON], Settings(task=TASK)) == (TASK, JSON)
+    assert select_questions(FREE, Settings(task=TASK)) == (None, FREE)
 
 
 def test_plain_text_asks_nothing() -> None:
     text = record("", "Once upon a time", meta='{"kind": "text"}')
-    assert asked([text, *FREE], Settings()) == (None, FREE)
+    assert select_questions([text, *FREE], Settings()) == (None, FREE)
 
 
 def test_slices_add_up_to_the_whole() -> None:
@@ -83,7 +83,7 @@ def put(root: Path, content: str) -> Path:
 
 
 def test_a_measure_of_ones_own_is_the_mean_of_its_function(tmp_path: Path) -> None:
-    measure = own_measures(put(tmp_path, TONE), ["tone.polite"])["tone.polite"]
+    measure = custom_measures(put(tmp_path, TONE), ["tone.polite"])["tone.polite"]
     statistics = measure.statistics(["please", "no", "no"], ["", "", ""])
     assert measure.combine(statistics.sum(0)) == pytest.approx(1 / 3)
     assert [path.name for path in (tmp_path / "data/metrics").iterdir()] == ["tone.py"], "DVC watches the folder"
@@ -97,16 +97,20 @@ def test_a_measure_of_ones_own_is_the_mean_of_its_function(tmp_path: Path) -> No
         ("tone.polite", "def polite(:", "data/metrics/tone.py fails: SyntaxError"),
         ("tone.polte", TONE, "data/metrics/tone.py has no function 'polte'"),
         ("tune.polite", TONE, "data/metrics/tune.py does not exist"),
-        ("polite", TONE, "'polite' names no function"),
-        ("../tone.polite", TONE, "'../tone.polite' names no function"),
-        ("tone.polite", "def polite(r, a): return 'very'", "tone.polite gives 'very', which is no finite number; for the answer 'said'"),
-        ("tone.polite", "def polite(r, a): return float('nan')", "tone.polite gives nan, which is no finite number"),
+        ("polite", TONE, "'polite' is not of the form file.function"),
+        ("../tone.polite", TONE, "'../tone.polite' is not of the form file.function"),
+        (
+            "tone.polite",
+            "def polite(r, a): return 'very'",
+            "tone.polite returns 'very', which is not a finite number; for the answer 'said'",
+        ),
+        ("tone.polite", "def polite(r, a): return float('nan')", "tone.polite returns nan, which is not a finite number"),
         ("tone.polite", "def polite(r, a): return 1 / 0", "tone.polite fails: ZeroDivisionError: division by zero; for the answer 'said'"),
     ],
 )
 def test_a_measure_that_cannot_be_had_is_one_message(name: str, content: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
-        own_measures(put(tmp_path, content), [name])[name].statistics(["wanted"], ["said"])
+        custom_measures(put(tmp_path, content), [name])[name].statistics(["wanted"], ["said"])
     assert message in caught.value.what and caught.value.hint
 
 
@@ -114,8 +118,8 @@ def test_a_measure_outside_the_project_is_refused(tmp_path: Path) -> None:
     put(tmp_path / "project", TONE)
     (tmp_path / "far.py").write_text(TONE)
     (tmp_path / "project/data/metrics/far.py").symlink_to(tmp_path / "far.py")
-    with pytest.raises(InputError, match="lies outside the project"):
-        own_measures(tmp_path / "project", ["far.polite"])
+    with pytest.raises(InputError, match="is outside the project"):
+        custom_measures(tmp_path / "project", ["far.polite"])
 
 
 def digests(root: Path) -> dict[str, str]:

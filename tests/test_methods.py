@@ -559,9 +559,9 @@ def test_a_head_learns_the_category_and_comes_back_as_it_was_saved(
     assert (report.checks[0].passed, report.metrics["merged"]) == (True, False)
     assert "leaves the base model as it is" in report.metrics["why_not"]
 
-    from dagster_project.evaluation.evaluator import Settings, Subject
+    from dagster_project.evaluation.evaluator import EvaluatedModel, Settings
 
-    subject = Subject(tmp_path / "merged", COMPUTE, Settings(), tiny_model)
+    subject = EvaluatedModel(tmp_path / "merged", COMPUTE, Settings(), tiny_model)
     assert not subject.writes
     assert subject.answer(asked, "test") == wanted
 
@@ -695,14 +695,14 @@ def test_starts_that_change_the_base_model_merge_into_what_was_trained(start: st
 
 
 def test_an_adapter_that_is_not_merged_by_choice_is_measured_on_its_base(tiny_model: Path, tmp_path: Path) -> None:
-    from dagster_project.evaluation.evaluator import Settings, Subject
+    from dagster_project.evaluation.evaluator import EvaluatedModel, Settings
 
     tunable = make("lora", tiny_model, merge=False)
     steps(tunable)
     tunable.save(tmp_path / "adapter")
     report = merged.produce(COMPUTE, tiny_model, tmp_path / "adapter", out=tmp_path / "merged")
     assert (report.metrics["merged"], report.metrics["why_not"]) == (False, "params.yaml says merge: false")
-    subject = Subject(tmp_path / "merged", COMPUTE, Settings(), tiny_model)
+    subject = EvaluatedModel(tmp_path / "merged", COMPUTE, Settings(), tiny_model)
     torch.testing.assert_close(logits(subject.model), logits(tunable.model), atol=1e-6, rtol=1e-6)
     with pytest.raises(InputError, match="is an adapter that was not merged"):
         load(tmp_path / "merged", None, CPU, torch.float32)

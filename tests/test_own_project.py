@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute, parse
 from dagster_project.curation.checks import expectations
-from dagster_project.evaluation.evaluator import Settings, asked
+from dagster_project.evaluation.evaluator import Settings, select_questions
 from dagster_project.evaluation.metrics import Task
 from dagster_project.pipeline import validate
 from dagster_project.stages import (
@@ -110,20 +110,20 @@ def test_weights_of_a_field_that_no_answer_has_are_refused() -> None:
     with pytest.raises(
         InputError, match=r"tokenized\.field_weights: no answer of the training split is a JSON object with the field category"
     ):
-        tokenized._refuse_foreign_fields(params, kept(None))
+        tokenized._check_field_weights(params, kept(None))
     answers = kept(None)
     answers[3]["messages"][1]["content"] = '{"category": "bug"}'
-    tokenized._refuse_foreign_fields(params, answers)
+    tokenized._check_field_weights(params, answers)
 
 
 def test_a_task_that_no_answer_fits_is_named(caplog: pytest.LogCaptureFixture) -> None:
     records = [{**record, "example_id": str(i)} for i, record in enumerate(kept(None))]
-    task, questions = asked(records, Settings(task=Task.model_validate(SAMPLE["evaluation"]["task"])))
+    task, questions = select_questions(records, Settings(task=Task.model_validate(SAMPLE["evaluation"]["task"])))
     assert task is None and len(questions) == 20
     said = caplog.text
     assert "evaluation.task: none of 20 test answers is a JSON object with the fields summary, category, priority" in said
     caplog.clear()
-    assert asked(records, Settings())[0] is None and not caplog.text
+    assert select_questions(records, Settings())[0] is None and not caplog.text
 
 
 @pytest.fixture

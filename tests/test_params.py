@@ -124,19 +124,19 @@ def test_a_path_inside_the_project_is_resolved(root: Path) -> None:
 
 def test_a_path_outside_the_project_is_refused(root: Path) -> None:
     for path in ("../secret.jsonl", str(root.parent / "secret.jsonl"), "data/../../secret.jsonl"):
-        assert refused(inside, root, path, "here").what == f"params.yaml: here: {path} lies outside the project"
+        assert refused(inside, root, path, "here").what == f"params.yaml: here: {path} is outside the project"
 
 
 def test_a_link_that_leads_outside_the_project_is_refused(root: Path) -> None:
     (root / "data/sources/link.jsonl").symlink_to(root.parent / "secret.jsonl")
     (root / "data/sources/folder").symlink_to(root.parent)
     for path in ("data/sources/link.jsonl", "data/sources/folder/secret.jsonl"):
-        assert refused(inside, root, path, "here").what == f"params.yaml: here: {path} lies outside the project"
+        assert refused(inside, root, path, "here").what == f"params.yaml: here: {path} is outside the project"
 
 
 def test_a_folder_that_merely_begins_with_the_same_name_is_outside(root: Path) -> None:
     (root.parent / "project-old").mkdir()
-    assert "lies outside" in refused(inside, root, "../project-old", "here").what
+    assert "is outside" in refused(inside, root, "../project-old", "here").what
 
 
 def test_a_missing_path_is_refused(root: Path) -> None:

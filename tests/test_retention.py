@@ -94,7 +94,7 @@ def test_two_benchmarks_of_one_name_are_refused(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         jsonl(tmp_path / folder / "colours.jsonl", *FILES["colours"][0])
-    with pytest.raises(InputError, match="two files are called colours"):
+    with pytest.raises(InputError, match="two files are named colours"):
         read_benchmarks(tmp_path, ["a/colours.jsonl", "b/colours.jsonl"])
 
 

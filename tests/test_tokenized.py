@@ -245,8 +245,8 @@ def test_a_template_that_never_ends_is_stopped(stage: Stage, monkeypatch: pytest
     ("name", "complaint", "hint"),
     [
         ("alpacca", "'alpacca' is not a known template", "use alpaca, chatml, or a file in data/templates/"),
-        ("data/templates/none.jinja", "does not exist", "put the file there"),
-        ("../mine.jinja", "lies outside the project", "copy it"),
+        ("data/templates/none.jinja", "does not exist", "add the file"),
+        ("../mine.jinja", "is outside the project", "copy it"),
         ("params/mine.jinja", "is not a file in data/templates/", "move it to data/templates/"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What a stage is given: StageContext for a run, ValidationContext for checking its parameters before anything runs."""
+"""Contexts passed to a stage: StageContext for a run, ValidationContext for checking its parameters before anything runs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ S = TypeVar("S", bound=Section)
 
 @dataclass(frozen=True)
 class ExecutionHints:
-    """What planning decided for one run. No part of a stage's identity: hints change no byte of its result."""
+    """Decisions of planning for one run. Not part of a stage's identity: hints do not affect results."""
 
     gradient_checkpointing: bool = False
-    """Whether a training whose parameter says `auto` uses gradient checkpointing."""
+    """Whether a training with `gradient_checkpointing: auto` uses it."""
     advice: Callable[[], str] = str
-    """Says what to change if memory runs out; "" if that is unknown."""
+    """Returns advice for running out of memory; "" if there is none."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class StageContext:
     stage: str
     variant: str | None
     scratch: Path
-    """Folder that outputs are written to. They are moved to their places only after the stage has succeeded."""
+    """Folder that outputs are written to. They are moved into data/ only after the stage has succeeded."""
     values: Mapping[str, Any]
     """params.yaml."""
     variants_of: Mapping[str, str] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class StageContext:
     """Stages before this one, in flow order."""
     hints: ExecutionHints = ExecutionHints()
     recorded: Callable[[], Mapping[str, Path]] = dict
-    """Files of the stage's output as recorded before this run, by path within the output. For pages that show what changed; never for an output."""
+    """Files of the stage's output as recorded before this run, by path within the output. Only for pages that show changes, never for an output."""
 
     @property
     def address(self) -> str:
@@ -51,29 +51,29 @@ class StageContext:
 
     @property
     def out(self) -> Path:
-        """The stage's one output, data/<stage>[/<variant>]."""
+        """The stage's output, data/<stage>[/<variant>]."""
         return self.scratch / "data" / self.stage / (self.variant or "")
 
     @property
     def pages(self) -> Path:
-        """Folder for pages and files that people fill in, data/pages/<stage>[/<variant>]. Kept also when a blocking check fails; not tracked."""
+        """Folder for pages and files to be edited by hand, data/pages/<stage>[/<variant>]. Kept even if a blocking check fails; not tracked."""
         return self.scratch / "data" / "pages" / self.stage / (self.variant or "")
 
     @property
     def live(self) -> Path:
-        """Folder for tables that grow while the stage runs, data/live/<stage>[/<variant>], one metric each, for `dvc plots` and Dagster.
+        """Folder for tables that are appended to during the run, data/live/<stage>[/<variant>], one per metric, for `dvc plots` and Dagster.
 
-        The only folder that is written directly, outside `scratch`. Not tracked; nothing depends on it.
+        The only folder written directly, outside `scratch`. Not tracked; nothing depends on it.
         """
         return self.root / "data" / "live" / self.stage / (self.variant or "")
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of a training's checkpoints, which outlives a killed run. Not tracked."""
+        """Folder of a training's checkpoints, which survives a killed run. Not tracked."""
         return self.root / ".dvc" / "tmp" / "pedigree" / "checkpoints" / (self.variant or self.stage)
 
     def plot(self, name: str) -> Path:
-        """A table for `dvc plots`, data/plots/<name>[/<variant>].csv."""
+        """Path of a table for `dvc plots`, data/plots/<name>[/<variant>].csv."""
         return self.scratch / "data" / "plots" / (f"{name}/{self.variant}.csv" if self.variant else f"{name}.csv")
 
     def output_of(self, stage: str) -> Path:
@@ -81,7 +81,7 @@ class StageContext:
         return self.root / "data" / stage / ((self.variant or "") if stage in self.variants_of else "")
 
     def outputs_of(self, stage: str) -> Path:
-        """The folder that holds the outputs of all variants of a stage."""
+        """The folder with the outputs of all variants of a stage."""
         return self.root / "data" / stage
 
     def reports(self) -> dict[str, dict[str, Any]]:
@@ -112,7 +112,7 @@ class StageContext:
 
 @dataclass(frozen=True)
 class Documents:
-    """What the pages of one stage are drawn from."""
+    """Paths and report that the pages of one stage are drawn from."""
 
     root: Path
     """The project's folder."""
@@ -121,7 +121,7 @@ class Documents:
     out: Path
     """The stage's output."""
     pages: Path
-    """Folder of its pages, and of untracked documents about its latest run."""
+    """Folder of its pages and of untracked documents about its latest run."""
     report: Mapping[str, Any]
     """The stage's report."""
 
@@ -140,21 +140,21 @@ class Documents:
 
 @dataclass(frozen=True)
 class ValidationContext:
-    """What a stage's parameters are checked against, before anything runs."""
+    """Context for checking a stage's parameters before anything runs."""
 
     root: Path
     values: Mapping[str, Any]
     """All of params.yaml."""
     section: str
-    """Dotted place of the parameters under check, e.g. "adapter.lora". For messages."""
+    """Dotted path of the parameters to check, e.g. "adapter.lora". For messages."""
 
     @property
     def value(self) -> Any:
-        """The section as written in params.yaml; None where it is left out."""
-        found: Any = self.values
+        """The section as written in params.yaml; None if it is omitted."""
+        value: Any = self.values
         for key in self.section.split("."):
-            found = found.get(key)
-        return found
+            value = value.get(key)
+        return value
 
     @property
     def compute(self) -> Compute:
@@ -167,9 +167,10 @@ class ValidationContext:
 
 
 def measured(root: Path, address: str) -> dict[str, float]:
-    """Time and memory of the run that made the present output of a stage (bytes, seconds); empty where that is unknown on this machine."""
-    took, report = measured_path(root, address), root / report_of(address)
-    if not took.is_file() or not report.is_file():
+    """Time (seconds) and memory (bytes) of the run that produced a stage's current output; empty if unknown on this machine."""
+    measured_file, report = measured_path(root, address), root / report_of(address)
+    if not measured_file.is_file() or not report.is_file():
         return {}
-    found, made = (json.loads(path.read_text(encoding="utf-8")) for path in (took, report))
-    return found if found.pop("output_sha256") == made.get("output_sha256") else {}  # not of another version
+    measurements, report_document = (json.loads(path.read_text(encoding="utf-8")) for path in (measured_file, report))
+    is_current = measurements.pop("output_sha256") == report_document.get("output_sha256")  # else of another version
+    return measurements if is_current else {}

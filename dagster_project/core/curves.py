@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 
 Point = dict[str, float]
-"""{"step": 3, "loss": 2.1, ...}: what is known of a step."""
+"""{"step": 3, "loss": 2.1, ...}: the metrics of one step."""
 
 POINTS = 1000
-"""Points of a thinned curve, or one more, so that writing or drawing a long training costs the same at any step."""
+"""Number of points of a thinned curve, give or take one, so that the cost of writing or drawing is independent of training length."""
 
 
 def thinned(points: Sequence[Point], most: int = POINTS) -> list[Point]:

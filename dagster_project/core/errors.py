@@ -1,10 +1,10 @@
-"""The ways a command says no: bad input (exit 2), a failed check or somebody at work (exit 1). Each says what, where and what next."""
+"""Exceptions and exit codes: bad input (2), a failed check or a busy resource (1). Each states what is wrong, where, and the next step."""
 
 from __future__ import annotations
 
 
 class PedigreeError(Exception):
-    """Something the user must hear about, in one clear message and without a traceback."""
+    """An error reported to the user as one clear message, without a traceback."""
 
     exit_code = 1
 
@@ -24,12 +24,12 @@ class InputError(PedigreeError):
 
 
 class CheckFailed(PedigreeError):
-    """A blocking check failed, or the answer to a question is no."""
+    """A blocking check failed, or the result is negative."""
 
     exit_code = 1
 
 
 class Busy(PedigreeError):
-    """Another process is at work on the same thing. Nothing was changed."""
+    """Another process is using the same resource. Nothing was changed."""
 
     exit_code = 1

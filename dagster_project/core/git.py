@@ -9,9 +9,9 @@ from pathlib import Path
 
 
 def git(root: Path, *arguments: str) -> str | None:
-    """What a git command prints; None if it fails, or git is not installed."""
-    printed = git_bytes(root, *arguments)
-    return None if printed is None else os.fsdecode(printed)
+    """Output of a git command; None if it fails or git is not installed."""
+    output = git_bytes(root, *arguments)
+    return None if output is None else os.fsdecode(output)
 
 
 def git_bytes(root: Path, *arguments: str, given: bytes | None = None) -> bytes | None:
@@ -22,5 +22,5 @@ def git_bytes(root: Path, *arguments: str, given: bytes | None = None) -> bytes 
     """
     if shutil.which("git") is None:
         return None
-    done = subprocess.run(["git", *arguments], cwd=root, input=given, capture_output=True, check=False)
-    return done.stdout if done.returncode == 0 else None
+    process = subprocess.run(["git", *arguments], cwd=root, input=given, capture_output=True, check=False)
+    return process.stdout if process.returncode == 0 else None

@@ -1,4 +1,4 @@
-"""Content hashes of files and texts. sha256 for what Pedigree vouches for; md5 only where DVC names an object by it."""
+"""Content hashes of files and texts. sha256 for integrity; md5 only where DVC identifies an object by it."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ def sha256_of_file(path: Path) -> str:
 
 def sha256_of_files(paths: Iterable[Path]) -> str:
     """sha256 over the sha256 of each file's content, in the order given."""
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in paths:
-        whole.update(bytes.fromhex(sha256_of_file(path)))
-    return whole.hexdigest()
+        digest.update(bytes.fromhex(sha256_of_file(path)))
+    return digest.hexdigest()
 
 
 def sha256_of_text(text: str) -> str:
-    """sha256 of a text as UTF-8; lone surrogates are kept as they are."""
+    """sha256 of a text as UTF-8; lone surrogates are preserved."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def md5_of_file(path: Path) -> str:
-    """The name that DVC gives the file's content."""
+    """md5 of a file, as DVC identifies it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def md5_of_bytes(content: bytes) -> str:
-    """The name that DVC gives this content."""
+    """md5 of bytes, as DVC identifies them."""
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
 def md5_of_folder(listing: Mapping[str, str]) -> str:
-    """The name that DVC gives a folder.
+    """Hash of a folder, as DVC identifies it ("<md5>.dir").
 
     Args:
         listing: path within the folder -> md5 of the file.

@@ -1,4 +1,4 @@
-"""Where everything lies under a project's data/ folder."""
+"""Paths under a project's data/ folder."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def report_of(address: str) -> str:
 
 
 def is_report(path: str) -> bool:
-    """Whether a path is a stage's report. A stage that reads one reads no output: the report counts as part of the reader's definition."""
+    """Whether a path is a stage's report. A report read by a stage is part of that stage's definition, not an input."""
     return path.startswith(REPORTS)
 
 
 def is_code(path: str) -> bool:
-    """Whether a dependency is code: a module, or a folder of the package as a whole."""
+    """Whether a dependency is code: a module, or a whole folder of the package."""
     return path.endswith(".py") or path.split("/")[0] == CODE
 
 
@@ -30,5 +30,5 @@ def pages_of(root: Path, address: str) -> Path:
 
 
 def measured_path(root: Path, address: str) -> Path:
-    """Time and memory of the stage's latest run, with the sha256 of what it made. Not tracked."""
+    """Time and memory of the stage's latest run, with the sha256 of its output. Not tracked."""
     return pages_of(root, address) / "measured.json"

@@ -1,4 +1,4 @@
-"""params.yaml -> frozen, typed sections. Validated here, at the border; trusted everywhere else."""
+"""params.yaml -> frozen, typed sections. Validated once, here, and trusted everywhere else."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _hint_at_license() -> None:
 
 
 class Compute(Section):
-    """What makes two runs the same run. Every value is part of a model's identity."""
+    """Reproducibility settings. Every value is part of a model's identity."""
 
     seed: int = 7
     """Seed of every random choice: splits, initial adapter weights, dropout, sampling, bootstrap."""
@@ -57,7 +57,7 @@ class Compute(Section):
 
 S = TypeVar("S", bound=Section)
 TAG = "form:"
-"""Tags of a union's alternatives begin with this: pydantic puts the tag into the place of an error, and `parse` takes it out again."""
+"""Prefix of the tags of a union's alternatives: pydantic adds the tag to the location of an error, and `parse` removes it."""
 
 
 def read(root: Path) -> dict[str, Any]:
@@ -73,12 +73,12 @@ def read(root: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"no params.yaml in {root}", "run the command from the project's folder")
     try:
-        found = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
-    except (YAMLError, ValueError, KeyError, RecursionError) as error:  # ValueError: not UTF-8, or a date that no calendar has
-        raise InputError(f"params.yaml is not valid YAML: {' '.join(str(error).split())}", "fix the line that the message names") from None
-    if not isinstance(found, dict):
+        values = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    except (YAMLError, ValueError, KeyError, RecursionError) as error:  # ValueError: not UTF-8, or an invalid date
+        raise InputError(f"params.yaml is not valid YAML: {' '.join(str(error).split())}", "fix the line named in the message") from None
+    if not isinstance(values, dict):
         raise InputError("params.yaml must be a mapping of sections", "see docs/parameters.md")
-    return found
+    return values
 
 
 def parse(model: type[S], values: Any, where: str, file: str = "params.yaml") -> S:
@@ -86,8 +86,9 @@ def parse(model: type[S], values: Any, where: str, file: str = "params.yaml") ->
 
     Args:
         model: the section's type.
-        values: what params.yaml holds there (None means: all defaults).
-        where: dotted place in params.yaml, used in messages, e.g. "adapter.lora".
+        values: the section's content (None: all defaults).
+        where: dotted path in params.yaml for messages, e.g. "adapter.lora".
+        file: name of the file for messages.
     Raises:
         InputError: lists every unknown key, missing key and wrong value at once.
     """
@@ -96,24 +97,24 @@ def parse(model: type[S], values: Any, where: str, file: str = "params.yaml") ->
     except ValidationError as error:
         lines, hints = [], []
         for problem in error.errors():
-            place = _place(where, problem["loc"])
+            key_path = _dotted(where, problem["loc"])
             if problem["type"] == "extra_forbidden":
-                lines.append(f"{file}: {place}: unknown key")
-                owner = _place(where, problem["loc"][:-1])
-                keys = (field.alias or name for name, field in _at(model, problem["loc"][:-1]).model_fields.items())
-                hints.append(f"keys of {owner}: {', '.join(keys)}")
+                lines.append(f"{file}: {key_path}: unknown key")
+                parent = _dotted(where, problem["loc"][:-1])
+                keys = (field.alias or name for name, field in _model_at(model, problem["loc"][:-1]).model_fields.items())
+                hints.append(f"keys of {parent}: {', '.join(keys)}")
             elif problem["type"] == "missing":
-                lines.append(f"{file}: {place}: missing")
+                lines.append(f"{file}: {key_path}: missing")
             else:
-                lines.append(f"{file}: {place}: {problem['msg'].removeprefix('Value error, ')} (got {problem['input']!r})")
+                lines.append(f"{file}: {key_path}: {problem['msg'].removeprefix('Value error, ')} (got {problem['input']!r})")
         raise InputError("\n".join(lines), "; ".join(dict.fromkeys(hints)) or f"fix {file} and run again") from None
 
 
-def _at(model: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:
-    """The model a place inside `model` is parsed by: ("sources", 0) -> Source."""
+def _model_at(model: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:
+    """The model that parses a location inside `model`: ("sources", 0) -> Source."""
     annotation: Any = None
     for name in location:
-        if str(name).startswith(TAG):  # of the alternatives the one with this tag
+        if str(name).startswith(TAG):  # the alternative with this tag
             annotation = next((a for a in _inside(annotation) if Tag(str(name)) in getattr(a, "__metadata__", ())), annotation)
         elif name in model.model_fields:
             annotation = model.model_fields[str(name)].annotation
@@ -124,25 +125,25 @@ def _at(model: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseMod
 
 
 def _inside(annotation: Any) -> list[Any]:
-    """A type and all types in it: list[A | None]  ->  [list[A | None], A | None, A, None]"""
+    """A type and all types nested in it: list[A | None]  ->  [list[A | None], A | None, A, None]"""
     return [annotation, *(inner for argument in get_args(annotation) for inner in _inside(argument))]
 
 
-def _place(where: str, location: tuple[int | str, ...]) -> str:
+def _dotted(where: str, location: tuple[int | str, ...]) -> str:
     return ".".join([where, *(str(name) for name in location if not str(name).startswith(TAG))])
 
 
 def inside(root: Path, path: str, where: str) -> Path:
-    """A path named in params.yaml, resolved, once it is known to exist and to lie inside the project.
+    """Resolve a path named in params.yaml, which must exist and be inside the project.
 
     Raises:
         InputError: the path leaves the project (also through a link) or does not exist.
     """
     if "\0" in path:
-        raise InputError(f"params.yaml: {where}: {path!r} is not a path", "name a file")
+        raise InputError(f"params.yaml: {where}: {path!r} is not a path", "use the path of a file")
     full = (root / path).resolve()
     if not full.is_relative_to(root.resolve()):
-        raise InputError(f"params.yaml: {where}: {path} lies outside the project", "copy it under data/sources/ and name it there")
+        raise InputError(f"params.yaml: {where}: {path} is outside the project", "copy it into data/sources/ and use that path")
     if not full.exists():
-        raise InputError(f"params.yaml: {where}: {path} does not exist", "put the file there, or name the right one")
+        raise InputError(f"params.yaml: {where}: {path} does not exist", "add the file, or correct the path")
     return full

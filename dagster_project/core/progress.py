@@ -1,4 +1,4 @@
-"""Progress of long work, with an estimate of the time left, as log lines any door can carry."""
+"""Progress of long-running work as log lines, with an estimate of the remaining time."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Progress:
         every: seconds between two lines; the first and the last step always get one.
         """
         self.what, self.total, self.unit, self.every = what, total, unit, every
-        self.done, self.start, self.said = 0, time.monotonic(), float("-inf")
+        self.done, self.start, self.last_logged = 0, time.monotonic(), float("-inf")
 
     def advance(self, n: int = 1, note: str = "") -> None:
         self.done += n
         now = time.monotonic()
-        if self.done < self.total and now - self.said < self.every:
+        if self.done < self.total and now - self.last_logged < self.every:
             return
-        self.said = now
+        self.last_logged = now
         left = (now - self.start) / self.done * (self.total - self.done)
         minutes, seconds = divmod(round(left), 60)
         state = f"about {minutes}:{seconds:02d} left" if self.done < self.total else f"done in {now - self.start:.0f} s"

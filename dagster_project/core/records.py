@@ -1,4 +1,4 @@
-"""The canonical record, its Parquet shards, the row ledger and the report: the forms in which stages meet."""
+"""The canonical record, its Parquet shards, the row ledger and the report: the formats that stages exchange."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
-    import pyarrow as pa  # imported inside functions: Dagster loads every stage's module, and Arrow costs more than all of them
+    import pyarrow as pa  # imported inside functions: Dagster loads every stage module, and importing Arrow takes longer than all of them
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 def uncollected(function: Callable[P, T]) -> Callable[P, T]:
-    """Call it without Python's cycle collector, which would walk millions of rows over and over, and never finds a cycle in one."""
+    """Disable Python's cyclic garbage collector during a call: it would repeatedly traverse millions of rows that have no cycles."""
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -48,7 +48,7 @@ def record_schema() -> pa.Schema:
             ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
             ("category", pa.string()),  # nullable
             ("group_id", pa.string()),  # cluster of near-duplicates; null until `instructions` sets it
-            ("meta", pa.string()),  # JSON: what the source row held beyond the messages
+            ("meta", pa.string()),  # JSON: the fields of the source row other than the messages
         ]
     )
 
@@ -64,22 +64,22 @@ def pair_schema() -> pa.Schema:
             ("example_id", pa.string()),  # content hash of prompt, chosen and rejected
             ("source", pa.string()),
             ("prompt", messages),  # ends with a user turn
-            ("chosen", messages),  # what is said after the prompt, the assistant first
+            ("chosen", messages),  # the turns after the prompt, beginning with the assistant
             ("rejected", messages),
-            ("margin", pa.float64()),  # nullable: how much better `chosen` is, in the source's own unit
+            ("margin", pa.float64()),  # nullable: how much better `chosen` is, in the source's unit
             ("category", pa.string()),  # nullable
             ("group_id", pa.string()),  # cluster of pairs with nearly the same prompt; null until `preferences` sets it
-            ("meta", pa.string()),  # JSON: what the source row held beyond these
+            ("meta", pa.string()),  # JSON: the other fields of the source row
         ]
     )
 
 
 @cache
 def ledger_schema(repaired: bool = False) -> pa.Schema:
-    """What happened to each source row.
+    """Outcome of each source row.
 
     Args:
-        repaired: with the columns of a set in which rows were repaired.
+        repaired: include the columns for repaired rows.
     """
     import pyarrow as pa
 
@@ -106,35 +106,37 @@ def example_id(messages: Sequence[dict[str, str]]) -> str:
 def pair_id(prompt: Sequence[dict[str, str]], chosen: Sequence[dict[str, str]], rejected: Sequence[dict[str, str]]) -> str:
     """Content hash of a preference pair."""
     sides = {"chosen": chosen, "rejected": rejected}
-    return example_id([*prompt, *({"role": side, "content": CANONICAL.encode(said)} for side, said in sides.items())])
+    return example_id([*prompt, *({"role": side, "content": CANONICAL.encode(turns)} for side, turns in sides.items())])
 
 
 def content_id(record: Mapping[str, Any]) -> str:
-    """`example_id` of a record or, where it is a pair as the checks look at it (`formats.as_record`), of the pair."""
-    messages, asked = record["messages"], record.get("asked")
-    return example_id(messages) if asked is None else pair_id(messages[:asked], messages[asked:], record["rejected"])
+    """`example_id` of a record or, for a pair in the form that checks use (`formats.as_record`), `pair_id`."""
+    messages, prompt_length = record["messages"], record.get("asked")
+    return (
+        example_id(messages) if prompt_length is None else pair_id(messages[:prompt_length], messages[prompt_length:], record["rejected"])
+    )
 
 
 CANONICAL = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 def prompt_text(messages: Sequence[dict[str, str]]) -> str:
-    """What people ask: the content of all user turns. System prompts are left out, being the same for whole sets."""
+    """Content of all user turns. System prompts are excluded, because whole sets share them."""
     return "\n".join(m["content"] for m in messages if m["role"] == "user")
 
 
 def response_text(messages: Sequence[dict[str, str]]) -> str:
-    """The last message's content if the assistant says it, else the empty string."""
+    """Content of the last message if it is the assistant's, else the empty string."""
     return messages[-1]["content"] if messages and messages[-1]["role"] == "assistant" else ""
 
 
 def subject_text(messages: Sequence[dict[str, str]]) -> str:
-    """What of a row is compared with other rows: what is asked or, where nobody asks (plain text), what is said."""
+    """The text by which rows are compared: the prompt or, for plain text, the response."""
     return prompt_text(messages) or response_text(messages)
 
 
 def _shards(ids: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """(start, end) of each shard. A boundary depends on the row before it alone, so an edit in one place changes few shards."""
+    """(start, end) of each shard. A boundary depends only on the row before it, so that a local edit changes few shards."""
     start = 0
     for i, identity in enumerate(ids, 1):
         if i == len(ids) or (i - start >= 256 and int(identity[:4] or "0", 16) % 1024 == 0) or i - start >= 8192:
@@ -143,7 +145,7 @@ def _shards(ids: Sequence[str]) -> Iterator[tuple[int, int]]:
 
 
 def write_table(path: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema) -> None:
-    """Rows to one Parquet file, byte for byte the same for the same rows."""
+    """Write rows to one Parquet file; the same rows give the same bytes."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -153,7 +155,7 @@ def write_table(path: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema) -
 
 @uncollected
 def write_records(folder: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema | None = None) -> None:
-    """A data set to a folder of shards, records-00000.parquet and on, in the order given; `schema` is the canonical record's unless given."""
+    """Write a data set to a folder of shards, records-00000.parquet and so on, in the given order. Default schema: the canonical record."""
     folder.mkdir(parents=True, exist_ok=True)
     ids = [row["example_id"] for row in rows]
     for number, (start, end) in enumerate(_shards(ids) if rows else [(0, 0)]):
@@ -161,7 +163,7 @@ def write_records(folder: Path, rows: Sequence[dict[str, Any]], schema: pa.Schem
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """The rows of `write_table`."""
+    """Read the rows of a Parquet file written by `write_table`."""
     import pyarrow.parquet as pq
 
     return pq.read_table(path, columns=list(columns) if columns else None).to_pylist()
@@ -169,12 +171,12 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[st
 
 @uncollected
 def read_records(folder: Path) -> list[dict[str, Any]]:
-    """The rows of `write_records`, in order."""
+    """Read the rows written by `write_records`, in order."""
     return [row for shard in sorted(folder.glob("records-*.parquet")) for row in read_table(shard)]
 
 
 PREFERENCE = ("example_id", "prompt", "chosen", "rejected", "margin", "category", "group_id")
-"""What of a pair a trainer reads."""
+"""Columns of a pair that a trainer reads."""
 
 
 @uncollected
@@ -188,7 +190,7 @@ def read_preferences(folder: Path) -> list[dict[str, Any]]:
 
 
 READ, JOINED = "read", "joined"
-"""Outcomes in the ledger of `raw_preferences`: a row that begins a pair, and a row that is the other half of the pair before it."""
+"""Outcomes in the ledger of `raw_preferences`: the first row of a pair, and further rows of the same pair."""
 
 
 @uncollected
@@ -199,7 +201,10 @@ def read_pairs(folder: Path) -> list[dict[str, Any]]:
         if line["outcome"] == READ:
             rows.append([])
         rows[-1].append(line["source_row"])
-    return [{**pair, "source_row": found[0], "source_rows": found} for pair, found in zip(read_records(folder), rows, strict=True)]
+    return [
+        {**pair, "source_row": source_rows[0], "source_rows": source_rows}
+        for pair, source_rows in zip(read_records(folder), rows, strict=True)
+    ]
 
 
 @uncollected
@@ -214,13 +219,13 @@ def read_ledger(folder: Path) -> list[dict[str, Any]]:
 
 
 def with_license(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What a report says of a source or a base model, under today's key: reports of earlier versions have `licence`."""
+    """A report's facts on a source or base model, with the current key: reports of earlier versions use `licence`."""
     return {"license" if key == "licence" else key: value for key, value in facts.items()}
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One check of a stage: the truth it looked at and the rows that broke it."""
+    """Result of one check of a stage, with the rows that violate it."""
 
     name: str
     passed: bool
@@ -229,24 +234,24 @@ class CheckResult:
     blocking: bool = False
     """A failed blocking check stops the stage before it writes its output."""
     count: int = 0
-    """Rows that broke the check, those dropped for it included."""
+    """Rows that violate the check, including those dropped for it."""
     rows: list[str] = field(default_factory=list)
     """The first offending rows, as "source:row" (0-based)."""
     examples: list[str] = field(default_factory=list)
     note: str = ""
     dropped: int = 0
-    """Rows dropped for it, and for no check before it."""
+    """Rows dropped for this check and not for an earlier one."""
     waived: int = 0
-    """Rows that break it and may, because somebody said why."""
+    """Rows that violate it and are exempted by a waiver."""
     fixed: int = 0
-    """Rows that broke it, were repaired and are kept."""
+    """Rows that violated it and were repaired and kept."""
     matches: list[dict[str, Any]] = field(default_factory=list)
     """The first overlaps, each with both texts (curation/checks/findings.py)."""
 
 
 @dataclass
 class Report:
-    """What a stage says about its run. Becomes data/reports/<stage>.json, which git tracks."""
+    """Report of a stage run. Written to data/reports/<stage>.json, which git tracks."""
 
     rows_in: int | None = None
     rows_out: int | None = None
@@ -257,7 +262,7 @@ class Report:
     metrics: dict[str, Any] = field(default_factory=dict)
     checks: list[CheckResult] = field(default_factory=list)
     measured: dict[str, float] = field(default_factory=dict)
-    """What this very run took: bytes, seconds, tokens a second. Shown, and never in a file that is tracked: it differs from run to run."""
+    """Resources used by this run: bytes, seconds, tokens per second. Never in a tracked file, because it differs between runs."""
 
     def __post_init__(self) -> None:
         if self.rows_in is not None and self.rows_out is not None and self.rows_in != self.rows_out + sum(self.dropped.values()):
@@ -287,7 +292,7 @@ def write_json(path: Path, document: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """In one step, so that whoever reads meanwhile finds the old text or the new one."""
+    """Write atomically: a concurrent reader sees either the old or the new text."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     scratch.write_text(text, encoding="utf-8")
@@ -295,7 +300,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder if it is there. Never through a link."""
+    """Remove a file or folder if it exists. Symbolic links are not followed."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

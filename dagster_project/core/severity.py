@@ -1,4 +1,4 @@
-"""How a finding is shown, on the data-quality page and in Dagster alike."""
+"""Displayed severity of a finding, on the data-quality page and in Dagster."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ Shown = Literal["error", "warn", "info"]
 
 
 def shown(severity: Shown, passed: bool, count: int) -> Shown | None:
-    """Severity that a person sees.
+    """Displayed severity of a finding.
 
-    A check passes when no row that breaks it is left: all were dropped or repaired. What was found is still shown, and
-    an error as a warning.
+    A check passes if no row that violates it remains, because all were dropped or repaired. Its findings are still shown, errors as warnings.
 
     Args:
         severity: of the check.
-        passed: no row that is kept breaks it.
-        count: rows that broke it, dropped ones included and waived ones not.
+        passed: no remaining row violates it.
+        count: rows that violated it, including dropped but not waived ones.
     Returns:
         None if there is no finding.
     """

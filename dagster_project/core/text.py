@@ -1,4 +1,4 @@
-"""Text for people: hidden characters made visible, numbers, plurals."""
+"""Text for display: visible forms of hidden characters, numbers, plurals."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ NAMES = {
     "retrieved": "base model, retrieved examples in the prompt",
     "tfidf_logistic": "TF-IDF + logistic regression",
 }
-"""Systems that tuned variants are compared with, in words."""
+"""Display names of the systems that tuned variants are compared with."""
 
 TITLES = {"macro_f1": "macro-F1", "accuracy": "accuracy", "rouge_l": "ROUGE-L", "exact_match": "exact match"}
-"""Measures of the comparison table, in words."""
+"""Display names of the measures in the comparison table."""
 
 _HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ufdd0-\ufdef\ufffe\uffff\ud800-\udfff"
     "\U000e0000-\U000e0fff" + "".join(chr(plane * 0x10000 + last) for plane in range(1, 17) for last in (0xFFFE, 0xFFFF)) + "]"
 )
-"""Controls, bidirectional controls, characters without a glyph, lone surrogates and non-characters. Not the two joiners that words need."""
+"""Controls, bidirectional controls, characters without a glyph, lone surrogates and non-characters. Excludes the two joiners that some scripts need."""
 
 
 def visible(text: str) -> str:
     """The text with every hidden character written out: ESC as \\x1b, a right-to-left override as \\u202e. Encodes as UTF-8."""
-    return _HIDDEN.sub(lambda found: found.group().encode("unicode_escape", "surrogatepass").decode(), text)
+    return _HIDDEN.sub(lambda match: match.group().encode("unicode_escape", "surrogatepass").decode(), text)
 
 
 def number(value: float) -> str:

@@ -1,4 +1,4 @@
-"""Human evaluation: a page on which people vote blindly between two systems' answers, and what their votes say."""
+"""Human evaluation: blind pairwise votes between two systems' answers, and their analysis."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Vote(Section):
 
 
 class Votes(Section):
-    """The file that the page saves."""
+    """The file saved by the ballot page."""
 
     ballot: str
     pairs: int = Field(ge=1)
@@ -35,23 +35,23 @@ class Votes(Section):
     votes: list[Vote]
 
 
-def export_text(found: Mapping[str, Any]) -> str:
-    """What was written, for a terminal."""
+def export_text(exported: Mapping[str, Any]) -> str:
+    """Summary of an exported ballot as text for the terminal."""
     return (
-        f"{found['file']}: {found['pairs']} of {many(found['of'], 'pair')} of {' and '.join(found['systems'])}, seed {found['seed']}; "
-        f"{found['identical']} with the same answer left out\n"
+        f"{exported['file']}: {exported['pairs']} of {many(exported['of'], 'pair')} of {' and '.join(exported['systems'])}, seed {exported['seed']}; "
+        f"{exported['identical']} with the same answer left out\n"
         "send the page to the raters, then count what they saved with `pedigree ballots import votes-*.json`"
     )
 
 
 def read_votes(project: Path, files: Sequence[Path], seed: int, partial: bool) -> tuple[Match, dict[str, dict[str, Choice]]]:
-    """The match that the files vote on, and rater -> pair -> choice. Nothing in a file tells which system is which: the match is made anew.
+    """The match that the files vote on, and rater -> pair -> choice. The match is recomputed, because the files do not identify the systems.
 
     Args:
-        seed: that of the export.
-        partial: take files in which votes are missing.
+        seed: seed of the export.
+        partial: accept files with missing votes.
     Raises:
-        InputError: names everything that is wrong with any of the files.
+        InputError: lists every problem in the files.
     """
     sheets = {file: _read(file) for file in files}
     ids = list(dict.fromkeys(sheet.ballot for sheet in sheets.values()))
@@ -59,10 +59,10 @@ def read_votes(project: Path, files: Sequence[Path], seed: int, partial: bool) -
         others = [str(file) for file, sheet in sheets.items() if sheet.ballot != ids[0]]
         raise InputError(f"the votes are on {len(ids)} ballots: {', '.join(others)} not on {ids[0]}", "import one ballot at a time")
     matches = (match(project, systems, seed) for systems in permutations(answers_of(project), 2))
-    ballot = next((found for found in matches if found.id == ids[0]), None)
+    ballot = next((candidate for candidate in matches if candidate.id == ids[0]), None)
     if ballot is None:
         raise InputError(
-            f"{files[0]}: ballot {ids[0]} is of no two systems as they answer now, with seed {seed}",
+            f"{files[0]}: ballot {ids[0]} does not match the current answers of any two systems with seed {seed}",
             "give the --seed of the export; if the models have changed since, go back with `git checkout` and `dvc checkout`",
         )
     known = {pair.id for pair in ballot.pairs}
@@ -77,7 +77,7 @@ def read_votes(project: Path, files: Sequence[Path], seed: int, partial: bool) -
             hints.append("keep one vote for each pair")
         if len(counts) < sheet.pairs and not partial:
             problems.append(f"{file}: {sheet.pairs - len(counts)} of {many(sheet.pairs, 'pair')} without a vote")
-            hints.append("finish the ballot, or count what there is with --partial")
+            hints.append("finish the ballot, or count incomplete ballots with --partial")
     for rater, count in Counter(sheet.rater for sheet in sheets.values()).items():
         if count > 1:
             problems.append(f"{', '.join(str(file) for file, sheet in sheets.items() if sheet.rater == rater)}: all by rater {rater!r}")
@@ -103,43 +103,43 @@ def _read(file: Path) -> Votes:
 
 
 def outcomes(ballot: Match, votes: Mapping[str, Mapping[str, Choice]]) -> dict[str, list[Outcome]]:
-    """Pair -> what each rater's choice means for the first system, in order of the ballot; pairs without a vote are left out."""
-    found = {pair.id: [pair.outcome(said[pair.id]) for said in votes.values() if pair.id in said] for pair in ballot.pairs}
-    return {pair: said for pair, said in found.items() if said}
+    """Pair -> outcome of each rater's choice for the first system, in ballot order; pairs without a vote are left out."""
+    by_pair = {pair.id: [pair.outcome(choices[pair.id]) for choices in votes.values() if pair.id in choices] for pair in ballot.pairs}
+    return {pair: choices for pair, choices in by_pair.items() if choices}
 
 
 def result(ballot: Match, votes: Mapping[str, Mapping[str, Choice]]) -> dict[str, Any]:
-    """Win rate over the pairs, each counted once by the majority of its votes; agreement; and how often A, B or neither was chosen."""
-    said = outcomes(ballot, votes)
+    """Win rate over pairs by majority vote, rater agreement, and how often A, B or a tie was chosen."""
+    by_pair = outcomes(ballot, votes)
     places = Counter(choice for choices in votes.values() for choice in choices.values())
     return {
         "ballot": ballot.id,
         "systems": list(ballot.systems),
         "raters": {rater: len(choices) for rater, choices in votes.items()},
-        **tally(ballot.pairs, {pair: majority(votes) for pair, votes in said.items()}),
-        "agreement": agreement(list(said.values())),
+        **tally(ballot.pairs, {pair: majority(votes) for pair, votes in by_pair.items()}),
+        "agreement": agreement(list(by_pair.values())),
         "places": {place: places[place] for place in ("a", "tie", "b")},
     }
 
 
 def preferences(ballot: Match, votes: Mapping[str, Mapping[str, Choice]]) -> list[dict[str, Any]]:
-    """Pairs that most raters decided, as rows that formats.py reads as `preference`; ties are left out."""
-    won = {pair: majority(said) for pair, said in outcomes(ballot, votes).items()}
+    """Pairs decided by majority, as rows in the `preference` layout of formats.py; ties are left out."""
+    won = {pair: majority(choices) for pair, choices in outcomes(ballot, votes).items()}
     rows = []
     for pair in ballot.pairs:
         if won.get(pair.id, "tie") != "tie":
             chosen, rejected = pair.answers if won[pair.id] == "win" else reversed(pair.answers)
-            row = {"prompt": pair.prompt, "chosen": _said(chosen), "rejected": _said(rejected)}
+            row = {"prompt": pair.prompt, "chosen": _assistant_turn(chosen), "rejected": _assistant_turn(rejected)}
             rows.append(row | ({"category": pair.category} if pair.category is not None else {}))
     return rows
 
 
-def _said(answer: str) -> list[dict[str, str]]:
+def _assistant_turn(answer: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": answer}]
 
 
 def votes_text(found: Mapping[str, Any]) -> str:
-    """The result for a terminal."""
+    """The result as text for the terminal."""
     raters, agreed, places = found["raters"], found["agreement"], found["places"]
     lines = [f"ballot {found['ballot']}: {many(sum(raters.values()), 'vote')} of {', '.join(raters)}", *as_text(found)]
     if agreed["pairs"]:
@@ -151,6 +151,6 @@ def votes_text(found: Mapping[str, Any]) -> str:
 
 
 def document(ballot: Match, n: int) -> dict[str, Any]:
-    """What the ballot's page shows: the first n pairs, without the names of systems."""
+    """Content of the ballot page: the first n pairs, without system names."""
     pairs = [{"id": pair.id, "prompt": [dict(m) for m in pair.prompt], "answers": list(pair.shown)} for pair in ballot.pairs[:n]]
     return {"ballot": ballot.id, "pairs": pairs}

@@ -1,4 +1,4 @@
-"""What people try before they tune: a good prompt, thinking aloud, examples in the prompt, retrieved examples, a classical classifier."""
+"""Alternatives to fine-tuning: prompts, chain of thought, few-shot and retrieved examples, and a classical classifier."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LABEL_ALONE = {
     ANSWER: "Answer with one of these labels and nothing else:",
     THINK: "Think step by step. Then write on the last line your answer, one of these labels and nothing else:",
 }
-"""The same where the answer is a label."""
+"""The same instructions for label tasks."""
 
 
 def instruction(task: Task | LabelSet, how: str = ANSWER) -> str:
@@ -35,9 +35,9 @@ def instruction(task: Task | LabelSet, how: str = ANSWER) -> str:
     return f"Classify the user's message. {how} exactly these fields: {fields}."
 
 
-def with_shots(said: str, shots: Sequence[Record], record: Record) -> Messages:
-    """The prompt for a record: a system prompt unless empty, worked examples as earlier turns, the record's own conversation up to the answer."""
-    turns = [{"role": "system", "content": said}] if said else []
+def with_shots(system_prompt: str, shots: Sequence[Record], record: Record) -> Messages:
+    """The prompt for a record: system prompt (unless empty), worked examples as earlier turns, then the conversation up to the answer."""
+    turns = [{"role": "system", "content": system_prompt}] if system_prompt else []
     for shot in shots:
         turns += [
             {"role": "user", "content": prompt_text(shot["messages"])},
@@ -47,13 +47,13 @@ def with_shots(said: str, shots: Sequence[Record], record: Record) -> Messages:
 
 
 def conclusion(answer: str) -> str:
-    """What is answered after thinking: the last line that begins as a JSON object does, else the last line."""
+    """The answer after step-by-step reasoning: the last line that starts with "{", else the last line."""
     lines = [line.strip() for line in answer.splitlines() if line.strip()]
     return next((line for line in reversed(lines) if line.startswith("{")), lines[-1] if lines else "")
 
 
 def spread(records: Sequence[Record], labels: Sequence[str], n: int, seed: int) -> list[Record]:
-    """`n` examples that cover the labels as evenly as can be, chosen by seed."""
+    """`n` examples that cover the labels as evenly as can be, sampled by seed."""
     order = sorted(range(len(records)), key=lambda i: hashlib.sha256(f"{seed}:{records[i]['example_id']}".encode()).digest())
     queues = {name: [i for i in order if labels[i] == name] for name in sorted(set(labels))}
     chosen: list[int] = []
@@ -67,36 +67,36 @@ def spread(records: Sequence[Record], labels: Sequence[str], n: int, seed: int) 
 def nearest(train: Sequence[Record], records: Sequence[Record], n: int) -> list[list[Record]]:
     """For each record the `n` training examples with the most similar prompt (BM25), the most similar last."""
     train = sorted(train, key=lambda record: record["example_id"])
-    known, asked = ([prompt_text(record["messages"]) for record in rows] for rows in (train, records))
-    return [[train[j] for j in (-similar).argsort(kind="stable")[:n][::-1]] for similar in bm25(known, asked)]
+    documents, queries = ([prompt_text(record["messages"]) for record in rows] for rows in (train, records))
+    return [[train[j] for j in (-similar).argsort(kind="stable")[:n][::-1]] for similar in bm25(documents, queries)]
 
 
 def bm25(documents: Sequence[str], queries: Sequence[str], k1: float = 1.5, b: float = 0.75) -> Iterator[np.ndarray]:
     """For each query the Okapi BM25 score of every document, (documents,).
 
-    Robertson and Zaragoza 2009, section 3.4; with 1 added inside the logarithm (as Lucene does), so that no word counts against a document.
+    Robertson and Zaragoza 2009, section 3.4; with 1 added inside the logarithm (as Lucene does), so that no word lowers a score.
     """
     import numpy as np
 
     counts = [Counter(words(text)) for text in documents]
     lengths = np.array([count.total() for count in counts], dtype=float)
-    longer = k1 * (1 - b + b * lengths / max(1.0, lengths.mean()))
-    found: dict[str, list[int]] = {}
+    length_norm = k1 * (1 - b + b * lengths / max(1.0, lengths.mean()))
+    postings: dict[str, list[int]] = {}
     for i, count in enumerate(counts):
         for word in count:
-            found.setdefault(word, []).append(i)
+            postings.setdefault(word, []).append(i)
     for query in queries:
         scores = np.zeros(len(documents))
         for word, times in Counter(words(query)).items():
-            at = np.array(found.get(word, []), dtype=int)
-            often = np.array([counts[i][word] for i in at], dtype=float)
-            rare = np.log(1 + (len(documents) - len(at) + 0.5) / (len(at) + 0.5))
-            scores[at] += times * rare * often * (k1 + 1) / (often + longer[at])
+            matching = np.array(postings.get(word, []), dtype=int)
+            frequency = np.array([counts[i][word] for i in matching], dtype=float)
+            idf = np.log(1 + (len(documents) - len(matching) + 0.5) / (len(matching) + 0.5))
+            scores[matching] += times * idf * frequency * (k1 + 1) / (frequency + length_norm[matching])
         yield scores
 
 
 def classify(train: Sequence[Record], labels: Sequence[str], records: Sequence[Record], seed: int) -> list[str]:
-    """Labels by TF-IDF (words and pairs of words) and logistic regression."""
+    """Predict labels by TF-IDF (unigrams and bigrams) and logistic regression."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -107,4 +107,4 @@ def classify(train: Sequence[Record], labels: Sequence[str], records: Sequence[R
         TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2)), LogisticRegression(C=10, max_iter=2000, random_state=seed)
     )
     model.fit([prompt_text(r["messages"]) for r in train], labels)
-    return [str(found) for found in model.predict([prompt_text(r["messages"]) for r in records])]
+    return [str(predicted) for predicted in model.predict([prompt_text(r["messages"]) for r in records])]

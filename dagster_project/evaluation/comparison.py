@@ -1,4 +1,4 @@
-"""Results side by side, and what follows from them in words."""
+"""The comparison table, and advice derived from it: whether tuning was worth it, and which variant to use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from dagster_project.core.text import NAMES, TITLES
 
 FEWEST = 30
-"""Test examples below which nothing is concluded. Measured on simulated pairs of right and wrong answers: the 95 % bootstrap interval of a
+"""Smallest number of test examples for a conclusion. Measured on simulated pairs of right and wrong answers: the 95 % bootstrap interval of a
 difference of accuracies holds the true one in 93 to 96 % of the cases from 30 answers on, in 65 to 89 % at 10 and in 41 to 68 % at 5."""
 
 Scores = Mapping[str, Mapping[str, Any]]
@@ -17,10 +17,10 @@ Scores = Mapping[str, Mapping[str, Any]]
 
 
 def board(shown: Sequence[str], scores: Scores, compared: Mapping[str, Any]) -> list[str]:
-    """A Markdown table, best first; by perplexity where there are no answers to score.
+    """The comparison table in Markdown, best first; by perplexity if there are no answers to score.
 
     Args:
-        shown: the measure that decides, and the one beside it.
+        shown: the deciding measure and a second one.
     """
     if scores:
         first, second = shown
@@ -48,12 +48,11 @@ def _tokens(score: Mapping[str, Any]) -> str:
 
 
 def advice(decides: str, scores: Scores, compared: Mapping[str, Any], test: Mapping[str, int]) -> list[str]:
-    """For each variant whether it is worth it, not worth it, or not shown, with the figures that say so; then the variants among themselves;
-    then the next step where these figures cannot answer the question.
+    """Verdict on each variant with its figures, comparisons between variants, and the next step if the result is inconclusive.
 
     Args:
-        compared: variant -> its differences to other systems, its `perplexity_to_base` and its `failed_checks`, each where there are any.
-        test: of the test split the `examples`, and the `answered` ones.
+        compared: variant -> differences to other systems, `perplexity_to_base` and `failed_checks`, each if available.
+        test: numbers of test `examples` and of `answered` ones.
     """
     found = [_verdict(name, decides, scores, compared[name], test) for name in compared]
     ranked = sorted((name for name in compared if name in scores), key=lambda name: -scores[name][decides])
@@ -65,7 +64,7 @@ def advice(decides: str, scores: Scores, compared: Mapping[str, Any], test: Mapp
 
 
 OPEN = "rouge_l"
-"""The measure that decides where answers are open text (`metrics.measures`)."""
+"""The deciding measure for open text (`metrics.measures`)."""
 OPEN_TEXT = (
     "Open text has many right answers, and ROUGE-L compares with one of them. Next step: let people vote blindly between two systems "
     "(`pedigree ballots export`), or a judge model (`pedigree judge --endpoint URL --model NAME`)."
@@ -79,7 +78,7 @@ def _few(answers: int) -> str:
 
 @dataclass(frozen=True)
 class Gain:
-    """What tuning gained over the best alternative to it."""
+    """Gain of a tuned variant over the best alternative to tuning."""
 
     rival: str
     """The alternative, one of NAMES; "" is the base model, by likelihood."""
@@ -89,7 +88,7 @@ class Gain:
     """Ends of the 95 % interval of `gap`."""
     words: str
     examples: int
-    """Test examples that it was measured on."""
+    """Test examples it was measured on."""
 
     @property
     def enough(self) -> bool:
@@ -101,11 +100,11 @@ class Gain:
 
 
 def gain(decides: str, found: Mapping[str, Any], test: Mapping[str, int]) -> Gain | None:
-    """Of a variant, by the measure that decides; by perplexity where there are no answers to score; None where there is neither.
+    """Gain of a variant by the deciding measure, or by perplexity without scored answers; None if neither exists.
 
     Args:
-        found: what was compared of the variant.
-        test: as of `advice`.
+        found: the variant's comparisons.
+        test: as in `advice`.
     """
     against = {other: differences[decides] for other, differences in found.get("to", {}).items() if other in NAMES}
     if against:
@@ -127,7 +126,7 @@ def _verdict(name: str, decides: str, scores: Scores, found: Mapping[str, Any], 
         more = f" {_instead(gained.rival, decides, scores[name], scores[gained.rival])}"
         if decides != "macro_f1" and (
             ratio := found.get("perplexity_to_base")
-        ):  # free text has many right answers, and likelihood sees them all
+        ):  # free text has many correct answers; likelihood covers them all
             beside = f" By likelihood: {_below(ratio)[-1]}."
     if not gained.enough and (gained.low > 0 or gained.high < 0):
         return f"Tuning {name} is not judged: {gained.words}, which so few examples cannot tell from chance.{checks}"
@@ -143,15 +142,15 @@ def _verdict(name: str, decides: str, scores: Scores, found: Mapping[str, Any], 
 def recommended(
     decides: str, scores: Scores, compared: Mapping[str, Any], cost: Mapping[str, Mapping[str, float]], test: Mapping[str, int]
 ) -> dict[str, Any]:
-    """The variant to use, or none, and why: the best of those that are surely better than the best alternative and passed their checks;
-    between two that may differ by chance, the cheaper one.
+    """The variant to use, if any, and the reason: the best one that is significantly better than the best alternative and passed its checks;
+    of variants whose difference may be chance, the cheapest.
 
     Args:
-        cost: system -> what it takes; it is compared in the order of COSTS.
-        test: as of `advice`.
+        cost: system -> costs, compared in the order of COSTS.
+        test: as in `advice`.
     Returns:
-        {"variant": name or None, "sure": better than the best alternative beyond chance, and no check failed?, "instead": the best
-        alternative, "why"}
+        {"variant": name or None, "sure": significantly better than the best alternative, with no failed check, "instead": the
+        best alternative, "why"}
     """
     gains = {name: found for name in compared if (found := gain(decides, compared[name], test))}
     if not gains:
@@ -160,15 +159,15 @@ def recommended(
     sure = {name: found for name, found in better.items() if not compared[name].get("failed_checks")}
     best = max(sure or better or gains, key=lambda name: gains[name].gap)
     rival = NAMES.get(gains[best].rival, "the base model")
-    told: dict[str, Any] = {"variant": best, "sure": bool(sure), "instead": gains[best].rival or None}
+    common: dict[str, Any] = {"variant": best, "sure": bool(sure), "instead": gains[best].rival or None}
     if not gains[best].enough:
-        return {**told, "variant": None, "why": f"{_few(gains[best].examples)} {MORE}"}
+        return {**common, "variant": None, "why": f"{_few(gains[best].examples)} {MORE}"}
     if not better:
         if gains[best].gap <= 0:
-            return {**told, "variant": None, "why": f"Use {rival}: no variant is better, and it costs no training."}
-        return {**told, "why": f"It has the best score, but is not surely better than {rival}, which costs no training."}
+            return {**common, "variant": None, "why": f"Use {rival}: no variant is better, and it costs no training."}
+        return {**common, "why": f"It has the best score, but is not surely better than {rival}, which costs no training."}
     if not sure:
-        return {**told, "why": f"It is surely better than {rival}, but its checks failed: {'; '.join(compared[best]['failed_checks'])}."}
+        return {**common, "why": f"It is surely better than {rival}, but its checks failed: {'; '.join(compared[best]['failed_checks'])}."}
     dearer = {name: tuple(cost.get(name, {}).get(what, 0) for what in COSTS) for name in sure}
     alike = [name for name in sure if name == best or _may_be_chance(compared[best], name, decides)]
     cheapest = min(alike, key=lambda name: (dearer[name], name != best))
@@ -177,18 +176,18 @@ def recommended(
         gap = compared[best]["to"][cheapest][decides]
         low, high = gap["interval"]
         figures = _points(gap["difference"], low, high, decides, cheapest)
-        return {**told, "variant": cheapest, "why": f"{why}. {best} scores more, but perhaps by chance ({figures}), and costs more."}
+        return {**common, "variant": cheapest, "why": f"{why}. {best} scores more, but perhaps by chance ({figures}), and costs more."}
     others = ", ".join(name for name in alike if name != best)
     if others:
-        return {**told, "why": f"{why}. It has the best score; {others} may be as good, and cost no less."}
-    return {**told, "why": f"{why}{', and the best of the variants' if len(compared) > 1 else ''}."}
+        return {**common, "why": f"{why}. It has the best score; {others} may be as good, and cost no less."}
+    return {**common, "why": f"{why}{', and the best of the variants' if len(compared) > 1 else ''}."}
 
 
 def headline(document: Mapping[str, Any]) -> str:
-    """What to do, in a few words.
+    """The recommendation in a few words.
 
     Args:
-        document: of comparison.json.
+        document: content of comparison.json.
     """
     compared, name = document["compared"], document["recommended"]["variant"]
     if document["recommended"]["sure"]:
@@ -200,16 +199,16 @@ def headline(document: Mapping[str, Any]) -> str:
 
 
 COSTS = ("prompt_tokens", "bytes", "tokens")
-"""What makes a system dear, dearest first: tokens of each prompt, size on disk, tokens it was trained with."""
+"""Costs in order of importance: tokens per prompt, bytes on disk, training tokens."""
 
 
 def _may_be_chance(best: Mapping[str, Any], other: str, decides: str) -> bool:
-    """Does the interval of the difference between the best variant and another include 0?"""
+    """Whether the interval of the difference between the best variant and another includes 0."""
     return other in best.get("to", {}) and best["to"][other][decides]["interval"][0] <= 0
 
 
 def _below(ratio: Mapping[str, Any]) -> tuple[float, float, float, str]:
-    """A ratio of perplexities as a gain, the ends of its interval, and all of it in words."""
+    """A perplexity ratio as a gain, the ends of its interval, and a description."""
     gap, low, high = 1 - ratio["ratio"], 1 - ratio["interval"][1], 1 - ratio["interval"][0]
     return gap, low, high, f"perplexity {100 * gap:.1f} % below the base model's (95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
 
@@ -219,7 +218,7 @@ def _points(gap: float, low: float, high: float, decides: str, rival: str) -> st
 
 
 def _instead(rival: str, decides: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
-    """What the best alternative reaches, and what it costs."""
+    """Score and cost of the best alternative."""
     share = f"{100 * theirs[decides] / ours[decides]:.0f} % of" if ours[decides] else "at least"
     if "prompt_tokens" not in theirs:
         cost = "without tuning a model"

@@ -1,4 +1,4 @@
-"""A team's own measures: functions (reference, answer) -> number in Python files under data/metrics/, named in params.yaml."""
+"""User-defined measures: functions (reference, answer) -> number in Python files under data/metrics/, named in params.yaml."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     import numpy as np
 
 FOLDER = "data/metrics"
-"""The folder that dvc.yaml watches: an edit of a measure measures again."""
+"""A dependency in dvc.yaml: editing a measure re-runs the evaluation."""
 
 
-def own_measures(root: Path, names: Sequence[str]) -> dict[str, Measure]:
+def custom_measures(root: Path, names: Sequence[str]) -> dict[str, Measure]:
     """Name -> measure; `tone.polite` is the mean over the answers of the function `polite` in data/metrics/tone.py.
 
     Raises:
-        InputError: there is no such file or function, or the file fails.
+        InputError: the file or function does not exist, or the file raises an exception.
     """
     return {name: Measure(_checked(name, _load(root, name)), paired=True) for name in names}
 
@@ -32,16 +32,22 @@ def own_measures(root: Path, names: Sequence[str]) -> dict[str, Measure]:
 def _load(root: Path, name: str) -> Callable[[str, str], Any]:
     *parts, function = name.split(".")
     if not parts or not all(part.isidentifier() for part in (*parts, function)):
-        raise InputError(f"params.yaml: evaluation.metrics: {name!r} names no function", f"write file.function, of a file in {FOLDER}/")
-    place = f"{FOLDER}/{'/'.join(parts)}.py"
-    path = inside(root, place, "evaluation.metrics")
+        raise InputError(
+            f"params.yaml: evaluation.metrics: {name!r} is not of the form file.function", f"name a function of a Python file in {FOLDER}/"
+        )
+    relative = f"{FOLDER}/{'/'.join(parts)}.py"
+    path = inside(root, relative, "evaluation.metrics")
     try:
-        found = runpy.run_path(str(path)).get(function)  # by file, and without a __pycache__ beside it
-    except (Exception, SystemExit) as error:  # noqa: BLE001  it is somebody's own code: whatever it raises is for them to read
-        raise InputError(f"{place} fails: {type(error).__name__}: {error}", "mend the file, or take it out of evaluation.metrics") from None
-    if not callable(found):
-        raise InputError(f"params.yaml: evaluation.metrics: {place} has no function {function!r}", "define it there, or name another")
-    return found
+        loaded = runpy.run_path(str(path)).get(function)  # by path, without writing a __pycache__
+    except (Exception, SystemExit) as error:  # noqa: BLE001  user code may raise anything; report it to the user
+        raise InputError(
+            f"{relative} fails: {type(error).__name__}: {error}", "fix the file, or remove it from evaluation.metrics"
+        ) from None
+    if not callable(loaded):
+        raise InputError(
+            f"params.yaml: evaluation.metrics: {relative} has no function {function!r}", "define it there, or use another function"
+        )
+    return loaded
 
 
 def _checked(name: str, function: Callable[[str, str], Any]) -> Callable[[Sequence[str], Sequence[str]], np.ndarray]:
@@ -53,13 +59,13 @@ def _checked(name: str, function: Callable[[str, str], Any]) -> Callable[[Sequen
             try:
                 value = function(reference, answer)
             except (Exception, SystemExit) as error:  # noqa: BLE001  as above
-                said = f"fails: {type(error).__name__}: {error}"
+                problem = f"fails: {type(error).__name__}: {error}"
             else:
                 if isinstance(value, Real) and math.isfinite(value):
                     values.append((float(value), 1))
                     continue
-                said = f"gives {value!r}, which is no finite number"
-            raise InputError(f"evaluation.metrics: {name} {said}; for the answer {answer[:80]!r}", f"mend it in {FOLDER}/")
+                problem = f"returns {value!r}, which is not a finite number"
+            raise InputError(f"evaluation.metrics: {name} {problem}; for the answer {answer[:80]!r}", f"fix it in {FOLDER}/")
         return np.array(values, dtype=float).reshape(-1, 2)
 
     return statistics

@@ -1,4 +1,4 @@
-"""What is measured of a model, tuned or not, and the table in which results are kept."""
+"""Evaluation of a tuned or base model: likelihoods, answers, slices, and the results table."""
 
 from __future__ import annotations
 
@@ -31,31 +31,33 @@ if TYPE_CHECKING:
 
 @cache
 def result_schema() -> pa.Schema:
-    """One answer of one system to one test example."""
+    """One row per system and test example."""
     import pyarrow as pa
 
     return pa.schema(
         [
-            ("system", pa.string()),  # who answered: zero_shot, few_shot, ..., or a variant's name
+            ("system", pa.string()),  # zero_shot, few_shot, ..., or a variant's name
             ("example_id", pa.string()),
-            ("answer", pa.string()),  # what it wrote; null where it was not asked to write
-            ("label", pa.string()),  # the label its answer gives; null where answers are free text
-            ("prompt_tokens", pa.int64()),  # of what it was asked; null for systems that are no language model
-            ("nll", pa.float64()),  # nats, summed over the reference response; null for systems that are no language model
+            ("answer", pa.string()),  # generated answer; null if none was generated
+            ("label", pa.string()),  # label of the answer; null for free text
+            ("prompt_tokens", pa.int64()),  # tokens of the prompt; null for systems other than language models
+            ("nll", pa.float64()),  # nats, summed over the reference response; null for systems other than language models
             ("tokens", pa.int64()),  # of the reference response
         ]
     )
 
 
-def _form(value: Any) -> str:
-    """Which of the two forms of `task` a value is meant to be."""
+def _task_kind(value: Any) -> str:
+    """Tag of the kind of `task` that a value specifies."""
     return f"{TAG}labels" if isinstance(value, LabelTask) or (isinstance(value, dict) and "labels" in value) else f"{TAG}fields"
 
 
 class Settings(Section):
     """How answers are scored, the same for every variant. See docs/evaluation.md."""
 
-    task: Annotated[Annotated[Task, Tag(f"{TAG}fields")] | Annotated[LabelTask, Tag(f"{TAG}labels")], Discriminator(_form)] | None = None
+    task: Annotated[Annotated[Task, Tag(f"{TAG}fields")] | Annotated[LabelTask, Tag(f"{TAG}labels")], Discriminator(_task_kind)] | None = (
+        None
+    )
     """What a correct answer looks like: a label (`labels`), or one JSON object (`fields` and `score`). null, or no test
     example with such an answer: answers are free text."""
     metrics: list[str] = []
@@ -73,12 +75,12 @@ class Settings(Section):
     """Prompts that are answered at the same time."""
 
 
-class Subject:
-    """A loaded model, ready to be measured."""
+class EvaluatedModel:
+    """A loaded model with the operations that evaluation needs."""
 
     def __init__(self, folder: Path, compute: Compute, settings: Settings, base_model: Path | None = None) -> None:
         """Args:
-        folder: weights that stand alone; or an adapter, or a classifier's head, with the `base_model` it stands on.
+        folder: a complete model; or an adapter or a classification head, which needs `base_model`.
         """
         device, dtype = prepare(compute)
         from transformers import AutoTokenizer
@@ -95,22 +97,20 @@ class Subject:
 
     @property
     def writes(self) -> bool:
-        """Is it a language model? A classifier only names labels: it has no perplexity and answers no multiple-choice questions."""
+        """Whether the model generates text. A classifier only predicts labels: it has no perplexity and no benchmark scores."""
         return self.head is None
 
     def likelihood(self, records: Sequence[dict[str, Any]], what: str) -> list[tuple[float, int]]:
-        """Per record the negative log-likelihood of its responses, and their tokens. What exceeds the context is cut at the end."""
+        """(negative log-likelihood in nats, tokens) of each record's responses. Records longer than the context are truncated at the end."""
         room = self.tokenizer.model_max_length
         examples = [(ids[:room], labels[:room]) for ids, labels in (encode_record(self.tokenizer, record) for record in records)]
         return negative_log_likelihood(self.model, self.tokenizer.pad_token_id, examples, self.settings.batch_size, f"{what}: perplexity")
 
     def answer(self, prompts: Sequence[list[dict[str, str]]], what: str, thinking_tokens: int = 0) -> list[str]:
-        """What it answers to each prompt; a classifier's answer is the label alone, which `metrics.label` takes as it takes any.
-
-        What exceeds the context is cut at the beginning.
+        """The answer to each prompt; for a classifier the predicted label. Prompts longer than the context are truncated at the beginning.
 
         Args:
-            thinking_tokens: room for what it says before the answer.
+            thinking_tokens: additional tokens for reasoning before the answer.
         """
         if self.head is not None:
             return self.head.predict(prompts, f"{what}: answers")
@@ -120,14 +120,14 @@ class Subject:
         return generate(self.model, self.tokenizer, ids, longest, self.settings.batch_size, f"{what}: answers")
 
     def prompt_tokens(self, prompts: Sequence[list[dict[str, str]]]) -> list[int] | None:
-        """Tokens of each prompt; None of a classifier, which is not prompted."""
+        """Tokens of each prompt; None for a classifier, which is not prompted."""
         return [len(encode_prompt(self.tokenizer, messages)) for messages in prompts] if self.writes else None
 
 
-def asked(
+def select_questions(
     records: Sequence[dict[str, Any]], settings: Settings, train: Sequence[dict[str, Any]] = ()
 ) -> tuple[Task | LabelSet | None, list[dict[str, Any]]]:
-    """The test examples that are answered, and the task they are answers to; None where they are free text.
+    """Select the test examples to answer. Returns the task (None for free text) and the examples.
 
     Args:
         records: the test split.
@@ -135,28 +135,30 @@ def asked(
     """
     task: Task | LabelSet | None
     if isinstance(settings.task, LabelTask):
-        task = label_set(settings.task, *([response_text(r["messages"]) for r in conversations(split)] for split in (train, records)))
+        task = label_set(
+            settings.task, *([response_text(r["messages"]) for r in with_prompt_and_response(split)] for split in (train, records))
+        )
     else:
         task = settings.task
-    found = labelled(records, task)
-    if isinstance(task, Task) and records and not found:
+    answerable = with_task_answers(records, task)
+    if isinstance(task, Task) and records and not answerable:
         log.warning(
             f"params.yaml: evaluation.task: none of {len(records)} test answers is a JSON object with the fields {', '.join(task.fields)}"
             " and allowed values; answers are scored as free text. Remove evaluation.task, or describe your own answers"
         )
-    task = task if found else None
-    found = found or conversations(records)
-    chosen = set(sorted(record["example_id"] for record in found)[: settings.max_examples])
-    return task, [record for record in found if record["example_id"] in chosen]
+    task = task if answerable else None
+    answerable = answerable or with_prompt_and_response(records)
+    chosen = set(sorted(record["example_id"] for record in answerable)[: settings.max_examples])
+    return task, [record for record in answerable if record["example_id"] in chosen]
 
 
-def labelled(records: Sequence[dict[str, Any]], task: Task | LabelSet | None) -> list[dict[str, Any]]:
+def with_task_answers(records: Sequence[dict[str, Any]], task: Task | LabelSet | None) -> list[dict[str, Any]]:
     """The records whose reference response is an answer to the task."""
     return [record for record in records if task and is_answer(task, response_text(record["messages"]))]
 
 
-def conversations(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The records in which something is asked and answered."""
+def with_prompt_and_response(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The conversations with both a prompt and a response."""
     return [r for r in records if not is_text(r) and prompt_text(r["messages"]) and response_text(r["messages"])]
 
 
@@ -168,7 +170,7 @@ def result_rows(
     prompt_tokens: Sequence[int | None] | None = None,
     likelihoods: Sequence[tuple[float | None, int | None]] = (),
 ) -> list[dict[str, Any]]:
-    """A system's rows of the table, null where it has no answers, prompts or likelihoods."""
+    """A system's rows of the results table, with null for missing answers, prompts or likelihoods."""
     nothing = [None] * len(records)
     return [
         {
@@ -194,12 +196,12 @@ NO_CATEGORY = "(none)"
 def slices(
     records: Sequence[dict[str, Any]], likelihoods: Sequence[tuple[float, int]], scored: str, values: Mapping[str, float]
 ) -> dict[str, dict[str, Any]]:
-    """By category and by length of the prompt: how many test examples, their perplexity, and the mean score of those that were answered.
+    """Test examples, perplexity and mean score of answered examples, by category and by prompt length.
 
     Args:
-        likelihoods: of the records; none for a classifier.
+        likelihoods: (nats, tokens) of the records; empty for a classifier.
         scored: name of the score.
-        values: example_id -> its score.
+        values: example_id -> score.
     """
     categories = [record["category"] or NO_CATEGORY for record in records]
     most = {name for name, _ in Counter(sorted(categories)).most_common(MOST_SLICES)}
@@ -225,16 +227,16 @@ def _slice(
 ) -> dict[str, Any]:
     import numpy as np
 
-    found = [values[records[i]["example_id"]] for i in members if records[i]["example_id"] in values]
+    scores = [values[records[i]["example_id"]] for i in members if records[i]["example_id"] in values]
     return {
         "n": len(members),
         **({"perplexity": rounded(perplexity(np.array([likelihoods[i] for i in members]).sum(0)))} if likelihoods else {}),
-        **({"answered": len(found), scored: rounded(sum(found) / len(found))} if found else {}),
+        **({"answered": len(scores), scored: rounded(sum(scores) / len(scores))} if scores else {}),
     }
 
 
 def thirds(lengths: Sequence[int]) -> list[str]:
-    """The third that each length is in, named with its edges: short, medium or long of these lengths."""
+    """Name of the tercile (short, medium, long) of each length, with its bounds."""
     ordered = sorted(lengths)
     low, high = (ordered[max(0, len(ordered) * k // 3 - 1)] for k in (1, 2))
     return [

@@ -20,7 +20,7 @@ from dagster_project.core.errors import CheckFailed, InputError, PedigreeError
 from dagster_project.core.progress import Progress
 from dagster_project.core.text import many, visible
 from dagster_project.evaluation.paired.pairwise import Choice, Match, Outcome, Pair, as_text, tally
-from dagster_project.training.tokens.preference_pairs import reply as said_by_assistant
+from dagster_project.training.tokens.preference_pairs import reply as assistant_turn
 
 log = logging.getLogger("pedigree")
 
@@ -31,21 +31,21 @@ INSTRUCTION = (
 )
 LETTERS: dict[str, Choice] = {"A": "a", "B": "b", "T": "tie"}
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
-MOST = 1 << 20
-"""Bytes read of a reply."""
+MAX_REPLY_BYTES = 1 << 20
+"""Most bytes read from a reply."""
 
 Verdict = Choice | Literal["refused", "malformed"]
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the judge is asked."""
+    """The judge's endpoint."""
 
     url: str
-    """What comes before /chat/completions, e.g. https://api.openai.com/v1."""
+    """Base URL, without /chat/completions, e.g. https://api.openai.com/v1."""
     model: str
     key_env: str | None = None
-    """Name of the environment variable that holds the key. The key itself is read for a request and kept nowhere."""
+    """Name of the environment variable that holds the key. The key is read for each request and never stored."""
     timeout: float = 120
     """Seconds."""
     attempts: int = 5
@@ -60,39 +60,43 @@ class Endpoint:
         except ValueError:
             plain = False
         if not plain or " " in self.url or parts.query or parts.fragment or "@" in parts.netloc:
-            raise InputError("--endpoint: not the address of an endpoint", "write https://host/v1; a key goes into an environment variable")
+            raise InputError("--endpoint: not a valid endpoint URL", "write https://host/v1; put the key into an environment variable")
         if self.key_env and parts.scheme == "http" and parts.hostname not in LOOPBACK:
             raise InputError(f"--endpoint {self.url}: the key would travel unencrypted", "use https, or leave --key-env out")
 
     def headers(self) -> dict[str, str]:
-        """Raises:
-        InputError: the variable is not set, or holds what is no key.
+        """HTTP headers of a request.
+
+        Raises:
+            InputError: the environment variable is not set or contains an invalid key.
         """
-        found = {"Content-Type": "application/json"}
+        headers = {"Content-Type": "application/json"}
         if self.key_env is None:
-            return found
+            return headers
         key = os.environ.get(self.key_env, "").strip()
         if not (key and key.isascii() and key.isprintable()):
-            what = "holds more than a key" if key else "is not set"
+            problem = "contains an invalid key" if key else "is not set"
             raise InputError(
-                f"the environment variable named by --key-env {what}", "set it to the endpoint's key; give its name, not the key"
+                f"the environment variable named by --key-env {problem}", "set it to the endpoint's key; give its name, not the key"
             )
-        return found | {"Authorization": f"Bearer {key}"}
+        return headers | {"Authorization": f"Bearer {key}"}
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another host."""
+    """Refuses redirects, which would send the key to another host."""
 
     def redirect_request(self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str) -> None:
         return None
 
 
 def ask(endpoint: Endpoint, messages: Sequence[Mapping[str, str]], wait: Callable[[float], None] = time.sleep) -> Any:
-    """One reply, as parsed JSON; None where it is no JSON. Busy and broken servers (429, 5xx, no connection) are asked again, after 1, 2, 4, ... seconds or
-    as long as they say, at most a minute. What a server writes into an error is not repeated: it may quote the key.
+    """Send one request; returns the parsed JSON reply, or None if it is not JSON.
+
+    Busy and failing servers (429, 5xx, no connection) are retried after 1, 2, 4, ... seconds or their Retry-After, at most a minute. Error bodies are
+    not shown, because they may contain the key.
 
     Raises:
-        PedigreeError: refused, or no reply after all attempts.
+        PedigreeError: the request was rejected, or no reply came after all attempts.
     """
     body = json.dumps({"model": endpoint.model, "messages": messages, "temperature": 0}).encode()
     request = urllib.request.Request(f"{endpoint.url.rstrip('/')}/chat/completions", body, endpoint.headers(), method="POST")
@@ -102,28 +106,28 @@ def ask(endpoint: Endpoint, messages: Sequence[Mapping[str, str]], wait: Callabl
         pause = float(2**attempt)
         try:
             with opener.open(request, timeout=endpoint.timeout) as reply:
-                return _json(reply.read(MOST))
+                return _json(reply.read(MAX_REPLY_BYTES))
         except urllib.error.HTTPError as error:
             error.close()
             problem = f"HTTP {error.code}"
             if error.code != 429 and error.code < 500:
-                raise PedigreeError(f"{endpoint.url}: {problem}", NEXT.get(error.code, "check --endpoint and --model")) from None
+                raise PedigreeError(f"{endpoint.url}: {problem}", STATUS_HINTS.get(error.code, "check --endpoint and --model")) from None
             after = error.headers.get("Retry-After", "")
             pause = float(after) if after.isascii() and after.isdecimal() else pause
         except (OSError, HTTPException) as error:
             problem = type(getattr(error, "reason", error)).__name__
         if attempt + 1 < endpoint.attempts:
-            log.info(f"judge: {problem}, asking again")
+            log.info(f"judge: {problem}, retrying")
             wait(min(pause, 60.0))
     raise PedigreeError(
         f"{endpoint.url}: no reply after {endpoint.attempts} attempts ({problem})", "check the endpoint, or try again later"
     )
 
 
-NEXT = dict.fromkeys((401, 403), "check the key in the environment variable named by --key-env") | dict.fromkeys(
-    (301, 302, 303, 307, 308), "name the endpoint it redirects to; the key is not sent on"
+STATUS_HINTS = dict.fromkeys((401, 403), "check the key in the environment variable named by --key-env") | dict.fromkeys(
+    (301, 302, 303, 307, 308), "use the URL that it redirects to; the key is not forwarded"
 )
-"""HTTP status -> the next step."""
+"""HTTP status -> hint."""
 
 
 def _json(reply: bytes) -> Any:
@@ -134,7 +138,7 @@ def _json(reply: bytes) -> Any:
 
 
 def verdict(reply: Any) -> Verdict:
-    """What a reply says, taken strictly: one of three letters, or it does not count."""
+    """Verdict of a reply, parsed strictly: one of three letters, else "refused" or "malformed"."""
     try:
         choice = reply["choices"][0]
         message = choice["message"]
@@ -145,29 +149,29 @@ def verdict(reply: Any) -> Verdict:
         return "malformed"
 
 
-AGREED: dict[tuple[Verdict, Verdict], Outcome] = {("a", "b"): "win", ("b", "a"): "loss", ("tie", "tie"): "tie"}
-"""What is said with the first system as A, and with it as B -> what both mean."""
+OUTCOME_OF_ORDERS: dict[tuple[Verdict, Verdict], Outcome] = {("a", "b"): "win", ("b", "a"): "loss", ("tie", "tie"): "tie"}
+"""(verdict with the first system as A, verdict with it as B) -> outcome."""
 
 
 def _question(pair: Pair, answers: Sequence[str]) -> list[dict[str, str]]:
-    """As JSON, so that no answer can pretend to be the end of itself."""
-    asked = json.dumps({"prompt": pair.prompt, "answer_a": answers[0], "answer_b": answers[1]}, ensure_ascii=False)
-    return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": asked}]
+    """Messages to the judge. The content is JSON, so that an answer cannot imitate the end of its own field."""
+    content = json.dumps({"prompt": pair.prompt, "answer_a": answers[0], "answer_b": answers[1]}, ensure_ascii=False)
+    return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": content}]
 
 
 def judge(
     match: Match, n: int, endpoint: Endpoint, price: tuple[float, float] | None = None, wait: Callable[[float], None] = time.sleep
 ) -> dict[str, Any]:
-    """Verdicts on the first n pairs. A system wins a pair that it wins in both orders; where the orders disagree it is a tie; a pair with an order
-    that has no verdict does not count.
+    """Judge the first n pairs in both orders. A system wins a pair if it wins in both orders; conflicting orders are a tie; a pair without a verdict in
+    one order is excluded.
 
     Args:
-        price: of a million prompt tokens and of a million completion tokens.
+        price: per million prompt tokens and per million completion tokens.
     Raises:
-        CheckFailed: not one pair has a verdict.
+        CheckFailed: no pair has a verdict.
     """
     outcomes: dict[str, Outcome] = {}
-    tokens, places, lost, disagreed, unmetered = (
+    tokens, positions, invalid, disagreed, unmetered = (
         Counter(prompt=0, completion=0),
         Counter(a=0, b=0, tie=0),
         Counter(refused=0, malformed=0),
@@ -177,42 +181,42 @@ def judge(
     pairs = match.pairs[:n]
     progress = Progress("judge", len(pairs), "pair")
     for pair in pairs:
-        said: list[Verdict] = []
+        verdicts: list[Verdict] = []
         for answers in (pair.answers, pair.answers[::-1]):
             reply = ask(endpoint, _question(pair, answers), wait)
-            said.append(verdict(reply))
-            used = _usage(reply)
-            tokens.update(used)
-            unmetered += not used
-        if missing := [name for name in said if name in lost]:
-            lost[missing[0]] += 1
+            verdicts.append(verdict(reply))
+            usage = _usage(reply)
+            tokens.update(usage)
+            unmetered += not usage
+        if missing := [name for name in verdicts if name in invalid]:
+            invalid[missing[0]] += 1
         else:
-            places.update(said)
-            outcomes[pair.id] = AGREED.get((said[0], said[1]), "tie")
-            disagreed += (said[0], said[1]) not in AGREED
+            positions.update(verdicts)
+            outcomes[pair.id] = OUTCOME_OF_ORDERS.get((verdicts[0], verdicts[1]), "tie")
+            disagreed += (verdicts[0], verdicts[1]) not in OUTCOME_OF_ORDERS
         progress.advance()
     if not outcomes:
-        raise CheckFailed(f"{endpoint.model}: no verdict on {many(len(pairs), 'pair')} ({_lost(lost)})", "ask another model")
+        raise CheckFailed(f"{endpoint.model}: no verdict on {many(len(pairs), 'pair')} ({_invalid_text(invalid)})", "use another model")
     cost = (tokens["prompt"] * price[0] + tokens["completion"] * price[1]) / 1e6 if price and not unmetered else None
     return {
         "systems": list(match.systems),
         "model": endpoint.model,
         **tally(pairs, outcomes),
         "disagreed": disagreed,
-        **lost,
-        "places": dict(places),
+        **invalid,
+        "places": dict(positions),
         "tokens": None if unmetered else dict(tokens),
         "cost": None if cost is None else round(cost, 6),
     }
 
 
 def by_reward(match: Match, n: int, folder: Path) -> dict[str, Any]:
-    """As `judge`, by the project's reward model: of two answers to a prompt the one with the higher reward wins.
+    """As `judge`, with the project's reward model: the answer with the higher reward wins.
 
     Args:
-        folder: of the reward model.
+        folder: the reward model's folder.
     Raises:
-        InputError: there is none.
+        InputError: there is no reward model.
     """
     import torch
 
@@ -221,12 +225,12 @@ def by_reward(match: Match, n: int, folder: Path) -> dict[str, Any]:
     failed = "; ".join(f"{name}: {note}" for name, note in failed_checks(folder).items())
     if not (folder / "config.json").is_file():
         if (folder / QUALITY).is_file():
-            raise InputError(f"data/reward_model: it has no weights: {failed}", "change reward_model in params.yaml")
+            raise InputError(f"data/reward_model: no weights were saved: {failed}", "change reward_model in params.yaml")
         raise InputError("data/reward_model: there is no reward model yet", "run `dvc repro reward_model`")
     if failed:
         log.warning(f"the reward model failed its checks: {failed}")
     pairs = match.pairs[:n]
-    conversations = [[*pair.prompt, *said_by_assistant(answer)] for pair in pairs for answer in pair.answers]
+    conversations = [[*pair.prompt, *assistant_turn(answer)] for pair in pairs for answer in pair.answers]
     rewards = RewardModel(folder, torch.device("cpu"), torch.float32)(conversations, what="judge")
     by_pair = zip(rewards[::2], rewards[1::2], strict=True)
     outcomes: dict[str, Outcome] = {
@@ -237,32 +241,32 @@ def by_reward(match: Match, n: int, folder: Path) -> dict[str, Any]:
     return {"systems": list(match.systems), "model": "the reward model", **tally(pairs, outcomes), "mean_reward": mean}
 
 
-def by_reward_text(found: Mapping[str, Any]) -> str:
-    """The result for a terminal."""
-    means = ", ".join(f"{name} {value:.3f}" for name, value in found["mean_reward"].items())
-    return visible("\n".join([f"judged by {found['model']}", *as_text(found), f"mean reward: {means}"]))
+def by_reward_text(result: Mapping[str, Any]) -> str:
+    """The result as text for the terminal."""
+    means = ", ".join(f"{name} {value:.3f}" for name, value in result["mean_reward"].items())
+    return visible("\n".join([f"judged by {result['model']}", *as_text(result), f"mean reward: {means}"]))
 
 
 def _usage(reply: Any) -> dict[str, int]:
-    """Tokens that the endpoint counted; nothing where it did not."""
-    used = reply.get("usage") if isinstance(reply, dict) else None
-    prompt, completion = (used.get(f"{name}_tokens") if isinstance(used, dict) else None for name in ("prompt", "completion"))
+    """Token counts from the endpoint; empty if it reports none."""
+    usage = reply.get("usage") if isinstance(reply, dict) else None
+    prompt, completion = (usage.get(f"{name}_tokens") if isinstance(usage, dict) else None for name in ("prompt", "completion"))
     return {"prompt": prompt, "completion": completion} if isinstance(prompt, int) and isinstance(completion, int) else {}
 
 
-def _lost(found: Mapping[str, int]) -> str:
-    return f"{found['refused']} refused, {found['malformed']} malformed"
+def _invalid_text(counts: Mapping[str, int]) -> str:
+    return f"{counts['refused']} refused, {counts['malformed']} malformed"
 
 
-def judge_text(found: Mapping[str, Any]) -> str:
-    """The result for a terminal."""
-    tokens, places = found["tokens"], found["places"]
-    used = f"{tokens['prompt']:,} + {tokens['completion']:,} tokens" if tokens else "tokens not counted by the endpoint"
+def judge_text(result: Mapping[str, Any]) -> str:
+    """The result as text for the terminal."""
+    tokens, positions = result["tokens"], result["places"]
+    usage = f"{tokens['prompt']:,} + {tokens['completion']:,} tokens" if tokens else "tokens not counted by the endpoint"
     lines = [
-        f"judged by {found['model']}, each pair in both orders",
-        *as_text(found),
-        f"the orders disagree on {many(found['disagreed'], 'pair')}, a tie each; without a verdict: {_lost(found)}",
-        f"places chosen: A {places['a']}, B {places['b']}, tie {places['tie']}",
-        used + (f", cost {found['cost']:.4f}" if found["cost"] is not None else ""),
+        f"judged by {result['model']}, each pair in both orders",
+        *as_text(result),
+        f"the orders disagree on {many(result['disagreed'], 'pair')}, a tie each; without a verdict: {_invalid_text(result)}",
+        f"places chosen: A {positions['a']}, B {positions['b']}, tie {positions['tie']}",
+        usage + (f", cost {result['cost']:.4f}" if result["cost"] is not None else ""),
     ]
     return visible("\n".join(lines))

@@ -1,4 +1,4 @@
-"""Classification without JSON: the whole response is the label. Which labels there are, and which one an answer gives."""
+"""Label tasks, in which the whole response is a label: the set of labels, and the label of an answer."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.params import Section
 
 NO_LABEL = "(none)"
-"""Predicted label of an answer that gives none."""
+"""Predicted label of an answer without a valid label."""
 MAX_LABELS = 200
-"""`labels: auto` refuses more different responses than this,"""
+"""`labels: auto` rejects more distinct responses than this,"""
 MAX_DISTINCT_SHARE = 0.5
 """or more than this share of the training examples: such responses are free text."""
 WRAPPING = " \t\"'`*“”‘’«»„"
@@ -55,9 +55,9 @@ class LabelSet:
     """The labels that answers are scored by."""
 
     known: tuple[str, ...]
-    """The labels that a model can learn: those of the training split, or those listed in params.yaml."""
+    """Labels of the training split, or those listed in params.yaml."""
     unseen: tuple[str, ...] = ()
-    """With `auto`: labels that only the test split has. No instruction names them, and an answer that gives one is scored like any other."""
+    """With `auto`: labels that occur only in the test split. No instruction lists them, but answers with them are scored normally."""
 
     @cached_property
     def labels(self) -> list[str]:
@@ -68,19 +68,19 @@ class LabelSet:
         return {normalized(name): name for name in self.labels}
 
     def of_response(self, response: str) -> str | None:
-        """The label that a reference response is, read as a whole."""
+        """Label of a whole reference response; None if it is not a label."""
         return self._by_name.get(normalized(response))
 
     def of_answer(self, answer: str) -> str | None:
-        """The label that a model's answer gives: the whole answer, or else its first line. None where that is no label."""
+        """Label of a model's answer: the whole answer, or else its first line. None if neither is a label."""
         first_line = next(iter(answer.strip().splitlines()), "")
         return self.of_response(answer) or self.of_response(first_line)
 
 
 def normalized(text: str) -> str:
-    """Equal for texts that are the same label: NFKC, case-folded, single spaces, without quotes around or punctuation at the end.
+    """Normal form of a label: NFKC, case-folded, single spaces, without surrounding quotes and final punctuation.
 
-    ' "Positive." '  ->  "positive";  "?!"  ->  "?!" (nothing else would be left)
+    ' "Positive." '  ->  "positive";  "?!"  ->  "?!" (removing it would leave nothing)
     """
     line = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     return line.lstrip(WRAPPING).rstrip(WRAPPING + ENDING) or line
@@ -93,7 +93,7 @@ def label_set(task: LabelTask, train: Sequence[str], test: Sequence[str]) -> Lab
         train: responses of the training split. With `auto` they are the labels, each in its most frequent spelling.
         test: responses of the test split.
     Raises:
-        InputError: with `auto`, the responses are too different to be labels; with a list, no response of the test split is in it.
+        InputError: with `auto`, too many distinct responses; with a list, no response of the test split is in it.
     """
     if isinstance(task.labels, list):
         found = LabelSet(tuple(task.labels))
@@ -122,10 +122,10 @@ def label_set(task: LabelTask, train: Sequence[str], test: Sequence[str]) -> Lab
 
 
 def per_label(labels: LabelSet, sums: Sequence[float]) -> dict[str, dict[str, float]]:
-    """Label -> how many examples have it, how many answers give it, precision, recall and F1 (0 where there is nothing to divide by).
+    """Label -> true and predicted counts, precision, recall and F1 (0 where undefined).
 
     Args:
-        sums: how often each label is true, predicted, and both, (3 labels,).
+        sums: how often each label is true, predicted, and both, (3 * labels,).
     """
     n, table = len(labels.labels), {}
     for name, true, predicted, hit in zip(labels.labels, sums[:n], sums[n : 2 * n], sums[2 * n :], strict=True):
@@ -141,10 +141,10 @@ def per_label(labels: LabelSet, sums: Sequence[float]) -> dict[str, dict[str, fl
 
 def _spellings(responses: Sequence[str]) -> dict[str, Counter[str]]:
     """Normalized label -> its spellings and how often each occurs."""
-    found: dict[str, Counter[str]] = defaultdict(Counter)
+    spellings: dict[str, Counter[str]] = defaultdict(Counter)
     for text in responses:
-        found[normalized(text)][text.strip()] += 1
-    return found
+        spellings[normalized(text)][text.strip()] += 1
+    return spellings
 
 
 def _usual(spellings: Mapping[str, int]) -> str:

@@ -1,4 +1,4 @@
-"""What a right answer is, and the one table of measures that evaluation, baselines and comparison score answers by."""
+"""Answer format of a task, and the table of measures shared by evaluation, baselines and comparison."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Task(Section):
 
 
 def parse(answer: str) -> dict[str, Any] | None:
-    """The JSON object an answer is, or None."""
+    """Parse an answer as a JSON object; None if it is not one."""
     try:
         value = json.loads(answer)
     except (ValueError, RecursionError):
@@ -49,7 +49,7 @@ def parse(answer: str) -> dict[str, Any] | None:
 
 
 def follows(task: Task, value: dict[str, Any] | None) -> bool:
-    """Does it have exactly the task's fields, each with an allowed value?"""
+    """Whether a value has exactly the task's fields, each with an allowed value."""
     return (
         value is not None
         and value.keys() == task.fields.keys()
@@ -63,21 +63,23 @@ def is_answer(task: Task | LabelSet, response: str) -> bool:
 
 
 def label(task: Task | LabelSet, answer: str) -> str:
-    """The label an answer gives; NO_LABEL if none. Of JSON its field if it has one, else the first label it names in any way.
+    """Label of an answer; NO_LABEL if there is none. For JSON tasks: the label field, or else the first label mentioned anywhere.
 
-    The second rule is for models that were not tuned to the format: they are credited for what they say, not for how.
+    The second rule serves models that were not tuned to the format: they are scored by content, not by format.
     """
     if isinstance(task, LabelSet):
         return task.of_answer(answer) or NO_LABEL
     value = parse(answer)
     if value is not None and value.get(task.score) in task.labels:
         return str(value[task.score])
-    at = {name: match.start() for name in task.labels if (match := re.search(rf"(?<!\w){re.escape(name)}(?!\w)", answer, re.IGNORECASE))}
-    return min(at, key=at.__getitem__) if at else NO_LABEL
+    positions = {
+        name: match.start() for name in task.labels if (match := re.search(rf"(?<!\w){re.escape(name)}(?!\w)", answer, re.IGNORECASE))
+    }
+    return min(positions, key=positions.__getitem__) if positions else NO_LABEL
 
 
 def rate(sums: np.ndarray) -> np.ndarray:
-    """The first sum over the second, (..., 2) -> (...); 0 where there is nothing to count."""
+    """Ratio of the first sum to the second, (..., 2) -> (...); 0 where the second is 0."""
     import numpy as np
 
     return np.divide(sums[..., 0], sums[..., 1], out=np.zeros(sums.shape[:-1]), where=sums[..., 1] > 0)
@@ -88,44 +90,44 @@ class Measure:
     """A score of answers against references."""
 
     statistics: Callable[[Sequence[str], Sequence[str]], np.ndarray]
-    """(references, answers) -> what each example adds to the sums, (n, k)."""
+    """(references, answers) -> contribution of each example to the sums, (n, k)."""
     combine: Combine = rate
     paired: bool = False
-    """Is it tested in pairs, against every baseline and between variants?"""
+    """Whether paired differences to baselines and between variants are computed."""
 
 
-def measures(task: Task | LabelSet | None, own: Mapping[str, Measure], writes: bool = True) -> dict[str, Measure]:
-    """The table: name -> measure, of all that answers can be scored by. The first decides, and the second stands beside it.
+def measures(task: Task | LabelSet | None, custom: Mapping[str, Measure], writes: bool = True) -> dict[str, Measure]:
+    """Name -> measure, for all measures of a task. The first one is deciding, the second one is shown next to it.
 
     Args:
-        task: None where answers are free text.
-        own: a team's own measures, by dotted name.
-        writes: False for a classifier, which names labels and writes nothing.
+        task: None for free text.
+        custom: user-defined measures, by dotted name.
+        writes: False for a classifier, which predicts labels and generates no text.
     """
-    exact = Measure(_each(lambda wanted, said: wanted.strip() == said.strip()), paired=not task)
+    exact = Measure(_each(lambda expected, actual: expected.strip() == actual.strip()), paired=not task)
     rouge = Measure(_each(rouge_l), paired=not task)
-    text = {"bleu": _sacrebleu("BLEU"), "chrf": _sacrebleu("CHRF", paired=not task), **own}
+    text = {"bleu": _sacrebleu("BLEU"), "chrf": _sacrebleu("CHRF", paired=not task), **custom}
     if task is None:
         return {"rouge_l": rouge, "exact_match": exact, **text} if writes else {}
     named = {
-        "macro_f1": Measure(lambda wanted, said: _label_counts(task, wanted, said), macro_f1, paired=True),
-        "accuracy": Measure(_each(lambda wanted, said: label(task, wanted) == label(task, said)), paired=True),
+        "macro_f1": Measure(lambda expected, actual: _label_counts(task, expected, actual), macro_f1, paired=True),
+        "accuracy": Measure(_each(lambda expected, actual: label(task, expected) == label(task, actual)), paired=True),
     }
     if not writes:
         return named
     if isinstance(task, LabelSet):
-        return {**named, "valid_label": Measure(_each(lambda _, said: label(task, said) != NO_LABEL)), "exact_match": exact, **own}
+        return {**named, "valid_label": Measure(_each(lambda _, actual: label(task, actual) != NO_LABEL)), "exact_match": exact, **custom}
     fields: dict[str, Measure] = {}
     for name, allowed in task.fields.items():
         if allowed:
-            fields[f"{name}.accuracy"] = Measure(_field(name, lambda wanted, said: (wanted == said, 1)))
-            fields[f"{name}.precision"] = Measure(_field(name, partial(_right_where_given, allowed)))
+            fields[f"{name}.accuracy"] = Measure(_field(name, lambda expected, actual: (expected == actual, 1)))
+            fields[f"{name}.precision"] = Measure(_field(name, partial(_precision_counts, allowed)))
         else:
-            fields[f"{name}.token_f1"] = Measure(_field(name, lambda wanted, said: (token_f1(wanted, said or ""), 1)))
+            fields[f"{name}.token_f1"] = Measure(_field(name, lambda expected, actual: (token_f1(expected, actual or ""), 1)))
     return {
         **named,
-        "valid_json": Measure(_each(lambda _, said: parse(said) is not None)),
-        "follows_schema": Measure(_each(lambda _, said: follows(task, parse(said)))),
+        "valid_json": Measure(_each(lambda _, actual: parse(actual) is not None)),
+        "follows_schema": Measure(_each(lambda _, actual: follows(task, parse(actual)))),
         **fields,
         "exact_match": exact,
         "rouge_l": rouge,
@@ -135,28 +137,28 @@ def measures(task: Task | LabelSet | None, own: Mapping[str, Measure], writes: b
 
 def score(table: Mapping[str, Measure], references: Sequence[str], answers: Sequence[str]) -> dict[str, Any]:
     """Every measure over all answers, each with its 95 % interval."""
-    found: dict[str, Any] = {"n": len(answers)}
+    scores: dict[str, Any] = {"n": len(answers)}
     for name, measure in table.items():
-        found[name], found[f"{name}_interval"] = estimate(measure.combine, measure.statistics(references, answers))
-    return found
+        scores[name], scores[f"{name}_interval"] = estimate(measure.combine, measure.statistics(references, answers))
+    return scores
 
 
 def by_label(task: Task | LabelSet | None, references: Sequence[str], answers: Sequence[str]) -> dict[str, Any]:
-    """Figures of each label, to stand beside the scores of a label task; nothing for any other."""
+    """Metrics of each label for a label task; empty for other tasks."""
     if not isinstance(task, LabelSet):
         return {}
     return {"by_label": per_label(task, _label_counts(task, references, answers).sum(0).tolist())}
 
 
 def perplexity(sums: np.ndarray) -> np.ndarray:
-    """exp of the mean negative log-likelihood per token, every token counting the same; of sums of (nats, tokens), (..., 2) -> (...)."""
+    """exp of the mean negative log-likelihood per token, with equal weight per token; from sums of (nats, tokens), (..., 2) -> (...)."""
     import numpy as np
 
     return np.exp(rate(sums))
 
 
 def perplexity_interval(scores: Sequence[tuple[float, int]]) -> dict[str, Any]:
-    """Perplexity of answers of these (nats, tokens), with its 95 % interval."""
+    """Perplexity with its 95 % interval, from the (nats, tokens) of each answer."""
     import numpy as np
 
     value, interval = estimate(perplexity, np.array(scores, dtype=float))
@@ -164,10 +166,10 @@ def perplexity_interval(scores: Sequence[tuple[float, int]]) -> dict[str, Any]:
 
 
 def macro_f1(sums: np.ndarray) -> np.ndarray:
-    """Mean of F1 = 2 TP / (2 TP + FP + FN) over the classes that occur in either; a class that occurs in neither does not count.
+    """Mean of F1 = 2 TP / (2 TP + FP + FN) over the classes that occur as true or predicted; other classes are ignored.
 
     Args:
-        sums: how often each class is true, predicted, and both, (..., 3 classes).
+        sums: how often each class is true, predicted, and both, (..., 3 * classes).
     Returns: (...,)
     """
     import numpy as np
@@ -179,11 +181,13 @@ def macro_f1(sums: np.ndarray) -> np.ndarray:
 
 
 def _label_counts(task: Task | LabelSet, references: Sequence[str], answers: Sequence[str]) -> np.ndarray:
-    """Per example the class that is true, the one predicted (neither of them for NO_LABEL), and their agreement, one-hot, (n, 3 classes)."""
+    """One-hot true class, predicted class (zeros for NO_LABEL) and their agreement per example, (n, 3 * classes)."""
     import numpy as np
 
     true, predicted = (
-        np.array([[said == name for name in task.labels] for said in (label(task, text) for text in texts)]).reshape(-1, len(task.labels))
+        np.array([[predicted_label == name for name in task.labels] for predicted_label in (label(task, text) for text in texts)]).reshape(
+            -1, len(task.labels)
+        )
         for texts in (references, answers)
     )
     return np.concatenate([true, predicted, true & predicted], axis=1).astype(float)
@@ -191,59 +195,61 @@ def _label_counts(task: Task | LabelSet, references: Sequence[str], answers: Seq
 
 def rouge_l(reference: str, answer: str) -> float:
     """F1 of the longest common subsequence of words (ROUGE-L; Lin 2004, section 3), lower case, without punctuation."""
-    wanted, said = words(reference), words(answer)
-    at: dict[str, int] = {}
-    for i, word in enumerate(wanted):
-        at[word] = at.get(word, 0) | 1 << i
-    row = full = (1 << len(wanted)) - 1  # a bit for each word of the reference; those that end a longer subsequence turn 0 (Hyyrö 2004)
-    for word in said:
-        row = ((row + (row & at.get(word, 0))) | (row & ~at.get(word, 0))) & full
-    return _f1(len(wanted) - row.bit_count(), wanted, said)
+    reference_words, answer_words = words(reference), words(answer)
+    bits: dict[str, int] = {}
+    for i, word in enumerate(reference_words):
+        bits[word] = bits.get(word, 0) | 1 << i
+    row = full = (1 << len(reference_words)) - 1  # one bit per reference word; bits that end a longer subsequence become 0 (Hyyrö 2004)
+    for word in answer_words:
+        row = ((row + (row & bits.get(word, 0))) | (row & ~bits.get(word, 0))) & full
+    return _f1(len(reference_words) - row.bit_count(), reference_words, answer_words)
 
 
 def token_f1(reference: Any, answer: Any) -> float:
-    """F1 of the words that both have, in any order (as SQuAD scores open answers)."""
-    wanted, said = words(str(reference)), words(str(answer))
-    return _f1((Counter(wanted) & Counter(said)).total(), wanted, said)
+    """F1 of the shared words in any order (as in SQuAD)."""
+    reference_words, answer_words = words(str(reference)), words(str(answer))
+    return _f1((Counter(reference_words) & Counter(answer_words)).total(), reference_words, answer_words)
 
 
-def _right_where_given(allowed: Sequence[str], wanted: Any, said: Any) -> tuple[bool, bool]:
-    return wanted == said, said in allowed
+def _precision_counts(allowed: Sequence[str], expected: Any, actual: Any) -> tuple[bool, bool]:
+    return expected == actual, actual in allowed
 
 
 def words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
-def _f1(shared: int, wanted: list[str], said: list[str]) -> float:
-    return 2 * shared / (len(wanted) + len(said)) if wanted or said else 1.0
+def _f1(shared: int, reference_words: list[str], answer_words: list[str]) -> float:
+    return 2 * shared / (len(reference_words) + len(answer_words)) if reference_words or answer_words else 1.0
 
 
 def _each(value: Callable[[str, str], float]) -> Callable[[Sequence[str], Sequence[str]], np.ndarray]:
-    """Statistics of a mean over the examples of value(reference, answer)."""
+    """Statistics for the mean of value(reference, answer) over the examples."""
 
     def statistics(references: Sequence[str], answers: Sequence[str]) -> np.ndarray:
         import numpy as np
 
-        return np.array([(value(wanted, said), 1) for wanted, said in zip(references, answers, strict=True)], dtype=float).reshape(-1, 2)
+        return np.array(
+            [(value(reference, answer), 1) for reference, answer in zip(references, answers, strict=True)], dtype=float
+        ).reshape(-1, 2)
 
     return statistics
 
 
 def _field(name: str, value: Callable[[Any, Any], tuple[float, float]]) -> Callable[[Sequence[str], Sequence[str]], np.ndarray]:
-    """Statistics of a rate over the examples of what reference and answer have in a JSON field, None where there is none."""
+    """Statistics for a rate over the values of a JSON field in reference and answer (None if missing)."""
 
     def statistics(references: Sequence[str], answers: Sequence[str]) -> np.ndarray:
         import numpy as np
 
         pairs = [[(parse(text) or {}).get(name) for text in pair] for pair in zip(references, answers, strict=True)]
-        return np.array([value(wanted, said) for wanted, said in pairs], dtype=float).reshape(-1, 2)
+        return np.array([value(expected, actual) for expected, actual in pairs], dtype=float).reshape(-1, 2)
 
     return statistics
 
 
 def _sacrebleu(name: str, paired: bool = False) -> Measure:
-    """A corpus score of sacrebleu with its default settings, 0 to 100. Sums of the sentences' statistics are how sacrebleu bootstraps, too."""
+    """A corpus score of sacrebleu with its default settings, 0 to 100. Summing sentence statistics is also how sacrebleu bootstraps."""
 
     def metric() -> Any:
         from sacrebleu import metrics

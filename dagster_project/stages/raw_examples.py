@@ -1,4 +1,4 @@
-"""data/sources/* -> raw_examples. Every source in one canonical form, one row per example, nothing dropped."""
+"""data/sources/* -> raw_examples. All sources in one canonical form, one row per example; nothing is dropped."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ def run(ctx: StageContext) -> Report:
 
 @uncollected
 def produce(root: Path, params: Params, out: Path) -> Report:
-    """Args:
-    root: the project's folder, which source paths are relative to.
+    """Read all sources and write examples and ledger.
+
+    Args:
+        root: the project's folder; source paths are relative to it.
     """
     rows, sources = read_sources(root, params.sources, params, "raw_examples", formats.records_of)
     write_records(out, rows)

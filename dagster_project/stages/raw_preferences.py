@@ -1,4 +1,4 @@
-"""data/sources/* -> raw_preferences. Every source of preferences in one canonical form, one row per pair, nothing dropped."""
+"""data/sources/* -> raw_preferences. All preference sources in one canonical form, one row per pair; nothing is dropped."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ def run(ctx: StageContext) -> Report:
 
 @uncollected
 def produce(root: Path, params: Params, out: Path) -> Report:
-    """Args:
-    root: the project's folder, which source paths are relative to.
+    """Read all sources and write pairs and ledger.
+
+    Args:
+        root: the project's folder; source paths are relative to it.
     """
     pairs, sources = read_sources(root, params.sources, params, "raw_preferences", formats.pairs_of)
     write_records(out, pairs, pair_schema())

@@ -1,4 +1,4 @@
-"""instructions -> splits. What belongs together stays together, labels of an upstream split are kept, and the shards are proven apart."""
+"""instructions -> splits. Related rows stay in one split, upstream split labels are kept, and the shards are verified to have no leakage."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ from dagster_project.curation.splitting.split import (
 )
 
 CHECK_DESCRIPTIONS = {
-    "split_leakage": "No row stands in, or nearly in, two splits.",
+    "split_leakage": "No row, nor a near-copy of one, is in two splits.",
     "schema": "Every split has rows.",
-    "augmented_rows": "Validation and test hold only rows of the instruction set, none made by `augment`.",
+    "augmented_rows": "Validation and test contain only rows of the instruction set, none created by `augment`.",
 }
-ALMOST = 0.01
-"""A split that misses its share by more of all rows than this is worth a word."""
+NOTABLE_DEVIATION = 0.01
+"""Deviation of a split from its share, as a fraction of all rows, above which it is reported."""
 
 
 class Params(Section):
@@ -89,8 +89,10 @@ def run(ctx: StageContext) -> Report:
 
 @uncollected
 def produce(root: Path, params: Params, seed: int, instructions: Path, out: Path) -> Report:
-    """Args:
-    root: the project's folder, which the path of paraphrases is relative to.
+    """Assign rows to splits, augment train, write the shards and verify them.
+
+    Args:
+        root: the project's folder; the path of paraphrases is relative to it.
     """
     import pyarrow as pa
 
@@ -127,14 +129,14 @@ def produce(root: Path, params: Params, seed: int, instructions: Path, out: Path
     if proof.rows != {**counts, TRAIN: counts[TRAIN] + len(added.rows)}:
         raise AssertionError(f"rows lost: {counts} dealt out, {len(added.rows)} added, {proof.rows} in the shards")
     dropped = dealt.splits.count(DROPPED)
-    made = Counter(kind for _, kind, _ in added.rows)
+    augmented = Counter(kind for _, kind, _ in added.rows)
     return Report(
         rows_in=len(records),
         rows_out=sum(counts.values()),
         dropped={"split_leakage": dropped} if dropped else {},
         metrics={
             **counts,
-            **({"augmented": dict(sorted(made.items()))} if params.augment else {}),
+            **({"augmented": dict(sorted(augmented.items()))} if params.augment else {}),
             **({"augmented_dropped": added.dropped} if added.dropped else {}),
         },
         checks=[
@@ -146,10 +148,10 @@ def produce(root: Path, params: Params, seed: int, instructions: Path, out: Path
 
 
 def _keys(params: Params, records: Sequence[dict[str, Any]]) -> list[str | None]:
-    """What else must stay together with a row, by `params.by`.
+    """Per row the key of rows that must stay together, by `params.by`; None without one.
 
     Raises:
-        InputError: no row has any.
+        InputError: no row has a key.
     """
     if params.by == "group":
         return [None] * len(records)
@@ -159,27 +161,28 @@ def _keys(params: Params, records: Sequence[dict[str, Any]]) -> list[str | None]
         keys = [_text(json.loads(record["meta"]).get(params.key)) for record in records]
     if records and not any(key is not None for key in keys):
         if params.key is None:
-            raise InputError("params.yaml: splits.by: no row has a category", "go by group, or give the rows a category")
+            raise InputError("params.yaml: splits.by: no row has a category", "use `by: group`, or add categories to the rows")
         fields = Counter(name for record in records[:10_000] for name in json.loads(record["meta"]))
-        there = (
+        available = (
             f"fields that rows have: {', '.join(name for name, _ in fields.most_common(12))}" if fields else "the rows have no such fields"
         )
         raise InputError(
-            f"params.yaml: splits.key: no row has a field {params.key!r}", f"{there}; name one that tells who must stay together"
+            f"params.yaml: splits.key: no row has a field {params.key!r}",
+            f"{available}; use one that identifies rows that must stay together",
         )
     return keys
 
 
 def _text(value: Any) -> str | None:
-    """A key's value for comparing: 17 in one file is "17" in another. Nothing at all is no key."""
+    """Normal form of a key: 17 equals "17". None if the key is empty."""
     if value is None or value == "":
         return None
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
 def _labels(params: Params, records: Sequence[dict[str, Any]]) -> list[str | None]:
-    found = [json.loads(record["meta"]).get("split") if params.keep_labels and '"split"' in record["meta"] else None for record in records]
-    return [label if label in SPLITS else None for label in found]
+    labels = [json.loads(record["meta"]).get("split") if params.keep_labels and '"split"' in record["meta"] else None for record in records]
+    return [label if label in SPLITS else None for label in labels]
 
 
 def _ledger(
@@ -212,10 +215,10 @@ def _split_leakage(
     regrouped: int,
 ) -> CheckResult:
     because = sorted(dealt.because.items())
-    found = [(f"{leak.place} and {leak.other}: {leak.why}", leak.text) for leak in proof.leaks]
+    findings = [(f"{leak.place} and {leak.other}: {leak.why}", leak.text) for leak in proof.leaks]
     for i, keeper in because[:20]:
         kept = f"{dealt.splits[keeper]}/{records[keeper]['example_id']}"
-        found.append((f"{labels[i]}/{records[i]['example_id']} belongs to {kept}: dropped", texts[i]))
+        findings.append((f"{labels[i]}/{records[i]['example_id']} belongs to {kept}: dropped", texts[i]))
     notes = []
     if proof.leaking:
         notes.append(f"{proof.leaking} rows of the finished splits stand in two of them, or nearly")
@@ -229,29 +232,29 @@ def _split_leakage(
         passed=not proof.leaking,
         blocking=True,
         count=proof.leaking + len(because),
-        rows=[place for place, _ in found[:20]],
-        examples=[mask(" ".join(text.split()))[:120] for _, text in found[:3]],
+        rows=[location for location, _ in findings[:20]],
+        examples=[mask(" ".join(text.split()))[:120] for _, text in findings[:3]],
         note="; ".join(notes),
     )
 
 
 def _schema(params: Params, counts: dict[str, int], labels: Sequence[str | None], dealt: Assignment) -> CheckResult:
-    wanted = {"train": 1.0, "validation": params.validation, "test": params.test}
-    empty = [name for name in SPLITS if wanted[name] and not counts[name]]
+    shares = {"train": 1.0, "validation": params.validation, "test": params.test}
+    empty = [name for name in SPLITS if shares[name] and not counts[name]]
     total, labelled = sum(counts.values()), sum(label is not None for label in labels)
     notes = [f"no rows in: {', '.join(empty)}"] if empty else []
     if labelled:
         rest = f"; the other {len(labels) - labelled} were dealt out" if labelled < len(labels) else ""
         notes.append(f"{labelled} of {len(labels)} rows have a split in their source{rest}")
-        unnamed = [name for name in SPLITS if wanted[name] and name not in labels]
+        unnamed = [name for name in SPLITS if shares[name] and name not in labels]
         if unnamed and not empty:
             notes.append(f"the source names no {' or '.join(unnamed)}: dealt out of train")
-    missed = [name for name in SPLITS[1:] if not labelled and abs(counts[name] - wanted[name] * total) > max(1, ALMOST * total)]
+    missed = [name for name in SPLITS[1:] if not labelled and abs(counts[name] - shares[name] * total) > max(1, NOTABLE_DEVIATION * total)]
     for name in missed:
-        notes.append(f"{name} has {counts[name]} of {total} rows ({counts[name] / total:.1%}) instead of {wanted[name]:.1%}")
+        notes.append(f"{name} has {counts[name]} of {total} rows ({counts[name] / total:.1%}) instead of {shares[name]:.1%}")
     if missed or empty:
-        what = "group of near-copies" if params.by == "group" else f"{params.key or params.by}, with all that belongs to it,"
-        notes.append(f"the largest {what} holds {dealt.largest} rows and is not divided")
+        unit = "group of near-copies" if params.by == "group" else f"{params.key or params.by}, with all that belongs to it,"
+        notes.append(f"the largest {unit} holds {dealt.largest} rows and is not divided")
     return CheckResult("schema", passed=not empty, blocking=True, count=len(empty), note="; ".join(notes))
 
 

@@ -1,4 +1,4 @@
-"""splits -> tokenized. Token ids and labels by a chat template, packed into rows, with an account of every record and of every label."""
+"""splits -> tokenized. Token ids and labels by a chat template, packed into rows, with a ledger of records and an audit of labels."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ Record = dict[str, Any]
 
 CHECK_DESCRIPTIONS = {
     "template_mismatch": "Every conversation fits the chat template.",
-    "no_answer": "Every conversation has an answer to learn from.",
+    "no_answer": "Every conversation has an answer to train on.",
     "too_long": "Every example fits into `max_length` tokens.",
-    "labels": "Labels stand exactly on what the assistant says and its end of turn.",
+    "labels": "Exactly the assistant content and its end-of-turn token are labeled.",
     "double_bos": "No example begins with two beginning-of-text tokens.",
 }
 
@@ -53,15 +53,15 @@ def row_schema() -> pa.Schema:
             ("example_ids", pa.list_(pa.string())),  # the examples in the row, in order
             ("lengths", pa.list_(pa.int32())),  # tokens of each; they never attend to each other
             ("input_ids", pa.list_(pa.int32())),
-            ("labels", pa.list_(pa.int32())),  # -100 where the loss does not count
-            ("weights", pa.list_(pa.float32())),  # how much each token counts in the loss
+            ("labels", pa.list_(pa.int32())),  # -100 where ignored by the loss
+            ("weights", pa.list_(pa.float32())),  # loss weight of each token
         ]
     )
 
 
 @cache
 def category_schema() -> pa.Schema:
-    """The category of each example that has one, for what learns to tell categories."""
+    """The category of each example that has one, for classifiers."""
     import pyarrow as pa
 
     return pa.schema([("example_id", pa.string()), ("category", pa.string())])
@@ -127,7 +127,7 @@ def produce(root: Path, params: Params, seed: int, splits: Path, base_model: Pat
     if template is None and not all(is_text(record) for found in records.values() for record in found):
         raise InputError("data/base_model: it has no chat template", "name one in params.yaml: tokenized.chat_template, e.g. chatml")
 
-    _refuse_foreign_fields(params, records["train"])
+    _check_field_weights(params, records["train"])
     rules = Rules(params.max_length, params.on_too_long, params.field_weights, params.weigh == "example")
     fates = {split: make(tokenizer, found, rules) for split, found in records.items()}
     copies = {split: [int(fate.kept) for fate in found] for split, found in fates.items()}
@@ -174,7 +174,7 @@ def produce(root: Path, params: Params, seed: int, splits: Path, base_model: Pat
         (out / chat_templates.FILE).write_text(template, encoding="utf-8")
 
     everything = [fate for found in fates.values() for fate in found]
-    metrics |= _lost(everything)
+    metrics |= _lost_tokens(everything)
     dropped = Counter(fate.outcome.removeprefix("dropped:") for fate in everything if not fate.kept)
     return Report(
         rows_in=len(everything),
@@ -185,41 +185,47 @@ def produce(root: Path, params: Params, seed: int, splits: Path, base_model: Pat
     )
 
 
-def _refuse_foreign_fields(params: Params, train: Sequence[Record]) -> None:
-    """Raises: InputError: `field_weights` names a field that no answer has, as where it was written for other data."""
+def _check_field_weights(params: Params, train: Sequence[Record]) -> None:
+    """Check that every field in `field_weights` occurs in the training answers.
+
+    Raises:
+        InputError: a field occurs in no answer.
+    """
     if not params.field_weights or not train:
         return
     answers = [response_text(record["messages"]) for record in train]
     if missing := [name for name in params.field_weights if not any(has_field(answer, name) for answer in answers)]:
         raise InputError(
             f"params.yaml: tokenized.field_weights: no answer of the training split is a JSON object with the field {', '.join(missing)}",
-            "take out tokenized.field_weights, or name fields that your answers have",
+            "remove tokenized.field_weights, or use fields that occur in your answers",
         )
 
 
 def _in_order(records: Sequence[Record], fates: Sequence[RecordOutcome], copies: Sequence[int]) -> list[tuple[str, Example]]:
-    """(example_id, example) of every part and copy, by content hash, so that each row is a fair mixture: long replies and short labels learn in
-    the same step, and copies of an example do not stand together."""
+    """(example_id, example) of every part and copy, ordered by content hash.
 
-    def place(identity: str, part: int, copy: int) -> str:
+    So each row is a representative mixture of long and short answers, and copies of an example are not adjacent.
+    """
+
+    def sort_key(identity: str, part: int, copy: int) -> str:
         return hashlib.sha256(f"{identity}:{part}:{copy}".encode()).hexdigest() if part or copy else identity
 
     return [
-        found
-        for _, found in sorted(
+        item
+        for _, item in sorted(
             (
-                (place(record["example_id"], part, copy), (record["example_id"], example))
+                (sort_key(record["example_id"], part, copy), (record["example_id"], example))
                 for record, fate, n in zip(records, fates, copies, strict=True)
                 for part, example in enumerate(fate.examples)
                 for copy in range(n)
             ),
-            key=lambda placed: placed[0],
+            key=lambda keyed: keyed[0],
         )
     ]
 
 
 def _write_rows(path: Path, examples: Sequence[tuple[str, Example]], layout: Sequence[Sequence[int]]) -> None:
-    """Packed rows to Parquet, column by column: as Python objects a large set would not fit into memory."""
+    """Write packed rows to Parquet, column by column: as Python objects a large set would not fit into memory."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -241,43 +247,43 @@ def _write_rows(path: Path, examples: Sequence[tuple[str, Example]], layout: Seq
     pq.write_table(pa.Table.from_arrays(columns, schema=row_schema()), path, compression="zstd", store_schema=True)
 
 
-def _lost(fates: Sequence[RecordOutcome]) -> dict[str, Any]:
-    """Reason -> records that lose tokens to learn from, and how many."""
-    found: dict[str, dict[str, int]] = {}
+def _lost_tokens(fates: Sequence[RecordOutcome]) -> dict[str, Any]:
+    """Reason -> number of records that lose trained tokens, and of these tokens."""
+    by_reason: dict[str, dict[str, int]] = {}
     for fate in fates:
         if fate.lost:
-            reason = found.setdefault(fate.outcome.removeprefix("dropped:").partition(":")[0], {"rows": 0, "trained_tokens": 0})
+            reason = by_reason.setdefault(fate.outcome.removeprefix("dropped:").partition(":")[0], {"rows": 0, "trained_tokens": 0})
             reason["rows"] += 1
             reason["trained_tokens"] += fate.lost
-    return {"lost": dict(sorted(found.items()))} if found else {}
+    return {"lost": dict(sorted(by_reason.items()))} if by_reason else {}
 
 
 def _checks(
     params: Params, tokenizer: Any, records: Sequence[Record], fates: Sequence[RecordOutcome], ledger: Sequence[dict[str, Any]]
 ) -> list[CheckResult]:
     """The results of CHECK_DESCRIPTIONS, in its order."""
-    found: dict[str, dict[int, str]] = {name: {} for name in CHECK_DESCRIPTIONS}
+    violations: dict[str, dict[int, str]] = {name: {} for name in CHECK_DESCRIPTIONS}
     for i, fate in enumerate(fates):
         kind = fate.outcome.removeprefix("dropped:").partition(":")[0]
         name = "too_long" if kind in {"truncated", "split"} else kind
-        if name in found:
-            found[name][i] = fate.outcome if name == "too_long" else fate.why
+        if name in violations:
+            violations[name][i] = fate.outcome if name == "too_long" else fate.why
         if any(label_audit.has_double_bos(tokenizer, example) for example in fate.examples):
-            found["double_bos"][i] = "two beginning-of-text tokens"
-    found["labels"] = label_audit.find_wrong_labels(tokenizer, records, fates)
+            violations["double_bos"][i] = "two beginning-of-text tokens"
+    violations["labels"] = label_audit.find_wrong_labels(tokenizer, records, fates)
     blocking = {"labels"} | ({"template_mismatch"} if params.on_mismatch == "fail" else set())
-    repaired = {"template_mismatch", "no_answer", "too_long"} - blocking
-    """What was wrong is not in the output any more."""
+    resolved = {"template_mismatch", "no_answer", "too_long"} - blocking
+    """Violations that are no longer in the output."""
     return [
         CheckResult(
             name,
-            passed=name in repaired or not where,
+            passed=name in resolved or not rows,
             severity="warn" if name in {"no_answer", "too_long"} else "error",
             blocking=name in blocking,
-            count=len(where),
-            rows=[f"{ledger[i]['source']}:{ledger[i]['source_row']}" for i in list(where)[:20]],
-            note="; ".join(f"{n} {what}" for what, n in Counter(where.values()).most_common(3)),
-            dropped=sum(not fates[i].kept for i in where),
+            count=len(rows),
+            rows=[f"{ledger[i]['source']}:{ledger[i]['source_row']}" for i in list(rows)[:20]],
+            note="; ".join(f"{n} {reason}" for reason, n in Counter(rows.values()).most_common(3)),
+            dropped=sum(not fates[i].kept for i in rows),
         )
-        for name, where in found.items()
+        for name, rows in violations.items()
     ]

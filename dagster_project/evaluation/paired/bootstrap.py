@@ -1,7 +1,7 @@
-"""How far a score may be off: 95 % intervals by bootstrap over the test examples, paired where two systems are compared.
+"""Uncertainty of scores: 95 % bootstrap intervals over the test examples, paired where two systems are compared.
 
-Every score here is a function of sums over examples: accuracy of how many are right, perplexity of nats and tokens, macro-F1 and BLEU of counts.
-So a bootstrap draw is how often it took each example, and the sums of all draws are one matrix product.
+Every score here is a function of sums over examples: correct answers for accuracy, nats and tokens for perplexity,
+counts for macro-F1 and BLEU. So a bootstrap draw is a vector of example counts, and the sums of all draws are one matrix product.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def estimate(combine: Combine, statistics: np.ndarray) -> tuple[float, list[floa
     """A score and its interval.
 
     Args:
-        statistics: what each example adds to the sums, (n, k).
+        statistics: contribution of each example to the sums, (n, k).
     """
     return rounded(combine(statistics.sum(0))), _interval(combine(_draws(len(statistics)) @ statistics))
 
@@ -38,7 +38,7 @@ def difference(combine: Combine, ours: np.ndarray, theirs: np.ndarray) -> dict[s
 
 
 def ratio(combine: Combine, ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
-    """As `difference`: the score of `ours` over that of `theirs`."""
+    """As `difference`, for the ratio of the score of `ours` to that of `theirs`."""
     draws = _draws(len(ours))
     return {
         "ratio": rounded(combine(ours.sum(0)) / combine(theirs.sum(0))),

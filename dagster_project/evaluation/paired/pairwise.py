@@ -1,4 +1,4 @@
-"""Answers of two systems to the same prompts, in pairs that do not tell which is whose; and what judgements of such pairs add up to."""
+"""Blind pairs of two systems' answers to the same prompts, and statistics of judgments on them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.records import read_records, read_table
 
 PROMPTED = ("zero_shot", "system_prompt", "chain_of_thought", "few_shot", "retrieved")
-"""Baselines that are answers of the base model itself."""
+"""Baselines answered by the prompted base model."""
 
 Outcome = Literal["win", "tie", "loss"]
-"""Of the first system over the second, on one pair."""
+"""Outcome for the first system against the second, on one pair."""
 Choice = Literal["a", "b", "tie"]
-"""What is said of a pair by who sees its answers as A and B."""
+"""Choice of a rater, who sees the answers as A and B."""
 
 
 @dataclass(frozen=True)
@@ -30,18 +30,18 @@ class Pair:
     """Two answers to one prompt."""
 
     id: str
-    """Says nothing of the example or the systems to who has not got the test split."""
+    """Opaque: reveals neither the example nor the systems without the test split."""
     prompt: list[dict[str, str]]
     """Messages."""
     category: str | None
     answers: tuple[str, str]
-    """Of the first system and of the second."""
+    """Answers of the first and of the second system."""
     swapped: bool
-    """Is A the second system's answer?"""
+    """Whether A is the second system's answer."""
 
     @property
     def shown(self) -> tuple[str, str]:
-        """A and B."""
+        """Answers in the order shown: A, B."""
         first, second = self.answers
         return (second, first) if self.swapped else (first, second)
 
@@ -53,49 +53,49 @@ class Pair:
 
 @dataclass(frozen=True)
 class Match:
-    """All that two systems said differently."""
+    """All pairs of differing answers of two systems."""
 
     id: str
-    """Hash of systems, seed and all answers: other answers make another match."""
+    """Hash of systems, seed and all answers: different answers give a different match."""
     systems: tuple[str, str]
     seed: int
     pairs: list[Pair]
-    """In random order; the first n are the draw of n."""
+    """In random order; the first n form a sample of size n."""
     identical: int
-    """Pairs left out, since their answers are the same."""
+    """Number of pairs left out because their answers are identical."""
 
 
 def answers_of(project: Path) -> dict[str, dict[str, str]]:
-    """System -> example_id -> what it wrote. Baselines first, then variants.
+    """System -> example_id -> answer. Baselines first, then variants.
 
     Raises:
-        InputError: nothing was answered yet.
+        InputError: there are no answers yet.
     """
     files = [project / "data" / "baselines" / "results.parquet", *sorted((project / "data").glob("evaluation*/*/results.parquet"))]
-    found: dict[str, dict[str, str]] = {}
+    answers: dict[str, dict[str, str]] = {}
     for row in (row for file in files if file.is_file() for row in read_table(file, ["system", "example_id", "answer"])):
         if row["answer"] is not None:
-            found.setdefault(row["system"], {})[row["example_id"]] = row["answer"]
-    if not found:
+            answers.setdefault(row["system"], {})[row["example_id"]] = row["answer"]
+    if not answers:
         raise InputError(
             "data/baselines, data/evaluation: no system has answered the test examples",
             "run `dvc repro comparison`; systems are asked to answer where evaluation.task in params.yaml says what a right answer is",
         )
-    return found
+    return answers
 
 
 def contenders(project: Path) -> tuple[str, str]:
-    """The best variant, and the best the base model does with a prompt, by the measure that decides (`metrics.measures`).
+    """The best variant and the best prompted baseline, by the deciding measure (`metrics.measures`).
 
     Raises:
         InputError: there is no such comparison.
     """
-    board = project / "data" / "comparison" / "comparison.json"
-    compared = json.loads(board.read_text(encoding="utf-8"))["compared"] if board.is_file() else {}
+    document = project / "data" / "comparison" / "comparison.json"
+    compared = json.loads(document.read_text(encoding="utf-8"))["compared"] if document.is_file() else {}
     gains = {
         name: {other: next(iter(against[other].values()))["difference"] for other in PROMPTED if other in against}
-        for name, found in compared.items()
-        if (against := found.get("to"))
+        for name, comparison in compared.items()
+        if (against := comparison.get("to"))
     }
     if not any(gains.values()):
         raise InputError(
@@ -107,10 +107,10 @@ def contenders(project: Path) -> tuple[str, str]:
 
 
 def match(project: Path, systems: tuple[str, str], seed: int) -> Match:
-    """The pairs of two systems, none where they never wrote different answers to one prompt. The same seed and answers give the same ids, order and places.
+    """The pairs of two systems, possibly none. The same seed and answers give the same ids, order and positions.
 
     Raises:
-        InputError: a system is unknown, or both are one.
+        InputError: a system is unknown, or both are the same.
     """
     known = answers_of(project)
     if unknown := [name for name in systems if name not in known]:
@@ -120,15 +120,15 @@ def match(project: Path, systems: tuple[str, str], seed: int) -> Match:
     records = {record["example_id"]: record for record in read_records(project / "data" / "splits" / "test")}
     first, second = (known[name] for name in systems)
     both = sorted(first.keys() & second.keys() & records.keys())
-    # example ids are hashes of prompt and reference together, so who has only the page cannot guess this one
+    # example ids are hashes of prompt and reference, so this digest cannot be guessed from the page alone
     secret = _digest(systems, seed, [(i, first[i], second[i]) for i in both])
-    draw = random.Random(secret)
-    draw.shuffle(both)
-    # each system is A in one of every two pairs, so in half of them however many are drawn
-    places = [place for _ in both[::2] for place in draw.sample((False, True), 2)]
+    rng = random.Random(secret)
+    rng.shuffle(both)
+    # each system is A in one of every two consecutive pairs, so in half of any sample
+    swaps = [swap for _ in both[::2] for swap in rng.sample((False, True), 2)]
     pairs = [
         Pair(_digest(secret, i)[:12], records[i]["messages"][:-1], records[i]["category"], (first[i], second[i]), swapped)
-        for i, swapped in zip((i for i in both if first[i].strip() != second[i].strip()), places, strict=False)
+        for i, swapped in zip((i for i in both if first[i].strip() != second[i].strip()), swaps, strict=False)
     ]
     return Match(_digest(secret)[:16], systems, seed, pairs, len(both) - len(pairs))
 
@@ -144,16 +144,16 @@ def majority(outcomes: Sequence[Outcome]) -> Outcome:
 
 
 def tally(pairs: Sequence[Pair], outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
-    """Wins, ties and losses of the first system and its win rate, of all pairs and by category.
+    """Wins, ties, losses and win rate of the first system, overall and by category.
 
     Args:
-        outcomes: by the pair's id; pairs without one do not count.
+        outcomes: pair id -> outcome; other pairs are ignored.
     """
     judged = [pair for pair in pairs if pair.id in outcomes]
-    found = _rate([outcomes[pair.id] for pair in judged])
+    overall = _rate([outcomes[pair.id] for pair in judged])
     categories = sorted({pair.category for pair in judged if pair.category is not None})
     by = {name: _rate([outcomes[pair.id] for pair in judged if pair.category == name]) for name in categories}
-    return {**found, "interval_method": "Wilson, 95 %", "categories": by}
+    return {**overall, "interval_method": "Wilson, 95 %", "categories": by}
 
 
 def _rate(outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -164,9 +164,9 @@ def _rate(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def wilson(rate: float, n: int) -> tuple[float, float]:
-    """95 % score interval of a share of n trials (Wilson 1927). With ties as half a win it is wider than needed, never narrower.
+    """95 % score interval of a proportion of n trials (Wilson 1927). With ties as half a win it is conservative.
 
-    It stays honest where a bootstrap does not: 12 wins of 12 give 0.76 to 1, not 1 to 1.
+    Unlike a bootstrap it is valid at the extremes: 12 wins of 12 give 0.76 to 1, not 1 to 1.
     """
     z2 = 1.959964**2
     centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
@@ -175,13 +175,13 @@ def wilson(rate: float, n: int) -> tuple[float, float]:
 
 
 def agreement(units: Collection[Sequence[str]]) -> dict[str, Any]:
-    """How far raters agree on the units that two or more of them rated; missing votes are no disagreement.
+    """Inter-rater agreement on the units with two or more ratings; missing votes do not count as disagreement.
 
     Args:
-        units: the values each unit was given.
+        units: the ratings of each unit.
     Returns:
         pairs: units rated more than once. percent: of all pairs of raters on a unit, those that agree. alpha: Krippendorff's, nominal
-        (Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability"); 1 is perfect, 0 is chance. None where nothing can be said.
+        (Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability"); 1 is perfect, 0 is chance. None if undefined.
     """
     shared = [values for values in units if len(values) > 1]
     couples = [a == b for values in shared for a, b in combinations(values, 2)]
@@ -195,14 +195,14 @@ def agreement(units: Collection[Sequence[str]]) -> dict[str, Any]:
     return {"pairs": len(shared), "percent": round(100 * sum(couples) / len(couples), 1), "alpha": alpha}
 
 
-def as_text(found: Mapping[str, Any]) -> list[str]:
-    """Lines for a terminal, of what `tally` found between `systems`."""
-    first, second = found["systems"]
-    width = max(map(len, found["categories"]), default=0)
+def as_text(result: Mapping[str, Any]) -> list[str]:
+    """Lines for the terminal with the result of `tally` and its `systems`."""
+    first, second = result["systems"]
+    width = max(map(len, result["categories"]), default=0)
     return [
-        f"{first} against {second}: {found['wins']} wins, {found['ties']} ties, {found['losses']} losses in {found['pairs']} pairs",
-        f"win rate of {first} {_percent(found)} (ties half; {found['interval_method']})",
-        *(f"  {name:<{width}}  {_percent(part)}  of {part['pairs']}" for name, part in found["categories"].items()),
+        f"{first} against {second}: {result['wins']} wins, {result['ties']} ties, {result['losses']} losses in {result['pairs']} pairs",
+        f"win rate of {first} {_percent(result)} (ties half; {result['interval_method']})",
+        *(f"  {name:<{width}}  {_percent(part)}  of {part['pairs']}" for name, part in result["categories"].items()),
     ]
 
 
