@@ -121,7 +121,7 @@ def test_a_plan_names_the_model_its_assumptions_and_the_gpus_it_fits_on(deep: Pa
 
 
 def test_a_gpu_fits_what_takes_no_more_than_its_size(deep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "_taken", lambda *_: {"memory": {"total": 40 * 10**9}, "optimizer_name": "x", "total_parameters": 1})
+    monkeypatch.setattr(plan, "_requirements", lambda *_: {"memory": {"total": 40 * 10**9}, "optimizer_name": "x", "total_parameters": 1})
     given: dict[str, Any] = {"tokens": 16, "rows": 1, "checkpointing": True, "compute": Compute(threads=1), "device": "cuda"}
     with_on = plan.plan_model(deep, ["lora"], **given)["gpus"]["lora"]
     assert [row["gradient_checkpointing"] for row in with_on] == [False, True]

@@ -259,7 +259,7 @@ def test_a_template_that_is_not_there_is_refused(tmp_path: Path, name: str, comp
 
 
 def test_the_folder_of_templates_is_watched_by_dvc() -> None:
-    assert f"- {chat_templates.FOLDER}\n" in (ROOT / "dvc.yaml").read_text() and (ROOT / chat_templates.FOLDER).is_dir()
+    assert f"{chat_templates.FOLDER}," in (ROOT / "dvc.yaml").read_text() and (ROOT / chat_templates.FOLDER).is_dir()
 
 
 def without_template(model: Path, folder: Path) -> Path:
