@@ -24,11 +24,11 @@ PAGE = (ROOT / "docs/extending.md").read_text()
 
 
 def skeleton(title: str, module: ModuleType | None = None) -> tuple[dict[str, Any], list[Any]]:
-    """The Python of a section: the names it defines, run in a module's namespace, and the entries (indented code) it adds to tables."""
+    """The Python of a section: the names it defines, run in a module's namespace, and the entries it adds to tables."""
     section = PAGE.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
     names, entries = dict(vars(module)) if module else {"__name__": "skeleton"}, []
     for block in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
-        if block.startswith(" "):
+        if block.startswith((" ", "Check(", "ContentCheck(")):
             entry = textwrap.dedent(block)
             found = eval(f"{{{entry}}}" if entry.startswith('"') else f"[{entry}]", names)
             entries += found.items() if isinstance(found, dict) else found
