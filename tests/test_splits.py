@@ -500,7 +500,7 @@ def test_a_key_that_no_row_has_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError) as refused:
         run(splits.Params(by="key", key="customer_id"), source, tmp_path / "out")
     assert str(refused.value) == (
-        "params.yaml: splits.key: no row has a field 'customer_id'\nhint: fields that rows have: client; name one that tells who must stay together"
+        "params.yaml: splits.key: no row has a field 'customer_id'\nhint: fields that rows have: client; use one that identifies rows that must stay together"
     )
     with pytest.raises(InputError, match=r"splits\.by: no row has a category"):
         run(splits.Params(by="category"), source, tmp_path / "out")
