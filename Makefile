@@ -38,14 +38,14 @@ ui: $(VENV)/ok   ## open Dagster on loopback, its home inside the project
 	@$(MAKE) --no-print-directory setup-dvc
 	$(BIN)/pedigree ui --port $(PORT)
 
-bench: $(VENV)/ok ## print what the doors cost, as ratios, and near-duplicates beside datasketch and rensa, and impact over a long history
-	$(BIN)/python benchmarks/doors.py
+bench: $(VENV)/ok ## print what the front ends cost, as ratios, and near-duplicates beside datasketch and rensa, and impact over a long history
+	$(BIN)/python benchmarks/front_ends.py
 	$(BIN)/python benchmarks/audit.py
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	$(BIN)/python benchmarks/curation.py
 
-soak: $(VENV)/ok ## play 2,000 random steps at both doors and compare after each
-	$(BIN)/python tests/test_two_doors.py $(or $(STEPS),2000) $(SEED)
+soak: $(VENV)/ok ## play 2,000 random steps with both front ends and compare after each
+	$(BIN)/python tests/test_two_front_ends.py $(or $(STEPS),2000) $(SEED)
 
 clean:           ## remove what can be made again (never sources, reports or dvc.lock)
 	rm -rf .dagster .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build screenshots dvc_plots

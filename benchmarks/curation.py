@@ -1,6 +1,6 @@
-"""What curation finds, and what it costs. usage: python benchmarks/curation.py [--rows N] [--repeat N] | --street [--rows N]
+"""What curation finds, and what it costs. usage: python benchmarks/curation.py [--rows N] [--repeat N] | --pipeline [--rows N]
 
-Without --street: near-duplicates by our rule beside MinHash LSH of datasketch and rensa, on planted pairs. Texts are made by seed: words by Zipf's law, a fifth of the rows in a template, and pairs of each class of `CLASSES` planted
+Without --pipeline: near-duplicates by our rule beside MinHash LSH of datasketch and rensa, on planted pairs. Texts are made by seed: words by Zipf's law, a fifth of the rows in a template, and pairs of each class of `CLASSES` planted
 among them. By default about 200 rows share a template; `--templates` makes it more templates with fewer rows each, which is
 harder: a template that few texts share looks like a copied passage. Each engine runs in a process of its own, taking turns;
 medians are printed. Needs `pip install -e '.[bench]'`.
@@ -8,7 +8,7 @@ medians are printed. Needs `pip install -e '.[bench]'`.
 The MinHashes have 128 permutations over runs of three words and keep pairs estimated at `THRESHOLD` or more, the Jaccard index
 our rule asks for; rensa is used in its batch mode. "rensa .8" has the bands and threshold of rensa's own benchmark.
 
-With --street: the same texts as the prompts of an Alpaca file (`alpaca`) go through raw_examples -> instructions -> splits, each the stage's own
+With --pipeline: the same texts as the prompts of an Alpaca file (`alpaca`) go through raw_examples -> instructions -> splits, each the stage's own
 function in a process of its own, with the base model's tokenizer and template, the held-out benchmark and the suite of expectations of
 data/. Seconds are those of whole processes, from start to end: imports, reading and checksums, every check, Data Docs, the page, and writing
 and reading back the results. Left out are what DVC adds (hashing the outputs into its cache) and making the rows. CPU seconds
@@ -266,8 +266,8 @@ FLAWS: tuple[dict[str, object], ...] = (
 )
 
 
-def street(rows: int, templates: int, base_model: Path, root: Path) -> None:
-    """Make `rows` rows under `root`, send them down the street, and print what each stage took beside the budget."""
+def time_pipeline(rows: int, templates: int, base_model: Path, root: Path) -> None:
+    """Make `rows` rows under `root`, send them down the pipeline, and print what each stage took beside the budget."""
     sources = root / "data/sources"
     sources.mkdir(parents=True)
     shutil.copytree(ROOT / "data/sources/benchmarks", sources / "benchmarks")
@@ -328,15 +328,15 @@ def _digest(folder: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, help="texts (default: 200,000, of the street 1,000,000)")
+    parser.add_argument("--rows", type=int, help="texts (default: 200,000, of the pipeline 1,000,000)")
     parser.add_argument("--templates", type=int, help="how many (default: a thousandth of the rows)")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each; medians are printed (default: %(default)s)")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="which to run (default: all)")
-    parser.add_argument("--street", action="store_true", help="time the stages instead of the engines")
+    parser.add_argument("--pipeline", action="store_true", help="time the stages instead of the engines")
     parser.add_argument(
         "--base-model", type=Path, default=ROOT / "data/base_model", help="folder with its tokenizer (default: data/base_model)"
     )
-    parser.add_argument("--folder", type=Path, help="with --street: new folder to work in, kept afterwards (default: a temporary one)")
+    parser.add_argument("--folder", type=Path, help="with --pipeline: new folder to work in, kept afterwards (default: a temporary one)")
     parser.add_argument("--stage", choices=STREET, help=argparse.SUPPRESS)
     parser.add_argument("--measure", nargs=2, metavar=("ENGINE", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -346,13 +346,13 @@ def main() -> None:
     if args.stage:
         print(json.dumps(run_stage(args.stage, args.base_model, args.folder)))
         return
-    rows = args.rows or (1_000_000 if args.street else 200_000)
+    rows = args.rows or (1_000_000 if args.pipeline else 200_000)
     templates = args.templates or max(1, rows // 1000)
-    if args.street:
+    if args.pipeline:
         if not (args.base_model / "tokenizer.json").is_file():
             parser.error(f"{args.base_model} has no tokenizer.json: run `dvc repro base_model`, or name a model's folder with --base-model")
         with tempfile.TemporaryDirectory() as scratch:
-            street(rows, templates, args.base_model.resolve(), (args.folder or Path(scratch) / "street").resolve())
+            time_pipeline(rows, templates, args.base_model.resolve(), (args.folder or Path(scratch) / "pipeline").resolve())
         return
     runs: dict[str, list[dict[str, float]]] = {engine: [] for engine in args.engines}
     with tempfile.TemporaryDirectory() as folder:

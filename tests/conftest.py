@@ -223,7 +223,7 @@ def project(tmp_path: Path, tiny_model: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def _finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, worker_id: str) -> Path:
-    """A quick project in which the whole street has run: made once, by the test process that asks first."""
+    """A quick project in which the whole pipeline has run: made once, by the test process that asks first."""
     own = tmp_path_factory.getbasetemp()
     shared = own if worker_id == "master" else own.parent
     with (shared / "finished.lock").open("w") as lock:
@@ -238,7 +238,7 @@ def _finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, worker
 
 @pytest.fixture
 def finished(_finished: Path, tmp_path: Path) -> Iterator[Path]:
-    """A copy of a quick project in which the whole street has run."""
+    """A copy of a quick project in which the whole pipeline has run."""
     target = tmp_path / "project"
     shutil.copytree(_finished, target, symlinks=True)
     yield target
@@ -246,10 +246,10 @@ def finished(_finished: Path, tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small street (tests/street.py) in which everything has run and is committed."""
-    import street as mini
+    """A small pipeline (tests/small_pipeline.py) in which everything has run and is committed."""
+    import small_pipeline as mini
 
-    root = mini.make_project(tmp_path_factory.mktemp("street") / "project")
+    root = mini.make_project(tmp_path_factory.mktemp("pipeline") / "project")
     assert dvc(root, "repro").returncode == 0
     mini.git(root, "add", "-A")
     mini.git(root, "commit", "-qm", "made")
@@ -271,7 +271,7 @@ CHECKS_QUERY = """{ assetNodes { assetKey { path } assetChecksOrError { ... on A
 
 
 def shown_checks(root: Path, instance: Any) -> dict[str, dict[str, str]]:
-    """What Dagster's GraphQL shows of the small street's checks, by address and name: a status, or "NOT_EVALUATED" for the latest materialization."""
+    """What Dagster's GraphQL shows of the small pipeline's checks, by address and name: a status, or "NOT_EVALUATED" for the latest materialization."""
     from dagster._core.remote_origin import InProcessCodeLocationOrigin
     from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
     from dagster._core.workspace.context import WorkspaceProcessContext
@@ -280,11 +280,11 @@ def shown_checks(root: Path, instance: Any) -> dict[str, dict[str, str]]:
 
     module = root / "shown_definitions.py"
     module.write_text(
-        "from pathlib import Path\n\nfrom street import STREET\n\nfrom dagster_project.orchestration.dagster.assets import build_definitions\n\n"
+        "from pathlib import Path\n\nfrom small_pipeline import STREET\n\nfrom dagster_project.orchestration.dagster.assets import build_definitions\n\n"
         "defs = build_definitions(Path(__file__).parent, STREET)\n"
     )
     origin = InProcessCodeLocationOrigin(
-        LoadableTargetOrigin(executable_path=sys.executable, python_file=str(module), working_directory=str(root)), location_name="street"
+        LoadableTargetOrigin(executable_path=sys.executable, python_file=str(module), working_directory=str(root)), location_name="pipeline"
     )
     with WorkspaceProcessContext(instance, InProcessWorkspaceLoadTarget(origin)) as context:
         found = execute_dagster_graphql(context.create_request_context(), CHECKS_QUERY).data["assetNodes"]

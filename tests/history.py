@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from ruamel.yaml import YAML
-from street import git
+from small_pipeline import git
 
 from dagster_project.core.records import example_id, ledger_schema, record_schema
 from dagster_project.training.trainers.harness.weight_audit import seen_schema
@@ -109,7 +109,7 @@ class Project:
         out = lock[adapter]["outs"][0]
         return {name: entry(name, {out["path"]: out["md5"]}, self.put({"model.safetensors": out["md5"].encode()}))}
 
-    def street(self, rows: Sequence[tuple[str, str, str]], seed: int = 0, learnt: Sequence[str] | None = None) -> dict[str, Any]:
+    def lock(self, rows: Sequence[tuple[str, str, str]], seed: int = 0, learnt: Sequence[str] | None = None) -> dict[str, Any]:
         """The whole dvc.lock: everything in train is learnt once, in order."""
         lock = self.splits(rows)
         lock |= self.adapter(lock, [t for t, split, _ in rows if split == "train"] if learnt is None else learnt, seed=seed)

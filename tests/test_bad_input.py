@@ -43,15 +43,16 @@ CASES = {
 
 
 @pytest.mark.parametrize(
-    ("door", "case"), [*(("dvc repro", case) for case in CASES), ("pedigree run", "unknown key"), ("pedigree run", "missing source file")]
+    ("front end", "case"),
+    [*(("dvc repro", case) for case in CASES), ("pedigree run", "unknown key"), ("pedigree run", "missing source file")],
 )
-def test_bad_parameters_change_nothing(finished: Path, case: str, door: str) -> None:
+def test_bad_parameters_change_nothing(finished: Path, case: str, front_end: str) -> None:
     change, message = CASES[case]
     before = fingerprint(finished)
     edit_params(finished, change)
     stage = "adapter@lora" if "method" in case else "splits" if "splits" in message else "raw_examples"
-    done = pedigree(finished, "run", stage) if door == "pedigree run" else dvc(finished, "repro", "--single-item", "--force", stage)
-    assert done.returncode == 2 if door == "pedigree run" else done.returncode != 0
+    done = pedigree(finished, "run", stage) if front_end == "pedigree run" else dvc(finished, "repro", "--single-item", "--force", stage)
+    assert done.returncode == 2 if front_end == "pedigree run" else done.returncode != 0
     assert message in done.stderr and "hint: " in done.stderr and "Traceback" not in done.stderr
     assert fingerprint(finished) == before
 

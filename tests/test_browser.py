@@ -20,7 +20,7 @@ import pytest
 from conftest import ROOT, edit_params, pedigree
 
 from dagster_project.core.severity import shown
-from dagster_project.orchestration.dvc import read_street
+from dagster_project.orchestration.dvc import read_stages
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SHOTS = ROOT / "screenshots"
@@ -115,7 +115,7 @@ def ui(_finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ui
 
 def test_the_lineage_graph_has_named_groups_in_flow_order_and_readable_keys(ui: Ui) -> None:
     groups = ["1_inputs", "2_data", "3_training", "4_alignment", "5_evaluation", "6_release"]
-    said = ui.see("/asset-groups", *groups, f"Materialize all ({len(read_street(ui.root))})", shot="lineage")
+    said = ui.see("/asset-groups", *groups, f"Materialize all ({len(read_stages(ui.root))})", shot="lineage")
     assert "definitions" not in said
     end = time.monotonic() + 60
     while True:  # the layout is computed after the names are shown
@@ -152,7 +152,7 @@ def test_an_assets_page_links_its_pages_by_url_and_they_open(ui: Ui) -> None:
 
 
 def test_an_assets_page_tells_what_it_is_its_rows_its_version_and_its_commit(ui: Ui) -> None:
-    state = read_street(ui.root)["instructions"]
+    state = read_stages(ui.root)["instructions"]
     report = json.loads((ui.root / "data/reports/instructions.json").read_text())
     said = ui.see("/assets/instructions?view=overview", state.description, "rows_in", "rows_out", "git_commit", state.version, shot="asset")
     assert {str(report["rows_in"]), str(report["rows_out"])} <= set(said.split())

@@ -1,4 +1,4 @@
-"""Both doors at once: four processes, two at each door, bring the same street up to date over and over."""
+"""Both front ends at once: four processes, two with each, bring the same pipeline up to date over and over."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import street as mini
+import small_pipeline as mini
 
 from dagster_project.orchestration.dagster.sync import sync
-from dagster_project.orchestration.dvc import read_street
+from dagster_project.orchestration.dvc import read_stages
 
 ROUNDS = 6
 BUSY = ("is busy, it is being blocked by", "Unable to acquire lock")
 
 
-def dvc_door(root: Path) -> None:
+def by_dvc(root: Path) -> None:
     """`dvc repro`; DVC does not wait for a busy stage but says so, and a user tries again."""
     for _ in range(200):
         done = subprocess.run([sys.executable, "-m", "dvc", "repro"], cwd=root, capture_output=True, text=True, check=False)
@@ -34,19 +34,19 @@ def dvc_door(root: Path) -> None:
     raise AssertionError("busy for ever")
 
 
-def dagster_door(root: Path, instance: Any) -> None:
+def by_dagster(root: Path, instance: Any) -> None:
     result = mini.materialize(root, instance)
     assert result.success, [event.message for event in result.all_events if event.is_failure]
 
 
-def work(root: Path, door: str, barrier: Any, failures: Any) -> None:
+def work(root: Path, front_end: str, barrier: Any, failures: Any) -> None:
     import dagster as dg
 
     try:
         with dg.DagsterInstance.from_config(str(root / ".dagster")) as instance:
             for _ in range(ROUNDS):
                 barrier.wait(120)
-                dvc_door(root) if door == "dvc" else dagster_door(root, instance)
+                by_dvc(root) if front_end == "dvc" else by_dagster(root, instance)
                 barrier.wait(120)
     except BaseException:
         failures.put(traceback.format_exc())
@@ -63,7 +63,9 @@ def test_four_processes_at_two_doors_lose_nothing_run_nothing_twice_and_never_fa
     (root / ".dagster" / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
     context = multiprocessing.get_context("spawn")
     barrier, failures = context.Barrier(5), context.Queue()
-    workers = [context.Process(target=work, args=(root, door, barrier, failures)) for door in ("dvc", "dagster", "dvc", "dagster")]
+    workers = [
+        context.Process(target=work, args=(root, front_end, barrier, failures)) for front_end in ("dvc", "dagster", "dvc", "dagster")
+    ]
     with dg.DagsterInstance.from_config(str(root / ".dagster")) as instance:
         for worker in workers:
             worker.start()
@@ -75,8 +77,8 @@ def test_four_processes_at_two_doors_lose_nothing_run_nothing_twice_and_never_fa
                 barrier.wait(120)
                 barrier.wait(120)
                 ran = Counter(json.loads(line)["stage"] for line in log.read_text().splitlines()[before:])
-                assert ran == Counter(dict.fromkeys(read_street(root), 1)), f"round {number}: {ran}"
-                assert not any(state.changed for state in read_street(root).values()), f"round {number}"
+                assert ran == Counter(dict.fromkeys(read_stages(root), 1)), f"round {number}: {ran}"
+                assert not any(state.changed for state in read_stages(root).values()), f"round {number}"
                 sync(root, instance, mini.STREET)
                 assert mini.changed_in_dvc(root) == mini.not_fresh(root, instance) == set()
                 assert sync(root, instance, mini.STREET) == []

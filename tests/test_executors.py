@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import street as mini
+import small_pipeline as mini
 from conftest import dvc
 
 from dagster_project.core.errors import CheckFailed, InputError
@@ -32,7 +32,7 @@ class Elsewhere:
         root, address = self.folder / "project", job.ctx.address
         shutil.copytree(job.ctx.root, root, symlinks=True)
         environment = {name: value for name, value in os.environ.items() if not name.startswith("DVC_")} | {"STEPS": "1"}
-        command = [sys.executable, "street.py", "run", address]
+        command = [sys.executable, "small_pipeline.py", "run", address]
         done = subprocess.run(command, cwd=root, env=environment, stderr=subprocess.PIPE, text=True, check=False)
         for line in done.stderr.splitlines():
             log.info(line)

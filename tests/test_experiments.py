@@ -1,4 +1,4 @@
-"""DVC's experiments run the street's own commands: each point in its place, with its parameters and metrics, and nothing run that they leave alone."""
+"""DVC's experiments run the pipeline's own commands: each point in its place, with its parameters and metrics, and nothing run that they leave alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import street as mini
+import small_pipeline as mini
 from conftest import dvc
 
 

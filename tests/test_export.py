@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import street as mini
+import small_pipeline as mini
 from conftest import ROOT, pedigree
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator

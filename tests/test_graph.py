@@ -1,4 +1,4 @@
-"""dvc.yaml, the code and the docs describe one and the same street."""
+"""dvc.yaml, the code and the docs describe one and the same pipeline."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from conftest import pedigree
 from history import Project, entry, identity
-from street import git
+from small_pipeline import git
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.records import read_table
@@ -38,8 +38,8 @@ def names(found: dict[str, Any]) -> list[tuple[str, str | None]]:
 
 
 def test_a_record_leads_to_every_model_that_saw_it_with_split_and_steps(made: Project) -> None:
-    first = made.commit(made.street(ROWS))
-    second = made.commit(made.street([ROWS[0], *ROWS[2:], ("frogs", "train", FAQ)]))
+    first = made.commit(made.lock(ROWS))
+    second = made.commit(made.lock([ROWS[0], *ROWS[2:], ("frogs", "train", FAQ)]))
     found = impact(made.root, record=identity("dogs"))
     assert names(found) == [("adapter@lora", first), ("merged@lora", first)]
     assert found["models"][0]["seen"] == [
@@ -54,7 +54,7 @@ def test_a_record_leads_to_every_model_that_saw_it_with_split_and_steps(made: Pr
 
 
 def test_what_stood_in_train_and_was_never_reached_was_learnt_in_no_step(made: Project) -> None:
-    made.commit(made.street(ROWS, learnt=["cats"]))
+    made.commit(made.lock(ROWS, learnt=["cats"]))
     assert impact(made.root, record=identity("dogs"))["models"][0]["seen"][0] | {"md5": ""} == {
         "by": "adapter@lora", "md5": "", "splits": {"train": 1}, "steps": [], "epochs": []
     }  # fmt: skip
@@ -62,7 +62,7 @@ def test_what_stood_in_train_and_was_never_reached_was_learnt_in_no_step(made: P
 
 def test_a_text_is_found_but_for_case_and_white_space_and_near_copies_on_request(made: Project) -> None:
     long = "the long and winding road that leads to the harbour where seven old boats lie"
-    made.commit(made.street([*ROWS, (long, "train", FAQ), (long.replace("seven", "eight"), "test", FAQ)]))
+    made.commit(made.lock([*ROWS, (long, "train", FAQ), (long.replace("seven", "eight"), "test", FAQ)]))
     assert impact(made.root, text="what of  CATS?")["records"] == [identity("cats")]
     assert impact(made.root, text="All about dogs.")["records"] == [identity("dogs")]
     assert impact(made.root, text="nobody said this")["models"] == []
@@ -74,7 +74,7 @@ def test_a_text_is_found_but_for_case_and_white_space_and_near_copies_on_request
 
 
 def test_a_source_leads_to_its_records_by_name_by_folder_and_by_sha256(made: Project) -> None:
-    commits = [made.commit(made.street(ROWS)), made.commit(made.street([*ROWS, ("frogs", "train", MAIL)]))]
+    commits = [made.commit(made.lock(ROWS)), made.commit(made.lock([*ROWS, ("frogs", "train", MAIL)]))]
     found = impact(made.root, source=MAIL)
     assert [commit for _, commit in names(found)] == [commits[0]] * 2 + [commits[1]] * 2
     assert found["models"][0]["seen"][0]["splits"] == {"train": 1, "test": 1}
@@ -88,9 +88,9 @@ def test_a_source_leads_to_its_records_by_name_by_folder_and_by_sha256(made: Pro
 
 
 def test_a_hash_leads_to_what_was_made_of_a_data_set_a_shard_a_source_folder_or_a_model(made: Project) -> None:
-    lock = made.street(ROWS)
+    lock = made.lock(ROWS)
     made.commit(lock)
-    other = made.street(ROWS[:1] + ROWS[2:])
+    other = made.lock(ROWS[:1] + ROWS[2:])
     made.commit(other)
     out = lock["splits"]["outs"][0]["md5"]
     mine = [one["md5"] for address in ("adapter@lora", "merged@lora") for one in lock[address]["outs"]]
@@ -106,7 +106,7 @@ def test_a_hash_leads_to_what_was_made_of_a_data_set_a_shard_a_source_folder_or_
 
 
 def test_an_audit_lists_every_record_with_step_and_source_row(made: Project) -> None:
-    commit = made.commit(made.street(ROWS))
+    commit = made.commit(made.lock(ROWS))
     subject = find(Index(made.root), "merged@lora")
     found = document(subject)
     assert found["records"] == {"records": 2, "learnt_by": {"adapter@lora": {"records": 2, "views": 2, "steps": 2, "epochs": 1}}}
@@ -120,7 +120,7 @@ def test_an_audit_lists_every_record_with_step_and_source_row(made: Project) -> 
 
 
 def test_the_commit_that_made_a_model_is_the_first_whose_lock_holds_its_hash(made: Project) -> None:
-    lock = made.street(ROWS)
+    lock = made.lock(ROWS)
     first = made.commit(lock)
     later = made.commit({**lock, "splits": {**lock["splits"], "cmd": "another command, the same bytes"}})
     (made.root / "notes.txt").write_text("nothing of it")
@@ -131,7 +131,7 @@ def test_the_commit_that_made_a_model_is_the_first_whose_lock_holds_its_hash(mad
 
 
 def test_a_commit_that_does_not_hold_the_code_that_ran_is_dirty(made: Project) -> None:
-    lock = made.street(ROWS)
+    lock = made.lock(ROWS)
     (made.root / "a.py").write_text("V = 1\n")
     recorded = {"path": "a.py", "hash": "md5", "md5": "00000000000000000000000000000000"}
     lock["adapter@lora"]["deps"].append(recorded)
@@ -141,8 +141,8 @@ def test_a_commit_that_does_not_hold_the_code_that_ran_is_dirty(made: Project) -
 
 
 def test_uncommitted_work_is_audited_and_called_so(made: Project) -> None:
-    first = made.commit(made.street(ROWS))
-    lock = made.street(ROWS, seed=1)
+    first = made.commit(made.lock(ROWS))
+    lock = made.lock(ROWS, seed=1)
     made.write(lock)
     found = audit(made.root, "adapter@lora")
     assert found["code"]["commit"] is None and found["code"]["after"] == first and not found["code"]["clean"]
@@ -153,14 +153,14 @@ def test_uncommitted_work_is_audited_and_called_so(made: Project) -> None:
 
 
 def test_models_of_merged_branches_are_found_and_rebased_ones_are_not(made: Project) -> None:
-    made.commit(made.street(ROWS), "base")
+    made.commit(made.lock(ROWS), "base")
     git(made.root, "checkout", "-qb", "side")
-    side = made.commit(made.street(ROWS, seed=1), "side")
+    side = made.commit(made.lock(ROWS, seed=1), "side")
     git(made.root, "checkout", "-q", "main")
-    mine = made.commit(made.street(ROWS, seed=2), "main")
+    mine = made.commit(made.lock(ROWS, seed=2), "main")
     git(made.root, "merge", "-q", "-s", "ours", "-m", "merge", "side")
     git(made.root, "branch", "-qD", "side")
-    gone = made.commit(made.street(ROWS, seed=3), "will be rebased away")
+    gone = made.commit(made.lock(ROWS, seed=3), "will be rebased away")
     found = {commit for _, commit in names(impact(made.root, record=identity("cats")))}
     assert {side, mine, gone} <= found and len(found) == 4
     git(made.root, "reset", "-q", "--hard", "HEAD~1")
@@ -170,9 +170,9 @@ def test_models_of_merged_branches_are_found_and_rebased_ones_are_not(made: Proj
 
 
 def test_an_old_model_is_found_by_hash_and_by_a_copy_of_its_folder(made: Project, tmp_path: Path) -> None:
-    old = made.street(ROWS)
+    old = made.lock(ROWS)
     commit = made.commit(old)
-    made.commit(made.street(ROWS, seed=1))
+    made.commit(made.lock(ROWS, seed=1))
     out = old["merged@lora"]["outs"][0]
     wanted = audit(made.root, "merged@lora", rev=commit)
     assert wanted["model"]["md5"] == out["md5"]
@@ -191,7 +191,7 @@ def test_an_old_model_is_found_by_hash_and_by_a_copy_of_its_folder(made: Project
 
 
 def test_a_renamed_stage_is_one_model_by_its_content(made: Project) -> None:
-    lock = made.street(ROWS)
+    lock = made.lock(ROWS)
     first = made.commit(lock)
     renamed = {"sft@lora": {**lock["adapter@lora"], "outs": [{**lock["adapter@lora"]["outs"][0], "path": "data/sft/lora"}]}}
     deps = [{**lock["merged@lora"]["deps"][0], "path": "data/sft/lora"}]
@@ -205,8 +205,8 @@ def test_a_renamed_stage_is_one_model_by_its_content(made: Project) -> None:
 
 
 def test_after_gc_the_unknown_is_called_unknown_with_the_way_to_fetch_it(made: Project) -> None:
-    commit = made.commit(old := made.street(ROWS))
-    made.commit(new := made.street([("frogs", "train", FAQ), *ROWS[1:]]))
+    commit = made.commit(old := made.lock(ROWS))
+    made.commit(new := made.lock([("frogs", "train", FAQ), *ROWS[1:]]))
     made.collect_garbage(new)
     found = impact(made.root, record=identity("cats"))
     assert found["models"] == []
@@ -222,7 +222,7 @@ def test_after_gc_the_unknown_is_called_unknown_with_the_way_to_fetch_it(made: P
 
 
 def test_one_missing_shard_makes_every_data_set_that_shares_it_unknown(made: Project) -> None:
-    first, second = made.street(ROWS), made.street([("frogs", "train", FAQ), *ROWS[2:]])
+    first, second = made.lock(ROWS), made.lock([("frogs", "train", FAQ), *ROWS[2:]])
     made.commit(first)
     made.commit(second)
     shared = Index(made.root).files(first["splits"]["outs"][0]["md5"])["test/records-00000.parquet"]
@@ -233,7 +233,7 @@ def test_one_missing_shard_makes_every_data_set_that_shares_it_unknown(made: Pro
 
 
 def test_evidence_and_data_tell_each_what_they_know_where_the_other_is_gone(made: Project) -> None:
-    lock = made.street(ROWS)
+    lock = made.lock(ROWS)
     made.commit(lock)
     known = Index(made.root)
     evidence = known.files(lock["adapter@lora"]["outs"][0]["md5"])["examples.parquet"]
@@ -249,10 +249,10 @@ def test_evidence_and_data_tell_each_what_they_know_where_the_other_is_gone(made
 
 
 def test_what_was_indexed_before_gc_stays_known(made: Project) -> None:
-    old = made.street(ROWS)
+    old = made.lock(ROWS)
     made.commit(old)
     before = impact(made.root, record=identity("cats"))
-    new = made.street([("frogs", "train", FAQ)])
+    new = made.lock([("frogs", "train", FAQ)])
     made.commit(new)
     made.collect_garbage(new)
     after = impact(made.root, record=identity("cats"))
@@ -260,7 +260,7 @@ def test_what_was_indexed_before_gc_stays_known(made: Project) -> None:
 
 
 def test_a_clone_without_cache_knows_the_chain_and_says_what_is_missing(made: Project, tmp_path: Path) -> None:
-    made.commit(made.street(ROWS))
+    made.commit(made.lock(ROWS))
     clone = tmp_path / "clone"
     git(tmp_path, "clone", "-q", str(made.root), str(clone))
     found = impact(clone, record=identity("cats"))
@@ -273,7 +273,7 @@ def test_a_clone_without_cache_knows_the_chain_and_says_what_is_missing(made: Pr
 
 
 def test_without_a_cache_the_workspace_tells_where_it_holds_the_same_bytes(made: Project) -> None:
-    lock = made.street(ROWS)
+    lock = made.lock(ROWS)
     made.commit(lock)
     known = Index(made.root)
     for stage in lock.values():
@@ -291,8 +291,8 @@ def test_without_a_cache_the_workspace_tells_where_it_holds_the_same_bytes(made:
 
 
 def test_a_shallow_clone_says_so(made: Project, tmp_path: Path) -> None:
-    made.commit(made.street(ROWS))
-    made.commit(made.street(ROWS, seed=1))
+    made.commit(made.lock(ROWS))
+    made.commit(made.lock(ROWS, seed=1))
     clone = tmp_path / "clone"
     git(tmp_path, "clone", "-q", "--depth", "1", f"file://{made.root}", str(clone))
     shutil.copytree(made.root / ".dvc" / "cache", clone / ".dvc" / "cache")
@@ -303,8 +303,8 @@ def test_a_shallow_clone_says_so(made: Project, tmp_path: Path) -> None:
 
 
 def test_a_diff_names_the_record_that_was_changed_added_or_moved(made: Project) -> None:
-    before = made.commit(made.street(ROWS))
-    made.commit(made.street([("lions", "train", FAQ), ROWS[1], ROWS[2], ("fish", "train", MAIL), ("newts", "test", FAQ)]))
+    before = made.commit(made.lock(ROWS))
+    made.commit(made.lock([("lions", "train", FAQ), ROWS[1], ROWS[2], ("fish", "train", MAIL), ("newts", "test", FAQ)]))
     found = diff(made.root, "merged@lora", "merged@lora", rev=before)
     assert found["records"]["changed"] == [
         {"before": {"example_id": identity("cats"), "splits": ["train"], "rows": [f"{FAQ}:0"]},
@@ -318,7 +318,7 @@ def test_a_diff_names_the_record_that_was_changed_added_or_moved(made: Project) 
 
 
 def test_a_model_released_with_anothers_weights_saw_what_that_one_saw_and_no_more(made: Project) -> None:
-    lock = made.street(ROWS)
+    lock = made.lock(ROWS)
     lock |= made.adapter(lock, ["cats"], "adapter@dora", seed=5)
     lock |= made.merged(lock, "adapter@dora", "merged@dora")
     chosen = lock["merged@dora"]["outs"][0]
@@ -360,7 +360,7 @@ def test_a_brute_force_oracle_agrees_on_random_histories(made: Project, seed: in
         ]
         train = [word for word, split, _ in given if split == "train"]
         learnt = draw.choices(train, k=5) if train else []
-        lock = made.street(given, learnt=learnt)
+        lock = made.lock(given, learnt=learnt)
         texts[lock["adapter@lora"]["outs"][0]["md5"]] = learnt
         rows[lock["splits"]["outs"][0]["md5"]] = given
         history.append((made.commit(lock), lock))
@@ -385,7 +385,7 @@ def test_a_brute_force_oracle_agrees_on_random_histories(made: Project, seed: in
 
 
 def test_the_index_can_be_spoilt_and_is_made_anew(made: Project) -> None:
-    made.commit(made.street(ROWS))
+    made.commit(made.lock(ROWS))
     before = impact(made.root, record=identity("cats"))
     (made.root / INDEX_FILE).write_bytes(b"no database at all, but a file of some length" * 100)
     assert impact(made.root, record=identity("cats")) == before
@@ -396,13 +396,13 @@ def test_each_file_is_read_once_however_many_models_saw_it(made: Project, monkey
     shard = index._RowCollector.add_shard
     monkeypatch.setattr(index._RowCollector, "add_shard", lambda self, path, content: read.append(path) or shard(self, path, content))
     for seed in range(5):
-        made.commit(made.street(ROWS, seed=seed))
+        made.commit(made.lock(ROWS, seed=seed))
         impact(made.root, record=identity("cats"))
     assert len(read) == 3
 
 
 def test_the_command_line_answers_no_with_1_and_bad_questions_with_2(made: Project, tmp_path: Path) -> None:
-    made.commit(made.street(ROWS))
+    made.commit(made.lock(ROWS))
     assert pedigree(made.root, "impact", "--text", "Nobody said this.").returncode == 1
     told = pedigree(made.root, "impact", "--record", identity("dogs"))
     assert told.returncode == 0 and "train 1; step 2 through adapter@lora" in told.stdout and "2 model versions saw it" in told.stdout
@@ -422,14 +422,14 @@ def test_the_command_line_answers_no_with_1_and_bad_questions_with_2(made: Proje
 
 
 def test_a_project_without_git_is_audited_as_uncommitted(made: Project) -> None:
-    made.write(made.street(ROWS))
+    made.write(made.lock(ROWS))
     shutil.rmtree(made.root / ".git")
     assert audit(made.root, "merged@lora")["code"]["commit"] is None
     assert names(impact(made.root, record=identity("cats"))) == [("adapter@lora", None), ("merged@lora", None)]
 
 
 def test_a_committed_merge_conflict_hides_no_other_model(made: Project) -> None:
-    commit = made.commit(made.street(ROWS))
+    commit = made.commit(made.lock(ROWS))
     sound = (made.root / "dvc.lock").read_text()
     (made.root / "dvc.lock").write_text("<<<<<<< HEAD\n" + sound + ">>>>>>> other\n")
     git(made.root, "commit", "-qam", "oops")

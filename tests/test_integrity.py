@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-import street as mini
+import small_pipeline as mini
 from conftest import dvc, pedigree
 
 from dagster_project.orchestration.integrity import as_text, examine
@@ -17,7 +17,7 @@ from dagster_project.pipeline import STAGES
 
 @pytest.fixture
 def root(_made: Path, tmp_path: Path) -> Path:
-    """A small street in which everything has run and is committed."""
+    """A small pipeline in which everything has run and is committed."""
     shutil.copytree(_made, tmp_path / "project", symlinks=True)
     return tmp_path / "project"
 

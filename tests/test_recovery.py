@@ -1,4 +1,4 @@
-"""What goes wrong between two doors, what is said of it, and that the street recovers. On the small street of tests/street.py."""
+"""What goes wrong between two front ends, what is said of it, and that the pipeline recovers. On the small pipeline of tests/small_pipeline.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import dagster as dg
 import psutil
 import pytest
-import street as mini
+import small_pipeline as mini
 from conftest import dvc, pedigree, run
 
 from dagster_project.core.errors import InputError
@@ -23,13 +23,13 @@ from dagster_project.orchestration.dagster.assets import build_definitions, home
 from dagster_project.orchestration.dagster.dead_runs import ALIVE, reap
 from dagster_project.orchestration.dagster.metadata import asset_key
 from dagster_project.orchestration.dagster.sync import sync
-from dagster_project.orchestration.dvc import read_street
+from dagster_project.orchestration.dvc import read_stages
 from dagster_project.orchestration.locks import hold
 
 
 @pytest.fixture
 def root(_made: Path, tmp_path: Path) -> Path:
-    """A small street in which everything has run and is committed."""
+    """A small pipeline in which everything has run and is committed."""
     shutil.copytree(_made, tmp_path / "project", symlinks=True)
     return tmp_path / "project"
 
@@ -51,7 +51,7 @@ def failure(result: Any) -> str:
 
 def tamper_with_cache(root: Path, address: str, checkout: bool = True) -> None:
     """Put other bytes into every cache object that holds a file of an output, and check it out again. DVC notices nothing."""
-    out = root / read_street(root)[address].out
+    out = root / read_stages(root)[address].out
     for file in list(out.iterdir()):
         content = file.read_bytes()
         for path in (root / ".dvc/cache/files/md5").rglob("*"):
@@ -67,7 +67,7 @@ def tamper_with_cache(root: Path, address: str, checkout: bool = True) -> None:
 
 
 def test_a_tampered_cache_object_is_set_aside_said_in_one_line_and_made_again(root: Path, instance: dg.DagsterInstance) -> None:
-    version = read_street(root)["inst"].version
+    version = read_stages(root)["inst"].version
     tamper_with_cache(root, "inst")
     assert mini.changed_in_dvc(root) == set()
     said = sync(root, instance, mini.STREET)
@@ -75,16 +75,16 @@ def test_a_tampered_cache_object_is_set_aside_said_in_one_line_and_made_again(ro
     assert (root / ".dvc/tmp/pedigree/set_aside/inst/rows.txt").read_bytes() == b"TAMPERED"
     assert mini.not_fresh(root, instance) == mini.changed_in_dvc(root) == {"inst", "tok"}
     assert mini.materialize(root, instance, ["inst"]).success
-    assert read_street(root)["inst"].version == version
+    assert read_stages(root)["inst"].version == version
     sync(root, instance, mini.STREET)
     assert mini.not_fresh(root, instance) == mini.changed_in_dvc(root) == set()
 
 
 def test_what_dvc_restores_from_a_tampered_cache_object_is_made_instead(root: Path, instance: dg.DagsterInstance) -> None:
-    version = read_street(root)["inst"].version
+    version = read_stages(root)["inst"].version
     tamper_with_cache(root, "inst", checkout=False)
     result = mini.materialize(root, instance)
-    assert result.success and read_street(root)["inst"].version == version
+    assert result.success and read_stages(root)["inst"].version == version
     assert sum("sha256 differs" in entry.user_message for entry in instance.all_logs(result.run_id)) == 1
     assert mini.changed_in_dvc(root) == set()
 
@@ -111,7 +111,7 @@ def test_an_output_edited_by_hand_cannot_be_recorded_with_dvc_commit(root: Path,
 
 
 def test_a_killed_run_is_ended_frees_its_slots_and_the_next_one_recovers(root: Path, instance: dg.DagsterInstance) -> None:
-    process = mini.start_until_tok_runs(root, "street.py", "materialize")
+    process = mini.start_until_tok_runs(root, "small_pipeline.py", "materialize")
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     [run_id] = [found.run_id for found in instance.get_runs(dg.RunsFilter(statuses=ALIVE))]
@@ -130,7 +130,7 @@ def test_a_killed_run_is_ended_frees_its_slots_and_the_next_one_recovers(root: P
 
 def test_terminating_a_run_ends_its_stage_command_and_loses_nothing(root: Path, instance: dg.DagsterInstance) -> None:
     before = (root / "data/tok/train.txt").read_bytes()
-    process = mini.start_until_tok_runs(root, "street.py", "materialize")
+    process = mini.start_until_tok_runs(root, "small_pipeline.py", "materialize")
     command = json.loads((root / mini.LOG).read_text().splitlines()[-1])["pid"]
     process.send_signal(signal.SIGINT)  # what Dagster sends to a run that is terminated
     assert process.wait(25) != 0
@@ -178,11 +178,11 @@ def test_an_empty_table_of_busy_paths_is_mended(root: Path, instance: dg.Dagster
 
 
 def test_a_lock_older_than_the_event_log_reads_fresh_again(root: Path, instance: dg.DagsterInstance) -> None:
-    old = read_street(root)["inst"].version
+    old = read_stages(root)["inst"].version
     (root / "data/sources/g.txt").write_text("r1")
     assert mini.materialize(root, instance).success
     sync(root, instance, mini.STREET)
-    assert read_street(root)["inst"].version != old
+    assert read_stages(root)["inst"].version != old
     mini.git(root, "checkout", "-qf", ".")
     assert dvc(root, "checkout").returncode == 0
     assert sync(root, instance, mini.STREET) != []
@@ -207,7 +207,7 @@ def test_what_comes_from_the_run_cache_is_reported_with_its_checks_and_runs_noth
 
 def test_every_asset_says_whether_dvc_calls_it_up_to_date(root: Path, instance: dg.DagsterInstance) -> None:
     def unsynced() -> set[str]:
-        keys = {dg.AssetCheckKey(asset_key(address), "dvc_in_sync"): address for address in read_street(root)}
+        keys = {dg.AssetCheckKey(asset_key(address), "dvc_in_sync"): address for address in read_stages(root)}
         records = instance.event_log_storage.get_latest_asset_check_execution_by_key([*keys])
         assert records.keys() == keys.keys()
         return {keys[key] for key, record in records.items() if not record.event.dagster_event.event_specific_data.passed}
@@ -227,7 +227,7 @@ def test_deleting_dagsters_home_and_syncing_brings_the_view_back(root: Path) -> 
         (root / ".dagster").mkdir()
         (root / ".dagster" / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
         with dg.DagsterInstance.from_config(str(root / ".dagster")) as found:
-            assert len(sync(root, found, mini.STREET)) > len(read_street(root))
+            assert len(sync(root, found, mini.STREET)) > len(read_stages(root))
             assert mini.not_fresh(root, found) == set()
             record = found.event_log_storage.get_latest_asset_check_execution_by_key([dg.AssetCheckKey(asset_key("inst"), "no_bad_rows")])
             assert [r.event.dagster_event.event_specific_data.passed for r in record.values()] == [True]
@@ -257,7 +257,7 @@ def test_a_missing_output_says_how_to_get_it_back(root: Path, instance: dg.Dagst
 
 def test_a_busy_stage_names_who_holds_it(root: Path) -> None:
     with hold(root, "tok", busy=lambda _: None):
-        done = run([sys.executable, "street.py", "run", "tok"], root)
+        done = run([sys.executable, "small_pipeline.py", "run", "tok"], root)
     assert done.returncode == 1
     assert f"tok is being run by process {os.getpid()} (" in done.stderr and "wait for it to end, or stop it" in done.stderr
 
@@ -275,7 +275,7 @@ def test_an_unresolved_merge_in_dvc_lock_is_named(root: Path) -> None:
 
 
 def test_a_stage_that_the_code_does_not_know_is_named(root: Path) -> None:
-    done = pedigree(root, "sync")  # to the real street, all of this one's stages are unknown
+    done = pedigree(root, "sync")  # to the real pipeline, all of this one's stages are unknown
     assert done.returncode == 2
     assert "unknown stage 'raw'" in done.stderr and "pipeline.py" in done.stderr and "Traceback" not in done.stderr
 
@@ -299,4 +299,4 @@ def test_schedule_and_freshness_are_examples_that_are_off(root: Path) -> None:
     definitions = build_definitions(root, mini.STREET)
     assert [s.default_status for s in definitions.schedules] == [dg.DefaultScheduleStatus.STOPPED]
     assert "freshness: {enabled: false}" in DAGSTER_YAML
-    assert {job.name for job in definitions.jobs} == {"street", "data", "variant_lora", "variant_dora"}
+    assert {job.name for job in definitions.jobs} == {"pipeline", "data", "variant_lora", "variant_dora"}

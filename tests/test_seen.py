@@ -1,4 +1,4 @@
-"""A training can be watched at both doors while it runs, and what is shown decides nothing: no version, no status, no byte that is tracked."""
+"""A training can be watched with both front ends while it runs, and what is shown decides nothing: no version, no status, no byte that is tracked."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from typing import Any
 
 import dagster as dg
 import pytest
-import street as mini
+import small_pipeline as mini
 from conftest import dvc
 
 from dagster_project.core.curves import thinned
 from dagster_project.core.records import write_text
 from dagster_project.orchestration.dagster.metadata import asset_key, describe
 from dagster_project.orchestration.dagster.sync import sync
-from dagster_project.orchestration.dvc import read_street
+from dagster_project.orchestration.dvc import read_stages
 from dagster_project.training.trainers.harness.curve import LIVE, live_writer
 
 LORA = asset_key("adapter@lora")
@@ -30,7 +30,7 @@ LORA = asset_key("adapter@lora")
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    return mini.make_project(tmp_path / "street")
+    return mini.make_project(tmp_path / "pipeline")
 
 
 def point(step: int) -> dict[str, float]:
@@ -92,7 +92,7 @@ def live_of(root: Path) -> Path:
     return root / "data/live/adapter/lora"
 
 
-def test_a_run_can_be_watched_at_both_doors_and_nothing_is_decided_by_it(
+def test_a_run_can_be_watched_with_both_front_ends_and_nothing_is_decided_by_it(
     root: Path, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dagster_project.orchestration.dvc.WATCH", 0.2)
@@ -104,7 +104,7 @@ def test_a_run_can_be_watched_at_both_doors_and_nothing_is_decided_by_it(
     assert {"step": 1, "loss": 1.0, "tokens_per_second": 100.0} in seen
     assert not any(a == b for a, b in pairwise(seen)), "nothing is told twice"
     assert all(o["step"] != 9 for o in seen)
-    state = read_street(root)["adapter@lora"]
+    state = read_stages(root)["adapter@lora"]
     [event] = done.asset_materializations_for_node("adapter__lora")
     assert event.tags["dagster/data_version"] == state.version
     measured = json.loads((root / "data/pages/adapter/lora/measured.json").read_text())
@@ -117,7 +117,7 @@ def test_a_run_can_be_watched_at_both_doors_and_nothing_is_decided_by_it(
     changed = mini.changed_in_dvc(root)
     assert mini.not_fresh(root, instance) == changed == {"adapter@dora", "cmp"}
 
-    # the other door, and a kill in the middle
+    # the other front end, and a kill in the middle
     values = json.loads((root / "params.yaml").read_text())
     values["variants"]["lora"]["r"] = 9
     (root / "params.yaml").write_text(json.dumps(values))

@@ -1,4 +1,4 @@
-"""Sync beside runs of the same assets: each materialization is in the event log once, with the checks that judge it. On the small street."""
+"""Sync beside runs of the same assets: each materialization is in the event log once, with the checks that judge it. On the small pipeline."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
-import street as mini
+import small_pipeline as mini
 from conftest import dvc, shown_checks
 
 from dagster_project.orchestration.dagster import dead_runs
 from dagster_project.orchestration.dagster.dead_runs import ALIVE, MACHINE_TAG, in_progress
 from dagster_project.orchestration.dagster.metadata import asset_key
 from dagster_project.orchestration.dagster.sync import mirror, read, sync
-from dagster_project.orchestration.dvc import read_street
+from dagster_project.orchestration.dvc import read_stages
 
 TOK = asset_key("tok")
 
 
 @pytest.fixture
 def root(_made: Path, tmp_path: Path) -> Path:
-    """A small street in which everything has run and is committed."""
+    """A small pipeline in which everything has run and is committed."""
     shutil.copytree(_made, tmp_path / "project", symlinks=True)
     return tmp_path / "project"
 
@@ -46,16 +46,16 @@ def versions(instance: dg.DagsterInstance, address: str) -> Counter[str]:
 
 
 def each_version_once_and_every_check_shown(root: Path, instance: dg.DagsterInstance) -> None:
-    for address, state in read_street(root).items():
+    for address, state in read_stages(root).items():
         assert versions(instance, address)[state.version] == 1, address
         assert set(versions(instance, address).values()) == {1}, address
     shown = shown_checks(root, instance)
-    assert shown.keys() == read_street(root).keys()
+    assert shown.keys() == read_stages(root).keys()
     assert {status for checks in shown.values() for status in checks.values()} == {"SUCCEEDED"}, shown
 
 
 def test_syncs_during_and_right_after_a_run_report_nothing_that_the_run_reports(root: Path, instance: dg.DagsterInstance) -> None:
-    process = mini.start_until_tok_runs(root, "street.py", "materialize", SLOW_SECONDS="2")
+    process = mini.start_until_tok_runs(root, "small_pipeline.py", "materialize", SLOW_SECONDS="2")
     synced = 0
     while process.poll() is None:
         sync(root, instance, mini.STREET)
@@ -64,7 +64,7 @@ def test_syncs_during_and_right_after_a_run_report_nothing_that_the_run_reports(
     sync(root, instance, mini.STREET)
     event = instance.get_latest_materialization_event(TOK)
     assert event is not None and event.run_id
-    changed = {a for a, s in read_street(root).items() if len(versions(instance, a)) > 1}
+    changed = {a for a, s in read_stages(root).items() if len(versions(instance, a)) > 1}
     assert changed >= {"tok", "cmp"}
     for address in changed:
         assert set(versions(instance, address).values()) == {1}, address
@@ -76,12 +76,12 @@ def test_syncs_during_and_right_after_a_run_report_nothing_that_the_run_reports(
 def test_a_sync_that_looked_while_a_run_was_at_work_reports_nothing_of_it_once_the_run_has_ended(
     root: Path, instance: dg.DagsterInstance
 ) -> None:
-    process = mini.start_until_tok_runs(root, "street.py", "materialize", "tok", SLOW_SECONDS="1")
+    process = mini.start_until_tok_runs(root, "small_pipeline.py", "materialize", "tok", SLOW_SECONDS="1")
     reading = read(root, instance, mini.STREET)
     assert TOK in reading.in_progress and asset_key("cmp") not in reading.in_progress
     assert process.wait(60) == 0 and in_progress(instance) == frozenset()
     assert not [line for line in mirror(root, instance, reading, mini.STREET) if line.startswith("tok ")]
-    assert versions(instance, "tok")[read_street(root)["tok"].version] == 1
+    assert versions(instance, "tok")[read_stages(root)["tok"].version] == 1
     assert set(shown_checks(root, instance)["tok"].values()) == {"SUCCEEDED"}
 
 
@@ -89,9 +89,9 @@ def test_a_sync_that_looked_before_a_run_began_reports_nothing_that_the_run_repo
     (root / "code/tok.py").write_text("V = 9\n")
     reading = read(root, instance, mini.STREET)
     assert mini.materialize(root, instance).success
-    before = {address: versions(instance, address) for address in reading.street}
+    before = {address: versions(instance, address) for address in reading.states}
     mirror(root, instance, reading, mini.STREET)
-    assert {address: versions(instance, address) for address in reading.street} == before
+    assert {address: versions(instance, address) for address in reading.states} == before
     assert {status for checks in shown_checks(root, instance).values() for status in checks.values()} == {"SUCCEEDED"}
 
 
@@ -108,7 +108,7 @@ def test_what_dvc_ran_and_nobody_synced_is_reported_once_when_it_is_materialized
     (root / "code/tok.py").write_text("V = 9\n")
     assert dvc(root, "repro").returncode == 0
     assert mini.materialize(root, instance, ["tok"]).success
-    assert versions(instance, "tok")[read_street(root)["tok"].version] == 1
+    assert versions(instance, "tok")[read_stages(root)["tok"].version] == 1
     sync(root, instance, mini.STREET)
     each_version_once_and_every_check_shown(root, instance)
 
@@ -125,7 +125,7 @@ def test_a_materialization_that_sync_reports_comes_with_its_checks(root: Path, i
 
 
 def test_a_killed_run_keeps_sync_from_nothing(root: Path, instance: dg.DagsterInstance) -> None:
-    process = mini.start_until_tok_runs(root, "street.py", "materialize", "tok")
+    process = mini.start_until_tok_runs(root, "small_pipeline.py", "materialize", "tok")
     assert in_progress(instance) == {TOK}
     os.kill(process.pid, signal.SIGKILL)
     process.wait(30)
@@ -140,7 +140,7 @@ def test_a_killed_run_keeps_sync_from_nothing(root: Path, instance: dg.DagsterIn
 def test_a_run_of_another_machine_counts_until_it_has_been_quiet_for_an_hour(
     root: Path, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process = mini.start_until_tok_runs(root, "street.py", "materialize", "tok")
+    process = mini.start_until_tok_runs(root, "small_pipeline.py", "materialize", "tok")
     [run] = instance.get_runs(dg.RunsFilter(statuses=ALIVE))
     os.kill(process.pid, signal.SIGKILL)
     process.wait(30)

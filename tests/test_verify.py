@@ -25,7 +25,7 @@ from dagster_project.orchestration.dvc import Store
 
 @pytest.fixture
 def root(_made: Path, tmp_path: Path) -> Path:
-    """A small street in which everything has run and is committed."""
+    """A small pipeline in which everything has run and is committed."""
     shutil.copytree(_made, tmp_path / "project", symlinks=True)
     return tmp_path / "project"
 

@@ -12,7 +12,7 @@ import grimp
 import pyarrow as pa
 import pytest
 from conftest import ROOT, pedigree
-from street import changed_in_dvc
+from small_pipeline import changed_in_dvc
 
 from dagster_project import pipeline
 from dagster_project.core.context import Documents

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 from conftest import dvc, edit_params, run
-from street import changed_in_dvc, not_fresh
+from small_pipeline import changed_in_dvc, not_fresh
 
 from dagster_project.orchestration.dagster.assets import build_definitions
 from dagster_project.orchestration.dagster.metadata import asset_key
 from dagster_project.orchestration.dagster.sync import sync
-from dagster_project.orchestration.dvc import read_street
+from dagster_project.orchestration.dvc import read_stages
 from dagster_project.pipeline import PEDIGREE
 
 HEADERS = {
@@ -35,7 +35,7 @@ def repro(root: Path, instance: Any) -> None:
 
 def materialize_all(root: Path, instance: Any) -> None:
     job = build_definitions(root).resolve_implicit_global_asset_job_def()
-    result = job.execute_in_process(instance=instance, asset_selection=[asset_key(a) for a in read_street(root)], raise_on_error=False)
+    result = job.execute_in_process(instance=instance, asset_selection=[asset_key(a) for a in read_stages(root)], raise_on_error=False)
     failed = [str(event.event_specific_data) for event in result.all_events if event.is_step_failure]
     assert result.success, "\n".join(failed)
 
@@ -49,7 +49,7 @@ def test_a_project_without_preferences_runs_through_to_a_release(without_prefere
     assert json.loads((root / "data/release/release.json").read_text())["variant"] == "lora"
     assert {path: (root / path).read_text() for path in HEADERS} == {path: f"{line}\n" for path, line in HEADERS.items()}
     assert json.loads((root / "data/reports/reward_model.json").read_text())["pairs"] == 0
-    assert "aligned" not in "".join(read_street(root))
+    assert "aligned" not in "".join(read_stages(root))
 
     sync(root, instance)
     assert changed_in_dvc(root) == set() == not_fresh(root, instance, PEDIGREE)

@@ -23,7 +23,7 @@ def render(root: Path, address: str | None = None) -> dict[str, Any]:
     Raises:
         InputError: no such stage, or one without pages.
     """
-    stages = dvc.read_street(root)
+    stages = dvc.read_stages(root)
     if address is not None and address not in stages:
         raise InputError(f"{address} is not a stage of dvc.yaml", f"stages: {', '.join(stages)}")
     with_pages = [name for name in stages if name.partition("@")[0] in PAGES]

@@ -140,7 +140,7 @@ def _stages(repo: Any) -> list[Any]:
         return list(repo.index.stages)
 
 
-def read_street(root: Path) -> dict[str, StageState]:
+def read_stages(root: Path) -> dict[str, StageState]:
     """The state of every stage, in flow order. Asks DVC per output, so it never waits for a running stage."""
     with _open(root) as repo:
         every = _stages(repo)
@@ -156,10 +156,10 @@ def read_street(root: Path) -> dict[str, StageState]:
     return {address: states[address] for address in order}
 
 
-def stamp(root: Path, street: Mapping[str, StageState]) -> list[tuple[str, int, int, int]]:
-    """Path, modification time, inode and size of every file that `read_street` looked at: while they stay, it would say the same again."""
+def stamp(root: Path, states: Mapping[str, StageState]) -> list[tuple[str, int, int, int]]:
+    """Path, modification time, inode and size of every file that `read_stages` looked at: while they stay, it would say the same again."""
     named = {"dvc.yaml", "dvc.lock", "params.yaml", ".dvc/config", ".dvc/cache"}
-    for state in street.values():
+    for state in states.values():
         named |= {
             state.out,
             state.report or state.out,
@@ -278,16 +278,16 @@ def _flow(parents: Mapping[str, list[str]]) -> list[str]:
     return order
 
 
-def ancestors(street: Mapping[str, StageState], address: str) -> list[str]:
+def ancestors(states: Mapping[str, StageState], address: str) -> list[str]:
     """All stages that `address` is made from, in flow order."""
     names: set[str] = set()
     pending = [address]
     while pending:
-        for i in street[pending.pop()].inputs:
+        for i in states[pending.pop()].inputs:
             if i.producer and i.producer not in names:
                 names.add(i.producer)
                 pending.append(i.producer)
-    return [name for name in street if name in names]
+    return [name for name in states if name in names]
 
 
 def reproduce(

@@ -76,7 +76,7 @@ def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE, executor:
 
 def _verified_inputs(root: Path, address: str) -> Mapping[str, str]:
     """Hashes of everything the stage reads, after each input was verified to be what its producer recorded."""
-    states = dvc.read_street(root)
+    states = dvc.read_stages(root)
     if address not in states:
         raise InputError(f"{address} is not a stage of dvc.yaml", f"stages: {', '.join(states)}")
     producers = [states[i.producer] for i in states[address].inputs if i.producer]

@@ -61,23 +61,23 @@ class RunConfig(dg.Config):
 
 def build_definitions(root: Path, pipeline: Pipeline = PEDIGREE) -> dg.Definitions:
     """All of Dagster's definitions for the project in `root`."""
-    street = dvc.read_street(root)
-    for address in street:
+    states = dvc.read_stages(root)
+    for address in states:
         pipeline.split_address(address)
-    sources = {i.path for state in street.values() for i in state.inputs if i.producer is None}
-    variants = sorted({address.partition("@")[2] for address in street} - {""})
-    data = [address for address, state in street.items() if state.meta.get("group") == DATA]
-    data = [address for address in street if address in data or any(address in dvc.ancestors(street, one) for one in data)]
+    sources = {i.path for state in states.values() for i in state.inputs if i.producer is None}
+    variants = sorted({address.partition("@")[2] for address in states} - {""})
+    data = [address for address, state in states.items() if state.meta.get("group") == DATA]
+    data = [address for address in states if address in data or any(address in dvc.ancestors(states, one) for one in data)]
     whole = dg.define_asset_job(
-        "street",
-        selection=dg.AssetSelection.assets(*map(asset_key, street)),
+        "pipeline",
+        selection=dg.AssetSelection.assets(*map(asset_key, states)),
         description="Everything, in flow order; what is up to date runs nothing.",
     )
     return dg.Definitions(
         assets=[
             *(_source(root, path) for path in sorted(sources)),
-            *(_definition(root, address) for address in street),
-            *(_asset(root, address, state, pipeline) for address, state in street.items()),
+            *(_definition(root, address) for address in states),
+            *(_asset(root, address, state, pipeline) for address, state in states.items()),
         ],
         jobs=[
             whole,
@@ -89,7 +89,7 @@ def build_definitions(root: Path, pipeline: Pipeline = PEDIGREE) -> dg.Definitio
             *(
                 dg.define_asset_job(
                     f"variant_{name}",
-                    selection=dg.AssetSelection.assets(*(asset_key(a) for a in street if a.endswith(f"@{name}"))),
+                    selection=dg.AssetSelection.assets(*(asset_key(a) for a in states if a.endswith(f"@{name}"))),
                     description=f"Train, merge and evaluate {name}.",
                 )
                 for name in variants
@@ -104,7 +104,7 @@ def build_definitions(root: Path, pipeline: Pipeline = PEDIGREE) -> dg.Definitio
 def _source(root: Path, path: str) -> dg.SourceAsset:
     @dg.observable_source_asset(key=source_key(path), group_name=INPUTS, description=f"`{path}`, as it is in the workspace.")
     def observe() -> dg.DataVersion:
-        return dg.DataVersion(next(i.now for state in dvc.read_street(root).values() for i in state.inputs if i.path == path))
+        return dg.DataVersion(next(i.now for state in dvc.read_stages(root).values() for i in state.inputs if i.path == path))
 
     return observe
 
@@ -117,7 +117,7 @@ def _definition(root: Path, address: str) -> dg.SourceAsset:
         metadata={SYSTEM_METADATA_KEY_AUTO_CREATED_STUB_ASSET: True},  # hidden by default (docs/decisions/016)
     )
     def observe() -> dg.DataVersion:
-        return dg.DataVersion(dvc.read_street(root)[address].definition_now)
+        return dg.DataVersion(dvc.read_stages(root)[address].definition_now)
 
     return observe
 
@@ -170,7 +170,7 @@ class Mirrored:
 
     run_id: str
     """Run in which that happened. Another run mirrors again, because assets planned by this run were skipped."""
-    street: dict[str, StageState]
+    states: dict[str, StageState]
     stamp: list[tuple[str, int, int, int]] | None
     """`dvc.stamp` from before they were read, if known: while it is the same, they need not be read again."""
 
@@ -186,36 +186,36 @@ def _bring_up_to_date(context: dg.AssetExecutionContext, root: Path, address: st
         pipeline.validate(root)  # before anything is reported: bad input leaves the event log as it was
         known = _mirrored.get(instance)
         known = known if known and known.run_id == context.run_id else None
-        now = dvc.stamp(root, known.street) if known else None
+        now = dvc.stamp(root, known.states) if known else None
         if known and now == known.stamp:
-            street = known.street
+            states = known.states
         else:
             reading = _settled(context, root, address, pipeline)
-            street = reading.street
-            if not known or street != known.street:
+            states = reading.states
+            if not known or states != known.states:
                 mirror(root, instance, reading, pipeline)
-            _mirrored[instance] = Mirrored(context.run_id, street, now if known and street.keys() == known.street.keys() else None)
-        if address not in street:
+            _mirrored[instance] = Mirrored(context.run_id, states, now if known and states.keys() == known.states.keys() else None)
+        if address not in states:
             raise dg.Failure(f"{address} is no longer in dvc.yaml. Reload the code location.", allow_retries=False)
-        if why := _not_ready(street, address):
+        if why := _not_ready(states, address):
             raise dg.Failure(f"{address} was not run: {why}.", allow_retries=False)
         done = "nothing"
         after: Reading | None = None
-        if force or street[address].changed:
+        if force or states[address].changed:
             for _ in range(2):  # an output restored from a tampered cache object is set aside, then the stage runs
                 done = _reproduce(context, root, address, force)
                 after = _read(context, root, pipeline)
-                street = after.street
-                if not street[address].doubt:
+                states = after.states
+                if not states[address].doubt:
                     break
         else:
             context.log.info(f"{address} is up to date; nothing was run")
     except PedigreeError as error:
         with suppress(PedigreeError):  # the error may be that the stages cannot be read
-            report = read_report(root, dvc.read_street(root)[address]) or {}
+            report = read_report(root, dvc.read_stages(root)[address]) or {}
             yield from check_results(root, address, report if report.get("passed") is False else {}, pipeline)
         raise dg.Failure(str(error), allow_retries=False) from None
-    state = street[address]
+    state = states[address]
     report = read_report(root, state) or {}
     yield from check_results(root, address, report, pipeline)
     yield in_sync(state)
@@ -232,7 +232,7 @@ def _bring_up_to_date(context: dg.AssetExecutionContext, root: Path, address: st
     )
     if after is not None:
         mirror(root, instance, after, pipeline)
-        _mirrored[instance] = Mirrored(context.run_id, street, None)
+        _mirrored[instance] = Mirrored(context.run_id, states, None)
 
 
 def _read(context: dg.AssetExecutionContext, root: Path, pipeline: Pipeline) -> Reading:
@@ -247,8 +247,8 @@ def _settled(context: dg.AssetExecutionContext, root: Path, address: str, pipeli
     logged = False
     while True:
         reading = _read(context, root, pipeline)
-        street = reading.street
-        holder = dvc.at_work(root, [street[name].out for name in dvc.ancestors(street, address)]) if address in street else ""
+        states = reading.states
+        holder = dvc.at_work(root, [states[name].out for name in dvc.ancestors(states, address)]) if address in states else ""
         if not holder:
             return reading
         if not logged:
@@ -257,17 +257,17 @@ def _settled(context: dg.AssetExecutionContext, root: Path, address: str, pipeli
         time.sleep(0.5)
 
 
-def _not_ready(street: Mapping[str, StageState], address: str) -> str:
+def _not_ready(states: Mapping[str, StageState], address: str) -> str:
     """Why a stage cannot run yet and what to do; empty if all of its inputs are up to date. Nothing has been deleted yet."""
-    above = dvc.ancestors(street, address)
+    above = dvc.ancestors(states, address)
     for name in [*above, address]:
-        for source in street[name].inputs:
+        for source in states[name].inputs:
             if source.unclean:
                 return source.unclean
-    unclean = [name for name in above if street[name].changed]
+    unclean = [name for name in above if states[name].changed]
     if not unclean:
         return ""
-    first = street[unclean[0]]
+    first = states[unclean[0]]
     fetch = ""
     if first.version == dvc.MISSING and first.recorded:
         fetch = (

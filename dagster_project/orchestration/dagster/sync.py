@@ -42,7 +42,7 @@ INPUT_TAG_PREFIX = "dagster/input_data_version/"
 class Reading:
     """State of all stages, and of the event log before they were read: events that a run reports meanwhile are newer than this reading."""
 
-    street: dict[str, StageState]
+    states: dict[str, StageState]
     lines: list[str]
     """One for each output that was tampered with."""
     in_progress: frozenset[dg.AssetKey]
@@ -68,11 +68,11 @@ def read(root: Path, instance: dg.DagsterInstance, pipeline: Pipeline = PEDIGREE
         InputError: dvc.yaml has a stage that pipeline.py does not list.
     """
     busy, materialized = in_progress(instance), _materialized(instance)
-    street = dvc.read_street(root)
-    for address in street:
+    states = dvc.read_stages(root)
+    for address in states:
         pipeline.split_address(address)
-    lines = integrity.set_tampered_aside(root, street.values())
-    return Reading(dvc.read_street(root) if lines else street, lines, busy, materialized)
+    lines = integrity.set_tampered_aside(root, states.values())
+    return Reading(dvc.read_stages(root) if lines else states, lines, busy, materialized)
 
 
 def _materialized(instance: dg.DagsterInstance) -> dict[dg.AssetKey, int | None]:
@@ -89,15 +89,15 @@ def mirror(root: Path, instance: dg.DagsterInstance, reading: Reading, pipeline:
     Returns:
         One line for each event.
     """
-    street = reading.street
+    states = reading.states
     with locks.hold(root, SYNC_LOCK, lambda _: None):
-        observed = {source_key(i.path): i.now for state in street.values() for i in state.inputs if i.producer is None}
-        observed |= {definition_key(address): state.definition_now for address, state in street.items()}
+        observed = {source_key(i.path): i.now for state in states.values() for i in state.inputs if i.producer is None}
+        observed |= {definition_key(address): state.definition_now for address, state in states.items()}
         events = [line for key, version in observed.items() for line in _observe(instance, key, version)]
         busy = reading.in_progress | in_progress(instance)
-        records = {record.asset_entry.asset_key: record.asset_entry for record in instance.get_asset_records([*map(asset_key, street)])}
+        records = {record.asset_entry.asset_key: record.asset_entry for record in instance.get_asset_records([*map(asset_key, states)])}
         settled = {}
-        for address, state in street.items():
+        for address, state in states.items():
             key = asset_key(address)
             latest = records[key].last_materialization_record if key in records else None
             if key not in busy and (latest.storage_id if latest else None) == reading.materialized.get(key):
@@ -147,14 +147,14 @@ def _materialize(root: Path, instance: dg.DagsterInstance, state: StageState, kn
     return [f"{state.address} is {state.version[:8]}" + (f", {state.doubt}" if state.doubt else "")]
 
 
-def _checks(root: Path, instance: dg.DagsterInstance, street: Mapping[str, StageState], pipeline: Pipeline) -> list[str]:
+def _checks(root: Path, instance: dg.DagsterInstance, states: Mapping[str, StageState], pipeline: Pipeline) -> list[str]:
     """Report each check result that differs from the latest one, or that Dagster would not show because it judges an earlier materialization."""
     results = {
         dg.AssetCheckKey(asset_key(address), str(result.check_name)): result
-        for address, state in street.items()
+        for address, state in states.items()
         for result in [*check_results(root, address, read_report(root, state) or {}, pipeline), in_sync(state)]
     }
-    recorded = {asset_key(address): state.recorded for address, state in street.items()}
+    recorded = {asset_key(address): state.recorded for address, state in states.items()}
     records = instance.event_log_storage.get_latest_asset_check_execution_by_key([*results])
     assets = {record.asset_entry.asset_key: record.asset_entry for record in instance.get_asset_records([*recorded])}
     events = []

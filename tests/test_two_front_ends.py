@@ -1,6 +1,6 @@
 """The property the product stands on: after anything people do and one sync, Dagster and DVC say the same, and it is true.
 
-Hypothesis plays random sequences of edits, runs at either door, tampering, checkouts and kills on a small real street (tests/street.py) with real DVC
+Hypothesis plays random sequences of edits, runs with either front end, tampering, checkouts and kills on a small real pipeline (tests/small_pipeline.py) with real DVC
 and a real Dagster instance. `make soak` plays thousands of steps.
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 
 import dagster as dg
 import psutil
-import street as mini
+import small_pipeline as mini
 from dvc.cli import main as dvc_main
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -32,7 +32,7 @@ from dagster_project.orchestration.dagster.assets import build_definitions
 from dagster_project.orchestration.dagster.dead_runs import ALIVE, reap
 from dagster_project.orchestration.dagster.metadata import asset_key
 from dagster_project.orchestration.dagster.sync import sync
-from dagster_project.orchestration.dvc import read_street
+from dagster_project.orchestration.dvc import read_stages
 
 COUNTS: Counter[str] = Counter()
 """What was played, for the soak's summary."""
@@ -42,7 +42,7 @@ _template: list[Path] = []
 
 def template() -> Path:
     if not _template:
-        _template.append(mini.make_project(Path(tempfile.mkdtemp(prefix="two-doors-")) / "project"))
+        _template.append(mini.make_project(Path(tempfile.mkdtemp(prefix="two-front-ends-")) / "project"))
     return _template[0]
 
 
@@ -51,10 +51,10 @@ def dvc(root: Path, *arguments: str) -> int:
         return int(dvc_main([*arguments, "-q"]))
 
 
-class TwoDoors(RuleBasedStateMachine):
+class TwoFrontEnds(RuleBasedStateMachine):
     @initialize()
     def start(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="two-doors-"))
+        self.folder = Path(tempfile.mkdtemp(prefix="two-front-ends-"))
         self.root = self.folder / "project"
         shutil.copytree(template(), self.root, symlinks=True)
         self.open()
@@ -162,7 +162,7 @@ class TwoDoors(RuleBasedStateMachine):
     @rule(which=st.integers(0, 6))
     def repro_single_item(self, which: int) -> None:
         def act() -> None:
-            names = list(read_street(self.root))
+            names = list(read_stages(self.root))
             dvc(self.root, "repro", "--single-item", names[which % len(names)])
 
         self.step("dvc repro --single-item", act)
@@ -170,7 +170,7 @@ class TwoDoors(RuleBasedStateMachine):
     @rule(which=st.integers(0, 6), report=st.booleans(), how=st.sampled_from(["delete", "tamper", "spoil"]))
     def harm_output(self, which: int, report: bool, how: str) -> None:
         def act() -> None:
-            states = list(read_street(self.root).values())
+            states = list(read_stages(self.root).values())
             state = states[which % len(states)]
             path = self.root / (state.report or "") if report else self.root / state.out
             if not path.exists():
@@ -220,15 +220,15 @@ class TwoDoors(RuleBasedStateMachine):
 
     @rule(
         stage=st.sampled_from(["raw", "inst", "tok", "cmp"]),
-        door=st.sampled_from(["dvc", "dagster"]),
-        victim=st.sampled_from(["door", "stage"]),
+        front_end=st.sampled_from(["dvc", "dagster"]),
+        victim=st.sampled_from(["front end", "stage"]),
     )
-    def kill_while_running(self, stage: str, door: str, victim: str) -> None:
-        self.step(f"kill -9 at the {door} door", lambda: self.kill(stage, door, victim))
+    def kill_while_running(self, stage: str, front_end: str, victim: str) -> None:
+        self.step(f"kill -9 of a run by {front_end}", lambda: self.kill(stage, front_end, victim))
 
-    def kill(self, stage: str, door: str, victim: str) -> None:
+    def kill(self, stage: str, front_end: str, victim: str) -> None:
         (self.root / f"code/{stage}.py").write_text(f"V = {COUNTS['steps'] + 3}\n")  # so that it has something to do
-        command = ["-m", "dvc", "repro", "-q"] if door == "dvc" else ["street.py", "materialize"]
+        command = ["-m", "dvc", "repro", "-q"] if front_end == "dvc" else ["small_pipeline.py", "materialize"]
         ran = len(self.runs())
         # in a session of its own, so that only the killed process gets the signal
         process = subprocess.Popen(
@@ -242,7 +242,7 @@ class TwoDoors(RuleBasedStateMachine):
         if slow is None:
             return  # the stage had nothing to do
         COUNTS["kills that hit"] += 1
-        os.kill(process.pid if victim == "door" else slow["pid"], signal.SIGKILL)
+        os.kill(process.pid if victim == "front end" else slow["pid"], signal.SIGKILL)
         process.wait(30)
         for _ in range(100):
             if not psutil.pid_exists(slow["pid"]):
@@ -253,14 +253,14 @@ class TwoDoors(RuleBasedStateMachine):
 
     def sources_clean(self) -> bool:
         """Is the source that DVC tracks as its .dvc file says?"""
-        return not any(i.unclean for state in read_street(self.root).values() for i in state.inputs)
+        return not any(i.unclean for state in read_stages(self.root).values() for i in state.inputs)
 
     # what must hold afterwards
 
     def step(self, what: str, act: Any, forced: bool = False) -> None:
         COUNTS[what] += 1
         COUNTS["steps"] += 1
-        doubted = {address for address, state in read_street(self.root).items() if state.doubt}
+        doubted = {address for address, state in read_stages(self.root).items() if state.doubt}
         ran = len(self.runs())
         act()
         runs = self.runs()[ran:]
@@ -272,12 +272,12 @@ class TwoDoors(RuleBasedStateMachine):
         sync(self.root, self.instance, mini.STREET)
         changed = mini.changed_in_dvc(self.root)
         assert mini.not_fresh(self.root, self.instance) == changed, f"{what}: DVC says {changed}"
-        for address, state in read_street(self.root).items():
+        for address, state in read_stages(self.root).items():
             event = self.instance.get_latest_materialization_event(asset_key(address))
             if event:
                 assert event.asset_materialization.tags["dagster/data_version"] == state.version, f"{what}: {address}"
         assert sync(self.root, self.instance, mini.STREET) == [], what
-        state_of = read_street(self.root)
+        state_of = read_stages(self.root)
         for name in ("inst", "tok", "adapter", "cmp", "extra"):
             for path in (self.root / "data" / name).rglob("*.txt"):
                 address = f"adapter@{path.parent.name}" if name == "adapter" else name
@@ -295,8 +295,8 @@ class TwoDoors(RuleBasedStateMachine):
         (self.root / "params.yaml").write_text(json.dumps(values))
 
 
-def test_every_move_once_on_a_day_at_both_doors() -> None:
-    day = TwoDoors()
+def test_every_move_once_on_a_day_with_both_front_ends() -> None:
+    day = TwoFrontEnds()
     day.start()
     try:
         day.materialize_all(old=False)
@@ -332,16 +332,16 @@ def test_every_move_once_on_a_day_at_both_doors() -> None:
         day.git_checkout(which=9, outputs_too=False)
         day.git_checkout(which=1, outputs_too=True)
         day.edit_parameter("testseed", 1)
-        for door, victim in (("dvc", "door"), ("dvc", "stage"), ("dagster", "door"), ("dagster", "stage")):
-            day.kill_while_running("tok", door, victim)
+        for front_end, victim in (("dvc", "front end"), ("dvc", "stage"), ("dagster", "front end"), ("dagster", "stage")):
+            day.kill_while_running("tok", front_end, victim)
         day.materialize_all(old=False)
         day.repro("")
     finally:
         day.teardown()
 
 
-TestTwoDoors = TwoDoors.TestCase
-TestTwoDoors.settings = settings(
+TestTwoFrontEnds = TwoFrontEnds.TestCase
+TestTwoFrontEnds.settings = settings(
     max_examples=6, stateful_step_count=8, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck),
     phases=[Phase.generate],
 )  # fmt: skip
@@ -359,7 +359,7 @@ def soak(steps: int, seed: int) -> None:
         print_blob=True,
     )  # fmt: skip
     while COUNTS["steps"] < steps:
-        run_state_machine_as_test(seeded(random.randrange(2**32))(type("Soak", (TwoDoors,), {})), settings=rounds)
+        run_state_machine_as_test(seeded(random.randrange(2**32))(type("Soak", (TwoFrontEnds,), {})), settings=rounds)
         print(f"{COUNTS['steps']} steps in {time.monotonic() - began:.0f} s, no disagreement", flush=True)
     for what, count in sorted(COUNTS.items()):
         print(f"{count:6} {what}")

@@ -1,6 +1,6 @@
-"""What the two doors cost, as ratios measured side by side in one run. usage: python benchmarks/doors.py [--repeat N]
+"""What the two front ends cost, as ratios measured side by side in one run. usage: python benchmarks/front_ends.py [--repeat N]
 
-Run it when the street is up to date (`make run`), or it will be brought up to date first. Medians are printed.
+Run it when the pipeline is up to date (`make run`), or it will be brought up to date first. Medians are printed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def thirty(repeat: int) -> None:
     import dagster as dg
 
     sys.path.insert(0, str(ROOT / "tests"))
-    import street as mini
+    import small_pipeline as mini
 
     from dagster_project.orchestration.dagster.sync import sync
 

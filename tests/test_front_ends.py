@@ -1,4 +1,4 @@
-"""One truth, two doors: what DVC ran is what Dagster shows, and the other way round."""
+"""One truth, two front ends: what DVC ran is what Dagster shows, and the other way round."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import dagster as dg
 import pytest
 from conftest import dvc, edit_params, pedigree
-from street import changed_in_dvc, not_fresh
+from small_pipeline import changed_in_dvc, not_fresh
 
 from dagster_project.core.records import read_table
 from dagster_project.orchestration.dagster.assets import build_definitions
 from dagster_project.orchestration.dagster.metadata import asset_key, describe, source_key
 from dagster_project.orchestration.dagster.sync import sync
-from dagster_project.orchestration.dvc import read_street
+from dagster_project.orchestration.dvc import read_stages
 from dagster_project.pipeline import PEDIGREE
 
 DATA = ["base_model", "raw_examples", "instructions", "splits"]
@@ -36,7 +36,7 @@ def both_doors_agree(root: Path, instance: dg.DagsterInstance) -> set[str]:
 
 def test_after_dvc_repro_and_a_sync_dagster_shows_everything_fresh_with_the_hashes_on_disk(finished: Path, instance) -> None:
     assert both_doors_agree(finished, instance) == set()
-    lock = {address: state.version for address, state in read_street(finished).items()}
+    lock = {address: state.version for address, state in read_stages(finished).items()}
     for address, version in lock.items():
         event = instance.get_latest_materialization_event(asset_key(address))
         assert event.asset_materialization.tags["dagster/data_version"] == version
@@ -62,11 +62,11 @@ def test_after_materializing_dvc_status_is_clean_and_a_second_run_runs_nothing(p
 
 
 def test_force_runs_again_and_gives_the_same_version(finished: Path, instance) -> None:
-    version = read_street(finished)["splits"].version
+    version = read_stages(finished)["splits"].version
     result = materialize(finished, instance, "splits", tags={"pedigree/force": "true"})
     events = result.get_asset_materialization_events()
     assert [event.materialization.metadata["done"].value for event in events] == ["run"]
-    assert read_street(finished)["splits"].version == version
+    assert read_stages(finished)["splits"].version == version
 
 
 @pytest.mark.parametrize(
@@ -137,26 +137,26 @@ def test_adding_a_variant_is_one_entry_in_params(finished: Path) -> None:
 
 
 def test_dvc_and_dagster_show_the_scores_of_the_comparison_and_the_release_says_what_was_waived(finished: Path) -> None:
-    street = read_street(finished)
+    states = read_stages(finished)
     scores = json.loads((finished / "data/comparison/comparison.json").read_text())["scores"]
     shown = json.loads(dvc(finished, "metrics", "show", "--json", "data/reports/comparison.json").stdout)
     assert shown[""]["data"]["data/reports/comparison.json"]["data"]["scores"]["lora"]["macro_f1"] == scores["lora"]["macro_f1"]
     plot = json.loads(dvc(finished, "plots", "show", "--json", "data/plots/scores.csv").stdout)["data"]["data/plots/scores.csv"]
     assert {row["system"] for row in plot[0]["content"]["data"]["values"]} == set(scores)
-    assert "/comparison/comparison.html?" in describe(finished, street["comparison"])["comparison"].url
+    assert "/comparison/comparison.html?" in describe(finished, states["comparison"])["comparison"].url
     assert (finished / "data/pages/comparison/comparison.html").is_file()
-    released = json.loads((finished / street["release"].report).read_text())
+    released = json.loads((finished / states["release"].report).read_text())
     assert released["checks"]["loads_in_transformers"]["passed"] and released["variant"] == "lora"
     assert released["waived"] == [name for name, check in released["checks"].items() if not check["passed"]]
 
 
 def test_groups_follow_the_flow_and_each_variant_has_one_that_names_stage_and_variant(finished: Path) -> None:
-    street = read_street(finished)
+    states = read_stages(finished)
     graph = build_definitions(finished).resolve_asset_graph()
-    group = {address: graph.get(asset_key(address)).group_name for address in street}
+    group = {address: graph.get(asset_key(address)).group_name for address in states}
     assert group["adapter@lora"] == "3_training/adapter_lora" and group["merged@lora"] == "3_training/merged_lora"
     assert asset_key("adapter@lora").path == ["adapter", "lora"]
-    for address, state in street.items():
+    for address, state in states.items():
         for i in state.inputs:
             above = group[i.producer] if i.producer else graph.get(source_key(i.path)).group_name
             assert above.partition("/")[0] <= group[address].partition("/")[0], f"{i.path} -> {address}"

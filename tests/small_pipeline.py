@@ -1,8 +1,8 @@
-"""A small street of real stages that take no time, for tests of the two doors: a foreach, a gate, a git source and a .dvc source.
+"""A small pipeline of real stages that take no time, for tests of the two front ends: a foreach, a gate, a git source and a .dvc source.
 
     raw (data/sources/g.txt in git, d.txt under DVC) -> inst (a gate: no row may say BAD) -> tok -> adapter@X -> cmp (reads the reports of both, too)
 
-As a script in a project's folder it is that project's command line: `python street.py run STAGE`, `python street.py materialize [ADDRESS...]`.
+As a script in a project's folder it is that project's command line: `python small_pipeline.py run STAGE`, `python small_pipeline.py materialize [ADDRESS...]`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _lines(path: Path) -> list[str]:
 
 def _started(ctx: StageContext) -> None:
     """Note that a command runs, and whether what it reads differs from what dvc.lock says it read before."""
-    state = dvc.read_street(ctx.root)[ctx.address]
+    state = dvc.read_stages(ctx.root)[ctx.address]
     new = any(i.now != i.recorded for i in state.inputs) or state.definition_now != state.definition_recorded
     with (ctx.root / LOG).open("a") as file:
         file.write(json.dumps({"stage": ctx.address, "inputs_changed": new, "pid": os.getpid()}) + "\n")
@@ -115,7 +115,7 @@ def stage_text(name: str, deps: list[str], params: list[str], note: str = "") ->
     """A stage of dvc.yaml. DVC changes nothing for `note`, which stands in the command as a comment does."""
     each = "/${key}" if name == "adapter" else ""
     body = {
-        "cmd": f"python street.py run {name}{'@${key}' if each else ''}{note}",
+        "cmd": f"python small_pipeline.py run {name}{'@${key}' if each else ''}{note}",
         "deps": [f"code/{name}.py", *deps],
         "outs": [f"data/{name}{each}"],
         "metrics": [{f"data/reports/{name}{each}.json": {"cache": False}}],
@@ -142,12 +142,12 @@ def git(root: Path, *arguments: str) -> str:
 
 
 def make_project(root: Path, values: Mapping[str, Any] | None = None) -> Path:
-    """A project of this street in which nothing has run; everything is committed."""
+    """A project of this pipeline in which nothing has run; everything is committed."""
     for folder in ("code", "data/sources", "data/reports/adapter"):
         (root / folder).mkdir(parents=True)
     for name in STAGES:
         (root / "code" / f"{name}.py").write_text("V = 0\n")
-    (root / "street.py").write_text(Path(__file__).read_text())
+    (root / "small_pipeline.py").write_text(Path(__file__).read_text())
     (root / "dvc.yaml").write_text(dvc_yaml())
     (root / "params.yaml").write_text(json.dumps(values or {"minlen": 1, "testseed": 7, "variants": {"lora": {"r": 8}, "dora": {"r": 16}}}))
     (root / "data/sources/g.txt").write_text("r0")
@@ -168,7 +168,7 @@ def commands_run(root: Path) -> list[str]:
 
 
 def start_until_tok_runs(root: Path, *command: str, **environment: str) -> subprocess.Popen[str]:
-    """Start a door on an edited `tok` that takes its time, and come back when its stage command runs."""
+    """Start a front end on an edited `tok` that takes its time, and come back when its stage command runs."""
     (root / "code/tok.py").write_text("V = 9\n")
     process = subprocess.Popen(
         [sys.executable, *command], cwd=root, env={**os.environ, "SLOW": "tok", **environment}, text=True, start_new_session=True,
@@ -212,7 +212,7 @@ def not_fresh(root: Path, instance: Any, pipeline: Pipeline = STREET) -> set[str
 
     graph = build_definitions(root, pipeline).resolve_asset_graph()
     resolver = CachingStaleStatusResolver(instance, graph, LoadingContextForTest(instance))
-    return {address for address in dvc.read_street(root) if resolver.get_status(asset_key(address)).value != "FRESH"}
+    return {address for address in dvc.read_stages(root) if resolver.get_status(asset_key(address)).value != "FRESH"}
 
 
 def main() -> int:
