@@ -6,17 +6,15 @@ dvc.yaml says when a stage runs and what it reads; params.yaml says how. Stages 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from dagster_project.core import params
 from dagster_project.core.context import Documents, StageContext, ValidationContext
+from dagster_project.core.context import Pipeline as Pipeline
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute, Section
-from dagster_project.core.records import Report
 
 STAGES = {
     "base_model": "base_model",
@@ -47,41 +45,6 @@ VARIANTS_OF = {
 """Stage with variants -> section of params.yaml whose keys name them."""
 
 
-@dataclass(frozen=True)
-class Pipeline:
-    """A pipeline as orchestration sees it: stages to run, and parameters to validate."""
-
-    stages: Mapping[str, Callable[[StageContext], Report]]
-    variants_of: Mapping[str, str]
-    check_descriptions: Callable[[str], dict[str, str]]
-    """Stage -> its checks: name -> what the check asserts."""
-    validate: Callable[[Path], dict[str, Any]]
-    """Project folder -> params.yaml, validated."""
-    forecast: Callable[[StageContext], Any] = lambda ctx: None
-    """Execution hints and predicted memory of a run (training/planning/hints.py); None: there are none."""
-    draw: Callable[[Documents], None] = lambda documents: None
-    """Draws a stage's pages from its documents (views/render.py)."""
-
-    def split_address(self, address: str) -> tuple[str, str | None]:
-        """ "adapter@lora" -> ("adapter", "lora").
-
-        Raises:
-            InputError: unknown stage, or a variant is missing or superfluous.
-        """
-        stage, _, variant = address.partition("@")
-        if stage not in self.stages:
-            raise InputError(
-                f"unknown stage {stage!r}: pipeline.py does not list it",
-                f"stages, in flow order: {', '.join(self.stages)}; add it to pipeline.py, or remove it from dvc.yaml",
-            )
-        if bool(variant) != (stage in self.variants_of):
-            raise InputError(
-                f"{address}: {stage} has {'variants' if not variant else 'no variants'}",
-                f"write {stage}@VARIANT" if not variant else f"write {stage}",
-            )
-        return stage, variant or None
-
-
 def module_of(stage: str) -> Any:
     """The module that runs a stage. Cheap to import: stage modules import heavy libraries inside functions."""
     return import_module(f"dagster_project.stages.{STAGES[stage]}")
@@ -108,26 +71,16 @@ def validate(root: Path) -> dict[str, Any]:
     places = [
         (section, place)
         for section in list(known)[1:]
-        for place in ([f"{section}.{name}" for name in _variants(values, section)] if section in VARIANTS_OF.values() else [section])
+        for place in (
+            [f"{section}.{name}" for name in params.variant_names(values, section, required=section == "adapter")]
+            if section in VARIANTS_OF.values()
+            else [section]
+        )
     ]
     parsed = [(s, p, params.parse(module_of(s).Params, ValidationContext(root, values, p).value, p)) for s, p in places]
     for section, place, found in parsed:
         module_of(section).validate(found, ValidationContext(root, values, place))
     return values
-
-
-def _variants(values: Mapping[str, Any], section: str) -> list[str]:
-    found = values.get(section)
-    required = section == "adapter"
-    if not isinstance(found, dict) or (required and not found):
-        raise InputError(
-            f"params.yaml: {section}: must {'name at least one variant' if required else 'be a mapping of variants'}",
-            "add an entry such as `lora: {method: lora}`" if required else f"write `{section}: {{}}` for none",
-        )
-    for name in found:
-        if not str(name).replace("_", "").replace("-", "").isalnum():
-            raise InputError(f"params.yaml: {section}.{name}: a variant's name may hold letters, digits, - and _", "rename it")
-    return list(map(str, found))
 
 
 def _check_descriptions(stage: str) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 
 import grimp
@@ -33,3 +34,13 @@ def test_the_parts_of_a_package_do_not_import_each_other_in_a_circle() -> None:
         while free := {part for part in remaining if not above[part] & remaining}:
             remaining -= free
         assert remaining == set(), f"{package}: these import each other in a circle"
+
+
+def test_no_function_has_more_than_a_hundred_lines() -> None:
+    long = {
+        f"{path.relative_to(ROOT)}: {node.name}": node.end_lineno - node.lineno + 1
+        for path in (ROOT / PACKAGE).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert {name: lines for name, lines in long.items() if lines > 100} == {}

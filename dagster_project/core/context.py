@@ -1,4 +1,4 @@
-"""Contexts passed to a stage: StageContext for a run, ValidationContext for checking its parameters before anything runs."""
+"""What a stage is given: StageContext for a run, ValidationContext to check its parameters; and what orchestration is given: Pipeline."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dagster_project.core import params
+from dagster_project.core.errors import InputError
 from dagster_project.core.layout import measured_path, report_of
 from dagster_project.core.params import Compute, Section
+from dagster_project.core.records import Report
 
 S = TypeVar("S", bound=Section)
 
@@ -174,3 +176,38 @@ def measured(root: Path, address: str) -> dict[str, float]:
     measurements, report_document = (json.loads(path.read_text(encoding="utf-8")) for path in (measured_file, report))
     is_current = measurements.pop("output_sha256") == report_document.get("output_sha256")  # else of another version
     return measurements if is_current else {}
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A pipeline as orchestration sees it: stages to run, and parameters to validate."""
+
+    stages: Mapping[str, Callable[[StageContext], Report]]
+    variants_of: Mapping[str, str]
+    check_descriptions: Callable[[str], dict[str, str]]
+    """Stage -> its checks: name -> what the check asserts."""
+    validate: Callable[[Path], dict[str, Any]]
+    """Project folder -> params.yaml, validated."""
+    forecast: Callable[[StageContext], Any] = lambda ctx: None
+    """Execution hints and predicted memory of a run (training/planning/hints.py); None: there are none."""
+    draw: Callable[[Documents], None] = lambda documents: None
+    """Draws a stage's pages from its documents (views/render.py)."""
+
+    def split_address(self, address: str) -> tuple[str, str | None]:
+        """ "adapter@lora" -> ("adapter", "lora").
+
+        Raises:
+            InputError: unknown stage, or a variant is missing or superfluous.
+        """
+        stage, _, variant = address.partition("@")
+        if stage not in self.stages:
+            raise InputError(
+                f"unknown stage {stage!r}: pipeline.py does not list it",
+                f"stages, in flow order: {', '.join(self.stages)}; add it to pipeline.py, or remove it from dvc.yaml",
+            )
+        if bool(variant) != (stage in self.variants_of):
+            raise InputError(
+                f"{address}: {stage} has {'variants' if not variant else 'no variants'}",
+                f"write {stage}@VARIANT" if not variant else f"write {stage}",
+            )
+        return stage, variant or None

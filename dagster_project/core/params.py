@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -147,3 +148,21 @@ def inside(root: Path, path: str, where: str) -> Path:
     if not full.exists():
         raise InputError(f"params.yaml: {where}: {path} does not exist", "add the file, or correct the path")
     return full
+
+
+def variant_names(values: Mapping[str, Any], section: str, required: bool) -> list[str]:
+    """Names of the variants in a section of params.yaml.
+
+    Raises:
+        InputError: the section is not a mapping, or empty although `required`; or a name has other characters than letters, digits, - and _.
+    """
+    found = values.get(section)
+    if not isinstance(found, dict) or (required and not found):
+        raise InputError(
+            f"params.yaml: {section}: must {'name at least one variant' if required else 'be a mapping of variants'}",
+            "add an entry such as `lora: {method: lora}`" if required else f"write `{section}: {{}}` for none",
+        )
+    for name in found:
+        if not str(name).replace("_", "").replace("-", "").isalnum():
+            raise InputError(f"params.yaml: {section}.{name}: a variant's name may hold letters, digits, - and _", "rename it")
+    return list(map(str, found))
