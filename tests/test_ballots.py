@@ -258,16 +258,16 @@ def test_export_says_what_it_wrote_and_refuses_what_cannot_be(project: Path, cap
     assert Path(found["file"]).name == f"{found['ballot']}.html"  # a name that tells no rater which systems they are
     assert "Which answer is better?" in Path(found["file"]).read_text(encoding="utf-8")
     for arguments, said in (
-        (["lora"], "1 system(s) named"),
+        (["lora"], "1 system(s) given"),
         (["lora", "dora"], "systems with answers: few_shot, tfidf_logistic, lora"),
         (["lora", "lora"], "both systems are 'lora'"),
-        (["--out", str(project / "page.txt")], "ends in .html"),
+        (["--out", str(project / "page.txt")], "must end in .html"),
     ):
         assert export(*arguments) == 2
         assert said in capsys.readouterr().err
     with pytest.raises(SystemExit):
         export("--n", "0")
-    assert "'0' is no number from 1" in capsys.readouterr().err
+    assert "'0' is not a whole number from 1" in capsys.readouterr().err
 
 
 def test_systems_that_never_differ_have_no_ballot_and_are_in_nobodys_way(project: Path, ballot: Match, capsys: Any) -> None:
