@@ -43,7 +43,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(
-    ("front end", "case"),
+    ("front_end", "case"),
     [*(("dvc repro", case) for case in CASES), ("pedigree run", "unknown key"), ("pedigree run", "missing source file")],
 )
 def test_bad_parameters_change_nothing(finished: Path, case: str, front_end: str) -> None:

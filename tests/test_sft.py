@@ -359,7 +359,7 @@ def test_checkpointing_is_on_where_memory_is_short_and_changes_no_byte(
     assert len(re.findall(r"gradient checkpointing is on: \d MB predicted without it, 0 MB free", caplog.text)) == 1
 
 
-@pytest.mark.skipif(hardware._of_glibc("malloc_trim") is None, reason="another C library than glibc")
+@pytest.mark.skipif(hardware._glibc_function("malloc_trim") is None, reason="another C library than glibc")
 def test_what_lies_free_between_blocks_goes_back_to_the_kernel_once_there_is_much_of_it() -> None:
     code = """
 import psutil
