@@ -336,7 +336,7 @@ def test_the_usual_rule_of_13_words_is_told_beside_ours(check: Check) -> None:
     }  # fmt: skip
     assert "benchmark_leakage" not in done.findings
     said = check("a.jsonl", "--against", "q.jsonl", "--thirteen-grams").out
-    assert f"13 words in common, the usual rule: 1 row, 1 pair\n  a.jsonl:0 ~ q.jsonl:0   {long}" in said
+    assert f"13 shared words, the common rule: 1 row, 1 pair\n  a.jsonl:0 ~ q.jsonl:0   {long}" in said
 
 
 # Policy
@@ -479,7 +479,7 @@ def test_changed_added_and_removed_rows_are_told(version: str, folder: bool, che
     assert edit["place"] == "set/a.jsonl:1" and "made in town" in edit["before"] and "longer one" in edit["after"]
     assert [one["check"] for one in changes["findings"]["new"]] == ["pii"] and "ann.lee" not in json.dumps(changes)
     said = check(path, "--since", since).out
-    assert f"rows since {since}: 1 added, 1 removed, 1 changed, 2 unchanged" in said and "found now, not before: pii 1" in said
+    assert f"rows since {since}: 1 added, 1 removed, 1 changed, 2 unchanged" in said and "new findings: pii 1" in said
     check(path, "--since", since, "--report", "page.html")
     assert "Since <code>" in Path("page.html").read_text()
 
@@ -487,7 +487,7 @@ def test_changed_added_and_removed_rows_are_told(version: str, folder: bool, che
 def test_findings_that_are_gone_are_told(check: Check) -> None:
     jsonl(Path("old.jsonl"), *AFTER)
     said = check(jsonl(Path("a.jsonl"), *BEFORE), "--since", "old.jsonl")
-    assert "found before, not now: pii 1" in said.out
+    assert "findings that are gone: pii 1" in said.out
 
 
 def test_several_paths_each_have_their_earlier_version(check: Check) -> None:

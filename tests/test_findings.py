@@ -102,7 +102,7 @@ HOSTILE = "\x1b[2J<script>alert(1)</script>\u202eevil\x00 [bold]x[/bold] :smile:
 
 def test_hostile_text_is_shown_as_escapes_at_the_terminal() -> None:
     shown = found(f"{HOSTILE} {LONG}", f"{LONG} {HOSTILE}")
-    said = check_text(shown, colour=False)
+    said = check_text(shown, color=False)
     assert all(c == "\n" or c.isprintable() for c in said)
     assert "\\x1b[2J" in said or "[bold]" in said
     json.dumps(shown).encode()

@@ -331,7 +331,7 @@ def test_dagster_shows_the_table_of_labels_and_a_matrix_of_odd_ones(tmp_path: Pa
         (tmp_path / path).parent.mkdir(parents=True)
         (tmp_path / path).write_text(text)
     state = SimpleNamespace(
-        report="data/reports/e.json", out="data/e", version="v", address="evaluation@x", meta={}, recorded=True, doubt=""
+        report="data/reports/e.json", out="data/e", version="v", address="evaluation@x", meta={}, recorded=True, output_problem=""
     )
     found = describe(tmp_path, state)  # type: ignore[arg-type]
     assert "| a\\|b | 1 | 1 | 1.0 | 1.0 | 1.0 |" in found["by_label"].md_str and "| l n | 0 | 1 |" in found["by_label"].md_str

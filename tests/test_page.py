@@ -224,7 +224,7 @@ def test_the_figures_of_the_page_are_those_of_the_document() -> None:
     reader = Reader(data_quality_page(found, CHANGES))
     words = re.sub(r"\s+", " ", " ".join(reader.words))
     assert "1,203 read = 1,189 kept + 9 exact_duplicates + 5 empty_response" in words
-    assert [row[:2] for row in reader.tables["Rows by what became of them"][1:]] == [
+    assert [row[:2] for row in reader.tables["Rows by outcome"][1:]] == [
         ["kept", "1,189"],
         ["exact_duplicates", "9"],
         ["empty_response", "5"],
@@ -241,7 +241,7 @@ def test_the_figures_of_the_page_are_those_of_the_document() -> None:
     for caption, key in (("Categories", "categories"), ("Sources", "sources"), ("Scripts", "scripts"), ("Conversations", "roles")):
         assert [row[:2] for row in reader.tables[caption][1:]] == [[name, f"{n:,}"] for name, n in found["profile"][key].items()]
     for said in (
-        "dropped for it 0 kept 12 waived 2",
+        "dropped by this check 0 kept 12 waived 2",
         "entropy 0.931 bits",
         "median 58.4",
         "18.7 % of rows are hard",
@@ -280,9 +280,9 @@ def test_findings_stand_worst_first_with_their_severity_in_words() -> None:
         ([finding("pii", "error", 5, 3, elsewhere=2)], 9, "Ready to train on"),
         ([finding("pii", "error", 5, 3, passed=True)], 9, "Ready to train on"),
         ([finding("tied_pair", "info", 5)], 9, "Ready to train on"),
-        ([finding("pii", "warn", 5, 4)], 9, "Usable, with care"),
+        ([finding("pii", "warn", 5, 4)], 9, "Usable, but review the warnings"),
         ([finding("pii", "warn", 5), finding("secrets", "error", 5, 4)], 9, "Not ready to train on"),
-        ([finding("pii", "error", 5, 5)], 0, "Nothing to learn from"),
+        ([finding("pii", "error", 5, 5)], 0, "Nothing to train on"),
     ],
 )
 def test_the_verdict_follows_from_what_was_not_dealt_with(findings: list[dict[str, Any]], kept: int, verdict: str) -> None:
@@ -291,7 +291,7 @@ def test_the_verdict_follows_from_what_was_not_dealt_with(findings: list[dict[st
 
 def test_a_document_with_nothing_in_it_makes_a_page() -> None:
     empty = {"name": "a", "format": "", "rows": 0, "kept": 0, "dropped": {}, "findings": [], "similarity": {}, "profile": {}}
-    assert "Nothing to learn from" in data_quality_page(empty)
+    assert "Nothing to train on" in data_quality_page(empty)
     bare = {"readability": {"rows": 0}, "lengths": {"prompt": {"unit": "words", "histogram": []}}, "categories": {}, "diversity": {}}
     Reader(data_quality_page(document(findings=[], dropped={}, similarity={}, profile=bare)))
 
@@ -410,7 +410,7 @@ def test_in_a_browser_pairs_are_filtered_and_paged_without_a_request_or_an_error
         tab.locator("#by-text").fill("nowhere")
         assert hits.inner_text() == "No pair fits the filter" and pairs.count() == 0
 
-        tab.get_by_role("link", name="Look at 45 pairs").click()
+        tab.get_by_role("link", name="Show 45 pairs").click()
         expect(hits).to_have_text("1 to 20 of 45 pairs")  # the browser tells the page of the link in its own time
         assert tab.locator("#by-text").input_value() == ""
         tab.locator("#by-text").fill("JOKE 44")

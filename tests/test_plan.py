@@ -350,7 +350,7 @@ def test_what_is_auto_is_told_as_training_will_choose_it_and_what_the_sweep_adds
     assert (one["time"]["to_seconds"], fixed["time"]["to_seconds"]) == (1547, 703), "120 steps more than 100"
     told = plan.as_text(found)
     assert "  num_train_epochs 10: guideline for 40 examples (under 1,000)\n" in told
-    assert "  a sweep on the validation loss will correct learning_rate: at most 6 trials, 120 steps more\n" in told
+    assert "  a sweep on the validation loss will adjust learning_rate: at most 6 trials, 120 additional steps\n" in told
 
 
 def test_what_a_training_would_refuse_the_plan_refuses(tokenized: Path) -> None:
@@ -367,7 +367,7 @@ def test_an_aligned_variant_is_planned_by_its_pairs_with_their_reference(tokeniz
     monkeypatch.setattr(plan.Machine, "runtime", 0)
     monkeypatch.setattr(plan.Machine, "seconds", lambda self, step: (3.0, 6.0))
     assert "dpo" not in plan.plan_variants(tokenized, [])["variants"], "there are no preferences yet"
-    with pytest.raises(InputError, match="no preferences to learn from yet"):
+    with pytest.raises(InputError, match="no preferences to train on yet"):
         plan.plan_variants(tokenized, ["dpo"])
     write_records(tokenized / "data" / "preferences" / "train", [pair(10 + i, "aaa", "z") for i in range(12)], SCHEMA)
     entries = {

@@ -66,7 +66,7 @@ def tamper_with_cache(root: Path, address: str, checkout: bool = True) -> None:
     assert any(file.read_bytes() == b"TAMPERED" for file in out.iterdir()), "DVC noticed, so nothing is shown"
 
 
-def test_a_tampered_cache_object_is_set_aside_said_in_one_line_and_made_again(root: Path, instance: dg.DagsterInstance) -> None:
+def test_a_tampered_cache_object_is_set_aside_reported_in_one_line_and_produced_again(root: Path, instance: dg.DagsterInstance) -> None:
     version = read_stages(root)["inst"].version
     tamper_with_cache(root, "inst")
     assert mini.changed_in_dvc(root) == set()
@@ -104,7 +104,7 @@ def test_an_output_edited_by_hand_cannot_be_recorded_with_dvc_commit(root: Path,
     (root / "data/inst/rows.txt").unlink()
     (root / "data/inst/rows.txt").write_text("BAD")
     assert dvc(root, "commit", "-f").returncode == 0
-    assert "changed behind DVC's back" in sync(root, instance, mini.STREET)[0]
+    assert "changed without DVC" in sync(root, instance, mini.STREET)[0]
     assert dvc(root, "repro").returncode == 0
     assert (root / "data/inst/rows.txt").read_text() == before
     assert not [line for line in sync(root, instance, mini.STREET) if "sha256" in line]
@@ -170,7 +170,7 @@ def test_a_run_whose_process_lives_is_left_alone(root: Path, instance: dg.Dagste
     assert looking.execute_in_process(instance=instance).success
 
 
-def test_an_empty_table_of_busy_paths_is_mended(root: Path, instance: dg.DagsterInstance) -> None:
+def test_an_invalid_table_of_locked_paths_is_deleted(root: Path, instance: dg.DagsterInstance) -> None:
     (root / ".dvc/tmp/rwlock").write_text("")
     assert "corrupt" in dvc(root, "repro").stderr
     assert sync(root, instance, mini.STREET) == []
@@ -248,7 +248,7 @@ def test_a_tracked_source_that_was_edited_but_not_added_stops_an_asset_before_an
 def test_a_missing_output_says_how_to_get_it_back(root: Path, instance: dg.DagsterInstance) -> None:
     (root / "code/inst.py").write_text("V = 9\n")
     shutil.rmtree(root / "data/raw")
-    assert "`dvc checkout data/raw` brings it back" in failure(mini.materialize(root, instance, ["inst"]))
+    assert "`dvc checkout data/raw` restores it" in failure(mini.materialize(root, instance, ["inst"]))
     shutil.rmtree(root / ".dvc/cache")
     assert "not in the cache: `dvc pull data/raw` fetches it" in failure(mini.materialize(root, instance, ["inst"]))
     (root / "data/sources/d.txt").unlink()
@@ -256,7 +256,7 @@ def test_a_missing_output_says_how_to_get_it_back(root: Path, instance: dg.Dagst
 
 
 def test_a_busy_stage_names_who_holds_it(root: Path) -> None:
-    with hold(root, "tok", busy=lambda _: None):
+    with hold(root, "tok", on_wait=lambda _: None):
         done = run([sys.executable, "small_pipeline.py", "run", "tok"], root)
     assert done.returncode == 1
     assert f"tok is being run by process {os.getpid()} (" in done.stderr and "wait for it to end, or stop it" in done.stderr

@@ -1,4 +1,4 @@
-"""The curves of a training: every value is visible, every line is named, and one sentence says what they mean."""
+"""The curves of a training: every value is visible, every line is named, and one sentence interprets them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from dagster_project.training.trainers.harness.curve import Point
 from dagster_project.views import html
-from dagster_project.views.training import RISE, axis, curve_figure, meaning, overfitting_since, smoothed
+from dagster_project.views.training import RISE, axis, curve_figure, diagnosis, overfitting_since, smoothed
 
 
 def course(validation: dict[int, float], losses: list[float]) -> list[Point]:
@@ -103,12 +103,12 @@ def test_overfitting_is_a_validation_loss_that_rose_while_the_training_loss_fell
     validation: dict[int, float], losses: list[float], since: int | None
 ) -> None:
     assert overfitting_since(course(validation, losses)) == since
-    assert meaning(course(validation, losses)).startswith("Overfitting since step") == (since is not None)
+    assert diagnosis(course(validation, losses)).startswith("Overfitting since step") == (since is not None)
 
 
 def test_where_the_best_weights_were_kept_overfitting_asks_for_no_change() -> None:
     curve = course({0: 3.0, 10: 1.0, 30: 1.5}, FALLING)
-    assert "load_best_model_at_end" in meaning(curve) and meaning(curve, 10).endswith("The weights of step 10 were kept.")
+    assert "load_best_model_at_end" in diagnosis(curve) and diagnosis(curve, 10).endswith("The weights of step 10 were kept.")
 
 
 @pytest.mark.parametrize(
@@ -116,10 +116,10 @@ def test_where_the_best_weights_were_kept_overfitting_asks_for_no_change() -> No
     [
         ({}, FALLING, "set splits.validation above 0"),
         ({0: 3.0, 10: 2.0, 30: 1.0}, FALLING, "No overfitting: the validation loss fell from 3.000 to 1.000, and it was still falling"),
-        ({0: 3.0, 10: 1.001, 30: 1.0}, FALLING, "and it hardly changes any more"),
+        ({0: 3.0, 10: 1.001, 30: 1.0}, FALLING, "and it has converged"),
         ({0: 3.0, 10: 1.0, 30: 1.5}, FALLING[::-1], "Unstable: the validation loss was lowest at step 10"),
         ({0: 1.0, 30: 2.0}, FALLING[::-1], "Not learning: the validation loss rose from 1.000 to 2.000"),
     ],
 )
-def test_the_page_says_in_words_what_the_curves_mean(validation: dict[int, float], losses: list[float], words: str) -> None:
-    assert words in meaning(course(validation, losses))
+def test_the_page_interprets_the_curves_in_words(validation: dict[int, float], losses: list[float], words: str) -> None:
+    assert words in diagnosis(course(validation, losses))

@@ -253,14 +253,14 @@ class TwoFrontEnds(RuleBasedStateMachine):
 
     def sources_clean(self) -> bool:
         """Is the source that DVC tracks as its .dvc file says?"""
-        return not any(i.unclean for state in read_stages(self.root).values() for i in state.inputs)
+        return not any(i.problem for state in read_stages(self.root).values() for i in state.inputs)
 
     # what must hold afterwards
 
     def step(self, what: str, act: Any, forced: bool = False) -> None:
         COUNTS[what] += 1
         COUNTS["steps"] += 1
-        doubted = {address for address, state in read_stages(self.root).items() if state.doubt}
+        doubted = {address for address, state in read_stages(self.root).items() if state.output_problem}
         ran = len(self.runs())
         act()
         runs = self.runs()[ran:]

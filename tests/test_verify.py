@@ -1,4 +1,4 @@
-"""Proof by re-making: in a clone of its own, from what was recorded, byte for byte."""
+"""A stage is reproduced in a scratch clone from its record, byte for byte."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from conftest import dvc, pedigree
 from safetensors.torch import save_file
 
-from dagster_project.commands.verify import _Scratch, as_text, verify
+from dagster_project.commands.verify import _Clone, as_text, verify
 from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.records import write_json
 from dagster_project.lineage.first_difference import first_difference
@@ -39,7 +39,7 @@ def files_of(root: Path) -> dict[str, bytes]:
     }
 
 
-def test_a_stage_of_the_real_street_is_made_again_byte_for_byte(finished: Path) -> None:
+def test_a_stage_of_the_real_pipeline_is_reproduced_byte_for_byte(finished: Path) -> None:
     before = files_of(finished)
     done = pedigree(finished, "verify", "adapter@lora", "--json")
     assert done.returncode == 0, done.stderr
@@ -49,7 +49,7 @@ def test_a_stage_of_the_real_street_is_made_again_byte_for_byte(finished: Path) 
     assert files_of(finished) == before
 
 
-def test_a_dirty_project_is_proved_by_what_was_recorded_and_is_left_as_it_is(root: Path) -> None:
+def test_a_dirty_project_is_verified_against_its_record_and_not_changed(root: Path) -> None:
     (root / "data/sources/g.txt").write_text("r1")
     shutil.rmtree(root / "data/inst")
     (root / "params.yaml").write_text((root / "params.yaml").read_text().replace('"testseed": 7', '"testseed": 8'))
@@ -60,7 +60,7 @@ def test_a_dirty_project_is_proved_by_what_was_recorded_and_is_left_as_it_is(roo
     assert files_of(root) == before
 
 
-def test_what_other_code_makes_is_different_and_the_code_is_named(root: Path) -> None:
+def test_the_output_of_other_code_is_different_and_the_code_is_named(root: Path) -> None:
     (root / "code/tok.py").write_text("V = 1\n")
     found = verify(root, "tok")
     assert found["verdict"] == "different"
@@ -70,13 +70,13 @@ def test_what_other_code_makes_is_different_and_the_code_is_named(root: Path) ->
     assert verify(root, "tok", rev="HEAD")["verdict"] == "identical"
 
 
-def test_a_stage_whose_input_was_made_anew_since_is_proved_from_the_one_it_read(root: Path) -> None:
+def test_a_stage_is_verified_from_the_input_it_read_even_if_that_was_produced_again(root: Path) -> None:
     (root / "params.yaml").write_text((root / "params.yaml").read_text().replace('"minlen": 1', '"minlen": 2'))
     assert dvc(root, "repro", "--single-item", "inst").returncode == 0
     assert verify(root, "tok")["verdict"] == "identical"
 
 
-def test_without_the_cache_nothing_is_done_and_what_to_fetch_is_said(root: Path) -> None:
+def test_without_the_cache_nothing_is_done_and_the_error_names_what_to_fetch(root: Path) -> None:
     shutil.rmtree(root / ".dvc/cache/files")
     with pytest.raises(InputError, match="data/inst: 1 object") as said:
         verify(root, "tok")
@@ -93,22 +93,22 @@ def test_an_input_that_was_tampered_with_is_not_used(root: Path) -> None:
         verify(root, "tok")
 
 
-def test_the_likely_cause_is_what_is_not_as_it_was(root: Path) -> None:
-    def told(environment: dict[str, str], then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def test_likely_causes_are_differences_in_the_environment(root: Path) -> None:
+    def causes(environment: dict[str, str], then: dict[str, Any], now: dict[str, Any]) -> list[str]:
         write_json(root / "data/reports/adapter/lora.json", {"environment": environment})
         write_json(store.at("ab12"), then)
         write_json(store.at("cd34.dir"), [{"relpath": "training.json", "md5": "ab12"}])
         write_json(root / "data/adapter/lora/training.json", now)
         lock = {"adapter@lora": {"outs": [{"path": "data/adapter/lora", "md5": "cd34.dir"}]}}
-        return _Scratch(Revision(root, None), lock, store, root).causes("adapter@lora")
+        return _Clone(Revision(root, None), lock, store, root).causes("adapter@lora")
 
     store = Store(root / "objects", root / "runs")
     same = {"threads": 2, "dtype": "float32"}
     here = {"numpy": version("numpy")}
-    assert told(here | {"peft": "0.0"}, same, same) == [f"peft 0.0 when adapter@lora was made, {version('peft')} now"]
-    assert told(here, same, same | {"threads": 1}) == ["threads: 2 then, 1 now"]
-    assert told(here, same, same)[0].startswith("unknown: the same versions as when adapter@lora was made")
-    assert told({}, {}, {})[0].startswith("unknown: versions then are not recorded")
+    assert causes(here | {"peft": "0.0"}, same, same) == [f"peft 0.0 when adapter@lora was produced, {version('peft')} now"]
+    assert causes(here, same, same | {"threads": 1}) == ["threads: 2 then, 1 now"]
+    assert causes(here, same, same)[0].startswith("unknown: the same versions as when adapter@lora was produced")
+    assert causes({}, {}, {})[0].startswith("unknown: the earlier versions are not recorded")
 
 
 def test_an_unknown_stage_or_revision_is_one_message(root: Path) -> None:

@@ -26,12 +26,13 @@ from dagster_project.training.trainers.harness.params import AUTO, OrAuto
 Schema = dict[str, Any]
 
 METHOD_KEYS: dict[str, tuple[str, Mapping[str, type[Section]]]] = {"adapter": ("peft", OWN), "aligned": ("options", METHODS)}
-"""Section -> the key whose content depends on `method`, and its class by method. Other methods of `adapter` take PEFT's keys."""
+"""Section -> the key whose content depends on `method`, and its class by method. Other methods of `adapter` accept PEFT's keys."""
 
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
 
 def main() -> None:
+    """Write every generated file."""
     for path, text in generated(Path()).items():
         path.write_text(text, encoding="utf-8")
 
@@ -51,7 +52,7 @@ def generated(root: Path) -> dict[Path, str]:
 
 
 class _Generator(GenerateJsonSchema):
-    """Adds the value `auto` to fields that accept it by a validator. Leaves out titles, which repeat the names of fields."""
+    """Adds the value `auto` to fields whose validator accepts it. Omits titles, which repeat the names of fields."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
@@ -100,25 +101,25 @@ def params_schema() -> Schema:
 
 
 def _short_names(text: str) -> str:
-    """Names that pydantic makes unique by the whole path of the module: dagster_project__stages__splits__Params -> splits.Params"""
-    return re.sub(r'dagster_project__[^"/]+', lambda found: ".".join(found[0].split("__")[-2:]), text)
+    """Shorten the names that pydantic makes unique by their module: dagster_project__stages__splits__Params -> splits.Params"""
+    return re.sub(r'dagster_project__[^"/]+', lambda match: ".".join(match[0].split("__")[-2:]), text)
 
 
 def _name_of(model: type[Section], definitions: Schema) -> str:
-    """Name of a class in `$defs`: with its module where another class has the same name."""
+    """Name of a class in `$defs`: with its module if another class has the same name."""
     long = f"{model.__module__.rpartition('.')[2]}.{model.__name__}"
     return long if long in definitions else model.__name__
 
 
 def _own_first(model: type[Section], definition: Schema) -> None:
-    """Puts the fields that a class adds before those that it inherits."""
+    """Move the inherited fields of a class to the end."""
     inherited = {field.alias or name for base in model.__bases__ if issubclass(base, Section) for name, field in base.model_fields.items()}
     keys = definition["properties"]
     definition["properties"] = {key: keys[key] for key in sorted(keys, key=lambda key: key in inherited)}
 
 
 def _tidy(value: Any) -> Any:
-    """Joins the lines of descriptions."""
+    """Join the lines of each description."""
     if isinstance(value, list):
         return [_tidy(one) for one in value]
     if not isinstance(value, dict):
@@ -127,8 +128,8 @@ def _tidy(value: Any) -> Any:
 
 
 def _definition(schema: Schema, definitions: Schema) -> Schema:
-    found: Schema = definitions[schema["$ref"].removeprefix("#/$defs/")]
-    return found
+    definition: Schema = definitions[schema["$ref"].removeprefix("#/$defs/")]
+    return definition
 
 
 # ---- docs/parameters.md ----------------------------------------------------------------------------------------------
@@ -154,7 +155,7 @@ def parameters_page(schema: Schema) -> str:
 
 
 def _by_model(by_method: Mapping[str, type[Section]]) -> dict[str, type[Section]]:
-    """Methods with the same keys, joined: "`rloo`, `grpo`" -> their class."""
+    """Methods, grouped by equal keys, with their class, e.g. "`rloo`, `grpo`" -> class."""
     groups: dict[str, dict[str, type[Section]]] = {}
     for method, model in by_method.items():
         groups.setdefault(str(model.model_json_schema().get("properties")), {})[method] = model
@@ -167,7 +168,7 @@ def _table(model: Schema, definitions: Schema) -> str:
 
 
 def _rows(model: Schema, definitions: Schema, prefix: str) -> Iterator[tuple[str, str, str, str]]:
-    """A row per key; keys of a nested mapping follow theirs, as `replay.share` or `sources[].path`."""
+    """A row per key. The keys of a nested mapping follow it, e.g. `replay.share` or `sources[].path`."""
     for name, field in model["properties"].items():
         default = "required" if name in model.get("required", []) else _shown(field["default"])
         yield prefix + name, _kind(field), default, _linked(field["description"]).replace("|", "\\|")
@@ -180,7 +181,7 @@ def _shown(default: Any) -> str:
 
 
 def _models(schema: Schema, definitions: Schema) -> Iterator[Schema]:
-    """The mappings with known keys that a value is, or that it contains."""
+    """The mappings with known keys in a value, including the value itself."""
     if "$ref" in schema:
         yield _definition(schema, definitions)
     contained = [schema[key] for key in ("items", "additionalProperties") if isinstance(schema.get(key), dict)]
@@ -189,7 +190,7 @@ def _models(schema: Schema, definitions: Schema) -> Iterator[Schema]:
 
 
 def _kind(schema: Schema) -> str:
-    """A JSON Schema in words: {"type": "integer", "minimum": 1} -> integer ≥ 1"""
+    """A JSON Schema as text, e.g. {"type": "integer", "minimum": 1} -> integer ≥ 1"""
     if alternatives := schema.get("anyOf", schema.get("oneOf")):
         return " or ".join(dict.fromkeys(map(_kind, alternatives)))
     if "const" in schema or "enum" in schema:

@@ -34,32 +34,32 @@ from dagster_project.training.trainers.sft import auto
 from dagster_project.training.trainers.sft.sft import refuse_mistakes, steps
 
 MARGIN = (0.9, 1.4)
-"""A step takes from this much of its operations at their fastest to this much of them in new memory: caches, and Python between them (docs/memory.md)."""
+"""Factors from the fastest time of a step's operations, and from their time in new memory, to the least and most time of a step: caches, and
+Python in between (docs/memory.md)."""
 
 USUAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("lora", "dora", "rslora", "qlora", "qdora"), memory.LORA),
     "adalora": {"target_modules": "all-linear"},
     **{name: {"num_virtual_tokens": 20} for name in ("prefix_tuning", "prompt_tuning", "p_tuning")},
 }
-"""Keys of a method where it is planned for a model without a params.yaml. Other methods: PEFT's own defaults."""
+"""Keys of a method when it is planned without a params.yaml. Other methods use PEFT's defaults."""
 
 PUBLISHED = {"full": "60-80", "lora": "16-20", "qlora": "6-8"}
-"""GB of a GPU that guides state for a 7B model in 16 bits. LoRA's and QLoRA's are met at 2,048 tokens a pass with gradient checkpointing.
-Full training's counts weights and gradients in 16 bits; here what learns is float32, and takes 16 bytes a parameter with AdamW."""
-
+"""GB of GPU memory in published guides for a 7B model in 16 bits. The predictions for LoRA and QLoRA agree at 2,048 tokens in a pass with gradient
+checkpointing. For full training the guides assume 16-bit weights and gradients; here trained weights are float32: 16 bytes per parameter with AdamW."""
 
 GPU_SIZES = (24, 40, 80)
-"""GB of the GPUs that `plan --model` compares with, of 10^9 bytes. A card sold as 24 GB has 24 x 2^30: the 7 % between them are left to
-what a prediction leaves out, kernels' scratch and what the allocator holds."""
+"""Sizes of the GPUs in `plan --model`, in GB of 10^9 bytes. A card sold as 24 GB has 24 x 2^30: the difference of 7 % is the margin for what a
+prediction excludes, scratch memory of kernels and fragmentation."""
 
 
 class Machine:
-    """The device that training is planned for: what it has, and how fast it is.
+    """The device that training is planned for: its memory and its speed.
 
     Args:
         compute: threads and dtype.
-        device: "cpu", "cuda", or None for the one that training would use here.
-        notes: file to keep `runtime` in, by versions of the libraries and number of processors; None keeps none.
+        device: "cpu", "cuda", or None for the one that training would use on this machine.
+        notes: file for the measured `runtime`, by versions of the libraries and number of processors; None for no file.
     """
 
     def __init__(self, compute: Compute, device: str | None, notes: Path | None) -> None:
@@ -78,7 +78,7 @@ class Machine:
 
     @property
     def available(self) -> int | None:
-        """Bytes that are free now for each process; None for a GPU that is not here."""
+        """Free bytes for each process; None for a GPU that is not on this machine."""
         if not self.is_here:
             return None
         return available_memory(self.device, self.processes)
@@ -98,7 +98,7 @@ class Machine:
         return int(self._noted("runtime", measure))
 
     def seconds(self, step: Operations) -> tuple[float, float] | None:
-        """Least and most seconds of a step; None for a GPU that is not on this machine. Takes a second or two for an operation that is new."""
+        """Least and most seconds of a step; None for a GPU that is not on this machine. Timing a new operation takes a second or two."""
         import torch
 
         if not self.is_here:
@@ -107,7 +107,7 @@ class Machine:
         return MARGIN[0] * least, MARGIN[1] * most
 
     def _noted(self, name: str, measure: Any) -> Any:
-        """A measurement from the file, or measured now and written there."""
+        """A measurement from the file; if it has none, it is measured and written."""
         versions = " ".join(f"{library} {version(library)}" for library in ("torch", "transformers", "trl", "peft"))
         machine = f"{os.cpu_count()} processors, {versions}"
         try:
@@ -127,8 +127,12 @@ class Machine:
 def plan_variants(root: Path, variants: Sequence[str]) -> dict[str, Any]:
     """Tokens, optimizer steps, parameters, peak memory and time per variant of params.yaml.
 
+    Args:
+        variants: names; empty for all.
+    Returns:
+        {"variants": {name: prediction}, "machine"}.
     Raises:
-        InputError: an unknown variant, or the data has not been tokenized yet, or the base model is not here.
+        InputError: a variant is unknown, the data has not been tokenized, or the base model is missing.
     """
     values = validate(root)
     known = [*values["adapter"], *values["aligned"]]
@@ -138,57 +142,72 @@ def plan_variants(root: Path, variants: Sequence[str]) -> dict[str, Any]:
     if not report.is_file():
         raise InputError("the data has not been tokenized yet", "run `dvc repro tokenized` first")
     tokenized = json.loads(report.read_text())
-    train = tokenized["train"]
-    if not train["rows"]:
-        raise InputError("the training split is empty", "name more examples in raw_examples.sources")
+    if not tokenized["train"]["rows"]:
+        raise InputError("the training split is empty", "add examples to raw_examples.sources")
     base_model = root / "data" / "base_model"
     if not (base_model / "config.json").is_file():
-        raise InputError("data/base_model is not here", "run `dvc repro base_model` or `dvc pull base_model` first")
+        raise InputError("data/base_model is missing", "run `dvc repro base_model` or `dvc pull base_model` first")
     machine = Machine(params.parse(Compute, values.get("compute"), "compute"), None, _notes(root))
-    found = {}
+    predictions = {}
     for name in variants or known:
-        if name in values["aligned"]:
-            if variants or (root / "data" / "preferences" / "train").is_dir():
-                found[name] = _aligned(root, values["aligned"][name], name, base_model, machine)
-            continue
-        entry = params.parse(Params, values["adapter"][name], f"adapter.{name}")
-        validates = tokenized["validation"]["rows"] > 0
-        settled = auto.settle(entry, train["examples"], train["rows"], validates, machine.processes)
-        recipe = settled.params
-        refuse_mistakes(recipe, f"adapter.{name}", [[1]] * train["rows"], validates)
-        n = steps(train["rows"], recipe, machine.processes)
-        per_epoch = steps(train["rows"], recipe.model_copy(update={"num_train_epochs": 1, "max_steps": None}), machine.processes)
-        rows = min(recipe.per_device_train_batch_size, train["rows"])
-        lengths, counted = _largest_row(root, values, train, recipe.method)
-        way = memory.TrainingSpec(
-            machine.device, machine.dtype, machine.runtime, base_model, recipe.method, recipe.peft, recipe.quantization, rows, lengths, counted,
-            recipe.gradient_checkpointing is True, recipe.gradient_accumulation_steps, recipe.optim, f"adapter.{name}",
-        )  # fmt: skip
-        if recipe.gradient_checkpointing == AUTO and recipe.method.lower() not in CANNOT_CHECKPOINT and machine.available is not None:
-            way = replace(way, gradient_checkpointing=way.predict().memory.total > machine.available)
-        all_tokens = round(train["tokens"] * n / per_epoch)
-        most = auto.MOST_TRIALS * steps(train["rows"], settled.trial) if settled.trial else 0
-        found[name] = {
-            "examples": train["examples"],
-            "epochs": round(n / per_epoch, 3),
-            "steps": n,
-            "tokens": all_tokens,
-            "trained_tokens": round(train["trained_tokens"] * n / per_epoch),
-            "gradient_checkpointing": way.gradient_checkpointing,
-            **({"chosen": {key: asdict(choice) for key, choice in settled.chosen.items()}} if settled.chosen else {}),
-            **({"sweep": {"trials_at_most": auto.MOST_TRIALS, "steps_at_most": most}} if most else {}),
-            **_requirements(way, machine, round(all_tokens * (n + most * machine.processes) / n)),
-        }
-    return {"variants": found, "machine": _machine_summary(machine)}
+        if name not in values["aligned"]:
+            predictions[name] = _adapter(root, values, name, tokenized, base_model, machine)
+        elif variants or (root / "data" / "preferences" / "train").is_dir():
+            predictions[name] = _aligned(root, values["aligned"][name], name, base_model, machine)
+    return {"variants": predictions, "machine": _machine_summary(machine)}
 
 
-def _aligned(root: Path, recipe: Any, name: str, base_model: Path, machine: Machine) -> dict[str, Any]:
-    """What an aligned variant takes. An answer of an online method is planned as long as it may be; the time for sampling it is not predicted."""
-    entry = params.parse(aligned.Params, recipe, f"aligned.{name}")
+def _adapter(
+    root: Path, values: dict[str, Any], name: str, tokenized: dict[str, Any], base_model: Path, machine: Machine
+) -> dict[str, Any]:
+    """Prediction for a variant of `adapter`.
+
+    Args:
+        values: of params.yaml.
+        tokenized: report of the stage.
+    """
+    train, validates = tokenized["train"], tokenized["validation"]["rows"] > 0
+    entry = params.parse(Params, values["adapter"][name], f"adapter.{name}")
+    settled = auto.settle(entry, train["examples"], train["rows"], validates, machine.processes)
+    resolved = settled.params
+    refuse_mistakes(resolved, f"adapter.{name}", [[1]] * train["rows"], validates)
+    n = steps(train["rows"], resolved, machine.processes)
+    per_epoch = steps(train["rows"], resolved.model_copy(update={"num_train_epochs": 1, "max_steps": None}), machine.processes)
+    rows = min(resolved.per_device_train_batch_size, train["rows"])
+    lengths, counted = _largest_row(root, values, train, resolved.method)
+    spec = memory.TrainingSpec(
+        machine.device, machine.dtype, machine.runtime, base_model, resolved.method, resolved.peft, resolved.quantization, rows, lengths, counted,
+        resolved.gradient_checkpointing is True, resolved.gradient_accumulation_steps, resolved.optim, f"adapter.{name}",
+    )  # fmt: skip
+    can_checkpoint = resolved.gradient_checkpointing == AUTO and resolved.method.lower() not in CANNOT_CHECKPOINT
+    if can_checkpoint and machine.available is not None:
+        spec = replace(spec, gradient_checkpointing=spec.predict().memory.total > machine.available)
+    all_tokens = round(train["tokens"] * n / per_epoch)
+    sweep_steps = auto.MOST_TRIALS * steps(train["rows"], settled.trial) if settled.trial else 0
+    return {
+        "examples": train["examples"],
+        "epochs": round(n / per_epoch, 3),
+        "steps": n,
+        "tokens": all_tokens,
+        "trained_tokens": round(train["trained_tokens"] * n / per_epoch),
+        "gradient_checkpointing": spec.gradient_checkpointing,
+        **({"chosen": {key: asdict(choice) for key, choice in settled.chosen.items()}} if settled.chosen else {}),
+        **({"sweep": {"trials_at_most": auto.MOST_TRIALS, "steps_at_most": sweep_steps}} if sweep_steps else {}),
+        **_requirements(spec, machine, round(all_tokens * (n + sweep_steps * machine.processes) / n)),
+    }
+
+
+def _aligned(root: Path, values: Any, name: str, base_model: Path, machine: Machine) -> dict[str, Any]:
+    """Prediction for a variant of `aligned`. For online methods, answers have the maximum length, and the time for sampling is not predicted.
+
+    Raises:
+        InputError: there are no preferences.
+    """
+    entry = params.parse(aligned.Params, values, f"aligned.{name}")
     method = entry.parsed_method(f"aligned.{name}")
     pairs = read_preferences(root / "data" / "preferences" / "train")
     if not pairs:
-        raise InputError("there are no preferences to learn from yet", "run `dvc repro preferences` first")
+        raise InputError("there are no preferences to train on yet", "run `dvc repro preferences` first")
     ids = both(tokenizer_of(base_model), pairs)
     sequences = [method.sequence_lengths(len(prompt), [len(answer) for answer in answers]) for prompt, *answers in ids]
     lengths = [length for pair in sequences for length, _ in pair]
@@ -196,18 +215,18 @@ def _aligned(root: Path, recipe: Any, name: str, base_model: Path, machine: Mach
     batch = per_pass * len(sequences[0])
     n = method.steps(len(pairs), entry)
     per_step = batch * passes * sum(lengths) / len(lengths)
-    way = memory.TrainingSpec(
+    spec = memory.TrainingSpec(
         machine.device, machine.dtype, machine.runtime, base_model, "lora", entry.peft, None, 1, [max(lengths)] * batch,
         batch * max(answer for pair in sequences for _, answer in pair), entry.gradient_checkpointing, passes, entry.optim, f"aligned.{name}",
     )  # fmt: skip
-    # beside forward and backward pass, the reference's forward pass
-    took = _requirements(way, machine, round(n * per_step * 4 / 3))
+    # 4/3: in addition to forward and backward pass (3 units), the reference model's forward pass (1 unit)
+    requirements = _requirements(spec, machine, round(n * per_step * 4 / 3))
     return {
         "pairs": len(pairs),
         "epochs": entry.num_train_epochs,
         "steps": n,
         "tokens": round(n * per_step),
-        **took,
+        **requirements,
         **({"time": None} if method.learns_from_rewards else {}),
     }
 
@@ -222,16 +241,16 @@ def plan_model(
     compute: Compute,
     device: str,
 ) -> dict[str, Any]:
-    """Parameters, peak memory and time per 1,000 passes of each method, from a model's configuration alone: no weights, no data.
+    """Parameters, peak memory and time per 1,000 passes of each method, from a model's configuration only: without weights or data.
 
     Args:
-        model: folder with a config.json, or such a file.
+        model: folder with a config.json, or the file itself.
         methods: names as in params.yaml, with the keys of USUAL.
-        tokens: of a row, all of which count in the loss.
+        tokens: per row; all of them count in the loss.
         rows: in a forward pass.
-        device: "cpu" or "cuda"; it need not be here.
+        device: "cpu" or "cuda"; it need not be on this machine.
     Raises:
-        InputError: no configuration, or a method that is unknown or does not suit the model.
+        InputError: there is no valid configuration, or a method is unknown or unsuitable for the model.
     """
     if tokens < 2 or rows < 1:
         raise InputError(f"--tokens-per-row {tokens} --batch {rows}: nothing to train on", "give at least 2 tokens and 1 row")
@@ -240,22 +259,23 @@ def plan_model(
     from huggingface_hub.errors import StrictDataclassError
 
     machine = Machine(compute, device, None)
-    found, sizes = {}, {}
+    predictions, gpus = {}, {}
     try:
         copies = layerwise.SmallCopies(model)
         for method in methods:
-            way = memory.TrainingSpec(
+            spec = memory.TrainingSpec(
                 machine.device, machine.dtype, machine.runtime, model, method, USUAL.get(method, {}), None, rows, [tokens], tokens,
                 checkpointing and method.lower() not in CANNOT_CHECKPOINT, 1, "adamw_torch_fused", f"--method {method}",
                 timed=machine.is_here, trace=copies.trace,
             )  # fmt: skip
-            found[method] = {"tokens": 1000 * rows * tokens, **_requirements(way, machine, 1000 * rows * tokens)}
+            prediction = {"tokens": 1000 * rows * tokens, **_requirements(spec, machine, 1000 * rows * tokens)}
             if machine.device == "cuda":
-                sizes[method] = _on_gpus(way, found[method]["memory"]["total"])
-                if method in PUBLISHED and 6.5e9 < found[method]["total_parameters"] < 7.5e9:
-                    found[method]["published_gb"] = PUBLISHED[method]
-    except (StrictDataclassError, ValueError, TypeError) as error:  # of the configuration's own checks, or of building from it
-        raise InputError(f"{model}: no model can be made of it: {' '.join(str(error).split())}", "correct the configuration") from None
+                gpus[method] = _on_gpus(spec, prediction["memory"]["total"])
+                if method in PUBLISHED and 6.5e9 < prediction["total_parameters"] < 7.5e9:
+                    prediction["published_gb"] = PUBLISHED[method]
+            predictions[method] = prediction
+    except (StrictDataclassError, ValueError, TypeError) as error:  # raised while the configuration is validated or the model is built
+        raise InputError(f"{model}: cannot build this model: {' '.join(str(error).split())}", "correct the configuration") from None
     assumptions = {
         "sequence_length": tokens,
         "batch_size": rows,
@@ -263,19 +283,19 @@ def plan_model(
         "gradient_checkpointing": checkpointing,
         "dtype": _machine_summary(machine)["dtype"],
         "examples": 1000 * rows,
-        "methods": {name: {"peft": USUAL.get(name, {}), "optimizer": found[name].pop("optimizer_name")} for name in methods},
+        "methods": {name: {"peft": USUAL.get(name, {}), "optimizer": predictions[name].pop("optimizer_name")} for name in methods},
     }
     return {
         "model": _model(model, copies),
         "assumptions": assumptions,
-        "variants": found,
-        "gpus": sizes,
+        "variants": predictions,
+        "gpus": gpus,
         "machine": _machine_summary(machine),
     }
 
 
 def _import_bitsandbytes() -> None:
-    """Import it without torch's compiler, a third of the imports' time: it wraps kernels for a CPU in torch.compile, and none of them runs here."""
+    """Import bitsandbytes without torch.compile, which takes a third of the import time and is only used for CPU kernels."""
     import torch
 
     if find_spec("bitsandbytes"):
@@ -284,7 +304,7 @@ def _import_bitsandbytes() -> None:
 
 
 def _model(path: Path, copies: layerwise.SmallCopies) -> dict[str, Any]:
-    """Name (of the configuration, else of its folder), architecture and size of a model."""
+    """Name (from the configuration or its folder), architecture and size of a model."""
     folder = path.resolve() if path.is_dir() else path.resolve().parent
     values = json.loads((folder / "config.json" if path.is_dir() else path).read_text())
     file = folder.name if path.is_dir() or path.stem == "config" else path.stem
@@ -296,13 +316,17 @@ def _model(path: Path, copies: layerwise.SmallCopies) -> dict[str, Any]:
     }
 
 
-def _on_gpus(way: memory.TrainingSpec, total: int) -> list[dict[str, Any]]:
-    """Peak memory with and without gradient checkpointing, and on which GPUs it fits; `total` is that of `way` as it is."""
-    can = way.method.lower() not in CANNOT_CHECKPOINT
+def _on_gpus(spec: memory.TrainingSpec, total: int) -> list[dict[str, Any]]:
+    """Peak memory with and without gradient checkpointing, and the GPUs on which it fits.
+
+    Args:
+        total: peak memory of `spec`.
+    """
+    can_checkpoint = spec.method.lower() not in CANNOT_CHECKPOINT
     rows = []
-    for checkpointing in (False, True) if can else (False,):
-        as_is = checkpointing == way.gradient_checkpointing
-        peak = total if as_is else replace(way, gradient_checkpointing=checkpointing, timed=False).predict().memory.total
+    for checkpointing in (False, True) if can_checkpoint else (False,):
+        same = checkpointing == spec.gradient_checkpointing
+        peak = total if same else replace(spec, gradient_checkpointing=checkpointing, timed=False).predict().memory.total
         fits = {str(size): peak <= size * 10**9 for size in GPU_SIZES}
         rows.append({"gradient_checkpointing": checkpointing, "peak": peak, "fits": fits})
     return rows
@@ -324,7 +348,7 @@ def _machine_summary(machine: Machine) -> dict[str, Any]:
 
 
 def _largest_row(root: Path, values: dict[str, Any], train: dict[str, Any], method: str) -> tuple[list[int], int]:
-    """`memory.largest_row` of the training split. Where the rows are not here: a full row with the usual share of positions that count."""
+    """`memory.largest_row` of the training split. If its rows are missing: a full row with the average share of trained tokens."""
     path = root / "data" / "tokenized" / "train.parquet"
     if path.is_file():
         rows = read_table(path, ["lengths", "labels"])
@@ -334,79 +358,83 @@ def _largest_row(root: Path, values: dict[str, Any], train: dict[str, Any], meth
     return [tokens], -(-tokens * train["trained_tokens"] // train["tokens"])
 
 
-def _requirements(way: memory.TrainingSpec, machine: Machine, tokens: int) -> dict[str, Any]:
+def _requirements(spec: memory.TrainingSpec, machine: Machine, tokens: int) -> dict[str, Any]:
     """Parameters, peak memory and time of a training on `tokens` tokens in total."""
-    took = way.predict()
+    prediction = spec.predict()
     available = machine.available
-    fits = None if available is None else took.memory.total <= available
+    fits = None if available is None else prediction.memory.total <= available
     advice = []
     if available is not None and not fits:
-        place = "of the GPU are" if way.device == "cuda" else "are"
+        place = "of the GPU are" if spec.device == "cuda" else "are"
         advice = [
-            f"needs {size_text(took.memory.total)}, but {size_text(available)} {place} free",
-            way.remedy(took.memory.total, available),
+            f"needs {size_text(prediction.memory.total)}, but {size_text(available)} {place} free",
+            spec.remedy(prediction.memory.total, available),
         ]
-    step = machine.seconds(took.step)
-    steps_of_all = tokens / (sum(way.lengths) * way.rows * way.gradient_accumulation_steps * machine.processes)
+    step = machine.seconds(prediction.step)
+    steps_of_all = tokens / (sum(spec.lengths) * spec.rows * spec.gradient_accumulation_steps * machine.processes)
     return {
-        "optimizer_name": took.optim,
-        "trainable_parameters": took.trainable,
-        "total_parameters": took.total,
-        "memory": {**asdict(took.memory), "total": took.memory.total},
+        "optimizer_name": prediction.optim,
+        "trainable_parameters": prediction.trainable,
+        "total_parameters": prediction.total,
+        "memory": {**asdict(prediction.memory), "total": prediction.memory.total},
         "fits": fits,
         "advice": advice,
         "time": None if step is None else {"from_seconds": round(step[0] * steps_of_all), "to_seconds": round(step[1] * steps_of_all)},
     }
 
 
-def as_text(found: dict[str, Any]) -> str:
-    machine, lines = found["machine"], _assumed(found) if "assumptions" in found else []
-    for name, v in found["variants"].items():
-        if "pairs" in v:
-            lines.append(f"{name}: {v['pairs']} pairs, {v['tokens']:,} tokens in {v['steps']} steps")
-        elif "steps" in v:
-            lines.append(
-                f"{name}: {v['examples']} examples x {v['epochs']:g} epochs = {v['tokens']:,} tokens ({v['trained_tokens']:,} trained on) in {v['steps']} steps"
-            )
-        else:
-            lines.append(f"{name}:")
-        lines += [f"  {key} {choice['value']}: {choice['why']}" for key, choice in v.get("chosen", {}).items()]
-        if v.get("gradient_checkpointing"):
-            lines.append("  with gradient checkpointing")
-        if "sweep" in v:
-            lines.append(
-                f"  a sweep on the validation loss will correct learning_rate: at most {v['sweep']['trials_at_most']} trials,"
-                f" {v['sweep']['steps_at_most']} steps more"
-            )
-        share = 100 * v["trainable_parameters"] / v["total_parameters"]
-        lines.append(f"  {v['trainable_parameters']:,} of {v['total_parameters']:,} parameters learn ({share:.3g} %)")
-        parts = ", ".join(f"{part} {size_text(size)}" for part, size in v["memory"].items() if part != "total" and size >= 5e5)
-        beside = f"; published for 7B: {v['published_gb']} GB" if "published_gb" in v else ""
-        free = "" if machine["available_bytes"] is None else f" of {size_text(machine['available_bytes'])} free"
-        lines.append(f"  memory {size_text(v['memory']['total'])}{free} ({parts}){beside}")
-        if v["time"]:
-            per = "" if "steps" in v else f" for {v['tokens']:,} tokens"
-            lines.append(f"  time {_time(v['time']['from_seconds'])} to {_time(v['time']['to_seconds'])}{per}")
-        if v["advice"]:
-            lines += [f"  does not fit: {v['advice'][0]}", *(f"  hint: {text}" for text in v["advice"][1:])]
+def as_text(document: dict[str, Any]) -> str:
+    """The document of `plan_variants` or `plan_model` as text for the terminal."""
+    machine, lines = document["machine"], _assumptions(document) if "assumptions" in document else []
+    for name, variant in document["variants"].items():
+        lines += _variant_text(name, variant, machine)
     threads = f", {machine['threads']} threads" if machine["device"] == "cpu" else ""
-    if any("published_gb" in v for v in found["variants"].values()):
+    if any("published_gb" in variant for variant in document["variants"].values()):
         lines.append(
-            "published figures hold for 2,048 tokens a pass with gradient checkpointing; full: for weights that learn in 16 bits, here in 32"
+            "published figures assume 2,048 tokens in a pass with gradient checkpointing; for full training, 16-bit trained weights, here 32-bit"
         )
-    table = _gpu_table(found["gpus"]) if found.get("gpus") else []
+    table = _gpu_table(document["gpus"]) if document.get("gpus") else []
     return "\n".join([*lines, f"on {machine['device']} in {machine['dtype']}{threads}", *table])
 
 
-def _assumed(found: dict[str, Any]) -> list[str]:
-    """The model, and what its plan assumes."""
-    model, given = found["model"], found["assumptions"]
+def _variant_text(name: str, v: dict[str, Any], machine: dict[str, Any]) -> list[str]:
+    lines = []
+    if "pairs" in v:
+        lines.append(f"{name}: {v['pairs']} pairs, {v['tokens']:,} tokens in {v['steps']} steps")
+    elif "steps" in v:
+        tokens = f"{v['tokens']:,} tokens ({v['trained_tokens']:,} in the loss)"
+        lines.append(f"{name}: {v['examples']} examples x {v['epochs']:g} epochs = {tokens} in {v['steps']} steps")
+    else:
+        lines.append(f"{name}:")
+    lines += [f"  {key} {choice['value']}: {choice['why']}" for key, choice in v.get("chosen", {}).items()]
+    if v.get("gradient_checkpointing"):
+        lines.append("  with gradient checkpointing")
+    if "sweep" in v:
+        trials, more_steps = v["sweep"]["trials_at_most"], v["sweep"]["steps_at_most"]
+        lines.append(f"  a sweep on the validation loss will adjust learning_rate: at most {trials} trials, {more_steps} additional steps")
+    share = 100 * v["trainable_parameters"] / v["total_parameters"]
+    lines.append(f"  {v['trainable_parameters']:,} of {v['total_parameters']:,} parameters are trainable ({share:.3g} %)")
+    parts = ", ".join(f"{part} {size_text(size)}" for part, size in v["memory"].items() if part != "total" and size >= 5e5)
+    published = f"; published for 7B: {v['published_gb']} GB" if "published_gb" in v else ""
+    free = "" if machine["available_bytes"] is None else f" of {size_text(machine['available_bytes'])} free"
+    lines.append(f"  memory {size_text(v['memory']['total'])}{free} ({parts}){published}")
+    if v["time"]:
+        per = "" if "steps" in v else f" for {v['tokens']:,} tokens"
+        lines.append(f"  time {_time(v['time']['from_seconds'])} to {_time(v['time']['to_seconds'])}{per}")
+    if v["advice"]:
+        lines += [f"  does not fit: {v['advice'][0]}", *(f"  hint: {text}" for text in v["advice"][1:])]
+    return lines
+
+
+def _assumptions(document: dict[str, Any]) -> list[str]:
+    """The model, and the assumptions of its plan."""
+    model, given = document["model"], document["assumptions"]
     rows = "1 row" if given["batch_size"] == 1 else f"{given['batch_size']} rows"
     on = "on" if given["gradient_checkpointing"] else "off"
     lines = [
         f"model: {model['name']} ({model['architecture']}), {model['parameters']:,} parameters in {model['layers']} layers",
-        f"assumes: {rows} of {given['sequence_length']:,} tokens in a forward pass, every token counted in the loss; no gradient accumulation;"
-        f" {given['dtype']}; gradient checkpointing {on}; a time, where one is given, is for {given['examples']:,} such rows (no data is read)",
+        f"assumes: {rows} of {given['sequence_length']:,} tokens in a forward pass, every token in the loss; no gradient accumulation;"
+        f" {given['dtype']}; gradient checkpointing {on}; time, if shown, for {given['examples']:,} such rows (no data is read)",
     ]
     for name, one in given["methods"].items():
         keys = "".join(f", {key} {value}" for key, value in one["peft"].items())
@@ -415,15 +443,15 @@ def _assumed(found: dict[str, Any]) -> list[str]:
 
 
 def _gpu_table(gpus: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Which method fits on which GPU."""
-    wide = max(map(len, [*gpus, "method"]))
-    lines = ["", f"{'method':{wide}}  checkpointing        peak" + "".join(f"{f'{size} GB':>8}" for size in GPU_SIZES)]
+    """Table of the methods and the GPUs on which they fit."""
+    width = max(map(len, [*gpus, "method"]))
+    lines = ["", f"{'method':{width}}  checkpointing        peak" + "".join(f"{f'{size} GB':>8}" for size in GPU_SIZES)]
     for name, rows in gpus.items():
         for row in rows:
             on = "on" if row["gradient_checkpointing"] else "off"
             fits = "".join(f"{'fits' if row['fits'][str(size)] else 'no':>8}" for size in GPU_SIZES)
-            lines.append(f"{name:{wide}}  {on:<13}  {size_text(row['peak']):>10}{fits}")
-    return [*lines, "fits: the predicted peak is at most that many GB of 10^9 bytes, on one GPU"]
+            lines.append(f"{name:{width}}  {on:<13}  {size_text(row['peak']):>10}{fits}")
+    return [*lines, "fits: the predicted peak is at most this many GB of 10^9 bytes, on one GPU"]
 
 
 def _time(seconds: int) -> str:

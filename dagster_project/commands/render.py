@@ -1,4 +1,4 @@
-"""`pedigree render`: draw pages again from the documents on disk, without running anything."""
+"""`pedigree render`: draws pages again from the documents on disk, without running a stage."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def render(root: Path, address: str | None = None) -> dict[str, Any]:
     Args:
         address: e.g. "comparison" or "adapter@lora"; None for all.
     Returns:
-        {"pages": paths that were written, "skipped": {address: why}}.
+        {"pages": written paths, "skipped": {address: reason}}.
     Raises:
-        InputError: no such stage, or one without pages.
+        InputError: the stage does not exist, or has no pages.
     """
     stages = dvc.read_stages(root)
     if address is not None and address not in stages:
@@ -40,13 +40,13 @@ def render(root: Path, address: str | None = None) -> dict[str, Any]:
 
 
 def _render(root: Path, address: str, out: Path) -> tuple[str, list[str]]:
-    """Why nothing was drawn, or "", and the pages that were."""
+    """Why nothing was drawn (empty if something was), and the drawn pages."""
     path, pages = root / report_of(address), pages_of(root, address)
     if not path.is_file() or not out.exists():
         return "it has not run yet", []
     report = json.loads(path.read_text(encoding="utf-8"))
     if not report.get("passed", True):
-        return "its latest run failed a blocking check: its page shows that run already", []
+        return "its latest run failed a blocking check, and its page shows that run", []
     before = _times(pages)
     draw(Documents(root, address, out, pages, report))
     drawn = [str(page.relative_to(root)) for page, time in _times(pages).items() if before.get(page) != time]
@@ -54,9 +54,11 @@ def _render(root: Path, address: str, out: Path) -> tuple[str, list[str]]:
 
 
 def _times(folder: Path) -> dict[Path, int]:
+    """Modification time of each page."""
     return {page: page.stat().st_mtime_ns for page in sorted(folder.glob("*.html"))}
 
 
 def as_text(result: dict[str, Any]) -> str:
+    """The result of `render` as text for the terminal."""
     lines = [*result["pages"], *(f"{address}: not drawn: {reason}" for address, reason in result["skipped"].items())]
     return "\n".join(lines) or "no stage with pages has run yet"

@@ -1,4 +1,4 @@
-"""File locks: one driver per stage at a time. The system frees the lock when its holder dies."""
+"""File locks: one driver per stage at a time. The operating system releases the lock when its holder dies."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def hold(root: Path, address: str, busy: Callable[[str], None]) -> Iterator[None]:
-    """Hold a stage's lock; wait while another process has it.
+def hold(root: Path, address: str, on_wait: Callable[[str], None]) -> Iterator[None]:
+    """Hold a stage's lock; wait while another process holds it.
 
     Args:
-        busy: called once with a description of the holder; may raise instead of waiting.
+        on_wait: called once with a description of the holder; may raise instead of waiting.
     """
     path = root / ".dvc" / "tmp" / "pedigree" / "locks" / address
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -29,7 +29,7 @@ def hold(root: Path, address: str, busy: Callable[[str], None]) -> Iterator[None
                 break
             except BlockingIOError:
                 if not waiting:
-                    busy(_holder(path))
+                    on_wait(_holder(path))
                     waiting = True
                 time.sleep(0.2)
         file.truncate(0)

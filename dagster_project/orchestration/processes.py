@@ -1,5 +1,4 @@
-"""Processes on this host: the stage command that DVC starts (the driver), and what starts or ends it. Where the stage itself computes is the
-executor's business (executors/)."""
+"""Processes on this host: the stage command that DVC starts (the driver), and its parents. Where a stage computes is decided in executors/."""
 
 from __future__ import annotations
 
@@ -16,14 +15,14 @@ import psutil
 SHELLS = {"sh", "bash", "dash", "zsh", "fish", "ksh"}
 PR_SET_PDEATHSIG = 1
 CLEAN_UP = 20.0
-"""Seconds that an interrupted stage command has to restore outputs, and its executor to stop the stage."""
+"""Seconds for an interrupted stage command to restore outputs, and for its executor to stop the stage."""
 
 
 def is_running(pid: int, since: float | None = None) -> bool:
     """Whether a process exists.
 
     Args:
-        since: time at which it was seen running; a later process with the same number does not count.
+        since: time at which it was running; a later process with the same id does not count.
     """
     try:
         process = psutil.Process(pid)
@@ -33,7 +32,7 @@ def is_running(pid: int, since: float | None = None) -> bool:
 
 
 def end_with_dvc() -> None:
-    """If DVC started this process, end with it, so that no orphan writes after its DVC was killed."""
+    """If DVC started this process, end with DVC, so that no orphan writes outputs after DVC was killed."""
     if "DVC_STAGE" not in os.environ:
         return
     parent = psutil.Process().parent()
@@ -65,7 +64,7 @@ def _poll(ancestor: psutil.Process) -> None:
 
 
 def interrupt_command(address: str) -> None:
-    """Interrupt the stage command that DVC in this process has started; kill it if it has not ended after `CLEAN_UP` seconds."""
+    """Interrupt the stage command that DVC started in this process; kill it if it is still running after `CLEAN_UP` seconds."""
     interrupted = []
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):

@@ -1,4 +1,4 @@
-"""`pedigree run STAGE`, the driver: the only way a stage ever runs. Checks its inputs, lets an executor run it, applies the gate, publishes outputs."""
+"""`pedigree run STAGE`, the driver: the only way to run a stage. Verifies inputs, runs the stage by an executor, applies the gate, publishes outputs."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ LOCAL = LocalExecutor()
 def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE, executor: Executor = LOCAL) -> Mapping[str, Any]:
     """Run one stage on the files in the workspace.
 
-    The stage writes into a scratch folder; its outputs are moved to their places in one step, after every blocking check has passed and its inputs
-    were verified as unchanged. If anything fails before that, the earlier outputs are kept (those that DVC removed are restored).
+    The stage writes into a scratch folder. Its outputs are published after every blocking check passed and its inputs were verified as unchanged.
+    Otherwise the earlier outputs are kept; those that DVC removed are restored.
 
     Returns:
         The stage's report.
 
     Raises:
         InputError: bad parameters or input.
-        CheckFailed: a blocking check failed, or an input is not what its producer recorded, or changed meanwhile.
-        Busy: another process runs the stage. Under DVC, which has already removed the outputs, the driver waits instead.
+        CheckFailed: a blocking check failed, an input is not what its producer recorded, or an input changed meanwhile.
+        Busy: another process runs the stage. If DVC started this process, it waits instead, because DVC has already removed the outputs.
     """
     stage, variant = pipeline.split_address(address)
     processes.end_with_dvc()
 
-    def busy(holder: str) -> None:
+    def wait_or_refuse(holder: str) -> None:
         if "DVC_STAGE" not in os.environ:
             raise Busy(f"{address} is being run by {holder}", "wait for it to end, or stop it")
         log.info(f"{address}: waiting for {holder}")
 
-    with locks.hold(root, address, busy):
+    with locks.hold(root, address, wait_or_refuse):
         scratch = root / ".dvc" / "tmp" / "pedigree" / "scratch" / address
         try:
-            before = _verified_inputs(root, address)  # before anything is read that it hashes
+            before = _verified_inputs(root, address)  # before any of these files is read
             values = pipeline.validate(root)
             names = tuple(pipeline.stages)
             ctx = StageContext(
@@ -75,7 +75,12 @@ def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE, executor:
 
 
 def _verified_inputs(root: Path, address: str) -> Mapping[str, str]:
-    """Hashes of everything the stage reads, after each input was verified to be what its producer recorded."""
+    """Hashes of everything the stage reads, after each input was compared with the record of its producer.
+
+    Raises:
+        InputError: no such stage.
+        CheckFailed: an input differs.
+    """
     states = dvc.read_stages(root)
     if address not in states:
         raise InputError(f"{address} is not a stage of dvc.yaml", f"stages: {', '.join(states)}")
@@ -83,13 +88,18 @@ def _verified_inputs(root: Path, address: str) -> Mapping[str, str]:
     if tampered := integrity.set_tampered_aside(root, producers, "DVC_STAGE" in os.environ):
         raise CheckFailed("\n".join(tampered), f"run `dvc repro {address}` again")
     before = dvc.fingerprint(root, address)
-    if before.disputed:
-        raise CheckFailed("\n".join(f"{address}: {what}" for what, _ in before.disputed), before.disputed[0][1])
+    if before.conflicts:
+        raise CheckFailed("\n".join(f"{address}: {what}" for what, _ in before.conflicts), before.conflicts[0][1])
     return before.now
 
 
 def _pass_gate(root: Path, ctx: StageContext, result: StageResult) -> Mapping[str, Any]:
-    """The report of a successful run. Pages, and the report of a failed run, are written in any case."""
+    """The report of a successful run. Pages, and the report of a failed run, are written in any case.
+
+    Raises:
+        CheckFailed: a blocking check failed, or the stage ended without a report.
+        InputError: the stage ended without a report, with exit code 2.
+    """
     if ctx.pages.exists():
         _move_to_place(root, ctx, ctx.pages)
     report = result.report or {}
@@ -114,7 +124,7 @@ def _pass_gate(root: Path, ctx: StageContext, result: StageResult) -> Mapping[st
 
 
 def _publish(root: Path, ctx: StageContext, report: Mapping[str, Any], sha256: str, measured: Mapping[str, float]) -> None:
-    """Move outputs from the scratch folder to their places, each by one rename; write the report with the sha256 of the main output."""
+    """Move outputs from the scratch folder to the project, each by one rename; write the report with the sha256 of the main output."""
     plots = list((ctx.scratch / "data" / "plots").rglob("*.csv")) if (ctx.scratch / "data" / "plots").exists() else []
     for path in [ctx.out, *plots]:
         _move_to_place(root, ctx, path)
@@ -145,7 +155,7 @@ def _counted(check: Mapping[str, Any]) -> str:
 
 @contextmanager
 def streaming_to_dagster() -> Iterator[None]:
-    """While open, log lines also go to the Dagster run that started this process, if one did."""
+    """Send log lines also to the Dagster run that started this process, if one did."""
     if "DAGSTER_PIPES_CONTEXT" not in os.environ:
         yield
         return
@@ -153,11 +163,11 @@ def streaming_to_dagster() -> Iterator[None]:
 
     with open_dagster_pipes() as pipes:
 
-        class ToDagster(logging.Handler):
+        class DagsterHandler(logging.Handler):
             def emit(self, record: logging.LogRecord) -> None:
                 pipes.log.log(record.levelno, record.getMessage())
 
-        handler = ToDagster()
+        handler = DagsterHandler()
         log.addHandler(handler)
         try:
             yield

@@ -1,4 +1,4 @@
-"""aligned@X -> its page: held-out answers before and after, curves, and signs of a gamed reward."""
+"""aligned@X -> its page: held-out answers before and after, curves, and signs of reward hacking."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from dagster_project.views.html import Table, render
 from dagster_project.views.training import curve_figure, overfitting_since
 
 PLOTS = (
-    ("Reward", "mean of the batch; for pairs, what the policy implies", ("reward", "reward_chosen", "reward_rejected")),
+    ("Reward", "mean of the batch; for pairs, the implicit reward of the policy", ("reward", "reward_chosen", "reward_rejected")),
     ("Accuracy", "share of pairs whose chosen answer has the higher reward", ("accuracy", "validation_accuracy")),
     ("Margin", "between the rewards of a pair", ("margin", "validation_margin")),
     ("KL", "divergence from the reference, in nats", ("kl",)),
-    ("Length", "tokens of an answer", ("response_length",)),
-    ("Loss", "of each step, and of the validation split", ("loss", "validation_loss")),
+    ("Length", "tokens per answer", ("response_length",)),
+    ("Loss", "of each step, and on the validation split", ("loss", "validation_loss")),
 )
 SHOWN = 8
-"""Answers shown from either end of the list."""
+"""Answers shown from each end of the list."""
 
 
 def draw_alignment(documents: Documents) -> None:
-    """data/pages/aligned/<variant>/alignment.html: did it help, is the reward gamed, how it went, and answers before and after."""
+    """Write data/pages/aligned/<variant>/alignment.html: metrics, signs of reward hacking, curves, and answers before and after."""
     history, metrics = documents.read(documents.pages / "history.json"), documents.report
     if history is None or "watch" not in metrics:
         return
@@ -37,14 +37,14 @@ def draw_alignment(documents: Documents) -> None:
     reliable = metrics["checks"]["reward_model_is_reliable"]
     text = render(
         "alignment.jinja", f"Alignment of {documents.variant}", sections, variant=documents.variant, metrics=metrics,
-        doubt="" if reliable["passed"] else reliable["note"], figures=_figures(metrics),
+        warning="" if reliable["passed"] else reliable["note"], figures=_figures(metrics),
     )  # fmt: skip
     write_text(documents.pages / "alignment.html", text)
 
 
 def _figures(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     watch, agreement = metrics["watch"], metrics["preference"]["accuracy"]
-    figures = [("liked as people do", f"{agreement['aligned']:.0%}", f"of held-out pairs, from {agreement['sft']:.0%}")]
+    figures = [("agreement", f"{agreement['aligned']:.0%}", f"of held-out pairs, from {agreement['sft']:.0%}")]
     if "reward" in watch:
         figures += [
             ("reward", f"{watch['reward']['aligned']:.2f}", f"from {watch['reward']['sft']:.2f}"),
@@ -53,28 +53,28 @@ def _figures(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return [
         *figures,
         ("length", f"{watch['tokens']['aligned']:.0f}", f"tokens, from {watch['tokens']['sft']:.0f}"),
-        ("not repeated", f"{watch['distinct']['aligned']:.0%}", f"from {watch['distinct']['sft']:.0%}"),
-        ("KL", f"{watch['kl_per_token']:.3f}", "nats a token"),
+        ("distinct word runs", f"{watch['distinct']['aligned']:.0%}", f"from {watch['distinct']['sft']:.0%}"),
+        ("KL", f"{watch['kl_per_token']:.3f}", "nats per token"),
     ]
 
 
 def _watch(watch: Mapping[str, Any], signs: Sequence[str]) -> dict[str, Any]:
     named = {
         "reward": "reward",
-        "tokens": "tokens of an answer",
-        "distinct": "share of word runs not repeated",
-        "unfinished": "share unfinished",
+        "tokens": "tokens per answer",
+        "distinct": "share of distinct word runs",
+        "unfinished": "share of unfinished answers",
     }
     rows = [
         (words, found["sft"], found["aligned"], f"{found['difference']:+.3f}", "{:+.3f} to {:+.3f}".format(*found["interval"]))
         for words, found in ((words, watch[name]) for name, words in named.items() if name in watch)
     ]
     unmeasured = "" if "reward" in watch else "No reward was measured. "
-    shown = "Length" if unmeasured else "Reward, length"
+    metrics = "Length" if unmeasured else "Reward, length"
     verdict = (
-        f"Look closely: {'; '.join(signs)}."
+        f"Possible reward hacking: {'; '.join(signs)}."
         if signs
-        else f"{shown}, repetition and unfinished answers side by side show no sign of a gamed reward."
+        else f"{metrics}, repetition and unfinished answers show no sign of reward hacking."
     )
     columns = ["", "before", "after", "difference", "95 % interval"]
     table = Table(f"Held-out answers to {watch['prompts']} prompts", columns, rows, folded=False)
@@ -82,7 +82,7 @@ def _watch(watch: Mapping[str, Any], signs: Sequence[str]) -> dict[str, Any]:
 
 
 def _answers(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The answers of a few prompts, before and after: by the change of their reward or, without rewards, of their length."""
+    """Answers before and after to the prompts with the largest changes in reward or, without rewards, in length."""
     by, words = ("reward", "reward") if all(row["aligned_reward"] is not None for row in rows) else ("tokens", "length")
     order = sorted(rows, key=lambda row: row[f"aligned_{by}"] - row[f"sft_{by}"])
     shown = order if len(order) <= 2 * SHOWN else [*order[:SHOWN], *order[-SHOWN:]]

@@ -46,10 +46,10 @@
     const { id, prompt, answers } = pairs[now];
     const left = pairs.length - votes.size;
     at("hits").textContent = `Pair ${now + 1} of ${pairs.length} · ${left ? `${votes.size} voted, ${left} to go` : "all voted: save below"}` +
-      (keeps ? "" : " · this browser keeps nothing, so save before you close it");
+      (keeps ? "" : " · this browser does not store votes, so save before you close it");
     at("back").disabled = now === 0;
     at("on").disabled = now === pairs.length - 1;
-    at("prompt").replaceChildren(...prompt.map((said) => message(said, prompt.length === 1)));
+    at("prompt").replaceChildren(...prompt.map((turn) => message(turn, prompt.length === 1)));
     document.querySelectorAll(".side bdi").forEach((side, i) => { side.textContent = answers[i]; });
     buttons.forEach((button, i) => {
       const chosen = votes.get(id) === button.dataset.vote;

@@ -1,4 +1,4 @@
-"""A ballot -> one HTML page on which people vote blindly between two answers."""
+"""A ballot -> one HTML page for blind votes between two answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dagster_project.views.html import render
 
 
 def ballot_page(ballot: Mapping[str, Any]) -> str:
-    """A ballot: one HTML file that takes votes by keyboard or mouse and saves them to a file. It names no system.
+    """One HTML file that takes votes by keyboard or mouse and saves them to a file. It does not contain the names of the systems.
 
     Args:
         ballot: `evaluation.ballots.document`.

@@ -1,4 +1,4 @@
-"""The comparison -> one HTML page: advice first, then the table, what it costs, what was kept, and the answers side by side."""
+"""The comparison -> one HTML page: advice, comparison table, costs, retention, and answers side by side."""
 
 from __future__ import annotations
 
@@ -12,47 +12,49 @@ from dagster_project.core.records import write_text
 from dagster_project.core.text import NAMES, TITLES, many, number
 from dagster_project.views.html import Figure, Plot, Shape, Table, brief, cut, label, render, shape
 
-HIGH = 220
+PLOT_HEIGHT = 220
 """Pixels of a plot."""
-MOST = 200
-"""Questions shown."""
-ANSWER = 1_200
-"""Characters of a text; the rest is cut."""
+MAX_QUESTIONS = 200
+"""Questions shown on the page."""
+MAX_CHARACTERS = 1_200
+"""Characters shown of a text."""
 
 Measured = Mapping[str, Mapping[str, float]]
-"""Variant -> what its training took on this machine, by name."""
+"""Variant -> measurements of its training on this machine, by name."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One test example and what every system answered."""
+    """One test example and the answers of all systems."""
 
     prompt: str
     reference: str
     category: str | None
     answers: Mapping[str, tuple[str, float]]
-    """System -> its answer, and that answer's score from 0 to 1."""
+    """System -> its answer, and the score of the answer from 0 to 1."""
 
 
 def draw_comparison(documents: Documents) -> None:
-    """data/pages/comparison/comparison.html: advice, scores, costs, what was kept, and the answers side by side."""
+    """Write data/pages/comparison/comparison.html."""
     document, view = documents.read(documents.out / "comparison.json"), documents.read(documents.pages / "samples.json")
     if document is None or view is None:
         return
     samples = [Sample(**sample) for sample in view["samples"]]
-    took = {variant: measured(documents.root, f"{stage}@{variant}") for variant, stage in view["trained"].items()}
-    write_text(documents.pages / "comparison.html", comparison_page({**document, "headline": view["headline"]}, samples, took))
+    measurements = {variant: measured(documents.root, f"{stage}@{variant}") for variant, stage in view["trained"].items()}
+    write_text(documents.pages / "comparison.html", comparison_page({**document, "headline": view["headline"]}, samples, measurements))
 
 
-def comparison_page(document: Mapping[str, Any], samples: Sequence[Sample], took: Measured) -> str:
-    """Args:
-    document: of comparison.json, with its `headline`.
-    samples: in any order.
-    took: time and memory of each variant's training.
+def comparison_page(document: Mapping[str, Any], samples: Sequence[Sample], measurements: Measured) -> str:
+    """The page of a comparison.
+
+    Args:
+        document: of comparison.json, with its `headline`.
+        samples: in any order.
+        measurements: time and memory of each variant's training.
     """
     order = _order(document)
     sections = {
-        "Board": _board(document, order, took) if order else None,
+        "Comparison": _comparison_table(document, order, measurements) if order else None,
         "Cost": _cost(document, order),
         "Retention": [_change(name, found) for name in order if (found := document["compared"].get(name, {}).get("retention"))],
         "Measures": _measures(document["scores"], order) if document["scores"] else None,
@@ -62,26 +64,26 @@ def comparison_page(document: Mapping[str, Any], samples: Sequence[Sample], took
     found, test = document["recommended"], document["test"]
     seen = "none of them seen in training" if not test["seen"] else f"{number(test['seen'])} of them seen in training"
     return render(
-        "comparison.jinja", "Was tuning worth it?", sections, "comparison.js", document=document, limit=ANSWER,
+        "comparison.jinja", "Was tuning worth it?", sections, "comparison.js", document=document, limit=MAX_CHARACTERS,
         tested=f"{many(test['examples'], 'test example')}, {seen}", advice=[line for line in document["advice"] if line != found["why"]],
     )  # fmt: skip
 
 
 def _order(document: Mapping[str, Any]) -> list[str]:
-    """The systems, best first; their place here is their number on the page."""
+    """The systems, best first. Their position is their number on the page."""
     scores, compared, first = document["scores"], document["compared"], document["shown"][0]
     likely = {name: found["perplexity_to_base"]["ratio"] for name, found in compared.items() if "perplexity_to_base" in found}
     return sorted(scores, key=lambda name: -scores[name][first]) if scores else sorted(likely, key=likely.__getitem__)
 
 
-def _board(document: Mapping[str, Any], order: Sequence[str], measured: Measured) -> Figure:
-    """A bar for each system: its interval, and where in it the score lies. Then all there is to weigh, as a table."""
+def _comparison_table(document: Mapping[str, Any], order: Sequence[str], measurements: Measured) -> Figure:
+    """Score and interval of each system as bars, and the comparison table."""
     points = {name: _point(document, name) for name in order}
     most = max(1.0, *(high for _, _, high in points.values()))
     title = f"{TITLES[document['shown'][0]]} on {many(document['test']['answered'], 'question')}"
-    note = "point and 95 % interval; variants in blue; in grey the base model with different prompts, and a classical classifier"
+    note = "point and 95 % interval; variants in blue; base model with different prompts, and classical classifier, in gray"
     if not document["scores"]:
-        title, note = "Perplexity as a share of the base model's", "point and 95 % interval; less is better"
+        title, note = "Perplexity relative to the base model", "point and 95 % interval; lower is better"
     body = []
     for i, name in enumerate(order):
         y, kind, (value, low, high) = 38 * i, _kind(document, name), points[name]
@@ -95,8 +97,8 @@ def _board(document: Mapping[str, Any], order: Sequence[str], measured: Measured
             *_interval(y, kind, value / most, low / most, high / most, shape("title", words)),
         ]
     words = f"{title}: " + "; ".join(f"{cut(_title(name))} {points[name][0]:.3f}" for name in order)
-    columns, rows = _rows(document, order, measured)
-    table = Table("All there is to weigh", columns, rows, folded=False, region="Board")
+    columns, rows = _rows(document, order, measurements)
+    table = Table("Comparison table", columns, rows, folded=False, region="Comparison table")
     return Figure(title, note, Plot(words, 38 * len(order), body), table)
 
 
@@ -110,13 +112,13 @@ def _interval(y: int, kind: str, value: float, low: float, high: float, *title: 
     ]
 
 
-def _rows(document: Mapping[str, Any], order: Sequence[str], measured: Measured) -> tuple[list[str], list[list[str]]]:
-    """The columns of the board that any system has something in, and a row for each system."""
+def _rows(document: Mapping[str, Any], order: Sequence[str], measurements: Measured) -> tuple[list[str], list[list[str]]]:
+    """The columns of the comparison table that are not empty, and a row for each system."""
     first, second = document["shown"]
 
     def cells(name: str) -> dict[str, str]:
         scores, costs = document["scores"].get(name, {}), document["costs"].get(name, {})
-        took, kept = measured.get(name, {}), document["compared"].get(name, {}).get("retention", {}).get("overall", {})
+        measured, retained = measurements.get(name, {}), document["compared"].get(name, {}).get("retention", {}).get("overall", {})
         value, low, high = _point(document, name)
         return {
             TITLES[first] if scores else "perplexity": f"{value:.3f}",
@@ -125,10 +127,10 @@ def _rows(document: Mapping[str, Any], order: Sequence[str], measured: Measured)
             **({TITLES[second]: f"{scores[second]:.3f}"} if scores else {}),
             "prompt tokens": _if(costs, "prompt_tokens", lambda n: f"{n:,.0f}"),
             "on disk": _if(costs, "bytes", lambda n: f"{n / 1e6:,.0f} MB"),
-            "trained with": _if(costs, "tokens", lambda n: f"{n:,} tokens"),
-            "training": _if(took, "training_seconds", lambda n: f"{n:,.0f} s"),
-            "peak memory": _if(took, "peak_memory_bytes", lambda n: f"{n / 1e6:,.0f} MB"),
-            "benchmarks": _if(kept, "accuracy", lambda found: f"{found['tuned']:.3f} ({100 * found['difference']:+.1f} points)"),
+            "trained on": _if(costs, "tokens", lambda n: f"{n:,} tokens"),
+            "training": _if(measured, "training_seconds", lambda n: f"{n:,.0f} s"),
+            "peak memory": _if(measured, "peak_memory_bytes", lambda n: f"{n / 1e6:,.0f} MB"),
+            "benchmarks": _if(retained, "accuracy", lambda found: f"{found['tuned']:.3f} ({100 * found['difference']:+.1f} points)"),
         }
 
     table = {name: cells(name) for name in order}
@@ -136,22 +138,22 @@ def _rows(document: Mapping[str, Any], order: Sequence[str], measured: Measured)
     return ["", *columns], [[f"{i} {_title(name)}", *(table[name][c] for c in columns)] for i, name in enumerate(order, 1)]
 
 
-def _if(found: Mapping[str, Any], key: str, words: Any) -> str:
-    return words(found[key]) if key in found else ""
+def _if(values: Mapping[str, Any], key: str, text: Any) -> str:
+    return text(values[key]) if key in values else ""
 
 
 def _cost(document: Mapping[str, Any], order: Sequence[str]) -> list[dict[str, Any]]:
-    """Score against what each answer costs and, between variants, against what each training cost."""
+    """Score against the cost of an answer and, for variants, against the cost of training."""
     costs = document["costs"]
-    note = "what each answer costs; up and to the left is better and cheaper"
-    plots = [_scatter(document, order, "prompt_tokens", "Score by tokens of the prompt", note)]
+    note = "cost of an answer; better and cheaper systems are at the top left"
+    plots = [_scatter(document, order, "prompt_tokens", "Score by prompt tokens", note)]
     if sum("tokens" in costs.get(name, {}) for name in order) > 1:
-        plots.append(_scatter(document, order, "tokens", "Score by tokens of training", "what each variant cost once"))
+        plots.append(_scatter(document, order, "tokens", "Score by training tokens", "one-time cost of each variant"))
     return [plot for plot in plots if plot]
 
 
 def _scatter(document: Mapping[str, Any], order: Sequence[str], what: str, title: str, note: str) -> dict[str, Any] | None:
-    """Points over a logarithmic axis, with their intervals, numbered as on the board. What has no such cost is a line across."""
+    """Points and intervals over a logarithmic axis, numbered as in the comparison table. Systems without costs are horizontal lines."""
     costs = document["costs"]
     placed = [name for name in order if costs.get(name, {}).get(what)]
     if not document["scores"] or not placed:
@@ -165,7 +167,7 @@ def _scatter(document: Mapping[str, Any], order: Sequence[str], what: str, title
         return 14 + 80 * (math.log(value) - least) / (most - least)
 
     def y(value: float) -> float:
-        return 24 + HIGH * (top - value) / top
+        return 24 + PLOT_HEIGHT * (top - value) / top
 
     body = []
     for value in (0, top / 4, top / 2, 3 * top / 4, top):
@@ -184,7 +186,7 @@ def _scatter(document: Mapping[str, Any], order: Sequence[str], what: str, title
     for name in sorted(placed, key=lambda name: costs[name][what]):
         (value, low, high), across, kind = points[name], x(costs[name][what]), _kind(document, name)
         while any(abs(across - other) < 5 and abs(y(value) - place) < 19 for other, place in taken):
-            across += 1  # moved right where it would hide another point
+            across += 1  # moved to the right if it would hide another point
         taken.append((across, y(value)))
         at, words = f"{across:.2f}%", f"{cut(_title(name))}: {value:.3f}"
         body.append(shape("line", class_=f"{kind} whisker", x1=at, x2=at, y1=f"{y(low):.1f}", y2=f"{y(high):.1f}"))
@@ -197,7 +199,7 @@ def _scatter(document: Mapping[str, Any], order: Sequence[str], what: str, title
 
 
 def _change(variant: str, retention: Mapping[str, Any]) -> Figure:
-    """How a variant's accuracy on the benchmarks changed: a bar for each subject, around the line of no change."""
+    """Change of a variant's accuracy on the benchmarks: a bar for each subject, around the line of no change."""
     rows, body = [], []
     widest = max(0.05, *(abs(edge) for found in retention.values() for edge in found["accuracy"]["interval"]))
     for i, (subject, found) in enumerate(retention.items()):
@@ -248,7 +250,7 @@ def _labels(scores: Mapping[str, Mapping[str, Any]], order: Sequence[str]) -> Ta
 
 
 def _answers(document: Mapping[str, Any], order: Sequence[str], samples: Sequence[Sample]) -> dict[str, Any]:
-    """Questions side by side, the worst errors of the variant in question first: what it got wrong and most others got right."""
+    """Answers to each question, worst errors of the recommended variant first: those that most other systems answered correctly."""
     variants = [name for name in order if name in document["compared"]]
     subject = document["recommended"]["variant"] if document["recommended"]["variant"] in order else (variants or order)[0]
 
@@ -256,11 +258,11 @@ def _answers(document: Mapping[str, Any], order: Sequence[str], samples: Sequenc
         others = [value for name, (_, value) in sample.answers.items() if name != subject]
         return sample.answers[subject][1], -sum(others)
 
-    worst = sorted(samples, key=badness)[:MOST]
+    worst = sorted(samples, key=badness)[:MAX_QUESTIONS]
     categories = sorted({sample.category for sample in worst if sample.category})
     return {
         "subject": _title(subject),
-        "more": f" The worst {MOST} of {number(len(samples))} are shown." if len(samples) > MOST else "",
+        "more": f" The worst {MAX_QUESTIONS} of {number(len(samples))} are shown." if len(samples) > MAX_QUESTIONS else "",
         "systems": [_title(name) for name in order],
         "categories": categories,
         "samples": [_sample(sample, order, categories) for sample in worst],
@@ -286,7 +288,7 @@ def _sample(sample: Sample, order: Sequence[str], categories: Sequence[str]) -> 
 
 
 def _point(document: Mapping[str, Any], name: str) -> tuple[float, float, float]:
-    """A system's score and the ends of its interval, by what decides."""
+    """A system's score and the limits of its interval, by the deciding measure."""
     if document["scores"]:
         first, found = document["shown"][0], document["scores"][name]
         return found[first], *found[f"{first}_interval"]
@@ -303,5 +305,5 @@ def _short(name: str) -> str:
 
 
 def _kind(document: Mapping[str, Any], name: str) -> str:
-    """The class of a system's marks: variants in colour, what they are compared with in grey."""
+    """CSS class of a system's marks: variants in color, baselines in gray."""
     return "bar" if name in document["compared"] else "bar all"

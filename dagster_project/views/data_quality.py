@@ -1,4 +1,4 @@
-"""findings.json of a checked data set -> one HTML page, with JavaScript only to filter pairs."""
+"""findings.json of a checked data set -> one HTML page. JavaScript only filters pairs."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from dagster_project.core.text import many, number, visible
 from dagster_project.views.html import SHORT, Figure, Plot, Shape, Table, brief, cut, label, render, shape, share
 
 PAGE = 20
-"""Pairs shown at once; without JavaScript, the pairs shown of each finding. data_quality.js has the same number."""
+"""Pairs shown at once; without JavaScript, pairs shown of each finding. data_quality.js has the same number."""
 WHOLE, AROUND, INSIDE = 2_400, 400, 1_200
-"""Characters. Longer texts are cut: this much is shown before and after the shared words, and of them."""
+"""Characters: texts up to WHOLE are shown in full, longer ones with AROUND before and after the shared words, and INSIDE of them."""
 BARS = 10
-"""Bars in a chart; its table has all."""
+"""Bars in a chart. Its table has all values."""
 LISTED = 20
-"""Places of a finding that are listed."""
+"""Places listed for a finding."""
 RANK = {"error": 0, "warn": 1, "info": 2}
 SIGNS = {"error": "✕", "warn": "!", "info": "i"}
-"""What severity looks like where colour can't be told apart."""
+"""Symbol of each severity, for readers who cannot distinguish the colors."""
 
 
 def around_span(text: str, span: Sequence[int], whole: int = WHOLE, around: int = AROUND) -> tuple[str, str, str, int]:
-    """What is shown of a text: before, inside and after the span, visible; and how many characters are not shown."""
+    """The shown parts of a text: before, inside and after the span; and the number of characters that are not shown."""
     start, end = sorted(span)
     before, inside, after = text[:start], text[start:end], text[end:]
     if len(text) <= whole:
@@ -42,7 +42,7 @@ def around_span(text: str, span: Sequence[int], whole: int = WHOLE, around: int 
 
 
 def draw_data_quality(documents: Documents) -> None:
-    """data/pages/<stage>/report.html: what the checks found, from findings.json."""
+    """Write data/pages/<stage>/report.html: the findings of the checks."""
     document = documents.read(documents.out / "findings.json")
     if document is not None:
         changes, expectations = (documents.read(documents.pages / f"{name}.json") for name in ("changes", "expectations"))
@@ -52,12 +52,12 @@ def draw_data_quality(documents: Documents) -> None:
 def data_quality_page(
     document: Mapping[str, Any], changes: Mapping[str, Any] | None = None, expectations: Mapping[str, Any] | None = None
 ) -> str:
-    """The page. The same documents give the same bytes.
+    """The page of a data set. The same documents give the same bytes.
 
     Args:
-        document: the check document of a data set.
-        changes: how the data set differs from its previous version; None where there is none to compare with.
-        expectations: what Great Expectations found of the owner's suite (curation/checks/expectations.py); None where no suite is named.
+        document: the check document.
+        changes: differences from the previous version; None if there is none.
+        expectations: results of the owner's Great Expectations suite (curation/checks/expectations.py); None if there is no suite.
     """
     findings = sorted(document["findings"], key=lambda finding: (RANK[_shown(finding)], -finding["count"]))
     sections = {
@@ -76,43 +76,43 @@ def data_quality_page(
 
 
 def _left(finding: Mapping[str, Any]) -> int:
-    """Rows that break a check and are kept as they are."""
+    """Rows that violate a check and are kept unchanged."""
     return max(0, int(finding["count"]) - int(finding["dropped"]) - int(finding["elsewhere"]) - int(finding.get("fixed", 0)))
 
 
 def _passed(finding: Mapping[str, Any]) -> bool:
-    """A finding that does not say whether its check passed is judged by its figures."""
+    """Whether the check passed; derived from the counts if the finding does not include it."""
     return bool(finding.get("passed", not _left(finding)))
 
 
 def _shown(finding: Mapping[str, Any]) -> Shown:
-    """What was found and waived is a remark."""
+    """Displayed severity. Waived findings are remarks."""
     return shown(finding["severity"], _passed(finding), finding["count"]) or "info"
 
 
 def _verdict(document: Mapping[str, Any], findings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Severity, verdict, the reason for it with the checks that it names, and what became of errors that were dealt with."""
+    """Severity, verdict, its reason with the checks, and the outcome of resolved errors."""
     open_ = {s: [f for f in findings if f["severity"] == s and not _passed(f)] for s in RANK}
     errors = sum(f["severity"] == "error" for f in findings)
     fixed = any(f["severity"] == "error" and f.get("fixed") for f in findings)
-    dealt = f" The rows of {many(errors, 'error')} are {'repaired or dropped' if fixed else 'dropped'}." if errors else ""
+    resolved = f" The rows of {many(errors, 'error')} are {'repaired or dropped' if fixed else 'dropped'}." if errors else ""
     if not document["kept"]:
-        severity, words, why, dealt = "error", "Nothing to learn from", "No row is left.", ""
+        severity, words, why, resolved = "error", "Nothing to train on", "No row is left.", ""
     elif open_["error"]:
-        severity, words, why, dealt = "error", "Not ready to train on", f"{many(len(open_['error']), 'error')} not dealt with", ""
+        severity, words, why, resolved = "error", "Not ready to train on", f"{many(len(open_['error']), 'error')} not resolved", ""
     elif open_["warn"]:
-        severity, words, why = "warn", "Usable, with care", f"{many(len(open_['warn']), 'warning')} to look at"
+        severity, words, why = "warn", "Usable, but review the warnings", f"{many(len(open_['warn']), 'warning')} to review"
     elif findings:
         severity, words = "good", "Ready to train on"
-        why = "Every row that breaks a check is repaired, dropped for it or waived, or is worth a remark only."
+        why = "Every row that violates a check is repaired, dropped or waived, or the finding is only a remark."
     else:
         severity, words, why = "good", "Ready to train on", "No check found anything."
     named = [f["check"] for f in (open_["error"] or open_["warn"])[:6]] if document["kept"] else []
-    return {"severity": severity, "sign": SIGNS.get(severity, "✓"), "words": words, "why": why, "checks": named, "dealt": dealt}
+    return {"severity": severity, "sign": SIGNS.get(severity, "✓"), "words": words, "why": why, "checks": named, "resolved": resolved}
 
 
 def _figures(document: Mapping[str, Any], findings: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, str, Mapping[str, int]]]:
-    """Name, number, what it is, and the repaired rows by check."""
+    """Name, number, unit, and the repaired rows by check."""
     rows, kept = document["rows"], document["kept"]
     words = {"error": "error", "warn": "warning", "info": "remark"}
     found = {word: sum(_shown(f) == name for f in findings) for name, word in words.items()}
@@ -125,13 +125,13 @@ def _figures(document: Mapping[str, Any], findings: Sequence[Mapping[str, Any]])
 
 
 def _flow(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Where the rows went. A ribbon is as thick as its share, but never too thin to be seen; the figures are exact."""
+    """Flow of the rows. The width of a ribbon is its share, but at least visible; the numbers are exact."""
     rows, kept, dropped = document["rows"], document["kept"], {name: n for name, n in document["dropped"].items() if n}
     ribbons, labels, left, right = [], [], 30.0, 30.0
     for kind, name, n in [("kept", "kept", kept), *(("gone", name, n) for name, n in dropped.items())]:
         thick = max(2.5, 150 * n / rows) if n else 0.0
         roomy = thick > 30
-        top = right if roomy else right + 24  # the label is above a thin ribbon, in a thick one
+        top = right if roomy else right + 24  # the label is inside a thick ribbon, above a thin one
         curve = f"M0,{left:g}C60,{left:g} 40,{top:g} 100,{top:g}V{top + thick:g}C40,{top + thick:g} 60,{left + thick:g} 0,{left + thick:g}Z"
         ribbons.append(shape("path", class_=kind, d=curve))
         node = shape("rect", class_=f"{kind} node", x="-5", width="5", height=f"{thick:g}")
@@ -156,15 +156,15 @@ def _flow(document: Mapping[str, Any]) -> dict[str, Any]:
     table = [(name, number(n), share(n, rows)) for name, n in [("kept", kept), *dropped.items()]]
     figure = Figure(
         "From read to kept",
-        "a row is dropped for the first check it breaks",
+        "a row is dropped for the first check it violates",
         Plot(equation, height, picture, "flow"),
-        Table("Rows by what became of them", ["", "rows", "share"], table),
+        Table("Rows by outcome", ["", "rows", "share"], table),
     )
     return {"figure": figure, "equation": equation}
 
 
 def _findings(findings: Sequence[Mapping[str, Any]], notes: Mapping[str, str]) -> dict[str, Any]:
-    """A card each, worst first; then the notes of the other checks."""
+    """A card for each finding, worst first; then the notes of the other checks."""
     names = {finding["check"] for finding in findings}
     quiet = {name: note for name, note in notes.items() if note and name not in names}
     return {"cards": [_card(i, finding) for i, finding in enumerate(findings)], "quiet": quiet}
@@ -172,8 +172,8 @@ def _findings(findings: Sequence[Mapping[str, Any]], notes: Mapping[str, str]) -
 
 def _card(number_: int, finding: Mapping[str, Any]) -> dict[str, Any]:
     severity, count, left, examples = _shown(finding), finding["count"], _left(finding), finding.get("examples", [])
-    facts = [("dropped", "dropped for it", finding["dropped"]), ("elsewhere", "dropped for another check", finding["elsewhere"])]
-    facts += [("fixed", "repaired", finding.get("fixed", 0)), ("left", "kept as they are" if finding.get("fixed") else "kept", left)]
+    facts = [("dropped", "dropped by this check", finding["dropped"]), ("elsewhere", "dropped by another check", finding["elsewhere"])]
+    facts += [("fixed", "repaired", finding.get("fixed", 0)), ("left", "kept unchanged" if finding.get("fixed") else "kept", left)]
     start, bar = 0.0, []
     for kind, _, n in facts:
         width = 100 * n / max(1, count)
@@ -193,16 +193,19 @@ def _card(number_: int, finding: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _expectations(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The owner's expectations of the whole set, in the suite's order."""
-    judged = found["expectations"]
+    """Results of the owner's expectations of the whole set, in the order of the suite."""
+    results = found["expectations"]
     rows = [
-        (one["words"], "holds" if one["passed"] else f"fails ({one['severity']})", one["seen"], ", ".join(one["places"])) for one in judged
+        (one["words"], "passed" if one["passed"] else f"failed ({one['severity']})", one["seen"], ", ".join(one["places"]))
+        for one in results
     ]
-    held = sum(one["passed"] for one in judged)
+    passed = sum(one["passed"] for one in results)
     return {
         "suite": found["suite"],
-        "words": f"{held} of {many(len(judged), 'expectation')} hold, judged on {many(found['rows'], 'kept row')} by Great Expectations",
-        "table": Table("Expectations", ["expectation", "result", "found", "rows that break it"], rows, folded=False, region="Expectations"),
+        "words": f"{passed} of {many(len(results), 'expectation')} passed on {many(found['rows'], 'kept row')}, evaluated by Great Expectations",
+        "table": Table(
+            "Expectations", ["expectation", "result", "found", "rows that violate it"], rows, folded=False, region="Expectations"
+        ),
     }
 
 
@@ -211,16 +214,17 @@ def _similarity(similarity: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     gates = {f"{name} ≥ {number(value)}": value for name, value in similarity.get("gate", {}).items()}
     note = (
-        "every pair of prompts that was compared, by the share of the shorter one's runs of three words that the other has; equal prompts left out"
-        + ("; in blue those found to be near-copies" if "near" in similarity["histogram"][0] else "")
+        "all compared pairs of prompts, by the share of the shorter prompt's 3-word shingles that the other contains; equal prompts are left out"
+        + ("; near-copies in blue" if "near" in similarity["histogram"][0] else "")
     )
     figure = _histogram("Similarity of prompts", note, similarity["histogram"], "pairs", gates, 190)
     return {"figure": figure, "common": similarity.get("boilerplate") or []}
 
 
 def _histogram(title: str, note: str, bins: Sequence[Mapping[str, Any]], key: str, marks: Mapping[str, float], size: float = 120) -> Figure:
-    """Bars of equal width, one per bin, with labelled lines at `marks`; by logarithm where counts differ by more than 100 times.
-    A bin's "near" is of its count, and drawn in front.
+    """Bars of equal width, one per bin, with labeled lines at `marks`; on a log scale if counts differ by more than a factor of 100.
+
+    The part "near" of a bin's count is drawn in front.
     """
     counts = [int(bin_[key]) for bin_ in bins]
     top, low = max([1, *counts]), min([n for n in counts if n], default=1)
@@ -262,7 +266,7 @@ def _histogram(title: str, note: str, bins: Sequence[Mapping[str, Any]], key: st
 
 
 def _ceiling(top: int, log: bool) -> float:
-    """The top of an axis: a round number not below `top`, whose half is round as well."""
+    """Upper limit of an axis: a round number not below `top`, whose half is round as well."""
     if log:
         return 10.0 ** math.ceil(math.log10(top))
     unit = 10.0 ** math.floor(math.log10(top))
@@ -270,7 +274,7 @@ def _ceiling(top: int, log: bool) -> float:
 
 
 def _place(value: float, bins: Sequence[Mapping[str, Any]]) -> float:
-    """Where a value stands on an axis of equally wide bins, 0 to 1."""
+    """Position of a value on an axis of equally wide bins, from 0 to 1."""
     for i, bin_ in enumerate(bins):
         if value < bin_["to"]:
             return (i + max(0.0, (value - bin_["from"]) / (bin_["to"] - bin_["from"]))) / len(bins)
@@ -278,7 +282,7 @@ def _place(value: float, bins: Sequence[Mapping[str, Any]]) -> float:
 
 
 def _pairs(findings: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The pairs of each finding: all as JSON for the filter, the first of them for readers without JavaScript."""
+    """The pairs of each finding: all as JSON for the filter, the first ones for readers without JavaScript."""
     groups = [
         {"number": i, "check": finding["check"], "pairs": [_side_by_side(i, finding["check"], match) for match in finding["matches"]]}
         for i, finding in enumerate(findings)
@@ -292,7 +296,7 @@ def _pairs(findings: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def _side_by_side(number_: int, check: str, match: Mapping[str, Any]) -> dict[str, Any]:
-    """A pair as data_quality.js reads it: nothing in it needs to be cut or made visible any more."""
+    """A pair as data_quality.js reads it: texts are already cut, and hidden characters written out."""
     sides = []
     for place, text, span in (("place", "text", "span"), ("other", "other_text", "other_span")):
         before, inside, after, hidden = around_span(match[text], match[span])
@@ -302,7 +306,7 @@ def _side_by_side(number_: int, check: str, match: Mapping[str, Any]) -> dict[st
 
 
 def _bars(title: str, note: str, counts: Mapping[str, int], whole: int) -> Figure:
-    """One bar per name, its label above it."""
+    """One bar per name, with its label above."""
     most, body = max([1, *counts.values()]), []
     for i, (name, n) in enumerate(list(counts.items())[:BARS]):
         y = 36 * i
@@ -320,16 +324,16 @@ def _bars(title: str, note: str, counts: Mapping[str, int], whole: int) -> Figur
 
 
 def _profile(profile: Mapping[str, Any], kept: int) -> dict[str, Any] | None:
-    """What the kept rows are like."""
+    """Statistics of the kept rows."""
     diversity = profile.get("diversity") or {}
     spread = (
-        f"entropy {number(profile['entropy'])} bits, as many as {number(profile['effective_categories'])} equally large ones; "
+        f"entropy {number(profile['entropy'])} bits, equivalent to {number(profile['effective_categories'])} categories of equal size; "
         f"{number(profile['singletons'])} with one row"
         if "entropy" in profile else ""
     )  # fmt: skip
     parts = (
         ("categories", "Categories", spread), ("sources", "Sources", "rows by file"),
-        ("scripts", "Scripts", "of the prompt's letters"), ("roles", "Conversations", "who speaks, in turn"),
+        ("scripts", "Scripts", "of the letters in prompts"), ("roles", "Conversations", "sequence of roles"),
     )  # fmt: skip
     repeated = (
         ("top_openings", "Openings", "the first words of prompts, most frequent"),
@@ -360,7 +364,7 @@ def _readability(reading: Mapping[str, Any]) -> list[Figure]:
 
 
 def _changes(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """What is new since the previous version: rows, then findings."""
+    """Differences from the previous version: rows, then findings."""
     rows, examples, findings = changes["rows"], changes.get("examples") or {}, changes.get("findings") or {}
     signs = {"added": "+", "removed": "−", "changed": "±", "unchanged": "="}
     counts = {
@@ -385,11 +389,11 @@ def _changes(changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _edit(entry: Mapping[str, Any]) -> list[tuple[str, str, str, str, int]]:
-    """Both texts of a row that changed: its element, the text before, inside and after what differs, and the characters not shown."""
+    """Both texts of a changed row: HTML element, text before, inside and after the difference, and number of characters not shown."""
     before, after = entry["before"], entry["after"]
-    same = _alike(before, after)
-    start = same if same - before.rfind(" ", 0, same) > 30 else before.rfind(" ", 0, same) + 1  # whole words, where there are any
-    last = _alike(before[same:][::-1], after[same:][::-1])
+    same = _common_prefix(before, after)
+    start = same if same - before.rfind(" ", 0, same) > 30 else before.rfind(" ", 0, same) + 1  # whole words, if there are any
+    last = _common_prefix(before[same:][::-1], after[same:][::-1])
     step = before.find(" ", len(before) - last) - (len(before) - last) if last else 0
     last -= step if 0 <= step <= 30 else 0
     return [
@@ -397,6 +401,6 @@ def _edit(entry: Mapping[str, Any]) -> list[tuple[str, str, str, str, int]]:
     ]
 
 
-def _alike(a: str, b: str) -> int:
-    """Characters that two texts begin with alike."""
+def _common_prefix(a: str, b: str) -> int:
+    """Length of the common prefix of two texts."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,4 +1,4 @@
-"""The check document for a person at a terminal: worst first, each finding with rows, the best overlap side by side, and the next step."""
+"""The check document -> text for the terminal: findings, worst first, each with rows, the best overlaps and the next step."""
 
 from __future__ import annotations
 
@@ -14,75 +14,89 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 WORDS = {"error": "error", "warn": "warning", "info": "remark"}
-COLOURS = {"error": "bold red", "warn": "bold yellow", "info": "bold cyan"}
+COLORS = {"error": "bold red", "warn": "bold yellow", "info": "bold cyan"}
 
 
-def check_text(found: Mapping[str, Any], colour: bool = False, width: int = 120) -> str:
-    """The document of `findings.document`, with its `changes` and `thirteen_grams` parts if it has them."""
+def check_text(document: Mapping[str, Any], color: bool = False, width: int = 120) -> str:
+    """Text of the document of `findings.document`.
+
+    Args:
+        document: may have the parts `changes` and `thirteen_grams`.
+        color: use ANSI colors.
+        width: columns of the terminal.
+    """
     from rich.console import Console, Group
     from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
 
-    counts = Counter(finding["severity"] for finding in found["findings"])
-    told = ", ".join(_many(counts[name], word) for name, word in WORDS.items() if counts[name]) or "no findings"
-    first = f"{_many(found['rows'], 'row')} ({found['format']}), {found['kept']:,} would be kept; {told}"
+    counts = Counter(finding["severity"] for finding in document["findings"])
+    findings = ", ".join(_many(counts[name], word) for name, word in WORDS.items() if counts[name]) or "no findings"
+    first = f"{_many(document['rows'], 'row')} ({document['format']}), {document['kept']:,} would be kept; {findings}"
     parts: list[Any] = [Text(first, style="bold")]
-    if found["dropped"]:
-        parts.append(Text("would be dropped: " + ", ".join(f"{name} {n:,}" for name, n in found["dropped"].items())))
-    if found.get("fixed"):
-        parts.append(Text("would be repaired: " + ", ".join(f"{name} {n:,}" for name, n in found["fixed"].items())))
-    parts += [Text(line, style="dim") for line in _figures(found)]
+    if document["dropped"]:
+        parts.append(Text("would be dropped: " + ", ".join(f"{name} {n:,}" for name, n in document["dropped"].items())))
+    if document.get("fixed"):
+        parts.append(Text("would be repaired: " + ", ".join(f"{name} {n:,}" for name, n in document["fixed"].items())))
+    parts += [Text(line, style="dim") for line in _figures(document)]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     columns = [("", "left"), ("check", "left"), ("rows", "right"), ("dropped", "right")]
-    columns += [("fixed", "right")] if found.get("fixed") else []
+    columns += [("fixed", "right")] if document.get("fixed") else []
     for name, justify in [*columns, ("first rows, from 0", "left")]:
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for finding in found["findings"]:
+    for finding in document["findings"]:
         table.add_row(
-            Text(finding["severity"], style=COLOURS[finding["severity"]]),
+            Text(finding["severity"], style=COLORS[finding["severity"]]),
             finding["check"],
             "the set" if finding["count"] and not finding["rows"] else f"{finding['count']:,}",
             f"{finding['dropped']:,}" if finding["dropped"] else "",
-            *([f"{finding['fixed']:,}" if finding.get("fixed") else ""] if found.get("fixed") else []),
+            *([f"{finding['fixed']:,}" if finding.get("fixed") else ""] if document.get("fixed") else []),
             _some_rows(finding["rows"]),
         )
-    parts += [Text(), table] if found["findings"] else []
-    for finding in found["findings"]:
-        head = Text(f"\n{finding['check']}", style=COLOURS[finding["severity"]])
-        head.append(f"  {finding['truth']}", style="not bold")
-        parts.append(head)
-        lines: list[Any] = [Text(_line(finding["note"], 1000))] if finding["note"] else []
-        lines += [Text(f"{_many(finding['waived'], 'row')} waived")] if finding["waived"] else []
-        for match in finding["matches"][:2]:
-            places = f"{_line(match['place'])} ~ {_line(match['other'])}"
-            lines += [
-                Text(f"{places}   {match['part']}, {match['rule']} {match['score']:.2f}", style="dim"),
-                _marked(match["text"], match["span"]),
-                *([_marked(match["other_text"], match["other_span"])] if match["other_text"] != match["text"] else []),
-            ]
-        if not finding["matches"]:
-            lines += [
-                Text(f"{_line(where)}  {_line(text, 300)}", no_wrap=True, overflow="ellipsis")
-                for where, text in zip(finding["places"][:2], finding["examples"][:2], strict=False)
-            ]
-        lines.append(Text(f"next: {finding['next']}", style="italic"))
-        parts.append(Padding(Group(*lines), (0, 0, 0, 6)))
-    if "thirteen_grams" in found:
-        parts += [Text(line, no_wrap=True, overflow="ellipsis") for line in _thirteen_lines(found["thirteen_grams"])]
-    if "changes" in found:
-        parts += [Text(line, no_wrap=True, overflow="ellipsis") for line in _change_lines(found["changes"])]
-    quiet = {name: note for name, note in found["notes"].items() if name not in {finding["check"] for finding in found["findings"]}}
+    parts += [Text(), table] if document["findings"] else []
+    for finding in document["findings"]:
+        parts += _finding_parts(finding)
+    if "thirteen_grams" in document:
+        parts += [Text(line, no_wrap=True, overflow="ellipsis") for line in _thirteen_lines(document["thirteen_grams"])]
+    if "changes" in document:
+        parts += [Text(line, no_wrap=True, overflow="ellipsis") for line in _change_lines(document["changes"])]
+    quiet = {name: note for name, note in document["notes"].items() if name not in {finding["check"] for finding in document["findings"]}}
     if quiet:
         notes = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
         for name, note in quiet.items():
             notes.add_row(Text(name, style="dim"), Text(_line(note, 1000), style="dim"))
-        parts += [Text("\nnotes of checks that found nothing", style="dim"), Padding(notes, (0, 0, 0, 6))]
+        parts += [Text("\nnotes of checks without findings", style="dim"), Padding(notes, (0, 0, 0, 6))]
     console = Console(
-        file=io.StringIO(), force_terminal=colour, no_color=not colour, width=max(40, width), highlight=False, markup=False, emoji=False
+        file=io.StringIO(), force_terminal=color, no_color=not color, width=max(40, width), highlight=False, markup=False, emoji=False
     )
     console.print(Group(*parts))
     return re.sub(r"[ \t]+$", "", console.file.getvalue(), flags=re.M).rstrip("\n")  # type: ignore[attr-defined]
+
+
+def _finding_parts(finding: Mapping[str, Any]) -> list[Any]:
+    """Heading, note, best overlaps or first rows, and next step of a finding."""
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.text import Text
+
+    head = Text(f"\n{finding['check']}", style=COLORS[finding["severity"]])
+    head.append(f"  {finding['truth']}", style="not bold")
+    lines: list[Any] = [Text(_line(finding["note"], 1000))] if finding["note"] else []
+    lines += [Text(f"{_many(finding['waived'], 'row')} waived")] if finding["waived"] else []
+    for match in finding["matches"][:2]:
+        places = f"{_line(match['place'])} ~ {_line(match['other'])}"
+        lines += [
+            Text(f"{places}   {match['part']}, {match['rule']} {match['score']:.2f}", style="dim"),
+            _marked(match["text"], match["span"]),
+            *([_marked(match["other_text"], match["other_span"])] if match["other_text"] != match["text"] else []),
+        ]
+    if not finding["matches"]:
+        lines += [
+            Text(f"{_line(where)}  {_line(text, 300)}", no_wrap=True, overflow="ellipsis")
+            for where, text in zip(finding["places"][:2], finding["examples"][:2], strict=False)
+        ]
+    lines.append(Text(f"next: {finding['next']}", style="italic"))
+    return [head, Padding(Group(*lines), (0, 0, 0, 6))]
 
 
 def _some_rows(rows: Sequence[int], most: int = 6) -> str:
@@ -91,7 +105,7 @@ def _some_rows(rows: Sequence[int], most: int = 6) -> str:
 
 
 def _line(text: str, most: int = 200) -> str:
-    """Text from data in one line, hidden characters written out: a line break in a name must not begin a line of its own."""
+    """Text from data on one line, with hidden characters written out: a line break in a name must not start a new line."""
     shown = " ".join(visible(text[:most].replace("\n", "\\n")).split())
     return shown if len(text) <= most else f"{shown} …"
 
@@ -100,30 +114,30 @@ def _many(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def _figures(found: Mapping[str, Any]) -> list[str]:
-    profile = found.get("profile") or {}
+def _figures(document: Mapping[str, Any]) -> list[str]:
+    profile = document.get("profile") or {}
     lines = []
     if profile.get("category_count"):
         lines.append("categories: " + ", ".join(f"{_line(name, 40)} {n:,}" for name, n in list(profile["categories"].items())[:8]))
     for part, length in profile.get("lengths", {}).items():
-        if found["kept"]:
+        if document["kept"]:
             lines.append(
                 f"{part}: median {length['median']:,.0f}, 95 % up to {length['p95']:,.0f}, longest {length['max']:,} {length['unit']}"
             )
-    boilerplate = found.get("similarity", {}).get("boilerplate", [])
+    boilerplate = document.get("similarity", {}).get("boilerplate", [])
     if boilerplate:
         passages = "; ".join(f'"{_line(passage["text"])}" in {_many(passage["rows"], "prompt")}' for passage in boilerplate[:3])
         lines.append(f"boilerplate: {passages}")
     return lines
 
 
-def _thirteen_lines(found: Mapping[str, Any]) -> list[str]:
-    lines = [f"\n13 words in common, the usual rule: {_many(found['rows'], 'row')}, {_many(found['pairs'], 'pair')}"]
-    return lines + [f"  {_line(one['place'])} ~ {_line(one['other'])}   {_line(one['shared'], 90)}" for one in found["matches"][:3]]
+def _thirteen_lines(document: Mapping[str, Any]) -> list[str]:
+    lines = [f"\n13 shared words, the common rule: {_many(document['rows'], 'row')}, {_many(document['pairs'], 'pair')}"]
+    return lines + [f"  {_line(one['place'])} ~ {_line(one['other'])}   {_line(one['shared'], 90)}" for one in document["matches"][:3]]
 
 
 def _marked(text: str, span: Sequence[int], around: int = 60) -> Text:
-    """The shared span, with some characters around it."""
+    """The shared span, with some context."""
     from rich.text import Text
 
     start, end = span
@@ -149,7 +163,7 @@ def _change_lines(changes: Mapping[str, Any]) -> list[str]:
             f"  changed  {_line(edit['place'])}",
             *(f"    {sign} {_line(edit[side], 200)}" for sign, side in (("-", "before"), ("+", "after"))),
         ]
-    for kind, words in (("new", "found now, not before"), ("gone", "found before, not now")):
+    for kind, words in (("new", "new findings"), ("gone", "findings that are gone")):
         if changes["findings"][kind]:
             lines.append(f"  {words}: " + ", ".join(f"{one['check']} {one['count']}" for one in changes["findings"][kind]))
     if changes["findings"]["changed"]:

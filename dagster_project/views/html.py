@@ -1,7 +1,7 @@
-"""Jinja templates -> pages: each is one HTML file that needs nothing else, no network and no server.
+"""Jinja templates -> pages. Each page is one self-contained HTML file: it requires neither network nor server.
 
-Data is hostile: whatever a template prints has its hidden characters written out and is escaped, and no text from data becomes an
-element, an attribute's name or a class. A page's Content-Security-Policy allows its own style and script, by their hash, and nothing else.
+Data is untrusted: templates print every value with hidden characters written out, and escaped, and no text from data becomes an element, the
+name of an attribute or a class. A page's Content-Security-Policy allows only its own style and script, by hash.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dagster_project.core.text import many, number, visible
 
 FOLDER = Path(__file__).parent
 SHORT = 300
-"""Characters of a name, place or note; the rest is cut."""
+"""Characters shown of a name, place or note."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[object]]
     folded: bool = True
-    """Shown on demand: the numbers of a plot, for readers who cannot see it or want to copy them."""
+    """Shown on demand, e.g. the numbers of a plot, for screen readers and for copying."""
     region: str = ""
-    """Name of the region in which a wide table scrolls; empty: it does not scroll."""
+    """Name of the region in which a wide table scrolls; empty if it does not scroll."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture as wide as its column: horizontal positions are in percent, so that letters keep their size on a narrow screen."""
+    """A picture as wide as its column. Horizontal positions are in percent, so that text keeps its size on a narrow screen."""
 
     label: str
-    """Says what is shown, for readers who cannot see it."""
+    """Description for screen readers."""
     height: float
     """Pixels."""
     shapes: Sequence[Shape]
@@ -71,7 +71,9 @@ class Figure:
 
 
 def shape(tag: str, *children: Shape | str, **attributes: object) -> Shape:
-    """>>> shape("text", "a", x=1, text_anchor="end", class_="tick").attributes
+    """An SVG element from keyword arguments, with "-" for "_".
+
+    >>> shape("text", "a", x=1, text_anchor="end", class_="tick").attributes
     {'x': 1, 'text-anchor': 'end', 'class': 'tick'}
     """
     return Shape(tag, {name.rstrip("_").replace("_", "-"): value for name, value in attributes.items()}, children)
@@ -81,16 +83,16 @@ def render(template: str, title: str, sections: Mapping[str, Any], script: str =
     """A whole page. The same arguments give the same bytes.
 
     Args:
-        template: file in templates/, with a block `head` and a block for each section, named as the section in lower case.
-        sections: title -> what its block shows; empty ones are left out.
-        script: file beside this one; empty: the page runs none.
-        view: what the template shows outside of sections.
+        template: file in templates/, with a block `head` and one block for each section, with its name in lower case.
+        sections: title -> content of its block; empty sections are left out.
+        script: file in this folder; empty for a page without a script.
+        view: other variables of the template.
     """
     style, code = ((FOLDER / name).read_text("utf-8") if name else "" for name in ("html.css", script))
     policy = f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(code)}; base-uri 'none'; form-action 'none'"
-    shown = {name: section for name, section in sections.items() if section}
+    present = {name: section for name, section in sections.items() if section}
     own = {"policy": Markup(policy), "style": Markup(style), "script": Markup(code)}
-    return ENVIRONMENT.get_template(template).render(title=title, sections=shown, **own, **view)
+    return ENVIRONMENT.get_template(template).render(title=title, sections=present, **own, **view)
 
 
 def _hash(text: str) -> str:
@@ -98,18 +100,18 @@ def _hash(text: str) -> str:
 
 
 def cut(value: object, limit: int = SHORT) -> str:
-    """The text; what exceeds the limit is replaced by its number of characters."""
+    """The text up to the limit, and the number of characters that were cut."""
     text = str(value)
     return text if len(text) <= limit else f"{text[:limit]} … ({number(len(text) - limit)} characters cut)"
 
 
 def label(name: str, most: int = 30) -> str:
-    """A name in a picture, shortened in the middle: paths and names differ at their ends."""
+    """A name in a picture, shortened in the middle, because paths and names differ at their ends."""
     return cut(name if len(name) <= most else f"{name[: most // 2]}…{name[-(most // 2) :]}")
 
 
 def brief(value: float) -> str:
-    """For an axis: 0.25, 800, 12k, 3M, -2k."""
+    """A number as on an axis: 0.25, 800, 12k, 3M, -2k."""
     for size, unit in ((1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.2g}{unit}"
@@ -117,13 +119,13 @@ def brief(value: float) -> str:
 
 
 def share(part: int, whole: int) -> str:
-    """A percentage that is 0 or 100 only where it is so exactly."""
+    """A percentage that is shown as 0 or 100 only if it is exactly that."""
     percent = 100 * part / max(1, whole)
     return "<0.1 %" if 0 < percent < 0.1 else ">99.9 %" if 99.9 < percent < 100 else f"{percent:.1f} %"
 
 
 def _printed(value: object) -> object:
-    """What a template prints of a value, before it is escaped."""
+    """The value that a template prints, before it is escaped."""
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
@@ -133,4 +135,4 @@ ENVIRONMENT = Environment(
 )  # fmt: skip
 ENVIRONMENT.filters |= {"cut": cut, "number": number}
 ENVIRONMENT.globals |= {"many": many}
-ENVIRONMENT.policies["json.dumps_kwargs"] = {"separators": (",", ":")}  # ASCII: no hidden character is in a page
+ENVIRONMENT.policies["json.dumps_kwargs"] = {"separators": (",", ":")}  # ASCII, so a page has no hidden characters

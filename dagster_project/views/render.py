@@ -1,4 +1,4 @@
-"""Documents that a stage wrote -> its pages. Called after the stage by its runner, and by `pedigree render`."""
+"""Documents of a stage -> its pages. Called by the runner after the stage, and by `pedigree render`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ PAGES: Mapping[str, Callable[[Documents], None]] = {
     "aligned": draw_alignment,
     "comparison": draw_comparison,
 }
-"""Stage -> what draws its pages."""
+"""Stage -> the function that draws its pages."""
 
 
 def draw(documents: Documents) -> None:
-    """Draw the pages of a stage. A stage without pages, or without the documents for them, gets none."""
+    """Draw the pages of a stage, if it has any and their documents exist."""
     if documents.stage in PAGES:
         PAGES[documents.stage](documents)

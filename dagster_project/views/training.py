@@ -1,4 +1,4 @@
-"""One training -> one HTML page: its curves, what was trained, from what, by which settings, and the memory that it took and was predicted."""
+"""A training -> one HTML page: curves, trained weights, examples, settings, and measured and predicted memory."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from dagster_project.core.records import write_text
 from dagster_project.core.text import many, number
 from dagster_project.views.html import Figure, Plot, Shape, Table, brief, render, shape
 
-HIGH = 170
+PLOT_HEIGHT = 170
 """Pixels of a plot."""
-SPANS = 5
-"""Examples shown."""
+EXAMPLES_SHOWN = 5
 
 
 def draw_training(documents: Documents) -> None:
-    """data/pages/adapter/<variant>/training.html: curves, what was trained, memory, what the loss counted, settings."""
+    """Write data/pages/adapter/<variant>/training.html: curves, memory, trained weights, tokens in the loss, settings."""
     training, run = documents.read(documents.out / "training.json"), documents.read(documents.pages / "run.json")
     history = documents.read(documents.pages / "history.json")
     if training is None or run is None or history is None:
@@ -39,18 +38,20 @@ def training_page(
     predicted: Mapping[str, int] | None,
     examples: Sequence[Mapping[str, Any]],
 ) -> str:
-    """Args:
-    training: the document of training.json.
-    curve: of history.json.
-    measured: memory, time and speed of the run.
-    predicted: bytes by part; None: not predictable.
-    examples: of the audit of labels; trained spans are marked by ⟦⟧ in their "text".
+    """The page of a training.
+
+    Args:
+        training: the document of training.json.
+        curve: of history.json.
+        measured: memory, time and speed of the run.
+        predicted: bytes by part; None if they cannot be predicted.
+        examples: of the audit of labels; spans in the loss are marked by ⟦⟧ in their "text".
     """
     sections = {
         "Curves": _curves(curve, training.get("best_step")),
         "Memory": _memory(predicted, int(measured["peak_memory_bytes"]), training["device"]),
         "Weights": _weights(training),
-        "Examples": [{"source": one["source"], "pieces": re.split("[⟦⟧]", one["text"])} for one in examples[:SPANS]],
+        "Examples": [{"source": one["source"], "pieces": re.split("[⟦⟧]", one["text"])} for one in examples[:EXAMPLES_SHOWN]],
         "Settings": _settings(training),
     }
     how = f"{training['settings']['method']}, {training['dtype']} on {training['device']}"
@@ -58,13 +59,13 @@ def training_page(
 
 
 def _figures(training: Mapping[str, Any], measured: Mapping[str, float]) -> list[tuple[str, str, str]]:
-    loss, watched = training["loss"], training["validation"]
-    falls = [("loss", loss["first"], loss["last"])]
-    falls += [("validation loss", watched[0]["validation_loss"], watched[-1]["validation_loss"])] if watched else []
+    loss, validation = training["loss"], training["validation"]
+    losses = [("loss", loss["first"], loss["last"])]
+    losses += [("validation loss", validation[0]["validation_loss"], validation[-1]["validation_loss"])] if validation else []
     return [
         ("steps", number(training["steps"]), f"of {number(training['planned_steps'])}"),
-        ("tokens", number(training["tokens"]), f"{number(training['trained_tokens'])} trained on"),
-        *((name, f"{last:.3f}", f"from {first:.3f}") for name, first, last in falls),
+        ("tokens", number(training["tokens"]), f"{number(training['trained_tokens'])} in the loss"),
+        *((name, f"{last:.3f}", f"from {first:.3f}") for name, first, last in losses),
         ("speed", number(round(measured["tokens_per_second"])), "tokens/s") if "tokens_per_second" in measured else ("speed", "–", ""),
         ("memory", f"{measured['peak_memory_bytes'] / 1e6:,.0f}", "MB at the peak"),
     ]
@@ -72,9 +73,9 @@ def _figures(training: Mapping[str, Any], measured: Mapping[str, float]) -> list
 
 SMOOTHED = "smoothed_loss"
 SMOOTHING = 0.9
-"""Share of the earlier average in each point of the smoothed loss: about the last ten steps count."""
+"""Decay of the exponential moving average of the loss: it covers about the last ten steps."""
 RISE = 0.01
-"""Share by which the validation loss must lie above its lowest value to count as risen: smaller moves are noise of a small validation split."""
+"""Relative rise of the validation loss above its minimum that counts as a rise: smaller ones are noise of a small validation split."""
 NAMES = {
     "loss": "training loss of a step",
     SMOOTHED: "training loss, smoothed",
@@ -92,84 +93,84 @@ NAMES = {
     "kl": "KL",
     "response_length": "tokens",
 }
-"""Figure of a curve -> its name in a legend."""
-FEW = 40
-"""Points up to which a line also marks each of them: a single one would be invisible."""
+"""Name of a metric -> its name in a legend."""
+MARKED_POINTS = 40
+"""Lines with at most this many points also mark each of them: a single point would be invisible."""
 
 
 def smoothed(curve: Sequence[Point]) -> list[Point]:
-    """The loss of each step as an exponential moving average, without bias to the first (as Adam corrects its own).
+    """Exponential moving average of the loss, with bias correction as in Adam.
 
     >>> [round(point["smoothed_loss"], 3) for point in smoothed([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}])]
     [2.0, 1.474]
     """
-    found: list[Point] = []
+    points: list[Point] = []
     mean, weight = 0.0, 0.0
     for point in curve:
         if "loss" in point and math.isfinite(point["loss"]):
             mean = SMOOTHING * mean + (1 - SMOOTHING) * point["loss"]
             weight = SMOOTHING * weight + (1 - SMOOTHING)
-            found.append({"step": point["step"], SMOOTHED: mean / weight})
-    return found
+            points.append({"step": point["step"], SMOOTHED: mean / weight})
+    return points
 
 
 def overfitting_since(curve: Sequence[Point]) -> int | None:
-    """The step of the lowest validation loss, if the last one lies above it by more than RISE while the smoothed training loss fell; else None."""
-    watched = [(point["step"], point["validation_loss"]) for point in curve if "validation_loss" in point]
-    if not watched:
+    """Step of the lowest validation loss, if the loss then rose by more than RISE while the smoothed training loss fell; else None."""
+    validation = [(point["step"], point["validation_loss"]) for point in curve if "validation_loss" in point]
+    if not validation:
         return None
-    best, lowest = min(watched, key=lambda point: point[1])
-    last = watched[-1][1]
+    best, lowest = min(validation, key=lambda point: point[1])
+    last = validation[-1][1]
     averages = smoothed(curve)
     if not averages or last <= lowest + RISE * abs(lowest):
         return None
-    then = ([point for point in averages if point["step"] <= best] or averages)[-1 if best else 0]
-    return int(best) if averages[-1][SMOOTHED] < then[SMOOTHED] else None
+    at_best = ([point for point in averages if point["step"] <= best] or averages)[-1 if best else 0]
+    return int(best) if averages[-1][SMOOTHED] < at_best[SMOOTHED] else None
 
 
-def meaning(curve: Sequence[Point], kept: int | None = None) -> str:
-    """What the curves of losses say, in one or two sentences.
+def diagnosis(curve: Sequence[Point], kept: int | None = None) -> str:
+    """Interpretation of the loss curves, in one or two sentences.
 
     Args:
-        kept: the step whose weights were kept, where that is not the last.
+        kept: the step whose weights were kept, if it is not the last one.
     """
-    watched = [(int(point["step"]), point["validation_loss"]) for point in curve if "validation_loss" in point]
-    if len(watched) < 2:
-        return "There is no validation loss, so these curves cannot tell learning from memorizing: set splits.validation above 0."
-    best, lowest = min(watched, key=lambda point: point[1])
-    last = watched[-1][1]
+    validation = [(int(point["step"]), point["validation_loss"]) for point in curve if "validation_loss" in point]
+    if len(validation) < 2:
+        return "There is no validation loss, so overfitting cannot be detected: set splits.validation above 0."
+    best, lowest = min(validation, key=lambda point: point[1])
+    last = validation[-1][1]
     if (since := overfitting_since(curve)) is not None:
         return (
-            f"Overfitting since step {since:,}: the validation loss rose from {lowest:.3f} to {last:.3f} while the training loss went on falling. "
+            f"Overfitting since step {since:,}: the validation loss rose from {lowest:.3f} to {last:.3f} while the training loss kept falling. "
             + (
                 "Train fewer epochs, or keep the best weights (load_best_model_at_end: true)."
                 if kept is None
                 else f"The weights of step {kept:,} were kept."
             )
         )
-    if last > watched[0][1]:
-        return f"Not learning: the validation loss rose from {watched[0][1]:.3f} to {last:.3f}. Lower learning_rate."
+    if last > validation[0][1]:
+        return f"Not learning: the validation loss rose from {validation[0][1]:.3f} to {last:.3f}. Lower learning_rate."
     if last <= lowest + RISE * abs(lowest):
-        flat = len(watched) > 2 and watched[-2][1] - last <= RISE * abs(lowest)
-        more = "it hardly changes any more" if flat else "it was still falling at the end: more steps may help"
-        return f"No overfitting: the validation loss fell from {watched[0][1]:.3f} to {last:.3f}, and {more}."
+        flat = len(validation) > 2 and validation[-2][1] - last <= RISE * abs(lowest)
+        trend = "it has converged" if flat else "it was still falling at the end: more steps may help"
+        return f"No overfitting: the validation loss fell from {validation[0][1]:.3f} to {last:.3f}, and {trend}."
     return f"Unstable: the validation loss was lowest at step {best:,} ({lowest:.3f}) and ended at {last:.3f}, and the training loss rose with it."
 
 
 def _curves(curve: Sequence[Point], kept: int | None) -> dict[str, Any]:
     plots = (
         ("Loss", "of each step, smoothed over about ten steps, and of the validation split", ("loss", SMOOTHED, "validation_loss")),
-        ("Learning rate", "as the schedule has it", ("learning_rate",)),
-        ("Gradient norm", "before it is clipped", ("grad_norm",)),
-        ("Speed", "tokens a second over the last twenty steps, on this machine", ("tokens_per_second",)),
+        ("Learning rate", "as scheduled", ("learning_rate",)),
+        ("Gradient norm", "before clipping", ("grad_norm",)),
+        ("Speed", "tokens per second over the last twenty steps, on this machine", ("tokens_per_second",)),
     )
     points = [*curve, *smoothed(curve)]
     figures = [curve_figure(title, note, points, names) for title, note, names in plots]
-    return {"meaning": meaning(curve, kept), "figures": [figure for figure in figures if figure]}
+    return {"diagnosis": diagnosis(curve, kept), "figures": [figure for figure in figures if figure]}
 
 
 def axis(values: Sequence[float]) -> tuple[float, float]:
-    """The ends of an axis on which every value is visible: from 0 where that costs less than half of the height.
+    """Limits of an axis with all values; it includes 0 if that takes less than half of the height.
 
     >>> axis([2.0, 10.0]), axis([8.0, 10.0]), axis([-3.0, 1.0]), axis([-10.0, -2.0]), axis([5.0])
     ((0.0, 10.0), (8.0, 10.0), (-3.0, 1.0), (-10.0, 0.0), (0.0, 5.0))
@@ -185,38 +186,36 @@ def axis(values: Sequence[float]) -> tuple[float, float]:
 
 
 def curve_figure(title: str, note: str, curve: Sequence[Point], names: Sequence[str]) -> Figure | None:
-    """Lines over steps, with a legend where there are several; None without a value. The plot stretches with its column, its letters do not.
+    """Lines over steps, with a legend if there are several; None if there are no values.
 
-    Values that are not finite are left out, and counted in the note.
+    Values that are not finite are not drawn, but counted in the note.
     """
     finite = {name: [point for point in curve if name in point and math.isfinite(point[name])] for name in names}
-    lines = {name: thinned(found, 500) for name, found in finite.items() if found}
+    lines = {name: thinned(points, 500) for name, points in finite.items() if points}
     if not lines:
         return None
     missing = sum(name in point for name in names for point in curve) - sum(map(len, finite.values()))
-    last = max(found[-1]["step"] for found in lines.values())
-    low, high = axis([point[name] for name, found in lines.items() for point in found])
+    last = max(points[-1]["step"] for points in lines.values())
+    low, high = axis([point[name] for name, points in lines.items() for point in points])
 
     def y(value: float) -> float:
-        return 8 + HIGH * (high - value) / (high - low)
+        return 8 + PLOT_HEIGHT * (high - value) / (high - low)
 
-    words = "; ".join(f"{NAMES.get(name, name)} from {found[0][name]:.4g} to {found[-1][name]:.4g}" for name, found in lines.items())
-    columns = [
-        (point["step"], NAMES.get(name, name), f"{point[name]:.4g}") for name, found in lines.items() for point in thinned(found, 20)
-    ]
+    words = "; ".join(f"{NAMES.get(name, name)} from {points[0][name]:.4g} to {points[-1][name]:.4g}" for name, points in lines.items())
+    rows = [(point["step"], NAMES.get(name, name), f"{point[name]:.4g}") for name, points in lines.items() for point in thinned(points, 20)]
     return Figure(
         title,
         note + (f"; {many(missing, 'value')} not finite, not drawn" if missing else ""),
-        Plot(f"{title} over {last:,} steps: {words}", HIGH + 32, [*_grid(low, high, last, y), *_lines(lines, last, y)]),
-        Table(title, ["step", "", "value"], columns),
+        Plot(f"{title} over {last:,} steps: {words}", PLOT_HEIGHT + 32, [*_grid(low, high, last, y), *_lines(lines, last, y)]),
+        Table(title, ["step", "", "value"], rows),
         legend=[(_kind(name, lines), NAMES.get(name, name)) for name in lines] if len(lines) > 1 else [],
     )
 
 
 def _grid(low: float, high: float, last: float, y: Callable[[float], float]) -> list[Shape]:
-    """Lines across at both ends, in the middle and, where the axis crosses it, at 0; steps below."""
+    """Horizontal lines at both limits, in the middle and, if the axis includes it, at 0; steps below."""
     values = [low, (low + high) / 2, high]
-    if low < 0 < high:  # 0 takes the place of a line that its letters would cover
+    if low < 0 < high:  # 0 replaces a line that its label would overlap
         values = [*(value for value in values if abs(y(value) - y(0)) > 14), 0.0]
     body = []
     for value in values:
@@ -225,25 +224,25 @@ def _grid(low: float, high: float, last: float, y: Callable[[float], float]) -> 
         body.append(shape("text", brief(value), class_="tick", x="11%", y=f"{y(value) + 4:.1f}", text_anchor="end"))
     for step, anchor, at in ((0, "start", 12), (last / 2, "middle", 56), (last, "end", 100)):
         if step in {0, last} or last >= 2:
-            body.append(shape("text", number(round(step)), class_="tick", x=f"{at}%", y=HIGH + 26, text_anchor=anchor))
+            body.append(shape("text", number(round(step)), class_="tick", x=f"{at}%", y=PLOT_HEIGHT + 26, text_anchor=anchor))
     return body
 
 
 def _lines(lines: Mapping[str, Sequence[Point]], last: float, y: Callable[[float], float]) -> list[Shape]:
     drawn, marks = [], []
-    for name, found in lines.items():
+    for name, line in lines.items():
         kind, words = _kind(name, lines), shape("title", NAMES.get(name, name))
-        places = [(100 * point["step"] / max(1, last), y(point[name])) for point in found]
+        places = [(100 * point["step"] / max(1, last), y(point[name])) for point in line]
         points = " ".join(f"{x:.2f},{at:.1f}" for x, at in places)
         drawn.append(shape("polyline", words, class_=f"line {kind}", points=points))
-        if len(places) <= FEW:
+        if len(places) <= MARKED_POINTS:
             marks += [shape("circle", class_=f"dot {kind}", cx=f"{12 + 0.88 * x:.2f}%", cy=f"{at:.1f}", r="2.5") for x, at in places]
-    box = {"viewBox": f"0 0 100 {HIGH + 16}", "preserveAspectRatio": "none"}
-    return [shape("svg", *drawn, x="12%", width="88%", height=HIGH + 16, **box), *marks]
+    box = {"viewBox": f"0 0 100 {PLOT_HEIGHT + 16}", "preserveAspectRatio": "none"}
+    return [shape("svg", *drawn, x="12%", width="88%", height=PLOT_HEIGHT + 16, **box), *marks]
 
 
 def _kind(name: str, lines: Mapping[str, Any]) -> str:
-    """The class of a line: blue for the first, orange for the second; a raw line behind its smoothed one is faint."""
+    """CSS class of a line: blue for the first, orange for the second; a raw line behind its smoothed one is faint."""
     if SMOOTHED in lines and name == "loss":
         return "of-0 raw"
     order = [other for other in lines if not (SMOOTHED in lines and other == "loss")]
@@ -251,8 +250,8 @@ def _kind(name: str, lines: Mapping[str, Any]) -> str:
 
 
 def _memory(predicted: Mapping[str, int] | None, peak: int, device: str) -> Figure:
-    """A bar for each part as predicted, their sum, and what was measured."""
-    what = "resident in the process" if device == "cpu" else "allocated by torch"
+    """Bars of the predicted parts, their sum, and the measured peak."""
+    kind_of_memory = "resident in the process" if device == "cpu" else "allocated by torch"
     total = sum((predicted or {}).values())
     bars = [*(predicted or {}).items(), *([("predicted", total)] if predicted else []), ("measured", peak)]
     most, body = max(size for _, size in bars), []
@@ -264,22 +263,22 @@ def _memory(predicted: Mapping[str, int] | None, peak: int, device: str) -> Figu
             shape("rect", class_="track", x="0", y=y + 21, width="100%", height="7", rx="2"),
             shape("rect", class_=kind, x="0", y=y + 21, width=f"{100 * size / most:.3f}%", height="7", rx="2"),
         ]
-    note = f"{100 * (total / peak - 1):+.1f} % off what was measured" if predicted else "this method's cannot be predicted"
+    note = f"{100 * (total / peak - 1):+.1f} % compared with the measurement" if predicted else "not predictable for this method"
     table = Table("Memory", ["", "bytes"], [(name, number(size)) for name, size in bars])
     plot = Plot(f"Memory: {peak / 1e6:,.0f} MB measured; {note}", 36 * len(bars), body)
-    return Figure("Peak memory", f"by part as predicted, {what}; {note}", plot, table)
+    return Figure("Peak memory", f"predicted by part, {kind_of_memory}; {note}", plot, table)
 
 
 def _weights(training: Mapping[str, Any]) -> dict[str, Any]:
     frozen = training["frozen"]
-    kept = "the same before and after" if frozen["sha256_before"] == frozen["sha256_after"] else "changed, which they must not"
+    state = "unchanged" if frozen["sha256_before"] == frozen["sha256_after"] else "changed, which is an error"
     rows = [(kind, group["tensors"], group["moved"], number(group["norm_of_change"])) for kind, group in training["trained"].items()]
-    table = Table("What learnt", ["weights", "tensors", "moved", "norm of change"], rows, folded=False)
-    return {"table": table, "frozen": f"{many(frozen['tensors'], 'frozen tensor')}: {kept}."}
+    table = Table("Trained weights", ["weights", "tensors", "changed", "norm of change"], rows, folded=False)
+    return {"table": table, "frozen": f"{many(frozen['tensors'], 'frozen tensor')}: {state}."}
 
 
 def _settings(training: Mapping[str, Any]) -> Table:
     settings = {**training["settings"], **{name: training[name] for name in ("seed", "threads", "dtype", "device")}}
     settings |= {f"version of {name}": value for name, value in training["versions"].items()}
     rows = [(name, value if isinstance(value, str) else json.dumps(value)) for name, value in settings.items()]
-    return Table("Settings as they were resolved", ["name", "value"], rows, folded=False)
+    return Table("Resolved settings", ["name", "value"], rows, folded=False)

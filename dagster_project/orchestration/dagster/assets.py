@@ -1,4 +1,4 @@
-"""dvc.yaml -> Dagster's assets and checks. Derived at load time from DVC's resolved stages; each body lets DVC run its stage."""
+"""dvc.yaml -> Dagster's assets and checks, derived from DVC's resolved stages at load time. Each asset runs its stage by DVC."""
 
 import os
 import platform
@@ -15,7 +15,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import dagster as dg
-from dagster._core.definitions.assets.definition.asset_spec import SYSTEM_METADATA_KEY_AUTO_CREATED_STUB_ASSET
 from dagster_pipes import PipesContext, PipesDefaultContextLoader, PipesDefaultMessageWriter, PipesMappingParamsLoader
 
 from dagster_project.core.errors import InputError, PedigreeError
@@ -25,7 +24,7 @@ from dagster_project.orchestration.dagster.dead_runs import MACHINE_TAG, reap
 from dagster_project.orchestration.dagster.metadata import (
     CODE_VERSION,
     IN_SYNC,
-    IN_SYNC_TRUTH,
+    IN_SYNC_DESCRIPTION,
     asset_key,
     check_results,
     definition_key,
@@ -35,11 +34,12 @@ from dagster_project.orchestration.dagster.metadata import (
     read_report,
     source_key,
 )
-from dagster_project.orchestration.dagster.sync import Reading, mirror, read, sync, wanted_tags
+from dagster_project.orchestration.dagster.sync import Snapshot, expected_tags, mirror, read, sync
 from dagster_project.orchestration.dvc import StageState
+from dagster_project.orchestration.private_api import private_module
 from dagster_project.pipeline import PEDIGREE, Pipeline
 
-for category in (dg.BetaWarning, dg.PreviewWarning):  # observable sources, Pipes: one line per asset and run, of no use
+for category in (dg.BetaWarning, dg.PreviewWarning):  # observable sources and Pipes: one line per asset and run
     warnings.filterwarnings("ignore", category=category)
 
 INPUTS, DATA = "1_inputs", "2_data"
@@ -49,7 +49,7 @@ FORCE_TAG = "pedigree/force"
 DAGSTER_YAML = """\
 telemetry: {enabled: false}
 nux: {enabled: false}
-# true: an asset whose `stale_after_days` in dvc.yaml have passed since its last materialization is shown as overdue
+# true: an asset is shown as overdue `stale_after_days` (dvc.yaml) after its last materialization
 freshness: {enabled: false}
 """
 
@@ -67,11 +67,12 @@ def build_definitions(root: Path, pipeline: Pipeline = PEDIGREE) -> dg.Definitio
     sources = {i.path for state in states.values() for i in state.inputs if i.producer is None}
     variants = sorted({address.partition("@")[2] for address in states} - {""})
     data = [address for address, state in states.items() if state.meta.get("group") == DATA]
-    data = [address for address in states if address in data or any(address in dvc.ancestors(states, one) for one in data)]
+    upstream = {name for address in data for name in dvc.ancestors(states, address)}
+    data = [address for address in states if address in data or address in upstream]
     whole = dg.define_asset_job(
         "pipeline",
         selection=dg.AssetSelection.assets(*map(asset_key, states)),
-        description="Everything, in flow order; what is up to date runs nothing.",
+        description="All stages, in flow order. Stages that are up to date are not run.",
     )
     return dg.Definitions(
         assets=[
@@ -84,7 +85,7 @@ def build_definitions(root: Path, pipeline: Pipeline = PEDIGREE) -> dg.Definitio
             dg.define_asset_job(
                 "data",
                 selection=dg.AssetSelection.assets(*map(asset_key, data)),
-                description="The data side only: from sources to splits and preferences.",
+                description="Data stages only: from sources to splits and preferences.",
             ),
             *(
                 dg.define_asset_job(
@@ -95,14 +96,18 @@ def build_definitions(root: Path, pipeline: Pipeline = PEDIGREE) -> dg.Definitio
                 for name in variants
             ),
         ],
-        schedules=[dg.ScheduleDefinition(name="nightly", job=whole, cron_schedule="0 3 * * *", description="An example, off by default.")],
+        schedules=[
+            dg.ScheduleDefinition(
+                name="nightly", job=whole, cron_schedule="0 3 * * *", description="Example of a schedule, off by default."
+            )
+        ],
         sensors=[_sync_sensor(root, pipeline)],
         executor=dg.in_process_executor,
     )
 
 
 def _source(root: Path, path: str) -> dg.SourceAsset:
-    @dg.observable_source_asset(key=source_key(path), group_name=INPUTS, description=f"`{path}`, as it is in the workspace.")
+    @dg.observable_source_asset(key=source_key(path), group_name=INPUTS, description=f"`{path}` in the workspace.")
     def observe() -> dg.DataVersion:
         return dg.DataVersion(next(i.now for state in dvc.read_stages(root).values() for i in state.inputs if i.path == path))
 
@@ -114,7 +119,7 @@ def _definition(root: Path, address: str) -> dg.SourceAsset:
         key=definition_key(address),
         group_name="definitions",
         description=f"Command, parameters and code of `{address}`.",
-        metadata={SYSTEM_METADATA_KEY_AUTO_CREATED_STUB_ASSET: True},  # hidden by default (docs/decisions/016)
+        metadata={_hidden_asset_key(): True},  # hidden by default (docs/decisions/016)
     )
     def observe() -> dg.DataVersion:
         return dg.DataVersion(dvc.read_stages(root)[address].definition_now)
@@ -122,13 +127,18 @@ def _definition(root: Path, address: str) -> dg.SourceAsset:
     return observe
 
 
+def _hidden_asset_key() -> str:
+    """Metadata key of assets that Dagster's UI hides."""
+    return str(private_module("dagster._core.definitions.assets.definition.asset_spec").SYSTEM_METADATA_KEY_AUTO_CREATED_STUB_ASSET)
+
+
 def _asset(root: Path, address: str, state: StageState, pipeline: Pipeline) -> dg.AssetsDefinition:
     upstream = dict.fromkeys(
         [asset_key(i.producer) if i.producer else source_key(i.path) for i in state.inputs] + [definition_key(address)]
     )
     checks = [
-        dg.AssetCheckSpec(name, asset=asset_key(address), description=truth)
-        for name, truth in {**pipeline.check_descriptions(address.partition("@")[0]), IN_SYNC: IN_SYNC_TRUTH}.items()
+        dg.AssetCheckSpec(name, asset=asset_key(address), description=description)
+        for name, description in {**pipeline.check_descriptions(address.partition("@")[0]), IN_SYNC: IN_SYNC_DESCRIPTION}.items()
     ]
 
     days = state.meta.get("stale_after_days")
@@ -156,7 +166,7 @@ def _asset(root: Path, address: str, state: StageState, pipeline: Pipeline) -> d
 
 
 def _group(address: str, state: StageState) -> str:
-    """Group of an asset; of a variant, a group in that of its stage, e.g. "3_training/adapter_lora".
+    """Group of an asset; for a variant, a subgroup of its stage's group, e.g. "3_training/adapter_lora".
 
     A node in Dagster's graph shows only the last part of its key, which is the same for every stage of a variant.
     """
@@ -166,52 +176,56 @@ def _group(address: str, state: StageState) -> str:
 
 @dataclass(frozen=True)
 class Mirrored:
-    """State of all stages when this process last brought an instance up to date."""
+    """State of all stages when this process last mirrored it to an instance."""
 
     run_id: str
-    """Run in which that happened. Another run mirrors again, because assets planned by this run were skipped."""
+    """Another run mirrors again, because assets planned by this run were skipped."""
     states: dict[str, StageState]
     stamp: list[tuple[str, int, int, int]] | None
-    """`dvc.stamp` from before they were read, if known: while it is the same, they need not be read again."""
+    """`dvc.stamp` from before the states were read; None if unknown. While it is the same, they are not read again."""
 
 
 _mirrored: WeakKeyDictionary[dg.DagsterInstance, Mirrored] = WeakKeyDictionary()
 
 
 def _bring_up_to_date(context: dg.AssetExecutionContext, root: Path, address: str, pipeline: Pipeline, force: bool) -> Iterator[Any]:
-    """Sync, let DVC run the stage if it is not up to date, report checks and version, sync again."""
+    """Sync, run the stage by DVC if it is not up to date, report checks and version, sync again.
+
+    Raises:
+        Failure: the stage is not ready, or failed.
+    """
     instance = context.instance
     instance.add_run_tags(context.run_id, {MACHINE_TAG: platform.node()})
     try:
-        pipeline.validate(root)  # before anything is reported: bad input leaves the event log as it was
+        pipeline.validate(root)  # first: bad input leaves the event log unchanged
         known = _mirrored.get(instance)
         known = known if known and known.run_id == context.run_id else None
         now = dvc.stamp(root, known.states) if known else None
         if known and now == known.stamp:
             states = known.states
         else:
-            reading = _settled(context, root, address, pipeline)
-            states = reading.states
+            snapshot = _read_when_idle(context, root, address, pipeline)
+            states = snapshot.states
             if not known or states != known.states:
-                mirror(root, instance, reading, pipeline)
+                mirror(root, instance, snapshot, pipeline)
             _mirrored[instance] = Mirrored(context.run_id, states, now if known and states.keys() == known.states.keys() else None)
         if address not in states:
             raise dg.Failure(f"{address} is no longer in dvc.yaml. Reload the code location.", allow_retries=False)
-        if why := _not_ready(states, address):
-            raise dg.Failure(f"{address} was not run: {why}.", allow_retries=False)
+        if reason := _not_ready(states, address):
+            raise dg.Failure(f"{address} was not run: {reason}.", allow_retries=False)
         done = "nothing"
-        after: Reading | None = None
+        after: Snapshot | None = None
         if force or states[address].changed:
-            for _ in range(2):  # an output restored from a tampered cache object is set aside, then the stage runs
+            for _ in range(2):  # an output restored from a tampered object is set aside, then the stage runs
                 done = _reproduce(context, root, address, force)
                 after = _read(context, root, pipeline)
                 states = after.states
-                if not states[address].doubt:
+                if not states[address].output_problem:
                     break
         else:
-            context.log.info(f"{address} is up to date; nothing was run")
+            context.log.info(f"{address} is up to date; it was not run")
     except PedigreeError as error:
-        with suppress(PedigreeError):  # the error may be that the stages cannot be read
+        with suppress(PedigreeError):  # the stages may be unreadable
             report = read_report(root, dvc.read_stages(root)[address]) or {}
             yield from check_results(root, address, report if report.get("passed") is False else {}, pipeline)
         raise dg.Failure(str(error), allow_retries=False) from None
@@ -220,74 +234,75 @@ def _bring_up_to_date(context: dg.AssetExecutionContext, root: Path, address: st
     yield from check_results(root, address, report, pipeline)
     yield in_sync(state)
     if report.get("passed") is False:
-        raise dg.Failure(f"{address}: its report says that a blocking check failed. See {state.report}.", allow_retries=False)
-    if state.doubt:
-        raise dg.Failure(f"{address}: {state.doubt}. Materialize it again.", allow_retries=False)
-    # the tags are those that sync would report, so that there is nothing to correct and no second materialization
+        raise dg.Failure(f"{address}: a blocking check failed. See {state.report}.", allow_retries=False)
+    if state.output_problem:
+        raise dg.Failure(f"{address}: {state.output_problem}. Materialize it again.", allow_retries=False)
+    # the same tags as sync reports, so that it does not report a second materialization
     yield dg.MaterializeResult(
         asset_key=asset_key(address),
         data_version=dg.DataVersion(state.version),
         metadata={**describe(root, state), "done": done},
-        tags=wanted_tags(state),
+        tags=expected_tags(state),
     )
     if after is not None:
         mirror(root, instance, after, pipeline)
         _mirrored[instance] = Mirrored(context.run_id, states, None)
 
 
-def _read(context: dg.AssetExecutionContext, root: Path, pipeline: Pipeline) -> Reading:
-    reading = read(root, context.instance, pipeline)
-    for line in reading.lines:
+def _read(context: dg.AssetExecutionContext, root: Path, pipeline: Pipeline) -> Snapshot:
+    snapshot = read(root, context.instance, pipeline)
+    for line in snapshot.lines:
         context.log.warning(line)
-    return reading
+    return snapshot
 
 
-def _settled(context: dg.AssetExecutionContext, root: Path, address: str, pipeline: Pipeline) -> Reading:
-    """State of all stages, once no process works on the inputs of `address`: DVC removes outputs briefly even if it then restores them."""
+def _read_when_idle(context: dg.AssetExecutionContext, root: Path, address: str, pipeline: Pipeline) -> Snapshot:
+    """State of all stages, once no process writes inputs of `address`: DVC removes outputs for a moment even if it then restores them."""
     logged = False
     while True:
-        reading = _read(context, root, pipeline)
-        states = reading.states
-        holder = dvc.at_work(root, [states[name].out for name in dvc.ancestors(states, address)]) if address in states else ""
-        if not holder:
-            return reading
+        snapshot = _read(context, root, pipeline)
+        states = snapshot.states
+        writer = dvc.writer_of(root, [states[name].out for name in dvc.ancestors(states, address)]) if address in states else ""
+        if not writer:
+            return snapshot
         if not logged:
-            context.log.info(f"{address} waits: {holder} is writing its inputs")
+            context.log.info(f"{address} is waiting: {writer} is writing its inputs")
             logged = True
         time.sleep(0.5)
 
 
 def _not_ready(states: Mapping[str, StageState], address: str) -> str:
-    """Why a stage cannot run yet and what to do; empty if all of its inputs are up to date. Nothing has been deleted yet."""
-    above = dvc.ancestors(states, address)
-    for name in [*above, address]:
+    """Why a stage cannot run yet, and the next step; empty if all of its inputs are up to date."""
+    upstream = dvc.ancestors(states, address)
+    for name in [*upstream, address]:
         for source in states[name].inputs:
-            if source.unclean:
-                return source.unclean
-    unclean = [name for name in above if states[name].changed]
-    if not unclean:
+            if source.problem:
+                return source.problem
+    changed = [name for name in upstream if states[name].changed]
+    if not changed:
         return ""
-    first = states[unclean[0]]
+    first = states[changed[0]]
     fetch = ""
     if first.version == dvc.MISSING and first.recorded:
-        fetch = (
-            f"; `dvc checkout {first.out}` brings it back"
-            if first.in_cache
-            else f"; it is not in the cache: `dvc pull {first.out}` fetches it"
-        )
-    return f"{', '.join(unclean)} must be brought up to date first ({first.address}: {first.changed[0]}{fetch})"
+        restore, pull = f"`dvc checkout {first.out}` restores it", f"it is not in the cache: `dvc pull {first.out}` fetches it"
+        fetch = f"; {restore if first.in_cache else pull}"
+    return f"{', '.join(changed)} must be brought up to date first ({first.address}: {first.changed[0]}{fetch})"
 
 
 def _reproduce(context: dg.AssetExecutionContext, root: Path, address: str, force: bool) -> str:
-    """DVC runs the stage command; what the command logs streams into this run's log through Dagster Pipes. Returns "run", "restored" or "nothing"."""
-    seen = live(root, address)  # of an earlier run
+    """Run the stage's command by DVC, and stream its log to this run through Dagster Pipes.
 
-    def watching() -> None:
-        nonlocal seen
+    Returns:
+        "run", "restored" or "nothing".
+    """
+    latest = live(root, address)  # of an earlier run
+
+    def report_progress() -> None:
+        nonlocal latest
         now = live(root, address)
-        if now and now != seen:
+        if now and now != latest:
             context.log_event(dg.AssetObservation(asset_key(address), metadata=now))
-        seen = now
+        latest = now
 
     with dg.open_pipes_session(
         context=context, context_injector=dg.PipesTempFileContextInjector(), message_reader=dg.PipesTempFileMessageReader()
@@ -298,14 +313,14 @@ def _reproduce(context: dg.AssetExecutionContext, root: Path, address: str, forc
             address,
             force,
             {**variables, "PYTHONUNBUFFERED": "1"},
-            waiting=lambda who: context.log.info(f"{address} waits: {who}"),
-            watching=watching,
+            on_wait=lambda holder: context.log.info(f"{address} is waiting: {holder}"),
+            on_progress=report_progress,
         )
         if Path(session.message_reader_params["path"]).stat().st_size:
             return "run"
-        reader = PipesMappingParamsLoader(variables)  # no command was started: send the Pipes messages here
+        reader = PipesMappingParamsLoader(variables)  # no command was started, so the Pipes messages are sent here
         with PipesContext(reader, PipesDefaultContextLoader(), PipesDefaultMessageWriter()):
-            context.log.info(f"{address} was restored from DVC's run cache" if done else f"{address} is up to date; nothing was run")
+            context.log.info(f"{address} was restored from DVC's run cache" if done else f"{address} is up to date; it was not run")
         return "restored" if done else "nothing"
 
 
@@ -314,7 +329,7 @@ def _sync_sensor(root: Path, pipeline: Pipeline) -> dg.SensorDefinition:
         name="sync",
         minimum_interval_seconds=15,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Mirrors what DVC did into Dagster's event log, and ends runs whose process was killed.",
+        description="Reports DVC's state to Dagster's event log, and marks runs as failed whose process was killed.",
     )
     def sensor(context: dg.SensorEvaluationContext) -> dg.SkipReason:
         lines = reap(context.instance) + sync(root, context.instance, pipeline)
@@ -324,12 +339,12 @@ def _sync_sensor(root: Path, pipeline: Pipeline) -> dg.SensorDefinition:
 
 
 def project_root() -> Path:
-    """The project this package belongs to: PEDIGREE_PROJECT, or the folder above the package."""
+    """The project of this package: PEDIGREE_PROJECT, or the parent folder of the package."""
     return Path(os.environ.get("PEDIGREE_PROJECT") or Path(__file__).resolve().parents[3])
 
 
 OWNER = "pedigree_project"
-"""File in Dagster's home: the project that it belongs to."""
+"""File in Dagster's home with the path of its project."""
 
 
 def home(root: Path) -> Path:
@@ -350,7 +365,7 @@ def home(root: Path) -> Path:
         if other != root and not folder.is_relative_to(root) and (other / "dvc.yaml").is_file():
             raise InputError(
                 f"Dagster's home {folder} belongs to the project in {other}",
-                f"unset DAGSTER_HOME, or set it to a folder of this project's own, e.g. {root / '.dagster'}",
+                f"unset DAGSTER_HOME, or set it to a folder of this project, e.g. {root / '.dagster'}",
             )
         if not owner.is_file() or other != root:
             owner.write_text(f"{root}\n")

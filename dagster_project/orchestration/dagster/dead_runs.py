@@ -1,4 +1,4 @@
-"""Dagster runs whose process is dead: Dagster's default launcher does not check, so a killed run would stay "started" forever."""
+"""Dagster runs whose process is dead. Dagster's default launcher does not check, so a killed run would keep the status "started"."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from dagster_project.orchestration.processes import is_running
 MACHINE_TAG = "pedigree/machine"
 """Tag of a run: the host of its process. Only that host can check whether the process is alive."""
 QUIET = 3600.0
-"""Seconds without an event after which a run no longer counts as in progress if its process cannot be looked up:
+"""Seconds without an event after which a run no longer counts as in progress, if its process cannot be checked:
 it is on another machine, or the run never reported its process."""
 ALIVE = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
 
 
 def reap(instance: dg.DagsterInstance) -> list[str]:
-    """Mark each run as failed whose process was on this machine and is gone, and free its slots. Returns a line for each.
+    """Mark each run as failed whose process was on this machine and no longer exists, and free its concurrency slots.
 
     A run logs its process id when it starts; a run without one is skipped.
+
+    Returns:
+        One line for each run marked as failed.
     """
     lines = []
     for run in instance.get_runs(dg.RunsFilter(statuses=ALIVE)):
@@ -28,10 +31,12 @@ def reap(instance: dg.DagsterInstance) -> list[str]:
         if run.tags.get(MACHINE_TAG, platform.node()) != platform.node() or last is None or is_running(*last):
             continue
         now = instance.get_run_by_id(run.run_id)
-        if now is None or now.is_finished:  # it ended in the meantime
+        if now is None or now.is_finished:  # it ended meanwhile
             continue
         lines.append(f"run {run.run_id[:8]} ({run.job_name}): its process {last[0]} was killed; marked as failed")
-        instance.report_run_failed(run, f"Process {last[0]} of this run was killed. Launch it again: what was finished is not run twice.")
+        instance.report_run_failed(
+            run, f"Process {last[0]} of this run was killed. Launch the run again: finished stages are not run twice."
+        )
         instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
     return lines
 
@@ -39,16 +44,16 @@ def reap(instance: dg.DagsterInstance) -> list[str]:
 def in_progress(instance: dg.DagsterInstance) -> frozenset[dg.AssetKey]:
     """Assets that a live run is going to materialize: planned, and neither materialized, failed nor skipped in that run yet.
 
-    A run that was killed stays in a started status; it counts only while its process exists.
+    The status of a killed run stays "started": a run counts only while its process exists.
     """
-    found: set[dg.AssetKey] = set()
+    assets: set[dg.AssetKey] = set()
     for run in instance.get_runs(dg.RunsFilter(statuses=ALIVE)):
-        if _lives(instance, run):
-            found |= _remaining(instance, run.run_id)
-    return frozenset(found)
+        if _is_alive(instance, run):
+            assets |= _remaining(instance, run.run_id)
+    return frozenset(assets)
 
 
-def _lives(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
+def _is_alive(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
     process = _process(instance, run.run_id)
     if process is not None and run.tags.get(MACHINE_TAG, platform.node()) == platform.node():
         return is_running(*process)

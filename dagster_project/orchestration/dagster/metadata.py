@@ -29,7 +29,7 @@ from dagster_project.views.lineage import lineage_page
 CODE_VERSION = "1"
 """Constant for all assets: changes of code are reported through `def/<stage>` (docs/decisions/002)."""
 REPORT_TAG = "report"
-"""Metadata of a check result: hash of the check's entry in the report, by which sync detects that Dagster has it already."""
+"""Metadata of a check result: hash of the check's entry in the report. By it, sync detects results that Dagster already has."""
 
 
 def asset_key(address: str) -> dg.AssetKey:
@@ -41,7 +41,7 @@ def definition_key(address: str) -> dg.AssetKey:
 
 
 def source_key(path: str) -> dg.AssetKey:
-    """ "data/sources/benchmarks" -> sources / benchmarks."""
+    """E.g. "data/sources/benchmarks" -> sources / benchmarks."""
     return dg.AssetKey(list(Path(path).relative_to("data").parts) if path.startswith("data/") else ["workspace", *Path(path).parts])
 
 
@@ -51,7 +51,7 @@ def read_report(root: Path, state: StageState) -> dict[str, Any] | None:
 
 
 def describe(root: Path, state: StageState) -> dict[str, Any]:
-    """Metadata of a materialization: rows, metrics, plots, path and commit."""
+    """Metadata of a materialization: rows, metrics, plots, pages, path and commit."""
     report = read_report(root, state) or {}
     if report.get("passed") is False:
         report = {}  # a failed attempt without output
@@ -96,8 +96,8 @@ def describe(root: Path, state: StageState) -> dict[str, Any]:
 
 
 def _lineage(root: Path, state: StageState) -> dict[str, Any]:
-    """Of a model: its inputs, the number of records it was trained on, and the command that verifies it. Writes the audit as a page."""
-    if "safetensors" not in state.meta.get("kinds", []) or not state.recorded or state.doubt:
+    """Metadata of a model: its inputs, the number of records it was trained on, and the command that verifies it. Writes its audit as a page."""
+    if "safetensors" not in state.meta.get("kinds", []) or not state.recorded or state.output_problem:
         return {}
     subject = lineage.find(Index(root), state.address)
     audited = lineage.document(subject)
@@ -119,7 +119,7 @@ def live(root: Path, address: str) -> dict[str, float]:
     """Progress of a running stage: the newest value of each of its live tables, and the step."""
     values: dict[str, float] = {}
     for path in sorted((root / "data" / "live" / address.replace("@", "/")).glob("*.csv")):
-        with suppress(FileNotFoundError):  # a new run removes the tables of the run before
+        with suppress(FileNotFoundError):  # a new run removes the tables of the previous run
             newest = list(csv.DictReader(path.read_text().splitlines()))[-1]
             values = {**values, "step": max(int(newest["step"]), int(values.get("step", 0))), path.stem: float(newest[path.stem])}
     return values
@@ -137,18 +137,18 @@ PAGES = {
 
 
 def page_url(root: Path, path: Path) -> dg.UrlMetadataValue:
-    """Link to a page, which `pedigree ui` serves."""
+    """Link to a page that `pedigree ui` serves."""
     return dg.MetadataValue.url(url(root, path.relative_to(root / "data" / "pages").as_posix()))
 
 
 def pages(root: Path, address: str) -> dict[str, Path]:
-    """The stage's pages that exist: `dvc checkout` does not restore pages."""
+    """The existing pages of a stage. `dvc checkout` does not restore pages."""
     folder = pages_of(root, address)
     return {name: folder / file for name, file in PAGES.items() if (folder / file).is_file()}
 
 
 def _commit(root: Path) -> str:
-    """The commit of dvc.lock; if dvc.lock has changes, HEAD with a note that says so."""
+    """The commit of dvc.lock; if dvc.lock has uncommitted changes, HEAD with a note."""
     if git(root, "status", "--porcelain", "--", "dvc.lock"):
         head = (git(root, "rev-parse", "--verify", "--quiet", "HEAD") or "").strip()
         return f"{head} with uncommitted changes" if head else ""
@@ -156,7 +156,7 @@ def _commit(root: Path) -> str:
 
 
 def _marked(match: Mapping[str, Any], column: str) -> str | float:
-    """A cell of the table of overlaps; the shared span is in brackets."""
+    """A cell of the table of overlapping rows; the shared span is in brackets."""
     value = match[column]
     if column not in {"text", "other_text"}:
         return value
@@ -165,9 +165,9 @@ def _marked(match: Mapping[str, Any], column: str) -> str | float:
 
 
 def check_results(root: Path, address: str, report: Mapping[str, Any], pipeline: Pipeline) -> list[dg.AssetCheckResult]:
-    """Results of the stage's checks from its report, with the severity of the data-quality page. Dagster has no severity for remarks: they pass.
+    """Results of a stage's checks from its report, with the same severity as on the data-quality page.
 
-    Whether a check blocks was decided when the stage ran.
+    Dagster has no severity for remarks: they pass. Whether a check blocks was decided when the stage ran.
     """
     link = pages(root, address).get("report")
     results = []
@@ -213,19 +213,19 @@ def check_results(root: Path, address: str, report: Mapping[str, Any], pipeline:
 
 
 IN_SYNC = "dvc_in_sync"
-IN_SYNC_TRUTH = "DVC calls the stage up to date: its output, inputs, parameters and code are what dvc.lock recorded."
+IN_SYNC_DESCRIPTION = "DVC reports the stage as up to date: its output, inputs, parameters and code are as recorded in dvc.lock."
 
 
 def in_sync(state: StageState) -> dg.AssetCheckResult:
-    """The same verdict as `dvc status`."""
-    why = "; ".join(state.changed)
-    metadata = {"truth": dg.MetadataValue.text(IN_SYNC_TRUTH), REPORT_TAG: dg.MetadataValue.text(digest(why))}
+    """Result of the check that the stage is up to date. Agrees with `dvc status`."""
+    reasons = "; ".join(state.changed)
+    metadata = {"truth": dg.MetadataValue.text(IN_SYNC_DESCRIPTION), REPORT_TAG: dg.MetadataValue.text(digest(reasons))}
     return dg.AssetCheckResult(
         check_name=IN_SYNC,
         asset_key=asset_key(state.address),
-        passed=not why,
+        passed=not reasons,
         severity=dg.AssetCheckSeverity.WARN,
-        metadata=metadata | ({"note": dg.MetadataValue.text(why)} if why else {}),
+        metadata=metadata | ({"note": dg.MetadataValue.text(reasons)} if reasons else {}),
     )
 
 
@@ -250,9 +250,11 @@ def _draw_curves(rows: list[dict[str, str]], out: Path) -> str:
         axes.set(xlabel="step", title=name)
         axes.grid(alpha=0.3)
     training = out / "training.json"
-    watched = json.loads(training.read_text())["validation"] if training.is_file() else []
-    if watched:
-        figure.axes[0].plot([p["step"] for p in watched], [p["validation_loss"] for p in watched], marker="o", label="validation_loss")
+    validation = json.loads(training.read_text())["validation"] if training.is_file() else []
+    if validation:
+        figure.axes[0].plot(
+            [p["step"] for p in validation], [p["validation_loss"] for p in validation], marker="o", label="validation_loss"
+        )
         figure.axes[0].legend()
     return _png(figure)
 
@@ -284,7 +286,7 @@ def _draw_calibration(rows: list[dict[str, str]], _: Path) -> str:
     axes = figure.subplots()
     axes.plot([0.5, 1], [0.5, 1], color="grey", linestyle=":", label="perfectly calibrated")
     axes.plot([float(row["confidence"]) for row in rows], [float(row["accuracy"]) for row in rows], marker="o", label="held-out pairs")
-    axes.set(xlabel="how sure the reward model is", ylabel="how often it is right")
+    axes.set(xlabel="confidence of the reward model", ylabel="accuracy")
     axes.legend()
     return _png(figure)
 
@@ -296,4 +298,4 @@ PLOTS: dict[str, list[tuple[str, Callable[[list[dict[str, str]], Path], str]]]] 
     "aligned": [("alignment", _draw_curves)],
     "evaluation_aligned": [("confusion_aligned", _draw_confusion)],
 }
-"""Stage -> its tables for `dvc plots`, and the functions that draw them."""
+"""Stage -> its tables for `dvc plots`, each with the function that draws it."""

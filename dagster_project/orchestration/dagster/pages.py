@@ -26,13 +26,13 @@ from dagster_project.orchestration.processes import end_with_parent
 HOST = "127.0.0.1"
 DEFAULT_PORT = 3100
 PORT_FILE = "pages_port"
-"""File in Dagster's home: the port of the latest `pedigree ui`, so that links which are recorded later agree with it."""
+"""File in Dagster's home: the port of the latest `pedigree ui`, for links that are recorded later."""
 TYPES = {".html": "text/html; charset=utf-8", ".csv": "text/csv; charset=utf-8", ".json": "application/json"}
-NOTHING = "default-src 'none'"
-LISTING = f"{NOTHING}; style-src 'unsafe-inline'"
+DENY_ALL = "default-src 'none'"
+LISTING_POLICY = f"{DENY_ALL}; style-src 'unsafe-inline'"
 POLICY = re.compile(rb'<meta http-equiv="Content-Security-Policy" content="([^"\r\n]*)">')
 HEAD = 4096
-"""Bytes at the start of a page in which its policy is looked for."""
+"""Bytes at the start of a page that are searched for its policy."""
 
 
 def _port_file(root: Path) -> Path:
@@ -52,7 +52,7 @@ def remember_port(root: Path, port: int) -> None:
 
 
 def identity(root: Path) -> str:
-    """Short hash of the project's folder, which tells its links from those of another project on the same port."""
+    """Short hash of the project's folder. It distinguishes its links from those of another project on the same port."""
     return hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:8]
 
 
@@ -81,36 +81,36 @@ def listen(port: int) -> socket.socket:
         listener.close()
         raise InputError(
             f"cannot serve data/pages on {HOST}:{port}: {error.strerror}",
-            f"stop what runs there, or give another --pages-port, e.g. {port + 1 if port < 65535 else DEFAULT_PORT}",
+            f"stop the process that uses it, or give another --pages-port, e.g. {port + 1 if port < 65535 else DEFAULT_PORT}",
         ) from None
     listener.listen()
     return listener
 
 
 def start(root: Path, listener: socket.socket) -> subprocess.Popen[bytes]:
-    """Serve from a process that ends when this one does, whatever program this one becomes."""
+    """Serve from a process that ends with this one, even after this one has executed another program."""
     command = [sys.executable, "-m", "dagster_project.orchestration.dagster.pages", str(root), str(listener.fileno())]
     return subprocess.Popen(command, pass_fds=[listener.fileno()], stdin=subprocess.DEVNULL)
 
 
 def locate(base: Path, path: str) -> Path | None:
-    """The file or folder that a URL's path names below `base`; None if there is none.
+    """The file or folder of a URL path in `base`; None if there is none.
 
-    Hidden names and symbolic links count as missing.
+    Hidden files and symbolic links count as missing.
     """
     pieces = [piece for piece in unquote(path).split("/") if piece]
     if any(piece.startswith(".") or "\\" in piece or "\0" in piece for piece in pieces):
         return None
     target = base.resolve().joinpath(*pieces)
     try:
-        found = target.resolve(strict=True)
+        resolved = target.resolve(strict=True)
     except (OSError, RuntimeError):
         return None
-    return found if found == target and (found.is_file() or found.is_dir()) else None
+    return resolved if resolved == target and (resolved.is_file() or resolved.is_dir()) else None
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers GET and HEAD; every other method is refused by the base class."""
+    """Answers GET and HEAD. The base class refuses every other method."""
 
     server_version = "pedigree"
     sys_version = ""
@@ -140,40 +140,44 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> tuple[HTTPStatus, str, str, bytes]:
         """Status, content type, policy and body."""
-        asked = urlsplit(self.path)
+        requested = urlsplit(self.path)
         port = self.request.getsockname()[1]
-        if self.headers.get("Host") not in {f"{HOST}:{port}", f"localhost:{port}"}:  # a web site that resolves its name to loopback
+        if self.headers.get("Host") not in {
+            f"{HOST}:{port}",
+            f"localhost:{port}",
+        }:  # DNS rebinding: a web site whose name resolves to loopback
             return self._refusal(HTTPStatus.FORBIDDEN, "this server answers on loopback only")
-        project = parse_qs(asked.query).get("project", [identity(self.root)])
+        project = parse_qs(requested.query).get("project", [identity(self.root)])
         if project != [identity(self.root)]:
-            return self._refusal(HTTPStatus.NOT_FOUND, f"the link is another project's; the pages here are those of {self.root}")
+            return self._refusal(HTTPStatus.NOT_FOUND, f"the link belongs to another project; this server has the pages of {self.root}")
         base = self.root / "data" / "pages"
-        found = locate(base, asked.path)
-        if found is None:
-            return self._refusal(HTTPStatus.NOT_FOUND, "no such page; a run of the stage writes it")
-        if found.is_dir():
-            return HTTPStatus.OK, TYPES[".html"], LISTING, _listing(base.resolve(), found).encode()
+        path = locate(base, requested.path)
+        if path is None:
+            return self._refusal(HTTPStatus.NOT_FOUND, "no such page; run the stage to write it")
+        if path.is_dir():
+            return HTTPStatus.OK, TYPES[".html"], LISTING_POLICY, _listing(base.resolve(), path).encode()
         try:
-            body = found.read_bytes()
+            body = path.read_bytes()
         except OSError as error:
             return self._refusal(HTTPStatus.NOT_FOUND, f"cannot be read: {error.strerror}")
-        own = POLICY.search(body[:HEAD]) if found.suffix == ".html" else None
-        return HTTPStatus.OK, TYPES.get(found.suffix, "application/octet-stream"), own[1].decode("latin-1") if own else NOTHING, body
+        policy = POLICY.search(body[:HEAD]) if path.suffix == ".html" else None
+        content_type = TYPES.get(path.suffix, "application/octet-stream")
+        return HTTPStatus.OK, content_type, policy[1].decode("latin-1") if policy else DENY_ALL, body
 
     def _refusal(self, status: HTTPStatus, why: str) -> tuple[HTTPStatus, str, str, bytes]:
-        return status, "text/plain; charset=utf-8", NOTHING, f"{why}\n".encode()
+        return status, "text/plain; charset=utf-8", DENY_ALL, f"{why}\n".encode()
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Logs nothing: the terminal belongs to Dagster."""
+        """Log nothing: Dagster uses the terminal."""
 
 
 def _listing(base: Path, folder: Path) -> str:
-    """Links to what a folder holds, hidden files and symbolic links left out."""
+    """Page with links to the content of a folder, without hidden files and symbolic links."""
     inside = [path for path in folder.iterdir() if path.name[0] != "." and not path.is_symlink()]
     names = sorted([f"{path.name}/" for path in inside if path.is_dir()] + [path.name for path in inside if path.is_file()])
     where = "/".join(["data/pages", *folder.relative_to(base).parts])
     prefix = quote("/".join(["", *folder.relative_to(base).parts, ""]))
-    items = "".join(f'<li><a href="{escape(prefix + quote(name))}">{escape(name)}</a></li>' for name in names) or "<li>nothing yet</li>"
+    items = "".join(f'<li><a href="{escape(prefix + quote(name))}">{escape(name)}</a></li>' for name in names) or "<li>empty</li>"
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(where)}</title>'
         f"<style>body{{font:1rem sans-serif;margin:2rem}}</style></head><body><h1>{escape(where)}</h1><ul>{items}</ul></body></html>\n"
@@ -182,14 +186,15 @@ def _listing(base: Path, folder: Path) -> str:
 
 def server(root: Path, listener: socket.socket) -> ThreadingHTTPServer:
     """The server on a listening socket."""
-    found = ThreadingHTTPServer(listener.getsockname(), partial(Handler, root), bind_and_activate=False)
-    found.socket.close()
-    found.socket = listener
-    found.server_address = listener.getsockname()
-    return found
+    http_server = ThreadingHTTPServer(listener.getsockname(), partial(Handler, root), bind_and_activate=False)
+    http_server.socket.close()
+    http_server.socket = listener
+    http_server.server_address = listener.getsockname()
+    return http_server
 
 
 def main() -> None:
+    """Serve until the parent process ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C stops Dagster, and this process ends with it
     end_with_parent()
     server(Path(sys.argv[1]), socket.socket(fileno=int(sys.argv[2]))).serve_forever()

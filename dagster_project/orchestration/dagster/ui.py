@@ -1,4 +1,4 @@
-"""`pedigree ui`: Dagster's web server and daemon, on loopback, with its home inside the project; and data/pages beside it."""
+"""`pedigree ui`: Dagster's web server and daemon, with its home in the project, and a server of data/pages, both on loopback."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ log = logging.getLogger("pedigree")
 
 
 def serve(root: Path, host: str, port: int, pages_port: int) -> NoReturn:
-    """Start the server of data/pages, sync once, then become `dagster dev`, so that a stop signal reaches that process directly.
+    """Start the server of data/pages, sync once, then execute `dagster dev` in this process, so that stop signals reach it directly.
 
     Args:
         host, port: of the Dagster UI.
-        pages_port: of data/pages, which are served on loopback whatever `host` is.
+        pages_port: of the server of data/pages, which is always on loopback.
     Raises:
         InputError: a port is in use.
     """
     if port == pages_port:
-        raise InputError(f"--port and --pages-port are both {port}", "give two ports")
+        raise InputError(f"--port and --pages-port are both {port}", "give two different ports")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -37,7 +37,7 @@ def serve(root: Path, host: str, port: int, pages_port: int) -> NoReturn:
         except (OSError, OverflowError) as error:
             raise InputError(
                 f"cannot listen on {host}:{port}: {getattr(error, 'strerror', None) or error}",
-                f"stop what runs there, or give another --port, e.g. {port + 1 if port < 65535 else 3000}",
+                f"stop the process that uses it, or give another --port, e.g. {port + 1 if port < 65535 else 3000}",
             ) from None
     listener = pages.listen(pages_port)
     folder = home(root)

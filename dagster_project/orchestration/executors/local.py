@@ -1,6 +1,6 @@
 """Executor `local`: the stage runs in the driver's own process.
 
-So what holds for the driver holds for the stage: it ends when its DVC does, an interrupt reaches it first, and its lock is free once it is dead.
+So the stage ends with DVC, an interrupt reaches the stage first, and the lock is released when the process dies.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class LocalExecutor:
 
 
 def run_with_pages(ctx: StageContext, pipeline: Pipeline) -> Report:
-    """Run the stage with the execution hints that planning has for this host, and draw its pages, also if a blocking check failed."""
+    """Run the stage with the execution hints of planning for this host, and draw its pages, also if a blocking check failed."""
     forecast = pipeline.forecast(ctx)
     report = pipeline.stages[ctx.stage](ctx if forecast is None else replace(ctx, hints=forecast.hints))
     documents = Documents(ctx.root, ctx.address, ctx.out, ctx.pages, report.document())
