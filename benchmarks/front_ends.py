@@ -52,14 +52,14 @@ def thirty(repeat: int) -> None:
     import dagster as dg
 
     sys.path.insert(0, str(ROOT / "tests"))
-    import small_pipeline as mini
+    from builders import small_pipeline
 
     from dagster_project.orchestration.dagster.sync import sync
 
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with tempfile.TemporaryDirectory() as folder:
         values = {"minlen": 1, "testseed": 7, "variants": {f"v{n}": {"r": n} for n in range(26)}}
-        root = mini.make_project(Path(folder) / "project", values)
+        root = small_pipeline.make_project(Path(folder) / "project", values)
         subprocess.run(["dvc", "repro", "-q"], cwd=root, check=True)
         (root / ".dagster").mkdir()
         (root / ".dagster" / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
@@ -67,9 +67,9 @@ def thirty(repeat: int) -> None:
         empty = [dg.asset(name=f"empty_{n}")(lambda: None) for n in range(30)]
         quiet = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
         with dg.DagsterInstance.from_config(str(root / ".dagster")) as instance:
-            sync(root, instance, mini.STREET)
-            synced = median(repeat, lambda: sync(root, instance, mini.STREET))
-            ours = median(repeat, lambda: mini.materialize(root, instance))
+            sync(root, instance, small_pipeline.PIPELINE)
+            synced = median(repeat, lambda: sync(root, instance, small_pipeline.PIPELINE))
+            ours = median(repeat, lambda: small_pipeline.materialize(root, instance))
             theirs = median(repeat, lambda: dg.materialize(empty, instance=instance, run_config=quiet))
         print(f"sync of 30 stages with nothing to report: {synced:.2f} s")
         print(

@@ -27,6 +27,8 @@ os.environ.setdefault("DVC_NO_ANALYTICS", "1")
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 ROOT = Path(__file__).resolve().parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
+"""Data sets that nobody here wrote; tests on them are skipped where the folder is missing."""
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -40,6 +42,11 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     report = yield
     report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
     return report
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests on the finished pipeline come first: one test process makes it, while the other has tests that do not wait for it."""
+    items.sort(key=lambda item: "_finished" not in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(scope="session")
@@ -246,13 +253,13 @@ def finished(_finished: Path, tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small pipeline (tests/small_pipeline.py) in which everything has run and is committed."""
-    import small_pipeline as mini
+    """A small pipeline (tests/builders/small_pipeline.py) in which everything has run and is committed."""
+    from builders import small_pipeline
 
-    root = mini.make_project(tmp_path_factory.mktemp("pipeline") / "project")
+    root = small_pipeline.make_project(tmp_path_factory.mktemp("pipeline") / "project")
     assert dvc(root, "repro").returncode == 0
-    mini.git(root, "add", "-A")
-    mini.git(root, "commit", "-qm", "made")
+    small_pipeline.git(root, "add", "-A")
+    small_pipeline.git(root, "commit", "-qm", "made")
     return root
 
 
@@ -280,8 +287,8 @@ def shown_checks(root: Path, instance: Any) -> dict[str, dict[str, str]]:
 
     module = root / "shown_definitions.py"
     module.write_text(
-        "from pathlib import Path\n\nfrom small_pipeline import STREET\n\nfrom dagster_project.orchestration.dagster.assets import build_definitions\n\n"
-        "defs = build_definitions(Path(__file__).parent, STREET)\n"
+        "from pathlib import Path\n\nfrom builders.small_pipeline import PIPELINE\n\nfrom dagster_project.orchestration.dagster.assets import build_definitions\n\n"
+        "defs = build_definitions(Path(__file__).parent, PIPELINE)\n"
     )
     origin = InProcessCodeLocationOrigin(
         LoadableTargetOrigin(executable_path=sys.executable, python_file=str(module), working_directory=str(root)), location_name="pipeline"

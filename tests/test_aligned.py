@@ -1,4 +1,4 @@
-"""The reward model and the aligned policies learn from pairs, begin as the SFT model, and end in the same bytes."""
+"""The reward model and the alignment methods train on pairs, start from the SFT model, and resume to the same bytes."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 import torch
+from builders.preferences import PREFERENCE_SCHEMA, preference_row
 from conftest import draw_pages
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
 from dagster_project.core.progress import Progress
-from dagster_project.core.records import Report, example_id, read_table, write_records
+from dagster_project.core.records import Report, read_table, write_records
 from dagster_project.evaluation.paired.alignment import gamed, paired
 from dagster_project.pipeline import validate
 from dagster_project.stages import aligned, reward_model
@@ -28,18 +28,6 @@ from dagster_project.training.trainers.harness.history import TrainingHistory
 from dagster_project.training.trainers.harness.session import Diverged, Interrupted
 
 COMPUTE = Compute(seed=3, threads=1, dtype="float32")
-MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-SCHEMA = pa.schema(
-    [("example_id", pa.string()), ("prompt", MESSAGES), ("chosen", MESSAGES), ("rejected", MESSAGES), ("margin", pa.float64()),
-     ("category", pa.string()), ("group_id", pa.string())]
-)  # fmt: skip
-
-
-def pair(i: int, chosen: str, rejected: str, margin: float | None = None) -> dict[str, Any]:
-    prompt = [{"role": "user", "content": f"q{i}"}]
-    good, bad = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
-    return {"example_id": example_id(prompt + good + bad), "prompt": prompt, "chosen": good, "rejected": bad, "margin": margin,
-            "category": "even" if i % 2 else None, "group_id": str(i)}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +35,7 @@ def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """People like answers of a, and dislike those of z. Both are as long."""
     folder = tmp_path_factory.mktemp("preferences")
     for split, numbers in {"train": range(16), "validation": range(20, 22), "test": range(30, 38)}.items():
-        write_records(folder / split, [pair(i, "a" * (3 + i % 3), "z" * (3 + (i + 1) % 3)) for i in numbers], SCHEMA)
+        write_records(folder / split, [preference_row(i, "a" * (3 + i % 3), "z" * (3 + (i + 1) % 3)) for i in numbers], PREFERENCE_SCHEMA)
     return folder
 
 
@@ -104,12 +92,12 @@ def bytes_of(folder: Path) -> Mapping[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_an_answer_is_cut_from_its_prompt_where_it_begins_and_ends_with_the_end_of_turn(tiny_tokenizer: Any) -> None:
+def test_answer_tokens_begin_after_the_prompt_and_include_the_end_of_turn(tiny_tokenizer: Any) -> None:
     ((prompt, answer),) = answered(tiny_tokenizer, [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]])
     assert tiny_tokenizer.decode(prompt).endswith("<|im_start|>assistant\n") and tiny_tokenizer.decode(answer) == "Yes<|im_end|>"
 
 
-def test_the_reward_model_prefers_as_people_do_on_pairs_it_never_saw(judged: tuple[Path, Report]) -> None:
+def test_the_reward_model_prefers_the_chosen_answers_of_unseen_pairs(judged: tuple[Path, Report]) -> None:
     folder, report = judged
     assert not report.failures
     assert report.metrics["accuracy"] == 1.0 and report.metrics["accuracy_interval"] == [
@@ -120,7 +108,7 @@ def test_the_reward_model_prefers_as_people_do_on_pairs_it_never_saw(judged: tup
     assert (folder / "model.safetensors").is_file() and not (folder / "adapter_config.json").exists()
 
 
-def test_its_reward_of_an_answer_depends_on_no_neighbour(judged: tuple[Path, Report], preferences: Path) -> None:
+def test_the_reward_of_an_answer_does_not_depend_on_its_batch(judged: tuple[Path, Report], preferences: Path) -> None:
     model = reward.RewardModel(judged[0], torch.device("cpu"), torch.float32)
     texts = [[{"role": "user", "content": "q"}, {"role": "assistant", "content": text}] for text in ("a", "zz" * 9, "hello")]
     alone = [model([text])[0] for text in texts]
@@ -128,9 +116,9 @@ def test_its_reward_of_an_answer_depends_on_no_neighbour(judged: tuple[Path, Rep
     assert alone[0] > alone[1]
 
 
-def test_the_length_rule_is_learnt_from_train_and_told_beside_the_accuracy(tmp_path: Path, tiny_model: Path) -> None:
+def test_the_length_rule_is_fitted_on_train_and_reported_with_the_accuracy(tmp_path: Path, tiny_model: Path) -> None:
     for split, numbers in {"train": range(4), "validation": range(0), "test": range(10, 14)}.items():
-        write_records(tmp_path / "pairs" / split, [pair(i, "ab", "abcd" if i != 13 else "a") for i in numbers], SCHEMA)
+        write_records(tmp_path / "pairs" / split, [preference_row(i, "ab", "abcd" if i != 13 else "a") for i in numbers], PREFERENCE_SCHEMA)
     report = train_reward(tmp_path, tmp_path / "pairs", tiny_model, max_steps=1, min_accuracy=0.0)
     assert (report.metrics["length_rule"], report.metrics["length_rule_says"]) == (0.75, "shorter")
 
@@ -143,7 +131,7 @@ def weak(tmp_path_factory: pytest.TempPathFactory, preferences: Path, tiny_model
     return folder / "reward_model", train_reward(folder, preferences, tiny_model, **settings)
 
 
-def test_a_reward_model_below_the_accuracy_asked_for_is_reported_and_blocks_nothing_itself(weak: tuple[Path, Report]) -> None:
+def test_a_reward_model_below_the_required_accuracy_is_reported_and_does_not_block(weak: tuple[Path, Report]) -> None:
     folder, report = weak
     [failed] = [check for check in report.checks if not check.passed and check.severity == "error"]
     assert failed.name == "prefers_as_people_do" and not report.failures
@@ -152,7 +140,7 @@ def test_a_reward_model_below_the_accuracy_asked_for_is_reported_and_blocks_noth
 
 
 @pytest.mark.parametrize("method", ["dpo", "kto"])
-def test_methods_that_learn_from_pairs_go_on_with_a_reward_model_that_failed_its_checks_and_say_so(
+def test_methods_that_train_on_pairs_accept_a_failed_reward_model_and_report_it(
     method: str, tmp_path: Path, preferences: Path, weak: tuple[Path, Report], tiny_model: Path
 ) -> None:
     report = align_it(tmp_path, preferences, weak[0], tiny_model, method=method)
@@ -163,7 +151,7 @@ def test_methods_that_learn_from_pairs_go_on_with_a_reward_model_that_failed_its
 
 
 @pytest.mark.parametrize("method", ["rloo", "grpo", "ppo"])
-def test_methods_that_learn_from_rewards_refuse_a_reward_model_that_failed_its_checks_before_any_work(
+def test_methods_that_train_on_rewards_refuse_a_failed_reward_model_before_loading_a_model(
     method: str, tmp_path: Path, preferences: Path, weak: tuple[Path, Report], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preference, "policy", lambda *_, **__: pytest.fail("a model was loaded"))
@@ -174,7 +162,7 @@ def test_methods_that_learn_from_rewards_refuse_a_reward_model_that_failed_its_c
     assert not (tmp_path / "out").exists() and not (tmp_path / "checkpoints").exists()
 
 
-def test_a_method_that_is_rewarded_by_rules_alone_does_not_ask_for_a_reward_model(
+def test_a_method_with_rule_rewards_only_needs_no_reward_model(
     tmp_path: Path, preferences: Path, weak: tuple[Path, Report], tiny_model: Path
 ) -> None:
     settings = {**METHODS["rloo"], "rewards": {"brief": 1.0, "reward_model": 0.0}}
@@ -184,7 +172,7 @@ def test_a_method_that_is_rewarded_by_rules_alone_does_not_ask_for_a_reward_mode
 
 
 @pytest.mark.parametrize("diverges", ["at a step", "in the weights"])
-def test_without_usable_weights_the_reward_model_is_an_output_that_says_why_and_dpo_goes_on_without_rewards(
+def test_a_diverged_reward_model_records_the_reason_and_dpo_runs_without_rewards(
     diverges: str, tmp_path: Path, preferences: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def diverge(spec: Any, model: Any, *_: Any) -> TrainingHistory:
@@ -210,7 +198,7 @@ def test_without_usable_weights_the_reward_model_is_an_output_that_says_why_and_
     assert "learned" in failed.note and "aligned.mine.rewards" in failed.note and "min_accuracy" not in failed.note
 
 
-def test_a_reward_model_whose_checks_are_not_recorded_is_not_learned_from(
+def test_a_reward_model_without_recorded_checks_is_refused(
     tmp_path: Path, preferences: Path, judged: tuple[Path, Report], tiny_model: Path
 ) -> None:
     shutil.copytree(judged[0], tmp_path / "judge")
@@ -219,23 +207,23 @@ def test_a_reward_model_whose_checks_are_not_recorded_is_not_learned_from(
     assert "dvc repro reward_model" in failed.note
 
 
-def test_a_project_without_preferences_has_no_reward_model_and_no_error(tmp_path: Path, tiny_model: Path) -> None:
+def test_without_preferences_the_reward_model_stage_writes_nothing_and_passes(tmp_path: Path, tiny_model: Path) -> None:
     for split in ("train", "validation", "test"):
-        write_records(tmp_path / "pairs" / split, [], SCHEMA)
+        write_records(tmp_path / "pairs" / split, [], PREFERENCE_SCHEMA)
     report = train_reward(tmp_path, tmp_path / "pairs", tiny_model)
     assert not report.failures and report.metrics == {"pairs": 0}
     with pytest.raises(InputError, match="no pair in the train split"):
         align_it(tmp_path, tmp_path / "pairs", tmp_path / "reward_model", tiny_model, method="dpo")
 
 
-def test_margins_are_refused_where_a_pair_has_none(tmp_path: Path, preferences: Path, tiny_model: Path) -> None:
+def test_margins_require_a_margin_in_every_pair(tmp_path: Path, preferences: Path, tiny_model: Path) -> None:
     with pytest.raises(InputError, match="26 pairs have no margin"):
         train_reward(tmp_path, preferences, tiny_model, margins=True)
 
 
-def test_every_weight_may_learn_the_rewards_and_margins_hold_them_apart(tmp_path: Path, tiny_model: Path) -> None:
+def test_full_fine_tuning_of_a_reward_model_respects_margins(tmp_path: Path, tiny_model: Path) -> None:
     for split in ("train", "validation", "test"):
-        write_records(tmp_path / "pairs" / split, [pair(i, "aaa", "zzz", 1.0) for i in range(4)], SCHEMA)
+        write_records(tmp_path / "pairs" / split, [preference_row(i, "aaa", "zzz", 1.0) for i in range(4)], PREFERENCE_SCHEMA)
     settings = {"method": "full", "learning_rate": 1e-3, "margins": True, "center_rewards_coefficient": 0.01}
     report = train_reward(tmp_path, tmp_path / "pairs", tiny_model, **settings)
     assert not report.failures and report.metrics["accuracy"] == 1.0
@@ -251,7 +239,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_learns_from_the_sft_model_and_writes_what_it_saw(
+def test_every_method_starts_from_the_sft_model_and_records_the_examples_used(
     method: str, tmp_path: Path, preferences: Path, judged: tuple[Path, Report], tiny_model: Path
 ) -> None:
     report = align_it(tmp_path, preferences, judged[0], tiny_model, method=method, **METHODS[method])
@@ -268,7 +256,7 @@ def test_every_method_learns_from_the_sft_model_and_writes_what_it_saw(
     assert "<script" not in (tmp_path / "pages" / "alignment.html").read_text() and any((tmp_path / "live").glob("*.csv"))
 
 
-def test_dpo_begins_at_a_loss_of_ln_2_and_learns_what_people_like(
+def test_dpo_starts_at_a_loss_of_ln_2_and_learns_the_preferences(
     tmp_path: Path, preferences: Path, judged: tuple[Path, Report], tiny_model: Path
 ) -> None:
     report = align_it(tmp_path, preferences, judged[0], tiny_model, method="dpo", num_train_epochs=4)
@@ -281,7 +269,7 @@ def test_dpo_begins_at_a_loss_of_ln_2_and_learns_what_people_like(
 
 
 @pytest.mark.parametrize("method", ["dpo", "rloo", "ppo"])
-def test_a_training_stopped_on_the_way_ends_in_the_same_bytes(
+def test_a_resumed_training_ends_in_the_same_bytes(
     method: str, tmp_path: Path, preferences: Path, judged: tuple[Path, Report], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = {} if method == "ppo" else {"max_steps": 3, "save_steps": 1}
@@ -306,7 +294,7 @@ def test_a_training_stopped_on_the_way_ends_in_the_same_bytes(
     assert bytes_of(tmp_path / "whole" / "out") == bytes_of(tmp_path / "stopped" / "out")
 
 
-def test_wherever_it_is_stopped_it_ends_in_the_same_bytes_measured_as_often(
+def test_resuming_from_any_step_gives_the_same_bytes_and_number_of_measurements(
     tmp_path: Path, preferences: Path, judged: tuple[Path, Report], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from contextlib import contextmanager
@@ -337,7 +325,9 @@ def test_wherever_it_is_stopped_it_ends_in_the_same_bytes_measured_as_often(
         assert bytes_of(tmp_path / "whole" / "out") == bytes_of(tmp_path / str(step) / "out"), step
 
 
-def test_two_processes_share_ppo_and_tell_of_it(tmp_path: Path, preferences: Path, judged: tuple[Path, Report], tiny_model: Path) -> None:
+def test_ppo_in_two_processes_shares_the_work_and_reports_it(
+    tmp_path: Path, preferences: Path, judged: tuple[Path, Report], tiny_model: Path
+) -> None:
     shared = COMPUTE.model_copy(update={"processes": 2})
     for name, compute in {"alone": COMPUTE, "shared": shared}.items():
         report = align_it(tmp_path / name, preferences, judged[0], tiny_model, compute, method="ppo", **METHODS["ppo"])
@@ -347,7 +337,7 @@ def test_two_processes_share_ppo_and_tell_of_it(tmp_path: Path, preferences: Pat
     assert both_["tokens"] == alone["tokens"] and both_["loss"]["first"] == pytest.approx(alone["loss"]["first"], rel=1e-2, abs=1e-3)
 
 
-def test_another_tokenizer_in_the_reward_model_is_refused_by_what_learns_from_it(
+def test_online_methods_refuse_a_reward_model_with_another_tokenizer(
     tmp_path: Path, preferences: Path, judged: tuple[Path, Report], tiny_model: Path
 ) -> None:
     other = tmp_path / "judge"
@@ -376,7 +366,7 @@ def test_a_reward_without_a_model_is_the_weighted_sum_of_its_rules() -> None:
         ({"tokens": (10, 16), "reward": None}, "answers grew from 10 to 16 tokens"),
     ],
 )
-def test_a_gamed_reward_shows_in_what_is_written(watch: dict[str, tuple[float, float] | None], sign: str) -> None:
+def test_reward_hacking_is_reported(watch: dict[str, tuple[float, float] | None], sign: str) -> None:
     found = {"reward": (1.0, 2.0), "tokens": (10, 15), "distinct": (0.9, 0.85), "unfinished": (0.1, 0.15)} | watch
     signs = gamed({name: {"sft": ends[0], "aligned": ends[1], "difference": ends[1] - ends[0]} for name, ends in found.items() if ends})
     assert len(signs) == bool(sign) and sign in "".join(signs)
@@ -387,12 +377,15 @@ def test_paired_means_have_a_paired_interval() -> None:
 
 
 def test_kto_estimates_kl_on_answers_to_another_prompt(tiny_tokenizer: Any) -> None:
-    pairs = [pair(i, f"good{i}", f"bad{i}") for i in range(3)]
+    pairs = [preference_row(i, f"good{i}", f"bad{i}") for i in range(3)]
     rows = preference.Kto().rows(tiny_tokenizer, pairs)
     own = {i: {tuple(good), tuple(bad)} for i, (_, good, bad) in enumerate(both(tiny_tokenizer, pairs))}
     assert [row["label"] for row in rows] == [True, False] * 3
     assert all(tuple(row["KL_completion_ids"]) not in own[row["pair"]] for row in rows)
-    ranked = [pair(0, "other", "bad"), *({**pair(1, "best", bad), "prompt": pairs[1]["prompt"]} for bad in ("worse", "worst"))]
+    ranked = [
+        preference_row(0, "other", "bad"),
+        *({**preference_row(1, "best", bad), "prompt": pairs[1]["prompt"]} for bad in ("worse", "worst")),
+    ]
     good = [row for row in preference.Kto().rows(tiny_tokenizer, ranked) if row["label"]]
     assert good[2]["KL_completion_ids"] == good[1]["KL_completion_ids"] == good[0]["completion_ids"]
 
@@ -429,7 +422,7 @@ def test_kto_estimates_kl_on_answers_to_another_prompt(tiny_tokenizer: Any) -> N
         ({"adapter": {"lora": {"method": "prompt_tuning", "merge": False}}}, "adapter.lora does not produce a merged model"),
     ],
 )
-def test_an_entry_that_cannot_be_done_is_refused_in_words(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_an_impossible_entry_is_refused_with_a_message(change: dict[str, Any], said: str, tmp_path: Path) -> None:
     from conftest import ROOT
     from ruamel.yaml import YAML
 

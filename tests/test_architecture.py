@@ -1,4 +1,4 @@
-"""The drawing of the packages in docs/architecture.md is that of the real imports."""
+"""Imports: docs/architecture.md draws those between the packages, and test modules share builders instead of importing each other."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_the_drawing_has_exactly_the_imports_between_packages() -> None:
     assert {b for a, b in imported if a == "core"} <= {"core"}
 
 
-def test_the_parts_of_a_package_do_not_import_each_other_in_a_circle() -> None:
+def test_the_parts_of_a_package_have_no_import_cycles() -> None:
     graph = grimp.build_graph(PACKAGE)
     for package in ("curation", "training", "evaluation", "orchestration", "lineage"):
         above: dict[str, set[str]] = {}
@@ -44,3 +44,11 @@ def test_no_function_has_more_than_a_hundred_lines() -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     }
     assert {name: lines for name, lines in long.items() if lines > 100} == {}
+
+
+def test_no_module_of_the_tests_imports_a_test_module() -> None:
+    imports = {
+        path.name: re.findall(r"\b(?:from|import) +(?:tests\.)?test_\w+", path.read_text(encoding="utf-8"))
+        for path in (ROOT / "tests").rglob("*.py")
+    }
+    assert not {name: found for name, found in imports.items() if found}, "move what they share to tests/builders/ or tests/conftest.py"

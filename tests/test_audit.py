@@ -41,7 +41,7 @@ def test_a_model_is_found_by_name_by_path_and_by_hash(finished: Path) -> None:
     assert audit(finished, by_name["model"]["md5"][:10]) == by_name
 
 
-def test_a_changed_record_is_named_by_the_difference_and_the_earlier_model_is_audited_as_it_was(finished: Path) -> None:
+def test_the_diff_names_a_changed_record_and_the_audit_of_the_earlier_model_does_not_change(finished: Path) -> None:
     for command in (["git", "add", "-A"], ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "run"]):
         assert run(command, finished).returncode == 0
     commit = run(["git", "rev-parse", "HEAD"], finished).stdout.strip()
@@ -74,7 +74,7 @@ def test_a_changed_record_is_named_by_the_difference_and_the_earlier_model_is_au
     assert models == {("adapter@lora", commit), ("adapter@lora", None), *started_from_it}
 
 
-def test_a_source_and_what_was_read_from_it_lead_by_their_hashes_to_the_models_their_names_lead_to(finished: Path) -> None:
+def test_a_source_is_found_by_hash_and_by_name_with_the_same_models(finished: Path) -> None:
     def models(**asked: str) -> list[tuple[str, object]]:
         return [(model["stage"], model["seen"]) for model in impact(finished, **asked)["models"]]
 
@@ -100,7 +100,7 @@ def test_the_records_of_a_model_are_those_it_was_trained_on(finished: Path) -> N
     assert {row["example_id"] for row in seen.to_pylist()} <= records.keys()
 
 
-def test_the_command_line_says_the_same_in_text_and_json(finished: Path) -> None:
+def test_audit_gives_the_same_content_as_text_and_json(finished: Path) -> None:
     text = pedigree(finished, "audit", "merged@lora")
     document = json.loads(pedigree(finished, "audit", "merged@lora", "--json").stdout)
     assert text.returncode == 0

@@ -1,4 +1,4 @@
-"""Copies are made of train rows alone, change nothing but the last user turn's prose, and depend on seed and parent alone."""
+"""Augmented copies come from train rows only, change only the prose of the last user turn, and depend on seed and parent alone."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_words_that_the_answer_repeats_are_left_alone() -> None:
     assert in_another_case("Dear Anna", "Anna", augmenting._draws(7, "case", "row")) == "dear Anna"
 
 
-def test_scripts_without_case_get_no_typos() -> None:
+def test_texts_in_scripts_without_case_get_no_typos() -> None:
     for text in ("请帮我写一首关于春天的诗", "اكتب قصيدة عن الربيع", "春について詩を書いて"):
         assert with_typos(text, "", augmenting._draws(7, "typos", "row")) == text
         assert in_another_case(text, "", augmenting._draws(7, "case", "row")) == text
@@ -103,7 +103,7 @@ def test_a_copy_differs_from_its_parent_in_the_last_user_turn_alone(kinds: dict[
 
 @given(seed=st.integers(0, 1000), n=st.integers(0, 40), data=st.data())
 @calm
-def test_rows_elsewhere_and_their_order_change_no_copy(seed: int, n: int, data: st.DataObject) -> None:
+def test_copies_do_not_depend_on_other_rows_or_their_order(seed: int, n: int, data: st.DataObject) -> None:
     rows = questions(60)
     kept = sorted(data.draw(st.permutations(range(60)))[: 60 - n])
     everything = {copy["meta"]: copy for _, _, copy in added(rows, seed, typos=0.3, case=0.3).rows}
@@ -129,7 +129,7 @@ def test_no_copy_repeats_a_prompt_of_the_set() -> None:
     assert (found.rows, found.dropped) == ([], {"repeats_a_prompt": 2})
 
 
-def test_no_copy_is_a_near_copy_of_what_is_held_out() -> None:
+def test_no_copy_nearly_repeats_a_held_out_row() -> None:
     held_out = "Which bus takes me from the harbour to the old town hall on a Sunday"
     rows = [*questions(20), record("How do I get to the town hall", "By bus.")]
     supplied = [
@@ -170,7 +170,7 @@ def test_every_wrong_row_of_a_paraphrases_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["data/sources/p.jsonl", "data/sources/paraphrases/../p.jsonl", "/etc/passwd", "data/sources/paraphrases"])
-def test_paraphrases_outside_the_watched_folder_are_refused(path: str) -> None:
+def test_paraphrases_outside_the_tracked_folder_are_refused(path: str) -> None:
     with pytest.raises(ValidationError, match=r"must lie inside data/sources/paraphrases/"):
         Augment(paraphrases=path)
 

@@ -1,4 +1,4 @@
-"""`auto`: numbers by the size of the data, a rate that the validation loss corrects, and the same choice each time."""
+"""`auto`: values by data size, a learning-rate sweep by validation loss, and the same choice in every run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_resume import make_data
+from builders.training import make_data
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute, parse
@@ -44,7 +44,7 @@ def settled(
         (5_000_000, 1, 3e-4, 64, 32),
     ],
 )
-def test_the_guideline_goes_by_the_number_of_examples(examples: int, epochs: int, rate: float, r: int, batch: int) -> None:
+def test_the_guideline_depends_on_the_number_of_examples(examples: int, epochs: int, rate: float, r: int, batch: int) -> None:
     found = settled(ALL, examples, examples).params
     assert (found.num_train_epochs, found.learning_rate, found.per_device_train_batch_size) == (epochs, rate, batch)
     assert found.peft == {"r": r, "lora_alpha": 2 * r}
@@ -70,7 +70,7 @@ def test_the_batch_counts_examples_and_not_rows(rows: int, accumulation: int, ch
     assert told in found.chosen["per_device_train_batch_size"].why
 
 
-def test_processes_share_the_examples_of_a_step_and_a_trial_makes_all_of_its_passes() -> None:
+def test_processes_share_the_examples_of_a_step_but_a_trial_runs_all_passes() -> None:
     one, four = settled(ALL, 1_000, 1_000), settled(ALL, 1_000, 1_000, processes=4)
     assert (one.params.per_device_train_batch_size, four.params.per_device_train_batch_size) == (8, 2)
     assert one.trial and four.trial
@@ -78,13 +78,13 @@ def test_processes_share_the_examples_of_a_step_and_a_trial_makes_all_of_its_pas
     assert one.trial.max_steps == four.trial.max_steps
 
 
-def test_only_what_says_auto_is_chosen() -> None:
+def test_only_values_set_to_auto_are_chosen() -> None:
     plain = {"method": "lora", "peft": {"r": 4}, "learning_rate": 3e-4}
     assert settled(plain) == auto.Settled(adapter.Params(**plain), {}, None)
     assert settled({"peft": {"r": "auto", "lora_alpha": 5}}).params.peft == {"r": 8, "lora_alpha": 5}
 
 
-def test_chosen_epochs_are_guarded_by_the_validation_loss_unless_the_entry_says_otherwise() -> None:
+def test_auto_epochs_turn_on_early_stopping_unless_the_entry_sets_it() -> None:
     epochs = {"num_train_epochs": "auto"}
     guarded, free, own = settled(epochs), settled(epochs, validates=False), settled(epochs | {"early_stopping_patience": None})
     assert (guarded.params.load_best_model_at_end, guarded.params.early_stopping_patience) == (True, auto.PATIENCE)
@@ -119,7 +119,7 @@ def test_a_trial_is_the_training_in_short() -> None:
         ),
     ],
 )
-def test_where_no_sweep_can_be_the_guideline_stands_and_says_so(entry: dict[str, Any], validates: bool, why: str) -> None:
+def test_without_a_possible_sweep_the_guideline_applies_and_the_reason_is_given(entry: dict[str, Any], validates: bool, why: str) -> None:
     found = settled(entry, validates=validates)
     assert (found.trial, found.chosen["learning_rate"]) == (None, auto.Choice(1e-4, why))
 
@@ -142,7 +142,7 @@ def bowl(lowest: int, diverges_from: int = 99) -> Callable[[int], float]:
     ],
     ids=["at the guideline", "above", "below", "beyond reach", "below reach", "a cliff", "the guideline diverges", "all diverge"],
 )
-def test_climbing_finds_the_lowest_loss_within_the_trials(loss: Callable[[int], float], tried: list[int]) -> None:
+def test_hill_climbing_finds_the_lowest_loss_within_the_trials(loss: Callable[[int], float], tried: list[int]) -> None:
     asked: list[int] = []
 
     def counted(place: int) -> float:
@@ -194,7 +194,7 @@ def test_of_rates_with_nearly_the_greatest_fall_the_lowest_is_taken(losses: dict
     assert auto.best(losses, TRIAL).value == rate
 
 
-def test_an_interrupted_sweep_goes_on_after_the_trials_that_ended(tmp_path: Path) -> None:
+def test_an_interrupted_sweep_resumes_after_the_finished_trials(tmp_path: Path) -> None:
     losses: dict[float, Any] = {1e-4: math.nan, 3.16e-5: 2.0, 1e-5: Interrupted("interrupted at step 3"), 3.16e-6: 4.0}
     done: list[float] = []
     with pytest.raises(Interrupted, match="interrupted in the sweep of learning_rate; trials that ended are kept"):
@@ -218,14 +218,14 @@ def test_an_interrupted_sweep_goes_on_after_the_trials_that_ended(tmp_path: Path
         ({"peft": {"lora_alpha": "auto"}}, "adapter.x.peft.lora_alpha: must be int (got 'auto')"),
     ],
 )
-def test_nonsense_is_refused_in_one_line(entry: dict[str, Any], message: str) -> None:
+def test_invalid_values_are_refused_in_one_line(entry: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as refusal:
         found = auto.settle(parse(adapter.Params, entry, "adapter.x"), 1, 1, False).params
         build.check(found.method, found.peft, found.quantization, found.merge, "adapter.x")
     assert refusal.value.what == f"params.yaml: {message}"
 
 
-def test_a_stage_with_everything_auto_chooses_tells_why_and_repeats_byte_for_byte(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_stage_with_everything_auto_explains_its_choices_and_repeats_byte_for_byte(tiny_model: Path, tmp_path: Path) -> None:
     make_data(tmp_path)  # 28 examples in 7 rows
     found = []
     for name in ("first", "second"):

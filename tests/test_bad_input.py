@@ -1,4 +1,4 @@
-"""Bad input: exit 2, one clear message that says where and what next, and nothing is changed."""
+"""Bad input gives exit code 2 and one message with place and next step, and changes nothing."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import dagster as dg
 import pytest
 from conftest import dvc, edit_params, pedigree, run
 
+from dagster_project.__main__ import main
 from dagster_project.orchestration.dagster.assets import build_definitions
 from dagster_project.orchestration.dagster.metadata import asset_key
 from dagster_project.orchestration.dagster.sync import sync
@@ -121,13 +122,13 @@ def test_a_taken_port_is_named(finished: Path) -> None:
     "arguments",
     [["run", "nostage"], ["run", "adapter"], ["run", "splits@lora"], ["audit", "nothing"], ["plan", "ghost"], ["check", "none.json"]],
 )
-def test_wrong_usage_gets_a_hint_and_exit_code_2(finished: Path, arguments: list[str]) -> None:
-    done = pedigree(finished, *arguments)
-    assert done.returncode == 2
-    assert done.stdout == "" and "hint: " in done.stderr and "Traceback" not in done.stderr
+def test_wrong_usage_gets_a_hint_and_exit_code_2(finished: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*arguments, "--project", str(finished)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "hint: " in err and "Traceback" not in err
 
 
-def test_a_command_outside_a_project_says_so(tmp_path: Path) -> None:
+def test_a_command_outside_a_project_is_refused(tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     done = subprocess.run(
         [sys.executable, "-m", "dagster_project", "audit", "x"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
@@ -135,7 +136,7 @@ def test_a_command_outside_a_project_says_so(tmp_path: Path) -> None:
     assert done.returncode == 2 and "no dvc.yaml in" in done.stderr
 
 
-def test_json_output_is_one_document_and_nothing_else(finished: Path) -> None:
+def test_json_output_is_exactly_one_document(finished: Path) -> None:
     for arguments in (["audit", "merged@lora"], ["plan"], ["check", "data/sources/triage_alpaca.json"], ["sync"], ["run", "splits"]):
         done = pedigree(finished, *arguments, "--json")
         assert isinstance(json.loads(done.stdout), dict), arguments

@@ -1,4 +1,4 @@
-"""A ballot tells its raters nothing of the systems, loses no vote, and what comes back is counted right."""
+"""A ballot hides the systems from its raters, loses no vote, and imported votes are counted correctly."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders.ballots import ANSWERS, make_answered_project, record
 
 from dagster_project.__main__ import main
 from dagster_project.core.errors import InputError
-from dagster_project.core.records import example_id, write_json, write_records, write_table
+from dagster_project.core.records import write_json, write_table
 from dagster_project.core.text import visible
 from dagster_project.curation.sources.formats import to_pairs
 from dagster_project.evaluation import ballots
@@ -21,39 +22,12 @@ from dagster_project.evaluation.paired.pairwise import Match, Pair, agreement, c
 from dagster_project.views.ballot import ballot_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\u202e"
-N = 24
-
-
-def record(i: int) -> dict[str, Any]:
-    messages = [{"role": "user", "content": f"Question {i}?"}, {"role": "assistant", "content": f"Reference {i}."}]
-    category = ["login", "billing", None][i % 3]
-    return {"example_id": example_id(messages), "source": "a", "messages": messages, "category": category, "group_id": None, "meta": "{}"}
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    make_project(tmp_path)
+    make_answered_project(tmp_path)
     return tmp_path
-
-
-def make_project(folder: Path) -> None:
-    """Test examples that three systems answered: a variant, and two baselines. Every fourth answer of `lora` and `few_shot` is the same."""
-    (folder / "dvc.yaml").touch()
-    (folder / "params.yaml").write_text("compute: {seed: 7}\n")
-    records = [record(i) for i in range(N)]
-    write_records(folder / "data/splits/test", records)
-    answers = {
-        "few_shot": [f"Same {i}." if i % 4 == 0 else f"Weak {i}." for i in range(N)],
-        "tfidf_logistic": [f"Label {i}" for i in range(N)],
-        "lora": [f" Same {i}.\n" if i % 4 == 0 else f"Strong {i}. {HOSTILE}" for i in range(N)],
-    }
-    rows = {name: result_rows(name, records, None, said) for name, said in answers.items()}
-    base = result_rows("base", records, None, likelihoods=[(1.0, 1)] * N)
-    write_table(folder / "data/baselines/results.parquet", base + rows["few_shot"] + rows["tfidf_logistic"], result_schema())
-    write_table(folder / "data/evaluation/lora/results.parquet", rows["lora"], result_schema())
-    against = {"few_shot": {"macro_f1": {"difference": 0.5}}, "tfidf_logistic": {"macro_f1": {"difference": 0.1}}}
-    write_json(folder / "data/comparison/comparison.json", {"scores": {}, "compared": {"lora": {"to": against}}})
 
 
 @pytest.fixture
@@ -87,44 +61,44 @@ def refused(project: Path, files: list[str], *options: str, capsys: Any) -> str:
     return err
 
 
-def test_the_best_variant_meets_what_the_base_model_does_best_with_a_prompt(project: Path) -> None:
+def test_the_ballot_compares_the_best_variant_with_the_best_prompted_baseline(project: Path) -> None:
     assert contenders(project) == ("lora", "few_shot")  # TF-IDF is better, and no answer of the base model
 
 
 def test_answers_that_are_the_same_are_left_out_and_counted(ballot: Match) -> None:
-    assert (len(ballot.pairs), ballot.identical) == (N - N // 4, N // 4)
+    assert (len(ballot.pairs), ballot.identical) == (ANSWERS - ANSWERS // 4, ANSWERS // 4)
     assert not any("Same" in answer for pair in ballot.pairs for answer in pair.answers)
 
 
-def test_a_seed_gives_the_same_pairs_and_places_another_seed_or_answer_others(project: Path, ballot: Match) -> None:
+def test_pairs_and_sides_depend_on_the_seed_and_the_answers(project: Path, ballot: Match) -> None:
     assert match(project, ("lora", "few_shot"), seed=7) == ballot
     other = match(project, ("lora", "few_shot"), seed=8)
     assert other.id != ballot.id and {p.id for p in other.pairs}.isdisjoint(p.id for p in ballot.pairs)
     assert [p.prompt for p in other.pairs] != [p.prompt for p in ballot.pairs]
-    rows = result_rows("lora", [record(i) for i in range(N)], None, ["New."] * N)
+    rows = result_rows("lora", [record(i) for i in range(ANSWERS)], None, ["New."] * ANSWERS)
     write_table(project / "data/evaluation/lora/results.parquet", rows, result_schema())
     assert match(project, ("lora", "few_shot"), seed=7).id != ballot.id
 
 
-def test_each_system_stands_first_in_half_of_the_pairs(project: Path) -> None:
+def test_each_system_is_shown_first_in_half_of_the_pairs(project: Path) -> None:
     pairs = match(project, ("lora", "tfidf_logistic"), seed=7).pairs
-    assert [sum(pair.swapped for pair in pairs[:n]) for n in range(0, N + 1, 2)] == list(range(N // 2 + 1))
-    assert len({tuple(pair.swapped for pair in pairs[i : i + 2]) for i in range(0, N, 2)}) == 2  # and nobody knows in which
+    assert [sum(pair.swapped for pair in pairs[:n]) for n in range(0, ANSWERS + 1, 2)] == list(range(ANSWERS // 2 + 1))
+    assert len({tuple(pair.swapped for pair in pairs[i : i + 2]) for i in range(0, ANSWERS, 2)}) == 2  # and nobody knows in which
 
 
-def test_the_page_holds_ids_and_texts_and_nothing_that_tells_the_systems(project: Path, ballot: Match) -> None:
+def test_the_page_contains_nothing_that_identifies_the_systems(project: Path, ballot: Match) -> None:
     html = ballot_page(ballots.document(ballot, 10))
     data = json.loads(re.search(r'id="ballot-data">(.*?)</script>', html, re.S).group(1))
     assert data["ballot"] == ballot.id and len(data["pairs"]) == 10
     assert [set(pair) for pair in data["pairs"]] == [{"id", "prompt", "answers"}] * 10
     assert data["pairs"][0]["answers"] == [visible(answer) for answer in ballot.pairs[0].shown]
-    for secret in ("lora", "few_shot", "seed", "swapped", "Reference", *(record(i)["example_id"] for i in range(N))):
+    for secret in ("lora", "few_shot", "seed", "swapped", "Reference", *(record(i)["example_id"] for i in range(ANSWERS))):
         assert secret not in html
     assert "\u202e" not in html and html.count("<script") == 2 and "default-src 'none'" in html and "http" not in html.split("<style>")[1]
     assert ballot_page(ballots.document(match(project, ("lora", "few_shot"), seed=7), 10)) == html
 
 
-def test_votes_are_counted_for_the_first_system_whichever_side_it_stood_on(project: Path, ballot: Match, capsys: Any) -> None:
+def test_votes_are_counted_by_system_whatever_side_it_was_shown_on(project: Path, ballot: Match, capsys: Any) -> None:
     anna = sheet(ballot, "Anna", lambda i, pair: "win" if i < 12 else "tie" if i < 15 else "loss")
     assert main(["ballots", "import", *saved(project, anna), "--json", "--project", str(project)]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -138,7 +112,7 @@ def test_votes_are_counted_for_the_first_system_whichever_side_it_stood_on(proje
     assert found["places"]["a"] + found["places"]["b"] == 15 and found["places"]["tie"] == 3
 
 
-def test_a_pair_counts_once_by_its_majority_and_agreement_is_told(project: Path, ballot: Match, capsys: Any) -> None:
+def test_a_pair_counts_once_by_majority_and_agreement_is_reported(project: Path, ballot: Match, capsys: Any) -> None:
     files = saved(
         project,
         sheet(ballot, "Anna", lambda i, pair: "win"),
@@ -159,7 +133,7 @@ def test_the_majority_is_the_most_frequent_outcome_and_a_draw_is_a_tie() -> None
     assert majority(["win", "loss"]) == majority(["win", "tie", "tie"]) == majority(["win", "win", "tie", "tie", "loss"]) == "tie"
 
 
-def test_krippendorffs_alpha_is_that_of_his_own_example() -> None:
+def test_krippendorffs_alpha_matches_his_published_example() -> None:
     """Krippendorff 2011, example C: four observers, twelve units, missing data; nominal alpha .743."""
     rows = ["123321412...", "1233224125.3", ".3332342251.", "12332441251."]
     units = [[row[i] for row in rows if row[i] != "."] for i in range(12)]
@@ -170,13 +144,13 @@ def test_krippendorffs_alpha_is_that_of_his_own_example() -> None:
     assert agreement([["win"], ["loss"]]) == {"pairs": 0, "percent": None, "alpha": None}
 
 
-def test_the_interval_is_wilsons() -> None:
+def test_the_interval_is_the_wilson_interval() -> None:
     assert [round(bound, 4) for bound in wilson(0.81, 100)] == [0.7222, 0.8749]  # Newcombe 1998: 81 of 263 is .2553 to .3662
     assert [round(bound, 4) for bound in wilson(81 / 263, 263)] == [0.2553, 0.3662]
     assert wilson(1, 12)[1] == 1 and 0.75 < wilson(1, 12)[0] < 0.77
 
 
-def test_a_name_steers_no_terminal(project: Path, ballot: Match, capsys: Any) -> None:
+def test_control_characters_in_a_name_are_escaped(project: Path, ballot: Match, capsys: Any) -> None:
     assert main(["ballots", "import", *saved(project, sheet(ballot, "A\x1b[2J", lambda i, pair: "win")), "--project", str(project)]) == 0
     assert "18 votes of A\\x1b[2J" in capsys.readouterr().out
 
@@ -185,7 +159,7 @@ def test_pairs_without_a_vote_do_not_count(ballot: Match) -> None:
     assert tally(ballot.pairs, {ballot.pairs[0].id: "win", ballot.pairs[1].id: "tie"})["win_rate"] == 0.75
 
 
-def test_a_bad_file_is_refused_with_everything_that_is_wrong_with_it(project: Path, ballot: Match, capsys: Any) -> None:
+def test_a_bad_file_is_refused_with_all_of_its_errors(project: Path, ballot: Match, capsys: Any) -> None:
     good = sheet(ballot, "Anna", lambda i, pair: "win")
     unknown = good | {"votes": [{"pair": "0123456789ab", "vote": "a"}, *good["votes"][:-2], good["votes"][0]]}
     err = refused(project, saved(project, unknown, good), capsys=capsys)
@@ -213,21 +187,21 @@ def test_a_bad_file_is_refused_with_everything_that_is_wrong_with_it(project: Pa
     assert "no vote" in refused(project, saved(project, good | {"votes": []}), "--partial", capsys=capsys)
 
 
-def test_an_unfinished_ballot_counts_if_told_so(project: Path, ballot: Match, capsys: Any) -> None:
+def test_an_unfinished_ballot_counts_with_the_option_partial(project: Path, ballot: Match, capsys: Any) -> None:
     half = sheet(ballot, "Anna", lambda i, pair: "win")
     half["votes"] = half["votes"][:9]
     assert main(["ballots", "import", *saved(project, half), "--partial", "--json", "--project", str(project)]) == 0
     assert json.loads(capsys.readouterr().out)["pairs"] == 9
 
 
-def test_another_seed_is_found_again_when_named(project: Path, capsys: Any) -> None:
+def test_import_accepts_the_seed_of_another_ballot(project: Path, capsys: Any) -> None:
     ballot = match(project, ("few_shot", "lora"), seed=99)
     files = saved(project, sheet(ballot, "Anna", lambda i, pair: "win"))
     assert main(["ballots", "import", *files, "--seed", "99", "--json", "--project", str(project)]) == 0
     assert json.loads(capsys.readouterr().out)["systems"] == ["few_shot", "lora"]
 
 
-def test_what_most_raters_preferred_is_read_as_preference_pairs(project: Path, capsys: Any) -> None:
+def test_exported_majorities_are_read_as_preference_pairs(project: Path, capsys: Any) -> None:
     ballot = match(project, ("few_shot", "tfidf_logistic"), seed=7)
     anna = sheet(ballot, "Anna", lambda i, pair: ("win", "tie", "loss")[i % 3])
     out = project / "preferences.jsonl"
@@ -246,7 +220,7 @@ def test_what_most_raters_preferred_is_read_as_preference_pairs(project: Path, c
         assert (pair["chosen"][0]["content"], pair["rejected"][0]["content"]) == (better, worse)
 
 
-def test_export_says_what_it_wrote_and_refuses_what_cannot_be(project: Path, capsys: Any) -> None:
+def test_export_reports_what_it_wrote_and_refuses_impossible_requests(project: Path, capsys: Any) -> None:
     def export(*arguments: str) -> int:
         return main(["ballots", "export", *arguments, "--project", str(project)])
 
@@ -270,9 +244,9 @@ def test_export_says_what_it_wrote_and_refuses_what_cannot_be(project: Path, cap
     assert "'0' is not a whole number from 1" in capsys.readouterr().err
 
 
-def test_systems_that_never_differ_have_no_ballot_and_are_in_nobodys_way(project: Path, ballot: Match, capsys: Any) -> None:
-    records = [record(i) for i in range(N)]
-    twin = ["Weak 1." if i == 1 else None for i in range(N)]  # of one prompt, and as `few_shot` answers it
+def test_identical_systems_have_no_ballot_and_do_not_block_the_others(project: Path, ballot: Match, capsys: Any) -> None:
+    records = [record(i) for i in range(ANSWERS)]
+    twin = ["Weak 1." if i == 1 else None for i in range(ANSWERS)]  # of one prompt, and as `few_shot` answers it
     rows = result_rows("twin", records, None, twin)
     other = [{**row, "system": "other", "answer": "x", "example_id": "of an earlier split"} for row in rows[:1]]
     write_table(project / "data/evaluation/twin/results.parquet", rows + other, result_schema())
@@ -282,7 +256,7 @@ def test_systems_that_never_differ_have_no_ballot_and_are_in_nobodys_way(project
     assert ballots.read_votes(project, [Path(*saved(project, sheet(ballot, "Anna", lambda i, pair: "win")))], 7, False)[0] == ballot
 
 
-def test_without_answers_the_next_step_is_named(tmp_path: Path) -> None:
+def test_without_answers_the_error_names_the_next_step(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="dvc repro comparison"):
         match(tmp_path, ("lora", "few_shot"), seed=7)
     with pytest.raises(InputError, match="no system has answered"):
@@ -291,7 +265,7 @@ def test_without_answers_the_next_step_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH (apt-get install chromium)")
-def test_in_a_browser_one_votes_by_keyboard_and_a_closed_tab_loses_nothing(project: Path, ballot: Match, capsys: Any) -> None:
+def test_votes_by_keyboard_survive_a_closed_browser_tab(project: Path, ballot: Match, capsys: Any) -> None:
     from playwright.sync_api import sync_playwright
 
     page = project / "ballot.html"

@@ -1,4 +1,4 @@
-"""A base model comes from one verified origin, or the refusal says what is wrong and what to do."""
+"""A base model comes from one verified origin; a refusal names the error and the fix."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_folder_becomes_a_model_whose_every_file_is_in_the_report(root: Path) 
     assert (report.metrics["origin"], report.metrics["license"]) == ("models/tiny", "Apache-2.0")
 
 
-def test_whether_a_run_was_offline_leaves_no_trace(root: Path) -> None:
+def test_an_offline_run_writes_the_same_tokenizer_configuration(root: Path) -> None:
     fetch(root)
     assert (
         json.loads((root / "data" / "base_model" / "tokenizer_config.json").read_text())["local_files_only"] is False
@@ -72,14 +72,14 @@ def test_weights_are_those_of_the_folder_in_the_dtype_asked_for(root: Path, dtyp
     assert report.metrics["parameters"] == sum(tensor.numel() for tensor in given.values())
 
 
-def test_a_claimed_context_is_cut_to_the_one_asked_for(root: Path) -> None:
+def test_the_context_length_is_limited_to_the_parameter(root: Path) -> None:
     from transformers import AutoTokenizer
 
     fetch(root, max_length=64)
     assert AutoTokenizer.from_pretrained(root / "data" / "base_model").model_max_length == 64
 
 
-def test_a_file_with_another_sha256_is_refused_with_both(root: Path) -> None:
+def test_a_file_with_another_sha256_is_refused_and_both_are_shown(root: Path) -> None:
     found = sha256(root / "models" / "tiny" / "model.safetensors")
     error = refusal(root, sha256={"model.safetensors": "0" * 64})
     assert error.what == f"base_model: sha256 of model.safetensors is {found}, params.yaml expects {'0' * 64}"
@@ -101,12 +101,12 @@ def test_a_folder_that_is_missing_is_refused(root: Path) -> None:
     [{"hub": "org/name", "revision": "0" * 40}, {"folder": None}],
     ids=["two", "none"],
 )
-def test_any_number_of_origins_but_one_is_refused(root: Path, origins: dict[str, Any]) -> None:
+def test_exactly_one_origin_is_required(root: Path, origins: dict[str, Any]) -> None:
     assert "params.yaml: base_model: name exactly one origin: package, hub or folder" in refusal(root, **origins).what
 
 
 @pytest.mark.parametrize("revision", ["main", "v1.0", "0" * 39, "0" * 40 + "\n"])
-def test_a_revision_that_can_move_is_refused(root: Path, revision: str) -> None:
+def test_a_branch_or_tag_as_revision_is_refused(root: Path, revision: str) -> None:
     error = refusal(root, folder=None, hub="org/name", revision=revision)
     assert error.what.startswith("params.yaml: base_model.revision: ")
     assert repr(revision) in error.what

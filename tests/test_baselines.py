@@ -1,4 +1,4 @@
-"""Worked examples cover the labels, retrieval finds what is alike, and the classical classifier classifies."""
+"""Few-shot examples cover the labels, retrieval finds similar examples, and the classical classifier classifies."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_the_choice_depends_on_the_seed_and_not_on_the_order_of_the_records() ->
     assert spread(RECORDS, LABELS, 6, seed=8) != chosen
 
 
-def test_the_most_similar_example_is_found_and_stands_last() -> None:
+def test_the_most_similar_example_comes_last() -> None:
     train = [
         record("parcel", "my parcel has not arrived yet"),
         record("twin", "the invoice shows a charge I never made"),
@@ -57,7 +57,7 @@ def test_the_most_similar_example_is_found_and_stands_last() -> None:
     assert [len(row) for row in nearest(train, asked, 99)] == [4, 4]
 
 
-def test_retrieval_depends_on_no_order_and_a_word_that_all_share_tells_little() -> None:
+def test_retrieval_ignores_order_and_gives_common_words_little_weight() -> None:
     train = [record(name, f"the {word}") for name, word in (("a", "cat"), ("b", "cat"), ("c", "dog"))]
     asked = [record("x", "the dog"), record("y", "nothing known")]
     found = [[example["example_id"] for example in row] for row in nearest(train, asked, 3)]
@@ -73,7 +73,7 @@ def test_bm25_is_the_sum_over_words_of_rarity_times_saturated_count() -> None:
     assert scores.tolist() == pytest.approx([late * 2 * 2.5 / (2 + long) + parcel * 2.5 / (1 + long), parcel * 2.5 / (1 + short)])
 
 
-def test_texts_without_words_are_like_no_other() -> None:
+def test_texts_without_words_match_nothing() -> None:
     assert [scores.tolist() for scores in bm25(["?", "!"], ["...", "a"])] == [[0, 0], [0, 0]]
 
 
@@ -113,7 +113,7 @@ def test_what_counts_after_thinking_is_the_last_line(answer: str, wanted: str) -
     assert conclusion(answer) == wanted
 
 
-def test_two_obvious_classes_are_told_apart() -> None:
+def test_the_classifier_separates_two_obvious_classes() -> None:
     train = [record(f"l{i}", f"cannot sign in with password {i}") for i in range(5)]
     train += [record(f"b{i}", f"charged twice on invoice {i}") for i in range(5)]
     asked = [record("x", "invoice charged wrongly"), record("y", "my password will not sign me in")]

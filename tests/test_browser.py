@@ -1,4 +1,4 @@
-"""What people see: a real `pedigree ui` in headless Chromium. Screenshots are kept in screenshots/."""
+"""The real `pedigree ui` in headless Chromium. Screenshots are kept in screenshots/."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_an_assets_page_links_its_pages_by_url_and_they_open(ui: Ui) -> None:
         other.close()
 
 
-def test_an_assets_page_tells_what_it_is_its_rows_its_version_and_its_commit(ui: Ui) -> None:
+def test_an_asset_page_shows_description_rows_version_and_commit(ui: Ui) -> None:
     state = read_stages(ui.root)["instructions"]
     report = json.loads((ui.root / "data/reports/instructions.json").read_text())
     said = ui.see("/assets/instructions?view=overview", state.description, "rows_in", "rows_out", "git_commit", state.version, shot="asset")

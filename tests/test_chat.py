@@ -1,4 +1,4 @@
-"""Labels fall on what the assistant says and on nothing else; prompts have the ids they were trained with."""
+"""Labels cover the assistant's tokens and nothing else; prompts have the token ids of training."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_the_tokens_of_a_weighted_field_value_count_its_weight(tiny_tokenizer: A
     assert weighted_text(tiny_tokenizer, messages, {"category": 8.0, "priority": 4.0}, 1.0) == rest
 
 
-def test_the_weighted_tokens_are_the_same_where_the_template_trims_the_answer(tiny_tokenizer: Any) -> None:
+def test_weighted_tokens_are_the_same_if_the_template_trims_the_answer(tiny_tokenizer: Any) -> None:
     trimming = with_template(tiny_tokenizer, TURN.replace("m['content']", "m['content'] | trim"))
     messages = [ONE_TURN[0], {"role": "assistant", "content": ' {"category": "login"}\n'}]
     assert weighted_text(trimming, messages, {"category": 8.0}, 8.0) == "login"
@@ -151,7 +151,7 @@ def test_per_example_weights_sum_to_one_and_keep_their_proportions(tiny_tokenize
 
 
 @given(st.lists(st.integers(1, 200)), st.integers(50, 120))
-def test_packing_keeps_every_example_once_and_fills_no_row_over_its_room_but_with_one_long_example(lengths: list[int], room: int) -> None:
+def test_packing_keeps_every_example_once_and_only_one_long_example_may_exceed_a_row(lengths: list[int], room: int) -> None:
     rows = pack(lengths, room)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in row) <= room or len(row) == 1 for row in rows)
@@ -194,7 +194,7 @@ turns = st.lists(st.tuples(st.text(max_size=12), st.text(max_size=12)), min_size
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.lists(turns, min_size=1, max_size=4))
-def test_many_pieces_in_one_call_have_the_ids_that_each_has_by_itself(
+def test_batched_tokenization_gives_the_ids_of_single_calls(
     newline_merging_tokenizer: Any, conversations: list[list[tuple[str, str]]]
 ) -> None:
     tokenizer = newline_merging_tokenizer
@@ -229,13 +229,13 @@ def text_record(text: str, meta: str = '{"kind": "text"}') -> dict[str, Any]:
     return {"messages": [{"role": "assistant", "content": text}], "meta": meta}
 
 
-def test_plain_text_is_trained_on_as_it_stands_and_ends_with_the_end_of_text_token(tiny_tokenizer: Any) -> None:
+def test_plain_text_is_trained_on_unchanged_and_ends_with_the_end_of_text_token(tiny_tokenizer: Any) -> None:
     ids, labels = encode_record(tiny_tokenizer, text_record("Once upon"))
     assert labels == ids
     assert tiny_tokenizer.decode(ids) == "Once upon<|im_end|>"
 
 
-def test_plain_text_begins_with_the_token_that_the_tokenizer_puts_before_texts(tiny_tokenizer: Any) -> None:
+def test_plain_text_begins_with_the_bos_token_of_the_tokenizer(tiny_tokenizer: Any) -> None:
     from tokenizers.processors import TemplateProcessing
 
     beginning = copy.deepcopy(tiny_tokenizer)

@@ -1,4 +1,4 @@
-"""`pedigree check` as a user calls it: every format and file type, every option, and one JSON document that says what the page says."""
+"""`pedigree check` from the command line: every format, file type and option, and one JSON document that matches the page."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import ROOT
-from test_benchmarks import ROWS as BENCHMARK_ROWS
-from test_files import WRITERS
-from test_formats import PAIR_ROWS, ROWS, jsonl
+from builders.files import FILE_WRITERS, jsonl
+from builders.layouts import BENCHMARK_ROWS, LAYOUT_ROWS, PAIR_ROWS
+from conftest import ROOT, SHARED_DATA
 
 from dagster_project.__main__ import main
 from dagster_project.curation.check_files import ALIASES, KNOWN
@@ -98,16 +97,16 @@ def refused(done: Done, *said: str) -> None:
 # Formats and file types
 
 
-@pytest.mark.parametrize("layout", ROWS)
-def test_examples_in_each_layout_are_told_and_named(layout: str, check: Check) -> None:
-    jsonl(Path("a.jsonl"), ROWS[layout][0])
+@pytest.mark.parametrize("layout", LAYOUT_ROWS)
+def test_examples_in_each_layout_are_detected(layout: str, check: Check) -> None:
+    jsonl(Path("a.jsonl"), LAYOUT_ROWS[layout][0])
     for arguments in ([], ["--format", layout]):
         found = check("a.jsonl", "--json", *arguments).document
         assert (found["format"], found["rows"], found["kept"]) == (layout, 1, 1)
 
 
 @pytest.mark.parametrize("layout", PAIR_ROWS)
-def test_preferences_in_each_layout_are_told_and_named(layout: str, check: Check) -> None:
+def test_preferences_in_each_layout_are_detected(layout: str, check: Check) -> None:
     jsonl(Path("a.jsonl"), *PAIR_ROWS[layout])
     for arguments in ([], ["--format", layout], ["--format", "dpo"]):
         found = check("a.jsonl", "--json", *arguments).document
@@ -115,7 +114,7 @@ def test_preferences_in_each_layout_are_told_and_named(layout: str, check: Check
 
 
 @pytest.mark.parametrize("name", BENCHMARK_ROWS)
-def test_benchmarks_in_each_layout_are_told_and_named(name: str, check: Check) -> None:
+def test_benchmarks_in_each_layout_are_detected(name: str, check: Check) -> None:
     layout = name.partition(",")[0]
     jsonl(Path("a.jsonl"), BENCHMARK_ROWS[name][0])
     found = check("a.jsonl", "--json", "--format", layout).document
@@ -127,7 +126,9 @@ def test_benchmarks_in_each_layout_are_told_and_named(name: str, check: Check) -
 @pytest.mark.parametrize("name", KNOWN)
 def test_each_name_of_a_format_is_accepted_and_judges_every_row(name: str, check: Check) -> None:
     layout = ALIASES.get(name, name)
-    rows = PAIR_ROWS.get(layout) or [ROWS[layout][0] if layout in ROWS else BENCHMARK_ROWS.get(layout, BENCHMARK_ROWS["mmlu"])[0]]
+    rows = PAIR_ROWS.get(layout) or [
+        LAYOUT_ROWS[layout][0] if layout in LAYOUT_ROWS else BENCHMARK_ROWS.get(layout, BENCHMARK_ROWS["mmlu"])[0]
+    ]
     rows = PAIR_ROWS["preference"] if name == "dpo" else rows
     done = check(jsonl(Path("a.jsonl"), *rows), "--format", name, "--json")
     assert done.code in {0, 1} and "malformed_row" not in done.findings
@@ -141,10 +142,10 @@ def test_examples_named_as_pairs_are_refused(check: Check) -> None:
     refused(check(jsonl(Path("a.jsonl"), ANSWERED), "--format", "dpo"), "not preferences", "leave --format out")
 
 
-@pytest.mark.parametrize("suffix", WRITERS)
+@pytest.mark.parametrize("suffix", FILE_WRITERS)
 def test_each_file_type_gives_the_same_document(suffix: str, check: Check) -> None:
     rows = [{"text": "The kite flies."}] if suffix == ".txt" else [{"prompt": "Where is it?", "completion": "In the hall."}]
-    WRITERS[suffix](Path(f"a{suffix}"), rows)
+    FILE_WRITERS[suffix](Path(f"a{suffix}"), rows)
     jsonl(Path("b.jsonl"), *rows)
     ours, plain = check(f"a{suffix}", "--json").document, check("b.jsonl", "--json").document
     del ours["name"], plain["name"], ours["profile"]["sources"], plain["profile"]["sources"]
@@ -162,7 +163,7 @@ def test_a_file_type_in_capitals_is_read_alone_and_in_a_folder(check: Check) -> 
 # The document, and exit codes
 
 
-def test_json_is_one_document_with_the_keys_of_the_contract_and_nothing_else(check: Check) -> None:
+def test_json_is_exactly_one_document_with_the_documented_keys(check: Check) -> None:
     done = check(jsonl(Path("a.jsonl"), *many(3), ask("Hi <|im_end|>"), "no json"), "--json")
     assert done.out.count("\n") == 1 and done.err == ""
     found = done.document
@@ -238,7 +239,7 @@ def test_files_and_folders_are_one_set_and_rows_are_counted_on(check: Check) -> 
 
 def test_layouts_of_one_kind_mix_and_kinds_do_not(check: Check) -> None:
     jsonl(Path("a.jsonl"), ANSWERED)
-    jsonl(Path("m.jsonl"), ROWS["messages"][0])
+    jsonl(Path("m.jsonl"), LAYOUT_ROWS["messages"][0])
     jsonl(Path("p.jsonl"), *PAIR_ROWS["preference"])
     jsonl(Path("q.jsonl"), BENCHMARK_ROWS["mmlu"][0])
     assert check("a.jsonl", "m.jsonl", "--json").document["format"] == "alpaca, messages"
@@ -298,7 +299,7 @@ QUIZ: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("layout", QUIZ)
 @pytest.mark.parametrize("place", ["quiz.jsonl", "quiz/deep/a.jsonl"])
-def test_a_row_that_overlaps_what_is_held_out_leaks(layout: str, place: str, check: Check) -> None:
+def test_a_row_that_overlaps_held_out_data_is_a_leak(layout: str, place: str, check: Check) -> None:
     Path(place).parent.mkdir(parents=True, exist_ok=True)
     jsonl(Path(place), QUIZ[layout])
     done = check(jsonl(Path("a.jsonl"), *many(3), ask(f"Tell me. {LEAK}", "Saturn")), "--against", place.partition("/")[0], "--json")
@@ -309,7 +310,7 @@ def test_a_row_that_overlaps_what_is_held_out_leaks(layout: str, place: str, che
     assert match["text"][slice(*match["span"])] == match["other_text"][slice(*match["other_span"])] == LEAK.rstrip("?")
 
 
-def test_a_folder_may_hold_out_benchmarks_and_examples_at_once(check: Check) -> None:
+def test_a_held_out_folder_may_contain_benchmarks_and_examples(check: Check) -> None:
     Path("held").mkdir()
     for name, row in QUIZ.items():
         jsonl(Path(f"held/{name}.jsonl"), row)
@@ -317,7 +318,7 @@ def test_a_folder_may_hold_out_benchmarks_and_examples_at_once(check: Check) -> 
     assert {match["other"] for match in leak["matches"]} == {f"held/{name}.jsonl:0" for name in QUIZ}
 
 
-def test_what_is_held_out_must_be_read_in_full(check: Check) -> None:
+def test_an_unreadable_held_out_row_is_refused(check: Check) -> None:
     jsonl(Path("a.jsonl"), ANSWERED)
     refused(
         check("a.jsonl", "--against", jsonl(Path("q.jsonl"), QUIZ["mmlu"], QUIZ["mmlu"], {"question": 3, "choices": ["a", "b"]})),
@@ -326,7 +327,7 @@ def test_what_is_held_out_must_be_read_in_full(check: Check) -> None:
     refused(check("a.jsonl", "--against", jsonl(Path("e.jsonl"), ANSWERED, ask("Hi", 3))), "e.jsonl:1", "expected text, found int")  # type: ignore[arg-type]
 
 
-def test_the_usual_rule_of_13_words_is_told_beside_ours(check: Check) -> None:
+def test_overlap_by_13_words_is_reported_in_addition(check: Check) -> None:
     long = "one two three four five six seven eight nine ten eleven twelve thirteen"
     jsonl(Path("q.jsonl"), {"question": f"{long} {' '.join(f'q{i}' for i in range(60))}", "choices": ["a", "b"], "answer": 0})
     jsonl(Path("a.jsonl"), ask(f"{' '.join(f'p{i}' for i in range(60))} {long}"), ask("Short"))
@@ -351,13 +352,13 @@ def policy(text: str) -> str:
     ("action", "kept", "severity", "code"),
     [("drop", 3, "warn", 0), ("warn", 4, "warn", 0), ("review", 4, "warn", 0), ("fail", 4, "error", 1)],
 )
-def test_the_policy_says_what_becomes_of_a_row(action: str, kept: int, severity: str, code: int, check: Check) -> None:
+def test_the_policy_decides_what_happens_to_a_row(action: str, kept: int, severity: str, code: int, check: Check) -> None:
     jsonl(Path("a.jsonl"), *many(3), ask("Mail ann.lee@post.example.org about it"))
     done = check("a.jsonl", "--policy", policy(f"policy: {{pii: {action}}}"), "--json")
     assert (done.document["kept"], done.findings["pii"]["severity"], done.code) == (kept, severity, code)
 
 
-def test_limits_and_severities_are_the_policys(check: Check) -> None:
+def test_limits_and_severities_come_from_the_policy(check: Check) -> None:
     jsonl(Path("a.jsonl"), *many(3), ask("Hi", ""))
     assert "small_dataset" in check("a.jsonl", "--json").findings
     done = check(
@@ -367,7 +368,7 @@ def test_limits_and_severities_are_the_policys(check: Check) -> None:
     assert (done.findings["too_long"]["count"], done.code) == (3, 1)
 
 
-def test_a_waived_row_is_kept_and_no_error_and_a_waiver_for_nothing_is_told(check: Check) -> None:
+def test_a_waived_row_is_kept_without_error_and_an_unused_waiver_is_reported(check: Check) -> None:
     jsonl(Path("a.jsonl"), *many(3), ask(f"Use the key {KEY} for it", "Done, thank you."))
     assert check("a.jsonl").code == 1
     text = "waivers: [{{check: secrets, rows: ['{}'], reason: made up, expires: 2999-01-01}}]"
@@ -390,7 +391,7 @@ def test_a_waived_row_is_kept_and_no_error_and_a_waiver_for_nothing_is_told(chec
      ("x: !!int a", "is not valid YAML"), ("x: !!bool a", "is not valid YAML"), ("x: !!python/object:os.system a", "is not valid YAML"),
      ("a: &a {b: *a}", "a: unknown key"), ("max_tokens: 1", "greater than or equal to 16"), ("min_rows: 1\nmin_rows: 2", "duplicate key")],
 )  # fmt: skip
-def test_a_policy_that_says_nothing_sensible_is_refused(text: str, said: str, check: Check) -> None:
+def test_an_invalid_policy_is_refused(text: str, said: str, check: Check) -> None:
     refused(check(jsonl(Path("a.jsonl"), ANSWERED), "--policy", policy(text)), "policy.yaml", said)
 
 
@@ -412,7 +413,7 @@ def test_a_whole_params_yaml_is_a_policy(check: Check) -> None:
 # Report
 
 
-def test_the_page_says_the_figures_of_the_document_and_needs_nothing_else(check: Check) -> None:
+def test_the_page_shows_the_figures_of_the_document_and_loads_nothing(check: Check) -> None:
     rows = [*many(3), ask("Hi", ""), *many(1), ask(f"{LONG}!"), ask(LONG), "no json"]
     done = check(jsonl(Path("a.jsonl"), *rows), "--report", "new/folder/page.html", "--json")
     page = Path("new/folder/page.html").read_text(encoding="utf-8")
@@ -462,7 +463,7 @@ def committed(*names: str) -> None:
 
 @pytest.mark.parametrize("version", ["path", "revision"])
 @pytest.mark.parametrize("folder", [False, True])
-def test_changed_added_and_removed_rows_are_told(version: str, folder: bool, check: Check) -> None:
+def test_changed_added_and_removed_rows_are_reported(version: str, folder: bool, check: Check) -> None:
     Path("set").mkdir()
     Path("old").mkdir()
     jsonl(Path("set/a.jsonl"), *BEFORE)
@@ -484,7 +485,7 @@ def test_changed_added_and_removed_rows_are_told(version: str, folder: bool, che
     assert "Since <code>" in Path("page.html").read_text()
 
 
-def test_findings_that_are_gone_are_told(check: Check) -> None:
+def test_resolved_findings_are_reported(check: Check) -> None:
     jsonl(Path("old.jsonl"), *AFTER)
     said = check(jsonl(Path("a.jsonl"), *BEFORE), "--since", "old.jsonl")
     assert "findings that are gone: pii 1" in said.out
@@ -520,7 +521,7 @@ def test_a_name_that_is_not_utf_8_a_link_and_a_submodule_have_an_earlier_version
      (["gone.jsonl", "--since", "HEAD"], "gone.jsonl does not exist here"), (["a.jsonl", "--since", "pairs.jsonl"], "pairs.jsonl holds preferences, a.jsonl examples"),
      ([Path(os.devnull), "--since", "HEAD"], "is not in git")],
 )  # fmt: skip
-def test_an_earlier_version_that_is_none_is_refused(arguments: list[str], said: str, check: Check) -> None:
+def test_an_invalid_earlier_version_is_refused(arguments: list[str], said: str, check: Check) -> None:
     committed(jsonl(Path("a.jsonl"), ANSWERED).name, jsonl(Path("gone.jsonl"), ANSWERED).name)
     Path("gone.jsonl").unlink()
     jsonl(Path("new.jsonl"), ANSWERED)
@@ -536,7 +537,7 @@ def test_outside_a_repository_and_without_git_a_revision_is_refused(check: Check
     refused(check("a.jsonl", "--since", "HEAD"), "no such revision in git")
 
 
-def test_only_a_secret_that_changed_shows_neither(check: Check) -> None:
+def test_a_change_of_a_secret_alone_shows_neither_value(check: Check) -> None:
     keys = [KEY, KEY[:-1] + "C"]
     for name, key in zip(("old.jsonl", "new.jsonl"), keys, strict=True):
         jsonl(Path(name), ask(f"{'Read this. ' * 40}My key is {key}, use it"))
@@ -581,7 +582,7 @@ def test_answers_called_good_or_bad_are_checked_as_pairs(arguments: list[str], c
     assert "malformed_row" not in done.findings
 
 
-def test_an_answer_called_good_or_bad_without_a_counterpart_is_unpaired_and_nothing_else(check: Check) -> None:
+def test_a_labeled_answer_without_a_counterpart_is_only_reported_as_unpaired(check: Check) -> None:
     rows = kto(("Where is my kite?", "It flies over the hill.", True), ("Who took the parcel?", "How would I know that.", False))
     done = check(jsonl(Path("a.jsonl"), *rows), "--json")
     assert done.document["dropped"] == {"unpaired_answer": 2} and done.findings["unpaired_answer"]["rows"] == [0, 1]
@@ -612,7 +613,7 @@ def test_prompts_alone_can_be_held_out(column: str, check: Check) -> None:
 @pytest.mark.parametrize("name", ["mmlu", "mmlu, in columns", "agieval", "hellaswag", "ifeval"])
 def test_a_benchmark_is_checked_and_held_out_from_each_file_type(name: str, suffix: str, check: Check) -> None:
     row, question, _ = BENCHMARK_ROWS[name]
-    WRITERS[suffix](
+    FILE_WRITERS[suffix](
         Path(f"a{suffix}"),
         [
             {key: value for key, value in row.items() if value is not None and key != "kwargs"}
@@ -625,7 +626,7 @@ def test_a_benchmark_is_checked_and_held_out_from_each_file_type(name: str, suff
     assert leaked.findings["benchmark_leakage"]["rows"] == [0]
 
 
-def test_a_waiver_for_a_row_holds_for_each_of_its_instances(check: Check) -> None:
+def test_a_waiver_for_a_row_covers_each_of_its_instances(check: Check) -> None:
     jsonl(
         Path("a.jsonl"),
         {
@@ -662,7 +663,7 @@ def test_preferences_are_judged_as_pairs(name: str, check: Check) -> None:
     assert done.findings.keys() <= checks_of("preferences").keys()
 
 
-def test_last_answers_to_different_questions_are_no_pair(check: Check) -> None:
+def test_answers_to_different_questions_are_not_a_pair(check: Check) -> None:
     def transcript(*turns: str) -> str:
         return "".join(f"\n\n{who}: {said}" for who, said in zip(("Human", "Assistant") * 2, turns, strict=True))
 
@@ -671,14 +672,14 @@ def test_last_answers_to_different_questions_are_no_pair(check: Check) -> None:
     assert check(jsonl(Path("a.jsonl"), apart, same), "--json").findings["prompt_mismatch"]["rows"] == [0]
 
 
-def test_a_margin_of_0_is_a_tie_and_any_other_none(check: Check) -> None:
+def test_only_a_margin_of_0_is_a_tie(check: Check) -> None:
     rows = [
         {"prompt": f"Where is {margin}?", "chosen": "Here.", "rejected": "There.", "margin": margin} for margin in (0, 0.0, 1, -2, None)
     ]
     assert check(jsonl(Path("a.jsonl"), *rows), "--json").findings["tied_pair"]["rows"] == [0, 1]
 
 
-def test_a_set_whose_longer_answers_always_win_is_biased(check: Check) -> None:
+def test_a_set_in_which_longer_answers_always_win_is_reported_as_biased(check: Check) -> None:
     rows = [{"prompt": f"Where is {i}?", "chosen": f"Here it is, number {i}.", "rejected": f"No {i}."} for i in range(10)]
     assert check(jsonl(Path("a.jsonl"), *rows), "--json").findings["length_bias"]["count"] == 1
     half = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} if i % 2 else row for i, row in enumerate(rows)]
@@ -754,7 +755,7 @@ def test_a_terminal_that_is_not_utf_8_gets_every_row_and_a_file_name_of_any_byte
         assert json.loads(done.stdout)["findings"][0]["places"] == [f"{name}:0"] and done.stderr == b""
 
 
-def test_a_reader_that_leaves_early_changes_neither_exit_code_nor_stderr(tmp_path: Path) -> None:
+def test_a_closed_pipe_changes_neither_exit_code_nor_stderr(tmp_path: Path) -> None:
     jsonl(tmp_path / "a.jsonl", ask("Hi", ""), *many(3000))
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "dagster_project", "check", "a.jsonl", "--json"]
@@ -768,13 +769,12 @@ def test_a_reader_that_leaves_early_changes_neither_exit_code_nor_stderr(tmp_pat
 # Data that nobody here wrote
 
 
-SHARED = ROOT.parent / "shared" / "data"
-real = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data, the real data sets, is missing")
+real = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="../shared/data, the real data sets, is missing")
 
 
 @real
-def test_a_real_alpaca_file_has_its_known_faults_and_hardly_a_false_one(check: Check) -> None:
-    done = check(SHARED / "alpaca_en_demo.json", "--json")
+def test_a_real_alpaca_file_has_its_known_defects_and_few_false_positives(check: Check) -> None:
+    done = check(SHARED_DATA / "alpaca_en_demo.json", "--json")
     found = done.document
     assert (done.code, found["format"], found["rows"], found["kept"]) == (0, "alpaca", 999, 999 - sum(found["dropped"].values()))
     assert (done.findings["exact_duplicates"]["count"], done.findings["placeholder_input"]["count"]) == (14, 8)
@@ -784,26 +784,26 @@ def test_a_real_alpaca_file_has_its_known_faults_and_hardly_a_false_one(check: C
 
 
 @real
-def test_a_real_preference_file_has_its_known_faults(check: Check) -> None:
+def test_a_real_preference_file_has_its_known_defects(check: Check) -> None:
     for arguments in ([], ["--format", "dpo"], ["--format", "sharegpt"]):
-        done = check(SHARED / "dpo_en_demo.json", "--json", *arguments)
+        done = check(SHARED_DATA / "dpo_en_demo.json", "--json", *arguments)
         assert (done.document["format"], done.document["rows"], done.findings["exact_duplicates"]["count"]) == ("sharegpt", 300, 5)
         assert "malformed_row" not in done.findings and done.code == 0
 
 
 @real
 def test_every_real_tree_is_read_as_examples_and_as_preferences(check: Check) -> None:
-    done = check(SHARED / "oasst_en_100_tree.jsonl", "--json")
+    done = check(SHARED_DATA / "oasst_en_100_tree.jsonl", "--json")
     assert (done.document["format"], done.document["rows"]) == ("oasst", 100) and "malformed_row" not in done.findings
-    done = check(SHARED / "oasst_en_100_tree.jsonl", "--json", "--format", "dpo")
+    done = check(SHARED_DATA / "oasst_en_100_tree.jsonl", "--json", "--format", "dpo")
     assert done.document["rows"] > 300 and "prompt_mismatch" not in done.findings
     assert max(row for finding in done.findings.values() for row in finding["rows"]) < 100
 
 
 @real
-def test_real_training_questions_that_nearly_stand_in_the_test_set_are_found(check: Check) -> None:
-    leak = check(SHARED / "gsm8k_train.jsonl", "--against", SHARED / "gsm8k_test.jsonl", "--json").findings["benchmark_leakage"]
+def test_real_training_questions_that_nearly_repeat_the_test_set_are_found(check: Check) -> None:
+    leak = check(SHARED_DATA / "gsm8k_train.jsonl", "--against", SHARED_DATA / "gsm8k_test.jsonl", "--json").findings["benchmark_leakage"]
     assert "equal" not in {match["rule"] for match in leak["matches"]}
-    assert (f"{SHARED}/gsm8k_train.jsonl:20", f"{SHARED}/gsm8k_test.jsonl:632") in {
+    assert (f"{SHARED_DATA}/gsm8k_train.jsonl:20", f"{SHARED_DATA}/gsm8k_test.jsonl:632") in {
         (match["place"], match["other"]) for match in leak["matches"]
     }

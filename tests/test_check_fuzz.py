@@ -1,4 +1,4 @@
-"""Whatever the data, `pedigree check` judges it or refuses it in words: no traceback, no row unaccounted for, nothing that steers a terminal.
+"""For any data, `pedigree check` gives a verdict or a clear refusal: no traceback, no lost row, no raw control characters.
 
 The same search in every run; `PEDIGREE_FUZZ=2000 pytest tests/test_check_fuzz.py` looks at so many cases a test, others each time.
 """
@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders.files import FILE_WRITERS
+from builders.layouts import BENCHMARK_ROWS, LAYOUT_ROWS, PAIR_ROWS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_benchmarks import ROWS as BENCHMARK_ROWS
-from test_files import READERS, WRITERS
-from test_formats import PAIR_ROWS, ROWS
 
 from dagster_project.__main__ import main
 from dagster_project.core.errors import InputError
@@ -31,6 +30,7 @@ from dagster_project.curation.check_files import KNOWN
 from dagster_project.curation.checks.checks import CHECKS, Rules
 from dagster_project.curation.checks.review import edited, read_decisions
 from dagster_project.curation.sources import files
+from dagster_project.curation.sources.files import READERS
 
 CASES = int(os.environ.get("PEDIGREE_FUZZ", "0"))
 STEERS = re.compile("[\0-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -121,11 +121,11 @@ TEXTS = {
     "space": " ",
 }
 KINDS: dict[str, list[Any]] = {
-    "examples": [row for row, _ in ROWS.values()],
+    "examples": [row for row, _ in LAYOUT_ROWS.values()],
     "preferences": [rows[0] for name, rows in PAIR_ROWS.items() if name != "oasst"],
     "benchmarks": [row for name, (row, *_) in BENCHMARK_ROWS.items() if name != "gsm8k"],
 }
-LAYOUT_ROWS: list[Any] = [*itertools.chain(*KINDS.values()), BENCHMARK_ROWS["gsm8k"][0]]
+ROWS_OF_ALL_KINDS: list[Any] = [*itertools.chain(*KINDS.values()), BENCHMARK_ROWS["gsm8k"][0]]
 
 
 def filled(value: Any, text: str) -> Any:
@@ -193,7 +193,7 @@ BYTES: dict[str, tuple[str, bytes]] = {
     "an object": ("a.json", GOOD),
     "deep": ("a.jsonl", lines(OK, b'{"instruction": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", {**OK, "meta": json.loads("[" * 150 + "]" * 150)})),
     "deep list": ("a.json", b"[" * 100_000),
-    "deep reply tree": ("a.jsonl", lines(ROWS["oasst"][0], json.loads('{"message_tree_id": "t", "prompt": ' + '{"role": "prompter", "text": "a", "replies": [' * 60 + "]}" * 60 + "}"))),
+    "deep reply tree": ("a.jsonl", lines(LAYOUT_ROWS["oasst"][0], json.loads('{"message_tree_id": "t", "prompt": ' + '{"role": "prompter", "text": "a", "replies": [' * 60 + "]}" * 60 + "}"))),
     "gzip bomb": ("a.jsonl.gz", gzip.compress(b" " * 3_000_000)),
     "truncated gzip": ("a.jsonl.gz", gzip.compress(lines(*[OK] * 100))[:-20]),
     "gzip in name only": ("a.jsonl.gz", lines(OK)),
@@ -280,7 +280,7 @@ def test_links_are_followed_inside_a_folder_and_never_out(folder: Path) -> None:
     assert holds("set/../set/deep/../a.jsonl", "./set//a.jsonl")
 
 
-def test_what_is_no_file_is_refused(folder: Path) -> None:
+def test_anything_but_a_regular_file_is_refused(folder: Path) -> None:
     Path("empty").mkdir()
     Path("folder.jsonl").mkdir()
     os.mkfifo("pipe.jsonl")
@@ -361,8 +361,10 @@ def row_like(example: dict[str, Any]) -> st.SearchStrategy[Any]:
     return st.builds(lambda row, extra: {**extra, **row}, whole, EXTRA) | like(example)
 
 
-ROWS_LIKE = st.sampled_from(LAYOUT_ROWS).flatmap(lambda example: st.lists(st.just(example) | row_like(example), min_size=1, max_size=6))
-MIXED = st.lists(st.sampled_from(LAYOUT_ROWS).flatmap(row_like), min_size=1, max_size=6)
+ROWS_LIKE = st.sampled_from(ROWS_OF_ALL_KINDS).flatmap(
+    lambda example: st.lists(st.just(example) | row_like(example), min_size=1, max_size=6)
+)
+MIXED = st.lists(st.sampled_from(ROWS_OF_ALL_KINDS).flatmap(row_like), min_size=1, max_size=6)
 
 
 @search(40)
@@ -400,7 +402,7 @@ def test_any_bytes_in_any_file_type_are_judged_or_refused(suffix: str, content: 
 @given(st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), min_size=1, max_size=6), st.integers(0, 400))
 def test_a_table_with_broken_bytes_is_judged_or_refused(suffix: str, broken: list[tuple[int, int]], cut: int) -> None:
     path = Path(f"a{suffix}")
-    WRITERS[suffix](path, [{"prompt": f"Where is row {i}?", "completion": "Here, as you can see."} for i in range(20)])
+    FILE_WRITERS[suffix](path, [{"prompt": f"Where is row {i}?", "completion": "Here, as you can see."} for i in range(20)])
     content = bytearray(path.read_bytes())
     for place, value in broken:
         content[place % len(content)] = value

@@ -1,4 +1,4 @@
-"""A checkpoint is used only if every byte of it is what was written, and only by the training it is of."""
+"""A checkpoint is used only if every byte is intact, and only by the training that wrote it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def names(checkpoints: Checkpoints) -> list[str]:
     return sorted(path.name for path in checkpoints.folder.iterdir())
 
 
-def test_what_was_saved_is_found(checkpoints: Checkpoints) -> None:
+def test_a_saved_checkpoint_is_found(checkpoints: Checkpoints) -> None:
     save(checkpoints, 5)
     found = checkpoints.newest()
     assert found
@@ -56,11 +56,11 @@ def test_what_was_saved_is_found(checkpoints: Checkpoints) -> None:
     assert (state["n"], state["t"].tolist()) == (5, [5])
 
 
-def test_nothing_is_found_where_nothing_was_saved(checkpoints: Checkpoints) -> None:
+def test_without_a_saved_checkpoint_none_is_found(checkpoints: Checkpoints) -> None:
     assert checkpoints.newest() is None
 
 
-def test_the_newest_ones_are_kept_in_the_order_of_steps_and_not_of_time(checkpoints: Checkpoints) -> None:
+def test_the_newest_checkpoints_are_kept_by_step_and_not_by_time(checkpoints: Checkpoints) -> None:
     save(checkpoints, 9, 100, 1000)
     assert names(checkpoints) == ["step-00000100", "step-00001000"]
     os.utime(checkpoints.folder / "step-00001000", (0, 0))
@@ -71,7 +71,7 @@ def test_the_newest_ones_are_kept_in_the_order_of_steps_and_not_of_time(checkpoi
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "state.safetensors", "state.json", "course.json", "complete.json"])
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
-def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_says_so(
+def test_a_damaged_checkpoint_is_logged_and_the_previous_one_used(
     checkpoints: Checkpoints, said: pytest.LogCaptureFixture, file: str, damage: str
 ) -> None:
     save(checkpoints, 1, 2)
@@ -93,7 +93,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_says_so(
     assert names(checkpoints) == ["step-00000001"]
 
 
-def test_where_all_are_damaged_training_starts_anew(checkpoints: Checkpoints, said: pytest.LogCaptureFixture) -> None:
+def test_training_starts_from_step_0_if_all_checkpoints_are_damaged(checkpoints: Checkpoints, said: pytest.LogCaptureFixture) -> None:
     save(checkpoints, 1, 2)
     for step in (1, 2):
         (checkpoints.folder / f"step-0000000{step}" / "state.json").write_text("{}")
@@ -102,7 +102,7 @@ def test_where_all_are_damaged_training_starts_anew(checkpoints: Checkpoints, sa
 
 
 @pytest.mark.parametrize("part", list(IDENTITY))
-def test_a_checkpoint_of_another_training_is_set_aside_and_the_difference_named(
+def test_a_checkpoint_of_another_training_is_renamed_and_the_difference_logged(
     checkpoints: Checkpoints, said: pytest.LogCaptureFixture, part: str
 ) -> None:
     save(checkpoints, 1, 2)
@@ -118,13 +118,13 @@ def test_a_checkpoint_of_another_training_is_set_aside_and_the_difference_named(
     assert len(said.messages) == 1
 
 
-def test_a_part_more_or_less_is_a_difference_too(checkpoints: Checkpoints, said: pytest.LogCaptureFixture) -> None:
+def test_an_added_or_missing_part_is_a_difference(checkpoints: Checkpoints, said: pytest.LogCaptureFixture) -> None:
     save(checkpoints, 1)
     assert Checkpoints(checkpoints.folder, {**IDENTITY, "dtype": "float32"}).newest() is None
     assert "differs: dtype" in said.text
 
 
-def test_only_the_last_that_were_set_aside_are_kept(checkpoints: Checkpoints) -> None:
+def test_only_the_latest_renamed_checkpoints_are_kept(checkpoints: Checkpoints) -> None:
     for number in range(3):
         other = Checkpoints(checkpoints.folder, {**IDENTITY, "code": str(number)})
         assert other.newest() is None
@@ -147,14 +147,14 @@ def test_a_full_disk_while_saving_is_one_message_and_leaves_the_checkpoint_befor
     assert names(checkpoints) == ["step-00000001"]
 
 
-def test_folders_on_one_disk_share_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_on_one_disk_share_its_free_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3 * 2**20))
     refuse_full_disk({tmp_path / "a": 2**20, tmp_path / "b": 2**20}, "x")
     with pytest.raises(PedigreeError, match=r"x: checkpoints and output need about 4 MiB of disk, and 3 MiB are free"):
         refuse_full_disk({tmp_path / "a": 2**21, tmp_path / "b": 2**21}, "x")
 
 
-def test_any_state_comes_back_as_it_was() -> None:
+def test_any_state_is_restored_unchanged() -> None:
     shared = torch.arange(4, dtype=torch.uint8)
     state = {0: (1.5, None, [True, "x"]), "t": {"a": torch.tensor(2.5), "b": torch.zeros(0, 3, dtype=torch.bfloat16)}, "inf": float("inf")}
     tensors: dict[str, torch.Tensor] = {}
@@ -177,7 +177,7 @@ def test_tensors_that_share_memory_are_saved(checkpoints: Checkpoints) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_optimizer_goes_on_as_if_nothing_had_happened(dtype: torch.dtype) -> None:
+def test_a_restored_optimizer_continues_identically(dtype: torch.dtype) -> None:
     def make() -> tuple[torch.Tensor, torch.optim.AdamW]:
         weight = torch.ones(3, dtype=dtype, requires_grad=True)
         return weight, torch.optim.AdamW([weight], lr=0.1)
@@ -201,7 +201,7 @@ def test_an_optimizer_goes_on_as_if_nothing_had_happened(dtype: torch.dtype) -> 
     assert torch.equal(weight, other)
 
 
-def test_all_random_generators_go_on_where_they_were() -> None:
+def test_all_random_generators_are_restored() -> None:
     import random
 
     import numpy as np
@@ -217,7 +217,7 @@ def test_all_random_generators_go_on_where_they_were() -> None:
     assert draw() == first
 
 
-def test_the_code_that_counts_is_what_dvc_watches() -> None:
+def test_the_code_in_the_checkpoint_identity_is_what_dvc_tracks() -> None:
     stages = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
     watched = [dep for dep in stages["adapter"]["do"]["deps"] if dep.endswith(".py")]
     found = code_of(ROOT / "dagster_project" / "stages" / "adapter.py", ROOT / "dagster_project")

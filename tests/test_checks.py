@@ -1,4 +1,4 @@
-"""Every check finds its bad example, leaves its good one alone, and does what the policy says; every row is accounted for."""
+"""Every check finds its bad example, passes its good one, and follows the policy; every row is accounted for."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from datetime import date
 from typing import Any
 
 import pytest
+from builders.records import CHECK_EXAMPLES, HELD_OUT, KEY, LONG, Record, ask, chat, pair, placed
 from pydantic import ValidationError
 
-from dagster_project.core.records import example_id
 from dagster_project.curation.checks.checks import CHECKS, SET_CHECKS, Judgement, Rules, Verdict, checks_of, judge
 from dagster_project.curation.checks.findings import document
 from dagster_project.curation.checks.review import Decision, Waiver
@@ -17,39 +17,8 @@ from dagster_project.curation.checks.row_checks import ROW_CHECKS
 from dagster_project.curation.checks.token_counts import ESTIMATED, Tokens
 from dagster_project.curation.sources.benchmarks import Item
 
-Record = dict[str, Any]
-HELD_OUT = [
-    Item(
-        "quiz.jsonl:7",
-        "Which planet do people sometimes call the red planet?",
-        text="It is Mars, the fourth planet from the sun that we all share.",
-    )
-]
 RULES = Rules(min_rows=2, balance_ratio=2.0, max_tokens=200)
 FITS = Tokens(ESTIMATED.count, lambda messages: "roles must alternate" if any(m["role"] == "tool" for m in messages) else None)
-
-
-def chat(*turns: tuple[str, str], category: str | None = None, **meta: Any) -> Record:
-    messages = [{"role": role, "content": content} for role, content in turns]
-    return {"example_id": example_id(messages), "messages": messages, "category": category, "group_id": None, "meta": json.dumps(meta)}
-
-
-def ask(prompt: str = "Where is my kite?", answer: str = "On its way.", **more: Any) -> Record:
-    return chat(("user", prompt), ("assistant", answer), **more)
-
-
-def pair(
-    prompt: str = "Where is my kite?", chosen: str = "On its way.", rejected: str = "No.", margin: float | None = None, **meta: Any
-) -> Record:
-    record = chat(("user", prompt), ("assistant", chosen), **meta)
-    said = [{"role": "assistant", "content": rejected}]
-    identity = example_id([*record["messages"], *said])
-    return {**record, "example_id": identity, "asked": 1, "rejected": said, "margin": margin}
-
-
-def placed(records: list[Record]) -> list[Record]:
-    """The records as rows 0, 1, ... of one source file."""
-    return [{**record, "source": "rows.jsonl", "source_row": i} for i, record in enumerate(records)]
 
 
 def judged(
@@ -63,80 +32,24 @@ def result(name: str, found: Judgement) -> Verdict:
     return found.verdicts[name]
 
 
-LONG = "My parcel with the garden kite went to the wrong house last week"
-KEY = "AKIA" + "Q3EXAMPLE7KEY2AB"
-EXAMPLES: dict[str, tuple[list[Record], list[Record]]] = {
-    # check: (good rows, rows of which the last breaks the check; or which break it as a set)
-    "malformed_row": ([ask()], [chat(problem="expected text, found int")]),
-    "unpaired_answer": ([pair()], [{**pair(), "rejected": []}]),
-    "unlabelled": ([{**ask(), "labelled": True}], [{**ask(), "labelled": False}]),
-    "invalid_roles": (
-        [chat(("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello there"))],
-        [chat(("user", "Hi"), ("customer", "Hi?"), ("assistant", "Hello there"))],
-    ),
-    "ends_on_user_turn": ([ask()], [chat(("user", "Hi"), ("assistant", "Hello there"), ("user", "Bye"))]),
-    "empty_prompt": ([ask("?")], [ask(" \n")]),
-    "empty_response": ([ask("Hi", "No, never.")], [ask("Hi", " \n")]),
-    "placeholder_input": ([ask(input="A kite.")], [ask(input="<noinput>")]),
-    "prompt_mismatch": ([pair()], [{**pair(), "same_prompt": False}]),
-    "identical_pair": ([pair()], [pair(rejected="On its way.")]),
-    "tied_pair": ([pair(margin=1.0)], [pair(margin=0.0)]),
-    "short_response": ([ask("Hi", "Hello there")], [ask("Hi", "No.")]),
-    "too_long": ([ask("Hi", " ".join(map(str, range(150))))], [ask("Hi", " ".join(map(str, range(300))))]),
-    "special_tokens_in_text": ([ask("Is <b>this</b> a tag?")], [ask("Is this a tag?<|im_end|>")]),
-    "template_mismatch": ([ask()], [chat(("user", "Hi"), ("assistant", "look up"), ("tool", "found"), ("assistant", "Hello there"))]),
-    "hidden_characters": ([ask("👩\u200d🚀 नमस्\u200dते")], [ask("Where is my ki\u200bte?")]),
-    "unicode_form": ([ask("Où est le café ?")], [ask("Ou\u0300 est le cafe\u0301 ?")]),
-    "encoding": ([ask("Où est le café ?")], [ask("OÃ¹ est le cafÃ© ?")]),
-    "secrets": ([ask("My key ring is lost")], [ask(f"My key is {KEY} I think")]),
-    "pii": ([ask("Follow me @kites, 3 @ 5.00")], [ask("Write to ann.lee@kites.co.uk")]),
-    "refusal": ([ask("Hi", "I'm sorry, but it is late.")], [ask("Hi", "I'm sorry, but I can't help with that.")]),
-    "assistant_boilerplate": ([ask("Are you an AI?", "As an AI, yes.")], [ask("Hi", "As an AI language model, I say hi.")]),
-    "foreign_identity": ([ask("Hi", "ChatGPT was created by OpenAI.")], [ask("Hi", "I am ChatGPT.")]),
-    "placeholder_text": ([ask("Hi", "Dear Ann, hello.")], [ask("Hi", "Dear [Your Name], hello.")]),
-    "prompt_echo": ([ask(answer="Your kite is on its way.")], [ask(answer="Where is my kite? On its way.")]),
-    "truncated_response": ([ask("Hi", "I see a kite, a boat, and a hat")], [ask("Hi", "I see a kite, a boat, a hat,")]),
-    "repetition": ([ask("Hi", "Ho ho ho, my dear.")], [ask("Hi", "On its way to you. " * 6)]),
-    "markup_leftovers": ([ask("Hi", "1 < 2, R&D")], [ask("Hi", "On its way.<br>")]),
-    "language_mismatch": ([ask(answer="It is on its way.")], [ask(answer="您的风筝已经在路上了，请再等几天。")]),
-    "exact_duplicates": ([ask("Hi"), ask("Ho")], [ask("Hi"), ask("Hi")]),
-    "benchmark_leakage": ([ask("Which planet is red?")], [ask(HELD_OUT[0].question)]),
-    "split_leakage": ([ask(LONG, split="train"), ask("The kite came", split="test")], [ask(LONG, split="test"), ask(LONG + " again", split="train")]),
-    "conflicting_responses": ([ask("Hi", "Hello you"), ask("Ho", "Bye you")], [ask("Hi", "Hello you"), ask("Hi", "Bye you")]),
-    "near_duplicates": ([ask(LONG), ask("The kite came, thank you")], [ask(LONG), ask(LONG + " again")]),
-    "schema": ([ask()], []),
-    "small_dataset": ([ask("Hi"), ask("Ho")], [ask("Hi")]),
-    "unbalanced_categories": (
-        [ask("Hi", category="a"), ask("Ho", category="a"), ask("He", category="b")],
-        [ask("Hi", category="a"), ask("Ho", category="a"), ask("Hu", category="a"), ask("He", category="b")],
-    ),
-    "low_diversity": (
-        [ask(" ".join(word * 2 for word in (a + b, b + a, a + a, b + b))) for a in "aeiou" for b in "bdfgk"],
-        [ask(f"Draw a {thing} number {n}") for thing in ("kite", "boat", "hat", "key", "map") for n in range(8)],
-    ),
-    "length_bias": (
-        [pair("Hi"), pair("Ho", "No.", "On its way.")],
-        [pair("Hi"), pair("Ho"), pair("Hu")],
-    ),
-}  # fmt: skip
 COINCIDE = {"near_duplicates", "exact_duplicates"}
 """A conflict, or a row in two splits, is a near-duplicate as well."""
 
 
 def test_every_check_has_a_good_and_a_bad_example_here() -> None:
-    assert list(EXAMPLES) == list(CHECKS)
+    assert list(CHECK_EXAMPLES) == list(CHECKS)
 
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_a_check_passes_its_good_example(name: str) -> None:
-    found = judged(EXAMPLES[name][0])
+    found = judged(CHECK_EXAMPLES[name][0])
     assert (result(name, found).passed, result(name, found).broken) == (True, [])
     assert not any(found.reason)
 
 
 @pytest.mark.parametrize("name", ROW_CHECKS)
 def test_a_check_names_the_row_that_breaks_it(name: str) -> None:
-    rows = EXAMPLES[name][1]
+    rows = CHECK_EXAMPLES[name][1]
     last = len(rows) - 1
     found = judged(rows)
     assert found.broken[name] == [last]
@@ -146,13 +59,13 @@ def test_a_check_names_the_row_that_breaks_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SET_CHECKS)
-def test_a_check_on_the_set_fails_its_bad_example_and_says_how(name: str) -> None:
-    found = result(name, judged(EXAMPLES[name][1]))
+def test_a_check_on_the_set_fails_its_bad_example_with_a_note(name: str) -> None:
+    found = result(name, judged(CHECK_EXAMPLES[name][1]))
     assert not found.passed
     assert found.note
 
 
-def test_every_check_reports_a_result_even_when_all_is_well() -> None:
+def test_every_check_reports_a_result_even_without_findings() -> None:
     assert set(judged([ask()]).verdicts) == checks_of("examples").keys()
     assert set(judged([pair()]).verdicts) == checks_of("preferences").keys()
 
@@ -161,26 +74,26 @@ def test_every_check_reports_a_result_even_when_all_is_well() -> None:
     "roles",
     ["user customer", "user assistant assistant", "user assistant customer", "user assistant system", "user system", "customer assistant"],
 )
-def test_a_wrong_role_is_found_wherever_it_stands(roles: str) -> None:
+def test_a_wrong_role_is_found_at_any_position(roles: str) -> None:
     found = judged([chat(*((role, f"text {i}") for i, role in enumerate(roles.split())))])
     assert found.reason == ["invalid_roles"]
 
 
 @pytest.mark.parametrize("text", ["N/A", "No input.", "none", "<no input>", "NULL"])
-def test_a_prompt_that_says_there_is_none_is_a_placeholder(text: str) -> None:
+def test_a_prompt_that_marks_an_absent_one_is_a_placeholder(text: str) -> None:
     assert judged([ask(text)]).reason == ["placeholder_input"]
 
 
 @pytest.mark.parametrize(
     ("action", "dropped", "passed", "blocking"), [("drop", True, True, False), ("warn", False, False, False), ("fail", False, False, True)]
 )
-def test_the_policy_says_what_becomes_of_a_bad_row(action: Any, dropped: bool, passed: bool, blocking: bool) -> None:
-    found = judged([ask(), EXAMPLES["pii"][1][0]], Rules(policy={"pii": action}))
+def test_the_policy_decides_what_happens_to_a_bad_row(action: Any, dropped: bool, passed: bool, blocking: bool) -> None:
+    found = judged([ask(), CHECK_EXAMPLES["pii"][1][0]], Rules(policy={"pii": action}))
     assert found.reason == [None, "pii" if dropped else None]
     assert (result("pii", found).passed, result("pii", found).action == "fail", result("pii", found).broken) == (passed, blocking, [1])
 
 
-def test_failing_is_for_bad_rows_only() -> None:
+def test_the_action_fail_passes_a_set_without_bad_rows() -> None:
     assert result("pii", judged([ask()], Rules(policy={"pii": "fail"}))).passed
 
 
@@ -223,7 +136,7 @@ def test_a_near_copy_of_a_held_out_question_leaks(prompt: str, leaks: bool) -> N
     assert judged([ask(prompt)]).reason == (["benchmark_leakage"] if leaks else [None])
 
 
-def test_without_a_benchmark_the_leakage_check_says_that_it_had_nothing_to_compare() -> None:
+def test_without_a_benchmark_the_leakage_check_notes_that_nothing_was_compared() -> None:
     found = result("benchmark_leakage", judged([ask(HELD_OUT[0].question)], held_out=[]))
     assert (found.passed, found.note) == (True, "nothing held out to compare with")
 
@@ -260,12 +173,12 @@ def test_a_waived_row_is_kept_and_counted(name: str) -> None:
     assert found.said == {1: "waived for pii: agreed"}
 
 
-def test_a_waiver_holds_for_its_check_alone() -> None:
+def test_a_waiver_covers_only_its_check() -> None:
     assert judged([ask("Write to ann.lee@kites.co.uk")], waiver("encoding", "rows.jsonl:0")).reason == ["pii"]
 
 
 @pytest.mark.parametrize("pair_", [["rows.jsonl:1", "rows.jsonl:0"], ["rows.jsonl:0", "rows.jsonl:1"]])
-def test_a_waived_pair_is_no_near_duplicate_but_another_is(pair_: list[str]) -> None:
+def test_a_waived_pair_is_not_reported_but_another_near_duplicate_is(pair_: list[str]) -> None:
     rows = [
         ask(LONG),
         ask(LONG + " again"),
@@ -276,7 +189,7 @@ def test_a_waived_pair_is_no_near_duplicate_but_another_is(pair_: list[str]) -> 
     assert (found.broken["near_duplicates"], found.verdicts["near_duplicates"].waived) == ([3], 1)
 
 
-def test_an_error_that_is_waived_is_no_error_any_more() -> None:
+def test_a_waived_error_is_not_an_error() -> None:
     found = document("set", "messages", judged([ask(f"My key is {KEY} I think")], waiver("secrets", "rows.jsonl:0")), HELD_OUT)
     assert [(one["check"], one["severity"], one["count"], one["waived"]) for one in found["findings"]] == [("secrets", "info", 0, 1)]
 
@@ -295,11 +208,11 @@ def test_an_overlap_with_a_benchmark_can_be_waived_by_the_items_name() -> None:
     assert found.reason == [None]
 
 
-def test_of_equal_rows_the_one_that_upstream_holds_out_is_kept() -> None:
+def test_of_equal_rows_the_one_in_an_upstream_test_split_is_kept() -> None:
     assert judged([ask("Hi", split="train"), ask("Hi", split="test"), ask("Hi")]).reason == ["exact_duplicates", None, "exact_duplicates"]
 
 
-def test_a_waiver_for_a_row_that_is_not_there_is_told() -> None:
+def test_a_waiver_for_a_missing_row_is_reported() -> None:
     assert "ffffffff" in result("schema", judged([ask()], waiver("pii", "ffffffff"))).note
 
 
@@ -312,7 +225,7 @@ def test_a_leak_through_the_answer_is_found() -> None:
 
 
 def test_a_conflict_waits_for_review_and_decisions_are_honoured() -> None:
-    rows = EXAMPLES["conflicting_responses"][1]
+    rows = CHECK_EXAMPLES["conflicting_responses"][1]
     first, second = (row["example_id"] for row in rows)
     assert judged(rows).waiting == [(1, "conflicting_responses")]
     assert judged(rows).reason == [None, None]
@@ -326,7 +239,7 @@ def test_a_conflict_waits_for_review_and_decisions_are_honoured() -> None:
 
 
 def test_the_document_accounts_for_every_row() -> None:
-    rows = [row for name, check in ROW_CHECKS.items() if check.kind is None for row in EXAMPLES[name][1]]
+    rows = [row for name, check in ROW_CHECKS.items() if check.kind is None for row in CHECK_EXAMPLES[name][1]]
     found = document("set", "messages", judged(rows), HELD_OUT)
     assert found["rows"] == len(rows) == found["kept"] + sum(found["dropped"].values())
     assert sum(one["dropped"] for one in found["findings"]) == sum(found["dropped"].values())

@@ -1,4 +1,4 @@
-"""The code that made an output is named file by file, although dvc.lock has one hash for a folder."""
+"""The code behind an output is listed file by file, although dvc.lock has one hash per folder."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_uncommitted_code_is_named_by_the_files_that_differ(root: Path) -> None:
     assert code_in(root, None, stages) == (files, [])
 
 
-def test_code_that_is_nowhere_any_more_is_named_by_its_folder(root: Path) -> None:
+def test_code_that_cannot_be_found_is_named_by_its_folder(root: Path) -> None:
     sha = commit(root)
     (root / FOLDER / "a.py").write_text("edited")
     stages = recorded(root)

@@ -1,4 +1,4 @@
-"""The board ranks what was measured, and advice says no more than the intervals allow."""
+"""The comparison table ranks what was measured, and advice claims no more than the intervals allow."""
 
 from __future__ import annotations
 
@@ -73,11 +73,11 @@ def to_rivals(**rivals: tuple[float, float, float]) -> dict[str, Any]:
     ],
     ids=["worth it", "worse", "no sure gain", "a classifier does", "worth it by perplexity", "no sure gain by perplexity", "nothing"],
 )
-def test_advice_says_what_the_interval_to_the_best_alternative_shows(found: dict[str, Any], wanted: str) -> None:
+def test_advice_follows_from_the_interval_to_the_best_alternative(found: dict[str, Any], wanted: str) -> None:
     assert advice("macro_f1", SCORES, {"lora": found}, TEST) == [wanted]
 
 
-def test_free_text_is_told_in_likelihood_too() -> None:
+def test_advice_on_free_text_includes_likelihood() -> None:
     found = {**to_base(0.5, 0.4, 0.6), "to": {"few_shot": {"rouge_l": {"difference": 0.2, "interval": [0.1, 0.3]}}}}
     scores = {name: {"n": 4, "rouge_l": 0.5, "rouge_l_interval": [0.4, 0.6], "exact_match": 0.0} for name in ("lora", "few_shot")}
     said, _ = advice("rouge_l", scores, {"lora": found}, TEST)
@@ -85,7 +85,7 @@ def test_free_text_is_told_in_likelihood_too() -> None:
     assert said.endswith(" By likelihood: perplexity 50.0 % below the base model's (95 % interval 40.0 to 60.0 %).")
 
 
-def test_a_model_that_grew_worse_by_perplexity_is_called_worse() -> None:
+def test_a_higher_perplexity_is_reported_as_worse() -> None:
     assert advice("macro_f1", {}, {"lora": to_base(1.5, 1.4, 1.6)}, TEST)[0].startswith("Tuning lora made it worse: ")
 
 
@@ -102,7 +102,7 @@ def test_the_best_variant_is_compared_with_the_others(low: float, wanted: str) -
     assert said == [f"dora {wanted}: +10.0 points of macro-F1 over lora (95 % interval {100 * low:+.1f} to +20.0)."]
 
 
-def test_the_board_puts_the_best_first_with_what_each_prompt_costs() -> None:
+def test_the_comparison_table_ranks_the_best_first_with_prompt_lengths() -> None:
     labels = {"system_prompt": ["login"] * 8, "lora": TRUE, "tfidf_logistic": [*TRUE[:6], "login", "login"]}
     scores = {name: score(TABLE, TRUE, found) for name, found in labels.items()}
     scores["lora"]["prompt_tokens"], scores["system_prompt"]["prompt_tokens"] = 40.4, 95.0
@@ -116,7 +116,7 @@ def test_the_board_puts_the_best_first_with_what_each_prompt_costs() -> None:
     ]
 
 
-def test_without_answers_the_board_ranks_by_perplexity() -> None:
+def test_without_answers_the_comparison_table_ranks_by_perplexity() -> None:
     compared = {"worse": to_base(1.2, 1.1, 1.3), "best": to_base(0.5, 0.4, 0.6), "middle": to_base(0.9, 0.8, 1.1)}
     assert board(SHOWN, {}, compared)[2:] == [
         "| **best**, tuned | 0.500 | 0.400 to 0.600 |",
@@ -151,7 +151,7 @@ def two(lora: tuple[float, float, float], dora: tuple[float, float, float], betw
     ],
     ids=["one", "the better of two", "by chance: the cheaper", "by chance: the better", "only one is sure", "none is sure", "worse", "by perplexity", "worse by perplexity", "nothing"],
 )  # fmt: skip
-def test_the_recommended_variant_is_the_best_sure_one_or_as_good_and_cheaper(
+def test_the_recommended_variant_is_significantly_best_or_equal_and_cheaper(
     compared: dict[str, Any], variant: str | None, why: str
 ) -> None:
     found = recommended("macro_f1", SCORES, compared, COSTS, TEST)
@@ -179,7 +179,7 @@ def test_a_variant_that_passed_its_checks_is_recommended_before_a_better_one_tha
 
 
 @pytest.mark.parametrize("gap", [UNSURE, WORSE])
-def test_failed_checks_are_named_where_there_is_no_gain_either(gap: tuple[float, float, float]) -> None:
+def test_failed_checks_are_named_also_without_a_gain(gap: tuple[float, float, float]) -> None:
     [said] = advice("macro_f1", SCORES, {"lora": {**to_rivals(few_shot=gap), "failed_checks": [FAILED]}}, TEST)
     assert said.endswith(f"Failed checks: {FAILED}.")
 
@@ -203,7 +203,7 @@ def test_from_the_fewest_answers_on_a_gain_counts() -> None:
     assert advice("macro_f1", SCORES, {"lora": to_rivals(few_shot=SURE)}, test)[0].startswith("Tuning lora is worth it")
 
 
-def test_an_interval_over_0_makes_no_recommendation_without_the_doubt() -> None:
+def test_a_recommendation_from_an_interval_that_includes_0_names_the_uncertainty() -> None:
     compared = {"lora": to_rivals(few_shot=UNSURE)}
     found = recommended("macro_f1", SCORES, compared, COSTS, TEST)
     assert headline({"compared": compared, "recommended": found}) == "No sure gain: lora." and not found["sure"]
@@ -249,7 +249,7 @@ def samples() -> list[Sample]:
     return [Sample(name, HOSTILE, HOSTILE, {"lora": (HOSTILE, ours), "few_shot": ("x", theirs)}) for name, (ours, theirs) in marks.items()]
 
 
-def test_the_page_tells_advice_scores_and_costs_and_shows_the_worst_errors_first() -> None:
+def test_the_page_shows_advice_scores_costs_and_the_worst_errors_first() -> None:
     shown = comparison_page(document(), samples(), {"lora": {"training_seconds": 150.2, "peak_memory_bytes": 1.4e9}})
     text = re.sub("<[^>]+>", "|", shown)
     assert "|Use lora.|" in text and "9 test examples, none of them seen in training" in text
@@ -271,7 +271,7 @@ def test_the_page_names_failed_checks_and_does_not_call_the_variant_the_one_to_u
     assert "Use lora" not in text and 'class="verdict warn"' in shown
 
 
-def test_nothing_in_the_page_is_taken_for_markup_and_it_needs_no_network() -> None:
+def test_the_page_escapes_all_text_and_needs_no_network() -> None:
     shown = comparison_page(document(), samples(), {})
     assert shown.count("<script") == 1 and "<img" not in shown and "src=" not in re.sub("&lt;.*?&gt;", "", shown)
     assert "training |" not in shown and "peak memory" not in shown, "what was not measured here has no column"
@@ -312,7 +312,7 @@ def test_in_a_browser_answers_are_filtered_without_a_request_or_an_error_and_not
     assert wrong == []
 
 
-def test_the_command_prints_the_board_or_its_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_prints_the_table_or_its_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "dvc.yaml").write_text("")
     assert main(["compare", "--project", str(tmp_path)]) == 2
     assert "run `dvc repro comparison`" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Both front ends at once: four processes, two with each, bring the same pipeline up to date over and over."""
+"""Both front ends at once: four processes, two per front end, repeatedly bring one pipeline up to date."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_pipeline as mini
+from builders import small_pipeline
 
 from dagster_project.orchestration.dagster.sync import sync
 from dagster_project.orchestration.dvc import read_stages
@@ -35,7 +35,7 @@ def by_dvc(root: Path) -> None:
 
 
 def by_dagster(root: Path, instance: Any) -> None:
-    result = mini.materialize(root, instance)
+    result = small_pipeline.materialize(root, instance)
     assert result.success, [event.message for event in result.all_events if event.is_failure]
 
 
@@ -55,10 +55,10 @@ def work(root: Path, front_end: str, barrier: Any, failures: Any) -> None:
 
 
 @pytest.mark.slow
-def test_four_processes_at_two_doors_lose_nothing_run_nothing_twice_and_never_fail(tmp_path: Path) -> None:
+def test_four_concurrent_processes_lose_nothing_run_nothing_twice_and_do_not_fail(tmp_path: Path) -> None:
     import dagster as dg
 
-    root = mini.make_project(tmp_path / "project")
+    root = small_pipeline.make_project(tmp_path / "project")
     (root / ".dagster").mkdir()
     (root / ".dagster" / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
     context = multiprocessing.get_context("spawn")
@@ -72,16 +72,16 @@ def test_four_processes_at_two_doors_lose_nothing_run_nothing_twice_and_never_fa
         try:
             for number in range(ROUNDS):
                 (root / "data/sources/g.txt").write_text(f"round {number}")
-                log = root / mini.LOG
+                log = root / small_pipeline.LOG
                 before = len(log.read_text().splitlines()) if log.exists() else 0
                 barrier.wait(120)
                 barrier.wait(120)
                 ran = Counter(json.loads(line)["stage"] for line in log.read_text().splitlines()[before:])
                 assert ran == Counter(dict.fromkeys(read_stages(root), 1)), f"round {number}: {ran}"
                 assert not any(state.changed for state in read_stages(root).values()), f"round {number}"
-                sync(root, instance, mini.STREET)
-                assert mini.changed_in_dvc(root) == mini.not_fresh(root, instance) == set()
-                assert sync(root, instance, mini.STREET) == []
+                sync(root, instance, small_pipeline.PIPELINE)
+                assert small_pipeline.changed_in_dvc(root) == small_pipeline.not_fresh(root, instance) == set()
+                assert sync(root, instance, small_pipeline.PIPELINE) == []
         except BaseException:
             while not failures.empty():
                 print(failures.get(), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Checks on what is said: each finds varied bad answers and leaves alone good ones that look like them."""
+"""Content checks: each finds varied bad answers and passes good ones that look similar."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damaged characters and left-in templates are named; other scripts, emoji, art, code and mark-up are left alone."""
+"""Damaged characters and leftover templates are found; other scripts, emoji, art, code and markup pass."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_a_template_left_in_is_named(text: str, said: str) -> None:
         "Below is an instruction manual",
     ],
 )  # fmt: skip
-def test_code_markup_and_headings_are_no_template(text: str) -> None:
+def test_code_markup_and_headings_are_not_templates(text: str) -> None:
     assert template_marks([text]) == [None]
 
 

@@ -1,4 +1,4 @@
-"""The seam between driver and executor: a stage that runs in another folder and process gives the same record as one that runs here."""
+"""The executor interface: a stage that runs in another folder and process gives the same record as one that runs in place."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import small_pipeline as mini
+from builders import small_pipeline
 from conftest import dvc
 
 from dagster_project.core.errors import CheckFailed, InputError
@@ -52,7 +52,7 @@ class Elsewhere:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    return mini.make_project(tmp_path / "driver" / "project")
+    return small_pipeline.make_project(tmp_path / "driver" / "project")
 
 
 def outputs(root: Path, address: str) -> dict[str, bytes]:
@@ -68,9 +68,9 @@ def test_a_stage_that_runs_elsewhere_gives_the_same_outputs_and_report(
     here = {address: outputs(root, address) for address in ("tok", "adapter@lora")}
     for address in here:
         with caplog.at_level(logging.INFO, logger="pedigree"):
-            run_stage(root, address, mini.STREET, Elsewhere(tmp_path / address))
+            run_stage(root, address, small_pipeline.PIPELINE, Elsewhere(tmp_path / address))
         assert outputs(root, address) == here[address]
-    assert mini.changed_in_dvc(root) == set()
+    assert small_pipeline.changed_in_dvc(root) == set()
     assert (root / "data/live/adapter/lora/loss.csv").is_file() and measured_path(root, "adapter@lora").is_file()
 
 
@@ -80,7 +80,7 @@ def test_a_gate_that_fails_elsewhere_fails_here_and_publishes_its_report_alone(r
     (root / "data/sources/g.txt").write_text("BAD\n")
     assert dvc(root, "repro", "raw").returncode == 0
     with pytest.raises(CheckFailed, match=r"inst: 1 blocking check\(s\) failed. no_bad_rows: 1 rows \(first: 0\)"):
-        run_stage(root, "inst", mini.STREET, Elsewhere(tmp_path / "elsewhere"))
+        run_stage(root, "inst", small_pipeline.PIPELINE, Elsewhere(tmp_path / "elsewhere"))
     assert (root / "data/inst/rows.txt").read_bytes() == before
     assert json.loads((root / report_of("inst")).read_text())["passed"] is False
 
@@ -95,8 +95,8 @@ def test_a_run_that_ends_without_a_report_publishes_nothing(root: Path, code: in
     assert dvc(root, "repro").returncode == 0
     before = outputs(root, "tok")
     with pytest.raises(error, match=f"tok ended with exit code {code} and without a report"):
-        run_stage(root, "tok", mini.STREET, Lost())
-    assert outputs(root, "tok") == before and mini.changed_in_dvc(root) == set()
+        run_stage(root, "tok", small_pipeline.PIPELINE, Lost())
+    assert outputs(root, "tok") == before and small_pipeline.changed_in_dvc(root) == set()
 
 
 def test_a_job_is_identified_by_what_it_reads_and_a_failed_exit_code_never_publishes(root: Path) -> None:
@@ -110,6 +110,6 @@ def test_a_job_is_identified_by_what_it_reads_and_a_failed_exit_code_never_publi
     assert dvc(root, "repro").returncode == 0
     for _ in range(2):
         with pytest.raises(CheckFailed):
-            run_stage(root, "tok", mini.STREET, Failing())
+            run_stage(root, "tok", small_pipeline.PIPELINE, Failing())
     assert jobs[0].inputs == jobs[1].inputs and {"data/inst", "code/tok.py", "params.yaml"} <= set(jobs[0].inputs)
-    assert mini.changed_in_dvc(root) == set()
+    assert small_pipeline.changed_in_dvc(root) == set()

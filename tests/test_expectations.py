@@ -1,4 +1,4 @@
-"""Expectations judge the whole table, say what they found in words, refuse what they cannot judge, and leave pages that stand alone."""
+"""Expectations validate the whole table, report what they observed, refuse invalid suites, and write self-contained pages."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders.expectations import FAILING, ODD, ROWS, Record, expect, record, suite
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -22,30 +23,6 @@ from dagster_project.curation.sources.benchmarks import read_items
 from dagster_project.curation.sources.formats import to_records
 
 SUITE = ROOT / "data" / "expectations" / "instructions.json"
-Record = dict[str, Any]
-
-
-def record(prompt: str = "Where is my kite?", response: str = "On its way.", **more: Any) -> Record:
-    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-    return {"source": "a.jsonl", "messages": messages, "category": None, "group_id": None, **more}
-
-
-ROWS = [
-    record("Where is my kite?", '{"category": "bug"}', category="bug", group_id="x"),
-    record("Where is my red kite?", '{"category": "bug"}', category="bug", group_id="x"),
-    record("风筝在哪里?", "[1, 2]", category="idea", group_id="y", source="b.jsonl"),
-    record("Где мой змей", "{on its way}", group_id="z"),
-]
-
-
-def suite(folder: Path, *entries: Any, **more: Any) -> Path:
-    path = folder / "suite.json"
-    path.write_text(json.dumps({"name": "test", "expectations": list(entries), **more}), encoding="utf-8")
-    return path
-
-
-def expect(kind: str, severity: str = "warning", description: str | None = None, **kwargs: Any) -> dict[str, Any]:
-    return {"type": kind, "kwargs": kwargs, "severity": severity, **({"description": description} if description else {})}
 
 
 def found(folder: Path, *entries: Any, rows: list[Record] = ROWS) -> list[expectations.Judged]:
@@ -65,7 +42,7 @@ def of_bugs(operator: str = "==", category: str = "bug") -> dict[str, Any]:
 # The table
 
 
-def test_the_table_says_what_each_row_is() -> None:
+def test_the_table_has_the_columns_of_each_row() -> None:
     rows = expectations.table(ROWS, read=8).astype(object).where(lambda frame: frame.notna(), None).to_dict("list")
     assert rows == {
         "source": ["a.jsonl", "a.jsonl", "b.jsonl", "a.jsonl"],
@@ -114,7 +91,7 @@ def test_an_address_in_a_category_is_masked() -> None:
 # Judging
 
 
-def test_each_expectation_has_its_words_what_was_found_and_the_rows(tmp_path: Path) -> None:
+def test_each_expectation_reports_description_observation_and_rows(tmp_path: Path) -> None:
     judged = found(
         tmp_path,
         expect("expect_table_row_count_to_be_between", "critical", "There are ten rows.", min_value=10),
@@ -145,13 +122,13 @@ def test_each_expectation_has_its_words_what_was_found_and_the_rows(tmp_path: Pa
     assert [one.observed for one in judged[:4]] == [4, {"unexpected": 2, "of": 4, "values": ["Cyrillic", "Han"]}, 0.75, ["bug", "idea"]]
 
 
-def test_whoever_looked_at_no_row_has_not_found_it_in_order(tmp_path: Path) -> None:
+def test_an_expectation_that_examined_no_row_does_not_pass(tmp_path: Path) -> None:
     kwargs = {"column": "response_words", "min_value": 1, "row_condition": of_bugs(category="none such")}
     (judged,) = found(tmp_path, expect("expect_column_values_to_be_between", **kwargs))
     assert (judged.passed, judged.seen) == (False, "no row to judge")
 
 
-def test_no_expectation_holds_for_an_empty_table() -> None:
+def test_every_expectation_fails_on_an_empty_table() -> None:
     outcome = expectations.run(expectations.table([]), SUITE)
     assert [one.passed for one in outcome.expectations] == [False] * len(outcome.expectations)
 
@@ -269,7 +246,7 @@ def test_each_expectation_of_the_suite_is_damaged_above() -> None:
     assert [entry["description"] for entry in json.loads(SUITE.read_text(encoding="utf-8"))["expectations"]] == list(DAMAGE)
 
 
-def test_git_keeps_the_suite() -> None:
+def test_the_suite_is_tracked_by_git() -> None:
     ignored = subprocess.run(["git", "check-ignore", "-q", str(SUITE)], cwd=ROOT, check=False)
     assert ignored.returncode == 1
 
@@ -277,7 +254,7 @@ def test_git_keeps_the_suite() -> None:
 # Suites that cannot be judged
 
 
-def test_everything_wrong_with_a_suite_is_said_at_once(tmp_path: Path) -> None:
+def test_all_errors_of_a_suite_are_reported_together(tmp_path: Path) -> None:
     said = refused(
         tmp_path,
         expect("expect_table_row_count_to_be_betwen", min_value=1),
@@ -336,7 +313,7 @@ def test_everything_wrong_with_a_suite_is_said_at_once(tmp_path: Path) -> None:
         expect("expect_query_results_to_match_comparison", base_query="x", comparison_data_source_name="x", comparison_query="x"),
     ],
 )
-def test_what_fails_in_judging_names_the_expectation(tmp_path: Path, entry: dict[str, Any]) -> None:
+def test_a_crash_during_validation_names_the_expectation(tmp_path: Path, entry: dict[str, Any]) -> None:
     said = refused(tmp_path, expect("expect_table_row_count_to_equal", value=4), entry)
     assert said.startswith(f"mine.json: expectations[1] ({entry['type']}): cannot be judged: ")
     assert "Traceback" not in said
@@ -353,7 +330,7 @@ def test_what_fails_in_judging_names_the_expectation(tmp_path: Path, entry: dict
         ('{"name": "x", "rows": 1, "expectations": [{"type": "expect_column_to_exist", "kwargs": {}}]}', "rows: unknown key"),
     ],
 )
-def test_a_file_that_is_no_suite_is_refused(tmp_path: Path, text: str, said: str) -> None:
+def test_a_file_without_a_suite_is_refused(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "suite.json"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match=re.escape(f"suite.json: {said}")):
@@ -416,7 +393,7 @@ entries = json_values | st.fixed_dictionaries(
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(entry=entries, column=st.sampled_from(["turns", "category", "response_is_json", None]))
-def test_any_json_is_judged_or_refused_in_words(tmp_path: Path, entry: Any, column: str | None) -> None:
+def test_any_json_is_evaluated_or_refused_with_a_message(tmp_path: Path, entry: Any, column: str | None) -> None:
     if column and isinstance(entry, dict) and isinstance(entry.get("kwargs"), dict):
         entry["kwargs"]["column"] = column
     try:
@@ -428,16 +405,6 @@ def test_any_json_is_judged_or_refused_in_words(tmp_path: Path, entry: Any, colu
 
 
 # Data Docs
-
-ODD = "<img src=x onerror=alert(1)>"
-FAILING = [
-    expect("expect_table_row_count_to_be_between", "critical", f"Ten rows {ODD}.", min_value=10),
-    expect("expect_column_values_to_be_in_set", column="category", value_set=["bug"]),
-    expect("expect_column_distinct_values_to_be_in_set", column="category", value_set=["bug"]),
-    expect("expect_column_mean_to_be_between", "info", "Four words or so.", column="prompt_words", min_value=3, max_value=5)
-    | {"notes": ODD},
-    expect("expect_column_pair_values_a_to_be_greater_than_b", column_A="turns", column_B="prompt_words"),
-]
 
 
 @pytest.fixture
@@ -457,7 +424,7 @@ def test_data_docs_are_the_library_s_own_with_values_escaped(pages: Path) -> Non
 
 def test_the_same_set_gives_the_same_outcome_in_any_process(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from test_expectations import *;"
+        "import sys; from pathlib import Path; from builders.expectations import *; from dagster_project.curation.checks import expectations;"
         "o = expectations.run(expectations.table(ROWS), suite(Path(sys.argv[1]), *FAILING), Path(sys.argv[1], 'docs')); print(o)"
     )
     said = []
@@ -470,13 +437,14 @@ def test_the_same_set_gives_the_same_outcome_in_any_process(tmp_path: Path) -> N
     assert said[0] == said[1]
 
 
-def test_a_run_says_nothing_leaves_nothing_and_asks_the_network_nothing(tmp_path: Path) -> None:
+def test_a_run_prints_nothing_leaves_no_files_and_uses_no_network(tmp_path: Path) -> None:
     program = """
 import socket, sys
 def refuse(*a, **k): raise AssertionError("network")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 from pathlib import Path
-from test_expectations import ROWS, FAILING, expect, expectations
+from builders.expectations import FAILING, ROWS, expect
+from dagster_project.curation.checks import expectations
 more = expect("expect_column_kl_divergence_to_be_less_than", column="prompt_words", threshold=0.1,
               partition_object={"bins": [0, 4, 9], "weights": [0.5, 0.5]})
 import json

@@ -1,4 +1,4 @@
-"""DVC's experiments run the pipeline's own commands: each point in its place, with its parameters and metrics, and nothing run that they leave alone."""
+"""DVC experiments run the pipeline's own commands, with their own parameters and metrics, and rerun only what they change."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-import small_pipeline as mini
+from builders import small_pipeline
 from conftest import dvc
 
 
 def ran(root: Path) -> list[str]:
-    return [json.loads(line)["stage"] for line in (root / mini.LOG).read_text().splitlines()]
+    return [json.loads(line)["stage"] for line in (root / small_pipeline.LOG).read_text().splitlines()]
 
 
-def test_two_points_are_shown_with_their_parameters_and_metrics_and_rerun_only_their_variant(tmp_path: Path) -> None:
-    root = mini.make_project(tmp_path / "project")
+def test_two_experiments_show_parameters_and_metrics_and_rerun_only_their_variant(tmp_path: Path) -> None:
+    root = small_pipeline.make_project(tmp_path / "project")
     assert dvc(root, "repro", "-q").returncode == 0
-    mini.git(root, "add", "-A")
-    mini.git(root, "commit", "-qm", "run")
+    small_pipeline.git(root, "add", "-A")
+    small_pipeline.git(root, "commit", "-qm", "run")
     before, board = len(ran(root)), (root / "data/cmp/board.txt").read_text()
     for point in (["--temp", "-S", "variants.lora.r=2"], ["-S", "variants.lora.r=4"]):
         done = dvc(root, "exp", "run", *point)

@@ -1,4 +1,4 @@
-"""Exports of a model: valid by the libraries that read them, true to the lineage, the same each time."""
+"""Exports of a model are valid for the libraries that read them, match the lineage, and are deterministic."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_pipeline as mini
+from builders import small_pipeline
 from conftest import ROOT, pedigree
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
@@ -33,7 +33,7 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_a_model_card_is_read_by_the_hubs_library_and_says_what_the_reports_say(finished: Path) -> None:
+def test_a_model_card_is_read_by_huggingface_hub_and_matches_the_reports(finished: Path) -> None:
     text = export(finished, "merged@lora", "model-card", issued=ISSUED)
     data = ModelCard(text).data
     assert ModelCardData(**data.to_dict()).to_dict() == data.to_dict()
@@ -81,7 +81,7 @@ def test_exports_of_an_aligned_model_name_its_preferences_and_the_inputs_of_ever
     assert source in read["raw_preferences"] and source not in read["raw_examples"]
 
 
-def test_what_is_on_the_hub_is_linked_and_a_license_of_ones_own_has_its_name(finished: Path) -> None:
+def test_hub_sources_are_linked_and_a_custom_license_is_named(finished: Path) -> None:
     reports = reports_of(finished, ["base_model", "raw_examples", "adapter@lora"])
     reports["base_model"] |= {"origin": f"org/base@{'0' * 40}", "license": "House rules 2"}
     reports["raw_examples"]["sources"]["org/set"] = {"rows": 1, "format": "messages", "license": "MIT", "sha256": "0", "hub": "org/set"}
@@ -107,7 +107,7 @@ def test_a_bill_of_materials_is_valid_and_names_every_source_and_weight_by_its_h
     assert set(dependencies) == set(parts)
 
 
-def test_every_stage_has_its_two_events_and_reads_what_others_made(finished: Path) -> None:
+def test_every_stage_has_a_start_and_a_complete_event_with_its_inputs(finished: Path) -> None:
     events = [json.loads(line) for line in export(finished, "merged@lora", "openlineage", issued=ISSUED).splitlines()]
     stages = ["base_model", "raw_examples", "instructions", "splits", "tokenized", "adapter@lora", "merged@lora"]
     assert [(event["job"]["name"], event["eventType"]) for event in events] == [
@@ -128,9 +128,9 @@ def test_every_stage_has_its_two_events_and_reads_what_others_made(finished: Pat
 def test_exports_are_deterministic_and_only_their_date_is_an_argument(finished: Path, form: str) -> None:
     with pytest.raises(InputError, match="not committed"):
         export(finished, "merged@lora", form)
-    mini.git(finished, "add", "-A")
-    mini.git(finished, "commit", "-qm", "made", "--date=2020-02-02T00:00:00Z")
-    committed = mini.git(finished, "log", "-1", "--format=%cs").strip()
+    small_pipeline.git(finished, "add", "-A")
+    small_pipeline.git(finished, "commit", "-qm", "made", "--date=2020-02-02T00:00:00Z")
+    committed = small_pipeline.git(finished, "log", "-1", "--format=%cs").strip()
     text = export(finished, "merged@lora", form)
     assert (
         text

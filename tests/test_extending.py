@@ -1,4 +1,4 @@
-"""docs/extending.md is true: the files it names exist, and its skeletons work in the modules that they are meant for."""
+"""docs/extending.md is correct: the files it names exist, and its skeletons run in their modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes -> rows: every file type gives the same rows, bad bytes spoil their own row and no other, and hostile files cost little."""
+"""Bytes -> rows: every file type gives the same rows, bad bytes make only their own row malformed, and hostile files cost little."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import datetime
 import gzip
 import json
 import tracemalloc
-from collections.abc import Callable
 from csv import field_size_limit as csv_limit
 from pathlib import Path
 from typing import Any
 
 import pytest
+from builders.files import FILE_WRITERS, arrow_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,57 +20,6 @@ from dagster_project.curation.sources import files
 from dagster_project.curation.sources.files import READERS, read_rows
 
 ROWS = [{"prompt": "Hi", "completion": "Hello"}, {"prompt": 'Grüße, "du"\n', "completion": "你好"}]
-
-
-def arrow_table(rows: Any = ROWS) -> Any:
-    import pyarrow as pa
-
-    return pa.Table.from_pylist(rows)
-
-
-def write_csv(path: Path, rows: Any) -> None:
-    import csv
-
-    with path.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def write_parquet(path: Path, rows: Any) -> None:
-    import pyarrow.parquet as pq
-
-    pq.write_table(arrow_table(rows), path)
-
-
-def write_stream(path: Path, rows: Any) -> None:
-    import pyarrow as pa
-
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, arrow_table(rows).schema) as writer:
-        writer.write_table(arrow_table(rows), max_chunksize=1)
-
-
-def write_feather(path: Path, rows: Any) -> None:
-    import pyarrow.feather
-
-    pyarrow.feather.write_feather(arrow_table(rows), str(path))
-
-
-def as_lines(rows: Any) -> bytes:
-    return "\n".join(map(json.dumps, rows)).encode()
-
-
-WRITERS: dict[str, Callable[[Path, Any], Any]] = {
-    ".json": lambda path, rows: path.write_text(json.dumps(rows, indent=2)),
-    ".json.gz": lambda path, rows: path.write_bytes(gzip.compress(json.dumps(rows).encode())),
-    ".jsonl": lambda path, rows: path.write_bytes(as_lines(rows)),
-    ".jsonl.gz": lambda path, rows: path.write_bytes(gzip.compress(as_lines(rows), mtime=0)),
-    ".csv": write_csv,
-    ".parquet": write_parquet,
-    ".arrow": write_stream,
-    ".feather": write_feather,
-    ".txt": lambda path, rows: path.write_bytes("\n\n \n".join(row["text"] for row in rows).encode()),
-}
 
 
 def jsonl(path: Path, *lines: bytes) -> Path:
@@ -86,13 +35,13 @@ def refused(path: Path) -> str:
 
 
 def test_every_file_type_is_written_here() -> None:
-    assert set(WRITERS) == set(READERS)
+    assert set(FILE_WRITERS) == set(READERS)
 
 
-@pytest.mark.parametrize("suffix", [suffix for suffix in WRITERS if suffix != ".txt"])
+@pytest.mark.parametrize("suffix", [suffix for suffix in FILE_WRITERS if suffix != ".txt"])
 def test_every_file_type_gives_the_same_rows(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"a.b{suffix}"
-    WRITERS[suffix](path, ROWS)
+    FILE_WRITERS[suffix](path, ROWS)
     assert [(row.source_row, row.value, row.problem) for row in read_rows(path)] == [(0, ROWS[0], ""), (1, ROWS[1], "")]
 
 
@@ -109,7 +58,7 @@ def test_rows_written_in_a_file_type_are_read_back_equal(suffix: str, tmp_path_f
     @settings(max_examples=60, deadline=None)
     @given(st.lists(texts if suffix == ".txt" else pairs, min_size=1, max_size=4))
     def holds(rows: list[dict[str, str]]) -> None:
-        WRITERS[suffix](path, rows)
+        FILE_WRITERS[suffix](path, rows)
         assert [(row.source_row, row.value, row.problem) for row in read_rows(path)] == [(i, row, "") for i, row in enumerate(rows)]
 
     holds()
@@ -136,7 +85,7 @@ def test_a_file_of_blank_lines_is_refused(suffix: str, tmp_path: Path) -> None:
 def test_a_table_without_rows_is_refused(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
-    pq.write_table(arrow_table().slice(0, 0), tmp_path / "a.parquet")
+    pq.write_table(arrow_table(ROWS).slice(0, 0), tmp_path / "a.parquet")
     (tmp_path / "a.csv").write_text("prompt,completion\n")
     assert [refused(tmp_path / name) for name in ("a.parquet", "a.csv")] == ["a.parquet: the file is empty", "a.csv: the file is empty"]
 
@@ -160,7 +109,7 @@ BAD_LINES = [
 
 
 @pytest.mark.parametrize(("line", "problem"), BAD_LINES)
-def test_a_bad_line_spoils_its_row_and_no_other(line: bytes, problem: str, tmp_path: Path) -> None:
+def test_a_bad_line_makes_only_its_own_row_malformed(line: bytes, problem: str, tmp_path: Path) -> None:
     rows = read_rows(jsonl(tmp_path / "a.jsonl", GOOD, b"", line, GOOD))
     assert [(row.source_row, row.problem) for row in rows] == [(0, ""), (1, problem), (2, "")]
     assert [row.value for row in rows[::2]] == [{"prompt": "Hi"}] * 2
@@ -179,7 +128,7 @@ def test_a_bad_line_spoils_its_row_and_no_other(line: bytes, problem: str, tmp_p
         b"3",
     ],
 )
-def test_what_json_leaves_open_spoils_one_element_of_a_list_and_no_other(line: bytes, tmp_path: Path) -> None:
+def test_json_beyond_the_standard_makes_only_its_own_element_malformed(line: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b"[" + b" ,\n".join([GOOD, line, GOOD]) + b"]\n")
     assert [bool(row.problem) for row in read_rows(tmp_path / "a.json")] == [False, True, False]
 
@@ -196,7 +145,7 @@ def test_what_json_leaves_open_spoils_one_element_of_a_list_and_no_other(line: b
         (b"{", "a.json: not JSON: Expecting property name"),
     ],
 )
-def test_a_list_that_cannot_be_told_into_rows_is_refused_with_the_place(content: bytes, message: str, tmp_path: Path) -> None:
+def test_a_list_that_cannot_be_divided_into_rows_is_refused_with_the_position(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(content)
     assert refused(tmp_path / "a.json").startswith(message)
 
@@ -227,13 +176,13 @@ def test_a_list_is_read_as_json_reads_it(tmp_path_factory: pytest.TempPathFactor
     holds()
 
 
-def test_late_columns_and_late_types_are_kept_as_they_stand(tmp_path: Path) -> None:
+def test_late_columns_and_late_types_are_kept_unchanged(tmp_path: Path) -> None:
     lines = [{"a": "x"}] * 500 + [{"a": 3}, {"b": None}, {"a": "x", "c": [1.5]}]
     rows = read_rows(jsonl(tmp_path / "a.jsonl", *(json.dumps(line).encode() for line in lines)))
     assert [row.value for row in rows] == lines
 
 
-def test_a_line_as_long_as_allowed_is_read_and_a_longer_one_never_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_above_the_limit_is_never_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "MAX_ROW_BYTES", 100_000)
     fits = b'{"prompt": "' + b"a" * (100_000 - 15) + b'"}'
     path = jsonl(tmp_path / "a.jsonl", fits, b'{"prompt": "' + b"a" * 30_000_000 + b'"}', GOOD)
@@ -268,9 +217,7 @@ LONG = [
 
 @pytest.mark.parametrize("long", LONG)
 @pytest.mark.parametrize("piece", [1, 7, 100, 2**20])
-def test_an_element_of_a_list_that_is_too_long_is_malformed_and_spoils_no_other(
-    long: bytes, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_too_long_list_element_alone_is_malformed(long: bytes, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "MAX_ROW_BYTES", 500)
     monkeypatch.setattr(files, "MEGABYTE", piece)
     (tmp_path / "a.json").write_bytes(b"[" + b" ,\n".join([GOOD, long, GOOD]) + b"]\n")
@@ -279,7 +226,7 @@ def test_an_element_of_a_list_that_is_too_long_is_malformed_and_spoils_no_other(
     assert [row.value for row in rows] == [{"prompt": "Hi"}, None, {"prompt": "Hi"}]
 
 
-def test_a_long_element_of_a_list_is_never_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_list_element_is_never_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "MAX_ROW_BYTES", 100_000)
     monkeypatch.setattr(files, "MEGABYTE", 100_000)
     (tmp_path / "a.json").write_bytes(b"[" + b'{"prompt": "' + b"a" * 30_000_000 + b'"},' + GOOD + b"]")
@@ -308,9 +255,7 @@ MANY = ", ".join(f'{{"é": {i}}}' for i in range(40))
         f'[{MANY}, "',
     ],
 )
-def test_the_place_of_a_flaw_is_that_in_the_whole_file_however_little_is_held(
-    content: str, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_error_positions_refer_to_the_whole_file(content: str, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "MAX_ROW_BYTES", 60)
     monkeypatch.setattr(files, "MEGABYTE", piece)
     (tmp_path / "a.json").write_text(content, encoding="utf-8")
@@ -345,7 +290,7 @@ def csv(path: Path, content: bytes) -> Path:
     return path
 
 
-def test_a_bad_csv_row_spoils_no_other(tmp_path: Path) -> None:
+def test_only_the_bad_csv_row_is_malformed(tmp_path: Path) -> None:
     rows = read_rows(csv(tmp_path / "a.csv", b'\xef\xbb\xbfa,b\r\n1,2\r\n1\r\n1,2,3\r\n\r\n"caf\xe9\nx",2\r\n\x00,"x\r\ny"\r\n'))
     assert [(row.source_row, row.problem) for row in rows] == [
         (0, ""),
@@ -368,9 +313,7 @@ def test_a_bad_csv_row_spoils_no_other(tmp_path: Path) -> None:
         (b'a\n"' + b"x\n" * 300 + b'"\n', "a.csv: not CSV: field larger than field limit (200), near line 102"),
     ],
 )
-def test_a_csv_file_whose_rows_cannot_be_told_apart_is_refused(
-    content: bytes, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_csv_file_with_ambiguous_rows_is_refused(content: bytes, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "MAX_ROW_BYTES", 200)
     limit = csv_limit()
     assert refused(csv(tmp_path / "a.csv", content)) == message
@@ -388,9 +331,7 @@ def test_a_csv_row_whose_fields_are_too_long_together_is_malformed(tmp_path: Pat
 
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
 @pytest.mark.parametrize("long", ["a" * 600, ["a" * 30] * 20, {"b": "a" * 600}])
-def test_a_table_row_that_is_too_long_is_malformed_and_spoils_no_other(
-    suffix: str, long: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_too_long_table_row_alone_is_malformed(suffix: str, long: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -408,15 +349,15 @@ def test_a_table_row_that_is_too_long_is_malformed_and_spoils_no_other(
 
 
 @pytest.mark.parametrize("depth", [files.MAX_DEPTH + 1, 100_000])
-def test_what_is_stored_in_a_table_as_json_is_malformed_where_it_is_nested_too_deep(depth: int) -> None:
+def test_too_deeply_nested_json_in_a_table_is_malformed(depth: int) -> None:
     deep: Any = "x"
     for _ in range(depth):
         deep = [deep]
-    rows = files.table_rows([arrow_table()], lambda row: {"prompt": deep} if row["prompt"] == "Hi" else row)
+    rows = files.table_rows([arrow_table(ROWS)], lambda row: {"prompt": deep} if row["prompt"] == "Hi" else row)
     assert [files.TOO_DEEP in row.problem for row in rows] == [True, False]
 
 
-def test_a_table_value_that_json_cannot_hold_is_spelt_or_spoils_its_row_and_no_other(tmp_path: Path) -> None:
+def test_a_table_value_without_json_form_is_converted_or_makes_its_row_malformed(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -444,7 +385,7 @@ def test_a_table_value_that_json_cannot_hold_is_spelt_or_spoils_its_row_and_no_o
 @pytest.mark.parametrize("keep", [7, 0.5, -10])
 def test_a_cut_table_is_refused(suffix: str, kind: str, keep: float, tmp_path: Path) -> None:
     path = tmp_path / f"a{suffix}"
-    WRITERS[suffix](path, [{"text": "One"}, {"text": "two"}] if suffix == ".txt" else ROWS)
+    FILE_WRITERS[suffix](path, [{"text": "One"}, {"text": "two"}] if suffix == ".txt" else ROWS)
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * keep) if keep == 0.5 else int(keep)])
     assert refused(path).startswith(f"a{suffix}: not {kind}: ")
@@ -504,7 +445,7 @@ def test_of_any_bytes_each_row_is_accounted_for_or_the_file_is_refused(
 ) -> None:
     """With `start`, the bytes follow the beginning of a good file."""
     path = tmp_path_factory.mktemp("fuzz") / f"a{suffix}"
-    WRITERS[suffix](path, [{"text": "One"}, {"text": "two"}] if suffix == ".txt" else ROWS)
+    FILE_WRITERS[suffix](path, [{"text": "One"}, {"text": "two"}] if suffix == ".txt" else ROWS)
     good = path.read_bytes()
 
     @settings(max_examples=60, deadline=None)

@@ -1,13 +1,13 @@
-"""Findings say the same everywhere; differences between versions are told by content; hostile text moves nothing."""
+"""Findings are the same in every output; versions are compared by content; hostile text is escaped."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
+from builders.records import LONG, ask, placed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_checks import LONG, ask, placed
 
 from dagster_project.curation.checks.checks import Rules, judge
 from dagster_project.curation.checks.findings import changes, document, finding_changes
@@ -49,7 +49,7 @@ def test_a_long_text_is_cut_around_what_is_shared() -> None:
     assert LONG.startswith(match["text"][slice(*match["span"])][:40])
 
 
-def test_boilerplate_is_reported_and_proves_nothing() -> None:
+def test_boilerplate_is_reported_but_not_as_an_overlap() -> None:
     opening = "Explain to a child of ten years the meaning of"
     shown = found(*(f"{opening} term{i} and of word{i * 7}" for i in range(60)))
     assert not any(one["check"] == "near_duplicates" for one in shown["findings"])
@@ -85,7 +85,7 @@ def test_every_row_is_in_one_class_of_change(old: list[str], new: list[str]) -> 
     assert count["unchanged"] == sum(min(old.count(c), new.count(c)) for c in "abcde")
 
 
-def test_findings_that_are_new_or_gone_are_told() -> None:
+def test_new_and_resolved_findings_are_reported() -> None:
     before, after = (
         [{"check": "pii", "count": 2}, {"check": "schema", "count": 1}],
         [{"check": "pii", "count": 3}, {"check": "encoding", "count": 1}],

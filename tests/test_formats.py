@@ -1,4 +1,4 @@
-"""Source files -> canonical rows: every layout is read, every row keeps its place, every bad file is refused in words."""
+"""Source files -> canonical rows: every layout is read, every row keeps its number, every bad file is refused with a message."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from builders.files import jsonl
+from builders.layouts import LAYOUT_ROWS, PAIR, PAIR_ROWS, SYSTEM
+from conftest import SHARED_DATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,70 +34,6 @@ from dagster_project.curation.sources.formats import (
 )
 from dagster_project.stages import raw_examples
 
-SYSTEM = ("system", "Be brief.")
-ROWS: dict[str, tuple[dict[str, Any], list[tuple[str, str]]]] = {
-    "alpaca": (
-        {"system": "Be brief.", "instruction": "Name it.", "input": "A bird.", "output": "Wren"},
-        [SYSTEM, ("user", "Name it.\n\nA bird."), ("assistant", "Wren")],
-    ),
-    "messages": (
-        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
-        [("user", "Hi"), ("assistant", "Hello")],
-    ),
-    "sharegpt": (
-        {"system": "Be brief.", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
-        [SYSTEM, ("user", "Hi"), ("assistant", "Hello")],
-    ),
-    "dolly": (
-        {"instruction": "Name it.", "context": "A bird.", "response": "Wren"},
-        [("user", "Name it.\n\nA bird."), ("assistant", "Wren")],
-    ),
-    "prompt_completion": (
-        {"system": "Be brief.", "prompt": "Hi", "completion": "Hello"},
-        [SYSTEM, ("user", "Hi"), ("assistant", "Hello")],
-    ),
-    "prompt_response": (
-        {"system": "Be brief.", "prompt": "Hi", "response": "Hello"},
-        [SYSTEM, ("user", "Hi"), ("assistant", "Hello")],
-    ),
-    "instances": (
-        {"instruction": "Name it.", "instances": [{"input": "A bird.", "output": "Wren"}]},
-        [("user", "Name it.\n\nA bird."), ("assistant", "Wren")],
-    ),
-    "question_answer": (
-        {"system": "Be brief.", "question": "Hi?", "answer": "Hello"},
-        [SYSTEM, ("user", "Hi?"), ("assistant", "Hello")],
-    ),
-    "flan": ({"inputs": "Hi", "targets": "Hello"}, [("user", "Hi"), ("assistant", "Hello")]),
-    "ultrachat": ({"id": "0", "data": ["Hi", "Hello"]}, [("user", "Hi"), ("assistant", "Hello")]),
-    "oasst": (
-        {
-            "message_tree_id": "t",
-            "prompt": {
-                "role": "prompter",
-                "text": "Hi",
-                "replies": [
-                    {"role": "assistant", "text": "What?", "rank": 1, "replies": []},
-                    {"role": "assistant", "text": "Hello", "rank": 0, "replies": [{"role": "prompter", "text": "Bye", "replies": []}]},
-                ],
-            },
-        },
-        [("user", "Hi"), ("assistant", "Hello")],
-    ),
-    "classification": (
-        {"system": "Be brief.", "text": "Great!", "label": 1, "label_text": "positive"},
-        [SYSTEM, ("user", "Great!"), ("assistant", "positive")],
-    ),
-    "text": ({"text": "Wrens are small."}, [("assistant", "Wrens are small.")]),
-}
-PAIR = {"prompt": "Hi", "completion": "Hello"}
-
-
-def jsonl(path: Path, *lines: Any) -> Path:
-    """A JSONL file: strings as they are, anything else as JSON."""
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines), encoding="utf-8")
-    return path
-
 
 def turns(record: dict[str, Any]) -> list[tuple[str, str]]:
     return [(message["role"], message["content"]) for message in record["messages"]]
@@ -109,23 +47,23 @@ def refused(path: Path, layout: str = "auto") -> str:
 
 
 def test_every_layout_has_an_example_here() -> None:
-    assert set(ROWS) == set(LAYOUTS)
+    assert set(LAYOUT_ROWS) == set(LAYOUTS)
 
 
-@pytest.mark.parametrize("layout", ROWS)
-def test_each_layout_is_told_from_its_keys_and_read_in_full(layout: str, tmp_path: Path) -> None:
-    row, expected = ROWS[layout]
+@pytest.mark.parametrize("layout", LAYOUT_ROWS)
+def test_each_layout_is_detected_by_its_keys_and_read_in_full(layout: str, tmp_path: Path) -> None:
+    row, expected = LAYOUT_ROWS[layout]
     found, records = to_records(jsonl(tmp_path / "rows.jsonl", row), "rows.jsonl")
     assert (found, [turns(record) for record in records]) == (layout, [expected])
 
 
-@pytest.mark.parametrize("layout", ROWS)
+@pytest.mark.parametrize("layout", LAYOUT_ROWS)
 def test_a_named_layout_reads_the_same_as_a_detected_one(layout: str, tmp_path: Path) -> None:
-    path = jsonl(tmp_path / "rows.jsonl", ROWS[layout][0])
+    path = jsonl(tmp_path / "rows.jsonl", LAYOUT_ROWS[layout][0])
     assert to_records(path, "rows.jsonl", layout) == to_records(path, "rows.jsonl")
 
 
-def test_plain_text_is_told_from_text_as_the_only_key_and_marked(tmp_path: Path) -> None:
+def test_plain_text_is_detected_by_its_only_key_and_marked(tmp_path: Path) -> None:
     layout, (record,) = to_records(jsonl(tmp_path / "rows.jsonl", {"text": "Wrens are small."}), "rows.jsonl")
     assert (layout, json.loads(record["meta"])) == ("text", {"kind": "text"})
     assert is_text(record["messages"], json.loads(record["meta"]))
@@ -152,12 +90,12 @@ def test_an_empty_input_adds_nothing_to_the_prompt(tmp_path: Path) -> None:
 
 
 def test_the_layout_that_most_rows_have_wins(tmp_path: Path) -> None:
-    layout, records = to_records(jsonl(tmp_path / "rows.jsonl", ROWS["dolly"][0], PAIR, PAIR), "rows.jsonl")
+    layout, records = to_records(jsonl(tmp_path / "rows.jsonl", LAYOUT_ROWS["dolly"][0], PAIR, PAIR), "rows.jsonl")
     assert layout == "prompt_completion"
     assert [bool(record["messages"]) for record in records] == [False, True, True]
 
 
-def test_what_is_no_message_is_kept_in_meta_and_the_category_in_its_own_column(tmp_path: Path) -> None:
+def test_other_columns_are_kept_in_meta_and_the_category_in_a_column(tmp_path: Path) -> None:
     row = {"instruction": "Name it.", "input": "A bird.", "output": "Wren", "category": "zoo", "stars": 4}
     record = to_records(jsonl(tmp_path / "rows.jsonl", row), "a/rows.jsonl")[1][0]
     assert (record["source"], record["category"], json.loads(record["meta"])) == ("a/rows.jsonl", "zoo", {"input": "A bird.", "stars": 4})
@@ -195,7 +133,7 @@ def test_blank_lines_are_not_rows(tmp_path: Path) -> None:
         ({"prompt": "Hi", "completion": None}, "expected text, found NoneType"),
     ],
 )
-def test_a_malformed_row_keeps_its_place_and_says_why(line: Any, problem: str, tmp_path: Path) -> None:
+def test_a_malformed_row_keeps_its_number_and_states_the_reason(line: Any, problem: str, tmp_path: Path) -> None:
     records = to_records(jsonl(tmp_path / "rows.jsonl", PAIR, line, PAIR), "rows.jsonl")[1]
     assert [record["source_row"] for record in records] == [0, 1, 2]
     assert [bool(record["messages"]) for record in records] == [True, False, True]
@@ -213,7 +151,7 @@ def test_a_malformed_row_keeps_its_place_and_says_why(line: Any, problem: str, t
     ],
 )
 def test_messages_of_another_shape_are_malformed(row: dict[str, Any], tmp_path: Path) -> None:
-    records = to_records(jsonl(tmp_path / "rows.jsonl", ROWS["messages"][0], row), "rows.jsonl")[1]
+    records = to_records(jsonl(tmp_path / "rows.jsonl", LAYOUT_ROWS["messages"][0], row), "rows.jsonl")[1]
     assert [bool(json.loads(record["meta"]).get("problem")) for record in records] == [False, True]
 
 
@@ -222,7 +160,7 @@ def test_a_column_named_problem_does_not_make_a_row_malformed(tmp_path: Path) ->
     assert judge(records, [], Rules()).reason == [None]
 
 
-def test_half_a_surrogate_pair_spoils_its_row_and_no_other(tmp_path: Path) -> None:
+def test_half_a_surrogate_pair_makes_only_its_row_malformed(tmp_path: Path) -> None:
     (tmp_path / "data/sources").mkdir(parents=True)
     jsonl(tmp_path / "data/sources/rows.jsonl", PAIR, '{"prompt": "cut \\ud83d off", "completion": "Hello"}', PAIR)
     params = raw_examples.Params(sources=[raw_examples.Source(path="data/sources/rows.jsonl")])
@@ -230,7 +168,7 @@ def test_half_a_surrogate_pair_spoils_its_row_and_no_other(tmp_path: Path) -> No
     assert [bool(record["messages"]) for record in read_records(tmp_path / "out")][::2] == [True, True]
 
 
-def test_a_number_too_long_to_convert_spoils_its_row_and_no_other(tmp_path: Path) -> None:
+def test_a_number_too_long_to_convert_makes_only_its_row_malformed(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "rows.jsonl", PAIR, '{"prompt": ' + "1" * 5000 + "}", PAIR)
     assert [bool(record["messages"]) for record in to_records(path, "rows.jsonl")[1]] == [True, False, True]
 
@@ -401,17 +339,17 @@ def problem_of(record: dict[str, Any]) -> str:
     return problem
 
 
-def test_a_problem_names_the_line_where_blank_lines_are_no_rows(tmp_path: Path) -> None:
+def test_a_problem_names_the_line_number_also_after_blank_lines(tmp_path: Path) -> None:
     records = to_records(jsonl(tmp_path / "a.jsonl", PAIR, "", "", {"prompt": "Hi"}), "a.jsonl")[1]
     assert (records[1]["source_row"], json.loads(records[1]["meta"])["problem"]) == (1, "no key 'completion' (line 4)")
 
 
 def test_a_tree_accounts_for_every_message(tmp_path: Path) -> None:
     gone = message("assistant", "removed", message("prompter", "Why?"), rank=0, deleted=True)
-    row = ROWS["oasst"][0]
+    row = LAYOUT_ROWS["oasst"][0]
     row = {**row, "prompt": {**row["prompt"], "replies": [gone, *row["prompt"]["replies"]]}}
     record = to_records(jsonl(tmp_path / "a.jsonl", row), "a.jsonl")[1][0]
-    assert turns(record) == ROWS["oasst"][1], "a deleted reply is no reply"
+    assert turns(record) == LAYOUT_ROWS["oasst"][1], "a deleted reply is no reply"
     assert json.loads(record["meta"])["tree"] == {"messages": 6, "kept": 2, "unanswered": 1, "other_branches": 3}
 
 
@@ -435,7 +373,7 @@ def test_a_rows_own_split_is_kept_in_one_spelling(label: Any, kept: Any, tmp_pat
     assert json.loads(record["meta"]) == {"split": kept}
 
 
-def test_a_split_named_for_the_source_goes_before_the_rows_own_which_is_kept(tmp_path: Path) -> None:
+def test_the_split_of_a_source_overrides_that_of_a_row_which_is_kept_in_meta(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", PAIR, {**PAIR, "split": "train"}, {**PAIR, "split": "test"}, "broken")
     records = to_records(path, "a.jsonl", split="test")[1]
     assert [json.loads(record["meta"]) for record in records[:3]] == [
@@ -475,9 +413,9 @@ def test_files_named_after_splits_label_their_rows_where_that_is_asked_for(tmp_p
 # Folders
 
 
-def test_each_file_of_a_folder_is_the_source_of_its_rows_and_has_a_layout_of_its_own(tmp_path: Path) -> None:
+def test_each_file_of_a_folder_is_a_source_with_its_own_layout(tmp_path: Path) -> None:
     (tmp_path / "set/b").mkdir(parents=True)
-    jsonl(tmp_path / "set/b/a.jsonl", ROWS["dolly"][0], {"instruction": 3, "response": "x"})
+    jsonl(tmp_path / "set/b/a.jsonl", LAYOUT_ROWS["dolly"][0], {"instruction": 3, "response": "x"})
     jsonl(tmp_path / "set/a.jsonl", PAIR, PAIR)
     layout, records = to_records(tmp_path / "set", "data/sources/set/")
     assert layout == "prompt_completion, dolly"
@@ -509,7 +447,7 @@ def test_preferences_of_a_folder_have_their_file_as_source(tmp_path: Path) -> No
 # Columns of one's own
 
 
-def test_a_mapping_reads_columns_of_ones_own(tmp_path: Path) -> None:
+def test_a_mapping_reads_custom_columns(tmp_path: Path) -> None:
     row = {"q": "Hi", "a": "Hello", "who": "Be brief.", "topic": "zoo", "prompt": "kept", "category": "kept too"}
     mapping = {"prompt": "q", "response": "a", "system": "who", "category": "topic"}
     layout, records = to_records(jsonl(tmp_path / "a.jsonl", row), "a.jsonl", mapping=mapping)
@@ -517,7 +455,7 @@ def test_a_mapping_reads_columns_of_ones_own(tmp_path: Path) -> None:
     assert json.loads(records[0]["meta"]) == {"prompt": "kept", "category": "kept too"}
 
 
-def test_an_index_column_without_a_name_is_no_system_prompt(tmp_path: Path) -> None:
+def test_an_unnamed_index_column_is_not_a_system_prompt(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(",q,a\n0,Hi,Hello\n1,Ho,Hey\n")
     records = to_records(tmp_path / "a.csv", "a.csv", mapping={"prompt": "q", "response": "a"})[1]
     assert [turns(record) for record in records] == [[("user", "Hi"), ("assistant", "Hello")], [("user", "Ho"), ("assistant", "Hey")]]
@@ -559,22 +497,6 @@ def test_a_source_takes_a_mapping_and_refuses_a_wrong_one(tmp_path: Path) -> Non
 
 # Preference pairs
 
-PAIR_ROWS: dict[str, list[dict[str, Any]]] = {
-    "preference": [{"prompt": "Hi", "chosen": "Hello", "rejected": "What?"}],
-    "sharegpt": [
-        {
-            "conversations": [{"from": "human", "value": "Hi"}],
-            "chosen": {"from": "gpt", "value": "Hello"},
-            "rejected": {"from": "gpt", "value": "What?"},
-        }
-    ],
-    "transcripts": [{"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "\n\nHuman: Hi\n\nAssistant: What?"}],
-    "alpaca_eval": [{"instruction": "Hi", "output_1": "What?", "output_2": "Hello", "preference": 2}],
-    "kto": [{**PAIR, "label": True}, {**PAIR, "completion": "What?", "label": False}],
-    "oasst": [ROWS["oasst"][0]],
-}
-"""One pair in each layout: Hello is better than What? as an answer to Hi."""
-
 
 def pairs_of(path: Path, *rows: Any, layout: str = "auto") -> list[dict[str, Any]]:
     return to_pairs(jsonl(path / "a.jsonl", *rows), "a.jsonl", layout)[1]
@@ -589,7 +511,7 @@ def test_every_pair_layout_has_an_example_here() -> None:
 
 
 @pytest.mark.parametrize("layout", PAIR_ROWS)
-def test_each_pair_layout_is_told_from_its_keys_and_read_in_full(layout: str, tmp_path: Path) -> None:
+def test_each_pair_layout_is_detected_by_its_keys_and_read_in_full(layout: str, tmp_path: Path) -> None:
     found, pairs = to_pairs(jsonl(tmp_path / "a.jsonl", *PAIR_ROWS[layout]), "a.jsonl")
     assert (found, [sides(pair) for pair in pairs]) == (layout, [(user("Hi"), answer("Hello"), answer("What?"))])
     assert [row for pair in pairs for row in pair["source_rows"]] == [*range(len(PAIR_ROWS[layout]))]
@@ -609,7 +531,7 @@ TREES = ["oasst"]
 
 
 @pytest.mark.parametrize("layout", PAIR_ROWS)
-def test_preferences_are_not_taken_for_examples_unless_a_format_says_so(layout: str, tmp_path: Path) -> None:
+def test_preferences_are_read_as_examples_only_with_an_explicit_format(layout: str, tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", *PAIR_ROWS[layout])
     assert kind(read_rows(path)) == ("examples" if layout in TREES else "preferences")
     if layout not in TREES:
@@ -626,9 +548,9 @@ def test_the_refusal_of_preferences_names_the_way_out(tmp_path: Path) -> None:
     assert (layout, [json.loads(record["meta"])["label"] for record in records]) == ("prompt_completion", [True, False])
 
 
-@pytest.mark.parametrize("layout", ROWS)
+@pytest.mark.parametrize("layout", LAYOUT_ROWS)
 def test_examples_are_not_taken_for_preferences(layout: str, tmp_path: Path) -> None:
-    path = jsonl(tmp_path / "a.jsonl", ROWS[layout][0])
+    path = jsonl(tmp_path / "a.jsonl", LAYOUT_ROWS[layout][0])
     assert kind(read_rows(path)) == "examples"
     if layout not in TREES:
         with pytest.raises(InputError, match=rf"a\.jsonl: the rows are examples \({layout}: .*\), not preferences"):
@@ -646,7 +568,7 @@ def test_examples_are_not_taken_for_preferences(layout: str, tmp_path: Path) -> 
         ([{"x": 1}], "examples"),
     ],
 )
-def test_what_rows_are_for_is_told_from_most_of_them(rows: list[dict[str, Any]], found: str, tmp_path: Path) -> None:
+def test_the_majority_of_rows_decides_the_kind(rows: list[dict[str, Any]], found: str, tmp_path: Path) -> None:
     assert kind(read_rows(jsonl(tmp_path / "a.jsonl", *rows))) == found
 
 
@@ -690,25 +612,25 @@ def test_a_pair_written_in_a_layout_is_read_back_equal(layout: str, tmp_path_fac
     holds()
 
 
-def test_a_prompt_repeated_in_both_completions_is_taken_off(tmp_path: Path) -> None:
+def test_a_prompt_repeated_in_both_completions_is_removed(tmp_path: Path) -> None:
     row = {"prompt": "Hi", "chosen": user("Hi", "Hello"), "rejected": user("Hi", "What?"), "margin": 2}
     assert [(sides(pair), pair["margin"]) for pair in pairs_of(tmp_path, row)] == [((user("Hi"), answer("Hello"), answer("What?")), 2.0)]
 
 
-def test_conversations_that_part_before_the_last_turn_share_the_prompt_until_there(tmp_path: Path) -> None:
+def test_the_prompt_of_a_pair_is_the_common_part_of_both_conversations(tmp_path: Path) -> None:
     row = {"chosen": user("Hi", "Hello", "Bye", "Bye!"), "rejected": user("Hi", "What?", "Well", "Hm")}
     pair = pairs_of(tmp_path, row)[0]
     assert (pair["prompt"], len(pair["chosen"]), len(pair["rejected"])) == (user("Hi"), 3, 3)
 
 
-def test_a_prompt_ends_on_a_user_turn_where_conversations_part_at_one(tmp_path: Path) -> None:
+def test_a_prompt_ends_with_a_user_turn_if_conversations_diverge_there(tmp_path: Path) -> None:
     row = {"chosen": user("Hi", "Hello", "Bye", "Bye!"), "rejected": user("Hi", "Hello", "What?", "Hm")}
     pair = pairs_of(tmp_path, row)[0]
     assert (pair["prompt"], len(pair["chosen"]), len(pair["rejected"])) == (user("Hi"), 3, 3)
 
 
 @pytest.mark.parametrize("margin", [10**400, "2", True])
-def test_a_margin_that_is_no_number_is_malformed(margin: Any, tmp_path: Path) -> None:
+def test_a_margin_that_is_not_a_number_is_malformed(margin: Any, tmp_path: Path) -> None:
     assert problem_of(pairs_of(tmp_path, {**PAIR_ROWS["preference"][0], "margin": margin})[0])
 
 
@@ -731,7 +653,7 @@ def test_a_preference_for_neither_output_is_malformed(preference: Any, tmp_path:
     assert problem_of(pairs_of(tmp_path, row)[0])
 
 
-def test_good_and_bad_completions_of_a_prompt_are_paired_and_the_others_say_so(tmp_path: Path) -> None:
+def test_good_and_bad_completions_of_a_prompt_are_paired_and_the_others_reported(tmp_path: Path) -> None:
     labels = [("Hi", "a", True), ("Ho", "b", False), ("Hi", "c", True), ("Hi", "d", False)]
     rows = [{"prompt": prompt, "completion": text, "label": label, "stars": i} for i, (prompt, text, label) in enumerate(labels)]
     pairs = pairs_of(tmp_path, *rows)
@@ -797,7 +719,7 @@ def test_true_and_false_of_a_table_are_judgements(tmp_path: Path) -> None:
         ({"messages": user("Hi", "Hello")}, "no key 'label'"),
     ],
 )
-def test_a_judged_conversation_that_cannot_be_read_says_why(row: dict[str, Any], problem: str, tmp_path: Path) -> None:
+def test_an_unreadable_labeled_conversation_states_the_reason(row: dict[str, Any], problem: str, tmp_path: Path) -> None:
     assert problem_of(pairs_of(tmp_path, row, layout="kto")[0]) == problem
 
 
@@ -808,7 +730,7 @@ def test_each_instance_of_an_instruction_is_a_record_of_the_same_source_row(tmp_
         "input": "outer",
         "instances": [{"input": "1 2", "output": "3"}, {"input": "", "output": "0", "stars": 4}],
     }
-    records = to_records(jsonl(tmp_path / "a.jsonl", ROWS["instances"][0], row), "a.jsonl")[1]
+    records = to_records(jsonl(tmp_path / "a.jsonl", LAYOUT_ROWS["instances"][0], row), "a.jsonl")[1]
     assert [(record["source_row"], turns(record)) for record in records[1:]] == [
         (1, [("user", "Add.\n\n1 2"), ("assistant", "3")]),
         (1, [("user", "Add."), ("assistant", "0")]),
@@ -819,7 +741,7 @@ def test_each_instance_of_an_instruction_is_a_record_of_the_same_source_row(tmp_
     ]
 
 
-def test_an_instance_that_cannot_be_read_spoils_no_other_and_is_counted(tmp_path: Path) -> None:
+def test_an_unreadable_instance_is_counted_and_the_others_kept(tmp_path: Path) -> None:
     row = {"instruction": "Add.", "instances": ["1 2", {"input": "1 2"}, {"input": "1 2", "output": "3"}]}
     records = to_records(jsonl(tmp_path / "a.jsonl", row, {"instruction": "Add.", "instances": []}), "a.jsonl")[1]
     assert [(record["source_row"], problem_of(record)) for record in records] == [
@@ -854,7 +776,7 @@ def test_the_best_reply_is_compared_with_each_that_is_ranked_below_it(tmp_path: 
     ]
 
 
-def test_a_mapping_reads_pairs_from_columns_of_ones_own(tmp_path: Path) -> None:
+def test_a_mapping_reads_pairs_from_custom_columns(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", {"q": "Hi", "good": "Hello", "bad": "What?", "stars": 4})
     layout, pairs = to_pairs(path, "a.jsonl", mapping={"prompt": "q", "chosen": "good", "rejected": "bad"})
     assert (layout, sides(pairs[0])) == ("mapping", (user("Hi"), answer("Hello"), answer("What?")))
@@ -910,19 +832,18 @@ def test_a_category_that_is_not_text_stays_in_meta(tmp_path: Path) -> None:
 
 # Data that nobody here wrote
 
-SHARED = ROOT.parent / "shared" / "data"
-real = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data, the real data sets, is missing")
+real = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="../shared/data, the real data sets, is missing")
 
 
 @real
 def test_every_row_of_a_real_alpaca_file_is_read() -> None:
-    layout, records = to_records(SHARED / "alpaca_en_demo.json", "alpaca_en_demo.json")
+    layout, records = to_records(SHARED_DATA / "alpaca_en_demo.json", "alpaca_en_demo.json")
     assert (layout, len(records), [record for record in records if not record["messages"]]) == ("alpaca", 999, [])
 
 
 @real
 def test_every_row_of_a_real_preference_file_is_a_pair() -> None:
-    layout, pairs = to_pairs(SHARED / "dpo_en_demo.json", "dpo_en_demo.json")
+    layout, pairs = to_pairs(SHARED_DATA / "dpo_en_demo.json", "dpo_en_demo.json")
     assert (layout, len(pairs), [pair for pair in pairs if not pair["prompt"]]) == ("sharegpt", 300, [])
     assert {(pair["prompt"][-1]["role"], pair["chosen"][0]["role"], pair["rejected"][0]["role"]) for pair in pairs} == {
         ("user", "assistant", "assistant")
@@ -931,7 +852,7 @@ def test_every_row_of_a_real_preference_file_is_a_pair() -> None:
 
 @real
 def test_every_real_tree_ends_on_the_assistant_and_accounts_for_its_messages() -> None:
-    layout, records = to_records(SHARED / "oasst_en_100_tree.jsonl", "oasst")
+    layout, records = to_records(SHARED_DATA / "oasst_en_100_tree.jsonl", "oasst")
     assert (layout, len(records), {record["messages"][-1]["role"] for record in records}) == ("oasst", 100, {"assistant"})
     total: Counter[str] = Counter()
     for record in records:
@@ -941,10 +862,10 @@ def test_every_real_tree_ends_on_the_assistant_and_accounts_for_its_messages() -
 
 
 @real
-def test_every_ranked_reply_of_the_real_trees_but_the_best_loses_once() -> None:
-    layout, pairs = to_pairs(SHARED / "oasst_en_100_tree.jsonl", "oasst")
+def test_every_ranked_reply_of_the_real_trees_except_the_best_is_rejected_once() -> None:
+    layout, pairs = to_pairs(SHARED_DATA / "oasst_en_100_tree.jsonl", "oasst")
     ranks: Counter[bool] = Counter()
-    messages = [row.value["prompt"] for row in read_rows(SHARED / "oasst_en_100_tree.jsonl") if row.value]
+    messages = [row.value["prompt"] for row in read_rows(SHARED_DATA / "oasst_en_100_tree.jsonl") if row.value]
     for found in messages:
         messages += found["replies"]
         ranks[found.get("rank", 0) > 0] += 1
@@ -955,5 +876,5 @@ def test_every_ranked_reply_of_the_real_trees_but_the_best_loses_once() -> None:
 @real
 @pytest.mark.parametrize(("name", "rows"), [("gsm8k_train.jsonl", 7473), ("gsm8k_test.jsonl", 1319)])
 def test_every_row_of_a_real_question_file_is_read(name: str, rows: int) -> None:
-    layout, records = to_records(SHARED / name, name)
+    layout, records = to_records(SHARED_DATA / name, name)
     assert (layout, len(records), [record for record in records if not record["messages"]]) == ("question_answer", rows, [])

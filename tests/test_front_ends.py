@@ -1,4 +1,4 @@
-"""One truth, two front ends: what DVC ran is what Dagster shows, and the other way round."""
+"""One state, two front ends: Dagster shows what DVC ran, and DVC what Dagster ran."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import dagster as dg
 import pytest
+from builders.small_pipeline import changed_in_dvc, not_fresh
 from conftest import dvc, edit_params, pedigree
-from small_pipeline import changed_in_dvc, not_fresh
 
 from dagster_project.core.records import read_table
 from dagster_project.orchestration.dagster.assets import build_definitions
@@ -112,7 +112,7 @@ def test_a_failed_gate_shows_its_rows_and_nothing_downstream_runs(project: Path,
     assert both_doors_agree(project, instance) >= {"instructions", "splits"}
 
 
-def test_an_asset_refuses_to_run_on_a_parent_that_is_not_up_to_date(finished: Path, instance) -> None:
+def test_an_asset_refuses_to_run_on_an_outdated_parent(finished: Path, instance) -> None:
     edit_params(finished, lambda v: v["instructions"].update(min_rows=50))
     before = (finished / "dvc.lock").read_text()
     result = materialize(finished, instance, "splits")
@@ -136,7 +136,7 @@ def test_adding_a_variant_is_one_entry_in_params(finished: Path) -> None:
     assert changed_in_dvc(finished) == {"adapter@small", "merged@small", "evaluation@small", "comparison"}
 
 
-def test_dvc_and_dagster_show_the_scores_of_the_comparison_and_the_release_says_what_was_waived(finished: Path) -> None:
+def test_dvc_and_dagster_show_the_comparison_scores_and_the_release_lists_its_waivers(finished: Path) -> None:
     states = read_stages(finished)
     scores = json.loads((finished / "data/comparison/comparison.json").read_text())["scores"]
     shown = json.loads(dvc(finished, "metrics", "show", "--json", "data/reports/comparison.json").stdout)

@@ -1,4 +1,4 @@
-"""Batched answers in float32 are those of one plain `model.generate` per prompt."""
+"""Batched answers in float32 equal those of one plain `model.generate` per prompt."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_equal_prompts_and_a_prompt_that_begins_another_are_answered(model: Any,
     assert generate(model, tiny_tokenizer, prompts, TOKENS, 2, "test") == one_by_one(model, tiny_tokenizer, prompts)
 
 
-def test_an_answer_ends_at_the_end_of_turn_however_long_its_neighbours_are(model: Any, tiny_tokenizer: Any) -> None:
+def test_an_answer_ends_at_the_end_of_turn_whatever_its_batch(model: Any, tiny_tokenizer: Any) -> None:
     prompts = [tiny_tokenizer.encode(SYSTEM + question) for question in QUESTIONS]
     unended = one_by_one(model, tiny_tokenizer, prompts)
     ending = copy.deepcopy(tiny_tokenizer)
@@ -72,7 +72,7 @@ def test_an_answer_ends_at_the_end_of_turn_however_long_its_neighbours_are(model
 @pytest.mark.usefixtures("tokens_at_once")
 @pytest.mark.parametrize("kind", ["a window in every other layer", "convolutions in every other layer"])
 @pytest.mark.parametrize("prefix", ["", SYSTEM], ids=["nothing shared", "shared prefix"])
-def test_models_that_keep_other_things_than_all_keys_answer_as_alone(tiny_tokenizer: Any, kind: str, prefix: str) -> None:
+def test_models_with_other_caches_give_the_same_answers_in_batches(tiny_tokenizer: Any, kind: str, prefix: str) -> None:
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Lfm2Config, Lfm2ForCausalLM
 
     torch.manual_seed(3)
@@ -95,7 +95,7 @@ def test_models_that_keep_other_things_than_all_keys_answer_as_alone(tiny_tokeni
     assert generate(other, ending, prompts, TOKENS, 4, "test") == one_by_one(other, ending, prompts)
 
 
-def test_texts_that_are_read_together_are_alike_in_length_and_few() -> None:
+def test_batches_are_small_and_of_similar_lengths() -> None:
     lengths = [5, 30, 1, 30, 2000, 500, 524]
     assert list(decoding.groups(lengths, 3, "cpu")) == [[2, 0, 1], [3, 5], [6], [4]]
     assert list(decoding.groups(lengths, 9, "cuda")) == [[2, 0, 1, 3, 5, 6, 4]]
@@ -106,7 +106,7 @@ def test_no_prompts_have_no_answers(model: Any, tiny_tokenizer: Any) -> None:
     assert generate(model, tiny_tokenizer, [], TOKENS, 4, "test") == []
 
 
-def test_the_benchmark_asks_both_the_same_and_tells_it_side_by_side(
+def test_the_benchmark_gives_both_implementations_the_same_prompts(
     model: Any, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for part in (model, tiny_tokenizer):

@@ -1,4 +1,4 @@
-"""dvc.yaml, the code and the docs describe one and the same pipeline."""
+"""dvc.yaml, the code and the docs describe the same pipeline."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dagster_project.orchestration import dvc
 STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
 
 
-def test_dvc_yaml_has_exactly_the_stages_of_the_street_in_flow_order() -> None:
+def test_dvc_yaml_has_exactly_the_stages_of_the_pipeline_in_flow_order() -> None:
     assert list(STAGES) == list(pipeline.STAGES)
 
 

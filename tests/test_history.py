@@ -1,4 +1,4 @@
-"""Audit and impact over small histories made by hand, held against an oracle that reads everything anew; and where history has holes."""
+"""Audit and impact over small hand-made histories, compared with a brute-force oracle; also with parts of the history missing."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders.history import Project, entry, identity
+from builders.small_pipeline import git
 from conftest import pedigree
-from history import Project, entry, identity
-from small_pipeline import git
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.records import read_table
@@ -53,14 +53,14 @@ def test_a_record_leads_to_every_model_that_saw_it_with_split_and_steps(made: Pr
     assert not impact(made.root, record=identity("cows"))["models"]
 
 
-def test_what_stood_in_train_and_was_never_reached_was_learnt_in_no_step(made: Project) -> None:
-    made.commit(made.lock(ROWS, learnt=["cats"]))
+def test_a_train_record_beyond_the_last_step_was_used_in_no_step(made: Project) -> None:
+    made.commit(made.lock(ROWS, trained=["cats"]))
     assert impact(made.root, record=identity("dogs"))["models"][0]["seen"][0] | {"md5": ""} == {
         "by": "adapter@lora", "md5": "", "splits": {"train": 1}, "steps": [], "epochs": []
     }  # fmt: skip
 
 
-def test_a_text_is_found_but_for_case_and_white_space_and_near_copies_on_request(made: Project) -> None:
+def test_a_text_is_found_ignoring_case_and_white_space_and_near_copies_on_request(made: Project) -> None:
     long = "the long and winding road that leads to the harbour where seven old boats lie"
     made.commit(made.lock([*ROWS, (long, "train", FAQ), (long.replace("seven", "eight"), "test", FAQ)]))
     assert impact(made.root, text="what of  CATS?")["records"] == [identity("cats")]
@@ -87,7 +87,7 @@ def test_a_source_leads_to_its_records_by_name_by_folder_and_by_sha256(made: Pro
     assert [commit for _, commit in names(by_hash)] == [commits[1]] * 2  # while the file was so
 
 
-def test_a_hash_leads_to_what_was_made_of_a_data_set_a_shard_a_source_folder_or_a_model(made: Project) -> None:
+def test_the_hash_of_a_data_set_shard_source_folder_or_model_leads_to_its_models(made: Project) -> None:
     lock = made.lock(ROWS)
     made.commit(lock)
     other = made.lock(ROWS[:1] + ROWS[2:])
@@ -140,7 +140,7 @@ def test_a_commit_that_does_not_hold_the_code_that_ran_is_dirty(made: Project) -
     assert "dirty: it holds a.py otherwise" in pedigree(made.root, "audit", "merged@lora").stdout
 
 
-def test_uncommitted_work_is_audited_and_called_so(made: Project) -> None:
+def test_uncommitted_work_is_audited_and_labeled_uncommitted(made: Project) -> None:
     first = made.commit(made.lock(ROWS))
     lock = made.lock(ROWS, seed=1)
     made.write(lock)
@@ -204,7 +204,7 @@ def test_a_renamed_stage_is_one_model_by_its_content(made: Project) -> None:
         audit(made.root, "adapter@lora")
 
 
-def test_after_gc_the_unknown_is_called_unknown_with_the_way_to_fetch_it(made: Project) -> None:
+def test_after_gc_missing_data_is_reported_as_unknown_with_the_fetch_command(made: Project) -> None:
     commit = made.commit(old := made.lock(ROWS))
     made.commit(new := made.lock([("frogs", "train", FAQ), *ROWS[1:]]))
     made.collect_garbage(new)
@@ -232,7 +232,7 @@ def test_one_missing_shard_makes_every_data_set_that_shares_it_unknown(made: Pro
     assert len(impact(made.root, record=identity("frogs"))["unknown"]) == 2
 
 
-def test_evidence_and_data_tell_each_what_they_know_where_the_other_is_gone(made: Project) -> None:
+def test_records_are_resolved_from_the_data_or_the_training_record_alone(made: Project) -> None:
     lock = made.lock(ROWS)
     made.commit(lock)
     known = Index(made.root)
@@ -248,7 +248,7 @@ def test_evidence_and_data_tell_each_what_they_know_where_the_other_is_gone(made
         path.write_bytes(content)
 
 
-def test_what_was_indexed_before_gc_stays_known(made: Project) -> None:
+def test_indexed_records_stay_known_after_gc(made: Project) -> None:
     old = made.lock(ROWS)
     made.commit(old)
     before = impact(made.root, record=identity("cats"))
@@ -259,7 +259,7 @@ def test_what_was_indexed_before_gc_stays_known(made: Project) -> None:
     assert after["models"] == before["models"] and not after["unknown"]
 
 
-def test_a_clone_without_cache_knows_the_chain_and_says_what_is_missing(made: Project, tmp_path: Path) -> None:
+def test_a_clone_without_cache_shows_the_chain_and_names_missing_data(made: Project, tmp_path: Path) -> None:
     made.commit(made.lock(ROWS))
     clone = tmp_path / "clone"
     git(tmp_path, "clone", "-q", str(made.root), str(clone))
@@ -272,7 +272,7 @@ def test_a_clone_without_cache_knows_the_chain_and_says_what_is_missing(made: Pr
     assert len(impact(clone, record=identity("cats"))["models"]) == 2
 
 
-def test_without_a_cache_the_workspace_tells_where_it_holds_the_same_bytes(made: Project) -> None:
+def test_without_a_cache_the_workspace_is_read_if_its_bytes_match(made: Project) -> None:
     lock = made.lock(ROWS)
     made.commit(lock)
     known = Index(made.root)
@@ -290,7 +290,7 @@ def test_without_a_cache_the_workspace_tells_where_it_holds_the_same_bytes(made:
     assert impact(made.root, record=identity("fish"))["unknown"]
 
 
-def test_a_shallow_clone_says_so(made: Project, tmp_path: Path) -> None:
+def test_a_shallow_clone_is_reported(made: Project, tmp_path: Path) -> None:
     made.commit(made.lock(ROWS))
     made.commit(made.lock(ROWS, seed=1))
     clone = tmp_path / "clone"
@@ -317,7 +317,7 @@ def test_a_diff_names_the_record_that_was_changed_added_or_moved(made: Project) 
     assert done.returncode == 0 and f"- {identity('cats')}  train  {FAQ}:0\n  + {identity('lions')}" in done.stdout
 
 
-def test_a_model_released_with_anothers_weights_saw_what_that_one_saw_and_no_more(made: Project) -> None:
+def test_a_model_with_the_weights_of_another_has_the_same_records(made: Project) -> None:
     lock = made.lock(ROWS)
     lock |= made.adapter(lock, ["cats"], "adapter@dora", seed=5)
     lock |= made.merged(lock, "adapter@dora", "merged@dora")
@@ -346,7 +346,7 @@ def oracle(history: list[tuple[str, dict[str, Any]]], texts: dict[str, list[str]
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_brute_force_oracle_agrees_on_random_histories(made: Project, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_histories_match_a_brute_force_oracle(made: Project, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index, "CHUNK", 2)
     monkeypatch.setattr(index, "SEGMENT", 5)
     draw = random.Random(seed)
@@ -360,7 +360,7 @@ def test_a_brute_force_oracle_agrees_on_random_histories(made: Project, seed: in
         ]
         train = [word for word, split, _ in given if split == "train"]
         learnt = draw.choices(train, k=5) if train else []
-        lock = made.lock(given, learnt=learnt)
+        lock = made.lock(given, trained=learnt)
         texts[lock["adapter@lora"]["outs"][0]["md5"]] = learnt
         rows[lock["splits"]["outs"][0]["md5"]] = given
         history.append((made.commit(lock), lock))
@@ -384,7 +384,7 @@ def test_a_brute_force_oracle_agrees_on_random_histories(made: Project, seed: in
     assert not counts or history[-1][1]["merged@lora"]["outs"][0]["md5"] in last
 
 
-def test_the_index_can_be_spoilt_and_is_made_anew(made: Project) -> None:
+def test_a_damaged_index_is_rebuilt(made: Project) -> None:
     made.commit(made.lock(ROWS))
     before = impact(made.root, record=identity("cats"))
     (made.root / INDEX_FILE).write_bytes(b"no database at all, but a file of some length" * 100)
@@ -401,7 +401,7 @@ def test_each_file_is_read_once_however_many_models_saw_it(made: Project, monkey
     assert len(read) == 3
 
 
-def test_the_command_line_answers_no_with_1_and_bad_questions_with_2(made: Project, tmp_path: Path) -> None:
+def test_the_exit_code_is_1_for_no_result_and_2_for_bad_input(made: Project, tmp_path: Path) -> None:
     made.commit(made.lock(ROWS))
     assert pedigree(made.root, "impact", "--text", "Nobody said this.").returncode == 1
     told = pedigree(made.root, "impact", "--record", identity("dogs"))

@@ -1,4 +1,4 @@
-"""Rows from the Hugging Face Hub: `datasets` itself fetches them from a Hub on loopback, one commit and no other, and reads them again offline."""
+"""Rows from the Hugging Face Hub: `datasets` fetches one commit from a local Hub and reads it again offline."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def test_what_was_fetched_once_is_read_again_without_a_network(hub: Hub, tmp_pat
     assert hub.asked == []
 
 
-def test_a_set_whose_name_has_capitals_is_found_again(hub: Hub, tmp_path: Path) -> None:
+def test_a_data_set_name_with_capitals_is_found_in_the_cache(hub: Hub, tmp_path: Path) -> None:
     hub.repos = {"Org/SetOfPairs": {OLD: {"train.jsonl": lines(*PAIRS)}}}
     twice = read(hub, tmp_path, *[{"hub": "Org/SetOfPairs"}] * 2)
     assert [source["rows"] for source in twice] == [PAIRS] * 2
@@ -213,7 +213,7 @@ def test_offline_another_commit_or_configuration_is_never_taken_instead(hub: Hub
     assert read(hub, tmp_path, {"revision": NEW}, HF_HUB_OFFLINE="1")[0]["rows"] == [{"prompt": "new", "completion": "new"}]
 
 
-def test_each_configuration_has_rows_of_its_own(hub: Hub, tmp_path: Path) -> None:
+def test_each_configuration_has_its_own_rows(hub: Hub, tmp_path: Path) -> None:
     configs = [{"config_name": name, "data_files": f"{name}.jsonl"} for name in ("one", "two")]
     hub.repos[NAME][OLD] = {"README.md": card(configs=configs), "one.jsonl": lines({"a": 1}), "two.jsonl": lines({"a": 2})}
     found = read(hub, tmp_path, {"config": "one"}, {"config": "two"}, {}, {"config": "three"})
@@ -222,7 +222,7 @@ def test_each_configuration_has_rows_of_its_own(hub: Hub, tmp_path: Path) -> Non
     assert "three" in found[3]["what"] and "one" in found[3]["what"], "the configurations that there are are named"
 
 
-def test_values_are_what_the_set_says_and_what_json_cannot_hold_spoils_its_row_alone(hub: Hub, tmp_path: Path) -> None:
+def test_values_are_read_unchanged_and_those_without_json_form_make_only_their_row_malformed(hub: Hub, tmp_path: Path) -> None:
     import pyarrow as pa
 
     mixed = [{"a": 1, "b": {"x": [1]}}, {"a": "x", "b": {"y": 2}}, {"a": None, "b": "t"}]
@@ -244,7 +244,7 @@ def test_values_are_what_the_set_says_and_what_json_cannot_hold_spoils_its_row_a
     assert labelled["rows"] == [{"text": "a", "label": "good"}, {"text": "b", "label": None}]
 
 
-def test_what_the_hub_does_not_give_is_said_in_one_line(hub: Hub, tmp_path: Path) -> None:
+def test_a_missing_data_set_is_reported_in_one_line(hub: Hub, tmp_path: Path) -> None:
     hub.refusals = {"org/gated": (403, "GatedRepo"), "org/private": (401, "GatedRepo"), "org/broken": (501, "Broken")}
     cases: list[tuple[dict[str, Any], str]] = [
         ({"hub": "org/none"}, "Dataset 'org/none' doesn't exist on the Hub or cannot be accessed."),
@@ -299,7 +299,7 @@ def test_a_data_set_that_gives_no_rows_of_text_is_refused_in_one_line(hub: Hub, 
         assert "\n" not in source["what"] and source["hint"]
 
 
-def test_a_line_that_goes_dead_is_an_error_and_leaves_nothing_that_is_read_later(hub: Hub, tmp_path: Path) -> None:
+def test_a_lost_connection_is_an_error_and_leaves_nothing_in_the_cache(hub: Hub, tmp_path: Path) -> None:
     hub.cut = {"train-00000-of-00001.parquet"}
     error = read(hub, tmp_path)[0]
     assert error["what"].startswith("hub:org/name@aaaaaaaaaaaa/train: ") and "\n" not in error["what"]
@@ -307,7 +307,7 @@ def test_a_line_that_goes_dead_is_an_error_and_leaves_nothing_that_is_read_later
     assert read(hub, tmp_path)[0]["rows"] == PAIRS
 
 
-def test_a_hub_that_gives_another_commit_is_not_believed(hub: Hub, tmp_path: Path) -> None:
+def test_another_commit_from_the_hub_is_refused(hub: Hub, tmp_path: Path) -> None:
     hub.repos[NAME][NEW] = hub.repos[NAME][OLD]
     hub.says = NEW
     assert read(hub, tmp_path)[0]["what"] == f"hub:org/name@aaaaaaaaaaaa/train: the Hub returned commit {NEW}"
@@ -386,13 +386,13 @@ def test_a_split_of_the_hub_has_a_name_on_the_command_line(spec: str, config: st
         (f"hub:org/name@{OLD}:a:b:c", "not a split of a data set"),
     ],
 )
-def test_a_name_that_is_no_split_of_a_commit_is_refused(spec: str, message: str) -> None:
+def test_an_unknown_split_of_a_commit_is_refused(spec: str, message: str) -> None:
     with pytest.raises(InputError) as caught:
         reader.parse_spec(spec)
     assert message in caught.value.what and caught.value.hint == "use hub:org/name@REVISION:split"
 
 
 @pytest.mark.parametrize("secret", [TOKEN, "a-token-of-another-kind"])
-def test_no_token_comes_into_a_message(secret: str) -> None:
+def test_no_token_appears_in_a_message(secret: str) -> None:
     told = reader._error_text(OSError(f"\n\nIllegal header b'Bearer {secret}' for https://me:pass@hub.example/x\nmore"), secret)
     assert told == "Illegal header b'Bearer [token]' for https://hub.example/x"

@@ -1,4 +1,4 @@
-"""raw_examples -> instructions: every row is kept or dropped for a reason, people's decisions are honoured, and the pages say what changed."""
+"""raw_examples -> instructions: every row is kept or dropped for a reason, review decisions apply, and the pages show changes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders.records import CHECK_EXAMPLES, LONG, ask, placed
 from conftest import draw_pages
-from test_checks import EXAMPLES, LONG, ask, placed
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.records import Report, read_ledger, read_records, read_table, write_ledger, write_records
@@ -33,7 +33,7 @@ def run(folder: Path, model: Path, rows: list[Record], previous: str | None = No
 def test_every_row_is_kept_or_dropped_for_a_reason(tmp_path: Path, tiny_model: Path) -> None:
     alone = {"exact_duplicates", "benchmark_leakage", "template_mismatch"}
     bad = [name for name, check in ROW_CHECKS.items() if check.action == "drop" and check.kind is None and name not in alone]
-    rows = [ask("Hi"), *(EXAMPLES[name][1][-1] for name in bad), ask("Hi"), ask("Ho")]
+    rows = [ask("Hi"), *(CHECK_EXAMPLES[name][1][-1] for name in bad), ask("Hi"), ask("Ho")]
     report = run(tmp_path, tiny_model, rows)
     assert (report.rows_in, report.rows_out) == (len(rows), 2)
     assert report.dropped == {**dict.fromkeys(bad, 1), "exact_duplicates": 1}
@@ -45,7 +45,7 @@ def test_every_row_is_kept_or_dropped_for_a_reason(tmp_path: Path, tiny_model: P
 
 
 @pytest.mark.parametrize("rows", [[ask("Hi")], [ask("Hi", "")]], ids=["a row is kept", "none is"])
-def test_every_check_is_reported_in_any_case(rows: list[Record], tmp_path: Path, tiny_model: Path) -> None:
+def test_every_check_is_always_reported(rows: list[Record], tmp_path: Path, tiny_model: Path) -> None:
     assert {check.name for check in run(tmp_path, tiny_model, rows).checks} == instructions.CHECK_DESCRIPTIONS.keys()
 
 
@@ -83,7 +83,7 @@ def test_a_decision_in_the_review_file_is_honoured_on_the_next_run(tmp_path: Pat
     assert read_ledger(tmp_path / "out")[1]["why"] == "dropped: rude"
 
 
-def test_the_page_says_what_changed_since_the_recorded_version_and_the_output_does_not(tmp_path: Path, tiny_model: Path) -> None:
+def test_only_the_page_shows_changes_since_the_recorded_version(tmp_path: Path, tiny_model: Path) -> None:
     run(tmp_path / "old", tiny_model, [ask("Hi"), ask("Where is my blue kite?")])
     rows = [ask("Hi"), ask("Where is my red kite?"), ask("Ho")]
     run(tmp_path / "new", tiny_model, rows, previous=str(tmp_path / "old"))
@@ -93,7 +93,7 @@ def test_the_page_says_what_changed_since_the_recorded_version_and_the_output_do
     assert (tmp_path / "new/out/findings.json").read_bytes() == (tmp_path / "alone/out/findings.json").read_bytes()
 
 
-def test_what_a_data_owner_expects_is_a_check_and_a_section_of_the_page(tmp_path: Path, tiny_model: Path) -> None:
+def test_expectations_are_a_check_and_a_section_of_the_page(tmp_path: Path, tiny_model: Path) -> None:
     suite = {
         "name": "mine",
         "expectations": [{"type": "expect_table_row_count_to_be_between", "kwargs": {"min_value": 5}, "severity": "critical"}],
@@ -113,7 +113,7 @@ def test_data_docs_are_built_where_asked_for(tmp_path: Path, tiny_model: Path) -
     assert (tmp_path / "pages/data_docs/index.html").is_file()
 
 
-def test_a_suite_that_expects_nonsense_is_refused_by_name(tmp_path: Path, tiny_model: Path) -> None:
+def test_an_invalid_suite_is_refused_by_name(tmp_path: Path, tiny_model: Path) -> None:
     (tmp_path / "suite.json").write_text('{"name": "mine", "expectations": [{"type": "expect_luck"}]}')
     with pytest.raises(InputError, match=r"suite\.json: expectations\[0\]"):
         run(tmp_path, tiny_model, [ask("Hi")], expectations="suite.json")

@@ -1,4 +1,4 @@
-"""Everything that dvc.lock reaches is hashed: a flipped bit anywhere is named, and nothing else is."""
+"""Everything that dvc.lock reaches is hashed: a flipped bit anywhere is reported, and nothing else."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-import small_pipeline as mini
+from builders import small_pipeline
 from conftest import dvc, pedigree
 
 from dagster_project.orchestration.integrity import as_text, examine
@@ -39,7 +39,7 @@ def files(folders: Iterable[Path]) -> list[Path]:
     return [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
 
 
-def test_a_flipped_bit_in_every_kind_of_artifact_is_named_and_nothing_else_is(finished: Path) -> None:
+def test_a_flipped_bit_in_any_kind_of_artifact_is_reported_alone(finished: Path) -> None:
     assert examine(finished)["verdict"] == "intact"
     outputs, reports = files(finished / "data" / name for name in (*STAGES, "plots")), files([finished / "data/reports"])
     assert {path.suffix for path in outputs} >= {".parquet", ".safetensors", ".json", ".csv", ".md", ".jinja"}
@@ -61,7 +61,7 @@ def test_a_flipped_bit_in_every_kind_of_artifact_is_named_and_nothing_else_is(fi
     assert done.returncode == 1 and all(str(path) in done.stdout for path in listings)
 
 
-def test_a_flipped_bit_in_dvc_lock_is_caught(root: Path) -> None:
+def test_a_flipped_bit_in_dvc_lock_is_detected(root: Path) -> None:
     lock, dice = root / "dvc.lock", random.Random(0)
     content = lock.read_bytes()
     for _ in range(40):
@@ -71,7 +71,7 @@ def test_a_flipped_bit_in_dvc_lock_is_caught(root: Path) -> None:
         lock.write_bytes(content)
 
 
-def test_an_uncommitted_run_is_vouched_for_and_an_edited_entry_is_not(root: Path) -> None:
+def test_an_uncommitted_run_passes_and_an_edited_entry_fails(root: Path) -> None:
     (root / "params.yaml").write_text((root / "params.yaml").read_text().replace('"testseed": 7', '"testseed": 8'))
     assert dvc(root, "repro").returncode == 0
     assert examine(root)["verdict"] == "intact"
@@ -80,17 +80,17 @@ def test_an_uncommitted_run_is_vouched_for_and_an_edited_entry_is_not(root: Path
     assert named(root, "dvc.lock") == {"tok"}
 
 
-def test_an_output_recorded_by_hand_is_caught_by_the_sha256_of_its_report(root: Path) -> None:
+def test_a_manually_recorded_output_is_detected_by_the_sha256_in_its_report(root: Path) -> None:
     (root / "data/inst/rows.txt").unlink()
     (root / "data/inst/rows.txt").write_text("BAD")
     assert dvc(root, "commit", "-f").returncode == 0
     assert "data/inst" in named(root, "dvc.lock")
 
 
-def test_history_is_looked_at_too_and_what_is_not_here_is_told_apart(root: Path) -> None:
+def test_history_is_verified_and_missing_data_is_listed_separately(root: Path) -> None:
     (root / "params.yaml").write_text((root / "params.yaml").read_text().replace('"testseed": 7', '"testseed": 8'))
     assert dvc(root, "repro").returncode == 0
-    mini.git(root, "commit", "-qam", "again")
+    small_pipeline.git(root, "commit", "-qam", "again")
     found = examine(root, all_revs=True)
     assert (found["verdict"], found["revisions"]) == ("intact", 3)
     [old] = [path for path in files([root / ".dvc/cache/files/md5"]) if path.read_bytes() == b"test 7"]

@@ -93,7 +93,7 @@ def test_auto_is_every_different_response_of_training_in_its_most_frequent_spell
     assert label_set(AUTO, train, ["ham"]) == LabelSet(("Ham", "spam"))
 
 
-def test_a_label_that_only_the_test_split_has_is_scored_and_not_told() -> None:
+def test_a_label_only_in_the_test_split_is_scored_but_not_in_the_prompt() -> None:
     names = label_set(AUTO, ["spam", "ham"] * 3, ["spam", "Scam", "scam", "scam"])
     assert names == LabelSet(("ham", "spam"), ("scam",))
     assert "scam" not in instruction(names)
@@ -126,12 +126,12 @@ def test_the_refusal_names_the_most_frequent_responses_and_no_long_text() -> Non
     assert "'no' (3), 'yes' (2)" in caught.value.what and len(caught.value.what) < 400
 
 
-def test_a_response_that_stands_for_no_label_is_refused() -> None:
+def test_a_response_without_a_label_is_refused() -> None:
     with pytest.raises(InputError, match=r"stands for answers that give no label"):
         label_set(AUTO, ["(none)", "some"] * 4, [])
 
 
-def test_a_list_that_no_test_response_is_in_is_refused_instead_of_scored_as_free_text() -> None:
+def test_a_label_list_that_matches_no_test_response_is_refused() -> None:
     with pytest.raises(
         InputError, match=r"no response of the test split is one of 'spam', 'ham'; the most frequent are '1' \(2\), '0' \(1\)"
     ):
@@ -208,7 +208,7 @@ def test_text_and_label_are_a_classification_set_and_the_label_is_the_category(r
 
 
 @pytest.mark.parametrize("value", [None, 0.5, ["ham"]])
-def test_a_label_that_is_no_label_is_a_malformed_row(value: Any, tmp_path: Path) -> None:
+def test_an_invalid_label_makes_its_row_malformed(value: Any, tmp_path: Path) -> None:
     [good, bad] = read(tmp_path / "a.jsonl", [{"text": "Hi", "label": "ham"}, {"text": "Hi", "label": value}])[1]
     assert good[0] == "ham" and bad[0].startswith("expected a label (text, a whole number, true or false), found ")
 
@@ -223,7 +223,7 @@ def test_a_label_that_is_no_label_is_a_malformed_row(value: Any, tmp_path: Path)
         ({"prompt": "Hi", "completion": "Hello", "label": "spam"}, "prompt_completion"),
     ],
 )
-def test_a_label_beside_another_layout_makes_no_classification_set(row: dict[str, Any], layout: str, tmp_path: Path) -> None:
+def test_a_label_column_in_another_layout_is_not_a_classification_set(row: dict[str, Any], layout: str, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(row) + "\n")
     assert (kind(read_rows(path)) if layout == "preferences" else to_records(path, "a.jsonl")[0]) == layout
@@ -316,7 +316,7 @@ def test_a_table_of_text_and_label_is_trained_split_scored_and_compared_by_its_l
     assert "F1 of each label" in page and "yes, please" in page
 
 
-def test_a_random_model_answers_no_label_and_that_is_what_the_scores_say(split_reviews: Path, tiny_model: Path) -> None:
+def test_a_random_model_gives_no_label_and_scores_0(split_reviews: Path, tiny_model: Path) -> None:
     train, test = (read_records(split_reviews / "made" / name) for name in ("train", "test"))
     found = evaluate(split_reviews, tiny_model, Settings(task=AUTO, max_new_tokens=2, max_examples=6), test, train)
     assert (found["one"]["n"], found["one"]["valid_label"], found["one"]["accuracy"], found["one"]["macro_f1"]) == (6, 0, 0, 0)

@@ -1,4 +1,4 @@
-"""A deep model traced by copies with few layers gives what tracing the whole of it gives."""
+"""Tracing copies of a deep model with few layers gives the result of tracing the whole model."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_copies_with_few_layers_give_the_account_of_the_whole_model(
     assert model not in traced, "no layer but those of the copies was traced"
 
 
-def test_what_copies_cannot_foretell_is_traced_whole(tmp_path: Path) -> None:
+def test_models_that_copies_cannot_represent_are_traced_in_full(tmp_path: Path) -> None:
     model = write(tmp_path / "model", KINDS["llama"])
     given: dict[str, Any] = {"lengths": [24], "counted": 24, "dtype": torch.float32, "device": "cuda"}
     one, two, three = (memory.trace_step(write(tmp_path / str(n), KINDS["llama"], n), "full", {}, **given) for n in (1, 2, 3))
@@ -120,7 +120,7 @@ def test_a_plan_names_the_model_its_assumptions_and_the_gpus_it_fits_on(deep: Pa
     assert all(row[-3:] == ["fits", "fits", "fits"] for row in table)
 
 
-def test_a_gpu_fits_what_takes_no_more_than_its_size(deep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_fits_a_gpu_up_to_its_memory_size(deep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "_requirements", lambda *_: {"memory": {"total": 40 * 10**9}, "optimizer_name": "x", "total_parameters": 1})
     given: dict[str, Any] = {"tokens": 16, "rows": 1, "checkpointing": True, "compute": Compute(threads=1), "device": "cuda"}
     with_on = plan.plan_model(deep, ["lora"], **given)["gpus"]["lora"]
@@ -128,13 +128,13 @@ def test_a_gpu_fits_what_takes_no_more_than_its_size(deep: Path, monkeypatch: py
     assert with_on[1] == {"gradient_checkpointing": True, "peak": 40 * 10**9, "fits": {"24": False, "40": True, "80": True}}
 
 
-def test_a_name_in_the_configuration_wins_over_the_folders(deep: Path) -> None:
+def test_the_name_in_the_configuration_overrides_the_folder_name(deep: Path) -> None:
     (deep / "config.json").write_text(json.dumps({**json.loads((deep / "config.json").read_text()), "_name_or_path": "acme/small-12"}))
     assert plan._model(deep, SmallCopies(deep))["name"] == "acme/small-12"
     assert plan._model(deep / "config.json", SmallCopies(deep / "config.json"))["name"] == "acme/small-12"
 
 
-def test_depth_costs_no_time(tmp_path: Path) -> None:
+def test_tracing_time_does_not_grow_with_depth(tmp_path: Path) -> None:
     """Eighty layers are traced as fast as nine: as many layers, on shapes that cost nothing. CPU time, since tests share cores."""
     took = {}
     for layers in (9, 80):

@@ -1,4 +1,4 @@
-"""`pedigree check` counts tokens and renders templates as transformers does, and loads neither it nor torch, DVC or Dagster."""
+"""`pedigree check` counts tokens and renders templates like transformers, and imports neither it nor torch, DVC or Dagster."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_every_template_of_trl_renders_as_in_transformers() -> None:
         "{% generation %}",
     ],
 )
-def test_what_a_template_may_do_is_what_transformers_lets_it(template: str) -> None:
+def test_templates_have_the_same_restrictions_as_in_transformers(template: str) -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     here = outcome(lambda: compiled(template).render(messages=CHATS[0], tools=None, documents=None, add_generation_prompt=False))
@@ -117,7 +117,7 @@ def change(folder: Path, target: Path, name: str, **values: Any) -> None:
         ("tokenizer_config.json", {"eos_token": 3}),
     ],
 )
-def test_a_tokenizer_that_transformers_would_change_is_left_to_it(
+def test_a_tokenizer_that_transformers_modifies_is_loaded_by_transformers(
     name: str, values: dict[str, Any], tiny_model: Path, tmp_path: Path
 ) -> None:
     for file in ("config.json", "tokenizer_config.json", "tokenizer.json"):

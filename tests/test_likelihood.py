@@ -1,4 +1,4 @@
-"""Likelihoods are those of one plain forward pass per example, whatever they were batched with."""
+"""Likelihoods equal those of one plain forward pass per example, whatever the batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA's update as one operation gives what PEFT's layers give, and its gradients."""
+"""Fused LoRA has the output and the gradients of PEFT's layers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_fused_lora_has_pefts_output_and_gradients(tiny_model: Path, use_rslora:
         assert torch.allclose(gradient, found[name], rtol=1e-4, atol=1e-6), name
 
 
-def test_fused_lora_in_bfloat16_is_as_near_to_the_truth_as_pefts(tiny_model: Path) -> None:
+def test_fused_lora_in_bfloat16_is_as_accurate_as_peft(tiny_model: Path) -> None:
     truth = gradients(pair(tiny_model)[0])
     theirs, ours = (gradients(model) for model in pair(tiny_model, torch.bfloat16))
 
@@ -59,7 +59,7 @@ def test_fused_lora_in_bfloat16_is_as_near_to_the_truth_as_pefts(tiny_model: Pat
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dropout_keeps_the_share_it_should_and_gives_the_gradients_of_what_it_kept(dtype: torch.dtype) -> None:
+def test_dropout_keeps_the_right_share_and_its_gradients(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     result, x = torch.randn(64, 6, dtype=dtype), torch.randn(64, 48, dtype=dtype)
     a, b, out_gradient = torch.randn(4, 48), torch.randn(6, 4), torch.randn(64, 6, dtype=dtype)
@@ -96,6 +96,6 @@ def test_nothing_is_dropped_in_evaluation_and_switched_off_it_is_the_base_model(
     assert torch.allclose(ours.merge_and_unload()(input_ids=ids).logits, theirs(input_ids=ids).logits, atol=1e-5)
 
 
-def test_dora_stays_pefts(tiny_model: Path) -> None:
+def test_dora_uses_the_layer_of_peft(tiny_model: Path) -> None:
     _, ours = pair(tiny_model, use_dora=True)
     assert not any("forward" in vars(module) for module in ours.modules())

@@ -1,4 +1,4 @@
-"""Every system answers the same examples, of a task or in free text, and a team's own measures stand beside the others."""
+"""Every system answers the same examples, as a task or in free text, and custom metrics are reported with the others."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_examples_asked_are_chosen_by_content_and_answers_to_the_task_go_fir
     assert select_questions(FREE, Settings(task=TASK)) == (None, FREE)
 
 
-def test_plain_text_asks_nothing() -> None:
+def test_plain_text_gives_no_questions() -> None:
     text = record("", "Once upon a time", meta='{"kind": "text"}')
     assert select_questions([text, *FREE], Settings()) == (None, FREE)
 
@@ -58,7 +58,7 @@ def test_slices_add_up_to_the_whole() -> None:
         assert (sum(s["n"] for s in grouping.values()), sum(s["answered"] for s in grouping.values())) == (12, 9)
 
 
-def test_rare_categories_stand_together() -> None:
+def test_rare_categories_share_one_slice() -> None:
     rows = [record(f"q{i}", "a", f"c{i:02}") for i in range(30)] + [record("q", "b", "c29")]
     found = slices(rows, [], "accuracy", {})["by_category"]
     assert len(found) == 21 and found["(others)"] == {"n": 10} and found["c29"] == {"n": 2}
@@ -82,7 +82,7 @@ def put(root: Path, content: str) -> Path:
     return root
 
 
-def test_a_measure_of_ones_own_is_the_mean_of_its_function(tmp_path: Path) -> None:
+def test_a_custom_metric_is_the_mean_of_its_function(tmp_path: Path) -> None:
     measure = custom_measures(put(tmp_path, TONE), ["tone.polite"])["tone.polite"]
     statistics = measure.statistics(["please", "no", "no"], ["", "", ""])
     assert measure.combine(statistics.sum(0)) == pytest.approx(1 / 3)
@@ -108,13 +108,13 @@ def test_a_measure_of_ones_own_is_the_mean_of_its_function(tmp_path: Path) -> No
         ("tone.polite", "def polite(r, a): return 1 / 0", "tone.polite fails: ZeroDivisionError: division by zero; for the answer 'said'"),
     ],
 )
-def test_a_measure_that_cannot_be_had_is_one_message(name: str, content: str, message: str, tmp_path: Path) -> None:
+def test_a_custom_metric_that_fails_to_load_is_one_message(name: str, content: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         custom_measures(put(tmp_path, content), [name])[name].statistics(["wanted"], ["said"])
     assert message in caught.value.what and caught.value.hint
 
 
-def test_a_measure_outside_the_project_is_refused(tmp_path: Path) -> None:
+def test_a_custom_metric_outside_the_project_is_refused(tmp_path: Path) -> None:
     put(tmp_path / "project", TONE)
     (tmp_path / "far.py").write_text(TONE)
     (tmp_path / "project/data/metrics/far.py").symlink_to(tmp_path / "far.py")
@@ -179,7 +179,7 @@ def test_a_benchmark_without_its_answers_is_refused_before_a_model_is_read(tmp_p
         evaluation.produce(tmp_path, "one", settings, COMPUTE, nowhere, nowhere, tmp_path, tmp_path / "out", tmp_path / "one.csv")
 
 
-def test_an_empty_test_split_leaves_the_baselines_nothing_to_say(tiny_model: Path, tmp_path: Path) -> None:
+def test_an_empty_test_split_gives_empty_baselines(tiny_model: Path, tmp_path: Path) -> None:
     for split, rows in (("train", JSON), ("test", [])):
         write_records(tmp_path / split, rows)
     found = baselines.produce(tmp_path, baselines.Params(), Settings(task=TASK), COMPUTE, tiny_model, tmp_path, tmp_path / "out")
@@ -193,7 +193,7 @@ def flat(found: Any, place: str = "") -> dict[str, float]:
     return {place: found}
 
 
-def test_the_folder_that_measures_lie_in_is_watched_by_every_stage_that_uses_them() -> None:
+def test_every_stage_with_custom_metrics_depends_on_their_folder() -> None:
     from ruamel.yaml import YAML
 
     stages = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]

@@ -1,4 +1,4 @@
-"""A merged model is base plus adapter, and an adapter that does nothing does not pass for one that does."""
+"""A merged model is base plus adapter, and an adapter without effect is rejected."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_merge_passes_only_with_an_adapter_that_changes_something(tiny_model: 
     assert (report.metrics["largest_adapter_effect"] > 0.1) == passes
 
 
-def test_the_merged_folder_stands_alone_and_says_what_base_plus_adapter_says(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_merged_model_loads_by_itself_and_answers_like_base_plus_adapter(tiny_model: Path, tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

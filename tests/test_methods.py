@@ -1,4 +1,4 @@
-"""Every way to adapt a model: it learns what it says and nothing else, is what its paper says, and comes back as it was saved."""
+"""Every tuning method trains its documented weights only, matches its paper, and reloads as it was saved."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def reloaded(folder: Path, tiny_model: Path, quantization: str) -> Any:
 
 
 @pytest.mark.parametrize("method", TRAINED)
-def test_a_method_learns_only_what_it_says_and_comes_back_as_it_was_saved(method: str, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_method_trains_only_its_documented_weights_and_reloads_unchanged(method: str, tiny_model: Path, tmp_path: Path) -> None:
     tunable = make(method, tiny_model)
     before = {name: parameter.detach().clone() for name, parameter in tunable.model.named_parameters()}
     learning = {name for name, parameter in tunable.model.named_parameters() if parameter.requires_grad}
@@ -180,7 +180,7 @@ def test_a_method_learns_only_what_it_says_and_comes_back_as_it_was_saved(method
 
 
 @pytest.mark.parametrize("method", [name for name in TRAINED if name not in {"cartridge", *LEARNS_VIRTUAL}])
-def test_packed_examples_are_strangers_to_each_other_under_every_method_that_packs(method: str, tiny_model: Path) -> None:
+def test_packed_examples_are_independent_under_every_method_that_packs(method: str, tiny_model: Path) -> None:
     tunable = make(method, tiny_model)
     steps(tunable)
     together = tunable.hidden_states(collate_packed([ROW])).split([5, 7], 1)
@@ -189,7 +189,7 @@ def test_packed_examples_are_strangers_to_each_other_under_every_method_that_pac
 
 
 @pytest.mark.parametrize("method", TRAINED)
-def test_what_learns_is_float32_on_a_bfloat16_model(method: str, tiny_model: Path) -> None:
+def test_trained_weights_are_float32_on_a_bfloat16_model(method: str, tiny_model: Path) -> None:
     tunable = make(method, tiny_model, torch.bfloat16)
     assert {parameter.dtype for parameter in tunable.model.parameters() if parameter.requires_grad} == {torch.float32}
     before = {name: parameter.detach().clone() for name, parameter in tunable.model.named_parameters() if parameter.requires_grad}
@@ -198,7 +198,7 @@ def test_what_learns_is_float32_on_a_bfloat16_model(method: str, tiny_model: Pat
 
 
 @pytest.mark.parametrize("method", [name for name in TRAINED if name not in {*ALIASES, "full"}])
-def test_a_method_trains_against_quantized_weights_or_says_that_it_cannot(method: str, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_method_trains_on_quantized_weights_or_is_refused(method: str, tiny_model: Path, tmp_path: Path) -> None:
     if method in CANNOT_QUANTIZE:
         with pytest.raises(InputError, match=f"adapter.x.quantization: {method} computes with the base model's weights"):
             make(method, tiny_model, quantization="nf4")
@@ -213,7 +213,7 @@ def test_a_method_trains_against_quantized_weights_or_says_that_it_cannot(method
     torch.testing.assert_close(logits(reloaded(tmp_path, tiny_model, "nf4")), logits(tunable.model), atol=near, rtol=near)
 
 
-def test_looking_at_a_quantized_model_does_not_change_how_it_learns(tiny_model: Path) -> None:
+def test_hashing_a_quantized_model_does_not_change_its_training(tiny_model: Path) -> None:
     curves = []
     for looked in (False, True):
         torch.manual_seed(0)
@@ -290,7 +290,7 @@ def test_dora_is_magnitude_times_direction_and_its_magnitudes_move(method: str, 
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
 
 
-def test_adalora_takes_ranks_away_until_the_budget_is_met_and_reloads_in_plain_peft(tiny_model: Path, tmp_path: Path) -> None:
+def test_adalora_prunes_ranks_to_the_budget_and_reloads_in_plain_peft(tiny_model: Path, tmp_path: Path) -> None:
     tunable = make("adalora", tiny_model)
 
     def ranks() -> list[int]:
@@ -305,7 +305,7 @@ def test_adalora_takes_ranks_away_until_the_budget_is_met_and_reloads_in_plain_p
     torch.testing.assert_close(logits(reloaded(tmp_path, tiny_model, "none")), logits(tunable.model), atol=1e-6, rtol=1e-6)
 
 
-def test_adaloras_ranks_fall_under_the_trainer_too(tiny_model: Path, tiny_tokenizer: Any) -> None:
+def test_adalora_prunes_ranks_under_the_trainer(tiny_model: Path, tiny_tokenizer: Any) -> None:
     """The callback is called where gradients still exist."""
     from transformers import Trainer, TrainingArguments
 
@@ -332,7 +332,7 @@ def test_adaloras_regularization_is_the_one_peft_adds_to_its_own_loss(tiny_model
         torch.testing.assert_close(tunable.extra_loss(tunable.model), theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_adalora_goes_on_from_what_it_remembered(tiny_model: Path) -> None:
+def test_adalora_resumes_from_its_saved_state(tiny_model: Path) -> None:
     """Weights, optimizer and the method's own memory together are the whole state of a run."""
     tunable, other = make("adalora", tiny_model), make("adalora", tiny_model)
     tunable.model.train()
@@ -375,7 +375,7 @@ def test_the_loss_behind_virtual_tokens_is_the_weighted_mean_over_real_tokens_wh
     torch.testing.assert_close(together[1], alone[1], atol=1e-5, rtol=1e-5)
 
 
-def test_examples_apart_are_rows_of_their_own_with_padding_behind_a_mask() -> None:
+def test_unpacked_examples_are_padded_rows_with_a_mask() -> None:
     batch = collate_padded([packed(example([5, 6], 1), example([7], 0, weight=2.0)), example([8, 9, 10], 1)])
     assert {name: value.tolist() for name, value in batch.items()} == {
         "input_ids": [[5, 6, 0], [7, 0, 0], [8, 9, 10]],
@@ -490,7 +490,7 @@ def test_full_weights_are_stored_as_the_base_model_is(tiny_model: Path, tmp_path
     assert {p.dtype for p in tunable.model.parameters()} == {torch.float32}
 
 
-def test_bitfit_trains_biases_alone_and_says_so_where_there_are_none(tiny_model: Path, tmp_path: Path) -> None:
+def test_bitfit_trains_biases_only_and_refuses_models_without_any(tiny_model: Path, tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with pytest.raises(InputError, match="bitfit trains biases, and this model has none\nhint: use method: layernorm"):
@@ -532,9 +532,7 @@ def rows_of(tokenizer: Any, n: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_a_head_learns_the_category_and_comes_back_as_it_was_saved(
-    quantization: Any, tiny_model: Path, tiny_tokenizer: Any, tmp_path: Path
-) -> None:
+def test_a_head_learns_the_category_and_reloads_unchanged(quantization: Any, tiny_model: Path, tiny_tokenizer: Any, tmp_path: Path) -> None:
     rows = rows_of(tiny_tokenizer, 30)
     how = {"quantization": quantization, "merge": False, "categories": ["login", "delivery", "login"]}
     folders = []
@@ -637,7 +635,7 @@ def test_a_head_needs_categories(tiny_model: Path, tiny_tokenizer: Any) -> None:
         ("xlora", {}, {}, "adapter.x.method: xlora combines adapters", "methods: "),
     ],
 )  # fmt: skip
-def test_what_params_yaml_alone_shows_to_be_wrong_is_refused_at_the_border(
+def test_errors_visible_in_params_yaml_alone_are_refused_at_validation(
     method: str, options: dict[str, Any], how: dict[str, Any], what: str, hint: str
 ) -> None:
     with pytest.raises(InputError) as refusal:
@@ -647,12 +645,12 @@ def test_what_params_yaml_alone_shows_to_be_wrong_is_refused_at_the_border(
 
 
 @pytest.mark.parametrize("method", methods())
-def test_every_method_passes_the_border_with_its_defaults(method: str) -> None:
+def test_every_method_passes_validation_with_its_defaults(method: str) -> None:
     check(method, {}, None, merge=not CANNOT_MERGE.get(ALIASES.get(method, (method, {}))[0]), where="adapter.x")
     check(method.upper(), SMALL.get(method, {}), None, merge=False, where="adapter.x")
 
 
-def test_the_border_imports_neither_peft_nor_torch() -> None:
+def test_validation_imports_neither_peft_nor_torch() -> None:
     code = (
         "import sys; from dagster_project.training.methods.build import check; check('lora', {'r': 4}, None, True, 'x');"
         "assert not {'peft', 'torch', 'transformers'} & set(sys.modules)"
@@ -660,7 +658,7 @@ def test_the_border_imports_neither_peft_nor_torch() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_the_defaults_are_those_of_the_documentation_and_a_named_key_wins(tiny_model: Path) -> None:
+def test_defaults_match_the_documentation_and_a_set_key_overrides_them(tiny_model: Path) -> None:
     base = plain(tiny_model)
     config = peft_config("lora", {}, "adapter.x", base)
     assert (config.r, config.lora_alpha, config.lora_dropout, config.bias) == (16, 32, 0.05, "none")
@@ -686,7 +684,7 @@ def test_a_method_answers_as_it_was_trained(method: str, tiny_model: Path) -> No
 
 
 @pytest.mark.parametrize("start", ["gaussian", "pissa", "olora", "orthogonal"])
-def test_starts_that_change_the_base_model_merge_into_what_was_trained(start: str, tiny_model: Path, tmp_path: Path) -> None:
+def test_initializations_that_change_the_base_model_merge_into_the_trained_model(start: str, tiny_model: Path, tmp_path: Path) -> None:
     tunable = make("lora", tiny_model, options={"r": 4, "init_lora_weights": start})
     steps(tunable)
     tunable.save(tmp_path / "adapter")

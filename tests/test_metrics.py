@@ -145,7 +145,7 @@ def test_an_answer_follows_the_task_with_exactly_its_fields_and_allowed_values(v
 
 
 @pytest.mark.parametrize("answer", ["", "no", "{", '"x"', "[{}]", "null", "[" * 100_000, "1" * 5000], ids=lambda answer: answer[:9])
-def test_what_is_no_json_object_parses_to_none(answer: str) -> None:
+def test_text_without_a_json_object_parses_to_none(answer: str) -> None:
     assert parse(answer) is None
 
 

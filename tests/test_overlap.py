@@ -1,4 +1,4 @@
-"""Near-copies are found whatever was edited around them; texts that only sound alike are not."""
+"""Near-copies are found whatever was edited around them; texts that only look similar are not."""
 
 from __future__ import annotations
 
@@ -107,11 +107,11 @@ def test_a_text_quoted_inside_a_longer_one_is_found() -> None:
     assert pairs(TEXT, longer) == [(0, 1)]
 
 
-def test_unrelated_texts_are_no_pair() -> None:
+def test_unrelated_texts_are_not_a_pair() -> None:
     assert pairs(TEXT, OTHER) == []
 
 
-def test_a_shared_opening_alone_is_no_near_copy() -> None:
+def test_a_shared_opening_alone_is_not_a_near_copy() -> None:
     opening = "I would like to know"
     assert pairs(f"{opening} {TEXT} and nobody told us about it", f"{opening} {OTHER} without logging in") == []
 
@@ -148,18 +148,18 @@ def test_text_without_spaces_is_compared_by_character() -> None:
 
 @pytest.mark.parametrize("at", range(7))
 @pytest.mark.parametrize("size", [5, 6, 7])
-def test_one_changed_word_in_a_short_text_is_found_wherever_it_stands(size: int, at: int) -> None:
+def test_one_changed_word_in_a_short_text_is_found_at_any_position(size: int, at: int) -> None:
     text = ["where", "did", "my", "birthday", "kite", "go", "today"][:size]
     edited = [*text[:at], "really", *text[at + 1 :]]
     assert pairs(" ".join(text), OTHER, " ".join(edited)) == [(0, 2)]
     assert pairs(" ".join(text), " ".join([*text[:at], *text[at + 1 :]])) == ([(0, 1)] if size > 5 or at >= size else [])
 
 
-def test_two_changed_words_in_a_short_text_are_no_near_copy() -> None:
+def test_two_changed_words_in_a_short_text_are_not_a_near_copy() -> None:
     assert pairs("where did my birthday kite go", "where can my birthday mail go") == []
 
 
-def test_short_questions_of_one_form_are_no_pairs_where_many_fill_it() -> None:
+def test_short_questions_from_one_template_are_not_pairs_if_many_share_it() -> None:
     assert pairs(*[f"please tell me about {topic}{i}" for i in range(RARE + 1) for topic in ("bank", "card")]) == []
 
 
@@ -218,7 +218,7 @@ def test_importing_the_module_loads_no_library() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == "set()"
 
 
-def test_where_no_folder_takes_compiled_code_it_is_kept_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_writable_cache_folder_compiled_code_is_kept_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     from numba.core.caching import CacheImpl
 
     monkeypatch.setattr(CacheImpl, "_locator_classes", [])
@@ -249,7 +249,7 @@ def test_thirteen_gram_mode_pairs_any_shared_run_of_thirteen_words_and_nothing_s
     assert list(thirteen_gram_pairs(rows, ["pub", " ".join(["c", *run]), " ".join(run[1:])])) == [(0, 1)]
 
 
-def test_boilerplate_that_stands_in_many_texts_proves_nothing() -> None:
+def test_text_shared_by_many_is_not_evidence_of_a_copy() -> None:
     footer = "sent from my phone please excuse the many typing errors"
     mails = [f"{footer} topic {i} word{i}" for i in range(RARE + 1)]
     assert pairs(*mails[:2]) == [(0, 1)]
@@ -287,7 +287,7 @@ def test_the_order_of_texts_does_not_matter(rows: list[str]) -> None:
 
 @given(rows=texts, against=texts)
 @calm
-def test_left_and_right_do_not_matter(rows: list[str], against: list[str]) -> None:
+def test_the_order_of_the_two_lists_does_not_matter(rows: list[str], against: list[str]) -> None:
     there = {(pair.left, pair.right, pair.similarity) for pair in near_pairs(rows, against)}
     assert there == {(pair.right, pair.left, pair.similarity) for pair in near_pairs(against, rows)}
 

@@ -1,4 +1,4 @@
-"""A clone on other data: nothing of the sample set is a default, what is left of it is named, and `make run` ends with what to do next."""
+"""A clone with other data: no default comes from the sample set, leftovers of it are named, and `make run` prints the next steps."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_make_run_ends_with_time_disk_model_question_and_what_to_commit(made: Pa
     assert "data/release" in code
 
 
-def test_make_run_that_stops_says_what_to_do(made: Path) -> None:
+def test_a_failed_make_run_prints_the_next_step(made: Path) -> None:
     (made / ".venv/bin/dvc").write_text("#!/bin/sh\nexit 1\n")
     done = run(["make", "run"], made)
     assert done.returncode != 0 and "took" not in done.stdout

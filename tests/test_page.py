@@ -1,4 +1,4 @@
-"""The page of a data set: hostile text stays text, and the figures are those of the check document."""
+"""The page of a data set: hostile text is escaped, and the figures are those of the check document."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def hostile_documents(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @settings(max_examples=150, deadline=None)
 @given(hostile_documents())
-def test_no_text_makes_an_element_or_an_attribute_and_every_page_encodes(drawn: tuple[dict[str, Any], dict[str, Any]]) -> None:
+def test_no_text_creates_an_element_or_attribute_and_every_page_is_valid_utf_8(drawn: tuple[dict[str, Any], dict[str, Any]]) -> None:
     found, changes = drawn
     html = data_quality_page(found, changes)
     html.encode("utf-8")
@@ -194,7 +194,7 @@ def test_no_text_makes_an_element_or_an_attribute_and_every_page_encodes(drawn: 
 
 
 @given(texts)
-def test_what_is_hidden_becomes_visible_and_the_rest_stays(text: str) -> None:
+def test_hidden_characters_become_visible_and_the_rest_is_unchanged(text: str) -> None:
     shown = visible(text)
     assert visible(shown) == shown
     assert shown.encode("utf-8").decode("utf-8") == shown
@@ -209,7 +209,7 @@ def test_a_long_text_is_cut_around_its_span_and_the_characters_not_shown_are_cou
     assert len(first + middle + last) <= max(module.WHOLE, 2 * module.AROUND + module.INSIDE + 3)
 
 
-def test_a_megabyte_of_text_makes_a_small_page_that_says_how_much_is_missing() -> None:
+def test_a_megabyte_of_text_gives_a_small_page_that_states_what_is_omitted() -> None:
     text = "x" * 700_000 + "the shared words" + "y" * 300_000
     html = data_quality_page(
         document(findings=[finding("near_duplicates", examples=[text], note=text, matches=[match(text, text, (700_000, 700_016))])])
@@ -263,7 +263,7 @@ def test_the_figures_of_the_page_are_those_of_the_document() -> None:
     assert "shown on its card" not in words  # a note of a check that has a card stands there
 
 
-def test_findings_stand_worst_first_with_their_severity_in_words() -> None:
+def test_findings_are_sorted_by_severity_and_name_it() -> None:
     html = data_quality_page(
         document(findings=[finding("a", "info", 90), finding("b", "warn", 2), finding("c", "error", 1), finding("d", "warn", 5)])
     )
@@ -285,7 +285,7 @@ def test_findings_stand_worst_first_with_their_severity_in_words() -> None:
         ([finding("pii", "error", 5, 5)], 0, "Nothing to train on"),
     ],
 )
-def test_the_verdict_follows_from_what_was_not_dealt_with(findings: list[dict[str, Any]], kept: int, verdict: str) -> None:
+def test_the_verdict_follows_from_unresolved_findings(findings: list[dict[str, Any]], kept: int, verdict: str) -> None:
     assert re.findall("<strong>(.*?)\\.</strong>", data_quality_page(document(findings=findings, kept=kept))) == [verdict]
 
 
@@ -296,7 +296,7 @@ def test_a_document_with_nothing_in_it_makes_a_page() -> None:
     Reader(data_quality_page(document(findings=[], dropped={}, similarity={}, profile=bare)))
 
 
-def test_the_policy_allows_the_pages_own_style_and_script_and_nothing_else_is_loaded() -> None:
+def test_the_content_policy_allows_only_the_inline_style_and_script_of_the_page() -> None:
     html = data_quality_page(document(), CHANGES)
     (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', html)
     assert policy.startswith("default-src 'none'; style-src 'sha256-") and "unsafe" not in policy and "*" not in policy
@@ -345,7 +345,7 @@ def _contrast(a: str, b: str) -> float:
 
 
 @pytest.mark.parametrize("mode", ["light", "dark", "print"])
-def test_letters_and_shapes_have_contrast_in_every_mode(mode: str) -> None:
+def test_text_and_shapes_have_contrast_in_every_color_mode(mode: str) -> None:
     colours = _palettes()[mode]
     letters = [(ink, ground) for ink in ("ink", "soft", "link") for ground in ("ground", "sheet")] + [("mark-ink", "mark")]
     letters += [(name, ground) for name in ("error", "warn", "info", "good") for ground in (f"{name}-ground", "ground", "sheet")]

@@ -1,4 +1,4 @@
-"""data/pages by URL: readable on loopback while the UI runs, and nothing else is."""
+"""data/pages by URL: readable on loopback while the UI runs, and nothing else is served."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_nothing_can_be_written(port: int, method: str) -> None:
     assert ask(port, "/instructions/report.html", method)[0] == 501
 
 
-def test_a_web_site_whose_name_resolves_to_loopback_reads_nothing(port: int) -> None:
+def test_dns_rebinding_reads_nothing(port: int) -> None:
     assert ask(port, "/instructions/report.html", Host="evil.example")[0] == 403
     assert ask(port, "/instructions/report.html", Host=f"localhost:{port}")[0] == 200
 
@@ -123,13 +123,13 @@ def test_a_link_of_another_project_is_refused_and_a_link_of_this_one_answers(roo
     assert ask(port, f"{other.path}?{other.query}")[0] == 404
 
 
-def test_links_have_the_port_of_the_latest_ui_and_the_default_before_there_was_one(root: Path) -> None:
+def test_links_use_the_port_of_the_latest_ui_or_the_default(root: Path) -> None:
     assert pages.port_of(root) == pages.DEFAULT_PORT
     pages.remember_port(root, 4567)
     assert pages.port_of(root) == 4567 and ":4567/" in pages.url(root, "")
 
 
-def test_a_busy_port_is_said_with_the_next_step(project: Path) -> None:
+def test_a_busy_port_is_reported_with_the_next_step(project: Path) -> None:
     with socket.socket() as taken:
         taken.bind((pages.HOST, 0))
         taken.listen()
@@ -141,7 +141,7 @@ def test_a_busy_port_is_said_with_the_next_step(project: Path) -> None:
 
 
 @pytest.mark.parametrize("port", [0, -1, 65536])
-def test_what_is_not_a_port_is_bad_input(port: int) -> None:
+def test_an_invalid_port_is_bad_input(port: int) -> None:
     with pytest.raises(InputError, match="not a port"):
         pages.listen(port)
 

@@ -1,4 +1,4 @@
-"""params.yaml is judged at the border: every mistake is named with its place, all of them at once."""
+"""params.yaml is validated on input: every mistake is reported with its place, all at once."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_an_unknown_key_is_refused_and_the_known_ones_listed() -> None:
     assert (error.what, error.hint) == ("params.yaml: compute.sead: unknown key", "keys of compute: seed, threads, dtype, processes")
 
 
-def test_an_unknown_key_deeper_down_is_answered_with_the_keys_of_that_place() -> None:
+def test_a_nested_unknown_key_is_refused_with_the_valid_keys() -> None:
     error = refused(parse, raw_examples.Params, {"sources": [{"path": "a.jsonl", "licens": "MIT"}]}, "raw_examples")
     assert error.what == "params.yaml: raw_examples.sources.0.licens: unknown key"
     assert "license" in error.hint
@@ -62,7 +62,7 @@ def test_a_missing_key_is_named() -> None:
     assert refused(parse, raw_examples.Params, {}, "raw_examples").what == "params.yaml: raw_examples.sources: missing"
 
 
-def test_a_rule_between_keys_speaks_in_its_own_words() -> None:
+def test_a_rule_across_keys_has_its_own_message() -> None:
     what = refused(parse, splits.Params, {"test": 0.6, "validation": 0.5}, "splits").what
     assert what.startswith("params.yaml: splits: test 0.6 and validation 0.5 leave nothing to train on")
 
@@ -76,7 +76,7 @@ def test_all_mistakes_are_reported_at_once() -> None:
     ]
 
 
-def test_a_section_that_is_no_mapping_is_refused() -> None:
+def test_a_section_that_is_not_a_mapping_is_refused() -> None:
     assert refused(parse, Compute, [1], "compute").what.startswith("params.yaml: compute: Input should be a valid dictionary")
 
 
@@ -102,7 +102,7 @@ def test_the_file_is_read_as_plain_data(tmp_path: Path) -> None:
     ],
     ids=["missing", "unclosed", "key twice", "list", "empty", "not UTF-8"],
 )
-def test_a_file_that_holds_no_sections_is_refused(content: bytes | None, message: str, tmp_path: Path) -> None:
+def test_a_file_without_sections_is_refused(content: bytes | None, message: str, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "params.yaml").write_bytes(content)
     assert refused(params.read, tmp_path).what.startswith(message)
@@ -145,7 +145,7 @@ def test_a_missing_path_is_refused(root: Path) -> None:
     assert error.hint
 
 
-def test_a_source_must_be_a_file_in_the_folder_that_is_watched(root: Path) -> None:
+def test_a_source_must_be_a_file_in_the_tracked_folder(root: Path) -> None:
     (root / "data/rows.jsonl").write_text("{}")
     here = ("here", "data/sources")
     assert locate(root, "data/sources/rows.jsonl", *here).name == "rows.jsonl"
@@ -154,7 +154,7 @@ def test_a_source_must_be_a_file_in_the_folder_that_is_watched(root: Path) -> No
 
 
 @pytest.mark.parametrize("content", ["expires: 2027-02-30", "n: !!int a", "a: [1"])
-def test_a_value_that_yaml_cannot_make_is_one_message(content: str, tmp_path: Path) -> None:
+def test_an_invalid_yaml_value_is_one_message(content: str, tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(content)
     with pytest.raises(InputError, match=r"params\.yaml is not valid YAML"):
         params.read(tmp_path)

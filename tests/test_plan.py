@@ -1,4 +1,4 @@
-"""The plan: parameters, memory and advice are what a hand computation gives, from a configuration alone."""
+"""The plan: parameters, memory and advice match hand computations, from a configuration alone."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from builders.preferences import PREFERENCE_SCHEMA, preference_row
 from conftest import ROOT, edit_params
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,6 +20,7 @@ from dagster_project.__main__ import main
 from dagster_project.commands import plan
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
+from dagster_project.core.records import write_records
 from dagster_project.training.methods.build import build
 from dagster_project.training.methods.hardware import LARGE_BLOCK
 from dagster_project.training.planning import memory
@@ -62,7 +64,7 @@ def take(model: Path, method: str = "full", options: dict[str, Any] | None = Non
     [(torch.float32, 44 * H + 16 * F + 4 * A + 8, 0), (torch.bfloat16, 36 * H + 8 * F + 4 * A + 8, 2)],
     ids=["float32", "bfloat16"],
 )
-def test_a_llama_layer_keeps_what_the_formula_says(config: Any, dtype: torch.dtype, kept: int, copies: int) -> None:
+def test_activations_of_a_llama_layer_match_the_formula(config: Any, dtype: torch.dtype, kept: int, copies: int) -> None:
     """With a vocabulary this large the peak is at the loss, when all layers have been passed and no gradient exists yet."""
     two, four = (take(config(num_hidden_layers=n, dtype="bfloat16"), dtype=dtype).memory for n in (2, 4))
     assert (two.gradients, four.gradients) == (0, 0)
@@ -75,7 +77,7 @@ def test_logits_are_three_times_counted_positions_by_vocabulary_in_float32(confi
     assert take(config(), "lora", ALL, counted=48, dtype=dtype).memory.logits == 3 * 48 * 20000 * 4
 
 
-def test_layers_below_the_lowest_trained_one_keep_nothing(config: Any) -> None:
+def test_layers_below_the_lowest_trained_one_keep_no_activations(config: Any) -> None:
     lora = {"r": 8, "target_modules": ["down_proj"]}
     deep, shallow = (take(config(num_hidden_layers=n), "lora", {**lora, "layers_to_transform": [n - 1]}).memory.activations for n in (8, 2))
     assert deep == shallow
@@ -87,7 +89,7 @@ def test_checkpointing_keeps_one_hidden_state_a_layer(config: Any) -> None:
     assert eight - four == 4 * 64 * H * 4
 
 
-def test_what_a_freed_block_leaves_is_held_for_blocks_of_its_size_alone(config: Any) -> None:
+def test_a_freed_block_is_reused_for_its_own_size_only(config: Any) -> None:
     """The account of a hand-written sequence: of 3,000 bytes that are live at the most, 5,000 are held."""
     account = memory.Account()
 
@@ -204,7 +206,7 @@ def test_a_method_that_leaves_nothing_to_train_is_refused(config: Any) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"hidden_size": "big"}, {"hidden_size": 250, "num_attention_heads": 4}])
-def test_a_configuration_of_no_possible_model_is_refused_in_one_message(config: Any, wrong: dict[str, Any]) -> None:
+def test_an_impossible_model_configuration_is_refused_in_one_message(config: Any, wrong: dict[str, Any]) -> None:
     file = config()
     file.write_text(json.dumps({**json.loads(file.read_text()), **wrong}))
     with pytest.raises(InputError, match="hint: correct the configuration"):
@@ -218,7 +220,7 @@ def test_a_model_without_a_configuration_is_refused(tmp_path: Path, capsys: pyte
         assert words in capsys.readouterr().err
 
 
-def test_a_7b_model_takes_what_is_published(config: Any) -> None:
+def test_the_memory_of_a_7b_model_matches_published_figures(config: Any) -> None:
     model = config()
     model.write_text(json.dumps(LLAMA_2_7B))
     found = plan.plan_model(
@@ -232,7 +234,7 @@ def test_a_7b_model_takes_what_is_published(config: Any) -> None:
     assert "published for 7B: 6-8 GB" in plan.as_text(found)
 
 
-def test_a_method_that_fits_is_named_for_one_that_does_not(
+def test_if_a_method_does_not_fit_one_that_fits_is_suggested(
     config: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["plan", "--model", str(config(vocab_size=300)), "--tokens-per-row", "64", "--json"]
@@ -245,7 +247,7 @@ def test_a_method_that_fits_is_named_for_one_that_does_not(
     assert full["advice"][1].startswith("method: lora with gradient_checkpointing: true would take")
 
 
-def test_a_step_takes_each_distinct_operation_as_often_as_it_does_it() -> None:
+def test_step_time_is_the_sum_over_operations_times_their_count() -> None:
     operations, ticks = Operations(), iter(range(1000))
     square, wide = (torch.empty(8, n, device="meta") for n in (8, 16))
     for _ in range(3):
@@ -258,7 +260,7 @@ def test_a_step_takes_each_distinct_operation_as_often_as_it_does_it() -> None:
 
 
 @pytest.mark.parametrize("method", ["boft", "oft"])
-def test_operations_that_look_at_values_can_be_timed(config: Any, method: str) -> None:
+def test_operations_that_read_values_can_be_timed(config: Any, method: str) -> None:
     least, most = take(config(), method, {"target_modules": ["q_proj", "v_proj"]}).step.seconds(torch.device("cpu"), {})
     assert 0 < least <= most
 
@@ -311,7 +313,7 @@ def tokenized(project: Path, tiny_model: Path) -> Path:
     return project
 
 
-def test_a_variant_is_told_in_tokens_parameters_memory_and_time(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_reports_tokens_parameters_memory_and_time(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan.Machine, "runtime", 600_000_000)
     monkeypatch.setattr(plan.Machine, "seconds", lambda self, step: (2.0, 3.0))
     found = plan.plan_variants(tokenized, [])["variants"]["lora"]
@@ -328,7 +330,9 @@ def test_a_variant_is_told_in_tokens_parameters_memory_and_time(tokenized: Path,
     assert {key: shared[key] for key in ("epochs", "steps", "tokens")} == {"epochs": 1.6, "steps": 8, "tokens": 9600}
 
 
-def test_what_is_auto_is_told_as_training_will_choose_it_and_what_the_sweep_adds(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_shows_auto_values_as_training_chooses_them_and_the_cost_of_the_sweep(
+    tokenized: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(plan.Machine, "runtime", 0)
     monkeypatch.setattr(plan.Machine, "seconds", lambda self, step: (2.0, 3.0))
     open_entry = {"num_train_epochs": "auto", "learning_rate": "auto", "per_device_train_batch_size": "auto", "peft": {"r": "auto"}}
@@ -353,23 +357,19 @@ def test_what_is_auto_is_told_as_training_will_choose_it_and_what_the_sweep_adds
     assert "  a sweep on the validation loss will adjust learning_rate: at most 6 trials, 120 additional steps\n" in told
 
 
-def test_what_a_training_would_refuse_the_plan_refuses(tokenized: Path) -> None:
+def test_a_plan_refuses_what_training_refuses(tokenized: Path) -> None:
     edit_params(tokenized, lambda values: values["adapter"]["lora"].update(use_liger_kernel=True))
     with pytest.raises(InputError, match=r"adapter.lora.use_liger_kernel: Liger"):
         plan.plan_variants(tokenized, [])
 
 
-def test_an_aligned_variant_is_planned_by_its_pairs_with_their_reference(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from test_aligned import SCHEMA, pair
-
-    from dagster_project.core.records import write_records
-
+def test_a_plan_of_an_aligned_variant_counts_pairs_and_the_reference_model(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan.Machine, "runtime", 0)
     monkeypatch.setattr(plan.Machine, "seconds", lambda self, step: (3.0, 6.0))
     assert "dpo" not in plan.plan_variants(tokenized, [])["variants"], "there are no preferences yet"
     with pytest.raises(InputError, match="no preferences to train on yet"):
         plan.plan_variants(tokenized, ["dpo"])
-    write_records(tokenized / "data" / "preferences" / "train", [pair(10 + i, "aaa", "z") for i in range(12)], SCHEMA)
+    write_records(tokenized / "data" / "preferences" / "train", [preference_row(10 + i, "aaa", "z") for i in range(12)], PREFERENCE_SCHEMA)
     entries = {
         "dpo": {"method": "dpo", "adapter": "lora", "per_device_train_batch_size": 4, "num_train_epochs": 2},
         "rloo": {"method": "rloo", "adapter": "lora", "options": {"max_completion_length": 6}},
@@ -384,7 +384,7 @@ def test_an_aligned_variant_is_planned_by_its_pairs_with_their_reference(tokeniz
     assert "dpo: 12 pairs, " in plan.as_text(found)
 
 
-def test_what_does_not_fit_comes_with_what_would(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_that_does_not_fit_suggests_one_that_does(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan.Machine, "runtime", 0)
     needed = plan.plan_variants(tokenized, [])["variants"]["lora"]["memory"]["total"]
     monkeypatch.setattr(plan.Machine, "available", needed - 1)
@@ -402,7 +402,7 @@ def test_what_does_not_fit_comes_with_what_would(tokenized: Path, monkeypatch: p
     assert "which is the least; use a smaller model" in plan.plan_variants(tokenized, [])["variants"]["lora"]["advice"][1]
 
 
-def test_without_the_base_model_the_plan_says_what_to_run(tokenized: Path) -> None:
+def test_without_the_base_model_the_plan_names_the_command_to_run(tokenized: Path) -> None:
     shutil.rmtree(tokenized / "data" / "base_model")
     with pytest.raises(InputError, match="data/base_model is not here"):
         plan.plan_variants(tokenized, [])
@@ -418,7 +418,7 @@ def test_the_total_is_the_sum_of_the_parts() -> None:
 
 
 @pytest.mark.slow
-def test_what_training_takes_is_near_what_was_told(tmp_path: Path) -> None:
+def test_measured_memory_of_a_training_is_near_the_prediction(tmp_path: Path) -> None:
     """On the real model under checkpointing: a method whose layers free little, and one whose layers free much."""
     if not (ROOT / "data" / "base_model" / "model.safetensors").is_file():
         pytest.skip("no real model: run `dvc repro base_model`")

@@ -1,4 +1,4 @@
-"""PPO: every formula against numbers worked by hand, gradients against differences, known optima found, and runs that repeat byte for byte.
+"""PPO: formulas match hand computations, gradients match finite differences, known optima are reached, and runs repeat byte for byte.
 
 Run as a script this file is where runs are killed and shared: it loads the libraries once and forks a child for each.
 """
@@ -22,8 +22,8 @@ from typing import Any
 
 import pytest
 import torch
+from builders.training import run_in_child
 from conftest import ROOT
-from test_resume import forked
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
@@ -134,7 +134,7 @@ def test_the_penalty_follows_kl_to_its_target() -> None:
     assert ppo.next_kl_coef(0.1, 60, 64, settings(target_kl=None)) == 0.1
 
 
-def test_whitened_values_have_mean_0_and_variance_1_and_padding_has_no_part_in_it() -> None:
+def test_whitened_values_have_mean_0_and_variance_1_without_padding() -> None:
     mask = torch.tensor([[True, True], [True, False]])
     found = ppo.whitened(torch.tensor([[1.0, 2.0], [6.0, 0.0]]), mask)
     spread = math.sqrt(14 / 3)
@@ -148,7 +148,7 @@ def test_explained_variance_of_perfect_and_of_constant_values() -> None:
     assert ppo.explained_variance(returns, torch.ones(3)) == 0
 
 
-def test_every_prompt_is_drawn_once_in_each_pass_and_every_episode_learnt_from_once_in_each_epoch() -> None:
+def test_every_prompt_is_sampled_once_per_pass_and_every_episode_used_once_per_epoch() -> None:
     chosen = settings(total_episodes=20, batch_size=8)
     drawn = [draw for step in (1, 2, 3) for draw in ppo.prompt_schedule(7, step, chosen, seed=7)]
     assert len(drawn) == 20
@@ -161,7 +161,7 @@ def test_every_prompt_is_drawn_once_in_each_pass_and_every_episode_learnt_from_o
 
 
 @pytest.mark.parametrize("mini_batch_size", [1, 4], ids=["accumulated", "at once"])
-def test_the_gradient_of_the_whole_loss_is_its_slope(mini_batch_size: int) -> None:
+def test_the_gradient_of_the_total_loss_matches_finite_differences(mini_batch_size: int) -> None:
     """In float64, against central differences of a loss that is computed token by token, each episode by itself."""
     from peft import LoraConfig, get_peft_model
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM  # whose layer norms do not round to float32
@@ -227,7 +227,7 @@ def test_the_gradient_of_the_whole_loss_is_its_slope(mini_batch_size: int) -> No
 # answers ----------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+def test_sampling_frequencies_match_the_probabilities() -> None:
     logits = torch.tensor([[0.0, 2.0, -torch.inf, 1.0, -1.0]])
     numbers = [(i + 0.5) / 1000 for i in range(1000)]
     for temperature in (1.0, 2.0):
@@ -239,7 +239,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
 
 
 @pytest.mark.parametrize("changes", [{"rollout_batch_size": 1}, {"rollout_batch_size": 3}, {"response_length": 5}], ids=str)
-def test_neither_the_batch_nor_padding_nor_the_length_limit_decides_what_is_said(
+def test_sampled_answers_do_not_depend_on_batch_padding_or_length_limit(
     tiny_model: Path, tiny_tokenizer: Any, changes: dict[str, int]
 ) -> None:
     model, prompts = policy(tiny_model).eval(), prompts_of(tiny_tokenizer) * 2
@@ -255,7 +255,7 @@ def test_neither_the_batch_nor_padding_nor_the_length_limit_decides_what_is_said
     assert wanted.mask.sum(1).tolist() == [len(answer) for answer in wanted.answers]
 
 
-def test_an_answer_is_drawn_from_what_the_model_says_without_cache_or_padding(tiny_model: Path, tiny_tokenizer: Any) -> None:
+def test_sampling_matches_the_logits_without_cache_or_padding(tiny_model: Path, tiny_tokenizer: Any) -> None:
     model, prompts = policy(tiny_model).eval(), prompts_of(tiny_tokenizer)
     numbers = [[0.1, 0.9, 0.5, 0.3, 0.7]] * 4
     found = decode(model.get_base_model(), prompts, ppo.sampled(numbers, 1.3), 5, -1, 0)
@@ -266,7 +266,7 @@ def test_an_answer_is_drawn_from_what_the_model_says_without_cache_or_padding(ti
             assert ppo.draw(logits, [numbers[0][t]], 1.3) == [token]
 
 
-def test_what_is_made_of_a_sample_depends_on_no_other_and_on_no_padding(tiny_model: Path, tiny_tokenizer: Any) -> None:
+def test_values_of_a_sample_do_not_depend_on_other_samples_or_padding(tiny_model: Path, tiny_tokenizer: Any) -> None:
     from dagster_project.training.methods.attention import attention_for
 
     model, prompts = policy(tiny_model, init_lora_weights=False).eval(), prompts_of(tiny_tokenizer)
@@ -293,7 +293,7 @@ def test_what_is_made_of_a_sample_depends_on_no_other_and_on_no_padding(tiny_mod
 # learning ---------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_bandit_is_solved() -> None:
+def test_ppo_solves_a_bandit() -> None:
     """One token, an arm each: with a KL penalty the best policy is pi_ref exp(r / beta), normalized (arXiv 2305.18290, equation 4)."""
     from peft import LoraConfig, get_peft_model
     from tokenizers import Tokenizer, models
@@ -342,12 +342,12 @@ def test_the_mean_reward_rises_and_kl_stays_under_its_target(learnt: ppo.PPOHist
     assert (learnt.stopped, len(learnt.curve), len(learnt.seen)) == ("", 12, 768)
 
 
-def test_before_the_first_update_policy_and_reference_are_one(learnt: ppo.PPOHistory) -> None:
+def test_before_the_first_update_policy_and_reference_are_equal(learnt: ppo.PPOHistory) -> None:
     assert learnt.curve[0]["kl"] == 0.0
     assert learnt.curve[1]["kl"] != 0.0
 
 
-def test_the_penalty_moves_as_the_controller_says(learnt: ppo.PPOHistory) -> None:
+def test_the_kl_coefficient_follows_the_controller(learnt: ppo.PPOHistory) -> None:
     for point, after in zip(learnt.curve, learnt.curve[1:], strict=False):
         error = min(max(point["kl"] / 10.0 - 1, -0.2), 0.2)
         assert after["kl_coef"] == pytest.approx(point["kl_coef"] * (1 + error))
@@ -378,7 +378,7 @@ def test_the_docs_show_the_small_run_as_it_is(learnt: ppo.PPOHistory) -> None:
     ], "\n".join(lines)
 
 
-def test_it_trains_in_bfloat16(tiny_model: Path, tiny_tokenizer: Any) -> None:
+def test_ppo_trains_in_bfloat16(tiny_model: Path, tiny_tokenizer: Any) -> None:
     model = policy(tiny_model, dtype=torch.bfloat16)
     for weight in trainable(model).values():
         weight.data = weight.data.float()
@@ -388,7 +388,7 @@ def test_it_trains_in_bfloat16(tiny_model: Path, tiny_tokenizer: Any) -> None:
     assert course.curve[0]["approx_kl"] > 0
 
 
-def test_updates_end_where_the_policy_has_gone_too_far(tiny_model: Path, tiny_tokenizer: Any) -> None:
+def test_updates_stop_once_the_policy_has_moved_too_far(tiny_model: Path, tiny_tokenizer: Any) -> None:
     chosen = settings(total_episodes=32, num_ppo_epochs=4, learning_rate=3e-2)
     free, held = (
         ppo.train(policy(tiny_model), tiny_tokenizer, prompts_of(tiny_tokenizer), small_letters, chosen.model_copy(update=change), COMPUTE)
@@ -413,7 +413,7 @@ def refusal(
     return str(refused.value)
 
 
-def test_a_reward_that_is_no_number_is_refused_with_the_answer(tiny_model: Path, tiny_tokenizer: Any) -> None:
+def test_a_reward_that_is_not_finite_is_refused_with_the_answer(tiny_model: Path, tiny_tokenizer: Any) -> None:
     said = refusal(tiny_model, tiny_tokenizer, lambda rows, texts: [math.nan] * len(rows))
     assert re.match(r"ppo: the reward of an answer to prompt \d is nan: '.+'\nhint: mend the reward", said)
 
@@ -440,7 +440,7 @@ def test_a_policy_that_ends_its_turn_at_once_is_refused(tiny_model: Path, tiny_t
     )
 
 
-def test_prompts_that_leave_no_room_are_refused_and_the_first_is_named(tiny_model: Path, tiny_tokenizer: Any) -> None:
+def test_prompts_too_long_for_an_answer_are_refused_and_the_first_is_named(tiny_model: Path, tiny_tokenizer: Any) -> None:
     said = refusal(tiny_model, tiny_tokenizer, prompts=[[5], [5] * 1017, [5] * 2000])
     assert said.startswith(
         "ppo: 2 of 3 prompts leave no room for 8 tokens in a context of 1024 (first: prompt 1 with 1017 tokens)\nhint: lower"
@@ -453,7 +453,7 @@ def test_an_adapter_that_is_not_fresh_is_refused(tiny_model: Path, tiny_tokenize
     assert re.match(r"ppo: before the first update the policy is \S+ nats per token from its reference", said)
 
 
-def test_a_kl_that_explodes_ends_the_run_with_the_weights_of_before(tiny_model: Path, tiny_tokenizer: Any) -> None:
+def test_exploding_kl_ends_the_run_with_the_previous_weights(tiny_model: Path, tiny_tokenizer: Any) -> None:
     wild = settings(learning_rate=3e-2, max_kl=None, explode_kl=1.5, total_episodes=320, lr_scheduler_type="constant")
     model = policy(tiny_model)
     course = ppo.train(model, tiny_tokenizer, prompts_of(tiny_tokenizer), small_letters, wild, COMPUTE)
@@ -472,7 +472,7 @@ def test_a_kl_that_explodes_ends_the_run_with_the_weights_of_before(tiny_model: 
 
 
 @pytest.mark.parametrize("rate", [1e3, math.inf], ids=["weights far away", "weights that are no numbers"])
-def test_an_explosion_in_the_last_update_is_noticed_too(tiny_model: Path, tiny_tokenizer: Any, rate: float) -> None:
+def test_exploding_kl_in_the_last_update_is_detected(tiny_model: Path, tiny_tokenizer: Any, rate: float) -> None:
     model = policy(tiny_model)
     before = sha256_of_tensors(trainable(model))
     chosen = settings(total_episodes=32, learning_rate=rate, max_kl=None, explode_kl=5.0, mini_batch_size=32, num_ppo_epochs=1)
@@ -525,10 +525,10 @@ def main() -> None:
 
     log = folder / "log"
     ends = [
-        forked(partial(run, folder, tiny_model, "one"), log),
-        forked(partial(run, folder, tiny_model, "killed", killing), log),
-        forked(partial(run, folder, tiny_model, "killed"), log),
-        forked(shared, log),
+        run_in_child(partial(run, folder, tiny_model, "one"), log),
+        run_in_child(partial(run, folder, tiny_model, "killed", killing), log),
+        run_in_child(partial(run, folder, tiny_model, "killed"), log),
+        run_in_child(shared, log),
     ]
     (folder / "ends.json").write_text(json.dumps(ends))
 
@@ -546,7 +546,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str,
     return {"log": log, **{name: json.loads((folder / f"{name}.json").read_text()) for name in ("one", "killed", "two", "other")}}
 
 
-def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(ran: dict[str, Any]) -> None:
+def test_a_killed_run_resumes_and_ends_in_the_same_bytes(ran: dict[str, Any]) -> None:
     assert "ppo: going on from the checkpoint of iteration 2 of 4" in ran["log"]
     assert ran["killed"] == ran["one"]
 
@@ -556,13 +556,13 @@ def test_two_runs_give_the_same_bytes(ran: dict[str, Any], tmp_path: Path, tiny_
     assert json.loads((tmp_path / "again.json").read_text()) == ran["one"]
 
 
-def test_two_processes_learn_what_one_does(ran: dict[str, Any]) -> None:
+def test_two_processes_learn_like_one(ran: dict[str, Any]) -> None:
     assert ran["two"] == ran["other"]
     for one, two in zip(ran["one"]["curve"], ran["two"]["curve"], strict=True):
         assert two == pytest.approx(one, rel=1e-2, abs=1e-3)
 
 
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bytes(ran: dict[str, Any], tmp_path: Path, tiny_model: Path) -> None:
+def test_an_interrupted_run_saves_and_resumes_to_the_same_bytes(ran: dict[str, Any], tmp_path: Path, tiny_model: Path) -> None:
     asked = 0
 
     def stopping(rows: Sequence[int], texts: Sequence[str]) -> list[float]:

@@ -1,4 +1,4 @@
-"""Sources -> raw_preferences -> preferences: every pair is kept or dropped for a reason, and no prompt is trained on that is held out anywhere."""
+"""Sources -> raw_preferences -> preferences: every pair is kept or dropped for a reason, and no held-out prompt is trained on."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import draw_pages
-from test_checks import LONG, ask
-from test_formats import PAIR_ROWS, SHARED
-from test_raw_examples import jsonl
+from builders.files import jsonl
+from builders.layouts import PAIR_ROWS
+from builders.records import LONG, ask
+from conftest import SHARED_DATA, draw_pages
 
 from dagster_project.core.chat import render
 from dagster_project.core.errors import InputError
@@ -92,7 +92,7 @@ def test_every_source_row_has_a_line_for_each_pair_it_is_in(tmp_path: Path) -> N
     assert [pair["source_rows"] for pair in read_pairs(tmp_path / "raw")] == [[0, 2], [1]]
 
 
-def test_nothing_is_dropped_and_an_unreadable_row_keeps_its_place(tmp_path: Path) -> None:
+def test_nothing_is_dropped_and_an_unreadable_row_keeps_its_number(tmp_path: Path) -> None:
     report = read(tmp_path, better(), "broken", better("Ho"), better(chosen=3))
     pairs = read_pairs(tmp_path / "raw")
     assert (report.rows_in, report.rows_out, len(pairs)) == (4, 4, 4)
@@ -106,12 +106,12 @@ def test_a_source_that_is_mostly_unreadable_is_refused_in_the_name_of_its_sectio
     assert "raw_preferences.max_malformed (0.5)" in caught.value.hint
 
 
-def test_where_the_prompt_ends_is_part_of_what_a_pair_is() -> None:
+def test_the_end_of_the_prompt_is_part_of_a_pairs_identity() -> None:
     a, b, c = ([{"role": role, "content": role}] for role in ("user", "assistant", "user"))
     assert pair_id([*a, *b, *c], b, b) != pair_id(a, [*b, *c, *b], b)
 
 
-def test_halves_of_different_splits_make_no_pair(tmp_path: Path) -> None:
+def test_completions_in_different_splits_are_not_paired(tmp_path: Path) -> None:
     rows = [
         {"prompt": "Hi", "completion": text, "label": label, "split": split}
         for text, label, split in [("a", True, "train"), ("b", False, "dev")]
@@ -142,9 +142,9 @@ def test_a_split_of_the_hub_is_read_as_pairs_and_keeps_its_label(tmp_path: Path,
     assert {json.loads(pair["meta"])["split"] for pair in read_pairs(tmp_path / "raw")} == {"test"}
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the real files lie beside the project, not in it")
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the real files lie beside the project, not in it")
 def test_ranked_siblings_of_real_trees_are_pairs(tmp_path: Path) -> None:
-    trees = (SHARED / "oasst_en_100_tree.jsonl").read_text(encoding="utf-8").splitlines()
+    trees = (SHARED_DATA / "oasst_en_100_tree.jsonl").read_text(encoding="utf-8").splitlines()
     report = read(tmp_path, *trees)
     assert report.metrics["sources"]["data/sources/p.jsonl"] | {"sha256": ""} == {
         "format": "oasst", "rows": 100, "pairs": 429, "license": "unknown", "sha256": ""
@@ -175,22 +175,22 @@ def test_every_pair_is_kept_or_dropped_for_a_reason(tmp_path: Path, tiny_model: 
 
 
 @pytest.mark.parametrize("rows", [[better()], [better(rejected="On its way.")], []], ids=["a pair is kept", "none is", "there is none"])
-def test_every_check_is_reported_in_any_case(rows: list[Fields], tmp_path: Path, tiny_model: Path) -> None:
+def test_every_check_is_always_reported(rows: list[Fields], tmp_path: Path, tiny_model: Path) -> None:
     assert {check.name for check in run(tmp_path, tiny_model, rows).checks} == preferences.CHECK_DESCRIPTIONS.keys()
 
 
-def test_a_project_without_preferences_has_an_empty_set_and_goes_on(tmp_path: Path, tiny_model: Path) -> None:
+def test_a_project_without_preferences_has_an_empty_set_and_no_error(tmp_path: Path, tiny_model: Path) -> None:
     report = run(tmp_path, tiny_model, [], examples=[ask()])
     assert (report.rows_in, report.rows_out) == (0, 0) and all(check.passed for check in report.checks)
     assert {check.note for check in report.checks} == {"raw_preferences.sources names none"}
     assert prompts(tmp_path) == {"train": set(), "validation": set(), "test": set()}
 
 
-def test_a_set_of_which_nothing_is_left_stops_the_stage(tmp_path: Path, tiny_model: Path) -> None:
+def test_a_set_without_remaining_pairs_stops_the_stage(tmp_path: Path, tiny_model: Path) -> None:
     assert [check.name for check in run(tmp_path, tiny_model, [better(rejected="On its way.")]).failures] == ["schema"]
 
 
-def test_a_wanted_split_without_pairs_stops_the_stage(tmp_path: Path, tiny_model: Path) -> None:
+def test_a_requested_split_without_pairs_stops_the_stage(tmp_path: Path, tiny_model: Path) -> None:
     (failed,) = run(tmp_path, tiny_model, [better(split="train"), better("Ho", split="test")], validation=0.1).failures
     assert (failed.name, failed.note) == ("schema", "no pairs in: validation")
 
@@ -222,7 +222,7 @@ def test_answers_to_one_prompt_have_one_group(tmp_path: Path, tiny_model: Path) 
     assert groups[0] == groups[1] != groups[2]
 
 
-def test_the_split_of_a_row_is_kept_and_one_that_is_missing_is_dealt_out_of_train(tmp_path: Path, tiny_model: Path) -> None:
+def test_the_split_of_a_row_is_kept_and_a_missing_one_is_assigned_from_train(tmp_path: Path, tiny_model: Path) -> None:
     rows = [better(text, split="test" if i < 2 else "train") for i, text in enumerate(OTHERS)]
     run(tmp_path, tiny_model, rows, test=0.5, validation=0.25)
     found = prompts(tmp_path)
@@ -246,7 +246,7 @@ def test_no_pair_is_trained_on_whose_prompt_the_instructions_hold_out(tmp_path: 
     assert [(row["check"], row["other"]) for row in read_table(tmp_path / "out/overlaps.parquet")] == [("split_leakage", place)]
 
 
-def test_the_finished_splits_are_proven_apart_from_the_test_examples(tmp_path: Path) -> None:
+def test_the_finished_splits_are_verified_against_the_test_examples(tmp_path: Path) -> None:
     """Whatever dealt them out: the shards themselves are read."""
     said = [{"role": "user", "content": LONG}]
     pair = {"example_id": "p", "source": "p.jsonl", "prompt": said, "chosen": [], "rejected": [], "group_id": "p", "meta": "{}"}
@@ -259,7 +259,7 @@ def test_the_finished_splits_are_proven_apart_from_the_test_examples(tmp_path: P
     assert not verify_splits(tmp_path / "out", find_copies([LONG]), {"p"}).leaks
 
 
-def test_upstream_splits_that_leak_lose_the_less_strictly_held_out_pair(tmp_path: Path, tiny_model: Path) -> None:
+def test_of_leaking_upstream_pairs_the_less_strictly_held_out_is_dropped(tmp_path: Path, tiny_model: Path) -> None:
     rows = [better(LONG, split="train"), better(f"{LONG} please", split="test"), better(OTHERS[0], split="train")]
     report = run(tmp_path, tiny_model, rows)
     assert report.dropped == {"split_leakage": 1} and prompts(tmp_path)["test"] == {f"{LONG} please"}
@@ -273,7 +273,7 @@ def test_a_pair_that_repeats_a_benchmark_is_dropped(tmp_path: Path, tiny_model: 
     assert (report.dropped, report.metrics["held_out_questions"]) == ({"benchmark_leakage": 1}, 1)
 
 
-def test_how_often_the_longer_one_wins_is_told_of_the_pairs_that_are_kept(tmp_path: Path, tiny_model: Path) -> None:
+def test_length_bias_is_reported_for_the_kept_pairs(tmp_path: Path, tiny_model: Path) -> None:
     sides = [("long answer", "short"), ("long answer", "short"), ("short", "long answer"), ("equal", "alike")]
     rows = [better(text, *both) for text, both in zip(OTHERS, sides, strict=False)]
     rows += [better("Ho", "much the longest", "much the longest"), better(LONG, "a leak", "no", split="train")]
@@ -304,7 +304,7 @@ def test_a_decision_in_the_review_file_is_honoured_on_the_next_run(tmp_path: Pat
         assert [pair["example_id"] for pair in pairs] == [pair_id(pair["prompt"], pair["chosen"], pair["rejected"]) for pair in pairs]
 
 
-def test_the_same_pairs_give_the_same_bytes_and_the_page_alone_says_what_changed(tmp_path: Path, tiny_model: Path) -> None:
+def test_the_same_pairs_give_the_same_bytes_and_only_the_page_shows_changes(tmp_path: Path, tiny_model: Path) -> None:
     rows = [better(text) for text in OTHERS]
     run(tmp_path / "a", tiny_model, rows, validation=0.2)
     run(tmp_path / "b", tiny_model, rows, validation=0.2, previous=tmp_path / "a/out")
@@ -330,7 +330,7 @@ def test_a_pair_that_moves_to_another_file_row_is_the_same_pair(tmp_path: Path, 
         ({"policy": {"length": "warn"}}, "unknown check 'length'"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(section: Fields, message: str) -> None:
+def test_invalid_settings_are_refused(section: Fields, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         parse(preferences.Params, section, "preferences")
     assert "max_tokens" not in caught.value.hint and ("unknown key" not in message or "max_length" in caught.value.hint)

@@ -1,4 +1,4 @@
-"""Personal data and secrets are found wherever they stand, survive in no masked text and no excerpt; what only looks like them is left alone."""
+"""Personal data and secrets are found at any position and appear in no masked text or excerpt; similar values pass."""
 
 from __future__ import annotations
 
@@ -109,11 +109,12 @@ def test_a_planted_value_is_found_in_any_text_and_never_survives_masking(
     assume(planted not in head + tail)
     text = f"{head}{left or ' '}{planted}{right or ' '}{tail}"
     start = len(head) + len(left or " ")
-    assert any(hit.start <= start and hit.end >= start + len(planted) for hit in scan([text])), (kind, text)
     hidden = mask(text)
     assert planted not in hidden
     assert mask(hidden) == hidden
-    assert scan([hidden]) == []
+    hits = scan([text, hidden])
+    assert any(hit.start <= start and hit.end >= start + len(planted) for hit in hits if hit.row == 0), (kind, text)
+    assert not [hit for hit in hits if hit.row == 1]
 
 
 @settings(max_examples=300, deadline=None)
@@ -132,16 +133,17 @@ def test_an_excerpt_shows_at_most_two_characters_of_a_value(first: tuple[str, st
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(any_text, st.none() | planted, any_text), max_size=6))
-def test_scanning_texts_together_is_scanning_each(rows: list[tuple[str, tuple[str, str] | None, str]]) -> None:
+def test_scanning_a_batch_equals_scanning_each_text(rows: list[tuple[str, tuple[str, str] | None, str]]) -> None:
     texts = [f"{head} {value[1] if value else ''} {tail}" for head, value, tail in rows]
     alone = [(row, hit.kind, hit.start, hit.end, hit.excerpt) for row, text in enumerate(texts) for hit in scan([text])]
-    assert [(hit.row, hit.kind, hit.start, hit.end, hit.excerpt) for hit in scan(texts)] == alone
+    batch = scan(texts)
+    assert [(hit.row, hit.kind, hit.start, hit.end, hit.excerpt) for hit in batch] == alone
     closely = [(row, rule.kind, start, end) for row, text in enumerate(texts) for start, end, rule in _find(text)]
-    assert [(hit.row, hit.kind, hit.start, hit.end) for hit in scan(texts)] == closely  # the pre-filter loses nothing
+    assert [(hit.row, hit.kind, hit.start, hit.end) for hit in batch] == closely  # the pre-filter loses nothing
 
 
 @pytest.mark.parametrize("kind", sorted(VALUES))
-def test_each_kind_goes_by_its_name(kind: str) -> None:
+def test_each_kind_is_masked_by_its_name(kind: str) -> None:
     @settings(max_examples=20, deadline=None)
     @given(VALUES[kind])
     def named(value: str) -> None:
@@ -172,7 +174,7 @@ def test_each_kind_goes_by_its_name(kind: str) -> None:
         ("//registry.npmjs.org/:_authToken=npm_" + "a" * 36, "//registry.npmjs.org/:_authToken=[npm token]"),
     ],
 )  # fmt: skip
-def test_values_in_their_usual_dress(text: str, hidden: str) -> None:
+def test_values_in_their_usual_notation_are_found(text: str, hidden: str) -> None:
     assert mask(text) == hidden
 
 
@@ -195,7 +197,7 @@ def test_values_in_their_usual_dress(text: str, hidden: str) -> None:
         "commit 3f786850e387550fdab836ed7e6dc881de23001b, uuid 123e4567-e89b-12d3-a456-426614174000",
     ],
 )  # fmt: skip
-def test_what_only_looks_like_one_is_left_alone(text: str) -> None:
+def test_values_that_only_look_sensitive_are_left_alone(text: str) -> None:
     assert scan([text]) == []
     assert mask(text) == text
 

@@ -1,4 +1,4 @@
-"""Several processes train what one would: the same rows once each, the same gradients, the same bytes each time, and nobody is left behind.
+"""Several processes train like one: the same rows once each, the same gradients, the same bytes in each run, and no process is left.
 
 Run as a script this file is where they train: it loads the libraries once and forks what else would be started anew.
 """
@@ -20,8 +20,8 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import edit_params
-from test_resume import RECIPE, ROOT, forked, made, make_data
+from builders.training import LORA, make_data, output_files, run_in_child
+from conftest import ROOT, edit_params
 
 from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.core.params import Compute
@@ -32,7 +32,7 @@ from dagster_project.training.trainers.harness import distributed
 from dagster_project.training.trainers.harness.distributed import Place, claim_gpus, process_group
 from dagster_project.training.trainers.sft.sft import steps
 
-PLAIN = {**RECIPE, "peft": {**RECIPE["peft"], "lora_dropout": 0.0}, "neftune_noise_alpha": None}
+PLAIN = {**LORA, "peft": {**LORA["peft"], "lora_dropout": 0.0}, "neftune_noise_alpha": None}
 """Seven rows an epoch: of the four steps the last has one row, and so one process has none."""
 LOST = "run again: training goes on from its newest checkpoint"
 
@@ -102,14 +102,14 @@ def main() -> None:
     for name, count, accumulation, recipe, arrange in (
         ("one", 1, 2, PLAIN, None),
         ("two", 2, 1, PLAIN, None),
-        ("first", 2, 2, RECIPE, None),
-        ("second", 2, 2, RECIPE, None),
-        ("four", 4, 1, RECIPE, None),
-        ("killed", 2, 2, RECIPE, lambda: at_pass(8, the_first_is_killed)),
-        ("killed", 2, 2, RECIPE, None),
-        ("stopped", 2, 2, {**RECIPE, "save_strategy": "no"}, lambda: at_pass(5, everybody_is_asked_to_stop)),
-        ("stopped", 2, 2, {**RECIPE, "save_strategy": "no"}, None),
-        ("lonely", 2, 2, RECIPE, lambda: at_pass(5, lambda: others()[0].kill())),
+        ("first", 2, 2, LORA, None),
+        ("second", 2, 2, LORA, None),
+        ("four", 4, 1, LORA, None),
+        ("killed", 2, 2, LORA, lambda: at_pass(8, the_first_is_killed)),
+        ("killed", 2, 2, LORA, None),
+        ("stopped", 2, 2, {**LORA, "save_strategy": "no"}, lambda: at_pass(5, everybody_is_asked_to_stop)),
+        ("stopped", 2, 2, {**LORA, "save_strategy": "no"}, None),
+        ("lonely", 2, 2, LORA, lambda: at_pass(5, lambda: others()[0].kill())),
         ("diverged", 2, 1, {**PLAIN, "data": "bad"}, None),
     ):
         data = recipe.pop("data", "tokenized") if "data" in recipe else "tokenized"
@@ -119,7 +119,7 @@ def main() -> None:
                 arrange()
             tune(folder, model, name, count, recipe, accumulation, data)
 
-        found.setdefault(name, []).append(forked(work, folder / f"{name}.log"))
+        found.setdefault(name, []).append(run_in_child(work, folder / f"{name}.log"))
     print(json.dumps(found))
 
 
@@ -149,7 +149,7 @@ def ended(trained: tuple[Path, dict[str, list[int]]], name: str) -> list[int]:
     return ends[name] if ends[name] != [1] or (folder / f"{name}.said").exists() else pytest.fail((folder / f"{name}.log").read_text())
 
 
-def test_two_processes_learn_what_one_learns_with_twice_the_passes(trained: Any) -> None:
+def test_two_processes_match_one_with_twice_the_accumulation(trained: Any) -> None:
     import torch
     from safetensors.torch import load_file
 
@@ -160,7 +160,7 @@ def test_two_processes_learn_what_one_learns_with_twice_the_passes(trained: Any)
         torch.testing.assert_close(two[name], weight, atol=1e-6, rtol=0)
         assert not torch.equal(before[name], weight), "another training ends in the same weights, so nothing is shown"
     for file in ("examples.parquet", "loss.csv"):
-        assert made(trained[0], "one")[file] == made(trained[0], "two")[file]
+        assert output_files(trained[0], "one")[file] == output_files(trained[0], "two")[file]
     alone, shared = (json.loads((trained[0] / name / "training.json").read_text()) for name in ("one", "two"))
     assert (alone.pop("processes"), shared.pop("processes")) == (1, 2)
     assert [point["validation_loss"] for point in shared.pop("validation")] == pytest.approx(
@@ -171,7 +171,7 @@ def test_two_processes_learn_what_one_learns_with_twice_the_passes(trained: Any)
     assert shared == alone
 
 
-def test_each_row_is_seen_once_an_epoch_whatever_the_numbers(trained: Any) -> None:
+def test_each_row_is_used_once_per_epoch_with_any_number_of_processes(trained: Any) -> None:
     assert ended(trained, "four") == [0]
     for name, in_a_step in (("two", 2), ("four", 4)):
         seen = read_table(trained[0] / name / "examples.parquet")
@@ -183,11 +183,11 @@ def test_each_row_is_seen_once_an_epoch_whatever_the_numbers(trained: Any) -> No
         assert seen[-1]["step"] == steps(7, recipe, in_a_step) == json.loads((trained[0] / name / "training.json").read_text())["steps"]
 
 
-def test_what_is_random_depends_neither_on_the_run_nor_on_which_process_does_a_pass(trained: Any) -> None:
+def test_random_numbers_depend_neither_on_the_run_nor_on_the_process(trained: Any) -> None:
     assert ended(trained, "first") == ended(trained, "second") == [0]
-    assert made(trained[0], "first") == made(trained[0], "second")
+    assert output_files(trained[0], "first") == output_files(trained[0], "second")
     weights = "adapter_model.safetensors"
-    assert made(trained[0], "four")[weights] != made(trained[0], "one")[weights]
+    assert output_files(trained[0], "four")[weights] != output_files(trained[0], "one")[weights]
     import torch
     from safetensors.torch import load_file
 
@@ -202,23 +202,23 @@ def test_a_killed_training_leaves_no_process_and_ends_in_the_same_bytes(trained:
     assert left
     assert not [pid for pid in left if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
     assert "resuming from the checkpoint of step 2 of 6" in (trained[0] / "killed.log").read_text()
-    assert made(trained[0], "killed") == made(trained[0], "first")
+    assert output_files(trained[0], "killed") == output_files(trained[0], "first")
 
 
 def test_a_stopped_training_stops_within_the_step_and_ends_in_the_same_bytes(trained: Any) -> None:
     assert ended(trained, "stopped") == [130, 0]
     assert (trained[0] / "stopped.said").read_text().startswith("interrupted at step 3; the next run goes on from there")
     weights = "adapter_model.safetensors"
-    assert made(trained[0], "stopped")[weights] == made(trained[0], "first")[weights]
+    assert output_files(trained[0], "stopped")[weights] == output_files(trained[0], "first")[weights]
 
 
-def test_a_process_that_is_lost_ends_the_training_with_one_message(trained: Any) -> None:
+def test_a_lost_process_ends_the_training_with_one_message(trained: Any) -> None:
     assert ended(trained, "lonely") == [1]
     assert (trained[0] / "lonely.said").read_text() == f"process 2 of 2 was killed\nhint: {LOST}"
     assert list((trained[0] / "lonely").iterdir()) == []
 
 
-def test_a_loss_that_is_no_number_in_any_process_names_the_examples(trained: Any) -> None:
+def test_a_loss_that_is_not_finite_in_any_process_names_the_examples(trained: Any) -> None:
     assert ended(trained, "diverged") == [0]
     learned = json.loads((trained[0] / "diverged" / "report.json").read_text())["checks"]["learned"]
     assert learned["note"].startswith("the loss is nan at step ")
@@ -238,7 +238,7 @@ def run_out_of_memory() -> None:
     raise PedigreeError("training ran out of memory", "lower it")
 
 
-def test_processes_are_started_anew_meet_and_are_gone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_spawned_processes_form_a_group_and_exit(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     import torch
 
     with process_group(["", ""], partial(count_and_leave, tmp_path)):
@@ -253,7 +253,7 @@ def test_processes_are_started_anew_meet_and_are_gone(tmp_path: Path, capfd: pyt
     assert capfd.readouterr() == ("", "")
 
 
-def test_what_another_process_says_when_it_fails_is_said() -> None:
+def test_the_error_of_another_process_is_reported() -> None:
     import torch
 
     with (

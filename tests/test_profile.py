@@ -1,4 +1,4 @@
-"""The figures of a set are what a hand computes on a tiny one, and each check on its shares fails where it should."""
+"""The profile of a set matches hand computations on tiny ones, and each check on its shares fails where it should."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def test_four_equal_categories_are_effectively_four() -> None:
     assert (found["entropy"], found["effective_categories"]) == (2.0, 4.0)
 
 
-def test_a_set_without_categories_is_of_one_kind() -> None:
+def test_a_set_without_categories_counts_as_one_category() -> None:
     found = profile([ask("Hi"), ask("Ho", category=" ")])
     assert (found["categories"], found["category_count"], found["singletons"], found["rarest"]) == ({"(none)": 2}, 0, 0, {})
     assert (found["entropy"], found["effective_categories"]) == (0.0, 1.0)
 
 
-def test_beyond_fifty_categories_the_others_are_one_figure() -> None:
+def test_categories_beyond_fifty_are_summed_up() -> None:
     found = profile([ask("Hi", category=f"c{i:02}") for i in range(60)])
     assert (len(found["categories"]), found["categories"]["(others)"], found["category_count"]) == (51, 10, 60)
 
@@ -177,7 +177,7 @@ def test_openings_are_the_first_two_words_of_what_is_asked_last() -> None:
     assert found["opening_entropy"] == 1.5
 
 
-def test_numbers_in_openings_are_one_opening_and_are_not_told() -> None:
+def test_numbers_in_openings_are_replaced() -> None:
     assert profile([ask("555-0100 is mine"), ask("555-0199 is hers")])["diversity"]["top_openings"] == {"# #": 2}
 
 
@@ -264,7 +264,7 @@ def test_the_order_of_rows_does_not_matter(rows: list[Record], shuffled: Any) ->
     assert json.dumps(profile(mixed)) == json.dumps(profile(rows))
 
 
-def test_chunks_leave_no_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunking_does_not_change_the_profile(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [*varied(30), ask("请写诗"), chat()]
     whole = profile(rows)
     monkeypatch.setattr("dagster_project.curation.checks.profile.CHUNK", 7)
@@ -278,7 +278,7 @@ def test_chunks_leave_no_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     ("rows", "words", "says"),
     [(99, 198, "teaches form"), (99, 1_089, "one narrow task"), (99, 19_899, "enough to teach a task")],
 )
-def test_a_small_set_fails_and_the_note_says_what_its_volume_can_do(rows: int, words: int, says: str) -> None:
+def test_a_small_set_fails_and_the_note_gives_the_recommended_use(rows: int, words: int, says: str) -> None:
     found = profile([ask(" ".join(["word"] * (words // rows - 1)), "Yes") for _ in range(rows)])
     assert failures(found, Limits())["small_dataset"].startswith(f"{rows} rows, {words:,} words: ")
     assert says in failures(found, Limits())["small_dataset"]
@@ -294,7 +294,7 @@ def test_categories_are_unbalanced_beyond_the_ratio() -> None:
     }
 
 
-def test_uncategorised_rows_are_no_category_where_there_are_others() -> None:
+def test_uncategorised_rows_are_not_a_category_if_there_are_others() -> None:
     found = profile([ask("Hi") for _ in range(50)] + [ask("Ho", category="a"), ask("Ho", category="b")])
     assert "unbalanced_categories" not in failures(found, LIMITS)
     assert notes(found, LIMITS)["unbalanced_categories"].endswith("50 rows without")
@@ -305,7 +305,7 @@ def test_the_rarest_category_counts_even_beyond_the_fifty_that_are_shown() -> No
     assert failures(profile(rows), LIMITS)["unbalanced_categories"].endswith("1 with one row: rare")
 
 
-def test_one_source_may_rule_unless_it_is_said_otherwise() -> None:
+def test_one_source_may_dominate_unless_the_policy_limits_it() -> None:
     found = profile([ask("Hi", source="a.json") for _ in range(3)] + [ask("Ho", source="b.json")])
     assert notes(found, LIMITS)["unbalanced_categories"] == "no categories; a.json holds 75% of the rows"
     assert failures(found, Limits(min_rows=1, max_source_share=0.7)) == {"unbalanced_categories": "a.json holds 75% of the rows"}

@@ -1,4 +1,4 @@
-"""What counts as the same prompt: tools are context, a shared frame is no leak, and only prompts that ask the same are reported."""
+"""Prompt identity: tools are context, a shared template is not a leak, and only prompts that ask the same are reported."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import product
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import SHARED_DATA
 
 from dagster_project.core.records import example_id, prompt_text, response_text
 from dagster_project.curation.check_files import load
@@ -20,7 +20,6 @@ from dagster_project.curation.similarity.overlap import compare
 from dagster_project.curation.similarity.wording import content_words, is_instruction_only, is_near_duplicate, leak_severity
 from dagster_project.curation.sources.benchmarks import Item
 
-REAL = ROOT.parent / "shared" / "data"
 BOOK = "Can you please book a flight for me from New York to London?"
 MAIL, LOAN = [{"name": "check_mail"}], [{"name": "loan", "parameters": {"rate": "number", "years": "number"}}]
 
@@ -45,9 +44,9 @@ def leaks(prompts: Sequence[str], *questions: str) -> dict[int, str]:
 
 
 def real(name: str) -> str:
-    if not (REAL / name).is_file():
-        pytest.skip(f"no real data at {REAL / name}")
-    return str(REAL / name)
+    if not (SHARED_DATA / name).is_file():
+        pytest.skip(f"no real data at {SHARED_DATA / name}")
+    return str(SHARED_DATA / name)
 
 
 # --- tools
@@ -60,13 +59,13 @@ def test_rows_that_differ_in_their_tools_are_not_identical_but_share_a_group() -
     assert "conflicting_responses" not in found.broken
 
 
-def test_another_answer_under_other_tools_is_no_conflict() -> None:
+def test_different_answers_under_different_tools_are_not_a_conflict() -> None:
     rows = [row(BOOK, "I can only check mail.", tools=MAIL), row(BOOK, "I can only plan loans.", tools=LOAN)]
     assert "conflicting_responses" not in judged(rows).broken
     assert judged([*rows, row(BOOK, "Which day?", tools=LOAN)]).overlaps.links["conflicting_responses"][0].other == 1
 
 
-def test_pairs_that_prefer_opposite_answers_under_other_tools_are_no_conflict() -> None:
+def test_opposite_preferences_under_different_tools_are_not_a_conflict() -> None:
     def pair(chosen: str, rejected: str, tools: Any) -> dict[str, Any]:
         said = [{"role": "assistant", "content": rejected}]
         made = row(BOOK, chosen, tools=tools)
@@ -87,7 +86,7 @@ def test_tools_are_the_same_in_any_spelling(tools: Any) -> None:
 
 
 @pytest.mark.parametrize("tools", ["", "[]", [], None, " "])
-def test_an_empty_list_of_tools_is_none(tools: Any) -> None:
+def test_an_empty_list_of_tools_counts_as_no_tools(tools: Any) -> None:
     assert judged([row(BOOK), row(BOOK, tools=tools)]).broken["exact_duplicates"] == [1]
 
 
@@ -166,7 +165,7 @@ def quiz() -> tuple[list[str], list[str], set[tuple[int, int]]]:
     return prompts, held, planted
 
 
-def test_of_short_questions_the_copies_are_leaks_and_those_in_a_common_frame_are_not() -> None:
+def test_copies_of_short_questions_are_leaks_and_shared_templates_are_not() -> None:
     prompts, held, planted = quiz()
     compared = compare(prompts, held, count_words=True)
     severity = {
@@ -179,7 +178,7 @@ def test_of_short_questions_the_copies_are_leaks_and_those_in_a_common_frame_are
 
 
 @pytest.mark.parametrize(("left", "right"), TWINS)
-def test_questions_that_differ_in_the_word_they_are_about_are_no_leak(left: str, right: str) -> None:
+def test_questions_with_different_subjects_are_not_a_leak(left: str, right: str) -> None:
     assert (leaks([left], right), leaks([right], left)) == ({}, {})
 
 
@@ -204,7 +203,7 @@ def test_most_of_a_long_text_is_an_error_and_part_of_it_a_warning() -> None:
     assert leaks([edited, other], text) == {0: "error", 1: "warn"}
 
 
-def test_a_number_that_was_changed_asks_something_else_in_a_short_question_only() -> None:
+def test_a_changed_number_makes_another_question_in_short_texts_only() -> None:
     assert leaks(["What is the square root of 25?"], "What is the square root of 16?") == {}
 
 

@@ -1,4 +1,4 @@
-"""Sources -> raw_examples: every row is accounted for, none is read twice or held out, and a source that is mostly unreadable is refused."""
+"""Sources -> raw_examples: every row is accounted for, none is read twice or held out, and a mostly unreadable source is refused."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders.files import jsonl
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import parse
@@ -16,12 +17,6 @@ from dagster_project.core.records import Report, read_ledger, read_records
 from dagster_project.stages import raw_examples
 
 PAIR = {"prompt": "Hi", "completion": "Hello"}
-
-
-def jsonl(path: Path, *rows: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 @pytest.fixture
@@ -62,7 +57,7 @@ def test_every_row_is_a_record_and_a_line_of_the_ledger_in_the_same_order(root: 
     assert {row["outcome"] for row in ledger} == {"read"}
 
 
-def test_the_report_says_what_each_source_is(root: Path) -> None:
+def test_the_report_describes_each_source(root: Path) -> None:
     report = read(root, {"path": "data/sources/a.jsonl", "license": "MIT", "origin": "a friend"})
     digest = hashlib.sha256((root / "data/sources/a.jsonl").read_bytes()).hexdigest()
     assert report.metrics["sources"] == {
@@ -97,7 +92,7 @@ def test_the_same_sources_give_the_same_bytes(root: Path) -> None:
     assert written() == written()
 
 
-def test_a_limit_holds_for_each_source(root: Path) -> None:
+def test_a_limit_applies_to_each_source(root: Path) -> None:
     report = read(root, "data/sources/a.jsonl", "data/sources/mine", limit=1)
     assert [source["rows"] for source in report.metrics["sources"].values()] == [1, 1]
 
@@ -162,7 +157,7 @@ COMMIT = "0123456789" * 4
         ({"path": "data/sources/a.jsonl", "split": "dev"}, "split 'dev' of a path must be train, validation, test or from_file_names"),
     ],
 )
-def test_a_source_that_is_not_one_place_for_ever_is_refused(source: dict[str, Any], message: str, root: Path) -> None:
+def test_a_source_without_exactly_one_fixed_origin_is_refused(source: dict[str, Any], message: str, root: Path) -> None:
     what = refusal(root, source).what
     assert what.startswith("params.yaml: raw_examples.sources.0: ") and message in what
 
@@ -201,11 +196,11 @@ def test_the_share_is_that_of_each_source(root: Path) -> None:
     assert "data/sources/b.jsonl: 2 of 3 rows" in refusal(root, "data/sources/a.jsonl", "data/sources/b.jsonl").what
 
 
-def test_a_source_of_which_nothing_can_be_read_is_refused_whatever_the_share(root: Path) -> None:
+def test_a_source_without_a_readable_row_is_always_refused(root: Path) -> None:
     jsonl(root / "data/sources/a.jsonl", {"prompt": 1, "completion": 2})
     assert "1 of 1 rows cannot be read" in refusal(root, "data/sources/a.jsonl", max_malformed=1.0).what
 
 
-def test_what_a_row_holds_does_not_come_into_the_refusal(root: Path) -> None:
+def test_a_refusal_never_quotes_row_contents(root: Path) -> None:
     jsonl(root / "data/sources/a.jsonl", {"prompt": ["jane@example.org"], "completion": "x"}, '{"prompt": "jane@example.org')
     assert "jane" not in str(refusal(root, "data/sources/a.jsonl"))

@@ -1,4 +1,4 @@
-"""The README is true: its commands run, and what it lists exists."""
+"""The README is correct: its commands run, and what it lists exists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The embedded model on data nobody here wrote. Slow, bounded, and skipped where the data folder is missing."""
+"""The embedded model on real data. Slow, bounded, and skipped without the data folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records survive the trip to disk, the same rows make the same bytes, and a report cannot lose a row."""
+"""Records are read back unchanged, the same rows give the same bytes, and a report cannot lose a row."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def shards(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def test_an_id_is_the_same_on_every_machine_and_day() -> None:
+def test_an_id_is_stable() -> None:
     assert example_id(said(("user", "Grüße 你好"), ("assistant", "Hello"))) == "66b4e333bc9981c814a182de0e9fe1fa"
 
 
@@ -68,11 +68,11 @@ def test_an_id_depends_on_roles_and_contents_alone() -> None:
         said(("user", "Hi")),
     ],
 )
-def test_another_content_has_another_id(other: list[dict[str, str]]) -> None:
+def test_different_content_has_a_different_id(other: list[dict[str, str]]) -> None:
     assert example_id(other) != example_id(said(("user", "Hi"), ("assistant", "Hello")))
 
 
-def test_the_prompt_is_what_users_say_and_the_response_the_last_answer() -> None:
+def test_the_prompt_is_the_user_turns_and_the_response_the_last_answer() -> None:
     talk = said(("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"), ("assistant", "See you"))
     assert (prompt_text(talk), response_text(talk)) == ("Hi\nBye", "See you")
     assert response_text(talk[:-1]) == response_text([]) == ""
@@ -80,7 +80,7 @@ def test_the_prompt_is_what_users_say_and_the_response_the_last_answer() -> None
 
 @given(st.lists(record, max_size=8))
 @calm
-def test_records_come_back_as_they_were_written(given_rows: list[dict[str, Any]]) -> None:
+def test_records_are_read_back_unchanged(given_rows: list[dict[str, Any]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_records(Path(folder), given_rows)
         assert read_records(Path(folder)) == given_rows
@@ -140,7 +140,7 @@ def test_a_report_refuses_lost_rows() -> None:
         Report(rows_in=5, rows_out=3, dropped={"pii": 1})
 
 
-def test_a_report_refuses_rows_from_nowhere() -> None:
+def test_a_report_refuses_unaccounted_rows() -> None:
     with pytest.raises(AssertionError, match="rows lost: 2 in, 3 out"):
         Report(rows_in=2, rows_out=3)
 
@@ -161,7 +161,7 @@ def test_a_report_document_has_no_empty_parts() -> None:
     }
 
 
-def test_removing_a_link_leaves_what_it_points_to(tmp_path: Path) -> None:
+def test_removing_a_link_keeps_its_target(tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "file").write_text("x")
     (tmp_path / "link").symlink_to(tmp_path / "kept")

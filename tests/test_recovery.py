@@ -1,4 +1,4 @@
-"""What goes wrong between two front ends, what is said of it, and that the pipeline recovers. On the small pipeline of tests/small_pipeline.py."""
+"""Failures between the two front ends: what is reported, and that the pipeline recovers. On the small pipeline."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import dagster as dg
 import psutil
 import pytest
-import small_pipeline as mini
+from builders import small_pipeline
 from conftest import dvc, pedigree, run
 
 from dagster_project.core.errors import InputError
@@ -39,7 +39,7 @@ def instance(root: Path) -> Iterator[dg.DagsterInstance]:
     (root / ".dagster").mkdir()
     (root / ".dagster" / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
     with dg.DagsterInstance.from_config(str(root / ".dagster")) as found:
-        sync(root, found, mini.STREET)
+        sync(root, found, small_pipeline.PIPELINE)
         yield found
 
 
@@ -69,24 +69,24 @@ def tamper_with_cache(root: Path, address: str, checkout: bool = True) -> None:
 def test_a_tampered_cache_object_is_set_aside_reported_in_one_line_and_produced_again(root: Path, instance: dg.DagsterInstance) -> None:
     version = read_stages(root)["inst"].version
     tamper_with_cache(root, "inst")
-    assert mini.changed_in_dvc(root) == set()
-    said = sync(root, instance, mini.STREET)
+    assert small_pipeline.changed_in_dvc(root) == set()
+    said = sync(root, instance, small_pipeline.PIPELINE)
     assert [line for line in said if "sha256 differs" in line and line.startswith("inst: data/inst")] == said[:1]
     assert (root / ".dvc/tmp/pedigree/set_aside/inst/rows.txt").read_bytes() == b"TAMPERED"
-    assert mini.not_fresh(root, instance) == mini.changed_in_dvc(root) == {"inst", "tok"}
-    assert mini.materialize(root, instance, ["inst"]).success
+    assert small_pipeline.not_fresh(root, instance) == small_pipeline.changed_in_dvc(root) == {"inst", "tok"}
+    assert small_pipeline.materialize(root, instance, ["inst"]).success
     assert read_stages(root)["inst"].version == version
-    sync(root, instance, mini.STREET)
-    assert mini.not_fresh(root, instance) == mini.changed_in_dvc(root) == set()
+    sync(root, instance, small_pipeline.PIPELINE)
+    assert small_pipeline.not_fresh(root, instance) == small_pipeline.changed_in_dvc(root) == set()
 
 
-def test_what_dvc_restores_from_a_tampered_cache_object_is_made_instead(root: Path, instance: dg.DagsterInstance) -> None:
+def test_an_output_with_a_tampered_cache_object_is_rebuilt_instead_of_restored(root: Path, instance: dg.DagsterInstance) -> None:
     version = read_stages(root)["inst"].version
     tamper_with_cache(root, "inst", checkout=False)
-    result = mini.materialize(root, instance)
+    result = small_pipeline.materialize(root, instance)
     assert result.success and read_stages(root)["inst"].version == version
     assert sum("sha256 differs" in entry.user_message for entry in instance.all_logs(result.run_id)) == 1
-    assert mini.changed_in_dvc(root) == set()
+    assert small_pipeline.changed_in_dvc(root) == set()
 
 
 def test_dvc_repro_does_not_use_a_tampered_cache_object_either(root: Path) -> None:
@@ -96,7 +96,7 @@ def test_dvc_repro_does_not_use_a_tampered_cache_object_either(root: Path) -> No
     assert refused.returncode != 0 and "sha256 differs" in refused.stderr and "hint: run `dvc repro tok` again" in refused.stderr
     assert dvc(root, "repro").returncode == 0
     assert "TAMPERED" not in (root / "data/tok/train.txt").read_text()
-    assert mini.changed_in_dvc(root) == set()
+    assert small_pipeline.changed_in_dvc(root) == set()
 
 
 def test_an_output_edited_by_hand_cannot_be_recorded_with_dvc_commit(root: Path, instance: dg.DagsterInstance) -> None:
@@ -104,14 +104,14 @@ def test_an_output_edited_by_hand_cannot_be_recorded_with_dvc_commit(root: Path,
     (root / "data/inst/rows.txt").unlink()
     (root / "data/inst/rows.txt").write_text("BAD")
     assert dvc(root, "commit", "-f").returncode == 0
-    assert "changed without DVC" in sync(root, instance, mini.STREET)[0]
+    assert "changed without DVC" in sync(root, instance, small_pipeline.PIPELINE)[0]
     assert dvc(root, "repro").returncode == 0
     assert (root / "data/inst/rows.txt").read_text() == before
-    assert not [line for line in sync(root, instance, mini.STREET) if "sha256" in line]
+    assert not [line for line in sync(root, instance, small_pipeline.PIPELINE) if "sha256" in line]
 
 
 def test_a_killed_run_is_ended_frees_its_slots_and_the_next_one_recovers(root: Path, instance: dg.DagsterInstance) -> None:
-    process = mini.start_until_tok_runs(root, "small_pipeline.py", "materialize")
+    process = small_pipeline.start_until_tok_runs(root, "small_pipeline.py", "materialize")
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     [run_id] = [found.run_id for found in instance.get_runs(dg.RunsFilter(statuses=ALIVE))]
@@ -123,42 +123,42 @@ def test_a_killed_run_is_ended_frees_its_slots_and_the_next_one_recovers(root: P
     assert len(said) == 1 and "was killed; marked as failed" in said[0]
     assert instance.get_run_by_id(run_id).status == dg.DagsterRunStatus.FAILURE
     assert reap(instance) == []
-    assert mini.materialize(root, instance).success
-    sync(root, instance, mini.STREET)
-    assert mini.not_fresh(root, instance) == mini.changed_in_dvc(root) == set()
+    assert small_pipeline.materialize(root, instance).success
+    sync(root, instance, small_pipeline.PIPELINE)
+    assert small_pipeline.not_fresh(root, instance) == small_pipeline.changed_in_dvc(root) == set()
 
 
 def test_terminating_a_run_ends_its_stage_command_and_loses_nothing(root: Path, instance: dg.DagsterInstance) -> None:
     before = (root / "data/tok/train.txt").read_bytes()
-    process = mini.start_until_tok_runs(root, "small_pipeline.py", "materialize")
-    command = json.loads((root / mini.LOG).read_text().splitlines()[-1])["pid"]
+    process = small_pipeline.start_until_tok_runs(root, "small_pipeline.py", "materialize")
+    command = json.loads((root / small_pipeline.LOG).read_text().splitlines()[-1])["pid"]
     process.send_signal(signal.SIGINT)  # what Dagster sends to a run that is terminated
     assert process.wait(25) != 0
     assert not psutil.pid_exists(command)
     assert (root / "data/tok/train.txt").read_bytes() == before
     assert not instance.get_runs(dg.RunsFilter(statuses=ALIVE))
-    assert mini.materialize(root, instance).success
+    assert small_pipeline.materialize(root, instance).success
 
 
 def test_an_input_edited_while_a_stage_runs_is_not_recorded(root: Path) -> None:
-    process = mini.start_until_tok_runs(root, "-m", "dvc", "repro", SLOW_SECONDS="2")
+    process = small_pipeline.start_until_tok_runs(root, "-m", "dvc", "repro", SLOW_SECONDS="2")
     (root / "params.yaml").write_text((root / "params.yaml").read_text().replace('"testseed": 7', '"testseed": 8'))
     assert process.wait(30) != 0
     assert "changed while the stage ran" in (process.stderr.read() if process.stderr else "")
-    assert {"tok"} <= mini.changed_in_dvc(root)
+    assert {"tok"} <= small_pipeline.changed_in_dvc(root)
 
 
 def test_a_failed_gate_is_never_reported_as_materialized(root: Path, instance: dg.DagsterInstance) -> None:
     event = instance.get_latest_materialization_event(asset_key("inst"))
     (root / "data/sources/g.txt").write_text("BAD")
-    assert "inst" in failure(mini.materialize(root, instance))
+    assert "inst" in failure(small_pipeline.materialize(root, instance))
     assert dvc(root, "repro").returncode != 0
-    sync(root, instance, mini.STREET)
+    sync(root, instance, small_pipeline.PIPELINE)
     assert instance.get_latest_materialization_event(asset_key("inst")).timestamp == event.timestamp
-    assert mini.not_fresh(root, instance) == mini.changed_in_dvc(root) == {"inst"}
+    assert small_pipeline.not_fresh(root, instance) == small_pipeline.changed_in_dvc(root) == {"inst"}
 
 
-def test_a_run_whose_process_lives_is_left_alone(root: Path, instance: dg.DagsterInstance) -> None:
+def test_a_run_with_a_live_process_is_left_alone(root: Path, instance: dg.DagsterInstance) -> None:
     @dg.op
     def look(context) -> None:
         assert reap(context.instance) == []
@@ -173,31 +173,31 @@ def test_a_run_whose_process_lives_is_left_alone(root: Path, instance: dg.Dagste
 def test_an_invalid_table_of_locked_paths_is_deleted(root: Path, instance: dg.DagsterInstance) -> None:
     (root / ".dvc/tmp/rwlock").write_text("")
     assert "corrupt" in dvc(root, "repro").stderr
-    assert sync(root, instance, mini.STREET) == []
+    assert sync(root, instance, small_pipeline.PIPELINE) == []
     assert dvc(root, "repro").returncode == 0
 
 
-def test_a_lock_older_than_the_event_log_reads_fresh_again(root: Path, instance: dg.DagsterInstance) -> None:
+def test_a_lock_older_than_the_event_log_is_fresh_after_sync(root: Path, instance: dg.DagsterInstance) -> None:
     old = read_stages(root)["inst"].version
     (root / "data/sources/g.txt").write_text("r1")
-    assert mini.materialize(root, instance).success
-    sync(root, instance, mini.STREET)
+    assert small_pipeline.materialize(root, instance).success
+    sync(root, instance, small_pipeline.PIPELINE)
     assert read_stages(root)["inst"].version != old
-    mini.git(root, "checkout", "-qf", ".")
+    small_pipeline.git(root, "checkout", "-qf", ".")
     assert dvc(root, "checkout").returncode == 0
-    assert sync(root, instance, mini.STREET) != []
-    assert mini.not_fresh(root, instance) == mini.changed_in_dvc(root) == set()
+    assert sync(root, instance, small_pipeline.PIPELINE) != []
+    assert small_pipeline.not_fresh(root, instance) == small_pipeline.changed_in_dvc(root) == set()
     assert instance.get_latest_materialization_event(asset_key("inst")).asset_materialization.tags["dagster/data_version"] == old
 
 
-def test_what_comes_from_the_run_cache_is_reported_with_its_checks_and_runs_nothing(root: Path, instance: dg.DagsterInstance) -> None:
+def test_a_run_cache_hit_is_reported_with_its_checks_and_runs_nothing(root: Path, instance: dg.DagsterInstance) -> None:
     values = (root / "params.yaml").read_text()
     (root / "params.yaml").write_text(values.replace('"minlen": 1', '"minlen": 2'))
     assert dvc(root, "repro").returncode == 0
     (root / "params.yaml").write_text(values)
-    ran = len(mini.commands_run(root))
-    result = mini.materialize(root, instance)
-    assert result.success and len(mini.commands_run(root)) == ran
+    ran = len(small_pipeline.commands_run(root))
+    result = small_pipeline.materialize(root, instance)
+    assert result.success and len(small_pipeline.commands_run(root)) == ran
     done = {"@".join(e.asset_key.path): e.materialization.metadata["done"].value for e in result.get_asset_materialization_events()}
     assert done == {"raw": "nothing", **dict.fromkeys(["inst", "tok", "adapter@lora", "adapter@dora", "cmp"], "restored")}
     assert "did not receive any messages" not in "".join(entry.user_message for entry in instance.all_logs(result.run_id))
@@ -205,7 +205,7 @@ def test_what_comes_from_the_run_cache_is_reported_with_its_checks_and_runs_noth
     assert said == {("no_bad_rows", True): 1, ("dvc_in_sync", True): 6}
 
 
-def test_every_asset_says_whether_dvc_calls_it_up_to_date(root: Path, instance: dg.DagsterInstance) -> None:
+def test_every_asset_shows_whether_dvc_considers_it_up_to_date(root: Path, instance: dg.DagsterInstance) -> None:
     def unsynced() -> set[str]:
         keys = {dg.AssetCheckKey(asset_key(address), "dvc_in_sync"): address for address in read_stages(root)}
         records = instance.event_log_storage.get_latest_asset_check_execution_by_key([*keys])
@@ -214,12 +214,12 @@ def test_every_asset_says_whether_dvc_calls_it_up_to_date(root: Path, instance: 
 
     assert unsynced() == set()
     (root / "code/tok.py").write_text("V = 1\n")
-    assert "check tok dvc_in_sync: failed" in sync(root, instance, mini.STREET)
-    assert unsynced() == mini.changed_in_dvc(root) == {"tok"}
-    assert mini.materialize(root, instance, ["tok"]).success
-    sync(root, instance, mini.STREET)
-    assert unsynced() == mini.changed_in_dvc(root)
-    assert sync(root, instance, mini.STREET) == []
+    assert "check tok dvc_in_sync: failed" in sync(root, instance, small_pipeline.PIPELINE)
+    assert unsynced() == small_pipeline.changed_in_dvc(root) == {"tok"}
+    assert small_pipeline.materialize(root, instance, ["tok"]).success
+    sync(root, instance, small_pipeline.PIPELINE)
+    assert unsynced() == small_pipeline.changed_in_dvc(root)
+    assert sync(root, instance, small_pipeline.PIPELINE) == []
 
 
 def test_deleting_dagsters_home_and_syncing_brings_the_view_back(root: Path) -> None:
@@ -227,8 +227,8 @@ def test_deleting_dagsters_home_and_syncing_brings_the_view_back(root: Path) -> 
         (root / ".dagster").mkdir()
         (root / ".dagster" / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
         with dg.DagsterInstance.from_config(str(root / ".dagster")) as found:
-            assert len(sync(root, found, mini.STREET)) > len(read_stages(root))
-            assert mini.not_fresh(root, found) == set()
+            assert len(sync(root, found, small_pipeline.PIPELINE)) > len(read_stages(root))
+            assert small_pipeline.not_fresh(root, found) == set()
             record = found.event_log_storage.get_latest_asset_check_execution_by_key([dg.AssetCheckKey(asset_key("inst"), "no_bad_rows")])
             assert [r.event.dagster_event.event_specific_data.passed for r in record.values()] == [True]
         shutil.rmtree(root / ".dagster")
@@ -238,21 +238,21 @@ def test_a_tracked_source_that_was_edited_but_not_added_stops_an_asset_before_an
     (root / "data/sources/d.txt").unlink()
     (root / "data/sources/d.txt").write_text("new")
     before = (root / "data/raw/rows.txt").read_bytes()
-    said = failure(mini.materialize(root, instance, ["raw"]))
+    said = failure(small_pipeline.materialize(root, instance, ["raw"]))
     assert "data/sources/d.txt differs from data/sources/d.txt.dvc" in said and "`dvc add data/sources/d.txt`" in said
     assert (root / "data/raw/rows.txt").read_bytes() == before
     assert dvc(root, "add", "data/sources/d.txt").returncode == 0
-    assert mini.materialize(root, instance).success
+    assert small_pipeline.materialize(root, instance).success
 
 
-def test_a_missing_output_says_how_to_get_it_back(root: Path, instance: dg.DagsterInstance) -> None:
+def test_a_missing_output_names_the_command_that_restores_it(root: Path, instance: dg.DagsterInstance) -> None:
     (root / "code/inst.py").write_text("V = 9\n")
     shutil.rmtree(root / "data/raw")
-    assert "`dvc checkout data/raw` restores it" in failure(mini.materialize(root, instance, ["inst"]))
+    assert "`dvc checkout data/raw` restores it" in failure(small_pipeline.materialize(root, instance, ["inst"]))
     shutil.rmtree(root / ".dvc/cache")
-    assert "not in the cache: `dvc pull data/raw` fetches it" in failure(mini.materialize(root, instance, ["inst"]))
+    assert "not in the cache: `dvc pull data/raw` fetches it" in failure(small_pipeline.materialize(root, instance, ["inst"]))
     (root / "data/sources/d.txt").unlink()
-    assert "`dvc pull data/sources/d.txt.dvc`" in failure(mini.materialize(root, instance, ["raw"]))
+    assert "`dvc pull data/sources/d.txt.dvc`" in failure(small_pipeline.materialize(root, instance, ["raw"]))
 
 
 def test_a_busy_stage_names_who_holds_it(root: Path) -> None:
@@ -296,7 +296,7 @@ def test_a_dagster_home_of_another_project_is_refused(root: Path, tmp_path: Path
 def test_schedule_and_freshness_are_examples_that_are_off(root: Path) -> None:
     from dagster_project.orchestration.dagster.assets import DAGSTER_YAML
 
-    definitions = build_definitions(root, mini.STREET)
+    definitions = build_definitions(root, small_pipeline.PIPELINE)
     assert [s.default_status for s in definitions.schedules] == [dg.DefaultScheduleStatus.STOPPED]
     assert "freshness: {enabled: false}" in DAGSTER_YAML
     assert {job.name for job in definitions.jobs} == {"pipeline", "data", "variant_lora", "variant_dora"}

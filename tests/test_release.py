@@ -1,4 +1,4 @@
-"""The gate before a release: what is not better, forgot, was tested on what it had seen, or does not load is not released, unless somebody says why."""
+"""The release gate: a model that is not better, forgot, was tested on training data or does not load needs a waiver."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def worse(found: dict[str, Any]) -> None:
     found["compared"]["lora"]["to"]["few_shot"]["macro_f1"]["interval"] = [-0.01, 0.3]
 
 
-def test_what_passes_the_gate_is_the_merged_model_file_by_file_with_its_record(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_release_is_the_merged_model_file_by_file_with_its_record(tiny_model: Path, tmp_path: Path) -> None:
     report = promote(tmp_path, tiny_model)
     assert {check.name: check.passed for check in report.checks} == dict.fromkeys(release.CHECK_DESCRIPTIONS, True) and not report.failures
     record = json.loads((tmp_path / "release/release.json").read_text())
@@ -123,7 +123,7 @@ def test_an_aligned_variant_is_traced_through_the_variant_it_started_from() -> N
     assert chain("dpo", reports) == [name for name in reports if name not in {"adapter@dora", "evaluation@lora"}]
 
 
-def test_no_more_may_be_forgotten_than_the_parameter_says(tiny_model: Path, tmp_path: Path) -> None:
+def test_forgetting_beyond_the_parameter_blocks_the_release(tiny_model: Path, tmp_path: Path) -> None:
     assert [c.name for c in promote(tmp_path, tiny_model, params=Params(max_forgetting=0.005)).failures] == ["kept_its_knowledge"]
     shutil.rmtree(tmp_path / "release")
     assert not promote(tmp_path, tiny_model, params=Params(max_forgetting=0.01)).failures
@@ -148,7 +148,7 @@ def test_a_folder_that_plain_transformers_does_not_load_is_not_released(
     assert failed.name == "loads_in_transformers" and failed.note.startswith(why)
 
 
-def test_where_no_variant_is_recommended_the_gate_says_what_to_use_instead_and_waives_nothing(tiny_model: Path, tmp_path: Path) -> None:
+def test_without_a_recommended_variant_the_gate_names_the_alternative_and_waives_nothing(tiny_model: Path, tmp_path: Path) -> None:
     def none(found: dict[str, Any]) -> None:
         found["recommended"] = {"variant": None, "sure": False, "instead": "few_shot", "why": "Use few-shot."}
 
@@ -178,7 +178,7 @@ def test_a_mistake_in_the_section_is_one_message(section: dict[str, Any], messag
     assert refused.value.hint
 
 
-def test_a_date_that_dvc_would_not_read_is_named_before_dvc_fails(tmp_path: Path) -> None:
+def test_an_unquoted_date_is_reported_before_dvc_fails(tmp_path: Path) -> None:
     project(tmp_path)
     waivers = "waivers: [{check: test_is_unseen, reason: x, expires: 2999-01-01}]"
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text().replace("max_forgetting: 0.05", waivers))

@@ -1,4 +1,4 @@
-"""What can be repaired is repaired: counted, judged again, told in the ledger, and written by `pedigree check --out`."""
+"""Repairs are counted, checked again, recorded in the ledger, and written by `pedigree check --out`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import ROOT, draw_pages
+from conftest import ROOT, SHARED_DATA, draw_pages
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -75,7 +75,7 @@ def test_a_marker_within_a_text_is_not_repaired_but_dropped_as_it_was_read(text:
 
 
 @pytest.mark.parametrize("text", ["It was <s>10</s> 8 euros, not <s>12</s>", "<s>old</s> new"])
-def test_text_that_html_strikes_through_keeps_its_marks(text: str) -> None:
+def test_html_strikethrough_is_not_removed_as_a_marker(text: str) -> None:
     assert without_end_marks(text) == text
 
 
@@ -91,7 +91,7 @@ def test_an_answer_that_is_nothing_but_a_marker_is_dropped_as_empty() -> None:
 
 
 @pytest.mark.parametrize("text", ["\ufeffWhere is it?", "Where\u200b is it?", "Whe\u2060re is it?", "Where\u200d is\u200c it?"])
-def test_byte_order_marks_and_zero_width_characters_are_taken_out(text: str) -> None:
+def test_byte_order_marks_and_zero_width_characters_are_removed(text: str) -> None:
     found = judged(records(asked(text, "In the hall.")))
     assert (found.reason, said(found.records[0])[0], found.fixed) == ([None], "Where is it?", {"hidden_characters": 1})
 
@@ -103,7 +103,7 @@ def test_joiners_that_join_and_spaces_between_words_of_scripts_without_spaces_st
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(st.sampled_from("aé \u200b\u200c\u200d\u2060\ufeffمក👩\ufe0f\n"), max_size=12))
-def test_what_is_found_hidden_is_what_is_taken_out(text: str) -> None:
+def test_removed_characters_are_those_the_check_reports(text: str) -> None:
     assert (hidden([text]) == [None]) == (without_hidden(text) == text)
     assert hidden([without_hidden(text)]) == [None]
 
@@ -115,7 +115,7 @@ def test_a_decomposed_text_is_composed() -> None:
 
 
 @pytest.mark.parametrize("spelling", ["No input", "noinput", "< noinput >", "`<noinput>`", "N/A", "No input."])
-def test_an_input_that_says_there_is_none_is_emptied(spelling: str) -> None:
+def test_a_placeholder_input_is_emptied(spelling: str) -> None:
     found = judged(records(asked("Name a kite.", "Delta.", input=spelling)))
     assert (found.reason, said(found.records[0]), json.loads(found.records[0]["meta"])) == ([None], ["Name a kite.", "Delta."], {})
     assert found.fixed == {"placeholder_input": 1}
@@ -144,20 +144,20 @@ def test_personal_data_is_masked_by_a_typed_placeholder(value: str, masked: str)
     assert privacy.scan(said(found.records[0])) == []
 
 
-def test_a_secret_is_masked_where_the_policy_says_so_and_personal_data_beside_it_is_not() -> None:
+def test_the_policy_masks_secrets_and_personal_data_separately() -> None:
     found = judged(records(asked(f"Use {KEY} and write to {MAIL}", "Done.")), policy={"secrets": "fix", "pii": "warn"})
     assert said(found.records[0])[0] == f"Use [AWS_KEY] and write to {MAIL}"
 
 
 @pytest.mark.parametrize("secret", [True, False])
-def test_masking_ends_and_leaves_nothing_whatever_stands_next_to_a_value(secret: bool) -> None:
+def test_masking_terminates_and_leaves_nothing_whatever_surrounds_a_value(secret: bool) -> None:
     values = [MAIL, KEY, "call 020 7946 0958", "https://bob:hunter2x@h.org", "104.244.42.193", "a", "[", "]:"]
     texts = [joint.join(parts) for parts in itertools.product(values, repeat=3) for joint in ("", " ", "@", "://")]
     masked = [privacy.redact(text, secret) for text in texts]
     assert [hit for hit in privacy.scan(masked) if hit.secret is secret] == []
 
 
-def test_mojibake_is_undone_where_the_policy_says_so_and_dropped_otherwise() -> None:
+def test_mojibake_is_repaired_if_the_policy_allows_it_and_dropped_otherwise() -> None:
     rows = records(asked("OÃ¹ est le cafÃ© ?\nIt is fine.", "Ici."))
     assert judged(rows).reason == ["encoding"]
     found = judged(rows, policy={"encoding": "fix"})
@@ -192,7 +192,7 @@ def test_copies_that_only_the_repair_makes_equal_are_found() -> None:
     assert (found.fixed, found.verdicts["pii"].broken) == ({"pii": 1, "special_tokens_in_text": 1}, [0, 1])
 
 
-def test_a_repaired_row_has_the_id_of_what_it_says_now_and_keeps_the_one_it_was_read_with() -> None:
+def test_a_repaired_row_has_a_new_id_and_keeps_the_original_one() -> None:
     rows = records(asked("Where is it?", "Here.</s>"), asked("Who flew it?", "Ann."))
     first, second = judged(rows).records
     assert (first["example_id"], first["source_id"], first["repaired"]) == (
@@ -251,7 +251,7 @@ def test_the_repairs_and_their_defaults_are_documented() -> None:
         assert f"| `{name}` | {one.does} | {'yes' if default == 'fix' else f'no, `{default}`'} |" in page
 
 
-def test_the_id_of_a_source_row_leads_to_what_it_became(tmp_path: Path, tiny_model: Path) -> None:
+def test_the_original_id_leads_to_the_repaired_row(tmp_path: Path, tiny_model: Path) -> None:
     rows = records(asked("Fly.", "Up.</s>"), asked("Land.", "Down."))
     staged(tmp_path, tiny_model, rows)
     made = SimpleNamespace(md5="a", is_model=False)
@@ -297,7 +297,7 @@ def test_a_pair_that_differs_in_form_alone_is_identical(chosen: str, rejected: s
         ("...", "!!!"),
     ],
 )
-def test_a_pair_that_differs_in_what_it_says_or_in_the_layout_of_code_is_not(chosen: str, rejected: str) -> None:
+def test_a_pair_that_differs_in_content_or_code_layout_is_not_identical(chosen: str, rejected: str) -> None:
     assert judged(pairs({"prompt": "Where is it?", "chosen": chosen, "rejected": rejected})).reason == [None]
 
 
@@ -322,7 +322,7 @@ def staged(folder: Path, model: Path, rows: list[dict[str, Any]], **params: Any)
     return report
 
 
-def test_a_stage_writes_repaired_rows_and_its_ledger_says_from_what(tmp_path: Path, tiny_model: Path) -> None:
+def test_a_stage_writes_repaired_rows_and_the_ledger_names_the_originals(tmp_path: Path, tiny_model: Path) -> None:
     rows = records(asked("Fly.", "Up.</s>"), asked("Fly.", "Up."), asked("Who?", f"{MAIL} did."), asked("Land.", ""))
     report = staged(tmp_path, tiny_model, rows, policy={"pii": "fix"})
     assert (report.rows_in, report.rows_out, report.dropped) == (4, 2, {"empty_response": 1, "exact_duplicates": 1})
@@ -338,7 +338,7 @@ def test_a_stage_writes_repaired_rows_and_its_ledger_says_from_what(tmp_path: Pa
     assert json.loads((tmp_path / "out/findings.json").read_text())["fixed"] == report.fixed
 
 
-def test_a_ledger_without_repairs_is_what_it_was(tmp_path: Path, tiny_model: Path) -> None:
+def test_a_ledger_without_repairs_has_no_new_columns(tmp_path: Path, tiny_model: Path) -> None:
     report = staged(tmp_path, tiny_model, records(asked("Fly.", "Up."), asked("Land.", "")))
     assert "fixed" not in report.document() and set(read_ledger(tmp_path / "out")[0]) == {
         "source",
@@ -349,7 +349,7 @@ def test_a_ledger_without_repairs_is_what_it_was(tmp_path: Path, tiny_model: Pat
     }
 
 
-def test_what_was_repaired_goes_on_into_the_ledger_of_the_splits(tmp_path: Path, tiny_model: Path) -> None:
+def test_repairs_are_carried_into_the_ledger_of_the_splits(tmp_path: Path, tiny_model: Path) -> None:
     rows = records(*(asked(f"Where is kite {i}?", f"In hall {i}.{'</s>' if i == 3 else ''}") for i in range(8)))
     staged(tmp_path, tiny_model, rows)
     splits.produce(tmp_path, splits.Params(), 7, tmp_path / "out", tmp_path / "splits")
@@ -432,7 +432,7 @@ def test_fix_in_a_policy_file_is_refused_for_a_check_without_a_repair(check: Any
     refused(check(jsonl("a.jsonl", MIXED), "--policy", "policy.yaml"), "policy.yaml", "empty_response has no repair", "pii", "unicode_form")
 
 
-def test_the_command_says_what_would_be_repaired_in_text_and_in_json(check: Any) -> None:
+def test_check_reports_possible_repairs_in_text_and_json(check: Any) -> None:
     Path("policy.yaml").write_text("policy: {pii: fix}")
     found = check(jsonl("a.jsonl", MIXED), "--policy", "policy.yaml", "--json").document
     assert found["fixed"] == {"placeholder_input": 1, "special_tokens_in_text": 1, "pii": 1}
@@ -466,7 +466,7 @@ def test_a_dropped_row_names_every_check_it_would_be_dropped_for(check: Any) -> 
     assert (gone["check"], gone["reasons"]) == ("empty_response", ["empty_response", "secrets", "pii"])
 
 
-def test_what_was_written_is_clean_when_it_is_checked_again(check: Any) -> None:
+def test_written_rows_pass_a_second_check(check: Any) -> None:
     rows = [*MIXED, {**asked("Plain", "words"), "prompt": "x", "completion": "y", "messages": "z"}]
     first = check(jsonl("a.jsonl", rows), "--out", "clean.jsonl", "--json").document
     again = check("clean.jsonl", "--json").document
@@ -493,7 +493,7 @@ def test_halves_of_kto_pairs_are_accounted_for_by_both_their_rows(check: Any) ->
     assert (gone["source_row"], gone["source_rows"]) == (0, [0, 1])
 
 
-def test_columns_of_ones_own_are_mapped_on_the_command_line(check: Any) -> None:
+def test_custom_columns_are_mapped_on_the_command_line(check: Any) -> None:
     jsonl("a.jsonl", [{"q": "Where?", "a": "Here.", "b": "There.", "area": "x"}])
     found = check("a.jsonl", "--mapping", "prompt=q,response=a,category=area", "--out", "clean.jsonl", "--json").document
     assert (found["format"], found["kept"], lines("clean.jsonl")[0]["category"]) == ("mapping", 1, "x")
@@ -511,7 +511,7 @@ def test_columns_of_ones_own_are_mapped_on_the_command_line(check: Any) -> None:
         ("prompt=q,response=nope", "no row has the columns"),
     ],
 )
-def test_a_mapping_that_makes_no_sense_is_refused(mapping: str, part: str, check: Any) -> None:
+def test_an_invalid_mapping_is_refused(mapping: str, part: str, check: Any) -> None:
     refused(check(jsonl("a.jsonl", [{"q": "Where?", "a": "Here."}]), "--mapping", mapping), part)
 
 
@@ -540,7 +540,7 @@ def test_an_input_is_never_overwritten(option: str, name: str, check: Any) -> No
         (["--out", "file/clean.jsonl"], "--out"),
     ],
 )
-def test_an_output_that_cannot_be_is_refused_and_nothing_is_left(arguments: list[str], part: str, check: Any) -> None:
+def test_an_impossible_output_is_refused_and_nothing_is_written(arguments: list[str], part: str, check: Any) -> None:
     for folder in ("in", "folder.jsonl"):
         Path(folder).mkdir()
     Path("file").write_text("")
@@ -550,7 +550,7 @@ def test_an_output_that_cannot_be_is_refused_and_nothing_is_left(arguments: list
     assert sorted(Path().rglob("*")) == before
 
 
-def test_where_one_file_cannot_be_written_the_other_is_not_either(check: Any) -> None:
+def test_if_one_file_cannot_be_written_neither_is(check: Any) -> None:
     Path("file").write_text("")
     Path("clean.jsonl").write_text("as it was")
     refused(check(jsonl("a.jsonl", MIXED), "--out", "clean.jsonl", "--dropped", "file/gone.jsonl"), "gone.jsonl")
@@ -562,7 +562,7 @@ def test_benchmark_questions_are_not_written(check: Any) -> None:
     refused(check("quiz.jsonl", "--out", "clean.jsonl"), "benchmark questions")
 
 
-def test_json_lists_every_row_and_text_says_how_many_more(check: Any) -> None:
+def test_json_lists_every_row_and_text_counts_the_omitted_ones(check: Any) -> None:
     jsonl("a.jsonl", [asked(f"Write to nr{i}@kites.org", f"Done {i}.") for i in range(33)])
     (one,) = [f for f in check("a.jsonl", "--json").document["findings"] if f["check"] == "pii"]
     assert (one["rows"], len(one["places"]), one["count"]) == ([*range(33)], 33, 33)
@@ -571,11 +571,8 @@ def test_json_lists_every_row_and_text_says_how_many_more(check: Any) -> None:
     assert "the first 20 of 33" in Path("page.html").read_text()
 
 
-SHARED = ROOT.parent / "shared" / "data"
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data, the real data sets, is missing")
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="../shared/data, the real data sets, is missing")
 def test_the_placeholder_inputs_of_a_real_alpaca_file_are_emptied_and_no_row_is_lost(check: Any) -> None:
-    found = check(SHARED / "alpaca_en_demo.json", "--out", "clean.jsonl", "--dropped", "gone.jsonl", "--json").document
+    found = check(SHARED_DATA / "alpaca_en_demo.json", "--out", "clean.jsonl", "--dropped", "gone.jsonl", "--json").document
     assert found["fixed"]["placeholder_input"] == 8 and "placeholder_input" not in found["dropped"]
     assert len(lines("clean.jsonl")) + len(lines("gone.jsonl")) == 999 == found["rows"]

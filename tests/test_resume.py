@@ -1,4 +1,4 @@
-"""Training that is killed or stopped goes on where it was and ends in the same bytes.
+"""A killed or stopped training resumes and ends in the same bytes.
 
 Run as a script this file is the process that trains: the tests start it, kill it and start it again. For many kills in a row one process
 loads the libraries and forks a child for each run; what is killed is always a process, by SIGKILL.
@@ -18,66 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders.training import LORA, PACKED_ROWS, make_data, output_files, run_in_child, train_adapter
 
 ROOT = Path(__file__).resolve().parents[1]
 
-RECIPE: dict[str, Any] = {
-    "method": "lora",
-    "peft": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.3, "target_modules": ["v_proj", "q_proj", "down_proj"]},
-    "learning_rate": 1e-2,
-    "num_train_epochs": 3,
-    "gradient_accumulation_steps": 2,
-    "neftune_noise_alpha": 5.0,
-    "load_best_model_at_end": True,
-    "save_strategy": "steps",
-    "save_steps": 2,
-}
-ROWS = 7
-"""Forward passes of an epoch: three steps of two, and a fourth of one. Twelve steps in all."""
-PASSES = ROWS * 3
-
-
-def make_data(folder: Path, rows: int = ROWS, threads: int = 1) -> None:
-    """Packed rows of random examples; for two threads long enough that they share the work."""
-    from dagster_project.core.chat import IGNORE
-    from dagster_project.core.records import write_table
-    from dagster_project.stages.tokenized import row_schema
-
-    dice = random.Random(3)
-
-    def row(name: str) -> dict[str, Any]:
-        lengths = [dice.randint(8, 12) if threads == 1 else dice.randint(80, 120) for _ in range(4)]
-        ids = [dice.randrange(3, 60) for _ in range(sum(lengths))]
-        labels = [token if dice.random() < 0.7 else IGNORE for token in ids]
-        return {
-            "example_ids": [f"{name}.{i}" for i in range(4)],
-            "lengths": lengths,
-            "input_ids": ids,
-            "labels": labels,
-            "weights": [float(label != IGNORE) for label in labels],
-        }
-
-    for split, count in (("train", rows), ("validation", 2)):
-        write_table(folder / "tokenized" / f"{split}.parquet", [row(f"{split}{n}") for n in range(count)], row_schema())
-
-
-def run(folder: Path, model: Path, name: str, recipe: dict[str, Any], threads: int = 1, live: Path | None = None) -> None:
-    """The stage, its outputs under folder/name; its checkpoints outlive it."""
-    from dagster_project.core.params import Compute
-    from dagster_project.stages import adapter
-
-    out = folder / name
-    out.mkdir(parents=True, exist_ok=True)
-    compute = Compute(threads=threads, dtype="float32")
-    report = adapter.produce(
-        "x", adapter.Params(**recipe), compute, folder / "tokenized", model, out, out / "loss.csv", folder / "checkpoints" / name,
-        live=live,
-    )  # fmt: skip
-    (out / "report.json").write_text(json.dumps(report.document()))
-
-
-def made(folder: Path, name: str) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted((folder / name).iterdir())}
+PASSES = PACKED_ROWS * 3
 
 
 # the process that trains ------------------------------------------------------------------------------------------------------------------
@@ -154,34 +99,17 @@ def kill_at_write(save: int, boundary: int | None, count: Path | None = None) ->
     os.fsync, os.replace, os.unlink = watched(os.fsync), watched(os.replace), watched(os.unlink)
 
 
-def forked(work: Callable[[], None], log: Path) -> int:
-    """Do it in a child; its exit status, negative for a signal."""
-    child = os.fork()
-    if not child:
-        try:
-            handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(handle, 2)
-            work()
-        except BaseException:  # noqa: BLE001  whatever it is, the parent must hear of it
-            import traceback
-
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 def main() -> None:
     folder, model, order = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
     import logging
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    recipe, threads = {**RECIPE, **order.get("recipe", {})}, order.get("threads", 1)
+    recipe, threads = {**LORA, **order.get("recipe", {})}, order.get("threads", 1)
     if "name" in order:  # one plain run
         from dagster_project.core.errors import PedigreeError
 
         try:
-            run(folder, model, order["name"], recipe, threads, live=folder / "live" / order["name"])
+            train_adapter(folder, model, order["name"], recipe, threads, live=folder / "live" / order["name"])
         except PedigreeError as error:
             logging.error(str(error))
             sys.exit(error.exit_code)
@@ -195,15 +123,17 @@ def main() -> None:
 
     assert trl.SFTTrainer and torch.get_num_threads()
     found = {}
-    assert forked(lambda: run(folder, model, "whole", recipe, threads), folder / "whole.log") == 0, (folder / "whole.log").read_text()
+    assert run_in_child(lambda: train_adapter(folder, model, "whole", recipe, threads), folder / "whole.log") == 0, (
+        folder / "whole.log"
+    ).read_text()
     kills: dict[str, Callable[[], None]] = {f"pass {n}": lambda n=n: kill_at_pass(n) for n in order.get("passes", [])}  # type: ignore[misc]
     if save := order.get("save"):
 
         def counting() -> None:
             kill_at_write(save, None, folder / "boundaries")
-            run(folder, model, "counted", recipe, threads)
+            train_adapter(folder, model, "counted", recipe, threads)
 
-        assert forked(counting, folder / "counted.log") == 0
+        assert run_in_child(counting, folder / "counted.log") == 0
         boundaries = range(int((folder / "boundaries").read_text()))
         chosen = boundaries if order.get("boundaries") is None else random.Random(5).sample(boundaries, order["boundaries"])
         kills |= {f"write {n}": lambda n=n: kill_at_write(save, n) for n in chosen}  # type: ignore[misc]
@@ -211,17 +141,17 @@ def main() -> None:
 
         def killed(name: str = name, arrange: Callable[[], None] = arrange) -> None:
             arrange()
-            run(folder, model, name, recipe, threads)
+            train_adapter(folder, model, name, recipe, threads)
 
-        ends = [forked(killed, folder / f"{name}.log")]
+        ends = [run_in_child(killed, folder / f"{name}.log")]
         if order.get("damage"):
             newest = max((folder / "checkpoints" / name).glob("step-????????"))
             (newest / "weights.safetensors").write_bytes((newest / "weights.safetensors").read_bytes()[:-1])
-        ends.append(forked(lambda name=name: run(folder, model, name, recipe, threads), folder / f"{name}.log"))  # type: ignore[misc]
+        ends.append(run_in_child(lambda name=name: train_adapter(folder, model, name, recipe, threads), folder / f"{name}.log"))  # type: ignore[misc]
         said = (folder / f"{name}.log").read_text()
         found[name] = {
             "ends": ends,
-            "same": made(folder, name) == made(folder, "whole"),
+            "same": output_files(folder, name) == output_files(folder, "whole"),
             "resumed": "resuming from the checkpoint" in said,
             "left": (folder / "checkpoints" / name).exists(),
             "log": said[-2000:],
@@ -269,28 +199,26 @@ def test_a_killed_training_ends_in_the_same_bytes(folder: Path, tiny_model: Path
     make_data(folder, threads=threads)
     passes = sorted(random.Random(threads).sample(range(1, PASSES + 1), 5))
     found = kills(folder, tiny_model, threads=threads, recipe=strategy, passes=passes)
-    first = 4 if "save_steps" in strategy else ROWS  # passes before the first checkpoint
+    first = 4 if "save_steps" in strategy else PACKED_ROWS  # passes before the first checkpoint
     assert [one["resumed"] for one in found.values()] == [n > first for n in passes]
 
 
 @pytest.mark.parametrize(("threads", "boundaries"), [(1, None), (2, 4)], ids=["one thread", "two threads"])
-def test_a_kill_at_any_write_of_a_checkpoint_costs_no_more_than_that_checkpoint(
-    folder: Path, tiny_model: Path, threads: int, boundaries: int | None
-) -> None:
+def test_a_kill_at_any_write_loses_at_most_that_checkpoint(folder: Path, tiny_model: Path, threads: int, boundaries: int | None) -> None:
     make_data(folder, threads=threads)
     found = kills(folder, tiny_model, threads=threads, save=3, boundaries=boundaries)
     assert len(found) >= (boundaries or 25)
     assert all(one["resumed"] for one in found.values())
 
 
-def test_a_damaged_newest_checkpoint_costs_no_more_than_the_way_from_the_one_before(folder: Path, tiny_model: Path) -> None:
+def test_a_damaged_newest_checkpoint_resumes_from_the_previous_one(folder: Path, tiny_model: Path) -> None:
     [found] = kills(folder, tiny_model, recipe={"save_strategy": "steps"}, passes=[12], damage=True).values()
     assert "checkpoint step-00000006 is damaged" in found["log"]
     assert "resuming from the checkpoint of step 4 of 12" in found["log"]
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "adafactor", "adagrad", "rmsprop", "sgd"])
-def test_every_optimizer_goes_on_exactly(folder: Path, tiny_model: Path, optim: str) -> None:
+def test_every_optimizer_resumes_exactly(folder: Path, tiny_model: Path, optim: str) -> None:
     assert kills(folder, tiny_model, recipe={"optim": optim}, passes=[6])["pass 6"]["resumed"]
 
 
@@ -304,11 +232,11 @@ def test_every_optimizer_goes_on_exactly(folder: Path, tiny_model: Path, optim: 
     ],
     ids=lambda recipe: recipe["method"],
 )  # fmt: skip
-def test_other_methods_than_lora_go_on_exactly(folder: Path, tiny_model: Path, recipe: dict[str, Any]) -> None:
-    assert kills(folder, tiny_model, recipe={**recipe, "merge": False}, passes=[ROWS + 3])[f"pass {ROWS + 3}"]["resumed"]
+def test_other_methods_than_lora_resume_exactly(folder: Path, tiny_model: Path, recipe: dict[str, Any]) -> None:
+    assert kills(folder, tiny_model, recipe={**recipe, "merge": False}, passes=[PACKED_ROWS + 3])[f"pass {PACKED_ROWS + 3}"]["resumed"]
 
 
-def test_early_stopping_and_grouping_by_length_go_on_exactly(folder: Path, tiny_model: Path) -> None:
+def test_early_stopping_and_grouping_by_length_resume_exactly(folder: Path, tiny_model: Path) -> None:
     from dagster_project.core.records import read_table, write_table
     from dagster_project.stages.tokenized import row_schema
 
@@ -316,18 +244,18 @@ def test_early_stopping_and_grouping_by_length_go_on_exactly(folder: Path, tiny_
     rows = [{**row, "example_ids": row["example_ids"][:1], "lengths": [sum(row["lengths"])]} for row in read_table(path)]
     write_table(path, rows, row_schema())
     recipe = {"num_train_epochs": 9, "learning_rate": 0.3, "early_stopping_patience": 1, "group_by_length": True, "save_strategy": "epoch"}
-    found = kills(folder, tiny_model, recipe=recipe, passes=[ROWS + 2])
-    assert found[f"pass {ROWS + 2}"]["resumed"]
+    found = kills(folder, tiny_model, recipe=recipe, passes=[PACKED_ROWS + 2])
+    assert found[f"pass {PACKED_ROWS + 2}"]["resumed"]
     assert len(json.loads((folder / "whole" / "report.json").read_text())["validation_loss"]) < 10, "it did not stop early"
 
 
-def test_a_training_killed_in_the_sweep_or_after_it_chooses_the_same_and_ends_in_the_same_bytes(folder: Path, tiny_model: Path) -> None:
+def test_a_training_killed_during_or_after_the_sweep_ends_in_the_same_bytes(folder: Path, tiny_model: Path) -> None:
     recipe = {"learning_rate": "auto", "max_steps": 4}
     code, _, said = finish(start(folder, tiny_model, name="probe", recipe=recipe))
     assert code == 0, said
     trials = len(json.loads((folder / "probe" / "training.json").read_text())["sweep"]) - 1  # the first point is from before training
     assert trials > 1
-    in_sweep, after = ROWS + 3, trials * ROWS + 6  # each trial takes the epoch that the training takes
+    in_sweep, after = PACKED_ROWS + 3, trials * PACKED_ROWS + 6  # each trial takes the epoch that the training takes
     found = kills(folder, tiny_model, recipe=recipe, passes=[in_sweep, after])
     assert [one["resumed"] for one in found.values()] == [False, True]
     begun = [(folder / f"{name}.log").read_text().count("training: step 0, validation loss") for name in found]
@@ -340,13 +268,13 @@ def test_two_processes_give_identical_bytes(folder: Path, tiny_model: Path, thre
     for number, name in enumerate(("first", "second")):
         code, _, said = finish(start(folder, tiny_model, hash_seed=number, name=name, threads=threads))
         assert code == 0, said
-    first, second = made(folder, "first"), made(folder, "second")
+    first, second = output_files(folder, "first"), output_files(folder, "second")
     assert {"adapter_model.safetensors", "training.json", "examples.parquet", "loss.csv", "report.json"} < set(first)
     assert first == second
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_training_saves_a_checkpoint_and_says_where_it_goes_on(folder: Path, tiny_model: Path, number: int) -> None:
+def test_a_stopped_training_saves_a_checkpoint_and_logs_its_step(folder: Path, tiny_model: Path, number: int) -> None:
     make_data(folder, rows=30, threads=2)  # long rows: time enough to stop it
     recipe = {"num_train_epochs": 16, "save_strategy": "no", "gradient_accumulation_steps": 4}
     process = start(folder, tiny_model, name="stopped", recipe=recipe)
@@ -366,7 +294,7 @@ def test_a_stopped_training_saves_a_checkpoint_and_says_where_it_goes_on(folder:
         code, _, said = finish(start(folder, tiny_model, name=name, recipe=recipe))
         assert code == 0, said
         assert (f"resuming from the checkpoint of step {step} of 128" in said) == (name == "stopped")
-    assert made(folder, "stopped") == made(folder, "whole")
+    assert output_files(folder, "stopped") == output_files(folder, "whole")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What tuning made a model forget: lm-evaluation-harness's own figures, paired, and a warning only where they say so."""
+"""Forgetting through tuning: figures of lm-evaluation-harness, paired, and a warning only if they support it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_benchmarks import jsonl
+from builders.files import jsonl
 
 from dagster_project.core.errors import InputError
 from dagster_project.evaluation.retention import accuracies, ask, forgot, read_benchmarks, retained
@@ -84,7 +84,7 @@ def test_batch_size_changes_no_answer(questions: Any, model: Any, tiny_tokenizer
     assert many == ask(model, tiny_tokenizer, questions, 16, "test"), "a second run is the same to the last bit"
 
 
-def test_weights_that_tuning_took_apart_stay_apart(questions: Any, model: Any, tiny_tokenizer: Any) -> None:
+def test_untied_weights_stay_untied(questions: Any, model: Any, tiny_tokenizer: Any) -> None:
     head = model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone() * 2)
     ask(model, tiny_tokenizer, questions, 16, "test")
     assert model.lm_head.weight is head and head is not model.get_input_embeddings().weight
@@ -106,7 +106,7 @@ def rows(correct: str, nats: float, subjects: str = "aabb") -> list[dict[str, An
     ]
 
 
-def test_base_and_tuned_are_paired_by_question_and_told_by_subject() -> None:
+def test_base_and_tuned_are_paired_by_question_and_reported_by_subject() -> None:
     found = retained(rows("yyyn", -2.0), rows("yynn", -2.5)[::-1])
     assert {name: (f["accuracy"]["base"], f["accuracy"]["tuned"], f["questions"]) for name, f in found.items()} == {
         "overall": (0.75, 0.5, 4), "a": (1.0, 1.0, 2), "b": (0.5, 0.0, 2),
@@ -117,7 +117,7 @@ def test_base_and_tuned_are_paired_by_question_and_told_by_subject() -> None:
     assert found["overall"]["accuracy"]["difference"] == -0.25 and found["a"]["accuracy"]["interval"] == [0, 0]
 
 
-def test_what_was_not_asked_is_not_compared() -> None:
+def test_models_with_different_questions_are_not_compared() -> None:
     assert retained([], []) == retained(rows("y", 0), []) == {} and forgot("head", {}, 0.05) == []
 
 
@@ -135,7 +135,7 @@ def test_what_was_not_asked_is_not_compared() -> None:
     ],
     ids=["at the threshold", "less accurate", "a little less likely", "less likely", "both", "learnt", "one outlier"],
 )  # fmt: skip
-def test_a_variant_that_forgot_is_warned_of_with_the_remedies(base: Any, tuned: Any, signs: list[str]) -> None:
+def test_forgetting_is_a_warning_with_remedies(base: Any, tuned: Any, signs: list[str]) -> None:
     words = forgot("lora", retained(base, tuned), 0.05)
     assert len(words) == bool(signs)
     for word in words:

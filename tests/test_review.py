@@ -1,4 +1,4 @@
-"""Waivers and the review file: every decision names a row, gives a reason, and is refused if it says something else."""
+"""Waivers and the review file: every decision names a row and a reason, and invalid ones are refused."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders.records import ask, placed
 from pydantic import ValidationError
-from test_checks import ask, placed
 
 from dagster_project.core.errors import InputError
 from dagster_project.curation.checks.checks import Rules
@@ -19,7 +19,7 @@ from dagster_project.curation.checks.review import COLUMNS, Waiver, queue, read_
 WAIVER: dict[str, Any] = {"check": "pii", "rows": ["a.jsonl:3"], "reason": "our own address", "expires": date(2026, 6, 30)}
 
 
-def test_a_waiver_holds_through_its_last_day_and_is_refused_after_it() -> None:
+def test_a_waiver_is_valid_through_its_last_day_and_refused_after_it() -> None:
     waiver = Waiver(**WAIVER)
     refuse_expired([waiver], "instructions.waivers", date(2026, 6, 30))
     with pytest.raises(InputError, match=r"instructions\.waivers\.0: the waiver for pii expired on 2026-06-30"):
@@ -51,7 +51,7 @@ def filled(path: Path, *changes: dict[str, str]) -> Path:
     return path
 
 
-def test_what_is_filled_in_is_read_and_the_rest_still_waits(tmp_path: Path) -> None:
+def test_completed_decisions_are_read_and_the_rest_stay_open(tmp_path: Path) -> None:
     path = filled(
         tmp_path / "r.csv", {"decision": "accept", "reason": "fine"}, {}, {"decision": "Edit", "reason": "clearer", "new_response": "Yes."}
     )
@@ -74,7 +74,7 @@ def test_a_cell_that_a_spreadsheet_would_run_is_made_harmless(tmp_path: Path) ->
         ({"decision": "edit", "reason": "x"}, "row 1: edit, but neither new_prompt nor new_response"),
     ],
 )
-def test_a_decision_that_says_nothing_is_refused_by_row(change: dict[str, str], message: str, tmp_path: Path) -> None:
+def test_an_invalid_decision_is_refused_by_row(change: dict[str, str], message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         read_decisions(filled(tmp_path / "r.csv", change))
 
@@ -82,7 +82,7 @@ def test_a_decision_that_says_nothing_is_refused_by_row(change: dict[str, str], 
 @pytest.mark.parametrize(
     ("content", "message"), [(b"a,b\n1,2\n", "no column"), (b"\xff\xfe", "not UTF-8"), (b'example_id,check,decision,reason\n"x', "not CSV")]
 )
-def test_a_file_that_is_no_review_file_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
+def test_an_invalid_review_file_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "r.csv").write_bytes(content)
     with pytest.raises(InputError, match=message):
         read_decisions(tmp_path / "r.csv")

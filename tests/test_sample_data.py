@@ -1,4 +1,4 @@
-"""The sample data is what the README says it is: original messages, balanced sets, and exactly the planted defects."""
+"""The sample data matches the README: original messages, balanced sets, and exactly the planted defects."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def triage(cured: Cured) -> list[dict[str, Any]]:
     return [record for record in cured[1] if record["source"].startswith("data/sources/triage_")]
 
 
-def test_no_two_messages_share_six_words_in_a_row_but_the_planted_ones() -> None:
+def test_only_the_planted_messages_share_six_words_in_a_row() -> None:
     holders: dict[tuple[str, ...], set[str]] = defaultdict(set)
     for place, text in customer_messages().items():
         words = re.findall(r"[a-z0-9']+", text.lower())
@@ -124,7 +124,7 @@ def test_there_are_enough_replies(cured: Cured) -> None:
     assert sum(record["source"].endswith("replies_messages.jsonl") for record in cured[1]) >= 120
 
 
-def test_there_are_enough_preference_pairs_with_a_test_part_of_their_own() -> None:
+def test_there_are_enough_preference_pairs_with_a_test_split() -> None:
     pairs = jsonl("preferences.jsonl")
     assert len(pairs) >= 320
     assert {name: n for name, n in Counter(pair["split"] for pair in pairs).items() if name != "train"} == {"test": 96}
@@ -132,7 +132,7 @@ def test_there_are_enough_preference_pairs_with_a_test_part_of_their_own() -> No
 
 
 @pytest.mark.parametrize("parts", [("train", "test"), ("test",)])
-def test_length_does_not_tell_the_chosen_reply(parts: tuple[str, ...]) -> None:
+def test_length_does_not_predict_the_chosen_reply(parts: tuple[str, ...]) -> None:
     pairs = [pair for pair in jsonl("preferences.jsonl") if pair["split"] in parts]
     longer = sum(len(pair["chosen"][-1]["content"]) > len(pair["rejected"][-1]["content"]) for pair in pairs)
     assert 0.45 <= longer / len(pairs) <= 0.55

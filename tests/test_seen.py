@@ -1,4 +1,4 @@
-"""A training can be watched with both front ends while it runs, and what is shown decides nothing: no version, no status, no byte that is tracked."""
+"""Live curves are shown in both front ends during a training and affect no version, status or tracked byte."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import dagster as dg
 import pytest
-import small_pipeline as mini
+from builders import small_pipeline
 from conftest import dvc
 
 from dagster_project.core.curves import thinned
@@ -30,7 +30,7 @@ LORA = asset_key("adapter@lora")
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    return mini.make_project(tmp_path / "pipeline")
+    return small_pipeline.make_project(tmp_path / "pipeline")
 
 
 def point(step: int) -> dict[str, float]:
@@ -66,7 +66,7 @@ def test_a_live_table_is_whole_whenever_it_is_read(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "live").iterdir()) == sorted(f"{name}.csv" for name in LIVE)
 
 
-def test_a_live_table_is_written_seldom_at_the_end_and_never_mixed_with_an_earlier_training(tmp_path: Path) -> None:
+def test_a_live_table_is_throttled_completed_at_the_end_and_never_mixed_with_an_earlier_training(tmp_path: Path) -> None:
     live_writer(tmp_path)([{"step": 1, "validation_loss": 1.0}], now=True)
     show = live_writer(tmp_path, every=60)
     assert not tmp_path.exists()
@@ -92,13 +92,13 @@ def live_of(root: Path) -> Path:
     return root / "data/live/adapter/lora"
 
 
-def test_a_run_can_be_watched_with_both_front_ends_and_nothing_is_decided_by_it(
+def test_live_data_is_shown_in_both_front_ends_and_changes_no_status(
     root: Path, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dagster_project.orchestration.dvc.WATCH", 0.2)
     monkeypatch.setenv("STEPS", "3")
     write_text(live_of(root) / "loss.csv", "step,loss\n9,9.0\n")  # of an earlier run
-    done = mini.materialize(root, instance, ["raw", "inst", "tok", "adapter@lora"])
+    done = small_pipeline.materialize(root, instance, ["raw", "inst", "tok", "adapter@lora"])
     assert done.success
     seen = observations(instance)
     assert {"step": 1, "loss": 1.0, "tokens_per_second": 100.0} in seen
@@ -112,16 +112,16 @@ def test_a_run_can_be_watched_with_both_front_ends_and_nothing_is_decided_by_it(
     assert "tokens_per_second" not in (root / state.report).read_text()
     (root / "data/pages/adapter/lora/measured.json").write_text(json.dumps({**measured, "output_sha256": "of another version"}))
     assert "tokens_per_second" not in describe(root, state)
-    sync(root, instance, mini.STREET)
-    assert sync(root, instance, mini.STREET) == []
-    changed = mini.changed_in_dvc(root)
-    assert mini.not_fresh(root, instance) == changed == {"adapter@dora", "cmp"}
+    sync(root, instance, small_pipeline.PIPELINE)
+    assert sync(root, instance, small_pipeline.PIPELINE) == []
+    changed = small_pipeline.changed_in_dvc(root)
+    assert small_pipeline.not_fresh(root, instance) == changed == {"adapter@dora", "cmp"}
 
     # the other front end, and a kill in the middle
     values = json.loads((root / "params.yaml").read_text())
     values["variants"]["lora"]["r"] = 9
     (root / "params.yaml").write_text(json.dumps(values))
-    before = mini.changed_in_dvc(root)
+    before = small_pipeline.changed_in_dvc(root)
     monkeypatch.setenv("STEPS", "100")
     shutil.rmtree(live_of(root))
     process = subprocess.Popen([sys.executable, "-m", "dvc", "repro", "-q", "-s", "adapter@lora"], cwd=root, start_new_session=True)
@@ -134,7 +134,7 @@ def test_a_run_can_be_watched_with_both_front_ends_and_nothing_is_decided_by_it(
     assert '"loss": "' in json.dumps(shown["data/live/adapter/lora/loss.csv"])
     process.kill()
     process.wait(30)
-    assert mini.changed_in_dvc(root) == before
+    assert small_pipeline.changed_in_dvc(root) == before
 
 
 def test_the_page_shows_curves_weights_memory_spans_and_settings_and_hostile_text_is_harmless(tiny_model: Path, tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_the_page_shows_curves_weights_memory_spans_and_settings_and_hostile_tex
     assert {path.stem for path in ctx.live.iterdir()} == set(LIVE)
 
 
-def test_a_method_whose_memory_cannot_be_told_without_weights_has_no_prediction(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_method_whose_memory_depends_on_weights_has_no_prediction(tiny_model: Path, tmp_path: Path) -> None:
     import torch
 
     from dagster_project.core.records import write_table

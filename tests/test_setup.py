@@ -1,4 +1,4 @@
-"""A clone with nothing but Python and make becomes a working project."""
+"""A clone with only Python and make becomes a working project."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from conftest import ROOT, run
 HEAVY = ("torch", "transformers", "datasets", "great_expectations", "trl", "peft", "pandera", "sklearn", "pyarrow", "polars", "matplotlib")
 
 
-def test_dagster_selects_assets_by_name_although_dvc_brings_an_older_parser() -> None:
+def test_dagster_selects_assets_by_name_despite_the_older_parser_of_dvc() -> None:
     from dagster import AssetKey, AssetSelection
 
     from dagster_project.definitions import defs
@@ -23,7 +23,7 @@ def test_dagster_selects_assets_by_name_although_dvc_brings_an_older_parser() ->
     assert AssetSelection.from_string('key:"splits"+').resolve(graph) >= {AssetKey("splits"), AssetKey("tokenized")}
 
 
-def test_freshness_of_the_board_is_an_example_that_is_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_freshness_of_the_comparison_is_an_example_that_is_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dagster import AssetKey
 
     from dagster_project.definitions import defs
@@ -36,13 +36,13 @@ def test_freshness_of_the_board_is_an_example_that_is_off(tmp_path: Path, monkey
         assert instance.get_settings("freshness") == {"enabled": False}
 
 
-def test_loading_the_definitions_imports_nothing_heavy() -> None:
+def test_loading_the_definitions_imports_no_heavy_library() -> None:
     code = f"import sys, json, dagster_project.definitions; print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []
 
 
-def test_the_help_text_imports_nothing_heavy_and_names_every_command() -> None:
+def test_the_help_text_imports_no_heavy_library_and_lists_every_command() -> None:
     code = f"""import sys, json
 from dagster_project.__main__ import main
 try: main(["--help"])

@@ -81,7 +81,7 @@ SHORT, LONG, OTHER = (
 )
 
 
-def test_positions_start_anew_for_each_example_and_its_first_token_is_no_label() -> None:
+def test_positions_restart_for_each_example_and_its_first_token_has_no_label() -> None:
     row, other = packed(example([5, 6], 1), example([7], 0)), example([8, 9, 10, 11, 12], 3, weight=2.0)
     batch = collate_packed([row | {"row": 4}, other])
     assert batch.pop("max_length_q") == 5
@@ -163,7 +163,7 @@ def test_where_torch_lacks_flash_attention_one_call_with_a_mask_is_chosen(monkey
     assert attention_for(torch.device("cuda"), torch.bfloat16) == "sdpa"
 
 
-def test_flash_attention_is_asked_for_what_the_other_ways_compute(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attention_gets_the_arguments_of_the_other_implementations(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     an_ampere_gpu(monkeypatch)
     batch, found = collate_packed([packed(SHORT, LONG), OTHER]), {}
     batch.pop("labels")
@@ -187,7 +187,7 @@ def test_flash_attention_is_asked_for_what_the_other_ways_compute(model: Any, mo
     assert (found["by_example"][0, 5:7] - found["by_example"][0, 0:2]).abs().max() / size > 0.1, "all tokens are alike, so nothing is shown"
 
 
-def test_flash_attention_keeps_to_the_window_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attention_respects_the_sliding_window(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {}
     monkeypatch.setattr(
         "torch.nn.attention.varlen.varlen_attn", lambda q, *_, window_size, **__: asked.update(window=window_size) or torch.zeros_like(q)
@@ -212,7 +212,7 @@ def test_packed_examples_never_attend_to_each_other(model: Any, device: str) -> 
     assert (leaking - alone[1]).abs().max() > 0.1, "the examples do not affect each other anyway, so nothing is shown"
 
 
-def test_examples_set_apart_have_the_logits_that_each_has_alone(model: Any) -> None:
+def test_padded_examples_have_the_logits_of_single_examples(model: Any) -> None:
     batch = collate_padded([packed(SHORT, LONG), OTHER])
     with torch.no_grad():
         together = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -221,7 +221,7 @@ def test_examples_set_apart_have_the_logits_that_each_has_alone(model: Any) -> N
             torch.testing.assert_close(found[: len(alone)], alone, atol=1e-5, rtol=1e-5)
 
 
-def test_liger_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_liger_is_refused_on_unsupported_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = SftParams(use_liger_kernel=True)
     with pytest.raises(
         InputError, match=re.escape("adapter.x.use_liger_kernel: Liger is not installed\nhint: pip install 'pedigree[gpu]'")
@@ -232,7 +232,7 @@ def test_liger_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -
         refuse_mistakes(recipe, "adapter.x", [[3]], validates=True)
 
 
-def test_liger_leaves_the_loss_to_us_and_refuses_a_model_it_does_not_know(
+def test_liger_does_not_replace_the_loss_and_refuses_an_unsupported_model(
     model: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import sys
@@ -271,7 +271,7 @@ def test_the_training_loss_is_the_weighted_mean_cross_entropy_of_the_batch(model
     assert [point["loss"] for point in curve] == pytest.approx([wanted], abs=1e-4)
 
 
-def test_accumulated_passes_count_the_same(model: Any, tiny_tokenizer: Any) -> None:
+def test_gradient_accumulation_gives_the_same_loss(model: Any, tiny_tokenizer: Any) -> None:
     wanted = sum(weighted_mean(losses_alone(model, one)) for one in (LONG, OTHER)) / 2
     recipe = SftParams(gradient_accumulation_steps=2, num_train_epochs=1)
     curve = train(tunable(model), tiny_tokenizer, Dataset.from_list([LONG, OTHER]), None, recipe, COMPUTE).curve
@@ -298,7 +298,7 @@ def test_the_validation_loss_before_the_first_step_is_the_plain_mean_per_token(m
     ],
     ids=["plain", "batch and accumulation", "accumulation that does not divide", "max_steps stops early", "max_steps beyond the epochs"],
 )
-def test_steps_says_how_many_steps_are_taken(model: Any, tiny_tokenizer: Any, rows: int, recipe: SftParams) -> None:
+def test_steps_predicts_the_number_of_steps(model: Any, tiny_tokenizer: Any, rows: int, recipe: SftParams) -> None:
     curve = train(tunable(model), tiny_tokenizer, Dataset.from_list([OTHER] * rows), None, recipe, COMPUTE).curve
     assert [point["step"] for point in curve] == list(range(1, steps(rows, recipe) + 1))
 
@@ -360,7 +360,7 @@ def test_checkpointing_is_on_where_memory_is_short_and_changes_no_byte(
 
 
 @pytest.mark.skipif(hardware._glibc_function("malloc_trim") is None, reason="another C library than glibc")
-def test_what_lies_free_between_blocks_goes_back_to_the_kernel_once_there_is_much_of_it() -> None:
+def test_large_free_memory_between_blocks_is_returned_to_the_kernel() -> None:
     code = """
 import psutil
 from dagster_project.training.methods.hardware import memory_trimmer
@@ -379,7 +379,7 @@ assert abs(given[0]) < 5_000_000 and given[1] > 150_000_000, given
     assert done.returncode == 0, done.stderr
 
 
-def test_the_best_weights_of_adalora_keep_the_ranks_that_they_had(tokenized: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_the_best_weights_of_adalora_keep_their_ranks(tokenized: Path, tiny_model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     ranks = {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 3, "deltaT": 3, "target_modules": ["q_proj", "v_proj"]}
@@ -410,7 +410,7 @@ def test_a_tracker_gets_the_curve_and_changes_no_byte(
     assert watched == alone
 
 
-def test_progress_tells_how_long_is_left(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_progress_reports_the_remaining_time(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     now = [0.0]
     monkeypatch.setattr("dagster_project.core.progress.time.monotonic", lambda: now[0])
     progress = Progress("training", 100, "step")
@@ -424,7 +424,7 @@ def test_progress_tells_how_long_is_left(monkeypatch: pytest.MonkeyPatch, caplog
     ]
 
 
-def test_a_head_is_said_to_have_seen_no_example_that_it_did_not_read(tokenized: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_head_records_only_the_examples_it_read(tokenized: Path, tiny_model: Path, tmp_path: Path) -> None:
     [row, _] = read_table(tokenized / "train.parquet")
     rows = [packed(*({**row, "example_ids": [name]} for name in names)) for names in (("a", "b"), ("c",))]
     write_table(
@@ -494,7 +494,7 @@ def test_a_checkpoint_is_of_this_data_template_tokenizer_model_parameters_thread
         assert differs() == changed
 
 
-def test_the_proof_says_what_moved_and_what_did_not(tokenized: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_the_weight_audit_reports_what_changed_and_what_did_not(tokenized: Path, tiny_model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     report = tune(tokenized, tiny_model, tmp_path / "adapter")
@@ -541,7 +541,7 @@ def test_the_examples_are_listed_in_the_order_seen(tmp_path: Path, tiny_model: P
     ]
 
 
-def test_a_group_that_does_not_move_blocks(tokenized: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_group_of_weights_without_change_blocks(tokenized: Path, tiny_model: Path, tmp_path: Path) -> None:
     report = tune(tokenized, tiny_model, tmp_path / "adapter", max_steps=1, warmup_steps=0)  # B is zero, so A's first gradient is
     failed = report.failures[0]
     assert (failed.name, failed.note) == ("trained_what_it_should", "did not move: lora_A")
@@ -561,7 +561,7 @@ def test_a_frozen_weight_that_changes_blocks(tokenized: Path, tiny_model: Path, 
     assert (failed.name, failed.note) == ("trained_what_it_should", "a frozen weight changed")
 
 
-def test_a_loss_that_is_no_number_stops_at_once_and_names_the_examples(tokenized: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_at_once_and_names_the_examples(tokenized: Path, tiny_model: Path, tmp_path: Path) -> None:
     bad = SHORT | {"example_ids": ["bad"], "weights": [float("nan")] * 5}
     write_table(tmp_path / "tokenized" / "train.parquet", [*([OTHER] * 3), bad], row_schema())
     report = tune(tokenized, tiny_model, tmp_path / "adapter", epochs=1)
@@ -572,7 +572,7 @@ def test_a_loss_that_is_no_number_stops_at_once_and_names_the_examples(tokenized
     assert list((tmp_path / "adapter").glob("*")) == []
 
 
-def test_a_gradient_that_is_no_number_stops_before_it_is_saved(
+def test_a_gradient_that_is_not_finite_stops_before_saving(
     tokenized: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import Trainer
@@ -616,7 +616,7 @@ def test_running_out_of_memory_is_one_message_with_advice(
     assert "; per_device_train_batch_size: 1 with gradient_accumulation_steps: 2 would take" in then, then
 
 
-def test_other_errors_are_not_called_a_lack_of_memory(
+def test_other_errors_are_not_reported_as_out_of_memory(
     tokenized: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> Any:
@@ -627,13 +627,15 @@ def test_other_errors_are_not_called_a_lack_of_memory(
         tune(tokenized, tiny_model, tmp_path / "adapter")
 
 
-def test_a_full_disk_is_told_before_training(tokenized: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_before_training(
+    tokenized: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**15))
     with pytest.raises(PedigreeError, match=r"adapter.x: checkpoints and output need about 0 MiB of disk, and 0 MiB are free in"):
         tune(tokenized, tiny_model, tmp_path / "adapter")
 
 
-def test_mistakes_are_told_all_at_once_before_the_model_is_loaded(tokenized: Path, tmp_path: Path) -> None:
+def test_all_mistakes_are_reported_before_the_model_is_loaded(tokenized: Path, tmp_path: Path) -> None:
     write_table(tokenized / "validation.parquet", [], row_schema())
     write_table(tokenized / "train.parquet", [packed(SHORT, LONG)], row_schema())
     lengths = [row["lengths"] for row in read_table(tokenized / "train.parquet")]
@@ -679,7 +681,7 @@ def test_the_best_epochs_weights_are_the_ones_kept(model: Any, tiny_tokenizer: A
     assert sum(alone) / len(alone) == pytest.approx(loss, abs=1e-4)
 
 
-def test_smoothed_labels_give_the_documented_loss_and_leave_validation_plain(model: Any, tiny_tokenizer: Any) -> None:
+def test_label_smoothing_gives_the_documented_loss_and_does_not_affect_validation(model: Any, tiny_tokenizer: Any) -> None:
     with torch.no_grad():
         scores = model(torch.tensor([OTHER["input_ids"]])).logits[0].log_softmax(-1)
     targets = [(scores[i - 1], t) for i, t in enumerate(OTHER["labels"]) if t != IGNORE]
@@ -691,7 +693,7 @@ def test_smoothed_labels_give_the_documented_loss_and_leave_validation_plain(mod
     assert course.validation[0][1] == pytest.approx(plain, abs=1e-4)
 
 
-def test_noise_is_scaled_by_each_examples_length_and_only_while_training() -> None:
+def test_neftune_noise_is_scaled_by_example_length_and_used_in_training_only() -> None:
     embeddings = torch.nn.Embedding(10, 16)
     handle = add_noise(embeddings, 5.0, collate_packed([packed(SHORT, OTHER)]))
     ids = torch.zeros(1, 9, dtype=torch.int64)
@@ -708,7 +710,7 @@ def test_noise_is_scaled_by_each_examples_length_and_only_while_training() -> No
     assert torch.equal(embeddings(ids), plain)
 
 
-def test_rows_of_like_length_share_a_step(model: Any, tiny_tokenizer: Any) -> None:
+def test_rows_of_similar_length_share_a_step(model: Any, tiny_tokenizer: Any) -> None:
     rows = [example(list(range(3, 3 + 4 + n % 2 * 20)), 1) for n in range(40)]
     recipe = SftParams(group_by_length=True, per_device_train_batch_size=4, num_train_epochs=2)
     course = train(tunable(model), tiny_tokenizer, Dataset.from_list(rows), None, recipe, COMPUTE)

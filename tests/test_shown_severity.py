@@ -1,4 +1,4 @@
-"""A finding is as severe in Dagster as on the data-quality page."""
+"""A finding has the same severity in Dagster and on the data-quality page."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def in_dagster(root: Path, check: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize(("severity", "passed", "count"), product(("error", "warn", "info"), (True, False), (0, 4)))
-def test_every_finding_is_shown_as_severe_in_dagster_as_on_the_page(tmp_path: Path, severity: str, passed: bool, count: int) -> None:
+def test_every_finding_has_the_same_severity_in_dagster_and_on_the_page(tmp_path: Path, severity: str, passed: bool, count: int) -> None:
     finding = {"check": "pii", "severity": severity, "passed": passed, "count": count, "dropped": count if passed else 0, "elsewhere": 0, "waived": 0,
                "rows": [], "places": [], "examples": [], "truth": "", "note": "", "next": "", "matches": []}  # fmt: skip
     assert {"info": "passed"}.get(on_the_page(finding), on_the_page(finding)) == in_dagster(tmp_path, finding)

@@ -1,4 +1,4 @@
-"""What belongs together stays together, labels and shares are kept, the finished splits are proven apart, and only content and seed decide."""
+"""Groups stay together, labels and shares are kept, finished splits are verified, and only content and seed decide."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ calm = settings(deadline=None, max_examples=80)
 
 @given(rows=rows_of_groups, shares=shares, seed=seeds)
 @calm
-def test_groups_never_straddle(rows: list[tuple[str, str]], shares: dict[str, float], seed: int) -> None:
+def test_groups_are_never_divided_between_splits(rows: list[tuple[str, str]], shares: dict[str, float], seed: int) -> None:
     groups, strata = zip(*rows, strict=True)
     dealt = assign(groups, strata, shares, seed)
     assert len(set(zip(groups, dealt, strict=True))) == len(set(groups))
@@ -47,7 +47,7 @@ def test_groups_never_straddle(rows: list[tuple[str, str]], shares: dict[str, fl
 
 @given(strata=st.lists(st.sampled_from("xyz"), min_size=1, max_size=80), shares=shares, seed=seeds)
 @calm
-def test_each_stratum_gives_its_share_to_the_row(strata: list[str], shares: dict[str, float], seed: int) -> None:
+def test_each_stratum_gives_its_exact_share(strata: list[str], shares: dict[str, float], seed: int) -> None:
     dealt = assign([f"group {i}" for i in range(len(strata))], strata, shares, seed)
     counted = Counter(zip(strata, dealt, strict=True))
     for stratum, rows in Counter(strata).items():
@@ -76,7 +76,7 @@ def test_the_order_of_rows_does_not_matter(rows: list[tuple[str, str]], seed: in
     assert by_id(rows) == by_id(shuffled)
 
 
-def test_another_seed_gives_another_deal() -> None:
+def test_another_seed_gives_other_splits() -> None:
     groups = [f"group {i}" for i in range(40)]
     assert assign(groups, [""] * 40, SHARES, 1) != assign(groups, [""] * 40, SHARES, 2)
 
@@ -87,14 +87,14 @@ def test_a_new_row_moves_few_others() -> None:
     assert sum(old != new for old, new in zip(before, after, strict=False)) <= 4
 
 
-def test_a_planted_straddle_is_found() -> None:
+def test_a_planted_leak_between_splits_is_found() -> None:
     groups = ["a", "a", "b", "b", "c"]
     assert straddling(groups, ["train", "train", "test", "test", "train"]) == []
     assert straddling(groups, ["train", "train", "train", "test", "train"]) == ["b"]
     assert straddling(groups, ["test", "train", "train", "test", "train"]) == ["a", "b"]
 
 
-def test_no_rows_straddle_nothing() -> None:
+def test_an_empty_set_has_no_leak() -> None:
     assert straddling([], []) == []
 
 
@@ -119,7 +119,7 @@ def dealt_out(rows: Sequence[tuple[str, str | None, str | None, str]], seed: int
 
 @given(rows=wholes, seed=seeds)
 @calm
-def test_rows_with_a_common_group_or_key_stand_in_one_split(rows: list[tuple[str, str | None, str | None, str]], seed: int) -> None:
+def test_rows_with_a_common_group_or_key_are_in_one_split(rows: list[tuple[str, str | None, str | None, str]], seed: int) -> None:
     kept = [(row, split) for row, split in zip(rows, dealt_out(rows, seed), strict=True) if split != DROPPED]
     for at in (0, 1):
         pairs = {(row[at], split) for row, split in kept if row[at] is not None}
@@ -128,7 +128,7 @@ def test_rows_with_a_common_group_or_key_stand_in_one_split(rows: list[tuple[str
 
 @given(rows=wholes, seed=seeds)
 @calm
-def test_every_row_goes_to_one_split_or_is_dropped_for_a_row_held_out_more_strictly(
+def test_every_row_is_in_one_split_or_dropped_for_a_more_strictly_held_out_row(
     rows: list[tuple[str, str | None, str | None, str]], seed: int
 ) -> None:
     groups, keys, labels, strata = zip(*rows, strict=True)
@@ -142,7 +142,7 @@ def test_every_row_goes_to_one_split_or_is_dropped_for_a_row_held_out_more_stric
 
 @given(rows=wholes, seed=seeds)
 @calm
-def test_a_label_is_kept_unless_the_row_is_dropped_or_train_must_give_a_split_that_no_label_names(
+def test_a_label_is_kept_unless_the_row_is_dropped_or_a_split_without_labels_is_taken_from_train(
     rows: list[tuple[str, str | None, str | None, str]], seed: int
 ) -> None:
     dealt = dealt_out(rows, seed)
@@ -196,14 +196,14 @@ def test_a_validation_row_is_dropped_for_test_and_a_train_row_for_validation() -
     assert fate == [DROPPED, "test", DROPPED, "validation"]
 
 
-def test_a_split_that_no_label_names_is_dealt_out_of_train() -> None:
+def test_a_split_without_labels_is_assigned_from_train() -> None:
     groups = [f"group {i}" for i in range(200)]
     labels = ["train"] * 150 + ["test"] * 50
     found = assign_splits(groups, [None] * 200, labels, [""] * 200, {"test": 0.2, "validation": 0.1}, 7)
     assert Counter(zip(labels, found.splits, strict=True)) == {("train", "train"): 135, ("train", "validation"): 15, ("test", "test"): 50}
 
 
-def test_rows_without_a_label_are_dealt_out_by_share_of_themselves() -> None:
+def test_rows_without_a_label_are_assigned_by_their_own_shares() -> None:
     labels = [*(["train"] * 50 + ["validation"] * 20 + ["test"] * 30), *[None] * 100]
     found = assign_splits([f"group {i}" for i in range(200)], [None] * 200, labels, [""] * 200, {"test": 0.2, "validation": 0.1}, 7)
     assert found.splits[:100] == labels[:100]
@@ -224,7 +224,7 @@ def test_large_units_fill_the_shares_as_far_as_they_can() -> None:
     assert Counter(found.splits) == {"train": 700, "validation": 100, "test": 200}
 
 
-def test_a_wanted_split_gets_the_unit_nearest_in_size_if_none_is_small_enough() -> None:
+def test_a_requested_split_gets_the_unit_nearest_in_size_if_none_is_small_enough() -> None:
     keys = ["big"] * 60 + ["middle"] * 30 + ["small"] * 10
     found = assign_splits([f"group {i}" for i in range(100)], keys, [None] * 100, [""] * 100, {"test": 0.2, "validation": 0.05}, 7)
     assert dict(zip(keys, found.splits, strict=True)) == {"big": "train", "middle": "validation", "small": "test"}
@@ -263,7 +263,7 @@ def proven(path: Path, all_rows: Sequence[dict[str, Any]] | None = None, **rows:
     )
 
 
-def test_near_copies_in_two_splits_are_found_although_their_groups_say_otherwise(tmp_path: Path) -> None:
+def test_near_copies_in_two_splits_are_found_despite_different_groups(tmp_path: Path) -> None:
     a, b = record(COPY, group="one"), record(NEARLY, group="another")
     found = proven(tmp_path, train=[b, record(OTHERS[0])], test=[a, record(OTHERS[1])])
     assert [(leak.place, leak.other, leak.why, leak.text) for leak in found.leaks] == [
@@ -294,7 +294,7 @@ def test_unrelated_rows_leak_nothing(tmp_path: Path) -> None:
     assert (found.leaks, found.leaking, found.unexpected) == ([], 0, [])
 
 
-def test_the_proof_counts_rare_runs_as_the_deal_did_where_test_against_train_would_not(tmp_path: Path) -> None:
+def test_verification_counts_rare_runs_over_all_rows_as_splitting_does(tmp_path: Path) -> None:
     """A template in 52 texts is boilerplate; among the 42 of train and test alone it would look rare, and all of them like copies."""
     rows = [
         record(f"Please sort the following message into its one right bin {'abcdefghijklmnopqrstuvwxyz'[i % 26] * 3}{i}") for i in range(52)
@@ -308,7 +308,7 @@ def test_the_proof_counts_rare_runs_as_the_deal_did_where_test_against_train_wou
     assert proven(tmp_path, train=train, validation=validation, test=test).leaks == []
 
 
-def test_held_out_rows_that_the_set_does_not_hold_are_found(tmp_path: Path) -> None:
+def test_held_out_rows_outside_the_set_are_found(tmp_path: Path) -> None:
     rows = [record(text) for text in OTHERS]
     found = proven(tmp_path, rows[:2], train=[rows[0]], test=[rows[1], rows[2]])
     assert found.unexpected == [f"test/{rows[2]['example_id']}"]
@@ -353,7 +353,7 @@ def standing(out: Path) -> dict[str, str]:
     return {row["example_id"]: name for name in SPLITS for row in read_records(out / name)}
 
 
-def test_the_stage_deals_every_row_into_one_of_three_folders(tmp_path: Path) -> None:
+def test_the_stage_writes_every_row_to_one_of_three_folders(tmp_path: Path) -> None:
     source = folder_of(tmp_path / "in", 80)
     report = run(splits.Params(test=0.2, validation=0.1), source, tmp_path / "out")
     dealt = {name: read_records(tmp_path / "out" / name) for name in ("train", "validation", "test")}
@@ -376,14 +376,14 @@ def test_the_same_seed_writes_the_same_bytes(tmp_path: Path) -> None:
     assert one == two
 
 
-def test_a_wanted_split_without_rows_stops_the_stage(tmp_path: Path) -> None:
+def test_a_requested_split_without_rows_stops_the_stage(tmp_path: Path) -> None:
     report = run(splits.Params(test=0.2, validation=0.1), folder_of(tmp_path / "in", 2), tmp_path / "out")
     assert [(check.name, check.note) for check in report.failures] == [
         ("schema", "no rows in: validation, test; the largest group of near-copies holds 2 rows and is not divided")
     ]
 
 
-def test_a_split_nobody_wants_may_be_empty(tmp_path: Path) -> None:
+def test_a_split_with_share_0_may_be_empty(tmp_path: Path) -> None:
     report = run(splits.Params(test=0.5, validation=0.0), folder_of(tmp_path / "in", 8), tmp_path / "out")
     assert report.failures == []
     assert read_records(tmp_path / "out" / "validation") == []
@@ -395,7 +395,7 @@ def test_shares_that_leave_nothing_to_train_on_are_refused() -> None:
         splits.Params(test=0.5, validation=0.5)
 
 
-def test_near_copies_with_wrong_groups_are_held_together_and_reported(tmp_path: Path) -> None:
+def test_near_copies_with_wrong_groups_are_kept_in_one_split_and_reported(tmp_path: Path) -> None:
     rows = [record(f"{COPY} number {i} {i}", group=f"wrong {i}") for i in range(6)] + [
         record(f"topic{i} word{i} thing{i} item{i} case{i}") for i in range(44)
     ]
@@ -405,7 +405,7 @@ def test_near_copies_with_wrong_groups_are_held_together_and_reported(tmp_path: 
     assert report.checks[0].note == "6 rows have near-copies in a group of another group_id; they were held together"
 
 
-def test_a_deal_that_went_by_wrong_groups_would_not_pass_the_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_splits_by_wrong_groups_do_not_pass_the_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [record(f"{COPY} number {i} {i} written to ann{i}@example.org", group=f"wrong {i}") for i in range(40)]
     monkeypatch.setattr(splits, "joined", lambda links: {})
     (failed,) = run(splits.Params(), written(tmp_path / "in", rows), tmp_path / "out").failures
@@ -439,27 +439,27 @@ def test_labels_are_kept_and_near_copies_of_test_rows_dropped_from_train(tmp_pat
     assert (line["source_row"], line["outcome"], line["why"]) == (13, "dropped:split_leakage", f"belongs to test/{test['example_id']}")
 
 
-def test_labels_of_some_rows_are_kept_and_the_others_dealt_out(tmp_path: Path) -> None:
+def test_labels_of_some_rows_are_kept_and_the_others_assigned(tmp_path: Path) -> None:
     rows = [labelled(("train", "validation", "test")[i % 3] if i < 9 else None, prompt) for i, prompt in enumerate(some(49))]
     report = run(splits.Params(test=0.2, validation=0.1), written(tmp_path / "in", rows), tmp_path / "out")
     assert report.metrics == {"train": 3 + 28, "validation": 3 + 4, "test": 3 + 8}
     assert report.checks[1].note == "9 of 49 rows have a split in their source; the other 40 were dealt out"
 
 
-def test_labels_are_not_kept_if_nobody_wants_them(tmp_path: Path) -> None:
+def test_labels_are_not_kept_if_turned_off(tmp_path: Path) -> None:
     rows = [labelled("train", prompt) for prompt in some(40)]
     report = run(splits.Params(keep_labels=False), written(tmp_path / "in", rows), tmp_path / "out")
     assert report.metrics == {"train": 28, "validation": 4, "test": 8}
 
 
-def test_an_upstream_train_split_alone_is_dealt_out_with_a_note(tmp_path: Path) -> None:
+def test_an_upstream_train_split_alone_is_divided_with_a_note(tmp_path: Path) -> None:
     rows = [labelled("train", prompt) for prompt in some(40)]
     report = run(splits.Params(), written(tmp_path / "in", rows), tmp_path / "out")
     assert report.metrics == {"train": 28, "validation": 4, "test": 8}
     assert report.checks[1].note.endswith("the source names no validation or test: dealt out of train")
 
 
-def test_a_source_is_never_divided_if_test_shall_hold_unseen_sources(tmp_path: Path) -> None:
+def test_a_source_is_never_divided_if_splits_are_by_source(tmp_path: Path) -> None:
     rows = [record(prompt, source=f"{'abc'[i % 3]}.jsonl") for i, prompt in enumerate(some(30))]
     report = run(splits.Params(by="source"), written(tmp_path / "in", rows), tmp_path / "out")
     where = standing(tmp_path / "out")
@@ -476,7 +476,7 @@ def test_two_sources_cannot_fill_three_splits(tmp_path: Path) -> None:
     assert failed.note.startswith("no rows in: validation") and "the largest source" in failed.note
 
 
-def test_a_category_is_never_divided_if_test_shall_hold_unseen_kinds(tmp_path: Path) -> None:
+def test_a_category_is_never_divided_if_splits_are_by_category(tmp_path: Path) -> None:
     rows = [record(prompt, category="abcdefghij"[i % 10]) for i, prompt in enumerate(some(50))]
     report = run(splits.Params(by="category"), written(tmp_path / "in", rows), tmp_path / "out")
     where = standing(tmp_path / "out")
@@ -513,7 +513,7 @@ def test_by_key_and_key_need_each_other() -> None:
         splits.Params(key="customer_id")
 
 
-def test_the_ledger_says_where_each_row_went(tmp_path: Path) -> None:
+def test_the_ledger_records_the_split_of_each_row(tmp_path: Path) -> None:
     rows = [labelled("test" if i == 0 else None, prompt) for i, prompt in enumerate(some(20))]
     run(splits.Params(), written(tmp_path / "in", rows), tmp_path / "out")
     lines = read_ledger(tmp_path / "out")
@@ -531,7 +531,7 @@ def test_the_ledger_says_where_each_row_went(tmp_path: Path) -> None:
     by=st.sampled_from(["group", "source", "key"]),
 )
 @settings(deadline=None, max_examples=25)
-def test_whatever_the_rows_none_is_lost_and_the_finished_splits_are_apart(
+def test_for_any_rows_none_is_lost_and_the_splits_do_not_overlap(
     rows: list[tuple[str, int, str | None, int]], by: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     held = {

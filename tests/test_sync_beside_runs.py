@@ -1,4 +1,4 @@
-"""Sync beside runs of the same assets: each materialization is in the event log once, with the checks that judge it. On the small pipeline."""
+"""Sync during runs of the same assets: each materialization is in the event log once, with its checks. On the small pipeline."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
-import small_pipeline as mini
+from builders import small_pipeline
 from conftest import dvc, shown_checks
 
 from dagster_project.orchestration.dagster import dead_runs
@@ -35,7 +35,7 @@ def instance(root: Path) -> Iterator[dg.DagsterInstance]:
     (root / ".dagster").mkdir()
     (root / ".dagster" / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
     with dg.DagsterInstance.from_config(str(root / ".dagster")) as found:
-        sync(root, found, mini.STREET)
+        sync(root, found, small_pipeline.PIPELINE)
         yield found
 
 
@@ -54,14 +54,14 @@ def each_version_once_and_every_check_shown(root: Path, instance: dg.DagsterInst
     assert {status for checks in shown.values() for status in checks.values()} == {"SUCCEEDED"}, shown
 
 
-def test_syncs_during_and_right_after_a_run_report_nothing_that_the_run_reports(root: Path, instance: dg.DagsterInstance) -> None:
-    process = mini.start_until_tok_runs(root, "small_pipeline.py", "materialize", SLOW_SECONDS="2")
+def test_syncs_during_and_after_a_run_do_not_repeat_its_reports(root: Path, instance: dg.DagsterInstance) -> None:
+    process = small_pipeline.start_until_tok_runs(root, "small_pipeline.py", "materialize", SLOW_SECONDS="2")
     synced = 0
     while process.poll() is None:
-        sync(root, instance, mini.STREET)
+        sync(root, instance, small_pipeline.PIPELINE)
         synced += 1
     assert process.returncode == 0 and synced > 1
-    sync(root, instance, mini.STREET)
+    sync(root, instance, small_pipeline.PIPELINE)
     event = instance.get_latest_materialization_event(TOK)
     assert event is not None and event.run_id
     changed = {a for a, s in read_stages(root).items() if len(versions(instance, a)) > 1}
@@ -69,28 +69,26 @@ def test_syncs_during_and_right_after_a_run_report_nothing_that_the_run_reports(
     for address in changed:
         assert set(versions(instance, address).values()) == {1}, address
     assert {status for checks in shown_checks(root, instance).values() for status in checks.values()} == {"SUCCEEDED"}
-    assert sync(root, instance, mini.STREET) == []
-    assert mini.not_fresh(root, instance) == mini.changed_in_dvc(root) == set()
+    assert sync(root, instance, small_pipeline.PIPELINE) == []
+    assert small_pipeline.not_fresh(root, instance) == small_pipeline.changed_in_dvc(root) == set()
 
 
-def test_a_sync_that_looked_while_a_run_was_at_work_reports_nothing_of_it_once_the_run_has_ended(
-    root: Path, instance: dg.DagsterInstance
-) -> None:
-    process = mini.start_until_tok_runs(root, "small_pipeline.py", "materialize", "tok", SLOW_SECONDS="1")
-    reading = read(root, instance, mini.STREET)
+def test_a_sync_that_read_during_a_run_does_not_report_it_after_its_end(root: Path, instance: dg.DagsterInstance) -> None:
+    process = small_pipeline.start_until_tok_runs(root, "small_pipeline.py", "materialize", "tok", SLOW_SECONDS="1")
+    reading = read(root, instance, small_pipeline.PIPELINE)
     assert TOK in reading.in_progress and asset_key("cmp") not in reading.in_progress
     assert process.wait(60) == 0 and in_progress(instance) == frozenset()
-    assert not [line for line in mirror(root, instance, reading, mini.STREET) if line.startswith("tok ")]
+    assert not [line for line in mirror(root, instance, reading, small_pipeline.PIPELINE) if line.startswith("tok ")]
     assert versions(instance, "tok")[read_stages(root)["tok"].version] == 1
     assert set(shown_checks(root, instance)["tok"].values()) == {"SUCCEEDED"}
 
 
-def test_a_sync_that_looked_before_a_run_began_reports_nothing_that_the_run_reported(root: Path, instance: dg.DagsterInstance) -> None:
+def test_a_sync_that_read_before_a_run_does_not_repeat_its_reports(root: Path, instance: dg.DagsterInstance) -> None:
     (root / "code/tok.py").write_text("V = 9\n")
-    reading = read(root, instance, mini.STREET)
-    assert mini.materialize(root, instance).success
+    reading = read(root, instance, small_pipeline.PIPELINE)
+    assert small_pipeline.materialize(root, instance).success
     before = {address: versions(instance, address) for address in reading.states}
-    mirror(root, instance, reading, mini.STREET)
+    mirror(root, instance, reading, small_pipeline.PIPELINE)
     assert {address: versions(instance, address) for address in reading.states} == before
     assert {status for checks in shown_checks(root, instance).values() for status in checks.values()} == {"SUCCEEDED"}
 
@@ -98,49 +96,49 @@ def test_a_sync_that_looked_before_a_run_began_reports_nothing_that_the_run_repo
 def test_two_syncs_at_once_report_one_materialization(root: Path, instance: dg.DagsterInstance) -> None:
     (root / "code/tok.py").write_text("V = 9\n")
     assert dvc(root, "repro").returncode == 0
-    first, second = read(root, instance, mini.STREET), read(root, instance, mini.STREET)
-    assert mirror(root, instance, first, mini.STREET)
-    mirror(root, instance, second, mini.STREET)
+    first, second = read(root, instance, small_pipeline.PIPELINE), read(root, instance, small_pipeline.PIPELINE)
+    assert mirror(root, instance, first, small_pipeline.PIPELINE)
+    mirror(root, instance, second, small_pipeline.PIPELINE)
     each_version_once_and_every_check_shown(root, instance)
 
 
-def test_what_dvc_ran_and_nobody_synced_is_reported_once_when_it_is_materialized(root: Path, instance: dg.DagsterInstance) -> None:
+def test_an_unsynced_dvc_run_is_reported_once_when_it_is_materialized(root: Path, instance: dg.DagsterInstance) -> None:
     (root / "code/tok.py").write_text("V = 9\n")
     assert dvc(root, "repro").returncode == 0
-    assert mini.materialize(root, instance, ["tok"]).success
+    assert small_pipeline.materialize(root, instance, ["tok"]).success
     assert versions(instance, "tok")[read_stages(root)["tok"].version] == 1
-    sync(root, instance, mini.STREET)
+    sync(root, instance, small_pipeline.PIPELINE)
     each_version_once_and_every_check_shown(root, instance)
 
 
 def test_a_materialization_that_sync_reports_comes_with_its_checks(root: Path, instance: dg.DagsterInstance) -> None:
     (root / "code/inst.py").write_text("V = 5\n")
-    assert mini.materialize(root, instance).success  # so that the checks are those of a run
-    (root / "dvc.yaml").write_text(mini.dvc_yaml(note=" --note"))  # runs again, and says and makes the same
+    assert small_pipeline.materialize(root, instance).success  # so that the checks are those of a run
+    (root / "dvc.yaml").write_text(small_pipeline.dvc_yaml(note=" --note"))  # runs again, and says and makes the same
     assert dvc(root, "repro").returncode == 0
-    lines = sync(root, instance, mini.STREET)
+    lines = sync(root, instance, small_pipeline.PIPELINE)
     assert any(line.startswith("inst is ") for line in lines) and "check inst no_bad_rows: passed" in lines
     assert {status for checks in shown_checks(root, instance).values() for status in checks.values()} == {"SUCCEEDED"}
-    assert sync(root, instance, mini.STREET) == []
+    assert sync(root, instance, small_pipeline.PIPELINE) == []
 
 
-def test_a_killed_run_keeps_sync_from_nothing(root: Path, instance: dg.DagsterInstance) -> None:
-    process = mini.start_until_tok_runs(root, "small_pipeline.py", "materialize", "tok")
+def test_a_killed_run_does_not_block_sync(root: Path, instance: dg.DagsterInstance) -> None:
+    process = small_pipeline.start_until_tok_runs(root, "small_pipeline.py", "materialize", "tok")
     assert in_progress(instance) == {TOK}
     os.kill(process.pid, signal.SIGKILL)
     process.wait(30)
     assert instance.get_runs(dg.RunsFilter(statuses=ALIVE)), "a killed run stays started"
     assert in_progress(instance) == frozenset()
     assert dvc(root, "repro").returncode == 0
-    assert any(line.startswith("tok is ") for line in sync(root, instance, mini.STREET))
-    assert mini.not_fresh(root, instance) == mini.changed_in_dvc(root) == set()
+    assert any(line.startswith("tok is ") for line in sync(root, instance, small_pipeline.PIPELINE))
+    assert small_pipeline.not_fresh(root, instance) == small_pipeline.changed_in_dvc(root) == set()
     assert {status for checks in shown_checks(root, instance).values() for status in checks.values()} == {"SUCCEEDED"}
 
 
 def test_a_run_of_another_machine_counts_until_it_has_been_quiet_for_an_hour(
     root: Path, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process = mini.start_until_tok_runs(root, "small_pipeline.py", "materialize", "tok")
+    process = small_pipeline.start_until_tok_runs(root, "small_pipeline.py", "materialize", "tok")
     [run] = instance.get_runs(dg.RunsFilter(statuses=ALIVE))
     os.kill(process.pid, signal.SIGKILL)
     process.wait(30)

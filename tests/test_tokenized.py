@@ -1,4 +1,4 @@
-"""Every record has a fate and every label its reason: templates, over-long records, mixtures, packed rows and the audit of them."""
+"""Every record has an outcome and every label a reason: templates, over-long records, mixtures, packing and the label audit."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_the_base_models_template_is_used_and_travels(stage: Stage, tiny_model: 
         ),
     ],
 )
-def test_a_named_template_writes_what_its_name_says(stage: Stage, tiny_tokenizer: Any, name: str, wanted: str) -> None:
+def test_a_named_template_writes_its_format(stage: Stage, tiny_tokenizer: Any, name: str, wanted: str) -> None:
     stage(ask("Hi"), chat_template=name)
     assert [marked(tiny_tokenizer, example) for example in stage.examples()] == [wanted]
     assert (stage.out / "chat_template.jinja").read_text() == chat_templates.NAMED[name]
@@ -221,7 +221,7 @@ def test_a_named_template_writes_the_beginning_that_the_tokenizer_expects(tiny_t
         ("", "does not end the assistant's turn"),
     ],
 )  # fmt: skip
-def test_a_template_that_fails_or_reaches_too_far_gets_one_clear_error(stage: Stage, source: str, complaint: str) -> None:
+def test_a_template_that_fails_or_leaves_the_sandbox_gives_one_clear_error(stage: Stage, source: str, complaint: str) -> None:
     name = stage.template(source)
     with pytest.raises(InputError) as refusal:
         stage(ask("Hi"), chat_template=name)
@@ -250,7 +250,7 @@ def test_a_template_that_never_ends_is_stopped(stage: Stage, monkeypatch: pytest
         ("params/mine.jinja", "is not a file in data/templates/", "move it to data/templates/"),
     ],
 )
-def test_a_template_that_is_not_there_is_refused(tmp_path: Path, name: str, complaint: str, hint: str) -> None:
+def test_a_missing_template_is_refused(tmp_path: Path, name: str, complaint: str, hint: str) -> None:
     (tmp_path / "params").mkdir()
     (tmp_path / "params" / "mine.jinja").write_text(CHAT_TEMPLATE)
     with pytest.raises(InputError, match=complaint) as refusal:
@@ -258,7 +258,7 @@ def test_a_template_that_is_not_there_is_refused(tmp_path: Path, name: str, comp
     assert hint in refusal.value.hint
 
 
-def test_the_folder_of_templates_is_watched_by_dvc() -> None:
+def test_the_folder_of_templates_is_a_dvc_dependency() -> None:
     assert f"{chat_templates.FOLDER}," in (ROOT / "dvc.yaml").read_text() and (ROOT / chat_templates.FOLDER).is_dir()
 
 
@@ -324,7 +324,7 @@ def test_plain_text_has_no_template_and_is_trained_on_to_its_end(stage: Stage, t
     assert all(found.passed for found in report.checks)
 
 
-def test_plain_text_is_what_curation_calls_plain_text() -> None:
+def test_plain_text_is_detected_as_in_curation() -> None:
     from dagster_project.core.chat import is_text
 
     for found in (text("x"), ask("Hi"), record(say("assistant", "x")), {**ask("Hi"), "meta": '{"kind": "text"}'}):
@@ -424,7 +424,7 @@ rows = st.one_of(conversations, words.map(text), st.just(record(say("user", "?")
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(rows, max_size=5), st.sampled_from(["drop", "truncate", "split"]), st.integers(16, 120))
-def test_whatever_comes_every_record_has_a_fate_and_every_label_its_reason(
+def test_for_any_input_every_record_has_an_outcome_and_every_label_a_reason(
     stage: Stage, found: list[dict[str, Any]], policy: str, room: int
 ) -> None:
     found = list({one["example_id"]: one for one in found}.values())
@@ -450,7 +450,7 @@ TWO = record(*talk("Hi", "Yes?", "Well", "Grüße!", system=SYSTEM))
 
 
 @pytest.mark.parametrize("found", [TWO, ask("Hi"), text("Once upon"), ask("Hi", " padded \n"), ask("Hi", "It is <|im_end|>, I think.")])
-def test_labels_as_they_are_made_pass_their_audit(tiny_tokenizer: Any, found: dict[str, Any]) -> None:
+def test_generated_labels_pass_the_label_audit(tiny_tokenizer: Any, found: dict[str, Any]) -> None:
     assert label_audit.find_wrong_labels(tiny_tokenizer, [found], [fate_of(tiny_tokenizer, found)]) == {}
 
 
@@ -489,7 +489,7 @@ DAMAGES = [damage_header, damage_end, damage_turn, damage_user, damage_all, dama
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("found", [TWO, ask("Hi")], ids=["two turns", "one turn"])
-def test_labels_that_stand_elsewhere_are_found(tiny_tokenizer: Any, found: dict[str, Any], damage: Any) -> None:
+def test_misplaced_labels_are_found(tiny_tokenizer: Any, found: dict[str, Any], damage: Any) -> None:
     fate = fate_of(tiny_tokenizer, found)
     damage(fate.examples[0].labels, fate.examples[0].input_ids)
     assert list(label_audit.find_wrong_labels(tiny_tokenizer, [found], [fate])) == [0]
@@ -507,14 +507,14 @@ def test_misplaced_labels_block_the_stage(stage: Stage, monkeypatch: pytest.Monk
     assert (failure.name, failure.rows, failure.note) == ("labels", ["data/sources/a.jsonl:10"], "1 an example has nothing to learn from")
 
 
-def test_what_a_template_adds_to_the_assistants_turn_is_learnt_and_expected(stage: Stage, tiny_tokenizer: Any) -> None:
+def test_template_text_in_the_assistant_turn_is_labeled_and_expected(stage: Stage, tiny_tokenizer: Any) -> None:
     thinking = CHAT_TEMPLATE.replace("{{ m['content'] }}", "{% if m['role'] == 'assistant' %}<think></think>{% endif %}{{ m['content'] }}")
     report = stage(ask("Hi"), chat_template=stage.template(thinking))
     assert check(report, "labels").passed
     assert marked(tiny_tokenizer, stage.examples()[0]).endswith("⟦<think></think>Yes?<|im_end|>⟧\n")
 
 
-def test_a_tokenizer_that_changes_the_text_is_held_to_what_it_gives_back(tiny_tokenizer: Any) -> None:
+def test_a_tokenizer_that_changes_text_is_audited_against_its_own_decoding(tiny_tokenizer: Any) -> None:
     from tokenizers import normalizers
 
     folding = copy.deepcopy(tiny_tokenizer)
@@ -525,13 +525,13 @@ def test_a_tokenizer_that_changes_the_text_is_held_to_what_it_gives_back(tiny_to
     assert list(label_audit.find_wrong_labels(folding, [ask("HI", "YES?")], [fate])) == [0]
 
 
-def test_two_beginnings_are_found(stage: Stage) -> None:
+def test_a_doubled_bos_token_is_found(stage: Stage) -> None:
     report = stage(ask("Hi"), ask("Ho"), chat_template=stage.template("{{ bos_token }}" + CHAT_TEMPLATE))
     assert (check(report, "double_bos").passed, check(report, "double_bos").count) == (False, 2)
     assert check(stage(ask("Hi")), "double_bos").passed
 
 
-def test_every_check_is_reported_also_when_all_is_well(stage: Stage) -> None:
+def test_every_check_is_reported_even_without_findings(stage: Stage) -> None:
     assert [found.name for found in stage(ask("Hi")).checks] == list(tokenized.CHECK_DESCRIPTIONS)
     assert [found.name for found in stage().checks] == list(tokenized.CHECK_DESCRIPTIONS)
 
@@ -560,7 +560,7 @@ def test_resampling_comes_as_near_to_the_target_as_whole_rows_can(target: int, w
     assert sum(copies) == wanted and max(copies) - min(copies) <= 1
 
 
-def test_resampling_depends_on_the_seed_and_the_row_not_on_its_place() -> None:
+def test_resampling_depends_on_the_seed_and_the_row_not_on_its_position() -> None:
     ids = [f"{i}" for i in range(20)]
 
     def chosen(order: list[str], seed: int) -> set[str]:
@@ -604,7 +604,7 @@ def test_replay_of_nothing_or_of_everything_is_refused(stage: Stage, sources: li
         stage(ask("Hi"), replay={"sources": sources, "share": 0.5})
 
 
-def test_balance_repeats_rare_categories_in_train_alone_and_says_so(stage: Stage) -> None:
+def test_balance_repeats_rare_categories_in_train_only_and_reports_it(stage: Stage) -> None:
     common = [ask(f"c{i}", category="bug") for i in range(4)]
     rare = ask("r", category="login")
     report = stage(*common, rare, validation=(ask("v", category="login"),), balance="category")
@@ -652,14 +652,14 @@ def test_without_packing_every_example_has_a_row_and_its_length(stage: Stage) ->
     assert sorted(row["lengths"] for row in read_table(stage.out / "train.parquet")) == [[27], [30]]
 
 
-def test_rows_are_written_as_one_would_write_them_from_python_objects(stage: Stage, tmp_path: Path) -> None:
+def test_rows_equal_those_written_from_python_objects(stage: Stage, tmp_path: Path) -> None:
     stage(*(ask(f"{i}") for i in range(9)), max_length=64, weigh="example")
     written = stage.out / "train.parquet"
     write_table(tmp_path / "again.parquet", read_table(written), tokenized.row_schema())
     assert written.read_bytes() == (tmp_path / "again.parquet").read_bytes()
 
 
-def test_two_runs_give_the_same_bytes_whatever_the_order_of_the_records(stage: Stage) -> None:
+def test_two_runs_give_the_same_bytes_for_any_order_of_the_records(stage: Stage) -> None:
     mixed = {"balance": "category", "replay": {"sources": [GENERAL], "share": 0.3}, "on_too_long": "split", "max_length": 60}
     found = [ask(f"{i}", category="ab"[i > 3]) for i in range(6)] + [record(*talk("1", "2", "3", "4", "5", "6"), source=GENERAL)]
     stage(*found, **mixed)
@@ -686,7 +686,7 @@ def test_the_audit_shows_the_first_examples_and_a_sample_of_each_source(stage: S
     assert audit["examples"][0]["text"] == "<|im_start|>user\n00<|im_end|>\n<|im_start|>assistant\n⟦Yes?<|im_end|>⟧\n"
 
 
-def test_the_audits_figures_are_those_of_a_hand_count(stage: Stage) -> None:
+def test_label_audit_figures_match_a_hand_count(stage: Stage) -> None:
     stage(ask("Hi", category="bug"), ask("Ho"), text("Once"), max_length=64)
     audit = json.loads((stage.out / "audit.json").read_text())["splits"]["train"]
     total, trained = 27 + 27 + 5, 5 + 5 + 5
@@ -702,5 +702,5 @@ def test_the_audits_figures_are_those_of_a_hand_count(stage: Stage) -> None:
     }  # fmt: skip
 
 
-def test_texts_whose_ids_depend_on_where_they_are_cut_are_counted(newline_merging_tokenizer: Any) -> None:
+def test_texts_whose_ids_depend_on_the_cut_are_counted(newline_merging_tokenizer: Any) -> None:
     assert [fate.stable for fate in make(newline_merging_tokenizer, [ask("Hi"), ask("Hi", "\nYes")], Rules(512))] == [True, False]

@@ -106,7 +106,7 @@ def test_overfitting_is_a_validation_loss_that_rose_while_the_training_loss_fell
     assert diagnosis(course(validation, losses)).startswith("Overfitting since step") == (since is not None)
 
 
-def test_where_the_best_weights_were_kept_overfitting_asks_for_no_change() -> None:
+def test_overfitting_needs_no_change_if_the_best_weights_were_kept() -> None:
     curve = course({0: 3.0, 10: 1.0, 30: 1.5}, FALLING)
     assert "load_best_model_at_end" in diagnosis(curve) and diagnosis(curve, 10).endswith("The weights of step 10 were kept.")
 

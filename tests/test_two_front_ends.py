@@ -1,6 +1,6 @@
-"""The property the product stands on: after anything people do and one sync, Dagster and DVC say the same, and it is true.
+"""The main property: after any sequence of operations and one sync, Dagster and DVC agree, and both are correct.
 
-Hypothesis plays random sequences of edits, runs with either front end, tampering, checkouts and kills on a small real pipeline (tests/small_pipeline.py) with real DVC
+Hypothesis plays random sequences of edits, runs with either front end, tampering, checkouts and kills on a small real pipeline (tests/builders/small_pipeline.py) with real DVC
 and a real Dagster instance. `make soak` plays thousands of steps.
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 
 import dagster as dg
 import psutil
-import small_pipeline as mini
+from builders import small_pipeline
 from dvc.cli import main as dvc_main
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -42,7 +42,7 @@ _template: list[Path] = []
 
 def template() -> Path:
     if not _template:
-        _template.append(mini.make_project(Path(tempfile.mkdtemp(prefix="two-front-ends-")) / "project"))
+        _template.append(small_pipeline.make_project(Path(tempfile.mkdtemp(prefix="two-front-ends-")) / "project"))
     return _template[0]
 
 
@@ -58,7 +58,7 @@ class TwoFrontEnds(RuleBasedStateMachine):
         self.root = self.folder / "project"
         shutil.copytree(template(), self.root, symlinks=True)
         self.open()
-        self.old = build_definitions(self.root, mini.STREET)
+        self.old = build_definitions(self.root, small_pipeline.PIPELINE)
         self.yaml = {"note": "", "with_extra": False, "raw_reads_d": True}
         self.committed = False  # `dvc commit` records what no stage made; after it success proves less
 
@@ -92,13 +92,13 @@ class TwoFrontEnds(RuleBasedStateMachine):
 
     @rule()
     def revert_source(self) -> None:
-        self.step("revert source", lambda: mini.git(self.root, "checkout", "--", "data/sources/g.txt"))
+        self.step("revert source", lambda: small_pipeline.git(self.root, "checkout", "--", "data/sources/g.txt"))
 
     @rule(name=st.sampled_from(["minlen", "testseed"]), value=st.integers(1, 3))
     def edit_parameter(self, name: str, value: int) -> None:
         self.step("edit parameter", lambda: self.write_values({**self.values(), name: value}))
 
-    @rule(stage=st.sampled_from(mini.STAGES), value=st.integers(0, 2))
+    @rule(stage=st.sampled_from(small_pipeline.STAGES), value=st.integers(0, 2))
     def edit_code(self, stage: str, value: int) -> None:
         self.step("edit code", lambda: (self.root / f"code/{stage}.py").write_text(f"V = {value}\n"))
 
@@ -106,7 +106,7 @@ class TwoFrontEnds(RuleBasedStateMachine):
     def edit_dvc_yaml(self, key: str) -> None:
         def act() -> None:
             self.yaml[key] = (" --note" if not self.yaml[key] else "") if key == "note" else not self.yaml[key]
-            (self.root / "dvc.yaml").write_text(mini.dvc_yaml(**self.yaml))
+            (self.root / "dvc.yaml").write_text(small_pipeline.dvc_yaml(**self.yaml))
 
         self.step("edit dvc.yaml", act)
 
@@ -131,9 +131,9 @@ class TwoFrontEnds(RuleBasedStateMachine):
     @rule(which=st.integers(0, 5), old=st.booleans())
     def materialize_one(self, which: int, old: bool) -> None:
         def act() -> None:
-            definitions = self.old if old else build_definitions(self.root, mini.STREET)
+            definitions = self.old if old else build_definitions(self.root, small_pipeline.PIPELINE)
             keys = sorted(definitions.resolve_asset_graph().materializable_asset_keys, key=str)
-            mini.materialize(self.root, self.instance, ["@".join(keys[which % len(keys)].path)], definitions)
+            small_pipeline.materialize(self.root, self.instance, ["@".join(keys[which % len(keys)].path)], definitions)
 
         self.step("materialize one" + (" with old definitions" if old else ""), act)
 
@@ -143,21 +143,21 @@ class TwoFrontEnds(RuleBasedStateMachine):
         sound = "BAD" not in (self.root / "data/sources/g.txt").read_text() and self.sources_clean()
         self.step(
             "materialize all" + (" with old definitions" if old else ""),
-            lambda: results.append(mini.materialize(self.root, self.instance, None, self.old if old else None)),
+            lambda: results.append(small_pipeline.materialize(self.root, self.instance, None, self.old if old else None)),
         )
         if not old and not self.committed:
             assert results[0].success == sound, [event.message for event in results[0].all_events if event.is_failure]
-            assert not results[0].success or not mini.changed_in_dvc(self.root)
+            assert not results[0].success or not small_pipeline.changed_in_dvc(self.root)
 
     @rule()
     def reload_definitions(self) -> None:
-        self.old = build_definitions(self.root, mini.STREET)
+        self.old = build_definitions(self.root, small_pipeline.PIPELINE)
 
     @rule(flag=st.sampled_from(["", "", "--keep-going", "--ignore-errors", "-f"]))
     def repro(self, flag: str) -> None:
         codes: list[int] = []
         self.step(f"dvc repro {flag}".strip(), lambda: codes.append(dvc(self.root, "repro", *filter(None, [flag]))), forced=flag == "-f")
-        assert codes[0] or self.committed or flag == "--ignore-errors" or not mini.changed_in_dvc(self.root)
+        assert codes[0] or self.committed or flag == "--ignore-errors" or not small_pipeline.changed_in_dvc(self.root)
 
     @rule(which=st.integers(0, 6))
     def repro_single_item(self, which: int) -> None:
@@ -192,16 +192,16 @@ class TwoFrontEnds(RuleBasedStateMachine):
     @rule()
     def git_commit(self) -> None:
         def act() -> None:
-            mini.git(self.root, "add", "-A")
-            mini.git(self.root, "commit", "-q", "--allow-empty", "-m", "x")
+            small_pipeline.git(self.root, "add", "-A")
+            small_pipeline.git(self.root, "commit", "-q", "--allow-empty", "-m", "x")
 
         self.step("git commit", act)
 
     @rule(which=st.integers(0, 9), outputs_too=st.booleans())
     def git_checkout(self, which: int, outputs_too: bool) -> None:
         def act() -> None:
-            revisions = mini.git(self.root, "rev-list", "--all").split()
-            mini.git(self.root, "checkout", "-qf", revisions[which % len(revisions)])
+            revisions = small_pipeline.git(self.root, "rev-list", "--all").split()
+            small_pipeline.git(self.root, "checkout", "-qf", revisions[which % len(revisions)])
             text = (self.root / "dvc.yaml").read_text()
             self.yaml = {"note": " --note" if "--note" in text else "", "with_extra": '"extra"' in text, "raw_reads_d": "d.txt" in text}
             if outputs_too:
@@ -269,14 +269,14 @@ class TwoFrontEnds(RuleBasedStateMachine):
             assert forced or entry["inputs_changed"] or entry["stage"] in doubted, f"{what}: {entry['stage']} ran for nothing"
         reap(self.instance)
         assert not self.instance.get_runs(dg.RunsFilter(statuses=ALIVE)), f"{what}: a dead run counts as alive"
-        sync(self.root, self.instance, mini.STREET)
-        changed = mini.changed_in_dvc(self.root)
-        assert mini.not_fresh(self.root, self.instance) == changed, f"{what}: DVC says {changed}"
+        sync(self.root, self.instance, small_pipeline.PIPELINE)
+        changed = small_pipeline.changed_in_dvc(self.root)
+        assert small_pipeline.not_fresh(self.root, self.instance) == changed, f"{what}: DVC says {changed}"
         for address, state in read_stages(self.root).items():
             event = self.instance.get_latest_materialization_event(asset_key(address))
             if event:
                 assert event.asset_materialization.tags["dagster/data_version"] == state.version, f"{what}: {address}"
-        assert sync(self.root, self.instance, mini.STREET) == [], what
+        assert sync(self.root, self.instance, small_pipeline.PIPELINE) == [], what
         state_of = read_stages(self.root)
         for name in ("inst", "tok", "adapter", "cmp", "extra"):
             for path in (self.root / "data" / name).rglob("*.txt"):
@@ -285,7 +285,7 @@ class TwoFrontEnds(RuleBasedStateMachine):
                     assert "BAD" not in path.read_text(), f"{what}: a bad row in {path.relative_to(self.root)}"
 
     def runs(self) -> list[dict[str, Any]]:
-        path = self.root / mini.LOG
+        path = self.root / small_pipeline.LOG
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def values(self) -> dict[str, Any]:
@@ -295,7 +295,7 @@ class TwoFrontEnds(RuleBasedStateMachine):
         (self.root / "params.yaml").write_text(json.dumps(values))
 
 
-def test_every_move_once_on_a_day_with_both_front_ends() -> None:
+def test_every_operation_once_with_both_front_ends() -> None:
     day = TwoFrontEnds()
     day.start()
     try:

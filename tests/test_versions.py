@@ -1,4 +1,4 @@
-"""A library outside the supported range is refused with a message that says what to do."""
+"""A library outside the supported range is refused with a message that names the fix."""
 
 import tomllib
 

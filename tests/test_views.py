@@ -1,4 +1,4 @@
-"""Pages are drawn from documents: an edit of a page or of the memory prediction makes nothing stale, and pages can be drawn again without a run."""
+"""Pages are drawn from documents: an edit of a view or the planner makes nothing stale, and pages render without a run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 import grimp
 import pyarrow as pa
 import pytest
+from builders.small_pipeline import changed_in_dvc
 from conftest import ROOT, pedigree
-from small_pipeline import changed_in_dvc
 
 from dagster_project import pipeline
 from dagster_project.core.context import Documents
@@ -37,7 +37,7 @@ def test_a_stage_reaches_no_view_and_no_planner_by_its_imports(stage: str) -> No
     assert [m for m in reached if m.startswith(("dagster_project.views", "dagster_project.training.planning"))] == []
 
 
-def test_an_edit_of_any_view_or_planner_leaves_dvc_clean_and_the_identity_of_a_checkpoint_as_it_was(finished: Path) -> None:
+def test_an_edit_of_any_view_or_planner_changes_neither_dvc_status_nor_checkpoint_identity(finished: Path) -> None:
     assert changed_in_dvc(finished) == set()
     package = finished / "dagster_project"
 
@@ -56,7 +56,7 @@ def test_an_edit_of_any_view_or_planner_leaves_dvc_clean_and_the_identity_of_a_c
     assert changed_in_dvc(finished) == set()
 
 
-def test_pages_are_drawn_again_without_running_anything(finished: Path) -> None:
+def test_pages_are_rendered_without_running_a_stage(finished: Path) -> None:
     pages = sorted((finished / "data/pages").rglob("*.html"))
     names = {
         str(page.relative_to(finished / "data/pages")) for page in pages if page.name != "audit.html" and "data_docs" not in page.parts
@@ -78,7 +78,7 @@ def test_pages_are_drawn_again_without_running_anything(finished: Path) -> None:
     assert (finished / "dvc.lock").read_bytes() == lock and changed_in_dvc(finished) == set()
 
 
-def test_rendering_names_what_it_cannot_draw(finished: Path) -> None:
+def test_rendering_names_pages_it_cannot_draw(finished: Path) -> None:
     (finished / "data/pages/comparison/samples.json").unlink()
     done = pedigree(finished, "render", "comparison", "--json")
     assert done.returncode == 0

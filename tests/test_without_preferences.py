@@ -1,4 +1,4 @@
-"""A project without preferences, as documented: no sources of pairs, no aligned variants. The whole pipeline runs, from either front end."""
+"""A project without preferences, as documented: no sources of pairs, no aligned variants. The whole pipeline runs in either front end."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders.small_pipeline import changed_in_dvc, not_fresh
 from conftest import dvc, edit_params, run
-from small_pipeline import changed_in_dvc, not_fresh
 
 from dagster_project.orchestration.dagster.assets import build_definitions
 from dagster_project.orchestration.dagster.metadata import asset_key

@@ -72,13 +72,13 @@ def tok(ctx: StageContext) -> Report:
 
 def adapter(ctx: StageContext) -> Report:
     _started(ctx)
-    for step in range(int(os.environ.get("STEPS", "0"))):  # a training that can be watched
+    for step in range(int(os.environ.get("STEPS", "0"))):  # live loss and speed, as a training writes them
         write_text(ctx.live / "loss.csv", f"step,loss\n{step + 1},{1 / (step + 1)}\n")
         write_text(ctx.live / "tokens_per_second.csv", f"step,tokens_per_second\n{step + 1},{100 + step}\n")
         time.sleep(0.5)
     recipe = ctx.values["variants"][ctx.variant]
     (ctx.out / "weights.txt").write_text((ctx.root / "data/tok/train.txt").read_text() + str(recipe) + _code(ctx))
-    # tokens a second are others at each run
+    # tokens per second differ from run to run
     return Report(metrics={"loss": 1 / recipe["r"]}, measured={"tokens_per_second": time.monotonic()})
 
 
@@ -103,7 +103,7 @@ def _values(root: Path) -> dict[str, Any]:
     return params.read(root)
 
 
-STREET = Pipeline(
+PIPELINE = Pipeline(
     {"raw": raw, "inst": inst, "tok": tok, "adapter": adapter, "cmp": cmp, "extra": extra},
     {"adapter": "variants"},
     lambda stage: {"no_bad_rows": "No row says BAD."} if stage == "inst" else {},
@@ -112,7 +112,7 @@ STREET = Pipeline(
 
 
 def stage_text(name: str, deps: list[str], params: list[str], note: str = "") -> dict[str, Any]:
-    """A stage of dvc.yaml. DVC changes nothing for `note`, which stands in the command as a comment does."""
+    """A stage of dvc.yaml. `note` is a comment in the command and does not change the result."""
     each = "/${key}" if name == "adapter" else ""
     body = {
         "cmd": f"python small_pipeline.py run {name}{'@${key}' if each else ''}{note}",
@@ -168,7 +168,7 @@ def commands_run(root: Path) -> list[str]:
 
 
 def start_until_tok_runs(root: Path, *command: str, **environment: str) -> subprocess.Popen[str]:
-    """Start a front end on an edited `tok` that takes its time, and come back when its stage command runs."""
+    """Edit `tok`, start a front end in which `tok` is slow, and return when its command runs."""
     (root / "code/tok.py").write_text("V = 9\n")
     process = subprocess.Popen(
         [sys.executable, *command], cwd=root, env={**os.environ, "SLOW": "tok", **environment}, text=True, start_new_session=True,
@@ -185,7 +185,7 @@ def materialize(root: Path, instance: Any, addresses: list[str] | None = None, d
     from dagster_project.orchestration.dagster.assets import build_definitions
     from dagster_project.orchestration.dagster.metadata import asset_key
 
-    found = definitions or build_definitions(root, STREET)
+    found = definitions or build_definitions(root, PIPELINE)
     job = found.resolve_implicit_global_asset_job_def()
     keys = [asset_key(a) for a in addresses] if addresses else list(found.resolve_asset_graph().materializable_asset_keys)
     quiet = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
@@ -202,7 +202,7 @@ def changed_in_dvc(root: Path) -> set[str]:
         return {name for name in repo.status() if not name.endswith(".dvc")}
 
 
-def not_fresh(root: Path, instance: Any, pipeline: Pipeline = STREET) -> set[str]:
+def not_fresh(root: Path, instance: Any, pipeline: Pipeline = PIPELINE) -> set[str]:
     """The stages whose assets Dagster does not call fresh."""
     from dagster._core.definitions.data_version import CachingStaleStatusResolver
     from dagster._core.loader import LoadingContextForTest
@@ -222,7 +222,7 @@ def main() -> int:
 
         try:
             with streaming_to_dagster():
-                run_stage(root, sys.argv[2], STREET)
+                run_stage(root, sys.argv[2], PIPELINE)
         except PedigreeError as error:
             print(error, file=sys.stderr)
             return error.exit_code

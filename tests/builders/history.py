@@ -16,8 +16,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from ruamel.yaml import YAML
-from small_pipeline import git
 
+from builders.small_pipeline import git
 from dagster_project.core.records import example_id, ledger_schema, record_schema
 from dagster_project.training.trainers.harness.weight_audit import seen_schema
 
@@ -59,7 +59,7 @@ class Project:
         self.commit({}, "start")
 
     def put(self, files: Mapping[str, bytes]) -> str:
-        """A folder into the cache. Returns its hash."""
+        """Add a folder to the cache. Returns its hash."""
         listing = [{"md5": self._keep(content), "relpath": name} for name, content in sorted(files.items())]
         return self._keep(json.dumps(listing).encode(), ".dir")
 
@@ -87,9 +87,9 @@ class Project:
         }
         ledger = [{"source": s, "source_row": i, "example_id": identity(t), "outcome": sp, "why": ""} for t, sp, s, i in numbered]
         files["ledger.parquet"] = table(ledger, ledger_schema())
-        told = {name: {"rows": n, "format": "text", "license": "MIT", "sha256": hashlib.sha256(f"{name}{rows}".encode()).hexdigest()}
-                for name in sorted({source for _, _, source in rows}) for n in [sum(s == name for _, _, s in rows)]}  # fmt: skip
-        report = self._report("splits", {"passed": True, "sources": told})
+        sources = {name: {"rows": n, "format": "text", "license": "MIT", "sha256": hashlib.sha256(f"{name}{rows}".encode()).hexdigest()}
+                   for name in sorted({source for _, _, source in rows}) for n in [sum(s == name for _, _, s in rows)]}  # fmt: skip
+        report = self._report("splits", {"passed": True, "sources": sources})
         return {"splits": entry("splits", {"data/sources": md5(str(rows).encode()) + ".dir"}, self.put(files), report)}
 
     def _report(self, name: str, document: Mapping[str, Any]) -> dict[str, str]:
@@ -99,7 +99,7 @@ class Project:
         return {"path": f"data/reports/{name}.json", "md5": md5(path.read_bytes())}
 
     def adapter(self, lock: Mapping[str, Any], texts: Sequence[str], name: str = "adapter@lora", seed: int = 0) -> dict[str, Any]:
-        """A model that learns one text in each step, made from the splits of `lock`."""
+        """A model trained on one text per step, from the splits of `lock`."""
         seen = [{"step": i + 1, "epoch": 1, "position": 0, "example_id": identity(text)} for i, text in enumerate(texts)]
         files = {"examples.parquet": table(seen, seen_schema()), "adapter_model.safetensors": f"{texts}{seed}".encode()}
         splits = next(out for stage in lock.values() for out in stage["outs"] if out["path"] == "data/splits")
@@ -109,10 +109,10 @@ class Project:
         out = lock[adapter]["outs"][0]
         return {name: entry(name, {out["path"]: out["md5"]}, self.put({"model.safetensors": out["md5"].encode()}))}
 
-    def lock(self, rows: Sequence[tuple[str, str, str]], seed: int = 0, learnt: Sequence[str] | None = None) -> dict[str, Any]:
-        """The whole dvc.lock: everything in train is learnt once, in order."""
+    def lock(self, rows: Sequence[tuple[str, str, str]], seed: int = 0, trained: Sequence[str] | None = None) -> dict[str, Any]:
+        """The whole dvc.lock: each text of the train split is trained on once, in order."""
         lock = self.splits(rows)
-        lock |= self.adapter(lock, [t for t, split, _ in rows if split == "train"] if learnt is None else learnt, seed=seed)
+        lock |= self.adapter(lock, [t for t, split, _ in rows if split == "train"] if trained is None else trained, seed=seed)
         return lock | self.merged(lock)
 
     def write(self, lock: Mapping[str, Any]) -> None:

@@ -1,0 +1,101 @@
+"""One row in each layout of a source file: instructions, preference pairs and benchmarks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+SYSTEM = ("system", "Be brief.")
+LAYOUT_ROWS: dict[str, tuple[dict[str, Any], list[tuple[str, str]]]] = {
+    "alpaca": (
+        {"system": "Be brief.", "instruction": "Name it.", "input": "A bird.", "output": "Wren"},
+        [SYSTEM, ("user", "Name it.\n\nA bird."), ("assistant", "Wren")],
+    ),
+    "messages": (
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
+        [("user", "Hi"), ("assistant", "Hello")],
+    ),
+    "sharegpt": (
+        {"system": "Be brief.", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+        [SYSTEM, ("user", "Hi"), ("assistant", "Hello")],
+    ),
+    "dolly": (
+        {"instruction": "Name it.", "context": "A bird.", "response": "Wren"},
+        [("user", "Name it.\n\nA bird."), ("assistant", "Wren")],
+    ),
+    "prompt_completion": (
+        {"system": "Be brief.", "prompt": "Hi", "completion": "Hello"},
+        [SYSTEM, ("user", "Hi"), ("assistant", "Hello")],
+    ),
+    "prompt_response": (
+        {"system": "Be brief.", "prompt": "Hi", "response": "Hello"},
+        [SYSTEM, ("user", "Hi"), ("assistant", "Hello")],
+    ),
+    "instances": (
+        {"instruction": "Name it.", "instances": [{"input": "A bird.", "output": "Wren"}]},
+        [("user", "Name it.\n\nA bird."), ("assistant", "Wren")],
+    ),
+    "question_answer": (
+        {"system": "Be brief.", "question": "Hi?", "answer": "Hello"},
+        [SYSTEM, ("user", "Hi?"), ("assistant", "Hello")],
+    ),
+    "flan": ({"inputs": "Hi", "targets": "Hello"}, [("user", "Hi"), ("assistant", "Hello")]),
+    "ultrachat": ({"id": "0", "data": ["Hi", "Hello"]}, [("user", "Hi"), ("assistant", "Hello")]),
+    "oasst": (
+        {
+            "message_tree_id": "t",
+            "prompt": {
+                "role": "prompter",
+                "text": "Hi",
+                "replies": [
+                    {"role": "assistant", "text": "What?", "rank": 1, "replies": []},
+                    {"role": "assistant", "text": "Hello", "rank": 0, "replies": [{"role": "prompter", "text": "Bye", "replies": []}]},
+                ],
+            },
+        },
+        [("user", "Hi"), ("assistant", "Hello")],
+    ),
+    "classification": (
+        {"system": "Be brief.", "text": "Great!", "label": 1, "label_text": "positive"},
+        [SYSTEM, ("user", "Great!"), ("assistant", "positive")],
+    ),
+    "text": ({"text": "Wrens are small."}, [("assistant", "Wrens are small.")]),
+}
+PAIR = {"prompt": "Hi", "completion": "Hello"}
+PAIR_ROWS: dict[str, list[dict[str, Any]]] = {
+    "preference": [{"prompt": "Hi", "chosen": "Hello", "rejected": "What?"}],
+    "sharegpt": [
+        {
+            "conversations": [{"from": "human", "value": "Hi"}],
+            "chosen": {"from": "gpt", "value": "Hello"},
+            "rejected": {"from": "gpt", "value": "What?"},
+        }
+    ],
+    "transcripts": [{"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "\n\nHuman: Hi\n\nAssistant: What?"}],
+    "alpaca_eval": [{"instruction": "Hi", "output_1": "What?", "output_2": "Hello", "preference": 2}],
+    "kto": [{**PAIR, "label": True}, {**PAIR, "completion": "What?", "label": False}],
+    "oasst": [LAYOUT_ROWS["oasst"][0]],
+}
+"""One pair in each layout: Hello is better than What? as an answer to Hi."""
+BENCHMARK_ROWS: dict[str, tuple[dict[str, Any], str, str]] = {
+    # layout: (row, question, right answer)
+    "mmlu": ({"question": "Two and two?", "choices": ["three", "four"], "answer": 1, "subject": "sums"}, "Two and two?", "four"),
+    "mmlu, by letter": ({"question": "Two and two?", "choices": ["three", "four"], "answer": "B"}, "Two and two?", "four"),
+    "hellaswag": (
+        {"ctx": "She lights the", "endings": ["sea.", "lamp."], "label": "1", "activity_label": "Home"},
+        "She lights the",
+        "lamp.",
+    ),
+    "mmlu, in columns": ({"question": "Two and two?", "A": "3", "B": "4", "C": "5", "D": "6", "answer": "B", "subject": "sums"}, "Two and two?", "4"),
+    "mmlu, in capitals": ({"Question": "Two and two?", "A": "3", "B": "4", "C": "5", "D": "6", "Answer": "B"}, "Two and two?", "4"),
+    "mmlu_pro": ({"question": "Two and two?", "options": ["three", "four"], "answer": "B", "answer_index": 1, "category": "math"}, "Two and two?", "four"),
+    "agieval": (
+        {"passage": "There are two pairs.", "question": "How many?", "options": ["(A)three", "(B)four"], "label": "B", "answer": None, "other": None},
+        "There are two pairs.\n\nHow many?", "four",
+    ),
+    "agieval, several": ({"passage": None, "question": "Red?", "options": ["(A)rose", "(B)grass", "(C)fire"], "label": ["A", "C"]}, "Red?", "rose\nfire"),
+    "agieval, in words": ({"passage": None, "question": "How many?", "options": None, "label": None, "answer": "30", "other": {"level": 4}}, "How many?", "30"),
+    "ifeval": ({"key": 1000, "prompt": "Write without commas.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}, "Write without commas.", ""),
+    "arc": ({"question": "Hot?", "choices": {"text": ["ice", "fire"], "label": ["1", "2"]}, "answerKey": "2"}, "Hot?", "fire"),
+    "piqa": ({"goal": "Cut paper", "sol1": "Use scissors.", "sol2": "Use soup.", "label": 0}, "Cut paper", "Use scissors."),
+    "gsm8k": ({"question": "How many eggs?", "answer": "2 + 2 = 4\n#### 4"}, "How many eggs?", "2 + 2 = 4\n#### 4"),
+}  # fmt: skip

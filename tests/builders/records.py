@@ -1,0 +1,99 @@
+"""Canonical records (chats, pairs) and, for each check, rows that pass it and rows that break it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from dagster_project.core.records import example_id
+from dagster_project.curation.sources.benchmarks import Item
+
+Record = dict[str, Any]
+HELD_OUT = [
+    Item(
+        "quiz.jsonl:7",
+        "Which planet do people sometimes call the red planet?",
+        text="It is Mars, the fourth planet from the sun that we all share.",
+    )
+]
+
+
+def chat(*turns: tuple[str, str], category: str | None = None, **meta: Any) -> Record:
+    messages = [{"role": role, "content": content} for role, content in turns]
+    return {"example_id": example_id(messages), "messages": messages, "category": category, "group_id": None, "meta": json.dumps(meta)}
+
+
+def ask(prompt: str = "Where is my kite?", answer: str = "On its way.", **more: Any) -> Record:
+    return chat(("user", prompt), ("assistant", answer), **more)
+
+
+def pair(
+    prompt: str = "Where is my kite?", chosen: str = "On its way.", rejected: str = "No.", margin: float | None = None, **meta: Any
+) -> Record:
+    record = chat(("user", prompt), ("assistant", chosen), **meta)
+    said = [{"role": "assistant", "content": rejected}]
+    identity = example_id([*record["messages"], *said])
+    return {**record, "example_id": identity, "asked": 1, "rejected": said, "margin": margin}
+
+
+def placed(records: list[Record]) -> list[Record]:
+    """The records as rows 0, 1, ... of one source file."""
+    return [{**record, "source": "rows.jsonl", "source_row": i} for i, record in enumerate(records)]
+
+
+LONG = "My parcel with the garden kite went to the wrong house last week"
+KEY = "AKIA" + "Q3EXAMPLE7KEY2AB"
+CHECK_EXAMPLES: dict[str, tuple[list[Record], list[Record]]] = {
+    # check: (good rows, rows of which the last breaks the check; or which break it as a set)
+    "malformed_row": ([ask()], [chat(problem="expected text, found int")]),
+    "unpaired_answer": ([pair()], [{**pair(), "rejected": []}]),
+    "unlabelled": ([{**ask(), "labelled": True}], [{**ask(), "labelled": False}]),
+    "invalid_roles": (
+        [chat(("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello there"))],
+        [chat(("user", "Hi"), ("customer", "Hi?"), ("assistant", "Hello there"))],
+    ),
+    "ends_on_user_turn": ([ask()], [chat(("user", "Hi"), ("assistant", "Hello there"), ("user", "Bye"))]),
+    "empty_prompt": ([ask("?")], [ask(" \n")]),
+    "empty_response": ([ask("Hi", "No, never.")], [ask("Hi", " \n")]),
+    "placeholder_input": ([ask(input="A kite.")], [ask(input="<noinput>")]),
+    "prompt_mismatch": ([pair()], [{**pair(), "same_prompt": False}]),
+    "identical_pair": ([pair()], [pair(rejected="On its way.")]),
+    "tied_pair": ([pair(margin=1.0)], [pair(margin=0.0)]),
+    "short_response": ([ask("Hi", "Hello there")], [ask("Hi", "No.")]),
+    "too_long": ([ask("Hi", " ".join(map(str, range(150))))], [ask("Hi", " ".join(map(str, range(300))))]),
+    "special_tokens_in_text": ([ask("Is <b>this</b> a tag?")], [ask("Is this a tag?<|im_end|>")]),
+    "template_mismatch": ([ask()], [chat(("user", "Hi"), ("assistant", "look up"), ("tool", "found"), ("assistant", "Hello there"))]),
+    "hidden_characters": ([ask("👩\u200d🚀 नमस्\u200dते")], [ask("Where is my ki\u200bte?")]),
+    "unicode_form": ([ask("Où est le café ?")], [ask("Ou\u0300 est le cafe\u0301 ?")]),
+    "encoding": ([ask("Où est le café ?")], [ask("OÃ¹ est le cafÃ© ?")]),
+    "secrets": ([ask("My key ring is lost")], [ask(f"My key is {KEY} I think")]),
+    "pii": ([ask("Follow me @kites, 3 @ 5.00")], [ask("Write to ann.lee@kites.co.uk")]),
+    "refusal": ([ask("Hi", "I'm sorry, but it is late.")], [ask("Hi", "I'm sorry, but I can't help with that.")]),
+    "assistant_boilerplate": ([ask("Are you an AI?", "As an AI, yes.")], [ask("Hi", "As an AI language model, I say hi.")]),
+    "foreign_identity": ([ask("Hi", "ChatGPT was created by OpenAI.")], [ask("Hi", "I am ChatGPT.")]),
+    "placeholder_text": ([ask("Hi", "Dear Ann, hello.")], [ask("Hi", "Dear [Your Name], hello.")]),
+    "prompt_echo": ([ask(answer="Your kite is on its way.")], [ask(answer="Where is my kite? On its way.")]),
+    "truncated_response": ([ask("Hi", "I see a kite, a boat, and a hat")], [ask("Hi", "I see a kite, a boat, a hat,")]),
+    "repetition": ([ask("Hi", "Ho ho ho, my dear.")], [ask("Hi", "On its way to you. " * 6)]),
+    "markup_leftovers": ([ask("Hi", "1 < 2, R&D")], [ask("Hi", "On its way.<br>")]),
+    "language_mismatch": ([ask(answer="It is on its way.")], [ask(answer="您的风筝已经在路上了，请再等几天。")]),
+    "exact_duplicates": ([ask("Hi"), ask("Ho")], [ask("Hi"), ask("Hi")]),
+    "benchmark_leakage": ([ask("Which planet is red?")], [ask(HELD_OUT[0].question)]),
+    "split_leakage": ([ask(LONG, split="train"), ask("The kite came", split="test")], [ask(LONG, split="test"), ask(LONG + " again", split="train")]),
+    "conflicting_responses": ([ask("Hi", "Hello you"), ask("Ho", "Bye you")], [ask("Hi", "Hello you"), ask("Hi", "Bye you")]),
+    "near_duplicates": ([ask(LONG), ask("The kite came, thank you")], [ask(LONG), ask(LONG + " again")]),
+    "schema": ([ask()], []),
+    "small_dataset": ([ask("Hi"), ask("Ho")], [ask("Hi")]),
+    "unbalanced_categories": (
+        [ask("Hi", category="a"), ask("Ho", category="a"), ask("He", category="b")],
+        [ask("Hi", category="a"), ask("Ho", category="a"), ask("Hu", category="a"), ask("He", category="b")],
+    ),
+    "low_diversity": (
+        [ask(" ".join(word * 2 for word in (a + b, b + a, a + a, b + b))) for a in "aeiou" for b in "bdfgk"],
+        [ask(f"Draw a {thing} number {n}") for thing in ("kite", "boat", "hat", "key", "map") for n in range(8)],
+    ),
+    "length_bias": (
+        [pair("Hi"), pair("Ho", "No.", "On its way.")],
+        [pair("Hi"), pair("Ho"), pair("Hu")],
+    ),
+}  # fmt: skip

@@ -1,0 +1,84 @@
+"""A small LoRA training: random packed examples, the parameters, the stage, and a child process to run it in."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+LORA: dict[str, Any] = {
+    "method": "lora",
+    "peft": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.3, "target_modules": ["v_proj", "q_proj", "down_proj"]},
+    "learning_rate": 1e-2,
+    "num_train_epochs": 3,
+    "gradient_accumulation_steps": 2,
+    "neftune_noise_alpha": 5.0,
+    "load_best_model_at_end": True,
+    "save_strategy": "steps",
+    "save_steps": 2,
+}
+PACKED_ROWS = 7
+"""Forward passes of an epoch: three steps of two, and a fourth of one. Twelve steps in all."""
+
+
+def make_data(folder: Path, rows: int = PACKED_ROWS, threads: int = 1) -> None:
+    """Packed rows of random examples; for two threads long enough that they share the work."""
+    from dagster_project.core.chat import IGNORE
+    from dagster_project.core.records import write_table
+    from dagster_project.stages.tokenized import row_schema
+
+    dice = random.Random(3)
+
+    def row(name: str) -> dict[str, Any]:
+        lengths = [dice.randint(8, 12) if threads == 1 else dice.randint(80, 120) for _ in range(4)]
+        ids = [dice.randrange(3, 60) for _ in range(sum(lengths))]
+        labels = [token if dice.random() < 0.7 else IGNORE for token in ids]
+        return {
+            "example_ids": [f"{name}.{i}" for i in range(4)],
+            "lengths": lengths,
+            "input_ids": ids,
+            "labels": labels,
+            "weights": [float(label != IGNORE) for label in labels],
+        }
+
+    for split, count in (("train", rows), ("validation", 2)):
+        write_table(folder / "tokenized" / f"{split}.parquet", [row(f"{split}{n}") for n in range(count)], row_schema())
+
+
+def train_adapter(folder: Path, model: Path, name: str, params: dict[str, Any], threads: int = 1, live: Path | None = None) -> None:
+    """Run the stage `adapter`: outputs under folder/name, checkpoints under folder/checkpoints/name."""
+    from dagster_project.core.params import Compute
+    from dagster_project.stages import adapter
+
+    out = folder / name
+    out.mkdir(parents=True, exist_ok=True)
+    compute = Compute(threads=threads, dtype="float32")
+    report = adapter.produce(
+        "x", adapter.Params(**params), compute, folder / "tokenized", model, out, out / "loss.csv", folder / "checkpoints" / name,
+        live=live,
+    )  # fmt: skip
+    (out / "report.json").write_text(json.dumps(report.document()))
+
+
+def output_files(folder: Path, name: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((folder / name).iterdir())}
+
+
+def run_in_child(work: Callable[[], None], log: Path) -> int:
+    """Run `work` in a forked child, its stderr appended to `log`. Returns the exit status, negative for a signal."""
+    child = os.fork()
+    if not child:
+        try:
+            handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(handle, 2)
+            work()
+        except BaseException:  # noqa: BLE001  any failure must reach the parent
+            import traceback
+
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
