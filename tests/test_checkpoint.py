@@ -17,6 +17,7 @@ from conftest import ROOT
 from ruamel.yaml import YAML
 
 from dagster_project.core.errors import PedigreeError
+from dagster_project.core.layout import is_code
 from dagster_project.training.trainers.harness import checkpoint
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints, code_of, pack, refuse_full_disk, unpack
 
@@ -219,6 +220,7 @@ def test_all_random_generators_are_restored() -> None:
 
 def test_the_code_in_the_checkpoint_identity_is_what_dvc_tracks() -> None:
     stages = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
-    watched = [dep for dep in stages["adapter"]["do"]["deps"] if dep.endswith(".py")]
-    found = code_of(ROOT / "dagster_project" / "stages" / "adapter.py", ROOT / "dagster_project")
-    assert [str(path.relative_to(ROOT)) for path in found] == watched
+    tracked = [dep for dep in stages["adapter"]["do"]["deps"] if is_code(dep)]
+    code = [path.relative_to(ROOT) for path in code_of(ROOT / "dagster_project" / "stages" / "adapter.py", ROOT / "dagster_project")]
+    assert [str(path) for path in code if not any(path.is_relative_to(entry) for entry in tracked)] == []
+    assert [entry for entry in tracked if not any(path.is_relative_to(entry) for path in code)] == []

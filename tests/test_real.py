@@ -22,14 +22,11 @@ def test_two_hundred_real_rows_run_through_to_an_evaluated_adapter(tmp_path: Pat
     def change(values: dict) -> None:
         values["raw_examples"] = {"sources": [{"path": "data/sources/alpaca_en_demo.json", "license": "Apache-2.0"}], "limit": 200}
         del values["tokenized"]["field_weights"]  # these answers are plain text
-        values["adapter"]["lora"]["max_steps"] = 20
-        values["raw_preferences"]["limit"] = 160  # the first 96 are those of test
-        values["reward_model"] |= {"max_steps": 2, "per_device_train_batch_size": 2, "min_accuracy": 0.0}
+        values["adapter"]["lora"]["max_steps"] = 10
         values["evaluation"] |= {"max_new_tokens": 16, "max_examples": 20}
-        values["aligned"]["dpo"] |= {"max_steps": 2, "per_device_train_batch_size": 2, "samples": 2, "max_new_tokens": 12}
 
     edit_params(project, change)
-    done = dvc(project, "repro", "comparison")
+    done = dvc(project, "repro", "evaluation@lora", "baselines")
     assert done.returncode == 0, done.stderr
     report = json.loads((project / "data/reports/instructions.json").read_text())
     assert report["rows_in"] == 200 == report["rows_out"] + sum(report["dropped"].values())
@@ -37,5 +34,3 @@ def test_two_hundred_real_rows_run_through_to_an_evaluated_adapter(tmp_path: Pat
     base = json.loads((project / "data/reports/baselines.json").read_text())["base"]
     assert evaluation["perplexity"] < base["perplexity"]
     assert 0.7 <= base["general_knowledge"] <= 0.9
-    board = (project / "data/comparison/board.md").read_text()
-    assert "perplexity" in board

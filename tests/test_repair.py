@@ -506,7 +506,7 @@ def test_custom_columns_are_mapped_on_the_command_line(check: Any) -> None:
         ("prompt=q", "no column for response"),
         ("prompt=q,answer=a", "unknown field 'answer'"),
         ("prompt", "FIELD=COLUMN"),
-        ("prompt=q,prompt=a", "named twice"),
+        ("prompt=q,prompt=a", "is duplicated"),
         ("prompt=q,response=q", "named twice"),
         ("prompt=q,response=nope", "no row has the columns"),
     ],
