@@ -60,6 +60,7 @@ def data_quality_page(
         expectations: results of the owner's Great Expectations suite (curation/checks/expectations.py); None if there is no suite.
     """
     findings = sorted(document["findings"], key=lambda finding: (RANK[_shown(finding)], -finding["count"]))
+    judged = sorted([*findings, *_expectation_findings(expectations)], key=lambda finding: RANK[_shown(finding)])
     sections = {
         "Changes": _changes(changes) if changes else None,
         "Rows": _flow(document) if document["rows"] else None,
@@ -71,8 +72,17 @@ def data_quality_page(
     }
     return render(
         "data_quality.jinja", f"Data quality of {document['name']}", sections, "data_quality.js",
-        document=document, verdict=_verdict(document, findings), figures=_figures(document, findings),
+        document=document, verdict=_verdict(document, judged), figures=_figures(document, judged),
     )  # fmt: skip
+
+
+def _expectation_findings(expectations: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """The check `expectations` as a finding: its severity is that of the worst expectation that fails."""
+    failed = [one["severity"] for one in expectations["expectations"] if not one["passed"]] if expectations else []
+    if not failed:
+        return []
+    worst = min(failed, key=lambda severity: RANK[severity])
+    return [{"check": "expectations", "severity": worst, "passed": False, "count": len(failed), "dropped": 0, "elsewhere": 0, "waived": 0}]
 
 
 def _left(finding: Mapping[str, Any]) -> int:
