@@ -34,9 +34,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PERMUTATIONS, BANDS, THRESHOLD = 128, 32, 0.3
-STREET = ("raw_examples", "instructions", "splits")
+STAGES = ("raw_examples", "instructions", "splits")
 SECONDS, GIGABYTES = 240, 8
-"""What a million short rows may take on two cores, all of `STREET`."""
+"""What a million short rows may take on two cores, all of `STAGES`."""
 
 
 class Maker:
@@ -279,7 +279,7 @@ def time_pipeline(rows: int, templates: int, base_model: Path, root: Path) -> No
     )
     print(f"{'':14}{'seconds':>9}{'CPU seconds':>13}{'peak GiB':>9}{'rows out':>11}  digest")
     total = [0.0, 0.0, 0.0]
-    for stage in STREET:
+    for stage in STAGES:
         start = time.perf_counter()
         process = subprocess.Popen(
             [sys.executable, __file__, "--stage", stage, "--base-model", str(base_model), "--folder", str(root)],
@@ -337,7 +337,7 @@ def main() -> None:
         "--base-model", type=Path, default=ROOT / "data/base_model", help="folder with its tokenizer (default: data/base_model)"
     )
     parser.add_argument("--folder", type=Path, help="with --pipeline: new folder to work in, kept afterwards (default: a temporary one)")
-    parser.add_argument("--stage", choices=STREET, help=argparse.SUPPRESS)
+    parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     parser.add_argument("--measure", nargs=2, metavar=("ENGINE", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
