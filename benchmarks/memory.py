@@ -1,7 +1,7 @@
 """Peak memory of training, predicted beside measured. usage: python benchmarks/memory.py [METHOD...] [--base-model FOLDER | --tiny] [--out FILE]
 
 Each method really trains, through the code that trains in the pipeline, with one thread; each in a process of its own. Measured is the largest
-resident size of the process (on a GPU: what torch allocated) while it loads the model and takes two steps; predicted is `training.memory.predict`,
+resident size of the process (on a GPU: what torch allocated) while it loads the model and takes two steps; predicted is `training.planning.memory.predict`,
 from the configuration alone. Memory figures hold on a busy machine; times do not. Times are CPU seconds of the second step, beside the range that `pedigree plan` would print.
 The table replaces the one in docs/memory.md.
 """
