@@ -44,11 +44,6 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     return report
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests on the finished pipeline come first: one test process makes it, while the other has tests that do not wait for it."""
-    items.sort(key=lambda item: "_finished" not in getattr(item, "fixturenames", ()))
-
-
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a two-layer random Llama (64 wide) and a byte-level tokenizer with a ChatML template."""

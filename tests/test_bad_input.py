@@ -14,7 +14,6 @@ import dagster as dg
 import pytest
 from conftest import dvc, edit_params, pedigree, run
 
-from dagster_project.__main__ import main
 from dagster_project.orchestration.dagster.assets import build_definitions
 from dagster_project.orchestration.dagster.metadata import asset_key
 from dagster_project.orchestration.dagster.sync import sync
@@ -122,10 +121,10 @@ def test_a_taken_port_is_named(finished: Path) -> None:
     "arguments",
     [["run", "nostage"], ["run", "adapter"], ["run", "splits@lora"], ["audit", "nothing"], ["plan", "ghost"], ["check", "none.json"]],
 )
-def test_wrong_usage_gets_a_hint_and_exit_code_2(finished: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*arguments, "--project", str(finished)]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and "hint: " in err and "Traceback" not in err
+def test_wrong_usage_gets_a_hint_and_exit_code_2(finished: Path, arguments: list[str]) -> None:
+    done = pedigree(finished, *arguments)
+    assert done.returncode == 2
+    assert done.stdout == "" and "hint: " in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_command_outside_a_project_is_refused(tmp_path: Path) -> None:
