@@ -404,7 +404,7 @@ def test_a_plan_that_does_not_fit_suggests_one_that_does(tokenized: Path, monkey
 
 def test_without_the_base_model_the_plan_names_the_command_to_run(tokenized: Path) -> None:
     shutil.rmtree(tokenized / "data" / "base_model")
-    with pytest.raises(InputError, match="data/base_model is not here"):
+    with pytest.raises(InputError, match="data/base_model is missing"):
         plan.plan_variants(tokenized, [])
 
 
