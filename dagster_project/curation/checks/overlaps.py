@@ -155,9 +155,9 @@ def _split_leaks(pairs: Iterable[Pair], labels: Sequence[str | None]) -> list[Li
 def _reported(
     near: Sequence[Pair], records: Sequence[dict[str, Any]], subjects: Sequence[str], frequency: Mapping[str, int], least: float
 ) -> tuple[list[Link], list[Link]]:
-    """Near-copies that people are told of, and those that only share a cluster: less similar ones, texts contained in a longer one, and
+    """Near-copies that are reported, and those that only share a cluster: less similar ones, texts contained in a longer one, and
     conversations that end in different questions."""
-    told: list[Link] = []
+    reported: list[Link] = []
     grouped: list[Link] = []
     for p in near:
         same = p.rule == "equal" or (
@@ -166,8 +166,8 @@ def _reported(
             and is_near_duplicate(subjects[p.left], subjects[p.right], frequency)
             and is_near_duplicate(_last_asked(records[p.left]), _last_asked(records[p.right]), frequency)
         )
-        (told if same else grouped).append(Link(p.right, p.left, "prompt", p.rule, p.similarity))
-    return told, grouped
+        (reported if same else grouped).append(Link(p.right, p.left, "prompt", p.rule, p.similarity))
+    return reported, grouped
 
 
 def _last_asked(record: dict[str, Any]) -> str:
