@@ -103,7 +103,7 @@ def test_expectations_are_a_check_and_a_section_of_the_page(tmp_path: Path, tiny
     assert [check.name for check in report.failures] == ["expectations"]
     assert not (tmp_path / "pages/data_docs").exists()
     page = (tmp_path / "pages/report.html").read_text()
-    assert 'id="expectations"' in page and "0 of 1 expectation hold" in page and "fails (error)" in page
+    assert 'id="expectations"' in page and "0 of 1 expectation passed" in page and "failed (error)" in page
     assert "Not ready to train on" in page and "Ready to train on" not in page
 
 
