@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,49 @@ def test_an_id_is_stable() -> None:
     assert example_id(said(("user", "Grüße 你好"), ("assistant", "Hello"))) == "66b4e333bc9981c814a182de0e9fe1fa"
 
 
-def test_an_id_depends_on_roles_and_contents_alone() -> None:
+def test_an_id_depends_on_no_order_of_keys_and_on_no_other_key() -> None:
     plain = example_id(said(("user", "Hi"), ("assistant", "Hello")))
-    assert example_id([{"content": "Hi", "role": "user", "name": "Ann"}, {"content": "Hello", "role": "assistant"}]) == plain
+    assert example_id([{"content": "Hi", "role": "user", "mood": "good"}, {"content": "Hello", "role": "assistant"}]) == plain
+
+
+json_values = st.recursive(st.none() | st.booleans() | st.integers() | text, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3), max_leaves=5)  # fmt: skip
+tool_calls = st.lists(
+    st.fixed_dictionaries(
+        {"type": st.just("function"), "function": st.fixed_dictionaries({"name": text, "arguments": st.dictionaries(text, json_values, max_size=3) | text})},
+        optional={"id": text},
+    ),
+    min_size=1, max_size=2,
+)  # fmt: skip
+rich_message = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": text},
+    optional={"reasoning_content": text, "tool_calls": tool_calls, "tool_call_id": text, "name": text, "weight": st.just(0.0)},
+)
+rich_messages = st.lists(rich_message, max_size=4)
+tools = st.none() | st.lists(
+    st.fixed_dictionaries({"type": st.just("function"), "function": st.fixed_dictionaries({"name": text, "parameters": json_values})}), min_size=1, max_size=2
+)  # fmt: skip
+
+
+@calm
+@given(rich_messages, tools, rich_messages, tools)
+def test_conversations_that_differ_in_any_field_never_share_an_id(
+    one: list[dict[str, Any]], tools_one: Any, other: list[dict[str, Any]], tools_other: Any
+) -> None:
+    same = json.dumps([one, tools_one], sort_keys=True) == json.dumps([other, tools_other], sort_keys=True)
+    assert same or example_id(one, tools_one) != example_id(other, tools_other)
+    for i, message in enumerate(one):
+        for key in message.keys() - {"role"}:
+            without = [*one[:i], {k: v for k, v in message.items() if k != key} | ({"content": message["content"] + "."} if key == "content" else {}), *one[i + 1 :]]  # fmt: skip
+            assert example_id(without, tools_one) != example_id(one, tools_one)
+
+
+@calm
+@given(st.lists(st.tuples(record, rich_messages, tools), max_size=5))
+def test_records_with_calls_reasoning_and_weights_are_read_back_unchanged(given_rows: list[tuple[dict[str, Any], Any, Any]]) -> None:
+    records = [{**row, "messages": turns} | ({"tools": defined} if defined else {}) for row, turns, defined in given_rows]
+    with tempfile.TemporaryDirectory() as folder:
+        write_records(Path(folder), records)
+        assert read_records(Path(folder)) == records
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,9 @@ from functools import cache, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from dagster_project.core import messages as message_fields
+from dagster_project.core.messages import Messages, Tools
+
 if TYPE_CHECKING:
     import pyarrow as pa  # imported inside functions: Dagster loads every stage module, and importing Arrow takes longer than all of them
 
@@ -97,40 +100,48 @@ def ledger_schema(repaired: bool = False) -> pa.Schema:
     return pa.schema(columns + (more if repaired else []))
 
 
-def example_id(messages: Sequence[dict[str, str]]) -> str:
-    """Content hash of the messages: sha256 over their canonical JSON, 128 bits in hex."""
-    canonical = CANONICAL.encode([[m["role"], m["content"]] for m in messages])
+def example_id(messages: Messages, tools: Tools = None) -> str:
+    """Content hash of everything that can change what is trained: sha256 over canonical JSON, 128 bits in hex.
+
+    Records without tools, reasoning, calls or weights have the hash of [[role, content], ...].
+    """
+    canonical = CANONICAL.encode(message_fields.identity_parts(messages, tools))
     return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-def pair_id(prompt: Sequence[dict[str, str]], chosen: Sequence[dict[str, str]], rejected: Sequence[dict[str, str]]) -> str:
+def pair_id(prompt: Messages, chosen: Messages, rejected: Messages, tools: Tools = None) -> str:
     """Content hash of a preference pair."""
     sides = {"chosen": chosen, "rejected": rejected}
-    return example_id([*prompt, *({"role": side, "content": CANONICAL.encode(turns)} for side, turns in sides.items())])
+    return example_id([*prompt, *({"role": side, "content": CANONICAL.encode(_ordered(turns))} for side, turns in sides.items())], tools)
+
+
+def _ordered(messages: Messages) -> list[dict[str, Any]]:
+    """Messages with their keys in canonical order, so that equal messages have equal JSON."""
+    return [{key: message[key] for key in ("role", "content", *message_fields.FIELDS) if key in message} for message in messages]
 
 
 def content_id(record: Mapping[str, Any]) -> str:
     """`example_id` of a record or, for a pair in the form that checks use (`formats.as_record`), `pair_id`."""
-    messages, prompt_length = record["messages"], record.get("asked")
-    return (
-        example_id(messages) if prompt_length is None else pair_id(messages[:prompt_length], messages[prompt_length:], record["rejected"])
-    )
+    messages, prompt_length, tools = record["messages"], record.get("asked"), record.get("tools")
+    if prompt_length is None:
+        return example_id(messages, tools)
+    return pair_id(messages[:prompt_length], messages[prompt_length:], record["rejected"], tools)
 
 
 CANONICAL = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
-def prompt_text(messages: Sequence[dict[str, str]]) -> str:
+def prompt_text(messages: Messages) -> str:
     """Content of all user turns. System prompts are excluded, because whole sets share them."""
     return "\n".join(m["content"] for m in messages if m["role"] == "user")
 
 
-def response_text(messages: Sequence[dict[str, str]]) -> str:
+def response_text(messages: Messages) -> str:
     """Content of the last message if it is the assistant's, else the empty string."""
     return messages[-1]["content"] if messages and messages[-1]["role"] == "assistant" else ""
 
 
-def subject_text(messages: Sequence[dict[str, str]]) -> str:
+def subject_text(messages: Messages) -> str:
     """The text by which rows are compared: the prompt or, for plain text, the response."""
     return prompt_text(messages) or response_text(messages)
 
@@ -157,16 +168,65 @@ def write_table(path: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema) -
 def write_records(folder: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema | None = None) -> None:
     """Write a data set to a folder of shards, records-00000.parquet and so on, in the given order. Default schema: the canonical record."""
     folder.mkdir(parents=True, exist_ok=True)
+    schema = schema or record_schema()
+    if any(_is_rich(row) for row in rows):
+        schema, rows = rich_schema(schema), [_stored(row) for row in rows]
     ids = [row["example_id"] for row in rows]
     for number, (start, end) in enumerate(_shards(ids) if rows else [(0, 0)]):
-        write_table(folder / f"records-{number:05d}.parquet", rows[start:end], schema or record_schema())
+        write_table(folder / f"records-{number:05d}.parquet", rows[start:end], schema)
+
+
+CONVERSATIONS = ("messages", "prompt", "chosen", "rejected")
+"""Columns with messages."""
+
+
+def rich_schema(schema: pa.Schema) -> pa.Schema:
+    """A schema of records or pairs with `tools` and the optional fields of messages.
+
+    A data set has these columns if any of its rows needs them, so that sets of plain text keep their bytes.
+    """
+    import pyarrow as pa
+
+    types = {"reasoning_content": pa.string(), "tool_calls": pa.string(), "tool_call_id": pa.string(), "name": pa.string()}
+    message = pa.struct([("role", pa.string()), ("content", pa.string()), *types.items(), ("weight", pa.float64())])
+    columns: list[tuple[str, pa.DataType]] = []
+    for column in schema:
+        columns.append((column.name, pa.list_(message) if column.name in CONVERSATIONS else column.type))
+        if column.name in {"messages", "rejected"}:  # the last column with messages
+            columns.append(("tools", pa.string()))  # JSON: the functions that the assistant may call; null for none
+    return pa.schema(columns)
+
+
+def _is_rich(row: Mapping[str, Any]) -> bool:
+    return bool(row.get("tools")) or not all(message_fields.is_plain(row[name] or ()) for name in CONVERSATIONS if name in row)
+
+
+def _stored(row: Mapping[str, Any]) -> dict[str, Any]:
+    sides = {name: message_fields.stored(row[name] or ()) for name in CONVERSATIONS if name in row}
+    return {**row, **sides, "tools": message_fields.JSON.encode(row["tools"]) if row.get("tools") else None}
+
+
+def _loaded(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as `write_records` got it."""
+    if "tools" not in row:
+        return row
+    sides = {name: message_fields.loaded(row[name] or ()) for name in CONVERSATIONS if name in row}
+    tools = {"tools": json.loads(row["tools"])} if row["tools"] else {}
+    return {key: value for key, value in row.items() if key != "tools"} | sides | tools
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Read the rows of a Parquet file written by `write_table`."""
+    """Read the rows of a Parquet file written by `write_table` or `write_records`.
+
+    Args:
+        columns: names of columns. `tools` may be missing from the file.
+    """
     import pyarrow.parquet as pq
 
-    return pq.read_table(path, columns=list(columns) if columns else None).to_pylist()
+    names = None if columns is None else [name for name in columns if name != "tools" or "tools" in pq.read_schema(path).names]
+    table = pq.read_table(path, columns=names)
+    rows = table.to_pylist()
+    return [_loaded(row) for row in rows] if "tools" in table.column_names else rows
 
 
 @uncollected
@@ -175,7 +235,7 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     return [row for shard in sorted(folder.glob("records-*.parquet")) for row in read_table(shard)]
 
 
-PREFERENCE = ("example_id", "prompt", "chosen", "rejected", "margin", "category", "group_id")
+PREFERENCE = ("example_id", "prompt", "chosen", "rejected", "tools", "margin", "category", "group_id")
 """Columns of a pair that a trainer reads."""
 
 

@@ -1,0 +1,98 @@
+"""The canonical message. Beside `role` and `content` it may have reasoning, tool calls, the id of a tool result, a name and a loss weight.
+
+    {"role": "assistant", "content": "", "reasoning_content": "I need the weather.", "tool_calls":
+        [{"type": "function", "id": "call_1", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}]}
+    {"role": "tool", "content": "-3", "tool_call_id": "call_1", "name": "weather"}
+    {"role": "assistant", "content": "It is cold.", "weight": 0}
+
+A key is absent where a source has nothing for it, so a plain message has just `role` and `content`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+Message = dict[str, Any]
+Messages = Sequence[Message]
+Tools = Sequence[Mapping[str, Any]] | None
+"""Definitions of the functions that the assistant may call, in OpenAI's form: [{"type": "function", "function": {"name": ..., ...}}]."""
+
+FIELDS = ("reasoning_content", "tool_calls", "tool_call_id", "name", "weight")
+"""Optional keys of a message, in their order."""
+
+JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+"""Keeps the order of keys, because a chat template writes arguments in their order."""
+
+
+class Call(NamedTuple):
+    """A call of a tool by the assistant."""
+
+    name: str
+    arguments: Any
+    """An object, or the text of the source where that is not JSON."""
+    identity: str | None
+
+
+def is_plain(messages: Messages) -> bool:
+    """Whether no message has any of the optional keys."""
+    return not any(field in message for message in messages for field in FIELDS)
+
+
+def is_trained(message: Mapping[str, Any]) -> bool:
+    """Whether a message contributes to the loss: the assistant's, unless its weight is 0."""
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
+def calls(message: Mapping[str, Any]) -> list[Call]:
+    """The tool calls of a message, in order."""
+    return [Call(call["function"]["name"], call["function"]["arguments"], call.get("id")) for call in message.get("tool_calls") or ()]
+
+
+def tool_names(tools: Tools) -> list[str]:
+    return [str(tool.get("function", tool).get("name")) for tool in tools or ()]
+
+
+def identity_parts(messages: Messages, tools: Tools = None) -> list[Any]:
+    """Everything in a conversation that can change what is trained, for its content hash.
+
+    A plain message gives [role, content], one with further fields [role, content, {field: value}]; tools follow as an object.
+    """
+    parts: list[Any] = []
+    for message in messages:
+        more = {field: message[field] for field in FIELDS if field in message}
+        parts.append([message["role"], message["content"], *([more] if more else [])])
+    return [*parts, {"tools": list(tools)}] if tools else parts
+
+
+def stored(messages: Messages) -> list[Message]:
+    """Messages as Parquet stores them: tool calls as JSON, because arguments have no fixed schema."""
+    return [{**message, "tool_calls": JSON.encode(message["tool_calls"])} if "tool_calls" in message else message for message in messages]
+
+
+def loaded(messages: Iterable[Mapping[str, Any]]) -> list[Message]:
+    """The inverse of `stored`; columns that are null become absent keys."""
+    rows = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    for row in rows:
+        if "tool_calls" in row:
+            row["tool_calls"] = json.loads(row["tool_calls"])
+    return rows
+
+
+def field_texts(message: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(field, text) of everything in a message that a person may have written or be named in.
+
+    content "It is cold."                    ->  ("content", "It is cold.")
+    a call of weather with {"city": "Oslo"}  ->  ("tool_calls", '{"city":"Oslo"}')
+    """
+    yield "content", message["content"]
+    if reasoning := message.get("reasoning_content"):
+        yield "reasoning_content", reasoning
+    for call in calls(message):
+        yield "tool_calls", call.arguments if isinstance(call.arguments, str) else JSON.encode(call.arguments)
+
+
+def full_text(messages: Messages) -> str:
+    """All texts of a conversation: contents, reasoning and arguments, in order."""
+    return "\n".join(text for message in messages for _, text in field_texts(message))
