@@ -42,6 +42,8 @@ class LightTokenizer:
     extra: Sequence[str]
     """Those that have none."""
     chat_template: str | None
+    name_or_path: str = ""
+    """The model's folder."""
 
     @property
     def eos_token(self) -> str | None:
@@ -56,12 +58,19 @@ class LightTokenizer:
         return compiled(self.chat_template or "")
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], tokenize: bool, add_generation_prompt: bool, tools: Any = None, **variables: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tokenize: bool,
+        add_generation_prompt: bool,
+        tools: Any = None,
+        chat_template: str | None = None,
+        **variables: Any,
     ) -> str:
         """The conversation as text. The arguments are those of transformers, which `rendering.render` calls by name."""
         if tokenize or not messages:
             raise ValueError("Cannot apply chat template to an empty conversation. Provide at least one message.")
-        text: str = self._template.render(
+        template = compiled(chat_template) if chat_template else self._template
+        text: str = template.render(
             messages=[dict(message) for message in messages],
             tools=tools,
             documents=None,
@@ -109,7 +118,7 @@ def _plain(base_model: Path, settings: dict[str, Any], model: dict[str, Any], st
         backend = Tokenizer.from_file(str(base_model / "tokenizer.json"))
     except Exception:  # noqa: BLE001  tokenizers raises nothing narrower; transformers then says what is wrong
         return None
-    return LightTokenizer(backend, special, extra, template) if backend.get_vocab_size() <= PATCHED_FROM else None
+    return LightTokenizer(backend, special, extra, template, str(base_model)) if backend.get_vocab_size() <= PATCHED_FROM else None
 
 
 def _content(token: Any) -> str:
