@@ -22,8 +22,10 @@ from dagster_project.training.trainers.harness.checkpoint import code_of
 from dagster_project.views.alignment import draw_alignment
 from dagster_project.views.ballot import ballot_page
 from dagster_project.views.comparison import Sample, comparison_page
+from dagster_project.views.conversations import conversation
 from dagster_project.views.data_quality import data_quality_page
 from dagster_project.views.lineage import lineage_page
+from dagster_project.views.trained_examples import Piece, TrainedExample
 from dagster_project.views.training import training_page
 
 PACKAGE = ROOT / "dagster_project"
@@ -143,7 +145,8 @@ def training(text: Text, tmp_path: Path) -> str:
         "threads": 2, "versions": {text("torch"): text("2")}, "frozen": {"sha256_before": "a", "sha256_after": "a", "tensors": 2},
         "trained": {text("lora_A"): {"tensors": 1, "moved": 1, "norm_of_change": 0.1}},
     }  # fmt: skip
-    examples = [{"source": text("a:1"), "text": f"{text('user')} ⟦{text('answer')}⟧ {text('rest')}"}]
+    pieces = [Piece(text("user"), None), Piece(text("answer"), 1.0), Piece(text("category"), 16.0), Piece(text("rest"), 0.0)]
+    examples = [TrainedExample(text("a:1"), pieces, "9 tokens", conversation(rich(text)))]
     measured = {"peak_memory_bytes": 2e9}
     return training_page(text("lora"), document, [{"step": 1, "loss": 2.0}], measured, {text("weights"): 10**9}, examples)
 
