@@ -150,7 +150,8 @@ def _chosen(audit: Sequence[Mapping[str, Any]], records: Mapping[str, Mapping[st
 
 def _records(splits: Path, audit: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """The records of the examples, by id."""
-    wanted, found = {one.get("example_id") for one in audit}, {}
+    wanted = {one.get("example_id") for one in audit}
+    found: dict[str, dict[str, Any]] = {}
     for split in sorted({one["split"] for one in audit if "split" in one}):
         for shard in sorted((splits / split).glob("records-*.parquet")):
             if wanted.isdisjoint(row["example_id"] for row in read_table(shard, ["example_id"])):
