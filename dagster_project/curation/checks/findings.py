@@ -37,7 +37,7 @@ def document(
         for verdict in judged.verdicts.values()
         if verdict.broken or not verdict.passed or verdict.waived
     ]
-    numbers = _numbers(judged.records)
+    numbers = row_numbers(judged.records)
     for one in findings:
         one["rows"] = [numbers[i] for i in one["rows"]]
         one["matches"] = [{**found, "row": numbers[found["row"]]} for found in one["matches"]]
@@ -66,7 +66,7 @@ def document(
     }
 
 
-def _numbers(records: Sequence[Mapping[str, Any]]) -> list[int]:
+def row_numbers(records: Sequence[Mapping[str, Any]]) -> list[int]:
     """The source row of each record, counted on through the sources. A row may give several records, and two rows one."""
     rows: dict[str, int] = {}
     for record in records:
