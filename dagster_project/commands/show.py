@@ -6,19 +6,19 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from dagster_project.core import chat, params
 from dagster_project.core.errors import InputError
+from dagster_project.core.rendering import render
 from dagster_project.curation.checks import findings
 from dagster_project.curation.checks.checks import Judgement
 from dagster_project.curation.checks.light_tokenizer import LightTokenizer
 from dagster_project.curation.checks.token_counts import load_tokenizer
 from dagster_project.training.tokens import chat_templates
 
-END_TOKENS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|return|>", "</s>", "<|endoftext|>")
-"""End-of-turn tokens to look for in a template that comes without a tokenizer."""
-NAMED_END = {"chatml": "<|im_end|>", "alpaca": "</s>"}
+SPECIAL = re.compile(r"<[|｜]?[^<>\s]+>|\[/?[A-Z_]+\]")
+"""What looks like a special token."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Renderer:
     tokenizer: Any
     counts: bool
     """Whether the tokenizer can count tokens; a template by itself cannot."""
+    reasoning: chat.Reasoning = "template"
+    """Which traces are rendered."""
 
 
 def renderer(project: Path, base_model: Path | None, template: str | None) -> Renderer:
@@ -43,46 +45,46 @@ def renderer(project: Path, base_model: Path | None, template: str | None) -> Re
     folder = base_model or project / "data" / "base_model"
     present = (folder / "tokenizer.json").is_file()
     tokenizer = load_tokenizer(folder) if present else None
-    own = "data/base_model" if base_model is None else str(base_model)
-    if template is not None:
-        where, source = f"--template {template}", _source(template)
-    else:
-        configured = _configured(project) if base_model is None and present else None
-        where, source = (f"tokenized.chat_template {configured[0]}", configured[1]) if configured else (own, None)
-    if source is None and (tokenizer is None or not tokenizer.chat_template):
-        problem = f"{own} has no chat template" if present else "there is no data/base_model"
-        raise InputError(f"--show: {problem}, so rows cannot be rendered", "add --template chatml, alpaca or FILE, or --base-model FOLDER")
-    if source is not None:
-        name = where.rpartition(" ")[2]
+    name, where = template, f"--template {template}"
+    reasoning: chat.Reasoning = "template"
+    if template is None:
+        where = "data/base_model" if base_model is None else str(base_model)
+        if base_model is None and present and (project / "params.yaml").is_file():
+            name, reasoning = _configured(project)
+            where = f"tokenized.chat_template {name}" if name else where
+    if name is not None:
+        source = _source(name if template or name in chat_templates.NAMED else str(project / name), where)
         chat_templates.refuse_unsafe(source, where)
         tokenizer = _with_template(tokenizer, name, source, where) if tokenizer is not None else _template_only(name, source)
         chat_templates.try_template(tokenizer, where)
-    return Renderer(where, tokenizer, present)
+    elif tokenizer is None or not tokenizer.chat_template:
+        problem = f"{where} has no chat template" if present else "there is no data/base_model"
+        raise InputError(f"--show: {problem}, so rows cannot be rendered", "add --template chatml, alpaca or FILE, or --base-model FOLDER")
+    return Renderer(where, tokenizer, present, reasoning)
 
 
-def _source(template: str) -> str:
+def _source(name: str, where: str) -> str:
     """The text of a named template or a Jinja file."""
-    if template in chat_templates.NAMED:
-        return chat_templates.NAMED[template]
+    if name in chat_templates.NAMED:
+        return chat_templates.NAMED[name]
     try:
-        return Path(template).read_text(encoding="utf-8")
+        return Path(name).read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise InputError(f"--template {template}: is not UTF-8 text", "save it as UTF-8") from None
+        raise InputError(f"{where}: is not UTF-8 text", "save it as UTF-8") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise InputError(f"--template {template}: {reason}", f"use {', '.join(chat_templates.NAMED)} or a Jinja file") from None
+        raise InputError(f"{where}: {reason}", f"use {', '.join(chat_templates.NAMED)} or a Jinja file") from None
 
 
-def _configured(project: Path) -> tuple[str, str] | None:
-    """Name and text of the project's `tokenized.chat_template`; None if it uses the base model's."""
-    if not (project / "params.yaml").is_file():
-        return None
+def _configured(project: Path) -> tuple[str | None, chat.Reasoning]:
+    """`chat_template` and `reasoning` in the section `tokenized` of params.yaml."""
     section = params.read(project).get("tokenized")
-    name = section.get("chat_template") if isinstance(section, dict) else None
-    if not isinstance(name, str):
-        return None
-    path = chat_templates.locate(project, name)
-    return name, chat_templates.NAMED[name] if path is None else path.read_text(encoding="utf-8")
+    values = section if isinstance(section, dict) else {}
+    name = values.get("chat_template")
+    if isinstance(name, str):
+        chat_templates.locate(project, name)
+    reasoning = next((one for one in get_args(chat.Reasoning) if one == values.get("reasoning")), "template")
+    return name if isinstance(name, str) else None, reasoning
 
 
 def _with_template(tokenizer: Any, name: str, source: str, where: str) -> Any:
@@ -99,10 +101,17 @@ def _with_template(tokenizer: Any, name: str, source: str, where: str) -> Any:
 
 
 def _template_only(name: str, source: str) -> LightTokenizer:
-    """A template without a tokenizer: its special tokens are those that it names."""
-    end = NAMED_END.get(name) or next((token for token in END_TOKENS if token in source), "</s>")
-    named = {"bos_token": "<s>", "eos_token": end}
-    return LightTokenizer(None, named, re.findall(r"<\|[^|<>\s]+\|>", source), source)
+    """A template without a tokenizer. The end of a turn is `eos_token` if the template writes it, else the token that follows an answer."""
+    tokenizer = LightTokenizer(None, {"bos_token": "<s>", "eos_token": "</s>"}, list(dict.fromkeys(SPECIAL.findall(source))), source)
+    answer = {"role": "assistant", "content": "pedigree7word"}
+    try:
+        after = render(tokenizer, [{"role": "user", "content": "Hi"}, answer]).partition(answer["content"])[2]
+    except InputError:
+        return tokenizer
+    end = SPECIAL.search(after)
+    if end is None or ("</s>" in after and name != "chatml"):
+        return tokenizer
+    return replace(tokenizer, special_tokens={"bos_token": "<s>", "eos_token": end.group()})
 
 
 def select(judged: Judgement, first: int | None, rows: Sequence[int]) -> list[int]:
@@ -143,23 +152,23 @@ def _rendered(record: Mapping[str, Any], by: Renderer) -> dict[str, Any]:
     if not record["messages"]:
         return {"problem": f"it cannot be read: {findings.excerpt(record)}"}
     try:
-        examples = _sides(by.tokenizer, record) if "asked" in record else [("", parts) for parts in _examples(by.tokenizer, record)]
+        examples = (
+            _sides(by.tokenizer, record)
+            if "asked" in record
+            else [("", parts) for parts in chat.examples_of(by.tokenizer, record, by.reasoning)]
+        )
     except InputError as error:
         return {"problem": error.what}
     return {"examples": [{**({"side": side} if side else {}), **_example(parts, by)} for side, parts in examples]}
 
 
-def _examples(tokenizer: Any, record: Mapping[str, Any]) -> list[chat.Pieces]:
-    return [chat.record_pieces(tokenizer, record)]
-
-
 def _sides(tokenizer: Any, pair: Mapping[str, Any]) -> list[tuple[str, chat.Pieces]]:
-    """Both answers of a preference pair after its prompt. Only the last answer counts in the loss."""
+    """Both answers of a preference pair after its prompt. Only the last answer counts in the loss, whatever the weights of messages."""
     prompt = pair["messages"][: pair["asked"]]
-    sides = {"chosen": pair["messages"][pair["asked"] :], "rejected": pair["rejected"]}
     found = []
-    for side, turns in sides.items():
-        parts = chat.pieces(tokenizer, [*prompt, *turns])
+    for side, turns in (("chosen", pair["messages"][pair["asked"] :]), ("rejected", pair["rejected"])):
+        messages = [{key: value for key, value in message.items() if key != "weight"} for message in [*prompt, *turns]]
+        parts = chat.last_turn_pieces(tokenizer, messages, pair.get("tools"))
         last = max((i for i, (_, trained) in enumerate(parts) if trained), default=-1)
         found.append((side, [(text, i == last) for i, (text, _) in enumerate(parts)]))
     return found
