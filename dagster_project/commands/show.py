@@ -83,7 +83,7 @@ def _configured(project: Path) -> tuple[str | None, chat.Reasoning]:
     name = values.get("chat_template")
     if isinstance(name, str):
         chat_templates.locate(project, name)
-    reasoning = next((one for one in get_args(chat.Reasoning) if one == values.get("reasoning")), "template")
+    reasoning: chat.Reasoning = next((one for one in get_args(chat.Reasoning) if one == values.get("reasoning")), "template")
     return name if isinstance(name, str) else None, reasoning
 
 
