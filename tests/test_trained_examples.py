@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from itertools import groupby
 from pathlib import Path
@@ -107,6 +108,25 @@ def test_rows_with_calls_reasoning_and_weights_are_among_the_shown_ones_by_role(
     assert [one.by_role.summary for one in shown if one.by_role] == [
         *["user, assistant"] * 4, "system, user, assistant (not in the loss), user, assistant (reasoning, 1 call), tool, assistant; 1 tool",
     ]  # fmt: skip
+
+
+def test_of_a_row_with_several_examples_the_last_is_shown_before_another_one_of_that_row(project: Path) -> None:
+    rewriting = "{% for m in messages %}{{ m.role }}: {{ m.content if loop.last or m.role == 'user' else '(' ~ m.content ~ ')' }}<|im_end|>\n{% endfor %}"
+    rewriting += "{% if add_generation_prompt %}assistant: {% endif %}"
+    (project / "data/templates").mkdir()
+    (project / "data/templates/rewriting.jinja").write_text(rewriting)
+    turns = [{"role": ("user", "assistant")[i % 2], "content": f"turn {i}"} for i in range(6)]
+    audit = tokenize(project, record(turns), ask("Where?", "Here.", 1), chat_template="data/templates/rewriting.jinja")
+    shown = trained_examples(project, audit)
+    assert [one.place for one in shown] == [*(f"a.jsonl, example {i} of its row (train)" for i in (1, 2, 3)), "a.jsonl (train)"]
+    assert [piece.text for one in shown for piece in one.pieces if piece.weight] == [
+        "turn 1<|im_end|>", "turn 3<|im_end|>", "turn 5<|im_end|>", "Here.<|im_end|>",
+    ]  # fmt: skip
+    many = [record([{**turn, "content": f"{turn['content']} of {i}"} for turn in turns], row=i) for i in range(4)]
+    audit = tokenize(project, *many, chat_template="data/templates/rewriting.jinja")
+    assert len({one["example_id"] for one in audit}) == 3
+    shown = trained_examples(project, audit)
+    assert [re.findall(r"example (\d)", one.place) for one in shown] == [["1"], ["2"], ["3"], ["3"], ["3"]]
 
 
 def test_weights_are_found_in_packed_rows_of_many_examples(project: Path) -> None:

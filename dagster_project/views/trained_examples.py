@@ -140,12 +140,12 @@ def _figures(example: Mapping[str, Any], weights: Sequence[float] | None) -> str
 
 
 def _chosen(audit: Sequence[Mapping[str, Any]], records: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The first example with calls, with reasoning and with weights, and the first ones, up to SHOWN, in order."""
-    first = []
+    """The last example of the first row with calls, of that with reasoning, of that with weights and of further rows, up to SHOWN, in order."""
+    last = {one.get("example_id", i): i for i, one in enumerate(audit)}
+    rows = []
     for field in ("tool_calls", "reasoning_content", "weight"):
-        with_field = {name for name, record in records.items() if any(field in message for message in record["messages"])}
-        first += [i for i, one in enumerate(audit) if one.get("example_id") in with_field][:1]
-    return [audit[i] for i in sorted(list(dict.fromkeys([*first, *range(len(audit))]))[:SHOWN])]
+        rows += [i for name, i in last.items() if any(field in message for message in records.get(name, {}).get("messages", ()))][:1]
+    return [audit[i] for i in sorted(list(dict.fromkeys([*rows, *last.values(), *range(len(audit))]))[:SHOWN])]
 
 
 def _records(splits: Path, audit: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
