@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 PLAIN_CLASSES = frozenset({"TokenizersBackend", "PreTrainedTokenizerFast"})
@@ -36,7 +37,7 @@ class LightTokenizer:
     """As much of a transformers tokenizer as `core.chat` and `token_counts` call."""
 
     backend_tokenizer: Any
-    """A `tokenizers.Tokenizer`."""
+    """A `tokenizers.Tokenizer`; None for a template by itself."""
     special_tokens: Mapping[str, str]
     """The special tokens that have a name, by it."""
     extra: Sequence[str]
@@ -48,6 +49,19 @@ class LightTokenizer:
     @property
     def eos_token(self) -> str | None:
         return self.special_tokens.get("eos_token")
+
+    @property
+    def bos_token(self) -> str | None:
+        return self.special_tokens.get("bos_token")
+
+    @property
+    def bos_token_id(self) -> int | None:
+        found = self.backend_tokenizer and self.bos_token and self.backend_tokenizer.token_to_id(self.bos_token)
+        return found if isinstance(found, int) else None
+
+    def __call__(self, text: str) -> SimpleNamespace:
+        """Token ids of a text, with the special tokens that the tokenizer adds."""
+        return SimpleNamespace(input_ids=self.backend_tokenizer.encode(text).ids)
 
     @property
     def all_special_tokens(self) -> list[str]:

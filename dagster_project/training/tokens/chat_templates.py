@@ -106,7 +106,7 @@ def use(tokenizer: Any, root: Path, name: str | None) -> str | None:
         return None
     source = tokenizer.chat_template = with_constant_date(str(tokenizer.get_chat_template()))
     refuse_unsafe(source, where)
-    _try(tokenizer, where)
+    try_template(tokenizer, where)
     return source
 
 
@@ -142,7 +142,12 @@ def refuse_unsafe(source: str, where: str) -> None:
             )
 
 
-def _try(tokenizer: Any, where: str) -> None:
+def try_template(tokenizer: Any, where: str) -> None:
+    """Render PROBES with limited time and memory.
+
+    Raises:
+        InputError: the template fails on the first one, takes too long, or needs too much memory.
+    """
     import multiprocessing
 
     context = multiprocessing.get_context("fork")  # the child inherits the tokenizer, so nothing is imported or read again
