@@ -314,6 +314,23 @@ TOO_DEEP = f"nested more than {MAX_DEPTH} deep"
 HALF = "text holds half of a surrogate pair, which is no character"
 
 
+def parse_json(text: str) -> Any:
+    """Parse JSON inside a row as strictly as the row itself.
+
+    Raises:
+        ValueError: it is not JSON, or holds what a row may not hold: a key twice, NaN, half of a surrogate pair, nesting that is too deep.
+    """
+    try:
+        value = STRICT.decode(text)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+    if text.count("[") + text.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+        raise ValueError(TOO_DEEP)
+    if "\\u" in text:
+        json.dumps(value, ensure_ascii=False).encode()  # a UnicodeEncodeError is a ValueError
+    return value
+
+
 def _row(source_row: int, value: Any, text: str, line: int = 0) -> Row:
     """Check a parsed value.
 
