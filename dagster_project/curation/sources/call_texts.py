@@ -22,6 +22,11 @@ Think = Literal["auto", "keep", "split"]
 """Traces at the beginning of an answer: `auto` moves those between both tags, `split` also those without the opening tag, `keep` none."""
 
 
+def is_marked(messages: Messages) -> bool:
+    """Whether any of the texts may hold what the functions here read, which is cheap to see."""
+    return any("<" in m["content"] or (m["role"] == "system" and "JSON format" in m["content"]) for m in messages)
+
+
 class Prompted(NamedTuple):
     """Tools that a system prompt defines."""
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
-from dagster_project.core.records import CheckResult
+from dagster_project.core.records import IGNORED, CheckResult
 from dagster_project.curation.sources.layouts import OASST_KEYS, TurnReader
 
 TurnShape = tuple[tuple[str, ...], tuple[str, ...]]
@@ -22,6 +22,8 @@ IMPORTANT = frozenset(
 )  # fmt: skip
 """Keys that usually change what is trained. Where a row has one that is not used, `ignored_fields` is a warning."""
 EMPTY: tuple[Any, ...] = (None, "", [], {})
+MAX_NAME, MAX_NAMES = 80, 200
+"""Characters of a field's name, and names of a source, that a report shows. Both are above what a set that is meant to be read has."""
 NAME = "ignored_fields"
 DESCRIPTION = "Every field of the source rows is used or kept."
 
@@ -35,38 +37,37 @@ class Fields:
     ignored: Mapping[str, int]
 
 
-@dataclass
-class Turns:
+class Turns(NamedTuple):
     """The messages of a row that were read, and what was not used of them."""
 
     row: dict[str, Any]
     """The row, with canonical messages instead of those of the source."""
-    shapes: dict[str, list[TurnShape]] = field(default_factory=dict)
+    shapes: dict[str, list[TurnShape]]
     """Key of the row -> its messages."""
-    ignored: list[str] = field(default_factory=list)
+    ignored: list[str]
     """Fields that hold something and are not used."""
 
 
 def read_turns(row: dict[str, Any], readers: Mapping[str, TurnReader]) -> Turns:
     """Read the messages of a row. Values that are neither a list nor a message are unchanged. Raises errors like a `TurnReader`."""
-    found = Turns(row)
+    shapes: dict[str, list[TurnShape]] = {}
+    ignored: list[str] = []
     for key, read in readers.items():
         value = row.get(key)
         if isinstance(value, dict):
             value = [value]
         if not isinstance(value, list):
             continue
-        messages: list[Any] = []
-        shapes: list[TurnShape] = []
+        messages = []
+        shapes[key] = found = []
         for turn in value:
             message, unused = read(turn)
             messages.append(message)
-            shapes.append((tuple(turn), tuple(unused)))
+            found.append((tuple(turn), unused))
             if unused:
-                found.ignored += [f"{key}[].{name}" for name in unused if "[]" in name or turn.get(name) not in EMPTY]
-        found.shapes[key] = shapes
-        found.row = {**found.row, key: messages}
-    return found
+                ignored += [f"{key}[].{name}"[:MAX_NAME] for name in unused if "[]" in name or turn.get(name) not in EMPTY]
+        row = {**row, key: messages}
+    return Turns(row, shapes, ignored)
 
 
 def read_tree(row: dict[str, Any]) -> Turns:
@@ -75,13 +76,15 @@ def read_tree(row: dict[str, Any]) -> Turns:
     for message in messages:
         messages += message.get("replies") or []
     unused = [tuple([key for key in message if key not in OASST_KEYS]) for message in messages]
-    ignored = [f"prompt[].{key}" for message, keys in zip(messages, unused, strict=True) for key in keys if message[key] not in EMPTY]
+    ignored = [
+        f"prompt[].{key}"[:MAX_NAME] for message, keys in zip(messages, unused, strict=True) for key in keys if message[key] not in EMPTY
+    ]
     return Turns(row, {"prompt": [(tuple(message), keys) for message, keys in zip(messages, unused, strict=True)]}, ignored)
 
 
 def important(kept: Mapping[str, Any]) -> list[str]:
     """Keys of a row that are kept in `meta` and usually change what is trained."""
-    return sorted(key for key in kept.keys() & IMPORTANT if kept[key] not in EMPTY)
+    return sorted([key for key in kept.keys() & IMPORTANT if kept[key] not in EMPTY]) if kept else []
 
 
 class FieldAccount:
@@ -108,13 +111,19 @@ class FieldAccount:
         Raises:
             AssertionError: a field is in none of the places, or a message was not read.
         """
-        shape = (tuple(row), used, columns, tuple(kept), *[(key, *turns) for key, turns in shapes.items()])
+        shape = (tuple(row), used, columns, tuple(kept), *[(key, _multiset(turns)) for key, turns in shapes.items()])
         if (found := self._known.get(shape)) is None:
             found = self._known[shape] = _assigned(row, used, columns, kept, shapes)
         fields, total = found
         if (present := len(row) + sum([_fields_in(row[key]) for key in shapes])) != total:
             raise AssertionError(f"a row has {present} fields, of which {total} are accounted for (keys: {', '.join(row)})")
         return fields
+
+
+def _multiset(turns: Sequence[TurnShape]) -> Any:
+    """The shapes of the turns of a row without their order, so that few rows differ in it."""
+    first = turns[0] if turns else None
+    return (first, len(turns)) if turns.count(first) == len(turns) else frozenset(Counter(turns).items())
 
 
 def _assigned(
@@ -138,10 +147,8 @@ def _assigned(
 def _fields_in(value: Any) -> int:
     """Number of fields of a message, a list of messages, or a tree of replies."""
     if isinstance(value, list):
-        return sum([_fields_in(turn) for turn in value])
-    if not isinstance(value, dict):
-        return 0
-    return len(value) + (_fields_in(value["replies"]) if value.get("replies") else 0)
+        return sum(map(len, value))
+    return len(value) + sum(map(_fields_in, value.get("replies") or ()))
 
 
 def kept_whole(row: Mapping[str, Any] | None) -> Fields:
@@ -161,21 +168,41 @@ def counts(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
     for identity, rows in total.items():
         for place, counter in found.items():
             for name, times in getattr(known[identity], place).items():
-                counter[name] += times * rows
-    return {place: dict(sorted(counter.items())) for place, counter in found.items() if counter}
+                counter[name[:MAX_NAME]] += times * rows
+    return {place: _shown(counter) for place, counter in found.items() if counter}
 
 
-def severity(ignored: Iterable[str]) -> str:
+def _shown(counter: Counter[str]) -> dict[str, int]:
+    """The most frequent names in alphabetical order, and how often the others occur."""
+    first = counter.most_common(MAX_NAMES)
+    others = counter.total() - sum(count for _, count in first)
+    return {**dict(sorted(first)), **({"(others)": others} if others else {})}
+
+
+def severity(ignored: Iterable[str]) -> Literal["warn", "info"]:
     """`warn` if one of the fields usually changes what is trained."""
     return "warn" if any(name.rpartition(".")[2] in IMPORTANT for name in ignored) else "info"
+
+
+def note(ignored: Iterable[Iterable[str]]) -> list[str]:
+    """Number of rows with each field: [["messages[].id"], ["messages[].id", "images"]]  ->  ["messages[].id 2, images 1"]"""
+    found = Counter(name for names in ignored for name in names)
+    return [", ".join(f"{name} {count}" for name, count in found.most_common(SHOWN))] if found else []
+
+
+SHOWN = 20
 
 
 def check(records: Sequence[Mapping[str, Any]]) -> CheckResult:
     """The check `ignored_fields` as the stages that read sources report it."""
     rows = [record for record in records if record.get("ignored")]
-    found = Counter(name for record in rows for name in dict.fromkeys(record["ignored"]))
-    places = [f"{record['source']}:{record['source_row']}" for record in rows[:20]]
-    note = ", ".join(f"{name} {count}" for name, count in found.most_common(20))
-    return CheckResult(
-        NAME, not rows, severity(found), count=len(rows), rows=places, examples=[", ".join(r["ignored"]) for r in rows[:3]], note=note
-    )
+    places = [f"{record['source']}:{record['source_row']}" for record in rows[:SHOWN]]
+    examples = [", ".join(record["ignored"]) for record in rows[:3]]
+    level = severity(name for record in rows for name in record["ignored"])
+    text = "; ".join(note(record["ignored"] for record in rows))
+    return CheckResult(NAME, not rows, level, count=len(rows), rows=places, examples=examples, note=text)
+
+
+def why(record: Mapping[str, Any]) -> str:
+    """What the ledger says about a row that was read."""
+    return IGNORED + ", ".join(record["ignored"]) if record.get("ignored") else ""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from dagster_project.core.errors import InputError
 from dagster_project.core.records import example_id, pair_id
 from dagster_project.curation.sources import fields
-from dagster_project.curation.sources.call_texts import Think, prompted_tools, split_traces, texts_as_calls
+from dagster_project.curation.sources.call_texts import Think, is_marked, prompted_tools, split_traces, texts_as_calls
 from dagster_project.curation.sources.detection import SPLITS, canonical_split, choose, detect, is_known, kind, split_of_file
 from dagster_project.curation.sources.fields import FieldAccount, TurnShape, read_turns
 from dagster_project.curation.sources.files import Row, files_of, read_rows
@@ -270,12 +270,12 @@ def _read_example(value: dict[str, Any], layout: Layout, think: Think) -> ReadRo
     messages = layout.messages(turns.row)
     more = layout.meta(turns.row)
     tools, keys = _tools_of(value, layout)
-    if layout.turns:
-        prompted = prompted_tools(messages)
-        tools = tools or prompted.tools
-        messages = texts_as_calls(prompted.messages, prompted.style, tools)
-        more |= {"system_prompt": prompted.system} if prompted.system else {}
-    if not layout.alone:
+    if not layout.alone and is_marked(messages):
+        if layout.turns:
+            prompted = prompted_tools(messages)
+            tools = tools or prompted.tools
+            messages = texts_as_calls(prompted.messages, prompted.style, tools)
+            more |= {"system_prompt": prompted.system} if prompted.system else {}
         messages = split_traces(messages, think)
     if layout is LAYOUTS["oasst"]:
         turns = fields.read_tree(value)
@@ -287,23 +287,19 @@ def _read_pairs(value: dict[str, Any], form: PairLayout, think: Think) -> ReadRo
     pairs = form.pairs(turns.row)
     tools, keys = _tools_of(value, form)
     more: dict[str, Any] = {}
-    if form.turns:
-        prompted = [prompted_tools(pair.prompt) for pair in pairs]
-        tools = tools or prompted[0].tools
-        more = {"system_prompt": prompted[0].system} if prompted[0].system else {}
-        pairs = [
-            Pair(
-                texts_as_calls(one.messages, one.style, tools),
-                texts_as_calls(pair.chosen, one.style, tools),
-                texts_as_calls(pair.rejected, one.style, tools),
-                pair.margin,
-            )
-            for pair, one in zip(pairs, prompted, strict=True)
-        ]
-    pairs = [Pair(split_traces(p.prompt, think), split_traces(p.chosen, think), split_traces(p.rejected, think), p.margin) for p in pairs]
+    found = []
+    for pair in pairs:
+        sides = [pair.prompt, pair.chosen, pair.rejected]
+        if form.turns and any(map(is_marked, sides)):
+            prompted = prompted_tools(pair.prompt)
+            tools = tools or prompted.tools
+            more |= {"system_prompt": prompted.system} if prompted.system else {}
+            sides = [texts_as_calls(side, prompted.style, tools) for side in (prompted.messages, pair.chosen, pair.rejected)]
+        prompt, chosen, rejected = (split_traces(side, think) for side in sides)
+        found.append(Pair(prompt, chosen, rejected, pair.margin))
     if form is PAIR_LAYOUTS["oasst"]:
         turns = fields.read_tree(value)
-    return ReadRow(pairs, tools, keys, more, turns.shapes, turns.ignored)
+    return ReadRow(found, tools, keys, more, turns.shapes, turns.ignored)
 
 
 def _tools_of(value: Mapping[str, Any], layout: Layout | PairLayout) -> tuple[Tools | None, tuple[str, ...]]:

@@ -9,7 +9,7 @@ from dagster_project.core.messages import Message
 from dagster_project.curation.sources import tools
 
 Messages = list[Message]
-Parsed = tuple[Message, Sequence[str]]
+Parsed = tuple[Message, tuple[str, ...]]
 """A canonical message, and the keys of the source that are not in it."""
 
 
@@ -70,7 +70,7 @@ def read_message(message: Any) -> Parsed:
         found["name"] = as_text(name)
     if _weight(rest, role) == 0:
         found["weight"] = 0.0
-    return found, [*rest, *unused]
+    return found, (*rest, *unused)
 
 
 def _calls(rest: dict[str, Any], unused: list[str]) -> list[dict[str, Any]]:
@@ -178,7 +178,7 @@ def read_turn(turn: Any) -> Parsed:
     role, value = SHAREGPT_ROLES.get(as_text(turn["from"]), turn["from"]), turn["value"]
     calling = {"content": None, "tool_calls": value} if turn["from"] == "function_call" and value else {"content": value}
     message, others = read_message({**more, "role": role, **calling})
-    return message, [*unused, *others]
+    return message, (*unused, *others)
 
 
 def joined_calls(messages: Messages) -> Messages:
