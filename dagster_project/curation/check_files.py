@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import parse
-from dagster_project.core.records import example_id, prompt_text, read_ledger, read_pairs, read_records, response_text
+from dagster_project.core.records import example_id, ignored_in, prompt_text, read_ledger, read_pairs, read_records, response_text
 from dagster_project.curation.checks import findings
 from dagster_project.curation.checks.checks import Judgement, Rules, judge
 from dagster_project.curation.checks.privacy import mask
@@ -237,7 +237,9 @@ def _canonical(folder: Path) -> Loaded:
             loaded = Loaded("preferences", "canonical pairs", [formats.as_record(pair) for pair in read_pairs(folder)])
         else:
             kept = [entry for entry in read_ledger(folder) if not entry["outcome"].startswith("dropped")]
-            numbered = [{**record, "source_row": entry["source_row"]} for record, entry in zip(records, kept, strict=True)]
+            numbered = [
+                {**record, "source_row": entry["source_row"], **ignored_in(entry)} for record, entry in zip(records, kept, strict=True)
+            ]
             loaded = Loaded("examples", "canonical records", numbered)
         if invalid := [findings.place(record) for record in loaded.records if not _is_valid(record)]:
             raise ValueError(f"{invalid[0]} is not a canonical record")
