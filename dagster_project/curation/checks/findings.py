@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate, islice, takewhile
 from typing import Any
 
-from dagster_project.core.records import CheckResult, prompt_text, response_text, subject_text
+from dagster_project.core.messages import conversation_text
+from dagster_project.core.records import CheckResult, prompt_text
+from dagster_project.curation.checks.check import part_text
 from dagster_project.curation.checks.checks import CHECKS, Judgement, Verdict
-from dagster_project.curation.checks.overlaps import Link
+from dagster_project.curation.checks.overlaps import FIELDS, Link
 from dagster_project.curation.checks.privacy import mask
 from dagster_project.curation.similarity.overlap import BINS, CONTAINMENT, JACCARD, shared_span
 from dagster_project.curation.sources.benchmarks import Item
@@ -134,14 +136,16 @@ def match(link: Link, records: Sequence[dict[str, Any]], items: Mapping[str, Ite
         answered: prompts are shown with their responses, which is where they differ.
     """
     record = records[link.row]
-    text = _asked(record, answered) if link.part == "prompt" else response_text(record["messages"])
+    text = _part(record, link.part, answered)
     if isinstance(link.other, int):
-        other, theirs = place(records[link.other]), _asked(records[link.other], answered)
+        other, theirs = place(records[link.other]), _part(records[link.other], link.part, answered)
     else:
         item = items[link.other]
         other = item.place
         said = (item.question, item.with_choices) if link.part == "prompt" else (item.text, item.question, item.with_choices)
         theirs = max(said, key=lambda t: _shared(text, t))
+    if link.part in FIELDS:  # reasoning is long
+        text, theirs = _around(text, theirs, 10 * width), _around(theirs, text, 10 * width)
     text, theirs = mask(text[: 10 * width]), mask(theirs[: 10 * width])
     mine_span, other_span = shared_span(text, theirs)
     text, mine_span = _window(text, mine_span, width)
@@ -152,9 +156,17 @@ def match(link: Link, records: Sequence[dict[str, Any]], items: Mapping[str, Ite
     }  # fmt: skip
 
 
-def _asked(record: Mapping[str, Any], answered: bool) -> str:
-    asked = subject_text(record["messages"])
-    return f"{asked}\n\n{response_text(record['messages'])}" if answered else asked
+def _part(record: Mapping[str, Any], part: str, answered: bool) -> str:
+    text = part_text(record, part)
+    return f"{text}\n\n{conversation_text(record['messages'][-1:])}" if answered else text
+
+
+def _around(text: str, other: str, size: int) -> str:
+    """Of a text, masked, the part of a given size that shares the longest run of words with another text."""
+    text = mask(text)
+    starts = range(0, max(1, len(text) - size // 2), size // 2)
+    parts = [text[start : start + size] for start in starts]
+    return parts[0] if len(parts) == 1 else max(parts, key=lambda part: _shared(part, other))
 
 
 def _shared(a: str, b: str) -> int:
@@ -237,7 +249,7 @@ def _gaps(
 
 def _edit(before: dict[str, Any], after: dict[str, Any], around: int = 100) -> dict[str, str]:
     """Both versions of a row, masked and cut to where they differ."""
-    texts = ["\n".join(m["content"] for m in record["messages"]) or excerpt(record, WIDTH) for record in (before, after)]
+    texts = [conversation_text(record["messages"], record.get("tools")) or excerpt(record, WIDTH) for record in (before, after)]
     first = max(0, _alike(*texts) - 5 * WIDTH)  # a secret that begins before the difference is masked whole
     texts = [mask(text[first : first + 10 * WIDTH]) for text in texts]
     start = _alike(*texts)
