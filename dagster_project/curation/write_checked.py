@@ -104,6 +104,7 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
     else:
         row = {"prompt": record["messages"][:asked], "chosen": record["messages"][asked:], "rejected": record["rejected"]}
         row |= {} if record.get("margin") is None else {"margin": record["margin"]}
+    row |= {"tools": record["tools"]} if record.get("tools") else {}
     row |= {} if record["category"] is None else {"category": record["category"]}
     extra = {key: value for key, value in meta.items() if key not in RESERVED and key not in row}
     rest = {key: value for key, value in meta.items() if key not in extra}
