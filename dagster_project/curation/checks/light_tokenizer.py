@@ -56,14 +56,9 @@ class LightTokenizer:
         return compiled(self.chat_template or "")
 
     def apply_chat_template(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tokenize: bool,
-        add_generation_prompt: bool,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        **variables: Any,
+        self, messages: Sequence[Mapping[str, Any]], tokenize: bool, add_generation_prompt: bool, tools: Any = None, **variables: Any
     ) -> str:
-        """The conversation as text. The arguments are those of transformers, which `chat.render` calls by name."""
+        """The conversation as text. The arguments are those of transformers, which `rendering.render` calls by name."""
         if tokenize or not messages:
             raise ValueError("Cannot apply chat template to an empty conversation. Provide at least one message.")
         text: str = self._template.render(

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dagster_project.core.chat import pieces, render
+from dagster_project.core.chat import examples_of
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Messages, Tools
+from dagster_project.core.rendering import render
 from dagster_project.curation.checks.light_tokenizer import read_tokenizer
 
 
@@ -66,13 +67,13 @@ def tokens_of(base_model: Path) -> Tokens:
 
     def rendered(messages: Messages, tools: Tools) -> int | None:
         try:
-            return count([render(tokenizer, messages)])[0]
+            return count([render(tokenizer, messages, tools=tools)])[0]
         except InputError:
             return None
 
     def misfit(messages: Messages, tools: Tools) -> str | None:
         try:
-            pieces(tokenizer, messages)
+            examples_of(tokenizer, {"messages": messages, "tools": tools})
         except InputError as error:
             return error.what
         except (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
