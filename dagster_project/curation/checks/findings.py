@@ -14,11 +14,13 @@ from dagster_project.curation.checks.check import part_text
 from dagster_project.curation.checks.checks import CHECKS, Judgement, Verdict
 from dagster_project.curation.checks.overlaps import FIELDS, Link
 from dagster_project.curation.checks.privacy import mask
-from dagster_project.curation.similarity.overlap import BINS, CONTAINMENT, JACCARD, shared_span
+from dagster_project.curation.similarity.overlap import BINS, CONTAINMENT, JACCARD, shared_span, words
 from dagster_project.curation.sources.benchmarks import Item
 
 ROWS, MATCHES, WIDTH = 20, 200, 2000
 """Rows named in a report that git keeps, overlaps shown for each check, and characters shown of a text around what it shares with another."""
+SEARCHED = 4000
+"""Characters of a text that are searched for what it shares with a held-out one."""
 ORDER = {"error": 0, "warn": 1, "info": 2}
 
 
@@ -143,6 +145,8 @@ def match(link: Link, records: Sequence[dict[str, Any]], items: Mapping[str, Ite
         item = items[link.other]
         other = item.place
         said = (item.question, item.with_choices) if link.part == "prompt" else (item.text, item.question, item.with_choices)
+        if link.part in FIELDS:
+            text = _around(text, "\n".join(said), SEARCHED)
         theirs = max(said, key=lambda t: _shared(text, t))
     if link.part in FIELDS:  # reasoning is long
         text, theirs = _around(text, theirs, 10 * width), _around(theirs, text, 10 * width)
@@ -162,15 +166,23 @@ def _part(record: Mapping[str, Any], part: str, answered: bool) -> str:
 
 
 def _around(text: str, other: str, size: int) -> str:
-    """Of a text, masked, the part of a given size that shares the longest run of words with another text."""
+    """Of a text, masked, the part of a given size that has most runs of three words in common with another text."""
     text = mask(text)
-    starts = range(0, max(1, len(text) - size // 2), size // 2)
-    parts = [text[start : start + size] for start in starts]
-    return parts[0] if len(parts) == 1 else max(parts, key=lambda part: _shared(part, other))
+    if len(text) <= size:
+        return text
+    runs = _runs(other)
+    return max(
+        (text[start : start + size] for start in range(0, len(text) - size // 2, size // 2)), key=lambda part: len(_runs(part) & runs)
+    )
+
+
+def _runs(text: str) -> set[tuple[str, ...]]:
+    tokens = words(text)
+    return {*zip(tokens, tokens[1:], tokens[2:], strict=False)}
 
 
 def _shared(a: str, b: str) -> int:
-    (start, end), _ = shared_span(a[:4000], b[:4000])
+    (start, end), _ = shared_span(a[:SEARCHED], b[:SEARCHED])
     return end - start
 
 
