@@ -25,6 +25,7 @@ from dagster_project.curation.checks.review import queue
 from dagster_project.curation.checks.token_counts import ESTIMATED, Tokens
 from dagster_project.curation.checks.tool_checks import unmatched
 from dagster_project.curation.sources.benchmarks import Item
+from dagster_project.curation.write_checked import write_rows
 
 calm = settings(deadline=None, max_examples=40)
 
@@ -361,6 +362,12 @@ def test_lengths_count_tools_calls_and_reasoning() -> None:
         assert "too_long" not in judged(record, rules=Rules(max_tokens=900)).broken
 
 
+def test_a_short_answer_after_reasoning_or_with_a_call_is_not_short() -> None:
+    assert "short_response" in judged(ask("How many?", "7.")).broken
+    assert judged(rich(user("How many?"), said("7.", reasoning_content="Four and three."))).broken == {}
+    assert judged(rich(user("How many?"), said("Hm.", call()), tools=[tool()])).broken == {}
+
+
 def test_the_template_sees_the_tools() -> None:
     seen: list[Any] = []
     tokens = Tokens(ESTIMATED.count, lambda messages, tools: seen.append(tools))
@@ -398,6 +405,18 @@ def test_the_review_file_and_findings_show_calls_and_reasoning() -> None:
         and '"arguments":{"city":"Oslo"}' in shown["other_text"]
         and "Let me see." in shown["text"]
     )
+
+
+def test_clean_files_have_every_field(tmp_path: Path) -> None:
+    answer = said("", call(identity="a"), call("Rome", identity="b"), reasoning_content="Hm.", weight=0.0)
+    rows = [rich(user(), answer, result(tool_call_id="a", name="weather"), result(tool_call_id="b"), said(), tools=[tool()]), ask()]
+    pairs = [{**pair(), "messages": [user(), said("", call())], "rejected": [said("", call({"city": "Rome"}))], "tools": [tool()]}]
+    write_rows(judged(*rows, rules=Rules()), tmp_path / "rows.jsonl", None)
+    write_rows(judged(*pairs), tmp_path / "pairs.jsonl", None)
+    first, second, both = (json.loads(line) for name in ("rows", "pairs") for line in (tmp_path / f"{name}.jsonl").open())
+    assert first == {"messages": rows[0]["messages"], "tools": [tool()]}
+    assert second == {"messages": rows[1]["messages"]}
+    assert both == {"prompt": [user()], "chosen": pairs[0]["messages"][1:], "rejected": pairs[0]["rejected"], "tools": [tool()]}
 
 
 # --- repairs

@@ -230,9 +230,11 @@ def _longest(record: dict[str, Any]) -> str:
 
 
 def _response_tokens(rows: Rows, _: str) -> list[int | None]:
-    """Tokens of each last response; null where it is empty or surely long enough. A token of prose has at most 16 characters."""
+    """Tokens of each last response; null where it is empty or surely long enough, and where it has reasoning or calls a tool. A token of prose
+    has at most 16 characters."""
     counted: list[int | None] = [None] * len(rows.responses)
-    short = [i for i, text in enumerate(rows.responses) if len(text) <= 16 * rows.min_response_tokens and text.strip()]
+    more = {i for i in rows.rich for m in rows.records[i]["messages"][-1:] if m.get("reasoning_content") or m.get("tool_calls")}
+    short = [i for i, text in enumerate(rows.responses) if len(text) <= 16 * rows.min_response_tokens and text.strip() and i not in more]
     for i, n in zip(short, rows.tokens.count([rows.responses[i] for i in short]), strict=True):
         counted[i] = n
     return counted

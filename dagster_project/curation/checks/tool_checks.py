@@ -43,7 +43,8 @@ def _invalid_call(record: Mapping[str, Any], validators: dict[str, _Validator]) 
     made = [call for message in messages[record.get("asked", 0) :] if is_trained(message) for call in calls(message)]
     if not made:
         return None
-    tools = {str(one.get("name")): one.get("parameters") for one in (tool.get("function", tool) for tool in record.get("tools") or ())}
+    defined = [tool.get("function", tool) for tool in record.get("tools") or () if isinstance(tool, dict)]
+    tools = {str(one.get("name")): one.get("parameters") for one in defined if isinstance(one, dict)}
     system = "\n".join(message["content"] for message in messages if message["role"] in {"system", "developer"})
     return next((problem for call in made if (problem := _problem(call, tools, system, validators))), None)
 
