@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dagster_project.core.errors import InputError
+from dagster_project.core.messages import calls
 from dagster_project.core.params import parse
 from dagster_project.core.records import example_id, ignored_in, prompt_text, read_ledger, read_pairs, read_records, response_text
 from dagster_project.curation.checks import findings
@@ -256,6 +257,8 @@ def _is_valid(record: Mapping[str, Any]) -> bool:
         record["source"],
         *(text for message in [*record["messages"], *record.get("rejected", ())] for text in (message["role"], message["content"])),
     ]
+    made = [call for message in [*record["messages"], *record.get("rejected", ())] for call in calls(message)]
+    texts += [call.name for call in made]
     return all(isinstance(text, str) for text in texts) and isinstance(json.loads(record["meta"]), dict)
 
 
