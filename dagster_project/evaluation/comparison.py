@@ -124,9 +124,7 @@ def _verdict(name: str, decides: str, scores: Scores, found: Mapping[str, Any], 
     more = beside = ""
     if gained.rival:
         more = f" {_instead(gained.rival, decides, scores[name], scores[gained.rival])}"
-        if decides != "macro_f1" and (
-            ratio := found.get("perplexity_to_base")
-        ):  # free text has many correct answers; likelihood covers them all
+        if decides == OPEN and (ratio := found.get("perplexity_to_base")):  # free text has many correct answers; likelihood covers them all
             beside = f" By likelihood: {_below(ratio)[-1]}."
     if not gained.enough and (gained.low > 0 or gained.high < 0):
         return f"Tuning {name} is not judged: {gained.words}, which so few examples cannot tell from chance.{checks}"
