@@ -16,11 +16,11 @@ from dagster_project.core.chat import (
     encode_pieces,
     encode_prompt,
     encode_record,
+    examples_of,
     is_text,
     loss_weights,
     pack,
     pieces,
-    record_pieces,
 )
 from dagster_project.core.errors import InputError
 
@@ -90,7 +90,7 @@ def test_a_prompt_has_the_ids_it_was_trained_with_where_tokens_would_merge_over_
     ("turn", "complaint"),
     [
         (TURN.replace("<|im_end|>", ""), "does not end the assistant's turn with '<|im_end|>'"),
-        (TURN.replace("{{ m['content'] }}", "..."), "does not end the assistant's turn with '<|im_end|>'"),
+        (TURN.replace("{{ m['content'] }}", "..."), "leaves out what the system says in turn 1"),
         (TURN.replace("m['content']", "m['content'] if loop.last else '...'"), "rewrites earlier turns"),
     ],
     ids=["drops the end of turn", "drops the answer", "rewrites earlier turns"],
@@ -230,7 +230,7 @@ def text_record(text: str, meta: str = '{"kind": "text"}') -> dict[str, Any]:
 
 
 def test_plain_text_is_trained_on_unchanged_and_ends_with_the_end_of_text_token(tiny_tokenizer: Any) -> None:
-    ids, labels = encode_record(tiny_tokenizer, text_record("Once upon"))
+    [(ids, labels)] = encode_record(tiny_tokenizer, text_record("Once upon"))
     assert labels == ids
     assert tiny_tokenizer.decode(ids) == "Once upon<|im_end|>"
 
@@ -240,7 +240,7 @@ def test_plain_text_begins_with_the_bos_token_of_the_tokenizer(tiny_tokenizer: A
 
     beginning = copy.deepcopy(tiny_tokenizer)
     beginning.backend_tokenizer.post_processor = TemplateProcessing("<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
-    assert record_pieces(beginning, text_record("Once")) == [("<|im_start|>", False), ("Once<|im_end|>", True)]
+    assert examples_of(beginning, text_record("Once")) == [[("<|im_start|>", False), ("Once<|im_end|>", True)]]
 
 
 @pytest.mark.parametrize(

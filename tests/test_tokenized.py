@@ -212,13 +212,13 @@ def test_a_named_template_writes_the_beginning_that_the_tokenizer_expects(tiny_t
         ("{% set k = '_' ~ '_class_' ~ '_' %}{{ ''[k].mro() }}" + CHAT_TEMPLATE, "access to attribute '__class__' of 'str' object is unsafe"),
         ("{{ messages.append(1) }}" + CHAT_TEMPLATE, "access to attribute 'append' of 'list' object is unsafe"),
         ("{% include '/etc/passwd' %}" + CHAT_TEMPLATE, "no loader for this environment"),
-        ("{{ strftime_now('%d %b %Y') }}" + CHAT_TEMPLATE, "`strftime_now` is not deterministic"),
         ("{{ ['a', 'b']|random }}" + CHAT_TEMPLATE, "`random` is not deterministic"),
         ("{{ 1 / 0 }}" + CHAT_TEMPLATE, "the chat template refuses it: division by zero"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}" + CHAT_TEMPLATE, "maximum recursion depth exceeded"),
         ("{% set x = 'a' * 10 ** 11 %}" + CHAT_TEMPLATE, "MemoryError"),
-        (CHAT_TEMPLATE.replace("m['content']", "m['contents']"), "does not end the assistant's turn with '<|im_end|>'"),
-        ("", "does not end the assistant's turn"),
+        (CHAT_TEMPLATE.replace("m['content']", "m['contents']"), "leaves out what the user says in turn 1"),
+        (CHAT_TEMPLATE.replace("<|im_end|>", ""), "does not end the assistant's turn with '<|im_end|>'"),
+        ("", "leaves out what the user says in turn 1"),
     ],
 )  # fmt: skip
 def test_a_template_that_fails_or_leaves_the_sandbox_gives_one_clear_error(stage: Stage, source: str, complaint: str) -> None:

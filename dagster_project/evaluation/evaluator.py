@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -131,8 +132,13 @@ class EvaluatedModel:
     def likelihood(self, records: Sequence[dict[str, Any]], what: str) -> list[tuple[float, int]]:
         """(negative log-likelihood in nats, tokens) of each record's responses. Records longer than the context are truncated at the end."""
         room = self.tokenizer.model_max_length
-        examples = [(ids[:room], labels[:room]) for ids, labels in (encode_record(self.tokenizer, record) for record in records)]
-        return negative_log_likelihood(self.model, self.tokenizer.pad_token_id, examples, self.settings.batch_size, f"{what}: perplexity")
+        encoded = [encode_record(self.tokenizer, record) for record in records]
+        examples = [(ids[:room], labels[:room]) for parts in encoded for ids, labels in parts]
+        scores = iter(
+            negative_log_likelihood(self.model, self.tokenizer.pad_token_id, examples, self.settings.batch_size, f"{what}: perplexity")
+        )
+        of_records = [list(islice(scores, len(parts))) for parts in encoded]
+        return [(sum(nats for nats, _ in parts), sum(tokens for _, tokens in parts)) for parts in of_records]
 
     def answer(
         self, prompts: Sequence[Messages], what: str, thinking_tokens: int = 0, tools: Sequence[Tools] | None = None

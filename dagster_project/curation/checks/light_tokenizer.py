@@ -55,16 +55,18 @@ class LightTokenizer:
     def _template(self) -> Any:
         return compiled(self.chat_template or "")
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, str]], tokenize: bool, add_generation_prompt: bool) -> str:
-        """The conversation as text. The arguments are those of transformers, which `chat.render` calls by name."""
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], tokenize: bool, add_generation_prompt: bool, tools: Any = None, **variables: Any
+    ) -> str:
+        """The conversation as text. The arguments are those of transformers, which `rendering.render` calls by name."""
         if tokenize or not messages:
             raise ValueError("Cannot apply chat template to an empty conversation. Provide at least one message.")
         text: str = self._template.render(
             messages=[dict(message) for message in messages],
-            tools=None,
+            tools=tools,
             documents=None,
             add_generation_prompt=add_generation_prompt,
-            **self.special_tokens,
+            **{**self.special_tokens, **variables},
         )
         return text
 

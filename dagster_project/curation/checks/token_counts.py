@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dagster_project.core.chat import Messages, pieces, render
+from dagster_project.core.chat import examples_of
 from dagster_project.core.errors import InputError
+from dagster_project.core.messages import Messages
+from dagster_project.core.rendering import render
 from dagster_project.curation.checks.light_tokenizer import read_tokenizer
 
 
@@ -71,7 +73,7 @@ def tokens_of(base_model: Path) -> Tokens:
 
     def misfit(messages: Messages) -> str | None:
         try:
-            pieces(tokenizer, messages)
+            examples_of(tokenizer, {"messages": messages})
         except InputError as error:
             return error.what
         except (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:

@@ -13,7 +13,7 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dagster_project.core.chat import adds_bos, pieces
+from dagster_project.core.chat import adds_bos, examples_of
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import inside
 
@@ -112,6 +112,8 @@ def use(tokenizer: Any, root: Path, name: str | None) -> str | None:
 def refuse_unsafe(source: str, where: str) -> None:
     """Refuse templates that access private attributes, which the sandbox renders as nothing, or that are not deterministic.
 
+    Templates that write today's date get a constant date (`rendering.DATE`).
+
     Raises:
         InputError: such a template, or one that is not Jinja.
     """
@@ -132,7 +134,7 @@ def refuse_unsafe(source: str, where: str) -> None:
     for line, name in sorted(called):
         if name == "attr":
             raise InputError(f"{where}: line {line}: `attr` accesses attributes by name, which templates may not use", "fix the template")
-        if name in {"strftime_now", "random", "lipsum"}:
+        if name in {"random", "lipsum"}:
             raise InputError(
                 f"{where}: line {line}: `{name}` is not deterministic, so two runs would not give the same bytes",
                 f"copy the template to {FOLDER}/, replace it by a constant, and set tokenized.chat_template to the file",
@@ -173,7 +175,7 @@ def _render_probes(tokenizer: Any, sender: Connection) -> None:
     problem = ""
     for probe in PROBES:
         try:
-            pieces(tokenizer, probe)
+            examples_of(tokenizer, {"messages": probe})
         except InputError as error:
             if probe is PROBES[0]:
                 problem = error.what
