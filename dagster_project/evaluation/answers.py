@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
+from dagster_project.core.errors import InputError
 from dagster_project.core.messages import JSON, Call, Message, Tools, calls
+from dagster_project.core.rendering import render
 from dagster_project.evaluation.call_forms import FORMS, find_calls
 
 TRACES = {
@@ -243,21 +245,14 @@ def _reader(template: _Template) -> Reader:
 
 def _rendered_call(tokenizer: Any, arguments: dict[str, Any]) -> tuple[str, str]:
     """(prompt, assistant's turn) of a call as the chat template writes it; the turn is empty if the template fails."""
-    from jinja2 import TemplateError
-
+    call = {"id": "call00001", "type": "function", "function": {"name": "probe_tool", "arguments": arguments}}
     prompt = [{"role": "user", "content": PROBE_QUESTION}]
-    for written in (arguments, json.dumps(arguments)):  # some templates join arguments as text
-        call = {"id": "call00001", "type": "function", "function": {"name": "probe_tool", "arguments": written}}
-        turn = {"role": "assistant", "content": "", "tool_calls": [call]}
-        try:
-            header, whole = (
-                tokenizer.apply_chat_template(messages, tools=PROBE_TOOLS, tokenize=False, add_generation_prompt=asks)
-                for messages, asks in ((prompt, True), ([*prompt, turn], False))
-            )
-        except (TemplateError, TypeError, ValueError, AttributeError, LookupError):
-            continue
-        return header, whole[len(header) :] if whole.startswith(header) else whole.rpartition(PROBE_QUESTION)[2]
-    return "", ""
+    turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+    try:
+        header, whole = render(tokenizer, prompt, True, PROBE_TOOLS), render(tokenizer, [*prompt, turn], False, PROBE_TOOLS)
+    except InputError:
+        return "", ""
+    return header, whole[len(header) :] if whole.startswith(header) else whole.rpartition(PROBE_QUESTION)[2]
 
 
 def _form_reads(tokenizer: Any, name: str, arguments: dict[str, Any], rendered: tuple[str, str]) -> bool:

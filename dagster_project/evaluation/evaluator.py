@@ -14,7 +14,7 @@ from pydantic import Discriminator, Field, Tag
 
 from dagster_project.core.chat import encode_prompt, encode_record, is_text
 from dagster_project.core.errors import InputError
-from dagster_project.core.messages import Messages, Tools, is_trained
+from dagster_project.core.messages import Messages, is_trained
 from dagster_project.core.params import TAG, Compute, Section
 from dagster_project.core.records import prompt_text, response_text, subject_text, write_table
 from dagster_project.evaluation.answers import Answer, read_answer
@@ -22,6 +22,7 @@ from dagster_project.evaluation.final_answers import FinalAnswer
 from dagster_project.evaluation.labels import LabelSet, LabelTask, label_set
 from dagster_project.evaluation.metrics import AnyTask, Task, is_answer, label, perplexity
 from dagster_project.evaluation.paired.bootstrap import rounded
+from dagster_project.evaluation.scoring import Offer
 from dagster_project.training.inference.generate import generate_ids
 from dagster_project.training.inference.likelihood import negative_log_likelihood
 from dagster_project.training.methods import feature_extraction
@@ -141,42 +142,40 @@ class EvaluatedModel:
         return [(sum(nats for nats, _ in parts), sum(tokens for _, tokens in parts)) for parts in of_records]
 
     def answer(
-        self, prompts: Sequence[Messages], what: str, thinking_tokens: int = 0, tools: Sequence[Tools] | None = None
+        self, prompts: Sequence[Messages], what: str, thinking_tokens: int = 0, offers: Sequence[Offer] | None = None
     ) -> list[Answer]:
         """The answer to each prompt; for a classifier the predicted label. Prompts longer than the context are truncated at the beginning.
 
         Args:
             thinking_tokens: additional tokens for reasoning before the answer.
-            tools: the tools that each prompt offers.
+            offers: what is offered with each prompt.
         """
         if self.head is not None:
             return [Answer(predicted) for predicted in self.head.predict(prompts, f"{what}: answers")]
         longest = self.settings.max_new_tokens + thinking_tokens
         room = max(1, self.tokenizer.model_max_length - longest)
-        offered = tools or [None] * len(prompts)
-        ids = [self._encode(messages, some)[-room:] for messages, some in zip(prompts, offered, strict=True)]
+        ids = [encoded[-room:] for encoded in self._encode(prompts, offers)]
         generated = generate_ids(self.model, self.tokenizer, ids, longest, self.settings.batch_size, f"{what}: answers")
-        return [read_answer(self.tokenizer, prompt, new, some) for prompt, new, some in zip(ids, generated, offered, strict=True)]
+        tools = [offer.tools for offer in offers or [Offer()] * len(prompts)]
+        return [read_answer(self.tokenizer, prompt, new, some) for prompt, new, some in zip(ids, generated, tools, strict=True)]
 
-    def prompt_tokens(self, prompts: Sequence[Messages], tools: Sequence[Tools] | None = None) -> list[int] | None:
+    def prompt_tokens(self, prompts: Sequence[Messages], offers: Sequence[Offer] | None = None) -> list[int] | None:
         """Tokens of each prompt; None for a classifier, which is not prompted."""
-        if not self.writes:
-            return None
-        return [len(self._encode(messages, some)) for messages, some in zip(prompts, tools or [None] * len(prompts), strict=True)]
+        return [len(encoded) for encoded in self._encode(prompts, offers)] if self.writes else None
 
-    def refuses(self, prompts: Sequence[Messages], tools: Sequence[Tools], what: str) -> bool:
-        """Whether the chat template refuses one of the prompts with tools, e.g. worked examples that call a tool and have no result. Other refusals stop."""
+    def refuses(self, prompts: Sequence[Messages], offers: Sequence[Offer], what: str) -> bool:
+        """Whether the chat template refuses a prompt that offers tools, e.g. worked examples in which a call has no result."""
+        with_tools = [i for i, offer in enumerate(offers) if offer.tools]
         try:
-            for messages, some in zip(prompts, tools, strict=True):
-                if some:
-                    self._encode(messages, some)
+            self._encode([prompts[i] for i in with_tools], [offers[i] for i in with_tools])
         except InputError as error:
             log.warning(f"{what} is left out: {error.what}")
             return True
         return False
 
-    def _encode(self, messages: Messages, tools: Tools) -> list[int]:
-        return encode_prompt(self.tokenizer, messages)
+    def _encode(self, prompts: Sequence[Messages], offers: Sequence[Offer] | None) -> list[list[int]]:
+        pairs = zip(prompts, offers or [Offer()] * len(prompts), strict=True)
+        return [encode_prompt(self.tokenizer, messages, offer.tools, offer.reasoning) for messages, offer in pairs]
 
 
 def select_questions(

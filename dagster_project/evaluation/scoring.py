@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dagster_project.core.messages import Tools
 from dagster_project.evaluation.answers import Answer, of_message
 from dagster_project.evaluation.metrics import AnyTask, Measure, by_label, measures, rate
 from dagster_project.evaluation.paired.bootstrap import estimate
@@ -28,17 +29,27 @@ FALSE_CALL = "false_call"
 """Share of answers with a call, over the questions that offer tools and whose reference has no call."""
 
 
+class Offer(NamedTuple):
+    """What the model gets with a prompt."""
+
+    tools: Tools = None
+    reasoning: bool = False
+    """Whether the reference has a trace, so that the chat template may open one."""
+
+
 class Scoring:
     """The questions and the measures that apply to each."""
 
     def __init__(self, questions: Sequence[Mapping[str, Any]], task: AnyTask | None, custom: Mapping[str, Measure]) -> None:
         self.task, self.custom = task, custom
         self.references = [of_message(question["messages"][-1]) for question in questions]
-        self.tools = [question.get("tools") for question in questions]
+        self.offers = [
+            Offer(question.get("tools"), bool(reference.reasoning)) for question, reference in zip(questions, self.references, strict=True)
+        ]
         self.examples = [question["example_id"] for question in questions]
         self.with_calls = [bool(reference.calls) for reference in self.references]
         self.with_text = [bool(reference.content) or not reference.calls for reference in self.references]
-        self.could_call = [bool(tools) and not calls for tools, calls in zip(self.tools, self.with_calls, strict=True)]
+        self.could_call = [bool(offer.tools) and not calls for offer, calls in zip(self.offers, self.with_calls, strict=True)]
 
     def names(self, writes: bool = True) -> dict[str, bool]:
         """Measure -> whether it is paired. The first one is deciding, the second one is shown next to it.
@@ -73,7 +84,7 @@ class Scoring:
         if name in CALLS or name == FALSE_CALL:
             same: Same = CALLS.get(name, lambda _, answer, __: bool(answer.calls))
             counted = self.with_calls if name in CALLS else self.could_call
-            triples = zip(self.references, answers, self.tools, strict=True)
+            triples = zip(self.references, answers, (offer.tools for offer in self.offers), strict=True)
             return np.array([(n and same(*one), n) for n, one in zip(counted, triples, strict=True)], dtype=float).reshape(-1, 2)
         kept = np.flatnonzero(self.with_text)
         found = self._text(writes)[name].statistics(self.texts(self.references), self.texts(answers))

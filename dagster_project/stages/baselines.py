@@ -71,13 +71,13 @@ def produce(root: Path, params: Params, settings: Settings, compute: Compute, ba
         shots = spread(examples, labels, params.few_shot, compute.seed)
         similar = nearest(examples, questions, params.retrieved) if examples else []
         for name, messages in prompted(params.system_prompt, task, questions, shots, similar).items():
-            if model.refuses(messages, scoring.tools, name):
+            if model.refuses(messages, scoring.offers, name):
                 continue
-            answers = model.answer(messages, name, params.thinking_tokens if name == "chain_of_thought" else 0, scoring.tools)
+            answers = model.answer(messages, name, params.thinking_tokens if name == "chain_of_thought" else 0, scoring.offers)
             if name == "chain_of_thought" and labelled:
                 answers = [replace(answer, content=conclusion(answer.content)) for answer in answers]
             metrics[name] = scoring.score(answers)
-            rows += result_rows(name, questions, task, answers, model.prompt_tokens(messages, scoring.tools))
+            rows += result_rows(name, questions, task, answers, model.prompt_tokens(messages, scoring.offers))
         if labelled and examples:
             answers = [Answer(text) for text in classify(examples, labels, questions, compute.seed)]
             metrics["tfidf_logistic"] = scoring.score(answers, writes=False)

@@ -84,9 +84,9 @@ def produce(
     rows = {turn_key(row): row for row in result_rows(variant, test, task, likelihoods=likelihoods)}
     confusion, values = [("actual", "predicted")], {}
     if questions and scoring.names(model.writes):
-        prompts, tools = [record["messages"][:-1] for record in questions], scoring.tools
-        answers = model.answer(prompts, variant, tools=tools)
-        for row in result_rows(variant, questions, task, answers, model.prompt_tokens(prompts, tools)):
+        prompts = [record["messages"][:-1] for record in questions]
+        answers = model.answer(prompts, variant, offers=scoring.offers)
+        for row in result_rows(variant, questions, task, answers, model.prompt_tokens(prompts, scoring.offers)):
             found = rows.setdefault(turn_key(row), row)
             found |= {name: value for name, value in row.items() if name not in {"nll", "tokens"}}
         metrics |= scoring.score(answers, model.writes)
