@@ -40,8 +40,10 @@ def _json_call(value: Any, source: str) -> Call:
     if not isinstance(value, dict):
         return Call("", source, None)
     name = next((value[key] for key in NAME_KEYS if isinstance(value.get(key), str)), "")
-    arguments = next((value[key] for key in ARGUMENT_KEYS if key in value), source)
     identity = next((value[key] for key in IDENTITY_KEYS if isinstance(value.get(key), str)), None)
+    arguments = next((value[key] for key in ARGUMENT_KEYS if key in value), None)
+    if arguments is None:
+        return Call(name, source, identity)
     return Call(name, _decoded(arguments) if isinstance(arguments, str) else arguments, identity)
 
 
@@ -64,7 +66,7 @@ def _json_calls(text: str) -> list[Call]:
             return [*calls, Call("", text[place:], None)]
         for one in value if isinstance(value, list) else [value]:
             calls.append(_json_call(one, text[place:end]))
-        place = re.compile(r"[\s;,]*").match(text, end).end()  # type: ignore[union-attr]  # matches anywhere
+        place = end + len(text[end:]) - len(text[end:].lstrip(" \t\r\n;,"))
     return calls
 
 
@@ -212,22 +214,17 @@ def _gemma(text: str, tools: Tools) -> Found | None:
     return Found(made, message.get("content") or "") if made else None
 
 
-BARE_JSON = re.compile(r"\A\s*(?:<\|python_tag\|>)?\s*(?P<body>[\[{].*)\Z", re.DOTALL)
+BARE_JSON = re.compile(
+    r"""\A\s*(?:<\|python_tag\|>)?\s*(?P<body>\[?\s*\{(?:\s*"(?:type|id)"\s*:\s*"[^"]*"\s*,)*(?:\s*"function"\s*:\s*\{)?
+    \s*"name"\s*:\s*"[^"]*"\s*,\s*"(?:arguments|parameters)"\s*:.*)\Z""",
+    re.DOTALL | re.VERBOSE,
+)
 
 
 def _bare_json(text: str, tools: Tools) -> Found | None:
-    """The whole text is JSON with names and arguments. Other JSON is content."""
+    """The whole text is JSON that begins with a name and arguments. Other JSON is content."""
     match = BARE_JSON.match(text)
-    calls = _json_calls(match["body"]) if match else []
-    cut_call = re.compile(r'[\[{\s]*"name"\s*:\s*"[^"]*"\s*,\s*"(?:arguments|parameters)"\s*:')  # cut, or not quite JSON
-    if not calls or not (all(call.name for call in calls) or (match and cut_call.match(match["body"]))):
-        return None
-    return Found(calls, "") if all(call.name == "" or not _is_source(call) for call in calls) else None
-
-
-def _is_source(call: Call) -> bool:
-    """Whether an object with a name has no arguments, so it may be any JSON."""
-    return isinstance(call.arguments, str) and call.arguments.lstrip().startswith("{") and '"name"' in call.arguments
+    return Found(_json_calls(match["body"]), "") if match else None
 
 
 def _closed(ending: str) -> Callable[[re.Match[str]], bool]:
