@@ -231,6 +231,26 @@ def test_a_set_with_tools_is_evaluated_and_compared(tool_model: Path, tmp_path: 
     assert turn["nll"] is None and last["nll"] > 0 and last["reasoning"] == HOSTILE and last["answer"] == HOSTILE
 
 
+def test_prompts_offer_the_tools_and_earlier_calls_as_in_training(tool_model: Path, tmp_path: Path) -> None:
+    """Nothing is planted: the random model answers."""
+    test, train = [dialogue(0), dialogue(1)], [dialogue(9)]
+    evaluate(tmp_path / "data", tool_model, Settings(max_new_tokens=4), test, train)
+    rows = read_table(tmp_path / "data/evaluation/one/results.parquet")
+    for record in test:
+        text = f"<|im_start|>system\n{''.join(json.dumps(tool) for tool in TOOLS)}<|im_end|>\n<|im_start|>user\n{record['messages'][0]['content']}<|im_end|>\n"
+        city = json.dumps(record["messages"][1]["tool_calls"][0]["function"]["arguments"])
+        called = f'<|im_start|>assistant\n<tool_call>\n{{"name": "weather", "arguments": {city}}}\n</tool_call><|im_end|>\n'
+        result = f"<|im_start|>tool\n{record['messages'][2]['content']}<|im_end|>\n"
+        header = "<|im_start|>assistant\n"
+        lengths = {row["turn"]: row["prompt_tokens"] for row in rows if row["example_id"] == record["example_id"]}
+        marks = {"<|im_start|>": "S", "<|im_end|>": "E"}
+        for turn, prompt in ((1, text + header), (None, text + called + result + header)):
+            for mark, one in marks.items():
+                prompt = prompt.replace(mark, one)
+            assert lengths[turn] == len(prompt.encode()), "the tokenizer has one token per byte"
+    assert {row["turn"] for row in rows} == {1, None}
+
+
 def answered(folder: Path) -> None:
     """Two systems: `lora` calls the weather and `few_shot` pings; both give the same reply in the last turn."""
     (folder / "data/splits").mkdir(parents=True)

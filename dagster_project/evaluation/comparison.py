@@ -24,9 +24,10 @@ def board(shown: Sequence[str], scores: Scores, compared: Mapping[str, Any]) -> 
     """
     if scores:
         first, second = shown
-        n = next(iter(scores.values()))["n"]
+        some = next(iter(scores.values()))
+        counted = f"{some['n']} {'answers' if 'n_calls' in some else 'test examples'}"
         return [
-            f"| {n} test examples | {TITLES[first]} | 95 % interval | {TITLES[second]} | prompt tokens |",
+            f"| {counted} | {TITLES[first]} | 95 % interval | {TITLES[second]} | prompt tokens |",
             "| --- | ---: | :---: | ---: | ---: |",
         ] + [
             f"| {NAMES.get(name, f'**{name}**, tuned')} | {s[first]:.3f} | {s[f'{first}_interval'][0]:.3f} to {s[f'{first}_interval'][1]:.3f} | {s[second]:.3f} | {_tokens(s)} |"
