@@ -205,6 +205,22 @@ def test_only_the_form_that_the_chat_template_writes_is_a_call(hermes: Any, tiny
     assert parse(tiny_tokenizer, "", llama, TOOLS) == Answer("", calls=(OSLO,))
 
 
+@pytest.mark.parametrize("header", ["<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n"])
+def test_a_trace_before_calls_is_split_off_with_a_response_template_of_trl(header: str, tiny_tokenizer: Any) -> None:
+    import copy
+
+    import trl
+
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates/qwen3.jinja").read_text(encoding="utf-8")
+    assert reader(tokenizer).library is not None
+    for opener in ("",) if "think" in header else ("", "<think>"):
+        text = f"{opener}Cold?</think>\n\nLet me look.\n{WRITTEN['Hermes'][0]}<|im_end|>"
+        assert parse(tokenizer, header, text, TOOLS) == Answer("Let me look.", "Cold?", (OSLO,))
+    cut = f"{'' if 'think' in header else '<think>'}Cold? {WRITTEN['Hermes'][0]}"
+    assert parse(tokenizer, header, cut, TOOLS) == Answer("", f"Cold? {WRITTEN['Hermes'][0]}"), "a trace that does not end calls nothing"
+
+
 WRITE_NO_CALLS = {
     "cohere", "cohere2", "deepseek_r1_distill", "gemma", "gemma3", "idefics3", "lfm2", "llama3", "llava_next", "phi3", "phi3_5", "qwen2_5_vl", "smolvlm",
 }  # fmt: skip

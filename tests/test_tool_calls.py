@@ -12,6 +12,7 @@ from dagster_project.core.messages import Call
 from dagster_project.core.records import example_id, read_table, write_records
 from dagster_project.evaluation import ballots, judge
 from dagster_project.evaluation.answers import Answer
+from dagster_project.evaluation.baselines import with_shots
 from dagster_project.evaluation.evaluator import EvaluatedModel, Settings, result_rows, result_schema, select_questions, write_results
 from dagster_project.evaluation.paired.pairwise import match
 from dagster_project.evaluation.scoring import Scoring
@@ -168,6 +169,14 @@ def test_results_of_plain_answers_have_no_further_columns(tmp_path: Path) -> Non
     assert list(read_table(tmp_path / "plain.parquet")[0]) == result_schema().names
     write_results(tmp_path / "rich.parquet", result_rows("lora", [plain], None, [made(OSLO)]))
     assert list(read_table(tmp_path / "rich.parquet")[0]) == result_schema(rich=True).names
+
+
+def test_a_worked_example_with_calls_is_the_whole_conversation_without_traces() -> None:
+    shot, plain = dialogue(1), dialogue(2, asks=False)
+    shot["messages"] = [{"role": "system", "content": "Be brief."}, *shot["messages"]]
+    shot["messages"][2] = {**shot["messages"][2], "reasoning_content": "Which city?", "weight": 0.0}
+    asked = with_shots("Help.", [shot, plain], dialogue(3))
+    assert asked == [{"role": "system", "content": "Help."}, *dialogue(1)["messages"], *plain["messages"], *dialogue(3)["messages"][:-1]]
 
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"

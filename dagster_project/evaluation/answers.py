@@ -151,7 +151,8 @@ def _by_library(library: Any, prompt: str, text: str, tools: Tools) -> tuple[lis
         made = [Call(call["function"]["name"], call["function"].get("arguments") or {}, None) for call in message.get("tool_calls") or ()]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None  # a malformed call
-    return (made, message.get("content") or "") if made and all(isinstance(call.name, str) for call in made) else None
+    content = split_trace("", message.get("content") or "")[1]
+    return (made, content) if made and all(isinstance(call.name, str) for call in made) else None
 
 
 def _with_response_template(tokenizer: Any) -> Any:

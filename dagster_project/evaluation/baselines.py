@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.messages import Message
-from dagster_project.core.records import prompt_text
+from dagster_project.core.records import prompt_text, response_text
 from dagster_project.evaluation.final_answers import NUMBER, FinalAnswer
 from dagster_project.evaluation.labels import LabelSet
 from dagster_project.evaluation.metrics import AnyTask, words
@@ -73,19 +73,23 @@ def prompted(
 
 
 def with_shots(system_prompt: str, shots: Sequence[Record], record: Record) -> Messages:
-    """The prompt for a record: system prompt (unless empty), worked examples as earlier turns, then the conversation up to the answer.
-
-    An example's response keeps its tool calls, and has no trace, as chat templates render earlier turns.
-    """
+    """The prompt for a record: system prompt (unless empty), worked examples as earlier turns, then the conversation up to the answer."""
     turns: Messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
     for shot in shots:
-        response = shot["messages"][-1]
-        made = {"tool_calls": response["tool_calls"]} if response.get("tool_calls") else {}
-        turns += [
-            {"role": "user", "content": prompt_text(shot["messages"])},
-            {"role": "assistant", "content": response["content"], **made},
-        ]
+        turns += _worked(shot)
     return [*turns, *(turn for turn in record["messages"][:-1] if turn["role"] != "system")]
+
+
+def _worked(shot: Record) -> Messages:
+    """A worked example: its prompt and response; or the whole conversation if it has tool calls, which only make sense with their results.
+
+    Traces are left out, as chat templates leave them out of earlier turns.
+    """
+    if not any(message.get("tool_calls") for message in shot["messages"]):
+        texts = {"user": prompt_text(shot["messages"]), "assistant": response_text(shot["messages"])}
+        return [{"role": role, "content": text} for role, text in texts.items()]
+    left_out = {"reasoning_content", "weight"}
+    return [{key: value for key, value in m.items() if key not in left_out} for m in shot["messages"] if m["role"] != "system"]
 
 
 def conclusion(answer: str) -> str:
