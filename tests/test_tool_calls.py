@@ -228,7 +228,10 @@ def test_a_set_with_tools_is_evaluated_and_compared(tool_model: Path, tmp_path: 
     assert document["recommended"]["sure"] and "points of same calls over" in " ".join(document["advice"])
 
     page = (root / "pages/comparison.html").read_text()
-    assert '<details class="part"><summary>call of weather</summary>' in page and "<summary>trace, 3 words</summary>" in page
+    assert (
+        '<details class="part"><summary>call of weather: {&#34;city&#34;: &#34;City 0&#34;}</summary>' in page
+        and "<summary>trace, 3 words</summary>" in page
+    )
     assert "<summary>2 tools: weather, ping</summary>" in page and "<summary>3 messages before the answer</summary>" in page
     assert (
         HOSTILE not in page and "&lt;img src=x onerror=alert(1)&gt;" in page and "default-src &#39;none&#39;" in page.replace("'", "&#39;")
@@ -286,7 +289,10 @@ def test_ballots_and_judges_get_the_calls(tmp_path: Path) -> None:
 
     document = ballots.document(found, 4)
     titles = [[title for title, _ in parts] for parts in document["pairs"][0]["folds"]["answers"]]
-    assert sorted(titles) == [["call of ping"], [f"trace, {len(f'Think {HOSTILE}'.split())} words", "call of weather"]]
+    assert sorted(titles) == [
+        ["call of ping: {}"],
+        [f"trace, {len(f'Think {HOSTILE}'.split())} words", 'call of weather: {"city": "Oslo"}'],
+    ]
     page = ballot_page(document)
     assert "lora" not in page and HOSTILE not in page
     votes = {"Ann": {one.id: "b" if one.swapped else "a" for one in found.pairs}}

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from dagster_project.core.messages import Messages, calls, tool_names
+from dagster_project.core.messages import Call, Messages, calls, tool_names
 from dagster_project.core.records import prompt_text
 from dagster_project.core.text import many
 from dagster_project.evaluation.answers import Answer, of_message
@@ -42,16 +42,27 @@ def prompt_folds(messages: Messages, tools: Any) -> list[Fold]:
     return found
 
 
+SHORT = 80
+"""Characters of a call's arguments in its title."""
+
+
 def folds(answer: Answer) -> list[Fold]:
     """The trace and the calls of an answer."""
     trace = [(f"trace, {many(len(answer.reasoning.split()), 'word')}", answer.reasoning)] if answer.reasoning else []
-    return [*trace, *((f"call of {call.name or '(unreadable)'}", _arguments(call.arguments)) for call in answer.calls)]
+    return [*trace, *((_call_title(call), _arguments(call.arguments, indent=1)) for call in answer.calls)]
+
+
+def _call_title(call: Call) -> str:
+    arguments = " ".join(_arguments(call.arguments).split())
+    return f"call of {call.name or '(unreadable)'}: {arguments if len(arguments) <= SHORT else arguments[: SHORT - 1] + '…'}"
 
 
 def _message_text(message: Mapping[str, Any]) -> str:
-    parts = [message["content"]] if message["content"] else []
-    return f"{message['role']}: " + "\n".join([*parts, *(f"[{title}] {text}" for title, text in folds(of_message(message)))])
+    answer = of_message(message)
+    trace = [f"[trace] {answer.reasoning}"] if answer.reasoning else []
+    made = [f"[call of {call.name}] {_arguments(call.arguments)}" for call in answer.calls]
+    return f"{message['role']}: " + "\n".join([*trace, *([answer.content] if answer.content else []), *made])
 
 
-def _arguments(arguments: Any) -> str:
-    return arguments if isinstance(arguments, str) else json.dumps(arguments, indent=1, ensure_ascii=False)
+def _arguments(arguments: Any, indent: int | None = None) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, indent=indent, ensure_ascii=False)
