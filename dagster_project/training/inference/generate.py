@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.progress import Progress
+from dagster_project.core.rendering import end_ids
 from dagster_project.training.inference.decoding import decode, keeps_all_tokens, prefill
 from dagster_project.training.methods.load import VirtualTokenModel
 
@@ -43,13 +44,14 @@ def generate_ids(
         prefix = prefill(causal, prompts[0][:shared], prefix)
     if prefix is not None and not keeps_all_tokens(causal):
         batch_size = 1
+    ends = end_ids(tokenizer)
     progress = Progress(what, len(prompts), "answer")
     answers: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         suffixes = [prompts[i][shared:] for i in batch]
-        generated = decode(causal, suffixes, _most_likely, max_new_tokens, tokenizer.eos_token_id, tokenizer.pad_token_id, prefix)
+        generated = decode(causal, suffixes, _most_likely, max_new_tokens, ends, tokenizer.pad_token_id, prefix)
         for i, ids in zip(batch, generated, strict=True):
             answers[i] = ids
         progress.advance(len(batch))
