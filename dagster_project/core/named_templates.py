@@ -54,6 +54,8 @@ HERMES = (
 """ChatML with tools, calls, results and traces in the tags of Nous Research's Hermes, which Qwen took over. For models whose own template has none."""
 
 NAMED = {"alpaca": ALPACA, "chatml": CHATML, "hermes": HERMES}
+MARKUP = frozenset({"chatml", "hermes"})
+"""Templates that need the special tokens <|im_start|> and <|im_end|>."""
 
 
 def written_for(tokenizer: Any, name: str, where: str) -> str:
@@ -64,7 +66,7 @@ def written_for(tokenizer: Any, name: str, where: str) -> str:
     Raises:
         InputError: the tokenizer lacks the special tokens that the template writes.
     """
-    for token in ("<|im_start|>", "<|im_end|>") if name in {"chatml", "hermes"} else ():
+    for token in ("<|im_start|>", "<|im_end|>") if name in MARKUP else ():
         if not any(str(added) == token and added.special for added in tokenizer.added_tokens_decoder.values()):
             raise InputError(f"{where}: the base model's tokenizer has no special token {token}", "use alpaca, or your own template")
     # rendered templates are tokenized without special tokens, so the template must write the beginning-of-text token
