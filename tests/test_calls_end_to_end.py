@@ -134,6 +134,7 @@ def test_a_model_learns_to_call_a_tool(tmp_path: Path, tiny_model: Path, tiny_to
     assert tuned["exact_match"] == 1.0, "after the result of the call it answers in text"
     answered = [row for row in read_table(tmp_path / "data" / "evaluation" / "lora" / "results.parquet") if row["tool_calls"]]
     assert [json.loads(row["tool_calls"]) for row in answered] == [[call("add", {"a": 5})]] * len(test)
+    assert "perplexity_to_base" in reports["comparison"]["compared"]["lora"]
     assert "| same calls |" in (tmp_path / "data" / "comparison" / "board.md").read_text()
 
 
@@ -141,7 +142,8 @@ def test_a_model_learns_to_call_a_tool(tmp_path: Path, tiny_model: Path, tiny_to
 def test_a_model_learns_to_reason_before_it_answers(tmp_path: Path, tiny_model: Path, tiny_tokenizer: Any) -> None:
     rows = [reasoned(seed) for seed in range(24)] + [reasoned(0, "4 + 3 = 7"), reasoned(0)]
     reports = run_pipeline(
-        tmp_path, tiny_model, rows, 120, tokenized={"max_length": 700, "reasoning": "keep"},
+        tmp_path, tiny_model, rows, 120, base_model={"folder": "models/tiny", "license": "MIT", "dtype": "float32"},
+        tokenized={"max_length": 700, "reasoning": "keep", "chat_template": "hermes"},
         evaluation={"task": {"final_answer": "number"}, "max_new_tokens": 60, "batch_size": 16},
     )  # fmt: skip
 
@@ -159,3 +161,4 @@ def test_a_model_learns_to_reason_before_it_answers(tmp_path: Path, tiny_model: 
     answered = [row for row in read_table(tmp_path / "data" / "evaluation" / "lora" / "results.parquet") if row["answer"] is not None]
     assert {(row["answer"], row["label"]) for row in answered} == {("7", "7")}
     assert all(TRACE in row["reasoning"] or "4 + 3 = 7" in row["reasoning"] for row in answered), "the trace is kept apart from the answer"
+    assert "perplexity_to_base" not in reports["comparison"]["compared"]["lora"], "the base model's own template leaves out the traces"

@@ -139,7 +139,9 @@ def produce(
             np.array([(system[i]["nll"], system[i]["tokens"]) for i in results_of["base"]], dtype=float)
             for system in (results_of[name], results_of["base"])
         )
-        compared[name] = {} if np.isnan(nats).any() else {"perplexity_to_base": ratio(perplexity, nats, base)}  # a classifier has none
+        # a classifier has none, and two chat templates of which one leaves out traces or calls have it of different texts
+        comparable = not np.isnan(nats).any() and bool((nats[:, 1] == base[:, 1]).all())
+        compared[name] = {"perplexity_to_base": ratio(perplexity, nats, base)} if comparable else {}
         if name in scores:
             compared[name]["to"] = {other: _differences(scoring, answers, writes, name, other) for other in scores if other != name}
         if kept := retained(*(read_table(folder / "retention.parquet") for folder in (baselines, variants[name].evaluation))):
