@@ -43,7 +43,7 @@ def test_counts_special_tokens_and_misfits_are_those_of_transformers(tiny_model:
     assert light.count(TEXTS) == heavy.count(TEXTS)
     for chat in CHATS:
         assert light.rendered and light.misfit and heavy.rendered and heavy.misfit
-        assert (light.rendered(chat), light.misfit(chat)) == (heavy.rendered(chat), heavy.misfit(chat))
+        assert (light.rendered(chat, None), light.misfit(chat, None)) == (heavy.rendered(chat, None), heavy.misfit(chat, None))
 
 
 TEMPLATES = sorted(file.name for file in files("trl").joinpath("chat_templates").iterdir() if file.name.endswith(".jinja"))

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dagster_project.core.errors import InputError
+from dagster_project.core.messages import calls
 from dagster_project.core.params import parse
-from dagster_project.core.records import example_id, prompt_text, read_ledger, read_pairs, read_records, response_text
+from dagster_project.core.records import example_id, ignored_in, prompt_text, read_ledger, read_pairs, read_records, response_text
 from dagster_project.curation.checks import findings
 from dagster_project.curation.checks.checks import Judgement, Rules, judge
 from dagster_project.curation.checks.privacy import mask
@@ -237,7 +238,9 @@ def _canonical(folder: Path) -> Loaded:
             loaded = Loaded("preferences", "canonical pairs", [formats.as_record(pair) for pair in read_pairs(folder)])
         else:
             kept = [entry for entry in read_ledger(folder) if not entry["outcome"].startswith("dropped")]
-            numbered = [{**record, "source_row": entry["source_row"]} for record, entry in zip(records, kept, strict=True)]
+            numbered = [
+                {**record, "source_row": entry["source_row"], **ignored_in(entry)} for record, entry in zip(records, kept, strict=True)
+            ]
             loaded = Loaded("examples", "canonical records", numbered)
         if invalid := [findings.place(record) for record in loaded.records if not _is_valid(record)]:
             raise ValueError(f"{invalid[0]} is not a canonical record")
@@ -254,6 +257,8 @@ def _is_valid(record: Mapping[str, Any]) -> bool:
         record["source"],
         *(text for message in [*record["messages"], *record.get("rejected", ())] for text in (message["role"], message["content"])),
     ]
+    made = [call for message in [*record["messages"], *record.get("rejected", ())] for call in calls(message)]
+    texts += [call.name for call in made]
     return all(isinstance(text, str) for text in texts) and isinstance(json.loads(record["meta"]), dict)
 
 

@@ -17,7 +17,7 @@ from dagster_project.curation.sources import formats
 
 FORMS = [form for layout in formats.PAIR_LAYOUTS.values() for form in layout.forms]
 LAYOUTS: list[formats.Layout | formats.PairLayout] = [*formats.LAYOUTS.values(), *FORMS]
-RESERVED = frozenset({"meta"}).union(*(layout.keys | layout.used for layout in LAYOUTS))
+RESERVED = frozenset({"meta", *formats.TOOL_KEYS}).union(*(layout.keys | layout.used for layout in LAYOUTS))
 """Keys that identify a layout or that it reads. A row is written with those of its own layout only; others go to `meta`."""
 
 
@@ -104,6 +104,7 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
     else:
         row = {"prompt": record["messages"][:asked], "chosen": record["messages"][asked:], "rejected": record["rejected"]}
         row |= {} if record.get("margin") is None else {"margin": record["margin"]}
+    row |= {"tools": record["tools"]} if record.get("tools") else {}
     row |= {} if record["category"] is None else {"category": record["category"]}
     extra = {key: value for key, value in meta.items() if key not in RESERVED and key not in row}
     rest = {key: value for key, value in meta.items() if key not in extra}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator
 
+from dagster_project.core.messages import Message, conversation_text
 from dagster_project.core.records import uncollected
 from dagster_project.curation.checks import profile as profiles
 from dagster_project.curation.checks.check import Action, Check, Kind, Rows, Severity
@@ -235,7 +236,7 @@ def judge(
     for name in checks_of(kind):
         rows = broken.get(name, [])
         verdicts[name] = Verdict(
-            name, rules.action(name), _severity(name, rules, rows, overlaps), sorted({*rows, *repaired.found.get(name, ())}), dropped[name],
+            name, rules.action(name), _severity(name, rules, rows, facts), sorted({*rows, *repaired.found.get(name, ())}), dropped[name],
             len({*found.get(name, []), *overlaps.waived.get(name, ())}) - len(rows),
             passed=name not in failures and all(reason[i] is not None for i in rows), note=notes.get(name, ""), fixed=fixed.get(name, 0),
         )  # fmt: skip
@@ -298,7 +299,11 @@ def _judge_set(
     kept: Sequence[dict[str, Any]], near_copies: int, rules: Rules, tokens: Tokens, kind: Kind
 ) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
     """Profile of the kept records, and notes and failures (check -> reason) of the checks on the set."""
-    counts = tokens.count([_text(record) for record in kept]) if kept and len(kept) <= COUNTED and not tokens.estimated else None
+    counts = (
+        tokens.count([conversation_text(r["messages"], r.get("tools")) for r in kept])
+        if kept and len(kept) <= COUNTED and not tokens.estimated
+        else None
+    )
     profile = profiles.profile(kept, counts)
     failures = profiles.failures(profile, rules, near_copies) if kept else {"schema": "no rows are left"}
     notes = profiles.notes(profile, rules, near_copies) | failures
@@ -327,10 +332,13 @@ def _prepared(
     return repaired.records, edits | more, resolve(rules.waivers, decisions, repaired.records, items), repaired
 
 
-def _severity(name: str, rules: Rules, rows: Sequence[int], overlaps: Overlaps) -> Severity:
+def _severity(name: str, rules: Rules, rows: Sequence[int], facts: _RowFacts) -> Severity:
     """As the rules say; overlaps with held-out text of which none is a copy are a warning, unless the rules say otherwise."""
+    overlaps, decided = facts.overlaps, name in rules.severity or rules.action(name) == "fail"
+    if (worst := CHECKS[name].worst) and rows and not decided:
+        return worst(facts.frame[name].gather(list(rows)).to_list())
     copied = {link.row for link in overlaps.links["benchmark_leakage"] if not link.partial} if name == "benchmark_leakage" else set()
-    decided = name != "benchmark_leakage" or name in rules.severity or rules.action(name) == "fail"
+    decided = decided or name != "benchmark_leakage"
     return rules.severity_of(name) if decided or not rows or not copied.isdisjoint(rows) else "warn"
 
 
@@ -338,15 +346,15 @@ COUNTED = 50_000
 """Rows up to which the tokens of every conversation are counted for the profile; the limits are checked in sets of any size."""
 
 
-def _text(record: dict[str, Any]) -> str:
-    return "\n".join(m["content"] for m in record["messages"])
-
-
 def _length(pairs: Sequence[dict[str, Any]]) -> dict[str, float]:
     """How often the chosen response has more characters, and how often "the longer one wins" is right, where a pair of equals counts one half."""
-    sides = [[sum(len(m["content"]) for m in side) for side in (pair["messages"][pair["asked"] :], pair["rejected"])] for pair in pairs]
+    sides = [[sum(map(_size, side)) for side in (pair["messages"][pair["asked"] :], pair["rejected"])] for pair in pairs]
     longer, equal = (sum(of(*lengths) for lengths in sides) for of in (gt, eq))
     return {"chosen_longer_share": round(longer / len(pairs), 4), "length_rule_accuracy": round((longer + equal / 2) / len(pairs), 4)}
+
+
+def _size(message: Message) -> int:
+    return len(message["content"]) if len(message) == 2 else len(conversation_text([message]))
 
 
 def _set_failures(column: str, value: float, schema: pa.DataFrameSchema, notes: dict[str, str]) -> dict[str, str]:
