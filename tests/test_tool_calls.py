@@ -62,12 +62,18 @@ def test_a_call_fits_the_tools_or_the_problem_is_named(one: Call, why: str | Non
     assert is_valid(made(one), TOOLS) == (why is None)
 
 
+def test_types_may_have_the_names_of_python() -> None:
+    tools = [{"name": "weather", "parameters": {"type": "dict", "properties": {"city": {"type": "str"}}, "required": ["city"]}}]
+    assert problem(OSLO, tools) is None
+    assert problem(call("weather", city=3), tools) == "$.city: 3 is not of type 'string'"
+
+
 def test_an_answer_without_calls_is_not_valid_and_one_bad_call_is_enough() -> None:
     assert not is_valid(Answer("It is cold."), TOOLS)
     assert is_valid(made(OSLO, PING), TOOLS) and not is_valid(made(OSLO, call("pong")), TOOLS)
 
 
-@pytest.mark.parametrize("parameters", [{"type": "dict"}, {"$ref": "https://example.org/schema"}, {"$ref": "#/nowhere"}])
+@pytest.mark.parametrize("parameters", [{"type": "thing"}, {"$ref": "https://example.org/schema"}, {"$ref": "#/nowhere"}])
 def test_a_tool_with_an_invalid_schema_accepts_any_object(parameters: dict[str, Any]) -> None:
     assert problem(OSLO, [{"name": "weather", "parameters": parameters}]) is None
 
