@@ -73,6 +73,27 @@ def test_words_that_the_answer_repeats_are_left_alone() -> None:
     assert in_another_case("Dear Anna", "Anna", augmenting._draws(7, "case", "row")) == "dear Anna"
 
 
+def test_words_that_reasoning_or_a_call_repeats_are_left_alone() -> None:
+    row = record("Please check weather around harbour today", "Sure.")
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"place": "weather around harbour"}}}
+    row["messages"][1] |= {"content": "", "reasoning_content": "They want me to please check today.", "tool_calls": [call]}
+    assert added([row], typos=1.0).rows == []
+
+
+def test_a_copy_keeps_tools_calls_reasoning_and_weights_and_its_id_covers_them() -> None:
+    rows = questions(20)
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    call = {"type": "function", "id": "a", "function": {"name": "weather", "arguments": {}}}
+    for row in rows:
+        row["messages"][1] |= {"reasoning_content": "Hm.", "tool_calls": [call], "weight": 0.0}
+        row |= {"tools": tools, "example_id": example_id(row["messages"], tools)}
+    made = added(rows, typos=1.0).rows
+    assert made
+    for i, _, copy in made:
+        assert copy["messages"][1:] == rows[i]["messages"][1:] and copy["tools"] == tools
+        assert copy["example_id"] == example_id(copy["messages"], tools) != example_id(copy["messages"])
+
+
 def test_texts_in_scripts_without_case_get_no_typos() -> None:
     for text in ("请帮我写一首关于春天的诗", "اكتب قصيدة عن الربيع", "春について詩を書いて"):
         assert with_typos(text, "", augmenting._draws(7, "typos", "row")) == text

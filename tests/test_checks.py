@@ -18,7 +18,7 @@ from dagster_project.curation.checks.token_counts import ESTIMATED, Tokens
 from dagster_project.curation.sources.benchmarks import Item
 
 RULES = Rules(min_rows=2, balance_ratio=2.0, max_tokens=200)
-FITS = Tokens(ESTIMATED.count, lambda messages: "roles must alternate" if any(m["role"] == "tool" for m in messages) else None)
+FITS = Tokens(ESTIMATED.count, lambda messages, tools: "roles must alternate" if any(m["content"] == "found" for m in messages) else None)
 
 
 def judged(

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 from builders.history import Project, entry, identity
+from builders.records import call, result, rich, said, user
 from builders.small_pipeline import git
 from conftest import pedigree
 
 from dagster_project.core.errors import InputError
-from dagster_project.core.records import read_table
+from dagster_project.core.records import read_table, write_records
 from dagster_project.lineage import index
 from dagster_project.lineage.diff import as_text as diff_text
 from dagster_project.lineage.diff import diff
@@ -71,6 +72,50 @@ def test_a_text_is_found_ignoring_case_and_white_space_and_near_copies_on_reques
     both = impact(made.root, record=identity(long), near=True)
     assert [one["example_id"] for one in both["near"]] == [identity(long.replace("seven", "eight"))]
     assert both["models"][0]["seen"][0]["splits"] == {"train": 1, "test": 1}
+
+
+@pytest.fixture
+def traced(made: Project, tmp_path: Path) -> tuple[Project, str]:
+    """A project whose train split has a plain record and one with reasoning and calls, and the id of that."""
+    given = {"city": "Oslo Harbour", "days": [{"from": "Monday, the ninth", "n": 3}]}
+    answer = said("", call(given), call("city=Rome"), reasoning_content="The user wants the weather of the harbour.")
+    answers = [answer, result("-3 degrees"), said("Cold.")]
+    records = [{**rich(user("Is it cold?"), *answers), "source": FAQ}, {**rich(user("Plain?"), said("Plain.")), "source": FAQ}]
+    files = {}
+    for split, rows in {"train": records, "validation": [], "test": []}.items():
+        write_records(tmp_path / split, rows)
+        files |= {f"{split}/{path.name}": path.read_bytes() for path in (tmp_path / split).iterdir()}
+    lock = {"splits": entry("splits", {"data/sources": "0" * 32 + ".dir"}, made.put(files))}
+    made.commit(lock | made.adapter(lock, []))
+    return made, records[0]["example_id"]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("the user wants  the weather of the harbour.", True),
+        ("oslo harbour", True),
+        ("Monday, the ninth", True),
+        ("city=Rome", True),
+        ('{"city":"Oslo Harbour","days":[{"from":"Monday, the ninth","n":3}]}', True),
+        ('{"days": [{"n": 3, "from": "Monday, the ninth"}], "city": "Oslo Harbour"}', True),
+        ("-3 degrees", True),
+        ("Cold.", True),
+        ("weather", False),
+        ('{"city": "Oslo Harbour"}', False),
+        ("{not JSON", False),
+        ("Oslo", False),
+    ],
+)
+def test_a_text_is_found_in_reasoning_and_in_the_arguments_of_calls(traced: tuple[Project, str], text: str, found: bool) -> None:
+    project, identity_of_row = traced
+    assert impact(project.root, text=text)["records"] == ([identity_of_row] if found else [])
+
+
+def test_near_copies_are_found_in_reasoning_and_in_arguments(traced: tuple[Project, str]) -> None:
+    project, identity_of_row = traced
+    (copy,) = impact(project.root, text="Surely the user wants the weather of the harbour.", near=True)["near"]
+    assert (copy["example_id"], copy["part"]) == (identity_of_row, "messages, reasoning_content")
 
 
 def test_a_source_leads_to_its_records_by_name_by_folder_and_by_sha256(made: Project) -> None:

@@ -43,7 +43,7 @@ def test_counts_special_tokens_and_misfits_are_those_of_transformers(tiny_model:
     assert light.count(TEXTS) == heavy.count(TEXTS)
     for chat in CHATS:
         assert light.rendered and light.misfit and heavy.rendered and heavy.misfit
-        assert (light.rendered(chat), light.misfit(chat)) == (heavy.rendered(chat), heavy.misfit(chat))
+        assert (light.rendered(chat, None), light.misfit(chat, None)) == (heavy.rendered(chat, None), heavy.misfit(chat, None))
 
 
 TEMPLATES = sorted(file.name for file in files("trl").joinpath("chat_templates").iterdir() if file.name.endswith(".jinja"))
@@ -137,7 +137,8 @@ class Blocked(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, Blocked())
 from dagster_project.__main__ import main
-for arguments in (["check", "a.jsonl"], ["check", "a.jsonl", "--json", "--against", "b.jsonl", "--report", "a.html", "--base-model", sys.argv[1]]):
+for arguments in (["check", "a.jsonl"], ["check", "a.jsonl", "--json", "--against", "b.jsonl", "--report", "a.html", "--base-model", sys.argv[1]],
+                  ["check", "a.jsonl", "--show", "1", "--base-model", sys.argv[1]], ["check", "a.jsonl", "--show", "1", "--template", "chatml"]):
     assert main(arguments) == 0
 assert not {{name.partition(".")[0] for name in sys.modules}} & {{*{HEAVY!r}}}
 """

@@ -13,10 +13,10 @@ from builders.layouts import PAIR_ROWS
 from builders.records import LONG, ask
 from conftest import SHARED_DATA, draw_pages
 
-from dagster_project.core.chat import render
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import parse
 from dagster_project.core.records import Report, pair_id, pair_schema, read_ledger, read_pairs, read_preferences, read_table, write_records
+from dagster_project.core.rendering import render
 from dagster_project.curation.sources import reading
 from dagster_project.curation.sources.files import Row
 from dagster_project.curation.splitting.split import find_copies, verify_splits

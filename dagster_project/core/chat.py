@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from dagster_project.core.errors import InputError
+from dagster_project.core.messages import Messages, Tools, calls, is_trained
+from dagster_project.core.rendering import end_tokens, refuse_unwritten, render
 
 IGNORE = -100
 """Label of a token that is ignored by the loss."""
 
-Messages = Sequence[dict[str, str]]
+Reasoning = Literal["template", "keep", "strip", "last"]
+"""Which traces are rendered: what the template does by itself, all (or the record is refused), none, that of the last answer."""
+
 Pieces = list[tuple[str, bool]]
 """A text split into (text, whether it is trained on)."""
 
@@ -23,65 +27,180 @@ def is_text(record: Mapping[str, Any]) -> bool:
     return '"text"' in meta and [m["role"] for m in record["messages"]] == ["assistant"] and json.loads(meta).get("kind") == "text"
 
 
-def render(tokenizer: Any, messages: Messages, add_generation_prompt: bool = False) -> str:
-    """Render the conversation with the tokenizer's chat template, in transformers' sandbox.
+class RewritesEarlierTurnsError(InputError):
+    """The template renders a conversation in another way once a further turn follows, so one rendering has no room for all labels."""
+
+
+class Turn(NamedTuple):
+    """An answer of the assistant, as the template renders it when it is the last message."""
+
+    header: str
+    """All before the answer: what the model gets to read when it is served."""
+    answer: str
+    """The trace, content and calls, with the end-of-turn token."""
+    after: str
+    """What the template writes after the end of the turn."""
+
+    @property
+    def rendered(self) -> str:
+        return self.header + self.answer + self.after
+
+
+def turn_of(tokenizer: Any, messages: Messages, tools: Tools = None, checked: int = 0) -> Turn:
+    """The last message, which is the assistant's, and all before it as the model gets to read it.
+
+    Args:
+        checked: number of first messages that are known to be in the text.
+    Raises:
+        InputError: the template rejects the conversation, drops content, opens the answer in a way in which the rendered answer does not
+            begin, or does not end the turn with an end-of-turn token; or there is no prompt.
+    """
+    *prompt, message = messages
+    if not prompt:
+        raise InputError("the assistant speaks first, so there is no prompt to render", "begin with a system or user turn")
+    header, text = _answer(tokenizer, messages, tools)
+    refuse_unwritten(tokenizer, messages, tools, range(checked, len(prompt)), header)
+    refuse_unwritten(tokenizer, messages, None, range(len(prompt), len(messages)), text)
+    position = 0
+    for part in (message.get("reasoning_content", ""), message["content"], *(call.name for call in calls(message))):
+        found = text.find(part.strip(), position)
+        position = found + len(part.strip()) if found >= 0 else position
+    ends = end_tokens(tokenizer)
+    if found_ends := [(text.find(end, position), end) for end in ends if text.find(end, position) >= 0]:
+        stop = min(start + len(end) for start, end in found_ends)
+        return Turn(header, text[:stop], text[stop:])
+    if end := _following_end(tokenizer, messages, tools, ends):
+        return Turn(header, text + end, "")
+    raise InputError(
+        f"the chat template does not end the assistant's turn with {' or '.join(map(repr, ends))}", f"{ANOTHER_TEMPLATE} or tokenizer"
+    )
+
+
+def _answer(tokenizer: Any, messages: Messages, tools: Tools) -> tuple[str, str]:
+    """(prompt with the header of the answer, text from there on).
 
     Raises:
-        InputError: the template rejects the conversation or fails on it.
+        InputError: the template opens the answer in a way in which the rendered answer does not begin.
     """
-    from jinja2 import TemplateError
+    prompt, header, rendered = messages[:-1], "", ""
+    for thinking in (None, bool(messages[-1].get("reasoning_content"))) if _thinks(tokenizer) else (None,):
+        header = render(tokenizer, prompt, True, tools, thinking)
+        rendered = render(tokenizer, messages, False, tools, thinking)
+        if rendered.startswith(header):
+            return header, rendered[len(header) :]
+    before = render(tokenizer, prompt, False, tools)
+    opening = header.removeprefix(before) if header.startswith(before) else ""
+    if rendered.startswith(before) or not opening or opening not in rendered:
+        raise InputError("the chat template opens an answer in a way in which the rendered answer does not begin", ANOTHER_TEMPLATE)
+    # An answer makes the template rewrite turns before it (gpt-oss drops the trace of a call): the model gets to read them as they were.
+    return header, rendered[rendered.rindex(opening) + len(opening) :]
 
+
+ANOTHER_TEMPLATE = "use another chat template"
+
+
+def _thinks(tokenizer: Any) -> bool:
+    return "think" in str(tokenizer.chat_template)
+
+
+def _following_end(tokenizer: Any, messages: Messages, tools: Tools, ends: Sequence[str]) -> str:
+    """The end-of-turn token with which the template begins the next turn, as GLM does; "" if it begins with none."""
+    message = {key: value for key, value in messages[-1].items() if key != "reasoning_content"}  # which a further turn may remove
+    messages = [*messages[:-1], message]
+    reply = {"role": "tool", "content": "x"} if message.get("tool_calls") else {"role": "user", "content": "x"}
+    if message.get("tool_calls"):
+        call = message["tool_calls"][0]
+        reply |= {"name": call["function"]["name"]} | ({"tool_call_id": call["id"]} if "id" in call else {})
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
-    except (TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"the chat template refuses it: {reason}", "use another chat template") from None
+        rendered, further = render(tokenizer, messages, False, tools), render(tokenizer, [*messages, reply], False, tools)
+    except InputError:
+        return ""
+    following = further.removeprefix(rendered) if further.startswith(rendered) else ""
+    return next((end for end in ends if following.startswith(end)), "")
 
 
-def pieces(tokenizer: Any, messages: Messages) -> Pieces:
+def pieces(tokenizer: Any, messages: Messages, tools: Tools = None) -> Pieces:
     """Split the rendered conversation into (text, whether it is trained on).
 
-    Assistant content and the end-of-turn token are trained on; template headers and all other turns are not:
+    Assistant content and the end-of-turn token are trained on; template headers, all other turns and answers of weight 0 are not:
 
         [{"user": "Hi"}, {"assistant": "Yes?"}]  ->  ("...user\\nHi<|im_end|>\\n<|im_start|>assistant\\n", False),
                                                      ("Yes?<|im_end|>", True), ("\\n", False)
 
     Raises:
-        InputError: the template rejects the conversation, rewrites earlier turns when a later one is added, drops assistant content, or does
-            not end the turn with the tokenizer's end-of-turn token; or the first turn is the assistant's.
+        RewritesEarlierTurnsError: the template rewrites earlier turns when a later one is added.
+        InputError: as `turn_of`.
     """
     parts: Pieces = []
-    written = ""
+    written, checked = "", 0
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        if not i:
-            raise InputError("the assistant speaks first, so there is no prompt to render", "begin with a system or user turn")
-        header = render(tokenizer, messages[:i], add_generation_prompt=True)
-        rendered = render(tokenizer, messages[: i + 1])
-        answer, end = message["content"].strip(), tokenizer.eos_token
-        if not (header.startswith(written) and rendered.startswith(header)):
-            raise InputError("the chat template rewrites earlier turns, so labels cannot be placed", "use another chat template")
-        turn = rendered[len(header) :]
-        stop = turn.find(end, max(0, turn.find(answer)) + len(answer))
-        if answer not in turn or stop < 0:
-            raise InputError(f"the chat template does not end the assistant's turn with {end!r}", "use another chat template or tokenizer")
-        stop += len(end)
-        parts += [(header[len(written) :], False), (turn[:stop], True), (turn[stop:], False)]
-        written = rendered
+        turn = turn_of(tokenizer, messages[: i + 1], tools, checked)
+        checked = i + 1
+        if not turn.header.startswith(written):
+            raise RewritesEarlierTurnsError("the chat template rewrites earlier turns, so labels cannot be placed", ANOTHER_TEMPLATE)
+        parts += [(turn.header[len(written) :], False), (turn.answer, is_trained(message)), (turn.after, False)]
+        written = turn.rendered
     return [(text, trained) for text, trained in parts if text]
 
 
-def record_pieces(tokenizer: Any, record: Mapping[str, Any]) -> Pieces:
-    """The pieces of a record. Plain text uses no template: the text and the end-of-text token are trained on.
+def last_turn_pieces(tokenizer: Any, messages: Messages, tools: Tools = None) -> Pieces:
+    """As `pieces`, up to the last answer; if the template rewrites earlier turns, with everything before that answer in one piece."""
+    while messages and messages[-1]["role"] != "assistant":
+        messages = messages[:-1]
+    try:
+        return pieces(tokenizer, messages, tools)
+    except RewritesEarlierTurnsError:
+        return _parts(turn_of(tokenizer, messages, tools), is_trained(messages[-1]))
+
+
+def _parts(turn: Turn, trained: bool) -> Pieces:
+    parts = ((turn.header, False), (turn.answer, trained), (turn.after, False))
+    return [(text, is_label) for text, is_label in parts if text]
+
+
+def with_reasoning(messages: Messages, policy: Reasoning) -> Messages:
+    """Messages with the traces that are rendered: `strip` removes all, `last` all but that of the last answer."""
+    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
+    removed = {"strip": range(len(messages)), "last": range(last)}.get(policy, range(0))
+    return [
+        {key: value for key, value in message.items() if key != "reasoning_content"} if i in removed else message
+        for i, message in enumerate(messages)
+    ]
+
+
+def examples_of(tokenizer: Any, record: Mapping[str, Any], reasoning: Reasoning = "template") -> list[Pieces]:
+    """The training examples of a record: one, or one per trained answer if the template rewrites earlier turns.
+
+    Each is rendered as the model gets to read it when it is served. Plain text uses no template: the text and the end-of-text token are
+    trained on.
 
     Raises:
-        InputError: as `pieces`.
+        InputError: as `turn_of`; or a trace is to be kept and the template does not write it.
     """
-    if not is_text(record):
-        return pieces(tokenizer, record["messages"])
-    begin = [(tokenizer.bos_token, False)] if adds_bos(tokenizer) else []
-    return [*begin, (record["messages"][0]["content"] + tokenizer.eos_token, True)]
+    if is_text(record):
+        begin = [(tokenizer.bos_token, False)] if adds_bos(tokenizer) else []
+        return [[*begin, (record["messages"][0]["content"] + tokenizer.eos_token, True)]]
+    messages, tools = with_reasoning(record["messages"], reasoning), record.get("tools")
+    try:
+        examples = [pieces(tokenizer, messages, tools)]
+    except RewritesEarlierTurnsError:
+        ends = [i + 1 for i, message in enumerate(messages) if is_trained(message)]
+        turns = [turn_of(tokenizer, messages[:end], tools) for end in ends]
+        examples = [_parts(turn, True) for turn in turns]
+    if reasoning == "keep":
+        _refuse_lost_traces(messages, examples)
+    return examples
+
+
+def _refuse_lost_traces(messages: Messages, examples: Sequence[Pieces]) -> None:
+    trained = "".join(text for parts in examples for text, is_trained_on in parts if is_trained_on)
+    for message in messages:
+        if is_trained(message) and (message.get("reasoning_content") or "").strip() not in trained:
+            raise InputError(
+                "the chat template leaves out a trace that tokenized.reasoning keeps", "use reasoning: template, or another chat template"
+            )
 
 
 def adds_bos(tokenizer: Any) -> bool:
@@ -97,14 +216,14 @@ def encode_pieces(tokenizer: Any, texts: Iterable[Pieces]) -> list[list[list[int
     return [[ids[number[text]] for text, _ in parts] for parts in texts]
 
 
-def encode(tokenizer: Any, messages: Messages) -> tuple[list[int], list[int]]:
+def encode(tokenizer: Any, messages: Messages, tools: Tools = None) -> tuple[list[int], list[int]]:
     """(input_ids, labels) of a conversation, both (tokens,). A label equals the id if the token is trained on, else -100."""
-    return _with_labels(tokenizer, pieces(tokenizer, messages))
+    return _with_labels(tokenizer, pieces(tokenizer, messages, tools))
 
 
-def encode_record(tokenizer: Any, record: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-    """As `encode`, for a record, which may be plain text."""
-    return _with_labels(tokenizer, record_pieces(tokenizer, record))
+def encode_record(tokenizer: Any, record: Mapping[str, Any]) -> list[tuple[list[int], list[int]]]:
+    """As `encode`, for each example of a record (`examples_of`)."""
+    return [_with_labels(tokenizer, parts) for parts in examples_of(tokenizer, record)]
 
 
 def _with_labels(tokenizer: Any, parts: Pieces) -> tuple[list[int], list[int]]:
@@ -149,21 +268,36 @@ def has_field(answer: str, name: str) -> bool:
     return re.search(rf'"{re.escape(name)}"\s*:', answer) is not None
 
 
-def encode_prompt(tokenizer: Any, messages: Messages) -> list[int]:
+def encode_prompt(tokenizer: Any, messages: Messages, tools: Tools = None, reasoning: bool = False) -> list[int]:
     """Token ids of the prompt, including the assistant header.
 
-    They equal the ids that `encode` places before the answer, because earlier turns are split into the same pieces.
+    They equal the ids before the last answer in training: earlier turns are split into the same pieces, and the header is the same.
 
-    Raises:
-        InputError: the template rewrites earlier turns.
+    Args:
+        reasoning: whether an answer with a trace is expected, so that the template may open one.
     """
-    text = render(tokenizer, messages, add_generation_prompt=True)
-    parts = pieces(tokenizer, messages)
-    for piece, _ in parts:
-        if not text.startswith(piece):
-            raise InputError("the chat template rewrites earlier turns", "use another chat template")
-        text = text[len(piece) :]
-    return [token for ids in encode_pieces(tokenizer, [[*parts, (text, False)]])[0] for token in ids]
+    text = generation_prompt(tokenizer, messages, tools, reasoning)
+    try:
+        parts = pieces(tokenizer, messages, tools)
+    except RewritesEarlierTurnsError:
+        parts = []
+    before = "".join(piece for piece, _ in parts)
+    if not text.startswith(before):
+        parts, before = [], ""
+    return [token for ids in encode_pieces(tokenizer, [[*parts, (text[len(before) :], False)]])[0] for token in ids]
+
+
+def generation_prompt(tokenizer: Any, messages: Messages, tools: Tools = None, reasoning: bool = False) -> str:
+    """The rendered prompt with the header with which an answer begins in training."""
+    text = render(tokenizer, messages, True, tools)
+    if not _thinks(tokenizer):
+        return text
+    answer = {"role": "assistant", "content": "Yes"} | ({"reasoning_content": "I think so."} if reasoning else {})
+    for thinking in (None, reasoning):
+        header = render(tokenizer, messages, True, tools, thinking)
+        if render(tokenizer, [*messages, answer], False, tools, thinking).startswith(header):
+            return header
+    return text
 
 
 def pack(lengths: Sequence[int], room: int) -> list[list[int]]:

@@ -50,6 +50,17 @@ def calls(message: Mapping[str, Any]) -> list[Call]:
     return [Call(call["function"]["name"], call["function"]["arguments"], call.get("id")) for call in message.get("tool_calls") or ()]
 
 
+def readable(value: Any) -> str:
+    """A call's arguments or a tool's definition as a person reads it: text as it is, everything else as JSON, indented if it is long."""
+    if isinstance(value, str):
+        return value
+    try:
+        line = json.dumps(value, ensure_ascii=False)
+        return line if len(line) <= 100 else json.dumps(value, ensure_ascii=False, indent=1)
+    except RecursionError:
+        return "(nested too deeply to be shown)"
+
+
 def tool_names(tools: Tools) -> list[str]:
     return [str(tool.get("function", tool).get("name")) for tool in tools or ()]
 
@@ -96,3 +107,29 @@ def field_texts(message: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def full_text(messages: Messages) -> str:
     """All texts of a conversation: contents, reasoning and arguments, in order."""
     return "\n".join(text for message in messages for _, text in field_texts(message))
+
+
+def argument_texts(arguments: Any) -> Iterator[tuple[str, str | int | float]]:
+    """(key, value) of each text and number in the arguments of a call, in order; arguments that are not JSON are one text.
+
+    {"city": "Oslo", "days": [1, 2]}  ->  ("city", "Oslo"), ("days", 1), ("days", 2)
+    """
+    pending: list[tuple[str, Any]] = [("", arguments)]
+    while pending:  # a stack, because JSON may be nested deeper than Python's calls
+        key, value = pending.pop()
+        if isinstance(value, dict):
+            pending += [(str(name), one) for name, one in reversed(value.items())]
+        elif isinstance(value, list):
+            pending += [(key, one) for one in reversed(value)]
+        elif isinstance(value, str | int | float) and not isinstance(value, bool):
+            yield key, value
+
+
+def conversation_text(messages: Messages, tools: Tools = None) -> str:
+    """All that the model reads: definitions of tools, then of each message reasoning, content, and calls as JSON."""
+    parts = [JSON.encode(list(tools))] if tools else []
+    for message in messages:
+        parts += [message["reasoning_content"]] if message.get("reasoning_content") else []
+        made = [JSON.encode({"name": call.name, "arguments": call.arguments}) for call in calls(message)]
+        parts += [*([message["content"]] if message["content"] or not made else []), *made]
+    return "\n".join(parts)

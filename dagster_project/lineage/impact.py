@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.core.errors import InputError
+from dagster_project.core.messages import Messages, field_texts
 from dagster_project.core.text import visible
 from dagster_project.lineage.index import EVIDENCE, Index, StageRun, record_key
 from dagster_project.lineage.lineage import fetch_hint
@@ -51,7 +52,7 @@ def impact(
     """The models that saw a record, a text, a source, or a file or folder by its hash. Exactly one of the four is given.
 
     Args:
-        text: text of a message; case and whitespace are ignored.
+        text: text of a message: its content, its reasoning, the arguments of a call as JSON, or one text in them; case and whitespace are ignored.
         source: a file, or a folder and its contents, as named in the records.
         content: md5 or sha256, or a prefix of one, of a source, an output, or a file of an output.
         near: also search for near-copies of the record or text (curation/similarity/overlap.py).
@@ -289,7 +290,7 @@ class _ImpactQuery:
 
 
 def _near_copies(index: Index, keys: Iterable[bytes], text: str | None) -> list[dict[str, Any]]:
-    """Records whose prompt or response nearly equals the text, or that of the given records. Reads every available shard."""
+    """Records whose prompt, response, reasoning or arguments of calls nearly equal the text, or that of the given records. Reads every available shard."""
     from dagster_project.core.records import prompt_text, read_table, response_text
     from dagster_project.curation.similarity.overlap import compare
 
@@ -302,6 +303,7 @@ def _near_copies(index: Index, keys: Iterable[bytes], text: str | None) -> list[
                 turns = row.get(part)
                 if isinstance(turns, list):
                     texts |= {f"{part}, prompt": prompt_text(turns), f"{part}, response": response_text(turns)}
+                    texts |= {f"{part}, {name}": text for name, text in _fields(turns).items()}
     queries = (
         [text]
         if text
@@ -320,6 +322,15 @@ def _near_copies(index: Index, keys: Iterable[bytes], text: str | None) -> list[
             continue
         best[identity] = {"example_id": identity, "part": part, "rule": pair.rule, "similarity": pair.similarity, "text": text_of_part}
     return sorted(best.values(), key=lambda copy: (-copy["similarity"], copy["example_id"]))
+
+
+def _fields(turns: Messages) -> dict[str, str]:
+    """Reasoning and arguments of calls, each as one text, where there are any."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for field_name, text in (entry for turn in turns for entry in field_texts(turn)):
+        if field_name != "content":
+            found[field_name].append(text)
+    return {field_name: "\n".join(texts) for field_name, texts in found.items()}
 
 
 def as_text(result: Mapping[str, Any]) -> str:

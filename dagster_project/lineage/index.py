@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_bytes
 from dagster_project.core.layout import PLOTS, REPORTS, is_code
+from dagster_project.core.messages import argument_texts, calls
 from dagster_project.lineage.history import LOCK, Objects, blobs, history, stages_of
 
 if TYPE_CHECKING:
@@ -488,13 +489,14 @@ class Index:
         return frozenset(out for out, md5 in self._db.execute("SELECT out, md5 FROM file WHERE name = ?", (EVIDENCE,)) if md5 in read)
 
     def records_with_text(self, text: str) -> list[bytes]:
-        """Keys of the records with a message of this text, ignoring case and whitespace."""
-        key = _text_key(text)
-        records: list[bytes] = []
-        for segment in self._segments("text_record"):
-            if chunk := self._chunk("text_record", segment, key, "keys, ids"):
-                records += [chunk[1][16 * i : 16 * i + 16] for i in _equal(chunk[0], key).nonzero()[0].tolist()]
-        return sorted(set(records))
+        """Keys of the records with a message of this text, ignoring case and whitespace: its content, its reasoning, the arguments of a call as JSON
+        in any spelling, or one text in them."""
+        records: set[bytes] = set()
+        for key in {_text_key(text), _text_key(_canonical_json(text))}:
+            for segment in self._segments("text_record"):
+                if chunk := self._chunk("text_record", segment, key, "keys, ids"):
+                    records |= {chunk[1][16 * i : 16 * i + 16] for i in _equal(chunk[0], key).nonzero()[0].tolist()}
+        return sorted(records)
 
     def rows_from_source(self, source: str) -> dict[str, dict[str, int]]:
         """Hash of an output -> split -> rows from a source: a file, or a folder and its contents."""
@@ -663,6 +665,26 @@ def _text_key(text: str) -> bytes:
     return hashlib.sha256(" ".join(text.casefold().split()).encode("utf-8", "surrogatepass")).digest()[:16]
 
 
+def _canonical_json(text: str) -> str:
+    """A JSON object or list in one spelling; other texts as they are."""
+    if not text.lstrip().startswith(("{", "[")):
+        return text
+    try:
+        return json.dumps(json.loads(text), ensure_ascii=False, sort_keys=True)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _call_texts(tool_calls: str) -> Iterator[str]:
+    """The arguments of each call, and each text in them: '[{"function": {"arguments": {"city": "Oslo"}}}]'  ->  '{"city": "Oslo"}', "Oslo"."""
+    for call in calls({"tool_calls": json.loads(tool_calls)}):
+        if isinstance(call.arguments, str):
+            yield call.arguments
+            continue
+        yield json.dumps(call.arguments, ensure_ascii=False, sort_keys=True)
+        yield from (text for _, text in argument_texts(call.arguments) if isinstance(text, str))
+
+
 def _inside(folder: str) -> str:
     """LIKE pattern for everything in a folder."""
     return re.sub(r"([%_\\])", r"\\\1", folder.rstrip("/")) + "/%"
@@ -718,20 +740,31 @@ class _RowCollector:
         return keys
 
     def _add_texts(self, keys: bytes, column: pa.Array) -> None:
-        """Add the texts of a column of messages or strings."""
+        """Add the texts of a column of messages or strings: of messages also reasoning and arguments of calls."""
         import numpy as np
         import pyarrow as pa
 
-        if pa.types.is_list(column.type):
-            lengths = column.value_lengths().fill_null(0).to_numpy()
-            texts = column.flatten().field("content").to_pylist()
-        else:
-            lengths, texts = np.ones(len(column), np.int64), column.to_pylist()
+        if not pa.types.is_list(column.type):
+            self._add_owned(np.frombuffer(keys, "V16"), column.to_pylist())
+            return
+        messages = column.flatten()
+        owners = np.repeat(np.frombuffer(keys, "V16"), column.value_lengths().fill_null(0).to_numpy())
+        fields = [messages.type.field(i).name for i in range(messages.type.num_fields)]
+        for name in fields:
+            if name in {"content", "reasoning_content"}:
+                self._add_owned(owners, messages.field(name).to_pylist())
+        if "tool_calls" in fields:
+            given = [[*_call_texts(text)] if text else [] for text in messages.field("tool_calls").to_pylist()]
+            self._add_owned(np.repeat(owners, [len(texts) for texts in given]), [text for texts in given for text in texts])
+
+    def _add_owned(self, owners: np.ndarray, texts: Sequence[str | None]) -> None:
+        """Add texts, each with the key of the record that it is in."""
+        import numpy as np
+
         text_keys = self._text_keys
         for text in texts:
             if text and text not in text_keys:
                 text_keys[text] = _text_key(text)
-        owners = np.repeat(np.frombuffer(keys, "V16"), lengths)
         nonempty = np.array([bool(text) for text in texts], np.bool_)
         self._texts.append((b"".join(text_keys[text] for text in texts if text), owners[nonempty].tobytes()))
         if len(text_keys) > 100_000:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from dagster_project.core.chat import IGNORE, has_field, is_text, pack
+from dagster_project.core.chat import IGNORE, Reasoning, has_field, is_text, pack
 from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_text
+from dagster_project.core.messages import is_trained
 from dagster_project.core.params import Section
 from dagster_project.core.records import (
     CheckResult,
@@ -27,7 +28,7 @@ from dagster_project.core.records import (
     write_table,
 )
 from dagster_project.training.tokens import chat_templates, label_audit, mixture
-from dagster_project.training.tokens.examples import Example, RecordOutcome, Rules, TooLong, make
+from dagster_project.training.tokens.examples import ONE_PER_ANSWER, Example, RecordOutcome, Rules, TooLong, make
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -71,7 +72,8 @@ class Params(Section):
     """How conversations become tokens, labels and packed rows. See docs/tokenized.md."""
 
     chat_template: str | None = None
-    """`alpaca`, `chatml`, or the path of a Jinja file in data/templates/. null: the base model's own template."""
+    """`alpaca`, `chatml`, `hermes` (ChatML with tools, calls, results and traces), or the path of a Jinja file in
+    data/templates/. null: the base model's own template."""
     on_mismatch: Literal["fail", "drop"] = "fail"
     """What happens when a conversation does not fit the template: `fail` stops the stage, `drop` drops the conversation
     and counts it."""
@@ -83,6 +85,10 @@ class Params(Section):
     packed_length: int | None = Field(default=None, ge=16)
     """Tokens of a packed row. null: `max_length`. Shorter rows mean more and smaller steps for the same tokens. An
     example that is longer gets a row of its own."""
+    reasoning: Reasoning = "template"
+    """Which traces (`reasoning_content`) become part of the text: those that the `template` writes by itself; all
+    (`keep`), where a record whose trace the template leaves out does not fit it; none (`strip`); or only that of the
+    `last` answer."""
     weigh: Literal["token", "example"] = "token"
     """What counts equally in the loss: every `token` (the usual choice), or every `example`, so that long answers do
     not outweigh short ones."""
@@ -128,7 +134,7 @@ def produce(root: Path, params: Params, seed: int, splits: Path, base_model: Pat
         raise InputError("data/base_model: it has no chat template", "name one in params.yaml: tokenized.chat_template, e.g. chatml")
 
     _check_field_weights(params, records["train"])
-    rules = Rules(params.max_length, params.on_too_long, params.field_weights, params.weigh == "example")
+    rules = Rules(params.max_length, params.on_too_long, params.field_weights, params.weigh == "example", params.reasoning)
     fates = {split: make(tokenizer, found, rules) for split, found in records.items()}
     copies = {split: [int(fate.kept) for fate in found] for split, found in fates.items()}
     copies["train"], repeats = mixture.mix(records["train"], fates["train"], params.balance, params.replay, seed)
@@ -175,6 +181,7 @@ def produce(root: Path, params: Params, seed: int, splits: Path, base_model: Pat
 
     everything = [fate for found in fates.values() for fate in found]
     metrics |= _lost_tokens(everything)
+    metrics |= _rendering(params, tokenizer, [record for found in records.values() for record in found], everything)
     dropped = Counter(fate.outcome.removeprefix("dropped:") for fate in everything if not fate.kept)
     return Report(
         rows_in=len(everything),
@@ -245,6 +252,24 @@ def _write_rows(path: Path, examples: Sequence[tuple[str, Example]], layout: Seq
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_arrays(columns, schema=row_schema()), path, compression="zstd", store_schema=True)
+
+
+def _rendering(params: Params, tokenizer: Any, records: Sequence[Record], outcomes: Sequence[RecordOutcome]) -> dict[str, Any]:
+    """How records with several answers and with traces were rendered; nothing where one rendering had all labels and there are no traces."""
+    per_answer = [outcome for outcome in outcomes if ONE_PER_ANSWER in outcome.why]
+    facts: dict[str, Any] = {}
+    if per_answer:
+        facts["one_example_per_answer"] = {"records": len(per_answer), "examples": sum(len(outcome.examples) for outcome in per_answer)}
+    traces = [
+        (record, outcome)
+        for record, outcome in zip(records, outcomes, strict=True)
+        if outcome.kept and any(message.get("reasoning_content") and is_trained(message) for message in record["messages"])
+    ]
+    if traces:
+        written = [label_audit.count_traces(tokenizer, record, outcome) for record, outcome in traces]
+        total = sum(bool(m.get("reasoning_content")) and is_trained(m) for record, _ in traces for m in record["messages"])
+        facts["reasoning"] = {"policy": params.reasoning, "records": len(traces), "traces": total, "in_the_loss": sum(written)}
+    return {"rendering": facts} if facts else {}
 
 
 def _lost_tokens(fates: Sequence[RecordOutcome]) -> dict[str, Any]:

@@ -41,6 +41,35 @@ def placed(records: list[Record]) -> list[Record]:
     return [{**record, "source": "rows.jsonl", "source_row": i} for i, record in enumerate(records)]
 
 
+def rich(*messages: Record, tools: list[Record] | None = None, **meta: Any) -> Record:
+    """A record of whole messages, with the tools that may be called."""
+    row = {"messages": list(messages), "category": None, "group_id": None, "meta": json.dumps(meta), **({"tools": tools} if tools else {})}
+    return {**row, "example_id": example_id(list(messages), tools)}
+
+
+def tool(name: str = "weather", **properties: str) -> Record:
+    """The definition of a function whose parameters, name -> type, are all required."""
+    types = {key: {"type": kind} for key, kind in (properties or {"city": "string"}).items()}
+    return {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": types, "required": [*types]}}}
+
+
+def call(arguments: Any = None, name: str = "weather", identity: str | None = None) -> Record:
+    function = {"name": name, "arguments": {"city": "Oslo"} if arguments is None else arguments}
+    return {"type": "function", **({"id": identity} if identity else {}), "function": function}
+
+
+def user(content: str = "Is it cold there?") -> Record:
+    return {"role": "user", "content": content}
+
+
+def said(content: str = "It is.", *calls: Record, **fields: Any) -> Record:
+    return {"role": "assistant", "content": content, **({"tool_calls": list(calls)} if calls else {}), **fields}
+
+
+def result(content: str = "-3", **fields: Any) -> Record:
+    return {"role": "tool", "content": content, **fields}
+
+
 LONG = "My parcel with the garden kite went to the wrong house last week"
 KEY = "AKIA" + "Q3EXAMPLE7KEY2AB"
 CHECK_EXAMPLES: dict[str, tuple[list[Record], list[Record]]] = {
@@ -57,6 +86,23 @@ CHECK_EXAMPLES: dict[str, tuple[list[Record], list[Record]]] = {
     "ends_on_user_turn": ([ask()], [chat(("user", "Hi"), ("assistant", "Hello there"), ("user", "Bye"))]),
     "empty_prompt": ([ask("?")], [ask(" \n")]),
     "empty_response": ([ask("Hi", "No, never.")], [ask("Hi", " \n")]),
+    "invalid_tool_call": (
+        [rich(user(), said("", call()), tools=[tool()])],
+        [rich(user(), said("", call({"town": "Oslo"})), tools=[tool()])],
+    ),
+    "unanswered_tool_call": (
+        [rich(user(), said("", call()), tools=[tool()])],
+        [rich(user(), said("", call()), user("Well?"), said(), tools=[tool()])],
+    ),
+    "orphan_tool_result": (
+        [rich(user(), said("", call()), result(), said(), tools=[tool()])],
+        [rich(user(), said(), result(), said("It is, by far."))],
+    ),
+    "untrained_example": ([rich(user(), said(weight=0.0), user("And now?"), said("Yes."))], [rich(user(), said("It is.", weight=0.0))]),
+    "missing_reasoning": (
+        [rich(user(f"Is {city} cold?"), said(reasoning_content="It is north.")) for city in ("Oslo", "Bergen")],
+        [*(rich(user(f"Is {city} cold?"), said(reasoning_content="It is north.")) for city in ("Oslo", "Bergen")), ask("Is Rome warm?")],
+    ),
     "placeholder_input": ([ask(input="A kite.")], [ask(input="<noinput>")]),
     "prompt_mismatch": ([pair()], [{**pair(), "same_prompt": False}]),
     "identical_pair": ([pair()], [pair(rejected="On its way.")]),
@@ -64,7 +110,7 @@ CHECK_EXAMPLES: dict[str, tuple[list[Record], list[Record]]] = {
     "short_response": ([ask("Hi", "Hello there")], [ask("Hi", "No.")]),
     "too_long": ([ask("Hi", " ".join(map(str, range(150))))], [ask("Hi", " ".join(map(str, range(300))))]),
     "special_tokens_in_text": ([ask("Is <b>this</b> a tag?")], [ask("Is this a tag?<|im_end|>")]),
-    "template_mismatch": ([ask()], [chat(("user", "Hi"), ("assistant", "look up"), ("tool", "found"), ("assistant", "Hello there"))]),
+    "template_mismatch": ([ask()], [chat(("user", "Hi"), ("assistant", "look_up()"), ("tool", "found"), ("assistant", "Hello there"))]),
     "hidden_characters": ([ask("👩\u200d🚀 नमस्\u200dते")], [ask("Where is my ki\u200bte?")]),
     "unicode_form": ([ask("Où est le café ?")], [ask("Ou\u0300 est le cafe\u0301 ?")]),
     "encoding": ([ask("Où est le café ?")], [ask("OÃ¹ est le cafÃ© ?")]),

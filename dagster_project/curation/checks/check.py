@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from dagster_project.core.records import prompt_text, response_text
+from dagster_project.core.messages import Message, argument_texts, calls
+from dagster_project.core.records import prompt_text, response_text, subject_text
 from dagster_project.curation.checks.review import Waived
 from dagster_project.curation.checks.token_counts import Tokens
 from dagster_project.curation.sources.benchmarks import Item
@@ -25,8 +26,34 @@ T = TypeVar("T")
 
 
 def text_of(record: Mapping[str, Any]) -> str:
-    """All messages of a record, of a pair both sides."""
-    return "\n".join([m["content"] for side in (record["messages"], record.get("rejected") or ()) for m in side])
+    """All messages of a record, of a pair both sides: contents, reasoning and the texts in arguments of calls."""
+    sides = (record["messages"], record.get("rejected") or ())
+    return "\n".join([text for side in sides for m in side for text in ([m["content"]] if len(m) == 2 else _texts(m))])
+
+
+def _texts(message: Message) -> list[str]:
+    given = [text for call in calls(message) for _, text in argument_texts(call.arguments) if isinstance(text, str)]
+    return [message["content"], *([message["reasoning_content"]] if message.get("reasoning_content") else []), *given]
+
+
+def named_text_of(record: Mapping[str, Any]) -> str:
+    """As `text_of`, with each text and number in arguments after its name, which says what it is: "phone: 0151 123456"."""
+    parts = []
+    for message in (*record["messages"], *(record.get("rejected") or ())):
+        parts += [message["content"], *([message["reasoning_content"]] if message.get("reasoning_content") else [])]
+        parts += [f"{key}: {text}" if key else str(text) for call in calls(message) for key, text in argument_texts(call.arguments)]
+    return "\n".join(parts)
+
+
+def part_text(record: Mapping[str, Any], part: str) -> str:
+    """A part of a record that is compared by itself: its "prompt", its "response", or all of its "reasoning_content" or "tool_calls"."""
+    messages = record["messages"]
+    if part == "reasoning_content":
+        return "\n".join(message[part] for message in messages if message.get(part))
+    if part == "tool_calls":
+        given = [text for m in messages for call in calls(m) for _, text in argument_texts(call.arguments) if isinstance(text, str)]
+        return "\n".join(given)
+    return response_text(messages) if part == "response" else subject_text(messages)
 
 
 @dataclass(frozen=True)
@@ -57,6 +84,15 @@ class Rows:
     def metas(self) -> list[dict[str, Any]]:
         nothing: dict[str, Any] = {}
         return [json.loads(record["meta"]) if record["meta"] != "{}" else nothing for record in self.records]
+
+    @cached_property
+    def rich(self) -> list[int]:
+        """Indices of the records with tools, or with a message that has more than role and content."""
+        return [
+            i
+            for i, record in enumerate(self.records)
+            if record.get("tools") or any(len(m) > 2 for side in (record["messages"], record.get("rejected") or ()) for m in side)
+        ]
 
     @cached_property
     def texts(self) -> list[str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator
 
+from dagster_project.core.messages import Message, conversation_text
 from dagster_project.core.records import uncollected
 from dagster_project.curation.checks import profile as profiles
 from dagster_project.curation.checks.check import Action, Check, Kind, Rows, Severity
@@ -298,7 +299,11 @@ def _judge_set(
     kept: Sequence[dict[str, Any]], near_copies: int, rules: Rules, tokens: Tokens, kind: Kind
 ) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
     """Profile of the kept records, and notes and failures (check -> reason) of the checks on the set."""
-    counts = tokens.count([_text(record) for record in kept]) if kept and len(kept) <= COUNTED and not tokens.estimated else None
+    counts = (
+        tokens.count([conversation_text(r["messages"], r.get("tools")) for r in kept])
+        if kept and len(kept) <= COUNTED and not tokens.estimated
+        else None
+    )
     profile = profiles.profile(kept, counts)
     failures = profiles.failures(profile, rules, near_copies) if kept else {"schema": "no rows are left"}
     notes = profiles.notes(profile, rules, near_copies) | failures
@@ -341,15 +346,15 @@ COUNTED = 50_000
 """Rows up to which the tokens of every conversation are counted for the profile; the limits are checked in sets of any size."""
 
 
-def _text(record: dict[str, Any]) -> str:
-    return "\n".join(m["content"] for m in record["messages"])
-
-
 def _length(pairs: Sequence[dict[str, Any]]) -> dict[str, float]:
     """How often the chosen response has more characters, and how often "the longer one wins" is right, where a pair of equals counts one half."""
-    sides = [[sum(len(m["content"]) for m in side) for side in (pair["messages"][pair["asked"] :], pair["rejected"])] for pair in pairs]
+    sides = [[sum(map(_size, side)) for side in (pair["messages"][pair["asked"] :], pair["rejected"])] for pair in pairs]
     longer, equal = (sum(of(*lengths) for lengths in sides) for of in (gt, eq))
     return {"chosen_longer_share": round(longer / len(pairs), 4), "length_rule_accuracy": round((longer + equal / 2) / len(pairs), 4)}
+
+
+def _size(message: Message) -> int:
+    return len(message["content"]) if len(message) == 2 else len(conversation_text([message]))
 
 
 def _set_failures(column: str, value: float, schema: pa.DataFrameSchema, notes: dict[str, str]) -> dict[str, str]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dagster_project.core.messages import calls
 from dagster_project.curation.checks.check import Action, Check, Rows, Values, kinds
 from dagster_project.curation.checks.damage import visible
 from dagster_project.curation.checks.privacy import mask, text_column
@@ -33,7 +34,7 @@ class Exchange(NamedTuple):
     asked: str
     """The message before it if the user wrote that, else the empty string."""
     said: str
-    messages: Sequence[Mapping[str, str]]
+    messages: Sequence[Mapping[str, Any]]
     """The whole conversation."""
     at: int
     """Index of the answer in `messages`."""
@@ -126,7 +127,7 @@ def _texts(records: Sequence[Mapping[str, Any]]) -> Texts:
         start, asked = record.get("asked", 0), ""
         for at, message in enumerate(record["messages"]):
             role, content = message["role"], message["content"]
-            if role == "assistant" and at >= start:
+            if role == "assistant" and at >= start and message.get("weight") != 0:
                 rows(row)
                 places(at)
                 prompts(asked)
@@ -495,7 +496,7 @@ def _cut_pretest(texts: Texts) -> Iterable[int]:
 
 def _cut(one: Exchange) -> Found | None:
     text = one.said.rstrip()
-    if not one.asked or not text:
+    if not one.asked or not text or any(map(calls, one.messages[one.at : one.at + 1])):  # what calls a tool goes on with the result
         return None
     tail = text[-40:]
     if text.count("```") % 2:

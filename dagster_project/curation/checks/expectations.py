@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dagster_project.core.errors import InputError
+from dagster_project.core.messages import calls, is_trained
 from dagster_project.core.records import CheckResult, prompt_text, response_text
 from dagster_project.curation.checks import data_docs
 from dagster_project.curation.checks.privacy import mask
@@ -42,6 +43,10 @@ COLUMNS = {
     "prompt_words": "words the user says; each Chinese or Japanese character is one",
     "response_words": "words of the last answer",
     "response_is_json": "whether the last answer is a JSON object or list",
+    "trained_turns": "answers whose weight is not 0",
+    "tools": "tools that may be called",
+    "tool_calls": "calls of tools in it",
+    "reasoning_words": "words of reasoning in all answers",
     "near_copy": "whether an earlier row has nearly the same prompt",
     "category_share": "share of all rows that have this row's category (null is one)",
     "source_share": "share of all rows that come from this row's source",
@@ -162,6 +167,10 @@ def table(records: Sequence[dict[str, Any]], clusters: Sequence[Any] | None = No
             "prompt_words": count_words(prompts).to_numpy(),
             "response_words": count_words(responses).to_numpy(),
             "response_is_json": [_is_json(text) for text in responses],
+            "trained_turns": np.array([sum(map(is_trained, turns)) for turns in messages], dtype=np.int64),
+            "tools": np.array([len(record.get("tools") or ()) for record in records], dtype=np.int64),
+            "tool_calls": np.array([sum(len(calls(m)) for m in turns) for turns in messages], dtype=np.int64),
+            "reasoning_words": count_words(["\n".join(m.get("reasoning_content") or "" for m in turns) for turns in messages]).to_numpy(),
             "near_copy": (groups.notna() & groups.duplicated()).to_numpy(dtype=bool),
             "category_share": share(category),
             "source_share": share(source),

@@ -8,15 +8,20 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate, islice, takewhile
 from typing import Any
 
-from dagster_project.core.records import CheckResult, prompt_text, response_text, subject_text
+from dagster_project.core.messages import conversation_text
+from dagster_project.core.records import CheckResult, prompt_text
+from dagster_project.curation.checks import conversations
+from dagster_project.curation.checks.check import part_text
 from dagster_project.curation.checks.checks import CHECKS, Judgement, Verdict
-from dagster_project.curation.checks.overlaps import Link
+from dagster_project.curation.checks.overlaps import FIELDS, Link
 from dagster_project.curation.checks.privacy import mask
-from dagster_project.curation.similarity.overlap import BINS, CONTAINMENT, JACCARD, shared_span
+from dagster_project.curation.similarity.overlap import BINS, CONTAINMENT, JACCARD, shared_span, words
 from dagster_project.curation.sources.benchmarks import Item
 
 ROWS, MATCHES, WIDTH = 20, 200, 2000
 """Rows named in a report that git keeps, overlaps shown for each check, and characters shown of a text around what it shares with another."""
+SEARCHED = 4000
+"""Characters of a text that are searched for what it shares with a held-out one."""
 ORDER = {"error": 0, "warn": 1, "info": 2}
 
 
@@ -36,12 +41,13 @@ def document(
         for verdict in judged.verdicts.values()
         if verdict.broken or not verdict.passed or verdict.waived
     ]
-    numbers = _numbers(judged.records)
+    numbers = row_numbers(judged.records)
     for one in findings:
         one["rows"] = [numbers[i] for i in one["rows"]]
         one["matches"] = [{**found, "row": numbers[found["row"]]} for found in one["matches"]]
     dropped = Counter(why for why in judged.reason if why)
     compared = judged.overlaps.compared
+    rich = conversations.chosen([record for record, why in zip(judged.records, judged.reason, strict=True) if why is None])
     return {
         "name": name,
         "format": layout,
@@ -50,6 +56,7 @@ def document(
         "dropped": {check: dropped[check] for check in CHECKS if dropped[check]},
         **({"fixed": judged.fixed} if judged.fixed else {}),
         "findings": sorted(findings, key=lambda f: (ORDER[f["severity"]], -f["count"], f["check"])),
+        **({"conversations": [{"place": place(record), **conversations.shown(record)} for record in rich]} if rich else {}),
         "similarity": {
             "gate": {"jaccard": JACCARD, "containment": CONTAINMENT},
             "histogram": [
@@ -63,7 +70,7 @@ def document(
     }
 
 
-def _numbers(records: Sequence[Mapping[str, Any]]) -> list[int]:
+def row_numbers(records: Sequence[Mapping[str, Any]]) -> list[int]:
     """The source row of each record, counted on through the sources. A row may give several records, and two rows one."""
     rows: dict[str, int] = {}
     for record in records:
@@ -89,11 +96,18 @@ def finding(verdict: Verdict, judged: Judgement, items: Mapping[str, Item], matc
         "rows": rows,
         "places": [place(judged.records[i]) for i in rows],
         "examples": [_example(verdict.name, judged, i) for i in rows[:3]],
+        **_conversations([judged.records[i] for i in rows[:3]]),
         "truth": check.description,
         "note": verdict.note,
         "next": check.hint,
         "matches": [match(link, judged.records, items, width, verdict.name == "conflicting_responses") for link in links],
     }
+
+
+def _conversations(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The records of `examples` in full, None for those that are only text; nothing if all are."""
+    shown = [conversations.shown(record) if conversations.is_rich(record) else None for record in records]
+    return {"conversations": shown} if any(shown) else {}
 
 
 def _example(check: str, judged: Judgement, i: int) -> str:
@@ -134,14 +148,18 @@ def match(link: Link, records: Sequence[dict[str, Any]], items: Mapping[str, Ite
         answered: prompts are shown with their responses, which is where they differ.
     """
     record = records[link.row]
-    text = _asked(record, answered) if link.part == "prompt" else response_text(record["messages"])
+    text = _part(record, link.part, answered)
     if isinstance(link.other, int):
-        other, theirs = place(records[link.other]), _asked(records[link.other], answered)
+        other, theirs = place(records[link.other]), _part(records[link.other], link.part, answered)
     else:
         item = items[link.other]
         other = item.place
         said = (item.question, item.with_choices) if link.part == "prompt" else (item.text, item.question, item.with_choices)
+        if link.part in FIELDS:
+            text = _around(text, "\n".join(said), SEARCHED)
         theirs = max(said, key=lambda t: _shared(text, t))
+    if link.part in FIELDS:  # reasoning is long
+        text, theirs = _around(text, theirs, 10 * width), _around(theirs, text, 10 * width)
     text, theirs = mask(text[: 10 * width]), mask(theirs[: 10 * width])
     mine_span, other_span = shared_span(text, theirs)
     text, mine_span = _window(text, mine_span, width)
@@ -152,13 +170,29 @@ def match(link: Link, records: Sequence[dict[str, Any]], items: Mapping[str, Ite
     }  # fmt: skip
 
 
-def _asked(record: Mapping[str, Any], answered: bool) -> str:
-    asked = subject_text(record["messages"])
-    return f"{asked}\n\n{response_text(record['messages'])}" if answered else asked
+def _part(record: Mapping[str, Any], part: str, answered: bool) -> str:
+    text = part_text(record, part)
+    return f"{text}\n\n{conversation_text(record['messages'][-1:])}" if answered else text
+
+
+def _around(text: str, other: str, size: int) -> str:
+    """Of a text, masked, the part of a given size that has most runs of three words in common with another text."""
+    text = mask(text)
+    if len(text) <= size:
+        return text
+    runs = _runs(other)
+    return max(
+        (text[start : start + size] for start in range(0, len(text) - size // 2, size // 2)), key=lambda part: len(_runs(part) & runs)
+    )
+
+
+def _runs(text: str) -> set[tuple[str, ...]]:
+    tokens = words(text)
+    return {*zip(tokens, tokens[1:], tokens[2:], strict=False)}
 
 
 def _shared(a: str, b: str) -> int:
-    (start, end), _ = shared_span(a[:4000], b[:4000])
+    (start, end), _ = shared_span(a[:SEARCHED], b[:SEARCHED])
     return end - start
 
 
@@ -237,7 +271,7 @@ def _gaps(
 
 def _edit(before: dict[str, Any], after: dict[str, Any], around: int = 100) -> dict[str, str]:
     """Both versions of a row, masked and cut to where they differ."""
-    texts = ["\n".join(m["content"] for m in record["messages"]) or excerpt(record, WIDTH) for record in (before, after)]
+    texts = [conversation_text(record["messages"], record.get("tools")) or excerpt(record, WIDTH) for record in (before, after)]
     first = max(0, _alike(*texts) - 5 * WIDTH)  # a secret that begins before the difference is masked whole
     texts = [mask(text[first : first + 10 * WIDTH]) for text in texts]
     start = _alike(*texts)

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dagster_project.curation.checks.check import Rows
+from dagster_project.core.messages import Message, calls
+from dagster_project.core.records import content_id
+from dagster_project.curation.checks.check import Rows, part_text
 from dagster_project.curation.similarity.overlap import Comparison, Pair, Rule, clusters, compare, words
 from dagster_project.curation.similarity.wording import is_instruction_only, is_near_duplicate, leak_severity
 from dagster_project.curation.sources.benchmarks import Item
@@ -19,6 +21,8 @@ SHORT_ANSWER = 8
 GROUPED = "grouped"
 """In `Overlaps.links`: near-copies that share a `group_id` and are too different to be reported as `near_duplicates`."""
 HELD_OUT = {"test": 0, "validation": 1}
+FIELDS = ("reasoning_content", "tool_calls")
+"""Parts of a row that are compared by themselves, beside its prompt and its response."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Link:
     other: int | str
     """Index of the earlier row, or the item's place."""
     part: str
-    """What of the row matched: "prompt" or "response"."""
+    """What of the row matched: "prompt", "response" or one of `FIELDS`."""
     rule: Rule
     score: float
     partial: bool = False
@@ -53,25 +57,33 @@ class Overlaps:
 
 
 def find_overlaps(rows: Rows) -> Overlaps:
-    """`near_duplicates`: rows whose user turns are the same or nearly so, whatever their system prompt and tools. The other checks are
-    described in docs/checks.md."""
+    """`near_duplicates`: rows whose user turns are the same or nearly so, whatever their system prompt and tools, and rows with nearly the same
+    reasoning or arguments of calls. The other checks are described in docs/checks.md."""
     size = len(rows.records)
     subjects = [prompt or response for prompt, response in zip(rows.prompts, rows.responses, strict=True)]  # as records.subject_text
     labels = [label if isinstance(label := meta.get("split"), str) else None for meta in rows.metas]
-    repeats, conflicts = _repeats(rows.records, [tools_of(meta) for meta in rows.metas], labels)
+    repeats, conflicts = _repeats(rows.records, [*map(tools_of, rows.records, rows.metas)], labels)
     first = [i for i in range(size) if rows.records[i]["messages"] and i not in repeats]
     compared = compare([subjects[i] for i in first], count_words=True)
     near = [Pair(first[p.left], first[p.right], p.similarity, p.rule) for p in compared.pairs]
     copies = [Pair(j, i, 1.0) for i, j in repeats.items()]
     reported, grouped = _reported(near, rows.records, subjects, compared.frequency, rows.near_duplicate_similarity)
-    leaks, common_frames = _leaks(subjects, rows.responses, rows.held_out)
+    fields = {part: texts for part in FIELDS if (texts := _long_texts(rows, part))}
+    leaks, common_frames = _leaks(subjects, rows.responses, fields, rows.held_out)
+    split = _split_leaks(near + copies, labels)
+    for part, texts in fields.items():
+        found = _near_fields(part, texts, repeats, {(pair.left, pair.right) for pair in near}, rows.near_duplicate_similarity)
+        reported, grouped = reported + found[0], grouped + found[1]
+        alike = [Pair(int(link.other), link.row, link.score, link.rule) for links in found for link in links]
+        split += _split_leaks(alike, labels, part)
+        near += alike
     overlaps = Overlaps(clusters(size, near + copies), compared, common_frames=common_frames)
     for name, links in {
         "exact_duplicates": [Link(i, j, "prompt", "equal", 1.0) for i, j in repeats.items()],
         "conflicting_responses": [Link(i, j, "prompt", "equal", 1.0) for i, j in conflicts.items()],
         "near_duplicates": reported,
         GROUPED: grouped,
-        "split_leakage": _split_leaks(near + copies, labels),
+        "split_leakage": split,
         "benchmark_leakage": leaks,
     }.items():
         waived = rows.waived.pairs.get(name, set())
@@ -89,12 +101,42 @@ def first_overlap(rows: Rows, name: str) -> list[str | None]:
     return best
 
 
-def tools_of(meta: Mapping[str, Any]) -> str:
+def _long_texts(rows: Rows, part: str) -> dict[int, str]:
+    """Index -> text of one of `FIELDS`, where it is long enough to be compared."""
+    texts = ((i, part_text(rows.records[i], part)) for i in rows.rich)
+    return {i: text for i, text in texts if _is_long(text)}
+
+
+def _near_fields(
+    part: str, texts: Mapping[int, str], repeats: Mapping[int, int], seen: set[tuple[int, int]], least: float
+) -> tuple[list[Link], list[Link]]:
+    """Rows with nearly the same text in one of `FIELDS`: those that are reported, and those that only share a cluster.
+
+    Args:
+        repeats: rows that are left out.
+        seen: (earlier, later) of the pairs with nearly the same prompt, which are left out.
+    """
+    rows = [i for i in texts if i not in repeats]
+    compared = compare([texts[i] for i in rows], count_words=True)
+    reported: list[Link] = []
+    grouped: list[Link] = []
+    for p in compared.pairs:
+        left, right = rows[p.left], rows[p.right]
+        if (left, right) in seen:
+            continue
+        same = p.rule == "equal" or (
+            p.rule != "containment" and p.similarity >= least and is_near_duplicate(texts[left], texts[right], compared.frequency)
+        )
+        (reported if same else grouped).append(Link(right, left, part, p.rule, p.similarity))
+    return reported, grouped
+
+
+def tools_of(record: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
     """The definitions of the functions that the assistant may call, in one spelling; "" for none.
 
     They are context, as a system prompt is: part of what the model sees, and not part of the question.
     """
-    given = meta.get("tools") or meta.get("functions")
+    given = record.get("tools") or meta.get("tools") or meta.get("functions")
     if isinstance(given, str):
         try:
             given = json.loads(given)
@@ -108,9 +150,10 @@ def _repeats(
 ) -> tuple[dict[int, int], dict[int, int]]:
     """Row -> the row with the same messages and tools that is kept: the first, or the first that an upstream label holds out. And row -> an earlier
     row that answers the same prompt, tools included, in another way."""
+    ids = [content_id({**record, "tools": None}) if record.get("tools") else record["example_id"] for record in records]
     first: dict[tuple[str, str], int] = {}
     for i in sorted((i for i, label in enumerate(labels) if label in HELD_OUT), key=lambda i: (HELD_OUT[str(labels[i])], i)):
-        first.setdefault((records[i]["example_id"], tools[i]), i)
+        first.setdefault((ids[i], tools[i]), i)
     answers: dict[tuple[str, ...], dict[Any, int]] = defaultdict(dict)
     repeats: dict[int, int] = {}
     conflicts: dict[int, int] = {}
@@ -118,11 +161,11 @@ def _repeats(
         messages = record["messages"]
         if not messages:
             continue
-        if (same := first.setdefault((record["example_id"], tools[i]), i)) != i:
+        if (same := first.setdefault((ids[i], tools[i]), i)) != i:
             repeats[i] = same
             continue
         if "rejected" in record:
-            chosen, rejected = (tuple(m["content"] for m in side) for side in (messages[record["asked"] :], record["rejected"]))
+            chosen, rejected = (tuple(map(_said, side)) for side in (messages[record["asked"] :], record["rejected"]))
             earlier = answers[_key(messages[: record["asked"]], tools[i])]
             if (rejected, chosen) in earlier:
                 conflicts[i] = earlier[rejected, chosen]
@@ -131,24 +174,31 @@ def _repeats(
         if len(messages) < 2:
             continue
         earlier = answers[_key(messages[:-1], tools[i])]
-        answer = messages[-1]["content"]
+        answer = _said(messages[-1])
         if earlier and answer not in earlier:
             conflicts[i] = next(iter(earlier.values()))
         earlier.setdefault(answer, i)
     return repeats, conflicts
 
 
-def _key(messages: Sequence[dict[str, str]], tools: str) -> tuple[str, ...]:
-    return (tools, *(part for m in messages for part in (m["role"], m["content"])))
+def _key(messages: Sequence[Message], tools: str) -> tuple[Any, ...]:
+    return (tools, *(part for m in messages for part in (m["role"], _said(m))))
 
 
-def _split_leaks(pairs: Iterable[Pair], labels: Sequence[str | None]) -> list[Link]:
+def _said(message: Message) -> Any:
+    """What a message says, to be compared: its content and, where it has any, its reasoning and calls. Ids of calls are arbitrary."""
+    made = [(call.name, json.dumps(call.arguments, ensure_ascii=False, sort_keys=True)) for call in calls(message)]
+    reasoning = message.get("reasoning_content")
+    return (message["content"], reasoning or "", *made) if reasoning or made else message["content"]
+
+
+def _split_leaks(pairs: Iterable[Pair], labels: Sequence[str | None], part: str = "prompt") -> list[Link]:
     """Pairs in two upstream splits. The row is the one in the training split or, if neither is, the later one."""
     links = []
     for p in pairs:
         if labels[p.left] and labels[p.right] and labels[p.left] != labels[p.right]:
             other, row = sorted((p.left, p.right), key=lambda i: (labels[i] == "train", i))
-            links.append(Link(row, other, "prompt", p.rule, p.similarity))
+            links.append(Link(row, other, part, p.rule, p.similarity))
     return links
 
 
@@ -174,15 +224,22 @@ def _last_asked(record: dict[str, Any]) -> str:
     return next((m["content"] for m in reversed(record["messages"]) if m["role"] == "user"), "")
 
 
-def _leaks(subjects: Sequence[str], responses: Sequence[str], held_out: Sequence[Item]) -> tuple[list[Link], int]:
-    """Prompts that overlap a held-out question, and responses that overlap its answer or the question itself. And how many overlaps are a common
-    frame and nothing else."""
+def _leaks(
+    subjects: Sequence[str], responses: Sequence[str], fields: Mapping[str, Mapping[int, str]], held_out: Sequence[Item]
+) -> tuple[list[Link], int]:
+    """Prompts that overlap a held-out question, and responses, reasoning and arguments that overlap its answer or the question itself. And how many
+    overlaps are a common frame and nothing else.
+
+    Args:
+        fields: part -> index of a row -> its text.
+    """
     if not held_out:
         return [], 0
     size, items = len(subjects), len(held_out)
     long = [response if _is_long(response[:400]) else "" for response in responses]
     answers = [item.text if _is_long(item.text) else "" for item in held_out]
-    mine, theirs = [*subjects, *long], [*_questions(held_out), *answers]
+    more = [(i, part, text) for part, texts in fields.items() for i, text in texts.items()]
+    mine, theirs = [*subjects, *long, *(text for _, _, text in more)], [*_questions(held_out), *answers]
     compared = compare(mine, theirs, count_words=True)
     links, frames = [], 0
     for p in compared.pairs:
@@ -191,8 +248,8 @@ def _leaks(subjects: Sequence[str], responses: Sequence[str], held_out: Sequence
         severity = leak_severity(mine[p.left], theirs[p.right], p.rule, p.similarity, compared.frequency)
         frames += severity is None
         if severity:
-            part = "prompt" if p.left < size else "response"
-            links.append(Link(p.left % size, held_out[p.right % items].place, part, p.rule, p.similarity, severity == "warn"))
+            row, part = (p.left % size, "prompt" if p.left < size else "response") if p.left < 2 * size else more[p.left - 2 * size][:2]
+            links.append(Link(row, held_out[p.right % items].place, part, p.rule, p.similarity, severity == "warn"))
     return links, frames
 
 

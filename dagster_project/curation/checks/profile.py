@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from dagster_project.core.messages import calls
 from dagster_project.core.params import Section
 from dagster_project.core.records import prompt_text, response_text
 from dagster_project.curation.checks.privacy import mask
@@ -109,7 +110,7 @@ def profile(records: Sequence[dict[str, Any]], lengths: Sequence[int] | None = N
         lengths: tokens of each whole conversation by the base model's tokenizer, where they are known.
     Returns:
         rows, category_count, categories, rarest, sources, scripts, roles, lengths, singletons, entropy, effective_categories, diversity,
-        readability. Counts are of rows, most frequent first, ties by name; entropies are in bits; floats have 4 digits.
+        readability; and where there are any, tool_calls, reasoning and untrained_answers. Counts are of rows, most frequent first, ties by name; entropies are in bits; floats have 4 digits.
     """
     categories = Counter(str(record["category"] or "").strip() or NONE for record in records)
     named = Counter({name: n for name, n in categories.items() if name != NONE}) or categories
@@ -119,6 +120,8 @@ def profile(records: Sequence[dict[str, Any]], lengths: Sequence[int] | None = N
     for turns, n in roles.items():
         shapes[_shape(turns)] += n
     rows = _measure(records)
+    calling, traces = _calling(records), _traces(records)
+    untrained = sum(m.get("weight") == 0 for record in records for m in record["messages"] if m["role"] == "assistant")
     return {
         "rows": len(records),
         "category_count": len(named) if named is not categories else 0,
@@ -130,6 +133,7 @@ def profile(records: Sequence[dict[str, Any]], lengths: Sequence[int] | None = N
         "lengths": {
             "prompt": {"unit": "words", **_spread(rows["prompt_words"].to_list())},
             "response": {"unit": "words", **_spread(rows["response_words"].to_list())},
+            **({"reasoning": {"unit": "words", **_spread(count_words(["\n".join(row) for row in traces]).to_list())}} if traces else {}),
             **({"tokens": {"unit": "tokens", **_spread(lengths)}} if lengths is not None else {}),
         },
         "singletons": sum(n == 1 for name, n in named.items() if name != NONE),
@@ -137,7 +141,29 @@ def profile(records: Sequence[dict[str, Any]], lengths: Sequence[int] | None = N
         "effective_categories": round(2 ** _entropy(named.values()), 4) if records else 0.0,
         "diversity": {**_vocabulary(records, rows["prompt_words"]), **_openings(rows["opening"]), **_responses(records, rows)},
         "readability": _readability(rows["reading_ease"].drop_nulls().to_list()),
+        **({"tool_calls": calling} if calling else {}),
+        **({"reasoning": {"rows": len(traces), "answers": sum(map(len, traces))}} if traces else {}),
+        **({"untrained_answers": untrained} if untrained else {}),
     }
+
+
+def _calling(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Rows with tools, with calls and with results; calls, by tool; None where there is nothing of it."""
+    called = [[call.name for message in record["messages"] for call in calls(message)] for record in records]
+    found = {
+        "rows_with_tools": sum(bool(record.get("tools")) for record in records),
+        "rows": sum(map(bool, called)),
+        "calls": sum(map(len, called)),
+        "results": sum(message["role"] == "tool" for record in records for message in record["messages"]),
+        "by_tool": _top(Counter(name for names in called for name in names), 50),
+    }
+    return found if found["rows_with_tools"] or found["calls"] else None
+
+
+def _traces(records: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Of each record with reasoning its traces."""
+    traces = ([trace for message in record["messages"] if (trace := message.get("reasoning_content"))] for record in records)
+    return [found for found in traces if found]
 
 
 def _top(counts: Mapping[str, int], most: int) -> dict[str, int]:

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 from unicodedata import normalize
 
+from dagster_project.core.messages import Message
 from dagster_project.core.records import content_id
 from dagster_project.curation.checks import damage, privacy
-from dagster_project.curation.checks.check import text_of
+from dagster_project.curation.checks.check import named_text_of, text_of
 from dagster_project.curation.checks.row_checks import inputs_of, is_placeholder
 
 Record = dict[str, Any]
@@ -82,14 +83,47 @@ def _named(new: Record, old: Record, check: str) -> Record:
     return {**new, "example_id": content_id(new), "source_id": old.get("source_id", old["example_id"]), "repaired": [*names]}
 
 
-def _rewritten(record: Record, change: Callable[[str], str], whole: bool = False) -> Record:
-    """The record with every message changed, and what `meta` repeats of them; with `whole` every text in `meta`."""
-    new = {**record, "messages": [{**m, "content": change(m["content"])} for m in record["messages"]]}
+def _rewritten(
+    record: Record, change: Callable[[str], str], whole: bool = False, argument: Callable[[str, str], str] | None = None
+) -> Record:
+    """The record with every message changed, and what `meta` repeats of them; with `whole` every text in `meta`.
+
+    Args:
+        argument: changes a text in the arguments of a call, given its name and the text; `change` unless given.
+    """
+    given = argument or (lambda _, text: change(text))
+    new = {**record, "messages": [_changed_message(m, change, given) for m in record["messages"]]}
     if record.get("rejected"):
-        new["rejected"] = [{**m, "content": change(m["content"])} for m in record["rejected"]]
+        new["rejected"] = [_changed_message(m, change, given) for m in record["rejected"]]
     meta = json.loads(record["meta"])
     changed = {key: _changed(value, change) if whole or key == "input" else value for key, value in meta.items()}
     return new if changed == meta else {**new, "meta": _dumped(changed)}
+
+
+def _changed_message(message: Message, change: Callable[[str], str], argument: Callable[[str, str], str]) -> Message:
+    """Content, reasoning and arguments changed; every other field as it is."""
+    new = {**message, "content": change(message["content"])}
+    if message.get("reasoning_content"):
+        new["reasoning_content"] = change(message["reasoning_content"])
+    if message.get("tool_calls"):
+        functions = [(call, call["function"]) for call in message["tool_calls"]]
+        new["tool_calls"] = [
+            {**call, "function": {**function, "arguments": _changed_argument(function["arguments"], argument)}}
+            for call, function in functions
+        ]
+    return new
+
+
+def _changed_argument(value: Any, change: Callable[[str, str], str], name: str = "") -> Any:
+    """A number that is changed, such as that of a card, becomes text."""
+    if isinstance(value, dict):
+        return {key: _changed_argument(one, change, key) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_changed_argument(one, change, name) for one in value]
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return value
+    new = change(name, str(value))
+    return value if new == str(value) else new
 
 
 def _changed(value: Any, change: Callable[[str], str]) -> Any:
@@ -104,8 +138,8 @@ def _dumped(meta: Mapping[str, Any]) -> str:
     return json.dumps(meta, ensure_ascii=False, sort_keys=True)
 
 
-def _of_texts(find: Callable[[Sequence[str]], list[str | None]]) -> Find:
-    return lambda records: find([text_of(record) for record in records])
+def _of_texts(find: Callable[[Sequence[str]], list[str | None]], text: Callable[[Record], str] = text_of) -> Find:
+    return lambda records: find([text(record) for record in records])
 
 
 def _characters(
@@ -131,7 +165,16 @@ def _values(secret: bool) -> Callable[[Collection[str]], tuple[Find, Callable[[R
                 found[hit.row] = found[hit.row] or f"{hit.kind}: {hit.excerpt}"
         return found
 
-    return lambda _: (_of_texts(find), lambda record: _rewritten(record, lambda text: privacy.redact(text, secret), whole=True))
+    def redact(text: str) -> str:
+        return privacy.redact(text, secret)
+
+    def argument(name: str, text: str) -> str:
+        """Its name may say what a value is: "phone: 0151 1234567" is one, "0151 1234567" may be an order."""
+        prefix = f"{name}: " if name else ""
+        named = redact(f"{prefix}{text}")
+        return named.removeprefix(prefix) if named.startswith(prefix) else redact(text)
+
+    return lambda _: (_of_texts(find, named_text_of), lambda record: _rewritten(record, redact, whole=True, argument=argument))
 
 
 def _find_placeholders(records: Sequence[Record]) -> list[str | None]:

@@ -15,8 +15,9 @@ from pydantic import Field, field_validator, model_validator
 
 from dagster_project.core.context import ValidationContext
 from dagster_project.core.errors import InputError
+from dagster_project.core.messages import Message, conversation_text
 from dagster_project.core.params import Section
-from dagster_project.core.records import content_id, prompt_text, response_text
+from dagster_project.core.records import content_id, prompt_text
 from dagster_project.curation.sources.reading import locate
 
 Decide = Literal["accept", "drop", "edit"]
@@ -253,9 +254,14 @@ def queue(records: Sequence[dict[str, Any]], waiting: Iterable[tuple[int, str]])
     for i, check in waiting:
         record = records[i]
         place = f"{record['source']}:{record['source_row']}"
-        said = (prompt_text(record["messages"]), response_text(record["messages"]))
+        said = (prompt_text(record["messages"]), conversation_text(_answer(record["messages"])))
         writer.writerow([record["example_id"], place, check, *map(_harmless, said), "", "", "", ""])
     return file.getvalue()
+
+
+def _answer(messages: Sequence[Message]) -> Sequence[Message]:
+    """The response, which is shown with its reasoning and calls. An edit in `new_response` replaces its content only."""
+    return messages[-1:] if messages and messages[-1]["role"] == "assistant" else ()
 
 
 def _harmless(text: str) -> str:

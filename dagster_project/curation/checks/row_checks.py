@@ -10,12 +10,14 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from unicodedata import normalize
 
-from dagster_project.curation.checks.check import Check, Rows, is_true, kinds
+from dagster_project.core.messages import Tools, calls, conversation_text
+from dagster_project.curation.checks.check import Check, Rows, is_true, kinds, named_text_of
 from dagster_project.curation.checks.content import CONTENT_CHECKS
 from dagster_project.curation.checks.damage import damage, decomposed, hidden, template_marks
 from dagster_project.curation.checks.overlaps import GROUPED, find_overlaps, first_overlap
 from dagster_project.curation.checks.privacy import scan
 from dagster_project.curation.checks.source_checks import SOURCE_CHECKS
+from dagster_project.curation.checks.tool_checks import TOOL_CHECKS
 from dagster_project.curation.similarity.overlap import words
 from dagster_project.curation.sources.formats import is_text
 
@@ -87,7 +89,7 @@ def _is_half(record: Mapping[str, Any]) -> bool:
     return "rejected" in record and bool(record["messages"]) and (len(record["messages"]) <= record["asked"] or not record["rejected"])
 
 
-def _roles_are_valid(messages: Sequence[dict[str, str]], meta: Mapping[str, Any]) -> bool:
+def _roles_are_valid(messages: Sequence[dict[str, Any]], meta: Mapping[str, Any]) -> bool:
     """An optional system turn, then user and assistant in turns, the user first; tools may answer the assistant, who then goes on. Or plain text."""
     return is_text(messages, meta) or _in_turns(tuple([m["role"] for m in messages]))
 
@@ -117,7 +119,12 @@ def _have_prompt(rows: Rows, _: str) -> list[bool]:
 
 def _has_response(record: Mapping[str, Any]) -> bool:
     sides = [record["messages"], record["rejected"]] if "rejected" in record else [record["messages"]]
-    return all(not side or side[-1]["role"] != "assistant" or bool(side[-1]["content"].strip()) for side in sides)
+    return all(not side or side[-1]["role"] != "assistant" or _says_something(side[-1]) for side in sides)
+
+
+def _says_something(message: Mapping[str, Any]) -> bool:
+    """Whether an answer has text, or calls a tool. Reasoning alone is no answer."""
+    return bool(message["content"].strip()) or "tool_calls" in message
 
 
 def inputs_of(record: Mapping[str, Any], meta: Mapping[str, Any] | None = None) -> list[str]:
@@ -157,14 +164,22 @@ def _sides_differ(record: Mapping[str, Any]) -> bool:
     return not rejected or not record["messages"] or not _alike(record["messages"][-len(rejected) :], rejected)
 
 
-def _alike(chosen: Sequence[Mapping[str, str]], rejected: Sequence[Mapping[str, str]]) -> bool:
-    """Whether two sides say the same, but for case, white space, Unicode form and the stop at the end; in code only white space at line ends."""
+def _alike(chosen: Sequence[Mapping[str, Any]], rejected: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether two sides call the same tools and say the same, but for case, white space, Unicode form and the stop at the end; in code only white space at line ends."""
     if len(chosen) != len(rejected):
         return False
-    texts = [(a["content"], b["content"]) for a, b in zip(chosen, rejected, strict=True)]
+    both_sides = [*zip(chosen, rejected, strict=True)]
+    if any(_called(a) != _called(b) for a, b in both_sides):
+        return False
+    texts = [(a["content"], b["content"]) for a, b in both_sides]
+    traces = [(a.get("reasoning_content") or "", b.get("reasoning_content") or "") for a, b in both_sides]
     code = any("```" in text for both in texts for text in both) or all(_INDENTED.search(text) for text in texts[-1])
     plain = _code_form if code else _plain_form
-    return all(a["role"] == b["role"] for a, b in zip(chosen, rejected, strict=True)) and all(plain(a) == plain(b) for a, b in texts)
+    return all(a["role"] == b["role"] for a, b in both_sides) and all(plain(a) == plain(b) for a, b in (*texts, *traces))
+
+
+def _called(message: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return [(call.name, call.arguments) for call in calls(message)]
 
 
 _INDENTED = re.compile(r"\n(?: {4}|\t)")
@@ -187,7 +202,9 @@ def _conversation_tokens(rows: Rows, _: str) -> list[int | None]:
 
     A token has at least one byte."""
     records, most = rows.records, rows.max_tokens
-    texts = [_longest(record) for record in records] if any("rejected" in r for r in records) else rows.texts
+    texts = [_longest(record) for record in records] if any("rejected" in r for r in records) else [*rows.texts]
+    for i in rows.rich:
+        texts[i] = _longest(records[i])
     counted: list[int | None] = [None] * len(texts)
     long = [
         i for i, text in enumerate(texts) if 4 * len(text) >= most and (len(text) >= most or len(text.encode("utf-8", "replace")) >= most)
@@ -199,21 +216,26 @@ def _conversation_tokens(rows: Rows, _: str) -> list[int | None]:
     for i, record in enumerate(records):
         if record.get("rejected") and record["messages"]:
             sides = (record["messages"], [*record["messages"][: record["asked"]], *record["rejected"]])
-            written = [n for side in sides if (n := rendered(side)) is not None]
+            written = [n for side in sides if (n := rendered(side, record.get("tools"))) is not None]
             counted[i] = max(written, default=counted[i])
     return counted
 
 
-def _longest(pair: dict[str, Any]) -> str:
-    """Of the two conversations of a pair the longer one."""
-    prompt = pair["messages"][: pair["asked"]]
-    return max(("\n".join(m["content"] for m in side) for side in (pair["messages"], [*prompt, *pair["rejected"]])), key=len)
+def _longest(record: dict[str, Any]) -> str:
+    """The conversation with its tools; of the two conversations of a pair the longer one."""
+    tools: Tools = record.get("tools")
+    if "rejected" not in record:
+        return conversation_text(record["messages"], tools)
+    sides = (record["messages"], [*record["messages"][: record["asked"]], *record["rejected"]])
+    return max((conversation_text(side, tools) for side in sides), key=len)
 
 
 def _response_tokens(rows: Rows, _: str) -> list[int | None]:
-    """Tokens of each last response; null where it is empty or surely long enough. A token of prose has at most 16 characters."""
+    """Tokens of each last response; null where it is empty or surely long enough, and where it has reasoning or calls a tool. A token of prose
+    has at most 16 characters."""
     counted: list[int | None] = [None] * len(rows.responses)
-    short = [i for i, text in enumerate(rows.responses) if len(text) <= 16 * rows.min_response_tokens and text.strip()]
+    more = {i for i in rows.rich for m in rows.records[i]["messages"][-1:] if m.get("reasoning_content") or m.get("tool_calls")}
+    short = [i for i, text in enumerate(rows.responses) if len(text) <= 16 * rows.min_response_tokens and text.strip() and i not in more]
     for i, n in zip(short, rows.tokens.count([rows.responses[i] for i in short]), strict=True):
         counted[i] = n
     return counted
@@ -271,13 +293,25 @@ def _misfits(rows: Rows, _: str) -> list[str | None]:
     shapes: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for i, (record, meta, valid) in enumerate(zip(rows.records, rows.metas, rows.shared(_valid_roles), strict=True)):
         if record["messages"] and valid and not is_text(record["messages"], meta):
-            turns = [(m["role"], m["content"]) for m in record["messages"]]
-            shapes[tuple([(role, text[:1].isspace(), text[-1:].isspace(), not text) for role, text in turns])].append(i)
+            shapes[_shape(record)].append(i)
     share = max(1, MAX_RENDERED // max(1, len(shapes)))
     for same_shape in shapes.values():
         for i in same_shape[:share]:
-            misfits[i] = rows.tokens.misfit(rows.records[i]["messages"])
+            misfits[i] = rows.tokens.misfit(rows.records[i]["messages"], rows.records[i].get("tools"))
     return misfits
+
+
+def _shape(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a template's treatment of a conversation depends on, its texts left out."""
+    turns = [(m["role"], m["content"], m) for m in record["messages"]]
+    plain = tuple([(role, text[:1].isspace(), text[-1:].isspace(), not text) for role, text, _ in turns])
+    fields = [(at, _fields(m)) for at, (_, _, m) in enumerate(turns) if len(m) > 2]
+    return (*plain, *fields, *([len(record["tools"])] if record.get("tools") else []))
+
+
+def _fields(message: Mapping[str, Any]) -> tuple[Any, ...]:
+    made = [(call.identity is None, isinstance(call.arguments, dict)) for call in calls(message)]
+    return (*(key for key in message if key not in {"role", "content", "tool_calls"}), *made)
 
 
 # --- values and overlaps -----------------------------------------------------------------------------------------------------------
@@ -286,7 +320,10 @@ def _misfits(rows: Rows, _: str) -> list[str | None]:
 def _private_values(rows: Rows) -> dict[bool, list[str | None]]:
     """Whether secret -> for each text the first secret, or else the first piece of personal data: its kind, and the words around it, masked."""
     found: dict[bool, list[str | None]] = {secret: [None] * len(rows.texts) for secret in (True, False)}
-    for hit in scan(rows.texts):
+    texts = [*rows.texts]
+    for i in rows.rich:
+        texts[i] = named_text_of(rows.records[i])
+    for hit in scan(texts):
         column = found[hit.secret]
         column[hit.row] = column[hit.row] or f"{hit.kind}: {hit.excerpt}"
     return found
@@ -369,6 +406,7 @@ _ROW_CHECKS: tuple[Check, ...] = (
         column=_of_record(_has_response),
         holds=is_true,
     ),
+    *TOOL_CHECKS,
     Check(
         "placeholder_input",
         "No input merely says that there is none.",

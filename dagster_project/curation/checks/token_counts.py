@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dagster_project.core.chat import Messages, pieces, render
+from dagster_project.core.chat import examples_of
 from dagster_project.core.errors import InputError
+from dagster_project.core.messages import Messages, Tools
+from dagster_project.core.rendering import render
 from dagster_project.curation.checks.light_tokenizer import read_tokenizer
 
 
@@ -18,14 +20,14 @@ class Tokens:
 
     count: Callable[[Sequence[str]], list[int]]
     """Tokens of each text, without a template."""
-    misfit: Callable[[Messages], str | None] | None = None
-    """Why a conversation does not fit the chat template, or None if it does; None itself where there is no template to look at."""
+    misfit: Callable[[Messages, Tools], str | None] | None = None
+    """Why a conversation, with its tools, does not fit the chat template, or None if it does; None itself where there is no template to look at."""
     special: frozenset[str] = frozenset()
     """The tokenizer's own control tokens."""
     estimated: bool = False
     """Whether the counts are a guess, for want of a tokenizer."""
-    rendered: Callable[[Messages], int | None] | None = None
-    """Tokens of a conversation as the chat template writes it, None if that refuses it; None itself where there is no template."""
+    rendered: Callable[[Messages, Tools], int | None] | None = None
+    """Tokens of a conversation, with its tools, as the chat template writes it, None if that refuses it; None itself where there is no template."""
 
 
 def _four_bytes(texts: Sequence[str]) -> list[int]:
@@ -48,12 +50,21 @@ def _from_transformers(base_model: Path) -> Any:
         raise InputError(f"{base_model}: the tokenizer cannot be read: {error!r}", "name the folder of a whole model") from None
 
 
+def load_tokenizer(base_model: Path) -> Any:
+    """The tokenizer in a model's folder, without transformers if possible.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    return read_tokenizer(base_model) or _from_transformers(base_model)
+
+
 def tokens_of(base_model: Path) -> Tokens:
     """Of the tokenizer in a model's folder. A conversation fits its chat template if that renders it, leaves earlier turns as they are when a
     later one comes, writes all that the assistant says, and ends it with the end-of-turn token (`chat.pieces`)."""
     from jinja2 import TemplateError
 
-    tokenizer = read_tokenizer(base_model) or _from_transformers(base_model)
+    tokenizer = load_tokenizer(base_model)
 
     def count(texts: Sequence[str]) -> list[int]:
         backend, step = tokenizer.backend_tokenizer, 4096
@@ -63,15 +74,15 @@ def tokens_of(base_model: Path) -> Tokens:
             for encoding in backend.encode_batch_fast(list(texts[start : start + step]), add_special_tokens=False)
         ]
 
-    def rendered(messages: Messages) -> int | None:
+    def rendered(messages: Messages, tools: Tools) -> int | None:
         try:
-            return count([render(tokenizer, messages)])[0]
+            return count([render(tokenizer, messages, tools=tools)])[0]
         except InputError:
             return None
 
-    def misfit(messages: Messages) -> str | None:
+    def misfit(messages: Messages, tools: Tools) -> str | None:
         try:
-            pieces(tokenizer, messages)
+            examples_of(tokenizer, {"messages": messages, "tools": tools})
         except InputError as error:
             return error.what
         except (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:

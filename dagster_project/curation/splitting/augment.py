@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from dagster_project.core.errors import InputError
+from dagster_project.core.messages import field_texts
 from dagster_project.core.params import Section
 from dagster_project.core.records import example_id, prompt_text, response_text
 from dagster_project.curation.similarity.overlap import near_pairs, words
@@ -111,7 +112,10 @@ def augment(
         turn = max((k for k, message in enumerate(messages) if message["role"] == "user"), default=None)
         if turn is None:
             continue
-        said, answer = messages[turn]["content"], response_text(messages)
+        said = messages[turn]["content"]
+        # Reasoning and arguments repeat words of the prompt too.
+        more = [text for message in messages[turn + 1 :] for part, text in field_texts(message) if part != "content"]
+        answer = "\n".join([response_text(messages), *more])
         copies = [("paraphrase", text) for text in own.get(i, ())]
         for kind, share, edit in (("typos", settings.typos, with_typos), ("case", settings.case, in_another_case)):
             if share and _draw(seed, kind, name) < share * 2**64:
@@ -120,7 +124,7 @@ def augment(
             if text == said:
                 continue
             asked = [*messages[:turn], {**messages[turn], "content": text}, *messages[turn + 1 :]]
-            identity = example_id(asked)
+            identity = example_id(asked, record.get("tools"))
             if prompt_text(asked) in prompts or identity in seen:
                 repeats += 1
                 continue

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from dagster_project.core.chat import IGNORE, Messages, encode_prompt
+from dagster_project.core.chat import IGNORE, encode_prompt
 from dagster_project.core.errors import InputError
+from dagster_project.core.messages import Messages
 from dagster_project.core.params import Section
 from dagster_project.core.progress import Progress
 from dagster_project.training.methods.load import AdapterInfo, load_base

@@ -13,9 +13,10 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dagster_project.core.chat import adds_bos, pieces
+from dagster_project.core.chat import adds_bos, examples_of
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import inside
+from dagster_project.core.rendering import with_constant_date
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -46,7 +47,33 @@ ALPACA = (
 )
 """The prompt of Stanford Alpaca (Taori et al. 2023), its turns repeated for a conversation; the end-of-text token ends every response."""
 
-NAMED = {"alpaca": ALPACA, "chatml": CHATML}
+HERMES = (
+    "{% set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}"
+    "{% if system or tools %}{{ '<|im_start|>system\\n' + system }}"
+    "{% if tools %}{{ '\\n\\n' if system else '' }}"
+    "{{ 'You may call functions to answer. Their signatures are in <tools></tools>:\\n<tools>' }}"
+    "{% for tool in tools %}{{ '\\n' + tool | tojson }}{% endfor %}"
+    "{{ '\\n</tools>\\nFor each call write a JSON object with name and arguments in <tool_call></tool_call>.' }}{% endif %}"
+    "{{ '<|im_end|>\\n' }}{% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}"
+    "{% if not loop.first %}{{ raise_exception('a system turn must come first') }}{% endif %}"
+    "{% elif message['role'] == 'assistant' %}{{ '<|im_start|>assistant\\n' }}"
+    "{% if message['reasoning_content'] %}{{ '<think>\\n' + message['reasoning_content'] + '\\n</think>\\n\\n' }}{% endif %}"
+    "{{ message['content'] }}"
+    "{% for call in message['tool_calls'] or [] %}{{ '\\n' if message['content'] or not loop.first else '' }}"
+    "{{ '<tool_call>\\n{\"name\": ' + call['function']['name'] | tojson + ', \"arguments\": ' + call['function']['arguments'] | tojson }}"
+    "{{ '}\\n</tool_call>' }}{% endfor %}"
+    "{{ '<|im_end|>' }}{% if eos_token != '<|im_end|>' %}{{ eos_token }}{% endif %}{{ '\\n' }}"
+    "{% elif message['role'] == 'tool' %}"
+    "{{ '<|im_start|>tool\\n<tool_response>\\n' + message['content'] + '\\n</tool_response><|im_end|>\\n' }}"
+    "{% else %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""ChatML with tools, calls, results and traces in the tags of Nous Research's Hermes, which Qwen took over. For models whose own template has none."""
+
+NAMED = {"alpaca": ALPACA, "chatml": CHATML, "hermes": HERMES}
 
 SECONDS = 5
 """Maximum processor seconds for rendering four small conversations."""
@@ -96,21 +123,23 @@ def use(tokenizer: Any, root: Path, name: str | None) -> str | None:
         except UnicodeDecodeError:
             raise InputError(f"{where}: is not UTF-8 text", "save it as UTF-8") from None
     elif name is not None:
-        for token in ("<|im_start|>", "<|im_end|>") if name == "chatml" else ():
+        for token in ("<|im_start|>", "<|im_end|>") if name in {"chatml", "hermes"} else ():
             if not any(str(added) == token and added.special for added in tokenizer.added_tokens_decoder.values()):
                 raise InputError(f"{where}: the base model's tokenizer has no special token {token}", "use alpaca, or your own template")
         # rendered templates are tokenized without special tokens, so the template must write the beginning-of-text token
         tokenizer.chat_template = ("{{ bos_token }}" if adds_bos(tokenizer) else "") + NAMED[name]
     elif not tokenizer.chat_template:
         return None
-    source = str(tokenizer.get_chat_template())
+    source = tokenizer.chat_template = with_constant_date(str(tokenizer.get_chat_template()))
     refuse_unsafe(source, where)
-    _try(tokenizer, where)
+    try_template(tokenizer, where)
     return source
 
 
 def refuse_unsafe(source: str, where: str) -> None:
     """Refuse templates that access private attributes, which the sandbox renders as nothing, or that are not deterministic.
+
+    Today's date in a constant format is replaced before (`rendering.with_constant_date`).
 
     Raises:
         InputError: such a template, or one that is not Jinja.
@@ -139,7 +168,12 @@ def refuse_unsafe(source: str, where: str) -> None:
             )
 
 
-def _try(tokenizer: Any, where: str) -> None:
+def try_template(tokenizer: Any, where: str) -> None:
+    """Render PROBES with limited time and memory.
+
+    Raises:
+        InputError: the template fails on the first one, takes too long, or needs too much memory.
+    """
     import multiprocessing
 
     context = multiprocessing.get_context("fork")  # the child inherits the tokenizer, so nothing is imported or read again
@@ -173,7 +207,7 @@ def _render_probes(tokenizer: Any, sender: Connection) -> None:
     problem = ""
     for probe in PROBES:
         try:
-            pieces(tokenizer, probe)
+            examples_of(tokenizer, {"messages": probe})
         except InputError as error:
             if probe is PROBES[0]:
                 problem = error.what

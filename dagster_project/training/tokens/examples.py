@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby, pairwise
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal
 
-from dagster_project.core.chat import IGNORE, Pieces, encode_pieces, is_text, loss_weights, record_pieces
+from dagster_project.core.chat import IGNORE, Pieces, Reasoning, encode_pieces, examples_of, is_text, loss_weights
 from dagster_project.core.errors import InputError
+from dagster_project.core.messages import Message, is_trained
 from dagster_project.core.records import response_text
 
 if TYPE_CHECKING:
@@ -71,63 +73,103 @@ class Rules:
     too_long: TooLong = "drop"
     field_weights: Mapping[str, float] = field(default_factory=dict)
     per_example: bool = False
+    """Whether the weights of a record's tokens sum to 1."""
+    reasoning: Reasoning = "template"
 
 
 def make(tokenizer: Any, records: Sequence[dict[str, Any]], rules: Rules) -> list[RecordOutcome]:
     """Tokenize records, in order. The tokenizer is called once per `CHUNK` records, which is faster than once per text."""
-    fates: list[RecordOutcome] = []
+    outcomes: list[RecordOutcome] = []
     step = -(-len(records) // LOOKED_AT)
     for start in range(0, len(records), CHUNK):
         chunk = records[start : start + CHUNK]
-        cuts = [_cut(tokenizer, record) for record in chunk]
-        pieces = {i: cut for i, cut in enumerate(cuts, start) if not isinstance(cut, RecordOutcome)}
-        encoded = dict(zip(pieces, encode_pieces(tokenizer, pieces.values()), strict=True))
-        checked = [i for i in pieces if i % step == 0]
-        whole = dict(zip(checked, encode_pieces(tokenizer, ([("".join(t for t, _ in pieces[i]), True)] for i in checked)), strict=True))
+        cuts = [_cut(tokenizer, record, rules.reasoning) for record in chunk]
+        texts = [(i, parts) for i, cut in enumerate(cuts, start) if not isinstance(cut, RecordOutcome) for parts in cut]
+        encoded: dict[int, list[Encoded]] = defaultdict(list)
+        for (i, parts), ids in zip(texts, encode_pieces(tokenizer, [parts for _, parts in texts]), strict=True):
+            encoded[i].append([(piece, trained) for piece, (_, trained) in zip(ids, parts, strict=True)])
+        checked = [(i, parts) for i, parts in texts if i % step == 0]
+        whole: dict[int, list[list[int]]] = defaultdict(list)
+        for (i, _), ids in zip(
+            checked, encode_pieces(tokenizer, [[("".join(t for t, _ in parts), True)] for _, parts in checked]), strict=True
+        ):
+            whole[i].append(ids[0])
         for i, (record, cut) in enumerate(zip(chunk, cuts, strict=True), start):
             if isinstance(cut, RecordOutcome):
-                fates.append(cut)
+                outcomes.append(cut)
                 continue
-            trained_pieces = [(ids, trained) for ids, (_, trained) in zip(encoded[i], cut, strict=True)]
-            fate = _fit(tokenizer, record, trained_pieces, rules)
-            fate.tokens = sum(len(ids) for ids, _ in trained_pieces)
-            fate.trained = sum(len(ids) for ids, trained in trained_pieces if trained)
-            fate.stable = whole[i][0] == [token for ids, _ in trained_pieces for token in ids] if i in whole else None
-            fates.append(fate)
-    return fates
+            outcome = _fit(tokenizer, record, encoded[i], rules)
+            outcome.tokens = sum(len(ids) for example in encoded[i] for ids, _ in example)
+            outcome.trained = sum(len(ids) for example in encoded[i] for ids, trained in example if trained)
+            outcome.stable = whole[i] == [[token for ids, _ in example for token in ids] for example in encoded[i]] if i in whole else None
+            outcomes.append(outcome)
+    return outcomes
 
 
-def _cut(tokenizer: Any, record: Mapping[str, Any]) -> Pieces | RecordOutcome:
+def _cut(tokenizer: Any, record: Mapping[str, Any], reasoning: Reasoning) -> list[Pieces] | RecordOutcome:
     roles = [message["role"] for message in record["messages"]]
     if "assistant" not in roles:
         return RecordOutcome("dropped:no_answer", f"turns: {', '.join(roles) or 'none'}")
+    if not any(is_trained(message) for message in record["messages"]):
+        return RecordOutcome("dropped:no_answer", "every answer has weight 0")
     try:
-        return record_pieces(tokenizer, record)
+        return examples_of(tokenizer, record, reasoning)
     except InputError as error:
         return RecordOutcome("dropped:template_mismatch", error.what)
 
 
-def _fit(tokenizer: Any, record: Mapping[str, Any], encoded: Encoded, rules: Rules) -> RecordOutcome:
-    length = sum(len(ids) for ids, _ in encoded)
+ONE_PER_ANSWER = "one per answer, because the template rewrites earlier turns"
+
+
+def _fit(tokenizer: Any, record: Mapping[str, Any], encoded: Sequence[Encoded], rules: Rules) -> RecordOutcome:
+    """Examples of a record that fit into `rules.room`."""
+    if len(encoded) > 1:
+        return _fit_turns(tokenizer, record, encoded, rules)
+    length = _length(encoded[0])
     answer = "" if is_text(record) else response_text(record["messages"])
     after = next(i for i, message in enumerate(reversed(record["messages"])) if message["role"] == "assistant")
     if length <= rules.room:
         return RecordOutcome(
-            "kept", f"{after} turns after the last answer left out" if after else "", [_example(tokenizer, encoded, answer, rules)]
+            "kept", f"{after} turns after the last answer left out" if after else "", [_example(tokenizer, encoded[0], answer, rules)]
         )
     why = f"{length} tokens, room for {rules.room}"
     if rules.too_long == "truncate":
-        if shorter := truncate(tokenizer, encoded, rules.room):
+        if shorter := truncate(tokenizer, encoded[0], rules.room):
             return RecordOutcome("truncated", why, [_example(tokenizer, shorter, answer, rules)])
         return RecordOutcome("dropped:too_long", f"{why}; the prompt alone fills it")
     if rules.too_long == "split":
-        parts = (
-            [(part, "") for part in windows(encoded, rules.room)] if is_text(record) else split(tokenizer, record["messages"], rules.room)
-        )
+        parts = [(part, "") for part in windows(encoded[0], rules.room)] if is_text(record) else split(tokenizer, record, rules)
         if parts:
             return RecordOutcome(f"split:{len(parts)}", why, [_example(tokenizer, part, said, rules) for part, said in parts])
         return RecordOutcome("dropped:too_long", f"{why}; no answer fits with its question")
     return RecordOutcome("dropped:too_long", why)
+
+
+def _fit_turns(tokenizer: Any, record: Mapping[str, Any], encoded: Sequence[Encoded], rules: Rules) -> RecordOutcome:
+    """Examples of a record with one example per trained answer. Together they have the weight of one example."""
+    answers = [message["content"] for message in record["messages"] if is_trained(message)]
+    fitting: list[tuple[Encoded, str]] = []
+    longest = max(map(_length, encoded))
+    for example, answer in zip(encoded, answers, strict=True):
+        if _length(example) <= rules.room:
+            fitting.append((example, answer))
+        elif rules.too_long == "truncate" and (shorter := truncate(tokenizer, example, rules.room)):
+            fitting.append((shorter, answer))
+    why = f"{longest} tokens, room for {rules.room}"
+    if not fitting or (rules.too_long == "drop" and longest > rules.room):
+        return RecordOutcome("dropped:too_long", why)
+    examples = [_example(tokenizer, example, answer, replace(rules, per_example=False)) for example, answer in fitting]
+    if rules.per_example and (total := sum(float(one.weights.sum()) for one in examples)):
+        for one in examples:
+            one.weights /= total
+    how = f"{len(examples)} examples, {ONE_PER_ANSWER}"
+    if longest <= rules.room:
+        return RecordOutcome("kept", how, examples)
+    return RecordOutcome("truncated" if rules.too_long == "truncate" else f"split:{len(examples)}", f"{why}; {how}", examples)
+
+
+def _length(encoded: Encoded) -> int:
+    return sum(len(ids) for ids, _ in encoded)
 
 
 def _example(tokenizer: Any, encoded: Encoded, answer: str, rules: Rules) -> Example:
@@ -167,7 +209,7 @@ def windows(encoded: Encoded, room: int) -> list[Encoded]:
     return [[([token for token, _ in run], trained) for trained, run in groupby(flat[a:b], key=itemgetter(1))] for a, b in pairwise(bounds)]
 
 
-def split(tokenizer: Any, messages: Sequence[dict[str, str]], room: int) -> list[tuple[Encoded, str]]:
+def split(tokenizer: Any, record: Mapping[str, Any], rules: Rules) -> list[tuple[Encoded, str]]:
     """Split a conversation into parts that fit. Every answer is trained on once, in the part where it is new.
 
     An exchange is a user turn and everything up to the next one. A part has the system turn, as many new exchanges as fit, and before
@@ -178,25 +220,27 @@ def split(tokenizer: Any, messages: Sequence[dict[str, str]], room: int) -> list
     Returns:
         For each part its pieces, and the text of its last answer.
     """
+    messages = record["messages"]
     system = [message for message in messages[:1] if message["role"] == "system"]
-    exchanges: list[list[dict[str, str]]] = []
+    exchanges: list[list[Message]] = []
     for message in messages[len(system) :]:
         if not exchanges or (message["role"] == "user" and exchanges[-1][-1]["role"] == "assistant"):
             exchanges.append([])
         exchanges[-1].append(message)
 
     def encode(first: int, new: int, stop: int) -> Encoded | None:
-        """Exchanges first to stop with labels from `new` on; None if too long, or if the template refuses them."""
-        cut = _cut(tokenizer, {"messages": [*system, *(m for exchange in exchanges[first:stop] for m in exchange)], "meta": None})
-        if isinstance(cut, RecordOutcome):
+        """Exchanges first to stop with labels from `new` on; None if too long, without labels, or if the template refuses them."""
+        turns = [*system, *(m for exchange in exchanges[first:stop] for m in exchange)]
+        cut = _cut(tokenizer, {"messages": turns, "tools": record.get("tools"), "meta": None}, rules.reasoning)
+        if isinstance(cut, RecordOutcome) or len(cut) > 1:
             return None
-        ids = encode_pieces(tokenizer, [cut])[0]
-        context = sum(message["role"] == "assistant" for exchange in exchanges[first:new] for message in exchange)
+        ids = encode_pieces(tokenizer, cut)[0]
+        context = sum(is_trained(message) for exchange in exchanges[first:new] for message in exchange)
         answers, encoded = 0, []
-        for piece, (_, trained) in zip(ids, cut, strict=True):
+        for piece, (_, trained) in zip(ids, cut[0], strict=True):
             answers += trained
             encoded.append((piece, trained and answers > context))
-        return encoded if sum(map(len, ids)) <= room else None
+        return encoded if sum(map(len, ids)) <= rules.room and answers > context else None
 
     parts: list[tuple[Encoded, str]] = []
     new = 0

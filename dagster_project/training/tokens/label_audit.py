@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dagster_project.core.chat import IGNORE, is_text, render
+from dagster_project.core.chat import IGNORE, is_text
 from dagster_project.core.errors import InputError
+from dagster_project.core.messages import Message, calls, field_texts, is_trained
+from dagster_project.core.rendering import end_tokens, render
 from dagster_project.training.tokens.examples import Example, RecordOutcome, spans
 from dagster_project.training.tokens.mixture import draw_order
 
@@ -18,6 +21,15 @@ FIRST = 3
 """Number of first examples of each split in the sample."""
 OF_EACH_SOURCE = 2
 """Number of random examples of each source in the sample."""
+
+
+class Expected(NamedTuple):
+    """What surrounds the content of an answer in its labels."""
+
+    frames: list[tuple[str, str]]
+    """Texts before and after it."""
+    ends: list[str]
+    """End-of-turn tokens."""
 
 
 def find_wrong_labels(tokenizer: Any, records: Sequence[dict[str, Any]], fates: Sequence[RecordOutcome]) -> dict[int, str]:
@@ -39,21 +51,25 @@ def find_wrong_labels(tokenizer: Any, records: Sequence[dict[str, Any]], fates: 
     said = defaultdict(list)
     for (i, _), text in zip(runs, decode(tokenizer, [ids for _, ids in runs]), strict=True):
         said[i].append(text)
-    frames = _frames(tokenizer, [record for record, fate in zip(records, fates, strict=True) if fate.kept])
+    expected = Expected(
+        _frames(tokenizer, [record for record, fate in zip(records, fates, strict=True) if fate.kept]), end_tokens(tokenizer)
+    )
     wrong = {}
     for i, (record, fate) in enumerate(zip(records, fates, strict=True)):
         if not fate.kept:
             continue
-        answers = [message["content"] for message in record["messages"] if message["role"] == "assistant"]
+        answers = [message for message in record["messages"] if message["role"] == "assistant" and message.get("weight") != 0]
         if any((example.labels == IGNORE).all() for example in fate.examples):
             wrong[i] = "an example has nothing to learn from"
         elif any(((example.labels != IGNORE) & (example.labels != example.input_ids)).any() for example in fate.examples):
             wrong[i] = "a label is another token than the one it stands at"
         elif is_text(record):
             text = decode(tokenizer, [[token for ids in found[i] for token in ids]])[0]
-            if not _matches(tokenizer, text, answers[0], [("", "")], fate.outcome == "truncated"):
+            if not _matches(
+                tokenizer, text, answers[0]["content"], Expected([("", "")], [tokenizer.eos_token]), fate.outcome == "truncated"
+            ):
                 wrong[i] = f"labels say {_short(text)}"
-        elif problem := _compare(tokenizer, said[i], answers, frames, fate.outcome):
+        elif problem := _compare(tokenizer, said[i], answers, expected, fate.outcome):
             wrong[i] = problem
     return wrong
 
@@ -63,33 +79,70 @@ def decode(tokenizer: Any, many: Sequence[list[int]]) -> list[str]:
     return tokenizer.backend_tokenizer.decode_batch(list(many), skip_special_tokens=False)
 
 
-def _compare(tokenizer: Any, said: Sequence[str], answers: Sequence[str], frames: list[tuple[str, str]], outcome: str) -> str:
+def _compare(tokenizer: Any, said: Sequence[str], answers: Sequence[Message], expected: Expected, outcome: str) -> str:
     left = list(answers)
     for n, text in enumerate(said):
         cut = outcome == "truncated" and n == len(said) - 1
-        while left and not _matches(tokenizer, text, left[0], frames, cut):
+        while left and not _is_answer(tokenizer, text, left[0], expected, cut):
             if not outcome.startswith("split"):
-                return f"labels say {_short(text)}, the assistant {_short(left[0])}"
+                return f"labels say {_short(text)}, the assistant {_short(_shown(left[0]))}"
             left.pop(0)
         if not left:
             return f"labels say {_short(text)}, the assistant nothing of the kind"
         left.pop(0)
-    return "" if not left or outcome.startswith("split") else f"the answer {_short(left[0])} is not learnt"
+    return "" if not left or outcome.startswith("split") else f"the answer {_short(_shown(left[0]))} is not learnt"
 
 
-def _matches(tokenizer: Any, text: str, answer: str, frames: list[tuple[str, str]], cut: bool) -> bool:
+def _is_answer(tokenizer: Any, text: str, message: Message, expected: Expected, cut: bool) -> bool:
+    """Whether a run of labels decodes to the message and its end-of-turn token."""
+    if not message.get("tool_calls") and not message.get("reasoning_content"):
+        return _matches(tokenizer, text, message["content"], expected, cut)
+    if not text.endswith(tuple(expected.ends)):
+        return False
+    if cut:
+        return True  # what is left of it was compared when it was whole: `truncate` only removes tokens
+    words = [
+        message["content"].strip(),
+        *(call.name for call in calls(message)),
+        *(leaf for call in calls(message) for leaf in _leaves(call.arguments)),
+    ]
+    return all(word in text or json.dumps(word, ensure_ascii=False)[1:-1] in text or json.dumps(word)[1:-1] in text for word in words)
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    """Every text and number inside JSON."""
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(inner)
+    elif isinstance(value, str) or (isinstance(value, int | float) and not isinstance(value, bool)):
+        yield str(value)
+
+
+def _shown(message: Message) -> str:
+    return " ".join(text for _, text in field_texts(message))
+
+
+def count_traces(tokenizer: Any, record: Mapping[str, Any], outcome: RecordOutcome) -> int:
+    """Number of a record's traces that are labeled in its examples."""
+    labeled = [[token for token in example.labels.tolist() if token != IGNORE] for example in outcome.examples]
+    text = "".join(decode(tokenizer, labeled))
+    traces = [m["reasoning_content"].strip() for m in record["messages"] if m.get("reasoning_content") and is_trained(m)]
+    return sum(trace in text for trace in traces)
+
+
+def _matches(tokenizer: Any, text: str, answer: str, expected: Expected, cut: bool) -> bool:
     """Whether a run of labels decodes to the answer and the end-of-turn token.
 
     For tokenizers that normalize text, the decoded encoding of the answer counts as well.
     """
-    end = tokenizer.eos_token
-    for before, after in frames:
+    end = next((token for token in expected.ends if text.endswith(token)), tokenizer.eos_token)
+    for before, after in expected.frames:
         for words in (answer, answer.strip()):
             if text == before + words + after + end:
                 return True
             if cut and text.endswith(end) and (before + words + after).startswith(text.removesuffix(end)):
                 return True
-    whole = [before + words + after + end for before, after in frames for words in (answer, answer.strip())]
+    whole = [before + words + after + end for before, after in expected.frames for words in (answer, answer.strip())]
     returned = decode(tokenizer, [tokenizer.encode(form, add_special_tokens=False) for form in whole])
     return any(text == form or (cut and form.startswith(text.removesuffix(end))) for form in returned)
 
@@ -99,12 +152,16 @@ def _frames(tokenizer: Any, records: Sequence[dict[str, Any]]) -> list[tuple[str
     user, answer = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}
     found = []
     for messages in ([user, answer], [user, answer, user, answer]) if any(not is_text(record) for record in records) else ():
-        try:
-            turn = render(tokenizer, messages)[len(render(tokenizer, messages[:-1], add_generation_prompt=True)) :]
-        except InputError:
-            continue  # a template that supports only single turns
-        before, _, after = turn.partition(answer["content"])
-        found.append((before, after.partition(tokenizer.eos_token)[0]))
+        for thinking in (None, False):
+            try:
+                header = render(tokenizer, messages[:-1], add_generation_prompt=True, thinking=thinking)
+                whole = render(tokenizer, messages, thinking=thinking)
+            except InputError:
+                continue  # a template that supports only single turns
+            if whole.startswith(header):
+                before, _, after = whole[len(header) :].partition(answer["content"])
+                end = min((after.find(token) for token in end_tokens(tokenizer) if token in after), default=len(after))
+                found.append((before, after[:end]))
     return list(dict.fromkeys(found))
 
 

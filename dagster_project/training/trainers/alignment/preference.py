@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from dagster_project.core.chat import Messages, encode_prompt
+from dagster_project.core.chat import encode_prompt
 from dagster_project.core.errors import InputError
+from dagster_project.core.messages import Messages
 from dagster_project.core.params import Compute, Section, parse
 from dagster_project.training.methods import build
 from dagster_project.training.methods.build import PreparedModel

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dagster_project.core.chat import Messages
 from dagster_project.core.errors import InputError
+from dagster_project.core.messages import Messages
 from dagster_project.core.progress import Progress
 from dagster_project.core.records import CheckResult, write_json
 from dagster_project.training.methods.build import peft_config

@@ -1,0 +1,233 @@
+"""A conversation -> text by the tokenizer's chat template, in the form in which that template reads messages.
+
+Templates differ in how they want content (text or parts), tool arguments (an object or JSON text), and reasoning (the name of its key).
+The form is found once per template by rendering probes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from dagster_project.core.errors import InputError
+from dagster_project.core.messages import JSON, Message, Messages, Tools, calls
+
+DATE = datetime(2026, 1, 1)
+"""Today, for templates that write the date (`strftime_now`): the same text on every day."""
+
+THINKING = {switch: {"enable_thinking": switch, "thinking": switch} for switch in (True, False)}
+"""Variables with which the templates of reasoning models begin an answer with or without a trace."""
+
+_WORD, _KEY = "pedigree7word", "pedigree7key"
+_USER: Message = {"role": "user", "content": "Hi"}
+_CALL: Message = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "id": "a1b2c3d4e", "function": {"name": _WORD, "arguments": {_KEY: "x"}}}],
+}
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": _WORD,
+        "description": "A tool.",
+        "parameters": {"type": "object", "properties": {_KEY: {"type": "string", "description": "A text."}}, "required": [_KEY]},
+    },
+}
+
+
+@dataclass(frozen=True)
+class TemplateForm:
+    """How a chat template reads messages."""
+
+    parts: bool = False
+    """Whether content must be a list of parts, as templates of vision models want it."""
+    reasoning: str = ""
+    """Key from which it takes a trace; "" if it writes none."""
+    calls: bool = False
+    """Whether it writes tool calls."""
+    arguments_as_text: bool = False
+    """Whether arguments must be JSON text instead of an object."""
+    null_content: bool = False
+    """Whether a message with calls and no text must have no content at all."""
+    tools: bool = False
+    """Whether it writes the definitions of tools."""
+    results: bool = False
+    """Whether it writes tool results."""
+
+
+_FORMS: dict[str, TemplateForm] = {}
+
+
+def form_of(tokenizer: Any) -> TemplateForm:
+    """The form of the tokenizer's chat template."""
+    template = str(tokenizer.chat_template)
+    if template not in _FORMS:
+        _FORMS[template] = _probe(tokenizer)
+    return _FORMS[template]
+
+
+def _probe(tokenizer: Any) -> TemplateForm:
+    def text(form: TemplateForm, messages: Sequence[Message], tools: Tools = None) -> str:
+        try:
+            return _render(tokenizer, form, messages, tools)
+        except InputError:
+            return ""
+
+    marked = [{**_USER, "content": _WORD}]
+    parts = _WORD not in text(TemplateForm(), marked) and _WORD in text(TemplateForm(parts=True), marked)
+    keys = (key for key in ("reasoning_content", "thinking", "reasoning"))
+    answer = {"role": "assistant", "content": "Yes", "reasoning_content": _WORD}
+    reasoning = next((key for key in keys if _WORD in text(TemplateForm(parts, key), [_USER, answer])), "")
+    form = next(
+        (form for form in _forms_of_calls(parts, reasoning) if _writes_call(text(form, [_USER, _CALL], [_TOOL]))),
+        TemplateForm(parts, reasoning),
+    )
+    tools = _WORD in text(form, [_USER], [_TOOL])
+    result = {"role": "tool", "content": _KEY, "tool_call_id": "a1b2c3d4e", "name": "f"}
+    call = {**_CALL, "tool_calls": [{**_CALL["tool_calls"][0], "function": {"name": "f", "arguments": {"a": "x"}}}]}
+    results = any(_KEY in text(form, [_USER, before, result]) for before in (call, {"role": "assistant", "content": "Yes"}))
+    return TemplateForm(parts, reasoning, form.calls, form.arguments_as_text, form.null_content, tools, results)
+
+
+def _forms_of_calls(parts: bool, reasoning: str) -> Iterator[TemplateForm]:
+    for arguments_as_text in (False, True):
+        for null_content in (False, True):
+            yield TemplateForm(parts, reasoning, True, arguments_as_text, null_content)
+
+
+def _writes_call(text: str) -> bool:
+    """Whether a text has the call of the probe, and its arguments not as a Python dictionary, which models are not trained to read."""
+    return _WORD in text and _KEY in text.partition(_WORD)[2] and f"{{'{_KEY}'" not in text
+
+
+def render(
+    tokenizer: Any, messages: Messages, add_generation_prompt: bool = False, tools: Tools = None, thinking: bool | None = None
+) -> str:
+    """Render the conversation with the tokenizer's chat template, in transformers' sandbox.
+
+    Args:
+        tools: definitions of the functions that the assistant may call.
+        thinking: whether answers begin with a trace (`THINKING`); None: as the template does by itself.
+    Raises:
+        InputError: the template rejects the conversation or fails on it.
+    """
+    return _render(tokenizer, form_of(tokenizer), messages, tools, add_generation_prompt, {} if thinking is None else THINKING[thinking])
+
+
+def _render(
+    tokenizer: Any,
+    form: TemplateForm,
+    messages: Messages,
+    tools: Tools = None,
+    add_generation_prompt: bool = False,
+    variables: dict[str, Any] | None = None,
+) -> str:
+    from jinja2 import TemplateError
+
+    given: dict[str, Any] = {**(variables or {}), **({"tools": list(tools)} if tools else {})}
+    if "strftime_now" in str(tokenizer.chat_template):
+        given["chat_template"] = with_constant_date(str(tokenizer.chat_template))
+    try:
+        read = [_as_read(message, form) for message in messages]
+        return str(tokenizer.apply_chat_template(read, tokenize=False, add_generation_prompt=add_generation_prompt, **given))
+    except (TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"the chat template refuses it: {reason}", "use another chat template") from None
+
+
+_CLOCK = re.compile(r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""")
+
+
+def with_constant_date(template: str) -> str:
+    """A template with `DATE` wherever it writes today's date, so that the same conversation gives the same text on every day."""
+    return _CLOCK.sub(lambda call: json.dumps(DATE.strftime(call[1] or call[2] or "")), template)
+
+
+def _as_read(message: Message, form: TemplateForm) -> Message:
+    """A message as the template reads it. The loss weight is none of its business."""
+    read = {key: value for key, value in message.items() if key not in {"weight", "reasoning_content", "tool_calls"}}
+    if form.parts:
+        read["content"] = [{"type": "text", "text": message["content"]}]
+    if form.reasoning and message.get("reasoning_content"):
+        read[form.reasoning] = message["reasoning_content"]
+    if found := message.get("tool_calls"):
+        read["tool_calls"] = [_call(call, form.arguments_as_text) for call in found]
+        if form.null_content and not message["content"]:
+            read["content"] = None
+    return read
+
+
+def _call(call: dict[str, Any], as_text: bool) -> dict[str, Any]:
+    function = call["function"]
+    if as_text and not isinstance(function["arguments"], str):
+        function = {**function, "arguments": JSON.encode(function["arguments"])}
+    return {**call, "function": function}
+
+
+def end_tokens(tokenizer: Any) -> list[str]:
+    """The tokens at which generation stops: the tokenizer's end-of-text token and those of the model's generation_config.json."""
+    settings = Path(str(getattr(tokenizer, "name_or_path", ""))) / "generation_config.json"
+    found = _end_ids(settings, settings.stat().st_mtime_ns) if settings.is_file() else ()
+    further = [str(token) for token in map(tokenizer.backend_tokenizer.id_to_token, found) if token is not None]
+    return list(dict.fromkeys([str(tokenizer.eos_token), *further]))
+
+
+def end_ids(tokenizer: Any) -> frozenset[int]:
+    """The ids of `end_tokens`."""
+    return frozenset(tokenizer.backend_tokenizer.token_to_id(token) for token in end_tokens(tokenizer))
+
+
+@lru_cache(maxsize=64)
+def _end_ids(settings: Path, _modified: int) -> tuple[int, ...]:
+    ids = json.loads(settings.read_text(encoding="utf-8")).get("eos_token_id")
+    return tuple(ids) if isinstance(ids, list) else (ids,) if isinstance(ids, int) else ()
+
+
+WITH_TOOLS = "use a chat template that does, e.g. tokenized.chat_template: hermes"
+
+
+def refuse_unwritten(tokenizer: Any, messages: Messages, tools: Tools, turns: range, text: str) -> None:
+    """Check that a rendered conversation has all that its messages say: nothing may disappear in a template.
+
+    Reasoning is left to the template, which may drop it from earlier turns.
+
+    Args:
+        turns: indices of the messages to look for.
+        text: the conversation as rendered, or the part with these turns.
+    Raises:
+        InputError: something is missing from the text.
+    """
+    form = form_of(tokenizer)
+    if tools and not form.tools:
+        raise InputError("the chat template does not write the definitions of tools", WITH_TOOLS)
+    for i in turns:
+        message, content = messages[i], messages[i]["content"].strip()
+        if message.get("tool_calls") and not form.calls:
+            raise InputError("the chat template does not write tool calls", WITH_TOOLS)
+        if message["role"] == "tool" and not form.results:
+            raise InputError("the chat template does not write tool results", WITH_TOOLS)
+        for call in calls(message):
+            if isinstance(call.arguments, str):
+                raise InputError(f"turn {i + 1} calls a tool with arguments that are not JSON", "see the check invalid_tool_call")
+            if call.name not in text:
+                raise InputError(f"the chat template leaves out the call of {call.name} in turn {i + 1}", "use another chat template")
+        if content not in text and not (message["role"] == "tool" and _is_respelled(content, text)):
+            raise InputError(f"the chat template leaves out what the {message['role']} says in turn {i + 1}", "use another chat template")
+
+
+def _is_respelled(result: str, text: str) -> bool:
+    """Whether a tool result is written as JSON, or a result that is JSON in another spelling."""
+    if JSON.encode(result)[1:-1] in text or json.dumps(result)[1:-1] in text:
+        return True
+    try:
+        value = json.loads(result)
+    except ValueError:
+        return False
+    words = re.findall(r"\w+", json.dumps(value, ensure_ascii=False))
+    return isinstance(value, dict | list) and all(word in text for word in words)

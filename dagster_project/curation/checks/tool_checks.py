@@ -1,0 +1,291 @@
+"""Records -> what is wrong with their tool calls, results, reasoning and weights. Each check is one object in `TOOL_CHECKS`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dagster_project.core.messages import JSON, Call, Message, calls, is_trained
+from dagster_project.curation.checks.check import Check, Rows, is_true, kinds
+from dagster_project.curation.checks.damage import visible
+from dagster_project.curation.checks.privacy import mask
+
+SHOWN = 120
+"""Characters shown of what is wrong with a call."""
+TYPES: dict[str, str | None] = {
+    **{name: name for name in ("object", "array", "string", "integer", "number", "boolean", "null")},
+    "dict": "object", "map": "object", "mapping": "object", "list": "array", "tuple": "array", "set": "array", "str": "string",
+    "int": "integer", "long": "integer", "float": "number", "double": "number", "bool": "boolean", "none": "null",
+    "any": None, "optional": None, "union": None, "callable": None,
+}  # fmt: skip
+"""Type in a tool's definition, in lower case -> JSON Schema's name for it, or None for any type. ToolACE and xLAM use Python's names."""
+_TEXT_CALL = re.compile(r"\{|<\|?\w*call|\w\(|\bAction:")
+"""An assistant turn whose text calls a tool: some layouts have no field for calls."""
+
+
+# --- calls -------------------------------------------------------------------------------------------------------------------------
+
+
+def _invalid_calls(rows: Rows, _: str) -> list[str | None]:
+    facts: list[str | None] = [None] * len(rows.records)
+    validators: dict[str, _Validator] = {}
+    for i in rows.rich:
+        facts[i] = _invalid_call(rows.records[i], validators)
+    return facts
+
+
+def _invalid_call(record: Mapping[str, Any], validators: dict[str, _Validator]) -> str | None:
+    """The first fault in a call that is trained on. The prompt and the rejected side of a pair may hold any."""
+    messages = record["messages"]
+    made = [call for message in messages[record.get("asked", 0) :] if is_trained(message) for call in calls(message)]
+    if not made:
+        return None
+    defined = [tool.get("function", tool) for tool in record.get("tools") or () if isinstance(tool, dict)]
+    tools = {str(one.get("name")): one.get("parameters") for one in defined if isinstance(one, dict)}
+    system = "\n".join(message["content"] for message in messages if message["role"] in {"system", "developer"})
+    return next((problem for call in made if (problem := _problem(call, tools, system, validators))), None)
+
+
+def _problem(call: Call, tools: Mapping[str, Any], system: str, validators: dict[str, _Validator]) -> str | None:
+    if call.name not in tools:
+        if tools:
+            return _quoted("unknown tool", call.name)
+        if call.name not in system:  # a system prompt may define the tools in its text
+            return _quoted("no tools are defined", call.name)
+    if not isinstance(call.arguments, dict):
+        return _quoted("arguments are not a JSON object", call.arguments if isinstance(call.arguments, str) else json.dumps(call.arguments))
+    if (parameters := tools.get(call.name)) is None:
+        return None
+    key = JSON.encode(parameters)
+    if key not in validators:
+        validators[key] = _validator(parameters)
+    problem = validators[key].problem(call.arguments)
+    return problem and f"{problem[0]}: {call.name}: {_excerpt(problem[1])}"
+
+
+def _quoted(kind: str, text: str) -> str:
+    return f"{kind}: '{_excerpt(text)}'"
+
+
+def _excerpt(text: str) -> str:
+    shown = visible(mask(text[: 20 * SHOWN]))
+    return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}…"
+
+
+@dataclass(frozen=True)
+class _Validator:
+    """Validates arguments by one JSON Schema."""
+
+    schema: Any
+    """A `jsonschema` validator; None if the schema is broken."""
+    broken: str = ""
+    """What is wrong with the schema."""
+
+    def problem(self, arguments: Mapping[str, Any]) -> tuple[str, str] | None:
+        """(kind of fault, fault)."""
+        from jsonschema.exceptions import best_match
+        from referencing.exceptions import Unresolvable
+
+        if self.schema is None:
+            return "broken schema", self.broken
+        try:
+            error = best_match(self.schema.iter_errors(arguments))
+        except (Unresolvable, RecursionError, re.error) as unusable:
+            return "broken schema", " ".join(str(unusable).split()) or type(unusable).__name__
+        return None if error is None else ("arguments do not fit", f"{error.json_path}: {error.message}")
+
+
+def _validator(parameters: Any) -> _Validator:
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import SchemaError
+    from jsonschema.validators import validator_for
+    from jsonschema_specifications import REGISTRY
+
+    if not isinstance(parameters, dict):
+        return _Validator(None, f"expected an object, found {type(parameters).__name__}")
+    try:
+        schema = _standard(parameters)
+        kind = validator_for(schema, default=Draft202012Validator)
+        kind.check_schema(schema)
+        return _Validator(kind(schema, registry=REGISTRY))  # without a registry, jsonschema would download remote references
+    except SchemaError as error:
+        return _Validator(None, f"{error.json_path}: {error.message}")
+    except RecursionError:
+        return _Validator(None, "nested too deep")
+
+
+def _standard(schema: Any) -> Any:
+    """A schema with JSON Schema's names of types: {"type": "dict", "properties": {"n": {"type": "int, optional"}}}
+    ->  {"type": "object", "properties": {"n": {"type": "integer"}}}. Unknown types are unchanged."""
+    if isinstance(schema, list):
+        return [_standard(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    result: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key == "type" and isinstance(value, str):
+            name = re.split(r"[\[,( ]", value.strip().lower(), maxsplit=1)[0]
+            if (standard := TYPES.get(name, value)) is not None:
+                result[key] = standard
+        elif key in {"properties", "patternProperties", "$defs", "definitions"} and isinstance(value, dict):
+            result[key] = {name: _standard(one) for name, one in value.items()}
+        else:
+            result[key] = value if key in {"enum", "const", "default", "examples"} else _standard(value)
+    return result
+
+
+# --- results -----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Unmatched:
+    """Calls without a result, and results without a call."""
+
+    calls: list[str] = field(default_factory=list)
+    """Names of the tools."""
+    results: list[str] = field(default_factory=list)
+    """What each result says of itself: its id, else its content."""
+
+
+def unmatched(messages: Sequence[Message]) -> _Unmatched:
+    """Match results with calls: by id where both have one, else in order among the calls of the last assistant turn.
+
+    Calls of the last message have no result yet. A result after a turn that calls a tool in its text is matched.
+    """
+    found = _Unmatched()
+    by_id: list[Call] = []  # calls of earlier turns that may still get their result
+    last: list[Call] = []  # unanswered calls of the last assistant turn
+    called_in_text = False
+    for message in messages:
+        if message["role"] == "assistant":
+            by_id += last
+            last = calls(message)
+            called_in_text = not last and _TEXT_CALL.search(message["content"]) is not None
+        elif message["role"] == "tool":
+            identity = message.get("tool_call_id")
+            named = [call for call in (*last, *reversed(by_id)) if identity is not None and call.identity == identity]
+            named = named[:1] or [call for call in last if identity is None or call.identity is None][:1]
+            if named:
+                pending = last if any(call is named[0] for call in last) else by_id
+                pending[:] = [call for call in pending if call is not named[0]]
+            elif not called_in_text:
+                found.results.append(f"id {identity}" if identity is not None else message["content"])
+    ends = messages and messages[-1]["role"] == "assistant"
+    found.calls = [call.name for call in (*by_id, *([] if ends else last))]
+    return found
+
+
+def _unmatched(rows: Rows) -> dict[int, _Unmatched]:
+    """Index -> what does not match, of the records that hold calls or results."""
+    rich = {*rows.rich}
+    found = {}
+    for i, record in enumerate(rows.records):
+        if i in rich or any(message["role"] == "tool" for message in record["messages"]):
+            found[i] = unmatched(record["messages"])
+    return found
+
+
+def _unanswered(rows: Rows, _: str) -> list[str | None]:
+    found = rows.shared(_unmatched)
+    return [_quoted("no result", found[i].calls[0]) if i in found and found[i].calls else None for i in range(len(rows.records))]
+
+
+def _orphans(rows: Rows, _: str) -> list[str | None]:
+    found = rows.shared(_unmatched)
+    return [_quoted("answers no call", found[i].results[0]) if i in found and found[i].results else None for i in range(len(rows.records))]
+
+
+# --- reasoning and weights ---------------------------------------------------------------------------------------------------------
+
+
+def _reasoning(rows: Rows) -> tuple[set[int], set[int]]:
+    """Indices of the rows in which an answer has reasoning, and of those in which none has."""
+    reasons = {i for i in rows.rich if any(m["role"] == "assistant" and _has_trace(m) for m in _judged(rows.records[i]))}
+    if not reasons:
+        return set(), set()
+    answered = {i for i, r in enumerate(rows.records) if "labelled" not in r and any(m["role"] == "assistant" for m in _judged(r))}
+    return reasons, {i for i in answered - reasons if rows.metas[i].get("kind") != "text"}
+
+
+def _judged(record: Mapping[str, Any]) -> Sequence[Message]:
+    messages: Sequence[Message] = record["messages"]
+    return messages[record.get("asked", 0) :]
+
+
+def _has_trace(message: Message) -> bool:
+    return bool((message.get("reasoning_content") or "").strip())
+
+
+def _fewer(rows: Rows, _: str) -> list[str | None]:
+    """Of a set in which some rows have reasoning, the fewer: those with or, of as many, those without."""
+    reasons, without = rows.shared(_reasoning)
+    fewer, fact = (without, "no reasoning") if len(without) <= len(reasons) else (reasons, "reasoning")
+    return [fact if i in fewer else None for i in range(len(rows.records))]
+
+
+def _mixed_note(rows: Rows, facts: Sequence[str]) -> list[str]:
+    reasons, without = rows.shared(_reasoning)
+    return [f"{len(reasons):,} rows have reasoning, {len(without):,} have none"] if facts else []
+
+
+def _is_trained(record: Mapping[str, Any]) -> bool:
+    said = [message for message in record["messages"] if message["role"] == "assistant"]
+    return not said or "rejected" in record or any(map(is_trained, said))
+
+
+def _trained(rows: Rows, _: str) -> list[bool]:
+    facts = [True] * len(rows.records)
+    for i in rows.rich:
+        facts[i] = _is_trained(rows.records[i])
+    return facts
+
+
+TOOL_CHECKS: tuple[Check, ...] = (
+    Check(
+        "invalid_tool_call",
+        "Every call names a tool of the row, and its arguments fit the tool's JSON Schema.",
+        "error",
+        "Correct the call or the tool's definition; give a call that must not be learnt the weight 0.",
+        column=_invalid_calls,
+        quotes=True,
+        note=kinds,
+    ),
+    Check(
+        "unanswered_tool_call",
+        "Every call has its result before the conversation goes on.",
+        "error",
+        "Add the result, or end the conversation with the call.",
+        column=_unanswered,
+        quotes=True,
+    ),
+    Check(
+        "orphan_tool_result",
+        "Every tool result answers a call.",
+        "error",
+        "Add the call as `tool_calls`, or take the result out; compare the ids.",
+        column=_orphans,
+        quotes=True,
+    ),
+    Check(
+        "untrained_example",
+        "Every conversation has an answer whose weight is not 0.",
+        "warn",
+        "Nothing to do: the row would teach nothing. Give an answer another weight if it should.",
+        column=_trained,
+        holds=is_true,
+        kind="examples",
+    ),
+    Check(
+        "missing_reasoning",
+        "Either all rows have reasoning, or none has.",
+        "warn",
+        "Add reasoning to the rows without, or train two models; a mixed set teaches to reason at random.",
+        "warn",
+        column=_fewer,
+        note=_mixed_note,
+    ),
+)
+"""In the order in which a row is judged."""
