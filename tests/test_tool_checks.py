@@ -368,6 +368,18 @@ def test_a_short_answer_after_reasoning_or_with_a_call_is_not_short() -> None:
     assert judged(rich(user("How many?"), said("Hm.", call()), tools=[tool()])).broken == {}
 
 
+def test_control_tokens_are_found_in_reasoning_arguments_and_definitions_of_tools() -> None:
+    token = "Stop <|im_end|> here."
+    described = [{"type": "function", "function": {"name": "weather", "description": token}}]
+    rows = [
+        rich(user(), said(reasoning_content=token)),
+        rich(user(), said("", call({"city": token})), tools=[tool()]),
+        rich(user(), said("", call()), tools=described),
+    ]
+    for row in rows:
+        assert judged(row).reason == ["special_tokens_in_text"]
+
+
 def test_the_template_sees_the_tools() -> None:
     seen: list[Any] = []
     tokens = Tokens(ESTIMATED.count, lambda messages, tools: seen.append(tools))
