@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from dagster_project.core.errors import InputError, PedigreeError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dagster_project.curation.checks.checks import Judgement
     from dagster_project.evaluation.paired.pairwise import Match
 
 log = logging.getLogger("pedigree")
@@ -35,6 +38,7 @@ def check(options: argparse.Namespace) -> int:
     from dagster_project.lineage.history import files_at
     from dagster_project.views.data_quality import data_quality_page
     from dagster_project.views.data_quality_terminal import check_text
+    from dagster_project.views.rendered_terminal import rendered_text
 
     if options.report:
         _require_suffix("--report", options.report, HTML)
@@ -50,11 +54,12 @@ def check(options: argparse.Namespace) -> int:
     if options.base_model and not (base_model / "tokenizer.json").is_file():
         raise InputError(f"{base_model}: no tokenizer.json in this folder", "name the folder of a model")
     tokens = tokens_of(base_model) if (base_model / "tokenizer.json").is_file() else ESTIMATED
+    show = _show(options)
     with tempfile.TemporaryDirectory() as folder:
         earlier = [] if options.since is None else files_at(options.since, [Path(path) for path in options.paths], Path(folder))
         document = check_paths(
             options.paths, options.format, options.against, rules, tokens, [*map(str, earlier)], options.since or "", options.thirteen_grams,
-            mapping, outputs.get("--out"), outputs.get("--dropped"),
+            mapping, outputs.get("--out"), outputs.get("--dropped"), show,
         )  # fmt: skip
     if options.report:
         _write("--report", Path(options.report), data_quality_page(document, document.get("changes")))
@@ -62,8 +67,22 @@ def check(options: argparse.Namespace) -> int:
     for option, path in outputs.items():
         log.info(f"{option.lstrip('-')}: {path}, {document['kept'] if option == '--out' else document['rows'] - document['kept']} rows")
     columns = shutil.get_terminal_size((120, 24)).columns
-    _print(options, document, lambda document: check_text(document, sys.stdout.isatty(), columns))
+    color = sys.stdout.isatty()
+    shown = ["", rendered_text(document["shown"], color)] if show else []
+    _print(options, document, lambda document: "\n".join([check_text(document, color, columns), *shown]))
     return 1 if any(finding["severity"] == "error" and finding["count"] for finding in document["findings"]) else 0
+
+
+def _show(options: argparse.Namespace) -> Callable[[Judgement], list[dict[str, Any]]] | None:
+    """The function that renders the rows of --show or --show-rows; None without them."""
+    if options.show is None and options.show_rows is None:
+        if options.template is not None:
+            raise InputError("--template requires --show or --show-rows", "add --show 3")
+        return None
+    from dagster_project.commands import show as module
+
+    by = module.renderer(Path(options.project), Path(options.base_model) if options.base_model else None, options.template)
+    return lambda judged: module.show(judged, module.select(judged, options.show, options.show_rows or ()), by)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -353,6 +372,13 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _rows(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of row numbers such as 3,17")
+    return [int(part) for part in parts]
+
+
 def _date(text: str) -> date:
     try:
         return date.fromisoformat(text)
@@ -386,7 +412,8 @@ def _add_command(commands: Any, function: Any, name: str = "") -> argparse.Argum
 
 
 def _add_check(commands: Any) -> None:
-    add = _add_command(commands, check).add_argument
+    command = _add_command(commands, check)
+    add = command.add_argument
     add("paths", nargs="+", metavar="PATH", help="files or folders of examples, preference pairs or benchmark questions")
     add("--format", default="auto", help="alpaca, messages, sharegpt, dolly, dpo, hh, ...; default: detected from the keys")
     add("--mapping", metavar="FIELD=COLUMN,...", help="for other columns: prompt=q,response=a or prompt=q,chosen=a,rejected=b")
@@ -398,6 +425,12 @@ def _add_check(commands: Any) -> None:
     add("--since", metavar="PATH|REV", help="list the changes since another version: a path, or a git revision of the same paths")
     add("--base-model", metavar="FOLDER", help="model whose tokenizer and chat template are used (default: data/base_model, if it exists)")
     add("--thirteen-grams", action="store_true", help="also list what the common rule, any 13 shared words, would report as leakage")
+    rows = command.add_mutually_exclusive_group()
+    rows.add_argument(
+        "--show", type=_count, metavar="N", help="also print the first N rows as rendered, with what is trained on highlighted"
+    )
+    rows.add_argument("--show-rows", type=_rows, metavar="ROW,...", help="the same for some rows, by the numbers of the findings: 3,17")
+    add("--template", metavar="NAME|FILE", help="with --show: chatml, alpaca or a Jinja file (default: the base model's chat template)")
 
 
 def _add_pipeline_commands(commands: Any) -> None:

@@ -17,8 +17,10 @@ from dagster_project.core.records import write_json, write_table
 from dagster_project.core.text import visible
 from dagster_project.curation.sources.formats import to_pairs
 from dagster_project.evaluation import ballots
+from dagster_project.evaluation.answers import Answer
 from dagster_project.evaluation.evaluator import result_rows, result_schema
-from dagster_project.evaluation.paired.pairwise import Match, Pair, agreement, contenders, majority, match, tally, wilson
+from dagster_project.evaluation.paired.bootstrap import wilson
+from dagster_project.evaluation.paired.pairwise import Match, Pair, agreement, contenders, majority, match, tally
 from dagster_project.views.ballot import ballot_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -75,7 +77,7 @@ def test_pairs_and_sides_depend_on_the_seed_and_the_answers(project: Path, ballo
     other = match(project, ("lora", "few_shot"), seed=8)
     assert other.id != ballot.id and {p.id for p in other.pairs}.isdisjoint(p.id for p in ballot.pairs)
     assert [p.prompt for p in other.pairs] != [p.prompt for p in ballot.pairs]
-    rows = result_rows("lora", [record(i) for i in range(ANSWERS)], None, ["New."] * ANSWERS)
+    rows = result_rows("lora", [record(i) for i in range(ANSWERS)], None, [Answer("New.")] * ANSWERS)
     write_table(project / "data/evaluation/lora/results.parquet", rows, result_schema())
     assert match(project, ("lora", "few_shot"), seed=7).id != ballot.id
 
@@ -246,7 +248,7 @@ def test_export_reports_what_it_wrote_and_refuses_impossible_requests(project: P
 
 def test_identical_systems_have_no_ballot_and_do_not_block_the_others(project: Path, ballot: Match, capsys: Any) -> None:
     records = [record(i) for i in range(ANSWERS)]
-    twin = ["Weak 1." if i == 1 else None for i in range(ANSWERS)]  # of one prompt, and as `few_shot` answers it
+    twin = [Answer("Weak 1.") if i == 1 else None for i in range(ANSWERS)]  # of one prompt, and as `few_shot` answers it
     rows = result_rows("twin", records, None, twin)
     other = [{**row, "system": "other", "answer": "x", "example_id": "of an earlier split"} for row in rows[:1]]
     write_table(project / "data/evaluation/twin/results.parquet", rows + other, result_schema())

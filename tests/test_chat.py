@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from itertools import groupby
 from typing import Any
 
@@ -23,6 +24,7 @@ from dagster_project.core.chat import (
     pieces,
 )
 from dagster_project.core.errors import InputError
+from dagster_project.core.rendering import render
 
 ONE_TURN = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
 TWO_TURNS = [
@@ -91,9 +93,9 @@ def test_a_prompt_has_the_ids_it_was_trained_with_where_tokens_would_merge_over_
     [
         (TURN.replace("<|im_end|>", ""), "does not end the assistant's turn with '<|im_end|>'"),
         (TURN.replace("{{ m['content'] }}", "..."), "leaves out what the system says in turn 1"),
-        (TURN.replace("m['content']", "m['content'] if loop.last else '...'"), "rewrites earlier turns"),
+        (TURN.replace("m['content']", "m['content'] if loop.last else '...'"), "leaves out what the system says in turn 1"),
     ],
-    ids=["drops the end of turn", "drops the answer", "rewrites earlier turns"],
+    ids=["drops the end of turn", "drops the answer", "drops earlier turns"],
 )
 def test_a_template_on_which_labels_cannot_be_placed_is_refused(tiny_tokenizer: Any, turn: str, complaint: str) -> None:
     with pytest.raises(InputError, match=complaint) as refusal:
@@ -101,9 +103,9 @@ def test_a_template_on_which_labels_cannot_be_placed_is_refused(tiny_tokenizer: 
     assert "use another chat template" in refusal.value.hint
 
 
-def test_a_prompt_by_a_template_that_rewrites_earlier_turns_is_refused(tiny_tokenizer: Any) -> None:
+def test_a_prompt_by_a_template_that_drops_earlier_turns_is_refused(tiny_tokenizer: Any) -> None:
     forgetful = with_template(tiny_tokenizer, TURN.replace("m['content']", "m['content'] if loop.last else '...'"))
-    with pytest.raises(InputError, match="rewrites earlier turns"):
+    with pytest.raises(InputError, match="leaves out what the system says in turn 1"):
         encode_prompt(forgetful, TWO_TURNS[:-1])
 
 
@@ -254,3 +256,88 @@ def test_plain_text_begins_with_the_bos_token_of_the_tokenizer(tiny_tokenizer: A
 )
 def test_plain_text_is_one_message_of_kind_text(record: dict[str, Any], wanted: bool) -> None:
     assert is_text(record) is wanted
+
+
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' and loop.last %}<think>{{ m['reasoning_content'] or '' }}</think>{% endif %}"
+    "{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Writes a trace in the last answer only, so every further turn rewrites the one before."""
+
+
+def thinking(tokenizer: Any) -> Any:
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = THINKING
+    return changed
+
+
+def traced(*traces: str) -> dict[str, Any]:
+    turns = [[ONE_TURN[0], {"role": "assistant", "content": f"Answer {i}", "reasoning_content": trace}] for i, trace in enumerate(traces)]
+    return {"messages": [message for turn in turns for message in turn]}
+
+
+def test_a_template_that_rewrites_earlier_turns_gives_one_example_per_answer_as_served(tiny_tokenizer: Any) -> None:
+    tokenizer, record = thinking(tiny_tokenizer), traced("One.", "Two.")
+    examples = examples_of(tokenizer, record)
+    assert [[text for text, trained in parts if trained] for parts in examples] == [
+        ["<think>One.</think>Answer 0<|im_end|>"],
+        ["<think>Two.</think>Answer 1<|im_end|>"],
+    ]
+    for parts, end in zip(examples, (1, 3), strict=True):
+        served = tokenizer.apply_chat_template(record["messages"][:end], tokenize=False, add_generation_prompt=True)
+        assert parts[0] == (served, False)
+        assert encode_prompt(tokenizer, record["messages"][:end]) == tokenizer.encode(served, add_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    ("policy", "trained"),
+    [("template", ["One.", "Two."]), ("keep", ["One.", "Two."]), ("strip", ["", ""]), ("last", ["", "Two."])],
+)
+def test_the_policy_decides_which_traces_are_trained_on(tiny_tokenizer: Any, policy: Any, trained: list[str]) -> None:
+    examples = examples_of(thinking(tiny_tokenizer), traced("One.", "Two."), policy)
+    assert [parts[1][0] for parts in examples] == [f"<think>{trace}</think>Answer {i}<|im_end|>" for i, trace in enumerate(trained)]
+
+
+def test_a_trace_to_keep_that_the_template_leaves_out_is_refused(tiny_tokenizer: Any) -> None:
+    assert examples_of(tiny_tokenizer, traced("One."))
+    with pytest.raises(InputError, match="leaves out a trace"):
+        examples_of(tiny_tokenizer, traced("One."), "keep")
+
+
+def test_an_answer_of_weight_0_is_context_and_not_trained_on(tiny_tokenizer: Any) -> None:
+    messages = [ONE_TURN[0], {**ONE_TURN[1], "weight": 0.0}, ONE_TURN[0], ONE_TURN[1]]
+    assert trained_spans(tiny_tokenizer, messages) == ["Yes?<|im_end|>"]
+    ids, labels = encode(tiny_tokenizer, messages)
+    assert ids == encode(tiny_tokenizer, ONE_TURN * 2)[0] and last_answer_starts(labels) > len(ids) / 2
+
+
+def test_calls_and_tools_that_a_template_does_not_write_are_refused(tiny_tokenizer: Any) -> None:
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {}}}]}
+    with pytest.raises(InputError, match="does not write the definitions of tools"):
+        examples_of(tiny_tokenizer, {"messages": ONE_TURN, "tools": [tool]})
+    with pytest.raises(InputError, match="does not write tool calls"):
+        examples_of(tiny_tokenizer, {"messages": [ONE_TURN[0], call]})
+
+
+def test_the_date_of_a_template_is_constant(tiny_tokenizer: Any) -> None:
+    dated = copy.deepcopy(tiny_tokenizer)
+    dated.chat_template = "{{ strftime_now('%d %b %Y') }}" + tiny_tokenizer.chat_template
+    assert render(dated, ONE_TURN).startswith("01 Jan 2026")
+
+
+def test_a_turn_ends_with_a_token_at_which_generation_stops(tiny_tokenizer: Any, tmp_path: Any) -> None:
+    """As in GLM, whose template writes no end of a turn: the next one begins with the token at which the model stops."""
+    tiny_tokenizer = copy.deepcopy(tiny_tokenizer)
+    tiny_tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
+    tiny_tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|user|>' if m['role'] == 'user' else '<|im_start|>' }}{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    )
+    tiny_tokenizer.save_pretrained(tmp_path)
+    tokenizer = type(tiny_tokenizer).from_pretrained(tmp_path)
+    with pytest.raises(InputError, match="does not end the assistant's turn"):
+        pieces(tokenizer, ONE_TURN)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.convert_tokens_to_ids("<|user|>")]}))
+    assert trained_spans(tokenizer, TWO_TURNS[1:]) == ["Yes?<|user|>", "Grüße!<|user|>"]

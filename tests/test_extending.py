@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 from dagster_project.core.context import StageContext
 from dagster_project.core.records import example_id, write_records
 from dagster_project.curation.checks import content, row_checks
-from dagster_project.curation.sources import formats
+from dagster_project.curation.sources import layouts
 from dagster_project.evaluation import metrics
 from dagster_project.training.trainers.alignment import preference
 
@@ -53,7 +53,7 @@ def test_the_content_check_finds_a_bad_answer() -> None:
 
 
 def test_the_layout_reads_a_row() -> None:
-    _, [(_, layout)] = skeleton("A source layout", formats)
+    _, [(_, layout)] = skeleton("A source layout", layouts)
     row = {"subject": "Kite", "body": "Where is it?", "reply": "Here.", "system": "Be brief."}
     assert [message["content"] for message in layout.messages(row)] == ["Be brief.", "Kite\n\nWhere is it?", "Here."]
     assert layout.used == row.keys()

@@ -24,6 +24,7 @@ from dagster_project.curation.sources.files import read_rows
 from dagster_project.curation.sources.formats import (
     LAYOUTS,
     PAIR_LAYOUTS,
+    RECORD_FIELDS,
     SPLITS,
     detect,
     is_text,
@@ -231,6 +232,11 @@ def answer(said: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": said}]
 
 
+def called(name: str, arguments: Any, identity: str | None = None) -> dict[str, Any]:
+    """A canonical tool call."""
+    return {"type": "function", **({"id": identity} if identity else {}), "function": {"name": name, "arguments": arguments}}
+
+
 def message(role: str, text: str, *replies: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {"role": role, "text": text, "replies": list(replies), **more}
 
@@ -278,6 +284,14 @@ WRITERS: dict[str, tuple[st.SearchStrategy[Any], Callable[[list[dict[str, str]]]
     "question_answer": (SINGLE | WITH_SYSTEM, single("question", "answer")),
     "flan": (SINGLE | WITH_SYSTEM, single("inputs", "targets")),
     "ultrachat": (EVEN, lambda messages: {"data": [m["content"] for m in messages]}),
+    "xlam": (
+        TEXT.map(lambda asked: [*user(asked), {"role": "assistant", "content": "", "tool_calls": [called("clock", {"zone": asked})]}]),
+        lambda messages: {
+            "query": messages[0]["content"],
+            "tools": json.dumps([{"name": "clock", "parameters": {"zone": {"type": "str"}}}]),
+            "answers": json.dumps([call["function"] for call in messages[1]["tool_calls"]]),
+        },
+    ),
     "oasst": (EVEN, lambda messages: tree(*(m["content"] for m in messages))),
     "classification": (
         st.tuples(TEXT, TEXT).map(lambda both: user(both[0], both[1].strip())),
@@ -303,28 +317,6 @@ def test_messages_written_in_a_layout_are_read_back_equal(layout: str, tmp_path_
         assert [record["messages"] for record in records] == conversations
 
     holds()
-
-
-def test_calls_and_observations_are_turns_of_assistant_and_tool(tmp_path: Path) -> None:
-    said = [("human", "Time?"), ("function_call", '{"name": "clock"}'), ("observation", "noon"), ("gpt", "Noon.")]
-    row = {"conversations": [{"from": who, "value": text} for who, text in said]}
-    expected = [("user", "Time?"), ("assistant", '{"name": "clock"}'), ("tool", "noon"), ("assistant", "Noon.")]
-    assert turns(to_records(jsonl(tmp_path / "a.jsonl", row), "a.jsonl")[1][0]) == expected
-
-
-@pytest.mark.parametrize(
-    ("message", "content"),
-    [
-        ({"content": None, "tool_calls": [{"id": "a"}]}, '[{"id": "a"}]'),
-        ({"tool_calls": [{"id": "a"}]}, '[{"id": "a"}]'),
-        ({"content": "Wait.", "tool_calls": [{"id": "a"}]}, 'Wait.\n[{"id": "a"}]'),
-        ({"content": "Wait.", "tool_calls": None}, "Wait."),
-    ],
-)
-def test_a_tool_call_is_content(message: dict[str, Any], content: str, tmp_path: Path) -> None:
-    row = {"messages": [{"role": "user", "content": "Time?"}, {"role": "assistant", **message}, {"role": "tool", "content": "noon"}]}
-    records = to_records(jsonl(tmp_path / "a.jsonl", row), "a.jsonl")[1]
-    assert turns(records[0]) == [("user", "Time?"), ("assistant", content), ("tool", "noon")]
 
 
 def test_a_message_without_content_and_call_is_malformed(tmp_path: Path) -> None:
@@ -470,7 +462,7 @@ def test_a_row_without_a_mapped_column_is_malformed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("layout", "mapping", "message"),
     [
-        ("auto", {"prompt": "q", "answer": "a"}, "a.jsonl: mapping: unknown field 'answer'; fields: prompt, response, system, category"),
+        ("auto", {"prompt": "q", "answer": "a"}, f"a.jsonl: mapping: unknown field 'answer'; fields: {', '.join(RECORD_FIELDS)}"),
         ("auto", {"prompt": "q"}, "a.jsonl: mapping: no column for response"),
         ("auto", {"prompt": "q", "response": "q"}, "a.jsonl: mapping: column 'q' is named twice"),
         ("auto", {"prompt": "q", "response": "b"}, "a.jsonl: mapping: no row has the columns b, q"),

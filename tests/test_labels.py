@@ -20,6 +20,7 @@ from dagster_project.core.records import example_id, read_records, read_table
 from dagster_project.curation.check_files import check_paths
 from dagster_project.curation.sources.files import read_rows
 from dagster_project.curation.sources.formats import kind, mapping_problem, to_records
+from dagster_project.evaluation.answers import Answer
 from dagster_project.evaluation.baselines import THINK, instruction
 from dagster_project.evaluation.evaluator import EvaluatedModel, Settings, select_questions
 from dagster_project.evaluation.labels import NO_LABEL, LabelSet, LabelTask, label_set
@@ -290,7 +291,7 @@ def test_a_table_of_text_and_label_is_trained_split_scored_and_compared_by_its_l
 ) -> None:
     train, test = (read_records(split_reviews / "made" / name) for name in ("train", "test"))
     assert {r["category"] for r in test} == set(WORDS) and {r["category"] for r in train} == set(WORDS)
-    monkeypatch.setattr(EvaluatedModel, "answer", lambda self, prompts, what, thinking_tokens=0: planted(prompts, what))
+    monkeypatch.setattr(EvaluatedModel, "answer", lambda self, prompts, what, *_, **__: [Answer(text) for text in planted(prompts, what)])
     found = evaluate(split_reviews, tiny_model, Settings(task=AUTO, max_new_tokens=3), test, train)
 
     reached = found["baselines"]

@@ -137,7 +137,8 @@ class Blocked(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, Blocked())
 from dagster_project.__main__ import main
-for arguments in (["check", "a.jsonl"], ["check", "a.jsonl", "--json", "--against", "b.jsonl", "--report", "a.html", "--base-model", sys.argv[1]]):
+for arguments in (["check", "a.jsonl"], ["check", "a.jsonl", "--json", "--against", "b.jsonl", "--report", "a.html", "--base-model", sys.argv[1]],
+                  ["check", "a.jsonl", "--show", "1", "--base-model", sys.argv[1]], ["check", "a.jsonl", "--show", "1", "--template", "chatml"]):
     assert main(arguments) == 0
 assert not {{name.partition(".")[0] for name in sys.modules}} & {{*{HEAVY!r}}}
 """

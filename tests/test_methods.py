@@ -561,7 +561,7 @@ def test_a_head_learns_the_category_and_reloads_unchanged(quantization: Any, tin
 
     subject = EvaluatedModel(tmp_path / "merged", COMPUTE, Settings(), tiny_model)
     assert not subject.writes
-    assert subject.answer(asked, "test") == wanted
+    assert [answer.content for answer in subject.answer(asked, "test")] == wanted
 
 
 def test_a_head_is_logistic_regression_with_an_l2_penalty() -> None:

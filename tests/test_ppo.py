@@ -258,7 +258,7 @@ def test_sampled_answers_do_not_depend_on_batch_padding_or_length_limit(
 def test_sampling_matches_the_logits_without_cache_or_padding(tiny_model: Path, tiny_tokenizer: Any) -> None:
     model, prompts = policy(tiny_model).eval(), prompts_of(tiny_tokenizer)
     numbers = [[0.1, 0.9, 0.5, 0.3, 0.7]] * 4
-    found = decode(model.get_base_model(), prompts, ppo.sampled(numbers, 1.3), 5, -1, 0)
+    found = decode(model.get_base_model(), prompts, ppo.sampled(numbers, 1.3), 5, (), 0)
     for prompt, answer in zip(prompts, found, strict=True):
         for t, token in enumerate(answer):
             with torch.no_grad():

@@ -10,10 +10,14 @@ from typing import Any
 
 import pytest
 from builders.files import jsonl
+from builders.layouts import LAYOUT_ROWS
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import parse
 from dagster_project.core.records import Report, read_ledger, read_records
+from dagster_project.curation.check_files import check_paths
+from dagster_project.curation.sources import fields, formats
+from dagster_project.curation.sources.formats import LAYOUTS
 from dagster_project.stages import raw_examples
 
 PAIR = {"prompt": "Hi", "completion": "Hello"}
@@ -60,9 +64,9 @@ def test_every_row_is_a_record_and_a_line_of_the_ledger_in_the_same_order(root: 
 def test_the_report_describes_each_source(root: Path) -> None:
     report = read(root, {"path": "data/sources/a.jsonl", "license": "MIT", "origin": "a friend"})
     digest = hashlib.sha256((root / "data/sources/a.jsonl").read_bytes()).hexdigest()
-    assert report.metrics["sources"] == {
-        "data/sources/a.jsonl": {"format": "prompt_completion", "rows": 2, "sha256": digest, "license": "MIT", "origin": "a friend"}
-    }
+    fields = {"used": {"completion": 2, "prompt": 2}}
+    facts = {"format": "prompt_completion", "rows": 2, "sha256": digest, "license": "MIT", "origin": "a friend", "fields": fields}
+    assert report.metrics["sources"] == {"data/sources/a.jsonl": facts}
 
 
 def test_the_digest_of_a_folder_is_that_of_the_list_that_sha256sum_prints(root: Path) -> None:
@@ -204,3 +208,115 @@ def test_a_source_without_a_readable_row_is_always_refused(root: Path) -> None:
 def test_a_refusal_never_quotes_row_contents(root: Path) -> None:
     jsonl(root / "data/sources/a.jsonl", {"prompt": ["jane@example.org"], "completion": "x"}, '{"prompt": "jane@example.org')
     assert "jane" not in str(refusal(root, "data/sources/a.jsonl"))
+
+
+# Fields
+
+
+CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+
+
+def fields_of(report: Report, source: str = "data/sources/a.jsonl") -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = report.metrics["sources"][source]["fields"]
+    return found
+
+
+def count(rows: list[Any]) -> int:
+    """Fields of rows and of the messages in them, counted without looking at layouts."""
+    turns = [turn for row in rows for value in row.values() if isinstance(value, list) for turn in value if isinstance(turn, dict)]
+    return sum(map(len, rows)) + sum(map(len, turns))
+
+
+def test_every_field_is_used_kept_or_ignored_and_counted_once(root: Path) -> None:
+    asked, said = CHAT["messages"]
+    rows = [
+        {"messages": [asked, {**said, "weight": 0, "id": 7}], "category": "x", "stars": 4},
+        {"messages": [{**asked, "id": 8}, {**said, "reasoning": "Hm."}], "category": 3, "parallel_tool_calls": False},
+        {"messages": [asked, said, {**asked, "id": None}]},
+        {"messages": [asked, {**said, "weight": 2}], "stars": 5},
+    ]
+    jsonl(root / "data/sources/a.jsonl", *rows)
+    found = fields_of(read(root, "data/sources/a.jsonl"))
+    assert found == {
+        "used": {
+            "category": 1,
+            "messages": 3,
+            "messages[].content": 7,
+            "messages[].reasoning": 1,
+            "messages[].role": 7,
+            "messages[].weight": 1,
+        },
+        "kept": {"category": 1, "messages": 1, "parallel_tool_calls": 1, "stars": 2},
+        "ignored": {"messages[].id": 3},
+    }
+    malformed = sum(map(len, rows[3]["messages"]))  # of a malformed row the messages are kept as they are
+    assert sum(sum(place.values()) for place in found.values()) == count(rows) - malformed
+
+
+@pytest.mark.parametrize("layout", [*LAYOUT_ROWS, "sharegpt with role"])
+def test_the_fields_of_a_row_add_up_in_every_layout(layout: str, root: Path) -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", "name": "a", "id": 1}]
+    row = {**LAYOUT_ROWS[layout][0], "stars": 4} if layout in LAYOUT_ROWS else {"conversations": turns, "stars": 4}
+    jsonl(root / "data/sources/a.jsonl", row)
+    source = {"path": "data/sources/a.jsonl", **({"format": layout} if layout in LAYOUTS else {})}
+    found = fields_of(read(root, source))
+    assert found["kept"]["stars"] == 1
+    if layout not in {"instances", "oasst", "xlam"}:  # whose fields are nested in other ways
+        assert sum(sum(place.values()) for place in found.values()) == count([row])
+
+
+def test_a_field_that_a_layout_loses_stops_the_stage(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jsonl(root / "data/sources/a.jsonl", {**CHAT, "stars": 4})
+    with monkeypatch.context() as patch:
+        patch.setattr(formats, "_kept", lambda *_: {})
+        with pytest.raises(AssertionError, match="field stars is neither used nor kept"):
+            read(root, "data/sources/a.jsonl")
+    monkeypatch.setattr(formats, "read_turns", lambda row, turns: fields.read_turns({"messages": row["messages"][1:]}, turns))
+    with pytest.raises(AssertionError, match="a row has 6 fields, of which 4 are accounted for"):
+        read(root, "data/sources/a.jsonl")
+
+
+def test_fields_that_are_not_used_are_a_check_a_line_of_the_ledger_and_a_finding(root: Path) -> None:
+    asked, said = CHAT["messages"]
+    jsonl(root / "data/sources/a.jsonl", CHAT, {"messages": [asked, {**said, "id": 7, "note": None}]}, {**CHAT, "loss": 0.3, "images": []})
+    report = read(root, "data/sources/a.jsonl")
+    (check,) = report.checks
+    assert (check.name, check.passed, check.severity, check.count, check.blocking) == ("ignored_fields", False, "warn", 2, False)
+    assert (check.rows, check.note) == (["data/sources/a.jsonl:1", "data/sources/a.jsonl:2"], "messages[].id 1, loss 1")
+    assert [row["why"] for row in read_ledger(root / "out")] == ["", "ignored: messages[].id", "ignored: loss"]
+    for place in (root / "out", root / "data/sources/a.jsonl"):
+        document = check_paths([str(place)])
+        (found,) = [finding for finding in document["findings"] if finding["check"] == "ignored_fields"]
+        assert (found["severity"], found["rows"], found["note"]) == ("warn", [1, 2], "messages[].id 1, loss 1")
+    jsonl(root / "data/sources/a.jsonl", {"messages": [asked, {**said, "id": 7}]})
+    assert [check.severity for check in read(root, "data/sources/a.jsonl").checks] == ["info"], "an id changes nothing that is trained"
+
+
+def test_names_of_fields_in_a_report_are_few_and_short(root: Path) -> None:
+    jsonl(root / "data/sources/a.jsonl", {**PAIR, **{f"k{i}": i for i in range(1000)}, "k" * 5000: 1})
+    found = fields_of(read(root, "data/sources/a.jsonl"))["kept"]
+    assert (len(found), sum(found.values())) == (201, 1001) and max(map(len, found)) <= 80
+
+
+def test_a_set_of_images_is_read_if_some_rows_are_text_and_refused_with_the_reason_if_none_is(root: Path) -> None:
+    picture = {"messages": [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "A cat."}]}
+    jsonl(root / "data/sources/a.jsonl", CHAT, *[picture] * 9)
+    assert read(root, "data/sources/a.jsonl").rows_out == 10
+    jsonl(root / "data/sources/a.jsonl", picture)
+    with pytest.raises(InputError, match="image in a message"):
+        read(root, "data/sources/a.jsonl")
+
+
+def test_a_source_may_keep_traces_in_the_text(root: Path) -> None:
+    jsonl(root / "data/sources/a.jsonl", {**PAIR, "completion": "<think>\nHm.\n</think>\n\nHello"})
+    read(root, "data/sources/a.jsonl")
+    assert read_records(root / "out")[0]["messages"][-1] == {"role": "assistant", "content": "Hello", "reasoning_content": "Hm."}
+    read(root, {"path": "data/sources/a.jsonl", "think": "keep"})
+    assert read_records(root / "out")[0]["messages"][-1]["content"].startswith("<think>")
+    assert "raw_examples.sources.0.think" in refusal_of(root, "sometimes")
+
+
+def refusal_of(root: Path, think: str) -> str:
+    with pytest.raises(InputError) as caught:
+        read(root, {"path": "data/sources/a.jsonl", "think": think})
+    return caught.value.what

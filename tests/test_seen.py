@@ -168,7 +168,7 @@ def test_the_page_shows_curves_weights_memory_spans_and_settings_and_hostile_tex
         f"{predicted / 1e6:,.0f} MB",
         f"{peak / 1e6:,.0f} MB",
         "all-linear",
-        "<mark>its answer</mark>",
+        ">its answer</mark>",
         "faq.jsonl",
     ):
         assert text in page, text

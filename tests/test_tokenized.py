@@ -212,6 +212,7 @@ def test_a_named_template_writes_the_beginning_that_the_tokenizer_expects(tiny_t
         ("{% set k = '_' ~ '_class_' ~ '_' %}{{ ''[k].mro() }}" + CHAT_TEMPLATE, "access to attribute '__class__' of 'str' object is unsafe"),
         ("{{ messages.append(1) }}" + CHAT_TEMPLATE, "access to attribute 'append' of 'list' object is unsafe"),
         ("{% include '/etc/passwd' %}" + CHAT_TEMPLATE, "no loader for this environment"),
+        ("{% set form = '%d %b' %}{{ strftime_now(form) }}" + CHAT_TEMPLATE, "`strftime_now` is not deterministic"),
         ("{{ ['a', 'b']|random }}" + CHAT_TEMPLATE, "`random` is not deterministic"),
         ("{{ 1 / 0 }}" + CHAT_TEMPLATE, "the chat template refuses it: division by zero"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}" + CHAT_TEMPLATE, "maximum recursion depth exceeded"),

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import grimp
 import pyarrow as pa
@@ -21,8 +22,10 @@ from dagster_project.training.trainers.harness.checkpoint import code_of
 from dagster_project.views.alignment import draw_alignment
 from dagster_project.views.ballot import ballot_page
 from dagster_project.views.comparison import Sample, comparison_page
+from dagster_project.views.conversations import conversation
 from dagster_project.views.data_quality import data_quality_page
 from dagster_project.views.lineage import lineage_page
+from dagster_project.views.trained_examples import Piece, TrainedExample
 from dagster_project.views.training import training_page
 
 PACKAGE = ROOT / "dagster_project"
@@ -92,16 +95,33 @@ HOSTILE = "</script></style></svg><script>alert(1)</script><img src=x onerror=al
 Text = Callable[[str], str]
 
 
+def rich(text: Text) -> dict[str, Any]:
+    """A record with text in every optional field."""
+    called = {"type": "function", "id": text("call_1"), "function": {"name": text("weather"), "arguments": {text("city"): text("Oslo")}}}
+    unparsed = {"type": "function", "function": {"name": text("time"), "arguments": text("{")}}
+    messages = [
+        {"role": text("user"), "content": text("hi"), "name": text("Ann")},
+        {"role": "assistant", "content": text("a"), "reasoning_content": text("why"), "tool_calls": [called, unparsed], "weight": 0.0},
+        {"role": "tool", "content": text("b") * 99, "tool_call_id": text("call_1"), "name": text("weather")},
+    ]
+    tools = [
+        {"type": "function", "function": {"name": text("weather"), "description": text("of a city")}},
+        {"name": text("time"), "definition": text("{")},
+    ]
+    return {"messages": messages, "tools": tools, "chosen": messages[1:2], "rejected": messages[1:2], "left_out": 2}
+
+
 def quality(text: Text, tmp_path: Path) -> str:
     match = {"row": 1, "place": text("a"), "other": text("b"), "part": text("prompt"), "rule": text("equal"), "score": 1.0,
              "text": text("one"), "span": [0, 3], "other_text": text("two"), "other_span": [0, 3]}  # fmt: skip
     finding = {"check": text("pii"), "severity": "error", "count": 40, "dropped": 1, "waived": 1, "elsewhere": 0, "fixed": 1, "rows": [1, 2],
                "places": [text("a"), text("b")], "examples": [text("c")], "truth": text("d"), "note": text("e"), "next": text("f"),
-               "matches": [match]}  # fmt: skip
+               "matches": [match], "conversations": [rich(text), None]}  # fmt: skip
     bins = [{"from": 0.0, "to": 1.0, "rows": 1, "pairs": 2, "near": 1}]
     counts = {text("name"): 3}
     found = {
         "name": text("a"), "format": text("b"), "rows": 9, "kept": 7, "dropped": counts, "fixed": counts, "findings": [finding],
+        "conversations": [{"place": text("a"), **rich(text)}],
         "notes": {text("quiet"): text("note")},
         "similarity": {"gate": {text("gate"): 0.5}, "histogram": bins, "boilerplate": [{"text": text("phrase"), "rows": 2}]},
         "profile": {
@@ -125,7 +145,8 @@ def training(text: Text, tmp_path: Path) -> str:
         "threads": 2, "versions": {text("torch"): text("2")}, "frozen": {"sha256_before": "a", "sha256_after": "a", "tensors": 2},
         "trained": {text("lora_A"): {"tensors": 1, "moved": 1, "norm_of_change": 0.1}},
     }  # fmt: skip
-    examples = [{"source": text("a:1"), "text": f"{text('user')} ⟦{text('answer')}⟧ {text('rest')}"}]
+    pieces = [Piece(text("user"), None), Piece(text("answer"), 1.0), Piece(text("category"), 16.0), Piece(text("rest"), 0.0)]
+    examples = [TrainedExample(text("a:1"), pieces, "9 tokens", conversation(rich(text)))]
     measured = {"peak_memory_bytes": 2e9}
     return training_page(text("lora"), document, [{"step": 1, "loss": 2.0}], measured, {text("weights"): 10**9}, examples)
 
@@ -220,7 +241,7 @@ class Elements(HTMLParser):
 
 @pytest.mark.parametrize("page", [quality, training, alignment, comparison, lineage, ballot])
 def test_hostile_text_in_any_field_of_any_page_stays_text(page: Callable[[Text, Path], str], tmp_path: Path) -> None:
-    hostile, harmless = page(lambda text: text + HOSTILE, tmp_path / "a"), page(lambda text: f"{text} word", tmp_path / "b")
+    hostile, harmless = page(lambda text: text + HOSTILE, tmp_path / "a"), page(lambda text: text + "w" * len(HOSTILE), tmp_path / "b")
     assert Elements(hostile).found == Elements(harmless).found, "text made an element or an attribute"
     assert "<img" not in hostile and not re.search("[\x00-\x08\x0b-\x1f\u202e\ud800]", hostile)
     body = hostile[hostile.index("<body>") :]

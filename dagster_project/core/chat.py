@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Messages, Tools, calls, is_trained
-from dagster_project.core.rendering import refuse_unwritten, render
+from dagster_project.core.rendering import end_tokens, refuse_unwritten, render
 
 IGNORE = -100
 """Label of a token that is ignored by the loss."""
@@ -58,32 +58,42 @@ def turn_of(tokenizer: Any, messages: Messages, tools: Tools = None, checked: in
     *prompt, message = messages
     if not prompt:
         raise InputError("the assistant speaks first, so there is no prompt to render", "begin with a system or user turn")
-    header = rendered = ""
-    for thinking in (True, False) if _thinks(tokenizer) and not message.get("reasoning_content") else (True,):
-        header = render(tokenizer, prompt, True, tools, thinking)
-        rendered = render(tokenizer, messages, False, tools, thinking)
-        if rendered.startswith(header):
-            break
-    else:
-        if rendered.startswith(render(tokenizer, prompt, False, tools)):
-            raise InputError("the chat template opens an answer in a way in which the rendered answer does not begin", ANOTHER_TEMPLATE)
-        raise InputError("the chat template rewrites earlier turns, so labels cannot be placed", ANOTHER_TEMPLATE)
+    header, text = _answer(tokenizer, messages, tools)
     refuse_unwritten(tokenizer, messages, tools, range(checked, len(prompt)), header)
-    text = rendered[len(header) :]
     refuse_unwritten(tokenizer, messages, None, range(len(prompt), len(messages)), text)
     position = 0
     for part in (message.get("reasoning_content", ""), message["content"], *(call.name for call in calls(message))):
         found = text.find(part.strip(), position)
         position = found + len(part.strip()) if found >= 0 else position
-    stop = text.find(tokenizer.eos_token, position)
-    if stop >= 0:
-        stop += len(tokenizer.eos_token)
+    ends = end_tokens(tokenizer)
+    if found_ends := [(text.find(end, position), end) for end in ends if text.find(end, position) >= 0]:
+        stop = min(start + len(end) for start, end in found_ends)
         return Turn(header, text[:stop], text[stop:])
-    if end := _end_of_turn(tokenizer, messages, tools, header, rendered):
-        return Turn(header, text if text.endswith(end) else text + end, "")
+    if end := _following_end(tokenizer, messages, tools, ends):
+        return Turn(header, text + end, "")
     raise InputError(
-        f"the chat template does not end the assistant's turn with {tokenizer.eos_token!r}", f"{ANOTHER_TEMPLATE} or tokenizer"
+        f"the chat template does not end the assistant's turn with {' or '.join(map(repr, ends))}", f"{ANOTHER_TEMPLATE} or tokenizer"
     )
+
+
+def _answer(tokenizer: Any, messages: Messages, tools: Tools) -> tuple[str, str]:
+    """(prompt with the header of the answer, text from there on).
+
+    Raises:
+        InputError: the template opens the answer in a way in which the rendered answer does not begin.
+    """
+    prompt, header, rendered = messages[:-1], "", ""
+    for thinking in (None, bool(messages[-1].get("reasoning_content"))) if _thinks(tokenizer) else (None,):
+        header = render(tokenizer, prompt, True, tools, thinking)
+        rendered = render(tokenizer, messages, False, tools, thinking)
+        if rendered.startswith(header):
+            return header, rendered[len(header) :]
+    before = render(tokenizer, prompt, False, tools)
+    opening = header.removeprefix(before) if header.startswith(before) else ""
+    if rendered.startswith(before) or not opening or opening not in rendered:
+        raise InputError("the chat template opens an answer in a way in which the rendered answer does not begin", ANOTHER_TEMPLATE)
+    # An answer makes the template rewrite turns before it (gpt-oss drops the trace of a call): the model gets to read them as they were.
+    return header, rendered[rendered.rindex(opening) + len(opening) :]
 
 
 ANOTHER_TEMPLATE = "use another chat template"
@@ -93,29 +103,20 @@ def _thinks(tokenizer: Any) -> bool:
     return "think" in str(tokenizer.chat_template)
 
 
-def _end_of_turn(tokenizer: Any, messages: Messages, tools: Tools, header: str, rendered: str) -> str:
-    """The special token that ends a turn in templates that do not write the tokenizer's end-of-text token after it; "" if there is none.
-
-    Some families stop at the token with which the next turn begins (GLM: `<|user|>`, `<|observation|>`; Gemma 4: `<|tool_response>`), or at
-    one that only ends calls (gpt-oss: `<|call|>`). A token with which the assistant's own turn begins ends nothing.
-    """
-    special = sorted(map(str, tokenizer.all_special_tokens), key=len, reverse=True)
-    message = messages[-1]
+def _following_end(tokenizer: Any, messages: Messages, tools: Tools, ends: Sequence[str]) -> str:
+    """The end-of-turn token with which the template begins the next turn, as GLM does; "" if it begins with none."""
+    message = {key: value for key, value in messages[-1].items() if key != "reasoning_content"}  # which a further turn may remove
+    messages = [*messages[:-1], message]
     reply = {"role": "tool", "content": "x"} if message.get("tool_calls") else {"role": "user", "content": "x"}
     if message.get("tool_calls"):
         call = message["tool_calls"][0]
         reply |= {"name": call["function"]["name"]} | ({"tool_call_id": call["id"]} if "id" in call else {})
     try:
-        further = render(tokenizer, [*messages, reply], False, tools)
+        rendered, further = render(tokenizer, messages, False, tools), render(tokenizer, [*messages, reply], False, tools)
     except InputError:
-        further = ""
-    opening = header[len(render(tokenizer, messages[:-1], False, tools)) :]
-    if further.startswith(rendered):
-        following = further[len(rendered) :]
-        end = next((token for token in special if following.startswith(token)), "")
-        if end and end not in opening:
-            return end
-    return next((token for token in special if message.get("tool_calls") and rendered.endswith(token)), "")
+        return ""
+    following = further.removeprefix(rendered) if further.startswith(rendered) else ""
+    return next((end for end in ends if following.startswith(end)), "")
 
 
 def pieces(tokenizer: Any, messages: Messages, tools: Tools = None) -> Pieces:
@@ -289,12 +290,13 @@ def encode_prompt(tokenizer: Any, messages: Messages, tools: Tools = None, reaso
 def generation_prompt(tokenizer: Any, messages: Messages, tools: Tools = None, reasoning: bool = False) -> str:
     """The rendered prompt with the header with which an answer begins in training."""
     text = render(tokenizer, messages, True, tools)
-    if _thinks(tokenizer) and not reasoning:
-        answer = {"role": "assistant", "content": "Yes"}
-        if not render(tokenizer, [*messages, answer], False, tools).startswith(text):
-            shorter = render(tokenizer, messages, True, tools, thinking=False)
-            if render(tokenizer, [*messages, answer], False, tools, thinking=False).startswith(shorter):
-                return shorter
+    if not _thinks(tokenizer):
+        return text
+    answer = {"role": "assistant", "content": "Yes"} | ({"reasoning_content": "I think so."} if reasoning else {})
+    for thinking in (None, reasoning):
+        header = render(tokenizer, messages, True, tools, thinking)
+        if render(tokenizer, [*messages, answer], False, tools, thinking).startswith(header):
+            return header
     return text
 
 

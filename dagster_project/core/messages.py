@@ -50,6 +50,17 @@ def calls(message: Mapping[str, Any]) -> list[Call]:
     return [Call(call["function"]["name"], call["function"]["arguments"], call.get("id")) for call in message.get("tool_calls") or ()]
 
 
+def readable(value: Any) -> str:
+    """A call's arguments or a tool's definition as a person reads it: text as it is, everything else as JSON, indented if it is long."""
+    if isinstance(value, str):
+        return value
+    try:
+        line = json.dumps(value, ensure_ascii=False)
+        return line if len(line) <= 100 else json.dumps(value, ensure_ascii=False, indent=1)
+    except RecursionError:
+        return "(nested too deeply to be shown)"
+
+
 def tool_names(tools: Tools) -> list[str]:
     return [str(tool.get("function", tool).get("name")) for tool in tools or ()]
 

@@ -249,6 +249,16 @@ def read_preferences(folder: Path) -> list[dict[str, Any]]:
     return [row for shard in sorted(folder.glob("records-*.parquet")) for row in read_table(shard, PREFERENCE)]
 
 
+IGNORED = "ignored: "
+"""Prefix of `why` in the ledgers of `raw_examples` and `raw_preferences` for a row with fields that are not used."""
+
+
+def ignored_in(line: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The fields that a line of the ledger lists as ignored, as a record has them; empty if there are none."""
+    why = line["why"] or ""
+    return {"ignored": why.removeprefix(IGNORED).split(", ")} if why.startswith(IGNORED) else {}
+
+
 READ, JOINED = "read", "joined"
 """Outcomes in the ledger of `raw_preferences`: the first row of a pair, and further rows of the same pair."""
 
@@ -257,13 +267,15 @@ READ, JOINED = "read", "joined"
 def read_pairs(folder: Path) -> list[dict[str, Any]]:
     """The output of `raw_preferences`: the pairs in order, each with its `source_rows` from the ledger and the first of them as `source_row`."""
     rows: list[list[int]] = []
+    ignored: list[dict[str, list[str]]] = []
     for line in read_ledger(folder):
         if line["outcome"] == READ:
             rows.append([])
+            ignored.append(ignored_in(line))
         rows[-1].append(line["source_row"])
     return [
-        {**pair, "source_row": source_rows[0], "source_rows": source_rows}
-        for pair, source_rows in zip(read_records(folder), rows, strict=True)
+        {**pair, "source_row": source_rows[0], "source_rows": source_rows, **names}
+        for pair, source_rows, names in zip(read_records(folder), rows, ignored, strict=True)
     ]
 
 

@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from dagster_project.core.errors import InputError
@@ -19,8 +21,8 @@ from dagster_project.core.messages import JSON, Message, Messages, Tools, calls
 DATE = datetime(2026, 1, 1)
 """Today, for templates that write the date (`strftime_now`): the same text on every day."""
 
-THINKING_OFF = {"enable_thinking": False, "thinking": False}
-"""Variables with which the templates of reasoning models begin an answer without a trace."""
+THINKING = {switch: {"enable_thinking": switch, "thinking": switch} for switch in (True, False)}
+"""Variables with which the templates of reasoning models begin an answer with or without a trace."""
 
 _WORD, _KEY = "pedigree7word", "pedigree7key"
 _USER: Message = {"role": "user", "content": "Hi"}
@@ -104,16 +106,18 @@ def _writes_call(text: str) -> bool:
     return _WORD in text and _KEY in text.partition(_WORD)[2] and f"{{'{_KEY}'" not in text
 
 
-def render(tokenizer: Any, messages: Messages, add_generation_prompt: bool = False, tools: Tools = None, thinking: bool = True) -> str:
+def render(
+    tokenizer: Any, messages: Messages, add_generation_prompt: bool = False, tools: Tools = None, thinking: bool | None = None
+) -> str:
     """Render the conversation with the tokenizer's chat template, in transformers' sandbox.
 
     Args:
         tools: definitions of the functions that the assistant may call.
-        thinking: whether the template may begin an answer with a trace (`THINKING_OFF` if not).
+        thinking: whether answers begin with a trace (`THINKING`); None: as the template does by itself.
     Raises:
         InputError: the template rejects the conversation or fails on it.
     """
-    return _render(tokenizer, form_of(tokenizer), messages, tools, add_generation_prompt, {} if thinking else THINKING_OFF)
+    return _render(tokenizer, form_of(tokenizer), messages, tools, add_generation_prompt, {} if thinking is None else THINKING[thinking])
 
 
 def _render(
@@ -128,13 +132,21 @@ def _render(
 
     given: dict[str, Any] = {**(variables or {}), **({"tools": list(tools)} if tools else {})}
     if "strftime_now" in str(tokenizer.chat_template):
-        given["strftime_now"] = DATE.strftime
+        given["chat_template"] = with_constant_date(str(tokenizer.chat_template))
     try:
         read = [_as_read(message, form) for message in messages]
         return str(tokenizer.apply_chat_template(read, tokenize=False, add_generation_prompt=add_generation_prompt, **given))
     except (TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"the chat template refuses it: {reason}", "use another chat template") from None
+
+
+_CLOCK = re.compile(r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""")
+
+
+def with_constant_date(template: str) -> str:
+    """A template with `DATE` wherever it writes today's date, so that the same conversation gives the same text on every day."""
+    return _CLOCK.sub(lambda call: json.dumps(DATE.strftime(call[1] or call[2] or "")), template)
 
 
 def _as_read(message: Message, form: TemplateForm) -> Message:
@@ -156,6 +168,25 @@ def _call(call: dict[str, Any], as_text: bool) -> dict[str, Any]:
     if as_text and not isinstance(function["arguments"], str):
         function = {**function, "arguments": JSON.encode(function["arguments"])}
     return {**call, "function": function}
+
+
+def end_tokens(tokenizer: Any) -> list[str]:
+    """The tokens at which generation stops: the tokenizer's end-of-text token and those of the model's generation_config.json."""
+    settings = Path(str(getattr(tokenizer, "name_or_path", ""))) / "generation_config.json"
+    found = _end_ids(settings, settings.stat().st_mtime_ns) if settings.is_file() else ()
+    further = [str(token) for token in map(tokenizer.backend_tokenizer.id_to_token, found) if token is not None]
+    return list(dict.fromkeys([str(tokenizer.eos_token), *further]))
+
+
+def end_ids(tokenizer: Any) -> frozenset[int]:
+    """The ids of `end_tokens`."""
+    return frozenset(tokenizer.backend_tokenizer.token_to_id(token) for token in end_tokens(tokenizer))
+
+
+@lru_cache(maxsize=64)
+def _end_ids(settings: Path, _modified: int) -> tuple[int, ...]:
+    ids = json.loads(settings.read_text(encoding="utf-8")).get("eos_token_id")
+    return tuple(ids) if isinstance(ids, list) else (ids,) if isinstance(ids, int) else ()
 
 
 def refuse_unwritten(tokenizer: Any, messages: Messages, tools: Tools, turns: range, text: str) -> None:

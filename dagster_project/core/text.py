@@ -16,7 +16,17 @@ NAMES = {
 }
 """Display names of the systems that tuned variants are compared with."""
 
-TITLES = {"macro_f1": "macro-F1", "accuracy": "accuracy", "rouge_l": "ROUGE-L", "exact_match": "exact match"}
+TITLES = {
+    "macro_f1": "macro-F1",
+    "accuracy": "accuracy",
+    "rouge_l": "ROUGE-L",
+    "exact_match": "exact match",
+    "no_final_answer": "no final answer",
+    "tool_arguments_exact": "same calls",
+    "tool_name_accuracy": "same tools",
+    "tool_call_valid": "valid calls",
+    "false_call": "false calls",
+}
 """Display names of the measures in the comparison table."""
 
 _HIDDEN = re.compile(

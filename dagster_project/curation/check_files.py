@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,9 +11,9 @@ from typing import Any, Literal
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import calls
 from dagster_project.core.params import parse
-from dagster_project.core.records import example_id, prompt_text, read_ledger, read_pairs, read_records, response_text
+from dagster_project.core.records import example_id, ignored_in, prompt_text, read_ledger, read_pairs, read_records, response_text
 from dagster_project.curation.checks import findings
-from dagster_project.curation.checks.checks import Rules, judge
+from dagster_project.curation.checks.checks import Judgement, Rules, judge
 from dagster_project.curation.checks.privacy import mask
 from dagster_project.curation.checks.token_counts import ESTIMATED, Tokens
 from dagster_project.curation.similarity.overlap import shared_span, thirteen_gram_pairs
@@ -51,6 +51,7 @@ def check_paths(
     mapping: Mapping[str, str] | None = None,
     out: Path | None = None,
     dropped: Path | None = None,
+    show: Callable[[Judgement], list[dict[str, Any]]] | None = None,
 ) -> dict[str, Any]:
     """Check files of examples, preference pairs or benchmark questions.
 
@@ -61,6 +62,7 @@ def check_paths(
         thirteen_grams: also report leakage by the common rule of any 13 shared words (in `thirteen_grams`).
         mapping: field -> column, for a custom layout; see `mapping` of a source in params.yaml.
         out, dropped: JSONL files for kept and dropped rows.
+        show: returns the part `shown` of the document.
     Returns:
         `findings.document`; `rows` are 0-based source rows, numbered consecutively across files.
     Raises:
@@ -70,6 +72,8 @@ def check_paths(
     loaded = load(paths, layout, mapping)
     if loaded.kind == "benchmark" and (out or dropped):
         raise InputError(f"{', '.join(paths)}: holds benchmark questions", "--out and --dropped write examples and preference pairs")
+    if loaded.kind == "benchmark" and show:
+        raise InputError(f"{', '.join(paths)}: holds benchmark questions", "--show renders examples and preference pairs")
     held_out = [item for path in against for item in _items(path)]
     judged = judge(loaded.records, held_out, rules, tokens, kind=loaded.kind)
     name = ", ".join(paths)
@@ -86,6 +90,8 @@ def check_paths(
             **findings.changes(_from(before.records, since, paths), loaded.records, previous),
             "findings": findings.finding_changes(old["findings"], document["findings"]),
         }
+    if show:
+        document["shown"] = show(judged)
     write_rows(judged, out, dropped)
     return document
 
@@ -232,7 +238,9 @@ def _canonical(folder: Path) -> Loaded:
             loaded = Loaded("preferences", "canonical pairs", [formats.as_record(pair) for pair in read_pairs(folder)])
         else:
             kept = [entry for entry in read_ledger(folder) if not entry["outcome"].startswith("dropped")]
-            numbered = [{**record, "source_row": entry["source_row"]} for record, entry in zip(records, kept, strict=True)]
+            numbered = [
+                {**record, "source_row": entry["source_row"], **ignored_in(entry)} for record, entry in zip(records, kept, strict=True)
+            ]
             loaded = Loaded("examples", "canonical records", numbered)
         if invalid := [findings.place(record) for record in loaded.records if not _is_valid(record)]:
             raise ValueError(f"{invalid[0]} is not a canonical record")

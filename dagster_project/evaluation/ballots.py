@@ -14,7 +14,9 @@ from pydantic import Field
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Section, parse
 from dagster_project.core.text import many, visible
-from dagster_project.evaluation.paired.pairwise import Choice, Match, Outcome, agreement, answers_of, as_text, majority, match, tally
+from dagster_project.evaluation.answers import of_message
+from dagster_project.evaluation.paired.pairwise import Choice, Match, Outcome, Pair, agreement, answers_of, as_text, majority, match, tally
+from dagster_project.evaluation.samples import folds, prompt_folds
 
 
 class Vote(Section):
@@ -128,14 +130,10 @@ def preferences(ballot: Match, votes: Mapping[str, Mapping[str, Choice]]) -> lis
     rows = []
     for pair in ballot.pairs:
         if won.get(pair.id, "tie") != "tie":
-            chosen, rejected = pair.answers if won[pair.id] == "win" else reversed(pair.answers)
-            row = {"prompt": pair.prompt, "chosen": _assistant_turn(chosen), "rejected": _assistant_turn(rejected)}
+            chosen, rejected = pair.turns if won[pair.id] == "win" else reversed(pair.turns)
+            row = {"prompt": pair.prompt, "chosen": [chosen], "rejected": [rejected]} | ({"tools": pair.tools} if pair.tools else {})
             rows.append(row | ({"category": pair.category} if pair.category is not None else {}))
     return rows
-
-
-def _assistant_turn(answer: str) -> list[dict[str, str]]:
-    return [{"role": "assistant", "content": answer}]
 
 
 def votes_text(found: Mapping[str, Any]) -> str:
@@ -151,6 +149,13 @@ def votes_text(found: Mapping[str, Any]) -> str:
 
 
 def document(ballot: Match, n: int) -> dict[str, Any]:
-    """Content of the ballot page: the first n pairs, without system names."""
-    pairs = [{"id": pair.id, "prompt": [dict(m) for m in pair.prompt], "answers": list(pair.shown)} for pair in ballot.pairs[:n]]
-    return {"ballot": ballot.id, "pairs": pairs}
+    """Content of the ballot page: the first n pairs, without system names. `folds` has traces, calls and tools; it is absent if there are none."""
+    return {"ballot": ballot.id, "pairs": [_shown(pair) for pair in ballot.pairs[:n]]}
+
+
+def _shown(pair: Pair) -> dict[str, Any]:
+    first, second = (folds(of_message(turn)) for turn in pair.turns)
+    parts = {"prompt": prompt_folds(pair.prompt, pair.tools), "answers": [second, first] if pair.swapped else [first, second]}
+    prompt = [{"role": message["role"], "content": message["content"]} for message in pair.prompt]
+    shown = {"id": pair.id, "prompt": prompt, "answers": list(pair.shown)}
+    return shown | ({"folds": parts} if parts["prompt"] or first or second else {})

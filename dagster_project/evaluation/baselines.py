@@ -7,15 +7,17 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dagster_project.core.messages import Message
 from dagster_project.core.records import prompt_text, response_text
+from dagster_project.evaluation.final_answers import NUMBER, FinalAnswer
 from dagster_project.evaluation.labels import LabelSet
-from dagster_project.evaluation.metrics import Task, words
+from dagster_project.evaluation.metrics import AnyTask, words
 
 if TYPE_CHECKING:
     import numpy as np
 
 Record = dict[str, Any]
-Messages = list[dict[str, str]]
+Messages = list[Message]
 
 
 ANSWER = "Answer with one line of JSON and nothing else, with"
@@ -27,23 +29,67 @@ LABEL_ALONE = {
 """The same instructions for label tasks."""
 
 
-def instruction(task: Task | LabelSet, how: str = ANSWER) -> str:
-    """A system prompt that states the whole task, with every allowed value."""
+NUMBER_ALONE = {
+    ANSWER: "Answer with one number and nothing else.",
+    THINK: "Think step by step. Then write on the last line #### and your answer, one number.",
+}
+"""The same for tasks whose final answer is a number."""
+
+
+def instruction(task: AnyTask, how: str = ANSWER) -> str:
+    """A system prompt that states the whole task, with every allowed value. Empty if a regular expression defines the final answer."""
+    if isinstance(task, FinalAnswer):
+        return f"Answer the user's question. {NUMBER_ALONE[how]}" if task.final_answer == NUMBER else ""
     if isinstance(task, LabelSet):
         return f"Classify the user's message. {LABEL_ALONE[how]} {'; '.join(task.known)}."
     fields = "; ".join(f'"{name}": {" or ".join(allowed) if allowed else "a few words"}' for name, allowed in task.fields.items())
     return f"Classify the user's message. {how} exactly these fields: {fields}."
 
 
+def prompted(
+    system_prompt: str | None,
+    task: AnyTask | None,
+    questions: Sequence[Record],
+    shots: Sequence[Record],
+    similar: Sequence[Sequence[Record]],
+) -> dict[str, list[Messages]]:
+    """Baseline -> the prompt for each question.
+
+    Args:
+        system_prompt: replaces the instruction of the task.
+        shots: worked examples for every question.
+        similar: worked examples for each question.
+    """
+    stated = system_prompt or (instruction(task) if task else "")
+    prompts = {"zero_shot": [with_shots("", [], record) for record in questions]}
+    if stated:
+        prompts["system_prompt"] = [with_shots(stated, [], record) for record in questions]
+    if task and (thinking := instruction(task, THINK)):
+        prompts["chain_of_thought"] = [with_shots(thinking, [], record) for record in questions]
+    if shots:
+        prompts["few_shot"] = [with_shots(stated, shots, record) for record in questions]
+        prompts["retrieved"] = [with_shots(stated, some, record) for some, record in zip(similar, questions, strict=True)]
+    return prompts
+
+
 def with_shots(system_prompt: str, shots: Sequence[Record], record: Record) -> Messages:
     """The prompt for a record: system prompt (unless empty), worked examples as earlier turns, then the conversation up to the answer."""
-    turns = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    turns: Messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
     for shot in shots:
-        turns += [
-            {"role": "user", "content": prompt_text(shot["messages"])},
-            {"role": "assistant", "content": response_text(shot["messages"])},
-        ]
+        turns += _worked(shot)
     return [*turns, *(turn for turn in record["messages"][:-1] if turn["role"] != "system")]
+
+
+def _worked(shot: Record) -> Messages:
+    """A worked example: its prompt and response; or the whole conversation if it has tool calls, which only make sense with their results.
+
+    Traces are left out, as chat templates leave them out of earlier turns.
+    """
+    if not any(message.get("tool_calls") for message in shot["messages"]):
+        texts = {"user": prompt_text(shot["messages"]), "assistant": response_text(shot["messages"])}
+        return [{"role": role, "content": text} for role, text in texts.items()]
+    left_out = {"reasoning_content", "weight"}
+    return [{key: value for key, value in m.items() if key not in left_out} for m in shot["messages"] if m["role"] != "system"]
 
 
 def conclusion(answer: str) -> str:

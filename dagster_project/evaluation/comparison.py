@@ -24,9 +24,10 @@ def board(shown: Sequence[str], scores: Scores, compared: Mapping[str, Any]) -> 
     """
     if scores:
         first, second = shown
-        n = next(iter(scores.values()))["n"]
+        some = next(iter(scores.values()))
+        counted = f"{some['n']} {'answers' if 'n_calls' in some else 'test examples'}"
         return [
-            f"| {n} test examples | {TITLES[first]} | 95 % interval | {TITLES[second]} | prompt tokens |",
+            f"| {counted} | {TITLES[first]} | 95 % interval | {TITLES[second]} | prompt tokens |",
             "| --- | ---: | :---: | ---: | ---: |",
         ] + [
             f"| {NAMES.get(name, f'**{name}**, tuned')} | {s[first]:.3f} | {s[f'{first}_interval'][0]:.3f} to {s[f'{first}_interval'][1]:.3f} | {s[second]:.3f} | {_tokens(s)} |"
@@ -124,9 +125,7 @@ def _verdict(name: str, decides: str, scores: Scores, found: Mapping[str, Any], 
     more = beside = ""
     if gained.rival:
         more = f" {_instead(gained.rival, decides, scores[name], scores[gained.rival])}"
-        if decides != "macro_f1" and (
-            ratio := found.get("perplexity_to_base")
-        ):  # free text has many correct answers; likelihood covers them all
+        if decides == OPEN and (ratio := found.get("perplexity_to_base")):  # free text has many correct answers; likelihood covers them all
             beside = f" By likelihood: {_below(ratio)[-1]}."
     if not gained.enough and (gained.low > 0 or gained.high < 0):
         return f"Tuning {name} is not judged: {gained.words}, which so few examples cannot tell from chance.{checks}"

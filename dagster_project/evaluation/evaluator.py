@@ -13,12 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Discriminator, Field, Tag
 
 from dagster_project.core.chat import encode_prompt, encode_record, is_text
+from dagster_project.core.errors import InputError
+from dagster_project.core.messages import Messages, is_trained
 from dagster_project.core.params import TAG, Compute, Section
-from dagster_project.core.records import prompt_text, response_text, subject_text
+from dagster_project.core.records import prompt_text, response_text, subject_text, write_table
+from dagster_project.evaluation.answers import Answer, read_answer
+from dagster_project.evaluation.final_answers import FinalAnswer
 from dagster_project.evaluation.labels import LabelSet, LabelTask, label_set
-from dagster_project.evaluation.metrics import Task, is_answer, label, perplexity
+from dagster_project.evaluation.metrics import AnyTask, Task, is_answer, label, perplexity
 from dagster_project.evaluation.paired.bootstrap import rounded
-from dagster_project.training.inference.generate import generate
+from dagster_project.evaluation.scoring import Offer
+from dagster_project.training.inference.generate import generate_ids
 from dagster_project.training.inference.likelihood import negative_log_likelihood
 from dagster_project.training.methods import feature_extraction
 from dagster_project.training.methods.hardware import prepare
@@ -31,16 +36,26 @@ if TYPE_CHECKING:
 
 
 @cache
-def result_schema() -> pa.Schema:
-    """One row per system and test example."""
+def result_schema(rich: bool = False) -> pa.Schema:
+    """One row per system and test example, and one for each earlier turn that was answered.
+
+    Args:
+        rich: with the columns for traces, calls and earlier turns.
+    """
     import pyarrow as pa
 
+    more = [
+        ("turn", pa.int64()),  # index of the answered message; null for the last one
+        ("reasoning", pa.string()),  # trace before the answer; null if there is none
+        ("tool_calls", pa.string()),  # calls of the answer as JSON; null if there are none
+    ]
     return pa.schema(
         [
             ("system", pa.string()),  # zero_shot, few_shot, ..., or a variant's name
             ("example_id", pa.string()),
-            ("answer", pa.string()),  # generated answer; null if none was generated
-            ("label", pa.string()),  # label of the answer; null for free text
+            *(more if rich else []),
+            ("answer", pa.string()),  # generated answer without trace and calls; null if none was generated
+            ("label", pa.string()),  # label or final answer of the answer; null for free text
             ("prompt_tokens", pa.int64()),  # tokens of the prompt; null for systems other than language models
             ("nll", pa.float64()),  # nats, summed over the reference response; null for systems other than language models
             ("tokens", pa.int64()),  # of the reference response
@@ -48,19 +63,33 @@ def result_schema() -> pa.Schema:
     )
 
 
+def write_results(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write the results table. It has the columns for traces, calls and earlier turns if a row needs them."""
+    rich = any(row["turn"] is not None or row["reasoning"] or row["tool_calls"] for row in rows)
+    write_table(path, rows, result_schema(rich))
+
+
 def _task_kind(value: Any) -> str:
     """Tag of the kind of `task` that a value specifies."""
+    if isinstance(value, FinalAnswer) or (isinstance(value, dict) and "final_answer" in value):
+        return f"{TAG}final_answer"
     return f"{TAG}labels" if isinstance(value, LabelTask) or (isinstance(value, dict) and "labels" in value) else f"{TAG}fields"
 
 
 class Settings(Section):
     """How answers are scored, the same for every variant. See docs/evaluation.md."""
 
-    task: Annotated[Annotated[Task, Tag(f"{TAG}fields")] | Annotated[LabelTask, Tag(f"{TAG}labels")], Discriminator(_task_kind)] | None = (
-        None
-    )
-    """What a correct answer looks like: a label (`labels`), or one JSON object (`fields` and `score`). null, or no test
-    example with such an answer: answers are free text."""
+    task: (
+        Annotated[
+            Annotated[Task, Tag(f"{TAG}fields")]
+            | Annotated[LabelTask, Tag(f"{TAG}labels")]
+            | Annotated[FinalAnswer, Tag(f"{TAG}final_answer")],
+            Discriminator(_task_kind),
+        ]
+        | None
+    ) = None
+    """What a correct answer looks like: a label (`labels`), one JSON object (`fields` and `score`), or text that ends in
+    an answer (`final_answer`). null, or no test example with such an answer: answers are free text."""
     metrics: list[str] = []
     """Measures of your own: `file.function` of a Python file in data/metrics/."""
     max_examples: int = Field(default=200, ge=1)
@@ -112,67 +141,122 @@ class EvaluatedModel:
         of_records = [list(islice(scores, len(parts))) for parts in encoded]
         return [(sum(nats for nats, _ in parts), sum(tokens for _, tokens in parts)) for parts in of_records]
 
-    def answer(self, prompts: Sequence[list[dict[str, str]]], what: str, thinking_tokens: int = 0) -> list[str]:
+    def answer(
+        self, prompts: Sequence[Messages], what: str, thinking_tokens: int = 0, offers: Sequence[Offer] | None = None
+    ) -> list[Answer]:
         """The answer to each prompt; for a classifier the predicted label. Prompts longer than the context are truncated at the beginning.
 
         Args:
             thinking_tokens: additional tokens for reasoning before the answer.
+            offers: what is offered with each prompt.
         """
         if self.head is not None:
-            return self.head.predict(prompts, f"{what}: answers")
+            return [Answer(predicted) for predicted in self.head.predict(prompts, f"{what}: answers")]
         longest = self.settings.max_new_tokens + thinking_tokens
         room = max(1, self.tokenizer.model_max_length - longest)
-        ids = [encode_prompt(self.tokenizer, messages)[-room:] for messages in prompts]
-        return generate(self.model, self.tokenizer, ids, longest, self.settings.batch_size, f"{what}: answers")
+        ids = [encoded[-room:] for encoded in self._encode(prompts, offers)]
+        generated = generate_ids(self.model, self.tokenizer, ids, longest, self.settings.batch_size, f"{what}: answers")
+        tools = [offer.tools for offer in offers or [Offer()] * len(prompts)]
+        return [read_answer(self.tokenizer, prompt, new, some) for prompt, new, some in zip(ids, generated, tools, strict=True)]
 
-    def prompt_tokens(self, prompts: Sequence[list[dict[str, str]]]) -> list[int] | None:
+    def prompt_tokens(self, prompts: Sequence[Messages], offers: Sequence[Offer] | None = None) -> list[int] | None:
         """Tokens of each prompt; None for a classifier, which is not prompted."""
-        return [len(encode_prompt(self.tokenizer, messages)) for messages in prompts] if self.writes else None
+        return [len(encoded) for encoded in self._encode(prompts, offers)] if self.writes else None
+
+    def refuses(self, prompts: Sequence[Messages], offers: Sequence[Offer], what: str) -> bool:
+        """Whether the chat template refuses a prompt that offers tools, e.g. worked examples in which a call has no result."""
+        with_tools = [i for i, offer in enumerate(offers) if offer.tools]
+        try:
+            self._encode([prompts[i] for i in with_tools], [offers[i] for i in with_tools])
+        except InputError as error:
+            log.warning(f"{what} is left out: {error.what}")
+            return True
+        return False
+
+    def _encode(self, prompts: Sequence[Messages], offers: Sequence[Offer] | None) -> list[list[int]]:
+        pairs = zip(prompts, offers or [Offer()] * len(prompts), strict=True)
+        return [encode_prompt(self.tokenizer, messages, offer.tools, offer.reasoning) for messages, offer in pairs]
 
 
 def select_questions(
     records: Sequence[dict[str, Any]], settings: Settings, train: Sequence[dict[str, Any]] = ()
-) -> tuple[Task | LabelSet | None, list[dict[str, Any]]]:
-    """Select the test examples to answer. Returns the task (None for free text) and the examples.
+) -> tuple[AnyTask | None, list[dict[str, Any]]]:
+    """Select the turns to answer. Returns the task (None for free text) and the questions: test examples that end with the turn.
 
     Args:
         records: the test split.
         train: the training split, whose responses are the labels of `labels: auto`.
     """
-    task: Task | LabelSet | None
+    task: AnyTask | None
     if isinstance(settings.task, LabelTask):
         task = label_set(
-            settings.task, *([response_text(r["messages"]) for r in with_prompt_and_response(split)] for split in (train, records))
+            settings.task,
+            *(list(filter(None, (response_text(r["messages"]) for r in with_prompt_and_response(s)))) for s in (train, records)),
         )
     else:
         task = settings.task
     answerable = with_task_answers(records, task)
-    if isinstance(task, Task) and records and not answerable:
+    if task and not isinstance(task, LabelSet) and records and not answerable:
+        form = (
+            f"a JSON object with the fields {', '.join(task.fields)} and allowed values"
+            if isinstance(task, Task)
+            else f"a text with a final answer ({task.final_answer})"
+        )
         log.warning(
-            f"params.yaml: evaluation.task: none of {len(records)} test answers is a JSON object with the fields {', '.join(task.fields)}"
-            " and allowed values; answers are scored as free text. Remove evaluation.task, or describe your own answers"
+            f"params.yaml: evaluation.task: none of {len(records)} test answers is {form}; answers are scored as free text. "
+            "Remove evaluation.task, or describe your own answers"
         )
     task = task if answerable else None
-    answerable = answerable or with_prompt_and_response(records)
-    chosen = set(sorted(record["example_id"] for record in answerable)[: settings.max_examples])
-    return task, [record for record in answerable if record["example_id"] in chosen]
+    last = {record["example_id"] for record in answerable or with_prompt_and_response(records)}
+    questions = [question for record in records for question in turns(record, task, record["example_id"] in last)]
+    chosen = set(sorted({question["example_id"] for question in questions})[: settings.max_examples])
+    return task, [question for question in questions if question["example_id"] in chosen]
 
 
-def with_task_answers(records: Sequence[dict[str, Any]], task: Task | LabelSet | None) -> list[dict[str, Any]]:
+def turns(record: dict[str, Any], task: AnyTask | None, last: bool) -> list[dict[str, Any]]:
+    """The questions of a test example: itself if its last turn is answered, and its beginning up to each earlier turn with tool calls.
+
+    The calls are in earlier turns, because a conversation goes on with their results. Under a task with labels only last turns are answered.
+
+    Returns:
+        Records that end with the answered turn. Those of earlier turns have the index of its message as `turn`.
+    """
+    messages = record["messages"]
+    earlier = (
+        [] if isinstance(task, Task | LabelSet) else [i for i, message in enumerate(messages[:-1]) if i and _calls_in_training(message)]
+    )
+    return [*({**record, "messages": messages[: i + 1], "turn": i} for i in earlier), *([record] if last else [])]
+
+
+def _calls_in_training(message: Mapping[str, Any]) -> bool:
+    return bool(message.get("tool_calls")) and is_trained(message)
+
+
+def turn_key(row: Mapping[str, Any]) -> tuple[str, int]:
+    """Identity of a question or of its row in the results table; -1 is the last turn."""
+    turn = row.get("turn")
+    return row["example_id"], -1 if turn is None else turn
+
+
+def with_task_answers(records: Sequence[dict[str, Any]], task: AnyTask | None) -> list[dict[str, Any]]:
     """The records whose reference response is an answer to the task."""
-    return [record for record in records if task and is_answer(task, response_text(record["messages"]))]
+    return [r for r in records if task and is_answer(task, response_text(r["messages"])) and is_trained(r["messages"][-1])]
 
 
 def with_prompt_and_response(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The conversations with both a prompt and a response."""
-    return [r for r in records if not is_text(r) and prompt_text(r["messages"]) and response_text(r["messages"])]
+    """The conversations with both a prompt and a response, which may be a tool call."""
+    return [r for r in records if not is_text(r) and prompt_text(r["messages"]) and _responds(r["messages"][-1])]
+
+
+def _responds(message: Mapping[str, Any]) -> bool:
+    return is_trained(message) and bool(message["content"] or message.get("tool_calls"))
 
 
 def result_rows(
     system: str,
-    records: Sequence[dict[str, Any]],
-    task: Task | LabelSet | None,
-    answers: Sequence[str | None] | None = None,
+    records: Sequence[Mapping[str, Any]],
+    task: AnyTask | None,
+    answers: Sequence[Answer | None] | None = None,
     prompt_tokens: Sequence[int | None] | None = None,
     likelihoods: Sequence[tuple[float | None, int | None]] = (),
 ) -> list[dict[str, Any]]:
@@ -182,8 +266,9 @@ def result_rows(
         {
             "system": system,
             "example_id": record["example_id"],
-            "answer": answer,
-            "label": label(task, answer) if task and answer is not None else None,
+            "turn": record.get("turn"),
+            **(answer.columns if answer else NO_ANSWER),
+            "label": label(task, answer.content) if task and answer else None,
             "prompt_tokens": length,
             "nll": nll,
             "tokens": n,
@@ -192,6 +277,9 @@ def result_rows(
             records, answers or nothing, prompt_tokens or nothing, likelihoods or [(None, None)] * len(records), strict=True
         )
     ]
+
+
+NO_ANSWER = {"answer": None, "reasoning": None, "tool_calls": None}
 
 
 MOST_SLICES = 20

@@ -17,10 +17,10 @@ from typing import IO, Any, Literal
 from urllib.parse import urlsplit
 
 from dagster_project.core.errors import CheckFailed, InputError, PedigreeError
+from dagster_project.core.messages import Message, calls
 from dagster_project.core.progress import Progress
 from dagster_project.core.text import many, visible
 from dagster_project.evaluation.paired.pairwise import Choice, Match, Outcome, Pair, as_text, tally
-from dagster_project.training.tokens.preference_pairs import reply as assistant_turn
 
 log = logging.getLogger("pedigree")
 
@@ -153,10 +153,17 @@ OUTCOME_OF_ORDERS: dict[tuple[Verdict, Verdict], Outcome] = {("a", "b"): "win", 
 """(verdict with the first system as A, verdict with it as B) -> outcome."""
 
 
-def _question(pair: Pair, answers: Sequence[str]) -> list[dict[str, str]]:
-    """Messages to the judge. The content is JSON, so that an answer cannot imitate the end of its own field."""
-    content = json.dumps({"prompt": pair.prompt, "answer_a": answers[0], "answer_b": answers[1]}, ensure_ascii=False)
-    return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": content}]
+def _question(pair: Pair, answers: Sequence[Message]) -> list[dict[str, str]]:
+    """Messages to the judge. The content is JSON, so that an answer cannot imitate the end of its own field. Traces are not judged."""
+    tools = {"tools": pair.tools} if pair.tools else {}
+    asked = {**tools, "prompt": pair.prompt, "answer_a": _judged(answers[0]), "answer_b": _judged(answers[1])}
+    return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": json.dumps(asked, ensure_ascii=False)}]
+
+
+def _judged(answer: Message) -> Any:
+    """The text of an answer or, with calls, its text and calls."""
+    made = [{"name": call.name, "arguments": call.arguments} for call in calls(answer)]
+    return {"content": answer["content"], "tool_calls": made} if made else answer["content"]
 
 
 def judge(
@@ -182,7 +189,7 @@ def judge(
     progress = Progress("judge", len(pairs), "pair")
     for pair in pairs:
         verdicts: list[Verdict] = []
-        for answers in (pair.answers, pair.answers[::-1]):
+        for answers in (pair.turns, pair.turns[::-1]):
             reply = ask(endpoint, _question(pair, answers), wait)
             verdicts.append(verdict(reply))
             usage = _usage(reply)
@@ -230,7 +237,7 @@ def by_reward(match: Match, n: int, folder: Path) -> dict[str, Any]:
     if failed:
         log.warning(f"the reward model failed its checks: {failed}")
     pairs = match.pairs[:n]
-    conversations = [[*pair.prompt, *assistant_turn(answer)] for pair in pairs for answer in pair.answers]
+    conversations = [[*pair.prompt, answer] for pair in pairs for answer in pair.turns]
     rewards = RewardModel(folder, torch.device("cpu"), torch.float32)(conversations, what="judge")
     by_pair = zip(rewards[::2], rewards[1::2], strict=True)
     outcomes: dict[str, Outcome] = {

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, model_validator
 
 from dagster_project.core.params import Section
+from dagster_project.evaluation.final_answers import FinalAnswer
 from dagster_project.evaluation.labels import NO_LABEL, LabelSet, per_label
 from dagster_project.evaluation.paired.bootstrap import Combine, estimate
 
@@ -57,16 +58,25 @@ def follows(task: Task, value: dict[str, Any] | None) -> bool:
     )
 
 
-def is_answer(task: Task | LabelSet, response: str) -> bool:
+AnyTask = Task | LabelSet | FinalAnswer
+"""How answers are scored: a JSON object with a label, a label, or a final answer."""
+
+
+def is_answer(task: AnyTask, response: str) -> bool:
     """Whether a reference response is an answer to the task."""
+    if isinstance(task, FinalAnswer):
+        return task.extract(response) is not None
     return task.of_response(response) is not None if isinstance(task, LabelSet) else follows(task, parse(response))
 
 
-def label(task: Task | LabelSet, answer: str) -> str:
-    """Label of an answer; NO_LABEL if there is none. For JSON tasks: the label field, or else the first label mentioned anywhere.
+def label(task: AnyTask, answer: str) -> str:
+    """Label or final answer of an answer; NO_LABEL if there is none. For JSON tasks: the label field, or else the first label mentioned anywhere.
 
     The second rule serves models that were not tuned to the format: they are scored by content, not by format.
     """
+    if isinstance(task, FinalAnswer):
+        found = task.extract(answer)
+        return NO_LABEL if found is None else found
     if isinstance(task, LabelSet):
         return task.of_answer(answer) or NO_LABEL
     value = parse(answer)
@@ -96,7 +106,7 @@ class Measure:
     """Whether paired differences to baselines and between variants are computed."""
 
 
-def measures(task: Task | LabelSet | None, custom: Mapping[str, Measure], writes: bool = True) -> dict[str, Measure]:
+def measures(task: AnyTask | None, custom: Mapping[str, Measure], writes: bool = True) -> dict[str, Measure]:
     """Name -> measure, for all measures of a task. The first one is deciding, the second one is shown next to it.
 
     Args:
@@ -109,6 +119,12 @@ def measures(task: Task | LabelSet | None, custom: Mapping[str, Measure], writes
     text = {"bleu": _sacrebleu("BLEU"), "chrf": _sacrebleu("CHRF", paired=not task), **custom}
     if task is None:
         return {"rouge_l": rouge, "exact_match": exact, **text} if writes else {}
+    if isinstance(task, FinalAnswer):
+        final = {
+            "accuracy": Measure(_each(lambda expected, actual: label(task, expected) == label(task, actual)), paired=True),
+            "no_final_answer": Measure(_each(lambda _, actual: task.extract(actual) is None), paired=True),
+        }
+        return {**final, "exact_match": exact, "rouge_l": rouge, **text} if writes else {}
     named = {
         "macro_f1": Measure(lambda expected, actual: _label_counts(task, expected, actual), macro_f1, paired=True),
         "accuracy": Measure(_each(lambda expected, actual: label(task, expected) == label(task, actual)), paired=True),
@@ -143,7 +159,7 @@ def score(table: Mapping[str, Measure], references: Sequence[str], answers: Sequ
     return scores
 
 
-def by_label(task: Task | LabelSet | None, references: Sequence[str], answers: Sequence[str]) -> dict[str, Any]:
+def by_label(task: AnyTask | None, references: Sequence[str], answers: Sequence[str]) -> dict[str, Any]:
     """Metrics of each label for a label task; empty for other tasks."""
     if not isinstance(task, LabelSet):
         return {}

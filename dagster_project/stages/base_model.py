@@ -175,7 +175,14 @@ def _set_padding(tokenizer: Any, model: Any, params: Params) -> None:
     model.config.pad_token_id = tokenizer.pad_token_id
     if model.generation_config is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        model.generation_config.eos_token_id = _ends(tokenizer.eos_token_id, model.generation_config.eos_token_id)
+
+
+def _ends(end_of_text: int, ends: int | list[int] | None) -> int | list[int]:
+    """The tokens at which generation stops: the tokenizer's, and those that the model came with."""
+    given = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    both = list(dict.fromkeys([end_of_text, *given]))
+    return both if len(both) > 1 else end_of_text
 
 
 def _enough_disk(folder: Path, needed: int) -> None:

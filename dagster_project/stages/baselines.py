@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,22 @@ from pydantic import Field
 from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.params import Compute, Section
 from dagster_project.core.records import Report, read_records, response_text, write_table
-from dagster_project.evaluation.baselines import THINK, classify, conclusion, instruction, nearest, spread, with_shots
+from dagster_project.evaluation.answers import Answer
+from dagster_project.evaluation.baselines import classify, conclusion, nearest, prompted, spread
 from dagster_project.evaluation.custom_metrics import custom_measures
 from dagster_project.evaluation.evaluator import (
     EvaluatedModel,
     Settings,
     result_rows,
-    result_schema,
     select_questions,
     with_prompt_and_response,
     with_task_answers,
+    write_results,
 )
-from dagster_project.evaluation.metrics import by_label, label, measures, perplexity_interval, score
+from dagster_project.evaluation.final_answers import FinalAnswer
+from dagster_project.evaluation.metrics import label, perplexity_interval
 from dagster_project.evaluation.retention import accuracies, ask, read_benchmarks, retention_schema
+from dagster_project.evaluation.scoring import Scoring
 
 
 class Params(Section):
@@ -56,40 +60,28 @@ def produce(root: Path, params: Params, settings: Settings, compute: Compute, ba
     task, questions = select_questions(test, settings, train)
     model = EvaluatedModel(base_model, compute, settings)
     examples = with_task_answers(train, task) if task else with_prompt_and_response(train)
-    custom = custom_measures(root, settings.metrics)
-    references = [response_text(record["messages"]) for record in questions]
+    scoring = Scoring(questions, task, custom_measures(root, settings.metrics))
+    labelled = task is not None and not isinstance(task, FinalAnswer)
     likelihoods = model.likelihood(test, "base")
     rows = result_rows("base", test, task, likelihoods=likelihoods)
     retention = ask(model.model, model.tokenizer, benchmarks, settings.batch_size, "base")
     metrics: dict[str, Any] = {"base": {**(perplexity_interval(likelihoods) if test else {}), **accuracies(retention)}}
     if questions:
-        system_prompt = params.system_prompt or (instruction(task) if task else "")
-        prompts = {"zero_shot": [with_shots("", [], record) for record in questions]}
-        if system_prompt:
-            prompts["system_prompt"] = [with_shots(system_prompt, [], record) for record in questions]
-        if task:
-            prompts["chain_of_thought"] = [with_shots(instruction(task, THINK), [], record) for record in questions]
-        if examples:
-            labels = [label(task, response_text(record["messages"])) if task else record["category"] or "" for record in examples]
-            shots = spread(examples, labels, params.few_shot, compute.seed)
-            prompts["few_shot"] = [with_shots(system_prompt, shots, record) for record in questions]
-            similar = nearest(examples, questions, params.retrieved)
-            prompts["retrieved"] = [
-                with_shots(system_prompt, retrieved, record) for retrieved, record in zip(similar, questions, strict=True)
-            ]
-        for name, messages in prompts.items():
-            if name == "chain_of_thought":
-                answers = [conclusion(text) for text in model.answer(messages, name, params.thinking_tokens)]
-            else:
-                answers = model.answer(messages, name)
-            metrics[name] = score(measures(task, custom), references, answers) | by_label(task, references, answers)
-            rows += result_rows(name, questions, task, answers, model.prompt_tokens(messages))
-        if task and examples:
-            answers = classify(examples, labels, questions, compute.seed)
-            metrics["tfidf_logistic"] = score(measures(task, custom, writes=False), references, answers) | by_label(
-                task, references, answers
-            )
+        labels = [label(task, response_text(r["messages"])) if task and labelled else r["category"] or "" for r in examples]
+        shots = spread(examples, labels, params.few_shot, compute.seed)
+        similar = nearest(examples, questions, params.retrieved) if examples else []
+        for name, messages in prompted(params.system_prompt, task, questions, shots, similar).items():
+            if model.refuses(messages, scoring.offers, name):
+                continue
+            answers = model.answer(messages, name, params.thinking_tokens if name == "chain_of_thought" else 0, scoring.offers)
+            if name == "chain_of_thought" and labelled:
+                answers = [replace(answer, content=conclusion(answer.content)) for answer in answers]
+            metrics[name] = scoring.score(answers)
+            rows += result_rows(name, questions, task, answers, model.prompt_tokens(messages, scoring.offers))
+        if labelled and examples:
+            answers = [Answer(text) for text in classify(examples, labels, questions, compute.seed)]
+            metrics["tfidf_logistic"] = scoring.score(answers, writes=False)
             rows += result_rows("tfidf_logistic", questions, task, answers)
-    write_table(out / "results.parquet", rows, result_schema())
+    write_results(out / "results.parquet", rows)
     write_table(out / "retention.parquet", retention, retention_schema())
     return Report(metrics=metrics)

@@ -10,14 +10,17 @@ from typing import Any
 
 from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.params import Section
-from dagster_project.core.records import Report, prompt_text, read_records, read_table, response_text, write_json, write_text
+from dagster_project.core.records import Report, read_records, read_table, write_json, write_text
 from dagster_project.core.text import NAMES
+from dagster_project.evaluation.answers import Answer, of_row
 from dagster_project.evaluation.comparison import advice, board, headline, recommended
 from dagster_project.evaluation.custom_metrics import custom_measures
-from dagster_project.evaluation.evaluator import Settings, select_questions
-from dagster_project.evaluation.metrics import by_label, measures, perplexity, score
+from dagster_project.evaluation.evaluator import Settings, select_questions, turn_key
+from dagster_project.evaluation.metrics import perplexity
 from dagster_project.evaluation.paired.bootstrap import difference, ratio
 from dagster_project.evaluation.retention import forgot, retained
+from dagster_project.evaluation.samples import sample
+from dagster_project.evaluation.scoring import Scoring
 
 
 @dataclass(frozen=True)
@@ -113,21 +116,22 @@ def produce(
 
     train, validation, test = (read_records(splits / name) for name in ("train", "validation", "test"))
     task, questions = select_questions(test, settings, train)
-    references, custom = [response_text(record["messages"]) for record in questions], custom_measures(root, settings.metrics)
+    scoring = Scoring(questions, task, custom_measures(root, settings.metrics))
     results = [baselines, *(variant.evaluation for variant in variants.values())]
-    results_of: dict[str, dict[str, dict[str, Any]]] = {}
+    results_of: dict[str, dict[tuple[str, int], dict[str, Any]]] = {}
     for row in (row for folder in results for row in read_table(folder / "results.parquet")):
-        results_of.setdefault(row["system"], {})[row["example_id"]] = row
+        results_of.setdefault(row["system"], {})[turn_key(row)] = row
 
-    tables, answers, scores = {}, {}, {}
+    answers: dict[str, list[Answer]] = {}
+    scores: dict[str, dict[str, Any]] = {}
+    writes: dict[str, bool] = {}
     for name in (*NAMES, *variants):
-        found = [results_of[name][record["example_id"]] for record in questions] if name in results_of else []
+        found = [results_of[name][turn_key(record)] for record in questions] if name in results_of else []
         if found and all(row["answer"] is not None for row in found):
             lengths = [row["prompt_tokens"] for row in found]
-            writes = None not in lengths
-            tables[name], answers[name] = measures(task, custom, writes), [row["answer"] for row in found]
-            cost = {"prompt_tokens": round(sum(lengths) / len(lengths), 1)} if writes else {}
-            scores[name] = score(tables[name], references, answers[name]) | by_label(task, references, answers[name]) | cost
+            writes[name], answers[name] = None not in lengths, [of_row(row) for row in found]
+            cost = {"prompt_tokens": round(sum(lengths) / len(lengths), 1)} if writes[name] else {}
+            scores[name] = scoring.score(answers[name], writes[name]) | cost
 
     compared: dict[str, Any] = {}
     for name in variants:
@@ -137,23 +141,19 @@ def produce(
         )
         compared[name] = {} if np.isnan(nats).any() else {"perplexity_to_base": ratio(perplexity, nats, base)}  # a classifier has none
         if name in scores:
-            compared[name]["to"] = {
-                other: {
-                    key: difference(m.combine, *(m.statistics(references, answers[system]) for system in (name, other)))
-                    for key, m in tables[name].items()
-                    if m.paired and key in tables[other]
-                }
-                for other in scores
-                if other != name
-            }
+            compared[name]["to"] = {other: _differences(scoring, answers, writes, name, other) for other in scores if other != name}
         if kept := retained(*(read_table(folder / "retention.parquet") for folder in (baselines, variants[name].evaluation))):
             compared[name]["retention"] = kept
         if variants[name].failed_checks:
             compared[name]["failed_checks"] = list(variants[name].failed_checks)
-    first, second, *_ = measures(task, custom)
+    first, second, *_ = scoring.names()
     costs = {name: _cost(name, scores, base_model, variants) for name in (*scores, *(name for name in variants if name not in scores))}
     trained = {record["group_id"] for record in train + validation}
-    test_counts = {"examples": len(test), "answered": len(questions), "seen": sum(record["group_id"] in trained for record in test)}
+    test_counts = {
+        "examples": len(test),
+        "answered": len(set(scoring.examples)),
+        "seen": sum(record["group_id"] in trained for record in test),
+    }
     document: dict[str, Any] = {
         "test": test_counts,
         "shown": [first, second],
@@ -176,20 +176,29 @@ def produce(
     (out / "board.md").write_text("\n".join([*board([first, second], scores, compared), "", *paragraphs]) + "\n")
     write_json(out / "comparison.json", document)
     write_text(scores_file, _plot(first, scores, compared))
-    marks = {name: tables[name]["accuracy" if task else "rouge_l"].statistics(references, answers[name])[:, 0] for name in scores}
+    marks = {name: scoring.marks(answers[name], writes[name]) for name in scores}
     samples = [
-        {
-            "prompt": prompt_text(record["messages"]),
-            "reference": references[i],
-            "category": record["category"],
-            "answers": {name: (answers[name][i], float(marks[name][i])) for name in scores},
-        }
+        sample(record, {name: answers[name][i] for name in scores}, {name: marks[name][i] for name in scores})
         for i, record in enumerate(questions)
     ]
     by_stage = {name: variant.trained for name, variant in variants.items()}
     write_json(pages / "samples.json", {"headline": headline(document), "trained": by_stage, "samples": samples})
     shown = {name: {key: found[key] for key in (first, second)} for name, found in scores.items()}
     return Report(metrics={"scores": shown, **{key: document[key] for key in ("compared", "costs", "recommended", "advice")}})
+
+
+def _differences(
+    scoring: Scoring, answers: Mapping[str, Sequence[Answer]], writes: Mapping[str, bool], name: str, other: str
+) -> dict[str, Any]:
+    """Paired differences of a variant to another system, by measure."""
+    theirs = scoring.names(writes[other])
+    return {
+        key: difference(
+            scoring.combine(key, writes[name]), *(scoring.statistics(key, answers[system], writes[name]) for system in (name, other))
+        )
+        for key, paired in scoring.names(writes[name]).items()
+        if paired and key in theirs
+    }
 
 
 def _cost(name: str, scores: Mapping[str, Mapping[str, Any]], base_model: Path, variants: Mapping[str, Variant]) -> dict[str, float]:

@@ -9,12 +9,14 @@ from typing import Any
 
 from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.params import Compute
-from dagster_project.core.records import CheckResult, Report, read_records, response_text, write_table
+from dagster_project.core.records import CheckResult, Report, read_records, write_table
 from dagster_project.curation.sources.reading import locate
 from dagster_project.evaluation.custom_metrics import custom_measures
-from dagster_project.evaluation.evaluator import EvaluatedModel, Settings, result_rows, result_schema, select_questions, slices
-from dagster_project.evaluation.metrics import by_label, label, measures, perplexity_interval, score
+from dagster_project.evaluation.evaluator import EvaluatedModel, Settings, result_rows, select_questions, slices, turn_key, write_results
+from dagster_project.evaluation.final_answers import FinalAnswer
+from dagster_project.evaluation.metrics import label, perplexity_interval
 from dagster_project.evaluation.retention import accuracies, ask, read_benchmarks, retention_schema
+from dagster_project.evaluation.scoring import Scoring, mean_by_example
 
 CHECK_DESCRIPTIONS = {"test_is_unseen": "No example of the test split, nor a near-copy of one, was trained on."}
 
@@ -71,7 +73,7 @@ def produce(
     benchmarks = read_benchmarks(root, settings.benchmarks)
     task, questions = select_questions(test, settings, train)
     model = EvaluatedModel(merged, compute, settings, base_model)
-    table = measures(task, custom_measures(root, settings.metrics), model.writes)
+    scoring = Scoring(questions, task, custom_measures(root, settings.metrics))
     likelihoods: list[tuple[float, int]] = []
     retention: list[dict[str, Any]] = []
     metrics: dict[str, Any] = {"test_examples": len(test)}
@@ -79,20 +81,21 @@ def produce(
         likelihoods = model.likelihood(test, variant)
         retention = ask(model.model, model.tokenizer, benchmarks, settings.batch_size, variant)
         metrics |= {**perplexity_interval(likelihoods), **accuracies(retention)}
-    rows = {row["example_id"]: row for row in result_rows(variant, test, task, likelihoods=likelihoods)}
-    confusion, scored, values = [("actual", "predicted")], "accuracy" if task else "rouge_l", {}
-    if table and questions:
+    rows = {turn_key(row): row for row in result_rows(variant, test, task, likelihoods=likelihoods)}
+    confusion, values = [("actual", "predicted")], {}
+    if questions and scoring.names(model.writes):
         prompts = [record["messages"][:-1] for record in questions]
-        answers = model.answer(prompts, variant)
-        for row in result_rows(variant, questions, task, answers, model.prompt_tokens(prompts)):
-            rows[row["example_id"]] |= {name: row[name] for name in ("answer", "label", "prompt_tokens")}
-        references = [response_text(record["messages"]) for record in questions]
-        metrics |= score(table, references, answers) | by_label(task, references, answers)
-        values = dict(zip((record["example_id"] for record in questions), table[scored].statistics(references, answers)[:, 0], strict=True))
-        if task:
-            confusion += [(label(task, reference), label(task, answer)) for reference, answer in zip(references, answers, strict=True)]
-    metrics |= slices(test, likelihoods, scored, values)
-    write_table(out / "results.parquet", list(rows.values()), result_schema())
+        answers = model.answer(prompts, variant, offers=scoring.offers)
+        for row in result_rows(variant, questions, task, answers, model.prompt_tokens(prompts, scoring.offers)):
+            found = rows.setdefault(turn_key(row), row)
+            found |= {name: value for name, value in row.items() if name not in {"nll", "tokens"}}
+        metrics |= scoring.score(answers, model.writes)
+        values = mean_by_example(questions, scoring.marks(answers, model.writes))
+        if task and not isinstance(task, FinalAnswer):
+            texts = zip(scoring.texts(scoring.references), scoring.texts(answers), strict=True)
+            confusion += [(label(task, reference), label(task, answer)) for reference, answer in texts]
+    metrics |= slices(test, likelihoods, scoring.mark_name, values)
+    write_results(out / "results.parquet", list(rows.values()))
     write_table(out / "retention.parquet", retention, retention_schema())
     _write_csv(confusion_file, confusion)
     return Report(metrics=metrics, checks=[unseen])

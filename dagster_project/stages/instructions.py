@@ -12,6 +12,7 @@ from dagster_project.core.params import inside
 from dagster_project.core.records import (
     CheckResult,
     Report,
+    ignored_in,
     read_ledger,
     read_records,
     read_table,
@@ -69,7 +70,10 @@ def produce(
     held_out = [item for path in params.benchmarks for item in read_items(inside(root, path, "instructions.benchmarks"), path)]
     decisions = read_decisions(inside(root, params.review, "instructions.review")) if params.review else []
     ledger = read_ledger(raw_examples)
-    records = [{**record, "source_row": entry["source_row"]} for record, entry in zip(read_records(raw_examples), ledger, strict=True)]
+    records = [
+        {**record, "source_row": entry["source_row"], **ignored_in(entry)}
+        for record, entry in zip(read_records(raw_examples), ledger, strict=True)
+    ]
 
     judged = judge(records, held_out, params, tokens_of(base_model), decisions)
     for record, first in zip(judged.records, judged.cluster, strict=True):

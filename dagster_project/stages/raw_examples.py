@@ -8,8 +8,10 @@ from pydantic import Field
 
 from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.records import Report, uncollected, write_ledger, write_records
-from dagster_project.curation.sources import formats
+from dagster_project.curation.sources import fields, formats
 from dagster_project.curation.sources.reading import Reading, Source, locate_sources, read_sources
+
+CHECK_DESCRIPTIONS = {fields.NAME: fields.DESCRIPTION}
 
 
 class Params(Reading):
@@ -36,5 +38,5 @@ def produce(root: Path, params: Params, out: Path) -> Report:
     """
     rows, sources = read_sources(root, params.sources, params, "raw_examples", formats.records_of)
     write_records(out, rows)
-    write_ledger(out, ({**row, "outcome": "read", "why": ""} for row in rows))
-    return Report(rows_in=len(rows), rows_out=len(rows), metrics={"sources": sources})
+    write_ledger(out, ({**row, "outcome": "read", "why": fields.why(row)} for row in rows))
+    return Report(rows_in=len(rows), rows_out=len(rows), metrics={"sources": sources}, checks=[fields.check(rows)])

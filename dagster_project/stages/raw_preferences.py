@@ -8,8 +8,10 @@ from typing import Any
 
 from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.records import JOINED, READ, Report, pair_schema, uncollected, write_ledger, write_records
-from dagster_project.curation.sources import formats
+from dagster_project.curation.sources import fields, formats
 from dagster_project.curation.sources.reading import PairSource, Reading, locate_sources, read_sources
+
+CHECK_DESCRIPTIONS = {fields.NAME: fields.DESCRIPTION}
 
 
 class Params(Reading):
@@ -37,12 +39,12 @@ def produce(root: Path, params: Params, out: Path) -> Report:
     pairs, sources = read_sources(root, params.sources, params, "raw_preferences", formats.pairs_of)
     write_records(out, pairs, pair_schema())
     write_ledger(out, _ledger(pairs))
-    return Report(rows_in=len(pairs), rows_out=len(pairs), metrics={"sources": sources})
+    return Report(rows_in=len(pairs), rows_out=len(pairs), metrics={"sources": sources}, checks=[fields.check(pairs)])
 
 
 def _ledger(pairs: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:
     for pair in pairs:
         first, *others = pair["source_rows"]
-        yield {**pair, "source_row": first, "outcome": READ, "why": ""}
+        yield {**pair, "source_row": first, "outcome": READ, "why": fields.why(pair)}
         for row in others:
             yield {**pair, "source_row": row, "outcome": JOINED, "why": f"the other half of the pair that row {first} begins"}

@@ -15,8 +15,7 @@ from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
 from dagster_project.core.records import CheckResult, Report, read_preferences, remove, response_text, write_json, write_table, write_text
-from dagster_project.evaluation.paired.bootstrap import difference, rounded
-from dagster_project.evaluation.paired.pairwise import wilson
+from dagster_project.evaluation.paired.bootstrap import difference, rounded, wilson
 from dagster_project.training.methods import build as methods
 from dagster_project.training.methods.hardware import peak_memory, prepare, reuse_large_blocks
 from dagster_project.training.tokens.preference_pairs import both

@@ -42,15 +42,27 @@
     return made;
   }
 
+  function folded([title, content]) {
+    const made = document.createElement("details");
+    made.appendChild(document.createElement("summary")).textContent = title;
+    made.appendChild(message(["", content], true));
+    return made;
+  }
+
   function show() {
-    const { id, prompt, answers } = pairs[now];
+    const { id, prompt, answers, folds } = pairs[now];
     const left = pairs.length - votes.size;
     at("hits").textContent = `Pair ${now + 1} of ${pairs.length} · ${left ? `${votes.size} voted, ${left} to go` : "all voted: save below"}` +
       (keeps ? "" : " · this browser does not store votes, so save before you close it");
     at("back").disabled = now === 0;
     at("on").disabled = now === pairs.length - 1;
-    at("prompt").replaceChildren(...prompt.map((turn) => message(turn, prompt.length === 1)));
-    document.querySelectorAll(".side bdi").forEach((side, i) => { side.textContent = answers[i]; });
+    const turns = prompt.filter(([, content]) => content);
+    at("prompt").replaceChildren(...turns.map((turn) => message(turn, prompt.length === 1)), ...(folds?.prompt ?? []).map(folded));
+    document.querySelectorAll(".side").forEach((side, i) => {
+      side.querySelector("bdi").textContent = answers[i];
+      side.querySelectorAll("details").forEach((old) => old.remove());
+      side.append(...(folds?.answers[i] ?? []).map(folded));
+    });
     buttons.forEach((button, i) => {
       const chosen = votes.get(id) === button.dataset.vote;
       button.setAttribute("aria-pressed", chosen);

@@ -20,8 +20,15 @@ def ballot_page(ballot: Mapping[str, Any]) -> str:
             "id": pair["id"],
             "prompt": [[visible(message["role"]), visible(message["content"])] for message in pair["prompt"]],
             "answers": [visible(answer) for answer in pair["answers"]],
+            **({"folds": _visible(pair["folds"])} if "folds" in pair else {}),
         }
         for pair in ballot["pairs"]
     ]
     data = {"ballot": ballot["ballot"], "pairs": pairs}
     return render("ballot.jinja", "Ballot", {"Vote": True, "Save": data}, "ballot.js", ballot=data)
+
+
+def _visible(folds: Mapping[str, Any]) -> dict[str, Any]:
+    """Titles and texts of folded parts, of the prompt and of both answers."""
+    prompt, *answers = ([[visible(title), visible(text)] for title, text in parts] for parts in (folds["prompt"], *folds["answers"]))
+    return {"prompt": prompt, "answers": answers}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dagster_project.core.context import Documents, measured
@@ -32,6 +32,8 @@ class Sample:
     category: str | None
     answers: Mapping[str, tuple[str, float]]
     """System -> its answer, and the score of the answer from 0 to 1."""
+    folds: Mapping[str, Any] = field(default_factory=dict)
+    """Parts other than text, each a title and a text: of `prompt`, `reference` and, by system, of `answers`."""
 
 
 def draw_comparison(documents: Documents) -> None:
@@ -276,10 +278,11 @@ def _sample(sample: Sample, order: Sequence[str], categories: Sequence[str]) -> 
     for i, name in enumerate(order):
         answer, value = sample.answers[name]
         mark = ("✕ wrong" if i in wrong else "✓ right") if value in {0, 1} else f"{value:.2f}"
-        answers.append((_short(name), "bad" if i in wrong else "fine", mark, answer))
+        answers.append((_short(name), "bad" if i in wrong else "fine", mark, answer, sample.folds.get("answers", {}).get(name, ())))
     return {
         "prompt": sample.prompt,
         "reference": sample.reference,
+        "folds": {part: sample.folds.get(part, ()) for part in ("prompt", "reference")},
         "category": sample.category,
         "place": categories.index(sample.category) if sample.category else "",
         "wrong": " ".join(map(str, wrong)),

@@ -10,6 +10,7 @@ from dagster_project.core.context import Documents
 from dagster_project.core.records import write_text
 from dagster_project.core.severity import Shown, shown
 from dagster_project.core.text import many, number, visible
+from dagster_project.views.conversations import conversation
 from dagster_project.views.html import SHORT, Figure, Plot, Shape, Table, brief, cut, label, render, shape, share
 
 PAGE = 20
@@ -65,6 +66,7 @@ def data_quality_page(
         "Changes": _changes(changes) if changes else None,
         "Rows": _flow(document) if document["rows"] else None,
         "Findings": _findings(findings, document.get("notes") or {}),
+        "Conversations": [(one["place"], conversation(one)) for one in document.get("conversations", [])],
         "Expectations": _expectations(expectations) if expectations else None,
         "Similarity": _similarity(document.get("similarity") or {}),
         "Pairs": _pairs(findings),
@@ -193,7 +195,8 @@ def _card(number_: int, finding: Mapping[str, Any]) -> dict[str, Any]:
     facts = [fact for fact in facts if fact[2] or fact[0] in {"dropped", "left"}]
     facts += [("waived", "waived", finding["waived"])] if finding["waived"] else []
     places = finding.get("places") or [f"row {row}" for row in finding.get("rows", [])]
-    quotes, places = list(zip(places, examples, strict=False)), places[:LISTED]
+    shown = [one and conversation(one) for one in finding.get("conversations") or [None] * len(examples)]
+    quotes, places = list(zip(places, examples, shown, strict=False)), places[:LISTED]
     rest = places[len(examples) :]
     more = f" (the first {len(places)} of {number(count)} are listed)" if count > len(places) else ""
     return {

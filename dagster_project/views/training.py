@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,10 +12,10 @@ from dagster_project.core.curves import Point, thinned
 from dagster_project.core.records import write_text
 from dagster_project.core.text import many, number
 from dagster_project.views.html import Figure, Plot, Shape, Table, brief, render, shape
+from dagster_project.views.trained_examples import TrainedExample, legend, trained_examples
 
 PLOT_HEIGHT = 170
 """Pixels of a plot."""
-EXAMPLES_SHOWN = 5
 
 
 def draw_training(documents: Documents) -> None:
@@ -26,7 +25,8 @@ def draw_training(documents: Documents) -> None:
     if training is None or run is None or history is None:
         return
     audit = documents.read(documents.root / "data" / "tokenized" / "audit.json") or {"examples": []}
-    text = training_page(documents.variant, training, history["curve"], run["measured"], run.get("memory"), audit["examples"])
+    examples = trained_examples(documents.root, audit["examples"])
+    text = training_page(documents.variant, training, history["curve"], run["measured"], run.get("memory"), examples)
     write_text(documents.pages / "training.html", text)
 
 
@@ -36,7 +36,7 @@ def training_page(
     curve: Sequence[Point],
     measured: Mapping[str, float],
     predicted: Mapping[str, int] | None,
-    examples: Sequence[Mapping[str, Any]],
+    examples: Sequence[TrainedExample],
 ) -> str:
     """The page of a training.
 
@@ -45,13 +45,13 @@ def training_page(
         curve: of history.json.
         measured: memory, time and speed of the run.
         predicted: bytes by part; None if they cannot be predicted.
-        examples: of the audit of labels; spans in the loss are marked by ⟦⟧ in their "text".
+        examples: some of the examples that it was trained on.
     """
     sections = {
         "Curves": _curves(curve, training.get("best_step")),
         "Memory": _memory(predicted, int(measured["peak_memory_bytes"]), training["device"]),
         "Weights": _weights(training),
-        "Examples": [{"source": one["source"], "pieces": re.split("[⟦⟧]", one["text"])} for one in examples[:EXAMPLES_SHOWN]],
+        "Examples": {"shown": examples, "legend": legend(examples)} if examples else None,
         "Settings": _settings(training),
     }
     how = f"{training['settings']['method']}, {training['dtype']} on {training['device']}"

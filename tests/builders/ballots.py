@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.core.records import example_id, write_json, write_records, write_table
+from dagster_project.evaluation.answers import Answer
 from dagster_project.evaluation.evaluator import result_rows, result_schema
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\u202e"
@@ -29,7 +30,7 @@ def make_answered_project(folder: Path) -> None:
         "tfidf_logistic": [f"Label {i}" for i in range(ANSWERS)],
         "lora": [f" Same {i}.\n" if i % 4 == 0 else f"Strong {i}. {HOSTILE}" for i in range(ANSWERS)],
     }
-    rows = {name: result_rows(name, records, None, said) for name, said in answers.items()}
+    rows = {name: result_rows(name, records, None, [Answer(text) for text in said]) for name, said in answers.items()}
     base = result_rows("base", records, None, likelihoods=[(1.0, 1)] * ANSWERS)
     write_table(folder / "data/baselines/results.parquet", base + rows["few_shot"] + rows["tfidf_logistic"], result_schema())
     write_table(folder / "data/evaluation/lora/results.parquet", rows["lora"], result_schema())

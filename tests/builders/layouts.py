@@ -40,6 +40,14 @@ LAYOUT_ROWS: dict[str, tuple[dict[str, Any], list[tuple[str, str]]]] = {
     ),
     "flan": ({"inputs": "Hi", "targets": "Hello"}, [("user", "Hi"), ("assistant", "Hello")]),
     "ultrachat": ({"id": "0", "data": ["Hi", "Hello"]}, [("user", "Hi"), ("assistant", "Hello")]),
+    "xlam": (
+        {
+            "query": "Is it cold in Oslo?",
+            "tools": '[{"name": "weather", "description": "Weather.", "parameters": {"city": {"type": "str", "description": "Place."}}}]',
+            "answers": '[{"name": "weather", "arguments": {"city": "Oslo"}}]',
+        },
+        [("user", "Is it cold in Oslo?"), ("assistant", "")],
+    ),
     "oasst": (
         {
             "message_tree_id": "t",

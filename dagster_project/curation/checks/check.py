@@ -146,6 +146,8 @@ class Check:
     quotes: bool = False
     """Whether the fact quotes the text ("mojibake: 'cafÃ©'"). Findings then show it as the example, in place of the start of the row,
     so the quotation must be masked (`privacy.mask`)."""
+    worst: Callable[[Sequence[Any]], Severity] | None = None
+    """Facts of the rows that break it -> severity, where it depends on them and params.yaml does not say otherwise."""
     note: Callable[[Rows, Sequence[Any]], list[str]] = lambda rows, facts: []
     """Rows, and the facts of those that break it or did before they were repaired -> figures in words."""
 

@@ -236,7 +236,7 @@ def judge(
     for name in checks_of(kind):
         rows = broken.get(name, [])
         verdicts[name] = Verdict(
-            name, rules.action(name), _severity(name, rules, rows, overlaps), sorted({*rows, *repaired.found.get(name, ())}), dropped[name],
+            name, rules.action(name), _severity(name, rules, rows, facts), sorted({*rows, *repaired.found.get(name, ())}), dropped[name],
             len({*found.get(name, []), *overlaps.waived.get(name, ())}) - len(rows),
             passed=name not in failures and all(reason[i] is not None for i in rows), note=notes.get(name, ""), fixed=fixed.get(name, 0),
         )  # fmt: skip
@@ -332,10 +332,13 @@ def _prepared(
     return repaired.records, edits | more, resolve(rules.waivers, decisions, repaired.records, items), repaired
 
 
-def _severity(name: str, rules: Rules, rows: Sequence[int], overlaps: Overlaps) -> Severity:
+def _severity(name: str, rules: Rules, rows: Sequence[int], facts: _RowFacts) -> Severity:
     """As the rules say; overlaps with held-out text of which none is a copy are a warning, unless the rules say otherwise."""
+    overlaps, decided = facts.overlaps, name in rules.severity or rules.action(name) == "fail"
+    if (worst := CHECKS[name].worst) and rows and not decided:
+        return worst(facts.frame[name].gather(list(rows)).to_list())
     copied = {link.row for link in overlaps.links["benchmark_leakage"] if not link.partial} if name == "benchmark_leakage" else set()
-    decided = name != "benchmark_leakage" or name in rules.severity or rules.action(name) == "fail"
+    decided = decided or name != "benchmark_leakage"
     return rules.severity_of(name) if decided or not rows or not copied.isdisjoint(rows) else "warn"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from dagster_project.core.messages import conversation_text
 from dagster_project.core.records import CheckResult, prompt_text
+from dagster_project.curation.checks import conversations
 from dagster_project.curation.checks.check import part_text
 from dagster_project.curation.checks.checks import CHECKS, Judgement, Verdict
 from dagster_project.curation.checks.overlaps import FIELDS, Link
@@ -40,12 +41,13 @@ def document(
         for verdict in judged.verdicts.values()
         if verdict.broken or not verdict.passed or verdict.waived
     ]
-    numbers = _numbers(judged.records)
+    numbers = row_numbers(judged.records)
     for one in findings:
         one["rows"] = [numbers[i] for i in one["rows"]]
         one["matches"] = [{**found, "row": numbers[found["row"]]} for found in one["matches"]]
     dropped = Counter(why for why in judged.reason if why)
     compared = judged.overlaps.compared
+    rich = conversations.chosen([record for record, why in zip(judged.records, judged.reason, strict=True) if why is None])
     return {
         "name": name,
         "format": layout,
@@ -54,6 +56,7 @@ def document(
         "dropped": {check: dropped[check] for check in CHECKS if dropped[check]},
         **({"fixed": judged.fixed} if judged.fixed else {}),
         "findings": sorted(findings, key=lambda f: (ORDER[f["severity"]], -f["count"], f["check"])),
+        **({"conversations": [{"place": place(record), **conversations.shown(record)} for record in rich]} if rich else {}),
         "similarity": {
             "gate": {"jaccard": JACCARD, "containment": CONTAINMENT},
             "histogram": [
@@ -67,7 +70,7 @@ def document(
     }
 
 
-def _numbers(records: Sequence[Mapping[str, Any]]) -> list[int]:
+def row_numbers(records: Sequence[Mapping[str, Any]]) -> list[int]:
     """The source row of each record, counted on through the sources. A row may give several records, and two rows one."""
     rows: dict[str, int] = {}
     for record in records:
@@ -93,11 +96,18 @@ def finding(verdict: Verdict, judged: Judgement, items: Mapping[str, Item], matc
         "rows": rows,
         "places": [place(judged.records[i]) for i in rows],
         "examples": [_example(verdict.name, judged, i) for i in rows[:3]],
+        **_conversations([judged.records[i] for i in rows[:3]]),
         "truth": check.description,
         "note": verdict.note,
         "next": check.hint,
         "matches": [match(link, judged.records, items, width, verdict.name == "conflicting_responses") for link in links],
     }
+
+
+def _conversations(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The records of `examples` in full, None for those that are only text; nothing if all are."""
+    shown = [conversations.shown(record) if conversations.is_rich(record) else None for record in records]
+    return {"conversations": shown} if any(shown) else {}
 
 
 def _example(check: str, judged: Judgement, i: int) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 PLAIN_CLASSES = frozenset({"TokenizersBackend", "PreTrainedTokenizerFast"})
@@ -36,16 +37,31 @@ class LightTokenizer:
     """As much of a transformers tokenizer as `core.chat` and `token_counts` call."""
 
     backend_tokenizer: Any
-    """A `tokenizers.Tokenizer`."""
+    """A `tokenizers.Tokenizer`; None for a template by itself."""
     special_tokens: Mapping[str, str]
     """The special tokens that have a name, by it."""
     extra: Sequence[str]
     """Those that have none."""
     chat_template: str | None
+    name_or_path: str = ""
+    """The model's folder."""
 
     @property
     def eos_token(self) -> str | None:
         return self.special_tokens.get("eos_token")
+
+    @property
+    def bos_token(self) -> str | None:
+        return self.special_tokens.get("bos_token")
+
+    @property
+    def bos_token_id(self) -> int | None:
+        found = self.backend_tokenizer and self.bos_token and self.backend_tokenizer.token_to_id(self.bos_token)
+        return found if isinstance(found, int) else None
+
+    def __call__(self, text: str) -> SimpleNamespace:
+        """Token ids of a text, with the special tokens that the tokenizer adds."""
+        return SimpleNamespace(input_ids=self.backend_tokenizer.encode(text).ids)
 
     @property
     def all_special_tokens(self) -> list[str]:
@@ -56,12 +72,19 @@ class LightTokenizer:
         return compiled(self.chat_template or "")
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], tokenize: bool, add_generation_prompt: bool, tools: Any = None, **variables: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tokenize: bool,
+        add_generation_prompt: bool,
+        tools: Any = None,
+        chat_template: str | None = None,
+        **variables: Any,
     ) -> str:
         """The conversation as text. The arguments are those of transformers, which `rendering.render` calls by name."""
         if tokenize or not messages:
             raise ValueError("Cannot apply chat template to an empty conversation. Provide at least one message.")
-        text: str = self._template.render(
+        template = compiled(chat_template) if chat_template else self._template
+        text: str = template.render(
             messages=[dict(message) for message in messages],
             tools=tools,
             documents=None,
@@ -109,7 +132,7 @@ def _plain(base_model: Path, settings: dict[str, Any], model: dict[str, Any], st
         backend = Tokenizer.from_file(str(base_model / "tokenizer.json"))
     except Exception:  # noqa: BLE001  tokenizers raises nothing narrower; transformers then says what is wrong
         return None
-    return LightTokenizer(backend, special, extra, template) if backend.get_vocab_size() <= PATCHED_FROM else None
+    return LightTokenizer(backend, special, extra, template, str(base_model)) if backend.get_vocab_size() <= PATCHED_FROM else None
 
 
 def _content(token: Any) -> str:

@@ -16,6 +16,7 @@ from dagster_project.curation.checks.content import CONTENT_CHECKS
 from dagster_project.curation.checks.damage import damage, decomposed, hidden, template_marks
 from dagster_project.curation.checks.overlaps import GROUPED, find_overlaps, first_overlap
 from dagster_project.curation.checks.privacy import scan
+from dagster_project.curation.checks.source_checks import SOURCE_CHECKS
 from dagster_project.curation.checks.tool_checks import TOOL_CHECKS
 from dagster_project.curation.similarity.overlap import words
 from dagster_project.curation.sources.formats import is_text
@@ -78,7 +79,7 @@ def violations(frame: pl.DataFrame, schema: pa.DataFrameSchema) -> dict[str, lis
 def _problem(rows: Rows, _: str) -> list[str | None]:
     """Why each source row could not be read, else null."""
     return [
-        None if r["messages"] or not r.get("same_prompt", True) else meta.get("problem")
+        None if r["messages"] or not r.get("same_prompt", True) or meta.get("unsupported") is True else meta.get("problem")
         for r, meta in zip(rows.records, rows.metas, strict=True)
     ]
 
@@ -366,6 +367,7 @@ _ROW_CHECKS: tuple[Check, ...] = (
         "Mend the rows; rows are counted from 0, lines from 1.",
         column=_problem,
     ),
+    *SOURCE_CHECKS,
     Check(
         "unpaired_answer",
         "Every answer called good or bad has a counterpart to the same prompt.",

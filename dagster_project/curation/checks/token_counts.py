@@ -50,12 +50,21 @@ def _from_transformers(base_model: Path) -> Any:
         raise InputError(f"{base_model}: the tokenizer cannot be read: {error!r}", "name the folder of a whole model") from None
 
 
+def load_tokenizer(base_model: Path) -> Any:
+    """The tokenizer in a model's folder, without transformers if possible.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    return read_tokenizer(base_model) or _from_transformers(base_model)
+
+
 def tokens_of(base_model: Path) -> Tokens:
     """Of the tokenizer in a model's folder. A conversation fits its chat template if that renders it, leaves earlier turns as they are when a
     later one comes, writes all that the assistant says, and ends it with the end-of-turn token (`chat.pieces`)."""
     from jinja2 import TemplateError
 
-    tokenizer = read_tokenizer(base_model) or _from_transformers(base_model)
+    tokenizer = load_tokenizer(base_model)
 
     def count(texts: Sequence[str]) -> list[int]:
         backend, step = tokenizer.backend_tokenizer, 4096

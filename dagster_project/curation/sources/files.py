@@ -314,6 +314,23 @@ TOO_DEEP = f"nested more than {MAX_DEPTH} deep"
 HALF = "text holds half of a surrogate pair, which is no character"
 
 
+def parse_json(text: str) -> Any:
+    """Parse JSON inside a row as strictly as the row itself.
+
+    Raises:
+        ValueError: it is not JSON, or holds what a row may not hold: a key twice, NaN, half of a surrogate pair, nesting that is too deep.
+    """
+    try:
+        value = STRICT.decode(text)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+    if text.count("[") + text.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+        raise ValueError(TOO_DEEP)
+    if "\\u" in text:
+        json.dumps(value, ensure_ascii=False).encode()  # a UnicodeEncodeError is a ValueError
+    return value
+
+
 def _row(source_row: int, value: Any, text: str, line: int = 0) -> Row:
     """Check a parsed value.
 
@@ -446,7 +463,7 @@ def table_rows(batches: Iterable[Any], decode: Callable[[dict[str, Any]], dict[s
             if isinstance(value, Exception):
                 raise value
             plain = json.dumps(decode(value) if decode else value, default=_as_text, allow_nan=False)
-            rows.append(_row(len(rows), json.loads(plain), plain))
+            rows.append(_row(len(rows), _as_sparse(json.loads(plain)), plain))
         except _TooLong as error:
             rows.append(Row(len(rows), None, str(error)))
         except RecursionError:
@@ -454,6 +471,27 @@ def table_rows(batches: Iterable[Any], decode: Callable[[dict[str, Any]], dict[s
         except (ValueError, TypeError, OverflowError) as error:
             rows.append(Row(len(rows), None, f"a value that JSON cannot hold: {error}"))
     return rows
+
+
+CALL_COLUMNS = ("tools", "functions", "answers", "tool_calls", "function_call")
+
+
+def _as_sparse(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose tools and calls have no keys with null: in a table all objects of a column have the keys of all of them."""
+    for key, value in row.items():
+        if key in CALL_COLUMNS:
+            row[key] = _without_nulls(value)
+        elif isinstance(value, list):
+            for message in value:
+                if isinstance(message, dict) and any(message.get(name) for name in CALL_COLUMNS):
+                    message |= {name: _without_nulls(message[name]) for name in CALL_COLUMNS if name in message}
+    return row
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_nulls(one) for one in value]
+    return {key: _without_nulls(one) for key, one in value.items() if one is not None} if isinstance(value, dict) else value
 
 
 class _TooLong(ValueError):

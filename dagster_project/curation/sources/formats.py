@@ -1,602 +1,41 @@
-"""Rows -> canonical records and preference pairs. One function per layout; layouts are detected by the keys of the rows."""
+"""Rows -> canonical records and preference pairs. Layouts are in layouts.py and pair_layouts.py; every row and every field is accounted for."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import takewhile
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.records import example_id, pair_id
+from dagster_project.curation.sources import fields
+from dagster_project.curation.sources.call_texts import Think, is_marked, prompted_tools, split_traces, texts_as_calls
+from dagster_project.curation.sources.detection import SPLITS, canonical_split, choose, detect, is_known, kind, split_of_file
+from dagster_project.curation.sources.fields import FieldAccount, TurnShape, read_turns
 from dagster_project.curation.sources.files import Row, files_of, read_rows
+from dagster_project.curation.sources.layouts import LAYOUTS, RECORD_FIELDS, Layout, is_text, mapped, mapping_problem
+from dagster_project.curation.sources.message import UnsupportedContent
+from dagster_project.curation.sources.pair_layouts import MISMATCH, PAIR_FIELDS, PAIR_LAYOUTS, Pair, PairLayout, mapped_pairs
+from dagster_project.curation.sources.tools import TOOL_KEYS, Tools, definitions
 
-Messages = list[dict[str, str]]
+__all__ = [
+    "FROM_FILE_NAMES", "LAYOUTS", "PAIR_FIELDS", "PAIR_LAYOUTS", "RECORD_FIELDS", "SPLITS", "TOOL_KEYS", "Layout", "PairLayout", "Reader",
+    "Think", "as_record", "canonical_split", "detect", "is_known", "is_text", "kind", "mapping_problem", "of_files", "pairs_of", "records_of",
+    "split_of_file", "to_pairs", "to_records",
+]  # fmt: skip
 T = TypeVar("T")
-L = TypeVar("L", "Layout", "PairLayout")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How one format lays out a row."""
-
-    keys: frozenset[str]
-    """Keys a row must have."""
-    messages: Callable[[dict[str, Any]], Messages]
-    """Converts a row to a conversation. Raises KeyError, TypeError or ValueError for rows of another layout."""
-    used: frozenset[str]
-    """Keys that went into the messages; the others are kept in `meta`."""
-    meta: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: {}
-    """Entries of `meta` in addition to the unused keys."""
-    category: str = "category"
-    """Key of the row's category."""
-    alone: bool = False
-    """Detected only for rows without other keys."""
-    parts: Callable[[dict[str, Any]], list[Any]] | None = None
-    """Splits a source row with several examples into one row per example. Raises errors like `messages`."""
-    labels: bool = False
-    """Whether the response is a label, which is also the category. Detected only for rows that fit no other layout."""
-
-
-def _label(value: Any) -> str:
-    """Convert a label to text, without surrounding spaces: "spam "  ->  "spam", 1  ->  "1", True  ->  "true"."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if not isinstance(value, str | int):
-        raise ValueError(f"expected a label (text, a whole number, true or false), found {type(value).__name__}")
-    return str(value).strip()
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"expected text, found {type(value).__name__}")
-    return value
-
-
-def _list(row: dict[str, Any], key: str, item: str) -> list[Any]:
-    if not isinstance(row[key], list) or not row[key]:
-        raise ValueError(f"`{key}` must be a list with at least one {item}")
-    return row[key]
-
-
-def _turns(system: Any, *turns: tuple[str, str]) -> Messages:
-    first = [{"role": "system", "content": _text(system)}] if system else []
-    return first + [{"role": role, "content": content} for role, content in turns]
-
-
-def _instruction(row: dict[str, Any], context: str) -> str:
-    extra = _text(row.get(context) or "")
-    return _text(row["instruction"]) + (f"\n\n{extra}" if extra else "")
-
-
-def _alpaca(row: dict[str, Any]) -> Messages:
-    return _turns(row.get("system"), ("user", _instruction(row, "input")), ("assistant", _text(row["output"])))
-
-
-def _input(row: dict[str, Any]) -> dict[str, Any]:
-    return {"input": row["input"]} if row.get("input") else {}
-
-
-def _dolly(row: dict[str, Any]) -> Messages:
-    return _turns(None, ("user", _instruction(row, "context")), ("assistant", _text(row["response"])))
-
-
-def _messages(row: dict[str, Any]) -> Messages:
-    return [{"role": _text(m["role"]), "content": _content(m)} for m in _list(row, "messages", "message")]
-
-
-def _content(message: dict[str, Any]) -> str:
-    """Content, then tool calls as JSON: {"content": None, "tool_calls": [{"id": "a"}]}  ->  '[{"id": "a"}]'"""
-    calls = message.get("tool_calls")
-    content = [] if calls and message.get("content") is None else [_text(message["content"])]
-    return "\n".join([*content, json.dumps(calls, ensure_ascii=False)] if calls else content)
-
-
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
-
-
-def _turn(turn: dict[str, Any]) -> tuple[str, str]:
-    return SHAREGPT_ROLES.get(_text(turn["from"]), turn["from"]), _text(turn["value"])
-
-
-def _sharegpt(row: dict[str, Any]) -> Messages:
-    return _turns(row.get("system"), *map(_turn, _list(row, "conversations", "turn")))
-
-
-def _ultrachat(row: dict[str, Any]) -> Messages:
-    return _turns(None, *((("user", "assistant")[i % 2], _text(text)) for i, text in enumerate(_list(row, "data", "turn"))))
-
-
-def _single(prompt: str, completion: str, system: str | None = "system") -> Callable[[dict[str, Any]], Messages]:
-    return lambda row: _turns(row.get(system) if system else None, ("user", _text(row[prompt])), ("assistant", _text(row[completion])))
-
-
-def _instances(row: dict[str, Any]) -> list[Any]:
-    """One row per instance, with its number: {"instruction": "Add.", "instances": [{"input": "1, 2", "output": "3"}]}
-    ->  [{"instruction": "Add.", "input": "1, 2", "output": "3", "instance": 0}]
-
-    Values of the row whose key the instance has too go to `row`. An instance that is not an object is unchanged.
-    """
-    shared = {key: value for key, value in row.items() if key != "instances"}
-    _text(shared["instruction"])
-    rows: list[Any] = []
-    for number, instance in enumerate(_list(row, "instances", "instance")):
-        if not isinstance(instance, dict):
-            rows.append(instance)
-            continue
-        own = {"instance": number, **instance}
-        hidden = {key: shared[key] for key in own if key in shared and shared[key] != own[key]}
-        rows.append({**shared, **own} | ({"row": hidden} if hidden else {}))
-    return rows
-
-
-OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
-
-
-def _oasst_turn(message: dict[str, Any]) -> dict[str, str]:
-    return {"role": OASST_ROLES.get(_text(message["role"]), message["role"]), "content": _text(message["text"])}
-
-
-def _replies(message: dict[str, Any]) -> list[dict[str, Any]]:
-    """Replies that were not deleted, best first: by rank, then those with replies, then in their order."""
-    replies = [reply for reply in message.get("replies") or [] if not reply.get("deleted")]
-    return sorted(replies, key=lambda reply: (reply.get("rank") is None, reply.get("rank") or 0, not reply.get("replies")))
-
-
-def _thread(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The thread of best replies, starting at the prompt."""
-    thread = [row["prompt"]]
-    while replies := _replies(thread[-1]):
-        thread.append(replies[0])
-    return thread
-
-
-def _oasst(row: dict[str, Any]) -> Messages:
-    messages = [_oasst_turn(message) for message in _thread(row)]
-    while messages and messages[-1]["role"] != "assistant":
-        messages.pop()
-    if not messages:
-        raise ValueError("the tree has no assistant reply")
-    return messages
-
-
-def _tree(row: dict[str, Any]) -> dict[str, Any]:
-    """Numbers of messages of a tree by their use; `messages` is the sum of the others."""
-    found = [row["prompt"]]
-    for message in found:
-        found += message.get("replies") or []
-    kept, thread = len(_oasst(row)), len(_thread(row))
-    return {"tree": {"messages": len(found), "kept": kept, "unanswered": thread - kept, "other_branches": len(found) - thread}}
-
-
-def _labeled(prompt: str, label: str, system: str | None = "system") -> Callable[[dict[str, Any]], Messages]:
-    return lambda row: _turns(row.get(system) if system else None, ("user", _text(row[prompt])), ("assistant", _label(row[label])))
-
-
-def _classification(row: dict[str, Any]) -> Messages:
-    """Use the names in `label_text`, if there are any, instead of numeric labels."""
-    return _labeled("text", "label_text" if row.get("label_text") else "label")(row)
-
-
-def _layout(keys: str, messages: Callable[[dict[str, Any]], Messages], optional: str = "", **more: Any) -> Layout:
-    return Layout(frozenset(keys.split()), messages, frozenset((keys + " " + optional).split()), **more)
-
-
-LAYOUTS: dict[str, Layout] = {
-    "alpaca": _layout("instruction output", _alpaca, "input system", meta=_input),
-    "messages": _layout("messages", _messages),
-    "sharegpt": _layout("conversations", _sharegpt, "system"),
-    "dolly": _layout("instruction response", _dolly, "context"),
-    "instances": _layout("instruction instances", _alpaca, "input output system", meta=_input, parts=_instances),
-    "prompt_completion": _layout("prompt completion", _single("prompt", "completion"), "system"),
-    "prompt_response": _layout("prompt response", _single("prompt", "response"), "system"),
-    "question_answer": _layout("question answer", _single("question", "answer"), "system"),
-    "flan": _layout("inputs targets", _single("inputs", "targets"), "system"),
-    "ultrachat": _layout("data", _ultrachat),
-    "oasst": Layout(frozenset({"message_tree_id", "prompt"}), _oasst, frozenset({"prompt"}), _tree),
-    "classification": _layout(
-        "text label",
-        _classification,
-        "label_text system",
-        category="label",
-        labels=True,
-        meta=lambda row: {"label": row["label"]} if row.get("label_text") else {},
-    ),
-    "text": _layout("text", lambda row: _turns(None, ("assistant", _text(row["text"]))), meta=lambda row: {"kind": "text"}, alone=True),
-}
-
-
-def is_text(messages: Sequence[dict[str, str]], meta: Mapping[str, Any]) -> bool:
-    """Whether a record is plain text from the `text` layout: one assistant message without a prompt."""
-    return meta.get("kind") == "text" and [message["role"] for message in messages] == ["assistant"]
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two completions of one prompt. One side is empty if the format has one completion per row (KTO)."""
-
-    prompt: Messages
-    chosen: Messages
-    rejected: Messages
-    margin: float | None = None
-    """Difference in quality, in the format's unit; 0 is a tie."""
-
-
-@dataclass(frozen=True)
-class PairLayout:
-    """How one format lays out preferences."""
-
-    keys: frozenset[str]
-    """Keys a row must have."""
-    pairs: Callable[[dict[str, Any]], list[Pair]]
-    """Converts a row to pairs. Raises KeyError, TypeError or ValueError for rows of another layout."""
-    used: frozenset[str]
-    """Keys that went into the pairs; the others are kept in `meta`."""
-    judged: str = ""
-    """Key of a boolean in each row. With another value the row is in another layout."""
-    category: str = "category"
-    """Key of the pair's category."""
-    variants: tuple[PairLayout, ...] = ()
-    """The same layout with other keys."""
-
-    @property
-    def forms(self) -> tuple[PairLayout, ...]:
-        return (self, *self.variants)
-
-    def form_of(self, row: Mapping[str, Any]) -> PairLayout:
-        """The variant whose keys the row has, or most of them. Keys with null count as missing."""
-
-        def match(form: PairLayout) -> tuple[bool, int]:
-            keys = sum(row.get(key) is not None for key in form.keys)
-            return keys == len(form.keys), keys
-
-        return max(self.forms, key=match) if self.variants else self
-
-
-def _conversation(value: Any, role: str) -> Messages:
-    """Convert text to a message; messages are unchanged: "Hi"  ->  [{"role": "user", "content": "Hi"}]"""
-    if not isinstance(value, str | list):
-        raise ValueError(f"expected text or messages, found {type(value).__name__}")
-    return [{"role": role, "content": value}] if isinstance(value, str) else _messages({"messages": value})
-
-
-MISMATCH = "chosen and rejected do not answer the same prompt"
-
-
-def _margin(row: dict[str, Any]) -> float | None:
-    return None if row.get("margin") is None else _number(row["margin"])
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"expected a number, found {type(value).__name__}")
-    return float(value)
-
-
-def _preference(prompt: str, chosen: str, rejected: str) -> Callable[[dict[str, Any]], list[Pair]]:
-    def pairs(row: dict[str, Any]) -> list[Pair]:
-        context = [*_turns(row.get("system")), *_conversation(row[prompt], "user")]
-        good, bad = (_conversation(row[key], "assistant") for key in (chosen, rejected))
-        if good[: len(context)] == context == bad[: len(context)]:  # UltraFeedback repeats the prompt in both
-            good, bad = good[len(context) :], bad[len(context) :]
-        if not good or not bad:
-            raise ValueError("chosen or rejected says nothing after the prompt")
-        if good[0]["role"] != "assistant" or bad[0]["role"] != "assistant":
-            raise ValueError(MISMATCH)
-        return [Pair(context, good, bad, _margin(row))]
-
-    return pairs
-
-
-def _sharegpt_pair(row: dict[str, Any]) -> list[Pair]:
-    return [Pair(_sharegpt(row), _turns(None, _turn(row["chosen"])), _turns(None, _turn(row["rejected"])), _margin(row))]
-
-
-def _transcript(text: str) -> Messages:
-    """Parse Anthropic's format: "\\n\\nHuman: Hi\\n\\nAssistant: Hello"  ->  user "Hi", assistant "Hello"."""
-    before, *parts = re.split(r"\n\n(Human|Assistant): ?", text)
-    if before.strip() or not parts:
-        raise ValueError("expected a transcript that begins with a blank line and `Human:`")
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return _turns(None, *((roles[name], text) for name, text in zip(parts[::2], parts[1::2], strict=True)))
-
-
-def _whole_conversations(row: dict[str, Any]) -> list[Pair]:
-    """Convert two whole conversations; their common beginning, up to a user turn, is the prompt."""
-    good, bad = (
-        _transcript(row[key]) if isinstance(row[key], str) else _conversation(row[key], "assistant") for key in ("chosen", "rejected")
-    )
-    shared = len([*takewhile(lambda both: both[0] == both[1], zip(good[:-1], bad[:-1], strict=False))])
-    while shared and good[shared - 1]["role"] != "user":
-        shared -= 1
-    if not shared:
-        raise ValueError(MISMATCH)
-    return [Pair(good[:shared], good[shared:], bad[shared:], _margin(row))]
-
-
-def _alpaca_eval(row: dict[str, Any]) -> list[Pair]:
-    """Convert AlpacaEval annotations. The margin is the distance from a tie, 0 to 1.
-
-    `preference` is between 1 (the first output is better) and 2; 1.5, in older annotations 0, is a tie.
-    """
-    preference = _number(row["preference"]) or TIE
-    if not 1 <= preference <= 2:
-        raise ValueError(f"preference must lie between 1 and 2, or be 0 for a tie, found {preference:g}")
-    outputs = [_conversation(_text(row[key]), "assistant") for key in ("output_1", "output_2")]
-    chosen, rejected = outputs if preference <= TIE else reversed(outputs)
-    return [Pair(_turns(row.get("system"), ("user", _instruction(row, "input"))), chosen, rejected, 2 * abs(preference - TIE))]
-
-
-TIE = 1.5
-"""AlpacaEval's metrics convert a `preference` of 0 to this value (alpaca_eval/metrics/helpers.py)."""
-
-
-def _judgement(value: Any) -> bool | None:
-    """Parse a boolean, which is text in a CSV file; None for other values."""
-    if isinstance(value, str):
-        return {"true": True, "false": False}.get(value.strip().lower())
-    return value if isinstance(value, bool) else None
-
-
-def _kto(judged: str, conversation: Callable[[dict[str, Any]], tuple[Messages, Messages]]) -> Callable[[dict[str, Any]], list[Pair]]:
-    """Reader of rows with one answer each that is labelled good or bad.
-
-    Args:
-        judged: key of the label.
-        conversation: returns the prompt and the answer.
-    """
-
-    def pairs(row: dict[str, Any]) -> list[Pair]:
-        prompt, answer = conversation(row)
-        good = _judgement(row[judged])
-        if good is None:
-            raise ValueError(f"{judged} must be true or false, found {type(row[judged]).__name__}")
-        return [Pair(prompt, answer, []) if good else Pair(prompt, [], answer)]
-
-    return pairs
-
-
-def _completion(row: dict[str, Any]) -> tuple[Messages, Messages]:
-    return [*_turns(row.get("system")), *_conversation(row["prompt"], "user")], _conversation(row["completion"], "assistant")
-
-
-def _last_turn(conversation: Callable[[dict[str, Any]], Messages]) -> Callable[[dict[str, Any]], tuple[Messages, Messages]]:
-    """Split a conversation before its last turn, which must be the assistant's and is what the label refers to."""
-
-    def cut(row: dict[str, Any]) -> tuple[Messages, Messages]:
-        *prompt, answer = conversation(row)
-        if not prompt or answer["role"] != "assistant":
-            raise ValueError("the conversation must end with an answer of the assistant, after a prompt")
-        return prompt, [answer]
-
-    return cut
-
-
-def _oasst_pairs(row: dict[str, Any]) -> list[Pair]:
-    """Pair the best reply to each prompter turn with each lower-ranked reply. The margin is the difference in rank."""
-    pairs = []
-    threads = [[row["prompt"]]]
-    for thread in threads:
-        replies = _replies(thread[-1])
-        threads += [[*thread, reply] for reply in replies]
-        ranked = [reply for reply in replies if reply.get("rank") is not None and reply["role"] == "assistant"]
-        prompt = [_oasst_turn(message) for message in thread]
-        pairs += [
-            Pair(prompt, [_oasst_turn(ranked[0])], [_oasst_turn(reply)], float(reply["rank"] - ranked[0]["rank"]))
-            for reply in ranked[1:]
-            if reply["rank"] > ranked[0]["rank"]
-        ]
-    if not pairs:
-        raise ValueError("the tree has no two replies of different rank to the same message")
-    return pairs
-
-
-def _pair_layout(keys: str, pairs: Callable[[dict[str, Any]], list[Pair]], optional: str = "", **more: Any) -> PairLayout:
-    return PairLayout(frozenset(keys.split()), pairs, frozenset((keys + " " + optional).split()), **more)
-
-
-def _kto_forms() -> Iterator[PairLayout]:
-    """TRL's columns, then LLaMA-Factory's: whole conversations, or Alpaca's columns, with a judgement."""
-    yield _pair_layout("prompt completion label", _kto("label", _completion), "system", judged="label")
-    for judged in ("label", "kto_tag"):
-        yield _pair_layout(f"messages {judged}", _kto(judged, _last_turn(_messages)), judged=judged)
-        yield _pair_layout(f"conversations {judged}", _kto(judged, _last_turn(_sharegpt)), "system", judged=judged)
-    yield _pair_layout("instruction output kto_tag", _kto("kto_tag", _last_turn(_alpaca)), "input system", judged="kto_tag")
-
-
-def _kto_layout() -> PairLayout:
-    first, *others = _kto_forms()
-    return replace(first, variants=tuple(others))
-
-
-PAIR_LAYOUTS: dict[str, PairLayout] = {
-    "preference": _pair_layout("prompt chosen rejected", _preference("prompt", "chosen", "rejected"), "system margin"),
-    "sharegpt": _pair_layout("conversations chosen rejected", _sharegpt_pair, "system margin"),
-    "transcripts": _pair_layout("chosen rejected", _whole_conversations, "margin"),
-    "alpaca_eval": _pair_layout("instruction output_1 output_2 preference", _alpaca_eval, "input system"),
-    "kto": _kto_layout(),
-    "oasst": PairLayout(frozenset({"message_tree_id", "prompt"}), _oasst_pairs, frozenset({"prompt"})),
-}
-
-RECORD_FIELDS = {"prompt": True, "response": True, "system": False, "category": False}
-"""Field of a `mapping` -> whether it is required."""
-PAIR_FIELDS = {"prompt": True, "chosen": True, "rejected": True, "category": False}
-
-
-def mapping_problem(mapping: Mapping[str, str], fields: Mapping[str, bool] = RECORD_FIELDS) -> str:
-    """Why a mapping of fields to columns is invalid; empty if valid."""
-    if unknown := [field for field in mapping if field not in fields]:
-        return f"unknown field {', '.join(map(repr, unknown))}; fields: {', '.join(fields)}"
-    if missing := [field for field, needed in fields.items() if needed and field not in mapping]:
-        return f"no column for {', '.join(missing)}"
-    columns = [column for field, column in mapping.items() if (field, column) != ("category", mapping.get("response"))]
-    if twice := [column for column in columns if columns.count(column) > 1]:
-        return f"column {twice[0]!r} is named twice"
-    return ""
-
-
-def _mapped(mapping: Mapping[str, str]) -> Layout:
-    """Layout of a mapping. If response and category are the same column, responses are labels."""
-    labels = mapping.get("category") == mapping["response"]
-    return Layout(
-        keys=frozenset({mapping["prompt"], mapping["response"]}),
-        messages=(_labeled if labels else _single)(mapping["prompt"], mapping["response"], mapping.get("system")),
-        used=frozenset(mapping.values()) - ({mapping.get("category")} if not labels else set()),
-        category=mapping.get("category", "category"),
-        labels=labels,
-    )
-
-
-def _mapped_pairs(mapping: Mapping[str, str]) -> PairLayout:
-    columns = [mapping[field] for field in ("prompt", "chosen", "rejected")]
-    return PairLayout(
-        keys=frozenset(columns),
-        pairs=_preference(*columns),
-        used=frozenset(columns) | {"system", "margin"},
-        category=mapping.get("category", "category"),
-    )
-
-
-def detect(rows: Sequence[Row], name: str, layouts: Mapping[str, Layout] | Mapping[str, PairLayout] = LAYOUTS) -> str:
-    """The layout whose keys most rows have.
-
-    Args:
-        layouts: LAYOUTS or PAIR_LAYOUTS.
-    Raises:
-        InputError: no layout fits any row, or the rows are preferences where examples are expected, or vice versa.
-    """
-    examples, pairs = _best(rows, LAYOUTS), _best(rows, PAIR_LAYOUTS, _is_pair if layouts is LAYOUTS else None)
-    best = examples if layouts is LAYOUTS else pairs
-    if layouts is LAYOUTS and _preferred(examples, pairs):
-        raise InputError(
-            f"{name}: the rows are preferences ({pairs.name}: {', '.join(sorted(pairs.keys))}), not examples to imitate",
-            "list the file under raw_preferences"
-            + (f"; to imitate all of it nevertheless, set format: {examples.name}" if examples.rows else ""),
-        )
-    if layouts is PAIR_LAYOUTS and examples.rows and not pairs.rows:
-        raise InputError(
-            f"{name}: the rows are examples ({examples.name}: {', '.join(sorted(examples.keys))}), not preferences",
-            "list the file under raw_examples",
-        )
-    if not best.rows:
-        keys = sorted(next((row.value for row in rows if row.value is not None), {}))
-        expected = "; ".join(f"{known}: {', '.join(sorted(layout.keys))}" for known, layout in layouts.items())
-        raise InputError(
-            f"{name}: unknown format (keys of the first row: {', '.join(keys) or 'none'})",
-            f"known formats and their keys: {expected}",
-        )
-    return best.name
-
-
-def is_known(rows: Sequence[Row]) -> bool:
-    """Whether any row is in a layout of examples or of preferences."""
-    return bool(_best(rows, LAYOUTS).rows or _best(rows, PAIR_LAYOUTS).rows)
-
-
-def kind(rows: Sequence[Row]) -> Literal["examples", "preferences"]:
-    """Kind of the rows: preferences if most rows have the keys of a pair layout that has more keys than any layout of examples.
-
-    {"prompt", "completion"}                 ->  examples
-    {"prompt", "completion", "label": true}  ->  preferences (KTO), since the other half should not be imitated
-    {"message_tree_id", "prompt"}            ->  examples, since a tree is both
-    """
-    return "preferences" if _preferred(_best(rows, LAYOUTS), _best(rows, PAIR_LAYOUTS, _is_pair)) else "examples"
-
-
-class _Fit(NamedTuple):
-    """The layout that fits most rows."""
-
-    name: str
-    rows: int
-    """How many rows it fits."""
-    keys: frozenset[str]
-    """The keys of the layout."""
-
-
-def _preferred(examples: _Fit, pairs: _Fit) -> bool:
-    return pairs.rows > examples.rows or (len(pairs.keys) > len(examples.keys) and 2 * pairs.rows > examples.rows)
-
-
-def _best(rows: Sequence[Row], layouts: Mapping[str, L], look: Callable[[dict[str, Any], PairLayout], bool] | None = None) -> _Fit:
-    """The layout that fits most rows; of several, the one with most keys.
-
-    Args:
-        look: further condition for rows that have the keys of a variant of a pair layout.
-    """
-    shapes = Counter(tuple(row.value) for row in rows if row.value is not None)
-    fits = []
-    for name, layout in layouts.items():
-        forms = {shape: _forms(layout, shape) for shape in shapes}
-        counts: Counter[frozenset[str]] = Counter()
-        if look and any(forms.values()):
-            for row in rows:
-                if row.value is not None and (form := next((form for form in forms[tuple(row.value)] if look(row.value, form)), None)):  # type: ignore[arg-type]
-                    counts[form.keys] += 1
-        else:
-            for shape, fitting in forms.items():
-                counts.update({fitting[0].keys: shapes[shape]} if fitting else {})
-        keys = max(counts, key=lambda keys: (counts[keys], len(keys)), default=layout.keys)
-        fits.append(_Fit(name, counts.total(), keys))
-    return max(fits, key=lambda fit: (fit.rows, len(fit.keys)))
-
-
-def _forms(layout: Layout | PairLayout, shape: Sequence[str]) -> Sequence[Layout | PairLayout]:
-    """The variants of a layout whose keys a row has."""
-    if isinstance(layout, PairLayout):
-        return [form for form in layout.forms if form.keys <= set(shape)]
-    if layout.labels and any(_forms(other, shape) for other in _OTHERS):
-        return []
-    return [layout] if (layout.keys == set(shape) if layout.alone else layout.keys <= set(shape)) else []
-
-
-_OTHERS: list[Layout | PairLayout] = [*(layout for layout in LAYOUTS.values() if not layout.labels), *PAIR_LAYOUTS.values()]
-"""Layouts that take precedence over classification, e.g. KTO, whose rows also have a `label`."""
-
-
-def _is_pair(row: dict[str, Any], form: PairLayout) -> bool:
-    """Whether a row is a pair. In a table with both kinds every row has all columns, some of them null."""
-    return all(row[key] is not None for key in form.keys) and (not form.judged or _judgement(row[form.judged]) is not None)
-
-
-def _choose(rows: Sequence[Row], name: str, layout: str, layouts: Mapping[str, L], mapped: L | None) -> tuple[str, L]:
-    if mapped is None:
-        if layout != "auto" and layout not in layouts:
-            raise InputError(f"{name}: unknown format {layout!r}", f"known formats: auto, {', '.join(layouts)}")
-        layout = detect(rows, name, layouts) if layout == "auto" else layout
-        return layout, layouts[layout]
-    if layout != "auto":
-        raise InputError(f"{name}: both a format ({layout}) and a mapping", "leave one of them out")
-    if not any(row.value is not None and mapped.keys <= row.value.keys() for row in rows):
-        columns = sorted(next((row.value for row in rows if row.value is not None), {}))
-        raise InputError(
-            f"{name}: mapping: no row has the columns {', '.join(sorted(mapped.keys))}",
-            f"columns of the first row: {', '.join(columns) or 'none'}",
-        )
-    return "mapping", mapped
-
-
-SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
-    ("validation", "valid", "val", "dev", "eval", "evaluation"), "validation"
-)
-"""Spelling of a split -> canonical name."""
-
-
-def canonical_split(label: Any) -> str | None:
-    """ "Dev"  ->  "validation"; None if it is not a split name."""
-    return SPLITS.get(label.strip().lower()) if isinstance(label, str) else None
-
-
-def split_of_file(path: str) -> str | None:
-    """The split in the name of a file: "a/val.jsonl.gz", "a/validation-00000-of-00002.parquet"  ->  "validation"."""
-    return canonical_split(re.sub(r"-\d+-of-\d+$", "", path.rpartition("/")[2].split(".")[0]))
 
 
 def to_records(
-    path: Path, source: str, layout: str = "auto", mapping: Mapping[str, str] | None = None, split: str | None = None
+    path: Path,
+    source: str,
+    layout: str = "auto",
+    mapping: Mapping[str, str] | None = None,
+    split: str | None = None,
+    think: Think = "auto",
 ) -> tuple[str, list[dict[str, Any]]]:
     """Convert every row of a file to a canonical record with its `source_row`; nothing is dropped.
 
@@ -607,13 +46,15 @@ def to_records(
     "data/sources/mine/b/a.jsonl".
 
     Args:
-        mapping: field (prompt, response, system, category) -> column, for a custom layout:
+        mapping: field (`RECORD_FIELDS`) -> column, for a custom layout:
             {"prompt": "q", "response": "a"} reads {"q": "Hi", "a": "Hello"} as user "Hi", assistant "Hello".
         split: label for every row, or "from_file_names".
+        think: what to do with traces at the beginning of answers.
     Returns:
-        The layout ("mapping" for a custom one; several in a folder are joined by ", "), and the records (`record_schema` plus `source_row`).
+        The layout ("mapping" for a custom one; several in a folder are joined by ", "), and the records (`record_schema`, or `rich_schema` if a
+        row needs it) with their `source_row`, the `fields` of the row, and names of those `ignored`, if any.
     """
-    return of_files(path, source, layout, mapping, split, records_of)
+    return of_files(path, source, layout, mapping, split, records_of, think)
 
 
 FROM_FILE_NAMES = "from_file_names"
@@ -630,11 +71,18 @@ class Reader(Protocol):
         layout: str = "auto",
         mapping: Mapping[str, str] | None = None,
         split: str | None = None,
+        think: Think = "auto",
     ) -> tuple[str, list[dict[str, Any]]]: ...
 
 
 def of_files(
-    path: Path, source: str, layout: str, mapping: Mapping[str, str] | None, split: str | None, read: Reader
+    path: Path,
+    source: str,
+    layout: str,
+    mapping: Mapping[str, str] | None,
+    split: str | None,
+    read: Reader,
+    think: Think = "auto",
 ) -> tuple[str, list[dict[str, Any]]]:
     """Apply `read` to a file, or to each file of a folder."""
     used: dict[str, None] = {}
@@ -643,7 +91,7 @@ def of_files(
     for file, name, file_source in _each(path, source):
         label = split_of_file(name) if split == FROM_FILE_NAMES else split
         labels.add(label)
-        file_layout, file_records = read(read_rows(file), name, file_source, layout, mapping, label)
+        file_layout, file_records = read(read_rows(file), name, file_source, layout, mapping, label, think)
         used[file_layout] = None
         records += file_records
     if split == FROM_FILE_NAMES and labels == {None}:
@@ -659,22 +107,28 @@ def _each(path: Path, source: str) -> list[tuple[Path, str, str]]:
 
 
 def records_of(
-    rows: list[Row], name: str, source: str, layout: str = "auto", mapping: Mapping[str, str] | None = None, split: str | None = None
+    rows: list[Row],
+    name: str,
+    source: str,
+    layout: str = "auto",
+    mapping: Mapping[str, str] | None = None,
+    split: str | None = None,
+    think: Think = "auto",
 ) -> tuple[str, list[dict[str, Any]]]:
     """As `to_records`, for rows that are already read. Empties the list, so that rows are not in memory twice."""
-    mapped = _mapped(_validated(mapping, RECORD_FIELDS, name)) if mapping else None
-    layout, used = _choose(rows, name, layout, LAYOUTS, mapped)
-    return layout, [_record(part, source, used, split) for row in _consumed(rows) for part in _parts(row, used)]
+    custom = mapped(_validated(mapping, RECORD_FIELDS, name)) if mapping else None
+    layout, used = choose(rows, name, layout, LAYOUTS, custom)
+    account = FieldAccount()
+    return layout, [_record(part, source, used, split, think, account) for row in _consumed(rows) for part in _parts(row, used)]
 
 
 def _parts(row: Row, layout: Layout) -> list[Row]:
     """The row, or one row per example in it. A row that cannot be split is malformed."""
     if layout.parts is None or row.value is None:
         return [row]
-    nothing: list[Any] = []
-    parts, problem = _read(row, layout.parts, nothing)
-    if problem:
-        return [row._replace(problem=problem)]
+    parts, problem = _read(row, layout.parts)
+    if parts is None:
+        return [row._replace(problem=problem["problem"])]
     return [row._replace(value=part) if isinstance(part, dict) else _no_instance(row, part, number) for number, part in enumerate(parts)]
 
 
@@ -691,7 +145,12 @@ def _consumed(rows: list[Row]) -> Iterator[Row]:
 
 
 def to_pairs(
-    path: Path, source: str, layout: str = "auto", mapping: Mapping[str, str] | None = None, split: str | None = None
+    path: Path,
+    source: str,
+    layout: str = "auto",
+    mapping: Mapping[str, str] | None = None,
+    split: str | None = None,
+    think: Think = "auto",
 ) -> tuple[str, list[dict[str, Any]]]:
     """Convert a file to preference pairs. Every row is in the `source_rows` of at least one pair; a tree may give several, and two KTO rows form one:
 
@@ -706,40 +165,57 @@ def to_pairs(
     Returns:
         The layout, and the pairs (`pair_schema` plus `source_row`, the first of its `source_rows`).
     """
-    return of_files(path, source, layout, mapping, split, pairs_of)
+    return of_files(path, source, layout, mapping, split, pairs_of, think)
 
 
 def pairs_of(
-    rows: list[Row], name: str, source: str, layout: str = "auto", mapping: Mapping[str, str] | None = None, split: str | None = None
+    rows: list[Row],
+    name: str,
+    source: str,
+    layout: str = "auto",
+    mapping: Mapping[str, str] | None = None,
+    split: str | None = None,
+    think: Think = "auto",
 ) -> tuple[str, list[dict[str, Any]]]:
     """As `to_pairs`, for rows that are already read. Empties the list."""
-    mapped = _mapped_pairs(_validated(mapping, PAIR_FIELDS, name)) if mapping else None
-    layout, used = _choose(rows, name, layout, PAIR_LAYOUTS, mapped)
+    custom = mapped_pairs(_validated(mapping, PAIR_FIELDS, name)) if mapping else None
+    layout, used = choose(rows, name, layout, PAIR_LAYOUTS, custom)
+    account = FieldAccount()
     entries: list[dict[str, Any]] = []
     waiting: dict[tuple[str, str], deque[dict[str, Any]]] = defaultdict(deque)
     for row in _consumed(rows):
         form = used.form_of(row.value or {})
-        pairs, problem = _read(row, form.pairs, [Pair([], [], [])])
-        kept = _kept(row, form.used, form.category)
+        read, problem = _read(row, partial(_read_pairs, form=form, think=think))
+        kept = _kept(row, form, read.tool_keys if read else ()) | (read.meta if read else {})
         label = split or canonical_split((row.value or {}).get("split"))
         labelled = {"split": label} if label and not problem else {}
-        for pair in pairs:
+        noted = _noted(row, form, kept, read, account)
+        for pair in read.pairs if read else [Pair([], [], [])]:
             side, other = ("chosen", "rejected") if pair.chosen else ("rejected", "chosen")
             messages = {"chosen": pair.chosen, "rejected": pair.rejected}
             half = not problem and not messages[other]
-            same = json.dumps([label, pair.prompt])
+            tools = {"tools": read.tools} if read and read.tools else {}
+            same = json.dumps([label, pair.prompt, *tools.values()])
             if half and waiting[same, other]:
                 entry = waiting[same, other].popleft()
                 entry[side] = messages[side]
                 entry["source_rows"].append(row.source_row)
                 entry["meta"] = {other: entry["meta"][other], side: kept, **labelled}
+                _join(entry, noted)
                 continue
             missing = f"no {other} completion of the same prompt"
-            meta = {"problem": problem, "row": row.value} if problem else {side: kept, "problem": missing} if half else kept
-            entry = {"source": source, "source_row": row.source_row, "source_rows": [row.source_row], "prompt": pair.prompt, **messages}
-            entries.append(
-                {**entry, "margin": pair.margin, "category": _category(row, form.category), "group_id": None, "meta": {**meta, **labelled}}
-            )
+            meta = {**problem, "row": row.value} if problem else {side: kept, "problem": missing} if half else kept
+            entry = {
+                "source": source,
+                "source_row": row.source_row,
+                "source_rows": [row.source_row],
+                "prompt": pair.prompt,
+                **messages,
+                **tools,
+            }
+            entry |= {"margin": pair.margin, "category": _category(row, form.category), "group_id": None, "meta": {**meta, **labelled}}
+            entries.append(entry | noted)
+            noted = {"fields": ()}  # a row is counted once
             if half:
                 waiting[same, side].append(entries[-1])
     return layout, [{"example_id": _pair_id(entry), **entry, "meta": json.dumps(entry["meta"], sort_keys=True)} for entry in entries]
@@ -747,9 +223,9 @@ def pairs_of(
 
 def _pair_id(entry: dict[str, Any]) -> str:
     """Content hash of a pair; of the row if it is unreadable."""
-    sides = [entry[side] for side in ("prompt", "chosen", "rejected")]
-    if any(sides):
-        return pair_id(*sides)
+    prompt, chosen, rejected = entry["prompt"], entry["chosen"], entry["rejected"]
+    if prompt or chosen or rejected:
+        return pair_id(prompt, chosen, rejected, entry.get("tools"))
     return example_id([{"role": "malformed", "content": json.dumps(entry["meta"]["row"], ensure_ascii=False, sort_keys=True)}])
 
 
@@ -772,17 +248,93 @@ def _validated(mapping: Mapping[str, str], fields: Mapping[str, bool], name: str
     return mapping
 
 
-def _read(row: Row, convert: Callable[[dict[str, Any]], T], otherwise: T) -> tuple[T, str]:
-    """The converted row, or `otherwise` and why it is unreadable."""
+# --- one row -----------------------------------------------------------------------------------------------------------------------
+
+
+class ReadRow(NamedTuple):
+    """A row as its layout reads it."""
+
+    pairs: list[Pair]
+    """The pairs of a row of preferences. An example is the `chosen` side of its only pair."""
+    tools: Tools | None
+    tool_keys: tuple[str, ...]
+    """Keys of the row for tools that were read, also those that hold none."""
+    meta: dict[str, Any]
+    """Further entries of `meta`."""
+    shapes: Mapping[str, list[TurnShape]]
+    ignored: list[str]
+
+
+def _read_example(value: dict[str, Any], layout: Layout, think: Think) -> ReadRow:
+    turns = read_turns(value, layout.turns)
+    messages = layout.messages(turns.row)
+    more = layout.meta(turns.row)
+    tools, keys = _tools_of(value, layout)
+    if not layout.alone and is_marked(messages):
+        if layout.turns:
+            prompted = prompted_tools(messages)
+            tools = tools or prompted.tools
+            messages = texts_as_calls(prompted.messages, prompted.style, tools)
+            more |= {"system_prompt": prompted.system} if prompted.system else {}
+        messages = split_traces(messages, think)
+    if layout is LAYOUTS["oasst"]:
+        turns = fields.read_tree(value)
+    return ReadRow([Pair([], messages, [])], tools, keys, more, turns.shapes, turns.ignored)
+
+
+def _read_pairs(value: dict[str, Any], form: PairLayout, think: Think) -> ReadRow:
+    turns = read_turns(value, form.turns)
+    pairs = form.pairs(turns.row)
+    tools, keys = _tools_of(value, form)
+    more: dict[str, Any] = {}
+    found = []
+    for pair in pairs:
+        sides = [pair.prompt, pair.chosen, pair.rejected]
+        if form.turns and any(map(is_marked, sides)):
+            prompted = prompted_tools(pair.prompt)
+            tools = tools or prompted.tools
+            more |= {"system_prompt": prompted.system} if prompted.system else {}
+            sides = [texts_as_calls(side, prompted.style, tools) for side in (prompted.messages, pair.chosen, pair.rejected)]
+        prompt, chosen, rejected = (split_traces(side, think) for side in sides)
+        found.append(Pair(prompt, chosen, rejected, pair.margin))
+    if form is PAIR_LAYOUTS["oasst"]:
+        turns = fields.read_tree(value)
+    return ReadRow(found, tools, keys, more, turns.shapes, turns.ignored)
+
+
+def _tools_of(value: Mapping[str, Any], layout: Layout | PairLayout) -> tuple[Tools | None, tuple[str, ...]]:
+    """Tool definitions of a row, and the keys that were read for them.
+
+    In a layout of conversations a value that is no definition makes the row malformed; elsewhere `tools` may be any column.
+    """
+    keys: list[str] = []
+    for key in layout.tool_keys:
+        if key in value:
+            try:
+                found = definitions(value[key])
+            except ValueError:
+                if layout.turns or key in layout.used:
+                    raise
+                continue
+            keys.append(key)
+            if found:
+                return found, tuple(keys)
+    return None, tuple(keys)
+
+
+def _read(row: Row, convert: Callable[[dict[str, Any]], T]) -> tuple[T | None, dict[str, Any]]:
+    """The converted row, or None and entries of `meta` that say why it is unreadable."""
     if row.problem or row.value is None:
-        return otherwise, row.problem
+        return None, {"problem": row.problem}
+    unsupported = False
     try:
-        return convert(row.value), ""
+        return convert(row.value), {}
     except KeyError as error:
         problem = f"no key {error}"
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
-        problem = str(error)
-    return otherwise, f"{problem} (line {row.line})" if row.line else problem
+        problem, unsupported = str(error), isinstance(error, UnsupportedContent)
+    problem = f"{problem} (line {row.line})" if row.line else problem
+    return None, {"problem": problem, **({"unsupported": True} if unsupported else {})}
 
 
 def _category(row: Row, key: str) -> str | None:
@@ -790,34 +342,54 @@ def _category(row: Row, key: str) -> str | None:
     return category if isinstance(category, str) else None
 
 
-def _kept(row: Row, used: frozenset[str], category: str) -> dict[str, Any]:
+def _kept(row: Row, layout: Layout | PairLayout, tool_keys: tuple[str, ...]) -> dict[str, Any]:
     """Values that are in no other column, including a category that is not text."""
-    elsewhere = used | ({category} if isinstance((row.value or {}).get(category), str | None) else set())
-    return {key: value for key, value in (row.value or {}).items() if key not in elsewhere}
+    elsewhere = layout.used | ({layout.category} if isinstance((row.value or {}).get(layout.category), str | None) else set())
+    return {key: value for key, value in (row.value or {}).items() if key not in elsewhere and key not in tool_keys}
 
 
-def _record(row: Row, source: str, layout: Layout, split: str | None) -> dict[str, Any]:
-    nothing: tuple[Messages, dict[str, Any]] = ([], {})
-    (messages, more), problem = _read(row, lambda value: (layout.messages(value), layout.meta(value)), nothing)
+def _noted(row: Row, layout: Layout | PairLayout, kept: Mapping[str, Any], read: ReadRow | None, account: FieldAccount) -> dict[str, Any]:
+    """Where the fields of the row went, and names of those that are ignored though they hold something."""
+    if read is None:
+        return {"fields": (fields.kept_whole(row.value),)}
+    ignored = [*read.ignored, *fields.important(kept)]
+    found = account.of(row.value or {}, layout.used, (layout.category, *read.tool_keys), kept, read.shapes)
+    return {"fields": (found,), **({"ignored": [*dict.fromkeys(ignored)]} if ignored else {})}
+
+
+def _join(entry: dict[str, Any], noted: Mapping[str, Any]) -> None:
+    """Add what was noted of the second row of a pair."""
+    entry["fields"] += noted["fields"]
+    if ignored := [*dict.fromkeys([*entry.get("ignored", ()), *noted.get("ignored", ())])]:
+        entry["ignored"] = ignored
+
+
+def _record(row: Row, source: str, layout: Layout, split: str | None, think: Think, account: FieldAccount) -> dict[str, Any]:
+    read, problem = _read(row, lambda value: _read_example(value, layout, think))
     value = row.value or {}
-    if problem:
-        meta: dict[str, Any] = {"problem": problem, "row": value}
+    messages = read.pairs[0].chosen if read else []
+    if read is None:
+        meta: dict[str, Any] = {**problem, "row": value}
     else:
-        meta = _kept(row, layout.used, layout.category)
+        more, meta = read.meta, _kept(row, layout, read.tool_keys)
         if label := canonical_split(meta.get("split")):
             meta["split"] = label
         if split:
             more = {**more, "split": split}
         hidden = {key: meta[key] for key in more if key in meta and meta[key] != more[key]}
         meta |= more | ({"row": hidden} if hidden else {})
+    tools = {"tools": read.tools} if read and read.tools else {}
+    malformed = [{"role": "malformed", "content": json.dumps(value, ensure_ascii=False, sort_keys=True)}] if not messages else []
     return {
-        "example_id": example_id(messages or [{"role": "malformed", "content": json.dumps(value, ensure_ascii=False, sort_keys=True)}]),
+        "example_id": example_id(messages or malformed, tools.get("tools")),
         "source": source,
         "source_row": row.source_row,
         "messages": messages,
+        **tools,
         "category": (messages[-1]["content"] or None) if layout.labels and messages else _category(row, layout.category),
         "group_id": None,
         "meta": (ASCII if problem else JSON).encode(meta) if meta else "{}",
+        **_noted(row, layout, meta, read, account),
     }
 
 

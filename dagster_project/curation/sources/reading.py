@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_file, sha256_of_text
 from dagster_project.core.params import Licensed, Section, inside
-from dagster_project.curation.sources import formats
+from dagster_project.curation.sources import fields, formats
 from dagster_project.curation.sources.files import files_of
 from dagster_project.curation.sources.hub import HubSplit, held_out_label, read_split, sha256_of_rows
 
@@ -39,9 +39,13 @@ class Source(Licensed):
     """Name of the layout of the rows. `auto` detects it from the keys of the rows. See docs/sources.md for the
     layouts."""
     mapping: dict[str, str] = {}
-    """Field -> column, for a layout without a name, e.g. `{prompt: q, response: a}`; optional fields are `system` and
-    `category`. `response` and `category` may be the same column, whose values are then labels. Not together with
-    `format`."""
+    """Field -> column, for a layout without a name, e.g. `{prompt: q, response: a}`; optional fields are `system`,
+    `category`, `tools`, `tool_calls` (JSON; `response` is then optional) and `reasoning`. `response` and `category` may
+    be the same column, whose values are then labels. Not together with `format`."""
+    think: formats.Think = "auto"
+    """Traces of reasoning at the beginning of answers. `auto` moves `<think>...</think>` and OpenThoughts'
+    `<|begin_of_thought|>` spans to `reasoning_content`; `split` also moves what is before a `</think>` without an opening
+    tag; `keep` leaves all of it in the text."""
     license: str = "unknown"
     """License of the text. Audits and model cards show it."""
     origin: str = ""
@@ -87,8 +91,8 @@ class PairSource(Source):
     """Name of the layout of the rows. `auto` detects it from the keys of the rows. See docs/sources.md for the layouts
     of preferences."""
     mapping: dict[str, str] = {}
-    """Field -> column, for a layout without a name, e.g. `{prompt: q, chosen: good, rejected: bad}`; optional field:
-    `category`. Not together with `format`."""
+    """Field -> column, for a layout without a name, e.g. `{prompt: q, chosen: good, rejected: bad}`; optional fields:
+    `category` and `tools`. Not together with `format`."""
 
 
 class Reading(Section):
@@ -132,7 +136,15 @@ def read_sources(
         origin = {"origin": source.origin} if source.origin else {}
         rows_read = len(_source_rows(records))
         counts = {"pairs": len(records)} if read is formats.pairs_of else {"examples": len(records)} if len(records) != rows_read else {}
-        facts[source.name] = {"format": layout, "rows": rows_read, **counts, **details, "license": source.license, **origin}
+        facts[source.name] = {
+            "format": layout,
+            "rows": rows_read,
+            **counts,
+            **details,
+            "license": source.license,
+            **origin,
+            "fields": fields.counts(records),
+        }
     return rows, facts
 
 
@@ -146,7 +158,7 @@ Loaded = tuple[str, list[dict[str, Any]], dict[str, Any]]
 
 
 def _from_path(source: Source, path: Path, limit: int | None, read: formats.Reader) -> Loaded:
-    layout, records = formats.of_files(path, source.name, source.format, source.mapping, source.split, read)
+    layout, records = formats.of_files(path, source.name, source.format, source.mapping, source.split, read, source.think)
     records = records[:limit]
     if path.is_file():
         return layout, records, {"sha256": sha256_of_file(path)}
@@ -159,20 +171,22 @@ def _from_path(source: Source, path: Path, limit: int | None, read: formats.Read
 def _from_hub(source: Source, limit: int | None, read: formats.Reader) -> Loaded:
     rows = read_split(source.on_hub)[:limit]
     digest = sha256_of_rows(rows)
-    layout, records = read(rows, source.name, source.name, source.format, source.mapping, held_out_label(source.on_hub))
+    layout, records = read(rows, source.name, source.name, source.format, source.mapping, held_out_label(source.on_hub), source.think)
     config = {"config": source.config} if source.config else {}
     return layout, records, {"sha256": digest, "hub": source.hub, "revision": source.revision, **config, "split": source.split}
 
 
 def _refuse_unreadable(source: Source, records: Sequence[dict[str, Any]], layout: str, most: float, section: str) -> None:
-    """Refuse a source with too many unreadable rows.
+    """Refuse a source with too many unreadable rows. Rows with images and the like are readable; a check drops them.
 
     Raises:
         InputError: the share of unreadable rows is above `most`, or all are unreadable.
     """
-    unreadable = [record for record in records if not any(record.get(field) for field in ("messages", "prompt", "chosen", "rejected"))]
-    if not unreadable or (len(unreadable) <= most * len(records) and len(unreadable) < len(records)):
+    empty = [record for record in records if not any(record.get(field) for field in ("messages", "prompt", "chosen", "rejected"))]
+    unreadable = [record for record in empty if "unsupported" not in json.loads(record["meta"])]
+    if not empty or (len(unreadable) <= most * len(records) and len(empty) < len(records)):
         return
+    unreadable = unreadable or empty
     examples = [f"  {row['source']}:{row['source_row']}: {json.loads(row['meta'])['problem']}" for row in unreadable[:3]]
     raise InputError(
         "\n".join([f"{source.name}: {len(unreadable)} of {len(records)} rows cannot be read ({layout}); the first:", *examples]),

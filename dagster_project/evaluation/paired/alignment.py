@@ -11,8 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.chat import encode_prompt
-from dagster_project.evaluation.paired.bootstrap import difference, rounded
-from dagster_project.evaluation.paired.pairwise import wilson
+from dagster_project.evaluation.paired.bootstrap import difference, rounded, wilson
 from dagster_project.training.inference.generate import generate
 from dagster_project.training.inference.likelihood import negative_log_likelihood
 from dagster_project.training.tokens.preference_pairs import both, labelled, reply

@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dagster_project.core.errors import InputError
+from dagster_project.core.messages import Message, Tools
 from dagster_project.core.records import read_records, read_table
+from dagster_project.evaluation.answers import Answer, of_row
+from dagster_project.evaluation.paired.bootstrap import wilson
 
 PROMPTED = ("zero_shot", "system_prompt", "chain_of_thought", "few_shot", "retrieved")
 """Baselines answered by the prompted base model."""
@@ -31,19 +34,28 @@ class Pair:
 
     id: str
     """Opaque: reveals neither the example nor the systems without the test split."""
-    prompt: list[dict[str, str]]
-    """Messages."""
+    prompt: list[Message]
     category: str | None
     answers: tuple[str, str]
-    """Answers of the first and of the second system."""
+    """Answers of the first and of the second system, without traces and calls."""
     swapped: bool
     """Whether A is the second system's answer."""
+    messages: tuple[Message, Message] | None = None
+    """The answers with traces and calls; None if neither has any."""
+    tools: Tools = None
+    """Tools that were offered."""
 
     @property
     def shown(self) -> tuple[str, str]:
         """Answers in the order shown: A, B."""
         first, second = self.answers
         return (second, first) if self.swapped else (first, second)
+
+    @property
+    def turns(self) -> tuple[Message, Message]:
+        """The answers as messages of the assistant."""
+        first, second = ({"role": "assistant", "content": text} for text in self.answers)
+        return self.messages or (first, second)
 
     def outcome(self, choice: Choice) -> Outcome:
         if choice == "tie":
@@ -65,17 +77,22 @@ class Match:
     """Number of pairs left out because their answers are identical."""
 
 
-def answers_of(project: Path) -> dict[str, dict[str, str]]:
-    """System -> example_id -> answer. Baselines first, then variants.
+Key = tuple[str, int]
+"""Test example, and the index of the answered message: -1 is the last one."""
+
+
+def answers_of(project: Path) -> dict[str, dict[Key, Answer]]:
+    """System -> question -> answer. Baselines first, then variants.
 
     Raises:
         InputError: there are no answers yet.
     """
     files = [project / "data" / "baselines" / "results.parquet", *sorted((project / "data").glob("evaluation*/*/results.parquet"))]
-    answers: dict[str, dict[str, str]] = {}
-    for row in (row for file in files if file.is_file() for row in read_table(file, ["system", "example_id", "answer"])):
+    answers: dict[str, dict[Key, Answer]] = {}
+    for row in (row for file in files if file.is_file() for row in read_table(file)):
         if row["answer"] is not None:
-            answers.setdefault(row["system"], {})[row["example_id"]] = row["answer"]
+            turn = row.get("turn")
+            answers.setdefault(row["system"], {})[row["example_id"], -1 if turn is None else turn] = of_row(row)
     if not answers:
         raise InputError(
             "data/baselines, data/evaluation: no system has answered the test examples",
@@ -119,18 +136,48 @@ def match(project: Path, systems: tuple[str, str], seed: int) -> Match:
         raise InputError(f"both systems are {systems[0]!r}", f"name two of {', '.join(known)}")
     records = {record["example_id"]: record for record in read_records(project / "data" / "splits" / "test")}
     first, second = (known[name] for name in systems)
-    both = sorted(first.keys() & second.keys() & records.keys())
+    both = sorted(key for key in first.keys() & second.keys() if key[0] in records)
     # example ids are hashes of prompt and reference, so this digest cannot be guessed from the page alone
-    secret = _digest(systems, seed, [(i, first[i], second[i]) for i in both])
+    secret = _digest(systems, seed, [(_label(key), *(_compared(answers[key]) for answers in (first, second))) for key in both])
     rng = random.Random(secret)
     rng.shuffle(both)
     # each system is A in one of every two consecutive pairs, so in half of any sample
     swaps = [swap for _ in both[::2] for swap in rng.sample((False, True), 2)]
+    differing = [key for key in both if _said(first[key]) != _said(second[key])]
     pairs = [
-        Pair(_digest(secret, i)[:12], records[i]["messages"][:-1], records[i]["category"], (first[i], second[i]), swapped)
-        for i, swapped in zip((i for i in both if first[i].strip() != second[i].strip()), swaps, strict=False)
+        _pair(_digest(secret, _label(key))[:12], records[key[0]], key[1], (first[key], second[key]), swapped)
+        for key, swapped in zip(differing, swaps, strict=False)
     ]
     return Match(_digest(secret)[:16], systems, seed, pairs, len(both) - len(pairs))
+
+
+def _pair(identity: str, record: Mapping[str, Any], turn: int, answers: tuple[Answer, Answer], swapped: bool) -> Pair:
+    first, second = answers
+    plain = not any(answer.calls or answer.reasoning for answer in answers)
+    return Pair(
+        identity,
+        record["messages"][:turn],
+        record["category"],
+        (first.content, second.content),
+        swapped,
+        None if plain else (first.message, second.message),
+        record.get("tools"),
+    )
+
+
+def _label(key: Key) -> Any:
+    """The example for its last turn, else [example, turn]."""
+    return key[0] if key[1] == -1 else list(key)
+
+
+def _compared(answer: Answer) -> Any:
+    """An answer for a digest: its text or, with trace or calls, its message."""
+    return answer.message if answer.calls or answer.reasoning else answer.content
+
+
+def _said(answer: Answer) -> Any:
+    """What makes two answers differ: text and calls, not the trace."""
+    return answer.content.strip(), [(call.name, call.arguments) for call in answer.calls]
 
 
 def _digest(*parts: Any) -> str:
@@ -161,17 +208,6 @@ def _rate(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     rate = (wins + ties / 2) / len(outcomes)
     interval = [round(bound, 4) for bound in wilson(rate, len(outcomes))]
     return {"pairs": len(outcomes), "wins": wins, "ties": ties, "losses": losses, "win_rate": round(rate, 4), "interval": interval}
-
-
-def wilson(rate: float, n: int) -> tuple[float, float]:
-    """95 % score interval of a proportion of n trials (Wilson 1927). With ties as half a win it is conservative.
-
-    Unlike a bootstrap it is valid at the extremes: 12 wins of 12 give 0.76 to 1, not 1 to 1.
-    """
-    z2 = 1.959964**2
-    centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
-    half = math.sqrt(z2 * (rate * (1 - rate) / n + z2 / (4 * n * n))) / (1 + z2 / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def agreement(units: Collection[Sequence[str]]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def groups(lengths: Sequence[int], most: int, device: str) -> Iterator[list[int]
 
 
 def decode(
-    model: Any, prompts: Sequence[Sequence[int]], choose: Choose, longest: int, eos: int | None, pad: int | None, prefix: Any = None
+    model: Any, prompts: Sequence[Sequence[int]], choose: Choose, longest: int, ends: Container[int], pad: int | None, prefix: Any = None
 ) -> list[list[int]]:
     """Generate the answer to each prompt.
 
@@ -41,6 +41,7 @@ def decode(
         prompts: token ids of each prompt.
         choose: selects the next tokens.
         longest: maximum number of tokens of an answer.
+        ends: end-of-turn tokens.
         prefix: cache with one row of tokens that precede every prompt. Without `keeps_all_tokens`, only one prompt is supported.
     Returns:
         Token ids of each answer, including the end-of-turn token.
@@ -57,7 +58,7 @@ def decode(
             for i, token in zip(rows, chosen, strict=True):
                 if i not in ended:
                     answers[i].append(token)
-                if token == eos:
+                if token in ends:
                     ended.add(i)
             if len(ended) == len(prompts) or position + 1 == longest:
                 break

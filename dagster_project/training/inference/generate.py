@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.progress import Progress
+from dagster_project.core.rendering import end_ids
 from dagster_project.training.inference.decoding import decode, keeps_all_tokens, prefill
 from dagster_project.training.methods.load import VirtualTokenModel
 
@@ -17,6 +18,14 @@ if TYPE_CHECKING:
 
 
 def generate(model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int, what: str) -> list[str]:
+    """The text of each answer of `generate_ids`, without special tokens."""
+    answers = generate_ids(model, tokenizer, prompts, max_new_tokens, batch_size, what)
+    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
+
+
+def generate_ids(
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int, what: str
+) -> list[list[int]]:
     """Generate the answer to each prompt.
 
     The common prefix of all prompts (system prompt, few-shot examples) is run through the model once.
@@ -25,7 +34,7 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_t
         prompts: token ids of each prompt, including the assistant's header.
         what: name of the work in progress lines.
     Returns:
-        The text of each answer, without special tokens.
+        Token ids of each answer, including the end-of-turn token.
     """
     if not prompts:
         return []
@@ -35,15 +44,16 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_t
         prefix = prefill(causal, prompts[0][:shared], prefix)
     if prefix is not None and not keeps_all_tokens(causal):
         batch_size = 1
+    ends = end_ids(tokenizer)
     progress = Progress(what, len(prompts), "answer")
-    answers = [""] * len(prompts)
+    answers: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         suffixes = [prompts[i][shared:] for i in batch]
-        generated = decode(causal, suffixes, _most_likely, max_new_tokens, tokenizer.eos_token_id, tokenizer.pad_token_id, prefix)
+        generated = decode(causal, suffixes, _most_likely, max_new_tokens, ends, tokenizer.pad_token_id, prefix)
         for i, ids in zip(batch, generated, strict=True):
-            answers[i] = tokenizer.decode(ids, skip_special_tokens=True).strip()
+            answers[i] = ids
         progress.advance(len(batch))
     return answers
 

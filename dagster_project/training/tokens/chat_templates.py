@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dagster_project.core.chat import adds_bos, examples_of
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import inside
+from dagster_project.core.rendering import with_constant_date
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -103,16 +104,16 @@ def use(tokenizer: Any, root: Path, name: str | None) -> str | None:
         tokenizer.chat_template = ("{{ bos_token }}" if adds_bos(tokenizer) else "") + NAMED[name]
     elif not tokenizer.chat_template:
         return None
-    source = str(tokenizer.get_chat_template())
+    source = tokenizer.chat_template = with_constant_date(str(tokenizer.get_chat_template()))
     refuse_unsafe(source, where)
-    _try(tokenizer, where)
+    try_template(tokenizer, where)
     return source
 
 
 def refuse_unsafe(source: str, where: str) -> None:
     """Refuse templates that access private attributes, which the sandbox renders as nothing, or that are not deterministic.
 
-    Templates that write today's date get a constant date (`rendering.DATE`).
+    Today's date in a constant format is replaced before (`rendering.with_constant_date`).
 
     Raises:
         InputError: such a template, or one that is not Jinja.
@@ -134,14 +135,19 @@ def refuse_unsafe(source: str, where: str) -> None:
     for line, name in sorted(called):
         if name == "attr":
             raise InputError(f"{where}: line {line}: `attr` accesses attributes by name, which templates may not use", "fix the template")
-        if name in {"random", "lipsum"}:
+        if name in {"strftime_now", "random", "lipsum"}:
             raise InputError(
                 f"{where}: line {line}: `{name}` is not deterministic, so two runs would not give the same bytes",
                 f"copy the template to {FOLDER}/, replace it by a constant, and set tokenized.chat_template to the file",
             )
 
 
-def _try(tokenizer: Any, where: str) -> None:
+def try_template(tokenizer: Any, where: str) -> None:
+    """Render PROBES with limited time and memory.
+
+    Raises:
+        InputError: the template fails on the first one, takes too long, or needs too much memory.
+    """
     import multiprocessing
 
     context = multiprocessing.get_context("fork")  # the child inherits the tokenizer, so nothing is imported or read again

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dagster_project.core.chat import IGNORE, is_text
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Message, calls, field_texts, is_trained
-from dagster_project.core.rendering import render
+from dagster_project.core.rendering import end_tokens, render
 from dagster_project.training.tokens.examples import Example, RecordOutcome, spans
 from dagster_project.training.tokens.mixture import draw_order
 
@@ -51,7 +51,9 @@ def find_wrong_labels(tokenizer: Any, records: Sequence[dict[str, Any]], fates: 
     said = defaultdict(list)
     for (i, _), text in zip(runs, decode(tokenizer, [ids for _, ids in runs]), strict=True):
         said[i].append(text)
-    expected = Expected(_frames(tokenizer, [record for record, fate in zip(records, fates, strict=True) if fate.kept]), _ends(tokenizer))
+    expected = Expected(
+        _frames(tokenizer, [record for record, fate in zip(records, fates, strict=True) if fate.kept]), end_tokens(tokenizer)
+    )
     wrong = {}
     for i, (record, fate) in enumerate(zip(records, fates, strict=True)):
         if not fate.kept:
@@ -95,7 +97,7 @@ def _is_answer(tokenizer: Any, text: str, message: Message, expected: Expected, 
     """Whether a run of labels decodes to the message and its end-of-turn token."""
     if not message.get("tool_calls") and not message.get("reasoning_content"):
         return _matches(tokenizer, text, message["content"], expected, cut)
-    if not any(text.endswith(str(token)) for token in (tokenizer.eos_token, *tokenizer.all_special_tokens)):
+    if not text.endswith(tuple(expected.ends)):
         return False
     if cut:
         return True  # what is left of it was compared when it was whole: `truncate` only removes tokens
@@ -105,18 +107,6 @@ def _is_answer(tokenizer: Any, text: str, message: Message, expected: Expected, 
         *(leaf for call in calls(message) for leaf in _leaves(call.arguments)),
     ]
     return all(word in text or json.dumps(word, ensure_ascii=False)[1:-1] in text or json.dumps(word)[1:-1] in text for word in words)
-
-
-def _ends(tokenizer: Any) -> list[str]:
-    """The end-of-turn tokens of answers in text: the tokenizer's own or, if the template never writes that, those that begin another turn."""
-    user, answer = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}
-    try:
-        following = render(tokenizer, [user, answer, user]).partition("Because.")[2] if tokenizer.chat_template else tokenizer.eos_token
-    except InputError:
-        following = tokenizer.eos_token
-    if tokenizer.eos_token in following:
-        return [tokenizer.eos_token]
-    return [str(token) for token in tokenizer.all_special_tokens if following.startswith(str(token))] or [tokenizer.eos_token]
 
 
 def _leaves(value: Any) -> Iterator[str]:
@@ -162,7 +152,7 @@ def _frames(tokenizer: Any, records: Sequence[dict[str, Any]]) -> list[tuple[str
     user, answer = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}
     found = []
     for messages in ([user, answer], [user, answer, user, answer]) if any(not is_text(record) for record in records) else ():
-        for thinking in (True, False):
+        for thinking in (None, False):
             try:
                 header = render(tokenizer, messages[:-1], add_generation_prompt=True, thinking=thinking)
                 whole = render(tokenizer, messages, thinking=thinking)
@@ -170,7 +160,8 @@ def _frames(tokenizer: Any, records: Sequence[dict[str, Any]]) -> list[tuple[str
                 continue  # a template that supports only single turns
             if whole.startswith(header):
                 before, _, after = whole[len(header) :].partition(answer["content"])
-                found.append((before, after.partition(tokenizer.eos_token)[0]))
+                end = min((after.find(token) for token in end_tokens(tokenizer) if token in after), default=len(after))
+                found.append((before, after[:end]))
     return list(dict.fromkeys(found))
 
 

@@ -31,6 +31,7 @@ from dagster_project.core.chat import IGNORE
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute, Section
 from dagster_project.core.progress import Progress
+from dagster_project.core.rendering import end_ids
 from dagster_project.training.inference.decoding import Choose, decode
 from dagster_project.training.methods.attention import attention_for, attention_of
 from dagster_project.training.methods.build import causal
@@ -415,7 +416,7 @@ def roll_out(model: Any, tokenizer: Any, rows: list[int], prompts: list[list[int
     """
     import torch
 
-    longest, here = settings.response_length, distributed.place()
+    longest, here, ends = settings.response_length, distributed.place(), end_ids(tokenizer)
     tokens = torch.zeros(len(prompts), longest, dtype=torch.int64, device=model.device)
     lengths = torch.zeros(len(prompts), dtype=torch.int64, device=model.device)
     order = sorted(range(len(prompts)), key=lambda e: (len(prompts[e]), e))
@@ -425,7 +426,7 @@ def roll_out(model: Any, tokenizer: Any, rows: list[int], prompts: list[list[int
             dice = [random.Random(f"{seed} answer {e}") for e in batch]
             uniform = [[die.random() for _ in range(longest)] for die in dice]
             batch_answers = decode(
-                causal(model), [prompts[e] for e in batch], sampled(uniform, settings.temperature), longest, tokenizer.eos_token_id, tokenizer.pad_token_id,
+                causal(model), [prompts[e] for e in batch], sampled(uniform, settings.temperature), longest, ends, tokenizer.pad_token_id,
             )  # fmt: skip
             for e, answer in zip(batch, batch_answers, strict=True):
                 tokens[e, : len(answer)] = torch.tensor(answer, device=model.device)
@@ -433,7 +434,7 @@ def roll_out(model: Any, tokenizer: Any, rows: list[int], prompts: list[list[int
     distributed.summed(tokens)
     distributed.summed(lengths)
     mask = torch.arange(int(lengths.max()), device=model.device) < lengths[:, None]
-    finished = tokens.gather(1, lengths[:, None] - 1)[:, 0] == tokenizer.eos_token_id
+    finished = torch.isin(tokens.gather(1, lengths[:, None] - 1)[:, 0], torch.tensor(sorted(ends), device=model.device))
     answers = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
     return Rollout(rows, prompts, answers, mask, finished)
 

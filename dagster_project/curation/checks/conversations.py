@@ -1,0 +1,71 @@
+"""Records with tools, calls, reasoning or weights -> the part of the check document that shows them, masked and shortened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from dagster_project.core.messages import Message, calls, is_plain, readable, tool_names
+from dagster_project.curation.checks.privacy import mask
+
+SHOWN, MESSAGES, WIDTH = 5, 40, 2_000
+"""Records in a document, messages of each, and characters of each text."""
+
+FEATURES: tuple[Callable[[Mapping[str, Any]], bool], ...] = (
+    lambda record: any("tool_calls" in message for message in record["messages"]),
+    lambda record: any("reasoning_content" in message for message in record["messages"]),
+    lambda record: any("weight" in message for message in record["messages"]),
+)
+"""Of each kind of record one is shown, if there is any."""
+
+
+def is_rich(record: Mapping[str, Any]) -> bool:
+    """Whether a record has more than roles and texts."""
+    return bool(record.get("tools")) or not is_plain(record["messages"]) or not is_plain(record.get("rejected") or ())
+
+
+def chosen(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The first record with calls, with reasoning and with weights, and further rich records up to SHOWN, in order."""
+    rich = [record for record in records if is_rich(record)]
+    first = [next((i for i, record in enumerate(rich) if has(record)), None) for has in FEATURES]
+    order = dict.fromkeys([*(i for i in first if i is not None), *range(len(rich))])
+    return [rich[i] for i in sorted(list(order)[:SHOWN])]
+
+
+def shown(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The messages of a record, in canonical form but for arguments, which are text.
+
+    Of a preference pair `messages` is the prompt; `chosen` and `rejected` follow. `left_out` counts messages that are not in the document.
+    """
+    messages, prompt = record["messages"], record.get("asked")
+    prompt = len(messages) if prompt is None else prompt
+    first = messages[:prompt]
+    document: dict[str, Any] = {"messages": [_masked(message) for message in first[:MESSAGES]]}
+    if "rejected" in record:
+        sides = {"chosen": messages[prompt:], "rejected": record["rejected"]}
+        document |= {side: [_masked(message) for message in turns[:MESSAGES]] for side, turns in sides.items()}
+    if record.get("tools"):
+        tools = record["tools"][:MESSAGES]
+        document["tools"] = [
+            {"name": _cut(name), "definition": _cut(readable(tool))} for name, tool in zip(tool_names(tools), tools, strict=True)
+        ]
+    return document | ({"left_out": len(first) - MESSAGES} if len(first) > MESSAGES else {})
+
+
+def _masked(message: Message) -> Message:
+    """A message without secrets and personal data."""
+    shown_message = {key: _cut(value) if isinstance(value, str) else value for key, value in message.items() if key != "tool_calls"}
+    if "tool_calls" in message:
+        shown_message["tool_calls"] = [
+            {
+                **({} if call.identity is None else {"id": _cut(call.identity)}),
+                "function": {"name": _cut(call.name), "arguments": _cut(readable(call.arguments))},
+            }
+            for call in calls(message)[:MESSAGES]
+        ]
+    return shown_message
+
+
+def _cut(text: str) -> str:
+    masked = mask(str(text)[: 10 * WIDTH])
+    return masked if len(masked) <= WIDTH else f"{masked[:WIDTH]} …"

@@ -1,0 +1,201 @@
+"""Tools, calls, results and reasoning that a source writes inside the text of its messages -> fields of their own.
+
+Hermes: definitions in <tools> in the system prompt, calls in <tool_call>, results in <tool_response>.
+ToolACE: definitions as a list in the system prompt, calls as "[Get Weather(city='Oslo')]".
+Traces: "<think>...</think>" (DeepSeek-R1, Qwen3) or "<|begin_of_thought|>..." (OpenThoughts) at the beginning of an answer.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Literal, NamedTuple
+
+from dagster_project.core.messages import Message, tool_names
+from dagster_project.curation.sources import tools
+from dagster_project.curation.sources.files import parse_json
+from dagster_project.curation.sources.message import Messages
+from dagster_project.curation.sources.python_values import python_calls, python_value
+from dagster_project.curation.sources.tools import Tools
+
+Think = Literal["auto", "keep", "split"]
+"""Traces at the beginning of an answer: `auto` moves those between both tags, `split` also those without the opening tag, `keep` none."""
+
+
+def is_marked(messages: Messages) -> bool:
+    """Whether any of the texts may hold what the functions here read, which is cheap to see."""
+    return any("<" in m["content"] or (m["role"] == "system" and "JSON format" in m["content"]) for m in messages)
+
+
+class Prompted(NamedTuple):
+    """Tools that a system prompt defines."""
+
+    messages: Messages
+    """Without the instructions on tools, which the model's own chat template writes."""
+    tools: Tools | None
+    system: str
+    """The system prompt as it was, if it has changed."""
+    style: str
+    """`hermes`, `toolace`, or empty."""
+
+
+HERMES_TOOLS = re.compile(r"<tools>(?=\s*[\[{])(.*?)</tools>", re.DOTALL)
+HERMES_START = re.compile(
+    r"You are a function calling AI model|You are provided with function signatures|# Tools\s+You may call one or more functions"
+)
+TOOLACE_TOOLS = re.compile(r"list of functions in JSON format[^\[]*(?=\[)")
+TOOLACE_START, TOOLACE_END = "You are an expert in composing functions", "MUST be included."
+
+
+def prompted_tools(messages: Messages) -> Prompted:
+    """The tools that a system prompt defines, and the messages without that part of it."""
+    if messages and messages[0]["role"] == "system":
+        text = messages[0]["content"]
+        read = _hermes if "<tools>" in text else _toolace if "functions in JSON format" in text else None
+        if read and (found := read(text)):
+            style, defined, rest = found
+            first = [{**messages[0], "content": rest}] if rest else []
+            return Prompted([*first, *messages[1:]], defined, text, style)
+    return Prompted(messages, None, "", "")
+
+
+def _hermes(text: str) -> tuple[str, Tools | None, str] | None:
+    for block in HERMES_TOOLS.finditer(text):
+        try:
+            defined = tools.definitions(_objects(block[1]))
+        except ValueError:
+            continue
+        begin = HERMES_START.search(text, 0, block.start())
+        last = text.rfind("</tool_call>", block.end())
+        end = last + len("</tool_call>") if last >= 0 else block.end()
+        return "hermes", defined, (text[: begin.start() if begin else block.start()] + text[end:]).strip()
+    return None
+
+
+def _objects(text: str) -> list[object]:
+    """A JSON list, or JSON objects one after another."""
+    text = text.strip()
+    try:
+        value = parse_json(text)
+        return value if isinstance(value, list) else [value]
+    except ValueError:
+        pass
+    try:
+        return [parse_json(line) for line in text.splitlines() if line.strip()]
+    except ValueError:
+        value = python_value(text)
+        return value if isinstance(value, list) else [value]
+
+
+def _toolace(text: str) -> tuple[str, Tools | None, str] | None:
+    if not (marker := TOOLACE_TOOLS.search(text)):
+        return None
+    try:
+        value, end = json.JSONDecoder().raw_decode(text, marker.end())
+        parse_json(text[marker.end() : end])
+        defined = [{**tool, "function": tools.with_json_types(tool["function"])} for tool in tools.definitions(value) or ()]
+    except (ValueError, RecursionError):
+        return None
+    begin = text.rfind(TOOLACE_START, 0, marker.start())
+    last = text.find(TOOLACE_END, end)
+    rest = text[: begin if begin >= 0 else marker.start()] + text[last + len(TOOLACE_END) if last >= 0 else end :]
+    return "toolace", defined, rest.strip()
+
+
+CALL, RESPONSE = (re.compile(rf"<{tag}>\s*(.*?)\s*</{tag}>", re.DOTALL) for tag in ("tool_call", "tool_response"))
+
+
+def texts_as_calls(messages: Messages, style: str, defined: Tools | None) -> Messages:
+    """Messages whose calls and results are fields.
+
+    {"role": "assistant", "content": 'Wait.<tool_call>{"name": "clock", "arguments": {}}</tool_call>'}  ->
+    {"role": "assistant", "content": "Wait.", "tool_calls": [...]}
+
+    Raises:
+        ValueError: a call to one of the tools cannot be parsed.
+    """
+    if style == "toolace":
+        names = tuple(f"[{name}(" for name in tool_names(defined))
+        return [_toolace_call(message, names) for message in messages]
+    if not any("<tool_" in message["content"] for message in messages):
+        return messages
+    found: Messages = []
+    for message in messages:
+        if message["role"] == "assistant" and "tool_calls" not in message and "<tool_call>" in message["content"]:
+            found.append(_hermes_call(message, known=bool(style or defined)))
+        elif message["role"] == "tool" and (results := RESPONSE.findall(message["content"])):
+            found += [{**message, "content": result} for result in results]
+        else:
+            found.append(message)
+    return found
+
+
+def _hermes_call(message: Message, known: bool) -> Message:
+    """Args:
+    known: whether the conversation has tools, so that the tags are calls and not a text on such tags.
+    """
+    blocks = CALL.findall(message["content"])
+    try:
+        calls = [call for block in blocks for call in tools.calls(block)[0]]
+    except ValueError:
+        if known:
+            raise
+        return message
+    if not calls:
+        return message
+    rest = [part.strip() for part in CALL.split(message["content"])[::2]]
+    return {**message, "content": "\n".join(part for part in rest if part), "tool_calls": calls}
+
+
+def _toolace_call(message: Message, names: tuple[str, ...]) -> Message:
+    text = message["content"].strip()
+    if message["role"] != "assistant" or not text.startswith(names) or not names:
+        return message
+    try:
+        calls = python_calls(text)
+    except ValueError as error:
+        raise ValueError(f"a tool call cannot be parsed: {error}") from None
+    return {**message, "content": "", "tool_calls": [tools.call_of(name, arguments) for name, arguments in calls]}
+
+
+# --- traces ------------------------------------------------------------------------------------------------------------------------
+
+OPENING, CLOSING = "<think>", "</think>"
+THOUGHT, THOUGHT_END = "<|begin_of_thought|>", "<|end_of_thought|>"
+SOLUTION = re.compile(r"<\|(?:begin|end)_of_solution\|>")
+
+
+def split_traces(messages: Messages, think: Think = "auto") -> Messages:
+    """Messages with the traces at the beginning of answers in `reasoning_content`:
+
+    {"role": "assistant", "content": "<think>\\nTwo and two.\\n</think>\\n\\nFour"}  ->
+    {"role": "assistant", "content": "Four", "reasoning_content": "Two and two."}
+    """
+    if think == "keep":
+        return messages
+    split = _split_closed if think == "split" else _split
+    return [split(message) if message["role"] == "assistant" and "reasoning_content" not in message else message for message in messages]
+
+
+def _split(message: Message) -> Message:
+    text = message["content"]
+    if not text[:40].lstrip().startswith((OPENING, THOUGHT)):
+        return message
+    text = text.lstrip()
+    if text.startswith(THOUGHT):
+        trace, end, rest = text[len(THOUGHT) :].partition(THOUGHT_END)
+        return _with(message, trace.strip(), SOLUTION.sub("", rest).strip()) if end else message
+    trace, end, rest = text[len(OPENING) :].partition(CLOSING)
+    return _with(message, trace.strip("\n"), rest.lstrip("\n")) if end else message  # as Qwen3's template reads them
+
+
+def _split_closed(message: Message) -> Message:
+    """Also a trace whose opening tag is in the generation prompt, as DeepSeek-R1's template has it."""
+    found = _split(message)
+    trace, end, rest = message["content"].partition(CLOSING)
+    return found if found is not message or not end else _with(message, trace.strip("\n"), rest.lstrip("\n"))
+
+
+def _with(message: Message, trace: str, answer: str) -> Message:
+    more = {key: value for key, value in message.items() if key not in {"role", "content"}}
+    return {"role": message["role"], "content": answer, "reasoning_content": trace, **more}

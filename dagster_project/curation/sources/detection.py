@@ -1,0 +1,149 @@
+"""Which layout the rows of a file have, by their keys, and which split a file belongs to, by its name."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from dagster_project.core.errors import InputError
+from dagster_project.curation.sources.files import Row
+from dagster_project.curation.sources.layouts import LAYOUTS, Layout
+from dagster_project.curation.sources.pair_layouts import PAIR_LAYOUTS, PairLayout, judgement
+
+L = TypeVar("L", "Layout", "PairLayout")
+
+
+def detect(rows: Sequence[Row], name: str, layouts: Mapping[str, Layout] | Mapping[str, PairLayout] = LAYOUTS) -> str:
+    """The layout whose keys most rows have.
+
+    Args:
+        layouts: LAYOUTS or PAIR_LAYOUTS.
+    Raises:
+        InputError: no layout fits any row, or the rows are preferences where examples are expected, or vice versa.
+    """
+    examples, pairs = _best(rows, LAYOUTS), _best(rows, PAIR_LAYOUTS, _is_pair if layouts is LAYOUTS else None)
+    best = examples if layouts is LAYOUTS else pairs
+    if layouts is LAYOUTS and _preferred(examples, pairs):
+        raise InputError(
+            f"{name}: the rows are preferences ({pairs.name}: {', '.join(sorted(pairs.keys))}), not examples to imitate",
+            "list the file under raw_preferences"
+            + (f"; to imitate all of it nevertheless, set format: {examples.name}" if examples.rows else ""),
+        )
+    if layouts is PAIR_LAYOUTS and examples.rows and not pairs.rows:
+        raise InputError(
+            f"{name}: the rows are examples ({examples.name}: {', '.join(sorted(examples.keys))}), not preferences",
+            "list the file under raw_examples",
+        )
+    if not best.rows:
+        keys = sorted(next((row.value for row in rows if row.value is not None), {}))
+        expected = "; ".join(f"{known}: {', '.join(sorted(layout.keys))}" for known, layout in layouts.items())
+        raise InputError(
+            f"{name}: unknown format (keys of the first row: {', '.join(keys) or 'none'})",
+            f"known formats and their keys: {expected}",
+        )
+    return best.name
+
+
+def is_known(rows: Sequence[Row]) -> bool:
+    """Whether any row is in a layout of examples or of preferences."""
+    return bool(_best(rows, LAYOUTS).rows or _best(rows, PAIR_LAYOUTS).rows)
+
+
+def kind(rows: Sequence[Row]) -> Literal["examples", "preferences"]:
+    """Kind of the rows: preferences if most rows have the keys of a pair layout that has more keys than any layout of examples.
+
+    {"prompt", "completion"}                 ->  examples
+    {"prompt", "completion", "label": true}  ->  preferences (KTO), since the other half should not be imitated
+    {"message_tree_id", "prompt"}            ->  examples, since a tree is both
+    """
+    return "preferences" if _preferred(_best(rows, LAYOUTS), _best(rows, PAIR_LAYOUTS, _is_pair)) else "examples"
+
+
+class _Fit(NamedTuple):
+    """The layout that fits most rows."""
+
+    name: str
+    rows: int
+    """How many rows it fits."""
+    keys: frozenset[str]
+    """The keys of the layout."""
+
+
+def _preferred(examples: _Fit, pairs: _Fit) -> bool:
+    return pairs.rows > examples.rows or (len(pairs.keys) > len(examples.keys) and 2 * pairs.rows > examples.rows)
+
+
+def _best(rows: Sequence[Row], layouts: Mapping[str, L], look: Callable[[dict[str, Any], PairLayout], bool] | None = None) -> _Fit:
+    """The layout that fits most rows; of several, the one with most keys.
+
+    Args:
+        look: further condition for rows that have the keys of a variant of a pair layout.
+    """
+    shapes = Counter(tuple(row.value) for row in rows if row.value is not None)
+    fits = []
+    for name, layout in layouts.items():
+        forms = {shape: _forms(layout, shape) for shape in shapes}
+        counts: Counter[frozenset[str]] = Counter()
+        if look and any(forms.values()):
+            for row in rows:
+                if row.value is not None and (form := next((form for form in forms[tuple(row.value)] if look(row.value, form)), None)):  # type: ignore[arg-type]
+                    counts[form.keys] += 1
+        else:
+            for shape, fitting in forms.items():
+                counts.update({fitting[0].keys: shapes[shape]} if fitting else {})
+        keys = max(counts, key=lambda keys: (counts[keys], len(keys)), default=layout.keys)
+        fits.append(_Fit(name, counts.total(), keys))
+    return max(fits, key=lambda fit: (fit.rows, len(fit.keys)))
+
+
+def _forms(layout: Layout | PairLayout, shape: Sequence[str]) -> Sequence[Layout | PairLayout]:
+    """The variants of a layout whose keys a row has."""
+    if isinstance(layout, PairLayout):
+        return [form for form in layout.forms if form.keys <= set(shape)]
+    if layout.labels and any(_forms(other, shape) for other in _OTHERS):
+        return []
+    return [layout] if (layout.keys == set(shape) if layout.alone else layout.keys <= set(shape)) else []
+
+
+_OTHERS: list[Layout | PairLayout] = [*(layout for layout in LAYOUTS.values() if not layout.labels), *PAIR_LAYOUTS.values()]
+"""Layouts that take precedence over classification, e.g. KTO, whose rows also have a `label`."""
+
+
+def _is_pair(row: dict[str, Any], form: PairLayout) -> bool:
+    """Whether a row is a pair. In a table with both kinds every row has all columns, some of them null."""
+    return all(row[key] is not None for key in form.keys) and (not form.judged or judgement(row[form.judged]) is not None)
+
+
+def choose(rows: Sequence[Row], name: str, layout: str, layouts: Mapping[str, L], mapped: L | None) -> tuple[str, L]:
+    if mapped is None:
+        if layout != "auto" and layout not in layouts:
+            raise InputError(f"{name}: unknown format {layout!r}", f"known formats: auto, {', '.join(layouts)}")
+        layout = detect(rows, name, layouts) if layout == "auto" else layout
+        return layout, layouts[layout]
+    if layout != "auto":
+        raise InputError(f"{name}: both a format ({layout}) and a mapping", "leave one of them out")
+    if not any(row.value is not None and mapped.keys <= row.value.keys() for row in rows):
+        columns = sorted(next((row.value for row in rows if row.value is not None), {}))
+        raise InputError(
+            f"{name}: mapping: no row has the columns {', '.join(sorted(mapped.keys))}",
+            f"columns of the first row: {', '.join(columns) or 'none'}",
+        )
+    return "mapping", mapped
+
+
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
+    ("validation", "valid", "val", "dev", "eval", "evaluation"), "validation"
+)
+"""Spelling of a split -> canonical name."""
+
+
+def canonical_split(label: Any) -> str | None:
+    """ "Dev"  ->  "validation"; None if it is not a split name."""
+    return SPLITS.get(label.strip().lower()) if isinstance(label, str) else None
+
+
+def split_of_file(path: str) -> str | None:
+    """The split in the name of a file: "a/val.jsonl.gz", "a/validation-00000-of-00002.parquet"  ->  "validation"."""
+    return canonical_split(re.sub(r"-\d+-of-\d+$", "", path.rpartition("/")[2].split(".")[0]))

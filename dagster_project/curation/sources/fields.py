@@ -1,0 +1,208 @@
+"""Where each field of a source row goes: used by its layout, kept in `meta`, or ignored. Fields of messages count as `messages[].name`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from dagster_project.core.records import IGNORED, CheckResult
+from dagster_project.curation.sources.layouts import OASST_KEYS, TurnReader
+
+TurnShape = tuple[tuple[str, ...], tuple[str, ...]]
+"""Keys of a message or turn, and those of them that are not used, with those of its content parts and calls ("content[].cache_control")."""
+
+IMPORTANT = frozenset(
+    {
+        "weight", "weights", "train", "training", "train_on_turn", "train_detail", "loss", "loss_mask", "mask", "reasoning", "reasoning_content",
+        "reasoning_details", "thinking", "tools", "functions", "tool_calls", "function_call", "tool_call_id", "images", "image", "audio", "audios",
+        "video", "videos", "files",
+    }
+)  # fmt: skip
+"""Keys that usually change what is trained. Where a row has one that is not used, `ignored_fields` is a warning."""
+EMPTY: tuple[Any, ...] = (None, "", [], {})
+MAX_NAME, MAX_NAMES = 80, 200
+"""Characters of a field's name, and names of a source, that a report shows. Both are above what a set that is meant to be read has."""
+NAME = "ignored_fields"
+DESCRIPTION = "Every field of the source rows is used or kept."
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Fields of one source row, with how often it has them."""
+
+    used: Mapping[str, int]
+    kept: Mapping[str, int]
+    ignored: Mapping[str, int]
+
+
+class Turns(NamedTuple):
+    """The messages of a row that were read, and what was not used of them."""
+
+    row: dict[str, Any]
+    """The row, with canonical messages instead of those of the source."""
+    shapes: dict[str, list[TurnShape]]
+    """Key of the row -> its messages."""
+    ignored: list[str]
+    """Fields that hold something and are not used."""
+
+
+def read_turns(row: dict[str, Any], readers: Mapping[str, TurnReader]) -> Turns:
+    """Read the messages of a row. Values that are neither a list nor a message are unchanged. Raises errors like a `TurnReader`."""
+    shapes: dict[str, list[TurnShape]] = {}
+    ignored: list[str] = []
+    for key, read in readers.items():
+        value = row.get(key)
+        if isinstance(value, dict):
+            value = [value]
+        if not isinstance(value, list):
+            continue
+        messages = []
+        shapes[key] = found = []
+        for turn in value:
+            message, unused = read(turn)
+            messages.append(message)
+            found.append((tuple(turn), unused))
+            if unused:
+                ignored += [f"{key}[].{name}"[:MAX_NAME] for name in unused if "[]" in name or turn.get(name) not in EMPTY]
+        row = {**row, key: messages}
+    return Turns(row, shapes, ignored)
+
+
+def read_tree(row: dict[str, Any]) -> Turns:
+    """The messages of an OpenAssistant tree, which its layout reads by itself."""
+    messages = [row["prompt"]]
+    for message in messages:
+        messages += message.get("replies") or []
+    unused = [tuple([key for key in message if key not in OASST_KEYS]) for message in messages]
+    ignored = [
+        f"prompt[].{key}"[:MAX_NAME] for message, keys in zip(messages, unused, strict=True) for key in keys if message[key] not in EMPTY
+    ]
+    return Turns(row, {"prompt": [(tuple(message), keys) for message, keys in zip(messages, unused, strict=True)]}, ignored)
+
+
+def important(kept: Mapping[str, Any]) -> list[str]:
+    """Keys of a row that are kept in `meta` and usually change what is trained."""
+    return sorted([key for key in kept.keys() & IMPORTANT if kept[key] not in EMPTY]) if kept else []
+
+
+class FieldAccount:
+    """Assigns the fields of each row. Rows of the same shape share one object."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, tuple[Fields, int]] = {}
+
+    def of(
+        self,
+        row: Mapping[str, Any],
+        used: frozenset[str],
+        columns: tuple[str, ...],
+        kept: Mapping[str, Any],
+        shapes: Mapping[str, list[TurnShape]],
+    ) -> Fields:
+        """The fields of a row that was read.
+
+        Args:
+            used: keys that the layout reads.
+            columns: keys that are in columns of the record: the category and tools.
+            kept: what is kept of the row.
+            shapes: messages that were read, by the key of the row.
+        Raises:
+            AssertionError: a field is in none of the places, or a message was not read.
+        """
+        shape = (tuple(row), used, columns, tuple(kept), *[(key, _multiset(turns)) for key, turns in shapes.items()])
+        if (found := self._known.get(shape)) is None:
+            found = self._known[shape] = _assigned(row, used, columns, kept, shapes)
+        fields, total = found
+        if (present := len(row) + sum([_fields_in(row[key]) for key in shapes])) != total:
+            raise AssertionError(f"a row has {present} fields, of which {total} are accounted for (keys: {', '.join(row)})")
+        return fields
+
+
+def _multiset(turns: Sequence[TurnShape]) -> Any:
+    """The shapes of the turns of a row without their order, so that few rows differ in it."""
+    first = turns[0] if turns else None
+    return (first, len(turns)) if turns.count(first) == len(turns) else frozenset(Counter(turns).items())
+
+
+def _assigned(
+    row: Mapping[str, Any], used: frozenset[str], columns: tuple[str, ...], kept: Mapping[str, Any], shapes: Mapping[str, list[TurnShape]]
+) -> tuple[Fields, int]:
+    """The fields of a row, and how many they are without those of content parts and calls."""
+    places: dict[str, Counter[str]] = {"used": Counter(), "kept": Counter(), "ignored": Counter()}
+    for key in row:
+        if key not in used and key not in columns and key not in kept:
+            raise AssertionError(f"field {key} is neither used nor kept")
+        places["used" if key in used or key not in kept else "kept"][key] += 1
+    total = len(row)
+    for key, turns in shapes.items():
+        for names, unused in turns:
+            total += len(names)
+            places["ignored"].update(f"{key}[].{name}" for name in unused)
+            places["used"].update(f"{key}[].{name}" for name in names if name not in unused)
+    return Fields(places["used"], places["kept"], places["ignored"]), total
+
+
+def _fields_in(value: Any) -> int:
+    """Number of fields of a message, a list of messages, or a tree of replies."""
+    if isinstance(value, list):
+        return sum(map(len, value))
+    return len(value) + sum(map(_fields_in, value.get("replies") or ()))
+
+
+def kept_whole(row: Mapping[str, Any] | None) -> Fields:
+    """The fields of a row that is malformed: all of it is kept."""
+    return Fields({}, dict.fromkeys(row or {}, 1), {})
+
+
+def counts(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """Field -> number, by place, over all rows of a source, for its report."""
+    total: Counter[int] = Counter()
+    known: dict[int, Fields] = {}
+    for record in records:
+        for one in record["fields"]:
+            total[id(one)] += 1
+            known[id(one)] = one
+    found: dict[str, Counter[str]] = {"used": Counter(), "kept": Counter(), "ignored": Counter()}
+    for identity, rows in total.items():
+        for place, counter in found.items():
+            for name, times in getattr(known[identity], place).items():
+                counter[name[:MAX_NAME]] += times * rows
+    return {place: _shown(counter) for place, counter in found.items() if counter}
+
+
+def _shown(counter: Counter[str]) -> dict[str, int]:
+    """The most frequent names in alphabetical order, and how often the others occur."""
+    first = counter.most_common(MAX_NAMES)
+    others = counter.total() - sum(count for _, count in first)
+    return {**dict(sorted(first)), **({"(others)": others} if others else {})}
+
+
+def severity(ignored: Iterable[str]) -> Literal["warn", "info"]:
+    """`warn` if one of the fields usually changes what is trained."""
+    return "warn" if any(name.rpartition(".")[2] in IMPORTANT for name in ignored) else "info"
+
+
+def note(ignored: Iterable[Iterable[str]]) -> list[str]:
+    """Number of rows with each field: [["messages[].id"], ["messages[].id", "images"]]  ->  ["messages[].id 2, images 1"]"""
+    found = Counter(name for names in ignored for name in names)
+    return [", ".join(f"{name} {count}" for name, count in found.most_common(SHOWN))] if found else []
+
+
+SHOWN = 20
+
+
+def check(records: Sequence[Mapping[str, Any]]) -> CheckResult:
+    """The check `ignored_fields` as the stages that read sources report it."""
+    rows = [record for record in records if record.get("ignored")]
+    places = [f"{record['source']}:{record['source_row']}" for record in rows[:SHOWN]]
+    examples = [", ".join(record["ignored"]) for record in rows[:3]]
+    level = severity(name for record in rows for name in record["ignored"])
+    text = "; ".join(note(record["ignored"] for record in rows))
+    return CheckResult(NAME, not rows, level, count=len(rows), rows=places, examples=examples, note=text)
+
+
+def why(record: Mapping[str, Any]) -> str:
+    """What the ledger says about a row that was read."""
+    return IGNORED + ", ".join(record["ignored"]) if record.get("ignored") else ""

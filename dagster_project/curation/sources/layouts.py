@@ -1,0 +1,269 @@
+"""Layouts of examples: a row -> messages. One function per layout; layouts are detected by the keys of the rows (detection.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dagster_project.curation.sources import tools
+from dagster_project.curation.sources.message import Messages, Parsed, as_text, as_turns, joined_calls, read_message, read_turn
+
+TurnReader = Callable[[Any], Parsed]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one format lays out a row."""
+
+    keys: frozenset[str]
+    """Keys a row must have."""
+    messages: Callable[[dict[str, Any]], Messages]
+    """Converts a row to a conversation. Raises KeyError, TypeError or ValueError for rows of another layout."""
+    used: frozenset[str]
+    """Keys that went into the messages; the others are kept in `meta`, except for tool definitions (`tools`, `functions`)."""
+    meta: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: {}
+    """Entries of `meta` in addition to the unused keys."""
+    category: str = "category"
+    """Key of the row's category."""
+    alone: bool = False
+    """Detected only for rows without other keys."""
+    parts: Callable[[dict[str, Any]], list[Any]] | None = None
+    """Splits a source row with several examples into one row per example. Raises errors like `messages`."""
+    labels: bool = False
+    """Whether the response is a label, which is also the category. Detected only for rows that fit no other layout."""
+    turns: Mapping[str, TurnReader] = field(default_factory=dict)
+    """Key whose value is a list of messages or turns -> the function that reads one. `messages` gets them as canonical messages."""
+    tool_keys: tuple[str, ...] = tools.TOOL_KEYS
+    """Keys for tool definitions. The first that holds any is read; the others are kept in `meta`."""
+
+
+def as_label(value: Any) -> str:
+    """Convert a label to text, without surrounding spaces: "spam "  ->  "spam", 1  ->  "1", True  ->  "true"."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if not isinstance(value, str | int):
+        raise ValueError(f"expected a label (text, a whole number, true or false), found {type(value).__name__}")
+    return str(value).strip()
+
+
+def as_list(row: Mapping[str, Any], key: str, item: str) -> list[Any]:
+    if not isinstance(row[key], list) or not row[key]:
+        raise ValueError(f"`{key}` must be a list with at least one {item}")
+    found: list[Any] = row[key]
+    return found
+
+
+def as_conversation(value: Any, role: str) -> Messages:
+    """Convert text to a message; messages are unchanged: "Hi"  ->  [{"role": "user", "content": "Hi"}]"""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if not isinstance(value, list):
+        raise ValueError(f"expected text or messages, found {type(value).__name__}")
+    return as_list({"messages": value}, "messages", "message")
+
+
+def instruction(row: dict[str, Any], context: str) -> str:
+    extra = as_text(row.get(context) or "")
+    return as_text(row["instruction"]) + (f"\n\n{extra}" if extra else "")
+
+
+def alpaca(row: dict[str, Any]) -> Messages:
+    return as_turns(row.get("system"), ("user", instruction(row, "input")), ("assistant", as_text(row["output"])))
+
+
+def _input(row: dict[str, Any]) -> dict[str, Any]:
+    return {"input": row["input"]} if row.get("input") else {}
+
+
+def _dolly(row: dict[str, Any]) -> Messages:
+    return as_turns(None, ("user", instruction(row, "context")), ("assistant", as_text(row["response"])))
+
+
+def openai(row: dict[str, Any]) -> Messages:
+    return as_list(row, "messages", "message")
+
+
+def sharegpt(row: dict[str, Any]) -> Messages:
+    return [*as_turns(row.get("system")), *joined_calls(as_list(row, "conversations", "turn"))]
+
+
+def _ultrachat(row: dict[str, Any]) -> Messages:
+    return as_turns(None, *((("user", "assistant")[i % 2], as_text(text)) for i, text in enumerate(as_list(row, "data", "turn"))))
+
+
+def _single(prompt: str, completion: str, system: str | None = "system") -> Callable[[dict[str, Any]], Messages]:
+    return lambda row: as_turns(
+        row.get(system) if system else None, ("user", as_text(row[prompt])), ("assistant", as_text(row[completion]))
+    )
+
+
+def _prompt_completion(row: dict[str, Any]) -> Messages:
+    """Two texts or, as in TRL, two lists of messages."""
+    if not isinstance(row["prompt"], list) and not isinstance(row["completion"], list):
+        return _single("prompt", "completion")(row)
+    prompt, completion = as_conversation(row["prompt"], "user"), as_conversation(row["completion"], "assistant")
+    return [*as_turns(row.get("system")), *prompt, *completion]
+
+
+def _xlam(row: dict[str, Any]) -> Messages:
+    calls, _ = tools.calls(row["answers"])
+    answer = {"role": "assistant", "content": "", **({"tool_calls": calls} if calls else {})}
+    return [*as_turns(row.get("system"), ("user", as_text(row["query"]))), answer]
+
+
+def _instances(row: dict[str, Any]) -> list[Any]:
+    """One row per instance, with its number: {"instruction": "Add.", "instances": [{"input": "1, 2", "output": "3"}]}
+    ->  [{"instruction": "Add.", "input": "1, 2", "output": "3", "instance": 0}]
+
+    Values of the row whose key the instance has too go to `row`. An instance that is not an object is unchanged.
+    """
+    shared = {key: value for key, value in row.items() if key != "instances"}
+    as_text(shared["instruction"])
+    rows: list[Any] = []
+    for number, instance in enumerate(as_list(row, "instances", "instance")):
+        if not isinstance(instance, dict):
+            rows.append(instance)
+            continue
+        own = {"instance": number, **instance}
+        hidden = {key: shared[key] for key in own if key in shared and shared[key] != own[key]}
+        rows.append({**shared, **own} | ({"row": hidden} if hidden else {}))
+    return rows
+
+
+OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
+OASST_KEYS = frozenset({"role", "text", "replies", "rank", "deleted"})
+
+
+def oasst_turn(message: dict[str, Any]) -> dict[str, Any]:
+    return {"role": OASST_ROLES.get(as_text(message["role"]), message["role"]), "content": as_text(message["text"])}
+
+
+def replies(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """Replies that were not deleted, best first: by rank, then those with replies, then in their order."""
+    found = [reply for reply in message.get("replies") or [] if not reply.get("deleted")]
+    return sorted(found, key=lambda reply: (reply.get("rank") is None, reply.get("rank") or 0, not reply.get("replies")))
+
+
+def _thread(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The thread of best replies, starting at the prompt."""
+    thread = [row["prompt"]]
+    while found := replies(thread[-1]):
+        thread.append(found[0])
+    return thread
+
+
+def _oasst(row: dict[str, Any]) -> Messages:
+    messages = [oasst_turn(message) for message in _thread(row)]
+    while messages and messages[-1]["role"] != "assistant":
+        messages.pop()
+    if not messages:
+        raise ValueError("the tree has no assistant reply")
+    return messages
+
+
+def _tree(row: dict[str, Any]) -> dict[str, Any]:
+    """Numbers of messages of a tree by their use; `messages` is the sum of the others."""
+    found = [row["prompt"]]
+    for message in found:
+        found += message.get("replies") or []
+    kept, thread = len(_oasst(row)), len(_thread(row))
+    return {"tree": {"messages": len(found), "kept": kept, "unanswered": thread - kept, "other_branches": len(found) - thread}}
+
+
+def _labeled(prompt: str, label: str, system: str | None = "system") -> Callable[[dict[str, Any]], Messages]:
+    return lambda row: as_turns(row.get(system) if system else None, ("user", as_text(row[prompt])), ("assistant", as_label(row[label])))
+
+
+def _classification(row: dict[str, Any]) -> Messages:
+    """Use the names in `label_text`, if there are any, instead of numeric labels."""
+    return _labeled("text", "label_text" if row.get("label_text") else "label")(row)
+
+
+def _layout(keys: str, messages: Callable[[dict[str, Any]], Messages], optional: str = "", **more: Any) -> Layout:
+    return Layout(frozenset(keys.split()), messages, frozenset((keys + " " + optional).split()), **more)
+
+
+LAYOUTS: dict[str, Layout] = {
+    "alpaca": _layout("instruction output", alpaca, "input system", meta=_input),
+    "messages": _layout("messages", openai, turns={"messages": read_message}),
+    "sharegpt": _layout("conversations", sharegpt, "system", turns={"conversations": read_turn}),
+    "dolly": _layout("instruction response", _dolly, "context"),
+    "instances": _layout("instruction instances", alpaca, "input output system", meta=_input, parts=_instances),
+    "prompt_completion": _layout(
+        "prompt completion", _prompt_completion, "system", turns={"prompt": read_message, "completion": read_message}
+    ),
+    "prompt_response": _layout("prompt response", _single("prompt", "response"), "system"),
+    "question_answer": _layout("question answer", _single("question", "answer"), "system"),
+    "flan": _layout("inputs targets", _single("inputs", "targets"), "system"),
+    "ultrachat": _layout("data", _ultrachat),
+    "xlam": _layout("query tools answers", _xlam, "system"),
+    "oasst": Layout(frozenset({"message_tree_id", "prompt"}), _oasst, frozenset({"prompt"}), _tree),
+    "classification": _layout(
+        "text label",
+        _classification,
+        "label_text system",
+        category="label",
+        labels=True,
+        meta=lambda row: {"label": row["label"]} if row.get("label_text") else {},
+    ),
+    "text": _layout(
+        "text", lambda row: as_turns(None, ("assistant", as_text(row["text"]))), meta=lambda row: {"kind": "text"}, alone=True, tool_keys=()
+    ),
+}
+
+
+def is_text(messages: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> bool:
+    """Whether a record is plain text from the `text` layout: one assistant message without a prompt."""
+    return meta.get("kind") == "text" and [message["role"] for message in messages] == ["assistant"]
+
+
+RECORD_FIELDS = {
+    "prompt": True, "response": True, "system": False, "category": False, "tools": False, "tool_calls": False, "reasoning": False,
+}  # fmt: skip
+"""Field of a `mapping` -> whether it is required. With `tool_calls`, a response is not."""
+
+
+def mapping_problem(mapping: Mapping[str, str], fields: Mapping[str, bool] = RECORD_FIELDS) -> str:
+    """Why a mapping of fields to columns is invalid; empty if valid."""
+    if unknown := [name for name in mapping if name not in fields]:
+        return f"unknown field {', '.join(map(repr, unknown))}; fields: {', '.join(fields)}"
+    answered = {"response"} if "tool_calls" in mapping else set()
+    if missing := [name for name, needed in fields.items() if needed and name not in mapping and name not in answered]:
+        return f"no column for {', '.join(missing)}"
+    columns = [column for name, column in mapping.items() if (name, column) != ("category", mapping.get("response"))]
+    if twice := [column for column in columns if columns.count(column) > 1]:
+        return f"column {twice[0]!r} is named twice"
+    return ""
+
+
+def mapped(mapping: Mapping[str, str]) -> Layout:
+    """Layout of a mapping. If response and category are the same column, responses are labels."""
+    labels = "response" in mapping and mapping.get("category") == mapping["response"]
+    required = [
+        mapping[name]
+        for name in ("prompt", "response", "tool_calls")
+        if name in mapping and (name != "tool_calls" or "response" not in mapping)
+    ]
+    return Layout(
+        keys=frozenset(required),
+        messages=lambda row: _mapped_messages(row, mapping, labels),
+        used=frozenset(mapping.values()) - ({mapping.get("category")} if not labels else set()),
+        category=mapping.get("category", "category"),
+        labels=labels,
+        tool_keys=(mapping["tools"],) if "tools" in mapping else (),
+    )
+
+
+def _mapped_messages(row: dict[str, Any], mapping: Mapping[str, str], labels: bool) -> Messages:
+    def column(name: str) -> Any:
+        return row.get(mapping[name]) if name in mapping else None
+
+    calls, _ = tools.calls(column("tool_calls") or [])
+    said = "" if "response" not in mapping or (calls and column("response") is None) else row[mapping["response"]]
+    answer: dict[str, Any] = {"role": "assistant", "content": as_label(said) if labels else as_text(said)}
+    if trace := column("reasoning"):
+        answer["reasoning_content"] = as_text(trace)
+    if calls:
+        answer["tool_calls"] = calls
+    return [*as_turns(column("system"), ("user", as_text(row[mapping["prompt"]]))), answer]

@@ -1,0 +1,197 @@
+"""A message of a source -> the canonical message (core/messages.py), and the keys of it that are not used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dagster_project.core.messages import Message
+from dagster_project.curation.sources import tools
+
+Messages = list[Message]
+Parsed = tuple[Message, tuple[str, ...]]
+"""A canonical message, and the keys of the source that are not in it."""
+
+
+class UnsupportedContent(ValueError):
+    """Content that a text model cannot be trained on: images, sound, video, files."""
+
+
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+TRAIN_KEYS = ("weight", "train", "training", "train_on_turn", "loss")
+"""Keys that say whether the loss counts a message: 0 or 1, false or true."""
+MEDIA = {
+    "image": "image", "images": "image", "image_url": "image", "input_image": "image", "audio": "audio", "audio_url": "audio",
+    "input_audio": "audio", "video": "video", "video_url": "video", "videos": "video", "file": "file", "input_file": "file", "files": "file",
+    "document": "file",
+}  # fmt: skip
+"""Type of a content part, or key of a message -> kind of content."""
+TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
+
+
+def as_text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"expected text, found {type(value).__name__}")
+    return value
+
+
+def as_turns(system: Any, *turns: tuple[str, str]) -> Messages:
+    """Messages of (role, content), after the system prompt if there is one."""
+    first = [{"role": "system", "content": as_text(system)}] if system else []
+    return first + [{"role": role, "content": content} for role, content in turns]
+
+
+def read_message(message: Any) -> Parsed:
+    """A message in OpenAI's form. Raises KeyError or ValueError if it is not one, UnsupportedContent for images and the like."""
+    if type(message) is dict and len(message) == 2:
+        role, content = message.get("role"), message.get("content")
+        if type(role) is str and type(content) is str and role != "function":
+            return {"role": role, "content": content}, ()
+    if not isinstance(message, dict):
+        raise ValueError(f"expected a message, found {type(message).__name__}")
+    rest = dict(message)
+    role = as_text(rest.pop("role"))
+    unused: list[str] = []
+    for key in MEDIA.keys() & rest.keys():
+        if rest.pop(key) not in (None, "", [], {}):
+            raise UnsupportedContent(f"{MEDIA[key]} in a message")
+    calls = _calls(rest, unused)
+    if calls and role != "assistant":
+        raise ValueError("tool calls in a message that is not the assistant's")
+    content, thought = _content(rest, role, bool(calls), unused)
+    found: Message = {"role": "tool" if role == "function" else role, "content": content}
+    if role == "assistant" and (trace := _reasoning(rest, thought)):
+        found["reasoning_content"] = trace
+    if calls:
+        found["tool_calls"] = calls
+    if found["role"] == "tool" and (identity := rest.pop("tool_call_id", None)) not in (None, ""):
+        found["tool_call_id"] = str(identity) if isinstance(identity, int) else as_text(identity)
+    if (name := rest.pop("name", None)) not in (None, ""):
+        found["name"] = as_text(name)
+    if _weight(rest, role) == 0:
+        found["weight"] = 0.0
+    return found, (*rest, *unused)
+
+
+def _calls(rest: dict[str, Any], unused: list[str]) -> list[dict[str, Any]]:
+    """Calls in `tool_calls` or in `function_call`, the older key for one call."""
+    found: list[dict[str, Any]] = []
+    for key in ("tool_calls", "function_call"):
+        if (value := rest.pop(key, None)) in (None, "", [], {}):
+            continue
+        if found:
+            raise ValueError("both tool_calls and function_call")
+        if key == "function_call" and not isinstance(value, dict | str):
+            raise ValueError(f"function_call must be one call, found {type(value).__name__}")
+        found, more = tools.calls(value)
+        unused += more
+    return found
+
+
+def _content(rest: dict[str, Any], role: str, calling: bool, unused: list[str]) -> tuple[str, str]:
+    """The text of a message, and a trace that is a part of its content.
+
+    The text of a refusal (OpenAI's key `refusal`) counts as content if there is no other.
+    """
+    value = rest.pop("content", None) if calling or "refusal" in rest else rest.pop("content")
+    if value is None and isinstance(rest.get("refusal"), str):
+        value = rest.pop("refusal")
+    if value is None and calling:
+        return "", ""
+    if isinstance(value, list):
+        return _joined(value, unused)
+    if isinstance(value, dict) and role in {"tool", "function"}:
+        return tools.result_text(value), ""
+    return as_text(value), ""
+
+
+def _joined(parts: Sequence[Any], unused: list[str]) -> tuple[str, str]:
+    """Text parts joined as a chat template joins them, without a separator, and parts with reasoning."""
+    texts: list[str] = []
+    thoughts: list[str] = []
+    for part in parts:
+        if isinstance(part, str):
+            texts.append(part)
+            continue
+        if not isinstance(part, dict):
+            raise ValueError(f"expected a content part, found {type(part).__name__}")
+        kind = part.get("type", "text")
+        if isinstance(kind, str) and kind in MEDIA:
+            raise UnsupportedContent(f"{MEDIA[kind]} in a message")
+        if kind in TEXT_PARTS:
+            texts.append(as_text(part["text"]))
+        elif kind == "thinking" and isinstance(part.get("thinking"), str | list):
+            inner = part["thinking"]
+            thoughts.append(inner if isinstance(inner, str) else _joined(inner, unused)[0])
+        else:
+            raise ValueError("a content part that is neither text nor reasoning")
+        unused += [f"content[].{key}" for key, value in part.items() if key not in {"type", "text", "thinking"} and value is not None]
+    return "".join(texts), "".join(thoughts)
+
+
+def _reasoning(rest: dict[str, Any], thought: str) -> str:
+    traces = [thought] if thought else []
+    for key in REASONING_KEYS:
+        if (value := rest.pop(key, None)) not in (None, "") and as_text(value) not in traces:
+            traces.append(value)
+    if len(traces) > 1:
+        raise ValueError("two different traces of reasoning in one message")
+    return traces[0] if traces else ""
+
+
+def _weight(rest: dict[str, Any], role: str) -> int:
+    """1, or 0 where the source says that the loss does not count the assistant's message.
+
+    Turns of others are not trained on. A key that says they are is left in `rest`, and so reported.
+    """
+    weights = set()
+    for key in TRAIN_KEYS:
+        value = rest.get(key)
+        if value is not None:
+            if not isinstance(value, bool | int | float):
+                raise ValueError(f"{key} must be 0 or 1, found {type(value).__name__}")
+            if value not in (0, 1):
+                raise ValueError(f"{key} must be 0 or 1, found {value:g}" if abs(value) < 1e9 else f"{key} must be 0 or 1")
+            weights.add(int(value))
+        if role == "assistant" or not value:
+            rest.pop(key, None)
+    if len(weights) > 1:
+        raise ValueError("keys that say both that a message is trained on and that it is not")
+    return weights.pop() if weights and role == "assistant" else 1
+
+
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
+
+
+def read_turn(turn: Any) -> Parsed:
+    """A ShareGPT turn, {"from": "gpt", "value": "Hello"}. A `function_call` turn holds calls as JSON."""
+    if type(turn) is dict and len(turn) == 2:
+        who, value = turn.get("from"), turn.get("value")
+        if type(who) is str and type(value) is str and who not in ("function_call", "function"):
+            return {"role": SHAREGPT_ROLES.get(who, who), "content": value}, ()
+    if not isinstance(turn, dict):
+        raise ValueError(f"expected a turn, found {type(turn).__name__}")
+    if "from" not in turn and "role" in turn:
+        return read_message(turn)
+    more = {key: value for key, value in turn.items() if key not in {"from", "value", "role", "content"}}
+    unused = [key for key in ("role", "content") if key in turn]
+    role, value = SHAREGPT_ROLES.get(as_text(turn["from"]), turn["from"]), turn["value"]
+    calling = {"content": None, "tool_calls": value} if turn["from"] == "function_call" and value else {"content": value}
+    message, others = read_message({**more, "role": role, **calling})
+    return message, (*unused, *others)
+
+
+def joined_calls(messages: Messages) -> Messages:
+    """Consecutive turns that only call tools as one message with parallel calls."""
+    found: Messages = []
+    for message in messages:
+        last = found[-1] if found else {}
+        if _only_calls(message) and _only_calls(last) and message.get("weight") == last.get("weight"):
+            found[-1] = {**last, "tool_calls": [*last["tool_calls"], *message["tool_calls"]]}
+        else:
+            found.append(message)
+    return found
+
+
+def _only_calls(message: Mapping[str, Any]) -> bool:
+    return "tool_calls" in message and not message["content"] and "reasoning_content" not in message

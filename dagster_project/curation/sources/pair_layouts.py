@@ -1,0 +1,263 @@
+"""Layouts of preferences: a row -> pairs of a better and a worse answer. One function per layout."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
+from typing import Any
+
+from dagster_project.curation.sources.layouts import (
+    TurnReader,
+    alpaca,
+    as_conversation,
+    instruction,
+    oasst_turn,
+    openai,
+    replies,
+    sharegpt,
+)
+from dagster_project.curation.sources.message import Messages, as_text, as_turns, read_message, read_turn
+from dagster_project.curation.sources.tools import TOOL_KEYS
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two completions of one prompt. One side is empty if the format has one completion per row (KTO)."""
+
+    prompt: Messages
+    chosen: Messages
+    rejected: Messages
+    margin: float | None = None
+    """Difference in quality, in the format's unit; 0 is a tie."""
+
+
+@dataclass(frozen=True)
+class PairLayout:
+    """How one format lays out preferences."""
+
+    keys: frozenset[str]
+    """Keys a row must have."""
+    pairs: Callable[[dict[str, Any]], list[Pair]]
+    """Converts a row to pairs. Raises KeyError, TypeError or ValueError for rows of another layout."""
+    used: frozenset[str]
+    """Keys that went into the pairs; the others are kept in `meta`, except for tool definitions (`tools`, `functions`)."""
+    judged: str = ""
+    """Key of a boolean in each row. With another value the row is in another layout."""
+    category: str = "category"
+    """Key of the pair's category."""
+    variants: tuple[PairLayout, ...] = ()
+    """The same layout with other keys."""
+    turns: Mapping[str, TurnReader] = field(default_factory=dict)
+    """As in `Layout`. A value that is one message becomes a list of one, and text is unchanged."""
+    tool_keys: tuple[str, ...] = TOOL_KEYS
+    """As in `Layout`."""
+
+    @property
+    def forms(self) -> tuple[PairLayout, ...]:
+        return (self, *self.variants)
+
+    def form_of(self, row: Mapping[str, Any]) -> PairLayout:
+        """The variant whose keys the row has, or most of them. Keys with null count as missing."""
+
+        def match(form: PairLayout) -> tuple[bool, int]:
+            keys = sum(row.get(key) is not None for key in form.keys)
+            return keys == len(form.keys), keys
+
+        return max(self.forms, key=match) if self.variants else self
+
+
+MISMATCH = "chosen and rejected do not answer the same prompt"
+
+
+def _margin(row: dict[str, Any]) -> float | None:
+    return None if row.get("margin") is None else _number(row["margin"])
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"expected a number, found {type(value).__name__}")
+    return float(value)
+
+
+def _preference(prompt: str, chosen: str, rejected: str) -> Callable[[dict[str, Any]], list[Pair]]:
+    def pairs(row: dict[str, Any]) -> list[Pair]:
+        context = [*as_turns(row.get("system")), *as_conversation(row[prompt], "user")]
+        good, bad = (as_conversation(row[key], "assistant") for key in (chosen, rejected))
+        if good[: len(context)] == context == bad[: len(context)]:  # UltraFeedback repeats the prompt in both
+            good, bad = good[len(context) :], bad[len(context) :]
+        if not good or not bad:
+            raise ValueError("chosen or rejected says nothing after the prompt")
+        if good[0]["role"] != "assistant" or bad[0]["role"] != "assistant":
+            raise ValueError(MISMATCH)
+        return [Pair(context, good, bad, _margin(row))]
+
+    return pairs
+
+
+def _sharegpt_pair(row: dict[str, Any]) -> list[Pair]:
+    chosen, rejected = (_answer(row[key]) for key in ("chosen", "rejected"))
+    return [Pair(sharegpt(row), chosen, rejected, _margin(row))]
+
+
+def _answer(value: Any) -> Messages:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"expected a turn, found {type(value).__name__}")
+    return value
+
+
+def _transcript(text: str) -> Messages:
+    """Parse Anthropic's format: "\\n\\nHuman: Hi\\n\\nAssistant: Hello"  ->  user "Hi", assistant "Hello"."""
+    before, *parts = re.split(r"\n\n(Human|Assistant): ?", text)
+    if before.strip() or not parts:
+        raise ValueError("expected a transcript that begins with a blank line and `Human:`")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return as_turns(None, *((roles[name], text) for name, text in zip(parts[::2], parts[1::2], strict=True)))
+
+
+def _whole_conversations(row: dict[str, Any]) -> list[Pair]:
+    """Convert two whole conversations; their common beginning, up to a turn that the assistant answers, is the prompt."""
+    good, bad = (
+        _transcript(row[key]) if isinstance(row[key], str) else as_conversation(row[key], "assistant") for key in ("chosen", "rejected")
+    )
+    shared = len([*takewhile(lambda both: both[0] == both[1], zip(good[:-1], bad[:-1], strict=False))])
+    while shared and good[shared - 1]["role"] not in {"user", "tool"}:
+        shared -= 1
+    if not shared:
+        raise ValueError(MISMATCH)
+    return [Pair(good[:shared], good[shared:], bad[shared:], _margin(row))]
+
+
+def _alpaca_eval(row: dict[str, Any]) -> list[Pair]:
+    """Convert AlpacaEval annotations. The margin is the distance from a tie, 0 to 1.
+
+    `preference` is between 1 (the first output is better) and 2; 1.5, in older annotations 0, is a tie.
+    """
+    preference = _number(row["preference"]) or TIE
+    if not 1 <= preference <= 2:
+        raise ValueError(f"preference must lie between 1 and 2, or be 0 for a tie, found {preference:g}")
+    outputs = [as_conversation(as_text(row[key]), "assistant") for key in ("output_1", "output_2")]
+    chosen, rejected = outputs if preference <= TIE else reversed(outputs)
+    return [Pair(as_turns(row.get("system"), ("user", instruction(row, "input"))), chosen, rejected, 2 * abs(preference - TIE))]
+
+
+TIE = 1.5
+"""AlpacaEval's metrics convert a `preference` of 0 to this value (alpaca_eval/metrics/helpers.py)."""
+
+
+def judgement(value: Any) -> bool | None:
+    """Parse a boolean, which is text in a CSV file; None for other values."""
+    if isinstance(value, str):
+        return {"true": True, "false": False}.get(value.strip().lower())
+    return value if isinstance(value, bool) else None
+
+
+def _kto(judged: str, conversation: Callable[[dict[str, Any]], tuple[Messages, Messages]]) -> Callable[[dict[str, Any]], list[Pair]]:
+    """Reader of rows with one answer each that is labelled good or bad.
+
+    Args:
+        judged: key of the label.
+        conversation: returns the prompt and the answer.
+    """
+
+    def pairs(row: dict[str, Any]) -> list[Pair]:
+        prompt, answer = conversation(row)
+        good = judgement(row[judged])
+        if good is None:
+            raise ValueError(f"{judged} must be true or false, found {type(row[judged]).__name__}")
+        return [Pair(prompt, answer, []) if good else Pair(prompt, [], answer)]
+
+    return pairs
+
+
+def _completion(row: dict[str, Any]) -> tuple[Messages, Messages]:
+    return [*as_turns(row.get("system")), *as_conversation(row["prompt"], "user")], as_conversation(row["completion"], "assistant")
+
+
+def _last_turn(conversation: Callable[[dict[str, Any]], Messages]) -> Callable[[dict[str, Any]], tuple[Messages, Messages]]:
+    """Split a conversation before its last turn, which must be the assistant's and is what the label refers to."""
+
+    def cut(row: dict[str, Any]) -> tuple[Messages, Messages]:
+        *prompt, answer = conversation(row)
+        if not prompt or answer["role"] != "assistant":
+            raise ValueError("the conversation must end with an answer of the assistant, after a prompt")
+        return prompt, [answer]
+
+    return cut
+
+
+def _oasst_pairs(row: dict[str, Any]) -> list[Pair]:
+    """Pair the best reply to each prompter turn with each lower-ranked reply. The margin is the difference in rank."""
+    pairs = []
+    threads = [[row["prompt"]]]
+    for thread in threads:
+        found = replies(thread[-1])
+        threads += [[*thread, reply] for reply in found]
+        ranked = [reply for reply in found if reply.get("rank") is not None and reply["role"] == "assistant"]
+        prompt = [oasst_turn(message) for message in thread]
+        pairs += [
+            Pair(prompt, [oasst_turn(ranked[0])], [oasst_turn(reply)], float(reply["rank"] - ranked[0]["rank"]))
+            for reply in ranked[1:]
+            if reply["rank"] > ranked[0]["rank"]
+        ]
+    if not pairs:
+        raise ValueError("the tree has no two replies of different rank to the same message")
+    return pairs
+
+
+def _pair_layout(keys: str, pairs: Callable[[dict[str, Any]], list[Pair]], optional: str = "", **more: Any) -> PairLayout:
+    return PairLayout(frozenset(keys.split()), pairs, frozenset((keys + " " + optional).split()), **more)
+
+
+def _messages_in(keys: str) -> dict[str, TurnReader]:
+    return dict.fromkeys(keys.split(), read_message)
+
+
+def _turns_in(keys: str) -> dict[str, TurnReader]:
+    return dict.fromkeys(keys.split(), read_turn)
+
+
+def _kto_forms() -> Iterator[PairLayout]:
+    """TRL's columns, then LLaMA-Factory's: whole conversations, or Alpaca's columns, with a judgement."""
+    turns = _messages_in("prompt completion")
+    yield _pair_layout("prompt completion label", _kto("label", _completion), "system", judged="label", turns=turns)
+    for judged in ("label", "kto_tag"):
+        yield _pair_layout(f"messages {judged}", _kto(judged, _last_turn(openai)), judged=judged, turns=_messages_in("messages"))
+        turns = _turns_in("conversations")
+        yield _pair_layout(f"conversations {judged}", _kto(judged, _last_turn(sharegpt)), "system", judged=judged, turns=turns)
+    yield _pair_layout("instruction output kto_tag", _kto("kto_tag", _last_turn(alpaca)), "input system", judged="kto_tag")
+
+
+def _kto_layout() -> PairLayout:
+    first, *others = _kto_forms()
+    return replace(first, variants=tuple(others))
+
+
+PAIR_LAYOUTS: dict[str, PairLayout] = {
+    "preference": _pair_layout(
+        "prompt chosen rejected", _preference("prompt", "chosen", "rejected"), "system margin", turns=_messages_in("prompt chosen rejected")
+    ),
+    "sharegpt": _pair_layout(
+        "conversations chosen rejected", _sharegpt_pair, "system margin", turns=_turns_in("conversations chosen rejected")
+    ),
+    "transcripts": _pair_layout("chosen rejected", _whole_conversations, "margin", turns=_messages_in("chosen rejected")),
+    "alpaca_eval": _pair_layout("instruction output_1 output_2 preference", _alpaca_eval, "input system"),
+    "kto": _kto_layout(),
+    "oasst": PairLayout(frozenset({"message_tree_id", "prompt"}), _oasst_pairs, frozenset({"prompt"})),
+}
+
+PAIR_FIELDS = {"prompt": True, "chosen": True, "rejected": True, "category": False, "tools": False}
+"""Field of a `mapping` -> whether it is required."""
+
+
+def mapped_pairs(mapping: Mapping[str, str]) -> PairLayout:
+    columns = [mapping[name] for name in ("prompt", "chosen", "rejected")]
+    return PairLayout(
+        keys=frozenset(columns),
+        pairs=_preference(*columns),
+        used=frozenset(columns) | {"system", "margin"} | ({mapping["tools"]} if "tools" in mapping else set()),
+        category=mapping.get("category", "category"),
+        turns=dict.fromkeys(columns, read_message),
+        tool_keys=(mapping["tools"],) if "tools" in mapping else (),
+    )

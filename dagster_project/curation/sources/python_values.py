@@ -1,0 +1,139 @@
+"""Values and types in Python's notation, as some function-calling sets have them. Text is parsed and never evaluated."""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from typing import Any
+
+CONSTANTS = {"true": True, "false": False, "null": None}
+"""JSON's names, which are not Python's."""
+
+
+def python_value(text: str) -> Any:
+    """The JSON value that a Python literal stands for: "{'unit': 'cm', 'round': true}"  ->  {"unit": "cm", "round": True}
+
+    Raises:
+        ValueError: it is not a literal, or not one that JSON can hold.
+    """
+    try:
+        return _value(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, MemoryError, RecursionError) as error:
+        raise ValueError(f"not a Python literal: {error}") from None
+
+
+def _value(node: ast.expr) -> Any:
+    match node:
+        case ast.Constant(value=str() as text):
+            text.encode()  # half of a surrogate pair is a UnicodeEncodeError, which is a ValueError
+            return text
+        case ast.Constant(value=None | bool() | int() as value):
+            return value
+        case ast.Constant(value=float() as number) if math.isfinite(number):
+            return number
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)) if math.isfinite(number):
+            return -number
+        case ast.Name(id=name) if name in CONSTANTS:
+            return CONSTANTS[name]
+        case ast.List(elts=parts) | ast.Tuple(elts=parts) | ast.Set(elts=parts):
+            return [_value(part) for part in parts]
+        case ast.Dict(keys=keys, values=values) if all(isinstance(key, ast.Constant) and isinstance(key.value, str) for key in keys):
+            return {_value(key): _value(value) for key, value in zip(keys, values, strict=True) if key}
+    raise ValueError("not a literal that JSON can hold")
+
+
+def python_calls(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """Calls in ToolACE's notation, whose names may contain spaces: "[Get Weather(city='Oslo', days=2)]"  ->  [("Get Weather", {...})]
+
+    Raises:
+        ValueError: it is not a list of calls with named arguments.
+    """
+    text = text.strip()
+    if not (text.startswith("[") and text.endswith("]")):
+        raise ValueError("not a list of calls")
+    return [_call(call) for call in _divided(text[1:-1])]
+
+
+def _call(text: str) -> tuple[str, dict[str, Any]]:
+    name, opening, rest = text.strip().partition("(")
+    if not (opening and name.strip() and rest.endswith(")")):
+        raise ValueError("not a call")
+    arguments = {}
+    for argument in _divided(rest[:-1]):
+        key, sign, value = argument.partition("=")
+        if not sign or not key.strip():
+            raise ValueError("an argument without a name")
+        if key.strip() in arguments:
+            raise ValueError("an argument is given twice")
+        arguments[key.strip()] = python_value(value)
+    return name.strip(), arguments
+
+
+_MARKS = re.compile(r"""\\.|["'\[\](){},]""", re.DOTALL)
+
+
+def _divided(text: str) -> list[str]:
+    """Parts between the commas that are outside brackets and quotes."""
+    parts, start, depth, quote = [], 0, 0, ""
+    for found in _MARKS.finditer(text):
+        mark = found[0]
+        if quote:
+            quote = "" if mark == quote else quote
+        elif mark in "\"'":
+            quote = mark
+        elif mark in "[({":
+            depth += 1
+        elif mark in "])}":
+            depth -= 1
+        elif mark == "," and not depth:
+            parts.append(text[start : found.start()])
+            start = found.end()
+        if depth < 0:
+            break
+    if depth or quote:
+        raise ValueError("brackets or quotes that are not closed")
+    parts.append(text[start:])
+    return parts if len(parts) > 1 or text.strip() else []
+
+
+TYPES = {
+    "str": "string", "string": "string", "char": "string", "int": "integer", "integer": "integer", "long": "integer", "float": "number",
+    "double": "number", "number": "number", "bool": "boolean", "boolean": "boolean", "list": "array", "array": "array", "tuple": "array",
+    "set": "array", "sequence": "array", "iterable": "array", "dict": "object", "object": "object", "mapping": "object", "hashmap": "object",
+    "none": "null", "null": "null",
+}  # fmt: skip
+"""Name of a type in lower case -> JSON Schema's."""
+
+
+def json_type(text: str) -> tuple[dict[str, Any], bool]:
+    """The JSON Schema of a type in Python's notation, and whether it is optional.
+
+    "List[int], optional"  ->  ({"type": "array", "items": {"type": "integer"}}, True)
+    """
+    name, *words = [part.strip() for part in _divided_type(text)]
+    optional = any(word.lower().startswith(("optional", "default")) for word in words)
+    if outer := re.fullmatch(r"Optional\[(.*)\]", name, re.DOTALL):
+        return json_type(outer[1])[0], True
+    return _type(name), optional
+
+
+def _divided_type(text: str) -> list[str]:
+    try:
+        return _divided(text) or [text]
+    except ValueError:
+        return [text]
+
+
+def _type(name: str) -> dict[str, Any]:
+    outer, bracket, inner = name.strip().partition("[")
+    kind = outer.strip().removeprefix("typing.").lower()
+    parts = [part for part in _divided_type(inner.rpartition("]")[0]) if part.strip() not in {"", "..."}] if bracket else []
+    if kind == "union" and parts:
+        return {"anyOf": [_type(part) for part in parts]}
+    if kind not in TYPES:
+        return {}
+    found: dict[str, Any] = {"type": TYPES[kind]}
+    if TYPES[kind] == "array" and parts and len(set(parts)) == 1 and (items := _type(parts[0])):
+        found["items"] = items
+    return found

@@ -1,0 +1,186 @@
+"""Tool definitions and tool calls of a source -> OpenAI's form, whose arguments are parsed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from dagster_project.core.messages import JSON
+from dagster_project.curation.sources.files import parse_json
+from dagster_project.curation.sources.python_values import json_type, python_value
+
+Tools = list[dict[str, Any]]
+TOOL_KEYS = ("tools", "functions")
+"""Keys of a row for tool definitions. The first that holds any is read."""
+
+
+def definitions(value: Any) -> Tools | None:
+    """Tool definitions in OpenAI's form: '[{"name": "add"}]'  ->  [{"type": "function", "function": {"name": "add"}}]
+
+    Args:
+        value: a list of definitions or one definition, or JSON text of these. None, "", [] and {} mean no tools.
+    Raises:
+        ValueError: anything else.
+    """
+    if isinstance(value, str):
+        if not value.strip():
+            return None
+        try:
+            value = parse_json(value)
+        except ValueError:
+            raise ValueError("tools is text that is not JSON") from None
+    if value is None or value == [] or value == {}:
+        return None
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        raise ValueError(f"tools must be a list of functions, found {type(value).__name__}")
+    return [_definition(tool) for tool in value]
+
+
+def _definition(tool: Any) -> dict[str, Any]:
+    if isinstance(tool, str):
+        try:
+            tool = parse_json(tool)
+        except ValueError:
+            raise ValueError("tools holds text that is not JSON") from None
+    if not isinstance(tool, dict):
+        raise ValueError(f"each of tools must be an object, found {type(tool).__name__}")
+    if isinstance(tool.get("function"), dict):
+        wrapped = {"type": "function", **tool} if "type" not in tool else tool
+    elif tool.get("type") in (None, "function"):
+        wrapped = {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
+    elif isinstance(tool.get("name"), str) and isinstance(tool.get("parameters", {}), dict):
+        wrapped = {"type": "function", "function": tool}
+    else:
+        raise ValueError("tools holds a tool that is not a function")
+    function = wrapped["function"]
+    if not isinstance(function.get("name"), str) or not function["name"]:
+        raise ValueError("tools holds a function without a name")
+    if "input_schema" in function and "parameters" not in function:  # Anthropic's key
+        function = {("parameters" if key == "input_schema" else key): value for key, value in function.items()}
+    parameters = function.get("parameters")
+    if isinstance(parameters, dict) and _is_untyped(parameters):
+        function = {**function, "parameters": _schema(parameters)}
+    return wrapped if function is wrapped["function"] else {**wrapped, "function": function}
+
+
+def _is_untyped(parameters: Mapping[str, Any]) -> bool:
+    """Whether parameters are listed by name, as in xLAM's data, and not in a JSON Schema."""
+    return bool(parameters) and all(isinstance(one, dict) and isinstance(one.get("type"), str) for one in parameters.values())
+
+
+def _schema(parameters: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """A JSON Schema for parameters with Python's types:
+
+    {"n": {"type": "int"}, "unit": {"type": "str, optional", "description": "cm or in"}}  ->
+    {"type": "object", "properties": {"n": {"type": "integer"}, "unit": {"type": "string", "description": "cm or in"}}, "required": ["n"]}
+    """
+    properties, required = {}, []
+    for name, parameter in parameters.items():
+        kind, optional = json_type(parameter["type"])
+        properties[name] = {**kind, **{key: value for key, value in parameter.items() if key not in {"type", "required"}}}
+        declared = parameter.get("required")
+        if declared is True or (declared is None and not optional and "default" not in parameter):
+            required.append(name)
+    return {"type": "object", "properties": properties, "required": required}
+
+
+def with_json_types(schema: Any) -> Any:
+    """A schema whose `type`s are JSON Schema's: {"type": "dict", "required": None}  ->  {"type": "object"}"""
+    if isinstance(schema, list):
+        return [with_json_types(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key == "properties" and isinstance(value, dict):
+            found[key] = {name: with_json_types(one) for name, one in value.items()}
+        elif key == "type" and isinstance(value, str):
+            found |= json_type(value)[0]
+        elif key == "items" or key == "parameters":
+            found[key] = with_json_types(value)
+        elif not (key == "required" and value is None):
+            found[key] = value
+    return found
+
+
+def calls(value: Any) -> tuple[list[dict[str, Any]], list[str]]:
+    """Tool calls in OpenAI's form, and the keys of calls that are not used.
+
+    Args:
+        value: a list of calls or one call, or JSON text of these. A call is {"function": {"name", "arguments"}} or {"name", "arguments"}.
+    Raises:
+        ValueError: anything else.
+    """
+    if isinstance(value, str):
+        if not value.strip():
+            return [], []
+        value = _parsed(value)
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        raise ValueError(f"expected tool calls, found {type(value).__name__}")
+    unused: list[str] = []
+    return [_call(call, unused) for call in value], unused
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return parse_json(text)
+    except ValueError:
+        pass
+    try:
+        return python_value(text)
+    except ValueError:
+        raise ValueError("a tool call is text that is not JSON") from None
+
+
+def _call(call: Any, unused: list[str]) -> dict[str, Any]:
+    if isinstance(call, str):
+        call = _parsed(call)
+    if not isinstance(call, dict):
+        raise ValueError(f"a tool call must be an object, found {type(call).__name__}")
+    rest = dict(call)
+    function = rest.pop("function", None)
+    inner = dict(function) if isinstance(function, dict) else rest
+    identity = rest.pop("id", None)
+    rest.pop("type", None)
+    name = inner.pop("name", function if isinstance(function, str) else None)
+    if not isinstance(name, str) or not name:
+        raise ValueError("a tool call has no name")
+    arguments = inner.pop("arguments", None)
+    if arguments is None:
+        arguments = inner.pop("parameters", None)
+    unused += [f"tool_calls[].{key}" for key, held in rest.items() if held is not None]
+    if inner is not rest:
+        unused += [f"tool_calls[].function.{key}" for key, held in inner.items() if held is not None]
+    return call_of(name, arguments, identity)
+
+
+def call_of(name: str, arguments: Any, identity: Any = None) -> dict[str, Any]:
+    """A canonical call. Arguments are an object; where they are none, their text, which the check invalid_tool_call reports."""
+    if identity is not None and not isinstance(identity, str | int):
+        raise ValueError(f"the id of a tool call must be text, found {type(identity).__name__}")
+    known = {} if identity is None or identity == "" else {"id": str(identity)}
+    return {"type": "function", **known, "function": {"name": name, "arguments": _arguments(arguments)}}
+
+
+def _arguments(value: Any) -> Any:
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        if not value.strip():
+            return {}
+        try:
+            parsed = parse_json(value)
+        except ValueError:
+            return value
+        return parsed if isinstance(parsed, dict) else value
+    return value if isinstance(value, dict) else JSON.encode(value)
+
+
+def result_text(value: Any) -> str:
+    """The content of a tool result, which may be an object: {"ok": true}  ->  '{"ok": true}'"""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,64 @@
+"""Tasks with a final answer: a number or a text that is extracted from the response, as in GSM8K."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from functools import cached_property
+
+from pydantic import Field, field_validator
+
+from dagster_project.core.params import Section
+
+NUMBER = "number"
+_NUMBER = re.compile(r"(?:(?<![\w)])-\s?)?\$?\s?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")  # a hyphen after a word or number is no sign
+_MARKED = re.compile(r"####\s*([^\n]+)")
+
+
+class FinalAnswer(Section):
+    """The response ends in an answer that can be extracted; the text before it is not compared."""
+
+    final_answer: str = Field(min_length=1)
+    """How to extract it, from the response and from the reference. `number`: the number after the last `####` or, without
+    one, the last number; commas, `$` and decimals that are zero do not count. Else a regular expression with one group,
+    which is the answer; of several matches the last one."""
+
+    @field_validator("final_answer")
+    @classmethod
+    def _one_group(cls, value: str) -> str:
+        if value == NUMBER:
+            return value
+        try:
+            groups = re.compile(value).groups
+        except re.error as error:
+            raise ValueError(f"must be `number`, or a regular expression: {error}") from None
+        if groups != 1:
+            raise ValueError(f"must be `number`, or a regular expression with one group; it has {groups}")
+        return value
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        return re.compile(self.final_answer)
+
+    def extract(self, text: str) -> str | None:
+        """The final answer of a response or reference; None if it has none."""
+        if self.final_answer == NUMBER:
+            return last_number(text)
+        found = [match.group(1) for match in self._pattern.finditer(text) if match.group(1) is not None]
+        return found[-1].strip() if found else None
+
+
+def last_number(text: str) -> str | None:
+    """The number after the last `####`, else the last number, in one spelling.
+
+    >>> last_number("It costs $1,250.50 or 3 coins. #### 1,250.50")
+    '1250.5'
+    """
+    marked = _MARKED.findall(text)
+    found = _NUMBER.findall(marked[-1]) if marked else []
+    found = found[:1] or _NUMBER.findall(text)[-1:]
+    if not found:
+        return None
+    number = Decimal(re.sub(r"[,$\s]", "", found[0]))
+    text = f"{number if number else abs(number):f}"  # without an exponent, and -0 as 0
+    return text.rstrip("0").rstrip(".") if "." in text else text

@@ -1,0 +1,137 @@
+"""Scores of a system's answers to the questions: text measures on references with text, call measures on references with tool calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dagster_project.core.messages import Tools
+from dagster_project.evaluation.answers import Answer, of_message
+from dagster_project.evaluation.metrics import AnyTask, Measure, by_label, measures, rate
+from dagster_project.evaluation.paired.bootstrap import estimate
+from dagster_project.evaluation.tool_calls import is_valid, same_calls, same_names
+
+if TYPE_CHECKING:
+    import numpy as np
+
+ALL_MARKS = "score"
+"""Name of the mean mark where some references are text and others are calls."""
+
+Same = Callable[[Answer, Answer, Any], bool]
+CALLS: dict[str, Same] = {
+    "tool_arguments_exact": lambda reference, answer, _: same_calls(reference, answer),
+    "tool_name_accuracy": lambda reference, answer, _: same_names(reference, answer),
+    "tool_call_valid": lambda _, answer, tools: is_valid(answer, tools),
+}
+"""Measures over the questions whose reference has calls. The first one decides if at least half of the questions are such."""
+FALSE_CALL = "false_call"
+"""Share of answers with a call, over the questions that offer tools and whose reference has no call."""
+
+
+class Offer(NamedTuple):
+    """What the model gets with a prompt."""
+
+    tools: Tools = None
+    reasoning: bool = False
+    """Whether the reference has a trace, so that the chat template may open one."""
+
+
+class Scoring:
+    """The questions and the measures that apply to each."""
+
+    def __init__(self, questions: Sequence[Mapping[str, Any]], task: AnyTask | None, custom: Mapping[str, Measure]) -> None:
+        self.task, self.custom = task, custom
+        self.references = [of_message(question["messages"][-1]) for question in questions]
+        self.offers = [
+            Offer(question.get("tools"), bool(reference.reasoning)) for question, reference in zip(questions, self.references, strict=True)
+        ]
+        self.examples = [question["example_id"] for question in questions]
+        self.with_calls = [bool(reference.calls) for reference in self.references]
+        self.with_text = [bool(reference.content) or not reference.calls for reference in self.references]
+        self.could_call = [bool(offer.tools) and not calls for offer, calls in zip(self.offers, self.with_calls, strict=True)]
+
+    def names(self, writes: bool = True) -> dict[str, bool]:
+        """Measure -> whether it is paired. The first one is deciding, the second one is shown next to it.
+
+        Args:
+            writes: False for a classifier, which generates no text.
+        """
+        text = {name: measure.paired for name, measure in self._text(writes).items()} if any(self.with_text) or not self.references else {}
+        called = dict.fromkeys(CALLS, True) if any(self.with_calls) and writes else {}
+        false = {FALSE_CALL: True} if any(self.could_call) and writes else {}
+        return {**called, **text, **false} if self.calls_decide else {**text, **called, **false}
+
+    @cached_property
+    def calls_decide(self) -> bool:
+        return bool(self.references) and 2 * sum(self.with_calls) >= len(self.references)
+
+    def statistics(self, name: str, answers: Sequence[Answer], writes: bool = True) -> np.ndarray:
+        """Contribution of each example to the sums of a measure, (examples, k). The turns of one example are added up, because they are not independent."""
+        import numpy as np
+
+        values = self._by_question(name, answers, writes)
+        order = {example: i for i, example in enumerate(dict.fromkeys(self.examples))}
+        if len(order) == len(values):
+            return values
+        sums = np.zeros((len(order), values.shape[1]))
+        np.add.at(sums, [order[example] for example in self.examples], values)
+        return sums
+
+    def _by_question(self, name: str, answers: Sequence[Answer], writes: bool) -> np.ndarray:
+        import numpy as np
+
+        if name in CALLS or name == FALSE_CALL:
+            same: Same = CALLS.get(name, lambda _, answer, __: bool(answer.calls))
+            counted = self.with_calls if name in CALLS else self.could_call
+            triples = zip(self.references, answers, (offer.tools for offer in self.offers), strict=True)
+            return np.array([(n and same(*one), n) for n, one in zip(counted, triples, strict=True)], dtype=float).reshape(-1, 2)
+        kept = np.flatnonzero(self.with_text)
+        found = self._text(writes)[name].statistics(self.texts(self.references), self.texts(answers))
+        values = np.zeros((len(answers), found.shape[1]))
+        values[kept] = found
+        return values
+
+    def combine(self, name: str, writes: bool = True) -> Any:
+        """Sums -> score of a measure."""
+        return rate if name in CALLS or name == FALSE_CALL else self._text(writes)[name].combine
+
+    def score(self, answers: Sequence[Answer], writes: bool = True) -> dict[str, Any]:
+        """Every measure over all answers, each with its 95 % interval; for a label task also those of each label."""
+        scores: dict[str, Any] = {"n": len(answers)}
+        if any(self.with_calls):
+            scores |= {"n_text": sum(self.with_text), "n_calls": sum(self.with_calls)}
+        for name in self.names(writes):
+            scores[name], scores[f"{name}_interval"] = estimate(self.combine(name, writes), self.statistics(name, answers, writes))
+        return scores | by_label(self.task, self.texts(self.references), self.texts(answers))
+
+    @property
+    def mark_name(self) -> str:
+        """What `marks` are."""
+        text = "accuracy" if self.task else "rouge_l"
+        return text if not any(self.with_calls) else ALL_MARKS if any(self.with_text) else next(iter(CALLS))
+
+    def marks(self, answers: Sequence[Answer], writes: bool = True) -> list[float]:
+        """A score from 0 to 1 for each answer: whether the calls are those of the reference or, for text, accuracy or ROUGE-L."""
+        text = (
+            self._by_question("accuracy" if self.task else "rouge_l", answers, writes)[:, 0]
+            if any(self.with_text)
+            else [0.0] * len(answers)
+        )
+        called = self._by_question(next(iter(CALLS)), answers, writes)[:, 0]
+        return [float(call if calls else said) for calls, call, said in zip(self.with_calls, called, text, strict=True)]
+
+    def texts(self, answers: Sequence[Answer]) -> list[str]:
+        """Contents of the answers to questions with a reference text."""
+        return [answer.content for answer, text in zip(answers, self.with_text, strict=True) if text]
+
+    def _text(self, writes: bool) -> dict[str, Measure]:
+        return measures(self.task, self.custom, writes)
+
+
+def mean_by_example(questions: Sequence[Mapping[str, Any]], marks: Sequence[float]) -> dict[str, float]:
+    """example_id -> mean mark of its questions."""
+    found: dict[str, list[float]] = {}
+    for question, mark in zip(questions, marks, strict=True):
+        found.setdefault(question["example_id"], []).append(mark)
+    return {example: sum(values) / len(values) for example, values in found.items()}

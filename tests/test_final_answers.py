@@ -1,0 +1,120 @@
+"""Final answers: extracted from response and reference, compared exactly, after the trace."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from dagster_project.core.records import example_id
+from dagster_project.evaluation.answers import Answer
+from dagster_project.evaluation.evaluator import Settings, select_questions
+from dagster_project.evaluation.final_answers import FinalAnswer, last_number
+from dagster_project.evaluation.metrics import NO_LABEL, label
+from dagster_project.evaluation.scoring import Scoring
+from tests.conftest import SHARED_DATA
+
+NUMBER = FinalAnswer(final_answer="number")
+LETTER = FinalAnswer(final_answer=r"[Aa]nswer is \(?([A-D])\b")
+
+
+def record(prompt: str, response: str, **more: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response, **more}]
+    identity = example_id(messages)
+    return {"example_id": identity, "source": "s", "messages": messages, "category": None, "group_id": identity, "meta": "{}"}
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("She pays 2 * 3 = <<2*3=6>>6 dollars.\n#### 6", "6"),
+        ("#### 1,250", "1250"),
+        ("#### $1,250.50", "1250.5"),
+        ("#### -3", "-3"),
+        ("#### 42 apples, not 7", "42"),
+        ("First #### 1, then\n#### 2", "2"),
+        ("12 and 3 make 15.", "15"),
+        ("It is $18.00", "18"),
+        ("It is 1,000,000!", "1000000"),
+        ("5, 10, 15", "15"),
+        ("10-5=5", "5"),
+        ("10 - 15 = -5", "-5"),
+        ("pages 10-12", "12"),
+        ("-0", "0"),
+        ("007", "7"),
+        ("3.50", "3.5"),
+        ("0.5%", "0.5"),
+        ("\\boxed{72}", "72"),
+        ("**72**", "72"),
+        ("123456789012345678901234567890.10", "123456789012345678901234567890.1"),
+        ("#### none of them, 9 of 10", "9"),
+        ("#### nothing", None),
+        ("I do not know.", None),
+        ("", None),
+    ],
+)
+def test_the_number_that_a_text_ends_in(text: str, number: str | None) -> None:
+    assert last_number(text) == NUMBER.extract(text) == number
+
+
+@given(st.integers(-(10**12), 10**12), st.sampled_from(["{}", "{:,}", "{}.00", "{:,}.0"]))
+def test_a_number_is_the_same_in_every_spelling(value: int, spelling: str) -> None:
+    assert last_number(f"so it is {spelling.format(value)}.") == str(value)
+
+
+def test_every_reference_of_gsm8k_gives_its_number() -> None:
+    file = SHARED_DATA / "gsm8k_test.jsonl"
+    if not file.is_file():
+        pytest.skip(f"{file} is missing")
+    answers = [json.loads(line)["answer"] for line in file.read_text(encoding="utf-8").splitlines()]
+    assert len(answers) == 1319
+    for answer in answers:
+        (published,) = re.findall(r"^#### (-?[0-9.,]+)$", answer, re.MULTILINE)  # the expression of the data set's authors
+        assert NUMBER.extract(answer) == published.replace(",", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [("The answer is (B).", "B"), ("The answer is A, no: the answer is C", "C"), ("B", None), ("The answer is Aha", None)],
+)
+def test_a_regular_expression_gives_its_group_of_the_last_match(text: str, letter: str | None) -> None:
+    assert LETTER.extract(text) == letter
+    assert label(LETTER, text) == (letter or NO_LABEL)
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [("(", "or a regular expression: "), ("none", "one group; it has 0"), ("(a)(b)", "one group; it has 2"), ("", "1 character")],
+)
+def test_a_bad_expression_is_refused(value: str, what: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(what)):
+        Settings(task={"final_answer": value})
+
+
+def test_accuracy_is_judged_on_the_answer_after_the_trace() -> None:
+    records = [record(f"Question {i}?", f"It is so. #### {i}", reasoning_content="Maybe 99?") for i in range(5)]
+    task, questions = select_questions([*records, record("Why?", "Because.")], Settings(task=NUMBER))
+    assert task == NUMBER and questions == records, "a reference without a number is not asked"
+    scoring = Scoring(questions, task, {})
+    answers = [Answer("0.0"), Answer("It is 1,", "not 5"), Answer("3"), Answer("", "It is 3, I think"), Answer("I pass")]
+    found = scoring.score(answers)
+    assert (found["accuracy"], found["no_final_answer"], found["n"]) == (0.4, 0.4, 5)
+    assert list(scoring.names())[:2] == ["accuracy", "no_final_answer"] and scoring.mark_name == "accuracy"
+    assert scoring.marks(answers) == [1, 1, 0, 0, 0]
+    assert scoring.offers[0].reasoning
+
+
+def test_text_without_any_final_answer_is_free_text(caplog: pytest.LogCaptureFixture) -> None:
+    rows = [record("Why?", "Because.")]
+    assert select_questions(rows, Settings(task=NUMBER)) == (None, rows)
+    assert "none of 1 test answers is a text with a final answer (number)" in caplog.text
+
+
+def test_a_classifier_is_not_scored_by_final_answers() -> None:
+    scoring = Scoring([record("1?", "1")], NUMBER, {})
+    assert scoring.names(writes=False) == {}

@@ -1,0 +1,671 @@
+"""Tool calls, tool definitions, traces, weights and content parts of every layout -> canonical messages; nothing of them is dropped silently."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders.files import FILE_WRITERS, jsonl
+from conftest import SHARED_DATA
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dagster_project.core.errors import InputError
+from dagster_project.core.messages import calls
+from dagster_project.curation.checks.checks import Rules, judge
+from dagster_project.curation.sources.formats import as_record, to_pairs, to_records
+from dagster_project.curation.sources.python_values import json_type, python_calls, python_value
+
+ASKED = {"role": "user", "content": "Is it cold in Oslo?"}
+WEATHER = {
+    "type": "function",
+    "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}},
+}
+
+
+def call(name: str = "weather", arguments: Any = None, identity: str | None = None) -> dict[str, Any]:
+    """A canonical call."""
+    given = {"city": "Oslo"} if arguments is None else arguments
+    return {"type": "function", **({"id": identity} if identity else {}), "function": {"name": name, "arguments": given}}
+
+
+def answer(content: str = "", **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, **more}
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
+    """Reads rows as examples."""
+
+    def read(*rows: Any, **options: Any) -> list[dict[str, Any]]:
+        return to_records(jsonl(tmp_path / "a.jsonl", *rows), "a.jsonl", **options)[1]
+
+    return read
+
+
+@pytest.fixture
+def one(read: Callable[..., list[dict[str, Any]]]) -> Callable[..., list[dict[str, Any]]]:
+    """The messages of a conversation in OpenAI's layout, after the user's question."""
+    return lambda *messages, **row: read({"messages": [ASKED, *messages], **row})[0]["messages"][1:]
+
+
+def problem(record: dict[str, Any]) -> str:
+    return str(json.loads(record["meta"]).get("problem", "")).partition(" (line ")[0]
+
+
+# Calls
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"tool_calls": [{"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}]},
+        {"tool_calls": [{"id": "c1", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}], "content": ""},
+        {"tool_calls": [{"id": "c1", "name": "weather", "arguments": {"city": "Oslo"}}], "function_call": None},
+        {"tool_calls": '[{"id": "c1", "name": "weather", "arguments": "{\\"city\\": \\"Oslo\\"}"}]'},
+    ],
+)
+def test_a_call_has_one_form_whatever_its_spelling(source: dict[str, Any], one: Callable[..., Any]) -> None:
+    assert one({"role": "assistant", **source}) == [answer(tool_calls=[call(identity="c1")])]
+
+
+def test_text_beside_a_call_and_parallel_calls_are_kept_in_order(one: Callable[..., Any]) -> None:
+    source = [{"id": i, "function": {"name": "weather", "arguments": json.dumps({"city": i})}} for i in ("a", "b")]
+    assert one(answer("Wait.", tool_calls=source)) == [
+        answer("Wait.", tool_calls=[call(arguments={"city": i}, identity=i) for i in ("a", "b")])
+    ]
+
+
+def test_the_older_function_call_and_the_role_function_are_a_call_and_a_tool_result(one: Callable[..., Any]) -> None:
+    source = {"role": "assistant", "content": None, "function_call": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+    assert one(source, {"role": "function", "name": "weather", "content": "-3"}) == [
+        answer(tool_calls=[call()]),
+        {"role": "tool", "content": "-3", "name": "weather"},
+    ]
+
+
+def test_a_tool_result_keeps_its_id_its_name_and_an_object_as_json(one: Callable[..., Any]) -> None:
+    result = {"role": "tool", "tool_call_id": "c1", "name": "weather", "content": {"degrees": -3}}
+    assert one(result) == [{"role": "tool", "content": '{"degrees": -3}', "tool_call_id": "c1", "name": "weather"}]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kept"),
+    [(None, {}), ("", {}), ("{}", {}), ("not JSON", "not JSON"), ("[1]", "[1]"), ([1], "[1]"), (3, "3"), ('{"a": NaN}', '{"a": NaN}'),
+     ('{"a": 1, "a": 2}', '{"a": 1, "a": 2}'), ('{"a": "\\ud83d"}', '{"a": "\\ud83d"}'), ("[" * 5000, "[" * 5000)],
+)  # fmt: skip
+def test_arguments_that_are_no_object_are_kept_as_text(arguments: Any, kept: Any, one: Callable[..., Any]) -> None:
+    (said,) = one(answer(tool_calls=[{"name": "weather", "arguments": arguments}]))
+    assert said["tool_calls"] == [call(arguments=kept)]
+
+
+def test_a_result_without_a_call_and_a_call_without_an_id_are_kept(read: Callable[..., Any]) -> None:
+    rows = [
+        {"messages": [ASKED, {"role": "tool", "content": "x", "tool_call_id": "c9"}, answer("So.")]},
+        {"messages": [ASKED, answer(tool_calls=[call()])]},
+    ]
+    assert [problem(record) for record in read(*rows)] == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (answer(tool_calls={"a": [[]]}), "a tool call has no name"),
+        (answer(tool_calls=[3]), "a tool call must be an object, found int"),
+        (answer(tool_calls=3), "expected tool calls, found int"),
+        (answer(tool_calls="weather, please"), "a tool call is text that is not JSON"),
+        (answer(tool_calls=[{"function": {"arguments": "{}"}}]), "a tool call has no name"),
+        (answer(tool_calls=[call(identity="a") | {"id": [1]}]), "the id of a tool call must be text, found list"),
+        (answer(tool_calls=[call()], function_call={"name": "weather"}), "both tool_calls and function_call"),
+        ({**ASKED, "tool_calls": [call()]}, "tool calls in a message that is not the assistant's"),
+    ],
+)
+def test_a_call_that_cannot_be_read_makes_its_row_malformed(message: dict[str, Any], reason: str, read: Callable[..., Any]) -> None:
+    assert problem(read({"messages": [ASKED, message]})[0]) == reason
+
+
+# Tools
+
+
+@pytest.mark.parametrize(
+    "tools",
+    [
+        [WEATHER],
+        [WEATHER["function"]],
+        json.dumps([WEATHER]),
+        json.dumps(WEATHER["function"]),
+        [json.dumps(WEATHER)],
+        WEATHER,
+        [{"type": "function", **WEATHER["function"]}],
+        [{("input_schema" if key == "parameters" else key): value for key, value in WEATHER["function"].items()}],
+    ],
+)
+@pytest.mark.parametrize("key", ["tools", "functions"])
+def test_definitions_have_one_form_whatever_their_spelling(key: str, tools: Any, read: Callable[..., Any]) -> None:
+    (record,) = read({"messages": [ASKED, answer("Yes.")], key: tools})
+    assert (record["tools"], record["meta"]) == ([WEATHER], "{}")
+
+
+@pytest.mark.parametrize("tools", [None, "", " ", "[]", [], "null", {}])
+def test_no_tools_are_no_tools_in_any_spelling(tools: Any, read: Callable[..., Any]) -> None:
+    plain, record = read({"messages": [ASKED, answer("Yes.")]}, {"messages": [ASKED, answer("Yes.")], "tools": tools})
+    assert "tools" not in record and record["example_id"] == plain["example_id"]
+
+
+@pytest.mark.parametrize(
+    ("tools", "reason"),
+    [
+        ("a hammer", "tools is text that is not JSON"),
+        (3, "tools must be a list of functions, found int"),
+        ([3], "each of tools must be an object, found int"),
+        (["hammer"], "tools holds text that is not JSON"),
+        ([{"type": "code_interpreter"}], "tools holds a tool that is not a function"),
+        ([{"description": "nameless"}], "tools holds a function without a name"),
+    ],
+)
+def test_tools_that_cannot_be_read_make_a_conversation_malformed(tools: Any, reason: str, read: Callable[..., Any]) -> None:
+    assert problem(read({"messages": [ASKED, answer("Yes.")], "tools": tools})[0]) == reason
+
+
+def test_a_column_named_tools_that_defines_none_stays_in_meta_where_rows_are_no_conversations(read: Callable[..., Any]) -> None:
+    (record,) = read({"question": "How?", "answer": "Gently.", "tools": "a hammer"})
+    assert (problem(record), json.loads(record["meta"]), record["ignored"]) == ("", {"tools": "a hammer"}, ["tools"])
+
+
+def test_records_that_differ_in_their_tools_have_different_ids(read: Callable[..., Any]) -> None:
+    rows = [{"messages": [ASKED, answer("Yes.")], **more} for more in ({}, {"tools": [WEATHER]}, {"tools": [{"name": "clock"}]})]
+    assert len({record["example_id"] for record in read(*rows)}) == 3
+
+
+# Layouts of function calling
+
+
+def test_sharegpt_calls_and_observations(read: Callable[..., Any]) -> None:
+    said = [
+        ("human", "Is it cold?"),
+        ("function_call", '{"name": "weather", "arguments": {"city": "Oslo"}}'),
+        ("function_call", '[{"name": "weather", "arguments": "{\\"city\\": \\"Rome\\"}"}]'),
+        ("observation", "-3"),
+        ("gpt", "Yes."),
+    ]
+    (record,) = read({"conversations": [{"from": who, "value": text} for who, text in said], "tools": json.dumps([WEATHER["function"]])})
+    assert record["tools"] == [WEATHER]
+    assert record["messages"] == [
+        {"role": "user", "content": "Is it cold?"},
+        answer(tool_calls=[call(), call(arguments={"city": "Rome"})]),
+        {"role": "tool", "content": "-3"},
+        answer("Yes."),
+    ]
+
+
+HERMES = """You are a function calling AI model. You are provided with function signatures within <tools> </tools> XML tags. \
+You may call one or more functions.
+<tools>
+%s
+</tools>
+For each function call return a JSON object:
+<tool_call>
+{'arguments': <args-dict>, 'name': <function-name>}
+</tool_call>"""
+
+
+@pytest.mark.parametrize("written", [json.dumps([WEATHER]), json.dumps(WEATHER), f"{json.dumps(WEATHER)}\n", repr([WEATHER])])
+@pytest.mark.parametrize("layout", ["sharegpt", "messages"])
+def test_hermes(written: str, layout: str, read: Callable[..., Any]) -> None:
+    said = [
+        ("system", f"Be brief.\n\n{HERMES % written}"),
+        ("user", "Is it cold?"),
+        ("assistant", "I look.\n<tool_call>\n{'arguments': {'city': 'Oslo'}, 'name': 'weather'}\n</tool_call>\n<tool_call>\n"
+                      '{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'),
+        ("tool", "<tool_response>\n-3\n</tool_response>\n<tool_response>\n20\n</tool_response>"),
+        ("assistant", "Yes."),
+    ]  # fmt: skip
+    names = {"user": "human", "assistant": "gpt"}
+    turns = (
+        {"messages": [{"role": who, "content": text} for who, text in said]}
+        if layout == "messages"
+        else {"conversations": [{"from": names.get(who, who), "value": text} for who, text in said]}
+    )
+    (record,) = read(turns)
+    assert record["tools"] == [WEATHER]
+    assert record["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Is it cold?"},
+        answer("I look.", tool_calls=[call(), call(arguments={"city": "Rome"})]),
+        {"role": "tool", "content": "-3"},
+        {"role": "tool", "content": "20"},
+        answer("Yes."),
+    ]
+    assert json.loads(record["meta"]) == {"system_prompt": said[0][1]}, "the prompt is kept as it was"
+
+
+def test_a_text_about_tags_is_text(read: Callable[..., Any]) -> None:
+    said = "Write <tool_call>your call</tool_call> or <tools>...</tools>."
+    assert read({"messages": [ASKED, answer(said)]})[0]["messages"] == [ASKED, answer(said)]
+    reason = problem(read({"messages": [ASKED, answer(said)], "tools": [WEATHER]})[0])
+    assert reason == "a tool call is text that is not JSON", "where the conversation has tools, it is a call"
+
+
+TOOLACE = """You are an expert in composing functions. You are given a question.
+Here is a list of functions in JSON format that you can invoke:
+[{"name": "Market Trends API", "parameters": {"type": "dict", "properties": {"n": {"type": "float"}, "xs": {"type": "list"}}, "required": null}}].
+Should you decide to return the function call(s).
+NO other text MUST be included. """
+
+
+def test_toolace(read: Callable[..., Any]) -> None:
+    said = [
+        ("user", "Trends?"),
+        ("assistant", """[Market Trends API(n=-2.5, xs=["a, (b", true, None]), Market Trends API()]"""),
+        ("tool", '[{"name": "Market Trends API", "results": {}}]'),
+        ("assistant", "[Note] They rise."),
+    ]
+    (record,) = read({"system": TOOLACE, "conversations": [{"from": who, "value": text} for who, text in said]})
+    parameters = {"type": "object", "properties": {"n": {"type": "number"}, "xs": {"type": "array"}}}
+    assert record["tools"] == [{"type": "function", "function": {"name": "Market Trends API", "parameters": parameters}}]
+    assert [[(one.name, one.arguments) for one in calls(m)] for m in record["messages"] if m["role"] == "assistant"] == [
+        [("Market Trends API", {"n": -2.5, "xs": ["a, (b", True, None]}), ("Market Trends API", {})],
+        [],
+    ]
+    assert [m["role"] for m in record["messages"]] == ["user", "assistant", "tool", "assistant"]
+    broken = {
+        "system": TOOLACE,
+        "conversations": [{"from": "user", "value": "x"}, {"from": "assistant", "value": "[Market Trends API(n=__import__('os'))]"}],
+    }
+    assert problem(read(broken)[0]) == "a tool call cannot be parsed: not a literal that JSON can hold"
+
+
+def test_xlam_has_calls_and_json_schemas(read: Callable[..., Any]) -> None:
+    parameters = {
+        "n": {"type": "int", "description": "How many."},
+        "tags": {"type": "List[str], optional"},
+        "at": {"type": "Union[int, float]", "default": 1},
+    }
+    row = {
+        "id": 7,
+        "query": "Is it cold?",
+        "tools": json.dumps([{"name": "weather", "description": "Now.", "parameters": parameters}]),
+        "answers": json.dumps([{"name": "weather", "arguments": {"n": 1}}, {"name": "weather", "arguments": {"n": 2}}]),
+    }
+    (record,) = read(row, layout="auto")
+    assert record["messages"] == [
+        {"role": "user", "content": "Is it cold?"},
+        answer(tool_calls=[call(arguments={"n": 1}), call(arguments={"n": 2})]),
+    ]
+    assert record["tools"][0]["function"]["parameters"] == {
+        "type": "object",
+        "properties": {
+            "n": {"type": "integer", "description": "How many."},
+            "tags": {"type": "array", "items": {"type": "string"}},
+            "at": {"anyOf": [{"type": "integer"}, {"type": "number"}], "default": 1},
+        },
+        "required": ["n"],
+    }
+    assert json.loads(record["meta"]) == {"id": 7}
+
+
+def test_a_mapping_reads_tools_calls_and_reasoning_of_a_table(tmp_path: Path) -> None:
+    rows = [
+        {
+            "q": "Is it cold?",
+            "t": json.dumps([WEATHER]),
+            "calls": json.dumps([{"name": "weather", "arguments": {"city": "Oslo"}}]),
+            "why": "Look.",
+            "a": "",
+        },
+        {"q": "Hi", "t": "", "calls": "", "why": "", "a": "Hello"},
+    ]
+    FILE_WRITERS[".csv"](tmp_path / "a.csv", rows)
+    mapping = {"prompt": "q", "response": "a", "tools": "t", "tool_calls": "calls", "reasoning": "why"}
+    first, second = to_records(tmp_path / "a.csv", "a.csv", mapping=mapping)[1]
+    assert (first["messages"][-1], first["tools"]) == (answer(reasoning_content="Look.", tool_calls=[call()]), [WEATHER])
+    assert (second["messages"][-1], "tools" in second) == (answer("Hello"), False)
+    only_calls = to_records(tmp_path / "a.csv", "a.csv", mapping={"prompt": "q", "tool_calls": "calls"})[1]
+    assert [record["messages"][-1] for record in only_calls] == [answer(tool_calls=[call()]), answer("")]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".feather"])
+def test_keys_that_a_table_adds_to_objects_are_not_there(suffix: str, tmp_path: Path) -> None:
+    """In a table every object of a column has the keys of all objects."""
+    clock = {
+        "type": "function",
+        "function": {"name": "clock", "parameters": {"type": "object", "properties": {"zone": {"type": "string"}}}},
+    }
+    said = [call(), call("clock", {"zone": "UTC"})]
+    rows = [
+        {"messages": [ASKED, answer(tool_calls=[one])], "tools": [tool]}
+        for one, tool in zip(said, [WEATHER, clock], strict=True)
+    ]  # fmt: skip
+    FILE_WRITERS[suffix](tmp_path / f"a{suffix}", rows)
+    records = to_records(tmp_path / f"a{suffix}", "a")[1]
+    assert [record["messages"] for record in records] == [[ASKED, answer(tool_calls=[one])] for one in said]
+    assert [record["tools"] for record in records] == [[WEATHER], [clock]]
+
+
+# Python's notation
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.floats(allow_nan=False, allow_infinity=False) | st.text(st.characters(exclude_categories=["Cs"])),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), inner, max_size=3),
+    max_leaves=8,
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.from_regex(r"\A[A-Za-z][A-Za-z0-9_. /-]{0,8}[a-z]\Z"),
+            st.dictionaries(st.from_regex(r"\A[a-z_]{1,6}\Z"), JSON_VALUES, max_size=3),
+        ),
+        max_size=3,
+    )
+)
+def test_calls_written_in_pythons_notation_are_read_back_equal(said: list[tuple[str, dict[str, Any]]]) -> None:
+    written = ", ".join(f"{name}({', '.join(f'{key}={value!r}' for key, value in given.items())})" for name, given in said)
+    assert python_calls(f"[{written}]") == said
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["f(1)", "__import__('os')", "1e999", "b'x'", "...", "1j", "{1: 2}", "'\\ud83d'", "[", "x", "(" * 500, "1" * 5000, "\0", "f'{x}'"],
+)
+def test_nothing_but_a_literal_that_json_can_hold_is_a_value(text: str) -> None:
+    with pytest.raises(ValueError):
+        python_value(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["weather()", "[weather]", "[weather(1)]", "[weather(a=1, a=2)]", "[weather(a='x)]", "[weather(a=1]", "[(a=1)]", "[weather(a=)]"],
+)
+def test_what_is_no_list_of_calls_is_refused(text: str) -> None:
+    with pytest.raises(ValueError):
+        python_calls(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "schema", "optional"),
+    [
+        ("str", {"type": "string"}, False),
+        ("int, optional", {"type": "integer"}, True),
+        ("Optional[float]", {"type": "number"}, True),
+        ("List[Dict[str, int]]", {"type": "array", "items": {"type": "object"}}, False),
+        ("Tuple[int, str]", {"type": "array"}, False),
+        ("Dict[str, List[int]]", {"type": "object"}, False),
+        ("Any", {}, False),
+        ("Callable[[float], float]", {}, False),
+    ],
+)
+def test_types_of_python_are_those_of_json_schema(text: str, schema: dict[str, Any], optional: bool) -> None:
+    assert json_type(text) == (schema, optional)
+
+
+# Reasoning
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_is_kept_under_one_key(key: str, one: Callable[..., Any]) -> None:
+    assert one(answer("Four", **{key: "Two and two."})) == [answer("Four", reasoning_content="Two and two.")]
+    assert one(answer("Four", **{key: None})) == one(answer("Four", **{key: ""})) == [answer("Four")]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "<think>\nTwo and two.\n</think>\n\nFour",
+        "\n<think>Two and two.</think>Four",
+        "<|begin_of_thought|>\n\nTwo and two.\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\nFour\n\n<|end_of_solution|>",
+    ],
+)
+@pytest.mark.parametrize(
+    "row",
+    [
+        lambda said: {"messages": [ASKED, answer(said)]},
+        lambda said: {"conversations": [{"from": "human", "value": "How much?"}, {"from": "gpt", "value": said}]},
+        lambda said: {"instruction": "How much?", "output": said},
+        lambda said: {"prompt": "How much?", "completion": said},
+    ],
+)
+def test_a_trace_at_the_beginning_of_an_answer_is_reasoning(row: Callable[[str], Any], said: str, read: Callable[..., Any]) -> None:
+    assert read(row(said))[0]["messages"][-1] == answer("Four", reasoning_content="Two and two.")
+    assert read(row(said), think="keep")[0]["messages"][-1] == answer(said)
+
+
+@pytest.mark.parametrize("said", ["Say <think>x</think>.", "<think>never closed", "x</think>y", "<thinking>x</thinking>y"])
+def test_other_tags_are_text(said: str, one: Callable[..., Any]) -> None:
+    assert one(answer(said)) == [answer(said)]
+
+
+def test_a_trace_without_its_opening_tag_is_split_on_request(read: Callable[..., Any]) -> None:
+    row = {"messages": [{**ASKED, "content": "x</think>y"}, answer("Two and two.\n</think>\n\nFour")]}
+    assert read(row, think="split")[0]["messages"] == [row["messages"][0], answer("Four", reasoning_content="Two and two.")]
+
+
+def test_an_empty_trace_is_not_the_same_as_none(read: Callable[..., Any]) -> None:
+    rows = [{"messages": [ASKED, answer(said)]} for said in ("<think>\n\n</think>\n\nFour", "Four")]
+    empty, none = read(*rows)
+    assert (empty["messages"][-1], none["messages"][-1]) == (answer("Four", reasoning_content=""), answer("Four"))
+    assert empty["example_id"] != none["example_id"]
+
+
+def test_two_traces_that_differ_are_malformed_and_equal_ones_are_one(read: Callable[..., Any], one: Callable[..., Any]) -> None:
+    assert one(answer("Four", reasoning="a", reasoning_content="a")) == [answer("Four", reasoning_content="a")]
+    assert (
+        problem(read({"messages": [ASKED, answer("Four", reasoning="a", thinking="b")]})[0])
+        == "two different traces of reasoning in one message"
+    )
+
+
+def test_plain_text_keeps_its_tags(read: Callable[..., Any]) -> None:
+    assert read({"text": "<think>a</think>b"})[0]["messages"] == [answer("<think>a</think>b")]
+
+
+# Loss per message
+
+
+@pytest.mark.parametrize("key", ["weight", "train", "training", "train_on_turn", "loss"])
+@pytest.mark.parametrize(
+    ("value", "trained"), [(0, False), (0.0, False), (False, False), (1, True), (1.0, True), (True, True), (None, True)]
+)
+def test_a_message_that_is_not_trained_on_has_weight_zero(key: str, value: Any, trained: bool, one: Callable[..., Any]) -> None:
+    assert one(answer("Yes.", **{key: value})) == [answer("Yes.") if trained else answer("Yes.", weight=0.0)]
+
+
+def test_a_sharegpt_turn_has_a_weight_as_well(read: Callable[..., Any]) -> None:
+    turns = [
+        {"from": "human", "value": "Hi", "train": False},
+        {"from": "gpt", "value": "Yo", "train": False},
+        {"from": "gpt", "value": "Hello", "train": True},
+    ]
+    (record,) = read({"conversations": turns})
+    assert record["messages"] == [{"role": "user", "content": "Hi"}, answer("Yo", weight=0.0), answer("Hello")] and "ignored" not in record
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"weight": "yes"}, "weight must be 0 or 1, found str"),
+        ({"weight": 2}, "weight must be 0 or 1, found 2"),
+        ({"weight": 0.5}, "weight must be 0 or 1, found 0.5"),
+        ({"weight": 10**400}, "weight must be 0 or 1"),
+        ({"train": [0]}, "train must be 0 or 1, found list"),
+        ({"loss": False, "weight": 1}, "keys that say both that a message is trained on and that it is not"),
+    ],
+)
+def test_a_weight_that_is_neither_zero_nor_one_makes_its_row_malformed(
+    given: dict[str, Any], reason: str, read: Callable[..., Any]
+) -> None:
+    assert problem(read({"messages": [ASKED, answer("Yes.", **given)]})[0]) == reason
+
+
+def test_a_weight_that_asks_to_train_on_a_question_is_reported(read: Callable[..., Any]) -> None:
+    rows = [{"messages": [{**ASKED, "weight": weight}, answer("Yes.")]} for weight in (0, 1)]
+    assert [record.get("ignored") for record in read(*rows)] == [None, ["messages[].weight"]]
+
+
+# Content parts
+
+
+def test_text_parts_are_joined_as_a_template_joins_them(one: Callable[..., Any]) -> None:
+    parts = [{"type": "text", "text": "It is "}, {"type": "output_text", "text": "cold."}, "!"]
+    assert one(answer(parts)) == [answer("It is cold.!")]  # type: ignore[arg-type]
+
+
+def test_a_part_with_reasoning_is_reasoning(one: Callable[..., Any]) -> None:
+    parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}, {"type": "text", "text": "Yes."}]
+    assert one(answer(parts)) == [answer("Yes.", reasoning_content="Hm.")]  # type: ignore[arg-type]
+
+
+MEDIA = {
+    "image": [{"type": "image_url", "image_url": {"url": "x"}}],
+    "audio": [{"type": "text", "text": "a"}, {"type": "input_audio", "input_audio": {}}],
+    "video": [{"type": "video"}],
+    "file": [{"type": "file", "file": {"file_id": "f"}}],
+}
+
+
+@pytest.mark.parametrize("kind", MEDIA)
+def test_content_that_is_not_text_is_refused_by_row_with_a_reason(kind: str, read: Callable[..., Any]) -> None:
+    row = {"messages": [{"role": "user", "content": MEDIA[kind]}, answer("Yes.")]}
+    records = read({"messages": [ASKED, answer("Yes.")]}, row)
+    judged = judge(records, [], Rules())
+    assert judged.reason == [None, "unsupported_content"]
+    assert judged.verdicts["unsupported_content"].severity == "error" and not judged.verdicts["malformed_row"].broken
+    assert judged.frame["unsupported_content"][1] == f"{kind} in a message (line 2)"
+    assert json.loads(records[1]["meta"])["row"] == row, "the row is kept as it was read"
+
+
+@pytest.mark.parametrize("more", [{"audio": {"id": "a"}}, {"images": ["x"]}])
+def test_a_message_with_sound_or_images_beside_its_text_is_refused_as_well(more: dict[str, Any], read: Callable[..., Any]) -> None:
+    assert judge(read({"messages": [ASKED, answer("Yes.", **more)]}), [], Rules()).reason == ["unsupported_content"]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [[3], [{"type": "tool_use"}], [{"type": "text", "text": [{"type": "text", "text": "x"}]}], [{"type": "text"}], [[]], {"type": "text"}],
+)
+def test_other_parts_make_a_row_malformed(parts: Any, read: Callable[..., Any]) -> None:
+    assert judge(read({"messages": [{"role": "user", "content": parts}, answer("Yes.")]}), [], Rules()).reason == ["malformed_row"]
+
+
+def test_a_refusal_is_content_if_there_is_no_other(one: Callable[..., Any]) -> None:
+    assert one({"role": "assistant", "content": None, "refusal": "I can't."}) == [answer("I can't.")]
+    assert one(answer("Yes.", refusal=None)) == [answer("Yes.")]
+
+
+# Preferences
+
+
+def pair_of(path: Path, *rows: Any, **options: Any) -> dict[str, Any]:
+    (pair,) = to_pairs(jsonl(path / "a.jsonl", *rows), "a.jsonl", **options)[1]
+    return pair
+
+
+CALLS = answer(tool_calls=[{"name": "weather", "arguments": '{"city": "Oslo"}'}])
+THINKS = "<think>\nHm.\n</think>\n\nNo."
+PAIRS: dict[str, list[dict[str, Any]]] = {
+    "preference": [{"prompt": [ASKED], "chosen": [CALLS], "rejected": [answer(THINKS)]}],
+    "transcripts": [{"chosen": [ASKED, CALLS], "rejected": [ASKED, answer(THINKS)]}],
+    "sharegpt": [
+        {
+            "conversations": [{"from": "human", "value": ASKED["content"]}],
+            "chosen": {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Oslo"}}'},
+            "rejected": {"from": "gpt", "value": THINKS},
+        }
+    ],
+    "kto": [{"messages": [ASKED, CALLS], "label": True}, {"messages": [ASKED, answer(THINKS)], "label": False}],
+}
+
+
+@pytest.mark.parametrize("layout", PAIRS)
+def test_answers_with_calls_and_traces_are_pairs_with_tools(layout: str, tmp_path: Path) -> None:
+    rows = [{**row, "tools": json.dumps([WEATHER])} for row in PAIRS[layout]]
+    pair = pair_of(tmp_path, *rows)
+    assert [pair[side] for side in ("prompt", "chosen", "rejected")] == [
+        [ASKED],
+        [answer(tool_calls=[call()])],
+        [answer("No.", reasoning_content="Hm.")],
+    ]
+    assert (pair["tools"], as_record(pair)["tools"]) == ([WEATHER], [WEATHER])
+    assert pair["example_id"] != pair_of(tmp_path, *PAIRS[layout])["example_id"], "tools are part of the identity"
+
+
+def test_answers_under_different_tools_are_not_paired(tmp_path: Path) -> None:
+    good, bad = PAIRS["kto"]
+    pairs = to_pairs(jsonl(tmp_path / "a.jsonl", {**good, "tools": [WEATHER]}, bad), "a.jsonl")[1]
+    assert [pair["source_rows"] for pair in pairs] == [[0], [1]]
+
+
+def test_a_common_beginning_may_end_with_a_tool_result(tmp_path: Path) -> None:
+    begin = [ASKED, CALLS, {"role": "tool", "content": "-3"}]
+    pair = pair_of(tmp_path, {"chosen": [*begin, answer("Yes.")], "rejected": [*begin, answer("No.")]})
+    assert ([m["role"] for m in pair["prompt"]], pair["chosen"], pair["rejected"]) == (
+        ["user", "assistant", "tool"],
+        [answer("Yes.")],
+        [answer("No.")],
+    )
+
+
+def test_a_mapping_of_pairs_reads_tools(tmp_path: Path) -> None:
+    row = {"q": "Hi", "good": "Hello", "bad": "What?", "t": [WEATHER]}
+    assert pair_of(tmp_path, row, mapping={"prompt": "q", "chosen": "good", "rejected": "bad", "tools": "t"})["tools"] == [WEATHER]
+
+
+def test_a_response_may_be_left_out_of_a_mapping_only_for_calls(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no column for response"):
+        to_records(jsonl(tmp_path / "a.jsonl", {"q": "Hi", "t": "[]"}), "a.jsonl", mapping={"prompt": "q", "tools": "t"})
+
+
+# Identity
+
+FIELDS = st.fixed_dictionaries(
+    {"content": st.sampled_from(["", "Yes."])},
+    optional={
+        "reasoning_content": st.sampled_from(["Hm.", "Ah."]),
+        "tool_calls": st.sampled_from([[call()], [call(identity="a")], [call(arguments={})], [call(), call()], [call("clock", {})]]),
+        "name": st.sampled_from(["a", "b"]),
+        "weight": st.just(0.0),
+    },
+)
+ROWS = st.tuples(FIELDS, st.sampled_from([None, [WEATHER]]), st.sampled_from([{}, {"tool_call_id": "a"}, {"name": "weather"}]))
+
+
+def test_two_rows_that_differ_in_any_field_never_share_an_id(tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("ids") / "a.jsonl"
+
+    @settings(max_examples=150, deadline=None)
+    @given(st.tuples(ROWS, ROWS))
+    def holds(drawn: Any) -> None:
+        rows = [
+            {
+                "messages": [ASKED, {"role": "tool", "content": "x", **result}, {"role": "assistant", **said}],
+                **({"tools": tools} if tools else {}),
+            }
+            for said, tools, result in drawn
+        ]
+        first, second = to_records(jsonl(path, *rows), "a.jsonl")[1]
+        assert (first["example_id"] == second["example_id"]) == (rows[0] == rows[1])
+        assert first["messages"] == rows[0]["messages"], "what is canonical is read as it is"
+
+    holds()
+
+
+# Data that nobody here wrote
+
+
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="../shared/data, the real data sets, is missing")
+def test_every_call_of_a_real_file_is_a_call_to_one_of_its_tools() -> None:
+    rows = json.loads((SHARED_DATA / "glaive_toolcall_en_demo.json").read_text())
+    layout, records = to_records(SHARED_DATA / "glaive_toolcall_en_demo.json", "glaive")
+    assert (layout, len(records), len(rows)) == ("sharegpt", 300, 300)
+    for row, record in zip(rows, records, strict=True):
+        written = [json.loads(turn["value"]) for turn in row["conversations"] if turn["from"] == "function_call"]
+        found = [one for message in record["messages"] for one in calls(message)]
+        assert [(one.name, one.arguments) for one in found] == [(one["name"], one["arguments"]) for one in written]
+        defined = json.loads(row["tools"] or "[]")
+        assert [tool["function"] for tool in record.get("tools", [])] == defined
+        assert len(record["messages"]) == len(row["conversations"]) and record["meta"] == "{}"
