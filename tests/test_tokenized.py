@@ -245,7 +245,7 @@ def test_a_template_that_never_ends_is_stopped(stage: Stage, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("name", "complaint", "hint"),
     [
-        ("alpacca", "'alpacca' is not a known template", "use alpaca, chatml, or a file in data/templates/"),
+        ("alpacca", "'alpacca' is not a known template", "use alpaca, chatml, hermes, or a file in data/templates/"),
         ("data/templates/none.jinja", "does not exist", "add the file"),
         ("../mine.jinja", "is outside the project", "copy it"),
         ("params/mine.jinja", "is not a file in data/templates/", "move it to data/templates/"),
@@ -705,3 +705,29 @@ def test_label_audit_figures_match_a_hand_count(stage: Stage) -> None:
 
 def test_texts_whose_ids_depend_on_the_cut_are_counted(newline_merging_tokenizer: Any) -> None:
     assert [fate.stable for fate in make(newline_merging_tokenizer, [ask("Hi"), ask("Hi", "\nYes")], Rules(512))] == [True, False]
+
+
+def test_hermes_writes_tools_calls_results_and_traces(tiny_tokenizer: Any) -> None:
+    from dagster_project.core.chat import examples_of
+
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = chat_templates.NAMED["hermes"]
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "é"}}}
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Add."},
+        {"role": "assistant", "content": "", "reasoning_content": "Easy.", "tool_calls": [call, call]},
+        {"role": "tool", "content": "3"},
+        {"role": "assistant", "content": "It is 3."},
+    ]
+    [parts] = examples_of(tokenizer, {"messages": messages, "tools": [tool]}, "keep")
+    written = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "é"}}\n</tool_call>'
+    assert [text for text, trained in parts if trained] == [
+        f"<think>\nEasy.\n</think>\n\n{written}\n{written}<|im_end|>",
+        "It is 3.<|im_end|>",
+    ]
+    assert parts[0][0].startswith("<|im_start|>system\nBe kind.\n\nYou may call functions") and '"name": "add"' in parts[0][0]
+    assert [text for text, _ in examples_of(tokenizer, {"messages": messages[1:2] + messages[4:]})[0]] == [
+        "<|im_start|>user\nAdd.<|im_end|>\n<|im_start|>assistant\n", "It is 3.<|im_end|>", "\n",
+    ]  # fmt: skip

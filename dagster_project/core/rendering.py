@@ -189,6 +189,9 @@ def _end_ids(settings: Path, _modified: int) -> tuple[int, ...]:
     return tuple(ids) if isinstance(ids, list) else (ids,) if isinstance(ids, int) else ()
 
 
+WITH_TOOLS = "use a chat template that does, e.g. tokenized.chat_template: hermes"
+
+
 def refuse_unwritten(tokenizer: Any, messages: Messages, tools: Tools, turns: range, text: str) -> None:
     """Check that a rendered conversation has all that its messages say: nothing may disappear in a template.
 
@@ -202,13 +205,13 @@ def refuse_unwritten(tokenizer: Any, messages: Messages, tools: Tools, turns: ra
     """
     form = form_of(tokenizer)
     if tools and not form.tools:
-        raise InputError("the chat template does not write the definitions of tools", "use another chat template")
+        raise InputError("the chat template does not write the definitions of tools", WITH_TOOLS)
     for i in turns:
         message, content = messages[i], messages[i]["content"].strip()
         if message.get("tool_calls") and not form.calls:
-            raise InputError("the chat template does not write tool calls", "use another chat template")
+            raise InputError("the chat template does not write tool calls", WITH_TOOLS)
         if message["role"] == "tool" and not form.results:
-            raise InputError("the chat template does not write tool results", "use another chat template")
+            raise InputError("the chat template does not write tool results", WITH_TOOLS)
         for call in calls(message):
             if isinstance(call.arguments, str):
                 raise InputError(f"turn {i + 1} calls a tool with arguments that are not JSON", "see the check invalid_tool_call")

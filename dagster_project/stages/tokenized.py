@@ -72,7 +72,8 @@ class Params(Section):
     """How conversations become tokens, labels and packed rows. See docs/tokenized.md."""
 
     chat_template: str | None = None
-    """`alpaca`, `chatml`, or the path of a Jinja file in data/templates/. null: the base model's own template."""
+    """`alpaca`, `chatml`, `hermes` (ChatML with tools, calls, results and traces), or the path of a Jinja file in
+    data/templates/. null: the base model's own template."""
     on_mismatch: Literal["fail", "drop"] = "fail"
     """What happens when a conversation does not fit the template: `fail` stops the stage, `drop` drops the conversation
     and counts it."""
