@@ -38,7 +38,7 @@ def renderer(project: Path, base_model: Path | None, template: str | None) -> Re
 
     Args:
         base_model: folder of a model; None: data/base_model of the project, with `tokenized.chat_template`, if it exists.
-        template: chatml, alpaca or a Jinja file, instead of the model's own.
+        template: chatml, hermes, alpaca or a Jinja file, instead of the model's own.
     Raises:
         InputError: there is no template, or it is refused.
     """
@@ -59,7 +59,9 @@ def renderer(project: Path, base_model: Path | None, template: str | None) -> Re
         chat_templates.try_template(tokenizer, where)
     elif tokenizer is None or not tokenizer.chat_template:
         problem = f"{where} has no chat template" if present else "there is no data/base_model"
-        raise InputError(f"--show: {problem}, so rows cannot be rendered", "add --template chatml, alpaca or FILE, or --base-model FOLDER")
+        raise InputError(
+            f"--show: {problem}, so rows cannot be rendered", "add --template chatml, hermes, alpaca or FILE, or --base-model FOLDER"
+        )
     return Renderer(where, tokenizer, present, reasoning)
 
 
@@ -90,7 +92,7 @@ def _configured(project: Path) -> tuple[str | None, chat.Reasoning]:
 def _with_template(tokenizer: Any, name: str, source: str, where: str) -> Any:
     """The tokenizer with another template."""
     special = {token.content for token in tokenizer.backend_tokenizer.get_added_tokens_decoder().values() if token.special}
-    if name == "chatml" and not {"<|im_start|>", "<|im_end|>"} <= special:
+    if name in chat_templates.MARKUP and not {"<|im_start|>", "<|im_end|>"} <= special:
         raise InputError(f"{where}: the base model's tokenizer has no special tokens <|im_start|> and <|im_end|>", "use alpaca, or a file")
     if name in chat_templates.NAMED and chat.adds_bos(tokenizer):
         source = "{{ bos_token }}" + source
@@ -109,7 +111,7 @@ def _template_only(name: str, source: str) -> LightTokenizer:
     except InputError:
         return tokenizer
     end = SPECIAL.search(after)
-    if end is None or ("</s>" in after and name != "chatml"):
+    if end is None or ("</s>" in after and name not in chat_templates.MARKUP):
         return tokenizer
     return replace(tokenizer, special_tokens={"bos_token": "<s>", "eos_token": end.group()})
 

@@ -174,7 +174,7 @@ def end_tokens(tokenizer: Any) -> list[str]:
     """The tokens at which generation stops: the tokenizer's end-of-text token and those of the model's generation_config.json."""
     settings = Path(str(getattr(tokenizer, "name_or_path", ""))) / "generation_config.json"
     found = _end_ids(settings, settings.stat().st_mtime_ns) if settings.is_file() else ()
-    further = [str(token) for token in map(tokenizer.backend_tokenizer.id_to_token, found) if token is not None]
+    further = [token for token in (tokenizer.backend_tokenizer.id_to_token(number) for number in found) if token is not None]
     return list(dict.fromkeys([str(tokenizer.eos_token), *further]))
 
 

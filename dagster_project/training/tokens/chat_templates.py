@@ -74,6 +74,8 @@ HERMES = (
 """ChatML with tools, calls, results and traces in the tags of Nous Research's Hermes, which Qwen took over. For models whose own template has none."""
 
 NAMED = {"alpaca": ALPACA, "chatml": CHATML, "hermes": HERMES}
+MARKUP = frozenset({"chatml", "hermes"})
+"""Templates that need the special tokens <|im_start|> and <|im_end|>."""
 
 SECONDS = 5
 """Maximum processor seconds for rendering four small conversations."""
@@ -123,7 +125,7 @@ def use(tokenizer: Any, root: Path, name: str | None) -> str | None:
         except UnicodeDecodeError:
             raise InputError(f"{where}: is not UTF-8 text", "save it as UTF-8") from None
     elif name is not None:
-        for token in ("<|im_start|>", "<|im_end|>") if name in {"chatml", "hermes"} else ():
+        for token in ("<|im_start|>", "<|im_end|>") if name in MARKUP else ():
             if not any(str(added) == token and added.special for added in tokenizer.added_tokens_decoder.values()):
                 raise InputError(f"{where}: the base model's tokenizer has no special token {token}", "use alpaca, or your own template")
         # rendered templates are tokenized without special tokens, so the template must write the beginning-of-text token
