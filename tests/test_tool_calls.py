@@ -228,11 +228,13 @@ def test_a_set_with_tools_is_evaluated_and_compared(tool_model: Path, tmp_path: 
     assert document["recommended"]["sure"] and "points of same calls over" in " ".join(document["advice"])
 
     page = (root / "pages/comparison.html").read_text()
-    assert (
-        '<details class="part"><summary>call of weather: {&#34;city&#34;: &#34;City 0&#34;}</summary>' in page
-        and "<summary>trace, 3 words</summary>" in page
-    )
-    assert "<summary>2 tools: weather, ping</summary>" in page and "<summary>3 messages before the answer</summary>" in page
+    for summary in (
+        "calls weather",
+        f"reasoning, {len(HOSTILE)} characters",
+        "2 tools: weather, ping",
+        "user, assistant (1 call), tool; 2 tools",
+    ):
+        assert f'<summary><bdi dir="auto">{summary}</bdi></summary>' in page
     assert (
         HOSTILE not in page and "&lt;img src=x onerror=alert(1)&gt;" in page and "default-src &#39;none&#39;" in page.replace("'", "&#39;")
     )
@@ -288,13 +290,12 @@ def test_ballots_and_judges_get_the_calls(tmp_path: Path) -> None:
     assert "Think" not in json.dumps(asked), "traces are not judged"
 
     document = ballots.document(found, 4)
-    titles = [[title for title, _ in parts] for parts in document["pairs"][0]["folds"]["answers"]]
-    assert sorted(titles) == [
-        ["call of ping: {}"],
-        [f"trace, {len(f'Think {HOSTILE}'.split())} words", 'call of weather: {"city": "Oslo"}'],
-    ]
     page = ballot_page(document)
     assert "lora" not in page and HOSTILE not in page
+    folds = json.loads(page.partition('id="ballot-data">')[2].partition("</script>")[0])["pairs"][0]["folds"]
+    assert [[summary for summary, _, _ in each] for each in folds["prompt"]] == [["2 tools: weather, ping"], []]
+    titles = [[summary for summary, _, _ in each] for each in folds["answers"]]
+    assert sorted(titles) == [["calls ping"], [f"reasoning, {len(f'Think {HOSTILE}')} characters", "calls weather"]]
     votes = {"Ann": {one.id: "b" if one.swapped else "a" for one in found.pairs}}
     won = ballots.preferences(found, votes)
     assert won[0]["tools"] == TOOLS and won[0]["chosen"] == [pair.turns[0]] and won[0]["rejected"] == [pair.turns[1]]
