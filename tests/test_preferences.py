@@ -146,7 +146,9 @@ def test_a_split_of_the_hub_is_read_as_pairs_and_keeps_its_label(tmp_path: Path,
 def test_ranked_siblings_of_real_trees_are_pairs(tmp_path: Path) -> None:
     trees = (SHARED_DATA / "oasst_en_100_tree.jsonl").read_text(encoding="utf-8").splitlines()
     report = read(tmp_path, *trees)
-    assert report.metrics["sources"]["data/sources/p.jsonl"] | {"sha256": ""} == {
+    facts = report.metrics["sources"]["data/sources/p.jsonl"]
+    assert facts["fields"]["used"]["prompt[].text"] == 1167, "each message of each tree, once"
+    assert {key: value for key, value in facts.items() if key != "fields"} | {"sha256": ""} == {
         "format": "oasst", "rows": 100, "pairs": 429, "license": "unknown", "sha256": ""
     }  # fmt: skip
     assert all(pair["margin"] >= 1 for pair in read_pairs(tmp_path / "raw") if pair["chosen"])
