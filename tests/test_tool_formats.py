@@ -250,6 +250,16 @@ def test_a_text_about_tags_is_text(read: Callable[..., Any]) -> None:
     assert reason == "a tool call is text that is not JSON", "where the conversation has tools, it is a call"
 
 
+def test_text_around_a_result_and_a_call_that_is_not_closed_are_not_lost(read: Callable[..., Any]) -> None:
+    result = {"role": "tool", "content": "Note: <tool_response>-3</tool_response>"}
+    broken = answer('<tool_call>{"name": "weather"}</tool_call> <tool_call>{"name": "weather"')
+    kept, malformed, text = read(
+        {"messages": [ASKED, result], "tools": [WEATHER]}, {"messages": [ASKED, broken], "tools": [WEATHER]}, {"messages": [ASKED, broken]}
+    )
+    assert kept["messages"] == [ASKED, result] and text["messages"] == [ASKED, broken]
+    assert problem(malformed) == "a tool call that is not closed"
+
+
 TOOLACE = """You are an expert in composing functions. You are given a question.
 Here is a list of functions in JSON format that you can invoke:
 [{"name": "Market Trends API", "parameters": {"type": "dict", "properties": {"n": {"type": "float"}, "xs": {"type": "list"}}, "required": null}}].
