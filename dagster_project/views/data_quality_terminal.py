@@ -135,7 +135,15 @@ def _figures(document: Mapping[str, Any]) -> list[str]:
     if boilerplate:
         passages = "; ".join(f'"{_line(passage["text"])}" in {_many(passage["rows"], "prompt")}' for passage in boilerplate[:3])
         lines.append(f"boilerplate: {passages}")
+    for place, counts in document.get("fields", {}).items():
+        shown = [f"{_line(name, 40)} {count:,}" for name, count in list(counts.items())[:FIELDS]]
+        more = [f"{len(counts) - FIELDS:,} more"] if len(counts) > FIELDS else []
+        lines.append(f"fields {place}: {', '.join([*shown, *more])}")
     return lines
+
+
+FIELDS = 12
+"""Fields of the source rows that are shown in a line."""
 
 
 def _thirteen_lines(document: Mapping[str, Any]) -> list[str]:

@@ -155,11 +155,14 @@ def kept_whole(row: Mapping[str, Any] | None) -> Fields:
 
 
 def taken(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """Field -> number, by place, over all rows of a source, for its report. Removes `fields` from the records."""
+    """Field -> number, by place, over all rows of a source, for its report; empty for records that were not read from rows.
+
+    Removes `fields` from the records.
+    """
     total: Counter[int] = Counter()
     known: dict[int, Fields] = {}
     for record in records:
-        for one in record.pop("fields"):
+        for one in record.pop("fields", ()):
             total[id(one)] += 1
             known[id(one)] = one
     found: dict[str, Counter[str]] = {"used": Counter(), "kept": Counter(), "ignored": Counter()}
