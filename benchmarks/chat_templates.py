@@ -290,7 +290,9 @@ def page(found: dict[str, dict[str, Cell]]) -> str:
             if cell.examples:
                 shown.append(("✓" if cell.examples == 1 else f"✓ {cell.examples}") + ("" if cell.traces else " t"))
             else:
-                shown.append(str(reasons.setdefault(re.sub(r"in turn \d+|turn \d+ ", "", cell.refusal).strip(), len(reasons) + 1)))
+                shown.append(
+                    str(reasons.setdefault(re.sub(r"in turn \d+|turn \d+ |\(turn \d+\)", "", cell.refusal).strip(), len(reasons) + 1))
+                )
         kinds = sorted({kind for cell in cells.values() for kind in cell.compared.split()})
         lines.append(f"| {family} | {' | '.join(shown)} | {', '.join(kinds) or '–'} |")
         notes[", ".join(kinds)].append(family)

@@ -87,17 +87,17 @@ def test_an_answer_that_begins_like_its_trace_and_quotes_the_end_of_turn_token_i
 
 def test_a_template_that_leaves_out_the_second_of_two_calls_is_refused(tmp_path: Path) -> None:
     both = {"role": "assistant", "content": "", "tool_calls": [*adds(1, 2)["tool_calls"], *adds(3, 4)["tool_calls"]]}
-    with pytest.raises(InputError, match="leaves out the call of add"):
+    with pytest.raises(InputError, match="does not write several tool calls"):
         trained("gptoss", tmp_path, both, tools=chat_templates.TOOLS)
 
 
 def test_a_call_that_a_template_leaves_out_is_missed_though_the_content_names_the_tool(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="leaves out the call of add"):
+    with pytest.raises(InputError, match="does not write tool calls"):
         trained("lfm2", tmp_path, adds(1, 2, "I call add."), tools=chat_templates.TOOLS)
 
 
 def test_content_that_a_template_leaves_out_is_missed_though_an_argument_has_the_same_words(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="leaves out"):
+    with pytest.raises(InputError, match="does not write content beside tool calls"):
         trained("llama3_1", tmp_path, adds("three", 2, "three"), tools=chat_templates.TOOLS)
 
 

@@ -24,7 +24,7 @@ DATE = datetime(2026, 1, 1)
 THINKING = {switch: {"enable_thinking": switch, "thinking": switch} for switch in (True, False)}
 """Variables with which the templates of reasoning models begin an answer with or without a trace."""
 
-_WORD, _KEY = "pedigree7word", "pedigree7key"
+_WORD, _KEY, _NAME = "pedigree7word", "pedigree7key", "pedigree7name"
 _USER: Message = {"role": "user", "content": "Hi"}
 _CALL: Message = {
     "role": "assistant",
@@ -34,9 +34,9 @@ _CALL: Message = {
 _TOOL = {
     "type": "function",
     "function": {
-        "name": _WORD,
+        "name": _NAME,
         "description": "A tool.",
-        "parameters": {"type": "object", "properties": {_KEY: {"type": "string", "description": "A text."}}, "required": [_KEY]},
+        "parameters": {"type": "object", "properties": {"x": {"type": "string", "description": "A text."}}, "required": ["x"]},
     },
 }
 
@@ -59,6 +59,10 @@ class TemplateForm:
     """Whether it writes the definitions of tools."""
     results: bool = False
     """Whether it writes tool results."""
+    parallel: bool = False
+    """Whether it writes all calls of a message with several."""
+    with_content: bool = False
+    """Whether it writes both content and calls of a message that has both."""
 
 
 _FORMS: dict[str, TemplateForm] = {}
@@ -88,14 +92,18 @@ def _probe(tokenizer: Any) -> TemplateForm:
         (form for form in _forms_of_calls(parts, reasoning) if _writes_call(text(form, [_USER, _CALL], [_TOOL]))),
         TemplateForm(parts, reasoning),
     )
-    tools = _WORD in text(form, [_USER], [_TOOL])
+    tools = _NAME in text(form, [_USER], [_TOOL])
     result = {"role": "tool", "content": _KEY, "tool_call_id": "a1b2c3d4e", "name": "f"}
     call = {**_CALL, "tool_calls": [{**_CALL["tool_calls"][0], "function": {"name": "f", "arguments": {"a": "x"}}}]}
     if not reasoning and form.calls:  # as Gemma 4, which writes only the traces of calls
         thought = {**call, "reasoning_content": _WORD}
         reasoning = next((key for key in keys if _WORD in text(replace(form, reasoning=key), [_USER, thought])), "")
     results = any(_KEY in text(form, [_USER, before, result]) for before in (call, {"role": "assistant", "content": "Yes"}))
-    return TemplateForm(parts, reasoning, form.calls, form.arguments_as_text, form.null_content, tools, results)
+    second = {**_CALL["tool_calls"][0], "id": "b1b2c3d4e", "function": {"name": "g", "arguments": {"x": _NAME}}}
+    parallel = form.calls and _NAME in text(form, [_USER, {**_CALL, "tool_calls": [*_CALL["tool_calls"], second]}])
+    both = text(form, [_USER, {**_CALL, "content": _NAME}]) if form.calls else ""
+    with_content = _NAME in both and _writes_call(both)
+    return replace(form, reasoning=reasoning, parallel=parallel, with_content=with_content, tools=tools, results=results)
 
 
 def _forms_of_calls(parts: bool, reasoning: str) -> Iterator[TemplateForm]:
@@ -246,6 +254,10 @@ def end_of_answer(tokenizer: Any, message: Message, turn: int, text: str) -> int
     starts = [found + len(trace), 0] if form.reasoning and trace and (found := text.find(trace)) >= 0 else [0]
     for call in calls(message):
         _refuse_call(form, call, turn - 1)
+    if len(calls(message)) > 1 and not form.parallel:
+        raise InputError(f"the chat template does not write several tool calls in one message (turn {turn})", ANOTHER_TEMPLATE)
+    if calls(message) and content and not form.with_content:
+        raise InputError(f"the chat template does not write content beside tool calls (turn {turn})", ANOTHER_TEMPLATE)
     missing = f"what the {message['role']} says"
     for start in starts:
         if (found := text.find(content, start)) >= 0:
