@@ -14,9 +14,9 @@ from pydantic import Field
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Section, parse
 from dagster_project.core.text import many, visible
-from dagster_project.evaluation.answers import of_message
 from dagster_project.evaluation.paired.pairwise import Choice, Match, Outcome, Pair, agreement, answers_of, as_text, majority, match, tally
 from dagster_project.evaluation.samples import folds, prompt_folds
+from dagster_project.training.inference.answers import of_message
 
 
 class Vote(Section):

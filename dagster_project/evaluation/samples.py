@@ -9,7 +9,7 @@ from typing import Any
 from dagster_project.core.messages import Call, Messages, calls, tool_names
 from dagster_project.core.records import prompt_text
 from dagster_project.core.text import many
-from dagster_project.evaluation.answers import Answer, of_message
+from dagster_project.training.inference.answers import Answer, of_message
 
 Fold = tuple[str, str]
 """(title, text) of a part that is shown on demand."""

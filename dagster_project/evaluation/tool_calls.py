@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from dagster_project.core.messages import Call, Tools
-from dagster_project.evaluation.answers import Answer
+from dagster_project.training.inference.answers import Answer
 
 
 def is_valid(answer: Answer, tools: Tools) -> bool:

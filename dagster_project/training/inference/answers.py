@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import JSON, Call, Message, Tools, calls
 from dagster_project.core.rendering import render
-from dagster_project.evaluation.call_forms import FORMS, find_calls
+from dagster_project.training.inference.call_forms import FORMS, find_calls
 
 TRACES = {
     "<think>": "</think>",
