@@ -151,7 +151,9 @@ class EvaluatedModel:
             offers: what is offered with each prompt.
         """
         if self.head is not None:
-            return [Answer(predicted) for predicted in self.head.predict(prompts, f"{what}: answers")]
+            given = offers or [Offer()] * len(prompts)
+            tools, reasoning = [offer.tools for offer in given], [offer.reasoning for offer in given]
+            return [Answer(predicted) for predicted in self.head.predict(prompts, f"{what}: answers", tools, reasoning)]
         longest = self.settings.max_new_tokens + thinking_tokens
         room = max(1, self.tokenizer.model_max_length - longest)
         ids = [encoded[-room:] for encoded in self._encode(prompts, offers)]

@@ -20,7 +20,7 @@ from dagster_project.evaluation.paired import alignment
 from dagster_project.training.methods import build as methods
 from dagster_project.training.methods.build import PreparedModel
 from dagster_project.training.methods.hardware import peak_memory, prepare, reuse_large_blocks
-from dagster_project.training.tokens.preference_pairs import both
+from dagster_project.training.tokens.preference_pairs import both, refuse_misfits
 from dagster_project.training.trainers.alignment import preference
 from dagster_project.training.trainers.alignment import reward_model as reward
 from dagster_project.training.trainers.alignment.preference import (
@@ -141,6 +141,7 @@ def produce(
     pairs = {split: read_preferences(preferences / split) for split in ("train", "validation", "test")}
     method = params.parsed_method(where)
     _refuse(pairs, params, sft, where)
+    refuse_misfits(tokenizer_of(sft), pairs, f"data/merged/{params.adapter}")
     usable, reliable = _examine(reward_model, sft, params, method, where)
     if reliable.blocking and not reliable.passed:
         return Report(checks=[reliable])
