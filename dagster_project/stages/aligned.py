@@ -69,7 +69,8 @@ class Params(PreferenceParams):
     """Keys of LoRA for the new adapter, as PEFT names them."""
     rewards: dict[str, float] = {MODEL: 1.0}
     """Rewards of online methods, each with its weight: reward_model; valid_json, 1 for an answer that is JSON;
-    distinct, the share of three-word runs that are not repeated; brief, falling from 1 to 0 at a hundred words."""
+    distinct, the share of three-word runs that are not repeated; brief, falling from 1 to 0 at a hundred words. These
+    rules judge an answer's content and its calls, as JSON, without the trace."""
     samples: int = Field(default=64, ge=1)
     """Held-out prompts that are answered before and after training."""
     max_new_tokens: int = Field(default=96, ge=1)
