@@ -430,7 +430,11 @@ def _add_check(commands: Any) -> None:
         "--show", type=_count, metavar="N", help="also print the first N rows as rendered, with what is trained on highlighted"
     )
     rows.add_argument("--show-rows", type=_rows, metavar="ROW,...", help="the same for some rows, by the numbers of the findings: 3,17")
-    add("--template", metavar="NAME|FILE", help="with --show: chatml, alpaca or a Jinja file (default: the base model's chat template)")
+    add(
+        "--template",
+        metavar="NAME|FILE",
+        help="with --show: chatml, hermes, alpaca or a Jinja file (default: the base model's chat template)",
+    )
 
 
 def _add_pipeline_commands(commands: Any) -> None:

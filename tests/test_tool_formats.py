@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import calls
+from dagster_project.curation.check_files import check_paths
 from dagster_project.curation.checks.checks import Rules, judge
 from dagster_project.curation.sources.formats import as_record, to_pairs, to_records
 from dagster_project.curation.sources.python_values import json_type, python_calls, python_value
@@ -247,6 +248,16 @@ def test_a_text_about_tags_is_text(read: Callable[..., Any]) -> None:
     assert read({"messages": [ASKED, answer(said)]})[0]["messages"] == [ASKED, answer(said)]
     reason = problem(read({"messages": [ASKED, answer(said)], "tools": [WEATHER]})[0])
     assert reason == "a tool call is text that is not JSON", "where the conversation has tools, it is a call"
+
+
+def test_text_around_a_result_and_a_call_that_is_not_closed_are_not_lost(read: Callable[..., Any]) -> None:
+    result = {"role": "tool", "content": "Note: <tool_response>-3</tool_response>"}
+    broken = answer('<tool_call>{"name": "weather"}</tool_call> <tool_call>{"name": "weather"')
+    kept, malformed, text = read(
+        {"messages": [ASKED, result], "tools": [WEATHER]}, {"messages": [ASKED, broken], "tools": [WEATHER]}, {"messages": [ASKED, broken]}
+    )
+    assert kept["messages"] == [ASKED, result] and text["messages"] == [ASKED, broken]
+    assert problem(malformed) == "a tool call that is not closed"
 
 
 TOOLACE = """You are an expert in composing functions. You are given a question.
@@ -652,6 +663,20 @@ def test_two_rows_that_differ_in_any_field_never_share_an_id(tmp_path_factory: p
         assert first["messages"] == rows[0]["messages"], "what is canonical is read as it is"
 
     holds()
+
+
+def test_rows_that_check_writes_are_read_back_equal(tmp_path: Path) -> None:
+    rows = [
+        {"messages": [ASKED, answer("I look.", reasoning="Hm.", tool_calls=[call(identity="a")]), {"role": "tool", "content": "-3", "tool_call_id": "a"}, answer("Yes.", weight=0)], "tools": [WEATHER]},
+        {"messages": [{**ASKED, "content": "And in Rome, is it as cold there?"}, answer("It is warm in Rome today.", name="ann")]},
+    ]  # fmt: skip
+    out = tmp_path / "out.jsonl"
+    check_paths([str(jsonl(tmp_path / "a.jsonl", *rows))], rules=Rules(policy={"unanswered_tool_call": "warn"}), out=out)
+    records, again = (to_records(path, "a")[1] for path in (tmp_path / "a.jsonl", out))
+    assert [record["example_id"] for record in again] == [record["example_id"] for record in records] and len(records) == 2
+    pairs = jsonl(tmp_path / "p.jsonl", {**PAIRS["preference"][0], "tools": [WEATHER]})
+    check_paths([str(pairs)], out=out)
+    assert [pair["example_id"] for pair in to_pairs(out, "a")[1]] == [pair["example_id"] for pair in to_pairs(pairs, "a")[1]]
 
 
 # Data that nobody here wrote

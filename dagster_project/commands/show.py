@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from dagster_project.core import chat, params
+from dagster_project.core import chat, named_templates, params
 from dagster_project.core.errors import InputError
-from dagster_project.core.rendering import render
+from dagster_project.core.rendering import render, with_constant_date
 from dagster_project.curation.checks import findings
 from dagster_project.curation.checks.checks import Judgement
 from dagster_project.curation.checks.light_tokenizer import LightTokenizer
@@ -38,7 +38,7 @@ def renderer(project: Path, base_model: Path | None, template: str | None) -> Re
 
     Args:
         base_model: folder of a model; None: data/base_model of the project, with `tokenized.chat_template`, if it exists.
-        template: chatml, alpaca or a Jinja file, instead of the model's own.
+        template: chatml, hermes, alpaca or a Jinja file, instead of the model's own.
     Raises:
         InputError: there is no template, or it is refused.
     """
@@ -53,27 +53,30 @@ def renderer(project: Path, base_model: Path | None, template: str | None) -> Re
             name, reasoning = _configured(project)
             where = f"tokenized.chat_template {name}" if name else where
     if name is not None:
-        source = _source(name if template or name in chat_templates.NAMED else str(project / name), where)
+        source = _source(name if template or name in named_templates.NAMED else str(project / name), where)
+        source = with_constant_date(source)
         chat_templates.refuse_unsafe(source, where)
         tokenizer = _with_template(tokenizer, name, source, where) if tokenizer is not None else _template_only(name, source)
         chat_templates.try_template(tokenizer, where)
     elif tokenizer is None or not tokenizer.chat_template:
         problem = f"{where} has no chat template" if present else "there is no data/base_model"
-        raise InputError(f"--show: {problem}, so rows cannot be rendered", "add --template chatml, alpaca or FILE, or --base-model FOLDER")
+        raise InputError(
+            f"--show: {problem}, so rows cannot be rendered", "add --template chatml, hermes, alpaca or FILE, or --base-model FOLDER"
+        )
     return Renderer(where, tokenizer, present, reasoning)
 
 
 def _source(name: str, where: str) -> str:
     """The text of a named template or a Jinja file."""
-    if name in chat_templates.NAMED:
-        return chat_templates.NAMED[name]
+    if name in named_templates.NAMED:
+        return named_templates.NAMED[name]
     try:
         return Path(name).read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise InputError(f"{where}: is not UTF-8 text", "save it as UTF-8") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise InputError(f"{where}: {reason}", f"use {', '.join(chat_templates.NAMED)} or a Jinja file") from None
+        raise InputError(f"{where}: {reason}", f"use {', '.join(named_templates.NAMED)} or a Jinja file") from None
 
 
 def _configured(project: Path) -> tuple[str | None, chat.Reasoning]:
@@ -90,9 +93,9 @@ def _configured(project: Path) -> tuple[str | None, chat.Reasoning]:
 def _with_template(tokenizer: Any, name: str, source: str, where: str) -> Any:
     """The tokenizer with another template."""
     special = {token.content for token in tokenizer.backend_tokenizer.get_added_tokens_decoder().values() if token.special}
-    if name == "chatml" and not {"<|im_start|>", "<|im_end|>"} <= special:
+    if name in named_templates.MARKUP and not {"<|im_start|>", "<|im_end|>"} <= special:
         raise InputError(f"{where}: the base model's tokenizer has no special tokens <|im_start|> and <|im_end|>", "use alpaca, or a file")
-    if name in chat_templates.NAMED and chat.adds_bos(tokenizer):
+    if name in named_templates.NAMED and chat.adds_bos(tokenizer):
         source = "{{ bos_token }}" + source
     if isinstance(tokenizer, LightTokenizer):
         return replace(tokenizer, chat_template=source)
@@ -109,7 +112,7 @@ def _template_only(name: str, source: str) -> LightTokenizer:
     except InputError:
         return tokenizer
     end = SPECIAL.search(after)
-    if end is None or ("</s>" in after and name != "chatml"):
+    if end is None or ("</s>" in after and name not in named_templates.MARKUP):
         return tokenizer
     return replace(tokenizer, special_tokens={"bos_token": "<s>", "eos_token": end.group()})
 

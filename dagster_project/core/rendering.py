@@ -172,9 +172,10 @@ def _call(call: dict[str, Any], as_text: bool) -> dict[str, Any]:
 
 def end_tokens(tokenizer: Any) -> list[str]:
     """The tokens at which generation stops: the tokenizer's end-of-text token and those of the model's generation_config.json."""
-    settings = Path(str(getattr(tokenizer, "name_or_path", ""))) / "generation_config.json"
-    found = _end_ids(settings, settings.stat().st_mtime_ns) if settings.is_file() else ()
-    further = [str(token) for token in map(tokenizer.backend_tokenizer.id_to_token, found) if token is not None]
+    folder = str(getattr(tokenizer, "name_or_path", ""))
+    settings = Path(folder) / "generation_config.json"
+    found = _end_ids(settings, settings.stat().st_mtime_ns) if folder and settings.is_file() else ()
+    further = [token for token in (tokenizer.backend_tokenizer.id_to_token(number) for number in found) if token is not None]
     return list(dict.fromkeys([str(tokenizer.eos_token), *further]))
 
 
@@ -189,7 +190,7 @@ def _end_ids(settings: Path, _modified: int) -> tuple[int, ...]:
     return tuple(ids) if isinstance(ids, list) else (ids,) if isinstance(ids, int) else ()
 
 
-WITH_TOOLS = "use a chat template that does, e.g. tokenized.chat_template: hermes"
+WITH_TOOLS = "use a chat template that does, e.g. base_model.chat_template: hermes"
 
 
 def refuse_unwritten(tokenizer: Any, messages: Messages, tools: Tools, turns: range, text: str) -> None:

@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_file
+from dagster_project.core.named_templates import written_for
 from dagster_project.core.params import Licensed, inside
 from dagster_project.core.records import Report
 
@@ -48,6 +49,9 @@ class Params(Licensed):
     pad_token: str | None = None
     """Token used for padding, for models whose own padding token is the end-of-turn token: padding is masked, so every
     end of turn would be masked too."""
+    chat_template: Literal["alpaca", "chatml", "hermes"] | None = None
+    """The model's chat template from here on, in every stage: `hermes` (ChatML with tools, calls, results and traces)
+    for models whose own template writes no tools, `chatml` or `alpaca` for models without one. null: its own."""
     max_length: int = Field(default=8192, ge=8)
     """Context length in tokens. Set here because some tokenizers report 1e30."""
 
@@ -94,6 +98,8 @@ def produce(root: Path, params: Params, out: Path) -> Report:
             options = {"use_safetensors": True}
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, params.dtype), trust_remote_code=False, **options)
         _set_padding(tokenizer, model, params)
+        if params.chat_template:
+            tokenizer.chat_template = written_for(tokenizer, params.chat_template, "params.yaml: base_model.chat_template")
         tokenizer.init_kwargs["local_files_only"] = False  # it would be saved, and HF_HUB_OFFLINE must not affect the output
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
@@ -102,7 +108,10 @@ def produce(root: Path, params: Params, out: Path) -> Report:
     weights = sum(p.numel() for p in model.parameters())
     origin = params.package or (f"{params.hub}@{params.revision}" if params.hub else params.folder)
     files = {f.relative_to(out).as_posix(): sha256_of_file(f) for f in sorted(out.rglob("*")) if f.is_file()}
-    return Report(metrics={"origin": origin, "license": params.license, "parameters": weights, "dtype": params.dtype, "sha256": files})
+    template = {"chat_template": params.chat_template} if params.chat_template else {}
+    return Report(
+        metrics={"origin": origin, "license": params.license, "parameters": weights, "dtype": params.dtype, **template, "sha256": files}
+    )
 
 
 def _fetch(root: Path, params: Params, scratch: Path) -> tuple[Path, dict[str, Any]]:

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from unicodedata import normalize
 
-from dagster_project.core.messages import Messages, Tools, calls, conversation_text
+from dagster_project.core.messages import JSON, Messages, Tools, calls, conversation_text
 from dagster_project.curation.checks.check import Check, Rows, is_true, kinds, named_text_of
 from dagster_project.curation.checks.content import CONTENT_CHECKS
 from dagster_project.curation.checks.damage import damage, decomposed, hidden, template_marks
@@ -274,7 +274,12 @@ def _estimated(rows: Rows) -> list[str]:
 
 
 def _marks(rows: Rows) -> list[str | None]:
-    return template_marks(rows.texts, rows.tokens.special)
+    """Of definitions of tools too: the template writes them into the prompt."""
+    texts = [*rows.texts]
+    for i in rows.rich:
+        if tools := rows.records[i].get("tools"):
+            texts[i] += f"\n{JSON.encode(tools)}"
+    return template_marks(texts, rows.tokens.special)
 
 
 def _control_tokens(rows: Rows, _: str) -> list[str | None]:

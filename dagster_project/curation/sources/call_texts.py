@@ -123,7 +123,11 @@ def texts_as_calls(messages: Messages, style: str, defined: Tools | None) -> Mes
     for message in messages:
         if message["role"] == "assistant" and "tool_calls" not in message and "<tool_call>" in message["content"]:
             found.append(_hermes_call(message, known=bool(style or defined)))
-        elif message["role"] == "tool" and (results := RESPONSE.findall(message["content"])):
+        elif (
+            message["role"] == "tool"
+            and (results := RESPONSE.findall(message["content"]))
+            and not RESPONSE.sub("", message["content"]).strip()
+        ):
             found += [{**message, "content": result} for result in results]
         else:
             found.append(message)
@@ -134,17 +138,18 @@ def _hermes_call(message: Message, known: bool) -> Message:
     """Args:
     known: whether the conversation has tools, so that the tags are calls and not a text on such tags.
     """
-    blocks = CALL.findall(message["content"])
+    texts, blocks = CALL.split(message["content"])[::2], CALL.findall(message["content"])
     try:
         calls = [call for block in blocks for call in tools.calls(block)[0]]
+        if any("<tool_call>" in text for text in texts):
+            raise ValueError("a tool call that is not closed")
     except ValueError:
         if known:
             raise
         return message
     if not calls:
         return message
-    rest = [part.strip() for part in CALL.split(message["content"])[::2]]
-    return {**message, "content": "\n".join(part for part in rest if part), "tool_calls": calls}
+    return {**message, "content": "\n".join(part for text in texts if (part := text.strip())), "tool_calls": calls}
 
 
 def _toolace_call(message: Message, names: tuple[str, ...]) -> Message:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from dagster_project.core.records import IGNORED, CheckResult
@@ -28,8 +27,7 @@ NAME = "ignored_fields"
 DESCRIPTION = "Every field of the source rows is used or kept."
 
 
-@dataclass(frozen=True)
-class Fields:
+class Fields(NamedTuple):
     """Fields of one source row, with how often it has them."""
 
     used: Mapping[str, int]
@@ -156,12 +154,15 @@ def kept_whole(row: Mapping[str, Any] | None) -> Fields:
     return Fields({}, dict.fromkeys(row or {}, 1), {})
 
 
-def counts(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
-    """Field -> number, by place, over all rows of a source, for its report."""
+def taken(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """Field -> number, by place, over all rows of a source, for its report; empty for records that were not read from rows.
+
+    Removes `fields` from the records.
+    """
     total: Counter[int] = Counter()
     known: dict[int, Fields] = {}
     for record in records:
-        for one in record["fields"]:
+        for one in record.pop("fields", ()):
             total[id(one)] += 1
             known[id(one)] = one
     found: dict[str, Counter[str]] = {"used": Counter(), "kept": Counter(), "ignored": Counter()}

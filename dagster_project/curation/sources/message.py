@@ -115,7 +115,7 @@ def _joined(parts: Sequence[Any], unused: list[str]) -> tuple[str, str]:
             continue
         if not isinstance(part, dict):
             raise ValueError(f"expected a content part, found {type(part).__name__}")
-        kind = part.get("type", "text")
+        kind = part.get("type") or "text"
         if isinstance(kind, str) and kind in MEDIA:
             raise UnsupportedContent(f"{MEDIA[kind]} in a message")
         if kind in TEXT_PARTS:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import JSON, Call, Message, Tools, calls
-from dagster_project.core.rendering import render
+from dagster_project.core.rendering import end_tokens, render
 from dagster_project.training.inference.call_forms import FORMS, find_calls
 
 TRACES = {
@@ -146,7 +146,8 @@ def _plain(tokenizer: Any, text: str) -> str:
 
 def _unended(tokenizer: Any, text: str) -> str:
     """Text without the end-of-turn token."""
-    return text.rstrip().removesuffix(tokenizer.eos_token or "")
+    text = text.rstrip()
+    return text.removesuffix(next((end for end in end_tokens(tokenizer) if text.endswith(end)), ""))
 
 
 def _by_library(library: Any, prompt: str, text: str, tools: Tools) -> tuple[list[Call], str] | None:
