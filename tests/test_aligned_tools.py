@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import conversation_text
+from dagster_project.core.named_templates import HERMES
 from dagster_project.core.params import Compute, parse
 from dagster_project.core.records import pair_id, pair_schema, read_preferences, read_table, write_records
 from dagster_project.evaluation.paired.alignment import Policies
 from dagster_project.stages import aligned, preferences, raw_preferences, reward_model
 from dagster_project.training.methods import feature_extraction
-from dagster_project.training.tokens.chat_templates import HERMES
 from dagster_project.training.tokens.preference_pairs import both, prompt_ids
 from dagster_project.training.trainers.alignment import ppo, preference
 from dagster_project.training.trainers.alignment import reward_model as reward
@@ -201,6 +201,24 @@ def test_a_generated_answer_that_the_template_refuses_is_rewarded_as_text(judge:
     prompt, answer = reward._generated(model.tokenizer, PAIRS[0], broken)
     assert prompt == prompt_ids(model.tokenizer, PAIRS[0]) and model.tokenizer.decode(answer) == conversation_text([broken]) + "<|im_end|>"
     assert math.isfinite(*model.of_answers([PAIRS[0]], [broken]))
+
+
+PIECES = [
+    "<tool_call>", "</tool_call>", "<think>", "</think>", "<|im_end|>", "<|im_start|>", CALLED, '{"name": "weather", "arguments": ', '{"city": "Oslo"}',
+    '{"name": ', "null", "[1, NaN]", '"\\u0000"', "}", " ", "\n", "Yes", "", "<tools>", '"weather"', '{"name": "weather", "arguments": "x"}',
+]  # fmt: skip
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=8).map("".join))
+def test_whatever_a_policy_writes_can_be_rewarded(hermes: Any, text: str) -> None:
+    ids = hermes(text, add_special_tokens=False)["input_ids"]
+    encoded: list[Any] = []
+    judge = reward.Rewards({"valid_json": 1.0, "distinct": 1.0, "brief": 1.0}, None)
+    run = run_on(
+        PAIRS, hermes, lambda pairs, answers: encoded.extend(map(reward._generated, [hermes], pairs, answers)) or judge(pairs, answers)
+    )
+    assert run.reward([0], [hermes.decode(ids, skip_special_tokens=True)], [ids])[0] >= 0
+    assert encoded[0][0] == run.prompts[0] and encoded[0][1][-1] == hermes.eos_token_id
 
 
 # ---- the whole way ------------------------------------------------------------------------------------------------------------------------
