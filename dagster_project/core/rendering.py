@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from dagster_project.core.errors import InputError
-from dagster_project.core.messages import JSON, Message, Messages, Tools, calls
+from dagster_project.core.messages import JSON, Call, Message, Messages, Tools, argument_texts, calls
 
 DATE = datetime(2026, 1, 1)
 """Today, for templates that write the date (`strftime_now`): the same text on every day."""
@@ -81,7 +81,7 @@ def _probe(tokenizer: Any) -> TemplateForm:
 
     marked = [{**_USER, "content": _WORD}]
     parts = _WORD not in text(TemplateForm(), marked) and _WORD in text(TemplateForm(parts=True), marked)
-    keys = (key for key in ("reasoning_content", "thinking", "reasoning"))
+    keys = ("reasoning_content", "thinking", "reasoning")
     answer = {"role": "assistant", "content": "Yes", "reasoning_content": _WORD}
     reasoning = next((key for key in keys if _WORD in text(TemplateForm(parts, key), [_USER, answer])), "")
     form = next(
@@ -91,6 +91,9 @@ def _probe(tokenizer: Any) -> TemplateForm:
     tools = _WORD in text(form, [_USER], [_TOOL])
     result = {"role": "tool", "content": _KEY, "tool_call_id": "a1b2c3d4e", "name": "f"}
     call = {**_CALL, "tool_calls": [{**_CALL["tool_calls"][0], "function": {"name": "f", "arguments": {"a": "x"}}}]}
+    if not reasoning and form.calls:  # as Gemma 4, which writes only the traces of calls
+        thought = {**call, "reasoning_content": _WORD}
+        reasoning = next((key for key in keys if _WORD in text(replace(form, reasoning=key), [_USER, thought])), "")
     results = any(_KEY in text(form, [_USER, before, result]) for before in (call, {"role": "assistant", "content": "Yes"}))
     return TemplateForm(parts, reasoning, form.calls, form.arguments_as_text, form.null_content, tools, results)
 
@@ -190,11 +193,12 @@ def _end_ids(settings: Path, _modified: int) -> tuple[int, ...]:
     return tuple(ids) if isinstance(ids, list) else (ids,) if isinstance(ids, int) else ()
 
 
+ANOTHER_TEMPLATE = "use another chat template"
 WITH_TOOLS = "use a chat template that does, e.g. base_model.chat_template: hermes"
 
 
 def refuse_unwritten(tokenizer: Any, messages: Messages, tools: Tools, turns: range, text: str) -> None:
-    """Check that a rendered conversation has all that its messages say: nothing may disappear in a template.
+    """Check that a rendered prompt has all that its messages say, in their order: nothing may disappear in a template.
 
     Reasoning is left to the template, which may drop it from earlier turns.
 
@@ -207,19 +211,81 @@ def refuse_unwritten(tokenizer: Any, messages: Messages, tools: Tools, turns: ra
     form = form_of(tokenizer)
     if tools and not form.tools:
         raise InputError("the chat template does not write the definitions of tools", WITH_TOOLS)
+    position = 0
     for i in turns:
         message, content = messages[i], messages[i]["content"].strip()
-        if message.get("tool_calls") and not form.calls:
-            raise InputError("the chat template does not write tool calls", WITH_TOOLS)
         if message["role"] == "tool" and not form.results:
             raise InputError("the chat template does not write tool results", WITH_TOOLS)
         for call in calls(message):
-            if isinstance(call.arguments, str):
-                raise InputError(f"turn {i + 1} calls a tool with arguments that are not JSON", "see the check invalid_tool_call")
+            _refuse_call(form, call, i)
             if call.name not in text:
-                raise InputError(f"the chat template leaves out the call of {call.name} in turn {i + 1}", "use another chat template")
-        if content not in text and not (message["role"] == "tool" and _is_respelled(content, text)):
-            raise InputError(f"the chat template leaves out what the {message['role']} says in turn {i + 1}", "use another chat template")
+                raise InputError(f"the chat template leaves out the call of {call.name} in turn {i + 1}", ANOTHER_TEMPLATE)
+        if (found := text.find(content, position)) >= 0:
+            position = found + len(content)
+        elif not (message["role"] == "tool" and _is_respelled(content, text)) and not (
+            content in text and _is_elsewhere(tokenizer, messages[: turns.stop], tools, i)
+        ):
+            raise InputError(f"the chat template leaves out what the {message['role']} says in turn {i + 1}", ANOTHER_TEMPLATE)
+
+
+def _is_elsewhere(tokenizer: Any, messages: Messages, tools: Tools, turn: int) -> bool:
+    """Whether the template writes the content of a message, though not in the order of the messages."""
+    marked = [*messages[:turn], {**messages[turn], "content": _WORD}, *messages[turn + 1 :]]
+    return _WORD in render(tokenizer, marked, True, tools)
+
+
+def end_of_answer(tokenizer: Any, message: Message, turn: int, text: str) -> int:
+    """End of what the assistant says in its rendered message: the trace, then content and calls with their arguments, in either order.
+
+    Args:
+        turn: number of the message, from 1.
+    Raises:
+        InputError: content or a call is missing from the text. A trace is left to the template.
+    """
+    form, content, trace = form_of(tokenizer), message["content"].strip(), message.get("reasoning_content", "").strip()
+    starts = [found + len(trace), 0] if form.reasoning and trace and (found := text.find(trace)) >= 0 else [0]
+    for call in calls(message):
+        _refuse_call(form, call, turn - 1)
+    missing = f"what the {message['role']} says"
+    for start in starts:
+        if (found := text.find(content, start)) >= 0:
+            end, missing = _end_of_calls(message, text, found + len(content))
+            if not missing:
+                return end
+    for start in starts:  # calls before content, as Gemma writes them
+        end, lost = _end_of_calls(message, text, start)
+        if not lost and (found := text.find(content, end)) >= 0:
+            return found + len(content)
+    raise InputError(f"the chat template leaves out {missing} in turn {turn}", ANOTHER_TEMPLATE)
+
+
+def _end_of_calls(message: Message, text: str, position: int) -> tuple[int, str]:
+    """End of the calls of a message in a text from a position on, and what is missing; "" if nothing is."""
+    for call in calls(message):
+        if (named := text.find(call.name, position)) < 0:
+            return position, f"the call of {call.name}"
+        position = start = named + len(call.name)
+        for _, value in argument_texts(call.arguments):
+            if (end := _end_of_argument(str(value), text, start)) < 0:
+                return position, f"an argument of {call.name}"
+            position = max(position, end)
+    return position, ""
+
+
+def _refuse_call(form: TemplateForm, call: Call, turn: int) -> None:
+    if not form.calls:
+        raise InputError("the chat template does not write tool calls", WITH_TOOLS)
+    if isinstance(call.arguments, str):
+        raise InputError(f"turn {turn + 1} calls a tool with arguments that are not JSON", "see the check invalid_tool_call")
+
+
+def _end_of_argument(value: str, text: str, start: int) -> int:
+    """End of an argument in a text from `start` on, as it is, as JSON or as Python writes it; -1 if it is not there."""
+    escaped = json.dumps(value)[1:-1]
+    spellings = {value, value.strip(), escaped, json.dumps(value, ensure_ascii=False)[1:-1], json.dumps(escaped)[1:-1], repr(value)[1:-1]}
+    if ends := [found + len(one) for one in spellings if (found := text.find(one, start)) >= 0]:
+        return min(ends)
+    return start if (words := re.findall(r"\w+", value)) and all(text.find(word, start) >= 0 for word in words) else -1
 
 
 def _is_respelled(result: str, text: str) -> bool:
