@@ -274,7 +274,7 @@ def test_a_template_without_tools_is_refused_before_anything_is_trained(
     monkeypatch.setattr(reward, "build", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(InputError, match="chat template of base_model") as refused:
         train_reward(tmp_path, data, tiny_model)
-    assert "merged/NAME" in refused.value.hint
+    assert "base_model.chat_template: hermes" in refused.value.hint
 
 
 def test_tools_calls_and_traces_survive_from_the_source_to_the_splits(tmp_path: Path, hermes_model: Path) -> None:

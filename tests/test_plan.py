@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 from builders.preferences import PREFERENCE_SCHEMA, preference_row
+from builders.tool_calls import WEATHER
 from conftest import ROOT, edit_params
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dagster_project.__main__ import main
 from dagster_project.commands import plan
 from dagster_project.core.errors import InputError
+from dagster_project.core.named_templates import HERMES
 from dagster_project.core.params import Compute
 from dagster_project.core.records import write_records
 from dagster_project.training.methods.build import build
@@ -382,6 +384,21 @@ def test_a_plan_of_an_aligned_variant_counts_pairs_and_the_reference_model(token
     assert dpo["tokens"] == 6 * 4 * (2 * prompt + 4 + 2) and rloo["tokens"] == 6 * 8 * (prompt + 6)
     assert dpo["time"] == {"from_seconds": pytest.approx(6 * 4, abs=2), "to_seconds": pytest.approx(6 * 8, abs=3)} and rloo["time"] is None
     assert "dpo: 12 pairs, " in plan.as_text(found)
+
+
+def test_a_plan_counts_the_tools_of_pairs_by_the_template_of_training(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan.Machine, "runtime", 0)
+    monkeypatch.setattr(plan.Machine, "seconds", lambda self, step: (3.0, 6.0))
+    edit_params(tokenized, lambda values: values.update(aligned={"dpo": {"method": "dpo", "adapter": "lora", "max_steps": 1}}))
+    pairs = [preference_row(i, "aaa", "z") for i in range(8)]
+    write_records(tokenized / "data/preferences/train", [{**pair, "tools": [WEATHER]} for pair in pairs], PREFERENCE_SCHEMA)
+    with pytest.raises(InputError, match="does not write the definitions of tools"):
+        plan.plan_variants(tokenized, ["dpo"])
+    (tokenized / "data/tokenized").mkdir()
+    (tokenized / "data/tokenized/chat_template.jinja").write_text(HERMES)
+    with_tools = plan.plan_variants(tokenized, ["dpo"])["variants"]["dpo"]["tokens"]
+    write_records(tokenized / "data/preferences/train", pairs, PREFERENCE_SCHEMA)
+    assert with_tools > plan.plan_variants(tokenized, ["dpo"])["variants"]["dpo"]["tokens"] + 16 * len(json.dumps(WEATHER["function"]))
 
 
 def test_a_plan_that_does_not_fit_suggests_one_that_does(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from dagster_project.training.planning import layerwise, memory
 from dagster_project.training.planning.memory import size_text
 from dagster_project.training.planning.timing import Operations
 from dagster_project.training.planning.torch_internals import replaced
+from dagster_project.training.tokens import chat_templates
 from dagster_project.training.tokens.preference_pairs import both
 from dagster_project.training.trainers.alignment.reward_model import tokenizer_of
 from dagster_project.training.trainers.harness.params import AUTO
@@ -208,7 +209,10 @@ def _aligned(root: Path, values: Any, name: str, base_model: Path, machine: Mach
     pairs = read_preferences(root / "data" / "preferences" / "train")
     if not pairs:
         raise InputError("there are no preferences to train on yet", "run `dvc repro preferences` first")
-    ids = both(tokenizer_of(base_model), pairs)
+    tokenizer = tokenizer_of(base_model)
+    for template in (root / "data" / "tokenized").glob(chat_templates.FILE):  # which the policy is tuned with
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    ids = both(tokenizer, pairs)
     sequences = [method.sequence_lengths(len(prompt), [len(answer) for answer in answers]) for prompt, *answers in ids]
     lengths = [length for pair in sequences for length, _ in pair]
     per_pass, passes = method.passes(entry)

@@ -111,10 +111,8 @@ def produce(
     if not any(pairs.values()):
         return _without_pairs(out, curve_file, calibration_file)
     _refuse(pairs, params, folder)
-    advice = (
-        "use reward_model.model: merged/NAME, which has the template of tokenized.chat_template" if params.model == "base_model" else ""
-    )
-    refuse_misfits(reward_model.tokenizer_of(folder), pairs, params.model, advice)
+    advice = "use base_model.chat_template: hermes, or reward_model.model: merged/NAME with tokenized.chat_template"
+    refuse_misfits(reward_model.tokenizer_of(folder), pairs, params.model, advice if params.model == "base_model" else "")
     peft = params.peft if params.method == "lora" else None
     with advice_on_memory():
         model = reward_model.build(folder, peft, device, dtype, "reward_model")
