@@ -12,12 +12,26 @@ TORCH = ">=2.9,<3"
 """Versions of torch that this file was written for."""
 
 
-def dispatch_mode() -> type:
-    """Base class of modes that intercept every operation. torch's notes on extending it document the class, but its module is private."""
-    require_version("torch", TORCH, "torch.utils._python_dispatch.TorchDispatchMode")
+def intercepted(value: Any, note: Callable[[Any, Any, Any, Any], None] = lambda *_: None) -> Any:
+    """A context in which reading the value of a meta tensor, which has none, gives `value`. torch's notes on extending it document
+    TorchDispatchMode, but its module is private.
+
+    Args:
+        note: called after every other operation, with the operation, its arguments and keywords, and what it returned.
+    """
+    require_version("torch", TORCH, "torch.utils._python_dispatch.TorchDispatchMode, aten::_local_scalar_dense")
+    import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    return TorchDispatchMode
+    class Interception(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
+                return value
+            out = func(*args, **(kwargs or {}))
+            note(func, args, kwargs or {}, out)
+            return out
+
+    return Interception()
 
 
 def flatten(values: Any) -> tuple[list[Any], Any]:
@@ -30,7 +44,6 @@ def flatten(values: Any) -> tuple[list[Any], Any]:
 
 def unflatten(leaves: Sequence[Any], structure: Any) -> Any:
     """Inverse of `flatten`."""
-    require_version("torch", TORCH, "torch.utils._pytree")
     from torch.utils._pytree import tree_unflatten
 
     return tree_unflatten(leaves, structure)
@@ -42,14 +55,6 @@ def fused_adamw() -> Callable[..., None]:
     import torch
 
     return torch._fused_adamw_
-
-
-def reads_meta_value(operation: Any, arguments: Sequence[Any]) -> bool:
-    """Whether an intercepted operation is `item()` of a meta tensor, which has no value."""
-    require_version("torch", TORCH, "aten::_local_scalar_dense")
-    import torch
-
-    return operation is torch.ops.aten._local_scalar_dense.default and arguments[0].device.type == "meta"
 
 
 @contextmanager
