@@ -19,7 +19,6 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
 from dagster_project.core.records import read_preferences, read_table, write_json
 from dagster_project.pipeline import validate
-from dagster_project.stages import aligned
 from dagster_project.stages.adapter import Params
 from dagster_project.training.methods.hardware import available_memory, prepare
 from dagster_project.training.planning import layerwise, memory
@@ -27,8 +26,6 @@ from dagster_project.training.planning.hints import training_spec
 from dagster_project.training.planning.memory import size_text
 from dagster_project.training.planning.timing import Operations
 from dagster_project.training.planning.torch_internals import replaced
-from dagster_project.training.tokens.preference_pairs import both
-from dagster_project.training.trainers.alignment.reward_model import tokenizer_of
 from dagster_project.training.trainers.harness.params import AUTO
 from dagster_project.training.trainers.sft import auto
 from dagster_project.training.trainers.sft.sft import refuse_mistakes, steps
@@ -43,6 +40,9 @@ USUAL: dict[str, dict[str, Any]] = {
     **{name: {"num_virtual_tokens": 20} for name in ("prefix_tuning", "prompt_tuning", "p_tuning")},
 }
 """Keys of a method when it is planned without a params.yaml. Other methods use PEFT's defaults."""
+
+FORWARD_PASSES = {"kto": 3}
+"""Forward passes beside each forward and backward pass: one, of the reference model. kto has two more, of both models on unmatched answers."""
 
 PUBLISHED = {"full": "60-80", "lora": "16-20", "qlora": "6-8"}
 """GB of GPU memory in published guides for a 7B model in 16 bits. The predictions for LoRA and QLoRA agree at 2,048 tokens in a pass with gradient
@@ -200,6 +200,10 @@ def _aligned(root: Path, values: Any, name: str, base_model: Path, machine: Mach
     Raises:
         InputError: there are no preferences.
     """
+    from dagster_project.stages import aligned
+    from dagster_project.training.tokens.preference_pairs import both
+    from dagster_project.training.trainers.alignment.reward_model import tokenizer_of
+
     entry = params.parse(aligned.Params, values, f"aligned.{name}")
     method = entry.parsed_method(f"aligned.{name}")
     pairs = read_preferences(root / "data" / "preferences" / "train")
@@ -209,15 +213,16 @@ def _aligned(root: Path, values: Any, name: str, base_model: Path, machine: Mach
     sequences = [method.sequence_lengths(len(prompt), [len(answer) for answer in answers]) for prompt, *answers in ids]
     lengths = [length for pair in sequences for length, _ in pair]
     per_pass, passes = method.passes(entry)
-    batch = per_pass * len(sequences[0])
-    n = method.steps(len(pairs), entry)
+    batch = per_pass * len(sequences[0]) // method.rows_per_pair
+    n = method.steps(len(pairs) * method.rows_per_pair, entry)
     per_step = batch * passes * sum(lengths) / len(lengths)
     spec = memory.TrainingSpec(
-        machine.device, machine.dtype, base_model, "lora", entry.peft, [max(lengths)], max(answer for pair in sequences for _, answer in pair),
-        batch, machine.runtime, None, entry.gradient_checkpointing, passes, entry.optim, f"aligned.{name}",
+        machine.device, machine.dtype, base_model, "lora", entry.peft, [max(lengths)] * batch,
+        batch * max(answer for pair in sequences for _, answer in pair), 1, machine.runtime, None, entry.gradient_checkpointing, passes,
+        entry.optim, f"aligned.{name}",
     )  # fmt: skip
-    # 4/3: in addition to forward and backward pass (3 units), the reference model's forward pass (1 unit)
-    requirements = _requirements(spec, machine, round(n * per_step * 4 / 3))
+    units = 3 + FORWARD_PASSES.get(entry.method, 1)  # a forward and backward pass is 3 units
+    requirements = _requirements(spec, machine, round(n * per_step * units / 3))
     return {
         "pairs": len(pairs),
         "epochs": entry.num_train_epochs,
@@ -251,8 +256,7 @@ def plan_model(
     """
     if tokens < 2 or rows < 1:
         raise InputError(f"--tokens-per-row {tokens} --batch {rows}: nothing to train on", "give at least 2 tokens and 1 row")
-    if device == "cuda":
-        _import_bitsandbytes()
+    _import_libraries(device)
     from huggingface_hub.errors import StrictDataclassError
 
     machine = Machine(compute, device, None)
@@ -291,13 +295,18 @@ def plan_model(
     }
 
 
-def _import_bitsandbytes() -> None:
-    """Import bitsandbytes without torch.compile, which takes a third of the import time and is only used for CPU kernels."""
+def _import_libraries(device: str) -> None:
+    """Import transformers without scipy, which only losses of object detection use. For a GPU, import bitsandbytes without torch.compile, which
+    is only used for CPU kernels. Together they take a sixth of the time."""
     import torch
 
-    if find_spec("bitsandbytes"):
+    if device == "cuda" and find_spec("bitsandbytes"):
         with replaced(torch, "compile", lambda function, **_: function):
             import bitsandbytes  # noqa: F401
+    from transformers import utils
+
+    with replaced(utils, "is_scipy_available", lambda: False):
+        import transformers.modeling_utils  # noqa: F401
 
 
 def _model(path: Path, copies: layerwise.SmallCopies) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from dagster_project.training.methods.build import CANNOT_CHECKPOINT, CANNOT_MER
 from dagster_project.training.methods.feature_extraction import Options
 from dagster_project.training.methods.hardware import LARGE_BLOCK
 from dagster_project.training.planning.timing import Operations, attention, attention_and_back
-from dagster_project.training.planning.torch_internals import flatten, intercepted, replaced
+from dagster_project.training.planning.torch_internals import intercepted, meta_tensors, replaced, run_on_meta
 from dagster_project.training.trainers.harness.params import OPTIMIZER_MEMORY
 
 STARTED = 45 * 2**20
@@ -458,24 +458,21 @@ class _Ledger:
         self.events.append((part, "gradients", size))
         self._known[key] = ("gradients", size, alive)
 
-    def record(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
-        """Record an operation and the storages that it allocated."""
-        import torch
-
-        def tensors(values: Any) -> list[Any]:
-            return [value for value in flatten(values)[0] if isinstance(value, torch.Tensor) and value.device.type == "meta"]
-
-        outputs = tensors(out)
-        if self.timed and (outputs or tensors((args, kwargs))):
+    def run(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Run an operation, and record it and the storages that it allocates."""
+        out = run_on_meta(func, args, kwargs)
+        outputs = meta_tensors(out)
+        if self.timed and (outputs or meta_tensors((args, kwargs))):
             self.operations.note(func, *args, **kwargs)
         for tensor in outputs:
             self.born(tensor, "logits" if tensor.shape and tensor.shape[-1] == self.vocabulary else "activations")
         if func.name() == "bitsandbytes::gemm_4bit":  # for more than a few rows it makes a temporary copy of the matrix
             self.passing(args[2][0] * args[2][1] * args[0].element_size())
+        return out
 
     def mode(self) -> Any:
         """A context in which every operation is recorded. The only value that is read is whether a batch is not packed."""
-        return intercepted(False, self.record)
+        return intercepted(False, self.run)
 
     @contextmanager
     def attention(self) -> Iterator[None]:
