@@ -83,7 +83,8 @@ def forecast_training(
     runtime = memory.resident() if device.type == "cpu" else 0  # before the model is loaded
     free = available_memory(device.type, processes)
     # without runtime: the libraries are in memory already
-    without = training_spec(params, base_model, memory.largest_row(train, params.method), len(train), device.type, dtype, where)
+    row = memory.largest_row(train, params.method)
+    without = replace(training_spec(params, base_model, row, len(train), device.type, dtype, where), timed=False)
     try:
         spec = without.checkpointed_beyond(free) if params.gradient_checkpointing == AUTO else without
         predicted = replace(spec.prediction.memory, runtime=runtime)

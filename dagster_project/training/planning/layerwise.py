@@ -114,7 +114,7 @@ def extended(short: StepTrace, long: StepTrace, times: int) -> StepTrace | None:
     return replace(long, events=events, operations=long.operations.with_counts(counts), **sizes)
 
 
-def repeated(short: Sequence[Any], long: Sequence[Any], times: int) -> list[Any] | None:
+def repeated(short: list[Any], long: list[Any], times: int) -> list[Any] | None:
     """`long` with the runs that `short` lacks inserted `times` times more; None if a run differs from what precedes it."""
     events: list[Any] = []
     here = there = 0
@@ -125,12 +125,12 @@ def repeated(short: Sequence[Any], long: Sequence[Any], times: int) -> list[Any]
         run = long[there : there + size]
         if not run or run != short[max(0, here - size) : here]:
             return None
-        events += [*long[there - same : there], *run * (1 + times)]
+        events += long[there - same : there] + run * (1 + times)
         there += size
-    return [*events, *long[there:]] if short[here:] == long[there:] else None
+    return events + long[there:] if short[here:] == long[there:] else None
 
 
-def _same(short: Sequence[Any], here: int, long: Sequence[Any], there: int) -> int:
+def _same(short: list[Any], here: int, long: list[Any], there: int) -> int:
     """Length of the common run from these two indices on."""
     most = min(len(short) - here, len(long) - there)
     return next((n for n in range(most) if short[here + n] != long[there + n]), most)

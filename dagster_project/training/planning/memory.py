@@ -40,12 +40,12 @@ class Memory:
     """Bytes by part at the moment of the peak."""
 
     weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    logits: int
-    fragmentation: int
-    runtime: int
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    logits: int = 0
+    fragmentation: int = 0
+    runtime: int = 0
 
     @property
     def total(self) -> int:
@@ -79,13 +79,14 @@ class StepTrace:
     """Bytes resident while weights are read and converted; 0 if the stored weights are used without conversion."""
 
     def peak(self, device: str, runtime: int) -> Memory:
+        """Memory of a step on "cpu" or "cuda" in a process that uses `runtime` bytes in addition."""
         account = Account()
         for event in self.events:
             account.apply(event)
         fragmentation = account.fragmentation if device == "cpu" else 0
         peak = Memory(**account.peak, optimizer=self.optimizer, fragmentation=fragmentation, runtime=runtime)
         if self.loading > peak.total - runtime:
-            return Memory(weights=self.loading, gradients=0, optimizer=0, activations=0, logits=0, fragmentation=0, runtime=runtime)
+            return Memory(weights=self.loading, runtime=runtime)
         return peak
 
 
