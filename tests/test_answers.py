@@ -14,8 +14,8 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Call
 from dagster_project.core.named_templates import NAMED
 from dagster_project.core.rendering import render
-from dagster_project.evaluation.answers import Answer, of_message, of_row, parse, read_answer, reader, split_trace
-from dagster_project.evaluation.call_forms import FORMS, find_calls
+from dagster_project.training.inference.answers import Answer, of_message, of_row, parse, read_answer, reader, split_trace
+from dagster_project.training.inference.call_forms import FORMS, find_calls
 from tests.conftest import SHARED_DATA
 
 TOOLS = [

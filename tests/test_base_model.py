@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from builders.tool_calls import WEATHER, weather
 
 from dagster_project.core import params
 from dagster_project.core.errors import InputError
+from dagster_project.core.named_templates import NAMED
 from dagster_project.core.records import Report
+from dagster_project.curation.checks.token_counts import tokens_of
 from dagster_project.stages import base_model
 
 FOLDER: dict[str, Any] = {"folder": "models/tiny", "license": "Apache-2.0"}
@@ -162,3 +165,30 @@ def test_too_little_disk_is_refused_before_anything_is_written(root: Path, monke
     error = refusal(root)
     assert error.what == "base_model: 0.0 GiB free at data/, 0.0 GiB needed"
     assert error.hint == "free some disk space and run again"
+
+
+@pytest.mark.parametrize("name", ["alpaca", "chatml", "hermes"])
+def test_a_chat_template_by_name_replaces_that_of_the_model(root: Path, name: str) -> None:
+    from transformers import AutoTokenizer
+
+    assert fetch(root, chat_template=name).metrics["chat_template"] == name
+    assert AutoTokenizer.from_pretrained(root / "data" / "base_model").chat_template == NAMED[name]
+
+
+def test_the_checks_of_the_instructions_read_rows_with_tools_by_it(root: Path) -> None:
+    record = {"messages": weather(), "tools": [WEATHER]}
+    fetch(root)
+    assert tokens_of(root / "data" / "base_model").misfit(**record) == "the chat template does not write the definitions of tools"
+    shutil.rmtree(root / "data" / "base_model")
+    fetch(root, chat_template="hermes")
+    assert tokens_of(root / "data" / "base_model").misfit(**record) is None
+
+
+def test_a_chat_template_whose_special_tokens_are_missing_is_refused(root: Path) -> None:
+    path = root / "models" / "tiny" / "tokenizer.json"
+    path.write_text(path.read_text().replace("<|im_start|>", "<|start|>"))
+    path = root / "models" / "tiny" / "tokenizer_config.json"
+    path.write_text(path.read_text().replace("<|im_start|>", "<|start|>"))
+    error = refusal(root, chat_template="hermes")
+    assert error.what == "params.yaml: base_model.chat_template: the base model's tokenizer has no special token <|im_start|>"
+    assert error.hint == "use alpaca, or your own template"

@@ -377,6 +377,16 @@ def test_a_model_with_the_weights_of_another_has_the_same_records(made: Project)
     assert (seen["by"], seen["steps"]) == ("adapter@dora", [])
 
 
+def test_a_release_of_an_earlier_run_saw_nothing_of_a_run_that_has_not_come_to_the_release(made: Project) -> None:
+    lock = made.lock(ROWS)
+    folders = {"data/adapter": "e" * 32 + ".dir", "data/merged": "f" * 32 + ".dir"}
+    release = {"release": entry("release", folders, made.put({"model.safetensors": b"weights of another format"}))}
+    first = made.commit({**lock, **release})
+    made.write({**made.lock([("frogs", "train", FAQ), *ROWS[2:]]), **release})
+    assert names(impact(made.root, record=identity("frogs"))) == [("adapter@lora", None), ("merged@lora", None)]
+    assert ("release", first) in names(impact(made.root, record=identity("dogs")))
+
+
 def oracle(history: list[tuple[str, dict[str, Any]]], texts: dict[str, list[str]], rows: dict[str, Any], text: str) -> set[Any]:
     """(md5 of model, split, steps) by brute force: every lock of history, every row of its data."""
     found = set()

@@ -134,6 +134,9 @@ def test_tools_calls_traces_and_weights_are_shown_as_the_template_writes_them(ch
     assert "A bot.<|im_end|>" in shown and "⟦A bot." not in shown, "its weight is 0"
     shown = check(folder, "--show", 1, "--template", "chatml").rendered
     assert "cannot be rendered: the chat template does not write the definitions of tools" in shown
+    shown = check(folder, "--show", 1, "--template", "hermes").rendered
+    assert '<think>\nI need the temperature first.\n</think>\n\n<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n' in shown
+    assert "⟦Yes, it is three degrees below zero.<|im_end|>⟧" in shown
 
 
 def test_both_answers_of_a_pair_are_shown_and_only_the_last_answer_is_trained_on(check: Check) -> None:

@@ -14,9 +14,9 @@ from conftest import CHAT_TEMPLATE, ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dagster_project.core import named_templates
 from dagster_project.core.chat import IGNORE, encode, encode_prompt, pieces
 from dagster_project.core.errors import InputError
+from dagster_project.core.named_templates import NAMED
 from dagster_project.core.params import parse
 from dagster_project.core.records import CheckResult, Report, example_id, read_ledger, read_table, write_ledger, write_records, write_table
 from dagster_project.curation.sources import formats
@@ -134,7 +134,7 @@ def test_the_base_models_template_is_used_and_travels(stage: Stage, tiny_model: 
 def test_a_named_template_writes_its_format(stage: Stage, tiny_tokenizer: Any, name: str, wanted: str) -> None:
     stage(ask("Hi"), chat_template=name)
     assert [marked(tiny_tokenizer, example) for example in stage.examples()] == [wanted]
-    assert (stage.out / "chat_template.jinja").read_text() == named_templates.NAMED[name]
+    assert (stage.out / "chat_template.jinja").read_text() == NAMED[name]
 
 
 def test_alpaca_writes_the_system_turn_first_and_tool_turns_as_input(tiny_tokenizer: Any, tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_alpaca_writes_the_system_turn_first_and_tool_turns_as_input(tiny_tokeni
     )
 
 
-@pytest.mark.parametrize("name", [None, *named_templates.NAMED])
+@pytest.mark.parametrize("name", [None, *NAMED])
 def test_a_prompt_has_the_ids_it_was_trained_with_whatever_the_template(tiny_tokenizer: Any, tmp_path: Path, name: str | None) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer)
     chat_templates.use(tokenizer, tmp_path, name)
@@ -712,7 +712,7 @@ def test_hermes_writes_tools_calls_results_and_traces(tiny_tokenizer: Any) -> No
     from dagster_project.core.chat import examples_of
 
     tokenizer = copy.deepcopy(tiny_tokenizer)
-    tokenizer.chat_template = named_templates.NAMED["hermes"]
+    tokenizer.chat_template = NAMED["hermes"]
     tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "é"}}}
     messages = [

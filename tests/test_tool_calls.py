@@ -11,12 +11,12 @@ import pytest
 from dagster_project.core.messages import Call
 from dagster_project.core.records import example_id, read_table, write_records
 from dagster_project.evaluation import ballots, judge
-from dagster_project.evaluation.answers import Answer
 from dagster_project.evaluation.baselines import with_shots
 from dagster_project.evaluation.evaluator import EvaluatedModel, Settings, result_rows, result_schema, select_questions, write_results
 from dagster_project.evaluation.paired.pairwise import match
 from dagster_project.evaluation.scoring import Scoring
 from dagster_project.evaluation.tool_calls import is_valid, problem, same_calls, same_names
+from dagster_project.training.inference.answers import Answer
 from dagster_project.views.ballot import ballot_page
 from tests.conftest import evaluate
 

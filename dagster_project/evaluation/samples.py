@@ -7,7 +7,7 @@ from typing import Any
 
 from dagster_project.core.messages import is_plain
 from dagster_project.core.records import prompt_text
-from dagster_project.evaluation.answers import Answer
+from dagster_project.training.inference.answers import Answer
 
 
 def sample(record: Mapping[str, Any], answers: Mapping[str, Answer], marks: Mapping[str, float]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from dagster_project.core.messages import JSON, Call, Tools
 from dagster_project.core.tool_schemas import BROKEN, ArgumentsSchema, arguments_schema
-from dagster_project.evaluation.answers import Answer
+from dagster_project.training.inference.answers import Answer
 
 
 def is_valid(answer: Answer, tools: Tools) -> bool:

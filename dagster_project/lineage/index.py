@@ -132,11 +132,12 @@ class Index:
         indexed = {blob for (blob,) in self._db.execute("SELECT blob FROM lock")}
         commits = dict(self.history.first)
         texts: dict[str, tuple[bytes, str]] = {}
-        if self.history.workspace and self.history.workspace not in {*indexed, *commits}:
-            texts[self.history.workspace] = (self.root / LOCK).read_bytes(), ":"
         new = [blob for blob in commits if blob not in indexed]
         contents = blobs(self.root, [*new, *(f"{commits[blob]}:./dvc.yaml" for blob in new)])
         texts |= {blob: (contents[blob], commits[blob]) for blob in new if blob in contents}
+        # last: of a pipeline that ran in part, the entries of the other stages belong to the commit that they came with
+        if self.history.workspace and self.history.workspace not in {*indexed, *commits}:
+            texts[self.history.workspace] = (self.root / LOCK).read_bytes(), ":"
         if not texts:
             return
         yaml = self.root / "dvc.yaml"
