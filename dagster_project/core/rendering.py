@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.core.errors import InputError
-from dagster_project.core.messages import JSON, Call, Message, Messages, Tools, argument_texts, calls
+from dagster_project.core.messages import JSON, Message, Messages, Tools, argument_texts, calls
 
 DATE = datetime(2026, 1, 1)
 """Today, for templates that write the date (`strftime_now`): the same text on every day."""
@@ -224,8 +224,8 @@ def refuse_unwritten(tokenizer: Any, messages: Messages, tools: Tools, turns: ra
         message, content = messages[i], messages[i]["content"].strip()
         if message["role"] == "tool" and not form.results:
             raise InputError("the chat template does not write tool results", WITH_TOOLS)
+        _refuse_calls(form, message, i + 1)
         for call in calls(message):
-            _refuse_call(form, call, i)
             if call.name not in text:
                 raise InputError(f"the chat template leaves out the call of {call.name} in turn {i + 1}", ANOTHER_TEMPLATE)
         if (found := text.find(content, position)) >= 0:
@@ -252,12 +252,7 @@ def end_of_answer(tokenizer: Any, message: Message, turn: int, text: str) -> int
     """
     form, content, trace = form_of(tokenizer), message["content"].strip(), message.get("reasoning_content", "").strip()
     starts = [found + len(trace), 0] if form.reasoning and trace and (found := text.find(trace)) >= 0 else [0]
-    for call in calls(message):
-        _refuse_call(form, call, turn - 1)
-    if len(calls(message)) > 1 and not form.parallel:
-        raise InputError(f"the chat template does not write several tool calls in one message (turn {turn})", ANOTHER_TEMPLATE)
-    if calls(message) and content and not form.with_content:
-        raise InputError(f"the chat template does not write content beside tool calls (turn {turn})", ANOTHER_TEMPLATE)
+    _refuse_calls(form, message, turn)
     missing = f"what the {message['role']} says"
     for start in starts:
         if (found := text.find(content, start)) >= 0:
@@ -284,11 +279,16 @@ def _end_of_calls(message: Message, text: str, position: int) -> tuple[int, str]
     return position, ""
 
 
-def _refuse_call(form: TemplateForm, call: Call, turn: int) -> None:
-    if not form.calls:
+def _refuse_calls(form: TemplateForm, message: Message, turn: int) -> None:
+    found = calls(message)
+    if found and not form.calls:
         raise InputError("the chat template does not write tool calls", WITH_TOOLS)
-    if isinstance(call.arguments, str):
-        raise InputError(f"turn {turn + 1} calls a tool with arguments that are not JSON", "see the check invalid_tool_call")
+    if any(isinstance(call.arguments, str) for call in found):
+        raise InputError(f"turn {turn} calls a tool with arguments that are not JSON", "see the check invalid_tool_call")
+    if len(found) > 1 and not form.parallel:
+        raise InputError(f"the chat template does not write several tool calls in one message (turn {turn})", ANOTHER_TEMPLATE)
+    if found and message["content"].strip() and not form.with_content:
+        raise InputError(f"the chat template does not write content beside tool calls (turn {turn})", ANOTHER_TEMPLATE)
 
 
 def _end_of_argument(value: str, text: str, start: int) -> int:
