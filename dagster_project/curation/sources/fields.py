@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from dagster_project.core.records import IGNORED, CheckResult
 from dagster_project.curation.sources.layouts import OASST_KEYS, TurnReader
+from dagster_project.curation.sources.message import EMPTY
 
 TurnShape = tuple[tuple[str, ...], tuple[str, ...]]
 """Keys of a message or turn, and those of them that are not used, with those of its content parts and calls ("content[].cache_control")."""
@@ -16,11 +17,10 @@ IMPORTANT = frozenset(
     {
         "weight", "weights", "train", "training", "train_on_turn", "train_detail", "loss", "loss_mask", "mask", "reasoning", "reasoning_content",
         "reasoning_details", "thinking", "tools", "functions", "tool_calls", "function_call", "tool_call_id", "images", "image", "audio", "audios",
-        "video", "videos", "files",
+        "video", "videos", "files", "system", "history",
     }
 )  # fmt: skip
 """Keys that usually change what is trained. Where a row has one that is not used, `ignored_fields` is a warning."""
-EMPTY: tuple[Any, ...] = (None, "", [], {})
 MAX_NAME, MAX_NAMES = 80, 200
 """Characters of a field's name, and names of a source, that a report shows. Both are above what a set that is meant to be read has."""
 NAME = "ignored_fields"
