@@ -61,14 +61,14 @@ CELLS: dict[str, dict[str, Any]] = {
     "tool call and result": {
         "tools": TOOLS,
         "messages": [
-            _said("user", "What is 1 + 2?"), _said("assistant", "I add them.", tool_calls=[_call("abcdefghi", 1, 2)]),
+            _said("user", "What is 1 + 2?"), _said("assistant", "Let me see.", tool_calls=[_call("abcdefghi", 1, 2)]),
             _said("tool", "3", **_RESULT), _said("assistant", "It is 3."),
         ],
     },
     "parallel calls": {
         "tools": TOOLS,
         "messages": [
-            _said("user", "What is 1 + 2, and 3 + 4?"), _said("assistant", "I add them.", tool_calls=[_call("abcdefghi", 1, 2), _call("jklmnopqr", 3, 4)]),
+            _said("user", "What is 1 + 2, and 3 + 4?"), _said("assistant", "Let me see.", tool_calls=[_call("abcdefghi", 1, 2), _call("jklmnopqr", 3, 4)]),
             _said("tool", "3", **_RESULT), _said("tool", "7", tool_call_id="jklmnopqr", name="add"), _said("assistant", "They are 3 and 7."),
         ],
     },
@@ -208,7 +208,9 @@ def trl_labels(tokenizer: Any, folder: Path, messages: list[dict[str, Any]], too
 
 
 def _words(message: dict[str, Any]) -> list[str]:
-    return [message["content"], *(call["function"]["name"] for call in message.get("tool_calls", ()))]
+    """What must be in the labels of a message: its content, and names and arguments of its calls."""
+    functions = [call["function"] for call in message.get("tool_calls", ())]
+    return [message["content"], *(str(word) for function in functions for word in (function["name"], *function["arguments"].values()))]
 
 
 def judge(tokenizer: Any, folder: Path, record: dict[str, Any]) -> Cell:
@@ -288,7 +290,9 @@ def page(found: dict[str, dict[str, Cell]]) -> str:
             if cell.examples:
                 shown.append(("✓" if cell.examples == 1 else f"✓ {cell.examples}") + ("" if cell.traces else " t"))
             else:
-                shown.append(str(reasons.setdefault(re.sub(r"in turn \d+|turn \d+ ", "", cell.refusal).strip(), len(reasons) + 1)))
+                shown.append(
+                    str(reasons.setdefault(re.sub(r"in turn \d+|turn \d+ |\(turn \d+\)", "", cell.refusal).strip(), len(reasons) + 1))
+                )
         kinds = sorted({kind for cell in cells.values() for kind in cell.compared.split()})
         lines.append(f"| {family} | {' | '.join(shown)} | {', '.join(kinds) or '–'} |")
         notes[", ".join(kinds)].append(family)

@@ -1,7 +1,7 @@
 """Peak memory of training, predicted beside measured. usage: python benchmarks/memory.py [METHOD...] [--base-model FOLDER | --tiny] [--out FILE]
 
 Each method really trains, through the code that trains in the pipeline, with one thread; each in a process of its own. Measured is the largest
-resident size of the process (on a GPU: what torch allocated) while it loads the model and takes two steps; predicted is `training.planning.memory.predict`,
+resident size of the process (on a GPU: what torch allocated) while it loads the model and takes two steps; predicted is `training.planning.memory.TrainingSpec`,
 from the configuration alone. Memory figures hold on a busy machine; times do not. Times are CPU seconds of the second step, beside the range that `pedigree plan` would print.
 The table replaces the one in docs/memory.md.
 """
@@ -186,21 +186,20 @@ def compare(measured: list[dict[str, Any]], given: argparse.Namespace) -> None:
     from dagster_project.commands.plan import MARGIN
     from dagster_project.core.params import Compute
     from dagster_project.training.methods.hardware import prepare
-    from dagster_project.training.planning.memory import predict
+    from dagster_project.training.planning.memory import TrainingSpec
 
     device, _ = prepare(Compute(threads=1))
     layers = AutoConfig.from_pretrained(given.base_model).num_hidden_layers
     times: dict[Any, tuple[float, float]] = {}
     for one in measured:
         method, options = settings(one["method"], layers)
-        took = predict(
-            given.base_model, method, options, lengths=example_row(one["tokens"])["lengths"], counted=one["tokens"] // 2,
-            dtype=getattr(torch, one["dtype"]), device=device.type, runtime=runtime if device.type == "cpu" else 0,
-            gradient_checkpointing=one["checkpointing"],
-        )  # fmt: skip
+        took = TrainingSpec(
+            device.type, getattr(torch, one["dtype"]), given.base_model, method, options, example_row(one["tokens"])["lengths"],
+            one["tokens"] // 2, runtime=runtime if device.type == "cpu" else 0, gradient_checkpointing=one["checkpointing"],
+        ).prediction  # fmt: skip
         one["predicted"], one["error"] = took.memory.total, took.memory.total / one["peak"] - 1
         one["range"] = [
-            margin * seconds for margin, seconds in zip(MARGIN, took.step.seconds(device, times, time.thread_time), strict=True)
+            margin * seconds for margin, seconds in zip(MARGIN, took.operations.seconds(device, times, time.thread_time), strict=True)
         ]
         print(json.dumps(one), flush=True)
     if given.tiny:

@@ -352,7 +352,7 @@ def test_online_methods_refuse_a_reward_model_with_another_tokenizer(
 
 def test_a_reward_without_a_model_is_the_weighted_sum_of_its_rules() -> None:
     rewards = reward.Rewards({"valid_json": 2.0, "distinct": 1.0}, None)
-    assert rewards([[], []], ['{"a": 1}', "no no no no"]) == [3.0, 0.5]
+    assert rewards([{}, {}], [{"role": "assistant", "content": text} for text in ('{"a": 1}', "no no no no")]) == [3.0, 0.5]
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Call
+from dagster_project.core.named_templates import NAMED
 from dagster_project.core.rendering import render
-from dagster_project.evaluation.answers import Answer, of_message, of_row, parse, read_answer, reader, split_trace
-from dagster_project.evaluation.call_forms import FORMS, find_calls
+from dagster_project.training.inference.answers import Answer, of_message, of_row, parse, read_answer, reader, split_trace
+from dagster_project.training.inference.call_forms import FORMS, find_calls
 from tests.conftest import SHARED_DATA
 
 TOOLS = [
@@ -155,25 +156,12 @@ def test_the_trace_is_split_off(prompt: str, text: str, trace: str, rest: str) -
     assert split_trace(prompt, text) == (trace, rest)
 
 
-HERMES = """{% if tools %}<|im_start|>system
-<tools>{% for tool in tools %}{{ tool | tojson }}{% endfor %}</tools><|im_end|>
-{% endif %}{% for message in messages %}<|im_start|>{{ message.role }}
-{% if message.reasoning_content %}<think>{{ message.reasoning_content }}</think>{% endif %}{{ message.content }}
-{%- for call in message.tool_calls or [] %}
-<tool_call>
-{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
-</tool_call>
-{%- endfor %}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
-
-
 @pytest.fixture
 def hermes(tiny_tokenizer: Any) -> Any:
     import copy
 
     tokenizer = copy.deepcopy(tiny_tokenizer)
-    tokenizer.chat_template = HERMES
+    tokenizer.chat_template = NAMED["hermes"]
     return tokenizer
 
 

@@ -17,10 +17,10 @@ from dagster_project.core.records import write_json, write_table
 from dagster_project.core.text import visible
 from dagster_project.curation.sources.formats import to_pairs
 from dagster_project.evaluation import ballots
-from dagster_project.evaluation.answers import Answer
 from dagster_project.evaluation.evaluator import result_rows, result_schema
 from dagster_project.evaluation.paired.bootstrap import wilson
 from dagster_project.evaluation.paired.pairwise import Match, Pair, agreement, contenders, majority, match, tally
+from dagster_project.training.inference.answers import Answer
 from dagster_project.views.ballot import ballot_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

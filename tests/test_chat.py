@@ -341,3 +341,29 @@ def test_a_turn_ends_with_a_token_at_which_generation_stops(tiny_tokenizer: Any,
         pieces(tokenizer, ONE_TURN)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.convert_tokens_to_ids("<|user|>")]}))
     assert trained_spans(tokenizer, TWO_TURNS[1:]) == ["Yes?<|user|>", "Grüße!<|user|>"]
+
+
+def test_a_trace_to_keep_is_missed_though_the_answer_has_the_same_words(tiny_tokenizer: Any) -> None:
+    record = {"messages": [ONE_TURN[0], {"role": "assistant", "content": "Yes, I think.", "reasoning_content": "Yes"}]}
+    with pytest.raises(InputError, match="leaves out a trace"):
+        examples_of(with_template(tiny_tokenizer, TURN), record, "keep")
+    wordless = {"messages": [ONE_TURN[0], {"role": "assistant", "content": "", "reasoning_content": "Yes"}]}
+    with pytest.raises(InputError, match="leaves out a trace"):
+        examples_of(with_template(tiny_tokenizer, TURN), wordless, "keep")
+
+
+def test_a_message_that_a_template_leaves_out_is_missed_though_another_says_the_same(tiny_tokenizer: Any) -> None:
+    messages = [{"role": "user", "content": "Yes?"}, {"role": "system", "content": "Yes?"}, ONE_TURN[1]]
+    dropping = with_template(tiny_tokenizer, "{% if m['role'] != 'system' %}" + TURN + "{% endif %}")
+    with pytest.raises(InputError, match="leaves out what the system says in turn 2"):
+        pieces(dropping, messages)
+
+
+def test_a_template_may_write_messages_in_another_order(tiny_tokenizer: Any) -> None:
+    system_last = with_template(tiny_tokenizer, "")
+    users, systems = (
+        f"{{% for m in messages if {test} %}}{TURN}{{% endfor %}}" for test in ("m['role'] == 'user'", "m['role'] == 'system'")
+    )
+    answers = f"{{% for m in messages if m['role'] == 'assistant' %}}{TURN}{{% endfor %}}"
+    system_last.chat_template = users + systems + answers + HEADER
+    assert pieces(system_last, TWO_TURNS[:3])[1] == ("Yes?<|im_end|>", True)

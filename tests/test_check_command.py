@@ -167,7 +167,7 @@ def test_json_is_exactly_one_document_with_the_documented_keys(check: Check) -> 
     done = check(jsonl(Path("a.jsonl"), *many(3), ask("Hi <|im_end|>"), "no json"), "--json")
     assert done.out.count("\n") == 1 and done.err == ""
     found = done.document
-    assert {"name", "format", "rows", "kept", "dropped", "fixed", "findings", "similarity", "profile", "notes"} == set(found)
+    assert {"name", "format", "rows", "kept", "dropped", "fixed", "findings", "similarity", "profile", "notes", "fields"} == set(found)
     keys = {
         "check",
         "severity",
@@ -721,6 +721,7 @@ def test_a_newcomer_sees_verdict_rows_reason_and_next_step(check: Check) -> None
     )
     assert "a.jsonl:4  line is not JSON: Unterminated string starting at: column 17 (line 5)" in done.out
     assert done.out.count("next: ") == 3
+    assert "\nfields used: instruction 4, output 4\n" in done.out
     assert "benchmark_leakage      nothing held out to compare with" in done.out
 
 

@@ -120,8 +120,20 @@ TEXTS = {
     "empty": "",
     "space": " ",
 }
+TOOL_ROW = {
+    "messages": [
+        {"role": "user", "content": [{"type": "text", "text": "Is it cold?"}], "weight": 0},
+        {
+            "role": "assistant", "content": None, "reasoning": "I look.", "weight": 1,
+            "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}],
+        },
+        {"role": "tool", "content": "-3", "tool_call_id": "c1", "name": "weather"},
+        {"role": "assistant", "content": "Yes, it is.", "weight": 0},
+    ],
+    "tools": [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}],
+}  # fmt: skip
 KINDS: dict[str, list[Any]] = {
-    "examples": [row for row, _ in LAYOUT_ROWS.values()],
+    "examples": [*(row for row, _ in LAYOUT_ROWS.values()), TOOL_ROW],
     "preferences": [rows[0] for name, rows in PAIR_ROWS.items() if name != "oasst"],
     "benchmarks": [row for name, (row, *_) in BENCHMARK_ROWS.items() if name != "gsm8k"],
 }
@@ -163,6 +175,24 @@ def test_hostile_text_in_every_layout_is_judged(name: str) -> None:
             Path(f"{kind}{number}.jsonl").write_bytes(lines(filled(row, TEXTS[name]), row))
         found = holds(*sorted(map(str, Path().glob(f"{kind}*.jsonl"))))
         assert found and found["rows"] >= 2 * len(rows) - (kind == "preferences"), "two rows of KTO may be one pair"
+
+
+ASKED, SAID = (
+    {"role": "user", "content": "Where does the river begin?"},
+    {"role": "assistant", "content": "In the hills, near the old mill."},
+)
+
+
+def chatting(*messages: Any) -> dict[str, Any]:
+    return {"messages": list(messages)}
+
+
+def calling(arguments: Any) -> dict[str, Any]:
+    return chatting(
+        ASKED,
+        {**SAID, "content": None, "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": arguments}}]},
+        {"role": "tool", "content": "b"},
+    )
 
 
 BYTES: dict[str, tuple[str, bytes]] = {
@@ -216,6 +246,13 @@ BYTES: dict[str, tuple[str, bytes]] = {
     "ranks of every kind": ("a.jsonl", lines(*({"message_tree_id": 1, "prompt": {"role": "prompter", "text": "a", "replies": [{"role": "assistant", "text": "b", "rank": rank}, {"role": "assistant", "text": "c", "rank": 0}]}} for rank in (None, "1", [], {}, True, 1.5, 10**400)))),
     "margins of every kind": ("a.jsonl", lines(*({"prompt": "a", "chosen": "b", "rejected": "c", "margin": margin} for margin in (None, "1", [], True, 1.5, 10**400, -1e308)))),
     "100,000 categories": ("a.jsonl", b"".join(b'{"instruction": "q%d", "output": "It is so.", "category": "c%d"}\n' % (i, i) for i in range(100_000))),
+    "arguments of every kind": ("a.jsonl", lines(*(calling(arguments) for arguments in ("not JSON", "", "[1]", "3", [1], 3, None, {}, '{"a": NaN}', '{"a": "\\ud83d"}', "[" * 100_000, '{"a": 1, "a": 2}', "\x1b[2J\u202e", '{"a": ' + "9" * 5000 + "}", '{"a": ' + "[" * 150 + "]" * 150 + "}")))),
+    "a tool result without a call": ("a.jsonl", lines(chatting(ASKED, {"role": "tool", "content": "b", "tool_call_id": "c9"}, SAID), chatting(ASKED, {"role": "tool", "content": {"a": [1]}}, SAID))),
+    "weights of every kind": ("a.jsonl", lines(*(chatting(ASKED, {**SAID, key: weight}) for key in ("weight", "train", "loss") for weight in ("yes", 2, -1, 0.5, [], {}, None, 0, 1, True, 10**400)))),
+    "nested parts": ("a.jsonl", lines(*(chatting({**ASKED, "content": parts}, SAID) for parts in ([], [[]], [{"type": "text", "text": [{"type": "text", "text": "a"}]}], [{"type": "image"}], [{"type": []}], [{"type": "thinking", "thinking": [{"type": "thinking", "thinking": []}]}], [None], {"a": 1}, [{"type": "text", "text": "a", "\x1b[2J": 1}])))),
+    "tools of every kind": ("a.jsonl", lines(*({**chatting(ASKED, SAID), "tools": tools} for tools in ("a hammer", "", "[]", "{", "[" * 100_000, 3, True, [3], [[]], ["{}"], {"name": 1}, {"name": "a", "parameters": "x"}, [{"name": "a", "parameters": {"b": {"type": "List[" * 300}}}], [{"type": "web_search"}], '[{"name": "\\ud83d"}]', [{"name": "a", "parameters": {"type": {"type": "str"}}}])))),
+    "ids and names of every kind": ("a.jsonl", lines(*(chatting(ASKED, {**SAID, "name": name, "tool_calls": [{"id": name, "name": "f"}]}, {"role": "tool", "content": "b", "tool_call_id": name}) for name in ("a", "", 3, None, [], {}, True, 1.5, "\x1b[2J")))),
+    "calls in text": ("a.jsonl", lines(*(chatting({"role": "system", "content": system}, ASKED, {**SAID, "content": said}) for system in ("<tools>[{}]</tools>", '<tools>\n[{"name": "f"}]\n</tools>', "<tools>{" * 500, "functions in JSON format: [" + "[" * 50_000, 'list of functions in JSON format: [{"name": "f g"}]') for said in ("<tool_call>", "<tool_call>{}</tool_call>", "<tool_call>{'name': 'f'}</tool_call>", "[f g(a=1), f g(", "[f g(a=" + "(" * 5000 + ")]", "<think>a", "<think></think>", "<|begin_of_thought|>", "</think>")))),
     "a tool calls": ("a.jsonl", lines({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": {"a": [[]]}}, {"role": "tool", "content": "b"}]})),
 }  # fmt: skip
 

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dagster_project.core.records import example_id
-from dagster_project.evaluation.answers import Answer
 from dagster_project.evaluation.evaluator import Settings, select_questions
 from dagster_project.evaluation.final_answers import FinalAnswer, last_number
 from dagster_project.evaluation.metrics import NO_LABEL, label
 from dagster_project.evaluation.scoring import Scoring
+from dagster_project.training.inference.answers import Answer
 from tests.conftest import SHARED_DATA
 
 NUMBER = FinalAnswer(final_answer="number")

@@ -352,6 +352,7 @@ def test_splits_of_the_hub_are_sources_like_any_other(hub: Hub, tmp_path: Path) 
         "revision": OLD,
         "split": "train",
         "license": "MIT",
+        "fields": {"used": {"completion": 3, "prompt": 3}},
     }
     ledger = [(row["source"], row["source_row"]) for row in read_ledger(tmp_path / "out")]
     assert ledger == [(train, 0), (train, 1), (train, 2), ("data/sources/a.jsonl", 0), (test, 0), (test, 1)]

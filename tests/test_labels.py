@@ -20,12 +20,12 @@ from dagster_project.core.records import example_id, read_records, read_table
 from dagster_project.curation.check_files import check_paths
 from dagster_project.curation.sources.files import read_rows
 from dagster_project.curation.sources.formats import kind, mapping_problem, to_records
-from dagster_project.evaluation.answers import Answer
 from dagster_project.evaluation.baselines import THINK, instruction
 from dagster_project.evaluation.evaluator import EvaluatedModel, Settings, select_questions
 from dagster_project.evaluation.labels import NO_LABEL, LabelSet, LabelTask, label_set
 from dagster_project.evaluation.metrics import by_label, label, measures, score
 from dagster_project.stages import instructions, raw_examples, splits
+from dagster_project.training.inference.answers import Answer
 
 AUTO = LabelTask(labels="auto")
 NAMES = LabelSet(("negative", "Not sure", "positive", "yes, please"))

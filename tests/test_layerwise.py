@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from pathlib import Path
@@ -14,7 +15,8 @@ from dagster_project.__main__ import main
 from dagster_project.commands import plan
 from dagster_project.core.params import Compute
 from dagster_project.training.planning import layerwise, memory
-from dagster_project.training.planning.layerwise import Depth, SmallCopies, insert, insertions, repetition
+from dagster_project.training.planning.layerwise import SmallCopies, repeated, repetition
+from dagster_project.training.planning.memory import StorageEvent, TrainingSpec, trace_step
 
 BASE = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 500,
         "dtype": "bfloat16"}  # fmt: skip
@@ -34,6 +36,17 @@ def write(folder: Path, values: dict[str, Any], layers: int = LAYERS) -> Path:
     return folder
 
 
+def spec(model: Path, method: str, options: dict[str, Any] | None = None, **changed: Any) -> TrainingSpec:
+    given = {"device": "cuda", "dtype": torch.float32, "lengths": [24], "counted": 24, **changed}
+    return TrainingSpec(base_model=model, method=method, options=options or {}, **given)
+
+
+def in_order(events: list[StorageEvent]) -> list[StorageEvent]:
+    """With the events between two allocations sorted."""
+    groups = itertools.groupby(events, lambda event: not event[0])
+    return [event for is_allocation, group in groups for event in (group if is_allocation else sorted(group))]
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_copies_with_few_layers_give_the_account_of_the_whole_model(
@@ -41,61 +54,71 @@ def test_copies_with_few_layers_give_the_account_of_the_whole_model(
 ) -> None:
     """Equal event by event, but for the order of frees between two allocations, which changes no account: so peak, fragmentation and operations are equal, too."""
     model = write(tmp_path / "model", KINDS[kind])
-    copies, trace_step, traced = SmallCopies(model), memory.trace_step, []
+    copies, traced = SmallCopies(model), []
 
-    def counting(base_model: Path, *arguments: Any, **given: Any) -> memory.StepTrace:
-        traced.append(base_model)
-        return trace_step(base_model, *arguments, **given)
+    def counting(spec: TrainingSpec) -> memory.StepTrace:
+        traced.append(spec.base_model)
+        return trace_step(spec)
 
     monkeypatch.setattr(layerwise, "trace_step", counting)
     for checkpointing, device in ((True, "cuda"), (False, "cpu")):
-        given = {"lengths": [24], "counted": 24, "dtype": torch.bfloat16, "device": device, "gradient_checkpointing": checkpointing}
-        whole = trace_step(model, method, METHODS[method], **given)
-        small = copies.trace(model, method, METHODS[method], **given)
-        assert memory.in_order(small.events) == memory.in_order(whole.events)
+        given = spec(model, method, METHODS[method], device=device, dtype=torch.bfloat16, gradient_checkpointing=checkpointing)
+        whole, small = trace_step(given), copies.trace(given)
+        assert in_order(small.events) == in_order(whole.events)
         assert small.operations.counts == whole.operations.counts
         sizes = ("trainable", "total", "optimizer", "optim", "loading")
         assert [getattr(small, name) for name in sizes] == [getattr(whole, name) for name in sizes]
-        assert memory.predict_from(small, device, 7).memory == memory.predict_from(whole, device, 7).memory
-    assert model not in traced, "no layer but those of the copies was traced"
+        assert small.peak(device, 7) == whole.peak(device, 7)
+    assert len(traced) == 4 and model not in traced, "no layer but those of the copies was traced"
 
 
 def test_models_that_copies_cannot_represent_are_traced_in_full(tmp_path: Path) -> None:
     model = write(tmp_path / "model", KINDS["llama"])
-    given: dict[str, Any] = {"lengths": [24], "counted": 24, "dtype": torch.float32, "device": "cuda"}
-    one, two, three = (memory.trace_step(write(tmp_path / str(n), KINDS["llama"], n), "full", {}, **given) for n in (1, 2, 3))
-    assert layerwise.extend([one, two, three], 0) is not None
-    assert layerwise.extend([one, three, two], 1) is None
+    two, three = (trace_step(spec(write(tmp_path / str(n), KINDS["llama"], n), "full")) for n in (2, 3))
+    assert layerwise.extended(two, three, 1) is not None
+    assert layerwise.extended(three, two, 1) is None
     upper = {"r": 4, "target_modules": ["q_proj"], "layers_to_transform": [LAYERS - 1]}
     for method, options in (("prefix_tuning", {"num_virtual_tokens": 4}), ("lora", upper)):
-        whole = memory.trace_step(model, method, options, **given)
-        assert SmallCopies(model).trace(model, method, options, **given).events == whole.events
+        given = spec(model, method, options)
+        assert SmallCopies(model).trace(given).events == trace_step(given).events
 
 
-def test_layers_repeat_from_the_first_like_one_on_and_in_their_period() -> None:
-    assert repetition("aaaaaaaa") == Depth(8, 0, 1)
-    assert repetition("daaaaaaa") == Depth(8, 1, 1)
-    assert repetition("abababababab") == Depth(12, 0, 2)
-    assert repetition("ababababababa") == Depth(13, 1, 2)
+@pytest.mark.parametrize("method", METHODS)
+def test_results_that_are_kept_are_those_that_torch_computes(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = spec(write(tmp_path / "model", KINDS["llama"], 2), method, METHODS[method], gradient_checkpointing=True)
+    trace_step(given)
+    kept = trace_step(given)
+    monkeypatch.setattr(memory, "run_on_meta", lambda func, args, kwargs: func(*args, **kwargs))
+    computed = trace_step(given)
+    assert kept.events == computed.events and kept.operations.counts == computed.operations.counts
+
+
+def test_copies_have_the_layers_that_differ_and_two_or_three_periods_of_the_others() -> None:
+    assert repetition("aaaaaaaa") == (2, 3)
+    assert repetition("daaaaaaa") == (3, 4)
+    assert repetition("abababababab") == (4, 6)
+    assert repetition("ababababababa") == (5, 7)
     assert repetition("abcdefgh") is None
-    assert repetition("aab") is None
-    assert not Depth(6, 0, 1).saves and Depth(7, 0, 1).saves
+    assert repetition("aaaaa") is None, "the copies would have as many layers as the model"
 
 
-def test_runs_are_inserted_where_they_repeat() -> None:
-    short, long = list("PAMBS"), list("PAAMBBS")
-    added = insertions(short, long)
-    assert added is not None and insert(short, added, 1) == long
-    assert insert(short, added, 3) == list("PAAAAMBBBBS")
-    assert insertions(list("PAMS"), list("PAXNS")) is None
+def test_a_run_is_inserted_again_if_it_is_equal_to_the_one_before_it() -> None:
+    def inserted(short: str, long: str, times: int) -> str | None:
+        found = repeated(list(short), list(long), times)
+        return found and "".join(found)
+
+    assert inserted("PAAMBBS", "PAAAMBBBS", 0) == "PAAAMBBBS"
+    assert inserted("PAAMBBS", "PAAAMBBBS", 2) == "PAAAAAMBBBBBS"
+    assert inserted("PabcabcS", "PabcabcabcS", 1) == "PabcabcabcabcS"
+    assert inserted("PAAMBBS", "PAAXMBBYS", 1) is None
+    assert inserted("PAAMS", "PAAANS", 1) is None
+    assert inserted("PAAS", "PAA", 1) is None
 
 
 def test_the_order_in_which_storages_are_freed_changes_no_account() -> None:
     born, freed, gradient = ("", "activations", 8), ("activations", "", 8), ("activations", "gradients", 8)
-    events = [born, born, born, gradient, freed, born, freed]
-    assert memory.in_order(events) == [born, born, born, freed, gradient, born, freed]
     accounts = []
-    for given in (events, memory.in_order(events)):
+    for given in ([born, born, born, gradient, freed, born, freed], [born, born, born, freed, gradient, born, freed]):
         account = memory.Account()
         for event in given:
             account.apply(event)
@@ -121,7 +144,7 @@ def test_a_plan_names_the_model_its_assumptions_and_the_gpus_it_fits_on(deep: Pa
 
 
 def test_a_plan_fits_a_gpu_up_to_its_memory_size(deep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "_requirements", lambda *_: {"memory": {"total": 40 * 10**9}, "optimizer_name": "x", "total_parameters": 1})
+    monkeypatch.setattr(TrainingSpec, "needed", 40 * 10**9)
     given: dict[str, Any] = {"tokens": 16, "rows": 1, "checkpointing": True, "compute": Compute(threads=1), "device": "cuda"}
     with_on = plan.plan_model(deep, ["lora"], **given)["gpus"]["lora"]
     assert [row["gradient_checkpointing"] for row in with_on] == [False, True]
@@ -140,6 +163,6 @@ def test_tracing_time_does_not_grow_with_depth(tmp_path: Path) -> None:
     for layers in (9, 80):
         copies = SmallCopies(write(tmp_path / str(layers), KINDS["llama"], layers))
         start = time.process_time()
-        copies.trace(copies.base_model, "lora", memory.LORA, lengths=[64], counted=64, dtype=torch.bfloat16, device="cuda", timed=False)
+        copies.trace(spec(copies.base_model, "lora", memory.LORA, timed=False))
         took[layers] = time.process_time() - start
     assert took[80] < 3 * took[9]

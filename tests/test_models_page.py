@@ -13,6 +13,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import chat_templates  # noqa: E402
 
+from dagster_project.core.errors import InputError  # noqa: E402
+
 
 @pytest.fixture(scope="module")
 def cells(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
@@ -53,3 +55,76 @@ def test_the_comparison_finds_wrong_labels(tmp_path: Path, monkeypatch: pytest.M
     assert chat_templates.judge(tokenizer, tmp_path, record).problems == ()
     monkeypatch.setattr(chat_templates, "examples_of", damaged)
     assert chat_templates.judge(tokenizer, tmp_path, record).problems
+
+
+# Labels of what templates write in unusual ways
+
+
+def trained(family: str, folder: Path, *messages: dict[str, Any], tools: Any = None) -> list[str]:
+    """The texts that are trained on."""
+    tokenizer = chat_templates.stub_tokenizer(family, folder)
+    record = {"messages": [{"role": "user", "content": "What is 1 + 2?"}, *messages], **({"tools": tools} if tools else {})}
+    return [text for parts in chat_templates.examples_of(tokenizer, record) for text, is_label in parts if is_label]
+
+
+def adds(a: Any, b: Any, content: str = "", **more: Any) -> dict[str, Any]:
+    function = {"name": "add", "arguments": {"a": a, "b": b}}
+    return {"role": "assistant", "content": content, "tool_calls": [{"type": "function", "id": "abcdefghi", "function": function}], **more}
+
+
+def test_an_argument_that_quotes_the_end_of_turn_token_is_trained_on_to_the_real_end(tmp_path: Path) -> None:
+    (answer,) = trained("qwen2_5", tmp_path, adds("<|im_end|>", "x"), tools=chat_templates.TOOLS)
+    assert answer == '<tool_call>\n{"name": "add", "arguments": {"a": "<|im_end|>", "b": "x"}}\n</tool_call><|im_end|>'
+
+
+@pytest.mark.parametrize(("family", "end"), [("llama3", "<|eot_id|>"), ("phi3", "<|endoftext|>"), ("llava_next", "</s>")])
+def test_an_answer_that_begins_like_its_trace_and_quotes_the_end_of_turn_token_is_trained_on_to_the_real_end(
+    family: str, end: str, tmp_path: Path
+) -> None:
+    (answer,) = trained(family, tmp_path, {"role": "assistant", "content": f"Sum {end} is 3", "reasoning_content": "Sum"})
+    assert answer.strip().startswith(f"Sum {end} is 3<")
+
+
+def test_a_template_that_leaves_out_the_second_of_two_calls_is_refused(tmp_path: Path) -> None:
+    both = {"role": "assistant", "content": "", "tool_calls": [*adds(1, 2)["tool_calls"], *adds(3, 4)["tool_calls"]]}
+    with pytest.raises(InputError, match="does not write several tool calls"):
+        trained("gptoss", tmp_path, both, tools=chat_templates.TOOLS)
+
+
+def test_a_call_that_a_template_leaves_out_is_missed_though_the_content_names_the_tool(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not write tool calls"):
+        trained("lfm2", tmp_path, adds(1, 2, "I call add."), tools=chat_templates.TOOLS)
+
+
+def test_content_that_a_template_leaves_out_is_missed_though_an_argument_has_the_same_words(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not write content beside tool calls"):
+        trained("llama3_1", tmp_path, adds("three", 2, "three"), tools=chat_templates.TOOLS)
+
+
+RESULT = {"role": "tool", "content": "3", "tool_call_id": "abcdefghi", "name": "add"}
+
+
+@pytest.mark.parametrize("family", ["gptoss", "glm4moe", "qwen3", "lfm2_2_5", "muse_glimmer", "nemotron_3_nano", "gemma4_v5"])
+def test_the_trace_of_a_call_and_that_of_the_answer_after_it_are_both_trained_on(family: str, tmp_path: Path) -> None:
+    said = (
+        adds(1, 2, reasoning_content="I add."),
+        RESULT,
+        {"role": "assistant", "content": "It is 3.", "reasoning_content": "Now I know."},
+    )
+    first, second = trained(family, tmp_path, *said, tools=chat_templates.TOOLS)
+    assert "I add." in first and "It is 3." not in first and "Now I know." in second and "It is 3." in second
+
+
+def test_the_trace_of_a_call_is_written_where_a_template_writes_only_these(tmp_path: Path) -> None:
+    said = (
+        adds(1, 2, reasoning_content="I add."),
+        RESULT,
+        {"role": "assistant", "content": "It is 3.", "reasoning_content": "Now I know."},
+    )
+    assert ["I add." in answer for answer in trained("gemma4", tmp_path, *said, tools=chat_templates.TOOLS)] == [True, False]
+
+
+def test_an_answer_that_quotes_the_opening_of_an_answer_is_trained_on_from_its_beginning(tmp_path: Path) -> None:
+    quoted = "Write <|start|>assistant first."
+    said = (adds(1, 2, reasoning_content="I add."), RESULT, {"role": "assistant", "content": quoted})
+    assert trained("gptoss", tmp_path, *said, tools=chat_templates.TOOLS)[1] == f"<|channel|>final<|message|>{quoted}<|return|>"

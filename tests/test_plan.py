@@ -13,18 +13,20 @@ from typing import Any
 import pytest
 import torch
 from builders.preferences import PREFERENCE_SCHEMA, preference_row
+from builders.tool_calls import WEATHER
 from conftest import ROOT, edit_params
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dagster_project.__main__ import main
 from dagster_project.commands import plan
 from dagster_project.core.errors import InputError
+from dagster_project.core.named_templates import HERMES
 from dagster_project.core.params import Compute
 from dagster_project.core.records import write_records
 from dagster_project.training.methods.build import build
 from dagster_project.training.methods.hardware import LARGE_BLOCK
 from dagster_project.training.planning import memory
-from dagster_project.training.planning.memory import Memory, Prediction, _state_bytes, predict
+from dagster_project.training.planning.memory import Memory, Prediction, TrainingSpec, _state_bytes
 from dagster_project.training.planning.timing import Operations, Shape
 from dagster_project.training.tokens.collators import collate_packed, collate_padded
 from dagster_project.training.trainers.sft.sft import causal
@@ -55,8 +57,8 @@ def config(tmp_path: Path) -> Any:
 
 
 def take(model: Path, method: str = "full", options: dict[str, Any] | None = None, **changed: Any) -> Prediction:
-    given = {"lengths": [64], "counted": 64, "dtype": torch.float32, "device": "cpu", "runtime": 0, **changed}
-    return predict(model, method, options or {}, **given)
+    given = {"lengths": [64], "counted": 64, "dtype": torch.float32, "device": "cpu", **changed}
+    return TrainingSpec(base_model=model, method=method, options=options or {}, **given).prediction
 
 
 @pytest.mark.parametrize(
@@ -132,9 +134,9 @@ def test_storages_are_recorded_from_birth_to_death() -> None:
 def test_accumulation_holds_the_gradients_through_the_next_pass(config: Any) -> None:
     held = take(config(tie_word_embeddings=False), gradient_accumulation_steps=4)
     assert held.memory.gradients == 4 * held.trainable
-    once = take(config(tie_word_embeddings=False)).step.counts
+    once = take(config(tie_word_embeddings=False)).operations.counts
     products = [key for key in once if "aten.mm" in str(key)]
-    assert products and all(held.step.counts[key] == 4 * once[key] for key in products)
+    assert products and all(held.operations.counts[key] == 4 * once[key] for key in products)
 
 
 def test_lora_adds_r_rows_and_columns_to_each_matrix(config: Any, tiny_model: Path) -> None:
@@ -196,7 +198,7 @@ def test_a_prediction_leaves_random_numbers_alone(config: Any) -> None:
 def test_every_kind_of_method_has_an_account(config: Any, method: str, options: dict[str, Any]) -> None:
     options = {**options, **({"feedforward_modules": []} if method == "ia3" else {})}
     found = take(config(dtype="bfloat16"), method, options, dtype=torch.bfloat16)
-    assert 0 < found.trainable < found.total and found.memory.activations > 0 and found.step.counts
+    assert 0 < found.trainable < found.total and found.memory.activations > 0 and found.operations.counts
 
 
 def test_a_method_that_leaves_nothing_to_train_is_refused(config: Any) -> None:
@@ -261,7 +263,7 @@ def test_step_time_is_the_sum_over_operations_times_their_count() -> None:
 
 @pytest.mark.parametrize("method", ["boft", "oft"])
 def test_operations_that_read_values_can_be_timed(config: Any, method: str) -> None:
-    least, most = take(config(), method, {"target_modules": ["q_proj", "v_proj"]}).step.seconds(torch.device("cpu"), {})
+    least, most = take(config(), method, {"target_modules": ["q_proj", "v_proj"]}).operations.seconds(torch.device("cpu"), {})
     assert 0 < least <= most
 
 
@@ -286,18 +288,9 @@ def test_the_account_multiplies_the_matrices_that_training_multiplies(method: st
         hidden = tunable.hidden_states(collate_packed([row]) if tunable.packs else collate_padded([row]))
         causal(tunable.model).get_output_embeddings()(hidden[:, :-1].flatten(0, 1)).sum().backward()
     told: Counter[str] = Counter()
-    found = predict(
-        tiny_model,
-        method,
-        options,
-        lengths=lengths,
-        counted=hidden[:, :-1].shape[:2].numel(),
-        dtype=torch.bfloat16,
-        device="cpu",
-        runtime=0,
-    )
-    for key, n in found.step.counts.items():
-        run, _, shapes = found.step._runs[key]
+    found = take(tiny_model, method, options, lengths=lengths, counted=hidden[:, :-1].shape[:2].numel(), dtype=torch.bfloat16).operations
+    for key, n in found.counts.items():
+        run, _, shapes = found._runs[key]
         if run in PRODUCTS:
             told[str([(shape.size, shape.dtype) for shape in shapes if isinstance(shape, Shape)])] += int(n)
     assert told == done
@@ -372,16 +365,35 @@ def test_a_plan_of_an_aligned_variant_counts_pairs_and_the_reference_model(token
     write_records(tokenized / "data" / "preferences" / "train", [preference_row(10 + i, "aaa", "z") for i in range(12)], PREFERENCE_SCHEMA)
     entries = {
         "dpo": {"method": "dpo", "adapter": "lora", "per_device_train_batch_size": 4, "num_train_epochs": 2},
+        "kto": {"method": "kto", "adapter": "lora", "per_device_train_batch_size": 4, "num_train_epochs": 2},
         "rloo": {"method": "rloo", "adapter": "lora", "options": {"max_completion_length": 6}},
     }
     edit_params(tokenized, lambda values: values.update(aligned=entries))
-    found = plan.plan_variants(tokenized, ["dpo", "rloo"])
-    dpo, rloo = found["variants"]["dpo"], found["variants"]["rloo"]
+    found = plan.plan_variants(tokenized, ["dpo", "kto", "rloo"])
+    dpo, kto, rloo = found["variants"].values()
     assert (dpo["pairs"], dpo["steps"], rloo["steps"]) == (12, 6, 6)
     prompt = dpo["tokens"] / (6 * 8) - (4 + 2) / 2
     assert dpo["tokens"] == 6 * 4 * (2 * prompt + 4 + 2) and rloo["tokens"] == 6 * 8 * (prompt + 6)
     assert dpo["time"] == {"from_seconds": pytest.approx(6 * 4, abs=2), "to_seconds": pytest.approx(6 * 8, abs=3)} and rloo["time"] is None
+    assert (kto["pairs"], kto["steps"], kto["tokens"]) == (12, 12, dpo["tokens"]), "two rows a pair, one for each answer"
+    assert kto["memory"]["activations"] < dpo["memory"]["activations"], "so a pass has half as many answers"
+    assert kto["time"]["to_seconds"] == pytest.approx(2 * (3 + 3) / (3 + 1) * dpo["time"]["to_seconds"], abs=2), "steps, and passes of each"
     assert "dpo: 12 pairs, " in plan.as_text(found)
+
+
+def test_a_plan_counts_the_tools_of_pairs_by_the_template_of_training(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan.Machine, "runtime", 0)
+    monkeypatch.setattr(plan.Machine, "seconds", lambda self, step: (3.0, 6.0))
+    edit_params(tokenized, lambda values: values.update(aligned={"dpo": {"method": "dpo", "adapter": "lora", "max_steps": 1}}))
+    pairs = [preference_row(i, "aaa", "z") for i in range(8)]
+    write_records(tokenized / "data/preferences/train", [{**pair, "tools": [WEATHER]} for pair in pairs], PREFERENCE_SCHEMA)
+    with pytest.raises(InputError, match="does not write the definitions of tools"):
+        plan.plan_variants(tokenized, ["dpo"])
+    (tokenized / "data/tokenized").mkdir()
+    (tokenized / "data/tokenized/chat_template.jinja").write_text(HERMES)
+    with_tools = plan.plan_variants(tokenized, ["dpo"])["variants"]["dpo"]["tokens"]
+    write_records(tokenized / "data/preferences/train", pairs, PREFERENCE_SCHEMA)
+    assert with_tools > plan.plan_variants(tokenized, ["dpo"])["variants"]["dpo"]["tokens"] + 16 * len(json.dumps(WEATHER["function"]))
 
 
 def test_a_plan_that_does_not_fit_suggests_one_that_does(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -406,6 +418,16 @@ def test_without_the_base_model_the_plan_names_the_command_to_run(tokenized: Pat
     shutil.rmtree(tokenized / "data" / "base_model")
     with pytest.raises(InputError, match="data/base_model is missing"):
         plan.plan_variants(tokenized, [])
+
+
+def test_a_plan_for_a_model_loads_no_library_that_it_does_not_need(config: Any) -> None:
+    code = (
+        "import gc, sys; from dagster_project.__main__ import main;"
+        f" main(['plan', '--model', {str(config())!r}, '--tokens-per-row', '16', '--method', 'lora']);"
+        " print([name for name in ('trl', 'datasets', 'scipy', 'pandas', 'sklearn') if name in sys.modules], gc.isenabled())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[] True"
 
 
 def test_help_needs_no_torch() -> None:

@@ -60,7 +60,7 @@ def prompts_of(tokenizer: Any) -> list[list[int]]:
     return [tokenizer.encode(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n") for question in QUESTIONS]
 
 
-def small_letters(rows: Sequence[int], texts: Sequence[str]) -> list[float]:
+def small_letters(rows: Sequence[int], texts: Sequence[str], _: Any = None) -> list[float]:
     """The share of small letters: 0.1 by chance."""
     return [sum(character.islower() for character in text) / max(1, len(text)) for text in texts]
 
@@ -251,7 +251,7 @@ def test_sampled_answers_do_not_depend_on_batch_padding_or_length_limit(
     assert found.answers == [answer[: changes.get("response_length", 24)] for answer in wanted.answers]
     assert len({len(answer) for answer in wanted.answers}) > 1, "all end together, so nothing leaves the batch"
     assert len({*map(tuple, wanted.answers)}) == 8, "a prompt that comes twice is answered twice"
-    assert wanted.finished.tolist() == [answer[-1] == ending.eos_token_id for answer in wanted.answers]
+    assert wanted.finished.tolist() == [answer[-1] in {tiny_tokenizer.eos_token_id, ending.eos_token_id} for answer in wanted.answers]
     assert wanted.mask.sum(1).tolist() == [len(answer) for answer in wanted.answers]
 
 
@@ -320,7 +320,7 @@ def test_ppo_solves_a_bandit() -> None:
         total_episodes=256 * 16, batch_size=256, mini_batch_size=64, rollout_batch_size=256, response_length=1, kl_coef=0.3,
         missing_eos_penalty=0.0, learning_rate=2e-2, max_kl=None,
     )  # fmt: skip
-    ppo.train(model, tokenizer, [[1]], lambda _, texts: [float(won[arms.index(text or "</s>")]) for text in texts], chosen, COMPUTE)
+    ppo.train(model, tokenizer, [[1]], lambda _, texts, __: [float(won[arms.index(text or "</s>")]) for text in texts], chosen, COMPUTE)
     assert float((optimum - start).abs().sum()) / 2 > 0.2
     assert float((optimum - chances()).abs().sum()) / 2 < 0.05
 
@@ -414,22 +414,22 @@ def refusal(
 
 
 def test_a_reward_that_is_not_finite_is_refused_with_the_answer(tiny_model: Path, tiny_tokenizer: Any) -> None:
-    said = refusal(tiny_model, tiny_tokenizer, lambda rows, texts: [math.nan] * len(rows))
+    said = refusal(tiny_model, tiny_tokenizer, lambda rows, *_: [math.nan] * len(rows))
     assert re.match(r"ppo: the reward of an answer to prompt \d is nan: '.+'\nhint: mend the reward", said)
 
 
 def test_a_reward_that_never_varies_is_refused_unless_allowed(tiny_model: Path, tiny_tokenizer: Any) -> None:
-    said = refusal(tiny_model, tiny_tokenizer, lambda rows, texts: [0.25] * len(rows))
+    said = refusal(tiny_model, tiny_tokenizer, lambda rows, *_: [0.25] * len(rows))
     assert said.startswith("ppo: all 32 answers of the first iteration have the same reward, 0.25: there is nothing to learn\nhint: ")
     chosen = settings(total_episodes=32, allow_constant_reward=True)
     constant = ppo.train(
-        policy(tiny_model), tiny_tokenizer, prompts_of(tiny_tokenizer), lambda rows, _: [0.25] * len(rows), chosen, COMPUTE
+        policy(tiny_model), tiny_tokenizer, prompts_of(tiny_tokenizer), lambda rows, *_: [0.25] * len(rows), chosen, COMPUTE
     )
     assert constant.curve[0]["reward"] == 0.25
 
 
 def test_a_reward_of_too_few_numbers_is_refused(tiny_model: Path, tiny_tokenizer: Any) -> None:
-    assert refusal(tiny_model, tiny_tokenizer, lambda rows, texts: [1.0]).startswith("ppo: the reward gave 1 numbers for 32 answers")
+    assert refusal(tiny_model, tiny_tokenizer, lambda *_: [1.0]).startswith("ppo: the reward gave 1 numbers for 32 answers")
 
 
 def test_a_policy_that_ends_its_turn_at_once_is_refused(tiny_model: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -512,7 +512,7 @@ def main() -> None:
     multiprocessing.get_context = lambda _=None: whole("fork")  # type: ignore[assignment,misc]
     asked = 0
 
-    def killing(rows: Sequence[int], texts: Sequence[str]) -> list[float]:
+    def killing(rows: Sequence[int], texts: Sequence[str], _: Any) -> list[float]:
         nonlocal asked
         asked += 1
         if asked == 4:
@@ -565,7 +565,7 @@ def test_two_processes_learn_like_one(ran: dict[str, Any]) -> None:
 def test_an_interrupted_run_saves_and_resumes_to_the_same_bytes(ran: dict[str, Any], tmp_path: Path, tiny_model: Path) -> None:
     asked = 0
 
-    def stopping(rows: Sequence[int], texts: Sequence[str]) -> list[float]:
+    def stopping(rows: Sequence[int], texts: Sequence[str], _: Any) -> list[float]:
         nonlocal asked
         asked += 1
         if asked == 3:

@@ -128,6 +128,17 @@ def test_a_mapping_may_name_the_category(tmp_path: Path) -> None:
     assert (pair["category"], json.loads(pair["meta"])) == ("tone", {"stars": 4})
 
 
+def test_fields_of_both_rows_of_a_pair_that_are_not_used_reach_the_checks(tmp_path: Path) -> None:
+    turns = [
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": said, name: 7}]
+        for said, name in (("A", "id"), ("B", "audio_id"))
+    ]
+    report = read(tmp_path, *({"messages": one, "label": good} for one, good in zip(turns, (True, False), strict=True)))
+    assert report.metrics["sources"]["data/sources/p.jsonl"]["fields"]["ignored"] == {"messages[].audio_id": 1, "messages[].id": 1}
+    assert [pair["ignored"] for pair in read_pairs(tmp_path / "raw")] == [["messages[].id", "messages[].audio_id"]]
+    assert [check.count for check in report.checks] == [1]
+
+
 def test_a_mapping_of_examples_is_refused_for_pairs(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="unknown field 'response'; fields: prompt, chosen, rejected, category"):
         read(tmp_path, better(), source={"mapping": {"prompt": "q", "response": "a"}})
@@ -146,7 +157,9 @@ def test_a_split_of_the_hub_is_read_as_pairs_and_keeps_its_label(tmp_path: Path,
 def test_ranked_siblings_of_real_trees_are_pairs(tmp_path: Path) -> None:
     trees = (SHARED_DATA / "oasst_en_100_tree.jsonl").read_text(encoding="utf-8").splitlines()
     report = read(tmp_path, *trees)
-    assert report.metrics["sources"]["data/sources/p.jsonl"] | {"sha256": ""} == {
+    facts = report.metrics["sources"]["data/sources/p.jsonl"]
+    assert facts["fields"]["used"]["prompt[].text"] == 1167, "each message of each tree, once"
+    assert {key: value for key, value in facts.items() if key != "fields"} | {"sha256": ""} == {
         "format": "oasst", "rows": 100, "pairs": 429, "license": "unknown", "sha256": ""
     }  # fmt: skip
     assert all(pair["margin"] >= 1 for pair in read_pairs(tmp_path / "raw") if pair["chosen"])

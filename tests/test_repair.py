@@ -140,7 +140,7 @@ def test_personal_data_is_masked_by_a_typed_placeholder(value: str, masked: str)
     row = asked(f"It was {value} that", "Gladly.", input=f"See {value}", note={"who": [value]})
     found = judged(records(row), policy={"pii": "fix"})
     assert (found.reason, said(found.records[0])[0]) == ([None], f"It was {masked} that\n\nSee {masked}")
-    assert value not in json.dumps(found.records)
+    assert value not in json.dumps([[record["messages"], record["meta"]] for record in found.records])
     assert privacy.scan(said(found.records[0])) == []
 
 

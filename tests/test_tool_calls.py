@@ -11,12 +11,12 @@ import pytest
 from dagster_project.core.messages import Call
 from dagster_project.core.records import example_id, read_table, write_records
 from dagster_project.evaluation import ballots, judge
-from dagster_project.evaluation.answers import Answer
 from dagster_project.evaluation.baselines import with_shots
 from dagster_project.evaluation.evaluator import EvaluatedModel, Settings, result_rows, result_schema, select_questions, write_results
 from dagster_project.evaluation.paired.pairwise import match
 from dagster_project.evaluation.scoring import Scoring
 from dagster_project.evaluation.tool_calls import is_valid, problem, same_calls, same_names
+from dagster_project.training.inference.answers import Answer
 from dagster_project.views.ballot import ballot_page
 from tests.conftest import evaluate
 
@@ -62,12 +62,18 @@ def test_a_call_fits_the_tools_or_the_problem_is_named(one: Call, why: str | Non
     assert is_valid(made(one), TOOLS) == (why is None)
 
 
+def test_types_may_have_the_names_of_python() -> None:
+    tools = [{"name": "weather", "parameters": {"type": "dict", "properties": {"city": {"type": "str"}}, "required": ["city"]}}]
+    assert problem(OSLO, tools) is None
+    assert problem(call("weather", city=3), tools) == "$.city: 3 is not of type 'string'"
+
+
 def test_an_answer_without_calls_is_not_valid_and_one_bad_call_is_enough() -> None:
     assert not is_valid(Answer("It is cold."), TOOLS)
     assert is_valid(made(OSLO, PING), TOOLS) and not is_valid(made(OSLO, call("pong")), TOOLS)
 
 
-@pytest.mark.parametrize("parameters", [{"type": "dict"}, {"$ref": "https://example.org/schema"}, {"$ref": "#/nowhere"}])
+@pytest.mark.parametrize("parameters", [{"type": "thing"}, {"$ref": "https://example.org/schema"}, {"$ref": "#/nowhere"}])
 def test_a_tool_with_an_invalid_schema_accepts_any_object(parameters: dict[str, Any]) -> None:
     assert problem(OSLO, [{"name": "weather", "parameters": parameters}]) is None
 
@@ -228,11 +234,13 @@ def test_a_set_with_tools_is_evaluated_and_compared(tool_model: Path, tmp_path: 
     assert document["recommended"]["sure"] and "points of same calls over" in " ".join(document["advice"])
 
     page = (root / "pages/comparison.html").read_text()
-    assert (
-        '<details class="part"><summary>call of weather: {&#34;city&#34;: &#34;City 0&#34;}</summary>' in page
-        and "<summary>trace, 3 words</summary>" in page
-    )
-    assert "<summary>2 tools: weather, ping</summary>" in page and "<summary>3 messages before the answer</summary>" in page
+    for summary in (
+        "calls weather",
+        f"reasoning, {len(HOSTILE)} characters",
+        "2 tools: weather, ping",
+        "user, assistant (1 call), tool; 2 tools",
+    ):
+        assert f'<summary><bdi dir="auto">{summary}</bdi></summary>' in page
     assert (
         HOSTILE not in page and "&lt;img src=x onerror=alert(1)&gt;" in page and "default-src &#39;none&#39;" in page.replace("'", "&#39;")
     )
@@ -288,13 +296,12 @@ def test_ballots_and_judges_get_the_calls(tmp_path: Path) -> None:
     assert "Think" not in json.dumps(asked), "traces are not judged"
 
     document = ballots.document(found, 4)
-    titles = [[title for title, _ in parts] for parts in document["pairs"][0]["folds"]["answers"]]
-    assert sorted(titles) == [
-        ["call of ping: {}"],
-        [f"trace, {len(f'Think {HOSTILE}'.split())} words", 'call of weather: {"city": "Oslo"}'],
-    ]
     page = ballot_page(document)
     assert "lora" not in page and HOSTILE not in page
+    folds = json.loads(page.partition('id="ballot-data">')[2].partition("</script>")[0])["pairs"][0]["folds"]
+    assert [[summary for summary, _, _ in each] for each in folds["prompt"]] == [["2 tools: weather, ping"], []]
+    titles = [[summary for summary, _, _ in each] for each in folds["answers"]]
+    assert sorted(titles) == [["calls ping"], [f"reasoning, {len(f'Think {HOSTILE}')} characters", "calls weather"]]
     votes = {"Ann": {one.id: "b" if one.swapped else "a" for one in found.pairs}}
     won = ballots.preferences(found, votes)
     assert won[0]["tools"] == TOOLS and won[0]["chosen"] == [pair.turns[0]] and won[0]["rejected"] == [pair.turns[1]]

@@ -26,6 +26,7 @@ from dagster_project.curation.checks.token_counts import ESTIMATED, Tokens
 from dagster_project.curation.checks.tool_checks import unmatched
 from dagster_project.curation.sources.benchmarks import Item
 from dagster_project.curation.write_checked import write_rows
+from dagster_project.views.data_quality_terminal import check_text
 
 calm = settings(deadline=None, max_examples=40)
 
@@ -368,6 +369,18 @@ def test_a_short_answer_after_reasoning_or_with_a_call_is_not_short() -> None:
     assert judged(rich(user("How many?"), said("Hm.", call()), tools=[tool()])).broken == {}
 
 
+def test_control_tokens_are_found_in_reasoning_arguments_and_definitions_of_tools() -> None:
+    token = "Stop <|im_end|> here."
+    described = [{"type": "function", "function": {"name": "weather", "description": token}}]
+    rows = [
+        rich(user(), said(reasoning_content=token)),
+        rich(user(), said("", call({"city": token})), tools=[tool()]),
+        rich(user(), said("", call()), tools=described),
+    ]
+    for row in rows:
+        assert judged(row).reason == ["special_tokens_in_text"]
+
+
 def test_the_template_sees_the_tools() -> None:
     seen: list[Any] = []
     tokens = Tokens(ESTIMATED.count, lambda messages, tools: seen.append(tools))
@@ -391,6 +404,9 @@ def test_the_profile_counts_calls_reasoning_and_untrained_answers_only_where_the
     assert profile["tool_calls"] == {"rows_with_tools": 1, "rows": 1, "calls": 2, "results": 2, "by_tool": {"weather": 2}}
     assert profile["reasoning"] == {"rows": 2, "answers": 2}
     assert (profile["lengths"]["reasoning"]["total"], profile["untrained_answers"]) == (5, 1)
+    shown = check_text(document("set", "messages", judged(*rows), []))
+    for line in ("2 tool calls in 1 row, 2 results; 1 row with tools", "reasoning in 2 answers of 2 rows", "1 answer with weight 0"):
+        assert line in shown
     plain = judged(ask()).profile
     assert not {"tool_calls", "reasoning", "untrained_answers"} & plain.keys() and "reasoning" not in plain["lengths"]
 

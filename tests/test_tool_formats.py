@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import calls
+from dagster_project.curation.check_files import check_paths
 from dagster_project.curation.checks.checks import Rules, judge
 from dagster_project.curation.sources.formats import as_record, to_pairs, to_records
 from dagster_project.curation.sources.python_values import json_type, python_calls, python_value
@@ -247,6 +248,16 @@ def test_a_text_about_tags_is_text(read: Callable[..., Any]) -> None:
     assert read({"messages": [ASKED, answer(said)]})[0]["messages"] == [ASKED, answer(said)]
     reason = problem(read({"messages": [ASKED, answer(said)], "tools": [WEATHER]})[0])
     assert reason == "a tool call is text that is not JSON", "where the conversation has tools, it is a call"
+
+
+def test_text_around_a_result_and_a_call_that_is_not_closed_are_not_lost(read: Callable[..., Any]) -> None:
+    result = {"role": "tool", "content": "Note: <tool_response>-3</tool_response>"}
+    broken = answer('<tool_call>{"name": "weather"}</tool_call> <tool_call>{"name": "weather"')
+    kept, malformed, text = read(
+        {"messages": [ASKED, result], "tools": [WEATHER]}, {"messages": [ASKED, broken], "tools": [WEATHER]}, {"messages": [ASKED, broken]}
+    )
+    assert kept["messages"] == [ASKED, result] and text["messages"] == [ASKED, broken]
+    assert problem(malformed) == "a tool call that is not closed"
 
 
 TOOLACE = """You are an expert in composing functions. You are given a question.
@@ -654,6 +665,20 @@ def test_two_rows_that_differ_in_any_field_never_share_an_id(tmp_path_factory: p
     holds()
 
 
+def test_rows_that_check_writes_are_read_back_equal(tmp_path: Path) -> None:
+    rows = [
+        {"messages": [ASKED, answer("I look.", reasoning="Hm.", tool_calls=[call(identity="a")]), {"role": "tool", "content": "-3", "tool_call_id": "a"}, answer("Yes.", weight=0)], "tools": [WEATHER]},
+        {"messages": [{**ASKED, "content": "And in Rome, is it as cold there?"}, answer("It is warm in Rome today.", name="ann")]},
+    ]  # fmt: skip
+    out = tmp_path / "out.jsonl"
+    check_paths([str(jsonl(tmp_path / "a.jsonl", *rows))], rules=Rules(policy={"unanswered_tool_call": "warn"}), out=out)
+    records, again = (to_records(path, "a")[1] for path in (tmp_path / "a.jsonl", out))
+    assert [record["example_id"] for record in again] == [record["example_id"] for record in records] and len(records) == 2
+    pairs = jsonl(tmp_path / "p.jsonl", {**PAIRS["preference"][0], "tools": [WEATHER]})
+    check_paths([str(pairs)], out=out)
+    assert [pair["example_id"] for pair in to_pairs(out, "a")[1]] == [pair["example_id"] for pair in to_pairs(pairs, "a")[1]]
+
+
 # Data that nobody here wrote
 
 
@@ -669,3 +694,102 @@ def test_every_call_of_a_real_file_is_a_call_to_one_of_its_tools() -> None:
         defined = json.loads(row["tools"] or "[]")
         assert [tool["function"] for tool in record.get("tools", [])] == defined
         assert len(record["messages"]) == len(row["conversations"]) and record["meta"] == "{}"
+
+
+# Nothing of a row disappears
+
+
+def hermes(*calls: str) -> dict[str, Any]:
+    said = "".join(f"<tool_call>{call}</tool_call>" for call in calls)
+    system = {"role": "system", "content": f"<tools>[{json.dumps(WEATHER)}]</tools>"}
+    return {"messages": [system, ASKED, answer(said)]}
+
+
+@pytest.mark.parametrize(
+    ("row", "ignored"),
+    [
+        (hermes('{"name": "weather", "arguments": {}, "thought": "x"}'), "messages[].tool_calls[].thought"),
+        ({"messages": [ASKED, answer(tool_calls=[{"type": "custom", "name": "weather"}])]}, "messages[].tool_calls[].type"),
+        ({"messages": [ASKED, answer(tool_calls=[{"function": "other", "name": "weather"}])]}, "messages[].tool_calls[].function"),
+        ({"messages": [ASKED, answer([{"type": "text", "text": "x", "thinking": "y"}])]}, "messages[].content[].thinking"),
+        ({"messages": [ASKED, answer([{"type": "thinking", "thinking": "y", "text": "x"}])]}, "messages[].content[].text"),
+        ({"messages": [ASKED, answer("x")], "system": "Be kind."}, "system"),
+        ({"instruction": "x", "output": "y", "history": [["a", "b"]]}, "history"),
+    ],
+)  # fmt: skip
+def test_what_is_not_used_is_reported(row: dict[str, Any], ignored: str, read: Callable[..., Any]) -> None:
+    assert read(row)[0]["ignored"] == [ignored]
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([{"role": "user", "content": [{"type": "thinking", "thinking": "x"}, {"type": "text", "text": "y"}]}, answer("z")],
+         "a part with reasoning in a message that is not the assistant's"),
+        ([ASKED, answer([{"type": "text", "text": "x"}, {"type": "thinking", "thinking": "y"}])], "a part with reasoning after text"),
+        ([ASKED, answer(tool_calls="[{'name': 'weather', 'arguments': {'a': 1, 'a': 2}}]")], "a tool call is text that is not JSON"),
+    ],
+)  # fmt: skip
+def test_what_a_canonical_message_cannot_hold_makes_its_row_malformed(messages: list[Any], reason: str, read: Callable[..., Any]) -> None:
+    assert problem(read({"messages": messages})[0]) == reason
+
+
+def test_reasoning_inside_reasoning_is_part_of_the_trace(one: Callable[..., Any]) -> None:
+    parts = [{"type": "thinking", "thinking": [{"type": "thinking", "thinking": "x"}]}, {"type": "text", "text": "y"}]
+    assert one(answer(parts)) == [answer("y", reasoning_content="x")]
+
+
+def test_a_call_in_toolaces_notation_does_not_replace_other_calls(read: Callable[..., Any]) -> None:
+    system = {"role": "system", "content": f"list of functions in JSON format [{json.dumps(WEATHER)}]"}
+    said = answer("[weather(city='Oslo')]", tool_calls=[call(arguments={"city": "Rome"})])
+    assert read({"messages": [system, ASKED, said]})[0]["messages"][-1] == said
+
+
+def test_calls_of_a_column_that_have_unused_keys_are_kept_as_they_were(read: Callable[..., Any], tmp_path: Path) -> None:
+    made = [{"name": "f", "arguments": {}, "result": "42"}]
+    assert json.loads(read({"query": "x", "tools": "[]", "answers": made})[0]["meta"]) == {"answers": made}
+    FILE_WRITERS[".csv"](tmp_path / "a.csv", [{"q": "x", "calls": json.dumps(made)}])
+    record = to_records(tmp_path / "a.csv", "a.csv", mapping={"prompt": "q", "tool_calls": "calls"})[1][0]
+    assert json.loads(record["meta"]) == {"calls": json.dumps(made)}
+
+
+def test_turns_that_only_call_and_differ_in_their_name_are_not_joined(read: Callable[..., Any]) -> None:
+    calling = {"from": "function_call", "value": '{"name": "f", "arguments": {}}'}
+    turns = [{"from": "human", "value": "x"}, {**calling, "name": "A"}, {**calling, "name": "B"}]
+    assert [message.get("name") for message in read({"conversations": turns})[0]["messages"]] == [None, "A", "B"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "x", "input": 0, "output": "y"},
+        {"instruction": "x", "output": "y", "system": 0},
+        {"instruction": "x", "context": False, "response": "y"},
+    ],
+)
+def test_zero_and_false_are_not_empty(row: dict[str, Any], read: Callable[..., Any]) -> None:
+    assert problem(read(row)[0]).startswith("expected text, found")
+
+
+def test_zero_is_a_name_of_a_label(read: Callable[..., Any]) -> None:
+    assert read({"text": "x", "label": 1, "label_text": 0})[0]["messages"][-1] == answer("0")
+
+
+def test_a_column_named_row_is_kept_beside_values_that_others_replace(read: Callable[..., Any]) -> None:
+    meta = json.loads(read({"messages": [ASKED, answer("x")], "split": "other", "row": 7}, split="train")[0]["meta"])
+    assert meta == {"split": "train", "row": {"split": "other", "row": 7}}
+    meta = json.loads(read({"instruction": "x", "instances": [{"input": "", "output": "y", "z": 1}], "z": 2, "row": 7})[0]["meta"])
+    assert meta == {"instance": 0, "z": 1, "row": {"z": 2, "row": 7}}
+
+
+def test_values_of_a_pair_that_others_replace_are_kept(tmp_path: Path) -> None:
+    system = {"role": "system", "content": f"<tools>[{json.dumps(WEATHER)}]</tools>"}
+    row = {"prompt": [system, ASKED], "chosen": "x", "rejected": "y", "system_prompt": "own", "split": "dev"}
+    meta = json.loads(to_pairs(jsonl(tmp_path / "a.jsonl", row), "a.jsonl", split="test")[1][0]["meta"])
+    assert meta["row"] == {"split": "validation", "row": {"system_prompt": "own"}} and meta["system_prompt"] == system["content"]
+
+
+def test_the_category_of_the_second_row_of_a_pair_is_kept(tmp_path: Path) -> None:
+    rows = [{"prompt": "x", "completion": side, "label": side == "a", "category": side} for side in "ab"]
+    (pair,) = to_pairs(jsonl(tmp_path / "a.jsonl", *rows), "a.jsonl")[1]
+    assert pair["category"] == "a" and json.loads(pair["meta"])["rejected"] == {"category": "b"}

@@ -19,16 +19,14 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
 from dagster_project.core.records import read_preferences, read_table, write_json
 from dagster_project.pipeline import validate
-from dagster_project.stages import aligned
 from dagster_project.stages.adapter import Params
-from dagster_project.training.methods.build import CANNOT_CHECKPOINT
 from dagster_project.training.methods.hardware import available_memory, prepare
 from dagster_project.training.planning import layerwise, memory
+from dagster_project.training.planning.hints import training_spec
 from dagster_project.training.planning.memory import size_text
 from dagster_project.training.planning.timing import Operations
 from dagster_project.training.planning.torch_internals import replaced
-from dagster_project.training.tokens.preference_pairs import both
-from dagster_project.training.trainers.alignment.reward_model import tokenizer_of
+from dagster_project.training.tokens import chat_templates
 from dagster_project.training.trainers.harness.params import AUTO
 from dagster_project.training.trainers.sft import auto
 from dagster_project.training.trainers.sft.sft import refuse_mistakes, steps
@@ -43,6 +41,9 @@ USUAL: dict[str, dict[str, Any]] = {
     **{name: {"num_virtual_tokens": 20} for name in ("prefix_tuning", "prompt_tuning", "p_tuning")},
 }
 """Keys of a method when it is planned without a params.yaml. Other methods use PEFT's defaults."""
+
+FORWARD_PASSES = {"kto": 3}
+"""Forward passes beside each forward and backward pass: one, of the reference model. kto has two more, of both models on unmatched answers."""
 
 PUBLISHED = {"full": "60-80", "lora": "16-20", "qlora": "6-8"}
 """GB of GPU memory in published guides for a 7B model in 16 bits. The predictions for LoRA and QLoRA agree at 2,048 tokens in a pass with gradient
@@ -85,17 +86,26 @@ class Machine:
 
     @cached_property
     def runtime(self) -> int:
-        """Bytes that a training process uses in addition to its tensors."""
+        """Bytes that a training process uses in addition to its tensors. Measured once for each set of versions."""
         if self.device == "cuda":
             return memory.CUDA_RUNTIME
-        code = "from dagster_project.training.planning.memory import resident; print(resident())"
-
-        def measure() -> int:
+        versions = " ".join(f"{library} {version(library)}" for library in ("torch", "transformers", "trl", "peft"))
+        machine = f"{os.cpu_count()} processors, {versions}"
+        try:
+            notes = json.loads(self._notes.read_text()) if self._notes else {}
+        except (OSError, ValueError):
+            notes = {}
+        if machine not in notes:
+            code = "from dagster_project.training.planning.memory import resident; print(resident())"
             env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "HF_HUB_OFFLINE": "1"}
             done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=env, capture_output=True, text=True, check=True)
-            return int(done.stdout.split()[-1])
-
-        return int(self._noted("runtime", measure))
+            notes[machine] = {"runtime": int(done.stdout.split()[-1])}
+            if self._notes:
+                self._notes.parent.mkdir(parents=True, exist_ok=True)
+                scratch = self._notes.with_suffix(f".{os.getpid()}")
+                write_json(scratch, notes)
+                scratch.replace(self._notes)
+        return int(notes[machine]["runtime"])
 
     def seconds(self, step: Operations) -> tuple[float, float] | None:
         """Least and most seconds of a step; None for a GPU that is not on this machine. Timing a new operation takes a second or two."""
@@ -106,22 +116,14 @@ class Machine:
         least, most = step.seconds(torch.device(self.device), self._times)
         return MARGIN[0] * least, MARGIN[1] * most
 
-    def _noted(self, name: str, measure: Any) -> Any:
-        """A measurement from the file; if it has none, it is measured and written."""
-        versions = " ".join(f"{library} {version(library)}" for library in ("torch", "transformers", "trl", "peft"))
-        machine = f"{os.cpu_count()} processors, {versions}"
-        try:
-            notes = json.loads(self._notes.read_text()) if self._notes else {}
-        except (OSError, ValueError):
-            notes = {}
-        if name not in notes.get(machine, {}):
-            notes.setdefault(machine, {})[name] = measure()
-            if self._notes:
-                self._notes.parent.mkdir(parents=True, exist_ok=True)
-                scratch = self._notes.with_suffix(f".{os.getpid()}")
-                write_json(scratch, notes)
-                scratch.replace(self._notes)
-        return notes[machine][name]
+    def summary(self) -> dict[str, Any]:
+        return {
+            "device": self.device,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "threads": self.threads,
+            "processes": self.processes,
+            "available_bytes": self.available,
+        }
 
 
 def plan_variants(root: Path, variants: Sequence[str]) -> dict[str, Any]:
@@ -154,7 +156,7 @@ def plan_variants(root: Path, variants: Sequence[str]) -> dict[str, Any]:
             predictions[name] = _adapter(root, values, name, tokenized, base_model, machine)
         elif variants or (root / "data" / "preferences" / "train").is_dir():
             predictions[name] = _aligned(root, values["aligned"][name], name, base_model, machine)
-    return {"variants": predictions, "machine": _machine_summary(machine)}
+    return {"variants": predictions, "machine": machine.summary()}
 
 
 def _adapter(
@@ -173,15 +175,11 @@ def _adapter(
     refuse_mistakes(resolved, f"adapter.{name}", [[1]] * train["rows"], validates)
     n = steps(train["rows"], resolved, machine.processes)
     per_epoch = steps(train["rows"], resolved.model_copy(update={"num_train_epochs": 1, "max_steps": None}), machine.processes)
-    rows = min(resolved.per_device_train_batch_size, train["rows"])
-    lengths, counted = _largest_row(root, values, train, resolved.method)
-    spec = memory.TrainingSpec(
-        machine.device, machine.dtype, machine.runtime, base_model, resolved.method, resolved.peft, resolved.quantization, rows, lengths, counted,
-        resolved.gradient_checkpointing is True, resolved.gradient_accumulation_steps, resolved.optim, f"adapter.{name}",
-    )  # fmt: skip
-    can_checkpoint = resolved.gradient_checkpointing == AUTO and resolved.method.lower() not in CANNOT_CHECKPOINT
-    if can_checkpoint and machine.available is not None:
-        spec = replace(spec, gradient_checkpointing=spec.predict().memory.total > machine.available)
+    row = _largest_row(root, values, train, resolved.method)
+    spec = training_spec(resolved, base_model, row, train["rows"], machine.device, machine.dtype, f"adapter.{name}")
+    spec = replace(spec, runtime=machine.runtime)
+    if resolved.gradient_checkpointing == AUTO and machine.available is not None:
+        spec = spec.checkpointed_beyond(machine.available)
     all_tokens = round(train["tokens"] * n / per_epoch)
     sweep_steps = auto.MOST_TRIALS * steps(train["rows"], settled.trial) if settled.trial else 0
     return {
@@ -203,24 +201,32 @@ def _aligned(root: Path, values: Any, name: str, base_model: Path, machine: Mach
     Raises:
         InputError: there are no preferences.
     """
+    from dagster_project.stages import aligned
+    from dagster_project.training.tokens.preference_pairs import both
+    from dagster_project.training.trainers.alignment.reward_model import tokenizer_of
+
     entry = params.parse(aligned.Params, values, f"aligned.{name}")
     method = entry.parsed_method(f"aligned.{name}")
     pairs = read_preferences(root / "data" / "preferences" / "train")
     if not pairs:
         raise InputError("there are no preferences to train on yet", "run `dvc repro preferences` first")
-    ids = both(tokenizer_of(base_model), pairs)
+    tokenizer = tokenizer_of(base_model)
+    for template in (root / "data" / "tokenized").glob(chat_templates.FILE):  # which the policy is tuned with
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    ids = both(tokenizer, pairs)
     sequences = [method.sequence_lengths(len(prompt), [len(answer) for answer in answers]) for prompt, *answers in ids]
     lengths = [length for pair in sequences for length, _ in pair]
     per_pass, passes = method.passes(entry)
-    batch = per_pass * len(sequences[0])
-    n = method.steps(len(pairs), entry)
+    batch = per_pass * len(sequences[0]) // method.rows_per_pair
+    n = method.steps(len(pairs) * method.rows_per_pair, entry)
     per_step = batch * passes * sum(lengths) / len(lengths)
     spec = memory.TrainingSpec(
-        machine.device, machine.dtype, machine.runtime, base_model, "lora", entry.peft, None, 1, [max(lengths)] * batch,
-        batch * max(answer for pair in sequences for _, answer in pair), entry.gradient_checkpointing, passes, entry.optim, f"aligned.{name}",
+        machine.device, machine.dtype, base_model, "lora", entry.peft, [max(lengths)] * batch,
+        batch * max(answer for pair in sequences for _, answer in pair), 1, machine.runtime, None, entry.gradient_checkpointing, passes,
+        entry.optim, f"aligned.{name}",
     )  # fmt: skip
-    # 4/3: in addition to forward and backward pass (3 units), the reference model's forward pass (1 unit)
-    requirements = _requirements(spec, machine, round(n * per_step * 4 / 3))
+    units = 3 + FORWARD_PASSES.get(entry.method, 1)  # a forward and backward pass is 3 units
+    requirements = _requirements(spec, machine, round(n * per_step * units / 3))
     return {
         "pairs": len(pairs),
         "epochs": entry.num_train_epochs,
@@ -254,8 +260,7 @@ def plan_model(
     """
     if tokens < 2 or rows < 1:
         raise InputError(f"--tokens-per-row {tokens} --batch {rows}: nothing to train on", "give at least 2 tokens and 1 row")
-    if device == "cuda":
-        _import_bitsandbytes()
+    _import_libraries(device)
     from huggingface_hub.errors import StrictDataclassError
 
     machine = Machine(compute, device, None)
@@ -264,13 +269,13 @@ def plan_model(
         copies = layerwise.SmallCopies(model)
         for method in methods:
             spec = memory.TrainingSpec(
-                machine.device, machine.dtype, machine.runtime, model, method, USUAL.get(method, {}), None, rows, [tokens], tokens,
-                checkpointing and method.lower() not in CANNOT_CHECKPOINT, 1, "adamw_torch_fused", f"--method {method}",
-                timed=machine.is_here, trace=copies.trace,
+                machine.device, machine.dtype, model, method, USUAL.get(method, {}), [tokens], tokens, rows, machine.runtime,
+                where=f"--method {method}", timed=machine.is_here, trace=copies.trace,
             )  # fmt: skip
+            spec = replace(spec, gradient_checkpointing=checkpointing and spec.can_checkpoint)
             prediction = {"tokens": 1000 * rows * tokens, **_requirements(spec, machine, 1000 * rows * tokens)}
             if machine.device == "cuda":
-                gpus[method] = _on_gpus(spec, prediction["memory"]["total"])
+                gpus[method] = _on_gpus(spec)
                 if method in PUBLISHED and 6.5e9 < prediction["total_parameters"] < 7.5e9:
                     prediction["published_gb"] = PUBLISHED[method]
             predictions[method] = prediction
@@ -281,7 +286,7 @@ def plan_model(
         "batch_size": rows,
         "gradient_accumulation_steps": 1,
         "gradient_checkpointing": checkpointing,
-        "dtype": _machine_summary(machine)["dtype"],
+        "dtype": machine.summary()["dtype"],
         "examples": 1000 * rows,
         "methods": {name: {"peft": USUAL.get(name, {}), "optimizer": predictions[name].pop("optimizer_name")} for name in methods},
     }
@@ -290,17 +295,22 @@ def plan_model(
         "assumptions": assumptions,
         "variants": predictions,
         "gpus": gpus,
-        "machine": _machine_summary(machine),
+        "machine": machine.summary(),
     }
 
 
-def _import_bitsandbytes() -> None:
-    """Import bitsandbytes without torch.compile, which takes a third of the import time and is only used for CPU kernels."""
+def _import_libraries(device: str) -> None:
+    """Import transformers without scipy, which only losses of object detection use. For a GPU, import bitsandbytes without torch.compile, which
+    is only used for CPU kernels. Together they take a sixth of the time."""
     import torch
 
-    if find_spec("bitsandbytes"):
+    if device == "cuda" and find_spec("bitsandbytes"):
         with replaced(torch, "compile", lambda function, **_: function):
             import bitsandbytes  # noqa: F401
+    from transformers import utils
+
+    with replaced(utils, "is_scipy_available", lambda: False):
+        import transformers.modeling_utils  # noqa: F401
 
 
 def _model(path: Path, copies: layerwise.SmallCopies) -> dict[str, Any]:
@@ -316,17 +326,12 @@ def _model(path: Path, copies: layerwise.SmallCopies) -> dict[str, Any]:
     }
 
 
-def _on_gpus(spec: memory.TrainingSpec, total: int) -> list[dict[str, Any]]:
-    """Peak memory with and without gradient checkpointing, and the GPUs on which it fits.
-
-    Args:
-        total: peak memory of `spec`.
-    """
-    can_checkpoint = spec.method.lower() not in CANNOT_CHECKPOINT
+def _on_gpus(spec: memory.TrainingSpec) -> list[dict[str, Any]]:
+    """Peak memory with and without gradient checkpointing, and the GPUs on which it fits."""
     rows = []
-    for checkpointing in (False, True) if can_checkpoint else (False,):
+    for checkpointing in (False, True) if spec.can_checkpoint else (False,):
         same = checkpointing == spec.gradient_checkpointing
-        peak = total if same else replace(spec, gradient_checkpointing=checkpointing, timed=False).predict().memory.total
+        peak = (spec if same else replace(spec, gradient_checkpointing=checkpointing, timed=False)).needed
         fits = {str(size): peak <= size * 10**9 for size in GPU_SIZES}
         rows.append({"gradient_checkpointing": checkpointing, "peak": peak, "fits": fits})
     return rows
@@ -336,23 +341,11 @@ def _notes(root: Path) -> Path | None:
     return root / ".dvc" / "tmp" / "pedigree" / "speed.json" if (root / ".dvc").is_dir() else None
 
 
-def _machine_summary(machine: Machine) -> dict[str, Any]:
-    dtype = str(machine.dtype).removeprefix("torch.")
-    return {
-        "device": machine.device,
-        "dtype": dtype,
-        "threads": machine.threads,
-        "processes": machine.processes,
-        "available_bytes": machine.available,
-    }
-
-
 def _largest_row(root: Path, values: dict[str, Any], train: dict[str, Any], method: str) -> tuple[list[int], int]:
     """`memory.largest_row` of the training split. If its rows are missing: a full row with the average share of trained tokens."""
     path = root / "data" / "tokenized" / "train.parquet"
     if path.is_file():
-        rows = read_table(path, ["lengths", "labels"])
-        return memory.largest_row([row["lengths"] for row in rows], [row["labels"] for row in rows], method)
+        return memory.largest_row(read_table(path, ["lengths", "labels"]), method)
     section = values.get("tokenized") or {}
     tokens = section.get("packed_length") or section.get("max_length") or 512
     return [tokens], -(-tokens * train["trained_tokens"] // train["tokens"])
@@ -360,23 +353,19 @@ def _largest_row(root: Path, values: dict[str, Any], train: dict[str, Any], meth
 
 def _requirements(spec: memory.TrainingSpec, machine: Machine, tokens: int) -> dict[str, Any]:
     """Parameters, peak memory and time of a training on `tokens` tokens in total."""
-    prediction = spec.predict()
-    available = machine.available
-    fits = None if available is None else prediction.memory.total <= available
+    prediction, available = spec.prediction, machine.available
+    fits = None if available is None else spec.needed <= available
     advice = []
     if available is not None and not fits:
         place = "of the GPU are" if spec.device == "cuda" else "are"
-        advice = [
-            f"needs {size_text(prediction.memory.total)}, but {size_text(available)} {place} free",
-            spec.remedy(prediction.memory.total, available),
-        ]
-    step = machine.seconds(prediction.step)
+        advice = [f"needs {size_text(spec.needed)}, but {size_text(available)} {place} free", spec.remedy(available)]
+    step = machine.seconds(prediction.operations)
     steps_of_all = tokens / (sum(spec.lengths) * spec.rows * spec.gradient_accumulation_steps * machine.processes)
     return {
         "optimizer_name": prediction.optim,
         "trainable_parameters": prediction.trainable,
         "total_parameters": prediction.total,
-        "memory": {**asdict(prediction.memory), "total": prediction.memory.total},
+        "memory": {**asdict(prediction.memory), "total": spec.needed},
         "fits": fits,
         "advice": advice,
         "time": None if step is None else {"from_seconds": round(step[0] * steps_of_all), "to_seconds": round(step[1] * steps_of_all)},

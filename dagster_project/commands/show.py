@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from dagster_project.core import chat, named_templates, params
 from dagster_project.core.errors import InputError
-from dagster_project.core.rendering import render
+from dagster_project.core.rendering import render, with_constant_date
 from dagster_project.curation.checks import findings
 from dagster_project.curation.checks.checks import Judgement
 from dagster_project.curation.checks.light_tokenizer import LightTokenizer
@@ -54,6 +54,7 @@ def renderer(project: Path, base_model: Path | None, template: str | None) -> Re
             where = f"tokenized.chat_template {name}" if name else where
     if name is not None:
         source = _source(name if template or name in named_templates.NAMED else str(project / name), where)
+        source = with_constant_date(source)
         chat_templates.refuse_unsafe(source, where)
         tokenizer = _with_template(tokenizer, name, source, where) if tokenizer is not None else _template_only(name, source)
         chat_templates.try_template(tokenizer, where)

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from dagster_project.core.errors import InputError
-from dagster_project.core.messages import Messages, Tools, calls, is_trained
-from dagster_project.core.rendering import end_tokens, refuse_unwritten, render
+from dagster_project.core.messages import Message, Messages, Tools, field_texts, is_trained
+from dagster_project.core.rendering import ANOTHER_TEMPLATE, end_of_answer, end_tokens, refuse_unwritten, render
 
 IGNORE = -100
 """Label of a token that is ignored by the loss."""
@@ -46,11 +46,12 @@ class Turn(NamedTuple):
         return self.header + self.answer + self.after
 
 
-def turn_of(tokenizer: Any, messages: Messages, tools: Tools = None, checked: int = 0) -> Turn:
+def turn_of(tokenizer: Any, messages: Messages, tools: Tools = None, checked: int = 0, written: str = "") -> Turn:
     """The last message, which is the assistant's, and all before it as the model gets to read it.
 
     Args:
         checked: number of first messages that are known to be in the text.
+        written: the text with these messages.
     Raises:
         InputError: the template rejects the conversation, drops content, opens the answer in a way in which the rendered answer does not
             begin, or does not end the turn with an end-of-turn token; or there is no prompt.
@@ -59,14 +60,14 @@ def turn_of(tokenizer: Any, messages: Messages, tools: Tools = None, checked: in
     if not prompt:
         raise InputError("the assistant speaks first, so there is no prompt to render", "begin with a system or user turn")
     header, text = _answer(tokenizer, messages, tools)
-    refuse_unwritten(tokenizer, messages, tools, range(checked, len(prompt)), header)
-    refuse_unwritten(tokenizer, messages, None, range(len(prompt), len(messages)), text)
-    position = 0
-    for part in (message.get("reasoning_content", ""), message["content"], *(call.name for call in calls(message))):
-        found = text.find(part.strip(), position)
-        position = found + len(part.strip()) if found >= 0 else position
+    refuse_unwritten(tokenizer, messages, tools, range(checked, len(prompt)), header.removeprefix(written))
+    position = end_of_answer(tokenizer, message, len(messages), text)
     ends = end_tokens(tokenizer)
-    if found_ends := [(text.find(end, position), end) for end in ends if text.find(end, position) >= 0]:
+    if any(end in part for _, part in field_texts(message) for end in ends):
+        text_without, position = _without_ends(tokenizer, messages, tools, text, ends)
+    else:
+        text_without = text
+    if found_ends := [(text_without.find(end, position), end) for end in ends if text_without.find(end, position) >= 0]:
         stop = min(start + len(end) for start, end in found_ends)
         return Turn(header, text[:stop], text[stop:])
     if end := _following_end(tokenizer, messages, tools, ends):
@@ -74,6 +75,33 @@ def turn_of(tokenizer: Any, messages: Messages, tools: Tools = None, checked: in
     raise InputError(
         f"the chat template does not end the assistant's turn with {' or '.join(map(repr, ends))}", f"{ANOTHER_TEMPLATE} or tokenizer"
     )
+
+
+def _without_ends(tokenizer: Any, messages: Messages, tools: Tools, text: str, ends: Sequence[str]) -> tuple[str, int]:
+    """The text of an answer that quotes end-of-turn tokens, with letters instead of these, and the end of what the assistant says in it.
+
+    Raises:
+        InputError: the template writes them in another spelling, so the end of the turn cannot be told from them.
+    """
+    quoted = re.compile("|".join(map(re.escape, sorted(ends, key=len, reverse=True))))
+    other = _replaced(messages[-1], quoted)
+    text_without = _answer(tokenizer, [*messages[:-1], other], tools)[1]
+    if _letters(quoted, text_without) != _letters(quoted, text):
+        raise InputError("the answer quotes an end-of-turn token, which the chat template writes in another way", ANOTHER_TEMPLATE)
+    return text_without, end_of_answer(tokenizer, other, len(messages), text_without)
+
+
+def _letters(quoted: re.Pattern[str], text: str) -> str:
+    return quoted.sub(lambda found: "x" * len(found[0]), text)
+
+
+def _replaced(value: Any, quoted: re.Pattern[str]) -> Any:
+    """A message with letters in the place of each match in its texts."""
+    if isinstance(value, str):
+        return _letters(quoted, value)
+    if isinstance(value, list):
+        return [_replaced(one, quoted) for one in value]
+    return {_letters(quoted, key): _replaced(one, quoted) for key, one in value.items()} if isinstance(value, dict) else value
 
 
 def _answer(tokenizer: Any, messages: Messages, tools: Tools) -> tuple[str, str]:
@@ -90,13 +118,21 @@ def _answer(tokenizer: Any, messages: Messages, tools: Tools) -> tuple[str, str]
             return header, rendered[len(header) :]
     before = render(tokenizer, prompt, False, tools)
     opening = header.removeprefix(before) if header.startswith(before) else ""
-    if rendered.startswith(before) or not opening or opening not in rendered:
+    start = (
+        -1 if rendered.startswith(before) or not opening else rendered.rfind(opening, 0, _same_until(tokenizer, messages, tools, rendered))
+    )
+    if start < 0:
         raise InputError("the chat template opens an answer in a way in which the rendered answer does not begin", ANOTHER_TEMPLATE)
     # An answer makes the template rewrite turns before it (gpt-oss drops the trace of a call): the model gets to read them as they were.
-    return header, rendered[rendered.rindex(opening) + len(opening) :]
+    return header, rendered[start + len(opening) :]
 
 
-ANOTHER_TEMPLATE = "use another chat template"
+def _same_until(tokenizer: Any, messages: Messages, tools: Tools, rendered: str) -> int:
+    """Length of what the rendered conversation has in common with one whose last message says something else."""
+    fields = {"content", *({"reasoning_content"} if messages[-1].get("reasoning_content") else ())}
+    other: Message = {"role": "assistant", **dict.fromkeys(sorted(fields), "\x00")}
+    changed = render(tokenizer, [*messages[:-1], other], False, tools)
+    return next((i for i, (one, two) in enumerate(zip(rendered, changed, strict=False)) if one != two), min(len(rendered), len(changed)))
 
 
 def _thinks(tokenizer: Any) -> bool:
@@ -105,8 +141,8 @@ def _thinks(tokenizer: Any) -> bool:
 
 def _following_end(tokenizer: Any, messages: Messages, tools: Tools, ends: Sequence[str]) -> str:
     """The end-of-turn token with which the template begins the next turn, as GLM does; "" if it begins with none."""
-    message = {key: value for key, value in messages[-1].items() if key != "reasoning_content"}  # which a further turn may remove
-    messages = [*messages[:-1], message]
+    messages = with_reasoning(messages, "strip")  # which a further turn may remove
+    message = messages[-1]
     reply = {"role": "tool", "content": "x"} if message.get("tool_calls") else {"role": "user", "content": "x"}
     if message.get("tool_calls"):
         call = message["tool_calls"][0]
@@ -136,7 +172,7 @@ def pieces(tokenizer: Any, messages: Messages, tools: Tools = None) -> Pieces:
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        turn = turn_of(tokenizer, messages[: i + 1], tools, checked)
+        turn = turn_of(tokenizer, messages[: i + 1], tools, checked, written)
         checked = i + 1
         if not turn.header.startswith(written):
             raise RewritesEarlierTurnsError("the chat template rewrites earlier turns, so labels cannot be placed", ANOTHER_TEMPLATE)
@@ -195,9 +231,12 @@ def examples_of(tokenizer: Any, record: Mapping[str, Any], reasoning: Reasoning 
 
 
 def _refuse_lost_traces(messages: Messages, examples: Sequence[Pieces]) -> None:
-    trained = "".join(text for parts in examples for text, is_trained_on in parts if is_trained_on)
-    for message in messages:
-        if is_trained(message) and (message.get("reasoning_content") or "").strip() not in trained:
+    """Check that each trained answer begins with its trace; the answer itself may have the same words."""
+    trained = [text for parts in examples for text, is_trained_on in parts if is_trained_on]
+    for message, text in zip(filter(is_trained, messages), trained, strict=True):
+        trace, content = (message.get("reasoning_content") or "").strip(), message["content"].strip()
+        found = text.find(trace)
+        if found < 0 or (trace and content not in text[found + len(trace) :]):
             raise InputError(
                 "the chat template leaves out a trace that tokenized.reasoning keeps", "use reasoning: template, or another chat template"
             )

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from dagster_project.core.errors import InputError
-from dagster_project.core.messages import JSON, Message, Messages, Tools, calls
+from dagster_project.core.messages import JSON, Message, Messages, Tools, argument_texts, calls
 
 DATE = datetime(2026, 1, 1)
 """Today, for templates that write the date (`strftime_now`): the same text on every day."""
@@ -24,7 +24,7 @@ DATE = datetime(2026, 1, 1)
 THINKING = {switch: {"enable_thinking": switch, "thinking": switch} for switch in (True, False)}
 """Variables with which the templates of reasoning models begin an answer with or without a trace."""
 
-_WORD, _KEY = "pedigree7word", "pedigree7key"
+_WORD, _KEY, _NAME = "pedigree7word", "pedigree7key", "pedigree7name"
 _USER: Message = {"role": "user", "content": "Hi"}
 _CALL: Message = {
     "role": "assistant",
@@ -34,9 +34,9 @@ _CALL: Message = {
 _TOOL = {
     "type": "function",
     "function": {
-        "name": _WORD,
+        "name": _NAME,
         "description": "A tool.",
-        "parameters": {"type": "object", "properties": {_KEY: {"type": "string", "description": "A text."}}, "required": [_KEY]},
+        "parameters": {"type": "object", "properties": {"x": {"type": "string", "description": "A text."}}, "required": ["x"]},
     },
 }
 
@@ -59,6 +59,10 @@ class TemplateForm:
     """Whether it writes the definitions of tools."""
     results: bool = False
     """Whether it writes tool results."""
+    parallel: bool = False
+    """Whether it writes all calls of a message with several."""
+    with_content: bool = False
+    """Whether it writes both content and calls of a message that has both."""
 
 
 _FORMS: dict[str, TemplateForm] = {}
@@ -81,18 +85,25 @@ def _probe(tokenizer: Any) -> TemplateForm:
 
     marked = [{**_USER, "content": _WORD}]
     parts = _WORD not in text(TemplateForm(), marked) and _WORD in text(TemplateForm(parts=True), marked)
-    keys = (key for key in ("reasoning_content", "thinking", "reasoning"))
+    keys = ("reasoning_content", "thinking", "reasoning")
     answer = {"role": "assistant", "content": "Yes", "reasoning_content": _WORD}
     reasoning = next((key for key in keys if _WORD in text(TemplateForm(parts, key), [_USER, answer])), "")
     form = next(
         (form for form in _forms_of_calls(parts, reasoning) if _writes_call(text(form, [_USER, _CALL], [_TOOL]))),
         TemplateForm(parts, reasoning),
     )
-    tools = _WORD in text(form, [_USER], [_TOOL])
+    tools = _NAME in text(form, [_USER], [_TOOL])
     result = {"role": "tool", "content": _KEY, "tool_call_id": "a1b2c3d4e", "name": "f"}
     call = {**_CALL, "tool_calls": [{**_CALL["tool_calls"][0], "function": {"name": "f", "arguments": {"a": "x"}}}]}
+    if not reasoning and form.calls:  # as Gemma 4, which writes only the traces of calls
+        thought = {**call, "reasoning_content": _WORD}
+        reasoning = next((key for key in keys if _WORD in text(replace(form, reasoning=key), [_USER, thought])), "")
     results = any(_KEY in text(form, [_USER, before, result]) for before in (call, {"role": "assistant", "content": "Yes"}))
-    return TemplateForm(parts, reasoning, form.calls, form.arguments_as_text, form.null_content, tools, results)
+    second = {**_CALL["tool_calls"][0], "id": "b1b2c3d4e", "function": {"name": "g", "arguments": {"x": _NAME}}}
+    parallel = form.calls and _NAME in text(form, [_USER, {**_CALL, "tool_calls": [*_CALL["tool_calls"], second]}])
+    both = text(form, [_USER, {**_CALL, "content": _NAME}]) if form.calls else ""
+    with_content = _NAME in both and _writes_call(both)
+    return replace(form, reasoning=reasoning, parallel=parallel, with_content=with_content, tools=tools, results=results)
 
 
 def _forms_of_calls(parts: bool, reasoning: str) -> Iterator[TemplateForm]:
@@ -175,8 +186,7 @@ def end_tokens(tokenizer: Any) -> list[str]:
     folder = str(getattr(tokenizer, "name_or_path", ""))
     settings = Path(folder) / "generation_config.json"
     found = _end_ids(settings, settings.stat().st_mtime_ns) if folder and settings.is_file() else ()
-    # a chat template shown without a model has no backend_tokenizer, and no folder
-    further = [str(token) for token in map(tokenizer.backend_tokenizer.id_to_token, found) if token is not None] if found else []
+    further = [token for token in (tokenizer.backend_tokenizer.id_to_token(number) for number in found) if token is not None]
     return list(dict.fromkeys([str(tokenizer.eos_token), *further]))
 
 
@@ -191,11 +201,12 @@ def _end_ids(settings: Path, _modified: int) -> tuple[int, ...]:
     return tuple(ids) if isinstance(ids, list) else (ids,) if isinstance(ids, int) else ()
 
 
+ANOTHER_TEMPLATE = "use another chat template"
 WITH_TOOLS = "use a chat template that does, e.g. base_model.chat_template: hermes"
 
 
 def refuse_unwritten(tokenizer: Any, messages: Messages, tools: Tools, turns: range, text: str) -> None:
-    """Check that a rendered conversation has all that its messages say: nothing may disappear in a template.
+    """Check that a rendered prompt has all that its messages say, in their order: nothing may disappear in a template.
 
     Reasoning is left to the template, which may drop it from earlier turns.
 
@@ -208,19 +219,85 @@ def refuse_unwritten(tokenizer: Any, messages: Messages, tools: Tools, turns: ra
     form = form_of(tokenizer)
     if tools and not form.tools:
         raise InputError("the chat template does not write the definitions of tools", WITH_TOOLS)
+    position = 0
     for i in turns:
         message, content = messages[i], messages[i]["content"].strip()
-        if message.get("tool_calls") and not form.calls:
-            raise InputError("the chat template does not write tool calls", WITH_TOOLS)
         if message["role"] == "tool" and not form.results:
             raise InputError("the chat template does not write tool results", WITH_TOOLS)
+        _refuse_calls(form, message, i + 1)
         for call in calls(message):
-            if isinstance(call.arguments, str):
-                raise InputError(f"turn {i + 1} calls a tool with arguments that are not JSON", "see the check invalid_tool_call")
             if call.name not in text:
-                raise InputError(f"the chat template leaves out the call of {call.name} in turn {i + 1}", "use another chat template")
-        if content not in text and not (message["role"] == "tool" and _is_respelled(content, text)):
-            raise InputError(f"the chat template leaves out what the {message['role']} says in turn {i + 1}", "use another chat template")
+                raise InputError(f"the chat template leaves out the call of {call.name} in turn {i + 1}", ANOTHER_TEMPLATE)
+        if (found := text.find(content, position)) >= 0:
+            position = found + len(content)
+        elif not (message["role"] == "tool" and _is_respelled(content, text)) and not (
+            content in text and _is_elsewhere(tokenizer, messages[: turns.stop], tools, i)
+        ):
+            raise InputError(f"the chat template leaves out what the {message['role']} says in turn {i + 1}", ANOTHER_TEMPLATE)
+
+
+def _is_elsewhere(tokenizer: Any, messages: Messages, tools: Tools, turn: int) -> bool:
+    """Whether the template writes the content of a message, though not in the order of the messages."""
+    marked = [*messages[:turn], {**messages[turn], "content": _WORD}, *messages[turn + 1 :]]
+    return _WORD in render(tokenizer, marked, True, tools)
+
+
+def end_of_answer(tokenizer: Any, message: Message, turn: int, text: str) -> int:
+    """End of what the assistant says in its rendered message: the trace, then content and calls with their arguments, in either order.
+
+    Args:
+        turn: number of the message, from 1.
+    Raises:
+        InputError: content or a call is missing from the text. A trace is left to the template.
+    """
+    form, content, trace = form_of(tokenizer), message["content"].strip(), message.get("reasoning_content", "").strip()
+    starts = [found + len(trace), 0] if form.reasoning and trace and (found := text.find(trace)) >= 0 else [0]
+    _refuse_calls(form, message, turn)
+    missing = f"what the {message['role']} says"
+    for start in starts:
+        if (found := text.find(content, start)) >= 0:
+            end, missing = _end_of_calls(message, text, found + len(content))
+            if not missing:
+                return end
+    for start in starts:  # calls before content, as Gemma writes them
+        end, lost = _end_of_calls(message, text, start)
+        if not lost and (found := text.find(content, end)) >= 0:
+            return found + len(content)
+    raise InputError(f"the chat template leaves out {missing} in turn {turn}", ANOTHER_TEMPLATE)
+
+
+def _end_of_calls(message: Message, text: str, position: int) -> tuple[int, str]:
+    """End of the calls of a message in a text from a position on, and what is missing; "" if nothing is."""
+    for call in calls(message):
+        if (named := text.find(call.name, position)) < 0:
+            return position, f"the call of {call.name}"
+        position = start = named + len(call.name)
+        for _, value in argument_texts(call.arguments):
+            if (end := _end_of_argument(str(value), text, start)) < 0:
+                return position, f"an argument of {call.name}"
+            position = max(position, end)
+    return position, ""
+
+
+def _refuse_calls(form: TemplateForm, message: Message, turn: int) -> None:
+    found = calls(message)
+    if found and not form.calls:
+        raise InputError("the chat template does not write tool calls", WITH_TOOLS)
+    if any(isinstance(call.arguments, str) for call in found):
+        raise InputError(f"turn {turn} calls a tool with arguments that are not JSON", "see the check invalid_tool_call")
+    if len(found) > 1 and not form.parallel:
+        raise InputError(f"the chat template does not write several tool calls in one message (turn {turn})", ANOTHER_TEMPLATE)
+    if found and message["content"].strip() and not form.with_content:
+        raise InputError(f"the chat template does not write content beside tool calls (turn {turn})", ANOTHER_TEMPLATE)
+
+
+def _end_of_argument(value: str, text: str, start: int) -> int:
+    """End of an argument in a text from `start` on, as it is, as JSON or as Python writes it; -1 if it is not there."""
+    escaped = json.dumps(value)[1:-1]
+    spellings = {value, value.strip(), escaped, json.dumps(value, ensure_ascii=False)[1:-1], json.dumps(escaped)[1:-1], repr(value)[1:-1]}
+    if ends := [found + len(one) for one in spellings if (found := text.find(one, start)) >= 0]:
+        return min(ends)
+    return start if (words := re.findall(r"\w+", value)) and all(text.find(word, start) >= 0 for word in words) else -1
 
 
 def _is_respelled(result: str, text: str) -> bool:

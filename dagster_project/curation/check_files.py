@@ -17,7 +17,7 @@ from dagster_project.curation.checks.checks import Judgement, Rules, judge
 from dagster_project.curation.checks.privacy import mask
 from dagster_project.curation.checks.token_counts import ESTIMATED, Tokens
 from dagster_project.curation.similarity.overlap import shared_span, thirteen_gram_pairs
-from dagster_project.curation.sources import formats
+from dagster_project.curation.sources import fields, formats
 from dagster_project.curation.sources.benchmarks import BENCHMARKS, Item, benchmark_of, has_only_prompts, items_of, read_item
 from dagster_project.curation.sources.files import Row, files_of, read_rows
 from dagster_project.curation.sources.hub import held_out_label, parse_spec, read_split
@@ -75,9 +75,12 @@ def check_paths(
     if loaded.kind == "benchmark" and show:
         raise InputError(f"{', '.join(paths)}: holds benchmark questions", "--show renders examples and preference pairs")
     held_out = [item for path in against for item in _items(path)]
+    counted = fields.taken(loaded.records)
     judged = judge(loaded.records, held_out, rules, tokens, kind=loaded.kind)
     name = ", ".join(paths)
     document = {"fixed": {}, **findings.document(name, loaded.layout, judged, held_out)}
+    if counted:
+        document["fields"] = counted
     if thirteen_grams:
         document["thirteen_grams"] = _thirteen(loaded.records, held_out)
     if since:

@@ -14,9 +14,7 @@ from pydantic import Field
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Section, parse
 from dagster_project.core.text import many, visible
-from dagster_project.evaluation.answers import of_message
 from dagster_project.evaluation.paired.pairwise import Choice, Match, Outcome, Pair, agreement, answers_of, as_text, majority, match, tally
-from dagster_project.evaluation.samples import folds, prompt_folds
 
 
 class Vote(Section):
@@ -149,13 +147,12 @@ def votes_text(found: Mapping[str, Any]) -> str:
 
 
 def document(ballot: Match, n: int) -> dict[str, Any]:
-    """Content of the ballot page: the first n pairs, without system names. `folds` has traces, calls and tools; it is absent if there are none."""
+    """Content of the ballot page: the first n pairs, without system names. `tools` and `messages`, the answers, only where there is more than text."""
     return {"ballot": ballot.id, "pairs": [_shown(pair) for pair in ballot.pairs[:n]]}
 
 
 def _shown(pair: Pair) -> dict[str, Any]:
-    first, second = (folds(of_message(turn)) for turn in pair.turns)
-    parts = {"prompt": prompt_folds(pair.prompt, pair.tools), "answers": [second, first] if pair.swapped else [first, second]}
-    prompt = [{"role": message["role"], "content": message["content"]} for message in pair.prompt]
-    shown = {"id": pair.id, "prompt": prompt, "answers": list(pair.shown)}
-    return shown | ({"folds": parts} if parts["prompt"] or first or second else {})
+    tools = {"tools": pair.tools} if pair.tools else {}
+    first, second = pair.turns
+    messages = {"messages": [second, first] if pair.swapped else [first, second]} if pair.messages else {}
+    return {"id": pair.id, "prompt": [dict(message) for message in pair.prompt], "answers": list(pair.shown), **tools, **messages}

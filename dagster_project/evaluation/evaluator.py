@@ -17,12 +17,12 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Messages, is_trained
 from dagster_project.core.params import TAG, Compute, Section
 from dagster_project.core.records import prompt_text, response_text, subject_text, write_table
-from dagster_project.evaluation.answers import Answer, read_answer
 from dagster_project.evaluation.final_answers import FinalAnswer
 from dagster_project.evaluation.labels import LabelSet, LabelTask, label_set
 from dagster_project.evaluation.metrics import AnyTask, Task, is_answer, label, perplexity
 from dagster_project.evaluation.paired.bootstrap import rounded
 from dagster_project.evaluation.scoring import Offer
+from dagster_project.training.inference.answers import Answer, read_answer
 from dagster_project.training.inference.generate import generate_ids
 from dagster_project.training.inference.likelihood import negative_log_likelihood
 from dagster_project.training.methods import feature_extraction
@@ -151,7 +151,9 @@ class EvaluatedModel:
             offers: what is offered with each prompt.
         """
         if self.head is not None:
-            return [Answer(predicted) for predicted in self.head.predict(prompts, f"{what}: answers")]
+            given = offers or [Offer()] * len(prompts)
+            tools, reasoning = [offer.tools for offer in given], [offer.reasoning for offer in given]
+            return [Answer(predicted) for predicted in self.head.predict(prompts, f"{what}: answers", tools, reasoning)]
         longest = self.settings.max_new_tokens + thinking_tokens
         room = max(1, self.tokenizer.model_max_length - longest)
         ids = [encoded[-room:] for encoded in self._encode(prompts, offers)]

@@ -238,7 +238,8 @@ def by_reward(match: Match, n: int, folder: Path) -> dict[str, Any]:
         log.warning(f"the reward model failed its checks: {failed}")
     pairs = match.pairs[:n]
     conversations = [[*pair.prompt, answer] for pair in pairs for answer in pair.turns]
-    rewards = RewardModel(folder, torch.device("cpu"), torch.float32)(conversations, what="judge")
+    tools = [pair.tools for pair in pairs for _ in pair.turns]
+    rewards = RewardModel(folder, torch.device("cpu"), torch.float32)(conversations, what="judge", tools=tools)
     by_pair = zip(rewards[::2], rewards[1::2], strict=True)
     outcomes: dict[str, Outcome] = {
         pair.id: "win" if first > second else "loss" if first < second else "tie"

@@ -7,10 +7,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dagster_project.core.messages import Tools
-from dagster_project.evaluation.answers import Answer, of_message
 from dagster_project.evaluation.metrics import AnyTask, Measure, by_label, measures, rate
 from dagster_project.evaluation.paired.bootstrap import estimate
 from dagster_project.evaluation.tool_calls import is_valid, same_calls, same_names
+from dagster_project.training.inference.answers import Answer, of_message
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from dagster_project.core.messages import Call, Tools
-from dagster_project.evaluation.answers import Answer
+from dagster_project.core.messages import JSON, Call, Tools
+from dagster_project.core.tool_schemas import BROKEN, ArgumentsSchema, arguments_schema
+from dagster_project.training.inference.answers import Answer
 
 
 def is_valid(answer: Answer, tools: Tools) -> bool:
@@ -18,32 +19,20 @@ def is_valid(answer: Answer, tools: Tools) -> bool:
 
 
 def problem(call: Call, tools: Tools) -> str | None:
-    """Why a call does not fit the tools; None if it does. A tool without a schema, or with an invalid one, accepts any object."""
+    """Why a call does not fit the tools; None if it does. A tool without a schema, or with a broken one, accepts any object."""
     functions = {tool.get("function", tool).get("name"): tool.get("function", tool) for tool in tools or ()}
     if call.name not in functions:
         return f"unknown tool {call.name!r}"
     if not isinstance(call.arguments, dict):
         return "arguments are not a JSON object"
-    validator = _validator(json.dumps(functions[call.name].get("parameters") or {}, sort_keys=True))
-    error = None if validator is None else next(iter(validator.iter_errors(call.arguments)), None)
-    return None if error is None else f"{error.json_path}: {error.message}"
+    parameters = functions[call.name].get("parameters")
+    found = _schema(JSON.encode(parameters)).problem(call.arguments) if parameters is not None else None
+    return None if found is None or found[0] == BROKEN else found[1]
 
 
 @cache
-def _validator(schema: str) -> Any:
-    """Validator of a JSON Schema, which may reference nothing outside itself; None if it is invalid."""
-    from jsonschema import Draft202012Validator, SchemaError
-    from referencing import Registry
-    from referencing.exceptions import Unresolvable
-
-    parsed = json.loads(schema)
-    try:
-        Draft202012Validator.check_schema(parsed)
-        validator = Draft202012Validator(parsed, registry=Registry())
-        list(validator.iter_errors({}))  # an unresolvable reference shows only here
-    except (SchemaError, Unresolvable, RecursionError):
-        return None
-    return validator
+def _schema(parameters: str) -> ArgumentsSchema:
+    return arguments_schema(json.loads(parameters))
 
 
 def same_names(reference: Answer, answer: Answer) -> bool:

@@ -20,7 +20,7 @@ from dagster_project.evaluation.paired import alignment
 from dagster_project.training.methods import build as methods
 from dagster_project.training.methods.build import PreparedModel
 from dagster_project.training.methods.hardware import peak_memory, prepare, reuse_large_blocks
-from dagster_project.training.tokens.preference_pairs import both
+from dagster_project.training.tokens.preference_pairs import both, refuse_misfits
 from dagster_project.training.trainers.alignment import preference
 from dagster_project.training.trainers.alignment import reward_model as reward
 from dagster_project.training.trainers.alignment.preference import (
@@ -69,7 +69,8 @@ class Params(PreferenceParams):
     """Keys of LoRA for the new adapter, as PEFT names them."""
     rewards: dict[str, float] = {MODEL: 1.0}
     """Rewards of online methods, each with its weight: reward_model; valid_json, 1 for an answer that is JSON;
-    distinct, the share of three-word runs that are not repeated; brief, falling from 1 to 0 at a hundred words."""
+    distinct, the share of three-word runs that are not repeated; brief, falling from 1 to 0 at a hundred words. These
+    rules judge an answer's content and its calls, as JSON, without the trace."""
     samples: int = Field(default=64, ge=1)
     """Held-out prompts that are answered before and after training."""
     max_new_tokens: int = Field(default=96, ge=1)
@@ -141,6 +142,7 @@ def produce(
     pairs = {split: read_preferences(preferences / split) for split in ("train", "validation", "test")}
     method = params.parsed_method(where)
     _refuse(pairs, params, sft, where)
+    refuse_misfits(tokenizer_of(sft), pairs, f"data/merged/{params.adapter}")
     usable, reliable = _examine(reward_model, sft, params, method, where)
     if reliable.blocking and not reliable.passed:
         return Report(checks=[reliable])

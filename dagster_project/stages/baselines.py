@@ -11,7 +11,6 @@ from pydantic import Field
 from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.params import Compute, Section
 from dagster_project.core.records import Report, read_records, response_text, write_table
-from dagster_project.evaluation.answers import Answer
 from dagster_project.evaluation.baselines import classify, conclusion, nearest, prompted, spread
 from dagster_project.evaluation.custom_metrics import custom_measures
 from dagster_project.evaluation.evaluator import (
@@ -27,6 +26,7 @@ from dagster_project.evaluation.final_answers import FinalAnswer
 from dagster_project.evaluation.metrics import label, perplexity_interval
 from dagster_project.evaluation.retention import accuracies, ask, read_benchmarks, retention_schema
 from dagster_project.evaluation.scoring import Scoring
+from dagster_project.training.inference.answers import Answer
 
 
 class Params(Section):

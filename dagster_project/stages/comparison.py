@@ -12,7 +12,6 @@ from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.params import Section
 from dagster_project.core.records import Report, read_records, read_table, write_json, write_text
 from dagster_project.core.text import NAMES
-from dagster_project.evaluation.answers import Answer, of_row
 from dagster_project.evaluation.comparison import advice, board, headline, recommended
 from dagster_project.evaluation.custom_metrics import custom_measures
 from dagster_project.evaluation.evaluator import Settings, select_questions, turn_key
@@ -21,6 +20,7 @@ from dagster_project.evaluation.paired.bootstrap import difference, ratio
 from dagster_project.evaluation.retention import forgot, retained
 from dagster_project.evaluation.samples import sample
 from dagster_project.evaluation.scoring import Scoring
+from dagster_project.training.inference.answers import Answer, of_row
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ from pydantic import Field
 
 from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.errors import InputError
+from dagster_project.core.messages import full_text
 from dagster_project.core.params import Compute
-from dagster_project.core.records import CheckResult, Report, read_preferences, remove, response_text, write_json, write_table, write_text
+from dagster_project.core.records import CheckResult, Report, read_preferences, remove, write_json, write_table, write_text
 from dagster_project.evaluation.paired.bootstrap import difference, rounded, wilson
 from dagster_project.training.methods import build as methods
 from dagster_project.training.methods.hardware import peak_memory, prepare, reuse_large_blocks
-from dagster_project.training.tokens.preference_pairs import both
+from dagster_project.training.tokens.preference_pairs import both, refuse_misfits
 from dagster_project.training.trainers.alignment import reward_model
 from dagster_project.training.trainers.alignment.trl_training import TrainerSpec, document_of, preference_identity, train
 from dagster_project.training.trainers.harness import weight_audit
@@ -110,6 +111,8 @@ def produce(
     if not any(pairs.values()):
         return _without_pairs(out, curve_file, calibration_file)
     _refuse(pairs, params, folder)
+    advice = "use base_model.chat_template: hermes, or reward_model.model: merged/NAME with tokenized.chat_template"
+    refuse_misfits(reward_model.tokenizer_of(folder), pairs, params.model, advice if params.model == "base_model" else "")
     peft = params.peft if params.method == "lora" else None
     with advice_on_memory():
         model = reward_model.build(folder, peft, device, dtype, "reward_model")
@@ -258,13 +261,15 @@ def _judge(model: reward_model.RewardModel, pairs: Mapping[str, Sequence[Mapping
 
     test = pairs["test"]
     rewards = model(
-        [[*pair["prompt"], *pair[side]] for side in ("chosen", "rejected") for pair in test], what="reward model, held-out pairs"
+        [[*pair["prompt"], *pair[side]] for side in ("chosen", "rejected") for pair in test],
+        what="reward model, held-out pairs",
+        tools=[pair.get("tools") for pair in test] * 2,
     )
     chosen, rejected = np.array(rewards[: len(test)]), np.array(rewards[len(test) :])
     right = (chosen > rejected) + 0.5 * (chosen == rejected)
 
     def longer(split: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        lengths = [[len(response_text(pair[side])) for side in ("chosen", "rejected")] for pair in split]
+        lengths = [[len(full_text(pair[side][-1:])) for side in ("chosen", "rejected")] for pair in split]
         return np.array([(a > b) + 0.5 * (a == b) for a, b in lengths])
 
     shorter = longer(pairs["train"]).mean() < 0.5  # which rule it is, the training pairs tell

@@ -42,10 +42,12 @@
     return made;
   }
 
-  function folded([title, content]) {
+  function folded([summary, content, open]) {
     const made = document.createElement("details");
-    made.appendChild(document.createElement("summary")).textContent = title;
-    made.appendChild(message(["", content], true));
+    made.className = "part";
+    made.open = open;
+    made.appendChild(document.createElement("summary")).textContent = summary;
+    made.appendChild(document.createElement("pre")).textContent = content;
     return made;
   }
 
@@ -56,8 +58,8 @@
       (keeps ? "" : " · this browser does not store votes, so save before you close it");
     at("back").disabled = now === 0;
     at("on").disabled = now === pairs.length - 1;
-    const turns = prompt.filter(([, content]) => content);
-    at("prompt").replaceChildren(...turns.map((turn) => message(turn, prompt.length === 1)), ...(folds?.prompt ?? []).map(folded));
+    const [tools, ...of] = folds?.prompt ?? [[]];
+    at("prompt").replaceChildren(...tools.map(folded), ...prompt.flatMap((turn, i) => [message(turn, prompt.length === 1), ...(of[i] ?? []).map(folded)]));
     document.querySelectorAll(".side").forEach((side, i) => {
       side.querySelector("bdi").textContent = answers[i];
       side.querySelectorAll("details").forEach((old) => old.remove());

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dagster_project.core.text import visible
+from dagster_project.views.conversations import Part, conversation, parts
 from dagster_project.views.html import render
 
 
@@ -20,7 +21,7 @@ def ballot_page(ballot: Mapping[str, Any]) -> str:
             "id": pair["id"],
             "prompt": [[visible(message["role"]), visible(message["content"])] for message in pair["prompt"]],
             "answers": [visible(answer) for answer in pair["answers"]],
-            **({"folds": _visible(pair["folds"])} if "folds" in pair else {}),
+            **_folded(pair),
         }
         for pair in ballot["pairs"]
     ]
@@ -28,7 +29,17 @@ def ballot_page(ballot: Mapping[str, Any]) -> str:
     return render("ballot.jinja", "Ballot", {"Vote": True, "Save": data}, "ballot.js", ballot=data)
 
 
-def _visible(folds: Mapping[str, Any]) -> dict[str, Any]:
-    """Titles and texts of folded parts, of the prompt and of both answers."""
-    prompt, *answers = ([[visible(title), visible(text)] for title, text in parts] for parts in (folds["prompt"], *folds["answers"]))
-    return {"prompt": prompt, "answers": answers}
+def _folded(pair: Mapping[str, Any]) -> dict[str, Any]:
+    """Tools, traces and calls as [summary, text, whether it is open]: of each message of the prompt, and of both answers."""
+    asked = conversation({"messages": pair["prompt"], "tools": pair.get("tools")})
+    prompt = [[asked.tools] if asked.tools else [], *(parts(message) for message in pair["prompt"])]
+    answers = [parts(message) for message in pair.get("messages", ())]
+    if not any([*prompt, *answers]):
+        return {}
+    return {
+        "folds": {name: [[_texts(part) for part in some] for some in each] for name, each in (("prompt", prompt), ("answers", answers))}
+    }
+
+
+def _texts(part: Part) -> list[Any]:
+    return [visible(part.summary), visible(part.text), part.is_open]

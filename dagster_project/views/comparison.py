@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dagster_project.core.context import Documents, measured
+from dagster_project.core.messages import Message
 from dagster_project.core.records import write_text
 from dagster_project.core.text import NAMES, TITLES, many, number
+from dagster_project.views.conversations import conversation, parts
 from dagster_project.views.html import Figure, Plot, Shape, Table, brief, cut, label, render, shape
 
 PLOT_HEIGHT = 220
@@ -32,8 +34,12 @@ class Sample:
     category: str | None
     answers: Mapping[str, tuple[str, float]]
     """System -> its answer, and the score of the answer from 0 to 1."""
-    folds: Mapping[str, Any] = field(default_factory=dict)
-    """Parts other than text, each a title and a text: of `prompt`, `reference` and, by system, of `answers`."""
+    conversation: Mapping[str, Any] | None = None
+    """`messages` before the answer, and `tools`, where there is more than text."""
+    reference_message: Message | None = None
+    """The reference, where it has a trace or calls."""
+    messages: Mapping[str, Message] = field(default_factory=dict)
+    """System -> its answer, where that has a trace or calls."""
 
 
 def draw_comparison(documents: Documents) -> None:
@@ -278,11 +284,14 @@ def _sample(sample: Sample, order: Sequence[str], categories: Sequence[str]) -> 
     for i, name in enumerate(order):
         answer, value = sample.answers[name]
         mark = ("✕ wrong" if i in wrong else "✓ right") if value in {0, 1} else f"{value:.2f}"
-        answers.append((_short(name), "bad" if i in wrong else "fine", mark, answer, sample.folds.get("answers", {}).get(name, ())))
+        answers.append(
+            (_short(name), "bad" if i in wrong else "fine", mark, answer, parts(sample.messages[name]) if name in sample.messages else [])
+        )
     return {
         "prompt": sample.prompt,
         "reference": sample.reference,
-        "folds": {part: sample.folds.get(part, ()) for part in ("prompt", "reference")},
+        "reference_parts": parts(sample.reference_message) if sample.reference_message else [],
+        "conversation": conversation(sample.conversation) if sample.conversation else None,
         "category": sample.category,
         "place": categories.index(sample.category) if sample.category else "",
         "wrong": " ".join(map(str, wrong)),

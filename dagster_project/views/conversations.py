@@ -76,6 +76,12 @@ def _turn(message: Message, side: str = "") -> Turn:
     )
 
 
+def parts(message: Message) -> list[Part]:
+    """What a message has beside text: its trace and its calls."""
+    turn = _turn(message)
+    return [*([turn.reasoning] if turn.reasoning else []), *turn.calls]
+
+
 def _call(name: str, arguments: Any, identity: str | None) -> Part:
     text = readable(arguments)
     return Part(f"calls {name}" + (f" as {identity}" if identity else ""), text, len(text) <= OPEN)

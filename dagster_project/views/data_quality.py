@@ -318,7 +318,7 @@ def _side_by_side(number_: int, check: str, match: Mapping[str, Any]) -> dict[st
     return {"number": number_, "check": visible(check[:SHORT]), "score": match["score"], **words, "sides": sides}
 
 
-def _bars(title: str, note: str, counts: Mapping[str, int], whole: int) -> Figure:
+def _bars(title: str, note: str, counts: Mapping[str, int], whole: int, unit: str = "rows") -> Figure:
     """One bar per name, with its label above."""
     most, body = max([1, *counts.values()]), []
     for i, (name, n) in enumerate(list(counts.items())[:BARS]):
@@ -332,7 +332,7 @@ def _bars(title: str, note: str, counts: Mapping[str, int], whole: int) -> Figur
     more = f"; {len(counts) - BARS} more in the table" if len(counts) > BARS else ""
     first, count = next(iter(counts.items()))
     words = f"{title}: bars of {len(counts)} names, the largest {cut(first)} with {number(count)}"
-    table = Table(title, ["", "rows", "share"], [(name, number(n), share(n, whole)) for name, n in counts.items()])
+    table = Table(title, ["", unit, "share"], [(name, number(n), share(n, whole)) for name, n in counts.items()])
     return Figure(title, f"{note}{more}", Plot(words, 36 * min(BARS, len(counts)), body), table)
 
 
@@ -354,12 +354,20 @@ def _profile(profile: Mapping[str, Any], kept: int) -> dict[str, Any] | None:
     )
     plots = [
         *(_bars(title, note, profile[key], kept) for key, title, note in parts if profile.get(key)),
+        *_tool_calls(profile.get("tool_calls") or {}),
         *(_length(part, length) for part, length in (profile.get("lengths") or {}).items() if length.get("histogram")),
         *_readability(profile.get("readability") or {}),
         *(_bars(title, note, diversity[key], kept) for key, title, note in repeated if diversity.get(key)),
     ]
     figures = {name.replace("_", " "): number(value) for name, value in diversity.items() if isinstance(value, int | float)}
     return {"plots": plots, "diversity": figures} if plots or figures else None
+
+
+def _tool_calls(calling: Mapping[str, Any]) -> list[Figure]:
+    if not calling.get("by_tool"):
+        return []
+    note = f"by tool; in {number(calling['rows'])} rows, with {number(calling['results'])} results"
+    return [_bars("Tool calls", note, calling["by_tool"], calling["calls"], "calls")]
 
 
 def _length(part: str, length: Mapping[str, Any]) -> Figure:

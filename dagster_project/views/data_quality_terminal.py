@@ -119,6 +119,13 @@ def _figures(document: Mapping[str, Any]) -> list[str]:
     lines = []
     if profile.get("category_count"):
         lines.append("categories: " + ", ".join(f"{_line(name, 40)} {n:,}" for name, n in list(profile["categories"].items())[:8]))
+    if calling := profile.get("tool_calls"):
+        made = f"{_many(calling['calls'], 'tool call')} in {_many(calling['rows'], 'row')}, {_many(calling['results'], 'result')}"
+        lines.append(f"{made}; {_many(calling['rows_with_tools'], 'row')} with tools")
+    if traces := profile.get("reasoning"):
+        lines.append(f"reasoning in {_many(traces['answers'], 'answer')} of {_many(traces['rows'], 'row')}")
+    if untrained := profile.get("untrained_answers"):
+        lines.append(f"{_many(untrained, 'answer')} with weight 0")
     for part, length in profile.get("lengths", {}).items():
         if document["kept"]:
             lines.append(
@@ -128,7 +135,15 @@ def _figures(document: Mapping[str, Any]) -> list[str]:
     if boilerplate:
         passages = "; ".join(f'"{_line(passage["text"])}" in {_many(passage["rows"], "prompt")}' for passage in boilerplate[:3])
         lines.append(f"boilerplate: {passages}")
+    for place, counts in document.get("fields", {}).items():
+        shown = [f"{_line(name, 40)} {count:,}" for name, count in list(counts.items())[:FIELDS]]
+        more = [f"{len(counts) - FIELDS:,} more"] if len(counts) > FIELDS else []
+        lines.append(f"fields {place}: {', '.join([*shown, *more])}")
     return lines
+
+
+FIELDS = 12
+"""Fields of the source rows that are shown in a line."""
 
 
 def _thirteen_lines(document: Mapping[str, Any]) -> list[str]:

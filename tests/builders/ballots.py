@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.core.records import example_id, write_json, write_records, write_table
-from dagster_project.evaluation.answers import Answer
 from dagster_project.evaluation.evaluator import result_rows, result_schema
+from dagster_project.training.inference.answers import Answer
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\u202e"
 ANSWERS = 24

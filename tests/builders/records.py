@@ -75,6 +75,8 @@ KEY = "AKIA" + "Q3EXAMPLE7KEY2AB"
 CHECK_EXAMPLES: dict[str, tuple[list[Record], list[Record]]] = {
     # check: (good rows, rows of which the last breaks the check; or which break it as a set)
     "malformed_row": ([ask()], [chat(problem="expected text, found int")]),
+    "unsupported_content": ([ask("An image, and a file.", unsupported=True)], [chat(problem="image in a message", unsupported=True)]),
+    "ignored_fields": ([ask(note="kept in meta")], [{**ask(), "ignored": ["messages[].id"]}]),
     "unpaired_answer": ([pair()], [{**pair(), "rejected": []}]),
     "unlabelled": ([{**ask(), "labelled": True}], [{**ask(), "labelled": False}]),
     "invalid_roles": (

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from unicodedata import normalize
 
-from dagster_project.core.messages import Tools, calls, conversation_text
+from dagster_project.core.messages import JSON, Messages, Tools, calls, conversation_text
 from dagster_project.curation.checks.check import Check, Rows, is_true, kinds, named_text_of
 from dagster_project.curation.checks.content import CONTENT_CHECKS
 from dagster_project.curation.checks.damage import damage, decomposed, hidden, template_marks
@@ -215,8 +215,7 @@ def _conversation_tokens(rows: Rows, _: str) -> list[int | None]:
         return counted
     for i, record in enumerate(records):
         if record.get("rejected") and record["messages"]:
-            sides = (record["messages"], [*record["messages"][: record["asked"]], *record["rejected"]])
-            written = [n for side in sides if (n := rendered(side, record.get("tools"))) is not None]
+            written = [n for side in _sides(record) if (n := rendered(side, record.get("tools"))) is not None]
             counted[i] = max(written, default=counted[i])
     return counted
 
@@ -224,10 +223,13 @@ def _conversation_tokens(rows: Rows, _: str) -> list[int | None]:
 def _longest(record: dict[str, Any]) -> str:
     """The conversation with its tools; of the two conversations of a pair the longer one."""
     tools: Tools = record.get("tools")
-    if "rejected" not in record:
-        return conversation_text(record["messages"], tools)
-    sides = (record["messages"], [*record["messages"][: record["asked"]], *record["rejected"]])
-    return max((conversation_text(side, tools) for side in sides), key=len)
+    return max((conversation_text(side, tools) for side in _sides(record)), key=len)
+
+
+def _sides(record: Mapping[str, Any]) -> list[Messages]:
+    """The conversation; of a pair, that with the chosen and that with the rejected answer."""
+    messages = record["messages"]
+    return [messages, [*messages[: record["asked"]], *record["rejected"]]] if record.get("rejected") else [messages]
 
 
 def _response_tokens(rows: Rows, _: str) -> list[int | None]:
@@ -272,7 +274,12 @@ def _estimated(rows: Rows) -> list[str]:
 
 
 def _marks(rows: Rows) -> list[str | None]:
-    return template_marks(rows.texts, rows.tokens.special)
+    """Of definitions of tools too: the template writes them into the prompt."""
+    texts = [*rows.texts]
+    for i in rows.rich:
+        if tools := rows.records[i].get("tools"):
+            texts[i] += f"\n{JSON.encode(tools)}"
+    return template_marks(texts, rows.tokens.special)
 
 
 def _control_tokens(rows: Rows, _: str) -> list[str | None]:
@@ -293,20 +300,21 @@ def _misfits(rows: Rows, _: str) -> list[str | None]:
     shapes: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for i, (record, meta, valid) in enumerate(zip(rows.records, rows.metas, rows.shared(_valid_roles), strict=True)):
         if record["messages"] and valid and not is_text(record["messages"], meta):
-            shapes[_shape(record)].append(i)
+            shapes[tuple([_shape(side, record.get("tools")) for side in _sides(record)])].append(i)
     share = max(1, MAX_RENDERED // max(1, len(shapes)))
     for same_shape in shapes.values():
         for i in same_shape[:share]:
-            misfits[i] = rows.tokens.misfit(rows.records[i]["messages"], rows.records[i].get("tools"))
+            found = (rows.tokens.misfit(side, rows.records[i].get("tools")) for side in _sides(rows.records[i]))
+            misfits[i] = next(filter(None, found), None)
     return misfits
 
 
-def _shape(record: Mapping[str, Any]) -> tuple[Any, ...]:
+def _shape(messages: Messages, tools: Tools) -> tuple[Any, ...]:
     """What a template's treatment of a conversation depends on, its texts left out."""
-    turns = [(m["role"], m["content"], m) for m in record["messages"]]
+    turns = [(m["role"], m["content"], m) for m in messages]
     plain = tuple([(role, text[:1].isspace(), text[-1:].isspace(), not text) for role, text, _ in turns])
     fields = [(at, _fields(m)) for at, (_, _, m) in enumerate(turns) if len(m) > 2]
-    return (*plain, *fields, *([len(record["tools"])] if record.get("tools") else []))
+    return (*plain, *fields, *([len(tools)] if tools else []))
 
 
 def _fields(message: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -9,19 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dagster_project.core.messages import JSON, Call, Message, calls, is_trained
+from dagster_project.core.tool_schemas import ArgumentsSchema, arguments_schema
 from dagster_project.curation.checks.check import Check, Rows, is_true, kinds
 from dagster_project.curation.checks.damage import visible
 from dagster_project.curation.checks.privacy import mask
 
 SHOWN = 120
 """Characters shown of what is wrong with a call."""
-TYPES: dict[str, str | None] = {
-    **{name: name for name in ("object", "array", "string", "integer", "number", "boolean", "null")},
-    "dict": "object", "map": "object", "mapping": "object", "list": "array", "tuple": "array", "set": "array", "str": "string",
-    "int": "integer", "long": "integer", "float": "number", "double": "number", "bool": "boolean", "none": "null",
-    "any": None, "optional": None, "union": None, "callable": None,
-}  # fmt: skip
-"""Type in a tool's definition, in lower case -> JSON Schema's name for it, or None for any type. ToolACE and xLAM use Python's names."""
 _TEXT_CALL = re.compile(r"\{|<\|?\w*call|\w\(|\bAction:")
 """An assistant turn whose text calls a tool: some layouts have no field for calls."""
 
@@ -31,13 +25,13 @@ _TEXT_CALL = re.compile(r"\{|<\|?\w*call|\w\(|\bAction:")
 
 def _invalid_calls(rows: Rows, _: str) -> list[str | None]:
     facts: list[str | None] = [None] * len(rows.records)
-    validators: dict[str, _Validator] = {}
+    validators: dict[str, ArgumentsSchema] = {}
     for i in rows.rich:
         facts[i] = _invalid_call(rows.records[i], validators)
     return facts
 
 
-def _invalid_call(record: Mapping[str, Any], validators: dict[str, _Validator]) -> str | None:
+def _invalid_call(record: Mapping[str, Any], validators: dict[str, ArgumentsSchema]) -> str | None:
     """The first fault in a call that is trained on. The prompt and the rejected side of a pair may hold any."""
     messages = record["messages"]
     made = [call for message in messages[record.get("asked", 0) :] if is_trained(message) for call in calls(message)]
@@ -49,7 +43,7 @@ def _invalid_call(record: Mapping[str, Any], validators: dict[str, _Validator]) 
     return next((problem for call in made if (problem := _problem(call, tools, system, validators))), None)
 
 
-def _problem(call: Call, tools: Mapping[str, Any], system: str, validators: dict[str, _Validator]) -> str | None:
+def _problem(call: Call, tools: Mapping[str, Any], system: str, validators: dict[str, ArgumentsSchema]) -> str | None:
     if call.name not in tools:
         if tools:
             return _quoted("unknown tool", call.name)
@@ -61,7 +55,7 @@ def _problem(call: Call, tools: Mapping[str, Any], system: str, validators: dict
         return None
     key = JSON.encode(parameters)
     if key not in validators:
-        validators[key] = _validator(parameters)
+        validators[key] = arguments_schema(parameters)
     problem = validators[key].problem(call.arguments)
     return problem and f"{problem[0]}: {call.name}: {_excerpt(problem[1])}"
 
@@ -73,68 +67,6 @@ def _quoted(kind: str, text: str) -> str:
 def _excerpt(text: str) -> str:
     shown = visible(mask(text[: 20 * SHOWN]))
     return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}…"
-
-
-@dataclass(frozen=True)
-class _Validator:
-    """Validates arguments by one JSON Schema."""
-
-    schema: Any
-    """A `jsonschema` validator; None if the schema is broken."""
-    broken: str = ""
-    """What is wrong with the schema."""
-
-    def problem(self, arguments: Mapping[str, Any]) -> tuple[str, str] | None:
-        """(kind of fault, fault)."""
-        from jsonschema.exceptions import best_match
-        from referencing.exceptions import Unresolvable
-
-        if self.schema is None:
-            return "broken schema", self.broken
-        try:
-            error = best_match(self.schema.iter_errors(arguments))
-        except (Unresolvable, RecursionError, re.error) as unusable:
-            return "broken schema", " ".join(str(unusable).split()) or type(unusable).__name__
-        return None if error is None else ("arguments do not fit", f"{error.json_path}: {error.message}")
-
-
-def _validator(parameters: Any) -> _Validator:
-    from jsonschema import Draft202012Validator
-    from jsonschema.exceptions import SchemaError
-    from jsonschema.validators import validator_for
-    from jsonschema_specifications import REGISTRY
-
-    if not isinstance(parameters, dict):
-        return _Validator(None, f"expected an object, found {type(parameters).__name__}")
-    try:
-        schema = _standard(parameters)
-        kind = validator_for(schema, default=Draft202012Validator)
-        kind.check_schema(schema)
-        return _Validator(kind(schema, registry=REGISTRY))  # without a registry, jsonschema would download remote references
-    except SchemaError as error:
-        return _Validator(None, f"{error.json_path}: {error.message}")
-    except RecursionError:
-        return _Validator(None, "nested too deep")
-
-
-def _standard(schema: Any) -> Any:
-    """A schema with JSON Schema's names of types: {"type": "dict", "properties": {"n": {"type": "int, optional"}}}
-    ->  {"type": "object", "properties": {"n": {"type": "integer"}}}. Unknown types are unchanged."""
-    if isinstance(schema, list):
-        return [_standard(one) for one in schema]
-    if not isinstance(schema, dict):
-        return schema
-    result: dict[str, Any] = {}
-    for key, value in schema.items():
-        if key == "type" and isinstance(value, str):
-            name = re.split(r"[\[,( ]", value.strip().lower(), maxsplit=1)[0]
-            if (standard := TYPES.get(name, value)) is not None:
-                result[key] = standard
-        elif key in {"properties", "patternProperties", "$defs", "definitions"} and isinstance(value, dict):
-            result[key] = {name: _standard(one) for name, one in value.items()}
-        else:
-            result[key] = value if key in {"enum", "const", "default", "examples"} else _standard(value)
-    return result
 
 
 # --- results -----------------------------------------------------------------------------------------------------------------------

@@ -105,12 +105,14 @@ def _toolace(text: str) -> tuple[str, Tools | None, str] | None:
 CALL, RESPONSE = (re.compile(rf"<{tag}>\s*(.*?)\s*</{tag}>", re.DOTALL) for tag in ("tool_call", "tool_response"))
 
 
-def texts_as_calls(messages: Messages, style: str, defined: Tools | None) -> Messages:
+def texts_as_calls(messages: Messages, style: str, defined: Tools | None, unused: list[str]) -> Messages:
     """Messages whose calls and results are fields.
 
     {"role": "assistant", "content": 'Wait.<tool_call>{"name": "clock", "arguments": {}}</tool_call>'}  ->
     {"role": "assistant", "content": "Wait.", "tool_calls": [...]}
 
+    Args:
+        unused: gets the keys of calls that are not used.
     Raises:
         ValueError: a call to one of the tools cannot be parsed.
     """
@@ -122,34 +124,40 @@ def texts_as_calls(messages: Messages, style: str, defined: Tools | None) -> Mes
     found: Messages = []
     for message in messages:
         if message["role"] == "assistant" and "tool_calls" not in message and "<tool_call>" in message["content"]:
-            found.append(_hermes_call(message, known=bool(style or defined)))
-        elif message["role"] == "tool" and (results := RESPONSE.findall(message["content"])):
+            found.append(_hermes_call(message, bool(style or defined), unused))
+        elif (
+            message["role"] == "tool"
+            and (results := RESPONSE.findall(message["content"]))
+            and not RESPONSE.sub("", message["content"]).strip()
+        ):
             found += [{**message, "content": result} for result in results]
         else:
             found.append(message)
     return found
 
 
-def _hermes_call(message: Message, known: bool) -> Message:
+def _hermes_call(message: Message, known: bool, unused: list[str]) -> Message:
     """Args:
     known: whether the conversation has tools, so that the tags are calls and not a text on such tags.
     """
-    blocks = CALL.findall(message["content"])
+    texts, blocks = CALL.split(message["content"])[::2], CALL.findall(message["content"])
     try:
-        calls = [call for block in blocks for call in tools.calls(block)[0]]
+        read = [tools.calls(block) for block in blocks]
+        if any("<tool_call>" in text for text in texts):
+            raise ValueError("a tool call that is not closed")
     except ValueError:
         if known:
             raise
         return message
-    if not calls:
+    if not (calls := [call for found, _ in read for call in found]):
         return message
-    rest = [part.strip() for part in CALL.split(message["content"])[::2]]
-    return {**message, "content": "\n".join(part for part in rest if part), "tool_calls": calls}
+    unused += [name for _, names in read for name in names]
+    return {**message, "content": "\n".join(part for text in texts if (part := text.strip())), "tool_calls": calls}
 
 
 def _toolace_call(message: Message, names: tuple[str, ...]) -> Message:
     text = message["content"].strip()
-    if message["role"] != "assistant" or not text.startswith(names) or not names:
+    if message["role"] != "assistant" or "tool_calls" in message or not text.startswith(names) or not names:
         return message
     try:
         calls = python_calls(text)

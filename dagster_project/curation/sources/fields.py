@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from dagster_project.core.records import IGNORED, CheckResult
 from dagster_project.curation.sources.layouts import OASST_KEYS, TurnReader
+from dagster_project.curation.sources.message import EMPTY
 
 TurnShape = tuple[tuple[str, ...], tuple[str, ...]]
 """Keys of a message or turn, and those of them that are not used, with those of its content parts and calls ("content[].cache_control")."""
@@ -17,19 +17,17 @@ IMPORTANT = frozenset(
     {
         "weight", "weights", "train", "training", "train_on_turn", "train_detail", "loss", "loss_mask", "mask", "reasoning", "reasoning_content",
         "reasoning_details", "thinking", "tools", "functions", "tool_calls", "function_call", "tool_call_id", "images", "image", "audio", "audios",
-        "video", "videos", "files",
+        "video", "videos", "files", "system", "history",
     }
 )  # fmt: skip
 """Keys that usually change what is trained. Where a row has one that is not used, `ignored_fields` is a warning."""
-EMPTY: tuple[Any, ...] = (None, "", [], {})
 MAX_NAME, MAX_NAMES = 80, 200
 """Characters of a field's name, and names of a source, that a report shows. Both are above what a set that is meant to be read has."""
 NAME = "ignored_fields"
 DESCRIPTION = "Every field of the source rows is used or kept."
 
 
-@dataclass(frozen=True)
-class Fields:
+class Fields(NamedTuple):
     """Fields of one source row, with how often it has them."""
 
     used: Mapping[str, int]
@@ -156,12 +154,15 @@ def kept_whole(row: Mapping[str, Any] | None) -> Fields:
     return Fields({}, dict.fromkeys(row or {}, 1), {})
 
 
-def counts(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
-    """Field -> number, by place, over all rows of a source, for its report."""
+def taken(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """Field -> number, by place, over all rows of a source, for its report; empty for records that were not read from rows.
+
+    Removes `fields` from the records.
+    """
     total: Counter[int] = Counter()
     known: dict[int, Fields] = {}
     for record in records:
-        for one in record["fields"]:
+        for one in record.pop("fields", ()):
             total[id(one)] += 1
             known[id(one)] = one
     found: dict[str, Counter[str]] = {"used": Counter(), "kept": Counter(), "ignored": Counter()}

@@ -16,7 +16,7 @@ from dagster_project.curation.sources.call_texts import Think, is_marked, prompt
 from dagster_project.curation.sources.detection import SPLITS, canonical_split, choose, detect, is_known, kind, split_of_file
 from dagster_project.curation.sources.fields import FieldAccount, TurnShape, read_turns
 from dagster_project.curation.sources.files import Row, files_of, read_rows
-from dagster_project.curation.sources.layouts import LAYOUTS, RECORD_FIELDS, Layout, is_text, mapped, mapping_problem
+from dagster_project.curation.sources.layouts import LAYOUTS, RECORD_FIELDS, Layout, is_text, mapped, mapping_problem, merged
 from dagster_project.curation.sources.message import UnsupportedContent
 from dagster_project.curation.sources.pair_layouts import MISMATCH, PAIR_FIELDS, PAIR_LAYOUTS, Pair, PairLayout, mapped_pairs
 from dagster_project.curation.sources.tools import TOOL_KEYS, Tools, definitions
@@ -186,7 +186,7 @@ def pairs_of(
     for row in _consumed(rows):
         form = used.form_of(row.value or {})
         read, problem = _read(row, partial(_read_pairs, form=form, think=think))
-        kept = _kept(row, form, read.tool_keys if read else ()) | (read.meta if read else {})
+        kept = merged(_kept(row, form, read.tool_keys if read else ()), read.meta if read else {})
         label = split or canonical_split((row.value or {}).get("split"))
         labelled = {"split": label} if label and not problem else {}
         noted = _noted(row, form, kept, read, account)
@@ -200,11 +200,13 @@ def pairs_of(
                 entry = waiting[same, other].popleft()
                 entry[side] = messages[side]
                 entry["source_rows"].append(row.source_row)
+                if (category := _category(row, form.category)) not in {None, entry["category"]}:
+                    kept = {**kept, form.category: category}
                 entry["meta"] = {other: entry["meta"][other], side: kept, **labelled}
                 _join(entry, noted)
                 continue
             missing = f"no {other} completion of the same prompt"
-            meta = {**problem, "row": row.value} if problem else {side: kept, "problem": missing} if half else kept
+            meta = {**problem, "row": row.value} if problem else {side: kept, "problem": missing} if half else _labelled(kept, label)
             entry = {
                 "source": source,
                 "source_row": row.source_row,
@@ -219,6 +221,12 @@ def pairs_of(
             if half:
                 waiting[same, side].append(entries[-1])
     return layout, [{"example_id": _pair_id(entry), **entry, "meta": json.dumps(entry["meta"], sort_keys=True)} for entry in entries]
+
+
+def _labelled(kept: Mapping[str, Any], label: str | None) -> dict[str, Any]:
+    """What is kept of a row, with its split under the canonical name, or the label of its source instead."""
+    own = canonical_split(kept.get("split"))
+    return merged({**kept, "split": own} if own else kept, {"split": label} if label else {})
 
 
 def _pair_id(entry: dict[str, Any]) -> str:
@@ -269,17 +277,18 @@ def _read_example(value: dict[str, Any], layout: Layout, think: Think) -> ReadRo
     turns = read_turns(value, layout.turns)
     messages = layout.messages(turns.row)
     more = layout.meta(turns.row)
+    unused: list[str] = []
     tools, keys = _tools_of(value, layout)
     if not layout.alone and is_marked(messages):
         if layout.turns:
             prompted = prompted_tools(messages)
             tools = tools or prompted.tools
-            messages = texts_as_calls(prompted.messages, prompted.style, tools)
+            messages = texts_as_calls(prompted.messages, prompted.style, tools, unused)
             more |= {"system_prompt": prompted.system} if prompted.system else {}
         messages = split_traces(messages, think)
     if layout is LAYOUTS["oasst"]:
         turns = fields.read_tree(value)
-    return ReadRow([Pair([], messages, [])], tools, keys, more, turns.shapes, turns.ignored)
+    return ReadRow([Pair([], messages, [])], tools, keys, more, turns.shapes, [*turns.ignored, *_named(unused, layout)])
 
 
 def _read_pairs(value: dict[str, Any], form: PairLayout, think: Think) -> ReadRow:
@@ -287,6 +296,7 @@ def _read_pairs(value: dict[str, Any], form: PairLayout, think: Think) -> ReadRo
     pairs = form.pairs(turns.row)
     tools, keys = _tools_of(value, form)
     more: dict[str, Any] = {}
+    unused: list[str] = []
     found = []
     for pair in pairs:
         sides = [pair.prompt, pair.chosen, pair.rejected]
@@ -294,12 +304,17 @@ def _read_pairs(value: dict[str, Any], form: PairLayout, think: Think) -> ReadRo
             prompted = prompted_tools(pair.prompt)
             tools = tools or prompted.tools
             more |= {"system_prompt": prompted.system} if prompted.system else {}
-            sides = [texts_as_calls(side, prompted.style, tools) for side in (prompted.messages, pair.chosen, pair.rejected)]
+            sides = [texts_as_calls(side, prompted.style, tools, unused) for side in (prompted.messages, pair.chosen, pair.rejected)]
         prompt, chosen, rejected = (split_traces(side, think) for side in sides)
         found.append(Pair(prompt, chosen, rejected, pair.margin))
     if form is PAIR_LAYOUTS["oasst"]:
         turns = fields.read_tree(value)
-    return ReadRow(found, tools, keys, more, turns.shapes, turns.ignored)
+    return ReadRow(found, tools, keys, more, turns.shapes, [*turns.ignored, *_named(unused, form)])
+
+
+def _named(unused: list[str], layout: Layout | PairLayout) -> list[str]:
+    """Names of keys of calls in text, as those of other keys of messages."""
+    return [f"{[*layout.turns][-1]}[].{name}"[: fields.MAX_NAME] for name in unused]
 
 
 def _tools_of(value: Mapping[str, Any], layout: Layout | PairLayout) -> tuple[Tools | None, tuple[str, ...]]:
@@ -376,8 +391,7 @@ def _record(row: Row, source: str, layout: Layout, split: str | None, think: Thi
             meta["split"] = label
         if split:
             more = {**more, "split": split}
-        hidden = {key: meta[key] for key in more if key in meta and meta[key] != more[key]}
-        meta |= more | ({"row": hidden} if hidden else {})
+        meta = merged(meta, more)
     tools = {"tools": read.tools} if read and read.tools else {}
     malformed = [{"role": "malformed", "content": json.dumps(value, ensure_ascii=False, sort_keys=True)}] if not messages else []
     return {

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dagster_project.curation.sources import tools
-from dagster_project.curation.sources.message import Messages, Parsed, as_text, as_turns, joined_calls, read_message, read_turn
+from dagster_project.curation.sources.message import EMPTY, Messages, Parsed, as_text, as_turns, joined_calls, read_message, read_turn
 
 TurnReader = Callable[[Any], Parsed]
 
@@ -64,7 +64,7 @@ def as_conversation(value: Any, role: str) -> Messages:
 
 
 def instruction(row: dict[str, Any], context: str) -> str:
-    extra = as_text(row.get(context) or "")
+    extra = "" if row.get(context) in EMPTY else as_text(row[context])
     return as_text(row["instruction"]) + (f"\n\n{extra}" if extra else "")
 
 
@@ -112,6 +112,11 @@ def _xlam(row: dict[str, Any]) -> Messages:
     return [*as_turns(row.get("system"), ("user", as_text(row["query"]))), answer]
 
 
+def _calls_with_more(row: Mapping[str, Any], column: str | None) -> dict[str, Any]:
+    """The calls of a row as they were, if they have keys that are not used."""
+    return {column: row[column]} if column and row.get(column) not in EMPTY and tools.calls(row[column])[1] else {}
+
+
 def _instances(row: dict[str, Any]) -> list[Any]:
     """One row per instance, with its number: {"instruction": "Add.", "instances": [{"input": "1, 2", "output": "3"}]}
     ->  [{"instruction": "Add.", "input": "1, 2", "output": "3", "instance": 0}]
@@ -126,9 +131,16 @@ def _instances(row: dict[str, Any]) -> list[Any]:
             rows.append(instance)
             continue
         own = {"instance": number, **instance}
-        hidden = {key: shared[key] for key in own if key in shared and shared[key] != own[key]}
-        rows.append({**shared, **own} | ({"row": hidden} if hidden else {}))
+        rows.append(merged(shared, own))
     return rows
+
+
+def merged(row: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with further values. Values of the row that differ from those go to `row`: {"x": 1}, {"x": 2}  ->  {"x": 2, "row": {"x": 1}}"""
+    hidden = {key: row[key] for key in more if key in row and row[key] != more[key]}
+    if hidden and "row" in row:
+        hidden["row"] = row["row"]
+    return {**row, **more} | ({"row": hidden} if hidden else {})
 
 
 OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
@@ -177,7 +189,7 @@ def _labeled(prompt: str, label: str, system: str | None = "system") -> Callable
 
 def _classification(row: dict[str, Any]) -> Messages:
     """Use the names in `label_text`, if there are any, instead of numeric labels."""
-    return _labeled("text", "label_text" if row.get("label_text") else "label")(row)
+    return _labeled("text", "label" if row.get("label_text") in EMPTY else "label_text")(row)
 
 
 def _layout(keys: str, messages: Callable[[dict[str, Any]], Messages], optional: str = "", **more: Any) -> Layout:
@@ -197,7 +209,7 @@ LAYOUTS: dict[str, Layout] = {
     "question_answer": _layout("question answer", _single("question", "answer"), "system"),
     "flan": _layout("inputs targets", _single("inputs", "targets"), "system"),
     "ultrachat": _layout("data", _ultrachat),
-    "xlam": _layout("query tools answers", _xlam, "system"),
+    "xlam": _layout("query tools answers", _xlam, "system", meta=lambda row: _calls_with_more(row, "answers")),
     "oasst": Layout(frozenset({"message_tree_id", "prompt"}), _oasst, frozenset({"prompt"}), _tree),
     "classification": _layout(
         "text label",
@@ -205,7 +217,7 @@ LAYOUTS: dict[str, Layout] = {
         "label_text system",
         category="label",
         labels=True,
-        meta=lambda row: {"label": row["label"]} if row.get("label_text") else {},
+        meta=lambda row: {} if row.get("label_text") in EMPTY else {"label": row["label"]},
     ),
     "text": _layout(
         "text", lambda row: as_turns(None, ("assistant", as_text(row["text"]))), meta=lambda row: {"kind": "text"}, alone=True, tool_keys=()
@@ -248,6 +260,7 @@ def mapped(mapping: Mapping[str, str]) -> Layout:
     return Layout(
         keys=frozenset(required),
         messages=lambda row: _mapped_messages(row, mapping, labels),
+        meta=lambda row: _calls_with_more(row, mapping.get("tool_calls")),
         used=frozenset(mapping.values()) - ({mapping.get("category")} if not labels else set()),
         category=mapping.get("category", "category"),
         labels=labels,

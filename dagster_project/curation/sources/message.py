@@ -26,6 +26,8 @@ MEDIA = {
     "document": "file",
 }  # fmt: skip
 """Type of a content part, or key of a message -> kind of content."""
+EMPTY: tuple[Any, ...] = (None, "", [], {})
+"""Values that say nothing. 0 and false are not among them."""
 TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
 
 
@@ -37,7 +39,7 @@ def as_text(value: Any) -> str:
 
 def as_turns(system: Any, *turns: tuple[str, str]) -> Messages:
     """Messages of (role, content), after the system prompt if there is one."""
-    first = [{"role": "system", "content": as_text(system)}] if system else []
+    first = [] if system in EMPTY else [{"role": "system", "content": as_text(system)}]
     return first + [{"role": role, "content": content} for role, content in turns]
 
 
@@ -59,6 +61,8 @@ def read_message(message: Any) -> Parsed:
     if calls and role != "assistant":
         raise ValueError("tool calls in a message that is not the assistant's")
     content, thought = _content(rest, role, bool(calls), unused)
+    if thought and role != "assistant":
+        raise ValueError("a part with reasoning in a message that is not the assistant's")
     found: Message = {"role": "tool" if role == "function" else role, "content": content}
     if role == "assistant" and (trace := _reasoning(rest, thought)):
         found["reasoning_content"] = trace
@@ -115,17 +119,20 @@ def _joined(parts: Sequence[Any], unused: list[str]) -> tuple[str, str]:
             continue
         if not isinstance(part, dict):
             raise ValueError(f"expected a content part, found {type(part).__name__}")
-        kind = part.get("type", "text")
+        kind = part.get("type") or "text"
         if isinstance(kind, str) and kind in MEDIA:
             raise UnsupportedContent(f"{MEDIA[kind]} in a message")
         if kind in TEXT_PARTS:
             texts.append(as_text(part["text"]))
         elif kind == "thinking" and isinstance(part.get("thinking"), str | list):
+            if texts:
+                raise ValueError("a part with reasoning after text")
             inner = part["thinking"]
-            thoughts.append(inner if isinstance(inner, str) else _joined(inner, unused)[0])
+            thoughts += [inner] if isinstance(inner, str) else _joined(inner, unused)
         else:
             raise ValueError("a content part that is neither text nor reasoning")
-        unused += [f"content[].{key}" for key, value in part.items() if key not in {"type", "text", "thinking"} and value is not None]
+        used = {"type", "text" if kind in TEXT_PARTS else "thinking"}
+        unused += [f"content[].{key}" for key, value in part.items() if key not in used and value not in (None, "")]
     return "".join(texts), "".join(thoughts)
 
 
@@ -186,7 +193,7 @@ def joined_calls(messages: Messages) -> Messages:
     found: Messages = []
     for message in messages:
         last = found[-1] if found else {}
-        if _only_calls(message) and _only_calls(last) and message.get("weight") == last.get("weight"):
+        if _only_calls(message) and _only_calls(last) and all(message.get(key) == last.get(key) for key in ("weight", "name")):
             found[-1] = {**last, "tool_calls": [*last["tool_calls"], *message["tool_calls"]]}
         else:
             found.append(message)

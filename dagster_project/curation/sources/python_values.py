@@ -39,7 +39,10 @@ def _value(node: ast.expr) -> Any:
         case ast.List(elts=parts) | ast.Tuple(elts=parts) | ast.Set(elts=parts):
             return [_value(part) for part in parts]
         case ast.Dict(keys=keys, values=values) if all(isinstance(key, ast.Constant) and isinstance(key.value, str) for key in keys):
-            return {_value(key): _value(value) for key, value in zip(keys, values, strict=True) if key}
+            found = {_value(key): _value(value) for key, value in zip(keys, values, strict=True) if key}
+            if len(found) < len(keys):
+                raise ValueError("a key is given twice")
+            return found
     raise ValueError("not a literal that JSON can hold")
 
 

@@ -143,7 +143,7 @@ def read_sources(
             **details,
             "license": source.license,
             **origin,
-            "fields": fields.counts(records),
+            "fields": fields.taken(records),
         }
     return rows, facts
 

@@ -146,8 +146,11 @@ def _call(call: Any, unused: list[str]) -> dict[str, Any]:
     function = rest.pop("function", None)
     inner = dict(function) if isinstance(function, dict) else rest
     identity = rest.pop("id", None)
-    rest.pop("type", None)
+    if rest.pop("type", None) not in (None, "", "function"):
+        unused.append("tool_calls[].type")
     name = inner.pop("name", function if isinstance(function, str) else None)
+    if not isinstance(function, dict) and function not in (None, "", name):
+        unused.append("tool_calls[].function")
     if not isinstance(name, str) or not name:
         raise ValueError("a tool call has no name")
     arguments = inner.pop("arguments", None)

@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dagster_project.core.chat import encode_prompt
+from dagster_project.core.messages import Message, conversation_text
+from dagster_project.core.rendering import end_ids
 from dagster_project.evaluation.paired.bootstrap import difference, rounded, wilson
-from dagster_project.training.inference.generate import generate
+from dagster_project.training.inference.answers import read_parts
+from dagster_project.training.inference.generate import generate_ids
 from dagster_project.training.inference.likelihood import negative_log_likelihood
-from dagster_project.training.tokens.preference_pairs import both, labelled, reply
-from dagster_project.training.trainers.alignment.reward_model import RewardModel, distinct
+from dagster_project.training.tokens.preference_pairs import both, labelled, prompt_ids, reply
+from dagster_project.training.trainers.alignment.reward_model import RewardModel, distinct, judged_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,6 +64,18 @@ def _share(right: Sequence[float]) -> dict[str, Any]:
     return {"value": rounded(rate), "interval": [rounded(bound) for bound in wilson(rate, len(right))]}
 
 
+class PolicyAnswer(NamedTuple):
+    """A generated answer."""
+
+    message: Message
+    text: str
+    """As people read it: trace, content and calls."""
+    prompt: list[int]
+    """Token ids of its prompt."""
+    ids: list[int]
+    """Its token ids without the end-of-turn token."""
+
+
 class Policies:
     """The policy and, with its adapter off, the SFT model that it was."""
 
@@ -88,11 +102,19 @@ class Policies:
             )
         return [(-nats, tokens) for nats, tokens in found]
 
-    def answer(self, who: str, prompts: Sequence[Sequence[dict[str, str]]], max_new_tokens: int, what: str) -> list[str]:
-        """Greedy answers."""
-        ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+    def answer(self, who: str, pairs: Sequence[Mapping[str, Any]], max_new_tokens: int, what: str) -> list[PolicyAnswer]:
+        """Greedy answers to the prompts of pairs."""
+        prompts = [prompt_ids(self.tokenizer, pair) for pair in pairs]
         with self._as(who):
-            return generate(self.model.get_base_model(), self.tokenizer, ids, max_new_tokens, self.batch_size, what)
+            generated = generate_ids(self.model.get_base_model(), self.tokenizer, prompts, max_new_tokens, self.batch_size, what)
+        return [self._read(pair, prompt, ids) for pair, prompt, ids in zip(pairs, prompts, generated, strict=True)]
+
+    def _read(self, pair: Mapping[str, Any], prompt: list[int], ids: list[int]) -> PolicyAnswer:
+        if parts := read_parts(self.tokenizer, prompt, ids, pair.get("tools")):
+            ends = end_ids(self.tokenizer)
+            return PolicyAnswer(parts.message, conversation_text([parts.message]), prompt, [token for token in ids if token not in ends])
+        text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return PolicyAnswer(reply(text)[0], text, prompt, self.tokenizer.encode(text, add_special_tokens=False))
 
     def divergence(self, examples: Sequence[tuple[Sequence[int], Sequence[int]]]) -> float:
         """KL(policy || SFT) in nats a token, over all next tokens at each place of the answers."""
@@ -139,25 +161,22 @@ def samples(
     Args:
         judge: None where there is no usable reward model: rewards are null, and the summary has neither `reward` nor `win_rate`.
     """
-    prompts = [list(pair["prompt"]) for pair in pairs]
     rows = [{"example_id": pair["example_id"], "prompt": pair["prompt"][-1]["content"]} for pair in pairs]
-    encode = policies.tokenizer.encode
     after: list[tuple[list[int], list[int]]] = []
     for who in ("sft", "aligned"):
-        answers = policies.answer(who, prompts, max_new_tokens, f"answers, {who}")
-        asked = [[*prompt, *reply(answer)] for prompt, answer in zip(prompts, answers, strict=True)]
-        rewards = judge(asked) if judge else [None] * len(asked)
-        for row, prompt, answer, value in zip(rows, prompts, answers, rewards, strict=True):
-            ids = encode(answer, add_special_tokens=False)
+        answers = policies.answer(who, pairs, max_new_tokens, f"answers, {who}")
+        rewards = judge.of_answers(pairs, [answer.message for answer in answers]) if judge else [None] * len(answers)
+        for row, answer, value in zip(rows, answers, rewards, strict=True):
+            ids = answer.ids
             row |= {
-                f"{who}_answer": answer,
+                f"{who}_answer": answer.text,
                 f"{who}_reward": None if value is None else rounded(value),
                 f"{who}_tokens": len(ids),
-                f"{who}_distinct": rounded(distinct(answer)),
+                f"{who}_distinct": rounded(distinct(judged_text(answer.message))),
                 f"{who}_unfinished": not ids or len(ids) >= max_new_tokens,
             }
             if who == "aligned" and ids:
-                after.append((encode_prompt(policies.tokenizer, prompt), ids))
+                after.append((answer.prompt, ids))
 
     def of(name: str) -> dict[str, Any]:
         return paired(*([float(row[f"{who}_{name}"]) for row in rows] for who in ("sft", "aligned")))

@@ -16,8 +16,8 @@ from typing import Any, Literal
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Message, Tools
 from dagster_project.core.records import read_records, read_table
-from dagster_project.evaluation.answers import Answer, of_row
 from dagster_project.evaluation.paired.bootstrap import wilson
+from dagster_project.training.inference.answers import Answer, of_row
 
 PROMPTED = ("zero_shot", "system_prompt", "chain_of_thought", "few_shot", "retrieved")
 """Baselines answered by the prompted base model."""

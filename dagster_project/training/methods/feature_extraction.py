@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,7 +12,7 @@ from pydantic import Field
 
 from dagster_project.core.chat import IGNORE, encode_prompt
 from dagster_project.core.errors import InputError
-from dagster_project.core.messages import Messages
+from dagster_project.core.messages import Messages, Tools
 from dagster_project.core.params import Section
 from dagster_project.core.progress import Progress
 from dagster_project.training.methods.load import AdapterInfo, load_base
@@ -198,14 +199,26 @@ class Predictor:
     def __init__(self, classifier: Classifier, tokenizer: Any) -> None:
         self.classifier, self.tokenizer = classifier, tokenizer
 
-    def predict(self, conversations: Sequence[Messages], what: str = "categories") -> list[str]:
-        """Predict the category of each conversation, given up to the answer and tokenized as in training."""
+    def predict(
+        self,
+        conversations: Sequence[Messages],
+        what: str = "categories",
+        tools: Sequence[Tools] | None = None,
+        reasoning: Sequence[bool] | None = None,
+    ) -> list[str]:
+        """Predict the category of each conversation, given up to the answer and tokenized as in training.
+
+        Args:
+            tools: of each conversation; None if none has any.
+            reasoning: whether an answer with a trace is expected to each; None if to none.
+        """
         import torch
 
         if not conversations:
             return []
         head = self.classifier
-        prompts = [encode_prompt(self.tokenizer, messages) for messages in conversations]
+        offers = zip(conversations, tools or repeat(None), reasoning or repeat(False), strict=False)
+        prompts = [encode_prompt(self.tokenizer, *offer) for offer in offers]
         with torch.inference_mode():
             scores = head.score(features(head.base, prompts, head.options.batch_size, what))
         return [head.labels[i] for i in scores.argmax(1).tolist()]

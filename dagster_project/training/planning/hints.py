@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dagster_project.core.context import ExecutionHints, StageContext
 from dagster_project.core.errors import InputError
 from dagster_project.core.records import read_table
-from dagster_project.training.methods.build import CANNOT_CHECKPOINT
 from dagster_project.training.methods.hardware import available_memory, prepare
 from dagster_project.training.planning import memory
 from dagster_project.training.trainers.harness.distributed import claim_gpus
@@ -82,54 +82,47 @@ def forecast_training(
     params = auto.settle(params, examples, len(train), bool(rows["validation"]), processes).params
     runtime = memory.resident() if device.type == "cpu" else 0  # before the model is loaded
     free = available_memory(device.type, processes)
-    spec = training_spec(params, base_model, train, dtype, device.type, runtime, where)
-    predicted = _predicted(spec)
-    on = False
-    if params.gradient_checkpointing == AUTO:
-        needed = predicted.total - runtime if predicted else 0
-        on = needed > free and params.method.lower() not in CANNOT_CHECKPOINT
-        params = params.model_copy(update={"gradient_checkpointing": on})
+    # without runtime: the libraries are in memory already
+    row = memory.largest_row(train, params.method)
+    without = replace(training_spec(params, base_model, row, len(train), device.type, dtype, where), timed=False)
+    try:
+        spec = without.checkpointed_beyond(free) if params.gradient_checkpointing == AUTO else without
+        predicted = replace(spec.prediction.memory, runtime=runtime)
+    except memory.Unpredictable:
+        log.info(f"{where}: no prediction of memory for {params.method}")
+        return Forecast(ExecutionHints())
+    on = spec is not without
     if on:
         log.info(
             f"training {where.removeprefix('adapter.')}: gradient checkpointing is on:"
-            f" {needed / 1e6:,.0f} MB predicted without it, {free / 1e6:,.0f} MB free"
+            f" {without.needed / 1e6:,.0f} MB predicted without it, {free / 1e6:,.0f} MB free"
         )
-        predicted = _predicted(training_spec(params, base_model, train, dtype, device.type, runtime, where))
-    without_runtime = training_spec(params, base_model, train, dtype, device.type, 0, where)
-    return Forecast(ExecutionHints(on, lambda: _remedy(without_runtime, free)), predicted)
+    return Forecast(ExecutionHints(on, partial(_remedy, replace(spec), free)), predicted)  # a copy, to free the prediction
 
 
 def training_spec(
-    params: AdapterParams, base_model: Path, rows: list[dict[str, Any]], dtype: Any, device: str, runtime: int, where: str
+    params: AdapterParams, base_model: Path, row: tuple[list[int], int], rows: int, device: str, dtype: Any, where: str
 ) -> memory.TrainingSpec:
-    """Build the specification that the prediction takes, for the row that needs the most memory."""
-    lengths, counted = memory.largest_row([row["lengths"] for row in rows], [row["labels"] for row in rows], params.method)
+    """What the prediction takes for an adapter, without the runtime.
+
+    Args:
+        row: see `memory.largest_row`.
+        rows: number of rows of the training split.
+    """
     return memory.TrainingSpec(
-        device, dtype, runtime, base_model, params.method, params.peft, params.quantization,
-        min(params.per_device_train_batch_size, len(rows)), lengths, counted, params.gradient_checkpointing is True,
-        params.gradient_accumulation_steps, params.optim, where,
+        device, dtype, base_model, params.method, params.peft, *row, min(params.per_device_train_batch_size, rows), 0, params.quantization,
+        params.gradient_checkpointing is True, params.gradient_accumulation_steps, params.optim, where,
     )  # fmt: skip
-
-
-def _predicted(spec: memory.TrainingSpec) -> memory.Memory | None:
-    """Predicted peak memory by part; None for a method that cannot be built without weights."""
-    try:
-        return spec.predict().memory
-    except memory.Unpredictable:
-        log.info(f"{spec.where}: no prediction of memory for {spec.method}")
-        return None
 
 
 def _remedy(spec: memory.TrainingSpec, free: int) -> str:
     """Advice for a run that ran out of memory; "" if there is no prediction.
 
     Args:
-        spec: with runtime 0, because libraries are already in memory.
         free: bytes that were free before training.
     """
     try:
-        needed = spec.predict().memory.total
-        comparison = f"predicted {memory.size_text(needed)}, free {memory.size_text(free)}"
-        return f"{comparison}; {spec.remedy(needed, min(needed, free) - 1)}"
+        comparison = f"predicted {memory.size_text(spec.needed)}, free {memory.size_text(free)}"
+        return f"{comparison}; {spec.remedy(min(spec.needed, free) - 1)}"
     except (InputError, ValueError, RuntimeError, MemoryError):
         return ""

@@ -1,9 +1,9 @@
 """The trace of a deep model's training step, composed from copies of the model with few layers.
 
-Decoder layers with the same structure use memory in the same way, so a trace of n + 1 layers is the trace of n layers with inserted runs
-of events. Copies with one, two and three layers are traced. If what the second adds to the first gives the third, event by event, it is
-inserted as often as the model has more layers; otherwise the whole model is traced. Layers that differ with a period (e.g. every sixth
-with full attention), or of which the first few differ, are handled a period at a time.
+Decoder layers with the same structure use memory in the same way, so a layer adds a run of events to each phase of a step. Two copies are
+traced, of which the larger has one layer more. If every run that this layer adds is equal to the run before it, it is inserted as often as the
+model has more layers; otherwise the whole model is traced. Layers that differ with a period (e.g. every sixth with full attention) are handled
+a period at a time.
 """
 
 from __future__ import annotations
@@ -11,41 +11,12 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dagster_project.training.methods.build import CANNOT_MERGE, VIRTUAL
-from dagster_project.training.planning.memory import StepTrace, StorageEvent, in_order, read_config, trace_step
-from dagster_project.training.planning.timing import Operations
-
-COPIES = 3
-"""Number of traced copies: two to find what a layer adds, and one to check it."""
-
-
-@dataclass(frozen=True)
-class Depth:
-    """How the layers of a model repeat."""
-
-    layers: int
-    first: int
-    """Layers before the repetition, which covers all other layers exactly."""
-    period: int
-
-    @property
-    def small(self) -> list[int]:
-        """Number of layers of each small copy."""
-        return [self.first + n * self.period for n in range(1, COPIES + 1)]
-
-    @property
-    def times(self) -> int:
-        """Number of periods of the model beyond those of the largest copy."""
-        return (self.layers - self.small[-1]) // self.period
-
-    @property
-    def saves(self) -> bool:
-        """Whether the copies together have fewer layers than the model."""
-        return sum(self.small) < self.layers
+from dagster_project.training.planning.memory import StepTrace, TrainingSpec, read_config, trace_step
 
 
 class SmallCopies:
@@ -64,32 +35,30 @@ class SmallCopies:
         self.layers = int(self.text.num_hidden_layers)
         self.skeleton = _skeleton(base_model)
         self._folder = tempfile.TemporaryDirectory(prefix="pedigree-plan-")
-        self.depth = self._depth()
+        self.sizes = self._sizes()
 
-    def trace(self, base_model: Path, method: str, options: dict[str, Any], **arguments: Any) -> StepTrace:
-        """The trace of the whole model; see `memory.trace_step` for the arguments."""
+    def trace(self, spec: TrainingSpec) -> StepTrace:
+        """The trace of the whole model."""
         has_weights = self.base_model.is_dir() and any(self.base_model.glob("*.safetensors"))
-        reads_weights = has_weights and arguments["device"] == "cpu"  # the sizes of the files count
-        virtual = CANNOT_MERGE.get(method.lower()) == VIRTUAL
-        if self.depth is not None and not (reads_weights or virtual or names_layers(options)):
-            traces = [trace_step(self._copy(layers), method, options, **arguments) for layers in self.depth.small]
-            extended = extend(traces, self.depth.times)
-            if extended is not None:
-                return extended
-        return trace_step(self.base_model, method, options, **arguments)
+        reads_weights = has_weights and spec.device == "cpu"  # the sizes of the files count
+        virtual = CANNOT_MERGE.get(spec.method.lower()) == VIRTUAL
+        if self.sizes and not (reads_weights or virtual or names_layers(spec.options)):
+            short, long = (trace_step(replace(spec, base_model=self._copy(layers))) for layers in self.sizes)
+            deep = extended(short, long, (self.layers - self.sizes[1]) // (self.sizes[1] - self.sizes[0]))
+            if deep is not None:
+                return deep
+        return trace_step(spec)
 
-    def _depth(self) -> Depth | None:
-        """How the layers repeat; None if they do not, or if copies would not be faster."""
+    def _sizes(self) -> tuple[int, int] | None:
+        """Numbers of layers of the copies; None if the layers do not repeat, or copies would not be faster."""
         known = _layers(self.skeleton, self.layers)
-        depth = repetition(known)
-        if depth is None or not depth.saves:
-            return None
-        largest = depth.small[-1]
+        sizes = repetition(known)
         try:
-            same = _layers(_skeleton(self._copy(largest)), largest) == known[:largest]
+            if sizes and _layers(_skeleton(self._copy(sizes[1])), sizes[1]) == known[: sizes[1]]:
+                return sizes
         except (ValueError, TypeError, KeyError, IndexError):  # this configuration needs its own number of layers
-            return None
-        return depth if same else None
+            pass
+        return None
 
     def _copy(self, layers: int) -> Path:
         """Folder with the configuration for this number of layers; lists with a value per layer are shortened."""
@@ -99,8 +68,7 @@ class SmallCopies:
         file = self.base_model / "config.json" if self.base_model.is_dir() else self.base_model
         values = json.loads(file.read_text())
         name = self.text.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-        text = next((part for part in values.values() if isinstance(part, dict) and name in part), values)
-        text = values if name in values else text
+        text = next((part for part in (values, *values.values()) if isinstance(part, dict) and name in part), values)
         text.update({key: value[:layers] for key, value in text.items() if isinstance(value, list) and len(value) == self.layers})
         text[name] = layers
         folder.mkdir()
@@ -119,85 +87,53 @@ def names_layers(options: dict[str, Any]) -> bool:
     return any(character.isdigit() for name in targets for character in name)
 
 
-def repetition(layers: Sequence[Any]) -> Depth | None:
-    """The shortest period with which the layers repeat up to the last, after the fewest other layers; None if they do not repeat."""
-    for period in range(1, len(layers) // COPIES + 1):
-        different = [n for n in range(len(layers) - period) if layers[n] != layers[n + period]]
-        first = different[-1] + 1 if different else 0
-        first += (len(layers) - first) % period
-        if first + COPIES * period <= len(layers):
-            return Depth(len(layers), first, period)
+def repetition(layers: Sequence[Any]) -> tuple[int, int] | None:
+    """Numbers of layers of two copies that differ by the shortest period with which the layers repeat up to the last.
+
+    Returns:
+        None if the layers do not repeat, or if both copies together have as many layers as the model.
+    """
+    n = len(layers)
+    for period in range(1, n // 5 + 1):
+        first = max((i + 1 for i in range(n - period) if layers[i] != layers[i + period]), default=0)
+        first += (n - first) % period
+        if 2 * first + 5 * period < n:
+            return first + 2 * period, first + 3 * period
     return None
 
 
-def extend(traces: Sequence[StepTrace], times: int) -> StepTrace | None:
-    """The trace of a model with `times` more periods than the last of three traces; None if the first two do not predict the third."""
-    one, two, three = traces
-    # storages that are freed together repeat either in the recorded order or when sorted
-    recorded = [trace.events for trace in traces]
-    events = extended_events(recorded, times)
+def extended(short: StepTrace, long: StepTrace, times: int) -> StepTrace | None:
+    """The trace of a model with `times` more periods than that of `long`; None if the one that `long` adds to `short` does not repeat."""
+    events = repeated(short.events, long.events, times)
     if events is None:
-        events = extended_events([in_order(event_list) for event_list in recorded], times)
-    operations = _extended(one.operations, two.operations, three.operations, times)
-    sizes = {}
-    for name in ("trainable", "total", "optimizer", "loading"):
-        a, b, c = (getattr(trace, name) for trace in traces)
-        if c - b != b - a:
-            return None
-        sizes[name] = c + times * (c - b)
-    if events is None or operations is None:
         return None
-    return replace(three, events=events, operations=operations, **sizes)
+    counts = {key: n + times * (n - short.operations.counts.get(key, 0)) for key, n in long.operations.counts.items()}
+    sizes = {
+        name: (1 + times) * getattr(long, name) - times * getattr(short, name) for name in ("trainable", "total", "optimizer", "loading")
+    }
+    return replace(long, events=events, operations=long.operations.with_counts(counts), **sizes)
 
 
-def extended_events(traces: Sequence[list[StorageEvent]], times: int) -> list[StorageEvent] | None:
-    """Events of a model with `times` more periods than the third; None if the runs that the second adds to the first do not give the third."""
-    one, two, three = traces
-    added = insertions(one, two)
-    if added is None or insert(one, added, 2) != three:
-        return None
-    return insert(one, added, 2 + times)
-
-
-def insertions(short: Sequence[StorageEvent], long: Sequence[StorageEvent]) -> list[tuple[int, Sequence[StorageEvent]]] | None:
-    """Runs of events in `long` that `short` lacks, as (index in `short`, run); None if `long` is not `short` with inserted runs."""
-    runs: list[tuple[int, Sequence[StorageEvent]]] = []
-    here, there = 0, 0
-    left = len(long) - len(short)
-    while left > 0:
+def repeated(short: list[Any], long: list[Any], times: int) -> list[Any] | None:
+    """`long` with the runs that `short` lacks inserted `times` times more; None if a run differs from what precedes it."""
+    events: list[Any] = []
+    here = there = 0
+    while left := len(long) - there - len(short) + here:
         same = _same(short, here, long, there)
         here, there = here + same, there + same
-        size = max(range(1, left + 1), key=lambda n: (_same(short, here, long, there + n), -n))
-        runs.append((here, long[there : there + size]))
-        there, left = there + size, left - size
-    return runs if left == 0 and short[here:] == long[there:] else None
+        size = max(range(1, left + 1), key=lambda n: (_same(short, here, long, there + n), -n), default=0)
+        run = long[there : there + size]
+        if not run or run != short[max(0, here - size) : here]:
+            return None
+        events += long[there - same : there] + run * (1 + times)
+        there += size
+    return events + long[there:] if short[here:] == long[there:] else None
 
 
-def insert(events: Sequence[StorageEvent], runs: Sequence[tuple[int, Sequence[StorageEvent]]], times: int) -> list[StorageEvent]:
-    """`events` with each run inserted `times` times at its index."""
-    extended: list[StorageEvent] = []
-    start = 0
-    for index, run in runs:
-        extended += [*events[start:index], *(event for _ in range(times) for event in run)]
-        start = index
-    return [*extended, *events[start:]]
-
-
-def _same(short: Sequence[Any], here: int, long: Sequence[Any], there: int) -> int:
-    """Length of the common run of events from these two indices on."""
+def _same(short: list[Any], here: int, long: list[Any], there: int) -> int:
+    """Length of the common run from these two indices on."""
     most = min(len(short) - here, len(long) - there)
     return next((n for n in range(most) if short[here + n] != long[there + n]), most)
-
-
-def _extended(one: Operations, two: Operations, three: Operations, times: int) -> Operations | None:
-    """Operations of a deeper model by linear extrapolation; None if the three counts are not on a line."""
-    counts = dict[Any, float]()
-    for key in three.counts.keys() | two.counts.keys() | one.counts.keys():
-        a, b, c = (operations.counts.get(key, 0) for operations in (one, two, three))
-        if c - b != b - a:
-            return None
-        counts[key] = c + times * (c - b)
-    return three.with_counts(counts)
 
 
 def _skeleton(base_model: Path) -> Any:

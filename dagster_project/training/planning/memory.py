@@ -7,11 +7,13 @@ docs/memory.md has the formulas and compares predictions with measurements (`ben
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from dagster_project.training.methods.build import CANNOT_CHECKPOINT, CANNOT_MER
 from dagster_project.training.methods.feature_extraction import Options
 from dagster_project.training.methods.hardware import LARGE_BLOCK
 from dagster_project.training.planning.timing import Operations, attention, attention_and_back
-from dagster_project.training.planning.torch_internals import dispatch_mode, flatten, reads_meta_value, replaced
+from dagster_project.training.planning.torch_internals import intercepted, meta_tensors, replaced, run_on_meta
 from dagster_project.training.trainers.harness.params import OPTIMIZER_MEMORY
 
 STARTED = 45 * 2**20
@@ -38,12 +40,12 @@ class Memory:
     """Bytes by part at the moment of the peak."""
 
     weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    logits: int
-    fragmentation: int
-    runtime: int
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    logits: int = 0
+    fragmentation: int = 0
+    runtime: int = 0
 
     @property
     def total(self) -> int:
@@ -52,58 +54,6 @@ class Memory:
 
 class Unpredictable(InputError):
     """The method reads weights while it is applied to the model, so it cannot be built on the meta device."""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """Predicted memory and work of one training."""
-
-    memory: Memory
-    trainable: int
-    """Number of trained parameters."""
-    total: int
-    """Number of all parameters."""
-    step: Operations
-    """Operations of an optimizer step: its passes, gradient clipping and the update."""
-    optim: str
-    """transformers' name of the optimizer; empty if the method takes no optimizer steps."""
-
-
-def predict(
-    base_model: Path,
-    method: str,
-    options: dict[str, Any],
-    *,
-    lengths: Sequence[int],
-    counted: int,
-    dtype: Any,
-    device: str,
-    runtime: int,
-    quantization: Quantization | None = None,
-    gradient_checkpointing: bool = False,
-    gradient_accumulation_steps: int = 1,
-    optim: str = "adamw_torch_fused",
-    where: str = "adapter",
-) -> Prediction:
-    """Predict peak memory and work of training. The random state of torch does not change.
-
-    Args:
-        base_model: folder with a config.json, or such a file; weights are not needed.
-        method, options, quantization, optim: values of the variant's entry in params.yaml.
-        lengths: tokens of each example in the largest forward pass, over all its rows.
-        counted: number of its positions that count in the loss.
-        dtype: torch.float32 or torch.bfloat16.
-        device: "cpu" or "cuda", the device of the training; it need not exist on this machine.
-        runtime: bytes, see `resident`; CUDA_RUNTIME on "cuda".
-        where: dotted path of the entry in params.yaml, for messages.
-    Raises:
-        InputError: no configuration, an unknown method or key, or one that does not fit the model; Unpredictable if the method needs weights.
-    """
-    trace = trace_step(
-        base_model, method, options, lengths=lengths, counted=counted, dtype=dtype, device=device, quantization=quantization,
-        gradient_checkpointing=gradient_checkpointing, gradient_accumulation_steps=gradient_accumulation_steps, optim=optim, where=where,
-    )  # fmt: skip
-    return predict_from(trace, device, runtime)
 
 
 StorageEvent = tuple[str, str, int]
@@ -116,8 +66,11 @@ class StepTrace:
 
     events: list[StorageEvent]
     operations: Operations
+    """Operations of an optimizer step: its passes, gradient clipping and the update."""
     trainable: int
+    """Number of trained parameters."""
     total: int
+    """Number of all parameters."""
     optimizer: int
     """Bytes of the optimizer state."""
     optim: str
@@ -125,89 +78,69 @@ class StepTrace:
     loading: int
     """Bytes resident while weights are read and converted; 0 if the stored weights are used without conversion."""
 
-
-def in_order(events: Sequence[StorageEvent]) -> list[StorageEvent]:
-    """Sort the events between two allocations. The order in which storages are freed there varies and does not affect the peak."""
-    ordered: list[StorageEvent] = []
-    start = 0
-    for index, event in enumerate(events):
-        if not event[0]:
-            ordered += [*sorted(events[start:index]), event]
-            start = index + 1
-    return [*ordered, *sorted(events[start:])]
-
-
-def predict_from(trace: StepTrace, device: str, runtime: int) -> Prediction:
-    """Peak memory of a traced step."""
-    account = Account()
-    for event in trace.events:
-        account.apply(event)
-    fragmentation = account.fragmentation if device == "cpu" else 0
-    peak = Memory(**account.peak, optimizer=trace.optimizer, fragmentation=fragmentation, runtime=runtime)
-    if trace.loading > peak.total - runtime:
-        peak = Memory(weights=trace.loading, gradients=0, optimizer=0, activations=0, logits=0, fragmentation=0, runtime=runtime)
-    return Prediction(peak, trace.trainable, trace.total, trace.operations, trace.optim)
+    def peak(self, device: str, runtime: int) -> Memory:
+        """Memory of a step on "cpu" or "cuda" in a process that uses `runtime` bytes in addition."""
+        account = Account()
+        for event in self.events:
+            account.apply(event)
+        fragmentation = account.fragmentation if device == "cpu" else 0
+        peak = Memory(**account.peak, optimizer=self.optimizer, fragmentation=fragmentation, runtime=runtime)
+        if self.loading > peak.total - runtime:
+            return Memory(weights=self.loading, runtime=runtime)
+        return peak
 
 
-def trace_step(
-    base_model: Path,
-    method: str,
-    options: dict[str, Any],
-    *,
-    lengths: Sequence[int],
-    counted: int,
-    dtype: Any,
-    device: str,
-    quantization: Quantization | None = None,
-    gradient_checkpointing: bool = False,
-    gradient_accumulation_steps: int = 1,
-    optim: str = "adamw_torch_fused",
-    where: str = "adapter",
-    timed: bool = True,
-) -> StepTrace:
-    """Build model and method on the meta device and run one step; see `predict` for the arguments.
+@dataclass(frozen=True)
+class Prediction(StepTrace):
+    """Predicted memory and work of one training."""
 
-    Args:
-        timed: also record the operations, so that their time can be measured. Takes a third longer.
+    memory: Memory
+
+
+def trace_step(spec: TrainingSpec) -> StepTrace:
+    """Build model and method on the meta device and run one step. The random state of torch does not change.
+
+    Raises:
+        InputError: no configuration, an unknown method or key, or one that does not fit the model; Unpredictable if the method needs weights.
     """
     import torch
 
-    config = read_config(base_model)
+    config = read_config(spec.base_model)
     stored = config.dtype or torch.float32  # read before the model is built, which changes it
     # initial values that are computed from the weights (pissa, olora, ...) have the same shapes as any others
-    options = {key: value for key, value in options.items() if key != "init_lora_weights" or isinstance(value, bool)}
-    ledger = _Ledger(config.get_text_config().vocab_size, timed)
-    with torch.random.fork_rng(devices=[]), _without_warnings(), _needs_no_weights(method, where):
-        with torch.device("meta"), _zero_for_values():
+    options = {key: value for key, value in spec.options.items() if key != "init_lora_weights" or isinstance(value, bool)}
+    ledger = _Ledger(config.get_text_config().vocab_size, spec.timed)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"), _needs_no_weights(spec):
+        with torch.device("meta"), intercepted(0):
             prepared = build(
-                method, options, base_model, torch.device(device), dtype, where, quantization, merge=False, total_steps=100,
-                categories=("one", "other"), weights=False,
+                spec.method, options, spec.base_model, torch.device(spec.device), spec.dtype, spec.where, spec.quantization, merge=False,
+                total_steps=100, categories=("one", "other"), weights=False,
             )  # fmt: skip
         model = prepared.model
         network = model.base if prepared.fit else model
         base = causal(network)
         if not prepared.fit:
-            _prepare_for_training(model, base, gradient_checkpointing)
+            _prepare_for_training(model, base, spec.gradient_checkpointing)
         for tensor in _tensors(network):
             ledger.born(tensor, "weights")
         if prepared.fit:
-            batch = parse(Options, options, where).batch_size
-            _feature_pass(ledger, base, [max(lengths)] * batch)
+            batch = parse(Options, options, spec.where).batch_size
+            _feature_pass(ledger, base, [max(spec.lengths)] * batch)
         else:
-            _passes(ledger, prepared, base, lengths, counted, passes := min(2, gradient_accumulation_steps))
-            ledger.operations.multiply(gradient_accumulation_steps / passes)
+            passes = min(2, spec.gradient_accumulation_steps)
+            _passes(ledger, prepared, base, spec.rows * spec.lengths, spec.rows * spec.counted, passes)
+            ledger.operations.multiply(spec.gradient_accumulation_steps / passes)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if timed and not prepared.fit:
+    if spec.timed and not prepared.fit:
         ledger.operations.note_optimizer(trained)
-    optim = prepared.optim or optim
+    optim = prepared.optim or spec.optim
     states = 0 if prepared.fit else sum(_state_bytes(parameter, optim) for parameter in trained)
-    if method.lower() == "adalora":
+    if spec.method.lower() == "adalora":
         states += 3 * sum(map(_bytes, trained))  # importance of each weight, its mean and its spread
-    as_stored = stored == (torch.float32 if prepared.autocast else dtype) and not getattr(base, "is_loaded_in_4bit", False)
-    loading = 0 if device != "cpu" or as_stored else _loading(base_model, base, stored)
-    return StepTrace(
-        list(ledger.events), ledger.operations, prepared.trainable, prepared.total, states, "" if prepared.fit else optim, loading
-    )
+    as_stored = stored == (torch.float32 if prepared.autocast else spec.dtype) and not getattr(base, "is_loaded_in_4bit", False)
+    loading = 0 if spec.device != "cpu" or as_stored else _loading(spec.base_model, base, stored)
+    optim = "" if prepared.fit else optim
+    return StepTrace(list(ledger.events), ledger.operations, prepared.trainable, prepared.total, states, optim, loading)
 
 
 LORA = {"r": 16, "target_modules": "all-linear"}
@@ -216,35 +149,52 @@ LORA = {"r": 16, "target_modules": "all-linear"}
 
 @dataclass(frozen=True)
 class TrainingSpec:
-    """Everything that a prediction depends on; see `predict` for the fields."""
+    """Everything that a prediction depends on. `method`, `options`, `quantization` and `optim` are those of the variant's entry in params.yaml."""
 
     device: str
+    """"cpu" or "cuda", the device of the training; it need not exist on this machine."""
     dtype: Any
-    runtime: int
+    """torch.float32 or torch.bfloat16."""
     base_model: Path
+    """Folder with a config.json, or such a file; weights are not needed."""
     method: str
     options: dict[str, Any]
-    quantization: Quantization | None
-    rows: int
-    """Packed rows in a forward pass."""
     lengths: list[int]
-    """Tokens of each example in the largest such row."""
+    """Tokens of each example in the largest packed row."""
     counted: int
     """Positions of that row that count in the loss."""
-    gradient_checkpointing: bool
-    gradient_accumulation_steps: int
-    optim: str
-    where: str
+    rows: int = 1
+    """Packed rows in a forward pass."""
+    runtime: int = 0
+    """Bytes of the process, see `resident`; CUDA_RUNTIME on "cuda"."""
+    quantization: Quantization | None = None
+    gradient_checkpointing: bool = False
+    gradient_accumulation_steps: int = 1
+    optim: str = "adamw_torch_fused"
+    where: str = "adapter"
+    """Dotted path of the entry in params.yaml, for messages."""
     timed: bool = True
-    """Whether the step's operations are recorded."""
-    trace: Callable[..., StepTrace] = trace_step
+    """Whether the operations are recorded, so that their time can be measured. Takes a third longer."""
+    trace: Callable[[TrainingSpec], StepTrace] = trace_step
 
-    def predict(self) -> Prediction:
-        arguments = dict(vars(self))
-        rows, runtime, trace = arguments.pop("rows"), arguments.pop("runtime"), arguments.pop("trace")
-        arguments["lengths"], arguments["counted"] = rows * self.lengths, rows * self.counted
-        step = trace(arguments.pop("base_model"), arguments.pop("method"), arguments.pop("options"), **arguments)
-        return predict_from(step, self.device, runtime)
+    @cached_property
+    def prediction(self) -> Prediction:
+        """Predicted peak memory and work of training."""
+        trace = self.trace(self)
+        return Prediction(**vars(trace), memory=trace.peak(self.device, self.runtime))
+
+    @property
+    def needed(self) -> int:
+        """Bytes of the predicted peak."""
+        return self.prediction.memory.total
+
+    @property
+    def can_checkpoint(self) -> bool:
+        return self.method.lower() not in CANNOT_CHECKPOINT
+
+    def checkpointed_beyond(self, free: int) -> TrainingSpec:
+        """With gradient checkpointing, if without it more than `free` bytes are needed and the method supports it."""
+        return replace(self, gradient_checkpointing=True) if self.can_checkpoint and self.needed > free else self
 
     def lighter(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Changes that need less memory, mildest first, as pairs of (text for params.yaml, changed fields)."""
@@ -254,16 +204,15 @@ class TrainingSpec:
         row = f"per_device_train_batch_size: 1 with gradient_accumulation_steps: {single['gradient_accumulation_steps']}"
         with_row = f", {row}" if self.rows > 1 else ""
         lora = {"options": LORA, "quantization": None, "gradient_checkpointing": True, **single}
-        supports_checkpointing = self.method.lower() not in CANNOT_CHECKPOINT
-        if not self.gradient_checkpointing and supports_checkpointing:
+        if not self.gradient_checkpointing and self.can_checkpoint:
             yield "gradient_checkpointing: true", {"gradient_checkpointing": True}
         if self.rows > 1:
             yield row, single
-            if supports_checkpointing:
+            if self.can_checkpoint:
                 yield f"gradient_checkpointing: true, {row}", {"gradient_checkpointing": True, **single}
         if self.dtype == torch.float32:
             yield "compute.dtype: bfloat16", {"dtype": torch.bfloat16}
-            if supports_checkpointing:
+            if self.can_checkpoint:
                 least = {"dtype": torch.bfloat16, "gradient_checkpointing": True, **single}
                 yield f"compute.dtype: bfloat16 and gradient_checkpointing: true{with_row}", least
         if self.method.lower() in ("full", "bitfit", "layernorm"):
@@ -271,19 +220,14 @@ class TrainingSpec:
         if self.method.lower() != "qlora":
             yield f"method: qlora with gradient_checkpointing: true{with_row}", {"method": "qlora", **lora, "dtype": torch.bfloat16}
 
-    def remedy(self, needed: int, room: int) -> str:
-        """The mildest change that fits, or else the one that needs least memory.
-
-        Args:
-            needed: bytes predicted for this spec.
-            room: bytes that may be used.
-        """
-        least = (needed, "")
+    def remedy(self, room: int) -> str:
+        """The mildest change that fits into `room` bytes, or else the one that needs least memory."""
+        least = (self.needed, "")
         for text, changed in self.lighter():
-            predicted = replace(self, **changed).predict().memory.total
-            if predicted <= room:
-                return f"{text} would take {size_text(predicted)}"
-            least = min(least, (predicted, text))
+            needed = replace(self, **changed).needed
+            if needed <= room:
+                return f"{text} would take {size_text(needed)}"
+            least = min(least, (needed, text))
         other = "use a smaller model or a machine with more memory"
         return f"{least[1]} would take {size_text(least[0])}, which is the least; {other}" if least[1] else other
 
@@ -294,30 +238,27 @@ def size_text(size: float) -> str:
 
 
 @contextmanager
-def _needs_no_weights(method: str, where: str) -> Iterator[None]:
+def _needs_no_weights(spec: TrainingSpec) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # a value was read from a meta tensor
         raise Unpredictable(
-            f"params.yaml: {where}.method: the memory of {method} cannot be predicted without weights ({str(error).splitlines()[0][:80]})",
+            f"params.yaml: {spec.where}.method: the memory of {spec.method} cannot be predicted without weights ({str(error).splitlines()[0][:80]})",
             "list the variants to plan, without this one",
         ) from None
 
 
-def largest_row(lengths: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], method: str) -> tuple[list[int], int]:
-    """The packed row that needs the most memory.
-
-    With virtual tokens every example is padded to the longest.
+def largest_row(rows: Sequence[Mapping[str, Any]], method: str) -> tuple[list[int], int]:
+    """The packed row that needs the most memory. With virtual tokens every example is padded to the longest.
 
     Args:
-        lengths: tokens of each example, for each row.
-        labels: label ids, for each row.
+        rows: with the columns `lengths`, the tokens of each example, and `labels`.
     Returns:
         Tokens of each example in that row; the largest number of positions that count in the loss of any row.
     """
     padded = CANNOT_MERGE.get(method.lower()) == VIRTUAL
-    largest = max(lengths, key=lambda row: (len(row) * max(row) if padded else sum(row), len(row)))
-    return list(largest), max(sum(label != IGNORE for label in row) for row in labels)
+    largest = max((row["lengths"] for row in rows), key=lambda row: (len(row) * max(row) if padded else sum(row), len(row)))
+    return list(largest), max(sum(label != IGNORE for label in row["labels"]) for row in rows)
 
 
 def read_config(base_model: Path) -> Any:
@@ -518,30 +459,21 @@ class _Ledger:
         self.events.append((part, "gradients", size))
         self._known[key] = ("gradients", size, alive)
 
+    def run(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Run an operation, and record it and the storages that it allocates."""
+        out = run_on_meta(func, args, kwargs)
+        outputs = meta_tensors(out)
+        if self.timed and (outputs or meta_tensors((args, kwargs))):
+            self.operations.note(func, *args, **kwargs)
+        for tensor in outputs:
+            self.born(tensor, "logits" if tensor.shape and tensor.shape[-1] == self.vocabulary else "activations")
+        if func.name() == "bitsandbytes::gemm_4bit":  # for more than a few rows it makes a temporary copy of the matrix
+            self.passing(args[2][0] * args[2][1] * args[0].element_size())
+        return out
+
     def mode(self) -> Any:
-        """A context in which every operation is recorded."""
-        import torch
-
-        ledger = self
-
-        def tensors(values: Any) -> list[Any]:
-            return [value for value in flatten(values)[0] if isinstance(value, torch.Tensor) and value.device.type == "meta"]
-
-        class Recording(dispatch_mode()):  # type: ignore[misc]
-            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                if reads_meta_value(func, args):
-                    return False  # the only value that is read: whether a batch is not packed
-                out = func(*args, **(kwargs or {}))
-                outputs = tensors(out)
-                if ledger.timed and (outputs or tensors((args, kwargs))):
-                    ledger.operations.note(func, *args, **(kwargs or {}))
-                for tensor in outputs:
-                    ledger.born(tensor, "logits" if tensor.shape and tensor.shape[-1] == ledger.vocabulary else "activations")
-                if func.name() == "bitsandbytes::gemm_4bit":  # for more than a few rows it makes a temporary copy of the matrix
-                    ledger.passing(args[2][0] * args[2][1] * args[0].element_size())
-                return out
-
-        return Recording()
+        """A context in which every operation is recorded. The only value that is read is whether a batch is not packed."""
+        return intercepted(False, self.run)
 
     @contextmanager
     def attention(self) -> Iterator[None]:
@@ -579,29 +511,6 @@ class _Ledger:
 
         with replaced(torch.nn.functional, "scaled_dot_product_attention", fused):
             yield
-
-
-@contextmanager
-def _zero_for_values() -> Iterator[None]:
-    """Return 0 for the value of a meta tensor, for methods that read values while they are built."""
-
-    class Zero(dispatch_mode()):  # type: ignore[misc]
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if reads_meta_value(func, args):
-                return 0
-            return func(*args, **(kwargs or {}))
-
-    with Zero():
-        yield
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _bytes(tensor: Any) -> int:

@@ -12,12 +12,57 @@ TORCH = ">=2.9,<3"
 """Versions of torch that this file was written for."""
 
 
-def dispatch_mode() -> type:
-    """Base class of modes that intercept every operation. torch's notes on extending it document the class, but its module is private."""
-    require_version("torch", TORCH, "torch.utils._python_dispatch.TorchDispatchMode")
+def intercepted(value: Any, run: Callable[[Any, Any, Any], Any] = lambda func, args, kwargs: func(*args, **kwargs)) -> Any:
+    """A context in which reading the value of a meta tensor, which has none, gives `value`. torch's notes on extending it document
+    TorchDispatchMode, but its module is private.
+
+    Args:
+        run: called for every other operation, with the operation, its arguments and keywords.
+    """
+    require_version("torch", TORCH, "torch.utils._python_dispatch.TorchDispatchMode, aten::_local_scalar_dense")
+    import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    return TorchDispatchMode
+    class Interception(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
+                return value
+            return run(func, args, kwargs or {})
+
+    return Interception()
+
+
+_results: dict[Any, tuple[Any, Any, Any]] = {}
+
+
+def run_on_meta(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Run an operation on the meta device, where computing the shape of the result takes half of a step's time: it is computed once for each
+    set of arguments, if the result is a new tensor."""
+    import torch
+
+    def described(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.shape, value.stride(), value.dtype, value.device
+        return tuple(map(described, value)) if isinstance(value, (list, tuple)) else (type(value), value)
+
+    key = (func, described(args), described(tuple(kwargs.items())))
+    if key in _results:
+        size, stride, dtype = _results[key]
+        return torch.empty_strided(size, stride, dtype=dtype, device="meta")
+    out = func(*args, **kwargs)
+    inputs = {id(tensor.untyped_storage()) for tensor in meta_tensors((args, kwargs))}
+    if inputs and isinstance(out, torch.Tensor) and id(storage := out.untyped_storage()) not in inputs:
+        shape = out.shape, out.stride(), out.dtype
+        if storage.nbytes() == torch.empty_strided(*shape[:2], dtype=shape[2], device="meta").untyped_storage().nbytes():
+            _results[key] = shape
+    return out
+
+
+def meta_tensors(values: Any) -> list[Any]:
+    """The tensors on the meta device in nested lists, tuples and dicts."""
+    import torch
+
+    return [value for value in flatten(values)[0] if isinstance(value, torch.Tensor) and value.device.type == "meta"]
 
 
 def flatten(values: Any) -> tuple[list[Any], Any]:
@@ -30,7 +75,6 @@ def flatten(values: Any) -> tuple[list[Any], Any]:
 
 def unflatten(leaves: Sequence[Any], structure: Any) -> Any:
     """Inverse of `flatten`."""
-    require_version("torch", TORCH, "torch.utils._pytree")
     from torch.utils._pytree import tree_unflatten
 
     return tree_unflatten(leaves, structure)
@@ -42,14 +86,6 @@ def fused_adamw() -> Callable[..., None]:
     import torch
 
     return torch._fused_adamw_
-
-
-def reads_meta_value(operation: Any, arguments: Sequence[Any]) -> bool:
-    """Whether an intercepted operation is `item()` of a meta tensor, which has no value."""
-    require_version("torch", TORCH, "aten::_local_scalar_dense")
-    import torch
-
-    return operation is torch.ops.aten._local_scalar_dense.default and arguments[0].device.type == "meta"
 
 
 @contextmanager

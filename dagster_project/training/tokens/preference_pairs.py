@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dagster_project.core.chat import IGNORE, encode_pieces, last_turn_pieces
-from dagster_project.core.messages import Message, Messages, Tools
+from dagster_project.core.chat import IGNORE, encode_pieces, encode_prompt, last_turn_pieces
+from dagster_project.core.errors import InputError
+from dagster_project.core.messages import Message, Messages, Tools, is_plain
 
 Answered = tuple[list[int], list[int]]
 """(ids of the prompt including the assistant's header, ids of the answer including its end-of-turn token)."""
@@ -41,12 +42,50 @@ def reply(text: str) -> list[Message]:
     return [{"role": "assistant", "content": text}]
 
 
+def prompt_ids(tokenizer: Any, pair: Mapping[str, Any]) -> list[int]:
+    """Ids of a pair's prompt for a new answer, including the header, which opens a trace if that of the chosen answer does."""
+    return encode_prompt(tokenizer, pair["prompt"], pair.get("tools"), bool(pair["chosen"][0].get("reasoning_content")))
+
+
 def both(tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[tuple[list[int], list[int], list[int]]]:
-    """Ids of the prompt, the chosen and the rejected answer of each pair."""
+    """Ids of the prompt, the chosen and the rejected answer of each pair.
+
+    Some templates open an answer with a trace in another way than one without. Where a pair has one of each, the prompt ends where the two
+    headers part, and the rest of each belongs to its answer.
+    """
     tools = [pair.get("tools") for pair in pairs]
     chosen = answered(tokenizer, [[*pair["prompt"], *pair["chosen"]] for pair in pairs], tools)
     rejected = answered(tokenizer, [[*pair["prompt"], *pair["rejected"]] for pair in pairs], tools)
-    return [(prompt, good, bad) for (prompt, good), (_, bad) in zip(chosen, rejected, strict=True)]
+    return [_with_one_prompt(*sides) for sides in zip(chosen, rejected, strict=True)]
+
+
+def refuse_misfits(tokenizer: Any, pairs: Mapping[str, Sequence[Mapping[str, Any]]], model: str, next_step: str = "") -> None:
+    """Check that the chat template writes the tools, calls and traces of all pairs, before anything is trained.
+
+    Args:
+        pairs: split -> its pairs.
+        model: whose template it is, for the message.
+        next_step: advice; "" for that of the refusal.
+    Raises:
+        InputError: it does not.
+    """
+    for split, of_split in pairs.items():
+        for pair in of_split:
+            if not pair.get("tools") and all(is_plain(pair[side]) for side in ("prompt", "chosen", "rejected")):
+                continue
+            try:
+                both(tokenizer, [pair])
+            except InputError as error:
+                what = f"data/preferences: pair {pair['example_id']} ({split}) does not fit the chat template of {model}: {error.what}"
+                raise InputError(what, next_step or error.hint) from None
+
+
+def _with_one_prompt(chosen: Answered, rejected: Answered) -> tuple[list[int], list[int], list[int]]:
+    (prompt, good), (other, bad) = chosen, rejected
+    if prompt == other:
+        return prompt, good, bad
+    shared = next(i for i, (a, b) in enumerate(zip([*prompt, None], [*other, None], strict=False)) if a != b)
+    return prompt[:shared], prompt[shared:] + good, other[shared:] + bad
 
 
 def labelled(prompt: Sequence[int], answer: Sequence[int]) -> tuple[list[int], list[int]]:

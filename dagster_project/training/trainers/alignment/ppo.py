@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pedigree")
 
-Reward = Callable[[Sequence[int], Sequence[str]], list[float]]
-"""(numbers of the prompts, the answer to each without special tokens and outer blanks) -> a finite number for each."""
+Reward = Callable[[Sequence[int], Sequence[str], Sequence[Sequence[int]]], list[float]]
+"""(numbers of the prompts, the answer to each without special tokens and outer blanks, its token ids) -> a finite number for each."""
 
 
 LIVE = ("reward", "kl", "kl_coef", "entropy", "response_length", "policy_loss", "value_loss", "clip_fraction", "learning_rate", "grad_norm")
@@ -466,7 +466,7 @@ def rewarded(reward: Reward, rollout: Rollout, texts: Sequence[str], settings: S
 
     here = distributed.place()
     mine = list(range(here.rank, len(texts), here.size))
-    given = reward([rollout.rows[e] for e in mine], [texts[e] for e in mine]) if mine else []
+    given = reward([rollout.rows[e] for e in mine], [texts[e] for e in mine], [rollout.answers[e] for e in mine]) if mine else []
     if len(given) != len(mine):
         raise InputError(f"ppo: the reward gave {len(given)} numbers for {len(mine)} answers", "let it give one for each")
     for e, score in zip(mine, given, strict=True):

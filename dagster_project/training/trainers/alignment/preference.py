@@ -21,18 +21,18 @@ import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from dagster_project.core.chat import encode_prompt
 from dagster_project.core.errors import InputError
-from dagster_project.core.messages import Messages
 from dagster_project.core.params import Compute, Section, parse
+from dagster_project.training.inference.answers import read_parts
 from dagster_project.training.methods import build
 from dagster_project.training.methods.build import PreparedModel
-from dagster_project.training.tokens.preference_pairs import both
+from dagster_project.training.tokens.preference_pairs import both, prompt_ids, reply
 from dagster_project.training.trainers.alignment import ppo, trl_training
 from dagster_project.training.trainers.alignment.reward_model import Rewards
 from dagster_project.training.trainers.alignment.trl_training import TrainerSpec
@@ -60,15 +60,25 @@ class AlignmentRun:
     checkpoints: Checkpoints
     live: Path | None = None
 
-    @property
-    def prompts(self) -> list[Messages]:
-        """Prompts of the training split, by the number of their pair."""
-        return [list(pair["prompt"]) for pair in self.pairs["train"]]
+    @cached_property
+    def prompts(self) -> list[list[int]]:
+        """Token ids of the prompts of the training split, by the number of their pair."""
+        return [prompt_ids(self.tokenizer, pair) for pair in self.pairs["train"]]
 
-    def reward(self, rows: Sequence[int], answers: Sequence[str]) -> list[float]:
-        """Reward of each answer to the prompts of these pairs."""
+    def reward(self, rows: Sequence[int], texts: Sequence[str], ids: Sequence[Sequence[int]]) -> list[float]:
+        """Reward of each answer to the prompts of these pairs.
+
+        Args:
+            texts: the answers without special tokens.
+            ids: their token ids, from which traces and calls are read.
+        """
         assert self.rewards
-        return self.rewards([list(self.pairs["train"][row]["prompt"]) for row in rows], answers)
+        pairs = [self.pairs["train"][row] for row in rows]
+        answers = []
+        for pair, row, text, tokens in zip(pairs, rows, texts, ids, strict=True):
+            parts = read_parts(self.tokenizer, self.prompts[row], tokens, pair.get("tools"))
+            answers.append(parts.message if parts else reply(text)[0])
+        return self.rewards(pairs, answers)
 
 
 class AlignmentMethod(Section):
@@ -272,14 +282,14 @@ class GroupMethod(TrlMethod):
         raise NotImplementedError
 
     def trainer_spec(self, run: AlignmentRun) -> TrainerSpec:
-        def reward(completions: Sequence[Messages], row: Sequence[int], **_: Any) -> list[float]:
-            return run.reward(row, [completion[0]["content"] for completion in completions])
+        def reward(completions: Sequence[str], completion_ids: Sequence[Sequence[int]], row: Sequence[int], **_: Any) -> list[float]:
+            return run.reward(row, completions, completion_ids)
 
         arguments = {**self.model_dump(), "steps_per_generation": 1}
         return TrainerSpec(self.name, *self.trl_classes(), arguments, self.metrics, {"reward_funcs": reward})
 
     def rows(self, tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        return [{"prompt": list(pair["prompt"]), "pair": i} for i, pair in enumerate(pairs)]
+        return [{"prompt": prompt_ids(tokenizer, pair), "pair": i} for i, pair in enumerate(pairs)]
 
     def steps_per_epoch(self, pairs: int, params: PreferenceParams) -> int:
         return pairs * self.num_generations * self.num_iterations // math.prod(self.passes(params))
@@ -329,8 +339,7 @@ class Ppo(AlignmentMethod, ppo.Settings):
         Raises:
             InputError: it stopped before the first update.
         """
-        prompts = [encode_prompt(run.tokenizer, prompt) for prompt in run.prompts]
-        history = ppo.train(run.model, run.tokenizer, prompts, run.reward, self, run.compute, run.checkpoints, run.live)
+        history = ppo.train(run.model, run.tokenizer, run.prompts, run.reward, self, run.compute, run.checkpoints, run.live)
         if history.stopped and not history.curve:
             raise InputError(history.stopped, "change what it says in the entry's options")
         curve = [{**point, "loss": point["policy_loss"]} for point in history.curve]

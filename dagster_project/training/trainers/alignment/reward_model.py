@@ -12,13 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dagster_project.core.chat import encode_prompt
 from dagster_project.core.errors import InputError
-from dagster_project.core.messages import Messages
+from dagster_project.core.messages import Message, Messages, Tools, conversation_text
 from dagster_project.core.progress import Progress
 from dagster_project.core.records import CheckResult, write_json
 from dagster_project.training.methods.build import peft_config
 from dagster_project.training.tokens.collators import pad
-from dagster_project.training.tokens.preference_pairs import answered, reply
+from dagster_project.training.tokens.preference_pairs import Answered, answered
 
 if TYPE_CHECKING:
     import torch
@@ -111,15 +112,26 @@ class RewardModel:
             .eval()
         )
 
-    def __call__(self, conversations: Sequence[Messages], batch_size: int = 32, what: str = "") -> list[float]:
-        """The reward of the answer that each conversation ends with. Padding stands on the right behind a mask.
+    def __call__(
+        self, conversations: Sequence[Messages], batch_size: int = 32, what: str = "", tools: Sequence[Tools] | None = None
+    ) -> list[float]:
+        """The reward of the answer that each conversation ends with.
 
         Args:
             what: named in the progress lines; nothing: none.
+            tools: of each conversation; None if none has any.
         """
+        return self._score(answered(self.tokenizer, conversations, tools), batch_size, what)
+
+    def of_answers(self, pairs: Sequence[Mapping[str, Any]], answers: Sequence[Message]) -> list[float]:
+        """The reward of generated answers to the prompts of these pairs."""
+        return self._score([_generated(self.tokenizer, pair, answer) for pair, answer in zip(pairs, answers, strict=True)])
+
+    def _score(self, encoded: Sequence[Answered], batch_size: int = 32, what: str = "") -> list[float]:
+        """The reward of each answer. Padding stands on the right behind a mask."""
         import torch
 
-        texts = [[*prompt, *answer] for prompt, answer in answered(self.tokenizer, conversations)]
+        texts = [[*prompt, *answer] for prompt, answer in encoded]
         rewards = [0.0] * len(texts)
         order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
         progress = Progress(what, len(texts), "answer") if what else None
@@ -135,6 +147,22 @@ class RewardModel:
                 if progress:
                     progress.advance(len(batch))
         return rewards
+
+
+def _generated(tokenizer: Any, pair: Mapping[str, Any], answer: Message) -> Answered:
+    """Encode a generated answer as the template writes it; one that the template refuses, e.g. a call whose arguments are not JSON, as text."""
+    tools = pair.get("tools")
+    try:
+        return answered(tokenizer, [[*pair["prompt"], answer]], [tools])[0]
+    except InputError:
+        prompt = encode_prompt(tokenizer, pair["prompt"], tools, bool(answer.get("reasoning_content")))
+        ids: list[int] = tokenizer(conversation_text([answer]) + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+        return prompt, ids
+
+
+def judged_text(answer: Message) -> str:
+    """The text of an answer that rules judge: its content, and calls as JSON. A trace is not part of it."""
+    return conversation_text([{key: value for key, value in answer.items() if key != "reasoning_content"}])
 
 
 # ---- rules ------------------------------------------------------------------------------------------------------------------------------
@@ -189,13 +217,14 @@ class Rewards:
         """
         self.weights, self.model = {name: weight for name, weight in weights.items() if weight}, model
 
-    def __call__(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[float]:
+    def __call__(self, pairs: Sequence[Mapping[str, Any]], answers: Sequence[Message]) -> list[float]:
+        """The reward of generated answers, which are messages of the assistant, to the prompts of these pairs."""
         total = [0.0] * len(answers)
         for name, weight in self.weights.items():
             if name == MODEL:
                 assert self.model
-                found = self.model([[*prompt, *reply(answer)] for prompt, answer in zip(prompts, answers, strict=True)])
+                found = self.model.of_answers(pairs, answers)
             else:
-                found = [RULES[name](answer) for answer in answers]
+                found = [RULES[name](judged_text(answer)) for answer in answers]
             total = [so_far + weight * value for so_far, value in zip(total, found, strict=True)]
         return total

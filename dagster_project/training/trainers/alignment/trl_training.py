@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.metadata import version
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,6 +90,10 @@ def _trainer_class(base: type) -> type:
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
             return dataset
 
+        def _tokenize_prompts(self, prompts: Any) -> tuple[list[list[int]], None, dict[str, Any]]:
+            """Prompts of online methods are tokenized already: TRL 1.16 would render all of them with the same tools."""
+            return [list(ids) for ids in prompts], None, {}
+
         def training_step(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> Any:
             history, step, epoch = self.session.history, self.state.global_step + 1, int(self.state.epoch or 0) + 1
             known = {row for _, _, row in takewhile(lambda seen: seen[0] == step, reversed(history.seen))}
@@ -148,6 +153,8 @@ def _build_trainer(
     from datasets import Dataset
 
     params, model = session.params, session.model
+    if "prompt" in rows[0] and not hasattr(spec.trainer, "_tokenize_prompts"):  # a private method, overridden in RowTrainer
+        raise AssertionError(f"trl {version('trl')}: {spec.trainer.__name__} has no _tokenize_prompts, which takes prompts as token ids")
     assert isinstance(params, PreferenceParams)
     arguments = training_arguments(params, compute, scratch, model.device.type, bool(validation_rows))
     own = {

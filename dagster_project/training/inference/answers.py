@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import JSON, Call, Message, Tools, calls
-from dagster_project.core.rendering import render
-from dagster_project.evaluation.call_forms import FORMS, find_calls
+from dagster_project.core.rendering import end_tokens, render
+from dagster_project.training.inference.call_forms import FORMS, find_calls
 
 TRACES = {
     "<think>": "</think>",
@@ -85,8 +85,13 @@ def read_answer(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int], tools
         prompt: ids of the prompt, whose end may open a trace.
         tools: the tools that were offered. Without tools nothing is a call.
     """
+    return read_parts(tokenizer, prompt, ids, tools) or Answer(tokenizer.decode(ids, skip_special_tokens=True).strip())
+
+
+def read_parts(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int], tools: Tools = None) -> Answer | None:
+    """As `read_answer`; None if the answer has neither trace nor calls."""
     head = tokenizer.decode(list(prompt)[-PROMPT_TAIL:])
-    return parse(tokenizer, head, tokenizer.decode(ids), tools) or Answer(tokenizer.decode(ids, skip_special_tokens=True).strip())
+    return parse(tokenizer, head, tokenizer.decode(list(ids)), tools)
 
 
 def parse(tokenizer: Any, prompt: str, text: str, tools: Tools = None) -> Answer | None:
@@ -141,7 +146,8 @@ def _plain(tokenizer: Any, text: str) -> str:
 
 def _unended(tokenizer: Any, text: str) -> str:
     """Text without the end-of-turn token."""
-    return text.rstrip().removesuffix(tokenizer.eos_token or "")
+    text = text.rstrip()
+    return text.removesuffix(next((end for end in end_tokens(tokenizer) if text.endswith(end)), ""))
 
 
 def _by_library(library: Any, prompt: str, text: str, tools: Tools) -> tuple[list[Call], str] | None:

@@ -1,0 +1,82 @@
+"""JSON Schema of a tool's arguments, with the names of types that data sets use."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+TYPES: dict[str, str | None] = {
+    **{name: name for name in ("object", "array", "string", "integer", "number", "boolean", "null")},
+    "dict": "object", "map": "object", "mapping": "object", "list": "array", "tuple": "array", "set": "array", "str": "string",
+    "int": "integer", "long": "integer", "float": "number", "double": "number", "bool": "boolean", "none": "null",
+    "any": None, "optional": None, "union": None, "callable": None,
+}  # fmt: skip
+"""Type in a tool's definition, in lower case -> JSON Schema's name for it, or None for any type. ToolACE and xLAM use Python's names."""
+
+BROKEN = "broken schema"
+"""Kind of fault of a schema that cannot be used."""
+
+
+@dataclass(frozen=True)
+class ArgumentsSchema:
+    """Validates arguments by one JSON Schema."""
+
+    schema: Any
+    """A `jsonschema` validator; None if the schema is broken."""
+    broken: str = ""
+    """What is wrong with the schema."""
+
+    def problem(self, arguments: Mapping[str, Any]) -> tuple[str, str] | None:
+        """(kind of fault, fault)."""
+        from jsonschema.exceptions import best_match
+        from referencing.exceptions import Unresolvable
+
+        if self.schema is None:
+            return BROKEN, self.broken
+        try:
+            error = best_match(self.schema.iter_errors(arguments))
+        except (Unresolvable, RecursionError, re.error) as unusable:
+            return BROKEN, " ".join(str(unusable).split()) or type(unusable).__name__
+        return None if error is None else ("arguments do not fit", f"{error.json_path}: {error.message}")
+
+
+def arguments_schema(parameters: Any) -> ArgumentsSchema:
+    """The schema of a tool's `parameters`."""
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import SchemaError
+    from jsonschema.validators import validator_for
+    from jsonschema_specifications import REGISTRY
+
+    if not isinstance(parameters, dict):
+        return ArgumentsSchema(None, f"expected an object, found {type(parameters).__name__}")
+    try:
+        schema = _standard(parameters)
+        kind = validator_for(schema, default=Draft202012Validator)
+        kind.check_schema(schema)
+        return ArgumentsSchema(kind(schema, registry=REGISTRY))  # without a registry, jsonschema would download remote references
+    except SchemaError as error:
+        return ArgumentsSchema(None, f"{error.json_path}: {error.message}")
+    except RecursionError:
+        return ArgumentsSchema(None, "nested too deep")
+
+
+def _standard(schema: Any) -> Any:
+    """A schema with JSON Schema's names of types: {"type": "dict", "properties": {"n": {"type": "int, optional"}}}
+    ->  {"type": "object", "properties": {"n": {"type": "integer"}}}. Unknown types are unchanged."""
+    if isinstance(schema, list):
+        return [_standard(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    result: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key == "type" and isinstance(value, str):
+            name = re.split(r"[\[,( ]", value.strip().lower(), maxsplit=1)[0]
+            if (standard := TYPES.get(name, value)) is not None:
+                result[key] = standard
+        elif key in {"properties", "patternProperties", "$defs", "definitions"} and isinstance(value, dict):
+            result[key] = {name: _standard(one) for name, one in value.items()}
+        else:
+            result[key] = value if key in {"enum", "const", "default", "examples"} else _standard(value)
+    return result
