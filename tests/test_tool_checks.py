@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from dagster_project.core.messages import FIELDS
 from dagster_project.core.records import content_id
+from dagster_project.core.tool_schemas import arguments_schema
 from dagster_project.curation.checks.checks import Judgement, Rules, judge
 from dagster_project.curation.checks.findings import document
 from dagster_project.curation.checks.overlaps import GROUPED
@@ -584,3 +585,18 @@ def test_each_fault_planted_in_a_real_call_is_found(real_rows: list[Record]) -> 
     names = ("invalid_tool_call", "unanswered_tool_call", "orphan_tool_result")
     assert len(planted) > 1000
     assert {name: found.broken[name] for name in names} == {name: [i for i, one in enumerate(expected) if one == name] for name in names}
+
+
+@pytest.mark.parametrize("pattern", ["^(a+)+$", "^(a|a)*$", "a?" * 40 + "a" * 40, "^" + "a+" * 9 + "$", "(a|a)" * 40 + "b"])
+def test_a_pattern_that_would_take_years_is_not_checked(pattern: str) -> None:
+    value = "a" * 39 + "!"
+    by_name = {"patternProperties": {pattern: {"type": "integer"}}, "additionalProperties": False}
+    for parameters in ({"properties": {"x": {"pattern": pattern}}}, by_name):
+        assert arguments_schema({"type": "object", **parameters}).problem({"x": value, value: "1"}) is None
+
+
+@pytest.mark.parametrize("pattern", [r"^\d{4}-\d{2}-\d{2}$", "^[^@]+@[^@]+$", "^(red|green|blue|black|white|grey)$", "^https?://"])
+def test_usual_patterns_are_checked(pattern: str) -> None:
+    schema = arguments_schema({"type": "object", "properties": {"x": {"pattern": pattern}}})
+    found = schema.problem({"x": "a" * 40})
+    assert found is not None and "does not match" in found[1]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 TYPES: dict[str, str | None] = {
@@ -55,11 +56,49 @@ def arguments_schema(parameters: Any) -> ArgumentsSchema:
         schema = _standard(parameters)
         kind = validator_for(schema, default=Draft202012Validator)
         kind.check_schema(schema)
-        return ArgumentsSchema(kind(schema, registry=REGISTRY))  # without a registry, jsonschema would download remote references
+        return ArgumentsSchema(
+            _with_cheap_patterns(kind)(schema, registry=REGISTRY)
+        )  # without a registry, jsonschema would download remote references
     except SchemaError as error:
         return ArgumentsSchema(None, f"{error.json_path}: {error.message}")
     except RecursionError:
         return ArgumentsSchema(None, "nested too deep")
+
+
+MAX_STEPS = 10**7
+"""Maximum steps of matching a pattern, estimated. A pattern may need exponentially many, so those that could are not checked."""
+
+
+def is_cheap(pattern: str, length: int) -> bool:
+    """Whether a text of this length is matched in a limited number of steps: no repeated group, and few repetitions without a limit.
+
+    >>> is_cheap("^[^@]+@[^@]+$", 100), is_cheap("^(a+)+$", 100)
+    (True, False)
+    """
+    repetitions, optional = len(re.findall(r"[*+]|\{\d*,\d*\}", pattern)), len(re.findall(r"(?<![(*+?}\\])\?", pattern))
+    steps = (length + 1) ** repetitions * 2**optional * (pattern.count("|") + 1) ** (pattern.count("(") + 1)
+    return not re.search(r"\)[*+{]|\\[1-9]|\(\?P=", pattern) and steps <= MAX_STEPS
+
+
+@lru_cache(maxsize=8)
+def _with_cheap_patterns(kind: Any) -> Any:
+    """A jsonschema validator class that leaves out patterns that are not cheap."""
+    from jsonschema.validators import extend
+
+    def pattern(validator: Any, value: Any, instance: Any, schema: Any) -> Iterator[Any]:
+        if not isinstance(instance, str) or not isinstance(value, str) or is_cheap(value, len(instance)):
+            yield from kind.VALIDATORS["pattern"](validator, value, instance, schema) or ()
+
+    def by_name(check: Callable[..., Iterable[Any] | None]) -> Callable[..., Iterator[Any]]:
+        def checked(validator: Any, value: Any, instance: Any, schema: Any) -> Iterator[Any]:
+            names = instance if isinstance(instance, dict) else {}
+            if all(is_cheap(one, len(name)) for one in schema.get("patternProperties", {}) for name in names):
+                yield from check(validator, value, instance, schema) or ()
+
+        return checked
+
+    names = ("patternProperties", "additionalProperties", "unevaluatedProperties")
+    return extend(kind, {"pattern": pattern} | {name: by_name(kind.VALIDATORS[name]) for name in names if name in kind.VALIDATORS})
 
 
 def _standard(schema: Any) -> Any:
