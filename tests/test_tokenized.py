@@ -178,6 +178,7 @@ def test_a_tokenizer_that_loads_the_written_template_makes_the_same_ids(stage: S
 def test_chatml_ends_a_turn_with_the_models_own_end_where_that_is_another_token(tiny_tokenizer: Any, tmp_path: Path) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.name_or_path = str(tmp_path)  # a model whose generation_config.json names no other end
     chat_templates.use(tokenizer, tmp_path, "chatml")
     assert [said for said, trained in pieces(tokenizer, talk("Hi", "Yes?")) if trained] == ["Yes?<|im_end|><|endoftext|>"]
 
