@@ -113,6 +113,38 @@ def ui(_finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ui
             os.killpg(server.pid, signal.SIGKILL)
 
 
+def test_the_lineage_graph_has_named_groups_in_flow_order_and_readable_keys(ui: Ui) -> None:
+    groups = ["1_inputs", "2_data", "3_training", "4_alignment", "5_evaluation", "6_release"]
+    said = ui.see("/asset-groups", *groups, f"Materialize all ({len(read_stages(ui.root))})", shot="lineage")
+    assert "\ndefinitions\n" not in said, "the sources of definitions are in no group of the default view"
+    end = time.monotonic() + 60
+    while True:  # the layout is computed after the names are shown
+        boxes = [ui.page.get_by_text(group, exact=True).last.bounding_box() for group in groups]
+        left = [box["x"] for box in boxes if box]
+        if (len(left) == len(groups) and left == sorted(left)) or time.monotonic() > end:
+            break
+        time.sleep(1)
+    assert left == sorted(left) and len(left) == len(groups), "the groups are in the order of the flow"
+    said = ui.see("/assets", "adapter", "instructions", shot="catalog")
+    assert "Command, parameters and code of" not in said
+
+
+def test_an_assets_page_links_its_pages_by_url_and_they_open(ui: Ui) -> None:
+    ui.see("/assets/instructions?view=overview", "report", "review", shot="links")
+    link = ui.page.locator("a[href*='/instructions/report.html']").first.get_attribute("href")
+    other = ui.page.context.browser.new_page()  # Dagster's page keeps asking its server
+    try:
+        other.goto(link, wait_until="domcontentloaded")
+        rows = json.loads((ui.root / "data/reports/instructions.json").read_text())["rows_out"]
+        assert other.locator("h1").inner_text() == "instructions" and f"{rows} read = {rows} kept" in other.inner_text("main")
+        other.screenshot(path=SHOTS / "page-by-url.png")
+        other.goto(f"{link.partition('/instructions')[0]}/instructions/", wait_until="domcontentloaded")
+        listed = other.inner_text("body")
+        assert "report.html" in listed and "review.csv" in listed
+    finally:
+        other.close()
+
+
 def test_an_asset_page_shows_description_rows_version_and_commit(ui: Ui) -> None:
     state = read_stages(ui.root)["instructions"]
     report = json.loads((ui.root / "data/reports/instructions.json").read_text())
