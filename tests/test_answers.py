@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import SHARED_DATA
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,7 +17,6 @@ from dagster_project.core.named_templates import NAMED
 from dagster_project.core.rendering import render
 from dagster_project.training.inference.answers import Answer, of_message, of_row, parse, read_answer, reader, split_trace
 from dagster_project.training.inference.call_forms import FORMS, find_calls
-from tests.conftest import SHARED_DATA
 
 TOOLS = [
     {

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import pytest
+from conftest import SHARED_DATA
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -17,7 +18,6 @@ from dagster_project.evaluation.final_answers import FinalAnswer, last_number
 from dagster_project.evaluation.metrics import NO_LABEL, label
 from dagster_project.evaluation.scoring import Scoring
 from dagster_project.training.inference.answers import Answer
-from tests.conftest import SHARED_DATA
 
 NUMBER = FinalAnswer(final_answer="number")
 LETTER = FinalAnswer(final_answer=r"[Aa]nswer is \(?([A-D])\b")
