@@ -328,15 +328,12 @@ def encode_prompt(tokenizer: Any, messages: Messages, tools: Tools = None, reaso
 
 def generation_prompt(tokenizer: Any, messages: Messages, tools: Tools = None, reasoning: bool = False) -> str:
     """The rendered prompt with the header with which an answer begins in training."""
-    text = render(tokenizer, messages, True, tools)
-    if not _thinks(tokenizer):
-        return text
     answer = {"role": "assistant", "content": "Yes"} | ({"reasoning_content": "I think so."} if reasoning else {})
-    for thinking in (None, reasoning):
+    for thinking in (None, reasoning) if _thinks(tokenizer) else ():
         header = render(tokenizer, messages, True, tools, thinking)
         if render(tokenizer, [*messages, answer], False, tools, thinking).startswith(header):
             return header
-    return text
+    return render(tokenizer, messages, True, tools)
 
 
 def pack(lengths: Sequence[int], room: int) -> list[list[int]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dagster_project.core.chat import IGNORE, is_text
 from dagster_project.core.errors import InputError
-from dagster_project.core.messages import Message, calls, field_texts, is_trained
+from dagster_project.core.messages import Message, argument_texts, calls, field_texts, is_trained
 from dagster_project.core.rendering import end_tokens, render
 from dagster_project.training.tokens.examples import Example, RecordOutcome, spans
 from dagster_project.training.tokens.mixture import draw_order
@@ -104,18 +104,9 @@ def _is_answer(tokenizer: Any, text: str, message: Message, expected: Expected, 
     words = [
         message["content"].strip(),
         *(call.name for call in calls(message)),
-        *(leaf for call in calls(message) for leaf in _leaves(call.arguments)),
+        *(str(value) for call in calls(message) for _, value in argument_texts(call.arguments)),
     ]
     return all(word in text or json.dumps(word, ensure_ascii=False)[1:-1] in text or json.dumps(word)[1:-1] in text for word in words)
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    """Every text and number inside JSON."""
-    if isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(inner)
-    elif isinstance(value, str) or (isinstance(value, int | float) and not isinstance(value, bool)):
-        yield str(value)
 
 
 def _shown(message: Message) -> str:
