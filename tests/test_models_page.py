@@ -14,6 +14,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import chat_templates  # noqa: E402
 
 from dagster_project.core.errors import InputError  # noqa: E402
+from dagster_project.training.tokens import label_audit  # noqa: E402
+from dagster_project.training.tokens.examples import Rules, make  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +38,17 @@ def test_every_refusal_has_a_reason(cells: dict[str, dict[str, Any]]) -> None:
 
 def test_the_page_is_up_to_date(cells: dict[str, dict[str, Any]]) -> None:
     assert chat_templates.PAGE.read_text(encoding="utf-8") == chat_templates.page(cells), "run: python benchmarks/chat_templates.py"
+
+
+def test_the_label_audit_accepts_what_every_family_trains_on(tmp_path_factory: pytest.TempPathFactory) -> None:
+    records = [{**record, "example_id": name, "meta": "{}"} for name, record in chat_templates.CELLS.items()]
+    audited = 0
+    for family in chat_templates.families():
+        tokenizer = chat_templates.stub_tokenizer(family, tmp_path_factory.mktemp(family))
+        outcomes = make(tokenizer, records, Rules(100_000))
+        audited += sum(outcome.kept for outcome in outcomes)
+        assert label_audit.find_wrong_labels(tokenizer, records, outcomes) == {}, family
+    assert audited > 250
 
 
 @pytest.mark.parametrize("damage", ["label the header", "leave the end unlabeled", "another prompt"])

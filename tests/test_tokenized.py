@@ -733,3 +733,17 @@ def test_hermes_writes_tools_calls_results_and_traces(tiny_tokenizer: Any) -> No
     assert [text for text, _ in examples_of(tokenizer, {"messages": messages[1:2] + messages[4:]})[0]] == [
         "<|im_start|>user\nAdd.<|im_end|>\n<|im_start|>assistant\n", "It is 3.<|im_end|>", "\n",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("room", [512, 60], ids=["whole", "truncated"])
+@pytest.mark.parametrize("damage", [damage_header, damage_end, damage_first, damage_all])
+def test_misplaced_labels_of_calls_and_traces_are_found(tiny_tokenizer: Any, damage: Any, room: int) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = NAMED["hermes"]
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    answer = {"role": "assistant", "content": "I add.", "reasoning_content": "Easy.", "tool_calls": [call]}
+    found = record({"role": "user", "content": "Add."}, answer)
+    [outcome] = make(tokenizer, [found], Rules(room, "truncate"))
+    assert label_audit.find_wrong_labels(tokenizer, [found], [outcome]) == {}
+    damage(outcome.examples[0].labels, outcome.examples[0].input_ids)
+    assert list(label_audit.find_wrong_labels(tokenizer, [found], [outcome])) == [0]

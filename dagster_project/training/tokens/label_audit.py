@@ -54,6 +54,7 @@ def find_wrong_labels(tokenizer: Any, records: Sequence[dict[str, Any]], fates: 
     expected = Expected(
         _frames(tokenizer, [record for record, fate in zip(records, fates, strict=True) if fate.kept]), end_tokens(tokenizer)
     )
+    openings: tuple[str, ...] | None = None
     wrong = {}
     for i, (record, fate) in enumerate(zip(records, fates, strict=True)):
         if not fate.kept:
@@ -71,6 +72,10 @@ def find_wrong_labels(tokenizer: Any, records: Sequence[dict[str, Any]], fates: 
                 wrong[i] = f"labels say {_short(text)}"
         elif problem := _compare(tokenizer, said[i], answers, expected, fate.outcome):
             wrong[i] = problem
+        elif any(message.get("tool_calls") or message.get("reasoning_content") for message in answers):
+            openings = _openings(tokenizer) if openings is None else openings
+            if not all(_starts_right(tokenizer, example, openings) for example in fate.examples):
+                wrong[i] = "labels do not begin where inference begins to write"
     return wrong
 
 
@@ -100,13 +105,36 @@ def _is_answer(tokenizer: Any, text: str, message: Message, expected: Expected, 
     if not text.endswith(tuple(expected.ends)):
         return False
     if cut:
-        return True  # what is left of it was compared when it was whole: `truncate` only removes tokens
+        return True  # any part of it may be left; where it begins and ends is compared
     words = [
         message["content"].strip(),
         *(call.name for call in calls(message)),
         *(str(value) for call in calls(message) for _, value in argument_texts(call.arguments)),
     ]
     return all(word in text or json.dumps(word, ensure_ascii=False)[1:-1] in text or json.dumps(word)[1:-1] in text for word in words)
+
+
+def _openings(tokenizer: Any) -> tuple[str, ...]:
+    """What the template writes between a prompt and an answer, after a user turn and after a tool result."""
+    user, call = {"role": "user", "content": "Why?"}, {"type": "function", "id": "abcdefghi", "function": {"name": "f", "arguments": {}}}
+    result = {"role": "tool", "content": "x", "tool_call_id": "abcdefghi", "name": "f"}
+    found = []
+    prompts: list[list[Message]] = [[user], [user, {"role": "assistant", "content": "", "tool_calls": [call]}, result]]
+    for prompt in prompts:
+        for thinking in (None, True, False):
+            try:
+                before = render(tokenizer, prompt, thinking=thinking)
+                header = render(tokenizer, prompt, add_generation_prompt=True, thinking=thinking)
+            except InputError:
+                continue  # a template without tools
+            found.append(header.removeprefix(before) if header.startswith(before) else "")
+    return tuple(dict.fromkeys(found))
+
+
+def _starts_right(tokenizer: Any, example: Example, openings: tuple[str, ...]) -> bool:
+    """Whether every run of labels follows one of the openings."""
+    ids = example.input_ids.tolist()
+    return all(text.endswith(openings) for text in decode(tokenizer, [ids[:start] for start, _ in spans(example.labels)]))
 
 
 def _shown(message: Message) -> str:
