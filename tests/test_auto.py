@@ -177,7 +177,7 @@ def test_a_sweep_climbs_to_the_rate_beyond_which_trials_diverge(tmp_path: Path) 
     found = auto.sweep(TRIAL, ends_with(losses, []), tmp_path / "sweep.json", {"data": "a"})
     assert found == {0: 9.0, 1e-4: 3.0, 3.16e-4: 2.0, 1e-3: 1.0, 3.16e-3: math.inf}
     how = "of 4 trials of 20 steps, from the guideline's 0.0001"
-    assert auto.best(found, TRIAL) == auto.Choice(1e-3, f"the lowest rate within 10% of the greatest fall of the validation loss {how}")
+    assert auto.best(found, TRIAL) == auto.Choice(1e-3, f"the lowest rate within 10% of the greatest decrease of the validation loss {how}")
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_of_rates_with_nearly_the_greatest_fall_the_lowest_is_taken(losses: dict
 def test_an_interrupted_sweep_resumes_after_the_finished_trials(tmp_path: Path) -> None:
     losses: dict[float, Any] = {1e-4: math.nan, 3.16e-5: 2.0, 1e-5: Interrupted("interrupted at step 3"), 3.16e-6: 4.0}
     done: list[float] = []
-    with pytest.raises(Interrupted, match="interrupted in the sweep of learning_rate; trials that ended are kept"):
+    with pytest.raises(Interrupted, match="interrupted in the sweep of learning_rate; finished trials are kept"):
         auto.sweep(TRIAL, ends_with(losses, done), tmp_path / "sweep.json", {"data": "a"})
     losses[1e-5] = 1.0
     found = auto.sweep(TRIAL, ends_with(losses, done), tmp_path / "sweep.json", {"data": "a"})

@@ -34,7 +34,7 @@ from dagster_project.training.trainers.sft.sft import steps
 
 PLAIN = {**LORA, "peft": {**LORA["peft"], "lora_dropout": 0.0}, "neftune_noise_alpha": None}
 """Seven rows an epoch: of the four steps the last has one row, and so one process has none."""
-LOST = "run again: training goes on from its newest checkpoint"
+LOST = "run again: training resumes from its newest checkpoint"
 
 
 # the processes that train -----------------------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def test_a_killed_training_leaves_no_process_and_ends_in_the_same_bytes(trained:
 
 def test_a_stopped_training_stops_within_the_step_and_ends_in_the_same_bytes(trained: Any) -> None:
     assert ended(trained, "stopped") == [130, 0]
-    assert (trained[0] / "stopped.said").read_text().startswith("interrupted at step 3; the next run goes on from there")
+    assert (trained[0] / "stopped.said").read_text().startswith("interrupted at step 3; the next run resumes from there")
     weights = "adapter_model.safetensors"
     assert output_files(trained[0], "stopped")[weights] == output_files(trained[0], "first")[weights]
 
@@ -283,7 +283,7 @@ def test_a_method_that_takes_no_steps_is_refused(project: Path) -> None:
         values["adapter"]["x"] = {"method": "feature_extraction", "merge": False}
 
     edit_params(project, change)
-    with pytest.raises(InputError, match=re.escape("adapter.x uses feature_extraction, which takes no optimizer steps to share")):
+    with pytest.raises(InputError, match=re.escape("adapter.x uses feature_extraction, which has no optimizer steps to share")):
         validate(project)
 
 

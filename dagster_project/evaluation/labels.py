@@ -46,7 +46,7 @@ class LabelTask(Section):
         if same := next((found for found in spellings.values() if found.total() > 1), None):
             raise ValueError(f"{', '.join(map(repr, same.elements()))} are one label: case and punctuation at the end do not count")
         if NO_LABEL in spellings:
-            raise ValueError(f"{NO_LABEL!r} stands for answers that give no label; choose another name")
+            raise ValueError(f"{NO_LABEL!r} is reserved for answers without a label; choose another name")
         return value
 
 
@@ -114,7 +114,7 @@ def label_set(task: LabelTask, train: Sequence[str], test: Sequence[str]) -> Lab
         )
     if normalized(NO_LABEL) in spellings:
         raise InputError(
-            f"params.yaml: evaluation.task.labels: auto: the response {NO_LABEL!r} of the training split stands for answers that give no label",
+            f"params.yaml: evaluation.task.labels: auto: the response {NO_LABEL!r} of the training split is reserved for answers without a label",
             "rename it in the source",
         )
     others = {key: found for key, found in _spellings(test).items() if key not in spellings}

@@ -74,7 +74,7 @@ class Params(Section):
         if self.test + self.validation >= 1:
             raise ValueError(f"test {self.test} and validation {self.validation} leave nothing to train on")
         if (self.by == "key") != (self.key is not None):
-            raise ValueError("`by: key` needs `key`, the field to go by" if self.key is None else "`key` needs `by: key`")
+            raise ValueError("`by: key` requires `key`, the field to group by" if self.key is None else "`key` requires `by: key`")
         return self
 
 
@@ -124,10 +124,10 @@ def produce(root: Path, params: Params, seed: int, instructions: Path, out: Path
         write_records(out / name, written, schema)
     write_ledger(out, _ledger(records, placed, dealt, rows[TRAIN], added))
 
-    proof = verify_splits(out, copies, known)
+    verification = verify_splits(out, copies, known)
     counts = {name: len(rows[name]) for name in SPLITS}
-    if proof.rows != {**counts, TRAIN: counts[TRAIN] + len(added.rows)}:
-        raise AssertionError(f"rows lost: {counts} dealt out, {len(added.rows)} added, {proof.rows} in the shards")
+    if verification.rows != {**counts, TRAIN: counts[TRAIN] + len(added.rows)}:
+        raise AssertionError(f"rows lost: {counts} assigned, {len(added.rows)} added, {verification.rows} in the shards")
     dropped = dealt.splits.count(DROPPED)
     augmented = Counter(kind for _, kind, _ in added.rows)
     return Report(
@@ -140,9 +140,9 @@ def produce(root: Path, params: Params, seed: int, instructions: Path, out: Path
             **({"augmented_dropped": added.dropped} if added.dropped else {}),
         },
         checks=[
-            _split_leakage(records, texts, dealt, proof, labels, regrouped),
+            _split_leakage(records, texts, dealt, verification, labels, regrouped),
             _schema(params, counts, labels, dealt),
-            _augmented_rows(proof, added),
+            _augmented_rows(verification, added),
         ],
     )
 
@@ -210,28 +210,28 @@ def _split_leakage(
     records: Sequence[dict[str, Any]],
     texts: Sequence[str],
     dealt: Assignment,
-    proof: Verification,
+    verification: Verification,
     labels: Sequence[str | None],
     regrouped: int,
 ) -> CheckResult:
     because = sorted(dealt.because.items())
-    findings = [(f"{leak.place} and {leak.other}: {leak.why}", leak.text) for leak in proof.leaks]
+    findings = [(f"{leak.place} and {leak.other}: {leak.why}", leak.text) for leak in verification.leaks]
     for i, keeper in because[:20]:
         kept = f"{dealt.splits[keeper]}/{records[keeper]['example_id']}"
         findings.append((f"{labels[i]}/{records[i]['example_id']} belongs to {kept}: dropped", texts[i]))
     notes = []
-    if proof.leaking:
-        notes.append(f"{proof.leaking} rows of the finished splits stand in two of them, or nearly")
+    if verification.leaking:
+        notes.append(f"{verification.leaking} rows of the finished splits, or near-copies of them, are in two splits")
     if because:
         by_label = Counter(str(labels[i]) for i, _ in because)
         notes.append(f"the labels of the source leak: {', '.join(f'{n} dropped from {name}' for name, n in sorted(by_label.items()))}")
     if regrouped:
-        notes.append(f"{regrouped} rows have near-copies in a group of another group_id; they were held together")
+        notes.append(f"{regrouped} rows have near-copies in a group of another group_id; they were kept together")
     return CheckResult(
         "split_leakage",
-        passed=not proof.leaking,
+        passed=not verification.leaking,
         blocking=True,
-        count=proof.leaking + len(because),
+        count=verification.leaking + len(because),
         rows=[location for location, _ in findings[:20]],
         examples=[mask(" ".join(text.split()))[:120] for _, text in findings[:3]],
         note="; ".join(notes),
@@ -244,11 +244,11 @@ def _schema(params: Params, counts: dict[str, int], labels: Sequence[str | None]
     total, labelled = sum(counts.values()), sum(label is not None for label in labels)
     notes = [f"no rows in: {', '.join(empty)}"] if empty else []
     if labelled:
-        rest = f"; the other {len(labels) - labelled} were dealt out" if labelled < len(labels) else ""
+        rest = f"; the other {len(labels) - labelled} were assigned by share" if labelled < len(labels) else ""
         notes.append(f"{labelled} of {len(labels)} rows have a split in their source{rest}")
         unnamed = [name for name in SPLITS if shares[name] and name not in labels]
         if unnamed and not empty:
-            notes.append(f"the source names no {' or '.join(unnamed)}: dealt out of train")
+            notes.append(f"the source names no {' or '.join(unnamed)}: taken from train")
     missed = [name for name in SPLITS[1:] if not labelled and abs(counts[name] - shares[name] * total) > max(1, NOTABLE_DEVIATION * total)]
     for name in missed:
         notes.append(f"{name} has {counts[name]} of {total} rows ({counts[name] / total:.1%}) instead of {shares[name]:.1%}")
@@ -258,15 +258,15 @@ def _schema(params: Params, counts: dict[str, int], labels: Sequence[str | None]
     return CheckResult("schema", passed=not empty, blocking=True, count=len(empty), note="; ".join(notes))
 
 
-def _augmented_rows(proof: Verification, added: Added) -> CheckResult:
+def _augmented_rows(verification: Verification, added: Added) -> CheckResult:
     notes = [f"{n} copies left out: {reason.replace('_', ' ')}" for reason, n in added.dropped.items()]
     if added.unused:
         notes.append(f"{added.unused} paraphrases are of no row in train")
     return CheckResult(
         "augmented_rows",
-        passed=not proof.unexpected,
+        passed=not verification.unexpected,
         blocking=True,
-        count=len(proof.unexpected),
-        rows=proof.unexpected[:20],
+        count=len(verification.unexpected),
+        rows=verification.unexpected[:20],
         note="; ".join(notes),
     )

@@ -118,7 +118,7 @@ def run(ctx: StageContext) -> Report:
 def produce(root: Path, params: Params, seed: int, splits: Path, base_model: Path, out: Path) -> Report:
     """Args:
     root: the project's folder, which the path of a template is relative to.
-    seed: draws the rows that are repeated or left out, and the examples that the audit shows.
+    seed: selects the rows that are repeated or left out, and the examples that the audit shows.
     """
     from transformers import AutoTokenizer
 

@@ -1,8 +1,8 @@
-"""Records -> what is wrong with what they say: refusals, foreign identities, placeholders, echoes, cut ends, loops, markup.
+"""Records -> faults in their content: refusals, foreign identities, placeholders, echoes, cut ends, loops, markup.
 
-Each check is one object in `CONTENT_CHECKS`. Checks judge exchanges: an answer of the assistant with the messages before it; of a
-preference pair only the chosen answer. Each has two steps: `pretest`, cheap, over all exchanges at once, and `find`, on the few that
-are left.
+Each check is one object in `CONTENT_CHECKS`. Checks work on exchanges: an answer of the assistant with the messages
+before it; for a preference pair only the chosen answer. Each has two steps: `pretest`, cheap, over all exchanges at
+once, and `find`, on the remaining ones.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from py3langid.langid import LanguageIdentifier
 
 AROUND = 30
-"""Characters shown on each side of what was found."""
+"""Characters shown on each side of a match."""
 
 
 class Exchange(NamedTuple):
     """One answer of the assistant."""
 
     asked: str
-    """The message before it if the user wrote that, else the empty string."""
+    """The previous message if it is the user's, else the empty string."""
     said: str
     messages: Sequence[Mapping[str, Any]]
     """The whole conversation."""
@@ -41,7 +41,7 @@ class Exchange(NamedTuple):
 
     @property
     def before(self) -> str:
-        """Everything said before the answer, the system prompt included."""
+        """All messages before the answer, including the system prompt."""
         return "\n".join([m["content"] for m in self.messages[: self.at]])
 
 
@@ -73,7 +73,7 @@ class Texts:
 
 
 Found = tuple[str, str]
-"""What was found: its kind, and the words of the text that show it (or the empty string)."""
+"""A match: its kind, and the matching words of the text (or the empty string)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +82,9 @@ class ContentCheck(Check):
 
     find: Callable[[Exchange], Found | None]
     words: tuple[str, ...] = ()
-    """`find` looks at the responses that hold one of these, written here in lower case,"""
+    """`find` is applied to responses that contain one of these, in lower case,"""
     pretest: Callable[[Texts], Iterable[int]] = lambda _: ()
-    """and at the exchanges with these indices."""
+    """and to the exchanges with these indices."""
     action: Action = "warn"
     column: Callable[[Rows, str], Values] = lambda rows, name: rows.shared(_content_facts)[name]
     quotes: bool = True
@@ -96,10 +96,11 @@ def _content_facts(rows: Rows) -> dict[str, list[str | None]]:
 
 
 def content_facts(records: Sequence[Mapping[str, Any]]) -> dict[str, list[str | None]]:
-    """Check -> for each record what breaks it in the first answer that does ("HTML tag: '...<br>...'", masked), else null.
+    """Check -> for each record the fault in the first answer that violates the check ("HTML tag: '...<br>...'",
+    masked), else null.
 
     Args:
-        records: canonical records or pairs; benchmark questions (those with `labelled`) have no answers to judge.
+        records: canonical records or pairs; benchmark questions (those with `labelled`) have no answers to check.
     """
     texts = _texts(records)
     facts: dict[str, list[str | None]] = {check.name: [None] * len(records) for check in CONTENT_CHECKS}
@@ -147,7 +148,7 @@ def _shown(one: Exchange, kind: str, phrase: str) -> str:
 
 
 def _having(lower: pl.Series, words: Iterable[str]) -> pl.Series:
-    """Which texts, given in lower case, hold one of the words."""
+    """Which of the lower-case texts contain one of the words."""
     return lower.str.contains("|".join(map(re.escape, words)))
 
 
@@ -172,7 +173,7 @@ def _holds(text: str, phrase: str) -> bool:
 # --- refusals ----------------------------------------------------------------------------------------------------------------------
 
 REFUSES_WITHIN = 400
-"""Characters at the beginning of an answer in which it says that it refuses."""
+"""Characters at the beginning of an answer that are searched for a refusal."""
 _NOT_ABLE = "unable|not able|not (?:allowed|permitted|designed|programmed|capable)"
 _CANNOT = (
     rf"(?:can(?:no|['’])?t|can not|won['’]?t|will not|(?:am|['’]m) (?:{_NOT_ABLE})|do(?:n['’]t| not) "
@@ -213,7 +214,8 @@ _REFUSALS = (
         re.IGNORECASE,
     ),
 )
-"""With a group `what` (named with or without a digit) where the words tell that it is the assistant who does not answer."""
+"""Group `what` (with or without a digit at the end of its name) matches only if the assistant itself refuses to
+answer."""
 _SALUTATION = re.compile(r"\A\W*(?:Dear|Subject:|Hi|Hello|To whom)\b[^\n]*\n", re.IGNORECASE)
 _WRITTEN_FOR_OTHERS = re.compile(
     r"\b(?:excuses?|letters?|e-?mails?|apolog\w+|messages?|repl(?:y|ies)|dialog\w*|conversations?|scripts?|stor(?:y|ies)|poems?|speech"
@@ -272,7 +274,7 @@ _MODELS = (
     r"|Baichuan\w*|Google Bard|Google Gemini|Microsoft Copilot|Meta AI|StableLM|WizardLM"
 )
 _ALSO_WORDS = r"Claude|Bard|Gemini|Llama\w*|LLaMA\w*|Grok|Copilot|Kimi|Mistral|Phi|Gemma|Sydney|Alpaca|Vicuna|Cohere|Command R|Falcon|Dolly|Koala|Doubao"
-"""Models whose names are also words or names of people: they count only where the text says that a model is meant."""
+"""Models whose names are also words or names of people: they count only if the text identifies them as a model."""
 _MAKERS = (
     r"Open ?AI|Anthropic|Google(?: DeepMind| AI)?|DeepMind|Alibaba(?: Cloud)?|Meta(?: AI)?|Microsoft|Mistral(?: AI)?|DeepSeek|Baidu"
     r"|Moonshot(?: AI)?|xAI|Cohere|LAION|Hugging ?Face|Stability AI|Databricks|Zhipu(?: AI)?|Tencent|ByteDance|LMSYS|Inflection(?: AI)?"
@@ -366,7 +368,7 @@ def _placeholder(one: Exchange) -> Found | None:
 # --- echo --------------------------------------------------------------------------------------------------------------------------
 
 ECHO = 16
-"""Characters, and three words, that a prompt must have for its copy to count."""
+"""Minimum number of characters of a prompt whose copy counts. It also needs three words."""
 _LABEL = r"(?:the )?(?:question|prompt|instruction|task|query|q|user|human|input|request)s?\W*(?:is|was|:|\n)"
 _LABELLED = re.compile(rf"\A\W*(?:{_LABEL}\W*)?", re.IGNORECASE)
 _WANTS_ECHO = re.compile(r"\b(?:repeat|echo|copy|recite|verbatim)\b", re.IGNORECASE)
@@ -413,7 +415,8 @@ def _echo(one: Exchange) -> Found | None:
 # --- cut ends ----------------------------------------------------------------------------------------------------------------------
 
 PROSE, LONG = 8, 30
-"""Words from which on a line is read as prose, not as a title or an item; and a response as one that would end with a full stop."""
+"""Minimum number of words of a line of prose, as opposed to a title or an item; and of a response that should end with
+a period."""
 _CLOSED = frozenset(".!?…。！？\"'”’」)]}>`*_|%$€£°~=\\0123456789")
 """Characters at which a text may end."""
 _GOES_ON = frozenset(
@@ -496,7 +499,9 @@ def _cut_pretest(texts: Texts) -> Iterable[int]:
 
 def _cut(one: Exchange) -> Found | None:
     text = one.said.rstrip()
-    if not one.asked or not text or any(map(calls, one.messages[one.at : one.at + 1])):  # what calls a tool goes on with the result
+    if (
+        not one.asked or not text or any(map(calls, one.messages[one.at : one.at + 1]))
+    ):  # an answer with a tool call continues after the result
         return None
     tail = text[-40:]
     if text.count("```") % 2:
@@ -519,7 +524,7 @@ def _cut(one: Exchange) -> Found | None:
 
 
 def _is_mid_sentence(prose: str, last: str, word: str) -> bool:
-    """Whether a text that ends in a letter ends too early.
+    """Whether a text that ends in a letter is cut off.
 
     Args:
         last: its last line.
@@ -541,9 +546,10 @@ def _is_mid_sentence(prose: str, last: str, word: str) -> bool:
 # --- loops -------------------------------------------------------------------------------------------------------------------------
 
 LOOPS = 4
-"""Times that a line, a sentence or a run of words must come to be a loop."""
+"""Minimum number of repetitions of a line, a sentence or a run of words in a loop."""
 PROBE = 18
-"""Characters of the probes that show where a loop may be; a third of it where a character may be a word."""
+"""Length of the probes that locate possible loops, in characters; a third of it in scripts in which a character can be
+a word."""
 LOOKED_THROUGH = 20_000
 """Characters of a response that are searched for loops."""
 _ONE_CHARACTER = re.compile(r"(\w)\1{29}")
@@ -652,11 +658,13 @@ def _markup(one: Exchange) -> Found | None:
 # --- language ----------------------------------------------------------------------------------------------------------------------
 
 LETTERS, SCRIPT_LETTERS = 25, 10
-"""Letters from which on a text's language is identified; the second where prompt and response differ in script and one is Chinese, Japanese or Korean."""
+"""Minimum number of letters to identify a text's language; the second one applies if prompt and response differ in
+script and one is Chinese, Japanese or Korean."""
 READ = 300
-"""Characters at the beginning of a text that its language is identified by."""
+"""Characters at the beginning of a text from which its language is identified."""
 SURE, LIKELY, UNLIKELY = 0.8, 0.5, 0.05
-"""A response must have its language with the first probability, a prompt with the second, and each the other's with at most the third."""
+"""Minimum probability of a response's language, of a prompt's language, and maximum probability of the other text's
+language in each."""
 _FREQUENT = {
     code: frozenset(words.split())
     for code, words in {
@@ -670,7 +678,8 @@ _FREQUENT = {
         "ru": "и в не на что с как это по для я из от но к",
     }.items()
 }
-"""ISO 639 code -> frequent short words. Where those of one language are the most frequent on both sides, no closer look is needed."""
+"""ISO 639 code -> frequent short words. If those of one language are the most frequent on both sides, the pair is not
+examined further."""
 _LETTER = re.compile(r"[^\W\d_]")
 _WORDS = re.compile(r"[^\W\d_]+")
 _QUOTES = re.compile(r"[\n:\"“”«»]+")
@@ -738,7 +747,7 @@ def _languages(asked: str, said: str) -> tuple[str, str] | None:
 
 
 def _usual(text: str) -> str | None:
-    """The language most of whose frequent words are in the text, if it is one."""
+    """The language with the most frequent words in the text; None if there are several."""
     words = {*_WORDS.findall(text.casefold())}
     (most, language), (second, _) = sorted(((len(words & frequent), code) for code, frequent in _FREQUENT.items()), reverse=True)[:2]
     return language if most > second else None
@@ -761,7 +770,7 @@ CONTENT_CHECKS: tuple[ContentCheck, ...] = (
         "refusal",
         "No response declines to answer.",
         "warn",
-        "Keep the refusals that you mean to teach; answer the others, or take them out.",
+        "Keep intended refusals; answer the others, or remove them.",
         words=(
             "sorry", "afraid", "pologi", "unfortunately", "regrettably", "as an ai", "as a large", "as an artificial", "language model", "chatbot",
             "i decline", "to decline", "respectfully decline", "to refuse", "must refuse", "comfortable", "my programming", "my guidelines", "my polic", "my principles",
@@ -774,9 +783,9 @@ CONTENT_CHECKS: tuple[ContentCheck, ...] = (
     ),
     ContentCheck(
         "assistant_boilerplate",
-        "No response speaks of itself as an AI model without being asked.",
+        "No response refers to itself as an AI model without being asked.",
         "warn",
-        "Take the phrase out, or rewrite the response: a model that learns it says it everywhere.",
+        "Remove the phrase, or rewrite the response: a model trained on it repeats it in other contexts.",
         words=(
             "an ai ", "an ai,", " ai,", "ai model", "ai language", "ai assistant", "as ai", "language model", "artificial intelligence", "llm", "chatbot", "virtual assistant", "my knowledge", "my training", "my last", "my latest",
             "my most recent", "have personal", "have any personal", "have real", "have any real", "作为", "als ki", "como una ia", "como ia",
@@ -788,7 +797,7 @@ CONTENT_CHECKS: tuple[ContentCheck, ...] = (
         "foreign_identity",
         "No response claims to be another vendor's model.",
         "warn",
-        "Put your own model's name in, or take the row out.",
+        "Insert your own model's name, or remove the row.",
         words=(
             "chatgpt", "chat gpt", "gpt-", "gpt3", "gpt4", "openai", "open ai", "anthropic", "google", "deepmind", "alibaba", "meta", "microsoft", "mistral", "deepseek",
             "baidu", "moonshot", "xai", "cohere", "laion", "huggingface", "hugging face", "stability ai", "databricks", "zhipu", "tencent", "bytedance", "lmsys", "inflection",
@@ -801,9 +810,9 @@ CONTENT_CHECKS: tuple[ContentCheck, ...] = (
     ),
     ContentCheck(
         "placeholder_text",
-        "No text holds a placeholder that nobody filled in.",
+        "No text contains an unfilled placeholder.",
         "info",
-        "Fill it in, or take the row out.",
+        "Fill it in, or remove the row.",
         words=_SLOT_WORDS,
         pretest=_placeholder_pretest,
         find=_placeholder,
@@ -812,31 +821,31 @@ CONTENT_CHECKS: tuple[ContentCheck, ...] = (
         "prompt_echo",
         "No response repeats its prompt.",
         "warn",
-        "Take the copy of the prompt out of the response.",
+        "Remove the copy of the prompt from the response.",
         pretest=_echo_pretest,
         find=_echo,
     ),
     ContentCheck(
         "truncated_response",
-        "Every response comes to its end.",
+        "No response is cut off.",
         "info",
-        "Complete the response, or take the row out; look for a limit on tokens where the responses were made.",
+        "Complete the response, or remove the row; check the token limit used when the responses were generated.",
         pretest=_cut_pretest,
         find=_cut,
     ),
     ContentCheck(
         "repetition",
-        "No response says the same over and over.",
+        "No response repeats the same text in a loop.",
         "warn",
-        "Cut the response off where the loop begins, or take the row out.",
+        "Cut the response where the loop begins, or remove the row.",
         pretest=_loop_pretest,
         find=_loop,
     ),
     ContentCheck(
         "markup_leftovers",
-        "No text holds HTML, or role labels, of the page or log that it was copied from.",
+        "No text contains HTML or role labels from the page or log that it was copied from.",
         "warn",
-        "Convert HTML to text, and cut role labels off, in the source.",
+        "In the source, convert HTML to text and remove role labels.",
         words=_MARKUP_WORDS,
         pretest=_markup_pretest,
         find=_markup,
@@ -845,7 +854,7 @@ CONTENT_CHECKS: tuple[ContentCheck, ...] = (
         "language_mismatch",
         "Every response is in the language of its prompt.",
         "warn",
-        "Translate the response, or let the prompt say which language it asks for.",
+        "Translate the response, or state the requested language in the prompt.",
         pretest=_language_pretest,
         find=_language,
     ),

@@ -1,4 +1,5 @@
-"""Records with tools, calls, reasoning or weights -> the part of the check document that shows them, masked and shortened."""
+"""Records with tools, calls, reasoning or weights -> the part of the check document that shows them, masked and
+shortened."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ FEATURES: tuple[Callable[[Mapping[str, Any]], bool], ...] = (
     lambda record: any("reasoning_content" in message for message in record["messages"]),
     lambda record: any("weight" in message for message in record["messages"]),
 )
-"""Of each kind of record one is shown, if there is any."""
+"""One record of each kind is shown, if there is any."""
 
 
 def is_rich(record: Mapping[str, Any]) -> bool:
@@ -33,9 +34,8 @@ def chosen(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def shown(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The messages of a record, in canonical form but for arguments, which are text.
-
-    Of a preference pair `messages` is the prompt; `chosen` and `rejected` follow. `left_out` counts messages that are not in the document.
+    """The messages of a record, in canonical form, except that arguments are text. For a preference pair `messages` is
+    the prompt; `chosen` and `rejected` follow. `left_out` counts messages that are not in the document.
     """
     messages, prompt = record["messages"], record.get("asked")
     prompt = len(messages) if prompt is None else prompt

@@ -61,7 +61,7 @@ CANNOT_MERGE = {
     "prompt_tuning": VIRTUAL,
     "p_tuning": VIRTUAL,
     "cartridge": VIRTUAL,
-    "feature_extraction": "learns a layer of its own, and leaves the base model as it is",
+    "feature_extraction": "learns a separate layer, and does not change the base model",
     "adaption_prompt": "learns prompts inside the attention, which no weight of the base model can hold",
     "beft": "learns biases for layers that may have none",
 }
@@ -275,9 +275,9 @@ def why_not_merged(method: str, options: Mapping[str, Any], quantization: Quanti
     if name in CANNOT_MERGE:
         return f"cannot be merged: it {CANNOT_MERGE[name]}"
     if name in CANNOT_MERGE_QUANTIZED and quantization_of(method, quantization) == "nf4":
-        return "cannot be merged once trained against quantized weights: it scales what they give"
+        return "cannot be merged once trained against quantized weights: it scales their outputs"
     if options.get("layer_replication"):
-        return "with layer_replication cannot be merged: one weight stands for several layers"
+        return "with layer_replication cannot be merged: several layers share one weight"
     return ""
 
 

@@ -24,7 +24,7 @@ OF_EACH_SOURCE = 2
 
 
 class Expected(NamedTuple):
-    """What surrounds the content of an answer in its labels."""
+    """Text around the content of an answer in its labels."""
 
     frames: list[tuple[str, str]]
     """Texts before and after it."""
@@ -61,21 +61,21 @@ def find_wrong_labels(tokenizer: Any, records: Sequence[dict[str, Any]], fates: 
             continue
         answers = [message for message in record["messages"] if message["role"] == "assistant" and message.get("weight") != 0]
         if any((example.labels == IGNORE).all() for example in fate.examples):
-            wrong[i] = "an example has nothing to learn from"
+            wrong[i] = "an example has no labels"
         elif any(((example.labels != IGNORE) & (example.labels != example.input_ids)).any() for example in fate.examples):
-            wrong[i] = "a label is another token than the one it stands at"
+            wrong[i] = "a label differs from the token at its position"
         elif is_text(record):
             text = decode(tokenizer, [[token for ids in found[i] for token in ids]])[0]
             if not _matches(
                 tokenizer, text, answers[0]["content"], Expected([("", "")], [tokenizer.eos_token]), fate.outcome == "truncated"
             ):
-                wrong[i] = f"labels say {_short(text)}"
+                wrong[i] = f"labels contain {_short(text)}"
         elif problem := _compare(tokenizer, said[i], answers, expected, fate.outcome):
             wrong[i] = problem
         elif any(message.get("tool_calls") or message.get("reasoning_content") for message in answers):
             openings = _openings(tokenizer) if openings is None else openings
             if not all(_starts_right(tokenizer, example, openings) for example in fate.examples):
-                wrong[i] = "labels do not begin where inference begins to write"
+                wrong[i] = "labels do not begin where generation begins"
     return wrong
 
 
@@ -90,12 +90,12 @@ def _compare(tokenizer: Any, said: Sequence[str], answers: Sequence[Message], ex
         cut = outcome == "truncated" and n == len(said) - 1
         while left and not _is_answer(tokenizer, text, left[0], expected, cut):
             if not outcome.startswith("split"):
-                return f"labels say {_short(text)}, the assistant {_short(_shown(left[0]))}"
+                return f"labels contain {_short(text)}, the assistant turn {_short(_shown(left[0]))}"
             left.pop(0)
         if not left:
-            return f"labels say {_short(text)}, the assistant nothing of the kind"
+            return f"labels contain {_short(text)}, but no assistant turn has this text"
         left.pop(0)
-    return "" if not left or outcome.startswith("split") else f"the answer {_short(_shown(left[0]))} is not learnt"
+    return "" if not left or outcome.startswith("split") else f"the answer {_short(_shown(left[0]))} is not in the labels"
 
 
 def _is_answer(tokenizer: Any, text: str, message: Message, expected: Expected, cut: bool) -> bool:
@@ -105,7 +105,7 @@ def _is_answer(tokenizer: Any, text: str, message: Message, expected: Expected, 
     if not text.endswith(tuple(expected.ends)):
         return False
     if cut:
-        return True  # any part of it may be left; where it begins and ends is compared
+        return True  # any part of it may be kept; only its beginning and end are compared
     words = [
         message["content"].strip(),
         *(call.name for call in calls(message)),
@@ -115,7 +115,7 @@ def _is_answer(tokenizer: Any, text: str, message: Message, expected: Expected, 
 
 
 def _openings(tokenizer: Any) -> tuple[str, ...]:
-    """What the template writes between a prompt and an answer, after a user turn and after a tool result."""
+    """Text of the template between a prompt and an answer, after a user turn and after a tool result."""
     user, call = {"role": "user", "content": "Why?"}, {"type": "function", "id": "abcdefghi", "function": {"name": "f", "arguments": {}}}
     result = {"role": "tool", "content": "x", "tool_call_id": "abcdefghi", "name": "f"}
     found = []
