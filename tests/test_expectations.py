@@ -285,7 +285,7 @@ def test_all_errors_of_a_suite_are_reported_together(tmp_path: Path) -> None:
     lines = [line.removeprefix("mine.json: expectations") for line in said.splitlines()]
     columns = ", ".join(expectations.COLUMNS)
     assert lines[0].startswith(
-        "[0] (expect_table_row_count_to_be_betwen): unknown type 'expect_table_row_count_to_be_betwen'; near it: "
+        "[0] (expect_table_row_count_to_be_betwen): unknown type 'expect_table_row_count_to_be_betwen'; similar types: "
         "expect_table_row_count_to_be_between"
     )
     assert lines[1] == f"[1] (expect_column_mean_to_be_between): no column 'promt_words'; columns: {columns}"

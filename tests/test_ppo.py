@@ -477,8 +477,7 @@ def test_exploding_kl_in_the_last_update_is_detected(tiny_model: Path, tiny_toke
     before = sha256_of_tensors(trainable(model))
     chosen = settings(total_episodes=32, learning_rate=rate, max_kl=None, explode_kl=5.0, mini_batch_size=32, num_ppo_epochs=1)
     course = ppo.train(model, tiny_tokenizer, prompts_of(tiny_tokenizer), small_letters, chosen, COMPUTE)
-    assert re.match(r"ppo: iteration 1: KL is .* The weights at the start of iteration 1 are kept", course.stopped),
-    course.stopped
+    assert re.match(r"ppo: iteration 1: KL is .* The weights at the start of iteration 1 are kept", course.stopped), course.stopped
     assert sha256_of_tensors(trainable(model)) == before
 
 
