@@ -379,7 +379,7 @@ def test_the_same_seed_writes_the_same_bytes(tmp_path: Path) -> None:
 def test_a_requested_split_without_rows_stops_the_stage(tmp_path: Path) -> None:
     report = run(splits.Params(test=0.2, validation=0.1), folder_of(tmp_path / "in", 2), tmp_path / "out")
     assert [(check.name, check.note) for check in report.failures] == [
-        ("schema", "no rows in: validation, test; the largest group of near-copies holds 2 rows and is not divided")
+        ("schema", "no rows in: validation, test; the largest group of near-copies has 2 rows and is not divided")
     ]
 
 
@@ -466,7 +466,7 @@ def test_a_source_is_never_divided_if_splits_are_by_source(tmp_path: Path) -> No
     assert len({(row["source"], where[row["example_id"]]) for row in rows}) == 3
     assert report.checks[1].note == (
         "validation has 10 of 30 rows (33.3%) instead of 10.0%; test has 10 of 30 rows (33.3%) instead of 20.0%; "
-        "the largest source, with all that belongs to it, holds 10 rows and is not divided"
+        "the largest source, with all that belongs to it, has 10 rows and is not divided"
     )
 
 

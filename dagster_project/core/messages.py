@@ -52,7 +52,8 @@ def calls(message: Mapping[str, Any]) -> list[Call]:
 
 
 def readable(value: Any) -> str:
-    """A call's arguments or a tool's definition as a person reads it: text as it is, everything else as JSON, indented if it is long."""
+    """A call's arguments or a tool's definition for display: text unchanged, everything else as JSON, indented if it is
+    long."""
     if isinstance(value, str):
         return value
     try:

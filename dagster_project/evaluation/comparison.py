@@ -10,7 +10,8 @@ from dagster_project.core.text import NAMES, TITLES
 
 FEWEST = 30
 """Smallest number of test examples for a conclusion. Measured on simulated pairs of right and wrong answers: the 95 % bootstrap interval of a
-difference of accuracies holds the true one in 93 to 96 % of the cases from 30 answers on, in 65 to 89 % at 10 and in 41 to 68 % at 5."""
+difference of accuracies contains the true one in 93 to 96 % of the cases from 30 answers on, in 65 to 89 % at 10 and in
+41 to 68 % at 5."""
 
 Scores = Mapping[str, Mapping[str, Any]]
 """System -> its measures, and the mean tokens of its prompts if it is a language model."""
@@ -128,7 +129,7 @@ def _verdict(name: str, decides: str, scores: Scores, found: Mapping[str, Any], 
         if decides == OPEN and (ratio := found.get("perplexity_to_base")):  # free text has many correct answers; likelihood covers them all
             beside = f" By likelihood: {_below(ratio)[-1]}."
     if not gained.enough and (gained.low > 0 or gained.high < 0):
-        return f"Tuning {name} is not judged: {gained.words}, which so few examples cannot tell from chance.{checks}"
+        return f"Nothing can be concluded on tuning {name}: {gained.words}, which so few examples cannot tell from chance.{checks}"
     if gained.sure and failed:
         return f"Tuning {name} gained, but its checks failed: {gained.words}.{beside}{checks} Look into them before you use it."
     if gained.sure:

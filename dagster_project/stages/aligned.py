@@ -71,7 +71,7 @@ class Params(PreferenceParams):
     rewards: dict[str, float] = {MODEL: 1.0}
     """Rewards of online methods, each with its weight: reward_model; valid_json, 1 for an answer that is JSON;
     distinct, the share of three-word runs that are not repeated; brief, falling from 1 to 0 at a hundred words. These
-    rules judge an answer's content and its calls, as JSON, without the trace."""
+    rules score an answer's content and its calls, as JSON, without the trace."""
     samples: int = Field(default=64, ge=1)
     """Held-out prompts that are answered before and after training."""
     max_new_tokens: int = Field(default=96, ge=1)
@@ -322,7 +322,7 @@ def _examine(reward_model: Path, sft: Path, params: Params, method: AlignmentMet
         )
         return usable, CheckResult("reward_model_is_reliable", passed=False, blocking=True, count=len(problems), note=note)
     scored = "the rewards on held-out answers come from it" if usable else "no rewards of held-out answers were measured"
-    note = f"{params.method} does not learn from the reward model and went on; {scored}; {failure}"
+    note = f"{params.method} does not learn from the reward model and continued; {scored}; {failure}"
     return usable, CheckResult("reward_model_is_reliable", passed=False, severity="warn", count=len(problems), note=note)
 
 

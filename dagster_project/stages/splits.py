@@ -254,7 +254,7 @@ def _schema(params: Params, counts: dict[str, int], labels: Sequence[str | None]
         notes.append(f"{name} has {counts[name]} of {total} rows ({counts[name] / total:.1%}) instead of {shares[name]:.1%}")
     if missed or empty:
         unit = "group of near-copies" if params.by == "group" else f"{params.key or params.by}, with all that belongs to it,"
-        notes.append(f"the largest {unit} holds {dealt.largest} rows and is not divided")
+        notes.append(f"the largest {unit} has {dealt.largest} rows and is not divided")
     return CheckResult("schema", passed=not empty, blocking=True, count=len(empty), note="; ".join(notes))
 
 

@@ -82,7 +82,7 @@ class Judged:
     """Plain data: a number, a list of values, {quantile: value}, or {"unexpected", "of", "values"} for expectations on
     single rows."""
     seen: str
-    """The same in words."""
+    """The same as text."""
     rows: list[int]
     """The first rows of the table that violate it, for expectations on single rows."""
 
@@ -310,7 +310,7 @@ def _expectation(entry: Any, number: str, columns: list[str]) -> tuple[Any, list
         given = {key: entry[key] for key in ("severity", "description", "notes", "meta") if key in entry}
         return ExpectationConfiguration(type=kind, kwargs=kwargs, id=number, **given).to_domain_obj(), []
     except ValidationError as error:
-        # Where several types would do, the library complains of each: the first says enough.
+        # If several types are allowed, the library reports each one: the first is sufficient.
         first: dict[str, str] = {}
         for problem in error.errors():
             first.setdefault(str(problem["loc"][0]), str(problem["msg"]))

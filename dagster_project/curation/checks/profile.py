@@ -434,7 +434,7 @@ JUDGED = ("small_dataset", "unbalanced_categories", "low_diversity")
 
 
 def shares(profile: Mapping[str, Any], limits: Limits, near_copies: int | None = None) -> pl.DataFrame:
-    """The row that `set_schema` judges: a column per measure, null where it does not apply.
+    """The row that `set_schema` validates: a column per measure, null where it does not apply.
 
     Args:
         near_copies: number of rows with nearly the prompt of an earlier row; None if unknown.
@@ -507,7 +507,7 @@ def _said(profile: Mapping[str, Any], limits: Limits, near_copies: int | None) -
         if diversity["top_long_response"]
         else "no long response repeats",
         "near_copy_share": f"{copies:,} prompts ({copies / max(1, rows):.0%}) are nearly those of earlier rows",
-        "few": f"not judged below {limits.min_rows_for_diversity} rows",
+        "few": f"not checked below {limits.min_rows_for_diversity} rows",
     }
 
 

@@ -152,12 +152,12 @@ def _inputs_are_real(rows: Rows, _: str) -> list[bool]:
 
 
 def _of_record(holds: Callable[[Mapping[str, Any]], bool]) -> Callable[[Rows, str], list[bool]]:
-    """A column that depends on each record alone."""
+    """A column that depends only on the record."""
     return lambda rows, _: [holds(record) for record in rows.records]
 
 
 def _of_text(find: Callable[[Sequence[str]], list[str | None]]) -> Callable[[Rows, str], list[str | None]]:
-    """A column that depends on each record's text alone."""
+    """A column that depends only on the record's text."""
     return lambda rows, _: find(rows.texts)
 
 
@@ -355,7 +355,7 @@ def _leak_note(rows: Rows, _: Sequence[str]) -> list[str]:
     partly = {link.row for link in links} - copied
     return [
         *([f"{len(copied):,} rows copy held-out text, {len(partly):,} overlap it in part"] if partly else []),
-        *([f"{frames:,} pairs share only a common frame, which proves nothing"] if frames else []),
+        *([f"{frames:,} pairs share only a common phrase and are not leaks"] if frames else []),
     ]
 
 
@@ -365,9 +365,9 @@ def _near_copies_note(rows: Rows, _: Sequence[str]) -> list[str]:
     if overlaps.compared.boilerplate:
         (text, count), *others = overlaps.compared.boilerplate
         more = f" and {len(others)} more" if others else ""
-        note = [f'boilerplate, which proves nothing: "{text}" in {count} prompts{more}']
+        note = [f'boilerplate, which is not compared: "{text}" in {count} prompts{more}']
     if grouped := overlaps.links[GROUPED]:
-        note.append(f"{len(grouped):,} pairs are less similar, or ask something else: they share a group_id and are not reported")
+        note.append(f"{len(grouped):,} pairs are less similar, or have another question: they share a group_id and are not reported")
     return note
 
 
@@ -482,7 +482,7 @@ _ROW_CHECKS: tuple[Check, ...] = (
     ),
     Check(
         "special_tokens_in_text",
-        "No text holds a chat template's control tokens.",
+        "No text contains control tokens of a chat template.",
         "error",
         "Remove the markers from the text; the template adds its own.",
         "fix",
@@ -529,7 +529,7 @@ _ROW_CHECKS: tuple[Check, ...] = (
     ),
     Check(
         "secrets",
-        "No text holds a password, key or token.",
+        "No text contains a password, key or token.",
         "error",
         "Revoke the secret, then remove it from the source: a model can reproduce it.",
         column=lambda rows, _: rows.shared(_private_values)[True],

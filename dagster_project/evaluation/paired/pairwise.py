@@ -96,7 +96,7 @@ def answers_of(project: Path) -> dict[str, dict[Key, Answer]]:
     if not answers:
         raise InputError(
             "data/baselines, data/evaluation: no system has answered the test examples",
-            "run `dvc repro comparison`; systems are asked to answer where evaluation.task in params.yaml says what a right answer is",
+            "run `dvc repro comparison`; systems are asked to answer if evaluation.task in params.yaml defines right answers",
         )
     return answers
 

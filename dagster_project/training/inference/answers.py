@@ -162,7 +162,7 @@ def _by_library(library: Any, prompt: str, text: str, tools: Tools) -> tuple[lis
 
 
 def _with_response_template(tokenizer: Any) -> Any:
-    """The tokenizer with its own response template or, for a chat template that TRL knows, with TRL's; else None."""
+    """The tokenizer with its own response template or with TRL's for a chat template of TRL; else None."""
     if getattr(tokenizer, "response_template", None) is not None:
         return tokenizer
     known = _trl_response_template(tokenizer.chat_template) if isinstance(tokenizer.chat_template, str) else None

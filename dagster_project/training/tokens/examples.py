@@ -136,12 +136,12 @@ def _fit(tokenizer: Any, record: Mapping[str, Any], encoded: Sequence[Encoded], 
     if rules.too_long == "truncate":
         if shorter := truncate(tokenizer, encoded[0], rules.room):
             return RecordOutcome("truncated", why, [_example(tokenizer, shorter, answer, rules)])
-        return RecordOutcome("dropped:too_long", f"{why}; the prompt alone fills it")
+        return RecordOutcome("dropped:too_long", f"{why}; the prompt leaves no room")
     if rules.too_long == "split":
         parts = [(part, "") for part in windows(encoded[0], rules.room)] if is_text(record) else split(tokenizer, record, rules)
         if parts:
             return RecordOutcome(f"split:{len(parts)}", why, [_example(tokenizer, part, said, rules) for part, said in parts])
-        return RecordOutcome("dropped:too_long", f"{why}; no answer fits with its question")
+        return RecordOutcome("dropped:too_long", f"{why}; no answer fits together with its question")
     return RecordOutcome("dropped:too_long", why)
 
 

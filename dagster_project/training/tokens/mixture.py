@@ -51,7 +51,7 @@ def mix(
             copies[i] = n
             if not n:
                 outcomes[i] = RecordOutcome(
-                    "dropped:replay", "replay has its share without it", [], outcomes[i].tokens, outcomes[i].trained, outcomes[i].stable
+                    "dropped:replay", "not needed for the share of replay", [], outcomes[i].tokens, outcomes[i].trained, outcomes[i].stable
                 )
     if how == "none" and not replay:
         return copies, {}

@@ -60,7 +60,7 @@ class TrainingParams(Section):
     num_train_epochs: int = Field(default=1, ge=1)
     """Passes over the training split."""
     max_steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps after which training stops, whatever the number of epochs. null: no limit."""
+    """Optimizer steps after which training stops, regardless of the number of epochs. null: no limit."""
     per_device_train_batch_size: int = Field(default=1, ge=1)
     """Rows per forward pass."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
