@@ -90,7 +90,7 @@ def check_paths(
         was = judge(before.records, held_out, rules, tokens, kind=before.kind)
         old = findings.document(previous, before.layout, was, held_out, matches=0)
         document["changes"] = {
-            **findings.changes(_from(before.records, since, paths), loaded.records, previous),
+            **findings.changes(_rename_sources(before.records, since, paths), loaded.records, previous),
             "findings": findings.finding_changes(old["findings"], document["findings"]),
         }
     if show:
@@ -99,7 +99,7 @@ def check_paths(
     return document
 
 
-def _from(records: Sequence[dict[str, Any]], places: Sequence[str], names: Sequence[str]) -> list[dict[str, Any]]:
+def _rename_sources(records: Sequence[dict[str, Any]], places: Sequence[str], names: Sequence[str]) -> list[dict[str, Any]]:
     """The records with sources renamed from `places` to `names`, which are the same files elsewhere."""
     renamed = []
     for record in records:
@@ -140,15 +140,15 @@ def load(paths: Sequence[str], layout: str = "auto", mapping: Mapping[str, str] 
 def _load(path: str, layout: str, mapping: Mapping[str, str] | None = None) -> list[Loaded]:
     if hub := parse_spec(path):
         return [_rows(read_split(hub), hub.name, layout, held_out_label(hub), mapping)]
-    place = _place(path)
+    place = _existing_path(path)
     if layout == "auto" and not mapping and _is_canonical(place):
-        return [_canonical(place)]
+        return [_load_output(place)]
     if place.is_dir():
         return [_rows(read_rows(file), f"{path.rstrip('/')}/{name}", layout, mapping=mapping) for name, file in files_of(place)]
     return [_rows(read_rows(place), path, layout, mapping=mapping)]
 
 
-def _place(path: str) -> Path:
+def _existing_path(path: str) -> Path:
     """The existing path.
 
     Raises:
@@ -227,7 +227,7 @@ def _is_canonical(folder: Path) -> bool:
     return all((folder / name).is_file() for name in ("records-00000.parquet", "ledger.parquet"))
 
 
-def _canonical(folder: Path) -> Loaded:
+def _load_output(folder: Path) -> Loaded:
     """Load an output of `raw_examples`, `instructions` or `raw_preferences`, with the row numbers of its sources.
 
     Raises:
@@ -293,9 +293,9 @@ def _items(path: str) -> list[Item]:
         InputError: a row cannot be read, and so cannot be checked for leakage.
     """
     hub = parse_spec(path)
-    place = Path() if hub else _place(path)
+    place = Path() if hub else _existing_path(path)
     if not hub and _is_canonical(place):
-        found = _canonical(place)
+        found = _load_output(place)
     elif not hub and place.is_dir():
         return [item for name, _ in files_of(place) for item in _items(f"{path.rstrip('/')}/{name}")]
     else:

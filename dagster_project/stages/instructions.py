@@ -101,7 +101,7 @@ def produce(
             for i, (record, reason) in enumerate(zip(judged.records, judged.reason, strict=True))
         ],
     )
-    account.write_account("instructions", judged, held_out, out, pages, previous, _kept_of)
+    account.write_account("instructions", judged, held_out, out, pages, previous, _read_kept)
 
     dropped = Counter(why for why in judged.reason if why)
     return Report(
@@ -119,7 +119,7 @@ def produce(
     )
 
 
-def _kept_of(previous: Mapping[str, Path]) -> list[dict[str, Any]]:
+def _read_kept(previous: Mapping[str, Path]) -> list[dict[str, Any]]:
     shards = [row for name in sorted(previous) if name.startswith("records-") for row in read_table(previous[name])]
     placed = [row for row in read_table(previous["ledger.parquet"]) if row["outcome"] == "kept"]
     return [{**record, "source_row": entry["source_row"]} for record, entry in zip(shards, placed, strict=True)]

@@ -131,10 +131,10 @@ def produce(
     for name in SPLITS:
         write_records(out / name, [_pair(judged.records[i]) for i in rows[name]], pair_schema())
     write_ledger(out, _ledger(judged, division))
-    _look_at_splits(judged, out, division, rows, test, splits / TEST, params)
+    _check_splits(judged, out, division, rows, test, splits / TEST, params)
 
     held_out = [*benchmarks, *(Item(findings.place(r), prompt_text(r["messages"]), text=response_text(r["messages"])) for r in test)]
-    account.write_account("preferences", judged, held_out, out, pages, previous, _kept_of)
+    account.write_account("preferences", judged, held_out, out, pages, previous, _read_kept)
     dropped = Counter(why for why in judged.reason if why)
     length: dict[str, Any] = {key: judged.profile[key] for key in ("chosen_longer_share", "length_rule_accuracy") if key in judged.profile}
     return Report(
@@ -211,7 +211,7 @@ def _divide(
     )
 
 
-def _look_at_splits(
+def _check_splits(
     judged: Judgement,
     out: Path,
     division: Division,
@@ -263,7 +263,7 @@ def _ledger(judged: Judgement, division: Division) -> list[dict[str, Any]]:
     return lines
 
 
-def _kept_of(previous: Mapping[str, Path]) -> list[dict[str, Any]]:
+def _read_kept(previous: Mapping[str, Path]) -> list[dict[str, Any]]:
     pairs = {pair["example_id"]: pair for name in sorted(previous) if "/records-" in name for pair in read_table(previous[name])}
     rows: dict[str, int] = {}
     for line in read_table(previous["ledger.parquet"]):

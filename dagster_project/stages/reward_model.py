@@ -137,7 +137,7 @@ def produce(
     write_curve(curve_file, history.curve, CURVE)
     reward_model.save(model, folder, out)
     del model
-    quality = _judge(reward_model.RewardModel(out, device, dtype), pairs, calibration_file)
+    quality = _evaluate(reward_model.RewardModel(out, device, dtype), pairs, calibration_file)
     report = Report(
         metrics={
             "model": params.model,
@@ -258,7 +258,7 @@ def _rows(tokenizer: Any, pairs: Sequence[Mapping[str, Any]], margins: bool) -> 
     ]
 
 
-def _judge(model: reward_model.RewardModel, pairs: Mapping[str, Sequence[Mapping[str, Any]]], calibration_file: Path) -> dict[str, Any]:
+def _evaluate(model: reward_model.RewardModel, pairs: Mapping[str, Sequence[Mapping[str, Any]]], calibration_file: Path) -> dict[str, Any]:
     """Held-out accuracy, the accuracy of choosing by length, and the calibration of the model."""
     import numpy as np
 

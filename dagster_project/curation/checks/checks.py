@@ -99,7 +99,7 @@ class Rules(profiles.Limits):
 
     @field_validator("policy", "severity")
     @classmethod
-    def _known(cls, values: dict[str, str]) -> dict[str, str]:
+    def _check_names(cls, values: dict[str, str]) -> dict[str, str]:
         for name, value in values.items():
             if name not in CHECKS:
                 raise ValueError(f"unknown check {name!r}; checks: {', '.join(CHECKS)}")
@@ -231,7 +231,7 @@ def judge(
         kept = [i for i in kept if i not in leaking]
     waiting = [(i, name) for name in ROW_CHECKS if rules.action(name) == "review" for i in broken.get(name, []) if reason[i] is None]
 
-    profile, notes, failures = _judge_set([records[i] for i in kept], _near_copies(overlaps, waived, reason), rules, tokens, kind)
+    profile, notes, failures = _check_set([records[i] for i in kept], _near_copies(overlaps, waived, reason), rules, tokens, kind)
     notes |= facts.notes
     fixed, dropped = repaired.counts(reason), Counter(check for check in reason if check)
     verdicts = {}
@@ -297,7 +297,7 @@ def _near_copies(overlaps: Overlaps, waived: Waived, reason: Sequence[str | None
     return sum(1 for i in similar - set(waived.rows.get("near_duplicates", ())) if reason[i] is None)
 
 
-def _judge_set(
+def _check_set(
     kept: Sequence[dict[str, Any]], near_copies: int, rules: Rules, tokens: Tokens, kind: Kind
 ) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
     """Profile of the kept records, and notes and failures (check -> reason) of the checks on the set."""

@@ -107,15 +107,15 @@ def content_facts(records: Sequence[Mapping[str, Any]]) -> dict[str, list[str | 
     if not texts.said:
         return facts
     lower = texts.said_column.str.to_lowercase()
-    worded = _having(lower, [word for check in CONTENT_CHECKS for word in check.words]).arg_true()
+    worded = _contains_any(lower, [word for check in CONTENT_CHECKS for word in check.words]).arg_true()
     responses = lower.gather(worded)
     for check in CONTENT_CHECKS:
         column = facts[check.name]
-        with_words = worded.filter(_having(responses, check.words)).to_list() if check.words else []
+        with_words = worded.filter(_contains_any(responses, check.words)).to_list() if check.words else []
         for i in sorted({*with_words, *check.pretest(texts)}):
             row = texts.rows[i]
             if column[row] is None and (found := check.find(one := texts.exchange(i, records))):
-                column[row] = _shown(one, *found)
+                column[row] = _excerpt(one, *found)
     return facts
 
 
@@ -137,7 +137,7 @@ def _texts(records: Sequence[Mapping[str, Any]]) -> Texts:
     return texts
 
 
-def _shown(one: Exchange, kind: str, phrase: str) -> str:
+def _excerpt(one: Exchange, kind: str, phrase: str) -> str:
     """The kind, and the masked text around the phrase unless something in the phrase itself is masked."""
     for text in (one.said, one.asked) if phrase else ():
         if phrase in text and (at := (shown := mask(text)).find(phrase)) >= 0:
@@ -147,7 +147,7 @@ def _shown(one: Exchange, kind: str, phrase: str) -> str:
     return kind
 
 
-def _having(lower: pl.Series, words: Iterable[str]) -> pl.Series:
+def _contains_any(lower: pl.Series, words: Iterable[str]) -> pl.Series:
     """Which of the lower-case texts contain one of the words."""
     return lower.str.contains("|".join(map(re.escape, words)))
 
@@ -160,7 +160,7 @@ def _prose(text: str) -> str:
     return _FENCE.sub(" ", text) if "`" in text or "~~~" in text else text
 
 
-def _quoted(text: str, at: int) -> bool:
+def _is_quoted(text: str, at: int) -> bool:
     """Whether the place is inside quotation marks."""
     before = text[:at]
     return before.count('"') % 2 == 1 or before.count("“") > before.count("”") or before.count("「") > before.count("」")
@@ -230,7 +230,7 @@ def _refusal(one: Exchange) -> Found | None:
     head = " ".join(one.said[:REFUSES_WITHIN].split(" "))
     for pattern in _REFUSALS:
         match = pattern.search(head)
-        if match is None or _quoted(head, match.start()) or _holds(one.before, " ".join(match.group().split()[-3:])):
+        if match is None or _is_quoted(head, match.start()) or _holds(one.before, " ".join(match.group().split()[-3:])):
             continue
         if any(match.groupdict().values()) or not _WRITTEN_FOR_OTHERS.search(one.asked):
             return "refusal", match.group().strip()
@@ -264,7 +264,12 @@ _ASKS_WHO = re.compile(
 
 def _boilerplate(one: Exchange) -> Found | None:
     match = _BOILERPLATE.search(_prose(one.said))
-    if match is None or _quoted(one.said, one.said.find(match.group())) or _holds(one.before, match.group()) or _ASKS_WHO.search(one.asked):
+    if (
+        match is None
+        or _is_quoted(one.said, one.said.find(match.group()))
+        or _holds(one.before, match.group())
+        or _ASKS_WHO.search(one.asked)
+    ):
         return None
     return "speaks as an AI", match.group().strip()
 
@@ -300,7 +305,7 @@ _NAMED = re.compile(rf"{_MODELS}|{_ALSO_WORDS}|{_MAKERS}")
 
 def _identity(one: Exchange) -> Found | None:
     match = _IDENTITY.search(_prose(one.said)) if _FIRST_PERSON.search(one.said) else None
-    if match is None or _quoted(one.said, one.said.find(match.group())):
+    if match is None or _is_quoted(one.said, one.said.find(match.group())):
         return None
     named = _NAMED.search(match.group())
     if named and re.search(
@@ -342,18 +347,18 @@ _WANTS_SLOTS = re.compile(
 )
 
 
-def _says_nothing(text: str) -> bool:
+def _is_only_placeholder(text: str) -> bool:
     return len(text) < 40 and ((bare := text.strip().casefold()) in _EMPTY_ANSWERS or bare.strip(_WRAPPING) in _EMPTY_ANSWERS)
 
 
 def _placeholder_pretest(texts: Texts) -> Iterable[int]:
     short = (texts.said_column.str.len_bytes() < 40).arg_true().to_list()
-    empty = [i for i in short if _says_nothing(texts.said[i])]
-    return [*empty, *_having(texts.asked_lower, ["[insert", "<insert", "{insert", "lorem ipsum"]).arg_true().to_list()]
+    empty = [i for i in short if _is_only_placeholder(texts.said[i])]
+    return [*empty, *_contains_any(texts.asked_lower, ["[insert", "<insert", "{insert", "lorem ipsum"]).arg_true().to_list()]
 
 
 def _placeholder(one: Exchange) -> Found | None:
-    if _says_nothing(one.said):
+    if _is_only_placeholder(one.said):
         return "nothing but a placeholder", one.said.strip()
     before = one.before
     if _WANTS_SLOTS.search(before):
@@ -379,7 +384,7 @@ _WANTS_EDIT = re.compile(
 _AROUND_ECHO = " \n\t#*>\"'“”`"
 
 
-def _plain(text: str) -> str:
+def _normalized(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
@@ -393,18 +398,18 @@ def _echo_pretest(texts: Texts) -> Iterable[int]:
 
 
 def _echo(one: Exchange) -> Found | None:
-    asked, answer = _plain(one.asked).strip(_AROUND_ECHO), _LABELLED.sub("", one.said, count=1)
-    said = _plain(answer).lstrip(_AROUND_ECHO)
+    asked, answer = _normalized(one.asked).strip(_AROUND_ECHO), _LABELLED.sub("", one.said, count=1)
+    said = _normalized(answer).lstrip(_AROUND_ECHO)
     if not said.startswith(asked[:ECHO]) or _WANTS_ECHO.search(one.asked):
         return None
-    for part in dict.fromkeys((asked, _plain(one.asked.strip().partition("\n\n")[0]).strip(_AROUND_ECHO))):
+    for part in dict.fromkeys((asked, _normalized(one.asked.strip().partition("\n\n")[0]).strip(_AROUND_ECHO))):
         if len(part) < ECHO or part.count(" ") < 2:
             continue
         if said.rstrip(_AROUND_ECHO + ".?!") == part.rstrip(".?!"):
             return "the response is the prompt", ""
         if not said.startswith(part):
             continue
-        first_line = _plain(answer.strip().partition("\n")[0]).strip(_AROUND_ECHO)
+        first_line = _normalized(answer.strip().partition("\n")[0]).strip(_AROUND_ECHO)
         if (part == asked and (part[-1] in "?!.:。？！" or first_line == part)) or (
             first_line == part and not _WANTS_EDIT.search(one.asked)
         ):
@@ -497,7 +502,7 @@ def _cut_pretest(texts: Texts) -> Iterable[int]:
     return found
 
 
-def _cut(one: Exchange) -> Found | None:
+def _find_cut_end(one: Exchange) -> Found | None:
     text = one.said.rstrip()
     if (
         not one.asked or not text or any(map(calls, one.messages[one.at : one.at + 1]))
@@ -637,7 +642,7 @@ _DOCUMENT = re.compile(r"\s*<(?:!doctype|html|\?xml|svg|[a-z]+[ >])", re.IGNOREC
 
 
 def _markup_pretest(texts: Texts) -> Iterable[int]:
-    return _having(texts.asked_lower, _MARKUP_WORDS).arg_true().to_list()
+    return _contains_any(texts.asked_lower, _MARKUP_WORDS).arg_true().to_list()
 
 
 def _markup(one: Exchange) -> Found | None:
@@ -725,13 +730,13 @@ def _language(one: Exchange) -> Found | None:
 
 def _languages(asked: str, said: str) -> tuple[str, str] | None:
     """The languages (ISO 639) of two texts in one script if they surely differ."""
-    if (usual := _usual(asked)) and usual == _usual(said):
+    if (usual := _language_of_frequent_words(asked)) and usual == _language_of_frequent_words(said):
         return None
-    answered = _likely(said)
+    answered = _language_probabilities(said)
     (language, probability), *_ = answered.items()
     if language == "zxx" or probability < SURE:  # zxx: no language
         return None
-    expected = _likely(asked)
+    expected = _language_probabilities(asked)
     (prompted, probability), *_ = expected.items()
     if (
         prompted in {language, "zxx"}
@@ -741,19 +746,21 @@ def _languages(asked: str, said: str) -> tuple[str, str] | None:
     ):
         return None
     for part in _QUOTES.split(asked):  # a prompt may quote a text in another language
-        if _usual(part) == language or (len(_LETTER.findall(part)) >= SCRIPT_LETTERS and _likely(part).get(language, 0) > UNLIKELY):
+        if _language_of_frequent_words(part) == language or (
+            len(_LETTER.findall(part)) >= SCRIPT_LETTERS and _language_probabilities(part).get(language, 0) > UNLIKELY
+        ):
             return None
     return prompted, language
 
 
-def _usual(text: str) -> str | None:
+def _language_of_frequent_words(text: str) -> str | None:
     """The language with the most frequent words in the text; None if there are several."""
     words = {*_WORDS.findall(text.casefold())}
     (most, language), (second, _) = sorted(((len(words & frequent), code) for code, frequent in _FREQUENT.items()), reverse=True)[:2]
     return language if most > second else None
 
 
-def _likely(text: str) -> dict[str, float]:
+def _language_probabilities(text: str) -> dict[str, float]:
     """ISO 639 code -> probability, most likely first."""
     return dict(_identifier().rank(text))
 
@@ -831,7 +838,7 @@ CONTENT_CHECKS: tuple[ContentCheck, ...] = (
         "info",
         "Complete the response, or remove the row; check the token limit used when the responses were generated.",
         pretest=_cut_pretest,
-        find=_cut,
+        find=_find_cut_end,
     ),
     ContentCheck(
         "repetition",

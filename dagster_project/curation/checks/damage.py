@@ -42,7 +42,7 @@ def damage(texts: Sequence[str]) -> list[str | None]:
 
     The excerpt is masked, and invisible characters in it are escaped, as in "control character: 'a\\x00b'".
     """
-    return _look(texts, _damage_hint(), _damage)
+    return _first_faults(texts, _damage_hint(), _damage)
 
 
 def template_marks(texts: Sequence[str], special_tokens: Iterable[str] = ()) -> list[str | None]:
@@ -60,12 +60,12 @@ def template_marks(texts: Sequence[str], special_tokens: Iterable[str] = ()) -> 
     """
     own = sorted({token for token in special_tokens if token.strip()}, key=lambda token: (-len(token), token))
     pattern = re.compile("|".join(map(re.escape, own))) if own else None
-    return _look(texts, _MARK_HINT, lambda text: _marks(text, pattern), own)
+    return _first_faults(texts, _MARK_HINT, lambda text: _marks(text, pattern), own)
 
 
 def hidden(texts: Sequence[str]) -> list[str | None]:
     """For each text the first byte order mark or zero-width character without effect, with an excerpt, or None."""
-    return _look(texts, "[\u200b-\u200d\u2060\ufeff]", _hidden)
+    return _first_faults(texts, "[\u200b-\u200d\u2060\ufeff]", _hidden)
 
 
 def without_hidden(text: str) -> str:
@@ -91,14 +91,18 @@ def without_end_marks(text: str, special_tokens: Iterable[str] = ()) -> str:
         special_tokens: of the base model; only those that end a text by their name count.
     """
     ends = (*END_MARKS, *(token for token in special_tokens if _ENDS.search(token)))
-    while (mark := next((mark for mark in ends if text.rstrip().endswith(mark)), None)) and not _struck(text.strip(), at_end=True):
+    while (mark := next((mark for mark in ends if text.rstrip().endswith(mark)), None)) and not _is_partly_struck(
+        text.strip(), at_end=True
+    ):
         text = text.rstrip().removesuffix(mark).rstrip()
-    while (mark := next((mark for mark in START_MARKS if text.lstrip().startswith(mark)), None)) and not _struck(text, at_end=False):
+    while (mark := next((mark for mark in START_MARKS if text.lstrip().startswith(mark)), None)) and not _is_partly_struck(
+        text, at_end=False
+    ):
         text = text.lstrip().removeprefix(mark).lstrip()
     return text
 
 
-def _look(texts: Sequence[str], hint: str, judge: Callable[[str], str | None], literals: Sequence[str] = ()) -> list[str | None]:
+def _first_faults(texts: Sequence[str], hint: str, judge: Callable[[str], str | None], literals: Sequence[str] = ()) -> list[str | None]:
     found: list[str | None] = [None] * len(texts)
     for row in candidates(texts, hint, literals):
         found[row] = judge(texts[row])
@@ -245,7 +249,7 @@ def _sentence(text: str) -> re.Match[str] | None:
     return next((m for m in _SENTENCE.finditer(whole) if not any(start <= m.start() < end for start, end in pairs)), None)
 
 
-def _struck(text: str, at_end: bool) -> bool:
+def _is_partly_struck(text: str, at_end: bool) -> bool:
     """Whether a part, not the whole, of the text at its end or beginning is struck through by HTML."""
     whole = text.strip()
     return any(

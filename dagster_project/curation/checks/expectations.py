@@ -207,10 +207,10 @@ def run(frame: pd.DataFrame, suite_file: Path, docs_folder: Path | None = None, 
         InputError: lists everything in the suite that cannot be evaluated.
     """
     name = name or str(suite_file)
-    with _quiet():
+    with _silenced():
         suite, expectations = _load(suite_file, name, list(frame.columns))
         result = _validate(frame, suite)
-        judged = _judge(result, expectations, frame, name)
+        judged = _read_results(result, expectations, frame, name)
         if docs_folder is not None:
             words = {str(i): f"{one.words} ({expectations[i].severity.value})" for i, one in enumerate(judged)}
             data_docs.write(docs_folder, suite, result, words)
@@ -237,7 +237,7 @@ def _foreign(frame: pd.DataFrame, expectations: Sequence[Any], name: str) -> tup
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _silenced() -> Iterator[None]:
     """Suppresses warnings, logs and progress bars of Great Expectations, one of which ignores its settings."""
     log = logging.getLogger("great_expectations")
     level = log.level
@@ -380,7 +380,7 @@ def _validate(frame: pd.DataFrame, suite: Any) -> Any:
     return batch.validate(suite, result_format="COMPLETE")
 
 
-def _judge(result: Any, expectations: Sequence[Any], frame: pd.DataFrame, name: str) -> list[Judged]:
+def _read_results(result: Any, expectations: Sequence[Any], frame: pd.DataFrame, name: str) -> list[Judged]:
     """The results as `Expected`, in the suite's order. Fixes in `result` what Data Docs would not show."""
     from great_expectations.util import convert_to_json_serializable
 
@@ -413,7 +413,7 @@ def _judge(result: Any, expectations: Sequence[Any], frame: pd.DataFrame, name: 
             found["observed_value"] = sorted(frame[one.expectation_config.kwargs["column"]].dropna().unique().tolist())[:100]
             for key in ("unexpected_count", "missing_count", "partial_unexpected_list", "partial_missing_list"):
                 found.pop(key, None)
-        observed = _plain(found)
+        observed = _plain_data(found)
         expectation = expectations[i]
         severity = SEVERITY[expectation.severity.value]
         judged[i] = Judged(kind, _sentence(expectation), one.success, severity, observed, _seen(observed), rows)
@@ -434,7 +434,7 @@ def _infos(info: dict[str, Any]) -> list[dict[str, Any]]:
     return [info] if "raised_exception" in info else list(info.values())
 
 
-def _plain(found: dict[str, Any]) -> Any:
+def _plain_data(found: dict[str, Any]) -> Any:
     """The observed value, as plain and stable data."""
     if "element_count" in found:
         values = {json.dumps(value): value for value in map(_value, found["partial_unexpected_list"])}

@@ -159,10 +159,10 @@ def match(link: Link, records: Sequence[dict[str, Any]], items: Mapping[str, Ite
         other = item.place
         said = (item.question, item.with_choices) if link.part == "prompt" else (item.text, item.question, item.with_choices)
         if link.part in FIELDS:
-            text = _around(text, "\n".join(said), SEARCHED)
+            text = _most_similar_part(text, "\n".join(said), SEARCHED)
         theirs = max(said, key=lambda t: _shared(text, t))
     if link.part in FIELDS:  # reasoning is long
-        text, theirs = _around(text, theirs, 10 * width), _around(theirs, text, 10 * width)
+        text, theirs = _most_similar_part(text, theirs, 10 * width), _most_similar_part(theirs, text, 10 * width)
     text, theirs = mask(text[: 10 * width]), mask(theirs[: 10 * width])
     mine_span, other_span = shared_span(text, theirs)
     text, mine_span = _window(text, mine_span, width)
@@ -178,7 +178,7 @@ def _part(record: Mapping[str, Any], part: str, answered: bool) -> str:
     return f"{text}\n\n{conversation_text(record['messages'][-1:])}" if answered else text
 
 
-def _around(text: str, other: str, size: int) -> str:
+def _most_similar_part(text: str, other: str, size: int) -> str:
     """The part of a text, of a given size and masked, with the most three-word shingles in common with another text."""
     text = mask(text)
     if len(text) <= size:
@@ -276,15 +276,15 @@ def _gaps(
 def _edit(before: dict[str, Any], after: dict[str, Any], around: int = 100) -> dict[str, str]:
     """Both versions of a row, masked and shortened to their difference."""
     texts = [conversation_text(record["messages"], record.get("tools")) or excerpt(record, WIDTH) for record in (before, after)]
-    first = max(0, _alike(*texts) - 5 * WIDTH)  # a secret that begins before the difference is masked as a whole
+    first = max(0, _common_prefix(*texts) - 5 * WIDTH)  # a secret that begins before the difference is masked as a whole
     texts = [mask(text[first : first + 10 * WIDTH]) for text in texts]
-    start = _alike(*texts)
-    rest = _alike(*(text[start:][::-1] for text in texts))
+    start = _common_prefix(*texts)
+    rest = _common_prefix(*(text[start:][::-1] for text in texts))
     old, new = (text[max(0, start - around) : len(text) - rest + around][:WIDTH] for text in texts)
     return {"before": old, "after": new}
 
 
-def _alike(a: str, b: str) -> int:
+def _common_prefix(a: str, b: str) -> int:
     """Length of the common prefix of two texts."""
     return sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(a, b, strict=False)))
 

@@ -105,12 +105,12 @@ def read_tokenizer(base_model: Path) -> LightTokenizer | None:
             json.loads((base_model / name).read_text(encoding="utf-8"))
             for name in ("tokenizer_config.json", "config.json", "tokenizer.json")
         )
-        return _plain(base_model, settings, model, state)
+        return _build(base_model, settings, model, state)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
-def _plain(base_model: Path, settings: dict[str, Any], model: dict[str, Any], state: dict[str, Any]) -> LightTokenizer | None:
+def _build(base_model: Path, settings: dict[str, Any], model: dict[str, Any], state: dict[str, Any]) -> LightTokenizer | None:
     from tokenizers import Tokenizer
 
     added = {token["content"] for token in state["added_tokens"]}

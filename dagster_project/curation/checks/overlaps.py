@@ -167,7 +167,7 @@ def _repeats(
             repeats[i] = same
             continue
         if "rejected" in record:
-            chosen, rejected = (tuple(map(_said, side)) for side in (messages[record["asked"] :], record["rejected"]))
+            chosen, rejected = (tuple(map(_message_key, side)) for side in (messages[record["asked"] :], record["rejected"]))
             earlier = answers[_key(messages[: record["asked"]], tools[i])]
             if (rejected, chosen) in earlier:
                 conflicts[i] = earlier[rejected, chosen]
@@ -176,7 +176,7 @@ def _repeats(
         if len(messages) < 2:
             continue
         earlier = answers[_key(messages[:-1], tools[i])]
-        answer = _said(messages[-1])
+        answer = _message_key(messages[-1])
         if earlier and answer not in earlier:
             conflicts[i] = next(iter(earlier.values()))
         earlier.setdefault(answer, i)
@@ -184,10 +184,10 @@ def _repeats(
 
 
 def _key(messages: Sequence[Message], tools: str) -> tuple[Any, ...]:
-    return (tools, *(part for m in messages for part in (m["role"], _said(m))))
+    return (tools, *(part for m in messages for part in (m["role"], _message_key(m))))
 
 
-def _said(message: Message) -> Any:
+def _message_key(message: Message) -> Any:
     """The compared part of a message: its content and, if present, its reasoning and calls. Ids of calls are ignored,
     because they are arbitrary."""
     made = [(call.name, json.dumps(call.arguments, ensure_ascii=False, sort_keys=True)) for call in calls(message)]
@@ -217,13 +217,13 @@ def _reported(
             p.rule != "containment"
             and p.similarity >= least
             and is_near_duplicate(subjects[p.left], subjects[p.right], frequency)
-            and is_near_duplicate(_last_asked(records[p.left]), _last_asked(records[p.right]), frequency)
+            and is_near_duplicate(_last_question(records[p.left]), _last_question(records[p.right]), frequency)
         )
         (reported if same else grouped).append(Link(p.right, p.left, "prompt", p.rule, p.similarity))
     return reported, grouped
 
 
-def _last_asked(record: dict[str, Any]) -> str:
+def _last_question(record: dict[str, Any]) -> str:
     return next((m["content"] for m in reversed(record["messages"]) if m["role"] == "user"), "")
 
 

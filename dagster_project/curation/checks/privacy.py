@@ -71,14 +71,14 @@ def scan(texts: Sequence[str]) -> list[Hit]:
 def mask(text: str) -> str:
     """The text with every value that `scan` finds replaced by its kind: "[e-mail]", "[aws key]". Masking again changes nothing."""
     while found := _find(text):  # repeated, because replacements change positions, and rules use a few preceding characters
-        text = "".join(_masked(text, found))
+        text = "".join(_split_at_values(text, found))
     return text
 
 
 def redact(text: str, secret: bool) -> str:
     """The text with personal data (or, with `secret`, keys and passwords) replaced by typed placeholders; see `placeholder`."""
     while found := [one for one in _find(text) if one[2].secret is secret]:  # repeated, as in `mask`
-        text = "".join(_masked(text, found, placeholder))
+        text = "".join(_split_at_values(text, found, placeholder))
     return text
 
 
@@ -105,7 +105,7 @@ def text_column(texts: Sequence[str]) -> pl.Series:
         return pl.Series([re.sub("[\ud800-\udfff]", "\ufffd", text) for text in texts], dtype=pl.String)
 
 
-def _masked(text: str, found: Sequence[tuple[int, int, Rule]], name: Callable[[str], str] = "[{}]".format) -> list[str]:
+def _split_at_values(text: str, found: Sequence[tuple[int, int, Rule]], name: Callable[[str], str] = "[{}]".format) -> list[str]:
     """The text in pieces: unchanged parts at even indices, kinds of masked values at odd ones."""
     pieces, at = [], 0
     for start, end, rule in found:
@@ -115,7 +115,7 @@ def _masked(text: str, found: Sequence[tuple[int, int, Rule]], name: Callable[[s
 
 
 def _hits(row: int, text: str, found: Sequence[tuple[int, int, Rule]]) -> Iterator[Hit]:
-    pieces = _masked(text, found)
+    pieces = _split_at_values(text, found)
     for i, (start, end, rule) in enumerate(found):
         before = "".join(pieces[max(0, 2 * i - 8) : 2 * i + 1])
         after = "".join(pieces[2 * i + 2 : 2 * i + 11])
@@ -439,12 +439,12 @@ def _phones(text: str) -> Iterator[Span]:
 def _phone(written: str, start: int, regions: Sequence[str]) -> Iterator[Span]:
     """The longest prefix, in whole groups of digits, that is a valid personal number in one of the regions."""
     ends = [m.end() for m in re.finditer(r"[0-9](?![0-9])", written)]
-    end = next((end for region in regions for end in reversed(ends) if _somebodys(written[:end], region)), None)
+    end = next((end for region in regions for end in reversed(ends) if _is_personal_number(written[:end], region)), None)
     if end:
         yield start, start + end
 
 
-def _somebodys(written: str, region: str) -> bool:
+def _is_personal_number(written: str, region: str) -> bool:
     from phonenumbers import NumberParseException, PhoneNumberType, is_valid_number, number_type, parse
 
     try:

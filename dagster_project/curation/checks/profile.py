@@ -280,7 +280,7 @@ def scripts(texts: Sequence[str]) -> list[str]:
 _ASCII_LETTER = re.compile("[A-Za-z]")
 
 
-def _number(value: float) -> float | int:
+def _rounded(value: float) -> float | int:
     """Rounded to 4 digits; whole numbers as int."""
     return int(value) if value == int(value) else round(value, 4)
 
@@ -297,7 +297,7 @@ def _spread(values: Sequence[int]) -> dict[str, Any]:
     first = next(i for i, n in enumerate(rows) if n)
     bins = [{"from": edges[i], "to": edges[i + 1], "rows": n} for i, n in enumerate(rows)]
     median, p95 = np.percentile(given, [50, 95]).tolist()
-    return {"total": int(given.sum()), "median": _number(median), "p95": _number(p95), "max": int(given.max()), "histogram": bins[first:]}
+    return {"total": int(given.sum()), "median": _rounded(median), "p95": _rounded(p95), "max": int(given.max()), "histogram": bins[first:]}
 
 
 def _vocabulary(records: Sequence[dict[str, Any]], prompt_words: pl.Series) -> dict[str, Any]:
@@ -369,17 +369,17 @@ def _responses(records: Sequence[dict[str, Any]], rows: pl.DataFrame) -> dict[st
     repeated = counted.filter(pl.col("rows") >= REPEATED * len(rows))
     top: Counter[str] = Counter()
     for row, n in repeated.head(10).select("row", "rows").iter_rows():
-        top[_beginning(records[row])] += n
+        top[_task_opening(records[row])] += n
     long = counted.filter(pl.col("response_words") >= LONG_RESPONSE).head(1).select("row", "rows").rows()
     return {
         "repeated_responses": len(repeated),
         "top_responses": dict(sorted(top.items(), key=lambda item: (-item[1], item[0]))),
-        "top_long_response": _beginning(records[long[0][0]]) if long else "",
+        "top_long_response": _task_opening(records[long[0][0]]) if long else "",
         "top_response_share": round(long[0][1] / len(rows), 4) if long else 0.0,
     }
 
 
-def _beginning(record: dict[str, Any]) -> str:
+def _task_opening(record: dict[str, Any]) -> str:
     return mask(" ".join(response_text(record["messages"]).split()))[:60]
 
 
@@ -466,14 +466,14 @@ def failures(profile: Mapping[str, Any], limits: Limits, near_copies: int | None
         cases = errors.failure_cases.select("check", "column").rows()
         if wrong := [case for case in cases if case[0] not in JUDGED]:
             raise AssertionError(f"the table of shares itself is wrong: {wrong}") from None
-        said = _said(profile, limits, near_copies)
+        said = _notes(profile, limits, near_copies)
         return {check: "; ".join(said[column] for name, column in cases if name == check) for check in JUDGED if check in dict(cases)}
     return {}
 
 
 def notes(profile: Mapping[str, Any], limits: Limits, near_copies: int | None = None) -> dict[str, str]:
     """Check -> note with its figures, for passed checks on the set."""
-    said, failed = _said(profile, limits, near_copies), failures(profile, limits, near_copies)
+    said, failed = _notes(profile, limits, near_copies), failures(profile, limits, near_copies)
     known = [name for name, value in shares(profile, limits, near_copies).row(0, named=True).items() if value is not None]
     diverse: list[str] = [
         name for name in ("top_opening_share", "distinct_2", "template_share", "top_response_share", "near_copy_share") if name in known
@@ -487,7 +487,7 @@ def notes(profile: Mapping[str, Any], limits: Limits, near_copies: int | None = 
     return {check: "; ".join(said[name] for name in names) for check, names in parts.items() if check not in failed}
 
 
-def _said(profile: Mapping[str, Any], limits: Limits, near_copies: int | None) -> dict[str, str]:
+def _notes(profile: Mapping[str, Any], limits: Limits, near_copies: int | None) -> dict[str, str]:
     """Measure -> note with its figures."""
     rows, diversity, count = profile["rows"], profile["diversity"], profile["category_count"]
     words = profile["lengths"]["prompt"]["total"] + profile["lengths"]["response"]["total"]

@@ -75,12 +75,12 @@ def repair(
         tried = {i: mend(done.records[i]) for i in rows}
         for i, left in zip(tried, find([*tried.values()]), strict=True):
             if left is None:
-                done.records[i] = _named(tried[i], done.records[i], name)
+                done.records[i] = _add_names(tried[i], done.records[i], name)
                 done.found.setdefault(name, {})[i] = rows[i]
     return done
 
 
-def _named(new: Record, old: Record, check: str) -> Record:
+def _add_names(new: Record, old: Record, check: str) -> Record:
     """The repaired record with its new content hash, and the names of its repairs."""
     names = dict.fromkeys([*old.get("repaired", ()), check])
     return {**new, "example_id": content_id(new), "source_id": old.get("source_id", old["example_id"]), "repaired": [*names]}
@@ -100,7 +100,7 @@ def _rewritten(
     if record.get("rejected"):
         new["rejected"] = [_changed_message(m, change, given) for m in record["rejected"]]
     meta = json.loads(record["meta"])
-    changed = {key: _changed(value, change) if whole or key == "input" else value for key, value in meta.items()}
+    changed = {key: _change_texts(value, change) if whole or key == "input" else value for key, value in meta.items()}
     return new if changed == meta else {**new, "meta": _dumped(changed)}
 
 
@@ -130,12 +130,12 @@ def _changed_argument(value: Any, change: Callable[[str, str], str], name: str =
     return value if new == str(value) else new
 
 
-def _changed(value: Any, change: Callable[[str], str]) -> Any:
+def _change_texts(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, list):
-        return [_changed(one, change) for one in value]
-    return {key: _changed(one, change) for key, one in value.items()} if isinstance(value, dict) else value
+        return [_change_texts(one, change) for one in value]
+    return {key: _change_texts(one, change) for key, one in value.items()} if isinstance(value, dict) else value
 
 
 def _dumped(meta: Mapping[str, Any]) -> str:

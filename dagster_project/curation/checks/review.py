@@ -53,13 +53,13 @@ class Waiver(Exemption):
 
     @field_validator("pairs")
     @classmethod
-    def _of_two(cls, pairs: list[list[str]]) -> list[list[str]]:
+    def _check_pairs(cls, pairs: list[list[str]]) -> list[list[str]]:
         if any(len(pair) != 2 for pair in pairs):
             raise ValueError("a pair is a list of two rows")
         return pairs
 
     @model_validator(mode="after")
-    def _names_something(self) -> Waiver:
+    def _check_names(self) -> Waiver:
         if not self.rows and not self.pairs:
             raise ValueError("names neither rows nor pairs")
         return self

@@ -124,10 +124,10 @@ def _have_prompt(rows: Rows, _: str) -> list[bool]:
 
 def _has_response(record: Mapping[str, Any]) -> bool:
     sides = [record["messages"], record["rejected"]] if "rejected" in record else [record["messages"]]
-    return all(not side or side[-1]["role"] != "assistant" or _says_something(side[-1]) for side in sides)
+    return all(not side or side[-1]["role"] != "assistant" or _has_content(side[-1]) for side in sides)
 
 
-def _says_something(message: Mapping[str, Any]) -> bool:
+def _has_content(message: Mapping[str, Any]) -> bool:
     """Whether an answer has text, or calls a tool. Reasoning alone is not an answer."""
     return bool(message["content"].strip()) or "tool_calls" in message
 
@@ -166,16 +166,16 @@ def _of_text(find: Callable[[Sequence[str]], list[str | None]]) -> Callable[[Row
 
 def _sides_differ(record: Mapping[str, Any]) -> bool:
     rejected = record.get("rejected")
-    return not rejected or not record["messages"] or not _alike(record["messages"][-len(rejected) :], rejected)
+    return not rejected or not record["messages"] or not _sides_are_equal(record["messages"][-len(rejected) :], rejected)
 
 
-def _alike(chosen: Sequence[Mapping[str, Any]], rejected: Sequence[Mapping[str, Any]]) -> bool:
+def _sides_are_equal(chosen: Sequence[Mapping[str, Any]], rejected: Sequence[Mapping[str, Any]]) -> bool:
     """Whether two sides have the same calls and the same text, except for case, white space, Unicode form and the final
     period; in code except for white space at line ends."""
     if len(chosen) != len(rejected):
         return False
     both_sides = [*zip(chosen, rejected, strict=True)]
-    if any(_called(a) != _called(b) for a, b in both_sides):
+    if any(_call_values(a) != _call_values(b) for a, b in both_sides):
         return False
     texts = [(a["content"], b["content"]) for a, b in both_sides]
     traces = [(a.get("reasoning_content") or "", b.get("reasoning_content") or "") for a, b in both_sides]
@@ -184,7 +184,7 @@ def _alike(chosen: Sequence[Mapping[str, Any]], rejected: Sequence[Mapping[str, 
     return all(a["role"] == b["role"] for a, b in both_sides) and all(plain(a) == plain(b) for a, b in (*texts, *traces))
 
 
-def _called(message: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def _call_values(message: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [(call.name, call.arguments) for call in calls(message)]
 
 
@@ -299,7 +299,7 @@ def _transcripts_note(rows: Rows, _: Sequence[str]) -> list[str]:
     return [f"{transcripts} rows quote a transcript; they are kept"] if transcripts else []
 
 
-def _misfits(rows: Rows, _: str) -> list[str | None]:
+def _template_mismatches(rows: Rows, _: str) -> list[str | None]:
     """The reason that each conversation does not fit the chat template. A template's behavior depends on roles and on
     white space around the contents."""
     misfits: list[str | None] = [None] * len(rows.records)
@@ -495,7 +495,7 @@ _ROW_CHECKS: tuple[Check, ...] = (
         "Every conversation fits the base model's chat template.",
         "error",
         "Use the roles that the template supports, or another template.",
-        column=_misfits,
+        column=_template_mismatches,
         note=kinds,
     ),
     Check(

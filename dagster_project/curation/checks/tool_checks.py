@@ -46,11 +46,11 @@ def _invalid_call(record: Mapping[str, Any], validators: dict[str, ArgumentsSche
 def _problem(call: Call, tools: Mapping[str, Any], system: str, validators: dict[str, ArgumentsSchema]) -> str | None:
     if call.name not in tools:
         if tools:
-            return _quoted("unknown tool", call.name)
+            return _quote("unknown tool", call.name)
         if call.name not in system:  # a system prompt may define the tools in its text
-            return _quoted("no tools are defined", call.name)
+            return _quote("no tools are defined", call.name)
     if not isinstance(call.arguments, dict):
-        return _quoted("arguments are not a JSON object", call.arguments if isinstance(call.arguments, str) else json.dumps(call.arguments))
+        return _quote("arguments are not a JSON object", call.arguments if isinstance(call.arguments, str) else json.dumps(call.arguments))
     if (parameters := tools.get(call.name)) is None:
         return None
     key = JSON.encode(parameters)
@@ -60,7 +60,7 @@ def _problem(call: Call, tools: Mapping[str, Any], system: str, validators: dict
     return problem and f"{problem[0]}: {call.name}: {_excerpt(problem[1])}"
 
 
-def _quoted(kind: str, text: str) -> str:
+def _quote(kind: str, text: str) -> str:
     return f"{kind}: '{_excerpt(text)}'"
 
 
@@ -122,12 +122,12 @@ def _unmatched(rows: Rows) -> dict[int, _Unmatched]:
 
 def _unanswered(rows: Rows, _: str) -> list[str | None]:
     found = rows.shared(_unmatched)
-    return [_quoted("no result", found[i].calls[0]) if i in found and found[i].calls else None for i in range(len(rows.records))]
+    return [_quote("no result", found[i].calls[0]) if i in found and found[i].calls else None for i in range(len(rows.records))]
 
 
-def _orphans(rows: Rows, _: str) -> list[str | None]:
+def _results_without_call(rows: Rows, _: str) -> list[str | None]:
     found = rows.shared(_unmatched)
-    return [_quoted("answers no call", found[i].results[0]) if i in found and found[i].results else None for i in range(len(rows.records))]
+    return [_quote("answers no call", found[i].results[0]) if i in found and found[i].results else None for i in range(len(rows.records))]
 
 
 # --- reasoning and weights ---------------------------------------------------------------------------------------------------------
@@ -135,14 +135,16 @@ def _orphans(rows: Rows, _: str) -> list[str | None]:
 
 def _reasoning(rows: Rows) -> tuple[set[int], set[int]]:
     """Indices of the rows with reasoning in an answer, and of those without."""
-    reasons = {i for i in rows.rich if any(m["role"] == "assistant" and _has_trace(m) for m in _judged(rows.records[i]))}
+    reasons = {i for i in rows.rich if any(m["role"] == "assistant" and _has_trace(m) for m in _trained_messages(rows.records[i]))}
     if not reasons:
         return set(), set()
-    answered = {i for i, r in enumerate(rows.records) if "labelled" not in r and any(m["role"] == "assistant" for m in _judged(r))}
+    answered = {
+        i for i, r in enumerate(rows.records) if "labelled" not in r and any(m["role"] == "assistant" for m in _trained_messages(r))
+    }
     return reasons, {i for i in answered - reasons if rows.metas[i].get("kind") != "text"}
 
 
-def _judged(record: Mapping[str, Any]) -> Sequence[Message]:
+def _trained_messages(record: Mapping[str, Any]) -> Sequence[Message]:
     messages: Sequence[Message] = record["messages"]
     return messages[record.get("asked", 0) :]
 
@@ -151,7 +153,7 @@ def _has_trace(message: Message) -> bool:
     return bool((message.get("reasoning_content") or "").strip())
 
 
-def _fewer(rows: Rows, _: str) -> list[str | None]:
+def _mixed_reasoning(rows: Rows, _: str) -> list[str | None]:
     """In a set in which some rows have reasoning, the minority: those with, or those without if the numbers are
     equal."""
     reasons, without = rows.shared(_reasoning)
@@ -199,7 +201,7 @@ TOOL_CHECKS: tuple[Check, ...] = (
         "Every tool result answers a call.",
         "error",
         "Add the call as `tool_calls`, or remove the result; compare the ids.",
-        column=_orphans,
+        column=_results_without_call,
         quotes=True,
     ),
     Check(
@@ -217,7 +219,7 @@ TOOL_CHECKS: tuple[Check, ...] = (
         "warn",
         "Add reasoning to the rows without, or train two models; a model trained on a mixed set reasons at random.",
         "warn",
-        column=_fewer,
+        column=_mixed_reasoning,
         note=_mixed_note,
     ),
 )

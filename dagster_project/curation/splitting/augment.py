@@ -41,7 +41,7 @@ class Augment(Section):
 
     @field_validator("paraphrases")
     @classmethod
-    def _watched(cls, path: str | None) -> str | None:
+    def _is_tracked(cls, path: str | None) -> str | None:
         if path is not None and (".." in PurePosixPath(path).parts or PARAPHRASES not in PurePosixPath(path).parents):
             raise ValueError(f"must lie inside {PARAPHRASES}/, which DVC tracks")
         return path
@@ -119,7 +119,7 @@ def augment(
         answer = "\n".join([response_text(messages), *more])
         copies = [("paraphrase", text) for text in own.get(i, ())]
         for kind, share, edit in (("typos", settings.typos, with_typos), ("case", settings.case, in_another_case)):
-            if share and _draw(seed, kind, name) < share * 2**64:
+            if share and _random_number(seed, kind, name) < share * 2**64:
                 copies.append((kind, edit(said, answer, _draws(seed, kind, name))))
         for kind, text in copies:
             if text == said:
@@ -179,7 +179,7 @@ _BESIDE = {key: row[max(0, i - 1) : i] + row[i + 1 : i + 2] for row in _ROWS for
 Draws = Iterator[int]
 
 
-def _draw(seed: int, *what: object) -> int:
+def _random_number(seed: int, *what: object) -> int:
     """A number below 2**64, from a hash, because Python's own generator may differ between versions."""
     return int.from_bytes(hashlib.sha256(":".join(map(str, (seed, *what))).encode()).digest()[:8])
 
@@ -188,7 +188,7 @@ def _draws(seed: int, kind: str, name: str) -> Draws:
     n = 0
     while True:
         n += 1
-        yield _draw(seed, kind, name, n)
+        yield _random_number(seed, kind, name, n)
 
 
 def _words(text: str, answer: str, fits: Callable[[str], bool]) -> list[tuple[int, int]]:

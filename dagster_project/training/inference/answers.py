@@ -105,7 +105,7 @@ def parse(tokenizer: Any, prompt: str, text: str, tools: Tools = None) -> Answer
     if found is None and not reasoning and rest == text:
         return None
     made, content = found or ([], rest)
-    return Answer(_plain(tokenizer, content), _plain(tokenizer, reasoning), tuple(made))
+    return Answer(_plain_text(tokenizer, content), _plain_text(tokenizer, reasoning), tuple(made))
 
 
 def split_trace(prompt: str, text: str) -> tuple[str, str]:
@@ -134,7 +134,7 @@ def split_trace(prompt: str, text: str) -> tuple[str, str]:
     return "\n".join(part.strip() for part in reasoning if part.strip()), rest
 
 
-def _plain(tokenizer: Any, text: str) -> str:
+def _plain_text(tokenizer: Any, text: str) -> str:
     """Text without special tokens and the headers of channels."""
     text = re.sub(r"<\|channel\|>(?:final|commentary|analysis)\s*(?:<\|constrain\|>\w+)?<\|message\|>", "", text)
     special = sorted(filter(None, tokenizer.all_special_tokens), key=len, reverse=True)

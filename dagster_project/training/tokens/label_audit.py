@@ -90,12 +90,12 @@ def _compare(tokenizer: Any, said: Sequence[str], answers: Sequence[Message], ex
         cut = outcome == "truncated" and n == len(said) - 1
         while left and not _is_answer(tokenizer, text, left[0], expected, cut):
             if not outcome.startswith("split"):
-                return f"labels contain {_short(text)}, the assistant turn {_short(_shown(left[0]))}"
+                return f"labels contain {_short(text)}, the assistant turn {_short(_message_text(left[0]))}"
             left.pop(0)
         if not left:
             return f"labels contain {_short(text)}, but no assistant turn has this text"
         left.pop(0)
-    return "" if not left or outcome.startswith("split") else f"the answer {_short(_shown(left[0]))} is not in the labels"
+    return "" if not left or outcome.startswith("split") else f"the answer {_short(_message_text(left[0]))} is not in the labels"
 
 
 def _is_answer(tokenizer: Any, text: str, message: Message, expected: Expected, cut: bool) -> bool:
@@ -137,7 +137,7 @@ def _starts_right(tokenizer: Any, example: Example, openings: tuple[str, ...]) -
     return all(text.endswith(openings) for text in decode(tokenizer, [ids[:start] for start, _ in spans(example.labels)]))
 
 
-def _shown(message: Message) -> str:
+def _message_text(message: Message) -> str:
     return " ".join(text for _, text in field_texts(message))
 
 
@@ -205,7 +205,7 @@ def statistics(tokenizer: Any, records: Sequence[dict[str, Any]], fates: Sequenc
     ends = sum(bool((example.labels[1:] == tokenizer.eos_token_id).any()) for _, example in examples)
     checked = [fate.stable for fate in fates if fate.kept and fate.stable is not None]
     groups = {
-        name: {value: _group(lengths, trained, chosen) for value, chosen in sorted(_by(examples, name).items())}
+        name: {value: _group(lengths, trained, chosen) for value, chosen in sorted(_indices_by(examples, name).items())}
         for name in ("category", "source")
     }
     total = sum(lengths)
@@ -223,7 +223,7 @@ def statistics(tokenizer: Any, records: Sequence[dict[str, Any]], fates: Sequenc
     }
 
 
-def _by(examples: Sequence[tuple[dict[str, Any], Example]], name: str) -> dict[str, list[int]]:
+def _indices_by(examples: Sequence[tuple[dict[str, Any], Example]], name: str) -> dict[str, list[int]]:
     found = defaultdict(list)
     for i, (record, _) in enumerate(examples):
         found[str(record[name] or "(none)")].append(i)

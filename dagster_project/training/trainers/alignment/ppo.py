@@ -266,7 +266,7 @@ class Training:
         for weight in self.weights.values():
             distributed.from_first(weight.data)
         self.optimizer = torch.optim.Adam(self.weights.values(), lr=settings.learning_rate, eps=1e-5)
-        self.history, self.kl_coef, self.good = PPOHistory(), settings.kl_coef, _copied(self.weights)
+        self.history, self.kl_coef, self.good = PPOHistory(), settings.kl_coef, _copy_weights(self.weights)
         self.done = self.good_step = self._resume(checkpoints)
         self.checkpoints = None if distributed.place().rank else checkpoints
         self._began, self._earlier = time.monotonic(), self.history.seconds
@@ -288,7 +288,7 @@ class Training:
             seen = [(step, epoch, row) for step, epoch, row in state["seen"].tolist()]
             self.history = PPOHistory(**saved.document("course"), seen=seen)
             self.kl_coef, self.good = state["kl_coef"], saved.tensors("good")
-            _put(self.weights, saved.tensors("weights"))
+            _set_weights(self.weights, saved.tensors("weights"))
             checkpoint.restore_optimizer(self.optimizer, state["optimizer"])
             log.info(f"ppo: resuming from the checkpoint of iteration {done} of {self.total}")
         return done
@@ -297,11 +297,11 @@ class Training:
         """Learn from one iteration. After a collapse, restore the last good weights and record the reason."""
         try:
             experience = self._collect(step)
-            self.good, self.good_step = _copied(self.weights), step
+            self.good, self.good_step = _copy_weights(self.weights), step
             advantages, returns = self._advantages(experience)
             figures = self._update(step, experience, advantages, returns)
         except Collapsed as collapsed:
-            _put(self.weights, self.good)
+            _set_weights(self.weights, self.good)
             self.history.stopped = (
                 f"ppo: iteration {step}: {collapsed}. The weights at the start of iteration {self.good_step} are kept;"
                 " lower learning_rate, num_ppo_epochs or max_kl, or raise kl_coef"
@@ -802,11 +802,11 @@ def _parts(items: Sequence[int], size: int) -> Iterator[list[int]]:
     return (list(items[start : start + size]) for start in range(0, len(items), size))
 
 
-def _copied(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _copy_weights(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: weight.detach().cpu().clone() for name, weight in weights.items()}
 
 
-def _put(weights: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
+def _set_weights(weights: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
     import torch
 
     with torch.no_grad():

@@ -81,7 +81,7 @@ class Checkpoints:
             remove(scratch)
             scratch.mkdir(parents=True)
             for name, group in {**tensors, "state": state_tensors}.items():
-                save_file(_apart(group), scratch / f"{name}.safetensors")
+                save_file(_copy_shared(group), scratch / f"{name}.safetensors")
             for name, document in {**documents, "state": state_document}.items():
                 (scratch / f"{name}.json").write_text(json.dumps(document))
             files = {path.name: sha256_of_file(path) for path in sorted(scratch.iterdir())}
@@ -174,7 +174,7 @@ def _to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def _apart(group: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _copy_shared(group: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors on the CPU, copied if two of them share memory, which safetensors refuses (8-bit optimizers share
     their tables)."""
     found: dict[str, torch.Tensor] = {}

@@ -159,7 +159,7 @@ def process_group(gpus: Sequence[str], work: Callable[[], object]) -> Iterator[N
                 mouth.close()
                 ears[ear] = f"process {rank + 1} of {count}"
             for ear, name in ears.items():
-                if wrong := _wrong(ear, READY):
+                if wrong := _fault(ear, READY):
                     raise PedigreeError(f"{name} {wrong}", "run again")
             _join(0, count, Path(folder))
             listener = threading.Thread(target=_listen, args=(ears, heard, closing, dist.group.WORLD), daemon=True)
@@ -231,7 +231,7 @@ def _work(rank: int, count: int, gpu: str, folder: Path, mouth: Connection, work
         os._exit(1)
 
 
-def _wrong(ear: Connection, wanted: bytes) -> str:
+def _fault(ear: Connection, wanted: bytes) -> str:
     """Wait for the next message of another process; returns its fault, if any."""
     try:
         word = ear.recv_bytes()
@@ -248,7 +248,7 @@ def _listen(ears: dict[Any, str], heard: threading.Event, closing: threading.Eve
     while waiting:
         for ear in wait(waiting):
             waiting.remove(ear)
-            if (wrong := _wrong(ear, DONE)) and not closing.is_set():  # type: ignore[arg-type]
+            if (wrong := _fault(ear, DONE)) and not closing.is_set():  # type: ignore[arg-type]
                 _lost.append(f"{ears[ear]} {wrong}")
                 heard.set()
                 with suppress(RuntimeError):
