@@ -24,7 +24,7 @@ ALL = {"num_train_epochs": "auto", "learning_rate": "auto", "per_device_train_ba
 
 def settled(
     entry: dict[str, Any], examples: int = 500, rows: int = 500, validates: bool = True, processes: int = 1
-) -> auto.Settled[adapter.Params]:
+) -> auto.ResolvedParams[adapter.Params]:
     return auto.settle(adapter.Params(**entry), examples, rows, validates, processes)
 
 
@@ -80,7 +80,7 @@ def test_processes_share_the_examples_of_a_step_but_a_trial_runs_all_passes() ->
 
 def test_only_values_set_to_auto_are_chosen() -> None:
     plain = {"method": "lora", "peft": {"r": 4}, "learning_rate": 3e-4}
-    assert settled(plain) == auto.Settled(adapter.Params(**plain), {}, None)
+    assert settled(plain) == auto.ResolvedParams(adapter.Params(**plain), {}, None)
     assert settled({"peft": {"r": "auto", "lora_alpha": 5}}).params.peft == {"r": 8, "lora_alpha": 5}
 
 

@@ -25,7 +25,7 @@ from dagster_project.curation.sources.formats import to_records
 SUITE = ROOT / "data" / "expectations" / "instructions.json"
 
 
-def found(folder: Path, *entries: Any, rows: list[Record] = ROWS) -> list[expectations.Judged]:
+def found(folder: Path, *entries: Any, rows: list[Record] = ROWS) -> list[expectations.ExpectationResult]:
     return expectations.run(expectations.table(rows), suite(folder, *entries)).expectations
 
 

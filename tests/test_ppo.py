@@ -214,7 +214,7 @@ def test_the_gradient_of_the_total_loss_matches_finite_differences(mini_batch_si
             around.append(loss())
         weight.data = start[name].clone()
         slopes[name] = (direction, (around[0] - around[1]) / 2e-5)
-    wanted, judged = loss(), ppo.Judged(old, before, torch.zeros_like(old))
+    wanted, judged = loss(), ppo.TokenValues(old, before, torch.zeros_like(old))
     found = ppo.update(model, head, torch.optim.SGD(weights.values()), 1.0, rollout, judged, gains, returns, chosen, "seed")
     assert found["updates"] == 1
     assert 0 < found["clip_fraction"] < 1

@@ -29,7 +29,7 @@ from dagster_project.core.records import read_table, write_table
 from dagster_project.pipeline import validate
 from dagster_project.stages import adapter
 from dagster_project.training.trainers.harness import distributed
-from dagster_project.training.trainers.harness.distributed import Place, claim_gpus, process_group
+from dagster_project.training.trainers.harness.distributed import ProcessRank, claim_gpus, process_group
 from dagster_project.training.trainers.sft.sft import steps
 
 PLAIN = {**LORA, "peft": {**LORA["peft"], "lora_dropout": 0.0}, "neftune_noise_alpha": None}
@@ -242,14 +242,14 @@ def test_spawned_processes_form_a_group_and_exit(tmp_path: Path, capfd: pytest.C
     import torch
 
     with process_group(["", ""], partial(count_and_leave, tmp_path)):
-        assert distributed.place() == Place(0, 2)
+        assert distributed.place() == ProcessRank(0, 2)
         assert distributed.summed(torch.tensor([1.0])).tolist() == [3.0]
         [other] = [child for child in others() if "spawn_main" in " ".join(child.cmdline())]
         while not (tmp_path / "1").exists() or not (tmp_path / "1").read_text():
             time.sleep(0.01)
     assert (tmp_path / "1").read_text() == "3.0"
     assert not other.is_running()
-    assert distributed.place() == Place(0, 1)
+    assert distributed.place() == ProcessRank(0, 1)
     assert capfd.readouterr() == ("", "")
 
 

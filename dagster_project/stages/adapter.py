@@ -27,7 +27,7 @@ from dagster_project.training.trainers.harness.params import AUTO, AdapterParams
 from dagster_project.training.trainers.harness.session import Diverged, advice_on_memory
 from dagster_project.training.trainers.harness.weight_audit import LIBRARIES
 from dagster_project.training.trainers.sft import auto
-from dagster_project.training.trainers.sft.fit import Fitted, TrainingData, fit
+from dagster_project.training.trainers.sft.fit import FitResult, TrainingData, fit
 from dagster_project.training.trainers.sft.sft import refuse_mistakes, warmup
 
 log = logging.getLogger("pedigree")
@@ -117,7 +117,7 @@ def produce(
     return report
 
 
-def _document(fitted: Fitted, compute: Compute, dtype: Any, device: str, libraries: tuple[str, ...]) -> dict[str, Any]:
+def _document(fitted: FitResult, compute: Compute, dtype: Any, device: str, libraries: tuple[str, ...]) -> dict[str, Any]:
     """training.json: the trained parameters, the settings, and the first and last losses."""
     params, history, prepared = fitted.params, fitted.history, fitted.prepared
     ranks = weight_audit.ranks(prepared.model)
@@ -146,7 +146,7 @@ def _document(fitted: Fitted, compute: Compute, dtype: Any, device: str, librari
     }
 
 
-def _report(fitted: Fitted, tokens_per_epoch: int, document: Mapping[str, Any], measured: dict[str, float]) -> Report:
+def _report(fitted: FitResult, tokens_per_epoch: int, document: Mapping[str, Any], measured: dict[str, float]) -> Report:
     history, prepared = fitted.history, fitted.prepared
     finite = all(bool(weight.isfinite().all()) for weight in weight_audit.trainable(prepared.model).values())
     return Report(

@@ -26,7 +26,7 @@ from dagster_project.core.records import (
 )
 from dagster_project.curation.checks.privacy import mask
 from dagster_project.curation.sources.reading import locate
-from dagster_project.curation.splitting.augment import Added, Augment, augment, read_paraphrases
+from dagster_project.curation.splitting.augment import AddedRows, Augment, augment, read_paraphrases
 from dagster_project.curation.splitting.split import (
     DROPPED,
     SPLITS,
@@ -115,7 +115,7 @@ def produce(root: Path, params: Params, seed: int, instructions: Path, out: Path
     rows: dict[str, list[int]] = {name: [i for i, split in enumerate(dealt.splits) if split == name] for name in SPLITS}
     train = [records[i] for i in rows[TRAIN]]
     held_out = list(dict.fromkeys(texts[i] for name in SPLITS[1:] for i in rows[name]))
-    added = augment(params.augment, seed, train, held_out, copies.number, paraphrases) if params.augment else Added()
+    added = augment(params.augment, seed, train, held_out, copies.number, paraphrases) if params.augment else AddedRows()
     schema = record_schema().append(pa.field("split", pa.string()))
     for name in SPLITS:
         written = [*(records[i] for i in rows[name]), *(record for _, _, record in added.rows if name == TRAIN)]
@@ -186,7 +186,7 @@ def _labels(params: Params, records: Sequence[dict[str, Any]]) -> list[str | Non
 
 
 def _ledger(
-    records: Sequence[dict[str, Any]], placed: Sequence[dict[str, Any]], dealt: Assignment, train: Sequence[int], added: Added
+    records: Sequence[dict[str, Any]], placed: Sequence[dict[str, Any]], dealt: Assignment, train: Sequence[int], added: AddedRows
 ) -> list[dict[str, Any]]:
     lines = []
     for i, (record, before, split) in enumerate(zip(records, placed, dealt.splits, strict=True)):
@@ -258,7 +258,7 @@ def _schema(params: Params, counts: dict[str, int], labels: Sequence[str | None]
     return CheckResult("schema", passed=not empty, blocking=True, count=len(empty), note="; ".join(notes))
 
 
-def _augmented_rows(verification: Verification, added: Added) -> CheckResult:
+def _augmented_rows(verification: Verification, added: AddedRows) -> CheckResult:
     notes = [f"{n} copies left out: {reason.replace('_', ' ')}" for reason, n in added.dropped.items()]
     if added.unused:
         notes.append(f"{added.unused} paraphrases are of no row in train")

@@ -15,7 +15,7 @@ from dagster_project.core.records import uncollected
 from dagster_project.curation.checks import profile as profiles
 from dagster_project.curation.checks.check import Action, Check, Kind, Rows, Severity
 from dagster_project.curation.checks.overlaps import GROUPED, Overlaps, find_overlaps
-from dagster_project.curation.checks.repair import REPAIRS, Repaired, repair
+from dagster_project.curation.checks.repair import REPAIRS, RepairResult, repair
 from dagster_project.curation.checks.review import Decision, Waived, Waiver, edited, ids_of, resolve
 from dagster_project.curation.checks.row_checks import ROW_CHECKS, gather, row_schema, violations
 from dagster_project.curation.checks.token_counts import ESTIMATED, Tokens
@@ -257,7 +257,7 @@ class _RowFacts:
 
 
 def _row_facts(
-    records: Sequence[dict[str, Any]], held_out: Sequence[Item], rules: Rules, tokens: Tokens, waived: Waived, repaired: Repaired
+    records: Sequence[dict[str, Any]], held_out: Sequence[Item], rules: Rules, tokens: Tokens, waived: Waived, repaired: RepairResult
 ) -> _RowFacts:
     """Run every check on rows. Texts of the whole set are freed on return."""
     rows = Rows(records, held_out, waived, tokens, rules.max_tokens, rules.min_response_tokens, rules.near_duplicate_similarity)
@@ -319,7 +319,7 @@ def _check_set(
 
 def _prepared(
     records: Sequence[dict[str, Any]], held_out: Sequence[Item], rules: Rules, tokens: Tokens, decisions: Sequence[Decision]
-) -> tuple[list[dict[str, Any]], dict[int, str], Waived, Repaired]:
+) -> tuple[list[dict[str, Any]], dict[int, str], Waived, RepairResult]:
     """The records to check: with the edits of the review file and, unless waived, the repairs; and the reasons of the
     edits.
 

@@ -72,7 +72,7 @@ class Texts:
         return text_column(self.said)
 
 
-Found = tuple[str, str]
+Match = tuple[str, str]
 """A match: its kind, and the matching words of the text (or the empty string)."""
 
 
@@ -80,7 +80,7 @@ Found = tuple[str, str]
 class ContentCheck(Check):
     """A check on each answer of the assistant. Its fact is the first fault found in the conversation."""
 
-    find: Callable[[Exchange], Found | None]
+    find: Callable[[Exchange], Match | None]
     words: tuple[str, ...] = ()
     """`find` is applied to responses that contain one of these, in lower case,"""
     pretest: Callable[[Texts], Iterable[int]] = lambda _: ()
@@ -224,7 +224,7 @@ _WRITTEN_FOR_OTHERS = re.compile(
 )
 
 
-def _refusal(one: Exchange) -> Found | None:
+def _refusal(one: Exchange) -> Match | None:
     if _SALUTATION.match(one.said):
         return None
     head = " ".join(one.said[:REFUSES_WITHIN].split(" "))
@@ -262,7 +262,7 @@ _ASKS_WHO = re.compile(
 )
 
 
-def _boilerplate(one: Exchange) -> Found | None:
+def _boilerplate(one: Exchange) -> Match | None:
     match = _BOILERPLATE.search(_prose(one.said))
     if (
         match is None
@@ -303,7 +303,7 @@ _FIRST_PERSON = re.compile(r"\b(?:I|me|my|as|as an?|this is|ich bin|je suis|soy|
 _NAMED = re.compile(rf"{_MODELS}|{_ALSO_WORDS}|{_MAKERS}")
 
 
-def _identity(one: Exchange) -> Found | None:
+def _identity(one: Exchange) -> Match | None:
     match = _IDENTITY.search(_prose(one.said)) if _FIRST_PERSON.search(one.said) else None
     if match is None or _is_quoted(one.said, one.said.find(match.group())):
         return None
@@ -357,7 +357,7 @@ def _placeholder_pretest(texts: Texts) -> Iterable[int]:
     return [*empty, *_contains_any(texts.asked_lower, ["[insert", "<insert", "{insert", "lorem ipsum"]).arg_true().to_list()]
 
 
-def _placeholder(one: Exchange) -> Found | None:
+def _placeholder(one: Exchange) -> Match | None:
     if _is_only_placeholder(one.said):
         return "nothing but a placeholder", one.said.strip()
     before = one.before
@@ -397,7 +397,7 @@ def _echo_pretest(texts: Texts) -> Iterable[int]:
     return (alike & (texts.asked_column.str.len_bytes() >= ECHO)).arg_true().to_list()
 
 
-def _echo(one: Exchange) -> Found | None:
+def _echo(one: Exchange) -> Match | None:
     asked, answer = _normalized(one.asked).strip(_AROUND_ECHO), _LABELLED.sub("", one.said, count=1)
     said = _normalized(answer).lstrip(_AROUND_ECHO)
     if not said.startswith(asked[:ECHO]) or _WANTS_ECHO.search(one.asked):
@@ -502,7 +502,7 @@ def _cut_pretest(texts: Texts) -> Iterable[int]:
     return found
 
 
-def _find_cut_end(one: Exchange) -> Found | None:
+def _find_cut_end(one: Exchange) -> Match | None:
     text = one.said.rstrip()
     if (
         not one.asked or not text or any(map(calls, one.messages[one.at : one.at + 1]))
@@ -588,7 +588,7 @@ def _loop_pretest(texts: Texts) -> Iterable[int]:
     return found
 
 
-def _loop(one: Exchange) -> Found | None:
+def _loop(one: Exchange) -> Match | None:
     if match := _ONE_CHARACTER.search(one.said):
         return "one character over and over", match.group()
     text = _prose(one.said[:LOOKED_THROUGH])
@@ -645,7 +645,7 @@ def _markup_pretest(texts: Texts) -> Iterable[int]:
     return _contains_any(texts.asked_lower, _MARKUP_WORDS).arg_true().to_list()
 
 
-def _markup(one: Exchange) -> Found | None:
+def _markup(one: Exchange) -> Match | None:
     said, asked, before = _prose(one.said), _prose(one.asked), one.before
     if (match := _ROLE_IN_RESPONSE.search(said)) and not _WANTS_TALK.search(before):
         return "role label", match.group().strip()
@@ -709,7 +709,7 @@ def _language_pretest(texts: Texts) -> Iterable[int]:
     return (long & ~(english[0] & english[1])).arg_true().to_list()
 
 
-def _language(one: Exchange) -> Found | None:
+def _language(one: Exchange) -> Match | None:
     if one.said[:1] in "{[":
         return None
     asked, said = (_prose(text).strip()[:READ] for text in (one.asked, one.said))

@@ -68,7 +68,7 @@ _GALLERY = "https://greatexpectations.io/expectations"
 
 
 @dataclass(frozen=True)
-class Judged:
+class ExpectationResult:
     """One expectation and its result."""
 
     type: str
@@ -93,7 +93,7 @@ class Outcome:
 
     suite: str
     rows: int
-    expectations: list[Judged]
+    expectations: list[ExpectationResult]
     """In the suite's order."""
     page: str
     """Data Docs' first page, relative to the given folder; empty without a folder."""
@@ -101,7 +101,7 @@ class Outcome:
     """Signs that the suite was written for other data."""
 
     @property
-    def failed(self) -> list[Judged]:
+    def failed(self) -> list[ExpectationResult]:
         return [one for one in self.expectations if not one.passed]
 
 
@@ -380,11 +380,11 @@ def _validate(frame: pd.DataFrame, suite: Any) -> Any:
     return batch.validate(suite, result_format="COMPLETE")
 
 
-def _read_results(result: Any, expectations: Sequence[Any], frame: pd.DataFrame, name: str) -> list[Judged]:
-    """The results as `Expected`, in the suite's order. Fixes in `result` what Data Docs would not show."""
+def _read_results(result: Any, expectations: Sequence[Any], frame: pd.DataFrame, name: str) -> list[ExpectationResult]:
+    """The results as `ExpectationResult`, in the suite's order. Fixes in `result` what Data Docs would not show."""
     from great_expectations.util import convert_to_json_serializable
 
-    judged: dict[int, Judged] = {}
+    judged: dict[int, ExpectationResult] = {}
     problems = []
     for one in sorted(result.results, key=lambda one: int(one.expectation_config.id)):
         i, kind = int(one.expectation_config.id), one.expectation_config.type
@@ -416,7 +416,7 @@ def _read_results(result: Any, expectations: Sequence[Any], frame: pd.DataFrame,
         observed = _plain_data(found)
         expectation = expectations[i]
         severity = SEVERITY[expectation.severity.value]
-        judged[i] = Judged(kind, _sentence(expectation), one.success, severity, observed, _seen(observed), rows)
+        judged[i] = ExpectationResult(kind, _sentence(expectation), one.success, severity, observed, _seen(observed), rows)
     if problems:
         raise InputError("\n".join(problems), f"choose another type or column; arguments of each type: {_GALLERY}")
     statistics = [one.success for one in result.results]

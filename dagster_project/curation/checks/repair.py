@@ -32,7 +32,7 @@ class Repair:
 
 
 @dataclass
-class Repaired:
+class RepairResult:
     """The repairs of a set."""
 
     records: list[Record]
@@ -56,8 +56,8 @@ def repair(
     checks: Sequence[str],
     exempt: Mapping[str, Collection[int]],
     special_tokens: Collection[str] = (),
-    earlier: Repaired | None = None,
-) -> Repaired:
+    earlier: RepairResult | None = None,
+) -> RepairResult:
     """Repair each row that violates one of the checks, in the given order, so that a later repair applies to the result
     of an earlier one.
 
@@ -68,7 +68,7 @@ def repair(
         special_tokens: of the base model.
         earlier: previous repairs of these records.
     """
-    done = Repaired(list(records), {name: dict(rows) for name, rows in (earlier.found if earlier else {}).items()})
+    done = RepairResult(list(records), {name: dict(rows) for name, rows in (earlier.found if earlier else {}).items()})
     for name in checks:
         find, mend = REPAIRS[name].make(special_tokens)
         rows = {i: wrong for i, wrong in enumerate(find(done.records)) if wrong and i not in exempt.get(name, ())}

@@ -119,7 +119,7 @@ def ids_of(record: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 @dataclass
-class Named:
+class RowIndex:
     """Index of the rows of a set by the names that reviewers may use."""
 
     records: Sequence[dict[str, Any]]
@@ -166,7 +166,7 @@ def resolve(waivers: Iterable[Waiver], decisions: Iterable[Decision], records: S
     unknown: list[str] = []
     if not waivers and not accepted:
         return Waived(rows, pairs, reasons, unknown)
-    named = Named(records)
+    named = RowIndex(records)
     for check, name, reason in [(w.check, row, w.reason) for w in waivers for row in w.rows] + [
         (d.check, d.example_id, d.reason) for d in accepted
     ]:

@@ -78,7 +78,7 @@ def read_paraphrases(path: Path) -> list[Paraphrase]:
 
 
 @dataclass
-class Added:
+class AddedRows:
     """The copies to add to train."""
 
     rows: list[tuple[int, str, dict[str, Any]]] = field(default_factory=list)
@@ -96,7 +96,7 @@ def augment(
     held_out: Sequence[str],
     prompts: Mapping[str, Any],
     paraphrases: Sequence[Paraphrase] = (),
-) -> Added:
+) -> AddedRows:
     """Copies of train rows.
 
     Args:
@@ -139,7 +139,7 @@ def augment(
         if not near:
             break
     dropped = {"repeats_a_prompt": repeats, "near_held_out": count - len(made)}
-    return Added(made, {reason: n for reason, n in dropped.items() if n}, unused)
+    return AddedRows(made, {reason: n for reason, n in dropped.items() if n}, unused)
 
 
 def _by_row(train: Sequence[Mapping[str, Any]], paraphrases: Sequence[Paraphrase]) -> tuple[dict[int, list[str]], int]:

@@ -177,7 +177,7 @@ def _with_response_template(tokenizer: Any) -> Any:
 def _trl_response_template(chat_template: str) -> Any:
     from trl.chat_template_utils import add_response_schema
 
-    class Holder:
+    class TokenizerStub:
         """What `add_response_schema` reads and sets."""
 
         def __init__(self) -> None:
@@ -185,7 +185,7 @@ def _trl_response_template(chat_template: str) -> Any:
             self.response_template = None
 
     try:
-        return add_response_schema(Holder()).response_template
+        return add_response_schema(TokenizerStub()).response_template
     except ValueError:
         return None  # not one of TRL's
 

@@ -23,7 +23,7 @@ OF_EACH_SOURCE = 2
 """Number of random examples of each source in the sample."""
 
 
-class Expected(NamedTuple):
+class TurnMarkup(NamedTuple):
     """Text around the content of an answer in its labels."""
 
     frames: list[tuple[str, str]]
@@ -51,7 +51,7 @@ def find_wrong_labels(tokenizer: Any, records: Sequence[dict[str, Any]], fates: 
     said = defaultdict(list)
     for (i, _), text in zip(runs, decode(tokenizer, [ids for _, ids in runs]), strict=True):
         said[i].append(text)
-    expected = Expected(
+    expected = TurnMarkup(
         _frames(tokenizer, [record for record, fate in zip(records, fates, strict=True) if fate.kept]), end_tokens(tokenizer)
     )
     openings: tuple[str, ...] | None = None
@@ -67,7 +67,7 @@ def find_wrong_labels(tokenizer: Any, records: Sequence[dict[str, Any]], fates: 
         elif is_text(record):
             text = decode(tokenizer, [[token for ids in found[i] for token in ids]])[0]
             if not _matches(
-                tokenizer, text, answers[0]["content"], Expected([("", "")], [tokenizer.eos_token]), fate.outcome == "truncated"
+                tokenizer, text, answers[0]["content"], TurnMarkup([("", "")], [tokenizer.eos_token]), fate.outcome == "truncated"
             ):
                 wrong[i] = f"labels contain {_short(text)}"
         elif problem := _compare(tokenizer, said[i], answers, expected, fate.outcome):
@@ -84,7 +84,7 @@ def decode(tokenizer: Any, many: Sequence[list[int]]) -> list[str]:
     return tokenizer.backend_tokenizer.decode_batch(list(many), skip_special_tokens=False)
 
 
-def _compare(tokenizer: Any, said: Sequence[str], answers: Sequence[Message], expected: Expected, outcome: str) -> str:
+def _compare(tokenizer: Any, said: Sequence[str], answers: Sequence[Message], expected: TurnMarkup, outcome: str) -> str:
     left = list(answers)
     for n, text in enumerate(said):
         cut = outcome == "truncated" and n == len(said) - 1
@@ -98,7 +98,7 @@ def _compare(tokenizer: Any, said: Sequence[str], answers: Sequence[Message], ex
     return "" if not left or outcome.startswith("split") else f"the answer {_short(_message_text(left[0]))} is not in the labels"
 
 
-def _is_answer(tokenizer: Any, text: str, message: Message, expected: Expected, cut: bool) -> bool:
+def _is_answer(tokenizer: Any, text: str, message: Message, expected: TurnMarkup, cut: bool) -> bool:
     """Whether a run of labels decodes to the message and its end-of-turn token."""
     if not message.get("tool_calls") and not message.get("reasoning_content"):
         return _matches(tokenizer, text, message["content"], expected, cut)
@@ -149,7 +149,7 @@ def count_traces(tokenizer: Any, record: Mapping[str, Any], outcome: RecordOutco
     return sum(trace in text for trace in traces)
 
 
-def _matches(tokenizer: Any, text: str, answer: str, expected: Expected, cut: bool) -> bool:
+def _matches(tokenizer: Any, text: str, answer: str, expected: TurnMarkup, cut: bool) -> bool:
     """Whether a run of labels decodes to the answer and the end-of-turn token.
 
     For tokenizers that normalize text, the decoded encoding of the answer counts as well.

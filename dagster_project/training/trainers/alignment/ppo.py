@@ -160,7 +160,7 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class Judged:
+class TokenValues:
     """Evaluation of a rollout's tokens by a policy, (episodes, longest answer) each."""
 
     log_probs: torch.Tensor
@@ -235,7 +235,7 @@ class Experience:
     rollout: Rollout
     scores: torch.Tensor
     """(episodes) float32, without penalties."""
-    policy: Judged
+    policy: TokenValues
     reference: torch.Tensor
     """Log-probabilities under the reference, (episodes, longest answer)."""
     kl: float
@@ -543,7 +543,7 @@ def forward(
     return -cross_entropy(logits, labels[counted], reduction="none"), head(wide(hidden))[:, 0], logits
 
 
-def judge(model: Any, head: Any, rollout: Rollout, settings: Settings) -> Judged:
+def judge(model: Any, head: Any, rollout: Rollout, settings: Settings) -> TokenValues:
     """Evaluation of every token by the policy, or by the reference while the adapter is disabled. Both use the same
     passes, so equal policies give equal bits."""
     import torch
@@ -559,7 +559,7 @@ def judge(model: Any, head: Any, rollout: Rollout, settings: Settings) -> Judged
                 part = torch.zeros_like(judged[:, mine])
                 part[:, rollout.mask[mine]] = torch.stack((log_probs, values, entropy))
                 judged[:, mine] = part
-    return Judged(*distributed.summed(judged))
+    return TokenValues(*distributed.summed(judged))
 
 
 def kl_per_answer(log_probs: torch.Tensor, others: torch.Tensor) -> float:
@@ -637,7 +637,7 @@ def update(
     optimizer: Any,
     rate: float,
     rollout: Rollout,
-    judged: Judged,
+    judged: TokenValues,
     advantages: torch.Tensor,
     returns: torch.Tensor,
     settings: Settings,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.hashing import sha256_of_files
 from dagster_project.core.params import Compute
-from dagster_project.training.trainers.harness.checkpoint import Checkpoints, Saved, params_identity, run_identity
+from dagster_project.training.trainers.harness.checkpoint import Checkpoints, SavedCheckpoint, params_identity, run_identity
 from dagster_project.training.trainers.harness.history import TrainingHistory
 from dagster_project.training.trainers.harness.params import PreferenceParams
 from dagster_project.training.trainers.harness.session import (
@@ -59,7 +59,7 @@ class TrlSession(Session):
         model: Any,
         params: PreferenceParams,
         checkpoints: Checkpoints | None,
-        saved: Saved | None,
+        saved: SavedCheckpoint | None,
         live: Path | None,
     ) -> None:
         metrics = (*spec.metrics.values(), "loss", "validation_loss", "learning_rate", "grad_norm")

@@ -30,7 +30,7 @@ MARKER = "complete.json"
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedCheckpoint:
     """A verified checkpoint."""
 
     folder: Path
@@ -107,7 +107,7 @@ class Checkpoints:
         for old in self._complete()[self.keep :]:
             _remove(old)
 
-    def newest(self) -> Saved | None:
+    def newest(self) -> SavedCheckpoint | None:
         """The newest complete checkpoint of the same training; None to start over.
 
         A damaged one is removed and the previous one is used; one of another training is set aside as `*.stale`. Both
@@ -138,7 +138,7 @@ class Checkpoints:
                     "",
                 )
             if not wrong:
-                return Saved(folder, step)
+                return SavedCheckpoint(folder, step)
             log.warning(f"training: checkpoint {folder.name} is damaged ({wrong}); using the previous one")
             _remove(folder)
         if differing:
@@ -149,9 +149,9 @@ class Checkpoints:
             log.warning(f"training: the checkpoints are of another training (differs: {', '.join(differing)}); set aside, starting over")
         return None
 
-    def at(self, step: int) -> Saved:
+    def at(self, step: int) -> SavedCheckpoint:
         """The checkpoint of a step that another process verified."""
-        return Saved(self.folder / f"step-{step:08d}", step)
+        return SavedCheckpoint(self.folder / f"step-{step:08d}", step)
 
     def _complete(self) -> list[Path]:
         """Folders with a marker, newest step first."""

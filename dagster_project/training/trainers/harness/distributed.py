@@ -34,7 +34,7 @@ _lost: list[str] = []
 
 
 @dataclass(frozen=True)
-class Place:
+class ProcessRank:
     """Rank of this process, and the number of processes."""
 
     rank: int
@@ -46,10 +46,10 @@ class Place:
         return number % self.size == self.rank
 
 
-def place() -> Place:
+def place() -> ProcessRank:
     import torch.distributed as dist
 
-    return Place(dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else Place(0, 1)
+    return ProcessRank(dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else ProcessRank(0, 1)
 
 
 def summed(tensor: torch.Tensor) -> torch.Tensor:

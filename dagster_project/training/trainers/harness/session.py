@@ -23,7 +23,7 @@ from dagster_project.core.errors import PedigreeError
 from dagster_project.core.params import Compute
 from dagster_project.core.progress import Progress
 from dagster_project.training.trainers.harness import checkpoint, distributed
-from dagster_project.training.trainers.harness.checkpoint import Checkpoints, Saved
+from dagster_project.training.trainers.harness.checkpoint import Checkpoints, SavedCheckpoint
 from dagster_project.training.trainers.harness.curve import live_writer
 from dagster_project.training.trainers.harness.history import TrainingHistory
 from dagster_project.training.trainers.harness.params import TrainingParams
@@ -57,7 +57,7 @@ class Session:
     """One training in progress: model, history, checkpoints, progress."""
 
     def __init__(
-        self, name: str, model: Any, params: TrainingParams, checkpoints: Checkpoints | None, saved: Saved | None, live: Path | None,
+        self, name: str, model: Any, params: TrainingParams, checkpoints: Checkpoints | None, saved: SavedCheckpoint | None, live: Path | None,
         metrics: Sequence[str],
     ) -> None:  # fmt: skip
         """Args:

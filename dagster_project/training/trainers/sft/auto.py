@@ -83,7 +83,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Settled(Generic[R]):
+class ResolvedParams(Generic[R]):
     """An entry without `auto`."""
 
     params: R
@@ -93,7 +93,7 @@ class Settled(Generic[R]):
     """Entry of the trials of the sweep that corrects `learning_rate`; None without a sweep."""
 
 
-def settle(params: R, examples: int, rows: int, validates: bool, processes: int = 1) -> Settled[R]:
+def settle(params: R, examples: int, rows: int, validates: bool, processes: int = 1) -> ResolvedParams[R]:
     """Replace each `auto` by a number, for training and for `pedigree plan`.
 
     Args:
@@ -128,7 +128,7 @@ def settle(params: R, examples: int, rows: int, validates: bool, processes: int 
         alone = "" if sweeps else "; no validation split to correct it by" if by_steps else f"; {method} takes no optimizer steps"
         chosen["learning_rate"] = Choice(of.learning_rate, f"guideline for {size}{alone}")
     settled = put(params, chosen)
-    return Settled(settled, chosen, _trial(settled, steps(rows, settled, processes), passes) if sweeps else None)
+    return ResolvedParams(settled, chosen, _trial(settled, steps(rows, settled, processes), passes) if sweeps else None)
 
 
 def put(params: R, chosen: Mapping[str, Choice]) -> R:

@@ -111,7 +111,7 @@ class TrainingData:
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FitResult:
     """A trained adapter."""
 
     prepared: PreparedModel
@@ -131,14 +131,14 @@ class Fitted:
 
 def fit(
     data: TrainingData,
-    settled: auto.Settled[AdapterParams],
+    settled: auto.ResolvedParams[AdapterParams],
     identity: dict[str, str],
     checkpoints: Path,
     out: Path,
     live: Path | None,
     advised: Advised,
     gpus: list[str],
-) -> Fitted:
+) -> FitResult:
     """Train an adapter, from its newest checkpoint if it has one.
 
     Args:
@@ -183,7 +183,7 @@ def fit(
             advised(),
         ):
             history = data.train(prepared, params, kept, live)
-    return Fitted(prepared, params, chosen, trials, total, history, example_ids, audit.change())
+    return FitResult(prepared, params, chosen, trials, total, history, example_ids, audit.change())
 
 
 def worker_main(name: str, params: AdapterParams, compute: Compute, tokenized: Path, base_model: Path, checkpoints: Path) -> None:

@@ -22,7 +22,7 @@ from dagster_project.training.methods.build import PreparedModel, causal
 from dagster_project.training.methods.hardware import memory_trimmer
 from dagster_project.training.tokens.collators import SIZES, collate_packed, collate_padded
 from dagster_project.training.trainers.harness import distributed
-from dagster_project.training.trainers.harness.checkpoint import Checkpoints, Saved
+from dagster_project.training.trainers.harness.checkpoint import Checkpoints, SavedCheckpoint
 from dagster_project.training.trainers.harness.curve import LIVE
 from dagster_project.training.trainers.harness.history import TrainingHistory
 from dagster_project.training.trainers.harness.params import SftParams
@@ -108,7 +108,7 @@ class SftSession(Session):
 
     def __init__(
         self, prepared: PreparedModel, params: SftParams, compute: Compute, rows: Any, checkpoints: Checkpoints | None,
-        saved: Saved | None, live: Path | None,
+        saved: SavedCheckpoint | None, live: Path | None,
     ) -> None:  # fmt: skip
         super().__init__("training", prepared.model, params, checkpoints, saved, live, LIVE)
         self.prepared, self.sft, self.compute, self.process = prepared, params, compute, distributed.place()
@@ -294,7 +294,7 @@ def _length_sampler_class() -> type:
     return LengthSampler
 
 
-def _newest(checkpoints: Checkpoints | None, device: Any) -> tuple[Checkpoints | None, Saved | None]:
+def _newest(checkpoints: Checkpoints | None, device: Any) -> tuple[Checkpoints | None, SavedCheckpoint | None]:
     """Folder of this process' checkpoints, and the checkpoint to resume from: all processes use the one that the first
     process found."""
     import torch
