@@ -547,7 +547,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str,
 
 
 def test_a_killed_run_resumes_and_ends_in_the_same_bytes(ran: dict[str, Any]) -> None:
-    assert "ppo: going on from the checkpoint of iteration 2 of 4" in ran["log"]
+    assert "ppo: resuming from the checkpoint of iteration 2 of 4" in ran["log"]
     assert ran["killed"] == ran["one"]
 
 

@@ -178,7 +178,7 @@ def _trl_response_template(chat_template: str) -> Any:
     from trl.chat_template_utils import add_response_schema
 
     class TokenizerStub:
-        """What `add_response_schema` reads and sets."""
+        """The attributes of a tokenizer that `add_response_schema` uses."""
 
         def __init__(self) -> None:
             self.chat_template = chat_template

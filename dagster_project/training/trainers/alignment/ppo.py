@@ -325,9 +325,9 @@ class Training:
         texts = [self.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in rollout.answers]
         refuse_silence(texts, first=step == 1)
         scores = rewarded(self.reward, rollout, texts, settings, first=step == 1)
-        policy = judge(model, self.head, rollout, settings)
+        policy = evaluate(model, self.head, rollout, settings)
         with model.disable_adapter():
-            reference = judge(model, self.head, rollout, settings).log_probs
+            reference = evaluate(model, self.head, rollout, settings).log_probs
         kl = kl_per_answer(policy.log_probs, reference)
         if step == 1:
             refuse_other_reference(policy.log_probs, reference, rollout.mask, model.dtype)
@@ -361,7 +361,7 @@ class Training:
         rate = learning_rate(step, self.total, settings)
         figures = update(model, head, self.optimizer, rate, rollout, policy, advantages, returns, settings, seed)
         if step == self.total:  # no later rollout measures how far the policy moved
-            moved = judge(model, head, rollout, settings).log_probs
+            moved = evaluate(model, head, rollout, settings).log_probs
             refuse_explosion(kl_per_answer(policy.log_probs, moved), settings)
         return {**figures, "learning_rate": rate}
 
@@ -495,8 +495,7 @@ def rewarded(reward: Reward, rollout: Rollout, texts: Sequence[str], settings: S
     return scores
 
 
-# ---- 3. evaluate
-# ---------------------------------------------------------------------------------------------------------------------------
+# ---- 3. evaluate ----------------------------------------------------------------------------------------------------------------------------
 
 
 def value_head(model: Any) -> Any:
@@ -543,23 +542,23 @@ def forward(
     return -cross_entropy(logits, labels[counted], reduction="none"), head(wide(hidden))[:, 0], logits
 
 
-def judge(model: Any, head: Any, rollout: Rollout, settings: Settings) -> TokenValues:
+def evaluate(model: Any, head: Any, rollout: Rollout, settings: Settings) -> TokenValues:
     """Evaluation of every token by the policy, or by the reference while the adapter is disabled. Both use the same
     passes, so equal policies give equal bits."""
     import torch
 
     here = distributed.place()
     causal(model).set_attn_implementation(attention_for(model.device, model.dtype))
-    judged = torch.zeros((3, *rollout.mask.shape), dtype=head.weight.dtype, device=model.device)
+    evaluated = torch.zeros((3, *rollout.mask.shape), dtype=head.weight.dtype, device=model.device)
     with torch.no_grad():
         for episodes in _parts(range(len(rollout.rows)), settings.mini_batch_size):
             if mine := episodes[here.rank :: here.size]:
                 log_probs, values, logits = forward(model, head, rollout, mine, settings.temperature)
                 entropy = torch.distributions.Categorical(logits=logits, validate_args=False).entropy()
-                part = torch.zeros_like(judged[:, mine])
+                part = torch.zeros_like(evaluated[:, mine])
                 part[:, rollout.mask[mine]] = torch.stack((log_probs, values, entropy))
-                judged[:, mine] = part
-    return TokenValues(*distributed.summed(judged))
+                evaluated[:, mine] = part
+    return TokenValues(*distributed.summed(evaluated))
 
 
 def kl_per_answer(log_probs: torch.Tensor, others: torch.Tensor) -> float:
@@ -637,7 +636,7 @@ def update(
     optimizer: Any,
     rate: float,
     rollout: Rollout,
-    judged: TokenValues,
+    evaluated: TokenValues,
     advantages: torch.Tensor,
     returns: torch.Tensor,
     settings: Settings,
@@ -673,7 +672,13 @@ def update(
             at = rollout.mask[mine]
             log_probs, values, _ = forward(model, head, rollout, mine, settings.temperature)
             policy, value, ratio = losses(
-                log_probs, values, judged.log_probs[mine][at], judged.values[mine][at], advantages[mine][at], returns[mine][at], settings
+                log_probs,
+                values,
+                evaluated.log_probs[mine][at],
+                evaluated.values[mine][at],
+                advantages[mine][at],
+                returns[mine][at],
+                settings,
             )
             ((policy + settings.vf_coef * value).sum() / count).backward()
             with torch.no_grad():
@@ -728,8 +733,7 @@ def mini_batches(count: int, per_step: int, epochs: int, seed: str) -> Iterator[
         yield from _parts(random.Random(f"{seed} update {epoch}").sample(range(count), count), per_step)
 
 
-# ---- validation before training
-# --------------------------------------------------------------------------------------------------------------
+# ---- validation before training -------------------------------------------------------------------------------------------------------------
 
 
 def refuse_mistakes(model: Any, tokenizer: Any, prompts: Sequence[list[int]], settings: Settings) -> None:
@@ -787,8 +791,7 @@ def refuse_explosion(kl: float, settings: Settings) -> None:
         raise Collapsed(f"KL is {kl:.4g} nats per answer, over explode_kl {settings.explode_kl:g}")
 
 
-# ---- helpers
-# ------------------------------------------------------------------------------------------------------------------------------
+# ---- helpers --------------------------------------------------------------------------------------------------------------------------------
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
