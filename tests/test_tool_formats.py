@@ -793,3 +793,127 @@ def test_the_category_of_the_second_row_of_a_pair_is_kept(tmp_path: Path) -> Non
     rows = [{"prompt": "x", "completion": side, "label": side == "a", "category": side} for side in "ab"]
     (pair,) = to_pairs(jsonl(tmp_path / "a.jsonl", *rows), "a.jsonl")[1]
     assert pair["category"] == "a" and json.loads(pair["meta"])["rejected"] == {"category": "b"}
+
+
+def openai_preference(**more: Any) -> dict[str, Any]:
+    """A row of OpenAI's file for preference fine-tuning, whose better answer calls a tool."""
+    context = [ASKED, answer("Hm.", weight=0), {"role": "user", "content": "Well?"}]
+    return {
+        "input": {"messages": context, "tools": [WEATHER], "parallel_tool_calls": True},
+        "preferred_output": [answer(None, tool_calls=[call(identity="c1")])],
+        "non_preferred_output": [answer("No.", refusal=None)],
+        **more,
+    }
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_openais_preferences_keep_tools_calls_weights_and_further_fields(suffix: str, tmp_path: Path) -> None:
+    FILE_WRITERS[suffix](tmp_path / f"a{suffix}", [openai_preference(note=7)])
+    (layout, (pair,)), (_, (same,)) = (to_pairs(tmp_path / f"a{suffix}", "a", layout) for layout in ("auto", "openai_dpo"))
+    assert (layout, pair["tools"], same["example_id"]) == ("openai_dpo", [WEATHER], pair["example_id"])
+    assert pair["prompt"] == [ASKED, answer("Hm.", weight=0), {"role": "user", "content": "Well?"}]
+    assert (pair["chosen"], pair["rejected"]) == ([answer(tool_calls=[call(identity="c1")])], [answer("No.")])
+    assert json.loads(pair["meta"]) == {"input.parallel_tool_calls": True, "note": 7}
+
+
+def test_every_field_of_openais_preferences_is_counted_once(tmp_path: Path) -> None:
+    (pair,) = to_pairs(jsonl(tmp_path / "a.jsonl", openai_preference(note=7)), "a")[1]
+    (counted,) = pair["fields"]
+    roles = {f"{key}[].role": 1 for key in ("preferred_output", "non_preferred_output")} | {"input.messages[].role": 3}
+    contents = {name.replace("role", "content"): times for name, times in roles.items()}
+    keys = dict.fromkeys(("input.messages", "input.tools", "preferred_output", "non_preferred_output"), 1)
+    others = {"input.messages[].weight": 1, "preferred_output[].tool_calls": 1}
+    assert counted.used == keys | roles | contents | others
+    assert (counted.kept, counted.ignored) == ({"input.parallel_tool_calls": 1, "note": 1}, {"non_preferred_output[].refusal": 1})
+    assert "ignored" not in pair, "the refusal is null"
+
+
+def test_a_field_beside_openais_input_does_not_replace_one_in_it(tmp_path: Path) -> None:
+    (pair,) = to_pairs(jsonl(tmp_path / "a.jsonl", {"input.messages": 1, **openai_preference()}), "a")[1]
+    assert pair["prompt"][0] == ASKED and json.loads(pair["meta"])["row"] == {"input.messages": 1}
+
+
+@pytest.mark.parametrize("given", [3, [], "Hi", {}, {"messages": 3}, {"messages": []}])
+def test_openais_preferences_without_a_prompt_are_malformed_and_kept_as_they_were(given: Any, tmp_path: Path) -> None:
+    row = openai_preference(input=given)
+    (pair, _) = to_pairs(jsonl(tmp_path / "a.jsonl", row, openai_preference()), "a")[1]
+    assert problem(pair) and not pair["prompt"] and json.loads(pair["meta"])["row"] == row
+
+
+# Glaive
+
+GLAIVE_WEATHER = json.dumps(WEATHER["function"], indent=4)
+GLAIVE_CLOCK = json.dumps({"name": "clock", "parameters": {}}, indent=4)
+GLAIVE_SYSTEM = "SYSTEM: You are a helpful assistant with access to the following functions. Use them if required -\n"
+GLAIVE_CHAT = [
+    "USER: Is it cold in Oslo?",
+    """ASSISTANT: I look. <functioncall> {"name": "weather", "arguments": '{"city": "Oslo"}'} <|endoftext|>""",
+    'FUNCTION RESPONSE: {"degrees": -3}',
+    "ASSISTANT: Yes, -3. <|endoftext|>",
+]
+
+
+@pytest.mark.parametrize("between", ["\n\n\n", " "])
+def test_glaives_transcripts(between: str, read: Callable[..., Any]) -> None:
+    row = {"system": f"{GLAIVE_SYSTEM}{GLAIVE_WEATHER}\n\n{GLAIVE_CLOCK}\n", "chat": between.join([*GLAIVE_CHAT, ""])}
+    (record,) = read(row)
+    clock = {"type": "function", "function": {"name": "clock", "parameters": {}}}
+    assert record["tools"] == [WEATHER, clock]
+    assert record["messages"] == [
+        ASKED,
+        answer("I look.", tool_calls=[call()]),
+        {"role": "tool", "content": '{"degrees": -3}'},
+        answer("Yes, -3."),
+    ]
+    assert json.loads(record["meta"]) == {"system_prompt": row["system"].removeprefix("SYSTEM: ").strip()}, "the prompt is kept as it was"
+    assert (dict(record["fields"][0].used), record.get("ignored")) == ({"system": 1, "chat": 1}, None)
+    assert read(row, layout="glaive")[0]["example_id"] == record["example_id"]
+
+
+def test_glaives_conversations_are_read_alike_in_other_layouts(read: Callable[..., Any]) -> None:
+    system, called = f"Be brief. {GLAIVE_SYSTEM.removeprefix('SYSTEM: ')}{GLAIVE_WEATHER}", GLAIVE_CHAT[1].removeprefix("ASSISTANT: ")
+    turns = [("system", system), ("user", ASKED["content"]), ("assistant", called)]
+    (record,) = read({"messages": [{"role": role, "content": text} for role, text in turns]})
+    assert record["tools"] == [WEATHER]
+    assert record["messages"] == [{"role": "system", "content": "Be brief."}, ASKED, answer("I look.", tool_calls=[call()])]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "read_as"),
+    [
+        ("""'{"city": "L'Aquila"}'""", {"city": "L'Aquila"}),
+        (r"""'{"city": "L\'Aquila"}'""", {"city": "L'Aquila"}),
+        (r"""'{"city": "a\nb \"c\""}'""", {"city": 'a\nb "c"'}),
+        ("""{"city": "Oslo"}""", {"city": "Oslo"}),
+        ("''", {}),
+        ("'Oslo'", "Oslo"),
+    ],
+)
+def test_arguments_of_glaive_are_json_in_single_quotes(arguments: str, read_as: Any, read: Callable[..., Any]) -> None:
+    chat = f'USER: Cold?\n\n\nASSISTANT: <functioncall> {{"name": "weather", "arguments": {arguments}}} <|endoftext|>'
+    (record,) = read({"system": GLAIVE_SYSTEM + GLAIVE_WEATHER, "chat": chat})
+    assert [one.arguments for one in calls(record["messages"][-1])] == [read_as]
+
+
+def test_glaives_rows_without_functions_and_lines_that_quote_a_role(read: Callable[..., Any]) -> None:
+    system = "You are a helpful assistant, with no access to external functions."
+    (record,) = read({"system": f"SYSTEM: {system}\n", "chat": "USER: What is ASSISTANT: here?\n\n\nASSISTANT: A role, like USER: too."})
+    said = ["What is ASSISTANT: here?", "A role, like USER: too."]
+    assert [m["content"] for m in record["messages"]] == [system, *said] and "tools" not in record
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"system": "", "chat": "Hi"}, "expected a chat that begins with `USER:` or `ASSISTANT:`"),
+        ({"system": "", "chat": ""}, "expected a chat that begins with `USER:` or `ASSISTANT:`"),
+        ({"system": "", "chat": [{"from": "human", "value": "Hi"}]}, "expected text, found list"),
+        ({"system": 0, "chat": "USER: Hi"}, "expected text, found int"),
+        (
+            {"system": GLAIVE_SYSTEM + GLAIVE_WEATHER, "chat": "USER: Hi\n\nASSISTANT: <functioncall> weather, please"},
+            "a tool call is text that is not JSON",
+        ),
+    ],
+)
+def test_a_transcript_that_cannot_be_read_is_malformed(row: dict[str, Any], reason: str, read: Callable[..., Any]) -> None:
+    assert problem(read(row, layout="glaive")[0]) == reason

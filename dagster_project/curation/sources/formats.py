@@ -186,6 +186,7 @@ def pairs_of(
     for row in _consumed(rows):
         form = used.form_of(row.value or {})
         read, problem = _read(row, partial(_read_pairs, form=form, think=think))
+        row = row._replace(value=form.flat(row.value)) if read and row.value is not None else row
         kept = merged(_kept(row, form, read.tool_keys if read else ()), read.meta if read else {})
         label = split or canonical_split((row.value or {}).get("split"))
         labelled = {"split": label} if label and not problem else {}
@@ -292,6 +293,7 @@ def _read_example(value: dict[str, Any], layout: Layout, think: Think) -> ReadRo
 
 
 def _read_pairs(value: dict[str, Any], form: PairLayout, think: Think) -> ReadRow:
+    value = form.flat(value)
     turns = read_turns(value, form.turns)
     pairs = form.pairs(turns.row)
     tools, keys = _tools_of(value, form)
