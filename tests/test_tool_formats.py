@@ -404,15 +404,54 @@ def test_what_is_no_list_of_calls_is_refused(text: str) -> None:
         ("str", {"type": "string"}, False),
         ("int, optional", {"type": "integer"}, True),
         ("Optional[float]", {"type": "number"}, True),
-        ("List[Dict[str, int]]", {"type": "array", "items": {"type": "object"}}, False),
-        ("Tuple[int, str]", {"type": "array"}, False),
-        ("Dict[str, List[int]]", {"type": "object"}, False),
+        ("typing.List[Union[int, None]]", {"type": "array", "items": {"anyOf": [{"type": "integer"}, {"type": "null"}]}}, False),
         ("Any", {}, False),
-        ("Callable[[float], float]", {}, False),
+        ("List[Any], optional", {"type": "array"}, True),
     ],
 )
 def test_types_of_python_are_those_of_json_schema(text: str, schema: dict[str, Any], optional: bool) -> None:
     assert json_type(text) == (schema, optional)
+
+
+@pytest.mark.parametrize(
+    ("text", "schema"),
+    [
+        ("List[Dict[str, int]]", {"type": "array", "items": {"type": "object"}}),
+        ("Tuple[int, str]", {"type": "array"}),
+        ("Tuple[int, int]", {"type": "array", "items": {"type": "integer"}}),
+        ("Set[int]", {"type": "array", "items": {"type": "integer"}}),
+        ("set", {"type": "array"}),
+        ("Dict[str, List[int]]", {"type": "object"}),
+        ("Callable[[float], float]", {}),
+        ("np.ndarray", {}),
+        ("Customer", {}),
+        ("Optional[Customer]", {}),
+        ("List[Customer]", {"type": "array"}),
+        ("Union[int, Customer]", {"anyOf": [{"type": "integer"}, {}]}),
+        ("str, default: 'cm'", {"type": "string"}),
+        ("str, ISO 8601, optional", {"type": "string"}),
+        ("", {}),
+    ],
+)
+def test_what_a_type_says_beyond_json_schema_is_kept_as_it_was_written(text: str, schema: dict[str, Any]) -> None:
+    assert json_type(text)[0] == {**schema, "x-type": text}
+
+
+@pytest.mark.parametrize("style", ["xlam", "toolace"])
+def test_a_type_that_json_schema_does_not_have_is_not_lost(style: str, read: Callable[..., Any]) -> None:
+    parameters = {"who": {"type": "Customer", "description": "Who."}, "x": {"type": "np.ndarray", "required": "if known"}}
+    if style == "xlam":
+        row = {"query": "Hi", "tools": [{"name": "f", "parameters": parameters}], "answers": [{"name": "f", "arguments": {"who": 1, "x": []}}]}
+    else:
+        del parameters["x"]["required"]
+        definition = json.dumps([{"name": "f", "parameters": {"type": "dict", "properties": parameters}}])
+        system = f"Here is a list of functions in JSON format that you can invoke:\n{definition}. NO other text MUST be included."
+        row = {"system": system, "conversations": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "[f(who=1, x=[])]"}]}
+    (record,) = read(row)
+    properties = record["tools"][0]["function"]["parameters"]["properties"]
+    odd = {"x-required": "if known"} if style == "xlam" else {}
+    assert properties == {"who": {"x-type": "Customer", "description": "Who."}, "x": {"x-type": "np.ndarray", **odd}}
+    assert judge([record], [], Rules()).reason == [None], "arguments of such a type are not judged"
 
 
 # Reasoning
