@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 from dagster_project.core.messages import Message, tool_names
 from dagster_project.curation.sources import tools
+from dagster_project.curation.sources.fields import ORDER_OF_CALLS
 from dagster_project.curation.sources.files import parse_json
 from dagster_project.curation.sources.message import Messages
 from dagster_project.curation.sources.python_values import python_calls, python_value
@@ -38,8 +39,8 @@ class Prompted(NamedTuple):
     messages: Messages
     """Without the instructions on tools, which the model's own chat template writes."""
     tools: Tools | None
-    system: str
-    """The system prompt as it was, if it has changed."""
+    meta: dict[str, str]
+    """The system prompt as it was, if it has changed, and its name if no message is left for it."""
     style: str
     """`hermes`, `toolace`, `glaive`, or empty."""
 
@@ -61,8 +62,9 @@ def prompted_tools(messages: Messages) -> Prompted:
         if read and (found := read(text)):
             style, defined, rest = found
             first = [{**messages[0], "content": rest}] if rest else []
-            return Prompted([*first, *messages[1:]], defined, text, style)
-    return Prompted(messages, None, "", "")
+            lost = {"system_name": messages[0]["name"]} if "name" in messages[0] and not rest else {}
+            return Prompted([*first, *messages[1:]], defined, {"system_prompt": text, **lost}, style)
+    return Prompted(messages, None, {}, "")
 
 
 def _hermes(text: str) -> tuple[str, Tools | None, str] | None:
@@ -142,7 +144,7 @@ def texts_as_calls(messages: Messages, style: str, defined: Tools | None, unused
     {"role": "assistant", "content": "Wait.", "tool_calls": [...]}
 
     Args:
-        unused: gets the keys of calls that are not used.
+        unused: gets the keys of calls that are not used, and `ORDER_OF_CALLS` if there is text after a call.
     Raises:
         ValueError: a call to one of the tools cannot be parsed.
     """
@@ -184,6 +186,7 @@ def _tagged_call(message: Message, tag: str, known: bool, unused: list[str]) -> 
     if not (calls := [call for found, _ in read for call in found]):
         return message
     unused += [name for _, names in read for name in names]
+    unused += [ORDER_OF_CALLS] if any(text.strip() for text in texts[1:]) else []  # a message has its text before its calls
     return {**message, "content": "\n".join(part for text in texts if (part := text.strip())), "tool_calls": calls}
 
 
@@ -242,5 +245,6 @@ def _split_closed(message: Message) -> Message:
 
 
 def _with(message: Message, trace: str, answer: str) -> Message:
+    """The answer with its trace; an empty one is none."""
     more = {key: value for key, value in message.items() if key not in {"role", "content"}}
-    return {"role": message["role"], "content": answer, "reasoning_content": trace, **more}
+    return {"role": message["role"], "content": answer, **({"reasoning_content": trace} if trace.strip() else {}), **more}

@@ -285,7 +285,7 @@ def _read_example(value: dict[str, Any], layout: Layout, think: Think) -> ReadRo
             prompted = prompted_tools(messages)
             tools = tools or prompted.tools
             messages = texts_as_calls(prompted.messages, prompted.style, tools, unused)
-            more |= {"system_prompt": prompted.system} if prompted.system else {}
+            more |= prompted.meta
         messages = split_traces(messages, think)
     if layout is LAYOUTS["oasst"]:
         turns = fields.read_tree(value)
@@ -305,7 +305,7 @@ def _read_pairs(value: dict[str, Any], form: PairLayout, think: Think) -> ReadRo
         if form.turns and any(map(is_marked, sides)):
             prompted = prompted_tools(pair.prompt)
             tools = tools or prompted.tools
-            more |= {"system_prompt": prompted.system} if prompted.system else {}
+            more |= prompted.meta
             sides = [texts_as_calls(side, prompted.style, tools, unused) for side in (prompted.messages, pair.chosen, pair.rejected)]
         prompt, chosen, rejected = (split_traces(side, think) for side in sides)
         found.append(Pair(prompt, chosen, rejected, pair.margin))
@@ -397,7 +397,7 @@ def _record(row: Row, source: str, layout: Layout, split: str | None, think: Thi
     tools = {"tools": read.tools} if read and read.tools else {}
     malformed = [{"role": "malformed", "content": json.dumps(value, ensure_ascii=False, sort_keys=True)}] if not messages else []
     return {
-        "example_id": example_id(messages or malformed, tools.get("tools")),
+        "example_id": example_id(messages or malformed, tools.get("tools"), is_text(messages, meta)),
         "source": source,
         "source_row": row.source_row,
         "messages": messages,

@@ -295,8 +295,8 @@ def _mapped_messages(row: dict[str, Any], mapping: Mapping[str, str], labels: bo
     calls, _ = tools.calls(column("tool_calls") or [])
     said = "" if "response" not in mapping or (calls and column("response") is None) else row[mapping["response"]]
     answer: dict[str, Any] = {"role": "assistant", "content": as_label(said) if labels else as_text(said)}
-    if trace := column("reasoning"):
-        answer["reasoning_content"] = as_text(trace)
+    if (trace := column("reasoning")) and as_text(trace).strip():
+        answer["reasoning_content"] = trace
     if calls:
         answer["tool_calls"] = calls
     return [*as_turns(column("system"), ("user", as_text(row[mapping["prompt"]]))), answer]
