@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 ORIGIN = ("origin", "revision", "license", "parameters", "sha256")
 """Keys of a report on imported weights."""
-NON_METRICS = {"checks", "environment", "passed", "output_sha256"}
+NON_METRICS = {"checks", "environment", "machine", "passed", "output_sha256"}
 """Keys of a report that are not metrics."""
 
 
