@@ -11,7 +11,7 @@ from dagster_project.core.git import git
 from dagster_project.core.layout import report_of
 from dagster_project.lineage import lineage
 from dagster_project.lineage.export import registry
-from dagster_project.lineage.export.summary import from_reports
+from dagster_project.lineage.export.summary import from_reports, published_parameters
 from dagster_project.lineage.history import Revision
 
 MODELS = ("adapter", "aligned", "reward_model", "merged", "merged_aligned", "release")
@@ -40,7 +40,7 @@ def summarize(root: Path, model: str, rev: str | None = None) -> dict[str, Any]:
         **summary,
         "model": {**audit["model"], **summary["model"]},
         "stages": stages,
-        "parameters": audit["parameters"],
+        "parameters": published_parameters(audit["parameters"]),
         "code": audit["code"],
     }
 
