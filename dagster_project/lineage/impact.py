@@ -14,6 +14,7 @@ from dagster_project.core.messages import Messages, field_texts
 from dagster_project.core.text import visible
 from dagster_project.lineage.index import EVIDENCE, Index, StageRun, record_key
 from dagster_project.lineage.lineage import fetch_hint
+from dagster_project.lineage.published import record_of
 
 SHOWN = 12
 """Most steps, records and missing outputs shown in the terminal; `--json` lists all."""
@@ -57,7 +58,7 @@ def impact(
         content: md5 or sha256, or a prefix of one, of a source, an output, or a file of an output.
         near: also search for near-copies of the record or text (curation/similarity/overlap.py).
     Returns:
-        {"asked", "records", "models", "near", "unknown", "shallow"}. `models`, in the order of history, have the splits and training steps, and the
+        {"asked", "published", "records", "models", "near", "unknown", "shallow"}. `published`: if a published id was asked for, {"id", "record"}. `models`, in the order of history, have the splits and training steps, and the
         parent that saw the record; `unknown` lists models that cannot be decided, with the outputs that are missing.
     """
     if near and record is None and text is None:
@@ -67,12 +68,15 @@ def impact(
     query = _ImpactQuery(index)
     asked: dict[str, Any] = {"record": record, "text": text, "source": source, "hash": content}
     copies: list[dict[str, Any]] = []
+    published = None
     if source is not None:
         query.match_source(source.removeprefix("./"))
     elif content is not None:
         query.match_content(content)
     else:
         ids = [record, *repaired_from(index, record)] if record is not None else []
+        if len(ids) == 1 and not index.record_uses([record_key(ids[0])]) and (published := record_of(index, ids[0])):
+            ids = [published, *repaired_from(index, published)]
         keys = [record_key(identity) for identity in ids] if ids else index.records_with_text(text or "")
         if near:
             copies = _near_copies(index, keys, text)
@@ -82,6 +86,7 @@ def impact(
     listed = {model["md5"] for model in models}
     return {
         "asked": {name: value for name, value in asked.items() if value is not None},
+        **({"published": {"id": record, "record": published}} if published else {}),
         "records": query.record_ids,
         "models": models,
         **({"near": copies} if near else {}),
@@ -338,6 +343,8 @@ def as_text(result: Mapping[str, Any]) -> str:
     ((kind, value),) = result["asked"].items()
     versions = len(result["models"])
     lines = [f"{kind} {visible(value)}"]
+    if "published" in result:
+        lines.append(f"published id of record {result['published']['record']}")
     if result["records"] and result["records"] != [value]:
         lines.append(f"records {_shortened(result['records'])}")
     for copy in result.get("near", [])[:SHOWN]:
