@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -242,6 +243,9 @@ def test_supplied_paraphrases_go_to_train_alone(tmp_path: Path) -> None:
     ]
     (folder / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in mine))
     report = run(tmp_path, "out", rows, paraphrases="data/sources/paraphrases/mine.jsonl")
+    file = "data/sources/paraphrases/mine.jsonl"
+    digest = hashlib.sha256((tmp_path / file).read_bytes()).hexdigest()
+    assert report.metrics.pop("sources") == {file: {"format": "paraphrases", "rows": 40, "sha256": digest, "license": "unknown"}}
     assert report.metrics == {"train": 28, "validation": 4, "test": 8, "augmented": {"paraphrase": 28}}
     assert report.checks[2].note == "12 paraphrases are of no row in train"
 

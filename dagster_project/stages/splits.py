@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.errors import InputError
+from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.params import Section, inside
 from dagster_project.core.records import (
     CheckResult,
@@ -26,7 +27,7 @@ from dagster_project.core.records import (
 )
 from dagster_project.curation.checks.privacy import mask
 from dagster_project.curation.sources.reading import locate
-from dagster_project.curation.splitting.augment import Added, Augment, augment, read_paraphrases
+from dagster_project.curation.splitting.augment import FORMAT, Added, Augment, Paraphrase, augment, read_paraphrases
 from dagster_project.curation.splitting.split import (
     DROPPED,
     SPLITS,
@@ -96,8 +97,7 @@ def produce(root: Path, params: Params, seed: int, instructions: Path, out: Path
     """
     import pyarrow as pa
 
-    supplied = params.augment.paraphrases if params.augment else None
-    paraphrases = read_paraphrases(inside(root, supplied, "splits.augment.paraphrases")) if supplied else []
+    paraphrases, sources = _paraphrases(root, params.augment)
     records = read_records(instructions)
     placed = [line for line in read_ledger(instructions) if not line["outcome"].startswith("dropped")]
     texts = [subject_text(record["messages"]) for record in records]
@@ -138,6 +138,7 @@ def produce(root: Path, params: Params, seed: int, instructions: Path, out: Path
             **counts,
             **({"augmented": dict(sorted(augmented.items()))} if params.augment else {}),
             **({"augmented_dropped": added.dropped} if added.dropped else {}),
+            **({"sources": sources} if sources else {}),
         },
         checks=[
             _split_leakage(records, texts, dealt, proof, labels, regrouped),
@@ -145,6 +146,16 @@ def produce(root: Path, params: Params, seed: int, instructions: Path, out: Path
             _augmented_rows(proof, added),
         ],
     )
+
+
+def _paraphrases(root: Path, settings: Augment | None) -> tuple[list[Paraphrase], dict[str, dict[str, Any]]]:
+    """The paraphrases that `augment` names, and the facts about their file for the report, as `raw_examples` has them of its sources."""
+    if settings is None or settings.paraphrases is None:
+        return [], {}
+    path = inside(root, settings.paraphrases, "splits.augment.paraphrases")
+    paraphrases = read_paraphrases(path)
+    facts = {"format": FORMAT, "rows": len(paraphrases), "sha256": sha256_of_file(path), "license": settings.license}
+    return paraphrases, {settings.paraphrases: facts}
 
 
 def _keys(params: Params, records: Sequence[dict[str, Any]]) -> list[str | None]:

@@ -18,16 +18,18 @@ from pydantic import Field, field_validator
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import field_texts
-from dagster_project.core.params import Section
+from dagster_project.core.params import Licensed
 from dagster_project.core.records import example_id, prompt_text, response_text
 from dagster_project.curation.similarity.overlap import near_pairs, words
 from dagster_project.curation.sources.files import read_rows
 
 PARAPHRASES = PurePosixPath("data/sources/paraphrases")
-"""Where files with paraphrases lie, and DVC watches them."""
+"""Folder of the files with paraphrases, which DVC watches for changes."""
+FORMAT = "paraphrases"
+"""Format of such a file in reports."""
 
 
-class Augment(Section):
+class Augment(Licensed):
     """Copies of train rows with a changed prompt. See docs/splits.md."""
 
     typos: float = Field(default=0.0, ge=0, le=1)
@@ -37,6 +39,8 @@ class Augment(Section):
     paraphrases: str | None = None
     """File inside data/sources/paraphrases/. Each row is {"example_id" or "prompt": ..., "paraphrase": ...} and adds a
     copy with that last user turn."""
+    license: str = "unknown"
+    """License of the paraphrases. Audits and model cards show it."""
 
     @field_validator("paraphrases")
     @classmethod
