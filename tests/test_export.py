@@ -69,8 +69,7 @@ def test_a_release_carries_its_card_and_the_record_that_its_export_names(finishe
         assert f"`{sha256(finished / 'data/sources' / path)}`" in card
     found = json.loads((folder / "audit" / "audit.json").read_text())
     assert list(found["stages"]) == ["base_model", "raw_examples", "instructions", "splits", "tokenized", "adapter@lora", "merged@lora"]
-    for name in ("training.json", "examples.parquet"):
-        assert (folder / "audit/adapter_lora" / name).read_bytes() == (finished / "data/adapter/lora" / name).read_bytes()
+    assert (folder / "audit/adapter_lora/training.json").read_bytes() == (finished / "data/adapter/lora/training.json").read_bytes()
 
 
 def test_exports_of_an_aligned_model_name_its_preferences_and_the_inputs_of_every_run(finished: Path) -> None:

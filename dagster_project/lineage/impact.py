@@ -15,6 +15,7 @@ from dagster_project.core.messages import Messages, field_texts
 from dagster_project.core.text import visible
 from dagster_project.lineage.index import EVIDENCE, Index, RecordUse
 from dagster_project.lineage.lineage import fetch_hint
+from dagster_project.lineage.published import record_of
 from dagster_project.lineage.rows import record_key
 from dagster_project.lineage.runs import StageRun
 from dagster_project.lineage.search import search
@@ -75,9 +76,10 @@ def impact(
         containing: part of a message (lineage/search.py).
         regex: `containing` is a regular expression.
     Returns:
-        {"asked", "verdict", "records", "models", "near", "matches", "unknown", "looked_at", "unreadable", "shallow"}. `models`, in the order of
+        {"asked", "published", "verdict", "records", "models", "near", "matches", "unknown", "looked_at", "unreadable", "shallow"}. `models`, in the order of
         history, have the splits and training steps, the parent that saw the record, and the commits at which this holds; `unknown` lists models that
-        cannot be decided, with the outputs that are missing. The verdict is "yes", "no" only if everything was looked at, or else "cannot tell".
+        cannot be decided, with the outputs that are missing; `published`: {"id", "record"} if a published id was asked for. The verdict is "yes",
+        "no" only if everything was looked at, or else "cannot tell".
     Raises:
         InputError: the question cannot be answered: no such source or hash was ever recorded, or the id is malformed.
     """
@@ -95,11 +97,14 @@ def impact(
     asked: dict[str, Any] = {"record": record, "text": text, "source": source, "hash": content, "containing": containing}
     copies: list[dict[str, Any]] = []
     matches: list[dict[str, Any]] = []
+    published = None
     if source is not None:
         query.match_source(_known_source(index, source))
     elif content is not None:
         query.match_content(content)
     else:
+        if record is not None and not index.knows_record(record_key(record)) and (published := record_of(index, record)):
+            asked["record"], record = record, published
         if containing is not None:
             matches = search(index, containing, regex)
             keys = list(dict.fromkeys(record_key(match["example_id"]) for match in matches))
@@ -115,6 +120,7 @@ def impact(
     complete = not (unknown or index.unreadable_commits or index.history.shallow)
     return {
         "asked": {name: value for name, value in asked.items() if value is not None},
+        **({"published": {"id": asked["record"], "record": published}} if published else {}),
         "verdict": "yes" if models else "no" if complete else "cannot tell",
         "records": query.record_ids,
         "models": models,
@@ -460,6 +466,8 @@ def as_text(result: Mapping[str, Any]) -> str:
     ((kind, value),) = result["asked"].items()
     versions = len(result["models"])
     lines = [f"{kind} {visible(value)}"]
+    if "published" in result:
+        lines.append(f"published id of record {result['published']['record']}")
     if result["records"] and result["records"] != [value]:
         lines.append(f"records {_shortened(result['records'])}")
     for match in result.get("matches", [])[:SHOWN]:

@@ -618,6 +618,15 @@ class Index:
                     uses.append(RecordUse(out, split, key, sorted(by_content[content])))
         return uses
 
+    def knows_record(self, key: bytes) -> bool:
+        """Whether any file contains a record, or any record was made from it."""
+        return bool(self.record_uses([key]) or self.derivations([key]))
+
+    def record_keys(self) -> Iterator[bytes]:
+        """Keys of all records, 16 bytes each, in chunks; a record may occur more than once."""
+        for (keys,) in self._db.execute("SELECT DISTINCT keys FROM record"):
+            yield keys
+
     def knows_steps(self, run: StageRun) -> bool:
         """Whether the training steps of a model's records are known."""
         return run.md5 in self._with_steps

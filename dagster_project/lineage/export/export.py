@@ -11,7 +11,7 @@ from typing import Any
 from dagster_project.core.errors import InputError
 from dagster_project.core.git import git
 from dagster_project.lineage.export import registry
-from dagster_project.lineage.export.summary import from_reports
+from dagster_project.lineage.export.summary import from_reports, published_parameters
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import Subject, document, find
 from dagster_project.lineage.runs import StageRun
@@ -46,7 +46,7 @@ def summarize(subject: Subject) -> dict[str, Any]:
         "model": {**audit["model"], **summary["model"]},
         "stages": stages,
         "watched": list(audit["watched"]["stages"]),
-        "parameters": audit["parameters"],
+        "parameters": published_parameters(audit["parameters"]),
         "code": audit["code"],
     }
 
