@@ -268,7 +268,7 @@ def judge(options: argparse.Namespace) -> int:
     from dagster_project.evaluation import judge as module
 
     if options.reward_model == bool(options.endpoint and options.model):
-        raise InputError("judge: no judge, or two of them", "give either --endpoint and --model, or --reward-model")
+        raise InputError("judge: requires exactly one judge", "give either --endpoint and --model, or --reward-model")
     if options.reward_model:
         document = module.by_reward(_match(options), options.n, _project(options) / "data" / "reward_model")
         _print(options, document, module.by_reward_text)
@@ -515,7 +515,7 @@ def _add_evaluation_commands(commands: Any) -> None:
     add = command.add_argument
     add("--reward-model", action="store_true", help="use the project's reward model as the judge")
     add("--endpoint", metavar="URL", help="OpenAI-compatible, up to /v1: /chat/completions is appended")
-    add("--model", metavar="NAME", help="the endpoint's name of the judge")
+    add("--model", metavar="NAME", help="name of the model at the endpoint")
     add("--key-env", metavar="NAME", help="environment variable with the key (default: the endpoint requires no key)")
     add("--price", nargs=2, type=float, metavar=("IN", "OUT"), help="price of a million prompt and completion tokens, to report the cost")
 

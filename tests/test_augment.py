@@ -18,7 +18,15 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.records import Report, example_id, prompt_text, read_ledger, read_records, write_ledger, write_records
 from dagster_project.curation.similarity.overlap import near_pairs
 from dagster_project.curation.splitting import augment as augmenting
-from dagster_project.curation.splitting.augment import Added, Augment, Paraphrase, augment, in_another_case, read_paraphrases, with_typos
+from dagster_project.curation.splitting.augment import (
+    AddedRows,
+    Augment,
+    Paraphrase,
+    augment,
+    in_another_case,
+    read_paraphrases,
+    with_typos,
+)
 from dagster_project.stages import splits
 
 PROSE = "please tell me where the parcel with the kite stands this morning"
@@ -39,7 +47,7 @@ def questions(n: int) -> list[dict[str, Any]]:
 
 def added(
     rows: Sequence[dict[str, Any]], seed: int = 7, held_out: Sequence[str] = (), supplied: Sequence[Paraphrase] = (), **wanted: float
-) -> Added:
+) -> AddedRows:
     return augment(Augment(**wanted), seed, rows, held_out, dict.fromkeys(prompt_text(row["messages"]) for row in rows), supplied)  # type: ignore[arg-type]
 
 

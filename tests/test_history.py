@@ -184,7 +184,7 @@ def test_a_commit_that_does_not_hold_the_code_that_ran_is_dirty(made: Project) -
     lock["adapter@lora"]["deps"].append(recorded)
     made.commit(lock)
     assert audit(made.root, "merged@lora")["code"]["differs"] == ["a.py"]
-    assert "dirty: it holds a.py otherwise" in pedigree(made.root, "audit", "merged@lora").stdout
+    assert "dirty: it contains a.py otherwise" in pedigree(made.root, "audit", "merged@lora").stdout
 
 
 def test_uncommitted_work_is_audited_and_labeled_uncommitted(made: Project) -> None:

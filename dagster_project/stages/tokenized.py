@@ -84,7 +84,7 @@ class Params(Section):
     between turns and a plain text into windows."""
     packed_length: int | None = Field(default=None, ge=16)
     """Tokens of a packed row. null: `max_length`. Shorter rows mean more and smaller steps for the same tokens. An
-    example that is longer gets a row of its own."""
+    example that is longer gets its own row."""
     reasoning: Reasoning = "template"
     """Which traces (`reasoning_content`) become part of the text: those that the `template` writes by itself; all
     (`keep`), where a record whose trace the template leaves out does not fit it; none (`strip`); or only that of the
@@ -118,7 +118,7 @@ def run(ctx: StageContext) -> Report:
 def produce(root: Path, params: Params, seed: int, splits: Path, base_model: Path, out: Path) -> Report:
     """Args:
     root: the project's folder, which the path of a template is relative to.
-    seed: draws the rows that are repeated or left out, and the examples that the audit shows.
+    seed: selects the rows that are repeated or left out, and the examples that the audit shows.
     """
     from transformers import AutoTokenizer
 
