@@ -114,7 +114,10 @@ def _text(summary: Mapping[str, Any], issued: date | None) -> str:
     parts.append(f"{sum(checks)} of {len(checks)} checks passed.")
     commit = code.get("commit")
     if commit and not code["clean"]:
-        parts.append(f"Made with uncommitted changes on top of commit {commit}.")
+        differs = ", ".join(f"`{path}`" for path in code.get("differs", []))
+        parts.append(f"Made with code or parameters that commit {commit} does not contain: {differs}.")
+    elif code and not commit:
+        parts.append("Made with uncommitted work" + (f", after commit {code['after']}." if code.get("after") else "."))
     checkout = [f"git checkout {commit}"] if commit and code["clean"] else []
     parts += [
         "## Proof",

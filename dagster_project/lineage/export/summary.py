@@ -74,7 +74,7 @@ TRAINING = (
     "loss",
     "validation_loss",
 )
-NOT_METRICS = {"checks", "passed", "output_sha256"}
+NOT_METRICS = {"checks", "machine", "passed", "output_sha256"}
 
 
 def _stage(report: Mapping[str, Any]) -> dict[str, Any]:
