@@ -477,7 +477,7 @@ def _add_lineage_commands(commands: Any) -> None:
     add("--against-rev", metavar="REV", help="with --diff: the revision of B, as --rev is that of A")
     command = _add_command(commands, impact)
     query = command.add_mutually_exclusive_group(required=True)
-    query.add_argument("--record", metavar="ID", help="a record, by its example_id")
+    query.add_argument("--record", metavar="ID", help="a record, by its example_id or the id that a release gives it")
     query.add_argument("--text", help="the text of one of its messages; case and white space are ignored")
     query.add_argument("--source", metavar="PATH", help="every record of a source: a file, or a folder with all its files")
     query.add_argument("--hash", help="md5 or sha256 (or its beginning) of a source, an output, or a file in one")
