@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from dagster_project.core.hashing import md5_of_bytes, md5_of_folder, sha256_of_bytes
+from dagster_project.core.layout import RECORD_KEY
 from dagster_project.lineage.code import PARAMS, contents_at
 from dagster_project.lineage.history import listing_of
 from dagster_project.lineage.index import Index
@@ -30,7 +31,7 @@ def other_files(
     for run, entry in entries.items():
         named = set(_texts((entry.get("params") or {}).get(PARAMS) or {}))
         for dep, path, md5 in run.inputs:
-            if dep != path or md5 in run.producers or any(_holds(dep, source) for source in sources):
+            if dep != path or md5 in run.producers or _holds(dep, RECORD_KEY) or any(_holds(dep, source) for source in sources):
                 continue
             files = _recorded(index, run, dep, md5)
             used: Mapping[str, bytes | None] = (
