@@ -44,6 +44,11 @@ VARIANTS_OF = {
 }  # fmt: skip
 """Stage with variants -> section of params.yaml whose keys name them."""
 
+FLOATING_POINT = frozenset(
+    {"adapter", "merged", "reward_model", "aligned", "merged_aligned", "baselines", "evaluation", "evaluation_aligned"}
+)
+"""Stages whose results depend on the machine in their last bits. All others give the same bytes on any machine (tests/test_machine.py)."""
+
 
 def module_of(stage: str) -> Any:
     """The module that runs a stage. Cheap to import: stage modules import heavy libraries inside functions."""
@@ -100,5 +105,11 @@ def _draw(documents: Documents) -> None:
 
 
 PEDIGREE = Pipeline(
-    {name: lambda ctx: module_of(ctx.stage).run(ctx) for name in STAGES}, VARIANTS_OF, _check_descriptions, validate, _forecast, _draw
+    {name: lambda ctx: module_of(ctx.stage).run(ctx) for name in STAGES},
+    VARIANTS_OF,
+    _check_descriptions,
+    validate,
+    _forecast,
+    _draw,
+    FLOATING_POINT,
 )

@@ -428,7 +428,7 @@ def test_an_impossible_entry_is_refused_with_a_message(change: dict[str, Any], s
 
     values = YAML(typ="safe").load((ROOT / "params.yaml").read_text()) | change
     (tmp_path / "params.yaml").write_text(json.dumps(values))
-    for folder in ("sources", "expectations"):
+    for folder in ("sources", "expectations", "keys"):
         shutil.copytree(ROOT / "data" / folder, tmp_path / "data" / folder)
     with pytest.raises(InputError) as error:
         validate(tmp_path)

@@ -193,6 +193,8 @@ class Pipeline:
     """Execution hints and predicted memory of a run (training/planning/hints.py); None: there are none."""
     draw: Callable[[Documents], None] = lambda documents: None
     """Draws a stage's pages from its documents (views/render.py)."""
+    floating_point: frozenset[str] = frozenset()
+    """Stages that compute with floating-point numbers. Their reports record the machine (orchestration/machine.py)."""
 
     def split_address(self, address: str) -> tuple[str, str | None]:
         """ "adapter@lora" -> ("adapter", "lora").

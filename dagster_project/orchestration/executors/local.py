@@ -11,6 +11,7 @@ from dataclasses import replace
 from dagster_project.core.context import Documents, StageContext
 from dagster_project.core.records import Report, write_json
 from dagster_project.orchestration.executors import StageJob, StageResult
+from dagster_project.orchestration.machine import machine
 from dagster_project.pipeline import Pipeline
 
 log = logging.getLogger("pedigree")
@@ -23,9 +24,12 @@ class LocalExecutor:
 
 
 def run_with_pages(ctx: StageContext, pipeline: Pipeline) -> Report:
-    """Run the stage with the execution hints of planning for this host, and draw its pages, also if a blocking check failed."""
+    """Run the stage with the execution hints of planning for this host, record the machine if it computes with floating-point numbers, and
+    draw its pages, also if a blocking check failed."""
     forecast = pipeline.forecast(ctx)
     report = pipeline.stages[ctx.stage](ctx if forecast is None else replace(ctx, hints=forecast.hints))
+    if ctx.stage in pipeline.floating_point:
+        report.metrics["machine"] = machine()
     documents = Documents(ctx.root, ctx.address, ctx.out, ctx.pages, report.document())
     if forecast is not None:
         report.measured |= forecast.compared(report.measured)
