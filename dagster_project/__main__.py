@@ -224,10 +224,16 @@ def impact(options: argparse.Namespace) -> int:
     """List every model in history that was trained on a record, a text, a source or a file."""
     from dagster_project.lineage import impact as module
 
-    query = {"record": options.record, "text": options.text, "source": options.source, "content": options.hash}
-    document = module.impact(_project(options), **query, near=options.near)
+    query = {
+        "record": options.record,
+        "text": options.text,
+        "source": options.source,
+        "content": options.hash,
+        "containing": options.containing,
+    }
+    document = module.impact(_project(options), **query, near=options.near, regex=options.regex)
     _print(options, document, module.as_text)
-    return 0 if document["models"] else 1
+    return {"yes": 0, "no": 1, "cannot tell": 2}[document["verdict"]]
 
 
 def export_ballot(options: argparse.Namespace) -> int:
@@ -262,7 +268,7 @@ def judge(options: argparse.Namespace) -> int:
     from dagster_project.evaluation import judge as module
 
     if options.reward_model == bool(options.endpoint and options.model):
-        raise InputError("judge: no judge, or two of them", "give either --endpoint and --model, or --reward-model")
+        raise InputError("judge: requires exactly one judge", "give either --endpoint and --model, or --reward-model")
     if options.reward_model:
         document = module.by_reward(_match(options), options.n, _project(options) / "data" / "reward_model")
         _print(options, document, module.by_reward_text)
@@ -471,11 +477,13 @@ def _add_lineage_commands(commands: Any) -> None:
     add("--against-rev", metavar="REV", help="with --diff: the revision of B, as --rev is that of A")
     command = _add_command(commands, impact)
     query = command.add_mutually_exclusive_group(required=True)
-    query.add_argument("--record", metavar="ID", help="a record, by its example_id")
+    query.add_argument("--record", metavar="ID", help="a record, by its example_id or the id that a release gives it")
     query.add_argument("--text", help="the text of one of its messages; case and white space are ignored")
     query.add_argument("--source", metavar="PATH", help="every record of a source: a file, or a folder with all its files")
     query.add_argument("--hash", help="md5 or sha256 (or its beginning) of a source, an output, or a file in one")
+    query.add_argument("--containing", metavar="TEXT", help="part of a message, such as a name, between word boundaries")
     command.add_argument("--near", action="store_true", help="with --record or --text: its near-copies too")
+    command.add_argument("--regex", action="store_true", help="with --containing: it is a regular expression (RE2), ignoring case")
     add = _add_command(commands, verify).add_argument
     add("stage", nargs="?", metavar="STAGE[@VARIANT]", help="name of a stage, path of its output, or content hash")
     add("--rev", help="git revision (default: the workspace, including uncommitted changes)")
@@ -507,7 +515,7 @@ def _add_evaluation_commands(commands: Any) -> None:
     add = command.add_argument
     add("--reward-model", action="store_true", help="use the project's reward model as the judge")
     add("--endpoint", metavar="URL", help="OpenAI-compatible, up to /v1: /chat/completions is appended")
-    add("--model", metavar="NAME", help="the endpoint's name of the judge")
+    add("--model", metavar="NAME", help="name of the model at the endpoint")
     add("--key-env", metavar="NAME", help="environment variable with the key (default: the endpoint requires no key)")
     add("--price", nargs=2, type=float, metavar=("IN", "OUT"), help="price of a million prompt and completion tokens, to report the cost")
 

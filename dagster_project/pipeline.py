@@ -35,8 +35,8 @@ STAGES = {
     "comparison": "comparison",
     "release": "release",
 }
-"""Stage, in flow order -> its module in stages/. DVC loops over one mapping only, so aligned variants have stages of their own that run the
-same modules as adapters do (docs/decisions/013)."""
+"""Stage, in flow order -> its module in stages/. DVC loops over one mapping only, so aligned variants have separate
+stages with the same modules (docs/decisions/013)."""
 
 VARIANTS_OF = {
     "adapter": "adapter", "merged": "adapter", "evaluation": "adapter",

@@ -401,7 +401,7 @@ def test_kto_estimates_kl_on_answers_to_another_prompt(tiny_tokenizer: Any) -> N
         ({"aligned": {"lora": {"method": "dpo", "adapter": "lora"}}}, "aligned.lora: adapter.lora has the same name"),
         ({"aligned": {"x": {"method": "dpo", "adapter": "lora", "options": {"bata": 1}}}}, "aligned.x.options.bata: unknown key"),
         ({"aligned": {"x": {"method": "dpo", "adapter": "lora", "options": {"loss_type": "exo_pair"}}}}, "exo_pair needs it above 0"),
-        ({"aligned": {"x": {"method": "rloo", "adapter": "lora", "per_device_train_batch_size": 6}}}, "no whole number of groups of 4"),
+        ({"aligned": {"x": {"method": "rloo", "adapter": "lora", "per_device_train_batch_size": 6}}}, "cannot be divided into groups of 4"),
         ({"aligned": {"x": {"method": "grpo", "adapter": "lora", "rewards": {"pretty": 1.0}}}}, "aligned.x.rewards: unknown: pretty"),
         (
             {"aligned": {"x": {"method": "dpo", "adapter": "lora", "rewards": {"brief": 1.0}}}},
@@ -410,7 +410,7 @@ def test_kto_estimates_kl_on_answers_to_another_prompt(tiny_tokenizer: Any) -> N
         ({"aligned": {"x": {"method": "dpo", "adapter": "lora", "peft": {"rank": 4}}}}, "aligned.x.peft.rank: unknown key of lora"),
         (
             {"aligned": {"x": {"method": "ppo", "adapter": "lora", "learning_rate": 1e-3}}},
-            "aligned.x: learning_rate: ppo takes its steps by its options",
+            "aligned.x: learning_rate: ppo sets its steps in its options",
         ),
         (
             {"aligned": {"x": {"method": "ppo", "adapter": "lora", "options": {"target_kl": 6.0, "horizon": 12}}}},
@@ -428,7 +428,7 @@ def test_an_impossible_entry_is_refused_with_a_message(change: dict[str, Any], s
 
     values = YAML(typ="safe").load((ROOT / "params.yaml").read_text()) | change
     (tmp_path / "params.yaml").write_text(json.dumps(values))
-    for folder in ("sources", "expectations"):
+    for folder in ("sources", "expectations", "keys"):
         shutil.copytree(ROOT / "data" / folder, tmp_path / "data" / folder)
     with pytest.raises(InputError) as error:
         validate(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +18,15 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.records import Report, example_id, prompt_text, read_ledger, read_records, write_ledger, write_records
 from dagster_project.curation.similarity.overlap import near_pairs
 from dagster_project.curation.splitting import augment as augmenting
-from dagster_project.curation.splitting.augment import Added, Augment, Paraphrase, augment, in_another_case, read_paraphrases, with_typos
+from dagster_project.curation.splitting.augment import (
+    AddedRows,
+    Augment,
+    Paraphrase,
+    augment,
+    in_another_case,
+    read_paraphrases,
+    with_typos,
+)
 from dagster_project.stages import splits
 
 PROSE = "please tell me where the parcel with the kite stands this morning"
@@ -38,7 +47,7 @@ def questions(n: int) -> list[dict[str, Any]]:
 
 def added(
     rows: Sequence[dict[str, Any]], seed: int = 7, held_out: Sequence[str] = (), supplied: Sequence[Paraphrase] = (), **wanted: float
-) -> Added:
+) -> AddedRows:
     return augment(Augment(**wanted), seed, rows, held_out, dict.fromkeys(prompt_text(row["messages"]) for row in rows), supplied)  # type: ignore[arg-type]
 
 
@@ -242,6 +251,9 @@ def test_supplied_paraphrases_go_to_train_alone(tmp_path: Path) -> None:
     ]
     (folder / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in mine))
     report = run(tmp_path, "out", rows, paraphrases="data/sources/paraphrases/mine.jsonl")
+    file = "data/sources/paraphrases/mine.jsonl"
+    digest = hashlib.sha256((tmp_path / file).read_bytes()).hexdigest()
+    assert report.metrics.pop("sources") == {file: {"format": "paraphrases", "rows": 40, "sha256": digest, "license": "unknown"}}
     assert report.metrics == {"train": 28, "validation": 4, "test": 8, "augmented": {"paraphrase": 28}}
     assert report.checks[2].note == "12 paraphrases are of no row in train"
 

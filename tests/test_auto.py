@@ -24,7 +24,7 @@ ALL = {"num_train_epochs": "auto", "learning_rate": "auto", "per_device_train_ba
 
 def settled(
     entry: dict[str, Any], examples: int = 500, rows: int = 500, validates: bool = True, processes: int = 1
-) -> auto.Settled[adapter.Params]:
+) -> auto.ResolvedParams[adapter.Params]:
     return auto.settle(adapter.Params(**entry), examples, rows, validates, processes)
 
 
@@ -80,7 +80,7 @@ def test_processes_share_the_examples_of_a_step_but_a_trial_runs_all_passes() ->
 
 def test_only_values_set_to_auto_are_chosen() -> None:
     plain = {"method": "lora", "peft": {"r": 4}, "learning_rate": 3e-4}
-    assert settled(plain) == auto.Settled(adapter.Params(**plain), {}, None)
+    assert settled(plain) == auto.ResolvedParams(adapter.Params(**plain), {}, None)
     assert settled({"peft": {"r": "auto", "lora_alpha": 5}}).params.peft == {"r": 8, "lora_alpha": 5}
 
 
@@ -177,7 +177,7 @@ def test_a_sweep_climbs_to_the_rate_beyond_which_trials_diverge(tmp_path: Path) 
     found = auto.sweep(TRIAL, ends_with(losses, []), tmp_path / "sweep.json", {"data": "a"})
     assert found == {0: 9.0, 1e-4: 3.0, 3.16e-4: 2.0, 1e-3: 1.0, 3.16e-3: math.inf}
     how = "of 4 trials of 20 steps, from the guideline's 0.0001"
-    assert auto.best(found, TRIAL) == auto.Choice(1e-3, f"the lowest rate within 10% of the greatest fall of the validation loss {how}")
+    assert auto.best(found, TRIAL) == auto.Choice(1e-3, f"the lowest rate within 10% of the greatest decrease of the validation loss {how}")
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_of_rates_with_nearly_the_greatest_fall_the_lowest_is_taken(losses: dict
 def test_an_interrupted_sweep_resumes_after_the_finished_trials(tmp_path: Path) -> None:
     losses: dict[float, Any] = {1e-4: math.nan, 3.16e-5: 2.0, 1e-5: Interrupted("interrupted at step 3"), 3.16e-6: 4.0}
     done: list[float] = []
-    with pytest.raises(Interrupted, match="interrupted in the sweep of learning_rate; trials that ended are kept"):
+    with pytest.raises(Interrupted, match="interrupted in the sweep of learning_rate; finished trials are kept"):
         auto.sweep(TRIAL, ends_with(losses, done), tmp_path / "sweep.json", {"data": "a"})
     losses[1e-5] = 1.0
     found = auto.sweep(TRIAL, ends_with(losses, done), tmp_path / "sweep.json", {"data": "a"})

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import pytest
+from builders.files import jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +27,10 @@ from dagster_project.core.chat import (
     pieces,
 )
 from dagster_project.core.errors import InputError
+from dagster_project.core.records import content_id
 from dagster_project.core.rendering import render
+from dagster_project.curation.checks.checks import Rules, judge
+from dagster_project.curation.sources.formats import to_records
 
 ONE_TURN = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
 TWO_TURNS = [
@@ -367,3 +373,37 @@ def test_a_template_may_write_messages_in_another_order(tiny_tokenizer: Any) -> 
     answers = f"{{% for m in messages if m['role'] == 'assistant' %}}{TURN}{{% endfor %}}"
     system_last.chat_template = users + systems + answers + HEADER
     assert pieces(system_last, TWO_TURNS[:3])[1] == ("Yes?<|im_end|>", True)
+
+
+@pytest.mark.parametrize("asked_again", [False, True])
+def test_an_empty_trace_and_none_are_rendered_alike_by_qwen3(asked_again: bool, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """So they are the same example, and have the same id."""
+    import trl
+
+    template = (Path(trl.__file__).parent / "chat_templates/qwen3.jinja").read_text(encoding="utf-8")
+    qwen3 = copy.deepcopy(tiny_tokenizer)
+    qwen3.chat_template = template
+    more = [{"role": "user", "content": "And?"}, {"role": "assistant", "content": "No."}] if asked_again else []
+    said = {"role": "assistant", "content": "Yes."}
+    spellings = [said, {**said, "reasoning_content": ""}, {**said, "reasoning": "\n"}, {**said, "content": "<think>\n\n</think>\n\nYes."}]
+    rows = [{"messages": [{"role": "user", "content": "Hi"}, answer, *more]} for answer in spellings]
+    given = [{**row, "meta": "{}"} for row in rows[:2]]  # as they are, not as they are read
+    assert encode_record(qwen3, given[0]) == encode_record(qwen3, given[1])
+    read = to_records(jsonl(tmp_path / "a.jsonl", *rows), "a.jsonl")[1]
+    assert len({record["example_id"] for record in read}) == 1
+    assert [encode_record(qwen3, record) for record in read] == [encode_record(qwen3, given[0])] * 4
+    assert next(text for parts in examples_of(qwen3, read[0]) for text, is_trained in parts if is_trained).endswith("Yes.<|im_end|>")
+
+
+def test_plain_text_and_a_conversation_with_the_same_message_are_different_examples(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """One is trained on, the other has no prompt and is refused. A repeated text is a repetition; nothing is dropped for the other kind."""
+    text, lone = {"text": "Once upon"}, {"messages": [{"role": "assistant", "content": "Once upon"}]}
+    texts = to_records(jsonl(tmp_path / "a.jsonl", text, text), "a.jsonl")[1]
+    (conversation,) = to_records(jsonl(tmp_path / "b.jsonl", lone), "b.jsonl")[1]
+    assert texts[0]["messages"] == conversation["messages"]
+    assert texts[0]["example_id"] == hashlib.sha256(b'[["assistant","Once upon"]]').hexdigest()[:32] == texts[1]["example_id"]
+    assert conversation["example_id"] == content_id(conversation) != content_id(texts[0])
+    assert encode_record(tiny_tokenizer, texts[0])
+    with pytest.raises(InputError, match="the assistant speaks first"):
+        encode_record(tiny_tokenizer, conversation)
+    assert judge([conversation, *texts], [], Rules()).reason == ["invalid_roles", None, "exact_duplicates"]

@@ -90,7 +90,7 @@ def test_a_damaged_checkpoint_is_logged_and_the_previous_one_used(
     assert found.step == 1
     [line] = said.messages
     assert line.startswith("training: checkpoint step-00000002 is damaged (")
-    assert line.endswith("going back to the one before")
+    assert line.endswith("using the previous one")
     assert names(checkpoints) == ["step-00000001"]
 
 
@@ -110,7 +110,7 @@ def test_a_checkpoint_of_another_training_is_renamed_and_the_difference_logged(
     other = Checkpoints(checkpoints.folder, {**IDENTITY, part: "other"})
     assert other.newest() is None
     assert names(checkpoints) == ["step-00000001.stale", "step-00000002.stale"]
-    assert said.messages == [f"training: the checkpoints are of another training (differs: {part}); set aside, starting anew"]
+    assert said.messages == [f"training: the checkpoints are of another training (differs: {part}); set aside, starting over"]
     assert other.newest() is None
     save(other, 1)
     found = other.newest()

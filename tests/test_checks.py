@@ -104,7 +104,7 @@ def test_an_unknown_check_in_the_policy_is_refused() -> None:
 
 @pytest.mark.parametrize("name", SET_CHECKS)
 def test_a_check_on_the_set_cannot_drop(name: str) -> None:
-    with pytest.raises(ValidationError, match=f"{name} judges the set as a whole"):
+    with pytest.raises(ValidationError, match=f"{name} applies to the set as a whole"):
         Rules(policy={name: "drop"})
 
 

@@ -24,11 +24,11 @@ def commit(root: Path) -> str:
     return run(["git", "rev-parse", "HEAD"], root).stdout.strip()
 
 
-def recorded(root: Path) -> list[dict]:
+def recorded(root: Path) -> dict[str, dict]:
     """What DVC itself records of the folder and a module, as an entry of dvc.lock."""
     (root / "dvc.yaml").write_text(f"stages: {{s: {{cmd: 'true', deps: [{FOLDER}, dagster_project/stages/s.py]}}}}\n")
     (dep, module) = Repo(root).stage.collect("s")[0].deps
-    return [{"deps": [{"path": one.def_path, "md5": one.get_hash().value} for one in (dep, module)]}]
+    return {"s": {"deps": [{"path": one.def_path, "md5": one.get_hash().value} for one in (dep, module)]}}
 
 
 @pytest.fixture
@@ -49,9 +49,9 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_committed_code_is_listed_file_by_file(root: Path) -> None:
     stages, sha = recorded(root), commit(root)
     expected = {name: md5(root / name) for name in (f"{FOLDER}/a.py", f"{FOLDER}/inner/b.py", "dagster_project/stages/s.py")}
-    assert code_in(root, sha, stages) == (expected, [])
+    assert code_in(root, sha, stages)["s"] == (expected, [])
     (root / FOLDER / "a.py").write_text("edited since")  # the workspace does not matter for what is committed
-    assert code_in(root, sha, stages) == (expected, [])
+    assert code_in(root, sha, stages)["s"] == (expected, [])
 
 
 def test_uncommitted_code_is_named_by_the_files_that_differ(root: Path) -> None:
@@ -60,10 +60,10 @@ def test_uncommitted_code_is_named_by_the_files_that_differ(root: Path) -> None:
     (root / FOLDER / "new.py").write_text("new")
     (root / FOLDER / "inner/b.py").unlink()
     stages = recorded(root)
-    files, differs = code_in(root, sha, stages)
+    files, differs = code_in(root, sha, stages)["s"]
     assert files == {name: md5(root / name) for name in (f"{FOLDER}/a.py", f"{FOLDER}/new.py", "dagster_project/stages/s.py")}
     assert differs == [f"{FOLDER}/a.py", f"{FOLDER}/inner/b.py", f"{FOLDER}/new.py"]
-    assert code_in(root, None, stages) == (files, [])
+    assert code_in(root, None, stages)["s"] == (files, [])
 
 
 def test_code_that_cannot_be_found_is_named_by_its_folder(root: Path) -> None:
@@ -71,5 +71,5 @@ def test_code_that_cannot_be_found_is_named_by_its_folder(root: Path) -> None:
     (root / FOLDER / "a.py").write_text("edited")
     stages = recorded(root)
     (root / FOLDER / "a.py").write_text("edited again")
-    files, differs = code_in(root, sha, stages)
+    files, differs = code_in(root, sha, stages)["s"]
     assert files[FOLDER].endswith(".dir") and FOLDER in differs

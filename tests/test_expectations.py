@@ -25,7 +25,7 @@ from dagster_project.curation.sources.formats import to_records
 SUITE = ROOT / "data" / "expectations" / "instructions.json"
 
 
-def found(folder: Path, *entries: Any, rows: list[Record] = ROWS) -> list[expectations.Judged]:
+def found(folder: Path, *entries: Any, rows: list[Record] = ROWS) -> list[expectations.ExpectationResult]:
     return expectations.run(expectations.table(rows), suite(folder, *entries)).expectations
 
 
@@ -129,7 +129,7 @@ def test_each_expectation_reports_description_observation_and_rows(tmp_path: Pat
 def test_an_expectation_that_examined_no_row_does_not_pass(tmp_path: Path) -> None:
     kwargs = {"column": "response_words", "min_value": 1, "row_condition": of_bugs(category="none such")}
     (judged,) = found(tmp_path, expect("expect_column_values_to_be_between", **kwargs))
-    assert (judged.passed, judged.seen) == (False, "no row to judge")
+    assert (judged.passed, judged.seen) == (False, "no rows to evaluate")
 
 
 def test_every_expectation_fails_on_an_empty_table() -> None:
@@ -255,7 +255,7 @@ def test_the_suite_is_tracked_by_git() -> None:
     assert ignored.returncode == 1
 
 
-# Suites that cannot be judged
+# Suites that cannot be evaluated
 
 
 def test_all_errors_of_a_suite_are_reported_together(tmp_path: Path) -> None:
@@ -285,7 +285,7 @@ def test_all_errors_of_a_suite_are_reported_together(tmp_path: Path) -> None:
     lines = [line.removeprefix("mine.json: expectations") for line in said.splitlines()]
     columns = ", ".join(expectations.COLUMNS)
     assert lines[0].startswith(
-        "[0] (expect_table_row_count_to_be_betwen): unknown type 'expect_table_row_count_to_be_betwen'; near it: "
+        "[0] (expect_table_row_count_to_be_betwen): unknown type 'expect_table_row_count_to_be_betwen'; similar types: "
         "expect_table_row_count_to_be_between"
     )
     assert lines[1] == f"[1] (expect_column_mean_to_be_between): no column 'promt_words'; columns: {columns}"
@@ -295,18 +295,18 @@ def test_all_errors_of_a_suite_are_reported_together(tmp_path: Path) -> None:
     )
     assert lines[3] == "[3] (expect_column_mean_to_be_between): kwargs.min_value: value is not a valid float"
     assert lines[4] == "[4] (expect_column_mean_to_be_between): kwargs.column: field required"
-    assert lines[5] == "[5] (expect_column_mean_to_be_between): expects nothing: give min_value, max_value or both"
+    assert lines[5] == "[5] (expect_column_mean_to_be_between): always holds: give min_value, max_value or both"
     assert lines[6] == "[6] (expect_column_mean_to_be_between): can never hold: min_value 2 is above max_value 1"
-    assert lines[7] == "[7] (expect_column_values_to_be_in_set): kwargs.mostly: 0 expects nothing: give a share above 0"
+    assert lines[7] == "[7] (expect_column_values_to_be_in_set): kwargs.mostly: 0 always holds: give a share above 0"
     assert lines[8] == "[8] (expect_column_values_to_be_in_set): kwargs.mostly: ensure this value is less than or equal to 1.0"
     assert lines[9] == "[9] (expect_table_row_count_to_equal): severity: must be one of critical, warning, info"
     assert lines[10].startswith("[10] (expect_column_to_exist): sevrity: unknown key; keys: type, kwargs, severity, description")
-    assert lines[11].endswith("no $PARAMETER has a value here: write the value itself")
+    assert lines[11].endswith("$PARAMETER is not supported: write the value itself")
     assert lines[12].startswith("[12] (expect_column_max_to_be_between): kwargs.row_condition: must be an object such as")
     assert lines[13] == f"[13] (expect_column_max_to_be_between): no column 'label'; columns: {columns}"
     assert lines[14].endswith("kwargs.quantile_ranges: needs as many value_ranges as quantiles")
     assert lines[15] == "[15]: must be an object with type, kwargs, severity, description, notes, meta, id"
-    assert lines[16].startswith("hint: what each type takes: https://greatexpectations.io/expectations")
+    assert lines[16].startswith("hint: arguments of each type: https://greatexpectations.io/expectations")
 
 
 @pytest.mark.parametrize(
@@ -319,7 +319,7 @@ def test_all_errors_of_a_suite_are_reported_together(tmp_path: Path) -> None:
 )
 def test_a_crash_during_validation_names_the_expectation(tmp_path: Path, entry: dict[str, Any]) -> None:
     said = refused(tmp_path, expect("expect_table_row_count_to_equal", value=4), entry)
-    assert said.startswith(f"mine.json: expectations[1] ({entry['type']}): cannot be judged: ")
+    assert said.startswith(f"mine.json: expectations[1] ({entry['type']}): cannot be evaluated: ")
     assert "Traceback" not in said
 
 

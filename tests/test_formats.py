@@ -292,6 +292,10 @@ WRITERS: dict[str, tuple[st.SearchStrategy[Any], Callable[[list[dict[str, str]]]
             "answers": json.dumps([call["function"] for call in messages[1]["tool_calls"]]),
         },
     ),
+    "glaive": (
+        st.lists(TEXT.map(str.strip).filter(bool), min_size=2, max_size=2).map(lambda said: user(*said)),
+        lambda messages: {"system": "", "chat": "\n\n\n".join(f"{m['role'].upper()}: {m['content']}" for m in messages)},
+    ),
     "oasst": (EVEN, lambda messages: tree(*(m["content"] for m in messages))),
     "classification": (
         st.tuples(TEXT, TEXT).map(lambda both: user(both[0], both[1].strip())),
@@ -585,6 +589,7 @@ def pair_writers(prompt: list[str], good: str, bad: str) -> dict[str, list[dict[
         "sharegpt": [{"conversations": conversation, "chosen": {"from": "gpt", "value": good}, "rejected": {"from": "gpt", "value": bad}}],
         "transcripts": [{"chosen": f"{transcript}\n\nAssistant: {good}", "rejected": f"{transcript}\n\nAssistant: {bad}"}],
         "kto": [{"prompt": asked, "completion": bad, "label": False}, {"prompt": asked, "completion": good, "label": True}],
+        "openai_dpo": [{"input": {"messages": asked}, "preferred_output": answer(good), "non_preferred_output": answer(bad)}],
         "oasst": [{"message_tree_id": "t", "prompt": node}],
         **({"alpaca_eval": [{"instruction": prompt[0], "output_1": good, "output_2": bad, "preference": 1}]} if len(prompt) == 1 else {}),
     }

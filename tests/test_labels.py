@@ -128,7 +128,7 @@ def test_the_refusal_names_the_most_frequent_responses_and_no_long_text() -> Non
 
 
 def test_a_response_without_a_label_is_refused() -> None:
-    with pytest.raises(InputError, match=r"stands for answers that give no label"):
+    with pytest.raises(InputError, match=r"is reserved for answers without a label"):
         label_set(AUTO, ["(none)", "some"] * 4, [])
 
 
@@ -152,7 +152,7 @@ def test_of_a_mixed_test_split_a_list_asks_the_responses_that_are_labels() -> No
         ({"labels": []}, "evaluation.task.labels: must be `auto`, or a list"),
         ({"labels": "all"}, "evaluation.task.labels: must be `auto`, or a list"),
         ({"labels": ["yes", "Yes."]}, "evaluation.task.labels: 'yes', 'Yes.' are one label"),
-        ({"labels": ["(none)", "x"]}, "evaluation.task.labels: '(none)' stands for answers that give no label"),
+        ({"labels": ["(none)", "x"]}, "evaluation.task.labels: '(none)' is reserved for answers without a label"),
         ({"labels": "auto", "score": "x"}, "evaluation.task.score: unknown key\nhint: keys of evaluation.task: labels"),
         ({"fields": {"a": ["b"]}, "score": "a", "label": "c"}, "evaluation.task.label: unknown key\nhint: keys of evaluation.task: fields, score"),
         ({}, "evaluation.task.fields: missing"),

@@ -79,7 +79,7 @@ def test_dropout_keeps_the_right_share_and_its_gradients(dtype: torch.dtype) -> 
 def test_dropped_elements_are_drawn_from_torchs_generator() -> None:
     def draw() -> torch.Tensor:
         torch.manual_seed(5)
-        return fused_lora._kept(torch.empty(40, 33), 0.05)
+        return fused_lora._dropout_mask(torch.empty(40, 33), 0.05)
 
     assert torch.equal(draw(), draw())
     assert torch.all((draw() == 0) | (draw() == -1))

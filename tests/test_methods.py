@@ -555,7 +555,7 @@ def test_a_head_learns_the_category_and_reloads_unchanged(quantization: Any, tin
     assert predictor.predict(asked) == wanted
     report = merged.produce(COMPUTE, tiny_model, tmp_path / "first", out=tmp_path / "merged")
     assert (report.checks[0].passed, report.metrics["merged"]) == (True, False)
-    assert "leaves the base model as it is" in report.metrics["why_not"]
+    assert "does not change the base model" in report.metrics["why_not"]
 
     from dagster_project.evaluation.evaluator import EvaluatedModel, Settings
 
@@ -625,7 +625,7 @@ def test_a_head_needs_categories(tiny_model: Path, tiny_tokenizer: Any) -> None:
         ("qlora", {}, {"quantization": "none"}, "adapter.x.quantization: qlora trains on 4-bit weights", "method: lora"),
         ("full", {}, {"quantization": "nf4"}, "adapter.x.quantization: full computes with", "quantization: none"),
         ("lora", {"init_lora_weights": "pissa"}, {"quantization": "nf4"}, "adapter.x.peft.init_lora_weights: pissa is computed", "none"),
-        ("prefix_tuning", {}, {}, "adapter.x.merge: prefix_tuning cannot be merged: it learns virtual tokens", "merge: false"),
+        ("prefix_tuning", {}, {}, "adapter.x.merge: prefix_tuning cannot be merged: it trains virtual tokens", "merge: false"),
         ("prompt_tuning", {}, {}, "adapter.x.merge: prompt_tuning cannot be merged", "merge: false"),
         ("p_tuning", {}, {}, "adapter.x.merge: p_tuning cannot be merged", "merge: false"),
         ("feature_extraction", {}, {}, "adapter.x.merge: feature_extraction cannot be merged", "merge: false"),

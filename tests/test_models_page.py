@@ -137,6 +137,22 @@ def test_the_trace_of_a_call_is_written_where_a_template_writes_only_these(tmp_p
     assert ["I add." in answer for answer in trained("gemma4", tmp_path, *said, tools=chat_templates.TOOLS)] == [True, False]
 
 
+@pytest.mark.parametrize("family", ["diffusion_gemma", "gemma4", "gemma4_v5"])
+def test_the_header_of_an_answer_that_the_prompt_does_not_have_is_not_trained_on(family: str, tmp_path: Path) -> None:
+    """DiffusionGemma's template writes `<|turn>model` before an answer to a tool result, and not in the prompt for one."""
+    asked = {"role": "user", "content": "What is 1 + 2?"}
+    said = [asked, adds(1, 2), RESULT, {"role": "assistant", "content": "It is 3."}]
+    tokenizer = chat_templates.stub_tokenizer(family, tmp_path)
+    record = {"messages": said, "tools": chat_templates.TOOLS, "example_id": "a", "meta": "{}"}
+    assert chat_templates.judge(tokenizer, tmp_path, record).problems == ()
+    assert trained(family, tmp_path / "same", *said[1:], tools=chat_templates.TOOLS)[1] == "It is 3.<turn|>"
+    more = [*said, asked, {"role": "assistant", "content": "Three."}]
+    assert trained(family, tmp_path / "more", *more[1:], tools=chat_templates.TOOLS)[1:] == ["It is 3.<turn|>", "Three.<turn|>"]
+    assert chat_templates.judge(tokenizer, tmp_path, {**record, "messages": more}).problems == ()
+    outcomes = make(tokenizer, [record, {**record, "messages": more, "example_id": "b"}], Rules(100_000))
+    assert label_audit.find_wrong_labels(tokenizer, [record, {**record, "messages": more, "example_id": "b"}], outcomes) == {}
+
+
 def test_an_answer_that_quotes_the_opening_of_an_answer_is_trained_on_from_its_beginning(tmp_path: Path) -> None:
     quoted = "Write <|start|>assistant first."
     said = (adds(1, 2, reasoning_content="I add."), RESULT, {"role": "assistant", "content": quoted})

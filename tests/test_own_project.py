@@ -42,6 +42,7 @@ def test_the_documented_parameters_name_every_section_and_are_valid(tmp_path: Pa
     (tmp_path / "params.yaml").write_text(MINIMAL)
     (tmp_path / "data/sources").mkdir(parents=True)
     (tmp_path / "data/sources/mine.json").touch()
+    shutil.copytree(ROOT / "data/keys", tmp_path / "data/keys")
     assert set(validate(tmp_path)) == set(SAMPLE)
 
 

@@ -214,7 +214,7 @@ def test_the_gradient_of_the_total_loss_matches_finite_differences(mini_batch_si
             around.append(loss())
         weight.data = start[name].clone()
         slopes[name] = (direction, (around[0] - around[1]) / 2e-5)
-    wanted, judged = loss(), ppo.Judged(old, before, torch.zeros_like(old))
+    wanted, judged = loss(), ppo.TokenValues(old, before, torch.zeros_like(old))
     found = ppo.update(model, head, torch.optim.SGD(weights.values()), 1.0, rollout, judged, gains, returns, chosen, "seed")
     assert found["updates"] == 1
     assert 0 < found["clip_fraction"] < 1
@@ -415,7 +415,7 @@ def refusal(
 
 def test_a_reward_that_is_not_finite_is_refused_with_the_answer(tiny_model: Path, tiny_tokenizer: Any) -> None:
     said = refusal(tiny_model, tiny_tokenizer, lambda rows, *_: [math.nan] * len(rows))
-    assert re.match(r"ppo: the reward of an answer to prompt \d is nan: '.+'\nhint: mend the reward", said)
+    assert re.match(r"ppo: the reward of an answer to prompt \d is nan: '.+'\nhint: fix the reward", said)
 
 
 def test_a_reward_that_never_varies_is_refused_unless_allowed(tiny_model: Path, tiny_tokenizer: Any) -> None:
@@ -436,7 +436,7 @@ def test_a_policy_that_ends_its_turn_at_once_is_refused(tiny_model: Path, tiny_t
     monkeypatch.setattr(ppo, "draw", lambda logits, *_: [tiny_tokenizer.eos_token_id] * len(logits))
     said = refusal(tiny_model, tiny_tokenizer)
     assert said.startswith(
-        "ppo: every answer of the first iteration is empty: the policy ends its turn at once\nhint: look at the SFT adapter"
+        "ppo: every answer of the first iteration is empty: the policy ends its turn immediately\nhint: look at the SFT adapter"
     )
 
 
@@ -458,7 +458,7 @@ def test_exploding_kl_ends_the_run_with_the_previous_weights(tiny_model: Path, t
     model = policy(tiny_model)
     course = ppo.train(model, tiny_tokenizer, prompts_of(tiny_tokenizer), small_letters, wild, COMPUTE)
     found = re.match(
-        r"ppo: iteration (\d+): KL is (\S+) nats per answer, over explode_kl 1.5. Kept are the weights that answered in iteration (\d+);"
+        r"ppo: iteration (\d+): KL is (\S+) nats per answer, over explode_kl 1.5. The weights at the start of iteration (\d+) are kept;"
         r" lower learning_rate", course.stopped,
     )  # fmt: skip
     assert found, course.stopped
@@ -477,7 +477,7 @@ def test_exploding_kl_in_the_last_update_is_detected(tiny_model: Path, tiny_toke
     before = sha256_of_tensors(trainable(model))
     chosen = settings(total_episodes=32, learning_rate=rate, max_kl=None, explode_kl=5.0, mini_batch_size=32, num_ppo_epochs=1)
     course = ppo.train(model, tiny_tokenizer, prompts_of(tiny_tokenizer), small_letters, chosen, COMPUTE)
-    assert re.match(r"ppo: iteration 1: KL is .* Kept are the weights that answered in iteration 1", course.stopped), course.stopped
+    assert re.match(r"ppo: iteration 1: KL is .* The weights at the start of iteration 1 are kept", course.stopped), course.stopped
     assert sha256_of_tensors(trainable(model)) == before
 
 
@@ -547,7 +547,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str,
 
 
 def test_a_killed_run_resumes_and_ends_in_the_same_bytes(ran: dict[str, Any]) -> None:
-    assert "ppo: going on from the checkpoint of iteration 2 of 4" in ran["log"]
+    assert "ppo: resuming from the checkpoint of iteration 2 of 4" in ran["log"]
     assert ran["killed"] == ran["one"]
 
 
@@ -572,7 +572,7 @@ def test_an_interrupted_run_saves_and_resumes_to_the_same_bytes(ran: dict[str, A
             os.kill(os.getpid(), signal.SIGINT)
         return small_letters(rows, texts)
 
-    with pytest.raises(Interrupted, match="interrupted at iteration 3; the next run goes on from there"):
+    with pytest.raises(Interrupted, match="interrupted at iteration 3; the next run resumes from there"):
         run(tmp_path, tiny_model, "stopped", stopping)
     run(tmp_path, tiny_model, "stopped")
     assert json.loads((tmp_path / "stopped.json").read_text()) == ran["one"]

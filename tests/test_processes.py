@@ -29,12 +29,12 @@ from dagster_project.core.records import read_table, write_table
 from dagster_project.pipeline import validate
 from dagster_project.stages import adapter
 from dagster_project.training.trainers.harness import distributed
-from dagster_project.training.trainers.harness.distributed import Place, claim_gpus, process_group
+from dagster_project.training.trainers.harness.distributed import ProcessRank, claim_gpus, process_group
 from dagster_project.training.trainers.sft.sft import steps
 
 PLAIN = {**LORA, "peft": {**LORA["peft"], "lora_dropout": 0.0}, "neftune_noise_alpha": None}
 """Seven rows an epoch: of the four steps the last has one row, and so one process has none."""
-LOST = "run again: training goes on from its newest checkpoint"
+LOST = "run again: training resumes from its newest checkpoint"
 
 
 # the processes that train -----------------------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def test_a_killed_training_leaves_no_process_and_ends_in_the_same_bytes(trained:
 
 def test_a_stopped_training_stops_within_the_step_and_ends_in_the_same_bytes(trained: Any) -> None:
     assert ended(trained, "stopped") == [130, 0]
-    assert (trained[0] / "stopped.said").read_text().startswith("interrupted at step 3; the next run goes on from there")
+    assert (trained[0] / "stopped.said").read_text().startswith("interrupted at step 3; the next run resumes from there")
     weights = "adapter_model.safetensors"
     assert output_files(trained[0], "stopped")[weights] == output_files(trained[0], "first")[weights]
 
@@ -242,14 +242,14 @@ def test_spawned_processes_form_a_group_and_exit(tmp_path: Path, capfd: pytest.C
     import torch
 
     with process_group(["", ""], partial(count_and_leave, tmp_path)):
-        assert distributed.place() == Place(0, 2)
+        assert distributed.place() == ProcessRank(0, 2)
         assert distributed.summed(torch.tensor([1.0])).tolist() == [3.0]
         [other] = [child for child in others() if "spawn_main" in " ".join(child.cmdline())]
         while not (tmp_path / "1").exists() or not (tmp_path / "1").read_text():
             time.sleep(0.01)
     assert (tmp_path / "1").read_text() == "3.0"
     assert not other.is_running()
-    assert distributed.place() == Place(0, 1)
+    assert distributed.place() == ProcessRank(0, 1)
     assert capfd.readouterr() == ("", "")
 
 
@@ -283,7 +283,7 @@ def test_a_method_that_takes_no_steps_is_refused(project: Path) -> None:
         values["adapter"]["x"] = {"method": "feature_extraction", "merge": False}
 
     edit_params(project, change)
-    with pytest.raises(InputError, match=re.escape("adapter.x uses feature_extraction, which takes no optimizer steps to share")):
+    with pytest.raises(InputError, match=re.escape("adapter.x uses feature_extraction, which has no optimizer steps to share")):
         validate(project)
 
 

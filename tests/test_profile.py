@@ -380,7 +380,7 @@ def test_tiny_sets_are_not_judged_for_diversity() -> None:
     same = [ask("Write a poem", "Roses are red and violets are blue, you know.") for _ in range(20)]
     assert "low_diversity" in failures(profile(same), LIMITS)
     assert failures(profile(same[:19]), LIMITS, near_copies=18) == {}
-    assert notes(profile(same[:19]), LIMITS)["low_diversity"] == "not judged below 20 rows"
+    assert notes(profile(same[:19]), LIMITS)["low_diversity"] == "not checked below 20 rows"
 
 
 @given(some, st.one_of(st.none(), st.just(0)))

@@ -246,7 +246,7 @@ def test_a_question_that_several_items_ask_with_other_choices_leaks_with_its_cho
 
 def test_pairs_that_share_only_a_frame_are_counted_in_the_note() -> None:
     found = judged([row("What is the capital of Spain?")], [Item("quiz.jsonl:0", "What is the capital of France?")])
-    assert found.verdicts["benchmark_leakage"].note == "1 pairs share only a common frame, which proves nothing"
+    assert found.verdicts["benchmark_leakage"].note == "1 pairs share only a common phrase and are not leaks"
 
 
 def test_of_real_arithmetic_problems_no_test_question_is_copied_and_few_overlap_in_part() -> None:
@@ -283,7 +283,7 @@ def test_near_duplicates_are_reported_from_the_parameter_on_and_grouped_below_it
     assert found.broken["near_duplicates"] == [1]
     assert found.cluster == [0, 0, 0]
     assert {(link.row, link.other) for link in found.overlaps.links[GROUPED]} == {(2, 0), (2, 1)}
-    assert "2 pairs are less similar, or ask something else" in found.verdicts["near_duplicates"].note
+    assert "2 pairs are less similar, or have another question" in found.verdicts["near_duplicates"].note
     assert judged(rows, near_duplicate_similarity=0.3).broken["near_duplicates"] == [1, 2]
     assert judged(rows, near_duplicate_similarity=1.0).broken.get("near_duplicates", []) == []
 

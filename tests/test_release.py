@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import json
 import shutil
 from collections.abc import Callable
@@ -17,11 +18,13 @@ from huggingface_hub import ModelCard
 from dagster_project import pipeline
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
-from dagster_project.core.records import Report, write_json
+from dagster_project.core.records import Report, read_table, write_json, write_table
 from dagster_project.lineage.export.summary import chain
 from dagster_project.stages import release
 from dagster_project.stages.release import Params, Waiver
+from dagster_project.training.trainers.harness.weight_audit import seen_schema
 
+KEY = bytes(range(32))
 Change = Callable[[dict[str, Any]], Any]
 
 
@@ -42,7 +45,9 @@ def promote(tmp_path: Path, model: Path, change: Change = lambda found: None, pa
     found = board()
     change(found)
     write_json(tmp_path / "comparison" / "comparison.json", found)
-    return release.produce(params or Params(), Compute(threads=1), tmp_path / "comparison", {"lora": model}, {}, {}, tmp_path / "release")
+    return release.produce(
+        params or Params(), Compute(threads=1), tmp_path / "comparison", {"lora": model}, {}, {}, KEY, tmp_path / "release"
+    )
 
 
 def worse(found: dict[str, Any]) -> None:
@@ -56,7 +61,7 @@ def test_a_release_is_the_merged_model_file_by_file_with_its_record(tiny_model: 
     assert record["files"] == {path.name: sha256(path.read_bytes()).hexdigest() for path in sorted(tiny_model.iterdir())}
     assert all((tmp_path / "release" / name).read_bytes() == (tiny_model / name).read_bytes() for name in record["files"])
     assert (record["variant"], record["scores"]["macro_f1"], record["waivers"]) == ("lora", 0.8, [])
-    assert report.checks[-1].note == "the same greedy tokens as merged"
+    assert report.checks[-2].note == "the same greedy tokens as merged"
 
 
 @pytest.mark.parametrize(
@@ -102,7 +107,9 @@ def test_a_release_carries_the_card_and_audit_of_its_own_variant_alone(tiny_mode
         "comparison": {"advice": ["It is worth it."]},
     }
     write_json(tmp_path / "comparison" / "comparison.json", board())
-    release.produce(Params(), Compute(threads=1), tmp_path / "comparison", {"lora": tiny_model}, trained, reports, tmp_path / "release")
+    release.produce(
+        Params(), Compute(threads=1), tmp_path / "comparison", {"lora": tiny_model}, trained, reports, KEY, tmp_path / "release"
+    )
     card = ModelCard((tmp_path / "release/README.md").read_text())
     assert [(one.metric_type, one.metric_value) for one in card.data.eval_results] == [("macro_f1", 0.8)]
     assert (
@@ -113,6 +120,41 @@ def test_a_release_carries_the_card_and_audit_of_its_own_variant_alone(tiny_mode
     found = json.loads((tmp_path / "release/audit/audit.json").read_text())
     assert list(found["stages"]) == ["base_model", "raw_examples", "adapter@lora"] and found["training"]["steps"] == 3
     assert [path.parent.name for path in (tmp_path / "release/audit").rglob("training.json")] == ["adapter_lora"]
+
+
+def test_a_model_that_stands_alone_is_released_without_its_tables_of_records(tiny_model: Path, tmp_path: Path) -> None:
+    """Full fine-tuning: the merged model is the folder of the training, with its evidence and, if aligned, samples of texts."""
+    full = tmp_path / "full"
+    shutil.copytree(tiny_model, full)
+    rows = [{"step": 1, "epoch": 1, "position": 0, "example_id": "5d41402abc4b2a76b9719d911017c592"}]
+    write_table(full / "examples.parquet", rows, seen_schema())
+    (full / "samples.parquet").write_bytes(b"texts")
+    (full / "training.json").write_text("{}")
+    found = board()
+    write_json(tmp_path / "comparison" / "comparison.json", found)
+    reports: dict[str, dict[str, Any]] = {"base_model": {}, "adapter@lora": {"environment": {}}}
+    trained = {"adapter@lora": full}
+    release.produce(Params(), Compute(threads=1), tmp_path / "comparison", {"lora": full}, trained, reports, KEY, tmp_path / "release")
+    released = {path.relative_to(tmp_path / "release").as_posix() for path in (tmp_path / "release").rglob("*.*")}
+    assert released >= {path.name for path in tiny_model.iterdir()} | {"training.json"}
+    assert {name for name in released if name.endswith(".parquet")} == {"audit/adapter_lora/examples.parquet"}
+    [row] = read_table(tmp_path / "release/audit/adapter_lora/examples.parquet")
+    assert row == {**rows[0], "example_id": hmac.new(KEY, rows[0]["example_id"].encode(), "sha256").hexdigest()[:32]}
+
+
+def test_the_samples_key_is_a_warning_with_other_data_and_never_stops_a_release(tiny_model: Path, tmp_path: Path) -> None:
+    sample = bytes.fromhex((ROOT / "data/keys/record_ids.key").read_text())
+    write_json(tmp_path / "comparison" / "comparison.json", board())
+    mine = {"rows": 1, "format": "messages", "license": "MIT", "sha256": "0" * 64}
+    theirs = {**mine, "sha256": sha256((ROOT / "data/sources/triage_alpaca.json").read_bytes()).hexdigest()}
+    for i, (key, source, passed) in enumerate([(sample, mine, False), (sample, theirs, True), (KEY, mine, True), (KEY, theirs, True)]):
+        reports: dict[str, dict[str, Any]] = {"base_model": {}, "raw_examples": {"sources": {"data/sources/a.jsonl": source}}}
+        out = tmp_path / str(i)
+        report = release.produce(Params(), Compute(threads=1), tmp_path / "comparison", {"lora": tiny_model}, {}, reports, key, out)
+        [check] = [check for check in report.checks if check.name == "own_key"]
+        assert (check.passed, check.severity, check.blocking, report.failures) == (passed, "warn", False, [])
+        assert passed or "openssl rand -hex 32 > data/keys/record_ids.key" in check.note
+        assert key.hex() not in json.dumps(report.document()) + (out / "release.json").read_text()
 
 
 def test_an_aligned_variant_is_traced_through_the_variant_it_started_from() -> None:
@@ -190,6 +232,6 @@ def test_an_unquoted_date_is_reported_before_dvc_fails(tmp_path: Path) -> None:
 def project(folder: Path, change: Change = lambda values: None) -> None:
     """The parameters of the project and the files that they name."""
     shutil.copy(ROOT / "params.yaml", folder)
-    for name in ("sources", "expectations"):
+    for name in ("sources", "expectations", "keys"):
         shutil.copytree(ROOT / "data" / name, folder / "data" / name)
     edit_params(folder, change)

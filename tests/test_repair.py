@@ -6,7 +6,6 @@ import itertools
 import json
 import unicodedata
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -26,7 +25,8 @@ from dagster_project.curation.checks.review import Decision, Waiver
 from dagster_project.curation.checks.row_checks import ROW_CHECKS
 from dagster_project.curation.sources.files import Row
 from dagster_project.curation.sources.formats import as_record, pairs_of, records_of
-from dagster_project.lineage.impact import repaired_from
+from dagster_project.lineage.index import LEDGER, contributions
+from dagster_project.lineage.rows import record_key
 from dagster_project.stages import instructions, preferences, raw_preferences, splits
 
 MAIL = "ann.lee@kites.co.uk"
@@ -254,10 +254,9 @@ def test_the_repairs_and_their_defaults_are_documented() -> None:
 def test_the_original_id_leads_to_the_repaired_row(tmp_path: Path, tiny_model: Path) -> None:
     rows = records(asked("Fly.", "Up.</s>"), asked("Land.", "Down."))
     staged(tmp_path, tiny_model, rows)
-    made = SimpleNamespace(md5="a", is_model=False)
-    index: Any = SimpleNamespace(runs={1: made}, file_path=lambda out, name: tmp_path / "out" / name)
-    assert repaired_from(index, rows[0]["example_id"]) == [read_records(tmp_path / "out")[0]["example_id"]]
-    assert repaired_from(index, rows[1]["example_id"]) == []
+    credits, derived = contributions(tmp_path / "out" / LEDGER, LEDGER)
+    kept = read_records(tmp_path / "out")[0]["example_id"]
+    assert derived == [(record_key(rows[0]["example_id"]), record_key(kept), "repaired")] and credits == []
 
 
 # Pairs

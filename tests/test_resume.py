@@ -285,7 +285,7 @@ def test_a_stopped_training_saves_a_checkpoint_and_logs_its_step(folder: Path, t
     assert code == 130, said
     [checkpoint] = (folder / "checkpoints" / "stopped").glob("step-*")
     step = int(checkpoint.name.removeprefix("step-"))
-    assert f"interrupted at step {step}; the next run goes on from there" in said
+    assert f"interrupted at step {step}; the next run resumes from there" in said
     assert 1 <= step < 128
     assert list((folder / "stopped").iterdir()) == []
     live = {path.stem for path in (folder / "live" / "stopped").iterdir()}

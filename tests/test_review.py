@@ -36,7 +36,7 @@ def test_a_waiver_without_row_reason_or_date_is_refused(change: dict[str, Any], 
 
 
 def test_a_waiver_for_an_unknown_check_is_refused() -> None:
-    with pytest.raises(ValidationError, match="'typos' is no check on rows"):
+    with pytest.raises(ValidationError, match="'typos' is not a check on rows"):
         Rules(waivers=[Waiver(**{**WAIVER, "check": "typos"})])
 
 
@@ -71,7 +71,7 @@ def test_a_cell_that_a_spreadsheet_would_run_is_made_harmless(tmp_path: Path) ->
     [
         ({"decision": "keep", "reason": "x"}, "row 1: 'keep' is none of accept, drop, edit"),
         ({"decision": "drop"}, "row 1: no reason"),
-        ({"decision": "edit", "reason": "x"}, "row 1: edit, but neither new_prompt nor new_response"),
+        ({"decision": "edit", "reason": "x"}, "row 1: edit, but new_prompt and new_response are both empty"),
     ],
 )
 def test_an_invalid_decision_is_refused_by_row(change: dict[str, str], message: str, tmp_path: Path) -> None:

@@ -256,7 +256,7 @@ def finished(path: Path, **rows: list[dict[str, Any]]) -> Path:
 
 
 def proven(path: Path, all_rows: Sequence[dict[str, Any]] | None = None, **rows: list[dict[str, Any]]) -> Any:
-    """The proof on finished splits with these rows, which are all that was dealt out unless `all_rows` says otherwise."""
+    """Verification of finished splits with these rows; `all_rows`: the assigned rows, by default the same."""
     held = all_rows or [row for name in rows.values() for row in name]
     return verify_splits(
         finished(path, **rows), find_copies([row["messages"][0]["content"] for row in held]), {row["example_id"] for row in held}
@@ -379,7 +379,7 @@ def test_the_same_seed_writes_the_same_bytes(tmp_path: Path) -> None:
 def test_a_requested_split_without_rows_stops_the_stage(tmp_path: Path) -> None:
     report = run(splits.Params(test=0.2, validation=0.1), folder_of(tmp_path / "in", 2), tmp_path / "out")
     assert [(check.name, check.note) for check in report.failures] == [
-        ("schema", "no rows in: validation, test; the largest group of near-copies holds 2 rows and is not divided")
+        ("schema", "no rows in: validation, test; the largest group of near-copies has 2 rows and is not divided")
     ]
 
 
@@ -402,7 +402,7 @@ def test_near_copies_with_wrong_groups_are_kept_in_one_split_and_reported(tmp_pa
     report = run(splits.Params(), written(tmp_path / "in", rows), tmp_path / "out")
     assert len({standing(tmp_path / "out")[row["example_id"]] for row in rows[:6]}) == 1
     assert report.failures == []
-    assert report.checks[0].note == "6 rows have near-copies in a group of another group_id; they were held together"
+    assert report.checks[0].note == "6 rows have near-copies in a group of another group_id; they were kept together"
 
 
 def test_splits_by_wrong_groups_do_not_pass_the_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -443,7 +443,7 @@ def test_labels_of_some_rows_are_kept_and_the_others_assigned(tmp_path: Path) ->
     rows = [labelled(("train", "validation", "test")[i % 3] if i < 9 else None, prompt) for i, prompt in enumerate(some(49))]
     report = run(splits.Params(test=0.2, validation=0.1), written(tmp_path / "in", rows), tmp_path / "out")
     assert report.metrics == {"train": 3 + 28, "validation": 3 + 4, "test": 3 + 8}
-    assert report.checks[1].note == "9 of 49 rows have a split in their source; the other 40 were dealt out"
+    assert report.checks[1].note == "9 of 49 rows have a split in their source; the other 40 were assigned by share"
 
 
 def test_labels_are_not_kept_if_turned_off(tmp_path: Path) -> None:
@@ -456,7 +456,7 @@ def test_an_upstream_train_split_alone_is_divided_with_a_note(tmp_path: Path) ->
     rows = [labelled("train", prompt) for prompt in some(40)]
     report = run(splits.Params(), written(tmp_path / "in", rows), tmp_path / "out")
     assert report.metrics == {"train": 28, "validation": 4, "test": 8}
-    assert report.checks[1].note.endswith("the source names no validation or test: dealt out of train")
+    assert report.checks[1].note.endswith("the source names no validation or test: taken from train")
 
 
 def test_a_source_is_never_divided_if_splits_are_by_source(tmp_path: Path) -> None:
@@ -466,7 +466,7 @@ def test_a_source_is_never_divided_if_splits_are_by_source(tmp_path: Path) -> No
     assert len({(row["source"], where[row["example_id"]]) for row in rows}) == 3
     assert report.checks[1].note == (
         "validation has 10 of 30 rows (33.3%) instead of 10.0%; test has 10 of 30 rows (33.3%) instead of 20.0%; "
-        "the largest source, with all that belongs to it, holds 10 rows and is not divided"
+        "the largest source, with all that belongs to it, has 10 rows and is not divided"
     )
 
 
@@ -507,9 +507,9 @@ def test_a_key_that_no_row_has_is_refused(tmp_path: Path) -> None:
 
 
 def test_by_key_and_key_need_each_other() -> None:
-    with pytest.raises(ValidationError, match="`by: key` needs `key`"):
+    with pytest.raises(ValidationError, match="`by: key` requires `key`"):
         splits.Params(by="key")
-    with pytest.raises(ValidationError, match="`key` needs `by: key`"):
+    with pytest.raises(ValidationError, match="`key` requires `by: key`"):
         splits.Params(key="customer_id")
 
 

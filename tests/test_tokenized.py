@@ -507,7 +507,7 @@ def test_misplaced_labels_block_the_stage(stage: Stage, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(tokenized, "make", mask_all)
     [failure] = stage(ask("Hi")).failures
-    assert (failure.name, failure.rows, failure.note) == ("labels", ["data/sources/a.jsonl:10"], "1 an example has nothing to learn from")
+    assert (failure.name, failure.rows, failure.note) == ("labels", ["data/sources/a.jsonl:10"], "1 an example has no labels")
 
 
 def test_template_text_in_the_assistant_turn_is_labeled_and_expected(stage: Stage, tiny_tokenizer: Any) -> None:

@@ -404,15 +404,58 @@ def test_what_is_no_list_of_calls_is_refused(text: str) -> None:
         ("str", {"type": "string"}, False),
         ("int, optional", {"type": "integer"}, True),
         ("Optional[float]", {"type": "number"}, True),
-        ("List[Dict[str, int]]", {"type": "array", "items": {"type": "object"}}, False),
-        ("Tuple[int, str]", {"type": "array"}, False),
-        ("Dict[str, List[int]]", {"type": "object"}, False),
+        ("typing.List[Union[int, None]]", {"type": "array", "items": {"anyOf": [{"type": "integer"}, {"type": "null"}]}}, False),
         ("Any", {}, False),
-        ("Callable[[float], float]", {}, False),
+        ("List[Any], optional", {"type": "array"}, True),
     ],
 )
 def test_types_of_python_are_those_of_json_schema(text: str, schema: dict[str, Any], optional: bool) -> None:
     assert json_type(text) == (schema, optional)
+
+
+@pytest.mark.parametrize(
+    ("text", "schema"),
+    [
+        ("List[Dict[str, int]]", {"type": "array", "items": {"type": "object"}}),
+        ("Tuple[int, str]", {"type": "array"}),
+        ("Tuple[int, int]", {"type": "array", "items": {"type": "integer"}}),
+        ("Set[int]", {"type": "array", "items": {"type": "integer"}}),
+        ("set", {"type": "array"}),
+        ("Dict[str, List[int]]", {"type": "object"}),
+        ("Callable[[float], float]", {}),
+        ("np.ndarray", {}),
+        ("Customer", {}),
+        ("Optional[Customer]", {}),
+        ("List[Customer]", {"type": "array"}),
+        ("Union[int, Customer]", {"anyOf": [{"type": "integer"}, {}]}),
+        ("str, default: 'cm'", {"type": "string"}),
+        ("str, ISO 8601, optional", {"type": "string"}),
+        ("", {}),
+    ],
+)
+def test_what_a_type_says_beyond_json_schema_is_kept_as_it_was_written(text: str, schema: dict[str, Any]) -> None:
+    assert json_type(text)[0] == {**schema, "x-type": text}
+
+
+@pytest.mark.parametrize("style", ["xlam", "toolace"])
+def test_a_type_that_json_schema_does_not_have_is_not_lost(style: str, read: Callable[..., Any]) -> None:
+    parameters = {"who": {"type": "Customer", "description": "Who."}, "x": {"type": "np.ndarray", "required": "if known"}}
+    if style == "xlam":
+        row = {
+            "query": "Hi",
+            "tools": [{"name": "f", "parameters": parameters}],
+            "answers": [{"name": "f", "arguments": {"who": 1, "x": []}}],
+        }
+    else:
+        del parameters["x"]["required"]
+        definition = json.dumps([{"name": "f", "parameters": {"type": "dict", "properties": parameters}}])
+        system = f"Here is a list of functions in JSON format that you can invoke:\n{definition}. NO other text MUST be included."
+        row = {"system": system, "conversations": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "[f(who=1, x=[])]"}]}
+    (record,) = read(row)
+    properties = record["tools"][0]["function"]["parameters"]["properties"]
+    odd = {"x-required": "if known"} if style == "xlam" else {}
+    assert properties == {"who": {"x-type": "Customer", "description": "Who."}, "x": {"x-type": "np.ndarray", **odd}}
+    assert judge([record], [], Rules()).reason == [None], "arguments of such a type are not judged"
 
 
 # Reasoning
@@ -454,13 +497,6 @@ def test_other_tags_are_text(said: str, one: Callable[..., Any]) -> None:
 def test_a_trace_without_its_opening_tag_is_split_on_request(read: Callable[..., Any]) -> None:
     row = {"messages": [{**ASKED, "content": "x</think>y"}, answer("Two and two.\n</think>\n\nFour")]}
     assert read(row, think="split")[0]["messages"] == [row["messages"][0], answer("Four", reasoning_content="Two and two.")]
-
-
-def test_an_empty_trace_is_not_the_same_as_none(read: Callable[..., Any]) -> None:
-    rows = [{"messages": [ASKED, answer(said)]} for said in ("<think>\n\n</think>\n\nFour", "Four")]
-    empty, none = read(*rows)
-    assert (empty["messages"][-1], none["messages"][-1]) == (answer("Four", reasoning_content=""), answer("Four"))
-    assert empty["example_id"] != none["example_id"]
 
 
 def test_two_traces_that_differ_are_malformed_and_equal_ones_are_one(read: Callable[..., Any], one: Callable[..., Any]) -> None:
@@ -793,3 +829,211 @@ def test_the_category_of_the_second_row_of_a_pair_is_kept(tmp_path: Path) -> Non
     rows = [{"prompt": "x", "completion": side, "label": side == "a", "category": side} for side in "ab"]
     (pair,) = to_pairs(jsonl(tmp_path / "a.jsonl", *rows), "a.jsonl")[1]
     assert pair["category"] == "a" and json.loads(pair["meta"])["rejected"] == {"category": "b"}
+
+
+def openai_preference(**more: Any) -> dict[str, Any]:
+    """A row of OpenAI's file for preference fine-tuning, whose better answer calls a tool."""
+    context = [ASKED, answer("Hm.", weight=0), {"role": "user", "content": "Well?"}]
+    return {
+        "input": {"messages": context, "tools": [WEATHER], "parallel_tool_calls": True},
+        "preferred_output": [answer(None, tool_calls=[call(identity="c1")])],
+        "non_preferred_output": [answer("No.", refusal=None)],
+        **more,
+    }
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_openais_preferences_keep_tools_calls_weights_and_further_fields(suffix: str, tmp_path: Path) -> None:
+    FILE_WRITERS[suffix](tmp_path / f"a{suffix}", [openai_preference(note=7)])
+    (layout, (pair,)), (_, (same,)) = (to_pairs(tmp_path / f"a{suffix}", "a", layout) for layout in ("auto", "openai_dpo"))
+    assert (layout, pair["tools"], same["example_id"]) == ("openai_dpo", [WEATHER], pair["example_id"])
+    assert pair["prompt"] == [ASKED, answer("Hm.", weight=0), {"role": "user", "content": "Well?"}]
+    assert (pair["chosen"], pair["rejected"]) == ([answer(tool_calls=[call(identity="c1")])], [answer("No.")])
+    assert json.loads(pair["meta"]) == {"input.parallel_tool_calls": True, "note": 7}
+
+
+def test_every_field_of_openais_preferences_is_counted_once(tmp_path: Path) -> None:
+    (pair,) = to_pairs(jsonl(tmp_path / "a.jsonl", openai_preference(note=7)), "a")[1]
+    (counted,) = pair["fields"]
+    roles = {f"{key}[].role": 1 for key in ("preferred_output", "non_preferred_output")} | {"input.messages[].role": 3}
+    contents = {name.replace("role", "content"): times for name, times in roles.items()}
+    keys = dict.fromkeys(("input.messages", "input.tools", "preferred_output", "non_preferred_output"), 1)
+    others = {"input.messages[].weight": 1, "preferred_output[].tool_calls": 1}
+    assert counted.used == keys | roles | contents | others
+    assert (counted.kept, counted.ignored) == ({"input.parallel_tool_calls": 1, "note": 1}, {"non_preferred_output[].refusal": 1})
+    assert "ignored" not in pair, "the refusal is null"
+
+
+def test_a_field_beside_openais_input_does_not_replace_one_in_it(tmp_path: Path) -> None:
+    (pair,) = to_pairs(jsonl(tmp_path / "a.jsonl", {"input.messages": 1, **openai_preference()}), "a")[1]
+    assert pair["prompt"][0] == ASKED and json.loads(pair["meta"])["row"] == {"input.messages": 1}
+
+
+@pytest.mark.parametrize("given", [3, [], "Hi", {}, {"messages": 3}, {"messages": []}])
+def test_openais_preferences_without_a_prompt_are_malformed_and_kept_as_they_were(given: Any, tmp_path: Path) -> None:
+    row = openai_preference(input=given)
+    (pair, _) = to_pairs(jsonl(tmp_path / "a.jsonl", row, openai_preference()), "a")[1]
+    assert problem(pair) and not pair["prompt"] and json.loads(pair["meta"])["row"] == row
+
+
+# Glaive
+
+GLAIVE_WEATHER = json.dumps(WEATHER["function"], indent=4)
+GLAIVE_CLOCK = json.dumps({"name": "clock", "parameters": {}}, indent=4)
+GLAIVE_SYSTEM = "SYSTEM: You are a helpful assistant with access to the following functions. Use them if required -\n"
+GLAIVE_CHAT = [
+    "USER: Is it cold in Oslo?",
+    """ASSISTANT: I look. <functioncall> {"name": "weather", "arguments": '{"city": "Oslo"}'} <|endoftext|>""",
+    'FUNCTION RESPONSE: {"degrees": -3}',
+    "ASSISTANT: Yes, -3. <|endoftext|>",
+]
+
+
+@pytest.mark.parametrize("between", ["\n\n\n", " "])
+def test_glaives_transcripts(between: str, read: Callable[..., Any]) -> None:
+    row = {"system": f"{GLAIVE_SYSTEM}{GLAIVE_WEATHER}\n\n{GLAIVE_CLOCK}\n", "chat": between.join([*GLAIVE_CHAT, ""])}
+    (record,) = read(row)
+    clock = {"type": "function", "function": {"name": "clock", "parameters": {}}}
+    assert record["tools"] == [WEATHER, clock]
+    assert record["messages"] == [
+        ASKED,
+        answer("I look.", tool_calls=[call()]),
+        {"role": "tool", "content": '{"degrees": -3}'},
+        answer("Yes, -3."),
+    ]
+    assert json.loads(record["meta"]) == {"system_prompt": row["system"].removeprefix("SYSTEM: ").strip()}, "the prompt is kept as it was"
+    assert (dict(record["fields"][0].used), record.get("ignored")) == ({"system": 1, "chat": 1}, None)
+    assert read(row, layout="glaive")[0]["example_id"] == record["example_id"]
+
+
+def test_glaives_conversations_are_read_alike_in_other_layouts(read: Callable[..., Any]) -> None:
+    system, called = f"Be brief. {GLAIVE_SYSTEM.removeprefix('SYSTEM: ')}{GLAIVE_WEATHER}", GLAIVE_CHAT[1].removeprefix("ASSISTANT: ")
+    turns = [("system", system), ("user", ASKED["content"]), ("assistant", called)]
+    (record,) = read({"messages": [{"role": role, "content": text} for role, text in turns]})
+    assert record["tools"] == [WEATHER]
+    assert record["messages"] == [{"role": "system", "content": "Be brief."}, ASKED, answer("I look.", tool_calls=[call()])]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "read_as"),
+    [
+        ("""'{"city": "L'Aquila"}'""", {"city": "L'Aquila"}),
+        (r"""'{"city": "L\'Aquila"}'""", {"city": "L'Aquila"}),
+        (r"""'{"city": "a\nb \"c\""}'""", {"city": 'a\nb "c"'}),
+        ("""{"city": "Oslo"}""", {"city": "Oslo"}),
+        ("''", {}),
+        ("'Oslo'", "Oslo"),
+    ],
+)
+def test_arguments_of_glaive_are_json_in_single_quotes(arguments: str, read_as: Any, read: Callable[..., Any]) -> None:
+    chat = f'USER: Cold?\n\n\nASSISTANT: <functioncall> {{"name": "weather", "arguments": {arguments}}} <|endoftext|>'
+    (record,) = read({"system": GLAIVE_SYSTEM + GLAIVE_WEATHER, "chat": chat})
+    assert [one.arguments for one in calls(record["messages"][-1])] == [read_as]
+
+
+def test_glaives_rows_without_functions_and_lines_that_quote_a_role(read: Callable[..., Any]) -> None:
+    system = "You are a helpful assistant, with no access to external functions."
+    (record,) = read({"system": f"SYSTEM: {system}\n", "chat": "USER: What is ASSISTANT: here?\n\n\nASSISTANT: A role, like USER: too."})
+    said = ["What is ASSISTANT: here?", "A role, like USER: too."]
+    assert [m["content"] for m in record["messages"]] == [system, *said] and "tools" not in record
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"system": "", "chat": "Hi"}, "expected a chat that begins with `USER:` or `ASSISTANT:`"),
+        ({"system": "", "chat": ""}, "expected a chat that begins with `USER:` or `ASSISTANT:`"),
+        ({"system": "", "chat": [{"from": "human", "value": "Hi"}]}, "expected text, found list"),
+        ({"system": 0, "chat": "USER: Hi"}, "expected text, found int"),
+        (
+            {"system": GLAIVE_SYSTEM + GLAIVE_WEATHER, "chat": "USER: Hi\n\nASSISTANT: <functioncall> weather, please"},
+            "a tool call is text that is not JSON",
+        ),
+    ],
+)
+def test_a_transcript_that_cannot_be_read_is_malformed(row: dict[str, Any], reason: str, read: Callable[..., Any]) -> None:
+    assert problem(read(row, layout="glaive")[0]) == reason
+
+
+# What has no field of its own
+
+
+def test_the_name_of_a_system_prompt_that_held_only_tools_is_kept(read: Callable[..., Any], tmp_path: Path) -> None:
+    system = {"role": "system", "name": "desk", "content": HERMES % json.dumps([WEATHER])}
+    (record,) = read({"messages": [system, ASKED, answer("Yes.")]})
+    assert record["messages"] == [ASKED, answer("Yes.")]
+    assert json.loads(record["meta"]) == {"system_prompt": system["content"], "system_name": "desk"}
+    (pair,) = to_pairs(jsonl(tmp_path / "p.jsonl", {"prompt": [system, ASKED], "chosen": "Yes.", "rejected": "No."}), "p")[1]
+    assert json.loads(pair["meta"])["system_name"] == "desk"
+    rest = {**system, "content": f"Be brief. {system['content']}"}
+    (record,) = read({"messages": [rest, ASKED, answer("Yes.")]})
+    assert record["messages"][0] == {"role": "system", "content": "Be brief.", "name": "desk"} and "system_name" not in record["meta"]
+
+
+CALLING = '<tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("said", "content", "moved"),
+    [
+        (f"I look. {CALLING}\n", "I look.", False),
+        (f"{CALLING}\n{CALLING}", "", False),
+        (f"{CALLING} It is cold.", "It is cold.", True),
+        (f"First.{CALLING}Then.{CALLING}", "First.\nThen.", True),
+        (f"<think>\nHm.\n</think>\n{CALLING}", "", False),
+    ],
+)
+def test_text_after_a_call_in_text_is_reported_because_it_is_rendered_before(
+    said: str, content: str, moved: bool, tmp_path: Path, read: Callable[..., Any]
+) -> None:
+    row = {"messages": [ASKED, answer(said)], "tools": [WEATHER]}
+    (record,) = read(row)
+    assert record["messages"][1]["content"] == content and calls(record["messages"][1])
+    assert record.get("ignored") == (["messages[].order of text and calls"] if moved else None)
+    path = jsonl(tmp_path / "b.jsonl", row, {"messages": [ASKED, answer("Yes.")]})
+    found = {one["check"]: one for one in check_paths([str(path)])["findings"]}.get("ignored_fields")
+    assert (found and (found["severity"], found["count"], found["note"])) == (
+        ("warn", 1, "messages[].order of text and calls 1") if moved else None
+    )
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        answer("Yes.", reasoning_content=""),
+        answer("Yes.", reasoning="\n \n"),
+        answer("<think></think>Yes."),
+        answer("<think>\n\n</think>\n\nYes."),
+        answer([{"type": "thinking", "thinking": ""}, {"type": "text", "text": "Yes."}]),
+    ],
+)
+def test_an_empty_trace_is_none(message: dict[str, Any], read: Callable[..., Any]) -> None:
+    plain, empty, thought = read(*({"messages": [ASKED, one]} for one in (answer("Yes."), message, answer("Yes.", reasoning="Hm."))))
+    assert (empty["messages"], empty["example_id"]) == (plain["messages"], plain["example_id"])
+    judged = judge([plain, {**empty, "messages": [ASKED, answer("No.")], "source_row": 1}, {**thought, "source_row": 2}], [], Rules())
+    assert list(judged.frame["missing_reasoning"]) == [None, None, "reasoning"]
+
+
+def test_real_conversations_written_as_glaives_transcripts_are_read_back_equal(tmp_path: Path) -> None:
+    """The 300 rows of LLaMA-Factory come from that set; here they get its form again, with arguments in single quotes."""
+    source = SHARED_DATA / "glaive_toolcall_en_demo.json"
+    if not source.is_file():
+        pytest.skip("no ../shared/data")
+    rows = json.loads(source.read_text(encoding="utf-8"))
+    names = {"human": "USER", "gpt": "ASSISTANT", "function_call": "ASSISTANT", "observation": "FUNCTION RESPONSE"}
+
+    def written(turn: dict[str, str]) -> str:
+        text = turn["value"]
+        if turn["from"] == "function_call":
+            made = json.loads(text)
+            text = f'<functioncall> {{"name": "{made["name"]}", "arguments": \'{json.dumps(made["arguments"])}\'}} <|endoftext|>'
+        return f"{names[turn['from']]}: {text}"
+
+    def transcript(row: dict[str, Any]) -> dict[str, str]:
+        tools = "\n\n".join(json.dumps(tool, indent=4) for tool in json.loads(row["tools"] or "[]"))
+        return {"system": GLAIVE_SYSTEM + tools if tools else "", "chat": "\n\n\n".join(map(written, row["conversations"]))}
+
+    read, expected = to_records(jsonl(tmp_path / "a.jsonl", *map(transcript, rows)), "a")[1], to_records(source, "b")[1]
+    assert [record.get("tools") for record in read] == [record.get("tools") for record in expected]
+    for one, other in zip(read, expected, strict=True):
+        assert one["messages"] == [{**message, "content": message["content"].strip()} for message in other["messages"]]

@@ -80,7 +80,7 @@ def params_schema() -> Schema:
         root["properties"][name]["propertyNames"] = {"pattern": r"^[\w-]+$"}
     root["properties"]["adapter"]["minProperties"] = 1
     for model in sections().values():
-        _own_first(model, definitions[_name_of(model, definitions)])
+        _inherited_last(model, definitions[_name_of(model, definitions)])
     for name, (key, by_method) in METHOD_KEYS.items():
         _definition(root["properties"][name]["additionalProperties"], definitions)["allOf"] = [
             {
@@ -89,7 +89,7 @@ def params_schema() -> Schema:
             }
             for method, model in by_method.items()
         ]
-    return _tidy(
+    return _join_lines(
         {
             "$schema": "https://json-schema.org/draft/2020-12/schema",
             **root,
@@ -111,20 +111,20 @@ def _name_of(model: type[Section], definitions: Schema) -> str:
     return long if long in definitions else model.__name__
 
 
-def _own_first(model: type[Section], definition: Schema) -> None:
+def _inherited_last(model: type[Section], definition: Schema) -> None:
     """Move the inherited fields of a class to the end."""
     inherited = {field.alias or name for base in model.__bases__ if issubclass(base, Section) for name, field in base.model_fields.items()}
     keys = definition["properties"]
     definition["properties"] = {key: keys[key] for key in sorted(keys, key=lambda key: key in inherited)}
 
 
-def _tidy(value: Any) -> Any:
+def _join_lines(value: Any) -> Any:
     """Join the lines of each description."""
     if isinstance(value, list):
-        return [_tidy(one) for one in value]
+        return [_join_lines(one) for one in value]
     if not isinstance(value, dict):
         return value
-    return {key: " ".join(one.split()) if key == "description" and isinstance(one, str) else _tidy(one) for key, one in value.items()}
+    return {key: " ".join(one.split()) if key == "description" and isinstance(one, str) else _join_lines(one) for key, one in value.items()}
 
 
 def _definition(schema: Schema, definitions: Schema) -> Schema:
@@ -170,13 +170,13 @@ def _table(model: Schema, definitions: Schema) -> str:
 def _rows(model: Schema, definitions: Schema, prefix: str) -> Iterator[tuple[str, str, str, str]]:
     """A row per key. The keys of a nested mapping follow it, e.g. `replay.share` or `sources[].path`."""
     for name, field in model["properties"].items():
-        default = "required" if name in model.get("required", []) else _shown(field["default"])
+        default = "required" if name in model.get("required", []) else _default_text(field["default"])
         yield prefix + name, _kind(field), default, _linked(field["description"]).replace("|", "\\|")
         for inner in _models(field, definitions):
             yield from _rows(inner, definitions, f"{prefix}{name}{'[]' if field.get('type') == 'array' else ''}.")
 
 
-def _shown(default: Any) -> str:
+def _default_text(default: Any) -> str:
     return f"`{default}`" if default and isinstance(default, str) else f"`{json.dumps(default, ensure_ascii=False)}`"
 
 

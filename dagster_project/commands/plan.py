@@ -43,7 +43,8 @@ USUAL: dict[str, dict[str, Any]] = {
 """Keys of a method when it is planned without a params.yaml. Other methods use PEFT's defaults."""
 
 FORWARD_PASSES = {"kto": 3}
-"""Forward passes beside each forward and backward pass: one, of the reference model. kto has two more, of both models on unmatched answers."""
+"""Additional forward passes per forward and backward pass: one, of the reference model. kto has two more, of both
+models on unmatched answers."""
 
 PUBLISHED = {"full": "60-80", "lora": "16-20", "qlora": "6-8"}
 """GB of GPU memory in published guides for a 7B model in 16 bits. The predictions for LoRA and QLoRA agree at 2,048 tokens in a pass with gradient

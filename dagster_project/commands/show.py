@@ -166,7 +166,8 @@ def _rendered(record: Mapping[str, Any], by: Renderer) -> dict[str, Any]:
 
 
 def _sides(tokenizer: Any, pair: Mapping[str, Any]) -> list[tuple[str, chat.Pieces]]:
-    """Both answers of a preference pair after its prompt. Only the last answer counts in the loss, whatever the weights of messages."""
+    """Both answers of a preference pair after its prompt. Only the last answer counts in the loss, regardless of
+    message weights."""
     prompt = pair["messages"][: pair["asked"]]
     found = []
     for side, turns in (("chosen", pair["messages"][pair["asked"] :]), ("rejected", pair["rejected"])):

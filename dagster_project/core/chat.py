@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Message, Messages, Tools, field_texts, is_trained
-from dagster_project.core.rendering import ANOTHER_TEMPLATE, end_of_answer, end_tokens, refuse_unwritten, render
+from dagster_project.core.rendering import ANOTHER_TEMPLATE, end_of_answer, end_tokens, form_of, refuse_unwritten, render
 
 IGNORE = -100
 """Label of a token that is ignored by the loss."""
@@ -115,7 +115,13 @@ def _answer(tokenizer: Any, messages: Messages, tools: Tools) -> tuple[str, str]
         header = render(tokenizer, prompt, True, tools, thinking)
         rendered = render(tokenizer, messages, False, tools, thinking)
         if rendered.startswith(header):
-            return header, rendered[len(header) :]
+            text = rendered[len(header) :]
+            opening = form_of(tokenizer).opening
+            if opening and text.startswith(opening) and header == render(tokenizer, prompt, False, tools, thinking):
+                # DiffusionGemma opens an answer to a tool result, but not in the prompt: the model does not get to read it.
+                said = (messages[-1].get("reasoning_content") or "", messages[-1]["content"])
+                text = text if any(part.lstrip().startswith(opening) for part in said) else text.removeprefix(opening)
+            return header, text
     before = render(tokenizer, prompt, False, tools)
     opening = header.removeprefix(before) if header.startswith(before) else ""
     start = (

@@ -1,4 +1,5 @@
-"""What a stage is given: StageContext for a run, ValidationContext to check its parameters; and what orchestration is given: Pipeline."""
+"""Contexts of a stage: StageContext for a run, ValidationContext to check its parameters. Pipeline: the stages, for
+orchestration."""
 
 from __future__ import annotations
 

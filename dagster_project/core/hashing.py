@@ -21,6 +21,10 @@ def sha256_of_files(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def sha256_of_bytes(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
 def sha256_of_text(text: str) -> str:
     """sha256 of a text as UTF-8; lone surrogates are preserved."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

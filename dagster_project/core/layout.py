@@ -7,6 +7,8 @@ from pathlib import Path
 CODE = "dagster_project"
 REPORTS = "data/reports/"
 PLOTS = "data/plots/"
+RECORD_KEY = "data/keys/record_ids.key"
+"""The secret that keys the ids of records in what is published (core/published_ids.py)."""
 
 
 def report_of(address: str) -> str:

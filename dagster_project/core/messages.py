@@ -1,11 +1,12 @@
-"""The canonical message. Beside `role` and `content` it may have reasoning, tool calls, the id of a tool result, a name and a loss weight.
+"""The canonical message. In addition to `role` and `content` it may have reasoning, tool calls, the id of a tool
+result, a name and a loss weight.
 
     {"role": "assistant", "content": "", "reasoning_content": "I need the weather.", "tool_calls":
         [{"type": "function", "id": "call_1", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}]}
     {"role": "tool", "content": "-3", "tool_call_id": "call_1", "name": "weather"}
     {"role": "assistant", "content": "It is cold.", "weight": 0}
 
-A key is absent where a source has nothing for it, so a plain message has just `role` and `content`.
+Keys that a source does not fill are absent, so a plain message has just `role` and `content`.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def calls(message: Mapping[str, Any]) -> list[Call]:
 
 
 def readable(value: Any) -> str:
-    """A call's arguments or a tool's definition as a person reads it: text as it is, everything else as JSON, indented if it is long."""
+    """A call's arguments or a tool's definition for display: text unchanged, everything else as JSON, indented if it is
+    long."""
     if isinstance(value, str):
         return value
     try:
@@ -66,7 +68,7 @@ def tool_names(tools: Tools) -> list[str]:
 
 
 def identity_parts(messages: Messages, tools: Tools = None) -> list[Any]:
-    """Everything in a conversation that can change what is trained, for its content hash.
+    """Everything in a conversation that affects training, for its content hash.
 
     A plain message gives [role, content], one with further fields [role, content, {field: value}]; tools follow as an object.
     """
@@ -92,7 +94,7 @@ def loaded(messages: Iterable[Mapping[str, Any]]) -> list[Message]:
 
 
 def field_texts(message: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(field, text) of everything in a message that a person may have written or be named in.
+    """(field, text) of everything in a message that may contain personal data.
 
     content "It is cold."                    ->  ("content", "It is cold.")
     a call of weather with {"city": "Oslo"}  ->  ("tool_calls", '{"city":"Oslo"}')
@@ -126,7 +128,8 @@ def argument_texts(arguments: Any) -> Iterator[tuple[str, str | int | float]]:
 
 
 def conversation_text(messages: Messages, tools: Tools = None) -> str:
-    """All that the model reads: definitions of tools, then of each message reasoning, content, and calls as JSON."""
+    """Everything that the model reads: definitions of tools, then of each message reasoning, content, and calls as
+    JSON."""
     parts = [JSON.encode(list(tools))] if tools else []
     for message in messages:
         parts += [message["reasoning_content"]] if message.get("reasoning_content") else []

@@ -1,4 +1,4 @@
-"""Chat templates with a name, for base models whose own template is missing or leaves out what the data has."""
+"""Built-in chat templates, for base models without a template or with one that lacks tools or reasoning."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ HERMES = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-"""ChatML with tools, calls, results and traces in the tags of Nous Research's Hermes, which Qwen took over. For models whose own template has none."""
+"""ChatML with tools, calls, results and traces in the tags of Nous Research's Hermes, which Qwen adopted. For models
+without tools in their own template."""
 
 NAMED = {"alpaca": ALPACA, "chatml": CHATML, "hermes": HERMES}
 MARKUP = frozenset({"chatml", "hermes"})
@@ -62,9 +63,9 @@ def written_for(tokenizer: Any, name: str, where: str) -> str:
     """The text of a template of NAMED for a tokenizer of transformers.
 
     Args:
-        where: what an error message begins with.
+        where: beginning of an error message.
     Raises:
-        InputError: the tokenizer lacks the special tokens that the template writes.
+        InputError: the tokenizer lacks a special token of the template.
     """
     for token in ("<|im_start|>", "<|im_end|>") if name in MARKUP else ():
         if not any(str(added) == token and added.special for added in tokenizer.added_tokens_decoder.values()):

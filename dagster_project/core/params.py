@@ -35,7 +35,7 @@ class Licensed(Section):
 
 @cache
 def _hint_at_license() -> None:
-    """One line per process, however many sections use the old key."""
+    """Logged once per process."""
     log.warning("params.yaml: the key `licence` is deprecated: write `license`")
 
 
@@ -164,5 +164,5 @@ def variant_names(values: Mapping[str, Any], section: str, required: bool) -> li
         )
     for name in found:
         if not str(name).replace("_", "").replace("-", "").isalnum():
-            raise InputError(f"params.yaml: {section}.{name}: a variant's name may hold letters, digits, - and _", "rename it")
+            raise InputError(f"params.yaml: {section}.{name}: a variant's name may contain letters, digits, - and _", "rename it")
     return list(map(str, found))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from dagster_project.core import messages as message_fields
+from dagster_project.core.chat import is_text
 from dagster_project.core.messages import Messages, Tools
 
 if TYPE_CHECKING:
@@ -100,12 +101,19 @@ def ledger_schema(repaired: bool = False) -> pa.Schema:
     return pa.schema(columns + (more if repaired else []))
 
 
-def example_id(messages: Messages, tools: Tools = None) -> str:
+def example_id(messages: Messages, tools: Tools = None, plain_text: bool = False) -> str:
     """Content hash of everything that can change what is trained: sha256 over canonical JSON, 128 bits in hex.
 
     Records without tools, reasoning, calls or weights have the hash of [[role, content], ...].
+
+    Args:
+        plain_text: whether it is a text to continue (`chat.is_text`), which is trained on without a chat template. A conversation that has the
+            same single message differs from it in its hash.
     """
-    canonical = CANONICAL.encode(message_fields.identity_parts(messages, tools))
+    parts = message_fields.identity_parts(messages, tools)
+    if not plain_text and [message["role"] for message in messages] == ["assistant"]:
+        parts.append({"kind": "conversation"})
+    canonical = CANONICAL.encode(parts)
     return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
@@ -124,7 +132,7 @@ def content_id(record: Mapping[str, Any]) -> str:
     """`example_id` of a record or, for a pair in the form that checks use (`formats.as_record`), `pair_id`."""
     messages, prompt_length, tools = record["messages"], record.get("asked"), record.get("tools")
     if prompt_length is None:
-        return example_id(messages, tools)
+        return example_id(messages, tools, is_text(record))
     return pair_id(messages[:prompt_length], messages[prompt_length:], record["rejected"], tools)
 
 

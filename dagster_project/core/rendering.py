@@ -63,6 +63,8 @@ class TemplateForm:
     """Whether it writes all calls of a message with several."""
     with_content: bool = False
     """Whether it writes both content and calls of a message that has both."""
+    opening: str = ""
+    """What the generation prompt writes after a user turn."""
 
 
 _FORMS: dict[str, TemplateForm] = {}
@@ -77,9 +79,9 @@ def form_of(tokenizer: Any) -> TemplateForm:
 
 
 def _probe(tokenizer: Any) -> TemplateForm:
-    def text(form: TemplateForm, messages: Sequence[Message], tools: Tools = None) -> str:
+    def text(form: TemplateForm, messages: Sequence[Message], tools: Tools = None, generate: bool = False) -> str:
         try:
-            return _render(tokenizer, form, messages, tools)
+            return _render(tokenizer, form, messages, tools, generate)
         except InputError:
             return ""
 
@@ -103,7 +105,9 @@ def _probe(tokenizer: Any) -> TemplateForm:
     parallel = form.calls and _NAME in text(form, [_USER, {**_CALL, "tool_calls": [*_CALL["tool_calls"], second]}])
     both = text(form, [_USER, {**_CALL, "content": _NAME}]) if form.calls else ""
     with_content = _NAME in both and _writes_call(both)
-    return replace(form, reasoning=reasoning, parallel=parallel, with_content=with_content, tools=tools, results=results)
+    asked, opened = text(form, [_USER]), text(form, [_USER], generate=True)
+    opening = opened.removeprefix(asked) if opened.startswith(asked) else ""
+    return replace(form, reasoning=reasoning, parallel=parallel, with_content=with_content, tools=tools, results=results, opening=opening)
 
 
 def _forms_of_calls(parts: bool, reasoning: str) -> Iterator[TemplateForm]:

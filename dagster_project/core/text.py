@@ -56,5 +56,5 @@ def commit_text(code: Mapping[str, Any]) -> str:
     earlier = " or earlier (this clone is shallow: `git fetch --unshallow` brings the rest)" if code.get("or_earlier") else ""
     again = f"; the same bytes again at {code['made_again'][:12]}" if code.get("made_again") else ""
     differs = code.get("differs", [])
-    clean = "clean" if not differs else f"dirty: it holds {', '.join(differs[:5])}{' and more' if len(differs) > 5 else ''} otherwise"
+    clean = "clean" if not differs else f"dirty: it contains {', '.join(differs[:5])}{' and more' if len(differs) > 5 else ''} otherwise"
     return f"commit {code['commit'][:12]}{earlier}, {clean}{again}"

@@ -31,7 +31,7 @@ KNOWN = ("auto", *dict.fromkeys([*formats.LAYOUTS, *formats.PAIR_LAYOUTS, PAIRS,
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedRecords:
     """Records of one kind, ready for the checks."""
 
     kind: Kind
@@ -90,7 +90,7 @@ def check_paths(
         was = judge(before.records, held_out, rules, tokens, kind=before.kind)
         old = findings.document(previous, before.layout, was, held_out, matches=0)
         document["changes"] = {
-            **findings.changes(_from(before.records, since, paths), loaded.records, previous),
+            **findings.changes(_rename_sources(before.records, since, paths), loaded.records, previous),
             "findings": findings.finding_changes(old["findings"], document["findings"]),
         }
     if show:
@@ -99,7 +99,7 @@ def check_paths(
     return document
 
 
-def _from(records: Sequence[dict[str, Any]], places: Sequence[str], names: Sequence[str]) -> list[dict[str, Any]]:
+def _rename_sources(records: Sequence[dict[str, Any]], places: Sequence[str], names: Sequence[str]) -> list[dict[str, Any]]:
     """The records with sources renamed from `places` to `names`, which are the same files elsewhere."""
     renamed = []
     for record in records:
@@ -113,7 +113,7 @@ def _from(records: Sequence[dict[str, Any]], places: Sequence[str], names: Seque
     return renamed
 
 
-def load(paths: Sequence[str], layout: str = "auto", mapping: Mapping[str, str] | None = None) -> Loaded:
+def load(paths: Sequence[str], layout: str = "auto", mapping: Mapping[str, str] | None = None) -> LoadedRecords:
     """Load files, folders and splits on the Hub.
 
     Args:
@@ -132,23 +132,23 @@ def load(paths: Sequence[str], layout: str = "auto", mapping: Mapping[str, str] 
         raise InputError(
             f"different kinds of data: {', '.join(f'{path} holds {kind}' for kind, path in kinds.items())}", "check them one by one"
         )
-    return Loaded(
+    return LoadedRecords(
         parts[0].kind, ", ".join(dict.fromkeys(part.layout for part in parts)), [record for part in parts for record in part.records]
     )
 
 
-def _load(path: str, layout: str, mapping: Mapping[str, str] | None = None) -> list[Loaded]:
+def _load(path: str, layout: str, mapping: Mapping[str, str] | None = None) -> list[LoadedRecords]:
     if hub := parse_spec(path):
         return [_rows(read_split(hub), hub.name, layout, held_out_label(hub), mapping)]
-    place = _place(path)
+    place = _existing_path(path)
     if layout == "auto" and not mapping and _is_canonical(place):
-        return [_canonical(place)]
+        return [_load_output(place)]
     if place.is_dir():
         return [_rows(read_rows(file), f"{path.rstrip('/')}/{name}", layout, mapping=mapping) for name, file in files_of(place)]
     return [_rows(read_rows(place), path, layout, mapping=mapping)]
 
 
-def _place(path: str) -> Path:
+def _existing_path(path: str) -> Path:
     """The existing path.
 
     Raises:
@@ -162,7 +162,7 @@ def _place(path: str) -> Path:
     raise InputError(f"{path or 'an empty path'} does not exist", "use a file, a folder or hub:org/name@REVISION:split")
 
 
-def _rows(rows: list[Row], source: str, layout: str, split: str | None = None, mapping: Mapping[str, str] | None = None) -> Loaded:
+def _rows(rows: list[Row], source: str, layout: str, split: str | None = None, mapping: Mapping[str, str] | None = None) -> LoadedRecords:
     name = source.rpartition("/")[2]
     if mapping:
         kind: Kind = "preferences" if PAIR_ONLY & mapping.keys() else "examples"
@@ -170,11 +170,11 @@ def _rows(rows: list[Row], source: str, layout: str, split: str | None = None, m
         kind, layout = _kind(rows, name, layout)
     if kind == "preferences":
         layout, pairs = formats.pairs_of(rows, name, source, layout, mapping, split)
-        return Loaded(kind, layout, [formats.as_record(pair) for pair in pairs])
+        return LoadedRecords(kind, layout, [formats.as_record(pair) for pair in pairs])
     if kind == "benchmark":
-        return Loaded(kind, layout, [_question(layout, row, source) for row in rows])
+        return LoadedRecords(kind, layout, [_question(layout, row, source) for row in rows])
     layout, records = formats.records_of(rows, name, source, layout, mapping, split)
-    return Loaded(kind, layout, records)
+    return LoadedRecords(kind, layout, records)
 
 
 PAIR_ONLY = formats.PAIR_FIELDS.keys() - formats.RECORD_FIELDS.keys()
@@ -227,7 +227,7 @@ def _is_canonical(folder: Path) -> bool:
     return all((folder / name).is_file() for name in ("records-00000.parquet", "ledger.parquet"))
 
 
-def _canonical(folder: Path) -> Loaded:
+def _load_output(folder: Path) -> LoadedRecords:
     """Load an output of `raw_examples`, `instructions` or `raw_preferences`, with the row numbers of its sources.
 
     Raises:
@@ -238,13 +238,13 @@ def _canonical(folder: Path) -> Loaded:
     try:
         records = read_records(folder)
         if records and "chosen" in records[0]:
-            loaded = Loaded("preferences", "canonical pairs", [formats.as_record(pair) for pair in read_pairs(folder)])
+            loaded = LoadedRecords("preferences", "canonical pairs", [formats.as_record(pair) for pair in read_pairs(folder)])
         else:
             kept = [entry for entry in read_ledger(folder) if not entry["outcome"].startswith("dropped")]
             numbered = [
                 {**record, "source_row": entry["source_row"], **ignored_in(entry)} for record, entry in zip(records, kept, strict=True)
             ]
-            loaded = Loaded("examples", "canonical records", numbered)
+            loaded = LoadedRecords("examples", "canonical records", numbered)
         if invalid := [findings.place(record) for record in loaded.records if not _is_valid(record)]:
             raise ValueError(f"{invalid[0]} is not a canonical record")
     except (ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -293,9 +293,9 @@ def _items(path: str) -> list[Item]:
         InputError: a row cannot be read, and so cannot be checked for leakage.
     """
     hub = parse_spec(path)
-    place = Path() if hub else _place(path)
+    place = Path() if hub else _existing_path(path)
     if not hub and _is_canonical(place):
-        found = _canonical(place)
+        found = _load_output(place)
     elif not hub and place.is_dir():
         return [item for name, _ in files_of(place) for item in _items(f"{path.rstrip('/')}/{name}")]
     else:

@@ -61,12 +61,12 @@ def write_rows(judged: Judgement, out: Path | None, dropped: Path | None) -> Non
     """
     kept = (i for i, reason in enumerate(judged.reason) if reason is None)
     removed = (i for i, reason in enumerate(judged.reason) if reason is not None)
-    broken = _broken(judged)
+    broken = _violations(judged)
     outputs: list[tuple[Path, Iterable[dict[str, Any]]]] = []
     if out:
         outputs.append((out, (_row(judged.records[i]) for i in kept)))
     if dropped:
-        outputs.append((dropped, (_dropped(judged, i, broken) for i in removed)))
+        outputs.append((dropped, (_dropped_row(judged, i, broken) for i in removed)))
     scratch: list[tuple[Path, Path]] = []
     path = None
     try:
@@ -111,7 +111,7 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, **extra, **({"meta": rest} if rest else {})}
 
 
-def _broken(judged: Judgement) -> dict[int, list[str]]:
+def _violations(judged: Judgement) -> dict[int, list[str]]:
     """Index of each dropped row -> all checks that would drop it, not only the first."""
     reasons: dict[int, list[str]] = defaultdict(list)
     for name in ROW_CHECKS:
@@ -124,7 +124,7 @@ def _broken(judged: Judgement) -> dict[int, list[str]]:
     return reasons
 
 
-def _dropped(judged: Judgement, i: int, broken: Mapping[int, Sequence[str]]) -> dict[str, Any]:
+def _dropped_row(judged: Judgement, i: int, broken: Mapping[int, Sequence[str]]) -> dict[str, Any]:
     """A dropped row with its source, the check that it is counted for, and all checks that would drop it."""
     record, check = judged.records[i], judged.reason[i]
     location = {"source": record["source"], "source_row": record["source_row"]}

@@ -148,10 +148,10 @@ def votes_text(found: Mapping[str, Any]) -> str:
 
 def document(ballot: Match, n: int) -> dict[str, Any]:
     """Content of the ballot page: the first n pairs, without system names. `tools` and `messages`, the answers, only where there is more than text."""
-    return {"ballot": ballot.id, "pairs": [_shown(pair) for pair in ballot.pairs[:n]]}
+    return {"ballot": ballot.id, "pairs": [_rich_content(pair) for pair in ballot.pairs[:n]]}
 
 
-def _shown(pair: Pair) -> dict[str, Any]:
+def _rich_content(pair: Pair) -> dict[str, Any]:
     tools = {"tools": pair.tools} if pair.tools else {}
     first, second = pair.turns
     messages = {"messages": [second, first] if pair.swapped else [first, second]} if pair.messages else {}

@@ -76,11 +76,11 @@ def with_shots(system_prompt: str, shots: Sequence[Record], record: Record) -> M
     """The prompt for a record: system prompt (unless empty), worked examples as earlier turns, then the conversation up to the answer."""
     turns: Messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
     for shot in shots:
-        turns += _worked(shot)
+        turns += _worked_example(shot)
     return [*turns, *(turn for turn in record["messages"][:-1] if turn["role"] != "system")]
 
 
-def _worked(shot: Record) -> Messages:
+def _worked_example(shot: Record) -> Messages:
     """A worked example: its prompt and response; or the whole conversation if it has tool calls, which only make sense with their results.
 
     Traces are left out, as chat templates leave them out of earlier turns.

@@ -10,7 +10,8 @@ from dagster_project.core.text import NAMES, TITLES
 
 FEWEST = 30
 """Smallest number of test examples for a conclusion. Measured on simulated pairs of right and wrong answers: the 95 % bootstrap interval of a
-difference of accuracies holds the true one in 93 to 96 % of the cases from 30 answers on, in 65 to 89 % at 10 and in 41 to 68 % at 5."""
+difference of accuracies contains the true one in 93 to 96 % of the cases from 30 answers on, in 65 to 89 % at 10 and in
+41 to 68 % at 5."""
 
 Scores = Mapping[str, Mapping[str, Any]]
 """System -> its measures, and the mean tokens of its prompts if it is a language model."""
@@ -59,7 +60,7 @@ def advice(decides: str, scores: Scores, compared: Mapping[str, Any], test: Mapp
     ranked = sorted((name for name in compared if name in scores), key=lambda name: -scores[name][decides])
     few = test["answered" if scores else "examples"]
     if few < FEWEST and compared:
-        return [f"{_few(few)} {MORE}", *found]
+        return [f"{_too_few_examples(few)} {MORE}", *found]
     found += [_between(ranked[0], other, decides, compared[ranked[0]]) for other in ranked[1:]]
     return found + ([OPEN_TEXT] if ranked and decides == OPEN else [])
 
@@ -73,7 +74,7 @@ OPEN_TEXT = (
 MORE = "Add examples, or raise splits.test or evaluation.max_examples in params.yaml."
 
 
-def _few(answers: int) -> str:
+def _too_few_examples(answers: int) -> str:
     return f"Nothing can be concluded from {answers} test example{'' if answers == 1 else 's'}: at least {FEWEST} are needed."
 
 
@@ -113,7 +114,7 @@ def gain(decides: str, found: Mapping[str, Any], test: Mapping[str, int]) -> Gai
         gap, (low, high) = against[rival]["difference"], against[rival]["interval"]
         words = _points(gap, low, high, decides, f"the best alternative, {NAMES[rival]}")
         return Gain(rival, gap, low, high, words, test["answered"])
-    return Gain("", *_below(found["perplexity_to_base"]), test["examples"]) if "perplexity_to_base" in found else None
+    return Gain("", *_perplexity_gain(found["perplexity_to_base"]), test["examples"]) if "perplexity_to_base" in found else None
 
 
 def _verdict(name: str, decides: str, scores: Scores, found: Mapping[str, Any], test: Mapping[str, int]) -> str:
@@ -126,9 +127,9 @@ def _verdict(name: str, decides: str, scores: Scores, found: Mapping[str, Any], 
     if gained.rival:
         more = f" {_instead(gained.rival, decides, scores[name], scores[gained.rival])}"
         if decides == OPEN and (ratio := found.get("perplexity_to_base")):  # free text has many correct answers; likelihood covers them all
-            beside = f" By likelihood: {_below(ratio)[-1]}."
+            beside = f" By likelihood: {_perplexity_gain(ratio)[-1]}."
     if not gained.enough and (gained.low > 0 or gained.high < 0):
-        return f"Tuning {name} is not judged: {gained.words}, which so few examples cannot tell from chance.{checks}"
+        return f"Nothing can be concluded on tuning {name}: {gained.words}, which so few examples cannot tell from chance.{checks}"
     if gained.sure and failed:
         return f"Tuning {name} gained, but its checks failed: {gained.words}.{beside}{checks} Look into them before you use it."
     if gained.sure:
@@ -160,7 +161,7 @@ def recommended(
     rival = NAMES.get(gains[best].rival, "the base model")
     common: dict[str, Any] = {"variant": best, "sure": bool(sure), "instead": gains[best].rival or None}
     if not gains[best].enough:
-        return {**common, "variant": None, "why": f"{_few(gains[best].examples)} {MORE}"}
+        return {**common, "variant": None, "why": f"{_too_few_examples(gains[best].examples)} {MORE}"}
     if not better:
         if gains[best].gap <= 0:
             return {**common, "variant": None, "why": f"Use {rival}: no variant is better, and it costs no training."}
@@ -206,7 +207,7 @@ def _may_be_chance(best: Mapping[str, Any], other: str, decides: str) -> bool:
     return other in best.get("to", {}) and best["to"][other][decides]["interval"][0] <= 0
 
 
-def _below(ratio: Mapping[str, Any]) -> tuple[float, float, float, str]:
+def _perplexity_gain(ratio: Mapping[str, Any]) -> tuple[float, float, float, str]:
     """A perplexity ratio as a gain, the ends of its interval, and a description."""
     gap, low, high = 1 - ratio["ratio"], 1 - ratio["interval"][1], 1 - ratio["interval"][0]
     return gap, low, high, f"perplexity {100 * gap:.1f} % below the base model's (95 % interval {100 * low:.1f} to {100 * high:.1f} %)"

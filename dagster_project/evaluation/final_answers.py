@@ -11,7 +11,9 @@ from pydantic import Field, field_validator
 from dagster_project.core.params import Section
 
 NUMBER = "number"
-_NUMBER = re.compile(r"(?:(?<![\w)])-\s?)?\$?\s?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")  # a hyphen after a word or number is no sign
+_NUMBER = re.compile(
+    r"(?:(?<![\w)])-\s?)?\$?\s?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
+)  # a hyphen after a word or number is not a sign
 _MARKED = re.compile(r"####\s*([^\n]+)")
 
 

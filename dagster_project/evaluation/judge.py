@@ -156,11 +156,11 @@ OUTCOME_OF_ORDERS: dict[tuple[Verdict, Verdict], Outcome] = {("a", "b"): "win", 
 def _question(pair: Pair, answers: Sequence[Message]) -> list[dict[str, str]]:
     """Messages to the judge. The content is JSON, so that an answer cannot imitate the end of its own field. Traces are not judged."""
     tools = {"tools": pair.tools} if pair.tools else {}
-    asked = {**tools, "prompt": pair.prompt, "answer_a": _judged(answers[0]), "answer_b": _judged(answers[1])}
+    asked = {**tools, "prompt": pair.prompt, "answer_a": _answer_content(answers[0]), "answer_b": _answer_content(answers[1])}
     return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": json.dumps(asked, ensure_ascii=False)}]
 
 
-def _judged(answer: Message) -> Any:
+def _answer_content(answer: Message) -> Any:
     """The text of an answer or, with calls, its text and calls."""
     made = [{"name": call.name, "arguments": call.arguments} for call in calls(answer)]
     return {"content": answer["content"], "tool_calls": made} if made else answer["content"]

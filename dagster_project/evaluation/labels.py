@@ -46,7 +46,7 @@ class LabelTask(Section):
         if same := next((found for found in spellings.values() if found.total() > 1), None):
             raise ValueError(f"{', '.join(map(repr, same.elements()))} are one label: case and punctuation at the end do not count")
         if NO_LABEL in spellings:
-            raise ValueError(f"{NO_LABEL!r} stands for answers that give no label; choose another name")
+            raise ValueError(f"{NO_LABEL!r} is reserved for answers without a label; choose another name")
         return value
 
 
@@ -114,11 +114,11 @@ def label_set(task: LabelTask, train: Sequence[str], test: Sequence[str]) -> Lab
         )
     if normalized(NO_LABEL) in spellings:
         raise InputError(
-            f"params.yaml: evaluation.task.labels: auto: the response {NO_LABEL!r} of the training split stands for answers that give no label",
+            f"params.yaml: evaluation.task.labels: auto: the response {NO_LABEL!r} of the training split is reserved for answers without a label",
             "rename it in the source",
         )
     others = {key: found for key, found in _spellings(test).items() if key not in spellings}
-    return LabelSet(*(tuple(sorted(_usual(found) for found in names.values())) for names in (spellings, others)))
+    return LabelSet(*(tuple(sorted(_most_frequent_spelling(found) for found in names.values())) for names in (spellings, others)))
 
 
 def per_label(labels: LabelSet, sums: Sequence[float]) -> dict[str, dict[str, float]]:
@@ -147,20 +147,20 @@ def _spellings(responses: Sequence[str]) -> dict[str, Counter[str]]:
     return spellings
 
 
-def _usual(spellings: Mapping[str, int]) -> str:
+def _most_frequent_spelling(spellings: Mapping[str, int]) -> str:
     """The most frequent spelling; of equally frequent ones the first by code point."""
     return min(spellings, key=lambda text: (-spellings[text], text))
 
 
 def _frequent(responses: Sequence[str]) -> str:
-    counts = {_usual(found): found.total() for found in _spellings(responses).values()}
+    counts = {_most_frequent_spelling(found): found.total() for found in _spellings(responses).values()}
     most = sorted(counts, key=lambda text: (-counts[text], text))[:3]
-    return ", ".join(f"{_cut(text)!r} ({counts[text]:,})" for text in most)
+    return ", ".join(f"{_shorten(text)!r} ({counts[text]:,})" for text in most)
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(repr(_cut(name)) for name in names[:5]) + (", ..." if len(names) > 5 else "")
+    return ", ".join(repr(_shorten(name)) for name in names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def _cut(text: str, most: int = 40) -> str:
+def _shorten(text: str, most: int = 40) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."

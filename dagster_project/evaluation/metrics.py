@@ -114,25 +114,30 @@ def measures(task: AnyTask | None, custom: Mapping[str, Measure], writes: bool =
         custom: user-defined measures, by dotted name.
         writes: False for a classifier, which predicts labels and generates no text.
     """
-    exact = Measure(_each(lambda expected, actual: expected.strip() == actual.strip()), paired=not task)
-    rouge = Measure(_each(rouge_l), paired=not task)
+    exact = Measure(_mean_statistics(lambda expected, actual: expected.strip() == actual.strip()), paired=not task)
+    rouge = Measure(_mean_statistics(rouge_l), paired=not task)
     text = {"bleu": _sacrebleu("BLEU"), "chrf": _sacrebleu("CHRF", paired=not task), **custom}
     if task is None:
         return {"rouge_l": rouge, "exact_match": exact, **text} if writes else {}
     if isinstance(task, FinalAnswer):
         final = {
-            "accuracy": Measure(_each(lambda expected, actual: label(task, expected) == label(task, actual)), paired=True),
-            "no_final_answer": Measure(_each(lambda _, actual: task.extract(actual) is None), paired=True),
+            "accuracy": Measure(_mean_statistics(lambda expected, actual: label(task, expected) == label(task, actual)), paired=True),
+            "no_final_answer": Measure(_mean_statistics(lambda _, actual: task.extract(actual) is None), paired=True),
         }
         return {**final, "exact_match": exact, "rouge_l": rouge, **text} if writes else {}
     named = {
         "macro_f1": Measure(lambda expected, actual: _label_counts(task, expected, actual), macro_f1, paired=True),
-        "accuracy": Measure(_each(lambda expected, actual: label(task, expected) == label(task, actual)), paired=True),
+        "accuracy": Measure(_mean_statistics(lambda expected, actual: label(task, expected) == label(task, actual)), paired=True),
     }
     if not writes:
         return named
     if isinstance(task, LabelSet):
-        return {**named, "valid_label": Measure(_each(lambda _, actual: label(task, actual) != NO_LABEL)), "exact_match": exact, **custom}
+        return {
+            **named,
+            "valid_label": Measure(_mean_statistics(lambda _, actual: label(task, actual) != NO_LABEL)),
+            "exact_match": exact,
+            **custom,
+        }
     fields: dict[str, Measure] = {}
     for name, allowed in task.fields.items():
         if allowed:
@@ -142,8 +147,8 @@ def measures(task: AnyTask | None, custom: Mapping[str, Measure], writes: bool =
             fields[f"{name}.token_f1"] = Measure(_field(name, lambda expected, actual: (token_f1(expected, actual or ""), 1)))
     return {
         **named,
-        "valid_json": Measure(_each(lambda _, actual: parse(actual) is not None)),
-        "follows_schema": Measure(_each(lambda _, actual: follows(task, parse(actual)))),
+        "valid_json": Measure(_mean_statistics(lambda _, actual: parse(actual) is not None)),
+        "follows_schema": Measure(_mean_statistics(lambda _, actual: follows(task, parse(actual)))),
         **fields,
         "exact_match": exact,
         "rouge_l": rouge,
@@ -239,7 +244,7 @@ def _f1(shared: int, reference_words: list[str], answer_words: list[str]) -> flo
     return 2 * shared / (len(reference_words) + len(answer_words)) if reference_words or answer_words else 1.0
 
 
-def _each(value: Callable[[str, str], float]) -> Callable[[Sequence[str], Sequence[str]], np.ndarray]:
+def _mean_statistics(value: Callable[[str, str], float]) -> Callable[[Sequence[str], Sequence[str]], np.ndarray]:
     """Statistics for the mean of value(reference, answer) over the examples."""
 
     def statistics(references: Sequence[str], answers: Sequence[str]) -> np.ndarray:

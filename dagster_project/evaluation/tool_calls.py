@@ -46,13 +46,13 @@ def same_calls(reference: Answer, answer: Answer) -> bool:
 
 
 def _multiset(calls: Sequence[Call]) -> Counter[tuple[str, str]]:
-    return Counter((call.name, json.dumps(_canonical(call.arguments), sort_keys=True)) for call in calls)
+    return Counter((call.name, json.dumps(_canonical_value(call.arguments), sort_keys=True)) for call in calls)
 
 
-def _canonical(value: Any) -> Any:
+def _canonical_value(value: Any) -> Any:
     """A JSON value in which equal numbers are written equally: 3.0 is 3, as in JSON Schema."""
     if isinstance(value, dict):
-        return {key: _canonical(one) for key, one in value.items()}
+        return {key: _canonical_value(one) for key, one in value.items()}
     if isinstance(value, list):
-        return [_canonical(one) for one in value]
+        return [_canonical_value(one) for one in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value

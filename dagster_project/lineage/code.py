@@ -14,41 +14,61 @@ from dagster_project.lineage.history import blobs, listing_of
 PARAMS = "params.yaml"
 
 
-def code_in(root: Path, commit: str | None, stages: Iterable[Mapping[str, Any]]) -> tuple[dict[str, str], list[str]]:
+def code_in(root: Path, commit: str | None, stages: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[dict[str, str], list[str]]]:
     """The recorded code of some stages, and the part of it that differs from a commit.
 
     Args:
         commit: None for uncommitted work.
-        stages: entries of dvc.lock.
+        stages: address -> entry of dvc.lock.
     Returns:
-        {path: md5} of every file, or of a whole folder (md5 ends in ".dir") if its recorded content is neither in the commit nor in the
+        Per stage: {path: md5} of every file, or of a whole folder (md5 ends in ".dir") if its recorded content is neither in the commit nor in the
         workspace; and the paths with other content in the commit, including params.yaml.
     """
-    stages = list(stages)
-    recorded = {dep["path"]: dep.get("md5", "") for stage in stages for dep in stage.get("deps", []) if is_code(dep["path"])}
-    committed, params = _committed(root, commit, recorded) if commit else ({}, b"")
-    files: dict[str, str] = {}
-    for path, md5 in recorded.items():
-        candidates = (_files_below(committed, path), _in_workspace(root, path)) if md5.endswith(".dir") else ()
-        files |= next((listing for listing in candidates if _folder_md5(listing, path) == md5), {path: md5})
-    if commit is None:
-        return dict(sorted(files.items())), []
-    removed = {
-        name for path, md5 in recorded.items() if md5.endswith(".dir") and path not in files for name in _files_below(committed, path)
-    } - files.keys()
-    differs = sorted(removed | {path for path, md5 in files.items() if committed.get(path) != md5})
-    values = {key: value for stage in stages for key, value in (stage.get("params", {}).get(PARAMS) or {}).items()}
-    return dict(sorted(files.items())), differs + ([] if _has_values(params, values) else [PARAMS])
+    recorded = {
+        name: {dep["path"]: dep.get("md5", "") for dep in stage.get("deps", []) if is_code(dep["path"])} for name, stage in stages.items()
+    }
+    paths = dict.fromkeys(path for code in recorded.values() for path in code)
+    committed, params = _committed(root, commit, paths) if commit else ({}, b"")
+    in_workspace: dict[str, dict[str, str]] = {}
+
+    def files_of(path: str, md5: str) -> dict[str, str]:
+        if not md5.endswith(".dir"):
+            return {path: md5}
+        if _folder_md5(below := _files_below(committed, path), path) == md5:
+            return below
+        if path not in in_workspace:
+            in_workspace[path] = _in_workspace(root, path)
+        return in_workspace[path] if _folder_md5(in_workspace[path], path) == md5 else {path: md5}
+
+    values = _values(params)
+    found = {}
+    for name, code in recorded.items():
+        files: dict[str, str] = {}
+        removed: set[str] = set()
+        for path, md5 in code.items():
+            listing = files_of(path, md5)
+            files |= listing
+            removed |= set(_files_below(committed, path)) if md5.endswith(".dir") and path not in listing else set()
+        differs = sorted((removed - files.keys()) | {path for path, md5 in files.items() if committed.get(path) != md5})
+        has_values = _has_values(values, stages[name].get("params", {}).get(PARAMS) or {})
+        found[name] = dict(sorted(files.items())), [] if commit is None else differs + ([] if has_values else [PARAMS])
+    return found
+
+
+def contents_at(root: Path, commit: str, paths: Iterable[str]) -> dict[str, bytes]:
+    """Path -> content of every file of a commit at or below some paths."""
+    output = git(root, "ls-tree", "-r", "-z", commit, "--", *paths) or ""
+    entries = [entry.split("\t", 1) for entry in output.split("\0") if entry]
+    hashes = {name: head.split()[2] for head, name in entries if head.split()[1] == "blob"}
+    content = blobs(root, hashes.values())
+    return {name: content[blob] for name, blob in hashes.items() if blob in content}
 
 
 def _committed(root: Path, commit: str, paths: Iterable[str]) -> tuple[dict[str, str], bytes]:
     """{path: md5} of every file of a commit at or below the paths; and its params.yaml."""
-    output = git(root, "ls-tree", "-r", "-z", commit, "--", PARAMS, *paths) or ""
-    entries = [entry.split("\t", 1) for entry in output.split("\0") if entry]
-    hashes = {name: head.split()[2] for head, name in entries if head.split()[1] == "blob"}
-    content = blobs(root, hashes.values())
-    params = content.get(hashes.pop(PARAMS, ""), b"")
-    return {name: md5_of_bytes(content[blob]) for name, blob in hashes.items() if blob in content}, params
+    contents = contents_at(root, commit, [PARAMS, *paths])
+    params = contents.pop(PARAMS, b"")
+    return {name: md5_of_bytes(content) for name, content in contents.items()}, params
 
 
 def _files_below(files: Mapping[str, str], folder: str) -> dict[str, str]:
@@ -65,13 +85,20 @@ def _folder_md5(files: Mapping[str, str], folder: str) -> str:
     return md5_of_folder({path.removeprefix(f"{folder}/"): md5 for path, md5 in files.items()})
 
 
-def _has_values(params: bytes, recorded: Mapping[str, Any]) -> bool:
-    """Whether a params.yaml has the recorded values, by dotted names."""
+def _values(params: bytes) -> dict[str, Any]:
+    """The content of a params.yaml; empty if it cannot be read."""
     from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
 
-    if not recorded:
-        return True
-    values = YAML(typ="safe").load(params.decode()) or {}
+    try:
+        values = YAML(typ="safe").load(params.decode())
+    except (YAMLError, UnicodeDecodeError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _has_values(values: Mapping[str, Any], recorded: Mapping[str, Any]) -> bool:
+    """Whether a params.yaml has the recorded values, by dotted names."""
     for key, value in recorded.items():
         current: Any = values
         for part in key.split("."):

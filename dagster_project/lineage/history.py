@@ -115,10 +115,12 @@ def resolve(lock: dict[str, Any], model: str) -> str:
 
 @dataclass(frozen=True)
 class History:
-    """Every dvc.lock reachable by git."""
+    """Every dvc.lock that git reaches."""
 
     first: Mapping[str, str]
-    """Blob of a dvc.lock -> the first commit that contains it, with parents before children."""
+    """Blob of a dvc.lock -> the first commit that contains it, with parents before children, over all branches, tags, stashes and experiments."""
+    unreachable: Mapping[str, str]
+    """The same for commits that only the reflog reaches, e.g. after an amendment or a rebase; without those in `first`."""
     workspace: str | None
     """Blob of the dvc.lock of the workspace, committed or not; None if there is none."""
     boundary: frozenset[str]
@@ -130,16 +132,9 @@ class History:
 
 
 def history(root: Path) -> History:
-    """The history of all branches, tags and experiments. Unreachable commits, e.g. after a rebase, are excluded."""
-    order = ("--all", "--full-history", "-m", "--date-order", "--reverse")
-    format_options = ("--raw", "--no-abbrev", "--no-color", "--no-renames", "--no-show-signature", "--format=%x00%H")
-    log = git(root, "-c", "log.showRoot=true", "log", *order, *format_options, "--", LOCK)
-    first: dict[str, str] = {}
-    for commit in (log or "").split("\0")[1:]:
-        sha, *changes = commit.split()
-        for blob in re.findall(r" [0-9a-f]{40,64} ([0-9a-f]{40,64}) [A-Z]", " ".join(["", *changes])):
-            if set(blob) != {"0"}:
-                first.setdefault(blob, sha)
+    """The history of all branches, tags, stashes and experiments, and of the reflog."""
+    first = _first_commits(root, "--all")
+    unreachable = _first_commits(root, "--reflog", "--not", "--all")
     lock, workspace = root / LOCK, None
     if lock.is_file():
         content = lock.read_bytes()
@@ -147,9 +142,22 @@ def history(root: Path) -> History:
         workspace = filtered.decode().strip() if filtered else hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
     grafts = git(root, "rev-parse", "--git-path", "shallow")
     shallow_file = root / grafts.strip() if grafts else None
-    return History(
-        first, workspace, frozenset(shallow_file.read_text().split()) if shallow_file and shallow_file.is_file() else frozenset()
-    )
+    boundary = frozenset(shallow_file.read_text().split()) if shallow_file and shallow_file.is_file() else frozenset[str]()
+    return History(first, {blob: commit for blob, commit in unreachable.items() if blob not in first}, workspace, boundary)
+
+
+def _first_commits(root: Path, *revisions: str) -> dict[str, str]:
+    """Blob of a dvc.lock -> the first commit among some revisions that contains it."""
+    order = ("--full-history", "-m", "--date-order", "--reverse")
+    format_options = ("--raw", "--no-abbrev", "--no-color", "--no-renames", "--no-show-signature", "--format=%x00%H")
+    log = git(root, "-c", "log.showRoot=true", "log", *order, *format_options, *revisions, "--", LOCK)
+    first: dict[str, str] = {}
+    for commit in (log or "").split("\0")[1:]:
+        sha, *changes = commit.split()
+        for blob in re.findall(r" [0-9a-f]{40,64} ([0-9a-f]{40,64}) [A-Z]", " ".join(["", *changes])):
+            if set(blob) != {"0"}:
+                first.setdefault(blob, sha)
+    return first
 
 
 @dataclass(frozen=True)
@@ -168,6 +176,17 @@ class Objects:
             if configured := config.get("cache", "dir", fallback=""):
                 folder = self.root / ".dvc" / Path(configured).expanduser()
         return folder / "files" / "md5"
+
+    def run_cache(self) -> list[Path]:
+        """The entries of DVC's run cache, each a run that DVC may restore instead of running the stage again."""
+        return sorted(path for path in (self.cache.parent.parent / "runs").glob("*/*/*") if path.is_file())
+
+    def folders(self) -> dict[Path, int]:
+        """The folders of the cache -> time of their last change, in nanoseconds."""
+        if not self.cache.is_dir():
+            return {}
+        with os.scandir(self.cache) as entries:
+            return {Path(entry.path): entry.stat().st_mtime_ns for entry in entries if entry.is_dir()}
 
     @cached_property
     def _here(self) -> dict[str, dict[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,9 +13,15 @@ from typing import Any
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Messages, field_texts
 from dagster_project.core.text import visible
-from dagster_project.lineage.index import EVIDENCE, Index, StageRun, record_key
+from dagster_project.lineage.index import EVIDENCE, Index, RecordUse
 from dagster_project.lineage.lineage import fetch_hint
+from dagster_project.lineage.published import record_of
+from dagster_project.lineage.rows import record_key
+from dagster_project.lineage.runs import StageRun
+from dagster_project.lineage.search import search
 
+NOTHING_RECORDED = "nothing records how it was made; `dvc gc --workspace` deletes outputs that dvc.lock does not name"
+RECORD_ID = re.compile(r"[0-9a-fA-F]{32}")
 SHOWN = 12
 """Most steps, records and missing outputs shown in the terminal; `--json` lists all."""
 
@@ -34,11 +41,19 @@ class Exposure:
 
     def plus(self, other: Exposure) -> Exposure:
         """Sum of two exposures, for queries by source or hash."""
-        summary = None
-        if self.training_summary and other.training_summary:
-            parts = [part for part in (self.training_summary, other.training_summary) if part[0]] or [self.training_summary]
-            summary = (sum(n for n, _, _ in parts), min(first for _, first, _ in parts), max(last for _, _, last in parts))
-        return Exposure(self.rows + other.rows, training_summary=summary)
+        return Exposure(self.rows + other.rows, training_summary=_added(self.training_summary, other.training_summary))
+
+
+TrainingSummary = tuple[int, int, int]
+"""(records, first step, last step)."""
+
+
+def _added(one: TrainingSummary | None, other: TrainingSummary | None) -> TrainingSummary | None:
+    """Sum of two summaries of one training; None if either is unknown."""
+    if one is None or other is None:
+        return None
+    parts = [part for part in (one, other) if part[0]] or [one]
+    return sum(n for n, _, _ in parts), min(first for _, first, _ in parts), max(last for _, _, last in parts)
 
 
 def impact(
@@ -48,60 +63,96 @@ def impact(
     source: str | None = None,
     content: str | None = None,
     near: bool = False,
+    containing: str | None = None,
+    regex: bool = False,
 ) -> dict[str, Any]:
-    """The models that saw a record, a text, a source, or a file or folder by its hash. Exactly one of the four is given.
+    """The models that saw a record, a text, a source, or a file or folder by its hash. Exactly one of these is given.
 
     Args:
         text: text of a message: its content, its reasoning, the arguments of a call as JSON, or one text in them; case and whitespace are ignored.
         source: a file, or a folder and its contents, as named in the records.
         content: md5 or sha256, or a prefix of one, of a source, an output, or a file of an output.
         near: also search for near-copies of the record or text (curation/similarity/overlap.py).
+        containing: part of a message (lineage/search.py).
+        regex: `containing` is a regular expression.
     Returns:
-        {"asked", "records", "models", "near", "unknown", "shallow"}. `models`, in the order of history, have the splits and training steps, and the
-        parent that saw the record; `unknown` lists models that cannot be decided, with the outputs that are missing.
+        {"asked", "published", "verdict", "records", "models", "near", "matches", "unknown", "looked_at", "unreadable", "shallow"}. `models`, in the order of
+        history, have the splits and training steps, the parent that saw the record, and the commits at which this holds; `unknown` lists models that
+        cannot be decided, with the outputs that are missing; `published`: {"id", "record"} if a published id was asked for. The verdict is "yes",
+        "no" only if everything was looked at, or else "cannot tell".
+    Raises:
+        InputError: the question cannot be answered: no such source or hash was ever recorded, or the id is malformed.
     """
     if near and record is None and text is None:
         raise InputError("--near needs a text to compare", "use it with --text or --record")
+    if regex and containing is None:
+        raise InputError("--regex needs an expression", "use it with --containing")
+    if record is not None and not RECORD_ID.fullmatch(record):
+        raise InputError(
+            f"--record {visible(record)}: not the id of a record", "an example_id has 32 hexadecimal digits; look a text up with --text"
+        )
     index = Index(root)
     index.read_records()
     query = _ImpactQuery(index)
-    asked: dict[str, Any] = {"record": record, "text": text, "source": source, "hash": content}
+    asked: dict[str, Any] = {"record": record, "text": text, "source": source, "hash": content, "containing": containing}
     copies: list[dict[str, Any]] = []
+    matches: list[dict[str, Any]] = []
+    published = None
     if source is not None:
-        query.match_source(source.removeprefix("./"))
+        query.match_source(_known_source(index, source))
     elif content is not None:
         query.match_content(content)
     else:
-        ids = [record, *repaired_from(index, record)] if record is not None else []
-        keys = [record_key(identity) for identity in ids] if ids else index.records_with_text(text or "")
+        if record is not None and not index.knows_record(record_key(record)) and (published := record_of(index, record)):
+            asked["record"], record = record, published
+        if containing is not None:
+            matches = search(index, containing, regex)
+            keys = list(dict.fromkeys(record_key(match["example_id"]) for match in matches))
+        else:
+            keys = [record_key(record)] if record is not None else index.records_with_text(text or "")
         if near:
             copies = _near_copies(index, keys, text)
             keys = sorted({*keys, *(record_key(copy["example_id"]) for copy in copies)})
-        query.match_records(keys, {record_key(identity): identity for identity in ids})
+        query.match_records(keys, {record_key(record): record} if record is not None else {}, derived=record is not None)
     models = query.models()
     listed = {model["md5"] for model in models}
+    unknown = [model for model in query.unknown() if model["md5"] not in listed]
+    complete = not (unknown or index.unreadable_commits or index.history.shallow)
     return {
         "asked": {name: value for name, value in asked.items() if value is not None},
+        **({"published": {"id": asked["record"], "record": published}} if published else {}),
+        "verdict": "yes" if models else "no" if complete else "cannot tell",
         "records": query.record_ids,
         "models": models,
         **({"near": copies} if near else {}),
-        "unknown": [model for model in query.unknown() if model["md5"] not in listed],
+        **({"matches": matches} if containing is not None else {}),
+        "unknown": unknown,
+        "looked_at": index.looked_at(),
+        "unreadable": index.unreadable_commits,
         "shallow": index.history.shallow,
     }
 
 
-def repaired_from(index: Index, source_id: str) -> list[str]:
-    """Ids of the repaired versions of a source row, from the ledgers of the whole history."""
-    import pyarrow.parquet as pq
+def _known_source(index: Index, source: str) -> str:
+    """A source as records name it.
 
-    ids: dict[str, None] = {}
-    for out in dict.fromkeys(run.md5 for run in index.runs.values() if not run.is_model):
-        path = index.file_path(out, "ledger.parquet")
-        if path is None or "source_id" not in pq.read_schema(path).names:
-            continue
-        rows = pq.read_table(path, columns=["example_id"], filters=[("source_id", "==", source_id)])
-        ids |= dict.fromkeys(rows["example_id"].to_pylist())
-    return [*ids]
+    Raises:
+        InputError: no recorded run has read it.
+    """
+    name = source.removeprefix("./")
+    path = Path(source).absolute()
+    relative = path.relative_to(index.root.absolute()).as_posix() if path.is_relative_to(index.root.absolute()) else name
+    for candidate in dict.fromkeys((name, name.rstrip("/"), relative)):
+        if candidate and index.knows_source(candidate):
+            return candidate
+    what = (
+        "exists, but no recorded run has read it"
+        if (index.root / name).exists() or path.exists()
+        else "no recorded run has read such a file or folder"
+    )
+    known = sorted({one for run in index.runs.values() for one in index.sources_of(run) or ()}) if len(index.runs) < 1000 else []
+    hint = f"known: {', '.join(known[:SHOWN])}" if known else "`pedigree audit MODEL` lists the sources of a model"
+    raise InputError(f"--source {visible(source)}: {what}", f"{hint}; look texts up with --text or --containing")
 
 
 class _ImpactQuery:
@@ -110,7 +161,8 @@ class _ImpactQuery:
     def __init__(self, index: Index) -> None:
         self.index = index
         self.record_ids: list[str] = []
-        """The queried records; empty for queries by source or hash."""
+        """The queried records and those made from them; empty for queries by source or hash."""
+        self._source: str | None = None
         self._exposures: dict[int, Exposure] = {}
         """Id of a model's run -> its own exposure."""
         self._complete = False
@@ -123,47 +175,92 @@ class _ImpactQuery:
         return [
             run
             for run in index.runs.values()
-            if run.is_model and (index.data(run) or EVIDENCE in (index.files(run.md5) or {})) and not self._is_copy(run)
+            if run.is_model and (index.data(run) or EVIDENCE in (index.files(run.md5) or {})) and not index.is_copy(run)
         ]
 
-    def _is_copy(self, run: StageRun) -> bool:
-        """Whether the model is a byte-for-byte copy of a parent, which then accounts for all of its exposure."""
-        mine = self.index.weights(run.md5)
-        return bool(mine) and any(mine <= self.index.weights(parent.md5) for parent in self.index.parents(run))
-
-    def match_records(self, keys: Sequence[bytes], names: Mapping[bytes, str]) -> None:
-        self.record_ids = [names.get(key, key.hex()) for key in keys]
-        shards: dict[str, Counter[str]] = defaultdict(Counter)
-        steps: dict[str, list[tuple[int, int]]] = defaultdict(list)
-        trained: Counter[str] = Counter()
-        for use in self.index.record_uses(keys):
+    def match_records(self, keys: Sequence[bytes], names: Mapping[bytes, str], derived: bool) -> None:
+        """Args:
+        names: key -> id as it was given.
+        derived: whether records that were made from these count, too.
+        """
+        derivations = self.index.derivations(keys) if derived else {}
+        everything = list(dict.fromkeys([*keys, *(child for children in derivations.values() for child, _ in children)]))
+        self.record_ids = [names.get(key, key.hex()) for key in everything]
+        shards: dict[str, list[tuple[bytes, str]]] = defaultdict(list)
+        steps: dict[str, dict[bytes, list[tuple[int, int]]]] = defaultdict(dict)
+        for use in self.index.record_uses(everything):
             if use.split:
-                shards[use.out][use.split] += 1
+                shards[use.out].append((use.key, use.split))
             else:
-                steps[use.out] += use.steps
-                trained[use.out] += 1
+                steps[use.out][use.key] = use.steps
         for run in self._trained_models:
-            rows = sum((shards[out] for out in self.index.data(run).keys() & shards.keys()), Counter[str]())
-            if trained[run.md5] and not rows["train"]:  # the data set is unavailable, but the evidence is not
-                rows["train"] = trained[run.md5]
-            if rows:
-                self._exposures[run.id] = Exposure(rows, sorted(steps.get(run.md5, [])), steps_known=self.index.knows_steps(run))
+            own = self._made_from(run, keys, derivations)
+            rows = Counter(split for out in self.index.data(run).keys() & shards.keys() for key, split in shards[out] if key in own)
+            trained = [steps[run.md5][key] for key in steps.get(run.md5, ()) if key in own]
+            if trained and not rows["train"]:  # the data set is unavailable, but the evidence is not
+                rows["train"] = len(trained)
+            if +rows:
+                self._exposures[run.id] = Exposure(
+                    +rows, sorted(step for steps_of in trained for step in steps_of), steps_known=self.index.knows_steps(run)
+                )
+
+    def _made_from(
+        self, run: StageRun, keys: Sequence[bytes], derivations: Mapping[bytes, list[tuple[bytes, frozenset[str]]]]
+    ) -> set[bytes]:
+        """The records themselves, and those that were made from them in the data of one model."""
+        own = set(keys)
+        if not derivations:
+            return own
+        upstream = self.index.ancestors(run).keys()
+        pending = [*keys]
+        while pending:
+            for child, outs in derivations.get(pending.pop(), ()):
+                if child not in own and not outs.isdisjoint(upstream):
+                    own.add(child)
+                    pending.append(child)
+        return own
 
     def match_source(self, name: str, outputs: frozenset[str] | None = None) -> None:
-        """Match all records of a source.
+        """Match all records of a source: those that name it, and those to which its rows contributed.
 
         Args:
             outputs: hashes; one of them must be upstream of the model's data.
         """
-        rows_of = self.index.rows_from_source(name)
+        index = self.index
+        self._source = name
+        rows_of = index.rows_from_source(name)
+        copies, paraphrases = index.contributed(name)
+        uses: dict[str, list[RecordUse]] = defaultdict(list)
+        if copies or paraphrases:
+            for use in index.record_uses(set().union(*copies.values(), *paraphrases.values())):
+                uses[use.out].append(use)
         for run in self._trained_models:
-            if outputs is not None and not outputs & self.index.ancestors(run).keys():
+            if outputs is not None and not outputs & index.ancestors(run).keys():
                 continue
-            rows = sum((Counter(rows_of[out]) for out in self.index.data(run).keys() & rows_of.keys()), Counter[str]())
+            rows = sum((Counter(rows_of[out]) for out in index.data(run).keys() & rows_of.keys()), Counter[str]())
+            summary = index.training_summary(run, name)
+            keys = self._contributed_to(run, name, copies, paraphrases)
+            if keys:
+                rows += Counter(use.split for out in index.data(run) for use in uses[out] if use.split and use.key in keys)
+                trained = [use for use in uses[run.md5] if not use.split and use.key in keys]
+                steps = [step for use in trained for step, _ in use.steps]
+                summary = _added(summary, (len(trained), min(steps, default=0), max(steps, default=0)))
             if rows:
                 earlier = self._exposures.get(run.id)  # from another source with the same bytes
-                exposure = Exposure(rows, training_summary=self.index.training_summary(run, name))
+                exposure = Exposure(rows, training_summary=summary)
                 self._exposures[run.id] = earlier.plus(exposure) if earlier else exposure
+
+    def _contributed_to(
+        self, run: StageRun, name: str, copies: Mapping[str, set[bytes]], paraphrases: Mapping[int, set[bytes]]
+    ) -> set[bytes]:
+        """Keys of the records of one model's data to which rows of a source contributed although they do not name it."""
+        if not copies and not paraphrases:
+            return set()
+        ancestors = self.index.ancestors(run)
+        dropped = set().union(*(copies[out] for out in copies.keys() & ancestors.keys()))
+        if dropped:
+            dropped -= self.index.keys_of_source([*self.index.data(run)], name, dropped)
+        return dropped.union(*(paraphrases.get(upstream.entry.id, ()) for upstream in ancestors.values()))
 
     def match_content(self, digest: str) -> None:
         """Match an output, a file or a source by its hash.
@@ -178,7 +275,9 @@ class _ImpactQuery:
         for name, outs in sources.items():
             self.match_source(name, outs)
         files, outs = index.matching_hashes(prefix)
-        readers = {run.id for run in index.runs.values() for _, _, md5 in run.inputs if md5.startswith(prefix)}
+        readers = {
+            run.id for run in index.runs.values() for dep, _, md5 in run.inputs if md5.startswith(prefix) and dep not in run.entry.watched
+        }
         self._complete = bool(readers or index.outputs_with_prefix(prefix))
         if not (self._complete or sources or files):
             raise InputError(f"--hash {digest}: no output, file of one, or source in history has this hash", "see `pedigree audit MODEL`")
@@ -239,10 +338,13 @@ class _ImpactQuery:
                     "path": run.path,
                     "md5": run.md5,
                     "commit": self.index.runs_by_output[run.md5][0].commit,
+                    "found_in": self.index.runs_by_output[run.md5][0].place,
+                    "commits": [],
                     "also_called": [],
                     "seen": [],
                 },
             )
+            entry["commits"] += [commit for commit in self.index.commits_of(run) if commit not in entry["commits"]]
             if run.address != entry["stage"] and run.address not in entry["also_called"]:
                 entry["also_called"].append(run.address)
             for by in exposed:
@@ -266,27 +368,53 @@ class _ImpactQuery:
         return {**document, "learnt": dict(zip(("records", "first_step", "last_step"), exposure.training_summary, strict=True))}
 
     def unknown(self) -> list[dict[str, Any]]:
-        """Models that cannot be decided, because an output is unavailable."""
+        """Models that cannot be decided, because an output is unavailable or nothing records how it was made."""
         unknown: dict[str, dict[str, Any]] = {}
         for run in [] if self._complete else [upstream for upstream in self.index.runs.values() if upstream.is_model]:
             missing: dict[str, StageRun] = {}
-            pending = [run]
+            unexplained: dict[str, None] = {}
+            pending, visited = [run], set[int]()
             while pending:
                 upstream = pending.pop()
-                pending += self.index.parents(upstream)
-                missing |= {absent.md5: absent for absent in self.index.missing(upstream)} if self.index.data(upstream) else {}
-            if missing:
+                if upstream.id in visited:
+                    continue
+                visited.add(upstream.id)
+                parents = self.index.parents(upstream)
+                pending += parents
+                if not self.index.is_copy(upstream):
+                    missing |= {absent.md5: absent for absent in self._missing(upstream)}
+                    unexplained |= dict.fromkeys(self.index.unexplained(upstream))
+                    unexplained |= {"": None} if upstream.place == "cache" else {}
+            if missing or unexplained:
                 described = [{"stage": absent.address, "path": absent.path, "md5": absent.md5} for absent in missing.values()]
-                commit = self.index.runs_by_output[run.md5][0].commit
+                first = self.index.runs_by_output[run.md5][0]
                 entry = {
                     "stage": run.address,
                     "md5": run.md5,
-                    "commit": commit,
+                    "commit": first.commit,
+                    "found_in": first.place,
                     "missing": described,
-                    "fetch": fetch_hint([*missing.values()]),
+                    **({"unexplained": [path or "this model" for path in unexplained]} if unexplained else {}),
+                    "fetch": fetch_hint([*missing.values()]) if missing else NOTHING_RECORDED,
                 }
                 unknown.setdefault(run.md5, entry)
         return list(unknown.values())
+
+    def _missing(self, run: StageRun) -> list[StageRun]:
+        """Unavailable outputs that are needed to decide about one model, its parents excluded."""
+        index = self.index
+        if not index.data(run):
+            return []
+        missing = index.missing(run)
+        if self._source is not None and run.id not in self._exposures:
+            sources = index.sources_of(run)
+            if sources is None or any(_within(one, self._source) or _within(self._source, one) for one in sources):
+                missing += [absent for absent in index.missing_contributions(run) if absent not in missing]
+        return missing
+
+
+def _within(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
 def _near_copies(index: Index, keys: Iterable[bytes], text: str | None) -> list[dict[str, Any]]:
@@ -338,34 +466,59 @@ def as_text(result: Mapping[str, Any]) -> str:
     ((kind, value),) = result["asked"].items()
     versions = len(result["models"])
     lines = [f"{kind} {visible(value)}"]
+    if "published" in result:
+        lines.append(f"published id of record {result['published']['record']}")
     if result["records"] and result["records"] != [value]:
         lines.append(f"records {_shortened(result['records'])}")
+    for match in result.get("matches", [])[:SHOWN]:
+        lines.append(f"match   {match['example_id']}  {match['role']}, {match['field']}  {visible(match['excerpt'])}")
     for copy in result.get("near", [])[:SHOWN]:
         lines.append(
             f"near    {copy['example_id']}  {copy['part']}, {copy['rule']} {copy['similarity']:.2f}  {visible(' '.join(copy['text'].split())[:80])}"
         )
     lines.append("")
     for model in result["models"]:
-        where = f"commit {model['commit'][:12]}" if model["commit"] else "uncommitted"
         aliases = f", also called {', '.join(model['also_called'])}" if model["also_called"] else ""
-        lines.append(f"{model['stage']}  md5 {model['md5'][:12]}  {where}{aliases}")
+        lines.append(f"{model['stage']}  md5 {model['md5'][:12]}  {_where(model)}{aliases}")
         lines += [f"  {_exposure_text(seen, model)}" for seen in model["seen"]]
     lines += [""] if versions else []
-    none = "no model is known to have seen it" if result["unknown"] or result["shallow"] else "no model saw it"
-    lines.append(f"{versions} model version{'' if versions == 1 else 's'} saw it" if versions else none)
+    seen = result["looked_at"]
+    answers = {
+        "yes": f"{versions} model version{'' if versions == 1 else 's'} saw it",
+        "no": "no model saw it",
+        "cannot tell": "no model is known to have seen it, but not everything could be looked at",
+    }
+    lines.append(answers[result["verdict"]])
+    lines.append(
+        f"looked at {seen['models']} models and {seen['data_sets']} data sets ({seen['rows']:,} rows) in {seen['commits']} commits with a dvc.lock, "
+        f"{seen['commits_in_reflog']} more in the reflog, the workspace and {seen['cached_runs']} entries of DVC's run cache"
+    )
     if unknown := result["unknown"]:
-        lines.append(f"unknown for {len(unknown)}, because upstream outputs are not in the cache:")
+        lines.append(f"unknown for {len(unknown)}, because upstream outputs are not in the cache or nothing records them:")
         groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
         for model in unknown:
             groups[model["fetch"]].append(model)
         for command, models in list(groups.items())[:SHOWN]:
             lines.append("  " + _shortened([f"{model['stage']} {model['md5'][:12]}" for model in models]))
-            lines.append(
-                f"    missing: {', '.join(dict.fromkeys(output['path'] for model in models for output in model['missing']))}; fetch: {command}"
-            )
+            absent = dict.fromkeys([output["path"] for model in models for output in model["missing"]])
+            absent |= dict.fromkeys(path for model in models for path in model.get("unexplained", ()))
+            lines.append(f"    missing: {', '.join(absent)}; fetch: {command}" if command != NOTHING_RECORDED else f"    {command}")
+    if result["unreadable"]:
+        lines.append(f"dvc.lock cannot be read in {_shortened([commit[:12] for commit in result['unreadable']])}")
     if result["shallow"]:
         lines.append("this clone is shallow: models before its first commit are unknown (`git fetch --unshallow` brings them)")
     return "\n".join(lines)
+
+
+def _where(model: Mapping[str, Any]) -> str:
+    """Where a model is recorded."""
+    if model["found_in"] == "commit":
+        return f"commit {model['commit'][:12]}"
+    if model["found_in"] == "reflog":
+        return f"commit {model['commit'][:12]}, in no branch or tag but in the reflog"
+    return {"workspace": "uncommitted", "run cache": "never committed, in DVC's run cache", "cache": "never committed, in DVC's cache"}[
+        model["found_in"]
+    ]
 
 
 def _shortened(values: Sequence[object]) -> str:

@@ -7,47 +7,65 @@ per several million rows.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import sqlite3
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_bytes
-from dagster_project.core.layout import PLOTS, REPORTS, is_code
-from dagster_project.core.messages import argument_texts, calls
+from dagster_project.core.layout import REPORTS
 from dagster_project.lineage.history import LOCK, Objects, blobs, history, stages_of
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pyarrow as pa
+from dagster_project.lineage.rows import RowCollector, canonical_json, equal, record_key, summarize_training, text_key
+from dagster_project.lineage.runs import (
+    Entry,
+    LockParts,
+    Place,
+    Resolver,
+    StageRun,
+    address_in,
+    as_section,
+    conflict_sides,
+    declared_models,
+    is_input,
+    lock_parts,
+    output,
+    watched_inputs,
+)
 
 INDEX_FILE = Path(".dvc", "tmp", "pedigree", "index.sqlite3")
-CHUNK = 256
-"""Rows per chunk: the amount that one lookup reads."""
 SEGMENT = 4_000_000
 """Rows per segment. The rows of a segment are sorted together."""
 SPLIT = re.compile(r"(?:^|/)(train|validation|test)/records-\d+\.parquet$")
 """Shards of a data set with splits: the rows that a model trains on, is monitored on, or is evaluated on."""
 EVIDENCE = "examples.parquet"
 """Training evidence in a model's folder: the examples it was trained on, with step and epoch."""
+LEDGER, OVERLAPS = "ledger.parquet", "overlaps.parquet"
+"""Tables in a data set's folder: the outcome of every row, and the pairs of rows that repeat each other."""
 WEIGHTS = ".safetensors"
+PARAPHRASES = "paraphrases"
+"""Format, in a report, of a source whose rows are new prompts for rows of other sources."""
+SOURCES = "data/sources"
+AUGMENTED, COPY_OF, PARAPHRASED = "augmented:", "copy of ", "paraphrase"
+"""How the ledger of `splits` describes a copy: its outcome, with the kind of copy, and its reason, with the id of the original."""
 TABLES = """
-CREATE TABLE lock (id INTEGER PRIMARY KEY, blob TEXT UNIQUE);
+CREATE TABLE lock (id INTEGER PRIMARY KEY, blob TEXT UNIQUE, readable INTEGER);
 CREATE TABLE run (id INTEGER PRIMARY KEY, key TEXT UNIQUE, address TEXT, path TEXT, md5 TEXT, is_model INTEGER, report TEXT, report_md5 TEXT, text TEXT);
 CREATE INDEX run_md5 ON run (md5);
 CREATE TABLE lock_run (lock INTEGER, run INTEGER, PRIMARY KEY (lock, run)) WITHOUT ROWID;
-CREATE TABLE input (run INTEGER, dep TEXT, path TEXT, md5 TEXT);
-CREATE TABLE origin (run INTEGER, source TEXT, sha256 TEXT);
-CREATE TABLE listed (md5 TEXT PRIMARY KEY, is_split INTEGER) WITHOUT ROWID;
+CREATE TABLE cached_run (name TEXT PRIMARY KEY, run INTEGER) WITHOUT ROWID;
+CREATE TABLE scanned (folder TEXT PRIMARY KEY, changed INTEGER) WITHOUT ROWID;
+CREATE TABLE input (run INTEGER, dep TEXT, md5 TEXT, watched INTEGER);
+CREATE TABLE origin (run INTEGER, source TEXT, sha256 TEXT, format TEXT, rows INTEGER);
+CREATE INDEX origin_source ON origin (source);
+CREATE TABLE listed (md5 TEXT PRIMARY KEY, is_split INTEGER, has_weights INTEGER) WITHOUT ROWID;
 CREATE TABLE file (out TEXT, name TEXT, md5 TEXT, split TEXT);
 CREATE INDEX file_out ON file (out);
 CREATE INDEX file_md5 ON file (md5);
@@ -56,37 +74,20 @@ CREATE TABLE unread (md5 TEXT PRIMARY KEY, out TEXT, name TEXT) WITHOUT ROWID;
 CREATE TABLE content (id INTEGER PRIMARY KEY, md5 TEXT UNIQUE);
 CREATE TABLE source_rows (content INTEGER, source TEXT, rows INTEGER);
 CREATE INDEX source_rows_content ON source_rows (content);
+CREATE TABLE credit (file TEXT, source TEXT, source_row INTEGER, key BLOB);
+CREATE INDEX credit_source ON credit (source);
+CREATE INDEX credit_file ON credit (file);
+CREATE TABLE derived (file TEXT, parent BLOB, child BLOB, how TEXT);
+CREATE INDEX derived_parent ON derived (parent);
+CREATE INDEX derived_file ON derived (file);
 CREATE TABLE training (evidence TEXT, shard TEXT, source TEXT, records INTEGER, first INTEGER, last INTEGER);
 CREATE INDEX training_shard ON training (shard, evidence);
-CREATE TABLE matched (run INTEGER PRIMARY KEY);
+CREATE TABLE matched (evidence TEXT, shards TEXT, PRIMARY KEY (evidence, shards)) WITHOUT ROWID;
 CREATE TABLE record (segment INTEGER, first BLOB, keys BLOB, contents BLOB, steps BLOB, epochs BLOB, PRIMARY KEY (segment, first));
 CREATE TABLE text_record (segment INTEGER, first BLOB, keys BLOB, ids BLOB, PRIMARY KEY (segment, first));
 """
 SCHEMA_VERSION = zlib.crc32(TABLES.encode()) >> 1
 """Derived from the tables: an index with another schema is rebuilt."""
-
-
-@dataclass(frozen=True)
-class StageRun:
-    """One run of a stage, as dvc.lock recorded it, in however many commits."""
-
-    id: int
-    address: str
-    path: str
-    """Path of the output."""
-    md5: str
-    is_model: bool
-    """Whether the output is a model."""
-    inputs: tuple[tuple[str, str, str], ...]
-    """(dependency as in dvc.lock, path of the upstream output or else of the dependency itself, hash) per input. Code is excluded."""
-    order: int
-    """Position of its first commit in history."""
-    commit: str | None
-    """The first commit whose dvc.lock contains the run; None if it is not committed."""
-    in_workspace: bool
-    """Whether the dvc.lock of the workspace contains the run."""
-    locks: frozenset[int]
-    """Ids of every dvc.lock that contains the run."""
 
 
 @dataclass
@@ -112,7 +113,9 @@ class Index:
         self._db = _connect(root)
         with self._transaction():
             self._read_locks()
+            self._read_run_cache()
             self._list_outputs()
+            self._scan_cache()
             self._read_origins()
 
     @contextmanager
@@ -130,84 +133,145 @@ class Index:
 
     def _read_locks(self) -> None:
         indexed = {blob for (blob,) in self._db.execute("SELECT blob FROM lock")}
-        commits = dict(self.history.first)
+        commits = {**self.history.unreachable, **self.history.first}
         texts: dict[str, tuple[bytes, str]] = {}
         new = [blob for blob in commits if blob not in indexed]
         contents = blobs(self.root, [*new, *(f"{commits[blob]}:./dvc.yaml" for blob in new)])
         texts |= {blob: (contents[blob], commits[blob]) for blob in new if blob in contents}
-        # last: of a pipeline that ran in part, the entries of the other stages belong to the commit that they came with
         if self.history.workspace and self.history.workspace not in {*indexed, *commits}:
             texts[self.history.workspace] = (self.root / LOCK).read_bytes(), ":"
         if not texts:
             return
-        yaml = self.root / "dvc.yaml"
-        declared = {":": yaml.read_bytes() if yaml.is_file() else b""} | {
-            name.partition(":")[0]: text for name, text in contents.items() if ":" in name
-        }
+        declared = {":": self._pipeline} | {name.partition(":")[0]: text for name, text in contents.items() if ":" in name}
         models: dict[bytes, frozenset[str]] = {}
         for blob, (content, commit) in texts.items():
             pipeline = declared.get(commit, b"")
             if pipeline not in models:
-                models[pipeline] = _declared_models(pipeline)
-            with suppress(InputError, UnicodeDecodeError):  # a committed merge conflict
-                self._read_lock(blob, _lock_parts(content.decode()), models[pipeline])
+                models[pipeline] = declared_models(pipeline)
+            sides = conflict_sides(content.decode("utf-8", "replace"))
+            for number, text in enumerate(sides):
+                name = blob if len(sides) == 1 else f"{blob}:{number}"
+                try:
+                    self._read_lock(name, lock_parts(text), models[pipeline])
+                except InputError:
+                    self._db.execute("INSERT OR IGNORE INTO lock (blob, readable) VALUES (?, 0)", (name,))
+            if len(sides) > 1:
+                self._db.execute("INSERT OR IGNORE INTO lock (blob, readable) VALUES (?, 1)", (blob,))
 
-    def _read_lock(self, blob: str, parts: _LockParts, models: frozenset[str]) -> None:
-        rows = {
-            key: row for (key, *row) in self._rows("SELECT key, id, address, path, md5, is_model FROM run WHERE key IN", [*parts.values()])
-        }
-        added = {}
+    @cached_property
+    def _pipeline(self) -> bytes:
+        """dvc.yaml of the workspace."""
+        yaml = self.root / "dvc.yaml"
+        return yaml.read_bytes() if yaml.is_file() else b""
+
+    def _read_lock(self, blob: str, parts: LockParts, models: frozenset[str]) -> None:
+        known = dict(self._rows("SELECT key, id FROM run WHERE key IN", [*parts.values()]))
         for address, key in parts.items():
-            if key not in rows:
-                stage = stages_of("stages:\n" + parts.text[address])[address]
+            if key not in known:
+                run = self._add_entry(key, address, stages_of("stages:\n" + parts.text[address])[address], parts.text[address], models)
+                if run is not None:
+                    known[key] = run
+        lock = self._db.execute("INSERT OR IGNORE INTO lock (blob, readable) VALUES (?, 1)", (blob,)).lastrowid
+        self._db.executemany("INSERT OR IGNORE INTO lock_run VALUES (?, ?)", [(lock, run) for run in known.values()])
+        newly = [
+            (run,)
+            for run, address in self._rows("SELECT id, address FROM run WHERE id IN", [*known.values()])
+            if _section(address) in models
+        ]
+        self._db.executemany("UPDATE run SET is_model = 1 WHERE id = ?", newly)
+
+    def _add_entry(self, key: str, address: str, stage: dict[str, Any], text: str, models: frozenset[str]) -> int | None:
+        """Add an entry of dvc.lock or of the run cache. Returns its id; None if it has no output with a hash."""
+        out = output(stage)
+        if out is None:
+            return None
+        report: dict[str, str] = next((one for one in stage["outs"] if one["path"].startswith(REPORTS)), {})
+        run = self._db.execute(
+            "INSERT INTO run (key, address, path, md5, is_model, report, report_md5, text) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (key, address, out["path"], out["md5"], _section(address) in models, report.get("path"), report.get("md5"), text),
+        ).lastrowid
+        watched = watched_inputs(address, stage)
+        inputs = [(run, dep["path"], dep.get("md5", ""), dep["path"] in watched) for dep in stage.get("deps", []) if is_input(dep["path"])]
+        self._db.executemany("INSERT INTO input VALUES (?, ?, ?, ?)", inputs)
+        return run
+
+    def _read_run_cache(self) -> None:
+        """Add the runs of DVC's run cache: also of models that no commit ever contained."""
+        known = {name for (name,) in self._db.execute("SELECT name FROM cached_run")}
+        new = [path for path in self.objects.run_cache() if path.name not in known]
+        models = declared_models(self._pipeline) if new else frozenset()
+        for path in new:
+            with suppress(InputError, KeyError, TypeError, UnicodeDecodeError, FileNotFoundError):
+                stage = stages_of("stages:\n  one:\n" + re.sub(r"^", "    ", path.read_text(encoding="utf-8"), flags=re.MULTILINE))["one"]
                 out = output(stage)
-                if out is None:
+                address = address_in(str(stage.get("cmd", "")), out["path"]) if out else ""
+                run = self._add_entry(f"cache {path.name}", address, stage, as_section(address, stage), models)
+                self._db.execute("INSERT INTO cached_run VALUES (?, ?)", (path.name, run))
+
+    def _scan_cache(self) -> None:
+        """Find models in DVC's cache that nothing records: folders with weights."""
+        scanned = dict(self._db.execute("SELECT folder, changed FROM scanned"))
+        changed = {folder: time for folder, time in self.objects.folders().items() if scanned.get(folder.name) != time}
+        for folder in changed:
+            for path in folder.glob("*.dir"):
+                md5 = folder.name + path.name
+                if self._db.execute("SELECT 1 FROM listed WHERE md5 = ?1 UNION SELECT 1 FROM run WHERE md5 = ?1", (md5,)).fetchone():
                     continue
-                is_model = address.partition("@")[0] in models
-                report: dict[str, str] = next((one for one in stage["outs"] if one["path"].startswith(REPORTS)), {})
-                cursor = self._db.execute(
-                    "INSERT INTO run (key, address, path, md5, is_model, report, report_md5, text) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                    (key, address, out["path"], out["md5"], is_model, report.get("path"), report.get("md5"), parts.text[address]),
-                )
-                rows[key] = [cursor.lastrowid, address, out["path"], out["md5"], is_model]
-                added[cursor.lastrowid] = stage
-        outs = {path: md5 for (_, _, path, md5, _) in rows.values()}
-        for run, stage in added.items():
-            self._db.executemany("INSERT INTO input VALUES (?, ?, ?, ?)", [(run, *read) for read in _inputs_of(stage, outs)])
-        lock = self._db.execute("INSERT OR IGNORE INTO lock (blob) VALUES (?)", (blob,)).lastrowid
-        self._db.executemany("INSERT OR IGNORE INTO lock_run VALUES (?, ?)", [(lock, row[0]) for row in rows.values()])
-        newly_models = [(row[0],) for row in rows.values() if row[1].partition("@")[0] in models and not row[4]]
-        self._db.executemany("UPDATE run SET is_model = 1 WHERE id = ?", newly_models)
+                listing = self.objects.listing(md5) or {}
+                if any(name.endswith(WEIGHTS) for name in listing):
+                    self._list_output(md5, listing)
+        self._db.executemany("INSERT OR REPLACE INTO scanned VALUES (?, ?)", [(folder.name, time) for folder, time in changed.items()])
 
     def _list_outputs(self) -> None:
         """List the files of every output that has become available."""
         query = "SELECT md5, path FROM run WHERE md5 NOT IN (SELECT md5 FROM listed) GROUP BY md5"
         for md5, path in self._db.execute(query).fetchall():
             listing = self.objects.listing(md5, path if md5 in self.workspace_outputs else "")
-            if listing is None:
-                continue
-            splits = {name: match.group(1) for name in listing if (match := SPLIT.search(name))}
-            self._db.execute("INSERT INTO listed VALUES (?, ?)", (md5, bool(splits)))
-            files = [(md5, name, value, splits.get(name)) for name, value in listing.items()]
-            self._db.executemany("INSERT INTO file VALUES (?, ?, ?, ?)", files)
-            indexable = [(value, md5, name) for name, value in listing.items() if name in splits or name == EVIDENCE]
-            self._db.executemany("INSERT OR IGNORE INTO unread SELECT ?, ?, ? WHERE ?1 NOT IN (SELECT md5 FROM content)", indexable)
-            if any(name.endswith(WEIGHTS) for name in listing):
-                self._db.execute("UPDATE run SET is_model = 1 WHERE md5 = ?", (md5,))
+            if listing is not None:
+                self._list_output(md5, listing)
+
+    def _list_output(self, md5: str, listing: dict[str, str]) -> None:
+        splits = {name: match.group(1) for name in listing if (match := SPLIT.search(name))}
+        has_weights = any(name.endswith(WEIGHTS) for name in listing)
+        self._db.execute("INSERT INTO listed VALUES (?, ?, ?)", (md5, bool(splits), has_weights))
+        files = [(md5, name, value, splits.get(name)) for name, value in listing.items()]
+        self._db.executemany("INSERT INTO file VALUES (?, ?, ?, ?)", files)
+        indexable = [(value, md5, name) for name, value in listing.items() if name in splits or name in {EVIDENCE, LEDGER, OVERLAPS}]
+        self._db.executemany("INSERT OR IGNORE INTO unread SELECT ?, ?, ? WHERE ?1 NOT IN (SELECT md5 FROM content)", indexable)
+        if has_weights:
+            self._db.execute("UPDATE run SET is_model = 1 WHERE md5 = ?", (md5,))
 
     def _read_origins(self) -> None:
         """Record the sources, from the reports of the runs that read files which no stage produces."""
         query = """SELECT DISTINCT run.id, run.report, run.report_md5 FROM run JOIN input ON input.run = run.id
             WHERE run.report IS NOT NULL AND run.id NOT IN (SELECT run FROM origin) AND input.md5 NOT IN (SELECT md5 FROM run)"""
-        pending = [row for row in self._db.execute(query).fetchall() if row[0] in self.runs]
-        report_names = {run: f"{self.runs[run].commit}:./{report}" for run, report, _ in pending if self.runs[run].commit}
-        committed = blobs(self.root, report_names.values())
-        for run, report, md5 in pending:
-            in_workspace = self.root / report
-            content = committed.get(report_names.get(run, ""), b"") or (in_workspace.read_bytes() if in_workspace.is_file() else b"")
-            if md5_of_bytes(content) == md5:
-                facts = json.loads(content).get("sources") or {"": {}}
-                self._db.executemany("INSERT INTO origin VALUES (?, ?, ?)", [(run, s, f.get("sha256")) for s, f in facts.items()])
+        pending = [row for row in self._db.execute(query).fetchall() if row[0] in self._first_commits]
+        for run, content in self._contents_of_reports(pending).items():
+            facts = json.loads(content).get("sources") or {"": {}}
+            rows = [(run, source, f.get("sha256"), f.get("format"), f.get("rows")) for source, f in facts.items()]
+            self._db.executemany("INSERT INTO origin VALUES (?, ?, ?, ?, ?)", rows)
+
+    def _contents_of_reports(self, requested: Sequence[tuple[int, str, str]]) -> dict[int, bytes]:
+        """Id of an entry -> the report with the recorded hash, from DVC's cache, a commit that contains it, or the workspace.
+
+        Args:
+            requested: (id of the entry, path of the report, its hash).
+        """
+        names = {run: f"{commit}:./{report}" for run, report, _ in requested if (commit := self._first_commits.get(run))}
+        committed = blobs(self.root, names.values())
+        contents: dict[int, bytes] = {}
+        for run, report, md5 in requested:
+            files = [path for path in (self.objects.path(md5), self.root / report) if path and path.is_file()]
+            for content in (committed.get(names.get(run, ""), b""), *(path.read_bytes() for path in files)):
+                if md5_of_bytes(content) == md5:
+                    contents[run] = content
+        return contents
+
+    def report(self, run: StageRun) -> dict[str, Any]:
+        """The report that dvc.lock records for this run; empty if its bytes are unavailable."""
+        row = self._db.execute("SELECT id, report, report_md5 FROM run WHERE id = ? AND report IS NOT NULL", (run.entry.id,)).fetchone()
+        content = self._contents_of_reports([row]).get(run.entry.id) if row else None
+        return dict(json.loads(content)) if content else {}
 
     @cached_property
     def workspace_outputs(self) -> dict[str, str]:
@@ -216,43 +280,79 @@ class Index:
         return dict(self._db.execute(query, (self.history.workspace,)))
 
     @cached_property
+    def _locks(self) -> list[tuple[int, str | None, Place]]:
+        """(id, first commit, place) of every readable dvc.lock: in the order of history, then the workspace, then what only the reflog reaches."""
+        ids: dict[str, list[int]] = defaultdict(list)
+        for identity, blob in self._db.execute("SELECT id, blob FROM lock WHERE readable ORDER BY id"):
+            ids[blob.partition(":")[0]].append(identity)
+        found: dict[int, tuple[int, str | None, Place]] = {}
+        places: list[tuple[str, str | None, Place]] = [(blob, commit, "commit") for blob, commit in self.history.first.items()]
+        places += [(self.history.workspace, None, "workspace")] if self.history.workspace else []
+        places += [(blob, commit, "reflog") for blob, commit in self.history.unreachable.items()]
+        for blob, commit, place in places:
+            for identity in ids.get(blob, ()):
+                found.setdefault(identity, (identity, commit, place))
+        return list(found.values())
+
+    @cached_property
+    def _workspace_locks(self) -> frozenset[int]:
+        query = "SELECT id FROM lock WHERE blob = ?1 OR blob LIKE ?1 || ':%'"
+        return frozenset(identity for (identity,) in self._db.execute(query, (self.history.workspace or "none",)))
+
+    @cached_property
+    def _first_commits(self) -> dict[int, str | None]:
+        """Id of an entry -> the first commit whose dvc.lock contains it, whatever its lineage."""
+        entries = self._entries_of_locks
+        commits: dict[int, str | None] = {entry: None for (entry,) in self._db.execute("SELECT run FROM cached_run WHERE run IS NOT NULL")}
+        for lock, commit, _ in reversed(self._locks):
+            commits |= dict.fromkeys(entries[lock], commit) if commit else {entry: commits.get(entry) for entry in entries[lock]}
+        return commits
+
+    @cached_property
+    def _entries_of_locks(self) -> dict[int, list[int]]:
+        entries: dict[int, list[int]] = defaultdict(list)
+        for lock, run in self._db.execute("SELECT lock, run FROM lock_run ORDER BY run"):
+            entries[lock].append(run)
+        return entries
+
+    @cached_property
+    def _entries(self) -> dict[int, Entry]:
+        inputs: dict[int, list[tuple[str, str]]] = defaultdict(list)
+        watched: dict[int, set[str]] = defaultdict(set)
+        for run, dep, md5, is_watched in self._db.execute("SELECT run, dep, md5, watched FROM input ORDER BY rowid"):
+            inputs[run].append((dep, md5))
+            if is_watched:
+                watched[run].add(dep)
+        return {
+            identity: Entry(identity, address, path, md5, bool(is_model), tuple(inputs[identity]), frozenset(watched[identity]))
+            for identity, address, path, md5, is_model in self._db.execute("SELECT id, address, path, md5, is_model FROM run")
+        }
+
+    @cached_property
+    def _resolved(self) -> tuple[dict[int, StageRun], dict[int, dict[str, StageRun]]]:
+        """Id -> run; id of a dvc.lock -> address -> run."""
+        resolver = Resolver(self._entries, self.files)
+        by_lock = {}
+        for order, (lock, commit, place) in enumerate(self._locks):
+            by_lock[lock] = resolver.add_lock(lock, self._entries_of_locks[lock], order, commit, place)
+            for run in by_lock[lock].values() if lock in self._workspace_locks else ():
+                run.in_workspace = True
+        recorded = {run.entry.signature for run in resolver.runs}
+        cached = [self._entries[run] for (run,) in self._db.execute("SELECT run FROM cached_run WHERE run IS NOT NULL ORDER BY run")]
+        resolver.add_unrecorded([entry for entry in cached if entry.signature not in recorded], len(self._locks), "run cache")
+        known = resolver.by_output.keys()
+        unrecorded = [md5 for (md5,) in self._db.execute("SELECT md5 FROM listed WHERE has_weights ORDER BY md5") if md5 not in known]
+        orphans = [
+            Entry(-1 - i, "unrecorded", "", md5, True, (), frozenset()) for i, md5 in enumerate(unrecorded) if self.objects.path(md5)
+        ]
+        resolver.add_unrecorded(orphans, len(self._locks), "cache")
+        resolver.connect()
+        return {run.id: run for run in sorted(resolver.runs, key=lambda run: (run.order, run.id))}, by_lock
+
+    @property
     def runs(self) -> dict[int, StageRun]:
-        """Id -> every run in a commit reachable by git or in the workspace, in the order of history."""
-        order = {blob: (i, commit) for i, (blob, commit) in enumerate(self.history.first.items())}
-        first_commit: dict[int, tuple[int, str | None]] = {}
-        current = None
-        for identity, blob in self._db.execute("SELECT id, blob FROM lock"):
-            if blob in order:
-                first_commit[identity] = order[blob]
-            if blob == self.history.workspace:
-                first_commit.setdefault(identity, (len(order), None))
-                current = identity
-        locks: dict[int, list[int]] = defaultdict(list)
-        for lock, run in self._db.execute("SELECT lock, run FROM lock_run"):
-            if lock in first_commit:
-                locks[run].append(lock)
-        inputs: dict[int, list[tuple[str, str, str]]] = defaultdict(list)
-        for run, dep, path, md5 in self._db.execute("SELECT run, dep, path, md5 FROM input ORDER BY rowid"):
-            inputs[run].append((dep, path, md5))
-        runs = []
-        for identity, address, path, md5, is_model in self._db.execute("SELECT id, address, path, md5, is_model FROM run"):
-            if identity in locks:
-                first = min(first_commit[lock] for lock in locks[identity])
-                run_locks = frozenset(locks[identity])
-                runs.append(
-                    StageRun(
-                        identity,
-                        address,
-                        path,
-                        md5,
-                        bool(is_model),
-                        tuple(inputs[identity]),
-                        *first,
-                        in_workspace=current in run_locks,
-                        locks=run_locks,
-                    )
-                )
-        return {run.id: run for run in sorted(runs, key=lambda run: (run.order, run.id))}
+        """Id -> every run that git (with its reflog), the workspace or DVC's caches contain, in the order of history."""
+        return self._resolved[0]
 
     @cached_property
     def runs_by_output(self) -> dict[str, list[StageRun]]:
@@ -262,34 +362,49 @@ class Index:
             by_output[run.md5].append(run)
         return dict(by_output)
 
-    def producer(self, reader: StageRun, md5: str) -> StageRun | None:
-        """The run that produced an input of `reader`. Of several with the same bytes: one in the same dvc.lock, or else the first."""
-        producers = self.runs_by_output.get(md5, [])
-        return next((run for run in producers if run.locks & reader.locks), producers[0] if producers else None)
-
     def runs_in_lock(self, blob: str | None) -> dict[str, StageRun]:
-        """Address -> run, for one dvc.lock; empty if it is unreadable or unreachable from any branch."""
-        if blob not in self.history.first and blob != self.history.workspace:
-            return {}
-        rows = self._db.execute("SELECT run FROM lock_run JOIN lock ON lock.id = lock_run.lock WHERE blob = ?", (blob,))
-        return {self.runs[run].address: self.runs[run] for (run,) in rows if run in self.runs}
+        """Address -> run, for one dvc.lock; empty if it is unreadable or no commit in reach contains it."""
+        row = self._db.execute("SELECT id FROM lock WHERE blob = ?", (blob,)).fetchone()
+        return self._resolved[1].get(row[0], {}) if row else {}
+
+    def commits_of(self, run: StageRun) -> list[str | None]:
+        """The first commit of each dvc.lock that contains the run, in the order of history; None for the workspace."""
+        return [commit for lock, commit, _ in self._locks if lock in run.locks]
+
+    def first_commit(self, run: StageRun) -> str | None:
+        """The first commit whose dvc.lock contains the run's entry, whatever its lineage; None if no commit does."""
+        return self._first_commits.get(run.entry.id)
 
     def lock_entry(self, run: StageRun) -> dict[str, Any]:
-        """The complete entry of dvc.lock."""
-        (text,) = self._db.execute("SELECT text FROM run WHERE id = ?", (run.id,)).fetchone()
-        return dict(stages_of("stages:\n" + text)[run.address])
+        """The complete entry of dvc.lock; empty if nothing records the run."""
+        row = self._db.execute("SELECT text FROM run WHERE id = ?", (run.entry.id,)).fetchone()
+        return dict(stages_of("stages:\n" + row[0])[run.address]) if row else {}
 
     def parents(self, run: StageRun) -> list[StageRun]:
-        """The models that a model was made from, directly. For a folder of models: those whose weights it contains unchanged, if any."""
+        """The models that a model was made from, directly; those that it only watches are excluded.
+
+        For a folder of models: those whose weights it contains unchanged, if any.
+        """
         direct: list[StageRun] = []
         from_folders: list[StageRun] = []
         for dep, path, md5 in run.inputs:
-            producer = self.producer(run, md5)
-            if producer and producer.is_model and producer.md5 != run.md5:
+            producer = run.producers.get(md5)
+            if producer and producer.is_model and producer.md5 != run.md5 and dep not in run.entry.watched:
                 (direct if dep == path else from_folders).append(producer)
         mine = self.weights(run.md5)
         same = [producer for producer in from_folders if mine & self.weights(producer.md5)]
+        if not direct and not same and mine and (run.unresolved or run.place in {"run cache", "cache"}):
+            holders = {out for weight in mine for out in self.outputs_with_file(weight)} - {run.md5}
+            same = [self.runs_by_output[out][0] for out in sorted(holders) if out in self.runs_by_output and not self._is_unrecorded(out)]
         return list(dict.fromkeys([*direct, *(same or from_folders)]))
+
+    def _is_unrecorded(self, out: str) -> bool:
+        return self.runs_by_output[out][0].place == "cache"
+
+    def is_copy(self, run: StageRun) -> bool:
+        """Whether a model has the weights of a parent, byte for byte: the parent then accounts for everything that it was trained on."""
+        mine = self.weights(run.md5)
+        return bool(mine) and any(mine <= self.weights(parent.md5) for parent in self.parents(run))
 
     def data(self, run: StageRun) -> dict[str, StageRun]:
         """Hash -> run of every data set upstream of a run, up to the nearest models and data sets with splits.
@@ -300,9 +415,8 @@ class Index:
         pending = [run]
         while pending:
             reader = pending.pop()
-            for _, _, md5 in reader.inputs:
-                producer = self.producer(reader, md5)
-                if producer and not producer.is_model and md5 not in upstream:
+            for md5, producer in reader.producers.items():
+                if not producer.is_model and md5 not in upstream:
                     upstream[md5] = producer
                     if not self.is_split(producer):
                         pending.append(producer)
@@ -314,14 +428,8 @@ class Index:
         pending = list(upstream.values())
         while pending:
             reader = pending.pop()
-            for _, _, md5 in reader.inputs:
-                producer = self.producer(reader, md5)
-                if (
-                    producer
-                    and not producer.is_model
-                    and md5 not in upstream
-                    and not (md5 in self.split_outputs or producer.path in self._split_paths)
-                ):
+            for md5, producer in reader.producers.items():
+                if not producer.is_model and md5 not in upstream and not (md5 in self.split_outputs or producer.path in self._split_paths):
                     upstream[md5] = producer
                     pending.append(producer)
         return upstream
@@ -357,9 +465,8 @@ class Index:
         """Source -> hashes of the outputs made from the version of it whose sha256 has this prefix."""
         outputs: dict[str, set[str]] = defaultdict(set)
         query = "SELECT run, source FROM origin WHERE sha256 >= ? AND sha256 < ?"
-        for run, source in self._db.execute(query, (sha256, sha256 + "g")):
-            if run in self.runs:
-                outputs[source].add(self.runs[run].md5)
+        for entry, source in self._db.execute(query, (sha256, sha256 + "g")):
+            outputs[source].add(self._entries[entry].md5)
         return {source: frozenset(outs) for source, outs in outputs.items()}
 
     def matching_hashes(self, prefix: str) -> tuple[frozenset[str], frozenset[str]]:
@@ -380,13 +487,16 @@ class Index:
     def _read_segment(self) -> bool:
         """Index up to SEGMENT rows. Returns whether anything was read."""
         with self._transaction():
-            rows = _RowCollector()
+            rows = RowCollector()
             for md5, out, name in self._db.execute("SELECT md5, out, name FROM unread ORDER BY out, name").fetchall():
                 path = self.objects.path(md5, self.workspace_outputs.get(out, ""))
                 if path is None:
                     continue
                 content = self._db.execute("INSERT INTO content (md5) VALUES (?)", (md5,)).lastrowid or 0
                 self._db.execute("DELETE FROM unread WHERE md5 = ?", (md5,))
+                if name in {LEDGER, OVERLAPS}:
+                    self._read_contributions(md5, path, name)
+                    continue
                 by_source = rows.add_evidence(path, content) if name == EVIDENCE else rows.add_shard(path, content)
                 self._db.executemany("INSERT INTO source_rows VALUES (?, ?, ?)", [(content, *item) for item in by_source.items()])
                 if rows.size >= SEGMENT:
@@ -398,28 +508,41 @@ class Index:
             self._db.executemany("INSERT INTO text_record VALUES (?, ?, ?, ?)", ((segment, *chunk) for chunk in rows.text_chunks()))
             return True
 
+    def _read_contributions(self, md5: str, path: Path, name: str) -> None:
+        """Index the rows of a ledger or of a table of overlaps that contribute to a record of another row."""
+        credits, derived = contributions(path, name)
+        self._db.executemany("INSERT INTO credit VALUES (?, ?, ?, ?)", [(md5, *row) for row in credits])
+        self._db.executemany("INSERT INTO derived VALUES (?, ?, ?, ?)", [(md5, *row) for row in derived])
+
     def _match_evidence(self) -> None:
         """Count the records of each source and shard that each model was trained on, with first and last step.
 
         Each pair of evidence and shard is joined once.
         """
-        matched = {run for (run,) in self._db.execute("SELECT run FROM matched")}
         evidence_of = dict(self._db.execute("SELECT out, md5 FROM file WHERE name = ?", (EVIDENCE,)))
+        matched = self._matched
         pending: dict[str, tuple[Path, dict[str, Path]]] = {}
-        done: set[tuple[str, str]] = set()
-        models = [run for run in self.runs.values() if run.id not in matched and run.md5 in evidence_of]
-        if models:
-            done |= set(self._db.execute("SELECT DISTINCT evidence, shard FROM training").fetchall())
-        for run in models:
+        models = {
+            key: run for run in self.runs.values() if run.md5 in evidence_of and (key := self._training_key(run)) and key not in matched
+        }
+        done = set(self._db.execute("SELECT DISTINCT evidence, shard FROM training").fetchall()) if models else set()
+        for key, run in models.items():
             evidence, evidence_path = evidence_of[run.md5], self.file_path(run.md5, EVIDENCE)
             train = [(md5, self.workspace_outputs.get(out, "")) for out, split, md5 in self.shards(run) if split == "train"]
             shard_paths = {md5: self.objects.path(md5, out) for md5, out in train if (evidence, md5) not in done}
             if evidence_path and train and all(shard_paths.values()):
                 pending.setdefault(evidence, (evidence_path, {}))[1].update({md5: path for md5, path in shard_paths.items() if path})
-                self._db.execute("INSERT INTO matched VALUES (?)", (run.id,))
+                self._db.execute("INSERT INTO matched VALUES (?, ?)", key)
         for evidence, (evidence_path, shards) in pending.items():
-            rows = [(evidence, *row) for row in _summarize_training(evidence_path, shards)] if shards else []
+            rows = [(evidence, *row) for row in summarize_training(evidence_path, shards)] if shards else []
             self._db.executemany("INSERT INTO training VALUES (?, ?, ?, ?, ?, ?)", rows)
+        if models:
+            del self._matched
+
+    def _training_key(self, run: StageRun) -> tuple[str, str]:
+        """Hash of the training evidence of a model, and one hash for all shards that it was trained on."""
+        shards = ",".join(md5 for _, split, md5 in self.shards(run) if split == "train")
+        return (self.files(run.md5) or {}).get(EVIDENCE, ""), md5_of_bytes(shards.encode())
 
     def shards(self, run: StageRun) -> list[tuple[str, str, str]]:
         """(hash of the output, split, hash of the shard) of every shard in the data upstream of a run."""
@@ -439,14 +562,30 @@ class Index:
             if producer.md5 in self._unindexed or (producer.md5 not in self._listed and (producer is run or self.is_split(producer)))
         ]
 
+    def unexplained(self, run: StageRun) -> list[str]:
+        """Inputs of a run that were outputs of stages, although nothing records the runs that produced them."""
+        paths = {one.path for one in self.runs.values()} - {""}
+        return [*run.unresolved, *(path for _, path, md5 in run.inputs if path in paths and md5 not in run.producers and md5 != run.md5)]
+
     @cached_property
     def _listed(self) -> frozenset[str]:
         return frozenset(md5 for (md5,) in self._db.execute("SELECT md5 FROM listed"))
 
     @cached_property
     def _unindexed(self) -> frozenset[str]:
-        query = "SELECT DISTINCT file.out FROM unread JOIN file ON file.md5 = unread.md5"
-        return frozenset(out for (out,) in self._db.execute(query))
+        query = "SELECT DISTINCT file.out FROM unread JOIN file ON file.md5 = unread.md5 WHERE unread.name NOT IN (?, ?)"
+        return frozenset(out for (out,) in self._db.execute(query, (LEDGER, OVERLAPS)))
+
+    @cached_property
+    def _without_contributions(self) -> frozenset[str]:
+        """Outputs with a ledger or table of overlaps that is unavailable."""
+        query = "SELECT DISTINCT file.out FROM unread JOIN file ON file.md5 = unread.md5 WHERE unread.name IN (?, ?)"
+        return frozenset(out for (out,) in self._db.execute(query, (LEDGER, OVERLAPS)))
+
+    def missing_contributions(self, run: StageRun) -> list[StageRun]:
+        """Runs upstream of a model whose unavailable outputs tell which rows contributed to records of other rows."""
+        upstream = self.ancestors(run).values()
+        return [producer for producer in upstream if producer.md5 in self._without_contributions or producer.md5 not in self._listed]
 
     @cached_property
     def _listed_paths(self) -> frozenset[str]:
@@ -466,7 +605,7 @@ class Index:
                 chunk = self._chunk("record", segment, key, "keys, contents, steps, epochs")
                 if chunk is None:
                     continue
-                matches = _equal(chunk[0], key)
+                matches = equal(chunk[0], key)
                 contents, steps, epochs = (np.frombuffer(column, np.int32)[matches].tolist() for column in chunk[1:])
                 by_content: dict[int, list[tuple[int, int]]] = defaultdict(list)
                 for content, step, epoch in zip(contents, steps, epochs, strict=True):
@@ -478,6 +617,15 @@ class Index:
                 ):
                     uses.append(RecordUse(out, split, key, sorted(by_content[content])))
         return uses
+
+    def knows_record(self, key: bytes) -> bool:
+        """Whether any file contains a record, or any record was made from it."""
+        return bool(self.record_uses([key]) or self.derivations([key]))
+
+    def record_keys(self) -> Iterator[bytes]:
+        """Keys of all records, 16 bytes each, in chunks; a record may occur more than once."""
+        for (keys,) in self._db.execute("SELECT DISTINCT keys FROM record"):
+            yield keys
 
     def knows_steps(self, run: StageRun) -> bool:
         """Whether the training steps of a model's records are known."""
@@ -493,10 +641,10 @@ class Index:
         """Keys of the records with a message of this text, ignoring case and whitespace: its content, its reasoning, the arguments of a call as JSON
         in any spelling, or one text in them."""
         records: set[bytes] = set()
-        for key in {_text_key(text), _text_key(_canonical_json(text))}:
+        for key in {text_key(text), text_key(canonical_json(text))}:
             for segment in self._segments("text_record"):
                 if chunk := self._chunk("text_record", segment, key, "keys, ids"):
-                    records |= {chunk[1][16 * i : 16 * i + 16] for i in _equal(chunk[0], key).nonzero()[0].tolist()}
+                    records |= {chunk[1][16 * i : 16 * i + 16] for i in equal(chunk[0], key).nonzero()[0].tolist()}
         return sorted(records)
 
     def rows_from_source(self, source: str) -> dict[str, dict[str, int]]:
@@ -508,6 +656,96 @@ class Index:
             by_output[out][split] = rows
         return dict(by_output)
 
+    def knows_source(self, source: str) -> bool:
+        """Whether any report, row or contribution in history names a source: a file, or a folder and its contents."""
+        where = "source = ?1 OR source LIKE ?2 ESCAPE '\\'"
+        query = " UNION ALL ".join(f"SELECT 1 FROM {table} WHERE {where}" for table in ("origin", "source_rows", "credit"))
+        return self._db.execute(f"SELECT EXISTS ({query})", (source, _inside(source))).fetchone() == (1,)
+
+    def sources_of(self, run: StageRun) -> set[str] | None:
+        """The sources that reports name of everything upstream of a model's data; None if such a report is unavailable."""
+        upstream = [producer for producer in self.ancestors(run).values() if self._reads_sources(producer)]
+        named: set[str] = set()
+        for producer in upstream:
+            rows = self._db.execute("SELECT source FROM origin WHERE run = ?", (producer.entry.id,)).fetchall()
+            if not rows:
+                return None
+            named |= {source for (source,) in rows} - {""}
+        return named
+
+    def _reads_sources(self, run: StageRun) -> bool:
+        return any(md5 not in run.producers and path.startswith(SOURCES) for _, path, md5 in run.inputs)
+
+    def contributed(self, source: str) -> tuple[dict[str, set[bytes]], dict[int, set[bytes]]]:
+        """Keys of the records to which rows of a source contributed although the record names another row.
+
+        Returns:
+            Hash of an output -> records, in it or in what was made from it, in whose place a copy from the source was dropped; and id of an entry ->
+            records of its output that are paraphrases from the source.
+        """
+        copies: dict[str, set[bytes]] = defaultdict(set)
+        where, values = "(source = ?1 OR source LIKE ?2 ESCAPE '\\')", (source, _inside(source))
+        query = f"SELECT file.out, credit.key FROM credit JOIN file ON file.md5 = credit.file WHERE {where}"
+        for out, key in self._db.execute(query, values):
+            copies[out].add(key)
+        paraphrases: dict[int, set[bytes]] = defaultdict(set)
+        query = f"""SELECT run.id, derived.child FROM origin JOIN run ON run.id = origin.run JOIN file ON file.out = run.md5 AND file.name = '{LEDGER}'
+            JOIN derived ON derived.file = file.md5 AND derived.how = '{PARAPHRASED}' WHERE origin.format = '{PARAPHRASES}' AND {where}"""
+        for entry, key in self._db.execute(query, values):
+            paraphrases[entry].add(key)
+        return dict(copies), dict(paraphrases)
+
+    def keys_of_source(self, outs: Iterable[str], source: str, keys: set[bytes]) -> set[bytes]:
+        """Those of some records whose own rows, by the ledgers of some data sets, are of a source: a file, or a folder and its contents."""
+        import pyarrow.parquet as pq
+
+        found: set[bytes] = set()
+        for path in (self.file_path(out, LEDGER) for out in outs):
+            for row in pq.read_table(path, columns=["source", "example_id"]).to_pylist() if path else ():
+                if (row["source"] == source or row["source"].startswith(source.rstrip("/") + "/")) and (
+                    key := record_key(row["example_id"])
+                ) in keys:
+                    found.add(key)
+        return found
+
+    def derivations(self, keys: Iterable[bytes]) -> dict[bytes, list[tuple[bytes, frozenset[str]]]]:
+        """Key of a row -> (key of a record made from it, hashes of the outputs that say so), for these rows and everything made from them: repaired,
+        copied, paraphrased, or kept in place of a copy."""
+        found: dict[bytes, list[tuple[bytes, frozenset[str]]]] = {}
+        pending = [*keys]
+        while pending:
+            parent = pending.pop()
+            if parent in found:
+                continue
+            outs: dict[bytes, set[str]] = defaultdict(set)
+            query = "SELECT derived.child, file.out FROM derived JOIN file ON file.md5 = derived.file WHERE derived.parent = ?"
+            for child, out in self._db.execute(query, (parent,)):
+                outs[child].add(out)
+            found[parent] = [(child, frozenset(where)) for child, where in sorted(outs.items())]
+            pending += outs
+        return {parent: children for parent, children in found.items() if children}
+
+    def looked_at(self) -> dict[str, int]:
+        """What a negative answer rests on."""
+        runs = self.runs.values()
+        (records,) = self._db.execute("SELECT count(*) FROM content").fetchone()
+        return {
+            "commits": len({*self.history.first.values()}),
+            "commits_in_reflog": len({*self.history.unreachable.values()}),
+            "cached_runs": len(self.objects.run_cache()),
+            "models": len({run.md5 for run in runs if run.is_model}),
+            "data_sets": len({run.md5 for run in runs if not run.is_model}),
+            "files": records,
+            "rows": sum(self.shard_sizes.values()),
+        }
+
+    @property
+    def unreadable_commits(self) -> list[str]:
+        """Commits whose dvc.lock cannot be read."""
+        commits = {**self.history.unreachable, **self.history.first}
+        blobs = [blob.partition(":")[0] for (blob,) in self._db.execute("SELECT blob FROM lock WHERE NOT readable")]
+        return sorted({commits[blob] for blob in blobs if blob in commits})
+
     @cached_property
     def shard_sizes(self) -> dict[str, int]:
         """Hash of a shard -> number of rows."""
@@ -517,7 +755,7 @@ class Index:
 
     def training_summary(self, run: StageRun, source: str | None) -> tuple[int, int, int] | None:
         """(records, first step, last step) of a model's training on one source, or on all; None if unknown."""
-        if run.id not in self._matched:
+        if self._training_key(run) not in self._matched:
             return None
         by_shard = self._training_summaries(source).get((self.files(run.md5) or {}).get(EVIDENCE, ""), {})
         summaries = [by_shard[md5] for _, split, md5 in self.shards(run) if split == "train" and md5 in by_shard]
@@ -525,8 +763,8 @@ class Index:
         return sum(records), min(first), max(last)
 
     @cached_property
-    def _matched(self) -> frozenset[int]:
-        return frozenset(run for (run,) in self._db.execute("SELECT run FROM matched"))
+    def _matched(self) -> frozenset[tuple[str, str]]:
+        return frozenset(self._db.execute("SELECT evidence, shards FROM matched"))
 
     @cache  # noqa: B019  an index lives as long as one query
     def _training_summaries(self, source: str | None) -> dict[str, dict[str, tuple[int, int, int]]]:
@@ -584,234 +822,40 @@ def _connect(root: Path) -> sqlite3.Connection:
     return db
 
 
-class _LockParts(dict[str, str]):
-    """Address -> hash of its section of a dvc.lock."""
+def contributions(path: Path, name: str) -> tuple[list[tuple[str, int, bytes]], list[tuple[bytes, bytes, str]]]:
+    """What a ledger or a table of overlaps says about rows that contributed to a record of another row.
 
-    text: dict[str, str]
-    """Address -> YAML of its section."""
-
-
-def _lock_parts(text: str) -> _LockParts:
-    """Split a dvc.lock into stages without parsing it: parsing YAML is slow, and most stages are unchanged between commits.
-
-    Raises:
-        InputError: the text is not a dvc.lock.
+    Returns:
+        (source, source_row, key of the record) of every copy that was dropped; and (key of the row, key of the record, how) of every record that was
+        made from another one: repaired, copied, paraphrased, or kept in place of a copy.
     """
-    parts = _LockParts()
-    parts.text = {}
-    body = re.split(r"^stages:.*\n", text, maxsplit=1, flags=re.MULTILINE)[1:]
-    pieces = re.split(r"^(?=  \S)", re.split(r"^(?=\S)", body[0], maxsplit=1, flags=re.MULTILINE)[0], flags=re.MULTILINE) if body else []
-    heads = [re.match(r"  ([\w@.-]+):\n", piece) for piece in pieces]
-    if pieces and all(heads):
-        parts.text = {head.group(1): piece for head, piece in zip(heads, pieces, strict=True) if head}
-    else:  # not formatted by DVC
-        parts.text = {name: f"  {json.dumps(name)}: {json.dumps(stage)}\n" for name, stage in stages_of(text).items()}
-    parts.update({name: hashlib.sha1(piece.encode(), usedforsecurity=False).hexdigest() for name, piece in parts.text.items()})
-    return parts
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    if name == OVERLAPS:
+        table = pq.read_table(path, columns=["check", "source", "source_row", "example_id", "other"])
+        rows = table.filter(pc.equal(table["check"], "exact_duplicates")).to_pylist()
+        credits = [(row["source"], row["source_row"], record_key(row["other"])) for row in rows]
+        different = [row for row in rows if row["example_id"] != row["other"]]
+        return credits, [(record_key(row["example_id"]), record_key(row["other"]), "kept instead") for row in different]
+    names = pq.read_schema(path).names
+    table = pq.read_table(path, columns=["example_id", "outcome", "why", *(["source_id"] if "source_id" in names else [])])
+    added = table.filter(pc.starts_with(table["outcome"], AUGMENTED)).to_pylist()
+    derived = [
+        (record_key(row["why"].removeprefix(COPY_OF)), record_key(row["example_id"]), row["outcome"].removeprefix(AUGMENTED))
+        for row in added
+        if row["why"].startswith(COPY_OF)
+    ]
+    if "source_id" in names:
+        repaired = table.filter(pc.is_valid(table["source_id"])).select(["source_id", "example_id"]).to_pylist()
+        derived += [(record_key(row["source_id"]), record_key(row["example_id"]), "repaired") for row in repaired]
+    return [], derived
 
 
-def output(stage: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A stage's output, other than report and plots; None if its entry in dvc.lock has no output with a hash."""
-    outs = [out for out in stage.get("outs", []) if not out["path"].startswith((REPORTS, PLOTS)) and "md5" in out]
-    return dict(outs[0]) if outs else None
-
-
-def is_input(path: str) -> bool:
-    """Whether a dependency is data, i.e. neither code nor a report."""
-    return not is_code(path) and not path.startswith(REPORTS)
-
-
-def _inputs_of(stage: Mapping[str, Any], outs: Mapping[str, str]) -> list[tuple[str, str, str]]:
-    """(dependency, path of the upstream output or else of the dependency, hash) per input of a stage.
-
-    A folder of outputs is expanded to the outputs in it; a file inside an output stands for the whole output.
-    """
-    inputs: list[tuple[str, str, str]] = []
-    for dep in stage.get("deps", []):
-        path, md5 = dep["path"], dep.get("md5", "")
-        if not is_input(path):
-            continue
-        inside = [(path, out, value) for out, value in outs.items() if out.startswith(path + "/")]
-        containing = [(path, out, value) for out, value in outs.items() if path.startswith(out + "/")]
-        inputs += [(path, path, md5)] if path in outs else inside or containing or [(path, path, md5)]
-    return inputs
-
-
-def _declared_models(pipeline: bytes) -> frozenset[str]:
-    """Stages that dvc.yaml marks as producing safetensors, so that a model is recognized even if its files are unavailable."""
-    try:
-        stages = stages_of(pipeline.decode(), "dvc.yaml") if pipeline else {}
-    except (InputError, UnicodeDecodeError):
-        return frozenset()
-    bodies = {name: body.get("do", body) for name, body in stages.items() if isinstance(body, dict)}
-    return frozenset(name for name, body in bodies.items() if "safetensors" in ((body.get("meta") or {}).get("kinds") or []))
-
-
-def record_key(example_id: str) -> bytes:
-    """16-byte key of a record: its example_id, a hexadecimal hash, as bytes."""
-    with suppress(ValueError):
-        if len(example_id) == 32:
-            return bytes.fromhex(example_id)
-    return hashlib.sha256(example_id.encode()).digest()[:16]
-
-
-def _record_keys(ids: Sequence[str]) -> bytes:
-    with suppress(ValueError):
-        if set(map(len, ids)) <= {32}:
-            return bytes.fromhex("".join(ids))
-    return b"".join(map(record_key, ids))
-
-
-def _text_key(text: str) -> bytes:
-    return hashlib.sha256(" ".join(text.casefold().split()).encode("utf-8", "surrogatepass")).digest()[:16]
-
-
-def _canonical_json(text: str) -> str:
-    """A JSON object or list in one spelling; other texts as they are."""
-    if not text.lstrip().startswith(("{", "[")):
-        return text
-    try:
-        return json.dumps(json.loads(text), ensure_ascii=False, sort_keys=True)
-    except (ValueError, RecursionError):
-        return text
-
-
-def _call_texts(tool_calls: str) -> Iterator[str]:
-    """The arguments of each call, and each text in them: '[{"function": {"arguments": {"city": "Oslo"}}}]'  ->  '{"city": "Oslo"}', "Oslo"."""
-    for call in calls({"tool_calls": json.loads(tool_calls)}):
-        if isinstance(call.arguments, str):
-            yield call.arguments
-            continue
-        yield json.dumps(call.arguments, ensure_ascii=False, sort_keys=True)
-        yield from (text for _, text in argument_texts(call.arguments) if isinstance(text, str))
+def _section(address: str) -> str:
+    return address.partition("@")[0]
 
 
 def _inside(folder: str) -> str:
     """LIKE pattern for everything in a folder."""
     return re.sub(r"([%_\\])", r"\\\1", folder.rstrip("/")) + "/%"
-
-
-def _equal(keys: bytes, key: bytes) -> np.ndarray:
-    import numpy as np
-
-    return (np.frombuffer(keys, np.uint64).reshape(-1, 2) == np.frombuffer(key, np.uint64)).all(axis=1)
-
-
-class _RowCollector:
-    """Collects rows of many files and writes them as sorted chunks."""
-
-    def __init__(self) -> None:
-        self.size = 0
-        self._records: list[tuple[bytes, Any, Any, Any]] = []
-        self._texts: list[tuple[bytes, bytes]] = []
-        self._text_keys: dict[str, bytes] = {}
-
-    def add_evidence(self, path: Path, content: int) -> dict[str, int]:
-        import numpy as np
-        import pyarrow.parquet as pq
-
-        table = pq.read_table(path, columns=["example_id", "step", "epoch"])
-        steps, epochs = (table[name].to_numpy().astype(np.int32) for name in ("step", "epoch"))
-        self._add_records(table["example_id"].to_pylist(), content, steps, epochs)
-        return {}
-
-    def add_shard(self, path: Path, content: int) -> dict[str, int]:
-        """Add the rows of a shard. Returns source -> number of rows."""
-        import numpy as np
-        import pyarrow.parquet as pq
-
-        names = pq.read_schema(path).names
-        text_columns = [name for name in ("messages", "prompt", "chosen", "rejected") if name in names]
-        table = pq.read_table(path, columns=["example_id", *(["source"] if "source" in names else []), *text_columns])
-        ids = table["example_id"].to_pylist()
-        keys = self._add_records(ids, content, np.zeros(len(ids), np.int32), np.zeros(len(ids), np.int32))
-        for name in text_columns:
-            self._add_texts(keys, table[name].combine_chunks())
-        if "source" not in names:
-            return {}
-        counts = table["source"].combine_chunks().value_counts()
-        return {str(entry["values"]): int(entry["counts"]) for entry in counts.to_pylist()}
-
-    def _add_records(self, ids: list[str], content: int, steps: np.ndarray, epochs: np.ndarray) -> bytes:
-        import numpy as np
-
-        keys = _record_keys(ids)
-        self._records.append((keys, np.full(len(ids), content, np.int32), steps, epochs))
-        self.size += len(ids)
-        return keys
-
-    def _add_texts(self, keys: bytes, column: pa.Array) -> None:
-        """Add the texts of a column of messages or strings: of messages also reasoning and arguments of calls."""
-        import numpy as np
-        import pyarrow as pa
-
-        if not pa.types.is_list(column.type):
-            self._add_owned(np.frombuffer(keys, "V16"), column.to_pylist())
-            return
-        messages = column.flatten()
-        owners = np.repeat(np.frombuffer(keys, "V16"), column.value_lengths().fill_null(0).to_numpy())
-        fields = [messages.type.field(i).name for i in range(messages.type.num_fields)]
-        for name in fields:
-            if name in {"content", "reasoning_content"}:
-                self._add_owned(owners, messages.field(name).to_pylist())
-        if "tool_calls" in fields:
-            given = [[*_call_texts(text)] if text else [] for text in messages.field("tool_calls").to_pylist()]
-            self._add_owned(np.repeat(owners, [len(texts) for texts in given]), [text for texts in given for text in texts])
-
-    def _add_owned(self, owners: np.ndarray, texts: Sequence[str | None]) -> None:
-        """Add texts, each with the key of the record that it is in."""
-        import numpy as np
-
-        text_keys = self._text_keys
-        for text in texts:
-            if text and text not in text_keys:
-                text_keys[text] = _text_key(text)
-        nonempty = np.array([bool(text) for text in texts], np.bool_)
-        self._texts.append((b"".join(text_keys[text] for text in texts if text), owners[nonempty].tobytes()))
-        if len(text_keys) > 100_000:
-            text_keys.clear()
-
-    def record_chunks(self) -> Iterator[tuple[bytes, ...]]:
-        import numpy as np
-
-        columns = [np.concatenate(column) for column in zip(*(row[1:] for row in self._records), strict=True)] if self._records else []
-        yield from _chunks(b"".join(row[0] for row in self._records), columns)
-
-    def text_chunks(self) -> Iterator[tuple[bytes, ...]]:
-        import numpy as np
-
-        yield from _chunks(b"".join(row[0] for row in self._texts), [np.frombuffer(b"".join(row[1] for row in self._texts), "V16")])
-
-
-def _chunks(keys: bytes, columns: Sequence[np.ndarray]) -> Iterator[tuple[bytes, ...]]:
-    """(first 8 bytes, keys, column, ...) per chunk, with rows sorted by key. Rows with the same key are in the same chunk."""
-    import numpy as np
-
-    if not keys:
-        return
-    records = np.frombuffer(keys, "V16")
-    leading = np.frombuffer(keys, ">u8")[::2].astype(np.uint64)
-    order = np.argsort(leading, kind="stable")
-    leading = leading[order]
-    key_starts = np.flatnonzero(np.diff(leading, prepend=~leading[:1]))  # first row of each distinct key
-    starts = np.unique(key_starts[np.searchsorted(key_starts, np.arange(0, len(leading), CHUNK), side="right") - 1])
-    for start, stop in zip(starts, [*starts[1:], len(leading)], strict=True):
-        rows = order[start:stop]
-        chunk_keys = records[rows].tobytes()
-        yield (chunk_keys[:8], chunk_keys, *(column[rows].tobytes() for column in columns))
-
-
-def _summarize_training(evidence: Path, shards: Mapping[str, Path]) -> list[tuple[str, str, int, int, int]]:
-    """(shard hash, source, records, first step, last step) of a model's training on each shard and source."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    parts = []
-    for md5, path in shards.items():
-        part = pq.read_table(path, columns=["example_id", "source"])
-        parts.append(part.append_column("shard", pa.array([md5] * part.num_rows, pa.string())))
-    steps = pq.read_table(evidence, columns=["example_id", "step"]).group_by("example_id").aggregate([("step", "min"), ("step", "max")])
-    joined = pa.concat_tables(parts).join(steps, "example_id", join_type="inner").group_by(["shard", "source"])
-    rows = joined.aggregate([("example_id", "count_distinct"), ("step_min", "min"), ("step_max", "max")]).to_pylist()
-    columns = ("shard", "source", "example_id_count_distinct", "step_min_min", "step_max_max")
-    return sorted((tuple(row[name] for name in columns) for row in rows), key=str)

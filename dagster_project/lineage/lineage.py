@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.git import git
-from dagster_project.core.hashing import md5_of_bytes, md5_of_folder
-from dagster_project.core.layout import REPORTS
+from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.records import with_license
 from dagster_project.core.text import commit_text
 from dagster_project.lineage.code import code_in
-from dagster_project.lineage.history import LOCK, Revision, blobs, commit_of, listing_of, path_exists
-from dagster_project.lineage.index import EVIDENCE, WEIGHTS, Index, StageRun, is_input
+from dagster_project.lineage.history import LOCK, Revision, commit_of, listing_of, path_exists
+from dagster_project.lineage.index import EVIDENCE, WEIGHTS, Index
+from dagster_project.lineage.runs import StageRun, is_input
+from dagster_project.lineage.sources import other_files
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -40,7 +41,24 @@ class Subject:
     @cached_property
     def upstream(self) -> list[StageRun]:
         """All upstream runs in flow order, and the run itself last; the hash of each output is the one that its reader recorded."""
-        return _upstream(self.index, self.run)
+        return _upstream(self.run)
+
+    @cached_property
+    def contributing(self) -> list[StageRun]:
+        """Those of `upstream` that the output was made from. The others were compared with it or only watched: a release is chosen by a comparison
+        of all variants but made from one model, and DPO measures itself by a reward model but learns from pairs."""
+        contributing: dict[int, None] = {}
+        pending = [self.run]
+        while pending:
+            run = pending.pop()
+            if run.id in contributing:
+                continue
+            contributing[run.id] = None
+            if self.index.is_copy(run):
+                pending += self.index.parents(run)
+            else:
+                pending += [run.producers[md5] for dep, _, md5 in run.inputs if md5 in run.producers and dep not in run.entry.watched]
+        return [run for run in self.upstream if run.id in contributing]
 
     @cached_property
     def models(self) -> list[StageRun]:
@@ -56,36 +74,22 @@ class Subject:
         visit(self.run)
         return models
 
-    def report(self, run: StageRun) -> dict[str, Any]:
-        return report_of(self.index, run)
 
-
-def _upstream(index: Index, run: StageRun) -> list[StageRun]:
+def _upstream(run: StageRun) -> list[StageRun]:
     order: dict[tuple[str, str], StageRun] = {}  # two runs of a stage with the same bytes count as one
+    visited: set[int] = set()
 
     def visit(stage_run: StageRun) -> None:
+        if stage_run.id in visited:
+            return
+        visited.add(stage_run.id)
         for _, _, md5 in stage_run.inputs:
-            if parent := index.producer(stage_run, md5):
-                visit(parent)
+            if producer := stage_run.producers.get(md5):
+                visit(producer)
         order.setdefault((stage_run.address, stage_run.md5), stage_run)
 
     visit(run)
     return list(order.values())
-
-
-def report_of(index: Index, run: StageRun) -> dict[str, Any]:
-    """The report of this run, from the workspace, git or the cache; empty if its bytes are unavailable."""
-    for out in index.lock_entry(run).get("outs", []):
-        if out["path"].startswith(REPORTS) and out["path"].endswith(".json"):
-            path = index.root / out["path"]
-            content = path.read_bytes() if path.is_file() else b""
-            if md5_of_bytes(content) != out["md5"]:
-                name = f"{run.commit}:./{out['path']}"
-                cached = index.objects.path(out["md5"])
-                content = blobs(index.root, [name]).get(name, b"") if run.commit else cached.read_bytes() if cached else b""
-            if md5_of_bytes(content) == out["md5"]:
-                return dict(json.loads(content))
-    return {}
 
 
 def find(index: Index, model: str, rev: str | None = None) -> Subject:
@@ -146,7 +150,7 @@ def _lock(index: Index, rev: str | None) -> dict[str, StageRun]:
         if not Revision(index.root, rev).lock():
             raise InputError(f"dvc.lock{f' at {rev}' if rev else ''} has no stages: nothing has been run", "run `dvc repro` first")
         raise InputError(
-            f"{rev} is not reachable from any branch or tag, so its models are unknown", f"create a branch: `git branch NAME {rev}`"
+            f"{rev} is not reachable from any branch, tag or reflog, so its models are unknown", f"create a branch: `git branch NAME {rev}`"
         )
     return runs
 
@@ -178,16 +182,50 @@ def document(subject: Subject) -> dict[str, Any]:
         commit and file hashes; "environment"; "metrics"; "missing" outputs that leave something unknown; "shallow".
     """
     index, run, upstream = subject.index, subject.run, subject.upstream
-    reports = {stage: subject.report(stage) for stage in upstream}
+    reports = {stage: index.report(stage) for stage in upstream}
+    contributing = subject.contributing
     names = _stage_names(upstream)
-    parameters = {
-        key: value
-        for stage in upstream
-        for values in index.lock_entry(stage).get("params", {}).values()
-        for key, value in (values or {}).items()
-    }
-    ledgers = {stage: _ledger_counts(index, stage) for stage in upstream if not stage.is_model}
+    entries = {stage: index.lock_entry(stage) for stage in upstream}
+    parameters = _parameters(entries[stage] for stage in contributing)
     records, missing = trained_on(subject)
+    watched = [stage for stage in upstream if stage not in contributing]
+    made_from = {stage: reports[stage] for stage in contributing}
+    watched_sources = _sources(index, {stage: reports[stage] for stage in watched}, names)
+    sources = _sources(index, made_from, names)
+    return {
+        "model": {"stage": run.address, "path": run.path, "md5": run.md5},
+        "sources": sources,
+        "other_files": other_files(index, {stage: entries[stage] for stage in contributing}, names, sources),
+        "base_model": next((_origin(r) for r in made_from.values() if {"origin", "sha256"} <= r.keys()), {}),
+        "stages": {names[stage.path, stage.md5]: _stage(index, stage, reports[stage], names) for stage in contributing},
+        "watched": {
+            "stages": {names[stage.path, stage.md5]: _stage(index, stage, reports[stage], names) for stage in watched},
+            "sources": {name: facts for name, facts in watched_sources.items() if name not in sources},
+        },
+        "records": _training_counts(records),
+        "parents": [
+            {"stage": stage.address, "path": stage.path, "md5": stage.md5, **_commit_facts(index, stage)} for stage in subject.models[:-1]
+        ],
+        "parameters": parameters,
+        "waivers": [waiver for value in parameters.values() if isinstance(value, dict) for waiver in value.get("waivers") or []],
+        "chat_template": next((r["template"] for r in reversed(made_from.values()) if "template" in r), None),
+        "code": _code(index, run),
+        "environment": next((r["environment"] for r in reversed(made_from.values()) if "environment" in r), {}),
+        "metrics": _metrics(subject, reports[run]),
+        "missing": missing,
+        "shallow": index.history.shallow,
+    }
+
+
+def _parameters(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    return {key: value for entry in entries for values in entry.get("params", {}).values() for key, value in (values or {}).items()}
+
+
+def _sources(
+    index: Index, reports: Mapping[StageRun, Mapping[str, Any]], names: Mapping[tuple[str, str], str]
+) -> dict[str, dict[str, Any]]:
+    """The sources that reports name, with the outcomes of their rows in every stage."""
+    ledgers = {stage: _ledger_counts(index, stage) for stage in reports if not stage.is_model}
     sources = {name: with_license(facts) for report in reports.values() for name, facts in report.get("sources", {}).items()}
     for name, facts in sources.items():
         facts["outcomes"] = {
@@ -195,24 +233,7 @@ def document(subject: Subject) -> dict[str, Any]:
             for stage, counted in ledgers.items()
             if (counts := _outcomes_of_source(counted, name)) and counts != {"read": facts.get("rows")}
         }
-    return {
-        "model": {"stage": run.address, "path": run.path, "md5": run.md5},
-        "sources": sources,
-        "base_model": next((_origin(r) for r in reports.values() if {"origin", "sha256"} <= r.keys()), {}),
-        "stages": {names[stage.path, stage.md5]: _stage(index, stage, reports[stage], names) for stage in upstream},
-        "records": _training_counts(records),
-        "parents": [
-            {"stage": stage.address, "path": stage.path, "md5": stage.md5, **_commit_facts(index, stage)} for stage in subject.models[:-1]
-        ],
-        "parameters": parameters,
-        "waivers": [waiver for value in parameters.values() if isinstance(value, dict) for waiver in value.get("waivers") or []],
-        "chat_template": next((r["template"] for r in reversed(reports.values()) if "template" in r), None),
-        "code": _code(index, run),
-        "environment": next((r["environment"] for r in reversed(reports.values()) if "environment" in r), {}),
-        "metrics": _metrics(subject, reports[run]),
-        "missing": missing,
-        "shallow": index.history.shallow,
-    }
+    return sources
 
 
 def _origin(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,18 +257,36 @@ def _commit_facts(index: Index, run: StageRun) -> dict[str, Any]:
 
 
 def _code(index: Index, run: StageRun) -> dict[str, Any]:
-    """The code that first produced these bytes, and whether the commit that recorded them contains it.
+    """The code that first produced these bytes, stage by stage, and whether the commit that first recorded each stage's run contains its code.
 
     Returns:
-        {"commit", "clean", "files": {path: md5}} as in `code_in`; where applicable also "differs" (paths with other content in the commit),
-        "made_again" (a later commit, whose code produced the same bytes) and "after" (the commit that uncommitted work is based on).
+        {"commit", "clean", "files": {path: md5}, "stages": {address: {"commit", "clean"}}} as in `code_in`; where applicable also "differs" (paths with
+        other content in the commit of their stage, also per stage), "made_again" (a later commit, whose code produced the same bytes) and "after" (the
+        commit that uncommitted work is based on).
     """
     first = index.runs_by_output[run.md5][0]
-    files, differs = code_in(index.root, first.commit, [index.lock_entry(upstream) for upstream in _upstream(index, first)])
+    by_commit: dict[str | None, dict[str, dict[str, Any]]] = {}
+    order = _upstream(first)
+    for stage in order:
+        by_commit.setdefault(index.first_commit(stage), {})[stage.address] = index.lock_entry(stage)
+    code = {name: (commit, *found) for commit, entries in by_commit.items() for name, found in code_in(index.root, commit, entries).items()}
+    files: dict[str, str] = {}
+    stages = {}
+    for stage in order:
+        commit, own, differing = code[stage.address]
+        files |= own
+        stages[stage.address] = {
+            "commit": commit,
+            "clean": commit is not None and not differing,
+            **({"differs": differing} if differing else {}),
+        }
+    differs = sorted({path for _, _, differing in code.values() for path in differing})
+    facts = {"files": dict(sorted(files.items())), "stages": stages}
     if first.commit is None:
-        return {**_commit_facts(index, run), "clean": False, "after": commit_of(index.root, "HEAD"), "files": files}
+        return {**_commit_facts(index, run), "clean": False, "after": commit_of(index.root, "HEAD"), **facts}
     again = {"made_again": run.commit} if run.commit not in {None, first.commit} else {}
-    return {**_commit_facts(index, run), "clean": not differs, **({"differs": differs} if differs else {}), **again, "files": files}
+    clean = all(stage["clean"] for stage in stages.values())
+    return {**_commit_facts(index, run), "clean": clean, **({"differs": differs} if differs else {}), **again, **facts}
 
 
 def _stage(index: Index, run: StageRun, report: Mapping[str, Any], names: Mapping[tuple[str, str], str]) -> dict[str, Any]:
@@ -304,7 +343,7 @@ def trained_on(subject: Subject) -> tuple[pa.Table | None, list[dict[str, str]]]
             if data:  # otherwise it was not trained itself
                 missing.append(_missing(run))
             continue
-        if EVIDENCE not in files or any(index.weights(run.md5) <= index.weights(parent.md5) for parent in index.parents(run)):
+        if EVIDENCE not in files or index.is_copy(run):
             continue  # a copy of its parent was not trained itself, although the evidence was copied too
         path = index.file_path(run.md5, EVIDENCE)
         if path is None:
@@ -423,7 +462,7 @@ def _metrics(subject: Subject, report: Mapping[str, Any]) -> dict[str, Any]:
                 if reader.is_model:
                     pending.append(reader)
                 else:
-                    reports[reader.address] = subject.report(reader)
+                    reports[reader.address] = subject.index.report(reader)
     return {name: {key: value for key, value in figures.items() if key not in NON_METRICS} for name, figures in reports.items()}
 
 

@@ -76,7 +76,8 @@ class StageState:
     recorded: bool
     """Whether dvc.lock has an entry of the stage."""
     output_problem: str
-    """Why the output is invalid whatever the inputs are, e.g. "data/splits differs from dvc.lock (modified)"; empty if it is valid."""
+    """Why the output is invalid regardless of the inputs, e.g. "data/splits differs from dvc.lock (modified)"; empty if
+    it is valid."""
     in_cache: bool
     """Whether `dvc checkout` can restore the recorded output."""
     code: tuple[str, ...]
@@ -499,7 +500,7 @@ def isolate_project(root: Path) -> None:
 
 
 def add_to_cache(root: Path, paths: Iterable[str]) -> None:
-    """Add outputs from the workspace to the cache. dvc.lock stays as it is."""
+    """Add outputs from the workspace to the cache. dvc.lock is not changed."""
     requested = set(paths)
     with _open(root) as repo:
         for out in (out for stage in _stages(repo) for out in stage.outs):

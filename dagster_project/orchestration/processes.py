@@ -54,10 +54,10 @@ def _end_with(ancestor: psutil.Process | None) -> None:
         if os.getppid() != ancestor.pid:  # it died before the signal was requested
             os.kill(os.getpid(), signal.SIGKILL)
     else:
-        threading.Thread(target=_poll, args=(ancestor,), daemon=True).start()
+        threading.Thread(target=_exit_with, args=(ancestor,), daemon=True).start()
 
 
-def _poll(ancestor: psutil.Process) -> None:
+def _exit_with(ancestor: psutil.Process) -> None:
     while ancestor.is_running() and ancestor.status() != psutil.STATUS_ZOMBIE:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -114,7 +114,7 @@ def _pass_gate(root: Path, ctx: StageContext, result: StageResult) -> Mapping[st
     path = root / report_of(ctx.address)
     write_json(path, {"passed": False, **report})
     details = "; ".join(
-        f"{name}: {_counted(check)}" + (f" (first: {', '.join(check['rows'][:5])})" if "rows" in check else "")
+        f"{name}: {_count_note(check)}" + (f" (first: {', '.join(check['rows'][:5])})" if "rows" in check else "")
         for name, check in failed.items()
     )
     raise CheckFailed(
@@ -146,10 +146,10 @@ def _summary(address: str, report: Mapping[str, Any]) -> list[str]:
         dropped = ", ".join(f"{name} {n}" for name, n in report["dropped"].items())
         lines.append(f"{address}: {report['rows_in']} rows in, {report['rows_out']} out" + (f", dropped: {dropped}" if dropped else ""))
     checks = report.get("checks", {}).items()
-    return lines + [f"{address}: {check['severity']}: {name}: {_counted(check)}" for name, check in checks if not check["passed"]]
+    return lines + [f"{address}: {check['severity']}: {name}: {_count_note(check)}" for name, check in checks if not check["passed"]]
 
 
-def _counted(check: Mapping[str, Any]) -> str:
+def _count_note(check: Mapping[str, Any]) -> str:
     return check.get("note") or f"{check['count']} rows"
 
 

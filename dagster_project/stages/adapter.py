@@ -27,7 +27,7 @@ from dagster_project.training.trainers.harness.params import AUTO, AdapterParams
 from dagster_project.training.trainers.harness.session import Diverged, advice_on_memory
 from dagster_project.training.trainers.harness.weight_audit import LIBRARIES
 from dagster_project.training.trainers.sft import auto
-from dagster_project.training.trainers.sft.fit import Fitted, TrainingData, fit
+from dagster_project.training.trainers.sft.fit import FitResult, TrainingData, fit
 from dagster_project.training.trainers.sft.sft import refuse_mistakes, warmup
 
 log = logging.getLogger("pedigree")
@@ -46,7 +46,7 @@ def validate(params: Params, ctx: ValidationContext) -> None:
     methods.check(entry.method, entry.peft, entry.quantization, entry.merge, ctx.section, entry.gradient_checkpointing is True)
     if ctx.compute.processes > 1 and entry.method.lower() == "feature_extraction":
         raise InputError(
-            f"params.yaml: compute.processes: {ctx.section} uses feature_extraction, which takes no optimizer steps to share", "set it to 1"
+            f"params.yaml: compute.processes: {ctx.section} uses feature_extraction, which has no optimizer steps to share", "set it to 1"
         )
 
 
@@ -80,7 +80,7 @@ def produce(
     hints: ExecutionHints = NO_HINTS,
 ) -> Report:
     """Args:
-    checkpoints: a folder of this variant's own that outlives a killed run. It is removed once no check blocks.
+    checkpoints: the variant's folder, which survives a killed run. It is removed once no check blocks.
     live: folder for the curves so far; None to write none.
     pages: folder for the documents that its page is drawn from.
     """
@@ -102,7 +102,7 @@ def produce(
         return _diverged(diverged, data.example_ids)
 
     fitted.prepared.save(out)
-    for template in tokenized.glob("chat_template.jinja"):  # the template it was trained with stays with the weights
+    for template in tokenized.glob("chat_template.jinja"):  # the template used in training is stored with the weights
         copyfile(template, out / template.name)
     write_curve(curve_file, fitted.history.curve)
     seen = weight_audit.seen_examples(fitted.history.seen, fitted.example_ids)
@@ -117,8 +117,8 @@ def produce(
     return report
 
 
-def _document(fitted: Fitted, compute: Compute, dtype: Any, device: str, libraries: tuple[str, ...]) -> dict[str, Any]:
-    """training.json: what was trained, how, and from where to where the losses went."""
+def _document(fitted: FitResult, compute: Compute, dtype: Any, device: str, libraries: tuple[str, ...]) -> dict[str, Any]:
+    """training.json: the trained parameters, the settings, and the first and last losses."""
     params, history, prepared = fitted.params, fitted.history, fitted.prepared
     ranks = weight_audit.ranks(prepared.model)
     points = [{"learning_rate": rate, "validation_loss": loss if math.isfinite(loss) else None} for rate, loss in fitted.trials.items()]
@@ -146,7 +146,7 @@ def _document(fitted: Fitted, compute: Compute, dtype: Any, device: str, librari
     }
 
 
-def _report(fitted: Fitted, tokens_per_epoch: int, document: Mapping[str, Any], measured: dict[str, float]) -> Report:
+def _report(fitted: FitResult, tokens_per_epoch: int, document: Mapping[str, Any], measured: dict[str, float]) -> Report:
     history, prepared = fitted.history, fitted.prepared
     finite = all(bool(weight.isfinite().all()) for weight in weight_audit.trainable(prepared.model).values())
     return Report(
@@ -180,7 +180,7 @@ def _measured(history: TrainingHistory, device: str) -> dict[str, float]:
 
 
 def _learned(history: TrainingHistory, finite: bool) -> CheckResult:
-    """Judged by the weights that are kept: the last ones, or the best ones."""
+    """Evaluates the weights that are kept: the last ones, or the best ones."""
     watched = history.validation
     kept = next((loss for step, loss in watched if step == history.best_step), watched[-1][1] if watched else math.nan)
     return CheckResult(

@@ -1,4 +1,5 @@
-"""preferences + reward_model + merged@SFT -> aligned@X. Preference training of an SFT model, which stays its reference; its answers before and after are compared."""
+"""preferences + reward_model + merged@SFT -> aligned@X. Preference training of an SFT model, which is also its
+reference; compares the answers before and after."""
 
 from __future__ import annotations
 
@@ -42,16 +43,16 @@ from dagster_project.training.trainers.harness.weight_audit import WeightAudit
 log = logging.getLogger("pedigree")
 
 CHECK_DESCRIPTIONS = {
-    "starts_as_the_reference": "Before the first step policy and SFT model are one: KL 0 and, for dpo, loss ln 2.",
+    "starts_as_the_reference": "Before the first step policy and SFT model are equal: KL 0 and, for dpo, loss ln 2.",
     "learned": "Every loss and every trained weight is finite.",
     "trained_what_it_should": "Every group of trainable weights moved, and no frozen weight did.",
-    "prefers_as_people_do": "On held-out pairs the chosen answer is the likelier one per token more often than not, surely.",
-    "reward_is_not_gamed": "Held-out answers got no better reward by length, repetition or lack of an end.",
-    "reward_model_is_reliable": "The reward model that it learns from, or is monitored with, passed its checks.",
+    "prefers_as_people_do": "On held-out pairs the chosen answer is more likely per token in significantly more than half of them.",
+    "reward_is_not_gamed": "The rewards of held-out answers did not rise through length, repetition or unfinished answers.",
+    "reward_model_is_reliable": "The reward model used for training or monitoring passed its checks.",
 }
 
 EVALUATION_BATCH = 16
-"""Answers in a forward pass that does not train."""
+"""Answers per forward pass without training."""
 
 
 class Params(PreferenceParams):
@@ -70,7 +71,7 @@ class Params(PreferenceParams):
     rewards: dict[str, float] = {MODEL: 1.0}
     """Rewards of online methods, each with its weight: reward_model; valid_json, 1 for an answer that is JSON;
     distinct, the share of three-word runs that are not repeated; brief, falling from 1 to 0 at a hundred words. These
-    rules judge an answer's content and its calls, as JSON, without the trace."""
+    rules score an answer's content and its calls, as JSON, without the trace."""
     samples: int = Field(default=64, ge=1)
     """Held-out prompts that are answered before and after training."""
     max_new_tokens: int = Field(default=96, ge=1)
@@ -134,8 +135,8 @@ def produce(
     pages: Path | None = None,
 ) -> Report:
     """Args:
-    sft: the model of the SFT variant, a stand-alone one.
-    checkpoints: a folder of this variant alone that outlives a killed run. It is removed unless a check blocks.
+    sft: the standalone model of the SFT variant.
+    checkpoints: the variant's folder, which survives a killed run. It is removed unless a check blocks.
     """
     where = f"aligned.{variant}"
     sources = Sources(preferences, reward_model, sft)
@@ -207,7 +208,7 @@ def produce(
 
 
 def worker_main(params: Params, compute: Compute, sources: Sources, checkpoints: Path) -> None:
-    """What the other processes of a shared training do: the same, without writing anything."""
+    """Work of the other processes of a shared training: the same, without writing anything."""
     device, dtype = prepare(compute)
     reuse_large_blocks()
     prepared = preference.policy(sources.sft, params.peft, device, dtype, "aligned", params.adapter)
@@ -226,7 +227,7 @@ def _write_training(
     document: Mapping[str, Any], history: TrainingHistory, method: AlignmentMethod, pairs: Sequence[Mapping[str, Any]], sft: Path,
     out: Path, curve_file: Path,
 ) -> None:  # fmt: skip
-    """training.json, the pairs that each step saw, the chat template and the curve."""
+    """Write training.json, the pairs of each step, the chat template and the curve."""
     write_json(out / "training.json", document)
     ids = [[pair["example_id"]] for pair in pairs for _ in range(method.rows_per_pair)]
     write_table(out / "examples.parquet", weight_audit.seen_examples(history.seen, ids), weight_audit.seen_schema())
@@ -239,7 +240,8 @@ def _write_training(
 def _evaluate(
     policies: alignment.Policies, pairs: Sequence[Mapping[str, Any]], judge: RewardModel | None, params: Params, out: Path
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What policy and SFT model prefer on held-out pairs, and how their answers differ; writes samples.parquet."""
+    """Preferences of policy and SFT model on held-out pairs, and differences of their answers; writes
+    samples.parquet."""
     prompts = list({str(pair["prompt"]): pair for pair in pairs}.values())[: params.samples]
     rows, watch = alignment.samples(policies, prompts, judge, params.max_new_tokens)
     write_table(out / "samples.parquet", rows, alignment.sample_schema())
@@ -264,7 +266,7 @@ def _diverged(diverged: Diverged, pairs: Sequence[Mapping[str, Any]]) -> CheckRe
 
 def _learned(history: TrainingHistory, finite: bool) -> CheckResult:
     note = f"loss {history.losses[0]:.3f} -> {history.losses[-1]:.3f}"
-    if isinstance(history, StoppedHistory):  # the weights are the last sound ones; the reader of the report decides about them
+    if isinstance(history, StoppedHistory):  # the weights are the last finite ones; the reader of the report decides whether to use them
         return CheckResult("learned", passed=False, severity="warn", note=history.stopped)
     return CheckResult("learned", passed=finite, blocking=True, note=note)
 
@@ -292,9 +294,9 @@ def _not_gamed(signs: Sequence[str], watch: Mapping[str, Any], rewarded: bool) -
 
 
 def _examine(reward_model: Path, sft: Path, params: Params, method: AlignmentMethod, where: str) -> tuple[bool, CheckResult]:
-    """Whether the reward model can score answers at all, and the check `reward_model_is_reliable`.
-
-    The check blocks what learns from the reward model's scores. Other methods are only monitored with it: they go on and report the failure.
+    """Whether the reward model can score answers, and the check `reward_model_is_reliable`. The check blocks methods
+    that learn from the reward model's scores. Other methods are only monitored with it: they continue and report the
+    failure.
 
     Raises:
         InputError: the method learns from a reward model of another tokenizer.
@@ -320,16 +322,18 @@ def _examine(reward_model: Path, sft: Path, params: Params, method: AlignmentMet
         )
         return usable, CheckResult("reward_model_is_reliable", passed=False, blocking=True, count=len(problems), note=note)
     scored = "the rewards on held-out answers come from it" if usable else "no rewards of held-out answers were measured"
-    note = f"{params.method} does not learn from the reward model and went on; {scored}; {failure}"
+    note = f"{params.method} does not learn from the reward model and continued; {scored}; {failure}"
     return usable, CheckResult("reward_model_is_reliable", passed=False, severity="warn", count=len(problems), note=note)
 
 
 def _refuse(pairs: Mapping[str, Sequence[Any]], params: Params, sft: Path, where: str) -> None:
-    """Raises:
-    InputError: what would fail late, before a model is loaded.
+    """Find faults before a model is loaded that would otherwise fail late.
+
+    Raises:
+        InputError: there is one.
     """
     for split in ("train", "test"):
         if not pairs[split]:
             raise InputError(f"data/preferences: no pair in the {split} split", "name more pairs in raw_preferences.sources")
     if not (sft / "config.json").is_file():
-        raise InputError(f"params.yaml: {where}.adapter: {params.adapter} does not stand alone", "name a variant that is merged")
+        raise InputError(f"params.yaml: {where}.adapter: {params.adapter} is not a standalone model", "name a variant that is merged")

@@ -67,7 +67,7 @@ class Params(Licensed):
 
 
 def validate(params: Params, ctx: ValidationContext) -> None:
-    """Nothing beyond types: the files are located when the stage runs."""
+    """Only types are validated: the files are located when the stage runs."""
 
 
 def run(ctx: StageContext) -> Report:

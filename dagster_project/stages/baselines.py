@@ -30,7 +30,7 @@ from dagster_project.training.inference.answers import Answer
 
 
 class Params(Section):
-    """What the untuned model reaches with prompts alone. See docs/evaluation.md."""
+    """Scores of the untuned model with prompts alone. See docs/evaluation.md."""
 
     few_shot: int = Field(default=8, ge=1)
     """Worked examples in the prompt, the same for every question."""
@@ -44,7 +44,7 @@ class Params(Section):
 
 
 def validate(params: Params, ctx: ValidationContext) -> None:
-    """Nothing beyond types."""
+    """Only types are validated."""
 
 
 def run(ctx: StageContext) -> Report:

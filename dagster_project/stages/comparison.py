@@ -139,7 +139,8 @@ def produce(
             np.array([(system[i]["nll"], system[i]["tokens"]) for i in results_of["base"]], dtype=float)
             for system in (results_of[name], results_of["base"])
         )
-        # a classifier has none, and two chat templates of which one leaves out traces or calls have it of different texts
+        # a classifier has no perplexity; those of two chat templates are not comparable if one of them omits traces or
+        # calls
         comparable = not np.isnan(nats).any() and bool((nats[:, 1] == base[:, 1]).all())
         compared[name] = {"perplexity_to_base": ratio(perplexity, nats, base)} if comparable else {}
         if name in scores:

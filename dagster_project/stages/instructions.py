@@ -1,4 +1,5 @@
-"""raw_examples -> instructions. The validated instruction set: every row judged, every drop accounted for."""
+"""raw_examples -> instructions. The validated instruction set: every row is checked, and every dropped row is recorded
+with its reason."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ from dagster_project.curation.sources.benchmarks import read_items
 from dagster_project.curation.sources.reading import locate
 
 CHECK_DESCRIPTIONS = {**{name: check.description for name, check in checks_of("examples").items()}, "expectations": expectations.TRUTH}
-"""The checks this stage reports, with the truth each looks at."""
+"""The checks of this stage -> their descriptions."""
 
 
 class Params(Rules):
@@ -38,10 +39,10 @@ class Params(Rules):
     benchmarks: list[str] = []
     """Files inside data/sources/benchmarks/ with questions that must not be trained on."""
     review: str | None = None
-    """CSV file inside data/sources/review/ with people's decisions on rows that no rule can judge. See
+    """CSV file inside data/sources/review/ with people's decisions on rows that no rule can decide. See
     docs/checks.md."""
     expectations: str | None = None
-    """Great Expectations suite inside data/expectations/: what the data owner expects of the whole set."""
+    """Great Expectations suite inside data/expectations/: the data owner's expectations of the whole set."""
     data_docs: bool = False
     """Also build Great Expectations' own Data Docs, in data/pages/instructions/data_docs. They load styles and scripts from the web."""
 
@@ -64,8 +65,9 @@ def produce(
     root: Path, params: Params, raw_examples: Path, base_model: Path, out: Path, pages: Path, previous: Mapping[str, Path]
 ) -> Report:
     """Args:
-    pages: folder for documents about this run (changes.json, expectations.json), review.csv, and Data Docs where asked for.
-    previous: files of the output as recorded before, by relative path; only the page's account of what changed looks at them.
+    pages: folder for documents about this run (changes.json, expectations.json), review.csv, and, if requested, Data
+    Docs.
+    previous: files of the output as recorded before, by relative path; used only for the changes shown on the page.
     """
     held_out = [item for path in params.benchmarks for item in read_items(inside(root, path, "instructions.benchmarks"), path)]
     decisions = read_decisions(inside(root, params.review, "instructions.review")) if params.review else []
@@ -81,7 +83,7 @@ def produce(
     kept = [record for record, why in zip(judged.records, judged.reason, strict=True) if why is None]
     checks = [findings.check_result(verdict, judged, held_out) for verdict in judged.verdicts.values()]
     if params.expectations is None or not kept:
-        checks.append(CheckResult(expectations.NAME, passed=True, note="no suite is named" if kept else "no rows to judge"))
+        checks.append(CheckResult(expectations.NAME, passed=True, note="no suite is named" if kept else "no rows to evaluate"))
     else:
         suite = inside(root, params.expectations, "instructions.expectations")
         outcome = expectations.run(
@@ -99,7 +101,7 @@ def produce(
             for i, (record, reason) in enumerate(zip(judged.records, judged.reason, strict=True))
         ],
     )
-    account.write_account("instructions", judged, held_out, out, pages, previous, _kept_of)
+    account.write_account("instructions", judged, held_out, out, pages, previous, _read_kept)
 
     dropped = Counter(why for why in judged.reason if why)
     return Report(
@@ -117,7 +119,7 @@ def produce(
     )
 
 
-def _kept_of(previous: Mapping[str, Path]) -> list[dict[str, Any]]:
+def _read_kept(previous: Mapping[str, Path]) -> list[dict[str, Any]]:
     shards = [row for name in sorted(previous) if name.startswith("records-") for row in read_table(previous[name])]
     placed = [row for row in read_table(previous["ledger.parquet"]) if row["outcome"] == "kept"]
     return [{**record, "source_row": entry["source_row"]} for record, entry in zip(shards, placed, strict=True)]

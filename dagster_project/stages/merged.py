@@ -42,7 +42,7 @@ def produce(compute: Compute, base_model: Path, adapter: Path, out: Path) -> Rep
     if feature_extraction.is_head(adapter) or not tuned.merge:
         return _copy_unmerged(base_model, adapter, out, {"merged": False, "why_not": tuned.why_not}, f"not merged: {tuned.why_not}")
     if not (adapter / "adapter_config.json").is_file():
-        return _copy_unmerged(base_model, adapter, out, {"merged": True}, "the tuned weights stand alone")
+        return _copy_unmerged(base_model, adapter, out, {"merged": True}, "the tuned weights are a complete model")
     return _merge(base_model, adapter, tuned, out)
 
 

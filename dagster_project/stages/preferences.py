@@ -1,4 +1,5 @@
-"""raw_preferences -> preferences. Every pair judged, every drop accounted for, and train, validation and test kept apart by prompt."""
+"""raw_preferences -> preferences. Every pair is checked, every dropped pair is recorded with its reason, and the splits
+share no prompt."""
 
 from __future__ import annotations
 
@@ -50,7 +51,7 @@ from dagster_project.curation.splitting.split import (
 CHECK_DESCRIPTIONS = {
     **{name: check.description for name, check in checks_of("preferences").items()},
     "too_long": "Every pair fits into `max_length` tokens: prompt and longer response, as the chat template writes them.",
-    "split_leakage": "No prompt stands in, or nearly in, two splits, or is trained on while the test split of the instructions holds it out.",
+    "split_leakage": "No prompt, nor a near-copy of it, is in two splits, or is trained on and in the test split of the instructions.",
     "schema": "Every split has pairs.",
 }
 
@@ -69,7 +70,7 @@ class Params(Rules):
     benchmarks: list[str] = []
     """Files inside data/sources/benchmarks/ with questions that must not be trained on."""
     review: str | None = None
-    """CSV file inside data/sources/review/ with people's decisions on pairs that no rule can judge. See
+    """CSV file inside data/sources/review/ with people's decisions on pairs that no rule can decide. See
     docs/checks.md."""
 
     @model_validator(mode="after")
@@ -79,7 +80,7 @@ class Params(Rules):
         return self
 
     def action(self, name: str) -> Action:
-        """No later stage drops a pair, so one that is too long is dropped here."""
+        """Pairs that are too long are dropped here, because later stages drop none."""
         return "drop" if name == "too_long" and name not in self.policy else super().action(name)
 
 
@@ -107,9 +108,9 @@ def produce(
     previous: Mapping[str, Path],
 ) -> Report:
     """Args:
-    splits: of the instructions, whose test split no pair may be trained on.
-    pages: folder for what people look at: report.html and review.csv.
-    previous: files of the output as recorded before, by relative path; only the page's account of what changed looks at them.
+    splits: of the instructions; no pair of their test split may be trained on.
+    pages: folder for report.html and review.csv.
+    previous: files of the output as recorded before, by relative path; used only for the changes shown on the page.
     """
     benchmarks = [item for path in params.benchmarks for item in read_items(inside(root, path, "preferences.benchmarks"), path)]
     decisions = read_decisions(inside(root, params.review, "preferences.review")) if params.review else []
@@ -130,10 +131,10 @@ def produce(
     for name in SPLITS:
         write_records(out / name, [_pair(judged.records[i]) for i in rows[name]], pair_schema())
     write_ledger(out, _ledger(judged, division))
-    _look_at_splits(judged, out, division, rows, test, splits / TEST, params)
+    _check_splits(judged, out, division, rows, test, splits / TEST, params)
 
     held_out = [*benchmarks, *(Item(findings.place(r), prompt_text(r["messages"]), text=response_text(r["messages"])) for r in test)]
-    account.write_account("preferences", judged, held_out, out, pages, previous, _kept_of)
+    account.write_account("preferences", judged, held_out, out, pages, previous, _read_kept)
     dropped = Counter(why for why in judged.reason if why)
     length: dict[str, Any] = {key: judged.profile[key] for key in ("chosen_longer_share", "length_rule_accuracy") if key in judged.profile}
     return Report(
@@ -155,27 +156,28 @@ def produce(
 
 @dataclass(frozen=True)
 class Division:
-    """Which pair goes where, by its index."""
+    """Split of each pair, by its index."""
 
     splits: dict[int, str] = field(default_factory=dict)
     groups: dict[int, str] = field(default_factory=dict)
-    """What near-copies of its prompt have in common."""
+    """Key of the cluster of near-copies of its prompt."""
     labelled: set[int] = field(default_factory=set)
-    """Pairs that stand where the label of their source puts them."""
+    """Pairs in the split of their source's label."""
     dropped: dict[int, str] = field(default_factory=dict)
-    """Pairs that would be trained on, or watched, though they belong to what is held out, and why."""
+    """Dropped pairs of train or validation that belong to held-out ones -> reason."""
     links: list[Link] = field(default_factory=list)
-    """What of the test split of the instructions they repeat."""
+    """Examples of the test split of the instructions that they repeat."""
     copies: Copies | None = None
 
 
 def _divide(
     records: Sequence[dict[str, Any]], overlaps: Overlaps, kept: list[int], test: Sequence[dict[str, Any]], params: Params, seed: int
 ) -> Division:
-    """Deal the kept pairs out as `splits` does: labels of the source are kept, and pairs with nearly the same prompt stay together.
+    """Assign the kept pairs to splits as `splits` does: labels of the source are kept, and pairs with nearly the same
+    prompt stay together.
 
-    The test split of the instructions counts as pairs labelled test. A pair without a label that belongs to one of its examples goes to
-    test; one that its source labels train or validation is dropped.
+    The test split of the instructions counts as pairs labeled test. A pair that belongs to one of its examples goes to
+    test if it has no label, and is dropped if its label is train or validation.
     """
     prompts = [subject_text(_prompt(records[i])) for i in kept]
     examples = [subject_text(record["messages"]) for record in test]
@@ -184,23 +186,26 @@ def _divide(
     link = joined(copies.links([*prompts, *examples], clusters))
     groups = [link.get(cluster, cluster) for cluster in clusters]
     labels = [label if label in SPLITS else None for i in kept for label in [json.loads(records[i]["meta"]).get("split")]]
-    fate, because = keep_labels(groups, [None] * len(groups), [*labels, *[TEST] * len(test)])
+    split_of, because = keep_labels(groups, [None] * len(groups), [*labels, *[TEST] * len(test)])
     places = [findings.place(record) for record in [*(records[i] for i in kept), *test]]
-    left = [k for k in range(len(kept)) if fate[k] != DROPPED]
+    left = [k for k in range(len(kept)) if split_of[k] != DROPPED]
     dealt = assign_splits(
         [groups[k] for k in left],
         [None] * len(left),
-        [fate[k] or None for k in left],
+        [split_of[k] or None for k in left],
         [str(records[kept[k]]["category"]) for k in left],
         {"test": params.test, "validation": params.validation},
         seed,
     )
-    out = [k for k in range(len(kept)) if fate[k] == DROPPED]
+    out = [k for k in range(len(kept)) if split_of[k] == DROPPED]
     return Division(
         {kept[k]: split for k, split in zip(left, dealt.splits, strict=True)},
         {kept[k]: groups[k] for k in left},
         {kept[left[n]] for n in dealt.labelled if labels[left[n]]},
-        {kept[k]: f"{labels[k]} by the label of its source, but belongs to {places[because[k]]}, which is {fate[because[k]]}" for k in out},
+        {
+            kept[k]: f"{labels[k]} by the label of its source, but belongs to {places[because[k]]}, which is {split_of[because[k]]}"
+            for k in out
+        },
         [
             Link(kept[out[p.left]], places[len(kept) + p.right], "prompt", p.rule, p.similarity)
             for p in near_pairs([prompts[k] for k in out], examples)
@@ -209,7 +214,7 @@ def _divide(
     )
 
 
-def _look_at_splits(
+def _check_splits(
     judged: Judgement,
     out: Path,
     division: Division,
@@ -218,10 +223,10 @@ def _look_at_splits(
     held_out: Path,
     params: Params,
 ) -> None:
-    """Add to the verdicts what only the finished splits show.
+    """Add the results of checks on the finished splits to the verdicts.
 
     Raises:
-        AssertionError: the shards do not hold what was dealt out.
+        AssertionError: the shards differ from the assigned pairs.
     """
     verdicts = judged.verdicts
     if not judged.records:
@@ -231,11 +236,11 @@ def _look_at_splits(
     if division.copies is None:
         return
     known = {judged.records[i]["example_id"] for i in division.splits} | {record["example_id"] for record in test}
-    proof = verify_splits(out, division.copies, known, held_out)
-    if proof.rows != {name: len(rows[name]) + (len(test) if name == TEST else 0) for name in SPLITS}:
-        raise AssertionError(f"pairs lost: {rows} dealt out, {proof.rows} in the shards, {len(test)} of them of the instructions")
-    if proof.leaking:
-        found = "; ".join(f"{leak.place} and {leak.other}: {leak.why}" for leak in proof.leaks)
+    verification = verify_splits(out, division.copies, known, held_out)
+    if verification.rows != {name: len(rows[name]) + (len(test) if name == TEST else 0) for name in SPLITS}:
+        raise AssertionError(f"pairs lost: {rows} assigned, {verification.rows} in the shards, {len(test)} of them of the instructions")
+    if verification.leaking:
+        found = "; ".join(f"{leak.place} and {leak.other}: {leak.why}" for leak in verification.leaks)
         verdicts["split_leakage"] = replace(verdicts["split_leakage"], passed=False, action="fail", note=found)
     wanted = {"train": 1.0, "validation": params.validation, "test": params.test}
     if empty := [name for name in SPLITS if wanted[name] and not rows[name]]:
@@ -261,7 +266,7 @@ def _ledger(judged: Judgement, division: Division) -> list[dict[str, Any]]:
     return lines
 
 
-def _kept_of(previous: Mapping[str, Path]) -> list[dict[str, Any]]:
+def _read_kept(previous: Mapping[str, Path]) -> list[dict[str, Any]]:
     pairs = {pair["example_id"]: pair for name in sorted(previous) if "/records-" in name for pair in read_table(previous[name])}
     rows: dict[str, int] = {}
     for line in read_table(previous["ledger.parquet"]):

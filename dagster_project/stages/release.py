@@ -15,6 +15,7 @@ from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.params import Compute, Section
+from dagster_project.core.published_ids import CREATE, is_own, published_table, read_key
 from dagster_project.core.records import CheckResult, Report, write_json, write_text
 from dagster_project.core.text import NAMES
 from dagster_project.curation.checks.review import Exemption, check_waivers
@@ -27,13 +28,16 @@ CHECK_DESCRIPTIONS = {
     "kept_its_knowledge": "Benchmark accuracy is at most `max_forgetting` below the base model's.",
     "test_is_unseen": "No example of the test split, nor a near-copy of one, was trained on.",
     "loads_in_transformers": "Plain transformers loads the folder from safetensors only, and its output equals the merged model's.",
+    "own_key": "The key of published record ids is the project's own: the sample project's is public, and protects only the sample's own data.",
 }
 
 AUTO = "auto"
 PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack"}
 """File extensions of weights in other formats."""
-EVIDENCE = ("training.json", "examples.parquet")
+TRAINING, EXAMPLES = "training.json", "examples.parquet"
 """Training evidence next to the weights: resolved settings and trained weights; every record with its training steps."""
+TABLES = "*.parquet"
+"""Tables of records and texts next to the weights of a model that stands alone. They are not released as they are."""
 NEW_TOKENS = 24
 PROBES = ("What is the capital of France?", "My parcel arrived damaged. What can I do?", "Write one line of JSON.")
 
@@ -58,6 +62,7 @@ class Params(Section):
 
 def validate(params: Params, ctx: ValidationContext) -> None:
     check_waivers(params.waivers, ctx)
+    read_key(ctx.root)
     known = [*ctx.values["adapter"], *ctx.values["aligned"]]
     if params.variant not in {AUTO, *known}:
         raise InputError(f"params.yaml: release.variant: no variant {params.variant!r}", f"{AUTO}, or one of {', '.join(known)}")
@@ -71,7 +76,10 @@ def run(ctx: StageContext) -> Report:
     }
     trained = {f"{name}@{variant}": ctx.outputs_of(name) / variant for name in ("adapter", "aligned") for variant in ctx.values[name]}
     trained["reward_model"] = ctx.output_of("reward_model")
-    return produce(ctx.params("release", Params), ctx.compute, ctx.output_of("comparison"), merged, trained, ctx.reports(), out=ctx.out)
+    key = read_key(ctx.root)
+    return produce(
+        ctx.params("release", Params), ctx.compute, ctx.output_of("comparison"), merged, trained, ctx.reports(), key, out=ctx.out
+    )
 
 
 def produce(
@@ -81,6 +89,7 @@ def produce(
     merged: Mapping[str, Path],
     trained: Mapping[str, Path],
     reports: Mapping[str, Mapping[str, Any]],
+    key: bytes,
     out: Path,
 ) -> Report:
     """Copy the selected model and run the promotion checks.
@@ -89,6 +98,7 @@ def produce(
         merged: variant -> folder of its complete model.
         trained: training stage (adapter@lora) -> its output.
         reports: every earlier stage -> its report, in flow order.
+        key: the project's secret for the ids of records (core/published_ids.py).
     """
     board = json.loads((comparison / "comparison.json").read_text(encoding="utf-8"))
     recommended = board["recommended"]
@@ -96,7 +106,8 @@ def produce(
     if variant is None:
         note = f"comparison recommends no variant: {recommended['why']} To release one anyway, name it in release.variant"
         return Report(checks=[CheckResult("better_than_baselines", passed=False, blocking=True, count=1, note=note)])
-    shutil.copytree(merged[variant], out, dirs_exist_ok=True)
+    shutil.copytree(merged[variant], out, ignore=shutil.ignore_patterns(TABLES), dirs_exist_ok=True)
+    provenance = from_reports("release", reports, variant)
     compared = board["compared"][variant]
     outcomes = {
         "better_than_baselines": _better(board["shown"][0], compared, board["test"]),
@@ -105,6 +116,7 @@ def produce(
         "loads_in_transformers": _loads(out, merged[variant], compute),
     }
     checks = [_as_check_result(name, outcome, params) for name, outcome in outcomes.items()]
+    checks.append(_own_key(key, provenance["sources"]))
     names = [waiver.check for waiver in params.waivers]
     document = {
         "variant": variant,
@@ -116,23 +128,32 @@ def produce(
         "files": {str(path.relative_to(out)): sha256_of_file(path) for path in sorted(out.rglob("*")) if path.is_file()},
     }
     write_json(out / "release.json", document)
-    _write_provenance(variant, trained, reports, out)
+    _write_provenance(provenance, trained, key, out)
     shown = {name: document["scores"][name] for name in board["shown"] if name in document["scores"]}
     waived = [check.name for check in checks if not check.passed and check.name in names]
     return Report(metrics={"variant": variant, **shown, "waived": waived, "files": document["files"]}, checks=checks)
 
 
-def _write_provenance(variant: str, trained: Mapping[str, Path], reports: Mapping[str, Mapping[str, Any]], out: Path) -> None:
-    """Write the model card and, under audit/, the lineage of the model and the evidence of each training."""
-    provenance = from_reports("release", reports, variant)
+def _write_provenance(provenance: Mapping[str, Any], trained: Mapping[str, Path], key: bytes, out: Path) -> None:
+    """Write the model card and, under audit/, the lineage of the model and the evidence of each training, with published ids of records."""
+    import pyarrow.parquet as pq
+
     write_text(out / "README.md", model_card(provenance))
     write_json(out / "audit" / "audit.json", provenance)
     for name in (name for name in provenance["stages"] if name in trained):
-        for file in EVIDENCE:
-            if (source := trained[name] / file).is_file():
-                target = out / "audit" / name.replace("@", "_") / file
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, target)
+        target = out / "audit" / name.replace("@", "_")
+        target.mkdir(parents=True)
+        if (source := trained[name] / TRAINING).is_file():
+            shutil.copyfile(source, target / TRAINING)
+        if (source := trained[name] / EXAMPLES).is_file():
+            pq.write_table(published_table(key, pq.read_table(source)), target / EXAMPLES, compression="zstd", store_schema=True)
+
+
+def _own_key(key: bytes, sources: Mapping[str, Mapping[str, Any]]) -> CheckResult:
+    if is_own(key, sources.values()):
+        return CheckResult("own_key", passed=True, severity="warn")
+    note = f"the key is the sample project's, which is public: a guessed text can be confirmed from the published ids; `{CREATE}`"
+    return CheckResult("own_key", passed=False, severity="warn", count=1, note=note)
 
 
 @dataclass(frozen=True)

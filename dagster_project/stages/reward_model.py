@@ -1,4 +1,5 @@
-"""preferences + a model -> reward_model. One number for an answer, learnt from pairs; judged on pairs that it never saw, and beside their length."""
+"""preferences + a model -> reward_model. A model that scores answers, trained on preference pairs; tested on held-out
+pairs, and compared with answer length as a predictor."""
 
 from __future__ import annotations
 
@@ -36,8 +37,8 @@ log = logging.getLogger("pedigree")
 CHECK_DESCRIPTIONS = {
     "learned": "Every loss and every trained weight is finite.",
     "trained_what_it_should": "Every group of trainable weights moved, and no frozen weight did.",
-    "prefers_as_people_do": "On pairs that it never saw the accuracy is at least `min_accuracy`.",
-    "better_than_length": "There, the lower end of the accuracy's interval lies above what the length of answers tells.",
+    "prefers_as_people_do": "The accuracy on held-out pairs is at least `min_accuracy`.",
+    "better_than_length": "The lower limit of this accuracy's interval is above the accuracy of choosing by length.",
 }
 
 FIGURES = {"accuracy": "accuracy", "margin": "margin", "mean_reward": "reward"}
@@ -99,10 +100,10 @@ def produce(
     live: Path | None = None,
 ) -> Report:
     """Args:
-    folder: the model it is made from.
-    checkpoints: a folder of this stage's own that outlives a killed run. It is removed at the end.
+    folder: the model to start from.
+    checkpoints: the stage's folder, which survives a killed run. It is removed at the end.
 
-    No failed check blocks: whether a reward model is good enough is decided by what learns from it (`aligned`).
+    No failed check blocks: whether the reward model is good enough is decided by the stage that uses it (`aligned`).
     """
     claim_gpus(1)
     device, dtype = prepare(compute)
@@ -136,7 +137,7 @@ def produce(
     write_curve(curve_file, history.curve, CURVE)
     reward_model.save(model, folder, out)
     del model
-    quality = _judge(reward_model.RewardModel(out, device, dtype), pairs, calibration_file)
+    quality = _evaluate(reward_model.RewardModel(out, device, dtype), pairs, calibration_file)
     report = Report(
         metrics={
             "model": params.model,
@@ -208,7 +209,7 @@ def _checks(
 
 
 def _without_pairs(out: Path, curve_file: Path, calibration_file: Path) -> Report:
-    """The outputs of a project without preferences: every file that dvc.yaml names exists, and holds no rows."""
+    """The outputs of a project without preferences: every file of dvc.yaml, without rows."""
     write_json(out / "training.json", {"pairs": 0})
     write_curve(curve_file, [], CURVE)
     _write_calibration(calibration_file, [])
@@ -218,7 +219,7 @@ def _without_pairs(out: Path, curve_file: Path, calibration_file: Path) -> Repor
 
 
 def _without_weights(failed: CheckResult, out: Path, curve_file: Path, calibration_file: Path) -> Report:
-    """The outputs of a training that ended in weights that nothing can use. Every file that dvc.yaml names exists."""
+    """The outputs of a training that ended with unusable weights: every file of dvc.yaml."""
     reward_model.write_quality(out, [failed])
     write_curve(curve_file, [], CURVE)
     _write_calibration(calibration_file, [])
@@ -233,15 +234,17 @@ def _write_calibration(path: Path, bins: Sequence[tuple[float, float, int]]) -> 
 
 
 def _refuse(pairs: Mapping[str, Sequence[Any]], params: Params, folder: Path) -> None:
-    """Raises:
-    InputError: what would fail late, before a model is loaded.
+    """Find faults before a model is loaded that would otherwise fail late.
+
+    Raises:
+        InputError: there is one.
     """
     for split in ("train", "test"):
         if not pairs[split]:
             raise InputError(f"data/preferences: no pair in the {split} split", "name more pairs in raw_preferences.sources")
     if not (folder / "config.json").is_file():
         raise InputError(
-            f"params.yaml: reward_model.model: {params.model} does not stand alone", "name a variant that is merged, or base_model"
+            f"params.yaml: reward_model.model: {params.model} is not a standalone model", "name a variant that is merged, or base_model"
         )
     if params.margins and (without := sum(pair["margin"] is None for split in pairs.values() for pair in split)):
         raise InputError(f"params.yaml: reward_model.margins: {without} pairs have no margin", "set margins: false")
@@ -255,8 +258,8 @@ def _rows(tokenizer: Any, pairs: Sequence[Mapping[str, Any]], margins: bool) -> 
     ]
 
 
-def _judge(model: reward_model.RewardModel, pairs: Mapping[str, Sequence[Mapping[str, Any]]], calibration_file: Path) -> dict[str, Any]:
-    """Held-out accuracy, with what length alone tells, and how sure the model is where it is right."""
+def _evaluate(model: reward_model.RewardModel, pairs: Mapping[str, Sequence[Mapping[str, Any]]], calibration_file: Path) -> dict[str, Any]:
+    """Held-out accuracy, the accuracy of choosing by length, and the calibration of the model."""
     import numpy as np
 
     test = pairs["test"]
@@ -272,7 +275,7 @@ def _judge(model: reward_model.RewardModel, pairs: Mapping[str, Sequence[Mapping
         lengths = [[len(full_text(pair[side][-1:])) for side in ("chosen", "rejected")] for pair in split]
         return np.array([(a > b) + 0.5 * (a == b) for a, b in lengths])
 
-    shorter = longer(pairs["train"]).mean() < 0.5  # which rule it is, the training pairs tell
+    shorter = longer(pairs["train"]).mean() < 0.5  # the training pairs determine the rule: longer or shorter
     rule = 1 - longer(test) if shorter else longer(test)
 
     def mean(sums: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.errors import InputError
+from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.params import Section, inside
 from dagster_project.core.records import (
     CheckResult,
@@ -26,7 +27,7 @@ from dagster_project.core.records import (
 )
 from dagster_project.curation.checks.privacy import mask
 from dagster_project.curation.sources.reading import locate
-from dagster_project.curation.splitting.augment import Added, Augment, augment, read_paraphrases
+from dagster_project.curation.splitting.augment import FORMAT, AddedRows, Augment, Paraphrase, augment, read_paraphrases
 from dagster_project.curation.splitting.split import (
     DROPPED,
     SPLITS,
@@ -74,7 +75,7 @@ class Params(Section):
         if self.test + self.validation >= 1:
             raise ValueError(f"test {self.test} and validation {self.validation} leave nothing to train on")
         if (self.by == "key") != (self.key is not None):
-            raise ValueError("`by: key` needs `key`, the field to go by" if self.key is None else "`key` needs `by: key`")
+            raise ValueError("`by: key` requires `key`, the field to group by" if self.key is None else "`key` requires `by: key`")
         return self
 
 
@@ -96,8 +97,7 @@ def produce(root: Path, params: Params, seed: int, instructions: Path, out: Path
     """
     import pyarrow as pa
 
-    supplied = params.augment.paraphrases if params.augment else None
-    paraphrases = read_paraphrases(inside(root, supplied, "splits.augment.paraphrases")) if supplied else []
+    paraphrases, sources = _paraphrases(root, params.augment)
     records = read_records(instructions)
     placed = [line for line in read_ledger(instructions) if not line["outcome"].startswith("dropped")]
     texts = [subject_text(record["messages"]) for record in records]
@@ -115,7 +115,7 @@ def produce(root: Path, params: Params, seed: int, instructions: Path, out: Path
     rows: dict[str, list[int]] = {name: [i for i, split in enumerate(dealt.splits) if split == name] for name in SPLITS}
     train = [records[i] for i in rows[TRAIN]]
     held_out = list(dict.fromkeys(texts[i] for name in SPLITS[1:] for i in rows[name]))
-    added = augment(params.augment, seed, train, held_out, copies.number, paraphrases) if params.augment else Added()
+    added = augment(params.augment, seed, train, held_out, copies.number, paraphrases) if params.augment else AddedRows()
     schema = record_schema().append(pa.field("split", pa.string()))
     for name in SPLITS:
         written = [*(records[i] for i in rows[name]), *(record for _, _, record in added.rows if name == TRAIN)]
@@ -124,10 +124,10 @@ def produce(root: Path, params: Params, seed: int, instructions: Path, out: Path
         write_records(out / name, written, schema)
     write_ledger(out, _ledger(records, placed, dealt, rows[TRAIN], added))
 
-    proof = verify_splits(out, copies, known)
+    verification = verify_splits(out, copies, known)
     counts = {name: len(rows[name]) for name in SPLITS}
-    if proof.rows != {**counts, TRAIN: counts[TRAIN] + len(added.rows)}:
-        raise AssertionError(f"rows lost: {counts} dealt out, {len(added.rows)} added, {proof.rows} in the shards")
+    if verification.rows != {**counts, TRAIN: counts[TRAIN] + len(added.rows)}:
+        raise AssertionError(f"rows lost: {counts} assigned, {len(added.rows)} added, {verification.rows} in the shards")
     dropped = dealt.splits.count(DROPPED)
     augmented = Counter(kind for _, kind, _ in added.rows)
     return Report(
@@ -138,13 +138,24 @@ def produce(root: Path, params: Params, seed: int, instructions: Path, out: Path
             **counts,
             **({"augmented": dict(sorted(augmented.items()))} if params.augment else {}),
             **({"augmented_dropped": added.dropped} if added.dropped else {}),
+            **({"sources": sources} if sources else {}),
         },
         checks=[
-            _split_leakage(records, texts, dealt, proof, labels, regrouped),
+            _split_leakage(records, texts, dealt, verification, labels, regrouped),
             _schema(params, counts, labels, dealt),
-            _augmented_rows(proof, added),
+            _augmented_rows(verification, added),
         ],
     )
+
+
+def _paraphrases(root: Path, settings: Augment | None) -> tuple[list[Paraphrase], dict[str, dict[str, Any]]]:
+    """The paraphrases that `augment` names, and the facts about their file for the report, as `raw_examples` has them of its sources."""
+    if settings is None or settings.paraphrases is None:
+        return [], {}
+    path = inside(root, settings.paraphrases, "splits.augment.paraphrases")
+    paraphrases = read_paraphrases(path)
+    facts = {"format": FORMAT, "rows": len(paraphrases), "sha256": sha256_of_file(path), "license": settings.license}
+    return paraphrases, {settings.paraphrases: facts}
 
 
 def _keys(params: Params, records: Sequence[dict[str, Any]]) -> list[str | None]:
@@ -186,7 +197,7 @@ def _labels(params: Params, records: Sequence[dict[str, Any]]) -> list[str | Non
 
 
 def _ledger(
-    records: Sequence[dict[str, Any]], placed: Sequence[dict[str, Any]], dealt: Assignment, train: Sequence[int], added: Added
+    records: Sequence[dict[str, Any]], placed: Sequence[dict[str, Any]], dealt: Assignment, train: Sequence[int], added: AddedRows
 ) -> list[dict[str, Any]]:
     lines = []
     for i, (record, before, split) in enumerate(zip(records, placed, dealt.splits, strict=True)):
@@ -210,28 +221,28 @@ def _split_leakage(
     records: Sequence[dict[str, Any]],
     texts: Sequence[str],
     dealt: Assignment,
-    proof: Verification,
+    verification: Verification,
     labels: Sequence[str | None],
     regrouped: int,
 ) -> CheckResult:
     because = sorted(dealt.because.items())
-    findings = [(f"{leak.place} and {leak.other}: {leak.why}", leak.text) for leak in proof.leaks]
+    findings = [(f"{leak.place} and {leak.other}: {leak.why}", leak.text) for leak in verification.leaks]
     for i, keeper in because[:20]:
         kept = f"{dealt.splits[keeper]}/{records[keeper]['example_id']}"
         findings.append((f"{labels[i]}/{records[i]['example_id']} belongs to {kept}: dropped", texts[i]))
     notes = []
-    if proof.leaking:
-        notes.append(f"{proof.leaking} rows of the finished splits stand in two of them, or nearly")
+    if verification.leaking:
+        notes.append(f"{verification.leaking} rows of the finished splits, or near-copies of them, are in two splits")
     if because:
         by_label = Counter(str(labels[i]) for i, _ in because)
         notes.append(f"the labels of the source leak: {', '.join(f'{n} dropped from {name}' for name, n in sorted(by_label.items()))}")
     if regrouped:
-        notes.append(f"{regrouped} rows have near-copies in a group of another group_id; they were held together")
+        notes.append(f"{regrouped} rows have near-copies in a group of another group_id; they were kept together")
     return CheckResult(
         "split_leakage",
-        passed=not proof.leaking,
+        passed=not verification.leaking,
         blocking=True,
-        count=proof.leaking + len(because),
+        count=verification.leaking + len(because),
         rows=[location for location, _ in findings[:20]],
         examples=[mask(" ".join(text.split()))[:120] for _, text in findings[:3]],
         note="; ".join(notes),
@@ -244,29 +255,29 @@ def _schema(params: Params, counts: dict[str, int], labels: Sequence[str | None]
     total, labelled = sum(counts.values()), sum(label is not None for label in labels)
     notes = [f"no rows in: {', '.join(empty)}"] if empty else []
     if labelled:
-        rest = f"; the other {len(labels) - labelled} were dealt out" if labelled < len(labels) else ""
+        rest = f"; the other {len(labels) - labelled} were assigned by share" if labelled < len(labels) else ""
         notes.append(f"{labelled} of {len(labels)} rows have a split in their source{rest}")
         unnamed = [name for name in SPLITS if shares[name] and name not in labels]
         if unnamed and not empty:
-            notes.append(f"the source names no {' or '.join(unnamed)}: dealt out of train")
+            notes.append(f"the source names no {' or '.join(unnamed)}: taken from train")
     missed = [name for name in SPLITS[1:] if not labelled and abs(counts[name] - shares[name] * total) > max(1, NOTABLE_DEVIATION * total)]
     for name in missed:
         notes.append(f"{name} has {counts[name]} of {total} rows ({counts[name] / total:.1%}) instead of {shares[name]:.1%}")
     if missed or empty:
         unit = "group of near-copies" if params.by == "group" else f"{params.key or params.by}, with all that belongs to it,"
-        notes.append(f"the largest {unit} holds {dealt.largest} rows and is not divided")
+        notes.append(f"the largest {unit} has {dealt.largest} rows and is not divided")
     return CheckResult("schema", passed=not empty, blocking=True, count=len(empty), note="; ".join(notes))
 
 
-def _augmented_rows(proof: Verification, added: Added) -> CheckResult:
+def _augmented_rows(verification: Verification, added: AddedRows) -> CheckResult:
     notes = [f"{n} copies left out: {reason.replace('_', ' ')}" for reason, n in added.dropped.items()]
     if added.unused:
         notes.append(f"{added.unused} paraphrases are of no row in train")
     return CheckResult(
         "augmented_rows",
-        passed=not proof.unexpected,
+        passed=not verification.unexpected,
         blocking=True,
-        count=len(proof.unexpected),
-        rows=proof.unexpected[:20],
+        count=len(verification.unexpected),
+        rows=verification.unexpected[:20],
         note="; ".join(notes),
     )

@@ -37,12 +37,12 @@ def draw_alignment(documents: Documents) -> None:
     reliable = metrics["checks"]["reward_model_is_reliable"]
     text = render(
         "alignment.jinja", f"Alignment of {documents.variant}", sections, variant=documents.variant, metrics=metrics,
-        warning="" if reliable["passed"] else reliable["note"], figures=_figures(metrics),
+        warning="" if reliable["passed"] else reliable["note"], figures=_key_figures(metrics),
     )  # fmt: skip
     write_text(documents.pages / "alignment.html", text)
 
 
-def _figures(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def _key_figures(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     watch, agreement = metrics["watch"], metrics["preference"]["accuracy"]
     figures = [("agreement", f"{agreement['aligned']:.0%}", f"of held-out pairs, from {agreement['sft']:.0%}")]
     if "reward" in watch:

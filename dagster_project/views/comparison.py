@@ -131,14 +131,16 @@ def _rows(document: Mapping[str, Any], order: Sequence[str], measurements: Measu
         return {
             TITLES[first] if scores else "perplexity": f"{value:.3f}",
             "95 % interval": f"{low:.3f} to {high:.3f}",
-            "failed checks": _if(document["compared"].get(name, {}), "failed_checks", lambda failed: str(len(failed))),
+            "failed checks": _text_if_present(document["compared"].get(name, {}), "failed_checks", lambda failed: str(len(failed))),
             **({TITLES[second]: f"{scores[second]:.3f}"} if scores else {}),
-            "prompt tokens": _if(costs, "prompt_tokens", lambda n: f"{n:,.0f}"),
-            "on disk": _if(costs, "bytes", lambda n: f"{n / 1e6:,.0f} MB"),
-            "trained on": _if(costs, "tokens", lambda n: f"{n:,} tokens"),
-            "training": _if(measured, "training_seconds", lambda n: f"{n:,.0f} s"),
-            "peak memory": _if(measured, "peak_memory_bytes", lambda n: f"{n / 1e6:,.0f} MB"),
-            "benchmarks": _if(retained, "accuracy", lambda found: f"{found['tuned']:.3f} ({100 * found['difference']:+.1f} points)"),
+            "prompt tokens": _text_if_present(costs, "prompt_tokens", lambda n: f"{n:,.0f}"),
+            "on disk": _text_if_present(costs, "bytes", lambda n: f"{n / 1e6:,.0f} MB"),
+            "trained on": _text_if_present(costs, "tokens", lambda n: f"{n:,} tokens"),
+            "training": _text_if_present(measured, "training_seconds", lambda n: f"{n:,.0f} s"),
+            "peak memory": _text_if_present(measured, "peak_memory_bytes", lambda n: f"{n / 1e6:,.0f} MB"),
+            "benchmarks": _text_if_present(
+                retained, "accuracy", lambda found: f"{found['tuned']:.3f} ({100 * found['difference']:+.1f} points)"
+            ),
         }
 
     table = {name: cells(name) for name in order}
@@ -146,7 +148,7 @@ def _rows(document: Mapping[str, Any], order: Sequence[str], measurements: Measu
     return ["", *columns], [[f"{i} {_title(name)}", *(table[name][c] for c in columns)] for i, name in enumerate(order, 1)]
 
 
-def _if(values: Mapping[str, Any], key: str, text: Any) -> str:
+def _text_if_present(values: Mapping[str, Any], key: str, text: Any) -> str:
     return text(values[key]) if key in values else ""
 
 

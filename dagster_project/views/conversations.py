@@ -77,7 +77,7 @@ def _turn(message: Message, side: str = "") -> Turn:
 
 
 def parts(message: Message) -> list[Part]:
-    """What a message has beside text: its trace and its calls."""
+    """The parts of a message other than text: its trace and its calls."""
     turn = _turn(message)
     return [*([turn.reasoning] if turn.reasoning else []), *turn.calls]
 

@@ -60,8 +60,8 @@ def data_quality_page(
         changes: differences from the previous version; None if there is none.
         expectations: results of the owner's Great Expectations suite (curation/checks/expectations.py); None if there is no suite.
     """
-    findings = sorted(document["findings"], key=lambda finding: (RANK[_shown(finding)], -finding["count"]))
-    judged = sorted([*findings, *_expectation_findings(expectations)], key=lambda finding: RANK[_shown(finding)])
+    findings = sorted(document["findings"], key=lambda finding: (RANK[_shown_severity(finding)], -finding["count"]))
+    judged = sorted([*findings, *_expectation_findings(expectations)], key=lambda finding: RANK[_shown_severity(finding)])
     sections = {
         "Changes": _changes(changes) if changes else None,
         "Rows": _flow(document) if document["rows"] else None,
@@ -74,7 +74,7 @@ def data_quality_page(
     }
     return render(
         "data_quality.jinja", f"Data quality of {document['name']}", sections, "data_quality.js",
-        document=document, verdict=_verdict(document, judged), figures=_figures(document, judged),
+        document=document, verdict=_verdict(document, judged), figures=_key_figures(document, judged),
     )  # fmt: skip
 
 
@@ -87,17 +87,17 @@ def _expectation_findings(expectations: Mapping[str, Any] | None) -> list[dict[s
     return [{"check": "expectations", "severity": worst, "passed": False, "count": len(failed), "dropped": 0, "elsewhere": 0, "waived": 0}]
 
 
-def _left(finding: Mapping[str, Any]) -> int:
+def _unresolved(finding: Mapping[str, Any]) -> int:
     """Rows that violate a check and are kept unchanged."""
     return max(0, int(finding["count"]) - int(finding["dropped"]) - int(finding["elsewhere"]) - int(finding.get("fixed", 0)))
 
 
 def _passed(finding: Mapping[str, Any]) -> bool:
     """Whether the check passed; derived from the counts if the finding does not include it."""
-    return bool(finding.get("passed", not _left(finding)))
+    return bool(finding.get("passed", not _unresolved(finding)))
 
 
-def _shown(finding: Mapping[str, Any]) -> Shown:
+def _shown_severity(finding: Mapping[str, Any]) -> Shown:
     """Displayed severity. Waived findings are remarks."""
     return shown(finding["severity"], _passed(finding), finding["count"]) or "info"
 
@@ -123,11 +123,11 @@ def _verdict(document: Mapping[str, Any], findings: Sequence[Mapping[str, Any]])
     return {"severity": severity, "sign": SIGNS.get(severity, "✓"), "words": words, "why": why, "checks": named, "resolved": resolved}
 
 
-def _figures(document: Mapping[str, Any], findings: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, str, Mapping[str, int]]]:
+def _key_figures(document: Mapping[str, Any], findings: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, str, Mapping[str, int]]]:
     """Name, number, unit, and the repaired rows by check."""
     rows, kept = document["rows"], document["kept"]
     words = {"error": "error", "warn": "warning", "info": "remark"}
-    found = {word: sum(_shown(f) == name for f in findings) for name, word in words.items()}
+    found = {word: sum(_shown_severity(f) == name for f in findings) for name, word in words.items()}
     return [
         ("read", rows, "rows", {}),
         ("kept", kept, share(kept, rows), document.get("fixed", {})),
@@ -183,7 +183,7 @@ def _findings(findings: Sequence[Mapping[str, Any]], notes: Mapping[str, str]) -
 
 
 def _card(number_: int, finding: Mapping[str, Any]) -> dict[str, Any]:
-    severity, count, left, examples = _shown(finding), finding["count"], _left(finding), finding.get("examples", [])
+    severity, count, left, examples = _shown_severity(finding), finding["count"], _unresolved(finding), finding.get("examples", [])
     facts = [("dropped", "dropped by this check", finding["dropped"]), ("elsewhere", "dropped by another check", finding["elsewhere"])]
     facts += [("fixed", "repaired", finding.get("fixed", 0)), ("left", "kept unchanged" if finding.get("fixed") else "kept", left)]
     start, bar = 0.0, []
@@ -267,7 +267,7 @@ def _histogram(title: str, note: str, bins: Sequence[Mapping[str, Any]], key: st
         body.append(shape("text", brief(edge), class_="tick", x=f"{first + across * i:.3f}%", y=f"{floor + 17:g}", text_anchor="middle"))
     names = [label(name, 40) for name in marks]
     for i, (name, value) in enumerate(zip(names, marks.values(), strict=True)):
-        at = _place(value, bins)
+        at = _position(value, bins)
         x, y, anchor, aside = f"{first + wide * at:.3f}%", 11 + 15 * i, "end" if at > 0.6 else "start", -5 if at > 0.6 else 5
         body.append(shape("line", class_="mark", x1=x, x2=x, y1=f"{y - 9:g}", y2=f"{floor:g}"))
         body.append(shape("text", name, class_="marked", x=x, dx=aside, y=f"{y:g}", text_anchor=anchor))
@@ -286,7 +286,7 @@ def _ceiling(top: int, log: bool) -> float:
     return next(unit * factor for factor in (1, 2, 3, 4, 6, 8, 10) if unit * factor >= top and unit * factor % 2 == 0)
 
 
-def _place(value: float, bins: Sequence[Mapping[str, Any]]) -> float:
+def _position(value: float, bins: Sequence[Mapping[str, Any]]) -> float:
     """Position of a value on an axis of equally wide bins, from 0 to 1."""
     for i, bin_ in enumerate(bins):
         if value < bin_["to"]:
@@ -297,7 +297,7 @@ def _place(value: float, bins: Sequence[Mapping[str, Any]]) -> float:
 def _pairs(findings: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """The pairs of each finding: all as JSON for the filter, the first ones for readers without JavaScript."""
     groups = [
-        {"number": i, "check": finding["check"], "pairs": [_side_by_side(i, finding["check"], match) for match in finding["matches"]]}
+        {"number": i, "check": finding["check"], "pairs": [_pair_view(i, finding["check"], match) for match in finding["matches"]]}
         for i, finding in enumerate(findings)
         if finding.get("matches")
     ]
@@ -308,7 +308,7 @@ def _pairs(findings: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     return {"groups": groups, "most": PAGE, "rules": list(dict.fromkeys(pair["rule"] for pair in data)), "data": data, "empty": empty}
 
 
-def _side_by_side(number_: int, check: str, match: Mapping[str, Any]) -> dict[str, Any]:
+def _pair_view(number_: int, check: str, match: Mapping[str, Any]) -> dict[str, Any]:
     """A pair as data_quality.js reads it: texts are already cut, and hidden characters written out."""
     sides = []
     for place, text, span in (("place", "text", "span"), ("other", "other_text", "other_span")):

@@ -31,14 +31,14 @@ def check_text(document: Mapping[str, Any], color: bool = False, width: int = 12
     from rich.text import Text
 
     counts = Counter(finding["severity"] for finding in document["findings"])
-    findings = ", ".join(_many(counts[name], word) for name, word in WORDS.items() if counts[name]) or "no findings"
-    first = f"{_many(document['rows'], 'row')} ({document['format']}), {document['kept']:,} would be kept; {findings}"
+    findings = ", ".join(_count_text(counts[name], word) for name, word in WORDS.items() if counts[name]) or "no findings"
+    first = f"{_count_text(document['rows'], 'row')} ({document['format']}), {document['kept']:,} would be kept; {findings}"
     parts: list[Any] = [Text(first, style="bold")]
     if document["dropped"]:
         parts.append(Text("would be dropped: " + ", ".join(f"{name} {n:,}" for name, n in document["dropped"].items())))
     if document.get("fixed"):
         parts.append(Text("would be repaired: " + ", ".join(f"{name} {n:,}" for name, n in document["fixed"].items())))
-    parts += [Text(line, style="dim") for line in _figures(document)]
+    parts += [Text(line, style="dim") for line in _profile_lines(document)]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     columns = [("", "left"), ("check", "left"), ("rows", "right"), ("dropped", "right")]
     columns += [("fixed", "right")] if document.get("fixed") else []
@@ -51,7 +51,7 @@ def check_text(document: Mapping[str, Any], color: bool = False, width: int = 12
             "the set" if finding["count"] and not finding["rows"] else f"{finding['count']:,}",
             f"{finding['dropped']:,}" if finding["dropped"] else "",
             *([f"{finding['fixed']:,}" if finding.get("fixed") else ""] if document.get("fixed") else []),
-            _some_rows(finding["rows"]),
+            _first_rows(finding["rows"]),
         )
     parts += [Text(), table] if document["findings"] else []
     for finding in document["findings"]:
@@ -82,13 +82,13 @@ def _finding_parts(finding: Mapping[str, Any]) -> list[Any]:
     head = Text(f"\n{finding['check']}", style=COLORS[finding["severity"]])
     head.append(f"  {finding['truth']}", style="not bold")
     lines: list[Any] = [Text(_line(finding["note"], 1000))] if finding["note"] else []
-    lines += [Text(f"{_many(finding['waived'], 'row')} waived")] if finding["waived"] else []
+    lines += [Text(f"{_count_text(finding['waived'], 'row')} waived")] if finding["waived"] else []
     for match in finding["matches"][:2]:
         places = f"{_line(match['place'])} ~ {_line(match['other'])}"
         lines += [
             Text(f"{places}   {match['part']}, {match['rule']} {match['score']:.2f}", style="dim"),
-            _marked(match["text"], match["span"]),
-            *([_marked(match["other_text"], match["other_span"])] if match["other_text"] != match["text"] else []),
+            _marked_span(match["text"], match["span"]),
+            *([_marked_span(match["other_text"], match["other_span"])] if match["other_text"] != match["text"] else []),
         ]
     if not finding["matches"]:
         lines += [
@@ -99,7 +99,7 @@ def _finding_parts(finding: Mapping[str, Any]) -> list[Any]:
     return [head, Padding(Group(*lines), (0, 0, 0, 6))]
 
 
-def _some_rows(rows: Sequence[int], most: int = 6) -> str:
+def _first_rows(rows: Sequence[int], most: int = 6) -> str:
     more = f" and {len(rows) - most:,} more" if len(rows) > most else ""
     return ", ".join(map(str, rows[:most])) + more
 
@@ -110,22 +110,22 @@ def _line(text: str, most: int = 200) -> str:
     return shown if len(text) <= most else f"{shown} …"
 
 
-def _many(count: int, noun: str) -> str:
+def _count_text(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def _figures(document: Mapping[str, Any]) -> list[str]:
+def _profile_lines(document: Mapping[str, Any]) -> list[str]:
     profile = document.get("profile") or {}
     lines = []
     if profile.get("category_count"):
         lines.append("categories: " + ", ".join(f"{_line(name, 40)} {n:,}" for name, n in list(profile["categories"].items())[:8]))
     if calling := profile.get("tool_calls"):
-        made = f"{_many(calling['calls'], 'tool call')} in {_many(calling['rows'], 'row')}, {_many(calling['results'], 'result')}"
-        lines.append(f"{made}; {_many(calling['rows_with_tools'], 'row')} with tools")
+        made = f"{_count_text(calling['calls'], 'tool call')} in {_count_text(calling['rows'], 'row')}, {_count_text(calling['results'], 'result')}"
+        lines.append(f"{made}; {_count_text(calling['rows_with_tools'], 'row')} with tools")
     if traces := profile.get("reasoning"):
-        lines.append(f"reasoning in {_many(traces['answers'], 'answer')} of {_many(traces['rows'], 'row')}")
+        lines.append(f"reasoning in {_count_text(traces['answers'], 'answer')} of {_count_text(traces['rows'], 'row')}")
     if untrained := profile.get("untrained_answers"):
-        lines.append(f"{_many(untrained, 'answer')} with weight 0")
+        lines.append(f"{_count_text(untrained, 'answer')} with weight 0")
     for part, length in profile.get("lengths", {}).items():
         if document["kept"]:
             lines.append(
@@ -133,7 +133,7 @@ def _figures(document: Mapping[str, Any]) -> list[str]:
             )
     boilerplate = document.get("similarity", {}).get("boilerplate", [])
     if boilerplate:
-        passages = "; ".join(f'"{_line(passage["text"])}" in {_many(passage["rows"], "prompt")}' for passage in boilerplate[:3])
+        passages = "; ".join(f'"{_line(passage["text"])}" in {_count_text(passage["rows"], "prompt")}' for passage in boilerplate[:3])
         lines.append(f"boilerplate: {passages}")
     for place, counts in document.get("fields", {}).items():
         shown = [f"{_line(name, 40)} {count:,}" for name, count in list(counts.items())[:FIELDS]]
@@ -147,11 +147,11 @@ FIELDS = 12
 
 
 def _thirteen_lines(document: Mapping[str, Any]) -> list[str]:
-    lines = [f"\n13 shared words, the common rule: {_many(document['rows'], 'row')}, {_many(document['pairs'], 'pair')}"]
+    lines = [f"\n13 shared words, the common rule: {_count_text(document['rows'], 'row')}, {_count_text(document['pairs'], 'pair')}"]
     return lines + [f"  {_line(one['place'])} ~ {_line(one['other'])}   {_line(one['shared'], 90)}" for one in document["matches"][:3]]
 
 
-def _marked(text: str, span: Sequence[int], around: int = 60) -> Text:
+def _marked_span(text: str, span: Sequence[int], around: int = 60) -> Text:
     """The shared span, with some context."""
     from rich.text import Text
 

@@ -26,20 +26,24 @@ def lineage_page(document: Mapping[str, Any], records: Sequence[Mapping[str, Any
     metrics = {f"{stage}, {name}": value for stage, figures in document["metrics"].items() for name, value in figures.items()}
     sections = {
         "Lineage": _diagram(document),
-        "Sources": _sheets(_sources(document)),
-        "Rows": _sheets(*_rows(document)),
+        "Sources": _nonempty(_sources(document)),
+        "Rows": _nonempty(*_rows(document)),
         "Records": _records(document, records) if document["records"] else None,
-        "Checks": _sheets(_checks(document), _named({str(i + 1): waiver for i, waiver in enumerate(document["waivers"])}, "Waivers")),
-        "Parameters": _sheets(_named(document["parameters"], "Recorded parameters")),
-        "Metrics": _sheets(_named(metrics, "Metrics")),
+        "Checks": _nonempty(
+            _checks(document), _mapping_table({str(i + 1): waiver for i, waiver in enumerate(document["waivers"])}, "Waivers")
+        ),
+        "Parameters": _nonempty(_mapping_table(document["parameters"], "Recorded parameters")),
+        "Metrics": _nonempty(_mapping_table(metrics, "Metrics")),
         "Code": {"commit": commit_text(document["code"]), "table": Table("Code", ["file", "md5"], list(document["code"]["files"].items()))},
-        "Missing": _sheets(_missing(document)),
+        "Missing": _nonempty(_missing(document)),
     }
     title = f"Audit of {document['model']['stage']}"
-    return render("lineage.jinja", title, sections, stage=document["model"]["stage"], figures=_figures(document), facts=_facts(document))
+    return render(
+        "lineage.jinja", title, sections, stage=document["model"]["stage"], figures=_key_figures(document), facts=_details(document)
+    )
 
 
-def _figures(document: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def _key_figures(document: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     records = document["records"]
     trained = (records or {}).get("learnt_by", {}).values()
     return [
@@ -49,7 +53,7 @@ def _figures(document: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     ]
 
 
-def _facts(document: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _details(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     model = document["model"]
     facts = [("output", f"{model['path']}, md5 {model['md5']}"), ("code", commit_text(document["code"]))]
     if base := document["base_model"]:
@@ -119,7 +123,7 @@ def _sources(document: Mapping[str, Any]) -> Table:
         (path, one["rows"], one["format"], one["license"], one.get("origin", one.get("revision", "")), one.get("sha256", "unknown"))
         for path, one in document["sources"].items()
     ]
-    return _sheet("Sources", columns, rows)
+    return _table("Sources", columns, rows)
 
 
 def _rows(document: Mapping[str, Any]) -> tuple[Table, Table]:
@@ -134,8 +138,8 @@ def _rows(document: Mapping[str, Any]) -> tuple[Table, Table]:
         for stage, counts in one["outcomes"].items()
     ]
     return (
-        _sheet("Rows through the stages", ["stage", "rows in", "rows out", "dropped"], flow),
-        _sheet("Outcomes of each source's rows", ["source", "stage", "rows"], outcomes),
+        _table("Rows through the stages", ["stage", "rows in", "rows out", "dropped"], flow),
+        _table("Outcomes of each source's rows", ["source", "stage", "rows"], outcomes),
     )
 
 
@@ -148,7 +152,7 @@ def _records(document: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) 
         for one in records[:LISTED]
     ]  # fmt: skip
     return {
-        "models": _sheets(_sheet("Models trained on the records", columns, parts)),
+        "models": _nonempty(_table("Models trained on the records", columns, parts)),
         "listed": Table("Records", ["record", "source row", "model", "steps (epochs)"], rows),
         "more": max(0, len(records) - LISTED),
     }
@@ -161,25 +165,25 @@ def _checks(document: Mapping[str, Any]) -> Table:
         for stage, facts in document["stages"].items()
         for name, one in facts.get("checks", {}).items()
     ]  # fmt: skip
-    return _sheet("Checks", ["check", "result", "rows", "dropped", "waived", "note"], rows)
+    return _table("Checks", ["check", "result", "rows", "dropped", "waived", "note"], rows)
 
 
-def _named(values: Mapping[str, Any], caption: str) -> Table:
+def _mapping_table(values: Mapping[str, Any], caption: str) -> Table:
     rows = [(name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)) for name, value in values.items()]
-    return _sheet(caption, ["name", "value"], rows)
+    return _table(caption, ["name", "value"], rows)
 
 
 def _missing(document: Mapping[str, Any]) -> Table:
     rows = [(one["path"], one["md5"], one["fetch"]) for one in document["missing"]]
     if document["shallow"]:
         rows.append(("history before the first commit", "", "`git fetch --unshallow`: this clone is shallow"))
-    return _sheet("Missing", ["output", "md5", "fetch with"], rows)
+    return _table("Missing", ["output", "md5", "fetch with"], rows)
 
 
-def _sheet(caption: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+def _table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
     return Table(caption, columns, rows, folded=False)
 
 
-def _sheets(*tables: Table) -> list[Table]:
+def _nonempty(*tables: Table) -> list[Table]:
     """The tables with rows."""
     return [table for table in tables if table.rows]

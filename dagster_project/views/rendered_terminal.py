@@ -36,11 +36,11 @@ def _parts(row: Mapping[str, Any], color: bool) -> list[tuple[str, str]]:
         which = [example["side"]] if "side" in example else [f"example {i} of {len(row['examples'])}"] if len(row["examples"]) > 1 else []
         counted = "tokens" in example
         tokens = [f"{many(example['tokens'], 'token')}, {number(example['trained_tokens'])} in the loss"] if counted else []
-        parts.append(("  ".join([place, *which, *tokens, *dropped]), _marked(example["pieces"], color)))
+        parts.append(("  ".join([place, *which, *tokens, *dropped]), _marked_text(example["pieces"], color)))
     return parts
 
 
-def _marked(pieces: Sequence[Mapping[str, Any]], color: bool) -> str:
+def _marked_text(pieces: Sequence[Mapping[str, Any]], color: bool) -> str:
     text = ""
     for piece in pieces:
         shown = visible(piece["text"])

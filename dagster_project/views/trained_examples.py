@@ -56,7 +56,7 @@ def trained_examples(root: Path, audit: Sequence[Mapping[str, Any]]) -> list[Tra
         TrainedExample(
             _place(one, one.get("example_id") in several),
             pieces(tokenizer, one, found),
-            _figures(one, found),
+            _token_counts(one, found),
             conversation(records[one["example_id"]]) if one.get("example_id") in records else None,
         )
         for one, found in zip(chosen, weights, strict=True)
@@ -74,7 +74,7 @@ def pieces(tokenizer: Tokenizer | None, example: Mapping[str, Any], weights: Seq
         relative = _relative(example["labels"], weights)
         runs = [(weight, len(list(run))) for weight, run in groupby(relative)]
         texts = _texts(tokenizer, example["input_ids"], [length for _, length in runs])
-        if _marked(tokenizer, example["input_ids"], example["labels"]) == example["text"]:  # else it is another tokenizer
+        if _marked_text(tokenizer, example["input_ids"], example["labels"]) == example["text"]:  # else it is another tokenizer
             return [Piece(text, weight) for text, (weight, _) in zip(texts, runs, strict=True) if text]
     return [Piece(text, 1.0 if i % 2 else None) for i, text in enumerate(re.split("[⟦⟧]", example["text"])) if text]
 
@@ -109,7 +109,7 @@ def _texts(tokenizer: Tokenizer, ids: Sequence[int], lengths: Sequence[int]) -> 
     return texts
 
 
-def _marked(tokenizer: Tokenizer, ids: Sequence[int], labels: Sequence[int]) -> str:
+def _marked_text(tokenizer: Tokenizer, ids: Sequence[int], labels: Sequence[int]) -> str:
     """The text as in the audit of labels: trained spans, each decoded by itself, in ⟦ ⟧."""
     runs = [(trained, [token for token, _ in run]) for trained, run in groupby(zip(ids, labels, strict=True), lambda one: one[1] != IGNORE)]
     texts = tokenizer.decode_batch([run for _, run in runs], skip_special_tokens=False)
@@ -130,7 +130,7 @@ def _place(example: Mapping[str, Any], several: bool) -> str:
     return f"{example['source']}{part}" + (f" ({example['split']})" if "split" in example else "")
 
 
-def _figures(example: Mapping[str, Any], weights: Sequence[float] | None) -> str:
+def _token_counts(example: Mapping[str, Any], weights: Sequence[float] | None) -> str:
     if "labels" not in example:
         return ""
     labels = example["labels"]

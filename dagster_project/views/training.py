@@ -55,10 +55,10 @@ def training_page(
         "Settings": _settings(training),
     }
     how = f"{training['settings']['method']}, {training['dtype']} on {training['device']}"
-    return render("training.jinja", f"Training of {variant}", sections, variant=variant, how=how, figures=_figures(training, measured))
+    return render("training.jinja", f"Training of {variant}", sections, variant=variant, how=how, figures=_key_figures(training, measured))
 
 
-def _figures(training: Mapping[str, Any], measured: Mapping[str, float]) -> list[tuple[str, str, str]]:
+def _key_figures(training: Mapping[str, Any], measured: Mapping[str, float]) -> list[tuple[str, str, str]]:
     loss, validation = training["loss"], training["validation"]
     losses = [("loss", loss["first"], loss["last"])]
     losses += [("validation loss", validation[0]["validation_loss"], validation[-1]["validation_loss"])] if validation else []

@@ -63,9 +63,19 @@ class Project:
         listing = [{"md5": self._keep(content), "relpath": name} for name, content in sorted(files.items())]
         return self._keep(json.dumps(listing).encode(), ".dir")
 
+    def folder(self, outs: Mapping[str, str]) -> str:
+        """Hash of a folder of outputs: name -> hash of the output."""
+        files = {f"{name}/{one['relpath']}": one["md5"] for name, out in outs.items() for one in json.loads(self.object(out).read_bytes())}
+        listing = [{"md5": files[path], "relpath": path} for path in sorted(files)]
+        return md5(json.dumps(listing, sort_keys=True).encode()) + ".dir"
+
+    def object(self, name: str) -> Path:
+        """Path of an object in the cache."""
+        return self.root / ".dvc" / "cache" / "files" / "md5" / name[:2] / name[2:]
+
     def _keep(self, content: bytes, ending: str = "") -> str:
         name = md5(content) + ending
-        path = self.root / ".dvc" / "cache" / "files" / "md5" / name[:2] / name[2:]
+        path = self.object(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
         return name

@@ -48,6 +48,10 @@ LAYOUT_ROWS: dict[str, tuple[dict[str, Any], list[tuple[str, str]]]] = {
         },
         [("user", "Is it cold in Oslo?"), ("assistant", "")],
     ),
+    "glaive": (
+        {"system": "SYSTEM: Be brief.\n", "chat": "USER: Hi\n\n\nASSISTANT: Hello <|endoftext|>\n\n\n"},
+        [SYSTEM, ("user", "Hi"), ("assistant", "Hello")],
+    ),
     "oasst": (
         {
             "message_tree_id": "t",
@@ -79,6 +83,13 @@ PAIR_ROWS: dict[str, list[dict[str, Any]]] = {
         }
     ],
     "transcripts": [{"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "\n\nHuman: Hi\n\nAssistant: What?"}],
+    "openai_dpo": [
+        {
+            "input": {"messages": [{"role": "user", "content": "Hi"}], "tools": [], "parallel_tool_calls": True},
+            "preferred_output": [{"role": "assistant", "content": "Hello"}],
+            "non_preferred_output": [{"role": "assistant", "content": "What?"}],
+        }
+    ],
     "alpaca_eval": [{"instruction": "Hi", "output_1": "What?", "output_2": "Hello", "preference": 2}],
     "kto": [{**PAIR, "label": True}, {**PAIR, "completion": "What?", "label": False}],
     "oasst": [LAYOUT_ROWS["oasst"][0]],

@@ -1,4 +1,5 @@
-"""What a stage that judges a set leaves behind: checks, findings and every overlap in its output, a page and the review file for people."""
+"""Outputs of the checks in a stage: findings and all overlaps in its output; changes and the review file in its folder
+of pages."""
 
 from __future__ import annotations
 
@@ -31,9 +32,10 @@ def write_account(
     name: of the set.
     held_out: all items that an overlap may name.
     out: the stage's output, which gets overlaps.parquet and findings.json.
-    pages: folder for people, which gets changes.json and review.csv.
-    previous: files of the output as recorded before, by their path in it; only the page's account of what changed looks at them.
-    kept_of: reads the kept records out of those. KeyError, ValueError, OSError and ArrowException mean: there are none, or of another form.
+    pages: folder of pages, which gets changes.json and review.csv.
+    previous: files of the output as recorded before, by their path in it; used only for the changes shown on the page.
+    kept_of: reads the kept records out of those. KeyError, ValueError, OSError and ArrowException mean that there are
+    none, or that their format differs.
     """
     write_table(out / "overlaps.parquet", _overlaps(judged), overlap_schema())
     document = findings.document(name, "canonical records", judged, held_out)
@@ -45,7 +47,8 @@ def write_account(
 
 
 def why(judged: Judgement, i: int) -> str:
-    """What the ledger says about a row: what a person said, or the description of the check that it breaks; and what it was repaired for."""
+    """Reason of a row's outcome in the ledger: the reviewer's comment or the description of the violated check; and the
+    checks it was repaired for."""
     check = judged.reason[i]
     repaired = judged.records[i].get("repaired")
     parts = [judged.said.get(i) or (CHECKS[check].description if check else ""), f"repaired: {', '.join(repaired)}" if repaired else ""]
@@ -54,7 +57,7 @@ def why(judged: Judgement, i: int) -> str:
 
 @cache
 def overlap_schema() -> pa.Schema:
-    """Every overlap that was found, not only those the report shows."""
+    """All overlaps, including those that the report omits."""
     import pyarrow as pa
 
     return pa.schema(
@@ -92,7 +95,7 @@ def _changes(
     kept: list[dict[str, Any]],
     document: dict[str, Any],
 ) -> dict[str, Any] | None:
-    """What differs from the set as it was recorded before; None where there was none."""
+    """Differences from the previously recorded version; None if there is none."""
     import pyarrow as pa
 
     try:

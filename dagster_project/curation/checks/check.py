@@ -1,4 +1,5 @@
-"""What a check is: one object with its fact about each row, the condition on it, severity, advice and what findings show."""
+"""A check: one object with its fact about each row, the condition on it, severity, hint, and the content of its
+findings."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ T = TypeVar("T")
 
 
 def text_of(record: Mapping[str, Any]) -> str:
-    """All messages of a record, of a pair both sides: contents, reasoning and the texts in arguments of calls."""
+    """All messages of a record, or both sides of a pair: contents, reasoning and the texts in arguments of calls."""
     sides = (record["messages"], record.get("rejected") or ())
     return "\n".join([text for side in sides for m in side for text in ([m["content"]] if len(m) == 2 else _texts(m))])
 
@@ -37,7 +38,8 @@ def _texts(message: Message) -> list[str]:
 
 
 def named_text_of(record: Mapping[str, Any]) -> str:
-    """As `text_of`, with each text and number in arguments after its name, which says what it is: "phone: 0151 123456"."""
+    """As `text_of`, with the name of each argument before its value, because it identifies the kind of value: "phone:
+    0151 123456"."""
     parts = []
     for message in (*record["messages"], *(record.get("rejected") or ())):
         parts += [message["content"], *([message["reasoning_content"]] if message.get("reasoning_content") else [])]
@@ -46,7 +48,8 @@ def named_text_of(record: Mapping[str, Any]) -> str:
 
 
 def part_text(record: Mapping[str, Any], part: str) -> str:
-    """A part of a record that is compared by itself: its "prompt", its "response", or all of its "reasoning_content" or "tool_calls"."""
+    """A part of a record that is compared separately: its "prompt", its "response", or all of its "reasoning_content"
+    or "tool_calls"."""
     messages = record["messages"]
     if part == "reasoning_content":
         return "\n".join(message[part] for message in messages if message.get(part))
@@ -58,10 +61,11 @@ def part_text(record: Mapping[str, Any], part: str) -> str:
 
 @dataclass(frozen=True)
 class Rows:
-    """A set of records with the limits they are judged by. Everything that several checks need is computed once."""
+    """A set of records and the limits of the checks. Values that several checks need are computed once."""
 
     records: Sequence[dict[str, Any]]
-    """Canonical records with `source` and `source_row`; pairs have `rejected` (messages), `asked` (how many of `messages` are the prompt),
+    """Canonical records with `source` and `source_row`; pairs have `rejected` (messages), `asked` (number of `messages`
+    in the prompt),
     `margin` and `same_prompt`; benchmark questions have `labelled`."""
     held_out: Sequence[Item]
     """Questions that must not be trained on."""
@@ -70,7 +74,7 @@ class Rows:
     max_tokens: int
     min_response_tokens: int
     near_duplicate_similarity: float
-    """Similarity from which on near-copies are reported; all of them share a cluster."""
+    """Minimum similarity of reported near-copies. Less similar ones share a cluster, too."""
     _shared: dict[Callable[[Rows], Any], Any] = field(default_factory=dict)
 
     def shared(self, compute: Callable[[Rows], T]) -> T:
@@ -136,9 +140,9 @@ class Check:
     hint: str
     """How to fix what it finds."""
     action: Action = "drop"
-    """What a stage does with a row that breaks it, unless params.yaml says otherwise."""
+    """Default action of a stage on a row that violates it; params.yaml can override it."""
     column: Callable[[Rows, str], Values] | None = None
-    """Rows and the check's name -> the fact about each row that it judges."""
+    """Rows and the check's name -> the fact about each row."""
     holds: Callable[[Rows, str], pa.Column] = is_null
     """Rows and the check's name -> type of the column, and the condition on its values."""
     kind: Kind | None = None
@@ -147,9 +151,10 @@ class Check:
     """Whether the fact quotes the text ("mojibake: 'cafÃ©'"). Findings then show it as the example, in place of the start of the row,
     so the quotation must be masked (`privacy.mask`)."""
     worst: Callable[[Sequence[Any]], Severity] | None = None
-    """Facts of the rows that break it -> severity, where it depends on them and params.yaml does not say otherwise."""
+    """Facts of the rows that violate it -> severity, for checks whose severity depends on them; params.yaml can
+    override it."""
     note: Callable[[Rows, Sequence[Any]], list[str]] = lambda rows, facts: []
-    """Rows, and the facts of those that break it or did before they were repaired -> figures in words."""
+    """Rows, and the facts of those that violate it or did before their repair -> note with figures."""
 
 
 def kinds(rows: Rows, facts: Sequence[str]) -> list[str]:

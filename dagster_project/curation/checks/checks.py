@@ -15,7 +15,7 @@ from dagster_project.core.records import uncollected
 from dagster_project.curation.checks import profile as profiles
 from dagster_project.curation.checks.check import Action, Check, Kind, Rows, Severity
 from dagster_project.curation.checks.overlaps import GROUPED, Overlaps, find_overlaps
-from dagster_project.curation.checks.repair import REPAIRS, Repaired, repair
+from dagster_project.curation.checks.repair import REPAIRS, RepairResult, repair
 from dagster_project.curation.checks.review import Decision, Waived, Waiver, edited, ids_of, resolve
 from dagster_project.curation.checks.row_checks import ROW_CHECKS, gather, row_schema, violations
 from dagster_project.curation.checks.token_counts import ESTIMATED, Tokens
@@ -32,7 +32,7 @@ SET_CHECKS = {
             "schema",
             "The set has rows, and each column the canonical type.",
             "error",
-            "See the rows dropped above for the reason.",
+            "See the rows dropped by the checks above.",
             "fail",
         ),
         Check(
@@ -46,19 +46,19 @@ SET_CHECKS = {
             "unbalanced_categories",
             "No category is far more frequent than another.",
             "warn",
-            "Add rows of the rare ones, or take some of the frequent ones out.",
+            "Add rows of rare categories, or remove rows of frequent ones.",
             "warn",
         ),
         Check(
             "low_diversity",
             "Tasks, wording and answers vary.",
             "warn",
-            "Write examples in other words; copies of one template teach the template.",
+            "Vary the wording of the examples: from copies of one template a model learns the template.",
             "warn",
         ),
         Check(
             "length_bias",
-            "Which response is longer does not tell which was chosen.",
+            "Response length does not predict the chosen response.",
             "warn",
             "Add pairs in which the shorter response was chosen.",
             "warn",
@@ -70,12 +70,12 @@ CHECKS: dict[str, Check] = {**ROW_CHECKS, **SET_CHECKS}
 
 
 def checks_of(kind: Kind) -> dict[str, Check]:
-    """The checks that judge one kind of data."""
+    """The checks that apply to one kind of data."""
     return {name: check for name, check in CHECKS.items() if check.kind in {None, kind}}
 
 
 class Rules(profiles.Limits):
-    """How strictly a set is judged."""
+    """Policy, severities and limits of the checks."""
 
     policy: dict[str, Action] = {}
     """Check -> what to do with rows that fail it. `fix` repairs the row, or drops it where no repair is possible;
@@ -88,7 +88,8 @@ class Rules(profiles.Limits):
     min_response_tokens: int = Field(default=2, ge=0)
     """Responses with fewer tokens fail `short_response`."""
     near_duplicate_similarity: float = Field(default=0.65, ge=0, le=1)
-    """Jaccard index of three-word runs from which on two prompts fail `near_duplicates`. Near-copies from 0.3 on share
+    """Jaccard index of three-word shingles at or above which two prompts fail `near_duplicates`. Near-copies from 0.3
+    on share
     a `group_id` and stay in one split, reported or not."""
     max_longer_share: float = Field(default=0.65, ge=0.5, le=1)
     """Preferences: largest share of pairs whose chosen response may be the longer one; above it `length_bias` fails.
@@ -98,14 +99,14 @@ class Rules(profiles.Limits):
 
     @field_validator("policy", "severity")
     @classmethod
-    def _known(cls, values: dict[str, str]) -> dict[str, str]:
+    def _check_names(cls, values: dict[str, str]) -> dict[str, str]:
         for name, value in values.items():
             if name not in CHECKS:
                 raise ValueError(f"unknown check {name!r}; checks: {', '.join(CHECKS)}")
             if value == "fix" and name not in REPAIRS:
                 raise ValueError(f"{name} has no repair; checks that can be fixed: {', '.join(REPAIRS)}")
             if name in SET_CHECKS and value in {"drop", "review"}:
-                raise ValueError(f"{name} judges the set as a whole: warn or fail, not {value}")
+                raise ValueError(f"{name} applies to the set as a whole: use warn or fail, not {value}")
         return values
 
     @field_validator("waivers")
@@ -113,11 +114,11 @@ class Rules(profiles.Limits):
     def _known_checks(cls, waivers: list[Waiver]) -> list[Waiver]:
         for waiver in waivers:
             if waiver.check not in ROW_CHECKS:
-                raise ValueError(f"{waiver.check!r} is no check on rows; such checks: {', '.join(ROW_CHECKS)}")
+                raise ValueError(f"{waiver.check!r} is not a check on rows; checks on rows: {', '.join(ROW_CHECKS)}")
         return waivers
 
     def fixed(self) -> list[str]:
-        """The checks whose rows are repaired, in the order of repair."""
+        """The checks with policy `fix`, in the order of repair."""
         return [name for name in REPAIRS if self.action(name) == "fix"]
 
     def action(self, name: str) -> Action:
@@ -128,7 +129,7 @@ class Rules(profiles.Limits):
 
 
 def length_schema(most: float) -> pa.DataFrameSchema:
-    """What must be true of a set of preference pairs: one row with the share of pairs whose chosen response is the longer one."""
+    """Schema of a table with one row: the share of pairs whose chosen response is the longer one."""
     import pandera.polars as pa
     import polars as pl
 
@@ -137,18 +138,18 @@ def length_schema(most: float) -> pa.DataFrameSchema:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one check found."""
+    """Result of one check."""
 
     name: str
     action: Action
     severity: Severity
     broken: list[int]
-    """Indices of the rows that break it, or did before they were repaired; waived ones left out."""
+    """Indices of the rows that violate it, or did before their repair; without waived ones."""
     dropped: int
-    """Rows dropped for it, and not for a check before it."""
+    """Rows dropped by it, and not by an earlier check."""
     waived: int
     passed: bool
-    """No row that is kept breaks it, or, for a check on the set, it holds."""
+    """No kept row violates it; for a check on the set: it holds."""
     note: str
     fixed: int = 0
     """Rows repaired for it that are kept."""
@@ -156,12 +157,13 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the checks found in a set of records."""
+    """Result of all checks on a set of records."""
 
     records: list[dict[str, Any]]
-    """As judged: with the edits of the review file made, and repaired. One that was repaired has `repaired` and `source_id` (curation/checks/repair.py)."""
+    """With the edits of the review file and the repairs applied. Repaired records have `repaired` and `source_id`
+    (curation/checks/repair.py)."""
     reason: list[str | None]
-    """For each record the check it is dropped for, or None if it is kept."""
+    """For each record the check that drops it, or None if it is kept."""
     frame: pl.DataFrame
     """The fact of each check on rows about each record; see `row_checks.gather`."""
     overlaps: Overlaps
@@ -170,11 +172,11 @@ class Judgement:
     profile: dict[str, Any]
     """Of the rows that are kept."""
     said: dict[int, str] = field(default_factory=dict)
-    """Index -> what a person said about the row: why it was waived, edited, accepted or dropped."""
+    """Index -> a person's reason for waiving, editing, accepting or dropping the row."""
     waiting: list[tuple[int, str]] = field(default_factory=list)
-    """(index, check) of rows that are kept until somebody decides about them."""
+    """(index, check) of rows that are kept until a person reviews them."""
     repaired: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
-    """Check -> index of each row that was repaired for it -> what was wrong, in words."""
+    """Check -> index of each row repaired for it -> description of the fault."""
 
     @property
     def fixed(self) -> dict[str, int]:
@@ -203,11 +205,11 @@ def judge(
     """Run every check on canonical records or pairs (with `source` and `source_row`).
 
     Args:
-        held_out: questions that must not be trained on; empty where there are none, and `benchmark_leakage` says so.
+        held_out: questions that must not be trained on; if empty, `benchmark_leakage` notes it.
         tokens: the base model's tokenizer and template.
         decisions: the filled-in lines of the review file.
-        divide: assigns the kept rows (their indices are given) to splits, and returns index -> reason of those that are dropped for
-            `split_leakage`.
+        divide: assigns the rows to keep, given by index, to splits; returns index -> reason for those dropped by
+        `split_leakage`.
     """
     records, edits, waived, repaired = _prepared(records, held_out, rules, tokens, decisions)
     facts = _row_facts(records, held_out, rules, tokens, waived, repaired)
@@ -229,7 +231,7 @@ def judge(
         kept = [i for i in kept if i not in leaking]
     waiting = [(i, name) for name in ROW_CHECKS if rules.action(name) == "review" for i in broken.get(name, []) if reason[i] is None]
 
-    profile, notes, failures = _judge_set([records[i] for i in kept], _near_copies(overlaps, waived, reason), rules, tokens, kind)
+    profile, notes, failures = _check_set([records[i] for i in kept], _near_copies(overlaps, waived, reason), rules, tokens, kind)
     notes |= facts.notes
     fixed, dropped = repaired.counts(reason), Counter(check for check in reason if check)
     verdicts = {}
@@ -248,14 +250,14 @@ class _RowFacts:
     frame: pl.DataFrame
     overlaps: Overlaps
     found: dict[str, list[int]]
-    """Check -> indices of the rows that break it."""
+    """Check -> indices of the rows that violate it."""
     broken: dict[str, list[int]]
     """The same without the rows for which the check is waived."""
     notes: dict[str, str]
 
 
 def _row_facts(
-    records: Sequence[dict[str, Any]], held_out: Sequence[Item], rules: Rules, tokens: Tokens, waived: Waived, repaired: Repaired
+    records: Sequence[dict[str, Any]], held_out: Sequence[Item], rules: Rules, tokens: Tokens, waived: Waived, repaired: RepairResult
 ) -> _RowFacts:
     """Run every check on rows. Texts of the whole set are freed on return."""
     rows = Rows(records, held_out, waived, tokens, rules.max_tokens, rules.min_response_tokens, rules.near_duplicate_similarity)
@@ -275,7 +277,7 @@ def _row_facts(
 def _drop(
     records: Sequence[dict[str, Any]], broken: Mapping[str, list[int]], rules: Rules, decisions: Sequence[Decision]
 ) -> tuple[list[str | None], dict[int, str]]:
-    """For each record the check it is dropped for, or None; and index -> comment of a person who dropped it in the review file."""
+    """For each record the check that drops it, or None; and index -> comment of the reviewer who dropped it."""
     reason: list[str | None] = [None] * len(records)
     for name in ROW_CHECKS:
         if rules.action(name) in {"drop", "fix"}:
@@ -295,7 +297,7 @@ def _near_copies(overlaps: Overlaps, waived: Waived, reason: Sequence[str | None
     return sum(1 for i in similar - set(waived.rows.get("near_duplicates", ())) if reason[i] is None)
 
 
-def _judge_set(
+def _check_set(
     kept: Sequence[dict[str, Any]], near_copies: int, rules: Rules, tokens: Tokens, kind: Kind
 ) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
     """Profile of the kept records, and notes and failures (check -> reason) of the checks on the set."""
@@ -317,10 +319,12 @@ def _judge_set(
 
 def _prepared(
     records: Sequence[dict[str, Any]], held_out: Sequence[Item], rules: Rules, tokens: Tokens, decisions: Sequence[Decision]
-) -> tuple[list[dict[str, Any]], dict[int, str], Waived, Repaired]:
-    """The records as they are judged: edited by people, and repaired but for those that are waived; and the reasons of the edits.
+) -> tuple[list[dict[str, Any]], dict[int, str], Waived, RepairResult]:
+    """The records to check: with the edits of the review file and, unless waived, the repairs; and the reasons of the
+    edits.
 
-    The review file shows rows as they were repaired, so edits are looked up before the repair and after it, and what was edited then is repaired too.
+    The review file shows rows as they were repaired, so edits are looked up before the repair and after it, and edited
+    rows are repaired as well.
     """
     items = {item.place for item in held_out}
     changed, edits = edited(records, decisions)
@@ -333,7 +337,7 @@ def _prepared(
 
 
 def _severity(name: str, rules: Rules, rows: Sequence[int], facts: _RowFacts) -> Severity:
-    """As the rules say; overlaps with held-out text of which none is a copy are a warning, unless the rules say otherwise."""
+    """Severity by the rules. By default, overlaps with held-out text are a warning if none of them is a copy."""
     overlaps, decided = facts.overlaps, name in rules.severity or rules.action(name) == "fail"
     if (worst := CHECKS[name].worst) and rows and not decided:
         return worst(facts.frame[name].gather(list(rows)).to_list())
@@ -343,11 +347,13 @@ def _severity(name: str, rules: Rules, rows: Sequence[int], facts: _RowFacts) ->
 
 
 COUNTED = 50_000
-"""Rows up to which the tokens of every conversation are counted for the profile; the limits are checked in sets of any size."""
+"""Maximum number of rows for which the profile counts the tokens of every conversation. Limits are checked in sets of
+any size."""
 
 
 def _length(pairs: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """How often the chosen response has more characters, and how often "the longer one wins" is right, where a pair of equals counts one half."""
+    """Share of pairs whose chosen response has more characters; and the accuracy of "the longer one wins", with half a
+    point for equal lengths."""
     sides = [[sum(map(_size, side)) for side in (pair["messages"][pair["asked"] :], pair["rejected"])] for pair in pairs]
     longer, equal = (sum(of(*lengths) for lengths in sides) for of in (gt, eq))
     return {"chosen_longer_share": round(longer / len(pairs), 4), "length_rule_accuracy": round((longer + equal / 2) / len(pairs), 4)}

@@ -1,8 +1,8 @@
-"""Records -> what is wrong with what they say: refusals, foreign identities, placeholders, echoes, cut ends, loops, markup.
+"""Records -> faults in their content: refusals, foreign identities, placeholders, echoes, cut ends, loops, markup.
 
-Each check is one object in `CONTENT_CHECKS`. Checks judge exchanges: an answer of the assistant with the messages before it; of a
-preference pair only the chosen answer. Each has two steps: `pretest`, cheap, over all exchanges at once, and `find`, on the few that
-are left.
+Each check is one object in `CONTENT_CHECKS`. Checks work on exchanges: an answer of the assistant with the messages
+before it; for a preference pair only the chosen answer. Each has two steps: `pretest`, cheap, over all exchanges at
+once, and `find`, on the remaining ones.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from py3langid.langid import LanguageIdentifier
 
 AROUND = 30
-"""Characters shown on each side of what was found."""
+"""Characters shown on each side of a match."""
 
 
 class Exchange(NamedTuple):
     """One answer of the assistant."""
 
     asked: str
-    """The message before it if the user wrote that, else the empty string."""
+    """The previous message if it is the user's, else the empty string."""
     said: str
     messages: Sequence[Mapping[str, Any]]
     """The whole conversation."""
@@ -41,7 +41,7 @@ class Exchange(NamedTuple):
 
     @property
     def before(self) -> str:
-        """Everything said before the answer, the system prompt included."""
+        """All messages before the answer, including the system prompt."""
         return "\n".join([m["content"] for m in self.messages[: self.at]])
 
 
@@ -72,19 +72,19 @@ class Texts:
         return text_column(self.said)
 
 
-Found = tuple[str, str]
-"""What was found: its kind, and the words of the text that show it (or the empty string)."""
+Match = tuple[str, str]
+"""A match: its kind, and the matching words of the text (or the empty string)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContentCheck(Check):
     """A check on each answer of the assistant. Its fact is the first fault found in the conversation."""
 
-    find: Callable[[Exchange], Found | None]
+    find: Callable[[Exchange], Match | None]
     words: tuple[str, ...] = ()
-    """`find` looks at the responses that hold one of these, written here in lower case,"""
+    """`find` is applied to responses that contain one of these, in lower case,"""
     pretest: Callable[[Texts], Iterable[int]] = lambda _: ()
-    """and at the exchanges with these indices."""
+    """and to the exchanges with these indices."""
     action: Action = "warn"
     column: Callable[[Rows, str], Values] = lambda rows, name: rows.shared(_content_facts)[name]
     quotes: bool = True
@@ -96,25 +96,26 @@ def _content_facts(rows: Rows) -> dict[str, list[str | None]]:
 
 
 def content_facts(records: Sequence[Mapping[str, Any]]) -> dict[str, list[str | None]]:
-    """Check -> for each record what breaks it in the first answer that does ("HTML tag: '...<br>...'", masked), else null.
+    """Check -> for each record the fault in the first answer that violates the check ("HTML tag: '...<br>...'",
+    masked), else null.
 
     Args:
-        records: canonical records or pairs; benchmark questions (those with `labelled`) have no answers to judge.
+        records: canonical records or pairs; benchmark questions (those with `labelled`) have no answers to check.
     """
     texts = _texts(records)
     facts: dict[str, list[str | None]] = {check.name: [None] * len(records) for check in CONTENT_CHECKS}
     if not texts.said:
         return facts
     lower = texts.said_column.str.to_lowercase()
-    worded = _having(lower, [word for check in CONTENT_CHECKS for word in check.words]).arg_true()
+    worded = _contains_any(lower, [word for check in CONTENT_CHECKS for word in check.words]).arg_true()
     responses = lower.gather(worded)
     for check in CONTENT_CHECKS:
         column = facts[check.name]
-        with_words = worded.filter(_having(responses, check.words)).to_list() if check.words else []
+        with_words = worded.filter(_contains_any(responses, check.words)).to_list() if check.words else []
         for i in sorted({*with_words, *check.pretest(texts)}):
             row = texts.rows[i]
             if column[row] is None and (found := check.find(one := texts.exchange(i, records))):
-                column[row] = _shown(one, *found)
+                column[row] = _excerpt(one, *found)
     return facts
 
 
@@ -136,7 +137,7 @@ def _texts(records: Sequence[Mapping[str, Any]]) -> Texts:
     return texts
 
 
-def _shown(one: Exchange, kind: str, phrase: str) -> str:
+def _excerpt(one: Exchange, kind: str, phrase: str) -> str:
     """The kind, and the masked text around the phrase unless something in the phrase itself is masked."""
     for text in (one.said, one.asked) if phrase else ():
         if phrase in text and (at := (shown := mask(text)).find(phrase)) >= 0:
@@ -146,8 +147,8 @@ def _shown(one: Exchange, kind: str, phrase: str) -> str:
     return kind
 
 
-def _having(lower: pl.Series, words: Iterable[str]) -> pl.Series:
-    """Which texts, given in lower case, hold one of the words."""
+def _contains_any(lower: pl.Series, words: Iterable[str]) -> pl.Series:
+    """Which of the lower-case texts contain one of the words."""
     return lower.str.contains("|".join(map(re.escape, words)))
 
 
@@ -159,7 +160,7 @@ def _prose(text: str) -> str:
     return _FENCE.sub(" ", text) if "`" in text or "~~~" in text else text
 
 
-def _quoted(text: str, at: int) -> bool:
+def _is_quoted(text: str, at: int) -> bool:
     """Whether the place is inside quotation marks."""
     before = text[:at]
     return before.count('"') % 2 == 1 or before.count("“") > before.count("”") or before.count("「") > before.count("」")
@@ -172,7 +173,7 @@ def _holds(text: str, phrase: str) -> bool:
 # --- refusals ----------------------------------------------------------------------------------------------------------------------
 
 REFUSES_WITHIN = 400
-"""Characters at the beginning of an answer in which it says that it refuses."""
+"""Characters at the beginning of an answer that are searched for a refusal."""
 _NOT_ABLE = "unable|not able|not (?:allowed|permitted|designed|programmed|capable)"
 _CANNOT = (
     rf"(?:can(?:no|['’])?t|can not|won['’]?t|will not|(?:am|['’]m) (?:{_NOT_ABLE})|do(?:n['’]t| not) "
@@ -213,7 +214,8 @@ _REFUSALS = (
         re.IGNORECASE,
     ),
 )
-"""With a group `what` (named with or without a digit) where the words tell that it is the assistant who does not answer."""
+"""Group `what` (with or without a digit at the end of its name) matches only if the assistant itself refuses to
+answer."""
 _SALUTATION = re.compile(r"\A\W*(?:Dear|Subject:|Hi|Hello|To whom)\b[^\n]*\n", re.IGNORECASE)
 _WRITTEN_FOR_OTHERS = re.compile(
     r"\b(?:excuses?|letters?|e-?mails?|apolog\w+|messages?|repl(?:y|ies)|dialog\w*|conversations?|scripts?|stor(?:y|ies)|poems?|speech"
@@ -222,13 +224,13 @@ _WRITTEN_FOR_OTHERS = re.compile(
 )
 
 
-def _refusal(one: Exchange) -> Found | None:
+def _refusal(one: Exchange) -> Match | None:
     if _SALUTATION.match(one.said):
         return None
     head = " ".join(one.said[:REFUSES_WITHIN].split(" "))
     for pattern in _REFUSALS:
         match = pattern.search(head)
-        if match is None or _quoted(head, match.start()) or _holds(one.before, " ".join(match.group().split()[-3:])):
+        if match is None or _is_quoted(head, match.start()) or _holds(one.before, " ".join(match.group().split()[-3:])):
             continue
         if any(match.groupdict().values()) or not _WRITTEN_FOR_OTHERS.search(one.asked):
             return "refusal", match.group().strip()
@@ -260,9 +262,14 @@ _ASKS_WHO = re.compile(
 )
 
 
-def _boilerplate(one: Exchange) -> Found | None:
+def _boilerplate(one: Exchange) -> Match | None:
     match = _BOILERPLATE.search(_prose(one.said))
-    if match is None or _quoted(one.said, one.said.find(match.group())) or _holds(one.before, match.group()) or _ASKS_WHO.search(one.asked):
+    if (
+        match is None
+        or _is_quoted(one.said, one.said.find(match.group()))
+        or _holds(one.before, match.group())
+        or _ASKS_WHO.search(one.asked)
+    ):
         return None
     return "speaks as an AI", match.group().strip()
 
@@ -272,7 +279,7 @@ _MODELS = (
     r"|Baichuan\w*|Google Bard|Google Gemini|Microsoft Copilot|Meta AI|StableLM|WizardLM"
 )
 _ALSO_WORDS = r"Claude|Bard|Gemini|Llama\w*|LLaMA\w*|Grok|Copilot|Kimi|Mistral|Phi|Gemma|Sydney|Alpaca|Vicuna|Cohere|Command R|Falcon|Dolly|Koala|Doubao"
-"""Models whose names are also words or names of people: they count only where the text says that a model is meant."""
+"""Models whose names are also words or names of people: they count only if the text identifies them as a model."""
 _MAKERS = (
     r"Open ?AI|Anthropic|Google(?: DeepMind| AI)?|DeepMind|Alibaba(?: Cloud)?|Meta(?: AI)?|Microsoft|Mistral(?: AI)?|DeepSeek|Baidu"
     r"|Moonshot(?: AI)?|xAI|Cohere|LAION|Hugging ?Face|Stability AI|Databricks|Zhipu(?: AI)?|Tencent|ByteDance|LMSYS|Inflection(?: AI)?"
@@ -296,9 +303,9 @@ _FIRST_PERSON = re.compile(r"\b(?:I|me|my|as|as an?|this is|ich bin|je suis|soy|
 _NAMED = re.compile(rf"{_MODELS}|{_ALSO_WORDS}|{_MAKERS}")
 
 
-def _identity(one: Exchange) -> Found | None:
+def _identity(one: Exchange) -> Match | None:
     match = _IDENTITY.search(_prose(one.said)) if _FIRST_PERSON.search(one.said) else None
-    if match is None or _quoted(one.said, one.said.find(match.group())):
+    if match is None or _is_quoted(one.said, one.said.find(match.group())):
         return None
     named = _NAMED.search(match.group())
     if named and re.search(
@@ -340,18 +347,18 @@ _WANTS_SLOTS = re.compile(
 )
 
 
-def _says_nothing(text: str) -> bool:
+def _is_only_placeholder(text: str) -> bool:
     return len(text) < 40 and ((bare := text.strip().casefold()) in _EMPTY_ANSWERS or bare.strip(_WRAPPING) in _EMPTY_ANSWERS)
 
 
 def _placeholder_pretest(texts: Texts) -> Iterable[int]:
     short = (texts.said_column.str.len_bytes() < 40).arg_true().to_list()
-    empty = [i for i in short if _says_nothing(texts.said[i])]
-    return [*empty, *_having(texts.asked_lower, ["[insert", "<insert", "{insert", "lorem ipsum"]).arg_true().to_list()]
+    empty = [i for i in short if _is_only_placeholder(texts.said[i])]
+    return [*empty, *_contains_any(texts.asked_lower, ["[insert", "<insert", "{insert", "lorem ipsum"]).arg_true().to_list()]
 
 
-def _placeholder(one: Exchange) -> Found | None:
-    if _says_nothing(one.said):
+def _placeholder(one: Exchange) -> Match | None:
+    if _is_only_placeholder(one.said):
         return "nothing but a placeholder", one.said.strip()
     before = one.before
     if _WANTS_SLOTS.search(before):
@@ -366,7 +373,7 @@ def _placeholder(one: Exchange) -> Found | None:
 # --- echo --------------------------------------------------------------------------------------------------------------------------
 
 ECHO = 16
-"""Characters, and three words, that a prompt must have for its copy to count."""
+"""Minimum number of characters of a prompt whose copy counts. It also needs three words."""
 _LABEL = r"(?:the )?(?:question|prompt|instruction|task|query|q|user|human|input|request)s?\W*(?:is|was|:|\n)"
 _LABELLED = re.compile(rf"\A\W*(?:{_LABEL}\W*)?", re.IGNORECASE)
 _WANTS_ECHO = re.compile(r"\b(?:repeat|echo|copy|recite|verbatim)\b", re.IGNORECASE)
@@ -377,7 +384,7 @@ _WANTS_EDIT = re.compile(
 _AROUND_ECHO = " \n\t#*>\"'“”`"
 
 
-def _plain(text: str) -> str:
+def _normalized(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
@@ -390,19 +397,19 @@ def _echo_pretest(texts: Texts) -> Iterable[int]:
     return (alike & (texts.asked_column.str.len_bytes() >= ECHO)).arg_true().to_list()
 
 
-def _echo(one: Exchange) -> Found | None:
-    asked, answer = _plain(one.asked).strip(_AROUND_ECHO), _LABELLED.sub("", one.said, count=1)
-    said = _plain(answer).lstrip(_AROUND_ECHO)
+def _echo(one: Exchange) -> Match | None:
+    asked, answer = _normalized(one.asked).strip(_AROUND_ECHO), _LABELLED.sub("", one.said, count=1)
+    said = _normalized(answer).lstrip(_AROUND_ECHO)
     if not said.startswith(asked[:ECHO]) or _WANTS_ECHO.search(one.asked):
         return None
-    for part in dict.fromkeys((asked, _plain(one.asked.strip().partition("\n\n")[0]).strip(_AROUND_ECHO))):
+    for part in dict.fromkeys((asked, _normalized(one.asked.strip().partition("\n\n")[0]).strip(_AROUND_ECHO))):
         if len(part) < ECHO or part.count(" ") < 2:
             continue
         if said.rstrip(_AROUND_ECHO + ".?!") == part.rstrip(".?!"):
             return "the response is the prompt", ""
         if not said.startswith(part):
             continue
-        first_line = _plain(answer.strip().partition("\n")[0]).strip(_AROUND_ECHO)
+        first_line = _normalized(answer.strip().partition("\n")[0]).strip(_AROUND_ECHO)
         if (part == asked and (part[-1] in "?!.:。？！" or first_line == part)) or (
             first_line == part and not _WANTS_EDIT.search(one.asked)
         ):
@@ -413,7 +420,8 @@ def _echo(one: Exchange) -> Found | None:
 # --- cut ends ----------------------------------------------------------------------------------------------------------------------
 
 PROSE, LONG = 8, 30
-"""Words from which on a line is read as prose, not as a title or an item; and a response as one that would end with a full stop."""
+"""Minimum number of words of a line of prose, as opposed to a title or an item; and of a response that should end with
+a period."""
 _CLOSED = frozenset(".!?…。！？\"'”’」)]}>`*_|%$€£°~=\\0123456789")
 """Characters at which a text may end."""
 _GOES_ON = frozenset(
@@ -494,9 +502,11 @@ def _cut_pretest(texts: Texts) -> Iterable[int]:
     return found
 
 
-def _cut(one: Exchange) -> Found | None:
+def _find_cut_end(one: Exchange) -> Match | None:
     text = one.said.rstrip()
-    if not one.asked or not text or any(map(calls, one.messages[one.at : one.at + 1])):  # what calls a tool goes on with the result
+    if (
+        not one.asked or not text or any(map(calls, one.messages[one.at : one.at + 1]))
+    ):  # an answer with a tool call continues after the result
         return None
     tail = text[-40:]
     if text.count("```") % 2:
@@ -519,7 +529,7 @@ def _cut(one: Exchange) -> Found | None:
 
 
 def _is_mid_sentence(prose: str, last: str, word: str) -> bool:
-    """Whether a text that ends in a letter ends too early.
+    """Whether a text that ends in a letter is cut off.
 
     Args:
         last: its last line.
@@ -541,9 +551,10 @@ def _is_mid_sentence(prose: str, last: str, word: str) -> bool:
 # --- loops -------------------------------------------------------------------------------------------------------------------------
 
 LOOPS = 4
-"""Times that a line, a sentence or a run of words must come to be a loop."""
+"""Minimum number of repetitions of a line, a sentence or a run of words in a loop."""
 PROBE = 18
-"""Characters of the probes that show where a loop may be; a third of it where a character may be a word."""
+"""Length of the probes that locate possible loops, in characters; a third of it in scripts in which a character can be
+a word."""
 LOOKED_THROUGH = 20_000
 """Characters of a response that are searched for loops."""
 _ONE_CHARACTER = re.compile(r"(\w)\1{29}")
@@ -577,7 +588,7 @@ def _loop_pretest(texts: Texts) -> Iterable[int]:
     return found
 
 
-def _loop(one: Exchange) -> Found | None:
+def _loop(one: Exchange) -> Match | None:
     if match := _ONE_CHARACTER.search(one.said):
         return "one character over and over", match.group()
     text = _prose(one.said[:LOOKED_THROUGH])
@@ -631,10 +642,10 @@ _DOCUMENT = re.compile(r"\s*<(?:!doctype|html|\?xml|svg|[a-z]+[ >])", re.IGNOREC
 
 
 def _markup_pretest(texts: Texts) -> Iterable[int]:
-    return _having(texts.asked_lower, _MARKUP_WORDS).arg_true().to_list()
+    return _contains_any(texts.asked_lower, _MARKUP_WORDS).arg_true().to_list()
 
 
-def _markup(one: Exchange) -> Found | None:
+def _markup(one: Exchange) -> Match | None:
     said, asked, before = _prose(one.said), _prose(one.asked), one.before
     if (match := _ROLE_IN_RESPONSE.search(said)) and not _WANTS_TALK.search(before):
         return "role label", match.group().strip()
@@ -652,11 +663,13 @@ def _markup(one: Exchange) -> Found | None:
 # --- language ----------------------------------------------------------------------------------------------------------------------
 
 LETTERS, SCRIPT_LETTERS = 25, 10
-"""Letters from which on a text's language is identified; the second where prompt and response differ in script and one is Chinese, Japanese or Korean."""
+"""Minimum number of letters to identify a text's language; the second one applies if prompt and response differ in
+script and one is Chinese, Japanese or Korean."""
 READ = 300
-"""Characters at the beginning of a text that its language is identified by."""
+"""Characters at the beginning of a text from which its language is identified."""
 SURE, LIKELY, UNLIKELY = 0.8, 0.5, 0.05
-"""A response must have its language with the first probability, a prompt with the second, and each the other's with at most the third."""
+"""Minimum probability of a response's language, of a prompt's language, and maximum probability of the other text's
+language in each."""
 _FREQUENT = {
     code: frozenset(words.split())
     for code, words in {
@@ -670,7 +683,8 @@ _FREQUENT = {
         "ru": "и в не на что с как это по для я из от но к",
     }.items()
 }
-"""ISO 639 code -> frequent short words. Where those of one language are the most frequent on both sides, no closer look is needed."""
+"""ISO 639 code -> frequent short words. If those of one language are the most frequent on both sides, the pair is not
+examined further."""
 _LETTER = re.compile(r"[^\W\d_]")
 _WORDS = re.compile(r"[^\W\d_]+")
 _QUOTES = re.compile(r"[\n:\"“”«»]+")
@@ -695,7 +709,7 @@ def _language_pretest(texts: Texts) -> Iterable[int]:
     return (long & ~(english[0] & english[1])).arg_true().to_list()
 
 
-def _language(one: Exchange) -> Found | None:
+def _language(one: Exchange) -> Match | None:
     if one.said[:1] in "{[":
         return None
     asked, said = (_prose(text).strip()[:READ] for text in (one.asked, one.said))
@@ -716,13 +730,13 @@ def _language(one: Exchange) -> Found | None:
 
 def _languages(asked: str, said: str) -> tuple[str, str] | None:
     """The languages (ISO 639) of two texts in one script if they surely differ."""
-    if (usual := _usual(asked)) and usual == _usual(said):
+    if (usual := _language_of_frequent_words(asked)) and usual == _language_of_frequent_words(said):
         return None
-    answered = _likely(said)
+    answered = _language_probabilities(said)
     (language, probability), *_ = answered.items()
     if language == "zxx" or probability < SURE:  # zxx: no language
         return None
-    expected = _likely(asked)
+    expected = _language_probabilities(asked)
     (prompted, probability), *_ = expected.items()
     if (
         prompted in {language, "zxx"}
@@ -732,19 +746,21 @@ def _languages(asked: str, said: str) -> tuple[str, str] | None:
     ):
         return None
     for part in _QUOTES.split(asked):  # a prompt may quote a text in another language
-        if _usual(part) == language or (len(_LETTER.findall(part)) >= SCRIPT_LETTERS and _likely(part).get(language, 0) > UNLIKELY):
+        if _language_of_frequent_words(part) == language or (
+            len(_LETTER.findall(part)) >= SCRIPT_LETTERS and _language_probabilities(part).get(language, 0) > UNLIKELY
+        ):
             return None
     return prompted, language
 
 
-def _usual(text: str) -> str | None:
-    """The language most of whose frequent words are in the text, if it is one."""
+def _language_of_frequent_words(text: str) -> str | None:
+    """The language with the most frequent words in the text; None if there are several."""
     words = {*_WORDS.findall(text.casefold())}
     (most, language), (second, _) = sorted(((len(words & frequent), code) for code, frequent in _FREQUENT.items()), reverse=True)[:2]
     return language if most > second else None
 
 
-def _likely(text: str) -> dict[str, float]:
+def _language_probabilities(text: str) -> dict[str, float]:
     """ISO 639 code -> probability, most likely first."""
     return dict(_identifier().rank(text))
 
@@ -761,7 +777,7 @@ CONTENT_CHECKS: tuple[ContentCheck, ...] = (
         "refusal",
         "No response declines to answer.",
         "warn",
-        "Keep the refusals that you mean to teach; answer the others, or take them out.",
+        "Keep intended refusals; answer the others, or remove them.",
         words=(
             "sorry", "afraid", "pologi", "unfortunately", "regrettably", "as an ai", "as a large", "as an artificial", "language model", "chatbot",
             "i decline", "to decline", "respectfully decline", "to refuse", "must refuse", "comfortable", "my programming", "my guidelines", "my polic", "my principles",
@@ -774,9 +790,9 @@ CONTENT_CHECKS: tuple[ContentCheck, ...] = (
     ),
     ContentCheck(
         "assistant_boilerplate",
-        "No response speaks of itself as an AI model without being asked.",
+        "No response refers to itself as an AI model without being asked.",
         "warn",
-        "Take the phrase out, or rewrite the response: a model that learns it says it everywhere.",
+        "Remove the phrase, or rewrite the response: a model trained on it repeats it in other contexts.",
         words=(
             "an ai ", "an ai,", " ai,", "ai model", "ai language", "ai assistant", "as ai", "language model", "artificial intelligence", "llm", "chatbot", "virtual assistant", "my knowledge", "my training", "my last", "my latest",
             "my most recent", "have personal", "have any personal", "have real", "have any real", "作为", "als ki", "como una ia", "como ia",
@@ -788,7 +804,7 @@ CONTENT_CHECKS: tuple[ContentCheck, ...] = (
         "foreign_identity",
         "No response claims to be another vendor's model.",
         "warn",
-        "Put your own model's name in, or take the row out.",
+        "Insert your own model's name, or remove the row.",
         words=(
             "chatgpt", "chat gpt", "gpt-", "gpt3", "gpt4", "openai", "open ai", "anthropic", "google", "deepmind", "alibaba", "meta", "microsoft", "mistral", "deepseek",
             "baidu", "moonshot", "xai", "cohere", "laion", "huggingface", "hugging face", "stability ai", "databricks", "zhipu", "tencent", "bytedance", "lmsys", "inflection",
@@ -801,9 +817,9 @@ CONTENT_CHECKS: tuple[ContentCheck, ...] = (
     ),
     ContentCheck(
         "placeholder_text",
-        "No text holds a placeholder that nobody filled in.",
+        "No text contains an unfilled placeholder.",
         "info",
-        "Fill it in, or take the row out.",
+        "Fill it in, or remove the row.",
         words=_SLOT_WORDS,
         pretest=_placeholder_pretest,
         find=_placeholder,
@@ -812,31 +828,31 @@ CONTENT_CHECKS: tuple[ContentCheck, ...] = (
         "prompt_echo",
         "No response repeats its prompt.",
         "warn",
-        "Take the copy of the prompt out of the response.",
+        "Remove the copy of the prompt from the response.",
         pretest=_echo_pretest,
         find=_echo,
     ),
     ContentCheck(
         "truncated_response",
-        "Every response comes to its end.",
+        "No response is cut off.",
         "info",
-        "Complete the response, or take the row out; look for a limit on tokens where the responses were made.",
+        "Complete the response, or remove the row; check the token limit used when the responses were generated.",
         pretest=_cut_pretest,
-        find=_cut,
+        find=_find_cut_end,
     ),
     ContentCheck(
         "repetition",
-        "No response says the same over and over.",
+        "No response repeats the same text in a loop.",
         "warn",
-        "Cut the response off where the loop begins, or take the row out.",
+        "Cut the response where the loop begins, or remove the row.",
         pretest=_loop_pretest,
         find=_loop,
     ),
     ContentCheck(
         "markup_leftovers",
-        "No text holds HTML, or role labels, of the page or log that it was copied from.",
+        "No text contains HTML or role labels from the page or log that it was copied from.",
         "warn",
-        "Convert HTML to text, and cut role labels off, in the source.",
+        "In the source, convert HTML to text and remove role labels.",
         words=_MARKUP_WORDS,
         pretest=_markup_pretest,
         find=_markup,
@@ -845,7 +861,7 @@ CONTENT_CHECKS: tuple[ContentCheck, ...] = (
         "language_mismatch",
         "Every response is in the language of its prompt.",
         "warn",
-        "Translate the response, or let the prompt say which language it asks for.",
+        "Translate the response, or state the requested language in the prompt.",
         pretest=_language_pretest,
         find=_language,
     ),

@@ -1,4 +1,5 @@
-"""Records with tools, calls, reasoning or weights -> the part of the check document that shows them, masked and shortened."""
+"""Records with tools, calls, reasoning or weights -> the part of the check document that shows them, masked and
+shortened."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ FEATURES: tuple[Callable[[Mapping[str, Any]], bool], ...] = (
     lambda record: any("reasoning_content" in message for message in record["messages"]),
     lambda record: any("weight" in message for message in record["messages"]),
 )
-"""Of each kind of record one is shown, if there is any."""
+"""One record of each kind is shown, if there is any."""
 
 
 def is_rich(record: Mapping[str, Any]) -> bool:
@@ -33,39 +34,38 @@ def chosen(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def shown(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The messages of a record, in canonical form but for arguments, which are text.
-
-    Of a preference pair `messages` is the prompt; `chosen` and `rejected` follow. `left_out` counts messages that are not in the document.
+    """The messages of a record, in canonical form, except that arguments are text. For a preference pair `messages` is
+    the prompt; `chosen` and `rejected` follow. `left_out` counts messages that are not in the document.
     """
     messages, prompt = record["messages"], record.get("asked")
     prompt = len(messages) if prompt is None else prompt
     first = messages[:prompt]
-    document: dict[str, Any] = {"messages": [_masked(message) for message in first[:MESSAGES]]}
+    document: dict[str, Any] = {"messages": [_mask_message(message) for message in first[:MESSAGES]]}
     if "rejected" in record:
         sides = {"chosen": messages[prompt:], "rejected": record["rejected"]}
-        document |= {side: [_masked(message) for message in turns[:MESSAGES]] for side, turns in sides.items()}
+        document |= {side: [_mask_message(message) for message in turns[:MESSAGES]] for side, turns in sides.items()}
     if record.get("tools"):
         tools = record["tools"][:MESSAGES]
         document["tools"] = [
-            {"name": _cut(name), "definition": _cut(readable(tool))} for name, tool in zip(tool_names(tools), tools, strict=True)
+            {"name": _shorten(name), "definition": _shorten(readable(tool))} for name, tool in zip(tool_names(tools), tools, strict=True)
         ]
     return document | ({"left_out": len(first) - MESSAGES} if len(first) > MESSAGES else {})
 
 
-def _masked(message: Message) -> Message:
+def _mask_message(message: Message) -> Message:
     """A message without secrets and personal data."""
-    shown_message = {key: _cut(value) if isinstance(value, str) else value for key, value in message.items() if key != "tool_calls"}
+    shown_message = {key: _shorten(value) if isinstance(value, str) else value for key, value in message.items() if key != "tool_calls"}
     if "tool_calls" in message:
         shown_message["tool_calls"] = [
             {
-                **({} if call.identity is None else {"id": _cut(call.identity)}),
-                "function": {"name": _cut(call.name), "arguments": _cut(readable(call.arguments))},
+                **({} if call.identity is None else {"id": _shorten(call.identity)}),
+                "function": {"name": _shorten(call.name), "arguments": _shorten(readable(call.arguments))},
             }
             for call in calls(message)[:MESSAGES]
         ]
     return shown_message
 
 
-def _cut(text: str) -> str:
+def _shorten(text: str) -> str:
     masked = mask(str(text)[: 10 * WIDTH])
     return masked if len(masked) <= WIDTH else f"{masked[:WIDTH]} …"

@@ -1,4 +1,4 @@
-"""Texts -> what in them is no text: encoding damage, characters that hide or steer, and the marks of a template that was left in."""
+"""Texts -> damage in them: mojibake, invisible and control characters, and leftover tokens of chat templates."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from unicodedata import is_normalized
 from dagster_project.curation.checks.privacy import candidates, mask
 
 AROUND = 10
-"""Characters on each side of what is wrong in its excerpt."""
+"""Characters shown on each side of a fault in its excerpt."""
 
 _CHARACTERS = {
     "replacement character": "\ufffd",
@@ -22,48 +22,50 @@ _CHARACTERS = {
 }
 """Kind -> characters, as a range of a regular expression.
 
-The bidirectional ones make text read otherwise than it is; Arabic and Hebrew do without them, and the marks that they do use
-(U+200E, U+200F, U+061C) are not among these, nor is the joiner of emoji. Tag characters are invisible ASCII: right after a black
-flag they name a region (Scotland's flag), anywhere else they smuggle.
+Bidirectional controls display text in another order than stored. Arabic and Hebrew do not need them; the marks that
+they do use (U+200E, U+200F, U+061C) are not included, nor is the joiner of emoji. Tag characters are invisible ASCII:
+right after a black
+flag they name a region (Scotland's flag), anywhere else they hide text.
 """
 
 _WRITTEN_WITH = "\u0e00-\u109f\u1780-\u17ff\u1950-\u19df\u1a20-\u1aaf\ua9e0-\ua9ff\uaa60-\uaadf"
 """Scripts without spaces (Thai, Lao, Tibetan, Burmese, Khmer, ...), in which a zero-width space marks where a word ends."""
 _PLAIN = "\x00-\u024f\u200b-\u200d\u2060\ufeff"
-"""Beside these a joiner or non-joiner joins nothing; emoji, Persian and the scripts of India need both."""
+"""Characters next to which a joiner or non-joiner has no effect; emoji, Persian and the scripts of India need both."""
 _HIDDEN = re.compile(f"[\u2060\ufeff]|(?<![{_WRITTEN_WITH}])\u200b(?![{_WRITTEN_WITH}])|(?<![^{_PLAIN}])[\u200c\u200d](?![^{_PLAIN}])")
 
 _FLAG = re.compile("\U0001f3f4[\U000e0020-\U000e007e]+\U000e007f")
 
 
 def damage(texts: Sequence[str]) -> list[str | None]:
-    """For each text what is wrong with its characters, in words with an excerpt ("mojibake: 'cafÃ©'"), or None.
+    """For each text the fault in its characters with an excerpt ("mojibake: 'cafÃ©'"), or None.
 
-    The excerpt is masked, and whatever can't be seen in it is escaped, as in "control character: 'a\\x00b'".
+    The excerpt is masked, and invisible characters in it are escaped, as in "control character: 'a\\x00b'".
     """
-    return _look(texts, _damage_hint(), _damage)
+    return _first_faults(texts, _damage_hint(), _damage)
 
 
 def template_marks(texts: Sequence[str], special_tokens: Iterable[str] = ()) -> list[str | None]:
     """For each text the first of each kind of template mark in it, or None.
 
-    - "control token: '<|im_end|>'": a token that chat templates are made of, or one of `special_tokens`. `<s>` and `</s>` around a part
-      of a text are HTML's strike-through and left alone, unless they are special tokens of the base model: then the tokenizer
-      takes them for such, whatever the writer meant.
+    - "control token: '<|im_end|>'": a control token of chat templates, or one of `special_tokens`. `<s>` and `</s>`
+    around a part
+      of a text are HTML's strike-through and ignored, unless they are special tokens of the base model, because its
+      tokenizer would encode them as such.
     - "instruction template: '### Response:'": the boilerplate of a prompt template.
     - "transcript: 'Human: ... Assistant:'": turns of both sides written as text.
 
     Args:
-        special_tokens: the base model's own, as its tokenizer lists them.
+        special_tokens: of the base model's tokenizer.
     """
     own = sorted({token for token in special_tokens if token.strip()}, key=lambda token: (-len(token), token))
     pattern = re.compile("|".join(map(re.escape, own))) if own else None
-    return _look(texts, _MARK_HINT, lambda text: _marks(text, pattern), own)
+    return _first_faults(texts, _MARK_HINT, lambda text: _marks(text, pattern), own)
 
 
 def hidden(texts: Sequence[str]) -> list[str | None]:
-    """For each text the first byte order mark or zero-width character that says nothing, with an excerpt, or None."""
-    return _look(texts, "[\u200b-\u200d\u2060\ufeff]", _hidden)
+    """For each text the first byte order mark or zero-width character without effect, with an excerpt, or None."""
+    return _first_faults(texts, "[\u200b-\u200d\u2060\ufeff]", _hidden)
 
 
 def without_hidden(text: str) -> str:
@@ -81,22 +83,26 @@ def repaired_encoding(text: str) -> str:
 
 
 def without_end_marks(text: str, special_tokens: Iterable[str] = ()) -> str:
-    """The text without the control tokens that a tokenizer or an export left at its end, or the start of a sequence at its beginning.
+    """The text without leftover control tokens: end tokens at its end, start tokens at its beginning.
 
-    "Yes. <|endoftext|>" -> "Yes."; tokens within the text, and HTML's strike-through, are left alone.
+    "Yes. <|endoftext|>" -> "Yes."; tokens within the text, and HTML's strike-through, are kept.
 
     Args:
-        special_tokens: the base model's own; of these such count as say that they end a text.
+        special_tokens: of the base model; only those that end a text by their name count.
     """
     ends = (*END_MARKS, *(token for token in special_tokens if _ENDS.search(token)))
-    while (mark := next((mark for mark in ends if text.rstrip().endswith(mark)), None)) and not _struck(text.strip(), at_end=True):
+    while (mark := next((mark for mark in ends if text.rstrip().endswith(mark)), None)) and not _is_partly_struck(
+        text.strip(), at_end=True
+    ):
         text = text.rstrip().removesuffix(mark).rstrip()
-    while (mark := next((mark for mark in START_MARKS if text.lstrip().startswith(mark)), None)) and not _struck(text, at_end=False):
+    while (mark := next((mark for mark in START_MARKS if text.lstrip().startswith(mark)), None)) and not _is_partly_struck(
+        text, at_end=False
+    ):
         text = text.lstrip().removeprefix(mark).lstrip()
     return text
 
 
-def _look(texts: Sequence[str], hint: str, judge: Callable[[str], str | None], literals: Sequence[str] = ()) -> list[str | None]:
+def _first_faults(texts: Sequence[str], hint: str, judge: Callable[[str], str | None], literals: Sequence[str] = ()) -> list[str | None]:
     found: list[str | None] = [None] * len(texts)
     for row in candidates(texts, hint, literals):
         found[row] = judge(texts[row])
@@ -108,12 +114,13 @@ def _look(texts: Sequence[str], hint: str, judge: Callable[[str], str | None], l
 
 @cache
 def _damage_hint() -> str:
-    """What every damaged text matches. Looser than ftfy's own expression, but plain Cyrillic, Greek and French don't match, and Rust reads it."""
+    """Matches every damaged text. Looser than ftfy's own expression, but without matches in plain Cyrillic, Greek and
+    French, and supported by Rust."""
     from ftfy.badness import MOJIBAKE_CATEGORIES as SETS
 
     characters = "".join(
         chars for kind, chars in _CHARACTERS.items() if kind != "half of a surrogate pair"
-    )  # candidates come with U+FFFD there
+    )  # texts are passed with U+FFFD in its place
     letters = SETS["lower_common"] + SETS["upper_common"]  # of Cyrillic and Greek
     marks = "".join(chars for kind, chars in SETS.items() if not kind.endswith("_common")) + "À-ɏ√‚†®´¥µø"
     broken = SETS["bad"] + SETS["upper_accented"]
@@ -136,7 +143,8 @@ def _damage(text: str) -> str | None:
 
 
 def _mojibake(text: str) -> str | None:
-    """The first sequence that ftfy holds for mojibake, in a line that it can also mend: the sequence alone may be art or mathematics."""
+    """The first sequence that ftfy detects as mojibake, in a line that it can also fix: the sequence alone may be art
+    or mathematics."""
     from ftfy import fix_encoding
     from ftfy.badness import BADNESS_RE
 
@@ -166,7 +174,7 @@ def _say(kind: str, shown: str, pattern: re.Pattern[str]) -> str:
 
 
 def visible(text: str) -> str:
-    """On one line, with what can't be seen or would steer a terminal escaped."""
+    """On one line, with invisible and control characters escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
@@ -201,7 +209,7 @@ END_MARKS = (
     "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|eos|>", "<|end|>", "<|return|>",
     "<|end_of_turn|>", "<|END_OF_TURN_TOKEN|>", "<end_of_turn>", "<eos>", "</s>", "<\uff5cend\u2581of\u2581sentence\uff5c>",
 )  # fmt: skip
-"""What the tokenizers of GPT-2, ChatML, Llama, Phi, gpt-oss, OpenChat, Cohere, Gemma and DeepSeek end a text or a turn with."""
+"""End tokens of texts and turns of GPT-2, ChatML, Llama, Phi, gpt-oss, OpenChat, Cohere, Gemma and DeepSeek."""
 START_MARKS = ("<|endoftext|>", "<|begin_of_text|>", "<|startoftext|>", "<bos>", "<s>", "<\uff5cbegin\u2581of\u2581sentence\uff5c>")
 _ENDS = re.compile("(?i)(?<![a-z])(?:end|eo[dmst])(?![a-z])|endof|</s>")
 _STRIKE = re.compile(r"<s>(?:(?!</?s>).){1,400}</s>", re.DOTALL)
@@ -232,7 +240,8 @@ def _marks(text: str, own: re.Pattern[str] | None) -> str | None:
 
 
 def _sentence(text: str) -> re.Match[str] | None:
-    """<s> or </s>, but for pairs around a part of the text, which strike it through in HTML. A pair around all of it is a sequence."""
+    """<s> or </s>, except pairs around a part of the text, which are HTML's strike-through. A pair around the whole
+    text is a sequence."""
     whole = text.strip()
     pairs = [(match.start(), match.end()) for match in _STRIKE.finditer(whole)]
     if pairs == [(0, len(whole))]:
@@ -240,8 +249,8 @@ def _sentence(text: str) -> re.Match[str] | None:
     return next((m for m in _SENTENCE.finditer(whole) if not any(start <= m.start() < end for start, end in pairs)), None)
 
 
-def _struck(text: str, at_end: bool) -> bool:
-    """Whether the text ends, or begins, with a part that HTML strikes through, and is not struck as a whole."""
+def _is_partly_struck(text: str, at_end: bool) -> bool:
+    """Whether a part, not the whole, of the text at its end or beginning is struck through by HTML."""
     whole = text.strip()
     return any(
         match.span() != (0, len(whole)) and (match.end() == len(whole) if at_end else match.start() == 0)

@@ -1,6 +1,8 @@
-"""Great Expectations' own Data Docs of a judged suite, as the library builds them. The data-quality page shows the same results.
+"""Great Expectations' own Data Docs of an evaluated suite, as the library builds them. The data-quality page shows the
+same results.
 
-These pages load their styles and scripts from the web, and name the time of the run. Values from the data are escaped before the library renders them.
+These pages load their styles and scripts from the web, and contain the time of the run. Values from the data are
+escaped before the library renders them.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ def write(folder: Path, suite: Any, result: Any, words: Mapping[str, str]) -> No
     """Write the pages of a suite and of its result.
 
     Args:
-        suite, result: Great Expectations' own objects, the result made plain JSON.
-        words: id of an expectation -> its description on the pages, with the severity, which they would not show.
+        suite, result: Great Expectations' own objects; the result as plain JSON.
+        words: id of an expectation -> its description on the pages, with the severity, which the pages otherwise omit.
     """
     from great_expectations.render.renderer import ExpectationSuitePageRenderer, ValidationResultsPageRenderer
     from great_expectations.render.view import DefaultJinjaPageView

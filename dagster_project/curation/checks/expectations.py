@@ -1,8 +1,10 @@
-"""Expectations on a whole set, which Great Expectations judges: the data owner's file says what is expected, the data-quality page what was found.
+"""Expectations on a whole set, evaluated by Great Expectations: the data owner's file lists them, the data-quality page
+shows the results.
 
-A row check asks whether one row is sound. An expectation asks whether the set is the one its owner believes it to be: how many rows, which
-categories in which shares, how long the texts, from where. The suite file has Great Expectations' own JSON form, so that its documentation
-applies; it judges `table`, which holds figures about each kept row and no text of it, so that no text can get into a result or a page.
+A row check tests one row. An expectation tests whether the set is what its owner expects: how many rows, which
+categories in which shares, how long the texts, from where. The suite file has Great Expectations' own JSON form, so
+that its documentation applies. It is evaluated on `table`, which has figures about each kept row but no texts, so no
+text can appear in a result or a page.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ COLUMNS = {
     "script": "the script that most letters of the prompt belong to (Latin, Han, ...), `other`, or `(none)` without letters",
     "turns": "answers of the assistant in it",
     "prompt": "a number that two rows share if and only if they have the same prompt",
-    "prompt_words": "words the user says; each Chinese or Japanese character is one",
+    "prompt_words": "words of the user's messages; each Chinese or Japanese character is one",
     "response_words": "words of the last answer",
     "response_is_json": "whether the last answer is a JSON object or list",
     "trained_turns": "answers whose weight is not 0",
@@ -52,52 +54,54 @@ COLUMNS = {
     "source_share": "share of all rows that come from this row's source",
     "kept_share": "share of the rows read that were kept; the same in every row",
 }
-"""Columns of `table`, one row per kept record. Shares are of the whole set, so that a least or greatest one can be expected."""
+"""Columns of `table`, one row per kept record. Shares are of the whole set, so that a minimum or maximum can be
+expected."""
 
 SEVERITY: dict[str, Literal["error", "warn", "info"]] = {"critical": "error", "warning": "warn", "info": "info"}
-"""Great Expectations' word for how bad a failure is -> ours. A failed critical expectation blocks."""
+"""Severity of Great Expectations -> severity of a check. A failed critical expectation blocks."""
 
 _DECODE = json.JSONDecoder().raw_decode
 _NOT_KWARGS = {"id", "meta", "notes", "description", "severity", "rendered_content", "windows", "batch_id", "catch_exceptions"}
 _NOT_KWARGS |= {"result_format", "condition_parser"}
-"""Fields of an expectation that are no part of its `kwargs` here; a condition given as text would be run as code."""
+"""Fields of an expectation that are not supported in its `kwargs`; a condition given as text would be run as code."""
 _GALLERY = "https://greatexpectations.io/expectations"
 
 
 @dataclass(frozen=True)
-class Judged:
-    """One expectation and what was found."""
+class ExpectationResult:
+    """One expectation and its result."""
 
     type: str
-    """Great Expectations' name for it."""
+    """Its type, as named by Great Expectations."""
     words: str
-    """What is expected: the suite's `description`, else Great Expectations' own sentence."""
+    """The suite's `description`, else Great Expectations' own sentence."""
     passed: bool
     severity: Literal["error", "warn", "info"]
     """If it fails. From critical, warning, info."""
     observed: Any
-    """Plain data: a number, a list of values, {quantile: value}, or {"unexpected", "of", "values"} where single rows are judged."""
+    """Plain data: a number, a list of values, {quantile: value}, or {"unexpected", "of", "values"} for expectations on
+    single rows."""
     seen: str
-    """The same in words."""
+    """The same as text."""
     rows: list[int]
-    """The first rows of the table that break it, where single rows are judged."""
+    """The first rows of the table that violate it, for expectations on single rows."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was found of a suite. The same for the same table and suite."""
+    """Results of a suite. The same for the same table and suite."""
 
     suite: str
     rows: int
-    expectations: list[Judged]
+    expectations: list[ExpectationResult]
     """In the suite's order."""
     page: str
-    """Data Docs' first page, relative to the folder given; empty where none was."""
+    """Data Docs' first page, relative to the given folder; empty without a folder."""
     foreign: tuple[str, ...] = ()
     """Signs that the suite was written for other data."""
 
     @property
-    def failed(self) -> list[Judged]:
+    def failed(self) -> list[ExpectationResult]:
         return [one for one in self.expectations if not one.passed]
 
 
@@ -105,7 +109,7 @@ def check(outcome: Outcome, places: Sequence[str] = ()) -> CheckResult:
     """The check of a stage: it counts failed expectations and blocks if one of them is critical.
 
     Args:
-        places: "source:row" of each row of the table, to name rows that break an expectation.
+        places: "source:row" of each row of the table, to name rows that violate an expectation.
     """
     order = ("error", "warn", "info")
     failed = sorted(outcome.failed, key=lambda one: order.index(one.severity))
@@ -137,12 +141,12 @@ def document(outcome: Outcome, places: Sequence[str]) -> dict[str, Any]:
 
 
 def table(records: Sequence[dict[str, Any]], clusters: Sequence[Any] | None = None, read: int | None = None) -> pd.DataFrame:
-    """What expectations are about: `COLUMNS`, one row per kept record, in order.
+    """The table that expectations are evaluated on: `COLUMNS`, one row per kept record, in order.
 
     Args:
         records: the kept canonical records.
-        clusters: for each record what its near-copies share; `group_id` unless given.
-        read: rows read, of which these were kept; as many as there are records unless given.
+        clusters: for each record the key of its cluster of near-copies; `group_id` unless given.
+        read: number of rows read, of which these were kept; the number of records unless given.
     """
     import numpy as np
     import pandas as pd
@@ -191,21 +195,22 @@ def _is_json(text: str) -> bool:
 
 
 def run(frame: pd.DataFrame, suite_file: Path, docs_folder: Path | None = None, name: str = "") -> Outcome:
-    """Judge a table by a suite.
+    """Evaluate a suite on a table.
 
     Args:
-        frame: `table`'s. Every row is judged, none sampled: a million rows and twenty expectations take about a second.
+        frame: `table`'s. All rows are evaluated, without sampling: a million rows and twenty expectations take about a
+        second.
         suite_file: a suite in Great Expectations' JSON form: {"name", "expectations": [{"type", "kwargs", "severity", "description"}]}.
         docs_folder: gets Great Expectations' own Data Docs; None for none.
         name: of the suite file in messages; its path unless given.
     Raises:
-        InputError: lists everything in the suite that cannot be judged.
+        InputError: lists everything in the suite that cannot be evaluated.
     """
     name = name or str(suite_file)
-    with _quiet():
+    with _silenced():
         suite, expectations = _load(suite_file, name, list(frame.columns))
         result = _validate(frame, suite)
-        judged = _judge(result, expectations, frame, name)
+        judged = _read_results(result, expectations, frame, name)
         if docs_folder is not None:
             words = {str(i): f"{one.words} ({expectations[i].severity.value})" for i, one in enumerate(judged)}
             data_docs.write(docs_folder, suite, result, words)
@@ -213,7 +218,7 @@ def run(frame: pd.DataFrame, suite_file: Path, docs_folder: Path | None = None, 
 
 
 def _foreign(frame: pd.DataFrame, expectations: Sequence[Any], name: str) -> tuple[str, ...]:
-    """One message where the suite names categories or sources of which no row has any."""
+    """One message if the suite names categories or sources that no row has."""
     found = []
     for column in ("category", "source"):
         named = {
@@ -232,8 +237,8 @@ def _foreign(frame: pd.DataFrame, expectations: Sequence[Any], name: str) -> tup
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Great Expectations warns, logs and draws progress bars, one of them whatever its settings say."""
+def _silenced() -> Iterator[None]:
+    """Suppresses warnings, logs and progress bars of Great Expectations, one of which ignores its settings."""
     log = logging.getLogger("great_expectations")
     level = log.level
     log.setLevel(logging.CRITICAL)
@@ -252,9 +257,9 @@ def _load(path: Path, name: str, columns: list[str]) -> tuple[Any, list[Any]]:
     try:
         document = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise InputError(f"{name}: {error.strerror}", "name a suite of expectations that is there") from None
+        raise InputError(f"{name}: {error.strerror}", "name an existing suite of expectations") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{name}: not JSON: {error}", "mend the place named") from None
+        raise InputError(f"{name}: not JSON: {error}", "fix the file at this place") from None
     form = '{"name": "...", "expectations": [{"type": "expect_...", "kwargs": {...}, "severity": "warning"}]}'
     if not isinstance(document, dict) or not isinstance(document.get("expectations"), list) or not document["expectations"]:
         raise InputError(f"{name}: not a suite: it needs a list of expectations", f"its form is {form}")
@@ -269,7 +274,7 @@ def _load(path: Path, name: str, columns: list[str]) -> tuple[Any, list[Any]]:
         problems += [f"{name}: expectations[{i}]{kind}: {line}" for line in wrong]
         expectations.append(found)
     if problems:
-        raise InputError("\n".join(problems), f"what each type takes: {_GALLERY}; columns and what they hold: docs/checks.md")
+        raise InputError("\n".join(problems), f"arguments of each type: {_GALLERY}; columns and their content: docs/checks.md")
     suite = gx.ExpectationSuite(name=str(title), expectations=[one.configuration for one in expectations], notes=document.get("notes"))
     return suite, expectations
 
@@ -288,7 +293,7 @@ def _expectation(entry: Any, number: str, columns: list[str]) -> tuple[Any, list
     kind, kwargs = entry.get("type"), entry.get("kwargs", {})
     if kind not in types:
         near = difflib.get_close_matches(str(kind), types, n=3, cutoff=0.5)
-        return None, [f"unknown type {kind!r}; " + (f"near it: {', '.join(near)}" if near else f"types: {', '.join(types)}")]
+        return None, [f"unknown type {kind!r}; " + (f"similar types: {', '.join(near)}" if near else f"types: {', '.join(types)}")]
     if not isinstance(kwargs, dict):
         return None, ["kwargs: must be an object"]
     fields = sorted(set(get_expectation_impl(kind).__fields__) - _NOT_KWARGS)
@@ -305,7 +310,7 @@ def _expectation(entry: Any, number: str, columns: list[str]) -> tuple[Any, list
         given = {key: entry[key] for key in ("severity", "description", "notes", "meta") if key in entry}
         return ExpectationConfiguration(type=kind, kwargs=kwargs, id=number, **given).to_domain_obj(), []
     except ValidationError as error:
-        # Where several types would do, the library complains of each: the first says enough.
+        # If several types are allowed, the library reports each one: the first is sufficient.
         first: dict[str, str] = {}
         for problem in error.errors():
             first.setdefault(str(problem["loc"][0]), str(problem["msg"]))
@@ -315,7 +320,7 @@ def _expectation(entry: Any, number: str, columns: list[str]) -> tuple[Any, list
 
 
 def _columns(kwargs: dict[str, Any]) -> list[str]:
-    """The columns an expectation names, those of its condition included."""
+    """The columns that an expectation names, including those of its condition."""
     named = [kwargs[key] for key in ("column", "column_A", "column_B") if isinstance(kwargs.get(key), str)]
     named += [one for key in ("column_list", "column_set") for one in _listed(kwargs.get(key)) if isinstance(one, str)]
 
@@ -335,20 +340,20 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _empty(kwargs: dict[str, Any], fields: Sequence[str]) -> list[str]:
-    """Ways to expect nothing, or what can never be, and to run code: the library would take them."""
+    """Faults that the library accepts: expectations that always or never hold, and conditions that run code."""
     problems = []
     low, high = kwargs.get("min_value"), kwargs.get("max_value")
     if {"min_value", "max_value"} <= set(fields) and "threshold" not in fields and low is None and high is None:
-        problems.append("expects nothing: give min_value, max_value or both")
+        problems.append("always holds: give min_value, max_value or both")
     if isinstance(low, int | float) and isinstance(high, int | float) and low > high:
         problems.append(f"can never hold: min_value {low} is above max_value {high}")
     if kwargs.get("mostly") == 0:
-        problems.append("kwargs.mostly: 0 expects nothing: give a share above 0")
+        problems.append("kwargs.mostly: 0 always holds: give a share above 0")
     ranges = kwargs.get("quantile_ranges")
     if isinstance(ranges, dict) and len(_listed(ranges.get("quantiles"))) != len(_listed(ranges.get("value_ranges"))):
         problems.append("kwargs.quantile_ranges: needs as many value_ranges as quantiles")
     if "$PARAMETER" in json.dumps(kwargs):
-        problems.append("kwargs: no $PARAMETER has a value here: write the value itself")
+        problems.append("kwargs: $PARAMETER is not supported: write the value itself")
     condition = json.dumps(kwargs.get("row_condition"))
     if isinstance(kwargs.get("row_condition"), str) or "pass_through" in condition:
         problems.append(
@@ -375,17 +380,17 @@ def _validate(frame: pd.DataFrame, suite: Any) -> Any:
     return batch.validate(suite, result_format="COMPLETE")
 
 
-def _judge(result: Any, expectations: Sequence[Any], frame: pd.DataFrame, name: str) -> list[Judged]:
-    """The result in our words, in the suite's order. Mends in `result` what Data Docs would not show."""
+def _read_results(result: Any, expectations: Sequence[Any], frame: pd.DataFrame, name: str) -> list[ExpectationResult]:
+    """The results as `ExpectationResult`, in the suite's order. Fixes in `result` what Data Docs would not show."""
     from great_expectations.util import convert_to_json_serializable
 
-    judged: dict[int, Judged] = {}
+    judged: dict[int, ExpectationResult] = {}
     problems = []
     for one in sorted(result.results, key=lambda one: int(one.expectation_config.id)):
         i, kind = int(one.expectation_config.id), one.expectation_config.type
         raised = [info for info in _infos(one.exception_info) if info["raised_exception"]]
         if raised:
-            problems.append(f"{name}: expectations[{i}] ({kind}): cannot be judged: {_line(raised[0]['exception_message'])}")
+            problems.append(f"{name}: expectations[{i}] ({kind}): cannot be evaluated: {_line(raised[0]['exception_message'])}")
             continue
         # A NumPy bool is not JSON to the library's own pages.
         one.success = bool(one.success)
@@ -402,18 +407,18 @@ def _judge(result: Any, expectations: Sequence[Any], frame: pd.DataFrame, name: 
             for key in ("unexpected_list", "unexpected_index_query", "partial_unexpected_index_list", "partial_unexpected_counts"):
                 found.pop(key, None)
             if found["element_count"] == (found.get("missing_count") or 0):
-                one.success = False  # whoever looked at nothing has not found it in order
+                one.success = False  # an expectation evaluated on no rows does not hold
         elif "_distinct_values_" in kind:
-            # The library leaves out what it saw, and then trips over a count that has no percentage.
+            # The library omits the observed value, and then fails on a count without a percentage.
             found["observed_value"] = sorted(frame[one.expectation_config.kwargs["column"]].dropna().unique().tolist())[:100]
             for key in ("unexpected_count", "missing_count", "partial_unexpected_list", "partial_missing_list"):
                 found.pop(key, None)
-        observed = _plain(found)
+        observed = _plain_data(found)
         expectation = expectations[i]
         severity = SEVERITY[expectation.severity.value]
-        judged[i] = Judged(kind, _sentence(expectation), one.success, severity, observed, _seen(observed), rows)
+        judged[i] = ExpectationResult(kind, _sentence(expectation), one.success, severity, observed, _seen(observed), rows)
     if problems:
-        raise InputError("\n".join(problems), f"choose another type or column; what each type takes: {_GALLERY}")
+        raise InputError("\n".join(problems), f"choose another type or column; arguments of each type: {_GALLERY}")
     statistics = [one.success for one in result.results]
     result.success = all(statistics)
     result.statistics.update(
@@ -425,12 +430,12 @@ def _judge(result: Any, expectations: Sequence[Any], frame: pd.DataFrame, name: 
 
 
 def _infos(info: dict[str, Any]) -> list[dict[str, Any]]:
-    """What was raised: one account, or one for each metric."""
+    """The exceptions raised: one entry, or one for each metric."""
     return [info] if "raised_exception" in info else list(info.values())
 
 
-def _plain(found: dict[str, Any]) -> Any:
-    """What was observed, as plain and stable data."""
+def _plain_data(found: dict[str, Any]) -> Any:
+    """The observed value, as plain and stable data."""
     if "element_count" in found:
         values = {json.dumps(value): value for value in map(_value, found["partial_unexpected_list"])}
         judged = found["element_count"] - (found.get("missing_count") or 0)
@@ -453,10 +458,10 @@ def _value(value: Any) -> Any:
 
 
 def _seen(observed: Any) -> str:
-    """An observed value for a person to read."""
+    """An observed value as text."""
     if isinstance(observed, dict) and "unexpected" in observed:
         if not observed["of"]:
-            return "no row to judge"
+            return "no rows to evaluate"
         if not observed["unexpected"]:
             return f"all {observed['of']} rows do"
         which = ", ".join(_seen(value) for value in observed["values"][:5] if value is not None)
@@ -472,7 +477,7 @@ def _seen(observed: Any) -> str:
 
 
 def _sentence(expectation: Any) -> str:
-    """What is expected, in the owner's words or else in the library's."""
+    """The owner's description of an expectation, or else the library's."""
     from great_expectations.render.renderer.inline_renderer import InlineRenderer
 
     if expectation.description:

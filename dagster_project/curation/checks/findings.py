@@ -1,4 +1,5 @@
-"""What the checks found, in one form. The terminal, --json, the report, Dagster and the page all show this document and nothing else."""
+"""Results of the checks as one document. The terminal, --json, the report, Dagster and the page all show this
+document."""
 
 from __future__ import annotations
 
@@ -19,9 +20,10 @@ from dagster_project.curation.similarity.overlap import BINS, CONTAINMENT, JACCA
 from dagster_project.curation.sources.benchmarks import Item
 
 ROWS, MATCHES, WIDTH = 20, 200, 2000
-"""Rows named in a report that git keeps, overlaps shown for each check, and characters shown of a text around what it shares with another."""
+"""Rows listed in a report, which git tracks; overlaps shown for each check; characters shown of a text around the
+shared words."""
 SEARCHED = 4000
-"""Characters of a text that are searched for what it shares with a held-out one."""
+"""Characters of a text that are searched for words shared with a held-out one."""
 ORDER = {"error": 0, "warn": 1, "info": 2}
 
 
@@ -33,7 +35,7 @@ def document(
     Args:
         name: of the data set.
         layout: of its rows.
-        matches, width: overlaps a check, and characters a text.
+        matches, width: overlaps per check, and characters per text.
     """
     items = {item.place: item for item in held_out}
     findings = [
@@ -71,7 +73,8 @@ def document(
 
 
 def row_numbers(records: Sequence[Mapping[str, Any]]) -> list[int]:
-    """The source row of each record, counted on through the sources. A row may give several records, and two rows one."""
+    """The source row of each record, numbered consecutively across sources. A row may yield several records, and two
+    rows one."""
     rows: dict[str, int] = {}
     for record in records:
         last = max(record.get("source_rows") or [record["source_row"]])
@@ -81,12 +84,12 @@ def row_numbers(records: Sequence[Mapping[str, Any]]) -> list[int]:
 
 
 def finding(verdict: Verdict, judged: Judgement, items: Mapping[str, Item], matches: int, width: int) -> dict[str, Any]:
-    """One check's finding, whose `rows` are indices of records. A check on the whole set that fails counts 1."""
+    """The finding of one check; `rows` are indices of records. A failed check on the whole set counts 1."""
     check, rows, broken = CHECKS[verdict.name], verdict.broken, set(verdict.broken)
     links = islice((link for link in judged.overlaps.links.get(verdict.name, ()) if link.row in broken), matches)
     return {
         "check": verdict.name,
-        "severity": verdict.severity if rows or not verdict.passed else "info",  # all that was found is waived
+        "severity": verdict.severity if rows or not verdict.passed else "info",  # every violation is waived
         "passed": verdict.passed,
         "count": len(rows) or int(not verdict.passed),
         "dropped": verdict.dropped,
@@ -105,20 +108,20 @@ def finding(verdict: Verdict, judged: Judgement, items: Mapping[str, Item], matc
 
 
 def _conversations(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The records of `examples` in full, None for those that are only text; nothing if all are."""
+    """The records of `examples` in full, None for plain-text records; empty if all are plain text."""
     shown = [conversations.shown(record) if conversations.is_rich(record) else None for record in records]
     return {"conversations": shown} if any(shown) else {}
 
 
 def _example(check: str, judged: Judgement, i: int) -> str:
-    """What is wrong with the row in its own words or, where that shows nothing, how the row begins."""
+    """The fault of a row as the check quotes it or, if it quotes none, the beginning of the row."""
     if wrong := judged.repaired.get(check, {}).get(i):
         return wrong[:200]
     return str(judged.frame[check][i])[:200] if CHECKS[check].quotes else excerpt(judged.records[i])
 
 
 def check_result(verdict: Verdict, judged: Judgement, held_out: Sequence[Item]) -> CheckResult:
-    """The finding as a stage reports it: in few words, since git keeps it."""
+    """The finding in short form for a stage's report, which git tracks."""
     found = finding(verdict, judged, {item.place: item for item in held_out}, matches=5, width=240)
     done = ", ".join(f"{n} {what}" for n, what in ((verdict.dropped, "dropped"), (verdict.fixed, "fixed")) if n)
     return CheckResult(
@@ -132,7 +135,7 @@ def place(record: Mapping[str, Any]) -> str:
 
 
 def excerpt(record: Mapping[str, Any], width: int = 120) -> str:
-    """The first words of a record for a person to recognise it by, masked; of one that could not be read, why, and what it held."""
+    """The first words of a record, masked; for a record that could not be read, the reason and its content."""
     if record["messages"]:
         text = prompt_text(record["messages"]) or " ".join(m["content"] for m in record["messages"])
     else:
@@ -145,7 +148,7 @@ def match(link: Link, records: Sequence[dict[str, Any]], items: Mapping[str, Ite
     """Both texts of an overlap, with the longest run of words that they share.
 
     Args:
-        answered: prompts are shown with their responses, which is where they differ.
+        answered: show prompts with their responses, which differ.
     """
     record = records[link.row]
     text = _part(record, link.part, answered)
@@ -156,10 +159,10 @@ def match(link: Link, records: Sequence[dict[str, Any]], items: Mapping[str, Ite
         other = item.place
         said = (item.question, item.with_choices) if link.part == "prompt" else (item.text, item.question, item.with_choices)
         if link.part in FIELDS:
-            text = _around(text, "\n".join(said), SEARCHED)
+            text = _most_similar_part(text, "\n".join(said), SEARCHED)
         theirs = max(said, key=lambda t: _shared(text, t))
     if link.part in FIELDS:  # reasoning is long
-        text, theirs = _around(text, theirs, 10 * width), _around(theirs, text, 10 * width)
+        text, theirs = _most_similar_part(text, theirs, 10 * width), _most_similar_part(theirs, text, 10 * width)
     text, theirs = mask(text[: 10 * width]), mask(theirs[: 10 * width])
     mine_span, other_span = shared_span(text, theirs)
     text, mine_span = _window(text, mine_span, width)
@@ -175,8 +178,8 @@ def _part(record: Mapping[str, Any], part: str, answered: bool) -> str:
     return f"{text}\n\n{conversation_text(record['messages'][-1:])}" if answered else text
 
 
-def _around(text: str, other: str, size: int) -> str:
-    """Of a text, masked, the part of a given size that has most runs of three words in common with another text."""
+def _most_similar_part(text: str, other: str, size: int) -> str:
+    """The part of a text, of a given size and masked, with the most three-word shingles in common with another text."""
     text = mask(text)
     if len(text) <= size:
         return text
@@ -209,9 +212,9 @@ def _window(text: str, span: tuple[int, int], width: int) -> tuple[str, tuple[in
 
 
 def changes(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]], previous: str) -> dict[str, Any]:
-    """What differs between two versions of a data set, by content: a row that only moved is unchanged.
+    """Differences between two versions of a data set, by content: a row that only moved is unchanged.
 
-    A removed and an added row that stand in the same gap between unchanged rows of one source are one changed row:
+    A removed and an added row in the same gap between unchanged rows of one source are one changed row:
     a, b, c  ->  a, B, c, d   is   changed b/B, added d
     """
     pairs: list[tuple[dict[str, Any] | None, dict[str, Any] | None]] = []
@@ -243,7 +246,8 @@ def changes(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]], previo
 def _gaps(
     before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]
 ) -> tuple[dict[int, list[dict[str, Any]]], dict[int, list[dict[str, Any]]]]:
-    """The rows of each version that the other has not, by the number of shared rows before them. Copies count one by one."""
+    """The rows that only one version has, for each version, by the number of shared rows before them. Copies count
+    individually."""
     left = Counter(record["example_id"] for record in after)
     shared: set[int] = set()
     for i, record in enumerate(before):
@@ -270,23 +274,23 @@ def _gaps(
 
 
 def _edit(before: dict[str, Any], after: dict[str, Any], around: int = 100) -> dict[str, str]:
-    """Both versions of a row, masked and cut to where they differ."""
+    """Both versions of a row, masked and shortened to their difference."""
     texts = [conversation_text(record["messages"], record.get("tools")) or excerpt(record, WIDTH) for record in (before, after)]
-    first = max(0, _alike(*texts) - 5 * WIDTH)  # a secret that begins before the difference is masked whole
+    first = max(0, _common_prefix(*texts) - 5 * WIDTH)  # a secret that begins before the difference is masked as a whole
     texts = [mask(text[first : first + 10 * WIDTH]) for text in texts]
-    start = _alike(*texts)
-    rest = _alike(*(text[start:][::-1] for text in texts))
+    start = _common_prefix(*texts)
+    rest = _common_prefix(*(text[start:][::-1] for text in texts))
     old, new = (text[max(0, start - around) : len(text) - rest + around][:WIDTH] for text in texts)
     return {"before": old, "after": new}
 
 
-def _alike(a: str, b: str) -> int:
-    """Characters that two texts begin with alike."""
+def _common_prefix(a: str, b: str) -> int:
+    """Length of the common prefix of two texts."""
     return sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(a, b, strict=False)))
 
 
 def finding_changes(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Checks that find something now and did not before, the other way round, and those that find another number of rows."""
+    """Checks with new findings, checks without findings any more, and checks with another number of rows."""
     before, after = ({f["check"]: f["count"] for f in found} for found in (old, new))
     return {
         "new": [{"check": name, "count": after[name]} for name in after if name not in before],

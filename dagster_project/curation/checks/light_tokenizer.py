@@ -1,6 +1,8 @@
-"""A model's tokenizer and chat template without transformers, whose import brings torch along: most of what `pedigree check` took.
+"""A model's tokenizer and chat template without transformers, whose import loads torch: that took most of the time of
+`pedigree check`.
 
-Only folders whose tokenizer transformers loads from tokenizer.json as it is are read here; tests compare both on tokens and on templates.
+Supports only folders whose tokenizer transformers loads from tokenizer.json unchanged; tests compare both on tokens and
+on templates.
 """
 
 from __future__ import annotations
@@ -15,11 +17,13 @@ from types import SimpleNamespace
 from typing import Any
 
 PLAIN_CLASSES = frozenset({"TokenizersBackend", "PreTrainedTokenizerFast"})
-"""Tokenizer classes that take tokenizer.json as it is; the others of transformers 5 build a pipeline of their own from its vocabulary."""
+"""Tokenizer classes that use tokenizer.json unchanged; the others of transformers 5 build their own pipeline from its
+vocabulary."""
 PLAIN_MODELS = frozenset({"llama", "smollm3", "qwen3", "gpt2", "gpt_neox"})
-"""Model types for which transformers honors these classes; for some others it takes the tokenizer class that it has for the model."""
+"""Model types for which transformers honors these classes; for some others it uses its own tokenizer class for the
+model."""
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-"""Special tokens in transformers' order; a template sees them by these names."""
+"""Special tokens in transformers' order; templates refer to them by these names."""
 EXTRA = frozenset({"extra_special_tokens", "additional_special_tokens"})
 WITHOUT_EFFECT = frozenset(
     {
@@ -27,21 +31,21 @@ WITHOUT_EFFECT = frozenset(
         "padding_side", "truncation_side", "chat_template", "added_tokens_decoder",
     }
 )  # fmt: skip
-"""Keys of tokenizer_config.json that change no count of tokens; `added_tokens_decoder` must repeat tokenizer.json."""
+"""Keys of tokenizer_config.json that do not affect token counts; `added_tokens_decoder` must repeat tokenizer.json."""
 PATCHED_FROM = 100_000
-"""Vocabularies beyond this may get Mistral's regular expression replaced by transformers."""
+"""In larger vocabularies transformers may replace Mistral's regular expression."""
 
 
 @dataclass(frozen=True)
 class LightTokenizer:
-    """As much of a transformers tokenizer as `core.chat` and `token_counts` call."""
+    """The part of a transformers tokenizer that `core.chat` and `token_counts` call."""
 
     backend_tokenizer: Any
-    """A `tokenizers.Tokenizer`; None for a template by itself."""
+    """A `tokenizers.Tokenizer`; None for a template without a tokenizer."""
     special_tokens: Mapping[str, str]
-    """The special tokens that have a name, by it."""
+    """The special tokens that have a name, by name."""
     extra: Sequence[str]
-    """Those that have none."""
+    """The special tokens without a name."""
     chat_template: str | None
     name_or_path: str = ""
     """The model's folder."""
@@ -80,7 +84,7 @@ class LightTokenizer:
         chat_template: str | None = None,
         **variables: Any,
     ) -> str:
-        """The conversation as text. The arguments are those of transformers, which `rendering.render` calls by name."""
+        """The conversation as text. The arguments are those of transformers; `rendering.render` passes them by name."""
         if tokenize or not messages:
             raise ValueError("Cannot apply chat template to an empty conversation. Provide at least one message.")
         template = compiled(chat_template) if chat_template else self._template
@@ -95,18 +99,18 @@ class LightTokenizer:
 
 
 def read_tokenizer(base_model: Path) -> LightTokenizer | None:
-    """The tokenizer of a model's folder; None where transformers would do more than read tokenizer.json, or refuse."""
+    """The tokenizer of a model's folder; None if transformers would do more than read tokenizer.json, or refuse it."""
     try:
         settings, model, state = (
             json.loads((base_model / name).read_text(encoding="utf-8"))
             for name in ("tokenizer_config.json", "config.json", "tokenizer.json")
         )
-        return _plain(base_model, settings, model, state)
+        return _build(base_model, settings, model, state)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
-def _plain(base_model: Path, settings: dict[str, Any], model: dict[str, Any], state: dict[str, Any]) -> LightTokenizer | None:
+def _build(base_model: Path, settings: dict[str, Any], model: dict[str, Any], state: dict[str, Any]) -> LightTokenizer | None:
     from tokenizers import Tokenizer
 
     added = {token["content"] for token in state["added_tokens"]}
@@ -130,13 +134,13 @@ def _plain(base_model: Path, settings: dict[str, Any], model: dict[str, Any], st
         return None
     try:
         backend = Tokenizer.from_file(str(base_model / "tokenizer.json"))
-    except Exception:  # noqa: BLE001  tokenizers raises nothing narrower; transformers then says what is wrong
+    except Exception:  # noqa: BLE001 tokenizers raises nothing narrower; transformers then reports the fault
         return None
     return LightTokenizer(backend, special, extra, template, str(base_model)) if backend.get_vocab_size() <= PATCHED_FROM else None
 
 
 def _content(token: Any) -> str:
-    """A special token is written as text, or as an object with its flags."""
+    """A special token, given as text or as an object with its flags."""
     content = token["content"] if isinstance(token, dict) else token
     if not isinstance(content, str):
         raise TypeError(f"expected a special token, found {type(content).__name__}")
@@ -144,7 +148,7 @@ def _content(token: Any) -> str:
 
 
 def _repeats(decoder: Mapping[str, Mapping[str, Any]] | None, added: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether `added_tokens_decoder` says the same as tokenizer.json, in which case it adds nothing."""
+    """Whether `added_tokens_decoder` repeats tokenizer.json and so adds nothing."""
     return decoder is None or {int(i): {**token} for i, token in decoder.items()} == {
         token["id"]: {key: value for key, value in token.items() if key != "id"} for token in added
     }
@@ -154,7 +158,7 @@ def compiled(chat_template: str) -> Any:
     """A chat template in the environment that transformers gives it: sandboxed, with the same options, filters, functions and tags.
 
     Raises:
-        jinja2.TemplateError: it is no template.
+        jinja2.TemplateError: it is not a template.
     """
     from jinja2 import TemplateError, nodes
     from jinja2.exceptions import SecurityError
@@ -163,7 +167,7 @@ def compiled(chat_template: str) -> Any:
     from jinja2.utils import Namespace
 
     class Generation(Extension):
-        """`{% generation %}` marks what the assistant says; the text is what stands in it."""
+        """`{% generation %}` marks the assistant's text; it renders as its content."""
 
         tags = {"generation"}
 
@@ -176,7 +180,7 @@ def compiled(chat_template: str) -> Any:
             return caller()
 
     class SafeNamespace(Namespace):
-        """Takes no name that begins with an underscore: those lead to Python's internals."""
+        """Refuses names that begin with an underscore, which give access to Python's internals."""
 
         def __init__(*args: Any, **kwargs: Any) -> None:  # `self` may be a name in the template
             names = dict(*args[1:], **kwargs)

@@ -17,47 +17,50 @@ from dagster_project.curation.similarity.wording import is_instruction_only, is_
 from dagster_project.curation.sources.benchmarks import Item
 
 SHORT_ANSWER = 8
-"""Words an answer must have to be compared with a benchmark's answers: a short one is right for many questions."""
+"""Minimum number of words of an answer that is compared with a benchmark's answers: a short one is right for many
+questions."""
 GROUPED = "grouped"
-"""In `Overlaps.links`: near-copies that share a `group_id` and are too different to be reported as `near_duplicates`."""
+"""In `Overlaps.links`: near-copies that share a `group_id` but are not similar enough for `near_duplicates`."""
 HELD_OUT = {"test": 0, "validation": 1}
 FIELDS = ("reasoning_content", "tool_calls")
-"""Parts of a row that are compared by themselves, beside its prompt and its response."""
+"""Parts of a row that are compared separately, in addition to its prompt and its response."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """Two rows, or a row and a benchmark item, that say nearly the same."""
+    """Two rows, or a row and a benchmark item, with nearly the same text."""
 
     row: int
     other: int | str
     """Index of the earlier row, or the item's place."""
     part: str
-    """What of the row matched: "prompt", "response" or one of `FIELDS`."""
+    """The part of the row that matched: "prompt", "response" or one of `FIELDS`."""
     rule: Rule
     score: float
     partial: bool = False
-    """Of an overlap with held-out text: neither equal nor a copy of most of it. A warning, where a copy is an error."""
+    """An overlap with held-out text that is neither equal nor a copy of most of it. It is a warning, a copy is an
+    error."""
 
 
 @dataclass
 class Overlaps:
-    """What `find_overlaps` found."""
+    """Result of `find_overlaps`."""
 
     cluster: list[int]
     """For each record the first record of its near-duplicate cluster."""
     compared: Comparison
-    """Of the prompts with one another."""
+    """The comparison of all prompts."""
     links: dict[str, list[Link]] = field(default_factory=dict)
-    """Check, or `GROUPED` -> the overlaps behind it, best first; waived ones left out."""
+    """Check, or `GROUPED` -> its overlaps, most similar first; without waived ones."""
     waived: dict[str, set[int]] = field(default_factory=dict)
     """Check -> rows all of whose overlaps are waived as pairs."""
     common_frames: int = 0
-    """Overlaps with held-out questions that share only a common frame, and are not leaks."""
+    """Number of overlaps with held-out questions that share only a common phrase. They are not leaks."""
 
 
 def find_overlaps(rows: Rows) -> Overlaps:
-    """`near_duplicates`: rows whose user turns are the same or nearly so, whatever their system prompt and tools, and rows with nearly the same
+    """`near_duplicates`: rows with the same or nearly the same user turns, regardless of system prompt and tools, and
+    rows with nearly the same
     reasoning or arguments of calls. The other checks are described in docs/checks.md."""
     size = len(rows.records)
     subjects = [prompt or response for prompt, response in zip(rows.prompts, rows.responses, strict=True)]  # as records.subject_text
@@ -94,7 +97,7 @@ def find_overlaps(rows: Rows) -> Overlaps:
 
 
 def first_overlap(rows: Rows, name: str) -> list[str | None]:
-    """For each row the earlier row or held-out item of its best overlap, or None."""
+    """For each row the earlier row or held-out item of its most similar overlap, or None."""
     best: list[str | None] = [None] * len(rows.records)
     for link in rows.shared(find_overlaps).links[name]:
         best[link.row] = best[link.row] or str(link.other)
@@ -102,7 +105,7 @@ def first_overlap(rows: Rows, name: str) -> list[str | None]:
 
 
 def _long_texts(rows: Rows, part: str) -> dict[int, str]:
-    """Index -> text of one of `FIELDS`, where it is long enough to be compared."""
+    """Index -> text of one of `FIELDS`, if it is long enough to be compared."""
     texts = ((i, part_text(rows.records[i], part)) for i in rows.rich)
     return {i: text for i, text in texts if _is_long(text)}
 
@@ -113,8 +116,8 @@ def _near_fields(
     """Rows with nearly the same text in one of `FIELDS`: those that are reported, and those that only share a cluster.
 
     Args:
-        repeats: rows that are left out.
-        seen: (earlier, later) of the pairs with nearly the same prompt, which are left out.
+        repeats: excluded rows.
+        seen: (earlier, later) excluded pairs, because their prompts are nearly the same.
     """
     rows = [i for i in texts if i not in repeats]
     compared = compare([texts[i] for i in rows], count_words=True)
@@ -132,9 +135,8 @@ def _near_fields(
 
 
 def tools_of(record: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
-    """The definitions of the functions that the assistant may call, in one spelling; "" for none.
-
-    They are context, as a system prompt is: part of what the model sees, and not part of the question.
+    """The definitions of the functions that the assistant may call, in a normal form; "" for none. Like a system
+    prompt, they are context and not part of the question.
     """
     given = record.get("tools") or meta.get("tools") or meta.get("functions")
     if isinstance(given, str):
@@ -148,8 +150,8 @@ def tools_of(record: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
 def _repeats(
     records: Sequence[dict[str, Any]], tools: Sequence[str], labels: Sequence[str | None]
 ) -> tuple[dict[int, int], dict[int, int]]:
-    """Row -> the row with the same messages and tools that is kept: the first, or the first that an upstream label holds out. And row -> an earlier
-    row that answers the same prompt, tools included, in another way."""
+    """Row -> the kept row with the same messages and tools: the first, or the first that an upstream label holds out.
+    And row -> an earlier row with the same prompt and tools and a different answer."""
     ids = [content_id({**record, "tools": None}) if record.get("tools") else record["example_id"] for record in records]
     first: dict[tuple[str, str], int] = {}
     for i in sorted((i for i, label in enumerate(labels) if label in HELD_OUT), key=lambda i: (HELD_OUT[str(labels[i])], i)):
@@ -165,7 +167,7 @@ def _repeats(
             repeats[i] = same
             continue
         if "rejected" in record:
-            chosen, rejected = (tuple(map(_said, side)) for side in (messages[record["asked"] :], record["rejected"]))
+            chosen, rejected = (tuple(map(_message_key, side)) for side in (messages[record["asked"] :], record["rejected"]))
             earlier = answers[_key(messages[: record["asked"]], tools[i])]
             if (rejected, chosen) in earlier:
                 conflicts[i] = earlier[rejected, chosen]
@@ -174,7 +176,7 @@ def _repeats(
         if len(messages) < 2:
             continue
         earlier = answers[_key(messages[:-1], tools[i])]
-        answer = _said(messages[-1])
+        answer = _message_key(messages[-1])
         if earlier and answer not in earlier:
             conflicts[i] = next(iter(earlier.values()))
         earlier.setdefault(answer, i)
@@ -182,18 +184,19 @@ def _repeats(
 
 
 def _key(messages: Sequence[Message], tools: str) -> tuple[Any, ...]:
-    return (tools, *(part for m in messages for part in (m["role"], _said(m))))
+    return (tools, *(part for m in messages for part in (m["role"], _message_key(m))))
 
 
-def _said(message: Message) -> Any:
-    """What a message says, to be compared: its content and, where it has any, its reasoning and calls. Ids of calls are arbitrary."""
+def _message_key(message: Message) -> Any:
+    """The compared part of a message: its content and, if present, its reasoning and calls. Ids of calls are ignored,
+    because they are arbitrary."""
     made = [(call.name, json.dumps(call.arguments, ensure_ascii=False, sort_keys=True)) for call in calls(message)]
     reasoning = message.get("reasoning_content")
     return (message["content"], reasoning or "", *made) if reasoning or made else message["content"]
 
 
 def _split_leaks(pairs: Iterable[Pair], labels: Sequence[str | None], part: str = "prompt") -> list[Link]:
-    """Pairs in two upstream splits. The row is the one in the training split or, if neither is, the later one."""
+    """Pairs in two upstream splits. The row is the one in the training split, else the later one."""
     links = []
     for p in pairs:
         if labels[p.left] and labels[p.right] and labels[p.left] != labels[p.right]:
@@ -205,8 +208,8 @@ def _split_leaks(pairs: Iterable[Pair], labels: Sequence[str | None], part: str 
 def _reported(
     near: Sequence[Pair], records: Sequence[dict[str, Any]], subjects: Sequence[str], frequency: Mapping[str, int], least: float
 ) -> tuple[list[Link], list[Link]]:
-    """Near-copies that are reported, and those that only share a cluster: less similar ones, texts contained in a longer one, and
-    conversations that end in different questions."""
+    """Reported near-copies, and those that only share a cluster: less similar ones, texts contained in a longer one,
+    and conversations that end in different questions."""
     reported: list[Link] = []
     grouped: list[Link] = []
     for p in near:
@@ -214,21 +217,21 @@ def _reported(
             p.rule != "containment"
             and p.similarity >= least
             and is_near_duplicate(subjects[p.left], subjects[p.right], frequency)
-            and is_near_duplicate(_last_asked(records[p.left]), _last_asked(records[p.right]), frequency)
+            and is_near_duplicate(_last_question(records[p.left]), _last_question(records[p.right]), frequency)
         )
         (reported if same else grouped).append(Link(p.right, p.left, "prompt", p.rule, p.similarity))
     return reported, grouped
 
 
-def _last_asked(record: dict[str, Any]) -> str:
+def _last_question(record: dict[str, Any]) -> str:
     return next((m["content"] for m in reversed(record["messages"]) if m["role"] == "user"), "")
 
 
 def _leaks(
     subjects: Sequence[str], responses: Sequence[str], fields: Mapping[str, Mapping[int, str]], held_out: Sequence[Item]
 ) -> tuple[list[Link], int]:
-    """Prompts that overlap a held-out question, and responses, reasoning and arguments that overlap its answer or the question itself. And how many
-    overlaps are a common frame and nothing else.
+    """Prompts that overlap a held-out question, and responses, reasoning and arguments that overlap its answer or the
+    question itself. Also returns the number of overlaps that are only a common phrase.
 
     Args:
         fields: part -> index of a row -> its text.
@@ -254,7 +257,8 @@ def _leaks(
 
 
 def _questions(held_out: Sequence[Item]) -> list[str]:
-    """What each item asks; with its choices where the question alone is an instruction, or other items ask it with other choices."""
+    """The question of each item; with its choices if the question alone is an instruction, or if other items have it
+    with other choices."""
     choices: dict[str, set[frozenset[str]]] = defaultdict(set)
     for item in held_out:
         if item.choices:
@@ -268,5 +272,5 @@ _LONG = re.compile(rf"[\W_]*+(?:[^\W_]++[\W_]++){{{SHORT_ANSWER - 1}}}[^\W_]", r
 
 
 def _is_long(text: str) -> bool:
-    """Whether it has `SHORT_ANSWER` `words`; of ASCII an expression tells that sooner."""
+    """Whether a text has `SHORT_ANSWER` `words`; for ASCII a regular expression is faster."""
     return bool(_LONG.match(text)) if text.isascii() else len(words(text)) >= SHORT_ANSWER

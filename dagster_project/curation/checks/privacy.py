@@ -1,11 +1,11 @@
-"""Texts -> personal data and secrets in them, and texts made fit for a report or a log.
+"""Texts -> personal data and secrets in them, and masked texts for reports and logs.
 
-Well-kept libraries say what is what: detect-secrets' plugins know the tokens of services, python-stdnum the check digits of accounts
-and national ids, phonenumbers the numbering plans. What is here is where to look, and how far a find reaches.
+Libraries identify values: detect-secrets the tokens of services, python-stdnum the check digits of accounts and
+national ids, phonenumbers the numbering plans. This module finds candidates and their extent.
 
-Values made for examples (`@example.com`, 555 numbers, the card 4111..., 203.0.113.x) count like any other: nobody can tell a
-placeholder from a disguise, and a model recites both. Numbers that belong to no person (toll-free, premium) don't count, nor do
-private and loopback addresses, nor the word `password` in the place of one.
+Values made for examples (`@example.com`, 555 numbers, the card 4111..., 203.0.113.x) count like any other: they cannot
+be distinguished from real values, and a model can reproduce both. Excluded are numbers of no person (toll-free,
+premium), private and loopback addresses, and the word `password` in place of a password.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Span = tuple[int, int]
 CONTEXT = 24
-"""Characters of masked text on each side of a find in its excerpt."""
+"""Characters of masked text on each side of a hit in its excerpt."""
 
 
 @dataclass(frozen=True)
@@ -32,20 +32,22 @@ class Hit:
     row: int
     """Index of the text."""
     kind: str
-    """"e-mail", "phone", "card", "iban", "national id", "ip address", or whose key it is: "aws key", "github token", ..."""
+    """"e-mail", "phone", "card", "iban", "national id", "ip address", or the kind of key: "aws key", "github token",
+    ..."""
     secret: bool
-    """Opens something, so it must be revoked; personal data otherwise."""
+    """Whether it is a secret, which must be revoked; else personal data."""
     start: int
     end: int
     excerpt: str
-    """The words around it, masked: fit for a report."""
+    """The words around it, masked, for reports."""
 
 
 @dataclass(frozen=True)
 class Rule:
     kind: str
     hint: str
-    """Regular expression that every text with such a value matches; read by Python's engine and by Rust's, so no lookaround."""
+    """Regular expression that every text with such a value matches; without lookaround, because both Python's and
+    Rust's engine read it."""
     find: Callable[[str], Iterable[Span]]
     secret: bool = False
     matcher: re.Pattern[str] = field(init=False, compare=False)
@@ -55,7 +57,7 @@ class Rule:
 
 
 def scan(texts: Sequence[str]) -> list[Hit]:
-    """All personal data and secrets, in order of row and place. What overlaps is one hit."""
+    """All personal data and secrets, in order of row and position. Overlapping ones are one hit."""
     rules = _rules()
     rows = candidates(texts, "|".join(rule.hint for rule in rules))
     near = [texts[row] for row in rows]
@@ -68,25 +70,26 @@ def scan(texts: Sequence[str]) -> list[Hit]:
 
 def mask(text: str) -> str:
     """The text with every value that `scan` finds replaced by its kind: "[e-mail]", "[aws key]". Masking again changes nothing."""
-    while found := _find(text):  # again, as the names are not as long as what they stand for, and rules look a few characters back
-        text = "".join(_masked(text, found))
+    while found := _find(text):  # repeated, because replacements change positions, and rules use a few preceding characters
+        text = "".join(_split_at_values(text, found))
     return text
 
 
 def redact(text: str, secret: bool) -> str:
     """The text with personal data (or, with `secret`, keys and passwords) replaced by typed placeholders; see `placeholder`."""
-    while found := [one for one in _find(text) if one[2].secret is secret]:  # again, for the reason given in `mask`
-        text = "".join(_masked(text, found, placeholder))
+    while found := [one for one in _find(text) if one[2].secret is secret]:  # repeated, as in `mask`
+        text = "".join(_split_at_values(text, found, placeholder))
     return text
 
 
 def placeholder(kind: str) -> str:
-    """What a training text says instead of a value: "e-mail" -> "[EMAIL]", "national id" -> "[NATIONAL_ID]"."""
+    """Placeholder for a value in a training text: "e-mail" -> "[EMAIL]", "national id" -> "[NATIONAL_ID]"."""
     return f"[{kind.upper().replace('-', '').replace(' ', '_')}]"
 
 
 def candidates(texts: Sequence[str], hint: str, literals: Sequence[str] = ()) -> list[int]:
-    """Indices of the texts that match a regular expression or hold a literal, by Polars' Rust engines: only there a closer look is worth while."""
+    """Indices of the texts that match a regular expression or hold a literal, by Polars' Rust engines; only these are
+    searched further."""
     strings = text_column(texts)
     found = strings.str.contains(hint)
     return ((found | strings.str.contains_any(list(literals))) if literals else found).arg_true().to_list()
@@ -98,12 +101,12 @@ def text_column(texts: Sequence[str]) -> pl.Series:
 
     try:
         return pl.Series(texts, dtype=pl.String)
-    except UnicodeEncodeError:  # half of a surrogate pair is no character, and Arrow holds none
+    except UnicodeEncodeError:  # Arrow cannot store half of a surrogate pair
         return pl.Series([re.sub("[\ud800-\udfff]", "\ufffd", text) for text in texts], dtype=pl.String)
 
 
-def _masked(text: str, found: Sequence[tuple[int, int, Rule]], name: Callable[[str], str] = "[{}]".format) -> list[str]:
-    """The text in pieces: what is left as it is at even places, the kinds of what is hidden at odd ones."""
+def _split_at_values(text: str, found: Sequence[tuple[int, int, Rule]], name: Callable[[str], str] = "[{}]".format) -> list[str]:
+    """The text in pieces: unchanged parts at even indices, kinds of masked values at odd ones."""
     pieces, at = [], 0
     for start, end, rule in found:
         pieces += [text[at:start], name(rule.kind)]
@@ -112,35 +115,35 @@ def _masked(text: str, found: Sequence[tuple[int, int, Rule]], name: Callable[[s
 
 
 def _hits(row: int, text: str, found: Sequence[tuple[int, int, Rule]]) -> Iterator[Hit]:
-    pieces = _masked(text, found)
+    pieces = _split_at_values(text, found)
     for i, (start, end, rule) in enumerate(found):
         before = "".join(pieces[max(0, 2 * i - 8) : 2 * i + 1])
         after = "".join(pieces[2 * i + 2 : 2 * i + 11])
         if len(before) > CONTEXT:
-            before = "…" + re.sub(r"\A[a-z -]*\]", "", before[-CONTEXT:])  # without the rest of a kind that is cut
+            before = "…" + re.sub(r"\A[a-z -]*\]", "", before[-CONTEXT:])  # without the rest of a truncated kind
         if len(after) > CONTEXT:
             after = re.sub(r"\[[a-z -]*\Z", "", after[:CONTEXT]) + "…"
         yield Hit(row, rule.kind, rule.secret, start, end, mask(" ".join(f"{before}[{rule.kind}]{after}".split())))
 
 
 def _find(text: str, ranks: Iterable[int] | None = None) -> list[tuple[int, int, Rule]]:
-    """What is found in one text, in order. Finds that overlap become one, named by the rule that comes first in the table.
+    """Matches in one text, in order. Overlapping ones are merged, and named by the first of their rules in the table.
 
     Args:
-        ranks: which rules can apply, where that is known.
+        ranks: the rules that can apply, if known.
     """
     rules = _rules()
     found: list[tuple[int, int, int]] = []
     while new := _spans(text, [i for i, rule in enumerate(rules) if rule.matcher.search(text)] if ranks is None else ranks):
         found = _merged(found + new)
-        for start, end, _ in new:  # look again, as a value may come to stand alone when its neighbour is hidden
+        for start, end, _ in new:  # repeated, because a value may be separated from its neighbor once that is masked
             text = f"{text[:start]}[{']' * (end - start - 1)}{text[end:]}"
         ranks = None
     return [(start, end, rules[rank]) for start, end, rank in found]
 
 
 def _spans(text: str, ranks: Iterable[int]) -> list[tuple[int, int, int]]:
-    """(start, end, rule) of what these rules find, but for what is hidden already."""
+    """(start, end, rule) of the matches of these rules outside of already masked parts."""
     spans = [(start, end, rank) for rank in ranks for start, end in _rules()[rank].find(text)]
     return _merged([span for span in spans if text[span[0] : span[1]].strip("[]")])
 
@@ -164,11 +167,11 @@ _URL_PASSWORD = re.compile(r"://[^\s/:@\"']+:([^\s/@\"']+)@")
 _NO_PASSWORD = re.compile(
     r"(?i)(?:your|my|the)?[_-]?(?:pass(?:word|wd|phrase)?|pwd|pw|secret|token|key)|x+|\*+|\.+|%\w+%?|\$\w+|\[[a-z _-]+\]"
 )
-"""Words that stand for a password in a URL."""
+"""Placeholders for a password in a URL."""
 
 
 def _tokens(patterns: Iterable[re.Pattern[str]]) -> Callable[[str], Iterator[Span]]:
-    """Whole matches, on to the end of the token: a service may make them longer than the pattern knows."""
+    """Whole matches, extended to the end of the token: a service may use longer ones than the pattern."""
 
     def find(text: str) -> Iterator[Span]:
         for pattern in patterns:
@@ -180,7 +183,7 @@ def _tokens(patterns: Iterable[re.Pattern[str]]) -> Callable[[str], Iterator[Spa
 
 
 def _values(patterns: Iterable[re.Pattern[str]], valid: Callable[[str], bool] = bool) -> Callable[[str], Iterator[Span]]:
-    """The first group of each match, where it has one: the value after the words that give it away."""
+    """The first group of each match, if it has one: the value after its keywords."""
 
     def find(text: str) -> Iterator[Span]:
         for pattern in patterns:
@@ -193,7 +196,7 @@ def _values(patterns: Iterable[re.Pattern[str]], valid: Callable[[str], bool] = 
 
 
 def _jwts(plugin: Any) -> Callable[[str], Iterator[Span]]:
-    """Matches whose parts decode, and the signature, at which the plugin's pattern stops."""
+    """Matches whose parts decode, with the signature, which the plugin's pattern excludes."""
 
     def find(text: str) -> Iterator[Span]:
         for pattern in plugin.denylist:
@@ -213,7 +216,7 @@ _KEY_END = re.compile(rf"{_KEY_GAP}-{{4,}} ?END [A-Z0-9 ]+-*")
 
 
 def _private_keys(patterns: Iterable[re.Pattern[str]]) -> Callable[[str], Iterator[Span]]:
-    """From the header over the body to the footer; a header without a body is only talk of keys."""
+    """Header, body and footer; a header without a body is only a mention of keys."""
 
     def find(text: str) -> Iterator[Span]:
         for pattern in patterns:
@@ -231,7 +234,7 @@ def _private_keys(patterns: Iterable[re.Pattern[str]]) -> Callable[[str], Iterat
 
 @cache
 def _rules() -> tuple[Rule, ...]:
-    """In the order in which they name what several of them find."""
+    """In order of precedence: the first rule names a value that several find."""
     from detect_secrets.filters.heuristic import is_templated_secret
     from detect_secrets.plugins import (
         aws,
@@ -289,7 +292,7 @@ def _rules() -> tuple[Rule, ...]:
         token("stripe key", "[rs]k_live_", stripe.StripeDetector),
         token("telegram token", "[0-9]{8}:[0-9A-Za-z_-]{35}", telegram_token.TelegramBotTokenDetector),
         token("twilio key", "(?:AC|SK)[a-z0-9]{32}", twilio.TwilioKeyDetector),
-        # published formats that no plugin knows yet
+        # published formats without a plugin
         own("anthropic key", "sk-ant-", r"[A-Za-z0-9_\-]{32,}"),
         own("google key", "AIza", r"[A-Za-z0-9_\-]{35}"),
         own("hugging face token", "hf_", r"[A-Za-z0-9]{34}"),
@@ -318,16 +321,16 @@ _FILE_ENDINGS = frozenset({"png", "jpg", "jpeg", "gif", "svg", "webp", "ico", "p
 
 
 def _emails(text: str) -> Iterator[Span]:
-    """From each @ outwards, which keeps long texts without spaces cheap."""
+    """Searched from each @ outwards, which is fast on long texts without spaces."""
     for at in re.finditer("@", text):
         domain = _DOMAIN.match(text, at.end())
         local = _LOCAL.search(text, max(0, at.start() - 64), at.start())
         if domain is None or local is None:
             continue
-        name = local.group().lstrip(".!#$%&'*+/=?^`{|}~-")  # allowed there, but in prose it is punctuation
+        name = local.group().lstrip(".!#$%&'*+/=?^`{|}~-")  # allowed in an address, but in prose it is punctuation
         start = at.start() - len(name)
         before = text[max(0, start - 64) : start]
-        in_url = re.search(r"://[^\s\"'<>(),;]*\Z", before)  # ftp://ann@host: a host, no mailbox
+        in_url = re.search(r"://[^\s\"'<>(),;]*\Z", before)  # ftp://ann@host: a host, not a mailbox
         image = domain.group().rpartition(".")[2].lower() in _FILE_ENDINGS  # icon@2x.png
         call = text[domain.end() : domain.end() + 1] in {"(", "["}  # W@x.reshape(2)
         if name and name != "git" and not in_url and not image and not call:
@@ -357,7 +360,7 @@ _IBAN = re.compile(r"(?<![A-Za-z0-9])(?=([A-Za-z]{2}[0-9]{2}(?:[ -]?[A-Za-z0-9])
 
 
 def _ibans(text: str) -> Iterator[Span]:
-    """The longest run that is an account: words may follow after a space."""
+    """The longest run that is a valid account: words may follow after a space."""
     from stdnum import iban
 
     for match in _IBAN.finditer(text):
@@ -370,7 +373,8 @@ def _ibans(text: str) -> Iterator[Span]:
 
 @cache
 def _national_ids() -> tuple[tuple[str, re.Pattern[str], Callable[[str], bool]], ...]:
-    """Ids that have a shape of their own, or check digits and a date in them. Bare runs of 9 to 11 digits are left out: too many are not ids."""
+    """Ids with a distinctive format, or with check digits and a date. Bare runs of 9 to 11 digits are excluded: too
+    many are not ids."""
     from stdnum.br import cpf
     from stdnum.cn import ric
     from stdnum.es import dni, nie
@@ -414,11 +418,12 @@ _CUE = re.compile(
 _AFTER_CUE = re.compile(rf"(?<![\w.,+-])\(?[0-9](?:{_GAP}{{0,2}}[0-9]){{8,13}}(?![\w-]|[.,][0-9])")
 _DATE = re.compile(r"(?<![0-9])(?:[0-9]{1,2}[./-][0-9]{1,2}[./-](?:[0-9]{4}|[0-9]{2})|[0-9]{4}[./-][0-9]{1,2}[./-][0-9]{1,2})(?![0-9])")
 _REGIONS = ("US", "GB", "DE", "FR", "ES", "IT", "NL", "BR", "IN", "CN", "JP", "AU")
-"""Whose national numbers are known after a word such as "phone"."""
+"""Countries whose national numbers are recognized after a word such as "phone"."""
 
 
 def _phones(text: str) -> Iterator[Span]:
-    """International numbers; national ones in the shape in which Americans, Britons, Germans and French write them, or after a word for a phone."""
+    """International numbers; national ones in the usual format of the US, Britain, Germany and France, or after a word
+    for a phone."""
     for match in _INTERNATIONAL.finditer(text):
         yield from _phone(match.group(), match.start(), ("ZZ",))
     for match in _AMERICAN.finditer(text):
@@ -432,14 +437,14 @@ def _phones(text: str) -> Iterator[Span]:
 
 
 def _phone(written: str, start: int, regions: Sequence[str]) -> Iterator[Span]:
-    """The longest part from the start, in whole groups of digits, that is somebody's number in the first region that knows it."""
+    """The longest prefix, in whole groups of digits, that is a valid personal number in one of the regions."""
     ends = [m.end() for m in re.finditer(r"[0-9](?![0-9])", written)]
-    end = next((end for region in regions for end in reversed(ends) if _somebodys(written[:end], region)), None)
+    end = next((end for region in regions for end in reversed(ends) if _is_personal_number(written[:end], region)), None)
     if end:
         yield start, start + end
 
 
-def _somebodys(written: str, region: str) -> bool:
+def _is_personal_number(written: str, region: str) -> bool:
     from phonenumbers import NumberParseException, PhoneNumberType, is_valid_number, number_type, parse
 
     try:
@@ -447,7 +452,7 @@ def _somebodys(written: str, region: str) -> bool:
     except NumberParseException:
         return False
     if number.country_code == 1 and re.fullmatch("555[0-9]{7}", str(number.national_number)):
-        return True  # no area has this code: a number made for an example
+        return True  # an unassigned area code: an example number
     kinds = PhoneNumberType
     return is_valid_number(number) and number_type(number) not in {
         kinds.TOLL_FREE,
@@ -465,7 +470,7 @@ _VERSION = re.compile(r"(?i)(?:\bv|\bver|version|release|build|firmware|section|
 
 
 def _addresses(text: str) -> Iterator[Span]:
-    """Public addresses. Four small numbers read like a version or a section, and are left out."""
+    """Public addresses. Four small numbers are excluded, because they may be a version or a section."""
     for match in _IPV4.finditer(text):
         try:
             address = IPv4Address(match.group())

@@ -1,4 +1,4 @@
-"""What a set as a whole is made of: balance, lengths, diversity, readability; and the checks on its shares."""
+"""Statistics of a set as a whole: balance, lengths, diversity, readability; and the checks on its shares."""
 
 from __future__ import annotations
 
@@ -25,24 +25,27 @@ if TYPE_CHECKING:
 
 NONE, OTHERS = "(none)", "(others)"
 CHUNK = 20_000
-"""Rows measured at a time: what Polars copies of the texts is gone before the next are read."""
+"""Rows measured at a time: Polars' copies of their texts are freed before the next are read."""
 SAMPLE_WORDS = 20_000
-"""Words of prompts that the vocabulary is measured over. Distinct-n falls with the amount of text, so sets of different size compare
+"""Number of words of prompts over which the vocabulary is measured. Distinct-n falls with the amount of text, so sets
+of different size compare
 only over equal amounts."""
 SAMPLE_PROMPT = 100
 """Words taken from one prompt, so that long ones do not fill the sample alone."""
 TEMPLATE = 0.05
-"""A pair of neighbouring words belongs to a template if it stands in more than this share of prompts (and more than two)."""
+"""A pair of neighboring words belongs to a template if it occurs in more than this share of prompts (and in more than
+two)."""
 SCRIPT_CHARACTERS = 500
-"""Characters at the beginning of a prompt that tell its script."""
+"""Characters at the beginning of a prompt from which its script is determined."""
 LONG_RESPONSE = 8
-"""Words from which on a response that repeats is no label. Sets for classification rightly repeat short ones."""
+"""Minimum number of words of a repeated response that is reported. Shorter ones are labels, which classification sets
+repeat by design."""
 REPEATED = 0.01
-"""A response is listed as repeated from this share of rows on (and two rows)."""
+"""Minimum share of rows of a response that is listed as repeated (and two rows)."""
 SCORED_WORDS = 10
-"""Fewest words of a prompt whose readability is scored."""
+"""Minimum number of words of a prompt whose readability is scored."""
 HARD = 50.0
-"""Flesch reading ease below which a text is `difficult` or `very difficult` in his scale: beyond school."""
+"""Flesch reading ease below which a text is `difficult` or `very difficult` in his scale: above school level."""
 
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff"
 _WORD = rf"[{_CJK}]|[^\W_{_CJK}]+(?:['’][^\W_{_CJK}]+)*"
@@ -52,7 +55,8 @@ _CONSONANTS = "bcdfghjklmnpqrstvwxz"
 _SYLLABLE = rf"(?i)[{_VOWELS}]+|(?:^|[^\w'’])[{_CONSONANTS}0-9]+\b"
 """A group of vowels, or a whole word without any ("Mr", "48")."""
 _SILENT = rf"(?i)[{_VOWELS}](?:le|[a-z]*(?:[bcdfghjkmnpqrstvwxz]e|[{_VOWELS}]le|[bcfghjklmnpqrsvwxz]ed|[bdfkmnprtvw]es))\b"
-"""A word whose last vowel is silent after another one was heard: make, whole, walked, times; not: the, table, wanted, houses."""
+"""A word whose last vowel is silent after another vowel: make, whole, walked, times; not: the, table, wanted,
+houses."""
 _ENDS = r"[.!?…]+[\"'”’)\]]*\s+|[^\S\n]*\n\s*"
 """Between two sentences: a stop and space, or the end of a line (lists and verses have no stops)."""
 
@@ -73,13 +77,12 @@ _SCRIPTS = (NONE, "other", *dict.fromkeys(_NAMES.values()))
 
 
 class Limits(Section):
-    """What the shares of a set may be."""
+    """Limits of the shares of a set."""
 
     min_rows: int = Field(default=100, ge=0)
-    """Rows. Smaller sets fail `small_dataset`: they rarely teach more than the format."""
+    """Rows. Smaller sets fail `small_dataset`: from them a model rarely learns more than the format."""
     balance_ratio: float = Field(default=5.0, ge=1)
-    """Largest allowed ratio of the most frequent to the least frequent category. Models neglect categories that they
-    rarely saw."""
+    """Largest allowed ratio of the most frequent to the least frequent category. Models neglect rare categories."""
     max_source_share: float | None = Field(default=None, ge=0, le=1)
     """Largest share of rows that may come from one source file. null: no limit."""
     max_opening_share: float = Field(default=0.6, ge=0, le=1)
@@ -94,7 +97,7 @@ class Limits(Section):
     pairs repeat."""
     max_response_share: float = Field(default=0.2, ge=0, le=1)
     """Largest share of rows that may have the same response of 8 words or more. A model learns to give such a response
-    whatever the prompt is."""
+    to any prompt."""
     max_near_copy_share: float = Field(default=0.5, ge=0, le=1)
     """Largest share of rows that may share a `group_id` with an earlier row (exact repeats not counted). Above it most
     rows add little."""
@@ -103,14 +106,15 @@ class Limits(Section):
 
 
 def profile(records: Sequence[dict[str, Any]], lengths: Sequence[int] | None = None) -> dict[str, Any]:
-    """The figures of a set.
+    """The statistics of a set.
 
     Args:
         records: canonical records.
-        lengths: tokens of each whole conversation by the base model's tokenizer, where they are known.
+        lengths: tokens of each whole conversation by the base model's tokenizer, if known.
     Returns:
         rows, category_count, categories, rarest, sources, scripts, roles, lengths, singletons, entropy, effective_categories, diversity,
-        readability; and where there are any, tool_calls, reasoning and untrained_answers. Counts are of rows, most frequent first, ties by name; entropies are in bits; floats have 4 digits.
+        readability; and, if there are any, tool_calls, reasoning and untrained_answers. Counts are of rows, most
+        frequent first, ties by name; entropies are in bits; floats have 4 digits.
     """
     categories = Counter(str(record["category"] or "").strip() or NONE for record in records)
     named = Counter({name: n for name, n in categories.items() if name != NONE}) or categories
@@ -148,7 +152,7 @@ def profile(records: Sequence[dict[str, Any]], lengths: Sequence[int] | None = N
 
 
 def _calling(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Rows with tools, with calls and with results; calls, by tool; None where there is nothing of it."""
+    """Rows with tools, with calls and with results; calls, by tool; None if there are none."""
     called = [[call.name for message in record["messages"] for call in calls(message)] for record in records]
     found = {
         "rows_with_tools": sum(bool(record.get("tools")) for record in records),
@@ -161,13 +165,14 @@ def _calling(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def _traces(records: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Of each record with reasoning its traces."""
+    """The traces of each record with reasoning."""
     traces = ([trace for message in record["messages"] if (trace := message.get("reasoning_content"))] for record in records)
     return [found for found in traces if found]
 
 
 def _top(counts: Mapping[str, int], most: int) -> dict[str, int]:
-    """The most frequent, ties by name, then the sum of the others. Names are the data's own, so addresses in them are masked."""
+    """The most frequent, ties by name, then the sum of the others. Names come from the data, so addresses in them are
+    masked."""
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     shown: Counter[str] = Counter()
     for name, n in ordered[:most]:
@@ -208,7 +213,7 @@ def _measure(records: Sequence[dict[str, Any]]) -> pl.DataFrame:
     # Flesch, A new readability yardstick, Journal of Applied Psychology 32 (1948); for English.
     ease = 206.835 - 1.015 * words / pl.col("sentences") - 84.6 * pl.col("syllables") / words
     scored = (pl.col("script") == "Latin") & (words >= SCORED_WORDS)
-    # A number is a number, so that numbered rows have one opening and nobody's number is told.
+    # numbers are replaced: numbered rows have the same opening, and no number is revealed
     opened = pl.concat_str(opening, separator=" ", ignore_nulls=True).str.replace_all(r"\S*\d\S*", "#")
     schema = {"prompt": pl.String, "response": pl.String, "asked": pl.String, "script": pl.String}
     parts = []
@@ -264,7 +269,7 @@ def scripts(texts: Sequence[str]) -> list[str]:
     row = np.repeat(np.arange(len(mixed)), [len(text) for text in beginnings])
     size = len(_SCRIPTS)
     counts = np.bincount(row * size + _letters()[codes], minlength=len(mixed) * size).reshape(-1, size)
-    counts[:, 0] = 0  # what is no letter
+    counts[:, 0] = 0  # not a letter
     han, kana = _SCRIPTS.index("Han"), _SCRIPTS.index("Kana")
     counts[:, kana] += np.where(counts[:, kana] * 5 >= counts[:, han], counts[:, han], 0)  # Japanese is written in both
     for i, main in zip(mixed, counts.argmax(axis=1).tolist(), strict=True):
@@ -275,8 +280,8 @@ def scripts(texts: Sequence[str]) -> list[str]:
 _ASCII_LETTER = re.compile("[A-Za-z]")
 
 
-def _number(value: float) -> float | int:
-    """4 digits, and a whole number as one."""
+def _rounded(value: float) -> float | int:
+    """Rounded to 4 digits; whole numbers as int."""
     return int(value) if value == int(value) else round(value, 4)
 
 
@@ -292,18 +297,18 @@ def _spread(values: Sequence[int]) -> dict[str, Any]:
     first = next(i for i, n in enumerate(rows) if n)
     bins = [{"from": edges[i], "to": edges[i + 1], "rows": n} for i, n in enumerate(rows)]
     median, p95 = np.percentile(given, [50, 95]).tolist()
-    return {"total": int(given.sum()), "median": _number(median), "p95": _number(p95), "max": int(given.max()), "histogram": bins[first:]}
+    return {"total": int(given.sum()), "median": _rounded(median), "p95": _rounded(p95), "max": int(given.max()), "histogram": bins[first:]}
 
 
 def _vocabulary(records: Sequence[dict[str, Any]], prompt_words: pl.Series) -> dict[str, Any]:
-    """How many different words and pairs of words prompts use, over a sample: the beginnings of prompts in the order of their content
+    """Diversity of words and pairs of words, over a sample: the beginnings of prompts in the order of their content
     hashes, which is as good as random, needs no seed and does not depend on the order of rows.
 
-    distinct_1, distinct_2: Li et al., A diversity-promoting objective function for neural conversation models (2016): different words
-    (pairs of neighbouring words within a prompt) over all.
-    effective_words: the Hill number of order 1 (Hill, Diversity and evenness, 1973), 2 to the entropy of the words: as many equally
-    frequent ones would be as diverse.
-    template_share: pairs that stand in more than `TEMPLATE` of the prompts, over all.
+    distinct_1, distinct_2: Li et al., A diversity-promoting objective function for neural conversation models (2016):
+    share of distinct words (pairs of neighboring words within a prompt).
+    effective_words: the Hill number of order 1 (Hill, Diversity and evenness, 1973), 2 to the power of the entropy of
+    the words: the number of equally frequent words with the same diversity.
+    template_share: share of pairs that occur in more than `TEMPLATE` of the prompts.
     """
     import polars as pl
 
@@ -333,8 +338,8 @@ def _vocabulary(records: Sequence[dict[str, Any]], prompt_words: pl.Series) -> d
 
 
 def _openings(column: pl.Series) -> dict[str, Any]:
-    """The variety of tasks, told by the first two words of what is asked last ("write a", "how do"), as in Wang et al.,
-    Self-Instruct (2023), where verb and noun play that part."""
+    """The variety of tasks, by the first two words of the last question ("write a", "how do"), as in Wang et al.,
+    Self-Instruct (2023), who use verb and noun."""
     import polars as pl
 
     counted = column.drop_nulls().value_counts().sort(["count", column.name], descending=[True, False])
@@ -349,7 +354,7 @@ def _openings(column: pl.Series) -> dict[str, Any]:
 
 
 def _responses(records: Sequence[dict[str, Any]], rows: pl.DataFrame) -> dict[str, Any]:
-    """Which responses stand in many rows, and the commonest of those with `LONG_RESPONSE` words or more."""
+    """Responses that occur in many rows, and the most frequent one of `LONG_RESPONSE` words or more."""
     import polars as pl
 
     counted = (
@@ -364,23 +369,23 @@ def _responses(records: Sequence[dict[str, Any]], rows: pl.DataFrame) -> dict[st
     repeated = counted.filter(pl.col("rows") >= REPEATED * len(rows))
     top: Counter[str] = Counter()
     for row, n in repeated.head(10).select("row", "rows").iter_rows():
-        top[_beginning(records[row])] += n
+        top[_task_opening(records[row])] += n
     long = counted.filter(pl.col("response_words") >= LONG_RESPONSE).head(1).select("row", "rows").rows()
     return {
         "repeated_responses": len(repeated),
         "top_responses": dict(sorted(top.items(), key=lambda item: (-item[1], item[0]))),
-        "top_long_response": _beginning(records[long[0][0]]) if long else "",
+        "top_long_response": _task_opening(records[long[0][0]]) if long else "",
         "top_response_share": round(long[0][1] / len(rows), 4) if long else 0.0,
     }
 
 
-def _beginning(record: dict[str, Any]) -> str:
+def _task_opening(record: dict[str, Any]) -> str:
     return mask(" ".join(response_text(record["messages"]).split()))[:60]
 
 
 def _readability(scores: Sequence[float]) -> dict[str, Any]:
-    """Flesch reading ease of prompts, 100 very easy, 0 very hard; `rows` of them were scored, the others being short or in another script.
-    The histogram's first and last bin take what lies beyond."""
+    """Flesch reading ease of prompts, 100 very easy, 0 very hard; `rows` of them were scored; the others are short or
+    in another script. The histogram's first and last bins are open."""
     import numpy as np
 
     if not scores:
@@ -399,7 +404,8 @@ def _readability(scores: Sequence[float]) -> dict[str, Any]:
 
 
 def set_schema(limits: Limits) -> pa.DataFrameSchema:
-    """What must be true of the `shares` of a set. Each check carries the name it is reported under; null is a share that does not apply."""
+    """Schema of the `shares` of a set. Each check has the name under which it is reported; null is a share that does
+    not apply."""
     import pandera.polars as pa
     import polars as pl
 
@@ -428,10 +434,10 @@ JUDGED = ("small_dataset", "unbalanced_categories", "low_diversity")
 
 
 def shares(profile: Mapping[str, Any], limits: Limits, near_copies: int | None = None) -> pl.DataFrame:
-    """The row that `set_schema` judges: a column per measure, null where it does not apply.
+    """The row that `set_schema` validates: a column per measure, null where it does not apply.
 
     Args:
-        near_copies: rows whose prompt is nearly that of an earlier row; None if nobody looked.
+        near_copies: number of rows with nearly the prompt of an earlier row; None if unknown.
     """
     import polars as pl
 
@@ -451,7 +457,7 @@ def shares(profile: Mapping[str, Any], limits: Limits, near_copies: int | None =
 
 
 def failures(profile: Mapping[str, Any], limits: Limits, near_copies: int | None = None) -> dict[str, str]:
-    """Check -> what is wrong, with the figures, for the checks on the set that fail."""
+    """Check -> the fault with its figures, for failed checks on the set."""
     import pandera.polars as pa
 
     try:
@@ -460,14 +466,14 @@ def failures(profile: Mapping[str, Any], limits: Limits, near_copies: int | None
         cases = errors.failure_cases.select("check", "column").rows()
         if wrong := [case for case in cases if case[0] not in JUDGED]:
             raise AssertionError(f"the table of shares itself is wrong: {wrong}") from None
-        said = _said(profile, limits, near_copies)
+        said = _notes(profile, limits, near_copies)
         return {check: "; ".join(said[column] for name, column in cases if name == check) for check in JUDGED if check in dict(cases)}
     return {}
 
 
 def notes(profile: Mapping[str, Any], limits: Limits, near_copies: int | None = None) -> dict[str, str]:
-    """Check -> its figures in words, for the checks on the set that pass."""
-    said, failed = _said(profile, limits, near_copies), failures(profile, limits, near_copies)
+    """Check -> note with its figures, for passed checks on the set."""
+    said, failed = _notes(profile, limits, near_copies), failures(profile, limits, near_copies)
     known = [name for name, value in shares(profile, limits, near_copies).row(0, named=True).items() if value is not None]
     diverse: list[str] = [
         name for name in ("top_opening_share", "distinct_2", "template_share", "top_response_share", "near_copy_share") if name in known
@@ -481,8 +487,8 @@ def notes(profile: Mapping[str, Any], limits: Limits, near_copies: int | None = 
     return {check: "; ".join(said[name] for name in names) for check, names in parts.items() if check not in failed}
 
 
-def _said(profile: Mapping[str, Any], limits: Limits, near_copies: int | None) -> dict[str, str]:
-    """Measure -> its figures in words."""
+def _notes(profile: Mapping[str, Any], limits: Limits, near_copies: int | None) -> dict[str, str]:
+    """Measure -> note with its figures."""
     rows, diversity, count = profile["rows"], profile["diversity"], profile["category_count"]
     words = profile["lengths"]["prompt"]["total"] + profile["lengths"]["response"]["total"]
     source, most = _largest(profile["sources"])
@@ -501,7 +507,7 @@ def _said(profile: Mapping[str, Any], limits: Limits, near_copies: int | None) -
         if diversity["top_long_response"]
         else "no long response repeats",
         "near_copy_share": f"{copies:,} prompts ({copies / max(1, rows):.0%}) are nearly those of earlier rows",
-        "few": f"not judged below {limits.min_rows_for_diversity} rows",
+        "few": f"not checked below {limits.min_rows_for_diversity} rows",
     }
 
 
@@ -511,7 +517,8 @@ def _largest(counts: Mapping[str, int]) -> tuple[str, int]:
 
 
 def _volume(words: int) -> str:
-    """What so much text can do. Rules of thumb, not measurements: how much is enough depends on how far the task is from what the model knows."""
+    """What this amount of text can teach. Rules of thumb, not measurements: it depends on how far the task is from the
+    model's knowledge."""
     if words < 1_000:
         return "teaches form more than knowledge; a prompt or retrieval may do"
     if words <= 10_000:

@@ -1,4 +1,5 @@
-"""records -> records, repaired where the policy of a check is `fix`. A row that a repair does not cure is left as it was read."""
+"""records -> records, repaired where the policy of a check is `fix`. A row that a repair does not fix is left
+unchanged."""
 
 from __future__ import annotations
 
@@ -17,27 +18,28 @@ from dagster_project.curation.checks.row_checks import inputs_of, is_placeholder
 
 Record = dict[str, Any]
 Find = Callable[[Sequence[Record]], list[str | None]]
-"""For each record what is wrong with it, in words that are fit for a report, or None."""
+"""For each record a description of its fault, without personal data, or None."""
 
 
 @dataclass(frozen=True)
 class Repair:
-    """How the rows that break one check are repaired."""
+    """How the rows that violate one check are repaired."""
 
     does: str
-    """What it does to a row, for the documentation."""
+    """Its effect on a row, for the documentation."""
     make: Callable[[Collection[str]], tuple[Find, Callable[[Record], Record]]]
-    """The base model's special tokens -> what finds the rows, and what repairs one."""
+    """The base model's special tokens -> function that finds the rows, and function that repairs one."""
 
 
 @dataclass
-class Repaired:
-    """What was repaired in a set."""
+class RepairResult:
+    """The repairs of a set."""
 
     records: list[Record]
-    """In the order given. One that was repaired has `repaired`, the names of the checks, and `source_id`, its `example_id` as it was read."""
+    """In the given order. Repaired records have `repaired`, the names of the checks, and `source_id`, their original
+    `example_id`."""
     found: dict[str, dict[int, str]] = field(default_factory=dict)
-    """Check -> index of each row repaired for it -> what was wrong, in words."""
+    """Check -> index of each row repaired for it -> description of the fault."""
 
     def counts(self, reason: Sequence[str | None]) -> dict[str, int]:
         """Check -> rows repaired for it that are kept."""
@@ -45,7 +47,7 @@ class Repaired:
         return {name: n for name, n in kept.items() if n}
 
     def kinds(self, name: str) -> Counter[str]:
-        """What was wrong with the rows repaired for a check, by kind."""
+        """The faults of the rows repaired for a check, by kind."""
         return Counter(wrong.partition(":")[0] for wrong in self.found.get(name, {}).values())
 
 
@@ -54,31 +56,32 @@ def repair(
     checks: Sequence[str],
     exempt: Mapping[str, Collection[int]],
     special_tokens: Collection[str] = (),
-    earlier: Repaired | None = None,
-) -> Repaired:
-    """Repair each row that breaks one of the checks, in the order given, so that a later repair sees the text of an earlier one.
+    earlier: RepairResult | None = None,
+) -> RepairResult:
+    """Repair each row that violates one of the checks, in the given order, so that a later repair applies to the result
+    of an earlier one.
 
     Args:
-        records: canonical records or pairs, which are not changed.
+        records: canonical records or pairs; they are not modified.
         checks: names in `REPAIRS`.
-        exempt: check -> indices of rows that are left alone, since somebody waived it for them.
-        special_tokens: the base model's own.
-        earlier: repairs that these records have had before.
+        exempt: check -> indices of rows that are not repaired, because the check is waived for them.
+        special_tokens: of the base model.
+        earlier: previous repairs of these records.
     """
-    done = Repaired(list(records), {name: dict(rows) for name, rows in (earlier.found if earlier else {}).items()})
+    done = RepairResult(list(records), {name: dict(rows) for name, rows in (earlier.found if earlier else {}).items()})
     for name in checks:
         find, mend = REPAIRS[name].make(special_tokens)
         rows = {i: wrong for i, wrong in enumerate(find(done.records)) if wrong and i not in exempt.get(name, ())}
         tried = {i: mend(done.records[i]) for i in rows}
         for i, left in zip(tried, find([*tried.values()]), strict=True):
             if left is None:
-                done.records[i] = _named(tried[i], done.records[i], name)
+                done.records[i] = _add_names(tried[i], done.records[i], name)
                 done.found.setdefault(name, {})[i] = rows[i]
     return done
 
 
-def _named(new: Record, old: Record, check: str) -> Record:
-    """The repaired record with the content hash of what it says now, and the names of its repairs."""
+def _add_names(new: Record, old: Record, check: str) -> Record:
+    """The repaired record with its new content hash, and the names of its repairs."""
     names = dict.fromkeys([*old.get("repaired", ()), check])
     return {**new, "example_id": content_id(new), "source_id": old.get("source_id", old["example_id"]), "repaired": [*names]}
 
@@ -86,7 +89,8 @@ def _named(new: Record, old: Record, check: str) -> Record:
 def _rewritten(
     record: Record, change: Callable[[str], str], whole: bool = False, argument: Callable[[str, str], str] | None = None
 ) -> Record:
-    """The record with every message changed, and what `meta` repeats of them; with `whole` every text in `meta`.
+    """The record with `change` applied to every message, and to their copies in `meta`; with `whole` to every text in
+    `meta`.
 
     Args:
         argument: changes a text in the arguments of a call, given its name and the text; `change` unless given.
@@ -96,12 +100,12 @@ def _rewritten(
     if record.get("rejected"):
         new["rejected"] = [_changed_message(m, change, given) for m in record["rejected"]]
     meta = json.loads(record["meta"])
-    changed = {key: _changed(value, change) if whole or key == "input" else value for key, value in meta.items()}
+    changed = {key: _change_texts(value, change) if whole or key == "input" else value for key, value in meta.items()}
     return new if changed == meta else {**new, "meta": _dumped(changed)}
 
 
 def _changed_message(message: Message, change: Callable[[str], str], argument: Callable[[str, str], str]) -> Message:
-    """Content, reasoning and arguments changed; every other field as it is."""
+    """Content, reasoning and arguments changed; all other fields unchanged."""
     new = {**message, "content": change(message["content"])}
     if message.get("reasoning_content"):
         new["reasoning_content"] = change(message["reasoning_content"])
@@ -115,7 +119,7 @@ def _changed_message(message: Message, change: Callable[[str], str], argument: C
 
 
 def _changed_argument(value: Any, change: Callable[[str, str], str], name: str = "") -> Any:
-    """A number that is changed, such as that of a card, becomes text."""
+    """A changed number, such as that of a card, becomes text."""
     if isinstance(value, dict):
         return {key: _changed_argument(one, change, key) for key, one in value.items()}
     if isinstance(value, list):
@@ -126,12 +130,12 @@ def _changed_argument(value: Any, change: Callable[[str, str], str], name: str =
     return value if new == str(value) else new
 
 
-def _changed(value: Any, change: Callable[[str], str]) -> Any:
+def _change_texts(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, list):
-        return [_changed(one, change) for one in value]
-    return {key: _changed(one, change) for key, one in value.items()} if isinstance(value, dict) else value
+        return [_change_texts(one, change) for one in value]
+    return {key: _change_texts(one, change) for key, one in value.items()} if isinstance(value, dict) else value
 
 
 def _dumped(meta: Mapping[str, Any]) -> str:
@@ -156,7 +160,7 @@ def _marks(special: Collection[str]) -> tuple[Find, Callable[[Record], Record]]:
 
 
 def _values(secret: bool) -> Callable[[Collection[str]], tuple[Find, Callable[[Record], Record]]]:
-    """Personal data, or secrets. They are taken out of `meta` too: what is masked in the text must not stand beside it."""
+    """Personal data, or secrets. They are removed from `meta`, too."""
 
     def find(texts: Sequence[str]) -> list[str | None]:
         found: list[str | None] = [None] * len(texts)
@@ -169,7 +173,8 @@ def _values(secret: bool) -> Callable[[Collection[str]], tuple[Find, Callable[[R
         return privacy.redact(text, secret)
 
     def argument(name: str, text: str) -> str:
-        """Its name may say what a value is: "phone: 0151 1234567" is one, "0151 1234567" may be an order."""
+        """The name of an argument may identify its value: "phone: 0151 1234567" is a phone number, "0151 1234567" may
+        be an order."""
         prefix = f"{name}: " if name else ""
         named = redact(f"{prefix}{text}")
         return named.removeprefix(prefix) if named.startswith(prefix) else redact(text)
@@ -183,7 +188,8 @@ def _find_placeholders(records: Sequence[Record]) -> list[str | None]:
 
 
 def _without_input(record: Record) -> Record:
-    """The record as if its input had been empty: in the Alpaca layout the input stands after a blank line at the end of the question."""
+    """The record with an empty input: in the Alpaca layout the input follows a blank line at the end of the
+    question."""
     meta = json.loads(record["meta"])
     given = meta.get("input")
     if not (isinstance(given, str) and is_placeholder(given)):
@@ -197,12 +203,12 @@ def _without_input(record: Record) -> Record:
 
 
 REPAIRS: dict[str, Repair] = {
-    "hidden_characters": Repair("takes byte order marks and zero-width characters out", _characters(damage.hidden, damage.without_hidden)),
+    "hidden_characters": Repair("removes byte order marks and zero-width characters", _characters(damage.hidden, damage.without_hidden)),
     "unicode_form": Repair("composes it (NFC)", _characters(damage.decomposed, lambda text: normalize("NFC", text))),
-    "placeholder_input": Repair("empties an input that says there is none", lambda _: (_find_placeholders, _without_input)),
-    "special_tokens_in_text": Repair("strips tokens that end a text from its end, or begin a sequence from its start", _marks),
+    "placeholder_input": Repair("empties an input that only says that there is none", lambda _: (_find_placeholders, _without_input)),
+    "special_tokens_in_text": Repair("removes end tokens from the end of a text, and start tokens from its start", _marks),
     "encoding": Repair("undoes mojibake", _characters(damage.damage, damage.repaired_encoding)),
-    "secrets": Repair("puts a typed placeholder such as `[AWS_KEY]` in the place of each", _values(secret=True)),
-    "pii": Repair("puts a typed placeholder such as `[EMAIL]` in the place of each value", _values(secret=False)),
+    "secrets": Repair("replaces each one by a typed placeholder such as `[AWS_KEY]`", _values(secret=True)),
+    "pii": Repair("replaces each value by a typed placeholder such as `[EMAIL]`", _values(secret=False)),
 }
-"""In the order in which a row is repaired: characters first, so that what follows reads the text as it will be."""
+"""In the order in which a row is repaired: characters first, so that later repairs apply to the final text."""

@@ -1,4 +1,5 @@
-"""What people decided about single rows: waivers in params.yaml, and the review file. Both name rows, give a reason, and are counted."""
+"""Decisions of people on single rows: waivers in params.yaml, and the review file. Both name rows and give a reason;
+reports count them."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ COLUMNS = ("example_id", "place", "check", "prompt", "response", "decision", "re
 
 
 class Exemption(Section):
-    """What somebody who lets a check be broken must say."""
+    """What every waiver must state."""
 
     check: str
     """Name of the check."""
@@ -42,37 +43,37 @@ class Exemption(Section):
 
 
 class Waiver(Exemption):
-    """Rows or pairs that may break a check, because somebody says why."""
+    """Rows or pairs that may violate a check, with the reason."""
 
     rows: list[str] = []
     """Rows, each as `source:row` (0-based) or as the first 8 or more characters of its `example_id`."""
     pairs: list[list[str]] = []
-    """Pairs of rows, for checks that compare two: each is a list of two rows, or of a row and a benchmark item as the
-    finding names it."""
+    """Pairs of rows, for checks that compare two: each is a list of two rows, or of a row and a benchmark item, as
+    named in the finding."""
 
     @field_validator("pairs")
     @classmethod
-    def _of_two(cls, pairs: list[list[str]]) -> list[list[str]]:
+    def _check_pairs(cls, pairs: list[list[str]]) -> list[list[str]]:
         if any(len(pair) != 2 for pair in pairs):
             raise ValueError("a pair is a list of two rows")
         return pairs
 
     @model_validator(mode="after")
-    def _names_something(self) -> Waiver:
+    def _check_names(self) -> Waiver:
         if not self.rows and not self.pairs:
             raise ValueError("names neither rows nor pairs")
         return self
 
 
 def refuse_expired(waivers: Sequence[Exemption], where: str, today: datetime.date) -> None:
-    """A stage's result never depends on the day: an expired waiver is bad input, not a waiver that silently stops working.
+    """A stage's result never depends on the day: an expired waiver is bad input; it does not silently stop working.
 
     Raises:
         InputError: names every waiver that has expired.
     """
     expired = [f"{where}.{i}: the waiver for {w.check} expired on {w.expires}" for i, w in enumerate(waivers) if w.expires < today]
     if expired:
-        raise InputError("\n".join(expired), "renew it with a new reason and date, or take it out")
+        raise InputError("\n".join(expired), "renew it with a new reason and date, or remove it")
 
 
 def check_waivers(waivers: Sequence[Exemption], ctx: ValidationContext) -> None:
@@ -88,7 +89,7 @@ def check_waivers(waivers: Sequence[Exemption], ctx: ValidationContext) -> None:
 
 
 def refuse_missing_files(params: Any, ctx: ValidationContext) -> None:
-    """Check waivers, review file and benchmarks of a stage that judges rows.
+    """Validate waivers, review file and benchmarks of a stage that checks rows.
 
     Raises:
         InputError: as `check_waivers`; or a file is missing or outside its folder.
@@ -102,7 +103,7 @@ def refuse_missing_files(params: Any, ctx: ValidationContext) -> None:
 
 @dataclass(frozen=True)
 class Decision:
-    """One line of the review file that somebody has filled in."""
+    """One filled-in line of the review file."""
 
     example_id: str
     check: str
@@ -113,13 +114,13 @@ class Decision:
 
 
 def ids_of(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """A record's `example_id` and, of one that was repaired, that of the row as it was read. People may name it by either."""
+    """A record's `example_id` and, if it was repaired, its original one. Reviewers may use either."""
     return tuple(dict.fromkeys((record["example_id"], record.get("source_id") or record["example_id"])))
 
 
 @dataclass
-class Named:
-    """The rows of a set by the ways in which people name them."""
+class RowIndex:
+    """Index of the rows of a set by the names that reviewers may use."""
 
     records: Sequence[dict[str, Any]]
     places: dict[str, list[int]] = field(default_factory=dict)
@@ -132,7 +133,7 @@ class Named:
                 self.ids.setdefault(identity[:8], []).append(i)
 
     def rows(self, name: str) -> list[int]:
-        """Indices of the records a name stands for: by its place those of one source row, by their content all copies."""
+        """Indices of the records with a name: a place names those of one source row, a content hash all copies."""
         if name in self.places:
             return self.places[name]
         if re.fullmatch(r"[0-9a-f]{8,32}", name):
@@ -147,15 +148,15 @@ class Waived:
     rows: Mapping[str, set[int]]
     """Check -> indices of waived rows."""
     pairs: Mapping[str, set[tuple[int | str, int | str]]]
-    """Check -> waived pairs, both ways round; a benchmark item stands for itself."""
+    """Check -> waived pairs, in both orders; a benchmark item is given by its name."""
     reasons: Mapping[tuple[str, int], str]
     unknown: Sequence[str]
-    """Names that stand for no row of the set."""
+    """Names that match no row of the set."""
 
 
 def resolve(waivers: Iterable[Waiver], decisions: Iterable[Decision], records: Sequence[dict[str, Any]], held_out: set[str]) -> Waived:
     """Args:
-    decisions: those that accept a row waive the check they name.
+    decisions: those that accept a row waive the named check.
     held_out: places of the benchmark items.
     """
     waivers, accepted = list(waivers), [d for d in decisions if d.decision == "accept"]
@@ -165,7 +166,7 @@ def resolve(waivers: Iterable[Waiver], decisions: Iterable[Decision], records: S
     unknown: list[str] = []
     if not waivers and not accepted:
         return Waived(rows, pairs, reasons, unknown)
-    named = Named(records)
+    named = RowIndex(records)
     for check, name, reason in [(w.check, row, w.reason) for w in waivers for row in w.rows] + [
         (d.check, d.example_id, d.reason) for d in accepted
     ]:
@@ -184,7 +185,7 @@ def resolve(waivers: Iterable[Waiver], decisions: Iterable[Decision], records: S
 
 
 def read_decisions(path: Path) -> list[Decision]:
-    """The filled-in lines of a review file; lines without a decision are still waiting.
+    """The filled-in lines of a review file; lines without a decision are skipped.
 
     Raises:
         InputError: lists every line with an unknown decision, without a reason, or with nothing to edit.
@@ -212,7 +213,7 @@ def read_decisions(path: Path) -> list[Decision]:
         elif not values["reason"].strip():
             problems.append(f"{path.name}: row {number}: no reason")
         elif decision == "edit" and not (values["new_prompt"].strip() or values["new_response"].strip()):
-            problems.append(f"{path.name}: row {number}: edit, but neither new_prompt nor new_response says anything")
+            problems.append(f"{path.name}: row {number}: edit, but new_prompt and new_response are both empty")
         elif seen.setdefault(key, decision) != decision:
             problems.append(f"{path.name}: row {number}: {key[0]} was already decided otherwise for {key[1]}")
         else:
@@ -225,7 +226,7 @@ def read_decisions(path: Path) -> list[Decision]:
 
 
 def edited(records: Sequence[dict[str, Any]], decisions: Sequence[Decision]) -> tuple[list[dict[str, Any]], dict[int, str]]:
-    """The records with the edits made, and the reason for each index that was edited. An edited row gets the `example_id` of what it says now."""
+    """The records with the edits applied, and index -> reason of each edit. An edited row gets a new `example_id`."""
     edits = {d.example_id: d for d in decisions if d.decision == "edit"}
     result, reasons = list(records), {}
     for i, record in enumerate(records) if edits else ():
@@ -243,7 +244,8 @@ def edited(records: Sequence[dict[str, Any]], decisions: Sequence[Decision]) -> 
 
 
 def queue(records: Sequence[dict[str, Any]], waiting: Iterable[tuple[int, str]]) -> str:
-    """The review file for rows that no rule can judge, as CSV: `decision`, `reason` and the new texts are for a person to fill in.
+    """The review file for rows that no rule can decide, as CSV: a person fills in `decision`, `reason` and the new
+    texts.
 
     Args:
         waiting: (index of a record, check).
@@ -260,7 +262,7 @@ def queue(records: Sequence[dict[str, Any]], waiting: Iterable[tuple[int, str]])
 
 
 def _answer(messages: Sequence[Message]) -> Sequence[Message]:
-    """The response, which is shown with its reasoning and calls. An edit in `new_response` replaces its content only."""
+    """The response, with its reasoning and calls. An edit in `new_response` replaces its content only."""
     return messages[-1:] if messages and messages[-1]["role"] == "assistant" else ()
 
 

@@ -1,4 +1,5 @@
-"""Records -> one table with a fact per check and row, and the schema that judges it. Each check on rows is one object in `ROW_CHECKS`."""
+"""Records -> one table with a fact per check and row, and the schema that validates it. Each check on rows is one
+object in `ROW_CHECKS`."""
 
 from __future__ import annotations
 
@@ -31,9 +32,11 @@ PLACEHOLDERS = frozenset(
         "no input needed", "no additional input", "input not available", "placeholder", "todo", "tbd", "lorem ipsum",
     }
 )  # fmt: skip
-"""Inputs that only say that there is none, after `words` has removed case and punctuation ("<noinput>", "N/A", "No input.")."""
+"""Inputs that only say that there is none, after `words` has removed case and punctuation ("<noinput>", "N/A", "No
+input.")."""
 MAX_RENDERED = 20_000
-"""Rows whose chat template is rendered; in a larger set as many of each conversation shape in turn. `tokenized` renders every row."""
+"""Maximum number of rows whose chat template is rendered; in a larger set each conversation shape in turn. `tokenized`
+renders every row."""
 
 
 def row_schema(rows: Rows) -> pa.DataFrameSchema:
@@ -57,7 +60,8 @@ def gather(rows: Rows, schema: pa.DataFrameSchema) -> pl.DataFrame:
 
 
 def violations(frame: pl.DataFrame, schema: pa.DataFrameSchema) -> dict[str, list[int]]:
-    """Check name -> indices of the rows that break it, in order. The frame is eager, so data checks really run."""
+    """Check name -> indices of the rows that violate it, in order. The frame is eager, because pandera skips data
+    checks on lazy frames."""
     import pandera.polars as pa
 
     found: dict[str, list[int]] = {}
@@ -77,7 +81,7 @@ def violations(frame: pl.DataFrame, schema: pa.DataFrameSchema) -> dict[str, lis
 
 
 def _problem(rows: Rows, _: str) -> list[str | None]:
-    """Why each source row could not be read, else null."""
+    """The reason that each source row could not be read, else null."""
     return [
         None if r["messages"] or not r.get("same_prompt", True) or meta.get("unsupported") is True else meta.get("problem")
         for r, meta in zip(rows.records, rows.metas, strict=True)
@@ -85,12 +89,13 @@ def _problem(rows: Rows, _: str) -> list[str | None]:
 
 
 def _is_half(record: Mapping[str, Any]) -> bool:
-    """Whether a pair has one side only: a KTO row without a counterpart."""
+    """Whether a pair has only one side: a KTO row without a counterpart."""
     return "rejected" in record and bool(record["messages"]) and (len(record["messages"]) <= record["asked"] or not record["rejected"])
 
 
 def _roles_are_valid(messages: Sequence[dict[str, Any]], meta: Mapping[str, Any]) -> bool:
-    """An optional system turn, then user and assistant in turns, the user first; tools may answer the assistant, who then goes on. Or plain text."""
+    """An optional system turn, then user and assistant alternating, the user first; tool results may follow a turn of
+    the assistant, which then continues. Or plain text."""
     return is_text(messages, meta) or _in_turns(tuple([m["role"] for m in messages]))
 
 
@@ -119,11 +124,11 @@ def _have_prompt(rows: Rows, _: str) -> list[bool]:
 
 def _has_response(record: Mapping[str, Any]) -> bool:
     sides = [record["messages"], record["rejected"]] if "rejected" in record else [record["messages"]]
-    return all(not side or side[-1]["role"] != "assistant" or _says_something(side[-1]) for side in sides)
+    return all(not side or side[-1]["role"] != "assistant" or _has_content(side[-1]) for side in sides)
 
 
-def _says_something(message: Mapping[str, Any]) -> bool:
-    """Whether an answer has text, or calls a tool. Reasoning alone is no answer."""
+def _has_content(message: Mapping[str, Any]) -> bool:
+    """Whether an answer has text, or calls a tool. Reasoning alone is not an answer."""
     return bool(message["content"].strip()) or "tool_calls" in message
 
 
@@ -131,7 +136,7 @@ def inputs_of(record: Mapping[str, Any], meta: Mapping[str, Any] | None = None) 
     """The texts that a user gives: the input of an Alpaca row, and the user turns.
 
     Args:
-        meta: of the record, where it is parsed already.
+        meta: of the record, if it is parsed already.
     """
     meta = (json.loads(record["meta"]) if '"input"' in record["meta"] else {}) if meta is None else meta
     given = meta.get("input", "")
@@ -147,12 +152,12 @@ def _inputs_are_real(rows: Rows, _: str) -> list[bool]:
 
 
 def _of_record(holds: Callable[[Mapping[str, Any]], bool]) -> Callable[[Rows, str], list[bool]]:
-    """A column that depends on each record alone."""
+    """A column that depends only on the record."""
     return lambda rows, _: [holds(record) for record in rows.records]
 
 
 def _of_text(find: Callable[[Sequence[str]], list[str | None]]) -> Callable[[Rows, str], list[str | None]]:
-    """A column that depends on each record's text alone."""
+    """A column that depends only on the record's text."""
     return lambda rows, _: find(rows.texts)
 
 
@@ -161,15 +166,16 @@ def _of_text(find: Callable[[Sequence[str]], list[str | None]]) -> Callable[[Row
 
 def _sides_differ(record: Mapping[str, Any]) -> bool:
     rejected = record.get("rejected")
-    return not rejected or not record["messages"] or not _alike(record["messages"][-len(rejected) :], rejected)
+    return not rejected or not record["messages"] or not _sides_are_equal(record["messages"][-len(rejected) :], rejected)
 
 
-def _alike(chosen: Sequence[Mapping[str, Any]], rejected: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether two sides call the same tools and say the same, but for case, white space, Unicode form and the stop at the end; in code only white space at line ends."""
+def _sides_are_equal(chosen: Sequence[Mapping[str, Any]], rejected: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether two sides have the same calls and the same text, except for case, white space, Unicode form and the final
+    period; in code except for white space at line ends."""
     if len(chosen) != len(rejected):
         return False
     both_sides = [*zip(chosen, rejected, strict=True)]
-    if any(_called(a) != _called(b) for a, b in both_sides):
+    if any(_call_values(a) != _call_values(b) for a, b in both_sides):
         return False
     texts = [(a["content"], b["content"]) for a, b in both_sides]
     traces = [(a.get("reasoning_content") or "", b.get("reasoning_content") or "") for a, b in both_sides]
@@ -178,7 +184,7 @@ def _alike(chosen: Sequence[Mapping[str, Any]], rejected: Sequence[Mapping[str, 
     return all(a["role"] == b["role"] for a, b in both_sides) and all(plain(a) == plain(b) for a, b in (*texts, *traces))
 
 
-def _called(message: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def _call_values(message: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [(call.name, call.arguments) for call in calls(message)]
 
 
@@ -198,9 +204,8 @@ def _code_form(text: str) -> str:
 
 
 def _conversation_tokens(rows: Rows, _: str) -> list[int | None]:
-    """Tokens of each conversation (of a pair the longer one, as the template writes it); null where the limit is out of reach.
-
-    A token has at least one byte."""
+    """Tokens of each conversation as the template writes it (for a pair the longer one); null if the text is too short
+    to reach the limit. A token has at least one byte."""
     records, most = rows.records, rows.max_tokens
     texts = [_longest(record) for record in records] if any("rejected" in r for r in records) else [*rows.texts]
     for i in rows.rich:
@@ -221,19 +226,20 @@ def _conversation_tokens(rows: Rows, _: str) -> list[int | None]:
 
 
 def _longest(record: dict[str, Any]) -> str:
-    """The conversation with its tools; of the two conversations of a pair the longer one."""
+    """The conversation with its tools; for a pair the longer one of its two conversations."""
     tools: Tools = record.get("tools")
     return max((conversation_text(side, tools) for side in _sides(record)), key=len)
 
 
 def _sides(record: Mapping[str, Any]) -> list[Messages]:
-    """The conversation; of a pair, that with the chosen and that with the rejected answer."""
+    """The conversation; for a pair those with the chosen and with the rejected answer."""
     messages = record["messages"]
     return [messages, [*messages[: record["asked"]], *record["rejected"]]] if record.get("rejected") else [messages]
 
 
 def _response_tokens(rows: Rows, _: str) -> list[int | None]:
-    """Tokens of each last response; null where it is empty or surely long enough, and where it has reasoning or calls a tool. A token of prose
+    """Tokens of each last response; null if it is empty, certainly long enough, has reasoning or calls a tool. A token
+    of prose
     has at most 16 characters."""
     counted: list[int | None] = [None] * len(rows.responses)
     more = {i for i in rows.rich for m in rows.records[i]["messages"][-1:] if m.get("reasoning_content") or m.get("tool_calls")}
@@ -270,11 +276,11 @@ def _short_note(rows: Rows, counts: Sequence[int]) -> list[str]:
 
 
 def _estimated(rows: Rows) -> list[str]:
-    return ["tokens estimated at four bytes each: no base model at hand"] if rows.tokens.estimated else []
+    return ["tokens estimated at four bytes each: no base model available"] if rows.tokens.estimated else []
 
 
 def _marks(rows: Rows) -> list[str | None]:
-    """Of definitions of tools too: the template writes them into the prompt."""
+    """Includes definitions of tools, because the template writes them into the prompt."""
     texts = [*rows.texts]
     for i in rows.rich:
         if tools := rows.records[i].get("tools"):
@@ -283,7 +289,8 @@ def _marks(rows: Rows) -> list[str | None]:
 
 
 def _control_tokens(rows: Rows, _: str) -> list[str | None]:
-    """Control tokens and boilerplate of chat templates. Quoted transcripts ("Human: ... Assistant: ...") are no fault: people write them."""
+    """Control tokens and boilerplate of chat templates. Quoted transcripts ("Human: ... Assistant: ...") are allowed:
+    people write them."""
     return [None if mark and mark.startswith("transcript") else mark for mark in rows.shared(_marks)]
 
 
@@ -292,8 +299,9 @@ def _transcripts_note(rows: Rows, _: Sequence[str]) -> list[str]:
     return [f"{transcripts} rows quote a transcript; they are kept"] if transcripts else []
 
 
-def _misfits(rows: Rows, _: str) -> list[str | None]:
-    """Why each conversation does not fit the chat template. What a template does depends on roles and on white space around the contents."""
+def _template_mismatches(rows: Rows, _: str) -> list[str | None]:
+    """The reason that each conversation does not fit the chat template. A template's behavior depends on roles and on
+    white space around the contents."""
     misfits: list[str | None] = [None] * len(rows.records)
     if rows.tokens.misfit is None:
         return misfits
@@ -310,7 +318,7 @@ def _misfits(rows: Rows, _: str) -> list[str | None]:
 
 
 def _shape(messages: Messages, tools: Tools) -> tuple[Any, ...]:
-    """What a template's treatment of a conversation depends on, its texts left out."""
+    """The features of a conversation on which a template's behavior depends, without its texts."""
     turns = [(m["role"], m["content"], m) for m in messages]
     plain = tuple([(role, text[:1].isspace(), text[-1:].isspace(), not text) for role, text, _ in turns])
     fields = [(at, _fields(m)) for at, (_, _, m) in enumerate(turns) if len(m) > 2]
@@ -326,7 +334,8 @@ def _fields(message: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _private_values(rows: Rows) -> dict[bool, list[str | None]]:
-    """Whether secret -> for each text the first secret, or else the first piece of personal data: its kind, and the words around it, masked."""
+    """For each text the first secret (key True) or piece of personal data (key False): its kind, and the words around
+    it, masked."""
     found: dict[bool, list[str | None]] = {secret: [None] * len(rows.texts) for secret in (True, False)}
     texts = [*rows.texts]
     for i in rows.rich:
@@ -346,7 +355,7 @@ def _leak_note(rows: Rows, _: Sequence[str]) -> list[str]:
     partly = {link.row for link in links} - copied
     return [
         *([f"{len(copied):,} rows copy held-out text, {len(partly):,} overlap it in part"] if partly else []),
-        *([f"{frames:,} pairs share only a common frame, which proves nothing"] if frames else []),
+        *([f"{frames:,} pairs share only a common phrase and are not leaks"] if frames else []),
     ]
 
 
@@ -356,9 +365,9 @@ def _near_copies_note(rows: Rows, _: Sequence[str]) -> list[str]:
     if overlaps.compared.boilerplate:
         (text, count), *others = overlaps.compared.boilerplate
         more = f" and {len(others)} more" if others else ""
-        note = [f'boilerplate, which proves nothing: "{text}" in {count} prompts{more}']
+        note = [f'boilerplate, which is not compared: "{text}" in {count} prompts{more}']
     if grouped := overlaps.links[GROUPED]:
-        note.append(f"{len(grouped):,} pairs are less similar, or ask something else: they share a group_id and are not reported")
+        note.append(f"{len(grouped):,} pairs are less similar, or have another question: they share a group_id and are not reported")
     return note
 
 
@@ -367,13 +376,13 @@ _ROW_CHECKS: tuple[Check, ...] = (
         "malformed_row",
         "Every row can be read in its format.",
         "error",
-        "Mend the rows; rows are counted from 0, lines from 1.",
+        "Fix the rows; rows are counted from 0, lines from 1.",
         column=_problem,
     ),
     *SOURCE_CHECKS,
     Check(
         "unpaired_answer",
-        "Every answer called good or bad has a counterpart to the same prompt.",
+        "Every answer labeled good or bad has a counterpart to the same prompt.",
         "warn",
         "Add an answer of the other kind to the same prompt: alignment learns from pairs.",
         column=_of_record(lambda record: not _is_half(record)),
@@ -401,7 +410,7 @@ _ROW_CHECKS: tuple[Check, ...] = (
         "ends_on_user_turn",
         "Every conversation ends with the assistant's answer.",
         "error",
-        "Add the answer, or cut the last question off.",
+        "Add the answer, or remove the last question.",
         column=_of_record(_ends_with_assistant),
         holds=is_true,
     ),
@@ -426,7 +435,7 @@ _ROW_CHECKS: tuple[Check, ...] = (
     ),
     Check(
         "prompt_mismatch",
-        "Chosen and rejected answer the same prompt; of sides with several turns only the last may differ.",
+        "Chosen and rejected answer the same prompt; if they have several turns, only the last one may differ.",
         "error",
         "Pair answers to one prompt.",
         column=_of_record(lambda record: record.get("same_prompt", True)),
@@ -437,7 +446,7 @@ _ROW_CHECKS: tuple[Check, ...] = (
         "identical_pair",
         "Chosen and rejected differ in more than case, white space, Unicode form or the final stop.",
         "error",
-        "Take the pair out: it teaches nothing.",
+        "Remove the pair: it has no effect on training.",
         column=_of_record(_sides_differ),
         holds=is_true,
         kind="preferences",
@@ -446,7 +455,7 @@ _ROW_CHECKS: tuple[Check, ...] = (
         "tied_pair",
         "One of chosen and rejected is better.",
         "warn",
-        "Take ties out, or have them judged again.",
+        "Remove ties, or have them rated again.",
         column=_of_record(lambda record: record.get("margin") != 0),
         holds=is_true,
         kind="preferences",
@@ -455,7 +464,7 @@ _ROW_CHECKS: tuple[Check, ...] = (
         "short_response",
         "No response is too short to teach anything.",
         "info",
-        "Read a few; lower `min_response_tokens` if short answers are meant.",
+        "Read a few; lower `min_response_tokens` if short answers are intended.",
         "warn",
         column=_response_tokens,
         holds=_at_least_min_response_tokens,
@@ -473,9 +482,9 @@ _ROW_CHECKS: tuple[Check, ...] = (
     ),
     Check(
         "special_tokens_in_text",
-        "No text holds a chat template's control tokens.",
+        "No text contains control tokens of a chat template.",
         "error",
-        "Take the markers out of the text; the template adds its own.",
+        "Remove the markers from the text; the template adds its own.",
         "fix",
         column=_control_tokens,
         quotes=True,
@@ -485,15 +494,15 @@ _ROW_CHECKS: tuple[Check, ...] = (
         "template_mismatch",
         "Every conversation fits the base model's chat template.",
         "error",
-        "Use the roles that the template knows, or another template.",
-        column=_misfits,
+        "Use the roles that the template supports, or another template.",
+        column=_template_mismatches,
         note=kinds,
     ),
     Check(
         "hidden_characters",
-        "No text holds a byte order mark or zero-width characters that join nothing.",
+        "No text contains a byte order mark or zero-width characters without effect.",
         "info",
-        "Take them out: they split words into other tokens, and hide copies.",
+        "Remove them: they split words into other tokens, and hide copies.",
         "fix",
         column=_of_text(hidden),
         quotes=True,
@@ -503,7 +512,7 @@ _ROW_CHECKS: tuple[Check, ...] = (
         "unicode_form",
         "Every text is in Unicode's composed form (NFC).",
         "info",
-        "Compose it: the same word in two forms is two words to a model.",
+        "Compose it: a model reads the same word in two forms as two words.",
         "fix",
         column=_of_text(decomposed),
         quotes=True,
@@ -520,9 +529,9 @@ _ROW_CHECKS: tuple[Check, ...] = (
     ),
     Check(
         "secrets",
-        "No text holds a password, key or token.",
+        "No text contains a password, key or token.",
         "error",
-        "Revoke the secret, then take it out of the source: a model can recite it.",
+        "Revoke the secret, then remove it from the source: a model can reproduce it.",
         column=lambda rows, _: rows.shared(_private_values)[True],
         quotes=True,
         note=kinds,
@@ -548,9 +557,9 @@ _ROW_CHECKS: tuple[Check, ...] = (
     ),
     Check(
         "split_leakage",
-        "No row stands in, or nearly in, two splits.",
+        "No row, nor a near-copy of it, is in two splits.",
         "error",
-        "Take it out of the training split; `splits` does so.",
+        "Remove it from the training split; `splits` does so.",
         "warn",
         column=first_overlap,
     ),
@@ -572,5 +581,5 @@ _ROW_CHECKS: tuple[Check, ...] = (
         note=_near_copies_note,
     ),
 )
-"""In the order in which a row is judged: it is dropped for the first check it breaks."""
+"""In the order of evaluation: a row is dropped by the first check that it violates."""
 ROW_CHECKS = {check.name: check for check in _ROW_CHECKS}

@@ -1,4 +1,4 @@
-"""Checks on what the sources hold beside the records: content that is not text, and fields that are not used."""
+"""Checks on source content outside of the records: content that is not text, and fields that are not used."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dagster_project.curation.sources import fields
 
 
 def _unsupported(rows: Rows, _: str) -> list[str | None]:
-    """Why a row holds content that a text model cannot be trained on, else null."""
+    """The content of a row on which a text model cannot be trained, else null."""
     return [
         meta["problem"] if not record["messages"] and meta.get("unsupported") is True and "problem" in meta else None
         for record, meta in zip(rows.records, rows.metas, strict=True)
@@ -31,7 +31,7 @@ SOURCE_CHECKS = (
         "unsupported_content",
         "Every message is text: no images, sound, video or files.",
         "error",
-        "Take the rows out, or train a model for such content with other tools.",
+        "Remove the rows, or train a model for such content with other tools.",
         column=_unsupported,
         note=lambda rows, facts: [", ".join(sorted({fact.partition(" (")[0] for fact in facts}))] if facts else [],
     ),

@@ -1,4 +1,4 @@
-"""How long texts are for the base model, and whether conversations fit its chat template."""
+"""Token counts of texts by the base model's tokenizer, and whether conversations fit its chat template."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ from dagster_project.curation.checks.light_tokenizer import read_tokenizer
 
 @dataclass(frozen=True)
 class Tokens:
-    """The base model's tokenizer and chat template, as far as judging data needs them."""
+    """The base model's tokenizer and chat template, as far as the checks need them."""
 
     count: Callable[[Sequence[str]], list[int]]
     """Tokens of each text, without a template."""
     misfit: Callable[[Messages, Tools], str | None] | None = None
-    """Why a conversation, with its tools, does not fit the chat template, or None if it does; None itself where there is no template to look at."""
+    """The reason that a conversation, with its tools, does not fit the chat template, or None if it does; None itself
+    without a template."""
     special: frozenset[str] = frozenset()
     """The tokenizer's own control tokens."""
     estimated: bool = False
-    """Whether the counts are a guess, for want of a tokenizer."""
+    """Whether the counts are estimates, without a tokenizer."""
     rendered: Callable[[Messages, Tools], int | None] | None = None
-    """Tokens of a conversation, with its tools, as the chat template writes it, None if that refuses it; None itself where there is no template."""
+    """Tokens of a conversation, with its tools, as the chat template writes it, None if that refuses it; None itself
+    without a template."""
 
 
 def _four_bytes(texts: Sequence[str]) -> list[int]:
@@ -35,19 +37,19 @@ def _four_bytes(texts: Sequence[str]) -> list[int]:
 
 
 ESTIMATED = Tokens(_four_bytes, estimated=True)
-"""Four bytes a token: about what English comes to with most tokenizers."""
+"""Four bytes per token: about the average of English with most tokenizers."""
 
 
 def _from_transformers(base_model: Path) -> Any:
-    """Any tokenizer that transformers can read. The import brings torch along where that is installed."""
+    """Any tokenizer that transformers can read. The import loads torch if that is installed."""
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
-        raise InputError(f"{base_model}: reading its tokenizer takes transformers: {error}", "pip install transformers") from None
+        raise InputError(f"{base_model}: reading its tokenizer requires transformers: {error}", "pip install transformers") from None
     try:
         return AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
-    except Exception as error:  # noqa: BLE001  tokenizers raises nothing narrower; transformers whatever a broken file leads to
-        raise InputError(f"{base_model}: the tokenizer cannot be read: {error!r}", "name the folder of a whole model") from None
+    except Exception as error:  # noqa: BLE001  tokenizers raises nothing narrower; transformers any exception
+        raise InputError(f"{base_model}: the tokenizer cannot be read: {error!r}", "name the folder of a complete model") from None
 
 
 def load_tokenizer(base_model: Path) -> Any:
@@ -60,8 +62,9 @@ def load_tokenizer(base_model: Path) -> Any:
 
 
 def tokens_of(base_model: Path) -> Tokens:
-    """Of the tokenizer in a model's folder. A conversation fits its chat template if that renders it, leaves earlier turns as they are when a
-    later one comes, writes all that the assistant says, and ends it with the end-of-turn token (`chat.pieces`)."""
+    """Functions of the tokenizer in a model's folder. A conversation fits its chat template if the template renders it,
+    keeps earlier turns unchanged when a later one follows, writes all of the assistant's text, and ends it with the
+    end-of-turn token (`chat.pieces`)."""
     from jinja2 import TemplateError
 
     tokenizer = load_tokenizer(base_model)

@@ -1,4 +1,4 @@
-"""Records -> what is wrong with their tool calls, results, reasoning and weights. Each check is one object in `TOOL_CHECKS`."""
+"""Records -> faults in their tool calls, results, reasoning and weights. Each check is one object in `TOOL_CHECKS`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from dagster_project.curation.checks.damage import visible
 from dagster_project.curation.checks.privacy import mask
 
 SHOWN = 120
-"""Characters shown of what is wrong with a call."""
+"""Characters shown of a fault in a call."""
 _TEXT_CALL = re.compile(r"\{|<\|?\w*call|\w\(|\bAction:")
-"""An assistant turn whose text calls a tool: some layouts have no field for calls."""
+"""An assistant turn that calls a tool in its text, because some layouts have no field for calls."""
 
 
 # --- calls -------------------------------------------------------------------------------------------------------------------------
@@ -32,7 +32,7 @@ def _invalid_calls(rows: Rows, _: str) -> list[str | None]:
 
 
 def _invalid_call(record: Mapping[str, Any], validators: dict[str, ArgumentsSchema]) -> str | None:
-    """The first fault in a call that is trained on. The prompt and the rejected side of a pair may hold any."""
+    """The first fault in a call that is trained on. The prompt and the rejected side of a pair may contain any."""
     messages = record["messages"]
     made = [call for message in messages[record.get("asked", 0) :] if is_trained(message) for call in calls(message)]
     if not made:
@@ -46,11 +46,11 @@ def _invalid_call(record: Mapping[str, Any], validators: dict[str, ArgumentsSche
 def _problem(call: Call, tools: Mapping[str, Any], system: str, validators: dict[str, ArgumentsSchema]) -> str | None:
     if call.name not in tools:
         if tools:
-            return _quoted("unknown tool", call.name)
+            return _quote("unknown tool", call.name)
         if call.name not in system:  # a system prompt may define the tools in its text
-            return _quoted("no tools are defined", call.name)
+            return _quote("no tools are defined", call.name)
     if not isinstance(call.arguments, dict):
-        return _quoted("arguments are not a JSON object", call.arguments if isinstance(call.arguments, str) else json.dumps(call.arguments))
+        return _quote("arguments are not a JSON object", call.arguments if isinstance(call.arguments, str) else json.dumps(call.arguments))
     if (parameters := tools.get(call.name)) is None:
         return None
     key = JSON.encode(parameters)
@@ -60,7 +60,7 @@ def _problem(call: Call, tools: Mapping[str, Any], system: str, validators: dict
     return problem and f"{problem[0]}: {call.name}: {_excerpt(problem[1])}"
 
 
-def _quoted(kind: str, text: str) -> str:
+def _quote(kind: str, text: str) -> str:
     return f"{kind}: '{_excerpt(text)}'"
 
 
@@ -79,11 +79,11 @@ class _Unmatched:
     calls: list[str] = field(default_factory=list)
     """Names of the tools."""
     results: list[str] = field(default_factory=list)
-    """What each result says of itself: its id, else its content."""
+    """Identification of each result: its id, else its content."""
 
 
 def unmatched(messages: Sequence[Message]) -> _Unmatched:
-    """Match results with calls: by id where both have one, else in order among the calls of the last assistant turn.
+    """Match results with calls: by id if both have one, else in order among the calls of the last assistant turn.
 
     Calls of the last message have no result yet. A result after a turn that calls a tool in its text is matched.
     """
@@ -111,7 +111,7 @@ def unmatched(messages: Sequence[Message]) -> _Unmatched:
 
 
 def _unmatched(rows: Rows) -> dict[int, _Unmatched]:
-    """Index -> what does not match, of the records that hold calls or results."""
+    """Index -> unmatched calls and results, for records that have any."""
     rich = {*rows.rich}
     found = {}
     for i, record in enumerate(rows.records):
@@ -122,27 +122,29 @@ def _unmatched(rows: Rows) -> dict[int, _Unmatched]:
 
 def _unanswered(rows: Rows, _: str) -> list[str | None]:
     found = rows.shared(_unmatched)
-    return [_quoted("no result", found[i].calls[0]) if i in found and found[i].calls else None for i in range(len(rows.records))]
+    return [_quote("no result", found[i].calls[0]) if i in found and found[i].calls else None for i in range(len(rows.records))]
 
 
-def _orphans(rows: Rows, _: str) -> list[str | None]:
+def _results_without_call(rows: Rows, _: str) -> list[str | None]:
     found = rows.shared(_unmatched)
-    return [_quoted("answers no call", found[i].results[0]) if i in found and found[i].results else None for i in range(len(rows.records))]
+    return [_quote("answers no call", found[i].results[0]) if i in found and found[i].results else None for i in range(len(rows.records))]
 
 
 # --- reasoning and weights ---------------------------------------------------------------------------------------------------------
 
 
 def _reasoning(rows: Rows) -> tuple[set[int], set[int]]:
-    """Indices of the rows in which an answer has reasoning, and of those in which none has."""
-    reasons = {i for i in rows.rich if any(m["role"] == "assistant" and _has_trace(m) for m in _judged(rows.records[i]))}
+    """Indices of the rows with reasoning in an answer, and of those without."""
+    reasons = {i for i in rows.rich if any(m["role"] == "assistant" and _has_trace(m) for m in _trained_messages(rows.records[i]))}
     if not reasons:
         return set(), set()
-    answered = {i for i, r in enumerate(rows.records) if "labelled" not in r and any(m["role"] == "assistant" for m in _judged(r))}
+    answered = {
+        i for i, r in enumerate(rows.records) if "labelled" not in r and any(m["role"] == "assistant" for m in _trained_messages(r))
+    }
     return reasons, {i for i in answered - reasons if rows.metas[i].get("kind") != "text"}
 
 
-def _judged(record: Mapping[str, Any]) -> Sequence[Message]:
+def _trained_messages(record: Mapping[str, Any]) -> Sequence[Message]:
     messages: Sequence[Message] = record["messages"]
     return messages[record.get("asked", 0) :]
 
@@ -151,8 +153,9 @@ def _has_trace(message: Message) -> bool:
     return bool((message.get("reasoning_content") or "").strip())
 
 
-def _fewer(rows: Rows, _: str) -> list[str | None]:
-    """Of a set in which some rows have reasoning, the fewer: those with or, of as many, those without."""
+def _mixed_reasoning(rows: Rows, _: str) -> list[str | None]:
+    """In a set in which some rows have reasoning, the minority: those with, or those without if the numbers are
+    equal."""
     reasons, without = rows.shared(_reasoning)
     fewer, fact = (without, "no reasoning") if len(without) <= len(reasons) else (reasons, "reasoning")
     return [fact if i in fewer else None for i in range(len(rows.records))]
@@ -180,14 +183,14 @@ TOOL_CHECKS: tuple[Check, ...] = (
         "invalid_tool_call",
         "Every call names a tool of the row, and its arguments fit the tool's JSON Schema.",
         "error",
-        "Correct the call or the tool's definition; give a call that must not be learnt the weight 0.",
+        "Correct the call or the tool's definition; give a call that must not be trained on the weight 0.",
         column=_invalid_calls,
         quotes=True,
         note=kinds,
     ),
     Check(
         "unanswered_tool_call",
-        "Every call has its result before the conversation goes on.",
+        "Every call has its result before the conversation continues.",
         "error",
         "Add the result, or end the conversation with the call.",
         column=_unanswered,
@@ -197,15 +200,15 @@ TOOL_CHECKS: tuple[Check, ...] = (
         "orphan_tool_result",
         "Every tool result answers a call.",
         "error",
-        "Add the call as `tool_calls`, or take the result out; compare the ids.",
-        column=_orphans,
+        "Add the call as `tool_calls`, or remove the result; compare the ids.",
+        column=_results_without_call,
         quotes=True,
     ),
     Check(
         "untrained_example",
         "Every conversation has an answer whose weight is not 0.",
         "warn",
-        "Nothing to do: the row would teach nothing. Give an answer another weight if it should.",
+        "Nothing to do: the row has no effect on training. To train on it, give an answer another weight.",
         column=_trained,
         holds=is_true,
         kind="examples",
@@ -214,10 +217,10 @@ TOOL_CHECKS: tuple[Check, ...] = (
         "missing_reasoning",
         "Either all rows have reasoning, or none has.",
         "warn",
-        "Add reasoning to the rows without, or train two models; a mixed set teaches to reason at random.",
+        "Add reasoning to the rows without, or train two models; a model trained on a mixed set reasons at random.",
         "warn",
-        column=_fewer,
+        column=_mixed_reasoning,
         note=_mixed_note,
     ),
 )
-"""In the order in which a row is judged."""
+"""In the order of evaluation."""

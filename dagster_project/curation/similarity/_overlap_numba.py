@@ -1,8 +1,8 @@
 """The loops behind overlap.py, over flat integer arrays. Imported on first use: numba takes a second to load and more to compile.
 
 Words, runs of words, whole texts are all *spans* of an array, and each span is named by the first span that equals it.
-A hash only says where to look: spans are equal when their elements are, so a collision of hashes cannot make a pair,
-and since names alone decide, the result does not depend on how many threads gave them.
+A hash only locates candidates: spans are equal if their elements are, so a hash collision cannot create a pair. Only
+names are compared, so the result does not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 THREADS = numba.config.NUMBA_NUM_THREADS
 """Compiled loops release the GIL, so plain threads share the work."""
 BINS = 21
-"""Equal steps of the scores that are counted, from 0 to 1; the last bin is 1.0 itself."""
+"""Bins of equal width for the scores from 0 to 1; the last bin is 1.0 itself."""
 PARTS = 8
-"""Hash tables a set of spans is divided over, by the top bits of the hash: each is small enough for the processor's cache."""
+"""Hash tables over which a set of spans is divided, by the top bits of the hash: each is small enough for the
+processor's cache."""
 
 _SHIFT, _HALF = np.uint64(61), np.uint64(32)
 _LOW, _HIGH = np.uint64(0xFFFFFFFF), np.uint64(0xFFFFFFFF00000000)
@@ -30,11 +31,12 @@ _OFFSET, _PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
 _MIX_SHIFT, _MIX = np.uint64(33), np.uint64(0xFF51AFD7ED558CCD)
 
 FOLD = np.array([ord(chr(c).lower()) if chr(c).isalnum() else 0 for c in range(128)] + list(range(128, 256)), np.uint8)
-"""What each byte of UTF-8 becomes: ASCII letters in lower case, ASCII that is no word character 0, the rest as it is."""
+"""Mapping of each byte of UTF-8: ASCII letters to lower case, other ASCII that is not a word character to 0, the rest
+unchanged."""
 
 
 class Index(NamedTuple):
-    """Which texts hold a key, and which keys a text holds; only keys in 2 to `rare` texts."""
+    """Index of keys by text and of texts by key; only keys in 2 to `rare` texts."""
 
     bounds: Array
     """The keys of text t are keys[bounds[t] : bounds[t + 1]]."""
@@ -46,7 +48,8 @@ class Index(NamedTuple):
 
 
 def compiled(function: Function) -> Function:
-    """Compile on first call, and keep the result beside the module or in the user's cache; where neither can be written, in memory."""
+    """Compile on first call, and keep the result beside the module or in the user's cache; if neither is writable, in
+    memory."""
     try:
         return numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:
@@ -55,7 +58,7 @@ def compiled(function: Function) -> Function:
 
 @compiled
 def _split(data: Array, bounds: Array, fold: Array) -> tuple[Array, Array, Array]:
-    """Fold `data` in place; where its words start, how long they are, and how many come before each row."""
+    """Fold `data` in place; returns start and length of each word, and the number of words before each row."""
     count = 0
     for row in range(len(bounds) - 1):
         inside = False
@@ -81,7 +84,7 @@ def _split(data: Array, bounds: Array, fold: Array) -> tuple[Array, Array, Array
 
 @compiled
 def _hash_spans(values: Array, starts: Array, lengths: Array) -> Array:
-    """64-bit hashes: Fowler-Noll-Vo 1a over the elements, ended by a step of MurmurHash3's finalizer."""
+    """64-bit hashes: Fowler-Noll-Vo 1a over the elements, then a step of MurmurHash3's finalizer."""
     hashes = np.empty(len(starts), np.uint64)
     for k in range(len(starts)):
         start, length = starts[k], lengths[k if len(lengths) > 1 else 0]
@@ -130,7 +133,7 @@ def name_spans(values: Array, starts: Array, lengths: Array) -> Array:
     """For each span of `values` the index of the first span with the same elements.
 
     Args:
-        starts, lengths: int arrays; one length alone serves all spans.
+        starts, lengths: int arrays; a single length applies to all spans.
     """
     if max(len(starts), 1) >= 2**31:
         raise OverflowError(f"{len(starts)} words: at most {2**31 - 1} can be compared at once\nhint: compare the files in parts")
@@ -162,7 +165,7 @@ def _grams(low: Array, high: Array, n: int, shingle: int, shared: Array) -> tupl
 
 @compiled
 def _frequency(names: Array, texts: Array, size: int) -> Array:
-    """In how many texts each name stands. `texts` ascends."""
+    """Number of texts with each name. `texts` ascends."""
     counts, last = np.zeros(size, np.int32), np.full(size, -1, np.int32)
     for k in range(len(names)):
         if last[names[k]] != texts[k]:
@@ -173,7 +176,7 @@ def _frequency(names: Array, texts: Array, size: int) -> Array:
 
 @compiled
 def spread(tokens: Array, low: Array, high: Array) -> Array:
-    """For each word id in how many of the texts low[t]:high[t] the word stands."""
+    """For each word id the number of texts low[t]:high[t] with the word."""
     counts, last = np.zeros(len(tokens), np.int32), np.full(len(tokens), -1, np.int32)
     for text in range(len(low)):
         for i in range(low[text], high[text]):
@@ -185,7 +188,7 @@ def spread(tokens: Array, low: Array, high: Array) -> Array:
 
 @compiled
 def _index(names: Array, texts: Array, counts: Array, right: Array, rare: int) -> Index:
-    """Keys that at most `rare` texts hold, with those of their texts that are on the right."""
+    """Keys in at most `rare` texts, with those of their texts that are on the right."""
     key, kept, total = np.full(len(counts), -1, np.int32), 0, 0
     for name in range(len(counts)):
         if 2 <= counts[name] <= rare:
@@ -216,7 +219,8 @@ def _index(names: Array, texts: Array, counts: Array, right: Array, rare: int) -
 
 @compiled
 def _shingle_sets(names: Array, texts: Array, counts: Array, size: int, rare: int) -> tuple[Array, Array, Array]:
-    """How many different shingles of each text are no boilerplate, and, sorted, those of them that other texts hold too."""
+    """Number of different shingles of each text that are not boilerplate, and those of them that other texts contain,
+    sorted."""
     sizes, bounds, shingles = np.zeros(size, np.int32), np.zeros(size + 1, np.int64), np.empty(len(names), np.int32)
     used, k = 0, 0
     for text in range(size):
@@ -261,7 +265,7 @@ def _leave_one_out(tokens: Array, low: Array, high: Array, least: int, below: in
 
 
 class Gates(NamedTuple):
-    """What makes compared texts near-copies; the constants of overlap.py, by their names."""
+    """Thresholds of near-copies; the constants of overlap.py, by their names."""
 
     jaccard: float
     firm: float
@@ -290,7 +294,8 @@ def _compare(
     first: int, last: int, left: Array, within: bool, runs: Index, short: Index, edited: Index,
     sizes: Array, bounds: Array, shingles: Array, tokens: Array, low: Array, high: Array, gates: Gates,
 ) -> tuple[list[tuple[int, int, float, int]], Array]:  # fmt: skip
-    """Near-copies of the texts first:last as (text, text, similarity, rule); and of all that were compared, how many by `BINS` of containment."""
+    """Near-copies of the texts first:last as (text, text, similarity, rule); and the number of compared pairs by `BINS`
+    of containment."""
     found = [(0, 0, 0.0, 0)]
     found.pop()
     scores = np.zeros((BINS, 2), np.int64)
@@ -322,7 +327,7 @@ def _compare(
                     smaller, both, common = min(sizes[a], sizes[b]), sizes[a] + sizes[b], 0
                     most = min(i_end - i, j_end - j)
                     if most < gates.containment / 2 * smaller and most < gates.jaccard / 2 * (both - most):
-                        continue  # half the gate, so that the scores tell of those that were just kept apart
+                        continue  # half of the thresholds, so that the scores include pairs slightly below them
                     while i < i_end and j < j_end:
                         common += shingles[i] == shingles[j]
                         step = shingles[i] <= shingles[j]
@@ -346,7 +351,7 @@ def _compare(
 
 @compiled
 def _passages(starts: Array, texts: Array, frequent: Array, run: int) -> tuple[Array, Array, Array]:
-    """The longest stretches of texts of which every run of `run` words is `frequent`: starts, lengths, texts."""
+    """The longest passages in which every run of `run` words is `frequent`: starts, lengths, texts."""
     begin, lengths, owners = np.empty(len(starts), np.int32), np.empty(len(starts), np.int32), np.empty(len(starts), np.int32)
     count = 0
     for k in range(len(starts)):
@@ -386,11 +391,12 @@ def near_texts(
 
     Args:
         tokens: ids of words; text t is tokens[low[t]:high[t]].
-        left, right: which texts may stand on either side of a pair.
+        left, right: texts on the left and right side of a pair.
         within: whether a pair is given once, smaller text first.
         run, shingle, short, edited, rare: the constants of overlap.py.
-        scores: (BINS, 2), counted up by the compared pairs: those kept apart, and near-copies. Complete from half the gates on.
-        boilerplate: gets the passages that stand in more than `rare` texts, the most frequent first, as (start, length, texts).
+        scores: (BINS, 2), incremented by the compared pairs: those that are not near-copies, and near-copies. Complete
+        above half of the thresholds.
+        boilerplate: gets the passages in more than `rare` texts, the most frequent first, as (start, length, texts).
     Yields:
         (text, text, similarity, rule): rule 1 Jaccard, 2 containment, 3 one word left out.
     """
@@ -400,7 +406,7 @@ def near_texts(
     names = name_spans(tokens, starts, np.array([shingle], np.int32))
     counts = _frequency(names, texts, len(names))
     sizes, bounds, shingles = _shingle_sets(names, texts, counts, len(low), rare)
-    # A run can stand in two texts only if its shingles do.
+    # A run can be in two texts only if its shingles are.
     shared[:] = False
     shared[starts] = counts[names] > 1
     is_short = (words >= run) & (words < short)

@@ -2,6 +2,7 @@
 
 Hermes: definitions in <tools> in the system prompt, calls in <tool_call>, results in <tool_response>.
 ToolACE: definitions as a list in the system prompt, calls as "[Get Weather(city='Oslo')]".
+Glaive: definitions one after another at the end of the system prompt, calls after <functioncall>, with arguments as text in single quotes.
 Traces: "<think>...</think>" (DeepSeek-R1, Qwen3) or "<|begin_of_thought|>..." (OpenThoughts) at the beginning of an answer.
 """
 
@@ -13,6 +14,7 @@ from typing import Literal, NamedTuple
 
 from dagster_project.core.messages import Message, tool_names
 from dagster_project.curation.sources import tools
+from dagster_project.curation.sources.fields import ORDER_OF_CALLS
 from dagster_project.curation.sources.files import parse_json
 from dagster_project.curation.sources.message import Messages
 from dagster_project.curation.sources.python_values import python_calls, python_value
@@ -22,9 +24,13 @@ Think = Literal["auto", "keep", "split"]
 """Traces at the beginning of an answer: `auto` moves those between both tags, `split` also those without the opening tag, `keep` none."""
 
 
+MARKS = ("functions in JSON format", "access to the following functions")
+"""What system prompts of ToolACE and Glaive say before definitions of tools."""
+
+
 def is_marked(messages: Messages) -> bool:
     """Whether any of the texts may hold what the functions here read, which is cheap to see."""
-    return any("<" in m["content"] or (m["role"] == "system" and "JSON format" in m["content"]) for m in messages)
+    return any("<" in m["content"] or (m["role"] == "system" and any(mark in m["content"] for mark in MARKS)) for m in messages)
 
 
 class Prompted(NamedTuple):
@@ -33,10 +39,10 @@ class Prompted(NamedTuple):
     messages: Messages
     """Without the instructions on tools, which the model's own chat template writes."""
     tools: Tools | None
-    system: str
-    """The system prompt as it was, if it has changed."""
+    meta: dict[str, str]
+    """The system prompt as it was, if it has changed, and its name if no message is left for it."""
     style: str
-    """`hermes`, `toolace`, or empty."""
+    """`hermes`, `toolace`, `glaive`, or empty."""
 
 
 HERMES_TOOLS = re.compile(r"<tools>(?=\s*[\[{])(.*?)</tools>", re.DOTALL)
@@ -51,12 +57,14 @@ def prompted_tools(messages: Messages) -> Prompted:
     """The tools that a system prompt defines, and the messages without that part of it."""
     if messages and messages[0]["role"] == "system":
         text = messages[0]["content"]
-        read = _hermes if "<tools>" in text else _toolace if "functions in JSON format" in text else None
+        readers = {"<tools>": _hermes, MARKS[0]: _toolace, MARKS[1]: _glaive}
+        read = next((reader for mark, reader in readers.items() if mark in text), None)
         if read and (found := read(text)):
             style, defined, rest = found
             first = [{**messages[0], "content": rest}] if rest else []
-            return Prompted([*first, *messages[1:]], defined, text, style)
-    return Prompted(messages, None, "", "")
+            lost = {"system_name": messages[0]["name"]} if "name" in messages[0] and not rest else {}
+            return Prompted([*first, *messages[1:]], defined, {"system_prompt": text, **lost}, style)
+    return Prompted(messages, None, {}, "")
 
 
 def _hermes(text: str) -> tuple[str, Tools | None, str] | None:
@@ -102,7 +110,31 @@ def _toolace(text: str) -> tuple[str, Tools | None, str] | None:
     return "toolace", defined, rest.strip()
 
 
+JSON_START, SEPARATOR = re.compile(r"[{\[]"), re.compile(r"[\s,]*")
+
+
+def _glaive(text: str) -> tuple[str, Tools | None, str] | None:
+    marker = text.index(MARKS[1])
+    start = max(text.rfind(".", 0, marker), text.rfind("\n", 0, marker)) + 1  # of the sentence with the marker
+    if not (first := JSON_START.search(text, marker)):
+        return None
+    found: list[object] = []
+    position = first.start()
+    try:
+        while text.startswith(("{", "["), position):
+            value, end = json.JSONDecoder().raw_decode(text, position)
+            parse_json(text[position:end])
+            found += value if isinstance(value, list) else [value]
+            position = SEPARATOR.match(text, end).end()  # type: ignore[union-attr]
+        defined = tools.definitions(found)
+    except (ValueError, RecursionError):
+        return None
+    return ("glaive", defined, f"{text[:start].strip()}\n{text[position:].strip()}".strip()) if defined else None
+
+
 CALL, RESPONSE = (re.compile(rf"<{tag}>\s*(.*?)\s*</{tag}>", re.DOTALL) for tag in ("tool_call", "tool_response"))
+FUNCTION_CALL = re.compile(r"<functioncall>\s*(.*?)\s*(?:</functioncall>|<\|endoftext\|>|(?=<functioncall>)|\Z)", re.DOTALL)
+QUOTED_ARGUMENTS = re.compile(r"""("arguments":\s*)'(.*)'(\s*\})\Z""", re.DOTALL)
 
 
 def texts_as_calls(messages: Messages, style: str, defined: Tools | None, unused: list[str]) -> Messages:
@@ -112,19 +144,20 @@ def texts_as_calls(messages: Messages, style: str, defined: Tools | None, unused
     {"role": "assistant", "content": "Wait.", "tool_calls": [...]}
 
     Args:
-        unused: gets the keys of calls that are not used.
+        unused: gets the keys of calls that are not used, and `ORDER_OF_CALLS` if there is text after a call.
     Raises:
         ValueError: a call to one of the tools cannot be parsed.
     """
     if style == "toolace":
         names = tuple(f"[{name}(" for name in tool_names(defined))
         return [_toolace_call(message, names) for message in messages]
-    if not any("<tool_" in message["content"] for message in messages):
+    if not any("<tool_" in message["content"] or "<functioncall>" in message["content"] for message in messages):
         return messages
     found: Messages = []
     for message in messages:
-        if message["role"] == "assistant" and "tool_calls" not in message and "<tool_call>" in message["content"]:
-            found.append(_hermes_call(message, bool(style or defined), unused))
+        tag = next((tag for tag in ("<tool_call>", "<functioncall>") if tag in message["content"]), "")
+        if message["role"] == "assistant" and "tool_calls" not in message and tag:
+            found.append(_tagged_call(message, tag, bool(style or defined), unused))
         elif (
             message["role"] == "tool"
             and (results := RESPONSE.findall(message["content"]))
@@ -136,14 +169,15 @@ def texts_as_calls(messages: Messages, style: str, defined: Tools | None, unused
     return found
 
 
-def _hermes_call(message: Message, known: bool, unused: list[str]) -> Message:
+def _tagged_call(message: Message, tag: str, known: bool, unused: list[str]) -> Message:
     """Args:
     known: whether the conversation has tools, so that the tags are calls and not a text on such tags.
     """
-    texts, blocks = CALL.split(message["content"])[::2], CALL.findall(message["content"])
+    pattern = CALL if tag == "<tool_call>" else FUNCTION_CALL
+    texts, blocks = pattern.split(message["content"])[::2], pattern.findall(message["content"])
     try:
-        read = [tools.calls(block) for block in blocks]
-        if any("<tool_call>" in text for text in texts):
+        read = [tools.calls(QUOTED_ARGUMENTS.sub(_as_json_text, block)) for block in blocks]
+        if any(tag in text for text in texts):
             raise ValueError("a tool call that is not closed")
     except ValueError:
         if known:
@@ -152,7 +186,13 @@ def _hermes_call(message: Message, known: bool, unused: list[str]) -> Message:
     if not (calls := [call for found, _ in read for call in found]):
         return message
     unused += [name for _, names in read for name in names]
+    unused += [ORDER_OF_CALLS] if any(text.strip() for text in texts[1:]) else []  # a message has its text before its calls
     return {**message, "content": "\n".join(part for text in texts if (part := text.strip())), "tool_calls": calls}
+
+
+def _as_json_text(found: re.Match[str]) -> str:
+    """Glaive's arguments, JSON in single quotes, as JSON text."""
+    return found[1] + json.dumps(found[2].replace("\\'", "'")) + found[3]
 
 
 def _toolace_call(message: Message, names: tuple[str, ...]) -> Message:
@@ -205,5 +245,6 @@ def _split_closed(message: Message) -> Message:
 
 
 def _with(message: Message, trace: str, answer: str) -> Message:
+    """The answer with its trace; an empty one is none."""
     more = {key: value for key, value in message.items() if key not in {"role", "content"}}
-    return {"role": message["role"], "content": answer, "reasoning_content": trace, **more}
+    return {"role": message["role"], "content": answer, **({"reasoning_content": trace} if trace.strip() else {}), **more}

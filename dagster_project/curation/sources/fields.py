@@ -13,11 +13,13 @@ from dagster_project.curation.sources.message import EMPTY
 TurnShape = tuple[tuple[str, ...], tuple[str, ...]]
 """Keys of a message or turn, and those of them that are not used, with those of its content parts and calls ("content[].cache_control")."""
 
+ORDER_OF_CALLS = "order of text and calls"
+"""Reported as an ignored field where a message has text after a call: chat templates write text before calls."""
 IMPORTANT = frozenset(
     {
         "weight", "weights", "train", "training", "train_on_turn", "train_detail", "loss", "loss_mask", "mask", "reasoning", "reasoning_content",
         "reasoning_details", "thinking", "tools", "functions", "tool_calls", "function_call", "tool_call_id", "images", "image", "audio", "audios",
-        "video", "videos", "files", "system", "history",
+        "video", "videos", "files", "system", "history", ORDER_OF_CALLS,
     }
 )  # fmt: skip
 """Keys that usually change what is trained. Where a row has one that is not used, `ignored_fields` is a warning."""

@@ -481,6 +481,8 @@ def _as_sparse(row: dict[str, Any]) -> dict[str, Any]:
     for key, value in row.items():
         if key in CALL_COLUMNS:
             row[key] = _without_nulls(value)
+        elif key == "input" and isinstance(value, dict):  # OpenAI's preferences
+            row[key] = _as_sparse(value)
         elif isinstance(value, list):
             for message in value:
                 if isinstance(message, dict) and any(message.get(name) for name in CALL_COLUMNS):

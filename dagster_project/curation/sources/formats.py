@@ -186,6 +186,7 @@ def pairs_of(
     for row in _consumed(rows):
         form = used.form_of(row.value or {})
         read, problem = _read(row, partial(_read_pairs, form=form, think=think))
+        row = row._replace(value=form.flat(row.value)) if read and row.value is not None else row
         kept = merged(_kept(row, form, read.tool_keys if read else ()), read.meta if read else {})
         label = split or canonical_split((row.value or {}).get("split"))
         labelled = {"split": label} if label and not problem else {}
@@ -284,7 +285,7 @@ def _read_example(value: dict[str, Any], layout: Layout, think: Think) -> ReadRo
             prompted = prompted_tools(messages)
             tools = tools or prompted.tools
             messages = texts_as_calls(prompted.messages, prompted.style, tools, unused)
-            more |= {"system_prompt": prompted.system} if prompted.system else {}
+            more |= prompted.meta
         messages = split_traces(messages, think)
     if layout is LAYOUTS["oasst"]:
         turns = fields.read_tree(value)
@@ -292,6 +293,7 @@ def _read_example(value: dict[str, Any], layout: Layout, think: Think) -> ReadRo
 
 
 def _read_pairs(value: dict[str, Any], form: PairLayout, think: Think) -> ReadRow:
+    value = form.flat(value)
     turns = read_turns(value, form.turns)
     pairs = form.pairs(turns.row)
     tools, keys = _tools_of(value, form)
@@ -303,7 +305,7 @@ def _read_pairs(value: dict[str, Any], form: PairLayout, think: Think) -> ReadRo
         if form.turns and any(map(is_marked, sides)):
             prompted = prompted_tools(pair.prompt)
             tools = tools or prompted.tools
-            more |= {"system_prompt": prompted.system} if prompted.system else {}
+            more |= prompted.meta
             sides = [texts_as_calls(side, prompted.style, tools, unused) for side in (prompted.messages, pair.chosen, pair.rejected)]
         prompt, chosen, rejected = (split_traces(side, think) for side in sides)
         found.append(Pair(prompt, chosen, rejected, pair.margin))
@@ -395,7 +397,7 @@ def _record(row: Row, source: str, layout: Layout, split: str | None, think: Thi
     tools = {"tools": read.tools} if read and read.tools else {}
     malformed = [{"role": "malformed", "content": json.dumps(value, ensure_ascii=False, sort_keys=True)}] if not messages else []
     return {
-        "example_id": example_id(messages or malformed, tools.get("tools")),
+        "example_id": example_id(messages or malformed, tools.get("tools"), is_text(messages, meta)),
         "source": source,
         "source_row": row.source_row,
         "messages": messages,

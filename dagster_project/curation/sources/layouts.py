@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -112,6 +113,24 @@ def _xlam(row: dict[str, Any]) -> Messages:
     return [*as_turns(row.get("system"), ("user", as_text(row["query"]))), answer]
 
 
+GLAIVE_ROLES = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}
+
+
+def _glaive(row: dict[str, Any]) -> Messages:
+    """Glaive's transcripts. Tools in the system prompt and calls are read from the text, as in other layouts (call_texts.py).
+
+    {"system": "SYSTEM: Be brief.", "chat": "USER: Hi\n\n\nASSISTANT: Hello <|endoftext|>"}  ->  system "Be brief.", user "Hi", assistant "Hello"
+    """
+    chat = as_text(row["chat"]).strip()
+    between = r"\n\s*" if re.search(r"\n\s*ASSISTANT:", chat) else r"\s"  # a line may quote a role; rows of one line have no other mark
+    before, *parts = re.split(rf"(?:^|{between})({'|'.join(GLAIVE_ROLES)}):", chat)
+    if before.strip() or not parts:
+        raise ValueError("expected a chat that begins with `USER:` or `ASSISTANT:`")
+    texts = (text.strip().removesuffix("<|endoftext|>").strip() for text in parts[1::2])
+    system = ("" if row["system"] in EMPTY else as_text(row["system"])).strip().removeprefix("SYSTEM:").strip()
+    return as_turns(system, *zip(map(GLAIVE_ROLES.__getitem__, parts[::2]), texts, strict=True))
+
+
 def _calls_with_more(row: Mapping[str, Any], column: str | None) -> dict[str, Any]:
     """The calls of a row as they were, if they have keys that are not used."""
     return {column: row[column]} if column and row.get(column) not in EMPTY and tools.calls(row[column])[1] else {}
@@ -210,6 +229,7 @@ LAYOUTS: dict[str, Layout] = {
     "flan": _layout("inputs targets", _single("inputs", "targets"), "system"),
     "ultrachat": _layout("data", _ultrachat),
     "xlam": _layout("query tools answers", _xlam, "system", meta=lambda row: _calls_with_more(row, "answers")),
+    "glaive": _layout("system chat", _glaive, turns={"chat": read_turn}),
     "oasst": Layout(frozenset({"message_tree_id", "prompt"}), _oasst, frozenset({"prompt"}), _tree),
     "classification": _layout(
         "text label",
@@ -275,8 +295,8 @@ def _mapped_messages(row: dict[str, Any], mapping: Mapping[str, str], labels: bo
     calls, _ = tools.calls(column("tool_calls") or [])
     said = "" if "response" not in mapping or (calls and column("response") is None) else row[mapping["response"]]
     answer: dict[str, Any] = {"role": "assistant", "content": as_label(said) if labels else as_text(said)}
-    if trace := column("reasoning"):
-        answer["reasoning_content"] = as_text(trace)
+    if (trace := column("reasoning")) and as_text(trace).strip():
+        answer["reasoning_content"] = trace
     if calls:
         answer["tool_calls"] = calls
     return [*as_turns(column("system"), ("user", as_text(row[mapping["prompt"]]))), answer]

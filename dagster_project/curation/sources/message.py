@@ -137,9 +137,10 @@ def _joined(parts: Sequence[Any], unused: list[str]) -> tuple[str, str]:
 
 
 def _reasoning(rest: dict[str, Any], thought: str) -> str:
-    traces = [thought] if thought else []
+    """The trace of a message; an empty one is none."""
+    traces = [thought] if thought.strip() else []
     for key in REASONING_KEYS:
-        if (value := rest.pop(key, None)) not in (None, "") and as_text(value) not in traces:
+        if (value := rest.pop(key, None)) is not None and as_text(value).strip() and value not in traces:
             traces.append(value)
     if len(traces) > 1:
         raise ValueError("two different traces of reasoning in one message")

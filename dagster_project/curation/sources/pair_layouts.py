@@ -13,6 +13,7 @@ from dagster_project.curation.sources.layouts import (
     alpaca,
     as_conversation,
     instruction,
+    merged,
     oasst_turn,
     openai,
     replies,
@@ -53,6 +54,8 @@ class PairLayout:
     """As in `Layout`. A value that is one message becomes a list of one, and text is unchanged."""
     tool_keys: tuple[str, ...] = TOOL_KEYS
     """As in `Layout`."""
+    flat: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: row
+    """Moves fields of a nested object to the row, where they are accounted for. Raises errors like `pairs`."""
 
     @property
     def forms(self) -> tuple[PairLayout, ...]:
@@ -94,6 +97,14 @@ def _preference(prompt: str, chosen: str, rejected: str) -> Callable[[dict[str, 
         return [Pair(context, good, bad, _margin(row))]
 
     return pairs
+
+
+def _flat_input(row: dict[str, Any]) -> dict[str, Any]:
+    """{"input": {"messages": [...], "tools": [...]}, ...}  ->  {"input.messages": [...], "input.tools": [...], ...}"""
+    if not isinstance(row["input"], dict):
+        raise ValueError(f"input must be an object with messages, found {type(row['input']).__name__}")
+    rest = {key: value for key, value in row.items() if key != "input"}
+    return merged(rest, {f"input.{key}": value for key, value in row["input"].items()})
 
 
 def _sharegpt_pair(row: dict[str, Any]) -> list[Pair]:
@@ -242,6 +253,14 @@ PAIR_LAYOUTS: dict[str, PairLayout] = {
         "conversations chosen rejected", _sharegpt_pair, "system margin", turns=_turns_in("conversations chosen rejected")
     ),
     "transcripts": _pair_layout("chosen rejected", _whole_conversations, "margin", turns=_messages_in("chosen rejected")),
+    "openai_dpo": PairLayout(
+        keys=frozenset({"input", "preferred_output", "non_preferred_output"}),
+        pairs=_preference("input.messages", "preferred_output", "non_preferred_output"),
+        used=frozenset({"input.messages", "preferred_output", "non_preferred_output", "system", "margin"}),
+        turns=_messages_in("input.messages preferred_output non_preferred_output"),
+        tool_keys=tuple(f"input.{key}" for key in TOOL_KEYS) + TOOL_KEYS,
+        flat=_flat_input,
+    ),
     "alpaca_eval": _pair_layout("instruction output_1 output_2 preference", _alpaca_eval, "input system"),
     "kto": _kto_layout(),
     "oasst": PairLayout(frozenset({"message_tree_id", "prompt"}), _oasst_pairs, frozenset({"prompt"})),

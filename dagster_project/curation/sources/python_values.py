@@ -110,15 +110,18 @@ TYPES = {
 
 
 def json_type(text: str) -> tuple[dict[str, Any], bool]:
-    """The JSON Schema of a type in Python's notation, and whether it is optional.
+    """The JSON Schema of a type in Python's notation, and whether it is optional. What has no counterpart is in `x-type`, as it was written.
 
     "List[int], optional"  ->  ({"type": "array", "items": {"type": "integer"}}, True)
+    "np.ndarray"           ->  ({"x-type": "np.ndarray"}, False)
     """
     name, *words = [part.strip() for part in _divided_type(text)]
     optional = any(word.lower().startswith(("optional", "default")) for word in words)
     if outer := re.fullmatch(r"Optional\[(.*)\]", name, re.DOTALL):
-        return json_type(outer[1])[0], True
-    return _type(name), optional
+        name, optional = outer[1], True
+    schema, exact = _type(name)
+    exact = exact and all(word.lower() in {"", "optional"} for word in words)  # a default may be among the words
+    return schema if exact else {**schema, "x-type": text}, optional
 
 
 def _divided_type(text: str) -> list[str]:
@@ -128,15 +131,22 @@ def _divided_type(text: str) -> list[str]:
         return [text]
 
 
-def _type(name: str) -> dict[str, Any]:
+def _type(name: str) -> tuple[dict[str, Any], bool]:
+    """The JSON Schema of a type, and whether it says all that the type does."""
     outer, bracket, inner = name.strip().partition("[")
     kind = outer.strip().removeprefix("typing.").lower()
-    parts = [part for part in _divided_type(inner.rpartition("]")[0]) if part.strip() not in {"", "..."}] if bracket else []
+    parts = [part for written in _divided_type(inner.rpartition("]")[0]) if (part := written.strip()) not in {"", "..."}] if bracket else []
     if kind == "union" and parts:
-        return {"anyOf": [_type(part) for part in parts]}
+        read = [_type(part) for part in parts]
+        return {"anyOf": [schema for schema, _ in read]}, all(exact for _, exact in read)
     if kind not in TYPES:
-        return {}
+        return {}, kind == "any" and not bracket
     found: dict[str, Any] = {"type": TYPES[kind]}
-    if TYPES[kind] == "array" and parts and len(set(parts)) == 1 and (items := _type(parts[0])):
-        found["items"] = items
-    return found
+    if not bracket:
+        return found, kind not in {"char", "set"}
+    exact = False
+    if TYPES[kind] == "array" and parts and len(set(parts)) == 1:
+        items, exact = _type(parts[0])
+        found |= {"items": items} if items else {}
+        exact = exact and len(parts) == 1 and kind not in {"tuple", "set"}
+    return found, exact

@@ -76,12 +76,15 @@ def _schema(parameters: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
     {"n": {"type": "int"}, "unit": {"type": "str, optional", "description": "cm or in"}}  ->
     {"type": "object", "properties": {"n": {"type": "integer"}, "unit": {"type": "string", "description": "cm or in"}}, "required": ["n"]}
+
+    What JSON Schema cannot say is kept as `x-type` and `x-required`.
     """
     properties, required = {}, []
     for name, parameter in parameters.items():
         kind, optional = json_type(parameter["type"])
-        properties[name] = {**kind, **{key: value for key, value in parameter.items() if key not in {"type", "required"}}}
         declared = parameter.get("required")
+        odd = {} if isinstance(declared, bool | None) else {"x-required": declared}
+        properties[name] = {**kind, **odd, **{key: value for key, value in parameter.items() if key not in {"type", "required"}}}
         if declared is True or (declared is None and not optional and "default" not in parameter):
             required.append(name)
     return {"type": "object", "properties": properties, "required": required}

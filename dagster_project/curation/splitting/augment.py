@@ -1,6 +1,7 @@
-"""Train rows -> copies with another prompt: typing errors, another case, paraphrases that somebody supplied. The response never changes.
+"""Train rows -> copies with another prompt: typing errors, another case, supplied paraphrases. The response never
+changes.
 
-What a copy says depends on the seed and on the row it is made from, and on nothing else: a row added elsewhere changes no other row's copy.
+A copy depends only on the seed and its row: adding a row does not change the copies of other rows.
 """
 
 from __future__ import annotations
@@ -18,16 +19,18 @@ from pydantic import Field, field_validator
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import field_texts
-from dagster_project.core.params import Section
+from dagster_project.core.params import Licensed
 from dagster_project.core.records import example_id, prompt_text, response_text
 from dagster_project.curation.similarity.overlap import near_pairs, words
 from dagster_project.curation.sources.files import read_rows
 
 PARAPHRASES = PurePosixPath("data/sources/paraphrases")
-"""Where files with paraphrases lie, and DVC watches them."""
+"""Folder of files with paraphrases, tracked by DVC."""
+FORMAT = "paraphrases"
+"""Format of such a file in reports."""
 
 
-class Augment(Section):
+class Augment(Licensed):
     """Copies of train rows with a changed prompt. See docs/splits.md."""
 
     typos: float = Field(default=0.0, ge=0, le=1)
@@ -37,12 +40,14 @@ class Augment(Section):
     paraphrases: str | None = None
     """File inside data/sources/paraphrases/. Each row is {"example_id" or "prompt": ..., "paraphrase": ...} and adds a
     copy with that last user turn."""
+    license: str = "unknown"
+    """License of the paraphrases. Audits and model cards show it."""
 
     @field_validator("paraphrases")
     @classmethod
-    def _watched(cls, path: str | None) -> str | None:
+    def _is_tracked(cls, path: str | None) -> str | None:
         if path is not None and (".." in PurePosixPath(path).parts or PARAPHRASES not in PurePosixPath(path).parents):
-            raise ValueError(f"must lie inside {PARAPHRASES}/, which DVC watches for changes")
+            raise ValueError(f"must lie inside {PARAPHRASES}/, which DVC tracks")
         return path
 
 
@@ -72,20 +77,20 @@ def read_paraphrases(path: Path) -> list[Paraphrase]:
             found.append(Paraphrase(name, prompt.strip() if prompt else None, text))
     if problems:
         more = f"\nand {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise InputError("\n".join(problems[:10]) + more, f"mend the rows of {path.name} (0-based)")
+        raise InputError("\n".join(problems[:10]) + more, f"fix the rows of {path.name} (0-based)")
     return found
 
 
 @dataclass
-class Added:
-    """What was added to train."""
+class AddedRows:
+    """The copies to add to train."""
 
     rows: list[tuple[int, str, dict[str, Any]]] = field(default_factory=list)
-    """(index of the train row it is made from, kind, record), in the order of train."""
+    """(index of the copied train row, kind, record), in the order of train."""
     dropped: dict[str, int] = field(default_factory=dict)
-    """Reason -> copies left out: `repeats_a_prompt`, `near_held_out`."""
+    """Reason -> number of excluded copies: `repeats_a_prompt`, `near_held_out`."""
     unused: int = 0
-    """Paraphrases of rows that are not in train."""
+    """Number of paraphrases of rows that are not in train."""
 
 
 def augment(
@@ -95,13 +100,13 @@ def augment(
     held_out: Sequence[str],
     prompts: Mapping[str, Any],
     paraphrases: Sequence[Paraphrase] = (),
-) -> Added:
+) -> AddedRows:
     """Copies of train rows.
 
     Args:
         train: canonical records.
-        held_out: what the rows of validation and test ask. No copy is a near-copy of any of it.
-        prompts: what any row of the set asks. No copy asks just that.
+        held_out: prompts of validation and test. No copy is a near-copy of one of them.
+        prompts: prompts of the whole set. No copy has the same prompt as one of them.
     """
     made: list[tuple[int, str, dict[str, Any]]] = []
     seen: set[str] = set()
@@ -118,7 +123,7 @@ def augment(
         answer = "\n".join([response_text(messages), *more])
         copies = [("paraphrase", text) for text in own.get(i, ())]
         for kind, share, edit in (("typos", settings.typos, with_typos), ("case", settings.case, in_another_case)):
-            if share and _draw(seed, kind, name) < share * 2**64:
+            if share and _random_number(seed, kind, name) < share * 2**64:
                 copies.append((kind, edit(said, answer, _draws(seed, kind, name))))
         for kind, text in copies:
             if text == said:
@@ -132,17 +137,17 @@ def augment(
             meta = {**json.loads(record["meta"]), "parent": name, "augmented": kind}
             made.append((i, kind, {**record, "example_id": identity, "messages": asked, "meta": json.dumps(meta, ensure_ascii=False)}))
     count = len(made)
-    while made:  # what is taken out makes runs of words rarer, and so can make others near-copies
+    while made:  # removing copies makes runs of words rarer, which can make other texts near-copies
         near = {pair.left for pair in near_pairs([prompt_text(record["messages"]) for _, _, record in made], held_out)}
         made = [row for k, row in enumerate(made) if k not in near]
         if not near:
             break
     dropped = {"repeats_a_prompt": repeats, "near_held_out": count - len(made)}
-    return Added(made, {reason: n for reason, n in dropped.items() if n}, unused)
+    return AddedRows(made, {reason: n for reason, n in dropped.items() if n}, unused)
 
 
 def _by_row(train: Sequence[Mapping[str, Any]], paraphrases: Sequence[Paraphrase]) -> tuple[dict[int, list[str]], int]:
-    """The paraphrases of each train row, and how many are of no train row."""
+    """The paraphrases of each train row, and the number of those of other rows."""
     wanted: dict[tuple[str, str], list[int]] = defaultdict(list)
     for i, record in enumerate(train) if paraphrases else ():
         wanted["example_id", record["example_id"]].append(i)
@@ -157,7 +162,7 @@ def _by_row(train: Sequence[Mapping[str, Any]], paraphrases: Sequence[Paraphrase
     return own, unused
 
 
-# --- how a prompt is changed
+# --- changes of a prompt
 
 _NOT_PROSE = re.compile(
     r"""
@@ -165,21 +170,21 @@ _NOT_PROSE = re.compile(
     | ^(?:[ ]{4}|\t)[^\n]*$                                         # and indented
     | ^[^\n]*(?:\w\([^\n]*\)|;\s*$|[ ]=[ ]|==|=>|->|</|/>)[^\n]*$   # lines that look like code
     | \{.*\} | \[[^\]]*\]                                           # JSON, {placeholders}, [links]
-    | "[^"\n]*" | “[^”\n]*” | «[^»\n]*»                             # what is quoted is often what the answer is about
+    | "[^"\n]*" | “[^”\n]*” | «[^»\n]*»                             # the answer is often about the quoted text
     """,
     re.VERBOSE | re.DOTALL | re.MULTILINE,
 )
 _WORD = re.compile(r"(?<!\S)[(‘]?([^\W\d_]+)[)’]?[.,:;!?]*(?!\S)")
-"""A word between spaces that is letters only: no number, address, path or name in code."""
+"""A word of letters between spaces: not a number, address, path or name in code."""
 _ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 _BESIDE = {key: row[max(0, i - 1) : i] + row[i + 1 : i + 2] for row in _ROWS for i, key in enumerate(row)}
-"""Letter -> the letters beside it on an English keyboard."""
+"""Letter -> the adjacent letters on an English keyboard."""
 
 Draws = Iterator[int]
 
 
-def _draw(seed: int, *what: object) -> int:
-    """A number below 2**64. From a hash, since Python's own generator may differ between versions."""
+def _random_number(seed: int, *what: object) -> int:
+    """A number below 2**64, from a hash, because Python's own generator may differ between versions."""
     return int.from_bytes(hashlib.sha256(":".join(map(str, (seed, *what))).encode()).digest()[:8])
 
 
@@ -187,11 +192,12 @@ def _draws(seed: int, kind: str, name: str) -> Draws:
     n = 0
     while True:
         n += 1
-        yield _draw(seed, kind, name, n)
+        yield _random_number(seed, kind, name, n)
 
 
 def _words(text: str, answer: str, fits: Callable[[str], bool]) -> list[tuple[int, int]]:
-    """Where the words of prose stand that fit and that the answer does not repeat: it would no longer match the prompt."""
+    """Positions of matching words of prose that the answer does not repeat, because it would no longer match the
+    prompt."""
     taken = [match.span() for match in _NOT_PROSE.finditer(text)]
     repeated = set(words(answer))
     found = []
@@ -209,14 +215,16 @@ def _replaced(text: str, spans: Sequence[tuple[int, int]], edit: Callable[[str],
 
 
 def with_typos(text: str, answer: str, draws: Draws) -> str:
-    """The text with one to three typing errors, in words of four or more small letters; as it is if there are none."""
+    """The text with one to three typing errors, in words of four or more lower-case letters; unchanged if there are
+    none."""
     spans = _words(text, answer, lambda word: len(word) >= 4 and word.islower())
     chosen = [spans.pop(next(draws) % len(spans)) for _ in range(min(1 + len(spans) // 8, 3, len(spans)))]
     return _replaced(text, chosen, lambda word: _mistyped(word, draws))
 
 
 def _mistyped(word: str, draws: Draws) -> str:
-    """A letter after the first replaced by one beside it on the keyboard, swapped with the next, or left out."""
+    """The word with a letter after the first replaced by an adjacent one on the keyboard, swapped with the next, or
+    omitted."""
     kind, at = next(draws) % 3, 1 + next(draws) % (len(word) - 1)
     if kind == 0 and word[at] in _BESIDE:
         beside = _BESIDE[word[at]]
@@ -227,7 +235,7 @@ def _mistyped(word: str, draws: Draws) -> str:
 
 
 def in_another_case(text: str, answer: str, draws: Draws) -> str:
-    """The text in lower case or with a capital at its beginning, whichever changes it; as it is if neither does."""
+    """The text in lower case, or capitalized if it is already; unchanged if neither changes it."""
     spans = _words(text, answer, lambda word: word.istitle() or word.isupper())
     first = [span for span in _words(text, answer, str.islower)[:1] if not text[: span[0]].strip("(‘ \t\n")]
     if spans and (not first or next(draws) % 2):

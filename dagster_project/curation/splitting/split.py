@@ -111,7 +111,8 @@ def assign_splits(
     """Assign each row to a split.
 
     Upstream labels are kept; rows without one are assigned by share. A requested split that no label has is taken from rows without a
-    label and, by the same share, from those labelled train (an upstream split into train and test has no validation rows).
+    label and, by the same share, from those labeled train (an upstream split into train and test has no validation
+    rows).
 
     Args:
         groups: group of each row; near-copies share one. Never divided.
@@ -141,7 +142,8 @@ def assign_splits(
 def keep_labels(groups: Sequence[str], keys: Sequence[str | None], labels: Sequence[str | None]) -> tuple[list[str], dict[int, int]]:
     """Keep upstream labels, and drop rows that leak between upstream splits.
 
-    Test is processed first, then validation, then train. Rows connected to a labelled row (by group or key) get its split if they have no
+    Test is processed first, then validation, then train. Rows connected to a labeled row (by group or key) get its
+    split if they have no
     label, and are dropped if they have another one. So held-out rows stay held out. A dropped row connects no others.
 
     Returns:

@@ -1,6 +1,6 @@
-"""What alignment did: on held-out pairs, whether the policy likes what people like; on held-out prompts, what it writes now and wrote before.
+"""Effect of alignment: preference accuracy on held-out pairs, and the answers to held-out prompts before and after.
 
-A policy that games its reward shows in what it writes: reward up, and with it length, repetition or answers without an end.
+Reward hacking is visible in the answers: the reward rises together with length, repetition or unfinished answers.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 LONGER = 1.5
-"""Answers this many times as long as before count as a sign of a gamed reward."""
+"""Increase of the answers' length, as a factor, that counts as a sign of reward hacking."""
 WORSE = 0.1
-"""So does such a rise of the share of repeated or unfinished answers."""
+"""Increase of the share of repeated or unfinished answers that counts as a sign."""
 
 
 @cache
@@ -41,7 +41,7 @@ def sample_schema() -> pa.Schema:
             (f"{who}_reward", pa.float64()),  # of the reward model
             (f"{who}_tokens", pa.int64()),
             (f"{who}_distinct", pa.float64()),  # share of runs of three words that are not repeated
-            (f"{who}_unfinished", pa.bool_()),  # cut off, or nothing at all
+            (f"{who}_unfinished", pa.bool_()),  # cut off, or empty
         ]
     return pa.schema(columns)
 
@@ -51,7 +51,7 @@ def _mean(sums: np.ndarray) -> np.ndarray:
 
 
 def paired(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
-    """Two means over the same examples, and their difference with a paired 95 % interval."""
+    """Means of two systems over the same examples, and their difference with a paired 95 % interval."""
     import numpy as np
 
     ours, theirs = (np.stack([np.asarray(values, dtype=float), np.ones(len(values))], 1) for values in (after, before))
@@ -59,7 +59,7 @@ def paired(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
 
 
 def _share(right: Sequence[float]) -> dict[str, Any]:
-    """A share of trials, ties half, and its 95 % score interval."""
+    """A share of trials with ties as one half, and its 95 % score interval."""
     rate = float(sum(right)) / len(right)
     return {"value": rounded(rate), "interval": [rounded(bound) for bound in wilson(rate, len(right))]}
 
@@ -69,7 +69,7 @@ class PolicyAnswer(NamedTuple):
 
     message: Message
     text: str
-    """As people read it: trace, content and calls."""
+    """Its readable form: trace, content and calls."""
     prompt: list[int]
     """Token ids of its prompt."""
     ids: list[int]
@@ -77,7 +77,7 @@ class PolicyAnswer(NamedTuple):
 
 
 class Policies:
-    """The policy and, with its adapter off, the SFT model that it was."""
+    """The policy and, with its adapter disabled, the SFT model."""
 
     def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:
         """Args:
@@ -117,7 +117,7 @@ class Policies:
         return PolicyAnswer(reply(text)[0], text, prompt, self.tokenizer.encode(text, add_special_tokens=False))
 
     def divergence(self, examples: Sequence[tuple[Sequence[int], Sequence[int]]]) -> float:
-        """KL(policy || SFT) in nats a token, over all next tokens at each place of the answers."""
+        """KL(policy || SFT) in nats per token, over all next tokens at each position of the answers."""
         import torch
 
         total, places = 0.0, 0
@@ -135,8 +135,9 @@ class Policies:
 
 
 def preference(policies: Policies, pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """On held-out pairs: how often the chosen answer is the likelier one per token, before and after; and how often the policy's own
-    reward, the log-ratio to the SFT model, says what people said (arXiv 2305.18290, section 5)."""
+    """On held-out pairs: share in which the chosen answer is more likely per token, before and after; and share in
+    which the policy's implicit reward, the log-ratio to the SFT model, is higher for it (arXiv 2305.18290, section
+    5)."""
     import numpy as np
 
     ids = both(policies.tokenizer, pairs)
@@ -156,10 +157,11 @@ def preference(policies: Policies, pairs: Sequence[Mapping[str, Any]]) -> dict[s
 def samples(
     policies: Policies, pairs: Sequence[Mapping[str, Any]], judge: RewardModel | None, max_new_tokens: int
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Answers to held-out prompts before and after, rows of `sample_schema`; and what they add up to.
+    """Answers to held-out prompts before and after, rows of `sample_schema`; and their summary.
 
     Args:
-        judge: None where there is no usable reward model: rewards are null, and the summary has neither `reward` nor `win_rate`.
+        judge: None without a usable reward model: rewards are null, and the summary has neither `reward` nor
+        `win_rate`.
     """
     rows = [{"example_id": pair["example_id"], "prompt": pair["prompt"][-1]["content"]} for pair in pairs]
     after: list[tuple[list[int], list[int]]] = []
@@ -193,9 +195,8 @@ def samples(
 
 
 def gamed(watch: Mapping[str, Any]) -> list[str]:
-    """Signs that the reward rose and the answers did not get better, in words; none where there are none.
-
-    Where no reward was measured, the same changes of the answers are named whatever the reward did.
+    """Signs of reward hacking, as text: the reward rose, but the answers became longer, more repetitive or unfinished.
+    Without measured rewards, such changes of the answers are always listed.
     """
     tokens = watch["tokens"]
     signs: list[str] = []

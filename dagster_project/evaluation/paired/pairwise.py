@@ -96,7 +96,7 @@ def answers_of(project: Path) -> dict[str, dict[Key, Answer]]:
     if not answers:
         raise InputError(
             "data/baselines, data/evaluation: no system has answered the test examples",
-            "run `dvc repro comparison`; systems are asked to answer where evaluation.task in params.yaml says what a right answer is",
+            "run `dvc repro comparison`; systems are asked to answer if evaluation.task in params.yaml defines right answers",
         )
     return answers
 
@@ -138,12 +138,12 @@ def match(project: Path, systems: tuple[str, str], seed: int) -> Match:
     first, second = (known[name] for name in systems)
     both = sorted(key for key in first.keys() & second.keys() if key[0] in records)
     # example ids are hashes of prompt and reference, so this digest cannot be guessed from the page alone
-    secret = _digest(systems, seed, [(_label(key), *(_compared(answers[key]) for answers in (first, second))) for key in both])
+    secret = _digest(systems, seed, [(_label(key), *(_comparison_key(answers[key]) for answers in (first, second))) for key in both])
     rng = random.Random(secret)
     rng.shuffle(both)
     # each system is A in one of every two consecutive pairs, so in half of any sample
     swaps = [swap for _ in both[::2] for swap in rng.sample((False, True), 2)]
-    differing = [key for key in both if _said(first[key]) != _said(second[key])]
+    differing = [key for key in both if _digest_content(first[key]) != _digest_content(second[key])]
     pairs = [
         _pair(_digest(secret, _label(key))[:12], records[key[0]], key[1], (first[key], second[key]), swapped)
         for key, swapped in zip(differing, swaps, strict=False)
@@ -170,12 +170,12 @@ def _label(key: Key) -> Any:
     return key[0] if key[1] == -1 else list(key)
 
 
-def _compared(answer: Answer) -> Any:
+def _comparison_key(answer: Answer) -> Any:
     """An answer for a digest: its text or, with trace or calls, its message."""
     return answer.message if answer.calls or answer.reasoning else answer.content
 
 
-def _said(answer: Answer) -> Any:
+def _digest_content(answer: Answer) -> Any:
     """What makes two answers differ: text and calls, not the trace."""
     return answer.content.strip(), [(call.name, call.arguments) for call in answer.calls]
 

@@ -35,8 +35,9 @@ def cyclonedx(summary: Mapping[str, Any], issued: date) -> str:
 
     model, base = summary["model"], summary["base_model"]
     whole = component(
-        ComponentType.MACHINE_LEARNING_MODEL, "model", model["stage"], model["sha256"], base.get("license"),
+        ComponentType.MACHINE_LEARNING_MODEL, "model", model["stage"], model["sha256"],
         sha256_is=SUM, md5=model.get("md5"), commit=summary["code"]["commit"], clean=summary["code"]["clean"],
+        licenses=json.dumps(summary["licenses"]["listed"]),
     )  # fmt: skip
     weights = [digest for name, digest in base.get("sha256", {}).items() if name.endswith(".safetensors")]
     parts = [

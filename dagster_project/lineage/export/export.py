@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import date
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.git import git
-from dagster_project.core.layout import report_of
-from dagster_project.lineage import lineage
 from dagster_project.lineage.export import registry
-from dagster_project.lineage.export.summary import from_reports
-from dagster_project.lineage.history import Revision
+from dagster_project.lineage.export.summary import from_reports, published_parameters
+from dagster_project.lineage.index import Index
+from dagster_project.lineage.lineage import Subject, document, find
+from dagster_project.lineage.runs import StageRun
 
 MODELS = ("adapter", "aligned", "reward_model", "merged", "merged_aligned", "release")
 """Stages whose output is a model that this project trained."""
 
 
-def summarize(root: Path, model: str, rev: str | None = None) -> dict[str, Any]:
-    """`from_reports`, completed with what dvc.lock and git record: hashes, inputs, parameters and the commit."""
-    revision = Revision(root, rev)
-    audit = lineage.audit(root, model, rev)
-    address = audit["model"]["stage"]
-    variant = address.partition("@")[2]
-    measuring = [
-        name
-        for name in revision.lock()
-        if name in {"baselines", "comparison"} or (variant and name.startswith("evaluation") and name.endswith(f"@{variant}"))
-    ]
-    reports = {name: revision.json(report_of(name)) for name in dict.fromkeys([*audit["stages"], *measuring])}
+MEASURING = ("baselines", "evaluation", "evaluation_aligned", "comparison")
+"""Stages that measure a model, or what it is compared with."""
+
+
+def summarize(subject: Subject) -> dict[str, Any]:
+    """`from_reports`, completed with what dvc.lock and git record: hashes, inputs, parameters, and the commit of every stage.
+
+    Everything comes from the dvc.lock that contains the model: its reports are found by hash, whatever the workspace contains.
+    """
+    index, audit = subject.index, document(subject)
+    address = subject.run.address
+    contributing = dict(zip(audit["stages"], subject.contributing, strict=True))
+    reports = {name: index.report(run) for name, run in contributing.items()}
+    reports |= {run.address: index.report(run) for run in measuring(subject) if run not in contributing.values()}
     summary = from_reports(address, reports, reports[address].get("variant", "") if address == "release" else "")
+    commits = audit["code"]["stages"]
     stages = {
-        name: {**stage, **{key: audit["stages"][name][key] for key in ("output", "md5", "inputs")}}
+        name: {**stage, **{key: audit["stages"][name][key] for key in ("output", "md5", "inputs")}, **_recorded(index, commits.get(name))}
         for name, stage in summary["stages"].items()
         if name in audit["stages"]
     }
@@ -40,38 +45,64 @@ def summarize(root: Path, model: str, rev: str | None = None) -> dict[str, Any]:
         **summary,
         "model": {**audit["model"], **summary["model"]},
         "stages": stages,
-        "parameters": audit["parameters"],
+        "watched": list(audit["watched"]["stages"]),
+        "parameters": published_parameters(audit["parameters"]),
         "code": audit["code"],
     }
 
 
-def issue_date(root: Path, rev: str | None) -> date:
-    """The date of the commit that recorded the model.
+def measuring(subject: Subject) -> list[StageRun]:
+    """The runs in the model's dvc.lock that measure it, or what it is compared with, in flow order."""
+    derived = {subject.run.md5}
+    candidates = [run for run in subject.lock.values() if run.address.partition("@")[0] in MEASURING]
+    candidates += [run for run in subject.upstream if run.address.partition("@")[0] in MEASURING and run not in candidates]
+    known = {run.md5 for run in subject.upstream}
+    found = []
+    for run in sorted(candidates, key=lambda one: MEASURING.index(one.address.partition("@")[0])):
+        reads = {producer.md5 for producer in run.producers.values()}
+        upstream = {one.md5 for one in Subject(subject.index, run, subject.lock).upstream}
+        if reads <= known if run.address == "baselines" else run in subject.upstream or not derived.isdisjoint(upstream):
+            found.append(run)
+    return found
+
+
+def _recorded(index: Index, code: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The first commit that contains a stage's run, and its date."""
+    commit = code["commit"] if code else None
+    return {"commit": commit, "date": _date_of(index.root, commit) if commit else None, "clean": code["clean"] if code else None}
+
+
+@cache
+def _date_of(root: Path, commit: str) -> str:
+    return (git(root, "show", "--no-patch", "--no-show-signature", "--format=%cs", commit) or "").strip()
+
+
+def issue_date(subject: Subject) -> date:
+    """The date of the first commit that recorded the model: later commits do not change it.
 
     Raises:
-        InputError: dvc.lock has uncommitted changes.
+        InputError: no commit contains the model.
     """
-    uncommitted = rev is None and git(root, "status", "--porcelain", "--", "dvc.lock")
-    committed = "" if uncommitted else (git(root, "log", "-1", "--format=%cs", rev or "HEAD", "--", "dvc.lock") or "").strip()
-    if not committed:
+    commit = subject.index.runs_by_output[subject.run.md5][0].commit
+    if commit is None:
         raise InputError("dvc.lock is not committed, so the model has no issue date", "commit it, or give --issued YYYY-MM-DD")
-    return date.fromisoformat(committed)
+    return date.fromisoformat(_date_of(subject.index.root, commit))
 
 
 def export(root: Path, model: str, form: str, rev: str | None = None, issued: date | None = None) -> str:
     """A model in one of `registry.formats()`.
 
     Args:
-        issued: default: the date of the commit that recorded the model.
+        issued: default: the date of the first commit that recorded the model.
     Raises:
         InputError: unknown model, or a stage that the format cannot describe.
     """
     write, any_stage = registry.find(form)
-    summary = summarize(root, model, rev)
-    address = summary["model"]["stage"]
+    subject = find(Index(root), model, rev)
+    address = subject.run.address
     if not any_stage and address.partition("@")[0] not in MODELS:
         raise InputError(
             f"{address} is not a model that this project trained: {form} cannot describe it",
             f"name one of {', '.join(MODELS)}, or use openlineage",
         )
-    return write(summary, issued or issue_date(root, rev))
+    return write(summarize(subject), issued or issue_date(subject))

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from datetime import date
 from typing import Any
 
+from dagster_project.lineage.export.licenses import most_restrictive
 from dagster_project.lineage.export.summary import limits, results
 
-SPDX = re.compile(r"^(?!LicenseRef)[\w.+-]+$")
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
@@ -24,6 +24,7 @@ def model_card(summary: Mapping[str, Any], issued: date | None = None) -> str:
 
 
 def _metadata(summary: Mapping[str, Any]) -> str:
+    from cyclonedx.spdx import fixup_id
     from huggingface_hub import EvalResult, ModelCardData
 
     address, base, training = summary["model"]["stage"], summary["base_model"], summary["training"]
@@ -41,13 +42,13 @@ def _metadata(summary: Mapping[str, Any]) -> str:
         for one in results(summary)
     ]
     hub = sorted({source["hub"] for source in summary["sources"].values() if "hub" in source})
-    license = base.get("license")
-    known = license and SPDX.match(license)
+    license = most_restrictive(summary)
+    known = fixup_id(license) if license else None
     data = ModelCardData(
         base_model=origin if HUB_ID.match(origin) and "@" in base.get("origin", "") else None,
         datasets=hub or None,
         library_name="transformers" if summary["model"]["stands_alone"] else "peft",
-        license=None if license is None else license.lower() if known else "other",
+        license=None if license is None else known.lower() if known else "other",
         license_name=None if known else license,
         pipeline_tag="text-generation",
         tags=sorted({"pedigree", *([training["method"]] if "method" in training else [])}),
@@ -64,7 +65,6 @@ def _text(summary: Mapping[str, Any], issued: date | None) -> str:
     parts = [f"# {model['stage']}"]
     parts.append(
         f"Tuned from {base.get('origin', 'a base model that is not recorded')}, license {base.get('license', 'unknown')}, {base.get('parameters', 0):,} parameters (sha256 of {weights or 'its weights: unknown'})."
-        " The metadata name the base model's license; what the data's licenses below ask for, holds too."
     )
     parts.append(
         _lines(
@@ -82,6 +82,12 @@ def _text(summary: Mapping[str, Any], issued: date | None) -> str:
             [[path, s["rows"], s["format"], s["license"], f"`{s['sha256']}`"] for path, s in summary["sources"].items()],
         ),
     ]
+    listed = summary["licenses"]["listed"]
+    if listed:
+        parts += [
+            "The licenses of data and base model, most restrictive first. The metadata name the first.",
+            _table(["license", "kind", "of"], [[one["license"], one["family"], ", ".join(one["of"])] for one in listed]),
+        ]
     rows = [
         [
             name,
@@ -108,7 +114,10 @@ def _text(summary: Mapping[str, Any], issued: date | None) -> str:
     parts.append(f"{sum(checks)} of {len(checks)} checks passed.")
     commit = code.get("commit")
     if commit and not code["clean"]:
-        parts.append(f"Made with uncommitted changes on top of commit {commit}.")
+        differs = ", ".join(f"`{path}`" for path in code.get("differs", []))
+        parts.append(f"Made with code or parameters that commit {commit} does not contain: {differs}.")
+    elif code and not commit:
+        parts.append("Made with uncommitted work" + (f", after commit {code['after']}." if code.get("after") else "."))
     checkout = [f"git checkout {commit}"] if commit and code["clean"] else []
     parts += [
         "## Proof",

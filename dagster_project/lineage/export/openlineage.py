@@ -38,11 +38,6 @@ def openlineage(summary: Mapping[str, Any], issued: date) -> str:
     sums = {stage["output"]: stage["sha256"] for stage in summary["stages"].values()} | {
         path: s["sha256"] for path, s in summary["sources"].items()
     }
-    tags = [
-        tags_run.TagsRunFacetFields(key=key, value=str(value), source="git")
-        for key, value in summary["code"].items()
-        if key in {"commit", "clean"}
-    ]
     lines = []
     for name, stage in summary["stages"].items():
         read = {**stage["inputs"], **dict.fromkeys(stage.get("sources", ()))}
@@ -52,6 +47,11 @@ def openlineage(summary: Mapping[str, Any], issued: date) -> str:
             OutputDataset(
                 NAMESPACE, stage["output"], facets=_facets(stage["md5"], stage["sha256"], producer), outputFacets={"outputStatistics": rows}
             )
+        ]
+        tags = [
+            tags_run.TagsRunFacetFields(key=key, value=str(stage[key]), source="git")
+            for key in ("commit", "date", "clean")
+            if stage.get(key) is not None
         ]
         run = Run(
             str(identity("run", name, stage["inputs"], stage["md5"])), facets={"tags": tags_run.TagsRunFacet(tags=tags, producer=producer)}

@@ -11,7 +11,7 @@ from typing import Any
 Format = Callable[[Mapping[str, Any], date], str]
 """(`export.summarize` of a model, issue date) -> text of the file. The same input gives the same text."""
 
-NOT_FORMATS = {"__init__", "export", "registry", "summary"}
+NOT_FORMATS = {"__init__", "export", "licenses", "registry", "summary"}
 
 
 def formats() -> list[str]:

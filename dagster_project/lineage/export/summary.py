@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 from uuid import UUID, uuid5
 
 from dagster_project.core.records import with_license
+from dagster_project.lineage.export.licenses import summarize_licenses
 
 NAMESPACE = UUID("6f1d7c1e-2f0b-5f5e-9a53-0f0c6b1f2a90")
 """Of all ids in exports: uuid5 of the content, so that the same thing has the same id in every export."""
@@ -21,7 +23,7 @@ def from_reports(address: str, reports: Mapping[str, Mapping[str, Any]], release
         reports: in flow order, the report of every stage upstream of the model, its own if it exists yet, and those of its evaluation.
         released: for a release, its variant; stages of other variants are left out.
     Returns:
-        {"model", "sources", "base_model", "stages", "training", "environment", "metrics", "untuned", "advice"}, as in `export.summarize`.
+        {"model", "sources", "base_model", "licenses", "stages", "training", "environment", "metrics", "untuned", "advice"}, as in `export.summarize`.
     """
     variant = released or address.partition("@")[2]
     if released:
@@ -29,10 +31,12 @@ def from_reports(address: str, reports: Mapping[str, Mapping[str, Any]], release
     tuned = [report for name, report in reports.items() if "environment" in report]
     measured = {name: report for name, report in reports.items() if name.startswith("evaluation") and name.partition("@")[2] == variant}
     base, own = with_license(reports.get("base_model", {})), reports.get(address, {})
+    sources = {path: with_license(facts) for report in reports.values() for path, facts in report.get("sources", {}).items()}
     return {
         "model": {"stage": address, "sha256": own.get("output_sha256"), "stands_alone": own.get("merged", address == "release")},
-        "sources": {path: with_license(facts) for report in reports.values() for path, facts in report.get("sources", {}).items()},
+        "sources": sources,
         "base_model": {key: base[key] for key in ("origin", "license", "parameters", "dtype", "sha256") if key in base},
+        "licenses": summarize_licenses(base, sources),
         "stages": {
             name: _stage(report) for name, report in reports.items() if name not in measured and name not in {"baselines", "comparison"}
         },
@@ -82,6 +86,29 @@ def _stage(report: Mapping[str, Any]) -> dict[str, Any]:
     return {"sha256": report.get("output_sha256"), **read, **kept, **({"checks": checks} if checks else {})}
 
 
+ROW = re.compile(r".+:\d+")
+"""A row as source:row, the form of a waived row that holds no hash of its text."""
+
+
+def published_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Recorded parameters without ids of records: waivers name rows by the beginning of an id, too, and ids are hashes of texts."""
+
+    def published(row: str) -> str:
+        return row if ROW.fullmatch(row) else "a record"
+
+    def waiver(given: Mapping[str, Any]) -> dict[str, Any]:
+        rows = {"rows": [published(row) for row in given["rows"]]} if given.get("rows") else {}
+        pairs = {"pairs": [[published(row) for row in pair] for pair in given["pairs"]]} if given.get("pairs") else {}
+        return {**given, **rows, **pairs}
+
+    return {
+        name: {**value, "waivers": [waiver(given) for given in value["waivers"]]}
+        if isinstance(value, dict) and value.get("waivers")
+        else value
+        for name, value in parameters.items()
+    }
+
+
 def identity(*parts: Any) -> UUID:
     return uuid5(NAMESPACE, json.dumps(parts, sort_keys=True))
 
@@ -120,6 +147,7 @@ def limits(summary: Mapping[str, Any]) -> list[str]:
         if not check["passed"]
     ]
     lines += [f"Check that did not pass: {one}" for one in failed]
+    lines += summary["licenses"]["problems"]
     if not summary["metrics"]:
         lines.append("It was not evaluated.")
     return [*lines, "Safety, bias and toxicity were not measured."]

@@ -175,7 +175,7 @@ def _group(address: str, state: StageState) -> str:
 
 
 @dataclass(frozen=True)
-class Mirrored:
+class MirrorState:
     """State of all stages when this process last mirrored it to an instance."""
 
     run_id: str
@@ -185,7 +185,7 @@ class Mirrored:
     """`dvc.stamp` from before the states were read; None if unknown. While it is the same, they are not read again."""
 
 
-_mirrored: WeakKeyDictionary[dg.DagsterInstance, Mirrored] = WeakKeyDictionary()
+_mirrored: WeakKeyDictionary[dg.DagsterInstance, MirrorState] = WeakKeyDictionary()
 
 
 def _bring_up_to_date(context: dg.AssetExecutionContext, root: Path, address: str, pipeline: Pipeline, force: bool) -> Iterator[Any]:
@@ -208,7 +208,7 @@ def _bring_up_to_date(context: dg.AssetExecutionContext, root: Path, address: st
             states = snapshot.states
             if not known or states != known.states:
                 mirror(root, instance, snapshot, pipeline)
-            _mirrored[instance] = Mirrored(context.run_id, states, now if known and states.keys() == known.states.keys() else None)
+            _mirrored[instance] = MirrorState(context.run_id, states, now if known and states.keys() == known.states.keys() else None)
         if address not in states:
             raise dg.Failure(f"{address} is no longer in dvc.yaml. Reload the code location.", allow_retries=False)
         if reason := _not_ready(states, address):
@@ -246,7 +246,7 @@ def _bring_up_to_date(context: dg.AssetExecutionContext, root: Path, address: st
     )
     if after is not None:
         mirror(root, instance, after, pipeline)
-        _mirrored[instance] = Mirrored(context.run_id, states, None)
+        _mirrored[instance] = MirrorState(context.run_id, states, None)
 
 
 def _read(context: dg.AssetExecutionContext, root: Path, pipeline: Pipeline) -> Snapshot:

@@ -155,7 +155,7 @@ def _commit(root: Path) -> str:
     return (git(root, "log", "-1", "--format=%H", "--", "dvc.lock") or "").strip()
 
 
-def _marked(match: Mapping[str, Any], column: str) -> str | float:
+def _overlap_cell(match: Mapping[str, Any], column: str) -> str | float:
     """A cell of the table of overlapping rows; the shared span is in brackets."""
     value = match[column]
     if column not in {"text", "other_text"}:
@@ -186,7 +186,7 @@ def check_results(root: Path, address: str, report: Mapping[str, Any], pipeline:
         if "matches" in check:
             columns = ("place", "other", "part", "rule", "score", "text", "other_text")
             metadata["pairs"] = dg.MetadataValue.table(
-                [dg.TableRecord({c: _marked(match, c) for c in columns}) for match in check["matches"]]
+                [dg.TableRecord({c: _overlap_cell(match, c) for c in columns}) for match in check["matches"]]
             )
         if "rows" in check:
             excerpts = check.get("examples", [])

@@ -105,7 +105,7 @@ def parse(tokenizer: Any, prompt: str, text: str, tools: Tools = None) -> Answer
     if found is None and not reasoning and rest == text:
         return None
     made, content = found or ([], rest)
-    return Answer(_plain(tokenizer, content), _plain(tokenizer, reasoning), tuple(made))
+    return Answer(_plain_text(tokenizer, content), _plain_text(tokenizer, reasoning), tuple(made))
 
 
 def split_trace(prompt: str, text: str) -> tuple[str, str]:
@@ -134,7 +134,7 @@ def split_trace(prompt: str, text: str) -> tuple[str, str]:
     return "\n".join(part.strip() for part in reasoning if part.strip()), rest
 
 
-def _plain(tokenizer: Any, text: str) -> str:
+def _plain_text(tokenizer: Any, text: str) -> str:
     """Text without special tokens and the headers of channels."""
     text = re.sub(r"<\|channel\|>(?:final|commentary|analysis)\s*(?:<\|constrain\|>\w+)?<\|message\|>", "", text)
     special = sorted(filter(None, tokenizer.all_special_tokens), key=len, reverse=True)
@@ -162,7 +162,7 @@ def _by_library(library: Any, prompt: str, text: str, tools: Tools) -> tuple[lis
 
 
 def _with_response_template(tokenizer: Any) -> Any:
-    """The tokenizer with its own response template or, for a chat template that TRL knows, with TRL's; else None."""
+    """The tokenizer with its own response template or with TRL's for a chat template of TRL; else None."""
     if getattr(tokenizer, "response_template", None) is not None:
         return tokenizer
     known = _trl_response_template(tokenizer.chat_template) if isinstance(tokenizer.chat_template, str) else None
@@ -177,15 +177,15 @@ def _with_response_template(tokenizer: Any) -> Any:
 def _trl_response_template(chat_template: str) -> Any:
     from trl.chat_template_utils import add_response_schema
 
-    class Holder:
-        """What `add_response_schema` reads and sets."""
+    class TokenizerStub:
+        """The attributes of a tokenizer that `add_response_schema` uses."""
 
         def __init__(self) -> None:
             self.chat_template = chat_template
             self.response_template = None
 
     try:
-        return add_response_schema(Holder()).response_template
+        return add_response_schema(TokenizerStub()).response_template
     except ValueError:
         return None  # not one of TRL's
 

@@ -227,7 +227,7 @@ def _bare_json(text: str, tools: Tools) -> Found | None:
     return Found(_json_calls(match["body"]), "") if match else None
 
 
-def _closed(ending: str) -> Callable[[re.Match[str]], bool]:
+def _ends_with(ending: str) -> Callable[[re.Match[str]], bool]:
     return lambda match: match[0].rstrip().endswith(ending)
 
 
@@ -238,7 +238,7 @@ FORMS: dict[str, Form] = {
     ),
     "tool_call with argument tags": _blocks(
         r"<tool_call>\s*(?P<name>[^\s<{\[]+)\s*(?P<body>.*?)(?:</tool_call>|\Z)",
-        _tagged(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", _closed("</tool_call>")),
+        _tagged(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", _ends_with("</tool_call>")),
     ),
     "tool_call with JSON": _blocks(r"<tool_call>\s*(?P<body>[{\[].*?)(?:</tool_call>|\Z)", _body),
     "invoke": _blocks(

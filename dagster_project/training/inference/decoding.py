@@ -111,7 +111,7 @@ def _read_all(model: Any, prompts: Sequence[Sequence[int]], longest: int, pad: i
         return _run(model, ids, mask, cache), cache
 
     mask = mask_of(range(len(prompts)))
-    if not _plain(start):
+    if not _has_plain_layers(start):
         hidden, cache = run(range(len(prompts)))
         return hidden, mask, cache
     cache, states = DynamicCache(), dict[int, torch.Tensor]()
@@ -130,7 +130,7 @@ def _read_all(model: Any, prompts: Sequence[Sequence[int]], longest: int, pad: i
     return torch.stack([states[i] for i in range(len(prompts))]), mask, cache
 
 
-def _plain(cache: Any) -> bool:
+def _has_plain_layers(cache: Any) -> bool:
     """Whether all layers of a cache keep all keys and values."""
     from transformers.cache_utils import DynamicLayer
 
@@ -150,7 +150,7 @@ def keeps_all_tokens(model: Any) -> bool:
     """Whether every layer keeps all keys and values, as a shared prefix requires: windows drop tokens, recurrent states ignore padding."""
     from transformers import DynamicCache
 
-    return _plain(DynamicCache(config=model.config))
+    return _has_plain_layers(DynamicCache(config=model.config))
 
 
 @functools.cache

@@ -13,15 +13,15 @@ from dagster_project.training.inference.decoding import groups
 def negative_log_likelihood(
     model: Any, pad_token_id: int, examples: Sequence[tuple[list[int], list[int]]], batch_size: int, what: str
 ) -> list[tuple[float, int]]:
-    """Negative log-likelihood of the labelled tokens of each example.
+    """Negative log-likelihood of the labeled tokens of each example.
 
     Padding is on the right and masked, so batch size and padding change scores only by rounding.
 
     Args:
-        examples: (input_ids, labels) of each example; tokens labelled -100 are not scored.
+        examples: (input_ids, labels) of each example; tokens labeled -100 are not scored.
         what: name of the work in progress lines.
     Returns:
-        For each example the sum in nats, and the number of labelled tokens.
+        For each example the sum in nats, and the number of labeled tokens.
     """
     import torch
     from torch.nn.functional import cross_entropy

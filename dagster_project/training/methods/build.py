@@ -54,16 +54,16 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 IMPLIES_NF4 = ("qlora", "qdora")
 
-VIRTUAL = "learns virtual tokens, which no weight of the base model can hold"
+VIRTUAL = "trains virtual tokens, which cannot be stored in the base model's weights"
 
 CANNOT_MERGE = {
     "prefix_tuning": VIRTUAL,
     "prompt_tuning": VIRTUAL,
     "p_tuning": VIRTUAL,
     "cartridge": VIRTUAL,
-    "feature_extraction": "learns a layer of its own, and leaves the base model as it is",
-    "adaption_prompt": "learns prompts inside the attention, which no weight of the base model can hold",
-    "beft": "learns biases for layers that may have none",
+    "feature_extraction": "learns a separate layer, and does not change the base model",
+    "adaption_prompt": "trains prompts inside the attention, which cannot be stored in the base model's weights",
+    "beft": "trains biases for layers that may have none",
 }
 """Method -> why it cannot be merged. The texts are stored in method.json."""
 
@@ -138,7 +138,7 @@ OWN: dict[str, type[Section]] = {"full": Full, "bitfit": Bitfit, "feature_extrac
 """Methods that are not part of PEFT -> their keys."""
 
 
-# ---- validation from params.yaml alone --------------------------------------------------------------------------------------------------
+# ---- validation without the model -------------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -275,9 +275,9 @@ def why_not_merged(method: str, options: Mapping[str, Any], quantization: Quanti
     if name in CANNOT_MERGE:
         return f"cannot be merged: it {CANNOT_MERGE[name]}"
     if name in CANNOT_MERGE_QUANTIZED and quantization_of(method, quantization) == "nf4":
-        return "cannot be merged once trained against quantized weights: it scales what they give"
+        return "cannot be merged once trained against quantized weights: it scales their outputs"
     if options.get("layer_replication"):
-        return "with layer_replication cannot be merged: one weight stands for several layers"
+        return "with layer_replication cannot be merged: several layers share one weight"
     return ""
 
 
@@ -338,7 +338,7 @@ def _check_keys(name: str, keys: dict[str, Any], options: Mapping[str, Any], whe
 
 
 def causal(model: Any) -> Any:
-    """The language model inside a PeftModel; any other model as it is."""
+    """The language model inside a PeftModel; any other model unchanged."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

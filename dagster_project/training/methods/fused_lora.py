@@ -47,8 +47,8 @@ def update(
         The sum (..., out); for the backward pass dropout(x) A^T (tokens, r) and the dropout mask (empty without dropout). x is saved
         unmasked, because layers with the same input share it.
     """
-    kept = _kept(x, dropout) if dropout else x.new_empty(0, dtype=torch.int16)
-    down = _flat(_masked(x, kept)) @ a.to(x.dtype).T
+    kept = _dropout_mask(x, dropout) if dropout else x.new_empty(0, dtype=torch.int16)
+    down = _flat(_apply_mask(x, kept)) @ a.to(x.dtype).T
     out = torch.addmm(_flat(result), down, b.to(x.dtype).T, alpha=scaling / (1 - dropout))
     return out.view(result.shape), down, kept
 
@@ -73,8 +73,8 @@ def backward(
     """Gradients of x (nothing unless `through_x`), A and B."""
     up = _flat(gradient)
     through = (up @ b.to(x.dtype)).mul_(scaling)
-    of_x = _masked((through @ a.to(x.dtype)).view(x.shape), kept) if through_x else x.new_empty(0)
-    return of_x, (through.T @ _flat(_masked(x, kept))).float(), (up.T @ down).float().mul_(scaling)
+    of_x = _apply_mask((through @ a.to(x.dtype)).view(x.shape), kept) if through_x else x.new_empty(0)
+    return of_x, (through.T @ _flat(_apply_mask(x, kept))).float(), (up.T @ down).float().mul_(scaling)
 
 
 @backward.register_fake
@@ -105,7 +105,7 @@ def _integer(x: torch.Tensor) -> torch.dtype:
     return torch.int16 if x.element_size() == 2 else torch.int32
 
 
-def _kept(x: torch.Tensor, dropout: float) -> torch.Tensor:
+def _dropout_mask(x: torch.Tensor, dropout: float) -> torch.Tensor:
     """Dropout mask: integers of the size of x's elements, all bits set for kept elements and none for dropped ones.
 
     15 random bits per element; torch's dropout draws 64, which on a CPU takes longer than LoRA's products.
@@ -115,5 +115,5 @@ def _kept(x: torch.Tensor, dropout: float) -> torch.Tensor:
     return below.bitwise_not_().to(_integer(x)).view(x.shape)
 
 
-def _masked(x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+def _apply_mask(x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     return x.contiguous().view(kept.dtype).bitwise_and(kept).view(x.dtype) if kept.numel() else x

@@ -441,10 +441,10 @@ class _Ledger:
         if key in self._known:
             return
         size = storage.nbytes()
-        self._known[key] = (part, size, weakref.ref(storage, lambda _: self._dead(key)))
+        self._known[key] = (part, size, weakref.ref(storage, lambda _: self._on_release(key)))
         self.events.append(("", part, size))
 
-    def _dead(self, key: int) -> None:
+    def _on_release(self, key: int) -> None:
         part, size, _ = self._known.pop(key)
         self.events.append((part, "", size))
 

@@ -24,7 +24,7 @@ def collate_packed(rows: Sequence[Mapping[str, Any]], multiple: int = 1) -> dict
         lengths [2] and [1], ids [5, 6] and [7]  ->  position_ids [0, 1, 0], cu_seq_lens_q [0, 2, 3], labels [-100, 6, -100]
 
     Args:
-        multiple: pad to a multiple of this many tokens with an unlabelled example at the end.
+        multiple: pad to a multiple of this many tokens with an unlabeled example at the end.
     Returns:
         input_ids, labels, position_ids (1, seq) int64; weights (1, seq) float32; example bounds `cu_seq_lens_q` (examples + 1) int32 and
         the longest length `max_length_q`, with flash attention's names; row indices `rows` (rows) int64.

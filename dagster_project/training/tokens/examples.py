@@ -83,7 +83,7 @@ def make(tokenizer: Any, records: Sequence[dict[str, Any]], rules: Rules) -> lis
     step = -(-len(records) // LOOKED_AT)
     for start in range(0, len(records), CHUNK):
         chunk = records[start : start + CHUNK]
-        cuts = [_cut(tokenizer, record, rules.reasoning) for record in chunk]
+        cuts = [_pieces_or_outcome(tokenizer, record, rules.reasoning) for record in chunk]
         texts = [(i, parts) for i, cut in enumerate(cuts, start) if not isinstance(cut, RecordOutcome) for parts in cut]
         encoded: dict[int, list[Encoded]] = defaultdict(list)
         for (i, parts), ids in zip(texts, encode_pieces(tokenizer, [parts for _, parts in texts]), strict=True):
@@ -106,7 +106,7 @@ def make(tokenizer: Any, records: Sequence[dict[str, Any]], rules: Rules) -> lis
     return outcomes
 
 
-def _cut(tokenizer: Any, record: Mapping[str, Any], reasoning: Reasoning) -> list[Pieces] | RecordOutcome:
+def _pieces_or_outcome(tokenizer: Any, record: Mapping[str, Any], reasoning: Reasoning) -> list[Pieces] | RecordOutcome:
     roles = [message["role"] for message in record["messages"]]
     if "assistant" not in roles:
         return RecordOutcome("dropped:no_answer", f"turns: {', '.join(roles) or 'none'}")
@@ -136,12 +136,12 @@ def _fit(tokenizer: Any, record: Mapping[str, Any], encoded: Sequence[Encoded], 
     if rules.too_long == "truncate":
         if shorter := truncate(tokenizer, encoded[0], rules.room):
             return RecordOutcome("truncated", why, [_example(tokenizer, shorter, answer, rules)])
-        return RecordOutcome("dropped:too_long", f"{why}; the prompt alone fills it")
+        return RecordOutcome("dropped:too_long", f"{why}; the prompt leaves no room")
     if rules.too_long == "split":
         parts = [(part, "") for part in windows(encoded[0], rules.room)] if is_text(record) else split(tokenizer, record, rules)
         if parts:
             return RecordOutcome(f"split:{len(parts)}", why, [_example(tokenizer, part, said, rules) for part, said in parts])
-        return RecordOutcome("dropped:too_long", f"{why}; no answer fits with its question")
+        return RecordOutcome("dropped:too_long", f"{why}; no answer fits together with its question")
     return RecordOutcome("dropped:too_long", why)
 
 
@@ -231,7 +231,7 @@ def split(tokenizer: Any, record: Mapping[str, Any], rules: Rules) -> list[tuple
     def encode(first: int, new: int, stop: int) -> Encoded | None:
         """Exchanges first to stop with labels from `new` on; None if too long, without labels, or if the template refuses them."""
         turns = [*system, *(m for exchange in exchanges[first:stop] for m in exchange)]
-        cut = _cut(tokenizer, {"messages": turns, "tools": record.get("tools"), "meta": None}, rules.reasoning)
+        cut = _pieces_or_outcome(tokenizer, {"messages": turns, "tools": record.get("tools"), "meta": None}, rules.reasoning)
         if isinstance(cut, RecordOutcome) or len(cut) > 1:
             return None
         ids = encode_pieces(tokenizer, cut)[0]

@@ -23,8 +23,8 @@ OF_EACH_SOURCE = 2
 """Number of random examples of each source in the sample."""
 
 
-class Expected(NamedTuple):
-    """What surrounds the content of an answer in its labels."""
+class TurnMarkup(NamedTuple):
+    """Text around the content of an answer in its labels."""
 
     frames: list[tuple[str, str]]
     """Texts before and after it."""
@@ -32,7 +32,7 @@ class Expected(NamedTuple):
     """End-of-turn tokens."""
 
 
-def find_wrong_labels(tokenizer: Any, records: Sequence[dict[str, Any]], fates: Sequence[RecordOutcome]) -> dict[int, str]:
+def find_wrong_labels(tokenizer: Any, records: Sequence[dict[str, Any]], results: Sequence[RecordOutcome]) -> dict[int, str]:
     """Find records with wrong labels, independently of the code that created the labels.
 
     Each contiguous run of labels is decoded and compared with the record's assistant turns, each followed by the end-of-turn token. All
@@ -43,7 +43,10 @@ def find_wrong_labels(tokenizer: Any, records: Sequence[dict[str, Any]], fates: 
         Index of a record -> problem.
     """
     runs = [
-        (i, example.labels[a:b].tolist()) for i, fate in enumerate(fates) for example in fate.examples for a, b in spans(example.labels)
+        (i, example.labels[a:b].tolist())
+        for i, result in enumerate(results)
+        for example in result.examples
+        for a, b in spans(example.labels)
     ]
     found: dict[int, list[list[int]]] = defaultdict(list)
     for i, ids in runs:
@@ -51,31 +54,31 @@ def find_wrong_labels(tokenizer: Any, records: Sequence[dict[str, Any]], fates: 
     said = defaultdict(list)
     for (i, _), text in zip(runs, decode(tokenizer, [ids for _, ids in runs]), strict=True):
         said[i].append(text)
-    expected = Expected(
-        _frames(tokenizer, [record for record, fate in zip(records, fates, strict=True) if fate.kept]), end_tokens(tokenizer)
+    expected = TurnMarkup(
+        _frames(tokenizer, [record for record, result in zip(records, results, strict=True) if result.kept]), end_tokens(tokenizer)
     )
     openings: tuple[str, ...] | None = None
     wrong = {}
-    for i, (record, fate) in enumerate(zip(records, fates, strict=True)):
-        if not fate.kept:
+    for i, (record, result) in enumerate(zip(records, results, strict=True)):
+        if not result.kept:
             continue
         answers = [message for message in record["messages"] if message["role"] == "assistant" and message.get("weight") != 0]
-        if any((example.labels == IGNORE).all() for example in fate.examples):
-            wrong[i] = "an example has nothing to learn from"
-        elif any(((example.labels != IGNORE) & (example.labels != example.input_ids)).any() for example in fate.examples):
-            wrong[i] = "a label is another token than the one it stands at"
+        if any((example.labels == IGNORE).all() for example in result.examples):
+            wrong[i] = "an example has no labels"
+        elif any(((example.labels != IGNORE) & (example.labels != example.input_ids)).any() for example in result.examples):
+            wrong[i] = "a label differs from the token at its position"
         elif is_text(record):
             text = decode(tokenizer, [[token for ids in found[i] for token in ids]])[0]
             if not _matches(
-                tokenizer, text, answers[0]["content"], Expected([("", "")], [tokenizer.eos_token]), fate.outcome == "truncated"
+                tokenizer, text, answers[0]["content"], TurnMarkup([("", "")], [tokenizer.eos_token]), result.outcome == "truncated"
             ):
-                wrong[i] = f"labels say {_short(text)}"
-        elif problem := _compare(tokenizer, said[i], answers, expected, fate.outcome):
+                wrong[i] = f"labels contain {_short(text)}"
+        elif problem := _compare(tokenizer, said[i], answers, expected, result.outcome):
             wrong[i] = problem
         elif any(message.get("tool_calls") or message.get("reasoning_content") for message in answers):
             openings = _openings(tokenizer) if openings is None else openings
-            if not all(_starts_right(tokenizer, example, openings) for example in fate.examples):
-                wrong[i] = "labels do not begin where inference begins to write"
+            if not all(_starts_right(tokenizer, example, openings) for example in result.examples):
+                wrong[i] = "labels do not begin where generation begins"
     return wrong
 
 
@@ -84,28 +87,28 @@ def decode(tokenizer: Any, many: Sequence[list[int]]) -> list[str]:
     return tokenizer.backend_tokenizer.decode_batch(list(many), skip_special_tokens=False)
 
 
-def _compare(tokenizer: Any, said: Sequence[str], answers: Sequence[Message], expected: Expected, outcome: str) -> str:
+def _compare(tokenizer: Any, said: Sequence[str], answers: Sequence[Message], expected: TurnMarkup, outcome: str) -> str:
     left = list(answers)
     for n, text in enumerate(said):
         cut = outcome == "truncated" and n == len(said) - 1
         while left and not _is_answer(tokenizer, text, left[0], expected, cut):
             if not outcome.startswith("split"):
-                return f"labels say {_short(text)}, the assistant {_short(_shown(left[0]))}"
+                return f"labels contain {_short(text)}, the assistant turn {_short(_message_text(left[0]))}"
             left.pop(0)
         if not left:
-            return f"labels say {_short(text)}, the assistant nothing of the kind"
+            return f"labels contain {_short(text)}, but no assistant turn has this text"
         left.pop(0)
-    return "" if not left or outcome.startswith("split") else f"the answer {_short(_shown(left[0]))} is not learnt"
+    return "" if not left or outcome.startswith("split") else f"the answer {_short(_message_text(left[0]))} is not in the labels"
 
 
-def _is_answer(tokenizer: Any, text: str, message: Message, expected: Expected, cut: bool) -> bool:
+def _is_answer(tokenizer: Any, text: str, message: Message, expected: TurnMarkup, cut: bool) -> bool:
     """Whether a run of labels decodes to the message and its end-of-turn token."""
     if not message.get("tool_calls") and not message.get("reasoning_content"):
         return _matches(tokenizer, text, message["content"], expected, cut)
     if not text.endswith(tuple(expected.ends)):
         return False
     if cut:
-        return True  # any part of it may be left; where it begins and ends is compared
+        return True  # any part of it may be kept; only its beginning and end are compared
     words = [
         message["content"].strip(),
         *(call.name for call in calls(message)),
@@ -115,7 +118,7 @@ def _is_answer(tokenizer: Any, text: str, message: Message, expected: Expected, 
 
 
 def _openings(tokenizer: Any) -> tuple[str, ...]:
-    """What the template writes between a prompt and an answer, after a user turn and after a tool result."""
+    """Text of the template between a prompt and an answer, after a user turn and after a tool result."""
     user, call = {"role": "user", "content": "Why?"}, {"type": "function", "id": "abcdefghi", "function": {"name": "f", "arguments": {}}}
     result = {"role": "tool", "content": "x", "tool_call_id": "abcdefghi", "name": "f"}
     found = []
@@ -137,7 +140,7 @@ def _starts_right(tokenizer: Any, example: Example, openings: tuple[str, ...]) -
     return all(text.endswith(openings) for text in decode(tokenizer, [ids[:start] for start, _ in spans(example.labels)]))
 
 
-def _shown(message: Message) -> str:
+def _message_text(message: Message) -> str:
     return " ".join(text for _, text in field_texts(message))
 
 
@@ -149,7 +152,7 @@ def count_traces(tokenizer: Any, record: Mapping[str, Any], outcome: RecordOutco
     return sum(trace in text for trace in traces)
 
 
-def _matches(tokenizer: Any, text: str, answer: str, expected: Expected, cut: bool) -> bool:
+def _matches(tokenizer: Any, text: str, answer: str, expected: TurnMarkup, cut: bool) -> bool:
     """Whether a run of labels decodes to the answer and the end-of-turn token.
 
     For tokenizers that normalize text, the decoded encoding of the answer counts as well.
@@ -195,17 +198,17 @@ def has_double_bos(tokenizer: Any, example: Example) -> bool:
     )
 
 
-def statistics(tokenizer: Any, records: Sequence[dict[str, Any]], fates: Sequence[RecordOutcome]) -> dict[str, Any]:
+def statistics(tokenizer: Any, records: Sequence[dict[str, Any]], results: Sequence[RecordOutcome]) -> dict[str, Any]:
     """Statistics of a split. An example counts once, however often it is repeated."""
     import numpy as np
 
-    examples = [(record, example) for record, fate in zip(records, fates, strict=True) for example in fate.examples]
+    examples = [(record, example) for record, result in zip(records, results, strict=True) for example in result.examples]
     lengths = [len(example.input_ids) for _, example in examples]
     trained = [int((example.labels != IGNORE).sum()) for _, example in examples]
     ends = sum(bool((example.labels[1:] == tokenizer.eos_token_id).any()) for _, example in examples)
-    checked = [fate.stable for fate in fates if fate.kept and fate.stable is not None]
+    checked = [result.stable for result in results if result.kept and result.stable is not None]
     groups = {
-        name: {value: _group(lengths, trained, chosen) for value, chosen in sorted(_by(examples, name).items())}
+        name: {value: _group(lengths, trained, chosen) for value, chosen in sorted(_indices_by(examples, name).items())}
         for name in ("category", "source")
     }
     total = sum(lengths)
@@ -223,7 +226,7 @@ def statistics(tokenizer: Any, records: Sequence[dict[str, Any]], fates: Sequenc
     }
 
 
-def _by(examples: Sequence[tuple[dict[str, Any], Example]], name: str) -> dict[str, list[int]]:
+def _indices_by(examples: Sequence[tuple[dict[str, Any], Example]], name: str) -> dict[str, list[int]]:
     found = defaultdict(list)
     for i, (record, _) in enumerate(examples):
         found[str(record[name] or "(none)")].append(i)
@@ -257,17 +260,17 @@ def _share(part: int, whole: int) -> float:
 
 
 def sample(
-    tokenizer: Any, split: str, records: Sequence[dict[str, Any]], fates: Sequence[RecordOutcome], seed: int
+    tokenizer: Any, split: str, records: Sequence[dict[str, Any]], results: Sequence[RecordOutcome], seed: int
 ) -> Iterator[dict[str, Any]]:
     """The first examples and a random sample of each source: text with trained spans in ⟦ ⟧, ids and labels."""
-    kept = [i for i, fate in enumerate(fates) if fate.kept]
+    kept = [i for i, result in enumerate(results) if result.kept]
     shuffled = [kept[k] for k in draw_order([records[i]["example_id"] for i in kept], seed)]
     chosen = dict.fromkeys(kept[:FIRST], "first")
     for source in sorted({records[i]["source"] for i in kept}):
         for i in [i for i in shuffled if records[i]["source"] == source][:OF_EACH_SOURCE]:
             chosen.setdefault(i, "sample")
     for i, why in chosen.items():
-        for part, example in enumerate(fates[i].examples):
+        for part, example in enumerate(results[i].examples):
             yield {
                 "split": split,
                 "source": records[i]["source"],

@@ -36,9 +36,9 @@ def mix(
     Raises:
         InputError: replay lists a source without rows, or all sources.
     """
-    copies = [int(fate.kept) for fate in outcomes]
-    kept = [i for i, fate in enumerate(outcomes) if fate.kept]
-    general = [i for i in kept if replay and _of(records[i]["source"], replay.sources)]
+    copies = [int(result.kept) for result in outcomes]
+    kept = [i for i, result in enumerate(outcomes) if result.kept]
+    general = [i for i in kept if replay and _is_in(records[i]["source"], replay.sources)]
     own = sorted(set(kept) - set(general))
     ids = [record["example_id"] for record in records]
     for i, n in zip(own, balance([records[i]["category"] for i in own], [ids[i] for i in own], how, seed), strict=True):
@@ -51,7 +51,7 @@ def mix(
             copies[i] = n
             if not n:
                 outcomes[i] = RecordOutcome(
-                    "dropped:replay", "replay has its share without it", [], outcomes[i].tokens, outcomes[i].trained, outcomes[i].stable
+                    "dropped:replay", "not needed for the share of replay", [], outcomes[i].tokens, outcomes[i].trained, outcomes[i].stable
                 )
     if how == "none" and not replay:
         return copies, {}
@@ -65,18 +65,18 @@ def mix(
     return copies, report
 
 
-def _tokens(fate: RecordOutcome) -> int:
-    return sum(len(example.input_ids) for example in fate.examples)
+def _tokens(result: RecordOutcome) -> int:
+    return sum(len(example.input_ids) for example in result.examples)
 
 
-def _of(source: str, named: Sequence[str]) -> bool:
+def _is_in(source: str, named: Sequence[str]) -> bool:
     return any(source == name or source.startswith(name.rstrip("/") + "/") for name in named)
 
 
 def _refuse_empty(sources: Sequence[str], named: Sequence[str], others: bool) -> None:
     where = "params.yaml: tokenized.replay.sources"
     for name in named:
-        if not any(_of(source, [name]) for source in sources):
+        if not any(_is_in(source, [name]) for source in sources):
             raise InputError(f"{where}: no train row comes from {name}", f"sources of train: {', '.join(sorted(set(sources))) or 'none'}")
     if not others:
         raise InputError(f"{where}: all of train comes from them", "list only the general data, which is mixed into the rest")

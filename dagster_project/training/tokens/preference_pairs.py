@@ -50,8 +50,8 @@ def prompt_ids(tokenizer: Any, pair: Mapping[str, Any]) -> list[int]:
 def both(tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[tuple[list[int], list[int], list[int]]]:
     """Ids of the prompt, the chosen and the rejected answer of each pair.
 
-    Some templates open an answer with a trace in another way than one without. Where a pair has one of each, the prompt ends where the two
-    headers part, and the rest of each belongs to its answer.
+    Some templates begin an answer with a trace differently. If only one answer of a pair has a trace, the prompt ends
+    where the two headers differ, and the rest of each header belongs to its answer.
     """
     tools = [pair.get("tools") for pair in pairs]
     chosen = answered(tokenizer, [[*pair["prompt"], *pair["chosen"]] for pair in pairs], tools)
@@ -64,7 +64,7 @@ def refuse_misfits(tokenizer: Any, pairs: Mapping[str, Sequence[Mapping[str, Any
 
     Args:
         pairs: split -> its pairs.
-        model: whose template it is, for the message.
+        model: model of the template, for the message.
         next_step: advice; "" for that of the refusal.
     Raises:
         InputError: it does not.
@@ -89,5 +89,5 @@ def _with_one_prompt(chosen: Answered, rejected: Answered) -> tuple[list[int], l
 
 
 def labelled(prompt: Sequence[int], answer: Sequence[int]) -> tuple[list[int], list[int]]:
-    """(input_ids, labels) of one answer; only the answer is labelled."""
+    """(input_ids, labels) of one answer; only the answer is labeled."""
     return [*prompt, *answer], [IGNORE] * len(prompt) + [*answer]

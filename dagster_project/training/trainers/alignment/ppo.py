@@ -1,13 +1,17 @@
-"""Proximal policy optimization: a policy answers, is rewarded, and learns from its own answers, near to the policy it started from.
+"""Proximal policy optimization: a policy is trained on rewards of its own answers, and kept close to the policy that it
+started from.
 
 One iteration (`Training.run_iteration`):
 
-1. **roll out**: the policy pi answers a batch of prompts, one sampled token at a time. An answer is an episode, a token an action.
-2. **reward**: a score for each whole answer; less for one that did not end.
-3. **judge**: log-probabilities of every token under pi and under the reference pi_ref, and the values V before each token, in one forward pass each.
-   pi_ref is the same network with the adapter off, so the two begin as one.
-4. **advantages**: a token's reward is -beta (log pi - log pi_ref), and that of the last one the score too. How much better than V did it go?
-5. **update**: a few passes over the episodes in mini-batches, with clipped ratios, until pi has moved too far for its old answers to tell.
+1. **roll out**: the policy pi answers a batch of prompts, one sampled token at a time. An answer is an episode, a token
+   is an action.
+2. **reward**: a score for each whole answer; lower if the answer did not end.
+3. **evaluate**: log-probabilities of every token under pi and under the reference pi_ref, and the values V before each
+   token, in one forward pass each. pi_ref is the same network with the adapter disabled, so they are equal at the start.
+4. **advantages**: a token's reward is -beta (log pi - log pi_ref), plus the score for the last one; the advantage
+   compares the rewards with V.
+5. **update**: a few passes over the episodes in mini-batches, with clipped ratios, until pi is too far from the policy
+   that sampled them.
 
 Sources: PPO arXiv 1707.06347, GAE 1506.02438, the penalty per token and its controller 1909.08593 (sections 2 and 2.2), what implementations add to
 both (rewards at the end, whitening, clipped values, the EOS penalty) 2403.17031. Estimates of KL: joschu.net/blog/kl-approx.html.
@@ -52,7 +56,7 @@ Reward = Callable[[Sequence[int], Sequence[str], Sequence[Sequence[int]]], list[
 
 
 LIVE = ("reward", "kl", "kl_coef", "entropy", "response_length", "policy_loss", "value_loss", "clip_fraction", "learning_rate", "grad_norm")
-"""Figures of the curve for whoever watches."""
+"""Metrics of the live curve."""
 
 
 class Settings(Section):
@@ -119,23 +123,24 @@ class Settings(Section):
 
 @dataclass
 class PPOHistory:
-    """What a training did, in order."""
+    """Record of a training, in order."""
 
     curve: list[dict[str, float]] = field(default_factory=list)
-    """Of each iteration, from 1, that was learnt from:
-
-    reward (mean score, without penalties), kl (nats per answer, the policy that answered against the reference), kl_coef, entropy (nats per token),
-    response_length (mean, in tokens), unfinished (share of answers without an end), explained_variance (of the returns, by the values);
-    policy_loss, value_loss, clip_fraction (share of tokens), approx_kl (nats per token, from the policy that answered), grad_norm: means over the updates;
+    """For each iteration with updates, from 1: reward (mean score, without penalties), kl (nats per answer, of the
+    sampling policy from the reference), kl_coef, entropy (nats per token),
+    response_length (mean, in tokens), unfinished (share of answers without an end), explained_variance (of the returns
+    by the values);
+    policy_loss, value_loss, clip_fraction (share of tokens), approx_kl (nats per token, from the sampling policy),
+    grad_norm: means over the updates;
     updates (optimizer steps), learning_rate, tokens (so far)."""
     seen: list[tuple[int, int, int]] = field(default_factory=list)
     """(iteration from 1, pass over the prompts from 1, number of the prompt) of each episode."""
     tokens: int = 0
-    """Of prompts and answers, each episode once."""
+    """Tokens of prompts and answers, each episode once."""
     stopped: str = ""
-    """Why the run ended early, which weights were kept, and what to change; empty where it did not."""
+    """Why the run ended early, which weights were kept, and what to change; empty if it did not."""
     seconds: float = 0.0
-    """Time it took, earlier parts of an interrupted training included. For the log only."""
+    """Wall time, including earlier parts of an interrupted training. For the log only."""
 
 
 @dataclass(frozen=True)
@@ -146,26 +151,27 @@ class Rollout:
     """Number of each episode's prompt."""
     prompts: list[list[int]]
     answers: list[list[int]]
-    """Token ids, the end of turn included."""
+    """Token ids, including the end of turn."""
     mask: torch.Tensor
-    """(episodes, longest answer), true where there is a token: the form of all that is known of tokens, with zeros elsewhere."""
+    """(episodes, longest answer), true where there is a token. Values per token have this shape, with zeros
+    elsewhere."""
     finished: torch.Tensor
-    """(episodes): it ended with an end of turn."""
+    """(episodes): whether it ended with an end of turn."""
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What a policy makes of a rollout's tokens, (episodes, longest answer) each."""
+class TokenValues:
+    """Evaluation of a rollout's tokens by a policy, (episodes, longest answer) each."""
 
     log_probs: torch.Tensor
     values: torch.Tensor
-    """What is to come, seen from before the token."""
+    """Estimated return before the token."""
     entropy: torch.Tensor
-    """Of the distribution that the token was drawn from, in nats."""
+    """Of the distribution from which the token was sampled, in nats."""
 
 
 class Collapsed(Exception):
-    """The run cannot go on from the weights it has. Not for users: `Training` puts it into the history."""
+    """The run cannot continue with its current weights. Internal: `Training` records it in the history."""
 
 
 def iterations(settings: Settings) -> int:
@@ -184,19 +190,20 @@ def train(
 ) -> PPOHistory:
     """Train a policy in place, from its newest checkpoint if it has one.
 
-    The value head is a linear layer on the backbone's last hidden state. It begins at zero, learns with the adapter, and is no part of the model.
-    Dropout is off throughout: a ratio is to tell what was learnt. What is random depends on seed, iteration and episode alone.
+    The value head is a linear layer on the backbone's last hidden state. It is zero at first, is trained with the
+    adapter, and is not part of the model. Dropout is off, so that a ratio measures only the updates. Random numbers
+    depend only on seed, iteration and episode.
 
-    Several processes share the rollout's batches and each forward pass' episodes, and sum what they find: all hold the same weights. With others
-    every result is that of one up to rounding.
+    Several processes share the batches of the rollout and the episodes of each forward pass, and sum their results, so
+    all have the same weights. Results equal those of one process up to rounding.
 
     Args:
-        model: a PeftModel whose adapter changes nothing yet.
-        prompts: token ids of each, the assistant's header included.
+        model: a PeftModel with an adapter that has no effect yet.
+        prompts: token ids of each, including the assistant's header.
         checkpoints: where to keep them; None to keep none.
-        live: folder for the curve so far, for whoever watches; None for nobody.
+        live: folder for the live curve; None to write none.
     Raises:
-        InputError: prompts, model or reward with which training would be in vain.
+        InputError: prompts, model or reward that cannot be trained with.
         Interrupted: SIGINT or SIGTERM came; a checkpoint has been written.
     """
     refuse_mistakes(model, tokenizer, prompts, settings)
@@ -212,7 +219,7 @@ def train(
             if training.checkpoints and (step % settings.save_steps == 0 or last or stop_requested()):
                 training.save(training.checkpoints, step)
             if stop_requested() and not last:
-                raise Interrupted(f"interrupted at iteration {step}; the next run goes on from there", "run the same command again")
+                raise Interrupted(f"interrupted at iteration {step}; the next run resumes from there", "run the same command again")
     distributed.refuse_lost()
     causal(model).set_attn_implementation(attention)
     training.show(training.history.curve, now=True)
@@ -228,11 +235,11 @@ class Experience:
     rollout: Rollout
     scores: torch.Tensor
     """(episodes) float32, without penalties."""
-    policy: Judged
+    policy: TokenValues
     reference: torch.Tensor
     """Log-probabilities under the reference, (episodes, longest answer)."""
     kl: float
-    """Of the policy from the reference, in nats per answer."""
+    """KL of the policy from the reference, in nats per answer."""
 
 
 class Training:
@@ -259,7 +266,7 @@ class Training:
         for weight in self.weights.values():
             distributed.from_first(weight.data)
         self.optimizer = torch.optim.Adam(self.weights.values(), lr=settings.learning_rate, eps=1e-5)
-        self.history, self.kl_coef, self.good = PPOHistory(), settings.kl_coef, _copied(self.weights)
+        self.history, self.kl_coef, self.good = PPOHistory(), settings.kl_coef, _copy_weights(self.weights)
         self.done = self.good_step = self._resume(checkpoints)
         self.checkpoints = None if distributed.place().rank else checkpoints
         self._began, self._earlier = time.monotonic(), self.history.seconds
@@ -281,22 +288,22 @@ class Training:
             seen = [(step, epoch, row) for step, epoch, row in state["seen"].tolist()]
             self.history = PPOHistory(**saved.document("course"), seen=seen)
             self.kl_coef, self.good = state["kl_coef"], saved.tensors("good")
-            _put(self.weights, saved.tensors("weights"))
+            _set_weights(self.weights, saved.tensors("weights"))
             checkpoint.restore_optimizer(self.optimizer, state["optimizer"])
-            log.info(f"ppo: going on from the checkpoint of iteration {done} of {self.total}")
+            log.info(f"ppo: resuming from the checkpoint of iteration {done} of {self.total}")
         return done
 
     def run_iteration(self, step: int) -> None:
         """Learn from one iteration. After a collapse, restore the last good weights and record the reason."""
         try:
             experience = self._collect(step)
-            self.good, self.good_step = _copied(self.weights), step
+            self.good, self.good_step = _copy_weights(self.weights), step
             advantages, returns = self._advantages(experience)
             figures = self._update(step, experience, advantages, returns)
         except Collapsed as collapsed:
-            _put(self.weights, self.good)
+            _set_weights(self.weights, self.good)
             self.history.stopped = (
-                f"ppo: iteration {step}: {collapsed}. Kept are the weights that answered in iteration {self.good_step};"
+                f"ppo: iteration {step}: {collapsed}. The weights at the start of iteration {self.good_step} are kept;"
                 " lower learning_rate, num_ppo_epochs or max_kl, or raise kl_coef"
             )
             log.warning(self.history.stopped)
@@ -305,7 +312,7 @@ class Training:
         self.history.seconds = self._earlier + time.monotonic() - self._began
 
     def _collect(self, step: int) -> Experience:
-        """Steps 1 to 3: roll out, reward, judge.
+        """Steps 1 to 3: roll out, reward, evaluate.
 
         Raises:
             Collapsed: the policy gives empty answers, or is too far from the reference.
@@ -318,9 +325,9 @@ class Training:
         texts = [self.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in rollout.answers]
         refuse_silence(texts, first=step == 1)
         scores = rewarded(self.reward, rollout, texts, settings, first=step == 1)
-        policy = judge(model, self.head, rollout, settings)
+        policy = evaluate(model, self.head, rollout, settings)
         with model.disable_adapter():
-            reference = judge(model, self.head, rollout, settings).log_probs
+            reference = evaluate(model, self.head, rollout, settings).log_probs
         kl = kl_per_answer(policy.log_probs, reference)
         if step == 1:
             refuse_other_reference(policy.log_probs, reference, rollout.mask, model.dtype)
@@ -347,14 +354,14 @@ class Training:
         Returns:
             Figures of the updates for the curve.
         Raises:
-            Collapsed: a loss or gradient is not finite, or the last policy is too far from the one that answered.
+            Collapsed: a loss or gradient is not finite, or the final policy is too far from the sampling policy.
         """
         model, head, settings = self.model, self.head, self.settings
         rollout, policy, seed = experience.rollout, experience.policy, f"{self.seed} {step}"
         rate = learning_rate(step, self.total, settings)
         figures = update(model, head, self.optimizer, rate, rollout, policy, advantages, returns, settings, seed)
         if step == self.total:  # no later rollout measures how far the policy moved
-            moved = judge(model, head, rollout, settings).log_probs
+            moved = evaluate(model, head, rollout, settings).log_probs
             refuse_explosion(kl_per_answer(policy.log_probs, moved), settings)
         return {**figures, "learning_rate": rate}
 
@@ -399,7 +406,8 @@ class Training:
 
 
 def prompt_schedule(count: int, step: int, settings: Settings, seed: int) -> list[tuple[int, int]]:
-    """(pass over the prompts from 1, number of the prompt) of each episode of an iteration. Every pass has an order of its own."""
+    """(pass over the prompts from 1, number of the prompt) of each episode of an iteration. Each pass has its own
+    order."""
     first = (step - 1) * settings.batch_size
     episodes = range(first, min(first + settings.batch_size, settings.total_episodes))
     orders = {
@@ -409,10 +417,10 @@ def prompt_schedule(count: int, step: int, settings: Settings, seed: int) -> lis
 
 
 def roll_out(model: Any, tokenizer: Any, rows: list[int], prompts: list[list[int]], settings: Settings, seed: str) -> Rollout:
-    """Sample an answer to each prompt, in batches of prompts of like length.
+    """Sample an answer to each prompt, in batches of prompts of similar length.
 
-    A token is drawn by inverting the distribution function at a number of its own, u ~ U[0, 1), that depends on the seed, the episode and its place in the
-    answer. So neither the batch nor the padding nor `response_length` affects the answers.
+    A token is sampled by inverting the distribution function at a number u ~ U[0, 1) that depends only on the seed, the
+    episode and the position in the answer. So neither batch, padding nor `response_length` affects the answers.
     """
     import torch
 
@@ -440,12 +448,13 @@ def roll_out(model: Any, tokenizer: Any, rows: list[int], prompts: list[list[int
 
 
 def sampled(uniform: Sequence[Sequence[float]], temperature: float) -> Choose:
-    """Tokens drawn at these numbers in [0, 1), one for each prompt and place."""
+    """Tokens sampled at these numbers in [0, 1), one for each prompt and position."""
     return lambda logits, rows, place: draw(logits, [uniform[row][place] for row in rows], temperature)
 
 
 def draw(logits: torch.Tensor, uniform: Sequence[float], temperature: float) -> list[int]:
-    """The token at which each row's distribution function passes its number. On the CPU: a cumulative sum on a GPU is not reproducible."""
+    """The token at which each row's distribution function exceeds its number. On the CPU: a cumulative sum on a GPU is
+    not reproducible."""
     import torch
 
     upto = (wide(logits.cpu()) / temperature).softmax(-1).double().cumsum(-1)
@@ -457,10 +466,10 @@ def draw(logits: torch.Tensor, uniform: Sequence[float], temperature: float) -> 
 
 
 def rewarded(reward: Reward, rollout: Rollout, texts: Sequence[str], settings: Settings, first: bool) -> torch.Tensor:
-    """The score of each answer, (episodes) float32, as `reward` gives it.
+    """The score of each answer by `reward`, (episodes) float32.
 
     Raises:
-        InputError: not one finite number for each; in the first iteration, the same for all.
+        InputError: not one finite number for each; in the first iteration, the same number for all.
     """
     import torch
 
@@ -468,12 +477,12 @@ def rewarded(reward: Reward, rollout: Rollout, texts: Sequence[str], settings: S
     mine = list(range(here.rank, len(texts), here.size))
     given = reward([rollout.rows[e] for e in mine], [texts[e] for e in mine], [rollout.answers[e] for e in mine]) if mine else []
     if len(given) != len(mine):
-        raise InputError(f"ppo: the reward gave {len(given)} numbers for {len(mine)} answers", "let it give one for each")
+        raise InputError(f"ppo: the reward gave {len(given)} numbers for {len(mine)} answers", "return one for each")
     for e, score in zip(mine, given, strict=True):
         if not math.isfinite(score):
             raise InputError(
                 f"ppo: the reward of an answer to prompt {rollout.rows[e]} is {score}: {texts[e][:80]!r}",
-                "mend the reward: look at its report, and at what it says of this answer",
+                "fix the reward: look at its report, and at its value for this answer",
             )
     scores = torch.zeros(len(texts), device=rollout.mask.device)
     scores[mine] = torch.tensor(given, dtype=torch.float32, device=scores.device)
@@ -481,12 +490,12 @@ def rewarded(reward: Reward, rollout: Rollout, texts: Sequence[str], settings: S
     if first and not settings.allow_constant_reward and bool((scores == scores[0]).all()):
         raise InputError(
             f"ppo: all {len(texts)} answers of the first iteration have the same reward, {float(scores[0]):g}: there is nothing to learn",
-            "mend the reward, raise temperature or batch_size, or set allow_constant_reward: true",
+            "fix the reward, raise temperature or batch_size, or set allow_constant_reward: true",
         )
     return scores
 
 
-# ---- 3. judge ---------------------------------------------------------------------------------------------------------------------------
+# ---- 3. evaluate ----------------------------------------------------------------------------------------------------------------------------
 
 
 def value_head(model: Any) -> Any:
@@ -507,7 +516,8 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One pass over episodes as one packed row, without padding between them: log-probabilities of their answers' tokens, values before them, and logits.
 
-    (tokens), (tokens) and (tokens, vocabulary): of answers alone, one after another, in the order given. `rollout.mask[episodes]` takes them apart.
+    (tokens), (tokens) and (tokens, vocabulary): only of answers, concatenated in the given order.
+    `rollout.mask[episodes]` separates them.
     """
     from torch.nn.functional import cross_entropy
 
@@ -532,26 +542,28 @@ def forward(
     return -cross_entropy(logits, labels[counted], reduction="none"), head(wide(hidden))[:, 0], logits
 
 
-def judge(model: Any, head: Any, rollout: Rollout, settings: Settings) -> Judged:
-    """What the policy makes of every token, or the reference while the adapter is off. The same passes each time: where the two are the same, so is this."""
+def evaluate(model: Any, head: Any, rollout: Rollout, settings: Settings) -> TokenValues:
+    """Evaluation of every token by the policy, or by the reference while the adapter is disabled. Both use the same
+    passes, so equal policies give equal bits."""
     import torch
 
     here = distributed.place()
     causal(model).set_attn_implementation(attention_for(model.device, model.dtype))
-    judged = torch.zeros((3, *rollout.mask.shape), dtype=head.weight.dtype, device=model.device)
+    evaluated = torch.zeros((3, *rollout.mask.shape), dtype=head.weight.dtype, device=model.device)
     with torch.no_grad():
         for episodes in _parts(range(len(rollout.rows)), settings.mini_batch_size):
             if mine := episodes[here.rank :: here.size]:
                 log_probs, values, logits = forward(model, head, rollout, mine, settings.temperature)
                 entropy = torch.distributions.Categorical(logits=logits, validate_args=False).entropy()
-                part = torch.zeros_like(judged[:, mine])
+                part = torch.zeros_like(evaluated[:, mine])
                 part[:, rollout.mask[mine]] = torch.stack((log_probs, values, entropy))
-                judged[:, mine] = part
-    return Judged(*distributed.summed(judged))
+                evaluated[:, mine] = part
+    return TokenValues(*distributed.summed(evaluated))
 
 
 def kl_per_answer(log_probs: torch.Tensor, others: torch.Tensor) -> float:
-    """KL between a policy and another over whole answers, in nats, from answers that the first one gave: the mean over episodes of the sum over tokens of
+    """KL between a policy and another over whole answers, in nats, estimated on answers sampled from the first one: the
+    mean over episodes of the sum over tokens of
     the difference of their log-probabilities."""
     return float((log_probs - others).sum(1).mean())
 
@@ -560,7 +572,8 @@ def kl_per_answer(log_probs: torch.Tensor, others: torch.Tensor) -> float:
 
 
 def rewards_per_token(log_ratio: torch.Tensor, rollout: Rollout, scores: torch.Tensor, kl_coef: float, settings: Settings) -> torch.Tensor:
-    """r_t = -beta (log pi - log pi_ref), plus the score at the last token (arXiv 1909.08593, equation 2), less the penalty where there is no end.
+    """r_t = -beta (log pi - log pi_ref), plus the score at the last token (arXiv 1909.08593, equation 2), minus the
+    penalty if the answer has no end.
 
     beta 0.1, log pi - log pi_ref [0.5, -1.0], score 2, penalty 1, no end  ->  [-0.05, 0.1 + 2 - 1]
     """
@@ -605,7 +618,7 @@ def next_kl_coef(kl_coef: float, kl: float, episodes: int, settings: Settings) -
 
 
 def explained_variance(values: torch.Tensor, returns: torch.Tensor) -> float:
-    """1 - Var(R - V) / Var(R): 1 for values that foresee all, 0 for a constant; 0 too where all returns are alike."""
+    """1 - Var(R - V) / Var(R): 1 for perfect values, 0 for a constant, and 0 if all returns are equal."""
     spread = float(returns.var(correction=0))
     return 1 - float((returns - values).var(correction=0)) / spread if spread else 0.0
 
@@ -623,18 +636,20 @@ def update(
     optimizer: Any,
     rate: float,
     rollout: Rollout,
-    judged: Judged,
+    evaluated: TokenValues,
     advantages: torch.Tensor,
     returns: torch.Tensor,
     settings: Settings,
     seed: str,
 ) -> dict[str, float]:
-    """Learn from an iteration's episodes, in passes in orders of their own, each cut into mini-batches.
+    """Update the policy on an iteration's episodes, in several passes, each in its own order and divided into
+    mini-batches.
 
-    The loss of an optimizer step is the mean over its tokens, in however many passes and processes it is computed.
+    The loss of an optimizer step is the mean over its tokens, independent of the number of passes and processes.
 
     Returns:
-        policy_loss, value_loss, clip_fraction, approx_kl and grad_norm, means over the steps, and updates, how many there were.
+        policy_loss, value_loss, clip_fraction, approx_kl and grad_norm, means over the steps, and updates, their
+        number.
     Raises:
         Collapsed: a loss or a gradient is not finite.
     """
@@ -657,7 +672,13 @@ def update(
             at = rollout.mask[mine]
             log_probs, values, _ = forward(model, head, rollout, mine, settings.temperature)
             policy, value, ratio = losses(
-                log_probs, values, judged.log_probs[mine][at], judged.values[mine][at], advantages[mine][at], returns[mine][at], settings
+                log_probs,
+                values,
+                evaluated.log_probs[mine][at],
+                evaluated.values[mine][at],
+                advantages[mine][at],
+                returns[mine][at],
+                settings,
             )
             ((policy + settings.vf_coef * value).sum() / count).backward()
             with torch.no_grad():
@@ -707,12 +728,12 @@ def losses(
 
 
 def mini_batches(count: int, per_step: int, epochs: int, seed: str) -> Iterator[list[int]]:
-    """The episodes of each optimizer step: every one once in each epoch, in an order of its own."""
+    """The episodes of each optimizer step: each one once per epoch, in a new order."""
     for epoch in range(epochs):
         yield from _parts(random.Random(f"{seed} update {epoch}").sample(range(count), count), per_step)
 
 
-# ---- what would be in vain --------------------------------------------------------------------------------------------------------------
+# ---- validation before training -------------------------------------------------------------------------------------------------------------
 
 
 def refuse_mistakes(model: Any, tokenizer: Any, prompts: Sequence[list[int]], settings: Settings) -> None:
@@ -720,7 +741,7 @@ def refuse_mistakes(model: Any, tokenizer: Any, prompts: Sequence[list[int]], se
     InputError: no prompts, prompts too long for the context, or no end of turn.
     """
     if not prompts:
-        raise InputError("ppo: there are no prompts", "name more preferences, or lower what the splits take away")
+        raise InputError("ppo: there are no prompts", "add preferences, or lower the shares of the held-out splits")
     if tokenizer.eos_token_id is None:
         raise InputError("ppo: the tokenizer has no end of turn, so no answer would ever end", "name its eos_token in data/base_model")
     context = min(tokenizer.model_max_length, getattr(causal(model).config, "max_position_embeddings", None) or math.inf)
@@ -742,39 +763,39 @@ def refuse_silence(texts: Sequence[str], first: bool) -> None:
         return
     if first:
         raise InputError(
-            "ppo: every answer of the first iteration is empty: the policy ends its turn at once",
-            "look at the SFT adapter's answers: was it trained with the chat template that made these prompts?",
+            "ppo: every answer of the first iteration is empty: the policy ends its turn immediately",
+            "look at the SFT adapter's answers: was it trained with the chat template of these prompts?",
         )
-    raise Collapsed("every answer is empty: the policy has learnt to end its turn at once")
+    raise Collapsed("every answer is empty: the policy has learned to end its turn immediately")
 
 
 def refuse_other_reference(log_probs: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor, dtype: torch.dtype) -> None:
     """Raises:
-    InputError: the policy does not start as the reference.
+    InputError: the policy differs from the reference at the start.
     """
     import torch
 
     apart = float((log_probs - reference).abs()[mask].mean())
     if not apart <= torch.finfo(dtype).eps ** 0.5:
         raise InputError(
-            f"ppo: before the first update the policy is {apart:.3g} nats per token from its reference, which is itself with the adapter off",
-            "start with an adapter that changes nothing: leave out peft.init_lora_weights",
+            f"ppo: before the first update the policy is {apart:.3g} nats per token from its reference, which is the same model with the adapter disabled",
+            "start with an adapter without effect: remove peft.init_lora_weights",
         )
 
 
 def refuse_explosion(kl: float, settings: Settings) -> None:
     """Raises:
-    Collapsed: KL is too large, or no number.
+    Collapsed: KL is too large, or NaN.
     """
     if not kl <= settings.explode_kl:
         raise Collapsed(f"KL is {kl:.4g} nats per answer, over explode_kl {settings.explode_kl:g}")
 
 
-# ---- small ------------------------------------------------------------------------------------------------------------------------------
+# ---- helpers --------------------------------------------------------------------------------------------------------------------------------
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
-    """In float32, or as it is in float64."""
+    """In float32, or unchanged if float64."""
     import torch
 
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -784,11 +805,11 @@ def _parts(items: Sequence[int], size: int) -> Iterator[list[int]]:
     return (list(items[start : start + size]) for start in range(0, len(items), size))
 
 
-def _copied(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _copy_weights(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: weight.detach().cpu().clone() for name, weight in weights.items()}
 
 
-def _put(weights: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
+def _set_weights(weights: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
     import torch
 
     with torch.no_grad():

@@ -1,6 +1,8 @@
-"""Alignment: an SFT model learns to prefer, from pairs (DPO, KTO) or from rewards of its own answers (RLOO, GRPO through TRL, PPO by ppo.py).
+"""Alignment: an SFT model is trained on preferences, from pairs (DPO, KTO) or from rewards of its own answers (RLOO,
+GRPO through TRL, PPO by ppo.py).
 
-A method is one class below: its fields are its options, its attributes and functions are all that training, reports and planning ask of it.
+A method is one class below: its fields are its options; training, reports and planning use only its attributes and
+functions.
 To add one, write its class and list it in METHODS.
 
 | method | learns from | source |
@@ -46,10 +48,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AlignmentRun:
-    """What a method trains, and what it learns from."""
+    """Model and data of an alignment."""
 
     model: Any
-    """A PeftModel whose adapter changes nothing yet."""
+    """A PeftModel with an adapter that has no effect yet."""
     tokenizer: Any
     pairs: Mapping[str, Sequence[Mapping[str, Any]]]
     """Split -> its pairs."""
@@ -87,17 +89,17 @@ class AlignmentMethod(Section):
     name: ClassVar[str]
     """Value of `method` in params.yaml."""
     learns_from_rewards: ClassVar[bool] = False
-    """It answers prompts itself and needs rewards; otherwise it learns from the answers of the pairs."""
+    """Whether it trains on rewards of sampled answers; else it trains on the answers of the pairs."""
     shares_processes: ClassVar[bool] = False
-    """Several processes can share one training."""
+    """Whether several processes can share one training."""
     checkpoint_size: ClassVar[int] = 3
     """Size of a checkpoint, in multiples of the trainable weights."""
     ignored_params: ClassVar[frozenset[str]] = frozenset()
     """Keys of an entry that this method does not use."""
     rows_per_pair: ClassVar[int] = 1
-    """Training rows made of each pair."""
+    """Training rows per pair."""
     figures: ClassVar[Sequence[str]]
-    """Columns of the training curve after the loss, where they were measured."""
+    """Columns of the training curve after the loss, if measured."""
 
     def refuse_contradictions(self, params: PreferenceParams, where: str) -> None:
         """Raises:
@@ -134,7 +136,7 @@ class AlignmentMethod(Section):
 
 
 class TrlMethod(AlignmentMethod):
-    """A method that one of TRL's trainers trains."""
+    """A method implemented by one of TRL's trainers."""
 
     metrics: ClassVar[Mapping[str, str]]
     """Metric as TRL logs it -> its name in the curve."""
@@ -143,7 +145,7 @@ class TrlMethod(AlignmentMethod):
         raise NotImplementedError
 
     def rows(self, tokenizer: Any, pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Pairs as the trainer reads them; `pair` is the number of the pair that a row was made of."""
+        """Rows in the format of the trainer; `pair` is the number of a row's pair."""
         raise NotImplementedError
 
     def train(self, run: AlignmentRun) -> TrainingHistory:
@@ -157,9 +159,9 @@ class TrlMethod(AlignmentMethod):
 PAIR_METRICS = {
     "rewards/accuracies": "accuracy", "rewards/margins": "margin", "rewards/chosen": "reward_chosen", "rewards/rejected": "reward_rejected", "kl": "kl",
 }  # fmt: skip
-"""Metrics of methods that learn from pairs, as TRL logs them -> as we name them."""
+"""Metrics of methods that learn from pairs, as TRL logs them -> name in the curve."""
 ONLINE_FIGURES = ("kl", "reward", "entropy", "response_length", "unfinished")
-"""Curve of methods that learn from rewards."""
+"""Metrics in the curve of methods that learn from rewards."""
 
 
 class Dpo(TrlMethod):
@@ -175,7 +177,7 @@ class Dpo(TrlMethod):
         "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down",
         "discopop", "sigmoid_norm",
     ] = "sigmoid"  # fmt: skip
-    """The loss, by TRL's name; `sigmoid` is the loss of the DPO paper."""
+    """The loss, as named by TRL; `sigmoid` is the loss of the DPO paper."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """Assumed probability that chosen and rejected are swapped (cDPO, robust DPO). exo_pair requires more than 0."""
     rpo_alpha: float = Field(default=0.0, ge=0)
@@ -184,7 +186,7 @@ class Dpo(TrlMethod):
 
     def refuse_contradictions(self, params: PreferenceParams, where: str) -> None:
         if self.loss_type == "exo_pair" and not self.label_smoothing:
-            raise InputError(f"params.yaml: {where}.options.label_smoothing: exo_pair needs it above 0", "its paper has 0.001")
+            raise InputError(f"params.yaml: {where}.options.label_smoothing: exo_pair needs it above 0", "its paper uses 0.001")
 
     def trainer_spec(self, run: AlignmentRun) -> TrainerSpec:
         import trl
@@ -238,7 +240,7 @@ class Kto(TrlMethod):
 
 def _unmatched(answers: Sequence[Mapping[str, Any]], i: int) -> Mapping[str, Any]:
     """The nearest earlier answer (before the first: the last) with the same label and another prompt: KL is estimated on such answers (arXiv
-    2402.01306, section 4.2). Where all prompts are the same, the previous answer with the same label."""
+    2402.01306, section 4.2). If all prompts are the same, the previous answer with the same label."""
     for back in range(2, len(answers), 2):
         if answers[i - back]["prompt_ids"] != answers[i]["prompt_ids"]:
             return answers[i - back]
@@ -273,7 +275,7 @@ class GroupMethod(TrlMethod):
         batch, group = params.per_device_train_batch_size, self.num_generations
         if batch % group:
             raise InputError(
-                f"params.yaml: {where}.per_device_train_batch_size: {batch} answers are no whole number of groups of {group}",
+                f"params.yaml: {where}.per_device_train_batch_size: {batch} answers cannot be divided into groups of {group}",
                 f"use a multiple of num_generations, e.g. {group * max(1, batch // group)}",
             )
 
@@ -334,14 +336,15 @@ class Ppo(AlignmentMethod, ppo.Settings):
             )
 
     def train(self, run: AlignmentRun) -> TrainingHistory:
-        """The history is that of the other methods: an iteration is a step, and the policy's loss the loss.
+        """Returns the history in the format of the other methods: an iteration is a step, and the policy's loss is the
+        loss.
 
         Raises:
             InputError: it stopped before the first update.
         """
         history = ppo.train(run.model, run.tokenizer, run.prompts, run.reward, self, run.compute, run.checkpoints, run.live)
         if history.stopped and not history.curve:
-            raise InputError(history.stopped, "change what it says in the entry's options")
+            raise InputError(history.stopped, "change the options named above")
         curve = [{**point, "loss": point["policy_loss"]} for point in history.curve]
         trained = TrainingHistory(curve=curve, seen=history.seen, tokens=history.tokens, seconds=history.seconds)
         return StoppedHistory(**vars(trained), stopped=history.stopped) if history.stopped else trained
@@ -366,10 +369,10 @@ else:
 
 @dataclass
 class StoppedHistory(TrainingHistory):
-    """A training that stopped early, with the last weights that were sound."""
+    """Record of a training that stopped early, with the last good weights."""
 
     stopped: str = ""
-    """Why, and what to change."""
+    """The reason, and what to change."""
 
 
 def parse_method(
@@ -385,7 +388,7 @@ def parse_method(
     method = parse(METHODS[name], dict(options), f"{where}.options")
     if ignored := sorted((method.ignored_params - NON_SEMANTIC_PARAMS) & set(given)):
         known = f"its options: {', '.join(METHODS[name].model_fields)}"
-        raise InputError(f"params.yaml: {where}: {', '.join(ignored)}: {name} takes its steps by its options", known)
+        raise InputError(f"params.yaml: {where}: {', '.join(ignored)}: {name} sets its steps in its options", known)
     method.refuse_contradictions(params, where)
     return method
 
@@ -394,9 +397,9 @@ def policy(sft: Path, peft: Mapping[str, Any], device: torch.device, dtype: torc
     """The SFT model with a fresh LoRA adapter.
 
     Args:
-        sft: a stand-alone model.
+        sft: a standalone model.
         peft: keys of LoRA.
-        adapter: name of the SFT variant; the adapter's configuration refers to its model as dvc.yaml names it.
+        adapter: name of the SFT variant; the adapter's configuration names its model by the path in dvc.yaml.
     """
     assert re.fullmatch(r"[\w-]+", adapter)
     return build.build("lora", peft, sft, device, dtype, where, packs=False, named=f"data/merged/{adapter}")

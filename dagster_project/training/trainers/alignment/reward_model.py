@@ -1,4 +1,4 @@
-"""Rewards: one number for an answer, from a reward model that learnt people's preferences, from rules, or from both.
+"""Rewards: one number for an answer, from a reward model trained on people's preferences, from rules, or from both.
 
 A reward model is a language model whose output layer is a single number, read at the last token (Bradley-Terry model of pairs: the probability
 that one answer is preferred is sigmoid of the difference of their rewards; Ouyang et al. 2022, arXiv 2203.02155, section 3.5).
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 
 MODEL = "reward_model"
 QUALITY = "quality.json"
-"""The file beside the weights of a reward model that lists its failed checks."""
+"""File in the folder of a reward model with its failed checks."""
 
 
 def write_quality(folder: Path, checks: Sequence[CheckResult]) -> None:
-    """List the failed checks of severity "error". Whether they forbid a use is decided by the stage that uses the model."""
+    """List the failed checks of severity "error". The stage that uses the model decides whether they block."""
     failed = {check.name: check.note for check in checks if not check.passed and check.severity == "error"}
     write_json(folder / QUALITY, {"failed_checks": failed})
 
 
 def failed_checks(folder: Path) -> dict[str, str]:
-    """Failed checks of a reward model -> their notes. Empty where all passed."""
+    """Failed checks of a reward model -> their notes. Empty if all passed."""
     if not (folder / QUALITY).is_file():
         return {"quality": f"{QUALITY} is missing: run `dvc repro reward_model`"}
     found: dict[str, str] = json.loads((folder / QUALITY).read_text(encoding="utf-8"))["failed_checks"]
@@ -44,11 +44,11 @@ def failed_checks(folder: Path) -> dict[str, str]:
 
 
 def build(folder: Path, peft: Mapping[str, Any] | None, device: torch.device, dtype: torch.dtype, where: str) -> Any:
-    """A language model with a new output layer `score` that gives one number, ready to learn.
+    """A language model with a new output layer `score` of one number, ready for training.
 
     Args:
-        folder: a model that stands alone.
-        peft: keys of LoRA; None: every weight learns.
+        folder: a standalone model.
+        peft: keys of LoRA; None: every weight is trained.
     """
     import torch
     from peft import TaskType, get_peft_model
@@ -59,7 +59,7 @@ def build(folder: Path, peft: Mapping[str, Any] | None, device: torch.device, dt
 
     held = torch.float32 if peft is None else dtype
     said = logging.get_verbosity()
-    logging.set_verbosity_error()  # that the output layer is new is meant
+    logging.set_verbosity_error()  # the new output layer is intended
     model = AutoModelForSequenceClassification.from_pretrained(
         folder, num_labels=1, dtype=held, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa"
     ).to(device)
@@ -70,7 +70,7 @@ def build(folder: Path, peft: Mapping[str, Any] | None, device: torch.device, dt
     config = peft_config("lora", peft, where, model)
     config.task_type, config.modules_to_save = TaskType.SEQ_CLS, ["score"]
     model = get_peft_model(model, config)
-    for parameter in model.parameters():  # a step smaller than 1/256 of a bfloat16 weight is lost: what learns is float32
+    for parameter in model.parameters():  # a step smaller than 1/256 of a bfloat16 weight is lost, so trained weights are float32
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     model.get_base_model().score.register_forward_pre_hook(lambda _, given: (given[0].float(),))
@@ -79,7 +79,8 @@ def build(folder: Path, peft: Mapping[str, Any] | None, device: torch.device, dt
 
 
 def save(model: Any, folder: Path, out: Path) -> None:
-    """The reward model as one that stands alone, in the dtype of the model in `folder` that it was made from, with its tokenizer."""
+    """Save the reward model as a standalone model with its tokenizer, in the dtype of the model in `folder` that it was
+    trained from."""
     import torch
     from transformers import AutoConfig
 
@@ -98,7 +99,7 @@ def tokenizer_of(folder: Path) -> Any:
 
 
 class RewardModel:
-    """A reward model as it is asked."""
+    """A reward model for scoring."""
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
         from transformers import AutoModelForSequenceClassification
@@ -118,7 +119,7 @@ class RewardModel:
         """The reward of the answer that each conversation ends with.
 
         Args:
-            what: named in the progress lines; nothing: none.
+            what: name in progress lines; empty: no progress lines.
             tools: of each conversation; None if none has any.
         """
         return self._score(answered(self.tokenizer, conversations, tools), batch_size, what)
@@ -128,7 +129,7 @@ class RewardModel:
         return self._score([_generated(self.tokenizer, pair, answer) for pair, answer in zip(pairs, answers, strict=True)])
 
     def _score(self, encoded: Sequence[Answered], batch_size: int = 32, what: str = "") -> list[float]:
-        """The reward of each answer. Padding stands on the right behind a mask."""
+        """The reward of each answer. Padding is on the right and masked."""
         import torch
 
         texts = [[*prompt, *answer] for prompt, answer in encoded]
@@ -139,7 +140,7 @@ class RewardModel:
             for start in range(0, len(order), batch_size):
                 batch = order[start : start + batch_size]
                 ids, mask = pad([texts[i] for i in batch])
-                # which id pads does not matter behind a mask, but the model finds the last token by it
+                # the mask hides padding, but the model uses the id to find the last token
                 ids = ids.masked_fill(mask == 0, self.model.config.pad_token_id)
                 found = self.model(input_ids=ids.to(self.model.device), attention_mask=mask.to(self.model.device), use_cache=False).logits
                 for i, value in zip(batch, found[:, 0].float().tolist(), strict=True):
@@ -161,7 +162,7 @@ def _generated(tokenizer: Any, pair: Mapping[str, Any], answer: Message) -> Answ
 
 
 def judged_text(answer: Message) -> str:
-    """The text of an answer that rules judge: its content, and calls as JSON. A trace is not part of it."""
+    """The text of an answer for the rules: its content, and calls as JSON, without the trace."""
     return conversation_text([{key: value for key, value in answer.items() if key != "reasoning_content"}])
 
 
@@ -169,7 +170,7 @@ def judged_text(answer: Message) -> str:
 
 
 def valid_json(answer: str) -> float:
-    """1 where an answer is one JSON value, else 0."""
+    """1 if an answer is one JSON value, else 0."""
     try:
         json.loads(answer)
     except ValueError:
@@ -178,7 +179,7 @@ def valid_json(answer: str) -> float:
 
 
 def distinct(answer: str, n: int = 3) -> float:
-    """Share of an answer's runs of three words that it does not repeat; 1 where it has none.
+    """Share of distinct three-word runs of an answer; 1 if it has none.
 
     >>> distinct("a b c a b c"), distinct("yes")
     (0.75, 1.0)
@@ -194,16 +195,14 @@ def brief(answer: str) -> float:
 
 
 RULES: dict[str, Callable[[str], float]] = {"valid_json": valid_json, "distinct": distinct, "brief": brief}
-"""Rewards that need no model: name -> of an answer."""
+"""Rules: name -> reward of an answer."""
 
 
 def check(rewards: Mapping[str, float], where: str) -> None:
-    """Raises:
-    InputError: a reward that there is not, or none at all.
-    """
+    """Raises: InputError: a reward is unknown, or there is none."""
     unknown = sorted(rewards.keys() - RULES.keys() - {MODEL})
     if unknown or not any(rewards.values()):
-        what = f"unknown: {', '.join(unknown)}" if unknown else "nothing is rewarded"
+        what = f"unknown: {', '.join(unknown)}" if unknown else "there is no reward"
         raise InputError(f"params.yaml: {where}: {what}", f"rewards, each with its weight: {', '.join([MODEL, *RULES])}")
 
 
@@ -212,8 +211,8 @@ class Rewards:
 
     def __init__(self, weights: Mapping[str, float], model: RewardModel | None) -> None:
         """Args:
-        weights: name -> weight, as an entry of params.yaml has them. What weighs 0 is left out.
-        model: needed where they name it.
+        weights: name -> weight, as in an entry of params.yaml. Rewards with weight 0 are left out.
+        model: required if they name it.
         """
         self.weights, self.model = {name: weight for name, weight in weights.items() if weight}, model
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.hashing import sha256_of_files
 from dagster_project.core.params import Compute
-from dagster_project.training.trainers.harness.checkpoint import Checkpoints, Saved, params_identity, run_identity
+from dagster_project.training.trainers.harness.checkpoint import Checkpoints, SavedCheckpoint, params_identity, run_identity
 from dagster_project.training.trainers.harness.history import TrainingHistory
 from dagster_project.training.trainers.harness.params import PreferenceParams
 from dagster_project.training.trainers.harness.session import (
@@ -59,7 +59,7 @@ class TrlSession(Session):
         model: Any,
         params: PreferenceParams,
         checkpoints: Checkpoints | None,
-        saved: Saved | None,
+        saved: SavedCheckpoint | None,
         live: Path | None,
     ) -> None:
         metrics = (*spec.metrics.values(), "loss", "validation_loss", "learning_rate", "grad_norm")
@@ -110,7 +110,7 @@ def _trainer_class(base: type) -> type:
         def _load_rng_state(self, folder: str | None) -> None:
             super()._load_rng_state(folder)
             if self.session.saved:
-                self._total_train_tokens = self.session.history.tokens  # TRL 1.16 counts on from it
+                self._total_train_tokens = self.session.history.tokens  # TRL 1.16 continues counting from it
 
     return RowTrainer
 
@@ -129,13 +129,13 @@ def train(
     """Train a model in place, from its newest checkpoint if it has one.
 
     Args:
-        model: its trainable weights are trained, and are what a checkpoint keeps.
-        rows: of the training split, with the columns that the trainer reads after tokenization.
+        model: its trainable weights are trained and saved in checkpoints.
+        rows: of the training split, with the trainer's columns after tokenization.
         validation_rows: likewise; none: no validation.
         live: folder for the curves so far; None to write none.
     Raises:
-        Interrupted: SIGINT or SIGTERM came; a checkpoint has been written.
-        Diverged: a loss or a gradient is not finite. The checkpoints are from before.
+        Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
+        Diverged: a loss or a gradient is not finite. The checkpoints are older.
         PedigreeError: out of memory or disk.
     """
     session = TrlSession(spec, model, params, checkpoints, checkpoints.newest() if checkpoints else None, live)
@@ -187,7 +187,7 @@ def _with_rows(batch: Any, rows: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def _take_rows(inputs: Any) -> list[int]:
-    """Numbers of the rows in a batch; the batch is left as TRL made it."""
+    """Numbers of the rows in a batch, which are removed from it."""
     return [row["row"] for row in inputs] if isinstance(inputs, list) else [int(row) for row in inputs.pop("rows").tolist()]
 
 
@@ -204,7 +204,7 @@ def preference_identity(
 
     Args:
         data: folder of the pairs.
-        folders: models that it reads, by name for messages.
+        folders: models that it reads, by their name in messages.
         module: the stage's own file.
     """
     return {

@@ -1,4 +1,4 @@
-"""Checkpoints from which an interrupted training ends in the same bytes: written whole or not at all, proven before they are used."""
+"""Checkpoints from which an interrupted training resumes to the same bytes: written atomically, verified before use."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ MARKER = "complete.json"
 
 
 @dataclass(frozen=True)
-class Saved:
-    """A checkpoint that has been found whole."""
+class SavedCheckpoint:
+    """A verified checkpoint."""
 
     folder: Path
     step: int
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors saved under a name, on the CPU; none if there are none."""
+        """The tensors saved under a name, on the CPU; empty if there are none."""
         from safetensors.torch import load_file
 
         path = self.folder / f"{name}.safetensors"
@@ -47,27 +47,26 @@ class Saved:
         return json.loads((self.folder / f"{name}.json").read_text())
 
     def state(self, device: torch.device) -> Any:
-        """The state as it was handed to `save`; tensors that were on an accelerator are put on `device`."""
+        """The state as passed to `save`; tensors that were on an accelerator are moved to `device`."""
         return unpack(self.document("state"), self.tensors("state"), device)
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one variant, in a folder of their own."""
+    """The checkpoints of one variant, in their own folder."""
 
     folder: Path
     identity: Mapping[str, str]
-    """What must be the same for a checkpoint to be gone on from, by a name that a message can use: {"parameters": sha256, ...}."""
+    """What must be equal to resume from a checkpoint, by its name in messages: {"parameters": sha256, ...}."""
     keep: int = 2
-    """How many to keep; older ones are removed once a newer one is complete."""
+    """Number of checkpoints to keep; older ones are removed once a newer one is complete."""
 
     def save(self, step: int, state: Any, tensors: Mapping[str, Mapping[str, torch.Tensor]], documents: Mapping[str, Any]) -> None:
-        """Write one checkpoint: a temporary folder, every file on disk, one rename, then the marker.
-
-        A kill at any moment leaves either a whole checkpoint or one that `newest` recognizes as unfinished, and never touches the one before.
+        """Write one checkpoint: a temporary folder, every file flushed, one rename, then the marker. A kill at any time
+        leaves a complete checkpoint or one that `newest` recognizes as incomplete, and never changes the previous one.
 
         Args:
-            state: anything that `pack` can take apart.
+            state: any state that `pack` supports.
             tensors: file name (without suffix) -> name -> tensor.
             documents: file name (without suffix) -> JSON.
         Raises:
@@ -82,7 +81,7 @@ class Checkpoints:
             remove(scratch)
             scratch.mkdir(parents=True)
             for name, group in {**tensors, "state": state_tensors}.items():
-                save_file(_apart(group), scratch / f"{name}.safetensors")
+                save_file(_copy_shared(group), scratch / f"{name}.safetensors")
             for name, document in {**documents, "state": state_document}.items():
                 (scratch / f"{name}.json").write_text(json.dumps(document))
             files = {path.name: sha256_of_file(path) for path in sorted(scratch.iterdir())}
@@ -103,15 +102,16 @@ class Checkpoints:
             remove(scratch)
             raise PedigreeError(
                 f"the disk is full: the checkpoint of step {step} does not fit into {self.folder}",
-                "free some space and run again: training goes on from the checkpoint before",
+                "free some space and run again: training resumes from the previous checkpoint",
             ) from None
         for old in self._complete()[self.keep :]:
             _remove(old)
 
-    def newest(self) -> Saved | None:
-        """The newest checkpoint that is whole and of this very training; None to start anew.
+    def newest(self) -> SavedCheckpoint | None:
+        """The newest complete checkpoint of the same training; None to start over.
 
-        One that is damaged is removed in favour of the one before; one of another training is set aside as `*.stale`. Each time one line says so.
+        A damaged one is removed and the previous one is used; one of another training is set aside as `*.stale`. Both
+        are logged.
         """
         for unfinished in self.folder.glob("step-*.unfinished"):
             remove(unfinished)
@@ -122,7 +122,7 @@ class Checkpoints:
                 marker = json.loads((folder / MARKER).read_text())
                 step, identity, files = marker["step"], marker["identity"], marker["files"]
             except FileNotFoundError:
-                wrong = "it was not written to its end"
+                wrong = "it is incomplete"
             except (ValueError, KeyError, TypeError):
                 wrong = f"{MARKER} is not readable"
             else:
@@ -131,27 +131,27 @@ class Checkpoints:
                     break
                 wrong = next(
                     (
-                        f"{name} is not what was written"
+                        f"{name} was changed"
                         for name, sha256 in files.items()
                         if (sha256_of_file(folder / name) if (folder / name).is_file() else "") != sha256
                     ),
                     "",
                 )
             if not wrong:
-                return Saved(folder, step)
-            log.warning(f"training: checkpoint {folder.name} is damaged ({wrong}); going back to the one before")
+                return SavedCheckpoint(folder, step)
+            log.warning(f"training: checkpoint {folder.name} is damaged ({wrong}); using the previous one")
             _remove(folder)
         if differing:
             for stale in self.folder.glob("*.stale"):
                 remove(stale)
             for folder in self._complete():
                 folder.rename(folder.with_name(f"{folder.name}.stale"))
-            log.warning(f"training: the checkpoints are of another training (differs: {', '.join(differing)}); set aside, starting anew")
+            log.warning(f"training: the checkpoints are of another training (differs: {', '.join(differing)}); set aside, starting over")
         return None
 
-    def at(self, step: int) -> Saved:
-        """The checkpoint of a step, which another process has found whole."""
-        return Saved(self.folder / f"step-{step:08d}", step)
+    def at(self, step: int) -> SavedCheckpoint:
+        """The checkpoint of a step that another process verified."""
+        return SavedCheckpoint(self.folder / f"step-{step:08d}", step)
 
     def _complete(self) -> list[Path]:
         """Folders with a marker, newest step first."""
@@ -159,13 +159,14 @@ class Checkpoints:
 
 
 def _remove(folder: Path) -> None:
-    """A checkpoint, its marker first, so that a kill in between cannot leave half a checkpoint that looks whole."""
+    """Remove a checkpoint, its marker first, so that a kill in between cannot leave a partial checkpoint that looks
+    complete."""
     (folder / MARKER).unlink(missing_ok=True)
     remove(folder)
 
 
 def _to_disk(path: Path) -> None:
-    """Flush a file, or what a folder says of its entries."""
+    """Flush a file, or the entries of a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -173,8 +174,9 @@ def _to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def _apart(group: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors on the CPU, copied where two of them share memory, which safetensors refuses (8-bit optimizers share their tables)."""
+def _copy_shared(group: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors on the CPU, copied if two of them share memory, which safetensors refuses (8-bit optimizers share
+    their tables)."""
     found: dict[str, torch.Tensor] = {}
     taken: set[int] = set()
     for name, tensor in group.items():
@@ -186,9 +188,7 @@ def _apart(group: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def code_of(module: Path, root: Path) -> list[Path]:
     """The file of a module and of every module of this package that it imports, directly or not, in a fixed order.
-
-    Args:
-        root: the package's folder; its name is the first word of each import.
+    Args: root: the package's folder; its name is the first part of each import.
     """
     found: set[Path] = set()
     waiting = [module]
@@ -222,18 +222,18 @@ def run_identity(module: Path, compute: Compute, device: torch.device, dtype: to
 
 
 def params_identity(params: TrainingParams, compute: Compute) -> dict[str, str]:
-    """The part that params.yaml determines."""
+    """The part of the identity that params.yaml determines."""
     values = {**params.model_dump(exclude=set(NON_SEMANTIC_PARAMS)), "seed": compute.seed}
     return {"parameters": sha256_of_text(json.dumps(values, sort_keys=True))}
 
 
 def refuse_full_disk(needs: Mapping[Path, int], what: str) -> None:
-    """Say before training that its files will not fit.
+    """Check before training that its files will fit on disk.
 
     Args:
-        needs: folder -> bytes that will be written into it. Folders on one disk share what is free there.
+        needs: folder -> bytes to write into it. Folders on one disk share its free space.
     Raises:
-        PedigreeError: a disk has less space than that.
+        PedigreeError: a disk has less free space.
     """
     disks: dict[int, tuple[Path, int]] = {}
     for folder, size in needs.items():
@@ -250,13 +250,14 @@ def refuse_full_disk(needs: Mapping[Path, int], what: str) -> None:
 
 
 def pack(value: Any, tensors: dict[str, torch.Tensor], place: str) -> Any:
-    """A state (of an optimizer, a schedule, a random generator) as plain JSON; its tensors go into `tensors` under the place they have in it.
+    """A state (of an optimizer, a schedule, a random generator) as plain JSON; its tensors are added to `tensors` under
+    their path in it.
 
     >>> pack({0: (1.5, None)}, {}, "state")
     {'items': [[0, {'tuple': [1.5, None]}]]}
 
     Raises:
-        TypeError: something that is neither plain data nor a tensor.
+        TypeError: a value is neither plain data nor a tensor.
     """
     import torch
 
@@ -274,7 +275,7 @@ def pack(value: Any, tensors: dict[str, torch.Tensor], place: str) -> Any:
 
 
 def unpack(packed: Any, tensors: Mapping[str, torch.Tensor], device: torch.device) -> Any:
-    """What `pack` has packed; tensors that were on an accelerator go to `device`."""
+    """Inverse of `pack`; tensors that were on an accelerator are moved to `device`."""
     if isinstance(packed, list):
         return [unpack(item, tensors, device) for item in packed]
     if not isinstance(packed, dict):
@@ -288,9 +289,8 @@ def unpack(packed: Any, tensors: Mapping[str, torch.Tensor], device: torch.devic
 
 
 def optimizer_state(optimizer: Any) -> dict[str, Any]:
-    """All that a torch optimizer remembers, by the position of each parameter.
-
-    Not its own `state_dict`, whose loading converts what it remembers to the parameter's dtype.
+    """The state of a torch optimizer, by the position of each parameter. Its own `state_dict` is not used, because
+    loading converts the state to the parameter's dtype.
     """
     groups = optimizer.param_groups
     return {
@@ -309,7 +309,7 @@ def restore_optimizer(optimizer: Any, saved: Mapping[str, Any]) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """Where the generators of Python, numpy, torch and each GPU stand."""
+    """States of the random generators of Python, numpy, torch and each GPU."""
     import random
 
     import numpy as np

@@ -1,4 +1,4 @@
-"""A training as tables for plots: one that is part of the result, and live ones that grow while it runs."""
+"""Tables of a training for plots: one that is part of the result, and live ones that grow while it runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ LIVE = ("loss", "validation_loss", "learning_rate", "grad_norm", "tokens_per_sec
 
 
 def write_curve(path: Path, curve: Sequence[Point], columns: Sequence[str] = ("loss", "learning_rate", "grad_norm")) -> None:
-    """The training as CSV for `dvc plots`: step, the columns, and tokens so far, for each point that has them all. The same bytes on every run."""
+    """The training as CSV for `dvc plots`: step, the columns, and tokens so far, for each point that has all of them.
+    The same bytes on every run."""
     lines = [
         ",".join([str(point["step"]), *(f"{point[name]:.6g}" for name in columns), str(point["tokens"])])
         for point in curve
@@ -23,10 +24,10 @@ def write_curve(path: Path, curve: Sequence[Point], columns: Sequence[str] = ("l
 
 
 def live_writer(folder: Path, every: float = 3.0, names: Sequence[str] = LIVE) -> Callable[..., None]:
-    """A function that writes the curve so far for whoever watches, at most every few seconds unless it is told `now=True`.
+    """A function that writes the live curve, at most every few seconds unless called with `now=True`.
 
-    Each figure is a table of its own, `loss.csv` with the columns step and loss, as `dvc plots` wants them. A table is replaced in one step, so
-    it is whole at any moment. Those of an earlier training are removed.
+    Each metric has its own table, e.g. `loss.csv` with the columns step and loss, in the format of `dvc plots`. A table
+    is replaced atomically, so it is always complete. Tables of an earlier training are removed.
     """
     remove(folder)
     last = float("-inf")

@@ -1,4 +1,5 @@
-"""Several processes, one training: the first starts the others, and all end with it. Without others, every sum here is what it was."""
+"""A training in several processes: the first starts the others, and all end with it. With a single process, every sum
+here returns its input."""
 
 from __future__ import annotations
 
@@ -26,33 +27,33 @@ if TYPE_CHECKING:
 READY, DONE = b"ready", b"done"
 
 BUCKET = 2**23
-"""Numbers that are summed in one call; many small tensors would each cost a round trip."""
+"""Numbers that are summed in one call, to avoid a round trip per small tensor."""
 
 _lost: list[str] = []
-"""What became of a process that ended before its work was done."""
+"""Why a process ended before its work was done."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Which of the processes this one is."""
+class ProcessRank:
+    """Rank of this process, and the number of processes."""
 
     rank: int
-    """From 0; the first alone writes and is asked to stop."""
+    """From 0; only process 0 writes files and receives stop requests."""
     size: int
 
     def does(self, number: int) -> bool:
-        """Is the pass of this number, from 0, ours?"""
+        """Whether this process computes the n-th pass, from 0."""
         return number % self.size == self.rank
 
 
-def place() -> Place:
+def place() -> ProcessRank:
     import torch.distributed as dist
 
-    return Place(dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else Place(0, 1)
+    return ProcessRank(dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else ProcessRank(0, 1)
 
 
 def summed(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, in place the sum of those of all processes. Every process gets the same bits."""
+    """Replace the tensor by the sum over all processes. Every process gets the same bits."""
     import torch.distributed as dist
 
     if place().size > 1:
@@ -62,7 +63,7 @@ def summed(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def from_first(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, in place that of the first process."""
+    """Replace the tensor by that of the first process."""
     import torch.distributed as dist
 
     if place().size > 1:
@@ -71,7 +72,7 @@ def from_first(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def sum_gradients(parameters: Sequence[Any]) -> None:
-    """Gradients become the sums of those of all processes; that of a parameter without one counts as zero."""
+    """Replace gradients by their sums over all processes; a missing gradient counts as zero."""
     import torch
 
     if place().size == 1:
@@ -89,24 +90,24 @@ def sum_gradients(parameters: Sequence[Any]) -> None:
 
 
 def seed_of(seed: int, step: int, number: int) -> int:
-    """The seed of the n-th pass of a step, so that what is random in it does not depend on the process that does it."""
+    """The seed of the n-th pass of a step, so that its random numbers do not depend on the process that computes it."""
     return zlib.crc32(f"{seed} {step} {number}".encode())
 
 
 def refuse_lost() -> None:
-    """To be asked also before anything that was summed is kept: on a GPU a sum that was broken off raises nothing by itself.
+    """Check that no process was lost. Also called before a sum is used, because on a GPU an interrupted sum raises no
+    exception.
 
     Raises:
         PedigreeError: another process ended before its work was done.
     """
     if _lost:
-        raise PedigreeError(_lost[0], "run again: training goes on from its newest checkpoint")
+        raise PedigreeError(_lost[0], "run again: training resumes from its newest checkpoint")
 
 
 def claim_gpus(count: int) -> list[str]:
-    """The GPUs of so many processes, none on a CPU, by the names that CUDA_VISIBLE_DEVICES knows them by. This process sees its own alone from here on.
-
-    To be called before CUDA starts.
+    """GPUs of `count` processes, empty on a CPU, by their names in CUDA_VISIBLE_DEVICES. From here on this process sees
+    only its own GPU. Call it before CUDA starts.
 
     Raises:
         InputError: more processes than GPUs.
@@ -126,14 +127,13 @@ def claim_gpus(count: int) -> list[str]:
 
 @contextmanager
 def process_group(gpus: Sequence[str], work: Callable[[], object]) -> Iterator[None]:
-    """While open, this process is the first of a group that torch.distributed joins: NCCL with a GPU each, or gloo on a CPU.
-
-    The others do `work` and are silent. They end when this ends, however it does: by a kill too. They meet over a file and the loopback interface;
-    no port is open to others.
+    """While open, this process is the first of a torch.distributed group: NCCL with one GPU each, or gloo on a CPU. The
+    others run `work` without output. They end when this process ends, even if it is killed. They connect by a file and
+    the loopback interface; no port is reachable from outside.
 
     Args:
-        gpus: one for each process, this one included, as `claim_gpus` gives them. One starts none.
-        work: what each other process does. Picklable.
+        gpus: one for each process, including this one, from `claim_gpus`. With a single one no process is started.
+        work: function of each other process. Picklable.
     Raises:
         PedigreeError: another process ended before its work was done.
     """
@@ -159,14 +159,14 @@ def process_group(gpus: Sequence[str], work: Callable[[], object]) -> Iterator[N
                 mouth.close()
                 ears[ear] = f"process {rank + 1} of {count}"
             for ear, name in ears.items():
-                if wrong := _wrong(ear, READY):
+                if wrong := _fault(ear, READY):
                     raise PedigreeError(f"{name} {wrong}", "run again")
             _join(0, count, Path(folder))
             listener = threading.Thread(target=_listen, args=(ears, heard, closing, dist.group.WORLD), daemon=True)
             listener.start()
             try:
                 yield
-            except RuntimeError:  # what torch.distributed raises where a partner is gone, in many words
+            except RuntimeError:  # raised by torch.distributed if another process is gone, with a long message
                 if heard.wait(5):
                     refuse_lost()
                 raise
@@ -195,12 +195,12 @@ def _join(rank: int, count: int, folder: Path) -> None:
         init_method=f"file://{folder / 'group'}",
         rank=rank,
         world_size=count,
-        timeout=timedelta(hours=1),  # the first may take long to write a checkpoint; that one is gone is heard of otherwise
+        timeout=timedelta(hours=1),  # the first process may take long to write a checkpoint; lost processes are detected separately
     )
 
 
 def _work(rank: int, count: int, gpu: str, folder: Path, mouth: Connection, work: Callable[[], object]) -> None:
-    """What another process does. Stopping is the first one's business; its end is the end of this."""
+    """Main function of another process. Only the first process handles stop requests; this one ends with it."""
     import multiprocessing
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -219,20 +219,20 @@ def _work(rank: int, count: int, gpu: str, folder: Path, mouth: Connection, work
     for stream in (1, 2):
         os.dup2(silence, stream)
     try:
-        import torch.distributed  # noqa: F401  it takes seconds; from here on the first one may wait
+        import torch.distributed  # noqa: F401 the import takes seconds; from here on the first process may wait
 
         mouth.send_bytes(READY)
         _join(rank, count, folder)
         work()
         mouth.send_bytes(DONE)
-    except Exception as error:  # noqa: BLE001  whatever it is, the first must hear of it
+    except Exception as error:  # noqa: BLE001 the first process must be notified of any exception
         with suppress(OSError):
             mouth.send_bytes((str(error) if isinstance(error, PedigreeError) else traceback.format_exc()).encode())
         os._exit(1)
 
 
-def _wrong(ear: Connection, wanted: bytes) -> str:
-    """Wait for the next word of another process; what is wrong with it, if anything is."""
+def _fault(ear: Connection, wanted: bytes) -> str:
+    """Wait for the next message of another process; returns its fault, if any."""
     try:
         word = ear.recv_bytes()
     except EOFError:
@@ -241,14 +241,14 @@ def _wrong(ear: Connection, wanted: bytes) -> str:
 
 
 def _listen(ears: dict[Any, str], heard: threading.Event, closing: threading.Event, group: Any) -> None:
-    """Wait until all others are done. If one is lost, no sum will ever be complete: break off the one under way."""
+    """Wait until all others are done. If one is lost, no sum can complete: abort the current one."""
     from multiprocessing.connection import wait
 
     waiting: list[Any] = list(ears)
     while waiting:
         for ear in wait(waiting):
             waiting.remove(ear)
-            if (wrong := _wrong(ear, DONE)) and not closing.is_set():  # type: ignore[arg-type]
+            if (wrong := _fault(ear, DONE)) and not closing.is_set():  # type: ignore[arg-type]
                 _lost.append(f"{ears[ear]} {wrong}")
                 heard.set()
                 with suppress(RuntimeError):

@@ -1,4 +1,4 @@
-"""What a training did, step by step."""
+"""The history of a training, step by step."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 
 @dataclass
 class TrainingHistory:
-    """What a training did, in order."""
+    """Record of a training, in order."""
 
     curve: list[dict[str, float]] = field(default_factory=list)
     """{"step", "loss", "learning_rate", "grad_norm", "tokens": so far, ...} at every step, {"step", "validation_loss", ...} before the first
     step and after each epoch. "tokens_per_second" is a recent average, for monitoring only."""
     seen: list[tuple[int, int, int]] = field(default_factory=list)
-    """(step from 1, epoch from 1, row of the training split) of each row that was trained on."""
+    """(step from 1, epoch from 1, row of the training split) of each trained row."""
     tokens: int = 0
     trained_tokens: int = 0
-    """Tokens that the loss counted."""
+    """Number of tokens in the loss."""
     best_step: int | None = None
     """The step whose weights were kept, with `load_best_model_at_end`."""
     seconds: float = 0.0
@@ -45,5 +45,5 @@ class TrainingHistory:
         return patience is not None and best is not None and sum(step > best[0] for step, _ in self.validation) >= patience
 
     def rows_of(self, step: int) -> list[int]:
-        """Rows that a step was trained on."""
+        """Rows of one training step."""
         return [row for at, _, row in self.seen if at == step]

@@ -49,7 +49,7 @@ SETTINGS_ORDER = (
 
 
 class TrainingParams(Section):
-    """What supervised and preference training have in common. Subclasses override types and defaults."""
+    """Parameters shared by supervised and preference training. Subclasses override types and defaults."""
 
     learning_rate: float = Field(default=5e-5, gt=0)
     """Peak learning rate."""
@@ -60,7 +60,7 @@ class TrainingParams(Section):
     num_train_epochs: int = Field(default=1, ge=1)
     """Passes over the training split."""
     max_steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps after which training stops, whatever the number of epochs. null: no limit."""
+    """Optimizer steps after which training stops, regardless of the number of epochs. null: no limit."""
     per_device_train_batch_size: int = Field(default=1, ge=1)
     """Rows per forward pass."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
@@ -155,7 +155,7 @@ class SftParams(TrainingParams):
 
 
 class PreferenceParams(TrainingParams):
-    """Training on preferences: reward model, DPO and its kin."""
+    """Parameters of preference training: reward model, DPO and related methods."""
 
     learning_rate: float = Field(default=5e-5, gt=0)
     """Peak learning rate. Lower than in supervised tuning, because a preference carries little information."""
@@ -196,15 +196,15 @@ class AdapterParams(SftParams):
 
 
 NON_SEMANTIC_PARAMS = frozenset({"report_to", "gradient_checkpointing", "save_strategy", "save_steps", "save_total_limit"})
-"""Parameters that do not change the trained weights. They are no part of a checkpoint's identity."""
+"""Parameters that do not change the trained weights. They are not part of a checkpoint's identity."""
 
 
 def refuse_unmerged(adapters: Mapping[str, Any], name: str, where: str) -> None:
-    """Check that an adapter exists and yields a stand-alone model.
+    """Check that an adapter exists and yields a standalone model.
 
     Args:
         adapters: section `adapter` of params.yaml.
-        where: dotted place of the key that names the adapter, for messages.
+        where: dotted path of the key that names the adapter, for messages.
     Raises:
         InputError: no such adapter, or it is not merged.
     """

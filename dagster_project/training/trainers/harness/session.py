@@ -1,4 +1,5 @@
-"""What every trainer built on transformers' Trainer shares: exact resume, training history, progress, a clean stop, divergence.
+"""Code shared by all trainers built on transformers' Trainer: exact resume, training history, progress, clean stop,
+divergence.
 
 A `Session` holds the state of one training. `ResumableTrainer` is the mixin that routes the Trainer's checkpoints through it, `monitor` the
 callback that records the history and decides when to save and when to stop, and `run_session` trains.
@@ -22,7 +23,7 @@ from dagster_project.core.errors import PedigreeError
 from dagster_project.core.params import Compute
 from dagster_project.core.progress import Progress
 from dagster_project.training.trainers.harness import checkpoint, distributed
-from dagster_project.training.trainers.harness.checkpoint import Checkpoints, Saved
+from dagster_project.training.trainers.harness.checkpoint import Checkpoints, SavedCheckpoint
 from dagster_project.training.trainers.harness.curve import live_writer
 from dagster_project.training.trainers.harness.history import TrainingHistory
 from dagster_project.training.trainers.harness.params import TrainingParams
@@ -56,12 +57,12 @@ class Session:
     """One training in progress: model, history, checkpoints, progress."""
 
     def __init__(
-        self, name: str, model: Any, params: TrainingParams, checkpoints: Checkpoints | None, saved: Saved | None, live: Path | None,
+        self, name: str, model: Any, params: TrainingParams, checkpoints: Checkpoints | None, saved: SavedCheckpoint | None, live: Path | None,
         metrics: Sequence[str],
     ) -> None:  # fmt: skip
         """Args:
         name: for progress lines, e.g. "dpo".
-        model: its trainable weights are trained, and are what a checkpoint keeps.
+        model: its trainable weights are trained and saved in checkpoints.
         checkpoints: where to keep them; None to keep none.
         saved: the checkpoint to resume from, or None.
         live: folder for the curves so far; None to write none.
@@ -80,7 +81,7 @@ class Session:
         self.show = live_writer(live, names=metrics) if live else lambda curve, now=False: None
         self.stop_requested: Callable[[], bool] = lambda: False
 
-    # What trainers override.
+    # Methods for trainers to override.
 
     def step_point(self, step: int, logs: Mapping[str, float]) -> tuple[dict[str, float], str]:
         """The history's point of a step from the Trainer's logs, and a note for the progress line."""
@@ -99,7 +100,7 @@ class Session:
         return {}
 
     def restore_method(self) -> None:
-        """Take up `method_state` from the checkpoint resumed from."""
+        """Restore `method_state` from the checkpoint."""
 
     def step_begins(self) -> None:
         """Called before each optimizer step."""
@@ -112,13 +113,13 @@ class Session:
         """
 
     def validated(self, control: Any) -> None:
-        """Called after each validation but that before the first step."""
+        """Called after each validation except the one before the first step."""
 
     def is_complete(self) -> bool:
-        """Whether the checkpoint resumed from is that of a finished training."""
+        """Whether the restored checkpoint is that of a finished training."""
         return self.saved is not None and self.saved.step >= self.saved.document("trainer_state")["max_steps"]
 
-    # What the Trainer calls, through `ResumableTrainer` and `monitor`.
+    # Methods that the Trainer calls through `ResumableTrainer` and `monitor`.
 
     def seconds(self) -> float:
         return self._earlier + time.monotonic() - self._began
@@ -158,7 +159,8 @@ class Session:
 
 
 class ResumableTrainer:
-    """Mixin for transformers' Trainer: checkpoints are those of the session, whole and hashed, and resume to the same bytes.
+    """Mixin for transformers' Trainer: checkpoints are those of the session, complete and hashed, and resume to the
+    same bytes.
 
     Overrides four private methods of transformers 5; `run_session` checks that they exist.
     """
@@ -238,7 +240,7 @@ def _monitor_class() -> type:
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if self.session.stop_requested():
-                raise Interrupted(f"interrupted at step {state.global_step}; the next run goes on from there", "run the same command again")
+                raise Interrupted(f"interrupted at step {state.global_step}; the next run resumes from there", "run the same command again")
 
     return Monitor
 
@@ -249,7 +251,7 @@ def monitor(session: Session) -> Any:
 
 
 def training_arguments(params: TrainingParams, compute: Compute, scratch: str, device: str, validates: bool) -> dict[str, Any]:
-    """What all trainers hand to transformers' TrainingArguments. Saving is left to the session."""
+    """Arguments for transformers' TrainingArguments shared by all trainers. The session saves checkpoints."""
     names = ("learning_rate", "lr_scheduler_type", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
              "optim", "weight_decay", "max_grad_norm")  # fmt: skip
     return {
@@ -274,8 +276,8 @@ def run_session(session: Session, trainer: Any, validates: bool) -> None:
     """Train, from the session's checkpoint if it has one.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM came; a checkpoint has been written.
-        Diverged: a loss or a gradient is not finite. The checkpoints are from before.
+        Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
+        Diverged: a loss or a gradient is not finite. The checkpoints are older.
     """
     check_overrides(type(trainer))
     trainer.session = session
@@ -295,7 +297,7 @@ def run_session(session: Session, trainer: Any, validates: bool) -> None:
 
 def check_overrides(trainer: type) -> None:
     """Raises:
-    AssertionError: transformers has no such method any more, so that ours would never be called.
+    AssertionError: transformers no longer has such a method, so the override would never be called.
     """
     from transformers import Trainer, __version__
 
@@ -306,10 +308,10 @@ def check_overrides(trainer: type) -> None:
 
 @contextmanager
 def advice_on_memory(advice: Callable[[], str] | None = None) -> Iterator[None]:
-    """Turn running out of memory into one message, whatever library reports it.
+    """Turn out-of-memory errors of any library into one message.
 
     Args:
-        advice: says what to change where more is known than the general advice; "" where it is not.
+        advice: specific advice, if available; else "" for the general one.
     Raises:
         PedigreeError: with what to change.
     """
@@ -332,9 +334,9 @@ def advice_on_memory(advice: Callable[[], str] | None = None) -> Iterator[None]:
 
 @contextmanager
 def stop_on_request() -> Iterator[Callable[[], bool]]:
-    """While open, the first SIGINT or SIGTERM is only noted, so that the loop stops where it can resume; a second one, a second later, interrupts.
-
-    Of several processes only the first is asked; the others stop with it.
+    """While open, the first SIGINT or SIGTERM only sets a flag, so that the loop stops where it can resume; another
+    one, at least a second later, interrupts. Only the first of several processes receives the request; the others stop
+    with it.
     """
     asked: list[float] = []
 
@@ -342,7 +344,7 @@ def stop_on_request() -> Iterator[Callable[[], bool]]:
         if asked and time.monotonic() - asked[0] > 1:
             raise KeyboardInterrupt
         if not asked:
-            log.warning("training: stopping after this step; once more to stop at once, without a checkpoint")
+            log.warning("training: stopping after this step; interrupt again to stop immediately, without a checkpoint")
         asked.append(time.monotonic())
 
     if threading.current_thread() is not threading.main_thread() or distributed.place().rank:

@@ -1,4 +1,4 @@
-"""What training did to the weights, and with which examples: the evidence that goes into the adapter's folder."""
+"""Changes of the weights in training, and the examples that were used: records for the adapter's folder."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "safetensors")
-"""Libraries whose versions determine what a run computes."""
+"""Libraries whose versions affect the results of a run."""
 
 
 @cache
 def seen_schema() -> pa.Schema:
-    """One example that was trained on, in the order seen."""
+    """One row per trained example, in training order."""
     import pyarrow as pa
 
     return pa.schema(
         [
             ("step", pa.int32()),  # optimizer step, from 1
             ("epoch", pa.int32()),  # from 1
-            ("position", pa.int32()),  # place in the step, from 0
+            ("position", pa.int32()),  # position in the step, from 0
             ("example_id", pa.string()),
         ]
     )
@@ -61,13 +61,14 @@ def trainable(model: Any) -> dict[str, torch.Tensor]:
 
 
 def frozen(model: Any) -> dict[str, torch.Tensor]:
-    """All that the model stores and that must not learn: frozen parameters and stored buffers."""
+    """Stored tensors that training must not change: frozen parameters and buffers."""
     learning = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) not in learning}
 
 
 def sha256_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
-    """sha256 over names, dtypes, shapes and bytes, in the order of the names. One tensor at a time is brought to the CPU."""
+    """sha256 over names, dtypes, shapes and bytes, in the order of the names. Tensors are copied to the CPU one at a
+    time."""
     import torch
 
     whole = hashlib.sha256()
@@ -79,7 +80,7 @@ def sha256_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def kind_of(name: str) -> str:
-    """Which group a parameter belongs to: the module it lies in, without its place in the model.
+    """The group of a parameter: the name of its module, without its path in the model.
 
     >>> kind_of("base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight")
     'lora_A'
@@ -93,7 +94,7 @@ def kind_of(name: str) -> str:
 
 
 def before_training(model: Any, path: Path) -> None:
-    """Keep the trainable weights as they are now in a file: a second copy of a whole model may not fit into memory."""
+    """Save the current trainable weights to a file: a second copy of a whole model may not fit into memory."""
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,10 +102,10 @@ def before_training(model: Any, path: Path) -> None:
 
 
 def movement(model: Any, before: Path) -> dict[str, dict[str, Any]]:
-    """How far each group of trainable weights has moved from where `before_training` saw it.
+    """Change of each group of trainable weights since `before_training`.
 
     Returns:
-        Group -> {"tensors", "moved": how many of them changed, "norm_of_change": Euclidean norm over all of them}.
+        Group -> {"tensors", "moved": number of changed ones, "norm_of_change": Euclidean norm over all of them}.
     """
     from safetensors import safe_open
 
@@ -124,12 +125,13 @@ def movement(model: Any, before: Path) -> dict[str, dict[str, Any]]:
 
 
 def unmoved(groups: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Groups in which no weight learnt anything, or not a number was learnt."""
+    """Groups in which no weight changed, or the change is NaN."""
     return [kind for kind, group in groups.items() if not group["norm_of_change"] > 0]
 
 
 def ranks(model: Any) -> dict[str, dict[str, int]]:
-    """AdaLoRA's ranks: module -> {"before": singular values it began with, "after": those that are not zero}. Empty for other methods."""
+    """AdaLoRA's ranks: module -> {"before": initial number of singular values, "after": number of nonzero ones}. Empty
+    for other methods."""
     return {
         name.removeprefix("base_model.model.").removesuffix(".lora_E.default"): {
             "before": parameter.shape[0],
@@ -141,7 +143,7 @@ def ranks(model: Any) -> dict[str, dict[str, int]]:
 
 
 def versions(names: Iterable[str]) -> dict[str, str]:
-    """Versions of Python and of the libraries that decide what a run computes."""
+    """Versions of Python and of the libraries that affect the results of a run."""
     import platform
     from importlib.metadata import version
 
@@ -150,10 +152,10 @@ def versions(names: Iterable[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class WeightChange:
-    """What a training did to the weights."""
+    """Changes of the weights in a training."""
 
     groups: dict[str, dict[str, Any]]
-    """Kind of trainable weight -> tensors, how many of them moved, norm of the change."""
+    """Kind of trainable weight -> tensors, number of changed ones, norm of the change."""
     frozen: dict[str, Any]
     """Number of frozen tensors, and their sha256 before and after."""
 
@@ -173,11 +175,11 @@ class WeightChange:
 
 
 class WeightAudit:
-    """A model's weights before a training, to compare with those after it."""
+    """A model's weights before training, for the comparison afterwards."""
 
     def __init__(self, model: Any, folder: Path) -> None:
         """Args:
-        folder: for the trainable weights as they are now.
+        folder: for a copy of the trainable weights.
         """
         self.model, self.before = model, folder / "before.safetensors"
         before_training(model, self.before)

@@ -1,4 +1,5 @@
-"""Settings that choose themselves: a number for each `auto` of an adapter's entry, from the size of the data; the rate then by trial.
+"""Automatic settings: a number for each `auto` of an adapter's entry, by the size of the data; then the learning rate
+by trials.
 
 | examples to train on | num_train_epochs | learning_rate | r | examples a step |
 | --- | --- | --- | --- | --- |
@@ -6,9 +7,9 @@
 | 1,000 to 10,000 | 5 to 3 | 2e-4 | 16 | 8 to 16 |
 | over 10,000 | 3 to 1 | 3e-4 | 32 to 64 | 16 to 32 |
 
-Source: the guideline by data size that fine-tuning guides agree on, made for models of some billion parameters. Within a band a value moves evenly
-with the logarithm of the size, from 100 to 1,000, on to 10,000 and to 100,000, where it stays. Small models want a higher rate than the
-guideline's, which is why the validation loss corrects it: it is a start, and the sweep finds what this model and this data want.
+Source: guidelines by data size in fine-tuning guides, for models of a few billion parameters. Within a band a value is
+interpolated by the logarithm of the size, from 100 to 1,000, 10,000 and 100,000 examples, and constant above. Small
+models need a higher rate than the guideline, so a sweep on the validation loss corrects it.
 """
 
 from __future__ import annotations
@@ -32,17 +33,17 @@ from dagster_project.training.trainers.sft.sft import steps, warmup
 R = TypeVar("R", bound=SftParams)
 
 MOST_TRIALS = 6
-"""Of a sweep. From the guideline's rate they reach a factor of 300 up, or of 100 down."""
+"""Trials of a sweep. From the guideline's rate they cover a factor of 300 upwards, or of 100 downwards."""
 
 LEAST_STEPS = 20
-"""Of a trial, which else takes a tenth of the training's steps."""
+"""Limits of the steps of a trial, by default a tenth of the training's steps."""
 
 ENOUGH = 0.9
-"""Share of the greatest fall of the validation loss in a trial. The lowest rate that reaches it is taken, and not the one with the greatest fall:
-what a few steps gain most from is more than a long training bears."""
+"""Share of the greatest decrease of the validation loss in a trial. The sweep chooses the lowest rate that reaches it,
+because the best rate for a few steps is too high for a long training."""
 
 PATIENCE = 2
-"""Epochs without a lower validation loss after which a training stops whose number of epochs was chosen here."""
+"""With an automatic number of epochs: epochs without a lower validation loss after which training stops."""
 
 
 @dataclass(frozen=True)
@@ -75,31 +76,30 @@ def band(examples: int) -> Band:
 
 @dataclass(frozen=True)
 class Choice:
-    """What stands in for an `auto`, or follows from one."""
+    """A value for an `auto`, or a setting that follows from one."""
 
     value: float | int | bool
     why: str
 
 
 @dataclass(frozen=True)
-class Settled(Generic[R]):
+class ResolvedParams(Generic[R]):
     """An entry without `auto`."""
 
     params: R
     chosen: dict[str, Choice]
     """By the name in the entry, e.g. "peft.r"."""
     trial: R | None
-    """How to train a trial of the sweep that corrects `learning_rate`; None: there is none."""
+    """Entry of the trials of the sweep that corrects `learning_rate`; None without a sweep."""
 
 
-def settle(params: R, examples: int, rows: int, validates: bool, processes: int = 1) -> Settled[R]:
-    """Put a number in place of each `auto`. The same for the training and for the plan of it.
+def settle(params: R, examples: int, rows: int, validates: bool, processes: int = 1) -> ResolvedParams[R]:
+    """Replace each `auto` by a number, for training and for `pedigree plan`.
 
     Args:
         params: an adapter's entry.
-        examples, rows: of the training split, a row being a packed row.
-        validates: there is a validation split.
-        processes: that share the passes of a step. A trial makes all of them in one.
+        examples, rows: of the training split; rows are packed rows. validates: whether there is a validation split.
+        processes: number of processes that share the passes of a step. A trial uses a single one.
     """
     passes = params.gradient_accumulation_steps * processes
     entry: dict[str, Any] = params.model_dump(warnings=False)
@@ -110,7 +110,7 @@ def settle(params: R, examples: int, rows: int, validates: bool, processes: int 
         chosen["num_train_epochs"] = Choice(round(of.at(examples, of.epochs)), f"guideline for {size}")
         for name, value in (("load_best_model_at_end", True), ("early_stopping_patience", PATIENCE)):
             if validates and name not in params.model_fields_set:
-                chosen[name] = Choice(value, "guards against more epochs than the data bears")
+                chosen[name] = Choice(value, "stops before the model overfits")
     if peft.get("r") == AUTO and ALIASES.get(method.lower(), (method.lower(), {}))[0] == "lora":
         r = 8 * round(of.at(examples, of.r) / 8)
         chosen["peft.r"] = Choice(r, f"guideline for {size}")
@@ -128,11 +128,11 @@ def settle(params: R, examples: int, rows: int, validates: bool, processes: int 
         alone = "" if sweeps else "; no validation split to correct it by" if by_steps else f"; {method} takes no optimizer steps"
         chosen["learning_rate"] = Choice(of.learning_rate, f"guideline for {size}{alone}")
     settled = put(params, chosen)
-    return Settled(settled, chosen, _trial(settled, steps(rows, settled, processes), passes) if sweeps else None)
+    return ResolvedParams(settled, chosen, _trial(settled, steps(rows, settled, processes), passes) if sweeps else None)
 
 
 def put(params: R, chosen: Mapping[str, Choice]) -> R:
-    """An entry with what was chosen in it."""
+    """The entry with the automatic values."""
     values = params.model_dump(warnings=False)
     for name, choice in chosen.items():
         *section, key = name.split(".")
@@ -141,7 +141,7 @@ def put(params: R, chosen: Mapping[str, Choice]) -> R:
 
 
 def _trial(params: R, total: int, passes: int) -> R:
-    """The training in short, with a warm-up and a decay of its own."""
+    """A shortened training, with its own warm-up and decay."""
     n = min(total, max(LEAST_STEPS, total // 10))
     changed = {"max_steps": n, "warmup_steps": math.ceil(warmup(total, params) * n / total), "save_strategy": "no", "report_to": "none"}
     changed |= {"gradient_accumulation_steps": passes}
@@ -149,18 +149,17 @@ def _trial(params: R, total: int, passes: int) -> R:
 
 
 def rate_at(start: float, place: int) -> float:
-    """A rate so many steps of sqrt(10) from the first, to three digits."""
+    """The first rate times a power of sqrt(10), to three digits."""
     return float(f"{start * 10 ** (place / 2):.3g}")
 
 
 def climb(loss: Callable[[int], float], most: int = MOST_TRIALS) -> dict[int, float]:
-    """Look for the lowest loss from place 0: up while it falls, and down where up was no better.
+    """Search for the lowest loss from position 0: upwards while it decreases, downwards if the first step up did not
+    help.
 
     Args:
-        loss: of a place; infinite where training diverged, and then only down can be better.
-        most: places to try.
-    Returns:
-        Place -> loss, in the order tried.
+        loss: loss at a position; infinite if training diverged, and then only lower positions are tried. most: maximum
+        number of positions. Returns: Position -> loss, in the order tried.
     """
     found = {0: loss(0)}
     for way in (1, -1):
@@ -172,18 +171,17 @@ def climb(loss: Callable[[int], float], most: int = MOST_TRIALS) -> dict[int, fl
 
 
 def sweep(trial: R, learn: Callable[[R], TrainingHistory], notes: Path, identity: Mapping[str, str]) -> dict[float, float]:
-    """Short trainings at rates around the trial's own.
+    """Short trainings at rates around the trial's rate.
 
     Args:
         learn: trains a fresh model.
-        notes: file to keep losses in, from which a sweep that was killed goes on.
-        identity: what must be the same for them to count.
+        notes: file with the losses, from which a killed sweep resumes. identity: what must be equal to use them.
     Returns:
         Rate -> validation loss, in the order tried; first, as rate 0, the loss before training.
     """
     try:
         noted = json.loads(notes.read_text())
-    except (OSError, ValueError):  # none yet, or cut short
+    except (OSError, ValueError):  # missing, or truncated
         noted = {}
     losses: dict[str, list[float]] = noted["losses"] if noted.get("identity") == identity else {}
     progress = Progress("sweep of learning_rate", MOST_TRIALS, "trial", every=0)
@@ -202,23 +200,23 @@ def sweep(trial: R, learn: Callable[[R], TrainingHistory], notes: Path, identity
 
 
 def _losses_of(trial: R, learn: Callable[[R], TrainingHistory]) -> list[float]:
-    """The validation losses that a trial begins and ends with, infinite where they are no number."""
+    """The validation losses at the beginning and end of a trial; infinite if NaN."""
     try:
         watched = learn(trial).validation
     except Diverged:
         return [math.inf, math.inf]
     except Interrupted:
-        raise Interrupted("interrupted in the sweep of learning_rate; trials that ended are kept", "run the same command again") from None
+        raise Interrupted("interrupted in the sweep of learning_rate; finished trials are kept", "run the same command again") from None
     finally:
-        gc.collect()  # a Trainer holds itself and its model in circles, and the next model needs the room
+        gc.collect()  # a Trainer and its model are in reference cycles, and the next model needs the memory
     return [loss if math.isfinite(loss) else math.inf for _, loss in (watched[0], watched[-1])]
 
 
 def best(trials: Mapping[float, float], trial: SftParams) -> Choice:
-    """The lowest rate with nearly the greatest fall of the loss; where every trial diverged, the lowest rate.
+    """The lowest rate with nearly the greatest decrease of the loss; the lowest rate if every trial diverged.
 
     Args:
-        trials: as `sweep` found them.
+        trials: result of `sweep`.
     """
     losses = {rate: loss for rate, loss in trials.items() if rate}
     how = f"of {len(losses)} trials of {trial.max_steps} steps, from the guideline's {trial.learning_rate:g}"
@@ -227,4 +225,4 @@ def best(trials: Mapping[float, float], trial: SftParams) -> Choice:
         return Choice(min(losses), f"every trial diverged; the lowest {how}")
     near = lowest + (1 - ENOUGH) * max(trials[0.0] - lowest, 0)
     rate = min(rate for rate, loss in losses.items() if loss <= near)
-    return Choice(rate, f"the lowest rate within {1 - ENOUGH:.0%} of the greatest fall of the validation loss {how}")
+    return Choice(rate, f"the lowest rate within {1 - ENOUGH:.0%} of the greatest decrease of the validation loss {how}")

@@ -32,12 +32,12 @@ from dagster_project.training.trainers.sft.sft import steps, train
 log = logging.getLogger("pedigree")
 
 Advised = Callable[[], AbstractContextManager[None]]
-"""Opens a context in which running out of memory becomes a message with advice."""
+"""Opens a context that turns running out of memory into a message with advice."""
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a training reads, and how to build its model."""
+    """Data of a training, and how to build its model."""
 
     name: str
     """Of the variant."""
@@ -48,7 +48,7 @@ class TrainingData:
     rows: dict[str, Any]
     """Split -> `datasets.Dataset` of packed rows."""
     category: dict[str, str]
-    """Example -> category, where categories are learned."""
+    """Example -> category, if categories are predicted."""
 
     @classmethod
     def read(cls, name: str, method: str, compute: Compute, tokenized: Path, base_model: Path) -> TrainingData:
@@ -58,7 +58,7 @@ class TrainingData:
         columns = ["example_ids", "input_ids", "labels", "weights", "lengths"]
         rows = {split: Dataset.from_list(read_table(tokenized / f"{split}.parquet", columns)) for split in ("train", "validation")}
         if not len(rows["train"]):
-            raise InputError("adapter: the training split is empty", "name more examples in raw_examples.sources")
+            raise InputError("adapter: the training split is empty", "add sources to raw_examples.sources")
         tokenizer = AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
         for template in tokenized.glob("chat_template.jinja"):
             tokenizer.chat_template = template.read_text(encoding="utf-8")
@@ -67,7 +67,7 @@ class TrainingData:
 
     @property
     def where(self) -> str:
-        """Place of the entry in params.yaml."""
+        """Path of the entry in params.yaml."""
         return f"adapter.{self.name}"
 
     @property
@@ -111,14 +111,14 @@ class TrainingData:
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FitResult:
     """A trained adapter."""
 
     prepared: PreparedModel
     params: AdapterParams
-    """With a number in place of every `auto`."""
+    """The entry with a number for each `auto`."""
     chosen: dict[str, auto.Choice]
-    """What was put in place of each `auto`, by its name in the entry, and why."""
+    """The value of each `auto` and its reason, by its name in the entry."""
     trials: dict[float, float]
     """Learning rate -> validation loss of the sweep."""
     total: int
@@ -131,21 +131,20 @@ class Fitted:
 
 def fit(
     data: TrainingData,
-    settled: auto.Settled[AdapterParams],
+    settled: auto.ResolvedParams[AdapterParams],
     identity: dict[str, str],
     checkpoints: Path,
     out: Path,
     live: Path | None,
     advised: Advised,
     gpus: list[str],
-) -> Fitted:
+) -> FitResult:
     """Train an adapter, from its newest checkpoint if it has one.
 
     Args:
-        settled: the entry without `auto` but for a learning rate that is still to be swept.
-        identity: what must be equal for a checkpoint to be resumed from, but for the parameters.
-        checkpoints: folder that outlives a killed run.
-        out: only its disk is checked for space.
+        settled: the entry without `auto`, except for a learning rate that is still to be swept.
+        identity: what must be equal to resume from a checkpoint, in addition to the parameters. checkpoints: folder
+        that survives a killed run. out: only the free space of its disk is checked.
         gpus: one for each process.
     Raises:
         Diverged: a loss or a gradient is not finite.
@@ -184,11 +183,11 @@ def fit(
             advised(),
         ):
             history = data.train(prepared, params, kept, live)
-    return Fitted(prepared, params, chosen, trials, total, history, example_ids, audit.change())
+    return FitResult(prepared, params, chosen, trials, total, history, example_ids, audit.change())
 
 
 def worker_main(name: str, params: AdapterParams, compute: Compute, tokenized: Path, base_model: Path, checkpoints: Path) -> None:
-    """What the other processes of a training do: the same training, without writing anything."""
+    """Work of the other processes: the same training, without writing anything."""
     data = TrainingData.read(name, params.method, compute, tokenized, base_model)
     total = data.steps(params, compute.processes)
     with suppress(Diverged), advice_on_memory():  # the first process reports it
@@ -202,15 +201,13 @@ def _log_start(data: TrainingData, prepared: PreparedModel) -> None:
     tokens = sum(map(sum, data.rows["train"]["lengths"]))
     log.info(
         f"training {data.name}: {prepared.trainable:,} of {prepared.total:,} parameters ({100 * prepared.trainable / prepared.total:.2f} %),"
-        f" {tokens:,} tokens an epoch, {str(dtype).removeprefix('torch.')} on {device}{processes}"
+        f" {tokens:,} tokens per epoch, {str(dtype).removeprefix('torch.')} on {device}{processes}"
     )
 
 
 def _fit_without_steps(data: TrainingData, prepared: PreparedModel, live: Path | None) -> tuple[TrainingHistory, list[list[str]]]:
-    """The history of a method that takes no optimizer steps over rows, since each of its iterations sees all rows.
-
-    Returns:
-        The history, and the examples of each row that were read: those with a category.
+    """The history of a method without optimizer steps, because each of its iterations uses all rows. Returns: The
+    history, and the used examples of each row: those with a category.
     """
     assert prepared.fit
     train_rows, validation_rows = (
@@ -231,7 +228,8 @@ def _fit_without_steps(data: TrainingData, prepared: PreparedModel, live: Path |
 
 
 def _disk(prepared: PreparedModel, params: AdapterParams, checkpoints: Path, out: Path) -> dict[Path, int]:
-    """Folder -> bytes that training will write into it: one checkpoint more than are kept, the weights as they were, and the output."""
+    """Folder -> bytes that training will write into it: one checkpoint more than are kept, the initial weights, and the
+    output."""
     weights = sum(parameter.numel() * parameter.element_size() for parameter in weight_audit.trainable(prepared.model).values())
     state = int(prepared.trainable * 4 * OPTIMIZER_MEMORY[params.optim])
     one = weights * (2 if params.load_best_model_at_end else 1) + state

@@ -22,7 +22,7 @@ from dagster_project.training.methods.build import PreparedModel, causal
 from dagster_project.training.methods.hardware import memory_trimmer
 from dagster_project.training.tokens.collators import SIZES, collate_packed, collate_padded
 from dagster_project.training.trainers.harness import distributed
-from dagster_project.training.trainers.harness.checkpoint import Checkpoints, Saved
+from dagster_project.training.trainers.harness.checkpoint import Checkpoints, SavedCheckpoint
 from dagster_project.training.trainers.harness.curve import LIVE
 from dagster_project.training.trainers.harness.history import TrainingHistory
 from dagster_project.training.trainers.harness.params import SftParams
@@ -46,7 +46,7 @@ log = logging.getLogger("pedigree")
 
 
 def steps(rows: int, params: SftParams, processes: int = 1) -> int:
-    """Optimizer steps of a run over `rows` packed rows, whose steps `processes` share."""
+    """Optimizer steps of a run over `rows` packed rows, with steps shared by `processes`."""
     planned = steps_per_epoch(rows, params, processes) * params.num_train_epochs
     return min(planned, params.max_steps or planned)
 
@@ -61,12 +61,12 @@ def warmup(total: int, params: SftParams) -> int:
 
 
 def refuse_mistakes(params: SftParams, where: str, lengths: Sequence[Sequence[int]], validates: bool) -> None:
-    """Find what would fail late, before a model is loaded.
+    """Find faults before a model is loaded that would otherwise fail late.
 
     Args:
-        where: dotted place in params.yaml, for messages.
+        where: dotted path in params.yaml, for messages.
         lengths: tokens of each example in each row of the training split.
-        validates: there is a validation split.
+        validates: whether there is a validation split.
     Raises:
         InputError: all such mistakes at once.
     """
@@ -82,7 +82,7 @@ def refuse_mistakes(params: SftParams, where: str, lengths: Sequence[Sequence[in
         wrong.append((f"{where}.lr_scheduler_kwargs: {error}", f"use the keys of transformers' {params.lr_scheduler_type} schedule"))
     for key in ("early_stopping_patience", "load_best_model_at_end"):
         if getattr(params, key) and not validates:
-            wrong.append((f"{where}.{key}: there is no validation split to judge by", "set splits.validation"))
+            wrong.append((f"{where}.{key}: requires a validation split", "set splits.validation"))
     if params.group_by_length and any(len(row) > 1 for row in lengths):
         wrong.append((f"{where}.group_by_length: rows hold several examples", "set tokenized.packing: false"))
     packages = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "mlflow": ("mlflow", "mlflow_skinny")}
@@ -98,17 +98,17 @@ def refuse_mistakes(params: SftParams, where: str, lengths: Sequence[Sequence[in
 
 
 class SftSession(Session):
-    """A supervised training whose steps several processes may share.
+    """A supervised training; several processes may share its steps.
 
-    Every process walks through the same batches in the same order, as if it were alone and accumulated all passes of a step. It computes its
-    share of them (pass n is that of process n modulo their number), and gradients and losses are summed before the optimizer steps. So no row
-    is missing or doubled, whatever the numbers, and all processes hold the same weights. Dropout in a pass depends on the seed and the pass
-    alone. The first process alone writes.
+    Every process walks through the same batches in the same order, as a single process that accumulates all passes of a
+    step. It computes its share of them (process n modulo the number of processes computes pass n), and gradients and
+    losses are summed before the optimizer steps. So each row is used exactly once, and all processes have the same
+    weights. Dropout in a pass depends only on the seed and the pass. Only the first process writes files.
     """
 
     def __init__(
         self, prepared: PreparedModel, params: SftParams, compute: Compute, rows: Any, checkpoints: Checkpoints | None,
-        saved: Saved | None, live: Path | None,
+        saved: SavedCheckpoint | None, live: Path | None,
     ) -> None:  # fmt: skip
         super().__init__("training", prepared.model, params, checkpoints, saved, live, LIVE)
         self.prepared, self.sft, self.compute, self.process = prepared, params, compute, distributed.place()
@@ -125,8 +125,8 @@ class SftSession(Session):
         self._recent: deque[tuple[float, int]] = deque(maxlen=20)
 
     def loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        """Weighted mean over a forward pass; in validation the plain mean per token. Logits only where a label counts: with a large
-        vocabulary the others are most of the work."""
+        """Weighted mean over a forward pass; in validation the plain mean per token. Logits are computed only for
+        positions with labels: with a large vocabulary the others would be most of the work."""
         import torch
         from torch.nn.functional import cross_entropy
 
@@ -150,14 +150,14 @@ class SftSession(Session):
         return loss if more is None else loss + more
 
     def training_pass(self, inputs: dict[str, Any], step: int, forward_backward: Callable[[], torch.Tensor], last: bool) -> torch.Tensor:
-        """One forward and backward pass, in the process that it belongs to.
+        """One forward and backward pass, in its process.
 
         Args:
             step: from 1.
             forward_backward: computes the pass and returns its loss, for the log.
             last: the optimizer steps after this pass.
         Returns:
-            The loss that the Trainer logs: that of the whole step at its last pass, else 0.
+            The loss that the Trainer logs: that of the whole step in its last pass, else 0.
         """
         import torch
 
@@ -181,7 +181,7 @@ class SftSession(Session):
         distributed.sum_gradients(list(trainable(self.model).values()))
         self._step_losses.clear()
         self._step_rows.clear()
-        return sum(losses)  # one after another, as the Trainer would
+        return sum(losses)  # sequentially, as the Trainer would
 
     def validates_here(self) -> bool:
         """Whether the next validation pass belongs to this process."""
@@ -216,7 +216,7 @@ class SftSession(Session):
 
     def validation_pass(self, step: int) -> None:
         if not step and self.stop_requested():
-            raise Interrupted("interrupted before the first step", "run again to start anew")
+            raise Interrupted("interrupted before the first step", "run again to start over")
 
     def validated(self, control: Any) -> None:
         if self.sft.load_best_model_at_end and self.history.best() == self.history.validation[-1]:
@@ -276,7 +276,7 @@ def _length_sampler_class() -> type:
     from transformers.trainer_pt_utils import get_length_grouped_indices
 
     class LengthSampler(Sampler):
-        """Rows of similar length together, shuffled; the order of an epoch depends on the seed and the epoch alone."""
+        """Rows of similar length together, shuffled; the order of an epoch depends only on the seed and the epoch."""
 
         def __init__(self, lengths: Sequence[int], together: int, seed: int) -> None:
             self.lengths, self.together, self.seed, self.epoch = list(lengths), together, seed, 0
@@ -294,8 +294,9 @@ def _length_sampler_class() -> type:
     return LengthSampler
 
 
-def _newest(checkpoints: Checkpoints | None, device: Any) -> tuple[Checkpoints | None, Saved | None]:
-    """Where this process writes checkpoints, and the one to resume from: all processes take the one that the first has found."""
+def _newest(checkpoints: Checkpoints | None, device: Any) -> tuple[Checkpoints | None, SavedCheckpoint | None]:
+    """Folder of this process' checkpoints, and the checkpoint to resume from: all processes use the one that the first
+    process found."""
     import torch
 
     rank = distributed.place().rank
@@ -385,19 +386,20 @@ def _build_trainer(session: SftSession, tokenizer: Any, train_rows: Any, validat
     # TRL has rounded adapters of 4-bit weights to bfloat16, which represents no step below 1/256 of a weight
     for weight, data in whole.items():
         weight.data = data
-    trainer.model_accepts_loss_kwargs = False  # our loss is a mean already: let the Trainer average over accumulation steps
+    trainer.model_accepts_loss_kwargs = False  # the loss is already a mean: the Trainer averages over accumulation steps
     return trainer
 
 
 @contextmanager
 def _accelerated(session: SftSession) -> Iterator[None]:
-    """Kernels, compilation and hooks that the parameters ask for. The hooks are removed at the end."""
+    """Set up the kernels, compilation and hooks of the parameters. The hooks are removed at the end."""
     params, model, hooks = session.sft, session.model, []
     if params.use_liger_kernel:
         use_liger_kernels(causal(model))
     if params.compile == "layers":
         compile_layers(model)
-    # a checkpointed layer frees nearly all that it made, and glibc would keep it beside what the next layer makes
+    # a checkpointed layer frees nearly all of its tensors, and glibc would keep that memory in addition to the next
+    # layer's
     if params.gradient_checkpointing is True and model.device.type == "cpu" and params.compile == "none":
         give_back = memory_trimmer()
         hooks += [layer.register_forward_hook(give_back) for layer in decoder_layers(model)]
@@ -409,29 +411,30 @@ def _accelerated(session: SftSession) -> Iterator[None]:
 
 
 def decoder_layers(model: Any) -> list[Any]:
-    """The blocks that make up a model, as its architecture names them."""
+    """The class names of a model's blocks, by its architecture."""
     kinds = set(causal(model)._no_split_modules or ())
     return [module for module in model.modules() if type(module).__name__ in kinds]
 
 
 def compile_layers(model: Any) -> None:
-    """Compile each decoder layer for itself, for rows of any length. What the model's weights are called does not change."""
+    """Compile each decoder layer separately, for rows of any length. The names of the weights do not change."""
     for layer in decoder_layers(model):
         layer.compile(dynamic=True)
 
 
 def use_liger_kernels(model: Any) -> None:
-    """Liger's kernels for a model's norms, rotation and gated MLPs, those of its layers that are there already. Ours computes the loss.
+    """Apply Liger's kernels to the existing norms, rotary embeddings and gated MLPs of a model. The loss is not
+    computed by Liger.
 
     Raises:
-        InputError: Liger has no kernels for such a model.
+        InputError: Liger has no kernels for this model.
     """
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     from transformers.integrations.liger import apply_liger_kernel
 
     if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         raise InputError(
-            f"params.yaml: use_liger_kernel: Liger has no kernels for {model.config.model_type}", "leave it out: other models train without"
+            f"params.yaml: use_liger_kernel: Liger has no kernels for {model.config.model_type}", "leave it out to train without them"
         )
     apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
 
@@ -439,12 +442,13 @@ def use_liger_kernels(model: Any) -> None:
 def add_noise(embeddings: Any, alpha: float, batch: dict[str, Any]) -> Any:
     """Uniform noise of alpha / sqrt(length x width) on each token's embedding while training (NEFTune, arXiv:2310.05914, section 2).
 
-    The length is that of the token's example. transformers' own hook takes the row's, which in a packed row would make the noise too faint.
+    The length is that of the token's example. transformers' own hook uses the row's length, which would make the noise
+    of packed rows too weak.
 
     Args:
-        batch: holds the `cu_seq_lens_q` of the batch under way.
+        batch: contains the `cu_seq_lens_q` of the current batch.
     Returns:
-        A handle whose `remove()` takes the noise off again.
+        A handle; its `remove()` removes the noise.
     """
     import torch
 

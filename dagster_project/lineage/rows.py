@@ -1,0 +1,184 @@
+"""Rows of shards and training evidence -> sorted chunks of keys, from which the index looks up records and texts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dagster_project.core.messages import argument_texts, calls
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+CHUNK = 256
+"""Rows per chunk: the amount that one lookup reads."""
+
+
+def record_key(example_id: str) -> bytes:
+    """16-byte key of a record: its example_id, a hexadecimal hash, as bytes."""
+    with suppress(ValueError):
+        if len(example_id) == 32:
+            return bytes.fromhex(example_id)
+    return hashlib.sha256(example_id.encode()).digest()[:16]
+
+
+def _record_keys(ids: Sequence[str]) -> bytes:
+    with suppress(ValueError):
+        if set(map(len, ids)) <= {32}:
+            return bytes.fromhex("".join(ids))
+    return b"".join(map(record_key, ids))
+
+
+def text_key(text: str) -> bytes:
+    return hashlib.sha256(" ".join(text.casefold().split()).encode("utf-8", "surrogatepass")).digest()[:16]
+
+
+def canonical_json(text: str) -> str:
+    """A JSON object or list in one spelling; other texts as they are."""
+    if not text.lstrip().startswith(("{", "[")):
+        return text
+    try:
+        return json.dumps(json.loads(text), ensure_ascii=False, sort_keys=True)
+    except (ValueError, RecursionError):
+        return text
+
+
+def call_texts(tool_calls: str) -> Iterator[str]:
+    """The arguments of each call, and each text in them: '[{"function": {"arguments": {"city": "Oslo"}}}]'  ->  '{"city": "Oslo"}', "Oslo"."""
+    for call in calls({"tool_calls": json.loads(tool_calls)}):
+        if isinstance(call.arguments, str):
+            yield call.arguments
+            continue
+        yield json.dumps(call.arguments, ensure_ascii=False, sort_keys=True)
+        yield from (text for _, text in argument_texts(call.arguments) if isinstance(text, str))
+
+
+def equal(keys: bytes, key: bytes) -> np.ndarray:
+    import numpy as np
+
+    return (np.frombuffer(keys, np.uint64).reshape(-1, 2) == np.frombuffer(key, np.uint64)).all(axis=1)
+
+
+class RowCollector:
+    """Collects rows of many files and writes them as sorted chunks."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._records: list[tuple[bytes, Any, Any, Any]] = []
+        self._texts: list[tuple[bytes, bytes]] = []
+        self._text_keys: dict[str, bytes] = {}
+
+    def add_evidence(self, path: Path, content: int) -> dict[str, int]:
+        import numpy as np
+        import pyarrow.parquet as pq
+
+        table = pq.read_table(path, columns=["example_id", "step", "epoch"])
+        steps, epochs = (table[name].to_numpy().astype(np.int32) for name in ("step", "epoch"))
+        self._add_records(table["example_id"].to_pylist(), content, steps, epochs)
+        return {}
+
+    def add_shard(self, path: Path, content: int) -> dict[str, int]:
+        """Add the rows of a shard. Returns source -> number of rows."""
+        import numpy as np
+        import pyarrow.parquet as pq
+
+        names = pq.read_schema(path).names
+        text_columns = [name for name in ("messages", "prompt", "chosen", "rejected") if name in names]
+        table = pq.read_table(path, columns=["example_id", *(["source"] if "source" in names else []), *text_columns])
+        ids = table["example_id"].to_pylist()
+        keys = self._add_records(ids, content, np.zeros(len(ids), np.int32), np.zeros(len(ids), np.int32))
+        for name in text_columns:
+            self._add_texts(keys, table[name].combine_chunks())
+        if "source" not in names:
+            return {}
+        counts = table["source"].combine_chunks().value_counts()
+        return {str(entry["values"]): int(entry["counts"]) for entry in counts.to_pylist()}
+
+    def _add_records(self, ids: list[str], content: int, steps: np.ndarray, epochs: np.ndarray) -> bytes:
+        import numpy as np
+
+        keys = _record_keys(ids)
+        self._records.append((keys, np.full(len(ids), content, np.int32), steps, epochs))
+        self.size += len(ids)
+        return keys
+
+    def _add_texts(self, keys: bytes, column: pa.Array) -> None:
+        """Add the texts of a column of messages or strings: of messages also reasoning and arguments of calls."""
+        import numpy as np
+        import pyarrow as pa
+
+        if not pa.types.is_list(column.type):
+            self._add_owned(np.frombuffer(keys, "V16"), column.to_pylist())
+            return
+        messages = column.flatten()
+        owners = np.repeat(np.frombuffer(keys, "V16"), column.value_lengths().fill_null(0).to_numpy())
+        fields = [messages.type.field(i).name for i in range(messages.type.num_fields)]
+        for name in fields:
+            if name in {"content", "reasoning_content"}:
+                self._add_owned(owners, messages.field(name).to_pylist())
+        if "tool_calls" in fields:
+            given = [[*call_texts(text)] if text else [] for text in messages.field("tool_calls").to_pylist()]
+            self._add_owned(np.repeat(owners, [len(texts) for texts in given]), [text for texts in given for text in texts])
+
+    def _add_owned(self, owners: np.ndarray, texts: Sequence[str | None]) -> None:
+        """Add texts, each with the key of the record that it is in."""
+        import numpy as np
+
+        text_keys = self._text_keys
+        for text in texts:
+            if text and text not in text_keys:
+                text_keys[text] = text_key(text)
+        nonempty = np.array([bool(text) for text in texts], np.bool_)
+        self._texts.append((b"".join(text_keys[text] for text in texts if text), owners[nonempty].tobytes()))
+        if len(text_keys) > 100_000:
+            text_keys.clear()
+
+    def record_chunks(self) -> Iterator[tuple[bytes, ...]]:
+        import numpy as np
+
+        columns = [np.concatenate(column) for column in zip(*(row[1:] for row in self._records), strict=True)] if self._records else []
+        yield from _chunks(b"".join(row[0] for row in self._records), columns)
+
+    def text_chunks(self) -> Iterator[tuple[bytes, ...]]:
+        import numpy as np
+
+        yield from _chunks(b"".join(row[0] for row in self._texts), [np.frombuffer(b"".join(row[1] for row in self._texts), "V16")])
+
+
+def _chunks(keys: bytes, columns: Sequence[np.ndarray]) -> Iterator[tuple[bytes, ...]]:
+    """(first 8 bytes, keys, column, ...) per chunk, with rows sorted by key. Rows with the same key are in the same chunk."""
+    import numpy as np
+
+    if not keys:
+        return
+    records = np.frombuffer(keys, "V16")
+    leading = np.frombuffer(keys, ">u8")[::2].astype(np.uint64)
+    order = np.argsort(leading, kind="stable")
+    leading = leading[order]
+    key_starts = np.flatnonzero(np.diff(leading, prepend=~leading[:1]))  # first row of each distinct key
+    starts = np.unique(key_starts[np.searchsorted(key_starts, np.arange(0, len(leading), CHUNK), side="right") - 1])
+    for start, stop in zip(starts, [*starts[1:], len(leading)], strict=True):
+        rows = order[start:stop]
+        chunk_keys = records[rows].tobytes()
+        yield (chunk_keys[:8], chunk_keys, *(column[rows].tobytes() for column in columns))
+
+
+def summarize_training(evidence: Path, shards: Mapping[str, Path]) -> list[tuple[str, str, int, int, int]]:
+    """(shard hash, source, records, first step, last step) of a model's training on each shard and source."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    parts = []
+    for md5, path in shards.items():
+        part = pq.read_table(path, columns=["example_id", "source"])
+        parts.append(part.append_column("shard", pa.array([md5] * part.num_rows, pa.string())))
+    steps = pq.read_table(evidence, columns=["example_id", "step"]).group_by("example_id").aggregate([("step", "min"), ("step", "max")])
+    joined = pa.concat_tables(parts).join(steps, "example_id", join_type="inner").group_by(["shard", "source"])
+    rows = joined.aggregate([("example_id", "count_distinct"), ("step_min", "min"), ("step_max", "max")]).to_pylist()
+    columns = ("shard", "source", "example_id_count_distinct", "step_min_min", "step_max_max")
+    return sorted((tuple(row[name] for name in columns) for row in rows), key=str)

@@ -1,0 +1,338 @@
+"""Entries of dvc.lock -> stage runs: each entry together with the runs that produced its inputs.
+
+One entry may be in many versions of dvc.lock. If two of them record other producers of the same bytes (a source was renamed, so the stages before it
+ran again and gave what they had given), the entry counts as two runs, each with its own lineage. A question about a revision is therefore answered
+from the dvc.lock of that revision alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import islice, product
+from typing import Any, Literal
+
+from dagster_project.core.errors import InputError
+from dagster_project.core.hashing import md5_of_bytes, md5_of_folder
+from dagster_project.core.layout import PLOTS, REPORTS, is_code
+from dagster_project.lineage.history import stages_of
+
+Place = Literal["commit", "workspace", "reflog", "run cache", "cache"]
+"""Where a run is recorded: in a reachable commit, in the workspace alone, in a commit that only the reflog reaches, in DVC's run cache, or nowhere:
+then only its output is in DVC's cache."""
+REWARD_METHODS = frozenset({"rloo", "grpo", "ppo"})
+"""Alignment methods that learn from the rewards of their own answers. The others only measure themselves by a reward model."""
+PLACEHOLDER = {".gitkeep": md5_of_bytes(b"")}
+"""What a folder of outputs may contain beside them, so that git keeps it."""
+MOST_COMBINATIONS = 4096
+"""Most combinations of earlier outputs that are compared with the hash of a folder of outputs."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An entry of dvc.lock or of DVC's run cache."""
+
+    id: int
+    address: str
+    path: str
+    """Path of the output."""
+    md5: str
+    """Hash of the output."""
+    is_model: bool
+    inputs: tuple[tuple[str, str], ...]
+    """(dependency, hash) per input. Code and reports are excluded."""
+    watched: frozenset[str]
+    """Dependencies that the stage only measures itself by: nothing is learned from them."""
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """What was made from what, whatever the code."""
+        return self.path, self.md5, frozenset(self.inputs)
+
+
+@dataclass(eq=False)
+class StageRun:
+    """One run of a stage: an entry of dvc.lock with one lineage, in however many commits."""
+
+    id: int
+    entry: Entry
+    inputs: tuple[tuple[str, str, str], ...]
+    """(dependency as in dvc.lock, path of the upstream output or else of the dependency itself, hash) per input."""
+    producers: dict[str, StageRun]
+    """Hash of an input -> the run that produced it; sources have none."""
+    order: int
+    """Position of its first dvc.lock in history."""
+    commit: str | None
+    """The first commit whose dvc.lock contains the run with this lineage; None if no commit does."""
+    place: Place
+    unresolved: tuple[str, ...] = ()
+    """Folders of outputs whose recorded hash fits no known outputs."""
+    in_workspace: bool = False
+    """Whether the dvc.lock of the workspace contains the run."""
+    locks: set[int] = field(default_factory=set)
+    """Ids of every dvc.lock that contains the run."""
+
+    @property
+    def address(self) -> str:
+        return self.entry.address
+
+    @property
+    def path(self) -> str:
+        """Path of the output."""
+        return self.entry.path
+
+    @property
+    def md5(self) -> str:
+        return self.entry.md5
+
+    @property
+    def is_model(self) -> bool:
+        """Whether the output is a model."""
+        return self.entry.is_model
+
+    def __repr__(self) -> str:
+        return f"<{self.address} {self.md5[:8]} #{self.id}>"
+
+
+Listing = Callable[[str], Mapping[str, str] | None]
+"""Hash of an output -> path in it -> hash of the file; None if it is unavailable."""
+
+
+class Resolver:
+    """Connects the entries of one dvc.lock after the other, in the order of history."""
+
+    def __init__(self, entries: Mapping[int, Entry], listing: Listing) -> None:
+        self.entries = entries
+        self.listing = listing
+        self.runs: list[StageRun] = []
+        self.by_output: dict[str, list[StageRun]] = defaultdict(list)
+        self._interned: dict[tuple[Any, ...], StageRun] = {}
+        self._latest: dict[int, StageRun] = {}
+        self._folders: dict[str, tuple[tuple[str, str], ...] | None] = {}
+        self._versions: dict[str, dict[str, None]] = defaultdict(dict)
+        for entry in entries.values():
+            self._versions[entry.path][entry.md5] = None
+
+    def add_lock(self, lock: int, entries: Iterable[int], order: int, commit: str | None, place: Place) -> dict[str, StageRun]:
+        """Address -> run, for one dvc.lock."""
+        here = [self.entries[entry] for entry in entries]
+        by_md5: dict[str, list[Entry]] = defaultdict(list)
+        for entry in here:
+            by_md5[entry.md5].append(entry)
+        outs = {entry.path: entry.md5 for entry in here}
+        runs: dict[int, StageRun | None] = {}
+
+        def visit(entry: Entry) -> StageRun | None:
+            if entry.id in runs:
+                return runs[entry.id]
+            runs[entry.id] = None  # a cycle, which DVC does not write
+            inputs, unresolved = self._expanded(entry, outs)
+            earlier = self._latest.get(entry.id)
+            producers: dict[str, StageRun] = {}
+            for _, path, md5 in inputs:
+                same = sorted(by_md5.get(md5, ()), key=lambda one: one.path != path)
+                producer = next(filter(None, (visit(one) for one in same if one is not entry)), None)
+                producer = producer or (earlier and earlier.producers.get(md5)) or self._any(md5, path)
+                if producer:
+                    producers[md5] = producer
+            runs[entry.id] = self._run(entry, inputs, producers, unresolved, order, commit, place)
+            return runs[entry.id]
+
+        found = {entry.address: run for entry in here if (run := visit(entry))}
+        for run in found.values():
+            run.locks.add(lock)
+            self._latest[run.entry.id] = run
+        return found
+
+    def add_unrecorded(self, entries: Iterable[Entry], order: int, place: Place) -> None:
+        """Add runs that no dvc.lock contains. `connect` finds what they were made from."""
+        for entry in entries:
+            self._run(entry, *self._expanded_alone(entry), order, None, place)
+
+    def connect(self) -> None:
+        """Connect inputs whose producer is in no earlier dvc.lock, such as that of a run which was never committed."""
+        for run in self.runs:
+            for _, path, md5 in run.inputs:
+                if md5 not in run.producers and md5 != run.md5 and (producer := self._any(md5, path, but=run)):
+                    run.producers[md5] = producer
+
+    def _run(
+        self,
+        entry: Entry,
+        inputs: tuple[tuple[str, str, str], ...],
+        producers: dict[str, StageRun],
+        unresolved: tuple[str, ...],
+        order: int,
+        commit: str | None,
+        place: Place,
+    ) -> StageRun:
+        key = (entry.id, inputs, tuple(sorted((md5, run.id) for md5, run in producers.items())))
+        run = self._interned.get(key)
+        if run is None:
+            run = StageRun(len(self.runs), entry, inputs, producers, order, commit, place, unresolved)
+            self._interned[key] = run
+            self.runs.append(run)
+            self.by_output[run.md5].append(run)
+        return run
+
+    def _any(self, md5: str, path: str, but: StageRun | None = None) -> StageRun | None:
+        """The run that produced these bytes last, preferably at this path, and preferably one that a dvc.lock contains."""
+        candidates = [run for run in self.by_output.get(md5, ()) if run is not but and (but is None or but not in run.producers.values())]
+        return max(candidates, key=lambda run: (bool(run.locks), run.path == path, run.order, run.id), default=None)
+
+    def _expanded(self, entry: Entry, outs: Mapping[str, str]) -> tuple[tuple[tuple[str, str, str], ...], tuple[str, ...]]:
+        """The inputs of an entry, with folders of outputs expanded, as the dvc.lock with these outputs (path -> hash) has them."""
+        inputs: list[tuple[str, str, str]] = []
+        unresolved = []
+        for dep, md5 in entry.inputs:
+            inside = {path: value for path, value in outs.items() if path.startswith(dep + "/")} if dep not in outs else {}
+            containing = [path for path in outs if dep.startswith(path + "/")] if not inside and dep not in outs else []
+            if inside:
+                parts = self._folder(dep, md5, inside)
+                inputs += [(dep, path, value) for path, value in parts or ()]
+                unresolved += [] if parts is not None else [dep]
+            elif containing:
+                inputs += [(dep, path, self._containing(path, dep, md5, outs[path])) for path in containing]
+            else:
+                inputs.append((dep, dep, md5))
+        return tuple(inputs), tuple(unresolved)
+
+    def _expanded_alone(self, entry: Entry) -> tuple[tuple[tuple[str, str, str], ...], dict[str, StageRun], tuple[str, ...]]:
+        """As `_expanded`, of an entry that no dvc.lock contains: folders of outputs that no dvc.lock has expanded stay unresolved."""
+        inputs: list[tuple[str, str, str]] = []
+        unresolved = []
+        for dep, md5 in entry.inputs:
+            is_folder = dep not in self._versions and any(path.startswith(dep + "/") for path in self._versions)
+            parts = self._folders.get(md5)
+            if is_folder and parts is None:
+                unresolved.append(dep)
+            inputs += [(dep, path, value) for path, value in parts or ()] if is_folder else [(dep, dep, md5)]
+        return tuple(inputs), {}, tuple(unresolved)
+
+    def _folder(self, dep: str, md5: str, inside: Mapping[str, str]) -> tuple[tuple[str, str], ...] | None:
+        """(path, hash) of the outputs that a folder of outputs contained: those of this dvc.lock, or, if its stages ran again since, earlier ones.
+
+        None if the recorded hash of the folder fits none of them. If outputs are unavailable, so that this cannot be told, those of this dvc.lock.
+        """
+        if md5 not in self._folders:
+            if self._has_hash(dep, inside, md5) is None:
+                return tuple(inside.items())
+            paths = [path for path in self._versions if path.startswith(dep + "/")]
+            versions = [list(dict.fromkeys([inside.get(path), *self._versions[path], None])) for path in paths]
+            combinations = ({p: v for p, v in zip(paths, values, strict=True) if v} for values in product(*versions))
+            fitting = (outs for outs in islice(combinations, MOST_COMBINATIONS) if self._has_hash(dep, outs, md5))
+            found = next(fitting, None)
+            self._folders[md5] = None if found is None else tuple(found.items())
+        return self._folders[md5]
+
+    def _has_hash(self, dep: str, outs: Mapping[str, str], md5: str) -> bool | None:
+        """Whether a folder with these outputs has this hash; None if an output is unavailable."""
+        files: dict[str, str] = {}
+        for path, value in outs.items():
+            listing = self.listing(value)
+            if listing is None:
+                return None
+            prefix = path.removeprefix(dep + "/")
+            files |= {f"{prefix}/{name}" if name else prefix: digest for name, digest in listing.items()}
+        return md5 in {md5_of_folder(files), md5_of_folder(files | PLACEHOLDER)}
+
+    def _containing(self, path: str, dep: str, md5: str, now: str) -> str:
+        """Hash of the version of an output that contained a file with this hash: that of this dvc.lock, or else an earlier one."""
+        name = dep.removeprefix(path + "/")
+        versions = [now, *(value for value in self._versions[path] if value != now)]
+        return next((value for value in versions if (self.listing(value) or {}).get(name) == md5), now)
+
+
+class LockParts(dict[str, str]):
+    """Address -> hash of its section of a dvc.lock."""
+
+    text: dict[str, str]
+    """Address -> YAML of its section."""
+
+
+def lock_parts(text: str) -> LockParts:
+    """Split a dvc.lock into stages without parsing it: parsing YAML is slow, and most stages are unchanged between commits.
+
+    Raises:
+        InputError: the text is not a dvc.lock.
+    """
+    parts = LockParts()
+    parts.text = {}
+    body = re.split(r"^stages:.*\n", text, maxsplit=1, flags=re.MULTILINE)[1:]
+    pieces = re.split(r"^(?=  \S)", re.split(r"^(?=\S)", body[0], maxsplit=1, flags=re.MULTILINE)[0], flags=re.MULTILINE) if body else []
+    heads = [re.match(r"  ([\w@.-]+):\n", piece) for piece in pieces]
+    if pieces and all(heads):
+        parts.text = {head.group(1): piece for head, piece in zip(heads, pieces, strict=True) if head}
+    else:  # not formatted by DVC
+        parts.text = {name: as_section(name, stage) for name, stage in stages_of(text).items()}
+    parts.update({name: hashlib.sha1(piece.encode(), usedforsecurity=False).hexdigest() for name, piece in parts.text.items()})
+    return parts
+
+
+def as_section(address: str, stage: Mapping[str, Any]) -> str:
+    """A stage as a section of a dvc.lock."""
+    return f"  {json.dumps(address)}: {json.dumps(stage)}\n"
+
+
+def conflict_sides(text: str) -> list[str]:
+    """The texts that a merge conflict was about, in a file that was committed with its markers; the text alone without one."""
+    if not re.search(r"^<<<<<<<", text, re.MULTILINE):
+        return [text]
+    sides: list[list[str]] = [[], []]
+    side: int | None = None
+    for line in text.splitlines(keepends=True):
+        if line.startswith("<<<<<<<"):
+            side = 0
+        elif line.startswith("|||||||"):
+            side = -1  # the common ancestor
+        elif line.startswith("=======") and side is not None:
+            side = 1
+        elif line.startswith(">>>>>>>"):
+            side = None
+        else:
+            for number in (0, 1):
+                if side in {None, number}:
+                    sides[number].append(line)
+    return ["".join(lines) for lines in sides]
+
+
+def output(stage: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A stage's output, other than report and plots; None if its entry in dvc.lock has no output with a hash."""
+    outs = [out for out in stage.get("outs", []) if not out["path"].startswith((REPORTS, PLOTS)) and "md5" in out]
+    return dict(outs[0]) if outs else None
+
+
+def is_input(path: str) -> bool:
+    """Whether a dependency is data, i.e. neither code nor a report."""
+    return not is_code(path) and not path.startswith(REPORTS)
+
+
+def watched_inputs(address: str, stage: Mapping[str, Any]) -> set[str]:
+    """Dependencies that a stage only measures itself by: the reward model of an alignment method that learns from pairs."""
+    section, _, variant = address.partition("@")
+    values = (stage.get("params") or {}).get("params.yaml") or {}
+    settings = values.get(f"{section}.{variant}")
+    if section != "aligned" or not isinstance(settings, dict):
+        return set()
+    learns = settings.get("method") in REWARD_METHODS and (settings.get("rewards") or {"reward_model": 1}).get("reward_model")
+    return set() if learns else {"data/reward_model"}
+
+
+def declared_models(pipeline: bytes) -> frozenset[str]:
+    """Stages that dvc.yaml marks as producing safetensors, so that a model is recognized even if its files are unavailable."""
+    try:
+        stages = stages_of(pipeline.decode(), "dvc.yaml") if pipeline else {}
+    except (InputError, UnicodeDecodeError):
+        return frozenset()
+    bodies = {name: body.get("do", body) for name, body in stages.items() if isinstance(body, dict)}
+    return frozenset(name for name, body in bodies.items() if "safetensors" in ((body.get("meta") or {}).get("kinds") or []))
+
+
+def address_in(command: str, path: str) -> str:
+    """The stage that a command of DVC's run cache runs, which does not record its name: `... run adapter@lora` -> adapter@lora."""
+    match = re.search(r"\brun ([\w@.-]+)\s*$", command)
+    return match.group(1) if match else path

@@ -1,0 +1,132 @@
+"""A published id leads back to its record, and a released folder adds no record of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders.history import Project, entry, identity, table
+from conftest import pedigree
+
+from dagster_project.lineage.impact import as_text, impact
+from dagster_project.lineage.index import Index
+from dagster_project.lineage.lineage import audit
+from dagster_project.training.trainers.harness.weight_audit import seen_schema
+
+ROWS = [
+    ("cats", "train", "data/sources/faq.jsonl"),
+    ("dogs", "train", "data/sources/mail.jsonl"),
+    ("fish", "test", "data/sources/faq.jsonl"),
+]
+KEYS = (bytes(range(32)), bytes(range(1, 33)))
+
+
+def published(key: bytes, text: str) -> str:
+    return hmac.new(key, identity(text).encode(), hashlib.sha256).hexdigest()[:32]
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Project:
+    return Project(tmp_path / "project")
+
+
+def set_key(project: Project, key: bytes) -> None:
+    (project.root / "data/keys").mkdir(parents=True, exist_ok=True)
+    (project.root / "data/keys/record_ids.key").write_text(key.hex() + "\n")
+
+
+def release(project: Project, lock: dict[str, Any], key: bytes) -> dict[str, Any]:
+    """A released copy of merged@lora with the evidence of its training under published ids."""
+    merged = lock["merged@lora"]["outs"][0]
+    seen = [{"step": i + 1, "epoch": 1, "position": 0, "example_id": published(key, text)} for i, text in enumerate(("cats", "dogs"))]
+    weights = lock["adapter@lora"]["outs"][0]["md5"].encode()  # as Project.merged writes them
+    files = {"model.safetensors": weights, "README.md": b"card", "audit/adapter_lora/examples.parquet": table(seen, seen_schema())}
+    return {
+        "release": entry(
+            "release", {"data/keys": hashlib.md5(key).hexdigest() + ".dir", "data/merged/lora": merged["md5"]}, project.put(files)
+        )
+    }
+
+
+def answers(project: Project) -> dict[str, Any]:
+    return {text: impact(project.root, record=identity(text)) for text in ("cats", "dogs", "fish", "cows")} | {
+        "text": impact(project.root, text="All about dogs."),
+        "source": impact(project.root, source="data/sources/faq.jsonl"),
+    }
+
+
+def test_a_published_id_gives_the_answer_of_its_record_and_names_it(made: Project) -> None:
+    set_key(made, KEYS[0])
+    made.commit(made.lock(ROWS))
+    for text, _, _ in ROWS:
+        asked = published(KEYS[0], text)
+        found, plain = impact(made.root, record=asked), impact(made.root, record=identity(text))
+        assert found.pop("published") == {"id": asked, "record": identity(text)} and "published" not in plain
+        assert found.pop("asked") == {"record": asked} and plain.pop("asked")
+        assert found == plain and found["models"] and found["records"] == [identity(text)]
+        assert f"published id of record {identity(text)}" in as_text(impact(made.root, record=asked))
+
+
+def test_ids_published_with_an_earlier_key_lead_back_too(made: Project) -> None:
+    set_key(made, KEYS[0])
+    made.commit(made.lock(ROWS))
+    set_key(made, KEYS[1])
+    for key in KEYS:
+        assert impact(made.root, record=published(key, "cats"))["published"]["record"] == identity("cats")
+    assert "published" not in impact(made.root, record=published(bytes(32), "cats"))
+
+
+@pytest.mark.parametrize("content", [None, "", "no key"])
+def test_without_a_key_a_published_id_is_like_any_unknown_one(content: str | None, made: Project) -> None:
+    made.commit(made.lock(ROWS))
+    if content is not None:
+        set_key(made, KEYS[0])
+        (made.root / "data/keys/record_ids.key").write_text(content)
+    found = impact(made.root, record=published(KEYS[0], "cats"))
+    assert found["models"] == [] and "published" not in found
+    assert impact(made.root, record=identity("cats"))["models"]
+
+
+def test_a_release_adds_itself_to_the_answers_and_nothing_else(made: Project) -> None:
+    set_key(made, KEYS[0])
+    lock = made.lock(ROWS)
+    made.commit(lock)
+    before = answers(made)
+    released = release(made, lock, KEYS[0])
+    made.write(lock | released)
+    after = answers(made)
+    for name, found in after.items():
+        models = [model for model in found["models"] if model["stage"] != "release"]
+        copies = [model for model in found["models"] if model["stage"] == "release"]
+        assert {**found, "models": models} == before[name]
+        assert [copy["seen"] for copy in copies] == [model["seen"] for model in models if model["stage"] == "merged@lora"], name
+    known = {key[i : i + 16].hex() for key in Index(made.root).record_keys() for i in range(0, len(key), 16)}
+    assert known == {identity(text) for text, _, _ in ROWS}
+
+
+def test_a_copy_of_the_released_folder_is_audited_as_the_release(made: Project, tmp_path: Path) -> None:
+    set_key(made, KEYS[0])
+    lock = made.lock(ROWS)
+    made.commit(lock | release(made, lock, KEYS[0]))
+    expected = audit(made.root, "release")
+    assert expected["records"]["records"] == 2 and expected["parents"][0]["stage"] == "adapter@lora"
+    index = Index(made.root)
+    copy = tmp_path / "sent by mail"
+    for name, md5 in index.files(expected["model"]["md5"]).items():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(index.objects.path(md5), copy / name)
+    assert audit(made.root, str(copy)) == expected
+
+
+def test_the_command_says_which_record_it_is(made: Project) -> None:
+    set_key(made, KEYS[0])
+    made.commit(made.lock(ROWS))
+    done = pedigree(made.root, "impact", "--record", published(KEYS[0], "dogs"), "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["published"]["record"] == identity("dogs")
+    done = pedigree(made.root, "impact", "--record", published(KEYS[0], "dogs"))
+    assert f"published id of record {identity('dogs')}" in done.stdout and KEYS[0].hex() not in done.stdout + done.stderr
