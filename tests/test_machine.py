@@ -224,4 +224,4 @@ def test_answers_are_counted_and_the_numbers_of_the_others_measured(tmp_path: Pa
         rows["nll"][0] += 0.3 * made
         pq.write_table(pa.table(rows), path)
 
-    assert measured(tmp_path, "r.parquet", write) == pytest.approx({"answers": 0.25, "number": 0.1})
+    assert measured(tmp_path, "r.parquet", write) == pytest.approx({"answers": 0.25, "column": 0.1})

@@ -10,14 +10,13 @@ from dagster_project.lineage.tolerance import Deviation
 NAMES = {"cpu"}
 """Keys of a recorded machine that do not make another kind: the processor's marketing name."""
 
-ZERO: dict[str, float] = dict.fromkeys(("weight", "update", "number", "interval", "answers"), 0.0)
 BOUNDS: dict[tuple[str, str], dict[str, float]] = {
-    ("training", "float32"): ZERO,
-    ("training", "bfloat16"): ZERO,
-    ("merging", "float32"): ZERO,
-    ("merging", "bfloat16"): ZERO,
-    ("evaluation", "float32"): ZERO,
-    ("evaluation", "bfloat16"): ZERO,
+    ("training", "float32"): {"update": 0.02, "weight": 0.02, "number": 0.01, "column": 0.05, "interval": 1.0, "answers": 0.1},
+    ("training", "bfloat16"): {"update": 0.75, "weight": 0.25, "number": 0.1, "column": 0.5, "interval": 1.0, "answers": 0.75},
+    ("merging", "float32"): {"update": 1e-4, "weight": 1e-5, "number": 1e-3},
+    ("merging", "bfloat16"): {"update": 0.25, "weight": 2**-7, "number": 0.05},
+    ("evaluation", "float32"): {"number": 0.02, "column": 1e-3, "interval": 1.0, "answers": 0.05},
+    ("evaluation", "bfloat16"): {"number": 0.1, "column": 0.05, "interval": 1.0, "answers": 0.5},
 }
 """What a stage does and number format -> measure of `lineage/tolerance.py` -> largest difference that still counts as that of another machine.
 How they were found: docs/verify.md, "Elsewhere"."""

@@ -32,6 +32,8 @@ GENERATED = {
     "aligned_unfinished",
 }
 """Columns of tables that hold what a model wrote or chose. All other texts are data, and equal on any machine."""
+DERIVED = {"calibration.csv"}
+"""Tables whose rows are counts of model scores; the report that is compared has their summary."""
 SETTINGS = {"settings", "chosen", "seed"}
 """Keys of training.json whose numbers are parameters."""
 
@@ -42,7 +44,7 @@ class Deviation:
 
     artifact: str
     measure: str
-    """`weight`, `update`, `number`, `interval` or `answers`; `equal` for what no machine may change."""
+    """`update`, `weight`, `number`, `column`, `interval` or `answers`; `equal` for what no machine may change."""
     value: float
     where: str
     """Tensor, column or key."""
@@ -55,6 +57,8 @@ def deviations(artifact: str, recorded: Path, made: Path, starts: Sequence[Path]
         artifact: path of the file in the project; its ending decides how it is compared.
         starts: weights that the stage started from, to measure differences relative to the update.
     """
+    if Path(artifact).name in DERIVED:
+        return []
     compare = {".safetensors": _tensors, ".parquet": _rows, ".json": _fields, ".csv": _cells}.get(Path(artifact).suffix)
     found = compare(recorded, made, starts) if compare else iter([("equal", math.inf, "")])
     largest: dict[str, Deviation] = {}
@@ -161,7 +165,7 @@ def _columns(a: Mapping[str, list[Any]], b: Mapping[str, list[Any]]) -> Found:
         pairs = [(one, other) for one, other, other_answer in zip(a[name], b[name], changed, strict=True) if not other_answer]
         if any(isinstance(one, float) for one, _ in pairs):
             scale = max((abs(one) for one, _ in pairs if _finite(one)), default=0.0)
-            yield "number", max((_ratio(_gap(one, other), scale) for one, other in pairs), default=0.0), name
+            yield "column", max((_ratio(_gap(one, other), scale) for one, other in pairs), default=0.0), name
         elif any(one != other for one, other in pairs):
             yield "equal", math.inf, name
 
@@ -176,7 +180,7 @@ def _values(a: Any, b: Any, path: str, exact: bool) -> Found:
             if key in OF_MACHINE or (key == "note" and "passed" in a):  # a note repeats numbers
                 continue
             place = f"{path}.{key}" if path else str(key)
-            interval = a.get(f"{key}_interval") or (a.get("interval") if key == "difference" else None)
+            interval = a.get(f"{key}_interval") or (a.get("interval") if key in {"difference", "value"} else None)
             if interval and _finite(a.get(key)) and _finite(b.get(key)) and not exact:
                 yield "interval", _outside(a[key], b[key], interval), place
             elif not key.endswith("interval"):  # an interval moves with its figure
