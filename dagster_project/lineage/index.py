@@ -718,6 +718,16 @@ class Index:
                     found.add(key)
         return found
 
+    def copies_of_records(self, outs: Iterable[str]) -> dict[bytes, list[tuple[str, int]]]:
+        """Key of a record -> (source, row) of each of its copies that was dropped in one of some outputs."""
+        rows: dict[bytes, list[tuple[str, int]]] = defaultdict(list)
+        query = (
+            "SELECT DISTINCT credit.key, credit.source, credit.source_row FROM credit JOIN file ON file.md5 = credit.file WHERE file.out IN"
+        )
+        for key, source, row in self._rows(query, [*outs]):
+            rows[key].append((source, row))
+        return {key: sorted(found) for key, found in rows.items()}
+
     def derivations(self, keys: Iterable[bytes]) -> dict[bytes, list[tuple[bytes, frozenset[str]]]]:
         """Key of a row -> (key of a record made from it, hashes of the outputs that say so), for these rows and everything made from them: repaired,
         copied, paraphrased, or kept in place of a copy."""
