@@ -14,10 +14,10 @@ from conftest import pedigree
 
 from dagster_project.core.errors import InputError
 from dagster_project.lineage.export.export import issue_date
+from dagster_project.lineage.export.summary import REWARD_METHODS
 from dagster_project.lineage.impact import as_text, impact
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import audit, document, find
-from dagster_project.lineage.runs import REWARD_METHODS
 from dagster_project.training.trainers.alignment.preference import METHODS
 
 FAQ, MAIL, COPY = "data/sources/faq.jsonl", "data/sources/mail.jsonl", "data/sources/copy.jsonl"
