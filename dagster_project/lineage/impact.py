@@ -230,16 +230,18 @@ class _ImpactQuery:
         self._source = name
         rows_of = index.rows_from_source(name)
         copies, paraphrases = index.contributed(name)
+        derivations = index.derivations(set().union(*copies.values()))
         uses: dict[str, list[RecordUse]] = defaultdict(list)
         if copies or paraphrases:
-            for use in index.record_uses(set().union(*copies.values(), *paraphrases.values())):
+            made_from_copies = {child for children in derivations.values() for child, _ in children}
+            for use in index.record_uses(made_from_copies.union(*copies.values(), *paraphrases.values())):
                 uses[use.out].append(use)
         for run in self._trained_models:
             if outputs is not None and not outputs & index.ancestors(run).keys():
                 continue
             rows = sum((Counter(rows_of[out]) for out in index.data(run).keys() & rows_of.keys()), Counter[str]())
             summary = index.training_summary(run, name)
-            keys = self._contributed_to(run, name, copies, paraphrases)
+            keys = self._contributed_to(run, name, copies, paraphrases, derivations)
             if keys:
                 rows += Counter(use.split for out in index.data(run) for use in uses[out] if use.split and use.key in keys)
                 trained = [use for use in uses[run.md5] if not use.split and use.key in keys]
@@ -251,16 +253,22 @@ class _ImpactQuery:
                 self._exposures[run.id] = earlier.plus(exposure) if earlier else exposure
 
     def _contributed_to(
-        self, run: StageRun, name: str, copies: Mapping[str, set[bytes]], paraphrases: Mapping[int, set[bytes]]
+        self,
+        run: StageRun,
+        name: str,
+        copies: Mapping[str, set[bytes]],
+        paraphrases: Mapping[int, set[bytes]],
+        derivations: Mapping[bytes, list[tuple[bytes, frozenset[str]]]],
     ) -> set[bytes]:
-        """Keys of the records of one model's data to which rows of a source contributed although they do not name it."""
+        """Keys of the records of one model's data to which rows of a source contributed although they do not name it: those in whose place a copy
+        was dropped, with what was made from them, and paraphrases."""
         if not copies and not paraphrases:
             return set()
         ancestors = self.index.ancestors(run)
-        dropped = set().union(*(copies[out] for out in copies.keys() & ancestors.keys()))
-        if dropped:
-            dropped -= self.index.keys_of_source([*self.index.data(run)], name, dropped)
-        return dropped.union(*(paraphrases.get(upstream.entry.id, ()) for upstream in ancestors.values()))
+        kept = set[bytes]().union(*(copies[out] for out in copies.keys() & ancestors.keys()))
+        own = self._made_from(run, [*kept], derivations) if kept else kept
+        own -= self.index.keys_of_source([*self.index.data(run)], name, own) if own else set()
+        return own.union(*(paraphrases.get(upstream.entry.id, ()) for upstream in ancestors.values()))
 
     def match_content(self, digest: str) -> None:
         """Match an output, a file or a source by its hash.
@@ -348,9 +356,11 @@ class _ImpactQuery:
                 entry["also_called"].append(run.address)
             entry["commits"] += [commit for commit in self.index.commits_of(run) if commit not in entry["commits"]]
             for by in exposed:
-                document = self._exposure_document(self.index.runs[by])
-                if document not in entry["seen"]:
+                document = {**self._exposure_document(self.index.runs[by]), "commits": []}
+                seen = next((one for one in entry["seen"] if {**one, "commits": []} == document), document)
+                if seen is document:
                     entry["seen"].append(document)
+                seen["commits"] += [commit for commit in self.index.commits_of(run) if commit not in seen["commits"]]
         return list(by_hash.values())
 
     def _exposure_document(self, run: StageRun) -> dict[str, Any]:
