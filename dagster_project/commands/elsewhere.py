@@ -11,12 +11,12 @@ NAMES = {"cpu"}
 """Keys of a recorded machine that do not make another kind: the processor's marketing name."""
 
 BOUNDS: dict[tuple[str, str], dict[str, float]] = {
-    ("training", "float32"): {"update": 0.02, "weight": 0.02, "number": 0.01, "column": 0.05, "interval": 1.0, "answers": 0.1},
+    ("training", "float32"): {"update": 0.02, "weight": 0.001, "number": 0.01, "column": 0.05, "interval": 1.0, "answers": 0.05},
     ("training", "bfloat16"): {"update": 0.75, "weight": 0.25, "number": 0.1, "column": 0.5, "interval": 1.0, "answers": 0.75},
-    ("merging", "float32"): {"update": 1e-4, "weight": 1e-5, "number": 1e-3},
-    ("merging", "bfloat16"): {"update": 0.25, "weight": 2**-7, "number": 0.05},
-    ("evaluation", "float32"): {"number": 0.02, "column": 1e-3, "interval": 1.0, "answers": 0.05},
-    ("evaluation", "bfloat16"): {"number": 0.1, "column": 0.05, "interval": 1.0, "answers": 0.5},
+    ("merging", "float32"): {"update": 1e-4, "weight": 1e-5, "number": 0.001},
+    ("merging", "bfloat16"): {"update": 0.25, "weight": 0.0078125, "number": 0.05},
+    ("evaluation", "float32"): {"number": 0.02, "column": 0.001, "interval": 1.0, "answers": 0.05},
+    ("evaluation", "bfloat16"): {"number": 0.25, "column": 0.1, "interval": 1.0, "answers": 0.5},
 }
 """What a stage does and number format -> measure of `lineage/tolerance.py` -> largest difference that still counts as that of another machine.
 How they were found: docs/verify.md, "Elsewhere"."""
