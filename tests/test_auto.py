@@ -190,7 +190,7 @@ def test_a_sweep_climbs_to_the_rate_beyond_which_trials_diverge(tmp_path: Path) 
     ],
     ids=["less than nine tenths of the fall", "more than nine tenths of the fall", "nothing falls", "all diverge"],
 )
-def test_of_rates_with_nearly_the_greatest_fall_the_lowest_is_taken(losses: dict[float, float], rate: float) -> None:
+def test_of_rates_with_nearly_the_greatest_decrease_the_lowest_is_chosen(losses: dict[float, float], rate: float) -> None:
     assert auto.best(losses, TRIAL).value == rate
 
 

@@ -58,7 +58,7 @@ def test_each_stratum_gives_its_exact_share(strata: list[str], shares: dict[str,
 
 @given(rows=rows_of_groups, seed=seeds)
 @calm
-def test_no_split_gets_more_than_its_share_whatever_the_groups(rows: list[tuple[str, str]], seed: int) -> None:
+def test_no_split_gets_more_than_its_share_for_any_groups(rows: list[tuple[str, str]], seed: int) -> None:
     groups = [group for group, _ in rows]
     dealt = Counter(assign(groups, [""] * len(rows), SHARES, seed))
     assert all(dealt[name] <= round(len(rows) * share) for name, share in SHARES.items())
@@ -81,7 +81,7 @@ def test_another_seed_gives_other_splits() -> None:
     assert assign(groups, [""] * 40, SHARES, 1) != assign(groups, [""] * 40, SHARES, 2)
 
 
-def test_a_new_row_moves_few_others() -> None:
+def test_a_new_row_changes_the_split_of_few_others() -> None:
     groups = [f"group {i}" for i in range(201)]
     before, after = (assign(groups[:n], [""] * n, SHARES, 7) for n in (200, 201))
     assert sum(old != new for old, new in zip(before, after, strict=False)) <= 4
@@ -452,7 +452,7 @@ def test_labels_are_not_kept_if_turned_off(tmp_path: Path) -> None:
     assert report.metrics == {"train": 28, "validation": 4, "test": 8}
 
 
-def test_an_upstream_train_split_alone_is_divided_with_a_note(tmp_path: Path) -> None:
+def test_a_single_upstream_train_split_is_divided_with_a_note(tmp_path: Path) -> None:
     rows = [labelled("train", prompt) for prompt in some(40)]
     report = run(splits.Params(), written(tmp_path / "in", rows), tmp_path / "out")
     assert report.metrics == {"train": 28, "validation": 4, "test": 8}
