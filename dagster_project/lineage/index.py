@@ -186,9 +186,19 @@ class Index:
         if out is None:
             return None
         report: dict[str, str] = next((one for one in stage["outs"] if one["path"].startswith(REPORTS)), {})
+        has_weights = self._db.execute("SELECT 1 FROM listed WHERE md5 = ? AND has_weights", (out["md5"],)).fetchone() is not None
         run = self._db.execute(
             "INSERT INTO run (key, address, path, md5, is_model, report, report_md5, text) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (key, address, out["path"], out["md5"], _section(address) in models, report.get("path"), report.get("md5"), text),
+            (
+                key,
+                address,
+                out["path"],
+                out["md5"],
+                has_weights or _section(address) in models,
+                report.get("path"),
+                report.get("md5"),
+                text,
+            ),
         ).lastrowid
         watched = watched_inputs(address, stage)
         inputs = [(run, dep["path"], dep.get("md5", ""), dep["path"] in watched) for dep in stage.get("deps", []) if is_input(dep["path"])]
