@@ -76,7 +76,7 @@ def test_a_stage_that_runs_elsewhere_gives_the_same_outputs_and_report(
     assert (root / "data/live/adapter/lora/loss.csv").is_file() and measured_path(root, "adapter@lora").is_file()
 
 
-def test_a_gate_that_fails_elsewhere_fails_here_and_publishes_its_report_alone(root: Path, tmp_path: Path) -> None:
+def test_a_gate_that_fails_on_another_machine_fails_here_and_publishes_only_its_report(root: Path, tmp_path: Path) -> None:
     assert dvc(root, "repro").returncode == 0
     before = (root / "data/inst/rows.txt").read_bytes()
     (root / "data/sources/g.txt").write_text("BAD\n")
