@@ -257,7 +257,7 @@ def _commit_facts(index: Index, run: StageRun) -> dict[str, Any]:
 
 
 def _code(index: Index, run: StageRun) -> dict[str, Any]:
-    """The code that first produced these bytes, stage by stage, and whether the commit that first recorded each stage's run contains its code.
+    """The code of every run of the lineage, and whether the commit that first recorded the run contains its code and parameters.
 
     Returns:
         {"commit", "clean", "files": {path: md5}, "stages": {address: {"commit", "clean"}}} as in `code_in`; where applicable also "differs" (paths with
@@ -266,7 +266,7 @@ def _code(index: Index, run: StageRun) -> dict[str, Any]:
     """
     first = index.runs_by_output[run.md5][0]
     by_commit: dict[str | None, dict[str, dict[str, Any]]] = {}
-    order = _upstream(first)
+    order = _upstream(run)
     for stage in order:
         by_commit.setdefault(index.first_commit(stage), {})[stage.address] = index.lock_entry(stage)
     code = {name: (commit, *found) for commit, entries in by_commit.items() for name, found in code_in(index.root, commit, entries).items()}

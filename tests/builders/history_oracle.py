@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from builders.random_history import PARAPHRASES, VARIANTS, Entry, Lock, Log, Toy, canonical, dir_md5
-from builders.small_pipeline import git
+from builders.random_history import PARAPHRASES, VARIANTS, Entry, Lock, Log, Toy, canonical, dir_md5, git
 
 WORKSPACE = "workspace"
 MODELS = ("adapter", "merged", "release")
@@ -153,6 +152,14 @@ class Reach:
 
     def folder(self, outs: Mapping[str, str]) -> str:
         return dir_md5({f"{name}/{file}": value for name, out in outs.items() for file, value in self.log.files[out].items()})
+
+    def recorded(self, chain: Chain) -> bool:
+        """Whether every run of a lineage is recorded somewhere."""
+        return all(canonical(entry) in self._recorded for entry in chain.values())
+
+    @cached_property
+    def _recorded(self) -> set[str]:
+        return {canonical(entry) for _, entry, _ in self.pool}
 
     # --- what a model saw
 

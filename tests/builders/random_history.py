@@ -15,6 +15,7 @@ import json
 import os
 import random
 import shutil
+import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -27,8 +28,8 @@ import pyarrow as pa
 import yaml
 from builders.files import jsonl
 from builders.history import md5, table
-from builders.small_pipeline import git
 
+from dagster_project.curation.checks.account import overlap_schema
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import parse
 from dagster_project.core.records import (
@@ -73,6 +74,20 @@ stages:
 IGNORED = ".dvc/cache .dvc/tmp data/base_model data/raw_examples data/instructions data/splits data/tokenized data/adapter data/merged data/comparison data/release"
 
 
+def git(root: Path, *arguments: str) -> str:
+    """Run git with a clock of its own (a minute more with every call), so that a seed always gives the same commits.
+
+    Raises:
+        subprocess.CalledProcessError: with what git says.
+    """
+    clock[0] += 60
+    dates = {name: f"{clock[0]} +0000" for name in ("GIT_AUTHOR_DATE", "GIT_COMMITTER_DATE")}
+    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True, env={**os.environ, **dates}).stdout
+
+
+clock = [1_750_000_000]
+
+
 def identity(prompt: str, answer: str) -> str:
     """Id of a record, from the definition of ids: sha256 of its canonical JSON."""
     canonical = json.dumps([["user", prompt], ["assistant", answer]], ensure_ascii=False, separators=(",", ":"))
@@ -112,6 +127,8 @@ class Log:
 
     entries: dict[str, tuple[str, Entry]] = field(default_factory=dict)
     """Canonical form of every entry that a run recorded -> (address, entry)."""
+    ran: dict[str, list[dict[str, Entry]]] = field(default_factory=dict)
+    """Canonical form of an entry -> what really went into each run of it: address -> entry, itself included."""
     rows: dict[str, list[Row]] = field(default_factory=dict)
     """Output of raw_examples -> rows."""
     sources: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
@@ -171,6 +188,7 @@ class Toy:
         """What was done, for the message of a failure."""
         self.fresh = 0
         root.mkdir(parents=True)
+        clock[0] = 1_750_000_000
         git(root, "init", "-q", "-b", "main")
         for key, value in {"user.name": "t", "user.email": "t@example.org", "gc.auto": "0", "core.fsync": "none", "commit.gpgsign": "false"}.items():
             git(root, "config", key, value)
@@ -349,6 +367,12 @@ class Toy:
         lock[address] = entry
         self.log.files[value] = files
         self.log.entries[canonical(entry)] = (address, entry)
+        whole = {address: entry}
+        for one in entry["deps"]:
+            for other, found in lock.items():
+                if other != address and any(made["path"] == one["path"] and made["md5"] == one["md5"] for made in found["outs"] if made["md5"].endswith(".dir")):
+                    whole = {**self.log.ran[canonical(found)][-1], **whole}
+        self.log.ran.setdefault(canonical(entry), []).append(whole)
         self._note(address, entry, value)
         saved = runs / key[:2] / key / hashlib.sha256(canonical(entry).encode()).hexdigest()
         saved.parent.mkdir(parents=True, exist_ok=True)
@@ -410,14 +434,18 @@ class Toy:
 
     def _simulate_instructions(self) -> Report:
         """Drops rows without an answer, and all but the first of equal rows."""
-        data, seen, kept, ledger = self.root / "data", set(), [], []
+        data, kept, ledger, overlaps = self.root / "data", [], [], []
+        seen: set[str] = set()
         for record, line in zip(read_records(data / "raw_examples"), read_ledger(data / "raw_examples"), strict=True):
             empty, name = not record["messages"][-1]["content"].strip(), record["example_id"]
             outcome = "dropped:empty_response" if empty else "dropped:exact_duplicates" if name in seen else "kept"
             if outcome == "kept":
                 seen.add(name)
                 kept.append({**record, "group_id": name})
+            if outcome == "dropped:exact_duplicates":
+                overlaps.append({**line, "check": "exact_duplicates", "other": name, "part": "prompt", "rule": "equal", "score": 1.0})
             ledger.append({**line, "outcome": outcome, "why": ""})
+        self.write("data/instructions/overlaps.parquet", table(overlaps, overlap_schema()))
         write_records(data / "instructions", kept)
         write_ledger(data / "instructions", ledger)
         dropped = Counter(line["outcome"].partition(":")[2] for line in ledger if line["outcome"] != "kept")
