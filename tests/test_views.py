@@ -208,6 +208,8 @@ def lineage(text: Text, tmp_path: Path) -> str:
         "stages": {text("adapter"): stage}, "records": {"records": 1, "learnt_by": {text("adapter"): part}}, "missing": [
         {"path": text("a"), "md5": text("b"), "fetch": text("dvc pull")}], "shallow": True, "waivers": [{"reason": text("because")}],
         "parameters": {text("adapter.lora"): {text("r"): text("4")}}, "metrics": {text("adapter"): {text("loss"): text("1")}},
+        "other_files": {text("b.jsonl"): {"md5": text("abc"), "license": text("MIT"), "stages": [text("splits")]}},
+        "watched": {"stages": {text("release"): stage}, "sources": {text("c.jsonl"): source}},
         "code": {"commit": None, "after": text("abc"), "files": {text("a.py"): text("abc")}}, "environment": {text("torch"): text("2")},
         "base_model": {"origin": text("hub"), "license": text("MIT"), "sha256": {"model.safetensors": text("abc")}},
         "chat_template": {"name": text("chatml"), "sha256": text("abc")},

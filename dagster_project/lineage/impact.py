@@ -344,9 +344,9 @@ class _ImpactQuery:
                     "seen": [],
                 },
             )
-            entry["commits"] += [commit for commit in self.index.commits_of(run) if commit not in entry["commits"]]
             if run.address != entry["stage"] and run.address not in entry["also_called"]:
                 entry["also_called"].append(run.address)
+            entry["commits"] += [commit for commit in self.index.commits_of(run) if commit not in entry["commits"]]
             for by in exposed:
                 document = self._exposure_document(self.index.runs[by])
                 if document not in entry["seen"]:

@@ -186,9 +186,19 @@ class Index:
         if out is None:
             return None
         report: dict[str, str] = next((one for one in stage["outs"] if one["path"].startswith(REPORTS)), {})
+        has_weights = self._db.execute("SELECT 1 FROM listed WHERE md5 = ? AND has_weights", (out["md5"],)).fetchone() is not None
         run = self._db.execute(
             "INSERT INTO run (key, address, path, md5, is_model, report, report_md5, text) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (key, address, out["path"], out["md5"], _section(address) in models, report.get("path"), report.get("md5"), text),
+            (
+                key,
+                address,
+                out["path"],
+                out["md5"],
+                has_weights or _section(address) in models,
+                report.get("path"),
+                report.get("md5"),
+                text,
+            ),
         ).lastrowid
         watched = watched_inputs(address, stage)
         inputs = [(run, dep["path"], dep.get("md5", ""), dep["path"] in watched) for dep in stage.get("deps", []) if is_input(dep["path"])]
@@ -707,6 +717,16 @@ class Index:
                 ) in keys:
                     found.add(key)
         return found
+
+    def copies_of_records(self, outs: Iterable[str]) -> dict[bytes, list[tuple[str, int]]]:
+        """Key of a record -> (source, row) of each of its copies that was dropped in one of some outputs."""
+        rows: dict[bytes, list[tuple[str, int]]] = defaultdict(list)
+        query = (
+            "SELECT DISTINCT credit.key, credit.source, credit.source_row FROM credit JOIN file ON file.md5 = credit.file WHERE file.out IN"
+        )
+        for key, source, row in self._rows(query, [*outs]):
+            rows[key].append((source, row))
+        return {key: sorted(found) for key, found in rows.items()}
 
     def derivations(self, keys: Iterable[bytes]) -> dict[bytes, list[tuple[bytes, frozenset[str]]]]:
         """Key of a row -> (key of a record made from it, hashes of the outputs that say so), for these rows and everything made from them: repaired,

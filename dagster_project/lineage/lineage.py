@@ -18,6 +18,7 @@ from dagster_project.core.text import commit_text
 from dagster_project.lineage.code import code_in
 from dagster_project.lineage.history import LOCK, Revision, commit_of, listing_of, path_exists
 from dagster_project.lineage.index import EVIDENCE, WEIGHTS, Index
+from dagster_project.lineage.rows import record_key
 from dagster_project.lineage.runs import StageRun, is_input
 from dagster_project.lineage.sources import other_files
 
@@ -177,9 +178,10 @@ def document(subject: Subject) -> dict[str, Any]:
     """The lineage of one output.
 
     Returns:
-        "model"; "sources" with sha256, rows, license and row outcomes; "base_model"; "stages" in flow order, each with output hash, inputs, rows and
-        checks; "records" it was trained on; "parents", the models it was derived from; recorded "parameters"; "waivers"; "chat_template"; "code" with
-        commit and file hashes; "environment"; "metrics"; "missing" outputs that leave something unknown; "shallow".
+        "model"; "sources" of rows with sha256, rows, license and row outcomes; "other_files" that contributed; "base_model"; "stages" in flow order,
+        each with output hash, inputs, rows and checks; "watched": stages and sources that it was compared with or only measured by; "records" it was
+        trained on; "parents", the models it was derived from; recorded "parameters"; "waivers"; "chat_template"; "code" with commit and file hashes,
+        also per stage; "environment"; "metrics"; "missing" outputs that leave something unknown; "shallow".
     """
     index, run, upstream = subject.index, subject.run, subject.upstream
     reports = {stage: index.report(stage) for stage in upstream}
@@ -192,12 +194,13 @@ def document(subject: Subject) -> dict[str, Any]:
     made_from = {stage: reports[stage] for stage in contributing}
     watched_sources = _sources(index, {stage: reports[stage] for stage in watched}, names)
     sources = _sources(index, made_from, names)
+    own_names = {(stage.path, stage.md5): names[stage.path, stage.md5] for stage in contributing}
     return {
         "model": {"stage": run.address, "path": run.path, "md5": run.md5},
         "sources": sources,
         "other_files": other_files(index, {stage: entries[stage] for stage in contributing}, names, sources),
         "base_model": next((_origin(r) for r in made_from.values() if {"origin", "sha256"} <= r.keys()), {}),
-        "stages": {names[stage.path, stage.md5]: _stage(index, stage, reports[stage], names) for stage in contributing},
+        "stages": {names[stage.path, stage.md5]: _stage(index, stage, reports[stage], own_names) for stage in contributing},
         "watched": {
             "stages": {names[stage.path, stage.md5]: _stage(index, stage, reports[stage], names) for stage in watched},
             "sources": {name: facts for name, facts in watched_sources.items() if name not in sources},
@@ -330,7 +333,7 @@ def trained_on(subject: Subject) -> tuple[pa.Table | None, list[dict[str, str]]]
 
     Returns:
         A table of model, example_id, step, epoch, source and source_row (null if unknown), or None without evidence; and the missing outputs,
-        each with path, md5 and the commands that fetch it.
+        each with path, md5 and the commands that fetch it. Where rows were dropped as copies of a record, `also_in` lists them: "faq.jsonl:3, b.csv:0".
     """
     import pyarrow as pa
 
@@ -351,11 +354,14 @@ def trained_on(subject: Subject) -> tuple[pa.Table | None, list[dict[str, str]]]
             continue
         source_rows, unavailable = _source_rows(index, data)
         missing += [output for output in unavailable if output not in missing]
-        tables.append(_with_source_rows(run.address, path, source_rows))
-    return (pa.concat_tables(tables) if tables else None), missing
+        copies = index.copies_of_records(index.ancestors(run))
+        tables.append(_with_source_rows(run.address, path, source_rows, copies))
+    return (pa.concat_tables(tables, promote_options="default") if tables else None), missing
 
 
-def _with_source_rows(model: str, evidence: Path, source_rows: Mapping[str, tuple[str, int | None]]) -> pa.Table:
+def _with_source_rows(
+    model: str, evidence: Path, source_rows: Mapping[str, tuple[str, int | None]], copies: Mapping[bytes, Sequence[tuple[str, int]]]
+) -> pa.Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -364,7 +370,11 @@ def _with_source_rows(model: str, evidence: Path, source_rows: Mapping[str, tupl
     rows = [source_rows.get(identity, (None, None)) for identity in ids]
     table = table.add_column(0, "model", pa.array([model] * len(ids), pa.string()))
     table = table.append_column("source", pa.array([source for source, _ in rows], pa.string()))
-    return table.append_column("source_row", pa.array([row for _, row in rows], pa.int64()))
+    table = table.append_column("source_row", pa.array([row for _, row in rows], pa.int64()))
+    if not copies:
+        return table
+    also = [", ".join(f"{source}:{row}" for source, row in copies.get(record_key(identity), ())) or None for identity in ids]
+    return table.append_column("also_in", pa.array(also, pa.string()))
 
 
 def _source_rows(index: Index, data: Iterable[StageRun]) -> tuple[dict[str, tuple[str, int | None]], list[dict[str, str]]]:
@@ -423,7 +433,12 @@ def listed(records: pa.Table | None) -> list[dict[str, Any]]:
     for row in records.to_pylist() if records is not None else []:
         entry = entries.setdefault(
             (row["model"], row["example_id"]),
-            {**{key: row[key] for key in ("example_id", "source", "source_row", "model")}, "steps": [], "epochs": []},
+            {
+                **{key: row[key] for key in ("example_id", "source", "source_row", "model")},
+                **({"also_in": row["also_in"].split(", ")} if row.get("also_in") else {}),
+                "steps": [],
+                "epochs": [],
+            },
         )
         entry["steps"].append(row["step"])
         entry["epochs"].append(row["epoch"])
@@ -481,19 +496,17 @@ def as_text(audited: dict[str, Any]) -> str:
         lines += [f"template   {template['name']}, sha256 {template['sha256'][:16]}"]
     if audited["environment"]:
         lines += [f"versions   {', '.join(f'{name} {version}' for name, version in audited['environment'].items())}"]
-    lines += ["", "sources"]
-    for path, source in audited["sources"].items():
-        origin = f", {source['origin']}" if source.get("origin") else ""
-        lines.append(f"  {path}  {source['rows']} rows, {source['format']}, {source['license']}{origin}, sha256 {source['sha256'][:16]}")
-        if flow := "; ".join(f"{stage}: {_counts_text(outcomes)}" for stage, outcomes in source["outcomes"].items()):
-            lines.append(f"    {flow}")
-    lines += ["", "stages"]
-    for name, stage in audited["stages"].items():
-        rows = f"  {stage['rows_in']} rows in, {stage['rows_out']} out" if "rows_in" in stage else ""
-        drops = f"  dropped: {_counts_text(stage['dropped'])}" if stage.get("dropped") else ""
-        drops += f"  repaired: {_counts_text(stage['fixed'])}" if stage.get("fixed") else ""
-        split = f"  {_counts_text(stage['examples'])}" if "examples" in stage else ""
-        lines.append(f"  {name:<16} {stage['md5'][:12]}{rows}{drops}{split}{_checks_text(stage)}")
+    lines += ["", "sources", *_sources_text(audited["sources"])]
+    lines += [
+        f"  {path}  read by {', '.join(file['stages'])}, license {file['license']}, {'sha256' if 'sha256' in file else 'md5'} "
+        f"{file.get('sha256', file['md5'])[:16]}"
+        for path, file in audited["other_files"].items()
+    ]
+    lines += ["", "stages", *(_stage_text(name, stage) for name, stage in audited["stages"].items())]
+    watched = audited["watched"]
+    if watched["stages"]:
+        lines += ["", "compared with it or only watched: nothing was learned from these", *_sources_text(watched["sources"])]
+        lines += [_stage_text(name, stage) for name, stage in watched["stages"].items()]
     lines += [f"waived     {json.dumps(waiver, ensure_ascii=False)}" for waiver in audited["waivers"]]
     lines += ["", "parameters"]
     lines += [f"  {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in audited["parameters"].items()]
@@ -503,6 +516,24 @@ def as_text(audited: dict[str, Any]) -> str:
         lines += ["", "unknown, because outputs are not in the cache"]
         lines += [f"  {output['path']}  md5 {output['md5']}\n    fetch it: {output['fetch']}" for output in audited["missing"]]
     return "\n".join(lines)
+
+
+def _sources_text(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    lines = []
+    for path, source in sources.items():
+        origin = f", {source['origin']}" if source.get("origin") else ""
+        lines.append(f"  {path}  {source['rows']} rows, {source['format']}, {source['license']}{origin}, sha256 {source['sha256'][:16]}")
+        if flow := "; ".join(f"{stage}: {_counts_text(outcomes)}" for stage, outcomes in source["outcomes"].items()):
+            lines.append(f"    {flow}")
+    return lines
+
+
+def _stage_text(name: str, stage: Mapping[str, Any]) -> str:
+    rows = f"  {stage['rows_in']} rows in, {stage['rows_out']} out" if "rows_in" in stage else ""
+    drops = f"  dropped: {_counts_text(stage['dropped'])}" if stage.get("dropped") else ""
+    drops += f"  repaired: {_counts_text(stage['fixed'])}" if stage.get("fixed") else ""
+    split = f"  {_counts_text(stage['examples'])}" if "examples" in stage else ""
+    return f"  {name:<16} {stage['md5'][:12]}{rows}{drops}{split}{_checks_text(stage)}"
 
 
 def training_lines(audited: Mapping[str, Any]) -> list[str]:

@@ -186,23 +186,26 @@ def _divide(
     link = joined(copies.links([*prompts, *examples], clusters))
     groups = [link.get(cluster, cluster) for cluster in clusters]
     labels = [label if label in SPLITS else None for i in kept for label in [json.loads(records[i]["meta"]).get("split")]]
-    fate, because = keep_labels(groups, [None] * len(groups), [*labels, *[TEST] * len(test)])
+    split_of, because = keep_labels(groups, [None] * len(groups), [*labels, *[TEST] * len(test)])
     places = [findings.place(record) for record in [*(records[i] for i in kept), *test]]
-    left = [k for k in range(len(kept)) if fate[k] != DROPPED]
+    left = [k for k in range(len(kept)) if split_of[k] != DROPPED]
     dealt = assign_splits(
         [groups[k] for k in left],
         [None] * len(left),
-        [fate[k] or None for k in left],
+        [split_of[k] or None for k in left],
         [str(records[kept[k]]["category"]) for k in left],
         {"test": params.test, "validation": params.validation},
         seed,
     )
-    out = [k for k in range(len(kept)) if fate[k] == DROPPED]
+    out = [k for k in range(len(kept)) if split_of[k] == DROPPED]
     return Division(
         {kept[k]: split for k, split in zip(left, dealt.splits, strict=True)},
         {kept[k]: groups[k] for k in left},
         {kept[left[n]] for n in dealt.labelled if labels[left[n]]},
-        {kept[k]: f"{labels[k]} by the label of its source, but belongs to {places[because[k]]}, which is {fate[because[k]]}" for k in out},
+        {
+            kept[k]: f"{labels[k]} by the label of its source, but belongs to {places[because[k]]}, which is {split_of[because[k]]}"
+            for k in out
+        },
         [
             Link(kept[out[p.left]], places[len(kept) + p.right], "prompt", p.rule, p.similarity)
             for p in near_pairs([prompts[k] for k in out], examples)

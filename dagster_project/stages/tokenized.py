@@ -135,20 +135,20 @@ def produce(root: Path, params: Params, seed: int, splits: Path, base_model: Pat
 
     _check_field_weights(params, records["train"])
     rules = Rules(params.max_length, params.on_too_long, params.field_weights, params.weigh == "example", params.reasoning)
-    fates = {split: make(tokenizer, found, rules) for split, found in records.items()}
-    copies = {split: [int(fate.kept) for fate in found] for split, found in fates.items()}
-    copies["train"], repeats = mixture.mix(records["train"], fates["train"], params.balance, params.replay, seed)
+    results = {split: make(tokenizer, found, rules) for split, found in records.items()}
+    copies = {split: [int(result.kept) for result in found] for split, found in results.items()}
+    copies["train"], repeats = mixture.mix(records["train"], results["train"], params.balance, params.replay, seed)
     source_rows = {(line["source"], line["example_id"]): line["source_row"] for line in read_ledger(splits)}
     ledger = [
         {
             "source": record["source"],
             "source_row": source_rows.get((record["source"], record["example_id"])),
             "example_id": record["example_id"],
-            "outcome": fate.outcome,
-            "why": "; ".join(filter(None, [fate.why, f"{n} copies" if n > 1 else ""])),
+            "outcome": result.outcome,
+            "why": "; ".join(filter(None, [result.why, f"{n} copies" if n > 1 else ""])),
         }
         for split in records
-        for record, fate, n in zip(records[split], fates[split], copies[split], strict=True)
+        for record, result, n in zip(records[split], results[split], copies[split], strict=True)
     ]
     write_ledger(out, ledger)
     categories = {record["example_id"]: record["category"] for found in records.values() for record in found if record["category"]}
@@ -159,14 +159,14 @@ def produce(root: Path, params: Params, seed: int, splits: Path, base_model: Pat
     metrics: dict[str, Any] = {"template": written} if written else {}
     audit: dict[str, Any] = {**metrics, "splits": {}, "examples": []}
     for split in records:
-        examples = _in_order(records[split], fates[split], copies[split])
+        examples = _in_order(records[split], results[split], copies[split])
         lengths = [len(example.input_ids) for _, example in examples]
         layout = pack(lengths, room) if params.packing else [[i] for i in range(len(examples))]
         _write_rows(out / f"{split}.parquet", examples, layout)
-        figures = label_audit.statistics(tokenizer, records[split], fates[split])
+        figures = label_audit.statistics(tokenizer, records[split], results[split])
         figures["fill_rate"] = round(sum(lengths) / sum(max(room, sum(lengths[i] for i in row)) for row in layout), 4) if layout else 0.0
         audit["splits"][split] = figures
-        audit["examples"] += label_audit.sample(tokenizer, split, records[split], fates[split], seed)
+        audit["examples"] += label_audit.sample(tokenizer, split, records[split], results[split], seed)
         metrics[split] = {
             "examples": len(examples),
             "rows": len(layout),
@@ -179,10 +179,10 @@ def produce(root: Path, params: Params, seed: int, splits: Path, base_model: Pat
     if template:
         (out / chat_templates.FILE).write_text(template, encoding="utf-8")
 
-    everything = [fate for found in fates.values() for fate in found]
+    everything = [result for found in results.values() for result in found]
     metrics |= _lost_tokens(everything)
     metrics |= _rendering(params, tokenizer, [record for found in records.values() for record in found], everything)
-    dropped = Counter(fate.outcome.removeprefix("dropped:") for fate in everything if not fate.kept)
+    dropped = Counter(result.outcome.removeprefix("dropped:") for result in everything if not result.kept)
     return Report(
         rows_in=len(everything),
         rows_out=len(everything) - sum(dropped.values()),
@@ -208,7 +208,7 @@ def _check_field_weights(params: Params, train: Sequence[Record]) -> None:
         )
 
 
-def _in_order(records: Sequence[Record], fates: Sequence[RecordOutcome], copies: Sequence[int]) -> list[tuple[str, Example]]:
+def _in_order(records: Sequence[Record], results: Sequence[RecordOutcome], copies: Sequence[int]) -> list[tuple[str, Example]]:
     """(example_id, example) of every part and copy, ordered by content hash.
 
     So each row is a representative mixture of long and short answers, and copies of an example are not adjacent.
@@ -222,8 +222,8 @@ def _in_order(records: Sequence[Record], fates: Sequence[RecordOutcome], copies:
         for _, item in sorted(
             (
                 (sort_key(record["example_id"], part, copy), (record["example_id"], example))
-                for record, fate, n in zip(records, fates, copies, strict=True)
-                for part, example in enumerate(fate.examples)
+                for record, result, n in zip(records, results, copies, strict=True)
+                for part, example in enumerate(result.examples)
                 for copy in range(n)
             ),
             key=lambda keyed: keyed[0],
@@ -272,30 +272,30 @@ def _rendering(params: Params, tokenizer: Any, records: Sequence[Record], outcom
     return {"rendering": facts} if facts else {}
 
 
-def _lost_tokens(fates: Sequence[RecordOutcome]) -> dict[str, Any]:
+def _lost_tokens(results: Sequence[RecordOutcome]) -> dict[str, Any]:
     """Reason -> number of records that lose trained tokens, and of these tokens."""
     by_reason: dict[str, dict[str, int]] = {}
-    for fate in fates:
-        if fate.lost:
-            reason = by_reason.setdefault(fate.outcome.removeprefix("dropped:").partition(":")[0], {"rows": 0, "trained_tokens": 0})
+    for result in results:
+        if result.lost:
+            reason = by_reason.setdefault(result.outcome.removeprefix("dropped:").partition(":")[0], {"rows": 0, "trained_tokens": 0})
             reason["rows"] += 1
-            reason["trained_tokens"] += fate.lost
+            reason["trained_tokens"] += result.lost
     return {"lost": dict(sorted(by_reason.items()))} if by_reason else {}
 
 
 def _checks(
-    params: Params, tokenizer: Any, records: Sequence[Record], fates: Sequence[RecordOutcome], ledger: Sequence[dict[str, Any]]
+    params: Params, tokenizer: Any, records: Sequence[Record], results: Sequence[RecordOutcome], ledger: Sequence[dict[str, Any]]
 ) -> list[CheckResult]:
     """The results of CHECK_DESCRIPTIONS, in its order."""
     violations: dict[str, dict[int, str]] = {name: {} for name in CHECK_DESCRIPTIONS}
-    for i, fate in enumerate(fates):
-        kind = fate.outcome.removeprefix("dropped:").partition(":")[0]
+    for i, result in enumerate(results):
+        kind = result.outcome.removeprefix("dropped:").partition(":")[0]
         name = "too_long" if kind in {"truncated", "split"} else kind
         if name in violations:
-            violations[name][i] = fate.outcome if name == "too_long" else fate.why
-        if any(label_audit.has_double_bos(tokenizer, example) for example in fate.examples):
+            violations[name][i] = result.outcome if name == "too_long" else result.why
+        if any(label_audit.has_double_bos(tokenizer, example) for example in result.examples):
             violations["double_bos"][i] = "two beginning-of-text tokens"
-    violations["labels"] = label_audit.find_wrong_labels(tokenizer, records, fates)
+    violations["labels"] = label_audit.find_wrong_labels(tokenizer, records, results)
     blocking = {"labels"} | ({"template_mismatch"} if params.on_mismatch == "fail" else set())
     resolved = {"template_mismatch", "no_answer", "too_long"} - blocking
     """Violations that are no longer in the output."""
@@ -308,7 +308,7 @@ def _checks(
             count=len(rows),
             rows=[f"{ledger[i]['source']}:{ledger[i]['source_row']}" for i in list(rows)[:20]],
             note="; ".join(f"{n} {reason}" for reason, n in Counter(rows.values()).most_common(3)),
-            dropped=sum(not fates[i].kept for i in rows),
+            dropped=sum(not results[i].kept for i in rows),
         )
         for name, rows in violations.items()
     ]

@@ -26,8 +26,9 @@ def lineage_page(document: Mapping[str, Any], records: Sequence[Mapping[str, Any
     metrics = {f"{stage}, {name}": value for stage, figures in document["metrics"].items() for name, value in figures.items()}
     sections = {
         "Lineage": _diagram(document),
-        "Sources": _nonempty(_sources(document)),
+        "Sources": _nonempty(_sources(document), _other_files(document)),
         "Rows": _nonempty(*_rows(document)),
+        "Watched": _nonempty(_watched(document)),
         "Records": _records(document, records) if document["records"] else None,
         "Checks": _nonempty(
             _checks(document), _mapping_table({str(i + 1): waiver for i, waiver in enumerate(document["waivers"])}, "Waivers")
@@ -124,6 +125,22 @@ def _sources(document: Mapping[str, Any]) -> Table:
         for path, one in document["sources"].items()
     ]
     return _table("Sources", columns, rows)
+
+
+def _other_files(document: Mapping[str, Any]) -> Table:
+    rows = [
+        (path, ", ".join(file["stages"]), file["license"], file.get("sha256", f"md5 {file['md5']}"))
+        for path, file in document["other_files"].items()
+    ]
+    return _table("Other files that contributed", ["file", "read by", "license", "sha256"], rows)
+
+
+def _watched(document: Mapping[str, Any]) -> Table:
+    """Nothing was learned from these: the model was compared with them, or measured by them."""
+    watched = document["watched"]
+    rows = [(name, f"md5 {stage['md5']}") for name, stage in watched["stages"].items()]
+    rows += [(name, f"sha256 {source.get('sha256', 'unknown')}") for name, source in watched["sources"].items()]
+    return _table("Compared or only watched", ["stage or source", "hash"], rows)
 
 
 def _rows(document: Mapping[str, Any]) -> tuple[Table, Table]:

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ruamel.yaml import YAML
 
 from builders.small_pipeline import git
 from dagster_project.core.records import example_id, ledger_schema, record_schema
+from dagster_project.curation.checks.account import overlap_schema
 from dagster_project.training.trainers.harness.weight_audit import seen_schema
 
 DVC_YAML = """\
@@ -80,8 +82,8 @@ class Project:
         path.write_bytes(content)
         return name
 
-    def splits(self, rows: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
-        """Stages up to the splits, from (text, split, source) of each row."""
+    def splits(self, rows: Sequence[tuple[str, str, str]], name: str = "splits") -> dict[str, Any]:
+        """A data set with splits, from (text, split, source) of each row."""
         numbered = [(text, split, source, i) for i, (text, split, source) in enumerate(rows)]
         record = record_schema().append(pa.field("split", pa.string()))
         files = {
@@ -99,8 +101,8 @@ class Project:
         files["ledger.parquet"] = table(ledger, ledger_schema())
         sources = {name: {"rows": n, "format": "text", "license": "MIT", "sha256": hashlib.sha256(f"{name}{rows}".encode()).hexdigest()}
                    for name in sorted({source for _, _, source in rows}) for n in [sum(s == name for _, _, s in rows)]}  # fmt: skip
-        report = self._report("splits", {"passed": True, "sources": sources})
-        return {"splits": entry("splits", {"data/sources": md5(str(rows).encode()) + ".dir"}, self.put(files), report)}
+        report = self._report(name, {"passed": True, "sources": sources})
+        return {name: entry(name, {"data/sources": md5(str(rows).encode()) + ".dir"}, self.put(files), report)}
 
     def _report(self, name: str, document: Mapping[str, Any]) -> dict[str, str]:
         path = self.root / "data" / "reports" / f"{name}.json"
@@ -124,6 +126,106 @@ class Project:
         lock = self.splits(rows)
         lock |= self.adapter(lock, [t for t, split, _ in rows if split == "train"] if trained is None else trained, seed=seed)
         return lock | self.merged(lock)
+
+    def curated(
+        self,
+        rows: Sequence[tuple[str, str, str]],
+        copies: Sequence[tuple[str, str]] = (),
+        paraphrases: Mapping[str, str] | None = None,
+        file: str = "data/sources/paraphrases/p.jsonl",
+    ) -> dict[str, Any]:
+        """Stages instructions, splits and tokenized. What is tokenized does not depend on the names of sources.
+
+        Args:
+            rows: (text, split, source) of each kept row.
+            copies: (text of a kept row, source) of each row that was dropped as its exact duplicate.
+            paraphrases: text of a train row -> text of its paraphrase, from `file`.
+        """
+        paraphrases = paraphrases or {}
+        dropped = [(text, "dropped:exact_duplicates", source) for text, source in copies]
+        numbered = [(text, split, source, i) for i, (text, split, source) in enumerate([*rows, *dropped])]
+        ledger = [
+            {
+                "source": s,
+                "source_row": i,
+                "example_id": identity(t),
+                "outcome": split if split.startswith("dropped") else "kept",
+                "why": "",
+            }
+            for t, split, s, i in numbered
+        ]
+        overlaps = [
+            {"check": "exact_duplicates", "source": s, "source_row": i, "example_id": identity(t), "other": identity(t), "part": "prompt",
+             "rule": "equal", "score": 1.0}
+            for t, split, s, i in numbered if split.startswith("dropped")
+        ]  # fmt: skip
+        records = table(
+            [{"example_id": identity(t), "source": s, "messages": messages(t), "meta": "{}"} for t, _, s, _ in numbered[: len(rows)]],
+            record_schema(),
+        )
+        files = {
+            "records-00000.parquet": records,
+            "ledger.parquet": table(ledger, ledger_schema()),
+            "overlaps.parquet": table(overlaps, overlap_schema()),
+        }
+        counts = Counter(source for _, _, source, _ in numbered)
+        sources = {
+            s: {"rows": n, "format": "text", "license": "MIT", "sha256": hashlib.sha256(f"{s}{rows}{copies}".encode()).hexdigest()}
+            for s, n in sorted(counts.items())
+        }
+        report = self._report("instructions", {"passed": True, "sources": sources})
+        deps = {"data/sources": md5(f"{rows}{copies}".encode()) + ".dir"}
+        lock = {"instructions": entry("instructions", deps, self.put(files), report)}
+        added = [(new, "train", source, old) for old, new in paraphrases.items() for text, _, source, _ in numbered if text == old]
+        shards = {
+            f"{split}/records-00000.parquet": table(
+                [
+                    {"example_id": identity(t), "source": s, "messages": messages(t), "meta": "{}", "split": split}
+                    for t, sp, s, *_ in [*numbered[: len(rows)], *added]
+                    if sp == split
+                ],
+                record_schema().append(pa.field("split", pa.string())),
+            )
+            for split in ("train", "validation", "test")
+        }
+        lines = [
+            {"source": s, "source_row": i, "example_id": identity(t), "outcome": split, "why": ""}
+            for t, split, s, i in numbered[: len(rows)]
+        ]
+        lines += [
+            {"source": s, "source_row": 0, "example_id": identity(t), "outcome": "augmented:paraphrase", "why": f"copy of {identity(old)}"}
+            for t, _, s, old in added
+        ]
+        facts = {
+            "rows": len(paraphrases),
+            "format": "paraphrases",
+            "license": "CC-BY-4.0",
+            "sha256": hashlib.sha256(str(paraphrases).encode()).hexdigest(),
+        }
+        report = self._report("splits", {"passed": True, **({"sources": {file: facts}} if paraphrases else {})})
+        deps = {
+            "data/instructions": lock["instructions"]["outs"][0]["md5"],
+            "data/sources/paraphrases": md5(f"{file}{paraphrases}".encode()) + ".dir",
+        }
+        lock["splits"] = entry("splits", deps, self.put(shards | {"ledger.parquet": table(lines, ledger_schema())}), report)
+        texts = str([(t, split) for t, split, *_ in [*rows, *added]]).encode()
+        lock["tokenized"] = entry("tokenized", {"data/splits": lock["splits"]["outs"][0]["md5"]}, self.put({"train.parquet": texts}))
+        return lock
+
+    def trained(self, lock: Mapping[str, Any], texts: Sequence[str], seed: int = 0) -> dict[str, Any]:
+        """The lock with adapter@lora, trained on what is tokenized, and merged@lora."""
+        seen = [{"step": i + 1, "epoch": 1, "position": 0, "example_id": identity(text)} for i, text in enumerate(texts)]
+        files = {"examples.parquet": table(seen, seen_schema()), "adapter_model.safetensors": f"{texts}{seed}".encode()}
+        lock = {**lock, "adapter@lora": entry("adapter@lora", {"data/tokenized": lock["tokenized"]["outs"][0]["md5"]}, self.put(files))}
+        return lock | self.merged(lock)
+
+    def cache_run(self, stage: Mapping[str, Any]) -> None:
+        """What DVC does with the entry of a stage that ran: it keeps it in its run cache."""
+        text = json.dumps(stage)
+        key = hashlib.sha256(text.encode()).hexdigest()
+        path = self.root / ".dvc" / "cache" / "runs" / key[:2] / key / hashlib.sha256(key.encode()).hexdigest()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
 
     def write(self, lock: Mapping[str, Any]) -> None:
         with (self.root / "dvc.lock").open("w") as file:

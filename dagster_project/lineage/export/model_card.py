@@ -118,6 +118,13 @@ def _text(summary: Mapping[str, Any], issued: date | None) -> str:
         parts.append(f"Made with code or parameters that commit {commit} does not contain: {differs}.")
     elif code and not commit:
         parts.append("Made with uncommitted work" + (f", after commit {code['after']}." if code.get("after") else "."))
+    recorded = [[name, s["commit"], s["date"]] for name, s in summary["stages"].items() if s.get("commit")]
+    if recorded:
+        parts += ["The first commit that recorded the run of each stage:", _table(["stage", "commit", "date"], recorded)]
+    if summary.get("watched"):
+        parts.append(
+            f"Compared with it or only used to measure it, so that nothing was learned from them: {', '.join(summary['watched'])}."
+        )
     checkout = [f"git checkout {commit}"] if commit and code["clean"] else []
     parts += [
         "## Proof",

@@ -52,16 +52,21 @@ def chain(variant: str, reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The stages among `reports` that contributed to one variant."""
     aligned = reports.get(f"aligned@{variant}")
     judge = str(reports.get("reward_model", {}).get("model", "")).removeprefix("merged/")
-    own = {variant, aligned["adapter"], judge} if aligned else {variant}
+    learns = bool(aligned) and aligned.get("method") in REWARD_METHODS
+    own = {variant, aligned["adapter"], *([judge] if learns else [])} if aligned else {variant}
 
     def contributes(stage: str, of: str) -> bool:
+        if stage == "reward_model":
+            return learns
         return of == variant or (of in own and stage in {"adapter", "merged"}) if of else bool(aligned) or stage not in PREFERENCE_STAGES
 
     return [name for name in reports if contributes(name.partition("@")[0], name.partition("@")[2])]
 
 
-PREFERENCE_STAGES = {"raw_preferences", "preferences", "reward_model"}
+PREFERENCE_STAGES = {"raw_preferences", "preferences"}
 """Stages that only aligned models depend on."""
+REWARD_METHODS = frozenset({"rloo", "grpo", "ppo"})
+"""Alignment methods that learn from the rewards of their own answers. The others only measure themselves by a reward model."""
 TRAINING = (
     "method",
     "trainable_parameters",

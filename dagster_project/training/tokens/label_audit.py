@@ -32,7 +32,7 @@ class TurnMarkup(NamedTuple):
     """End-of-turn tokens."""
 
 
-def find_wrong_labels(tokenizer: Any, records: Sequence[dict[str, Any]], fates: Sequence[RecordOutcome]) -> dict[int, str]:
+def find_wrong_labels(tokenizer: Any, records: Sequence[dict[str, Any]], results: Sequence[RecordOutcome]) -> dict[int, str]:
     """Find records with wrong labels, independently of the code that created the labels.
 
     Each contiguous run of labels is decoded and compared with the record's assistant turns, each followed by the end-of-turn token. All
@@ -43,7 +43,10 @@ def find_wrong_labels(tokenizer: Any, records: Sequence[dict[str, Any]], fates: 
         Index of a record -> problem.
     """
     runs = [
-        (i, example.labels[a:b].tolist()) for i, fate in enumerate(fates) for example in fate.examples for a, b in spans(example.labels)
+        (i, example.labels[a:b].tolist())
+        for i, result in enumerate(results)
+        for example in result.examples
+        for a, b in spans(example.labels)
     ]
     found: dict[int, list[list[int]]] = defaultdict(list)
     for i, ids in runs:
@@ -52,29 +55,29 @@ def find_wrong_labels(tokenizer: Any, records: Sequence[dict[str, Any]], fates: 
     for (i, _), text in zip(runs, decode(tokenizer, [ids for _, ids in runs]), strict=True):
         said[i].append(text)
     expected = TurnMarkup(
-        _frames(tokenizer, [record for record, fate in zip(records, fates, strict=True) if fate.kept]), end_tokens(tokenizer)
+        _frames(tokenizer, [record for record, result in zip(records, results, strict=True) if result.kept]), end_tokens(tokenizer)
     )
     openings: tuple[str, ...] | None = None
     wrong = {}
-    for i, (record, fate) in enumerate(zip(records, fates, strict=True)):
-        if not fate.kept:
+    for i, (record, result) in enumerate(zip(records, results, strict=True)):
+        if not result.kept:
             continue
         answers = [message for message in record["messages"] if message["role"] == "assistant" and message.get("weight") != 0]
-        if any((example.labels == IGNORE).all() for example in fate.examples):
+        if any((example.labels == IGNORE).all() for example in result.examples):
             wrong[i] = "an example has no labels"
-        elif any(((example.labels != IGNORE) & (example.labels != example.input_ids)).any() for example in fate.examples):
+        elif any(((example.labels != IGNORE) & (example.labels != example.input_ids)).any() for example in result.examples):
             wrong[i] = "a label differs from the token at its position"
         elif is_text(record):
             text = decode(tokenizer, [[token for ids in found[i] for token in ids]])[0]
             if not _matches(
-                tokenizer, text, answers[0]["content"], TurnMarkup([("", "")], [tokenizer.eos_token]), fate.outcome == "truncated"
+                tokenizer, text, answers[0]["content"], TurnMarkup([("", "")], [tokenizer.eos_token]), result.outcome == "truncated"
             ):
                 wrong[i] = f"labels contain {_short(text)}"
-        elif problem := _compare(tokenizer, said[i], answers, expected, fate.outcome):
+        elif problem := _compare(tokenizer, said[i], answers, expected, result.outcome):
             wrong[i] = problem
         elif any(message.get("tool_calls") or message.get("reasoning_content") for message in answers):
             openings = _openings(tokenizer) if openings is None else openings
-            if not all(_starts_right(tokenizer, example, openings) for example in fate.examples):
+            if not all(_starts_right(tokenizer, example, openings) for example in result.examples):
                 wrong[i] = "labels do not begin where generation begins"
     return wrong
 
@@ -195,15 +198,15 @@ def has_double_bos(tokenizer: Any, example: Example) -> bool:
     )
 
 
-def statistics(tokenizer: Any, records: Sequence[dict[str, Any]], fates: Sequence[RecordOutcome]) -> dict[str, Any]:
+def statistics(tokenizer: Any, records: Sequence[dict[str, Any]], results: Sequence[RecordOutcome]) -> dict[str, Any]:
     """Statistics of a split. An example counts once, however often it is repeated."""
     import numpy as np
 
-    examples = [(record, example) for record, fate in zip(records, fates, strict=True) for example in fate.examples]
+    examples = [(record, example) for record, result in zip(records, results, strict=True) for example in result.examples]
     lengths = [len(example.input_ids) for _, example in examples]
     trained = [int((example.labels != IGNORE).sum()) for _, example in examples]
     ends = sum(bool((example.labels[1:] == tokenizer.eos_token_id).any()) for _, example in examples)
-    checked = [fate.stable for fate in fates if fate.kept and fate.stable is not None]
+    checked = [result.stable for result in results if result.kept and result.stable is not None]
     groups = {
         name: {value: _group(lengths, trained, chosen) for value, chosen in sorted(_indices_by(examples, name).items())}
         for name in ("category", "source")
@@ -257,17 +260,17 @@ def _share(part: int, whole: int) -> float:
 
 
 def sample(
-    tokenizer: Any, split: str, records: Sequence[dict[str, Any]], fates: Sequence[RecordOutcome], seed: int
+    tokenizer: Any, split: str, records: Sequence[dict[str, Any]], results: Sequence[RecordOutcome], seed: int
 ) -> Iterator[dict[str, Any]]:
     """The first examples and a random sample of each source: text with trained spans in ⟦ ⟧, ids and labels."""
-    kept = [i for i, fate in enumerate(fates) if fate.kept]
+    kept = [i for i, result in enumerate(results) if result.kept]
     shuffled = [kept[k] for k in draw_order([records[i]["example_id"] for i in kept], seed)]
     chosen = dict.fromkeys(kept[:FIRST], "first")
     for source in sorted({records[i]["source"] for i in kept}):
         for i in [i for i in shuffled if records[i]["source"] == source][:OF_EACH_SOURCE]:
             chosen.setdefault(i, "sample")
     for i, why in chosen.items():
-        for part, example in enumerate(fates[i].examples):
+        for part, example in enumerate(results[i].examples):
             yield {
                 "split": split,
                 "source": records[i]["source"],

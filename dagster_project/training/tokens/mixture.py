@@ -36,8 +36,8 @@ def mix(
     Raises:
         InputError: replay lists a source without rows, or all sources.
     """
-    copies = [int(fate.kept) for fate in outcomes]
-    kept = [i for i, fate in enumerate(outcomes) if fate.kept]
+    copies = [int(result.kept) for result in outcomes]
+    kept = [i for i, result in enumerate(outcomes) if result.kept]
     general = [i for i in kept if replay and _is_in(records[i]["source"], replay.sources)]
     own = sorted(set(kept) - set(general))
     ids = [record["example_id"] for record in records]
@@ -65,8 +65,8 @@ def mix(
     return copies, report
 
 
-def _tokens(fate: RecordOutcome) -> int:
-    return sum(len(example.input_ids) for example in fate.examples)
+def _tokens(result: RecordOutcome) -> int:
+    return sum(len(example.input_ids) for example in result.examples)
 
 
 def _is_in(source: str, named: Sequence[str]) -> bool:

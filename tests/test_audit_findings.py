@@ -1,0 +1,292 @@
+"""Questions that an audit once answered wrongly, each over a small hand-made history."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders.history import Project, entry, identity, md5
+from builders.small_pipeline import git
+from conftest import pedigree
+
+from dagster_project.core.errors import InputError
+from dagster_project.lineage.export.export import issue_date
+from dagster_project.lineage.export.summary import REWARD_METHODS
+from dagster_project.lineage.impact import as_text, impact
+from dagster_project.lineage.index import Index
+from dagster_project.lineage.lineage import audit, document, find
+from dagster_project.training.trainers.alignment.preference import METHODS
+
+FAQ, MAIL, COPY = "data/sources/faq.jsonl", "data/sources/mail.jsonl", "data/sources/copy.jsonl"
+ROWS = [("cats", "train", FAQ), ("dogs", "train", MAIL), ("birds", "validation", FAQ), ("fish", "test", MAIL)]
+TRAINED = ["cats", "dogs"]
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Project:
+    return Project(tmp_path / "project")
+
+
+def stages(found: dict[str, Any]) -> list[str]:
+    return [model["stage"] for model in found["models"]]
+
+
+def test_a_stage_that_did_not_run_again_keeps_its_own_commit_and_the_model_is_clean(made: Project) -> None:
+    """Day one: an entry that stayed the same is in many locks, and each stage's code is compared with the commit of its own run."""
+    lock = made.trained(made.curated(ROWS), TRAINED)
+    for name, version in (("instructions", "1"), ("adapter@lora", "1")):
+        code = made.root / "dagster_project" / f"{name.partition('@')[0]}.py"
+        code.parent.mkdir(exist_ok=True)
+        code.write_text(version)
+        lock[name]["deps"].append({"path": code.relative_to(made.root).as_posix(), "hash": "md5", "md5": md5(version.encode())})
+    first = made.commit(lock)
+    (made.root / "dagster_project" / "adapter.py").write_text("2")
+    again = made.trained({name: lock[name] for name in ("instructions", "splits", "tokenized")}, TRAINED, seed=1)
+    again["adapter@lora"]["deps"].append({"path": "dagster_project/adapter.py", "hash": "md5", "md5": md5(b"2")})
+    second = made.commit(again)
+    code = audit(made.root, "merged@lora")["code"]
+    assert (code["commit"], code["clean"]) == (second, True) and "differs" not in code
+    assert {name: stage["commit"] for name, stage in code["stages"].items()} == {
+        "instructions": first, "splits": first, "tokenized": first, "adapter@lora": second, "merged@lora": second,
+    }  # fmt: skip
+    assert "clean" in pedigree(made.root, "audit", "merged@lora").stdout
+
+
+def test_a_renamed_source_is_named_by_every_stage_of_the_revision_and_no_other(made: Project) -> None:
+    renamed = [(text, split, COPY if source == MAIL else source) for text, split, source in ROWS]
+    before = made.trained(made.curated(ROWS), TRAINED)
+    first = made.commit(before)
+    after = {**made.curated(renamed), **{name: before[name] for name in ("adapter@lora", "merged@lora")}}
+    assert after["tokenized"]["outs"] == before["tokenized"]["outs"] and after["tokenized"] != before["tokenized"]
+    second = made.commit(after)
+    for model in ("adapter@lora", "merged@lora"):
+        assert set(audit(made.root, model)["sources"]) == {FAQ, COPY}
+        assert set(audit(made.root, model, rev=first)["sources"]) == {FAQ, MAIL}
+    for source, commit in ((MAIL, first), (COPY, second)):
+        found = impact(made.root, source=source)
+        assert stages(found) == ["adapter@lora", "merged@lora"]
+        assert [model["commits"] for model in found["models"]] == [[commit], [commit]]
+
+
+def test_a_source_whose_rows_are_all_copies_of_another_is_credited_with_them(made: Project) -> None:
+    made.commit(made.trained(made.curated(ROWS, copies=[("cats", COPY), ("birds", COPY)]), TRAINED))
+    found = impact(made.root, source=COPY)
+    assert stages(found) == ["adapter@lora", "merged@lora"]
+    (seen,) = found["models"][0]["seen"]
+    assert seen["splits"] == {"train": 1, "validation": 1} and seen["learnt"] == {"records": 1, "first_step": 1, "last_step": 1}
+    (own,) = impact(made.root, source=FAQ)["models"][0]["seen"]
+    assert own["splits"] == {"train": 1, "validation": 1}
+
+
+def test_a_copy_within_one_source_counts_once(made: Project) -> None:
+    made.commit(made.trained(made.curated(ROWS, copies=[("cats", FAQ)]), TRAINED))
+    (seen,) = impact(made.root, source=FAQ)["models"][0]["seen"]
+    assert seen["splits"] == {"train": 1, "validation": 1} and seen["learnt"]["records"] == 1
+
+
+def test_a_file_of_paraphrases_is_a_source_and_an_original_leads_to_the_steps_of_its_copies(made: Project) -> None:
+    file = "data/sources/paraphrases/p.jsonl"
+    made.commit(made.trained(made.curated(ROWS, paraphrases={"cats": "felines"}), ["cats", "dogs", "felines"]))
+    assert audit(made.root, "merged@lora")["sources"][file]["license"] == "CC-BY-4.0"
+    found = impact(made.root, source=file)
+    assert stages(found) == ["adapter@lora", "merged@lora"]
+    assert found["models"][0]["seen"][0]["learnt"] == {"records": 1, "first_step": 3, "last_step": 3}
+    original = impact(made.root, record=identity("cats"))
+    assert original["models"][0]["seen"][0]["steps"] == [1, 3] and original["records"] == [identity("cats"), identity("felines")]
+    assert impact(made.root, record=identity("felines"))["models"][0]["seen"][0]["steps"] == [3]
+
+
+def test_a_copy_made_in_another_version_of_the_data_does_not_count(made: Project) -> None:
+    made.commit(made.trained(made.curated(ROWS, paraphrases={"cats": "felines"}), ["dogs", "felines"]))
+    later = [("felines", "train", FAQ), *ROWS[1:]]
+    second = made.commit(made.trained(made.curated(later), ["felines", "dogs"]))
+    found = impact(made.root, record=identity("cats"))
+    assert second not in {model["commit"] for model in found["models"]} and len(found["models"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "found"),
+    [
+        ("cats", [], True),
+        ("CATS?", [], True),
+        ("about   cats", [], True),
+        ("at", [], False),  # not between word boundaries
+        ("c[ao]ts", ["--regex"], True),
+        ("elephants", [], False),
+    ],
+)
+def test_a_part_of_a_message_is_found(made: Project, text: str, options: list[str], found: bool) -> None:
+    made.commit(made.trained(made.curated(ROWS), TRAINED))
+    done = pedigree(made.root, "impact", "--containing", text, *options, "--json")
+    answer = json.loads(done.stdout)
+    assert (done.returncode, answer["verdict"]) == ((0, "yes") if found else (1, "no"))
+    assert {match["example_id"] for match in answer["matches"]} == ({identity("cats")} if found else set())
+    if found:
+        assert {(match["role"], match["field"]) for match in answer["matches"]} <= {("user", "content"), ("assistant", "content")}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--source", "data/sources/never.jsonl"],
+        ["--source", "/etc/passwd"],
+        ["--record", "nonsense"],
+        ["--containing", " "],
+        ["--containing", "(", "--regex"],
+        ["--hash", "0123456789"],
+    ],
+)
+def test_a_question_that_cannot_be_answered_is_refused(made: Project, wrong: list[str]) -> None:
+    made.commit(made.trained(made.curated(ROWS), TRAINED))
+    done = pedigree(made.root, "impact", *wrong)
+    assert done.returncode == 2 and "hint:" in done.stderr and "Traceback" not in done.stderr and not done.stdout
+
+
+def test_a_source_is_found_by_its_absolute_path(made: Project) -> None:
+    made.commit(made.trained(made.curated(ROWS), TRAINED))
+    assert impact(made.root, source=str(made.root / FAQ))["models"] == impact(made.root, source=FAQ)["models"] != []
+
+
+def test_a_model_that_was_made_again_before_any_commit_is_found_in_the_run_cache(made: Project) -> None:
+    replaced = made.trained(made.curated([("lions", "train", FAQ), *ROWS[1:]]), ["lions", "dogs"])
+    for stage in replaced.values():
+        made.cache_run(stage)
+    lock = made.trained(made.curated(ROWS), TRAINED)
+    for stage in lock.values():
+        made.cache_run(stage)
+    made.commit(lock)
+    found = impact(made.root, record=identity("lions"))
+    assert [(model["stage"], model["commit"], model["found_in"]) for model in found["models"]] == [
+        ("adapter@lora", None, "run cache"), ("merged@lora", None, "run cache"),
+    ]  # fmt: skip
+    assert "never committed, in DVC's run cache" in as_text(found)
+    assert stages(impact(made.root, source=FAQ)) == ["adapter@lora", "merged@lora"] * 2
+    assert [model["found_in"] for model in impact(made.root, record=identity("cats"))["models"]] == ["commit"] * 2
+
+
+def test_an_amended_commit_is_found_in_the_reflog(made: Project) -> None:
+    made.commit(made.trained(made.curated([("lions", "train", FAQ), *ROWS[1:]]), ["lions", "dogs"]))
+    made.write(made.trained(made.curated(ROWS), TRAINED))
+    git(made.root, "add", "-A")
+    git(made.root, "commit", "-q", "--amend", "-m", "amended")
+    found = impact(made.root, record=identity("lions"))
+    assert {model["found_in"] for model in found["models"]} == {"reflog"} and len(found["models"]) == 2
+
+
+def test_an_answer_of_no_says_what_was_looked_at_and_needs_all_of_it(made: Project) -> None:
+    first = made.trained(made.curated(ROWS), TRAINED)
+    made.commit(first)
+    second = made.trained(made.curated([("frogs", "train", FAQ), *ROWS[1:]]), ["frogs", "dogs"])
+    made.commit(second)
+    no = impact(made.root, record=identity("nobody"))
+    assert no["verdict"] == "no" and no["looked_at"] == {**no["looked_at"], "commits": 2, "models": 4, "data_sets": 6}
+    assert "looked at 4 models and 6 data sets" in as_text(no)
+    made.collect_garbage(second)
+    Path(made.root / ".dvc/tmp/pedigree/index.sqlite3").unlink()
+    unsure = impact(made.root, record=identity("nobody"))
+    assert unsure["verdict"] == "cannot tell" and unsure["unknown"]
+    done = pedigree(made.root, "impact", "--record", identity("nobody"))
+    assert done.returncode == 2 and "dvc pull" in done.stdout
+    assert impact(made.root, record=identity("frogs"))["verdict"] == "yes"
+
+
+def test_the_issue_date_is_that_of_the_first_commit_that_holds_the_model(made: Project) -> None:
+    lock = made.trained(made.curated(ROWS), TRAINED)
+    made.write(lock)
+    git(made.root, "add", "-A")
+    subprocess.run(
+        ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "run"],
+        cwd=made.root, check=True, env={"PATH": "/usr/bin:/bin", "GIT_COMMITTER_DATE": "2020-02-02T12:00:00Z"},
+    )  # fmt: skip
+    made.commit({**lock, "other": entry("other", {}, made.put({"x": b"1"}))}, "later")
+    assert issue_date(find(Index(made.root), "merged@lora")).isoformat() == "2020-02-02"
+
+
+def test_what_only_watched_or_was_compared_is_not_what_the_model_was_made_from(made: Project) -> None:
+    lock = made.trained(made.curated(ROWS), TRAINED)
+    lock |= made.splits([("mice", "train", COPY)], "preferences")
+    preferences, merged = lock["preferences"]["outs"][0]["md5"], lock["merged@lora"]["outs"][0]["md5"]
+    lock["reward_model"] = entry("reward_model", {"data/preferences": preferences}, made.put({"model.safetensors": b"reward"}))
+    reads = {"data/preferences": preferences, "data/reward_model": lock["reward_model"]["outs"][0]["md5"], "data/merged/lora": merged}
+    for name, settings in (
+        ("dpo", {"method": "dpo"}),
+        ("ppo", {"method": "ppo"}),
+        ("rules", {"method": "grpo", "rewards": {"valid_json": 1.0}}),
+    ):
+        address = f"aligned@{name}"
+        lock[address] = entry(address, reads, made.put({"model.safetensors": name.encode()}))
+        lock[address]["params"] = {"params.yaml": {f"aligned.{name}": settings}}
+    aligned = made.folder({name: lock[f"aligned@{name}"]["outs"][0]["md5"] for name in ("dpo", "ppo", "rules")})
+    board = entry("comparison", {"data/aligned": aligned, "data/merged": made.folder({"lora": merged})}, made.put({"board.md": b"lora"}))
+    files = {
+        "model.safetensors": made.object(Index(made.root).objects.listing(merged)["model.safetensors"]).read_bytes(),
+        "README.md": b"card",
+    }
+    folders = {"data/comparison": board["outs"][0]["md5"], "data/aligned": aligned, "data/merged": made.folder({"lora": merged})}
+    lock |= {"comparison": board, "release": entry("release", folders, made.put(files))}
+    made.commit(lock)
+    release = document(find(Index(made.root), "release"))
+    assert list(release["stages"]) == ["instructions", "splits", "tokenized", "adapter@lora", "merged@lora", "release"]
+    assert set(release["sources"]) == {FAQ, MAIL} and set(release["watched"]["sources"]) == {COPY}
+    assert {"preferences", "reward_model", "aligned@dpo", "comparison"} <= set(release["watched"]["stages"])
+    parents = {name: [one["stage"] for one in audit(made.root, f"aligned@{name}")["parents"]] for name in ("dpo", "ppo", "rules")}
+    assert parents == {"dpo": ["adapter@lora", "merged@lora"], "rules": ["adapter@lora", "merged@lora"],
+                       "ppo": ["reward_model", "adapter@lora", "merged@lora"]}  # fmt: skip
+    assert "reward_model" in audit(made.root, "aligned@dpo")["watched"]["stages"]
+
+
+def test_the_audit_knows_which_methods_learn_from_rewards() -> None:
+    assert {name for name, method in METHODS.items() if method.learns_from_rewards} == REWARD_METHODS
+
+
+def test_both_sides_of_a_committed_merge_conflict_are_read(made: Project) -> None:
+    sides = [made.trained(made.curated([(word, "train", FAQ)]), [word]) for word in ("cats", "dogs")]
+    texts = []
+    for lock in sides:
+        made.write(lock)
+        texts.append((made.root / "dvc.lock").read_text())
+    (made.root / "dvc.lock").write_text(f"<<<<<<< HEAD\n{texts[0]}=======\n{texts[1]}>>>>>>> other\n")
+    made.commit({}, "conflict")
+    for word in ("cats", "dogs"):
+        assert stages(impact(made.root, record=identity(word))) == ["adapter@lora", "merged@lora"]
+
+
+def test_a_folder_of_outputs_is_that_which_was_read_and_not_what_lies_there_now(made: Project) -> None:
+    old = made.trained(made.curated(ROWS), TRAINED)
+    release = entry(
+        "release",
+        {"data/merged": made.folder({"lora": old["merged@lora"]["outs"][0]["md5"]})},
+        made.put({"model.safetensors": b"converted"}),
+    )
+    for stage in (*old.values(), release):
+        made.cache_run(stage)
+    new = made.trained(made.curated([("frogs", "train", FAQ), *ROWS[1:]]), ["frogs", "dogs"])
+    made.commit({**new, "release": release})  # the release did not run again, and the old models were never committed
+    assert "release" in stages(impact(made.root, record=identity("cats")))
+    assert "release" not in stages(impact(made.root, record=identity("frogs")))
+
+
+def test_a_model_whose_inputs_nothing_records_cannot_be_told(made: Project) -> None:
+    lock = made.trained(made.curated(ROWS), TRAINED)
+    lock["merged@lora"]["deps"][0]["md5"] = "0" * 32 + ".dir"
+    made.commit(lock)
+    answer = impact(made.root, record=identity("nobody"))
+    assert answer["verdict"] == "cannot tell"
+    assert [(model["stage"], model["unexplained"]) for model in answer["unknown"]] == [("merged@lora", ["data/adapter/lora"])]
+
+
+def test_a_model_that_lay_in_the_cache_before_it_was_recorded_is_a_model(made: Project) -> None:
+    lock = made.curated(ROWS)
+    lock["head"] = entry("head", {"data/splits": lock["splits"]["outs"][0]["md5"]}, made.put({"model.safetensors": b"head"}))
+    assert [model["stage"] for model in impact(made.root, record=identity("cats"))["unknown"]] == ["unrecorded"]
+    made.commit(lock)
+    assert stages(impact(made.root, record=identity("cats"))) == ["head"]
+
+
+def test_malformed_ids_are_refused(made: Project) -> None:
+    made.commit(made.trained(made.curated(ROWS), TRAINED))
+    with pytest.raises(InputError, match="not the id of a record"):
+        impact(made.root, record="cats")
