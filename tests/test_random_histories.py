@@ -63,8 +63,12 @@ def compare_impact(reach: Reach, question: dict[str, Any], names: Names, source:
             continue
         options = [reach.signature(chain, names(chain), source) for chain in chains]
         allowed.setdefault(md5, set()).update(one for one in options if one)
-        if None not in options and md5 not in unknown and not any(agrees(said, set(options)) for said, _ in told.get(md5, [])):
+        refused = found["verdict"] == "refused" and reach.incomplete
+        if None not in options and md5 not in unknown and not refused and not any(agrees(said, set(options)) for said, _ in told.get(md5, [])):
             problems.append(f"missing at {place.name or 'run cache'}: {address} {md5} {options}, said {told.get(md5)}")
+    for address, entry, place in reach.remembered():
+        options = [reach.signature(chain, names(chain), source) if reach.whole(chain) else ANYTHING for chain in reach.chains(address, entry, place)]
+        allowed.setdefault(out_of(entry)[1], set()).update(one for one in options if one)
     recorded = {out_of(entry)[1] for _, entry, _ in reach.models()}
     for md5, signatures in told.items():
         for said, commits in signatures:
@@ -72,9 +76,9 @@ def compare_impact(reach: Reach, question: dict[str, Any], names: Names, source:
                 allowed.setdefault(md5, set()).add(ANYTHING)  # only its bytes are left
             if not agrees(said, allowed.get(md5, set())):
                 problems.append(f"not true: {md5} {said}; possible are {allowed.get(md5)}")
-            elif "" not in commits and not any(agrees(said, at_commit(reach, md5, one, names, source)) for one in commits):
+            elif set(commits) <= set(reach.commits) and not any(agrees(said, at_commit(reach, md5, one, names, source)) for one in commits):
                 problems.append(f"not true at {commits}: {md5} {said}")
-        for commit in {one for _, commits in signatures for one in commits if one}:
+        for commit in {one for _, commits in signatures for one in commits if one in reach.commits}:
             if not any(agrees(said, at_commit(reach, md5, commit, names, source)) for said, commits in signatures if commit in commits):
                 problems.append(f"not true at {commit}: {md5} {signatures}; there possible are {at_commit(reach, md5, commit, names, source)}")
     certain = any(
@@ -87,7 +91,7 @@ def compare_impact(reach: Reach, question: dict[str, Any], names: Names, source:
     if not reach.incomplete and (unknown or found["verdict"] == "cannot tell"):
         problems.append(f"nothing is missing, but it says {found['verdict']} and unknown: {found['unknown']}")
     verdict = found["verdict"]
-    if verdict == "refused" and certain:
+    if verdict == "refused" and certain and not reach.incomplete:
         problems.append(f"refused, but models saw it: {found['error']}")
     if verdict == "yes" and not possible or verdict == "no" and certain or verdict == "cannot tell" and not reach.incomplete:
         problems.append(f"the verdict is {verdict}, unknown are {found['unknown']}, but models that saw it: {'some' if certain else 'none'}")
@@ -250,8 +254,10 @@ def code_problems(reach: Reach, code: dict[str, Any], chain: Chain, place: str) 
     md5 = out_of(next(iter(chain.values())))[1]
     holders = [one.name for one in reach.places if one.name != WORKSPACE and any(out_of(entry)[1] == md5 for entry in one.lock.values())]
     commit = code["commit"]
+    if commit is None and not set(holders) & reach.reachable:
+        return ["no commit, but clean"] if code["clean"] else []
     if commit is None:
-        return [f"commit: says none, but {holders} hold the model"] if holders else [] if not code["clean"] else ["no commit, but clean"]
+        return [f"commit: says none, but {holders} hold the model"]
     if commit not in holders:
         return [f"commit: says {commit}, but its dvc.lock does not hold the model"]
     problems = []
@@ -264,10 +270,11 @@ def code_problems(reach: Reach, code: dict[str, Any], chain: Chain, place: str) 
         holding = [one.name for one in reach.places if one.name != WORKSPACE and any(canonical(found) == canonical(entry) for found in one.lock.values())]
         differing = differences(reach, entry, at) if at else ["everything"]
         clean &= not differing
-        if (at is None) == bool(holding) or (at and at not in holding):
+        if (at is None and set(holding) & reach.reachable) or (at and at not in holding):
             problems.append(f"code of {address}: says its run is in {at}, but it is in {holding}")
         elif claimed == bool(differing):
             problems.append(f"code of {address}: says clean {claimed} at {at}, but there {differing or 'nothing'} differs")
+    clean &= all(one["clean"] for name, one in code["stages"].items() if name not in chain)  # of what it was compared with
     if code["clean"] != clean:
         problems.append(f"code: says clean {code['clean']}, differing {code.get('differs')}, but it is {clean}")
     return problems
@@ -350,6 +357,7 @@ def check(reach: Reach, draw: random.Random) -> None:
             compare_audit(reach, address, None if name == WORKSPACE else name)
         except TooManyLineages:
             continue
+    reach.remember()
     committed = [one for one in known if one[1] != WORKSPACE]
     if len(committed) > 1:
         try:

@@ -52,6 +52,8 @@ class Reach:
     def __init__(self, toy: Toy, root: Path) -> None:
         self.toy, self.log, self.root = toy, toy.log, root
         self.shallow = (root / ".git/shallow").exists()
+        self.reachable = set(git(root, "rev-list", "--all", "HEAD").split())
+        """Commits in a branch, tag or other ref. Of others, the reflog knows."""
         commits = git(root, "rev-list", "--all", "--reflog", "HEAD").split()
         self.commits = commits
         self.places = [Place(commit, self.lock_at(commit)) for commit in commits]
@@ -76,6 +78,16 @@ class Reach:
         for address, entry in self.loose:
             found[address, canonical(entry), ""] = (address, entry, nowhere)
         return list(found.values())
+
+    def remember(self) -> None:
+        """Keep what was in reach when a question was asked: the index of the audit keeps it as well."""
+        self.toy.remembered += [one for one in self.pool if one not in self.toy.remembered]
+
+    def remembered(self) -> list[tuple[str, Entry, Place]]:
+        """Models that were in reach when an earlier question was asked, and no longer are."""
+        if self.root != self.toy.root:
+            return []
+        return [one for one in self.toy.remembered if one not in self.pool and one[0].partition("@")[0] in MODELS]
 
     def exists(self, value: str) -> bool:
         """Whether the bytes of an output are in the cache, or in the workspace."""

@@ -186,6 +186,8 @@ class Toy:
         """Commit -> its dvc.lock."""
         self.said: list[str] = []
         """What was done, for the message of a failure."""
+        self.remembered: list[Any] = []
+        """What was in reach when earlier questions were asked (history_oracle.Reach)."""
         self.fresh = 0
         root.mkdir(parents=True)
         clock[0] = 1_750_000_000
