@@ -357,6 +357,7 @@ class Index:
         ]
         resolver.add_unrecorded(orphans, len(self._locks), "cache")
         resolver.connect()
+        resolver.add_alternatives(len(self._locks))
         return {run.id: run for run in sorted(resolver.runs, key=lambda run: (run.order, run.id))}, by_lock
 
     @property
