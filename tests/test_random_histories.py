@@ -20,7 +20,7 @@ if __name__ == "__main__":
 
 import pytest
 from builders.history_oracle import MODELS, WORKSPACE, Chain, Reach, Signature, TooManyLineages, clone_shallow, out_of
-from builders.random_history import NAMES, PARAPHRASES, SOURCES, Toy, canonical, git
+from builders.random_history import NAMES, PARAPHRASES, SOURCES, Toy, canonical, dir_md5
 
 from dagster_project.core.errors import InputError
 from dagster_project.lineage.diff import diff
@@ -307,26 +307,16 @@ def code_problems(reach: Reach, code: dict[str, Any], chain: Chain, place: str) 
 
 def differences(reach: Reach, entry: dict[str, Any], commit: str) -> list[str]:
     """Code files and parameters that a commit has otherwise than a run recorded them."""
-    from builders.history import md5
-    from builders.random_history import dir_md5
-
+    files, params = reach.committed(commit)
     found = []
     for one in entry["deps"]:
-        if one["path"].startswith("dagster_project/"):
-            if one["path"].endswith(".py"):
-                now = md5(git(reach.root, "show", f"{commit}:{one['path']}").encode())
-            else:
-                names = git(reach.root, "ls-tree", "-r", "--name-only", commit, one["path"]).split()
-                now = dir_md5(
-                    {name.removeprefix(f"{one['path']}/"): md5(git(reach.root, "show", f"{commit}:{name}").encode()) for name in names}
-                )
-            if now != one["md5"]:
-                found.append(one["path"])
-    import json
-
-    values = json.loads(git(reach.root, "show", f"{commit}:params.yaml"))
+        path = one["path"]
+        if path.startswith("dagster_project/"):
+            below = {name.removeprefix(f"{path}/"): value for name, value in files.items() if name.startswith(f"{path}/")}
+            if one["md5"] != (dir_md5(below) if below else files.get(path)):
+                found.append(path)
     for path, value in entry.get("params", {}).get("params.yaml", {}).items():
-        there = values
+        there = params
         for key in path.split("."):
             there = there[key]
         if there != value:
@@ -431,7 +421,7 @@ def soak(count: int, first: int, keep_going: bool = False) -> int:
     """Returns: the number of histories with a wrong answer."""
     start, wrong = time.monotonic(), []
     for seed in range(first, first + count):
-        with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+        with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
             try:
                 history(seed, Path(folder))
             except Wrong as error:

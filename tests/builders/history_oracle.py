@@ -6,6 +6,7 @@ run that made these bytes may have been it; then several answers are right.
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from builders.history import md5
 from builders.random_history import PARAPHRASES, VARIANTS, Entry, Lock, Log, Toy, canonical, dir_md5, git
 
 WORKSPACE = "workspace"
@@ -100,6 +102,20 @@ class Reach:
     def incomplete(self) -> bool:
         """Whether anything that some run recorded is gone."""
         return self.shallow or any(not self.exists(one["md5"]) for _, entry, _ in self.pool for one in entry["outs"])
+
+    def committed(self, commit: str) -> tuple[dict[str, str], dict[str, Any]]:
+        """{path: md5} of the code in a commit, and its parameters."""
+        if commit not in self.toy.committed:
+            listed = [line.split("\t") for line in git(self.root, "ls-tree", "-r", commit, "dagster_project", "params.yaml").splitlines()]
+            content = {path: self.blob(head.split()[2]) for head, path in listed}
+            params = json.loads(content.pop("params.yaml"))
+            self.toy.committed[commit] = ({path: md5(text) for path, text in content.items()}, params)
+        return self.toy.committed[commit]
+
+    def blob(self, name: str) -> bytes:
+        if name not in self.toy.blobs:
+            self.toy.blobs[name] = git(self.root, "cat-file", "blob", name).encode()
+        return self.toy.blobs[name]
 
     # --- lineages
 
