@@ -68,7 +68,7 @@ def test_a_renamed_source_is_named_by_every_stage_of_the_revision_and_no_other(m
     for source, commit in ((MAIL, first), (COPY, second)):
         found = impact(made.root, source=source)
         assert stages(found) == ["adapter@lora", "merged@lora"]
-        assert [seen["commits"] for model in found["models"] for seen in model["seen"]] == [[commit], [commit]]
+        assert [model["commits"] for model in found["models"]] == [[commit], [commit]]
 
 
 def test_a_source_whose_rows_are_all_copies_of_another_is_credited_with_them(made: Project) -> None:

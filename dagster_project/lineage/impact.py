@@ -231,10 +231,10 @@ class _ImpactQuery:
         rows_of = index.rows_from_source(name)
         copies, paraphrases = index.contributed(name)
         derivations = index.derivations(set().union(*copies.values()))
+        children = {child for found in derivations.values() for child, _ in found}
         uses: dict[str, list[RecordUse]] = defaultdict(list)
         if copies or paraphrases:
-            made_from_copies = {child for children in derivations.values() for child, _ in children}
-            for use in index.record_uses(made_from_copies.union(*copies.values(), *paraphrases.values())):
+            for use in index.record_uses(children.union(*copies.values(), *paraphrases.values())):
                 uses[use.out].append(use)
         for run in self._trained_models:
             if outputs is not None and not outputs & index.ancestors(run).keys():
@@ -260,15 +260,16 @@ class _ImpactQuery:
         paraphrases: Mapping[int, set[bytes]],
         derivations: Mapping[bytes, list[tuple[bytes, frozenset[str]]]],
     ) -> set[bytes]:
-        """Keys of the records of one model's data to which rows of a source contributed although they do not name it: those in whose place a copy
-        was dropped, with what was made from them, and paraphrases."""
+        """Keys of the records of one model's data to which rows of a source contributed although they do not name it: records in whose place a copy
+        from the source was dropped, what was made from these, and paraphrases."""
         if not copies and not paraphrases:
             return set()
         ancestors = self.index.ancestors(run)
-        kept = set[bytes]().union(*(copies[out] for out in copies.keys() & ancestors.keys()))
-        own = self._made_from(run, [*kept], derivations) if kept else kept
-        own -= self.index.keys_of_source([*self.index.data(run)], name, own) if own else set()
-        return own.union(*(paraphrases.get(upstream.entry.id, ()) for upstream in ancestors.values()))
+        dropped = set().union(*(copies[out] for out in copies.keys() & ancestors.keys()))
+        keys = self._made_from(run, [*dropped], derivations).union(
+            *(paraphrases.get(upstream.entry.id, ()) for upstream in ancestors.values())
+        )
+        return keys - self.index.keys_of_source([*self.index.data(run)], name, keys) if keys else keys
 
     def match_content(self, digest: str) -> None:
         """Match an output, a file or a source by its hash.
@@ -326,6 +327,8 @@ class _ImpactQuery:
     def models(self) -> list[dict[str, Any]]:
         """Every version of a model that was exposed, itself or through its parents, in the order of history."""
         by_hash: dict[str, dict[str, Any]] = {}
+        holds: dict[str, list[tuple[dict[str, Any], list[str | None]]]] = defaultdict(list)
+        """Hash of a model -> what it or a parent saw, and the commits at which this holds."""
         reached: dict[int, dict[int, None]] = {}
 
         def through(run: StageRun) -> dict[int, None]:
@@ -354,13 +357,20 @@ class _ImpactQuery:
             )
             if run.address != entry["stage"] and run.address not in entry["also_called"]:
                 entry["also_called"].append(run.address)
-            entry["commits"] += [commit for commit in self.index.commits_of(run) if commit not in entry["commits"]]
-            for by in exposed:
-                document = {**self._exposure_document(self.index.runs[by]), "commits": []}
-                seen = next((one for one in entry["seen"] if {**one, "commits": []} == document), document)
-                if seen is document:
-                    entry["seen"].append(document)
-                seen["commits"] += [commit for commit in self.index.commits_of(run) if commit not in seen["commits"]]
+            commits = self.index.commits_of(run)
+            documents = [self._exposure_document(self.index.runs[by]) for by in exposed]
+            if run.place == "run cache" and all(any(document == seen for seen, _ in holds[run.md5]) for document in documents):
+                continue  # another lineage that may have been, which adds nothing
+            entry["commits"] += [commit for commit in commits if commit not in entry["commits"]]
+            for document in documents:
+                where = next((where for seen, where in holds[run.md5] if seen == document), None)
+                if where is None:
+                    holds[run.md5].append((document, [*commits]))
+                else:
+                    where += [commit for commit in commits if commit not in where]
+        for md5, entry in by_hash.items():
+            differ = any(where != entry["commits"] for _, where in holds[md5])
+            entry["seen"] = [{**document, **({"commits": where} if differ else {})} for document, where in holds[md5]]
         return list(by_hash.values())
 
     def _exposure_document(self, run: StageRun) -> dict[str, Any]:

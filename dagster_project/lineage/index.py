@@ -357,6 +357,7 @@ class Index:
         ]
         resolver.add_unrecorded(orphans, len(self._locks), "cache")
         resolver.connect()
+        resolver.add_alternatives(len(self._locks))
         return {run.id: run for run in sorted(resolver.runs, key=lambda run: (run.order, run.id))}, by_lock
 
     @property
@@ -379,7 +380,15 @@ class Index:
 
     def commits_of(self, run: StageRun) -> list[str | None]:
         """The first commit of each dvc.lock that contains the run, in the order of history; None for the workspace."""
-        return [commit for lock, commit, _ in self._locks if lock in run.locks]
+        return [self._commit_of_lock[position] for position in sorted(self._position_of_lock[lock] for lock in run.locks)]
+
+    @cached_property
+    def _position_of_lock(self) -> dict[int, int]:
+        return {lock: position for position, (lock, _, _) in enumerate(self._locks)}
+
+    @cached_property
+    def _commit_of_lock(self) -> list[str | None]:
+        return [commit for _, commit, _ in self._locks]
 
     def first_commit(self, run: StageRun) -> str | None:
         """The first commit whose dvc.lock contains the run's entry, whatever its lineage; None if no commit does."""
@@ -390,10 +399,11 @@ class Index:
         row = self._db.execute("SELECT text FROM run WHERE id = ?", (run.entry.id,)).fetchone()
         return dict(stages_of("stages:\n" + row[0])[run.address]) if row else {}
 
+    @cache  # noqa: B019  an index lives as long as one query
     def parents(self, run: StageRun) -> list[StageRun]:
         """The models that a model was made from, directly; those that it only watches are excluded.
 
-        For a folder of models: those whose weights it contains unchanged, if any.
+        For a folder of models: those whose weights it contains unchanged, if any; if its files are unavailable, the variant that its report names.
         """
         direct: list[StageRun] = []
         from_folders: list[StageRun] = []
@@ -403,6 +413,8 @@ class Index:
                 (direct if dep == path else from_folders).append(producer)
         mine = self.weights(run.md5)
         same = [producer for producer in from_folders if mine & self.weights(producer.md5)]
+        if from_folders and not direct and not mine and (variant := self.report(run).get("variant")):
+            same = [producer for producer in from_folders if producer.address in {f"merged@{variant}", f"merged_aligned@{variant}"}]
         if not direct and not same and mine and (run.unresolved or run.place in {"run cache", "cache"}):
             holders = {out for weight in mine for out in self.outputs_with_file(weight)} - {run.md5}
             same = [self.runs_by_output[out][0] for out in sorted(holders) if out in self.runs_by_output and not self._is_unrecorded(out)]
@@ -411,11 +423,17 @@ class Index:
     def _is_unrecorded(self, out: str) -> bool:
         return self.runs_by_output[out][0].place == "cache"
 
+    @cache  # noqa: B019  an index lives as long as one query
     def is_copy(self, run: StageRun) -> bool:
-        """Whether a model has the weights of a parent, byte for byte: the parent then accounts for everything that it was trained on."""
+        """Whether a model has the weights of a parent, byte for byte, or, if its files are unavailable, was chosen from folders of models: the parent
+        then accounts for everything that it was trained on."""
         mine = self.weights(run.md5)
-        return bool(mine) and any(mine <= self.weights(parent.md5) for parent in self.parents(run))
+        if mine:
+            return any(mine <= self.weights(parent.md5) for parent in self.parents(run))
+        direct = any(dep == path for dep, path, md5 in run.inputs if md5 in run.producers and run.producers[md5].is_model)
+        return run.is_model and not direct and len(self.parents(run)) == 1
 
+    @cache  # noqa: B019  an index lives as long as one query
     def data(self, run: StageRun) -> dict[str, StageRun]:
         """Hash -> run of every data set upstream of a run, up to the nearest models and data sets with splits.
 
@@ -432,6 +450,7 @@ class Index:
                         pending.append(producer)
         return upstream
 
+    @cache  # noqa: B019  an index lives as long as one query
     def ancestors(self, run: StageRun) -> dict[str, StageRun]:
         """Hash -> run of `data` and everything upstream of it, except other data sets with splits."""
         upstream = dict(self.data(run))
@@ -460,8 +479,15 @@ class Index:
         return run.md5 in self.split_outputs or run.path in self._split_paths or run.path not in self._listed_paths
 
     def weights(self, out: str) -> frozenset[str]:
-        query = f"SELECT md5 FROM file WHERE out = ? AND name LIKE '%{WEIGHTS}'"
-        return frozenset(md5 for (md5,) in self._db.execute(query, (out,)))
+        """Hashes of the files with weights in an output."""
+        return self._weights.get(out, frozenset())
+
+    @cached_property
+    def _weights(self) -> dict[str, frozenset[str]]:
+        weights: dict[str, set[str]] = defaultdict(set)
+        for out, md5 in self._db.execute(f"SELECT out, md5 FROM file WHERE name LIKE '%{WEIGHTS}'"):
+            weights[out].add(md5)
+        return {out: frozenset(files) for out, files in weights.items()}
 
     def outputs_with_file(self, file: str) -> list[str]:
         """Outputs that contain a file with this hash."""

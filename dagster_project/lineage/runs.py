@@ -159,6 +159,23 @@ class Resolver:
                 if md5 not in run.producers and md5 != run.md5 and (producer := self._any(md5, path, but=run)):
                     run.producers[md5] = producer
 
+    def add_alternatives(self, order: int) -> None:
+        """Add the lineages that runs may have through DVC's run cache, which does not record the run that made an input: if a run that no dvc.lock
+        contains made the same bytes as another one, every reader of these bytes may have read those of either."""
+        readers: dict[str, list[StageRun]] = defaultdict(list)
+        for run in self.runs:
+            for _, _, md5 in run.inputs:
+                readers[md5].append(run)
+        pending = [run for run in self.runs if run.place == "run cache" and not run.locks and len(self.by_output[run.md5]) > 1]
+        while pending:
+            producer = pending.pop(0)
+            for reader in readers[producer.md5]:
+                known = len(self.runs)
+                alternative = {**reader.producers, producer.md5: producer}
+                if reader.producers.get(producer.md5) is not producer and reader is not producer:
+                    run = self._run(reader.entry, reader.inputs, alternative, reader.unresolved, order, None, "run cache")
+                    pending += [run] if len(self.runs) > known else []
+
     def _run(
         self,
         entry: Entry,

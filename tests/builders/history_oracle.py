@@ -1,0 +1,255 @@
+"""Answers to audit questions by brute force: from the log of what ran (random_history.Log), and from which commits and cache entries exist.
+
+An input is credited to the run that is in the same dvc.lock as its reader. If that lock does not have it (a part of the pipeline ran), any
+run that made these bytes may have been it; then several answers are right.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice, product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from builders.history import md5
+from builders.random_history import PARAPHRASES, VARIANTS, Entry, Lock, Log, Toy, canonical, dir_md5, git
+
+WORKSPACE = "workspace"
+MODELS = ("adapter", "merged", "release")
+LIMIT = 64
+"""Lineages of one run that are looked at. More of them are not compared."""
+
+Chain = dict[str, Entry]
+"""Address -> entry of dvc.lock, of a run and of everything that went into it."""
+Signature = tuple[str, str, tuple[tuple[str, int], ...], tuple[int, ...]]
+"""Adapter, its hash, number of records by split, steps (of a record: all; of a source: number of records, first step, last step)."""
+
+
+class TooManyLineages(Exception):
+    """Not compared."""
+
+
+def out_of(entry: Entry) -> tuple[str, str]:
+    """Path and hash of the data that a run wrote."""
+    return next((one["path"], one["md5"]) for one in entry["outs"] if not one["path"].startswith("data/reports/"))
+
+
+@dataclass(frozen=True)
+class Place:
+    """A dvc.lock, or "" for what only the run cache has."""
+
+    name: str
+    lock: Mapping[str, Entry]
+
+
+class Reach:
+    """What can be known in one project folder at one moment."""
+
+    def __init__(self, toy: Toy, root: Path) -> None:
+        self.toy, self.log, self.root = toy, toy.log, root
+        self.shallow = (root / ".git/shallow").exists()
+        self.reachable = set(git(root, "rev-list", "--all", "HEAD").split())
+        """Commits in a branch, tag or other ref. Of others, the reflog knows."""
+        commits = git(root, "rev-list", "--all", "--reflog", "HEAD").split()
+        self.commits = commits
+        self.places = [Place(commit, self.lock_at(commit)) for commit in commits]
+        if (root / "dvc.lock").exists():
+            self.places.append(Place(WORKSPACE, yaml.load((root / "dvc.lock").read_text(), yaml.CSafeLoader)["stages"]))
+        entries = [yaml.load(path.read_text(), yaml.CSafeLoader) for path in sorted(root.glob(".dvc/cache/runs/*/*/*"))]
+        self.loose = [(self.log.entries[canonical(entry)][0], entry) for entry in entries]
+
+    def lock_at(self, commit: str) -> Lock:
+        if commit not in self.toy.locks:
+            self.toy.locks[commit] = self.toy.lock_at(commit)
+        return self.toy.locks[commit]
+
+    @cached_property
+    def pool(self) -> list[tuple[str, Entry, Place]]:
+        """Every run that is recorded anywhere."""
+        found = {}
+        for place in self.places:
+            for address, entry in place.lock.items():
+                found[address, canonical(entry), canonical(place.lock)] = (address, entry, place)
+        nowhere = Place("", {})
+        for address, entry in self.loose:
+            found[address, canonical(entry), ""] = (address, entry, nowhere)
+        return list(found.values())
+
+    def remember(self) -> None:
+        """Keep what was in reach when a question was asked: the index of the audit keeps it as well."""
+        self.toy.remembered += [one for one in self.pool if one not in self.toy.remembered]
+
+    def remembered(self) -> list[tuple[str, Entry, Place]]:
+        """Models that were in reach when an earlier question was asked, and no longer are."""
+        if self.root != self.toy.root:
+            return []
+        return [one for one in self.toy.remembered if one not in self.pool and one[0].partition("@")[0] in MODELS]
+
+    def exists(self, value: str) -> bool:
+        """Whether the bytes of an output are in the cache, or in the workspace."""
+        cached = self.root / ".dvc/cache/files/md5"
+        names = [value, *self.log.files[value].values()] if value.endswith(".dir") else [value]
+        return all((cached / name[:2] / name[2:]).exists() for name in names)
+
+    @cached_property
+    def incomplete(self) -> bool:
+        """Whether anything that some run recorded is gone."""
+        return self.shallow or any(not self.exists(one["md5"]) for _, entry, _ in self.pool for one in entry["outs"])
+
+    def committed(self, commit: str) -> tuple[dict[str, str], dict[str, Any]]:
+        """{path: md5} of the code in a commit, and its parameters."""
+        if commit not in self.toy.committed:
+            listed = [line.split("\t") for line in git(self.root, "ls-tree", "-r", commit, "dagster_project", "params.yaml").splitlines()]
+            content = {path: self.blob(head.split()[2]) for head, path in listed}
+            params = json.loads(content.pop("params.yaml"))
+            self.toy.committed[commit] = ({path: md5(text) for path, text in content.items()}, params)
+        return self.toy.committed[commit]
+
+    def blob(self, name: str) -> bytes:
+        if name not in self.toy.blobs:
+            self.toy.blobs[name] = git(self.root, "cat-file", "blob", name).encode()
+        return self.toy.blobs[name]
+
+    # --- lineages
+
+    def chains(self, address: str, entry: Entry, place: Place) -> list[Chain]:
+        """The lineages that a run may have, as far as is recorded."""
+        key = (canonical(entry), canonical(place.lock))
+        if key not in self._chains:
+            found = {}
+            for chain in islice(self._resolve(address, entry, place), 2000):
+                found[canonical(chain)] = chain
+            if len(found) > LIMIT:
+                raise TooManyLineages
+            self._chains[key] = list(found.values())
+        return self._chains[key]
+
+    @cached_property
+    def _chains(self) -> dict[tuple[str, str], list[Chain]]:
+        return {}
+
+    def _resolve(self, address: str, entry: Entry, place: Place) -> Iterator[Chain]:
+        stage = address.partition("@")[0]
+        inputs = {one["path"]: one["md5"] for one in entry["deps"]}
+        read = {"instructions": ["data/raw_examples"], "splits": ["data/instructions"], "tokenized": ["data/splits"], "adapter": ["data/tokenized"],
+                "merged": [path for path in inputs if path.startswith("data/adapter/")], "release": ["data/merged"]}.get(stage, [])  # fmt: skip
+        options = [list(islice(self._makers(path, inputs[path], place, entry), LIMIT)) for path in read]
+        for chosen in product(*options):
+            whole: Chain = {address: entry}
+            for chain in chosen:
+                whole |= chain
+            yield whole
+        if read and not any(options):
+            yield {address: entry}
+
+    def _makers(self, path: str, value: str, place: Place, reader: Entry) -> Iterator[Chain]:
+        if path == "data/merged":
+            yield from self._merged(value, place, reader)
+            return
+        here = [(address, entry) for address, entry in place.lock.items() if out_of(entry) == (path, value)]
+        if here:
+            for address, entry in here:
+                yield from self.chains(address, entry, place)
+            return
+        for address, entry, other in self.pool:
+            if out_of(entry) == (path, value):
+                yield from self.chains(address, entry, other)
+
+    def _merged(self, value: str, place: Place, reader: Entry) -> Iterator[Chain]:
+        """Of the folder of merged models, the one whose weights were released."""
+        for other in [place, *(one for one in self.places if one != place)]:
+            outs = {name: other.lock[f"merged@{name}"] for name in VARIANTS if f"merged@{name}" in other.lock}
+            if outs and self.folder({name: out_of(entry)[1] for name, entry in outs.items()}) == value:
+                for name, entry in outs.items():
+                    if self.same_weights(entry, reader):
+                        yield from self.chains(f"merged@{name}", entry, other)
+                if other == place:
+                    return
+        for address, entry, other in self.pool:
+            if address.startswith("merged@") and self.same_weights(entry, reader):
+                yield from self.chains(address, entry, other)
+
+    def same_weights(self, one: Entry, other: Entry) -> bool:
+        return self.log.weights[out_of(one)[1]] == self.log.weights[out_of(other)[1]]
+
+    def folder(self, outs: Mapping[str, str]) -> str:
+        return dir_md5({f"{name}/{file}": value for name, out in outs.items() for file, value in self.log.files[out].items()})
+
+    def recorded(self, chain: Chain) -> bool:
+        """Whether every run of a lineage is recorded somewhere."""
+        return all(canonical(entry) in self._recorded for entry in chain.values())
+
+    @cached_property
+    def _recorded(self) -> set[str]:
+        return {canonical(entry) for _, entry, _ in self.pool}
+
+    # --- what a model saw
+
+    def adapter(self, chain: Chain) -> tuple[str, Entry] | None:
+        return next(((address, entry) for address, entry in chain.items() if address.startswith("adapter@")), None)
+
+    def of(self, chain: Chain, stage: str) -> str | None:
+        """Hash of a stage's output in a lineage."""
+        return out_of(chain[stage])[1] if stage in chain else None
+
+    def whole(self, chain: Chain) -> bool:
+        """Whether the lineage is recorded back to the sources."""
+        return {"splits", "instructions", "raw_examples"} <= chain.keys() and self.adapter(chain) is not None
+
+    def splits(self, chain: Chain) -> dict[str, str]:
+        return self.log.split_of[str(self.of(chain, "splits"))]
+
+    def facts(self, chain: Chain) -> dict[str, dict[str, Any]]:
+        """Sources with rows, sha256 and license."""
+        return {**self.log.sources[canonical(chain["raw_examples"])], **self.log.sources[canonical(chain["splits"])]}
+
+    def records_of_sources(self, chain: Chain) -> dict[str, set[str]]:
+        """Records in the splits, by source: rows that are exact duplicates and copies count for each source."""
+        known, copies = self.splits(chain), self.log.parent_of[str(self.of(chain, "splits"))]
+        found: dict[str, set[str]] = {}
+        for row in self.log.rows[str(self.of(chain, "raw_examples"))]:
+            if row.identity in known and row.identity not in copies:
+                found.setdefault(row.source, set()).add(row.identity)
+        for names in list(found.values()):
+            names |= {copy for copy, parent in copies.items() if parent in names}
+        if copies:
+            found[PARAPHRASES] = set(copies)
+        return found
+
+    def signature(self, chain: Chain, names: set[str], source: bool) -> Signature | None:
+        """What the adapter in a lineage saw of these records."""
+        made = self.adapter(chain)
+        if made is None:
+            return None
+        address, entry = made
+        counts = Counter(split for name, split in self.splits(chain).items() if name in names)
+        if not counts:
+            return None
+        steps = [(step, name) for step, _, name in self.log.steps[out_of(entry)[1]] if name in names]
+        shown: tuple[int, ...] = tuple(sorted(step for step, _ in steps))
+        if source and steps:
+            shown = (len({name for _, name in steps}), shown[0], shown[-1])
+        return (address, out_of(entry)[1], tuple(sorted(counts.items())), shown)
+
+    def with_copies(self, chain: Chain, record: str) -> set[str]:
+        copies = self.log.parent_of[str(self.of(chain, "splits"))]
+        return {record, *(copy for copy, parent in copies.items() if parent == record)}
+
+    def models(self) -> Iterator[tuple[str, Entry, Place]]:
+        for address, entry, place in self.pool:
+            if address.partition("@")[0] in MODELS:
+                yield address, entry, place
+
+
+def clone_shallow(toy: Toy, target: Path) -> None:
+    subprocess.run(["git", "clone", "-q", "--depth", "1", f"file://{toy.root}", str(target)], check=True, capture_output=True)
+
+
+__all__ = ["Log", "Reach", "TooManyLineages", "clone_shallow", "out_of"]
