@@ -202,6 +202,7 @@ def test_a_weight_that_is_no_number_is_within_no_bound(tmp_path: Path, value: fl
         ({"loss": 2.0}, {"loss": 2.5}, {"number": 0.25}),
         ({"a": 0.5, "a_interval": [0.3, 0.6]}, {"a": 0.4, "a_interval": [0.2, 0.5]}, {"interval": 0.5}),
         ({"a": 0.5, "a_interval": [0.3, 0.6]}, {"a": 0.65, "a_interval": [0.2, 0.8]}, {"interval": 1.5}),
+        ({"a": 1.0, "a_interval": [1.0, 1.0]}, {"a": 0.9, "a_interval": [0.8, 1.0]}, {"number": 0.1}),
         ({"steps": 8}, {"steps": 9}, {"equal": float("inf")}),
         ({"settings": {"learning_rate": 0.1}}, {"settings": {"learning_rate": 0.2}}, {"equal": float("inf")}),
         ({"versions": {"torch": "2"}, "checks": {"c": {"passed": True, "note": "1"}}}, {"versions": {}, "checks": {"c": {"passed": True, "note": "2"}}}, {}),

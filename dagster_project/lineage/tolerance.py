@@ -182,7 +182,7 @@ def _values(a: Any, b: Any, path: str, exact: bool) -> Found:
             place = f"{path}.{key}" if path else str(key)
             interval = a.get(f"{key}_interval") or (a.get("interval") if key in {"difference", "value"} else None)
             if interval and _finite(a.get(key)) and _finite(b.get(key)) and not exact:
-                yield "interval", _outside(a[key], b[key], interval), place
+                yield _from_interval(a[key], b[key], interval, place)
             elif not key.endswith("interval"):  # an interval moves with its figure
                 yield from _values(a.get(key), b.get(key), place, exact or key in SETTINGS)
     elif isinstance(a, list) and isinstance(b, list):
@@ -194,9 +194,12 @@ def _values(a: Any, b: Any, path: str, exact: bool) -> Found:
         yield "equal", math.inf, path
 
 
-def _outside(recorded: float, made: float, interval: Sequence[float]) -> float:
-    """Difference of a figure, as a multiple of the distance from it to that end of its recorded interval."""
-    return _ratio(abs(recorded - made), abs(recorded - (interval[0] if made < recorded else interval[1])))
+def _from_interval(recorded: float, made: float, interval: Sequence[float], place: str) -> tuple[str, float, str]:
+    """Difference of a figure, as a multiple of the distance from it to that end of its recorded interval; a plain number if it is that end."""
+    distance = abs(recorded - (interval[0] if made < recorded else interval[1]))
+    if distance == 0:
+        return "number", _ratio(abs(recorded - made), max(abs(recorded), 1.0)), place
+    return "interval", abs(recorded - made) / distance, place
 
 
 def _gap(a: Any, b: Any) -> float:
