@@ -73,7 +73,7 @@ def judge(stage: str, parameters: Mapping[str, Any], found: Iterable[Deviation])
     compute = parameters.get("compute") or {}
     dtype = "float32" if compute.get("dtype") == "float32" else "bfloat16"
     bounds = BOUNDS[KIND_OF_STAGE[stage], dtype]
-    listed = [{**vars(one), "bound": bounds.get(one.measure, 0.0)} for one in found if one.value or one.measure != "equal"]
+    listed = [{**vars(one), "bound": bounds.get(one.measure, 0.0)} for one in found if one.value]
     reasons = [
         f"{one['artifact']}: {one['where']} differs, which no machine may change"
         if one["measure"] == "equal"
