@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 from pathlib import Path
@@ -161,6 +162,38 @@ def test_a_question_that_cannot_be_answered_is_refused(made: Project, wrong: lis
     made.commit(made.trained(made.curated(ROWS), TRAINED))
     done = pedigree(made.root, "impact", *wrong)
     assert done.returncode == 2 and "hint:" in done.stderr and "Traceback" not in done.stderr and not done.stdout
+
+
+def test_a_file_that_stages_only_compare_with_was_not_trained_on(made: Project) -> None:
+    lock = made.trained(made.curated(ROWS), TRAINED)
+    benchmark = "data/sources/benchmarks/b.jsonl"
+    lock["instructions"]["params"] = {"params.yaml": {"instructions": {"benchmarks": [benchmark]}}}
+    made.commit(lock)
+    answer = impact(made.root, source=benchmark)
+    assert (answer["verdict"], answer["read_by"]) == ("no", ["instructions"])
+    assert "named by instructions, but not as a source of rows" in as_text(answer)
+    with pytest.raises(InputError, match="no recorded run has read"):
+        impact(made.root, source="data/sources/benchmarks/b.json")
+
+
+def test_other_files_that_contributed_are_listed_with_their_hash(made: Project) -> None:
+    lock = made.trained(made.curated(ROWS), TRAINED)
+    folder = made.root / "data/sources/benchmarks"
+    folder.mkdir(parents=True)
+    (folder / "b.jsonl").write_text("{}")
+    (folder / "unused.jsonl").write_text("[]")
+    listing = [{"md5": md5((folder / name).read_bytes()), "relpath": name} for name in ("b.jsonl", "unused.jsonl")]
+    digest = md5(json.dumps(listing, sort_keys=True).encode()) + ".dir"
+    lock["instructions"]["deps"].append({"path": "data/sources/benchmarks", "hash": "md5", "md5": digest})
+    lock["instructions"]["params"] = {"params.yaml": {"instructions": {"benchmarks": ["data/sources/benchmarks/b.jsonl"]}}}
+    made.commit(lock)
+    (folder / "b.jsonl").write_text("changed since")
+    sha256 = hashlib.sha256(b"{}").hexdigest()
+    found = audit(made.root, "merged@lora")["other_files"]
+    assert found.pop("data/sources/paraphrases").keys() == {"md5", "license", "stages"}  # its content is not at hand
+    assert found == {
+        "data/sources/benchmarks/b.jsonl": {"md5": md5(b"{}"), "sha256": sha256, "license": "unknown", "stages": ["instructions"]}
+    }
 
 
 def test_a_source_is_found_by_its_absolute_path(made: Project) -> None:

@@ -203,6 +203,7 @@ def document(subject: Subject) -> dict[str, Any]:
         "watched": {
             "stages": {names[stage.path, stage.md5]: _stage(index, stage, reports[stage], names) for stage in watched},
             "sources": {name: facts for name, facts in watched_sources.items() if name not in sources},
+            "other_files": other_files(index, {stage: entries[stage] for stage in watched}, names, sources | watched_sources),
         },
         "records": _training_counts(records),
         "parents": [
@@ -500,15 +501,12 @@ def as_text(audited: dict[str, Any]) -> str:
     if audited["environment"]:
         lines += [f"versions   {', '.join(f'{name} {version}' for name, version in audited['environment'].items())}"]
     lines += ["", "sources", *_sources_text(audited["sources"])]
-    lines += [
-        f"  {path}  read by {', '.join(file['stages'])}, license {file['license']}, {'sha256' if 'sha256' in file else 'md5'} "
-        f"{file.get('sha256', file['md5'])[:16]}"
-        for path, file in audited["other_files"].items()
-    ]
+    lines += _other_files_text(audited["other_files"])
     lines += ["", "stages", *(_stage_text(name, stage) for name, stage in audited["stages"].items())]
     watched = audited["watched"]
     if watched["stages"]:
         lines += ["", "compared with it or only watched: nothing was learned from these", *_sources_text(watched["sources"])]
+        lines += _other_files_text(watched["other_files"])
         lines += [_stage_text(name, stage) for name, stage in watched["stages"].items()]
     lines += [f"waived     {json.dumps(waiver, ensure_ascii=False)}" for waiver in audited["waivers"]]
     lines += ["", "parameters"]
@@ -529,6 +527,14 @@ def _sources_text(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if flow := "; ".join(f"{stage}: {_counts_text(outcomes)}" for stage, outcomes in source["outcomes"].items()):
             lines.append(f"    {flow}")
     return lines
+
+
+def _other_files_text(files: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return [
+        f"  {path}  read by {', '.join(file['stages'])}, license {file['license']}, {'sha256' if 'sha256' in file else 'md5'} "
+        f"{file.get('sha256', file['md5'])[:16]}"
+        for path, file in files.items()
+    ]
 
 
 def _stage_text(name: str, stage: Mapping[str, Any]) -> str:
