@@ -180,7 +180,8 @@ def document(subject: Subject) -> dict[str, Any]:
         "model"; "sources" of rows with sha256, rows, license and row outcomes; "other_files" that contributed; "base_model"; "stages" in flow order,
         each with output hash, inputs, rows and checks; "watched": stages and sources that it was compared with or only measured by; "records" it was
         trained on; "parents", the models it was derived from; recorded "parameters"; "waivers"; "chat_template"; "code" with commit and file hashes,
-        also per stage; "environment"; "metrics"; "missing" outputs that leave something unknown; "shallow".
+        also per stage; "environment"; "machine" of each stage that records one; "metrics"; "missing" outputs that leave something unknown;
+        "shallow".
     """
     index, run, upstream = subject.index, subject.run, subject.upstream
     reports = {stage: index.report(stage) for stage in upstream}
@@ -214,6 +215,7 @@ def document(subject: Subject) -> dict[str, Any]:
         "chat_template": next((r["template"] for r in reversed(made_from.values()) if "template" in r), None),
         "code": _code(index, run),
         "environment": next((r["environment"] for r in reversed(made_from.values()) if "environment" in r), {}),
+        "machine": {names[stage.path, stage.md5]: report["machine"] for stage, report in reports.items() if "machine" in report},
         "metrics": _metrics(subject, reports[run]),
         "missing": missing,
         "shallow": index.history.shallow,
@@ -483,6 +485,16 @@ def _metrics(subject: Subject, report: Mapping[str, Any]) -> dict[str, Any]:
     return {name: {key: value for key, value in figures.items() if key not in NON_METRICS} for name, figures in reports.items()}
 
 
+def _machine_lines(machines: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """One line for each machine: its stages, processor, instruction sets of torch and oneDNN, threads and GPU."""
+    stages: dict[str, list[str]] = {}
+    for stage, one in machines.items():
+        used, gpu = one["instruction_set"], one.get("cuda")
+        text = f"{one['cpu']}, {used['torch']} (oneDNN {used['onednn'] or 'none'}), {one['threads']} threads"
+        stages.setdefault(text + (f", {gpu['device']}, driver {gpu['driver']}" if gpu else ""), []).append(stage)
+    return [f"{text}: {', '.join(names)}" for text, names in stages.items()]
+
+
 def as_text(audited: dict[str, Any]) -> str:
     """The audit as text for the terminal."""
     from dagster_project.views.lineage import code_text
@@ -500,6 +512,7 @@ def as_text(audited: dict[str, Any]) -> str:
         lines += [f"template   {template['name']}, sha256 {template['sha256'][:16]}"]
     if audited["environment"]:
         lines += [f"versions   {', '.join(f'{name} {version}' for name, version in audited['environment'].items())}"]
+    lines += [f"machine    {line}" for line in _machine_lines(audited["machine"])]
     lines += ["", "sources", *_sources_text(audited["sources"])]
     lines += _other_files_text(audited["other_files"])
     lines += ["", "stages", *(_stage_text(name, stage) for name, stage in audited["stages"].items())]
