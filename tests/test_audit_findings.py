@@ -337,6 +337,17 @@ def test_a_model_that_lay_in_the_cache_before_it_was_recorded_is_a_model(made: P
     assert stages(impact(made.root, record=identity("cats"))) == ["head"]
 
 
+def test_models_of_other_projects_in_a_shared_cache_are_not_searched(made: Project, tmp_path: Path) -> None:
+    made.commit(made.trained(made.curated(ROWS), TRAINED))
+    made.put({"model.safetensors": b"of another project"})
+    assert impact(made.root, record=identity("nobody"))["verdict"] == "cannot tell"
+    (made.root / ".dvc/tmp/pedigree/index.sqlite3").unlink()
+    (made.root / ".dvc/cache").rename(tmp_path / "shared")
+    (made.root / ".dvc/config").write_text(f"[cache]\n    dir = {tmp_path / 'shared'}\n")
+    assert impact(made.root, record=identity("nobody"))["verdict"] == "no"
+    assert impact(made.root, record=identity("cats"))["verdict"] == "yes"
+
+
 def test_malformed_ids_are_refused(made: Project) -> None:
     made.commit(made.trained(made.curated(ROWS), TRAINED))
     with pytest.raises(InputError, match="not the id of a record"):
