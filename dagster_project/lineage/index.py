@@ -600,8 +600,12 @@ class Index:
 
     def unexplained(self, run: StageRun) -> list[str]:
         """Inputs of a run that were outputs of stages, although nothing records the runs that produced them."""
-        paths = {one.path for one in self.runs.values()} - {""}
-        return [*run.unresolved, *(path for _, path, md5 in run.inputs if path in paths and md5 not in run.producers and md5 != run.md5)]
+        outputs = (path for _, path, md5 in run.inputs if path in self._output_paths and md5 not in run.producers and md5 != run.md5)
+        return [*run.unresolved, *outputs]
+
+    @cached_property
+    def _output_paths(self) -> frozenset[str]:
+        return frozenset(run.path for run in self.runs.values()) - {""}
 
     @cached_property
     def _listed(self) -> frozenset[str]:
