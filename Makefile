@@ -1,4 +1,4 @@
-# Everything a newcomer needs. `make run` sets up, runs the default pipeline and shows the result; `make test` tests.
+# `make run` sets up the environment, runs the default pipeline and shows the result; `make test` runs the tests.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -12,12 +12,12 @@ PORT ?= 3000
 help:            ## show this list
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
 
-run: $(VENV)/ok  ## set up, run what has changed, show the summary
+run: $(VENV)/ok  ## set up, run changed stages, show the summary
 	@$(MAKE) --no-print-directory setup-dvc
 	@mkdir -p .dvc/tmp && date +%s > .dvc/tmp/run_started
 	@echo "dvc repro" && $(BIN)/dvc repro || { printf '%s\n' "" \
-	  'The run stopped: the first error above says why. What had finished is kept; correct it and run `make run` again.' \
-	  'If it was release: data/pages/comparison/comparison.html shows the figures, docs/checks.md (release) what the gate asks.' >&2; exit 1; }
+	  'The run stopped: see the first error above. Finished stages are kept; fix the error and run `make run` again.' \
+	  'If it was release: data/pages/comparison/comparison.html shows the scores, docs/checks.md (release) describes the gate.' >&2; exit 1; }
 	@$(BIN)/pedigree sync > /dev/null
 	@$(MAKE) --no-print-directory summary
 
@@ -34,20 +34,20 @@ lint: $(VENV)/ok ## style, types and import rules
 docs: $(VENV)/ok ## write docs/parameters.md, its JSON Schema and the tables of docs/checks.md from the code
 	$(BIN)/python -m dagster_project.commands.docs
 
-ui: $(VENV)/ok   ## open Dagster on loopback, its home inside the project
+ui: $(VENV)/ok   ## open the Dagster UI on loopback, with its home in the project
 	@$(MAKE) --no-print-directory setup-dvc
 	$(BIN)/pedigree ui --port $(PORT)
 
-bench: $(VENV)/ok ## print what the front ends cost, as ratios, and near-duplicates beside datasketch and rensa, and impact over a long history
+bench: $(VENV)/ok ## measure the overhead of the front ends, impact over a long history, and near-duplicates compared with datasketch and rensa
 	$(BIN)/python benchmarks/front_ends.py
 	$(BIN)/python benchmarks/audit.py
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	$(BIN)/python benchmarks/curation.py
 
-soak: $(VENV)/ok ## play 2,000 random steps with both front ends and compare after each
+soak: $(VENV)/ok ## run 2,000 random steps with both front ends and compare the states after each
 	$(BIN)/python tests/test_two_front_ends.py $(or $(STEPS),2000) $(SEED)
 
-clean:           ## remove what can be made again (never sources, reports or dvc.lock)
+clean:           ## remove everything that can be produced again (never sources, reports or dvc.lock)
 	rm -rf .dagster .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build screenshots dvc_plots
 	rm -rf data/base_model data/raw_examples data/instructions data/splits data/tokenized data/adapter data/merged
 	rm -rf data/raw_preferences data/preferences data/reward_model data/aligned/* data/merged_aligned/*
@@ -67,10 +67,10 @@ summary:
 	@took=$$(($$(date +%s) - $$(cat .dvc/tmp/run_started))); echo "took          $$((took / 60)) min $$((took % 60)) s, without the installation"
 	@echo "disk used     $$(du -shc data .dvc | tail -1 | cut -f1) by data and DVC's cache, $$(du -sh $(VENV) | cut -f1) by $(VENV)"
 	@echo "the model     data/release"
-	@echo "what made it  .venv/bin/pedigree audit release"
+	@echo "its lineage   .venv/bin/pedigree audit release"
 	@echo "the UI        make ui     (http://127.0.0.1:$(PORT))"
-	@echo "keep in git   git add params.yaml dvc.lock data/sources data/reports && git commit -m 'Run the pipeline'"
-	@echo "ask it        .venv/bin/python -c '$$ASK'"
+	@echo "commit        git add params.yaml dvc.lock data/sources data/reports && git commit -m 'Run the pipeline'"
+	@echo "query it      .venv/bin/python -c '$$ASK'"
 
 setup-dvc:
 	@git rev-parse --git-dir > /dev/null 2>&1 || git init -q

@@ -1,8 +1,10 @@
-"""Every alignment method on the project's own preferences, side by side. usage: python benchmarks/alignment.py [METHOD...] [--seeds N] [--episodes N] [--threads N] [--out FILE]
+"""Compare all alignment methods on the project's own preferences. usage: python benchmarks/alignment.py [METHOD...]
+[--seeds N] [--episodes N] [--threads N] [--out FILE]
 
-Each method starts from the same SFT model (data/merged/<adapter>) with the same fresh adapter, learns through the pipeline's own stage, and is asked the same
-held-out prompts; one process for each seed. Settings stand in SETTINGS; docs/alignment.md says which were chosen by their outcome. The task score is that of the first seed, its adapter
-merged and asked what the test split asks. The table replaces the one in docs/alignment.md.
+Each method starts from the same SFT model (data/merged/<adapter>) with the same new adapter, is trained by the
+pipeline's own stage, and answers the same held-out prompts; each seed runs in its own process. SETTINGS has the
+settings; docs/alignment.md names those that were chosen by their results. The task score is measured for the first
+seed, on the test split with the adapter merged. The table replaces the one in docs/alignment.md.
 """
 
 from __future__ import annotations
@@ -77,11 +79,11 @@ def one(method: str, seed: int, adapter: str, episodes: int, threads: int, proje
 
 def table(runs: list[dict[str, Any]], sft: float | None, device: str) -> str:
     lines = [
-        f"{device}; mean over the seeds and, in brackets, the least and the most of them. Reward, win rate, length and KL are of held-out prompts, gain and macro-F1 of the first seed; the SFT model's reward is"
+        f"{device}; mean over the seeds and, in brackets, minimum and maximum. Reward, win rate, length and KL are of held-out prompts, gain and macro-F1 of the first seed; the SFT model's reward is"
         f" {_over(runs, lambda run: run['watch']['reward']['sft'])}, its answers have {_over(runs, lambda run: run['watch']['tokens']['sft'])} tokens"
         + (f", its macro-F1 is {sft:.3f}." if sft is not None else "."),
         "",
-        "| method | phases | learns | seeds | reward | gain over SFT, 95 % interval | win rate | preference accuracy | KL, nats an answer | tokens of an answer | macro-F1 | seconds | peak GB |",
+        "| method | phases | learns | seeds | reward | gain over SFT, 95 % interval | win rate | preference accuracy | KL, nats per answer | tokens per answer | macro-F1 | seconds | peak GB |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for method in dict.fromkeys(run["method"] for run in runs):
@@ -122,11 +124,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="*", default=list(SETTINGS))
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method (default: %(default)s)")
-    parser.add_argument("--episodes", type=int, default=256, help="answers that an online method learns from (default: %(default)s)")
+    parser.add_argument("--episodes", type=int, default=256, help="answers that an online method is trained on (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="of each run (default: %(default)s)")
     parser.add_argument("--adapter", default="lora", help="the SFT variant (default: %(default)s)")
     parser.add_argument("--project", type=Path, default=ROOT)
-    parser.add_argument("--measured", type=Path, help="file to keep measurements in; what it holds is not measured again")
+    parser.add_argument("--measured", type=Path, help="file with measurements; those in it are not repeated")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "alignment.md", help="default: %(default)s")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()

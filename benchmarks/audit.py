@@ -1,7 +1,9 @@
-"""How long `pedigree impact` takes over a long history. usage: python benchmarks/audit.py [--versions N] [--records N] [--trainings N]
+"""Time of `pedigree impact` over a long history. usage: python benchmarks/audit.py [--versions N] [--records N]
+[--trainings N]
 
-A history is made: each version has one record changed, so that one shard of its data set is new; splits, an adapter and a merged model are committed
-with their objects in DVC's cache. Every question is asked by a fresh process, its start included; medians are printed.
+Creates a history: in each version one record is changed, so one shard of its data set is new; splits, an adapter and a
+merged model are committed with their objects in DVC's cache. Each query runs in a new process, whose start is included
+in the time. Prints medians.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--versions", type=int, default=1000, help="commits, each with two models (default: %(default)s)")
     parser.add_argument("--records", type=int, default=1_000_000, help="in the data set of each (default: %(default)s)")
-    parser.add_argument("--trainings", type=int, default=10, help="different orders in which they are learnt (default: %(default)s)")
+    parser.add_argument("--trainings", type=int, default=10, help="different orders of training (default: %(default)s)")
     parser.add_argument("--repeat", type=int, default=5, help="runs of each question (default: %(default)s)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -49,11 +51,11 @@ def main() -> None:
         ask(root, "--record", everywhere)
         print(f"indexed in {time.perf_counter() - start:.0f} s; the index has {size(root / '.dvc/tmp') / 1e6:,.0f} MB")
         questions = {
-            "a record that every model saw": ("--record", everywhere),
-            "a record that a few versions saw": ("--record", once),
+            "a record of every model": ("--record", everywhere),
+            "a record of a few versions": ("--record", once),
             "a text": ("--text", f"question {options.records // 2}"),
             "a source": ("--source", SOURCES[0]),
-            "a record that nobody saw": ("--record", "0" * 32),
+            "a record of no model": ("--record", "0" * 32),
         }
         for name, arguments in questions.items():
             times, models = [], 0
@@ -78,7 +80,8 @@ def size(folder: Path) -> int:
 
 
 def make(root: Path, versions: int, records: int, trainings: int) -> tuple[str, str]:
-    """The project. Returns the ids of a record that every model learns from, and of one that only the middle version has."""
+    """The project. Returns the ids of a record that every model is trained on, and of one that only the middle version
+    has."""
     cache = root / ".dvc" / "cache" / "files" / "md5"
     cache.mkdir(parents=True)
     (root / ".dvc" / "config").write_text("")
@@ -146,7 +149,7 @@ def make(root: Path, versions: int, records: int, trainings: int) -> tuple[str, 
 
 
 def lock_text(stages: list[tuple[str, str, str, str]]) -> str:
-    """A dvc.lock as DVC writes it, of stages with one dependency and fifty files of code."""
+    """A dvc.lock in DVC's format, of stages with one dependency and fifty files of code."""
     lines = ["schema: '2.0'", "stages:"]
     for name, dep, read, out in stages:
         lines += [f"  {name}:", f"    cmd: python -m dagster_project run {name}", "    deps:"]

@@ -1,9 +1,11 @@
-"""Which model families train on which conversations, and whether their labels are right: writes docs/models.md.
+"""Test which conversations each model family can be trained on, and whether the labels are correct; writes
+docs/models.md.
 
     python benchmarks/chat_templates.py
 
-Every chat template that TRL ships renders nine conversations. For each the input ids before a trained answer are compared with
-`apply_chat_template`, as an inference server calls it, and the labels with the `assistant_masks` of TRL's training template of the family. The
+Every chat template that TRL ships renders nine conversations. The input ids before each trained answer are compared
+with `apply_chat_template`, as called by an inference server, and the labels with the `assistant_masks` of TRL's
+training template of the family. The
 comparison uses none of the project's rendering code. Tokenizers are stubs: bytes, and the special tokens that the template writes.
 """
 
@@ -96,9 +98,9 @@ class Cell(NamedTuple):
     traces: bool = True
     """Whether every trace is in the labels."""
     problems: tuple[str, ...] = ()
-    """Differences from inference or from TRL's labels: what is mislabeled."""
+    """Differences from inference or from TRL's labels, i.e. wrong labels."""
     compared: str = ""
-    """How the labels compare with TRL's: `=`, or what TRL labels beside them; "" where TRL has no training template."""
+    """Comparison with TRL's labels: `=`, or the additional labels of TRL; "" if TRL has no training template."""
 
 
 def families() -> list[str]:
@@ -182,7 +184,8 @@ def training_template(template: str, folder: Path) -> str | None:
 
 
 def trl_labels(tokenizer: Any, folder: Path, messages: list[dict[str, Any]], tools: Any) -> str | None:
-    """The text that TRL labels in the last message; None where it has no training template or that refuses the conversation."""
+    """The text that TRL labels in the last message; None if it has no training template, or if that refuses the
+    conversation."""
     template = training_template(tokenizer.chat_template, folder)
     if template is None:
         return None
@@ -208,7 +211,7 @@ def trl_labels(tokenizer: Any, folder: Path, messages: list[dict[str, Any]], too
 
 
 def _words(message: dict[str, Any]) -> list[str]:
-    """What must be in the labels of a message: its content, and names and arguments of its calls."""
+    """The required text in the labels of a message: its content, and names and arguments of its calls."""
     functions = [call["function"] for call in message.get("tool_calls", ())]
     return [message["content"], *(str(word) for function in functions for word in (function["name"], *function["arguments"].values()))]
 
@@ -251,8 +254,9 @@ def judge(tokenizer: Any, folder: Path, record: dict[str, Any]) -> Cell:
 
 
 def _difference(ours: str, theirs: str, before: str, after: str) -> str:
-    """How TRL's labels of an answer differ: `=`; `header`, if they begin in what inference writes before the answer; `tail`, if they go on after
-    the end of the turn; `end`, if they lack the end-of-turn token; else ≠."""
+    """Difference of TRL's labels of an answer: `=`; `header`, if they begin in the text that inference writes before
+    the answer; `tail`, if they continue after the end of the turn; `end`, if they lack the end-of-turn token; else
+    ≠."""
     if ours == theirs:
         return "="
     start = theirs.find(ours[: max(1, len(ours) // 2)])

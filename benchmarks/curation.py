@@ -1,18 +1,23 @@
-"""What curation finds, and what it costs. usage: python benchmarks/curation.py [--rows N] [--repeat N] | --pipeline [--rows N]
+"""Accuracy and cost of curation. usage: python benchmarks/curation.py [--rows N] [--repeat N] | --pipeline [--rows N]
 
-Without --pipeline: near-duplicates by our rule beside MinHash LSH of datasketch and rensa, on planted pairs. Texts are made by seed: words by Zipf's law, a fifth of the rows in a template, and pairs of each class of `CLASSES` planted
-among them. By default about 200 rows share a template; `--templates` makes it more templates with fewer rows each, which is
-harder: a template that few texts share looks like a copied passage. Each engine runs in a process of its own, taking turns;
+Without --pipeline: near-duplicates by our rule compared with MinHash LSH of datasketch and rensa, on planted pairs.
+Texts are generated from a seed: words by Zipf's law, a fifth of the rows in a template, and pairs of each class of
+`CLASSES` planted
+among them. By default about 200 rows share a template; `--templates` sets more templates with fewer rows each, which is
+harder: a template that few texts share looks like a copied passage. Each engine runs in its own process, in turns;
 medians are printed. Needs `pip install -e '.[bench]'`.
 
-The MinHashes have 128 permutations over runs of three words and keep pairs estimated at `THRESHOLD` or more, the Jaccard index
-our rule asks for; rensa is used in its batch mode. "rensa .8" has the bands and threshold of rensa's own benchmark.
+The MinHashes have 128 permutations over runs of three words and keep pairs with an estimate of `THRESHOLD` or more, the
+Jaccard index of our rule; rensa is used in its batch mode. "rensa .8" has the bands and threshold of rensa's own
+benchmark.
 
-With --pipeline: the same texts as the prompts of an Alpaca file (`alpaca`) go through raw_examples -> instructions -> splits, each the stage's own
-function in a process of its own, with the base model's tokenizer and template, the held-out benchmark and the suite of expectations of
+With --pipeline: the same texts as the prompts of an Alpaca file (`alpaca`) go through raw_examples -> instructions ->
+splits, each the stage's own function in its own process, with the base model's tokenizer and template, the held-out
+benchmark and the suite of expectations of
 data/. Seconds are those of whole processes, from start to end: imports, reading and checksums, every check, Data Docs, the page, and writing
-and reading back the results. Left out are what DVC adds (hashing the outputs into its cache) and making the rows. CPU seconds
-depend less on what else the machine does. The digest is one over all files that the stage wrote: the same rows give the same.
+and reading back the results. DVC's work (hashing the outputs into its cache) and generating the rows are not included.
+CPU seconds depend less on other load of the machine. The digest covers all output files of the stage: the same rows
+give the same digest.
 """
 
 from __future__ import annotations
@@ -36,11 +41,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PERMUTATIONS, BANDS, THRESHOLD = 128, 32, 0.3
 STAGES = ("raw_examples", "instructions", "splits")
 SECONDS, GIGABYTES = 240, 8
-"""What a million short rows may take on two cores, all of `STAGES`."""
+"""Budget of all `STAGES` for a million short rows on two cores."""
 
 
 class Maker:
-    """Texts by seed."""
+    """Texts generated from a seed."""
 
     def __init__(self, seed: int, templates: int) -> None:
         self.random = random.Random(seed)
@@ -239,8 +244,8 @@ def measure(engine: str, file: Path) -> dict[str, float]:
 
 
 def alpaca(rows: int, templates: int, file: Path) -> None:
-    """The planted texts as prompts with answers of 3 to 25 words, in eight categories. One answer in 20 has a date, which looks like a phone
-    number at first; one row in 200 has something wrong with it."""
+    """The planted texts as prompts with answers of 3 to 25 words, in eight categories. One answer in 20 has a date,
+    which resembles a phone number; one row in 200 has a fault."""
     texts, _ = plant(rows, templates)
     maker = Maker(1, 1)
     with file.open("w", encoding="utf-8") as stream:
@@ -267,7 +272,8 @@ FLAWS: tuple[dict[str, object], ...] = (
 
 
 def time_pipeline(rows: int, templates: int, base_model: Path, root: Path) -> None:
-    """Make `rows` rows under `root`, send them down the pipeline, and print what each stage took beside the budget."""
+    """Generate `rows` rows under `root`, run the stages on them, and print time and memory of each stage and the
+    budget."""
     sources = root / "data/sources"
     sources.mkdir(parents=True)
     shutil.copytree(ROOT / "data/sources/benchmarks", sources / "benchmarks")
@@ -298,11 +304,11 @@ def time_pipeline(rows: int, templates: int, base_model: Path, root: Path) -> No
             flush=True,
         )
     print(f"{'sum':14}{total[0]:9.1f}{total[1]:13.1f}{total[2]:9.2f}")
-    print(f"{'budget':14}{SECONDS * rows / 1e6:9.1f}{'':13}{GIGABYTES:9.2f}  for {rows:,} short rows on two cores with nothing else to do")
+    print(f"{'budget':14}{SECONDS * rows / 1e6:9.1f}{'':13}{GIGABYTES:9.2f}  for {rows:,} short rows on two otherwise idle cores")
 
 
 def run_stage(stage: str, base_model: Path, root: Path) -> dict[str, float]:
-    """One stage in this process: what it took, the interpreter's start and all imports included."""
+    """Run one stage in this process; time and memory include the start of the interpreter and all imports."""
     from dagster_project.stages import instructions, raw_examples, splits
 
     data = root / "data"
@@ -329,7 +335,7 @@ def _digest(folder: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, help="texts (default: 200,000, of the pipeline 1,000,000)")
-    parser.add_argument("--templates", type=int, help="how many (default: a thousandth of the rows)")
+    parser.add_argument("--templates", type=int, help="number of templates (default: a thousandth of the rows)")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each; medians are printed (default: %(default)s)")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="which to run (default: all)")
     parser.add_argument("--pipeline", action="store_true", help="time the stages instead of the engines")

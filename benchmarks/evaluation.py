@@ -1,14 +1,17 @@
-"""Batched answers beside one `model.generate` a prompt. usage: python benchmarks/evaluation.py [--project FOLDER] [--rows N] [--rounds N] [--threads N] [--out FILE]
+"""Compare batched answers with one `model.generate` per prompt. usage: python benchmarks/evaluation.py [--project
+FOLDER] [--rows N] [--rounds N] [--threads N] [--out FILE]
 
-Same model (data/base_model), same prompts (of the test split: the question alone, behind worked examples that all prompts share, behind retrieved ones that
-each has for itself; as many as the stage `baselines` gives), same number of new tokens at most, both greedy, side by side in one process:
+Same model (data/base_model), same prompts (of the test split: the question alone, with worked examples shared by all
+prompts, with examples retrieved for each prompt; the same number as in the stage `baselines`), same maximum of new
+tokens, both greedy, in one process:
 
     alone   transformers' `generate`, one prompt at a time
     ours    training/inference/generate.py as the stages call it, in batches of evaluation.batch_size
 
-Tokens a second are those of the answers, the end of turn not counted; the ratio is of the two in the same round; medians over rounds. Beside it the
-seconds that ours takes for as many rows as a stage answers by default, and the share of the prompts that both answer alike: all in float32; in bfloat16
-a near-tie of two tokens may fall either way.
+Tokens per second count the answers without the end of turn; the ratio compares both in the same round; medians over
+rounds. The table also has the seconds of ours for the number of rows that a stage answers by default, and the share of
+prompts with equal answers: all of them in float32; in bfloat16 the choice between two almost equally likely tokens may
+differ.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from tables import replace  # noqa: E402
 
 
 def prompts(project: Path, tokenizer: Any, rows: int, longest: int) -> dict[str, list[list[int]]]:
-    """System -> token ids of each of `rows` prompts, at most `longest`; the test split from its beginning again where it is shorter."""
+    """System -> token ids of each of `rows` prompts, at most `longest`; the test split is repeated if it is shorter."""
     from dagster_project.core import params
     from dagster_project.core.chat import encode_prompt
     from dagster_project.core.records import read_records
@@ -50,7 +53,7 @@ def prompts(project: Path, tokenizer: Any, rows: int, longest: int) -> dict[str,
 
 
 def alone(model: Any, tokenizer: Any, ids: list[list[int]], max_new_tokens: int) -> list[str]:
-    """Each prompt by a `generate` of its own."""
+    """One call of `generate` per prompt."""
     import torch
 
     answers = []
@@ -66,7 +69,7 @@ def alone(model: Any, tokenizer: Any, ids: list[list[int]], max_new_tokens: int)
 
 def timed(answer: Callable[..., list[str]], *given: Any) -> tuple[list[str], float]:
     begin = time.perf_counter()
-    answers = answer(*given)  # texts: whatever computes them has ended
+    answers = answer(*given)  # as texts, so that the computation has ended
     return answers, time.perf_counter() - begin
 
 
@@ -125,7 +128,7 @@ def table(found: list[dict[str, Any]], rows: int, many: int, rounds: int, max_ne
     lines = [
         f"{rows} prompts, at most {max_new_tokens} new tokens each, on a {found[0]['setup']}; medians over {rounds} round(s).",
         "",
-        f"| system | prompt tokens | ours, tokens/s | alone, tokens/s | ratio | ours, seconds for {many} rows | answered alike |",
+        f"| system | prompt tokens | ours, tokens/s | alone, tokens/s | ratio | ours, seconds for {many} rows | equal answers |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in found:

@@ -1,6 +1,6 @@
-"""What the two front ends cost, as ratios measured side by side in one run. usage: python benchmarks/front_ends.py [--repeat N]
+"""Overhead of the two front ends, as ratios measured in one run. usage: python benchmarks/front_ends.py [--repeat N]
 
-Run it when the pipeline is up to date (`make run`), or it will be brought up to date first. Medians are printed.
+Run it when the pipeline is up to date (`make run`), otherwise it is brought up to date first. Medians are printed.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def thirty(repeat: int) -> None:
-    """Thirty stages, all fresh: what a sync and materializing everything take, beside thirty empty assets of Dagster's own."""
+    """Time of a sync and of materializing thirty fresh stages, compared with thirty empty assets of Dagster."""
     import dagster as dg
 
     sys.path.insert(0, str(ROOT / "tests"))

@@ -1,8 +1,11 @@
-"""Peak memory of training, predicted beside measured. usage: python benchmarks/memory.py [METHOD...] [--base-model FOLDER | --tiny] [--out FILE]
+"""Compare predicted and measured peak memory of training. usage: python benchmarks/memory.py [METHOD...] [--base-model
+FOLDER | --tiny] [--out FILE]
 
-Each method really trains, through the code that trains in the pipeline, with one thread; each in a process of its own. Measured is the largest
-resident size of the process (on a GPU: what torch allocated) while it loads the model and takes two steps; predicted is `training.planning.memory.TrainingSpec`,
-from the configuration alone. Memory figures hold on a busy machine; times do not. Times are CPU seconds of the second step, beside the range that `pedigree plan` would print.
+Each method is trained by the code of the pipeline, with one thread, in its own process. The measured value is the
+maximum resident size of the process (on a GPU: the memory allocated by torch) while it loads the model and takes two
+steps; the prediction is that of `training.planning.memory.TrainingSpec`, from the configuration only. Memory figures
+are valid on a busy machine; times are not. Times are CPU seconds of the second step, compared with the range that
+`pedigree plan` prints.
 The table replaces the one in docs/memory.md.
 """
 
@@ -29,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 EXAMPLES = (48, 80)
-"""Tokens of the examples in a row, by turns: not of one length, so that methods that do not pack have to pad."""
+"""Tokens of the examples in a row, alternating: of different lengths, so that methods without packing must pad."""
 
 METHODS: dict[str, dict[str, Any]] = {
     **{name: {} for name in ORDER},
@@ -37,7 +40,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "dora, all layers": {"target_modules": "all-linear"},
     "lora, upper third": {"target_modules": ["q_proj", "v_proj", "down_proj"], "upper": True},
 }
-"""Name -> the method's keys; `upper`: only the upper third of the layers learns."""
+"""Name -> the method's keys; `upper`: only the upper third of the layers is trained."""
 
 
 def settings(name: str, layers: int) -> tuple[str, dict[str, Any]]:
@@ -49,13 +52,13 @@ def settings(name: str, layers: int) -> tuple[str, dict[str, Any]]:
 
 
 def child(name: str, dtype: str, cases: list[tuple[int, bool]], base_model: Path) -> None:
-    """Measure one method in one case after the other, and print a line for each."""
+    """Measure one method in each case in turn, and print a line for each."""
     import torch
 
     for length, checkpointing in cases:
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the largest resident size is counted anew
+        Path("/proc/self/clear_refs").write_text("5")  # reset the maximum resident size
         found = measure(name, base_model, dtype, length, checkpointing)
         status = Path("/proc/self/status").read_text().splitlines()
         peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
@@ -67,7 +70,7 @@ def child(name: str, dtype: str, cases: list[tuple[int, bool]], base_model: Path
 
 
 def example_row(length: int) -> dict[str, Any]:
-    """A packed row of `length` tokens; of each example, the second half counts."""
+    """A packed row of `length` tokens; the second half of each example is labeled."""
     n = length // sum(EXAMPLES)
     return {
         "input_ids": [3 + i % 40 for i in range(length)],
@@ -78,7 +81,7 @@ def example_row(length: int) -> dict[str, Any]:
 
 
 def measure(name: str, base_model: Path, dtype_name: str, length: int, checkpointing: bool) -> dict[str, Any] | None:
-    """Train two steps of one row, and say what it took; None where the method refuses checkpointing."""
+    """Train two steps of one row, and return memory and time; None if the method does not support checkpointing."""
     from datasets import Dataset
     from transformers import AutoConfig, AutoTokenizer
 
@@ -134,12 +137,12 @@ def tiny_model(folder: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"default: all of {'; '.join(METHODS)}")
-    parser.add_argument("--tiny", action="store_true", help="a random model of two layers: what is measured is the runtime alone")
+    parser.add_argument("--tiny", action="store_true", help="a random model of two layers, to measure only the runtime")
     parser.add_argument("--base-model", type=Path, default=ROOT / "data" / "base_model", help="default: %(default)s")
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["bfloat16", "float32"], help="default: both")
     parser.add_argument("--tokens", nargs="+", type=int, default=[256, 1024], help="of a row (default: 256 1024)")
     parser.add_argument("--checkpointing", nargs="+", choices=["yes", "no"], default=["no", "yes"], help="default: both")
-    parser.add_argument("--measured", type=Path, help="file to keep measurements in; what it holds is not measured again")
+    parser.add_argument("--measured", type=Path, help="file with measurements; those in it are not repeated")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "memory.md", help="default: %(default)s")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -154,7 +157,7 @@ def main() -> None:
 
 
 def measure_all(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """What each method took in each case, in order."""
+    """Measurements of each method in each case, in order."""
     known = given.measured.read_text() if given.measured and given.measured.is_file() else ""
     found = {_case(one): one for one in map(json.loads, known.splitlines())}
     wanted = [
@@ -177,7 +180,8 @@ def measure_all(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def compare(measured: list[dict[str, Any]], given: argparse.Namespace) -> None:
-    """Print and write the table. Called when all is measured: a process starts with the largest resident size of its parent as its own."""
+    """Print and write the table. Called after all measurements, because the maximum resident size of a process starts
+    with that of its parent."""
     runtime = int(python("-c", "from dagster_project.training.planning.memory import resident; print(resident())"))
 
     import torch
@@ -204,7 +208,7 @@ def compare(measured: list[dict[str, Any]], given: argparse.Namespace) -> None:
         print(json.dumps(one), flush=True)
     if given.tiny:
         extra = statistics.median(one["peak"] - one["predicted"] for one in measured)
-        print(f"beyond what was predicted, median: {extra / 2**20:.0f} MB (training/planning/memory.py: STARTED)")
+        print(f"measured minus predicted, median: {extra / 2**20:.0f} MB (training/planning/memory.py: STARTED)")
         return
     replace(given.out, "memory", table(measured, device.type))
 
@@ -241,7 +245,7 @@ def table(measured: list[dict[str, Any]], device: str) -> str:
         return f"{one['range'][0]:.2f} to {one['range'][1]:.2f} / {one['seconds']:.2f}" if one and one["seconds"] is not None else ""
 
     lines += rows(memory)
-    lines.append(f"Seconds of a step, predicted / measured CPU seconds. {inside} of {len(timed)} lie in the range.")
+    lines.append(f"Seconds of a step, predicted / measured CPU seconds. {inside} of {len(timed)} are in the range.")
     return "\n".join([*lines, *rows(seconds)])
 
 

@@ -1,10 +1,13 @@
-"""Every method on the project's own data, side by side. usage: python benchmarks/methods.py [METHOD...] [--steps N] [--project FOLDER] [--out FILE]
+"""Compare all methods on the project's own data. usage: python benchmarks/methods.py [METHOD...] [--steps N] [--project
+FOLDER] [--out FILE]
 
-Each method is built with its defaults, trained by the project's own trainer on data/tokenized, and asked what the test split asks; each in a process of its
-own, so that its peak memory is its own. Nothing is chosen by the outcome. The table replaces the one in docs/methods.md.
+Each method is built with its defaults, trained by the project's own trainer on data/tokenized, and evaluated on the
+test split; each in its own process, to measure its peak memory. No setting is chosen by the result. The table replaces
+the one in docs/methods.md.
 
-Tokens a second are real ones: no padding, no virtual tokens, training alone; with one thread they are of CPU time, which a busy machine does not change. Peak memory is that of the whole process while it trains. The learning rate
-is one for each family, below; none was searched for.
+Tokens per second exclude padding and virtual tokens, and cover only training; with one thread they are computed from
+CPU time, which does not depend on other load. Peak memory is that of the whole process while it trains. There is one
+learning rate per family, below; none was tuned.
 """
 
 from __future__ import annotations
@@ -140,7 +143,7 @@ def validation_loss(tunable: Any, rows: list[dict[str, Any]]) -> float:
 def table(found: list[dict[str, Any]], steps: int) -> str:
     lines = [
         f"{steps} steps of the project's own rows on a {found[0]['device']}, {found[0]['dtype']}; {found[0]['threads']} thread(s); macro-F1 of {found[0]['asked']} test examples.",
-        "feature_extraction takes no such steps; its loss is that of the category, not of tokens.",
+        "feature_extraction has no such steps; its loss is that of the category, not of tokens.",
         "",
         "| method | trainable % | stored MB | peak GiB | tokens/s | learning rate | validation loss | macro-F1 |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",

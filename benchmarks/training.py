@@ -1,18 +1,20 @@
-"""LoRA on short examples: plain TRL beside ours. usage: python benchmarks/training.py [--setup NAME ...] [--seeds N] [--examples N] [--out FILE]
+"""Compare LoRA on short examples by plain TRL and by the pipeline's trainer. usage: python benchmarks/training.py
+[--setup NAME ...] [--seeds N] [--examples N] [--out FILE]
 
 Same model (data/base_model), same examples and labels (data/tokenized, unpacked), same LoRA (r 16, alpha 32, dropout 0.05, all linear layers), same
-optimizer, rate, schedule and number of steps, some 8 examples an optimizer step; each run in a process of its own. What differs is how:
+optimizer, rate, schedule and number of steps, about 8 examples per optimizer step; each run in its own process. The
+setups differ in:
 
     trl             TRL's defaults: float32 as TRL loads a model, 8 examples padded to the longest, gradient checkpointing
     trl_...         its settings that could be faster: no checkpointing, bfloat16, packing, no padding, compiled; the fastest of those measured is TRL's best
     ours            training/trainers/sft/sft.py as `adapter@X` calls it
-    ours_float32    the same in float32, to tell what bfloat16 changes
+    ours_float32    the same in float32, to show the effect of bfloat16
     ours_compiled   the same with `compile: layers`, warm: steps that compile are left out
 
-Tokens a second are real ones (padding does not count) over the steps after the first few, the median over seeds. The validation loss is the plain mean per
-trained token over examples that were not trained on, by one piece of code for all, in float32. The share of the peak is the work of the matrix products that
-LoRA needs at the least (forward, and backward to the activations; the output layer where a label counts) over the time, beside the best that a large matrix
-product of the same dtype reaches on the machine.
+Tokens per second exclude padding and the first few steps; median over seeds. The validation loss is the plain mean per
+trained token over examples that were not trained on, computed by the same code for all, in float32. The share of the
+peak is the rate of LoRA's required matrix products (forward, and backward to the activations; the output layer only for
+labels), divided by the best rate of a large matrix product of the same dtype on the machine.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from tables import replace  # noqa: E402
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-linear"}
 SHARED = {"learning_rate": 5e-4, "lr_scheduler_type": "cosine", "optim": "adamw_torch_fused"}
 BATCH = 8
-"""Examples an optimizer step, TRL's default."""
+"""Examples per optimizer step, TRL's default."""
 
 PLAIN = {"packing": True, "max_length": "row", "per_device_train_batch_size": 1, "gradient_checkpointing": False}
 TRL: dict[str, dict[str, Any]] = {
@@ -51,7 +53,7 @@ TRL: dict[str, dict[str, Any]] = {
 }
 """Name -> settings of TRL's SFTConfig; `dtype`: of the model."""
 OURS: dict[str, dict[str, Any]] = {"ours": {}, "ours_float32": {"dtype": "float32"}, "ours_compiled": {"compile": "layers"}}
-"""Name -> entries of the recipe; `dtype`: of `compute`."""
+"""Name -> keys of the adapter's entry; `dtype`: of `compute`."""
 
 
 def examples(limit: int) -> tuple[list[dict[str, list[int]]], list[dict[str, list[int]]]]:
@@ -66,7 +68,8 @@ def examples(limit: int) -> tuple[list[dict[str, list[int]]], list[dict[str, lis
 
 
 def room(found: list[dict[str, list[int]]]) -> int:
-    """Tokens of a packed row such that there are no more rows than padded batches: packed or not, a run takes as many steps."""
+    """Tokens of a packed row such that there are no more rows than padded batches: packed and padded runs take the same
+    number of steps."""
     from dagster_project.core.chat import pack
 
     lengths = [len(example["input_ids"]) for example in found]
@@ -132,7 +135,7 @@ def train_ours(name: str, found: list[dict[str, list[int]]], seed: int, epochs: 
 
 
 def stamping(stamps: list[float]) -> Any:
-    """A callback that notes the time at the end of each optimizer step."""
+    """A callback that records the time at the end of each optimizer step."""
     import torch
     from transformers import TrainerCallback
 
@@ -165,7 +168,7 @@ def validation_loss(model: Any, held: list[dict[str, list[int]]]) -> float:
 
 
 def one(name: str, seed: int, limit: int, epochs: int, skip: int) -> dict[str, Any]:
-    """Train once, here."""
+    """Train once, in this process."""
     import torch
 
     threads = int(os.environ["OMP_NUM_THREADS"])
@@ -195,7 +198,7 @@ def one(name: str, seed: int, limit: int, epochs: int, skip: int) -> dict[str, A
 
 
 def matmul_peak() -> dict[str, float]:
-    """Operations a second of the best of a few large matrix products, by dtype."""
+    """Operations per second of the fastest of a few large matrix products, by dtype."""
     import torch
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -216,7 +219,7 @@ def matmul_peak() -> dict[str, float]:
 
 
 def child(*arguments: str, threads: int) -> Any:
-    """The last line that this script prints in a process of its own."""
+    """The last line that this script prints in a new process."""
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", __file__, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=False
@@ -264,7 +267,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=160, help="of the training split (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
-    parser.add_argument("--skip", type=int, default=6, help="steps at the beginning that no time is taken of (default: %(default)s)")
+    parser.add_argument("--skip", type=int, default=6, help="first steps, which are not timed (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="put the table between the markers of this Markdown file")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
@@ -278,7 +281,7 @@ def main() -> None:
         return
     size = ["--examples", str(given.examples), "--epochs", str(given.epochs), "--skip", str(given.skip)]
     found = []
-    for seed in range(1, given.seeds + 1):  # setups by turns, so that a busy moment of the machine does not hit one alone
+    for seed in range(1, given.seeds + 1):  # setups in turns, so that a busy moment of the machine does not affect only one
         for name in given.setup:
             found.append(child("--one", f"{name},{seed}", *size, threads=given.threads))
             print(found[-1], file=sys.stderr, flush=True)

@@ -435,7 +435,7 @@ def test_an_impossible_entry_is_refused_with_a_message(change: dict[str, Any], s
     assert said in str(error.value)
 
 
-def test_the_reward_model_judges_two_systems(judged: tuple[Path, Report]) -> None:
+def test_the_reward_model_compares_two_systems(judged: tuple[Path, Report]) -> None:
     from dagster_project.evaluation.judge import by_reward, by_reward_text
     from dagster_project.evaluation.paired.pairwise import Match, Pair
 

@@ -179,7 +179,7 @@ def test_a_generated_answer_is_rewarded_as_the_message_that_it_is(text: str, num
     assert of_pairs == [pairs[number]] and answers == [{key: message[key] for key in answers[0]}] and answers[0].keys() == message.keys()
 
 
-def test_rules_judge_content_and_calls_without_the_trace() -> None:
+def test_rules_score_content_and_calls_without_the_trace() -> None:
     assert reward.judged_text(THOUGHT) == "It is cold."
     assert json.loads(reward.judged_text(OSLO)) == {"name": "weather", "arguments": {"city": "Oslo"}}
     assert reward.Rewards({"valid_json": 1.0}, None)(PAIRS, [OSLO, {**OSLO, "reasoning_content": "Hm."}, THOUGHT]) == [1.0, 1.0, 0.0]
@@ -277,7 +277,7 @@ def test_a_template_without_tools_is_refused_before_anything_is_trained(
     assert "base_model.chat_template: hermes" in refused.value.hint
 
 
-def test_tools_calls_and_traces_survive_from_the_source_to_the_splits(tmp_path: Path, hermes_model: Path) -> None:
+def test_tools_calls_and_traces_are_kept_from_the_source_to_the_splits(tmp_path: Path, hermes_model: Path) -> None:
     rows = [{**{side: one[side] for side in ("prompt", "chosen", "rejected")}, "tools": TOOLS} for one in PAIRS]
     judged(tmp_path, hermes_model, rows)
     pairs = {one["prompt"][0]["content"]: one for one in read_preferences(tmp_path / "out/train")}

@@ -93,7 +93,7 @@ def test_calls_of_a_family_are_read(name: str) -> None:
         "",
     ],
 )
-def test_other_text_is_no_call(text: str) -> None:
+def test_other_text_is_not_a_call(text: str) -> None:
     assert find_calls(text, TOOLS) is None
 
 
@@ -124,7 +124,7 @@ def test_python_calls_take_the_literals_of_python_and_json_and_names_with_spaces
 
 
 @given(st.text(max_size=60), st.sampled_from([text for text, _ in WRITTEN.values()]), st.integers(0, 200))
-def test_no_text_breaks_a_form(noise: str, written: str, cut: int) -> None:
+def test_no_text_raises_an_exception_in_a_form(noise: str, written: str, cut: int) -> None:
     for text in (noise, written[:cut], written[:cut] + noise, noise + written):
         for name in FORMS:
             found = FORMS[name](text, TOOLS)

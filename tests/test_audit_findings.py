@@ -81,6 +81,24 @@ def test_a_source_whose_rows_are_all_copies_of_another_is_credited_with_them(mad
     assert own["splits"] == {"train": 1, "validation": 1}
 
 
+def test_a_paraphrase_of_a_record_is_credited_to_every_source_that_holds_the_record(made: Project) -> None:
+    lock = made.curated(ROWS, copies=[("cats", COPY)], paraphrases={"cats": "felines"})
+    made.commit(made.trained(lock, ["cats", "dogs", "felines"]))
+    for source in (FAQ, COPY):
+        assert impact(made.root, source=source)["models"][0]["seen"][0]["splits"]["train"] == 2
+
+
+def test_the_code_of_a_run_that_is_not_committed_is_not_clean(made: Project) -> None:
+    """Its bytes are those of a committed run, whose code was another."""
+    lock = made.trained(made.curated(ROWS), TRAINED)
+    first = made.commit(lock)
+    made.write({**lock, "merged@lora": {**lock["merged@lora"], "cmd": "another command"}})
+    code = audit(made.root, "merged@lora")["code"]
+    assert (code["commit"], code["clean"], code["uncommitted"], code["after"]) == (first, False, ["merged@lora"], first)
+    assert "the runs of merged@lora are uncommitted" in pedigree(made.root, "audit", "merged@lora").stdout
+    assert audit(made.root, "merged@lora", rev="HEAD")["code"]["clean"]
+
+
 def test_a_copy_within_one_source_counts_once(made: Project) -> None:
     made.commit(made.trained(made.curated(ROWS, copies=[("cats", FAQ)]), TRAINED))
     (seen,) = impact(made.root, source=FAQ)["models"][0]["seen"]

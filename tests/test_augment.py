@@ -53,7 +53,7 @@ def added(
 
 @given(parts=st.lists(st.sampled_from([PROSE, *CODE]), min_size=1, max_size=6), seed=st.integers(0, 500))
 @calm
-def test_typos_leave_code_addresses_numbers_and_quotes_as_they_are(parts: list[str], seed: int) -> None:
+def test_typos_do_not_change_code_addresses_numbers_or_quotes(parts: list[str], seed: int) -> None:
     text = "\n\n".join(parts)
     changed = with_typos(text, "", augmenting._draws(seed, "typos", "row")).split("\n\n")
     assert len(changed) == len(parts)
@@ -76,13 +76,13 @@ def test_a_prompt_gets_one_to_three_typos_of_one_letter_each(seed: int) -> None:
         assert swapped or replaced or left_out
 
 
-def test_words_that_the_answer_repeats_are_left_alone() -> None:
+def test_words_that_the_answer_repeats_are_not_changed() -> None:
     text = "where is the kettle"
     assert with_typos(text, "Where? The kettle is here.", augmenting._draws(7, "typos", "row")) == text
     assert in_another_case("Dear Anna", "Anna", augmenting._draws(7, "case", "row")) == "dear Anna"
 
 
-def test_words_that_reasoning_or_a_call_repeats_are_left_alone() -> None:
+def test_words_that_reasoning_or_a_call_repeats_are_not_changed() -> None:
     row = record("Please check weather around harbour today", "Sure.")
     call = {"type": "function", "function": {"name": "weather", "arguments": {"place": "weather around harbour"}}}
     row["messages"][1] |= {"content": "", "reasoning_content": "They want me to please check today.", "tool_calls": [call]}
@@ -117,7 +117,7 @@ def test_case_lowers_words_or_raises_the_first_letter() -> None:
 
 @given(kinds=st.sampled_from([{"typos": 0.6}, {"case": 0.6}, {"typos": 0.5, "case": 0.5}]), seed=st.integers(0, 1000), n=st.integers(1, 60))
 @calm
-def test_a_copy_differs_from_its_parent_in_the_last_user_turn_alone(kinds: dict[str, float], seed: int, n: int) -> None:
+def test_a_copy_differs_from_its_parent_only_in_the_last_user_turn(kinds: dict[str, float], seed: int, n: int) -> None:
     rows = [record("Earlier question here", "Earlier answer.", *(m["content"] for m in row["messages"])) for row in questions(n)]
     for i, kind, copy in added(rows, seed, **kinds).rows:
         parent = rows[i]
@@ -214,7 +214,7 @@ def run(root: Path, out: str, rows: Sequence[dict[str, Any]], **wanted: Any) -> 
     return splits.produce(root, splits.Params(augment=Augment(**wanted) if wanted else None), 7, root / "in", root / out)
 
 
-def test_augmenting_adds_to_train_and_leaves_everything_else_as_it_is(tmp_path: Path) -> None:
+def test_augmentation_adds_to_train_and_changes_nothing_else(tmp_path: Path) -> None:
     rows = questions(200)
     plain, more = run(tmp_path, "plain", rows), run(tmp_path, "more", rows, typos=0.3, case=0.3)
     for name in ("validation", "test"):
@@ -241,7 +241,7 @@ def test_the_ledger_names_the_parent_of_each_copy(tmp_path: Path) -> None:
         assert line["source_row"] == row_of[parent] and parent != line["example_id"]
 
 
-def test_supplied_paraphrases_go_to_train_alone(tmp_path: Path) -> None:
+def test_supplied_paraphrases_are_added_only_to_train(tmp_path: Path) -> None:
     rows = questions(40)
     folder = tmp_path / "data" / "sources" / "paraphrases"
     folder.mkdir(parents=True)

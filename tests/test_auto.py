@@ -190,7 +190,7 @@ def test_a_sweep_climbs_to_the_rate_beyond_which_trials_diverge(tmp_path: Path) 
     ],
     ids=["less than nine tenths of the fall", "more than nine tenths of the fall", "nothing falls", "all diverge"],
 )
-def test_of_rates_with_nearly_the_greatest_fall_the_lowest_is_taken(losses: dict[float, float], rate: float) -> None:
+def test_of_rates_with_nearly_the_greatest_decrease_the_lowest_is_chosen(losses: dict[float, float], rate: float) -> None:
     assert auto.best(losses, TRIAL).value == rate
 
 
@@ -236,14 +236,16 @@ def test_a_stage_with_everything_auto_explains_its_choices_and_repeats_byte_for_
         )  # fmt: skip
         found.append(({file.name: file.read_bytes() for file in out.iterdir()}, report.document()))
     assert found[0] == found[1]
-    proof, metrics = json.loads((tmp_path / "first" / "training.json").read_text()), found[0][1]
-    losses = {point["learning_rate"]: point["validation_loss"] for point in proof["sweep"]}
+    document, metrics = json.loads((tmp_path / "first" / "training.json").read_text()), found[0][1]
+    losses = {point["learning_rate"]: point["validation_loss"] for point in document["sweep"]}
     assert len(losses) > 3 and list(losses)[:2] == [0, 1e-4]
     rate = auto.best({rate: math.inf if loss is None else loss for rate, loss in losses.items()}, TRIAL).value
     assert rate > 1e-4, "a random model learns little in four steps at the guideline's rate"
     wanted = {"num_train_epochs": 10, "load_best_model_at_end": True, "early_stopping_patience": 2, "peft.r": 8, "peft.lora_alpha": 16,
               "per_device_train_batch_size": 1, "learning_rate": rate}  # fmt: skip
-    assert metrics["chosen"] == {name: choice["value"] for name, choice in proof["chosen"].items()} == wanted
-    assert all(choice["why"] for choice in proof["chosen"].values())
-    assert proof["settings"] | {"learning_rate": rate, "num_train_epochs": 10, "peft": {"r": 8, "lora_alpha": 16}} == proof["settings"]
+    assert metrics["chosen"] == {name: choice["value"] for name, choice in document["chosen"].items()} == wanted
+    assert all(choice["why"] for choice in document["chosen"].values())
+    assert (
+        document["settings"] | {"learning_rate": rate, "num_train_epochs": 10, "peft": {"r": 8, "lora_alpha": 16}} == document["settings"]
+    )
     assert (tmp_path / "first.csv").read_text().count("\n") == 1 + metrics["steps"] == 5

@@ -100,7 +100,7 @@ def test_the_page_contains_nothing_that_identifies_the_systems(project: Path, ba
     assert ballot_page(ballots.document(match(project, ("lora", "few_shot"), seed=7), 10)) == html
 
 
-def test_votes_are_counted_by_system_whatever_side_it_was_shown_on(project: Path, ballot: Match, capsys: Any) -> None:
+def test_votes_are_counted_by_system_independent_of_its_side(project: Path, ballot: Match, capsys: Any) -> None:
     anna = sheet(ballot, "Anna", lambda i, pair: "win" if i < 12 else "tie" if i < 15 else "loss")
     assert main(["ballots", "import", *saved(project, anna), "--json", "--project", str(project)]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -64,7 +64,7 @@ def test_an_offline_run_writes_the_same_tokenizer_configuration(root: Path) -> N
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_weights_are_those_of_the_folder_in_the_dtype_asked_for(root: Path, dtype: str) -> None:
+def test_weights_are_those_of_the_folder_in_the_requested_dtype(root: Path, dtype: str) -> None:
     from safetensors.torch import load_file
 
     report = fetch(root, dtype=dtype)

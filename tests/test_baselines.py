@@ -31,7 +31,7 @@ RECORDS = [record(f"{label}-{i}") for i, label in enumerate(LABELS)]
         (99, {"login": 20, "billing": 3, "bug": 1}),
     ],
 )
-def test_chosen_examples_cover_the_labels_as_evenly_as_can_be(n: int, wanted: dict[str, int]) -> None:
+def test_chosen_examples_cover_the_labels_evenly(n: int, wanted: dict[str, int]) -> None:
     names = [chosen["example_id"] for chosen in spread(RECORDS, LABELS, n, seed=7)]
     assert len(set(names)) == len(names)
     assert Counter(name.split("-")[0] for name in names) == wanted
@@ -77,7 +77,7 @@ def test_texts_without_words_match_nothing() -> None:
     assert [scores.tolist() for scores in bm25(["?", "!"], ["...", "a"])] == [[0, 0], [0, 0]]
 
 
-def test_a_prompt_with_shots_shows_the_shots_and_never_the_answer_asked_for() -> None:
+def test_a_prompt_with_shots_contains_the_shots_and_never_the_expected_answer() -> None:
     shot, asked = record("shot", "Is it up?", "yes"), record("asked", "Is it down?", "the secret")
     shown = [
         {"role": "user", "content": "Is it up?"},
@@ -88,7 +88,7 @@ def test_a_prompt_with_shots_shows_the_shots_and_never_the_answer_asked_for() ->
     assert with_shots("", [shot], asked) == shown
 
 
-def test_the_question_alone_is_asked_without_the_records_own_system_prompt() -> None:
+def test_the_zero_shot_prompt_has_no_system_prompt_of_the_record() -> None:
     asked = record("asked", "Is it down?", "the secret")
     asked["messages"].insert(0, {"role": "system", "content": "You are tuned."})
     assert with_shots("", [], asked) == [{"role": "user", "content": "Is it down?"}]

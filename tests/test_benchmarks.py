@@ -48,7 +48,7 @@ def test_an_unknown_benchmark_layout_is_refused_with_the_known_ones(tmp_path: Pa
 
 
 @pytest.mark.parametrize("column", PROMPT_COLUMNS)
-def test_a_file_of_prompts_alone_is_read_by_the_column_that_asks(column: str, tmp_path: Path) -> None:
+def test_a_file_of_prompts_is_read_by_its_question_column(column: str, tmp_path: Path) -> None:
     for asked in (
         "Who is there?",
         ["Who is", "there?"],
@@ -92,7 +92,7 @@ def test_a_question_with_several_right_choices_cannot_be_scored(tmp_path: Path) 
         read_multiple_choice(jsonl(tmp_path / "b.jsonl", BENCHMARK_ROWS["agieval, several"][0]))
 
 
-def test_only_labelled_choices_can_be_scored(tmp_path: Path) -> None:
+def test_only_labeled_choices_can_be_scored(tmp_path: Path) -> None:
     good = BENCHMARK_ROWS["mmlu"][0]
     assert [item.answer for item in read_multiple_choice(jsonl(tmp_path / "b.jsonl", good, {**good, "answer": "A"}))] == [1, 0]
     with pytest.raises(InputError, match=r"b\.jsonl:1 is unlabelled"):

@@ -138,7 +138,7 @@ def test_weighted_tokens_are_the_same_if_the_template_trims_the_answer(tiny_toke
     assert weighted_text(trimming, messages, {"category": 8.0}, 8.0) == "login"
 
 
-def test_field_weights_leave_earlier_answers_alone(tiny_tokenizer: Any) -> None:
+def test_field_weights_do_not_affect_earlier_answers(tiny_tokenizer: Any) -> None:
     answer = {"role": "assistant", "content": '{"category": "login"}'}
     assert weighted_text(tiny_tokenizer, [ONE_TURN[0], answer, ONE_TURN[0], answer], {"category": 8.0}, 8.0) == "login"
 
@@ -376,7 +376,7 @@ def test_a_template_may_write_messages_in_another_order(tiny_tokenizer: Any) -> 
 
 
 @pytest.mark.parametrize("asked_again", [False, True])
-def test_an_empty_trace_and_none_are_rendered_alike_by_qwen3(asked_again: bool, tiny_tokenizer: Any, tmp_path: Path) -> None:
+def test_an_empty_trace_and_no_trace_are_rendered_identically_by_qwen3(asked_again: bool, tiny_tokenizer: Any, tmp_path: Path) -> None:
     """So they are the same example, and have the same id."""
     import trl
 

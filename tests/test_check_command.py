@@ -124,7 +124,7 @@ def test_benchmarks_in_each_layout_are_detected(name: str, check: Check) -> None
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_each_name_of_a_format_is_accepted_and_judges_every_row(name: str, check: Check) -> None:
+def test_each_name_of_a_format_is_accepted_for_every_row(name: str, check: Check) -> None:
     layout = ALIASES.get(name, name)
     rows = PAIR_ROWS.get(layout) or [
         LAYOUT_ROWS[layout][0] if layout in LAYOUT_ROWS else BENCHMARK_ROWS.get(layout, BENCHMARK_ROWS["mmlu"])[0]
@@ -254,7 +254,7 @@ def test_a_few_questions_do_not_make_examples_a_benchmark(check: Check) -> None:
     assert check("mine.jsonl", "--against", jsonl(Path("held.jsonl"), *many(4)), "--json").findings["benchmark_leakage"]["count"] == 3
 
 
-def test_the_output_of_a_stage_is_read_as_it_is_and_a_broken_one_refused(check: Check) -> None:
+def test_the_output_of_a_stage_is_read_and_a_broken_one_refused(check: Check) -> None:
     from dagster_project.core.records import write_ledger, write_records
 
     records = [
@@ -549,7 +549,7 @@ def test_a_change_of_a_secret_alone_shows_neither_value(check: Check) -> None:
 # The base model
 
 
-def test_a_base_model_counts_and_its_template_judges(check: Check, tiny_model: Path) -> None:
+def test_a_base_model_counts_tokens_and_its_template_is_checked(check: Check, tiny_model: Path) -> None:
     jsonl(Path("a.jsonl"), *many(3), ask("Where? " * 700))
     done = check("a.jsonl", "--base-model", tiny_model, "--json")
     assert done.findings["too_long"]["rows"] == [3] and "estimated" not in done.findings["too_long"]["note"]
@@ -602,7 +602,7 @@ def test_a_tie_is_counted_as_one_and_does_not_make_a_held_out_file_unreadable(ti
 
 
 @pytest.mark.parametrize("column", ["prompt", "question", "instruction"])
-def test_prompts_alone_can_be_held_out(column: str, check: Check) -> None:
+def test_prompts_without_answers_can_be_held_out(column: str, check: Check) -> None:
     jsonl(Path("held.jsonl"), {"id": 1, column: LONG}, {"id": 2, column: "Who took the blue parcel from the shelf?"})
     leaked = check(jsonl(Path("a.jsonl"), ask(LONG), *many(3)), "--against", "held.jsonl", "--json")
     assert leaked.findings["benchmark_leakage"]["rows"] == [0]
@@ -655,7 +655,7 @@ PREFERENCES: dict[str, tuple[list[dict[str, Any]], list[int]]] = {
 
 
 @pytest.mark.parametrize("name", PREFERENCES)
-def test_preferences_are_judged_as_pairs(name: str, check: Check) -> None:
+def test_preferences_are_checked_as_pairs(name: str, check: Check) -> None:
     rows, broken = PREFERENCES[name]
     done = check(jsonl(Path("a.jsonl"), *rows), "--json")
     assert done.findings[name]["rows"] == broken

@@ -154,7 +154,7 @@ def lines(*rows: Any) -> bytes:
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_hostile_text_in_every_field_is_judged(name: str) -> None:
+def test_hostile_text_in_every_field_is_checked(name: str) -> None:
     text = TEXTS[name]
     more = {"category": text, "split": text, "meta": {text[:100]: [text]}, text[:100]: text}
     rows = [
@@ -169,7 +169,7 @@ def test_hostile_text_in_every_field_is_judged(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, text in TEXTS.items() if len(text) < 10_000])
-def test_hostile_text_in_every_layout_is_judged(name: str) -> None:
+def test_hostile_text_in_every_layout_is_checked(name: str) -> None:
     for kind, rows in KINDS.items():
         for number, row in enumerate(rows):
             Path(f"{kind}{number}.jsonl").write_bytes(lines(filled(row, TEXTS[name]), row))
@@ -258,7 +258,7 @@ BYTES: dict[str, tuple[str, bytes]] = {
 
 
 @pytest.mark.parametrize("name", BYTES)
-def test_a_nasty_file_is_judged_or_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hostile_file_is_checked_or_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "MAX_ROW_BYTES", 50_000 if "limit" in name else files.MAX_ROW_BYTES)
     monkeypatch.setattr(files, "GZIP_FREE_BYTES", 1_000_000)
     path, content = BYTES[name]
@@ -288,7 +288,7 @@ NAMES = ["two\nlines", "\x1b[31mred\x07", "\u202egnp", "a:b", "-x", "--json", "[
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_file_of_any_name_is_judged_and_named(name: str) -> None:
+def test_a_file_with_any_name_is_checked_and_named(name: str) -> None:
     Path(f"./{name}.jsonl").write_bytes(lines(OK, OK, {**OK, "output": 1}))
     found = holds(f"./{name}.jsonl")
     assert found and (found["rows"], found["dropped"]) == (3, {"malformed_row": 1, "exact_duplicates": 1})
@@ -406,7 +406,7 @@ MIXED = st.lists(st.sampled_from(ROWS_OF_ALL_KINDS).flatmap(row_like), min_size=
 
 @search(40)
 @given(ROWS_LIKE | MIXED, st.booleans(), st.sampled_from(["", *KNOWN]))
-def test_rows_with_the_keys_of_every_layout_are_judged_or_refused(rows: list[Any], listed: bool, layout: str) -> None:
+def test_rows_with_the_keys_of_every_layout_are_checked_or_refused(rows: list[Any], listed: bool, layout: str) -> None:
     path = Path("a.json" if listed else "a.jsonl")
     path.write_bytes(json.dumps(rows).encode() if listed else lines(*rows))
     holds(path, *(["--format", layout] if layout else []))
@@ -428,7 +428,7 @@ BLOB = st.lists(PIECES | st.binary(max_size=20), max_size=12).map(b"".join)
 @pytest.mark.parametrize("suffix", READERS)
 @search(12)
 @given(BLOB)
-def test_any_bytes_in_any_file_type_are_judged_or_refused(suffix: str, content: bytes) -> None:
+def test_any_bytes_in_any_file_type_are_checked_or_refused(suffix: str, content: bytes) -> None:
     path = Path(f"a{suffix}")
     path.write_bytes(gzip.compress(content) if suffix.endswith(".gz") and not content.startswith(b"\x1f") else content)
     holds(path)
@@ -437,7 +437,7 @@ def test_any_bytes_in_any_file_type_are_judged_or_refused(suffix: str, content: 
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".feather", ".jsonl.gz"])
 @search(20)
 @given(st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), min_size=1, max_size=6), st.integers(0, 400))
-def test_a_table_with_broken_bytes_is_judged_or_refused(suffix: str, broken: list[tuple[int, int]], cut: int) -> None:
+def test_a_table_with_broken_bytes_is_checked_or_refused(suffix: str, broken: list[tuple[int, int]], cut: int) -> None:
     path = Path(f"a{suffix}")
     FILE_WRITERS[suffix](path, [{"prompt": f"Where is row {i}?", "completion": "Here, as you can see."} for i in range(20)])
     content = bytearray(path.read_bytes())
@@ -449,7 +449,7 @@ def test_a_table_with_broken_bytes_is_judged_or_refused(suffix: str, broken: lis
 
 @search(20)
 @given(st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), min_size=1, max_size=6), st.booleans())
-def test_a_broken_output_of_a_stage_is_judged_or_refused(broken: list[tuple[int, int]], ledger: bool) -> None:
+def test_a_broken_output_of_a_stage_is_checked_or_refused(broken: list[tuple[int, int]], ledger: bool) -> None:
     said = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here."}]
     records = [
         {"example_id": f"{i:032x}", "source": "s", "messages": said, "category": None, "group_id": None, "meta": "{}"} for i in range(5)

@@ -48,7 +48,7 @@ def test_a_check_passes_its_good_example(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ROW_CHECKS)
-def test_a_check_names_the_row_that_breaks_it(name: str) -> None:
+def test_a_check_names_the_row_that_violates_it(name: str) -> None:
     rows = CHECK_EXAMPLES[name][1]
     last = len(rows) - 1
     found = judged(rows)
@@ -108,7 +108,7 @@ def test_a_check_on_the_set_cannot_drop(name: str) -> None:
         Rules(policy={name: "drop"})
 
 
-def test_a_row_is_dropped_for_the_first_check_it_breaks() -> None:
+def test_a_row_is_dropped_by_the_first_check_that_it_violates() -> None:
     both = ask("Write to ann.lee@kites.co.uk", "")
     found = judged([both])
     assert (found.reason, {"empty_response", "pii"} <= set(found.broken)) == (["empty_response"], True)
@@ -224,7 +224,7 @@ def test_a_leak_through_the_answer_is_found() -> None:
     ]
 
 
-def test_a_conflict_waits_for_review_and_decisions_are_honoured() -> None:
+def test_a_conflict_is_queued_for_review_and_decisions_are_applied() -> None:
     rows = CHECK_EXAMPLES["conflicting_responses"][1]
     first, second = (row["example_id"] for row in rows)
     assert judged(rows).waiting == [(1, "conflicting_responses")]

@@ -243,7 +243,7 @@ def test_a_check_finds_what_was_planted(name: str, record: Record) -> None:
 
 
 @pytest.mark.parametrize(("name", "record"), [(name, record) for name in NAMES for record in GOOD[name]])
-def test_a_check_leaves_alone_what_only_looks_like_it(name: str, record: Record) -> None:
+def test_a_check_ignores_similar_but_correct_text(name: str, record: Record) -> None:
     assert found(name, record) is None
 
 
@@ -269,23 +269,23 @@ def test_a_finding_names_the_row_and_shows_what_was_found() -> None:
     assert finding["note"] == "refusal 1" and finding["next"] == CHECKS["refusal"].hint
 
 
-def test_every_answer_of_a_conversation_is_judged() -> None:
+def test_every_answer_of_a_conversation_is_checked() -> None:
     turns = [("user", Q), ("assistant", "I'm sorry, but I can't help with that."), ("user", "Why?"), ("assistant", "It is winter.")]
     assert found("refusal", chat(*turns))
 
 
-def test_of_a_pair_only_the_chosen_answer_is_judged() -> None:
+def test_only_the_chosen_answer_of_a_pair_is_checked() -> None:
     refusal = [{"role": "assistant", "content": "I'm sorry, but I can't help with that."}]
     good = ask(Q, "Plant the cloves in autumn.")
     assert found("refusal", {**good, "asked": 1, "rejected": refusal}) is None
     assert found("refusal", {**ask(Q, refusal[0]["content"]), "asked": 1, "rejected": good["messages"][1:]})
 
 
-def test_benchmark_questions_have_no_answers_to_judge() -> None:
+def test_benchmark_questions_have_no_answers_to_check() -> None:
     assert found("placeholder_text", {**ask(Q, "N/A"), "labelled": True}) is None
 
 
-def test_what_a_finding_shows_is_masked() -> None:
+def test_findings_are_masked() -> None:
     key = "AKIA" + "Q3EXAMPLE7KEY2AB"
     shown = content_facts([ask(Q, f"I'm sorry, but I can't help with that. Use {key} or ann.lee@kites.co.uk instead")])
     said = json.dumps(shown)

@@ -47,7 +47,7 @@ def test_damage_is_named_with_a_safe_excerpt(text: str, said: str) -> None:
         "“quotes” – dashes… ‘it’s’ €5 £3 ¥9 §4 ¶ † ™ ©2020 ®",
     ],
 )
-def test_sound_text_is_left_alone(text: str) -> None:
+def test_undamaged_text_is_not_changed(text: str) -> None:
     assert damage([text]) == [None]
 
 

@@ -6,10 +6,12 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from builders import small_pipeline
 from conftest import dvc
@@ -74,7 +76,7 @@ def test_a_stage_that_runs_elsewhere_gives_the_same_outputs_and_report(
     assert (root / "data/live/adapter/lora/loss.csv").is_file() and measured_path(root, "adapter@lora").is_file()
 
 
-def test_a_gate_that_fails_elsewhere_fails_here_and_publishes_its_report_alone(root: Path, tmp_path: Path) -> None:
+def test_a_gate_that_fails_on_another_machine_fails_here_and_publishes_only_its_report(root: Path, tmp_path: Path) -> None:
     assert dvc(root, "repro").returncode == 0
     before = (root / "data/inst/rows.txt").read_bytes()
     (root / "data/sources/g.txt").write_text("BAD\n")
@@ -113,3 +115,37 @@ def test_a_job_is_identified_by_what_it_reads_and_a_failed_exit_code_never_publi
             run_stage(root, "tok", small_pipeline.PIPELINE, Failing())
     assert jobs[0].inputs == jobs[1].inputs and {"data/inst", "code/tok.py", "params.yaml"} <= set(jobs[0].inputs)
     assert small_pipeline.changed_in_dvc(root) == set()
+
+
+def test_a_run_that_is_canceled_stops_what_it_started_publishes_nothing_and_frees_the_stage(root: Path) -> None:
+    """Real signals: the driver gets an interrupt while a process that its executor started is at work."""
+    script = root / "cancel.py"
+    script.write_text(
+        "import subprocess, sys\n"
+        "from pathlib import Path\n"
+        "import small_pipeline\n"
+        "from dagster_project.orchestration.run_stage import run_stage\n"
+        "class Remote:\n"
+        "    def run(self, job):\n"
+        "        (job.ctx.out / 'half.txt').write_text('half')\n"
+        "        worker = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True)\n"
+        "        print(worker.pid, flush=True)\n"
+        "        try:\n"
+        "            worker.wait()\n"
+        "        except KeyboardInterrupt:\n"
+        "            worker.kill(); worker.wait()\n"
+        "            raise\n"
+        "run_stage(Path.cwd(), 'tok', small_pipeline.PIPELINE, Remote())\n"
+    )
+    assert dvc(root, "repro").returncode == 0
+    before = outputs(root, "tok")
+    driver = subprocess.Popen([sys.executable, str(script)], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert driver.stdout
+    worker = int(driver.stdout.readline())
+    driver.send_signal(signal.SIGINT)
+    _, errors = driver.communicate(timeout=120)
+    assert driver.returncode != 0 and "KeyboardInterrupt" in errors
+    assert not psutil.pid_exists(worker)
+    assert outputs(root, "tok") == before and small_pipeline.changed_in_dvc(root) == set()
+    (root / "code/tok.py").write_text("V = 1\n")
+    assert dvc(root, "repro", "tok").returncode == 0  # the stage is free

@@ -137,7 +137,7 @@ def test_every_expectation_fails_on_an_empty_table() -> None:
     assert [one.passed for one in outcome.expectations] == [False] * len(outcome.expectations)
 
 
-def test_every_row_is_judged_and_the_table_is_left_as_it_was(tmp_path: Path) -> None:
+def test_every_row_is_evaluated_and_the_table_is_not_changed(tmp_path: Path) -> None:
     frame = expectations.table([record(f"kite {i}", "{}" if i else "no") for i in range(150_000)])
     before = frame.copy(deep=True)
     path = suite(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from builders import small_pipeline
-from conftest import ROOT, pedigree
+from conftest import ROOT, pedigree, run
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 from huggingface_hub import ModelCard, ModelCardData
@@ -22,7 +22,7 @@ from dagster_project.lineage.export.model_card import model_card
 from dagster_project.lineage.export.registry import formats
 from dagster_project.lineage.export.summary import from_reports
 from dagster_project.lineage.index import Index
-from dagster_project.lineage.lineage import find
+from dagster_project.lineage.lineage import audit, find
 
 ISSUED = date(2026, 1, 31)
 
@@ -158,3 +158,25 @@ def test_a_stage_that_is_not_a_model_has_no_card(finished: Path) -> None:
     assert done.returncode == 2 and "splits is not a model" in done.stderr
     done = pedigree(finished, "export", "merged@lora", "--format", "cyclonedx", "--issued", "2026-01-31", "--out", "bom.json", "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["text"] == (finished / "bom.json").read_text()
+
+
+def test_exports_state_what_the_models_own_lock_records_also_after_the_data_ran_again(finished: Path) -> None:
+    small_pipeline.git(finished, "add", "-A")
+    small_pipeline.git(finished, "commit", "-qm", "made")
+    assert audit(finished, "merged@lora")["code"]["clean"]
+    before = {form: export(finished, "adapter@lora", form) for form in formats()}
+    file = finished / "data/sources/triage_alpaca.json"
+    old = sha256(file)
+    rows = json.loads(file.read_text())
+    file.write_text(json.dumps(rows[:-9]))
+    done = run(["python", "-m", "dvc", "repro", "tokenized"], finished)
+    assert done.returncode == 0, done.stderr
+    after = {form: export(finished, "adapter@lora", form, issued=ISSUED) for form in formats()}
+    assert all(old in text and sha256(file) not in text for text in after.values())
+    small_pipeline.git(finished, "add", "-A")
+    small_pipeline.git(finished, "commit", "-qm", "other data")
+    assert {form: export(finished, "adapter@lora", form) for form in formats()} == before
+    events = [json.loads(line) for line in before["openlineage"].splitlines()]
+    tags = {event["job"]["name"]: {tag["key"]: tag["value"] for tag in event["run"]["facets"]["tags"]["tags"]} for event in events}
+    commit = small_pipeline.git(finished, "rev-parse", "HEAD~1").strip()
+    assert {tag["commit"] for tag in tags.values()} == {commit} and {tag["clean"] for tag in tags.values()} == {"True"}

@@ -396,7 +396,7 @@ def test_a_file_is_named_after_a_split_or_not(name: str, split: str | None) -> N
     assert split_of_file(name) == split
 
 
-def test_files_named_after_splits_label_their_rows_where_that_is_asked_for(tmp_path: Path) -> None:
+def test_files_named_after_splits_label_their_rows_if_requested(tmp_path: Path) -> None:
     for name in ("train.jsonl", "dev.jsonl", "more.jsonl"):
         jsonl(tmp_path / name, PAIR)
     for split, expected in [("from_file_names", ["validation", None, "train"]), (None, [None] * 3)]:

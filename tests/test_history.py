@@ -166,7 +166,7 @@ def test_an_audit_lists_every_record_with_step_and_source_row(made: Project) -> 
     ]
 
 
-def test_the_commit_that_made_a_model_is_the_first_whose_lock_holds_its_hash(made: Project) -> None:
+def test_the_commit_of_a_model_is_the_first_with_its_hash_in_dvc_lock(made: Project) -> None:
     lock = made.lock(ROWS)
     first = made.commit(lock)
     later = made.commit({**lock, "splits": {**lock["splits"], "cmd": "another command, the same bytes"}})

@@ -68,7 +68,7 @@ def test_every_overlap_is_listed_with_its_rule_and_score(tmp_path: Path, tiny_mo
     ]
 
 
-def test_a_decision_in_the_review_file_is_honoured_on_the_next_run(tmp_path: Path, tiny_model: Path) -> None:
+def test_a_decision_in_the_review_file_is_applied_on_the_next_run(tmp_path: Path, tiny_model: Path) -> None:
     rows = [ask("Hi", "Hello you"), ask("Hi", "Bye you")]
     assert run(tmp_path, tiny_model, rows).metrics["waiting_for_review"] == 1
     with (tmp_path / "pages/review.csv").open(newline="") as file:
@@ -107,7 +107,7 @@ def test_expectations_are_a_check_and_a_section_of_the_page(tmp_path: Path, tiny
     assert "Not ready to train on" in page and "Ready to train on" not in page
 
 
-def test_data_docs_are_built_where_asked_for(tmp_path: Path, tiny_model: Path) -> None:
+def test_data_docs_are_built_if_requested(tmp_path: Path, tiny_model: Path) -> None:
     suite = {"name": "mine", "expectations": [{"type": "expect_table_row_count_to_be_between", "kwargs": {"min_value": 1}}]}
     (tmp_path / "suite.json").write_text(json.dumps(suite))
     run(tmp_path, tiny_model, [ask("Hi")], expectations="suite.json", data_docs=True)

@@ -39,7 +39,7 @@ def files(folders: Iterable[Path]) -> list[Path]:
     return [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
 
 
-def test_a_flipped_bit_in_any_kind_of_artifact_is_reported_alone(finished: Path) -> None:
+def test_a_flipped_bit_in_any_kind_of_artifact_is_the_only_finding(finished: Path) -> None:
     assert examine(finished)["verdict"] == "intact"
     outputs, reports = files(finished / "data" / name for name in (*STAGES, "plots")), files([finished / "data/reports"])
     assert {path.suffix for path in outputs} >= {".parquet", ".safetensors", ".json", ".csv", ".md", ".jinja"}

@@ -213,7 +213,7 @@ def test_an_invalid_endpoint_is_refused_before_any_request(url: str) -> None:
     assert KEY not in str(refused.value)
 
 
-def test_a_key_never_travels_unencrypted_but_on_this_machine() -> None:
+def test_a_key_is_sent_unencrypted_only_to_this_machine() -> None:
     with pytest.raises(InputError, match="would travel unencrypted"):
         Endpoint("http://example.org/v1", "m", "JUDGE_KEY")
     Endpoint("http://[::1]:8000/v1", "m", "JUDGE_KEY")

@@ -81,7 +81,7 @@ def test_an_answer_is_a_label_up_to_case_quotes_final_punctuation_and_further_li
     assert label(NAMES, answer) == wanted
 
 
-def test_a_label_of_punctuation_alone_stays_a_label() -> None:
+def test_a_label_of_punctuation_only_is_a_label() -> None:
     names = label_set(AUTO, ["?", "!", "?", "!"], [])
     assert (names.labels, label(names, "?"), label(names, ""), label(names, "?!")) == (["!", "?"], "?", NO_LABEL, NO_LABEL)
 
@@ -139,7 +139,7 @@ def test_a_label_list_that_matches_no_test_response_is_refused() -> None:
         select_questions([record("a", "1"), record("b", "1"), record("c", "0")], Settings(task=LabelTask(labels=["spam", "ham"])))
 
 
-def test_of_a_mixed_test_split_a_list_asks_the_responses_that_are_labels() -> None:
+def test_with_a_list_of_labels_only_test_examples_with_a_label_are_used() -> None:
     rows = [record("a", "spam"), record("b", "Ham."), record("c", "Dear customer, thank you")]
     task, questions = select_questions(rows, Settings(task=LabelTask(labels=["spam", "ham"])))
     assert isinstance(task, LabelSet) and questions == rows[:2]

@@ -49,7 +49,7 @@ def in_order(events: list[StorageEvent]) -> list[StorageEvent]:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_copies_with_few_layers_give_the_account_of_the_whole_model(
+def test_copies_with_few_layers_give_the_prediction_of_the_whole_model(
     kind: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Equal event by event, but for the order of frees between two allocations, which changes no account: so peak, fragmentation and operations are equal, too."""

@@ -89,7 +89,7 @@ def test_templates_have_the_same_restrictions_as_in_transformers(template: str) 
 
 @pytest.mark.parametrize("name", sorted(PLAIN_CLASSES))
 @pytest.mark.parametrize("model_type", sorted(PLAIN_MODELS))
-def test_transformers_reads_the_tokenizer_of_these_models_as_it_is(model_type: str, name: str, tiny_model: Path, tmp_path: Path) -> None:
+def test_transformers_does_not_modify_the_tokenizer_of_these_models(model_type: str, name: str, tiny_model: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer, TokenizersBackend
 
     change(tiny_model, tmp_path, "config.json", model_type=model_type)

@@ -76,7 +76,7 @@ def test_dropout_keeps_the_right_share_and_its_gradients(dtype: torch.dtype) -> 
         torch.testing.assert_close(mine.grad.double(), truth.grad, **near)
 
 
-def test_dropped_elements_are_drawn_from_torchs_generator() -> None:
+def test_dropout_masks_use_torchs_generator() -> None:
     def draw() -> torch.Tensor:
         torch.manual_seed(5)
         return fused_lora._dropout_mask(torch.empty(40, 33), 0.05)

@@ -249,7 +249,7 @@ def test_thirteen_gram_mode_pairs_any_shared_run_of_thirteen_words_and_nothing_s
     assert list(thirteen_gram_pairs(rows, ["pub", " ".join(["c", *run]), " ".join(run[1:])])) == [(0, 1)]
 
 
-def test_text_shared_by_many_is_not_evidence_of_a_copy() -> None:
+def test_boilerplate_does_not_make_two_texts_copies() -> None:
     footer = "sent from my phone please excuse the many typing errors"
     mails = [f"{footer} topic {i} word{i}" for i in range(RARE + 1)]
     assert pairs(*mails[:2]) == [(0, 1)]

@@ -72,7 +72,7 @@ def values_of(value: Any) -> list[Any]:
     ],
     ids=lambda model: f"{model.__module__.rpartition('.')[2]}.{model.__name__}",
 )  # fmt: skip
-def test_no_default_is_of_the_sample_set(model: type[BaseModel]) -> None:
+def test_no_default_depends_on_the_sample_set(model: type[BaseModel]) -> None:
     task = SAMPLE["evaluation"]["task"]["fields"]
     of_the_sample = {"summary", *task["category"], *task["priority"], "base_model"} | {
         source["path"] for source in SAMPLE["raw_examples"]["sources"]
@@ -117,7 +117,7 @@ def test_weights_of_a_field_that_no_answer_has_are_refused() -> None:
     tokenized._check_field_weights(params, answers)
 
 
-def test_a_task_that_no_answer_fits_is_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_task_without_a_matching_answer_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     records = [{**record, "example_id": str(i)} for i, record in enumerate(kept(None))]
     task, questions = select_questions(records, Settings(task=Task.model_validate(SAMPLE["evaluation"]["task"])))
     assert task is None and len(questions) == 20

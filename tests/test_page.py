@@ -356,7 +356,7 @@ def test_text_and_shapes_have_contrast_in_every_color_mode(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["light", "dark"])
-def test_kept_and_dropped_differ_for_the_colour_blind(mode: str) -> None:
+def test_kept_and_dropped_are_distinguishable_without_color(mode: str) -> None:
     """Machado et al., A physiologically-based model for simulation of color vision deficiency (2009), severity 1."""
     blind = {
         "protan": ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),

@@ -127,7 +127,7 @@ def test_a_path_outside_the_project_is_refused(root: Path) -> None:
         assert refused(inside, root, path, "here").what == f"params.yaml: here: {path} is outside the project"
 
 
-def test_a_link_that_leads_outside_the_project_is_refused(root: Path) -> None:
+def test_a_link_to_a_target_outside_the_project_is_refused(root: Path) -> None:
     (root / "data/sources/link.jsonl").symlink_to(root.parent / "secret.jsonl")
     (root / "data/sources/folder").symlink_to(root.parent)
     for path in ("data/sources/link.jsonl", "data/sources/folder/secret.jsonl"):

@@ -121,7 +121,7 @@ def test_a_freed_block_is_reused_for_its_own_size_only(config: Any) -> None:
     assert take(config(), "lora", ALL, device="cuda").memory.fragmentation == 0 < take(config(), "lora", ALL).memory.fragmentation
 
 
-def test_storages_are_recorded_from_birth_to_death() -> None:
+def test_storages_are_recorded_from_allocation_to_release() -> None:
     ledger = memory._Ledger(vocabulary=7)
     one = torch.empty(1000, dtype=torch.uint8, device="meta")
     ledger.born(one, "activations")
@@ -131,7 +131,7 @@ def test_storages_are_recorded_from_birth_to_death() -> None:
     assert ledger.events == [("", "activations", 1000), ("activations", "", 1000), ("", "activations", 5), ("activations", "", 5)]
 
 
-def test_accumulation_holds_the_gradients_through_the_next_pass(config: Any) -> None:
+def test_accumulation_keeps_the_gradients_during_the_next_pass(config: Any) -> None:
     held = take(config(tie_word_embeddings=False), gradient_accumulation_steps=4)
     assert held.memory.gradients == 4 * held.trainable
     once = take(config(tie_word_embeddings=False)).operations.counts
@@ -176,7 +176,7 @@ def test_adamw_keeps_two_states_in_the_parameters_dtype(dtype: torch.dtype) -> N
     assert _state_bytes(parameter, "paged_adamw_8bit") == 2 * 8192 + 8 * 32
 
 
-def test_a_prediction_leaves_random_numbers_alone(config: Any) -> None:
+def test_a_prediction_does_not_change_the_random_state(config: Any) -> None:
     torch.manual_seed(3)
     wanted = torch.rand(4)
     torch.manual_seed(3)
@@ -195,7 +195,7 @@ def test_a_prediction_leaves_random_numbers_alone(config: Any) -> None:
         ("lora", {**ALL, "init_lora_weights": "pissa"}),
     ],
 )
-def test_every_kind_of_method_has_an_account(config: Any, method: str, options: dict[str, Any]) -> None:
+def test_the_memory_of_every_kind_of_method_is_predicted(config: Any, method: str, options: dict[str, Any]) -> None:
     options = {**options, **({"feedforward_modules": []} if method == "ia3" else {})}
     found = take(config(dtype="bfloat16"), method, options, dtype=torch.bfloat16)
     assert 0 < found.trainable < found.total and found.memory.activations > 0 and found.operations.counts

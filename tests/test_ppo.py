@@ -72,7 +72,7 @@ def settings(**changes: Any) -> ppo.Settings:
 # formulas ---------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_advantages_are_those_worked_by_hand() -> None:
+def test_advantages_equal_manually_computed_values() -> None:
     rewards, values = torch.tensor([[1.0, 0.0, 2.0], [3.0, 0.0, 0.0]]), torch.tensor([[0.5, 1.0, 1.5], [1.0, 0.0, 0.0]])
     mask = torch.tensor([[True, True, True], [True, False, False]])
     advantages, returns = ppo.generalized_advantages(rewards, values, mask, gamma=0.5, lam=0.5)
@@ -94,7 +94,7 @@ def test_advantages_are_the_sum_that_the_paper_writes() -> None:
         assert advantages[e].tolist() == pytest.approx([*wanted, *[0.0] * (7 - n)])
 
 
-def test_losses_are_those_worked_by_hand() -> None:
+def test_losses_equal_manually_computed_values() -> None:
     ratios = torch.tensor([1.5, 0.5, 1.5, 0.5, 1.1])
     gains = torch.tensor([1.0, 1.0, -1.0, -1.0, 2.0])
     values, before, returns = (torch.tensor(x) for x in ([1.0, 0.1, -1.0, 0.0, 0.0], [0.0] * 5, [2.0, 1.0, 1.0, 0.0, 0.1]))
@@ -111,7 +111,7 @@ def rollout_of(prompts: list[list[int]], answers: list[list[int]], finished: lis
     return ppo.Rollout(list(range(len(prompts))), prompts, answers, mask, torch.tensor(finished))
 
 
-def test_a_token_pays_for_its_kl_and_the_last_one_gets_the_score_too() -> None:
+def test_a_tokens_reward_is_its_kl_penalty_and_for_the_last_one_the_score() -> None:
     rollout = rollout_of([[1], [1]], [[5, 6], [2]], [False, True])
     log_probs, reference = torch.tensor([[-1.0, -3.0], [-0.5, 0.0]]), torch.tensor([[-1.5, -2.0], [-1.5, 0.0]])
     plain = settings(missing_eos_penalty=1.0)
@@ -432,7 +432,7 @@ def test_a_reward_of_too_few_numbers_is_refused(tiny_model: Path, tiny_tokenizer
     assert refusal(tiny_model, tiny_tokenizer, lambda *_: [1.0]).startswith("ppo: the reward gave 1 numbers for 32 answers")
 
 
-def test_a_policy_that_ends_its_turn_at_once_is_refused(tiny_model: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_policy_with_only_empty_answers_is_refused(tiny_model: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ppo, "draw", lambda logits, *_: [tiny_tokenizer.eos_token_id] * len(logits))
     said = refusal(tiny_model, tiny_tokenizer)
     assert said.startswith(

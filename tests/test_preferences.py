@@ -297,7 +297,7 @@ def test_length_bias_is_reported_for_the_kept_pairs(tmp_path: Path, tiny_model: 
     assert not check.passed and "62% of pairs" in check.note
 
 
-def test_a_decision_in_the_review_file_is_honoured_on_the_next_run(tmp_path: Path, tiny_model: Path) -> None:
+def test_a_decision_in_the_review_file_is_applied_on_the_next_run(tmp_path: Path, tiny_model: Path) -> None:
     rows = [better("Hi", "Hello you", "Bye you"), better("Hi", "Bye you", "Hello you")]
     assert run(tmp_path, tiny_model, rows).metrics["waiting_for_review"] == 1
     with (tmp_path / "pages/review.csv").open(newline="") as file:

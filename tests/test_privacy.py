@@ -102,7 +102,7 @@ any_text = st.text() | st.text("0123456789 +-.@:/[]aA\n", max_size=12)
 
 @settings(max_examples=1500, deadline=None)
 @given(any_text, before, planted, after, any_text)
-def test_a_planted_value_is_found_in_any_text_and_never_survives_masking(
+def test_a_planted_value_is_found_in_any_text_and_always_masked(
     head: str, left: str, value: tuple[str, str], right: str, tail: str
 ) -> None:
     kind, planted = value
@@ -197,7 +197,7 @@ def test_values_in_their_usual_notation_are_found(text: str, hidden: str) -> Non
         "commit 3f786850e387550fdab836ed7e6dc881de23001b, uuid 123e4567-e89b-12d3-a456-426614174000",
     ],
 )  # fmt: skip
-def test_values_that_only_look_sensitive_are_left_alone(text: str) -> None:
+def test_values_that_only_look_sensitive_are_not_masked(text: str) -> None:
     assert scan([text]) == []
     assert mask(text) == text
 

@@ -164,7 +164,7 @@ def test_more_of_the_same_moves_the_vocabulary_little_once_the_sample_is_full() 
     assert large["distinct_2"] == pytest.approx(small["distinct_2"], abs=0.02)
 
 
-def test_openings_are_the_first_two_words_of_what_is_asked_last() -> None:
+def test_openings_are_the_first_two_words_of_the_last_question() -> None:
     rows = [
         ask("Write a poem"),
         ask("'WRITE, a song"),
@@ -376,7 +376,7 @@ def test_mostly_near_copies_are_not_diverse() -> None:
     assert failures(profile(varied(200)), LIMITS, near_copies=100) == {}
 
 
-def test_tiny_sets_are_not_judged_for_diversity() -> None:
+def test_tiny_sets_are_not_checked_for_diversity() -> None:
     same = [ask("Write a poem", "Roses are red and violets are blue, you know.") for _ in range(20)]
     assert "low_diversity" in failures(profile(same), LIMITS)
     assert failures(profile(same[:19]), LIMITS, near_copies=18) == {}

@@ -51,7 +51,9 @@ def compare_impact(reach: Reach, question: dict[str, Any], names: Names, source:
     told: dict[str, list[tuple[Signature, list[str]]]] = {}  # model -> what it says, and at which commits ("": elsewhere)
     for model in found["models"]:
         for seen in model["seen"]:
-            told.setdefault(model["md5"], []).append((shown(seen, source), [one or "" for one in seen.get("commits", model["commits"]) or [None]]))
+            told.setdefault(model["md5"], []).append(
+                (shown(seen, source), [one or "" for one in seen.get("commits", model["commits"]) or [None]])
+            )
     unknown = {one["md5"] for one in found["unknown"]}
     allowed: dict[str, set[Signature]] = {}
     problems = []
@@ -64,10 +66,18 @@ def compare_impact(reach: Reach, question: dict[str, Any], names: Names, source:
         options = [reach.signature(chain, names(chain), source) for chain in chains]
         allowed.setdefault(md5, set()).update(one for one in options if one)
         refused = found["verdict"] == "refused" and reach.incomplete
-        if None not in options and md5 not in unknown and not refused and not any(agrees(said, set(options)) for said, _ in told.get(md5, [])):
+        if (
+            None not in options
+            and md5 not in unknown
+            and not refused
+            and not any(agrees(said, set(options)) for said, _ in told.get(md5, []))
+        ):
             problems.append(f"missing at {place.name or 'run cache'}: {address} {md5} {options}, said {told.get(md5)}")
     for address, entry, place in reach.remembered():
-        options = [reach.signature(chain, names(chain), source) if reach.whole(chain) else ANYTHING for chain in reach.chains(address, entry, place)]
+        options = [
+            reach.signature(chain, names(chain), source) if reach.whole(chain) else ANYTHING
+            for chain in reach.chains(address, entry, place)
+        ]
         allowed.setdefault(out_of(entry)[1], set()).update(one for one in options if one)
     recorded = {out_of(entry)[1] for _, entry, _ in reach.models()}
     for md5, signatures in told.items():
@@ -80,7 +90,9 @@ def compare_impact(reach: Reach, question: dict[str, Any], names: Names, source:
                 problems.append(f"not true at {commits}: {md5} {said}")
         for commit in {one for _, commits in signatures for one in commits if one in reach.commits}:
             if not any(agrees(said, at_commit(reach, md5, commit, names, source)) for said, commits in signatures if commit in commits):
-                problems.append(f"not true at {commit}: {md5} {signatures}; there possible are {at_commit(reach, md5, commit, names, source)}")
+                problems.append(
+                    f"not true at {commit}: {md5} {signatures}; there possible are {at_commit(reach, md5, commit, names, source)}"
+                )
     certain = any(
         reach.signature(chain, names(chain), source)
         for _, entry, _ in reach.models()
@@ -93,8 +105,10 @@ def compare_impact(reach: Reach, question: dict[str, Any], names: Names, source:
     verdict = found["verdict"]
     if verdict == "refused" and certain and not reach.incomplete:
         problems.append(f"refused, but models saw it: {found['error']}")
-    if verdict == "yes" and not possible or verdict == "no" and certain or verdict == "cannot tell" and not reach.incomplete:
-        problems.append(f"the verdict is {verdict}, unknown are {found['unknown']}, but models that saw it: {'some' if certain else 'none'}")
+    if (verdict == "yes" and not possible) or (verdict == "no" and certain) or (verdict == "cannot tell" and not reach.incomplete):
+        problems.append(
+            f"the verdict is {verdict}, unknown are {found['unknown']}, but models that saw it: {'some' if certain else 'none'}"
+        )
     if problems:
         raise Wrong(f"impact {question}:\n  " + "\n  ".join(problems))
 
@@ -113,9 +127,11 @@ def shown(seen: dict[str, Any], source: bool) -> Signature:
 
 def agrees(one: Signature, allowed: set[Signature]) -> bool:
     """Whether it is one of those allowed; steps may be unknown, and splits too if the data are gone."""
-    return ANYTHING in allowed or any(
-        one[:2] == other[:2] and one[2] in {other[2], ()} and one[3] in {other[3], None} for other in allowed
-    ) or one in allowed
+    return (
+        ANYTHING in allowed
+        or any(one[:2] == other[:2] and one[2] in {other[2], ()} and one[3] in {other[3], None} for other in allowed)
+        or one in allowed
+    )
 
 
 def at_commit(reach: Reach, md5: str, commit: str, names: Names, source: bool) -> set[Signature]:
@@ -148,7 +164,12 @@ def questions(reach: Reach, draw: random.Random) -> Iterator[tuple[dict[str, Any
 
     def source(path: str) -> tuple[dict[str, Any], Names, bool]:
         def of(chain: Chain) -> set[str]:
-            return {name for one, names in reach.records_of_sources(chain).items() if one == path or one.startswith(f"{path}/") for name in names}
+            return {
+                name
+                for one, names in reach.records_of_sources(chain).items()
+                if one == path or one.startswith(f"{path}/")
+                for name in names
+            }
 
         return {"source": path}, of, True
 
@@ -267,7 +288,11 @@ def code_problems(reach: Reach, code: dict[str, Any], chain: Chain, place: str) 
             problems.append(f"code of {address}: says nothing")
             continue
         at, claimed = code["stages"][address]["commit"], code["stages"][address]["clean"]
-        holding = [one.name for one in reach.places if one.name != WORKSPACE and any(canonical(found) == canonical(entry) for found in one.lock.values())]
+        holding = [
+            one.name
+            for one in reach.places
+            if one.name != WORKSPACE and any(canonical(found) == canonical(entry) for found in one.lock.values())
+        ]
         differing = differences(reach, entry, at) if at else ["everything"]
         clean &= not differing
         if (at is None and set(holding) & reach.reachable) or (at and at not in holding):
@@ -324,7 +349,9 @@ def compare_diff(reach: Reach, before: tuple[str, str], after: tuple[str, str]) 
     wanted = []
     for old, _ in sides[0].values():
         for new, _ in sides[1].values():
-            wanted.append((new.keys() - old.keys(), old.keys() - new.keys(), {name for name in old.keys() & new.keys() if old[name] != new[name]}))
+            wanted.append(
+                (new.keys() - old.keys(), old.keys() - new.keys(), {name for name in old.keys() & new.keys() if old[name] != new[name]})
+            )
     if told not in wanted:
         raise Wrong(f"diff {before} {after}: says added, removed, moved {told}; possible are {wanted}")
 
@@ -394,7 +421,7 @@ def soak(count: int, first: int, keep_going: bool = False) -> int:
     """Returns: the number of histories with a wrong answer."""
     start, wrong = time.monotonic(), []
     for seed in range(first, first + count):
-        with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+        with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
             try:
                 history(seed, Path(folder))
             except Wrong as error:

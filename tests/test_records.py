@@ -148,7 +148,7 @@ def test_a_shard_does_not_end_before_256_rows(tmp_path: Path) -> None:
     assert len(shards(tmp_path)) == 1
 
 
-def test_appending_rows_leaves_earlier_shards_as_they_are(tmp_path: Path) -> None:
+def test_appending_rows_does_not_change_earlier_shards(tmp_path: Path) -> None:
     many = rows(700, ends_a_shard=(299, 600))
     write_records(tmp_path / "before", many[:650])
     write_records(tmp_path / "after", many)
@@ -156,7 +156,7 @@ def test_appending_rows_leaves_earlier_shards_as_they_are(tmp_path: Path) -> Non
     assert [name for name in before if before[name] != after[name]] == ["records-00002.parquet"]
 
 
-def test_an_edit_changes_its_own_shard_alone(tmp_path: Path) -> None:
+def test_an_edit_changes_only_its_own_shard(tmp_path: Path) -> None:
     many = rows(700, ends_a_shard=(299, 600))
     write_records(tmp_path / "before", many)
     write_records(tmp_path / "after", [*many[:5], *many[6:]])

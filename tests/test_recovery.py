@@ -158,7 +158,7 @@ def test_a_failed_gate_is_never_reported_as_materialized(root: Path, instance: d
     assert small_pipeline.not_fresh(root, instance) == small_pipeline.changed_in_dvc(root) == {"inst"}
 
 
-def test_a_run_with_a_live_process_is_left_alone(root: Path, instance: dg.DagsterInstance) -> None:
+def test_a_run_with_a_live_process_is_not_changed(root: Path, instance: dg.DagsterInstance) -> None:
     @dg.op
     def look(context) -> None:
         assert reap(context.instance) == []
@@ -255,7 +255,7 @@ def test_a_missing_output_names_the_command_that_restores_it(root: Path, instanc
     assert "`dvc pull data/sources/d.txt.dvc`" in failure(small_pipeline.materialize(root, instance, ["raw"]))
 
 
-def test_a_busy_stage_names_who_holds_it(root: Path) -> None:
+def test_a_busy_stage_names_the_process_that_runs_it(root: Path) -> None:
     with hold(root, "tok", on_wait=lambda _: None):
         done = run([sys.executable, "small_pipeline.py", "run", "tok"], root)
     assert done.returncode == 1

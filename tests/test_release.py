@@ -91,7 +91,7 @@ def test_a_failed_check_blocks_unless_it_is_waived_with_a_reason(
     assert not record["checks"][name]["passed"]
 
 
-def test_a_release_carries_the_card_and_audit_of_its_own_variant_alone(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_release_contains_the_card_and_audit_of_its_own_variant_only(tiny_model: Path, tmp_path: Path) -> None:
     trained = {name: tmp_path / name for name in ("adapter@lora", "adapter@dora")}
     for name, folder in trained.items():
         folder.mkdir()
@@ -122,7 +122,7 @@ def test_a_release_carries_the_card_and_audit_of_its_own_variant_alone(tiny_mode
     assert [path.parent.name for path in (tmp_path / "release/audit").rglob("training.json")] == ["adapter_lora"]
 
 
-def test_a_model_that_stands_alone_is_released_without_its_tables_of_records(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_standalone_model_is_released_without_its_tables_of_records(tiny_model: Path, tmp_path: Path) -> None:
     """Full fine-tuning: the merged model is the folder of the training, with its evidence and, if aligned, samples of texts."""
     full = tmp_path / "full"
     shutil.copytree(tiny_model, full)

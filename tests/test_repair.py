@@ -150,7 +150,7 @@ def test_the_policy_masks_secrets_and_personal_data_separately() -> None:
 
 
 @pytest.mark.parametrize("secret", [True, False])
-def test_masking_terminates_and_leaves_nothing_whatever_surrounds_a_value(secret: bool) -> None:
+def test_masking_terminates_and_is_complete_in_any_context(secret: bool) -> None:
     values = [MAIL, KEY, "call 020 7946 0958", "https://bob:hunter2x@h.org", "104.244.42.193", "a", "[", "]:"]
     texts = [joint.join(parts) for parts in itertools.product(values, repeat=3) for joint in ("", " ", "@", "://")]
     masked = [privacy.redact(text, secret) for text in texts]
@@ -236,7 +236,7 @@ def test_a_waived_row_is_left_as_it_was_read() -> None:
 
 
 @pytest.mark.parametrize("by", ["source_id", "example_id"])
-def test_people_may_name_a_repaired_row_by_either_id(by: str) -> None:
+def test_reviewers_may_use_either_id_of_a_repaired_row(by: str) -> None:
     rows = records(asked("Where is it?", "Here.</s>"))
     (name,) = [record[by] for record in judged(rows).records]
     assert judged(rows, [Decision(name, "conflicting_responses", "drop", "rude")]).said == {0: "dropped: rude"}
@@ -280,7 +280,7 @@ def test_every_side_of_a_pair_is_repaired() -> None:
         ("ﬁne", "fine!"),
     ],
 )
-def test_a_pair_that_differs_in_form_alone_is_identical(chosen: str, rejected: str) -> None:
+def test_a_pair_that_differs_only_in_form_is_identical(chosen: str, rejected: str) -> None:
     found = judged(pairs({"prompt": "Where is it?", "chosen": chosen, "rejected": rejected}), policy=dict.fromkeys(REPAIRS, "warn"))
     assert found.reason == ["identical_pair"]
 

@@ -138,7 +138,7 @@ def test_length_does_not_predict_the_chosen_reply(parts: tuple[str, ...]) -> Non
     assert 0.45 <= longer / len(pairs) <= 0.55
 
 
-def test_the_benchmark_has_sixty_labelled_questions_all_different() -> None:
+def test_the_benchmark_has_sixty_different_labeled_questions() -> None:
     questions = list(read_multiple_choice(ROOT / BENCHMARK))
     assert len(questions) == len({question.question for question in questions}) == 60
     assert all(len(set(question.choices)) == len(question.choices) for question in questions)

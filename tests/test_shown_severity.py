@@ -54,7 +54,7 @@ def test_an_error_whose_rows_were_dropped_is_a_warning_and_one_whose_rows_are_ke
     assert (shown("warn", True, 3), shown("info", False, 3)) == ("warn", "info")
 
 
-def test_the_checks_of_a_judged_set_agree_with_its_page(tmp_path: Path) -> None:
+def test_the_checks_of_a_set_agree_with_its_page(tmp_path: Path) -> None:
     def asked(prompt: str, answer: str) -> dict[str, Any]:
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
         return {"example_id": example_id(messages), "messages": messages, "category": None, "meta": "{}"}

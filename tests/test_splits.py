@@ -58,7 +58,7 @@ def test_each_stratum_gives_its_exact_share(strata: list[str], shares: dict[str,
 
 @given(rows=rows_of_groups, seed=seeds)
 @calm
-def test_no_split_gets_more_than_its_share_whatever_the_groups(rows: list[tuple[str, str]], seed: int) -> None:
+def test_no_split_gets_more_than_its_share_for_any_groups(rows: list[tuple[str, str]], seed: int) -> None:
     groups = [group for group, _ in rows]
     dealt = Counter(assign(groups, [""] * len(rows), SHARES, seed))
     assert all(dealt[name] <= round(len(rows) * share) for name, share in SHARES.items())
@@ -81,7 +81,7 @@ def test_another_seed_gives_other_splits() -> None:
     assert assign(groups, [""] * 40, SHARES, 1) != assign(groups, [""] * 40, SHARES, 2)
 
 
-def test_a_new_row_moves_few_others() -> None:
+def test_a_new_row_changes_the_split_of_few_others() -> None:
     groups = [f"group {i}" for i in range(201)]
     before, after = (assign(groups[:n], [""] * n, SHARES, 7) for n in (200, 201))
     assert sum(old != new for old, new in zip(before, after, strict=False)) <= 4
@@ -230,7 +230,7 @@ def test_a_requested_split_gets_the_unit_nearest_in_size_if_none_is_small_enough
     assert dict(zip(keys, found.splits, strict=True)) == {"big": "train", "middle": "validation", "small": "test"}
 
 
-# --- the proof
+# --- verification of finished splits
 
 COPY = "Where does the parcel with the blue kite for the birthday stand this morning"
 NEARLY = "Where does the parcel with the blue kite for the wedding stand this morning"
@@ -255,7 +255,7 @@ def finished(path: Path, **rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def proven(path: Path, all_rows: Sequence[dict[str, Any]] | None = None, **rows: list[dict[str, Any]]) -> Any:
+def verified(path: Path, all_rows: Sequence[dict[str, Any]] | None = None, **rows: list[dict[str, Any]]) -> Any:
     """Verification of finished splits with these rows; `all_rows`: the assigned rows, by default the same."""
     held = all_rows or [row for name in rows.values() for row in name]
     return verify_splits(
@@ -265,7 +265,7 @@ def proven(path: Path, all_rows: Sequence[dict[str, Any]] | None = None, **rows:
 
 def test_near_copies_in_two_splits_are_found_despite_different_groups(tmp_path: Path) -> None:
     a, b = record(COPY, group="one"), record(NEARLY, group="another")
-    found = proven(tmp_path, train=[b, record(OTHERS[0])], test=[a, record(OTHERS[1])])
+    found = verified(tmp_path, train=[b, record(OTHERS[0])], test=[a, record(OTHERS[1])])
     assert [(leak.place, leak.other, leak.why, leak.text) for leak in found.leaks] == [
         (f"test/{a['example_id']}", f"train/{b['example_id']}", "near-copies", COPY)
     ]
@@ -274,23 +274,23 @@ def test_near_copies_in_two_splits_are_found_despite_different_groups(tmp_path: 
 
 @pytest.mark.parametrize(("held_out", "watched"), [("test", "train"), ("test", "validation"), ("validation", "train")])
 def test_each_two_splits_are_compared(tmp_path: Path, held_out: str, watched: str) -> None:
-    found = proven(tmp_path, **{held_out: [record(COPY)], watched: [record(NEARLY)]})
+    found = verified(tmp_path, **{held_out: [record(COPY)], watched: [record(NEARLY)]})
     assert [(leak.place.split("/")[0], leak.other.split("/")[0]) for leak in found.leaks] == [(held_out, watched)]
 
 
 def test_the_same_prompt_with_another_answer_is_found(tmp_path: Path) -> None:
     for k, prompt in enumerate((COPY, "Hi", "???")):
-        assert proven(tmp_path / str(k), train=[record(prompt)], test=[record(prompt, answer="No.")]).leaking == 2
+        assert verified(tmp_path / str(k), train=[record(prompt)], test=[record(prompt, answer="No.")]).leaking == 2
 
 
 def test_a_group_or_an_example_in_two_splits_is_found(tmp_path: Path) -> None:
-    found = proven(tmp_path / "group", train=[record(OTHERS[0], group="g")], test=[record(OTHERS[1], group="g")])
+    found = verified(tmp_path / "group", train=[record(OTHERS[0], group="g")], test=[record(OTHERS[1], group="g")])
     assert [leak.why for leak in found.leaks] == ["the same group"]
-    assert {"the same example"} <= {leak.why for leak in proven(tmp_path / "id", train=[record(COPY)], validation=[record(COPY)]).leaks}
+    assert {"the same example"} <= {leak.why for leak in verified(tmp_path / "id", train=[record(COPY)], validation=[record(COPY)]).leaks}
 
 
 def test_unrelated_rows_leak_nothing(tmp_path: Path) -> None:
-    found = proven(tmp_path, train=[record(COPY), record(NEARLY)], validation=[record(OTHERS[0])], test=[record(OTHERS[1])])
+    found = verified(tmp_path, train=[record(COPY), record(NEARLY)], validation=[record(OTHERS[0])], test=[record(OTHERS[1])])
     assert (found.leaks, found.leaking, found.unexpected) == ([], 0, [])
 
 
@@ -305,18 +305,18 @@ def test_verification_counts_rare_runs_over_all_rows_as_splitting_does(tmp_path:
         return [row["messages"][0]["content"] for row in of]
 
     assert list(near_pairs(said(test), said(train)))
-    assert proven(tmp_path, train=train, validation=validation, test=test).leaks == []
+    assert verified(tmp_path, train=train, validation=validation, test=test).leaks == []
 
 
 def test_held_out_rows_outside_the_set_are_found(tmp_path: Path) -> None:
     rows = [record(text) for text in OTHERS]
-    found = proven(tmp_path, rows[:2], train=[rows[0]], test=[rows[1], rows[2]])
+    found = verified(tmp_path, rows[:2], train=[rows[0]], test=[rows[1], rows[2]])
     assert found.unexpected == [f"test/{rows[2]['example_id']}"]
 
 
 def test_a_row_added_to_train_that_nearly_repeats_a_test_row_is_found(tmp_path: Path) -> None:
     rows, added = [record(COPY), record(OTHERS[0])], record(NEARLY)
-    found = proven(tmp_path, rows, train=[rows[1], added], test=[rows[0]])
+    found = verified(tmp_path, rows, train=[rows[1], added], test=[rows[0]])
     assert [(leak.place, leak.other) for leak in found.leaks] == [(f"test/{rows[0]['example_id']}", f"train/{added['example_id']}")]
 
 
@@ -414,7 +414,7 @@ def test_splits_by_wrong_groups_do_not_pass_the_gate(tmp_path: Path, monkeypatch
     assert "[e-mail]" in failed.examples[0] and "@" not in "".join(failed.examples)
 
 
-def labelled(label: str | None, prompt: str, group: str = "") -> dict[str, Any]:
+def labeled_row(label: str | None, prompt: str, group: str = "") -> dict[str, Any]:
     return record(prompt, group=group, meta=json.dumps({"split": label}) if label else "{}")
 
 
@@ -424,8 +424,8 @@ def some(n: int, start: int = 0) -> list[str]:
 
 def test_labels_are_kept_and_near_copies_of_test_rows_dropped_from_train(tmp_path: Path) -> None:
     prompts = some(12)
-    rows = [labelled(("train", "train", "validation", "test")[i % 4], prompt) for i, prompt in enumerate(prompts)]
-    test, train = labelled("test", COPY), labelled("train", NEARLY)
+    rows = [labeled_row(("train", "train", "validation", "test")[i % 4], prompt) for i, prompt in enumerate(prompts)]
+    test, train = labeled_row("test", COPY), labeled_row("train", NEARLY)
     source = written(tmp_path / "in", [*rows, train, test])
     report = run(splits.Params(test=0.5, validation=0.2), source, tmp_path / "out")
     assert standing(tmp_path / "out") == {row["example_id"]: json.loads(row["meta"])["split"] for row in [*rows, test]}
@@ -440,20 +440,20 @@ def test_labels_are_kept_and_near_copies_of_test_rows_dropped_from_train(tmp_pat
 
 
 def test_labels_of_some_rows_are_kept_and_the_others_assigned(tmp_path: Path) -> None:
-    rows = [labelled(("train", "validation", "test")[i % 3] if i < 9 else None, prompt) for i, prompt in enumerate(some(49))]
+    rows = [labeled_row(("train", "validation", "test")[i % 3] if i < 9 else None, prompt) for i, prompt in enumerate(some(49))]
     report = run(splits.Params(test=0.2, validation=0.1), written(tmp_path / "in", rows), tmp_path / "out")
     assert report.metrics == {"train": 3 + 28, "validation": 3 + 4, "test": 3 + 8}
     assert report.checks[1].note == "9 of 49 rows have a split in their source; the other 40 were assigned by share"
 
 
 def test_labels_are_not_kept_if_turned_off(tmp_path: Path) -> None:
-    rows = [labelled("train", prompt) for prompt in some(40)]
+    rows = [labeled_row("train", prompt) for prompt in some(40)]
     report = run(splits.Params(keep_labels=False), written(tmp_path / "in", rows), tmp_path / "out")
     assert report.metrics == {"train": 28, "validation": 4, "test": 8}
 
 
-def test_an_upstream_train_split_alone_is_divided_with_a_note(tmp_path: Path) -> None:
-    rows = [labelled("train", prompt) for prompt in some(40)]
+def test_a_single_upstream_train_split_is_divided_with_a_note(tmp_path: Path) -> None:
+    rows = [labeled_row("train", prompt) for prompt in some(40)]
     report = run(splits.Params(), written(tmp_path / "in", rows), tmp_path / "out")
     assert report.metrics == {"train": 28, "validation": 4, "test": 8}
     assert report.checks[1].note.endswith("the source names no validation or test: taken from train")
@@ -514,7 +514,7 @@ def test_by_key_and_key_need_each_other() -> None:
 
 
 def test_the_ledger_records_the_split_of_each_row(tmp_path: Path) -> None:
-    rows = [labelled("test" if i == 0 else None, prompt) for i, prompt in enumerate(some(20))]
+    rows = [labeled_row("test" if i == 0 else None, prompt) for i, prompt in enumerate(some(20))]
     run(splits.Params(), written(tmp_path / "in", rows), tmp_path / "out")
     lines = read_ledger(tmp_path / "out")
     where = standing(tmp_path / "out")

@@ -114,7 +114,7 @@ def marked(tokenizer: Any, example: dict[str, Any]) -> str:
 # templates
 
 
-def test_the_base_models_template_is_used_and_travels(stage: Stage, tiny_model: Path) -> None:
+def test_the_base_models_template_is_used_and_saved(stage: Stage, tiny_model: Path) -> None:
     report = stage(ask("Hi"))
     assert (stage.out / "chat_template.jinja").read_bytes() == (tiny_model / "chat_template.jinja").read_bytes()
     assert report.metrics["template"]["name"] == "base_model"
@@ -147,7 +147,7 @@ def test_alpaca_writes_the_system_turn_first_and_tool_turns_as_input(tiny_tokeni
 
 
 @pytest.mark.parametrize("name", [None, *NAMED])
-def test_a_prompt_has_the_ids_it_was_trained_with_whatever_the_template(tiny_tokenizer: Any, tmp_path: Path, name: str | None) -> None:
+def test_a_prompt_has_the_same_ids_as_in_training_with_every_template(tiny_tokenizer: Any, tmp_path: Path, name: str | None) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer)
     chat_templates.use(tokenizer, tmp_path, name)
     messages = talk("Hi", "Yes?", "Well", "No.", system=SYSTEM)
@@ -156,7 +156,7 @@ def test_a_prompt_has_the_ids_it_was_trained_with_whatever_the_template(tiny_tok
     assert encode_prompt(tokenizer, messages[:-1]) == ids[:last]
 
 
-def test_a_template_of_the_project_is_used_and_travels(stage: Stage, tiny_tokenizer: Any) -> None:
+def test_a_template_of_the_project_is_used_and_saved(stage: Stage, tiny_tokenizer: Any) -> None:
     source = CHAT_TEMPLATE.replace("m['content']", "'~' ~ m['content']")
     stage(ask("Hi"), chat_template=stage.template(source))
     assert (stage.out / "chat_template.jinja").read_text() == source
@@ -175,7 +175,7 @@ def test_a_tokenizer_that_loads_the_written_template_makes_the_same_ids(stage: S
     assert encode(AutoTokenizer.from_pretrained(merged), talk("Hi", "Yes?"))[0] == stage.examples()[0]["input_ids"]
 
 
-def test_chatml_ends_a_turn_with_the_models_own_end_where_that_is_another_token(tiny_tokenizer: Any, tmp_path: Path) -> None:
+def test_chatml_adds_the_models_end_of_text_token_if_it_is_another_one(tiny_tokenizer: Any, tmp_path: Path) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.eos_token = "<|endoftext|>"
     tokenizer.name_or_path = str(tmp_path)  # a model whose generation_config.json names no other end
@@ -183,7 +183,7 @@ def test_chatml_ends_a_turn_with_the_models_own_end_where_that_is_another_token(
     assert [said for said, trained in pieces(tokenizer, talk("Hi", "Yes?")) if trained] == ["Yes?<|im_end|><|endoftext|>"]
 
 
-def test_chatml_is_refused_where_the_tokenizer_lacks_its_tokens(tiny_tokenizer: Any, tmp_path: Path) -> None:
+def test_chatml_is_refused_if_the_tokenizer_lacks_its_tokens(tiny_tokenizer: Any, tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -689,7 +689,7 @@ def test_the_audit_shows_the_first_examples_and_a_sample_of_each_source(stage: S
     assert audit["examples"][0]["text"] == "<|im_start|>user\n00<|im_end|>\n<|im_start|>assistant\n⟦Yes?<|im_end|>⟧\n"
 
 
-def test_label_audit_figures_match_a_hand_count(stage: Stage) -> None:
+def test_label_audit_statistics_equal_manual_counts(stage: Stage) -> None:
     stage(ask("Hi", category="bug"), ask("Ho"), text("Once"), max_length=64)
     audit = json.loads((stage.out / "audit.json").read_text())["splits"]["train"]
     total, trained = 27 + 27 + 5, 5 + 5 + 5
@@ -705,7 +705,7 @@ def test_label_audit_figures_match_a_hand_count(stage: Stage) -> None:
     }  # fmt: skip
 
 
-def test_texts_whose_ids_depend_on_the_cut_are_counted(newline_merging_tokenizer: Any) -> None:
+def test_texts_with_other_ids_when_tokenized_in_pieces_are_counted(newline_merging_tokenizer: Any) -> None:
     assert [fate.stable for fate in make(newline_merging_tokenizer, [ask("Hi"), ask("Hi", "\nYes")], Rules(512))] == [True, False]
 
 

@@ -88,7 +88,7 @@ def test_a_tool_that_the_system_prompt_describes_is_known() -> None:
     assert fact("invalid_tool_call", rich(system, user(), said("", call("Oslo")))) == "arguments are not a JSON object: 'Oslo'"
 
 
-def test_a_wrong_call_that_is_not_learnt_is_no_fault() -> None:
+def test_a_wrong_call_of_weight_0_is_not_a_fault() -> None:
     wrong = said("", call(name="wether"), weight=0.0)
     assert fact("invalid_tool_call", rich(user(), wrong, result("no such tool"), said("", call()), tools=[tool()])) is None
     rejected = {**pair(), "messages": [user(), said("", call())], "rejected": [said("", call(name="wether"))], "tools": [tool()]}
@@ -97,7 +97,7 @@ def test_a_wrong_call_that_is_not_learnt_is_no_fault() -> None:
 
 
 @pytest.mark.parametrize("where", ["https://schema.invalid/city.json", "#/$defs/missing", "#"])
-def test_a_reference_that_leads_nowhere_is_a_broken_schema_and_is_not_downloaded(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unresolvable_reference_is_a_broken_schema_and_is_not_downloaded(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(*_: Any, **__: Any) -> None:
         raise AssertionError("the network was used")
 
@@ -184,7 +184,7 @@ def test_results_are_matched_with_calls_by_id_or_by_position(messages: list[Reco
 
 @given(st.data(), st.lists(st.integers(1, 3), min_size=1, max_size=4), st.booleans())
 @calm
-def test_a_lost_result_and_one_too_many_are_found_in_any_conversation(data: st.DataObject, sizes: list[int], with_ids: bool) -> None:
+def test_a_missing_and_an_extra_result_are_found_in_any_conversation(data: st.DataObject, sizes: list[int], with_ids: bool) -> None:
     messages: list[Record] = []
     for turn, size in enumerate(sizes):
         names = [f"c{turn}{i}" if with_ids else None for i in range(size)]
@@ -200,7 +200,7 @@ def test_a_lost_result_and_one_too_many_are_found_in_any_conversation(data: st.D
 # --- missing_reasoning, untrained_example
 
 
-def test_the_fewer_rows_with_or_without_reasoning_are_listed_and_kept() -> None:
+def test_the_minority_of_rows_with_or_without_reasoning_is_listed_and_kept() -> None:
     with_trace = [rich(user(f"Is {city} cold?"), said(reasoning_content="It lies north.")) for city in ("Oslo", "Bergen", "Narvik")]
     without = [ask(f"Where is {city}?") for city in ("Rome", "Nice", "Bari")]
     assert judged(*with_trace, without[0]).broken["missing_reasoning"] == [3]
@@ -341,7 +341,7 @@ def test_a_copied_trace_in_two_upstream_splits_is_a_leak() -> None:
     assert (link.row, link.other, link.part) == (1, 0, "reasoning_content")
 
 
-def test_content_checks_do_not_judge_calls_or_answers_that_are_not_trained() -> None:
+def test_content_checks_ignore_calls_and_untrained_answers() -> None:
     repeated = said("", call({"city": "on its way to you " * 9}), call({"city": user()["content"]}))
     assert judged(rich(user(), repeated, tools=[tool()])).broken == {}
     announced = "I will look it up for you, in the usual place, and tell you what it says. One moment, please, while I call the tool:"
@@ -529,7 +529,7 @@ def test_a_fault_is_found_and_repaired_wherever_it_is(text: str, where: str) -> 
     assert "repaired" not in new or (text not in json.dumps(new, ensure_ascii=False) and new["source_id"] == row["example_id"])
 
 
-def test_the_name_of_an_argument_says_what_it_is_and_a_masked_number_becomes_text() -> None:
+def test_the_name_of_an_argument_identifies_its_value_and_a_masked_number_becomes_text() -> None:
     row = rich(user(), said("", call({"phone": "01511234567", "card": 4111111111111111, "order": "01511234567"})))
     masked = rich(user(), said("", call({"phone": "[PHONE]", "card": "[CARD]", "order": "01511234567"})))
     assert repair([row], ["pii"], {}).records[0]["messages"] == masked["messages"]

@@ -69,11 +69,11 @@ def problem(record: dict[str, Any]) -> str:
         {"tool_calls": '[{"id": "c1", "name": "weather", "arguments": "{\\"city\\": \\"Oslo\\"}"}]'},
     ],
 )
-def test_a_call_has_one_form_whatever_its_spelling(source: dict[str, Any], one: Callable[..., Any]) -> None:
+def test_a_call_has_one_canonical_form_for_all_spellings(source: dict[str, Any], one: Callable[..., Any]) -> None:
     assert one({"role": "assistant", **source}) == [answer(tool_calls=[call(identity="c1")])]
 
 
-def test_text_beside_a_call_and_parallel_calls_are_kept_in_order(one: Callable[..., Any]) -> None:
+def test_text_next_to_a_call_and_parallel_calls_are_kept_in_order(one: Callable[..., Any]) -> None:
     source = [{"id": i, "function": {"name": "weather", "arguments": json.dumps({"city": i})}} for i in ("a", "b")]
     assert one(answer("Wait.", tool_calls=source)) == [
         answer("Wait.", tool_calls=[call(arguments={"city": i}, identity=i) for i in ("a", "b")])
@@ -145,7 +145,7 @@ def test_a_call_that_cannot_be_read_makes_its_row_malformed(message: dict[str, A
     ],
 )
 @pytest.mark.parametrize("key", ["tools", "functions"])
-def test_definitions_have_one_form_whatever_their_spelling(key: str, tools: Any, read: Callable[..., Any]) -> None:
+def test_definitions_have_one_canonical_form_for_all_spellings(key: str, tools: Any, read: Callable[..., Any]) -> None:
     (record,) = read({"messages": [ASKED, answer("Yes.")], key: tools})
     assert (record["tools"], record["meta"]) == ([WEATHER], "{}")
 
@@ -393,7 +393,7 @@ def test_nothing_but_a_literal_that_json_can_hold_is_a_value(text: str) -> None:
     "text",
     ["weather()", "[weather]", "[weather(1)]", "[weather(a=1, a=2)]", "[weather(a='x)]", "[weather(a=1]", "[(a=1)]", "[weather(a=)]"],
 )
-def test_what_is_no_list_of_calls_is_refused(text: str) -> None:
+def test_anything_but_a_list_of_calls_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
         python_calls(text)
 
@@ -433,7 +433,7 @@ def test_types_of_python_are_those_of_json_schema(text: str, schema: dict[str, A
         ("", {}),
     ],
 )
-def test_what_a_type_says_beyond_json_schema_is_kept_as_it_was_written(text: str, schema: dict[str, Any]) -> None:
+def test_type_annotations_beyond_json_schema_are_kept_unchanged(text: str, schema: dict[str, Any]) -> None:
     assert json_type(text)[0] == {**schema, "x-type": text}
 
 
@@ -549,7 +549,7 @@ def test_a_weight_that_is_neither_zero_nor_one_makes_its_row_malformed(
     assert problem(read({"messages": [ASKED, answer("Yes.", **given)]})[0]) == reason
 
 
-def test_a_weight_that_asks_to_train_on_a_question_is_reported(read: Callable[..., Any]) -> None:
+def test_a_nonzero_weight_of_a_question_is_reported(read: Callable[..., Any]) -> None:
     rows = [{"messages": [{**ASKED, "weight": weight}, answer("Yes.")]} for weight in (0, 1)]
     assert [record.get("ignored") for record in read(*rows)] == [None, ["messages[].weight"]]
 
@@ -906,7 +906,7 @@ def test_glaives_transcripts(between: str, read: Callable[..., Any]) -> None:
     assert read(row, layout="glaive")[0]["example_id"] == record["example_id"]
 
 
-def test_glaives_conversations_are_read_alike_in_other_layouts(read: Callable[..., Any]) -> None:
+def test_glaives_conversations_are_read_identically_in_other_layouts(read: Callable[..., Any]) -> None:
     system, called = f"Be brief. {GLAIVE_SYSTEM.removeprefix('SYSTEM: ')}{GLAIVE_WEATHER}", GLAIVE_CHAT[1].removeprefix("ASSISTANT: ")
     turns = [("system", system), ("user", ASKED["content"]), ("assistant", called)]
     (record,) = read({"messages": [{"role": role, "content": text} for role, text in turns]})

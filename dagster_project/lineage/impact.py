@@ -266,7 +266,9 @@ class _ImpactQuery:
             return set()
         ancestors = self.index.ancestors(run)
         dropped = set().union(*(copies[out] for out in copies.keys() & ancestors.keys()))
-        keys = self._made_from(run, [*dropped], derivations).union(*(paraphrases.get(upstream.entry.id, ()) for upstream in ancestors.values()))
+        keys = self._made_from(run, [*dropped], derivations).union(
+            *(paraphrases.get(upstream.entry.id, ()) for upstream in ancestors.values())
+        )
         return keys - self.index.keys_of_source([*self.index.data(run)], name, keys) if keys else keys
 
     def match_content(self, digest: str) -> None:

@@ -380,7 +380,15 @@ class Index:
 
     def commits_of(self, run: StageRun) -> list[str | None]:
         """The first commit of each dvc.lock that contains the run, in the order of history; None for the workspace."""
-        return [commit for lock, commit, _ in self._locks if lock in run.locks]
+        return [self._commit_of_lock[position] for position in sorted(self._position_of_lock[lock] for lock in run.locks)]
+
+    @cached_property
+    def _position_of_lock(self) -> dict[int, int]:
+        return {lock: position for position, (lock, _, _) in enumerate(self._locks)}
+
+    @cached_property
+    def _commit_of_lock(self) -> list[str | None]:
+        return [commit for _, commit, _ in self._locks]
 
     def first_commit(self, run: StageRun) -> str | None:
         """The first commit whose dvc.lock contains the run's entry, whatever its lineage; None if no commit does."""
@@ -391,6 +399,7 @@ class Index:
         row = self._db.execute("SELECT text FROM run WHERE id = ?", (run.entry.id,)).fetchone()
         return dict(stages_of("stages:\n" + row[0])[run.address]) if row else {}
 
+    @cache  # noqa: B019  an index lives as long as one query
     def parents(self, run: StageRun) -> list[StageRun]:
         """The models that a model was made from, directly; those that it only watches are excluded.
 
@@ -412,11 +421,13 @@ class Index:
     def _is_unrecorded(self, out: str) -> bool:
         return self.runs_by_output[out][0].place == "cache"
 
+    @cache  # noqa: B019  an index lives as long as one query
     def is_copy(self, run: StageRun) -> bool:
         """Whether a model has the weights of a parent, byte for byte: the parent then accounts for everything that it was trained on."""
         mine = self.weights(run.md5)
         return bool(mine) and any(mine <= self.weights(parent.md5) for parent in self.parents(run))
 
+    @cache  # noqa: B019  an index lives as long as one query
     def data(self, run: StageRun) -> dict[str, StageRun]:
         """Hash -> run of every data set upstream of a run, up to the nearest models and data sets with splits.
 
@@ -433,6 +444,7 @@ class Index:
                         pending.append(producer)
         return upstream
 
+    @cache  # noqa: B019  an index lives as long as one query
     def ancestors(self, run: StageRun) -> dict[str, StageRun]:
         """Hash -> run of `data` and everything upstream of it, except other data sets with splits."""
         upstream = dict(self.data(run))
@@ -461,8 +473,15 @@ class Index:
         return run.md5 in self.split_outputs or run.path in self._split_paths or run.path not in self._listed_paths
 
     def weights(self, out: str) -> frozenset[str]:
-        query = f"SELECT md5 FROM file WHERE out = ? AND name LIKE '%{WEIGHTS}'"
-        return frozenset(md5 for (md5,) in self._db.execute(query, (out,)))
+        """Hashes of the files with weights in an output."""
+        return self._weights.get(out, frozenset())
+
+    @cached_property
+    def _weights(self) -> dict[str, frozenset[str]]:
+        weights: dict[str, set[str]] = defaultdict(set)
+        for out, md5 in self._db.execute(f"SELECT out, md5 FROM file WHERE name LIKE '%{WEIGHTS}'"):
+            weights[out].add(md5)
+        return {out: frozenset(files) for out, files in weights.items()}
 
     def outputs_with_file(self, file: str) -> list[str]:
         """Outputs that contain a file with this hash."""

@@ -14,7 +14,6 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.git import git
 from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.records import with_license
-from dagster_project.core.text import commit_text
 from dagster_project.lineage.code import code_in
 from dagster_project.lineage.history import LOCK, Revision, commit_of, listing_of, path_exists
 from dagster_project.lineage.index import EVIDENCE, WEIGHTS, Index
@@ -260,36 +259,38 @@ def _commit_facts(index: Index, run: StageRun) -> dict[str, Any]:
 
 
 def _code(index: Index, run: StageRun) -> dict[str, Any]:
-    """The code of every run of the lineage, and whether the commit that first recorded the run contains its code and parameters.
+    """The code behind a run, stage by stage, and whether the commit that first recorded the run of each stage contains its code.
 
     Returns:
-        {"commit", "clean", "files": {path: md5}, "stages": {address: {"commit", "clean"}}} as in `code_in`; where applicable also "differs" (paths with
-        other content in the commit of their stage, also per stage), "made_again" (a later commit, whose code produced the same bytes) and "after" (the
-        commit that uncommitted work is based on).
+        {"commit", "clean", "files": {path: md5}, "stages": {address: {"commit", "clean"}}}: the first commit with the model's hash, and code as in
+        `code_in`. Where applicable also "differs" (paths with other content in the commit of their stage, also per stage), "uncommitted" (stages whose
+        run no commit contains), "made_again" (a later commit, whose code produced the same bytes) and "after" (the commit that uncommitted work is
+        based on).
     """
-    first = index.runs_by_output[run.md5][0]
     by_commit: dict[str | None, dict[str, dict[str, Any]]] = {}
     order = _upstream(run)
+    names = _stage_names(order)
     for stage in order:
-        by_commit.setdefault(index.first_commit(stage), {})[stage.address] = index.lock_entry(stage)
+        by_commit.setdefault(index.first_commit(stage), {})[names[stage.path, stage.md5]] = index.lock_entry(stage)
     code = {name: (commit, *found) for commit, entries in by_commit.items() for name, found in code_in(index.root, commit, entries).items()}
     files: dict[str, str] = {}
     stages = {}
-    for stage in order:
-        commit, own, differing = code[stage.address]
+    for name in names.values():
+        commit, own, differing = code[name]
         files |= own
-        stages[stage.address] = {
-            "commit": commit,
-            "clean": commit is not None and not differing,
-            **({"differs": differing} if differing else {}),
-        }
+        stages[name] = {"commit": commit, "clean": commit is not None and not differing, **({"differs": differing} if differing else {})}
     differs = sorted({path for _, _, differing in code.values() for path in differing})
-    facts = {"files": dict(sorted(files.items())), "stages": stages}
-    if first.commit is None:
-        return {**_commit_facts(index, run), "clean": False, "after": commit_of(index.root, "HEAD"), **facts}
-    again = {"made_again": run.commit} if run.commit not in {None, first.commit} else {}
-    clean = all(stage["clean"] for stage in stages.values())
-    return {**_commit_facts(index, run), "clean": clean, **({"differs": differs} if differs else {}), **again, **facts}
+    uncommitted = [name for name, stage in stages.items() if stage["commit"] is None]
+    first = index.runs_by_output[run.md5][0]
+    return {
+        **_commit_facts(index, run),
+        "clean": all(stage["clean"] for stage in stages.values()),
+        **({"differs": differs} if differs else {}),
+        **({"uncommitted": uncommitted, "after": commit_of(index.root, "HEAD")} if uncommitted else {}),
+        **({"made_again": run.commit} if first.commit is not None and run.commit not in {None, first.commit} else {}),
+        "files": dict(sorted(files.items())),
+        "stages": stages,
+    }
 
 
 def _stage(index: Index, run: StageRun, report: Mapping[str, Any], names: Mapping[tuple[str, str], str]) -> dict[str, Any]:
@@ -483,8 +484,10 @@ def _metrics(subject: Subject, report: Mapping[str, Any]) -> dict[str, Any]:
 
 def as_text(audited: dict[str, Any]) -> str:
     """The audit as text for the terminal."""
+    from dagster_project.views.lineage import code_text
+
     model, code = audited["model"], audited["code"]
-    lines = [f"{model['stage']}  {model['path']}  md5 {model['md5']}", "", f"code       {commit_text(code)}; {len(code['files'])} files"]
+    lines = [f"{model['stage']}  {model['path']}  md5 {model['md5']}", "", f"code       {code_text(code)}; {len(code['files'])} files"]
     if audited["base_model"]:
         base = audited["base_model"]
         lines += [

@@ -35,13 +35,20 @@ def lineage_page(document: Mapping[str, Any], records: Sequence[Mapping[str, Any
         ),
         "Parameters": _nonempty(_mapping_table(document["parameters"], "Recorded parameters")),
         "Metrics": _nonempty(_mapping_table(metrics, "Metrics")),
-        "Code": {"commit": commit_text(document["code"]), "table": Table("Code", ["file", "md5"], list(document["code"]["files"].items()))},
+        "Code": {"commit": code_text(document["code"]), "table": Table("Code", ["file", "md5"], list(document["code"]["files"].items()))},
         "Missing": _nonempty(_missing(document)),
     }
     title = f"Audit of {document['model']['stage']}"
     return render(
         "lineage.jinja", title, sections, stage=document["model"]["stage"], figures=_key_figures(document), facts=_details(document)
     )
+
+
+def code_text(code: Mapping[str, Any]) -> str:
+    """The commit that contains a model, and whether it contains the code of every stage."""
+    if code["commit"] is None or not code.get("uncommitted"):
+        return commit_text(code)
+    return f"commit {code['commit'][:12]}; the runs of {', '.join(code['uncommitted'])} are uncommitted, after {(code['after'] or 'no commit')[:12]}"
 
 
 def _key_figures(document: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -56,7 +63,7 @@ def _key_figures(document: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 def _details(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     model = document["model"]
-    facts = [("output", f"{model['path']}, md5 {model['md5']}"), ("code", commit_text(document["code"]))]
+    facts = [("output", f"{model['path']}, md5 {model['md5']}"), ("code", code_text(document["code"]))]
     if base := document["base_model"]:
         digest = base["sha256"].get("model.safetensors", "")
         facts.append(("base model", f"{base['origin']}, {base.get('license', 'unknown')}{f', sha256 {digest}' if digest else ''}"))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from builders.history import md5
 from builders.random_history import PARAPHRASES, VARIANTS, Entry, Lock, Log, Toy, canonical, dir_md5, git
 

@@ -17,7 +17,7 @@ import random
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -26,10 +26,9 @@ from typing import Any
 
 import pyarrow as pa
 import yaml
+
 from builders.files import jsonl
 from builders.history import md5, table
-
-from dagster_project.curation.checks.account import overlap_schema
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import parse
 from dagster_project.core.records import (
@@ -41,6 +40,7 @@ from dagster_project.core.records import (
     write_ledger,
     write_records,
 )
+from dagster_project.curation.checks.account import overlap_schema
 from dagster_project.stages import instructions, raw_examples, splits
 from dagster_project.training.trainers.harness.weight_audit import seen_schema
 
@@ -54,10 +54,7 @@ ADDRESSES = (
 )  # fmt: skip
 SOURCES, PARAPHRASES = "data/sources", "data/sources/paraphrases/mine.jsonl"
 NAMES = ("Abena", "Bjorn", "Chidi", "Dalia", "Emeka", "Freya")
-WORDS = (
-    "anchor basket candle dagger eagle falcon garden hammer island jacket kettle ladder magnet needle orange pebble quiver rabbit saddle "
-    "turtle umbrella violin walnut yellow zipper bridge carpet donkey engine feather giraffe helmet insect jungle kitten lemon mirror "
-    "noodle oyster parrot quartz ribbon shovel tunnel urchin velvet window yogurt copper dragon").split()  # fmt: skip
+WORDS = ["anchor", "basket", "candle", "dagger", "eagle", "falcon", "garden", "hammer", "island", "jacket", "kettle", "ladder", "magnet", "needle", "orange", "pebble", "quiver", "rabbit", "saddle", "turtle", "umbrella", "violin", "walnut", "yellow", "zipper", "bridge", "carpet", "donkey", "engine", "feather", "giraffe", "helmet", "insect", "jungle", "kitten", "lemon", "mirror", "noodle", "oyster", "parrot", "quartz", "ribbon", "shovel", "tunnel", "urchin", "velvet", "window", "yogurt", "copper", "dragon"]  # fmt: skip
 
 DVC_YAML = """\
 stages:
@@ -81,7 +78,7 @@ def git(root: Path, *arguments: str) -> str:
         subprocess.CalledProcessError: with what git says.
     """
     clock[0] += 60
-    dates = {name: f"{clock[0]} +0000" for name in ("GIT_AUTHOR_DATE", "GIT_COMMITTER_DATE")}
+    dates = dict.fromkeys(("GIT_AUTHOR_DATE", "GIT_COMMITTER_DATE"), f"{clock[0]} +0000")
     return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True, env={**os.environ, **dates}).stdout
 
 
@@ -194,7 +191,13 @@ class Toy:
         root.mkdir(parents=True)
         clock[0] = 1_750_000_000
         git(root, "init", "-q", "-b", "main")
-        for key, value in {"user.name": "t", "user.email": "t@example.org", "gc.auto": "0", "core.fsync": "none", "commit.gpgsign": "false"}.items():
+        for key, value in {
+            "user.name": "t",
+            "user.email": "t@example.org",
+            "gc.auto": "0",
+            "core.fsync": "none",
+            "commit.gpgsign": "false",
+        }.items():
             git(root, "config", key, value)
         (root / ".dvc").mkdir()
         (root / ".dvc/config").write_text("")
@@ -278,7 +281,9 @@ class Toy:
 
     def cached(self, out: str) -> bool:
         """Whether an output, with its files, is in the cache."""
-        return self.object(out).exists() and (not out.endswith(".dir") or all(self.object(one).exists() for one in self.log.files[out].values()))
+        return self.object(out).exists() and (
+            not out.endswith(".dir") or all(self.object(one).exists() for one in self.log.files[out].values())
+        )
 
     def lock(self) -> Lock:
         path = self.root / "dvc.lock"
@@ -330,10 +335,16 @@ class Toy:
         """Returns: whether it is up to date now."""
         paths, params = self.definition(address)
         hashes = {path: self.hash_of(path) for path in paths}
-        hashes = {path: "d751713988987e9331980363e24189ce.dir" if value is None and path.endswith("paraphrases") else value for path, value in hashes.items()}
+        hashes = {
+            path: "d751713988987e9331980363e24189ce.dir" if value is None and path.endswith("paraphrases") else value
+            for path, value in hashes.items()
+        }
         if None in hashes.values():
             return False
-        entry: Entry = {"cmd": f"python -m dagster_project run {address}", "deps": [{"path": path, "hash": "md5", "md5": hashes[path]} for path in sorted(hashes)]}
+        entry: Entry = {
+            "cmd": f"python -m dagster_project run {address}",
+            "deps": [{"path": path, "hash": "md5", "md5": hashes[path]} for path in sorted(hashes)],
+        }
         if params:
             entry["params"] = {"params.yaml": params}
         out, report = self.outs_of(address)
@@ -374,7 +385,9 @@ class Toy:
         whole = {address: entry}
         for one in entry["deps"]:
             for other, found in lock.items():
-                if other != address and any(made["path"] == one["path"] and made["md5"] == one["md5"] for made in found["outs"] if made["md5"].endswith(".dir")):
+                if other != address and any(
+                    made["path"] == one["path"] and made["md5"] == one["md5"] for made in found["outs"] if made["md5"].endswith(".dir")
+                ):
                     whole = {**self.log.ran[canonical(found)][-1], **whole}
         self.log.ran.setdefault(canonical(entry), []).append(whole)
         self._note(address, entry, value)
@@ -415,7 +428,10 @@ class Toy:
     # --- stages
 
     def _base_model(self, address: str) -> Report:
-        for name, content in {**tokenizer_files(), "model.safetensors": canonical(self.params()["base_model"]["revision"]).encode()}.items():
+        for name, content in {
+            **tokenizer_files(),
+            "model.safetensors": canonical(self.params()["base_model"]["revision"]).encode(),
+        }.items():
             self.write(f"data/base_model/{name}", content)
         return Report(metrics={"origin": "toy", "license": self.params()["base_model"]["license"], "parameters": 1, "dtype": "float32"})
 
@@ -428,13 +444,17 @@ class Toy:
         data = self.root / "data"
         if not self.real:
             return self._simulate_instructions()
-        return instructions.produce(self.root, params, data / "raw_examples", data / "base_model", data / "instructions", self.root / ".dvc/tmp/pages", {})
+        return instructions.produce(
+            self.root, params, data / "raw_examples", data / "base_model", data / "instructions", self.root / ".dvc/tmp/pages", {}
+        )
 
     def _splits(self, address: str) -> Report:
         if not self.real:
             return self._simulate_splits()
         params = parse(splits.Params, self.params()["splits"], "splits")
-        return splits.produce(self.root, params, self.params()["compute"]["seed"], self.root / "data/instructions", self.root / "data/splits")
+        return splits.produce(
+            self.root, params, self.params()["compute"]["seed"], self.root / "data/instructions", self.root / "data/splits"
+        )
 
     def _simulate_instructions(self) -> Report:
         """Drops rows without an answer, and all but the first of equal rows."""
@@ -486,7 +506,9 @@ class Toy:
         for split, rows in shards.items():
             write_records(data / "splits" / split, rows, schema)
         write_ledger(data / "splits", ledger)
-        return Report(rows_in=len(records), rows_out=len(records), metrics={**{name: len(rows) for name, rows in shards.items()}, **metrics})
+        return Report(
+            rows_in=len(records), rows_out=len(records), metrics={**{name: len(rows) for name, rows in shards.items()}, **metrics}
+        )
 
     def _tokenized(self, address: str) -> Report:
         """Train and validation texts in the order of their ids; rows of the sources in `replay` are repeated."""
@@ -494,10 +516,17 @@ class Toy:
         counts, ledger = {}, []
         for split in ("train", "validation"):
             records = sorted(read_records(self.root / "data/splits" / split), key=lambda record: record["example_id"])
-            texts = [{"example_id": one["example_id"], "messages": one["messages"]} for one in records for _ in range(repeats.get(one["source"], 1) if split == "train" else 1)]
+            texts = [
+                {"example_id": one["example_id"], "messages": one["messages"]}
+                for one in records
+                for _ in range(repeats.get(one["source"], 1) if split == "train" else 1)
+            ]
             self.write(f"data/tokenized/{split}.json", json.dumps(texts).encode())
             counts[split] = {"examples": len(texts)}
-            ledger += [{"source": one["source"], "source_row": None, "example_id": one["example_id"], "outcome": split, "why": ""} for one in records]
+            ledger += [
+                {"source": one["source"], "source_row": None, "example_id": one["example_id"], "outcome": split, "why": ""}
+                for one in records
+            ]
         if self.ledger_in_tokenized:
             self.write("data/tokenized/ledger.parquet", table(ledger, ledger_schema()))
         return Report(metrics=counts)
@@ -511,14 +540,19 @@ class Toy:
         seen = [row for row in seen if row["step"] <= settings["max_steps"]]
         out = f"data/{address.replace('@', '/')}"
         base = (self.root / "data/base_model/model.safetensors").read_bytes()
-        weights = hashlib.sha256(canonical([seen, texts, settings["learning_rate"], self.params()["compute"], base.decode()]).encode()).hexdigest()
+        weights = hashlib.sha256(
+            canonical([seen, texts, settings["learning_rate"], self.params()["compute"], base.decode()]).encode()
+        ).hexdigest()
         self.write(f"{out}/adapter_model.safetensors", weights.encode())
         self.write(f"{out}/examples.parquet", table(seen, seen_schema()))
         return Report(metrics={"steps": max((row["step"] for row in seen), default=0), "environment": {"torch": "2.0"}})
 
     def _merged(self, address: str) -> Report:
         name = address.partition("@")[2]
-        parts = [(self.root / path).read_text() for path in ("data/base_model/model.safetensors", f"data/adapter/{name}/adapter_model.safetensors")]
+        parts = [
+            (self.root / path).read_text()
+            for path in ("data/base_model/model.safetensors", f"data/adapter/{name}/adapter_model.safetensors")
+        ]
         self.write(f"data/merged/{name}/model.safetensors", canonical(parts).encode())
         return Report()
 
@@ -563,7 +597,11 @@ class Toy:
             augment = self.params()["splits"].get("augment")
             if augment:
                 content = (self.root / PARAPHRASES).read_bytes()
-                facts[PARAPHRASES] = {"rows": len(content.splitlines()), "sha256": hashlib.sha256(content).hexdigest(), "license": augment["license"]}
+                facts[PARAPHRASES] = {
+                    "rows": len(content.splitlines()),
+                    "sha256": hashlib.sha256(content).hexdigest(),
+                    "license": augment["license"],
+                }
             self.log.sources[canonical(entry)] = facts
         if stage in {"raw_examples", "instructions", "splits"}:
             counts: dict[str, dict[str, int]] = {}
@@ -572,7 +610,9 @@ class Toy:
                 of[line["outcome"]] = of.get(line["outcome"], 0) + 1
             self.log.outcomes[value] = counts
         if stage == "adapter":
-            self.log.steps[value] = [(row["step"], row["epoch"], row["example_id"]) for row in pq.read_table(out / "examples.parquet").to_pylist()]
+            self.log.steps[value] = [
+                (row["step"], row["epoch"], row["example_id"]) for row in pq.read_table(out / "examples.parquet").to_pylist()
+            ]
 
     # --- git
 
@@ -847,7 +887,13 @@ class Toy:
             if not theirs:
                 (self.root / "dvc.lock").unlink(missing_ok=True)
         if side == "mixed" and mine and theirs:
-            self.write_lock({address: self.draw.choice([lock for lock in (mine, theirs) if address in lock])[address] for address in ADDRESSES if address in mine or address in theirs})
+            self.write_lock(
+                {
+                    address: self.draw.choice([lock for lock in (mine, theirs) if address in lock])[address]
+                    for address in ADDRESSES
+                    if address in mine or address in theirs
+                }
+            )
         self.commit()
         self.dvc_checkout()
         self.note(f"{other} {side}")
@@ -886,7 +932,10 @@ class Toy:
         everything = self.draw.random() < 0.4
         locks = [self.lock()]
         if everything:
-            locks += [self.locks[one] if one in self.locks else self.lock_at(one) for one in git(self.root, "rev-list", "--branches", "--tags", "HEAD").split()]
+            locks += [
+                self.locks[one] if one in self.locks else self.lock_at(one)
+                for one in git(self.root, "rev-list", "--branches", "--tags", "HEAD").split()
+            ]
         kept = {one["md5"] for lock in locks for entry in lock.values() for one in entry["outs"] if one["md5"].endswith(".dir")}
         kept |= {value for name in kept for value in self.log.files[name].values()}
         for path in self.root.glob(".dvc/cache/files/md5/*/*"):

@@ -52,7 +52,7 @@ def chain(variant: str, reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The stages among `reports` that contributed to one variant."""
     aligned = reports.get(f"aligned@{variant}")
     judge = str(reports.get("reward_model", {}).get("model", "")).removeprefix("merged/")
-    learns = bool(aligned) and aligned.get("method") in REWARD_METHODS
+    learns = aligned is not None and aligned.get("method") in REWARD_METHODS
     own = {variant, aligned["adapter"], *([judge] if learns else [])} if aligned else {variant}
 
     def contributes(stage: str, of: str) -> bool:
