@@ -421,7 +421,7 @@ def soak(count: int, first: int, keep_going: bool = False) -> int:
     """Returns: the number of histories with a wrong answer."""
     start, wrong = time.monotonic(), []
     for seed in range(first, first + count):
-        with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+        with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
             try:
                 history(seed, Path(folder))
             except Wrong as error:

@@ -403,7 +403,7 @@ class Index:
     def parents(self, run: StageRun) -> list[StageRun]:
         """The models that a model was made from, directly; those that it only watches are excluded.
 
-        For a folder of models: those whose weights it contains unchanged, if any.
+        For a folder of models: those whose weights it contains unchanged, if any; if its files are unavailable, the variant that its report names.
         """
         direct: list[StageRun] = []
         from_folders: list[StageRun] = []
@@ -413,6 +413,8 @@ class Index:
                 (direct if dep == path else from_folders).append(producer)
         mine = self.weights(run.md5)
         same = [producer for producer in from_folders if mine & self.weights(producer.md5)]
+        if from_folders and not direct and not mine and (variant := self.report(run).get("variant")):
+            same = [producer for producer in from_folders if producer.address in {f"merged@{variant}", f"merged_aligned@{variant}"}]
         if not direct and not same and mine and (run.unresolved or run.place in {"run cache", "cache"}):
             holders = {out for weight in mine for out in self.outputs_with_file(weight)} - {run.md5}
             same = [self.runs_by_output[out][0] for out in sorted(holders) if out in self.runs_by_output and not self._is_unrecorded(out)]
@@ -423,9 +425,13 @@ class Index:
 
     @cache  # noqa: B019  an index lives as long as one query
     def is_copy(self, run: StageRun) -> bool:
-        """Whether a model has the weights of a parent, byte for byte: the parent then accounts for everything that it was trained on."""
+        """Whether a model has the weights of a parent, byte for byte, or, if its files are unavailable, was chosen from folders of models: the parent
+        then accounts for everything that it was trained on."""
         mine = self.weights(run.md5)
-        return bool(mine) and any(mine <= self.weights(parent.md5) for parent in self.parents(run))
+        if mine:
+            return any(mine <= self.weights(parent.md5) for parent in self.parents(run))
+        direct = any(dep == path for dep, path, md5 in run.inputs if md5 in run.producers and run.producers[md5].is_model)
+        return run.is_model and not direct and len(self.parents(run)) == 1
 
     @cache  # noqa: B019  an index lives as long as one query
     def data(self, run: StageRun) -> dict[str, StageRun]:
