@@ -195,7 +195,7 @@ def verify(options: argparse.Namespace) -> int:
         return {"intact": 0, "altered": 1, "incomplete": 2}[document["verdict"]]
     document = module.verify(_project(options), options.stage, options.rev, options.deep)
     _print(options, document, module.as_text)
-    return 0 if document["verdict"] == "identical" else 1
+    return 1 if document["verdict"] == "different" else 0
 
 
 def compare(options: argparse.Namespace) -> int:

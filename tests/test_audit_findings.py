@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 from pathlib import Path
@@ -163,6 +164,38 @@ def test_a_question_that_cannot_be_answered_is_refused(made: Project, wrong: lis
     assert done.returncode == 2 and "hint:" in done.stderr and "Traceback" not in done.stderr and not done.stdout
 
 
+def test_a_file_that_stages_only_compare_with_was_not_trained_on(made: Project) -> None:
+    lock = made.trained(made.curated(ROWS), TRAINED)
+    benchmark = "data/sources/benchmarks/b.jsonl"
+    lock["instructions"]["params"] = {"params.yaml": {"instructions": {"benchmarks": [benchmark]}}}
+    made.commit(lock)
+    answer = impact(made.root, source=benchmark)
+    assert (answer["verdict"], answer["read_by"]) == ("no", ["instructions"])
+    assert "named by instructions, but not as a source of rows" in as_text(answer)
+    with pytest.raises(InputError, match="no recorded run has read"):
+        impact(made.root, source="data/sources/benchmarks/b.json")
+
+
+def test_other_files_that_contributed_are_listed_with_their_hash(made: Project) -> None:
+    lock = made.trained(made.curated(ROWS), TRAINED)
+    folder = made.root / "data/sources/benchmarks"
+    folder.mkdir(parents=True)
+    (folder / "b.jsonl").write_text("{}")
+    (folder / "unused.jsonl").write_text("[]")
+    listing = [{"md5": md5((folder / name).read_bytes()), "relpath": name} for name in ("b.jsonl", "unused.jsonl")]
+    digest = md5(json.dumps(listing, sort_keys=True).encode()) + ".dir"
+    lock["instructions"]["deps"].append({"path": "data/sources/benchmarks", "hash": "md5", "md5": digest})
+    lock["instructions"]["params"] = {"params.yaml": {"instructions": {"benchmarks": ["data/sources/benchmarks/b.jsonl"]}}}
+    made.commit(lock)
+    (folder / "b.jsonl").write_text("changed since")
+    sha256 = hashlib.sha256(b"{}").hexdigest()
+    found = audit(made.root, "merged@lora")["other_files"]
+    assert found.pop("data/sources/paraphrases").keys() == {"md5", "license", "stages"}  # its content is not at hand
+    assert found == {
+        "data/sources/benchmarks/b.jsonl": {"md5": md5(b"{}"), "sha256": sha256, "license": "unknown", "stages": ["instructions"]}
+    }
+
+
 def test_a_source_is_found_by_its_absolute_path(made: Project) -> None:
     made.commit(made.trained(made.curated(ROWS), TRAINED))
     assert impact(made.root, source=str(made.root / FAQ))["models"] == impact(made.root, source=FAQ)["models"] != []
@@ -302,6 +335,17 @@ def test_a_model_that_lay_in_the_cache_before_it_was_recorded_is_a_model(made: P
     assert [model["stage"] for model in impact(made.root, record=identity("cats"))["unknown"]] == ["unrecorded"]
     made.commit(lock)
     assert stages(impact(made.root, record=identity("cats"))) == ["head"]
+
+
+def test_models_of_other_projects_in_a_shared_cache_are_not_searched(made: Project, tmp_path: Path) -> None:
+    made.commit(made.trained(made.curated(ROWS), TRAINED))
+    made.put({"model.safetensors": b"of another project"})
+    assert impact(made.root, record=identity("nobody"))["verdict"] == "cannot tell"
+    (made.root / ".dvc/tmp/pedigree/index.sqlite3").unlink()
+    (made.root / ".dvc/cache").rename(tmp_path / "shared")
+    (made.root / ".dvc/config").write_text(f"[cache]\n    dir = {tmp_path / 'shared'}\n")
+    assert impact(made.root, record=identity("nobody"))["verdict"] == "no"
+    assert impact(made.root, record=identity("cats"))["verdict"] == "yes"
 
 
 def test_malformed_ids_are_refused(made: Project) -> None:

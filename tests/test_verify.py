@@ -15,7 +15,9 @@ import torch
 from conftest import dvc, pedigree
 from safetensors.torch import save_file
 
-from dagster_project.commands.verify import _Clone, as_text, verify
+from dagster_project.commands.elsewhere import compared
+from dagster_project.commands.outputs import Outputs
+from dagster_project.commands.verify import as_text, verify
 from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.records import write_json
 from dagster_project.lineage.first_difference import first_difference
@@ -100,7 +102,7 @@ def test_likely_causes_are_differences_in_the_environment(root: Path) -> None:
         write_json(store.at("cd34.dir"), [{"relpath": "training.json", "md5": "ab12"}])
         write_json(root / "data/adapter/lora/training.json", now)
         lock = {"adapter@lora": {"outs": [{"path": "data/adapter/lora", "md5": "cd34.dir"}]}}
-        return _Clone(Revision(root, None), lock, store, root).causes("adapter@lora")
+        return Outputs(Revision(root, None), lock, store, root).causes("adapter@lora", compared(None, None))
 
     store = Store(root / "objects", root / "runs")
     same = {"threads": 2, "dtype": "float32"}

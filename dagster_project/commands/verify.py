@@ -11,24 +11,22 @@ import tarfile
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from dagster_project.commands import elsewhere
+from dagster_project.commands.outputs import Outputs, ancestors
 from dagster_project.core import params
 from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.git import git_bytes
 from dagster_project.core.hashing import md5_of_file
 from dagster_project.core.layout import REPORTS, is_code, report_of
-from dagster_project.lineage.first_difference import first_difference
+from dagster_project.core.records import remove
 from dagster_project.lineage.history import Revision, resolve
 from dagster_project.orchestration import dvc, integrity
 
 log = logging.getLogger("pedigree")
-
-IDENTITY = ("dtype", "device", "threads", "processes", "attention")
-"""Keys of training.json that identify the environment of a training, in addition to versions."""
 
 
 def verify(root: Path, stage: str, rev: str | None = None, deep: bool = False) -> dict[str, Any]:
@@ -39,8 +37,9 @@ def verify(root: Path, stage: str, rev: str | None = None, deep: bool = False) -
         rev: a git revision; None for the workspace, including uncommitted code.
         deep: reproduce all upstream stages first. The result ends with the first stage that differs.
     Returns:
-        {"stage", "rev", "verdict": "identical" or "different", "stages": {address: recorded and reproduced hashes of its outputs}, "changed": code
-        that differs from its record, "differences", "causes": likely causes}.
+        {"stage", "rev", "verdict": "identical", "elsewhere" or "different", "stages": {address: recorded and reproduced hashes of its outputs},
+        "changed": code that differs from its record, "differences", "causes": likely causes, "machine": {"recorded", "now", "same_kind"} of the
+        stage that decides the verdict}. Stages made on another kind of machine also have "deviations", each with its bound.
     Raises:
         InputError: an input is missing (then nothing was done), or the stage cannot run.
         CheckFailed: an input was tampered with, or a blocking check of the stage failed.
@@ -48,10 +47,11 @@ def verify(root: Path, stage: str, rev: str | None = None, deep: bool = False) -
     at = Revision(root, rev)
     lock = at.lock()
     address = resolve(lock, stage)
-    addresses = [*_ancestors(lock, address), address] if deep else [address]
+    addresses = [*ancestors(lock, address), address] if deep else [address]
     with tempfile.TemporaryDirectory(prefix="pedigree-") as folder:
         clone = _Clone(at, lock, dvc.store(root), Path(folder).resolve() / "project")
         clone.fill(addresses)
+        outputs = Outputs(at, lock, clone.store, clone.root)
         document: dict[str, Any] = {
             "stage": address,
             "rev": rev,
@@ -60,18 +60,29 @@ def verify(root: Path, stage: str, rev: str | None = None, deep: bool = False) -
             "changed": [],
             "differences": [],
             "causes": [],
+            "machine": elsewhere.compared(None, None),
         }
         for name in addresses:
             log.info(f"reproducing {name}")
             document["changed"] += clone.restore_parameters(name)
             clone.run(name)
-            outs, differences = clone.compare(name)
-            document["stages"][name] = {"verdict": "different" if differences else "identical", "outputs": outs}
+            outs, differences = outputs.compare(name)
+            judged = outputs.judge(name, differences)
+            document["stages"][name] = {"verdict": judged.verdict, "outputs": outs, **judged.measured}
+            worse = VERDICTS.index(judged.verdict) - VERDICTS.index(document["verdict"])
+            if worse > 0 or (worse == 0 and judged.machine["now"]):
+                document |= {"verdict": judged.verdict, "machine": judged.machine}
             if differences:
-                causes = [*(f"{path} changed since it was recorded" for path in document["changed"]), *clone.causes(name)]
-                return {**document, "verdict": "different", "differences": differences, "causes": causes}
-            dvc.add_to_cache(clone.root, outs)  # inputs of the next stage
+                changed = [f"{path} changed since it was recorded" for path in document["changed"]]
+                document["differences"] += differences
+                document["causes"] += [*changed, *judged.reasons, *outputs.causes(name, judged.machine)]
+            if judged.verdict == "different":
+                return document
+            clone.settle(name, outs)  # inputs of the next stage
     return document
+
+
+VERDICTS = ("identical", "elsewhere", "different")
 
 
 @dataclass(frozen=True)
@@ -221,96 +232,17 @@ class _Clone:
             kind = InputError if code == 2 else CheckFailed
             raise kind(f"{name} could not be reproduced: its command failed", "see its own message above; the project was not changed")
 
-    def compare(self, name: str) -> tuple[dict[str, dict[str, str]], list[dict[str, Any]]]:
-        """Recorded and reproduced hash of each output; and the first difference of each file that differs, the report last."""
-        reproduced = dvc.outputs(self.root, name)
-        outs = sorted(self.lock[name]["outs"], key=lambda out: out["path"].startswith(REPORTS))
-        differences = []
-        for out in outs:
-            published = integrity.published(self.at, self.lock, name, out["path"]) if not out["path"].startswith(REPORTS) else None
-            if reproduced.get(out["path"]) != out["md5"]:
-                differences += self._differences(out["path"], out["md5"])
-            elif published is not None and integrity.sha256_of(self.root / out["path"]) != published:
-                differences.append({"artifact": out["path"], "sha256": "not the one in its report"})
-        return {out["path"]: {"recorded": out["md5"], "made": reproduced.get(out["path"], dvc.MISSING)} for out in outs}, differences
-
-    def _differences(self, path: str, oid: str) -> list[dict[str, Any]]:
-        target, recorded = self.root / path, self._recorded(path, oid)
-        if recorded is None:
-            return [{"artifact": path, "unknown": "the recorded version is not in the cache"}]
-        present = {str(file.relative_to(target)): file for file in target.rglob("*")} if target.is_dir() else {"": target}
-        reproduced = {name: file for name, file in present.items() if file.is_file()}
-        differences: list[dict[str, Any]] = []
-        for name in sorted({*recorded, *reproduced}):
-            artifact = f"{path}/{name}" if name else path
-            if name not in reproduced:
-                differences.append({"artifact": artifact, "only": "recorded"})
-            elif name not in recorded:
-                differences.append({"artifact": artifact, "only": "made"})
-            elif md5_of_file(reproduced[name]) != recorded[name][0]:
-                cached = recorded[name][1]
-                unknown = {"unknown": "the recorded version is not in the cache"}
-                where = first_difference(cached, reproduced[name]) if cached.is_file() else unknown
-                differences.append({"artifact": artifact, **where})
-        return differences
-
-    def _recorded(self, path: str, oid: str) -> dict[str, tuple[str, Path]] | None:
-        """(hash, file) of each recorded file by its path in the output. A report comes from git or the workspace."""
-        if not path.startswith(REPORTS):
-            files = self.store.files(oid)
-            return None if files is None else {name: (one, self.store.at(one)) for name, one in files.items()}
-        report = self.root.parent / "report.json"
-        report.write_bytes(integrity.bytes_of(self.at, path) or b"")
-        return {"": (oid, report if md5_of_file(report) == oid else self.store.at(oid))}
-
-    def causes(self, name: str) -> list[str]:
-        """Differences between the recorded environment and this one, according to reports and training.json."""
-        producer, recorded = next(
-            (
-                (producer, environment)
-                for producer in reversed([*_ancestors(self.lock, name), name])
-                if (environment := json.loads(integrity.bytes_of(self.at, report_of(producer)) or b"{}").get("environment"))
-            ),
-            (name, {}),
-        )
-        now = {library: _version(library) for library in recorded}
-        causes = [
-            f"{library} {recorded[library]} when {producer} was produced, {now[library]} now"
-            for library in recorded
-            if recorded[library] != now[library]
-        ]
-        before, after = self._training(name)
-        causes += [f"{key}: {before.get(key)} then, {after.get(key)} now" for key in IDENTITY if before.get(key) != after.get(key)]
-        if causes:
-            return causes
-        same = [f"the same versions as when {producer} was produced" if recorded else "the earlier versions are not recorded"]
-        same += [f"the same {', '.join(IDENTITY)}"] if before else []
-        return [f"unknown: {', '.join(same)}; the kind of processor and environment variables are not recorded"]
-
-    def _training(self, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Recorded and reproduced training.json; empty if there is none."""
-        for out in self.lock[name]["outs"]:
-            oid = (self.store.files(out["md5"]) or {}).get("training.json")
-            reproduced = self.root / out["path"] / "training.json"
-            if oid and self.store.at(oid).is_file() and reproduced.is_file():
-                return json.loads(self.store.at(oid).read_bytes()), json.loads(reproduced.read_bytes())
-        return {}, {}
-
-
-def _ancestors(lock: Mapping[str, Any], address: str) -> list[str]:
-    """All stages upstream of one according to dvc.lock, in flow order."""
-    producers = {out["path"]: name for name, stage in lock.items() for out in stage.get("outs", [])}
-    ancestors: list[str] = []
-
-    def visit(name: str) -> None:
-        for dep in lock[name].get("deps", []):
-            for producer in dict.fromkeys(producer for path, producer in producers.items() if dvc.overlap(path, dep["path"])):
-                if producer not in ancestors and producer != address:
-                    visit(producer)
-                    ancestors.append(producer)
-
-    visit(address)
-    return ancestors
+    def settle(self, name: str, outs: Mapping[str, Mapping[str, str]]) -> None:
+        """Put the recorded version of each output in place of one that differs, so that the next stages start from what they started from."""
+        for path, out in outs.items():
+            if out["made"] == out["recorded"]:
+                continue
+            remove(self.root / path)
+            if path.startswith(REPORTS):
+                (self.root / path).write_bytes(integrity.bytes_of(self.at, path) or b"")
+            else:
+                self._copy(path, out["recorded"], integrity.published(self.at, self.lock, name, path))
+        dvc.add_to_cache(self.root, outs)
 
 
 def _unpack(at: Revision, target: Path, path: str = ".") -> None:
@@ -345,15 +277,6 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
-def _version(library: str) -> str:
-    import platform
-
-    try:
-        return platform.python_version() if library == "python" else version(library)
-    except PackageNotFoundError:
-        return "not installed"
-
-
 def as_text(document: Mapping[str, Any]) -> str:
     """The document of `verify` as text for the terminal."""
     lines = [f"{document['stage']}: {document['verdict']}" + (f" at {document['rev']}" if document["rev"] else "")]
@@ -361,6 +284,13 @@ def as_text(document: Mapping[str, Any]) -> str:
         for path, out in stage["outputs"].items():
             same = out["recorded"] == out["made"]
             lines.append(f"  {name:<16} {path}  {out['recorded'][:12]}" + ("" if same else f" recorded, {out['made'][:12]} reproduced"))
+    measured = [one for stage in document["stages"].values() for one in elsewhere.largest(stage.get("deviations", []))]
+    if document["machine"]["same_kind"] is False:
+        lines += ["", "made on another kind of machine" + (" and within its bounds" if document["verdict"] == "elsewhere" else "")]
+    if measured:
+        lines += [
+            f"  {one['measure']:<9} {one['value']:.3g}, bound {one['bound']:g}  {one['artifact']}: {one['where']}" for one in measured
+        ]
     if document["changed"] and document["verdict"] == "identical":
         lines += ["", f"identical, although these changed since they were recorded: {', '.join(document['changed'])}"]
     if document["differences"]:

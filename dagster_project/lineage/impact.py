@@ -76,7 +76,7 @@ def impact(
         containing: part of a message (lineage/search.py).
         regex: `containing` is a regular expression.
     Returns:
-        {"asked", "published", "verdict", "records", "models", "near", "matches", "unknown", "looked_at", "unreadable", "shallow"}. `models`, in the order of
+        {"asked", "published", "verdict", "records", "models", "near", "matches", "read_by", "unknown", "looked_at", "unreadable", "shallow"}. `models`, in the order of
         history, have the splits and training steps, the parent that saw the record, and the commits at which this holds; `unknown` lists models that
         cannot be decided, with the outputs that are missing; `published`: {"id", "record"} if a published id was asked for. The verdict is "yes",
         "no" only if everything was looked at, or else "cannot tell".
@@ -98,8 +98,11 @@ def impact(
     copies: list[dict[str, Any]] = []
     matches: list[dict[str, Any]] = []
     published = None
+    read_by: list[str] = []
     if source is not None:
-        query.match_source(_known_source(index, source))
+        name = _known_source(index, source)
+        query.match_source(name)
+        read_by = [] if index.knows_source(name) else index.stages_naming(name)
     elif content is not None:
         query.match_content(content)
     else:
@@ -126,6 +129,7 @@ def impact(
         "models": models,
         **({"near": copies} if near else {}),
         **({"matches": matches} if containing is not None else {}),
+        **({"read_by": read_by} if read_by else {}),
         "unknown": unknown,
         "looked_at": index.looked_at(),
         "unreadable": index.unreadable_commits,
@@ -143,7 +147,7 @@ def _known_source(index: Index, source: str) -> str:
     path = Path(source).absolute()
     relative = path.relative_to(index.root.absolute()).as_posix() if path.is_relative_to(index.root.absolute()) else name
     for candidate in dict.fromkeys((name, name.rstrip("/"), relative)):
-        if candidate and index.knows_source(candidate):
+        if candidate and (index.knows_source(candidate) or index.stages_naming(candidate)):
             return candidate
     what = (
         "exists, but no recorded run has read it"
@@ -488,6 +492,8 @@ def as_text(result: Mapping[str, Any]) -> str:
     lines = [f"{kind} {visible(value)}"]
     if "published" in result:
         lines.append(f"published id of record {result['published']['record']}")
+    if "read_by" in result:
+        lines.append(f"named by {', '.join(result['read_by'])}, but not as a source of rows that are trained on")
     if result["records"] and result["records"] != [value]:
         lines.append(f"records {_shortened(result['records'])}")
     for match in result.get("matches", [])[:SHOWN]:

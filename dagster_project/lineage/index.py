@@ -703,6 +703,13 @@ class Index:
         query = " UNION ALL ".join(f"SELECT 1 FROM {table} WHERE {where}" for table in ("origin", "source_rows", "credit"))
         return self._db.execute(f"SELECT EXISTS ({query})", (source, _inside(source))).fetchone() == (1,)
 
+    def stages_naming(self, path: str) -> list[str]:
+        """Addresses of the stages whose recorded parameters or dependencies name a file or folder."""
+        pattern = "%" + re.sub(r"([%_\\])", r"\\\1", path) + "%"
+        rows = self._db.execute("SELECT DISTINCT address, text FROM run WHERE text LIKE ? ESCAPE '\\' ORDER BY id", (pattern,))
+        word = re.compile(rf"(?<![\w./-]){re.escape(path)}(?![\w./-])")
+        return list(dict.fromkeys(address for address, text in rows if word.search(text)))
+
     def sources_of(self, run: StageRun) -> set[str] | None:
         """The sources that reports name of everything upstream of a model's data; None if such a report is unavailable."""
         upstream = [producer for producer in self.ancestors(run).values() if self._reads_sources(producer)]

@@ -180,7 +180,8 @@ def document(subject: Subject) -> dict[str, Any]:
         "model"; "sources" of rows with sha256, rows, license and row outcomes; "other_files" that contributed; "base_model"; "stages" in flow order,
         each with output hash, inputs, rows and checks; "watched": stages and sources that it was compared with or only measured by; "records" it was
         trained on; "parents", the models it was derived from; recorded "parameters"; "waivers"; "chat_template"; "code" with commit and file hashes,
-        also per stage; "environment"; "metrics"; "missing" outputs that leave something unknown; "shallow".
+        also per stage; "environment"; "machine" of each stage that records one; "metrics"; "missing" outputs that leave something unknown;
+        "shallow".
     """
     index, run, upstream = subject.index, subject.run, subject.upstream
     reports = {stage: index.report(stage) for stage in upstream}
@@ -203,6 +204,7 @@ def document(subject: Subject) -> dict[str, Any]:
         "watched": {
             "stages": {names[stage.path, stage.md5]: _stage(index, stage, reports[stage], names) for stage in watched},
             "sources": {name: facts for name, facts in watched_sources.items() if name not in sources},
+            "other_files": other_files(index, {stage: entries[stage] for stage in watched}, names, sources | watched_sources),
         },
         "records": _training_counts(records),
         "parents": [
@@ -213,6 +215,7 @@ def document(subject: Subject) -> dict[str, Any]:
         "chat_template": next((r["template"] for r in reversed(made_from.values()) if "template" in r), None),
         "code": _code(index, run),
         "environment": next((r["environment"] for r in reversed(made_from.values()) if "environment" in r), {}),
+        "machine": {names[stage.path, stage.md5]: report["machine"] for stage, report in reports.items() if "machine" in report},
         "metrics": _metrics(subject, reports[run]),
         "missing": missing,
         "shallow": index.history.shallow,
@@ -482,6 +485,16 @@ def _metrics(subject: Subject, report: Mapping[str, Any]) -> dict[str, Any]:
     return {name: {key: value for key, value in figures.items() if key not in NON_METRICS} for name, figures in reports.items()}
 
 
+def _machine_lines(machines: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """One line for each machine: its stages, processor, instruction sets of torch and oneDNN, threads and GPU."""
+    stages: dict[str, list[str]] = {}
+    for stage, one in machines.items():
+        used, gpu = one["instruction_set"], one.get("cuda")
+        text = f"{one['cpu']}, {used['torch']} (oneDNN {used['onednn'] or 'none'}), {one['threads']} threads"
+        stages.setdefault(text + (f", {gpu['device']}, driver {gpu['driver']}" if gpu else ""), []).append(stage)
+    return [f"{text}: {', '.join(names)}" for text, names in stages.items()]
+
+
 def as_text(audited: dict[str, Any]) -> str:
     """The audit as text for the terminal."""
     from dagster_project.views.lineage import code_text
@@ -499,16 +512,14 @@ def as_text(audited: dict[str, Any]) -> str:
         lines += [f"template   {template['name']}, sha256 {template['sha256'][:16]}"]
     if audited["environment"]:
         lines += [f"versions   {', '.join(f'{name} {version}' for name, version in audited['environment'].items())}"]
+    lines += [f"machine    {line}" for line in _machine_lines(audited["machine"])]
     lines += ["", "sources", *_sources_text(audited["sources"])]
-    lines += [
-        f"  {path}  read by {', '.join(file['stages'])}, license {file['license']}, {'sha256' if 'sha256' in file else 'md5'} "
-        f"{file.get('sha256', file['md5'])[:16]}"
-        for path, file in audited["other_files"].items()
-    ]
+    lines += _other_files_text(audited["other_files"])
     lines += ["", "stages", *(_stage_text(name, stage) for name, stage in audited["stages"].items())]
     watched = audited["watched"]
     if watched["stages"]:
         lines += ["", "compared with it or only watched: nothing was learned from these", *_sources_text(watched["sources"])]
+        lines += _other_files_text(watched["other_files"])
         lines += [_stage_text(name, stage) for name, stage in watched["stages"].items()]
     lines += [f"waived     {json.dumps(waiver, ensure_ascii=False)}" for waiver in audited["waivers"]]
     lines += ["", "parameters"]
@@ -529,6 +540,14 @@ def _sources_text(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if flow := "; ".join(f"{stage}: {_counts_text(outcomes)}" for stage, outcomes in source["outcomes"].items()):
             lines.append(f"    {flow}")
     return lines
+
+
+def _other_files_text(files: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return [
+        f"  {path}  read by {', '.join(file['stages'])}, license {file['license']}, {'sha256' if 'sha256' in file else 'md5'} "
+        f"{file.get('sha256', file['md5'])[:16]}"
+        for path, file in files.items()
+    ]
 
 
 def _stage_text(name: str, stage: Mapping[str, Any]) -> str:
