@@ -390,6 +390,11 @@ class Index:
     def _commit_of_lock(self) -> list[str | None]:
         return [commit for _, commit, _ in self._locks]
 
+    def first_recorded(self, md5: str) -> StageRun:
+        """The run of the first commit whose dvc.lock contains an output; if no commit does, the first run that produced it."""
+        runs = self.runs_by_output[md5]
+        return next((run for run in runs if run.commit is not None), runs[0])
+
     def first_commit(self, run: StageRun) -> str | None:
         """The first commit whose dvc.lock contains the run's entry, whatever its lineage; None if no commit does."""
         return self._first_commits.get(run.entry.id)
