@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.history import Project, entry, identity, md5
+from builders.history import Project, entry, identity, md5, table
 from builders.small_pipeline import git
 from conftest import pedigree
 
 from dagster_project.core.errors import InputError
+from dagster_project.core.records import ledger_schema
 from dagster_project.lineage.export.export import issue_date
 from dagster_project.lineage.export.summary import REWARD_METHODS
 from dagster_project.lineage.impact import as_text, impact
@@ -152,6 +153,9 @@ def test_a_part_of_a_message_is_found(made: Project, text: str, options: list[st
     [
         ["--source", "data/sources/never.jsonl"],
         ["--source", "/etc/passwd"],
+        ["--source", "data/splits"],  # an output
+        ["--source", "data/merged"],  # a folder of outputs
+        ["--source", "MIT"],  # a word of the parameters, not a file
         ["--record", "nonsense"],
         ["--containing", " "],
         ["--containing", "(", "--regex"],
@@ -159,7 +163,9 @@ def test_a_part_of_a_message_is_found(made: Project, text: str, options: list[st
     ],
 )
 def test_a_question_that_cannot_be_answered_is_refused(made: Project, wrong: list[str]) -> None:
-    made.commit(made.trained(made.curated(ROWS), TRAINED))
+    lock = made.trained(made.curated(ROWS), TRAINED)
+    lock["instructions"]["params"] = {"params.yaml": {"instructions": {"license": "MIT"}}}
+    made.commit(lock)
     done = pedigree(made.root, "impact", *wrong)
     assert done.returncode == 2 and "hint:" in done.stderr and "Traceback" not in done.stderr and not done.stdout
 
@@ -174,6 +180,17 @@ def test_a_file_that_stages_only_compare_with_was_not_trained_on(made: Project) 
     assert "named by instructions, but not as a source of rows" in as_text(answer)
     with pytest.raises(InputError, match="no recorded run has read"):
         impact(made.root, source="data/sources/benchmarks/b.json")
+
+
+def test_a_module_of_metrics_is_known_by_the_function_that_parameters_name(made: Project) -> None:
+    lock = made.trained(made.curated(ROWS), TRAINED)
+    lock["evaluation"] = entry("evaluation", {"data/metrics": "1" * 32 + ".dir"}, made.put({"scores.json": b"{}"}))
+    lock["evaluation"]["params"] = {"params.yaml": {"evaluation": {"metrics": ["polite.share"]}}}
+    made.commit(lock)
+    answer = impact(made.root, source="data/metrics/polite.py")
+    assert (answer["verdict"], answer["read_by"]) == ("no", ["evaluation"])
+    with pytest.raises(InputError, match="no recorded run has read"):
+        impact(made.root, source="data/metrics/rude.py")
 
 
 def test_other_files_that_contributed_are_listed_with_their_hash(made: Project) -> None:
@@ -327,6 +344,72 @@ def test_a_model_whose_inputs_nothing_records_cannot_be_told(made: Project) -> N
     answer = impact(made.root, record=identity("nobody"))
     assert answer["verdict"] == "cannot tell"
     assert [(model["stage"], model["unexplained"]) for model in answer["unknown"]] == [("merged@lora", ["data/adapter/lora"])]
+
+
+def test_data_whose_inputs_nothing_records_cannot_be_told(made: Project) -> None:
+    lock = made.trained(made.curated(ROWS), TRAINED)
+    splits = lock["splits"]["outs"][0]["md5"]
+    lock["tokenized"]["deps"][0]["md5"] = "0" * 32 + ".dir"
+    made.commit(lock)
+    for answer in (impact(made.root, record=identity("birds")), impact(made.root, content=splits)):
+        assert answer["verdict"] == "cannot tell"
+        assert [model["unexplained"] for model in answer["unknown"]] == [["data/splits"]] * 2
+    assert impact(made.root, record=identity("cats"))["verdict"] == "yes"  # by the steps that the model recorded
+
+
+def test_messages_that_are_gone_are_not_searched_and_cannot_be_told(made: Project) -> None:
+    """The index keeps hashes of whole texts, but not the texts."""
+    made.commit(made.trained(made.curated([("lions", "train", FAQ), *ROWS[1:]]), ["lions", "dogs"]))
+    second = made.trained(made.curated(ROWS), TRAINED)
+    made.commit(second)
+    Index(made.root).read_records()
+    made.collect_garbage(second)
+    assert impact(made.root, text="What of lions?")["verdict"] == "yes"
+    assert impact(made.root, text="What of frogs?")["verdict"] == "no"
+    for answer in (impact(made.root, containing="lions"), impact(made.root, text="What of frogs?", near=True)):
+        assert answer["verdict"] == "cannot tell"
+        assert [one["path"] for model in answer["unknown"] for one in model["missing"]] == ["data/splits"] * 2
+
+
+def test_a_row_before_its_repair_cannot_be_told_without_the_ledger(made: Project) -> None:
+    lock = made.trained(made.curated(ROWS), TRAINED)
+    line = {"source": FAQ, "source_row": 0, "example_id": identity("cats"), "outcome": "kept", "why": "", "source_id": identity("c@ts")}
+    ledger = table([line], ledger_schema(repaired=True))
+    lock["instructions"]["outs"][0]["md5"] = lock["splits"]["deps"][0]["md5"] = made.put({"ledger.parquet": ledger})
+    made.commit(lock)
+    made.object(md5(ledger)).unlink()
+    answer = impact(made.root, record=identity("c@ts"))
+    assert answer["verdict"] == "cannot tell" and answer["unknown"][0]["missing"][0]["path"] == "data/instructions"
+    made.object(md5(ledger)).write_bytes(ledger)
+    assert stages(impact(made.root, record=identity("c@ts"))) == ["adapter@lora", "merged@lora"]
+
+
+def test_a_lock_that_git_has_lost_cannot_be_told(made: Project) -> None:
+    first = made.commit(made.trained(made.curated(ROWS), TRAINED))
+    made.commit(made.trained(made.curated([("frogs", "train", FAQ), *ROWS[1:]]), ["frogs", "dogs"]))
+    blob = git(made.root, "rev-parse", f"{first}:dvc.lock").strip()
+    (made.root / ".git" / "objects" / blob[:2] / blob[2:]).unlink()
+    answer = impact(made.root, record=identity("nobody"))
+    assert (answer["verdict"], answer["unreadable"]) == ("cannot tell", [first])
+
+
+def test_two_versions_of_a_file_are_listed_separately(made: Project) -> None:
+    lock = made.trained(made.curated(ROWS), TRAINED)
+    file = "data/sources/benchmarks/b.jsonl"
+    for stage, version in (("instructions", b"1"), ("tokenized", b"2")):
+        lock[stage]["deps"].append({"path": file, "hash": "md5", "md5": md5(version)})
+    made.commit(lock)
+    found = audit(made.root, "merged@lora")["other_files"]
+    assert found[file]["stages"] == ["instructions"] and found[f"{file} {md5(b'2')[:8]}"]["stages"] == ["tokenized"]
+
+
+def test_a_stage_that_no_commit_had_is_referred_to_by_its_hash(made: Project) -> None:
+    other = made.trained(made.curated(ROWS), TRAINED)["adapter@lora"]
+    out = {**other["outs"][0], "path": "data/adapter/other"}
+    made.cache_run({**other, "cmd": "python -m dagster_project run adapter@other", "outs": [out]})
+    made.commit(made.trained(made.curated(ROWS), TRAINED, seed=1))
+    with pytest.raises(InputError, match="hint: give that hash"):
+        audit(made.root, "adapter@other")
 
 
 def test_a_model_that_lay_in_the_cache_before_it_was_recorded_is_a_model(made: Project) -> None:

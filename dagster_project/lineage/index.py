@@ -627,10 +627,23 @@ class Index:
         query = "SELECT DISTINCT file.out FROM unread JOIN file ON file.md5 = unread.md5 WHERE unread.name IN (?, ?)"
         return frozenset(out for (out,) in self._db.execute(query, (LEDGER, OVERLAPS)))
 
+    @cached_property
+    def _paths_with_contributions(self) -> frozenset[str]:
+        """Paths of the outputs of which some version has a ledger or table of overlaps."""
+        query = "SELECT DISTINCT run.path FROM run JOIN file ON file.out = run.md5 WHERE file.name IN (?, ?)"
+        return frozenset(path for (path,) in self._db.execute(query, (LEDGER, OVERLAPS)))
+
     def missing_contributions(self, run: StageRun) -> list[StageRun]:
         """Runs upstream of a model whose unavailable outputs tell which rows contributed to records of other rows."""
-        upstream = self.ancestors(run).values()
-        return [producer for producer in upstream if producer.md5 in self._without_contributions or producer.md5 not in self._listed]
+        return [
+            producer
+            for producer in self.ancestors(run).values()
+            if producer.md5 in self._without_contributions
+            or (
+                producer.md5 not in self._listed
+                and (producer.path in self._paths_with_contributions or producer.path not in self._listed_paths)
+            )
+        ]
 
     @cached_property
     def _listed_paths(self) -> frozenset[str]:
@@ -707,12 +720,19 @@ class Index:
         query = " UNION ALL ".join(f"SELECT 1 FROM {table} WHERE {where}" for table in ("origin", "source_rows", "credit"))
         return self._db.execute(f"SELECT EXISTS ({query})", (source, _inside(source))).fetchone() == (1,)
 
-    def stages_naming(self, path: str) -> list[str]:
-        """Addresses of the stages whose recorded parameters or dependencies name a file or folder."""
-        pattern = "%" + re.sub(r"([%_\\])", r"\\\1", path) + "%"
-        rows = self._db.execute("SELECT DISTINCT address, text FROM run WHERE text LIKE ? ESCAPE '\\' ORDER BY id", (pattern,))
-        word = re.compile(rf"(?<![\w./-]){re.escape(path)}(?![\w./-])")
-        return list(dict.fromkeys(address for address, text in rows if word.search(text)))
+    def entries_reading(self, path: str) -> list[tuple[str, str, str]]:
+        """(address, dependency, section of dvc.lock) of the entries that read a file or folder, the folder that it is in, or files in it.
+
+        Outputs of stages are left out.
+        """
+        outs = {run.path for run in self.runs.values()} - {""}
+        deps = [
+            dep
+            for (dep,) in self._db.execute("SELECT DISTINCT dep FROM input")
+            if (is_within(dep, path) or is_within(path, dep)) and not any(is_within(dep, out) or is_within(out, dep) for out in outs)
+        ]
+        query = "SELECT DISTINCT run.address, input.dep, run.text FROM run JOIN input ON input.run = run.id WHERE input.dep IN"
+        return list(self._rows(query, deps))
 
     def sources_of(self, run: StageRun) -> set[str] | None:
         """The sources that reports name of everything upstream of a model's data; None if such a report is unavailable."""
@@ -754,9 +774,7 @@ class Index:
         found: set[bytes] = set()
         for path in (self.file_path(out, LEDGER) for out in outs):
             for row in pq.read_table(path, columns=["source", "example_id"]).to_pylist() if path else ():
-                if (row["source"] == source or row["source"].startswith(source.rstrip("/") + "/")) and (
-                    key := record_key(row["example_id"])
-                ) in keys:
+                if is_within(row["source"], source) and (key := record_key(row["example_id"])) in keys:
                     found.add(key)
         return found
 
@@ -803,10 +821,12 @@ class Index:
 
     @property
     def unreadable_commits(self) -> list[str]:
-        """Commits whose dvc.lock cannot be read."""
+        """Commits whose dvc.lock cannot be read, or is missing from git's objects."""
         commits = {**self.history.unreachable, **self.history.first}
-        blobs = [blob.partition(":")[0] for (blob,) in self._db.execute("SELECT blob FROM lock WHERE NOT readable")]
-        return sorted({commits[blob] for blob in blobs if blob in commits})
+        rows = self._db.execute("SELECT blob, readable FROM lock").fetchall()
+        unreadable = {blob.partition(":")[0] for blob, readable in rows if not readable}
+        missing = commits.keys() - {blob.partition(":")[0] for blob, _ in rows}
+        return sorted({commits[blob] for blob in {*unreadable, *missing} if blob in commits})
 
     @cached_property
     def shard_sizes(self) -> dict[str, int]:
@@ -916,6 +936,11 @@ def contributions(path: Path, name: str) -> tuple[list[tuple[str, int, bytes]], 
 
 def _section(address: str) -> str:
     return address.partition("@")[0]
+
+
+def is_within(path: str, folder: str) -> bool:
+    """Whether a path is that of a folder, or of something in it."""
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
 def _inside(folder: str) -> str:

@@ -16,7 +16,7 @@ from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.records import with_license
 from dagster_project.lineage.code import code_in
 from dagster_project.lineage.history import LOCK, Revision, commit_of, listing_of, path_exists
-from dagster_project.lineage.index import EVIDENCE, WEIGHTS, Index
+from dagster_project.lineage.index import EVIDENCE, LEDGER, WEIGHTS, Index, is_within
 from dagster_project.lineage.rows import record_key
 from dagster_project.lineage.runs import StageRun, is_input
 from dagster_project.lineage.sources import other_files
@@ -123,9 +123,10 @@ def find(index: Index, model: str, rev: str | None = None) -> Subject:
         return Subject(index, run, lock if run in lock.values() else _lock(index, run.commit))
     former = [run for run in index.runs.values() if model in {run.address, run.path}]
     if former:
+        last = next((run for run in reversed(former) if run.commit), former[-1])
         raise InputError(
-            f"{model} is not in dvc.lock{f' at {rev}' if rev else ''}; it was before, last with md5 {former[-1].md5}",
-            f"give --rev {(former[-1].commit or '')[:12]}, or that hash",
+            f"{model} is not in dvc.lock{f' at {rev}' if rev else ''}; it was before, last with md5 {last.md5}",
+            f"give --rev {last.commit[:12]}, or that hash" if last.commit else "give that hash",
         )
     shallow = "; this clone is shallow: `git fetch --unshallow` fetches the rest of the history" if index.history.shallow else ""
     what = (
@@ -317,7 +318,7 @@ def _ledger_counts(index: Index, run: StageRun) -> dict[tuple[str, str], int]:
     """(source, outcome) -> rows; empty if the ledger is unavailable."""
     import pyarrow.parquet as pq
 
-    path = index.file_path(run.md5, "ledger.parquet")
+    path = index.file_path(run.md5, LEDGER)
     if path is None:
         return {}
     rows = pq.read_table(path, columns=["source", "outcome"]).group_by(["source", "outcome"]).aggregate([([], "count_all")]).to_pylist()
@@ -327,7 +328,7 @@ def _ledger_counts(index: Index, run: StageRun) -> dict[tuple[str, str], int]:
 def _outcomes_of_source(counts: Mapping[tuple[str, str], int], name: str) -> dict[str, int]:
     outcomes: Counter[str] = Counter()
     for (source, outcome), n in counts.items():
-        if source == name or source.startswith(name.rstrip("/") + "/"):
+        if is_within(source, name):
             outcomes[outcome] += n
     return dict(outcomes)
 
@@ -389,9 +390,9 @@ def _source_rows(index: Index, data: Iterable[StageRun]) -> tuple[dict[str, tupl
     missing = []
     for run in data:
         files = index.files(run.md5)
-        if not index.is_split(run) or (files is not None and "ledger.parquet" not in files):
+        if not index.is_split(run) or (files is not None and LEDGER not in files):
             continue
-        path = index.file_path(run.md5, "ledger.parquet")
+        path = index.file_path(run.md5, LEDGER)
         if path is None:
             missing.append(_missing(run))
             continue
