@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from builders.history import md5
-from builders.random_history import PARAPHRASES, VARIANTS, Entry, Lock, Log, Toy, canonical, dir_md5, git
+from builders.random_history import PARAPHRASES, VARIANTS, Entry, Lock, Toy, canonical, dir_md5, git
 
 WORKSPACE = "workspace"
 MODELS = ("adapter", "merged", "release")
@@ -259,6 +259,3 @@ class Reach:
 
 def clone_shallow(toy: Toy, target: Path) -> None:
     subprocess.run(["git", "clone", "-q", "--depth", "1", f"file://{toy.root}", str(target)], check=True, capture_output=True)
-
-
-__all__ = ["Log", "Reach", "TooManyLineages", "clone_shallow", "out_of"]
