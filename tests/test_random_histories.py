@@ -5,6 +5,8 @@ As a script: PEDIGREE_HISTORIES=3000 python tests/test_random_histories.py (`mak
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import random
 import shutil
@@ -12,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +22,13 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import pytest
+from builders.files import jsonl
 from builders.history_oracle import MODELS, WORKSPACE, Chain, Reach, Signature, TooManyLineages, clone_shallow, out_of
-from builders.random_history import NAMES, PARAPHRASES, SOURCES, Toy, canonical, dir_md5
+from builders.random_history import NAMES, PARAPHRASES, SOURCES, Toy, canonical, dir_md5, git
 
 from dagster_project.core.errors import InputError
 from dagster_project.lineage.diff import diff
+from dagster_project.lineage.export.export import export
 from dagster_project.lineage.impact import impact
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import document, find, trained_on
@@ -273,7 +278,7 @@ def audit_problems(reach: Reach, found: dict[str, Any], subject: Any, chain: Cha
 def code_problems(reach: Reach, code: dict[str, Any], chain: Chain, place: str) -> list[str]:
     """The commit holds the model, and it is clean exactly if its code and parameters are those that ran."""
     md5 = out_of(next(iter(chain.values())))[1]
-    holders = [one.name for one in reach.places if one.name != WORKSPACE and any(out_of(entry)[1] == md5 for entry in one.lock.values())]
+    holders = reach.holders(md5)
     commit = code["commit"]
     if commit is None and not set(holders) & reach.reachable:
         return ["no commit, but clean"] if code["clean"] else []
@@ -288,11 +293,7 @@ def code_problems(reach: Reach, code: dict[str, Any], chain: Chain, place: str) 
             problems.append(f"code of {address}: says nothing")
             continue
         at, claimed = code["stages"][address]["commit"], code["stages"][address]["clean"]
-        holding = [
-            one.name
-            for one in reach.places
-            if one.name != WORKSPACE and any(canonical(found) == canonical(entry) for found in one.lock.values())
-        ]
+        holding = reach.holders_of_entry(entry)
         differing = differences(reach, entry, at) if at else ["everything"]
         clean &= not differing
         if (at is None and set(holding) & reach.reachable) or (at and at not in holding):
@@ -356,6 +357,70 @@ def compare_diff(reach: Reach, before: tuple[str, str], after: tuple[str, str]) 
         raise Wrong(f"diff {before} {after}: says added, removed, moved {told}; possible are {wanted}")
 
 
+# --- exports
+
+
+def compare_export(reach: Reach, address: str, rev: str | None) -> None:
+    """Compare the exports of a model at a revision with its lineage, and with what they were when they were asked for before."""
+    place = next(one for one in reach.places if one.name == (rev or WORKSPACE))
+    chains = reach.chains(address, place.lock[address], place)
+    md5 = out_of(place.lock[address])[1]
+    try:
+        texts = {
+            form: export(reach.root, address, form, rev, None if reach.holders(md5) else date(2026, 1, 1))
+            for form in ("cyclonedx", "openlineage", "model-card")
+        }
+    except InputError as error:
+        if reach.incomplete:
+            return
+        raise Wrong(f"export {address} at {rev}: refused: {error}") from error
+    complaints = [export_problems(reach, texts, chain) for chain in chains if reach.whole(chain)]
+    if complaints and all(complaints):
+        raise Wrong(f"export {address} at {rev} ({len(chains)} possible lineages):\n  " + "\n  ".join(min(complaints, key=len)))
+    if rev and not reach.incomplete:
+        holders = [one for one in reach.holders(md5) if one in reach.reachable]
+        before = reach.toy.exported.setdefault((rev, address), (holders, texts))
+        if before[0] == holders[len(holders) - len(before[0]) :] and before[1] != texts:
+            forms = [form for form in texts if texts[form] != before[1][form]]
+            raise Wrong(f"export {address} at {rev}: not the text that it was before: {forms}\n{before[1][forms[0]]}\n{texts[forms[0]]}")
+
+
+def export_problems(reach: Reach, texts: dict[str, str], chain: Chain) -> list[str]:
+    problems = []
+    bom, facts = json.loads(texts["cyclonedx"]), reach.facts(chain)
+    parts = {part["bom-ref"]: part for part in bom["components"]}
+    told = {
+        name.removeprefix("source:"): {
+            "rows": int(next(one["value"] for one in part["properties"] if one["name"] == "pedigree:rows")),
+            "sha256": part["hashes"][0]["content"],
+            "license": part["licenses"][0]["license"]["id"],
+        }
+        for name, part in parts.items()
+        if name.startswith("source:")
+    }
+    if told != facts and not (reach.incomplete and told.items() <= facts.items()):
+        problems.append(f"cyclonedx: sources are {told}, but it was trained on {facts}")
+    for path, fact in facts.items():
+        line = f"| {path} | {fact['rows']} | "
+        if not any(one.startswith(line) and fact["sha256"] in one and fact["license"] in one for one in texts["model-card"].splitlines()):
+            problems += [] if reach.incomplete else [f"model card: no line for {path} with {fact}"]
+    events = [json.loads(line) for line in texts["openlineage"].splitlines()]
+    for event in (one for one in events if one["eventType"] == "COMPLETE" and one["job"]["name"] in chain):
+        entry = chain[event["job"]["name"]]
+        path, value = out_of(entry)
+        hashes = {one["name"]: one["facets"].get("contentHash", {}) for one in [*event["inputs"], *event["outputs"]]}
+        if hashes.get(path, {}).get("md5") != value:
+            problems.append(f"openlineage: output of {event['job']['name']} is {hashes.get(path)}, but it was {value}")
+        read = {one["path"]: one["md5"] for one in entry["deps"]} | {name: fact["sha256"] for name, fact in facts.items()}
+        for name, found in hashes.items():
+            if name in read and read[name] not in found.values():
+                problems.append(f"openlineage: {event['job']['name']} read {name} as {found}, but it was {read[name]}")
+        tags = {one["key"]: one["value"] for one in event["run"]["facets"].get("tags", {}).get("tags", [])}
+        if "commit" in tags and tags["commit"] not in reach.holders_of_entry(entry):
+            problems.append(f"openlineage: {event['job']['name']} is said to be recorded in {tags['commit']}, which has no such run")
+    return problems
+
+
 # --- histories
 
 
@@ -374,6 +439,8 @@ def check(reach: Reach, draw: random.Random) -> None:
     for address, name in draw.sample(known, min(4, len(known))):
         try:
             compare_audit(reach, address, None if name == WORKSPACE else name)
+            if draw.random() < 0.4:
+                compare_export(reach, address, None if name == WORKSPACE else name)
         except TooManyLineages:
             continue
     reach.remember()
@@ -412,9 +479,83 @@ def history(seed: int, folder: Path) -> None:
         raise Wrong(f"seed {seed} ({'real' if toy.real else 'simulated'} stages):\n  {done}\n{type(error).__name__}: {error}") from error
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(12))
 def test_every_answer_about_a_random_history_agrees_with_what_ran(seed: int, tmp_path: Path) -> None:
     history(seed, tmp_path)
+
+
+# --- what they have found
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Toy:
+    """A project with simulated stages, in which all has run and is committed."""
+    toy = Toy(tmp_path / "project", seed=1)
+    toy.real = toy.ledger_in_tokenized = False
+    toy.commit()
+    toy.repro()
+    toy.commit()
+    return toy
+
+
+def test_code_of_a_run_that_is_not_committed_is_not_taken_from_an_earlier_run_with_the_same_bytes(toy: Toy) -> None:
+    before = document(find(Index(toy.root), "merged@lora"))["code"]
+    (toy.root / "dagster_project/stages/merged.py").write_text("VERSION = 2\n")
+    toy.repro()
+    after = document(find(Index(toy.root), "merged@lora"))["code"]
+    assert (before["clean"], after["clean"]) == (True, False)
+    assert (after["stages"]["merged@lora"]["commit"], after["commit"]) == (None, before["commit"])
+    assert after["files"]["dagster_project/stages/merged.py"] != before["files"]["dagster_project/stages/merged.py"]
+
+
+def test_copies_of_a_record_are_credited_to_every_source_that_has_it(toy: Toy) -> None:
+    faq, mail = toy.source_paths()
+    toy.write_source(mail, toy.read_source(faq))
+    prompts = [prompt for prompt, _ in toy.read_source(faq)]
+    jsonl(toy.root / PARAPHRASES, *({"prompt": one, "paraphrase": f"{one} Tell me."} for one in prompts))
+    toy.write_params(toy.params() | {"splits": {**toy.params()["splits"], "augment": {"paraphrases": PARAPHRASES, "license": "MIT"}}})
+    toy.repro()
+    toy.commit()
+    first, second = (impact(toy.root, source=path)["models"][-1]["seen"] for path in (faq, mail))
+    assert (
+        first == second
+        and first[0]["splits"]["train"] == 2 * impact(toy.root, source=PARAPHRASES)["models"][-1]["seen"][0]["splits"]["train"]
+    )
+    assert impact(toy.root, source=SOURCES)["models"][-1]["seen"] == first  # no copy is counted twice
+
+
+def test_a_source_of_a_run_that_was_never_committed_is_found_though_a_later_run_made_the_same_bytes(toy: Toy) -> None:
+    faq = toy.source_paths()[0]
+    toy.write_source(faq, [toy.new_row(), *toy.read_source(faq)])
+    digest = hashlib.sha256((toy.root / faq).read_bytes()).hexdigest()
+    toy.repro()
+    trained = toy.lock()["adapter@lora"]
+    toy.write_source(faq, toy.read_source(faq)[::-1])
+    toy.repro()
+    assert toy.lock()["adapter@lora"] == trained
+    found = impact(toy.root, content=digest)
+    assert found["verdict"] == "yes" and out_of(trained)[1] in {model["md5"] for model in found["models"]}
+
+
+def test_each_lineage_of_a_model_names_the_commits_at_which_it_holds(toy: Toy) -> None:
+    faq = toy.source_paths()[0]
+    first = git(toy.root, "rev-parse", "HEAD").strip()
+    rows = toy.read_source(faq)
+    toy.write_source(faq, rows[1:])
+    toy.write_source(f"{SOURCES}/new.jsonl", rows[:1])
+    toy.change_sources(lambda sources: sources.append({"path": f"{SOURCES}/new.jsonl", "license": "MIT"}))
+    toy.repro()
+    toy.commit()
+    second = git(toy.root, "rev-parse", "HEAD").strip()
+    (model,) = (one for one in impact(toy.root, source=faq)["models"] if one["stage"] == "adapter@lora")
+    assert [seen["commits"] for seen in model["seen"]] == [[first], [second]] and model["commits"] == [first, second]
+
+
+def test_an_audit_at_a_commit_of_the_reflog_names_that_commit_though_the_workspace_has_the_same_model(toy: Toy) -> None:
+    commit = git(toy.root, "rev-parse", "HEAD").strip()
+    git(toy.root, "reset", "-q", "--soft", "HEAD~1")
+    code = document(find(Index(toy.root), "merged@lora", commit))["code"]
+    assert (code["commit"], code["clean"]) == (commit, True)
 
 
 def soak(count: int, first: int, keep_going: bool = False) -> int:

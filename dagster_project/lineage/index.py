@@ -390,6 +390,11 @@ class Index:
     def _commit_of_lock(self) -> list[str | None]:
         return [commit for _, commit, _ in self._locks]
 
+    def first_recorded(self, md5: str) -> StageRun:
+        """The run of the first commit whose dvc.lock contains an output; if no commit does, the first run that produced it."""
+        runs = self.runs_by_output[md5]
+        return next((run for run in runs if run.commit is not None), runs[0])
+
     def first_commit(self, run: StageRun) -> str | None:
         """The first commit whose dvc.lock contains the run's entry, whatever its lineage; None if no commit does."""
         return self._first_commits.get(run.entry.id)
@@ -600,8 +605,12 @@ class Index:
 
     def unexplained(self, run: StageRun) -> list[str]:
         """Inputs of a run that were outputs of stages, although nothing records the runs that produced them."""
-        paths = {one.path for one in self.runs.values()} - {""}
-        return [*run.unresolved, *(path for _, path, md5 in run.inputs if path in paths and md5 not in run.producers and md5 != run.md5)]
+        outputs = (path for _, path, md5 in run.inputs if path in self._output_paths and md5 not in run.producers and md5 != run.md5)
+        return [*run.unresolved, *outputs]
+
+    @cached_property
+    def _output_paths(self) -> frozenset[str]:
+        return frozenset(run.path for run in self.runs.values()) - {""}
 
     @cached_property
     def _listed(self) -> frozenset[str]:

@@ -257,7 +257,7 @@ def _stage_names(upstream: Iterable[StageRun]) -> dict[tuple[str, str], str]:
 
 def _commit_facts(index: Index, run: StageRun) -> dict[str, Any]:
     """The first commit whose dvc.lock contains this output's hash."""
-    first = index.runs_by_output[run.md5][0]
+    first = index.first_recorded(run.md5)
     earlier = {"or_earlier": True} if first.commit in index.history.boundary else {}
     return {"commit": first.commit, **earlier}
 
@@ -285,7 +285,7 @@ def _code(index: Index, run: StageRun) -> dict[str, Any]:
         stages[name] = {"commit": commit, "clean": commit is not None and not differing, **({"differs": differing} if differing else {})}
     differs = sorted({path for _, _, differing in code.values() for path in differing})
     uncommitted = [name for name, stage in stages.items() if stage["commit"] is None]
-    first = index.runs_by_output[run.md5][0]
+    first = index.first_recorded(run.md5)
     return {
         **_commit_facts(index, run),
         "clean": all(stage["clean"] for stage in stages.values()),

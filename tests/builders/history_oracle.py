@@ -117,6 +117,15 @@ class Reach:
             self.toy.blobs[name] = git(self.root, "cat-file", "blob", name).encode()
         return self.toy.blobs[name]
 
+    def holders(self, md5: str) -> list[str]:
+        """Commits whose dvc.lock has an output, the latest first."""
+        return [one.name for one in self.places if one.name != WORKSPACE and any(out_of(entry)[1] == md5 for entry in one.lock.values())]
+
+    def holders_of_entry(self, entry: Entry) -> list[str]:
+        """Commits whose dvc.lock has exactly this run."""
+        wanted = canonical(entry)
+        return [one.name for one in self.places if one.name != WORKSPACE and any(canonical(found) == wanted for found in one.lock.values())]
+
     # --- lineages
 
     def chains(self, address: str, entry: Entry, place: Place) -> list[Chain]:
