@@ -277,3 +277,8 @@ def path_exists(path: Path) -> bool:
         return path.exists()
     except OSError:  # the name is too long
         return False
+
+
+def is_within(path: str, folder: str) -> bool:
+    """Whether a path is that of a folder, or of something in it."""
+    return path == folder or path.startswith(folder.rstrip("/") + "/")

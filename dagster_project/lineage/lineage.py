@@ -15,9 +15,10 @@ from dagster_project.core.git import git
 from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.records import with_license
 from dagster_project.lineage.code import code_in
-from dagster_project.lineage.history import LOCK, Revision, commit_of, listing_of, path_exists
-from dagster_project.lineage.index import EVIDENCE, LEDGER, WEIGHTS, Index, is_within
-from dagster_project.lineage.rows import record_key
+from dagster_project.lineage.history import LOCK, Revision, commit_of, is_within, listing_of, path_exists
+from dagster_project.lineage.index import Index
+from dagster_project.lineage.rows import EVIDENCE, LEDGER, record_key
+from dagster_project.lineage.run_index import WEIGHTS
 from dagster_project.lineage.runs import StageRun, is_input
 from dagster_project.lineage.sources import other_files
 

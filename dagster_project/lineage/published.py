@@ -10,8 +10,8 @@ from dagster_project.core.git import git
 from dagster_project.core.hashing import md5_of_bytes, md5_of_folder
 from dagster_project.core.layout import RECORD_KEY
 from dagster_project.core.published_ids import parse_key
-from dagster_project.lineage.history import blobs
-from dagster_project.lineage.index import Index, is_within
+from dagster_project.lineage.history import blobs, is_within
+from dagster_project.lineage.index import Index
 
 RESTORE = f"restore {RECORD_KEY} from your copy of it: the id may have been published with this key"
 

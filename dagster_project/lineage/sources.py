@@ -10,8 +10,8 @@ from typing import Any
 from dagster_project.core.hashing import md5_of_bytes, md5_of_folder, sha256_of_bytes
 from dagster_project.core.layout import RECORD_KEY
 from dagster_project.lineage.code import PARAMS, contents_at
-from dagster_project.lineage.history import listing_of, stages_of
-from dagster_project.lineage.index import Index, is_within
+from dagster_project.lineage.history import is_within, listing_of, stages_of
+from dagster_project.lineage.index import Index
 from dagster_project.lineage.runs import StageRun
 
 
