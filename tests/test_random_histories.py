@@ -67,7 +67,10 @@ def compare_impact(reach: Reach, question: dict[str, Any], names: Names, source:
             commits = [one or "" for one in seen.get("commits", model["commits"]) or [None]]
             claims.setdefault(model["md5"], []).append((shown(seen, source), commits))
     possible = possible_exposures(reach, names, source)
-    problems = [*omissions(reach, found, claims, names, source), *untruths(reach, claims, possible, names, source)]
+    partly = {model["md5"] for model in found["models"] if model.get("missing")}
+    if partly and not reach.incomplete:
+        raise Wrong(f"impact {question}: nothing is missing, but {partly} are called partly unknown")
+    problems = [*omissions(reach, found, claims, partly, names, source), *untruths(reach, claims, partly, possible, names, source)]
     problems += verdict_problems(reach, found, any(possible.values()), names, source)
     if problems:
         raise Wrong(f"impact {question}:\n  " + "\n  ".join(problems))
@@ -83,7 +86,7 @@ def possible_exposures(reach: Reach, names: Names, source: bool) -> dict[str, se
     return possible
 
 
-def omissions(reach: Reach, found: dict[str, Any], claims: Claims, names: Names, source: bool) -> Iterator[str]:
+def omissions(reach: Reach, found: dict[str, Any], claims: Claims, partly: set[str], names: Names, source: bool) -> Iterator[str]:
     """Models that saw the records by every lineage that they may have, and that the answer neither names nor calls unknown."""
     unknown = {one["md5"] for one in found["unknown"]}
     for address, entry, place in reach.models():
@@ -91,25 +94,27 @@ def omissions(reach: Reach, found: dict[str, Any], claims: Claims, names: Names,
         if md5 in unknown or not all(reach.whole(chain) for chain in chains) or (found["verdict"] == "refused" and reach.incomplete):
             continue
         options = {reach.signature(chain, names(chain), source) for chain in chains}
-        if None not in options and not any(agrees(reach, said, options) for said, _ in claims.get(md5, [])):
+        if None not in options and not any(agrees(md5 in partly, said, options) for said, _ in claims.get(md5, [])):
             yield f"missing at {place.name or 'run cache'}: {address} {md5} {options}, said {claims.get(md5)}"
 
 
-def untruths(reach: Reach, claims: Claims, possible: dict[str, set[Signature]], names: Names, source: bool) -> Iterator[str]:
+def untruths(
+    reach: Reach, claims: Claims, partly: set[str], possible: dict[str, set[Signature]], names: Names, source: bool
+) -> Iterator[str]:
     """Statements that no lineage of the model confirms, at all or at the commits that they name."""
     recorded = {out_of(entry)[1] for _, entry, _ in reach.models()}
     for md5, statements in claims.items():
         for said, commits in statements:
             only_bytes = md5 not in recorded and md5 in reach.log.weights and commits == [""] and reach.exists(md5)
-            if not only_bytes and not agrees(reach, said, possible.get(md5, set())):
+            if not only_bytes and not agrees(md5 in partly, said, possible.get(md5, set())):
                 yield f"not true: {md5} {said}; possible are {possible.get(md5)}"
         for commit in {one for _, commits in statements for one in commits} & set(reach.commits):
             there = at_commit(reach, md5, commit, names, source)
-            if not any(agrees(reach, said, there) for said, commits in statements if commit in commits):
+            if not any(agrees(md5 in partly, said, there) for said, commits in statements if commit in commits):
                 yield f"not true at {commit}: {md5} {statements}; there possible are {there}"
         for said, commits in statements:
             if set(commits) <= set(reach.commits) and not any(
-                agrees(reach, said, at_commit(reach, md5, one, names, source)) for one in commits
+                agrees(md5 in partly, said, at_commit(reach, md5, one, names, source)) for one in commits
             ):
                 yield f"not true at {commits}: {md5} {said}"
 
@@ -140,11 +145,11 @@ def shown(seen: dict[str, Any], source: bool) -> Signature:
     return (seen["by"], seen["md5"], tuple(sorted(seen["splits"].items())), steps)
 
 
-def agrees(reach: Reach, said: Signature, options: Collection[Signature | None]) -> bool:
-    """Whether it is one of the options; if something is missing, steps may be unknown."""
+def agrees(partly: bool, said: Signature, options: Collection[Signature | None]) -> bool:
+    """Whether it is one of the options or, of a model that is called partly unknown, a part of one."""
     if ANYTHING in options or said in options:
         return True
-    return reach.incomplete and said[3] is None and any(one and said[:3] == one[:3] for one in options)
+    return partly and any(one and said[:2] == one[:2] and set(said[2]) <= set(one[2]) and said[3] in {None, one[3]} for one in options)
 
 
 def at_commit(reach: Reach, md5: str, commit: str, names: Names, source: bool) -> set[Signature]:

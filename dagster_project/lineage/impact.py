@@ -123,8 +123,11 @@ def impact(
         query.searched = near or containing is not None
         query.match_records(keys, {record_key(record): record} if record is not None else {}, derived=record is not None)
     models = query.models()
-    listed = {model["md5"] for model in models}
-    unknown = [model for model in query.unknown() if model["md5"] not in listed] + unmapped
+    undecided = {model["md5"]: model for model in query.unknown()}
+    for model in models:
+        if (partly := undecided.pop(model["md5"], None)) and partly["missing"]:
+            model |= {name: partly[name] for name in ("missing", "fetch")}
+    unknown = [*undecided.values(), *unmapped]
     complete = not (unknown or index.unreadable_commits or index.history.shallow)
     return {
         "asked": {name: value for name, value in asked.items() if value is not None},
@@ -179,6 +182,8 @@ class _ImpactQuery:
         self._source: str | None = None
         self._exposures: dict[int, Exposure] = {}
         """Id of a model's run -> its own exposure."""
+        self._by_hash = False
+        """Whether the query is a hash."""
         self._complete = False
         """Whether dvc.lock alone determines the result."""
         self._derived = False
@@ -297,6 +302,7 @@ class _ImpactQuery:
             InputError: the prefix is too short, or nothing in history has such a hash.
         """
         index, prefix = self.index, digest.lower()
+        self._by_hash = True
         if len(prefix) < 6:
             raise InputError(f"--hash {digest}: hash prefix is ambiguous", "give at least six digits")
         sources = index.outputs_by_source_hash(prefix)
@@ -411,6 +417,7 @@ class _ImpactQuery:
         unknown: dict[str, dict[str, Any]] = {}
         for run in [upstream for upstream in self.index.runs.values() if upstream.is_model]:
             missing: dict[str, StageRun] = {}
+            reports: dict[str, dict[str, str]] = {}
             unexplained: dict[str, None] = {}
             pending, visited = [run], set[int]()
             while pending:
@@ -421,20 +428,23 @@ class _ImpactQuery:
                 parents = self.index.parents(upstream)
                 pending += parents
                 if not self.index.is_copy(upstream):
+                    reports |= {one["path"]: one for one in self._missing_reports(upstream)}
                     missing |= {absent.md5: absent for absent in ([] if self._complete else self._missing(upstream))}
                     unexplained |= dict.fromkeys(path for one in self._relevant(upstream) for path in self.index.unexplained(one))
                     unexplained |= {"": None} if upstream.place == "cache" else {}
-            if missing or unexplained:
+            if missing or reports or unexplained:
                 described = [{"stage": absent.address, "path": absent.path, "md5": absent.md5} for absent in missing.values()]
+                hints = [fetch_hint([*missing.values()])] if missing else []
+                hints += [f"{', '.join(reports)}: in no commit and no cache"] if reports else []
                 first = self.index.runs_by_output[run.md5][0]
                 entry = {
                     "stage": run.address,
                     "md5": run.md5,
                     "commit": first.commit,
                     "found_in": first.place,
-                    "missing": described,
+                    "missing": [*described, *reports.values()],
                     **({"unexplained": [path or "this model" for path in unexplained]} if unexplained else {}),
-                    "fetch": fetch_hint([*missing.values()]) if missing else NOTHING_RECORDED,
+                    "fetch": "; ".join(hints) or NOTHING_RECORDED,
                 }
                 unknown.setdefault(run.md5, entry)
         return list(unknown.values())
@@ -444,6 +454,12 @@ class _ImpactQuery:
         if self._derived or self._source is not None or self._complete:
             return [run, *self.index.ancestors(run).values()]
         return [run, *(upstream for upstream in self.index.data(run).values() if not self.index.is_split(upstream))]
+
+    def _missing_reports(self, run: StageRun) -> list[dict[str, str]]:
+        """Unavailable reports that could name the queried source: by its hash, or as a file of paraphrases, which no row names."""
+        if (self._source is None and not self._by_hash) or run.id in self._exposures:
+            return []
+        return self.index.missing_reports(run, only_splits=not self._by_hash)
 
     def _missing(self, run: StageRun) -> list[StageRun]:
         """Unavailable outputs that are needed to decide about one model, its parents excluded."""
@@ -536,6 +552,10 @@ def as_text(result: Mapping[str, Any]) -> str:
         aliases = f", also called {', '.join(model['also_called'])}" if model["also_called"] else ""
         lines.append(f"{model['stage']}  md5 {model['md5'][:12]}  {_where(model)}{aliases}")
         lines += [f"  {_exposure_text(seen, model)}" for seen in model["seen"]]
+        if missing := model.get("missing"):
+            lines.append(
+                f"  perhaps more: {', '.join(output['path'] for output in missing)} could not be looked at; fetch: {model['fetch']}"
+            )
     lines += [""] if versions else []
     seen = result["looked_at"]
     answers = {

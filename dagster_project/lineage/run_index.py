@@ -491,6 +491,23 @@ class RunIndex(Database):
             named |= {source for (source,) in rows} - {""}
         return named
 
+    def missing_reports(self, run: StageRun, only_splits: bool) -> list[dict[str, str]]:
+        """Unavailable reports that name the sources of a model's data, each with stage, path and md5.
+
+        Args:
+            only_splits: only those of data sets with splits, which name files of paraphrases.
+        """
+        found = []
+        for producer in self.ancestors(run).values():
+            if not self._reads_sources(producer) or (only_splits and not self.is_split(producer)):
+                continue
+            if not self._db.execute("SELECT 1 FROM origin WHERE run = ? LIMIT 1", (producer.entry.id,)).fetchone():
+                row = self._db.execute(
+                    "SELECT report, report_md5 FROM run WHERE id = ? AND report IS NOT NULL", (producer.entry.id,)
+                ).fetchone()
+                found += [{"stage": producer.address, "path": row[0], "md5": row[1]}] if row else []
+        return found
+
     def _reads_sources(self, run: StageRun) -> bool:
         return any(md5 not in run.producers and path.startswith(SOURCES) for _, path, md5 in run.inputs)
 
