@@ -297,7 +297,8 @@ class Index:
             ids[blob.partition(":")[0]].append(identity)
         found: dict[int, tuple[int, str | None, Place]] = {}
         places: list[tuple[str, str | None, Place]] = [(blob, commit, "commit") for blob, commit in self.history.first.items()]
-        places += [(self.history.workspace, None, "workspace")] if self.history.workspace else []
+        if workspace := self.history.workspace:
+            places.append((workspace, self.history.unreachable.get(workspace), "workspace"))
         places += [(blob, commit, "reflog") for blob, commit in self.history.unreachable.items()]
         for blob, commit, place in places:
             for identity in ids.get(blob, ()):
