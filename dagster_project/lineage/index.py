@@ -297,8 +297,8 @@ class Index:
             ids[blob.partition(":")[0]].append(identity)
         found: dict[int, tuple[int, str | None, Place]] = {}
         places: list[tuple[str, str | None, Place]] = [(blob, commit, "commit") for blob, commit in self.history.first.items()]
-        if workspace := self.history.workspace:
-            places.append((workspace, self.history.unreachable.get(workspace), "workspace"))
+        if (workspace := self.history.workspace) and workspace not in self.history.unreachable:
+            places.append((workspace, None, "workspace"))
         places += [(blob, commit, "reflog") for blob, commit in self.history.unreachable.items()]
         for blob, commit, place in places:
             for identity in ids.get(blob, ()):
