@@ -587,6 +587,33 @@ def test_an_audit_at_a_commit_of_the_reflog_names_that_commit_though_the_workspa
     assert (code["commit"], code["clean"]) == (commit, True)
 
 
+def test_a_model_whose_data_set_is_lost_but_whose_training_is_recorded_is_called_partly_unknown(toy: Toy) -> None:
+    out, (_, _, trained) = out_of(toy.lock()["splits"])[1], toy.log.steps[out_of(toy.lock()["adapter@lora"])[1]][0]
+    toy.object(out).unlink()
+    shutil.rmtree(toy.root / "data/splits")
+    found = impact(toy.root, record=trained)
+    assert found["verdict"] == "yes" and not found["unknown"]
+    assert {model["stage"] for model in found["models"] if [one["path"] for one in model["missing"]] == ["data/splits"]} == {
+        model["stage"] for model in found["models"]
+    }
+
+
+def test_a_model_whose_report_is_lost_is_unknown_to_a_question_by_the_hash_of_a_source(toy: Toy) -> None:
+    faq, mail = toy.source_paths()
+    toy.write_source(mail, [*toy.read_source(mail), toy.new_row()])
+    toy.repro()
+    lost = toy.lock()
+    toy.write_source(mail, [*toy.read_source(mail), toy.new_row()])
+    toy.repro()
+    toy.object(lost["raw_examples"]["outs"][1]["md5"]).unlink()
+    found = impact(toy.root, content=hashlib.sha256((toy.root / faq).read_bytes()).hexdigest())
+    (unknown,) = (one for one in found["unknown"] if one["stage"] == "merged@lora")
+    assert unknown["md5"] == out_of(lost["merged@lora"])[1] and [one["path"] for one in unknown["missing"]] == [
+        "data/reports/raw_examples.json"
+    ]
+    assert impact(toy.root, content="0" * 64)["verdict"] == "cannot tell"
+
+
 def soak(count: int, first: int, keep_going: bool = False) -> int:
     """Returns: the number of histories with a wrong answer."""
     start, wrong = time.monotonic(), []

@@ -314,6 +314,8 @@ class _ImpactQuery:
         }
         self._complete = bool(readers or index.outputs_with_prefix(prefix))
         if not (self._complete or sources or files):
+            if any(index.missing_reports(run, only_splits=False) for run in self._trained_models):
+                return  # one of these reports could name it
             raise InputError(f"--hash {digest}: no output, file of one, or source in history has this hash", "see `pedigree audit MODEL`")
         for run in self._trained_models:
             ancestors = index.ancestors(run)
