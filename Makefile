@@ -44,8 +44,9 @@ bench: $(VENV)/ok ## measure the overhead of the front ends, impact over a long 
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	$(BIN)/python benchmarks/curation.py
 
-soak: $(VENV)/ok ## run 2,000 random steps with both front ends and compare the states after each
+soak: $(VENV)/ok ## 2,000 random steps with both front ends; 3,000 random histories against the oracle of audit answers
 	$(BIN)/python tests/test_two_front_ends.py $(or $(STEPS),2000) $(SEED)
+	PEDIGREE_HISTORIES=$(or $(HISTORIES),3000) $(BIN)/python tests/test_random_histories.py
 
 clean:           ## remove everything that can be produced again (never sources, reports or dvc.lock)
 	rm -rf .dagster .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build screenshots dvc_plots

@@ -54,6 +54,7 @@ def main() -> None:
             "a record of every model": ("--record", everywhere),
             "a record of a few versions": ("--record", once),
             "a text": ("--text", f"question {options.records // 2}"),
+            "a part of a text": ("--containing", f"question {options.records // 2}"),
             "a source": ("--source", SOURCES[0]),
             "a record of no model": ("--record", "0" * 32),
         }

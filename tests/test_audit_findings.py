@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.history import Project, entry, identity, md5
+from builders.history import Project, entry, identity, md5, table
 from builders.small_pipeline import git
 from conftest import pedigree
 
 from dagster_project.core.errors import InputError
+from dagster_project.core.records import ledger_schema
+from dagster_project.lineage import runs
+from dagster_project.lineage.export import summary
 from dagster_project.lineage.export.export import issue_date
-from dagster_project.lineage.export.summary import REWARD_METHODS
 from dagster_project.lineage.impact import as_text, impact
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import audit, document, find
@@ -151,6 +154,9 @@ def test_a_part_of_a_message_is_found(made: Project, text: str, options: list[st
     [
         ["--source", "data/sources/never.jsonl"],
         ["--source", "/etc/passwd"],
+        ["--source", "data/splits"],  # an output
+        ["--source", "data/merged"],  # a folder of outputs
+        ["--source", "MIT"],  # a word of the parameters, not a file
         ["--record", "nonsense"],
         ["--containing", " "],
         ["--containing", "(", "--regex"],
@@ -158,9 +164,54 @@ def test_a_part_of_a_message_is_found(made: Project, text: str, options: list[st
     ],
 )
 def test_a_question_that_cannot_be_answered_is_refused(made: Project, wrong: list[str]) -> None:
-    made.commit(made.trained(made.curated(ROWS), TRAINED))
+    lock = made.trained(made.curated(ROWS), TRAINED)
+    lock["instructions"]["params"] = {"params.yaml": {"instructions": {"license": "MIT"}}}
+    made.commit(lock)
     done = pedigree(made.root, "impact", *wrong)
     assert done.returncode == 2 and "hint:" in done.stderr and "Traceback" not in done.stderr and not done.stdout
+
+
+def test_a_file_that_stages_only_compare_with_was_not_trained_on(made: Project) -> None:
+    lock = made.trained(made.curated(ROWS), TRAINED)
+    benchmark = "data/sources/benchmarks/b.jsonl"
+    lock["instructions"]["params"] = {"params.yaml": {"instructions": {"benchmarks": [benchmark]}}}
+    made.commit(lock)
+    answer = impact(made.root, source=benchmark)
+    assert (answer["verdict"], answer["read_by"]) == ("no", ["instructions"])
+    assert "named by instructions, but not as a source of rows" in as_text(answer)
+    with pytest.raises(InputError, match="no recorded run has read"):
+        impact(made.root, source="data/sources/benchmarks/b.json")
+
+
+def test_a_module_of_metrics_is_known_by_the_function_that_parameters_name(made: Project) -> None:
+    lock = made.trained(made.curated(ROWS), TRAINED)
+    lock["evaluation"] = entry("evaluation", {"data/metrics": "1" * 32 + ".dir"}, made.put({"scores.json": b"{}"}))
+    lock["evaluation"]["params"] = {"params.yaml": {"evaluation": {"metrics": ["polite.share"]}}}
+    made.commit(lock)
+    answer = impact(made.root, source="data/metrics/polite.py")
+    assert (answer["verdict"], answer["read_by"]) == ("no", ["evaluation"])
+    with pytest.raises(InputError, match="no recorded run has read"):
+        impact(made.root, source="data/metrics/rude.py")
+
+
+def test_other_files_that_contributed_are_listed_with_their_hash(made: Project) -> None:
+    lock = made.trained(made.curated(ROWS), TRAINED)
+    folder = made.root / "data/sources/benchmarks"
+    folder.mkdir(parents=True)
+    (folder / "b.jsonl").write_text("{}")
+    (folder / "unused.jsonl").write_text("[]")
+    listing = [{"md5": md5((folder / name).read_bytes()), "relpath": name} for name in ("b.jsonl", "unused.jsonl")]
+    digest = md5(json.dumps(listing, sort_keys=True).encode()) + ".dir"
+    lock["instructions"]["deps"].append({"path": "data/sources/benchmarks", "hash": "md5", "md5": digest})
+    lock["instructions"]["params"] = {"params.yaml": {"instructions": {"benchmarks": ["data/sources/benchmarks/b.jsonl"]}}}
+    made.commit(lock)
+    (folder / "b.jsonl").write_text("changed since")
+    sha256 = hashlib.sha256(b"{}").hexdigest()
+    found = audit(made.root, "merged@lora")["other_files"]
+    assert found.pop("data/sources/paraphrases").keys() == {"md5", "license", "stages"}  # its content is not at hand
+    assert found == {
+        "data/sources/benchmarks/b.jsonl": {"md5": md5(b"{}"), "sha256": sha256, "license": "unknown", "stages": ["instructions"]}
+    }
 
 
 def test_a_source_is_found_by_its_absolute_path(made: Project) -> None:
@@ -257,7 +308,7 @@ def test_what_only_watched_or_was_compared_is_not_what_the_model_was_made_from(m
 
 
 def test_the_audit_knows_which_methods_learn_from_rewards() -> None:
-    assert {name for name, method in METHODS.items() if method.learns_from_rewards} == REWARD_METHODS
+    assert {name for name, method in METHODS.items() if method.learns_from_rewards} == runs.REWARD_METHODS == summary.REWARD_METHODS
 
 
 def test_both_sides_of_a_committed_merge_conflict_are_read(made: Project) -> None:
@@ -296,12 +347,89 @@ def test_a_model_whose_inputs_nothing_records_cannot_be_told(made: Project) -> N
     assert [(model["stage"], model["unexplained"]) for model in answer["unknown"]] == [("merged@lora", ["data/adapter/lora"])]
 
 
+def test_data_whose_inputs_nothing_records_cannot_be_told(made: Project) -> None:
+    lock = made.trained(made.curated(ROWS), TRAINED)
+    splits = lock["splits"]["outs"][0]["md5"]
+    lock["tokenized"]["deps"][0]["md5"] = "0" * 32 + ".dir"
+    made.commit(lock)
+    for answer in (impact(made.root, record=identity("birds")), impact(made.root, content=splits)):
+        assert answer["verdict"] == "cannot tell"
+        assert [model["unexplained"] for model in answer["unknown"]] == [["data/splits"]] * 2
+    assert impact(made.root, record=identity("cats"))["verdict"] == "yes"  # by the steps that the model recorded
+
+
+def test_messages_that_are_gone_are_not_searched_and_cannot_be_told(made: Project) -> None:
+    """The index keeps hashes of whole texts, but not the texts."""
+    made.commit(made.trained(made.curated([("lions", "train", FAQ), *ROWS[1:]]), ["lions", "dogs"]))
+    second = made.trained(made.curated(ROWS), TRAINED)
+    made.commit(second)
+    Index(made.root).read_records()
+    made.collect_garbage(second)
+    assert impact(made.root, text="What of lions?")["verdict"] == "yes"
+    assert impact(made.root, text="What of frogs?")["verdict"] == "no"
+    for answer in (impact(made.root, containing="lions"), impact(made.root, text="What of frogs?", near=True)):
+        assert answer["verdict"] == "cannot tell"
+        assert [one["path"] for model in answer["unknown"] for one in model["missing"]] == ["data/splits"] * 2
+
+
+def test_a_row_before_its_repair_cannot_be_told_without_the_ledger(made: Project) -> None:
+    lock = made.trained(made.curated(ROWS), TRAINED)
+    line = {"source": FAQ, "source_row": 0, "example_id": identity("cats"), "outcome": "kept", "why": "", "source_id": identity("c@ts")}
+    ledger = table([line], ledger_schema(repaired=True))
+    lock["instructions"]["outs"][0]["md5"] = lock["splits"]["deps"][0]["md5"] = made.put({"ledger.parquet": ledger})
+    made.commit(lock)
+    made.object(md5(ledger)).unlink()
+    answer = impact(made.root, record=identity("c@ts"))
+    assert answer["verdict"] == "cannot tell" and answer["unknown"][0]["missing"][0]["path"] == "data/instructions"
+    made.object(md5(ledger)).write_bytes(ledger)
+    assert stages(impact(made.root, record=identity("c@ts"))) == ["adapter@lora", "merged@lora"]
+
+
+def test_a_lock_that_git_has_lost_cannot_be_told(made: Project) -> None:
+    first = made.commit(made.trained(made.curated(ROWS), TRAINED))
+    made.commit(made.trained(made.curated([("frogs", "train", FAQ), *ROWS[1:]]), ["frogs", "dogs"]))
+    blob = git(made.root, "rev-parse", f"{first}:dvc.lock").strip()
+    (made.root / ".git" / "objects" / blob[:2] / blob[2:]).unlink()
+    answer = impact(made.root, record=identity("nobody"))
+    assert (answer["verdict"], answer["unreadable"]) == ("cannot tell", [first])
+
+
+def test_two_versions_of_a_file_are_listed_separately(made: Project) -> None:
+    lock = made.trained(made.curated(ROWS), TRAINED)
+    file = "data/sources/benchmarks/b.jsonl"
+    for stage, version in (("instructions", b"1"), ("tokenized", b"2")):
+        lock[stage]["deps"].append({"path": file, "hash": "md5", "md5": md5(version)})
+    made.commit(lock)
+    found = audit(made.root, "merged@lora")["other_files"]
+    assert found[file]["stages"] == ["instructions"] and found[f"{file} {md5(b'2')[:8]}"]["stages"] == ["tokenized"]
+
+
+def test_a_stage_that_no_commit_had_is_referred_to_by_its_hash(made: Project) -> None:
+    other = made.trained(made.curated(ROWS), TRAINED)["adapter@lora"]
+    out = {**other["outs"][0], "path": "data/adapter/other"}
+    made.cache_run({**other, "cmd": "python -m dagster_project run adapter@other", "outs": [out]})
+    made.commit(made.trained(made.curated(ROWS), TRAINED, seed=1))
+    with pytest.raises(InputError, match="hint: give that hash"):
+        audit(made.root, "adapter@other")
+
+
 def test_a_model_that_lay_in_the_cache_before_it_was_recorded_is_a_model(made: Project) -> None:
     lock = made.curated(ROWS)
     lock["head"] = entry("head", {"data/splits": lock["splits"]["outs"][0]["md5"]}, made.put({"model.safetensors": b"head"}))
     assert [model["stage"] for model in impact(made.root, record=identity("cats"))["unknown"]] == ["unrecorded"]
     made.commit(lock)
     assert stages(impact(made.root, record=identity("cats"))) == ["head"]
+
+
+def test_models_of_other_projects_in_a_shared_cache_are_not_searched(made: Project, tmp_path: Path) -> None:
+    made.commit(made.trained(made.curated(ROWS), TRAINED))
+    made.put({"model.safetensors": b"of another project"})
+    assert impact(made.root, record=identity("nobody"))["verdict"] == "cannot tell"
+    (made.root / ".dvc/tmp/pedigree/index.sqlite3").unlink()
+    (made.root / ".dvc/cache").rename(tmp_path / "shared")
+    (made.root / ".dvc/config").write_text(f"[cache]\n    dir = {tmp_path / 'shared'}\n")
+    assert impact(made.root, record=identity("nobody"))["verdict"] == "no"
+    assert impact(made.root, record=identity("cats"))["verdict"] == "yes"
 
 
 def test_malformed_ids_are_refused(made: Project) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import subprocess
 from collections.abc import Iterator
 from typing import Any, get_args
 
@@ -113,3 +114,8 @@ def test_the_schema_accepts(entries: dict[str, Any]) -> None:
 )
 def test_the_schema_refuses(entries: dict[str, Any], where: str) -> None:
     assert [one for one in mistakes(changed(**entries)) if one.startswith(f"{where}: ")]
+
+
+def test_no_file_contains_the_markers_of_a_merge_conflict() -> None:
+    found = subprocess.run(["git", "grep", "-lE", "^(<<<<<<<|>>>>>>>) "], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.stdout == "" and found.returncode == 1

@@ -168,7 +168,7 @@ def test_exports_state_what_the_models_own_lock_records_also_after_the_data_ran_
     file = finished / "data/sources/triage_alpaca.json"
     old = sha256(file)
     rows = json.loads(file.read_text())
-    file.write_text(json.dumps(rows[:-9]))
+    file.write_text(json.dumps([{**row, "input": f"{row['input']} Thanks."} for row in rows]))
     done = run(["python", "-m", "dvc", "repro", "tokenized"], finished)
     assert done.returncode == 0, done.stderr
     after = {form: export(finished, "adapter@lora", form, issued=ISSUED) for form in formats()}

@@ -20,10 +20,11 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.records import read_table, write_records
 from dagster_project.lineage import index
 from dagster_project.lineage import rows as row_index
+from dagster_project.lineage.database import INDEX_FILE
 from dagster_project.lineage.diff import as_text as diff_text
 from dagster_project.lineage.diff import diff
 from dagster_project.lineage.impact import as_text, impact
-from dagster_project.lineage.index import INDEX_FILE, Index
+from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import audit, document, find, listed, trained_on
 
 FAQ, MAIL = "data/sources/faq.jsonl", "data/sources/mail.jsonl"

@@ -13,6 +13,7 @@ import pytest
 from builders.history import Project, entry, identity, table
 from conftest import pedigree
 
+from dagster_project.core.hashing import md5_of_folder
 from dagster_project.lineage.impact import as_text, impact
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import audit
@@ -46,11 +47,8 @@ def release(project: Project, lock: dict[str, Any], key: bytes) -> dict[str, Any
     seen = [{"step": i + 1, "epoch": 1, "position": 0, "example_id": published(key, text)} for i, text in enumerate(("cats", "dogs"))]
     weights = lock["adapter@lora"]["outs"][0]["md5"].encode()  # as Project.merged writes them
     files = {"model.safetensors": weights, "README.md": b"card", "audit/adapter_lora/examples.parquet": table(seen, seen_schema())}
-    return {
-        "release": entry(
-            "release", {"data/keys": hashlib.md5(key).hexdigest() + ".dir", "data/merged/lora": merged["md5"]}, project.put(files)
-        )
-    }
+    keys = md5_of_folder({"record_ids.key": hashlib.md5(f"{key.hex()}\n".encode()).hexdigest()})
+    return {"release": entry("release", {"data/keys": keys, "data/merged/lora": merged["md5"]}, project.put(files))}
 
 
 def answers(project: Project) -> dict[str, Any]:
@@ -90,6 +88,22 @@ def test_without_a_key_a_published_id_is_like_any_unknown_one(content: str | Non
     found = impact(made.root, record=published(KEYS[0], "cats"))
     assert found["models"] == [] and "published" not in found
     assert impact(made.root, record=identity("cats"))["models"]
+
+
+def test_an_id_that_a_missing_key_may_have_published_cannot_be_told(made: Project) -> None:
+    """The key is ignored by git, and was replaced after the release."""
+    (made.root / ".gitignore").write_text("/.dvc/cache\n/.dvc/tmp\n/data/keys\n")
+    set_key(made, KEYS[0])
+    lock = made.lock(ROWS)
+    made.commit(lock | release(made, lock, KEYS[0]))
+    assert impact(made.root, record=published(KEYS[0], "cats"))["verdict"] == "yes"
+    assert impact(made.root, record=published(KEYS[0], "cats").upper())["verdict"] == "yes"
+    assert impact(made.root, record=identity("nobody"))["verdict"] == "no"
+    set_key(made, KEYS[1])
+    answer = impact(made.root, record=published(KEYS[0], "cats"))
+    assert (answer["verdict"], [run["stage"] for run in answer["unknown"]]) == ("cannot tell", ["release"])
+    assert "restore data/keys/record_ids.key" in as_text(answer)
+    assert impact(made.root, record=identity("cats"))["verdict"] == "yes"
 
 
 def test_a_release_adds_itself_to_the_answers_and_nothing_else(made: Project) -> None:

@@ -5,13 +5,17 @@ As a script: PEDIGREE_HISTORIES=3000 python tests/test_random_histories.py (`mak
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import random
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +23,13 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import pytest
+from builders.files import jsonl
 from builders.history_oracle import MODELS, WORKSPACE, Chain, Reach, Signature, TooManyLineages, clone_shallow, out_of
-from builders.random_history import NAMES, PARAPHRASES, SOURCES, Toy, canonical, dir_md5
+from builders.random_history import NAMES, PARAPHRASES, SOURCES, Toy, canonical, dir_md5, git
 
 from dagster_project.core.errors import InputError
 from dagster_project.lineage.diff import diff
+from dagster_project.lineage.export.export import export
 from dagster_project.lineage.impact import impact
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import document, find, trained_on
@@ -38,100 +44,112 @@ class Wrong(AssertionError):
 # --- impact
 
 
+ANYTHING: Signature = ("", "", (), ())
+"""What a model may have seen whose lineage is not recorded back to the sources."""
+Claims = dict[str, list[tuple[Signature, list[str]]]]
+"""Model -> what an answer says that it saw, and at which commits ("": in none)."""
+
+
 def compare_impact(reach: Reach, question: dict[str, Any], names: Names, source: bool = False) -> None:
     """Compare one answer of impact.
 
     Args:
         names: lineage -> the records in its splits that are asked for.
+        source: whether the answer counts steps instead of listing them.
     """
     try:
         found = impact(reach.root, **question)
     except InputError as error:
         found = {"verdict": "refused", "models": [], "unknown": [], "error": str(error)}
-    told: dict[str, list[tuple[Signature, list[str]]]] = {}  # model -> what it says, and at which commits ("": elsewhere)
+    claims: Claims = {}
     for model in found["models"]:
         for seen in model["seen"]:
-            told.setdefault(model["md5"], []).append(
-                (shown(seen, source), [one or "" for one in seen.get("commits", model["commits"]) or [None]])
-            )
+            commits = [one or "" for one in seen.get("commits", model["commits"]) or [None]]
+            claims.setdefault(model["md5"], []).append((shown(seen, source), commits))
+    possible = possible_exposures(reach, names, source)
+    partly = {model["md5"] for model in found["models"] if model.get("missing")}
+    if partly and not reach.incomplete:
+        raise Wrong(f"impact {question}: nothing is missing, but {partly} are called partly unknown")
+    problems = [*omissions(reach, found, claims, partly, names, source), *untruths(reach, claims, partly, possible, names, source)]
+    problems += verdict_problems(reach, found, any(possible.values()), names, source)
+    if problems:
+        raise Wrong(f"impact {question}:\n  " + "\n  ".join(problems))
+
+
+def possible_exposures(reach: Reach, names: Names, source: bool) -> dict[str, set[Signature]]:
+    """Model -> everything that it may have seen of the records, by any lineage that is or was recorded."""
+    possible: dict[str, set[Signature]] = {}
+    for address, entry, place in [*reach.models(), *reach.remembered()]:
+        for chain in reach.chains(address, entry, place):
+            one = reach.signature(chain, names(chain), source) if reach.whole(chain) else ANYTHING
+            possible.setdefault(out_of(entry)[1], set()).update([one] if one else [])
+    return possible
+
+
+def omissions(reach: Reach, found: dict[str, Any], claims: Claims, partly: set[str], names: Names, source: bool) -> Iterator[str]:
+    """Models that saw the records by every lineage that they may have, and that the answer neither names nor calls unknown."""
     unknown = {one["md5"] for one in found["unknown"]}
-    allowed: dict[str, set[Signature]] = {}
-    problems = []
     for address, entry, place in reach.models():
-        md5 = out_of(entry)[1]
-        chains = reach.chains(address, entry, place)
-        if not all(reach.whole(chain) for chain in chains):
-            allowed.setdefault(md5, set()).add(ANYTHING)
+        md5, chains = out_of(entry)[1], reach.chains(address, entry, place)
+        if md5 in unknown or not all(reach.whole(chain) for chain in chains) or (found["verdict"] == "refused" and reach.incomplete):
             continue
-        options = [reach.signature(chain, names(chain), source) for chain in chains]
-        allowed.setdefault(md5, set()).update(one for one in options if one)
-        refused = found["verdict"] == "refused" and reach.incomplete
-        if (
-            None not in options
-            and md5 not in unknown
-            and not refused
-            and not any(agrees(said, set(options)) for said, _ in told.get(md5, []))
-        ):
-            problems.append(f"missing at {place.name or 'run cache'}: {address} {md5} {options}, said {told.get(md5)}")
-    for address, entry, place in reach.remembered():
-        options = [
-            reach.signature(chain, names(chain), source) if reach.whole(chain) else ANYTHING
-            for chain in reach.chains(address, entry, place)
-        ]
-        allowed.setdefault(out_of(entry)[1], set()).update(one for one in options if one)
+        options = {reach.signature(chain, names(chain), source) for chain in chains}
+        if None not in options and not any(agrees(md5 in partly, said, options) for said, _ in claims.get(md5, [])):
+            yield f"missing at {place.name or 'run cache'}: {address} {md5} {options}, said {claims.get(md5)}"
+
+
+def untruths(
+    reach: Reach, claims: Claims, partly: set[str], possible: dict[str, set[Signature]], names: Names, source: bool
+) -> Iterator[str]:
+    """Statements that no lineage of the model confirms, at all or at the commits that they name."""
     recorded = {out_of(entry)[1] for _, entry, _ in reach.models()}
-    for md5, signatures in told.items():
-        for said, commits in signatures:
-            if md5 not in recorded and md5 in reach.log.weights and commits == [""] and reach.exists(md5):
-                allowed.setdefault(md5, set()).add(ANYTHING)  # only its bytes are left
-            if not agrees(said, allowed.get(md5, set())):
-                problems.append(f"not true: {md5} {said}; possible are {allowed.get(md5)}")
-            elif set(commits) <= set(reach.commits) and not any(agrees(said, at_commit(reach, md5, one, names, source)) for one in commits):
-                problems.append(f"not true at {commits}: {md5} {said}")
-        for commit in {one for _, commits in signatures for one in commits if one in reach.commits}:
-            if not any(agrees(said, at_commit(reach, md5, commit, names, source)) for said, commits in signatures if commit in commits):
-                problems.append(
-                    f"not true at {commit}: {md5} {signatures}; there possible are {at_commit(reach, md5, commit, names, source)}"
-                )
+    for md5, statements in claims.items():
+        for said, commits in statements:
+            only_bytes = md5 not in recorded and md5 in reach.log.weights and commits == [""] and reach.exists(md5)
+            if not only_bytes and not agrees(md5 in partly, said, possible.get(md5, set())):
+                yield f"not true: {md5} {said}; possible are {possible.get(md5)}"
+        for commit in {one for _, commits in statements for one in commits} & set(reach.commits):
+            there = at_commit(reach, md5, commit, names, source)
+            if not any(agrees(md5 in partly, said, there) for said, commits in statements if commit in commits):
+                yield f"not true at {commit}: {md5} {statements}; there possible are {there}"
+        for said, commits in statements:
+            if set(commits) <= set(reach.commits) and not any(
+                agrees(md5 in partly, said, at_commit(reach, md5, one, names, source)) for one in commits
+            ):
+                yield f"not true at {commits}: {md5} {said}"
+
+
+def verdict_problems(reach: Reach, found: dict[str, Any], possible: bool, names: Names, source: bool) -> Iterator[str]:
+    """Yes needs a model that may have seen them, no that no recorded run of any saw them, and cannot tell that something is missing."""
+    verdict = found["verdict"]
     certain = any(
         reach.signature(chain, names(chain), source)
         for _, entry, _ in reach.models()
         for chain in reach.log.ran[canonical(entry)]
         if reach.whole(chain) and reach.recorded(chain)
     )
-    possible = any(allowed.values())
-    if not reach.incomplete and (unknown or found["verdict"] == "cannot tell"):
-        problems.append(f"nothing is missing, but it says {found['verdict']} and unknown: {found['unknown']}")
-    verdict = found["verdict"]
+    if (found["unknown"] or verdict == "cannot tell") and not reach.incomplete:
+        yield f"nothing is missing, but it says {verdict} and unknown: {found['unknown']}"
     if verdict == "refused" and certain and not reach.incomplete:
-        problems.append(f"refused, but models saw it: {found['error']}")
-    if (verdict == "yes" and not possible) or (verdict == "no" and certain) or (verdict == "cannot tell" and not reach.incomplete):
-        problems.append(
-            f"the verdict is {verdict}, unknown are {found['unknown']}, but models that saw it: {'some' if certain else 'none'}"
-        )
-    if problems:
-        raise Wrong(f"impact {question}:\n  " + "\n  ".join(problems))
-
-
-ANYTHING: Signature = ("", "", (), ())
+        yield f"refused, but models saw it: {found['error']}"
+    if (verdict == "yes" and not possible) or (verdict == "no" and certain):
+        yield f"the verdict is {verdict}, but models that saw it: {'some' if certain else 'none'}"
 
 
 def shown(seen: dict[str, Any], source: bool) -> Signature:
     if source:
-        learnt = seen.get("learnt")
-        steps: Any = (learnt["records"], learnt["first_step"], learnt["last_step"]) if learnt and learnt["records"] else ()
+        learnt = seen["learnt"]
+        steps: Any = learnt and ((learnt["records"], learnt["first_step"], learnt["last_step"]) if learnt["records"] else ())
     else:
         steps = None if seen["steps"] is None else tuple(sorted(seen["steps"]))
     return (seen["by"], seen["md5"], tuple(sorted(seen["splits"].items())), steps)
 
 
-def agrees(one: Signature, allowed: set[Signature]) -> bool:
-    """Whether it is one of those allowed; steps may be unknown, and splits too if the data are gone."""
-    return (
-        ANYTHING in allowed
-        or any(one[:2] == other[:2] and one[2] in {other[2], ()} and one[3] in {other[3], None} for other in allowed)
-        or one in allowed
-    )
+def agrees(partly: bool, said: Signature, options: Collection[Signature | None]) -> bool:
+    """Whether it is one of the options or, of a model that is called partly unknown, a part of one."""
+    if ANYTHING in options or said in options:
+        return True
+    return partly and any(one and said[:2] == one[:2] and set(said[2]) <= set(one[2]) and said[3] in {None, one[3]} for one in options)
 
 
 def at_commit(reach: Reach, md5: str, commit: str, names: Names, source: bool) -> set[Signature]:
@@ -195,6 +213,8 @@ def questions(reach: Reach, draw: random.Random) -> Iterator[tuple[dict[str, Any
     for path in draw.sample(paths, min(3, len(paths))):
         yield source(path)
     yield source(draw.choice([SOURCES, f"{SOURCES}/team"]))
+    yield record("0" * 32)
+    yield text("Nobody ever wrote this.")
     yield sha256(draw.choice(sorted({facts["sha256"] for found in log.sources.values() for facts in found.values()})))
 
 
@@ -204,6 +224,20 @@ def fold(text: str) -> str:
 
 def plain(text: str) -> str:
     return " ".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
+
+
+def compare_hash(reach: Reach, value: str) -> None:
+    """Compare the models that an output is said to have gone into, or to be."""
+    found = impact(reach.root, content=value)
+    told, unknown = {one["md5"] for one in found["models"]}, {one["md5"] for one in found["unknown"]}
+    required, allowed = set(), {out_of(entry)[1] for _, entry, _ in reach.remembered()}
+    for address, entry, place in reach.models():
+        chains = reach.chains(address, entry, place)
+        inside = [value in {out_of(one)[1] for one in chain.values()} for chain in chains]
+        required |= {out_of(entry)[1]} if all(inside) else set()
+        allowed |= {out_of(entry)[1]} if any(inside) or not all(reach.whole(chain) for chain in chains) else set()
+    if required - told - unknown or told - allowed or (found["verdict"] == "no" and required):
+        raise Wrong(f"impact of output {value}: {found['verdict']}, without {required - told - unknown}, wrongly {told - allowed}")
 
 
 # --- audit
@@ -273,7 +307,7 @@ def audit_problems(reach: Reach, found: dict[str, Any], subject: Any, chain: Cha
 def code_problems(reach: Reach, code: dict[str, Any], chain: Chain, place: str) -> list[str]:
     """The commit holds the model, and it is clean exactly if its code and parameters are those that ran."""
     md5 = out_of(next(iter(chain.values())))[1]
-    holders = [one.name for one in reach.places if one.name != WORKSPACE and any(out_of(entry)[1] == md5 for entry in one.lock.values())]
+    holders = reach.holders(md5)
     commit = code["commit"]
     if commit is None and not set(holders) & reach.reachable:
         return ["no commit, but clean"] if code["clean"] else []
@@ -288,11 +322,7 @@ def code_problems(reach: Reach, code: dict[str, Any], chain: Chain, place: str) 
             problems.append(f"code of {address}: says nothing")
             continue
         at, claimed = code["stages"][address]["commit"], code["stages"][address]["clean"]
-        holding = [
-            one.name
-            for one in reach.places
-            if one.name != WORKSPACE and any(canonical(found) == canonical(entry) for found in one.lock.values())
-        ]
+        holding = reach.holders_of_entry(entry)
         differing = differences(reach, entry, at) if at else ["everything"]
         clean &= not differing
         if (at is None and set(holding) & reach.reachable) or (at and at not in holding):
@@ -356,6 +386,70 @@ def compare_diff(reach: Reach, before: tuple[str, str], after: tuple[str, str]) 
         raise Wrong(f"diff {before} {after}: says added, removed, moved {told}; possible are {wanted}")
 
 
+# --- exports
+
+
+def compare_export(reach: Reach, address: str, rev: str | None) -> None:
+    """Compare the exports of a model at a revision with its lineage, and with what they were when they were asked for before."""
+    place = next(one for one in reach.places if one.name == (rev or WORKSPACE))
+    chains = reach.chains(address, place.lock[address], place)
+    md5 = out_of(place.lock[address])[1]
+    try:
+        texts = {
+            form: export(reach.root, address, form, rev, None if reach.holders(md5) else date(2026, 1, 1))
+            for form in ("cyclonedx", "openlineage", "model-card")
+        }
+    except InputError as error:
+        if reach.incomplete:
+            return
+        raise Wrong(f"export {address} at {rev}: refused: {error}") from error
+    complaints = [export_problems(reach, texts, chain) for chain in chains if reach.whole(chain)]
+    if complaints and all(complaints):
+        raise Wrong(f"export {address} at {rev} ({len(chains)} possible lineages):\n  " + "\n  ".join(min(complaints, key=len)))
+    if rev and not reach.incomplete:
+        holders = [one for one in reach.holders(md5) if one in reach.reachable]
+        before = reach.toy.exported.setdefault((rev, address), (holders, texts))
+        if before[0] == holders[len(holders) - len(before[0]) :] and before[1] != texts:
+            forms = [form for form in texts if texts[form] != before[1][form]]
+            raise Wrong(f"export {address} at {rev}: not the text that it was before: {forms}\n{before[1][forms[0]]}\n{texts[forms[0]]}")
+
+
+def export_problems(reach: Reach, texts: dict[str, str], chain: Chain) -> list[str]:
+    problems = []
+    bom, facts = json.loads(texts["cyclonedx"]), reach.facts(chain)
+    parts = {part["bom-ref"]: part for part in bom["components"]}
+    told = {
+        name.removeprefix("source:"): {
+            "rows": int(next(one["value"] for one in part["properties"] if one["name"] == "pedigree:rows")),
+            "sha256": part["hashes"][0]["content"],
+            "license": part["licenses"][0]["license"]["id"],
+        }
+        for name, part in parts.items()
+        if name.startswith("source:")
+    }
+    if told != facts and not (reach.incomplete and told.items() <= facts.items()):
+        problems.append(f"cyclonedx: sources are {told}, but it was trained on {facts}")
+    for path, fact in facts.items():
+        line = f"| {path} | {fact['rows']} | "
+        if not any(one.startswith(line) and fact["sha256"] in one and fact["license"] in one for one in texts["model-card"].splitlines()):
+            problems += [] if reach.incomplete else [f"model card: no line for {path} with {fact}"]
+    events = [json.loads(line) for line in texts["openlineage"].splitlines()]
+    for event in (one for one in events if one["eventType"] == "COMPLETE" and one["job"]["name"] in chain):
+        entry = chain[event["job"]["name"]]
+        path, value = out_of(entry)
+        hashes = {one["name"]: one["facets"].get("contentHash", {}) for one in [*event["inputs"], *event["outputs"]]}
+        if hashes.get(path, {}).get("md5") != value:
+            problems.append(f"openlineage: output of {event['job']['name']} is {hashes.get(path)}, but it was {value}")
+        read = {one["path"]: one["md5"] for one in entry["deps"]} | {name: fact["sha256"] for name, fact in facts.items()}
+        for name, found in hashes.items():
+            if name in read and read[name] not in found.values():
+                problems.append(f"openlineage: {event['job']['name']} read {name} as {found}, but it was {read[name]}")
+        tags = {one["key"]: one["value"] for one in event["run"]["facets"].get("tags", {}).get("tags", [])}
+        if "commit" in tags and tags["commit"] not in reach.holders_of_entry(entry):
+            problems.append(f"openlineage: {event['job']['name']} is said to be recorded in {tags['commit']}, which has no such run")
+    return problems
+
+
 # --- histories
 
 
@@ -366,23 +460,25 @@ def check(reach: Reach, draw: random.Random) -> None:
         Wrong: an answer is wrong.
     """
     for question, names, source in questions(reach, draw):
-        try:
+        with suppress(TooManyLineages):
             compare_impact(reach, question, names, source)
-        except TooManyLineages:
-            continue
+    outs = sorted({out_of(entry)[1] for address, entry, _ in reach.pool if address not in {"base_model", "comparison"}})
+    if outs:
+        with suppress(TooManyLineages):
+            compare_hash(reach, draw.choice(outs))
+    with pytest.raises(InputError, match="no recorded run has read such a file"):
+        impact(reach.root, source="data/sources/never.jsonl")
     known = [(address, place.name) for place in reach.places for address in place.lock if address.partition("@")[0] in MODELS]
     for address, name in draw.sample(known, min(4, len(known))):
-        try:
+        with suppress(TooManyLineages):
             compare_audit(reach, address, None if name == WORKSPACE else name)
-        except TooManyLineages:
-            continue
+            if draw.random() < 0.4:
+                compare_export(reach, address, None if name == WORKSPACE else name)
     reach.remember()
     committed = [one for one in known if one[1] != WORKSPACE]
     if len(committed) > 1:
-        try:
+        with suppress(TooManyLineages):
             compare_diff(reach, *draw.sample(committed, 2))
-        except TooManyLineages:
-            return
 
 
 def history(seed: int, folder: Path) -> None:
@@ -412,16 +508,117 @@ def history(seed: int, folder: Path) -> None:
         raise Wrong(f"seed {seed} ({'real' if toy.real else 'simulated'} stages):\n  {done}\n{type(error).__name__}: {error}") from error
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(12))
 def test_every_answer_about_a_random_history_agrees_with_what_ran(seed: int, tmp_path: Path) -> None:
     history(seed, tmp_path)
+
+
+# --- what they have found
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Toy:
+    """A project with simulated stages, in which all has run and is committed."""
+    toy = Toy(tmp_path / "project", seed=1)
+    toy.real = toy.ledger_in_tokenized = False
+    toy.commit()
+    toy.repro()
+    toy.commit()
+    return toy
+
+
+def test_code_of_a_run_that_is_not_committed_is_not_taken_from_an_earlier_run_with_the_same_bytes(toy: Toy) -> None:
+    before = document(find(Index(toy.root), "merged@lora"))["code"]
+    (toy.root / "dagster_project/stages/merged.py").write_text("VERSION = 2\n")
+    toy.repro()
+    after = document(find(Index(toy.root), "merged@lora"))["code"]
+    assert (before["clean"], after["clean"]) == (True, False)
+    assert (after["stages"]["merged@lora"]["commit"], after["commit"]) == (None, before["commit"])
+    assert after["files"]["dagster_project/stages/merged.py"] != before["files"]["dagster_project/stages/merged.py"]
+
+
+def test_copies_of_a_record_are_credited_to_every_source_that_has_it(toy: Toy) -> None:
+    faq, mail = toy.source_paths()
+    toy.write_source(mail, toy.read_source(faq))
+    prompts = [prompt for prompt, _ in toy.read_source(faq)]
+    jsonl(toy.root / PARAPHRASES, *({"prompt": one, "paraphrase": f"{one} Tell me."} for one in prompts))
+    toy.write_params(toy.params() | {"splits": {**toy.params()["splits"], "augment": {"paraphrases": PARAPHRASES, "license": "MIT"}}})
+    toy.repro()
+    toy.commit()
+    first, second = (impact(toy.root, source=path)["models"][-1]["seen"] for path in (faq, mail))
+    assert (
+        first == second
+        and first[0]["splits"]["train"] == 2 * impact(toy.root, source=PARAPHRASES)["models"][-1]["seen"][0]["splits"]["train"]
+    )
+    assert impact(toy.root, source=SOURCES)["models"][-1]["seen"] == first  # no copy is counted twice
+
+
+def test_a_source_of_a_run_that_was_never_committed_is_found_though_a_later_run_made_the_same_bytes(toy: Toy) -> None:
+    faq = toy.source_paths()[0]
+    toy.write_source(faq, [toy.new_row(), *toy.read_source(faq)])
+    digest = hashlib.sha256((toy.root / faq).read_bytes()).hexdigest()
+    toy.repro()
+    trained = toy.lock()["adapter@lora"]
+    toy.write_source(faq, toy.read_source(faq)[::-1])
+    toy.repro()
+    assert toy.lock()["adapter@lora"] == trained
+    found = impact(toy.root, content=digest)
+    assert found["verdict"] == "yes" and out_of(trained)[1] in {model["md5"] for model in found["models"]}
+
+
+def test_each_lineage_of_a_model_names_the_commits_at_which_it_holds(toy: Toy) -> None:
+    faq = toy.source_paths()[0]
+    first = git(toy.root, "rev-parse", "HEAD").strip()
+    rows = toy.read_source(faq)
+    toy.write_source(faq, rows[1:])
+    toy.write_source(f"{SOURCES}/new.jsonl", rows[:1])
+    toy.change_sources(lambda sources: sources.append({"path": f"{SOURCES}/new.jsonl", "license": "MIT"}))
+    toy.repro()
+    toy.commit()
+    second = git(toy.root, "rev-parse", "HEAD").strip()
+    (model,) = (one for one in impact(toy.root, source=faq)["models"] if one["stage"] == "adapter@lora")
+    assert [seen["commits"] for seen in model["seen"]] == [[first], [second]] and model["commits"] == [first, second]
+
+
+def test_an_audit_at_a_commit_of_the_reflog_names_that_commit_though_the_workspace_has_the_same_model(toy: Toy) -> None:
+    commit = git(toy.root, "rev-parse", "HEAD").strip()
+    git(toy.root, "reset", "-q", "--soft", "HEAD~1")
+    code = document(find(Index(toy.root), "merged@lora", commit))["code"]
+    assert (code["commit"], code["clean"]) == (commit, True)
+
+
+def test_a_model_whose_data_set_is_lost_but_whose_training_is_recorded_is_called_partly_unknown(toy: Toy) -> None:
+    out, (_, _, trained) = out_of(toy.lock()["splits"])[1], toy.log.steps[out_of(toy.lock()["adapter@lora"])[1]][0]
+    toy.object(out).unlink()
+    shutil.rmtree(toy.root / "data/splits")
+    found = impact(toy.root, record=trained)
+    assert found["verdict"] == "yes" and not found["unknown"]
+    assert {model["stage"] for model in found["models"] if [one["path"] for one in model["missing"]] == ["data/splits"]} == {
+        model["stage"] for model in found["models"]
+    }
+
+
+def test_a_model_whose_report_is_lost_is_unknown_to_a_question_by_the_hash_of_a_source(toy: Toy) -> None:
+    faq, mail = toy.source_paths()
+    toy.write_source(mail, [*toy.read_source(mail), toy.new_row()])
+    toy.repro()
+    lost = toy.lock()
+    toy.write_source(mail, [*toy.read_source(mail), toy.new_row()])
+    toy.repro()
+    toy.object(lost["raw_examples"]["outs"][1]["md5"]).unlink()
+    found = impact(toy.root, content=hashlib.sha256((toy.root / faq).read_bytes()).hexdigest())
+    (unknown,) = (one for one in found["unknown"] if one["stage"] == "merged@lora")
+    assert unknown["md5"] == out_of(lost["merged@lora"])[1] and [one["path"] for one in unknown["missing"]] == [
+        "data/reports/raw_examples.json"
+    ]
+    assert impact(toy.root, content="0" * 64)["verdict"] == "cannot tell"
 
 
 def soak(count: int, first: int, keep_going: bool = False) -> int:
     """Returns: the number of histories with a wrong answer."""
     start, wrong = time.monotonic(), []
     for seed in range(first, first + count):
-        with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+        with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
             try:
                 history(seed, Path(folder))
             except Wrong as error:
@@ -429,7 +626,7 @@ def soak(count: int, first: int, keep_going: bool = False) -> int:
                 print(error, flush=True)
                 if not keep_going:
                     break
-        if (seed - first + 1) % 50 == 0:
+        if (seed - first + 1) % 25 == 0:
             print(f"{seed - first + 1} histories, {len(wrong)} with a wrong answer, {time.monotonic() - start:.0f} s", flush=True)
     print(f"{seed - first + 1} histories from seed {first}, wrong: {wrong or 'none'}", flush=True)
     return len(wrong)

@@ -25,8 +25,7 @@ from dagster_project.curation.checks.review import Decision, Waiver
 from dagster_project.curation.checks.row_checks import ROW_CHECKS
 from dagster_project.curation.sources.files import Row
 from dagster_project.curation.sources.formats import as_record, pairs_of, records_of
-from dagster_project.lineage.index import LEDGER, contributions
-from dagster_project.lineage.rows import record_key
+from dagster_project.lineage.rows import LEDGER, contributions, record_key
 from dagster_project.stages import instructions, preferences, raw_preferences, splits
 
 MAIL = "ann.lee@kites.co.uk"

@@ -23,6 +23,7 @@ from dagster_project.core.git import git_bytes
 from dagster_project.core.hashing import md5_of_file
 from dagster_project.core.layout import REPORTS, is_code, report_of
 from dagster_project.core.records import remove
+from dagster_project.lineage.code import value_at
 from dagster_project.lineage.history import Revision, resolve
 from dagster_project.orchestration import dvc, integrity
 
@@ -183,7 +184,7 @@ class _Clone:
         """
         values = params.read(self.root)
         recorded = self.lock[name].get("params", {}).get("params.yaml", {})
-        if changed := [key for key, value in recorded.items() if _get(values, key) != value]:
+        if changed := [key for key, value in recorded.items() if value_at(values, key) != value]:
             log.info(f"{name}: using the recorded {', '.join(changed)} instead of that in params.yaml")
             for key in changed:
                 _put(values, key, recorded[key])
@@ -262,12 +263,6 @@ def _unpack(at: Revision, target: Path, path: str = ".") -> None:
         if source.is_symlink() or source.is_file():  # neither deleted nor a submodule
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, copy, follow_symlinks=False)
-
-
-def _get(values: Any, key: str) -> Any:
-    for part in key.split("."):
-        values = values.get(part) if isinstance(values, dict) else None
-    return values
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:

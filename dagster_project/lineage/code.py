@@ -50,7 +50,8 @@ def code_in(root: Path, commit: str | None, stages: Mapping[str, Mapping[str, An
             files |= listing
             removed |= set(_files_below(committed, path)) if md5.endswith(".dir") and path not in listing else set()
         differs = sorted((removed - files.keys()) | {path for path, md5 in files.items() if committed.get(path) != md5})
-        has_values = _has_values(values, stages[name].get("params", {}).get(PARAMS) or {})
+        recorded_values = stages[name].get("params", {}).get(PARAMS) or {}
+        has_values = all(value_at(values, key) == value for key, value in recorded_values.items())
         found[name] = dict(sorted(files.items())), [] if commit is None else differs + ([] if has_values else [PARAMS])
     return found
 
@@ -97,12 +98,8 @@ def _values(params: bytes) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _has_values(values: Mapping[str, Any], recorded: Mapping[str, Any]) -> bool:
-    """Whether a params.yaml has the recorded values, by dotted names."""
-    for key, value in recorded.items():
-        current: Any = values
-        for part in key.split("."):
-            current = current.get(part) if isinstance(current, dict) else None
-        if current != value:
-            return False
-    return True
+def value_at(values: Any, key: str) -> Any:
+    """The value of a params.yaml at a dotted name; None without one."""
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values

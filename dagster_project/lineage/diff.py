@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.core.text import visible
-from dagster_project.lineage.index import SPLIT, Index
+from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import NON_METRICS, Subject, document, fetch_hint, find
+from dagster_project.lineage.run_index import SPLIT
 from dagster_project.lineage.runs import StageRun
 
 SHOWN = 20

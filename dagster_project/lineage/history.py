@@ -182,8 +182,9 @@ class Objects:
         return sorted(path for path in (self.cache.parent.parent / "runs").glob("*/*/*") if path.is_file())
 
     def folders(self) -> dict[Path, int]:
-        """The folders of the cache -> time of their last change, in nanoseconds."""
-        if not self.cache.is_dir():
+        """The folders of the project's own cache -> time of their last change, in nanoseconds. Of a cache that projects share: none, because most of
+        its objects are not this project's."""
+        if not self.cache.is_dir() or not self.cache.resolve().is_relative_to(self.root.resolve()):
             return {}
         with os.scandir(self.cache) as entries:
             return {Path(entry.path): entry.stat().st_mtime_ns for entry in entries if entry.is_dir()}
@@ -276,3 +277,8 @@ def path_exists(path: Path) -> bool:
         return path.exists()
     except OSError:  # the name is too long
         return False
+
+
+def is_within(path: str, folder: str) -> bool:
+    """Whether a path is that of a folder, or of something in it."""
+    return path == folder or path.startswith(folder.rstrip("/") + "/")

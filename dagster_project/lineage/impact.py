@@ -13,12 +13,14 @@ from typing import Any
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Messages, field_texts
 from dagster_project.core.text import visible
-from dagster_project.lineage.index import EVIDENCE, Index, RecordUse
+from dagster_project.lineage.history import is_within
+from dagster_project.lineage.index import Index, RecordUse
 from dagster_project.lineage.lineage import fetch_hint
-from dagster_project.lineage.published import record_of
-from dagster_project.lineage.rows import record_key
+from dagster_project.lineage.published import missing_keys, record_of
+from dagster_project.lineage.rows import EVIDENCE, record_key
 from dagster_project.lineage.runs import StageRun
 from dagster_project.lineage.search import search
+from dagster_project.lineage.sources import stages_reading
 
 NOTHING_RECORDED = "nothing records how it was made; `dvc gc --workspace` deletes outputs that dvc.lock does not name"
 RECORD_ID = re.compile(r"[0-9a-fA-F]{32}")
@@ -76,7 +78,7 @@ def impact(
         containing: part of a message (lineage/search.py).
         regex: `containing` is a regular expression.
     Returns:
-        {"asked", "published", "verdict", "records", "models", "near", "matches", "unknown", "looked_at", "unreadable", "shallow"}. `models`, in the order of
+        {"asked", "published", "verdict", "records", "models", "near", "matches", "read_by", "unknown", "looked_at", "unreadable", "shallow"}. `models`, in the order of
         history, have the splits and training steps, the parent that saw the record, and the commits at which this holds; `unknown` lists models that
         cannot be decided, with the outputs that are missing; `published`: {"id", "record"} if a published id was asked for. The verdict is "yes",
         "no" only if everything was looked at, or else "cannot tell".
@@ -98,13 +100,18 @@ def impact(
     copies: list[dict[str, Any]] = []
     matches: list[dict[str, Any]] = []
     published = None
+    read_by: list[str] = []
+    unmapped: list[dict[str, Any]] = []
     if source is not None:
-        query.match_source(_known_source(index, source))
+        name = _known_source(index, source)
+        query.match_source(name)
+        read_by = [] if index.knows_source(name) else stages_reading(index, name)
     elif content is not None:
         query.match_content(content)
     else:
-        if record is not None and not index.knows_record(record_key(record)) and (published := record_of(index, record)):
-            asked["record"], record = record, published
+        if record is not None and not index.knows_record(record_key(record)):
+            published = record_of(index, record)
+            record, unmapped = (record, missing_keys(index)) if published is None else (published, [])
         if containing is not None:
             matches = search(index, containing, regex)
             keys = list(dict.fromkeys(record_key(match["example_id"]) for match in matches))
@@ -113,10 +120,14 @@ def impact(
         if near:
             copies = _near_copies(index, keys, text)
             keys = sorted({*keys, *(record_key(copy["example_id"]) for copy in copies)})
+        query.searched = near or containing is not None
         query.match_records(keys, {record_key(record): record} if record is not None else {}, derived=record is not None)
     models = query.models()
-    listed = {model["md5"] for model in models}
-    unknown = [model for model in query.unknown() if model["md5"] not in listed]
+    undecided = {model["md5"]: model for model in query.unknown()}
+    for model in models:
+        if (partly := undecided.pop(model["md5"], None)) and partly["missing"]:
+            model |= {name: partly[name] for name in ("missing", "fetch")}
+    unknown = [*undecided.values(), *unmapped]
     complete = not (unknown or index.unreadable_commits or index.history.shallow)
     return {
         "asked": {name: value for name, value in asked.items() if value is not None},
@@ -126,6 +137,7 @@ def impact(
         "models": models,
         **({"near": copies} if near else {}),
         **({"matches": matches} if containing is not None else {}),
+        **({"read_by": read_by} if read_by else {}),
         "unknown": unknown,
         "looked_at": index.looked_at(),
         "unreadable": index.unreadable_commits,
@@ -143,8 +155,13 @@ def _known_source(index: Index, source: str) -> str:
     path = Path(source).absolute()
     relative = path.relative_to(index.root.absolute()).as_posix() if path.is_relative_to(index.root.absolute()) else name
     for candidate in dict.fromkeys((name, name.rstrip("/"), relative)):
-        if candidate and index.knows_source(candidate):
+        if candidate and (index.knows_source(candidate) or stages_reading(index, candidate)):
             return candidate
+    if outs := [run for run in index.runs.values() if run.path and (is_within(relative, run.path) or is_within(run.path, relative))]:
+        raise InputError(
+            f"--source {visible(source)}: an output of {outs[-1].address}, not a source",
+            f"ask for one version of it by its md5, such as `--hash {outs[-1].md5}`",
+        )
     what = (
         "exists, but no recorded run has read it"
         if (index.root / name).exists() or path.exists()
@@ -165,8 +182,14 @@ class _ImpactQuery:
         self._source: str | None = None
         self._exposures: dict[int, Exposure] = {}
         """Id of a model's run -> its own exposure."""
+        self._by_hash = False
+        """Whether the query is a hash."""
         self._complete = False
         """Whether dvc.lock alone determines the result."""
+        self._derived = False
+        """Whether records that were made from the queried ones count, too."""
+        self.searched = False
+        """Whether the messages of every data set are read: the index alone does not determine the result."""
 
     @cached_property
     def _trained_models(self) -> list[StageRun]:
@@ -183,6 +206,7 @@ class _ImpactQuery:
         names: key -> id as it was given.
         derived: whether records that were made from these count, too.
         """
+        self._derived = derived
         derivations = self.index.derivations(keys) if derived else {}
         everything = list(dict.fromkeys([*keys, *(child for children in derivations.values() for child, _ in children)]))
         self.record_ids = [names.get(key, key.hex()) for key in everything]
@@ -278,6 +302,7 @@ class _ImpactQuery:
             InputError: the prefix is too short, or nothing in history has such a hash.
         """
         index, prefix = self.index, digest.lower()
+        self._by_hash = True
         if len(prefix) < 6:
             raise InputError(f"--hash {digest}: hash prefix is ambiguous", "give at least six digits")
         sources = index.outputs_by_source_hash(prefix)
@@ -289,6 +314,8 @@ class _ImpactQuery:
         }
         self._complete = bool(readers or index.outputs_with_prefix(prefix))
         if not (self._complete or sources or files):
+            if any(index.missing_reports(run, only_splits=False) for run in self._trained_models):
+                return  # one of these reports could name it
             raise InputError(f"--hash {digest}: no output, file of one, or source in history has this hash", "see `pedigree audit MODEL`")
         for run in self._trained_models:
             ancestors = index.ancestors(run)
@@ -390,8 +417,9 @@ class _ImpactQuery:
     def unknown(self) -> list[dict[str, Any]]:
         """Models that cannot be decided, because an output is unavailable or nothing records how it was made."""
         unknown: dict[str, dict[str, Any]] = {}
-        for run in [] if self._complete else [upstream for upstream in self.index.runs.values() if upstream.is_model]:
+        for run in [upstream for upstream in self.index.runs.values() if upstream.is_model]:
             missing: dict[str, StageRun] = {}
+            reports: dict[str, dict[str, str]] = {}
             unexplained: dict[str, None] = {}
             pending, visited = [run], set[int]()
             while pending:
@@ -402,23 +430,38 @@ class _ImpactQuery:
                 parents = self.index.parents(upstream)
                 pending += parents
                 if not self.index.is_copy(upstream):
-                    missing |= {absent.md5: absent for absent in self._missing(upstream)}
-                    unexplained |= dict.fromkeys(self.index.unexplained(upstream))
+                    reports |= {one["path"]: one for one in self._missing_reports(upstream)}
+                    missing |= {absent.md5: absent for absent in ([] if self._complete else self._missing(upstream))}
+                    unexplained |= dict.fromkeys(path for one in self._relevant(upstream) for path in self.index.unexplained(one))
                     unexplained |= {"": None} if upstream.place == "cache" else {}
-            if missing or unexplained:
+            if missing or reports or unexplained:
                 described = [{"stage": absent.address, "path": absent.path, "md5": absent.md5} for absent in missing.values()]
+                hints = [fetch_hint([*missing.values()])] if missing else []
+                hints += [f"{', '.join(reports)}: in no commit and no cache"] if reports else []
                 first = self.index.runs_by_output[run.md5][0]
                 entry = {
                     "stage": run.address,
                     "md5": run.md5,
                     "commit": first.commit,
                     "found_in": first.place,
-                    "missing": described,
+                    "missing": [*described, *reports.values()],
                     **({"unexplained": [path or "this model" for path in unexplained]} if unexplained else {}),
-                    "fetch": fetch_hint([*missing.values()]) if missing else NOTHING_RECORDED,
+                    "fetch": "; ".join(hints) or NOTHING_RECORDED,
                 }
                 unknown.setdefault(run.md5, entry)
         return list(unknown.values())
+
+    def _relevant(self, run: StageRun) -> list[StageRun]:
+        """The model and the runs upstream whose inputs must be known to decide about it: which texts a data set with splits contains is known without."""
+        if self._derived or self._source is not None or self._complete:
+            return [run, *self.index.ancestors(run).values()]
+        return [run, *(upstream for upstream in self.index.data(run).values() if not self.index.is_split(upstream))]
+
+    def _missing_reports(self, run: StageRun) -> list[dict[str, str]]:
+        """Unavailable reports that could name the queried source: by its hash, or as a file of paraphrases, which no row names."""
+        if (self._source is None and not self._by_hash) or run.id in self._exposures:
+            return []
+        return self.index.missing_reports(run, only_splits=not self._by_hash)
 
     def _missing(self, run: StageRun) -> list[StageRun]:
         """Unavailable outputs that are needed to decide about one model, its parents excluded."""
@@ -426,15 +469,23 @@ class _ImpactQuery:
         if not index.data(run):
             return []
         missing = index.missing(run)
-        if self._source is not None and run.id not in self._exposures:
-            sources = index.sources_of(run)
-            if sources is None or any(_within(one, self._source) or _within(self._source, one) for one in sources):
-                missing += [absent for absent in index.missing_contributions(run) if absent not in missing]
+        if self.searched:
+            gone = {out for out, _, md5 in index.shards(run) if md5 not in self._shard_paths}
+            missing += [absent for absent in index.data(run).values() if absent.md5 in gone and absent not in missing]
+        if run.id not in self._exposures and (self._derived or self._may_hold_source(run)):
+            missing += [absent for absent in index.missing_contributions(run) if absent not in missing]
         return missing
 
+    def _may_hold_source(self, run: StageRun) -> bool:
+        """Whether the data of a model are made from the queried source, or reports that name its sources are unavailable."""
+        if self._source is None:
+            return False
+        sources = self.index.sources_of(run)
+        return sources is None or any(is_within(one, self._source) or is_within(self._source, one) for one in sources)
 
-def _within(path: str, folder: str) -> bool:
-    return path == folder or path.startswith(folder.rstrip("/") + "/")
+    @cached_property
+    def _shard_paths(self) -> Mapping[str, Path]:
+        return self.index.shard_paths()
 
 
 def _near_copies(index: Index, keys: Iterable[bytes], text: str | None) -> list[dict[str, Any]]:
@@ -488,6 +539,8 @@ def as_text(result: Mapping[str, Any]) -> str:
     lines = [f"{kind} {visible(value)}"]
     if "published" in result:
         lines.append(f"published id of record {result['published']['record']}")
+    if "read_by" in result:
+        lines.append(f"named by {', '.join(result['read_by'])}, but not as a source of rows that are trained on")
     if result["records"] and result["records"] != [value]:
         lines.append(f"records {_shortened(result['records'])}")
     for match in result.get("matches", [])[:SHOWN]:
@@ -501,6 +554,10 @@ def as_text(result: Mapping[str, Any]) -> str:
         aliases = f", also called {', '.join(model['also_called'])}" if model["also_called"] else ""
         lines.append(f"{model['stage']}  md5 {model['md5'][:12]}  {_where(model)}{aliases}")
         lines += [f"  {_exposure_text(seen, model)}" for seen in model["seen"]]
+        if missing := model.get("missing"):
+            lines.append(
+                f"  perhaps more: {', '.join(output['path'] for output in missing)} could not be looked at; fetch: {model['fetch']}"
+            )
     lines += [""] if versions else []
     seen = result["looked_at"]
     answers = {

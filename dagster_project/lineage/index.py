@@ -2,92 +2,42 @@
 
 The database in .dvc/tmp/pedigree is a cache: if deleted, it is rebuilt from git and DVC's cache. Each dvc.lock and each file is read once, by hash.
 A record is stored as the 16 bytes of its `example_id`, in sorted chunks over all files that were read together, so that a lookup reads one chunk
-per several million rows.
+per several million rows. The tables are in database.py, the runs in run_index.py.
 """
 
 from __future__ import annotations
 
-import json
 import re
-import sqlite3
-import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_bytes
-from dagster_project.core.layout import REPORTS
-from dagster_project.lineage.history import LOCK, Objects, blobs, history, stages_of
-from dagster_project.lineage.rows import RowCollector, canonical_json, equal, record_key, summarize_training, text_key
-from dagster_project.lineage.runs import (
-    Entry,
-    LockParts,
-    Place,
-    Resolver,
-    StageRun,
-    address_in,
-    as_section,
-    conflict_sides,
-    declared_models,
-    is_input,
-    lock_parts,
-    output,
-    watched_inputs,
+from dagster_project.lineage.history import is_within
+from dagster_project.lineage.rows import (
+    EVIDENCE,
+    LEDGER,
+    OVERLAPS,
+    RowCollector,
+    canonical_json,
+    contributions,
+    equal,
+    record_key,
+    summarize_training,
+    text_key,
 )
+from dagster_project.lineage.run_index import RunIndex
+from dagster_project.lineage.runs import StageRun
 
-INDEX_FILE = Path(".dvc", "tmp", "pedigree", "index.sqlite3")
 SEGMENT = 4_000_000
 """Rows per segment. The rows of a segment are sorted together."""
-SPLIT = re.compile(r"(?:^|/)(train|validation|test)/records-\d+\.parquet$")
-"""Shards of a data set with splits: the rows that a model trains on, is monitored on, or is evaluated on."""
-EVIDENCE = "examples.parquet"
-"""Training evidence in a model's folder: the examples it was trained on, with step and epoch."""
-LEDGER, OVERLAPS = "ledger.parquet", "overlaps.parquet"
-"""Tables in a data set's folder: the outcome of every row, and the pairs of rows that repeat each other."""
-WEIGHTS = ".safetensors"
 PARAPHRASES = "paraphrases"
 """Format, in a report, of a source whose rows are new prompts for rows of other sources."""
-SOURCES = "data/sources"
-AUGMENTED, COPY_OF, PARAPHRASED = "augmented:", "copy of ", "paraphrase"
-"""How the ledger of `splits` describes a copy: its outcome, with the kind of copy, and its reason, with the id of the original."""
-TABLES = """
-CREATE TABLE lock (id INTEGER PRIMARY KEY, blob TEXT UNIQUE, readable INTEGER);
-CREATE TABLE run (id INTEGER PRIMARY KEY, key TEXT UNIQUE, address TEXT, path TEXT, md5 TEXT, is_model INTEGER, report TEXT, report_md5 TEXT, text TEXT);
-CREATE INDEX run_md5 ON run (md5);
-CREATE TABLE lock_run (lock INTEGER, run INTEGER, PRIMARY KEY (lock, run)) WITHOUT ROWID;
-CREATE TABLE cached_run (name TEXT PRIMARY KEY, run INTEGER) WITHOUT ROWID;
-CREATE TABLE scanned (folder TEXT PRIMARY KEY, changed INTEGER) WITHOUT ROWID;
-CREATE TABLE input (run INTEGER, dep TEXT, md5 TEXT, watched INTEGER);
-CREATE TABLE origin (run INTEGER, source TEXT, sha256 TEXT, format TEXT, rows INTEGER);
-CREATE INDEX origin_source ON origin (source);
-CREATE TABLE listed (md5 TEXT PRIMARY KEY, is_split INTEGER, has_weights INTEGER) WITHOUT ROWID;
-CREATE TABLE file (out TEXT, name TEXT, md5 TEXT, split TEXT);
-CREATE INDEX file_out ON file (out);
-CREATE INDEX file_md5 ON file (md5);
-CREATE INDEX file_name ON file (name);
-CREATE TABLE unread (md5 TEXT PRIMARY KEY, out TEXT, name TEXT) WITHOUT ROWID;
-CREATE TABLE content (id INTEGER PRIMARY KEY, md5 TEXT UNIQUE);
-CREATE TABLE source_rows (content INTEGER, source TEXT, rows INTEGER);
-CREATE INDEX source_rows_content ON source_rows (content);
-CREATE TABLE credit (file TEXT, source TEXT, source_row INTEGER, key BLOB);
-CREATE INDEX credit_source ON credit (source);
-CREATE INDEX credit_file ON credit (file);
-CREATE TABLE derived (file TEXT, parent BLOB, child BLOB, how TEXT);
-CREATE INDEX derived_parent ON derived (parent);
-CREATE INDEX derived_file ON derived (file);
-CREATE TABLE training (evidence TEXT, shard TEXT, source TEXT, records INTEGER, first INTEGER, last INTEGER);
-CREATE INDEX training_shard ON training (shard, evidence);
-CREATE TABLE matched (evidence TEXT, shards TEXT, PRIMARY KEY (evidence, shards)) WITHOUT ROWID;
-CREATE TABLE record (segment INTEGER, first BLOB, keys BLOB, contents BLOB, steps BLOB, epochs BLOB, PRIMARY KEY (segment, first));
-CREATE TABLE text_record (segment INTEGER, first BLOB, keys BLOB, ids BLOB, PRIMARY KEY (segment, first));
-"""
-SCHEMA_VERSION = zlib.crc32(TABLES.encode()) >> 1
-"""Derived from the tables: an index with another schema is rebuilt."""
+PARAPHRASED = "paraphrase"
+"""How the ledger of `splits` names a copy with a new prompt."""
 
 
 @dataclass
@@ -103,415 +53,8 @@ class RecordUse:
     """(step, epoch)."""
 
 
-class Index:
-    """Index of the stage runs in history. Opening it indexes new commits; `read_records` indexes the records of new files."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.objects = Objects(root)
-        self.history = history(root)
-        self._db = _connect(root)
-        with self._transaction():
-            self._read_locks()
-            self._read_run_cache()
-            self._list_outputs()
-            self._scan_cache()
-            self._read_origins()
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        """Exclusive write transaction, rolled back on any exception."""
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
-
-    # Stage runs and their inputs.
-
-    def _read_locks(self) -> None:
-        indexed = {blob for (blob,) in self._db.execute("SELECT blob FROM lock")}
-        commits = {**self.history.unreachable, **self.history.first}
-        texts: dict[str, tuple[bytes, str]] = {}
-        new = [blob for blob in commits if blob not in indexed]
-        contents = blobs(self.root, [*new, *(f"{commits[blob]}:./dvc.yaml" for blob in new)])
-        texts |= {blob: (contents[blob], commits[blob]) for blob in new if blob in contents}
-        if self.history.workspace and self.history.workspace not in {*indexed, *commits}:
-            texts[self.history.workspace] = (self.root / LOCK).read_bytes(), ":"
-        if not texts:
-            return
-        declared = {":": self._pipeline} | {name.partition(":")[0]: text for name, text in contents.items() if ":" in name}
-        models: dict[bytes, frozenset[str]] = {}
-        for blob, (content, commit) in texts.items():
-            pipeline = declared.get(commit, b"")
-            if pipeline not in models:
-                models[pipeline] = declared_models(pipeline)
-            sides = conflict_sides(content.decode("utf-8", "replace"))
-            for number, text in enumerate(sides):
-                name = blob if len(sides) == 1 else f"{blob}:{number}"
-                try:
-                    self._read_lock(name, lock_parts(text), models[pipeline])
-                except InputError:
-                    self._db.execute("INSERT OR IGNORE INTO lock (blob, readable) VALUES (?, 0)", (name,))
-            if len(sides) > 1:
-                self._db.execute("INSERT OR IGNORE INTO lock (blob, readable) VALUES (?, 1)", (blob,))
-
-    @cached_property
-    def _pipeline(self) -> bytes:
-        """dvc.yaml of the workspace."""
-        yaml = self.root / "dvc.yaml"
-        return yaml.read_bytes() if yaml.is_file() else b""
-
-    def _read_lock(self, blob: str, parts: LockParts, models: frozenset[str]) -> None:
-        known = dict(self._rows("SELECT key, id FROM run WHERE key IN", [*parts.values()]))
-        for address, key in parts.items():
-            if key not in known:
-                run = self._add_entry(key, address, stages_of("stages:\n" + parts.text[address])[address], parts.text[address], models)
-                if run is not None:
-                    known[key] = run
-        lock = self._db.execute("INSERT OR IGNORE INTO lock (blob, readable) VALUES (?, 1)", (blob,)).lastrowid
-        self._db.executemany("INSERT OR IGNORE INTO lock_run VALUES (?, ?)", [(lock, run) for run in known.values()])
-        newly = [
-            (run,)
-            for run, address in self._rows("SELECT id, address FROM run WHERE id IN", [*known.values()])
-            if _section(address) in models
-        ]
-        self._db.executemany("UPDATE run SET is_model = 1 WHERE id = ?", newly)
-
-    def _add_entry(self, key: str, address: str, stage: dict[str, Any], text: str, models: frozenset[str]) -> int | None:
-        """Add an entry of dvc.lock or of the run cache. Returns its id; None if it has no output with a hash."""
-        out = output(stage)
-        if out is None:
-            return None
-        report: dict[str, str] = next((one for one in stage["outs"] if one["path"].startswith(REPORTS)), {})
-        has_weights = self._db.execute("SELECT 1 FROM listed WHERE md5 = ? AND has_weights", (out["md5"],)).fetchone() is not None
-        run = self._db.execute(
-            "INSERT INTO run (key, address, path, md5, is_model, report, report_md5, text) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                key,
-                address,
-                out["path"],
-                out["md5"],
-                has_weights or _section(address) in models,
-                report.get("path"),
-                report.get("md5"),
-                text,
-            ),
-        ).lastrowid
-        watched = watched_inputs(address, stage)
-        inputs = [(run, dep["path"], dep.get("md5", ""), dep["path"] in watched) for dep in stage.get("deps", []) if is_input(dep["path"])]
-        self._db.executemany("INSERT INTO input VALUES (?, ?, ?, ?)", inputs)
-        return run
-
-    def _read_run_cache(self) -> None:
-        """Add the runs of DVC's run cache: also of models that no commit ever contained."""
-        known = {name for (name,) in self._db.execute("SELECT name FROM cached_run")}
-        new = [path for path in self.objects.run_cache() if path.name not in known]
-        models = declared_models(self._pipeline) if new else frozenset()
-        for path in new:
-            with suppress(InputError, KeyError, TypeError, UnicodeDecodeError, FileNotFoundError):
-                stage = stages_of("stages:\n  one:\n" + re.sub(r"^", "    ", path.read_text(encoding="utf-8"), flags=re.MULTILINE))["one"]
-                out = output(stage)
-                address = address_in(str(stage.get("cmd", "")), out["path"]) if out else ""
-                run = self._add_entry(f"cache {path.name}", address, stage, as_section(address, stage), models)
-                self._db.execute("INSERT INTO cached_run VALUES (?, ?)", (path.name, run))
-
-    def _scan_cache(self) -> None:
-        """Find models in DVC's cache that nothing records: folders with weights."""
-        scanned = dict(self._db.execute("SELECT folder, changed FROM scanned"))
-        changed = {folder: time for folder, time in self.objects.folders().items() if scanned.get(folder.name) != time}
-        for folder in changed:
-            for path in folder.glob("*.dir"):
-                md5 = folder.name + path.name
-                if self._db.execute("SELECT 1 FROM listed WHERE md5 = ?1 UNION SELECT 1 FROM run WHERE md5 = ?1", (md5,)).fetchone():
-                    continue
-                listing = self.objects.listing(md5) or {}
-                if any(name.endswith(WEIGHTS) for name in listing):
-                    self._list_output(md5, listing)
-        self._db.executemany("INSERT OR REPLACE INTO scanned VALUES (?, ?)", [(folder.name, time) for folder, time in changed.items()])
-
-    def _list_outputs(self) -> None:
-        """List the files of every output that has become available."""
-        query = "SELECT md5, path FROM run WHERE md5 NOT IN (SELECT md5 FROM listed) GROUP BY md5"
-        for md5, path in self._db.execute(query).fetchall():
-            listing = self.objects.listing(md5, path if md5 in self.workspace_outputs else "")
-            if listing is not None:
-                self._list_output(md5, listing)
-
-    def _list_output(self, md5: str, listing: dict[str, str]) -> None:
-        splits = {name: match.group(1) for name in listing if (match := SPLIT.search(name))}
-        has_weights = any(name.endswith(WEIGHTS) for name in listing)
-        self._db.execute("INSERT INTO listed VALUES (?, ?, ?)", (md5, bool(splits), has_weights))
-        files = [(md5, name, value, splits.get(name)) for name, value in listing.items()]
-        self._db.executemany("INSERT INTO file VALUES (?, ?, ?, ?)", files)
-        indexable = [(value, md5, name) for name, value in listing.items() if name in splits or name in {EVIDENCE, LEDGER, OVERLAPS}]
-        self._db.executemany("INSERT OR IGNORE INTO unread SELECT ?, ?, ? WHERE ?1 NOT IN (SELECT md5 FROM content)", indexable)
-        if has_weights:
-            self._db.execute("UPDATE run SET is_model = 1 WHERE md5 = ?", (md5,))
-
-    def _read_origins(self) -> None:
-        """Record the sources, from the reports of the runs that read files which no stage produces."""
-        query = """SELECT DISTINCT run.id, run.report, run.report_md5 FROM run JOIN input ON input.run = run.id
-            WHERE run.report IS NOT NULL AND run.id NOT IN (SELECT run FROM origin) AND input.md5 NOT IN (SELECT md5 FROM run)"""
-        pending = [row for row in self._db.execute(query).fetchall() if row[0] in self._first_commits]
-        for run, content in self._contents_of_reports(pending).items():
-            facts = json.loads(content).get("sources") or {"": {}}
-            rows = [(run, source, f.get("sha256"), f.get("format"), f.get("rows")) for source, f in facts.items()]
-            self._db.executemany("INSERT INTO origin VALUES (?, ?, ?, ?, ?)", rows)
-
-    def _contents_of_reports(self, requested: Sequence[tuple[int, str, str]]) -> dict[int, bytes]:
-        """Id of an entry -> the report with the recorded hash, from DVC's cache, a commit that contains it, or the workspace.
-
-        Args:
-            requested: (id of the entry, path of the report, its hash).
-        """
-        names = {run: f"{commit}:./{report}" for run, report, _ in requested if (commit := self._first_commits.get(run))}
-        committed = blobs(self.root, names.values())
-        contents: dict[int, bytes] = {}
-        for run, report, md5 in requested:
-            files = [path for path in (self.objects.path(md5), self.root / report) if path and path.is_file()]
-            for content in (committed.get(names.get(run, ""), b""), *(path.read_bytes() for path in files)):
-                if md5_of_bytes(content) == md5:
-                    contents[run] = content
-        return contents
-
-    def report(self, run: StageRun) -> dict[str, Any]:
-        """The report that dvc.lock records for this run; empty if its bytes are unavailable."""
-        row = self._db.execute("SELECT id, report, report_md5 FROM run WHERE id = ? AND report IS NOT NULL", (run.entry.id,)).fetchone()
-        content = self._contents_of_reports([row]).get(run.entry.id) if row else None
-        return dict(json.loads(content)) if content else {}
-
-    @cached_property
-    def workspace_outputs(self) -> dict[str, str]:
-        """Hash -> path of the outputs in the workspace's dvc.lock. Their files may exist in the workspace."""
-        query = "SELECT run.md5, run.path FROM run JOIN lock_run ON run.id = lock_run.run JOIN lock ON lock.id = lock_run.lock WHERE lock.blob = ?"
-        return dict(self._db.execute(query, (self.history.workspace,)))
-
-    @cached_property
-    def _locks(self) -> list[tuple[int, str | None, Place]]:
-        """(id, first commit, place) of every readable dvc.lock: in the order of history, then the workspace, then what only the reflog reaches."""
-        ids: dict[str, list[int]] = defaultdict(list)
-        for identity, blob in self._db.execute("SELECT id, blob FROM lock WHERE readable ORDER BY id"):
-            ids[blob.partition(":")[0]].append(identity)
-        found: dict[int, tuple[int, str | None, Place]] = {}
-        places: list[tuple[str, str | None, Place]] = [(blob, commit, "commit") for blob, commit in self.history.first.items()]
-        places += [(self.history.workspace, None, "workspace")] if self.history.workspace else []
-        places += [(blob, commit, "reflog") for blob, commit in self.history.unreachable.items()]
-        for blob, commit, place in places:
-            for identity in ids.get(blob, ()):
-                found.setdefault(identity, (identity, commit, place))
-        return list(found.values())
-
-    @cached_property
-    def _workspace_locks(self) -> frozenset[int]:
-        query = "SELECT id FROM lock WHERE blob = ?1 OR blob LIKE ?1 || ':%'"
-        return frozenset(identity for (identity,) in self._db.execute(query, (self.history.workspace or "none",)))
-
-    @cached_property
-    def _first_commits(self) -> dict[int, str | None]:
-        """Id of an entry -> the first commit whose dvc.lock contains it, whatever its lineage."""
-        entries = self._entries_of_locks
-        commits: dict[int, str | None] = {entry: None for (entry,) in self._db.execute("SELECT run FROM cached_run WHERE run IS NOT NULL")}
-        for lock, commit, _ in reversed(self._locks):
-            commits |= dict.fromkeys(entries[lock], commit) if commit else {entry: commits.get(entry) for entry in entries[lock]}
-        return commits
-
-    @cached_property
-    def _entries_of_locks(self) -> dict[int, list[int]]:
-        entries: dict[int, list[int]] = defaultdict(list)
-        for lock, run in self._db.execute("SELECT lock, run FROM lock_run ORDER BY run"):
-            entries[lock].append(run)
-        return entries
-
-    @cached_property
-    def _entries(self) -> dict[int, Entry]:
-        inputs: dict[int, list[tuple[str, str]]] = defaultdict(list)
-        watched: dict[int, set[str]] = defaultdict(set)
-        for run, dep, md5, is_watched in self._db.execute("SELECT run, dep, md5, watched FROM input ORDER BY rowid"):
-            inputs[run].append((dep, md5))
-            if is_watched:
-                watched[run].add(dep)
-        return {
-            identity: Entry(identity, address, path, md5, bool(is_model), tuple(inputs[identity]), frozenset(watched[identity]))
-            for identity, address, path, md5, is_model in self._db.execute("SELECT id, address, path, md5, is_model FROM run")
-        }
-
-    @cached_property
-    def _resolved(self) -> tuple[dict[int, StageRun], dict[int, dict[str, StageRun]]]:
-        """Id -> run; id of a dvc.lock -> address -> run."""
-        resolver = Resolver(self._entries, self.files)
-        by_lock = {}
-        for order, (lock, commit, place) in enumerate(self._locks):
-            by_lock[lock] = resolver.add_lock(lock, self._entries_of_locks[lock], order, commit, place)
-            for run in by_lock[lock].values() if lock in self._workspace_locks else ():
-                run.in_workspace = True
-        recorded = {run.entry.signature for run in resolver.runs}
-        cached = [self._entries[run] for (run,) in self._db.execute("SELECT run FROM cached_run WHERE run IS NOT NULL ORDER BY run")]
-        resolver.add_unrecorded([entry for entry in cached if entry.signature not in recorded], len(self._locks), "run cache")
-        known = resolver.by_output.keys()
-        unrecorded = [md5 for (md5,) in self._db.execute("SELECT md5 FROM listed WHERE has_weights ORDER BY md5") if md5 not in known]
-        orphans = [
-            Entry(-1 - i, "unrecorded", "", md5, True, (), frozenset()) for i, md5 in enumerate(unrecorded) if self.objects.path(md5)
-        ]
-        resolver.add_unrecorded(orphans, len(self._locks), "cache")
-        resolver.connect()
-        resolver.add_alternatives(len(self._locks))
-        return {run.id: run for run in sorted(resolver.runs, key=lambda run: (run.order, run.id))}, by_lock
-
-    @property
-    def runs(self) -> dict[int, StageRun]:
-        """Id -> every run that git (with its reflog), the workspace or DVC's caches contain, in the order of history."""
-        return self._resolved[0]
-
-    @cached_property
-    def runs_by_output(self) -> dict[str, list[StageRun]]:
-        """Hash of an output -> the runs that produced it, in the order of history."""
-        by_output: dict[str, list[StageRun]] = defaultdict(list)
-        for run in self.runs.values():
-            by_output[run.md5].append(run)
-        return dict(by_output)
-
-    def runs_in_lock(self, blob: str | None) -> dict[str, StageRun]:
-        """Address -> run, for one dvc.lock; empty if it is unreadable or no commit in reach contains it."""
-        row = self._db.execute("SELECT id FROM lock WHERE blob = ?", (blob,)).fetchone()
-        return self._resolved[1].get(row[0], {}) if row else {}
-
-    def commits_of(self, run: StageRun) -> list[str | None]:
-        """The first commit of each dvc.lock that contains the run, in the order of history; None for the workspace."""
-        return [self._commit_of_lock[position] for position in sorted(self._position_of_lock[lock] for lock in run.locks)]
-
-    @cached_property
-    def _position_of_lock(self) -> dict[int, int]:
-        return {lock: position for position, (lock, _, _) in enumerate(self._locks)}
-
-    @cached_property
-    def _commit_of_lock(self) -> list[str | None]:
-        return [commit for _, commit, _ in self._locks]
-
-    def first_commit(self, run: StageRun) -> str | None:
-        """The first commit whose dvc.lock contains the run's entry, whatever its lineage; None if no commit does."""
-        return self._first_commits.get(run.entry.id)
-
-    def lock_entry(self, run: StageRun) -> dict[str, Any]:
-        """The complete entry of dvc.lock; empty if nothing records the run."""
-        row = self._db.execute("SELECT text FROM run WHERE id = ?", (run.entry.id,)).fetchone()
-        return dict(stages_of("stages:\n" + row[0])[run.address]) if row else {}
-
-    @cache  # noqa: B019  an index lives as long as one query
-    def parents(self, run: StageRun) -> list[StageRun]:
-        """The models that a model was made from, directly; those that it only watches are excluded.
-
-        For a folder of models: those whose weights it contains unchanged, if any; if its files are unavailable, the variant that its report names.
-        """
-        direct: list[StageRun] = []
-        from_folders: list[StageRun] = []
-        for dep, path, md5 in run.inputs:
-            producer = run.producers.get(md5)
-            if producer and producer.is_model and producer.md5 != run.md5 and dep not in run.entry.watched:
-                (direct if dep == path else from_folders).append(producer)
-        mine = self.weights(run.md5)
-        same = [producer for producer in from_folders if mine & self.weights(producer.md5)]
-        if from_folders and not direct and not mine and (variant := self.report(run).get("variant")):
-            same = [producer for producer in from_folders if producer.address in {f"merged@{variant}", f"merged_aligned@{variant}"}]
-        if not direct and not same and mine and (run.unresolved or run.place in {"run cache", "cache"}):
-            holders = {out for weight in mine for out in self.outputs_with_file(weight)} - {run.md5}
-            same = [self.runs_by_output[out][0] for out in sorted(holders) if out in self.runs_by_output and not self._is_unrecorded(out)]
-        return list(dict.fromkeys([*direct, *(same or from_folders)]))
-
-    def _is_unrecorded(self, out: str) -> bool:
-        return self.runs_by_output[out][0].place == "cache"
-
-    @cache  # noqa: B019  an index lives as long as one query
-    def is_copy(self, run: StageRun) -> bool:
-        """Whether a model has the weights of a parent, byte for byte, or, if its files are unavailable, was chosen from folders of models: the parent
-        then accounts for everything that it was trained on."""
-        mine = self.weights(run.md5)
-        if mine:
-            return any(mine <= self.weights(parent.md5) for parent in self.parents(run))
-        direct = any(dep == path for dep, path, md5 in run.inputs if md5 in run.producers and run.producers[md5].is_model)
-        return run.is_model and not direct and len(self.parents(run)) == 1
-
-    @cache  # noqa: B019  an index lives as long as one query
-    def data(self, run: StageRun) -> dict[str, StageRun]:
-        """Hash -> run of every data set upstream of a run, up to the nearest models and data sets with splits.
-
-        The search ends at splits because `preferences` reads the test split of the instructions only to exclude it: no model trains on it.
-        """
-        upstream: dict[str, StageRun] = {}
-        pending = [run]
-        while pending:
-            reader = pending.pop()
-            for md5, producer in reader.producers.items():
-                if not producer.is_model and md5 not in upstream:
-                    upstream[md5] = producer
-                    if not self.is_split(producer):
-                        pending.append(producer)
-        return upstream
-
-    @cache  # noqa: B019  an index lives as long as one query
-    def ancestors(self, run: StageRun) -> dict[str, StageRun]:
-        """Hash -> run of `data` and everything upstream of it, except other data sets with splits."""
-        upstream = dict(self.data(run))
-        pending = list(upstream.values())
-        while pending:
-            reader = pending.pop()
-            for md5, producer in reader.producers.items():
-                if not producer.is_model and md5 not in upstream and not (md5 in self.split_outputs or producer.path in self._split_paths):
-                    upstream[md5] = producer
-                    pending.append(producer)
-        return upstream
-
-    def files(self, out: str) -> dict[str, str] | None:
-        """Path -> hash of the files of an output; None if it was never available locally."""
-        if self._db.execute("SELECT 1 FROM listed WHERE md5 = ?", (out,)).fetchone() is None:
-            return None
-        return dict(self._db.execute("SELECT name, md5 FROM file WHERE out = ? ORDER BY name", (out,)))
-
-    def file_path(self, out: str, name: str) -> Path | None:
-        """Local path of a file of an output; None if it is unavailable."""
-        md5 = (self.files(out) or {}).get(name)
-        return self.objects.path(md5, self.workspace_outputs.get(out, "")) if md5 else None
-
-    def is_split(self, run: StageRun) -> bool:
-        """Whether the output has splits, judged by other outputs at the same path if it is unavailable; True if that is unknown."""
-        return run.md5 in self.split_outputs or run.path in self._split_paths or run.path not in self._listed_paths
-
-    def weights(self, out: str) -> frozenset[str]:
-        """Hashes of the files with weights in an output."""
-        return self._weights.get(out, frozenset())
-
-    @cached_property
-    def _weights(self) -> dict[str, frozenset[str]]:
-        weights: dict[str, set[str]] = defaultdict(set)
-        for out, md5 in self._db.execute(f"SELECT out, md5 FROM file WHERE name LIKE '%{WEIGHTS}'"):
-            weights[out].add(md5)
-        return {out: frozenset(files) for out, files in weights.items()}
-
-    def outputs_with_file(self, file: str) -> list[str]:
-        """Outputs that contain a file with this hash."""
-        return [out for (out,) in self._db.execute("SELECT DISTINCT out FROM file WHERE md5 = ?", (file,))]
-
-    def outputs_with_prefix(self, prefix: str) -> list[str]:
-        """Output hashes with this prefix."""
-        return [md5 for md5 in self.runs_by_output if md5.startswith(prefix)]
-
-    def outputs_by_source_hash(self, sha256: str) -> dict[str, frozenset[str]]:
-        """Source -> hashes of the outputs made from the version of it whose sha256 has this prefix."""
-        outputs: dict[str, set[str]] = defaultdict(set)
-        query = "SELECT run, source FROM origin WHERE sha256 >= ? AND sha256 < ?"
-        for entry, source in self._db.execute(query, (sha256, sha256 + "g")):
-            outputs[source].add(self._entries[entry].md5)
-        return {source: frozenset(outs) for source, outs in outputs.items()}
-
-    def matching_hashes(self, prefix: str) -> tuple[frozenset[str], frozenset[str]]:
-        """(file hashes with this prefix, hashes of outputs that have the prefix or contain such a file)."""
-        rows = self._db.execute("SELECT md5, out FROM file WHERE md5 >= ? AND md5 < ?", (prefix, prefix + "g")).fetchall()
-        outs = {out for md5, out in rows if out in self.runs_by_output} | set(self.outputs_with_prefix(prefix))
-        return frozenset(md5 for md5, _ in rows), frozenset(outs)
-
-    # Records and the files that contain them.
+class Index(RunIndex):
+    """Index of the records in history: which files contain them. `read_records` indexes the records of new files."""
 
     def read_records(self) -> None:
         """Index every available shard and evidence file that is not indexed yet."""
@@ -585,11 +128,6 @@ class Index:
         query = "SELECT out, split, md5 FROM file WHERE out = ? AND split IS NOT NULL ORDER BY name"
         return [row for out in self.data(run) if out in self.split_outputs for row in self._db.execute(query, (out,))]
 
-    @cached_property
-    def split_outputs(self) -> frozenset[str]:
-        """Hashes of the outputs with splits."""
-        return frozenset(md5 for (md5,) in self._db.execute("SELECT md5 FROM listed WHERE is_split"))
-
     def missing(self, run: StageRun) -> list[StageRun]:
         """Runs whose unavailable outputs are needed to determine which records a model itself has seen."""
         return [
@@ -597,15 +135,6 @@ class Index:
             for producer in [*self.data(run).values(), run]
             if producer.md5 in self._unindexed or (producer.md5 not in self._listed and (producer is run or self.is_split(producer)))
         ]
-
-    def unexplained(self, run: StageRun) -> list[str]:
-        """Inputs of a run that were outputs of stages, although nothing records the runs that produced them."""
-        paths = {one.path for one in self.runs.values()} - {""}
-        return [*run.unresolved, *(path for _, path, md5 in run.inputs if path in paths and md5 not in run.producers and md5 != run.md5)]
-
-    @cached_property
-    def _listed(self) -> frozenset[str]:
-        return frozenset(md5 for (md5,) in self._db.execute("SELECT md5 FROM listed"))
 
     @cached_property
     def _unindexed(self) -> frozenset[str]:
@@ -618,18 +147,23 @@ class Index:
         query = "SELECT DISTINCT file.out FROM unread JOIN file ON file.md5 = unread.md5 WHERE unread.name IN (?, ?)"
         return frozenset(out for (out,) in self._db.execute(query, (LEDGER, OVERLAPS)))
 
+    @cached_property
+    def _paths_with_contributions(self) -> frozenset[str]:
+        """Paths of the outputs of which some version has a ledger or table of overlaps."""
+        query = "SELECT DISTINCT run.path FROM run JOIN file ON file.out = run.md5 WHERE file.name IN (?, ?)"
+        return frozenset(path for (path,) in self._db.execute(query, (LEDGER, OVERLAPS)))
+
     def missing_contributions(self, run: StageRun) -> list[StageRun]:
         """Runs upstream of a model whose unavailable outputs tell which rows contributed to records of other rows."""
-        upstream = self.ancestors(run).values()
-        return [producer for producer in upstream if producer.md5 in self._without_contributions or producer.md5 not in self._listed]
-
-    @cached_property
-    def _listed_paths(self) -> frozenset[str]:
-        return frozenset(producer.path for md5 in self._listed for producer in self.runs_by_output.get(md5, []))
-
-    @cached_property
-    def _split_paths(self) -> frozenset[str]:
-        return frozenset(producer.path for md5 in self.split_outputs for producer in self.runs_by_output.get(md5, []))
+        return [
+            producer
+            for producer in self.ancestors(run).values()
+            if producer.md5 in self._without_contributions
+            or (
+                producer.md5 not in self._listed
+                and (producer.path in self._paths_with_contributions or producer.path not in self._listed_paths)
+            )
+        ]
 
     def record_uses(self, keys: Iterable[bytes]) -> list[RecordUse]:
         """Every file that contains one of these records."""
@@ -698,20 +232,6 @@ class Index:
         query = " UNION ALL ".join(f"SELECT 1 FROM {table} WHERE {where}" for table in ("origin", "source_rows", "credit"))
         return self._db.execute(f"SELECT EXISTS ({query})", (source, _inside(source))).fetchone() == (1,)
 
-    def sources_of(self, run: StageRun) -> set[str] | None:
-        """The sources that reports name of everything upstream of a model's data; None if such a report is unavailable."""
-        upstream = [producer for producer in self.ancestors(run).values() if self._reads_sources(producer)]
-        named: set[str] = set()
-        for producer in upstream:
-            rows = self._db.execute("SELECT source FROM origin WHERE run = ?", (producer.entry.id,)).fetchall()
-            if not rows:
-                return None
-            named |= {source for (source,) in rows} - {""}
-        return named
-
-    def _reads_sources(self, run: StageRun) -> bool:
-        return any(md5 not in run.producers and path.startswith(SOURCES) for _, path, md5 in run.inputs)
-
     def contributed(self, source: str) -> tuple[dict[str, set[bytes]], dict[int, set[bytes]]]:
         """Keys of the records to which rows of a source contributed although the record names another row.
 
@@ -738,9 +258,7 @@ class Index:
         found: set[bytes] = set()
         for path in (self.file_path(out, LEDGER) for out in outs):
             for row in pq.read_table(path, columns=["source", "example_id"]).to_pylist() if path else ():
-                if (row["source"] == source or row["source"].startswith(source.rstrip("/") + "/")) and (
-                    key := record_key(row["example_id"])
-                ) in keys:
+                if is_within(row["source"], source) and (key := record_key(row["example_id"])) in keys:
                     found.add(key)
         return found
 
@@ -785,13 +303,6 @@ class Index:
             "rows": sum(self.shard_sizes.values()),
         }
 
-    @property
-    def unreadable_commits(self) -> list[str]:
-        """Commits whose dvc.lock cannot be read."""
-        commits = {**self.history.unreachable, **self.history.first}
-        blobs = [blob.partition(":")[0] for (blob,) in self._db.execute("SELECT blob FROM lock WHERE NOT readable")]
-        return sorted({commits[blob] for blob in blobs if blob in commits})
-
     @cached_property
     def shard_sizes(self) -> dict[str, int]:
         """Hash of a shard -> number of rows."""
@@ -834,72 +345,6 @@ class Index:
     def _chunk(self, table: str, segment: int, key: bytes, columns: str) -> Any:
         query = f"SELECT {columns} FROM {table} WHERE segment = ? AND first <= ? ORDER BY first DESC LIMIT 1"
         return self._db.execute(query, (segment, key[:8])).fetchone()
-
-    def _rows(self, query: str, values: Sequence[Any]) -> Iterator[Any]:
-        """Run a query that ends in IN for any number of values, in batches."""
-        for start in range(0, len(values), 900):
-            batch = values[start : start + 900]
-            yield from self._db.execute(f"{query} ({','.join('?' * len(batch))})", batch)
-
-
-def _connect(root: Path) -> sqlite3.Connection:
-    """Open the database: rebuilt if its schema differs or it is corrupt, in memory if the project is read-only."""
-    path = root / INDEX_FILE
-    for _ in range(2):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            db = sqlite3.connect(path, timeout=3600, isolation_level=None)
-            (version,) = db.execute("PRAGMA user_version").fetchone()
-            if version == SCHEMA_VERSION:
-                return db
-            if version == 0 and not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                db.executescript(f"PRAGMA journal_mode = WAL; BEGIN IMMEDIATE; {TABLES} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-                return db
-            db.close()
-            path.unlink()
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):
-                break
-            path.unlink()
-        except OSError:
-            break
-    db = sqlite3.connect(":memory:", isolation_level=None)
-    db.executescript(TABLES)
-    return db
-
-
-def contributions(path: Path, name: str) -> tuple[list[tuple[str, int, bytes]], list[tuple[bytes, bytes, str]]]:
-    """What a ledger or a table of overlaps says about rows that contributed to a record of another row.
-
-    Returns:
-        (source, source_row, key of the record) of every copy that was dropped; and (key of the row, key of the record, how) of every record that was
-        made from another one: repaired, copied, paraphrased, or kept in place of a copy.
-    """
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    if name == OVERLAPS:
-        table = pq.read_table(path, columns=["check", "source", "source_row", "example_id", "other"])
-        rows = table.filter(pc.equal(table["check"], "exact_duplicates")).to_pylist()
-        credits = [(row["source"], row["source_row"], record_key(row["other"])) for row in rows]
-        different = [row for row in rows if row["example_id"] != row["other"]]
-        return credits, [(record_key(row["example_id"]), record_key(row["other"]), "kept instead") for row in different]
-    names = pq.read_schema(path).names
-    table = pq.read_table(path, columns=["example_id", "outcome", "why", *(["source_id"] if "source_id" in names else [])])
-    added = table.filter(pc.starts_with(table["outcome"], AUGMENTED)).to_pylist()
-    derived = [
-        (record_key(row["why"].removeprefix(COPY_OF)), record_key(row["example_id"]), row["outcome"].removeprefix(AUGMENTED))
-        for row in added
-        if row["why"].startswith(COPY_OF)
-    ]
-    if "source_id" in names:
-        repaired = table.filter(pc.is_valid(table["source_id"])).select(["source_id", "example_id"]).to_pylist()
-        derived += [(record_key(row["source_id"]), record_key(row["example_id"]), "repaired") for row in repaired]
-    return [], derived
-
-
-def _section(address: str) -> str:
-    return address.partition("@")[0]
 
 
 def _inside(folder: str) -> str:

@@ -15,9 +15,10 @@ from dagster_project.core.git import git
 from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.records import with_license
 from dagster_project.lineage.code import code_in
-from dagster_project.lineage.history import LOCK, Revision, commit_of, listing_of, path_exists
-from dagster_project.lineage.index import EVIDENCE, WEIGHTS, Index
-from dagster_project.lineage.rows import record_key
+from dagster_project.lineage.history import LOCK, Revision, commit_of, is_within, listing_of, path_exists
+from dagster_project.lineage.index import Index
+from dagster_project.lineage.rows import EVIDENCE, LEDGER, record_key
+from dagster_project.lineage.run_index import WEIGHTS
 from dagster_project.lineage.runs import StageRun, is_input
 from dagster_project.lineage.sources import other_files
 
@@ -123,9 +124,10 @@ def find(index: Index, model: str, rev: str | None = None) -> Subject:
         return Subject(index, run, lock if run in lock.values() else _lock(index, run.commit))
     former = [run for run in index.runs.values() if model in {run.address, run.path}]
     if former:
+        last = next((run for run in reversed(former) if run.commit), former[-1])
         raise InputError(
-            f"{model} is not in dvc.lock{f' at {rev}' if rev else ''}; it was before, last with md5 {former[-1].md5}",
-            f"give --rev {(former[-1].commit or '')[:12]}, or that hash",
+            f"{model} is not in dvc.lock{f' at {rev}' if rev else ''}; it was before, last with md5 {last.md5}",
+            f"give --rev {last.commit[:12]}, or that hash" if last.commit else "give that hash",
         )
     shallow = "; this clone is shallow: `git fetch --unshallow` fetches the rest of the history" if index.history.shallow else ""
     what = (
@@ -204,6 +206,7 @@ def document(subject: Subject) -> dict[str, Any]:
         "watched": {
             "stages": {names[stage.path, stage.md5]: _stage(index, stage, reports[stage], names) for stage in watched},
             "sources": {name: facts for name, facts in watched_sources.items() if name not in sources},
+            "other_files": other_files(index, {stage: entries[stage] for stage in watched}, names, sources | watched_sources),
         },
         "records": _training_counts(records),
         "parents": [
@@ -255,7 +258,7 @@ def _stage_names(upstream: Iterable[StageRun]) -> dict[tuple[str, str], str]:
 
 def _commit_facts(index: Index, run: StageRun) -> dict[str, Any]:
     """The first commit whose dvc.lock contains this output's hash."""
-    first = index.runs_by_output[run.md5][0]
+    first = index.first_recorded(run.md5)
     earlier = {"or_earlier": True} if first.commit in index.history.boundary else {}
     return {"commit": first.commit, **earlier}
 
@@ -283,7 +286,7 @@ def _code(index: Index, run: StageRun) -> dict[str, Any]:
         stages[name] = {"commit": commit, "clean": commit is not None and not differing, **({"differs": differing} if differing else {})}
     differs = sorted({path for _, _, differing in code.values() for path in differing})
     uncommitted = [name for name, stage in stages.items() if stage["commit"] is None]
-    first = index.runs_by_output[run.md5][0]
+    first = index.first_recorded(run.md5)
     return {
         **_commit_facts(index, run),
         "clean": all(stage["clean"] for stage in stages.values()),
@@ -316,7 +319,7 @@ def _ledger_counts(index: Index, run: StageRun) -> dict[tuple[str, str], int]:
     """(source, outcome) -> rows; empty if the ledger is unavailable."""
     import pyarrow.parquet as pq
 
-    path = index.file_path(run.md5, "ledger.parquet")
+    path = index.file_path(run.md5, LEDGER)
     if path is None:
         return {}
     rows = pq.read_table(path, columns=["source", "outcome"]).group_by(["source", "outcome"]).aggregate([([], "count_all")]).to_pylist()
@@ -326,7 +329,7 @@ def _ledger_counts(index: Index, run: StageRun) -> dict[tuple[str, str], int]:
 def _outcomes_of_source(counts: Mapping[tuple[str, str], int], name: str) -> dict[str, int]:
     outcomes: Counter[str] = Counter()
     for (source, outcome), n in counts.items():
-        if source == name or source.startswith(name.rstrip("/") + "/"):
+        if is_within(source, name):
             outcomes[outcome] += n
     return dict(outcomes)
 
@@ -388,9 +391,9 @@ def _source_rows(index: Index, data: Iterable[StageRun]) -> tuple[dict[str, tupl
     missing = []
     for run in data:
         files = index.files(run.md5)
-        if not index.is_split(run) or (files is not None and "ledger.parquet" not in files):
+        if not index.is_split(run) or (files is not None and LEDGER not in files):
             continue
-        path = index.file_path(run.md5, "ledger.parquet")
+        path = index.file_path(run.md5, LEDGER)
         if path is None:
             missing.append(_missing(run))
             continue
@@ -513,15 +516,12 @@ def as_text(audited: dict[str, Any]) -> str:
         lines += [f"versions   {', '.join(f'{name} {version}' for name, version in audited['environment'].items())}"]
     lines += [f"machine    {line}" for line in _machine_lines(audited["machine"])]
     lines += ["", "sources", *_sources_text(audited["sources"])]
-    lines += [
-        f"  {path}  read by {', '.join(file['stages'])}, license {file['license']}, {'sha256' if 'sha256' in file else 'md5'} "
-        f"{file.get('sha256', file['md5'])[:16]}"
-        for path, file in audited["other_files"].items()
-    ]
+    lines += _other_files_text(audited["other_files"])
     lines += ["", "stages", *(_stage_text(name, stage) for name, stage in audited["stages"].items())]
     watched = audited["watched"]
     if watched["stages"]:
         lines += ["", "compared with it or only watched: nothing was learned from these", *_sources_text(watched["sources"])]
+        lines += _other_files_text(watched["other_files"])
         lines += [_stage_text(name, stage) for name, stage in watched["stages"].items()]
     lines += [f"waived     {json.dumps(waiver, ensure_ascii=False)}" for waiver in audited["waivers"]]
     lines += ["", "parameters"]
@@ -542,6 +542,14 @@ def _sources_text(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if flow := "; ".join(f"{stage}: {_counts_text(outcomes)}" for stage, outcomes in source["outcomes"].items()):
             lines.append(f"    {flow}")
     return lines
+
+
+def _other_files_text(files: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return [
+        f"  {path}  read by {', '.join(file['stages'])}, license {file['license']}, {'sha256' if 'sha256' in file else 'md5'} "
+        f"{file.get('sha256', file['md5'])[:16]}"
+        for path, file in files.items()
+    ]
 
 
 def _stage_text(name: str, stage: Mapping[str, Any]) -> str:

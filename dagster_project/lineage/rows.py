@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
+EVIDENCE = "examples.parquet"
+"""Training evidence in a model's folder: the examples it was trained on, with step and epoch."""
+LEDGER, OVERLAPS = "ledger.parquet", "overlaps.parquet"
+"""Tables in a data set's folder: the outcome of every row, and the pairs of rows that repeat each other."""
+AUGMENTED, COPY_OF = "augmented:", "copy of "
+"""How the ledger of `splits` describes a copy: its outcome, with the kind of copy, and its reason, with the id of the original."""
 CHUNK = 256
 """Rows per chunk: the amount that one lookup reads."""
 
@@ -182,3 +188,33 @@ def summarize_training(evidence: Path, shards: Mapping[str, Path]) -> list[tuple
     rows = joined.aggregate([("example_id", "count_distinct"), ("step_min", "min"), ("step_max", "max")]).to_pylist()
     columns = ("shard", "source", "example_id_count_distinct", "step_min_min", "step_max_max")
     return sorted((tuple(row[name] for name in columns) for row in rows), key=str)
+
+
+def contributions(path: Path, name: str) -> tuple[list[tuple[str, int, bytes]], list[tuple[bytes, bytes, str]]]:
+    """What a ledger or a table of overlaps says about rows that contributed to a record of another row.
+
+    Returns:
+        (source, source_row, key of the record) of every copy that was dropped; and (key of the row, key of the record, how) of every record that was
+        made from another one: repaired, copied, paraphrased, or kept in place of a copy.
+    """
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    if name == OVERLAPS:
+        table = pq.read_table(path, columns=["check", "source", "source_row", "example_id", "other"])
+        rows = table.filter(pc.equal(table["check"], "exact_duplicates")).to_pylist()
+        credits = [(row["source"], row["source_row"], record_key(row["other"])) for row in rows]
+        different = [row for row in rows if row["example_id"] != row["other"]]
+        return credits, [(record_key(row["example_id"]), record_key(row["other"]), "kept instead") for row in different]
+    names = pq.read_schema(path).names
+    table = pq.read_table(path, columns=["example_id", "outcome", "why", *(["source_id"] if "source_id" in names else [])])
+    added = table.filter(pc.starts_with(table["outcome"], AUGMENTED)).to_pylist()
+    derived = [
+        (record_key(row["why"].removeprefix(COPY_OF)), record_key(row["example_id"]), row["outcome"].removeprefix(AUGMENTED))
+        for row in added
+        if row["why"].startswith(COPY_OF)
+    ]
+    if "source_id" in names:
+        repaired = table.filter(pc.is_valid(table["source_id"])).select(["source_id", "example_id"]).to_pylist()
+        derived += [(record_key(row["source_id"]), record_key(row["example_id"]), "repaired") for row in repaired]
+    return [], derived

@@ -10,7 +10,7 @@ from typing import Any
 from dagster_project.core.hashing import md5_of_bytes, md5_of_folder, sha256_of_bytes
 from dagster_project.core.layout import RECORD_KEY
 from dagster_project.lineage.code import PARAMS, contents_at
-from dagster_project.lineage.history import listing_of
+from dagster_project.lineage.history import is_within, listing_of, stages_of
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.runs import StageRun
 
@@ -25,13 +25,14 @@ def other_files(
         names: (path of the output, its hash) -> name of the stage.
         sources: the sources of rows, which are left out.
     Returns:
-        path -> {"md5", "sha256" if the content is available, "license", "stages"}.
+        path -> {"md5", "sha256" if the content is available, "license", "stages"}. Where stages read two versions of a file, the hash is appended to the
+        path of the second.
     """
     found: dict[str, dict[str, Any]] = {}
     for run, entry in entries.items():
         named = set(_texts((entry.get("params") or {}).get(PARAMS) or {}))
         for dep, path, md5 in run.inputs:
-            if dep != path or md5 in run.producers or _holds(dep, RECORD_KEY) or any(_holds(dep, source) for source in sources):
+            if dep != path or md5 in run.producers or is_within(RECORD_KEY, dep) or any(is_within(source, dep) for source in sources):
                 continue
             files = _recorded(index, run, dep, md5)
             used: Mapping[str, bytes | None] = (
@@ -39,12 +40,24 @@ def other_files(
             )
             for name, content in used.items():
                 facts = {"md5": md5} if content is None else {"md5": md5_of_bytes(content), "sha256": sha256_of_bytes(content)}
-                found.setdefault(name, {**facts, "license": "unknown", "stages": []})["stages"].append(names[run.path, run.md5])
+                shown = name if found.get(name, facts)["md5"] == facts["md5"] else f"{name} {facts['md5'][:8]}"
+                found.setdefault(shown, {**facts, "license": "unknown", "stages": []})["stages"].append(names[run.path, run.md5])
     return found
 
 
-def _holds(folder: str, source: str) -> bool:
-    return source == folder or source.startswith(folder + "/")
+def stages_reading(index: Index, path: str) -> list[str]:
+    """Addresses of the stages that read a file or folder: it is their dependency or contains one, or their parameters name it in one."""
+    found: dict[str, None] = {}
+    for address, dep, text in index.entries_reading(path):
+        if address not in found and (is_within(dep, path) or (PurePosixPath(path).stem in text and _names(text, address, path, dep))):
+            found[address] = None
+    return list(found)
+
+
+def _names(text: str, address: str, path: str, dep: str) -> bool:
+    """Whether the parameters in a section of dvc.lock name a file in a dependency."""
+    entry = stages_of("stages:\n" + text)[address]
+    return _is_named(path, dep, set(_texts((entry.get("params") or {}).get(PARAMS) or {})))
 
 
 def _recorded(index: Index, run: StageRun, dep: str, md5: str) -> dict[str, bytes] | None:

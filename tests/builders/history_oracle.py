@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from builders.history import md5
-from builders.random_history import PARAPHRASES, VARIANTS, Entry, Lock, Log, Toy, canonical, dir_md5, git
+from builders.random_history import PARAPHRASES, VARIANTS, Entry, Lock, Toy, canonical, dir_md5, git
 
 WORKSPACE = "workspace"
 MODELS = ("adapter", "merged", "release")
@@ -116,6 +116,15 @@ class Reach:
         if name not in self.toy.blobs:
             self.toy.blobs[name] = git(self.root, "cat-file", "blob", name).encode()
         return self.toy.blobs[name]
+
+    def holders(self, md5: str) -> list[str]:
+        """Commits whose dvc.lock has an output, the latest first."""
+        return [one.name for one in self.places if one.name != WORKSPACE and any(out_of(entry)[1] == md5 for entry in one.lock.values())]
+
+    def holders_of_entry(self, entry: Entry) -> list[str]:
+        """Commits whose dvc.lock has exactly this run."""
+        wanted = canonical(entry)
+        return [one.name for one in self.places if one.name != WORKSPACE and any(canonical(found) == wanted for found in one.lock.values())]
 
     # --- lineages
 
@@ -250,6 +259,3 @@ class Reach:
 
 def clone_shallow(toy: Toy, target: Path) -> None:
     subprocess.run(["git", "clone", "-q", "--depth", "1", f"file://{toy.root}", str(target)], check=True, capture_output=True)
-
-
-__all__ = ["Log", "Reach", "TooManyLineages", "clone_shallow", "out_of"]

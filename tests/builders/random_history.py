@@ -185,6 +185,8 @@ class Toy:
         """What was done, for the message of a failure."""
         self.remembered: list[Any] = []
         """What was in reach when earlier questions were asked (history_oracle.Reach)."""
+        self.exported: dict[tuple[str, str], Any] = {}
+        """Caches, and earlier answers, of history_oracle."""
         self.committed: dict[str, Any] = {}
         self.blobs: dict[str, bytes] = {}
         self.fresh = 0

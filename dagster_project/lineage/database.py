@@ -1,0 +1,95 @@
+"""The SQLite database of the index: its tables, opened or rebuilt."""
+
+from __future__ import annotations
+
+import sqlite3
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+INDEX_FILE = Path(".dvc", "tmp", "pedigree", "index.sqlite3")
+TABLES = """
+CREATE TABLE lock (id INTEGER PRIMARY KEY, blob TEXT UNIQUE, readable INTEGER);
+CREATE TABLE run (id INTEGER PRIMARY KEY, key TEXT UNIQUE, address TEXT, path TEXT, md5 TEXT, is_model INTEGER, report TEXT, report_md5 TEXT, text TEXT);
+CREATE INDEX run_md5 ON run (md5);
+CREATE TABLE lock_run (lock INTEGER, run INTEGER, PRIMARY KEY (lock, run)) WITHOUT ROWID;
+CREATE TABLE cached_run (name TEXT PRIMARY KEY, run INTEGER) WITHOUT ROWID;
+CREATE TABLE scanned (folder TEXT PRIMARY KEY, changed INTEGER) WITHOUT ROWID;
+CREATE TABLE input (run INTEGER, dep TEXT, md5 TEXT, watched INTEGER);
+CREATE TABLE origin (run INTEGER, source TEXT, sha256 TEXT, format TEXT, rows INTEGER);
+CREATE INDEX origin_source ON origin (source);
+CREATE TABLE listed (md5 TEXT PRIMARY KEY, is_split INTEGER, has_weights INTEGER) WITHOUT ROWID;
+CREATE TABLE file (out TEXT, name TEXT, md5 TEXT, split TEXT);
+CREATE INDEX file_out ON file (out);
+CREATE INDEX file_md5 ON file (md5);
+CREATE INDEX file_name ON file (name);
+CREATE TABLE unread (md5 TEXT PRIMARY KEY, out TEXT, name TEXT) WITHOUT ROWID;
+CREATE TABLE content (id INTEGER PRIMARY KEY, md5 TEXT UNIQUE);
+CREATE TABLE source_rows (content INTEGER, source TEXT, rows INTEGER);
+CREATE INDEX source_rows_content ON source_rows (content);
+CREATE TABLE credit (file TEXT, source TEXT, source_row INTEGER, key BLOB);
+CREATE INDEX credit_source ON credit (source);
+CREATE INDEX credit_file ON credit (file);
+CREATE TABLE derived (file TEXT, parent BLOB, child BLOB, how TEXT);
+CREATE INDEX derived_parent ON derived (parent);
+CREATE INDEX derived_file ON derived (file);
+CREATE TABLE training (evidence TEXT, shard TEXT, source TEXT, records INTEGER, first INTEGER, last INTEGER);
+CREATE INDEX training_shard ON training (shard, evidence);
+CREATE TABLE matched (evidence TEXT, shards TEXT, PRIMARY KEY (evidence, shards)) WITHOUT ROWID;
+CREATE TABLE record (segment INTEGER, first BLOB, keys BLOB, contents BLOB, steps BLOB, epochs BLOB, PRIMARY KEY (segment, first));
+CREATE TABLE text_record (segment INTEGER, first BLOB, keys BLOB, ids BLOB, PRIMARY KEY (segment, first));
+"""
+SCHEMA_VERSION = zlib.crc32(TABLES.encode()) >> 1
+"""Derived from the tables: an index with another schema is rebuilt."""
+
+
+class Database:
+    """A connection to the database of a project."""
+
+    def __init__(self, root: Path) -> None:
+        self._db = _connect(root)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """Exclusive write transaction, rolled back on any exception."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+    def _rows(self, query: str, values: Sequence[Any]) -> Iterator[Any]:
+        """Run a query that ends in IN for any number of values, in batches."""
+        for start in range(0, len(values), 900):
+            batch = values[start : start + 900]
+            yield from self._db.execute(f"{query} ({','.join('?' * len(batch))})", batch)
+
+
+def _connect(root: Path) -> sqlite3.Connection:
+    """Open the database: rebuilt if its schema differs or it is corrupt, in memory if the project is read-only."""
+    path = root / INDEX_FILE
+    for _ in range(2):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            db = sqlite3.connect(path, timeout=3600, isolation_level=None)
+            (version,) = db.execute("PRAGMA user_version").fetchone()
+            if version == SCHEMA_VERSION:
+                return db
+            if version == 0 and not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                db.executescript(f"PRAGMA journal_mode = WAL; BEGIN IMMEDIATE; {TABLES} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+                return db
+            db.close()
+            path.unlink()
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):
+                break
+            path.unlink()
+        except OSError:
+            break
+    db = sqlite3.connect(":memory:", isolation_level=None)
+    db.executescript(TABLES)
+    return db
