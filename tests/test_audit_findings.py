@@ -432,6 +432,17 @@ def test_models_of_other_projects_in_a_shared_cache_are_not_searched(made: Proje
     assert impact(made.root, record=identity("cats"))["verdict"] == "yes"
 
 
+def test_a_paraphrase_is_not_counted_twice_in_a_folder_whose_ledger_is_gone(made: Project) -> None:
+    lock = made.curated(ROWS, paraphrases={"cats": "felines"})
+    made.commit(made.trained(lock, ["cats", "dogs", "felines"]))
+    whole = impact(made.root, source="data/sources")["models"][0]
+    assert whole["seen"][0]["splits"]["train"] == 3 and "missing" not in whole
+    splits = lock["splits"]["outs"][0]["md5"]
+    made.object(Index(made.root).objects.listing(splits)["ledger.parquet"]).unlink()
+    part = impact(made.root, source="data/sources")["models"][0]
+    assert part["seen"][0]["splits"]["train"] == 3 and [one["path"] for one in part["missing"]] == ["data/splits"]
+
+
 def test_malformed_ids_are_refused(made: Project) -> None:
     made.commit(made.trained(made.curated(ROWS), TRAINED))
     with pytest.raises(InputError, match="not the id of a record"):

@@ -121,7 +121,8 @@ def test_a_run_that_is_canceled_stops_what_it_started_publishes_nothing_and_free
     """Real signals: the driver gets an interrupt while a process that its executor started is at work."""
     script = root / "cancel.py"
     script.write_text(
-        "import subprocess, sys\n"
+        "import signal, subprocess, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a process started in the background ignores it\n"
         "from pathlib import Path\n"
         "import small_pipeline\n"
         "from dagster_project.orchestration.run_stage import run_stage\n"

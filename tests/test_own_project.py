@@ -149,7 +149,7 @@ def test_make_run_ends_with_time_disk_model_question_and_what_to_commit(made: Pa
     for line in (r"^took +0 min \d+ s", r"^disk used +\S+ by data and DVC's cache, \S+ by .venv", r"^the model +data/release$"):
         assert re.search(line, done.stdout, re.MULTILINE), line
     assert "git add params.yaml dvc.lock data/sources data/reports && git commit" in done.stdout
-    code = re.search(r"ask it +.venv/bin/python -c '(.*?)'$", done.stdout, re.DOTALL | re.MULTILINE)[1]
+    code = re.search(r"query it +.venv/bin/python -c '(.*?)'$", done.stdout, re.DOTALL | re.MULTILINE)[1]
     compile(code, "make run", "exec")
     assert "data/release" in code
 

@@ -13,6 +13,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from datetime import date
@@ -149,7 +150,13 @@ def agrees(partly: bool, said: Signature, options: Collection[Signature | None])
     """Whether it is one of the options or, of a model that is called partly unknown, a part of one."""
     if ANYTHING in options or said in options:
         return True
-    return partly and any(one and said[:2] == one[:2] and set(said[2]) <= set(one[2]) and said[3] in {None, one[3]} for one in options)
+    return partly and any(one and said[:2] == one[:2] and is_part(said, one) for one in options)
+
+
+def is_part(said: Signature, whole: Signature) -> bool:
+    """Whether no split has more rows, and no step occurs more often: a search of messages finds those that are left, in any data set."""
+    rows = dict(whole[2])
+    return all(n <= rows.get(split, 0) for split, n in said[2]) and (said[3] is None or Counter(said[3]) <= Counter(whole[3] or ()))
 
 
 def at_commit(reach: Reach, md5: str, commit: str, names: Names, source: bool) -> set[Signature]:

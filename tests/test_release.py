@@ -161,8 +161,10 @@ def test_an_aligned_variant_is_traced_through_the_variant_it_started_from() -> N
     names = "tokenized adapter@lora adapter@dora merged@lora preferences reward_model merged_aligned@dpo evaluation@lora"
     reports: dict[str, dict[str, Any]] = {name: {} for name in names.split()}
     assert chain("lora", reports) == ["tokenized", "adapter@lora", "merged@lora", "evaluation@lora"]
-    reports["aligned@dpo"] = {"adapter": "lora"}
+    reports["aligned@dpo"] = {"adapter": "lora", "method": "ppo"}
     assert chain("dpo", reports) == [name for name in reports if name not in {"adapter@dora", "evaluation@lora"}]
+    reports["aligned@dpo"]["method"] = "dpo"  # it only measures itself by the reward model
+    assert chain("dpo", reports) == [name for name in reports if name not in {"adapter@dora", "evaluation@lora", "reward_model"}]
 
 
 def test_forgetting_beyond_the_parameter_blocks_the_release(tiny_model: Path, tmp_path: Path) -> None:

@@ -180,6 +180,8 @@ class _ImpactQuery:
         self.record_ids: list[str] = []
         """The queried records and those made from them; empty for queries by source or hash."""
         self._source: str | None = None
+        self._without_ledger: dict[int, list[StageRun]] = {}
+        """Id of a model's run -> data sets without a ledger, which would tell which of the records that rows of the source contributed to name it."""
         self._exposures: dict[int, Exposure] = {}
         """Id of a model's run -> its own exposure."""
         self._by_hash = False
@@ -266,7 +268,9 @@ class _ImpactQuery:
             rows = sum((Counter(rows_of[out]) for out in index.data(run).keys() & rows_of.keys()), Counter[str]())
             summary = index.training_summary(run, name)
             keys = self._contributed_to(run, name, copies, paraphrases, derivations)
-            if keys:
+            if keys and (lost := [index.data(run)[out] for out in index.data(run).keys() & rows_of.keys() if not index.has_ledger(out)]):
+                self._without_ledger[run.id] = lost
+            elif keys:
                 rows += Counter(use.split for out in index.data(run) for use in uses[out] if use.split and use.key in keys)
                 trained = [use for use in uses[run.md5] if not use.split and use.key in keys]
                 steps = [step for use in trained for step, _ in use.steps]
@@ -469,6 +473,7 @@ class _ImpactQuery:
         if not index.data(run):
             return []
         missing = index.missing(run)
+        missing += [absent for absent in self._without_ledger.get(run.id, ()) if absent not in missing]
         if self.searched:
             gone = {out for out, _, md5 in index.shards(run) if md5 not in self._shard_paths}
             missing += [absent for absent in index.data(run).values() if absent.md5 in gone and absent not in missing]

@@ -63,7 +63,7 @@ def deviations(artifact: str, recorded: Path, made: Path, starts: Sequence[Path]
     found = compare(recorded, made, starts) if compare else iter([("equal", math.inf, "")])
     largest: dict[str, Deviation] = {}
     for measure, value, where in found:
-        if measure not in largest or value > largest[measure].value:
+        if value != 0 and (measure not in largest or value > largest[measure].value):
             largest[measure] = Deviation(artifact, measure, value, where)
     return list(largest.values())
 
