@@ -443,6 +443,20 @@ def test_a_paraphrase_is_not_counted_twice_in_a_folder_whose_ledger_is_gone(made
     assert part["seen"][0]["splits"]["train"] == 3 and [one["path"] for one in part["missing"]] == ["data/splits"]
 
 
+def test_an_entry_of_the_run_cache_that_cannot_be_read_is_no_reason_to_say_no(made: Project) -> None:
+    made.commit(made.trained(made.curated(ROWS), TRAINED))
+    assert impact(made.root, record=identity("nobody"))["verdict"] == "no"
+    only_a_report = entry("metrics", {"data/splits": "0" * 32}, "0" * 32)
+    made.cache_run({**only_a_report, "outs": [{"path": "data/reports/metrics.json", "hash": "md5", "md5": "0" * 32}]})
+    assert impact(made.root, record=identity("nobody"))["verdict"] == "no"
+    damaged = made.root / ".dvc/cache/runs/ab/abcd/0123456789abcdef"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text("outs: [")
+    answer = impact(made.root, record=identity("nobody"))
+    assert (answer["verdict"], answer["unreadable"]) == ("cannot tell", ["run cache 0123456789ab"])
+    assert "cannot be read: run cache 0123456789ab" in as_text(answer)
+
+
 def test_malformed_ids_are_refused(made: Project) -> None:
     made.commit(made.trained(made.curated(ROWS), TRAINED))
     with pytest.raises(InputError, match="not the id of a record"):

@@ -128,7 +128,7 @@ def impact(
         if (partly := undecided.pop(model["md5"], None)) and partly["missing"]:
             model |= {name: partly[name] for name in ("missing", "fetch")}
     unknown = [*undecided.values(), *unmapped]
-    complete = not (unknown or index.unreadable_commits or index.history.shallow)
+    complete = not (unknown or index.unreadable or index.history.shallow)
     return {
         "asked": {name: value for name, value in asked.items() if value is not None},
         **({"published": {"id": asked["record"], "record": published}} if published else {}),
@@ -140,7 +140,7 @@ def impact(
         **({"read_by": read_by} if read_by else {}),
         "unknown": unknown,
         "looked_at": index.looked_at(),
-        "unreadable": index.unreadable_commits,
+        "unreadable": index.unreadable,
         "shallow": index.history.shallow,
     }
 
@@ -586,7 +586,8 @@ def as_text(result: Mapping[str, Any]) -> str:
             absent |= dict.fromkeys(path for model in models for path in model.get("unexplained", ()))
             lines.append(f"    missing: {', '.join(absent)}; fetch: {command}" if command != NOTHING_RECORDED else f"    {command}")
     if result["unreadable"]:
-        lines.append(f"dvc.lock cannot be read in {_shortened([commit[:12] for commit in result['unreadable']])}")
+        names = [name if name.startswith("run cache") else f"the dvc.lock of {name[:12]}" for name in result["unreadable"]]
+        lines.append(f"cannot be read: {_shortened(names)}")
     if result["shallow"]:
         lines.append("this clone is shallow: models before its first commit are unknown (`git fetch --unshallow` brings them)")
     return "\n".join(lines)

@@ -37,6 +37,8 @@ SPLIT = re.compile(r"(?:^|/)(train|validation|test)/records-\d+\.parquet$")
 """Shards of a data set with splits: the rows that a model trains on, is monitored on, or is evaluated on."""
 WEIGHTS = ".safetensors"
 SOURCES = "data/sources"
+WITHOUT_OUTPUT = 0
+"""In place of the id of a run: an entry of the run cache that has only reports and plots."""
 
 
 class RunIndex(Database):
@@ -134,12 +136,13 @@ class RunIndex(Database):
         new = [path for path in self.objects.run_cache() if path.name not in known]
         models = declared_models(self._pipeline) if new else frozenset()
         for path in new:
-            with suppress(InputError, KeyError, TypeError, UnicodeDecodeError, FileNotFoundError):
+            run = None
+            with suppress(InputError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
                 stage = stages_of("stages:\n  one:\n" + re.sub(r"^", "    ", path.read_text(encoding="utf-8"), flags=re.MULTILINE))["one"]
                 out = output(stage)
                 address = address_in(str(stage.get("cmd", "")), out["path"]) if out else ""
-                run = self._add_entry(f"cache {path.name}", address, stage, as_section(address, stage), models)
-                self._db.execute("INSERT INTO cached_run VALUES (?, ?)", (path.name, run))
+                run = self._add_entry(f"cache {path.name}", address, stage, as_section(address, stage), models) or WITHOUT_OUTPUT
+            self._db.execute("INSERT INTO cached_run VALUES (?, ?)", (path.name, run))
 
     def _scan_cache(self) -> None:
         """Find models in DVC's cache that nothing records: folders with weights."""
@@ -237,7 +240,7 @@ class RunIndex(Database):
     def _first_commits(self) -> dict[int, str | None]:
         """Id of an entry -> the first commit whose dvc.lock contains it, whatever its lineage."""
         entries = self._entries_of_locks
-        commits: dict[int, str | None] = {entry: None for (entry,) in self._db.execute("SELECT run FROM cached_run WHERE run IS NOT NULL")}
+        commits: dict[int, str | None] = {entry: None for (entry,) in self._db.execute("SELECT run FROM cached_run WHERE run > 0")}
         for lock, commit, _ in reversed(self._locks):
             commits |= dict.fromkeys(entries[lock], commit) if commit else {entry: commits.get(entry) for entry in entries[lock]}
         return commits
@@ -272,7 +275,7 @@ class RunIndex(Database):
             for run in by_lock[lock].values() if lock in self._workspace_locks else ():
                 run.in_workspace = True
         recorded = {run.entry.signature for run in resolver.runs}
-        cached = [self._entries[run] for (run,) in self._db.execute("SELECT run FROM cached_run WHERE run IS NOT NULL ORDER BY run")]
+        cached = [self._entries[run] for (run,) in self._db.execute("SELECT run FROM cached_run WHERE run > 0 ORDER BY run")]
         resolver.add_unrecorded([entry for entry in cached if entry.signature not in recorded], len(self._locks), "run cache")
         known = resolver.by_output.keys()
         unrecorded = [md5 for (md5,) in self._db.execute("SELECT md5 FROM listed WHERE has_weights ORDER BY md5") if md5 not in known]
@@ -512,13 +515,17 @@ class RunIndex(Database):
         return any(md5 not in run.producers and path.startswith(SOURCES) for _, path, md5 in run.inputs)
 
     @property
-    def unreadable_commits(self) -> list[str]:
-        """Commits whose dvc.lock cannot be read, or is missing from git's objects."""
+    def unreadable(self) -> list[str]:
+        """Commits whose dvc.lock cannot be read, or is missing from git's objects, and entries of the run cache that cannot be read."""
         commits = {**self.history.unreachable, **self.history.first}
         rows = self._db.execute("SELECT blob, readable FROM lock").fetchall()
         unreadable = {blob.partition(":")[0] for blob, readable in rows if not readable}
         missing = commits.keys() - {blob.partition(":")[0] for blob, _ in rows}
-        return sorted({commits[blob] for blob in {*unreadable, *missing} if blob in commits})
+        runs = self._db.execute("SELECT name FROM cached_run WHERE run IS NULL ORDER BY name").fetchall()
+        return [
+            *sorted({commits[blob] for blob in {*unreadable, *missing} if blob in commits}),
+            *(f"run cache {name[:12]}" for (name,) in runs),
+        ]
 
 
 def _section(address: str) -> str:
