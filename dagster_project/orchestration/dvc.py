@@ -17,6 +17,7 @@ from contextlib import ExitStack, chdir, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.hashing import md5_of_bytes
@@ -660,6 +661,9 @@ def open_remote(root: Path) -> Iterator[Remote]:
     """
     config_error = private_module("dvc.config").ConfigError
     with _open(root) as repo:
+        configured = repo.config["remote"].get(repo.config["core"].get("remote") or "", {})
+        if urlsplit(str(configured.get("url", ""))).password:
+            raise InputError("the URL of DVC's remote contains a password, which jobs would show", "leave it out, and set it on every node")
         try:
             remote, objects = repo.cloud.get_remote(), repo.cloud.get_remote_odb()
         except config_error as error:
@@ -667,8 +671,8 @@ def open_remote(root: Path) -> Iterator[Remote]:
                 f"DVC has no remote that can carry the files of a stage: {' '.join(str(error).split())}",
                 "`dvc remote add -d storage s3://BUCKET/FOLDER`, or a folder that driver and nodes share",
             ) from None
-        except private_module("dvc.exceptions").DvcException as error:
+        except (ImportError, private_module("dvc.exceptions").DvcException) as error:
             raise InputError(f"DVC's remote cannot be used: {error}", "install its package, e.g. `pip install dvc-s3`") from None
-        options = {key: str(value) for key, value in repo.config["remote"][remote.name].items() if key in PUBLIC_OPTIONS}
+        options = {key: str(value) for key, value in configured.items() if key in PUBLIC_OPTIONS}
         url = remote.fs.unstrip_protocol(remote.path) if remote.fs.protocol != "local" else remote.path
         yield Remote(url, {"url": url, **options}, remote.fs, remote.path, objects.oid_to_path, repo.cache.local.oid_to_path)

@@ -97,6 +97,8 @@ def connect(wanted: str) -> tuple[Any, str]:
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterGone(f"no Ray cluster answers at {wanted!r}: {' '.join(str(error).split())[:200]}", hint) from None
     parts = urlsplit(url)
+    if parts.username or parts.password:
+        raise InputError("execution.address contains credentials, which logs would show", "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH")
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise InputError(f"execution.address: {wanted} is not an address of Ray's dashboard", "write `local`, or http://HOST:8265")
     if os.environ.get("RAY_AUTH_MODE") != "token" and not _is_loopback(parts.hostname):
@@ -104,8 +106,6 @@ def connect(wanted: str) -> tuple[Any, str]:
             f"execution.address: {parts.hostname} is not this machine, and token authentication is off: anyone who reaches the cluster could run code",
             "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH on the cluster and here; see docs/cluster.md",
         )
-    if parts.username or parts.password:
-        raise InputError("execution.address contains credentials, which logs would show", "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH")
     try:
         with _address_only(url):
             return JobSubmissionClient(url), url.rstrip("/")

@@ -36,7 +36,7 @@ from dagster_project.orchestration.remote_store import Damaged, RemoteStore, ope
 
 NODE_CACHE = "PEDIGREE_NODE_CACHE"
 """Environment variable of a node: the folder for its DVC cache and for scratch folders."""
-CHECKPOINT_INTERVAL, LIVE_INTERVAL = 5.0, 1.0
+CHECKPOINT_INTERVAL, LIVE_INTERVAL = 2.0, 1.0
 """Seconds between two looks at new checkpoints, and at live tables."""
 MARKER = "complete.json"
 """Written last into a checkpoint (training/trainers/harness/checkpoint.py)."""
