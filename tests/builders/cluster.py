@@ -66,8 +66,10 @@ class S3:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def keys(self) -> list[str]:
-        return [one["Key"] for one in self.client().list_objects_v2(Bucket=BUCKET).get("Contents", [])]
+    def find(self, prefix: str = "", suffix: str = "") -> list[str]:
+        """Keys of objects."""
+        found = self.client().list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", [])
+        return [one["Key"] for one in found if one["Key"].endswith(suffix)]
 
     def client(self):  # type: ignore[no-untyped-def]
         import boto3
@@ -115,7 +117,7 @@ class Cluster:
         log = (self.folder / f"{name}.log").open("ab")
         self.processes[name] = process = subprocess.Popen(
             [ray(), "start", "--block", "--node-ip-address=127.0.0.1", "--num-cpus=1", "--num-gpus=0", f'--resources={{"{name}": 1}}',
-             f"--labels=image={name}", "--object-store-memory=80000000", "--disable-usage-stats", "--include-log-monitor=false", *options],
+             f"--labels=image={name}", f"--dashboard-agent-listen-port={free_ports(1)[0]}", "--object-store-memory=80000000", "--disable-usage-stats", "--include-log-monitor=false", *options],
             env={**inherited, **variables, "RAY_worker_register_timeout_seconds": "300", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
                  "PEDIGREE_NODE_CACHE": str(self.node_cache(name)), **self.environment, **environment},
             stdout=log, stderr=log, start_new_session=True,

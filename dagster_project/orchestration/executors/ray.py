@@ -6,7 +6,6 @@ hash. A job is named by what it computes from, so that the next driver takes ove
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -26,6 +25,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from dagster_project.core.errors import CheckFailed, InputError, PedigreeError
+from dagster_project.core.hashing import sha256_of_text
 from dagster_project.core.records import remove, write_text
 from dagster_project.execution import Execution, Placement
 from dagster_project.orchestration import dvc, integrity
@@ -169,7 +169,7 @@ class _Run:
         address, inputs = self.job.ctx.address, dict(self.job.inputs)
         self.address = address
         self.project = _project_id(self.job.ctx.root)
-        identity = hashlib.sha256(json.dumps([self.project, address, inputs], sort_keys=True).encode()).hexdigest()
+        identity = sha256_of_text(json.dumps([self.project, address, inputs], sort_keys=True))
         self.prefix = f"{address.replace('@', '.')}-{self.project[:8]}-"
         self.key = f"{self.prefix}{identity[:20]}"
 
@@ -374,15 +374,14 @@ class _Run:
             try:
                 return question()
             except (OSError, RuntimeError) as error:  # OSError: requests.ConnectionError, ConnectionError
-                if isinstance(error, RuntimeError) and "status code 404" in str(error):
+                reason = " ".join(str(error).split())[:300]
+                if "status code 404" in reason:
                     return None  # type: ignore[return-value]
-                if isinstance(error, RuntimeError) and "status code 5" not in str(error):
-                    raise CheckFailed(
-                        f"{self.address}: Ray refused the job: {' '.join(str(error).split())[:300]}", f"see {self.url}"
-                    ) from None
+                if isinstance(error, RuntimeError) and "status code 5" not in reason:
+                    raise CheckFailed(f"{self.address}: Ray refused a request: {reason}", f"see {self.url}; nothing was recorded") from None
                 if time.monotonic() > until:
                     raise ClusterGone(
-                        f"{self.address}: the Ray cluster at {self.url} has not answered for {self.executor.patience:.0f} s",
+                        f"{self.address}: the Ray cluster at {self.url} has not answered for {self.executor.patience:.0f} s ({reason})",
                         "nothing was recorded; run the stage again when the cluster is back: a job that went on meanwhile is found by its inputs",
                     ) from None
                 time.sleep(POLL)
@@ -420,6 +419,10 @@ class _Run:
         content = dvc.store(self.job.ctx.root).files(oid) or {}
         for name, one in content.items():
             file = target / name if name else target
+            if not file.resolve().is_relative_to(self.job.ctx.scratch.resolve()):
+                raise CheckFailed(
+                    f"{self.address}: the result names a file outside of the outputs: {file}", "someone else wrote into DVC's remote"
+                )
             file.parent.mkdir(parents=True, exist_ok=True)
             copyfile(self.store.remote.cached_at(one), file)
 
@@ -456,8 +459,8 @@ class _Run:
 
 
 def _project_id(root: Path) -> str:
-    """Random id of this workspace, so that drivers of other clones do not stop or take its jobs."""
+    """Random id of this workspace, so that drivers of other clones and copies do not stop or take its jobs."""
     path = root / ".dvc" / "tmp" / "pedigree" / "project_id"
     if not path.is_file():
         write_text(path, secrets.token_hex(16))
-    return path.read_text(encoding="utf-8")
+    return sha256_of_text(f"{path.read_text(encoding='utf-8')} {root.resolve()}")[:32]
