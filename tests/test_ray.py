@@ -179,8 +179,7 @@ def test_a_stage_on_a_node_gives_the_same_bytes_and_shows_where_it_ran_and_no_se
     with caplog.at_level(logging.INFO, logger="pedigree"):
         run_stage(root, "adapter@lora", PIPELINE)
     assert published(root, "adapter@lora") == before
-    assert small_pipeline.changed_in_dvc(root) == {"adapter@lora"}  # its output is not in the cache: DVC, not the executor, puts it there
-    assert dvc(root, "repro", "-q", "adapter@lora").returncode == 0 and small_pipeline.changed_in_dvc(root) == set()
+    assert small_pipeline.changed_in_dvc(root) == set()
     assert "runs on node" in caplog.text
     execution = json.loads(measured_path(root, "adapter@lora").read_text())["execution"]
     [job] = jobs(root, "adapter@lora")

@@ -87,8 +87,8 @@ def connect(wanted: str) -> tuple[Any, str]:
         raise InputError(
             "Ray is not installed", "`pip install 'pedigree[cluster]'`, or run the stage here: PEDIGREE_EXECUTION=local"
         ) from None
-    for handler in logging.getLogger("ray").handlers:  # notes on each upload
-        handler.setLevel(logging.WARNING)
+    for chatty in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):  # notes on each upload
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     hint = "start one on this machine with `ray start --head`, or set execution.address in params.yaml"
     try:
         url = wanted if "://" in wanted and not wanted.startswith("ray://") else get_address_for_submission_client(
