@@ -166,6 +166,11 @@ def evaluate(root: Path, model: Path, settings: Any, test: list[dict[str, Any]],
     return {**found, **said.metrics, "board": (root / "comparison/board.md").read_text()}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests on the finished project first: so one test process makes it, and no other one waits for it."""
+    items.sort(key=lambda item: "_finished" not in getattr(item, "fixturenames", ()))
+
+
 def copy_project(target: Path) -> Path:
     """A fresh clone of the working tree, as git and DVC would have it, without results."""
     tracked = subprocess.run(
@@ -217,10 +222,17 @@ def quick(folder: Path, model: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def _project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    return quick(copy_project(tmp_path_factory.mktemp("fresh") / "project"), tiny_model)
+
+
 @pytest.fixture
-def project(tmp_path: Path, tiny_model: Path) -> Path:
+def project(_project: Path, tmp_path: Path) -> Path:
     """A quick project in which nothing has run yet."""
-    return quick(copy_project(tmp_path / "project"), tiny_model)
+    target = tmp_path / "project"
+    shutil.copytree(_project, target, symlinks=True)
+    return target
 
 
 @pytest.fixture(scope="session")
