@@ -9,6 +9,7 @@ As a script in a project's folder it is that project's command line: `python sma
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -271,6 +272,13 @@ def main() -> int:
             print(error, file=sys.stderr)
             return error.exit_code
         return 0
+    if sys.argv[1] == "run-all":
+        from dagster_project.orchestration.run_all import run_all
+
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        document = run_all(root, int(sys.argv[2]), sys.argv[3:] == ["--force"], PIPELINE.validate)
+        print(json.dumps(document))
+        return 0 if document["passed"] else 1
     import dagster as dg
 
     with dg.DagsterInstance.from_config(str(root / ".dagster")) as instance:
