@@ -87,14 +87,32 @@ def _show(options: argparse.Namespace) -> Callable[[Judgement], list[dict[str, A
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run one stage: the command in dvc.yaml."""
+    """Run one stage: the command in dvc.yaml. Or, with --all, bring all stages up to date by DVC."""
     from dagster_project.orchestration.run_stage import run_stage, streaming_to_dagster
 
+    if options.all:
+        return _run_all(options)
+    if not options.stage:
+        raise InputError("no STAGE given", "name a stage, or bring all of them up to date with --all")
+    if options.force or options.jobs is not None:
+        raise InputError("--jobs and --force require --all", f"`dvc repro --single-item --force {options.stage}` runs one stage again")
     with streaming_to_dagster():
         report = run_stage(_project(options), options.stage)
     if options.json:
         print(json.dumps(report, ensure_ascii=False))
     return 0
+
+
+def _run_all(options: argparse.Namespace) -> int:
+    from dagster_project.commands.run_all import as_text, exit_code
+    from dagster_project.orchestration.run_all import run_all
+    from dagster_project.pipeline import validate
+
+    if options.stage:
+        raise InputError(f"--all and {options.stage} exclude each other", f"`dvc repro {options.stage}` runs a stage and all that it reads")
+    document = run_all(_project(options), options.jobs or 1, options.force, validate)
+    _print(options, document, as_text)
+    return exit_code(document)
 
 
 def render(options: argparse.Namespace) -> int:
@@ -450,7 +468,11 @@ def _add_check(commands: Any) -> None:
 
 
 def _add_pipeline_commands(commands: Any) -> None:
-    _add_command(commands, run).add_argument("stage", metavar="STAGE[@VARIANT]", help="a stage of dvc.yaml, e.g. splits or adapter@lora")
+    add = _add_command(commands, run).add_argument
+    add("stage", nargs="?", metavar="STAGE[@VARIANT]", help="a stage of dvc.yaml, e.g. splits or adapter@lora")
+    add("--all", action="store_true", help="bring all stages up to date, as `dvc repro` does")
+    add("--jobs", type=_count, metavar="N", help="with --all: up to N independent stages at once (default: 1)")
+    add("--force", action="store_true", help="with --all: also run stages that are up to date")
     _add_command(commands, render).add_argument("stage", nargs="?", metavar="STAGE[@VARIANT]", help="default: all stages that have pages")
     _add_command(commands, sync)
     add = _add_command(commands, plan).add_argument

@@ -25,7 +25,6 @@ from dagster_project.core.records import remove
 from dagster_project.orchestration.private_api import private_module
 from dagster_project.orchestration.processes import interrupt_command, is_running
 
-logging.getLogger("dvc").setLevel(logging.ERROR)
 log = logging.getLogger("pedigree")
 
 MISSING = "missing"
@@ -103,6 +102,7 @@ def _open(root: Path) -> Iterator[Any]:
         InputError: no DVC project, or dvc.yaml, dvc.lock or params.yaml is invalid.
     """
     exceptions, repository = private_module("dvc.exceptions"), private_module("dvc.repo")
+    logging.getLogger("dvc").setLevel(logging.ERROR)  # after the import, which sets it
     _repair_rwlock(root)
     try:
         with repository.Repo(str(root), _wait_for_lock=True) as repo:
@@ -219,6 +219,18 @@ def _source_problem(root: Path, stage: Any, out: Any) -> str:
         fetch = "dvc checkout" if not out.changed_cache() else "dvc pull"
         return f"{path} is missing; fetch it with `{fetch} {file}`"
     return f"{path} differs from {file}; keep the change with `dvc add {path}`, or drop it with `dvc checkout {path}`" if status else ""
+
+
+def changed_sources(root: Path) -> dict[str, str]:
+    """.dvc file of each source that differs from it -> how, with the next step."""
+    with _open(root) as repo:
+        return {
+            os.path.relpath(stage.path, root): problem
+            for stage in _stages(repo)
+            if stage.is_data_source
+            for out in stage.outs
+            if (problem := _source_problem(root, stage, out))
+        }
 
 
 def _state(root: Path, stage: Any, paths: Mapping[str, str], versions: Mapping[str, str], problems: Mapping[str, str]) -> StageState:
@@ -368,8 +380,9 @@ def reproduce(
                         on_progress()
                     return done.result()
                 except BaseException:
-                    if not done.done():
+                    while not done.done():  # DVC may start the command only now
                         interrupt_command(address)
+                        wait([done], 0.2)
                     raise
         except (reproduction_error, lock_error) as error:
             cause = error if isinstance(error, lock_error) else error.__cause__
