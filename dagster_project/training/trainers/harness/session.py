@@ -41,6 +41,10 @@ class Interrupted(PedigreeError):
     exit_code = 130
 
 
+class OutOfMemory(PedigreeError):
+    """A library could not allocate memory."""
+
+
 class Diverged(Exception):
     """The loss or the gradient is NaN or infinite. Internal: the stage reports it with the examples of the step."""
 
@@ -134,7 +138,6 @@ class Session:
             return
         import torch
 
-        distributed.refuse_lost()
         self.history.seconds = self.seconds()
         state = {
             "optimizer": checkpoint.optimizer_state(trainer.optimizer),
@@ -313,7 +316,7 @@ def advice_on_memory(advice: Callable[[], str] | None = None) -> Iterator[None]:
     Args:
         advice: specific advice, if available; else "" for the general one.
     Raises:
-        PedigreeError: with what to change.
+        OutOfMemory: with what to change.
     """
     import torch
 
@@ -325,7 +328,7 @@ def advice_on_memory(advice: Callable[[], str] | None = None) -> Iterator[None]:
         if not short:
             raise
         reason = (str(error).splitlines() or [""])[0]
-        raise PedigreeError(
+        raise OutOfMemory(
             f"training ran out of memory{f' ({reason})' if reason else ''}",
             (advice and advice())
             or "lower per_device_train_batch_size or set gradient_checkpointing: true; `pedigree plan` shows what a variant needs",

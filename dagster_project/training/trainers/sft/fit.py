@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from dagster_project.training.methods.hardware import prepare
 from dagster_project.training.trainers.harness import weight_audit
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints, params_identity, refuse_full_disk
 from dagster_project.training.trainers.harness.curve import live_writer
-from dagster_project.training.trainers.harness.distributed import process_group
 from dagster_project.training.trainers.harness.history import TrainingHistory
+from dagster_project.training.trainers.harness.launch import portable, start_others
 from dagster_project.training.trainers.harness.params import OPTIMIZER_MEMORY, AdapterParams
 from dagster_project.training.trainers.harness.session import Diverged, advice_on_memory
 from dagster_project.training.trainers.harness.weight_audit import WeightAudit, WeightChange
@@ -137,7 +136,6 @@ def fit(
     out: Path,
     live: Path | None,
     advised: Advised,
-    gpus: list[str],
 ) -> FitResult:
     """Train an adapter, from its newest checkpoint if it has one.
 
@@ -145,7 +143,6 @@ def fit(
         settled: the entry without `auto`, except for a learning rate that is still to be swept.
         identity: what must be equal to resume from a checkpoint, in addition to the parameters. checkpoints: folder
         that survives a killed run. out: only the free space of its disk is checked.
-        gpus: one for each process.
     Raises:
         Diverged: a loss or a gradient is not finite.
         InputError, PedigreeError: bad settings; out of memory or disk; interrupted.
@@ -178,21 +175,36 @@ def fit(
         with advised():
             history, example_ids = _fit_without_steps(data, prepared, live)
     else:
-        with (
-            process_group(gpus, partial(worker_main, data.name, params, data.compute, data.tokenized, data.base_model, checkpoints)),
-            advised(),
-        ):
+        start_others(_shared(data, params, checkpoints), __name__)
+        with advised():
             history = data.train(prepared, params, kept, live)
     return FitResult(prepared, params, chosen, trials, total, history, example_ids, audit.change())
 
 
-def worker_main(name: str, params: AdapterParams, compute: Compute, tokenized: Path, base_model: Path, checkpoints: Path) -> None:
-    """Work of the other processes: the same training, without writing anything."""
-    data = TrainingData.read(name, params.method, compute, tokenized, base_model)
+def _shared(data: TrainingData, params: AdapterParams, checkpoints: Path) -> dict[str, Any]:
+    """What the other processes need for the same training."""
+    return {
+        "name": data.name,
+        "params": params.model_dump(mode="json", exclude_unset=True, warnings=False),
+        "compute": data.compute.model_dump(mode="json"),
+        "tokenized": portable(data.tokenized),
+        "base_model": portable(data.base_model),
+        "checkpoints": portable(checkpoints),
+    }
+
+
+def other_process(work: Mapping[str, Any]) -> None:
+    """Work of the other processes: the same training, without writing anything.
+
+    Args:
+        work: of `_shared`.
+    """
+    params, compute = AdapterParams.model_validate(work["params"]), Compute.model_validate(work["compute"])
+    data = TrainingData.read(work["name"], params.method, compute, Path(work["tokenized"]), Path(work["base_model"]))
     total = data.steps(params, compute.processes)
     with suppress(Diverged), advice_on_memory():  # the first process reports it
         prepared = data.model(params, total)
-        data.train(prepared, params.model_copy(update={"report_to": "none"}), Checkpoints(checkpoints, {}))
+        data.train(prepared, params.model_copy(update={"report_to": "none"}), Checkpoints(Path(work["checkpoints"]), {}))
 
 
 def _log_start(data: TrainingData, prepared: PreparedModel) -> None:

@@ -176,7 +176,6 @@ class SftSession(Session):
         losses = distributed.summed(torch.stack(self._step_losses))
         for loss, rows in zip(losses, self._step_rows, strict=True):
             if not torch.isfinite(loss):
-                distributed.refuse_lost()
                 raise Diverged(f"the loss is {float(loss)}", step, rows)
         distributed.sum_gradients(list(trainable(self.model).values()))
         self._step_losses.clear()
@@ -338,7 +337,6 @@ def train(
             for weight in trainable(session.model).values():
                 distributed.from_first(weight.data)
             run_session(session, trainer, bool(validation_rows))
-            distributed.refuse_lost()
         if params.load_best_model_at_end:
             put(session.model, session.best_weights)
             log.info(f"training: keeping the weights of step {session.history.best_step}")
