@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from dagster_project.stages import adapter
 from dagster_project.training.trainers.harness import distributed
 from dagster_project.training.trainers.harness import launch as launching
 from dagster_project.training.trainers.harness.distributed import ProcessRank, claim_gpu, gpus_of
-from dagster_project.training.trainers.harness.launch import launch, start_others
+from dagster_project.training.trainers.harness.launch import Nodes, launch, start_others
 from dagster_project.training.trainers.sft.sft import steps
 
 PLAIN = {**LORA, "peft": {**LORA["peft"], "lora_dropout": 0.0}, "neftune_noise_alpha": None}
@@ -77,6 +78,21 @@ def group() -> list[psutil.Process]:
     return [launcher, *sorted(launcher.children(), key=lambda process: process.pid)]
 
 
+def second_host(folder: Path) -> None:
+    """Let the training be that of two hosts of one process each, and start the second as docs/methods.md says."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.2", 0))
+        port = free.getsockname()[1]
+    first = {"PET_NNODES": "2", "PET_RDZV_ENDPOINT": f"127.0.0.2:{port}", "PET_LOCAL_ADDR": "127.0.0.2"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", "1", "--nproc-per-node", "1",
+                "--master-addr", "127.0.0.2", "--master-port", str(port), "--local-addr", "127.0.0.3",
+                "-m", "dagster_project.training.trainers.harness.launch"]  # fmt: skip
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    with (folder / "second_host.log").open("w") as said:
+        subprocess.Popen(torchrun, stdout=said, stderr=said)
+    os.environ.update(first)
+
+
 def main() -> None:
     import datasets  # noqa: F401  what each run needs, loaded once
     import peft  # noqa: F401
@@ -107,6 +123,7 @@ def main() -> None:
         ("two", 2, 1, PLAIN, None),
         ("three", 3, 1, PLAIN, None),
         ("one_for_three", 1, 3, PLAIN, None),
+        ("hosts", 2, 2, LORA, lambda: second_host(folder)),
         ("first", 2, 2, LORA, None),
         ("second", 2, 2, LORA, None),
         ("four", 4, 1, LORA, None),
@@ -184,6 +201,27 @@ def test_three_processes_match_one_with_three_times_the_accumulation_bit_for_bit
     for file in ("adapter_model.safetensors", "examples.parquet", "loss.csv"):
         assert three[file] == one[file], file
     assert three["adapter_model.safetensors"] != output_files(trained[0], "two")["adapter_model.safetensors"]
+
+
+def test_two_hosts_of_one_process_give_the_bytes_of_one_host_with_two(trained: Any) -> None:
+    assert ended(trained, "hosts") == [0], (trained[0] / "second_host.log").read_text()
+    assert output_files(trained[0], "hosts") == output_files(trained[0], "first")
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"PET_NNODES": "1:4"}, "PET_NNODES: '1:4' is not a number of hosts"),
+        ({"PET_NNODES": "2"}, "PET_RDZV_ENDPOINT: HOST:PORT of this host is required"),
+        ({"PET_NNODES": "2", "PET_RDZV_ENDPOINT": "a:1", "PET_NODE_RANK": "1"}, "stages run on the first host"),
+        ({"PET_NNODES": "2", "PET_RDZV_ENDPOINT": "a:1"}, "3 do not divide evenly among 2 hosts"),
+    ],
+)
+def test_wrong_settings_of_hosts_are_refused(variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=re.escape(message)):
+        Nodes.from_environment().share(3)
 
 
 def test_each_row_is_used_once_per_epoch_with_any_number_of_processes(trained: Any) -> None:
