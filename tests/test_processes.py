@@ -78,7 +78,7 @@ def group() -> list[psutil.Process]:
     return [launcher, *sorted(launcher.children(), key=lambda process: process.pid)]
 
 
-def second_host(folder: Path) -> None:
+def second_host(folder: Path, whole_bucket: int = distributed.BUCKET) -> None:
     """Let the training be that of two hosts of one process each, and start the second as docs/methods.md says."""
     with socket.socket() as free:
         free.bind(("127.0.0.2", 0))
@@ -91,6 +91,7 @@ def second_host(folder: Path) -> None:
     with (folder / "second_host.log").open("w") as said:
         subprocess.Popen(torchrun, stdout=said, stderr=said)
     os.environ.update(first)
+    distributed.BUCKET = whole_bucket  # as on the second host
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from dagster_project.core.params import Compute
 from dagster_project.core.records import CheckResult, Report, remove, write_json, write_table
 from dagster_project.training.methods import build as methods
 from dagster_project.training.methods.hardware import peak_memory, prepare
-from dagster_project.training.trainers.harness import weight_audit
+from dagster_project.training.trainers.harness import sharding, weight_audit
 from dagster_project.training.trainers.harness.checkpoint import run_identity
 from dagster_project.training.trainers.harness.curve import write_curve
 from dagster_project.training.trainers.harness.distributed import claim_gpu, place
@@ -45,6 +45,7 @@ NO_HINTS = ExecutionHints()
 def validate(params: Params, ctx: ValidationContext) -> None:
     entry = auto.settle(params, examples=1, rows=1, validates=False).params
     methods.check(entry.method, entry.peft, entry.quantization, entry.merge, ctx.section, entry.gradient_checkpointing is True)
+    sharding.check(entry, ctx.compute, ctx.section)
     if ctx.compute.processes > 1 and entry.method.lower() == "feature_extraction":
         raise InputError(
             f"params.yaml: compute.processes: {ctx.section} uses feature_extraction, which has no optimizer steps to share", "set it to 1"

@@ -203,7 +203,7 @@ def _join(rank: int, world: int, meeting: str) -> None:
     if meeting.startswith("file://"):
         loopback = "lo0" if sys.platform == "darwin" else "lo"
         os.environ.update(GLOO_SOCKET_IFNAME=loopback, NCCL_SOCKET_IFNAME=loopback)
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=world, timeout=WAIT)
     for name in HIDDEN:
         os.environ.pop(name, None)

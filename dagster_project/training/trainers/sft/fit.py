@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_files, sha256_of_text
 from dagster_project.core.params import Compute
 from dagster_project.core.records import read_table
-from dagster_project.training.methods.build import PreparedModel, build
+from dagster_project.training.methods.build import PreparedModel, build, quantization_of
 from dagster_project.training.methods.feature_extraction import split_prompts
 from dagster_project.training.methods.hardware import prepare
 from dagster_project.training.trainers.harness import weight_audit
@@ -23,7 +23,7 @@ from dagster_project.training.trainers.harness.curve import live_writer
 from dagster_project.training.trainers.harness.history import TrainingHistory
 from dagster_project.training.trainers.harness.launch import portable, start_others
 from dagster_project.training.trainers.harness.params import OPTIMIZER_MEMORY, AdapterParams
-from dagster_project.training.trainers.harness.session import Diverged, advice_on_memory
+from dagster_project.training.trainers.harness.session import Diverged, Interrupted, advice_on_memory
 from dagster_project.training.trainers.harness.weight_audit import WeightAudit, WeightChange
 from dagster_project.training.trainers.sft import auto
 from dagster_project.training.trainers.sft.sft import steps, train
@@ -93,6 +93,10 @@ class TrainingData:
             total: optimizer steps of the training.
         """
         device, dtype = prepare(self.compute)
+        if params.sharding and quantization_of(params.method, params.quantization) == "none":
+            import torch
+
+            device = torch.device("cpu")  # the whole model is never on one GPU
         labels = {self.category[identity] for row in self.example_ids for identity in row if identity in self.category}
         prepared = build(
             params.method, params.peft, self.base_model, device, dtype, self.where, params.quantization, params.merge, total, sorted(labels)
@@ -101,7 +105,7 @@ class TrainingData:
             raise InputError(
                 f"params.yaml: {self.where}.neftune_noise_alpha: {params.method} does not train word embeddings", "leave it out"
             )
-        return prepared
+        return replace(prepared, optim=None) if params.sharding else prepared  # the paged optimizer has no sharded state
 
     def train(
         self, prepared: PreparedModel, params: AdapterParams, checkpoints: Checkpoints | None = None, live: Path | None = None
@@ -169,7 +173,7 @@ def fit(
     _log_start(data, prepared)
     whole = identity | params_identity(params, data.compute)
     whole |= {"weights at the start": sha256_of_files([audit.before]), "attention": prepared.attention}
-    kept = Checkpoints(checkpoints, whole, params.save_total_limit)
+    kept = Checkpoints(checkpoints, whole, params.save_total_limit, sharded=params.sharding is not None)
     example_ids = data.example_ids
     if prepared.fit:
         with advised():
@@ -202,7 +206,7 @@ def other_process(work: Mapping[str, Any]) -> None:
     params, compute = AdapterParams.model_validate(work["params"]), Compute.model_validate(work["compute"])
     data = TrainingData.read(work["name"], params.method, compute, Path(work["tokenized"]), Path(work["base_model"]))
     total = data.steps(params, compute.processes)
-    with suppress(Diverged), advice_on_memory():  # the first process reports it
+    with suppress(Diverged, Interrupted), advice_on_memory():  # the first process reports it
         prepared = data.model(params, total)
         data.train(prepared, params.model_copy(update={"report_to": "none"}), Checkpoints(Path(work["checkpoints"]), {}))
 
