@@ -119,10 +119,12 @@ def unshard(model: Any) -> None:
                 gathered[id(part)] = torch.nn.Parameter(whole.cpu(), requires_grad=part.requires_grad) if first else None
             if first:
                 module._parameters[name] = gathered[id(part)]
-        if type(module).__name__ == "Linear4bit" and first:
-            from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
+    if first and getattr(causal(model), "is_loaded_in_4bit", False):
+        from bitsandbytes.nn.modules import Linear4bit, fix_4bit_weight_quant_state_from_module
 
-            fix_4bit_weight_quant_state_from_module(module)
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                fix_4bit_weight_quant_state_from_module(module)
 
 
 def is_sharded(value: Any) -> bool:
