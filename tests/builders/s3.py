@@ -29,16 +29,19 @@ class S3Server:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a process needs to use the server, which refuses requests without credentials to nobody: tests of them look at files."""
+        """What a process needs to use the server. It accepts any credentials: tests look for these in files, logs and objects."""
         return {"AWS_ACCESS_KEY_ID": self.key, "AWS_SECRET_ACCESS_KEY": self.secret, "AWS_DEFAULT_REGION": "us-east-1"}
 
-    def keys(self, prefix: str = "") -> list[str]:
+    def names(self, prefix: str = "") -> list[str]:
         """Names of the objects in the bucket."""
         pages = self._client().get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
         return [item["Key"] for page in pages for item in page.get("Contents", [])]
 
     def read(self, key: str) -> bytes:
         return bytes(self._client().get_object(Bucket=BUCKET, Key=key)["Body"].read())
+
+    def write(self, key: str, content: bytes) -> None:
+        self._client().put_object(Bucket=BUCKET, Key=key, Body=content)
 
     def make_bucket(self) -> None:
         self._client().create_bucket(Bucket=BUCKET)

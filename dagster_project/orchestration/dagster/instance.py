@@ -34,19 +34,32 @@ def open_at(folder: Path) -> dg.DagsterInstance:
         raise InputError(f"{file} is not valid YAML{f' (line {mark.line + 1})' if mark else ''}", EXAMPLE) from None
     except dg.DagsterInvalidConfigError as error:
         raise _invalid(file, str(error)) from None
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0].replace("_", "-")
-        raise InputError(
-            f"{file} needs the package {package}, which is not installed",
-            "`.venv/bin/pip install --editable '.[cluster]'` installs dagster-postgres; docs/cluster.md names the other packages",
-        ) from None
     except Exception as error:
-        if type(error).__name__ != "DagsterPostgresException":  # of an optional package
-            raise
-        raise InputError(
-            f"the Postgres server that {file} names cannot be used: {_first_line(error.__cause__ or error)}",
-            "start the server, or correct its address, user, database or password",
-        ) from None
+        if explained := _missing_package(file, error) or _unusable_server(file, error):
+            raise explained from None
+        raise
+
+
+def _missing_package(file: Path, error: Exception) -> InputError | None:
+    missing = next((one for one in (error, error.__cause__, error.__context__) if isinstance(one, ModuleNotFoundError)), None)
+    if missing is None:
+        return None
+    package = (missing.name or "").partition(".")[0].replace("_", "-")
+    return InputError(
+        f"{file} needs the package {package}, which is not installed",
+        "`.venv/bin/pip install --editable '.[cluster]'` installs dagster-postgres; docs/cluster.md names the other packages",
+    )
+
+
+def _unusable_server(file: Path, error: Exception) -> InputError | None:
+    if type(error).__name__ != "DagsterPostgresException":  # of an optional package
+        return None
+    cause = error.__cause__ or error
+    text = str(getattr(cause, "orig", None) or cause).strip().partition("\n")[0]  # the driver's message, without SQLAlchemy's links
+    return InputError(
+        f"the Postgres server that {file} names cannot be used: {text}",
+        "start the server, or correct its address, user, database or password",
+    )
 
 
 def _invalid(file: Path, text: str) -> InputError:
@@ -57,12 +70,6 @@ def _invalid(file: Path, text: str) -> InputError:
     unexpected = re.search(r'Received unexpected config entr(?:y|ies) "?([^"]+?)"? at (?:the root|path [\w:]+)', text)
     what = f": unexpected key {unexpected[1]}" if unexpected else ""
     return InputError(f"{file} is not a valid configuration of Dagster{what}", EXAMPLE)
-
-
-def _first_line(error: BaseException) -> str:
-    """What the driver says, without SQLAlchemy's class names and links."""
-    original = getattr(error, "orig", None) or error
-    return str(original).strip().partition("\n")[0]
 
 
 @contextmanager
