@@ -138,6 +138,18 @@ def sync(options: argparse.Namespace) -> int:
     return 0
 
 
+def push(options: argparse.Namespace) -> int:
+    """Copy sources, outputs and past runs to a DVC remote, so that another clone restores stages instead of running them."""
+    from dataclasses import asdict
+
+    from dagster_project.orchestration import dvc
+
+    pushed = dvc.push(_project(options), options.remote)
+    text = f"{pushed.remote}: {pushed.objects} new objects, {pushed.runs} past runs. In another clone, `dvc repro --pull` restores them."
+    _print(options, asdict(pushed), lambda _: text)
+    return 0
+
+
 def plan(options: argparse.Namespace) -> int:
     """Predict tokens, steps, memory and time of each variant, before training."""
     from dagster_project.commands.plan import as_text, plan_model, plan_variants
@@ -475,6 +487,7 @@ def _add_pipeline_commands(commands: Any) -> None:
     add("--force", action="store_true", help="with --all: also run stages that are up to date")
     _add_command(commands, render).add_argument("stage", nargs="?", metavar="STAGE[@VARIANT]", help="default: all stages that have pages")
     _add_command(commands, sync)
+    _add_command(commands, push).add_argument("--remote", metavar="NAME", help="a remote of .dvc/config (default: the default remote)")
     add = _add_command(commands, plan).add_argument
     add("variants", nargs="*", metavar="VARIANT", help="variants of params.yaml (default: all)")
     add("--model", metavar="CONFIG", help="plan for any model instead, from its folder or its config.json only")

@@ -280,6 +280,26 @@ def instance(tmp_path: Path) -> Iterator[Any]:
         yield found
 
 
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Any]:
+    """A Postgres server with a database for Dagster (builders.postgres.Postgres). CI must have one."""
+    from builders import postgres
+
+    if postgres.programs() is None and not os.environ.get("CI"):
+        pytest.skip(postgres.HINT)
+    with postgres.postgres_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A server of S3 with an empty bucket (builders.s3.S3Server)."""
+    from builders.s3 import s3_server
+
+    with s3_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
 CHECKS_QUERY = """{ assetNodes { assetKey { path } assetChecksOrError { ... on AssetChecks { checks {
     name executionForLatestMaterialization { status evaluation { severity success } } } } } } }"""
 

@@ -585,3 +585,72 @@ def set_aside(root: Path, address: str, differs: Callable[[Path], bool], locked:
         if out.exists:
             Path(out.fs_path).replace(target)
     return tampered
+
+
+SECRET_OPTIONS = {"access_key_id", "secret_access_key", "session_token", "password", "sas_token", "account_key", "connection_string"}
+"""Options of a DVC remote that hold a credential."""
+REMOTE_LIBRARIES = {"dvc", "dvc_data", "dvc_objects", "fsspec", "s3fs", "botocore", "aiobotocore", "aiohttp"}
+"""Their exceptions mean that a remote refused, or could not be reached. Which of them are installed depends on the kind of remote."""
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What `push` copied to a DVC remote."""
+
+    remote: str
+    runs: int
+    """Entries of the run cache on this machine whose outputs are complete."""
+    objects: int
+    """Objects that the remote did not have."""
+
+
+def push(root: Path, remote: str | None = None) -> Pushed:
+    """Copy sources, outputs and the run cache, with everything that it refers to, to a DVC remote.
+
+    `dvc push --run-cache` omits what only the run cache refers to: every report, and the outputs of earlier runs.
+    Another clone could then restore no stage.
+
+    Args:
+        remote: its name in .dvc/config (default: the default remote).
+    Raises:
+        InputError: no such remote, a credential is in .dvc/config, or the remote refuses or does not answer.
+    """
+    with chdir(root), _open(root) as repo:  # DVC resolves the paths of past runs relative to the current directory
+        name = remote or repo.config["core"].get("remote")
+        if name not in repo.config["remote"]:
+            problem = f"there is no DVC remote named {name}" if name else "there is no default DVC remote"
+            raise InputError(problem, f"`dvc remote add --default {name or 'team'} s3://BUCKET/PREFIX` adds one")
+        tracked = repo.config.load_one("repo").get("remote", {})
+        if secret := next((f"{of}.{option}" for of, options in tracked.items() for option in SECRET_OPTIONS & set(options)), None):
+            raise InputError(
+                f".dvc/config, which git tracks, has the credential {secret}",
+                f"`dvc remote modify --unset {secret.replace('.', ' ')}`, and give credentials by the environment (docs/cluster.md)",
+            )
+        try:
+            entries = _complete_runs(repo)
+            used = {info for stage in entries for infos in stage.get_used_objs().values() for info in infos}
+            result = repo.cloud.push(used, remote=name)  # before the run cache: no entry refers to missing objects
+            if result.failed:
+                raise InputError(f"{len(result.failed)} objects were not pushed to {name}", "see the messages above; push again")
+            runs = len(repo.stage_cache.push(name))
+            return Pushed(name, runs, len(result.transferred) + repo.push(remote=name))
+        except ImportError as error:
+            raise InputError(
+                f"cannot push to the DVC remote {name}: {error}", "`.venv/bin/pip install --editable '.[cluster]'` installs dvc-s3"
+            ) from None
+        except Exception as error:
+            if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in REMOTE_LIBRARIES:
+                raise
+            raise InputError(
+                f"cannot push to the DVC remote {name}: {' '.join(str(error).split())}",
+                "check its address and the credentials in the environment (docs/cluster.md)",
+            ) from None
+
+
+def _complete_runs(repo: Any) -> list[Any]:
+    """A temporary stage for each entry of the run cache whose outputs are in the cache."""
+    cache = repo.stage_cache
+    paths = sorted(path for path in Path(cache.cache_dir).glob("*/*/*") if path.is_file())
+    entries = [cache._load_cache(path.parent.name, path.name) for path in paths]
+    stages = [cache._create_stage(entry) for entry in entries if entry]
+    return [stage for stage in stages if stage.outs_cached()]

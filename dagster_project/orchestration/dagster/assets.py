@@ -22,6 +22,7 @@ from dagster_project.orchestration import dvc
 from dagster_project.orchestration.dagster import pages
 from dagster_project.orchestration.dagster.concurrency import FORCE_TAG, build_executor, pool_of
 from dagster_project.orchestration.dagster.dead_runs import MACHINE_TAG, end_with_run, reap
+from dagster_project.orchestration.dagster.instance import open_at
 from dagster_project.orchestration.dagster.metadata import (
     CODE_VERSION,
     IN_SYNC,
@@ -380,4 +381,4 @@ def home(root: Path) -> Path:
 
 def open_instance(root: Path) -> dg.DagsterInstance:
     """The persistent Dagster instance of the project. Use it in a `with` block."""
-    return dg.DagsterInstance.from_config(str(home(root)))
+    return open_at(home(root))
