@@ -138,7 +138,7 @@ def sync(options: argparse.Namespace) -> int:
     return 0
 
 
-def push(options: argparse.Namespace) -> int:
+def share(options: argparse.Namespace) -> int:
     """Copy sources, outputs and past runs to a DVC remote, so that another clone restores stages instead of running them."""
     from dataclasses import asdict
 
@@ -487,7 +487,7 @@ def _add_pipeline_commands(commands: Any) -> None:
     add("--force", action="store_true", help="with --all: also run stages that are up to date")
     _add_command(commands, render).add_argument("stage", nargs="?", metavar="STAGE[@VARIANT]", help="default: all stages that have pages")
     _add_command(commands, sync)
-    _add_command(commands, push).add_argument("--remote", metavar="NAME", help="a remote of .dvc/config (default: the default remote)")
+    _add_command(commands, share).add_argument("--remote", metavar="NAME", help="a remote of .dvc/config (default: the default remote)")
     add = _add_command(commands, plan).add_argument
     add("variants", nargs="*", metavar="VARIANT", help="variants of params.yaml (default: all)")
     add("--model", metavar="CONFIG", help="plan for any model instead, from its folder or its config.json only")
