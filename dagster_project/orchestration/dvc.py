@@ -26,7 +26,6 @@ from dagster_project.core.records import remove
 from dagster_project.orchestration.private_api import private_module
 from dagster_project.orchestration.processes import interrupt_command, is_running
 
-logging.getLogger("dvc").setLevel(logging.ERROR)
 log = logging.getLogger("pedigree")
 
 MISSING = "missing"
@@ -104,6 +103,7 @@ def _open(root: Path) -> Iterator[Any]:
         InputError: no DVC project, or dvc.yaml, dvc.lock or params.yaml is invalid.
     """
     exceptions, repository = private_module("dvc.exceptions"), private_module("dvc.repo")
+    logging.getLogger("dvc").setLevel(logging.ERROR)  # after the import, which sets it
     _repair_rwlock(root)
     try:
         with repository.Repo(str(root), _wait_for_lock=True) as repo:
@@ -220,6 +220,18 @@ def _source_problem(root: Path, stage: Any, out: Any) -> str:
         fetch = "dvc checkout" if not out.changed_cache() else "dvc pull"
         return f"{path} is missing; fetch it with `{fetch} {file}`"
     return f"{path} differs from {file}; keep the change with `dvc add {path}`, or drop it with `dvc checkout {path}`" if status else ""
+
+
+def changed_sources(root: Path) -> dict[str, str]:
+    """.dvc file of each source that differs from it -> how, with the next step."""
+    with _open(root) as repo:
+        return {
+            os.path.relpath(stage.path, root): problem
+            for stage in _stages(repo)
+            if stage.is_data_source
+            for out in stage.outs
+            if (problem := _source_problem(root, stage, out))
+        }
 
 
 def _state(root: Path, stage: Any, paths: Mapping[str, str], versions: Mapping[str, str], problems: Mapping[str, str]) -> StageState:
@@ -369,8 +381,9 @@ def reproduce(
                         on_progress()
                     return done.result()
                 except BaseException:
-                    if not done.done():
+                    while not done.done():  # DVC may start the command only now
                         interrupt_command(address)
+                        wait([done], 0.2)
                     raise
         except (reproduction_error, lock_error) as error:
             cause = error if isinstance(error, lock_error) else error.__cause__
@@ -580,6 +593,75 @@ def set_aside(root: Path, address: str, differs: Callable[[Path], bool], locked:
         if out.exists:
             Path(out.fs_path).replace(target)
     return tampered
+
+
+SECRET_OPTIONS = {"access_key_id", "secret_access_key", "session_token", "password", "sas_token", "account_key", "connection_string"}
+"""Options of a DVC remote that hold a credential."""
+REMOTE_LIBRARIES = {"dvc", "dvc_data", "dvc_objects", "fsspec", "s3fs", "botocore", "aiobotocore", "aiohttp"}
+"""Their exceptions mean that a remote refused, or could not be reached. Which of them are installed depends on the kind of remote."""
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What `push` copied to a DVC remote."""
+
+    remote: str
+    runs: int
+    """Entries of the run cache on this machine whose outputs are complete."""
+    objects: int
+    """Objects that the remote did not have."""
+
+
+def push(root: Path, remote: str | None = None) -> Pushed:
+    """Copy sources, outputs and the run cache, with everything that it refers to, to a DVC remote.
+
+    `dvc push --run-cache` omits what only the run cache refers to: every report, and the outputs of earlier runs.
+    Another clone could then restore no stage.
+
+    Args:
+        remote: its name in .dvc/config (default: the default remote).
+    Raises:
+        InputError: no such remote, a credential is in .dvc/config, or the remote refuses or does not answer.
+    """
+    with chdir(root), _open(root) as repo:  # DVC resolves the paths of past runs relative to the current directory
+        name = remote or repo.config["core"].get("remote")
+        if name not in repo.config["remote"]:
+            problem = f"there is no DVC remote named {name}" if name else "there is no default DVC remote"
+            raise InputError(problem, f"`dvc remote add --default {name or 'team'} s3://BUCKET/PREFIX` adds one")
+        tracked = repo.config.load_one("repo").get("remote", {})
+        if secret := next((f"{of}.{option}" for of, options in tracked.items() for option in SECRET_OPTIONS & set(options)), None):
+            raise InputError(
+                f".dvc/config, which git tracks, has the credential {secret}",
+                f"`dvc remote modify --unset {secret.replace('.', ' ')}`, and give credentials by the environment (docs/cluster.md)",
+            )
+        try:
+            entries = _complete_runs(repo)
+            used = {info for stage in entries for infos in stage.get_used_objs().values() for info in infos}
+            result = repo.cloud.push(used, remote=name)  # before the run cache: no entry refers to missing objects
+            if result.failed:
+                raise InputError(f"{len(result.failed)} objects were not pushed to {name}", "see the messages above; push again")
+            runs = len(repo.stage_cache.push(name))
+            return Pushed(name, runs, len(result.transferred) + repo.push(remote=name))
+        except ImportError as error:
+            raise InputError(
+                f"cannot push to the DVC remote {name}: {error}", "`.venv/bin/pip install --editable '.[cluster]'` installs dvc-s3"
+            ) from None
+        except Exception as error:
+            if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in REMOTE_LIBRARIES:
+                raise
+            raise InputError(
+                f"cannot push to the DVC remote {name}: {' '.join(str(error).split())}",
+                "check its address and the credentials in the environment (docs/cluster.md)",
+            ) from None
+
+
+def _complete_runs(repo: Any) -> list[Any]:
+    """A temporary stage for each entry of the run cache whose outputs are in the cache."""
+    cache = repo.stage_cache
+    paths = sorted(path for path in Path(cache.cache_dir).glob("*/*/*") if path.is_file())
+    entries = [cache._load_cache(path.parent.name, path.name) for path in paths]
+    stages = [cache._create_stage(entry) for entry in entries if entry]
+    return [stage for stage in stages if stage.outs_cached()]
 
 
 # ---- for stages that run on other machines: their inputs and outputs by hash, and the remote that carries them ----------

@@ -21,7 +21,9 @@ from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.execution import VARIABLE, placement
 from dagster_project.orchestration import dvc
 from dagster_project.orchestration.dagster import pages
-from dagster_project.orchestration.dagster.dead_runs import MACHINE_TAG, reap
+from dagster_project.orchestration.dagster.concurrency import FORCE_TAG, build_executor, pool_of
+from dagster_project.orchestration.dagster.dead_runs import MACHINE_TAG, end_with_run, reap
+from dagster_project.orchestration.dagster.instance import open_at
 from dagster_project.orchestration.dagster.metadata import (
     CODE_VERSION,
     IN_SYNC,
@@ -46,7 +48,6 @@ for category in (dg.BetaWarning, dg.PreviewWarning):  # observable sources and P
 INPUTS, DATA = "1_inputs", "2_data"
 """Groups of the sources and of the stages that the job `data` runs. dvc.yaml names the groups of all stages, numbered so
 that lists show them in flow order."""
-FORCE_TAG = "pedigree/force"
 ON_TAG = "pedigree/on"
 DAGSTER_YAML = """\
 telemetry: {enabled: false}
@@ -107,7 +108,7 @@ def build_definitions(root: Path, pipeline: Pipeline = PEDIGREE) -> dg.Definitio
             )
         ],
         sensors=[_sync_sensor(root, pipeline)],
-        executor=dg.in_process_executor,
+        executor=build_executor(root),
     )
 
 
@@ -157,6 +158,7 @@ def _asset(root: Path, address: str, state: StageState, pipeline: Pipeline) -> d
         description=state.description,
         group_name=_group(address, state),
         kinds=set(state.meta.get("kinds", [])),
+        pool=pool_of(address, pipeline),
         freshness_policy=freshness,
         metadata={
             "command": f"python -m dagster_project run {address}",
@@ -203,6 +205,7 @@ def _bring_up_to_date(
         Failure: the stage is not ready, or failed.
     """
     instance = context.instance
+    end_with_run(instance, context.run_id)
     instance.add_run_tags(context.run_id, {MACHINE_TAG: platform.node()})
     try:
         placement(
@@ -393,4 +396,4 @@ def home(root: Path) -> Path:
 
 def open_instance(root: Path) -> dg.DagsterInstance:
     """The persistent Dagster instance of the project. Use it in a `with` block."""
-    return dg.DagsterInstance.from_config(str(home(root)))
+    return open_at(home(root))
