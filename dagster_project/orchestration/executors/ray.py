@@ -42,7 +42,7 @@ ATTEMPTS = 3
 POLL = 1.0
 """Seconds between two looks at a job; more if its log is large, because Ray's API always returns the whole log."""
 LOG_BYTES_PER_SECOND = 1e6
-STOP_SECONDS = 8.0
+STOP_SECONDS = 5.0
 """Time for an interrupted job to end. Ray kills its processes after 3 seconds."""
 WAITING_NOTE_SECONDS = 60.0
 """Between two notes on a job that waits for resources."""
