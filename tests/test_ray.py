@@ -355,6 +355,19 @@ def test_a_waiting_result_is_taken_by_identity_only_and_verified(
     assert not s3.find(f"{root.parent.name}/pedigree/")
 
 
+def test_a_live_job_that_computes_from_other_inputs_is_stopped(cluster: Cluster, driver: dict[str, str], root: Path) -> None:
+    slow(root, "tok", 300)
+    process = start(root, "tok")
+    until_running(cluster, root, "tok")
+    process.kill()
+    process.wait()
+    slow(root, "tok", 0)
+    (root / "code/tok.py").write_text("V = 3\n")
+    run_stage(root, "tok", PIPELINE)
+    assert sorted(job.status for job in jobs(root, "tok")) == ["STOPPED", "SUCCEEDED"]
+    assert published(root, "tok")["data/tok/train.txt"].endswith(b"V = 3")
+
+
 def orphan(cluster: Cluster, root: Path, s3: S3) -> None:
     """Let a job of `tok` end after its driver was killed."""
     slow(root, "tok", 3)

@@ -30,7 +30,7 @@ from dagster_project.core.records import remove, write_text
 from dagster_project.execution import Execution, Placement
 from dagster_project.orchestration import dvc, integrity
 from dagster_project.orchestration.executors import StageJob, StageResult
-from dagster_project.orchestration.executors.messages import received, versions
+from dagster_project.orchestration.executors.messages import THREADS, received, versions
 from dagster_project.orchestration.executors.package import project_package
 from dagster_project.orchestration.remote_store import Damaged, RemoteStore, open_store
 
@@ -291,6 +291,7 @@ class _Run:
             "inputs": dict(self.job.inputs),
             "remote": dict(self.store.remote.options),
             "versions": versions(),
+            "threads": os.environ.get(THREADS),
         }
 
     def _submit(self, folder: Path) -> None:
