@@ -63,7 +63,7 @@ def files_with(text: str, folder: Path) -> list[Path]:
 
 
 def test_a_second_clone_computes_nothing_and_no_credential_travels(root: Path, server: S3Server, tmp_path: Path) -> None:
-    first = pedigree(root, "push", "--json")
+    first = pedigree(root, "share", "--json")
     assert first.returncode == 0, first.stderr
     assert json.loads(first.stdout).keys() == {"remote", "runs", "objects"} and json.loads(first.stdout)["runs"] == 6
     second = clone_without_results(root, tmp_path / "second")

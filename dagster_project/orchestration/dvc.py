@@ -17,6 +17,7 @@ from contextlib import ExitStack, chdir, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.hashing import md5_of_bytes
@@ -504,12 +505,19 @@ def store(root: Path) -> Store:
         return Store(Path(repo.cache.local.path), Path(repo.stage_cache.cache_dir))
 
 
-def isolate_project(root: Path) -> None:
-    """Make a copy of a project's files an independent DVC project: without git, and with a separate cache."""
+def isolate_project(root: Path, cache: Path | str = "cache", remote: Mapping[str, str] | None = None) -> None:
+    """Make a copy of a project's files an independent DVC project: without git, and with a separate cache.
+
+    Args:
+        remote: url and other options of its remote.
+    """
     (root / ".dvc").mkdir(exist_ok=True)
-    site = root / ".dvc" / "site"
-    config = f'[core]\nno_scm = true\nsite_cache_dir = {site}\n[cache]\ndir = cache\ntype = "reflink,hardlink,copy"\n'
-    (root / ".dvc" / "config.local").write_text(config)
+    core = ["no_scm = true", "analytics = false", f"site_cache_dir = {root / '.dvc' / 'site'}"]
+    config = ["[cache]", f"dir = {cache}", 'type = "reflink,hardlink,copy"']
+    if remote is not None:
+        core.append("remote = carrier")
+        config += ["['remote \"carrier\"']", *(f'{key} = "{value}"' for key, value in remote.items())]
+    (root / ".dvc" / "config.local").write_text("\n".join(["[core]", *core, *config, ""]))
 
 
 def add_to_cache(root: Path, paths: Iterable[str]) -> None:
@@ -654,3 +662,99 @@ def _complete_runs(repo: Any) -> list[Any]:
     entries = [cache._load_cache(path.parent.name, path.name) for path in paths]
     stages = [cache._create_stage(entry) for entry in entries if entry]
     return [stage for stage in stages if stage.outs_cached()]
+
+
+# ---- for stages that run on other machines: their inputs and outputs by hash, and the remote that carries them ----------
+
+
+def inputs_by_hash(root: Path, address: str) -> dict[str, str]:
+    """Recorded content hash of each cached output and each source with a .dvc file that a stage reads, by path."""
+    with _open(root) as repo:
+        return {os.path.relpath(out.fs_path, root): out.hash_info.value for out in _read_outputs(repo, root, address) if out.hash_info}
+
+
+def _read_outputs(repo: Any, root: Path, address: str) -> list[Any]:
+    all_stages = _stages(repo)
+    stage = next(stage for stage in all_stages if stage.name == address)
+    paths = [os.path.relpath(dep.fs_path, root) for dep in stage.deps]
+    return [
+        out
+        for other in all_stages
+        if other is not stage
+        for out in other.outs
+        if out.use_cache and any(overlap(os.path.relpath(out.fs_path, root), path) for path in paths)
+    ]
+
+
+def checkout_inputs(root: Path, address: str) -> None:
+    """Put the recorded inputs of a stage from the cache into the workspace."""
+    with _open(root) as repo:
+        for out in _read_outputs(repo, root, address):
+            out.checkout(force=True)
+
+
+def commit_outputs(root: Path, address: str) -> dict[str, str]:
+    """Add a stage's outputs and plots to the cache; dvc.lock is not changed. Returns their content hashes by path."""
+    with _open(root) as repo:
+        stage = next(stage for stage in _stages(repo) if stage.name == address)
+        hashes = {}
+        for out in stage.outs:
+            if out.use_cache:
+                out.save()
+                out.commit()
+                hashes[os.path.relpath(out.fs_path, root)] = out.hash_info.value
+        return hashes
+
+
+def command_of(root: Path, address: str) -> str:
+    """A stage's command in dvc.yaml."""
+    with _open(root) as repo:
+        command = next(stage for stage in _stages(repo) if stage.name == address).cmd
+        return command if isinstance(command, str) else " && ".join(command)
+
+
+PUBLIC_OPTIONS = ("endpointurl", "region", "use_ssl", "ssl_verify")
+"""Options of a remote that are sent to workers. Credentials are not: every node has its own."""
+
+
+@dataclass(frozen=True)
+class Remote:
+    """DVC's default remote as a file system."""
+
+    url: str
+    options: Mapping[str, str]
+    """`url` and those of `PUBLIC_OPTIONS` that are set."""
+    fs: Any
+    """DVC's file system."""
+    path: str
+    """Folder of the remote in `fs`."""
+    object_at: Callable[[str], str]
+    """Content hash -> path of the object in `fs`."""
+    cached_at: Callable[[str], str]
+    """Content hash -> path of the object in the local cache."""
+
+
+@contextmanager
+def open_remote(root: Path) -> Iterator[Remote]:
+    """DVC's default remote, and the cache of the project.
+
+    Raises:
+        InputError: there is no default remote, it is a versioned one, or its package is not installed.
+    """
+    config_error = private_module("dvc.config").ConfigError
+    with _open(root) as repo:
+        configured = repo.config["remote"].get(repo.config["core"].get("remote") or "", {})
+        if urlsplit(str(configured.get("url", ""))).password:
+            raise InputError("the URL of DVC's remote contains a password, which jobs would show", "leave it out, and set it on every node")
+        try:
+            remote, objects = repo.cloud.get_remote(), repo.cloud.get_remote_odb()
+        except config_error as error:
+            raise InputError(
+                f"DVC has no remote that can carry the files of a stage: {' '.join(str(error).split())}",
+                "`dvc remote add -d storage s3://BUCKET/FOLDER`, or a folder that driver and nodes share",
+            ) from None
+        except (ImportError, private_module("dvc.exceptions").DvcException) as error:
+            raise InputError(f"DVC's remote cannot be used: {error}", "install its package, e.g. `pip install dvc-s3`") from None
+        options = {key: str(value) for key, value in configured.items() if key in PUBLIC_OPTIONS}
+        url = remote.fs.unstrip_protocol(remote.path) if remote.fs.protocol != "local" else remote.path
+        yield Remote(url, {"url": url, **options}, remote.fs, remote.path, objects.oid_to_path, repo.cache.local.oid_to_path)
