@@ -1,4 +1,4 @@
-"""dvc.yaml, dvc.lock and workspace -> the state of each stage; runs one stage. No other file calls DVC.
+"""dvc.yaml, dvc.lock and workspace -> the state of each stage; runs one stage. Only this file and experiments.py call DVC.
 
 DVC's Python API for this is undocumented: `private_module` asserts the minor version, which pyproject.toml pins.
 """
@@ -95,7 +95,7 @@ class StageState:
 
 
 @contextmanager
-def _open(root: Path) -> Iterator[Any]:
+def open_repo(root: Path) -> Iterator[Any]:
     """DVC's `Repo` of the project.
 
     Raises:
@@ -153,7 +153,7 @@ def _stages(repo: Any) -> list[Any]:
 
 def read_stages(root: Path) -> dict[str, StageState]:
     """The state of every stage, in flow order. Compares each output separately, so it never waits for a running stage."""
-    with _open(root) as repo:
+    with open_repo(root) as repo:
         all_stages = _stages(repo)
         stages = [stage for stage in all_stages if not stage.is_data_source]
         problems = {
@@ -223,7 +223,7 @@ def _source_problem(root: Path, stage: Any, out: Any) -> str:
 
 def changed_sources(root: Path) -> dict[str, str]:
     """.dvc file of each source that differs from it -> how, with the next step."""
-    with _open(root) as repo:
+    with open_repo(root) as repo:
         return {
             os.path.relpath(stage.path, root): problem
             for stage in _stages(repo)
@@ -365,7 +365,7 @@ def reproduce(
     lock_error = private_module("dvc.lock").LockError
 
     def once() -> bool:
-        with _open(root) as repo:
+        with open_repo(root) as repo:
             return bool(repo.reproduce([address], single_item=True, force=force, run_env=command_environment(environment)))
 
     notified = False
@@ -426,7 +426,7 @@ def fingerprint(root: Path, address: str) -> Fingerprint:
     Raises:
         InputError: no such stage.
     """
-    with _open(root) as repo:
+    with open_repo(root) as repo:
         all_stages = _stages(repo)
         stages = {stage.name: stage for stage in all_stages if not stage.is_data_source}
         if address not in stages:
@@ -453,7 +453,7 @@ def restore_outputs(root: Path, address: str) -> None:
     """Restore from the cache the outputs that DVC removed before it ran a stage that then failed."""
     from shutil import copyfile
 
-    with _open(root) as repo:
+    with open_repo(root) as repo:
         stage = next((stage for stage in _stages(repo) if stage.name == address), None)
         for out in stage.outs if stage is not None else []:
             if out.exists or not out.hash_info:
@@ -470,7 +470,7 @@ def restore_outputs(root: Path, address: str) -> None:
 
 def recorded_files(root: Path, address: str) -> dict[str, Path]:
     """Cache file of each file of a stage's main output as recorded in dvc.lock, by its path in the output; empty if it is not cached."""
-    with _open(root) as repo:
+    with open_repo(root) as repo:
         out = _main_output(next(stage for stage in _stages(repo) if stage.name == address))
         listing = Path(repo.cache.local.oid_to_path(out.hash_info.value)) if out.hash_info and out.hash_info.isdir else None
         if listing is None or not listing.is_file():
@@ -500,7 +500,7 @@ class Store:
 
 
 def store(root: Path) -> Store:
-    with _open(root) as repo:
+    with open_repo(root) as repo:
         return Store(Path(repo.cache.local.path), Path(repo.stage_cache.cache_dir))
 
 
@@ -515,7 +515,7 @@ def isolate_project(root: Path) -> None:
 def add_to_cache(root: Path, paths: Iterable[str]) -> None:
     """Add outputs from the workspace to the cache. dvc.lock is not changed."""
     requested = set(paths)
-    with _open(root) as repo:
+    with open_repo(root) as repo:
         for out in (out for stage in _stages(repo) for out in stage.outs):
             if out.use_cache and os.path.relpath(out.fs_path, root) in requested:
                 out.commit()
@@ -523,14 +523,14 @@ def add_to_cache(root: Path, paths: Iterable[str]) -> None:
 
 def outputs(root: Path, address: str) -> dict[str, str]:
     """Content hash on disk of each output of a stage, including report and plots, by path."""
-    with _open(root) as repo:
+    with open_repo(root) as repo:
         stage = next(stage for stage in _stages(repo) if stage.name == address)
         return {os.path.relpath(out.fs_path, root): _hash(out) for out in stage.outs}
 
 
 def tracked_sources(root: Path) -> dict[str, str]:
     """Recorded content hash of each source with a .dvc file, by path."""
-    with _open(root) as repo:
+    with open_repo(root) as repo:
         return {
             os.path.relpath(out.fs_path, root): out.hash_info.value
             for stage in _stages(repo)
@@ -553,7 +553,7 @@ def set_aside(root: Path, address: str, differs: Callable[[Path], bool], locked:
     """
     aside = root / ".dvc" / "tmp" / "pedigree" / "set_aside"
     aside.mkdir(parents=True, exist_ok=True)
-    with _open(root) as repo, ExitStack() as stack:
+    with open_repo(root) as repo, ExitStack() as stack:
         out = _main_output(next(stage for stage in _stages(repo) if stage.name == address))
         if not locked:
             lock = private_module("dvc.rwlock").rwlock(repo.tmp_dir, repo.fs, "pedigree", [], [out.fs_path], False)
