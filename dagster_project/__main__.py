@@ -150,6 +150,18 @@ def sync(options: argparse.Namespace) -> int:
     return 0
 
 
+def share(options: argparse.Namespace) -> int:
+    """Copy sources, outputs and past runs to a DVC remote, so that another clone restores stages instead of running them."""
+    from dataclasses import asdict
+
+    from dagster_project.orchestration import dvc
+
+    pushed = dvc.push(_project(options), options.remote)
+    text = f"{pushed.remote}: {pushed.objects} new objects, {pushed.runs} past runs. In another clone, `dvc repro --pull` restores them."
+    _print(options, asdict(pushed), lambda _: text)
+    return 0
+
+
 def plan(options: argparse.Namespace) -> int:
     """Predict tokens, steps, memory and time of each variant, before training."""
     from dagster_project.commands.plan import as_text, plan_model, plan_variants
@@ -178,6 +190,7 @@ def plan(options: argparse.Namespace) -> int:
 
 def audit(options: argparse.Namespace) -> int:
     """Show the data, parameters and code behind a model, or the differences between two models."""
+    from dagster_project.commands import where as module
     from dagster_project.lineage import lineage
     from dagster_project.lineage.diff import as_text, diff
     from dagster_project.lineage.index import Index
@@ -185,8 +198,10 @@ def audit(options: argparse.Namespace) -> int:
 
     root = _project(options)
     if options.diff:
-        if options.model or options.html or options.records:
-            raise InputError("--diff cannot be combined with MODEL, --html or --records", "leave these out: --diff names both models")
+        if options.model or options.html or options.records or options.where:
+            raise InputError(
+                "--diff cannot be combined with MODEL, --html, --records or --where", "leave these out: --diff names both models"
+            )
         before, after = options.diff
         _print(options, diff(root, before, after, options.rev, options.against_rev), as_text)
         return 0
@@ -206,7 +221,9 @@ def audit(options: argparse.Namespace) -> int:
             _write("--html", Path(options.html), lineage_page(document, listed))
         if options.json and document["records"]:
             document["records"]["list"] = listed
-    _print(options, document, lineage.as_text)
+    if options.where:
+        document["where"] = module.where(root, document["stages"])
+    _print(options, document, lambda found: "\n".join([lineage.as_text(found), *(module.as_text(found["where"]) if options.where else ())]))
     return 0
 
 
@@ -494,6 +511,7 @@ def _add_pipeline_commands(commands: Any) -> None:
     add("--to", metavar="STAGE[@VARIANT]", help="stage at which each trial ends (default: the stage of the section)")
     _add_command(commands, render).add_argument("stage", nargs="?", metavar="STAGE[@VARIANT]", help="default: all stages that have pages")
     _add_command(commands, sync)
+    _add_command(commands, share).add_argument("--remote", metavar="NAME", help="a remote of .dvc/config (default: the default remote)")
     add = _add_command(commands, plan).add_argument
     add("variants", nargs="*", metavar="VARIANT", help="variants of params.yaml (default: all)")
     add("--model", metavar="CONFIG", help="plan for any model instead, from its folder or its config.json only")
@@ -514,6 +532,7 @@ def _add_lineage_commands(commands: Any) -> None:
     add("--rev", help=workspace)
     add("--html", metavar="FILE.html", help="also write one self-contained page")
     add("--records", metavar="FILE", help="also write every record the model was trained on, with step and epoch: .csv or .parquet")
+    add("--where", action="store_true", help="also show where each stage ran on a cluster: node, resources, times and cost")
     add("--diff", nargs=2, metavar=("A", "B"), help="instead: differences between two models, each as MODEL or REV:MODEL")
     add("--against-rev", metavar="REV", help="with --diff: the revision of B, as --rev is that of A")
     command = _add_command(commands, impact)

@@ -29,8 +29,9 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
 from dagster_project.training.inference.decoding import decode
 from dagster_project.training.trainers.alignment import ppo
+from dagster_project.training.trainers.harness import launch as launching
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints
-from dagster_project.training.trainers.harness.distributed import process_group
+from dagster_project.training.trainers.harness.launch import launch, start_others
 from dagster_project.training.trainers.harness.session import Interrupted
 from dagster_project.training.trainers.harness.weight_audit import sha256_of_tensors, trainable
 
@@ -500,16 +501,22 @@ def run(folder: Path, tiny_model: Path, name: str, reward: ppo.Reward = small_le
     result(folder, model, course, name)
 
 
+def first_process(work: dict[str, str]) -> None:
+    start_others(work, "__main__")
+    run(Path(work["folder"]), Path(work["model"]), "two")
+
+
+def other_process(work: dict[str, str]) -> None:
+    run(Path(work["folder"]), Path(work["model"]), "other", keep=False)
+
+
 def main() -> None:
     """One run; one that is killed in its fourth iteration and started again; one that two processes share."""
-    import multiprocessing
-
     import peft  # noqa: F401
 
     folder, tiny_model = Path(sys.argv[1]), Path(sys.argv[2])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    whole = multiprocessing.get_context
-    multiprocessing.get_context = lambda _=None: whole("fork")  # type: ignore[assignment,misc]
+    launching.START_METHOD = "fork"
     asked = 0
 
     def killing(rows: Sequence[int], texts: Sequence[str], _: Any) -> list[float]:
@@ -520,8 +527,7 @@ def main() -> None:
         return small_letters(rows, texts)
 
     def shared() -> None:
-        with process_group(["", ""], partial(run, folder, tiny_model, "other", keep=False)):
-            run(folder, tiny_model, "two")
+        launch(2, "__main__", {"folder": str(folder), "model": str(tiny_model)})
 
     log = folder / "log"
     ends = [

@@ -10,11 +10,10 @@ import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,9 @@ from dagster_project.core.records import read_table, write_table
 from dagster_project.pipeline import validate
 from dagster_project.stages import adapter
 from dagster_project.training.trainers.harness import distributed
-from dagster_project.training.trainers.harness.distributed import ProcessRank, claim_gpus, process_group
+from dagster_project.training.trainers.harness import launch as launching
+from dagster_project.training.trainers.harness.distributed import ProcessRank, claim_gpu, gpus_of
+from dagster_project.training.trainers.harness.launch import Nodes, launch, start_others
 from dagster_project.training.trainers.sft.sft import steps
 
 PLAIN = {**LORA, "peft": {**LORA["peft"], "lora_dropout": 0.0}, "neftune_noise_alpha": None}
@@ -58,26 +59,42 @@ def at_pass(number: int, do: Callable[[], None]) -> None:
     """Arrange for something to happen to the first process after a pass of its own, counted from 1."""
     from transformers import Trainer
 
-    whole, done, first = Trainer.training_step, 0, os.getpid()
+    whole, done = Trainer.training_step, 0
 
     def step(*arguments: Any, **named: Any) -> Any:
         nonlocal done
         found = whole(*arguments, **named)
-        done += os.getpid() == first
-        if done == number and os.getpid() == first:
+        done += 1
+        if done == number and distributed.place().rank == 0:
             do()
         return found
 
     Trainer.training_step = step
 
 
-def others() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+def group() -> list[psutil.Process]:
+    """In the first process of a group: the launcher, and the processes in the order of their ranks."""
+    launcher = psutil.Process(os.getppid())
+    return [launcher, *sorted(launcher.children(), key=lambda process: process.pid)]
+
+
+def second_host(folder: Path, whole_bucket: int = distributed.BUCKET) -> None:
+    """Let the training be that of two hosts of one process each, and start the second as docs/methods.md says."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.2", 0))
+        port = free.getsockname()[1]
+    first = {"PET_NNODES": "2", "PET_RDZV_ENDPOINT": f"127.0.0.2:{port}", "PET_LOCAL_ADDR": "127.0.0.2"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", "1", "--nproc-per-node", "1",
+                "--master-addr", "127.0.0.2", "--master-port", str(port), "--local-addr", "127.0.0.3",
+                "-m", "dagster_project.training.trainers.harness.launch"]  # fmt: skip
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    with (folder / "second_host.log").open("w") as said:
+        subprocess.Popen(torchrun, stdout=said, stderr=said)
+    os.environ.update(first)
+    distributed.BUCKET = whole_bucket  # as on the second host
 
 
 def main() -> None:
-    import multiprocessing
-
     import datasets  # noqa: F401  what each run needs, loaded once
     import peft  # noqa: F401
     import torch
@@ -86,30 +103,38 @@ def main() -> None:
     assert trl.SFTTrainer and torch.get_num_threads()
     folder, model = Path(sys.argv[1]), Path(sys.argv[2])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    whole = multiprocessing.get_context
-    multiprocessing.get_context = lambda _=None: whole("fork")  # type: ignore[assignment,misc]
+    launching.START_METHOD = "fork"
     distributed.BUCKET = 300  # so that gradients take several
 
     def everybody_is_asked_to_stop() -> None:
-        for process in [*others(), psutil.Process()]:
+        for process in group():
             process.send_signal(signal.SIGINT)
 
-    def the_first_is_killed() -> None:
-        (folder / "pids").write_text(json.dumps([process.pid for process in others()]))
-        os.kill(os.getpid(), signal.SIGKILL)
+    def the_launcher_is_killed() -> None:
+        launcher, *processes = group()
+        (folder / "pids").write_text(json.dumps([process.pid for process in processes]))
+        launcher.kill()
+
+    def is_killed(rank: int) -> Callable[[], None]:
+        return lambda: at_pass(5, lambda: group()[1 + rank].kill())
 
     found = {}
     for name, count, accumulation, recipe, arrange in (
         ("one", 1, 2, PLAIN, None),
         ("two", 2, 1, PLAIN, None),
+        ("three", 3, 1, PLAIN, None),
+        ("one_for_three", 1, 3, PLAIN, None),
+        ("hosts", 2, 2, LORA, lambda: second_host(folder)),
         ("first", 2, 2, LORA, None),
         ("second", 2, 2, LORA, None),
         ("four", 4, 1, LORA, None),
-        ("killed", 2, 2, LORA, lambda: at_pass(8, the_first_is_killed)),
+        ("killed", 2, 2, LORA, lambda: at_pass(8, the_launcher_is_killed)),
         ("killed", 2, 2, LORA, None),
         ("stopped", 2, 2, {**LORA, "save_strategy": "no"}, lambda: at_pass(5, everybody_is_asked_to_stop)),
         ("stopped", 2, 2, {**LORA, "save_strategy": "no"}, None),
-        ("lonely", 2, 2, LORA, lambda: at_pass(5, lambda: others()[0].kill())),
+        ("lonely", 2, 2, LORA, is_killed(1)),
+        ("headless", 2, 2, LORA, is_killed(0)),
+        ("headless", 2, 2, LORA, None),
         ("diverged", 2, 1, {**PLAIN, "data": "bad"}, None),
     ):
         data = recipe.pop("data", "tokenized") if "data" in recipe else "tokenized"
@@ -157,7 +182,7 @@ def test_two_processes_match_one_with_twice_the_accumulation(trained: Any) -> No
     one, two = (load_file(trained[0] / name / "adapter_model.safetensors") for name in ("one", "two"))
     before = load_file(trained[0] / "four" / "adapter_model.safetensors")
     for name, weight in one.items():
-        torch.testing.assert_close(two[name], weight, atol=1e-6, rtol=0)
+        assert torch.equal(two[name], weight)
         assert not torch.equal(before[name], weight), "another training ends in the same weights, so nothing is shown"
     for file in ("examples.parquet", "loss.csv"):
         assert output_files(trained[0], "one")[file] == output_files(trained[0], "two")[file]
@@ -169,6 +194,35 @@ def test_two_processes_match_one_with_twice_the_accumulation(trained: Any) -> No
     for document in (alone, shared):
         document["settings"].pop("gradient_accumulation_steps")
     assert shared == alone
+
+
+def test_three_processes_match_one_with_three_times_the_accumulation_bit_for_bit(trained: Any) -> None:
+    assert ended(trained, "three") == ended(trained, "one_for_three") == [0]
+    three, one = (output_files(trained[0], name) for name in ("three", "one_for_three"))
+    for file in ("adapter_model.safetensors", "examples.parquet", "loss.csv"):
+        assert three[file] == one[file], file
+    assert three["adapter_model.safetensors"] != output_files(trained[0], "two")["adapter_model.safetensors"]
+
+
+def test_two_hosts_of_one_process_give_the_bytes_of_one_host_with_two(trained: Any) -> None:
+    assert ended(trained, "hosts") == [0], (trained[0] / "second_host.log").read_text()
+    assert output_files(trained[0], "hosts") == output_files(trained[0], "first")
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"PET_NNODES": "1:4"}, "PET_NNODES: '1:4' is not a number of hosts"),
+        ({"PET_NNODES": "2"}, "PET_RDZV_ENDPOINT: HOST:PORT of this host is required"),
+        ({"PET_NNODES": "2", "PET_RDZV_ENDPOINT": "a:1", "PET_NODE_RANK": "1"}, "stages run on the first host"),
+        ({"PET_NNODES": "2", "PET_RDZV_ENDPOINT": "a:1"}, "3 do not divide evenly among 2 hosts"),
+    ],
+)
+def test_wrong_settings_of_hosts_are_refused(variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=re.escape(message)):
+        Nodes.from_environment().share(3)
 
 
 def test_each_row_is_used_once_per_epoch_with_any_number_of_processes(trained: Any) -> None:
@@ -218,6 +272,12 @@ def test_a_lost_process_ends_the_training_with_one_message(trained: Any) -> None
     assert list((trained[0] / "lonely").iterdir()) == []
 
 
+def test_a_training_whose_first_process_was_lost_ends_in_the_same_bytes_when_run_again(trained: Any) -> None:
+    assert ended(trained, "headless") == [1, 0]
+    assert (trained[0] / "headless.said").read_text() == f"process 1 of 2 was killed\nhint: {LOST}"
+    assert output_files(trained[0], "headless") == output_files(trained[0], "first")
+
+
 def test_a_loss_that_is_not_finite_in_any_process_names_the_examples(trained: Any) -> None:
     assert ended(trained, "diverged") == [0]
     learned = json.loads((trained[0] / "diverged" / "report.json").read_text())["checks"]["learned"]
@@ -225,43 +285,64 @@ def test_a_loss_that_is_not_finite_in_any_process_names_the_examples(trained: An
     assert learned["rows"] == [f"train4.{n}" for n in range(4)]
 
 
-def count_and_leave(folder: Path) -> None:
-    """The work of another process: a sum, and a word."""
+def first_process(work: dict[str, Any]) -> Any:
+    """The work of the first process of the groups below."""
+    import torch
+
+    if "fail" in work:
+        raise InputError("the first cannot", "help it")
+    if "alone" in work:
+        return "nothing to share"
+    start_others(work, __name__)
+    total = distributed.summed(torch.tensor([1.0, -0.0]))
+    (Path(work["folder"]) / "hidden").write_text(json.dumps([name for name in launching.HIDDEN if name in os.environ]))
+    logging.getLogger("pedigree").warning("the first is heard")
+    return {"total": total.tolist(), "place": [distributed.place().rank, distributed.place().size], "pid": os.getpid()}
+
+
+def other_process(work: dict[str, Any]) -> None:
     import torch
 
     print("nobody hears this")
-    total = distributed.summed(torch.tensor([float(distributed.place().rank + 1)]))
-    (folder / f"{distributed.place().rank}").write_text(str(total.item()))
+    if "out of memory" in work:
+        raise PedigreeError("training ran out of memory", "lower it")
+    total = distributed.summed(torch.tensor([float(distributed.place().rank + 1), -0.0]))
+    (Path(work["folder"]) / f"{distributed.place().rank}").write_text(str(total[0].item()))
 
 
-def run_out_of_memory() -> None:
-    raise PedigreeError("training ran out of memory", "lower it")
-
-
-def test_spawned_processes_form_a_group_and_exit(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    import torch
-
-    with process_group(["", ""], partial(count_and_leave, tmp_path)):
-        assert distributed.place() == ProcessRank(0, 2)
-        assert distributed.summed(torch.tensor([1.0])).tolist() == [3.0]
-        [other] = [child for child in others() if "spawn_main" in " ".join(child.cmdline())]
-        while not (tmp_path / "1").exists() or not (tmp_path / "1").read_text():
-            time.sleep(0.01)
+def test_spawned_processes_form_a_group_and_exit(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)]
+    with caplog.at_level(logging.INFO, "pedigree"):
+        found = launch(2, __name__, {"folder": str(tmp_path)})
+    assert (found["total"], found["place"]) == ([3.0, 0.0], [0, 2])
     assert (tmp_path / "1").read_text() == "3.0"
-    assert not other.is_running()
+    assert json.loads((tmp_path / "hidden").read_text()) == [], "accelerate would divide the rows itself"
+    assert [record.getMessage() for record in caplog.records] == ["the first is heard"]
+    assert not psutil.pid_exists(found["pid"])
     assert distributed.place() == ProcessRank(0, 1)
     assert capfd.readouterr() == ("", "")
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)]
 
 
-def test_the_error_of_another_process_is_reported() -> None:
-    import torch
+@pytest.mark.parametrize(
+    ("work", "kind", "message"),
+    [
+        ({"out of memory": 1}, PedigreeError, f"process 2 of 2 failed: training ran out of memory\nhint: lower it\nhint: {LOST}"),
+        ({"fail": 1}, InputError, "the first cannot\nhint: help it"),
+    ],
+)
+def test_the_error_of_a_process_is_reported(work: dict[str, Any], kind: type[PedigreeError], message: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(launching, "START_METHOD", "fork")
+    with pytest.raises(kind) as caught:
+        launch(2, __name__, work)
+    assert type(caught.value) is kind and str(caught.value) == message
 
-    with (
-        pytest.raises(PedigreeError, match=re.escape("process 2 of 2 failed: training ran out of memory\nhint: lower it")),
-        process_group(["", ""], run_out_of_memory),
-    ):
-        distributed.summed(torch.tensor([1.0]))
-        distributed.summed(torch.tensor([1.0]))
+
+def test_others_end_if_there_is_nothing_to_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "START_METHOD", "fork")
+    assert launch(3, __name__, {"alone": 1}) == "nothing to share"
 
 
 def test_more_processes_than_gpus_are_refused_and_each_sees_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,11 +351,12 @@ def test_more_processes_than_gpus_are_refused_and_each_sees_one(monkeypatch: pyt
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(InputError, match=re.escape("compute.processes: 3 processes, and there are 2 GPUs\nhint: set it to 2")):
-        claim_gpus(3)
-    assert claim_gpus(2) == ["4", "5"]
+        gpus_of(3)
+    assert gpus_of(2) == gpus_of(2) == ["4", "5"]
+    claim_gpu()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "4"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert claim_gpus(3) == ["", "", ""], "on a CPU there is nothing to share out"
+    assert gpus_of(3) == ["", "", ""], "on a CPU there is nothing to share out"
 
 
 def test_a_method_that_takes_no_steps_is_refused(project: Path) -> None:

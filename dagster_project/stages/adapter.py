@@ -18,13 +18,14 @@ from dagster_project.core.params import Compute
 from dagster_project.core.records import CheckResult, Report, remove, write_json, write_table
 from dagster_project.training.methods import build as methods
 from dagster_project.training.methods.hardware import peak_memory, prepare
-from dagster_project.training.trainers.harness import weight_audit
+from dagster_project.training.trainers.harness import sharding, weight_audit
 from dagster_project.training.trainers.harness.checkpoint import run_identity
 from dagster_project.training.trainers.harness.curve import write_curve
-from dagster_project.training.trainers.harness.distributed import claim_gpus
+from dagster_project.training.trainers.harness.distributed import claim_gpu, place
 from dagster_project.training.trainers.harness.history import TrainingHistory
+from dagster_project.training.trainers.harness.launch import launch, read_report, report_document
 from dagster_project.training.trainers.harness.params import AUTO, AdapterParams
-from dagster_project.training.trainers.harness.session import Diverged, advice_on_memory
+from dagster_project.training.trainers.harness.session import Diverged, OutOfMemory, advice_on_memory
 from dagster_project.training.trainers.harness.weight_audit import LIBRARIES
 from dagster_project.training.trainers.sft import auto
 from dagster_project.training.trainers.sft.fit import FitResult, TrainingData, fit
@@ -44,6 +45,7 @@ NO_HINTS = ExecutionHints()
 def validate(params: Params, ctx: ValidationContext) -> None:
     entry = auto.settle(params, examples=1, rows=1, validates=False).params
     methods.check(entry.method, entry.peft, entry.quantization, entry.merge, ctx.section, entry.gradient_checkpointing is True)
+    sharding.check(entry, ctx.compute, ctx.section)
     if ctx.compute.processes > 1 and entry.method.lower() == "feature_extraction":
         raise InputError(
             f"params.yaml: compute.processes: {ctx.section} uses feature_extraction, which has no optimizer steps to share", "set it to 1"
@@ -84,7 +86,11 @@ def produce(
     live: folder for the curves so far; None to write none.
     pages: folder for the documents that its page is drawn from.
     """
-    gpus = claim_gpus(compute.processes)
+    if compute.processes > 1 and place().size == 1:
+        folders = {"tokenized": tokenized, "base_model": base_model, "out": out, "curve_file": curve_file, "checkpoints": checkpoints,
+                   "live": live, "pages": pages}  # fmt: skip
+        return _produce_in_processes(variant, params, compute, folders, hints)
+    claim_gpu()
     device, dtype = prepare(compute)
     data = TrainingData.read(variant, params.method, compute, tokenized, base_model)
     rows = data.rows["train"]
@@ -97,7 +103,7 @@ def produce(
     identity = data.identity() | run_identity(Path(__file__), compute, device, dtype, libraries)
     advised = partial(advice_on_memory, hints.advice)
     try:
-        fitted = fit(data, settled, identity, checkpoints, out, live, advised, gpus)
+        fitted = fit(data, settled, identity, checkpoints, out, live, advised)
     except Diverged as diverged:
         return _diverged(diverged, data.example_ids)
 
@@ -115,6 +121,36 @@ def produce(
     if not report.failures:
         remove(checkpoints)
     return report
+
+
+def _produce_in_processes(
+    variant: str, params: Params, compute: Compute, folders: Mapping[str, Path | None], hints: ExecutionHints
+) -> Report:
+    """`produce` in the first process of a group, with the others taking part in the training."""
+    work = {
+        "variant": variant,
+        "params": params.model_dump(mode="json", exclude_unset=True, warnings=False),
+        "compute": compute.model_dump(mode="json"),
+        "folders": {name: str(path.resolve()) for name, path in folders.items() if path},
+        "gradient_checkpointing": hints.gradient_checkpointing,
+    }
+    try:
+        return read_report(launch(compute.processes, __name__, work))
+    except OutOfMemory as error:
+        raise OutOfMemory(error.what, hints.advice() or error.hint) from None
+
+
+def first_process(work: Mapping[str, Any]) -> dict[str, Any]:
+    """Work of the first process of a group: all of the stage.
+
+    Args:
+        work: of `_produce_in_processes`.
+    """
+    params, compute = Params.model_validate(work["params"]), Compute.model_validate(work["compute"])
+    folders = {name: Path(path) for name, path in work["folders"].items()}
+    return report_document(
+        produce(work["variant"], params, compute, **folders, hints=ExecutionHints(gradient_checkpointing=work["gradient_checkpointing"]))
+    )
 
 
 def _document(fitted: FitResult, compute: Compute, dtype: Any, device: str, libraries: tuple[str, ...]) -> dict[str, Any]:

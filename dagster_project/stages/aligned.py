@@ -7,7 +7,6 @@ import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,9 @@ from dagster_project.training.trainers.alignment.trl_training import document_of
 from dagster_project.training.trainers.harness import weight_audit
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints, refuse_full_disk
 from dagster_project.training.trainers.harness.curve import write_curve
-from dagster_project.training.trainers.harness.distributed import claim_gpus, process_group
+from dagster_project.training.trainers.harness.distributed import claim_gpu, place
 from dagster_project.training.trainers.harness.history import TrainingHistory
+from dagster_project.training.trainers.harness.launch import launch, portable, read_report, report_document, start_others
 from dagster_project.training.trainers.harness.params import NON_SEMANTIC_PARAMS, PreferenceParams, refuse_unmerged
 from dagster_project.training.trainers.harness.session import Diverged, advice_on_memory
 from dagster_project.training.trainers.harness.weight_audit import WeightAudit
@@ -139,6 +139,17 @@ def produce(
     checkpoints: the variant's folder, which survives a killed run. It is removed unless a check blocks.
     """
     where = f"aligned.{variant}"
+    if compute.processes > 1 and params.parsed_method(where).shares_processes and place().size == 1:
+        work = {
+            "variant": variant,
+            **_shared(params, compute),
+            "folders": {
+                "preferences": preferences, "reward_model": reward_model, "sft": sft, "out": out, "curve_file": curve_file,
+                "checkpoints": checkpoints, "live": live, "pages": pages,
+            },
+        }  # fmt: skip
+        work["folders"] = {name: str(path.resolve()) for name, path in work["folders"].items() if path}
+        return read_report(launch(compute.processes, __name__, work))
     sources = Sources(preferences, reward_model, sft)
     pairs = {split: read_preferences(preferences / split) for split in ("train", "validation", "test")}
     method = params.parsed_method(where)
@@ -147,7 +158,7 @@ def produce(
     usable, reliable = _examine(reward_model, sft, params, method, where)
     if reliable.blocking and not reliable.passed:
         return Report(checks=[reliable])
-    gpus = claim_gpus(compute.processes if method.shares_processes else 1)
+    claim_gpu()
     device, dtype = prepare(compute)
     reuse_large_blocks()
     with advice_on_memory():
@@ -162,8 +173,9 @@ def produce(
     kept = Checkpoints(checkpoints, identity, params.save_total_limit)
     rewards = Rewards(params.rewards, judge) if method.learns_from_rewards else None
     try:
-        with process_group(gpus, partial(worker_main, params, compute, sources, checkpoints)):
-            history = method.train(AlignmentRun(prepared.model, policies.tokenizer, pairs, rewards, params, compute, kept, live))
+        folders = {name: portable(path) for name, path in {**vars(sources), "checkpoints": checkpoints}.items()}
+        start_others({**_shared(params, compute), "folders": folders}, __name__)
+        history = method.train(AlignmentRun(prepared.model, policies.tokenizer, pairs, rewards, params, compute, kept, live))
     except Diverged as diverged:
         return Report(checks=[_diverged(diverged, pairs["train"])])
     finite = all(map(math.isfinite, history.losses)) and all(
@@ -172,8 +184,8 @@ def produce(
     change = audit.change()
     settings = params.model_dump(exclude=set(NON_SEMANTIC_PARAMS | method.ignored_params)) | {"options": method.model_dump()}
     document = document_of(history, change, settings, compute, device, dtype)
-    if len(gpus) > 1:
-        document["processes"] = len(gpus)
+    if place().size > 1:
+        document["processes"] = place().size
     prepared.save(out)
     _write_training(document | {"step_0": start}, history, method, pairs["train"], sft, out, curve_file)
     preferred, watch = _evaluate(policies, pairs["test"], judge, params, out)
@@ -207,8 +219,25 @@ def produce(
     return report
 
 
-def worker_main(params: Params, compute: Compute, sources: Sources, checkpoints: Path) -> None:
-    """Work of the other processes of a shared training: the same, without writing anything."""
+def _shared(params: Params, compute: Compute) -> dict[str, Any]:
+    return {
+        "params": params.model_dump(mode="json", exclude_unset=True, warnings=False),
+        "compute": compute.model_dump(mode="json"),
+    }
+
+
+def first_process(work: Mapping[str, Any]) -> dict[str, Any]:
+    """Work of the first process of a group: all of the stage."""
+    params, compute = Params.model_validate(work["params"]), Compute.model_validate(work["compute"])
+    return report_document(produce(work["variant"], params, compute, **{name: Path(path) for name, path in work["folders"].items()}))
+
+
+def other_process(work: Mapping[str, Any]) -> None:
+    """Work of the other processes: the same training, without writing anything."""
+    params, compute = Params.model_validate(work["params"]), Compute.model_validate(work["compute"])
+    folders = {name: Path(path) for name, path in work["folders"].items()}
+    checkpoints = folders.pop("checkpoints")
+    sources = Sources(**folders)
     device, dtype = prepare(compute)
     reuse_large_blocks()
     prepared = preference.policy(sources.sft, params.peft, device, dtype, "aligned", params.adapter)

@@ -26,7 +26,7 @@ from dagster_project.training.trainers.alignment.trl_training import TrainerSpec
 from dagster_project.training.trainers.harness import weight_audit
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints, refuse_full_disk
 from dagster_project.training.trainers.harness.curve import write_curve
-from dagster_project.training.trainers.harness.distributed import claim_gpus
+from dagster_project.training.trainers.harness.distributed import claim_gpu
 from dagster_project.training.trainers.harness.history import TrainingHistory
 from dagster_project.training.trainers.harness.params import NON_SEMANTIC_PARAMS, PreferenceParams, refuse_unmerged
 from dagster_project.training.trainers.harness.session import Diverged, advice_on_memory
@@ -105,7 +105,7 @@ def produce(
 
     No failed check blocks: whether the reward model is good enough is decided by the stage that uses it (`aligned`).
     """
-    claim_gpus(1)
+    claim_gpu()
     device, dtype = prepare(compute)
     reuse_large_blocks()
     pairs = {split: read_preferences(preferences / split) for split in ("train", "validation", "test")}

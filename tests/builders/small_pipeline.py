@@ -21,6 +21,7 @@ from typing import Any
 from dagster_project.core import params
 from dagster_project.core.context import StageContext
 from dagster_project.core.errors import InputError, PedigreeError
+from dagster_project.core.layout import report_of
 from dagster_project.core.records import CheckResult, Report, write_text
 from dagster_project.orchestration import dvc
 from dagster_project.pipeline import Pipeline
@@ -46,6 +47,9 @@ def _started(ctx: StageContext) -> None:
         file.write(json.dumps({"stage": ctx.address, "inputs_changed": new, "pid": os.getpid()}) + "\n")
     if os.environ.get("SLOW") == ctx.stage:
         time.sleep(float(os.environ.get("SLOW_SECONDS", "30")))
+    slow = ctx.root / "slow.json"  # for a stage on another machine, which gets files and no environment
+    if slow.is_file():
+        time.sleep(json.loads(slow.read_text()).get(ctx.stage, 0))
 
 
 def raw(ctx: StageContext) -> Report:
@@ -163,6 +167,12 @@ def make_project(root: Path, values: Mapping[str, Any] | None = None) -> Path:
     git(root, "add", "-A")
     git(root, "commit", "-qm", "start")
     return root
+
+
+def published(root: Path, address: str) -> dict[str, bytes]:
+    """Files of a stage's output, and its report."""
+    paths = [*(root / "data" / address.replace("@", "/")).rglob("*"), root / report_of(address)]
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in paths if path.is_file()}
 
 
 def commands_run(root: Path) -> list[str]:

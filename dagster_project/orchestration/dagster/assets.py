@@ -17,11 +17,14 @@ from weakref import WeakKeyDictionary
 import dagster as dg
 from dagster_pipes import PipesContext, PipesDefaultContextLoader, PipesDefaultMessageWriter, PipesMappingParamsLoader
 
+from dagster_project.core import params
 from dagster_project.core.errors import InputError, PedigreeError
+from dagster_project.execution import VARIABLE, placement
 from dagster_project.orchestration import dvc
 from dagster_project.orchestration.dagster import pages
 from dagster_project.orchestration.dagster.concurrency import FORCE_TAG, build_executor, pool_of
 from dagster_project.orchestration.dagster.dead_runs import MACHINE_TAG, end_with_run, reap
+from dagster_project.orchestration.dagster.instance import open_at
 from dagster_project.orchestration.dagster.metadata import (
     CODE_VERSION,
     IN_SYNC,
@@ -46,6 +49,7 @@ for category in (dg.BetaWarning, dg.PreviewWarning):  # observable sources and P
 INPUTS, DATA = "1_inputs", "2_data"
 """Groups of the sources and of the stages that the job `data` runs. dvc.yaml names the groups of all stages, numbered so
 that lists show them in flow order."""
+ON_TAG = "pedigree/on"
 DAGSTER_YAML = """\
 telemetry: {enabled: false}
 nux: {enabled: false}
@@ -57,11 +61,14 @@ freshness: {enabled: false}
 class RunConfig(dg.Config):
     force: bool = False
     """Run the stage even if nothing changed. The run tag `pedigree/force: "true"` does the same for all stages of a run."""
+    on: str = ""
+    """Where the stage runs: `local`, `ray`, or empty for the section `execution` of params.yaml. The run tag `pedigree/on` does the same for all
+    stages of a run."""
 
 
 def build_definitions(root: Path, pipeline: Pipeline = PEDIGREE) -> dg.Definitions:
     """All of Dagster's definitions for the project in `root`."""
-    states = dvc.read_stages(root)
+    states, values = dvc.read_stages(root), params.read(root)
     for address in states:
         pipeline.split_address(address)
     sources = {i.path for state in states.values() for i in state.inputs if i.producer is None}
@@ -78,7 +85,7 @@ def build_definitions(root: Path, pipeline: Pipeline = PEDIGREE) -> dg.Definitio
         assets=[
             *(_source(root, path) for path in sorted(sources)),
             *(_definition(root, address) for address in states),
-            *(_asset(root, address, state, pipeline) for address, state in states.items()),
+            *(_asset(root, address, state, pipeline, values) for address, state in states.items()),
         ],
         jobs=[
             whole,
@@ -132,7 +139,7 @@ def _hidden_asset_key() -> str:
     return str(private_module("dagster._core.definitions.assets.definition.asset_spec").SYSTEM_METADATA_KEY_AUTO_CREATED_STUB_ASSET)
 
 
-def _asset(root: Path, address: str, state: StageState, pipeline: Pipeline) -> dg.AssetsDefinition:
+def _asset(root: Path, address: str, state: StageState, pipeline: Pipeline, values: Mapping[str, Any]) -> dg.AssetsDefinition:
     upstream = dict.fromkeys(
         [asset_key(i.producer) if i.producer else source_key(i.path) for i in state.inputs] + [definition_key(address)]
     )
@@ -152,7 +159,7 @@ def _asset(root: Path, address: str, state: StageState, pipeline: Pipeline) -> d
         description=state.description,
         group_name=_group(address, state),
         kinds=set(state.meta.get("kinds", [])),
-        pool=pool_of(address, pipeline),
+        pool=pool_of(address, pipeline, values),
         freshness_policy=freshness,
         metadata={
             "command": f"python -m dagster_project run {address}",
@@ -161,7 +168,8 @@ def _asset(root: Path, address: str, state: StageState, pipeline: Pipeline) -> d
         },
     )
     def body(context: dg.AssetExecutionContext, config: RunConfig) -> Iterator[Any]:
-        yield from _bring_up_to_date(context, root, address, pipeline, config.force or context.run.tags.get(FORCE_TAG) == "true")
+        force = config.force or context.run.tags.get(FORCE_TAG) == "true"
+        yield from _bring_up_to_date(context, root, address, pipeline, force, config.on or context.run.tags.get(ON_TAG, ""))
 
     return body
 
@@ -189,7 +197,9 @@ class MirrorState:
 _mirrored: WeakKeyDictionary[dg.DagsterInstance, MirrorState] = WeakKeyDictionary()
 
 
-def _bring_up_to_date(context: dg.AssetExecutionContext, root: Path, address: str, pipeline: Pipeline, force: bool) -> Iterator[Any]:
+def _bring_up_to_date(
+    context: dg.AssetExecutionContext, root: Path, address: str, pipeline: Pipeline, force: bool, on: str
+) -> Iterator[Any]:
     """Sync, run the stage by DVC if it is not up to date, report checks and version, sync again.
 
     Raises:
@@ -199,7 +209,9 @@ def _bring_up_to_date(context: dg.AssetExecutionContext, root: Path, address: st
     end_with_run(instance, context.run_id)
     instance.add_run_tags(context.run_id, {MACHINE_TAG: platform.node()})
     try:
-        pipeline.validate(root)  # first: bad input leaves the event log unchanged
+        placement(
+            pipeline.validate(root), address, pipeline.stages, pipeline.variants_of, _variables(on)
+        )  # first: bad input leaves the log unchanged
         known = _mirrored.get(instance)
         known = known if known and known.run_id == context.run_id else None
         now = dvc.stamp(root, known.states) if known else None
@@ -219,7 +231,7 @@ def _bring_up_to_date(context: dg.AssetExecutionContext, root: Path, address: st
         after: Snapshot | None = None
         if force or states[address].changed:
             for _ in range(2):  # an output restored from a tampered object is set aside, then the stage runs
-                done = _reproduce(context, root, address, force)
+                done = _reproduce(context, root, address, force, on)
                 after = _read(context, root, pipeline)
                 states = after.states
                 if not states[address].output_problem:
@@ -291,7 +303,12 @@ def _not_ready(states: Mapping[str, StageState], address: str) -> str:
     return f"{', '.join(changed)} must be brought up to date first ({first.address}: {first.changed[0]}{fetch})"
 
 
-def _reproduce(context: dg.AssetExecutionContext, root: Path, address: str, force: bool) -> str:
+def _variables(on: str) -> dict[str, str]:
+    """Environment of a stage command that is to run in a certain place."""
+    return {VARIABLE: on} if on else {name: os.environ[name] for name in (VARIABLE,) if name in os.environ}
+
+
+def _reproduce(context: dg.AssetExecutionContext, root: Path, address: str, force: bool, on: str) -> str:
     """Run the stage's command by DVC, and stream its log to this run through Dagster Pipes.
 
     Returns:
@@ -314,7 +331,7 @@ def _reproduce(context: dg.AssetExecutionContext, root: Path, address: str, forc
             root,
             address,
             force,
-            {**variables, "PYTHONUNBUFFERED": "1"},
+            {**variables, "PYTHONUNBUFFERED": "1", **_variables(on)},
             on_wait=lambda holder: context.log.info(f"{address} is waiting: {holder}"),
             on_progress=report_progress,
         )
@@ -380,4 +397,4 @@ def home(root: Path) -> Path:
 
 def open_instance(root: Path) -> dg.DagsterInstance:
     """The persistent Dagster instance of the project. Use it in a `with` block."""
-    return dg.DagsterInstance.from_config(str(home(root)))
+    return open_at(home(root))

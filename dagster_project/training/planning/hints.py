@@ -14,7 +14,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.records import read_table
 from dagster_project.training.methods.hardware import available_memory, prepare
 from dagster_project.training.planning import memory
-from dagster_project.training.trainers.harness.distributed import claim_gpus
+from dagster_project.training.trainers.harness.distributed import claim_gpu, gpus_of
 from dagster_project.training.trainers.harness.params import AUTO, AdapterParams
 from dagster_project.training.trainers.sft import auto
 
@@ -71,7 +71,10 @@ def forecast_training(
         target: device and dtype that training will use.
         where: dotted path of the entry in params.yaml.
     """
-    claim_gpus(processes)
+    if processes == 1:
+        claim_gpu()
+    else:
+        gpus_of(processes)  # refuses more processes than GPUs
     device, dtype = target
     columns = ["example_ids", "labels", "lengths"]
     rows = {split: read_table(tokenized / f"{split}.parquet", columns) for split in ("train", "validation")}

@@ -220,7 +220,6 @@ def train(
                 training.save(training.checkpoints, step)
             if stop_requested() and not last:
                 raise Interrupted(f"interrupted at iteration {step}; the next run resumes from there", "run the same command again")
-    distributed.refuse_lost()
     causal(model).set_attn_implementation(attention)
     training.show(training.history.curve, now=True)
     return training.history
@@ -392,7 +391,6 @@ class Training:
     def save(self, checkpoints: Checkpoints, step: int) -> None:
         import torch
 
-        distributed.refuse_lost()
         state = {
             "optimizer": checkpoint.optimizer_state(self.optimizer),
             "kl_coef": self.kl_coef,

@@ -8,12 +8,12 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dagster_project.core.errors import PedigreeError
+from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.core.hashing import sha256_of_file, sha256_of_files, sha256_of_text
 from dagster_project.core.params import Compute
 from dagster_project.core.records import remove
@@ -60,8 +60,17 @@ class Checkpoints:
     """What must be equal to resume from a checkpoint, by its name in messages: {"parameters": sha256, ...}."""
     keep: int = 2
     """Number of checkpoints to keep; older ones are removed once a newer one is complete."""
+    sharded: bool = False
+    """Whether each process writes its part. Then only the same number of processes can resume, and another is refused."""
 
-    def save(self, step: int, state: Any, tensors: Mapping[str, Mapping[str, torch.Tensor]], documents: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        state: Any,
+        tensors: Mapping[str, Mapping[str, torch.Tensor]],
+        documents: Mapping[str, Any],
+        parts: Callable[[Path], None] | None = None,
+    ) -> None:
         """Write one checkpoint: a temporary folder, every file flushed, one rename, then the marker. A kill at any time
         leaves a complete checkpoint or one that `newest` recognizes as incomplete, and never changes the previous one.
 
@@ -69,12 +78,13 @@ class Checkpoints:
             state: any state that `pack` supports.
             tensors: file name (without suffix) -> name -> tensor.
             documents: file name (without suffix) -> JSON.
+            parts: writes the parts of all processes into a folder.
         Raises:
             PedigreeError: the disk is full.
         """
         from safetensors.torch import save_file
 
-        target, scratch = self.folder / f"step-{step:08d}", self.folder / f"step-{step:08d}.unfinished"
+        target, scratch = self.folder / f"step-{step:08d}", self.unfinished(step)
         state_tensors: dict[str, torch.Tensor] = {}
         state_document = pack(state, state_tensors, "state")
         try:
@@ -84,9 +94,12 @@ class Checkpoints:
                 save_file(_copy_shared(group), scratch / f"{name}.safetensors")
             for name, document in {**documents, "state": state_document}.items():
                 (scratch / f"{name}.json").write_text(json.dumps(document))
-            files = {path.name: sha256_of_file(path) for path in sorted(scratch.iterdir())}
+            if parts:
+                parts(scratch)
+            files = {str(path.relative_to(scratch)): sha256_of_file(path) for path in sorted(scratch.rglob("*")) if path.is_file()}
             for name in files:
                 _to_disk(scratch / name)
+                _to_disk((scratch / name).parent)
             _to_disk(scratch)
             _remove(target)
             os.replace(scratch, target)  # noqa: PTH105
@@ -107,11 +120,18 @@ class Checkpoints:
         for old in self._complete()[self.keep :]:
             _remove(old)
 
+    def unfinished(self, step: int) -> Path:
+        """Folder in which the checkpoint of a step is written."""
+        return self.folder / f"step-{step:08d}.unfinished"
+
     def newest(self) -> SavedCheckpoint | None:
         """The newest complete checkpoint of the same training; None to start over.
 
         A damaged one is removed and the previous one is used; one of another training is set aside as `*.stale`. Both
         are logged.
+
+        Raises:
+            InputError: a sharded one of another number of processes.
         """
         for unfinished in self.folder.glob("step-*.unfinished"):
             remove(unfinished)
@@ -127,6 +147,11 @@ class Checkpoints:
                 wrong = f"{MARKER} is not readable"
             else:
                 differing = sorted(part for part in {*identity, *self.identity} if identity.get(part) != self.identity.get(part))
+                if differing == ["processes"] and self.sharded:
+                    raise InputError(
+                        f"{folder}: this checkpoint is of {identity['processes']} processes, and a sharded training resumes with as many",
+                        f"set compute.processes: {identity['processes']}, or remove {self.folder} to start over",
+                    )
                 if differing:
                     break
                 wrong = next(

@@ -1,36 +1,21 @@
-"""A training in several processes: the first starts the others, and all end with it. With a single process, every sum
-here returns its input."""
+"""Arithmetic of a training in several processes (launch.py starts them). With a single process, every sum here returns its input."""
 
 from __future__ import annotations
 
+import json
 import os
-import signal
-import sys
-import tempfile
-import threading
-import traceback
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dagster_project.core.errors import InputError, PedigreeError
+from dagster_project.core.errors import InputError
 
 if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
-
     import torch
-
-READY, DONE = b"ready", b"done"
 
 BUCKET = 2**23
 """Numbers that are summed in one call, to avoid a round trip per small tensor."""
-
-_lost: list[str] = []
-"""Why a process ended before its work was done."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +38,21 @@ def place() -> ProcessRank:
 
 
 def summed(tensor: torch.Tensor) -> torch.Tensor:
-    """Replace the tensor by the sum over all processes. Every process gets the same bits."""
+    """Replace the tensor by the sum over all processes, added in the order of their ranks.
+
+    So every process gets the same bits, wherever the processes run: the order in which `all_reduce` adds depends on the
+    algorithm that NCCL or gloo selects for the topology.
+    """
+    import torch
     import torch.distributed as dist
 
-    if place().size > 1:
-        refuse_lost()
-        dist.all_reduce(tensor)
+    size = place().size
+    if size > 1:
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(size)]
+        dist.all_gather(parts, tensor.contiguous())
+        for part in parts[1:]:
+            parts[0] += part
+        tensor.copy_(parts[0])
     return tensor
 
 
@@ -69,6 +63,22 @@ def from_first(tensor: torch.Tensor) -> torch.Tensor:
     if place().size > 1:
         dist.broadcast(tensor, 0)
     return tensor
+
+
+def document_from_first(document: Any = None) -> Any:
+    """Send a JSON document from the first process to all others, which wait for it.
+
+    Args:
+        document: ignored except in the first process.
+    """
+    import torch
+
+    if place().size == 1:
+        return document
+    text = json.dumps(document).encode() if place().rank == 0 else b""
+    size = int(from_first(torch.tensor(len(text))))
+    letters = torch.tensor(list(text), dtype=torch.uint8) if text else torch.empty(size, dtype=torch.uint8)
+    return json.loads(bytes(from_first(letters).tolist()))
 
 
 def sum_gradients(parameters: Sequence[Any]) -> None:
@@ -94,20 +104,8 @@ def seed_of(seed: int, step: int, number: int) -> int:
     return zlib.crc32(f"{seed} {step} {number}".encode())
 
 
-def refuse_lost() -> None:
-    """Check that no process was lost. Also called before a sum is used, because on a GPU an interrupted sum raises no
-    exception.
-
-    Raises:
-        PedigreeError: another process ended before its work was done.
-    """
-    if _lost:
-        raise PedigreeError(_lost[0], "run again: training resumes from its newest checkpoint")
-
-
-def claim_gpus(count: int) -> list[str]:
-    """GPUs of `count` processes, empty on a CPU, by their names in CUDA_VISIBLE_DEVICES. From here on this process sees
-    only its own GPU. Call it before CUDA starts.
+def gpus_of(count: int) -> list[str]:
+    """GPUs of `count` processes on this host by their names in CUDA_VISIBLE_DEVICES; empty names without a GPU.
 
     Raises:
         InputError: more processes than GPUs.
@@ -119,138 +117,13 @@ def claim_gpus(count: int) -> list[str]:
         return [""] * count
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = (named.split(",") if named else list(map(str, range(found))))[:found]
-    if count > found:
-        raise InputError(f"params.yaml: compute.processes: {count} processes, and there are {found} GPUs", f"set it to {found}")
-    os.environ["CUDA_VISIBLE_DEVICES"] = gpus[0]
+    if count > len(gpus):
+        raise InputError(f"params.yaml: compute.processes: {count} processes, and there are {len(gpus)} GPUs", f"set it to {len(gpus)}")
     return gpus[:count]
 
 
-@contextmanager
-def process_group(gpus: Sequence[str], work: Callable[[], object]) -> Iterator[None]:
-    """While open, this process is the first of a torch.distributed group: NCCL with one GPU each, or gloo on a CPU. The
-    others run `work` without output. They end when this process ends, even if it is killed. They connect by a file and
-    the loopback interface; no port is reachable from outside.
-
-    Args:
-        gpus: one for each process, including this one, from `claim_gpus`. With a single one no process is started.
-        work: function of each other process. Picklable.
-    Raises:
-        PedigreeError: another process ended before its work was done.
-    """
-    count = len(gpus)
-    if count == 1:
-        yield
-        return
-    import multiprocessing
-
-    import torch.distributed as dist
-
-    spawn = multiprocessing.get_context("spawn")
-    heard, closing = threading.Event(), threading.Event()
-    listener: threading.Thread | None = None
-    with tempfile.TemporaryDirectory() as folder:
-        others = []
-        ears: dict[Any, str] = {}
-        try:
-            for rank in range(1, count):
-                ear, mouth = spawn.Pipe(duplex=False)
-                others.append(spawn.Process(target=_work, args=(rank, count, gpus[rank], Path(folder), mouth, work), daemon=True))
-                others[-1].start()
-                mouth.close()
-                ears[ear] = f"process {rank + 1} of {count}"
-            for ear, name in ears.items():
-                if wrong := _fault(ear, READY):
-                    raise PedigreeError(f"{name} {wrong}", "run again")
-            _join(0, count, Path(folder))
-            listener = threading.Thread(target=_listen, args=(ears, heard, closing, dist.group.WORLD), daemon=True)
-            listener.start()
-            try:
-                yield
-            except RuntimeError:  # raised by torch.distributed if another process is gone, with a long message
-                if heard.wait(5):
-                    refuse_lost()
-                raise
-        finally:
-            closing.set()
-            for other in others:
-                other.kill()
-                other.join()
-            if listener:
-                listener.join()
-            for ear in ears:
-                ear.close()
-            if dist.is_initialized():
-                dist.destroy_process_group()
-            _lost.clear()
-
-
-def _join(rank: int, count: int, folder: Path) -> None:
-    import torch
-    import torch.distributed as dist
-
-    loopback = "lo0" if sys.platform == "darwin" else "lo"
-    os.environ.update(GLOO_SOCKET_IFNAME=loopback, NCCL_SOCKET_IFNAME=loopback, TORCH_NCCL_ASYNC_ERROR_HANDLING="0")
-    dist.init_process_group(
-        "nccl" if torch.cuda.is_available() else "gloo",
-        init_method=f"file://{folder / 'group'}",
-        rank=rank,
-        world_size=count,
-        timeout=timedelta(hours=1),  # the first process may take long to write a checkpoint; lost processes are detected separately
-    )
-
-
-def _work(rank: int, count: int, gpu: str, folder: Path, mouth: Connection, work: Callable[[], object]) -> None:
-    """Main function of another process. Only the first process handles stop requests; this one ends with it."""
-    import multiprocessing
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    first = multiprocessing.parent_process()
-    assert first
-
-    def end_with_first() -> None:
-        first.join()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=end_with_first, daemon=True).start()
+def claim_gpu() -> None:
+    """Let this process see only its own GPU, the first one. Call it before CUDA starts."""
+    [gpu] = gpus_of(1)
     if gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    silence = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):
-        os.dup2(silence, stream)
-    try:
-        import torch.distributed  # noqa: F401 the import takes seconds; from here on the first process may wait
-
-        mouth.send_bytes(READY)
-        _join(rank, count, folder)
-        work()
-        mouth.send_bytes(DONE)
-    except Exception as error:  # noqa: BLE001 the first process must be notified of any exception
-        with suppress(OSError):
-            mouth.send_bytes((str(error) if isinstance(error, PedigreeError) else traceback.format_exc()).encode())
-        os._exit(1)
-
-
-def _fault(ear: Connection, wanted: bytes) -> str:
-    """Wait for the next message of another process; returns its fault, if any."""
-    try:
-        word = ear.recv_bytes()
-    except EOFError:
-        return "was killed"
-    return "" if word == wanted else f"failed: {word.decode()}"
-
-
-def _listen(ears: dict[Any, str], heard: threading.Event, closing: threading.Event, group: Any) -> None:
-    """Wait until all others are done. If one is lost, no sum can complete: abort the current one."""
-    from multiprocessing.connection import wait
-
-    waiting: list[Any] = list(ears)
-    while waiting:
-        for ear in wait(waiting):
-            waiting.remove(ear)
-            if (wrong := _fault(ear, DONE)) and not closing.is_set():  # type: ignore[arg-type]
-                _lost.append(f"{ears[ear]} {wrong}")
-                heard.set()
-                with suppress(RuntimeError):
-                    group.abort()
-                return

@@ -178,6 +178,17 @@ class PreferenceParams(TrainingParams):
         return True
 
 
+class Sharding(Section):
+    """Divide weights, gradients and optimizer state among `compute.processes`, for a model that does not fit one GPU. See docs/methods.md."""
+
+    fsdp: Literal["full_shard", "shard_grad_op"] = "full_shard"
+    """`full_shard` gathers a layer's weights for its forward pass and again for its backward pass; `shard_grad_op` keeps
+    them in between, which is faster and needs more memory."""
+    cpu_offload: bool = False
+    """Keep weights, gradients and optimizer state in the memory of the CPU; a GPU holds only the current layers. No effect
+    without a GPU; refused with 4-bit weights."""
+
+
 class AdapterParams(SftParams):
     """One entry per variant. Its name becomes `adapter@NAME`, `merged@NAME` and `evaluation@NAME`. See
     docs/methods.md."""
@@ -190,9 +201,14 @@ class AdapterParams(SftParams):
     rslora, dora, qlora and qdora; `lora_alpha` is then twice `r` unless it is set."""
     quantization: Quantization | None = None
     """Format of the base model's weights during training. null: nf4 for qlora and qdora, none for the others."""
+    sharding: Sharding | None = None
+    """Divide the model among `compute.processes`. null: each process holds a whole model."""
     merge: bool = True
     """Make a standalone model of base model and adapter. false: keep the adapter separate, and evaluation loads both;
     required for prefix_tuning, prompt_tuning, p_tuning and feature_extraction."""
+
+    def settings(self) -> dict[str, Any]:
+        return {name: value for name, value in super().settings().items() if name != "sharding" or value is not None}
 
 
 NON_SEMANTIC_PARAMS = frozenset({"report_to", "gradient_checkpointing", "save_strategy", "save_steps", "save_total_limit"})

@@ -41,6 +41,10 @@ class Interrupted(PedigreeError):
     exit_code = 130
 
 
+class OutOfMemory(PedigreeError):
+    """A library could not allocate memory."""
+
+
 class Diverged(Exception):
     """The loss or the gradient is NaN or infinite. Internal: the stage reports it with the examples of the step."""
 
@@ -130,28 +134,38 @@ class Session:
 
     def save(self, trainer: Any) -> None:
         """Write a checkpoint of the trainer's state, if checkpoints are kept."""
-        if not self.checkpoints:
-            return
+        if self.checkpoints:
+            self.write(self.checkpoints, trainer, checkpoint.optimizer_state(trainer.optimizer))
+
+    def write(
+        self, checkpoints: Checkpoints, trainer: Any, optimizer: Mapping[str, Any], parts: Callable[[Path], None] | None = None
+    ) -> None:
+        """Args:
+        parts: writes the parts of all processes into a folder; then weights and further tensors are among them.
+        """
         import torch
 
-        distributed.refuse_lost()
         self.history.seconds = self.seconds()
         state = {
-            "optimizer": checkpoint.optimizer_state(trainer.optimizer),
+            "optimizer": optimizer,
             "schedule": trainer.lr_scheduler.state_dict(),
             "random": checkpoint.random_state(),
             **self.method_state(),
             "seen": torch.tensor(self.history.seen, dtype=torch.int32),
         }
-        self.checkpoints.save(
+        checkpoints.save(
             trainer.state.global_step,
             state,
-            {"weights": trainable(self.model), **self.method_tensors()},
+            {} if parts else {"weights": trainable(self.model), **self.method_tensors()},
             {
                 "course": {name: value for name, value in dataclasses.asdict(self.history).items() if name != "seen"},
                 "trainer_state": dataclasses.asdict(dataclasses.replace(trainer.state, log_history=[], stateful_callbacks=None)),
             },
+            parts,
         )
+
+    def restore_optimizer(self, optimizer: Any) -> None:
+        checkpoint.restore_optimizer(optimizer, self.state["optimizer"])
 
     def restore_weights(self) -> None:
         assert self.saved
@@ -175,7 +189,7 @@ class ResumableTrainer:
 
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
         if self.session.saved:
-            checkpoint.restore_optimizer(self.optimizer, self.session.state["optimizer"])  # type: ignore[attr-defined]
+            self.session.restore_optimizer(self.optimizer)  # type: ignore[attr-defined]
             self.lr_scheduler.load_state_dict(self.session.state["schedule"])  # type: ignore[attr-defined]
             self.session.restore_method()
 
@@ -313,7 +327,7 @@ def advice_on_memory(advice: Callable[[], str] | None = None) -> Iterator[None]:
     Args:
         advice: specific advice, if available; else "" for the general one.
     Raises:
-        PedigreeError: with what to change.
+        OutOfMemory: with what to change.
     """
     import torch
 
@@ -325,7 +339,7 @@ def advice_on_memory(advice: Callable[[], str] | None = None) -> Iterator[None]:
         if not short:
             raise
         reason = (str(error).splitlines() or [""])[0]
-        raise PedigreeError(
+        raise OutOfMemory(
             f"training ran out of memory{f' ({reason})' if reason else ''}",
             (advice and advice())
             or "lower per_device_train_batch_size or set gradient_checkpointing: true; `pedigree plan` shows what a variant needs",

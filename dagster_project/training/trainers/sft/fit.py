@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,16 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_files, sha256_of_text
 from dagster_project.core.params import Compute
 from dagster_project.core.records import read_table
-from dagster_project.training.methods.build import PreparedModel, build
+from dagster_project.training.methods.build import PreparedModel, build, quantization_of
 from dagster_project.training.methods.feature_extraction import split_prompts
 from dagster_project.training.methods.hardware import prepare
 from dagster_project.training.trainers.harness import weight_audit
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints, params_identity, refuse_full_disk
 from dagster_project.training.trainers.harness.curve import live_writer
-from dagster_project.training.trainers.harness.distributed import process_group
 from dagster_project.training.trainers.harness.history import TrainingHistory
+from dagster_project.training.trainers.harness.launch import portable, start_others
 from dagster_project.training.trainers.harness.params import OPTIMIZER_MEMORY, AdapterParams
-from dagster_project.training.trainers.harness.session import Diverged, advice_on_memory
+from dagster_project.training.trainers.harness.session import Diverged, Interrupted, advice_on_memory
 from dagster_project.training.trainers.harness.weight_audit import WeightAudit, WeightChange
 from dagster_project.training.trainers.sft import auto
 from dagster_project.training.trainers.sft.sft import steps, train
@@ -94,6 +93,10 @@ class TrainingData:
             total: optimizer steps of the training.
         """
         device, dtype = prepare(self.compute)
+        if params.sharding and quantization_of(params.method, params.quantization) == "none":
+            import torch
+
+            device = torch.device("cpu")  # the whole model is never on one GPU
         labels = {self.category[identity] for row in self.example_ids for identity in row if identity in self.category}
         prepared = build(
             params.method, params.peft, self.base_model, device, dtype, self.where, params.quantization, params.merge, total, sorted(labels)
@@ -102,7 +105,7 @@ class TrainingData:
             raise InputError(
                 f"params.yaml: {self.where}.neftune_noise_alpha: {params.method} does not train word embeddings", "leave it out"
             )
-        return prepared
+        return replace(prepared, optim=None) if params.sharding else prepared  # the paged optimizer has no sharded state
 
     def train(
         self, prepared: PreparedModel, params: AdapterParams, checkpoints: Checkpoints | None = None, live: Path | None = None
@@ -137,7 +140,6 @@ def fit(
     out: Path,
     live: Path | None,
     advised: Advised,
-    gpus: list[str],
 ) -> FitResult:
     """Train an adapter, from its newest checkpoint if it has one.
 
@@ -145,7 +147,6 @@ def fit(
         settled: the entry without `auto`, except for a learning rate that is still to be swept.
         identity: what must be equal to resume from a checkpoint, in addition to the parameters. checkpoints: folder
         that survives a killed run. out: only the free space of its disk is checked.
-        gpus: one for each process.
     Raises:
         Diverged: a loss or a gradient is not finite.
         InputError, PedigreeError: bad settings; out of memory or disk; interrupted.
@@ -172,27 +173,42 @@ def fit(
     _log_start(data, prepared)
     whole = identity | params_identity(params, data.compute)
     whole |= {"weights at the start": sha256_of_files([audit.before]), "attention": prepared.attention}
-    kept = Checkpoints(checkpoints, whole, params.save_total_limit)
+    kept = Checkpoints(checkpoints, whole, params.save_total_limit, sharded=params.sharding is not None)
     example_ids = data.example_ids
     if prepared.fit:
         with advised():
             history, example_ids = _fit_without_steps(data, prepared, live)
     else:
-        with (
-            process_group(gpus, partial(worker_main, data.name, params, data.compute, data.tokenized, data.base_model, checkpoints)),
-            advised(),
-        ):
+        start_others(_shared(data, params, checkpoints), __name__)
+        with advised():
             history = data.train(prepared, params, kept, live)
     return FitResult(prepared, params, chosen, trials, total, history, example_ids, audit.change())
 
 
-def worker_main(name: str, params: AdapterParams, compute: Compute, tokenized: Path, base_model: Path, checkpoints: Path) -> None:
-    """Work of the other processes: the same training, without writing anything."""
-    data = TrainingData.read(name, params.method, compute, tokenized, base_model)
+def _shared(data: TrainingData, params: AdapterParams, checkpoints: Path) -> dict[str, Any]:
+    """What the other processes need for the same training."""
+    return {
+        "name": data.name,
+        "params": params.model_dump(mode="json", exclude_unset=True, warnings=False),
+        "compute": data.compute.model_dump(mode="json"),
+        "tokenized": portable(data.tokenized),
+        "base_model": portable(data.base_model),
+        "checkpoints": portable(checkpoints),
+    }
+
+
+def other_process(work: Mapping[str, Any]) -> None:
+    """Work of the other processes: the same training, without writing anything.
+
+    Args:
+        work: of `_shared`.
+    """
+    params, compute = AdapterParams.model_validate(work["params"]), Compute.model_validate(work["compute"])
+    data = TrainingData.read(work["name"], params.method, compute, Path(work["tokenized"]), Path(work["base_model"]))
     total = data.steps(params, compute.processes)
-    with suppress(Diverged), advice_on_memory():  # the first process reports it
+    with suppress(Diverged, Interrupted), advice_on_memory():  # the first process reports it
         prepared = data.model(params, total)
-        data.train(prepared, params.model_copy(update={"report_to": "none"}), Checkpoints(checkpoints, {}))
+        data.train(prepared, params.model_copy(update={"report_to": "none"}), Checkpoints(Path(work["checkpoints"]), {}))
 
 
 def _log_start(data: TrainingData, prepared: PreparedModel) -> None:

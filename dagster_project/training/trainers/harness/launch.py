@@ -1,0 +1,393 @@
+"""Starts the processes of one training by torch elastic, the library behind `torchrun`.
+
+Each process joins one torch.distributed group (NCCL with a GPU each, or gloo). The first runs `first_process` of a module, the others its
+`other_process` on the JSON document that the first one sends (`start_others`). The caller waits, relays the first process's log and stop
+requests, and returns its result. On one host no port is opened: rendezvous and group meet in files, and data crosses the loopback interface.
+
+On several hosts the others are started by `torchrun` itself: `torchrun ... -m dagster_project.training.trainers.harness.launch`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from dagster_project.core.errors import InputError, PedigreeError
+from dagster_project.core.records import CheckResult, Report
+from dagster_project.training.trainers.harness import distributed
+
+log = logging.getLogger("pedigree")
+
+START_METHOD = "spawn"
+
+WAIT = timedelta(days=30)
+"""The others may wait long for the first process (a sweep, a checkpoint); a lost process is noticed by torch elastic, not by a timeout."""
+
+LINGER = 5.0
+"""Seconds after a failed exchange before a process ends: most likely another process was lost, and torch elastic then names that one."""
+
+PEDIGREE = "dagster_project."
+"""Package of the modules that a process on another host may be told to run."""
+
+HIDDEN = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME",
+    "MASTER_ADDR", "MASTER_PORT",
+)  # fmt: skip
+"""Variables that torch elastic sets. With them accelerate would wrap the model in DDP and divide the rows itself."""
+
+AGAIN = "run again: training resumes from its newest checkpoint"
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Hosts of a group, by the variables of `torchrun`."""
+
+    count: int = 1
+    endpoint: str = ""
+    """HOST:PORT of the first host."""
+    run_id: str = "none"
+    """torchrun's own default."""
+    local_address: str | None = None
+
+    @classmethod
+    def from_environment(cls) -> Nodes:
+        """Raises:
+        InputError: a variable is missing or not a number.
+        """
+        count = os.environ.get("PET_NNODES", "1")
+        if not count.isdigit() or int(count) < 1:
+            raise InputError(f"PET_NNODES: {count!r} is not a number of hosts", "set it to a number, such as 2, or unset it")
+        if int(count) == 1:
+            return cls()
+        if os.environ.get("PET_NODE_RANK", "0") != "0":
+            raise InputError("PET_NODE_RANK: stages run on the first host, 0", "start the other hosts by torchrun, see docs/methods.md")
+        endpoint = os.environ.get("PET_RDZV_ENDPOINT", "")
+        if not endpoint.rpartition(":")[2].isdigit():
+            raise InputError("PET_RDZV_ENDPOINT: HOST:PORT of this host is required for PET_NNODES > 1", "for example 10.0.0.1:29400")
+        return cls(int(count), endpoint, os.environ.get("PET_RDZV_ID", cls.run_id), os.environ.get("PET_LOCAL_ADDR"))
+
+    def share(self, processes: int) -> int:
+        """Processes per host.
+
+        Raises:
+            InputError: they do not divide evenly.
+        """
+        if processes % self.count:
+            raise InputError(
+                f"params.yaml: compute.processes: {processes} do not divide evenly among {self.count} hosts", "choose a multiple"
+            )
+        return processes // self.count
+
+
+def launch(processes: int, module: str, work: Mapping[str, Any]) -> Any:
+    """Run a module's work in a group of processes and wait for its end. All processes end with this one, even if it is killed.
+
+    Args:
+        module: name of a module with `first_process(work) -> JSON document` and `other_process(document)`.
+        work: JSON document.
+    Returns:
+        Result of the first process.
+    Raises:
+        PedigreeError: that of the first process, or another process ended before its work was done.
+        KeyboardInterrupt: interrupted when the first process could not save.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    nodes = Nodes.from_environment()
+    gpus = distributed.gpus_of(nodes.share(processes))
+    with tempfile.TemporaryDirectory(prefix="pedigree-group-") as name:
+        folder = Path(name)
+        (folder / "work.json").write_text(json.dumps({"module": module, "work": work, "gpus": gpus, "hosts": nodes.count}))
+        with _quiet_elastic(), _relayed_log(folder), _forwarded_requests(folder) as requests:
+            try:
+                elastic_launch(_config(nodes, len(gpus), folder), _member)(name)
+            except ChildFailedError as failed:
+                raise _reason(failed, folder, processes, bool(requests)) from None
+        return json.loads((folder / "result.json").read_text())
+
+
+def _config(nodes: Nodes, processes: int, folder: Path) -> Any:
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.launcher.api import LaunchConfig
+
+    if nodes.count == 1:
+        meeting = {"rdzv_backend": "c10d", "rdzv_endpoint": str(folder / "rendezvous"), "rdzv_configs": {"store_type": "file"}}
+    else:  # static: the rank of a host is given, so the first process is on this one
+        meeting = {"rdzv_backend": "static", "rdzv_endpoint": nodes.endpoint, "rdzv_configs": {"rank": 0, "timeout": 900}}
+    return LaunchConfig(
+        min_nodes=nodes.count,
+        max_nodes=nodes.count,
+        nproc_per_node=processes,
+        run_id=nodes.run_id,
+        local_addr=nodes.local_address or ("127.0.0.1" if nodes.count == 1 else None),
+        max_restarts=0,  # a training resumes from its checkpoint, in a new run
+        start_method=START_METHOD,
+        logs_specs=DefaultLogsSpecs(log_dir=str(folder / "elastic")),
+        signals_to_handle="SIGQUIT",  # the others are handled here, so that the first process can write a checkpoint
+        shutdown_timeout=10,
+        **meeting,
+    )
+
+
+def portable(path: Path) -> str:
+    """A path for the other processes, relative to the project if it is inside it: another host may have the project elsewhere."""
+    full = path.resolve()
+    return str(full.relative_to(Path.cwd()) if full.is_relative_to(Path.cwd()) else full)
+
+
+def report_document(report: Report) -> dict[str, Any]:
+    """A whole report as JSON, the result of a `first_process`."""
+    return asdict(report)
+
+
+def read_report(document: Mapping[str, Any]) -> Report:
+    """Inverse of `report_document`."""
+    return Report(**{**document, "checks": [CheckResult(**check) for check in document["checks"]]})
+
+
+# in the group's processes
+
+
+def _member(name: str) -> None:
+    """Main function of a process on the first host."""
+    folder = Path(name)
+    given = json.loads((folder / "work.json").read_text())
+    rank, world, local = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    _end_with_launcher()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN if rank else signal.default_int_handler)
+    try:
+        if rank:
+            _silence()
+        else:
+            _log_to(folder)
+            (folder / "pid").write_text(str(os.getpid()))
+        if given["gpus"][local]:
+            os.environ["CUDA_VISIBLE_DEVICES"] = given["gpus"][local]
+        _join(rank, world, f"file://{folder / 'group'}" if given["hosts"] == 1 else "env://")
+        result = take_part(given["module"], given["work"])
+        if rank == 0:
+            (folder / "result.json").write_text(json.dumps(result))
+    except BaseException as error:  # noqa: BLE001 the launcher must be notified of any exception
+        if isinstance(error, RuntimeError):
+            time.sleep(LINGER)
+        said = [type(error).__name__, error.what, error.hint] if isinstance(error, PedigreeError) else ["", traceback.format_exc(), ""]
+        if given["hosts"] > 1 and isinstance(error, RuntimeError) and "onnection" in str(error):
+            said = ["PedigreeError", f"a process on another host was lost ({str(error).splitlines()[0]})", AGAIN]
+        if isinstance(error, KeyboardInterrupt):
+            said[0] = "KeyboardInterrupt"
+        (folder / f"error-{rank}.json").write_text(json.dumps(said))
+        os._exit(1)
+
+
+def _join(rank: int, world: int, meeting: str) -> None:
+    import torch
+    import torch.distributed as dist
+
+    if meeting.startswith("file://"):
+        loopback = "lo0" if sys.platform == "darwin" else "lo"
+        os.environ.update(GLOO_SOCKET_IFNAME=loopback, NCCL_SOCKET_IFNAME=loopback)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=world, timeout=WAIT)
+    for name in HIDDEN:
+        os.environ.pop(name, None)
+
+
+_started = False
+"""Whether the first process has sent their work to the others."""
+
+
+def start_others(document: Mapping[str, Any], module: str) -> None:
+    """Let the other processes run `other_process` of a module on a JSON document. No effect with a single process."""
+    global _started
+    _started = True
+    distributed.document_from_first({"module": module, "work": document})
+
+
+def take_part(module: str, work: Any) -> Any:
+    """What each process does that has joined a group, whoever started it.
+
+    Args:
+        module, work: as for `launch`; the others take both from the first process, and `module` is what they accept.
+    Returns:
+        In the first process, the result.
+    """
+    global _started
+    if distributed.place().rank == 0:
+        _started = False
+        result = importlib.import_module(module).first_process(work)
+        if not _started:  # nothing to share
+            distributed.document_from_first({})
+        return result
+    told = distributed.document_from_first()
+    if told:
+        if told["module"] != module and not told["module"].startswith(PEDIGREE):
+            raise PedigreeError(f"the first process asks for {told['module']}, which is not of this package")
+        importlib.import_module(told["module"]).other_process(told["work"])
+    return None
+
+
+def _end_with_launcher() -> None:
+    import multiprocessing
+
+    launcher = multiprocessing.parent_process()
+    assert launcher
+
+    def wait() -> None:
+        launcher.join()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _silence() -> None:
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nothing, stream)
+
+
+class _Relay(logging.Handler):
+    """Writes log lines as JSON into the launcher's pipe."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.pipe = (folder / "log").open("a", encoding="utf-8")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.pipe.write(json.dumps([record.levelno, record.getMessage()]) + "\n")
+        self.pipe.flush()
+
+
+def _log_to(folder: Path) -> None:
+    log.handlers[:] = [_Relay(folder)]
+    log.propagate = False
+    log.setLevel(logging.INFO)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as in __main__.py, which this process does not run
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+# in the launcher
+
+
+@contextmanager
+def _relayed_log(folder: Path) -> Iterator[None]:
+    """Log the lines of the first process here."""
+    os.mkfifo(folder / "log", 0o600)
+    pipe = os.fdopen(os.open(folder / "log", os.O_RDWR), "r+b", buffering=0)  # open for writing too, so that it has no end
+
+    def relay() -> None:
+        for line in iter(lambda: _line(pipe), b"\n"):
+            level, text = json.loads(line)
+            log.log(level, text)
+
+    thread = threading.Thread(target=relay, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        pipe.write(b"\n")
+        thread.join()
+        pipe.close()
+
+
+def _line(pipe: Any) -> bytes:
+    return bytes(pipe.readline())
+
+
+@contextmanager
+def _forwarded_requests(folder: Path) -> Iterator[list[float]]:
+    """Pass SIGINT and SIGTERM on to the first process, which stops where it can resume. Another one, at least a second later, ends all."""
+    requests: list[float] = []
+
+    def forward(number: int, _: Any) -> None:
+        again = bool(requests) and time.monotonic() - requests[0] > 1
+        requests.append(time.monotonic())
+        if again or not (folder / "pid").exists():
+            raise KeyboardInterrupt
+        os.kill(int((folder / "pid").read_text()), number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield requests
+        return
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    quit_before = signal.getsignal(signal.SIGQUIT)
+    try:
+        yield requests
+    finally:
+        for number, handler in {**before, signal.SIGQUIT: quit_before}.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _quiet_elastic() -> Iterator[None]:
+    """Without torch elastic's own report of a failure, which `_reason` replaces, and without a port for the rendezvous."""
+    loggers = [logging.getLogger(name) for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn")]
+    levels = [logger.level for logger in loggers]
+    share = os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE")
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        os.environ.pop("TORCH_DISABLE_SHARE_RDZV_TCP_STORE")
+        if share is not None:
+            os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = share
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _reason(failed: Any, folder: Path, processes: int, asked: bool) -> BaseException:
+    """The exception that ended a group: what the process that failed first wrote, or the signal that killed it."""
+    rank, failure = min(failed.failures.items())
+    path = folder / f"error-{rank}.json"
+    kind, what, hint = json.loads(path.read_text()) if path.exists() else ("", "", "")
+    if kind == "KeyboardInterrupt" or (asked and rank == 0 and not kind):
+        return KeyboardInterrupt()
+    if kind and rank == 0:
+        return _error_class(kind)(what, hint)
+    name = f"process {rank + 1} of {processes}"
+    if what:
+        return PedigreeError(f"{name} failed: {what}" + (f"\nhint: {hint}" if hint else ""), AGAIN)
+    return PedigreeError(f"{name} was killed" if failure.exitcode < 0 else f"{name} ended with exit code {failure.exitcode}", AGAIN)
+
+
+def _error_class(name: str) -> type[PedigreeError]:
+    waiting, found = [PedigreeError], dict[str, type[PedigreeError]]()
+    while waiting:
+        kind = waiting.pop()
+        found[kind.__name__] = kind
+        waiting += kind.__subclasses__()
+    return found.get(name, PedigreeError)
+
+
+def main() -> None:
+    """Main function of a process that `torchrun` started on another host."""
+    rank, world, local = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if rank == 0:
+        raise SystemExit("process 0 is the stage's own: run `pedigree run` on the first host, and torchrun with --node-rank 1 or more here")
+    gpus = distributed.gpus_of(int(os.environ["LOCAL_WORLD_SIZE"]))
+    if gpus[local]:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[local]
+    _join(rank, world, "env://")
+    take_part("", None)
+
+
+if __name__ == "__main__":
+    main()
