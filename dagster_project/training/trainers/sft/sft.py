@@ -159,7 +159,10 @@ class SftSession(Session):
 
     def _compute_logits(self, model: Any, inputs: dict[str, Any], counted: torch.Tensor) -> torch.Tensor:
         if self.logits is not None:
-            return self.logits(inputs, counted)
+            logits = self.logits(inputs, counted)
+            if not model.training:
+                sharding.free_gathered(self.logits)
+            return logits
         hidden = self.prepared.hidden_states(inputs)
         return causal(model).get_output_embeddings()(hidden[:, :-1][counted])
 
