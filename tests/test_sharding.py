@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,12 @@ from conftest import ROOT
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
 from dagster_project.stages import adapter
-from dagster_project.training.methods.build import build
+from dagster_project.training.methods.build import build, decoder_layers
+from dagster_project.training.planning import memory
 from dagster_project.training.trainers.harness import distributed, sharding
 from dagster_project.training.trainers.harness import launch as launching
 from dagster_project.training.trainers.harness.launch import launch, start_others
 from dagster_project.training.trainers.harness.params import Sharding
-from dagster_project.training.trainers.sft.sft import decoder_layers
 
 LORA_TWO_EPOCHS = {**LORA, "num_train_epochs": 2}
 FULL = {**LORA_TWO_EPOCHS, "method": "full", "peft": {}, "neftune_noise_alpha": None, "learning_rate": 1e-3}
@@ -212,6 +213,60 @@ def test_what_is_not_supported_is_refused(entry: dict[str, Any], processes: int,
     params = adapter.Params.model_validate({**SHARDED, **entry})
     with pytest.raises(InputError, match=re.escape(f"params.yaml: adapter.x.{message}")):
         sharding.check(params, Compute(processes=processes), "adapter.x")
+
+
+LAYER, OUTSIDE = 64 * (64 + 32 + 32 + 64) + 3 * 64 * 128 + 2 * 64, 259 * 64 + 64
+"""Parameters of a layer of `tiny_model` (attention, MLP, norms), and of what is outside its layers (tied embeddings, norm)."""
+PARAMETERS = 2 * LAYER + OUTSIDE
+
+
+@pytest.mark.parametrize(
+    ("settings", "processes", "weights", "kept"),
+    [
+        ({"fsdp": "full_shard"}, 4, OUTSIDE + 2 * LAYER, 1),
+        ({"fsdp": "shard_grad_op"}, 2, PARAMETERS, 1),
+        ({"fsdp": "full_shard", "cpu_offload": True}, 2, OUTSIDE + 2 * LAYER, 0),
+    ],
+)
+def test_memory_per_gpu_is_predicted(settings: dict[str, Any], processes: int, weights: int, kept: int, tiny_model: Path) -> None:
+    import torch
+
+    # of this little row the peak is at the end of the backward pass
+    spec = memory.TrainingSpec("cuda", torch.float32, tiny_model, "full", {}, [2], 1, timed=False)
+    whole = spec.prediction.memory
+    assert spec.prediction.divisible == 4 * PARAMETERS
+    buffers = whole.weights - 4 * PARAMETERS
+    sharded = replace(spec, sharding=Sharding.model_validate(settings), processes=processes).prediction.memory
+    part = 4 * PARAMETERS // processes
+    assert sharded.weights == buffers + 4 * weights + kept * part
+    assert 2 * 4 * (LAYER + OUTSIDE) <= sharded.gradients <= 2 * 4 * (LAYER + OUTSIDE) + kept * part
+    assert sharded.optimizer == kept * -(-whole.optimizer // processes)
+    assert sharded.runtime == whole.runtime and sharded.activations >= whole.activations
+
+
+def test_the_peak_of_a_sharded_step_counts_the_part_of_the_gradients() -> None:
+    events = [("", "weights", 100), ("", "activations", 10), ("activations", "gradients", 10), ("", "activations", 10),
+              ("activations", "gradients", 10), ("", "activations", 4), ("activations", "", 4)]  # fmt: skip
+    whole, half = memory.Account(), memory.Account(0.5)
+    for event in events:
+        whole.apply(event)
+        half.apply(event)
+    assert (whole.highest, whole.peak["gradients"], whole.peak["activations"]) == (124, 20, 4)
+    assert (half.highest, half.peak["gradients"], half.peak["activations"]) == (115, 10, 10)
+
+
+def test_the_number_of_gpus_needed_is_the_smallest_that_fits(tiny_model: Path) -> None:
+    import torch
+
+    spec = memory.TrainingSpec("cuda", torch.float32, tiny_model, "full", {}, [4], 2, timed=False)
+    needs = {n: replace(spec, sharding=Sharding(), processes=n).needed for n in range(2, 9)}
+    assert sorted(needs.values(), reverse=True) == list(needs.values())
+    for processes, bytes_needed in needs.items():
+        assert spec.gpus_needed(bytes_needed) == processes
+        assert spec.gpus_needed(bytes_needed - 1) == processes + 1
+    assert spec.gpus_needed(4 * PARAMETERS) is None, "what is gathered does not become less"
+    assert replace(spec, method="dora").gpus_needed(10**12) is None
+    assert replace(spec, device="cpu").gpus_needed(10**12) is None
 
 
 def test_an_entry_without_sharding_keeps_its_settings() -> None:
