@@ -23,7 +23,8 @@ run: $(VENV)/ok  ## set up, run changed stages, show the summary
 
 test: $(VENV)/ok ## run all tests, two at a time (JOBS=N: N at a time)
 	@$(MAKE) --no-print-directory setup-dvc
-	$(BIN)/python -m pytest -q --numprocesses $(or $(JOBS),2) --dist worksteal
+	$(BIN)/python -m pytest -q --numprocesses $(or $(JOBS),2) --dist worksteal -m "not cluster"
+	$(BIN)/python -m pytest -q -m cluster
 
 lint: $(VENV)/ok ## style, types and import rules
 	$(BIN)/ruff check .

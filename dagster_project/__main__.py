@@ -87,14 +87,32 @@ def _show(options: argparse.Namespace) -> Callable[[Judgement], list[dict[str, A
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run one stage: the command in dvc.yaml."""
+    """Run one stage: the command in dvc.yaml. Or, with --all, bring all stages up to date by DVC."""
     from dagster_project.orchestration.run_stage import run_stage, streaming_to_dagster
 
+    if options.all:
+        return _run_all(options)
+    if not options.stage:
+        raise InputError("no STAGE given", "name a stage, or bring all of them up to date with --all")
+    if options.force or options.jobs is not None:
+        raise InputError("--jobs and --force require --all", f"`dvc repro --single-item --force {options.stage}` runs one stage again")
     with streaming_to_dagster():
         report = run_stage(_project(options), options.stage)
     if options.json:
         print(json.dumps(report, ensure_ascii=False))
     return 0
+
+
+def _run_all(options: argparse.Namespace) -> int:
+    from dagster_project.commands.run_all import as_text, exit_code
+    from dagster_project.orchestration.run_all import run_all
+    from dagster_project.pipeline import validate
+
+    if options.stage:
+        raise InputError(f"--all and {options.stage} exclude each other", f"`dvc repro {options.stage}` runs a stage and all that it reads")
+    document = run_all(_project(options), options.jobs or 1, options.force, validate)
+    _print(options, document, as_text)
+    return exit_code(document)
 
 
 def render(options: argparse.Namespace) -> int:
@@ -117,6 +135,18 @@ def sync(options: argparse.Namespace) -> int:
     with open_instance(root) as instance:
         lines = reap(instance) + mirror(root, instance)
     _print(options, {"reported": lines}, lambda _: "\n".join(lines) or "Dagster and DVC agree: nothing to report.")
+    return 0
+
+
+def share(options: argparse.Namespace) -> int:
+    """Copy sources, outputs and past runs to a DVC remote, so that another clone restores stages instead of running them."""
+    from dataclasses import asdict
+
+    from dagster_project.orchestration import dvc
+
+    pushed = dvc.push(_project(options), options.remote)
+    text = f"{pushed.remote}: {pushed.objects} new objects, {pushed.runs} past runs. In another clone, `dvc repro --pull` restores them."
+    _print(options, asdict(pushed), lambda _: text)
     return 0
 
 
@@ -148,6 +178,7 @@ def plan(options: argparse.Namespace) -> int:
 
 def audit(options: argparse.Namespace) -> int:
     """Show the data, parameters and code behind a model, or the differences between two models."""
+    from dagster_project.commands import where as module
     from dagster_project.lineage import lineage
     from dagster_project.lineage.diff import as_text, diff
     from dagster_project.lineage.index import Index
@@ -155,8 +186,10 @@ def audit(options: argparse.Namespace) -> int:
 
     root = _project(options)
     if options.diff:
-        if options.model or options.html or options.records:
-            raise InputError("--diff cannot be combined with MODEL, --html or --records", "leave these out: --diff names both models")
+        if options.model or options.html or options.records or options.where:
+            raise InputError(
+                "--diff cannot be combined with MODEL, --html, --records or --where", "leave these out: --diff names both models"
+            )
         before, after = options.diff
         _print(options, diff(root, before, after, options.rev, options.against_rev), as_text)
         return 0
@@ -176,7 +209,9 @@ def audit(options: argparse.Namespace) -> int:
             _write("--html", Path(options.html), lineage_page(document, listed))
         if options.json and document["records"]:
             document["records"]["list"] = listed
-    _print(options, document, lineage.as_text)
+    if options.where:
+        document["where"] = module.where(root, document["stages"])
+    _print(options, document, lambda found: "\n".join([lineage.as_text(found), *(module.as_text(found["where"]) if options.where else ())]))
     return 0
 
 
@@ -450,9 +485,14 @@ def _add_check(commands: Any) -> None:
 
 
 def _add_pipeline_commands(commands: Any) -> None:
-    _add_command(commands, run).add_argument("stage", metavar="STAGE[@VARIANT]", help="a stage of dvc.yaml, e.g. splits or adapter@lora")
+    add = _add_command(commands, run).add_argument
+    add("stage", nargs="?", metavar="STAGE[@VARIANT]", help="a stage of dvc.yaml, e.g. splits or adapter@lora")
+    add("--all", action="store_true", help="bring all stages up to date, as `dvc repro` does")
+    add("--jobs", type=_count, metavar="N", help="with --all: up to N independent stages at once (default: 1)")
+    add("--force", action="store_true", help="with --all: also run stages that are up to date")
     _add_command(commands, render).add_argument("stage", nargs="?", metavar="STAGE[@VARIANT]", help="default: all stages that have pages")
     _add_command(commands, sync)
+    _add_command(commands, share).add_argument("--remote", metavar="NAME", help="a remote of .dvc/config (default: the default remote)")
     add = _add_command(commands, plan).add_argument
     add("variants", nargs="*", metavar="VARIANT", help="variants of params.yaml (default: all)")
     add("--model", metavar="CONFIG", help="plan for any model instead, from its folder or its config.json only")
@@ -473,6 +513,7 @@ def _add_lineage_commands(commands: Any) -> None:
     add("--rev", help=workspace)
     add("--html", metavar="FILE.html", help="also write one self-contained page")
     add("--records", metavar="FILE", help="also write every record the model was trained on, with step and epoch: .csv or .parquet")
+    add("--where", action="store_true", help="also show where each stage ran on a cluster: node, resources, times and cost")
     add("--diff", nargs=2, metavar=("A", "B"), help="instead: differences between two models, each as MODEL or REV:MODEL")
     add("--against-rev", metavar="REV", help="with --diff: the revision of B, as --rev is that of A")
     command = _add_command(commands, impact)

@@ -15,6 +15,8 @@ from dagster_project.core.context import Documents, StageContext, ValidationCont
 from dagster_project.core.context import Pipeline as Pipeline
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute, Section
+from dagster_project.execution import Execution
+from dagster_project.execution import parse as parse_execution
 
 STAGES = {
     "base_model": "base_model",
@@ -57,7 +59,8 @@ def module_of(stage: str) -> Any:
 
 def sections() -> dict[str, type[Section]]:
     """Section of params.yaml, in flow order -> its class; of a section with variants the class of one variant."""
-    return {"compute": Compute} | {
+    own: dict[str, type[Section]] = {"compute": Compute, "execution": Execution}
+    return own | {
         stage: module_of(stage).Params for stage, module in STAGES.items() if stage == module and module_of(stage).Params.model_fields
     }
 
@@ -73,9 +76,11 @@ def validate(root: Path) -> dict[str, Any]:
     if unknown := sorted(set(values) - set(known)):
         raise InputError("\n".join(f"params.yaml: {name}: unknown section" for name in unknown), f"sections: {', '.join(known)}")
     params.parse(Compute, values.get("compute"), "compute")
+    parse_execution(values, STAGES, VARIANTS_OF)
     places = [
         (section, place)
-        for section in list(known)[1:]
+        for section in known
+        if section in STAGES
         for place in (
             [f"{section}.{name}" for name in params.variant_names(values, section, required=section == "adapter")]
             if section in VARIANTS_OF.values()

@@ -166,6 +166,11 @@ def evaluate(root: Path, model: Path, settings: Any, test: list[dict[str, Any]],
     return {**found, **said.metrics, "board": (root / "comparison/board.md").read_text()}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests on the finished project first: so one test process makes it, and no other one waits for it."""
+    items.sort(key=lambda item: "_finished" not in getattr(item, "fixturenames", ()))
+
+
 def copy_project(target: Path) -> Path:
     """A fresh clone of the working tree, as git and DVC would have it, without results."""
     tracked = subprocess.run(
@@ -217,10 +222,17 @@ def quick(folder: Path, model: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def _project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    return quick(copy_project(tmp_path_factory.mktemp("fresh") / "project"), tiny_model)
+
+
 @pytest.fixture
-def project(tmp_path: Path, tiny_model: Path) -> Path:
+def project(_project: Path, tmp_path: Path) -> Path:
     """A quick project in which nothing has run yet."""
-    return quick(copy_project(tmp_path / "project"), tiny_model)
+    target = tmp_path / "project"
+    shutil.copytree(_project, target, symlinks=True)
+    return target
 
 
 @pytest.fixture(scope="session")
@@ -266,6 +278,26 @@ def instance(tmp_path: Path) -> Iterator[Any]:
     (tmp_path / "dagster").mkdir()
     with dg.DagsterInstance.local_temp(str(tmp_path / "dagster")) as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Any]:
+    """A Postgres server with a database for Dagster (builders.postgres.Postgres). CI must have one."""
+    from builders import postgres
+
+    if postgres.programs() is None and not os.environ.get("CI"):
+        pytest.skip(postgres.HINT)
+    with postgres.postgres_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A server of S3 with an empty bucket (builders.s3.S3Server)."""
+    from builders.s3 import s3_server
+
+    with s3_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
 
 
 CHECKS_QUERY = """{ assetNodes { assetKey { path } assetChecksOrError { ... on AssetChecks { checks {

@@ -19,7 +19,7 @@ from builders import small_pipeline
 from dagster_project.orchestration.dagster.sync import sync
 from dagster_project.orchestration.dvc import read_stages
 
-ROUNDS = 6
+ROUNDS = 3
 BUSY = ("is busy, it is being blocked by", "Unable to acquire lock")
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import shutil
 import subprocess
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -502,3 +504,15 @@ def test_a_committed_merge_conflict_hides_no_other_model(made: Project) -> None:
         audit(made.root, "merged@lora")
     subprocess.run(["git", "checkout", "-q", commit, "--", "dvc.lock"], cwd=made.root, check=True)
     assert audit(made.root, "merged@lora")["code"]["commit"] == commit
+
+
+def test_an_index_is_closed_when_its_question_is_answered(made: Project) -> None:
+    """Dagster's process asks for as long as it runs: an index that stayed alive would keep a database open for each question."""
+    made.commit(made.lock(ROWS))
+    opened = Index(made.root)
+    for run in opened.runs.values():
+        opened.ancestors(run)
+    gone = weakref.ref(opened)
+    del opened, run
+    gc.collect()
+    assert gone() is None

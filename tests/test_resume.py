@@ -203,11 +203,13 @@ def test_a_killed_training_ends_in_the_same_bytes(folder: Path, tiny_model: Path
     assert [one["resumed"] for one in found.values()] == [n > first for n in passes]
 
 
-@pytest.mark.parametrize(("threads", "boundaries"), [(1, None), (2, 4)], ids=["one thread", "two threads"])
-def test_a_kill_at_any_write_loses_at_most_that_checkpoint(folder: Path, tiny_model: Path, threads: int, boundaries: int | None) -> None:
+@pytest.mark.parametrize(("threads", "boundaries"), [(1, 12), (2, 4)], ids=["one thread", "two threads"])
+def test_a_kill_at_any_write_loses_at_most_that_checkpoint(folder: Path, tiny_model: Path, threads: int, boundaries: int) -> None:
+    """At some of the writes, chosen at random; PEDIGREE_FUZZ=1: at all of them."""
     make_data(folder, threads=threads)
-    found = kills(folder, tiny_model, threads=threads, save=3, boundaries=boundaries)
-    assert len(found) >= (boundaries or 25)
+    every = os.environ.get("PEDIGREE_FUZZ")
+    found = kills(folder, tiny_model, threads=threads, save=3, boundaries=None if every else boundaries)
+    assert len(found) >= (25 if every else boundaries)
     assert all(one["resumed"] for one in found.values())
 
 

@@ -68,7 +68,7 @@ def params_schema() -> Schema:
     for name, model in sections().items():
         optional = not any(field.is_required() for field in model.model_fields.values())
         one = model | None if optional else model
-        fields[name] = (dict[str, model] if name in VARIANTS_OF.values() else one, ...)  # type: ignore[valid-type]
+        fields[name] = (dict[str, model] if name in VARIANTS_OF.values() else one, None if name == "execution" else ...)  # type: ignore[valid-type]
     whole = create_model("params", __base__=Section, **fields)
     models: list[type[BaseModel]] = [whole, *OWN.values(), *METHODS.values()]
     _, document = models_json_schema([(model, "validation") for model in dict.fromkeys(models)], schema_generator=_Generator)
@@ -141,7 +141,7 @@ def parameters_page(schema: Schema) -> str:
     parts = [
         "# Parameters",
         "Every key of `params.yaml`. Unknown keys and wrong types are refused before anything runs. Each section belongs to one stage, except "
-        "`compute` and `evaluation`, which several stages read. This page is generated from the code by `make docs`; "
+        "`compute` and `evaluation`, which several stages read, and `execution`, which none reads. This page is generated from the code by `make docs`; "
         "`docs/params.schema.json` has the same content, for editors.",
     ]
     for name, section in schema["properties"].items():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sqlite3
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 INDEX_FILE = Path(".dvc", "tmp", "pedigree", "index.sqlite3")
 TABLES = """
 CREATE TABLE lock (id INTEGER PRIMARY KEY, blob TEXT UNIQUE, readable INTEGER);
@@ -43,6 +45,20 @@ CREATE TABLE text_record (segment INTEGER, first BLOB, keys BLOB, ids BLOB, PRIM
 """
 SCHEMA_VERSION = zlib.crc32(TABLES.encode()) >> 1
 """Derived from the tables: an index with another schema is rebuilt."""
+
+
+def remembered(method: Callable[..., T]) -> Callable[..., T]:
+    """Cache the results of a method as long as its object lives. functools.cache would keep every object alive, here with its connection."""
+    name = f"_results_of_{method.__name__}"
+
+    @wraps(method)
+    def call(self: Any, *arguments: Any) -> T:
+        results: dict[Any, T] = self.__dict__.setdefault(name, {})
+        if arguments not in results:
+            results[arguments] = method(self, *arguments)
+        return results[arguments]
+
+    return call
 
 
 class Database:

@@ -6,7 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,6 @@ class Exposure:
     """(records, first step, last step), for queries by source or hash; None if unknown."""
     steps_known: bool = True
     """Whether the training steps are known."""
-
-    def plus(self, other: Exposure) -> Exposure:
-        """Sum of two exposures, for queries by source or hash."""
-        return Exposure(self.rows + other.rows, training_summary=_added(self.training_summary, other.training_summary))
 
 
 TrainingSummary = tuple[int, int, int]
@@ -104,7 +100,7 @@ def impact(
     unmapped: list[dict[str, Any]] = []
     if source is not None:
         name = _known_source(index, source)
-        query.match_source(name)
+        query.match_sources({name: None})
         read_by = [] if index.knows_source(name) else stages_reading(index, name)
     elif content is not None:
         query.match_content(content)
@@ -172,6 +168,20 @@ def _known_source(index: Index, source: str) -> str:
     raise InputError(f"--source {visible(source)}: {what}", f"{hint}; look texts up with --text or --containing")
 
 
+@dataclass(frozen=True)
+class Contributions:
+    """Records to which rows of a source contributed although they name another row."""
+
+    copies: Mapping[str, set[bytes]]
+    """Hash of an output -> records in whose place a copy was dropped."""
+    paraphrases: Mapping[int, set[bytes]]
+    """Id of an entry -> records of its output that are paraphrases."""
+    derivations: Mapping[bytes, list[tuple[bytes, frozenset[str]]]]
+    """Key of a record -> what was made from it, with the outputs that say so."""
+    keys: set[bytes]
+    """All of them."""
+
+
 class _ImpactQuery:
     """Matches a query against shards and training evidence, and collects the models that were exposed."""
 
@@ -179,7 +189,7 @@ class _ImpactQuery:
         self.index = index
         self.record_ids: list[str] = []
         """The queried records and those made from them; empty for queries by source or hash."""
-        self._source: str | None = None
+        self._sources: list[str] = []
         self._without_ledger: dict[int, list[StageRun]] = {}
         """Id of a model's run -> data sets without a ledger, which would tell which of the records that rows of the source contributed to name it."""
         self._exposures: dict[int, Exposure] = {}
@@ -246,58 +256,57 @@ class _ImpactQuery:
                     pending.append(child)
         return own
 
-    def match_source(self, name: str, outputs: frozenset[str] | None = None) -> None:
-        """Match all records of a source: those that name it, and those to which its rows contributed.
+    def match_sources(self, made: Mapping[str, frozenset[str] | None]) -> None:
+        """Match all records of some sources: those that name one of them, and those to which their rows contributed. A record counts once.
 
         Args:
-            outputs: hashes; one of them must be upstream of the model's data.
+            made: name of a source -> hashes of outputs, of which one must be upstream of a model's data; None if any data counts.
         """
         index = self.index
-        self._source = name
-        rows_of = index.rows_from_source(name)
-        copies, paraphrases = index.contributed(name)
-        derivations = index.derivations(set().union(*copies.values()))
-        children = {child for found in derivations.values() for child, _ in found}
+        self._sources = list(made)
+        rows_of = {name: index.rows_from_source(name) for name in made}
+        contributions = {name: self._contributions(name) for name in made}
         uses: dict[str, list[RecordUse]] = defaultdict(list)
-        if copies or paraphrases:
-            for use in index.record_uses(children.union(*copies.values(), *paraphrases.values())):
+        if keys := set().union(*(one.keys for one in contributions.values())):
+            for use in index.record_uses(keys):
                 uses[use.out].append(use)
         for run in self._trained_models:
-            if outputs is not None and not outputs & index.ancestors(run).keys():
-                continue
-            rows = sum((Counter(rows_of[out]) for out in index.data(run).keys() & rows_of.keys()), Counter[str]())
-            summary = index.training_summary(run, name)
-            keys = self._contributed_to(run, name, copies, paraphrases, derivations)
-            if keys and (lost := [index.data(run)[out] for out in index.data(run).keys() & rows_of.keys() if not index.has_ledger(out)]):
+            data, upstream = index.data(run), index.ancestors(run).keys()
+            names = [name for name, outs in made.items() if outs is None or outs & upstream]
+            rows: Counter[str] = Counter()
+            for name in names:
+                for out in data.keys() & rows_of[name].keys():
+                    rows.update(rows_of[name][out])
+            keys = set().union(*(self._contributed_to(run, contributions[name]) for name in names))
+            for name in names:
+                keys -= index.keys_of_source([*data], name, keys) if keys else keys
+            summaries = [index.training_summary(run, name) for name in names]
+            if keys and (lost := [data[out] for out in data if any(out in rows_of[name] for name in names) and not index.has_ledger(out)]):
                 self._without_ledger[run.id] = lost
             elif keys:
-                rows += Counter(use.split for out in index.data(run) for use in uses[out] if use.split and use.key in keys)
+                rows += Counter(use.split for out in data for use in uses[out] if use.split and use.key in keys)
                 trained = [use for use in uses[run.md5] if not use.split and use.key in keys]
                 steps = [step for use in trained for step, _ in use.steps]
-                summary = _added(summary, (len(trained), min(steps, default=0), max(steps, default=0)))
+                summaries.append((len(trained), min(steps, default=0), max(steps, default=0)))
             if rows:
-                earlier = self._exposures.get(run.id)  # from another source with the same bytes
-                exposure = Exposure(rows, training_summary=summary)
-                self._exposures[run.id] = earlier.plus(exposure) if earlier else exposure
+                self._exposures[run.id] = Exposure(rows, training_summary=reduce(_added, summaries))
 
-    def _contributed_to(
-        self,
-        run: StageRun,
-        name: str,
-        copies: Mapping[str, set[bytes]],
-        paraphrases: Mapping[int, set[bytes]],
-        derivations: Mapping[bytes, list[tuple[bytes, frozenset[str]]]],
-    ) -> set[bytes]:
-        """Keys of the records of one model's data to which rows of a source contributed although they do not name it: records in whose place a copy
+    def _contributions(self, name: str) -> Contributions:
+        copies, paraphrases = self.index.contributed(name)
+        derivations = self.index.derivations(set().union(*copies.values()))
+        children = {child for found in derivations.values() for child, _ in found}
+        return Contributions(copies, paraphrases, derivations, children.union(*copies.values(), *paraphrases.values()))
+
+    def _contributed_to(self, run: StageRun, found: Contributions) -> set[bytes]:
+        """Keys of the records of one model's data to which rows of a source contributed although they may not name it: records in whose place a copy
         from the source was dropped, what was made from these, and paraphrases."""
-        if not copies and not paraphrases:
+        if not found.keys:
             return set()
         ancestors = self.index.ancestors(run)
-        dropped = set().union(*(copies[out] for out in copies.keys() & ancestors.keys()))
-        keys = self._made_from(run, [*dropped], derivations).union(
-            *(paraphrases.get(upstream.entry.id, ()) for upstream in ancestors.values())
+        dropped = set().union(*(found.copies[out] for out in found.copies.keys() & ancestors.keys()))
+        return self._made_from(run, [*dropped], found.derivations).union(
+            *(found.paraphrases.get(upstream.entry.id, ()) for upstream in ancestors.values())
         )
-        return keys - self.index.keys_of_source([*self.index.data(run)], name, keys) if keys else keys
 
     def match_content(self, digest: str) -> None:
         """Match an output, a file or a source by its hash.
@@ -310,8 +319,8 @@ class _ImpactQuery:
         if len(prefix) < 6:
             raise InputError(f"--hash {digest}: hash prefix is ambiguous", "give at least six digits")
         sources = index.outputs_by_source_hash(prefix)
-        for name, outs in sources.items():
-            self.match_source(name, outs)
+        if sources:
+            self.match_sources(sources)
         files, outs = index.matching_hashes(prefix)
         readers = {
             run.id for run in index.runs.values() for dep, _, md5 in run.inputs if md5.startswith(prefix) and dep not in run.entry.watched
@@ -457,13 +466,13 @@ class _ImpactQuery:
 
     def _relevant(self, run: StageRun) -> list[StageRun]:
         """The model and the runs upstream whose inputs must be known to decide about it: which texts a data set with splits contains is known without."""
-        if self._derived or self._source is not None or self._complete:
+        if self._derived or self._sources or self._complete:
             return [run, *self.index.ancestors(run).values()]
         return [run, *(upstream for upstream in self.index.data(run).values() if not self.index.is_split(upstream))]
 
     def _missing_reports(self, run: StageRun) -> list[dict[str, str]]:
         """Unavailable reports that could name the queried source: by its hash, or as a file of paraphrases, which no row names."""
-        if (self._source is None and not self._by_hash) or run.id in self._exposures:
+        if (not self._sources and not self._by_hash) or run.id in self._exposures:
             return []
         return self.index.missing_reports(run, only_splits=not self._by_hash)
 
@@ -483,10 +492,10 @@ class _ImpactQuery:
 
     def _may_hold_source(self, run: StageRun) -> bool:
         """Whether the data of a model are made from the queried source, or reports that name its sources are unavailable."""
-        if self._source is None:
+        if not self._sources:
             return False
         sources = self.index.sources_of(run)
-        return sources is None or any(is_within(one, self._source) or is_within(self._source, one) for one in sources)
+        return sources is None or any(is_within(one, asked) or is_within(asked, one) for one in sources for asked in self._sources)
 
     @cached_property
     def _shard_paths(self) -> Mapping[str, Path]:

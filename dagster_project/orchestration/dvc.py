@@ -17,6 +17,7 @@ from contextlib import ExitStack, chdir, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.hashing import md5_of_bytes
@@ -25,7 +26,6 @@ from dagster_project.core.records import remove
 from dagster_project.orchestration.private_api import private_module
 from dagster_project.orchestration.processes import interrupt_command, is_running
 
-logging.getLogger("dvc").setLevel(logging.ERROR)
 log = logging.getLogger("pedigree")
 
 MISSING = "missing"
@@ -103,6 +103,7 @@ def _open(root: Path) -> Iterator[Any]:
         InputError: no DVC project, or dvc.yaml, dvc.lock or params.yaml is invalid.
     """
     exceptions, repository = private_module("dvc.exceptions"), private_module("dvc.repo")
+    logging.getLogger("dvc").setLevel(logging.ERROR)  # after the import, which sets it
     _repair_rwlock(root)
     try:
         with repository.Repo(str(root), _wait_for_lock=True) as repo:
@@ -219,6 +220,18 @@ def _source_problem(root: Path, stage: Any, out: Any) -> str:
         fetch = "dvc checkout" if not out.changed_cache() else "dvc pull"
         return f"{path} is missing; fetch it with `{fetch} {file}`"
     return f"{path} differs from {file}; keep the change with `dvc add {path}`, or drop it with `dvc checkout {path}`" if status else ""
+
+
+def changed_sources(root: Path) -> dict[str, str]:
+    """.dvc file of each source that differs from it -> how, with the next step."""
+    with _open(root) as repo:
+        return {
+            os.path.relpath(stage.path, root): problem
+            for stage in _stages(repo)
+            if stage.is_data_source
+            for out in stage.outs
+            if (problem := _source_problem(root, stage, out))
+        }
 
 
 def _state(root: Path, stage: Any, paths: Mapping[str, str], versions: Mapping[str, str], problems: Mapping[str, str]) -> StageState:
@@ -368,8 +381,9 @@ def reproduce(
                         on_progress()
                     return done.result()
                 except BaseException:
-                    if not done.done():
+                    while not done.done():  # DVC may start the command only now
                         interrupt_command(address)
+                        wait([done], 0.2)
                     raise
         except (reproduction_error, lock_error) as error:
             cause = error if isinstance(error, lock_error) else error.__cause__
@@ -491,12 +505,19 @@ def store(root: Path) -> Store:
         return Store(Path(repo.cache.local.path), Path(repo.stage_cache.cache_dir))
 
 
-def isolate_project(root: Path) -> None:
-    """Make a copy of a project's files an independent DVC project: without git, and with a separate cache."""
+def isolate_project(root: Path, cache: Path | str = "cache", remote: Mapping[str, str] | None = None) -> None:
+    """Make a copy of a project's files an independent DVC project: without git, and with a separate cache.
+
+    Args:
+        remote: url and other options of its remote.
+    """
     (root / ".dvc").mkdir(exist_ok=True)
-    site = root / ".dvc" / "site"
-    config = f'[core]\nno_scm = true\nsite_cache_dir = {site}\n[cache]\ndir = cache\ntype = "reflink,hardlink,copy"\n'
-    (root / ".dvc" / "config.local").write_text(config)
+    core = ["no_scm = true", "analytics = false", f"site_cache_dir = {root / '.dvc' / 'site'}"]
+    config = ["[cache]", f"dir = {cache}", 'type = "reflink,hardlink,copy"']
+    if remote is not None:
+        core.append("remote = carrier")
+        config += ["['remote \"carrier\"']", *(f'{key} = "{value}"' for key, value in remote.items())]
+    (root / ".dvc" / "config.local").write_text("\n".join(["[core]", *core, *config, ""]))
 
 
 def add_to_cache(root: Path, paths: Iterable[str]) -> None:
@@ -572,3 +593,168 @@ def set_aside(root: Path, address: str, differs: Callable[[Path], bool], locked:
         if out.exists:
             Path(out.fs_path).replace(target)
     return tampered
+
+
+SECRET_OPTIONS = {"access_key_id", "secret_access_key", "session_token", "password", "sas_token", "account_key", "connection_string"}
+"""Options of a DVC remote that hold a credential."""
+REMOTE_LIBRARIES = {"dvc", "dvc_data", "dvc_objects", "fsspec", "s3fs", "botocore", "aiobotocore", "aiohttp"}
+"""Their exceptions mean that a remote refused, or could not be reached. Which of them are installed depends on the kind of remote."""
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What `push` copied to a DVC remote."""
+
+    remote: str
+    runs: int
+    """Entries of the run cache on this machine whose outputs are complete."""
+    objects: int
+    """Objects that the remote did not have."""
+
+
+def push(root: Path, remote: str | None = None) -> Pushed:
+    """Copy sources, outputs and the run cache, with everything that it refers to, to a DVC remote.
+
+    `dvc push --run-cache` omits what only the run cache refers to: every report, and the outputs of earlier runs.
+    Another clone could then restore no stage.
+
+    Args:
+        remote: its name in .dvc/config (default: the default remote).
+    Raises:
+        InputError: no such remote, a credential is in .dvc/config, or the remote refuses or does not answer.
+    """
+    with chdir(root), _open(root) as repo:  # DVC resolves the paths of past runs relative to the current directory
+        name = remote or repo.config["core"].get("remote")
+        if name not in repo.config["remote"]:
+            problem = f"there is no DVC remote named {name}" if name else "there is no default DVC remote"
+            raise InputError(problem, f"`dvc remote add --default {name or 'team'} s3://BUCKET/PREFIX` adds one")
+        tracked = repo.config.load_one("repo").get("remote", {})
+        if secret := next((f"{of}.{option}" for of, options in tracked.items() for option in SECRET_OPTIONS & set(options)), None):
+            raise InputError(
+                f".dvc/config, which git tracks, has the credential {secret}",
+                f"`dvc remote modify --unset {secret.replace('.', ' ')}`, and give credentials by the environment (docs/cluster.md)",
+            )
+        try:
+            entries = _complete_runs(repo)
+            used = {info for stage in entries for infos in stage.get_used_objs().values() for info in infos}
+            result = repo.cloud.push(used, remote=name)  # before the run cache: no entry refers to missing objects
+            if result.failed:
+                raise InputError(f"{len(result.failed)} objects were not pushed to {name}", "see the messages above; push again")
+            runs = len(repo.stage_cache.push(name))
+            return Pushed(name, runs, len(result.transferred) + repo.push(remote=name))
+        except ImportError as error:
+            raise InputError(
+                f"cannot push to the DVC remote {name}: {error}", "`.venv/bin/pip install --editable '.[cluster]'` installs dvc-s3"
+            ) from None
+        except Exception as error:
+            if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in REMOTE_LIBRARIES:
+                raise
+            raise InputError(
+                f"cannot push to the DVC remote {name}: {' '.join(str(error).split())}",
+                "check its address and the credentials in the environment (docs/cluster.md)",
+            ) from None
+
+
+def _complete_runs(repo: Any) -> list[Any]:
+    """A temporary stage for each entry of the run cache whose outputs are in the cache."""
+    cache = repo.stage_cache
+    paths = sorted(path for path in Path(cache.cache_dir).glob("*/*/*") if path.is_file())
+    entries = [cache._load_cache(path.parent.name, path.name) for path in paths]
+    stages = [cache._create_stage(entry) for entry in entries if entry]
+    return [stage for stage in stages if stage.outs_cached()]
+
+
+# ---- for stages that run on other machines: their inputs and outputs by hash, and the remote that carries them ----------
+
+
+def inputs_by_hash(root: Path, address: str) -> dict[str, str]:
+    """Recorded content hash of each cached output and each source with a .dvc file that a stage reads, by path."""
+    with _open(root) as repo:
+        return {os.path.relpath(out.fs_path, root): out.hash_info.value for out in _read_outputs(repo, root, address) if out.hash_info}
+
+
+def _read_outputs(repo: Any, root: Path, address: str) -> list[Any]:
+    all_stages = _stages(repo)
+    stage = next(stage for stage in all_stages if stage.name == address)
+    paths = [os.path.relpath(dep.fs_path, root) for dep in stage.deps]
+    return [
+        out
+        for other in all_stages
+        if other is not stage
+        for out in other.outs
+        if out.use_cache and any(overlap(os.path.relpath(out.fs_path, root), path) for path in paths)
+    ]
+
+
+def checkout_inputs(root: Path, address: str) -> None:
+    """Put the recorded inputs of a stage from the cache into the workspace."""
+    with _open(root) as repo:
+        for out in _read_outputs(repo, root, address):
+            out.checkout(force=True)
+
+
+def commit_outputs(root: Path, address: str) -> dict[str, str]:
+    """Add a stage's outputs and plots to the cache; dvc.lock is not changed. Returns their content hashes by path."""
+    with _open(root) as repo:
+        stage = next(stage for stage in _stages(repo) if stage.name == address)
+        hashes = {}
+        for out in stage.outs:
+            if out.use_cache:
+                out.save()
+                out.commit()
+                hashes[os.path.relpath(out.fs_path, root)] = out.hash_info.value
+        return hashes
+
+
+def command_of(root: Path, address: str) -> str:
+    """A stage's command in dvc.yaml."""
+    with _open(root) as repo:
+        command = next(stage for stage in _stages(repo) if stage.name == address).cmd
+        return command if isinstance(command, str) else " && ".join(command)
+
+
+PUBLIC_OPTIONS = ("endpointurl", "region", "use_ssl", "ssl_verify")
+"""Options of a remote that are sent to workers. Credentials are not: every node has its own."""
+
+
+@dataclass(frozen=True)
+class Remote:
+    """DVC's default remote as a file system."""
+
+    url: str
+    options: Mapping[str, str]
+    """`url` and those of `PUBLIC_OPTIONS` that are set."""
+    fs: Any
+    """DVC's file system."""
+    path: str
+    """Folder of the remote in `fs`."""
+    object_at: Callable[[str], str]
+    """Content hash -> path of the object in `fs`."""
+    cached_at: Callable[[str], str]
+    """Content hash -> path of the object in the local cache."""
+
+
+@contextmanager
+def open_remote(root: Path) -> Iterator[Remote]:
+    """DVC's default remote, and the cache of the project.
+
+    Raises:
+        InputError: there is no default remote, it is a versioned one, or its package is not installed.
+    """
+    config_error = private_module("dvc.config").ConfigError
+    with _open(root) as repo:
+        configured = repo.config["remote"].get(repo.config["core"].get("remote") or "", {})
+        if urlsplit(str(configured.get("url", ""))).password:
+            raise InputError("the URL of DVC's remote contains a password, which jobs would show", "leave it out, and set it on every node")
+        try:
+            remote, objects = repo.cloud.get_remote(), repo.cloud.get_remote_odb()
+        except config_error as error:
+            raise InputError(
+                f"DVC has no remote that can carry the files of a stage: {' '.join(str(error).split())}",
+                "`dvc remote add -d storage s3://BUCKET/FOLDER`, or a folder that driver and nodes share",
+            ) from None
+        except (ImportError, private_module("dvc.exceptions").DvcException) as error:
+            raise InputError(f"DVC's remote cannot be used: {error}", "install its package, e.g. `pip install dvc-s3`") from None
+        options = {key: str(value) for key, value in configured.items() if key in PUBLIC_OPTIONS}
+        url = remote.fs.unstrip_protocol(remote.path) if remote.fs.protocol != "local" else remote.path
+        yield Remote(url, {"url": url, **options}, remote.fs, remote.path, objects.oid_to_path, repo.cache.local.oid_to_path)

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+LOCKS = Path(".dvc") / "tmp" / "pedigree" / "locks"
+
 
 @contextlib.contextmanager
 def hold(root: Path, address: str, on_wait: Callable[[str], None]) -> Iterator[None]:
@@ -19,7 +21,7 @@ def hold(root: Path, address: str, on_wait: Callable[[str], None]) -> Iterator[N
     Args:
         on_wait: called once with a description of the holder; may raise instead of waiting.
     """
-    path = root / ".dvc" / "tmp" / "pedigree" / "locks" / address
+    path = root / LOCKS / address
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
         waiting = False
@@ -36,6 +38,14 @@ def hold(root: Path, address: str, on_wait: Callable[[str], None]) -> Iterator[N
         file.write(json.dumps({"pid": os.getpid(), "command": " ".join(sys.argv)}))
         file.flush()
         yield
+
+
+def last_held(root: Path, address: str) -> int:
+    """Time in ns at which a driver last took a stage's lock, that is, started to run it; 0 if none ever did."""
+    try:
+        return (root / LOCKS / address).stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def _holder(path: Path) -> str:

@@ -14,7 +14,7 @@ import psutil
 
 SHELLS = {"sh", "bash", "dash", "zsh", "fish", "ksh"}
 PR_SET_PDEATHSIG = 1
-CLEAN_UP = 20.0
+CLEAN_UP = 8.0
 """Seconds for an interrupted stage command to restore outputs, and for its executor to stop the stage."""
 
 
@@ -44,6 +44,17 @@ def end_with_dvc() -> None:
 def end_with_parent() -> None:
     """End when the process that started this one ends, or now if it already has."""
     _end_with(psutil.Process().parent())
+
+
+def end_with(pid: int, since: float) -> None:
+    """End when another process ends, or now if it already has.
+
+    Args:
+        since: time at which it was running.
+    """
+    if not is_running(pid, since):
+        os.kill(os.getpid(), signal.SIGKILL)
+    threading.Thread(target=_exit_with, args=(psutil.Process(pid),), daemon=True).start()
 
 
 def _end_with(ancestor: psutil.Process | None) -> None:

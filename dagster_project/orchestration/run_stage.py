@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dagster_project.core import params
 from dagster_project.core.context import StageContext
 from dagster_project.core.errors import Busy, CheckFailed, InputError, PedigreeError
 from dagster_project.core.layout import measured_path, report_of
 from dagster_project.core.records import remove, write_json
+from dagster_project.execution import VARIABLE, WORKER, placement
 from dagster_project.orchestration import dvc, integrity, locks, processes
 from dagster_project.orchestration.executors import Executor, StageJob, StageResult
 from dagster_project.orchestration.executors.local import LocalExecutor
@@ -23,12 +25,14 @@ log = logging.getLogger("pedigree")
 LOCAL = LocalExecutor()
 
 
-def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE, executor: Executor = LOCAL) -> Mapping[str, Any]:
+def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE, executor: Executor | None = None) -> Mapping[str, Any]:
     """Run one stage on the files in the workspace.
 
     The stage writes into a scratch folder. Its outputs are published after every blocking check passed and its inputs were verified as unchanged.
     Otherwise the earlier outputs are kept; those that DVC removed are restored.
 
+    Args:
+        executor: where the stage computes; None: as the section `execution` of params.yaml says.
     Returns:
         The stage's report.
 
@@ -49,7 +53,9 @@ def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE, executor:
         scratch = root / ".dvc" / "tmp" / "pedigree" / "scratch" / address
         try:
             before = _verified_inputs(root, address)  # before any of these files is read
-            values = pipeline.validate(root)
+            # the driver of a worker has validated them, and the worker has only the sources that this stage reads
+            values = params.read(root) if os.environ.get(VARIABLE) == WORKER else pipeline.validate(root)
+            executor = executor or _executor(values, address, pipeline)
             names = tuple(pipeline.stages)
             ctx = StageContext(
                 root, stage, variant, scratch, values, pipeline.variants_of,
@@ -63,7 +69,7 @@ def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE, executor:
             changed = [path for path, value in dvc.fingerprint(root, address).now.items() if before[path] != value]
             if changed:
                 raise CheckFailed(f"{address}: {', '.join(changed)} changed while the stage ran", "run it again; nothing was recorded")
-            _publish(root, ctx, report, sha256, result.measured)
+            _publish(root, ctx, report, sha256, result)
         except BaseException:
             dvc.restore_outputs(root, address)
             raise
@@ -72,6 +78,15 @@ def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE, executor:
     for line in _summary(address, report):
         log.info(line)
     return report
+
+
+def _executor(values: Mapping[str, Any], address: str, pipeline: Pipeline) -> Executor:
+    settings, place = placement(values, address, pipeline.stages, pipeline.variants_of)
+    if place.on == "local":
+        return LOCAL
+    from dagster_project.orchestration.executors.ray import RayExecutor
+
+    return RayExecutor(settings, place)
 
 
 def _verified_inputs(root: Path, address: str) -> Mapping[str, str]:
@@ -123,14 +138,17 @@ def _pass_gate(root: Path, ctx: StageContext, result: StageResult) -> Mapping[st
     )
 
 
-def _publish(root: Path, ctx: StageContext, report: Mapping[str, Any], sha256: str, measured: Mapping[str, float]) -> None:
+def _publish(root: Path, ctx: StageContext, report: Mapping[str, Any], sha256: str, result: StageResult) -> None:
     """Move outputs from the scratch folder to the project, each by one rename; write the report with the sha256 of the main output."""
     plots = list((ctx.scratch / "data" / "plots").rglob("*.csv")) if (ctx.scratch / "data" / "plots").exists() else []
     for path in [ctx.out, *plots]:
         _move_to_place(root, ctx, path)
     write_json(root / report_of(ctx.address), {"passed": True, "output_sha256": sha256, **report})
-    if measured:
-        write_json(measured_path(root, ctx.address), {"output_sha256": sha256, **measured})
+    facts = {**result.measured, **({"execution": result.execution} if result.execution else {})}
+    if facts:
+        write_json(measured_path(root, ctx.address), {"output_sha256": sha256, **facts})
+    else:
+        remove(measured_path(root, ctx.address))  # of an earlier run, perhaps on another machine
 
 
 def _move_to_place(root: Path, ctx: StageContext, path: Path) -> None:

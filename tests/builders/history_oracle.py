@@ -92,6 +92,12 @@ class Reach:
             return []
         return [one for one in self.toy.remembered if one not in self.pool and one[0].partition("@")[0] in MODELS]
 
+    def past(self) -> Iterator[tuple[str, Entry, Place]]:
+        """Models in any dvc.lock that there ever was: the run cache still has what ran for it."""
+        for lock in self.toy.past.values():
+            place = Place("past", lock)
+            yield from ((address, entry, place) for address, entry in lock.items() if address.partition("@")[0] in MODELS)
+
     def exists(self, value: str) -> bool:
         """Whether the bytes of an output are in the cache, or in the workspace."""
         cached = self.root / ".dvc/cache/files/md5"

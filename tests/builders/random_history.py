@@ -184,6 +184,8 @@ class Toy:
         self.said: list[str] = []
         """What was done, for the message of a failure."""
         self.remembered: list[Any] = []
+        self.past: dict[str, Lock] = {}
+        """Every dvc.lock that a run left behind, also if nothing contains it any more."""
         """What was in reach when earlier questions were asked (history_oracle.Reach)."""
         self.exported: dict[tuple[str, str], Any] = {}
         """Caches, and earlier answers, of history_oracle."""
@@ -292,6 +294,7 @@ class Toy:
         return dict(yaml.load(path.read_text(), yaml.CSafeLoader)["stages"]) if path.exists() else {}
 
     def write_lock(self, lock: Lock) -> None:
+        self.past[canonical(lock)] = lock
         self.write("dvc.lock", yaml.dump({"schema": "2.0", "stages": lock}, Dumper=yaml.CSafeDumper, sort_keys=False).encode())
 
     def definition(self, address: str) -> tuple[list[str], dict[str, Any]]:

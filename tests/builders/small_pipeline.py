@@ -2,12 +2,14 @@
 
     raw (data/sources/g.txt in git, d.txt under DVC) -> inst (a gate: no row may say BAD) -> tok -> adapter@X -> cmp (reads the reports of both, too)
 
-As a script in a project's folder it is that project's command line: `python small_pipeline.py run STAGE`, `python small_pipeline.py materialize [ADDRESS...]`.
+As a script in a project's folder it is that project's command line: `python small_pipeline.py run STAGE`, `run-all JOBS`, `materialize [ADDRESS...]`,
+`materialize-at-once [ADDRESS...]`.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from typing import Any
 from dagster_project.core import params
 from dagster_project.core.context import StageContext
 from dagster_project.core.errors import PedigreeError
+from dagster_project.core.layout import report_of
 from dagster_project.core.records import CheckResult, Report, write_text
 from dagster_project.orchestration import dvc
 from dagster_project.pipeline import Pipeline
@@ -44,6 +47,9 @@ def _started(ctx: StageContext) -> None:
         file.write(json.dumps({"stage": ctx.address, "inputs_changed": new, "pid": os.getpid()}) + "\n")
     if os.environ.get("SLOW") == ctx.stage:
         time.sleep(float(os.environ.get("SLOW_SECONDS", "30")))
+    slow = ctx.root / "slow.json"  # for a stage on another machine, which gets files and no environment
+    if slow.is_file():
+        time.sleep(json.loads(slow.read_text()).get(ctx.stage, 0))
 
 
 def raw(ctx: StageContext) -> Report:
@@ -163,6 +169,12 @@ def make_project(root: Path, values: Mapping[str, Any] | None = None) -> Path:
     return root
 
 
+def published(root: Path, address: str) -> dict[str, bytes]:
+    """Files of a stage's output, and its report."""
+    paths = [*(root / "data" / address.replace("@", "/")).rglob("*"), root / report_of(address)]
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in paths if path.is_file()}
+
+
 def commands_run(root: Path) -> list[str]:
     return [json.loads(line)["stage"] for line in (root / LOG).read_text().splitlines()]
 
@@ -180,6 +192,30 @@ def start_until_tok_runs(root: Path, *command: str, **environment: str) -> subpr
     return process
 
 
+def start_until_both_adapters_run(root: Path, *command: str, **environment: str) -> tuple[subprocess.Popen[str], dict[str, int]]:
+    """Edit `adapter`, start a front end in which it is slow, and return when the commands of both variants run, with their process ids."""
+    ran = len(commands_run(root)) if (root / LOG).exists() else 0
+    (root / "code/adapter.py").write_text(f"V = {ran + 9}\n")
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=root, env={**os.environ, "SLOW": "adapter", **environment}, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=(root / "errors.txt").open("w"),
+    )  # fmt: skip
+    while True:
+        entries = [json.loads(line) for line in (root / LOG).read_text().splitlines()[ran:]]
+        pids = {entry["stage"]: entry["pid"] for entry in entries if entry["stage"].startswith("adapter")}
+        if len(pids) == 2:
+            return process, pids
+        time.sleep(0.1)
+        assert process.poll() is None, (root / "errors.txt").read_text()
+
+
+def run_in(root: Path, *command: str, **environment: str) -> int:
+    """Exit code of a Python command in the project's folder."""
+    return subprocess.run(
+        [sys.executable, *command], cwd=root, env={**os.environ, **environment}, check=False, capture_output=True
+    ).returncode
+
+
 def materialize(root: Path, instance: Any, addresses: list[str] | None = None, definitions: Any = None) -> Any:
     """Materialize these assets, or all, in this process."""
     from dagster_project.orchestration.dagster.assets import build_definitions
@@ -190,6 +226,25 @@ def materialize(root: Path, instance: Any, addresses: list[str] | None = None, d
     keys = [asset_key(a) for a in addresses] if addresses else list(found.resolve_asset_graph().materializable_asset_keys)
     quiet = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
     return job.execute_in_process(instance=instance, asset_selection=keys, raise_on_error=False, run_config=quiet)
+
+
+def all_assets() -> Any:
+    """The job of all assets of the project in the current folder."""
+    from dagster_project.orchestration.dagster.assets import build_definitions
+
+    return build_definitions(Path.cwd(), PIPELINE).resolve_job_def("pipeline")
+
+
+def materialize_at_once(instance: Any, addresses: list[str]) -> Any:
+    """Materialize these assets, or all, by the project's executor: each stage in a process, those that can at once."""
+    import dagster as dg
+    from dagster._core.definitions.reconstruct import ReconstructableJob
+
+    from dagster_project.orchestration.dagster.metadata import asset_key
+
+    job = ReconstructableJob.for_file("small_pipeline.py", "all_assets")
+    keys = [asset_key(a) for a in addresses] or None
+    return dg.execute_job(job, instance, asset_selection=keys, raise_on_error=False)
 
 
 def changed_in_dvc(root: Path) -> set[str]:
@@ -227,9 +282,18 @@ def main() -> int:
             print(error, file=sys.stderr)
             return error.exit_code
         return 0
+    if sys.argv[1] == "run-all":
+        from dagster_project.orchestration.run_all import run_all
+
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        document = run_all(root, int(sys.argv[2]), sys.argv[3:] == ["--force"], PIPELINE.validate)
+        print(json.dumps(document))
+        return 0 if document["passed"] else 1
     import dagster as dg
 
     with dg.DagsterInstance.from_config(str(root / ".dagster")) as instance:
+        if sys.argv[1] == "materialize-at-once":
+            return 0 if materialize_at_once(instance, sys.argv[2:]).success else 1
         return 0 if materialize(root, instance, sys.argv[2:]).success else 1
 
 

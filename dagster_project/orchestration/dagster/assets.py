@@ -18,9 +18,12 @@ import dagster as dg
 from dagster_pipes import PipesContext, PipesDefaultContextLoader, PipesDefaultMessageWriter, PipesMappingParamsLoader
 
 from dagster_project.core.errors import InputError, PedigreeError
+from dagster_project.execution import VARIABLE, placement
 from dagster_project.orchestration import dvc
 from dagster_project.orchestration.dagster import pages
-from dagster_project.orchestration.dagster.dead_runs import MACHINE_TAG, reap
+from dagster_project.orchestration.dagster.concurrency import FORCE_TAG, build_executor, pool_of
+from dagster_project.orchestration.dagster.dead_runs import MACHINE_TAG, end_with_run, reap
+from dagster_project.orchestration.dagster.instance import open_at
 from dagster_project.orchestration.dagster.metadata import (
     CODE_VERSION,
     IN_SYNC,
@@ -45,7 +48,7 @@ for category in (dg.BetaWarning, dg.PreviewWarning):  # observable sources and P
 INPUTS, DATA = "1_inputs", "2_data"
 """Groups of the sources and of the stages that the job `data` runs. dvc.yaml names the groups of all stages, numbered so
 that lists show them in flow order."""
-FORCE_TAG = "pedigree/force"
+ON_TAG = "pedigree/on"
 DAGSTER_YAML = """\
 telemetry: {enabled: false}
 nux: {enabled: false}
@@ -57,6 +60,9 @@ freshness: {enabled: false}
 class RunConfig(dg.Config):
     force: bool = False
     """Run the stage even if nothing changed. The run tag `pedigree/force: "true"` does the same for all stages of a run."""
+    on: str = ""
+    """Where the stage runs: `local`, `ray`, or empty for the section `execution` of params.yaml. The run tag `pedigree/on` does the same for all
+    stages of a run."""
 
 
 def build_definitions(root: Path, pipeline: Pipeline = PEDIGREE) -> dg.Definitions:
@@ -102,7 +108,7 @@ def build_definitions(root: Path, pipeline: Pipeline = PEDIGREE) -> dg.Definitio
             )
         ],
         sensors=[_sync_sensor(root, pipeline)],
-        executor=dg.in_process_executor,
+        executor=build_executor(root),
     )
 
 
@@ -152,6 +158,7 @@ def _asset(root: Path, address: str, state: StageState, pipeline: Pipeline) -> d
         description=state.description,
         group_name=_group(address, state),
         kinds=set(state.meta.get("kinds", [])),
+        pool=pool_of(address, pipeline),
         freshness_policy=freshness,
         metadata={
             "command": f"python -m dagster_project run {address}",
@@ -160,7 +167,8 @@ def _asset(root: Path, address: str, state: StageState, pipeline: Pipeline) -> d
         },
     )
     def body(context: dg.AssetExecutionContext, config: RunConfig) -> Iterator[Any]:
-        yield from _bring_up_to_date(context, root, address, pipeline, config.force or context.run.tags.get(FORCE_TAG) == "true")
+        force = config.force or context.run.tags.get(FORCE_TAG) == "true"
+        yield from _bring_up_to_date(context, root, address, pipeline, force, config.on or context.run.tags.get(ON_TAG, ""))
 
     return body
 
@@ -188,16 +196,21 @@ class MirrorState:
 _mirrored: WeakKeyDictionary[dg.DagsterInstance, MirrorState] = WeakKeyDictionary()
 
 
-def _bring_up_to_date(context: dg.AssetExecutionContext, root: Path, address: str, pipeline: Pipeline, force: bool) -> Iterator[Any]:
+def _bring_up_to_date(
+    context: dg.AssetExecutionContext, root: Path, address: str, pipeline: Pipeline, force: bool, on: str
+) -> Iterator[Any]:
     """Sync, run the stage by DVC if it is not up to date, report checks and version, sync again.
 
     Raises:
         Failure: the stage is not ready, or failed.
     """
     instance = context.instance
+    end_with_run(instance, context.run_id)
     instance.add_run_tags(context.run_id, {MACHINE_TAG: platform.node()})
     try:
-        pipeline.validate(root)  # first: bad input leaves the event log unchanged
+        placement(
+            pipeline.validate(root), address, pipeline.stages, pipeline.variants_of, _variables(on)
+        )  # first: bad input leaves the log unchanged
         known = _mirrored.get(instance)
         known = known if known and known.run_id == context.run_id else None
         now = dvc.stamp(root, known.states) if known else None
@@ -217,7 +230,7 @@ def _bring_up_to_date(context: dg.AssetExecutionContext, root: Path, address: st
         after: Snapshot | None = None
         if force or states[address].changed:
             for _ in range(2):  # an output restored from a tampered object is set aside, then the stage runs
-                done = _reproduce(context, root, address, force)
+                done = _reproduce(context, root, address, force, on)
                 after = _read(context, root, pipeline)
                 states = after.states
                 if not states[address].output_problem:
@@ -289,7 +302,12 @@ def _not_ready(states: Mapping[str, StageState], address: str) -> str:
     return f"{', '.join(changed)} must be brought up to date first ({first.address}: {first.changed[0]}{fetch})"
 
 
-def _reproduce(context: dg.AssetExecutionContext, root: Path, address: str, force: bool) -> str:
+def _variables(on: str) -> dict[str, str]:
+    """Environment of a stage command that is to run in a certain place."""
+    return {VARIABLE: on} if on else {name: os.environ[name] for name in (VARIABLE,) if name in os.environ}
+
+
+def _reproduce(context: dg.AssetExecutionContext, root: Path, address: str, force: bool, on: str) -> str:
     """Run the stage's command by DVC, and stream its log to this run through Dagster Pipes.
 
     Returns:
@@ -312,7 +330,7 @@ def _reproduce(context: dg.AssetExecutionContext, root: Path, address: str, forc
             root,
             address,
             force,
-            {**variables, "PYTHONUNBUFFERED": "1"},
+            {**variables, "PYTHONUNBUFFERED": "1", **_variables(on)},
             on_wait=lambda holder: context.log.info(f"{address} is waiting: {holder}"),
             on_progress=report_progress,
         )
@@ -378,4 +396,4 @@ def home(root: Path) -> Path:
 
 def open_instance(root: Path) -> dg.DagsterInstance:
     """The persistent Dagster instance of the project. Use it in a `with` block."""
-    return dg.DagsterInstance.from_config(str(home(root)))
+    return open_at(home(root))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 
 import dagster as dg
 
-from dagster_project.orchestration.processes import is_running
+from dagster_project.orchestration.processes import end_with, is_running
 
 MACHINE_TAG = "pedigree/machine"
 """Tag of a run: the host of its process. Only that host can check whether the process is alive."""
@@ -39,6 +40,13 @@ def reap(instance: dg.DagsterInstance) -> list[str]:
         )
         instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
     return lines
+
+
+def end_with_run(instance: dg.DagsterInstance, run_id: str) -> None:
+    """If this is the process of one step, end when the process of the run ends. An orphan would record results of a run that was killed."""
+    process = _process(instance, run_id)
+    if process is not None and process[0] != os.getpid():
+        end_with(*process)
 
 
 def in_progress(instance: dg.DagsterInstance) -> frozenset[dg.AssetKey]:

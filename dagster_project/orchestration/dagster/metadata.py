@@ -80,7 +80,7 @@ def describe(root: Path, state: StageState) -> dict[str, Any]:
     }
     if nested:
         metadata["figures"] = dg.MetadataValue.json(nested)
-    metadata |= measured(root, state.address)
+    metadata |= _measured(root, state.address)
     metadata |= _lineage(root, state)
     metadata |= {f"check/{name}": dg.MetadataValue.int(check["count"]) for name, check in report.get("checks", {}).items()}
     metadata |= {name: page_url(root, path) for name, path in pages(root, state.address).items()}
@@ -93,6 +93,15 @@ def describe(root: Path, state: StageState) -> dict[str, Any]:
             metadata[plot] = dg.MetadataValue.md(f"![{plot}](data:image/png;base64,{draw(points, root / state.out)})")
     commit = _commit(root)
     return {**metadata, **({"git_commit": commit} if commit else {})}
+
+
+def _measured(root: Path, address: str) -> dict[str, Any]:
+    """Time and memory of the run and, if it ran on a cluster, where, with a link to Ray's dashboard."""
+    found: dict[str, Any] = dict(measured(root, address))
+    execution = found.pop("execution", None)
+    if execution is None:
+        return found
+    return {**found, "execution": dg.MetadataValue.json(execution), "dashboard": dg.MetadataValue.url(execution["dashboard"])}
 
 
 def _lineage(root: Path, state: StageState) -> dict[str, Any]:

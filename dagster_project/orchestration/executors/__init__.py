@@ -7,7 +7,7 @@ inputs, holds the stage's lock, applies the gate and publishes; only DVC records
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from dagster_project.core.context import StageContext
@@ -36,10 +36,12 @@ class StageResult:
     """The stage's report; None if the run ended before it wrote one."""
     measured: Mapping[str, float]
     """Time and memory of the run (seconds, bytes)."""
+    execution: Mapping[str, Any] = field(default_factory=dict)
+    """Where it ran, if not on this host: node, resources, times, cost. Shown to the user; part of no output or report."""
 
 
 class Executor(Protocol):
-    """Runs stages on one kind of machine; `local` on this host."""
+    """Runs stages on one kind of machine: `local` on this host, `ray` on a node of a Ray cluster."""
 
     def run(self, job: StageJob) -> StageResult:
         """Run the stage's command and wait for its end.

@@ -1,0 +1,40 @@
+"""`pedigree audit --where`: where each stage ran, how long it waited and transferred, and what it cost. Known on the machine whose driver ran it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dagster_project.core.context import measured
+from dagster_project.lineage.history import Revision
+
+
+def where(root: Path, stages: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Execution of each stage that ran on a cluster, by address.
+
+    Args:
+        stages: of the audit document; those whose output is not the current one are left out, because nothing is known about earlier runs.
+    """
+    lock = Revision(root, None).lock()
+    current = {address: {out["md5"] for out in stage.get("outs", [])} for address, stage in lock.items()}
+    executions: dict[str, Any] = {
+        address: dict(measured(root, address)).get("execution")
+        for address, stage in stages.items()
+        if stage["md5"] in current.get(address, ())
+    }
+    return {address: execution for address, execution in executions.items() if execution}
+
+
+def as_text(executions: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
+    """Lines for the terminal."""
+    yield from ("", "where")
+    if not executions:
+        yield "  on this machine, or not known here"
+    for address, one in executions.items():
+        queue = "" if one["queue_seconds"] is None else f"queue {one['queue_seconds']:.0f} s, "
+        cost = f", cost {one['cost']:.4f}" if "cost" in one else ""
+        yield (
+            f"  {address:<16} node {one['node']} ({one['node_id'][:8]}): {queue}transfer {one['transfer_seconds']:.0f} s "
+            f"({one['transfer_bytes'] / 1e6:,.1f} MB), compute {one['compute_seconds']:.0f} s{cost}"
+        )

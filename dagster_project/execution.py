@@ -1,0 +1,107 @@
+"""Section `execution` of params.yaml: where each stage runs. Part of no result's identity: no stage depends on it, and a change makes nothing stale."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from dagster_project.core import params
+from dagster_project.core.errors import InputError
+from dagster_project.core.params import Section
+
+VARIABLE = "PEDIGREE_EXECUTION"
+"""Environment variable that overrides the section: `local`, `ray`, or a whole section as JSON."""
+WORKER = "worker"
+"""Value of the variable in a worker of a cluster: the stage runs in place, with parameters that the driver has validated."""
+
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Placement(Section):
+    """Where one stage or variant runs, and what it gets there."""
+
+    on: Literal["local", "ray"] = "local"
+    """`local`: on this machine. `ray`: on a node of a Ray cluster, with the same result."""
+    cpus: Amount = 1
+    """CPUs reserved on the node. How many threads torch uses is `compute.threads`."""
+    gpus: Amount = 0
+    """GPUs reserved on the node."""
+    memory: Amount | None = None
+    """Memory reserved on the node, in GB (10^9 bytes). Ray schedules by it and does not enforce it."""
+    resources: dict[str, Amount] = {}
+    """Other resources of Ray's nodes, as named in `ray start --resources`, e.g. `{trainer: 1}`."""
+    image: str | None = None
+    """Container image of the node, as named in its label: `ray start --labels=image=NAME`. Ray cannot start an image for a job that
+    brings its own files, therefore it is chosen by the node's label."""
+
+
+class Execution(Section):
+    """Where stages run. No result depends on it, and a change makes no stage stale. See docs/cluster.md."""
+
+    address: str | None = None
+    """The cluster: `http://HOST:PORT` of Ray's dashboard, or `local` for the cluster that runs on this machine (`ray start --head`).
+    The environment variable RAY_ADDRESS takes precedence. Default: `local`."""
+    price_per_hour: dict[str, Amount] = {}
+    """Price of one unit for one hour, by resource: `cpus`, `gpus`, `memory` (GB), or a name in `resources`. Only for the cost shown
+    after a run."""
+    stages: dict[str, Placement] = {}
+    """Placement by stage (`adapter`) or variant (`adapter@lora`), which takes precedence. All others run on this machine."""
+
+
+def parse(values: Mapping[str, Any], stages: Mapping[str, Any], variants_of: Mapping[str, str]) -> Execution:
+    """The section of params.yaml.
+
+    Args:
+        values: params.yaml.
+        stages: the pipeline's stages, by name.
+        variants_of: stage with variants -> section whose keys name them.
+    Raises:
+        InputError: unknown key, wrong value, or unknown stage.
+    """
+    return _parse(values.get("execution"), "params.yaml", values, stages, variants_of)
+
+
+def _parse(section: Any, file: str, values: Mapping[str, Any], stages: Mapping[str, Any], variants_of: Mapping[str, str]) -> Execution:
+    found = params.parse(Execution, section, "execution", file)
+    for address in found.stages:
+        stage, _, variant = address.partition("@")
+        if stage not in stages:
+            raise InputError(f"{file}: execution.stages.{address}: no such stage", f"stages: {', '.join(stages)}")
+        if variant and variant not in (values.get(variants_of.get(stage, "")) or {}):
+            raise InputError(
+                f"{file}: execution.stages.{address}: no such variant",
+                f"name an entry of `{variants_of[stage]}`" if stage in variants_of else f"write {stage}: it has no variants",
+            )
+    return found
+
+
+def placement(
+    values: Mapping[str, Any],
+    address: str,
+    stages: Mapping[str, Any],
+    variants_of: Mapping[str, str],
+    environment: Mapping[str, str] = os.environ,
+) -> tuple[Execution, Placement]:
+    """The section, and where a stage runs, after the environment variable.
+
+    Raises:
+        InputError: the section or the variable is invalid.
+    """
+    override = environment.get(VARIABLE, "").strip()
+    if override.startswith("{"):
+        try:
+            section = json.loads(override)
+        except ValueError as error:
+            raise InputError(f"{VARIABLE} is not valid JSON: {error}", 'e.g. {"stages": {"adapter": {"on": "ray", "gpus": 1}}}') from None
+        found = _parse(section, VARIABLE, values, stages, variants_of)
+    elif override in {"", "local", "ray", WORKER}:
+        found = parse(values, stages, variants_of)
+    else:
+        raise InputError(f"{VARIABLE}={override}: must be local, ray, or a section `execution` as JSON", f"unset {VARIABLE}, or correct it")
+    entry = found.stages.get(address) or found.stages.get(address.partition("@")[0]) or Placement()
+    on = {"local": "local", WORKER: "local", "ray": "ray"}.get(override)
+    return found, entry if on is None else entry.model_copy(update={"on": on})

@@ -1,0 +1,119 @@
+"""How many stages of a Dagster run are at work at once: the executor of all jobs, and the limits of its pools (docs/decisions/025)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from dagster_project.core.errors import PedigreeError
+from dagster_project.orchestration import dvc
+from dagster_project.orchestration.dagster.dead_runs import reap
+from dagster_project.pipeline import Pipeline
+
+GPU, CPU = "gpu", "cpu"
+"""Pools: stages that train or generate, and all others."""
+FORCE_TAG = "pedigree/force"
+"""Tag of a run: run all of its stages, even if nothing changed."""
+PRELOAD = ["dagster_project.orchestration.dagster.assets", "dvc.repo.reproduce", "dvc.parsing", "dvc.stage.run", "dvc.output",
+           "dvc.data_cloud", "dvc.cachemgr", "dvc.lock", "scmrepo.git", "ruamel.yaml", "dvc_render.html"]  # fmt: skip
+"""Modules that Dagster's fork server imports once for all step processes of a run, instead of each of them. None starts a thread."""
+
+
+def pool_of(address: str, pipeline: Pipeline) -> str:
+    return GPU if address.partition("@")[0] in pipeline.floating_point else CPU
+
+
+def default_limits() -> dict[str, int]:
+    """Limit of each pool, until the user sets another one. A stage that trains or generates uses a whole GPU, or all threads."""
+    return {GPU: 1, CPU: os.cpu_count() or 1}
+
+
+def set_default_limits(instance: dg.DagsterInstance) -> dict[str, int]:
+    """Give each pool without a limit its default.
+
+    Returns:
+        The limit of each pool.
+    """
+    storage = instance.event_log_storage
+    limits = {pool.name: pool.limit for pool in storage.get_pool_limits()}
+    for pool, limit in default_limits().items():
+        if pool not in limits:
+            storage.set_concurrency_slots(pool, limit)
+            limits[pool] = limit
+    return {pool: limits[pool] for pool in default_limits()}
+
+
+def build_executor(root: Path) -> dg.ExecutorDefinition:
+    """Executor of all jobs. It accepts the configuration of Dagster's `multi_or_in_process_executor`."""
+    base = dg.multi_or_in_process_executor
+    schema: Any = base.config_schema
+
+    @dg.executor(name="stages", config_schema=schema, requirements=base.get_requirements)
+    def stages(init_context: dg.InitExecutorContext) -> dg.Executor:
+        """Stages that can run at once do so, each in a process, as far as the pools `gpu` and `cpu` allow. Other runs use one process."""
+        reap(init_context.instance)  # frees the slots of killed runs: without a daemon, nothing else does
+        limits = set_default_limits(init_context.instance)
+        config = dict(init_context.executor_config)
+        if "multiprocess" not in config:
+            return _create(base, init_context, config)
+        options: dict[str, Any] = {**_mapping(config["multiprocess"])}
+        options["max_concurrent"] = options.get("max_concurrent") or sum(limits.values())
+        options["start_method"] = options.get("start_method") or {"forkserver": {"preload_modules": PRELOAD}}
+        return StagesExecutor(
+            root,
+            _create(base, init_context, {"multiprocess": options}),
+            _create(base, init_context, {"in_process": {"retries": options.get("retries") or {"enabled": {}}}}),
+        )
+
+    return stages
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _create(definition: dg.ExecutorDefinition, init_context: dg.InitExecutorContext, config: Mapping[str, object]) -> dg.Executor:
+    create = definition.executor_creation_fn
+    assert create is not None
+    return create(init_context._replace(executor_config=config))
+
+
+class StagesExecutor(dg.Executor):
+    """Dagster's multiprocess executor; its in-process executor for a run in which no two stages can run at once.
+
+    A step process takes a second of CPU time or more to start; a stage that is up to date takes 0.2 s in one process.
+    """
+
+    def __init__(self, root: Path, multiprocess: dg.Executor, in_process: dg.Executor) -> None:
+        self.root, self.multiprocess, self.in_process = root, multiprocess, in_process
+
+    @property
+    def retries(self) -> Any:
+        return self.multiprocess.retries
+
+    @property
+    def step_dependency_config(self) -> Any:
+        return self.multiprocess.step_dependency_config
+
+    def execute(self, plan_context: Any, execution_plan: Any) -> Iterator[dg.DagsterEvent]:
+        keys = plan_context.job.get_definition().asset_layer.selected_asset_keys
+        options = [_mapping(one).get("config") for one in _mapping(plan_context.run_config.get("ops")).values()]
+        forced = plan_context.dagster_run.tags.get(FORCE_TAG) == "true" or any(_mapping(one).get("force") for one in options)
+        try:
+            several = can_run_at_once(dvc.read_stages(self.root), {"@".join(key.path) for key in keys}, forced)
+        except PedigreeError:
+            several = False  # bad input: the first stage reports it
+        yield from (self.multiprocess if several else self.in_process).execute(plan_context, execution_plan)
+
+
+def can_run_at_once(states: Mapping[str, dvc.StageState], planned: set[str], forced: bool) -> bool:
+    """Whether two of the planned stages may run at once: both are changed, or read one that is, and neither reads the other."""
+    above = {address: set(dvc.ancestors(states, address)) for address in states}
+    changed = {address for address in planned & states.keys() if forced or states[address].changed}
+    work = [address for address in states if address in planned and (address in changed or above[address] & changed)]
+    return any(a not in above[b] and b not in above[a] for a, b in combinations(work, 2))

@@ -1,0 +1,87 @@
+"""DAGSTER_HOME -> Dagster's instance. What is wrong with its dagster.yaml or its database is bad input, with one message."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import dagster as dg
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from dagster_project.core.errors import InputError
+
+EXAMPLE = "deploy/dagster.yaml is an example (docs/cluster.md)"
+
+
+def open_at(folder: Path) -> dg.DagsterInstance:
+    """The instance that `folder`/dagster.yaml describes.
+
+    Raises:
+        InputError: the file is invalid, a variable or package that it needs is missing, or its database does not answer.
+    """
+    file = folder / "dagster.yaml"
+    try:
+        if not isinstance(YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8")) or {}, dict):
+            raise InputError(f"{file} is not a mapping", EXAMPLE)
+        with _retries_unlogged():
+            return dg.DagsterInstance.from_config(str(folder))
+    except (YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        raise InputError(f"{file} is not valid YAML{f' (line {mark.line + 1})' if mark else ''}", EXAMPLE) from None
+    except dg.DagsterInvalidConfigError as error:
+        raise _invalid(file, str(error)) from None
+    except Exception as error:
+        if explained := _missing_package(file, error) or _unusable_server(file, error):
+            raise explained from None
+        raise
+
+
+def _missing_package(file: Path, error: Exception) -> InputError | None:
+    missing = next((one for one in (error, error.__cause__, error.__context__) if isinstance(one, ModuleNotFoundError)), None)
+    if missing is None:
+        return None
+    package = (missing.name or "").partition(".")[0].replace("_", "-")
+    return InputError(
+        f"{file} needs the package {package}, which is not installed",
+        "`.venv/bin/pip install --editable '.[cluster]'` installs dagster-postgres; docs/cluster.md names the other packages",
+    )
+
+
+def _unusable_server(file: Path, error: Exception) -> InputError | None:
+    if type(error).__name__ != "DagsterPostgresException":  # of an optional package
+        return None
+    cause = error.__cause__ or error
+    text = str(getattr(cause, "orig", None) or cause).strip().partition("\n")[0]  # the driver's message, without SQLAlchemy's links
+    return InputError(
+        f"the Postgres server that {file} names cannot be used: {text}",
+        "start the server, or correct its address, user, database or password",
+    )
+
+
+def _invalid(file: Path, text: str) -> InputError:
+    """The error for an invalid configuration. Values are not repeated: one of them can be a password."""
+    if missing := dict.fromkeys(re.findall(r'environment variable "([^"]+)" which is not set', text)):
+        names = ", ".join(missing)
+        return InputError(f"{file} reads {names}, which the environment lacks", "set it in the environment of this command")
+    unexpected = re.search(r'Received unexpected config entr(?:y|ies) "?([^"]+?)"? at (?:the root|path [\w:]+)', text)
+    what = f": unexpected key {unexpected[1]}" if unexpected else ""
+    return InputError(f"{file} is not a valid configuration of Dagster{what}", EXAMPLE)
+
+
+@contextmanager
+def _retries_unlogged() -> Iterator[None]:
+    """dagster-postgres tries five times to connect, for ten seconds, and logs each failure: the last one is in our message."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("Retrying failed database connection")
+
+    root = logging.getLogger()
+    root.addFilter(keep)
+    try:
+        yield
+    finally:
+        root.removeFilter(keep)

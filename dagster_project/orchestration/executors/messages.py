@@ -1,0 +1,59 @@
+"""What a worker tells its driver while a stage runs: marked JSON lines in the job's log. And the versions that both must share."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from typing import Any
+
+MARK = "@pedigree "
+PACKAGES = (
+    "torch", "transformers", "trl", "peft", "accelerate", "numpy", "pyarrow", "polars", "tokenizers", "safetensors", "bitsandbytes",
+)  # fmt: skip
+"""Packages whose version can change a result."""
+
+_lock = threading.Lock()
+
+
+def send(kind: str, content: Any) -> None:
+    """Write one message to the log of the job, which is this process's stdout. Kinds: hello, log, live, error, damaged."""
+    line = f"{MARK}{json.dumps([kind, content])}\n"
+    with _lock:
+        sys.stdout.write(line)
+        sys.stdout.flush()
+
+
+def received(text: str) -> Iterator[tuple[str, Any]]:
+    """The messages in a part of a job's log that ends with a whole line; any other line, e.g. of Ray, is of the kind "raw"."""
+    for line in text.splitlines():
+        if line.startswith(MARK):
+            kind, content = json.loads(line.removeprefix(MARK))
+            yield kind, content
+        elif line.strip():
+            yield "raw", line
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of all packages that decide results; "" for a package that is not installed.
+
+    Builds of one version (torch 2.13.0+cpu and +cu130) count as equal: a report records the build with the machine.
+    """
+    found = {"Python": ".".join(map(str, sys.version_info[:2]))}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name).partition("+")[0]
+        except metadata.PackageNotFoundError:
+            found[name] = ""
+    return found
+
+
+def different(here: Mapping[str, str], there: Mapping[str, str]) -> list[str]:
+    """One text for each version that differs, e.g. "numpy 2.3.0 instead of 2.4.1"."""
+    return [
+        f"{name} {there.get(name) or 'missing'} instead of {version or 'none'}"
+        for name, version in here.items()
+        if there.get(name, "") != version
+    ]

@@ -1,0 +1,44 @@
+"""The project as files, for a worker: all that git does not ignore, i.e. the commit and every uncommitted change. Data under DVC travels by hash."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dagster_project.core.errors import InputError
+from dagster_project.core.git import git_bytes
+
+LIMIT = 100_000_000
+"""Bytes of a package. Ray's dashboard accepts requests of 100 MiB, and the head node keeps packages in memory."""
+
+
+@contextmanager
+def project_package(root: Path, limit: int = LIMIT) -> Iterator[Path]:
+    """A temporary folder with the project's files. `.dvc` is left out: its configuration may contain credentials.
+
+    Raises:
+        InputError: no git repository, or the files are too large.
+    """
+    listed = git_bytes(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", ".")
+    if listed is None:
+        raise InputError(f"{root} is not in a git repository", "run `git init`: git lists the files that a worker gets")
+    names = sorted({os.fsdecode(name) for name in listed.split(b"\0") if name})
+    files = [name for name in names if not name.startswith(".dvc/") and ((root / name).is_symlink() or (root / name).is_file())]
+    sizes = {name: (root / name).lstat().st_size for name in files}
+    if sum(sizes.values()) > limit:
+        largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
+        raise InputError(
+            f"the files in git are {sum(sizes.values()) / 1e6:,.0f} MB; a worker can get {limit / 1e6:,.0f} MB of files. Largest: "
+            + ", ".join(f"{name} ({sizes[name] / 1e6:,.1f} MB)" for name in largest),
+            f"keep large files in DVC: `git rm --cached {largest[0]} && dvc add {largest[0]}`",
+        )
+    with tempfile.TemporaryDirectory(prefix="pedigree-package-") as folder:
+        for name in files:
+            target = Path(folder) / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(root / name, target, follow_symlinks=False)
+        yield Path(folder)

@@ -1,0 +1,466 @@
+"""Executor `ray`: the stage runs as a job of a Ray cluster (Jobs API), on a node that shares no folder with this host.
+
+The driver pushes the inputs to DVC's remote, submits a job with the project's files and one command line, follows its log, and fetches the outputs by
+hash. A job is named by what it computes from, so that the next driver takes over the job of a driver that was killed (docs/decisions/024).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import shlex
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from ipaddress import ip_address
+from pathlib import Path
+from shutil import copyfile
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from dagster_project.core.errors import CheckFailed, InputError, PedigreeError
+from dagster_project.core.hashing import sha256_of_text
+from dagster_project.core.records import remove, write_text
+from dagster_project.execution import Execution, Placement
+from dagster_project.orchestration import dvc, integrity
+from dagster_project.orchestration.executors import StageJob, StageResult
+from dagster_project.orchestration.executors.messages import received, versions
+from dagster_project.orchestration.executors.package import project_package
+from dagster_project.orchestration.remote_store import Damaged, RemoteStore, open_store
+
+log = logging.getLogger("pedigree")
+
+T = TypeVar("T")
+ATTEMPTS = 3
+"""Jobs for one run of a stage, if workers are lost. A stage that fails by itself is not run again."""
+POLL = 1.0
+"""Seconds between two looks at a job; more if its log is large, because Ray's API always returns the whole log."""
+LOG_BYTES_PER_SECOND = 1e6
+STOP_SECONDS = 8.0
+"""Time for an interrupted job to end. Ray kills its processes after 3 seconds."""
+WAITING_NOTE_SECONDS = 60.0
+"""Between two notes on a job that waits for resources."""
+NEVER_STARTED = "JOB_SUPERVISOR_ACTOR_START_TIMEOUT"
+"""Ray's error type of a job that waited too long for resources (15 minutes by default). It is submitted again, and was not lost."""
+LOCAL, LOCAL_NAMES = "local", {"local", "auto"}
+"""Addresses of the cluster that runs on this host."""
+STAGE, PROJECT = "pedigree/stage", "pedigree/project"
+"""Metadata of a job."""
+
+
+class ClusterGone(PedigreeError):
+    """The cluster does not answer."""
+
+
+@dataclass(frozen=True)
+class RayExecutor:
+    settings: Execution
+    placement: Placement
+    patience: float = 60.0
+    """Seconds for which a cluster may not answer while a job runs."""
+
+    def run(self, job: StageJob) -> StageResult:
+        wanted = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or self.settings.address or LOCAL
+        client, url = connect(wanted)
+        with open_store(job.ctx.root) as store:
+            return _Run(self, job, store, client, url, wanted in LOCAL_NAMES).result()
+
+
+def connect(wanted: str) -> tuple[Any, str]:
+    """Client of Ray's Jobs API, and the URL of the dashboard.
+
+    Raises:
+        InputError: Ray is not installed, the address is invalid, or it is not on this machine and token authentication is off.
+        ClusterGone: no cluster answers.
+    """
+    try:
+        from ray.dashboard.utils import get_address_for_submission_client
+        from ray.exceptions import AuthenticationError
+        from ray.job_submission import JobSubmissionClient
+    except ImportError:
+        raise InputError(
+            "Ray is not installed", "`pip install 'pedigree[cluster]'`, or run the stage here: PEDIGREE_EXECUTION=local"
+        ) from None
+    for handler in logging.getLogger("ray").handlers:  # notes on each upload
+        handler.setLevel(logging.WARNING)
+    hint = "start one on this machine with `ray start --head`, or set execution.address in params.yaml"
+    try:
+        url = wanted if "://" in wanted and not wanted.startswith("ray://") else get_address_for_submission_client(
+            "auto" if wanted in LOCAL_NAMES else wanted
+        )  # fmt: skip
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterGone(f"no Ray cluster answers at {wanted!r}: {' '.join(str(error).split())[:200]}", hint) from None
+    parts = urlsplit(url)
+    if parts.username or parts.password:
+        raise InputError("execution.address contains credentials, which logs would show", "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH")
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise InputError(f"execution.address: {wanted} is not an address of Ray's dashboard", "write `local`, or http://HOST:8265")
+    if os.environ.get("RAY_AUTH_MODE") != "token" and not _is_loopback(parts.hostname):
+        raise InputError(
+            f"execution.address: {parts.hostname} is not this machine, and token authentication is off: anyone who reaches the cluster could run code",
+            "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH on the cluster and here; see docs/cluster.md",
+        )
+    try:
+        with _address_only(url):
+            return JobSubmissionClient(url), url.rstrip("/")
+    except AuthenticationError:
+        raise InputError(
+            f"the Ray cluster at {url} refused the token", "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to its token"
+        ) from None
+    except (ConnectionError, OSError, RuntimeError) as error:
+        raise ClusterGone(f"no Ray cluster answers at {url}: {type(error).__name__}", f"{hint}; nothing was recorded") from None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class _address_only:
+    """Ray's client lets these variables override the address that it is given. Here they have been considered."""
+
+    NAMES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def __enter__(self) -> None:
+        self.before = {name: os.environ.pop(name) for name in self.NAMES if name in os.environ}
+
+    def __exit__(self, *_: object) -> None:
+        os.environ |= self.before
+
+
+@dataclass
+class _Run:
+    """One run of one stage, over one or several jobs."""
+
+    executor: RayExecutor
+    job: StageJob
+    store: RemoteStore
+    client: Any
+    url: str
+    on_this_host: bool
+    """Whether the nodes are this host, with its Python."""
+    name: str = ""
+    """Id of the current job."""
+    attempts: int = 0
+    submitted: float = 0.0
+    node_id: str = ""
+    queued: float | None = None
+    """Seconds until the worker of the latest job began; None if another driver submitted it."""
+    error: Mapping[str, Any] | None = None
+    damaged: list[str] = field(default_factory=list)
+    raw: list[str] = field(default_factory=list)
+    """Lines of the latest job's log that are not messages."""
+    bytes_sent: int = 0
+    push_seconds: float = 0.0
+    fetch_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        address, inputs = self.job.ctx.address, dict(self.job.inputs)
+        self.address = address
+        self.project = _project_id(self.job.ctx.root)
+        identity = sha256_of_text(json.dumps([self.project, address, inputs], sort_keys=True))
+        self.prefix = f"{address.replace('@', '.')}-{self.project[:8]}-"
+        self.key = f"{self.prefix}{identity[:20]}"
+
+    def at(self, *names: str) -> str:
+        return self.store.at("jobs", self.key, *names)
+
+    # ---- result ------------------------------------------------------------------------------------------------------
+
+    def result(self) -> StageResult:
+        """The result of the stage, from a job that ended without a driver, one that is still running, or a new one."""
+        found = self.store.read_document(self.at("result.json"))
+        if found is not None:
+            log.info(f"{self.address}: a job with the same inputs ended while no driver waited for it; its result is used")
+        for last in (False, True):
+            if found is None:
+                found = self._computed()
+            try:
+                result = self._fetch(found)
+                self.store.remove(self.at())
+                return result
+            except Damaged as error:
+                self.store.discard(error.objects)
+                self.store.remove(self.at())
+                if last:
+                    raise CheckFailed(
+                        f"{self.address}: its outputs arrived damaged twice: {error.what}", "check DVC's remote; nothing was recorded"
+                    ) from None
+                log.warning(f"{self.address}: {error.what}; it is computed again")
+                found = None
+        raise AssertionError
+
+    def _computed(self) -> Mapping[str, Any]:
+        """The result of a job, after as many jobs as it takes."""
+        self._discard_others()
+        began = time.monotonic()
+        inputs = dvc.inputs_by_hash(self.job.ctx.root, self.address)
+        self.bytes_sent += self.store.push(inputs.values())
+        self.push_seconds += time.monotonic() - began
+        with project_package(self.job.ctx.root) as folder:
+            lost = 0
+            while lost < ATTEMPTS:
+                self.error, self.damaged, self.raw = None, [], []
+                details = self._follow(folder)
+                result = self.store.read_document(self.at("result.json"))
+                if result is not None:
+                    return dict(result)
+                if self.error is not None:
+                    kind = InputError if self.error["exit_code"] == 2 else CheckFailed
+                    raise kind(self.error["what"], self.error["hint"])
+                if details is not None and str(details.error_type) == NEVER_STARTED:
+                    continue
+                lost += 1
+                if self.damaged:
+                    log.warning(f"{self.address}: {len(self.damaged)} input(s) were damaged in the remote; they are sent again")
+                    self.store.discard(self.damaged)
+                    self.bytes_sent += self.store.push(inputs.values())
+                else:
+                    why = (
+                        " ".join(str(details.message or "").split())[:300]
+                        if details is not None
+                        else "the cluster does not know it any more"
+                    )
+                    log.warning(f"{self.address}: job {self.name} ended without a result: {why}")
+        tail = "\n".join(self.raw[-10:])
+        raise CheckFailed(
+            f"{self.address}: {ATTEMPTS} jobs ended without a result" + (f". Last lines of the log:\n{tail}" if tail else ""),
+            f"see {self.url}; nothing was recorded",
+        )
+
+    def _discard_others(self) -> None:
+        """Stop jobs of this stage that compute from other inputs, and remove their results."""
+        for name in self._running():
+            if not name.startswith(self.key):
+                log.info(f"{self.address}: job {name} computes from other inputs; it is stopped")
+                self._asked(partial(self.client.stop_job, name))
+        for key in {name.partition("/")[0] for name in self.store.list(self.store.at("jobs"))}:
+            if key.startswith(self.prefix) and key != self.key:
+                self.store.remove(self.store.at("jobs", key))
+
+    def _running(self) -> list[str]:
+        """Jobs of this stage of this workspace that have not ended."""
+        return [
+            job.submission_id
+            for job in self._asked(self.client.list_jobs)
+            if job.submission_id and not job.status.is_terminal() and (job.metadata or {}).items() >= self._metadata().items()
+        ]
+
+    def _metadata(self) -> dict[str, str]:
+        return {STAGE: self.address, PROJECT: self.project}
+
+    # ---- a job ---------------------------------------------------------------------------------------------------------
+
+    def _follow(self, folder: Path) -> Any:
+        """Run one job, or go on with one that is running, and pass on its messages until it ends.
+
+        Returns:
+            Ray's details of the job; None if the cluster lost it.
+        """
+        running = [name for name in self._running() if name.startswith(self.key)]
+        self.attempts += 1
+        self.name = running[0] if running else f"{self.key}-{secrets.token_hex(4)}"
+        self.submitted, self.queued = time.monotonic(), None
+        try:
+            if running:
+                log.info(f"{self.address}: going on with job {self.name}")
+            else:
+                self._submit(folder)
+                log.info(f"{self.address}: job {self.name} was submitted: {self.url}/#/jobs/{self.name}")
+            return self._wait(bool(running))
+        except KeyboardInterrupt:
+            self._stop()
+            raise
+
+    def description(self) -> dict[str, Any]:
+        """What the worker gets. Ray shows it to anyone with access to the cluster: it has no credentials."""
+        return {
+            "address": self.address,
+            "key": self.key,
+            "inputs": dict(self.job.inputs),
+            "remote": dict(self.store.remote.options),
+            "versions": versions(),
+        }
+
+    def _submit(self, folder: Path) -> None:
+        place = self.executor.placement
+        # otherwise Ray leaves out files that .gitignore matches although git tracks them
+        os.environ["RAY_RUNTIME_ENV_IGNORE_GITIGNORE"] = "1"
+        python = sys.executable if self.on_this_host else "python"
+        command = [python, "-m", "dagster_project.orchestration.executors.worker", json.dumps(self.description())]
+        self._asked(
+            lambda: self.client.submit_job(
+                submission_id=self.name,
+                entrypoint=shlex.join(command),
+                runtime_env={"working_dir": str(folder)},
+                metadata=self._metadata(),
+                entrypoint_num_cpus=place.cpus,
+                entrypoint_num_gpus=place.gpus,
+                entrypoint_memory=None if place.memory is None else int(place.memory * 1e9),
+                entrypoint_resources=dict(place.resources) or None,
+                entrypoint_label_selector={"image": place.image} if place.image else None,
+            )
+        )
+
+    def _wait(self, adopted: bool) -> Any:
+        read, noted = 0, time.monotonic()
+        while True:
+            details = self._asked(lambda: self.client.get_job_info(self.name))
+            if details is None:
+                return None
+            ended, self.node_id = details.status.is_terminal(), details.driver_node_id or ""
+            with suppress(RuntimeError, OSError):  # not there yet, or its node is gone
+                text: str = self.client.get_job_logs(self.name)
+                whole = len(text) if ended else text.rfind("\n") + 1
+                for kind, content in received(text[read:whole]):
+                    self._handle(kind, content, adopted)
+                read = max(read, whole)
+            if ended:
+                return details
+            if str(details.status) == "PENDING" and time.monotonic() - noted > WAITING_NOTE_SECONDS:
+                noted = time.monotonic()
+                log.info(f"{self.address}: waiting for {self._resources()} on the cluster for {noted - self.submitted:,.0f} s")
+            time.sleep(max(POLL, read / LOG_BYTES_PER_SECOND))
+
+    def _handle(self, kind: str, content: Any, adopted: bool) -> None:
+        if kind == "log":
+            log.info(content)
+        elif kind == "live":
+            self._write_live(content["name"], content["at"], content["text"])
+        elif kind == "hello":
+            self.queued = None if adopted else round(time.monotonic() - self.submitted, 1)
+            remove(self.job.ctx.live)
+            log.info(f"{self.address}: runs on node {content['node']} ({self.node_id[:8]})")
+        elif kind == "error":
+            self.error = content
+        elif kind == "damaged":
+            self.damaged = content
+        else:
+            self.raw.append(content)
+
+    def _write_live(self, name: str, start: int, text: str) -> None:
+        path = self.job.ctx.live / Path(name).name
+        before = path.read_text(encoding="utf-8") if path.is_file() else ""
+        write_text(path, before[:start] + text)
+
+    def _stop(self) -> None:
+        """End the job; its processes are gone when this returns, or when Ray has killed them."""
+        with suppress(RuntimeError, OSError):
+            self.client.stop_job(self.name)
+            until = time.monotonic() + STOP_SECONDS
+            while time.monotonic() < until and not self.client.get_job_status(self.name).is_terminal():
+                time.sleep(0.2)
+        log.info(f"{self.address}: job {self.name} was stopped")
+
+    def _asked(self, question: Callable[[], T]) -> T:
+        """The cluster's answer, also if it does not answer for a moment. None if it does not know the job.
+
+        Raises:
+            ClusterGone: it did not answer for `patience` seconds.
+        """
+        until = time.monotonic() + self.executor.patience
+        while True:
+            try:
+                return question()
+            except (OSError, RuntimeError) as error:  # OSError: requests.ConnectionError, ConnectionError
+                reason = " ".join(str(error).split())[:300]
+                if "status code 404" in reason:
+                    return None  # type: ignore[return-value]
+                if isinstance(error, RuntimeError) and "status code 5" not in reason:
+                    raise CheckFailed(f"{self.address}: Ray refused a request: {reason}", f"see {self.url}; nothing was recorded") from None
+                if time.monotonic() > until:
+                    raise ClusterGone(
+                        f"{self.address}: the Ray cluster at {self.url} has not answered for {self.executor.patience:.0f} s ({reason})",
+                        "nothing was recorded; run the stage again when the cluster is back: a job that went on meanwhile is found by its inputs",
+                    ) from None
+                time.sleep(POLL)
+
+    # ---- outputs -----------------------------------------------------------------------------------------------------
+
+    def _fetch(self, result: Mapping[str, Any]) -> StageResult:
+        """Outputs, plots and pages of a result into the working folder, each verified.
+
+        Raises:
+            Damaged: an object does not match its name.
+            CheckFailed: the output is not what the worker published.
+        """
+        began = time.monotonic()
+        scratch = self.job.ctx.scratch
+        fetched = self.store.pull(result["outs"].values())
+        for path, oid in result["outs"].items():
+            self._copy(oid, scratch / path)
+        if result["pages"]:
+            archive = scratch / "pages.tar"
+            self.store.get(self.at("pages.tar"), archive)
+            fetched += archive.stat().st_size
+            remove(self.job.ctx.pages)
+            with tarfile.open(archive) as tar:
+                tar.extractall(self.job.ctx.pages, filter="data")
+            archive.unlink()
+            (self.job.ctx.pages / "measured.json").unlink(missing_ok=True)
+        if result["exit_code"] == 0 and integrity.sha256_of(self.job.ctx.out) != result["output_sha256"]:
+            raise Damaged(sorted(result["outs"].values()))
+        self.fetch_seconds = time.monotonic() - began
+        measured = {key: value for key, value in result["measured"].items() if key not in {"output_sha256", "execution"}}
+        return StageResult(result["exit_code"], result["report"], measured, self._execution(result, fetched))
+
+    def _copy(self, oid: str, target: Path) -> None:
+        content = dvc.store(self.job.ctx.root).files(oid) or {}
+        for name, one in content.items():
+            file = target / name if name else target
+            if not file.resolve().is_relative_to(self.job.ctx.scratch.resolve()):
+                raise CheckFailed(
+                    f"{self.address}: the result names a file outside of the outputs: {file}", "someone else wrote into DVC's remote"
+                )
+            file.parent.mkdir(parents=True, exist_ok=True)
+            copyfile(self.store.remote.cached_at(one), file)
+
+    def _execution(self, result: Mapping[str, Any], fetched: int) -> dict[str, Any]:
+        """Where the stage ran, how long each part took, and its cost."""
+        seconds, place = result["seconds"], self.executor.placement
+        held = sum(seconds.values())
+        amounts = {"cpus": place.cpus, "gpus": place.gpus, "memory": place.memory or 0.0, **place.resources}
+        prices = self.executor.settings.price_per_hour
+        cost = sum(amounts.get(name, 0.0) * price for name, price in prices.items()) * held / 3600
+        return {
+            "on": "ray",
+            "node": result["node"],
+            "node_id": self.node_id,
+            "job": self.name,
+            "dashboard": f"{self.url}/#/jobs/{self.name}" if self.name else self.url,
+            "jobs": self.attempts,
+            **{name: amount for name, amount in amounts.items() if amount},
+            "queue_seconds": self.queued,
+            "compute_seconds": seconds.get("compute_seconds"),
+            "transfer_seconds": round(
+                self.push_seconds + self.fetch_seconds + seconds.get("pull_seconds", 0.0) + seconds.get("push_seconds", 0.0), 3
+            ),
+            "transfer_bytes": self.bytes_sent + fetched + sum(result["bytes"].values()),
+            **({"cost": round(cost, 6)} if prices else {}),
+        }
+
+    def _resources(self) -> str:
+        place = self.executor.placement
+        amounts = {"CPU": place.cpus, "GPU": place.gpus, "GB of memory": place.memory, **place.resources}
+        return ", ".join(
+            [f"{amount:g} {name}" for name, amount in amounts.items() if amount] + ([f"image {place.image}"] if place.image else [])
+        )
+
+
+def _project_id(root: Path) -> str:
+    """Random id of this workspace, so that drivers of other clones and copies do not stop or take its jobs."""
+    path = root / ".dvc" / "tmp" / "pedigree" / "project_id"
+    if not path.is_file():
+        write_text(path, secrets.token_hex(16))
+    return sha256_of_text(f"{path.read_text(encoding='utf-8')} {root.resolve()}")[:32]

@@ -1,0 +1,274 @@
+"""The worker of a Ray job: runs one stage's command in a scratch folder of a node. Inputs and outputs travel by hash through DVC's remote.
+
+    python -m dagster_project.orchestration.executors.worker '{"address": "adapter@lora", ...}'      in the folder with the project's files
+
+It pulls the inputs into the node's cache, runs the command of dvc.yaml there as DVC would, pushes the outputs, and writes the result last. It records
+nothing: a job whose driver is gone leaves a result that only a driver with the same inputs takes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dagster_project.core.errors import InputError, PedigreeError
+from dagster_project.core.layout import measured_path, pages_of, report_of
+from dagster_project.core.records import remove
+from dagster_project.execution import VARIABLE, WORKER
+from dagster_project.orchestration import dvc
+from dagster_project.orchestration.executors.messages import different, send, versions
+from dagster_project.orchestration.remote_store import Damaged, RemoteStore, open_store
+
+NODE_CACHE = "PEDIGREE_NODE_CACHE"
+"""Environment variable of a node: the folder for its DVC cache and for scratch folders."""
+CHECKPOINT_INTERVAL, LIVE_INTERVAL = 2.0, 1.0
+"""Seconds between two looks at new checkpoints, and at live tables."""
+MARKER = "complete.json"
+"""Written last into a checkpoint (training/trainers/harness/checkpoint.py)."""
+REFUSED, LOST = 3, 4
+"""Exit codes of a worker without a result: an error that was sent, and a stage whose process was killed."""
+MAX_EXIT_CODE = 2
+"""Exit codes above are not a stage's own: its process was killed."""
+
+
+@dataclass
+class Work:
+    """One stage, in a scratch folder of this node."""
+
+    job: Mapping[str, Any]
+    """As the driver wrote it (ray.py, `_Run.description`)."""
+    root: Path
+    """The copy of the project."""
+    store: RemoteStore
+    seconds: dict[str, float] = field(default_factory=dict)
+    sent: int = 0
+    received: int = 0
+
+    @property
+    def address(self) -> str:
+        return str(self.job["address"])
+
+    @property
+    def checkpoints(self) -> Path:
+        """As StageContext.checkpoints."""
+        stage, _, variant = self.address.partition("@")
+        return self.root / ".dvc" / "tmp" / "pedigree" / "checkpoints" / (variant or stage)
+
+    def at(self, *names: str) -> str:
+        return self.store.at("jobs", self.job["key"], *names)
+
+    def run(self) -> int:
+        """Returns the worker's exit code."""
+        with self._timed("pull_seconds"):
+            self.received += self.store.pull(dvc.inputs_by_hash(self.root, self.address).values())
+            dvc.checkout_inputs(self.root, self.address)
+            self._refuse_other_inputs()
+            self._bring_checkpoints()
+        remove(self.root / report_of(self.address))  # of an earlier run
+        with self._timed("compute_seconds"), self._streaming():
+            code = self._command()
+        if not 0 <= code <= MAX_EXIT_CODE:
+            send("log", f"{self.address}: the process of the stage was killed (exit code {code})")
+            return LOST
+        self._finish(code)
+        return 0
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - began, 3)
+
+    def _refuse_other_inputs(self) -> None:
+        now = dvc.fingerprint(self.root, self.address).now
+        if changed := sorted(path for path, value in self.job["inputs"].items() if now.get(path) != value):
+            raise InputError(
+                f"{self.address}: {', '.join(changed)} did not reach the worker as on the driver",
+                "files that a stage reads must be in git or in DVC: `git add` or `dvc add` them, and change nothing while a stage runs",
+            )
+
+    def _command(self) -> int:
+        """Run the stage's command in place; it ends when this process ends, as with DVC."""
+        inherited = {key: value for key, value in os.environ.items() if key not in {"DVC_ROOT", "DAGSTER_PIPES_CONTEXT"}}
+        path = os.pathsep.join([str(self.root), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = inherited | dvc.command_environment(
+            {"PYTHONPATH": path, "PEDIGREE_PROJECT": str(self.root), VARIABLE: WORKER, "DVC_STAGE": self.address, "PYTHONUNBUFFERED": "1"}
+        )
+        process = subprocess.Popen(
+            dvc.command_of(self.root, self.address), shell=True, cwd=self.root, env=environment, text=True, errors="replace",
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            assert process.stdout
+            for line in process.stdout:
+                if line.strip():
+                    send("log", line.rstrip("\n"))
+            code = process.wait()
+            return code if code < 128 else 128 - code  # a shell reports a signal as 128 + its number
+        finally:
+            process.kill()
+
+    @contextmanager
+    def _streaming(self) -> Iterator[None]:
+        """Meanwhile send live tables to the driver, and keep checkpoints in the remote."""
+        done = threading.Event()
+        threads = [threading.Thread(target=work, args=(done,)) for work in (self._send_live, self._keep_checkpoints)]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            for thread in threads:
+                thread.join()
+
+    def _send_live(self, done: threading.Event) -> None:
+        folder = self.root / "data" / "live" / self.address.replace("@", "/")
+        sent: dict[str, str] = {}
+        ended = False
+        while not ended:
+            ended = done.wait(LIVE_INTERVAL)
+            for path in sorted(folder.glob("*.csv")):
+                with suppress(FileNotFoundError):
+                    text, before = path.read_text(encoding="utf-8"), sent.get(path.name, "")
+                    if text == before:
+                        continue
+                    start = len(before) if text.startswith(before) else 0
+                    send("live", {"name": path.name, "at": start, "text": text[start:]})
+                    sent[path.name] = text
+
+    def _keep_checkpoints(self, done: threading.Event) -> None:
+        kept = ""
+        while not done.wait(CHECKPOINT_INTERVAL):
+            try:
+                kept = self._keep_newest(kept)
+            except FileNotFoundError:  # a newer one has replaced it meanwhile
+                continue
+            except PedigreeError as error:
+                send("log", f"{self.address}: the checkpoint was not kept: {error.what}")
+
+    def _keep_newest(self, kept: str) -> str:
+        """Copy the newest checkpoint to the remote, its marker last, and remove older ones there. Returns its name."""
+        folders = sorted(path.parent for path in self.checkpoints.glob(f"step-*/{MARKER}") if path.parent.suffix == "")
+        if not folders or folders[-1].name == kept:
+            return kept
+        newest = folders[-1]
+        names = sorted(path.name for path in newest.iterdir() if path.name != MARKER)
+        for name in [*names, MARKER]:
+            self.sent += self.store.put(newest / name, self.at("checkpoints", newest.name, name))
+        for old in {name.partition("/")[0] for name in self.store.list(self.at("checkpoints"))} - {newest.name}:
+            self.store.remove(self.at("checkpoints", old))
+        return newest.name
+
+    def _bring_checkpoints(self) -> None:
+        names = self.store.list(self.at("checkpoints"))
+        for name in names:
+            step, _, file = name.partition("/")
+            if f"{step}/{MARKER}" in names:
+                self.store.get(self.at("checkpoints", step, file), self.checkpoints / step / file)
+
+    def _finish(self, code: int) -> None:
+        """Push outputs, pages and report; the result last."""
+        report, measured = self.root / report_of(self.address), measured_path(self.root, self.address)
+        document = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
+        outs: dict[str, str] = {}
+        with self._timed("push_seconds"):
+            if code == 0:
+                outs = dvc.commit_outputs(self.root, self.address)
+                self.sent += self.store.push(outs.values())
+            has_pages = self._push_pages()
+        self.store.write_document(
+            self.at("result.json"),
+            {
+                "exit_code": code,
+                "report": {key: value for key, value in document.items() if key not in {"passed", "output_sha256"}} if document else None,
+                "output_sha256": document.get("output_sha256"),
+                "measured": json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else {},
+                "outs": outs,
+                "pages": has_pages,
+                "node": platform.node(),
+                "seconds": self.seconds,
+                "bytes": {"received": self.received, "sent": self.sent},
+            },
+        )
+
+    def _push_pages(self) -> bool:
+        pages = pages_of(self.root, self.address)
+        if not pages.is_dir():
+            return False
+        archive = self.root.parent / "pages.tar"
+        with tarfile.open(archive, "w") as tar:
+            tar.add(pages, ".")
+        self.sent += self.store.put(archive, self.at("pages.tar"))
+        return True
+
+
+@contextmanager
+def scratch_folder() -> Iterator[tuple[Path, Path]]:
+    """A scratch folder of this worker, and the cache of its node. Scratch folders of workers that were killed are removed.
+
+    Raises:
+        InputError: the folder of the node belongs to another user.
+    """
+    base = Path(os.environ.get(NODE_CACHE) or Path(tempfile.gettempdir()) / f"pedigree-{os.getuid()}")
+    base.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if base.stat().st_uid != os.getuid():
+        raise InputError(f"node {platform.node()}: {base} belongs to another user", f"set {NODE_CACHE} in the environment of the node")
+    for lock in base.glob("work-*.lock"):
+        with suppress(OSError), lock.open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system released it when its worker was killed
+            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+            lock.unlink(missing_ok=True)
+    name = f"work-{os.getpid()}-{time.time_ns()}"
+    with (base / f".{name}").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        lock = (base / f".{name}").rename(base / f"{name}.lock")  # it is locked before another worker can see it
+        folder = base / name
+        try:
+            folder.mkdir()
+            yield folder, base / "cache"
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.unlink(missing_ok=True)
+
+
+def main(job: Mapping[str, Any]) -> int:
+    """Returns the exit code: 0 if there is a result, also of a stage that failed."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    send("hello", {"node": platform.node()})
+    try:
+        if differences := different(job["versions"], versions()):
+            raise InputError(
+                f"node {platform.node()} would not compute the same result: it has {'; '.join(differences)} (the driver's version)",
+                "install the driver's versions on the nodes, or start the driver in their environment",
+            )
+        with scratch_folder() as (folder, cache):
+            root = folder / "project"
+            shutil.copytree(Path.cwd(), root, symlinks=True)  # Ray gives all jobs with the same files one folder
+            dvc.isolate_project(root, cache, job["remote"])
+            with open_store(root) as store:
+                return Work(job, root, store).run()
+    except Damaged as error:
+        send("damaged", error.objects)
+    except PedigreeError as error:
+        send("error", {"what": error.what, "hint": error.hint, "exit_code": error.exit_code})
+    return REFUSED
+
+
+if __name__ == "__main__":
+    sys.exit(main(json.loads(sys.argv[1])))

@@ -1,0 +1,235 @@
+"""DVC's remote as the carrier between driver and workers: objects by content hash, and a folder `pedigree/` for results and checkpoints.
+
+Objects are transferred one by one and hashed on arrival. DVC's own push and pull are not used: they trust read-only cache objects, and an index of
+what the remote had earlier, so a damaged or removed object would not be noticed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dagster_project.core.errors import InputError, PedigreeError
+from dagster_project.core.hashing import md5_of_bytes, md5_of_file
+from dagster_project.orchestration import dvc
+
+AREA = "pedigree"
+"""Folder of the remote for everything but objects. `dvc gc` does not look into it."""
+TRANSFERS = 8
+"""Objects transferred at once."""
+
+
+class Damaged(PedigreeError):
+    """Objects in the remote are not what their names say."""
+
+    def __init__(self, objects: Sequence[str]) -> None:
+        super().__init__(
+            f"DVC's remote: {len(objects)} object(s) do not match their names: they were damaged (first: {objects[0]})",
+            "remove them from the remote and run again",
+        )
+        self.objects = list(objects)
+
+
+@dataclass(frozen=True)
+class RemoteStore:
+    remote: dvc.Remote
+
+    # ---- objects ---------------------------------------------------------------------------------------------------
+
+    def push(self, objects: Iterable[str]) -> int:
+        """Copy outputs from the cache to the remote, if they are not there yet; a listing last, after its files.
+
+        Args:
+            objects: content hashes, of files or of folders.
+        Returns:
+            Bytes sent.
+        Raises:
+            InputError: an object is neither in the remote nor in the cache.
+            PedigreeError: the remote cannot be written.
+        """
+        sent = 0
+        listings, files = self._files(list(objects), self.remote.cached_at)
+        for group in (files, listings):
+            absent = self._absent(group)
+            if lacking := [oid for oid in absent if not Path(self.remote.cached_at(oid)).is_file()]:
+                raise InputError(
+                    f"{len(lacking)} object(s) of the inputs are neither in DVC's cache nor in its remote (first: {lacking[0]})",
+                    "`dvc pull` them, or `dvc commit` what is in the workspace",
+                )
+            sent += self._each(self._send, absent)
+        return sent
+
+    def _files(self, objects: Sequence[str], at: Any) -> tuple[list[str], list[str]]:
+        """Listings of folders, and all files; a folder whose listing is missing has no files."""
+        listings = [oid for oid in objects if oid.endswith(".dir")]
+        files = [oid for oid in objects if not oid.endswith(".dir")]
+        for oid in listings:
+            with suppress(FileNotFoundError):
+                files += [entry["md5"] for entry in json.loads(Path(at(oid)).read_bytes())]
+        return list(dict.fromkeys(listings)), list(dict.fromkeys(files))
+
+    def _absent(self, objects: list[str]) -> list[str]:
+        if not objects:
+            return []
+        with self._explained("read"):
+            self.remote.fs.fs.invalidate_cache()
+            found = self.remote.fs.exists([self.remote.object_at(oid) for oid in objects])
+        return [oid for oid, there in zip(objects, found, strict=True) if not there]
+
+    def _send(self, oid: str) -> int:
+        path = self.remote.cached_at(oid)
+        with self._explained("write"):
+            self.remote.fs.put_file(path, self.remote.object_at(oid))
+        return Path(path).stat().st_size
+
+    def pull(self, objects: Iterable[str]) -> int:
+        """Copy outputs from the remote into the cache. Every object is hashed, also one that the cache already has.
+
+        Returns:
+            Bytes received.
+        Raises:
+            Damaged: objects do not match their names, or are missing. The cache does not get them.
+            PedigreeError: the remote cannot be read.
+        """
+        requested = list(objects)
+        contents: dict[str, bytes] = {}
+        received = 0
+        for oid in (oid for oid in requested if oid.endswith(".dir")):
+            cached = Path(self.remote.cached_at(oid))
+            content = cached.read_bytes() if cached.is_file() else b""
+            if md5_of_bytes(content) != oid.removesuffix(".dir"):
+                content = self.read(self.remote.object_at(oid)) or b""
+                received += len(content)
+            if md5_of_bytes(content) != oid.removesuffix(".dir"):
+                raise Damaged([oid])
+            contents[oid] = content
+        files = [oid for oid in requested if not oid.endswith(".dir")]
+        files += [entry["md5"] for content in contents.values() for entry in json.loads(content)]
+        damaged: list[str] = []
+        received += self._each(lambda oid: self._receive(oid, damaged), list(dict.fromkeys(files)))
+        if damaged:
+            raise Damaged(sorted(damaged))
+        for oid, content in contents.items():  # last: a listing in the cache has all of its files
+            _write_object(Path(self.remote.cached_at(oid)), content)
+        return received
+
+    def _receive(self, oid: str, damaged: list[str]) -> int:
+        target = Path(self.remote.cached_at(oid))
+        if target.is_file():
+            if md5_of_file(target) == oid:
+                return 0
+            target.unlink()
+        scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+        scratch.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with self._explained("read"):
+                self.remote.fs.get_file(self.remote.object_at(oid), str(scratch))
+            if md5_of_file(scratch) != oid:
+                damaged.append(oid)
+                return 0
+            scratch.chmod(0o444)
+            size = scratch.stat().st_size
+            scratch.replace(target)
+            return size
+        except FileNotFoundError:
+            damaged.append(oid)
+            return 0
+        finally:
+            scratch.unlink(missing_ok=True)
+
+    def _each(self, transfer: Any, objects: Sequence[str]) -> int:
+        with ThreadPoolExecutor(TRANSFERS) as threads:
+            return sum(threads.map(transfer, objects))
+
+    def discard(self, objects: Iterable[str]) -> None:
+        """Remove objects from the remote."""
+        for oid in objects:
+            with suppress(FileNotFoundError), self._explained("write"):
+                self.remote.fs.fs.invalidate_cache()
+                self.remote.fs.rm(self.remote.object_at(oid))
+
+    # ---- the folder `pedigree/` --------------------------------------------------------------------------------------
+
+    def at(self, *names: str) -> str:
+        return str(self.remote.fs.join(self.remote.path, AREA, *names))
+
+    def read(self, path: str) -> bytes | None:
+        """Content of a file; None if it does not exist."""
+        try:
+            with self._explained("read"):
+                content: bytes = self.remote.fs.cat_file(path)
+                return content
+        except FileNotFoundError:
+            return None
+
+    def read_document(self, path: str) -> Any:
+        content = self.read(path)
+        return None if content is None else json.loads(content)
+
+    def write_document(self, path: str, document: Mapping[str, Any]) -> None:
+        with self._explained("write"):
+            self.remote.fs.makedirs(self.remote.fs.parent(path))
+            self.remote.fs.pipe_file(path, json.dumps(document).encode())
+
+    def put(self, source: Path, path: str) -> int:
+        with self._explained("write"):
+            self.remote.fs.put_file(str(source), path)
+        return source.stat().st_size
+
+    def get(self, path: str, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with self._explained("read"):
+            self.remote.fs.get_file(path, str(target))
+
+    def list(self, path: str) -> list[str]:
+        """All files below a path, relative to it."""
+        try:
+            with self._explained("read"):
+                self.remote.fs.fs.invalidate_cache()
+                return sorted(self.remote.fs.relpath(found, path) for found in self.remote.fs.find(path))
+        except FileNotFoundError:
+            return []
+
+    def remove(self, path: str) -> None:
+        """Remove a folder."""
+        with suppress(FileNotFoundError), self._explained("write"):
+            self.remote.fs.fs.invalidate_cache()
+            self.remote.fs.rm(path, recursive=True)
+
+    @contextmanager
+    def _explained(self, action: str) -> Iterator[None]:
+        try:
+            yield
+        except (FileNotFoundError, PedigreeError):
+            raise
+        except Exception as error:  # noqa: BLE001  each of DVC's remotes has exceptions of its own (botocore, gcsfs, adlfs, paramiko, ...)
+            raise PedigreeError(
+                f"DVC's remote {self.remote.url} cannot be {'read' if action == 'read' else 'written'}: {type(error).__name__}: {error}",
+                "nothing was recorded; check its address, free space, and the credentials in the environment of this machine and of the nodes",
+            ) from None
+
+
+def _write_object(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_bytes(content)
+    scratch.chmod(0o444)
+    scratch.replace(path)
+
+
+@contextmanager
+def open_store(root: Path) -> Iterator[RemoteStore]:
+    """The remote of a project.
+
+    Raises:
+        InputError: DVC has no default remote that can be used.
+    """
+    with dvc.open_remote(root) as remote:
+        yield RemoteStore(remote)

@@ -1,0 +1,346 @@
+"""Brings all stages up to date, several at once: one process for each, which reproduces that stage by DVC. Starts stages as soon as all that they read is done.
+
+A process for each, because DVC's table of locked paths takes two threads of one process for the same owner (docs/decisions/025).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import redirect_stdout, suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as wait_for_any
+from pathlib import Path
+from typing import Any
+
+from dagster_project.core.context import measured
+from dagster_project.core.errors import InputError, PedigreeError
+from dagster_project.core.layout import is_report
+from dagster_project.core.records import write_json
+from dagster_project.orchestration import dvc, integrity, locks, processes
+from dagster_project.orchestration.dvc import StageState
+
+log = logging.getLogger("pedigree")
+
+RUN, RESTORED, UP_TO_DATE, FAILED, INTERRUPTED, NOT_STARTED = "run", "restored", "up to date", "failed", "interrupted", "not started"
+"""Outcomes of a stage."""
+PRELOAD = ["dagster_project.orchestration.run_all", "dvc.repo.reproduce", "dvc.parsing", "dvc.stage.run", "dvc.output", "dvc.data_cloud",
+           "dvc.cachemgr", "dvc.lock", "scmrepo.git", "ruamel.yaml"]  # fmt: skip
+"""Modules that the fork server imports once for all stages. None starts a thread."""
+PROGRESS_INTERVAL = 60.0
+"""Seconds between two lines about what is running."""
+SECONDS = Path(".dvc") / "tmp" / "pedigree" / "seconds"
+"""Folder with the duration of the latest run of each stage, for the time that is left."""
+
+
+@dataclass
+class Running:
+    """A stage that is running, and its process."""
+
+    process: Any
+    result: Connection
+    reader: threading.Thread
+    began: float
+    command_began: int
+    """Time at which a command of the stage last started before, in ns."""
+
+
+@dataclass
+class Outcome:
+    outcome: str
+    why: list[str] = field(default_factory=list)
+    """Why the stage was not up to date."""
+    seconds: float | None = None
+    error: str = ""
+
+    def document(self) -> dict[str, Any]:
+        optional = {"why": self.why, "seconds": self.seconds, "error": self.error}
+        return {"outcome": self.outcome, **{name: value for name, value in optional.items() if value}}
+
+
+def parents(states: Mapping[str, StageState]) -> dict[str, set[str]]:
+    """The stages whose output or report each stage reads."""
+    found = {address: {i.producer for i in state.inputs if i.producer} for address, state in states.items()}
+    for address, state in states.items():
+        reports = [path for path in state.code if is_report(path)]
+        found[address] |= {a for a, other in states.items() if other.report and any(dvc.overlap(path, other.report) for path in reports)}
+    return found
+
+
+def remaining(
+    above: Mapping[str, Collection[str]], running: Mapping[str, float], queued: Iterable[str], seconds: Mapping[str, float], jobs: int
+) -> float:
+    """Seconds until all of these stages are done, if each takes as long as the last time; a stage without a known duration counts as 0.
+
+    Args:
+        above: stages that each stage reads.
+        running: seconds that each running stage has run.
+    """
+    at_work = {address: max(0.0, seconds.get(address, 0.0) - elapsed) for address, elapsed in running.items()}
+    left, total = list(queued), 0.0
+    while at_work or left:
+        for address in list(left):
+            if len(at_work) < jobs and not {*above[address]} & {*at_work, *left}:
+                at_work[address] = seconds.get(address, 0.0)
+                left.remove(address)
+        step = min(at_work.values())
+        total += step
+        at_work = {address: rest - step for address, rest in at_work.items() if rest > step}
+    return total
+
+
+class RunAll:
+    """One `pedigree run --all`."""
+
+    def __init__(self, root: Path, jobs: int, force: bool) -> None:
+        self.root, self.jobs, self.force = root, jobs, force
+        self.outcomes: dict[str, Outcome] = {}
+        self.running: dict[str, Running] = {}
+        self.waiting: set[str] = set()
+        self.interrupted = False
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(PRELOAD)
+
+    def run(self) -> dict[str, Outcome]:
+        """Outcome of every stage, in flow order. An interrupt ends the running ones."""
+        self._record_sources()
+        self.states = self._read()
+        self.above = parents(self.states)
+        self.seconds = {address: value for address in self.states if (value := last_seconds(self.root, address)) is not None}
+        try:
+            while True:
+                self._start_ready()
+                if not self.running and (self._stopped or not self._queued):
+                    break
+                self._wait()
+        except KeyboardInterrupt:
+            self._interrupt()
+        for address in self._queued:
+            self.outcomes[address] = Outcome(NOT_STARTED)
+        return {address: self.outcomes[address] for address in self.states}
+
+    @property
+    def _stopped(self) -> bool:
+        return any(one.outcome == FAILED for one in self.outcomes.values())
+
+    @property
+    def _queued(self) -> list[str]:
+        return [address for address in self.states if address not in self.outcomes and address not in self.running]
+
+    def _read(self) -> dict[str, StageState]:
+        states = dvc.read_stages(self.root)
+        if lines := integrity.set_tampered_aside(self.root, states.values()):
+            for line in lines:
+                log.warning(line)
+            states = dvc.read_stages(self.root)
+        return states
+
+    def _record_sources(self) -> None:
+        """Record edited sources in their .dvc files, as `dvc repro` does.
+
+        Raises:
+            InputError: a source is missing.
+        """
+        for file, problem in dvc.changed_sources(self.root).items():
+            what, _, hint = problem.partition("; ")
+            if what.endswith(" is missing"):
+                raise InputError(what, hint)
+            with redirect_stdout(sys.stderr):
+                dvc.reproduce(self.root, file, False, {}, on_wait=lambda holder: log.info(f"waiting: {holder}"))
+            log.info(f"{file}: recorded the edited source")
+
+    def _start_ready(self) -> None:
+        """Start stages until `jobs` run, in flow order; those that are up to date end at once."""
+        for address in self._queued:
+            if self._stopped or len(self.running) >= self.jobs:
+                return
+            if not all(above in self.outcomes for above in self.above[address]):
+                continue
+            state = self.states[address]
+            if not self.force and not state.changed:
+                self.outcomes[address] = Outcome(UP_TO_DATE)
+            elif writer := dvc.writer_of(self.root, [self.states[above].out for above in dvc.ancestors(self.states, address)]):
+                if address not in self.waiting:
+                    log.info(f"{address} is waiting: {writer} is writing its inputs")
+                    self.waiting.add(address)
+            else:
+                self._start(address)
+
+    def _start(self, address: str) -> None:
+        receive_log, send_log = self.context.Pipe(duplex=False)
+        receive, send = self.context.Pipe(duplex=False)
+        process = self.context.Process(
+            target=reproduce_one, args=(self.root, address, self.force, os.getpid(), time.time(), send_log, send)
+        )
+        began = locks.last_held(self.root, address)
+        process.start()
+        send_log.close()
+        send.close()
+        prefix = f"{address} | " if self.jobs > 1 else ""
+        reader = threading.Thread(target=_pass_on, args=(receive_log, prefix), daemon=True)
+        reader.start()
+        self.running[address] = Running(process, receive, reader, time.monotonic(), began)
+        log.info(f"{address}: started ({', '.join(self.states[address].changed) or 'forced'}). {self._progress()}")
+
+    def _progress(self) -> str:
+        now = time.monotonic()
+        elapsed = {address: now - one.began for address, one in self.running.items()}
+        queued = self._queued
+        text = f"{len(self.running)} running, {len(queued)} queued"
+        known = [address for address in [*elapsed, *queued] if address in self.seconds]
+        if not known:
+            return text
+        left = remaining(self.above, elapsed, queued, self.seconds, self.jobs)
+        at_least = "at least" if len(known) < len(elapsed) + len(queued) else "about"
+        return f"{text}, {at_least} {_minutes(left)} left"
+
+    def _wait(self) -> None:
+        """Wait until a stage ends, and record its outcome."""
+        since = time.monotonic()
+        ended: list[str] = []
+        while not ended:
+            if not self.running:  # every ready stage is waiting for another process
+                time.sleep(0.5)
+                break
+            wait_for_any([one.process.sentinel for one in self.running.values()], timeout=0.5 if self.waiting else PROGRESS_INTERVAL)
+            ended = [address for address, one in self.running.items() if not one.process.is_alive()]
+            if not ended and self.waiting:
+                break
+            if not ended and time.monotonic() - since >= PROGRESS_INTERVAL:
+                times = ", ".join(f"{address} {_minutes(time.monotonic() - one.began)}" for address, one in self.running.items())
+                log.info(f"running: {times}. {self._progress()}")
+                since = time.monotonic()
+        for address in ended:
+            self._end(address)
+        if ended or self.waiting:
+            now = self._read()
+            self.states = {address: now.get(address, state) for address, state in self.states.items()}
+        self.waiting -= {*ended}
+
+    def _end(self, address: str) -> None:
+        one = self.running.pop(address)
+        seconds = round(time.monotonic() - one.began, 1)
+        one.process.join()
+        one.reader.join(5)
+        answer: dict[str, Any] = {}
+        with suppress(EOFError, OSError):
+            answer = one.result.recv() if one.result.poll() else {}
+        one.result.close()
+        outcome = answer.get("outcome") or (INTERRUPTED if self.interrupted else FAILED)
+        if outcome == RESTORED and locks.last_held(self.root, address) != one.command_began:
+            outcome = RUN
+        error = answer.get("error", "") or ("its process ended without a result" if outcome == FAILED else "")
+        self.outcomes[address] = Outcome(outcome, self.states[address].changed or ["forced"], seconds, error)
+        if outcome == RUN:
+            write_json(self.root / SECONDS / f"{address}.json", {"seconds": seconds})
+        if outcome == FAILED:
+            log.error(f"{address}: {error}")
+        text = f"{address}: {outcome} after {_minutes(seconds)}"
+        if outcome == FAILED and (self.running or self._queued):
+            text += "; no other stage is started" + (", those that are running end first" if self.running else "")
+        log.info(text)
+
+    def _interrupt(self) -> None:
+        """End the running stages: interrupt each, and kill it if it has not ended after the time that its command has for that."""
+        self.interrupted = True
+        log.info(f"interrupted: ending {', '.join(self.running) or 'nothing'}; finished stages are kept")
+        with suppress(KeyboardInterrupt):  # a second one kills
+            for one in self.running.values():
+                with suppress(ProcessLookupError):
+                    os.kill(one.process.pid, signal.SIGINT)
+            until = time.monotonic() + processes.CLEAN_UP + 1
+            while any(one.process.is_alive() for one in self.running.values()) and time.monotonic() < until:
+                time.sleep(0.1)
+        for one in self.running.values():
+            one.process.kill()  # its command ends with it
+        for address in list(self.running):
+            self._end(address)
+
+
+def reproduce_one(root: Path, address: str, force: bool, parent: int, since: float, output: Connection, result: Connection) -> None:
+    """The process of one stage: reproduce it by DVC, and send the outcome.
+
+    Args:
+        parent: process that ends this one when it ends.
+        since: time at which the parent was running.
+        output: gets everything that DVC and the stage's command print.
+    """
+    os.setsid()  # Ctrl-C goes to the parent alone, which interrupts each stage once
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+    output.close()
+    processes.end_with(parent, since)
+    try:
+        result.send({"outcome": _reproduce(root, address, force)})
+    except PedigreeError as error:
+        result.send({"outcome": FAILED, "error": str(error)})
+    except KeyboardInterrupt:
+        result.send({"outcome": INTERRUPTED})
+
+
+def _reproduce(root: Path, address: str, force: bool) -> str:
+    done = False
+    for _ in range(2):  # an output restored from a tampered object is set aside, then the stage runs
+        done |= dvc.reproduce(
+            root, address, force, {"PYTHONUNBUFFERED": "1"}, on_wait=lambda holder: print(f"{address} is waiting: {holder}", flush=True)
+        )
+        state = dvc.read_stages(root)[address]
+        if not integrity.set_tampered_aside(root, [state]):
+            break
+    return RESTORED if done else UP_TO_DATE
+
+
+def _pass_on(output: Connection, prefix: str) -> None:
+    with os.fdopen(os.dup(output.fileno()), encoding="utf-8", errors="replace") as lines:
+        output.close()
+        for line in lines:
+            if text := line.rstrip():
+                log.info(f"{prefix}{text}")
+
+
+def last_seconds(root: Path, address: str) -> float | None:
+    """How long the stage took the last time: as a whole, or its training; None if unknown."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return float(json.loads((root / SECONDS / f"{address}.json").read_bytes())["seconds"])
+    value = measured(root, address).get("training_seconds")
+    return float(value) if value else None
+
+
+def _minutes(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def run_all(root: Path, jobs: int, force: bool, validate: Callable[[Path], Any]) -> dict[str, Any]:
+    """Bring all stages up to date by DVC, up to `jobs` independent ones at once. After a failure no other is started, but running ones end.
+
+    Args:
+        validate: refuses bad parameters before anything runs.
+    Returns:
+        Document with the outcome of every stage.
+    """
+    began = time.monotonic()
+    validate(root)
+    whole = RunAll(root, jobs, force)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))  # ends the stages as Ctrl-C does
+    try:
+        outcomes = whole.run()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return {
+        "passed": all(one.outcome in {RUN, RESTORED, UP_TO_DATE} for one in outcomes.values()),
+        "interrupted": whole.interrupted,
+        "jobs": jobs,
+        "seconds": round(time.monotonic() - began, 1),
+        "stages": {address: one.document() for address, one in outcomes.items()},
+    }

@@ -1,0 +1,77 @@
+"""A real S3 server (moto's) on loopback, with one bucket. Objects are in its memory and end with it."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from builders.servers import base_environment, free_port, running
+
+BUCKET = "pedigree"
+
+
+@dataclass(frozen=True)
+class S3Server:
+    endpoint: str
+    """http://127.0.0.1:PORT"""
+    url: str
+    """s3://BUCKET/dvc"""
+    key: str
+    """Access key id. Like the secret, it may appear in no file of a project."""
+    secret: str
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a process needs to use the server. It accepts any credentials: tests look for these in files, logs and objects."""
+        return {"AWS_ACCESS_KEY_ID": self.key, "AWS_SECRET_ACCESS_KEY": self.secret, "AWS_DEFAULT_REGION": "us-east-1"}
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Names of the objects in the bucket."""
+        pages = self._client().get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
+        return [item["Key"] for page in pages for item in page.get("Contents", [])]
+
+    def read(self, key: str) -> bytes:
+        return bytes(self._client().get_object(Bucket=BUCKET, Key=key)["Body"].read())
+
+    def write(self, key: str, content: bytes) -> None:
+        self._client().put_object(Bucket=BUCKET, Key=key, Body=content)
+
+    def make_bucket(self) -> None:
+        self._client().create_bucket(Bucket=BUCKET)
+
+    def _client(self) -> Any:
+        import boto3
+
+        return boto3.client(
+            "s3", endpoint_url=self.endpoint, aws_access_key_id=self.key, aws_secret_access_key=self.secret, region_name="us-east-1"
+        )
+
+
+@contextmanager
+def s3_server(folder: Path) -> Iterator[S3Server]:
+    """Start the server and make the bucket.
+
+    Args:
+        folder: an existing folder for the server's log.
+    """
+    port = free_port()
+    server = S3Server(f"http://127.0.0.1:{port}", f"s3://{BUCKET}/dvc", f"AKIA{secrets.token_hex(8).upper()}", secrets.token_urlsafe(30))
+
+    def answers() -> bool:
+        try:
+            with urllib.request.urlopen(f"{server.endpoint}/moto-api/", timeout=5):
+                return True
+        except (urllib.error.URLError, OSError):
+            return False
+
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with running(command, folder / "s3.log", answers, environment=base_environment()):
+        server.make_bucket()
+        yield server

@@ -1,0 +1,78 @@
+"""Servers that tests start: each on a free port of loopback, in a process that ends with the test process."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pwd
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
+
+
+def free_port() -> int:
+    """A port on loopback that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def as_user(user: str) -> dict[str, object]:
+    """Arguments of Popen to run as another user; none for an empty name."""
+    return {"user": user, "group": pwd.getpwnam(user).pw_gid, "extra_groups": []} if user else {}
+
+
+@contextmanager
+def running(
+    command: list[str],
+    log: Path,
+    answers: Callable[[], bool],
+    stop: signal.Signals = signal.SIGTERM,
+    user: str = "",
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a server, wait until it answers, and end it afterwards.
+
+    Args:
+        log: file of its output, which is shown if it does not start.
+        answers: whether it is ready.
+        stop: the signal that ends it, also if the test process is killed.
+    """
+
+    def end_with_tests() -> None:
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, stop)
+
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment, preexec_fn=end_with_tests,
+            **as_user(user),
+        )  # fmt: skip
+    try:
+        for _ in range(1200):
+            assert process.poll() is None, f"{command[0]} ended: {log.read_text()}"
+            if answers():
+                break
+            time.sleep(0.1)
+        else:
+            raise AssertionError(f"{command[0]} does not answer: {log.read_text()}")
+        yield process
+    finally:
+        process.send_signal(stop)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def base_environment() -> dict[str, str]:
+    """PATH and a neutral locale, without credentials of the test process."""
+    return {"PATH": os.environ["PATH"], "LC_ALL": "C"}

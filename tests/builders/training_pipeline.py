@@ -1,0 +1,96 @@
+"""A pipeline of one real stage, `adapter@x`: a small LoRA training (tests/builders/training.py) from sources under DVC.
+
+As a script in a project's folder it is that project's command line: `python training_pipeline.py run adapter@x`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from dagster_project.core import params
+from dagster_project.core.context import StageContext
+from dagster_project.core.errors import PedigreeError
+from dagster_project.core.records import Report
+from dagster_project.pipeline import Pipeline
+
+
+def adapter(ctx: StageContext) -> Report:
+    from dagster_project.core.params import Compute
+    from dagster_project.stages import adapter as stage
+
+    slow = ctx.root / "slow.json"
+    if slow.is_file():
+        _slow_down(json.loads(slow.read_text()))
+    values = stage.Params(**ctx.values["variants"][ctx.variant])
+    return stage.produce(
+        str(ctx.variant), values, Compute(threads=1, dtype="float32"), ctx.root / "data/tokenized", ctx.root / "data/base_model", ctx.out,
+        ctx.plot("loss"), ctx.checkpoints, live=ctx.live,
+    )  # fmt: skip
+
+
+def _slow_down(seconds: float) -> None:
+    """Make each forward pass take that much longer."""
+    from transformers import Trainer
+
+    whole = Trainer.training_step
+
+    def step(*arguments: Any, **named: Any) -> Any:
+        time.sleep(seconds)
+        return whole(*arguments, **named)
+
+    Trainer.training_step = step
+
+
+PIPELINE = Pipeline({"adapter": adapter}, {"adapter": "variants"}, lambda stage: {}, params.read)
+
+
+def make_project(root: Path, model: Path, values: dict[str, Any]) -> Path:
+    """A project of this pipeline in which nothing has run, with packed examples and a model under DVC."""
+    from builders.small_pipeline import git
+    from builders.training import make_data
+
+    (root / "data").mkdir(parents=True)
+    make_data(root / "data")
+    shutil.copytree(model, root / "data/base_model")
+    (root / "training_pipeline.py").write_text(Path(__file__).read_text())
+    (root / "params.yaml").write_text(json.dumps({"variants": {"x": values}}))
+    body = {
+        "cmd": "python training_pipeline.py run adapter@${key}",
+        "deps": ["data/tokenized", "data/base_model"],
+        "params": ["variants.${key}"],
+        "outs": ["data/adapter/${key}"],
+        "plots": ["data/plots/loss/${key}.csv"],
+        "metrics": [{"data/reports/adapter/${key}.json": {"cache": False}}],
+    }
+    (root / "dvc.yaml").write_text(json.dumps({"stages": {"adapter": {"foreach": "${variants}", "do": body}}}))
+    (root / ".gitignore").write_text("__pycache__\n/data/live\n/data/pages\n/data/adapter\n/data/plots\n")
+    git(root, "init", "-q")
+    for command in (["init", "-q"], ["config", "core.analytics", "false"], ["add", "-q", "data/tokenized", "data/base_model"]):
+        subprocess.run([sys.executable, "-m", "dvc", *command], cwd=root, check=True, capture_output=True)
+    git(root, "add", "-A")
+    git(root, "commit", "-qm", "start")
+    return root
+
+
+def main() -> int:
+    from dagster_project.orchestration.run_stage import run_stage
+
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("pedigree").setLevel(logging.INFO)
+    try:
+        run_stage(Path.cwd(), sys.argv[2], PIPELINE)
+    except PedigreeError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

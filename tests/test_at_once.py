@@ -1,0 +1,168 @@
+"""Several stages at once: independent variants run in processes of their own, and kills, interrupts and syncs meanwhile lose nothing. On the small pipeline."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import dagster as dg
+import psutil
+import pytest
+from builders import small_pipeline
+from builders.small_pipeline import PIPELINE, start_until_both_adapters_run
+from conftest import dvc, shown_checks
+
+from dagster_project.orchestration.dagster.assets import build_definitions
+from dagster_project.orchestration.dagster.concurrency import can_run_at_once, default_limits, pool_of, set_default_limits
+from dagster_project.orchestration.dagster.dead_runs import ALIVE, in_progress, reap
+from dagster_project.orchestration.dagster.metadata import asset_key
+from dagster_project.orchestration.dagster.sync import sync
+from dagster_project.orchestration.dvc import read_stages
+from dagster_project.pipeline import PEDIGREE
+
+BOTH = {"adapter@lora", "adapter@dora"}
+AT_ONCE = ("small_pipeline.py", "materialize-at-once", *sorted(BOTH), "cmp")
+
+
+@pytest.fixture
+def root(_made: Path, tmp_path: Path) -> Path:
+    """A small pipeline in which everything has run and is committed."""
+    shutil.copytree(_made, tmp_path / "project", symlinks=True)
+    return tmp_path / "project"
+
+
+@pytest.fixture
+def instance(root: Path) -> Iterator[dg.DagsterInstance]:
+    (root / ".dagster").mkdir()
+    (root / ".dagster" / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
+    with dg.DagsterInstance.from_config(str(root / ".dagster")) as found:
+        sync(root, found, PIPELINE)
+        yield found
+
+
+def agree(root: Path, instance: dg.DagsterInstance) -> set[str]:
+    """The stages that both front ends call changed, after one sync."""
+    sync(root, instance, PIPELINE)
+    changed = small_pipeline.changed_in_dvc(root)
+    assert small_pipeline.not_fresh(root, instance) == changed
+    assert sync(root, instance, PIPELINE) == []
+    return changed
+
+
+def gone(pids: set[int], seconds: float) -> bool:
+    """Whether all of these processes end within this time."""
+    until = time.monotonic() + seconds
+    while any(psutil.pid_exists(pid) for pid in pids):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def offspring(pid: int) -> set[int]:
+    return {child.pid for child in psutil.Process(pid).children(recursive=True)}
+
+
+def active_slots(instance: dg.DagsterInstance) -> int:
+    return sum(instance.event_log_storage.get_concurrency_info(pool).active_slot_count for pool in default_limits())
+
+
+def test_two_variants_run_at_once_and_each_is_reported_once_with_its_checks(root: Path, instance: dg.DagsterInstance) -> None:
+    process, pids = start_until_both_adapters_run(root, *AT_ONCE, SLOW_SECONDS="4")
+    assert all(map(psutil.pid_exists, pids.values())), "both commands run at this moment"
+    assert in_progress(instance) == {asset_key(a) for a in [*BOTH, "cmp"]}
+    assert reap(instance) == [], "the processes of its steps are not taken for that of the run"
+    meanwhile = sync(root, instance, PIPELINE)
+    assert not [line for line in meanwhile if line.startswith(("adapter@", "cmp "))]
+    assert process.wait(120) == 0, (root / "errors.txt").read_text()
+    assert agree(root, instance) == set()
+    for address in [*BOTH, "cmp"]:
+        records = instance.fetch_materializations(asset_key(address), limit=100).records
+        versions = [(record.asset_materialization.tags or {})["dagster/data_version"] for record in records]
+        assert len(versions) == len(set(versions)) == 2 and versions[0] == read_stages(root)[address].version, address
+    assert {status for checks in shown_checks(root, instance).values() for status in checks.values()} == {"SUCCEEDED"}
+    assert active_slots(instance) == 0
+
+
+def test_terminating_a_run_ends_its_steps_and_commands_within_ten_seconds_and_frees_every_lock(
+    root: Path, instance: dg.DagsterInstance
+) -> None:
+    before = {path: path.read_bytes() for path in (root / "data/adapter").rglob("*.txt")}
+    process, pids = start_until_both_adapters_run(root, *AT_ONCE)
+    everything = offspring(process.pid) | set(pids.values())
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)  # what Dagster sends to a run that is terminated
+    assert process.wait(30) != 0
+    assert gone(everything, max(0.0, 20 - (time.monotonic() - began))), "a process of the run lives on"
+    assert {path: path.read_bytes() for path in (root / "data/adapter").rglob("*.txt")} == before
+    assert not instance.get_runs(dg.RunsFilter(statuses=ALIVE)) and active_slots(instance) == 0
+    assert not json.loads((root / ".dvc/tmp/rwlock").read_text() or "{}").get("write")
+    assert agree(root, instance) == BOTH
+    assert dvc(root, "repro").returncode == 0, "no lock is left"
+    assert agree(root, instance) == set()
+
+
+def test_a_killed_run_takes_its_steps_along_and_the_next_run_is_not_kept_waiting_by_its_slots(
+    root: Path, instance: dg.DagsterInstance
+) -> None:
+    process, pids = start_until_both_adapters_run(root, *AT_ONCE)
+    everything = offspring(process.pid) | set(pids.values())
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(30)
+    assert gone(everything, 20), "an orphan would record results of a dead run"
+    assert active_slots(instance) == 2
+    assert small_pipeline.run_in(root, *AT_ONCE) == 0
+    assert active_slots(instance) == 0 and not instance.get_runs(dg.RunsFilter(statuses=ALIVE))
+    assert agree(root, instance) == set()
+
+
+def test_a_killed_step_fails_its_run_and_the_other_variant_is_recorded(root: Path, instance: dg.DagsterInstance) -> None:
+    process, pids = start_until_both_adapters_run(root, *AT_ONCE, SLOW_SECONDS="6")
+    command = psutil.Process(pids["adapter@lora"])
+    step = next(parent for parent in command.parents() if "multiprocessing" in " ".join(parent.cmdline()))
+    step.kill()
+    assert process.wait(120) != 0
+    assert gone({*pids.values()}, 10)
+    assert agree(root, instance) == {"adapter@lora", "cmp"}, "cmp reads both"
+    assert active_slots(instance) == 0
+    assert small_pipeline.run_in(root, *AT_ONCE) == 0
+    assert agree(root, instance) == set()
+
+
+def test_a_run_without_two_stages_that_could_run_at_once_uses_one_process(root: Path, instance: dg.DagsterInstance) -> None:
+    (root / "code/cmp.py").write_text("V = 3\n")
+    assert small_pipeline.run_in(root, *AT_ONCE) == 0
+    [run] = [found for found in instance.get_runs() if found.job_name == "pipeline"]
+    assert not [entry for entry in instance.all_logs(run.run_id) if "subprocess" in entry.message]
+    assert agree(root, instance) == set()
+
+
+def test_only_changed_stages_and_their_readers_count_as_work(root: Path) -> None:
+    states = read_stages(root)
+    assert not can_run_at_once(states, set(states), forced=False), "everything is up to date"
+    assert can_run_at_once(states, set(states), forced=True)
+    assert not can_run_at_once(states, {"raw", "inst", "tok", "cmp"}, forced=True), "a chain"
+    (root / "code/tok.py").write_text("V = 1\n")
+    states = read_stages(root)
+    assert can_run_at_once(states, {"tok", *BOTH}, forced=False)
+    assert not can_run_at_once(states, {"tok", "adapter@lora", "cmp"}, forced=False)
+    assert not can_run_at_once(states, BOTH, forced=False), "neither is changed yet, and what would change them is not planned"
+
+
+def test_trainings_run_one_at_a_time_unless_the_user_raises_the_limit(root: Path, instance: dg.DagsterInstance) -> None:
+    trains = replace(PIPELINE, floating_point=frozenset({"adapter"}))
+    graph = build_definitions(root, trains).resolve_asset_graph()
+    pools = {"@".join(key.path): graph.get(key).pools for key in graph.materializable_asset_keys}
+    assert pools == {address: {"gpu" if address in BOTH else "cpu"} for address in read_stages(root)}
+    assert {stage for stage in PEDIGREE.stages if pool_of(stage, PEDIGREE) == "gpu"} == {
+        "adapter", "merged", "reward_model", "aligned", "merged_aligned", "baselines", "evaluation", "evaluation_aligned",
+    }  # fmt: skip
+    assert set_default_limits(instance) == {"gpu": 1, "cpu": os.cpu_count()}
+    instance.event_log_storage.set_concurrency_slots("gpu", 8)
+    assert set_default_limits(instance)["gpu"] == 8

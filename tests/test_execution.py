@@ -1,0 +1,293 @@
+"""Section `execution`: it is part of no stage's identity, and bad values are refused before anything runs. Files and objects that a worker gets."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import small_pipeline
+from builders.small_pipeline import PIPELINE, git
+from builders.training import run_in_child
+from conftest import dvc
+
+from dagster_project import execution
+from dagster_project.core.errors import InputError, PedigreeError
+from dagster_project.execution import Placement, placement
+from dagster_project.orchestration.dvc import inputs_by_hash
+from dagster_project.orchestration.executors import messages, worker
+from dagster_project.orchestration.executors.package import project_package
+from dagster_project.orchestration.executors.ray import connect
+from dagster_project.orchestration.remote_store import Damaged, open_store
+from dagster_project.orchestration.run_stage import run_stage
+from dagster_project.training.trainers.harness import checkpoint
+
+VALUES = {"minlen": 1, "testseed": 7, "variants": {"lora": {"r": 8}, "dora": {"r": 16}}}
+STAGES = {"adapter": {"on": "ray", "gpus": 1}, "adapter@lora": {"on": "ray", "gpus": 4, "memory": 80, "resources": {"spot": 1}}}
+
+
+def placed(address: str, stages: Any = STAGES, **environment: str) -> Placement:
+    values = {**VALUES, "execution": {"stages": stages}}
+    return placement(values, address, PIPELINE.stages, PIPELINE.variants_of, environment)[1]
+
+
+def test_a_variant_precedes_its_stage_and_everything_else_runs_here() -> None:
+    assert placed("adapter@lora") == Placement(on="ray", gpus=4, memory=80, resources={"spot": 1})
+    assert placed("adapter@dora") == Placement(on="ray", gpus=1)
+    assert placed("tok").on == "local"
+
+
+def test_the_environment_overrides_the_section() -> None:
+    assert placed("adapter@lora", PEDIGREE_EXECUTION="local").on == "local"
+    assert placed("adapter@lora", PEDIGREE_EXECUTION="ray").gpus == 4  # with the resources of its entry
+    assert placed("tok", PEDIGREE_EXECUTION="ray") == Placement(on="ray")
+    assert placed("tok", PEDIGREE_EXECUTION='{"stages": {"tok": {"on": "ray", "cpus": 3}}}') == Placement(on="ray", cpus=3)
+
+
+@pytest.mark.parametrize(
+    ("stages", "variable", "message"),
+    [
+        ({"tok": {"on": "mars"}}, "", r"execution.stages.tok.on: .*'local' or 'ray'"),
+        ({"tok": {"cpus": -1}}, "", "execution.stages.tok.cpus: .*greater than or equal to 0"),
+        ({"tok": {"gpu": 1}}, "", "execution.stages.tok.gpu: unknown key"),
+        ({"tik": {}}, "", "execution.stages.tik: no such stage"),
+        ({"adapter@x": {}}, "", "execution.stages.adapter@x: no such variant"),
+        ({"tok@x": {}}, "", "execution.stages.tok@x: no such variant\nhint: write tok"),
+        ({}, "mars", "PEDIGREE_EXECUTION=mars: must be local, ray, or a section"),
+        ({}, "{", "PEDIGREE_EXECUTION is not valid JSON"),
+        ({}, '{"stages": {"tok": {"on": 1}}}', "PEDIGREE_EXECUTION: execution.stages.tok.on"),
+    ],
+)
+def test_a_bad_value_is_refused_in_one_message(stages: Any, variable: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        placed("tok", stages, **({execution.VARIABLE: variable} if variable else {}))
+
+
+@pytest.fixture
+def root(tmp_path: Path, _made: Path) -> Path:
+    import shutil
+
+    return Path(shutil.copytree(_made, tmp_path / "project", symlinks=True))
+
+
+def test_a_change_of_the_section_makes_nothing_stale(root: Path) -> None:
+    assert small_pipeline.changed_in_dvc(root) == set()
+    (root / "params.yaml").write_text(json.dumps({**VALUES, "execution": {"address": "local", "stages": STAGES}}))
+    assert small_pipeline.changed_in_dvc(root) == set()
+    (root / "params.yaml").write_text(json.dumps({**VALUES, "minlen": 2}))
+    assert small_pipeline.changed_in_dvc(root) == {"inst"}  # the check can fail
+
+
+def test_a_bad_section_ends_a_run_with_exit_code_2_and_keeps_the_outputs(root: Path) -> None:
+    before = small_pipeline.published(root, "tok")
+    (root / "params.yaml").write_text(json.dumps({**VALUES, "execution": {"stages": {"tok": {"on": "mars"}}}}))
+    done = dvc(root, "repro", "-f", "-s", "tok")
+    assert done.returncode != 0 and "execution.stages.tok.on" in done.stderr
+    assert small_pipeline.published(root, "tok") == before
+    command = [sys.executable, "small_pipeline.py", "run", "tok"]
+    assert subprocess.run(command, cwd=root, capture_output=True, check=False).returncode == 2
+    assert small_pipeline.published(root, "tok") == before
+
+
+# --- what is refused before anything is submitted
+
+
+@pytest.mark.parametrize("address", ["http://ray.example.org:8265", "http://192.0.2.7:8265"])
+def test_without_a_token_only_a_loopback_address_is_accepted(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    for name in ("RAY_AUTH_MODE", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(InputError, match="is not this machine, and token authentication is off"):
+        connect(address)
+    with pytest.raises(PedigreeError, match=r"no Ray cluster answers at http://127\.0\.0\.1:9: "):
+        connect("http://127.0.0.1:9")
+
+
+def test_an_address_with_credentials_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    with pytest.raises(InputError, match="contains credentials") as error:
+        connect("http://me:hush@127.0.0.1:8265")
+    assert "hush" not in str(error.value)
+
+
+def test_a_project_without_a_remote_is_refused_with_the_command(root: Path) -> None:
+    with pytest.raises(InputError, match="dvc remote add -d storage s3://"), open_store(root):
+        pass
+
+
+def test_a_remote_whose_url_has_a_password_is_refused_without_showing_it(root: Path) -> None:
+    assert dvc(root, "remote", "add", "-q", "-d", "storage", "ssh://me:hush@host.example.org/data").returncode == 0
+    with pytest.raises(InputError, match="URL of DVC's remote contains a password") as error, open_store(root):
+        pass
+    assert "hush" not in str(error.value)
+
+
+# --- the files that a worker gets
+
+
+def test_a_worker_gets_the_commit_and_every_uncommitted_change_and_no_configuration_of_dvc(root: Path) -> None:
+    (root / "code/tok.py").write_text("V = 5\n")
+    (root / "code/new.py").write_text("V = 6\n")
+    (root / "code/cmp.py").unlink()
+    with project_package(root) as folder:
+        names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        assert (folder / "code/tok.py").read_text() == "V = 5\n"
+    assert {"code/new.py", "dvc.yaml", "dvc.lock", "params.yaml", "data/sources/d.txt.dvc", "data/reports/tok.json"} <= names
+    assert not {"code/cmp.py", "data/sources/d.txt", "data/tok/train.txt"} & names
+    assert not [name for name in names if name.startswith((".dvc/", ".git/"))]
+
+
+def test_sources_in_git_that_are_too_large_are_refused_with_the_command(root: Path) -> None:
+    (root / "data/sources/big.txt").write_text("x" * 200_000)
+    git(root, "add", "-A")
+    with (
+        pytest.raises(InputError, match=r"data/sources/big.txt \(0.2 MB\)(.|\n)*dvc add data/sources/big.txt"),
+        project_package(root, limit=100_000),
+    ):
+        pass
+
+
+# --- objects by hash
+
+
+@pytest.fixture
+def stored(root: Path, tmp_path: Path) -> Path:
+    """A project whose remote, a directory, has the inputs of `tok`."""
+    assert dvc(root, "remote", "add", "-q", "-d", "storage", str(tmp_path / "remote")).returncode == 0
+    with open_store(root) as store:
+        assert store.push(inputs_by_hash(root, "tok").values()) > 0
+    return root
+
+
+def objects(folder: Path) -> dict[str, Path]:
+    return {"".join(path.parts[-2:]): path for path in folder.rglob("*") if path.is_file()}
+
+
+def test_objects_arrive_in_a_cache_that_has_none_of_them(stored: Path, tmp_path: Path) -> None:
+    cache = objects(stored / ".dvc/cache/files/md5")
+    content = {oid: path.read_bytes() for oid, path in cache.items()}
+    inputs = inputs_by_hash(stored, "tok")
+    carried = objects(tmp_path / "remote/files/md5")
+    assert set(inputs.values()) < set(carried)  # listings, and what they list
+    for oid in carried:
+        cache[oid].unlink()
+    with open_store(stored) as store:
+        assert store.pull(inputs.values()) == sum(len(content[oid]) for oid in carried)
+        assert store.pull(inputs.values()) == 0  # now they are here
+    assert {oid: path.read_bytes() for oid, path in objects(stored / ".dvc/cache/files/md5").items()} == content
+
+
+@pytest.mark.parametrize("harm", ["changed", "removed"])
+def test_an_object_that_is_not_what_its_name_says_is_named_and_never_enters_the_cache(stored: Path, tmp_path: Path, harm: str) -> None:
+    inputs = inputs_by_hash(stored, "tok")
+    oid, path = next((oid, path) for oid, path in objects(tmp_path / "remote/files/md5").items() if not oid.endswith(".dir"))
+    cached = objects(stored / ".dvc/cache/files/md5")[oid]
+    content = cached.read_bytes()
+    cached.unlink()
+    path.chmod(0o644)
+    path.write_text("something else") if harm == "changed" else path.unlink()
+    with open_store(stored) as store:
+        with pytest.raises(Damaged) as error:
+            store.pull(inputs.values())
+        assert error.value.objects == [oid] and not cached.exists()
+        store.discard([oid])
+        cached.write_bytes(content)
+        assert store.push(inputs.values()) == len(content)  # only this one is sent
+    assert path.read_bytes() == content
+
+
+def test_a_damaged_object_of_the_own_cache_is_replaced(stored: Path, tmp_path: Path) -> None:
+    oid = next(oid for oid in objects(tmp_path / "remote/files/md5") if not oid.endswith(".dir"))
+    cached = objects(stored / ".dvc/cache/files/md5")[oid]
+    content = cached.read_bytes()
+    cached.chmod(0o644)
+    cached.write_text("damaged on this disk")
+    with open_store(stored) as store:
+        store.pull(inputs_by_hash(stored, "tok").values())
+    assert cached.read_bytes() == content
+
+
+def test_a_remote_that_is_full_is_one_message(stored: Path, tmp_path: Path) -> None:
+    """The limit on the size of files makes the system's write fail, as a full disk does."""
+    import shutil
+
+    shutil.rmtree(tmp_path / "remote")
+
+    inputs = inputs_by_hash(stored, "tok").values()
+
+    def push_to_a_full_disk() -> None:
+        with open_store(stored) as store:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4, 4))
+            try:
+                store.push(inputs)
+            except PedigreeError as error:  # not even a log can be written
+                os._exit(7 if "cannot be written: OSError" in str(error) else 8)
+
+    assert run_in_child(push_to_a_full_disk, tmp_path / "log") == 7
+
+
+# --- messages
+
+
+def test_messages_survive_a_log_in_which_others_write_too(capsys: pytest.CaptureFixture[str]) -> None:
+    messages.send("log", '@pedigree ["error", {}] ünd\nmore')
+    messages.send("live", {"name": "loss.csv", "at": 0, "text": "step\n1\n"})
+    found = list(messages.received(f"Running entrypoint for job x\n{capsys.readouterr().out}"))
+    assert found == [
+        ("raw", "Running entrypoint for job x"),
+        ("log", '@pedigree ["error", {}] ünd\nmore'),
+        ("live", {"name": "loss.csv", "at": 0, "text": "step\n1\n"}),
+    ]
+
+
+def test_differing_versions_are_named_and_builds_of_one_version_are_not() -> None:
+    here = messages.versions()
+    assert messages.different(here, here) == []
+    assert messages.different(here, {**here, "numpy": "9.9", "Python": "3.99"}) == [
+        f"Python 3.99 instead of {here['Python']}", f"numpy 9.9 instead of {here['numpy']}"
+    ]  # fmt: skip
+    assert "+" not in here["torch"]
+
+
+def test_the_worker_knows_where_checkpoints_are_and_when_they_are_whole(tmp_path: Path) -> None:
+    from dagster_project.core.context import StageContext
+
+    assert checkpoint.MARKER == worker.MARKER
+    for address in ("adapter@lora", "reward_model"):
+        stage, _, variant = address.partition("@")
+        ctx = StageContext(tmp_path, stage, variant or None, tmp_path, {})
+        assert worker.Work({"address": address}, tmp_path, None).checkpoints == ctx.checkpoints  # type: ignore[arg-type]
+
+
+def test_a_worker_removes_scratch_folders_of_dead_workers_and_keeps_those_of_live_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(worker.NODE_CACHE, str(tmp_path / "node"))
+    script = "import sys, time; from dagster_project.orchestration.executors.worker import scratch_folder\nwith scratch_folder() as (folder, cache): print(folder, flush=True); time.sleep(600)"
+    live, dead = (subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(2))
+    try:
+        assert live.stdout and dead.stdout
+        kept, left = Path(live.stdout.readline().strip()), Path(dead.stdout.readline().strip())
+        dead.kill()
+        dead.wait()
+        assert left.is_dir()
+        with worker.scratch_folder() as (own, _):
+            assert sorted(path.name for path in (tmp_path / "node").glob("work-*") if path.is_dir()) == sorted([own.name, kept.name])
+        assert not own.exists()
+    finally:
+        live.kill()
+        live.wait()
+
+
+def test_a_local_run_leaves_no_record_of_another_place(root: Path) -> None:
+    from dagster_project.core.layout import measured_path
+    from dagster_project.core.records import write_json
+
+    write_json(measured_path(root, "tok"), {"output_sha256": "0" * 64, "execution": {"on": "ray"}})
+    run_stage(root, "tok", PIPELINE)
+    assert not measured_path(root, "tok").exists()

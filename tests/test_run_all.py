@@ -1,0 +1,195 @@
+"""`pedigree run --all --jobs N`: the results and records of `dvc repro`, with independent stages at once. On the small pipeline."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from builders import small_pipeline
+from builders.small_pipeline import start_until_both_adapters_run
+from conftest import dvc
+from ruamel.yaml import YAML
+
+from dagster_project.__main__ import main
+from dagster_project.orchestration.dvc import read_stages
+from dagster_project.orchestration.run_all import parents, remaining
+
+BOTH = {"adapter@lora", "adapter@dora"}
+
+
+@pytest.fixture
+def root(_made: Path, tmp_path: Path) -> Path:
+    """A small pipeline in which everything has run and is committed."""
+    shutil.copytree(_made, tmp_path / "project", symlinks=True)
+    return tmp_path / "project"
+
+
+def run_all(root: Path, jobs: int = 2, *flags: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "small_pipeline.py", "run-all", str(jobs), *flags],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.stdout, done.stderr
+    return json.loads(done.stdout)
+
+
+def outcomes(document: dict[str, Any]) -> dict[str, str]:
+    return {address: stage["outcome"] for address, stage in document["stages"].items()}
+
+
+def lock(root: Path) -> Any:
+    return YAML(typ="safe").load((root / "dvc.lock").read_text())
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in (root / "data").rglob("*") if p.is_file() and "pages" not in p.parts}
+
+
+def gone(pids: set[int], seconds: float) -> bool:
+    until = time.monotonic() + seconds
+    while any(psutil.pid_exists(pid) for pid in pids):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def test_it_gives_the_files_and_records_of_dvc_repro_and_runs_nothing_else(root: Path, tmp_path: Path) -> None:
+    (root / "data/sources/g.txt").write_text("r5")
+    (root / "data/sources/d.txt").unlink()
+    (root / "data/sources/d.txt").write_text("d5")  # edited, not added: `dvc repro` records it
+    shutil.copytree(root, tmp_path / "other", symlinks=True)
+    assert dvc(tmp_path / "other", "repro").returncode == 0
+    document = run_all(root)
+    assert set(outcomes(document).values()) == {"run"} and document["passed"] and document["stages"]["raw"]["why"]
+    assert files(root) == files(tmp_path / "other") and lock(root) == lock(tmp_path / "other")
+    assert small_pipeline.changed_in_dvc(root) == set()
+    assert set(outcomes(run_all(root)).values()) == {"up to date"}
+    (root / "data/sources/g.txt").write_text("r0")
+    (root / "data/sources/d.txt").write_text("d0")
+    assert set(outcomes(run_all(root)).values()) == {"restored"}, "these inputs have run before"
+    ran = len(small_pipeline.commands_run(root))
+    before = (files(root), lock(root))
+    assert set(outcomes(run_all(root, 1, "--force")).values()) == {"run"}
+    assert len(small_pipeline.commands_run(root)) == ran + 6 and (files(root), lock(root)) == before
+
+
+def test_after_a_failure_nothing_is_started_and_what_runs_is_finished_and_recorded(root: Path) -> None:
+    values = json.loads((root / "params.yaml").read_text())
+    values["variants"] = {"dora": {"r": 0}, "lora": {"r": 4}}  # r 0: the command of this variant fails
+    (root / "params.yaml").write_text(json.dumps(values))
+    document = run_all(root)
+    assert not document["passed"]
+    assert outcomes(document) == {
+        "raw": "up to date", "inst": "up to date", "tok": "up to date", "adapter@dora": "failed", "adapter@lora": "run", "cmp": "not started",
+    }  # fmt: skip
+    assert "adapter@dora failed" in document["stages"]["adapter@dora"]["error"]
+    assert small_pipeline.changed_in_dvc(root) == {"adapter@dora", "cmp"}
+    (root / "data/sources/d.txt").unlink()
+    done = subprocess.run([sys.executable, "small_pipeline.py", "run-all", "2"], cwd=root, capture_output=True, text=True, check=False)
+    assert "data/sources/d.txt is missing" in done.stderr and not done.stdout
+
+
+def test_an_interrupt_ends_every_process_within_ten_seconds_and_loses_nothing(root: Path) -> None:
+    before = {path: content for path, content in files(root).items() if path.startswith("data/adapter")}
+    process, pids = start_until_both_adapters_run(root, "small_pipeline.py", "run-all", "2")
+    everything = {child.pid for child in psutil.Process(process.pid).children(recursive=True)} | set(pids.values())
+    process.send_signal(signal.SIGTERM)  # the same as Ctrl-C
+    output, _ = process.communicate(timeout=60)
+    assert gone(everything, 5)
+    assert outcomes(json.loads(output))["cmp"] == "not started"
+    assert {address for address, outcome in outcomes(json.loads(output)).items() if outcome == "interrupted"} == BOTH
+    assert {path: content for path, content in files(root).items() if path.startswith("data/adapter")} == before
+    assert dvc(root, "repro").returncode == 0, "no lock is left"
+
+
+@pytest.mark.parametrize("victim", ["whole", "one stage"])
+def test_after_a_kill_no_process_is_left_and_the_next_run_recovers(root: Path, victim: str) -> None:
+    process, pids = start_until_both_adapters_run(root, "small_pipeline.py", "run-all", "2", SLOW_SECONDS="5")
+    everything = {child.pid for child in psutil.Process(process.pid).children(recursive=True)} | set(pids.values())
+    if victim == "whole":
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait(30)
+        assert gone(everything, 20)
+        assert small_pipeline.changed_in_dvc(root) == {*BOTH, "cmp"}, "DVC had removed their outputs"
+    else:
+        command = psutil.Process(pids["adapter@lora"])
+        next(parent for parent in command.parents() if "multiprocessing" in " ".join(parent.cmdline())).kill()
+        output, _ = process.communicate(timeout=120)
+        assert gone(everything, 10)
+        found = outcomes(json.loads(output))
+        assert (found["adapter@lora"], found["adapter@dora"], found["cmp"]) == ("failed", "run", "not started")
+    assert run_all(root)["passed"]
+    assert small_pipeline.changed_in_dvc(root) == set()
+
+
+def test_two_at_once_share_the_work_and_run_nothing_twice(root: Path) -> None:
+    ran = len(small_pipeline.commands_run(root))
+    for name in small_pipeline.STAGES:
+        (root / "code" / f"{name}.py").write_text("V = 77\n")
+    both = [
+        subprocess.Popen([sys.executable, "small_pipeline.py", "run-all", "2"], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    errors = [process.communicate(timeout=300)[1].decode() for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    assert sorted(small_pipeline.commands_run(root)[ran:]) == sorted(read_stages(root))
+
+
+def test_the_time_left_follows_the_longest_chain_and_the_number_of_jobs() -> None:
+    above: dict[str, set[str]] = {"a": set(), "b": set(), "c": {"a", "b"}, "d": {"c"}}
+    seconds = {"a": 10.0, "b": 4.0, "c": 1.0, "d": 2.0}
+    assert remaining(above, {}, ["a", "b", "c", "d"], seconds, jobs=1) == 17
+    assert remaining(above, {}, ["a", "b", "c", "d"], seconds, jobs=2) == 13
+    assert remaining(above, {"a": 7.0, "b": 1.0}, ["c", "d"], seconds, jobs=2) == 6
+    assert remaining(above, {"a": 99.0}, ["c", "d"], seconds, jobs=2) == 3, "longer than the last time: it may end at any moment"
+    assert remaining(above, {"a": 2.0}, [], {}, jobs=1) == 0
+
+
+def test_a_stage_waits_for_those_whose_report_it_reads(root: Path) -> None:
+    assert parents(read_stages(root)) == {
+        "raw": set(), "inst": {"raw"}, "tok": {"inst"}, "adapter@lora": {"tok"}, "adapter@dora": {"tok"}, "cmp": {"tok", *BOTH},
+    }  # fmt: skip
+    text = json.loads((root / "dvc.yaml").read_text())
+    text["stages"]["tok"]["deps"].append("data/reports/raw.json")
+    (root / "dvc.yaml").write_text(json.dumps(text))
+    assert parents(read_stages(root))["tok"] == {"inst", "raw"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run"], "no STAGE given"),
+        (["run", "--all", "splits"], "exclude each other"),
+        (["run", "--jobs", "2", "splits"], "require --all"),
+        (["run", "--all", "--jobs", "0"], "not a whole number from 1"),
+    ],
+)
+def test_wrong_usage_is_refused_with_exit_code_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = main(arguments)
+    except SystemExit as exit:
+        code = exit.code  # type: ignore[assignment]
+    assert code == 2 and message in capsys.readouterr().err
+
+
+def test_bad_parameters_are_refused_before_anything_runs(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(text.replace('"splits"', '"split"'))
+    assert main(["run", "--all", "--json", "--project", str(project)]) == 2
+    captured = capsys.readouterr()
+    assert "split: unknown section" in captured.err and not captured.out
+    assert not (project / "dvc.lock").exists()
