@@ -24,13 +24,15 @@ from builders.training import LORA, make_data, output_files, run_in_child
 from conftest import ROOT, edit_params
 
 from dagster_project.core.errors import InputError, PedigreeError
+from dagster_project.core.params import Compute
 from dagster_project.core.records import read_table, write_table
 from dagster_project.pipeline import validate
 from dagster_project.stages import adapter
-from dagster_project.training.trainers.harness import distributed
+from dagster_project.training.trainers.harness import distributed, weight_audit
 from dagster_project.training.trainers.harness import launch as launching
 from dagster_project.training.trainers.harness.distributed import ProcessRank, claim_gpu, gpus_of
 from dagster_project.training.trainers.harness.launch import Nodes, launch, start_others
+from dagster_project.training.trainers.sft import fit
 from dagster_project.training.trainers.sft.sft import steps
 
 PLAIN = {**LORA, "peft": {**LORA["peft"], "lora_dropout": 0.0}, "neftune_noise_alpha": None}
@@ -170,6 +172,25 @@ def test_three_processes_match_one_with_three_times_the_accumulation_bit_for_bit
 def test_two_hosts_of_one_process_give_the_bytes_of_one_host_with_two(trained: Any) -> None:
     assert ended(trained, "hosts") == [0], (trained[0] / "second_host.log").read_text()
     assert output_files(trained[0], "hosts") == output_files(trained[0], "first")
+
+
+def test_a_host_with_other_data_or_versions_is_refused(tmp_path: Path, tiny_model: Path) -> None:
+    make_data(tmp_path)
+    compute = Compute(threads=1, dtype="float32")
+    data = fit.TrainingData.read("x", "lora", compute, tmp_path / "tokenized", tiny_model)
+    versions = json.dumps(weight_audit.versions(["torch"]))
+    equal = {
+        **data.identity(),
+        "dtype": "torch.float32",
+        "device": "cpu",
+        "library versions": versions,
+        "code of the trainer": fit.code_of_trainer(),
+    }
+    fit.refuse_other_inputs(data, equal)
+    for name in equal:
+        other = json.dumps({**json.loads(versions), "torch": "1.0"}) if name == "library versions" else "another"
+        with pytest.raises(InputError, match=f"this host differs from the first one: {name}\n"):
+            fit.refuse_other_inputs(data, {**equal, name: other})
 
 
 @pytest.mark.parametrize(

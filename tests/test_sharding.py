@@ -25,12 +25,13 @@ from conftest import ROOT
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
 from dagster_project.stages import adapter
-from dagster_project.training.methods.build import build, decoder_layers
+from dagster_project.training.methods.build import build
 from dagster_project.training.planning import memory
 from dagster_project.training.trainers.harness import distributed, sharding
 from dagster_project.training.trainers.harness import launch as launching
 from dagster_project.training.trainers.harness.launch import launch, start_others
 from dagster_project.training.trainers.harness.params import Sharding
+from dagster_project.training.trainers.sft.sft import decoder_layers
 
 LORA_TWO_EPOCHS = {**LORA, "num_train_epochs": 2}
 FULL = {**LORA_TWO_EPOCHS, "method": "full", "peft": {}, "neftune_noise_alpha": None, "learning_rate": 1e-3}

@@ -22,22 +22,14 @@ from typing import Any
 from dagster_project.core.chat import IGNORE
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import parse
-from dagster_project.training.methods.build import (
-    CANNOT_CHECKPOINT,
-    CANNOT_MERGE,
-    VIRTUAL,
-    PreparedModel,
-    Quantization,
-    build,
-    causal,
-    decoder_layers,
-)
+from dagster_project.training.methods.build import CANNOT_CHECKPOINT, CANNOT_MERGE, VIRTUAL, PreparedModel, Quantization, build, causal
 from dagster_project.training.methods.feature_extraction import Options
 from dagster_project.training.methods.hardware import LARGE_BLOCK
 from dagster_project.training.planning.timing import Operations, attention, attention_and_back
 from dagster_project.training.planning.torch_internals import intercepted, meta_tensors, replaced, run_on_meta
 from dagster_project.training.trainers.harness.params import OPTIMIZER_MEMORY, Sharding
 from dagster_project.training.trainers.harness.sharding import METHODS as SHARDED_METHODS
+from dagster_project.training.trainers.sft.sft import decoder_layers
 
 STARTED = 45 * 2**20
 """Bytes by which a process grows once the Trainer runs, beyond its imports; measured with `benchmarks/memory.py --tiny`."""
@@ -171,7 +163,7 @@ def trace_step(spec: TrainingSpec) -> StepTrace:
             _feature_pass(ledger, base, [max(spec.lengths)] * batch)
         else:
             passes = min(2, spec.gradient_accumulation_steps)
-            _passes(ledger, prepared, base, spec.rows * spec.lengths, spec.rows * spec.counted, passes)
+            _passes(ledger, prepared, base, spec.rows * spec.lengths, spec.rows * spec.counted, passes, not spec.sharding)
             ledger.operations.multiply(spec.gradient_accumulation_steps / passes)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if spec.timed and not prepared.fit:
@@ -252,7 +244,8 @@ class TrainingSpec:
         no number is enough, or the method does not support it."""
         if self.device != "cuda" or self.method.lower() not in SHARDED_METHODS:
             return None
-        settings, trace = self.sharding or Sharding(), self.prediction
+        settings = self.sharding or Sharding()
+        trace = self.prediction if self.sharding else replace(self, sharding=settings, timed=False).prediction
 
         def needs(processes: int) -> int:
             return -trace.peak(self.device, self.runtime, settings, processes).total
@@ -412,8 +405,12 @@ def _feature_pass(ledger: _Ledger, base: Any, lengths: Sequence[int]) -> None:
         base.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
 
 
-def _passes(ledger: _Ledger, prepared: PreparedModel, base: Any, lengths: Sequence[int], counted: int, passes: int) -> None:
-    """Run the forward and backward passes of training/trainers/sft/sft.py on the meta device."""
+def _passes(ledger: _Ledger, prepared: PreparedModel, base: Any, lengths: Sequence[int], counted: int, passes: int, cached: bool) -> None:
+    """Run the forward and backward passes of training/trainers/sft/sft.py on the meta device.
+
+    Args:
+        cached: whether autocast keeps converted weights; it does not with sharding (trainers/harness/sharding.py).
+    """
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -423,7 +420,7 @@ def _passes(ledger: _Ledger, prepared: PreparedModel, base: Any, lengths: Sequen
     batch = _batch(lengths, prepared.packs)
     where = torch.zeros(counted, dtype=torch.long, device="meta")
     for _ in range(passes):
-        with ledger.mode(), ledger.attention(), _autocast_on_meta():
+        with ledger.mode(), ledger.attention(), _autocast_on_meta(cached):
             hidden = prepared.hidden_states(batch)
             scores = base.get_output_embeddings()(hidden[:, :-1].flatten(0, 1)[where]).float()
             losses = cross_entropy(scores, where, reduction="none")
@@ -437,7 +434,7 @@ def _passes(ledger: _Ledger, prepared: PreparedModel, base: Any, lengths: Sequen
 
 
 @contextmanager
-def _autocast_on_meta() -> Iterator[None]:
+def _autocast_on_meta(cached: bool) -> Iterator[None]:
     """Let torch.autocast work on the meta device as on a CPU, which torch does not support.
 
     A trained weight is converted once per autocast region, everything else at each product (torch's autocast_mode.cpp, cached_cast).
@@ -450,7 +447,7 @@ def _autocast_on_meta() -> Iterator[None]:
     def cast(value: Any) -> Any:
         if value is None or value.dtype != torch.float32:
             return value
-        if not (value.is_leaf and value.requires_grad):
+        if not (cached and value.is_leaf and value.requires_grad):
             return value.to(torch.get_autocast_dtype("cpu"))
         if id(value) not in copies:
             copies[id(value)] = value.to(torch.get_autocast_dtype("cpu"))

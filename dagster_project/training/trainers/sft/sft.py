@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from dagster_project.core.chat import IGNORE
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
-from dagster_project.training.methods.build import PreparedModel, causal, decoder_layers
+from dagster_project.training.methods.build import PreparedModel, causal
 from dagster_project.training.methods.hardware import memory_trimmer
 from dagster_project.training.tokens.collators import SIZES, collate_packed, collate_padded
 from dagster_project.training.trainers.harness import checkpoint, distributed, sharding
@@ -498,6 +498,12 @@ def _accelerated(session: SftSession) -> Iterator[None]:
     yield
     for hook in hooks:
         hook.remove()
+
+
+def decoder_layers(model: Any) -> list[Any]:
+    """A model's blocks, by the names of their classes that its architecture declares."""
+    kinds = set(causal(model)._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in kinds]
 
 
 def compile_layers(model: Any) -> None:
