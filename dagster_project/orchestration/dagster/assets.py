@@ -21,7 +21,7 @@ from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.execution import VARIABLE, placement
 from dagster_project.orchestration import dvc
 from dagster_project.orchestration.dagster import pages
-from dagster_project.orchestration.dagster.concurrency import FORCE_TAG, build_executor, pool_of
+from dagster_project.orchestration.dagster.concurrency import CLUSTER, FORCE_TAG, build_executor, on_cluster, pool_of
 from dagster_project.orchestration.dagster.dead_runs import MACHINE_TAG, end_with_run, reap
 from dagster_project.orchestration.dagster.instance import open_at
 from dagster_project.orchestration.dagster.metadata import (
@@ -75,6 +75,7 @@ def build_definitions(root: Path, pipeline: Pipeline = PEDIGREE) -> dg.Definitio
     data = [address for address, state in states.items() if state.meta.get("group") == DATA]
     upstream = {name for address in data for name in dvc.ancestors(states, address)}
     data = [address for address in states if address in data or address in upstream]
+    remote = on_cluster(root, states, pipeline)
     whole = dg.define_asset_job(
         "pipeline",
         selection=dg.AssetSelection.assets(*map(asset_key, states)),
@@ -84,7 +85,10 @@ def build_definitions(root: Path, pipeline: Pipeline = PEDIGREE) -> dg.Definitio
         assets=[
             *(_source(root, path) for path in sorted(sources)),
             *(_definition(root, address) for address in states),
-            *(_asset(root, address, state, pipeline) for address, state in states.items()),
+            *(
+                _asset(root, address, state, pipeline, CLUSTER if address in remote else pool_of(address, pipeline))
+                for address, state in states.items()
+            ),
         ],
         jobs=[
             whole,
@@ -108,7 +112,7 @@ def build_definitions(root: Path, pipeline: Pipeline = PEDIGREE) -> dg.Definitio
             )
         ],
         sensors=[_sync_sensor(root, pipeline)],
-        executor=build_executor(root),
+        executor=build_executor(root, len(remote)),
     )
 
 
@@ -138,7 +142,7 @@ def _hidden_asset_key() -> str:
     return str(private_module("dagster._core.definitions.assets.definition.asset_spec").SYSTEM_METADATA_KEY_AUTO_CREATED_STUB_ASSET)
 
 
-def _asset(root: Path, address: str, state: StageState, pipeline: Pipeline) -> dg.AssetsDefinition:
+def _asset(root: Path, address: str, state: StageState, pipeline: Pipeline, pool: str) -> dg.AssetsDefinition:
     upstream = dict.fromkeys(
         [asset_key(i.producer) if i.producer else source_key(i.path) for i in state.inputs] + [definition_key(address)]
     )
@@ -158,7 +162,7 @@ def _asset(root: Path, address: str, state: StageState, pipeline: Pipeline) -> d
         description=state.description,
         group_name=_group(address, state),
         kinds=set(state.meta.get("kinds", [])),
-        pool=pool_of(address, pipeline),
+        pool=pool,
         freshness_policy=freshness,
         metadata={
             "command": f"python -m dagster_project run {address}",

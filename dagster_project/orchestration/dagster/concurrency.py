@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
+from dagster_project.core import params
 from dagster_project.core.errors import PedigreeError
+from dagster_project.execution import placement
 from dagster_project.orchestration import dvc
 from dagster_project.orchestration.dagster.dead_runs import reap
 from dagster_project.pipeline import Pipeline
 
 GPU, CPU = "gpu", "cpu"
-"""Pools: stages that train or generate, and all others."""
+"""Pools: stages that train or generate on this machine, and all others on it."""
+CLUSTER = "ray"
+"""Pool of stages that run on a cluster, which has its own queue. It has no limit until the user sets one."""
+CLUSTER_AT_ONCE = 16
+"""Most stages of a run that wait for the cluster at once: each needs some 500 MB on this machine."""
 FORCE_TAG = "pedigree/force"
 """Tag of a run: run all of its stages, even if nothing changed."""
 PRELOAD = ["dagster_project.orchestration.dagster.assets", "dvc.repo.reproduce", "dvc.parsing", "dvc.stage.run", "dvc.output",
@@ -26,6 +32,15 @@ PRELOAD = ["dagster_project.orchestration.dagster.assets", "dvc.repo.reproduce",
 
 def pool_of(address: str, pipeline: Pipeline) -> str:
     return GPU if address.partition("@")[0] in pipeline.floating_point else CPU
+
+
+def on_cluster(root: Path, addresses: Iterable[str], pipeline: Pipeline) -> set[str]:
+    """The stages that the section `execution` of params.yaml, or the environment, places on a cluster."""
+    try:
+        values = params.read(root)
+        return {a for a in addresses if placement(values, a, pipeline.stages, pipeline.variants_of)[1].on != "local"}
+    except PedigreeError:
+        return set()  # bad input: the first stage reports it
 
 
 def default_limits() -> dict[str, int]:
@@ -48,8 +63,12 @@ def set_default_limits(instance: dg.DagsterInstance) -> dict[str, int]:
     return {pool: limits[pool] for pool in default_limits()}
 
 
-def build_executor(root: Path) -> dg.ExecutorDefinition:
-    """Executor of all jobs. It accepts the configuration of Dagster's `multi_or_in_process_executor`."""
+def build_executor(root: Path, remote: int = 0) -> dg.ExecutorDefinition:
+    """Executor of all jobs. It accepts the configuration of Dagster's `multi_or_in_process_executor`.
+
+    Args:
+        remote: number of stages that run on a cluster.
+    """
     base = dg.multi_or_in_process_executor
     schema: Any = base.config_schema
 
@@ -62,7 +81,7 @@ def build_executor(root: Path) -> dg.ExecutorDefinition:
         if "multiprocess" not in config:
             return _create(base, init_context, config)
         options: dict[str, Any] = {**_mapping(config["multiprocess"])}
-        options["max_concurrent"] = options.get("max_concurrent") or sum(limits.values())
+        options["max_concurrent"] = options.get("max_concurrent") or sum(limits.values()) + min(remote, CLUSTER_AT_ONCE)
         options["start_method"] = options.get("start_method") or {"forkserver": {"preload_modules": PRELOAD}}
         return StagesExecutor(
             root,
