@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import dagster as dg
 from dagster_pipes import PipesContext, PipesDefaultContextLoader, PipesDefaultMessageWriter, PipesMappingParamsLoader
 
+from dagster_project.core import params
 from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.execution import VARIABLE, placement
 from dagster_project.orchestration import dvc
@@ -67,7 +68,7 @@ class RunConfig(dg.Config):
 
 def build_definitions(root: Path, pipeline: Pipeline = PEDIGREE) -> dg.Definitions:
     """All of Dagster's definitions for the project in `root`."""
-    states = dvc.read_stages(root)
+    states, values = dvc.read_stages(root), params.read(root)
     for address in states:
         pipeline.split_address(address)
     sources = {i.path for state in states.values() for i in state.inputs if i.producer is None}
@@ -84,7 +85,7 @@ def build_definitions(root: Path, pipeline: Pipeline = PEDIGREE) -> dg.Definitio
         assets=[
             *(_source(root, path) for path in sorted(sources)),
             *(_definition(root, address) for address in states),
-            *(_asset(root, address, state, pipeline) for address, state in states.items()),
+            *(_asset(root, address, state, pipeline, values) for address, state in states.items()),
         ],
         jobs=[
             whole,
@@ -138,7 +139,7 @@ def _hidden_asset_key() -> str:
     return str(private_module("dagster._core.definitions.assets.definition.asset_spec").SYSTEM_METADATA_KEY_AUTO_CREATED_STUB_ASSET)
 
 
-def _asset(root: Path, address: str, state: StageState, pipeline: Pipeline) -> dg.AssetsDefinition:
+def _asset(root: Path, address: str, state: StageState, pipeline: Pipeline, values: Mapping[str, Any]) -> dg.AssetsDefinition:
     upstream = dict.fromkeys(
         [asset_key(i.producer) if i.producer else source_key(i.path) for i in state.inputs] + [definition_key(address)]
     )
@@ -158,7 +159,7 @@ def _asset(root: Path, address: str, state: StageState, pipeline: Pipeline) -> d
         description=state.description,
         group_name=_group(address, state),
         kinds=set(state.meta.get("kinds", [])),
-        pool=pool_of(address, pipeline),
+        pool=pool_of(address, pipeline, values),
         freshness_policy=freshness,
         metadata={
             "command": f"python -m dagster_project run {address}",

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
-from dagster_project.core.errors import PedigreeError
+from dagster_project.core.errors import InputError, PedigreeError
+from dagster_project.execution import placement
 from dagster_project.orchestration import dvc
 from dagster_project.orchestration.dagster.dead_runs import reap
 from dagster_project.pipeline import Pipeline
 
-GPU, CPU = "gpu", "cpu"
-"""Pools: stages that train or generate, and all others."""
+GPU, CPU, RAY = "gpu", "cpu", "ray"
+"""Pools: stages that train or generate on this machine, all others on it, and stages that `execution` of params.yaml sends to a cluster."""
 FORCE_TAG = "pedigree/force"
 """Tag of a run: run all of its stages, even if nothing changed."""
 PRELOAD = ["dagster_project.orchestration.dagster.assets", "dvc.repo.reproduce", "dvc.parsing", "dvc.stage.run", "dvc.output",
@@ -24,13 +26,22 @@ PRELOAD = ["dagster_project.orchestration.dagster.assets", "dvc.repo.reproduce",
 """Modules that Dagster's fork server imports once for all step processes of a run, instead of each of them. None starts a thread."""
 
 
-def pool_of(address: str, pipeline: Pipeline) -> str:
+def pool_of(address: str, pipeline: Pipeline, values: Mapping[str, Any]) -> str:
+    """Pool of a stage.
+
+    Args:
+        values: params.yaml.
+    """
+    with suppress(InputError):  # an invalid section `execution`: the stage reports it when it runs
+        if placement(values, address, pipeline.stages, pipeline.variants_of)[1].on == "ray":
+            return RAY
     return GPU if address.partition("@")[0] in pipeline.floating_point else CPU
 
 
 def default_limits() -> dict[str, int]:
-    """Limit of each pool, until the user sets another one. A stage that trains or generates uses a whole GPU, or all threads."""
-    return {GPU: 1, CPU: os.cpu_count() or 1}
+    """Limit of each pool, until the user sets another one. A stage that trains or generates uses a whole GPU, or all threads. One on a
+    cluster waits for its queue, and takes 0.5 GB of this machine's memory for that."""
+    return {GPU: 1, CPU: os.cpu_count() or 1, RAY: 8}
 
 
 def set_default_limits(instance: dg.DagsterInstance) -> dict[str, int]:
@@ -55,7 +66,7 @@ def build_executor(root: Path) -> dg.ExecutorDefinition:
 
     @dg.executor(name="stages", config_schema=schema, requirements=base.get_requirements)
     def stages(init_context: dg.InitExecutorContext) -> dg.Executor:
-        """Stages that can run at once do so, each in a process, as far as the pools `gpu` and `cpu` allow. Other runs use one process."""
+        """Stages that can run at once do so, each in a process, as far as the pools `gpu`, `cpu` and `ray` allow. Other runs use one process."""
         reap(init_context.instance)  # frees the slots of killed runs: without a daemon, nothing else does
         limits = set_default_limits(init_context.instance)
         config = dict(init_context.executor_config)

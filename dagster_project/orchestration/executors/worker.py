@@ -31,7 +31,7 @@ from dagster_project.core.layout import measured_path, pages_of, report_of
 from dagster_project.core.records import remove
 from dagster_project.execution import VARIABLE, WORKER
 from dagster_project.orchestration import dvc
-from dagster_project.orchestration.executors.messages import different, send, versions
+from dagster_project.orchestration.executors.messages import THREADS, different, send, versions
 from dagster_project.orchestration.remote_store import Damaged, RemoteStore, open_store
 
 NODE_CACHE = "PEDIGREE_NODE_CACHE"
@@ -104,7 +104,8 @@ class Work:
 
     def _command(self) -> int:
         """Run the stage's command in place; it ends when this process ends, as with DVC."""
-        inherited = {key: value for key, value in os.environ.items() if key not in {"DVC_ROOT", "DAGSTER_PIPES_CONTEXT"}}
+        inherited = {key: value for key, value in os.environ.items() if key not in {"DVC_ROOT", "DAGSTER_PIPES_CONTEXT", THREADS}}
+        inherited |= {THREADS: self.job["threads"]} if self.job.get("threads") else {}
         path = os.pathsep.join([str(self.root), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = inherited | dvc.command_environment(
             {"PYTHONPATH": path, "PEDIGREE_PROJECT": str(self.root), VARIABLE: WORKER, "DVC_STAGE": self.address, "PYTHONUNBUFFERED": "1"}
