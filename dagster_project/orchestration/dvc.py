@@ -1,4 +1,4 @@
-"""dvc.yaml, dvc.lock and workspace -> the state of each stage; runs one stage. No other file calls DVC.
+"""dvc.yaml, dvc.lock and workspace -> the state of each stage; runs one stage. Only this file and experiments.py call DVC.
 
 DVC's Python API for this is undocumented: `private_module` asserts the minor version, which pyproject.toml pins.
 """
@@ -96,7 +96,7 @@ class StageState:
 
 
 @contextmanager
-def _open(root: Path) -> Iterator[Any]:
+def open_repo(root: Path) -> Iterator[Any]:
     """DVC's `Repo` of the project.
 
     Raises:
@@ -154,7 +154,7 @@ def _stages(repo: Any) -> list[Any]:
 
 def read_stages(root: Path) -> dict[str, StageState]:
     """The state of every stage, in flow order. Compares each output separately, so it never waits for a running stage."""
-    with _open(root) as repo:
+    with open_repo(root) as repo:
         all_stages = _stages(repo)
         stages = [stage for stage in all_stages if not stage.is_data_source]
         problems = {
@@ -224,7 +224,7 @@ def _source_problem(root: Path, stage: Any, out: Any) -> str:
 
 def changed_sources(root: Path) -> dict[str, str]:
     """.dvc file of each source that differs from it -> how, with the next step."""
-    with _open(root) as repo:
+    with open_repo(root) as repo:
         return {
             os.path.relpath(stage.path, root): problem
             for stage in _stages(repo)
@@ -366,7 +366,7 @@ def reproduce(
     lock_error = private_module("dvc.lock").LockError
 
     def once() -> bool:
-        with _open(root) as repo:
+        with open_repo(root) as repo:
             return bool(repo.reproduce([address], single_item=True, force=force, run_env=command_environment(environment)))
 
     notified = False
@@ -427,7 +427,7 @@ def fingerprint(root: Path, address: str) -> Fingerprint:
     Raises:
         InputError: no such stage.
     """
-    with _open(root) as repo:
+    with open_repo(root) as repo:
         all_stages = _stages(repo)
         stages = {stage.name: stage for stage in all_stages if not stage.is_data_source}
         if address not in stages:
@@ -454,7 +454,7 @@ def restore_outputs(root: Path, address: str) -> None:
     """Restore from the cache the outputs that DVC removed before it ran a stage that then failed."""
     from shutil import copyfile
 
-    with _open(root) as repo:
+    with open_repo(root) as repo:
         stage = next((stage for stage in _stages(repo) if stage.name == address), None)
         for out in stage.outs if stage is not None else []:
             if out.exists or not out.hash_info:
@@ -471,7 +471,7 @@ def restore_outputs(root: Path, address: str) -> None:
 
 def recorded_files(root: Path, address: str) -> dict[str, Path]:
     """Cache file of each file of a stage's main output as recorded in dvc.lock, by its path in the output; empty if it is not cached."""
-    with _open(root) as repo:
+    with open_repo(root) as repo:
         out = _main_output(next(stage for stage in _stages(repo) if stage.name == address))
         listing = Path(repo.cache.local.oid_to_path(out.hash_info.value)) if out.hash_info and out.hash_info.isdir else None
         if listing is None or not listing.is_file():
@@ -501,7 +501,7 @@ class Store:
 
 
 def store(root: Path) -> Store:
-    with _open(root) as repo:
+    with open_repo(root) as repo:
         return Store(Path(repo.cache.local.path), Path(repo.stage_cache.cache_dir))
 
 
@@ -523,7 +523,7 @@ def isolate_project(root: Path, cache: Path | str = "cache", remote: Mapping[str
 def add_to_cache(root: Path, paths: Iterable[str]) -> None:
     """Add outputs from the workspace to the cache. dvc.lock is not changed."""
     requested = set(paths)
-    with _open(root) as repo:
+    with open_repo(root) as repo:
         for out in (out for stage in _stages(repo) for out in stage.outs):
             if out.use_cache and os.path.relpath(out.fs_path, root) in requested:
                 out.commit()
@@ -531,14 +531,14 @@ def add_to_cache(root: Path, paths: Iterable[str]) -> None:
 
 def outputs(root: Path, address: str) -> dict[str, str]:
     """Content hash on disk of each output of a stage, including report and plots, by path."""
-    with _open(root) as repo:
+    with open_repo(root) as repo:
         stage = next(stage for stage in _stages(repo) if stage.name == address)
         return {os.path.relpath(out.fs_path, root): _hash(out) for out in stage.outs}
 
 
 def tracked_sources(root: Path) -> dict[str, str]:
     """Recorded content hash of each source with a .dvc file, by path."""
-    with _open(root) as repo:
+    with open_repo(root) as repo:
         return {
             os.path.relpath(out.fs_path, root): out.hash_info.value
             for stage in _stages(repo)
@@ -561,7 +561,7 @@ def set_aside(root: Path, address: str, differs: Callable[[Path], bool], locked:
     """
     aside = root / ".dvc" / "tmp" / "pedigree" / "set_aside"
     aside.mkdir(parents=True, exist_ok=True)
-    with _open(root) as repo, ExitStack() as stack:
+    with open_repo(root) as repo, ExitStack() as stack:
         out = _main_output(next(stage for stage in _stages(repo) if stage.name == address))
         if not locked:
             lock = private_module("dvc.rwlock").rwlock(repo.tmp_dir, repo.fs, "pedigree", [], [out.fs_path], False)
@@ -623,7 +623,7 @@ def push(root: Path, remote: str | None = None) -> Pushed:
     Raises:
         InputError: no such remote, a credential is in .dvc/config, or the remote refuses or does not answer.
     """
-    with chdir(root), _open(root) as repo:  # DVC resolves the paths of past runs relative to the current directory
+    with chdir(root), open_repo(root) as repo:  # DVC resolves the paths of past runs relative to the current directory
         name = remote or repo.config["core"].get("remote")
         if name not in repo.config["remote"]:
             problem = f"there is no DVC remote named {name}" if name else "there is no default DVC remote"
@@ -669,7 +669,7 @@ def _complete_runs(repo: Any) -> list[Any]:
 
 def inputs_by_hash(root: Path, address: str) -> dict[str, str]:
     """Recorded content hash of each cached output and each source with a .dvc file that a stage reads, by path."""
-    with _open(root) as repo:
+    with open_repo(root) as repo:
         return {os.path.relpath(out.fs_path, root): out.hash_info.value for out in _read_outputs(repo, root, address) if out.hash_info}
 
 
@@ -688,14 +688,14 @@ def _read_outputs(repo: Any, root: Path, address: str) -> list[Any]:
 
 def checkout_inputs(root: Path, address: str) -> None:
     """Put the recorded inputs of a stage from the cache into the workspace."""
-    with _open(root) as repo:
+    with open_repo(root) as repo:
         for out in _read_outputs(repo, root, address):
             out.checkout(force=True)
 
 
 def commit_outputs(root: Path, address: str) -> dict[str, str]:
     """Add a stage's outputs and plots to the cache; dvc.lock is not changed. Returns their content hashes by path."""
-    with _open(root) as repo:
+    with open_repo(root) as repo:
         stage = next(stage for stage in _stages(repo) if stage.name == address)
         hashes = {}
         for out in stage.outs:
@@ -708,7 +708,7 @@ def commit_outputs(root: Path, address: str) -> dict[str, str]:
 
 def command_of(root: Path, address: str) -> str:
     """A stage's command in dvc.yaml."""
-    with _open(root) as repo:
+    with open_repo(root) as repo:
         command = next(stage for stage in _stages(repo) if stage.name == address).cmd
         return command if isinstance(command, str) else " && ".join(command)
 
@@ -742,7 +742,7 @@ def open_remote(root: Path) -> Iterator[Remote]:
         InputError: there is no default remote, it is a versioned one, or its package is not installed.
     """
     config_error = private_module("dvc.config").ConfigError
-    with _open(root) as repo:
+    with open_repo(root) as repo:
         configured = repo.config["remote"].get(repo.config["core"].get("remote") or "", {})
         if urlsplit(str(configured.get("url", ""))).password:
             raise InputError("the URL of DVC's remote contains a password, which jobs would show", "leave it out, and set it on every node")
