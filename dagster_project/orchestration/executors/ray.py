@@ -207,7 +207,7 @@ class _Run:
                 found = self._computed()
             try:
                 result = self._fetch(found)
-                self.store.remove(self.at())
+                self._tidy()
                 return result
             except Damaged as error:
                 self.store.discard(error.objects)
@@ -219,6 +219,13 @@ class _Run:
                 log.warning(f"{self.address}: {error.what}; it is computed again")
                 found = None
         raise AssertionError
+
+    def _tidy(self) -> None:
+        """Remove the result and checkpoints from the remote. What remains is removed by the next driver of the stage."""
+        try:
+            self.store.remove(self.at())
+        except PedigreeError as error:
+            log.warning(f"{self.address}: {error.what}")
 
     def _computed(self) -> Mapping[str, Any]:
         """The result of a job, after as many jobs as it takes."""
@@ -246,11 +253,8 @@ class _Run:
                     self.store.discard(self.damaged)
                     self.bytes_sent += self.store.push(inputs.values())
                 else:
-                    why = (
-                        " ".join(str(details.message or "").split())[:300]
-                        if details is not None
-                        else "the cluster does not know it any more"
-                    )
+                    message = "the cluster does not know it any more" if details is None else str(details.message or "")
+                    why = " ".join(message.partition(", last available logs")[0].split())[:300]
                     log.warning(f"{self.address}: job {self.name} ended without a result: {why}")
         tail = "\n".join(self.raw[-10:])
         raise CheckFailed(
@@ -319,19 +323,26 @@ class _Run:
         os.environ["RAY_RUNTIME_ENV_IGNORE_GITIGNORE"] = "1"
         python = sys.executable if self.on_this_host else "python"
         command = [python, "-m", "dagster_project.orchestration.executors.worker", json.dumps(self.description())]
-        self._asked(
-            lambda: self.client.submit_job(
-                submission_id=self.name,
-                entrypoint=shlex.join(command),
-                runtime_env={"working_dir": str(folder)},
-                metadata=self._metadata(),
-                entrypoint_num_cpus=place.cpus,
-                entrypoint_num_gpus=place.gpus,
-                entrypoint_memory=None if place.memory is None else int(place.memory * 1e9),
-                entrypoint_resources=dict(place.resources) or None,
-                entrypoint_label_selector={"image": place.image} if place.image else None,
-            )
-        )
+        options = {
+            "submission_id": self.name,
+            "entrypoint": shlex.join(command),
+            "runtime_env": {"working_dir": str(folder)},
+            "metadata": self._metadata(),
+            "entrypoint_num_cpus": place.cpus,
+            "entrypoint_num_gpus": place.gpus,
+            "entrypoint_memory": None if place.memory is None else int(place.memory * 1e9),
+            "entrypoint_resources": dict(place.resources) or None,
+            "entrypoint_label_selector": {"image": place.image} if place.image else None,
+        }
+
+        def submit() -> None:
+            try:
+                self.client.submit_job(**options)
+            except RuntimeError as error:
+                if "already exists" not in str(error):  # an earlier attempt arrived, and its answer did not
+                    raise
+
+        self._asked(submit)
 
     def _wait(self, adopted: bool) -> Any:
         read, noted = 0, time.monotonic()
