@@ -53,7 +53,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
 
 @pytest.fixture(scope="session")
 def cluster(s3: S3) -> Iterator[Cluster]:
-    folder = Path(tempfile.mkdtemp(prefix="ped-", dir="/tmp"))  # Ray's sockets need a short path
+    folder = Path(tempfile.mkdtemp(prefix="pray-", dir="/tmp"))  # Ray's sockets need a short path
     nodes = Cluster(folder, credentials())
     try:
         nodes.start()
