@@ -19,7 +19,7 @@ from conftest import dvc
 from dagster_project import execution
 from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.execution import Placement, placement
-from dagster_project.orchestration.dvc import inputs_by_hash
+from dagster_project.orchestration.dvc_remote import inputs_by_hash
 from dagster_project.orchestration.executors import messages, worker
 from dagster_project.orchestration.executors.package import project_package
 from dagster_project.orchestration.executors.ray import connect
@@ -291,3 +291,39 @@ def test_a_local_run_leaves_no_record_of_another_place(root: Path) -> None:
     write_json(measured_path(root, "tok"), {"output_sha256": "0" * 64, "execution": {"on": "ray"}})
     run_stage(root, "tok", PIPELINE)
     assert not measured_path(root, "tok").exists()
+
+
+def test_stages_that_run_on_a_cluster_are_in_a_pool_of_their_own(root: Path) -> None:
+    """So the limit of this machine's GPU does not hold them back."""
+    from dagster_project.orchestration.dagster.assets import build_definitions
+
+    def pools() -> dict[str, str]:
+        graph = build_definitions(root, PIPELINE).resolve_asset_graph()
+        return {"@".join(key.path): next(iter(graph.get(key).pools)) for key in graph.materializable_asset_keys}
+
+    assert "ray" not in pools().values()
+    (root / "params.yaml").write_text(json.dumps({**VALUES, "execution": {"stages": {"adapter@lora": {"on": "ray"}}}}))
+    assert {address for address, pool in pools().items() if pool == "ray"} == {"adapter@lora"}
+    (root / "params.yaml").write_text(json.dumps({**VALUES, "execution": {"stages": {"adapter@lora": {"on": "mars"}}}}))
+    assert "ray" not in pools().values()  # the run says what is wrong
+
+
+def test_where_shows_the_run_that_made_the_current_output_and_no_other(root: Path) -> None:
+    from dagster_project.commands.where import as_text, where
+    from dagster_project.core.layout import measured_path, report_of
+    from dagster_project.core.records import write_json
+    from dagster_project.lineage.history import Revision
+
+    lock = Revision(root, None).lock()
+    stages = {address: {"md5": stage["outs"][0]["md5"]} for address, stage in lock.items()}
+    assert where(root, stages) == {} and "not known here" in "\n".join(as_text({}))
+    ran = {
+        "on": "ray", "node": "gpu-7", "node_id": "0a1b2c3d4e", "queue_seconds": 3.0, "compute_seconds": 60.0, "transfer_seconds": 2.0,
+        "transfer_bytes": 5_000_000, "cost": 1.25,
+    }  # fmt: skip
+    published = json.loads((root / report_of("tok")).read_text())["output_sha256"]
+    write_json(measured_path(root, "tok"), {"output_sha256": published, "execution": ran})
+    write_json(measured_path(root, "inst"), {"output_sha256": "0" * 64, "execution": ran})  # of another output
+    assert where(root, stages) == {"tok": ran}
+    assert where(root, {"tok": {"md5": "an earlier one"}}) == {}
+    assert "node gpu-7 (0a1b2c3d): queue 3 s, transfer 2 s (5.0 MB), compute 60 s, cost 1.2500" in "\n".join(as_text({"tok": ran}))

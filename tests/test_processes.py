@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
+from builders.processes import at_pass, group, tune
 from builders.training import LORA, make_data, output_files, run_in_child
 from conftest import ROOT, edit_params
 
@@ -27,10 +28,11 @@ from dagster_project.core.params import Compute
 from dagster_project.core.records import read_table, write_table
 from dagster_project.pipeline import validate
 from dagster_project.stages import adapter
-from dagster_project.training.trainers.harness import distributed
+from dagster_project.training.trainers.harness import distributed, weight_audit
 from dagster_project.training.trainers.harness import launch as launching
 from dagster_project.training.trainers.harness.distributed import ProcessRank, claim_gpu, gpus_of
 from dagster_project.training.trainers.harness.launch import Nodes, launch, start_others
+from dagster_project.training.trainers.sft import fit
 from dagster_project.training.trainers.sft.sft import steps
 
 PLAIN = {**LORA, "peft": {**LORA["peft"], "lora_dropout": 0.0}, "neftune_noise_alpha": None}
@@ -39,43 +41,6 @@ LOST = "run again: training resumes from its newest checkpoint"
 
 
 # the processes that train -----------------------------------------------------------------------------------------------------------------
-
-
-def tune(folder: Path, model: Path, name: str, count: int, recipe: dict[str, Any], accumulation: int, data: str = "tokenized") -> None:
-    """The stage; its outputs, its report or what it says go under folder/name."""
-    out = folder / name
-    out.mkdir(exist_ok=True)
-    compute = Compute(threads=1, dtype="float32", processes=count)
-    params = adapter.Params(**{**recipe, "gradient_accumulation_steps": accumulation})
-    try:
-        report = adapter.produce("x", params, compute, folder / data, model, out, out / "loss.csv", folder / "checkpoints" / name)
-    except PedigreeError as error:
-        (folder / f"{name}.said").write_text(str(error))
-        os._exit(error.exit_code)
-    (out / "report.json").write_text(json.dumps(report.document()))
-
-
-def at_pass(number: int, do: Callable[[], None]) -> None:
-    """Arrange for something to happen to the first process after a pass of its own, counted from 1."""
-    from transformers import Trainer
-
-    whole, done = Trainer.training_step, 0
-
-    def step(*arguments: Any, **named: Any) -> Any:
-        nonlocal done
-        found = whole(*arguments, **named)
-        done += 1
-        if done == number and distributed.place().rank == 0:
-            do()
-        return found
-
-    Trainer.training_step = step
-
-
-def group() -> list[psutil.Process]:
-    """In the first process of a group: the launcher, and the processes in the order of their ranks."""
-    launcher = psutil.Process(os.getppid())
-    return [launcher, *sorted(launcher.children(), key=lambda process: process.pid)]
 
 
 def second_host(folder: Path, whole_bucket: int = distributed.BUCKET) -> None:
@@ -207,6 +172,25 @@ def test_three_processes_match_one_with_three_times_the_accumulation_bit_for_bit
 def test_two_hosts_of_one_process_give_the_bytes_of_one_host_with_two(trained: Any) -> None:
     assert ended(trained, "hosts") == [0], (trained[0] / "second_host.log").read_text()
     assert output_files(trained[0], "hosts") == output_files(trained[0], "first")
+
+
+def test_a_host_with_other_data_or_versions_is_refused(tmp_path: Path, tiny_model: Path) -> None:
+    make_data(tmp_path)
+    compute = Compute(threads=1, dtype="float32")
+    data = fit.TrainingData.read("x", "lora", compute, tmp_path / "tokenized", tiny_model)
+    versions = json.dumps(weight_audit.versions(["torch"]))
+    equal = {
+        **data.identity(),
+        "dtype": "torch.float32",
+        "device": "cpu",
+        "library versions": versions,
+        "code of the trainer": fit.code_of_trainer(),
+    }
+    fit.refuse_other_inputs(data, equal)
+    for name in equal:
+        other = json.dumps({**json.loads(versions), "torch": "1.0"}) if name == "library versions" else "another"
+        with pytest.raises(InputError, match=f"this host differs from the first one: {name}\n"):
+            fit.refuse_other_inputs(data, {**equal, name: other})
 
 
 @pytest.mark.parametrize(

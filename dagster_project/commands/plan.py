@@ -177,7 +177,7 @@ def _adapter(
     n = steps(train["rows"], resolved, machine.processes)
     per_epoch = steps(train["rows"], resolved.model_copy(update={"num_train_epochs": 1, "max_steps": None}), machine.processes)
     row = _largest_row(root, values, train, resolved.method)
-    spec = training_spec(resolved, base_model, row, train["rows"], machine.device, machine.dtype, f"adapter.{name}")
+    spec = training_spec(resolved, base_model, row, train["rows"], machine.device, machine.dtype, f"adapter.{name}", machine.processes)
     spec = replace(spec, runtime=machine.runtime)
     if resolved.gradient_checkpointing == AUTO and machine.available is not None:
         spec = spec.checkpointed_beyond(machine.available)
@@ -332,9 +332,11 @@ def _on_gpus(spec: memory.TrainingSpec) -> list[dict[str, Any]]:
     rows = []
     for checkpointing in (False, True) if spec.can_checkpoint else (False,):
         same = checkpointing == spec.gradient_checkpointing
-        peak = (spec if same else replace(spec, gradient_checkpointing=checkpointing, timed=False)).needed
+        same_or_other = spec if same else replace(spec, gradient_checkpointing=checkpointing, timed=False)
+        peak = same_or_other.needed
         fits = {str(size): peak <= size * 10**9 for size in GPU_SIZES}
-        rows.append({"gradient_checkpointing": checkpointing, "peak": peak, "fits": fits})
+        needed = {str(size): same_or_other.gpus_needed(size * 10**9) for size in GPU_SIZES if peak > size * 10**9}
+        rows.append({"gradient_checkpointing": checkpointing, "peak": peak, "fits": fits, **({"sharded": needed} if needed else {})})
     return rows
 
 
@@ -360,6 +362,8 @@ def _requirements(spec: memory.TrainingSpec, machine: Machine, tokens: int) -> d
     if available is not None and not fits:
         place = "of the GPU are" if spec.device == "cuda" else "are"
         advice = [f"needs {size_text(spec.needed)}, but {size_text(available)} {place} free", spec.remedy(available)]
+        if gpus := spec.gpus_needed(available):
+            advice.append(f"sharding: {{fsdp: full_shard}} would fit on compute.processes: {gpus} such GPUs")
     step = machine.seconds(prediction.operations)
     steps_of_all = tokens / (sum(spec.lengths) * spec.rows * spec.gradient_accumulation_steps * machine.processes)
     return {
@@ -368,6 +372,7 @@ def _requirements(spec: memory.TrainingSpec, machine: Machine, tokens: int) -> d
         "total_parameters": prediction.total,
         "memory": {**asdict(prediction.memory), "total": spec.needed},
         "fits": fits,
+        **({"sharding": {**spec.sharding.model_dump(), "processes": spec.processes}} if spec.sharding else {}),
         "advice": advice,
         "time": None if step is None else {"from_seconds": round(step[0] * steps_of_all), "to_seconds": round(step[1] * steps_of_all)},
     }
@@ -407,6 +412,8 @@ def _variant_text(name: str, v: dict[str, Any], machine: dict[str, Any]) -> list
     parts = ", ".join(f"{part} {size_text(size)}" for part, size in v["memory"].items() if part != "total" and size >= 5e5)
     published = f"; published for 7B: {v['published_gb']} GB" if "published_gb" in v else ""
     free = "" if machine["available_bytes"] is None else f" of {size_text(machine['available_bytes'])} free"
+    if "sharding" in v:
+        lines.append(f"  divided among {v['sharding']['processes']} processes ({v['sharding']['fsdp']}); memory is per process")
     lines.append(f"  memory {size_text(v['memory']['total'])}{free} ({parts}){published}")
     if v["time"]:
         per = "" if "steps" in v else f" for {v['tokens']:,} tokens"
@@ -441,7 +448,14 @@ def _gpu_table(gpus: dict[str, list[dict[str, Any]]]) -> list[str]:
             on = "on" if row["gradient_checkpointing"] else "off"
             fits = "".join(f"{'fits' if row['fits'][str(size)] else 'no':>8}" for size in GPU_SIZES)
             lines.append(f"{name:{width}}  {on:<13}  {size_text(row['peak']):>10}{fits}")
-    return [*lines, "fits: the predicted peak is at most this many GB of 10^9 bytes, on one GPU"]
+    lines.append("fits: the predicted peak is at most this many GB of 10^9 bytes, on one GPU")
+    for name, rows in gpus.items():
+        for row in rows:
+            counts = ", ".join(f"{'no number' if n is None else n} of {size} GB" for size, n in row.get("sharded", {}).items())
+            if counts:
+                on = ", checkpointing" if row["gradient_checkpointing"] else ""
+                lines.append(f"with sharding (full_shard): {name}{on} needs {counts}")
+    return lines
 
 
 def _time(seconds: int) -> str:

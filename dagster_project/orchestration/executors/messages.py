@@ -15,6 +15,9 @@ PACKAGES = (
 )  # fmt: skip
 """Packages whose version can change a result."""
 
+THREADS = "OMP_NUM_THREADS"
+"""Ray sets it to the number of CPUs reserved. The worker gets the driver's, because it can change the last bits of a result and is in reports."""
+
 _lock = threading.Lock()
 
 

@@ -28,9 +28,9 @@ from dagster_project.core.errors import CheckFailed, InputError, PedigreeError
 from dagster_project.core.hashing import sha256_of_text
 from dagster_project.core.records import remove, write_text
 from dagster_project.execution import Execution, Placement
-from dagster_project.orchestration import dvc, integrity
+from dagster_project.orchestration import dvc, dvc_remote, integrity
 from dagster_project.orchestration.executors import StageJob, StageResult
-from dagster_project.orchestration.executors.messages import received, versions
+from dagster_project.orchestration.executors.messages import THREADS, received, versions
 from dagster_project.orchestration.executors.package import project_package
 from dagster_project.orchestration.remote_store import Damaged, RemoteStore, open_store
 
@@ -42,7 +42,7 @@ ATTEMPTS = 3
 POLL = 1.0
 """Seconds between two looks at a job; more if its log is large, because Ray's API always returns the whole log."""
 LOG_BYTES_PER_SECOND = 1e6
-STOP_SECONDS = 8.0
+STOP_SECONDS = 5.0
 """Time for an interrupted job to end. Ray kills its processes after 3 seconds."""
 WAITING_NOTE_SECONDS = 60.0
 """Between two notes on a job that waits for resources."""
@@ -87,8 +87,8 @@ def connect(wanted: str) -> tuple[Any, str]:
         raise InputError(
             "Ray is not installed", "`pip install 'pedigree[cluster]'`, or run the stage here: PEDIGREE_EXECUTION=local"
         ) from None
-    for handler in logging.getLogger("ray").handlers:  # notes on each upload
-        handler.setLevel(logging.WARNING)
+    for chatty in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):  # notes on each upload
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     hint = "start one on this machine with `ray start --head`, or set execution.address in params.yaml"
     try:
         url = wanted if "://" in wanted and not wanted.startswith("ray://") else get_address_for_submission_client(
@@ -205,7 +205,7 @@ class _Run:
         """The result of a job, after as many jobs as it takes."""
         self._discard_others()
         began = time.monotonic()
-        inputs = dvc.inputs_by_hash(self.job.ctx.root, self.address)
+        inputs = dvc_remote.inputs_by_hash(self.job.ctx.root, self.address)
         self.bytes_sent += self.store.push(inputs.values())
         self.push_seconds += time.monotonic() - began
         with project_package(self.job.ctx.root) as folder:
@@ -291,6 +291,7 @@ class _Run:
             "inputs": dict(self.job.inputs),
             "remote": dict(self.store.remote.options),
             "versions": versions(),
+            "threads": os.environ.get(THREADS),
         }
 
     def _submit(self, folder: Path) -> None:

@@ -87,7 +87,7 @@ def forecast_training(
     free = available_memory(device.type, processes)
     # without runtime: the libraries are in memory already
     row = memory.largest_row(train, params.method)
-    without = replace(training_spec(params, base_model, row, len(train), device.type, dtype, where), timed=False)
+    without = replace(training_spec(params, base_model, row, len(train), device.type, dtype, where, processes), timed=False)
     try:
         spec = without.checkpointed_beyond(free) if params.gradient_checkpointing == AUTO else without
         predicted = replace(spec.prediction.memory, runtime=runtime)
@@ -104,7 +104,7 @@ def forecast_training(
 
 
 def training_spec(
-    params: AdapterParams, base_model: Path, row: tuple[list[int], int], rows: int, device: str, dtype: Any, where: str
+    params: AdapterParams, base_model: Path, row: tuple[list[int], int], rows: int, device: str, dtype: Any, where: str, processes: int = 1
 ) -> memory.TrainingSpec:
     """What the prediction takes for an adapter, without the runtime.
 
@@ -115,6 +115,7 @@ def training_spec(
     return memory.TrainingSpec(
         device, dtype, base_model, params.method, params.peft, *row, min(params.per_device_train_batch_size, rows), 0, params.quantization,
         params.gradient_checkpointing is True, params.gradient_accumulation_steps, params.optim, where,
+        sharding=params.sharding, processes=processes,
     )  # fmt: skip
 
 

@@ -109,7 +109,8 @@ def extended(short: StepTrace, long: StepTrace, times: int) -> StepTrace | None:
         return None
     counts = {key: n + times * (n - short.operations.counts.get(key, 0)) for key, n in long.operations.counts.items()}
     sizes = {
-        name: (1 + times) * getattr(long, name) - times * getattr(short, name) for name in ("trainable", "total", "optimizer", "loading")
+        name: (1 + times) * getattr(long, name) - times * getattr(short, name)
+        for name in ("trainable", "total", "optimizer", "loading", "divisible")
     }
     return replace(long, events=events, operations=long.operations.with_counts(counts), **sizes)
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -26,10 +27,14 @@ from dagster_project.training.methods.feature_extraction import Options
 from dagster_project.training.methods.hardware import LARGE_BLOCK
 from dagster_project.training.planning.timing import Operations, attention, attention_and_back
 from dagster_project.training.planning.torch_internals import intercepted, meta_tensors, replaced, run_on_meta
-from dagster_project.training.trainers.harness.params import OPTIMIZER_MEMORY
+from dagster_project.training.trainers.harness.params import OPTIMIZER_MEMORY, Sharding
+from dagster_project.training.trainers.harness.sharding import METHODS as SHARDED_METHODS
+from dagster_project.training.trainers.sft.sft import decoder_layers
 
 STARTED = 45 * 2**20
 """Bytes by which a process grows once the Trainer runs, beyond its imports; measured with `benchmarks/memory.py --tiny`."""
+
+MOST_GPUS = 1024
 
 CUDA_RUNTIME = 600 * 2**20
 """Bytes that a process uses on a GPU before its first tensor: context and kernels (300 to 550 MB by card and driver), cuBLAS workspace."""
@@ -56,6 +61,18 @@ class Unpredictable(InputError):
     """The method reads weights while it is applied to the model, so it cannot be built on the meta device."""
 
 
+@dataclass(frozen=True)
+class Gathered:
+    """Bytes that a sharded training gathers in each process."""
+
+    layer: int = 0
+    """Parameters of the largest decoder layer."""
+    layer_gradients: int = 0
+    root: int = 0
+    """Parameters outside the layers."""
+    root_gradients: int = 0
+
+
 StorageEvent = tuple[str, str, int]
 """(from, to, bytes): a storage is allocated ("", part), freed (part, ""), or becomes a gradient (part, "gradients")."""
 
@@ -77,14 +94,32 @@ class StepTrace:
     """transformers' name of the optimizer; empty if the method takes no optimizer steps."""
     loading: int
     """Bytes resident while weights are read and converted; 0 if the stored weights are used without conversion."""
+    divisible: int = field(default=0, kw_only=True)
+    """Bytes of all parameters, which sharding divides; buffers and scales of 4-bit weights are not divided."""
+    gathered: Gathered = field(default=Gathered(), kw_only=True)
 
-    def peak(self, device: str, runtime: int) -> Memory:
-        """Memory of a step on "cpu" or "cuda" in a process that uses `runtime` bytes in addition."""
-        account = Account()
+    def peak(self, device: str, runtime: int, sharding: Sharding | None = None, processes: int = 1) -> Memory:
+        """Memory of a step on "cpu" or "cuda" in a process that uses `runtime` bytes in addition.
+
+        Args:
+            sharding: divides the model among `processes` GPUs. `full_shard` gathers two layers at a time (the next one is prefetched) and
+                what is outside the layers; the gradient of a gathered weight exists twice while it is summed.
+        """
+        kept = 1 if sharding is None or not sharding.cpu_offload else 0
+        account = Account(kept / processes if sharding else 1)
         for event in self.events:
             account.apply(event)
         fragmentation = account.fragmentation if device == "cpu" else 0
         peak = Memory(**account.peak, optimizer=self.optimizer, fragmentation=fragmentation, runtime=runtime)
+        if sharding:
+            part = self.gathered
+            gathered = min(part.root + 2 * part.layer, self.divisible) if sharding.fsdp == "full_shard" else self.divisible
+            return replace(
+                peak,
+                weights=peak.weights - self.divisible + gathered + kept * -(-self.divisible // processes),
+                gradients=2 * (part.root_gradients + part.layer_gradients) + kept * -(-peak.gradients // processes),
+                optimizer=kept * -(-self.optimizer // processes),
+            )
         if self.loading > peak.total - runtime:
             return Memory(weights=self.loading, runtime=runtime)
         return peak
@@ -128,19 +163,36 @@ def trace_step(spec: TrainingSpec) -> StepTrace:
             _feature_pass(ledger, base, [max(spec.lengths)] * batch)
         else:
             passes = min(2, spec.gradient_accumulation_steps)
-            _passes(ledger, prepared, base, spec.rows * spec.lengths, spec.rows * spec.counted, passes)
+            _passes(ledger, prepared, base, spec.rows * spec.lengths, spec.rows * spec.counted, passes, not spec.sharding)
             ledger.operations.multiply(spec.gradient_accumulation_steps / passes)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if spec.timed and not prepared.fit:
         ledger.operations.note_optimizer(trained)
-    optim = prepared.optim or spec.optim
+    optim = (not spec.sharding and prepared.optim) or spec.optim  # sharded, an adapter's own optimizer is not used
     states = 0 if prepared.fit else sum(_state_bytes(parameter, optim) for parameter in trained)
     if spec.method.lower() == "adalora":
         states += 3 * sum(map(_bytes, trained))  # importance of each weight, its mean and its spread
     as_stored = stored == (torch.float32 if prepared.autocast else spec.dtype) and not getattr(base, "is_loaded_in_4bit", False)
     loading = 0 if spec.device != "cpu" or as_stored else _loading(spec.base_model, base, stored)
     optim = "" if prepared.fit else optim
-    return StepTrace(list(ledger.events), ledger.operations, prepared.trainable, prepared.total, states, optim, loading)
+    return StepTrace(
+        list(ledger.events), ledger.operations, prepared.trainable, prepared.total, states, optim, loading,
+        divisible=sum(map(_bytes, network.parameters())), gathered=_gathered(network, decoder_layers(base)),
+    )  # fmt: skip
+
+
+def _gathered(network: Any, layers: Sequence[Any]) -> Gathered:
+    """Args:
+    network: the whole model.
+    layers: its decoder layers.
+    """
+
+    def sizes(module: Any, without: frozenset[int] = frozenset()) -> tuple[int, int]:
+        parameters = [parameter for parameter in module.parameters() if id(parameter) not in without]
+        return sum(map(_bytes, parameters)), sum(_bytes(parameter) for parameter in parameters if parameter.requires_grad)
+
+    inside = frozenset(id(parameter) for layer in layers for parameter in layer.parameters())
+    return Gathered(*max(map(sizes, layers), default=(0, 0)), *sizes(network, inside))
 
 
 LORA = {"r": 16, "target_modules": "all-linear"}
@@ -176,12 +228,30 @@ class TrainingSpec:
     timed: bool = True
     """Whether the operations are recorded, so that their time can be measured. Takes a third longer."""
     trace: Callable[[TrainingSpec], StepTrace] = trace_step
+    sharding: Sharding | None = None
+    processes: int = 1
+    """Number of GPUs among which `sharding` divides the model. On a CPU each process loads the whole model, and nothing is divided."""
 
     @cached_property
     def prediction(self) -> Prediction:
         """Predicted peak memory and work of training."""
         trace = self.trace(self)
-        return Prediction(**vars(trace), memory=trace.peak(self.device, self.runtime))
+        sharding = self.sharding if self.device == "cuda" else None
+        return Prediction(**vars(trace), memory=trace.peak(self.device, self.runtime, sharding, self.processes))
+
+    def gpus_needed(self, room: int) -> int | None:
+        """The smallest number of GPUs with `room` bytes each on which the training fits with `sharding` (by default `full_shard`); None if
+        no number is enough, or the method does not support it."""
+        if self.device != "cuda" or self.method.lower() not in SHARDED_METHODS:
+            return None
+        settings = self.sharding or Sharding()
+        trace = self.prediction if self.sharding else replace(self, sharding=settings, timed=False).prediction
+
+        def needs(processes: int) -> int:
+            return -trace.peak(self.device, self.runtime, settings, processes).total
+
+        found = bisect_left(range(2, MOST_GPUS + 1), -room, key=needs) + 2  # the more GPUs, the less each needs
+        return found if found <= MOST_GPUS else None
 
     @property
     def needed(self) -> int:
@@ -335,8 +405,12 @@ def _feature_pass(ledger: _Ledger, base: Any, lengths: Sequence[int]) -> None:
         base.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
 
 
-def _passes(ledger: _Ledger, prepared: PreparedModel, base: Any, lengths: Sequence[int], counted: int, passes: int) -> None:
-    """Run the forward and backward passes of training/trainers/sft/sft.py on the meta device."""
+def _passes(ledger: _Ledger, prepared: PreparedModel, base: Any, lengths: Sequence[int], counted: int, passes: int, cached: bool) -> None:
+    """Run the forward and backward passes of training/trainers/sft/sft.py on the meta device.
+
+    Args:
+        cached: whether autocast keeps converted weights; it does not with sharding (trainers/harness/sharding.py).
+    """
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -346,7 +420,7 @@ def _passes(ledger: _Ledger, prepared: PreparedModel, base: Any, lengths: Sequen
     batch = _batch(lengths, prepared.packs)
     where = torch.zeros(counted, dtype=torch.long, device="meta")
     for _ in range(passes):
-        with ledger.mode(), ledger.attention(), _autocast_on_meta():
+        with ledger.mode(), ledger.attention(), _autocast_on_meta(cached):
             hidden = prepared.hidden_states(batch)
             scores = base.get_output_embeddings()(hidden[:, :-1].flatten(0, 1)[where]).float()
             losses = cross_entropy(scores, where, reduction="none")
@@ -360,7 +434,7 @@ def _passes(ledger: _Ledger, prepared: PreparedModel, base: Any, lengths: Sequen
 
 
 @contextmanager
-def _autocast_on_meta() -> Iterator[None]:
+def _autocast_on_meta(cached: bool) -> Iterator[None]:
     """Let torch.autocast work on the meta device as on a CPU, which torch does not support.
 
     A trained weight is converted once per autocast region, everything else at each product (torch's autocast_mode.cpp, cached_cast).
@@ -373,7 +447,7 @@ def _autocast_on_meta() -> Iterator[None]:
     def cast(value: Any) -> Any:
         if value is None or value.dtype != torch.float32:
             return value
-        if not (value.is_leaf and value.requires_grad):
+        if not (cached and value.is_leaf and value.requires_grad):
             return value.to(torch.get_autocast_dtype("cpu"))
         if id(value) not in copies:
             copies[id(value)] = value.to(torch.get_autocast_dtype("cpu"))
@@ -396,7 +470,11 @@ def _autocast_on_meta() -> Iterator[None]:
 class Account:
     """Bytes allocated in each part, now and at the peak."""
 
-    def __init__(self) -> None:
+    def __init__(self, gradient_share: float = 1) -> None:
+        """Args:
+        gradient_share: of the gradients that a process keeps.
+        """
+        self.gradient_share = gradient_share
         self.live = {"weights": 0, "gradients": 0, "activations": 0, "logits": 0}
         self.peak = dict(self.live)
         self.highest = self.now = 0
@@ -409,10 +487,12 @@ class Account:
         if before and after:
             self.live[before] -= size
             self.live[after] += size
+            if after == "gradients" and self.gradient_share < 1:
+                self.now -= round(size * (1 - self.gradient_share))
             return
         part, change = (before, -size) if before else (after, size)
         self.live[part] += change
-        self.now += change
+        self.now += round(change * self.gradient_share) if part == "gradients" and self.gradient_share < 1 else change
         if size <= LARGE_BLOCK and part != "weights":
             self._small[size] += change
             self._most[size] = max(self._most[size], self._small[size])

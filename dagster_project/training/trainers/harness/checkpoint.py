@@ -175,8 +175,15 @@ class Checkpoints:
         return None
 
     def at(self, step: int) -> SavedCheckpoint:
-        """The checkpoint of a step that another process verified."""
-        return SavedCheckpoint(self.folder / f"step-{step:08d}", step)
+        """The checkpoint of a step that another process verified.
+
+        Raises:
+            PedigreeError: it is not on this host.
+        """
+        folder = self.folder / f"step-{step:08d}"
+        if not folder.is_dir():
+            raise PedigreeError(f"the checkpoint {folder} is not on this host", "share the folder among the hosts, or remove it everywhere")
+        return SavedCheckpoint(folder, step)
 
     def _complete(self) -> list[Path]:
         """Folders with a marker, newest step first."""

@@ -21,7 +21,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -34,6 +34,9 @@ from dagster_project.training.trainers.harness import distributed
 log = logging.getLogger("pedigree")
 
 START_METHOD = "spawn"
+
+LAUNCHER = "PEDIGREE_LAUNCHER"
+"""Variable that selects the launcher: `ray` for Ray Train, which requires a connection to a Ray cluster; else torch elastic."""
 
 WAIT = timedelta(days=30)
 """The others may wait long for the first process (a sweep, a checkpoint); a lost process is noticed by torch elastic, not by a timeout."""
@@ -109,6 +112,8 @@ def launch(processes: int, module: str, work: Mapping[str, Any]) -> Any:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
+    if os.environ.get(LAUNCHER) == "ray":
+        return _launch_on_ray(processes, module, work)
     nodes = Nodes.from_environment()
     gpus = distributed.gpus_of(nodes.share(processes))
     with tempfile.TemporaryDirectory(prefix="pedigree-group-") as name:
@@ -120,6 +125,57 @@ def launch(processes: int, module: str, work: Mapping[str, Any]) -> Any:
             except ChildFailedError as failed:
                 raise _reason(failed, folder, processes, bool(requests)) from None
         return json.loads((folder / "result.json").read_text())
+
+
+def _launch_on_ray(processes: int, module: str, work: Mapping[str, Any]) -> Any:
+    """`launch` by Ray Train, which places the processes on the nodes of a cluster. The first one must be on this node, with its files.
+
+    An interrupt ends the group without a checkpoint: Ray runs the work in a thread, where Python handles no signals.
+    """
+    import ray.exceptions
+    import torch
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    gpu = torch.cuda.is_available()
+    with tempfile.TemporaryDirectory(prefix="pedigree-group-") as name:
+        folder = Path(name)
+        (folder / "ray").mkdir()
+        with _relayed_log(folder):
+            trainer = TorchTrainer(
+                _ray_member,
+                train_loop_config={"folder": name, "module": module, "work": json.dumps(work)},
+                torch_config=TorchConfig(backend=_backend(), timeout_s=int(WAIT.total_seconds())),
+                scaling_config=ScalingConfig(num_workers=processes, use_gpu=gpu, placement_strategy="PACK"),
+                run_config=RunConfig(storage_path=str(folder / "ray"), failure_config=FailureConfig(max_failures=0)),
+            )
+            try:
+                trainer.fit()
+            except (ray.exceptions.RayError, RuntimeError) as error:
+                raise _reason_of_file(folder / "error-0.json") or PedigreeError(f"the processes on Ray failed: {error}", AGAIN) from None
+        return json.loads((folder / "result.json").read_text())
+
+
+def _ray_member(config: Mapping[str, str]) -> None:
+    """Main function of a process that Ray Train started, which has joined it to the group."""
+    folder, rank = Path(config["folder"]), distributed.place().rank
+    for name in HIDDEN:
+        os.environ.pop(name, None)
+    if rank == 0 and not folder.is_dir():
+        raise RuntimeError("Ray placed the first process on another node than the stage's: give the stage's node a place for it")
+    handlers = log.handlers[:]
+    try:
+        if rank == 0:
+            _log_to(folder)
+        result = take_part(config["module"], json.loads(config["work"]))
+        if rank == 0:
+            (folder / "result.json").write_text(json.dumps(result))
+    except Exception as error:
+        if rank == 0:
+            (folder / "error-0.json").write_text(json.dumps(_said(error)))
+        raise
+    finally:
+        log.handlers[:] = handlers
 
 
 def _config(nodes: Nodes, processes: int, folder: Path) -> Any:
@@ -143,6 +199,11 @@ def _config(nodes: Nodes, processes: int, folder: Path) -> Any:
         shutdown_timeout=10,
         **meeting,
     )
+
+
+def is_first_host() -> bool:
+    """Whether this process runs where the stage does."""
+    return not _elsewhere
 
 
 def portable(path: Path) -> str:
@@ -187,27 +248,39 @@ def _member(name: str) -> None:
     except BaseException as error:  # noqa: BLE001 the launcher must be notified of any exception
         if isinstance(error, RuntimeError):
             time.sleep(LINGER)
-        said = [type(error).__name__, error.what, error.hint] if isinstance(error, PedigreeError) else ["", traceback.format_exc(), ""]
+        said = _said(error)
         if given["hosts"] > 1 and isinstance(error, RuntimeError) and "onnection" in str(error):
             said = ["PedigreeError", f"a process on another host was lost ({str(error).splitlines()[0]})", AGAIN]
-        if isinstance(error, KeyboardInterrupt):
-            said[0] = "KeyboardInterrupt"
         (folder / f"error-{rank}.json").write_text(json.dumps(said))
         os._exit(1)
 
 
-def _join(rank: int, world: int, meeting: str) -> None:
+def _said(error: BaseException) -> list[str]:
+    """An exception as JSON: class, what, hint."""
+    if isinstance(error, PedigreeError):
+        return [type(error).__name__, error.what, error.hint]
+    return ["KeyboardInterrupt" if isinstance(error, KeyboardInterrupt) else "", traceback.format_exc(), ""]
+
+
+def _backend() -> str:
     import torch
+
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
+def _join(rank: int, world: int, meeting: str) -> None:
     import torch.distributed as dist
 
     if meeting.startswith("file://"):
         loopback = "lo0" if sys.platform == "darwin" else "lo"
         os.environ.update(GLOO_SOCKET_IFNAME=loopback, NCCL_SOCKET_IFNAME=loopback)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=world, timeout=WAIT)
+    dist.init_process_group(_backend(), init_method=meeting, rank=rank, world_size=world, timeout=WAIT)
     for name in HIDDEN:
         os.environ.pop(name, None)
 
+
+_elsewhere = False
+"""Whether `torchrun` started this process on another host."""
 
 _started = False
 """Whether the first process has sent their work to the others."""
@@ -293,8 +366,9 @@ def _relayed_log(folder: Path) -> Iterator[None]:
 
     def relay() -> None:
         for line in iter(lambda: _line(pipe), b"\n"):
-            level, text = json.loads(line)
-            log.log(level, text)
+            with suppress(ValueError):  # cut off when the process was killed
+                level, text = json.loads(line)
+                log.log(level, text)
 
     thread = threading.Thread(target=relay, daemon=True)
     thread.start()
@@ -368,6 +442,11 @@ def _reason(failed: Any, folder: Path, processes: int, asked: bool) -> BaseExcep
     return PedigreeError(f"{name} was killed" if failure.exitcode < 0 else f"{name} ended with exit code {failure.exitcode}", AGAIN)
 
 
+def _reason_of_file(path: Path) -> PedigreeError | None:
+    kind, what, hint = json.loads(path.read_text()) if path.exists() else ("", "", "")
+    return _error_class(kind)(what, hint) if kind else PedigreeError(what, AGAIN) if what else None
+
+
 def _error_class(name: str) -> type[PedigreeError]:
     waiting, found = [PedigreeError], dict[str, type[PedigreeError]]()
     while waiting:
@@ -379,15 +458,22 @@ def _error_class(name: str) -> type[PedigreeError]:
 
 def main() -> None:
     """Main function of a process that `torchrun` started on another host."""
+    global _elsewhere
     rank, world, local = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if rank == 0:
         raise SystemExit("process 0 is the stage's own: run `pedigree run` on the first host, and torchrun with --node-rank 1 or more here")
     gpus = distributed.gpus_of(int(os.environ["LOCAL_WORLD_SIZE"]))
     if gpus[local]:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[local]
+    _elsewhere = True
     _join(rank, world, "env://")
-    take_part("", None)
+    try:
+        take_part("", None)
+    except PedigreeError as error:
+        raise SystemExit(f"process {rank + 1} of {world}: {error}") from None
 
 
 if __name__ == "__main__":
+    from dagster_project.training.trainers.harness.launch import main  # this module is `__main__` too
+
     main()

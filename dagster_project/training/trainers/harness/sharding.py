@@ -103,6 +103,16 @@ def _logits_class() -> type:
     return Logits
 
 
+def free_gathered(root: Any) -> None:
+    """Free gathered weights after a forward pass without a backward pass. With `shard_grad_op` they would be kept, and the
+    next pass would use them although the optimizer has changed the parts."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def unshard(model: Any) -> None:
     """Gather the whole weights in the first process, on the CPU. The model cannot be trained any more."""
     import torch

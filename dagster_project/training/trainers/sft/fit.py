@@ -18,10 +18,10 @@ from dagster_project.training.methods.build import PreparedModel, build, quantiz
 from dagster_project.training.methods.feature_extraction import split_prompts
 from dagster_project.training.methods.hardware import prepare
 from dagster_project.training.trainers.harness import weight_audit
-from dagster_project.training.trainers.harness.checkpoint import Checkpoints, params_identity, refuse_full_disk
+from dagster_project.training.trainers.harness.checkpoint import Checkpoints, code_of, params_identity, refuse_full_disk
 from dagster_project.training.trainers.harness.curve import live_writer
 from dagster_project.training.trainers.harness.history import TrainingHistory
-from dagster_project.training.trainers.harness.launch import portable, start_others
+from dagster_project.training.trainers.harness.launch import is_first_host, portable, start_others
 from dagster_project.training.trainers.harness.params import OPTIMIZER_MEMORY, AdapterParams
 from dagster_project.training.trainers.harness.session import Diverged, Interrupted, advice_on_memory
 from dagster_project.training.trainers.harness.weight_audit import WeightAudit, WeightChange
@@ -179,7 +179,7 @@ def fit(
         with advised():
             history, example_ids = _fit_without_steps(data, prepared, live)
     else:
-        start_others(_shared(data, params, checkpoints), __name__)
+        start_others({**_shared(data, params, checkpoints), "identity": identity | {"code of the trainer": code_of_trainer()}}, __name__)
         with advised():
             history = data.train(prepared, params, kept, live)
     return FitResult(prepared, params, chosen, trials, total, history, example_ids, audit.change())
@@ -205,10 +205,36 @@ def other_process(work: Mapping[str, Any]) -> None:
     """
     params, compute = AdapterParams.model_validate(work["params"]), Compute.model_validate(work["compute"])
     data = TrainingData.read(work["name"], params.method, compute, Path(work["tokenized"]), Path(work["base_model"]))
+    if not is_first_host():
+        refuse_other_inputs(data, work["identity"])
     total = data.steps(params, compute.processes)
     with suppress(Diverged, Interrupted), advice_on_memory():  # the first process reports it
         prepared = data.model(params, total)
         data.train(prepared, params.model_copy(update={"report_to": "none"}), Checkpoints(Path(work["checkpoints"]), {}))
+
+
+def refuse_other_inputs(data: TrainingData, expected: Mapping[str, str]) -> None:
+    """Raises:
+    InputError: data, code or versions on this host differ from those of the first one.
+    """
+    device, dtype = prepare(data.compute)
+    names = json.loads(expected["library versions"])
+    here = data.identity() | {
+        "dtype": str(dtype),
+        "device": device.type,
+        "library versions": json.dumps(weight_audit.versions(name for name in names if name != "python")),
+        "code of the trainer": code_of_trainer(),
+    }
+    differing = sorted(name for name, value in here.items() if expected[name] != value)
+    if differing:
+        raise InputError(
+            f"this host differs from the first one: {', '.join(differing)}", "use the same commit, versions and data on all hosts"
+        )
+
+
+def code_of_trainer() -> str:
+    """sha256 of this module and of all that it imports from the package."""
+    return sha256_of_files(code_of(Path(__file__), Path(__file__).parents[3]))
 
 
 def _log_start(data: TrainingData, prepared: PreparedModel) -> None:

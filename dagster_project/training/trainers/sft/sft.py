@@ -159,7 +159,10 @@ class SftSession(Session):
 
     def _compute_logits(self, model: Any, inputs: dict[str, Any], counted: torch.Tensor) -> torch.Tensor:
         if self.logits is not None:
-            return self.logits(inputs, counted)
+            logits = self.logits(inputs, counted)
+            if not model.training:
+                sharding.free_gathered(self.logits)
+            return logits
         hidden = self.prepared.hidden_states(inputs)
         return causal(model).get_output_embeddings()(hidden[:, :-1][counted])
 
@@ -498,7 +501,7 @@ def _accelerated(session: SftSession) -> Iterator[None]:
 
 
 def decoder_layers(model: Any) -> list[Any]:
-    """The class names of a model's blocks, by its architecture."""
+    """A model's blocks, by the names of their classes that its architecture declares."""
     kinds = set(causal(model)._no_split_modules or ())
     return [module for module in model.modules() if type(module).__name__ in kinds]
 
