@@ -215,7 +215,13 @@ def test_ray_train_gives_the_bytes_of_torch_elastic(
             runtime_env={"env_vars": variables},
         )
         make_data(tmp_path)
-        tune(tmp_path, tiny_model, "ray", 2, LORA, 2)
+        out = tmp_path / "ray"
+        out.mkdir()
+        compute = Compute(threads=1, dtype="float32", processes=2)
+        report = adapter.produce(
+            "x", adapter.Params(**LORA), compute, tmp_path / "tokenized", tiny_model, out, out / "loss.csv", tmp_path / "ray_checkpoints"
+        )
+        (out / "report.json").write_text(json.dumps(report.document()))
         with pytest.raises(InputError, match="the first cannot\nhint: help it"):
             launch(2, __name__, {"fail": 1})
     finally:
