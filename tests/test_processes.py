@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 import pytest
+from builders.cluster import free_ports
 from builders.processes import at_pass, group, tune
 from builders.training import LORA, make_data, output_files, run_in_child
 from conftest import ROOT, edit_params
@@ -210,7 +211,8 @@ def test_ray_train_gives_the_bytes_of_torch_elastic(
             "local",
             num_cpus=3,
             object_store_memory=80_000_000,
-            include_dashboard=False,
+            include_dashboard=True,  # Ray Train asks it whether a training still runs, and ends the processes without an answer
+            dashboard_port=free_ports(1)[0],
             _temp_dir=str(folder),
             runtime_env={"env_vars": variables},
         )

@@ -35,6 +35,9 @@ log = logging.getLogger("pedigree")
 
 START_METHOD = "spawn"
 
+STOP = signal.SIGUSR1
+"""Sent to the first process to ask it to stop."""
+
 LAUNCHER = "PEDIGREE_LAUNCHER"
 """Variable that selects the launcher: `ray` for Ray Train, which requires a connection to a Ray cluster; else torch elastic."""
 
@@ -182,8 +185,10 @@ def _member(name: str) -> None:
     given = json.loads((folder / "work.json").read_text())
     rank, world, local = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     _end_with_launcher()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN if rank else signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL if rank else signal.SIG_IGN)
+    signal.signal(STOP, signal.SIG_IGN if rank else signal.default_int_handler)
+    distributed.stop_signals = (STOP,)
     try:
         if rank:
             _silence()
@@ -343,9 +348,12 @@ def _forwarded_requests(folder: Path) -> Iterator[list[float]]:
     def forward(number: int, _: Any) -> None:
         again = bool(requests) and time.monotonic() - requests[0] > 1
         requests.append(time.monotonic())
-        if again or not (folder / "pid").exists():
+        known = (folder / "pid").exists()
+        if known:
+            with suppress(ProcessLookupError):
+                os.kill(int((folder / "pid").read_text()), signal.SIGKILL if again else STOP)
+        if again or not known:
             raise KeyboardInterrupt
-        os.kill(int((folder / "pid").read_text()), number)
 
     if threading.current_thread() is not threading.main_thread():
         yield requests
