@@ -154,9 +154,9 @@ def share(options: argparse.Namespace) -> int:
     """Copy sources, outputs and past runs to a DVC remote, so that another clone restores stages instead of running them."""
     from dataclasses import asdict
 
-    from dagster_project.orchestration import dvc
+    from dagster_project.orchestration.dvc_remote import push
 
-    pushed = dvc.push(_project(options), options.remote)
+    pushed = push(_project(options), options.remote)
     text = f"{pushed.remote}: {pushed.objects} new objects, {pushed.runs} past runs. In another clone, `dvc repro --pull` restores them."
     _print(options, asdict(pushed), lambda _: text)
     return 0

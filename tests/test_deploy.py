@@ -225,7 +225,7 @@ def test_the_processes_of_dagster_in_compose_work_together(project: Path, postgr
         assert ended(url, run) == "SUCCESS", (tmp_path / "code.log").read_text()
     assert all((project / "data" / name).is_dir() for name in ("raw_examples", "raw_preferences")), "the code location has the clone"
     limits = postgres.query('SELECT concurrency_key, "limit" FROM concurrency_limits', "dagster")
-    assert ("gpu", 1) in limits and {name for name, _ in limits} == {"cpu", "gpu"}
+    assert ("gpu", 1) in limits and {name for name, _ in limits} == {"cpu", "gpu", "ray"}
     logs = "".join((tmp_path / f"{name}.log").read_text() for name in ("code", "webserver", "daemon"))
     assert postgres.password not in logs + postgres.dump()
 

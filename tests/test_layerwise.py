@@ -148,6 +148,7 @@ def test_a_plan_fits_a_gpu_up_to_its_memory_size(deep: Path, monkeypatch: pytest
     given: dict[str, Any] = {"tokens": 16, "rows": 1, "checkpointing": True, "compute": Compute(threads=1), "device": "cuda"}
     with_on = plan.plan_model(deep, ["lora"], **given)["gpus"]["lora"]
     assert [row["gradient_checkpointing"] for row in with_on] == [False, True]
+    assert with_on[1].pop("sharded") == {"24": 2}, "two GPUs hold half of the model each"
     assert with_on[1] == {"gradient_checkpointing": True, "peak": 40 * 10**9, "fits": {"24": False, "40": True, "80": True}}
 
 

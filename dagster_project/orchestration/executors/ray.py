@@ -28,7 +28,7 @@ from dagster_project.core.errors import CheckFailed, InputError, PedigreeError
 from dagster_project.core.hashing import sha256_of_text
 from dagster_project.core.records import remove, write_text
 from dagster_project.execution import Execution, Placement
-from dagster_project.orchestration import dvc, integrity
+from dagster_project.orchestration import dvc, dvc_remote, integrity
 from dagster_project.orchestration.executors import StageJob, StageResult
 from dagster_project.orchestration.executors.messages import THREADS, received, versions
 from dagster_project.orchestration.executors.package import project_package
@@ -231,7 +231,7 @@ class _Run:
         """The result of a job, after as many jobs as it takes."""
         self._discard_others()
         began = time.monotonic()
-        inputs = dvc.inputs_by_hash(self.job.ctx.root, self.address)
+        inputs = dvc_remote.inputs_by_hash(self.job.ctx.root, self.address)
         self.bytes_sent += self.store.push(inputs.values())
         self.push_seconds += time.monotonic() - began
         with project_package(self.job.ctx.root) as folder:

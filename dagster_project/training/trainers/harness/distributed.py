@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
 
 BUCKET = 2**23
 """Numbers that are summed in one call, to avoid a round trip per small tensor."""
+
+
+stop_signals: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
+"""Signals that ask this process to stop. The first process of a group is only asked by its launcher, by another signal: a terminal, DVC or
+Ray may send an interrupt to every process, and a second one would count as "immediately"."""
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,9 @@ log = logging.getLogger("pedigree")
 
 START_METHOD = "spawn"
 
+STOP = signal.SIGUSR1
+"""Sent to the first process to ask it to stop."""
+
 LAUNCHER = "PEDIGREE_LAUNCHER"
 """Variable that selects the launcher: `ray` for Ray Train, which requires a connection to a Ray cluster; else torch elastic."""
 
@@ -113,69 +116,20 @@ def launch(processes: int, module: str, work: Mapping[str, Any]) -> Any:
     from torch.distributed.launcher.api import elastic_launch
 
     if os.environ.get(LAUNCHER) == "ray":
-        return _launch_on_ray(processes, module, work)
+        from dagster_project.training.trainers.harness import ray_train
+
+        return ray_train.launch(processes, module, work)
     nodes = Nodes.from_environment()
     gpus = distributed.gpus_of(nodes.share(processes))
     with tempfile.TemporaryDirectory(prefix="pedigree-group-") as name:
         folder = Path(name)
         (folder / "work.json").write_text(json.dumps({"module": module, "work": work, "gpus": gpus, "hosts": nodes.count}))
-        with _quiet_elastic(), _relayed_log(folder), _forwarded_requests(folder) as requests:
+        with _quiet_elastic(), relayed_log(folder), _forwarded_requests(folder) as requests:
             try:
                 elastic_launch(_config(nodes, len(gpus), folder), _member)(name)
             except ChildFailedError as failed:
                 raise _reason(failed, folder, processes, bool(requests)) from None
         return json.loads((folder / "result.json").read_text())
-
-
-def _launch_on_ray(processes: int, module: str, work: Mapping[str, Any]) -> Any:
-    """`launch` by Ray Train, which places the processes on the nodes of a cluster. The first one must be on this node, with its files.
-
-    An interrupt ends the group without a checkpoint: Ray runs the work in a thread, where Python handles no signals.
-    """
-    import ray.exceptions
-    import torch
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    gpu = torch.cuda.is_available()
-    with tempfile.TemporaryDirectory(prefix="pedigree-group-") as name:
-        folder = Path(name)
-        (folder / "ray").mkdir()
-        with _relayed_log(folder):
-            trainer = TorchTrainer(
-                _ray_member,
-                train_loop_config={"folder": name, "module": module, "work": json.dumps(work)},
-                torch_config=TorchConfig(backend=_backend(), timeout_s=int(WAIT.total_seconds())),
-                scaling_config=ScalingConfig(num_workers=processes, use_gpu=gpu, placement_strategy="PACK"),
-                run_config=RunConfig(storage_path=str(folder / "ray"), failure_config=FailureConfig(max_failures=0)),
-            )
-            try:
-                trainer.fit()
-            except (ray.exceptions.RayError, RuntimeError) as error:
-                raise _reason_of_file(folder / "error-0.json") or PedigreeError(f"the processes on Ray failed: {error}", AGAIN) from None
-        return json.loads((folder / "result.json").read_text())
-
-
-def _ray_member(config: Mapping[str, str]) -> None:
-    """Main function of a process that Ray Train started, which has joined it to the group."""
-    folder, rank = Path(config["folder"]), distributed.place().rank
-    for name in HIDDEN:
-        os.environ.pop(name, None)
-    if rank == 0 and not folder.is_dir():
-        raise RuntimeError("Ray placed the first process on another node than the stage's: give the stage's node a place for it")
-    handlers = log.handlers[:]
-    try:
-        if rank == 0:
-            _log_to(folder)
-        result = take_part(config["module"], json.loads(config["work"]))
-        if rank == 0:
-            (folder / "result.json").write_text(json.dumps(result))
-    except Exception as error:
-        if rank == 0:
-            (folder / "error-0.json").write_text(json.dumps(_said(error)))
-        raise
-    finally:
-        log.handlers[:] = handlers
 
 
 def _config(nodes: Nodes, processes: int, folder: Path) -> Any:
@@ -231,13 +185,15 @@ def _member(name: str) -> None:
     given = json.loads((folder / "work.json").read_text())
     rank, world, local = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     _end_with_launcher()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN if rank else signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL if rank else signal.SIG_IGN)
+    signal.signal(STOP, signal.SIG_IGN if rank else signal.default_int_handler)
+    distributed.stop_signals = (STOP,)
     try:
         if rank:
             _silence()
         else:
-            _log_to(folder)
+            log_to(folder)
             (folder / "pid").write_text(str(os.getpid()))
         if given["gpus"][local]:
             os.environ["CUDA_VISIBLE_DEVICES"] = given["gpus"][local]
@@ -248,21 +204,21 @@ def _member(name: str) -> None:
     except BaseException as error:  # noqa: BLE001 the launcher must be notified of any exception
         if isinstance(error, RuntimeError):
             time.sleep(LINGER)
-        said = _said(error)
+        said = said_by(error)
         if given["hosts"] > 1 and isinstance(error, RuntimeError) and "onnection" in str(error):
             said = ["PedigreeError", f"a process on another host was lost ({str(error).splitlines()[0]})", AGAIN]
         (folder / f"error-{rank}.json").write_text(json.dumps(said))
         os._exit(1)
 
 
-def _said(error: BaseException) -> list[str]:
+def said_by(error: BaseException) -> list[str]:
     """An exception as JSON: class, what, hint."""
     if isinstance(error, PedigreeError):
         return [type(error).__name__, error.what, error.hint]
     return ["KeyboardInterrupt" if isinstance(error, KeyboardInterrupt) else "", traceback.format_exc(), ""]
 
 
-def _backend() -> str:
+def backend() -> str:
     import torch
 
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -274,7 +230,7 @@ def _join(rank: int, world: int, meeting: str) -> None:
     if meeting.startswith("file://"):
         loopback = "lo0" if sys.platform == "darwin" else "lo"
         os.environ.update(GLOO_SOCKET_IFNAME=loopback, NCCL_SOCKET_IFNAME=loopback)
-    dist.init_process_group(_backend(), init_method=meeting, rank=rank, world_size=world, timeout=WAIT)
+    dist.init_process_group(backend(), init_method=meeting, rank=rank, world_size=world, timeout=WAIT)
     for name in HIDDEN:
         os.environ.pop(name, None)
 
@@ -347,7 +303,7 @@ class _Relay(logging.Handler):
         self.pipe.flush()
 
 
-def _log_to(folder: Path) -> None:
+def log_to(folder: Path) -> None:
     log.handlers[:] = [_Relay(folder)]
     log.propagate = False
     log.setLevel(logging.INFO)
@@ -359,7 +315,7 @@ def _log_to(folder: Path) -> None:
 
 
 @contextmanager
-def _relayed_log(folder: Path) -> Iterator[None]:
+def relayed_log(folder: Path) -> Iterator[None]:
     """Log the lines of the first process here."""
     os.mkfifo(folder / "log", 0o600)
     pipe = os.fdopen(os.open(folder / "log", os.O_RDWR), "r+b", buffering=0)  # open for writing too, so that it has no end
@@ -392,9 +348,12 @@ def _forwarded_requests(folder: Path) -> Iterator[list[float]]:
     def forward(number: int, _: Any) -> None:
         again = bool(requests) and time.monotonic() - requests[0] > 1
         requests.append(time.monotonic())
-        if again or not (folder / "pid").exists():
+        known = (folder / "pid").exists()
+        if known:
+            with suppress(ProcessLookupError):
+                os.kill(int((folder / "pid").read_text()), signal.SIGKILL if again else STOP)
+        if again or not known:
             raise KeyboardInterrupt
-        os.kill(int((folder / "pid").read_text()), number)
 
     if threading.current_thread() is not threading.main_thread():
         yield requests
@@ -442,7 +401,8 @@ def _reason(failed: Any, folder: Path, processes: int, asked: bool) -> BaseExcep
     return PedigreeError(f"{name} was killed" if failure.exitcode < 0 else f"{name} ended with exit code {failure.exitcode}", AGAIN)
 
 
-def _reason_of_file(path: Path) -> PedigreeError | None:
+def error_of(path: Path) -> PedigreeError | None:
+    """The error of the first process, if it wrote one."""
     kind, what, hint = json.loads(path.read_text()) if path.exists() else ("", "", "")
     return _error_class(kind)(what, hint) if kind else PedigreeError(what, AGAIN) if what else None
 

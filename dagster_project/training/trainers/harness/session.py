@@ -349,8 +349,8 @@ def advice_on_memory(advice: Callable[[], str] | None = None) -> Iterator[None]:
 @contextmanager
 def stop_on_request() -> Iterator[Callable[[], bool]]:
     """While open, the first SIGINT or SIGTERM only sets a flag, so that the loop stops where it can resume; another
-    one, at least a second later, interrupts. Only the first of several processes receives the request; the others stop
-    with it.
+    one, at least a second later, interrupts. Only the first of several processes receives the request, from its launcher;
+    the others stop with it.
     """
     asked: list[float] = []
 
@@ -364,7 +364,7 @@ def stop_on_request() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread() or distributed.place().rank:
         yield lambda: False
         return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, ask) for number in distributed.stop_signals}
     try:
         yield lambda: bool(asked)
     finally:

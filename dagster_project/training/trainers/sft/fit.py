@@ -14,7 +14,8 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_files, sha256_of_text
 from dagster_project.core.params import Compute
 from dagster_project.core.records import read_table
-from dagster_project.training.methods.build import PreparedModel, build, quantization_of
+from dagster_project.training.methods.attention import attention_for
+from dagster_project.training.methods.build import PreparedModel, build, causal, quantization_of
 from dagster_project.training.methods.feature_extraction import split_prompts
 from dagster_project.training.methods.hardware import prepare
 from dagster_project.training.trainers.harness import weight_audit
@@ -92,7 +93,8 @@ class TrainingData:
         Args:
             total: optimizer steps of the training.
         """
-        device, dtype = prepare(self.compute)
+        computing, dtype = prepare(self.compute)
+        device = computing
         if params.sharding and quantization_of(params.method, params.quantization) == "none":
             import torch
 
@@ -105,6 +107,8 @@ class TrainingData:
             raise InputError(
                 f"params.yaml: {self.where}.neftune_noise_alpha: {params.method} does not train word embeddings", "leave it out"
             )
+        if device != computing:
+            causal(prepared.model).set_attn_implementation(attention_for(computing, dtype))
         return replace(prepared, optim=None) if params.sharding else prepared  # the paged optimizer has no sharded state
 
     def train(
