@@ -134,9 +134,13 @@ def test_a_worker_gets_the_commit_and_every_uncommitted_change_and_no_configurat
     (root / "code/tok.py").write_text("V = 5\n")
     (root / "code/new.py").write_text("V = 6\n")
     (root / "code/cmp.py").unlink()
-    with project_package(root) as folder:
+    target = root / ".dvc/tmp/package"
+    (target / "left by a killed driver").mkdir(parents=True)
+    with project_package(root, target) as folder:
         names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        assert not (folder / "left by a killed driver").exists()
         assert (folder / "code/tok.py").read_text() == "V = 5\n"
+    assert not target.exists()
     assert {"code/new.py", "dvc.yaml", "dvc.lock", "params.yaml", "data/sources/d.txt.dvc", "data/reports/tok.json"} <= names
     assert not {"code/cmp.py", "data/sources/d.txt", "data/tok/train.txt"} & names
     assert not [name for name in names if name.startswith((".dvc/", ".git/"))]
@@ -147,7 +151,7 @@ def test_sources_in_git_that_are_too_large_are_refused_with_the_command(root: Pa
     git(root, "add", "-A")
     with (
         pytest.raises(InputError, match=r"data/sources/big.txt \(0.2 MB\)(.|\n)*dvc add data/sources/big.txt"),
-        project_package(root, limit=100_000),
+        project_package(root, root / ".dvc/tmp/package", limit=100_000),
     ):
         pass
 

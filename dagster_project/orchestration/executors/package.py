@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.git import git_bytes
+from dagster_project.core.records import remove
 
 LIMIT = 100_000_000
 """Bytes of a package. Ray's dashboard accepts requests of 100 MiB, and the head node keeps packages in memory."""
 
 
 @contextmanager
-def project_package(root: Path, limit: int = LIMIT) -> Iterator[Path]:
-    """A temporary folder with the project's files. `.dvc` is left out: its configuration may contain credentials.
+def project_package(root: Path, folder: Path, limit: int = LIMIT) -> Iterator[Path]:
+    """A folder with the project's files. `.dvc` is left out: its configuration may contain credentials.
 
+    Args:
+        folder: it exists meanwhile. One that a killed driver left is replaced.
     Raises:
         InputError: no git repository, or the files are too large.
     """
@@ -36,9 +38,12 @@ def project_package(root: Path, limit: int = LIMIT) -> Iterator[Path]:
             + ", ".join(f"{name} ({sizes[name] / 1e6:,.1f} MB)" for name in largest),
             f"keep large files in DVC: `git rm --cached {largest[0]} && dvc add {largest[0]}`",
         )
-    with tempfile.TemporaryDirectory(prefix="pedigree-package-") as folder:
+    remove(folder)
+    try:
         for name in files:
-            target = Path(folder) / name
+            target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / name, target, follow_symlinks=False)
-        yield Path(folder)
+        yield folder
+    finally:
+        remove(folder)

@@ -234,7 +234,7 @@ class _Run:
         inputs = dvc_remote.inputs_by_hash(self.job.ctx.root, self.address)
         self.bytes_sent += self.store.push(inputs.values())
         self.push_seconds += time.monotonic() - began
-        with project_package(self.job.ctx.root) as folder:
+        with project_package(self.job.ctx.root, self.job.ctx.scratch.with_name(f"{self.address}.package")) as folder:
             lost = 0
             while lost < ATTEMPTS:
                 self.error, self.damaged, self.raw = None, [], []
