@@ -51,6 +51,8 @@ class Running:
     began: float
     command_began: int
     """Time at which a command of the stage last started before, in ns."""
+    why: list[str]
+    """Why it runs."""
 
 
 @dataclass
@@ -187,8 +189,9 @@ class RunAll:
         prefix = f"{address} | " if self.jobs > 1 else ""
         reader = threading.Thread(target=_pass_on, args=(receive_log, prefix), daemon=True)
         reader.start()
-        self.running[address] = Running(process, receive, reader, time.monotonic(), began)
-        log.info(f"{address}: started ({', '.join(self.states[address].changed) or 'forced'}). {self._progress()}")
+        why = self.states[address].changed or ["forced"]
+        self.running[address] = Running(process, receive, reader, time.monotonic(), began, why)
+        log.info(f"{address}: started ({', '.join(why)}). {self._progress()}")
 
     def _progress(self) -> str:
         now = time.monotonic()
@@ -238,7 +241,7 @@ class RunAll:
         if outcome == RESTORED and locks.last_held(self.root, address) != one.command_began:
             outcome = RUN
         error = answer.get("error", "") or ("its process ended without a result" if outcome == FAILED else "")
-        self.outcomes[address] = Outcome(outcome, self.states[address].changed or ["forced"], seconds, error)
+        self.outcomes[address] = Outcome(outcome, one.why, seconds, error)
         if outcome == RUN:
             write_json(self.root / SECONDS / f"{address}.json", {"seconds": seconds})
         if outcome == FAILED:
