@@ -45,8 +45,9 @@ bench: $(VENV)/ok ## measure the overhead of the front ends, impact over a long 
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	$(BIN)/python benchmarks/curation.py
 
-soak: $(VENV)/ok ## 2,000 random steps with both front ends; 3,000 random histories against the oracle of audit answers
+soak: $(VENV)/ok ## 2,000 random steps with both front ends, 2,000 with two stages at once; 3,000 random histories against the oracle of audit answers
 	$(BIN)/python tests/test_two_front_ends.py $(or $(STEPS),2000) $(SEED)
+	$(BIN)/python tests/test_two_front_ends.py $(or $(STEPS),2000) $(SEED) --at-once
 	PEDIGREE_HISTORIES=$(or $(HISTORIES),3000) $(BIN)/python tests/test_random_histories.py
 
 clean:           ## remove everything that can be produced again (never sources, reports or dvc.lock)

@@ -115,6 +115,18 @@ def _run_all(options: argparse.Namespace) -> int:
     return exit_code(document)
 
 
+def sweep(options: argparse.Namespace) -> int:
+    """Run every combination of some parameter values as a DVC experiment, and compare parameters and metrics."""
+    from dagster_project.commands import sweep as module
+    from dagster_project.pipeline import VARIANTS_OF, validate_values
+
+    document = module.sweep(
+        _project(options), options.section, options.set, options.jobs, options.to, VARIANTS_OF, validate_values
+    )  # fmt: skip
+    _print(options, document, module.as_text)
+    return 130 if document["interrupted"] else 0 if document["passed"] else 1
+
+
 def render(options: argparse.Namespace) -> int:
     """Draw pages again from the documents on disk, without running a stage."""
     from dagster_project.commands.render import as_text
@@ -142,9 +154,9 @@ def share(options: argparse.Namespace) -> int:
     """Copy sources, outputs and past runs to a DVC remote, so that another clone restores stages instead of running them."""
     from dataclasses import asdict
 
-    from dagster_project.orchestration import dvc
+    from dagster_project.orchestration.dvc_remote import push
 
-    pushed = dvc.push(_project(options), options.remote)
+    pushed = push(_project(options), options.remote)
     text = f"{pushed.remote}: {pushed.objects} new objects, {pushed.runs} past runs. In another clone, `dvc repro --pull` restores them."
     _print(options, asdict(pushed), lambda _: text)
     return 0
@@ -490,6 +502,13 @@ def _add_pipeline_commands(commands: Any) -> None:
     add("--all", action="store_true", help="bring all stages up to date, as `dvc repro` does")
     add("--jobs", type=_count, metavar="N", help="with --all: up to N independent stages at once (default: 1)")
     add("--force", action="store_true", help="with --all: also run stages that are up to date")
+    add = _add_command(commands, sweep).add_argument
+    add("section", metavar="SECTION", help="section of params.yaml, e.g. adapter.lora or splits")
+    add(
+        "-S", dest="set", action="append", default=[], metavar="KEY=VALUE,...", help="a parameter of the section and its values; repeatable"
+    )
+    add("--jobs", type=_count, default=1, metavar="N", help="trials at once (default: %(default)s)")
+    add("--to", metavar="STAGE[@VARIANT]", help="stage at which each trial ends (default: the stage of the section)")
     _add_command(commands, render).add_argument("stage", nargs="?", metavar="STAGE[@VARIANT]", help="default: all stages that have pages")
     _add_command(commands, sync)
     _add_command(commands, share).add_argument("--remote", metavar="NAME", help="a remote of .dvc/config (default: the default remote)")

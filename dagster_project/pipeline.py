@@ -71,7 +71,11 @@ def validate(root: Path) -> dict[str, Any]:
     Raises:
         InputError: unknown section, unknown key, wrong value, missing file, or file outside the project. Nothing has been changed.
     """
-    values = params.read(root)
+    return validate_values(root, params.read(root))
+
+
+def validate_values(root: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """These values of params.yaml, after the same checks."""
     known = sections()
     if unknown := sorted(set(values) - set(known)):
         raise InputError("\n".join(f"params.yaml: {name}: unknown section" for name in unknown), f"sections: {', '.join(known)}")

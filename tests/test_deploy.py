@@ -221,9 +221,11 @@ def test_the_processes_of_dagster_in_compose_work_together(project: Path, postgr
             ("daemon", lambda: bool(postgres.query("SELECT 1 FROM daemon_heartbeats", "dagster")), {"PEDIGREE_CODE_HOST": "127.0.0.1", "PEDIGREE_CODE_PORT": str(ports["4000"])}),
         ):  # fmt: skip
             stack.enter_context(running(command(name, ports, tmp_path), tmp_path / f"{name}.log", answers, environment=common | extra))
-        run = launch(url, "raw_examples")
+        run = launch(url, "raw_examples", "raw_preferences")  # at once, each in a process
         assert ended(url, run) == "SUCCESS", (tmp_path / "code.log").read_text()
-    assert (project / "data/raw_examples").is_dir(), "the run was in the code location, which has the clone"
+    assert all((project / "data" / name).is_dir() for name in ("raw_examples", "raw_preferences")), "the code location has the clone"
+    limits = postgres.query('SELECT concurrency_key, "limit" FROM concurrency_limits', "dagster")
+    assert ("gpu", 1) in limits and {name for name, _ in limits} == {"cpu", "gpu", "ray"}
     logs = "".join((tmp_path / f"{name}.log").read_text() for name in ("code", "webserver", "daemon"))
     assert postgres.password not in logs + postgres.dump()
 
@@ -240,10 +242,10 @@ LAUNCH = """mutation($params: ExecutionParams!) { launchRun(executionParams: $pa
     __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message } } }"""
 
 
-def launch(url: str, asset: str) -> str:
-    """Launch a run of one asset in the code location; its id."""
+def launch(url: str, *assets: str) -> str:
+    """Launch a run of some assets in the code location; its id."""
     selector = {
-        "repositoryLocationName": "pedigree", "repositoryName": "__repository__", "pipelineName": "__ASSET_JOB", "assetSelection": [{"path": [asset]}],
+        "repositoryLocationName": "pedigree", "repositoryName": "__repository__", "pipelineName": "__ASSET_JOB", "assetSelection": [{"path": [asset]} for asset in assets],
     }  # fmt: skip
     found = ask(url, LAUNCH, params={"selector": selector, "mode": "default"})["launchRun"]
     assert found["__typename"] == "LaunchRunSuccess", found

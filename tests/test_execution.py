@@ -19,7 +19,7 @@ from conftest import dvc
 from dagster_project import execution
 from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.execution import Placement, placement
-from dagster_project.orchestration.dvc import inputs_by_hash
+from dagster_project.orchestration.dvc_remote import inputs_by_hash
 from dagster_project.orchestration.executors import messages, worker
 from dagster_project.orchestration.executors.package import project_package
 from dagster_project.orchestration.executors.ray import connect

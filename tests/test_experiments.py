@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+import pytest
 from builders import small_pipeline
-from conftest import dvc
+from conftest import copy_project, dvc, quick
+from ruamel.yaml import YAML
+
+from dagster_project.__main__ import main
+from dagster_project.orchestration.experiments import choices, trials
 
 
 def ran(root: Path) -> list[str]:
@@ -36,3 +48,106 @@ def test_two_experiments_show_parameters_and_metrics_and_rerun_only_their_varian
     ]
     assert points[0] == (8, 1 / 8) and set(points) == {(8, 1 / 8), (4, 1 / 4), (2, 1 / 2)}
     assert {one["params"]["params.yaml"]["data"]["variants"]["dora"]["r"] for one in shown} == {16}
+
+
+def sweep(root: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "small_pipeline.py", "sweep", *arguments], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def _quick(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A quick project in which nothing has run."""
+    return quick(copy_project(tmp_path_factory.mktemp("quick") / "project"), tiny_model)
+
+
+@pytest.fixture
+def root(_made: Path, tmp_path: Path) -> Path:
+    """A small pipeline in which everything has run and is committed."""
+    shutil.copytree(_made, tmp_path / "project", symlinks=True)
+    return tmp_path / "project"
+
+
+def test_a_sweep_runs_every_combination_and_its_table_is_that_of_dvc_exp_show(root: Path) -> None:
+    before = len(ran(root))
+    state = (root / "params.yaml").read_text(), (root / "dvc.lock").read_text(), small_pipeline.changed_in_dvc(root)
+    output, errors = sweep(root, "variants.lora", "2", "r=2,4,0").communicate(timeout=300)
+    document = json.loads(output)
+    assert not document["passed"] and document["target"] == "adapter@lora"
+    found = {trial["params"]["r"]: (trial["status"], trial["metrics"].get("loss")) for trial in document["trials"]}
+    assert found == {2: ("success", 1 / 2), 4: ("success", 1 / 4), 0: ("failed", None)}, errors
+    assert "ZeroDivisionError" in errors, "the log of a failed trial is shown"
+    state_after = (root / "params.yaml").read_text(), (root / "dvc.lock").read_text(), small_pipeline.changed_in_dvc(root)
+    assert (len(ran(root)), state_after) == (before, state), "it leaves the workspace alone"
+    _, head = json.loads(dvc(root, "exp", "show", "--json").stdout)
+    shown = {one["name"]: one["revs"][0] for one in head["experiments"]}
+    for trial in document["trials"]:
+        data = shown[trial["name"]]["data"]
+        assert data["params"]["params.yaml"]["data"]["variants"]["lora"]["r"] == trial["params"]["r"]
+        if trial["status"] == "success":
+            assert data["metrics"]["data/reports/adapter/lora.json"]["data"]["loss"] == trial["metrics"]["loss"]
+    best = min((trial for trial in document["trials"] if trial["metrics"]), key=lambda trial: trial["metrics"]["loss"])
+    assert dvc(root, "exp", "apply", best["name"]).returncode == 0
+    assert YAML(typ="safe").load((root / "params.yaml").read_text())["variants"]["lora"]["r"] == 4
+    assert "adapter@lora" not in small_pipeline.changed_in_dvc(root)
+
+
+def test_an_interrupted_sweep_ends_its_trials_within_ten_seconds_and_empties_the_queue(root: Path) -> None:
+    os.environ["SLOW"] = "adapter"
+    try:
+        process = sweep(root, "variants.lora", "2", "r=2,3,4")
+    finally:
+        del os.environ["SLOW"]
+    commands: set[int] = set()
+    until = time.monotonic() + 120
+    while len(commands) < 2 and time.monotonic() < until and process.poll() is None:
+        commands = {entry["pid"] for log in root.glob(".dvc/tmp/exps/tmp*/runs.log") for entry in map(json.loads, log.read_text().splitlines())
+                    if psutil.pid_exists(entry["pid"])}  # fmt: skip
+        time.sleep(0.2)
+    assert len(commands) == 2, "two trials run at once"
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert not any(map(psutil.pid_exists, commands))
+    document = json.loads(output)
+    assert document["interrupted"] and {trial["status"] for trial in document["trials"]} == {"canceled"}, errors
+    assert not [trial for trial in trials(root).values() if trial.status in {"Queued", "Running"} and trial.alive]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["adapter.lora", "-S", "learning_rte=1e-3,2e-3"], "adapter.lora.learning_rte"),
+        (["adapter.lora", "-S", "learning_rate=1e-3,fast"], "adapter.lora.learning_rate"),
+        (["adapter.lora", "-S", "peft.r=8,-1"], "adapter.lora.peft.r"),
+        (["adapter.lora", "-S", "learning_rate"], "write -S KEY=VALUE"),
+        (["adapter.lora", "-S", "learning_rate=[1,2"], "-S learning_rate=[1,2"),
+        (["adapter.lora"], "no parameter to vary"),
+        (["adapter.nobody", "-S", "learning_rate=1e-3"], "params.yaml has no adapter.nobody"),
+        (["adapter.lora", "-S", "learning_rate=1e-3", "--to", "nowhere"], "nowhere is not a stage"),
+        (["compute", "-S", "seed=1,2"], "compute is not a stage"),
+        (["adapter.lora", "-S", "learning_rate=1e-3", "-S", "learning_rate=2e-3"], "given twice"),
+    ],
+)
+def test_a_bad_sweep_is_refused_before_anything_is_queued(
+    _quick: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sweep", *arguments, "--project", str(_quick), "--json"]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and not captured.out
+    assert not (_quick / ".dvc/tmp/exps").exists()
+
+
+def test_an_occupied_queue_is_refused(root: Path) -> None:
+    assert dvc(root, "exp", "run", "--queue", "--name", "mine", "-S", "variants.lora.r=9").returncode == 0
+    process = sweep(root, "variants.lora", "1", "r=2")
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode != 0 and not output and "not empty: mine" in errors
+
+
+def test_values_are_read_as_dvc_reads_them() -> None:
+    assert choices("learning_rate=1e-3,2e-3") == ("learning_rate", [1e-3, 2e-3])
+    assert choices("peft.target_modules=[a,b],all-linear") == ("peft.target_modules", [["a", "b"], "all-linear"])
+    assert choices("method='x,y'") == ("method", ["x,y"])
+    assert choices("bias=null") == ("bias", [None])

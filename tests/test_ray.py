@@ -388,7 +388,7 @@ def s3_object(s3: S3, root: Path, oid: str) -> bytes:
 
 
 def test_an_input_damaged_in_the_remote_is_sent_again(driver: dict[str, str], root: Path, s3: S3, caplog: pytest.LogCaptureFixture) -> None:
-    from dagster_project.orchestration.dvc import inputs_by_hash
+    from dagster_project.orchestration.dvc_remote import inputs_by_hash
     from dagster_project.orchestration.remote_store import open_store
 
     (root / "data/sources/g.txt").write_text("rows that no node has seen\n")

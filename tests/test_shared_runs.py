@@ -15,7 +15,7 @@ from builders.small_pipeline import changed_in_dvc, commands_run, git
 from conftest import ROOT, dvc, pedigree
 
 from dagster_project.core.errors import InputError
-from dagster_project.orchestration.dvc import SECRET_OPTIONS, push
+from dagster_project.orchestration.dvc_remote import SECRET_OPTIONS, push
 
 REMOTE = ("remote", "add", "--default", "team")
 

@@ -1,6 +1,6 @@
 """The main property: after any sequence of operations and one sync, Dagster and DVC agree, and both are correct.
 
-Hypothesis plays random sequences of edits, runs with either front end, tampering, checkouts and kills on a small real pipeline (tests/builders/small_pipeline.py) with real DVC
+Hypothesis plays random sequences of edits, runs with either front end, two operations at once that each run two stages at once, tampering, checkouts and kills on a small real pipeline (tests/builders/small_pipeline.py) with real DVC
 and a real Dagster instance. `make soak` plays thousands of steps.
 """
 
@@ -36,6 +36,13 @@ from dagster_project.orchestration.dvc import read_stages
 
 COUNTS: Counter[str] = Counter()
 """What was played, for the soak's summary."""
+
+OPERATIONS = {
+    "dvc repro": ["-m", "dvc", "repro", "-q"],
+    "run --all": ["small_pipeline.py", "run-all", "2"],
+    "materialize": ["small_pipeline.py", "materialize-at-once"],
+}
+"""What brings everything up to date. The last two run two stages at once."""
 
 _template: list[Path] = []
 
@@ -251,6 +258,70 @@ class TwoFrontEnds(RuleBasedStateMachine):
         else:
             raise AssertionError(f"{stage} (process {slow['pid']}) lives on though its {victim} was killed")
 
+    @rule(
+        first=st.sampled_from(["run --all", "materialize"]),
+        second=st.sampled_from([*OPERATIONS]),
+        stage=st.sampled_from(["raw", "tok", "adapter"]),
+        victim=st.sampled_from(["nobody", "nobody", "front end", "worker", "stage"]),
+        delay=st.floats(0, 1.5),
+    )
+    def two_at_once(self, first: str, second: str, stage: str, victim: str, delay: float) -> None:
+        codes: list[int] = []
+        sound = "BAD" not in (self.root / "data/sources/g.txt").read_text() and self.sources_clean()
+        what = f"{first} and {second} at once" + (f", a {victim} killed" if victim != "nobody" else "")
+        self.step(what, lambda: codes.extend(self.run_both([first, second], stage, victim, delay)))
+        if victim == "nobody" and sound and not self.committed:
+            assert codes[0] == 0, f"{what}: {(self.root / 'errors-0.txt').read_text()}"
+            assert codes[1] == 0 or second == "dvc repro", f"{what}: {(self.root / 'errors-1.txt').read_text()}"
+            assert not small_pipeline.changed_in_dvc(self.root)
+
+    def run_both(self, operations: list[str], stage: str, victim: str, delay: float) -> list[int]:
+        """Start both front ends, kill a process of one of them while a stage runs, and wait until all are gone. Returns the exit codes."""
+        (self.root / f"code/{stage}.py").write_text(f"V = {COUNTS['steps'] + 3}\n")  # so that both have something to do
+        ran = len(self.runs())
+        processes = [
+            subprocess.Popen(
+                [sys.executable, *OPERATIONS[name]], cwd=self.root, env={**os.environ, "SLOW": "adapter", "SLOW_SECONDS": "1"},
+                stdout=subprocess.DEVNULL, stderr=(self.root / f"errors-{i}.txt").open("w"), start_new_session=True,
+            )
+            for i, name in enumerate(operations)
+        ]  # fmt: skip
+        while victim != "nobody" and any(process.poll() is None for process in processes):
+            entry = next((entry for entry in self.runs()[ran:] if entry["stage"].startswith(stage)), None)
+            if entry is not None:
+                time.sleep(delay)
+                COUNTS["kills at once that hit"] += self.kill_one(victim, entry["pid"])
+                break
+            time.sleep(0.05)
+        until = time.monotonic() + 300
+        while None in [process.poll() for process in processes]:  # both: to DVC, a killed process that nobody has waited for is alive
+            assert time.monotonic() < until, f"{operations} do not end"
+            time.sleep(0.1)
+        codes = [process.returncode for process in processes]
+        both = {entry["pid"] for entry in self.runs()[ran:]}
+        until = time.monotonic() + 20
+        while any(psutil.pid_exists(pid) for pid in both):
+            assert time.monotonic() < until, "a stage's command lives on though its front end ended"
+            time.sleep(0.1)
+        starts = [entry["stage"] for entry in self.runs()[ran:]]
+        COUNTS["runs of both variants in one step"] += {"adapter@lora", "adapter@dora"} <= {*starts}
+        return codes
+
+    def kill_one(self, victim: str, pid: int) -> int:
+        """Kill the stage's command with this id, the process that runs it by DVC (or its front end), or the front end. Returns whether it existed."""
+        try:
+            chain = [psutil.Process(pid), *psutil.Process(pid).parents()]
+            chain = [
+                process
+                for process in chain
+                if any("small_pipeline" in part or part == "dvc" or "multiprocessing" in part for part in process.cmdline())
+            ]
+            target = chain[0] if victim == "stage" else chain[min(1, len(chain) - 1)] if victim == "worker" else chain[-1]
+            target.kill()
+            return 1
+        except psutil.Error:
+            return 0
+
     def sources_clean(self) -> bool:
         """Is the source that DVC tracks as its .dvc file says?"""
         return not any(i.problem for state in read_stages(self.root).values() for i in state.inputs)
@@ -332,8 +403,10 @@ def test_every_operation_once_with_both_front_ends() -> None:
         day.git_checkout(which=9, outputs_too=False)
         day.git_checkout(which=1, outputs_too=True)
         day.edit_parameter("testseed", 1)
-        for front_end, victim in (("dvc", "front end"), ("dvc", "stage"), ("dagster", "front end"), ("dagster", "stage")):
+        for front_end, victim in (("dvc", "front end"), ("dagster", "stage")):
             day.kill_while_running("tok", front_end, victim)
+        day.two_at_once("run --all", "materialize", "tok", "nobody", 0)
+        day.two_at_once("materialize", "run --all", "adapter", "worker", 0.5)
         day.materialize_all(old=False)
         day.repro("")
     finally:
@@ -342,12 +415,34 @@ def test_every_operation_once_with_both_front_ends() -> None:
 
 TestTwoFrontEnds = TwoFrontEnds.TestCase
 TestTwoFrontEnds.settings = settings(
-    max_examples=6, stateful_step_count=8, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck),
+    max_examples=5, stateful_step_count=8, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck),
     phases=[Phase.generate],
 )  # fmt: skip
 
 
-def soak(steps: int, seed: int) -> None:
+class MostlyAtOnce(TwoFrontEnds):
+    """The same, in which every third operation is two at once: single runs are replaced."""
+
+    @rule(
+        first=st.sampled_from(["run --all", "materialize"]),
+        second=st.sampled_from([*OPERATIONS]),
+        victim=st.sampled_from(["nobody", "front end", "worker", "stage"]),
+        delay=st.floats(0, 3),
+    )
+    def materialize_one(self, first: str, second: str, victim: str, delay: float) -> None:  # type: ignore[override]
+        self.two_at_once(first, second, "adapter", victim, delay)
+
+    @rule(
+        first=st.sampled_from(["run --all", "materialize"]),
+        second=st.sampled_from([*OPERATIONS]),
+        victim=st.sampled_from(["nobody", "front end", "worker", "stage"]),
+        delay=st.floats(0, 3),
+    )
+    def repro_single_item(self, first: str, second: str, victim: str, delay: float) -> None:  # type: ignore[override]
+        self.two_at_once(first, second, "raw", victim, delay)
+
+
+def soak(steps: int, seed: int, machine: type[TwoFrontEnds] = TwoFrontEnds) -> None:
     """Play at least so many steps from a seed, at most 20 to a project, and print the counts."""
     from hypothesis.core import seed as seeded
     from hypothesis.stateful import run_state_machine_as_test
@@ -359,11 +454,14 @@ def soak(steps: int, seed: int) -> None:
         print_blob=True,
     )  # fmt: skip
     while COUNTS["steps"] < steps:
-        run_state_machine_as_test(seeded(random.randrange(2**32))(type("Soak", (TwoFrontEnds,), {})), settings=rounds)
+        run_state_machine_as_test(seeded(random.randrange(2**32))(type("Soak", (machine,), {})), settings=rounds)
         print(f"{COUNTS['steps']} steps in {time.monotonic() - began:.0f} s, no disagreement", flush=True)
     for what, count in sorted(COUNTS.items()):
         print(f"{count:6} {what}")
 
 
 if __name__ == "__main__":
-    soak(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else random.randrange(2**32))
+    numbers = [int(argument) for argument in sys.argv[1:] if argument != "--at-once"]
+    seed_given = numbers[1] if len(numbers) > 1 else random.randrange(2**32)
+    print(f"seed {seed_given}")
+    soak(numbers[0], seed_given, MostlyAtOnce if "--at-once" in sys.argv else TwoFrontEnds)

@@ -18,7 +18,7 @@ from typing import Any
 
 from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.core.hashing import md5_of_bytes, md5_of_file
-from dagster_project.orchestration import dvc
+from dagster_project.orchestration.dvc_remote import Remote, open_remote
 
 AREA = "pedigree"
 """Folder of the remote for everything but objects. `dvc gc` does not look into it."""
@@ -39,7 +39,7 @@ class Damaged(PedigreeError):
 
 @dataclass(frozen=True)
 class RemoteStore:
-    remote: dvc.Remote
+    remote: Remote
 
     # ---- objects ---------------------------------------------------------------------------------------------------
 
@@ -231,5 +231,5 @@ def open_store(root: Path) -> Iterator[RemoteStore]:
     Raises:
         InputError: DVC has no default remote that can be used.
     """
-    with dvc.open_remote(root) as remote:
+    with open_remote(root) as remote:
         yield RemoteStore(remote)

@@ -75,7 +75,7 @@ def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE, executor:
             raise
         finally:
             remove(scratch)
-    for line in _summary(address, report):
+    for line in _summary(address, report) if os.environ.get(VARIABLE) != WORKER else ():  # the driver of a worker logs it
         log.info(line)
     return report
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from dagster_project.core import params
 from dagster_project.core.context import StageContext
-from dagster_project.core.errors import PedigreeError
+from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.core.layout import report_of
 from dagster_project.core.records import CheckResult, Report, write_text
 from dagster_project.orchestration import dvc
@@ -270,6 +270,11 @@ def not_fresh(root: Path, instance: Any, pipeline: Pipeline = PIPELINE) -> set[s
     return {address for address in dvc.read_stages(root) if resolver.get_status(asset_key(address)).value != "FRESH"}
 
 
+def _refuse_text(root: Path, values: dict[str, Any]) -> None:
+    if any(not isinstance(variant.get("r"), int | float) for variant in values["variants"].values()):
+        raise InputError("r must be a number", "give a number")
+
+
 def main() -> int:
     root = Path.cwd()
     if sys.argv[1] == "run":
@@ -287,6 +292,14 @@ def main() -> int:
 
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         document = run_all(root, int(sys.argv[2]), sys.argv[3:] == ["--force"], PIPELINE.validate)
+        print(json.dumps(document))
+        return 0 if document["passed"] else 1
+    if sys.argv[1] == "sweep":
+        from dagster_project.commands.sweep import as_text, sweep
+
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        document = sweep(root, sys.argv[2], sys.argv[4:], int(sys.argv[3]), None, PIPELINE.variants_of, _refuse_text)
+        print(as_text(document), file=sys.stderr)
         print(json.dumps(document))
         return 0 if document["passed"] else 1
     import dagster as dg

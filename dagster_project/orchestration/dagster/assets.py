@@ -17,11 +17,12 @@ from weakref import WeakKeyDictionary
 import dagster as dg
 from dagster_pipes import PipesContext, PipesDefaultContextLoader, PipesDefaultMessageWriter, PipesMappingParamsLoader
 
+from dagster_project.core import params
 from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.execution import VARIABLE, placement
 from dagster_project.orchestration import dvc
 from dagster_project.orchestration.dagster import pages
-from dagster_project.orchestration.dagster.concurrency import CLUSTER, FORCE_TAG, build_executor, on_cluster, pool_of
+from dagster_project.orchestration.dagster.concurrency import FORCE_TAG, build_executor, pool_of
 from dagster_project.orchestration.dagster.dead_runs import MACHINE_TAG, end_with_run, reap
 from dagster_project.orchestration.dagster.instance import open_at
 from dagster_project.orchestration.dagster.metadata import (
@@ -67,7 +68,7 @@ class RunConfig(dg.Config):
 
 def build_definitions(root: Path, pipeline: Pipeline = PEDIGREE) -> dg.Definitions:
     """All of Dagster's definitions for the project in `root`."""
-    states = dvc.read_stages(root)
+    states, values = dvc.read_stages(root), params.read(root)
     for address in states:
         pipeline.split_address(address)
     sources = {i.path for state in states.values() for i in state.inputs if i.producer is None}
@@ -75,7 +76,6 @@ def build_definitions(root: Path, pipeline: Pipeline = PEDIGREE) -> dg.Definitio
     data = [address for address, state in states.items() if state.meta.get("group") == DATA]
     upstream = {name for address in data for name in dvc.ancestors(states, address)}
     data = [address for address in states if address in data or address in upstream]
-    remote = on_cluster(root, states, pipeline)
     whole = dg.define_asset_job(
         "pipeline",
         selection=dg.AssetSelection.assets(*map(asset_key, states)),
@@ -85,10 +85,7 @@ def build_definitions(root: Path, pipeline: Pipeline = PEDIGREE) -> dg.Definitio
         assets=[
             *(_source(root, path) for path in sorted(sources)),
             *(_definition(root, address) for address in states),
-            *(
-                _asset(root, address, state, pipeline, CLUSTER if address in remote else pool_of(address, pipeline))
-                for address, state in states.items()
-            ),
+            *(_asset(root, address, state, pipeline, values) for address, state in states.items()),
         ],
         jobs=[
             whole,
@@ -112,7 +109,7 @@ def build_definitions(root: Path, pipeline: Pipeline = PEDIGREE) -> dg.Definitio
             )
         ],
         sensors=[_sync_sensor(root, pipeline)],
-        executor=build_executor(root, len(remote)),
+        executor=build_executor(root),
     )
 
 
@@ -142,7 +139,7 @@ def _hidden_asset_key() -> str:
     return str(private_module("dagster._core.definitions.assets.definition.asset_spec").SYSTEM_METADATA_KEY_AUTO_CREATED_STUB_ASSET)
 
 
-def _asset(root: Path, address: str, state: StageState, pipeline: Pipeline, pool: str) -> dg.AssetsDefinition:
+def _asset(root: Path, address: str, state: StageState, pipeline: Pipeline, values: Mapping[str, Any]) -> dg.AssetsDefinition:
     upstream = dict.fromkeys(
         [asset_key(i.producer) if i.producer else source_key(i.path) for i in state.inputs] + [definition_key(address)]
     )
@@ -162,7 +159,7 @@ def _asset(root: Path, address: str, state: StageState, pipeline: Pipeline, pool
         description=state.description,
         group_name=_group(address, state),
         kinds=set(state.meta.get("kinds", [])),
-        pool=pool,
+        pool=pool_of(address, pipeline, values),
         freshness_policy=freshness,
         metadata={
             "command": f"python -m dagster_project run {address}",

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
-from dagster_project.core import params
-from dagster_project.core.errors import PedigreeError
+from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.execution import placement
 from dagster_project.orchestration import dvc
 from dagster_project.orchestration.dagster.dead_runs import reap
 from dagster_project.pipeline import Pipeline
 
-GPU, CPU = "gpu", "cpu"
-"""Pools: stages that train or generate on this machine, and all others on it."""
-CLUSTER = "ray"
-"""Pool of stages that run on a cluster, which has its own queue. It has no limit until the user sets one."""
-CLUSTER_AT_ONCE = 16
-"""Most stages of a run that wait for the cluster at once: each needs some 500 MB on this machine."""
+GPU, CPU, RAY = "gpu", "cpu", "ray"
+"""Pools: stages that train or generate on this machine, all others on it, and stages that `execution` of params.yaml sends to a cluster."""
 FORCE_TAG = "pedigree/force"
 """Tag of a run: run all of its stages, even if nothing changed."""
 PRELOAD = ["dagster_project.orchestration.dagster.assets", "dvc.repo.reproduce", "dvc.parsing", "dvc.stage.run", "dvc.output",
@@ -30,22 +26,22 @@ PRELOAD = ["dagster_project.orchestration.dagster.assets", "dvc.repo.reproduce",
 """Modules that Dagster's fork server imports once for all step processes of a run, instead of each of them. None starts a thread."""
 
 
-def pool_of(address: str, pipeline: Pipeline) -> str:
+def pool_of(address: str, pipeline: Pipeline, values: Mapping[str, Any]) -> str:
+    """Pool of a stage.
+
+    Args:
+        values: params.yaml.
+    """
+    with suppress(InputError):  # an invalid section `execution`: the stage reports it when it runs
+        if placement(values, address, pipeline.stages, pipeline.variants_of)[1].on == "ray":
+            return RAY
     return GPU if address.partition("@")[0] in pipeline.floating_point else CPU
 
 
-def on_cluster(root: Path, addresses: Iterable[str], pipeline: Pipeline) -> set[str]:
-    """The stages that the section `execution` of params.yaml, or the environment, places on a cluster."""
-    try:
-        values = params.read(root)
-        return {a for a in addresses if placement(values, a, pipeline.stages, pipeline.variants_of)[1].on != "local"}
-    except PedigreeError:
-        return set()  # bad input: the first stage reports it
-
-
 def default_limits() -> dict[str, int]:
-    """Limit of each pool, until the user sets another one. A stage that trains or generates uses a whole GPU, or all threads."""
-    return {GPU: 1, CPU: os.cpu_count() or 1}
+    """Limit of each pool, until the user sets another one. A stage that trains or generates uses a whole GPU, or all threads. One on a
+    cluster waits for its queue, and takes 0.5 GB of this machine's memory for that."""
+    return {GPU: 1, CPU: os.cpu_count() or 1, RAY: 8}
 
 
 def set_default_limits(instance: dg.DagsterInstance) -> dict[str, int]:
@@ -63,25 +59,21 @@ def set_default_limits(instance: dg.DagsterInstance) -> dict[str, int]:
     return {pool: limits[pool] for pool in default_limits()}
 
 
-def build_executor(root: Path, remote: int = 0) -> dg.ExecutorDefinition:
-    """Executor of all jobs. It accepts the configuration of Dagster's `multi_or_in_process_executor`.
-
-    Args:
-        remote: number of stages that run on a cluster.
-    """
+def build_executor(root: Path) -> dg.ExecutorDefinition:
+    """Executor of all jobs. It accepts the configuration of Dagster's `multi_or_in_process_executor`."""
     base = dg.multi_or_in_process_executor
     schema: Any = base.config_schema
 
     @dg.executor(name="stages", config_schema=schema, requirements=base.get_requirements)
     def stages(init_context: dg.InitExecutorContext) -> dg.Executor:
-        """Stages that can run at once do so, each in a process, as far as the pools `gpu` and `cpu` allow. Other runs use one process."""
+        """Stages that can run at once do so, each in a process, as far as the pools `gpu`, `cpu` and `ray` allow. Other runs use one process."""
         reap(init_context.instance)  # frees the slots of killed runs: without a daemon, nothing else does
         limits = set_default_limits(init_context.instance)
         config = dict(init_context.executor_config)
         if "multiprocess" not in config:
             return _create(base, init_context, config)
         options: dict[str, Any] = {**_mapping(config["multiprocess"])}
-        options["max_concurrent"] = options.get("max_concurrent") or sum(limits.values()) + min(remote, CLUSTER_AT_ONCE)
+        options["max_concurrent"] = options.get("max_concurrent") or sum(limits.values())
         options["start_method"] = options.get("start_method") or {"forkserver": {"preload_modules": PRELOAD}}
         return StagesExecutor(
             root,

@@ -14,8 +14,8 @@ import shlex
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from ipaddress import ip_address
@@ -28,7 +28,7 @@ from dagster_project.core.errors import CheckFailed, InputError, PedigreeError
 from dagster_project.core.hashing import sha256_of_text
 from dagster_project.core.records import remove, write_text
 from dagster_project.execution import Execution, Placement
-from dagster_project.orchestration import dvc, integrity
+from dagster_project.orchestration import dvc, dvc_remote, integrity
 from dagster_project.orchestration.executors import StageJob, StageResult
 from dagster_project.orchestration.executors.messages import THREADS, received, versions
 from dagster_project.orchestration.executors.package import project_package
@@ -79,42 +79,46 @@ def connect(wanted: str) -> tuple[Any, str]:
         InputError: Ray is not installed, the address is invalid, or it is not on this machine and token authentication is off.
         ClusterGone: no cluster answers.
     """
-    try:
-        from ray.dashboard.utils import get_address_for_submission_client
-        from ray.exceptions import AuthenticationError
-        from ray.job_submission import JobSubmissionClient
-    except ImportError:
-        raise InputError(
-            "Ray is not installed", "`pip install 'pedigree[cluster]'`, or run the stage here: PEDIGREE_EXECUTION=local"
-        ) from None
-    for chatty in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):  # notes on each upload
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    hint = "start one on this machine with `ray start --head`, or set execution.address in params.yaml"
-    try:
-        url = wanted if "://" in wanted and not wanted.startswith("ray://") else get_address_for_submission_client(
-            "auto" if wanted in LOCAL_NAMES else wanted
-        )  # fmt: skip
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ClusterGone(f"no Ray cluster answers at {wanted!r}: {' '.join(str(error).split())[:200]}", hint) from None
+    token, by_token = _token(), os.environ.get("RAY_AUTH_MODE") == "token"
+    # Ray reads the mode when it is imported. Its client lets the other variables override the address that it is given.
+    with _environment(RAY_AUTH_MODE="token" if token else None, RAY_API_SERVER_ADDRESS=None, RAY_ADDRESS=None):
+        try:
+            from ray.dashboard.utils import get_address_for_submission_client
+            from ray.exceptions import AuthenticationError
+            from ray.job_submission import JobSubmissionClient
+        except ImportError:
+            raise InputError(
+                "Ray is not installed", "`pip install 'pedigree[cluster]'`, or run the stage here: PEDIGREE_EXECUTION=local"
+            ) from None
+        for chatty in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):  # notes on each upload
+            logging.getLogger(chatty).setLevel(logging.WARNING)
+        hint = "start one on this machine with `ray start --head`, or set execution.address in params.yaml"
+        url = wanted
+        try:
+            if "://" not in wanted or wanted.startswith("ray://"):
+                url = get_address_for_submission_client("auto" if wanted in LOCAL_NAMES else wanted)
+            _refuse_unsafe(url, by_token)
+            return JobSubmissionClient(url, headers={"Authorization": f"Bearer {token}"} if token else None), url.rstrip("/")
+        except AuthenticationError:
+            raise InputError(
+                f"the Ray cluster at {url} requires another token", "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to its token"
+            ) from None
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ClusterGone(f"no Ray cluster answers at {url}: {reason}", f"{hint}; nothing was recorded") from None
+
+
+def _refuse_unsafe(url: str, by_token: bool) -> None:
     parts = urlsplit(url)
     if parts.username or parts.password:
         raise InputError("execution.address contains credentials, which logs would show", "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH")
     if parts.scheme not in {"http", "https"} or not parts.hostname:
-        raise InputError(f"execution.address: {wanted} is not an address of Ray's dashboard", "write `local`, or http://HOST:8265")
-    if os.environ.get("RAY_AUTH_MODE") != "token" and not _is_loopback(parts.hostname):
+        raise InputError(f"execution.address: {url} is not an address of Ray's dashboard", "write `local`, or http://HOST:8265")
+    if not by_token and not _is_loopback(parts.hostname):
         raise InputError(
             f"execution.address: {parts.hostname} is not this machine, and token authentication is off: anyone who reaches the cluster could run code",
             "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH on the cluster and here; see docs/cluster.md",
         )
-    try:
-        with _address_only(url):
-            return JobSubmissionClient(url), url.rstrip("/")
-    except AuthenticationError:
-        raise InputError(
-            f"the Ray cluster at {url} refused the token", "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to its token"
-        ) from None
-    except (ConnectionError, OSError, RuntimeError) as error:
-        raise ClusterGone(f"no Ray cluster answers at {url}: {type(error).__name__}", f"{hint}; nothing was recorded") from None
 
 
 def _is_loopback(host: str) -> bool:
@@ -124,19 +128,34 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-class _address_only:
-    """Ray's client lets these variables override the address that it is given. Here they have been considered."""
+def _token() -> str:
+    """Ray's token, from where Ray looks for it; "" if token authentication is off. As `ray start`, a token that exists is used unless the mode
+    says otherwise."""
+    if os.environ.get("RAY_AUTH_MODE", "token") != "token":
+        return ""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return os.environ["RAY_AUTH_TOKEN"]
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
 
-    NAMES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+@contextmanager
+def _environment(**variables: str | None) -> Iterator[None]:
+    """Meanwhile set or, for None, remove these environment variables."""
+    before = {name: os.environ.get(name) for name in variables}
+    try:
+        _set(variables)
+        yield
+    finally:
+        _set(before)
 
-    def __enter__(self) -> None:
-        self.before = {name: os.environ.pop(name) for name in self.NAMES if name in os.environ}
 
-    def __exit__(self, *_: object) -> None:
-        os.environ |= self.before
+def _set(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @dataclass
@@ -188,7 +207,7 @@ class _Run:
                 found = self._computed()
             try:
                 result = self._fetch(found)
-                self.store.remove(self.at())
+                self._tidy()
                 return result
             except Damaged as error:
                 self.store.discard(error.objects)
@@ -201,11 +220,18 @@ class _Run:
                 found = None
         raise AssertionError
 
+    def _tidy(self) -> None:
+        """Remove the result and checkpoints from the remote. What remains is removed by the next driver of the stage."""
+        try:
+            self.store.remove(self.at())
+        except PedigreeError as error:
+            log.warning(f"{self.address}: {error.what}")
+
     def _computed(self) -> Mapping[str, Any]:
         """The result of a job, after as many jobs as it takes."""
         self._discard_others()
         began = time.monotonic()
-        inputs = dvc.inputs_by_hash(self.job.ctx.root, self.address)
+        inputs = dvc_remote.inputs_by_hash(self.job.ctx.root, self.address)
         self.bytes_sent += self.store.push(inputs.values())
         self.push_seconds += time.monotonic() - began
         with project_package(self.job.ctx.root) as folder:
@@ -227,11 +253,8 @@ class _Run:
                     self.store.discard(self.damaged)
                     self.bytes_sent += self.store.push(inputs.values())
                 else:
-                    why = (
-                        " ".join(str(details.message or "").split())[:300]
-                        if details is not None
-                        else "the cluster does not know it any more"
-                    )
+                    message = "the cluster does not know it any more" if details is None else str(details.message or "")
+                    why = " ".join(message.partition(", last available logs")[0].split())[:300]
                     log.warning(f"{self.address}: job {self.name} ended without a result: {why}")
         tail = "\n".join(self.raw[-10:])
         raise CheckFailed(
@@ -300,19 +323,26 @@ class _Run:
         os.environ["RAY_RUNTIME_ENV_IGNORE_GITIGNORE"] = "1"
         python = sys.executable if self.on_this_host else "python"
         command = [python, "-m", "dagster_project.orchestration.executors.worker", json.dumps(self.description())]
-        self._asked(
-            lambda: self.client.submit_job(
-                submission_id=self.name,
-                entrypoint=shlex.join(command),
-                runtime_env={"working_dir": str(folder)},
-                metadata=self._metadata(),
-                entrypoint_num_cpus=place.cpus,
-                entrypoint_num_gpus=place.gpus,
-                entrypoint_memory=None if place.memory is None else int(place.memory * 1e9),
-                entrypoint_resources=dict(place.resources) or None,
-                entrypoint_label_selector={"image": place.image} if place.image else None,
-            )
-        )
+        options = {
+            "submission_id": self.name,
+            "entrypoint": shlex.join(command),
+            "runtime_env": {"working_dir": str(folder)},
+            "metadata": self._metadata(),
+            "entrypoint_num_cpus": place.cpus,
+            "entrypoint_num_gpus": place.gpus,
+            "entrypoint_memory": None if place.memory is None else int(place.memory * 1e9),
+            "entrypoint_resources": dict(place.resources) or None,
+            "entrypoint_label_selector": {"image": place.image} if place.image else None,
+        }
+
+        def submit() -> None:
+            try:
+                self.client.submit_job(**options)
+            except RuntimeError as error:
+                if "already exists" not in str(error):  # an earlier attempt arrived, and its answer did not
+                    raise
+
+        self._asked(submit)
 
     def _wait(self, adopted: bool) -> Any:
         read, noted = 0, time.monotonic()
@@ -375,10 +405,10 @@ class _Run:
             try:
                 return question()
             except (OSError, RuntimeError) as error:  # OSError: requests.ConnectionError, ConnectionError
-                reason = " ".join(str(error).split())[:300]
-                if "status code 404" in reason:
+                text, reason = str(error), " ".join(str(error).split())[-300:]
+                if "status code 404" in text:
                     return None  # type: ignore[return-value]
-                if isinstance(error, RuntimeError) and "status code 5" not in reason:
+                if isinstance(error, RuntimeError) and "status code 5" not in text:
                     raise CheckFailed(f"{self.address}: Ray refused a request: {reason}", f"see {self.url}; nothing was recorded") from None
                 if time.monotonic() > until:
                     raise ClusterGone(

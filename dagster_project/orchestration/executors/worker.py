@@ -30,7 +30,7 @@ from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.core.layout import measured_path, pages_of, report_of
 from dagster_project.core.records import remove
 from dagster_project.execution import VARIABLE, WORKER
-from dagster_project.orchestration import dvc
+from dagster_project.orchestration import dvc, dvc_remote
 from dagster_project.orchestration.executors.messages import THREADS, different, send, versions
 from dagster_project.orchestration.remote_store import Damaged, RemoteStore, open_store
 
@@ -75,8 +75,8 @@ class Work:
     def run(self) -> int:
         """Returns the worker's exit code."""
         with self._timed("pull_seconds"):
-            self.received += self.store.pull(dvc.inputs_by_hash(self.root, self.address).values())
-            dvc.checkout_inputs(self.root, self.address)
+            self.received += self.store.pull(dvc_remote.inputs_by_hash(self.root, self.address).values())
+            dvc_remote.checkout_inputs(self.root, self.address)
             self._refuse_other_inputs()
             self._bring_checkpoints()
         remove(self.root / report_of(self.address))  # of an earlier run
@@ -111,7 +111,7 @@ class Work:
             {"PYTHONPATH": path, "PEDIGREE_PROJECT": str(self.root), VARIABLE: WORKER, "DVC_STAGE": self.address, "PYTHONUNBUFFERED": "1"}
         )
         process = subprocess.Popen(
-            dvc.command_of(self.root, self.address), shell=True, cwd=self.root, env=environment, text=True, errors="replace",
+            dvc_remote.command_of(self.root, self.address), shell=True, cwd=self.root, env=environment, text=True, errors="replace",
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         try:
@@ -190,7 +190,7 @@ class Work:
         outs: dict[str, str] = {}
         with self._timed("push_seconds"):
             if code == 0:
-                outs = dvc.commit_outputs(self.root, self.address)
+                outs = dvc_remote.commit_outputs(self.root, self.address)
                 self.sent += self.store.push(outs.values())
             has_pages = self._push_pages()
         self.store.write_document(

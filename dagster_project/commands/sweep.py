@@ -1,0 +1,243 @@
+"""`pedigree sweep`: every combination of some parameter values as a DVC experiment, several at once, and a table of parameters and metrics."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from dagster_project.core import params
+from dagster_project.core.errors import InputError
+from dagster_project.core.git import git
+from dagster_project.core.layout import report_of
+from dagster_project.orchestration import dvc, experiments, processes
+from dagster_project.orchestration.experiments import FAILED, QUEUED, RUNNING, SUCCESS
+
+log = logging.getLogger("pedigree")
+
+POLL = 2.0
+"""Seconds between two looks at DVC's queue."""
+LOST = 60.0
+"""Seconds after which a trial whose process is gone counts as failed. DVC's worker collects the result of one that ended."""
+HIDDEN = ("output_sha256", "passed", "environment", "machine")
+"""Entries of a report that are no results."""
+MAX_COLUMNS = 6
+
+
+def sweep(
+    root: Path,
+    section: str,
+    overrides: Sequence[str],
+    jobs: int,
+    to: str | None,
+    variants_of: Mapping[str, str],
+    validate: Callable[[Path, dict[str, Any]], Any],
+) -> dict[str, Any]:
+    """Run one trial for each combination of values, `jobs` at a time.
+
+    Args:
+        section: "adapter.lora"; keys in `overrides` are relative to it.
+        to: the stage at which a trial ends; default: the stage of the section.
+        variants_of: stage -> section whose keys name its variants.
+        validate: refuses bad values of params.yaml.
+    Raises:
+        InputError: a bad parameter, or DVC's queue is not empty. Nothing was queued.
+    """
+    if not overrides:
+        raise InputError("no parameter to vary", "add -S KEY=VALUE,VALUE, e.g. -S learning_rate=1e-3,2e-3")
+    values = params.read(root)
+    place = _section(values, section)
+    asked = dict(map(experiments.choices, overrides))
+    if len(asked) < len(overrides):
+        raise InputError("a parameter is given twice", "give all values of it in one -S KEY=VALUE,VALUE")
+    points = [dict(zip(asked, point, strict=True)) for point in product(*asked.values())]
+    for point in points:
+        validate(root, _with(values, section, point))
+    target = _target(root, section, to, variants_of)
+    if not git(root, "rev-parse", "--verify", "HEAD"):
+        raise InputError("the project has no commit: DVC's experiments start from one", "run `git add -A && git commit`")
+    if left := [name for name, trial in experiments.trials(root).items() if trial.status in {QUEUED, RUNNING}]:
+        raise InputError(
+            f"DVC's queue of experiments is not empty: {', '.join(left)}",
+            "wait for them, or remove them with `dvc queue kill NAME` and `dvc queue remove --queued`",
+        )
+    name = f"sweep-{secrets.token_hex(3)}"
+    # a key that params.yaml does not have is added
+    full = [f"{'' if _has(place, override.partition('=')[0]) else '+'}{section}.{override}" for override in overrides]
+    experiments.queue(root, name, full, target)
+    trials = Trials(root, {name: points[0]} if len(points) == 1 else {f"{name}-{i + 1}": point for i, point in enumerate(points)}, jobs)
+    return {"section": section, "target": target, "jobs": jobs, **trials.run(), "trials": trials.table(section, report_of(target))}
+
+
+def _section(values: Mapping[str, Any], section: str) -> Mapping[str, Any]:
+    found: Any = values
+    for part in section.split("."):
+        if not isinstance(found, Mapping) or part not in found:
+            names = [
+                f"{name}.{key}" for name, one in values.items() if isinstance(one, Mapping) for key in one if isinstance(one[key], Mapping)
+            ]
+            raise InputError(f"params.yaml has no {section}", f"sections with variants: {', '.join(names)}; others: {', '.join(values)}")
+        found = found[part]
+    if not isinstance(found, Mapping):
+        raise InputError(f"params.yaml: {section} is one value", f"sweep its section: {section.rpartition('.')[0] or section}")
+    return found
+
+
+def _has(values: Any, key: str) -> bool:
+    for part in key.split("."):
+        if not isinstance(values, Mapping) or part not in values:
+            return False
+        values = values[part]
+    return True
+
+
+def _with(values: Mapping[str, Any], section: str, point: Mapping[str, Any]) -> dict[str, Any]:
+    """params.yaml with the values of one trial."""
+    changed: dict[str, Any] = deepcopy(dict(values))
+    for key, value in point.items():
+        at: Any = changed
+        *path, last = f"{section}.{key}".split(".")
+        for part in path:
+            at = at.setdefault(part, {})
+            if not isinstance(at, dict):
+                raise InputError(f"-S {key}: {part} is one value in params.yaml", "name a key of a mapping")
+        at[last] = value
+    return changed
+
+
+def _target(root: Path, section: str, to: str | None, variants_of: Mapping[str, str]) -> str:
+    """Address of the stage at which a trial ends."""
+    states = dvc.read_stages(root)
+    first, _, variant = section.partition(".")
+    stage = next((stage for stage, of in variants_of.items() if of == first), first)
+    target = to or (f"{stage}@{variant}" if stage in variants_of else stage)
+    if target not in states:
+        raise InputError(f"{target} is not a stage of dvc.yaml", f"give one with --to: {', '.join(states)}")
+    return target
+
+
+class Trials:
+    """The trials of one sweep in DVC's queue."""
+
+    def __init__(self, root: Path, points: Mapping[str, Mapping[str, Any]], jobs: int) -> None:
+        self.root, self.points, self.jobs = root, points, jobs
+        self.status = dict.fromkeys(points, QUEUED)
+        self.revs: dict[str, str] = {}
+        self.gone: dict[str, float] = {}
+
+    def run(self) -> dict[str, Any]:
+        """Run all trials. An interrupt removes the queued ones and ends the running ones."""
+        began, interrupted = time.monotonic(), False
+        try:
+            experiments.start_workers(self.root, self.jobs)
+            while not all(status in {SUCCESS, FAILED} for status in self.status.values()):
+                time.sleep(POLL)
+                self._look(began)
+        except KeyboardInterrupt:
+            interrupted = True
+            log.info("interrupted: removing queued trials, ending running ones; finished ones are kept")
+            experiments.cancel(self.root, self.points, processes.CLEAN_UP)
+            self.status = {name: one if one in {SUCCESS, FAILED} else "Canceled" for name, one in self.status.items()}
+        passed = all(status == SUCCESS for status in self.status.values())
+        return {"passed": passed, "interrupted": interrupted, "seconds": round(time.monotonic() - began, 1)}
+
+    def _look(self, began: float) -> None:
+        """Read the state of each trial, and log what changed."""
+        found = experiments.trials(self.root)
+        for name in self.points:
+            trial = found.get(name)
+            if trial is None:
+                continue  # a worker is taking it from the queue
+            self.revs[name] = trial.rev
+            status = trial.status
+            if status == RUNNING and not trial.alive:
+                if time.monotonic() - self.gone.setdefault(name, time.monotonic()) > LOST:
+                    status = FAILED
+            else:
+                self.gone.pop(name, None)
+            if status != self.status[name] and self.status[name] not in {SUCCESS, FAILED}:
+                self.status[name] = status
+                log.info(f"{name} ({_point(self.points[name])}): {status.lower()}. {self._progress(began)}")
+                if status == FAILED:
+                    self._log_failure(name)
+        if QUEUED in self.status.values() and RUNNING not in self.status.values() and not experiments.workers_alive(self.root):
+            experiments.start_workers(self.root, self.jobs)  # they were killed, or ended before the first trial was in the queue
+
+    def _progress(self, began: float) -> str:
+        count = {status: list(self.status.values()).count(status) for status in (SUCCESS, FAILED, RUNNING, QUEUED)}
+        ended = count[SUCCESS] + count[FAILED]
+        text = f"{ended} of {len(self.status)} done, {count[RUNNING]} running"
+        if ended and ended < len(self.status):
+            minutes, seconds = divmod(round((time.monotonic() - began) / ended * (len(self.status) - ended)), 60)
+            text += f", about {minutes}:{seconds:02d} left"
+        return text
+
+    def _log_failure(self, name: str) -> None:
+        path = experiments.log_of(self.root, self.revs[name])
+        lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines() if path.is_file() else []
+        log.error("\n".join([*(f"{name} | {line}" for line in lines[-8:]), f"{name}: its log: dvc queue logs {name}"]))
+
+    def table(self, section: str, report: str) -> list[dict[str, Any]]:
+        """Parameters and metrics of each trial, from `dvc exp show`."""
+        shown = experiments.shown(self.root, self.points)
+        rows = []
+        for name, point in self.points.items():
+            row: dict[str, Any] = {"name": name, "status": self.status[name].lower(), "params": dict(point), "metrics": {}}
+            if data := shown.get(name):
+                found = data["params"]["params.yaml"]["data"]
+                row["params"] = {key: _at(found, f"{section}.{key}") for key in point}
+                row["metrics"] = dict(_leaves(data["metrics"].get(report, {}).get("data") or {}))
+            rows.append(row)
+        return rows
+
+
+def _point(point: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in point.items())
+
+
+def _at(values: Any, key: str) -> Any:
+    for part in key.split("."):
+        values = values[part]
+    return values
+
+
+def _leaves(report: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Numbers of a report, and the notes of its checks, by dotted path."""
+    for name, value in report.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            if path not in HIDDEN:
+                yield from _leaves(value, f"{path}.")
+        elif path not in HIDDEN and ((isinstance(value, int | float) and not isinstance(value, bool)) or name == "note"):
+            yield path, value
+
+
+def as_text(document: Mapping[str, Any]) -> str:
+    """A table: parameters, and the metrics in which the trials differ."""
+    trials = document["trials"]
+    names = list(dict.fromkeys(name for trial in trials for name in trial["metrics"]))
+    differ = [name for name in names if len({str(trial["metrics"].get(name)) for trial in trials if trial["metrics"]}) > 1]
+    differ = [name for name in differ if not name.endswith(".count")] or differ
+    header = ["trial", *trials[0]["params"], *differ[:MAX_COLUMNS], "status"]
+    rows = [
+        [trial["name"], *map(_cell, trial["params"].values()), *(_cell(trial["metrics"].get(name, "")) for name in differ[:MAX_COLUMNS]), trial["status"]]
+        for trial in trials
+    ]  # fmt: skip
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in [header, *rows]]
+    if len(differ) > MAX_COLUMNS:
+        lines.append(f"{len(differ) - MAX_COLUMNS} more metrics differ: --json has all")
+    done = sum(trial["status"] == "success" for trial in trials)
+    lines.append(f"{done} of {len(trials)} trials up to {document['target']} in {document['seconds']:.0f} s, jobs: {document['jobs']}")
+    if done:
+        lines.append("to use one: dvc exp apply TRIAL; to delete: dvc exp remove TRIAL")
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

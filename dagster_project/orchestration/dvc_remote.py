@@ -1,0 +1,176 @@
+"""DVC's remote: past runs for other clones, and the inputs and outputs of stages that run on other machines."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import chdir, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from dagster_project.core.errors import InputError
+from dagster_project.orchestration.dvc import declared_stages, open_repo, overlap
+from dagster_project.orchestration.private_api import private_module
+
+SECRET_OPTIONS = {"access_key_id", "secret_access_key", "session_token", "password", "sas_token", "account_key", "connection_string"}
+"""Options of a DVC remote that hold a credential."""
+REMOTE_LIBRARIES = {"dvc", "dvc_data", "dvc_objects", "fsspec", "s3fs", "botocore", "aiobotocore", "aiohttp"}
+"""Their exceptions mean that a remote refused, or could not be reached. Which of them are installed depends on the kind of remote."""
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What `push` copied to a DVC remote."""
+
+    remote: str
+    runs: int
+    """Entries of the run cache on this machine whose outputs are complete."""
+    objects: int
+    """Objects that the remote did not have."""
+
+
+def push(root: Path, remote: str | None = None) -> Pushed:
+    """Copy sources, outputs and the run cache, with everything that it refers to, to a DVC remote.
+
+    `dvc push --run-cache` omits what only the run cache refers to: every report, and the outputs of earlier runs.
+    Another clone could then restore no stage.
+
+    Args:
+        remote: its name in .dvc/config (default: the default remote).
+    Raises:
+        InputError: no such remote, a credential is in .dvc/config, or the remote refuses or does not answer.
+    """
+    with chdir(root), open_repo(root) as repo:  # DVC resolves the paths of past runs relative to the current directory
+        name = remote or repo.config["core"].get("remote")
+        if name not in repo.config["remote"]:
+            problem = f"there is no DVC remote named {name}" if name else "there is no default DVC remote"
+            raise InputError(problem, f"`dvc remote add --default {name or 'team'} s3://BUCKET/PREFIX` adds one")
+        tracked = repo.config.load_one("repo").get("remote", {})
+        if secret := next((f"{of}.{option}" for of, options in tracked.items() for option in SECRET_OPTIONS & set(options)), None):
+            raise InputError(
+                f".dvc/config, which git tracks, has the credential {secret}",
+                f"`dvc remote modify --unset {secret.replace('.', ' ')}`, and give credentials by the environment (docs/cluster.md)",
+            )
+        try:
+            entries = _complete_runs(repo)
+            used = {info for stage in entries for infos in stage.get_used_objs().values() for info in infos}
+            result = repo.cloud.push(used, remote=name)  # before the run cache: no entry refers to missing objects
+            if result.failed:
+                raise InputError(f"{len(result.failed)} objects were not pushed to {name}", "see the messages above; push again")
+            runs = len(repo.stage_cache.push(name))
+            return Pushed(name, runs, len(result.transferred) + repo.push(remote=name))
+        except ImportError as error:
+            raise InputError(
+                f"cannot push to the DVC remote {name}: {error}", "`.venv/bin/pip install --editable '.[cluster]'` installs dvc-s3"
+            ) from None
+        except Exception as error:
+            if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in REMOTE_LIBRARIES:
+                raise
+            raise InputError(
+                f"cannot push to the DVC remote {name}: {' '.join(str(error).split())}",
+                "check its address and the credentials in the environment (docs/cluster.md)",
+            ) from None
+
+
+def _complete_runs(repo: Any) -> list[Any]:
+    """A temporary stage for each entry of the run cache whose outputs are in the cache."""
+    cache = repo.stage_cache
+    paths = sorted(path for path in Path(cache.cache_dir).glob("*/*/*") if path.is_file())
+    entries = [cache._load_cache(path.parent.name, path.name) for path in paths]
+    stages = [cache._create_stage(entry) for entry in entries if entry]
+    return [stage for stage in stages if stage.outs_cached()]
+
+
+def inputs_by_hash(root: Path, address: str) -> dict[str, str]:
+    """Recorded content hash of each cached output and each source with a .dvc file that a stage reads, by path."""
+    with open_repo(root) as repo:
+        return {os.path.relpath(out.fs_path, root): out.hash_info.value for out in _read_outputs(repo, root, address) if out.hash_info}
+
+
+def _read_outputs(repo: Any, root: Path, address: str) -> list[Any]:
+    all_stages = declared_stages(repo)
+    stage = next(stage for stage in all_stages if stage.name == address)
+    paths = [os.path.relpath(dep.fs_path, root) for dep in stage.deps]
+    return [
+        out
+        for other in all_stages
+        if other is not stage
+        for out in other.outs
+        if out.use_cache and any(overlap(os.path.relpath(out.fs_path, root), path) for path in paths)
+    ]
+
+
+def checkout_inputs(root: Path, address: str) -> None:
+    """Put the recorded inputs of a stage from the cache into the workspace."""
+    with open_repo(root) as repo:
+        for out in _read_outputs(repo, root, address):
+            out.checkout(force=True)
+
+
+def commit_outputs(root: Path, address: str) -> dict[str, str]:
+    """Add a stage's outputs and plots to the cache; dvc.lock is not changed. Returns their content hashes by path."""
+    with open_repo(root) as repo:
+        stage = next(stage for stage in declared_stages(repo) if stage.name == address)
+        hashes = {}
+        for out in stage.outs:
+            if out.use_cache:
+                out.save()
+                out.commit()
+                hashes[os.path.relpath(out.fs_path, root)] = out.hash_info.value
+        return hashes
+
+
+def command_of(root: Path, address: str) -> str:
+    """A stage's command in dvc.yaml."""
+    with open_repo(root) as repo:
+        command = next(stage for stage in declared_stages(repo) if stage.name == address).cmd
+        return command if isinstance(command, str) else " && ".join(command)
+
+
+PUBLIC_OPTIONS = ("endpointurl", "region", "use_ssl", "ssl_verify")
+"""Options of a remote that are sent to workers. Credentials are not: every node has its own."""
+
+
+@dataclass(frozen=True)
+class Remote:
+    """DVC's default remote as a file system."""
+
+    url: str
+    options: Mapping[str, str]
+    """`url` and those of `PUBLIC_OPTIONS` that are set."""
+    fs: Any
+    """DVC's file system."""
+    path: str
+    """Folder of the remote in `fs`."""
+    object_at: Callable[[str], str]
+    """Content hash -> path of the object in `fs`."""
+    cached_at: Callable[[str], str]
+    """Content hash -> path of the object in the local cache."""
+
+
+@contextmanager
+def open_remote(root: Path) -> Iterator[Remote]:
+    """DVC's default remote, and the cache of the project.
+
+    Raises:
+        InputError: there is no default remote, it is a versioned one, or its package is not installed.
+    """
+    config_error = private_module("dvc.config").ConfigError
+    with open_repo(root) as repo:
+        configured = repo.config["remote"].get(repo.config["core"].get("remote") or "", {})
+        if urlsplit(str(configured.get("url", ""))).password:
+            raise InputError("the URL of DVC's remote contains a password, which jobs would show", "leave it out, and set it on every node")
+        try:
+            remote, objects = repo.cloud.get_remote(), repo.cloud.get_remote_odb()
+        except config_error as error:
+            raise InputError(
+                f"DVC has no remote that can carry the files of a stage: {' '.join(str(error).split())}",
+                "`dvc remote add -d storage s3://BUCKET/FOLDER`, or a folder that driver and nodes share",
+            ) from None
+        except (ImportError, private_module("dvc.exceptions").DvcException) as error:
+            raise InputError(f"DVC's remote cannot be used: {error}", "install its package, e.g. `pip install dvc-s3`") from None
+        options = {key: str(value) for key, value in configured.items() if key in PUBLIC_OPTIONS}
+        url = remote.fs.unstrip_protocol(remote.path) if remote.fs.protocol != "local" else remote.path
+        yield Remote(url, {"url": url, **options}, remote.fs, remote.path, objects.oid_to_path, repo.cache.local.oid_to_path)

@@ -1,0 +1,138 @@
+"""DVC's queue of experiments: trials of a sweep, each run by DVC's workers in a temporary copy of the workspace, with the usual stage commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from dagster_project.core.errors import CheckFailed, InputError
+from dagster_project.orchestration import dvc
+from dagster_project.orchestration.processes import is_running
+
+QUEUED, RUNNING, SUCCESS, FAILED = "Queued", "Running", "Success", "Failed"
+"""DVC's names of the states of an experiment in the queue."""
+WORKER_FILES = "dvc-exp-worker-*.json"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """An experiment in DVC's queue."""
+
+    status: str
+    rev: str
+    alive: bool
+    """Whether its process exists."""
+
+
+def choices(override: str) -> tuple[str, list[Any]]:
+    """Key and values of one `-S KEY=VALUE,VALUE`, as DVC (Hydra) reads it.
+
+    Raises:
+        InputError: it is malformed.
+    """
+    parser: Any = import_module("hydra.core.override_parser.overrides_parser").OverridesParser.create()
+    quoted: Any = import_module("hydra.core.override_parser.types").QuotedString
+    hydra_error: Any = import_module("hydra.errors").HydraException
+    hint = "write -S KEY=VALUE or -S KEY=VALUE,VALUE, e.g. -S learning_rate=1e-3,2e-3"
+    try:
+        parsed = parser.parse_override(override)
+        values = list(parsed.sweep_iterator()) if parsed.is_sweep_override() else [parsed.value()]
+    except (hydra_error, ValueError) as error:
+        raise InputError(f"-S {override}: {str(error).splitlines()[0]}", hint) from None
+    if parsed.is_add() or parsed.is_delete() or not parsed.key_or_group or not override.partition("=")[2]:
+        raise InputError(f"-S {override}: not KEY=VALUE", hint)
+    return parsed.key_or_group, [value.text if isinstance(value, quoted) else value for value in values]
+
+
+def _dvc(root: Path, *arguments: str) -> str:
+    """Standard output of a DVC command.
+
+    Raises:
+        CheckFailed: it failed.
+    """
+    environment = {**os.environ, **dvc.command_environment({})}
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", *arguments],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        start_new_session=True,
+    )
+    if done.returncode:
+        raise CheckFailed(f"dvc {' '.join(arguments[:3])}: {done.stderr.strip() or done.stdout.strip()}", "see DVC's message")
+    return done.stdout
+
+
+def queue(root: Path, name: str, overrides: Collection[str], target: str) -> None:
+    """Queue one experiment for each combination of the values: NAME-1, NAME-2, ..., or NAME if there is only one."""
+    settings = [argument for override in overrides for argument in ("-S", override)]
+    _dvc(root, "exp", "run", "--queue", "--name", name, *settings, target)
+
+
+def start_workers(root: Path, jobs: int) -> None:
+    """Start DVC's workers, up to `jobs`. They end by themselves when the queue is empty."""
+    _dvc(root, "queue", "start", "--jobs", str(jobs))
+
+
+def workers_alive(root: Path) -> bool:
+    """Whether a worker's process exists."""
+    for file in (root / ".dvc" / "tmp" / "exps" / "celery").glob(WORKER_FILES):
+        with suppress(OSError, ValueError, KeyError):
+            if is_running(json.loads(file.read_bytes())["pid"]):
+                return True
+    return False
+
+
+def log_of(root: Path, rev: str) -> Path:
+    """What an experiment printed."""
+    return root / ".dvc" / "tmp" / "exps" / "run" / rev / f"{rev}.out"
+
+
+def trials(root: Path) -> dict[str, Trial]:
+    """Every experiment in the queue by its name, also those that have ended."""
+    with dvc.open_repo(root) as repo:
+        found = {}
+        for entry in repo.experiments.celery_queue.status():
+            process = repo.experiments.celery_queue.proc.get(entry["rev"])
+            alive = process is not None and is_running(process.pid)
+            found[entry["name"] or entry["rev"][:7]] = Trial(entry["status"], entry["rev"], alive)
+        return found
+
+
+def cancel(root: Path, names: Collection[str], seconds: float) -> None:
+    """Remove queued experiments, and kill running ones; their stage commands end with them."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        found = {name: trial for name, trial in trials(root).items() if name in names}
+        waiting = [name for name, trial in found.items() if trial.status == QUEUED]
+        running = [name for name, trial in found.items() if trial.status == RUNNING]
+        if not waiting and not any(found[name].alive for name in running):
+            return
+        with dvc.open_repo(root) as repo, suppress(Exception):  # a worker may take or end one at this moment: look again
+            if waiting:  # first, or a worker that is free again takes the next
+                repo.experiments.celery_queue.remove(waiting)
+            if running:
+                repo.experiments.celery_queue.kill(running, force=True)
+        time.sleep(0.3)
+
+
+def shown(root: Path, names: Collection[str]) -> dict[str, Mapping[str, Any]]:
+    """What `dvc exp show` shows of experiments, by name: params and metrics by file; without those that failed or are queued."""
+    found = {}
+    for baseline in json.loads(_dvc(root, "exp", "show", "--json")):
+        for experiment in baseline.get("experiments") or []:
+            for rev in experiment.get("revs") or []:
+                if experiment["name"] in names and not rev.get("error") and rev.get("data"):
+                    found[experiment["name"]] = rev["data"]
+    return found
