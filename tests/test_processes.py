@@ -9,19 +9,16 @@ import json
 import logging
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from builders.cluster import free_ports
 from builders.processes import at_pass, group, tune
 from builders.training import LORA, make_data, output_files, run_in_child
 from conftest import ROOT, edit_params
@@ -194,42 +191,6 @@ def test_a_host_with_other_data_or_versions_is_refused(tmp_path: Path, tiny_mode
         other = json.dumps({**json.loads(versions), "torch": "1.0"}) if name == "library versions" else "another"
         with pytest.raises(InputError, match=f"this host differs from the first one: {name}\n"):
             fit.refuse_other_inputs(data, {**equal, name: other})
-
-
-@pytest.mark.cluster
-def test_ray_train_gives_the_bytes_of_torch_elastic(
-    trained: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ray = pytest.importorskip("ray", reason="pip install '.[cluster]'")
-    folder = Path(tempfile.mkdtemp(prefix="ped-", dir="/tmp"))  # Ray's sockets need a short path
-    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_register_timeout_seconds": "300", launching.LAUNCHER: "ray"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    variables = {"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "OMP_NUM_THREADS": "1"}
-    try:
-        ray.init(
-            "local",
-            num_cpus=3,
-            object_store_memory=80_000_000,
-            include_dashboard=True,  # Ray Train asks it whether a training still runs, and ends the processes without an answer
-            dashboard_port=free_ports(1)[0],
-            _temp_dir=str(folder),
-            runtime_env={"env_vars": variables},
-        )
-        make_data(tmp_path)
-        out = tmp_path / "ray"
-        out.mkdir()
-        compute = Compute(threads=1, dtype="float32", processes=2)
-        report = adapter.produce(
-            "x", adapter.Params(**LORA), compute, tmp_path / "tokenized", tiny_model, out, out / "loss.csv", tmp_path / "ray_checkpoints"
-        )
-        (out / "report.json").write_text(json.dumps(report.document()))
-        with pytest.raises(InputError, match="the first cannot\nhint: help it"):
-            launch(2, __name__, {"fail": 1})
-    finally:
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
-    assert output_files(tmp_path, "ray") == output_files(trained[0], "first")
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def launch(processes: int, module: str, work: Mapping[str, Any]) -> Any:
     """
     import ray.exceptions
     import torch
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
     with tempfile.TemporaryDirectory(prefix="pedigree-group-") as name:
@@ -44,7 +44,7 @@ def launch(processes: int, module: str, work: Mapping[str, Any]) -> Any:
             )
             try:
                 trainer.fit()
-            except (ray.exceptions.RayError, RuntimeError) as error:
+            except (ray.exceptions.RayError, TrainingFailedError) as error:
                 raise error_of(folder / "error-0.json") or PedigreeError(f"the processes on Ray failed: {error}", AGAIN) from None
         return json.loads((folder / "result.json").read_text())
 
