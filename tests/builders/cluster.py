@@ -95,7 +95,7 @@ class Cluster:
 
 
 def end_session(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process and all of its descendants, also those in sessions of their own."""
+    """Kill a process and all of its descendants, including those in other sessions."""
     try:
         family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     except psutil.NoSuchProcess:
