@@ -30,7 +30,7 @@ def as_text(executions: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
     """Lines for the terminal."""
     yield from ("", "where")
     if not executions:
-        yield "  on this machine, or not known here"
+        yield "  no run on a cluster is recorded on this machine"
     for address, one in executions.items():
         queue = "" if one["queue_seconds"] is None else f"queue {one['queue_seconds']:.0f} s, "
         cost = f", cost {one['cost']:.4f}" if "cost" in one else ""
