@@ -10,13 +10,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from dagster_project import execution
 from dagster_project.core import params
 from dagster_project.core.context import Documents, StageContext, ValidationContext
 from dagster_project.core.context import Pipeline as Pipeline
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute, Section
-from dagster_project.execution import Execution
-from dagster_project.execution import parse as parse_execution
 
 STAGES = {
     "base_model": "base_model",
@@ -59,10 +58,8 @@ def module_of(stage: str) -> Any:
 
 def sections() -> dict[str, type[Section]]:
     """Section of params.yaml, in flow order -> its class; of a section with variants the class of one variant."""
-    own: dict[str, type[Section]] = {"compute": Compute, "execution": Execution}
-    return own | {
-        stage: module_of(stage).Params for stage, module in STAGES.items() if stage == module and module_of(stage).Params.model_fields
-    }
+    own = {stage: module_of(stage).Params for stage, module in STAGES.items() if stage == module}
+    return {"compute": Compute, "execution": execution.Execution, **{stage: one for stage, one in own.items() if one.model_fields}}
 
 
 def validate(root: Path) -> dict[str, Any]:
@@ -80,11 +77,10 @@ def validate_values(root: Path, values: dict[str, Any]) -> dict[str, Any]:
     if unknown := sorted(set(values) - set(known)):
         raise InputError("\n".join(f"params.yaml: {name}: unknown section" for name in unknown), f"sections: {', '.join(known)}")
     params.parse(Compute, values.get("compute"), "compute")
-    parse_execution(values, STAGES, VARIANTS_OF)
+    execution.parse(values, STAGES, VARIANTS_OF)
     places = [
         (section, place)
-        for section in known
-        if section in STAGES
+        for section in list(known)[2:]
         for place in (
             [f"{section}.{name}" for name in params.variant_names(values, section, required=section == "adapter")]
             if section in VARIANTS_OF.values()

@@ -240,7 +240,7 @@ def test_a_killed_training_leaves_no_process_and_ends_in_the_same_bytes(trained:
     assert left
     alive = {process.pid: process.create_time() for process in psutil.process_iter() if process.status() != psutil.STATUS_ZOMBIE}
     assert not [pid for pid, began in left if alive.get(pid) == began]
-    assert "resuming from the checkpoint of step 2 of 6" in (trained[0] / "killed.log").read_text()
+    assert re.search(r"resuming from the checkpoint of step \d of 6", (trained[0] / "killed.log").read_text())
     assert output_files(trained[0], "killed") == output_files(trained[0], "first")
 
 

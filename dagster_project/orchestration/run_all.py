@@ -335,7 +335,7 @@ def run_all(root: Path, jobs: int, force: bool, validate: Callable[[Path], Any])
     began = time.monotonic()
     validate(root)
     whole = RunAll(root, jobs, force)
-    before = signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))  # ends the stages as Ctrl-C does
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the stages as Ctrl-C does
     try:
         outcomes = whole.run()
     finally:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -277,6 +278,7 @@ def _refuse_text(root: Path, values: dict[str, Any]) -> None:
 
 def main() -> int:
     root = Path.cwd()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a process that was started in the background ignores it
     if sys.argv[1] == "run":
         from dagster_project.orchestration.run_stage import run_stage, streaming_to_dagster
 
