@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from uuid import uuid4
 
 import dagster as dg
 import psutil
@@ -166,3 +167,14 @@ def test_trainings_run_one_at_a_time_unless_the_user_raises_the_limit(root: Path
     assert set_default_limits(instance) == {"gpu": 1, "cpu": os.cpu_count(), "ray": 8}
     instance.event_log_storage.set_concurrency_slots("gpu", 8)
     assert set_default_limits(instance)["gpu"] == 8
+
+
+def test_the_slots_of_a_run_that_ended_without_freeing_them_are_freed(instance: dg.DagsterInstance) -> None:
+    set_default_limits(instance)
+    run = dg.DagsterRun(job_name="pipeline", run_id=str(uuid4()), status=dg.DagsterRunStatus.CANCELED)
+    live = dg.DagsterRun(job_name="pipeline", run_id=str(uuid4()), status=dg.DagsterRunStatus.STARTED)
+    for one in (run, live):
+        instance.add_run(one)
+        assert instance.event_log_storage.claim_concurrency_slot("cpu", one.run_id, "step").is_claimed
+    assert reap(instance) == []
+    assert active_slots(instance) == 1 and instance.event_log_storage.get_concurrency_run_ids() == {live.run_id}
