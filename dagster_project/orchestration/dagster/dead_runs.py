@@ -44,13 +44,18 @@ def reap(instance: dg.DagsterInstance) -> list[str]:
 
 
 def _free_slots_of_ended_runs(instance: dg.DagsterInstance) -> None:
-    """Free the concurrency slots of runs that were deleted, or marked as canceled or failed, and whose process no longer exists."""
+    """Free the concurrency slots of runs that were deleted, or marked as canceled or failed, and whose process no longer exists; and of those
+    that a machine left behind which no longer exists, e.g. a replaced pod."""
     for run_id in instance.event_log_storage.get_concurrency_run_ids():
         run = instance.get_run_by_id(run_id)
-        process = _process(instance, run_id) if run else None
-        here = run is not None and run.tags.get(MACHINE_TAG, platform.node()) == platform.node()
-        if (run is None or run.is_finished) and not (process and here and is_running(*process)):
+        if run is None or not (_process_exists(instance, run) or (not run.is_finished and _is_alive(instance, run))):
             instance.event_log_storage.free_concurrency_slots_for_run(run_id)
+
+
+def _process_exists(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
+    """Whether the process of a run is known to exist on this machine."""
+    process = _process(instance, run.run_id)
+    return process is not None and run.tags.get(MACHINE_TAG, platform.node()) == platform.node() and is_running(*process)
 
 
 def end_with_run(instance: dg.DagsterInstance, run_id: str) -> None:
