@@ -77,7 +77,7 @@ def main() -> None:
 
     def the_launcher_is_killed() -> None:
         launcher, *processes = group()
-        (folder / "pids").write_text(json.dumps([process.pid for process in processes]))
+        (folder / "pids").write_text(json.dumps([[process.pid, process.create_time()] for process in processes]))
         launcher.kill()
 
     def is_killed(rank: int) -> Callable[[], None]:
@@ -238,7 +238,8 @@ def test_a_killed_training_leaves_no_process_and_ends_in_the_same_bytes(trained:
     assert ended(trained, "killed") == [-signal.SIGKILL, 0]
     left = json.loads((trained[0] / "pids").read_text())
     assert left
-    assert not [pid for pid in left if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+    alive = {process.pid: process.create_time() for process in psutil.process_iter() if process.status() != psutil.STATUS_ZOMBIE}
+    assert not [pid for pid, began in left if alive.get(pid) == began]
     assert "resuming from the checkpoint of step 2 of 6" in (trained[0] / "killed.log").read_text()
     assert output_files(trained[0], "killed") == output_files(trained[0], "first")
 

@@ -449,7 +449,7 @@ def test_a_checkpoint_is_of_this_data_template_tokenizer_model_parameters_thread
     class Found(Exception):
         pass
 
-    def stop(folder: Path, identity: dict[str, str], keep: int) -> Any:
+    def stop(folder: Path, identity: dict[str, str], keep: int, sharded: bool) -> Any:
         raise Found(identity)
 
     monkeypatch.setattr(fit, "Checkpoints", stop)

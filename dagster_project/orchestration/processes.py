@@ -14,7 +14,7 @@ import psutil
 
 SHELLS = {"sh", "bash", "dash", "zsh", "fish", "ksh"}
 PR_SET_PDEATHSIG = 1
-CLEAN_UP = 8.0
+CLEAN_UP = 20.0
 """Seconds for an interrupted stage command to restore outputs, and for its executor to stop the stage."""
 
 
