@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import posixpath
 import resource
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from dagster_project.orchestration.dvc_remote import inputs_by_hash, push
 from dagster_project.orchestration.executors import messages, worker
 from dagster_project.orchestration.executors.package import project_package
 from dagster_project.orchestration.executors.ray import RayExecutor, _Run, connect
-from dagster_project.orchestration.remote_store import Damaged, open_store
+from dagster_project.orchestration.remote_store import Damaged, RemoteStore, open_store
 from dagster_project.orchestration.run_stage import run_stage
 from dagster_project.training.trainers.harness import checkpoint
 
@@ -275,6 +276,13 @@ def test_a_name_from_the_remote_that_leaves_the_cache_is_refused_and_touches_not
             with pytest.raises(PedigreeError, match="is not the name of an object"):
                 store.discard([name])
     assert victim.read_text() == "mine"
+
+
+def test_files_of_the_remote_outside_of_a_folder_are_not_listed() -> None:
+    keys = ["b/c/step-1/complete.json", "b/c/../complete.json", "b/c/step-1/../../x", "b/c/../../../x"]
+    files = SimpleNamespace(relpath=posixpath.relpath, find=lambda _: keys, fs=SimpleNamespace(invalidate_cache=lambda: None))
+    remote: Any = SimpleNamespace(fs=files)
+    assert RemoteStore(remote).list("b/c") == ["step-1/complete.json"]
 
 
 def run_of(root: Path, store: Any, scratch: Path) -> Any:

@@ -194,11 +194,12 @@ class RemoteStore:
             self.remote.fs.get_file(path, str(target))
 
     def list(self, path: str) -> list[str]:
-        """All files below a path, relative to it."""
+        """All files below a path, relative to it. Keys of S3 may contain "..": files outside of the path are left out."""
         try:
             with self._explained("read"):
                 self.remote.fs.fs.invalidate_cache()
-                return sorted(self.remote.fs.relpath(found, path) for found in self.remote.fs.find(path))
+                names = (self.remote.fs.relpath(found, path) for found in self.remote.fs.find(path))
+                return sorted(name for name in names if ".." not in name.split("/"))
         except FileNotFoundError:
             return []
 
