@@ -87,13 +87,13 @@ def _show(options: argparse.Namespace) -> Callable[[Judgement], list[dict[str, A
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run one stage: the command in dvc.yaml. Or, with --all, bring all stages up to date by DVC."""
+    """Run one stage (the command in dvc.yaml), or bring all stages up to date with --all."""
     from dagster_project.orchestration.run_stage import run_stage, streaming_to_dagster
 
     if options.all:
         return _run_all(options)
     if not options.stage:
-        raise InputError("no STAGE given", "name a stage, or bring all of them up to date with --all")
+        raise InputError("STAGE or --all is required", "name a stage, or bring all stages up to date with --all")
     if options.force or options.jobs is not None:
         raise InputError("--jobs and --force require --all", f"`dvc repro --single-item --force {options.stage}` runs one stage again")
     with streaming_to_dagster():
@@ -109,7 +109,9 @@ def _run_all(options: argparse.Namespace) -> int:
     from dagster_project.pipeline import validate
 
     if options.stage:
-        raise InputError(f"--all and {options.stage} exclude each other", f"`dvc repro {options.stage}` runs a stage and all that it reads")
+        raise InputError(
+            f"--all cannot be combined with {options.stage}", f"`dvc repro {options.stage}` runs a stage and all stages that it depends on"
+        )
     document = run_all(_project(options), options.jobs or 1, options.force, validate)
     _print(options, document, as_text)
     return exit_code(document)

@@ -1,4 +1,4 @@
-"""Section `execution` of params.yaml: where each stage runs. Part of no result's identity: no stage depends on it, and a change makes nothing stale."""
+"""Section `execution` of params.yaml: where each stage runs. Not part of any result's identity: no stage depends on it, and a change makes nothing stale."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Placement(Section):
-    """Where one stage or variant runs, and what it gets there."""
+    """Where one stage or variant runs, and the resources reserved for it."""
 
     on: Literal["local", "ray"] = "local"
     """`local`: on this machine. `ray`: on a node of a Ray cluster, with the same result."""
@@ -87,7 +87,7 @@ def placement(
     variants_of: Mapping[str, str],
     environment: Mapping[str, str] = os.environ,
 ) -> tuple[Execution, Placement]:
-    """The section, and where a stage runs, after the environment variable.
+    """The section, and the placement of a stage; the environment variable takes precedence.
 
     Raises:
         InputError: the section or the variable is invalid.

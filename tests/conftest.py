@@ -167,7 +167,7 @@ def evaluate(root: Path, model: Path, settings: Any, test: list[dict[str, Any]],
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests on the finished project first: so one test process makes it, and no other one waits for it."""
+    """Run tests of the finished project first, so that one test process makes it and no other one waits for it."""
     items.sort(key=lambda item: "_finished" not in getattr(item, "fixturenames", ()))
 
 

@@ -448,7 +448,7 @@ def test_where_shows_the_run_that_made_the_current_output_and_no_other(root: Pat
 
     lock = Revision(root, None).lock()
     stages = {address: {"md5": stage["outs"][0]["md5"]} for address, stage in lock.items()}
-    assert where(root, stages) == {} and "not known here" in "\n".join(as_text({}))
+    assert where(root, stages) == {} and "no run on a cluster is recorded" in "\n".join(as_text({}))
     ran = {
         "on": "ray", "node": "gpu-7", "node_id": "0a1b2c3d4e", "queue_seconds": 3.0, "compute_seconds": 60.0, "transfer_seconds": 2.0,
         "transfer_bytes": 5_000_000, "cost": 1.25,

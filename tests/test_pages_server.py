@@ -15,6 +15,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from builders.servers import free_port
 from conftest import pedigree
 
 from dagster_project.core.errors import InputError
@@ -22,12 +23,6 @@ from dagster_project.orchestration.dagster import pages
 from dagster_project.views.ballot import ballot_page
 
 SECRET = "a secret outside data/pages"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((pages.HOST, 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture

@@ -24,7 +24,8 @@ from typing import Any
 import psutil
 import pytest
 from builders import small_pipeline, training_pipeline
-from builders.cluster import BUCKET, S3, SECRET, Cluster
+from builders.cluster import Cluster
+from builders.s3 import BUCKET, S3Server, s3_server
 from builders.small_pipeline import PIPELINE, published
 from builders.training import LORA
 from conftest import dvc, run
@@ -44,17 +45,9 @@ for needed in ("ray", "moto", "dvc_s3"):
 
 
 @pytest.fixture(scope="session")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
-    server = S3(tmp_path_factory.mktemp("s3"))
-    server.start()
-    yield server
-    server.stop()
-
-
-@pytest.fixture(scope="session")
-def cluster(s3: S3) -> Iterator[Cluster]:
+def cluster(s3: S3Server) -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="pray-", dir="/tmp"))  # Ray's sockets need a short path
-    nodes = Cluster(folder, credentials())
+    nodes = Cluster(folder, credentials(s3))
     try:
         nodes.start()
         yield nodes
@@ -63,31 +56,31 @@ def cluster(s3: S3) -> Iterator[Cluster]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def credentials() -> dict[str, str]:
+def credentials(s3: S3Server) -> dict[str, str]:
     """In the environment of drivers and nodes, and nowhere else."""
-    return {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_DEFAULT_REGION": "us-east-1", "AWS_MAX_ATTEMPTS": "2"}
+    return {**s3.environment, "AWS_MAX_ATTEMPTS": "2"}
 
 
 @pytest.fixture
-def driver(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+def driver(cluster: Cluster, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Environment of a driver that uses the cluster, also set for this process."""
-    variables = {**cluster.variables(), **credentials(), "PEDIGREE_EXECUTION": "ray"}
+    variables = {**cluster.variables(), **credentials(s3), "PEDIGREE_EXECUTION": "ray"}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     return variables
 
 
 @pytest.fixture
-def root(tmp_path: Path, _made: Path, s3: S3) -> Path:
+def root(tmp_path: Path, _made: Path, s3: S3Server) -> Path:
     """A project in which everything has run at home, with a remote on S3."""
     project = Path(shutil.copytree(_made, tmp_path / "project", symlinks=True))
     add_remote(project, s3, tmp_path.name)
     return project
 
 
-def add_remote(project: Path, s3: S3, folder: str) -> None:
+def add_remote(project: Path, s3: S3Server, folder: str) -> None:
     assert dvc(project, "remote", "add", "-q", "-d", "storage", f"s3://{BUCKET}/{folder}").returncode == 0
-    assert dvc(project, "remote", "modify", "storage", "endpointurl", s3.url).returncode == 0
+    assert dvc(project, "remote", "modify", "storage", "endpointurl", s3.endpoint).returncode == 0
 
 
 def forget(root: Path, address: str) -> dict[str, bytes]:
@@ -167,7 +160,7 @@ def until_running(cluster: Cluster, root: Path, address: str) -> psutil.Process:
 
 
 def test_a_stage_on_a_node_gives_the_same_bytes_and_shows_where_it_ran_and_no_secret(
-    cluster: Cluster, driver: dict[str, str], root: Path, s3: S3, caplog: pytest.LogCaptureFixture
+    cluster: Cluster, driver: dict[str, str], root: Path, s3: S3Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = forget(root, "adapter@lora")
     (root / "params.yaml").write_text(
@@ -188,11 +181,11 @@ def test_a_stage_on_a_node_gives_the_same_bytes_and_shows_where_it_ran_and_no_se
     assert (cluster.node_cache("second") / "cache").is_dir()  # the node that was asked for, with a cache of its own
     assert execution["queue_seconds"] > 0 and execution["transfer_bytes"] > 0
     assert execution["cost"] == pytest.approx(0.01 * execution["compute_seconds"], abs=0.3)
-    assert not s3.find(f"{root.parent.name}/pedigree/")  # nothing is left beside DVC's objects
+    assert not s3.names(f"{root.parent.name}/pedigree/")  # nothing is left beside DVC's objects
     assert_no_secret(cluster, root, caplog.text, s3)
 
 
-def assert_no_secret(cluster: Cluster, root: Path, text: str, s3: S3) -> None:
+def assert_no_secret(cluster: Cluster, root: Path, text: str, s3: S3Server) -> None:
     """Neither the S3 secret nor the token is in anything that is written or shown."""
     from ray.job_submission import JobSubmissionClient
 
@@ -202,10 +195,10 @@ def assert_no_secret(cluster: Cluster, root: Path, text: str, s3: S3) -> None:
         shown += [job.model_dump_json() if hasattr(job, "model_dump_json") else job.json(), client.get_job_logs(job.submission_id)]
     shown += [path.read_text(errors="replace") for path in root.rglob("*") if path.is_file() and ".dvc/cache" not in str(path)]
     shown += [path.read_text(errors="replace") for path in cluster.node_cache("second").rglob("*") if path.is_file()]
-    bodies = [s3.client().get_object(Bucket=BUCKET, Key=key)["Body"].read().decode(errors="replace") for key in s3.find()]
+    bodies = [s3.read(key).decode(errors="replace") for key in s3.names()]
     whole = "\n".join([*shown, *bodies])
     assert "adapter" in whole and "s3://" in whole  # the search sees what it should
-    for secret in (SECRET, cluster.token.read_text()):
+    for secret in (s3.secret, cluster.token.read_text()):
         assert secret not in whole
 
 
@@ -268,7 +261,7 @@ def test_other_versions_on_a_node_are_refused_before_anything_is_computed(
 
 
 def test_a_killed_worker_is_replaced_and_the_training_ends_in_the_same_bytes_from_its_checkpoint(
-    cluster: Cluster, driver: dict[str, str], tmp_path: Path, tiny_model: Path, s3: S3, caplog: pytest.LogCaptureFixture
+    cluster: Cluster, driver: dict[str, str], tmp_path: Path, tiny_model: Path, s3: S3Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     home = training_pipeline.make_project(tmp_path / "home" / "project", tiny_model, LORA)
     away = Path(shutil.copytree(home, tmp_path / "away" / "project", symlinks=True))
@@ -278,7 +271,7 @@ def test_a_killed_worker_is_replaced_and_the_training_ends_in_the_same_bytes_fro
     killed: list[str] = []
 
     def kill_after_a_checkpoint() -> None:
-        until(lambda: s3.find(f"{tmp_path.name}/pedigree/", "complete.json"))
+        until(lambda: s3.names(f"{tmp_path.name}/pedigree/", "complete.json"))
         worker = until_running(cluster, away, "adapter@x")
         killed.append(str(worker.pid))
         worker.kill()
@@ -292,7 +285,7 @@ def test_a_killed_worker_is_replaced_and_the_training_ends_in_the_same_bytes_fro
     assert "ended without a result" in caplog.text and "checkpoint of step" in caplog.text
     assert published(away, "adapter@x") == published(home, "adapter@x")
     assert (away / "data/plots/loss/x.csv").read_bytes() == (home / "data/plots/loss/x.csv").read_bytes()
-    assert not s3.find(f"{tmp_path.name}/pedigree/")  # checkpoints included
+    assert not s3.names(f"{tmp_path.name}/pedigree/")  # checkpoints included
 
 
 def test_a_lost_node_does_not_end_the_stage(cluster: Cluster, driver: dict[str, str], root: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -335,24 +328,24 @@ def test_the_job_of_a_killed_driver_records_nothing_and_the_next_driver_takes_it
 
 
 def test_a_waiting_result_is_taken_by_identity_only_and_verified(
-    cluster: Cluster, driver: dict[str, str], root: Path, s3: S3, caplog: pytest.LogCaptureFixture
+    cluster: Cluster, driver: dict[str, str], root: Path, s3: S3Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A driver is killed and its job ends alone. One object of its output is damaged where it lies: the next driver notices and computes again.
     Then the result of another orphan waits, and the stage's code changes: that result is not used."""
     before = forget(root, "tok")
     orphan(cluster, root, s3)
-    oid = next(oid for oid in objects_in(s3, root) if not oid.endswith(".dir") and b"test 7" in s3_object(s3, root, oid))
-    s3.client().put_object(Bucket=BUCKET, Key=f"{root.parent.name}/files/md5/{oid[:2]}/{oid[2:]}", Body=b"test 8")
+    oid = next(oid for oid in objects_in(s3, root) if not oid.endswith(".dir") and b"test 7" in s3.read(object_key(root, oid)))
+    s3.write(object_key(root, oid), b"test 8")
     with caplog.at_level(logging.INFO, logger="pedigree"):
         run_stage(root, "tok", PIPELINE)
     assert published(root, "tok") == before and len(jobs(root, "tok")) == 2
     assert "ended while no driver waited" in caplog.text and "it is computed again" in caplog.text
-    assert s3_object(s3, root, oid) == b"test 7"
+    assert s3.read(object_key(root, oid)) == b"test 7"
     orphan(cluster, root, s3)
     (root / "code/tok.py").write_text("V = 3\n")
     run_stage(root, "tok", PIPELINE)
     assert published(root, "tok")["data/tok/train.txt"].endswith(b"V = 3") and len(jobs(root, "tok")) == 4
-    assert not s3.find(f"{root.parent.name}/pedigree/")
+    assert not s3.names(f"{root.parent.name}/pedigree/")
 
 
 def test_a_live_job_that_computes_from_other_inputs_is_stopped(cluster: Cluster, driver: dict[str, str], root: Path) -> None:
@@ -368,26 +361,27 @@ def test_a_live_job_that_computes_from_other_inputs_is_stopped(cluster: Cluster,
     assert published(root, "tok")["data/tok/train.txt"].endswith(b"V = 3")
 
 
-def orphan(cluster: Cluster, root: Path, s3: S3) -> None:
+def orphan(cluster: Cluster, root: Path, s3: S3Server) -> None:
     """Let a job of `tok` end after its driver was killed."""
     slow(root, "tok", 3)
     process = start(root, "tok")
     until_running(cluster, root, "tok")
     process.kill()
     process.wait()
-    until(lambda: s3.find(f"{root.parent.name}/pedigree/", "result.json"))
+    until(lambda: s3.names(f"{root.parent.name}/pedigree/", "result.json"))
 
 
-def objects_in(s3: S3, root: Path) -> list[str]:
-    return ["".join(key.split("/")[-2:]) for key in s3.find(f"{root.parent.name}/files/")]
+def objects_in(s3: S3Server, root: Path) -> list[str]:
+    return ["".join(key.split("/")[-2:]) for key in s3.names(f"{root.parent.name}/files/")]
 
 
-def s3_object(s3: S3, root: Path, oid: str) -> bytes:
-    content: bytes = s3.client().get_object(Bucket=BUCKET, Key=f"{root.parent.name}/files/md5/{oid[:2]}/{oid[2:]}")["Body"].read()
-    return content
+def object_key(root: Path, oid: str) -> str:
+    return f"{root.parent.name}/files/md5/{oid[:2]}/{oid[2:]}"
 
 
-def test_an_input_damaged_in_the_remote_is_sent_again(driver: dict[str, str], root: Path, s3: S3, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_input_damaged_in_the_remote_is_sent_again(
+    driver: dict[str, str], root: Path, s3: S3Server, caplog: pytest.LogCaptureFixture
+) -> None:
     from dagster_project.orchestration.dvc_remote import inputs_by_hash
     from dagster_project.orchestration.remote_store import open_store
 
@@ -396,7 +390,7 @@ def test_an_input_damaged_in_the_remote_is_sent_again(driver: dict[str, str], ro
     with open_store(root) as opened:
         opened.push(inputs_by_hash(root, "tok").values())
     oid = next(oid for oid in objects_in(s3, root) if not oid.endswith(".dir"))
-    s3.client().put_object(Bucket=BUCKET, Key=f"{root.parent.name}/files/md5/{oid[:2]}/{oid[2:]}", Body=b"damaged")
+    s3.write(object_key(root, oid), b"damaged")
     with caplog.at_level(logging.INFO, logger="pedigree"):
         run_stage(root, "tok", PIPELINE)
     assert b"ROWS THAT NO NODE HAS SEEN" in published(root, "tok")["data/tok/train.txt"]
@@ -503,27 +497,23 @@ class Relay:
         self.server.close()
 
 
-def test_a_remote_that_is_unreachable_is_one_message(driver: dict[str, str], root: Path, tmp_path: Path, s3: S3) -> None:
+def test_a_remote_that_is_unreachable_is_one_message(driver: dict[str, str], root: Path, tmp_path: Path, s3: S3Server) -> None:
     """First for the driver; then only for the worker, which loses it while the stage runs."""
     before = published(root, "tok")
-    other = S3(tmp_path)
-    other.start()
-    try:
+    with s3_server(tmp_path) as other:
         add_remote_of(root, other)
         slow(root, "tok", 4)
-        stopper = threading.Thread(target=lambda: (until(lambda: jobs(root, "tok")), time.sleep(5), other.stop()))
+        stopper = threading.Thread(target=lambda: (until(lambda: jobs(root, "tok")), time.sleep(5), other.kill()))
         stopper.start()
-        with pytest.raises(PedigreeError, match=r"DVC's remote s3://dvc/other cannot be (read|written): ") as error:
+        with pytest.raises(PedigreeError, match=rf"DVC's remote s3://{BUCKET}/other cannot be (read|written): ") as error:
             run_stage(root, "tok", PIPELINE)
         stopper.join()
-    finally:
-        other.stop()
-    assert "nothing was recorded" in str(error.value) and SECRET not in str(error.value)
-    with pytest.raises(PedigreeError, match=r"DVC's remote s3://dvc/other cannot be read: "):
+    assert "nothing was recorded" in str(error.value) and s3.secret not in str(error.value)
+    with pytest.raises(PedigreeError, match=rf"DVC's remote s3://{BUCKET}/other cannot be read: "):
         run_stage(root, "tok", PIPELINE)
     assert published(root, "tok") == before
 
 
-def add_remote_of(root: Path, server: S3) -> None:
-    for command in (["add", "-q", "-f", "-d", "storage", f"s3://{BUCKET}/other"], ["modify", "storage", "endpointurl", server.url]):
+def add_remote_of(root: Path, server: S3Server) -> None:
+    for command in (["add", "-q", "-f", "-d", "storage", f"s3://{BUCKET}/other"], ["modify", "storage", "endpointurl", server.endpoint]):
         assert dvc(root, "remote", *command).returncode == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.cluster import free_ports
+from builders.servers import free_port
 from builders.training import LORA, make_data, output_files
 from conftest import ROOT
 
@@ -40,7 +40,7 @@ def local_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             num_cpus=3,
             object_store_memory=80_000_000,
             include_dashboard=True,  # Ray Train asks it whether a training still runs, and ends the processes without an answer
-            dashboard_port=free_ports(1)[0],
+            dashboard_port=free_port(),
             _temp_dir=str(folder),
             runtime_env={
                 "env_vars": {"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "OMP_NUM_THREADS": "1", "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5"}

@@ -175,8 +175,8 @@ def test_a_stage_waits_for_those_whose_report_it_reads(root: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run"], "no STAGE given"),
-        (["run", "--all", "splits"], "exclude each other"),
+        (["run"], "STAGE or --all is required"),
+        (["run", "--all", "splits"], "--all cannot be combined with splits"),
         (["run", "--jobs", "2", "splits"], "require --all"),
         (["run", "--all", "--jobs", "0"], "not a whole number from 1"),
     ],

@@ -332,10 +332,10 @@ def _on_gpus(spec: memory.TrainingSpec) -> list[dict[str, Any]]:
     rows = []
     for checkpointing in (False, True) if spec.can_checkpoint else (False,):
         same = checkpointing == spec.gradient_checkpointing
-        same_or_other = spec if same else replace(spec, gradient_checkpointing=checkpointing, timed=False)
-        peak = same_or_other.needed
+        variant = spec if same else replace(spec, gradient_checkpointing=checkpointing, timed=False)
+        peak = variant.needed
         fits = {str(size): peak <= size * 10**9 for size in GPU_SIZES}
-        needed = {str(size): same_or_other.gpus_needed(size * 10**9) for size in GPU_SIZES if peak > size * 10**9}
+        needed = {str(size): variant.gpus_needed(size * 10**9) for size in GPU_SIZES if peak > size * 10**9}
         rows.append({"gradient_checkpointing": checkpointing, "peak": peak, "fits": fits, **({"sharded": needed} if needed else {})})
     return rows
 
@@ -363,7 +363,7 @@ def _requirements(spec: memory.TrainingSpec, machine: Machine, tokens: int) -> d
         place = "of the GPU are" if spec.device == "cuda" else "are"
         advice = [f"needs {size_text(spec.needed)}, but {size_text(available)} {place} free", spec.remedy(available)]
         if gpus := spec.gpus_needed(available):
-            advice.append(f"sharding: {{fsdp: full_shard}} would fit on compute.processes: {gpus} such GPUs")
+            advice.append(f"with sharding: {{fsdp: full_shard}} and compute.processes: {gpus} it would fit on {gpus} such GPUs")
     step = machine.seconds(prediction.operations)
     steps_of_all = tokens / (sum(spec.lengths) * spec.rows * spec.gradient_accumulation_steps * machine.processes)
     return {
@@ -451,10 +451,10 @@ def _gpu_table(gpus: dict[str, list[dict[str, Any]]]) -> list[str]:
     lines.append("fits: the predicted peak is at most this many GB of 10^9 bytes, on one GPU")
     for name, rows in gpus.items():
         for row in rows:
-            counts = ", ".join(f"{'no number' if n is None else n} of {size} GB" for size, n in row.get("sharded", {}).items())
+            counts = ", ".join(f"{n} of {size} GB" for size, n in row.get("sharded", {}).items() if n is not None)
             if counts:
                 on = ", checkpointing" if row["gradient_checkpointing"] else ""
-                lines.append(f"with sharding (full_shard): {name}{on} needs {counts}")
+                lines.append(f"GPUs needed with sharding (full_shard): {name}{on}: {counts}")
     return lines
 
 

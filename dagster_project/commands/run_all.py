@@ -29,5 +29,5 @@ def as_text(document: Mapping[str, Any]) -> str:
     if failed:
         lines.append(f"stopped: {', '.join(failed)} failed. Finished stages are kept; fix the error above and run the command again.")
     if document["interrupted"]:
-        lines.append("interrupted: finished stages are kept; run the command again to go on.")
+        lines.append("interrupted: finished stages are kept; run the command again to continue.")
     return "\n".join(lines)

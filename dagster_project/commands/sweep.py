@@ -21,11 +21,11 @@ from dagster_project.orchestration.experiments import FAILED, QUEUED, RUNNING, S
 log = logging.getLogger("pedigree")
 
 POLL = 2.0
-"""Seconds between two looks at DVC's queue."""
+"""Polling interval of DVC's queue, in seconds."""
 LOST = 60.0
-"""Seconds after which a trial whose process is gone counts as failed. DVC's worker collects the result of one that ended."""
+"""Seconds after which a trial without a process counts as failed. Until then, DVC's worker may still collect its result."""
 HIDDEN = ("output_sha256", "passed", "environment", "machine")
-"""Entries of a report that are no results."""
+"""Entries of a report that are not results."""
 MAX_COLUMNS = 6
 
 
@@ -51,29 +51,29 @@ def sweep(
     if not overrides:
         raise InputError("no parameter to vary", "add -S KEY=VALUE,VALUE, e.g. -S learning_rate=1e-3,2e-3")
     values = params.read(root)
-    place = _section(values, section)
-    asked = dict(map(experiments.choices, overrides))
-    if len(asked) < len(overrides):
+    entry = _section(values, section)
+    choices = dict(map(experiments.choices, overrides))
+    if len(choices) < len(overrides):
         raise InputError("a parameter is given twice", "give all values of it in one -S KEY=VALUE,VALUE")
-    if twice := next((key for key, found in asked.items() if len(set(map(repr, found))) < len(found)), None):
+    if twice := next((key for key, found in choices.items() if len(set(map(repr, found))) < len(found)), None):
         raise InputError(f"-S {twice}: a value is given twice", "leave one out: its trial would be the same")
-    points = [dict(zip(asked, point, strict=True)) for point in product(*asked.values())]
+    points = [dict(zip(choices, point, strict=True)) for point in product(*choices.values())]
     for point in points:
         validate(root, _with(values, section, point))
     target = _target(root, section, to, variants_of)
     if not git(root, "rev-parse", "--verify", "HEAD"):
         raise InputError("the project has no commit: DVC's experiments start from one", "run `git add -A && git commit`")
-    if left := [name for name, trial in experiments.trials(root).items() if trial.status in {QUEUED, RUNNING}]:
+    if unfinished := [name for name, trial in experiments.trials(root).items() if trial.status in {QUEUED, RUNNING}]:
         raise InputError(
-            f"DVC's queue of experiments is not empty: {', '.join(left)}",
+            f"DVC's queue of experiments is not empty: {', '.join(unfinished)}",
             "wait for them, or remove them with `dvc queue kill NAME` and `dvc queue remove --queued`",
         )
     name = f"sweep-{secrets.token_hex(3)}"
     # a key that params.yaml does not have is added
-    full = [f"{'' if _has(place, override.partition('=')[0]) else '+'}{section}.{override}" for override in overrides]
+    arguments = [f"{'' if _has(entry, override.partition('=')[0]) else '+'}{section}.{override}" for override in overrides]
     trials = Trials(root, {name: points[0]} if len(points) == 1 else {f"{name}-{i + 1}": point for i, point in enumerate(points)}, jobs)
     try:
-        experiments.queue(root, name, full, target)
+        experiments.queue(root, name, arguments, target)
         outcome = trials.run()
     except BaseException:  # also an interrupt while DVC fills its queue
         experiments.cancel(root, trials.points, processes.CLEAN_UP)
@@ -135,7 +135,8 @@ class Trials:
         self.root, self.points, self.jobs = root, points, jobs
         self.status = dict.fromkeys(points, QUEUED)
         self.revs: dict[str, str] = {}
-        self.gone: dict[str, float] = {}
+        self.lost_since: dict[str, float] = {}
+        """Time at which the process of a running trial was first missing."""
 
     def run(self) -> dict[str, Any]:
         """Run all trials. An interrupt removes the queued ones and ends the running ones."""
@@ -144,7 +145,7 @@ class Trials:
             experiments.start_workers(self.root, self.jobs)
             while not all(status in {SUCCESS, FAILED} for status in self.status.values()):
                 time.sleep(POLL)
-                self._look(began)
+                self._update(began)
         except KeyboardInterrupt:
             interrupted = True
             log.info("interrupted: removing queued trials, ending running ones; finished ones are kept")
@@ -153,8 +154,8 @@ class Trials:
         passed = all(status == SUCCESS for status in self.status.values())
         return {"passed": passed, "interrupted": interrupted, "seconds": round(time.monotonic() - began, 1)}
 
-    def _look(self, began: float) -> None:
-        """Read the state of each trial, and log what changed."""
+    def _update(self, began: float) -> None:
+        """Read the state of each trial, and log changes."""
         found = experiments.trials(self.root)
         for name in self.points:
             trial = found.get(name)
@@ -163,17 +164,17 @@ class Trials:
                 self.revs[name] = trial.rev
             # without an entry: a worker is taking it from the queue, or the user removed it
             if (trial is None or (status == RUNNING and not trial.alive)) and status not in {SUCCESS, FAILED}:
-                if time.monotonic() - self.gone.setdefault(name, time.monotonic()) > LOST:
+                if time.monotonic() - self.lost_since.setdefault(name, time.monotonic()) > LOST:
                     status = FAILED
             else:
-                self.gone.pop(name, None)
+                self.lost_since.pop(name, None)
             if status != self.status[name] and self.status[name] not in {SUCCESS, FAILED}:
                 self.status[name] = status
                 log.info(f"{name} ({_point(self.points[name])}): {status.lower()}. {self._progress(began)}")
                 if status == FAILED:
                     self._log_failure(name)
         if QUEUED in self.status.values() and RUNNING not in self.status.values() and not experiments.workers_alive(self.root):
-            experiments.start_workers(self.root, self.jobs)  # they were killed, or ended before the first trial was in the queue
+            experiments.start_workers(self.root, self.jobs)  # the workers were killed, or ended before the first trial was queued
 
     def _progress(self, began: float) -> str:
         count = {status: list(self.status.values()).count(status) for status in (SUCCESS, FAILED, RUNNING, QUEUED)}

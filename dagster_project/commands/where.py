@@ -1,4 +1,4 @@
-"""`pedigree audit --where`: where each stage ran, how long it waited and transferred, and what it cost. Known on the machine whose driver ran it."""
+"""`pedigree audit --where`: where each stage ran, the times of queue, transfer and computation, and the cost. Recorded on the driver's machine only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def where(root: Path, stages: Mapping[str, Mapping[str, Any]]) -> dict[str, dict
     """Execution of each stage that ran on a cluster, by address.
 
     Args:
-        stages: of the audit document; those whose output is not the current one are left out, because nothing is known about earlier runs.
+        stages: of the audit document. Those whose output is not the current one are omitted, because only the latest run is recorded.
     """
     lock = Revision(root, None).lock()
     current = {address: {out["md5"] for out in stage.get("outs", [])} for address, stage in lock.items()}
@@ -30,7 +30,7 @@ def as_text(executions: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
     """Lines for the terminal."""
     yield from ("", "where")
     if not executions:
-        yield "  on this machine, or not known here"
+        yield "  no run on a cluster is recorded on this machine"
     for address, one in executions.items():
         queue = "" if one["queue_seconds"] is None else f"queue {one['queue_seconds']:.0f} s, "
         cost = f", cost {one['cost']:.4f}" if "cost" in one else ""

@@ -47,8 +47,8 @@ SCHEMA_VERSION = zlib.crc32(TABLES.encode()) >> 1
 """Derived from the tables: an index with another schema is rebuilt."""
 
 
-def remembered(method: Callable[..., T]) -> Callable[..., T]:
-    """Cache the results of a method as long as its object lives. functools.cache would keep every object alive, here with its connection."""
+def cached_per_instance(method: Callable[..., T]) -> Callable[..., T]:
+    """Cache the results of a method in its object. functools.cache would keep every object alive, here with its connection."""
     name = f"_results_of_{method.__name__}"
 
     @wraps(method)

@@ -177,7 +177,7 @@ class Contributions:
     paraphrases: Mapping[int, set[bytes]]
     """Id of an entry -> records of its output that are paraphrases."""
     derivations: Mapping[bytes, list[tuple[bytes, frozenset[str]]]]
-    """Key of a record -> what was made from it, with the outputs that say so."""
+    """Key of a record -> records made from it, with the outputs that record this."""
     keys: set[bytes]
     """All of them."""
 
@@ -256,23 +256,23 @@ class _ImpactQuery:
                     pending.append(child)
         return own
 
-    def match_sources(self, made: Mapping[str, frozenset[str] | None]) -> None:
+    def match_sources(self, outputs_of: Mapping[str, frozenset[str] | None]) -> None:
         """Match all records of some sources: those that name one of them, and those to which their rows contributed. A record counts once.
 
         Args:
-            made: name of a source -> hashes of outputs, of which one must be upstream of a model's data; None if any data counts.
+            outputs_of: name of a source -> hashes of outputs, of which one must be upstream of a model's data; None if any data counts.
         """
         index = self.index
-        self._sources = list(made)
-        rows_of = {name: index.rows_from_source(name) for name in made}
-        contributions = {name: self._contributions(name) for name in made}
+        self._sources = list(outputs_of)
+        rows_of = {name: index.rows_from_source(name) for name in outputs_of}
+        contributions = {name: self._contributions(name) for name in outputs_of}
         uses: dict[str, list[RecordUse]] = defaultdict(list)
         if keys := set().union(*(one.keys for one in contributions.values())):
             for use in index.record_uses(keys):
                 uses[use.out].append(use)
         for run in self._trained_models:
             data, upstream = index.data(run), index.ancestors(run).keys()
-            names = [name for name, outs in made.items() if outs is None or outs & upstream]
+            names = [name for name, outs in outputs_of.items() if outs is None or outs & upstream]
             rows: Counter[str] = Counter()
             for name in names:
                 for out in data.keys() & rows_of[name].keys():

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.core.hashing import md5_of_bytes
-from dagster_project.lineage.database import remembered
+from dagster_project.lineage.database import cached_per_instance
 from dagster_project.lineage.history import is_within
 from dagster_project.lineage.rows import (
     EVIDENCE,
@@ -328,7 +328,7 @@ class Index(RunIndex):
     def _matched(self) -> frozenset[tuple[str, str]]:
         return frozenset(self._db.execute("SELECT evidence, shards FROM matched"))
 
-    @remembered
+    @cached_per_instance
     def _training_summaries(self, source: str | None) -> dict[str, dict[str, tuple[int, int, int]]]:
         """Evidence -> shard -> (records, first step, last step), for one source or for all."""
         by_evidence: dict[str, dict[str, tuple[int, int, int]]] = defaultdict(dict)

@@ -14,7 +14,7 @@ from typing import Any
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_bytes
 from dagster_project.core.layout import REPORTS
-from dagster_project.lineage.database import Database, remembered
+from dagster_project.lineage.database import Database, cached_per_instance
 from dagster_project.lineage.history import LOCK, Objects, blobs, history, is_within, stages_of
 from dagster_project.lineage.rows import EVIDENCE, LEDGER, OVERLAPS
 from dagster_project.lineage.runs import (
@@ -331,7 +331,7 @@ class RunIndex(Database):
         row = self._db.execute("SELECT text FROM run WHERE id = ?", (run.entry.id,)).fetchone()
         return dict(stages_of("stages:\n" + row[0])[run.address]) if row else {}
 
-    @remembered
+    @cached_per_instance
     def parents(self, run: StageRun) -> list[StageRun]:
         """The models that a model was made from, directly; those that it only watches are excluded.
 
@@ -355,7 +355,7 @@ class RunIndex(Database):
     def _is_unrecorded(self, out: str) -> bool:
         return self.runs_by_output[out][0].place == "cache"
 
-    @remembered
+    @cached_per_instance
     def is_copy(self, run: StageRun) -> bool:
         """Whether a model has the weights of a parent, byte for byte, or, if its files are unavailable, was chosen from folders of models: the parent
         then accounts for everything that it was trained on."""
@@ -365,7 +365,7 @@ class RunIndex(Database):
         direct = any(dep == path for dep, path, md5 in run.inputs if md5 in run.producers and run.producers[md5].is_model)
         return run.is_model and not direct and len(self.parents(run)) == 1
 
-    @remembered
+    @cached_per_instance
     def data(self, run: StageRun) -> dict[str, StageRun]:
         """Hash -> run of every data set upstream of a run, up to the nearest models and data sets with splits.
 
@@ -382,7 +382,7 @@ class RunIndex(Database):
                         pending.append(producer)
         return upstream
 
-    @remembered
+    @cached_per_instance
     def ancestors(self, run: StageRun) -> dict[str, StageRun]:
         """Hash -> run of `data` and everything upstream of it, except other data sets with splits."""
         upstream = dict(self.data(run))

@@ -1,4 +1,4 @@
-"""dvc.yaml, dvc.lock and workspace -> the state of each stage; runs one stage. Only this file and experiments.py call DVC.
+"""dvc.yaml, dvc.lock and workspace -> the state of each stage; runs one stage. Only this file, dvc_remote.py, remote_store.py and experiments.py use DVC.
 
 DVC's Python API for this is undocumented: `private_module` asserts the minor version, which pyproject.toml pins.
 """

@@ -20,12 +20,12 @@ SECRET_OPTIONS = {
 }  # fmt: skip
 """Options of a DVC remote that hold a credential."""
 REMOTE_LIBRARIES = {"dvc", "dvc_data", "dvc_objects", "fsspec", "s3fs", "botocore", "aiobotocore", "aiohttp"}
-"""Their exceptions mean that a remote refused, or could not be reached. Which of them are installed depends on the kind of remote."""
+"""Packages whose exceptions mean that a remote refused, or could not be reached. The kind of remote determines which of them are installed."""
 
 
 @dataclass(frozen=True)
-class Pushed:
-    """What `push` copied to a DVC remote."""
+class PushResult:
+    """Result of `push`: what it copied to a DVC remote."""
 
     remote: str
     runs: int
@@ -34,7 +34,7 @@ class Pushed:
     """Objects that the remote did not have."""
 
 
-def push(root: Path, remote: str | None = None) -> Pushed:
+def push(root: Path, remote: str | None = None) -> PushResult:
     """Copy sources, outputs and the run cache, with everything that it refers to, to a DVC remote.
 
     `dvc push --run-cache` omits what only the run cache refers to: every report, and the outputs of earlier runs.
@@ -68,7 +68,7 @@ def push(root: Path, remote: str | None = None) -> Pushed:
             if result.failed:
                 raise InputError(f"{len(result.failed)} objects were not pushed to {name}", "see the messages above; push again")
             runs = len(repo.stage_cache.push(name))
-            return Pushed(name, runs, len(result.transferred) + repo.push(remote=name))
+            return PushResult(name, runs, len(result.transferred) + repo.push(remote=name))
         except ImportError as error:
             raise InputError(
                 f"cannot push to the DVC remote {name}: {error}", "`.venv/bin/pip install --editable '.[cluster]'` installs dvc-s3"
@@ -146,7 +146,7 @@ def command_of(root: Path, address: str) -> str:
 
 
 PUBLIC_OPTIONS = ("endpointurl", "region", "use_ssl", "ssl_verify")
-"""Options of a remote that are sent to workers. Credentials are not: every node has its own."""
+"""Options of a remote that are sent to workers. Credentials are not sent: each node has them in its environment."""
 
 
 @dataclass(frozen=True)

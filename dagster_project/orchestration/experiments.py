@@ -95,12 +95,12 @@ def workers_alive(root: Path) -> bool:
 
 
 def log_of(root: Path, rev: str) -> Path:
-    """What an experiment printed."""
+    """File with the output of an experiment."""
     return root / ".dvc" / "tmp" / "exps" / "run" / rev / f"{rev}.out"
 
 
 def trials(root: Path) -> dict[str, Trial]:
-    """Every experiment in the queue by its name, also those that have ended."""
+    """All experiments in the queue by name, including those that have ended."""
     with dvc.open_repo(root) as repo:
         found = {}
         for entry in repo.experiments.celery_queue.status():
@@ -119,8 +119,8 @@ def cancel(root: Path, names: Collection[str], seconds: float) -> None:
         running = [name for name, trial in found.items() if trial.status == RUNNING]
         if not waiting and not any(found[name].alive for name in running):
             return
-        with dvc.open_repo(root) as repo, suppress(Exception):  # a worker may take or end one at this moment: look again
-            if waiting:  # first, or a worker that is free again takes the next
+        with dvc.open_repo(root) as repo, suppress(Exception):  # a worker may start or end one at this moment: try again
+            if waiting:  # before killing: a worker that becomes free would start the next one
                 repo.experiments.celery_queue.remove(waiting)
             if running:
                 repo.experiments.celery_queue.kill(running, force=True)
@@ -128,7 +128,7 @@ def cancel(root: Path, names: Collection[str], seconds: float) -> None:
 
 
 def shown(root: Path, names: Collection[str]) -> dict[str, Mapping[str, Any]]:
-    """What `dvc exp show` shows of experiments, by name: params and metrics by file; without those that failed or are queued."""
+    """Parameters and metrics of finished experiments from `dvc exp show`: by name, then by file. Failed and queued ones are omitted."""
     found = {}
     for baseline in json.loads(_dvc(root, "exp", "show", "--json")):
         for experiment in baseline.get("experiments") or []:

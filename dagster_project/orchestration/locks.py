@@ -41,7 +41,7 @@ def hold(root: Path, address: str, on_wait: Callable[[str], None]) -> Iterator[N
 
 
 def last_held(root: Path, address: str) -> int:
-    """Time in ns at which a driver last took a stage's lock, that is, started to run it; 0 if none ever did."""
+    """Time in ns at which a driver last took a stage's lock, i.e. started to run the stage; 0 if never."""
     try:
         return (root / LOCKS / address).stat().st_mtime_ns
     except FileNotFoundError:

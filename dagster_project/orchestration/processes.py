@@ -47,7 +47,7 @@ def end_with_parent() -> None:
 
 
 def end_with(pid: int, since: float) -> None:
-    """End when another process ends, or now if it already has.
+    """End this process when another one ends, or now if that one already has.
 
     Args:
         since: time at which it was running.

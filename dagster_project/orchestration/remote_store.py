@@ -22,7 +22,7 @@ from dagster_project.core.hashing import md5_of_bytes, md5_of_file
 from dagster_project.orchestration.dvc_remote import Remote, open_remote
 
 AREA = "pedigree"
-"""Folder of the remote for everything but objects. `dvc gc` does not look into it."""
+"""Folder of the remote for everything but objects. `dvc gc` ignores it."""
 TRANSFERS = 8
 """Objects transferred at once."""
 OBJECT = re.compile(r"[0-9a-f]{32}(\.dir)?")
@@ -30,11 +30,11 @@ OBJECT = re.compile(r"[0-9a-f]{32}(\.dir)?")
 
 
 class Damaged(PedigreeError):
-    """Objects in the remote are not what their names say."""
+    """Objects in the remote are missing, or do not match their hashes."""
 
     def __init__(self, objects: Sequence[str]) -> None:
         super().__init__(
-            f"DVC's remote: {len(objects)} object(s) do not match their names: they were damaged (first: {objects[0]})",
+            f"DVC's remote: {len(objects)} object(s) are missing or do not match their hashes (first: {objects[0]})",
             "remove them from the remote and run again",
         )
         self.objects = list(objects)
@@ -58,24 +58,24 @@ class RemoteStore:
             PedigreeError: the remote cannot be written.
         """
         sent = 0
-        listings, files = self._files(list(objects), self.remote.cached_at)
+        listings, files = self._files(list(objects))
         for group in (files, listings):
             absent = self._absent(group)
-            if lacking := [oid for oid in absent if not Path(self.remote.cached_at(oid)).is_file()]:
+            if missing := [oid for oid in absent if not Path(self.remote.cached_at(oid)).is_file()]:
                 raise InputError(
-                    f"{len(lacking)} object(s) of the inputs are neither in DVC's cache nor in its remote (first: {lacking[0]})",
+                    f"{len(missing)} object(s) of the inputs are neither in DVC's cache nor in its remote (first: {missing[0]})",
                     "`dvc pull` them, or `dvc commit` what is in the workspace",
                 )
             sent += self._each(self._send, absent)
         return sent
 
-    def _files(self, objects: Sequence[str], at: Any) -> tuple[list[str], list[str]]:
+    def _files(self, objects: Sequence[str]) -> tuple[list[str], list[str]]:
         """Listings of folders, and all files; a folder whose listing is missing has no files."""
         listings = [oid for oid in objects if oid.endswith(".dir")]
         files = [oid for oid in objects if not oid.endswith(".dir")]
         for oid in listings:
             with suppress(FileNotFoundError):
-                files += [entry["md5"] for entry in json.loads(Path(at(oid)).read_bytes())]
+                files += [entry["md5"] for entry in json.loads(Path(self.remote.cached_at(oid)).read_bytes())]
         return list(dict.fromkeys(listings)), list(dict.fromkeys(files))
 
     def _absent(self, objects: list[str]) -> list[str]:
@@ -98,7 +98,7 @@ class RemoteStore:
         Returns:
             Bytes received.
         Raises:
-            Damaged: objects do not match their names, or are missing. The cache does not get them.
+            Damaged: objects do not match their hashes, or are missing. They are not added to the cache.
             PedigreeError: the remote cannot be read.
         """
         requested = _objects(objects)
@@ -215,7 +215,7 @@ class RemoteStore:
             yield
         except (FileNotFoundError, PedigreeError):
             raise
-        except Exception as error:  # noqa: BLE001  each of DVC's remotes has exceptions of its own (botocore, gcsfs, adlfs, paramiko, ...)
+        except Exception as error:  # noqa: BLE001  each kind of remote has its own exceptions (botocore, gcsfs, adlfs, paramiko, ...)
             raise PedigreeError(
                 f"DVC's remote {self.remote.url} cannot be {'read' if action == 'read' else 'written'}: {type(error).__name__}: {error}",
                 "nothing was recorded; check its address, free space, and the credentials in the environment of this machine and of the nodes",

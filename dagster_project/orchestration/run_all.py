@@ -36,9 +36,9 @@ PRELOAD = ["dagster_project.orchestration.run_all", "dvc.repo.reproduce", "dvc.p
            "dvc.cachemgr", "dvc.lock", "scmrepo.git", "ruamel.yaml"]  # fmt: skip
 """Modules that the fork server imports once for all stages. None starts a thread."""
 PROGRESS_INTERVAL = 60.0
-"""Seconds between two lines about what is running."""
+"""Seconds between two log lines about running stages."""
 SECONDS = Path(".dvc") / "tmp" / "pedigree" / "seconds"
-"""Folder with the duration of the latest run of each stage, for the time that is left."""
+"""Folder with the duration of each stage's latest run, from which the remaining time is estimated."""
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Running:
     reader: threading.Thread
     began: float
     command_began: int
-    """Time at which a command of the stage last started before, in ns."""
+    """Time in ns at which the stage's command was last started before this run."""
     why: list[str]
     """Why it runs."""
 
@@ -251,7 +251,7 @@ class RunAll:
             log.error(f"{address}: {error}")
         text = f"{address}: {outcome} after {_minutes(seconds)}"
         if outcome == FAILED and (self.running or self._queued):
-            text += "; no other stage is started" + (", those that are running end first" if self.running else "")
+            text += "; no other stage is started" + (", running ones finish" if self.running else "")
         log.info(text)
 
     def _interrupt(self) -> None:
@@ -272,12 +272,12 @@ class RunAll:
 
 
 def reproduce_one(root: Path, address: str, force: bool, parent: int, since: float, output: Connection, result: Connection) -> None:
-    """The process of one stage: reproduce it by DVC, and send the outcome.
+    """Main function of the process of one stage: reproduce it by DVC, and send the outcome.
 
     Args:
         parent: process that ends this one when it ends.
         since: time at which the parent was running.
-        output: gets everything that DVC and the stage's command print.
+        output: receives everything that DVC and the stage's command print.
     """
     os.setsid()  # Ctrl-C goes to the parent alone, which interrupts each stage once
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -314,7 +314,7 @@ def _pass_on(output: Connection, prefix: str) -> None:
 
 
 def last_seconds(root: Path, address: str) -> float | None:
-    """How long the stage took the last time: as a whole, or its training; None if unknown."""
+    """Duration of the stage's latest run, or else of its training; None if unknown."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         return float(json.loads((root / SECONDS / f"{address}.json").read_bytes())["seconds"])
     value = measured(root, address).get("training_seconds")
@@ -328,7 +328,7 @@ def _minutes(seconds: float) -> str:
 
 
 def run_all(root: Path, jobs: int, force: bool, validate: Callable[[Path], Any]) -> dict[str, Any]:
-    """Bring all stages up to date by DVC, up to `jobs` independent ones at once. After a failure no other is started, but running ones end.
+    """Bring all stages up to date by DVC, up to `jobs` independent ones at once. After a failure no other stage is started; running ones finish.
 
     Args:
         validate: refuses bad parameters before anything runs.

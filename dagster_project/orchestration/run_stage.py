@@ -32,7 +32,7 @@ def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE, executor:
     Otherwise the earlier outputs are kept; those that DVC removed are restored.
 
     Args:
-        executor: where the stage computes; None: as the section `execution` of params.yaml says.
+        executor: where the stage computes; None: according to the section `execution` of params.yaml.
     Returns:
         The stage's report.
 

@@ -1,4 +1,4 @@
-"""A Ray cluster of two nodes on loopback, with token authentication, and an S3 server. All of their processes end with `stop`."""
+"""A Ray cluster of two nodes on loopback, with token authentication. All of its processes end with `stop`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,63 +17,7 @@ from pathlib import Path
 
 import psutil
 
-SECRET = f"s3-secret-{secrets.token_hex(12)}"
-"""Of the S3 server: in the environment of nodes and driver, and nowhere else."""
-BUCKET = "dvc"
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago, all different."""
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
-@dataclass
-class S3:
-    """moto's S3 server in a process of its own."""
-
-    folder: Path
-    port: int = 0
-    process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        self.port = self.port or free_ports(1)[0]
-        log = (self.folder / "s3.log").open("ab")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)], stdout=log, stderr=log, start_new_session=True
-        )
-        until = time.monotonic() + 120
-        while time.monotonic() < until:
-            try:
-                urllib.request.urlopen(urllib.request.Request(f"{self.url}/{BUCKET}", method="PUT"), timeout=5)
-                return
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.2)
-        raise AssertionError((self.folder / "s3.log").read_text())
-
-    def stop(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def find(self, prefix: str = "", suffix: str = "") -> list[str]:
-        """Keys of objects."""
-        found = self.client().list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", [])
-        return [one["Key"] for one in found if one["Key"].endswith(suffix)]
-
-    def client(self):  # type: ignore[no-untyped-def]
-        import boto3
-
-        return boto3.client("s3", endpoint_url=self.url, aws_access_key_id="test", aws_secret_access_key=SECRET, region_name="us-east-1")
+from builders.servers import free_port, free_ports
 
 
 @dataclass
@@ -103,9 +46,9 @@ class Cluster:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.token.write_text(secrets.token_hex(32))
         self.token.chmod(0o600)
-        self.port, self.dashboard, *_ = free_ports(2)
+        self.port, self.dashboard = free_ports(2)
         self.add("first", "--head", f"--port={self.port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard}",
-                 "--include-dashboard=true", f"--ray-client-server-port={free_ports(1)[0]}", f"--temp-dir={self.folder}/ray")  # fmt: skip
+                 "--include-dashboard=true", f"--ray-client-server-port={free_port()}", f"--temp-dir={self.folder}/ray")  # fmt: skip
         self._wait_for_dashboard()
         self.add("second", f"--address=127.0.0.1:{self.port}")
 
@@ -117,7 +60,7 @@ class Cluster:
         log = (self.folder / f"{name}.log").open("ab")
         self.processes[name] = process = subprocess.Popen(
             [ray(), "start", "--block", "--node-ip-address=127.0.0.1", "--num-cpus=1", "--num-gpus=0", f'--resources={{"{name}": 1}}',
-             f"--labels=image={name}", f"--dashboard-agent-listen-port={free_ports(1)[0]}", "--object-store-memory=80000000", "--disable-usage-stats", "--include-log-monitor=false", *options],
+             f"--labels=image={name}", f"--dashboard-agent-listen-port={free_port()}", "--object-store-memory=80000000", "--disable-usage-stats", "--include-log-monitor=false", *options],
             env={**inherited, **variables, "RAY_worker_register_timeout_seconds": "300", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
                  "PEDIGREE_NODE_CACHE": str(self.node_cache(name)), **self.environment, **environment},
             stdout=log, stderr=log, start_new_session=True,
@@ -152,7 +95,7 @@ class Cluster:
 
 
 def end_session(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process and all of its descendants, also those in sessions of their own."""
+    """Kill a process and all of its descendants, including those in other sessions."""
     try:
         family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     except psutil.NoSuchProcess:

@@ -46,7 +46,7 @@ class Postgres:
             connection.close()
 
     def renew(self) -> None:
-        """Drop the database, whoever is connected, and create an empty one."""
+        """Drop the database, also while clients are connected, and create an empty one."""
         self.query("DROP DATABASE IF EXISTS dagster WITH (FORCE)")
         self.query("CREATE DATABASE dagster")
 

@@ -17,7 +17,7 @@ from dagster_project.training.trainers.harness import distributed
 
 
 def tune(folder: Path, model: Path, name: str, count: int, recipe: dict[str, Any], accumulation: int, data: str = "tokenized") -> None:
-    """The stage; its outputs, its report or what it says go under folder/name."""
+    """Run the stage. Its outputs, its report and the message of its error are written to folder/name*."""
     out = folder / name
     out.mkdir(exist_ok=True)
     compute = Compute(threads=1, dtype="float32", processes=count)
@@ -31,7 +31,7 @@ def tune(folder: Path, model: Path, name: str, count: int, recipe: dict[str, Any
 
 
 def at_pass(number: int, do: Callable[[], None]) -> None:
-    """Arrange for something to happen to the first process after a pass of its own, counted from 1."""
+    """Call `do` in the first process after its n-th pass, counted from 1."""
     from transformers import Trainer
 
     whole, done = Trainer.training_step, 0

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import secrets
+import subprocess
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,22 @@ class S3Server:
     key: str
     """Access key id. Like the secret, it may appear in no file of a project."""
     secret: str
+    process: subprocess.Popen[bytes] | None = None
 
     @property
     def environment(self) -> dict[str, str]:
         """What a process needs to use the server. It accepts any credentials: tests look for these in files, logs and objects."""
         return {"AWS_ACCESS_KEY_ID": self.key, "AWS_SECRET_ACCESS_KEY": self.secret, "AWS_DEFAULT_REGION": "us-east-1"}
 
-    def names(self, prefix: str = "") -> list[str]:
+    def kill(self) -> None:
+        assert self.process
+        self.process.kill()
+        self.process.wait()
+
+    def names(self, prefix: str = "", suffix: str = "") -> list[str]:
         """Names of the objects in the bucket."""
         pages = self._client().get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
-        return [item["Key"] for page in pages for item in page.get("Contents", [])]
+        return [item["Key"] for page in pages for item in page.get("Contents", []) if item["Key"].endswith(suffix)]
 
     def read(self, key: str) -> bytes:
         return bytes(self._client().get_object(Bucket=BUCKET, Key=key)["Body"].read())
@@ -72,6 +79,6 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
             return False
 
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with running(command, folder / "s3.log", answers, environment=base_environment()):
+    with running(command, folder / "s3.log", answers, environment=base_environment()) as process:
         server.make_bucket()
-        yield server
+        yield replace(server, process=process)

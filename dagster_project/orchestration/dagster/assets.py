@@ -304,7 +304,7 @@ def _not_ready(states: Mapping[str, StageState], address: str) -> str:
 
 
 def _variables(on: str) -> dict[str, str]:
-    """Environment of a stage command that is to run in a certain place."""
+    """Environment of a stage command, with the placement `on`, or else that of this process."""
     return {VARIABLE: on} if on else {name: os.environ[name] for name in (VARIABLE,) if name in os.environ}
 
 

@@ -1,4 +1,4 @@
-"""How many stages of a Dagster run are at work at once: the executor of all jobs, and the limits of its pools (docs/decisions/025)."""
+"""Concurrency of stages in a Dagster run: the executor of all jobs, and the limits of its pools (docs/decisions/025)."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def pool_of(address: str, pipeline: Pipeline, values: Mapping[str, Any]) -> str:
 
 
 def default_limits() -> dict[str, int]:
-    """Limit of each pool, until the user sets another one. A stage that trains or generates uses a whole GPU, or all threads. One on a
-    cluster waits for its queue, and takes 0.5 GB of this machine's memory for that."""
+    """Limit of each pool, until the user sets another one. A stage that trains or generates uses a whole GPU, or all threads. The driver of a
+    stage on a cluster takes 0.5 GB of this machine's memory while it waits."""
     return {GPU: 1, CPU: os.cpu_count() or 1, RAY: 8}
 
 
@@ -66,7 +66,7 @@ def build_executor(root: Path) -> dg.ExecutorDefinition:
 
     @dg.executor(name="stages", config_schema=schema, requirements=base.get_requirements)
     def stages(init_context: dg.InitExecutorContext) -> dg.Executor:
-        """Stages that can run at once do so, each in a process, as far as the pools `gpu`, `cpu` and `ray` allow. Other runs use one process."""
+        """Runs independent stages at once, each in a process, within the limits of the pools `gpu`, `cpu` and `ray`. Other runs use one process."""
         reap(init_context.instance)  # frees the slots of killed runs: without a daemon, nothing else does
         limits = set_default_limits(init_context.instance)
         config = dict(init_context.executor_config)
@@ -97,7 +97,7 @@ def _create(definition: dg.ExecutorDefinition, init_context: dg.InitExecutorCont
 class StagesExecutor(dg.Executor):
     """Dagster's multiprocess executor; its in-process executor for a run in which no two stages can run at once.
 
-    A step process takes a second of CPU time or more to start; a stage that is up to date takes 0.2 s in one process.
+    Starting a step process takes longer than a stage that is up to date (docs/decisions/025).
     """
 
     def __init__(self, root: Path, multiprocess: dg.Executor, in_process: dg.Executor) -> None:

@@ -59,7 +59,7 @@ def _process_exists(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
 
 
 def end_with_run(instance: dg.DagsterInstance, run_id: str) -> None:
-    """If this is the process of one step, end when the process of the run ends. An orphan would record results of a run that was killed."""
+    """If this is a step process, end it when the process of the run ends. An orphan would record results of a killed run."""
     process = _process(instance, run_id)
     if process is not None and process[0] != os.getpid():
         end_with(*process)

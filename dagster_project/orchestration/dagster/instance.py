@@ -1,4 +1,4 @@
-"""DAGSTER_HOME -> Dagster's instance. What is wrong with its dagster.yaml or its database is bad input, with one message."""
+"""DAGSTER_HOME -> Dagster's instance. Errors in its dagster.yaml or database are bad input, with one message each."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _invalid(file: Path, text: str) -> InputError:
     """The error for an invalid configuration. Values are not repeated: one of them can be a password."""
     if missing := dict.fromkeys(re.findall(r'environment variable "([^"]+)" which is not set', text)):
         names = ", ".join(missing)
-        return InputError(f"{file} reads {names}, which the environment lacks", "set it in the environment of this command")
+        return InputError(f"{file} reads environment variables that are not set: {names}", "set them in the environment of this command")
     unexpected = re.search(r'Received unexpected config entr(?:y|ies) "?([^"]+?)"? at (?:the root|path [\w:]+)', text)
     what = f": unexpected key {unexpected[1]}" if unexpected else ""
     return InputError(f"{file} is not a valid configuration of Dagster{what}", EXAMPLE)
@@ -74,14 +74,14 @@ def _invalid(file: Path, text: str) -> InputError:
 
 @contextmanager
 def _retries_unlogged() -> Iterator[None]:
-    """dagster-postgres tries five times to connect, for ten seconds, and logs each failure: the last one is in our message."""
+    """Suppress the log of dagster-postgres about failed attempts to connect (five in ten seconds): our message contains the last failure."""
 
-    def keep(record: logging.LogRecord) -> bool:
+    def is_other(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith("Retrying failed database connection")
 
     root = logging.getLogger()
-    root.addFilter(keep)
+    root.addFilter(is_other)
     try:
         yield
     finally:
-        root.removeFilter(keep)
+        root.removeFilter(is_other)

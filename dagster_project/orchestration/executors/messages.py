@@ -1,4 +1,4 @@
-"""What a worker tells its driver while a stage runs: marked JSON lines in the job's log. And the versions that both must share."""
+"""Messages from a worker to its driver: marked JSON lines in the job's log. Also the versions that must be equal on both."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def received(text: str) -> Iterator[tuple[str, Any]]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of all packages that decide results; "" for a package that is not installed.
+    """Versions of Python and of all packages that can change results; "" for a package that is not installed.
 
     Builds of one version (torch 2.13.0+cpu and +cu130) count as equal: a report records the build with the machine.
     """

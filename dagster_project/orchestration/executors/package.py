@@ -23,7 +23,7 @@ def project_package(root: Path, folder: Path, limit: int = LIMIT) -> Iterator[Pa
     """A folder with the project's files. `.dvc` is left out: its configuration may contain credentials.
 
     Args:
-        folder: it exists meanwhile. One that a killed driver left is replaced.
+        folder: where to create it; removed afterwards. A folder left by a killed driver is replaced.
     Raises:
         InputError: no git repository, or the files are too large.
     """

@@ -1,7 +1,7 @@
 """Executor `ray`: the stage runs as a job of a Ray cluster (Jobs API), on a node that shares no folder with this host.
 
 The driver pushes the inputs to DVC's remote, submits a job with the project's files and one command line, follows its log, and fetches the outputs by
-hash. A job is named by what it computes from, so that the next driver takes over the job of a driver that was killed (docs/decisions/024).
+hash. A job is identified by its inputs, so that the next driver takes over the job of a driver that was killed (docs/decisions/024).
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ T = TypeVar("T")
 ATTEMPTS = 3
 """Jobs for one run of a stage, if workers are lost. A stage that fails by itself is not run again."""
 POLL = 1.0
-"""Seconds between two looks at a job; more if its log is large, because Ray's API always returns the whole log."""
+"""Polling interval of a job, in seconds; longer if its log is large, because Ray's API always returns the whole log."""
 LOG_BYTES_PER_SECOND = 1e6
 STOP_SECONDS = 5.0
 """Time for an interrupted job to end. Ray kills its processes after 3 seconds."""
-WAITING_NOTE_SECONDS = 60.0
-"""Between two notes on a job that waits for resources."""
+WAITING_LOG_SECONDS = 60.0
+"""Interval of log lines about a job that waits for resources."""
 NEVER_STARTED = "JOB_SUPERVISOR_ACTOR_START_TIMEOUT"
 """Ray's error type of a job that waited too long for resources (15 minutes by default). It is submitted again, and was not lost."""
 LOCAL, LOCAL_NAMES = "local", {"local", "auto"}
@@ -63,16 +63,16 @@ class RayExecutor:
     settings: Execution
     placement: Placement
     patience: float = 60.0
-    """Seconds for which a cluster may not answer while a job runs."""
+    """Seconds without an answer of the cluster, while a job runs, after which the run fails."""
 
     def run(self, job: StageJob) -> StageResult:
-        wanted = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or self.settings.address or LOCAL
-        client, url = connect(wanted)
+        address = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or self.settings.address or LOCAL
+        client, url = connect(address)
         with open_store(job.ctx.root) as store:
-            return _Run(self, job, store, client, url, wanted in LOCAL_NAMES).result()
+            return _Run(self, job, store, client, url, address in LOCAL_NAMES).result()
 
 
-def connect(wanted: str) -> tuple[Any, str]:
+def connect(address: str) -> tuple[Any, str]:
     """Client of Ray's Jobs API, and the URL of the dashboard.
 
     Raises:
@@ -90,13 +90,13 @@ def connect(wanted: str) -> tuple[Any, str]:
             raise InputError(
                 "Ray is not installed", "`pip install 'pedigree[cluster]'`, or run the stage here: PEDIGREE_EXECUTION=local"
             ) from None
-        for chatty in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):  # notes on each upload
-            logging.getLogger(chatty).setLevel(logging.WARNING)
+        for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):  # notes on each upload
+            logging.getLogger(name).setLevel(logging.WARNING)
         hint = "start one on this machine with `ray start --head`, or set execution.address in params.yaml"
-        url = wanted
+        url = address
         try:
-            if "://" not in wanted or wanted.startswith("ray://"):
-                url = get_address_for_submission_client("auto" if wanted in LOCAL_NAMES else wanted)
+            if "://" not in address or address.startswith("ray://"):
+                url = get_address_for_submission_client("auto" if address in LOCAL_NAMES else address)
             _refuse_unsafe(url, by_token)
             return JobSubmissionClient(url, headers={"Authorization": f"Bearer {token}"} if token else None), url.rstrip("/")
         except AuthenticationError:
@@ -129,8 +129,8 @@ def _is_loopback(host: str) -> bool:
 
 
 def _token() -> str:
-    """Ray's token, from where Ray looks for it; "" if token authentication is off. As `ray start`, a token that exists is used unless the mode
-    says otherwise."""
+    """Ray's token, from the same variables and files as in Ray; "" if token authentication is off. As with `ray start`, an existing token is used
+    unless RAY_AUTH_MODE is another mode."""
     if os.environ.get("RAY_AUTH_MODE", "token") != "token":
         return ""
     if os.environ.get("RAY_AUTH_TOKEN"):
@@ -141,7 +141,7 @@ def _token() -> str:
 
 @contextmanager
 def _environment(**variables: str | None) -> Iterator[None]:
-    """Meanwhile set or, for None, remove these environment variables."""
+    """While open, set or, for None, remove these environment variables."""
     before = {name: os.environ.get(name) for name in variables}
     try:
         _set(variables)
@@ -231,7 +231,7 @@ class _Run:
             log.warning(f"{self.address}: {error.what}")
 
     def _computed(self) -> Mapping[str, Any]:
-        """The result of a job, after as many jobs as it takes."""
+        """The result of a job; lost jobs are submitted again."""
         self._discard_others()
         began = time.monotonic()
         inputs = dvc_remote.inputs_by_hash(self.job.ctx.root, self.address)
@@ -256,7 +256,7 @@ class _Run:
                     self.store.discard(self.damaged)
                     self.bytes_sent += self.store.push(inputs.values())
                 else:
-                    message = "the cluster does not know it any more" if details is None else str(details.message or "")
+                    message = "it is not in the cluster's list of jobs" if details is None else str(details.message or "")
                     why = " ".join(message.partition(", last available logs")[0].split())[:300]
                     log.warning(f"{self.address}: job {self.name} ended without a result: {why}")
         tail = "\n".join(self.raw[-10:])
@@ -269,8 +269,8 @@ class _Run:
         """Stop jobs of this stage that compute from other inputs, and remove their results."""
         for name in self._running():
             if not name.startswith(self.key):
-                log.info(f"{self.address}: job {name} computes from other inputs; it is stopped")
-                self._asked(partial(self.client.stop_job, name))
+                log.info(f"{self.address}: stopping job {name}, which has other inputs")
+                self._request(partial(self.client.stop_job, name))
         for key in {name.partition("/")[0] for name in self.store.list(self.store.at("jobs"))}:
             if key.startswith(self.prefix) and key != self.key:
                 self.store.remove(self.store.at("jobs", key))
@@ -279,7 +279,7 @@ class _Run:
         """Jobs of this stage of this workspace that have not ended."""
         return [
             job.submission_id
-            for job in self._asked(self.client.list_jobs)
+            for job in self._request(self.client.list_jobs)
             if job.submission_id and not job.status.is_terminal() and (job.metadata or {}).items() >= self._metadata().items()
         ]
 
@@ -289,7 +289,7 @@ class _Run:
     # ---- a job ---------------------------------------------------------------------------------------------------------
 
     def _follow(self, folder: Path) -> Any:
-        """Run one job, or go on with one that is running, and pass on its messages until it ends.
+        """Run one job, or follow one that is running, and handle its messages until it ends.
 
         Returns:
             Ray's details of the job; None if the cluster lost it.
@@ -310,7 +310,7 @@ class _Run:
             raise
 
     def description(self) -> dict[str, Any]:
-        """What the worker gets. Ray shows it to anyone with access to the cluster: it has no credentials."""
+        """Argument of the worker. Ray shows it to anyone with access to the cluster, so it contains no credentials."""
         return {
             "address": self.address,
             "key": self.key,
@@ -342,19 +342,19 @@ class _Run:
             try:
                 self.client.submit_job(**options)
             except RuntimeError as error:
-                if "already exists" not in str(error):  # an earlier attempt arrived, and its answer did not
+                if "already exists" not in str(error):  # an earlier attempt was accepted, and its answer was lost
                     raise
 
-        self._asked(submit)
+        self._request(submit)
 
     def _wait(self, adopted: bool) -> Any:
         read, noted = 0, time.monotonic()
         while True:
-            details = self._asked(lambda: self.client.get_job_info(self.name))
+            details = self._request(lambda: self.client.get_job_info(self.name))
             if details is None:
                 return None
             ended, self.node_id = details.status.is_terminal(), details.driver_node_id or ""
-            with suppress(RuntimeError, OSError):  # not there yet, or its node is gone
+            with suppress(RuntimeError, OSError):  # the log does not exist yet, or its node was lost
                 text: str = self.client.get_job_logs(self.name)
                 whole = len(text) if ended else text.rfind("\n") + 1
                 for kind, content in received(text[read:whole]):
@@ -362,7 +362,7 @@ class _Run:
                 read = max(read, whole)
             if ended:
                 return details
-            if str(details.status) == "PENDING" and time.monotonic() - noted > WAITING_NOTE_SECONDS:
+            if str(details.status) == "PENDING" and time.monotonic() - noted > WAITING_LOG_SECONDS:
                 noted = time.monotonic()
                 log.info(f"{self.address}: waiting for {self._resources()} on the cluster for {noted - self.submitted:,.0f} s")
             time.sleep(max(POLL, read / LOG_BYTES_PER_SECOND))
@@ -397,8 +397,8 @@ class _Run:
                 time.sleep(0.2)
         log.info(f"{self.address}: job {self.name} was stopped")
 
-    def _asked(self, question: Callable[[], T]) -> T:
-        """The cluster's answer, also if it does not answer for a moment. None if it does not know the job.
+    def _request(self, send: Callable[[], T]) -> T:
+        """The cluster's answer to a request, which is repeated if there is none. None if the job does not exist.
 
         Raises:
             ClusterGone: it did not answer for `patience` seconds.
@@ -406,7 +406,7 @@ class _Run:
         until = time.monotonic() + self.executor.patience
         while True:
             try:
-                return question()
+                return send()
             except (OSError, RuntimeError) as error:  # OSError: requests.ConnectionError, ConnectionError
                 text, reason = str(error), " ".join(str(error).split())[-300:]
                 if "status code 404" in text:
@@ -426,8 +426,8 @@ class _Run:
         """Outputs, plots and pages of a result into the working folder, each verified.
 
         Raises:
-            Damaged: an object does not match its name.
-            CheckFailed: the output is not what the worker published.
+            Damaged: an object, or the output as a whole, does not match its hash.
+            CheckFailed: the result names a file outside of the outputs.
         """
         began = time.monotonic()
         scratch = self.job.ctx.scratch
@@ -466,10 +466,10 @@ class _Run:
     def _execution(self, result: Mapping[str, Any], fetched: int) -> dict[str, Any]:
         """Where the stage ran, how long each part took, and its cost."""
         seconds, place = result["seconds"], self.executor.placement
-        held = sum(seconds.values())
+        total = sum(seconds.values())
         amounts = {"cpus": place.cpus, "gpus": place.gpus, "memory": place.memory or 0.0, **place.resources}
         prices = self.executor.settings.price_per_hour
-        cost = sum(amounts.get(name, 0.0) * price for name, price in prices.items()) * held / 3600
+        cost = sum(amounts.get(name, 0.0) * price for name, price in prices.items()) * total / 3600
         return {
             "on": "ray",
             "node": result["node"],

@@ -37,7 +37,7 @@ from dagster_project.orchestration.remote_store import Damaged, RemoteStore, ope
 NODE_CACHE = "PEDIGREE_NODE_CACHE"
 """Environment variable of a node: the folder for its DVC cache and for scratch folders."""
 CHECKPOINT_INTERVAL, LIVE_INTERVAL = 2.0, 1.0
-"""Seconds between two looks at new checkpoints, and at live tables."""
+"""Polling intervals for new checkpoints and live tables, in seconds."""
 MARKER = "complete.json"
 """Written last into a checkpoint (training/trainers/harness/checkpoint.py)."""
 REFUSED, LOST = 3, 4
@@ -98,7 +98,7 @@ class Work:
         now = dvc.fingerprint(self.root, self.address).now
         if changed := sorted(path for path, value in self.job["inputs"].items() if now.get(path) != value):
             raise InputError(
-                f"{self.address}: {', '.join(changed)} did not reach the worker as on the driver",
+                f"{self.address}: {', '.join(changed)}: not the same on worker and driver",
                 "files that a stage reads must be in git or in DVC: `git add` or `dvc add` them, and change nothing while a stage runs",
             )
 
@@ -126,7 +126,7 @@ class Work:
 
     @contextmanager
     def _streaming(self) -> Iterator[None]:
-        """Meanwhile send live tables to the driver, and keep checkpoints in the remote."""
+        """While open, send live tables to the driver and copy checkpoints to the remote."""
         done = threading.Event()
         threads = [threading.Thread(target=work, args=(done,)) for work in (self._send_live, self._keep_checkpoints)]
         for thread in threads:
@@ -161,7 +161,7 @@ class Work:
             except FileNotFoundError:  # a newer one has replaced it meanwhile
                 continue
             except PedigreeError as error:
-                send("log", f"{self.address}: the checkpoint was not kept: {error.what}")
+                send("log", f"{self.address}: the checkpoint was not copied to the remote: {error.what}")
 
     def _keep_newest(self, kept: str) -> str:
         """Copy the newest checkpoint to the remote, its marker last, and remove older ones there. Returns its name."""
