@@ -71,7 +71,8 @@ def _parse(section: Any, file: str, values: Mapping[str, Any], stages: Mapping[s
         stage, _, variant = address.partition("@")
         if stage not in stages:
             raise InputError(f"{file}: execution.stages.{address}: no such stage", f"stages: {', '.join(stages)}")
-        if variant and variant not in (values.get(variants_of.get(stage, "")) or {}):
+        variants = values.get(variants_of.get(stage, ""))
+        if variant and variant not in (variants if isinstance(variants, Mapping) else {}):
             raise InputError(
                 f"{file}: execution.stages.{address}: no such variant",
                 f"name an entry of `{variants_of[stage]}`" if stage in variants_of else f"write {stage}: it has no variants",

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from uuid import uuid4
 
 import dagster as dg
 import psutil
@@ -18,6 +19,7 @@ from builders import small_pipeline
 from builders.small_pipeline import PIPELINE, start_until_both_adapters_run
 from conftest import dvc, shown_checks
 
+from dagster_project.orchestration.dagster import dead_runs
 from dagster_project.orchestration.dagster.assets import build_definitions
 from dagster_project.orchestration.dagster.concurrency import can_run_at_once, default_limits, pool_of, set_default_limits
 from dagster_project.orchestration.dagster.dead_runs import ALIVE, in_progress, reap
@@ -163,3 +165,22 @@ def test_trainings_run_one_at_a_time_unless_the_user_raises_the_limit(root: Path
     assert set_default_limits(instance) == {"gpu": 1, "cpu": os.cpu_count(), "ray": 8}
     instance.event_log_storage.set_concurrency_slots("gpu", 8)
     assert set_default_limits(instance)["gpu"] == 8
+
+
+def test_the_slots_of_runs_that_cannot_free_them_are_freed(instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_default_limits(instance)
+    canceled = dg.DagsterRun(job_name="pipeline", run_id=str(uuid4()), status=dg.DagsterRunStatus.CANCELED)
+    elsewhere = dg.DagsterRun(
+        job_name="pipeline", run_id=str(uuid4()), status=dg.DagsterRunStatus.STARTED, tags={dead_runs.MACHINE_TAG: "a replaced pod"}
+    )
+    storage = instance.event_log_storage
+    storage.set_concurrency_slots("cpu", 3)
+    for one in (canceled, elsewhere):
+        instance.add_run(one)
+        assert storage.claim_concurrency_slot("cpu", one.run_id, "step").is_claimed
+    assert storage.claim_concurrency_slot("cpu", str(uuid4()), "step").is_claimed  # of a run that was deleted
+    assert reap(instance) == []
+    assert active_slots(instance) == 1 and storage.get_concurrency_run_ids() == {elsewhere.run_id}
+    monkeypatch.setattr(dead_runs, "QUIET", -1.0)  # it has had no event for long
+    assert reap(instance) == []
+    assert active_slots(instance) == 0

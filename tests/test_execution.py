@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import posixpath
 import resource
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,12 +21,16 @@ from conftest import dvc
 
 from dagster_project import execution
 from dagster_project.core.errors import InputError, PedigreeError
-from dagster_project.execution import Placement, placement
-from dagster_project.orchestration.dvc_remote import inputs_by_hash
+from dagster_project.core.hashing import md5_of_bytes
+from dagster_project.core.records import remove
+from dagster_project.execution import Execution, Placement, placement
+from dagster_project.orchestration.dvc import records_locked
+from dagster_project.orchestration.dvc_remote import command_of as read_command
+from dagster_project.orchestration.dvc_remote import inputs_by_hash, push
 from dagster_project.orchestration.executors import messages, worker
 from dagster_project.orchestration.executors.package import project_package
-from dagster_project.orchestration.executors.ray import connect
-from dagster_project.orchestration.remote_store import Damaged, open_store
+from dagster_project.orchestration.executors.ray import RayExecutor, _Run, connect
+from dagster_project.orchestration.remote_store import Damaged, RemoteStore, open_store
 from dagster_project.orchestration.run_stage import run_stage
 from dagster_project.training.trainers.harness import checkpoint
 
@@ -127,7 +134,42 @@ def test_a_remote_whose_url_has_a_password_is_refused_without_showing_it(root: P
     assert "hush" not in str(error.value)
 
 
+def test_a_remote_whose_endpoint_has_a_password_is_refused_without_showing_it(root: Path) -> None:
+    pytest.importorskip("dvc_s3")
+    assert dvc(root, "remote", "add", "-q", "-d", "storage", "s3://bucket/data").returncode == 0
+    assert dvc(root, "remote", "modify", "storage", "endpointurl", "https://me:hush@s3.example.org").returncode == 0
+    with pytest.raises(InputError, match="contains a password") as error, open_store(root):
+        pass
+    with pytest.raises(InputError, match="has a password in the address") as pushed:
+        push(root)
+    assert "hush" not in f"{error.value}{pushed.value}"
+
+
+@pytest.mark.parametrize("section", [5, True, "lora", ["lora"]])
+def test_a_section_of_variants_that_is_no_mapping_has_no_variants(section: Any) -> None:
+    values = {"variants": section, "execution": {"stages": {"adapter@lora": {}}}}
+    with pytest.raises(InputError, match="no such variant"):
+        execution.parse(values, PIPELINE.stages, PIPELINE.variants_of)
+
+
 # --- the files that a worker gets
+
+
+def test_a_worker_gets_a_whole_dvc_lock_while_another_stage_is_recorded(root: Path) -> None:
+    content, found = (root / "dvc.lock").read_bytes(), []
+
+    def package() -> None:
+        with project_package(root, root / ".dvc/tmp/package") as folder:
+            found.append((folder / "dvc.lock").read_bytes())
+
+    with records_locked(root):
+        (root / "dvc.lock").write_bytes(content[:100])  # as while DVC writes it
+        thread = threading.Thread(target=package)
+        thread.start()
+        thread.join(1)
+        (root / "dvc.lock").write_bytes(content)
+    thread.join(60)
+    assert found == [content]
 
 
 def test_a_worker_gets_the_commit_and_every_uncommitted_change_and_no_configuration_of_dvc(root: Path) -> None:
@@ -216,6 +258,91 @@ def test_a_damaged_object_of_the_own_cache_is_replaced(stored: Path, tmp_path: P
     assert cached.read_bytes() == content
 
 
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_name_from_the_remote_that_leaves_the_cache_is_refused_and_touches_nothing(stored: Path, tmp_path: Path, listed: bool) -> None:
+    with open_store(stored) as store:
+        name = "../victim"
+        victim = Path(store.remote.cached_at(name))
+        victim.write_text("mine")
+        if listed:
+            content = json.dumps([{"md5": name, "relpath": "a"}]).encode()
+            name = f"{md5_of_bytes(content)}.dir"
+            at = Path(store.remote.object_at(name))
+            at.parent.mkdir(parents=True, exist_ok=True)
+            at.write_bytes(content)
+        with pytest.raises(PedigreeError, match="is not the name of an object"):
+            store.pull([name])
+        if not listed:
+            with pytest.raises(PedigreeError, match="is not the name of an object"):
+                store.discard([name])
+    assert victim.read_text() == "mine"
+
+
+def test_files_of_the_remote_outside_of_a_folder_are_not_listed() -> None:
+    keys = ["b/c/step-1/complete.json", "b/c/../complete.json", "b/c/step-1/../../x", "b/c/../../../x"]
+    files = SimpleNamespace(relpath=posixpath.relpath, find=lambda _: keys, fs=SimpleNamespace(invalidate_cache=lambda: None))
+    remote: Any = SimpleNamespace(fs=files)
+    assert RemoteStore(remote).list("b/c") == ["step-1/complete.json"]
+
+
+def run_of(root: Path, store: Any, scratch: Path) -> Any:
+    context = SimpleNamespace(root=root, address="tok", scratch=scratch, pages=scratch / "pages", out=scratch / "out")
+    job: Any = SimpleNamespace(ctx=context, inputs={})
+    return _Run(RayExecutor(Execution(), Placement()), job, store, None, "http://127.0.0.1:8265", True)
+
+
+def test_a_job_with_another_command_or_number_of_threads_is_another_job(
+    stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with open_store(stored) as store:
+        key = run_of(stored, store, tmp_path).key
+        assert run_of(stored, store, tmp_path).key == key
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        assert run_of(stored, store, tmp_path).key != key
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        text = (stored / "dvc.yaml").read_text()
+        command = read_command(stored, "tok")
+        (stored / "dvc.yaml").write_text(text.replace(command, f"{command} --verbose"))
+        assert read_command(stored, "tok") != command
+        assert run_of(stored, store, tmp_path).key != key
+
+
+@pytest.mark.parametrize("pages", [None, b"cut off"])
+def test_a_result_without_its_pages_is_computed_again(stored: Path, tmp_path: Path, pages: bytes | None) -> None:
+    result = {"outs": {}, "pages": True, "exit_code": 1}
+    with open_store(stored) as store:
+        run = run_of(stored, store, tmp_path / "scratch")
+        if pages:
+            (tmp_path / "pages.tar").write_bytes(pages)
+            store.write_document(run.at("result.json"), result)
+            store.put(tmp_path / "pages.tar", run.at("pages.tar"))
+        with pytest.raises(Damaged):
+            run._fetch(result)
+
+
+def test_a_result_that_was_cut_off_does_not_exist(stored: Path) -> None:
+    with open_store(stored) as store:
+        store.write_document(store.at("a.json"), {"a": 1})
+        assert store.read_document(store.at("a.json")) == {"a": 1}
+        Path(store.at("a.json")).write_text('{"a"')
+        assert store.read_document(store.at("a.json")) is None
+
+
+def test_all_files_of_a_sharded_checkpoint_are_kept_in_the_remote(stored: Path) -> None:
+    with open_store(stored) as store:
+        work = worker.Work({"address": "adapter@lora", "key": "k"}, stored, store)
+        step = work.checkpoints / "step-00000002"
+        (step / "shards").mkdir(parents=True)
+        for name in ("shards/0.safetensors", "state.json", worker.MARKER):
+            (step / name).write_text(name)
+        assert work._keep_newest("") == step.name
+        remove(work.checkpoints)
+        work._bring_checkpoints()
+        names = {path.relative_to(step).as_posix(): path.read_text() for path in step.rglob("*") if path.is_file()}
+        assert names == {name: name for name in ("shards/0.safetensors", "state.json", worker.MARKER)}
+
+
 def test_a_remote_that_is_full_is_one_message(stored: Path, tmp_path: Path) -> None:
     """The limit on the size of files makes the system's write fail, as a full disk does."""
     import shutil
@@ -241,11 +368,12 @@ def test_a_remote_that_is_full_is_one_message(stored: Path, tmp_path: Path) -> N
 def test_messages_survive_a_log_in_which_others_write_too(capsys: pytest.CaptureFixture[str]) -> None:
     messages.send("log", '@pedigree ["error", {}] ünd\nmore')
     messages.send("live", {"name": "loss.csv", "at": 0, "text": "step\n1\n"})
-    found = list(messages.received(f"Running entrypoint for job x\n{capsys.readouterr().out}"))
+    found = list(messages.received(f'Running entrypoint for job x\n{capsys.readouterr().out}{messages.MARK}["log", "cut o\n'))
     assert found == [
         ("raw", "Running entrypoint for job x"),
         ("log", '@pedigree ["error", {}] ünd\nmore'),
         ("live", {"name": "loss.csv", "at": 0, "text": "step\n1\n"}),
+        ("raw", f'{messages.MARK}["log", "cut o'),
     ]
 
 

@@ -19,6 +19,7 @@ from conftest import copy_project, dvc, quick
 from ruamel.yaml import YAML
 
 from dagster_project.__main__ import main
+from dagster_project.orchestration import experiments
 from dagster_project.orchestration.experiments import choices, trials
 
 
@@ -127,6 +128,7 @@ def test_an_interrupted_sweep_ends_its_trials_and_empties_the_queue(root: Path) 
         (["adapter.nobody", "-S", "learning_rate=1e-3"], "params.yaml has no adapter.nobody"),
         (["adapter.lora", "-S", "learning_rate=1e-3", "--to", "nowhere"], "nowhere is not a stage"),
         (["compute", "-S", "seed=1,2"], "compute is not a stage"),
+        (["adapter.lora", "-S", "learning_rate=1e-3,1e-3"], "a value is given twice"),
         (["adapter.lora", "-S", "learning_rate=1e-3", "-S", "learning_rate=2e-3"], "given twice"),
     ],
 )
@@ -144,6 +146,22 @@ def test_an_occupied_queue_is_refused(root: Path) -> None:
     process = sweep(root, "variants.lora", "1", "r=2")
     output, errors = process.communicate(timeout=60)
     assert process.returncode != 0 and not output and "not empty: mine" in errors
+
+
+def test_an_interrupt_while_dvc_fills_its_queue_empties_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dagster_project.commands import sweep as module
+
+    fill = experiments.queue
+
+    def interrupted(*arguments: Any) -> None:
+        fill(*arguments)
+        assert len(trials(root)) == 2
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiments, "queue", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        module.sweep(root, "variants.lora", ["r=2,3"], 1, None, small_pipeline.PIPELINE.variants_of, lambda *_: None)
+    assert not trials(root)
 
 
 def test_values_are_read_as_dvc_reads_them() -> None:

@@ -20,8 +20,9 @@ from conftest import dvc
 from ruamel.yaml import YAML
 
 from dagster_project.__main__ import main
+from dagster_project.core.errors import InputError
 from dagster_project.orchestration.dvc import read_stages
-from dagster_project.orchestration.run_all import parents, remaining
+from dagster_project.orchestration.run_all import RunAll, parents, remaining
 
 BOTH = {"adapter@lora", "adapter@dora"}
 
@@ -195,3 +196,19 @@ def test_bad_parameters_are_refused_before_anything_runs(project: Path, capsys: 
     captured = capsys.readouterr()
     assert "split: unknown section" in captured.err and not captured.out
     assert not (project / "dvc.lock").exists()
+
+
+def test_a_missing_source_is_refused_before_an_edited_one_is_recorded(root: Path) -> None:
+    for name in ("a.txt", "z.txt"):
+        (root / "data/sources" / name).write_text(name)
+        assert dvc(root, "add", "-q", f"data/sources/{name}").returncode == 0
+    names = sorted(path.name for path in (root / "data/sources").glob("*.dvc"))
+    for name in names[:-1]:
+        path = root / "data/sources" / name.removesuffix(".dvc")
+        path.unlink()
+        path.write_text("edited")
+    (root / "data/sources" / names[-1].removesuffix(".dvc")).unlink()
+    before = {name: (root / "data/sources" / name).read_bytes() for name in names}
+    with pytest.raises(InputError, match="is missing"):
+        RunAll(root, 1, False).run()
+    assert len(names) == 3 and {name: (root / "data/sources" / name).read_bytes() for name in names} == before

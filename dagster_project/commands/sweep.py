@@ -55,6 +55,8 @@ def sweep(
     choices = dict(map(experiments.choices, overrides))
     if len(choices) < len(overrides):
         raise InputError("a parameter is given twice", "give all values of it in one -S KEY=VALUE,VALUE")
+    if twice := next((key for key, found in choices.items() if len(set(map(repr, found))) < len(found)), None):
+        raise InputError(f"-S {twice}: a value is given twice", "leave one out: its trial would be the same")
     points = [dict(zip(choices, point, strict=True)) for point in product(*choices.values())]
     for point in points:
         validate(root, _with(values, section, point))
@@ -69,9 +71,14 @@ def sweep(
     name = f"sweep-{secrets.token_hex(3)}"
     # a key that params.yaml does not have is added
     arguments = [f"{'' if _has(entry, override.partition('=')[0]) else '+'}{section}.{override}" for override in overrides]
-    experiments.queue(root, name, arguments, target)
     trials = Trials(root, {name: points[0]} if len(points) == 1 else {f"{name}-{i + 1}": point for i, point in enumerate(points)}, jobs)
-    return {"section": section, "target": target, "jobs": jobs, **trials.run(), "trials": trials.table(section, report_of(target))}
+    try:
+        experiments.queue(root, name, arguments, target)
+        outcome = trials.run()
+    except BaseException:  # also an interrupt while DVC fills its queue
+        experiments.cancel(root, trials.points, processes.CLEAN_UP)
+        raise
+    return {"section": section, "target": target, "jobs": jobs, **outcome, "trials": trials.table(section, report_of(target))}
 
 
 def _section(values: Mapping[str, Any], section: str) -> Mapping[str, Any]:
@@ -152,11 +159,11 @@ class Trials:
         found = experiments.trials(self.root)
         for name in self.points:
             trial = found.get(name)
-            if trial is None:
-                continue  # a worker is taking it from the queue
-            self.revs[name] = trial.rev
-            status = trial.status
-            if status == RUNNING and not trial.alive:
+            status = self.status[name] if trial is None else trial.status
+            if trial is not None:
+                self.revs[name] = trial.rev
+            # without an entry: a worker is taking it from the queue, or the user removed it
+            if (trial is None or (status == RUNNING and not trial.alive)) and status not in {SUCCESS, FAILED}:
                 if time.monotonic() - self.lost_since.setdefault(name, time.monotonic()) > LOST:
                     status = FAILED
             else:
@@ -179,7 +186,7 @@ class Trials:
         return text
 
     def _log_failure(self, name: str) -> None:
-        path = experiments.log_of(self.root, self.revs[name])
+        path = experiments.log_of(self.root, self.revs.get(name, name))
         lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines() if path.is_file() else []
         log.error("\n".join([*(f"{name} | {line}" for line in lines[-8:]), f"{name}: its log: dvc queue logs {name}"]))
 

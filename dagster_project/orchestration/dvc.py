@@ -151,6 +151,13 @@ def declared_stages(repo: Any) -> list[Any]:
         return list(repo.index.stages)
 
 
+@contextmanager
+def records_locked(root: Path) -> Iterator[None]:
+    """Meanwhile DVC does not write dvc.lock, which it does not do atomically."""
+    with open_repo(root) as repo, repo.lock:
+        yield
+
+
 def read_stages(root: Path) -> dict[str, StageState]:
     """The state of every stage, in flow order. Compares each output separately, so it never waits for a running stage."""
     with open_repo(root) as repo:

@@ -14,7 +14,10 @@ from dagster_project.core.errors import InputError
 from dagster_project.orchestration.dvc import declared_stages, open_repo, overlap
 from dagster_project.orchestration.private_api import private_module
 
-SECRET_OPTIONS = {"access_key_id", "secret_access_key", "session_token", "password", "sas_token", "account_key", "connection_string"}
+SECRET_OPTIONS = {
+    "access_key_id", "secret_access_key", "session_token", "password", "sas_token", "account_key", "connection_string",
+    "passphrase", "token", "client_secret", "oss_key_secret", "gdrive_client_secret", "custom_auth_header", "sse_customer_key",
+}  # fmt: skip
 """Options of a DVC remote that hold a credential."""
 REMOTE_LIBRARIES = {"dvc", "dvc_data", "dvc_objects", "fsspec", "s3fs", "botocore", "aiobotocore", "aiohttp"}
 """Packages whose exceptions mean that a remote refused, or could not be reached. The kind of remote determines which of them are installed."""
@@ -52,6 +55,11 @@ def push(root: Path, remote: str | None = None) -> PushResult:
             raise InputError(
                 f".dvc/config, which git tracks, has the credential {secret}",
                 f"`dvc remote modify --unset {secret.replace('.', ' ')}`, and give credentials by the environment (docs/cluster.md)",
+            )
+        if shown := next((of for of, options in tracked.items() if _has_password(options)), None):
+            raise InputError(
+                f".dvc/config, which git tracks, has a password in the address of the remote {shown}",
+                f"`dvc remote modify {shown} url ADDRESS` without it, and give credentials by the environment (docs/cluster.md)",
             )
         try:
             entries = _complete_runs(repo)
@@ -122,6 +130,14 @@ def commit_outputs(root: Path, address: str) -> dict[str, str]:
         return hashes
 
 
+def definition_of(root: Path, address: str) -> tuple[str, list[str]]:
+    """A stage's command and the paths of its outputs in dvc.yaml."""
+    with open_repo(root) as repo:
+        stage = next(stage for stage in declared_stages(repo) if stage.name == address)
+        paths = sorted(os.path.relpath(out.fs_path, root) for out in stage.outs)
+    return command_of(root, address), paths
+
+
 def command_of(root: Path, address: str) -> str:
     """A stage's command in dvc.yaml."""
     with open_repo(root) as repo:
@@ -150,6 +166,12 @@ class Remote:
     """Content hash -> path of the object in the local cache."""
 
 
+def _has_password(options: Mapping[str, Any]) -> bool:
+    """Whether an address of a remote contains a password, or a token in place of the user."""
+    addresses = [urlsplit(str(options.get(name, ""))) for name in ("url", "endpointurl")]
+    return any(one.password or (one.username and one.scheme in {"http", "https"}) for one in addresses)
+
+
 @contextmanager
 def open_remote(root: Path) -> Iterator[Remote]:
     """DVC's default remote, and the cache of the project.
@@ -160,7 +182,7 @@ def open_remote(root: Path) -> Iterator[Remote]:
     config_error = private_module("dvc.config").ConfigError
     with open_repo(root) as repo:
         configured = repo.config["remote"].get(repo.config["core"].get("remote") or "", {})
-        if urlsplit(str(configured.get("url", ""))).password:
+        if _has_password(configured):
             raise InputError("the URL of DVC's remote contains a password, which jobs would show", "leave it out, and set it on every node")
         try:
             remote, objects = repo.cloud.get_remote(), repo.cloud.get_remote_odb()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,8 @@ AREA = "pedigree"
 """Folder of the remote for everything but objects. `dvc gc` ignores it."""
 TRANSFERS = 8
 """Objects transferred at once."""
+OBJECT = re.compile(r"[0-9a-f]{32}(\.dir)?")
+"""Names of objects. Any other, which a document or listing in the remote may contain, could be a path outside of the cache."""
 
 
 class Damaged(PedigreeError):
@@ -98,7 +101,7 @@ class RemoteStore:
             Damaged: objects do not match their hashes, or are missing. They are not added to the cache.
             PedigreeError: the remote cannot be read.
         """
-        requested = list(objects)
+        requested = _objects(objects)
         contents: dict[str, bytes] = {}
         received = 0
         for oid in (oid for oid in requested if oid.endswith(".dir")):
@@ -111,7 +114,7 @@ class RemoteStore:
                 raise Damaged([oid])
             contents[oid] = content
         files = [oid for oid in requested if not oid.endswith(".dir")]
-        files += [entry["md5"] for content in contents.values() for entry in json.loads(content)]
+        files += _objects(entry["md5"] for content in contents.values() for entry in json.loads(content))
         damaged: list[str] = []
         received += self._each(lambda oid: self._receive(oid, damaged), list(dict.fromkeys(files)))
         if damaged:
@@ -150,7 +153,7 @@ class RemoteStore:
 
     def discard(self, objects: Iterable[str]) -> None:
         """Remove objects from the remote."""
-        for oid in objects:
+        for oid in _objects(objects):
             with suppress(FileNotFoundError), self._explained("write"):
                 self.remote.fs.fs.invalidate_cache()
                 self.remote.fs.rm(self.remote.object_at(oid))
@@ -170,8 +173,10 @@ class RemoteStore:
             return None
 
     def read_document(self, path: str) -> Any:
-        content = self.read(path)
-        return None if content is None else json.loads(content)
+        """Content of a JSON file; None if it does not exist, or its writer was killed."""
+        with suppress(ValueError):
+            return json.loads(self.read(path) or b"")
+        return None
 
     def write_document(self, path: str, document: Mapping[str, Any]) -> None:
         with self._explained("write"):
@@ -189,11 +194,12 @@ class RemoteStore:
             self.remote.fs.get_file(path, str(target))
 
     def list(self, path: str) -> list[str]:
-        """All files below a path, relative to it."""
+        """All files below a path, relative to it. Keys of S3 may contain "..": files outside of the path are left out."""
         try:
             with self._explained("read"):
                 self.remote.fs.fs.invalidate_cache()
-                return sorted(self.remote.fs.relpath(found, path) for found in self.remote.fs.find(path))
+                names = (self.remote.fs.relpath(found, path) for found in self.remote.fs.find(path))
+                return sorted(name for name in names if ".." not in name.split("/"))
         except FileNotFoundError:
             return []
 
@@ -214,6 +220,20 @@ class RemoteStore:
                 f"DVC's remote {self.remote.url} cannot be {'read' if action == 'read' else 'written'}: {type(error).__name__}: {error}",
                 "nothing was recorded; check its address, free space, and the credentials in the environment of this machine and of the nodes",
             ) from None
+
+
+def _objects(names: Iterable[str]) -> list[str]:
+    """These names.
+
+    Raises:
+        PedigreeError: one is not the name of an object.
+    """
+    found = list(names)
+    if wrong := next((name for name in found if not OBJECT.fullmatch(str(name))), None):
+        raise PedigreeError(
+            f"DVC's remote: {wrong!r} is not the name of an object", "someone else wrote into DVC's remote; nothing was recorded"
+        )
+    return found
 
 
 def _write_object(path: Path, content: bytes) -> None:

@@ -151,10 +151,12 @@ class RunAll:
         Raises:
             InputError: a source is missing.
         """
-        for file, problem in dvc.changed_sources(self.root).items():
+        changed = dvc.changed_sources(self.root)
+        for problem in changed.values():  # before any is recorded
             what, _, hint = problem.partition("; ")
             if what.endswith(" is missing"):
                 raise InputError(what, hint)
+        for file in changed:
             with redirect_stdout(sys.stderr):
                 dvc.reproduce(self.root, file, False, {}, on_wait=lambda holder: log.info(f"waiting: {holder}"))
             log.info(f"{file}: recorded the edited source")
@@ -184,6 +186,7 @@ class RunAll:
         )
         began = locks.last_held(self.root, address)
         process.start()
+        self.waiting.discard(address)
         send_log.close()
         send.close()
         prefix = f"{address} | " if self.jobs > 1 else ""

@@ -34,12 +34,28 @@ def reap(instance: dg.DagsterInstance) -> list[str]:
         now = instance.get_run_by_id(run.run_id)
         if now is None or now.is_finished:  # it ended meanwhile
             continue
+        instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)  # first: a run that has failed is not examined again
         lines.append(f"run {run.run_id[:8]} ({run.job_name}): its process {last[0]} was killed; marked as failed")
         instance.report_run_failed(
             run, f"Process {last[0]} of this run was killed. Launch the run again: finished stages are not run twice."
         )
-        instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+    _free_slots_of_ended_runs(instance)
     return lines
+
+
+def _free_slots_of_ended_runs(instance: dg.DagsterInstance) -> None:
+    """Free the concurrency slots of runs that were deleted, or marked as canceled or failed, and whose process no longer exists; and of those
+    that a machine left behind which no longer exists, e.g. a replaced pod."""
+    for run_id in instance.event_log_storage.get_concurrency_run_ids():
+        run = instance.get_run_by_id(run_id)
+        if run is None or not (_process_exists(instance, run) or (not run.is_finished and _is_alive(instance, run))):
+            instance.event_log_storage.free_concurrency_slots_for_run(run_id)
+
+
+def _process_exists(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
+    """Whether the process of a run is known to exist on this machine."""
+    process = _process(instance, run.run_id)
+    return process is not None and run.tags.get(MACHINE_TAG, platform.node()) == platform.node() and is_running(*process)
 
 
 def end_with_run(instance: dg.DagsterInstance, run_id: str) -> None:

@@ -33,8 +33,12 @@ def received(text: str) -> Iterator[tuple[str, Any]]:
     """The messages in a part of a job's log that ends with a whole line; any other line, e.g. of Ray, is of the kind "raw"."""
     for line in text.splitlines():
         if line.startswith(MARK):
-            kind, content = json.loads(line.removeprefix(MARK))
-            yield kind, content
+            try:
+                kind, content = json.loads(line.removeprefix(MARK))
+            except (ValueError, TypeError):  # another process wrote into the line
+                yield "raw", line
+            else:
+                yield kind, content
         elif line.strip():
             yield "raw", line
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.git import git_bytes
 from dagster_project.core.records import remove
+from dagster_project.orchestration import dvc
 
 LIMIT = 100_000_000
 """Bytes of a package. Ray's dashboard accepts requests of 100 MiB, and the head node keeps packages in memory."""
@@ -29,8 +31,8 @@ def project_package(root: Path, folder: Path, limit: int = LIMIT) -> Iterator[Pa
     if listed is None:
         raise InputError(f"{root} is not in a git repository", "run `git init`: git lists the files that a worker gets")
     names = sorted({os.fsdecode(name) for name in listed.split(b"\0") if name})
-    files = [name for name in names if not name.startswith(".dvc/") and ((root / name).is_symlink() or (root / name).is_file())]
-    sizes = {name: (root / name).lstat().st_size for name in files}
+    files = [name for name in names if not name.startswith(".dvc/")]
+    sizes = {name: size for name in files if (size := _size(root / name)) is not None}
     if sum(sizes.values()) > limit:
         largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
         raise InputError(
@@ -40,10 +42,20 @@ def project_package(root: Path, folder: Path, limit: int = LIMIT) -> Iterator[Pa
         )
     remove(folder)
     try:
-        for name in files:
+        for name in sizes:
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(root / name, target, follow_symlinks=False)
+            with dvc.records_locked(root) if name == "dvc.lock" else nullcontext(), suppress(FileNotFoundError):
+                shutil.copy2(root / name, target, follow_symlinks=False)  # a report may vanish: another stage is replacing it
         yield folder
     finally:
         remove(folder)
+
+
+def _size(path: Path) -> int | None:
+    """Size of a file or symbolic link; None if it is neither, or vanished."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode) else None

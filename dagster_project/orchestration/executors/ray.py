@@ -32,7 +32,7 @@ from dagster_project.orchestration import dvc, dvc_remote, integrity
 from dagster_project.orchestration.executors import StageJob, StageResult
 from dagster_project.orchestration.executors.messages import THREADS, received, versions
 from dagster_project.orchestration.executors.package import project_package
-from dagster_project.orchestration.remote_store import Damaged, RemoteStore, open_store
+from dagster_project.orchestration.remote_store import OBJECT, Damaged, RemoteStore, open_store
 
 log = logging.getLogger("pedigree")
 
@@ -188,7 +188,10 @@ class _Run:
         address, inputs = self.job.ctx.address, dict(self.job.inputs)
         self.address = address
         self.project = _project_id(self.job.ctx.root)
-        identity = sha256_of_text(json.dumps([self.project, address, inputs], sort_keys=True))
+        command, outs = dvc_remote.definition_of(self.job.ctx.root, address)
+        # neither is an input for DVC, but a job that began before a change of either has another result
+        others = [command, outs, versions(), os.environ.get(THREADS)]
+        identity = sha256_of_text(json.dumps([self.project, address, inputs, *others], sort_keys=True))
         self.prefix = f"{address.replace('@', '.')}-{self.project[:8]}-"
         self.key = f"{self.prefix}{identity[:20]}"
 
@@ -210,7 +213,7 @@ class _Run:
                 self._tidy()
                 return result
             except Damaged as error:
-                self.store.discard(error.objects)
+                self.store.discard(oid for oid in error.objects if OBJECT.fullmatch(oid))
                 self.store.remove(self.at())
                 if last:
                     raise CheckFailed(
@@ -433,11 +436,14 @@ class _Run:
             self._copy(oid, scratch / path)
         if result["pages"]:
             archive = scratch / "pages.tar"
-            self.store.get(self.at("pages.tar"), archive)
-            fetched += archive.stat().st_size
-            remove(self.job.ctx.pages)
-            with tarfile.open(archive) as tar:
-                tar.extractall(self.job.ctx.pages, filter="data")
+            try:
+                self.store.get(self.at("pages.tar"), archive)
+                fetched += archive.stat().st_size
+                remove(self.job.ctx.pages)
+                with tarfile.open(archive) as tar:
+                    tar.extractall(self.job.ctx.pages, filter="data")
+            except (FileNotFoundError, tarfile.TarError):  # otherwise each later run would find this result, and fail
+                raise Damaged(["pages.tar"]) from None
             archive.unlink()
             (self.job.ctx.pages / "measured.json").unlink(missing_ok=True)
         if result["exit_code"] == 0 and integrity.sha256_of(self.job.ctx.out) != result["output_sha256"]:

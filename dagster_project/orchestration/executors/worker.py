@@ -169,7 +169,8 @@ class Work:
         if not folders or folders[-1].name == kept:
             return kept
         newest = folders[-1]
-        names = sorted(path.name for path in newest.iterdir() if path.name != MARKER)
+        files = (path for path in newest.rglob("*") if path.is_file())  # a sharded one has folders
+        names = sorted(str(path.relative_to(newest)) for path in files if path != newest / MARKER)
         for name in [*names, MARKER]:
             self.sent += self.store.put(newest / name, self.at("checkpoints", newest.name, name))
         for old in {name.partition("/")[0] for name in self.store.list(self.at("checkpoints"))} - {newest.name}:
