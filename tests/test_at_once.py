@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,6 +27,7 @@ from dagster_project.orchestration.dagster.dead_runs import ALIVE, in_progress, 
 from dagster_project.orchestration.dagster.metadata import asset_key
 from dagster_project.orchestration.dagster.sync import sync
 from dagster_project.orchestration.dvc import read_stages
+from dagster_project.orchestration.processes import interrupt_command
 from dagster_project.pipeline import PEDIGREE
 
 BOTH = {"adapter@lora", "adapter@dora"}
@@ -105,6 +107,13 @@ def test_terminating_a_run_ends_its_steps_and_commands_and_frees_every_lock(root
     assert agree(root, instance) == BOTH
     assert dvc(root, "repro").returncode == 0, "no lock is left"
     assert agree(root, instance) == set()
+
+
+def test_the_exit_code_of_an_interrupted_command_is_left_for_dvc() -> None:
+    """Whoever waits for the process first gets its exit code; Popen takes a missing one for 0, and DVC would record the run."""
+    command = subprocess.Popen(["sleep", "60"], env={**os.environ, "DVC_STAGE": "tok"})
+    interrupt_command("tok")
+    assert command.wait() != 0
 
 
 def test_a_killed_run_takes_its_steps_along_and_the_next_run_is_not_kept_waiting_by_its_slots(

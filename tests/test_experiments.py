@@ -109,7 +109,10 @@ def test_an_interrupted_sweep_ends_its_trials_and_empties_the_queue(root: Path) 
         time.sleep(0.2)
     assert len(commands) == 2, "two trials run at once"
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=120)
+    until = time.monotonic() + 60
+    while any(map(psutil.pid_exists, commands)) and time.monotonic() < until:
+        time.sleep(0.2)
     assert not any(map(psutil.pid_exists, commands))
     document = json.loads(output)
     assert document["interrupted"] and {trial["status"] for trial in document["trials"]} == {"canceled"}, errors

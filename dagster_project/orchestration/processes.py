@@ -75,12 +75,20 @@ def _exit_with(ancestor: psutil.Process) -> None:
 
 
 def interrupt_command(address: str) -> None:
-    """Interrupt the stage command that DVC started in this process; kill it if it is still running after `CLEAN_UP` seconds."""
+    """Interrupt the stage command that DVC started in this process; kill it if it is still running after `CLEAN_UP` seconds.
+
+    Its exit status is left for DVC. psutil's `wait` would take it: DVC would then see exit code 0 and record a run that was interrupted.
+    """
     interrupted = []
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             if child.environ().get("DVC_STAGE") == address:
                 child.send_signal(signal.SIGINT)
                 interrupted.append(child)
-    for child in psutil.wait_procs(interrupted, timeout=CLEAN_UP)[1]:
-        child.kill()
+    now, until = time.time(), time.monotonic() + CLEAN_UP
+    while any(is_running(child.pid, now) for child in interrupted) and time.monotonic() < until:
+        time.sleep(0.05)
+    for child in interrupted:
+        if is_running(child.pid, now):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
