@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import dagster as dg
 import psutil
 import pytest
 from builders import small_pipeline
-from builders.small_pipeline import PIPELINE, start_until_both_adapters_run
+from builders.small_pipeline import PIPELINE, gone, start_until_both_adapters_run
 from conftest import dvc, shown_checks
 
 from dagster_project.orchestration.dagster import dead_runs
@@ -57,16 +56,6 @@ def agree(root: Path, instance: dg.DagsterInstance) -> set[str]:
     assert small_pipeline.not_fresh(root, instance) == changed
     assert sync(root, instance, PIPELINE) == []
     return changed
-
-
-def gone(pids: set[int], seconds: float) -> bool:
-    """Whether all of these processes end within this time."""
-    until = time.monotonic() + seconds
-    while any(psutil.pid_exists(pid) for pid in pids):
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.1)
-    return True
 
 
 def offspring(pid: int) -> set[int]:

@@ -8,14 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from builders import small_pipeline
-from builders.small_pipeline import start_until_both_adapters_run
+from builders.small_pipeline import gone, start_until_both_adapters_run
 from conftest import dvc
 from ruamel.yaml import YAML
 
@@ -57,15 +56,6 @@ def lock(root: Path) -> Any:
 
 def files(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in (root / "data").rglob("*") if p.is_file() and "pages" not in p.parts}
-
-
-def gone(pids: set[int], seconds: float) -> bool:
-    until = time.monotonic() + seconds
-    while any(psutil.pid_exists(pid) for pid in pids):
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.1)
-    return True
 
 
 def test_it_gives_the_files_and_records_of_dvc_repro_and_runs_nothing_else(root: Path, tmp_path: Path) -> None:

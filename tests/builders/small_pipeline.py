@@ -19,6 +19,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from dagster_project.core import params
 from dagster_project.core.context import StageContext
 from dagster_project.core.errors import InputError, PedigreeError
@@ -208,6 +210,16 @@ def start_until_both_adapters_run(root: Path, *command: str, **environment: str)
             return process, pids
         time.sleep(0.1)
         assert process.poll() is None, (root / "errors.txt").read_text()
+
+
+def gone(pids: set[int], seconds: float) -> bool:
+    """Whether all of these processes end within this time."""
+    until = time.monotonic() + seconds
+    while any(psutil.pid_exists(pid) for pid in pids):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def run_in(root: Path, *command: str, **environment: str) -> int:

@@ -48,7 +48,7 @@ LINGER = 5.0
 """Seconds after a failed exchange before a process ends: most likely another process was lost, and torch elastic then names that one."""
 
 PEDIGREE = "dagster_project."
-"""Package of the modules that a process on another host may be told to run."""
+"""Package of the modules that a process on another host accepts from the first process."""
 
 HIDDEN = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME",
@@ -250,7 +250,7 @@ def start_others(document: Mapping[str, Any], module: str) -> None:
 
 
 def take_part(module: str, work: Any) -> Any:
-    """What each process does that has joined a group, whoever started it.
+    """The work of one process of a group, however it was started.
 
     Args:
         module, work: as for `launch`; the others take both from the first process, and `module` is what they accept.
@@ -264,11 +264,11 @@ def take_part(module: str, work: Any) -> Any:
         if not _started:  # nothing to share
             distributed.document_from_first({})
         return result
-    told = distributed.document_from_first()
-    if told:
-        if told["module"] != module and not told["module"].startswith(PEDIGREE):
-            raise PedigreeError(f"the first process asks for {told['module']}, which is not of this package")
-        importlib.import_module(told["module"]).other_process(told["work"])
+    document = distributed.document_from_first()
+    if document:
+        if document["module"] != module and not document["module"].startswith(PEDIGREE):
+            raise PedigreeError(f"the first process asks for {document['module']}, which is not of this package")
+        importlib.import_module(document["module"]).other_process(document["work"])
     return None
 
 
