@@ -31,7 +31,6 @@ from dagster_project.training.trainers.harness import distributed, sharding
 from dagster_project.training.trainers.harness import launch as launching
 from dagster_project.training.trainers.harness.launch import launch, start_others
 from dagster_project.training.trainers.harness.params import Sharding
-from dagster_project.training.trainers.sft.sft import decoder_layers
 
 LORA_TWO_EPOCHS = {**LORA, "num_train_epochs": 2}
 FULL = {**LORA_TWO_EPOCHS, "method": "full", "peft": {}, "neftune_noise_alpha": None, "learning_rate": 1e-3}
@@ -168,7 +167,7 @@ def kept_here(work: dict[str, str]) -> tuple[int, int]:
     entry = adapter.Params.model_validate(work["params"])
     prepared = build(entry.method, entry.peft, Path(work["model"]), torch.device("cpu"), torch.float32, "adapter.x")
     whole = sum(weight.nbytes for weight in prepared.model.parameters())
-    sharding.shard(prepared, decoder_layers(prepared.model), Sharding(), torch.device("cpu"))
+    sharding.shard(prepared.model, Sharding(), torch.device("cpu"))
     assert all(map(sharding.is_sharded, prepared.model.parameters())), "a weight is whole in every process"
     return sum(weight.to_local().nbytes for weight in prepared.model.parameters()), whole
 
@@ -213,7 +212,7 @@ def test_each_process_keeps_its_part_of_every_weight(recipe: dict[str, Any], tin
 def test_what_is_not_supported_is_refused(entry: dict[str, Any], processes: int, message: str) -> None:
     params = adapter.Params.model_validate({**SHARDED, **entry})
     with pytest.raises(InputError, match=re.escape(f"params.yaml: adapter.x.{message}")):
-        sharding.check(params, Compute(processes=processes), "adapter.x")
+        sharding.check(params, Compute(processes=processes), "adapter.x", params.method)
 
 
 LAYER, OUTSIDE = 64 * (64 + 32 + 32 + 64) + 3 * 64 * 128 + 2 * 64, 259 * 64 + 64

@@ -45,7 +45,7 @@ NO_HINTS = ExecutionHints()
 def validate(params: Params, ctx: ValidationContext) -> None:
     entry = auto.settle(params, examples=1, rows=1, validates=False).params
     methods.check(entry.method, entry.peft, entry.quantization, entry.merge, ctx.section, entry.gradient_checkpointing is True)
-    sharding.check(entry, ctx.compute, ctx.section)
+    sharding.check(entry, ctx.compute, ctx.section, entry.method)
     if ctx.compute.processes > 1 and entry.method.lower() == "feature_extraction":
         raise InputError(
             f"params.yaml: compute.processes: {ctx.section} uses feature_extraction, which has no optimizer steps to share", "set it to 1"

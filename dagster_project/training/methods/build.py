@@ -342,6 +342,12 @@ def causal(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def decoder_layers(model: Any) -> list[Any]:
+    """A model's blocks, by the names of their classes that its architecture declares."""
+    kinds = set(causal(model)._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in kinds]
+
+
 def peft_config(
     method: str, options: Mapping[str, Any], where: str, base: Any = None, total_steps: int | None = None, tokenizer: str | None = None
 ) -> Any:

@@ -22,14 +22,22 @@ from typing import Any
 from dagster_project.core.chat import IGNORE
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import parse
-from dagster_project.training.methods.build import CANNOT_CHECKPOINT, CANNOT_MERGE, VIRTUAL, PreparedModel, Quantization, build, causal
+from dagster_project.training.methods.build import (
+    CANNOT_CHECKPOINT,
+    CANNOT_MERGE,
+    VIRTUAL,
+    PreparedModel,
+    Quantization,
+    build,
+    causal,
+    decoder_layers,
+)
 from dagster_project.training.methods.feature_extraction import Options
 from dagster_project.training.methods.hardware import LARGE_BLOCK
 from dagster_project.training.planning.timing import Operations, attention, attention_and_back
 from dagster_project.training.planning.torch_internals import intercepted, meta_tensors, replaced, run_on_meta
 from dagster_project.training.trainers.harness.params import OPTIMIZER_MEMORY, Sharding
 from dagster_project.training.trainers.harness.sharding import METHODS as SHARDED_METHODS
-from dagster_project.training.trainers.sft.sft import decoder_layers
 
 STARTED = 45 * 2**20
 """Bytes by which a process grows once the Trainer runs, beyond its imports; measured with `benchmarks/memory.py --tiny`."""

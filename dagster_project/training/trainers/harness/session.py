@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from dagster_project.core.errors import PedigreeError
 from dagster_project.core.params import Compute
 from dagster_project.core.progress import Progress
-from dagster_project.training.trainers.harness import checkpoint, distributed
+from dagster_project.training.trainers.harness import checkpoint, distributed, sharding
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints, SavedCheckpoint
 from dagster_project.training.trainers.harness.curve import live_writer
 from dagster_project.training.trainers.harness.history import TrainingHistory
@@ -176,7 +176,7 @@ class ResumableTrainer:
     """Mixin for transformers' Trainer: checkpoints are those of the session, complete and hashed, and resume to the
     same bytes.
 
-    Overrides four private methods of transformers 5; `run_session` checks that they exist.
+    Overrides private methods of transformers 5; `run_session` checks that they exist.
     """
 
     session: Session
@@ -192,6 +192,9 @@ class ResumableTrainer:
             self.session.restore_optimizer(self.optimizer)  # type: ignore[attr-defined]
             self.lr_scheduler.load_state_dict(self.session.state["schedule"])  # type: ignore[attr-defined]
             self.session.restore_method()
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        return sharding.norm_value(super()._clip_grad_norm(model))  # type: ignore[misc]
 
     def _load_rng_state(self, folder: str | None) -> None:
         if self.session.saved:

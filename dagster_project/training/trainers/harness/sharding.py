@@ -5,19 +5,21 @@ A layer's weights are gathered while it computes and freed afterwards; gradients
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
-from dagster_project.training.methods.build import PreparedModel, causal, quantization_of
+from dagster_project.training.methods.build import causal, decoder_layers, quantization_of
 from dagster_project.training.trainers.harness import distributed
-from dagster_project.training.trainers.harness.params import AUTO, AdapterParams, Sharding
+from dagster_project.training.trainers.harness.params import AUTO, PreferenceParams, SftParams, Sharding
 
 if TYPE_CHECKING:
     import torch
+
+Result = TypeVar("Result")
 
 METHODS = ("full", "lora", "rslora", "qlora")
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
@@ -25,27 +27,30 @@ FOLDER = "shards"
 """Folder of a checkpoint with the parts of all processes, written by torch.distributed.checkpoint as safetensors."""
 
 
-def check(entry: AdapterParams, compute: Compute, where: str) -> None:
+def check(entry: SftParams | PreferenceParams, compute: Compute, where: str, method: str, optim: str | None = None) -> None:
     """Refuse what is not supported with `sharding`.
 
     Args:
         where: dotted path of the entry in params.yaml.
+        method: how the weights are trained: full, lora, ...
+        optim: the optimizer; None: that of the entry.
     Raises:
         InputError: there is such a setting.
     """
-    if entry.sharding is None:
+    settings: Sharding | None = getattr(entry, "sharding", None)
+    if settings is None:
         return
     if compute.processes == 1:
         raise InputError(f"params.yaml: {where}.sharding: one process has nothing to share", "set compute.processes, or leave it out")
+    optim = optim or entry.optim
+    four_bit = quantization_of(method, getattr(entry, "quantization", None)) != "none"
     refused = {
-        "method": entry.method.lower() not in METHODS and f"{entry.method} is not supported with sharding; use {', '.join(METHODS)}",
-        "optim": entry.optim not in OPTIMIZERS and f"{entry.optim} is not supported with sharding; use {', '.join(OPTIMIZERS)}",
+        "method": method.lower() not in METHODS and f"{method} is not supported with sharding; use {', '.join(METHODS)}",
+        "optim": optim not in OPTIMIZERS and f"{optim} is not supported with sharding; use {', '.join(OPTIMIZERS)}",
         "learning_rate": str(entry.learning_rate) == AUTO and "trials run in one process, which the model does not fit; set a number",
-        "compile": entry.compile != "none" and "is not supported with sharding; leave it out",
-        "use_liger_kernel": entry.use_liger_kernel and "is not supported with sharding; leave it out",
-        "sharding.cpu_offload": entry.sharding.cpu_offload
-        and quantization_of(entry.method, entry.quantization) != "none"
-        and "4-bit weights are not supported on the CPU; leave it out",
+        "compile": getattr(entry, "compile", "none") != "none" and "is not supported with sharding; leave it out",
+        "use_liger_kernel": getattr(entry, "use_liger_kernel", False) and "is not supported with sharding; leave it out",
+        "sharding.cpu_offload": settings.cpu_offload and four_bit and "4-bit weights are not supported on the CPU; leave it out",
     }
     for key, why in refused.items():
         if why:
@@ -53,14 +58,16 @@ def check(entry: AdapterParams, compute: Compute, where: str) -> None:
             raise InputError(f"params.yaml: {where}.{key}: {what}", hint)
 
 
-def shard(prepared: PreparedModel, layers: Sequence[Any], settings: Sharding, device: torch.device) -> Any:
+def shard(model: Any, settings: Sharding, device: torch.device, *more: Any) -> Any:
     """Keep only this process' parts of the model's weights.
 
     Args:
-        layers: the decoder layers; each is gathered as a whole.
+        model: each of its decoder layers is gathered as a whole.
         device: of the computation.
+        more: further modules that are trained with it.
     Returns:
-        A module that computes the logits of positions with labels, see `_logits_class`. The model must only be called through it.
+        A module that calls a function and returns its result, while everything outside the layers is gathered. The model
+        must only be used in such a function.
     """
     import torch
     from torch.distributed.device_mesh import init_device_mesh
@@ -73,34 +80,130 @@ def shard(prepared: PreparedModel, layers: Sequence[Any], settings: Sharding, de
         "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
     }
     torch.set_autocast_cache_enabled(False)  # it would keep a copy of every gathered weight
-    for layer in layers:
+    for layer in decoder_layers(model):
         fully_shard(layer, **options)
-    root = fully_shard(_logits_class()(prepared), **options)
+    root = fully_shard(_root_class()(model, *more), **options)
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # a sum: each pass is divided by the number of passes already
             module.set_force_sum_reduction_for_comms(True)
     if offload:
-        prepared.model.to = lambda *_, **__: prepared.model  # neither the Trainer nor accelerate may move it to the GPU
+        model.to = lambda *_, **__: model  # neither the Trainer nor accelerate may move it to the GPU
     return root
 
 
 @cache
-def _logits_class() -> type:
+def _root_class() -> type:
     import torch
 
-    class Logits(torch.nn.Module):
+    class Root(torch.nn.Module):
         """The root of the sharded modules: whatever computes with a weight outside the layers does it in its forward pass."""
 
-        def __init__(self, prepared: PreparedModel) -> None:
+        def __init__(self, model: Any, *more: Any) -> None:
             super().__init__()
-            self.model, self.prepared = prepared.model, prepared
+            self.model, self.more = model, torch.nn.ModuleList(more)
 
-        def forward(self, inputs: Mapping[str, Any], counted: torch.Tensor) -> torch.Tensor:
-            hidden = self.prepared.hidden_states(inputs)
-            return causal(self.model).get_output_embeddings()(hidden[:, :-1][counted])
+        def forward(self, compute: Callable[[], Any]) -> Any:
+            return compute()
 
-    return Logits
+    return Root
+
+
+class ShardedModel:
+    """A model that is divided among the processes, or whole in each of them."""
+
+    def __init__(self, model: Any, settings: Sharding | None, device: torch.device) -> None:
+        """
+        Args:
+            settings: None for a whole model.
+            device: of the computation. A model to be divided is on the CPU until then, so that it is never whole on a GPU.
+        """
+        self.model, self.settings, self.device = model, settings, device
+        self.root: Any = None
+        """See `shard`; None while the model is whole."""
+
+    def divide(self, *more: Any) -> None:
+        """Divide the model, and `more` modules that are trained with it. No effect without settings.
+
+        One pass follows, because torch creates the gathered weights in the first: it has to run with the adapter enabled and
+        outside inference mode.
+        """
+        import torch
+
+        if self.settings is None:
+            return
+        self.root = shard(self.model, self.settings, self.device, *more)
+        with torch.no_grad(), torch.random.fork_rng(enabled=True):
+            self.compute(self.idle)
+        free_gathered(self.root)
+
+    def compute(self, work: Callable[[], Result]) -> Result:
+        """The result of a function that uses the model. All processes call it at the same time, with as many passes."""
+        return self.root(work) if self.root is not None else work()
+
+    @property
+    def decoder(self) -> Any:
+        return causal(self.model).base_model
+
+    def idle(self) -> None:
+        """A pass of two tokens, without a use for its result."""
+        import torch
+
+        two = torch.arange(2, device=self.device)[None]
+        ends = torch.tensor([0, 2], dtype=torch.int32, device=self.device)  # for attention per example, see methods/attention.py
+        self.decoder(input_ids=two * 0, position_ids=two, cu_seq_lens_q=ends, max_length_q=2, use_cache=False)
+
+    def join(self) -> None:
+        """Gather the whole weights in the first process, see `unshard`."""
+        if self.root is not None:
+            unshard(self.root)
+            self.root = None
+
+
+def in_step(models: Sequence[ShardedModel], work: Callable[[], Result]) -> Result:
+    """The result of a function that uses models without gradients, where each process needs another number of passes.
+
+    A process that has computed all of its own takes part in those of the others, because gathering a layer needs every process. All
+    processes call it at the same time; those without work pass a function that does nothing. At any time, they may use only one of the models.
+    """
+    import torch
+
+    divided = [model for model in models if model.root is not None]
+    if not divided:
+        return work()
+
+    def announced(number: int | None) -> list[int]:
+        """The processes that are about to run a pass of each model, after this one has announced its own."""
+        counts = torch.zeros(len(divided), dtype=torch.int64)
+        if number is not None:
+            counts[number] = 1
+        found: list[int] = distributed.summed(counts).tolist()
+        assert sum(map(bool, found)) <= 1, "the processes use different models"
+        return found
+
+    def announce(number: int) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            announced(number)
+
+        return hook
+
+    def with_others() -> Result:
+        hooks = [model.decoder.register_forward_pre_hook(announce(number)) for number, model in enumerate(divided)]
+        result = work()
+        for hook in hooks:
+            hook.remove()
+        with torch.no_grad():
+            while any(found := announced(None)):
+                divided[found.index(max(found))].idle()
+        return result
+
+    function = with_others
+    for model in divided:
+        function = partial(model.compute, function)
+    result = function()
+    for model in divided:
+        free_gathered(model.root)
+    return result
 
 
 def free_gathered(root: Any) -> None:
@@ -146,6 +249,18 @@ def is_sharded(value: Any) -> bool:
 def norm_value(norm: Any) -> Any:
     """A gradient norm as a plain tensor, the same in every process."""
     return norm.full_tensor() if is_sharded(norm) else norm
+
+
+def named(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors under their names in a checkpoint of parts."""
+    return {f"{prefix}.{name}": tensor.detach() for name, tensor in tensors.items()}
+
+
+def asked_first(stop_requested: Callable[[], bool]) -> Callable[[], bool]:
+    """Whether the first process was asked to stop, in all processes, which ask at the same time."""
+    import torch
+
+    return lambda: bool(distributed.from_first(torch.tensor(int(stop_requested()))))
 
 
 def write(folder: Path, parts: Mapping[str, torch.Tensor]) -> None:

@@ -18,25 +18,24 @@ from typing import TYPE_CHECKING, Any
 from dagster_project.core.chat import IGNORE
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
-from dagster_project.training.methods.build import PreparedModel, causal
+from dagster_project.training.methods.build import PreparedModel, causal, decoder_layers
 from dagster_project.training.methods.hardware import memory_trimmer
 from dagster_project.training.tokens.collators import SIZES, collate_packed, collate_padded
-from dagster_project.training.trainers.harness import checkpoint, distributed, sharding
-from dagster_project.training.trainers.harness.checkpoint import Checkpoints, SavedCheckpoint
+from dagster_project.training.trainers.harness import distributed, sharding
+from dagster_project.training.trainers.harness.checkpoint import Checkpoints
 from dagster_project.training.trainers.harness.curve import LIVE
 from dagster_project.training.trainers.harness.history import TrainingHistory
-from dagster_project.training.trainers.harness.params import AdapterParams, SftParams, Sharding
+from dagster_project.training.trainers.harness.params import AdapterParams, SftParams
 from dagster_project.training.trainers.harness.session import (
-    Diverged,
     Interrupted,
     ResumableTrainer,
-    Session,
     monitor,
     put,
     run_session,
     stop_on_request,
     training_arguments,
 )
+from dagster_project.training.trainers.harness.shared_session import SharedSession
 from dagster_project.training.trainers.harness.weight_audit import trainable
 
 if TYPE_CHECKING:
@@ -97,130 +96,60 @@ def refuse_mistakes(params: SftParams, where: str, lengths: Sequence[Sequence[in
         raise InputError("\n".join(f"params.yaml: {what}" for what, _ in wrong), "; ".join(hint for _, hint in wrong))
 
 
-class SftSession(Session):
-    """A supervised training; several processes may share its steps.
-
-    Every process walks through the same batches in the same order, as a single process that accumulates all passes of a
-    step. It computes its share of them (process n modulo the number of processes computes pass n), and gradients and
-    losses are summed before the optimizer steps. So each row is used exactly once, and all processes have the same
-    weights. Dropout in a pass depends only on the seed and the pass. Only the first process writes files.
-    """
+class SftSession(SharedSession):
+    """A supervised training; several processes may share its steps."""
 
     def __init__(
-        self, prepared: PreparedModel, params: SftParams, compute: Compute, rows: Any, checkpoints: Checkpoints | None,
-        saved: SavedCheckpoint | None, live: Path | None,
-    ) -> None:  # fmt: skip
-        import torch
+        self, prepared: PreparedModel, params: SftParams, compute: Compute, rows: Any, checkpoints: Checkpoints | None, live: Path | None
+    ) -> None:
 
-        super().__init__("training", prepared.model, params, checkpoints, saved, live, LIVE)
-        self.prepared, self.sft, self.compute, self.process = prepared, params, compute, distributed.place()
+        super().__init__("training", prepared.model, params, compute, checkpoints, live, LIVE)
+        self.prepared, self.sft = prepared, params
         self.lengths = [sum(row) for row in rows["lengths"]]
         self.total = steps(len(rows), params, self.process.size)
         self.per_epoch = steps_per_epoch(len(rows), params, self.process.size)
         self.progress.total = self.total
-        self.best_weights: dict[str, torch.Tensor] = saved.tensors("best") if saved else {}
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.shared = checkpoints
-        self.logits: Any = None
-        """The sharded model, or None if each process has a whole model."""
-        self.batch: dict[str, Any] = {}
-        """The batch of the current forward pass."""
-        self._validation = {"nats": 0.0, "tokens": 0, "passes": 0}  # summed here: the Trainer would average over rows of any length
-        self._step_losses: list[torch.Tensor] = []  # of the passes of the current step; zero for a pass of another process
-        self._step_rows: list[list[int]] = []
-        self._idles = False
+        self.best_weights: dict[str, torch.Tensor] = self.saved.tensors("best") if self.saved else {}
+        self._validation = {"nats": 0.0, "tokens": 0}  # summed here: the Trainer would average over rows of any length
         self._recent: deque[tuple[float, int]] = deque(maxlen=20)
 
     def loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """Weighted mean over a forward pass; in validation the plain mean per token. Logits are computed only for
         positions with labels: with a large vocabulary the others would be most of the work."""
+        self.batch.update(inputs)
+        loss: torch.Tensor = self.compute_loss(model, partial(self._loss, model, inputs))
+        return loss
+
+    def _loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         import torch
         from torch.nn.functional import cross_entropy
 
-        self.batch.update(inputs)
         labels = inputs["labels"][:, 1:]
         counted = labels != IGNORE
+        hidden = self.prepared.hidden_states(inputs)
         losses = cross_entropy(
-            self._compute_logits(model, inputs, counted).float(),
+            causal(model).get_output_embeddings()(hidden[:, :-1][counted]).float(),
             labels[counted],
             reduction="none",
             label_smoothing=self.sft.label_smoothing_factor if model.training else 0.0,
         )
         weights = inputs["weights"][:, 1:][counted] if model.training else torch.ones_like(losses)
         loss = (losses * weights).sum() / weights.sum()
-        if not model.training and not self._idles:
-            self._validation["nats"] += float(losses.double().sum())
-            self._validation["tokens"] += len(losses)
         if not model.training:
+            if not self.idles:
+                self._validation["nats"] += float(losses.double().sum())
+                self._validation["tokens"] += len(losses)
             return loss
         more = self.prepared.extra_loss(model)
-        loss = loss if more is None else loss + more
-        return loss * 0 if self._idles else loss
-
-    def _compute_logits(self, model: Any, inputs: dict[str, Any], counted: torch.Tensor) -> torch.Tensor:
-        if self.logits is not None:
-            logits = self.logits(inputs, counted)
-            if not model.training:
-                sharding.free_gathered(self.logits)
-            return logits
-        hidden = self.prepared.hidden_states(inputs)
-        return causal(model).get_output_embeddings()(hidden[:, :-1][counted])
+        return loss if more is None else loss + more
 
     def training_pass(self, inputs: dict[str, Any], step: int, forward_backward: Callable[[], torch.Tensor], last: bool) -> torch.Tensor:
-        """One forward and backward pass, in its process.
-
-        Args:
-            step: from 1.
-            forward_backward: computes the pass and returns its loss, for the log.
-            last: the optimizer steps after this pass.
-        Returns:
-            The loss that the Trainer logs: that of the whole step in its last pass, else 0.
-        """
-        import torch
-
+        """One forward and backward pass, see `share_pass`."""
         rows = inputs["rows"].tolist()
         self.history.seen += [(step, (step - 1) // self.per_epoch + 1, row) for row in rows]
         self.history.tokens += sum(self.lengths[row] for row in rows)
         self.history.trained_tokens += int((inputs["labels"][:, 1:] != IGNORE).sum())
-        number = len(self._step_rows)
-        if self.process.size > 1:
-            torch.manual_seed(distributed.seed_of(self.compute.seed, step, number))
-        self._step_rows.append(rows)
-        zero = torch.zeros((), device=self.device)
-        self._step_losses.append(forward_backward() if self.process.does(number) else zero)
-        if last and self.logits is not None and self._lacks_a_pass(number + 1):
-            with self._idle():
-                forward_backward()
-        if not last:
-            return torch.zeros_like(self._step_losses[0])
-        losses = distributed.summed(torch.stack(self._step_losses))
-        for loss, rows in zip(losses, self._step_rows, strict=True):
-            if not torch.isfinite(loss):
-                raise Diverged(f"the loss is {float(loss)}", step, rows)
-        if self.logits is None:
-            distributed.sum_gradients(list(trainable(self.model).values()))
-        self._step_losses.clear()
-        self._step_rows.clear()
-        return sum(losses)  # sequentially, as the Trainer would
-
-    def _lacks_a_pass(self, passes: int) -> bool:
-        """Whether others compute one pass more than this process. Sharded, it must take part in it."""
-        return 0 < passes % self.process.size <= self.process.rank
-
-    @contextmanager
-    def _idle(self) -> Iterator[None]:
-        """While open, passes change neither gradients nor counts."""
-        self._idles = True
-        try:
-            yield
-        finally:
-            self._idles = False
-
-    def validates_here(self) -> bool:
-        """Whether the next validation pass belongs to this process."""
-        mine = self.process.does(int(self._validation["passes"]))
-        self._validation["passes"] += 1
-        return mine
+        return self.share_pass(rows, step, forward_backward, last)
 
     def sampler(self) -> Any:
         """Rows of similar length together, for `group_by_length`."""
@@ -242,17 +171,15 @@ class SftSession(Session):
     def validation_point(self, step: int, logs: Mapping[str, float]) -> dict[str, float]:
         import torch
 
-        if self.logits is not None and self._lacks_a_pass(int(self._validation["passes"])):
-            with self._idle(), torch.no_grad():
-                self.loss(self.model, self.batch)
+        self.end_validation(lambda: self.loss(self.model, self.batch))
         counts = torch.tensor([self._validation["nats"], self._validation["tokens"]], dtype=torch.float64, device=self.device)
         nats, tokens = distributed.summed(counts).tolist()
-        self._validation.update(nats=0.0, tokens=0, passes=0)
+        self._validation.update(nats=0.0, tokens=0)
         return {"step": step, "validation_loss": nats / tokens}
 
     def validation_pass(self, step: int) -> None:
         # sharded, the processes are at different passes here, so they cannot ask each other
-        if not step and self.logits is None and self.stop_requested():
+        if not step and self.root is None and self.stop_requested():
             raise Interrupted("interrupted before the first step", "run again to start over")
 
     def validated(self, control: Any) -> None:
@@ -260,7 +187,7 @@ class SftSession(Session):
             self.best_weights.clear()
             weights = {name: weight.detach() for name, weight in trainable(self.model).items()}
             self.best_weights.update(
-                {name: (weight if self.logits is not None else weight.cpu()).clone() for name, weight in weights.items()}
+                {name: (weight if self.root is not None else weight.cpu()).clone() for name, weight in weights.items()}
             )
             self.history.best_step = self.history.validation[-1][0]
         if self.history.stalled(self.sft.early_stopping_patience):
@@ -274,35 +201,9 @@ class SftSession(Session):
 
     def restore_method(self) -> None:
         self.prepared.restore(self.state["method"])
-        if self.logits is not None and self.saved and self.history.best_step is not None:
+        if self.root is not None and self.saved and self.history.best_step is not None:
             self.best_weights.update({name: weight.detach().clone() for name, weight in trainable(self.model).items()})
-            sharding.read(self.saved.folder, _named("best", self.best_weights))
-
-    def save(self, trainer: Any) -> None:
-        if self.logits is None:
-            super().save(trainer)
-            return
-        assert self.shared
-        optimizer, parts = sharding.split_optimizer(checkpoint.optimizer_state(trainer.optimizer))
-        parts |= _named("weights", trainable(self.model)) | _named("best", self.best_weights)
-        if self.checkpoints:
-            self.write(self.checkpoints, trainer, optimizer, lambda folder: sharding.write(folder, parts))
-        else:
-            sharding.write(self.shared.unfinished(trainer.state.global_step), parts)
-        distributed.document_from_first()  # nobody goes on before the checkpoint is complete
-
-    def restore_weights(self) -> None:
-        if self.logits is None:
-            super().restore_weights()
-            return
-        assert self.saved
-        sharding.read(self.saved.folder, _named("weights", trainable(self.model)))
-
-    def restore_optimizer(self, optimizer: Any) -> None:
-        super().restore_optimizer(optimizer)
-        if self.logits is not None:
-            assert self.saved
-            sharding.read(self.saved.folder, sharding.join_optimizer(optimizer, self.state["optimizer"]))
+            self.read_parts("best", self.best_weights)
 
     def is_complete(self) -> bool:
         return self.saved is not None and (self.saved.step >= self.total or self.history.stalled(self.sft.early_stopping_patience))
@@ -332,9 +233,6 @@ def _trainer_class() -> type:
             import torch
 
             return torch.zeros((), device=self.session.device), None, None
-
-        def _clip_grad_norm(self, model: Any) -> Any:
-            return sharding.norm_value(super()._clip_grad_norm(model))
 
         def _get_train_sampler(self, *arguments: Any) -> Any:
             return self.session.sampler() if self.session.sft.group_by_length else super()._get_train_sampler(*arguments)
@@ -367,23 +265,6 @@ def _length_sampler_class() -> type:
     return LengthSampler
 
 
-def _named(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {f"{prefix}.{name}": tensor.detach() for name, tensor in tensors.items()}
-
-
-def _newest(checkpoints: Checkpoints | None) -> tuple[Checkpoints | None, SavedCheckpoint | None]:
-    """Folder of this process' checkpoints, and the checkpoint to resume from: all processes use the one that the first
-    process found."""
-    import torch
-
-    rank = distributed.place().rank
-    saved = checkpoints.newest() if checkpoints and not rank else None
-    step = int(distributed.from_first(torch.tensor(saved.step if saved else 0)))
-    if rank:
-        return None, checkpoints.at(step) if checkpoints and step else None
-    return checkpoints, saved
-
-
 def train(
     prepared: PreparedModel,
     tokenizer: Any,
@@ -406,35 +287,24 @@ def train(
         Diverged: a loss or a gradient is not finite. The checkpoints are from before.
         PedigreeError: the disk is full.
     """
-    kept, saved = _newest(checkpoints)
-    session = SftSession(prepared, params, compute, train_rows, kept, saved, live)
-    session.shared = checkpoints
+    session = SftSession(prepared, params, compute, train_rows, checkpoints, live)
     with tempfile.TemporaryDirectory() as scratch, stop_on_request() as session.stop_requested:
-        _name_tensorboard_folder(params, kept)
+        _name_tensorboard_folder(params, session.checkpoints)
         for weight in trainable(session.model).values():
             distributed.from_first(weight.data)
         if isinstance(params, AdapterParams) and params.sharding:
-            _shard(session, params.sharding)
+            session.divided(sharding.shard(session.model, params.sharding, session.device))
         trainer = _build_trainer(session, tokenizer, train_rows, validation_rows, scratch)
         with _accelerated(session):
             run_session(session, trainer, bool(validation_rows))
         if params.load_best_model_at_end:
             put(session.model, session.best_weights)
             log.info(f"training: keeping the weights of step {session.history.best_step}")
-        if session.logits is not None:
+        if session.root is not None:
             sharding.unshard(session.model)
     session.history.seconds = session.seconds()
     session.show(session.history.curve, now=True)
     return session.history
-
-
-def _shard(session: SftSession, settings: Sharding) -> None:
-    """Shard the model, and let all processes stop at the same step: each writes its part of a checkpoint."""
-    import torch
-
-    session.logits = sharding.shard(session.prepared, decoder_layers(session.model), settings, session.device)
-    asked = session.stop_requested
-    session.stop_requested = lambda: bool(distributed.from_first(torch.tensor(int(asked()))))
 
 
 def _name_tensorboard_folder(params: SftParams, checkpoints: Checkpoints | None) -> None:
@@ -498,12 +368,6 @@ def _accelerated(session: SftSession) -> Iterator[None]:
     yield
     for hook in hooks:
         hook.remove()
-
-
-def decoder_layers(model: Any) -> list[Any]:
-    """A model's blocks, by the names of their classes that its architecture declares."""
-    kinds = set(causal(model)._no_split_modules or ())
-    return [module for module in model.modules() if type(module).__name__ in kinds]
 
 
 def compile_layers(model: Any) -> None:
