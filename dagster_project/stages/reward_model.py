@@ -6,9 +6,10 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -23,14 +24,19 @@ from dagster_project.training.methods.hardware import peak_memory, prepare, reus
 from dagster_project.training.tokens.preference_pairs import both, refuse_misfits
 from dagster_project.training.trainers.alignment import reward_model
 from dagster_project.training.trainers.alignment.trl_training import TrainerSpec, document_of, preference_identity, train
-from dagster_project.training.trainers.harness import weight_audit
+from dagster_project.training.trainers.harness import sharding, weight_audit
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints, refuse_full_disk
 from dagster_project.training.trainers.harness.curve import write_curve
-from dagster_project.training.trainers.harness.distributed import claim_gpu
+from dagster_project.training.trainers.harness.distributed import claim_gpu, document_from_first, place
 from dagster_project.training.trainers.harness.history import TrainingHistory
-from dagster_project.training.trainers.harness.params import NON_SEMANTIC_PARAMS, PreferenceParams, refuse_unmerged
-from dagster_project.training.trainers.harness.session import Diverged, advice_on_memory
+from dagster_project.training.trainers.harness.launch import launch, portable, read_report, report_document, start_others
+from dagster_project.training.trainers.harness.params import PreferenceParams, refuse_unmerged
+from dagster_project.training.trainers.harness.session import Diverged, Interrupted, advice_on_memory
+from dagster_project.training.trainers.harness.sharding import ShardedModel
 from dagster_project.training.trainers.harness.weight_audit import WeightAudit, WeightChange
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger("pedigree")
 
@@ -71,6 +77,7 @@ def validate(params: Params, ctx: ValidationContext) -> None:
     if params.model != "base_model":
         refuse_unmerged(ctx.values["adapter"], params.model.removeprefix("merged/"), "reward_model.model")
     methods.check("lora", params.peft, None, True, "reward_model")
+    sharding.check(params, ctx.compute, "reward_model", params.method)
 
 
 def run(ctx: StageContext) -> Report:
@@ -105,6 +112,11 @@ def produce(
 
     No failed check blocks: whether the reward model is good enough is decided by the stage that uses it (`aligned`).
     """
+    if params.sharding and place().size == 1:
+        folders = {"preferences": preferences, "folder": folder, "out": out, "curve_file": curve_file, "calibration_file": calibration_file,
+                   "checkpoints": checkpoints, "live": live}  # fmt: skip
+        work = _shared(params, compute) | {"folders": {name: str(path.resolve()) for name, path in folders.items() if path}}
+        return read_report(launch(compute.processes, __name__, work))
     claim_gpu()
     device, dtype = prepare(compute)
     reuse_large_blocks()
@@ -114,30 +126,36 @@ def produce(
     _refuse(pairs, params, folder)
     advice = "use base_model.chat_template: hermes, or reward_model.model: merged/NAME with tokenized.chat_template"
     refuse_misfits(reward_model.tokenizer_of(folder), pairs, params.model, advice if params.model == "base_model" else "")
-    peft = params.peft if params.method == "lora" else None
     with advice_on_memory():
-        model = reward_model.build(folder, peft, device, dtype, "reward_model")
+        shared = _build(params, folder, device, dtype)
+    model = shared.model
     trainable_bytes = sum(w.numel() * w.element_size() for w in weight_audit.trainable(model).values())
     checkpoint_bytes = trainable_bytes * (1 + 3 * (params.save_total_limit + 1))
     model_bytes = sum(w.nbytes for w in model.parameters())
     refuse_full_disk({checkpoints: checkpoint_bytes, out: 2 * model_bytes}, "reward_model")
     audit = WeightAudit(model, checkpoints)
     identity = preference_identity(params, compute, device, dtype, preferences, {"model": folder}, Path(__file__))
-    resumable = Checkpoints(checkpoints, identity, params.save_total_limit)
-    history = _train(model, reward_model.tokenizer_of(folder), pairs, params, compute, resumable, live)
+    resumable = Checkpoints(checkpoints, identity, params.save_total_limit, sharded=params.sharding is not None)
+    inputs = {"preferences": preferences, "folder": folder, "checkpoints": checkpoints}
+    start_others(_shared(params, compute) | {"folders": {name: portable(path) for name, path in inputs.items()}}, __name__)
+    history = _train(shared, reward_model.tokenizer_of(folder), pairs, params, compute, resumable, live)
+    document_from_first({"evaluates": not isinstance(history, CheckResult)})
     if isinstance(history, CheckResult):
         remove(checkpoints)
         return _without_weights(history, out, curve_file, calibration_file)
     change = audit.change()
-    document = document_of(history, change, params.model_dump(exclude=set(NON_SEMANTIC_PARAMS)), compute, device, dtype)
+    document = document_of(history, change, params.settings(), compute, device, dtype)
+    if place().size > 1:
+        document["processes"] = place().size
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "training.json", document)
     seen = weight_audit.seen_examples(history.seen, [[pair["example_id"]] for pair in pairs["train"]])
     write_table(out / "examples.parquet", seen, weight_audit.seen_schema())
     write_curve(curve_file, history.curve, CURVE)
     reward_model.save(model, folder, out)
-    del model
-    quality = _evaluate(reward_model.RewardModel(out, device, dtype), pairs, calibration_file)
+    del model, shared
+    scorer = reward_model.RewardModel(out, device, dtype, params.sharding)
+    quality = sharding.in_step([scorer.shared], lambda: _evaluate(scorer, pairs, calibration_file))
     report = Report(
         metrics={
             "model": params.model,
@@ -157,8 +175,46 @@ def produce(
     return report
 
 
+def _shared(params: Params, compute: Compute) -> dict[str, Any]:
+    return {
+        "params": params.model_dump(mode="json", exclude_unset=True, warnings=False),
+        "compute": compute.model_dump(mode="json"),
+    }
+
+
+def first_process(work: Mapping[str, Any]) -> dict[str, Any]:
+    """Work of the first process of a group: all of the stage."""
+    params, compute = Params.model_validate(work["params"]), Compute.model_validate(work["compute"])
+    return report_document(produce(params, compute, **{name: Path(path) for name, path in work["folders"].items()}))
+
+
+def other_process(work: Mapping[str, Any]) -> None:
+    """Work of the other processes: the same training, then the passes of the evaluation, without writing anything but parts of checkpoints."""
+    params, compute = Params.model_validate(work["params"]), Compute.model_validate(work["compute"])
+    preferences, folder, checkpoints = (Path(work["folders"][name]) for name in ("preferences", "folder", "checkpoints"))
+    device, dtype = prepare(compute)
+    reuse_large_blocks()
+    pairs = {split: read_preferences(preferences / split) for split in ("train", "validation")}
+    shared = _build(params, folder, device, dtype)
+    with suppress(Interrupted):  # the first process reports it
+        _train(shared, reward_model.tokenizer_of(folder), pairs, params, compute, Checkpoints(checkpoints, {}), None)
+        if document_from_first()["evaluates"]:
+            del shared
+            scorer = reward_model.RewardModel(folder, device, dtype, params.sharding)
+            sharding.in_step([scorer.shared], lambda: None)
+
+
+def _build(params: Params, folder: Path, device: torch.device, dtype: torch.dtype) -> ShardedModel:
+    """The untrained model."""
+    import torch
+
+    peft = params.peft if params.method == "lora" else None
+    place_of_model = torch.device("cpu") if params.sharding else device
+    return ShardedModel(reward_model.build(folder, peft, place_of_model, dtype, "reward_model"), params.sharding, device)
+
+
 def _train(
-    model: Any,
+    shared: ShardedModel,
     tokenizer: Any,
     pairs: Mapping[str, Sequence[Any]],
     params: Params,
@@ -166,19 +222,22 @@ def _train(
     checkpoints: Checkpoints,
     live: Path | None,
 ) -> TrainingHistory | CheckResult:
-    """Train the model in place. Returns the failed check `learned` if a loss or a trained weight is not finite."""
+    """Train the model in place; it is whole in the first process afterwards. Returns the failed check `learned` if a loss or a trained
+    weight is not finite."""
     import trl
 
     options = {"max_length": None, "center_rewards_coefficient": params.center_rewards_coefficient}
     spec = TrainerSpec("reward model", trl.RewardTrainer, trl.RewardConfig, options, FIGURES)
     rows = {split: _rows(tokenizer, pairs[split], params.margins) for split in ("train", "validation")}
     try:
-        history = train(spec, model, tokenizer, rows["train"], rows["validation"], params, compute, checkpoints, live)
+        history = train(spec, shared, tokenizer, rows["train"], rows["validation"], params, compute, checkpoints, live)
     except Diverged as diverged:
         ids = [pairs["train"][row]["example_id"] for row in diverged.rows]
         note = f"{diverged}; lower reward_model.learning_rate, and look at the pairs of that step"
         return CheckResult("learned", passed=False, count=len(ids), rows=ids[:20], note=note)
-    finite_weights = (bool(weight.isfinite().all()) for weight in weight_audit.trainable(model).values())
+    shared.join()
+    weights = weight_audit.trainable(shared.model).values() if place().rank == 0 else ()
+    finite_weights = (bool(weight.isfinite().all()) for weight in weights)
     if not (all(map(math.isfinite, history.losses)) and all(finite_weights)):
         note = "a loss or a trained weight is not finite; lower reward_model.learning_rate"
         return CheckResult("learned", passed=False, note=note)

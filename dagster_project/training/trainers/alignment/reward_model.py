@@ -20,6 +20,9 @@ from dagster_project.core.records import CheckResult, write_json
 from dagster_project.training.methods.build import peft_config
 from dagster_project.training.tokens.collators import pad
 from dagster_project.training.tokens.preference_pairs import Answered, answered
+from dagster_project.training.trainers.harness import distributed
+from dagster_project.training.trainers.harness.params import Sharding
+from dagster_project.training.trainers.harness.sharding import ShardedModel
 
 if TYPE_CHECKING:
     import torch
@@ -99,19 +102,27 @@ def tokenizer_of(folder: Path) -> Any:
 
 
 class RewardModel:
-    """A reward model for scoring."""
+    """A reward model for scoring. Divided among processes, it must only be used in `sharding.in_step` with `shared`."""
 
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, sharding: Sharding | None = None) -> None:
+        """Args:
+        folder: of the model. With `sharding`, the other processes only need a folder with a model of the same architecture.
+        sharding: divides the model among the processes, which all create it at the same time.
+        """
         from transformers import AutoModelForSequenceClassification
 
-        self.tokenizer = tokenizer_of(folder)
-        self.model = (
-            AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa"
-            )
-            .to(device)
-            .eval()
-        )
+        self.tokenizer, self.device = tokenizer_of(folder), device
+        self.model = AutoModelForSequenceClassification.from_pretrained(
+            folder, num_labels=1, dtype=dtype, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa"
+        ).eval()
+        self.shared = ShardedModel(self.model, sharding, device)
+        if sharding is None:
+            self.model.to(device)
+            return
+        self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        for weight in self.model.parameters():
+            distributed.from_first(weight.data)
+        self.shared.divide()
 
     def __call__(
         self, conversations: Sequence[Messages], batch_size: int = 32, what: str = "", tools: Sequence[Tools] | None = None
@@ -142,7 +153,7 @@ class RewardModel:
                 ids, mask = pad([texts[i] for i in batch])
                 # the mask hides padding, but the model uses the id to find the last token
                 ids = ids.masked_fill(mask == 0, self.model.config.pad_token_id)
-                found = self.model(input_ids=ids.to(self.model.device), attention_mask=mask.to(self.model.device), use_cache=False).logits
+                found = self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False).logits
                 for i, value in zip(batch, found[:, 0].float().tolist(), strict=True):
                     rewards[i] = value
                 if progress:

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
-from itertools import takewhile
+from itertools import takewhile, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.hashing import sha256_of_files
 from dagster_project.core.params import Compute
-from dagster_project.training.trainers.harness.checkpoint import Checkpoints, SavedCheckpoint, params_identity, run_identity
+from dagster_project.training.trainers.harness import distributed
+from dagster_project.training.trainers.harness.checkpoint import Checkpoints, params_identity, run_identity
 from dagster_project.training.trainers.harness.history import TrainingHistory
 from dagster_project.training.trainers.harness.params import PreferenceParams
 from dagster_project.training.trainers.harness.session import (
     Diverged,
     ResumableTrainer,
-    Session,
     advice_on_memory,
     monitor,
     run_session,
     stop_on_request,
     training_arguments,
 )
-from dagster_project.training.trainers.harness.weight_audit import LIBRARIES, WeightChange, versions
+from dagster_project.training.trainers.harness.sharding import ShardedModel
+from dagster_project.training.trainers.harness.shared_session import SharedSession
+from dagster_project.training.trainers.harness.weight_audit import LIBRARIES, WeightChange, trainable, versions
 
 if TYPE_CHECKING:
     import torch
@@ -50,20 +53,14 @@ class TrainerSpec:
     """Further arguments of the trainer's constructor, e.g. reward functions."""
 
 
-class TrlSession(Session):
-    """A training by one of TRL's trainers."""
+class TrlSession(SharedSession):
+    """A training by one of TRL's trainers. Several processes share its steps if the model is divided among them."""
 
     def __init__(
-        self,
-        spec: TrainerSpec,
-        model: Any,
-        params: PreferenceParams,
-        checkpoints: Checkpoints | None,
-        saved: SavedCheckpoint | None,
-        live: Path | None,
+        self, spec: TrainerSpec, model: Any, params: PreferenceParams, compute: Compute, checkpoints: Checkpoints | None, live: Path | None
     ) -> None:
         metrics = (*spec.metrics.values(), "loss", "validation_loss", "learning_rate", "grad_norm")
-        super().__init__(spec.name, model, params, checkpoints, saved, live, metrics)
+        super().__init__(spec.name, model, params, compute, checkpoints, live, metrics)
         self.metrics = spec.metrics
 
     def step_point(self, step: int, logs: Mapping[str, float]) -> tuple[dict[str, float], str]:
@@ -86,6 +83,8 @@ def _trainer_class(base: type) -> type:
         """TRL's trainer on tokenized rows; notes which rows each step was trained on."""
 
         session: TrlSession
+        _metrics: dict[str, Any]
+        _total_train_tokens: int
 
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
             return dataset
@@ -95,17 +94,52 @@ def _trainer_class(base: type) -> type:
             return [list(ids) for ids in prompts], None, {}
 
         def training_step(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> Any:
-            history, step, epoch = self.session.history, self.state.global_step + 1, int(self.state.epoch or 0) + 1
+            session, history, step, epoch = self.session, self.session.history, self.state.global_step + 1, int(self.state.epoch or 0) + 1
             known = {row for _, _, row in takewhile(lambda seen: seen[0] == step, reversed(history.seen))}
-            history.seen += [(step, epoch, row) for row in dict.fromkeys(_take_rows(inputs)) if row not in known]
-            loss = super().training_step(model, inputs, *arguments, **named)
+            rows = [row for row in dict.fromkeys(_take_rows(inputs)) if row not in known]
+            history.seen += [(step, epoch, row) for row in rows]
+            forward_backward = partial(super().training_step, model, inputs, *arguments, **named)
+            if session.root is not None:
+                return session.share_pass(rows, step, forward_backward, self.accelerator.sync_gradients)
+            loss = forward_backward()
             if not torch.isfinite(loss):
                 raise Diverged(f"the loss is {float(loss)}", step, history.rows_of(step))
             return loss
 
+        def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> Any:
+            compute = partial(self.session.compute_loss, model, partial(super().compute_loss, model, inputs, *arguments, **named))
+            if not self.session.idles:
+                return compute()
+            metrics, tokens = self._metrics, self._total_train_tokens
+            self._metrics = {mode: defaultdict(list) for mode in metrics}
+            loss = compute()
+            self._metrics, self._total_train_tokens = metrics, tokens
+            return loss
+
         def prediction_step(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> Any:
             _take_rows(inputs)
-            return super().prediction_step(model, inputs, *arguments, **named)
+            if self.session.root is None or self.session.validates_here():
+                return super().prediction_step(model, inputs, *arguments, **named)
+            self.session.batch = inputs
+            return torch.zeros((), device=self.session.device), None, None
+
+        def log(self, logs: dict[str, float], *arguments: Any, **named: Any) -> None:
+            if self.session.root is not None:
+                self._combine_processes(logs)
+            super().log(logs, *arguments, **named)
+
+        def _combine_processes(self, logs: dict[str, float]) -> None:
+            """Make losses and metrics those of the passes of all processes."""
+            if "eval_loss" in logs:  # zero for the passes of other processes
+                self.session.end_validation(lambda: super(RowTrainer, self).prediction_step(self.model, self.session.batch, True))
+                logs["eval_loss"] = float(distributed.summed(torch.tensor(logs["eval_loss"], dtype=torch.float64)))
+            before = self.session.history.tokens
+            self._total_train_tokens = before + int(distributed.summed(torch.tensor(self._total_train_tokens - before)))
+            mode = "train" if self.model.training else "eval"
+            combined = _interleaved(distributed.documents(self._metrics[mode]))
+            if "num_tokens" in combined:
+                combined["num_tokens"] = [self._total_train_tokens]
+            self._metrics[mode] = defaultdict(list, combined)
 
         def _load_rng_state(self, folder: str | None) -> None:
             super()._load_rng_state(folder)
@@ -115,9 +149,20 @@ def _trainer_class(base: type) -> type:
     return RowTrainer
 
 
+def _interleaved(metrics: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:
+    """The values of each metric in the order of the passes, given those of each process.
+
+    >>> _interleaved([{"loss": [1, 3]}, {"loss": [2], "kl": [0]}])
+    {'loss': [1, 2, 3], 'kl': [0]}
+    """
+    names = dict.fromkeys(name for of_process in metrics for name in of_process)
+    rounds = {name: zip_longest(*(of_process.get(name, ()) for of_process in metrics)) for name in names}
+    return {name: [value for values in rounds[name] for value in values if value is not None] for name in names}
+
+
 def train(
     spec: TrainerSpec,
-    model: Any,
+    model: ShardedModel,
     tokenizer: Any,
     rows: Sequence[Mapping[str, Any]],
     validation_rows: Sequence[Mapping[str, Any]],
@@ -125,22 +170,32 @@ def train(
     compute: Compute,
     checkpoints: Checkpoints | None = None,
     live: Path | None = None,
+    begin: Callable[[], None] = lambda: None,
 ) -> TrainingHistory:
     """Train a model in place, from its newest checkpoint if it has one.
 
     Args:
-        model: its trainable weights are trained and saved in checkpoints.
+        model: its trainable weights are trained and saved in checkpoints. It is divided here if it has settings for that, and stays so.
         rows: of the training split, with the trainer's columns after tokenization.
         validation_rows: likewise; none: no validation.
         live: folder for the curves so far; None to write none.
+        begin: called before the first step, once the model is divided.
     Raises:
         Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
         Diverged: a loss or a gradient is not finite. The checkpoints are older.
         PedigreeError: out of memory or disk.
     """
-    session = TrlSession(spec, model, params, checkpoints, checkpoints.newest() if checkpoints else None, live)
+    session = TrlSession(spec, model.model, params, compute, checkpoints, live)
     with tempfile.TemporaryDirectory() as scratch, stop_on_request() as session.stop_requested, advice_on_memory():
-        run_session(session, _build_trainer(spec, session, tokenizer, rows, validation_rows, compute, scratch), bool(validation_rows))
+        with model.kept_in_place():
+            trainer = _build_trainer(spec, session, tokenizer, rows, validation_rows, model.device, scratch)
+        for weight in trainable(model.model).values():
+            distributed.from_first(weight.data)
+        model.divide()
+        if model.root is not None:
+            session.divided(model.root)
+        begin()
+        run_session(session, trainer, bool(validation_rows))
     session.history.seconds = session.seconds()
     session.show(session.history.curve, now=True)
     return session.history
@@ -148,7 +203,7 @@ def train(
 
 def _build_trainer(
     spec: TrainerSpec, session: TrlSession, tokenizer: Any, rows: Sequence[Mapping[str, Any]],
-    validation_rows: Sequence[Mapping[str, Any]], compute: Compute, scratch: str,
+    validation_rows: Sequence[Mapping[str, Any]], device: torch.device, scratch: str,
 ) -> Any:  # fmt: skip
     from datasets import Dataset
 
@@ -156,11 +211,12 @@ def _build_trainer(
     if "prompt" in rows[0] and not hasattr(spec.trainer, "_tokenize_prompts"):  # a private method, overridden in RowTrainer
         raise AssertionError(f"trl {version('trl')}: {spec.trainer.__name__} has no _tokenize_prompts, which takes prompts as token ids")
     assert isinstance(params, PreferenceParams)
-    arguments = training_arguments(params, compute, scratch, model.device.type, bool(validation_rows))
+    arguments = training_arguments(params, session.compute, scratch, device.type, bool(validation_rows))
     own = {
         "report_to": "none",
         "warmup_steps": params.warmup_ratio,
         "max_steps": params.max_steps or -1,
+        **({"gradient_accumulation_steps": params.gradient_accumulation_steps * session.process.size} if params.sharding else {}),
         "gradient_checkpointing": params.gradient_checkpointing,
     }
     trainer = _trainer_class(spec.trainer)(

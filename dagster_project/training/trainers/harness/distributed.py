@@ -87,6 +87,24 @@ def document_from_first(document: Any = None) -> Any:
     return json.loads(bytes(from_first(letters).tolist()))
 
 
+def documents(document: Any) -> list[Any]:
+    """The JSON documents of all processes, by their ranks."""
+    import torch
+    import torch.distributed as dist
+
+    if place().size == 1:
+        return [document]
+    text = torch.tensor(list(json.dumps(document).encode()), dtype=torch.uint8)
+    sizes = torch.zeros(place().size, dtype=torch.int64)
+    sizes[place().rank] = len(text)
+    longest = int(summed(sizes).max())
+    padded = torch.zeros(longest, dtype=torch.uint8)
+    padded[: len(text)] = text
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return [json.loads(bytes(part[:size].tolist())) for part, size in zip(parts, sizes.tolist(), strict=True)]
+
+
 def sum_gradients(parameters: Sequence[Any]) -> None:
     """Replace gradients by their sums over all processes; a missing gradient counts as zero."""
     import torch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
@@ -154,6 +154,17 @@ class SftParams(TrainingParams):
         return self.save_strategy == "epoch" or self.saves_at(step) or (last and self.save_strategy != "no")
 
 
+class Sharding(Section):
+    """Divide weights, gradients and optimizer state among `compute.processes`, for a model that does not fit one GPU. See docs/methods.md."""
+
+    fsdp: Literal["full_shard", "shard_grad_op"] = "full_shard"
+    """`full_shard` gathers a layer's weights for its forward pass and again for its backward pass; `shard_grad_op` keeps
+    them in between, which is faster and needs more memory."""
+    cpu_offload: bool = False
+    """Keep weights, gradients and optimizer state in the memory of the CPU; a GPU holds only the current layers. No effect
+    without a GPU; refused with 4-bit weights."""
+
+
 class PreferenceParams(TrainingParams):
     """Parameters of preference training: reward model, DPO and related methods."""
 
@@ -170,23 +181,23 @@ class PreferenceParams(TrainingParams):
     save_steps: int | None = Field(default=None, ge=1)
     """Optimizer steps between two checkpoints from which an interrupted training resumes. null: one at the end of each
     epoch."""
+    sharding: Sharding | None = None
+    """Divide the model among `compute.processes`, see docs/methods.md. null: each process holds a whole model."""
+
+    def settings(self, ignored: Collection[str] = ()) -> dict[str, Any]:
+        """The parameters that determine the weights, for training.json.
+
+        Args:
+            ignored: keys that the method does not use.
+        """
+        values = self.model_dump(exclude={*NON_SEMANTIC_PARAMS, *ignored})
+        return {name: value for name, value in values.items() if name != "sharding" or value is not None}
 
     def saves_at(self, step: int) -> bool:
         return bool(self.save_steps and step % self.save_steps == 0)
 
     def saves_after_epoch(self, step: int, last: bool) -> bool:
         return True
-
-
-class Sharding(Section):
-    """Divide weights, gradients and optimizer state among `compute.processes`, for a model that does not fit one GPU. See docs/methods.md."""
-
-    fsdp: Literal["full_shard", "shard_grad_op"] = "full_shard"
-    """`full_shard` gathers a layer's weights for its forward pass and again for its backward pass; `shard_grad_op` keeps
-    them in between, which is faster and needs more memory."""
-    cpu_offload: bool = False
-    """Keep weights, gradients and optimizer state in the memory of the CPU; a GPU holds only the current layers. No effect
-    without a GPU; refused with 4-bit weights."""
 
 
 class AdapterParams(SftParams):

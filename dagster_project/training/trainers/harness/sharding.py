@@ -5,7 +5,8 @@ A layer's weights are gathered while it computes and freed afterwards; gradients
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -122,6 +123,16 @@ class ShardedModel:
         self.root: Any = None
         """See `shard`; None while the model is whole."""
 
+    @contextmanager
+    def kept_in_place(self) -> Iterator[None]:
+        """While open, a model to be divided cannot be moved: a Trainer would move the whole model to the GPU."""
+        if self.settings is None:
+            yield
+            return
+        self.model.to = lambda *_, **__: self.model
+        yield
+        del self.model.to
+
     def divide(self, *more: Any) -> None:
         """Divide the model, and `more` modules that are trained with it. No effect without settings.
 
@@ -219,11 +230,16 @@ def free_gathered(root: Any) -> None:
 def unshard(model: Any) -> None:
     """Gather the whole weights in the first process, on the CPU. The model cannot be trained any more."""
     import torch
+    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
     first = distributed.place().rank == 0
     gathered: dict[int, torch.nn.Parameter | None] = {}
     for module in model.modules():
+        if isinstance(module, FSDPModule):  # its class extends the module's own; `to` and `float` of it work on parts only
+            extended, fsdp, own, *_ = type(module).__mro__
+            assert (extended.__name__, fsdp) == (f"FSDP{own.__name__}", FSDPModule), f"written for torch 2.13: {torch.__version__}"
+            module.__class__ = own
         for name, part in list(module._parameters.items()):
             if not isinstance(part, DTensor):
                 continue
