@@ -6,9 +6,10 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -30,15 +31,19 @@ from dagster_project.training.trainers.alignment.preference import (
 )
 from dagster_project.training.trainers.alignment.reward_model import MODEL, RewardModel, Rewards, failed_checks, tokenizer_of
 from dagster_project.training.trainers.alignment.trl_training import document_of, preference_identity
-from dagster_project.training.trainers.harness import weight_audit
+from dagster_project.training.trainers.harness import sharding, weight_audit
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints, refuse_full_disk
 from dagster_project.training.trainers.harness.curve import write_curve
 from dagster_project.training.trainers.harness.distributed import claim_gpu, place
 from dagster_project.training.trainers.harness.history import TrainingHistory
 from dagster_project.training.trainers.harness.launch import launch, portable, read_report, report_document, start_others
-from dagster_project.training.trainers.harness.params import NON_SEMANTIC_PARAMS, PreferenceParams, refuse_unmerged
-from dagster_project.training.trainers.harness.session import Diverged, advice_on_memory
+from dagster_project.training.trainers.harness.params import PreferenceParams, refuse_unmerged
+from dagster_project.training.trainers.harness.session import Diverged, Interrupted, advice_on_memory
+from dagster_project.training.trainers.harness.sharding import ShardedModel
 from dagster_project.training.trainers.harness.weight_audit import WeightAudit
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger("pedigree")
 
@@ -98,6 +103,12 @@ def validate(params: Params, ctx: ValidationContext) -> None:
     refuse_unmerged(ctx.values["adapter"], params.adapter, f"{where}.adapter")
     methods.check("lora", params.peft, None, True, where)
     method = params.parsed_method(where, ctx.value)
+    if params.sharding and not method.can_shard:
+        raise InputError(
+            f"params.yaml: {where}.sharding: {params.method} samples its answers through TRL, which needs the whole model in each process",
+            "use ppo, or leave it out",
+        )
+    sharding.check(params, ctx.compute, where, "lora", "adamw_torch" if "optim" in method.ignored_params else None)
     if method.learns_from_rewards:
         reward.check(params.rewards, f"{where}.rewards")
     elif "rewards" in ctx.value:
@@ -139,7 +150,7 @@ def produce(
     checkpoints: the variant's folder, which survives a killed run. It is removed unless a check blocks.
     """
     where = f"aligned.{variant}"
-    if compute.processes > 1 and params.parsed_method(where).shares_processes and place().size == 1:
+    if compute.processes > 1 and (params.sharding or params.parsed_method(where).shares_processes) and place().size == 1:
         work = {
             "variant": variant,
             **_shared(params, compute),
@@ -162,33 +173,44 @@ def produce(
     device, dtype = prepare(compute)
     reuse_large_blocks()
     with advice_on_memory():
-        prepared = preference.policy(sft, params.peft, device, dtype, where, params.adapter)
-        judge = RewardModel(reward_model, device, dtype) if usable else None
+        prepared, shared = _policy(sft, params, device, dtype, where)
     _refuse_full_disk(prepared, params, method, checkpoints, out, where)
     policies = alignment.Policies(prepared.model, tokenizer_of(sft), EVALUATION_BATCH)
-    start = _initial_difference(policies, pairs["train"][:8])
+    start: dict[str, float] = {}
+
+    def begin() -> None:
+        start.update(sharding.in_step([shared], lambda: _initial_difference(policies, pairs["train"][:8])))
+
+    if not params.sharding:
+        begin()
     audit = WeightAudit(prepared.model, checkpoints)
     models = {"SFT model": sft, **({"reward model": reward_model} if method.learns_from_rewards else {})}
     identity = preference_identity(params, compute, device, dtype, preferences, models, Path(__file__))
-    kept = Checkpoints(checkpoints, identity, params.save_total_limit)
+    kept = Checkpoints(checkpoints, identity, params.save_total_limit, sharded=params.sharding is not None)
+    folders = {name: portable(path) for name, path in {**vars(sources), "checkpoints": checkpoints}.items()}
+    start_others({**_shared(params, compute), "folders": folders, "scored": usable}, __name__)
+    with advice_on_memory():
+        judge = RewardModel(reward_model, device, dtype, params.sharding) if usable else None
     rewards = Rewards(params.rewards, judge) if method.learns_from_rewards else None
     try:
-        folders = {name: portable(path) for name, path in {**vars(sources), "checkpoints": checkpoints}.items()}
-        start_others({**_shared(params, compute), "folders": folders}, __name__)
-        history = method.train(AlignmentRun(prepared.model, policies.tokenizer, pairs, rewards, params, compute, kept, live))
+        history = method.train(
+            AlignmentRun(shared, policies.tokenizer, pairs, rewards, params, compute, kept, live, begin if params.sharding else _nothing)
+        )
     except Diverged as diverged:
         return Report(checks=[_diverged(diverged, pairs["train"])])
+    used = [shared, judge.shared] if judge else [shared]
+    preferred, watch = sharding.in_step(used, lambda: _evaluate(policies, pairs["test"], judge, params, out))
+    shared.join()
     finite = all(map(math.isfinite, history.losses)) and all(
         bool(weight.isfinite().all()) for weight in weight_audit.trainable(prepared.model).values()
     )
     change = audit.change()
-    settings = params.model_dump(exclude=set(NON_SEMANTIC_PARAMS | method.ignored_params)) | {"options": method.model_dump()}
+    settings = params.settings(method.ignored_params) | {"options": method.model_dump()}
     document = document_of(history, change, settings, compute, device, dtype)
     if place().size > 1:
         document["processes"] = place().size
     prepared.save(out)
     _write_training(document | {"step_0": start}, history, method, pairs["train"], sft, out, curve_file)
-    preferred, watch = _evaluate(policies, pairs["test"], judge, params, out)
     signs = alignment.gamed(watch)
     if pages:
         write_json(pages / "history.json", {"curve": history.curve, "signs": signs})
@@ -233,18 +255,41 @@ def first_process(work: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def other_process(work: Mapping[str, Any]) -> None:
-    """Work of the other processes: the same training, without writing anything."""
+    """Work of the other processes: the same training, and with `sharding` the passes of the evaluation, without writing anything but parts of
+    checkpoints."""
     params, compute = Params.model_validate(work["params"]), Compute.model_validate(work["compute"])
     folders = {name: Path(path) for name, path in work["folders"].items()}
     checkpoints = folders.pop("checkpoints")
     sources = Sources(**folders)
     device, dtype = prepare(compute)
     reuse_large_blocks()
-    prepared = preference.policy(sources.sft, params.peft, device, dtype, "aligned", params.adapter)
-    rewards = Rewards(params.rewards, RewardModel(sources.reward_model, device, dtype) if params.rewards.get(MODEL) else None)
-    pairs = {"train": read_preferences(sources.preferences / "train")}
-    run = AlignmentRun(prepared.model, tokenizer_of(sources.sft), pairs, rewards, params, compute, Checkpoints(checkpoints, {}))
-    params.parsed_method("aligned").train(run)
+    method = params.parsed_method("aligned")
+    _, shared = _policy(sources.sft, params, device, dtype, "aligned")
+    scores = params.rewards.get(MODEL) if method.learns_from_rewards and not params.sharding else work["scored"]
+    judge = RewardModel(sources.reward_model, device, dtype, params.sharding) if scores else None
+    rewards = Rewards(params.rewards, judge) if method.learns_from_rewards else None
+    pairs = {split: read_preferences(sources.preferences / split) for split in ("train", "validation")}
+
+    def begin() -> None:
+        sharding.in_step([shared], _nothing)
+
+    run = AlignmentRun(shared, tokenizer_of(sources.sft), pairs, rewards, params, compute, Checkpoints(checkpoints, {}), begin=begin)
+    with suppress(Diverged, Interrupted):  # the first process reports it
+        method.train(run)
+        sharding.in_step([shared, judge.shared] if judge else [shared], _nothing)
+        shared.join()
+
+
+def _nothing() -> None:
+    return None
+
+
+def _policy(sft: Path, params: Params, device: torch.device, dtype: torch.dtype, where: str) -> tuple[PreparedModel, ShardedModel]:
+    """The untrained policy; one to be divided among the processes is on the CPU."""
+    import torch
+
+    prepared = preference.policy(sft, params.peft, torch.device("cpu") if params.sharding else device, dtype, where, params.adapter)
+    return prepared, ShardedModel(prepared.model, params.sharding, device)
 
 
 def _refuse_full_disk(prepared: PreparedModel, params: Params, method: AlignmentMethod, checkpoints: Path, out: Path, where: str) -> None:

@@ -19,13 +19,13 @@ both (rewards at the end, whitening, clipped values, the EOS penalty) 2403.17031
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -40,10 +40,12 @@ from dagster_project.training.inference.decoding import Choose, decode
 from dagster_project.training.methods.attention import attention_for, attention_of
 from dagster_project.training.methods.build import causal
 from dagster_project.training.tokens.collators import SIZES, collate_packed
-from dagster_project.training.trainers.harness import checkpoint, distributed
+from dagster_project.training.trainers.harness import checkpoint, distributed, sharding
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints
 from dagster_project.training.trainers.harness.curve import live_writer
 from dagster_project.training.trainers.harness.session import Interrupted, stop_on_request
+from dagster_project.training.trainers.harness.sharding import ShardedModel, in_step
+from dagster_project.training.trainers.harness.shared_session import newest
 from dagster_project.training.trainers.harness.weight_audit import trainable
 
 if TYPE_CHECKING:
@@ -187,6 +189,8 @@ def train(
     compute: Compute,
     checkpoints: Checkpoints | None = None,
     live: Path | None = None,
+    shared: ShardedModel | None = None,
+    begin: Callable[[], None] = lambda: None,
 ) -> PPOHistory:
     """Train a policy in place, from its newest checkpoint if it has one.
 
@@ -202,6 +206,8 @@ def train(
         prompts: token ids of each, including the assistant's header.
         checkpoints: where to keep them; None to keep none.
         live: folder for the live curve; None to write none.
+        shared: the model, if it is to be divided among the processes. It is divided here, with the value head, and stays so.
+        begin: called before the first iteration, once the model is divided.
     Raises:
         InputError: prompts, model or reward that cannot be trained with.
         Interrupted: SIGINT or SIGTERM came; a checkpoint has been written.
@@ -209,16 +215,19 @@ def train(
     refuse_mistakes(model, tokenizer, prompts, settings)
     model.eval()
     attention = attention_of(causal(model))
-    training = Training(model, tokenizer, prompts, reward, settings, compute, checkpoints, live)
-    with stop_on_request() as stop_requested:
+    shared = shared or ShardedModel(model, None, model.device)
+    training = Training(shared, tokenizer, prompts, reward, settings, compute, checkpoints, live)
+    begin()
+    with stop_on_request() as requested:
+        stop_requested = requested if shared.root is None else sharding.asked_first(requested)
         for step in range(training.done + 1, training.total + 1):
             if training.history.stopped:
                 break
             training.run_iteration(step)
-            last = step == training.total or bool(training.history.stopped)
-            if training.checkpoints and (step % settings.save_steps == 0 or last or stop_requested()):
-                training.save(training.checkpoints, step)
-            if stop_requested() and not last:
+            stop, last = stop_requested(), step == training.total or bool(training.history.stopped)
+            if checkpoints and (step % settings.save_steps == 0 or last or stop):
+                training.save(checkpoints, step)
+            if stop and not last:
                 raise Interrupted(f"interrupted at iteration {step}; the next run resumes from there", "run the same command again")
     causal(model).set_attn_implementation(attention)
     training.show(training.history.curve, now=True)
@@ -246,7 +255,7 @@ class Training:
 
     def __init__(
         self,
-        model: Any,
+        shared: ShardedModel,
         tokenizer: Any,
         prompts: Sequence[list[int]],
         reward: Reward,
@@ -258,39 +267,42 @@ class Training:
         """Resume from the newest checkpoint, if there is one. Arguments are those of `train`."""
         import torch
 
-        self.model, self.tokenizer, self.prompts, self.reward = model, tokenizer, prompts, reward
+        self.shared, self.model, self.tokenizer, self.prompts, self.reward = shared, shared.model, tokenizer, prompts, reward
         self.settings, self.seed, self.total = settings, compute.seed, iterations(settings)
-        self.head = value_head(model)
-        self.weights = {**trainable(model), **{f"value_head.{name}": w for name, w in self.head.named_parameters()}}
-        for weight in self.weights.values():
+        self.head = value_head(self.model)
+        for weight in self._trained().values():
             distributed.from_first(weight.data)
+        shared.divide(self.head)
+        self.weights = self._trained()
         self.optimizer = torch.optim.Adam(self.weights.values(), lr=settings.learning_rate, eps=1e-5)
         self.history, self.kl_coef, self.good = PPOHistory(), settings.kl_coef, _copy_weights(self.weights)
         self.done = self.good_step = self._resume(checkpoints)
-        self.checkpoints = None if distributed.place().rank else checkpoints
         self._began, self._earlier = time.monotonic(), self.history.seconds
         self.progress = Progress("ppo", self.total, "iteration", every=0)
         self.progress.done, self.progress.start = self.done, self.progress.start - self._earlier
         self.show = live_writer(live, names=LIVE) if live else lambda curve, now=False: None
 
+    def _trained(self) -> dict[str, torch.Tensor]:
+        return {**trainable(self.model), **{f"value_head.{name}": weight for name, weight in self.head.named_parameters()}}
+
     def _resume(self, checkpoints: Checkpoints | None) -> int:
         """Iteration of the newest checkpoint of the first process, which every process loads; 0 without one."""
-        import torch
-
-        rank, device = distributed.place().rank, self.model.device
-        saved = checkpoints.newest() if checkpoints and not rank else None
-        done = int(distributed.from_first(torch.tensor(saved.step if saved else 0, device=device)))
-        if rank:
-            saved = checkpoints.at(done) if checkpoints and done else None
-        if saved:
-            state = saved.state(device)
-            seen = [(step, epoch, row) for step, epoch, row in state["seen"].tolist()]
-            self.history = PPOHistory(**saved.document("course"), seen=seen)
-            self.kl_coef, self.good = state["kl_coef"], saved.tensors("good")
+        _, saved = newest(checkpoints)
+        if not saved:
+            return 0
+        state = saved.state(self.shared.device)
+        seen = [(step, epoch, row) for step, epoch, row in state["seen"].tolist()]
+        self.history = PPOHistory(**saved.document("course"), seen=seen)
+        self.kl_coef = state["kl_coef"]
+        checkpoint.restore_optimizer(self.optimizer, state["optimizer"])
+        if self.shared.root is None:
+            self.good = saved.tensors("good")
             _set_weights(self.weights, saved.tensors("weights"))
-            checkpoint.restore_optimizer(self.optimizer, state["optimizer"])
-            log.info(f"ppo: resuming from the checkpoint of iteration {done} of {self.total}")
-        return done
+        else:
+            parts = sharding.join_optimizer(self.optimizer, state["optimizer"])
+            sharding.read(saved.folder, parts | sharding.named("weights", self.weights) | sharding.named("good", self.good))
+        log.info(f"ppo: resuming from the checkpoint of iteration {saved.step} of {self.total}")
+        return saved.step
 
     def run_iteration(self, step: int) -> None:
         """Learn from one iteration. After a collapse, restore the last good weights and record the reason."""
@@ -316,17 +328,17 @@ class Training:
         Raises:
             Collapsed: the policy gives empty answers, or is too far from the reference.
         """
-        model, settings = self.model, self.settings
+        model, settings, shared = self.model, self.settings, self.shared
         schedule = prompt_schedule(len(self.prompts), step, settings, self.seed)
         rows = [row for _, row in schedule]
         prompts = [self.prompts[row] for row in rows]
-        rollout = roll_out(model, self.tokenizer, rows, prompts, settings, f"{self.seed} {step}")
+        rollout = roll_out(model, self.tokenizer, rows, prompts, settings, f"{self.seed} {step}", shared)
         texts = [self.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in rollout.answers]
         refuse_silence(texts, first=step == 1)
         scores = rewarded(self.reward, rollout, texts, settings, first=step == 1)
-        policy = evaluate(model, self.head, rollout, settings)
+        policy = evaluate(model, self.head, rollout, settings, shared)
         with model.disable_adapter():
-            reference = evaluate(model, self.head, rollout, settings).log_probs
+            reference = evaluate(model, self.head, rollout, settings, shared).log_probs
         kl = kl_per_answer(policy.log_probs, reference)
         if step == 1:
             refuse_other_reference(policy.log_probs, reference, rollout.mask, model.dtype)
@@ -358,9 +370,9 @@ class Training:
         model, head, settings = self.model, self.head, self.settings
         rollout, policy, seed = experience.rollout, experience.policy, f"{self.seed} {step}"
         rate = learning_rate(step, self.total, settings)
-        figures = update(model, head, self.optimizer, rate, rollout, policy, advantages, returns, settings, seed)
+        figures = update(model, head, self.optimizer, rate, rollout, policy, advantages, returns, settings, seed, self.shared)
         if step == self.total:  # no later rollout measures how far the policy moved
-            moved = evaluate(model, head, rollout, settings).log_probs
+            moved = evaluate(model, head, rollout, settings, self.shared).log_probs
             refuse_explosion(kl_per_answer(policy.log_probs, moved), settings)
         return {**figures, "learning_rate": rate}
 
@@ -389,15 +401,25 @@ class Training:
         self.kl_coef = next_kl_coef(self.kl_coef, kl, count, self.settings)
 
     def save(self, checkpoints: Checkpoints, step: int) -> None:
+        """Write a checkpoint in the first process; of a divided model all processes write their parts."""
         import torch
 
+        first, document = distributed.place().rank == 0, {name: value for name, value in vars(self.history).items() if name != "seen"}
+        optimizer, parts = checkpoint.optimizer_state(self.optimizer), dict[str, torch.Tensor]()
+        if self.shared.root is not None:
+            optimizer, parts = sharding.split_optimizer(optimizer)
+            parts |= sharding.named("weights", self.weights) | sharding.named("good", self.good)
         state = {
-            "optimizer": checkpoint.optimizer_state(self.optimizer),
+            "optimizer": optimizer,
             "kl_coef": self.kl_coef,
             "seen": torch.tensor(self.history.seen, dtype=torch.int32).view(-1, 3),
         }
-        document = {name: value for name, value in dataclasses.asdict(self.history).items() if name != "seen"}
-        checkpoints.save(step, state, {"weights": self.weights, "good": self.good}, {"course": document})
+        tensors = {} if parts else {"weights": self.weights, "good": self.good}
+        if parts:
+            save = partial(checkpoints.save, step, state, tensors, {"course": document}) if first else None
+            sharding.save(parts, checkpoints.unfinished(step), save)
+        elif first:
+            checkpoints.save(step, state, tensors, {"course": document})
 
 
 # ---- 1. roll out ------------------------------------------------------------------------------------------------------------------------
@@ -414,33 +436,44 @@ def prompt_schedule(count: int, step: int, settings: Settings, seed: int) -> lis
     return [(episode // count + 1, orders[episode // count][episode % count]) for episode in episodes]
 
 
-def roll_out(model: Any, tokenizer: Any, rows: list[int], prompts: list[list[int]], settings: Settings, seed: str) -> Rollout:
+def roll_out(
+    model: Any, tokenizer: Any, rows: list[int], prompts: list[list[int]], settings: Settings, seed: str, shared: ShardedModel | None = None
+) -> Rollout:
     """Sample an answer to each prompt, in batches of prompts of similar length.
 
     A token is sampled by inverting the distribution function at a number u ~ U[0, 1) that depends only on the seed, the
     episode and the position in the answer. So neither batch, padding nor `response_length` affects the answers.
+
+    Args:
+        shared: the model, if it is divided among the processes.
     """
     import torch
 
     longest, here, ends = settings.response_length, distributed.place(), end_ids(tokenizer)
-    tokens = torch.zeros(len(prompts), longest, dtype=torch.int64, device=model.device)
-    lengths = torch.zeros(len(prompts), dtype=torch.int64, device=model.device)
+    device = shared.device if shared else model.device
+    tokens = torch.zeros(len(prompts), longest, dtype=torch.int64, device=device)
+    lengths = torch.zeros(len(prompts), dtype=torch.int64, device=device)
     order = sorted(range(len(prompts)), key=lambda e: (len(prompts[e]), e))
     causal(model).set_attn_implementation("sdpa")
-    for number, batch in enumerate(_parts(order, settings.rollout_batch_size)):
-        if here.does(number):
-            dice = [random.Random(f"{seed} answer {e}") for e in batch]
-            uniform = [[die.random() for _ in range(longest)] for die in dice]
-            batch_answers = decode(
-                causal(model), [prompts[e] for e in batch], sampled(uniform, settings.temperature), longest, ends, tokenizer.pad_token_id,
-            )  # fmt: skip
-            for e, answer in zip(batch, batch_answers, strict=True):
-                tokens[e, : len(answer)] = torch.tensor(answer, device=model.device)
-                lengths[e] = len(answer)
+
+    def sample() -> None:
+        for number, batch in enumerate(_parts(order, settings.rollout_batch_size)):
+            if here.does(number):
+                dice = [random.Random(f"{seed} answer {e}") for e in batch]
+                uniform = [[die.random() for _ in range(longest)] for die in dice]
+                batch_answers = decode(
+                    causal(model), [prompts[e] for e in batch], sampled(uniform, settings.temperature), longest, ends,
+                    tokenizer.pad_token_id,
+                )  # fmt: skip
+                for e, answer in zip(batch, batch_answers, strict=True):
+                    tokens[e, : len(answer)] = torch.tensor(answer, device=device)
+                    lengths[e] = len(answer)
+
+    in_step([shared] if shared else [], sample)
     distributed.summed(tokens)
     distributed.summed(lengths)
-    mask = torch.arange(int(lengths.max()), device=model.device) < lengths[:, None]
-    finished = torch.isin(tokens.gather(1, lengths[:, None] - 1)[:, 0], torch.tensor(sorted(ends), device=model.device))
+    mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
+    finished = torch.isin(tokens.gather(1, lengths[:, None] - 1)[:, 0], torch.tensor(sorted(ends), device=device))
     answers = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
     return Rollout(rows, prompts, answers, mask, finished)
 
@@ -473,7 +506,7 @@ def rewarded(reward: Reward, rollout: Rollout, texts: Sequence[str], settings: S
 
     here = distributed.place()
     mine = list(range(here.rank, len(texts), here.size))
-    given = reward([rollout.rows[e] for e in mine], [texts[e] for e in mine], [rollout.answers[e] for e in mine]) if mine else []
+    given = reward([rollout.rows[e] for e in mine], [texts[e] for e in mine], [rollout.answers[e] for e in mine])
     if len(given) != len(mine):
         raise InputError(f"ppo: the reward gave {len(given)} numbers for {len(mine)} answers", "return one for each")
     for e, score in zip(mine, given, strict=True):
@@ -540,15 +573,20 @@ def forward(
     return -cross_entropy(logits, labels[counted], reduction="none"), head(wide(hidden))[:, 0], logits
 
 
-def evaluate(model: Any, head: Any, rollout: Rollout, settings: Settings) -> TokenValues:
+def evaluate(model: Any, head: Any, rollout: Rollout, settings: Settings, shared: ShardedModel | None = None) -> TokenValues:
     """Evaluation of every token by the policy, or by the reference while the adapter is disabled. Both use the same
-    passes, so equal policies give equal bits."""
+    passes, so equal policies give equal bits.
+
+    Args:
+        shared: the model, if it is divided among the processes.
+    """
     import torch
 
-    here = distributed.place()
-    causal(model).set_attn_implementation(attention_for(model.device, model.dtype))
-    evaluated = torch.zeros((3, *rollout.mask.shape), dtype=head.weight.dtype, device=model.device)
-    with torch.no_grad():
+    here, device = distributed.place(), shared.device if shared else model.device
+    causal(model).set_attn_implementation(attention_for(device, model.dtype))
+    evaluated = torch.zeros((3, *rollout.mask.shape), dtype=head.weight.dtype, device=device)
+
+    def pass_all() -> None:
         for episodes in _parts(range(len(rollout.rows)), settings.mini_batch_size):
             if mine := episodes[here.rank :: here.size]:
                 log_probs, values, logits = forward(model, head, rollout, mine, settings.temperature)
@@ -556,6 +594,9 @@ def evaluate(model: Any, head: Any, rollout: Rollout, settings: Settings) -> Tok
                 part = torch.zeros_like(evaluated[:, mine])
                 part[:, rollout.mask[mine]] = torch.stack((log_probs, values, entropy))
                 evaluated[:, mine] = part
+
+    with torch.no_grad():
+        in_step([shared] if shared else [], pass_all)
     return TokenValues(*distributed.summed(evaluated))
 
 
@@ -639,12 +680,15 @@ def update(
     returns: torch.Tensor,
     settings: Settings,
     seed: str,
+    shared: ShardedModel | None = None,
 ) -> dict[str, float]:
     """Update the policy on an iteration's episodes, in several passes, each in its own order and divided into
     mini-batches.
 
     The loss of an optimizer step is the mean over its tokens, independent of the number of passes and processes.
 
+    Args:
+        shared: the model, if it is divided among the processes.
     Returns:
         policy_loss, value_loss, clip_fraction, approx_kl and grad_norm, means over the steps, and updates, their
         number.
@@ -653,42 +697,43 @@ def update(
     """
     import torch
 
-    here = distributed.place()
+    here, shared = distributed.place(), shared or ShardedModel(model, None, model.device)
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     for group in optimizer.param_groups:
         group["lr"] = rate
     per_step = settings.mini_batch_size * settings.gradient_accumulation_steps
     taken: list[list[float]] = []
+
+    def run_pass(mine: Sequence[int], count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of a pass, and its sums of policy loss, value loss, clipped tokens and KL."""
+        at = rollout.mask[mine]
+        log_probs, values, _ = forward(model, head, rollout, mine, settings.temperature)
+        old = evaluated.log_probs[mine][at], evaluated.values[mine][at]
+        policy, value, ratio = losses(log_probs, values, *old, advantages[mine][at], returns[mine][at], settings)
+        with torch.no_grad():
+            clipped = (ratio - 1).abs() > settings.cliprange
+            sums = torch.stack([each.double().sum() for each in (policy, value, clipped, ratio - 1 - ratio.log())])
+        return (policy + settings.vf_coef * value).sum() / count, sums
+
     for episodes in mini_batches(len(rollout.rows), per_step, settings.num_ppo_epochs, seed):
         count = rollout.mask[episodes].sum()
-        sums = torch.zeros(4, dtype=torch.float64, device=model.device)
+        sums = torch.zeros(4, dtype=torch.float64, device=shared.device)
         optimizer.zero_grad(set_to_none=True)
         for part in _parts(episodes, settings.mini_batch_size):
-            mine = part[here.rank :: here.size]
-            if not mine:
-                continue
-            at = rollout.mask[mine]
-            log_probs, values, _ = forward(model, head, rollout, mine, settings.temperature)
-            policy, value, ratio = losses(
-                log_probs,
-                values,
-                evaluated.log_probs[mine][at],
-                evaluated.values[mine][at],
-                advantages[mine][at],
-                returns[mine][at],
-                settings,
-            )
-            ((policy + settings.vf_coef * value).sum() / count).backward()
-            with torch.no_grad():
-                clipped = (ratio - 1).abs() > settings.cliprange
-                sums += torch.stack([each.double().sum() for each in (policy, value, clipped, ratio - 1 - ratio.log())])
+            if mine := part[here.rank :: here.size]:
+                loss, of_pass = shared.compute(partial(run_pass, mine, count))
+                loss.backward()
+                sums += of_pass
+            elif shared.root is not None:  # a pass without effect: gathering a layer needs every process
+                (shared.compute(partial(run_pass, part[:1], count))[0] * 0).backward()
         policy_loss, value_loss, clip_fraction, approx_kl = (distributed.summed(sums) / count).tolist()
         if not math.isfinite(policy_loss + value_loss):
             raise Collapsed(f"the loss is {policy_loss + value_loss}")
         if taken and settings.max_kl is not None and approx_kl > settings.max_kl:
             break
-        distributed.sum_gradients(weights)
-        norm = float(torch.nn.utils.clip_grad_norm_(weights, settings.max_grad_norm))
+        if shared.root is None:
+            distributed.sum_gradients(weights)
+        norm = float(sharding.norm_value(torch.nn.utils.clip_grad_norm_(weights, settings.max_grad_norm)))
         if not math.isfinite(norm):
             raise Collapsed(f"the gradient is {norm}")
         optimizer.step()
@@ -804,7 +849,9 @@ def _parts(items: Sequence[int], size: int) -> Iterator[list[int]]:
 
 
 def _copy_weights(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: weight.detach().cpu().clone() for name, weight in weights.items()}
+    """On the CPU; parts of a divided model where they are."""
+    kept = {name: weight.detach() for name, weight in weights.items()}
+    return {name: (weight if sharding.is_sharded(weight) else weight.cpu()).clone() for name, weight in kept.items()}
 
 
 def _set_weights(weights: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:

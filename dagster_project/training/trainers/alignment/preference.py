@@ -21,9 +21,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -41,6 +41,7 @@ from dagster_project.training.trainers.alignment.trl_training import TrainerSpec
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints
 from dagster_project.training.trainers.harness.history import TrainingHistory
 from dagster_project.training.trainers.harness.params import NON_SEMANTIC_PARAMS, PreferenceParams
+from dagster_project.training.trainers.harness.sharding import ShardedModel, in_step
 
 if TYPE_CHECKING:
     import torch
@@ -50,8 +51,8 @@ if TYPE_CHECKING:
 class AlignmentRun:
     """Model and data of an alignment."""
 
-    model: Any
-    """A PeftModel with an adapter that has no effect yet."""
+    shared: ShardedModel
+    """A PeftModel with an adapter that has no effect yet, to be divided among the processes if it has settings for that."""
     tokenizer: Any
     pairs: Mapping[str, Sequence[Mapping[str, Any]]]
     """Split -> its pairs."""
@@ -61,6 +62,8 @@ class AlignmentRun:
     compute: Compute
     checkpoints: Checkpoints
     live: Path | None = None
+    begin: Callable[[], None] = lambda: None
+    """Called before the first step, once the model is divided."""
 
     @cached_property
     def prompts(self) -> list[list[int]]:
@@ -80,7 +83,8 @@ class AlignmentRun:
         for pair, row, text, tokens in zip(pairs, rows, texts, ids, strict=True):
             parts = read_parts(self.tokenizer, self.prompts[row], tokens, pair.get("tools"))
             answers.append(parts.message if parts else reply(text)[0])
-        return self.rewards(pairs, answers)
+        judge = [self.rewards.model.shared] if self.rewards.model else []
+        return in_step(judge, partial(self.rewards, pairs, answers))
 
 
 class AlignmentMethod(Section):
@@ -91,7 +95,9 @@ class AlignmentMethod(Section):
     learns_from_rewards: ClassVar[bool] = False
     """Whether it trains on rewards of sampled answers; else it trains on the answers of the pairs."""
     shares_processes: ClassVar[bool] = False
-    """Whether several processes can share one training."""
+    """Whether several processes share one training without `sharding`."""
+    can_shard: ClassVar[bool] = True
+    """Whether the model can be divided among processes."""
     checkpoint_size: ClassVar[int] = 3
     """Size of a checkpoint, in multiples of the trainable weights."""
     ignored_params: ClassVar[frozenset[str]] = frozenset()
@@ -151,8 +157,8 @@ class TrlMethod(AlignmentMethod):
     def train(self, run: AlignmentRun) -> TrainingHistory:
         rows, validation = (self.rows(run.tokenizer, run.pairs[split]) for split in ("train", "validation"))
         return trl_training.train(
-            self.trainer_spec(run), run.model, run.tokenizer, rows, [] if self.learns_from_rewards else validation, run.params,
-            run.compute, run.checkpoints, run.live,
+            self.trainer_spec(run), run.shared, run.tokenizer, rows, [] if self.learns_from_rewards else validation, run.params,
+            run.compute, run.checkpoints, run.live, run.begin,
         )  # fmt: skip
 
 
@@ -251,6 +257,7 @@ class GroupMethod(TrlMethod):
     """Options of rloo and grpo."""
 
     learns_from_rewards = True
+    can_shard = False
     metrics = {
         "reward": "reward", "kl": "kl", "entropy": "entropy", "completions/mean_length": "response_length", "completions/clipped_ratio": "unfinished",
     }  # fmt: skip
@@ -325,7 +332,7 @@ class Ppo(AlignmentMethod, ppo.Settings):
     learns_from_rewards = True
     shares_processes = True
     checkpoint_size = 4
-    ignored_params = frozenset(PreferenceParams.model_fields) - {"save_total_limit"}
+    ignored_params = frozenset(PreferenceParams.model_fields) - {"save_total_limit", "sharding"}
     figures = (*ONLINE_FIGURES, "kl_coef", "value_loss", "clip_fraction", "explained_variance")
 
     def refuse_contradictions(self, params: PreferenceParams, where: str) -> None:
@@ -342,7 +349,9 @@ class Ppo(AlignmentMethod, ppo.Settings):
         Raises:
             InputError: it stopped before the first update.
         """
-        history = ppo.train(run.model, run.tokenizer, run.prompts, run.reward, self, run.compute, run.checkpoints, run.live)
+        history = ppo.train(
+            run.shared.model, run.tokenizer, run.prompts, run.reward, self, run.compute, run.checkpoints, run.live, run.shared, run.begin
+        )
         if history.stopped and not history.curve:
             raise InputError(history.stopped, "change the options named above")
         curve = [{**point, "loss": point["policy_loss"]} for point in history.curve]

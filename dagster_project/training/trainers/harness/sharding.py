@@ -122,6 +122,7 @@ class ShardedModel:
         self.model, self.settings, self.device = model, settings, device
         self.root: Any = None
         """See `shard`; None while the model is whole."""
+        self._trained: list[Any] = []  # its parts that are trained
 
     @contextmanager
     def kept_in_place(self) -> Iterator[None]:
@@ -144,9 +145,16 @@ class ShardedModel:
         if self.settings is None:
             return
         self.root = shard(self.model, self.settings, self.device, *more)
+        self._trained = [part for part in self.root.parameters() if part.requires_grad]
         with torch.no_grad(), torch.random.fork_rng(enabled=True):
             self.compute(self.idle)
+        self.free()
+
+    def free(self) -> None:
+        """Free gathered weights after passes without a backward pass, see `free_gathered`."""
         free_gathered(self.root)
+        for part in self._trained:  # disabling an adapter changes whichever of part and gathered weight is in use at its begin and end
+            part.requires_grad_(True)
 
     def compute(self, work: Callable[[], Result]) -> Result:
         """The result of a function that uses the model. All processes call it at the same time, with as many passes."""
@@ -168,7 +176,7 @@ class ShardedModel:
         """Gather the whole weights in the first process, see `unshard`."""
         if self.root is not None:
             unshard(self.root)
-            self.root = None
+            self.root, self._trained = None, []
 
 
 def in_step(models: Sequence[ShardedModel], work: Callable[[], Result]) -> Result:
@@ -213,7 +221,7 @@ def in_step(models: Sequence[ShardedModel], work: Callable[[], Result]) -> Resul
         function = partial(model.compute, function)
     result = function()
     for model in divided:
-        free_gathered(model.root)
+        model.free()
     return result
 
 
@@ -285,6 +293,21 @@ def write(folder: Path, parts: Mapping[str, torch.Tensor]) -> None:
 
     writer = dcp.HuggingFaceStorageWriter(str(folder / FOLDER), save_distributed=True)
     dcp.save(dict(parts), storage_writer=writer)
+
+
+def save(parts: Mapping[str, torch.Tensor], unfinished: Path, first: Callable[[Callable[[Path], None]], None] | None) -> None:
+    """Write a checkpoint. All processes call it; none goes on before it is complete.
+
+    Args:
+        parts: of this process.
+        unfinished: folder in which the first process writes it.
+        first: in the first process, writes a checkpoint with a function that adds the parts to a folder.
+    """
+    if first:
+        first(partial(write, parts=parts))
+    else:
+        write(unfinished, parts)
+    distributed.document_from_first()
 
 
 def read(folder: Path, parts: Mapping[str, torch.Tensor]) -> None:

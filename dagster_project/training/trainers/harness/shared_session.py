@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,11 +148,8 @@ class SharedSession(Session):
         optimizer, parts = sharding.split_optimizer(checkpoint.optimizer_state(trainer.optimizer))
         for name, tensors in {"weights": trainable(self.model), **self.method_tensors()}.items():
             parts |= sharding.named(name, tensors)
-        if self.checkpoints:
-            self.write(self.checkpoints, trainer, optimizer, lambda folder: sharding.write(folder, parts))
-        else:
-            sharding.write(self.shared.unfinished(trainer.state.global_step), parts)
-        distributed.document_from_first()  # nobody goes on before the checkpoint is complete
+        first = partial(self.write, self.checkpoints, trainer, optimizer) if self.checkpoints else None
+        sharding.save(parts, self.shared.unfinished(trainer.state.global_step), first)
 
     def restore_weights(self) -> None:
         if self.root is None:
