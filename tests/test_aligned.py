@@ -178,7 +178,7 @@ def test_a_diverged_reward_model_records_the_reason_and_dpo_runs_without_rewards
     def diverge(spec: Any, model: Any, *_: Any) -> TrainingHistory:
         if diverges == "at a step":
             raise Diverged("the loss is nan", 2, [0])
-        next(weight for weight in model.parameters() if weight.requires_grad).data.fill_(math.nan)
+        next(weight for weight in model.model.parameters() if weight.requires_grad).data.fill_(math.nan)
         return TrainingHistory(curve=[{"step": 1, "loss": 1.0}])
 
     with monkeypatch.context() as patched:

@@ -207,7 +207,7 @@ def train(
         checkpoints: where to keep them; None to keep none.
         live: folder for the live curve; None to write none.
         shared: the model, if it is to be divided among the processes. It is divided here, with the value head, and stays so.
-        begin: called before the first iteration, once the model is divided.
+        begin: called once the model is divided, before its weights change or those of a checkpoint are read.
     Raises:
         InputError: prompts, model or reward that cannot be trained with.
         Interrupted: SIGINT or SIGTERM came; a checkpoint has been written.
@@ -216,8 +216,7 @@ def train(
     model.eval()
     attention = attention_of(causal(model))
     shared = shared or ShardedModel(model, None, model.device)
-    training = Training(shared, tokenizer, prompts, reward, settings, compute, checkpoints, live)
-    begin()
+    training = Training(shared, tokenizer, prompts, reward, settings, compute, checkpoints, live, begin)
     with stop_on_request() as requested:
         stop_requested = requested if shared.root is None else sharding.asked_first(requested)
         for step in range(training.done + 1, training.total + 1):
@@ -263,6 +262,7 @@ class Training:
         compute: Compute,
         checkpoints: Checkpoints | None,
         live: Path | None,
+        begin: Callable[[], None],
     ) -> None:
         """Resume from the newest checkpoint, if there is one. Arguments are those of `train`."""
         import torch
@@ -273,6 +273,7 @@ class Training:
         for weight in self._trained().values():
             distributed.from_first(weight.data)
         shared.divide(self.head)
+        begin()
         self.weights = self._trained()
         self.optimizer = torch.optim.Adam(self.weights.values(), lr=settings.learning_rate, eps=1e-5)
         self.history, self.kl_coef, self.good = PPOHistory(), settings.kl_coef, _copy_weights(self.weights)

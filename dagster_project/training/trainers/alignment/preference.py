@@ -23,7 +23,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -41,7 +41,7 @@ from dagster_project.training.trainers.alignment.trl_training import TrainerSpec
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints
 from dagster_project.training.trainers.harness.history import TrainingHistory
 from dagster_project.training.trainers.harness.params import NON_SEMANTIC_PARAMS, PreferenceParams
-from dagster_project.training.trainers.harness.sharding import ShardedModel, in_step
+from dagster_project.training.trainers.harness.sharding import ShardedModel
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +63,7 @@ class AlignmentRun:
     checkpoints: Checkpoints
     live: Path | None = None
     begin: Callable[[], None] = lambda: None
-    """Called before the first step, once the model is divided."""
+    """Called once the model is divided, before its weights change or those of a checkpoint are read."""
 
     @cached_property
     def prompts(self) -> list[list[int]]:
@@ -83,8 +83,7 @@ class AlignmentRun:
         for pair, row, text, tokens in zip(pairs, rows, texts, ids, strict=True):
             parts = read_parts(self.tokenizer, self.prompts[row], tokens, pair.get("tools"))
             answers.append(parts.message if parts else reply(text)[0])
-        judge = [self.rewards.model.shared] if self.rewards.model else []
-        return in_step(judge, partial(self.rewards, pairs, answers))
+        return self.rewards(pairs, answers)
 
 
 class AlignmentMethod(Section):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from dagster_project.training.tokens.collators import pad
 from dagster_project.training.tokens.preference_pairs import Answered, answered
 from dagster_project.training.trainers.harness import distributed
 from dagster_project.training.trainers.harness.params import Sharding
-from dagster_project.training.trainers.harness.sharding import ShardedModel
+from dagster_project.training.trainers.harness.sharding import ShardedModel, in_step
 
 if TYPE_CHECKING:
     import torch
@@ -233,7 +234,7 @@ class Rewards:
         for name, weight in self.weights.items():
             if name == MODEL:
                 assert self.model
-                found = self.model.of_answers(pairs, answers)
+                found = in_step([self.model.shared], partial(self.model.of_answers, pairs, answers))
             else:
                 found = [RULES[name](judged_text(answer)) for answer in answers]
             total = [so_far + weight * value for so_far, value in zip(total, found, strict=True)]

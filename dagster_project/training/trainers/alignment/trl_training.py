@@ -179,7 +179,7 @@ def train(
         rows: of the training split, with the trainer's columns after tokenization.
         validation_rows: likewise; none: no validation.
         live: folder for the curves so far; None to write none.
-        begin: called before the first step, once the model is divided.
+        begin: called once the model is divided, before its weights change or those of a checkpoint are read.
     Raises:
         Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
         Diverged: a loss or a gradient is not finite. The checkpoints are older.
