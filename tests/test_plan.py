@@ -381,6 +381,28 @@ def test_a_plan_of_an_aligned_variant_counts_pairs_and_the_reference_model(token
     assert "dpo: 12 pairs, " in plan.as_text(found)
 
 
+def test_a_plan_of_sharded_alignment_counts_steps_and_memory_per_process(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan.Machine, "runtime", 0)
+    monkeypatch.setattr(plan.Machine, "seconds", lambda self, step: (3.0, 6.0))
+    write_records(tokenized / "data" / "preferences" / "train", [preference_row(10 + i, "aaa", "z") for i in range(12)], PREFERENCE_SCHEMA)
+    entry = {"method": "dpo", "adapter": "lora", "per_device_train_batch_size": 2, "num_train_epochs": 2}
+    sharded = {**entry, "sharding": {"fsdp": "full_shard"}}
+    judge = {"model": "base_model", "per_device_train_batch_size": 2, "num_train_epochs": 2}
+
+    def edit(values: dict[str, Any]) -> None:
+        values["compute"]["processes"] = 2
+        values.update(aligned={"dpo": entry, "dpo_sharded": sharded}, reward_model=judge)
+
+    edit_params(tokenized, edit)
+    dpo, two, reward = plan.plan_variants(tokenized, ["dpo", "dpo_sharded", "reward_model"])["variants"].values()
+    assert (dpo["steps"], two["steps"], two["tokens"]) == (12, 6, dpo["tokens"])
+    assert two["sharding"] == {"fsdp": "full_shard", "cpu_offload": False, "processes": 2} and "sharding" not in dpo
+    assert two["time"]["to_seconds"] == pytest.approx(dpo["time"]["to_seconds"] / 2, abs=2), "half as many passes in each process"
+    assert (reward["pairs"], reward["steps"], reward["tokens"]) == (12, 12, dpo["tokens"])
+    edit_params(tokenized, lambda values: values["reward_model"].update(sharding={"fsdp": "full_shard"}))
+    assert plan.plan_variants(tokenized, ["reward_model"])["variants"]["reward_model"]["steps"] == 6
+
+
 def test_a_plan_counts_the_tools_of_pairs_by_the_template_of_training(tokenized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan.Machine, "runtime", 0)
     monkeypatch.setattr(plan.Machine, "seconds", lambda self, step: (3.0, 6.0))

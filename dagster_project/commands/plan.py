@@ -131,7 +131,7 @@ def plan_variants(root: Path, variants: Sequence[str]) -> dict[str, Any]:
     """Tokens, optimizer steps, parameters, peak memory and time per variant of params.yaml.
 
     Args:
-        variants: names; empty for all.
+        variants: names, or `reward_model`; empty for all variants.
     Returns:
         {"variants": {name: prediction}, "machine"}.
     Raises:
@@ -139,7 +139,7 @@ def plan_variants(root: Path, variants: Sequence[str]) -> dict[str, Any]:
     """
     values = validate(root)
     known = [*values["adapter"], *values["aligned"]]
-    if unknown := [name for name in variants if name not in known]:
+    if unknown := [name for name in variants if name not in [*known, "reward_model"]]:
         raise InputError(f"params.yaml has no variant {', '.join(unknown)}", f"variants: {', '.join(known)}")
     report = root / "data" / "reports" / "tokenized.json"
     if not report.is_file():
@@ -153,7 +153,9 @@ def plan_variants(root: Path, variants: Sequence[str]) -> dict[str, Any]:
     machine = Machine(params.parse(Compute, values.get("compute"), "compute"), None, _notes(root))
     predictions = {}
     for name in variants or known:
-        if name not in values["aligned"]:
+        if name not in known:
+            predictions[name] = _reward_model(root, values["reward_model"], base_model, machine)
+        elif name not in values["aligned"]:
             predictions[name] = _adapter(root, values, name, tokenized, base_model, machine)
         elif variants or (root / "data" / "preferences" / "train").is_dir():
             predictions[name] = _aligned(root, values["aligned"][name], name, base_model, machine)
@@ -203,31 +205,25 @@ def _aligned(root: Path, values: Any, name: str, base_model: Path, machine: Mach
         InputError: there are no preferences.
     """
     from dagster_project.stages import aligned
-    from dagster_project.training.tokens.preference_pairs import both
-    from dagster_project.training.trainers.alignment.reward_model import tokenizer_of
 
     entry = params.parse(aligned.Params, values, f"aligned.{name}")
     method = entry.parsed_method(f"aligned.{name}")
-    pairs = read_preferences(root / "data" / "preferences" / "train")
-    if not pairs:
-        raise InputError("there are no preferences to train on yet", "run `dvc repro preferences` first")
-    tokenizer = tokenizer_of(base_model)
-    for template in (root / "data" / "tokenized").glob(chat_templates.FILE):  # which the policy is tuned with
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
-    ids = both(tokenizer, pairs)
-    sequences = [method.sequence_lengths(len(prompt), [len(answer) for answer in answers]) for prompt, *answers in ids]
+    pairs = _training_pairs(root, base_model)
+    sequences = [method.sequence_lengths(len(prompt), [len(answer) for answer in answers]) for prompt, *answers in pairs]
     lengths = [length for pair in sequences for length, _ in pair]
     per_pass, passes = method.passes(entry)
     batch = per_pass * len(sequences[0]) // method.rows_per_pair
-    n = method.steps(len(pairs) * method.rows_per_pair, entry)
-    per_step = batch * passes * sum(lengths) / len(lengths)
+    shared = machine.processes if entry.sharding else 1  # the options of ppo are those of all processes
+    n = method.steps(-(-len(pairs) * method.rows_per_pair // (1 if method.shares_processes else shared)), entry)
+    per_step = batch * passes * (1 if method.shares_processes else shared) * sum(lengths) / len(lengths)
     spec = memory.TrainingSpec(
         machine.device, machine.dtype, base_model, "lora", entry.peft, [max(lengths)] * batch,
         batch * max(answer for pair in sequences for _, answer in pair), 1, machine.runtime, None, entry.gradient_checkpointing, passes,
-        entry.optim, f"aligned.{name}",
+        entry.optim, f"aligned.{name}", sharding=entry.sharding, processes=shared,
     )  # fmt: skip
     units = 3 + FORWARD_PASSES.get(entry.method, 1)  # a forward and backward pass is 3 units
-    requirements = _requirements(spec, machine, round(n * per_step * units / 3))
+    processes = machine.processes if method.shares_processes else shared
+    requirements = _requirements(spec, machine, round(n * per_step * units / 3), processes, method.can_shard)
     return {
         "pairs": len(pairs),
         "epochs": entry.num_train_epochs,
@@ -236,6 +232,48 @@ def _aligned(root: Path, values: Any, name: str, base_model: Path, machine: Mach
         **requirements,
         **({"time": None} if method.learns_from_rewards else {}),
     }
+
+
+def _reward_model(root: Path, values: Any, base_model: Path, machine: Machine) -> dict[str, Any]:
+    """Prediction for the reward model: a language model with one position in the loss for each answer.
+
+    Raises:
+        InputError: there are no preferences.
+    """
+    from dagster_project.stages import reward_model
+
+    entry = params.parse(reward_model.Params, values, "reward_model")
+    lengths = [len(prompt) + len(answer) for prompt, *answers in _training_pairs(root, base_model) for answer in answers]
+    processes = machine.processes if entry.sharding else 1
+    batch, pairs = 2 * entry.per_device_train_batch_size, len(lengths) // 2
+    per_step = entry.per_device_train_batch_size * entry.gradient_accumulation_steps * processes
+    n = min(-(-pairs // per_step) * entry.num_train_epochs, entry.max_steps or 10**9)
+    tokens = round(n * 2 * min(per_step, pairs) * sum(lengths) / len(lengths))
+    spec = memory.TrainingSpec(
+        machine.device, machine.dtype, base_model, entry.method, entry.peft, [max(lengths)] * batch, batch, 1, machine.runtime, None,
+        entry.gradient_checkpointing, entry.gradient_accumulation_steps, entry.optim, "reward_model", sharding=entry.sharding,
+        processes=processes,
+    )  # fmt: skip
+    requirements = _requirements(spec, machine, tokens, processes)
+    return {"pairs": pairs, "epochs": entry.num_train_epochs, "steps": n, "tokens": tokens, **requirements}
+
+
+def _training_pairs(root: Path, base_model: Path) -> list[tuple[list[int], list[int], list[int]]]:
+    """Token ids of prompt, chosen and rejected answer of each pair, by the template that the policy is tuned with.
+
+    Raises:
+        InputError: there are no preferences.
+    """
+    from dagster_project.training.tokens.preference_pairs import both
+    from dagster_project.training.trainers.alignment.reward_model import tokenizer_of
+
+    pairs = read_preferences(root / "data" / "preferences" / "train")
+    if not pairs:
+        raise InputError("there are no preferences to train on yet", "run `dvc repro preferences` first")
+    tokenizer = tokenizer_of(base_model)
+    for template in (root / "data" / "tokenized").glob(chat_templates.FILE):
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    return both(tokenizer, pairs)
 
 
 def plan_model(
@@ -354,18 +392,25 @@ def _largest_row(root: Path, values: dict[str, Any], train: dict[str, Any], meth
     return [tokens], -(-tokens * train["trained_tokens"] // train["tokens"])
 
 
-def _requirements(spec: memory.TrainingSpec, machine: Machine, tokens: int) -> dict[str, Any]:
-    """Parameters, peak memory and time of a training on `tokens` tokens in total."""
+def _requirements(
+    spec: memory.TrainingSpec, machine: Machine, tokens: int, processes: int | None = None, can_shard: bool = True
+) -> dict[str, Any]:
+    """Parameters, peak memory and time of a training on `tokens` tokens in total.
+
+    Args:
+        processes: that share the tokens; None: those of the machine.
+        can_shard: whether the training supports `sharding`.
+    """
     prediction, available = spec.prediction, machine.available
     fits = None if available is None else spec.needed <= available
     advice = []
     if available is not None and not fits:
         place = "of the GPU are" if spec.device == "cuda" else "are"
         advice = [f"needs {size_text(spec.needed)}, but {size_text(available)} {place} free", spec.remedy(available)]
-        if gpus := spec.gpus_needed(available):
+        if can_shard and (gpus := spec.gpus_needed(available)):
             advice.append(f"with sharding: {{fsdp: full_shard}} and compute.processes: {gpus} it would fit on {gpus} such GPUs")
     step = machine.seconds(prediction.operations)
-    steps_of_all = tokens / (sum(spec.lengths) * spec.rows * spec.gradient_accumulation_steps * machine.processes)
+    steps_of_all = tokens / (sum(spec.lengths) * spec.rows * spec.gradient_accumulation_steps * (processes or machine.processes))
     return {
         "optimizer_name": prediction.optim,
         "trainable_parameters": prediction.trainable,
