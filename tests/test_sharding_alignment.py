@@ -209,7 +209,7 @@ def test_the_curves_and_the_evaluation_are_those_of_an_unsharded_training(traine
 def test_a_killed_training_resumes_to_the_same_bytes_with_as_many_processes(trained: Trained, name: str, step: int) -> None:
     folder, ends = trained
     assert [ends[f"{name}_killed"][0], ends[f"{name}_killed"][-1]] == [-signal.SIGKILL, 0], (folder / f"{name}_killed.log").read_text()
-    assert re.search(rf"resuming from the checkpoint of (step|iteration) {step}\\b", (folder / f"{name}_killed.log").read_text())
+    assert re.search(rf"resuming from the checkpoint of (step|iteration) {step}\b", (folder / f"{name}_killed.log").read_text())
     resumed, whole = output_files(folder, f"{name}_killed"), output_files(folder, f"{name}_sharded")
     without_settings(resumed, whole)
     assert resumed == whole
