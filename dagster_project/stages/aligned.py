@@ -151,16 +151,11 @@ def produce(
     """
     where = f"aligned.{variant}"
     if compute.processes > 1 and (params.sharding or params.parsed_method(where).shares_processes) and place().size == 1:
-        work = {
-            "variant": variant,
-            **_shared(params, compute),
-            "folders": {
-                "preferences": preferences, "reward_model": reward_model, "sft": sft, "out": out, "curve_file": curve_file,
-                "checkpoints": checkpoints, "live": live, "pages": pages,
-            },
+        folders = {
+            "preferences": preferences, "reward_model": reward_model, "sft": sft, "out": out, "curve_file": curve_file,
+            "checkpoints": checkpoints, "live": live, "pages": pages,
         }  # fmt: skip
-        work["folders"] = {name: str(path.resolve()) for name, path in work["folders"].items() if path}
-        return read_report(launch(compute.processes, __name__, work))
+        return _produce_in_processes(variant, params, compute, folders)
     sources = Sources(preferences, reward_model, sft)
     pairs = {split: read_preferences(preferences / split) for split in ("train", "validation", "test")}
     method = params.parsed_method(where)
@@ -187,8 +182,8 @@ def produce(
     models = {"SFT model": sft, **({"reward model": reward_model} if method.learns_from_rewards else {})}
     identity = preference_identity(params, compute, device, dtype, preferences, models, Path(__file__))
     kept = Checkpoints(checkpoints, identity, params.save_total_limit, sharded=params.sharding is not None)
-    folders = {name: portable(path) for name, path in {**vars(sources), "checkpoints": checkpoints}.items()}
-    start_others({**_shared(params, compute), "folders": folders, "scored": usable}, __name__)
+    inputs = {name: portable(path) for name, path in {**vars(sources), "checkpoints": checkpoints}.items()}
+    start_others({**_shared(params, compute), "folders": inputs, "scored": usable}, __name__)
     with advice_on_memory():
         judge = RewardModel(reward_model, device, dtype, params.sharding) if usable else None
     rewards = Rewards(params.rewards, judge) if method.learns_from_rewards else None
@@ -201,9 +196,8 @@ def produce(
     used = [shared, judge.shared] if judge else [shared]
     preferred, watch = sharding.in_step(used, lambda: _evaluate(policies, pairs["test"], judge, params, out))
     shared.join()
-    finite = all(map(math.isfinite, history.losses)) and all(
-        bool(weight.isfinite().all()) for weight in weight_audit.trainable(prepared.model).values()
-    )
+    finite_weights = (bool(weight.isfinite().all()) for weight in weight_audit.trainable(prepared.model).values())
+    finite = all(map(math.isfinite, history.losses)) and all(finite_weights)
     change = audit.change()
     settings = params.settings(method.ignored_params) | {"options": method.model_dump()}
     document = document_of(history, change, settings, compute, device, dtype)
@@ -215,17 +209,7 @@ def produce(
     if pages:
         write_json(pages / "history.json", {"curve": history.curve, "signs": signs})
     report = Report(
-        metrics={
-            "method": params.method,
-            "adapter": params.adapter,
-            "steps": history.step,
-            **({"stopped": history.stopped} if isinstance(history, StoppedHistory) else {}),
-            "tokens": history.tokens,
-            "trainable_parameters": prepared.trainable,
-            "preference": preferred,
-            "watch": watch,
-            "environment": document["versions"],
-        },
+        metrics=_metrics(params, history, prepared) | {"preference": preferred, "watch": watch, "environment": document["versions"]},
         checks=[
             _starts_as_the_reference(start, history, method),
             _learned(history, finite),
@@ -239,6 +223,12 @@ def produce(
     if not report.failures:
         remove(checkpoints)
     return report
+
+
+def _produce_in_processes(variant: str, params: Params, compute: Compute, folders: Mapping[str, Path | None]) -> Report:
+    """`produce` in the first process of a group, with the others taking part in the training."""
+    paths = {name: str(path.resolve()) for name, path in folders.items() if path}
+    return read_report(launch(compute.processes, __name__, {"variant": variant, **_shared(params, compute), "folders": paths}))
 
 
 def _shared(params: Params, compute: Compute) -> dict[str, Any]:
@@ -290,6 +280,17 @@ def _policy(sft: Path, params: Params, device: torch.device, dtype: torch.dtype,
 
     prepared = preference.policy(sft, params.peft, torch.device("cpu") if params.sharding else device, dtype, where, params.adapter)
     return prepared, ShardedModel(prepared.model, params.sharding, device)
+
+
+def _metrics(params: Params, history: TrainingHistory, prepared: PreparedModel) -> dict[str, Any]:
+    return {
+        "method": params.method,
+        "adapter": params.adapter,
+        "steps": history.step,
+        **({"stopped": history.stopped} if isinstance(history, StoppedHistory) else {}),
+        "tokens": history.tokens,
+        "trainable_parameters": prepared.trainable,
+    }
 
 
 def _refuse_full_disk(prepared: PreparedModel, params: Params, method: AlignmentMethod, checkpoints: Path, out: Path, where: str) -> None:

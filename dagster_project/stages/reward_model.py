@@ -115,8 +115,7 @@ def produce(
     if params.sharding and place().size == 1:
         folders = {"preferences": preferences, "folder": folder, "out": out, "curve_file": curve_file, "calibration_file": calibration_file,
                    "checkpoints": checkpoints, "live": live}  # fmt: skip
-        work = _shared(params, compute) | {"folders": {name: str(path.resolve()) for name, path in folders.items() if path}}
-        return read_report(launch(compute.processes, __name__, work))
+        return _produce_in_processes(params, compute, folders)
     claim_gpu()
     device, dtype = prepare(compute)
     reuse_large_blocks()
@@ -173,6 +172,12 @@ def produce(
     reward_model.write_quality(out, report.checks)
     remove(checkpoints)
     return report
+
+
+def _produce_in_processes(params: Params, compute: Compute, folders: Mapping[str, Path | None]) -> Report:
+    """`produce` in the first process of a group, with the others taking part in the training."""
+    paths = {name: str(path.resolve()) for name, path in folders.items() if path}
+    return read_report(launch(compute.processes, __name__, {**_shared(params, compute), "folders": paths}))
 
 
 def _shared(params: Params, compute: Compute) -> dict[str, Any]:
