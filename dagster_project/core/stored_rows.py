@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any, overload
 if TYPE_CHECKING:
     import numpy as np
 
-BLOCK = 4096
+BLOCK = 8192
 """Rows that are read at once when all are read in order, and rows in one item for `Workers`."""
 
 
