@@ -305,7 +305,9 @@ def time_pipeline(rows: int, templates: int, base_model: Path, root: Path, worke
             flush=True,
         )
     print(f"{'sum':14}{total[0]:9.1f}{total[1]:13.1f}{total[2]:9.2f}")
-    print(f"{'budget':14}{SECONDS * rows / 1e6:9.1f}{'':13}{GIGABYTES:9.2f}  up to splits, for {rows:,} short rows on two otherwise idle cores")
+    print(
+        f"{'budget':14}{SECONDS * rows / 1e6:9.1f}{'':13}{GIGABYTES:9.2f}  up to splits, for {rows:,} short rows on two otherwise idle cores"
+    )
 
 
 def run_stage(stage: str, base_model: Path, root: Path, workers: int) -> dict[str, float]:
