@@ -180,7 +180,7 @@ def test_texts_without_words_are_in_no_pair() -> None:
 def test_equal_hashes_make_no_pair() -> None:
     rows = [TEXT, OTHER, "kite", "pub", TEXT.replace("ordered", "bought"), "where did my birthday kite go", "when did my birthday kite go"]
     expected = list(near_pairs(rows))
-    with mock.patch.object(compiled, "_hash_spans", lambda values, starts, lengths: np.zeros(len(starts), np.uint64)):
+    with mock.patch.object(compiled, "hash_spans", lambda values, starts, lengths: np.zeros(len(starts), np.uint64)):
         assert list(near_pairs(rows)) == expected
     assert [(pair.left, pair.right, pair.rule) for pair in expected] == [(0, 4, "jaccard"), (5, 6, "jaccard")]
 
