@@ -21,6 +21,8 @@ THREADS = numba.config.NUMBA_NUM_THREADS
 """Compiled loops release the GIL, so plain threads share the work."""
 BINS = 21
 """Bins of equal width for the scores from 0 to 1; the last bin is 1.0 itself."""
+MOST = 2**31 - 1
+"""Spans that can be named at once: a name has 32 bits."""
 PARTS = 8
 """Hash tables over which a set of spans is divided, by the top bits of the hash: each is small enough for the
 processor's cache."""
@@ -135,8 +137,8 @@ def name_spans(values: Array, starts: Array, lengths: Array) -> Array:
     Args:
         starts, lengths: int arrays; a single length applies to all spans.
     """
-    if max(len(starts), 1) >= 2**31:
-        raise OverflowError(f"{len(starts)} words: at most {2**31 - 1} can be compared at once\nhint: compare the files in parts")
+    if len(starts) > MOST:
+        raise OverflowError(f"{len(starts)} words: at most {MOST} can be compared at once\nhint: compare the files in parts")
     hashes = hash_spans(values, starts, lengths)
     names = np.empty(len(starts), np.int32)
     with ThreadPoolExecutor(THREADS) as pool:
@@ -343,10 +345,7 @@ def judge(
     rule, score = 0, 0.0
     if similar >= gates.firm or (
         similar >= gates.jaccard
-        and (
-            min(high[a] - low[a], high[b] - low[b]) >= gates.long
-            or _in_order(tokens, low[a], high[a], low[b], high[b]) >= gates.in_order
-        )
+        and (min(high[a] - low[a], high[b] - low[b]) >= gates.long or _in_order(tokens, low[a], high[a], low[b], high[b]) >= gates.in_order)
     ):
         rule, score = 1, similar
     elif by_run and contained >= (gates.containment if smaller >= gates.few else gates.whole):

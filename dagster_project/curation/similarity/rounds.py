@@ -23,7 +23,7 @@ import numpy as np
 
 from dagster_project.core import workers
 from dagster_project.curation.similarity import _rounds_numba as loops
-from dagster_project.curation.similarity._overlap_numba import BINS, Array, Constants, Found, name_spans, passages, split
+from dagster_project.curation.similarity._overlap_numba import BINS, Array, Constants, Found, frequency, name_spans, passages, split
 from dagster_project.curation.similarity.overlap import encode
 from dagster_project.curation.similarity.shuffle import Column, Shuffle
 
@@ -333,7 +333,7 @@ def _tokenize(_: None, block: list[str]) -> _Numbered:
     firsts = np.flatnonzero(names == np.arange(len(names)))
     place = np.empty(len(names), np.int32)
     place[firsts] = np.arange(len(firsts), dtype=np.int32)
-    tokens, view = place[names], memoryview(data)
+    tokens, view = place[names], data.data
     digests = bytearray().join(
         hashlib.blake2b(view[start : start + length], digest_size=16).digest()
         for start, length in zip(starts[firsts].tolist(), lengths[firsts].tolist(), strict=True)
@@ -366,7 +366,7 @@ def _offsets(lengths: Array) -> Array:
 def _classify(constants: Constants, rows: Array) -> Array:
     """Class of each shingle of a partition."""
     names = loops.name_rows(rows, constants.shingle)
-    counts = loops.frequency(names, np.ascontiguousarray(rows[:, constants.shingle]), len(names))[names]
+    counts = frequency(names, np.ascontiguousarray(rows[:, constants.shingle]), len(names))[names]
     return np.where(counts > constants.rare, loops.BOILERPLATE, np.where(counts > 1, loops.SHARED, loops.UNIQUE)).astype(np.uint8)
 
 
@@ -417,7 +417,7 @@ def _passages(shared: tuple[Constants, int], item: tuple[_Block, Array]) -> tupl
     starts, lengths, texts = passages(starts, texts, np.ones(len(starts), np.bool_), constants.run)
     keys = loops.span_keys(loops.digests(block.words), np.arange(len(block.words), dtype=np.int32), starts, lengths)
     names = loops.name_rows(keys, 2)
-    counts = loops.frequency(names, texts, len(names))
+    counts = frequency(names, texts, len(names))
     firsts = np.flatnonzero(names == np.arange(len(names)))
     places = (starts - block.offsets[texts]).astype(np.int32)
     columns = (*keys.view(np.int32).T, texts + np.int32(block.base), places, lengths, counts)
@@ -437,4 +437,3 @@ def _top_passages(constants: Constants, rows: Array) -> list[tuple[int, int, int
 
 def _word_counts(wanted: Array, block: _Block) -> Array:
     return loops.word_counts(block.words, block.offsets, wanted)
-

@@ -33,7 +33,7 @@ class Column:
         self._file.flush()
         width = self._dtype.itemsize
         values = np.empty(stop - start, self._dtype)
-        view, at = memoryview(values).cast("B") if len(values) else memoryview(b""), 0
+        view, at = values.view(np.uint8).data, 0
         while at < len(view):  # a single call reads at most 2 GB
             at += os.preadv(self._file.fileno(), [view[at : at + _READ]], start * width + at)
         return values
