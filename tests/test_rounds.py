@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, overload
 from unittest import mock
 
@@ -198,9 +198,9 @@ def test_short_texts_are_compared_in_memory_and_several_workers_pay_earlier() ->
 
 
 def test_scratch_files_are_closed_at_the_end() -> None:
-    before = os.listdir("/proc/self/fd")
+    before = set(Path("/proc/self/fd").iterdir())
     in_rounds(["where did my birthday kite go today"] * 3, BLOCK=1)
-    assert len(os.listdir("/proc/self/fd")) == len(before)
+    assert set(Path("/proc/self/fd").iterdir()) == before
 
 
 @given(

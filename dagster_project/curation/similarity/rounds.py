@@ -77,21 +77,22 @@ def search(
         sizes: defaults: the constants of this module.
     """
     sizes = sizes or Sizes(BLOCK, PARTITION, PAIRS, BUCKET)
-    corpus = _Corpus(len(texts), against is None, constants, sizes)
-    corpus.read(chain(texts, against or ()))
-    corpus.number_words()
-    corpus.count_shingles()
-    corpus.find_candidates()
-    near, scores = corpus.judge()
-    counts = corpus.word_counts(near) if count_words else {}
-    return Found(corpus.number, corpus.first, near, scores, corpus.passages(), counts)
+    with workers.started() as processes:
+        corpus = _Corpus(len(texts), against is None, constants, sizes, processes)
+        corpus.read(chain(texts, against or ()))
+        corpus.number_words()
+        corpus.count_shingles()
+        corpus.find_candidates()
+        near, scores = corpus.judge()
+        counts = corpus.word_counts(near) if count_words else {}
+        return Found(corpus.number, corpus.first, near, scores, corpus.passages(), counts)
 
 
 class _Corpus:
     """Texts in scratch files, and what the rounds have found."""
 
-    def __init__(self, size: int, within: bool, constants: Constants, sizes: Sizes) -> None:
-        self.size, self.within, self.constants, self.sizes = size, within, constants, sizes
+    def __init__(self, size: int, within: bool, constants: Constants, sizes: Sizes, processes: workers.Workers) -> None:
+        self.size, self.within, self.constants, self.sizes, self.workers = size, within, constants, sizes, processes
         self.words, self.classes = Column(np.int32), Column(np.uint8)  # of the different texts: ids, class of the shingle that starts there
         self.offsets = np.zeros(1, np.int64)  # of the different texts, in both
 
@@ -99,7 +100,7 @@ class _Corpus:
         """Number the words of each block, and the different texts."""
         self.local, self.vocabulary = Column(np.int32), Column(np.uint64)
         ends, rows, lengths, keys = [(0, 0)], [0], [], []
-        for block in workers.current().map(_tokenize, None, _blocks(texts, self.sizes.block)):
+        for block in self.workers.map(_tokenize, None, _blocks(texts, self.sizes.block)):
             self.local.append(block.tokens)
             self.vocabulary.append(block.vocabulary.reshape(-1))
             lengths.append(block.lengths)
@@ -130,7 +131,7 @@ class _Corpus:
             order, counts = loops.divide(keys, 2, self.parts)
             shuffle.add(keys[order], counts)
         self.ids, starts, used = Column(np.int32), [], 0
-        for names, count in workers.current().map(_number_words, None, map(shuffle.part, range(self.parts))):
+        for names, count in self.workers.map(_number_words, None, map(shuffle.part, range(self.parts))):
             starts.append(self.ids.size)
             if used + count >= 2**31:
                 raise OverflowError("2,147,483,648 different words or more: they cannot be numbered\nhint: compare the files in parts")
@@ -146,7 +147,7 @@ class _Corpus:
     def count_shingles(self) -> None:
         """Keep the different texts, and find the class of each shingle."""
         shuffle, offsets, at = Shuffle(self.parts, self.constants.shingle + 1), [np.zeros(1, np.int64)], 0
-        for words, lengths, rows, counts in workers.current().map(_shingles, (self.constants, self.parts), self._tokenized()):
+        for words, lengths, rows, counts in self.workers.map(_shingles, (self.constants, self.parts), self._tokenized()):
             self.words.append(words)
             offsets.append(at + np.cumsum(lengths, dtype=np.int64))
             at = self.words.size
@@ -154,7 +155,7 @@ class _Corpus:
         del self.local, self.vocabulary, self.ids
         self.offsets = np.concatenate(offsets)
         answers, starts = Column(np.uint8), []
-        for classes in workers.current().map(_classify, self.constants, map(shuffle.part, range(self.parts))):
+        for classes in self.workers.map(_classify, self.constants, map(shuffle.part, range(self.parts))):
             starts.append(answers.size)
             answers.append(classes)
         self.shingle_classes, self.class_spans = answers, shuffle.back(starts)
@@ -179,7 +180,7 @@ class _Corpus:
         columns = (self.constants.run, self.constants.shingle, self.constants.edited - 1)
         shuffles = [Shuffle(self.parts, columns[0] + 3), Shuffle(self.parts, columns[1] + 2), Shuffle(self.parts, columns[2] + 2)]
         blocks = ((self._block(k), _read_all(self.shingle_classes, self.class_spans[k])) for k in range(len(self.rows) - 1))
-        for classes, keys in workers.current().map(_keys, (self.constants, self.parts), blocks):
+        for classes, keys in self.workers.map(_keys, (self.constants, self.parts), blocks):
             self.classes.append(classes)
             for shuffle, (rows, counts) in zip(shuffles, keys, strict=True):
                 shuffle.add(rows, counts)
@@ -188,7 +189,7 @@ class _Corpus:
         buckets = np.arange(0, len(self.first) + self.bucket, self.bucket, dtype=np.int64)
         self.candidates, self.frequent = Shuffle(len(buckets) - 1, 1, np.uint64), Shuffle(len(self.rows) - 1, 2)
         parts = ((shuffle.part(part), columns[kind], kind) for kind, shuffle in enumerate(shuffles) for part in range(self.parts))
-        for codes, frequent in workers.current().map(_candidates, (self.constants, self.within), parts):
+        for codes, frequent in self.workers.map(_candidates, (self.constants, self.within), parts):
             self.candidates.add(codes, np.diff(np.searchsorted(codes, buckets.astype(np.uint64) << np.uint64(33))))
             if len(frequent):
                 self.frequent.add(frequent, np.diff(np.searchsorted(frequent[:, 0], self.bases)))
@@ -197,7 +198,7 @@ class _Corpus:
         """Near-copies among the candidates, and scores (`Found`)."""
         near: list[tuple[int, int, float, int]] = []
         scores = np.zeros((BINS, 2), np.int64)
-        for left, right, similarities, rules, counted in workers.current().map(_judge, self.constants, self._candidate_pairs()):
+        for left, right, similarities, rules, counted in self.workers.map(_judge, self.constants, self._candidate_pairs()):
             near.extend(zip(left.tolist(), right.tolist(), similarities.tolist(), rules.tolist(), strict=True))
             scores += counted
         return near, scores
@@ -216,12 +217,12 @@ class _Corpus:
         """The most frequent passages (`Found`)."""
         shuffle = Shuffle(self.parts, _PASSAGE)
         blocks = ((self._block(k), frequent) for k in range(len(self.rows) - 1) if len(frequent := self.frequent.part(k)))
-        for rows, counts in workers.current().map(_passages, (self.constants, self.parts), blocks):
+        for rows, counts in self.workers.map(_passages, (self.constants, self.parts), blocks):
             shuffle.add(rows, counts)
         found: list[tuple[int, int, int, int]] = []
         if not shuffle.size:
             return found
-        for top in workers.current().map(_top_passages, self.constants, map(shuffle.part, range(self.parts))):
+        for top in self.workers.map(_top_passages, self.constants, map(shuffle.part, range(self.parts))):
             found.extend(top)
         return sorted(found, key=lambda passage: (-passage[3], *passage[:2]))[:TOP]
 
@@ -234,7 +235,7 @@ class _Corpus:
         words = self.words.spans(low, high)
         wanted, places = np.unique(words, return_inverse=True)
         counts = np.zeros(len(wanted), np.int64)
-        for there in workers.current().map(_word_counts, wanted, map(self._block, range(len(self.rows) - 1))):
+        for there in self.workers.map(_word_counts, wanted, map(self._block, range(len(self.rows) - 1))):
             counts += there
         ends = np.cumsum(high - low)
         return {int(text): counts[places[end - size : end]].tolist() for text, end, size in zip(texts, ends, high - low, strict=True)}
@@ -257,11 +258,11 @@ def _blocks(texts: Iterator[str], most: int) -> Iterator[list[str]]:
     block: list[str] = []
     size = 0
     for text in texts:
-        if block and size + len(text) > most:
-            yield block
-            block, size = [], 0
-        block.append(text)
         size += len(text) + 1
+        if size > most and block:
+            yield block
+            block, size = [], len(text) + 1
+        block.append(text)
     if block:
         yield block
 
