@@ -20,7 +20,7 @@ import time
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -60,6 +60,14 @@ def measure(engine: str, file: Path, count: int) -> dict[str, float | str]:
     from dagster_project.core import workers
     from dagster_project.curation.similarity import rounds
     from dagster_project.curation.similarity.overlap import compare
+    from dagster_project.curation.similarity.shuffle import Column
+
+    written, append = 0, Column.append
+
+    def count_bytes(column: Column, values: Any) -> None:
+        nonlocal written
+        written += values.nbytes
+        append(column, values)
 
     limit = 10**18 if engine == "in memory" else -1
     kind = workers.LocalProcesses(count) if engine == "on workers" else workers.ThisProcess()
@@ -67,7 +75,7 @@ def measure(engine: str, file: Path, count: int) -> dict[str, float | str]:
     with mock.patch.multiple(rounds, IN_MEMORY=limit, SEVERAL=limit):
         compare(["where did my birthday kite go today"] * 2, count_words=True)
         loaded, used, start = _peak(resource.RUSAGE_SELF), _cpu(), time.perf_counter()
-        with workers.using(kind):
+        with workers.using(kind), mock.patch.object(Column, "append", count_bytes):
             found = compare(texts, count_words=True)
     digest = hashlib.sha256(repr((found.pairs, found.scores, found.boilerplate, sorted(found.frequency.items()))).encode()).hexdigest()
     return {
@@ -76,6 +84,7 @@ def measure(engine: str, file: Path, count: int) -> dict[str, float | str]:
         "peak MB": _peak(resource.RUSAGE_SELF),
         "of it libraries": loaded,
         "peak MB of a worker": _peak(resource.RUSAGE_CHILDREN),
+        "scratch MB written": written / 1e6,
         "pairs": len(found.pairs),
         "digest": digest[:10],
     }

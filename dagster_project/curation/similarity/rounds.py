@@ -31,12 +31,12 @@ IN_MEMORY = 50_000_000
 """Characters of texts that one process compares in its memory, which takes about 1 GB. More are compared in rounds."""
 SEVERAL = 20_000_000
 """The same if there are several workers."""
-BLOCK = 16_000_000
-"""Characters of a block, at most, if it has several texts. A worker needs about ten times as many bytes."""
-PARTITION = 2**22
-"""Words per partition. A worker needs about 60 bytes for each."""
+BLOCK = 4_000_000
+"""Characters of a block, at most, if it has several texts. A worker needs about 20 bytes for each."""
+PARTITION = 2**20
+"""Words per partition. A worker needs about 80 bytes for each."""
 MOST_PARTITIONS = 1024
-PAIRS = 2**22
+PAIRS = 2**21
 """Words of the pairs that are judged at once, at most, if there are several pairs."""
 BUCKET = 2**15
 """Left texts of the candidates that are sorted at once."""
@@ -99,17 +99,17 @@ class _Corpus:
     def read(self, texts: Iterator[str]) -> None:
         """Number the words of each block, and the different texts."""
         self.local, self.vocabulary = Column(np.int32), Column(np.uint64)
-        ends, rows, lengths, keys = [(0, 0)], [0], [], []
+        ends, rows, lengths, keys = [(0, 0)], [0], [np.empty(0, np.int32)], Column(np.uint64)
         for block in self.workers.map(_tokenize, None, _blocks(texts, self.sizes.block)):
             self.local.append(block.tokens)
             self.vocabulary.append(block.vocabulary.reshape(-1))
             lengths.append(block.lengths)
-            keys.append(block.keys)
+            keys.append(block.keys[block.lengths > 0])
             ends.append((self.local.size, self.vocabulary.size // 2))
             rows.append(rows[-1] + len(block.lengths))
         self.ends, self.rows = ends, np.array(rows, np.int64)
-        self.lengths = np.concatenate(lengths) if lengths else np.empty(0, np.int32)
-        self.number, self.first = _distinct(np.concatenate(keys) if keys else np.empty((0, 2), np.uint64), self.lengths > 0)
+        self.lengths = np.concatenate(lengths)
+        self.number, self.first = _distinct(keys.read(0, keys.size).reshape(-1, 2), self.lengths > 0)
         self.bases = np.searchsorted(self.first, self.rows)  # of each block, and the end: the number of its first text
         self.sides = self._sides()
         self.parts = min(MOST_PARTITIONS, max(1, -(-self.local.size // self.sizes.partition)))
@@ -268,13 +268,16 @@ def _blocks(texts: Iterator[str], most: int) -> Iterator[list[str]]:
 
 
 def _distinct(keys: Array, with_words: Array) -> tuple[Array, Array]:
-    """For each row the number of its text (-1 if it has no words), and for each different text its first row."""
-    rows = np.flatnonzero(with_words)
-    names = loops.name_rows(keys[rows], 2)
+    """For each row the number of its text (-1 if it has no words), and for each different text its first row.
+
+    Args:
+        keys: of the rows with words.
+    """
+    names = loops.name_rows(keys, 2)
     is_first = names == np.arange(len(names))
-    number = np.full(len(keys), -1, np.int32)
-    number[rows] = (np.cumsum(is_first, dtype=np.int32) - 1)[names]
-    return number, rows[is_first]
+    number = np.full(len(with_words), -1, np.int32)
+    number[with_words] = (np.cumsum(is_first, dtype=np.int32) - np.int32(1))[names]
+    return number, np.flatnonzero(with_words)[is_first]
 
 
 class _Numbered(NamedTuple):
