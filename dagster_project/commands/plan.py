@@ -218,7 +218,7 @@ def _aligned(root: Path, values: Any, name: str, base_model: Path, machine: Mach
     per_step = batch * passes * (1 if method.shares_processes else shared) * sum(lengths) / len(lengths)
     spec = memory.TrainingSpec(
         machine.device, machine.dtype, base_model, "lora", entry.peft, [max(lengths)] * batch,
-        batch * max(answer for pair in sequences for _, answer in pair), 1, machine.runtime, None, entry.gradient_checkpointing, passes,
+        batch * max(answer for pair in sequences for _, answer in pair), 1, machine.runtime, entry.quantization, entry.gradient_checkpointing, passes,
         entry.optim, f"aligned.{name}", sharding=entry.sharding, processes=shared,
     )  # fmt: skip
     units = 3 + FORWARD_PASSES.get(entry.method, 1)  # a forward and backward pass is 3 units
@@ -250,7 +250,7 @@ def _reward_model(root: Path, values: Any, base_model: Path, machine: Machine) -
     n = min(-(-pairs // per_step) * entry.num_train_epochs, entry.max_steps or 10**9)
     tokens = round(n * 2 * min(per_step, pairs) * sum(lengths) / len(lengths))
     spec = memory.TrainingSpec(
-        machine.device, machine.dtype, base_model, entry.method, entry.peft, [max(lengths)] * batch, batch, 1, machine.runtime, None,
+        machine.device, machine.dtype, base_model, entry.method, entry.peft, [max(lengths)] * batch, batch, 1, machine.runtime, entry.quantization,
         entry.gradient_checkpointing, entry.gradient_accumulation_steps, entry.optim, "reward_model", sharding=entry.sharding,
         processes=processes,
     )  # fmt: skip

@@ -101,7 +101,7 @@ def validate(params: Params, ctx: ValidationContext) -> None:
     if ctx.name in ctx.values["adapter"]:
         raise InputError(f"params.yaml: {where}: adapter.{ctx.name} has the same name", "rename one of them")
     refuse_unmerged(ctx.values["adapter"], params.adapter, f"{where}.adapter")
-    methods.check("lora", params.peft, None, True, where)
+    methods.check("lora", params.peft, params.quantization, True, where)
     method = params.parsed_method(where, ctx.value)
     if params.sharding and not method.can_shard:
         raise InputError(
@@ -275,10 +275,11 @@ def _nothing() -> None:
 
 
 def _policy(sft: Path, params: Params, device: torch.device, dtype: torch.dtype, where: str) -> tuple[PreparedModel, ShardedModel]:
-    """The untrained policy; one to be divided among the processes is on the CPU."""
+    """The untrained policy; one to be divided among the processes is on the CPU, unless it is quantized."""
     import torch
 
-    prepared = preference.policy(sft, params.peft, torch.device("cpu") if params.sharding else device, dtype, where, params.adapter)
+    whole_at = torch.device("cpu") if params.sharding and params.quantization == "none" else device
+    prepared = preference.policy(sft, params.peft, whole_at, dtype, where, params.adapter, params.quantization)
     return prepared, ShardedModel(prepared.model, params.sharding, device)
 
 

@@ -76,7 +76,9 @@ class Params(PreferenceParams):
 def validate(params: Params, ctx: ValidationContext) -> None:
     if params.model != "base_model":
         refuse_unmerged(ctx.values["adapter"], params.model.removeprefix("merged/"), "reward_model.model")
-    methods.check("lora", params.peft, None, True, "reward_model")
+    methods.check("lora", params.peft, params.quantization, True, "reward_model")
+    if params.method == "full":
+        methods.check("full", {}, params.quantization, True, "reward_model")
     sharding.check(params, ctx.compute, "reward_model", params.method)
 
 
@@ -151,6 +153,8 @@ def produce(
     seen = weight_audit.seen_examples(history.seen, [[pair["example_id"]] for pair in pairs["train"]])
     write_table(out / "examples.parquet", seen, weight_audit.seen_schema())
     write_curve(curve_file, history.curve, CURVE)
+    if params.quantization != "none":
+        model = reward_model.unquantized(model, folder, params.peft)
     reward_model.save(model, folder, out)
     del model, shared
     scorer = reward_model.RewardModel(out, device, dtype, params.sharding)
@@ -214,8 +218,9 @@ def _build(params: Params, folder: Path, device: torch.device, dtype: torch.dtyp
     import torch
 
     peft = params.peft if params.method == "lora" else None
-    place_of_model = torch.device("cpu") if params.sharding else device
-    return ShardedModel(reward_model.build(folder, peft, place_of_model, dtype, "reward_model"), params.sharding, device)
+    whole_at = torch.device("cpu") if params.sharding and params.quantization == "none" else device
+    model = reward_model.build(folder, peft, whole_at, dtype, "reward_model", params.quantization)
+    return ShardedModel(model, params.sharding, device)
 
 
 def _train(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -49,15 +50,13 @@ def load_base(
         weights: False: only shapes and dtypes, on torch's meta device.
     """
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
     attn: dict[str, Any] = {"attn_implementation": attention}
     stored: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, **attn}
     if quantization == "none" and weights:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **stored).to(device)
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
-    )
+    nf4 = nf4_config()
     if weights:
         base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=nf4, dtype=dtype, device_map={"": device}, **stored)
     else:
@@ -68,6 +67,24 @@ def load_base(
         if quantization == "none":
             return base
         _quantize(base, nf4)
+    return frozen_4bit(base)
+
+
+def nf4_config(skipped: Sequence[str] | None = None) -> Any:
+    """transformers' configuration for weights in 4-bit NormalFloat.
+
+    Args:
+        skipped: names of linear layers that are not quantized; None: the output layer.
+    """
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    kind = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    return BitsAndBytesConfig(**kind, bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=skipped)
+
+
+def frozen_4bit(base: Any) -> Any:
+    """A model with 4-bit weights, ready for an adapter: frozen, other weights in float32."""
     from peft import prepare_model_for_kbit_training
 
     for module in base.modules():

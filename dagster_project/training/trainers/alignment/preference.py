@@ -33,7 +33,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute, Section, parse
 from dagster_project.training.inference.answers import read_parts
 from dagster_project.training.methods import build
-from dagster_project.training.methods.build import PreparedModel
+from dagster_project.training.methods.build import PreparedModel, Quantization
 from dagster_project.training.tokens.preference_pairs import both, prompt_ids, reply
 from dagster_project.training.trainers.alignment import ppo, trl_training
 from dagster_project.training.trainers.alignment.reward_model import Rewards
@@ -331,7 +331,7 @@ class Ppo(AlignmentMethod, ppo.Settings):
     learns_from_rewards = True
     shares_processes = True
     checkpoint_size = 4
-    ignored_params = frozenset(PreferenceParams.model_fields) - {"save_total_limit", "sharding"}
+    ignored_params = frozenset(PreferenceParams.model_fields) - {"save_total_limit", "quantization", "sharding"}
     figures = (*ONLINE_FIGURES, "kl_coef", "value_loss", "clip_fraction", "explained_variance")
 
     def refuse_contradictions(self, params: PreferenceParams, where: str) -> None:
@@ -401,7 +401,15 @@ def parse_method(
     return method
 
 
-def policy(sft: Path, peft: Mapping[str, Any], device: torch.device, dtype: torch.dtype, where: str, adapter: str) -> PreparedModel:
+def policy(
+    sft: Path,
+    peft: Mapping[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    where: str,
+    adapter: str,
+    quantization: Quantization = "none",
+) -> PreparedModel:
     """The SFT model with a fresh LoRA adapter.
 
     Args:
@@ -410,4 +418,4 @@ def policy(sft: Path, peft: Mapping[str, Any], device: torch.device, dtype: torc
         adapter: name of the SFT variant; the adapter's configuration names its model by the path in dvc.yaml.
     """
     assert re.fullmatch(r"[\w-]+", adapter)
-    return build.build("lora", peft, sft, device, dtype, where, packs=False, named=f"data/merged/{adapter}")
+    return build.build("lora", peft, sft, device, dtype, where, quantization, packs=False, named=f"data/merged/{adapter}")

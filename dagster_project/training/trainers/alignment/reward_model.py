@@ -18,12 +18,15 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Message, Messages, Tools, conversation_text
 from dagster_project.core.progress import Progress
 from dagster_project.core.records import CheckResult, write_json
-from dagster_project.training.methods.build import peft_config
+from dagster_project.training.methods.build import Quantization, peft_config
+from dagster_project.training.methods.load import frozen_4bit, nf4_config
 from dagster_project.training.tokens.collators import pad
 from dagster_project.training.tokens.preference_pairs import Answered, answered
 from dagster_project.training.trainers.harness import distributed
 from dagster_project.training.trainers.harness.params import Sharding
+from dagster_project.training.trainers.harness.session import put
 from dagster_project.training.trainers.harness.sharding import ShardedModel, in_step
+from dagster_project.training.trainers.harness.weight_audit import trainable
 
 if TYPE_CHECKING:
     import torch
@@ -47,12 +50,15 @@ def failed_checks(folder: Path) -> dict[str, str]:
     return found
 
 
-def build(folder: Path, peft: Mapping[str, Any] | None, device: torch.device, dtype: torch.dtype, where: str) -> Any:
+def build(
+    folder: Path, peft: Mapping[str, Any] | None, device: torch.device, dtype: torch.dtype, where: str, quantization: Quantization = "none"
+) -> Any:
     """A language model with a new output layer `score` of one number, ready for training.
 
     Args:
         folder: a standalone model.
         peft: keys of LoRA; None: every weight is trained.
+        quantization: of the frozen weights.
     """
     import torch
     from peft import TaskType, get_peft_model
@@ -64,9 +70,11 @@ def build(folder: Path, peft: Mapping[str, Any] | None, device: torch.device, dt
     held = torch.float32 if peft is None else dtype
     said = logging.get_verbosity()
     logging.set_verbosity_error()  # the new output layer is intended
+    quantized = {"quantization_config": nf4_config(["score"]), "device_map": {"": device}} if quantization == "nf4" else {}
     model = AutoModelForSequenceClassification.from_pretrained(
-        folder, num_labels=1, dtype=held, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa"
-    ).to(device)
+        folder, num_labels=1, dtype=held, use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa", **quantized
+    )
+    model = frozen_4bit(model) if quantized else model.to(device)
     logging.set_verbosity(said)
     model.config.pad_token_id = tokenizer_of(folder).pad_token_id
     if peft is None:
@@ -80,6 +88,19 @@ def build(folder: Path, peft: Mapping[str, Any] | None, device: torch.device, dt
     model.get_base_model().score.register_forward_pre_hook(lambda _, given: (given[0].float(),))
     fuse(model)
     return model
+
+
+def unquantized(model: Any, folder: Path, peft: Mapping[str, Any]) -> Any:
+    """The adapter and output layer of a quantized model in an unquantized one, on the CPU.
+
+    Args:
+        folder, peft: as for `build`.
+    """
+    import torch
+
+    whole = build(folder, peft, torch.device("cpu"), torch.float32, "reward_model")
+    put(whole, trainable(model))
+    return whole
 
 
 def save(model: Any, folder: Path, out: Path) -> None:

@@ -219,6 +219,7 @@ def _build_trainer(
         **({"gradient_accumulation_steps": params.gradient_accumulation_steps * session.process.size} if params.sharding else {}),
         "gradient_checkpointing": params.gradient_checkpointing,
     }
+    whole = {weight: weight.data for weight in trainable(model).values()}
     trainer = _trainer_class(spec.trainer)(
         model=model,
         args=spec.config(**arguments | own | dict(spec.arguments)),
@@ -230,6 +231,9 @@ def _build_trainer(
     )
     if "ref" in getattr(model, "peft_config", {}):  # TRL's copy of the adapter: with the adapter off, the model is the reference already
         model.delete_adapter("ref")
+    for weight, data in whole.items():
+        if weight.dtype != data.dtype:  # TRL rounds adapters of 4-bit weights to bfloat16
+            weight.data = data
     collate = trainer.data_collator
     trainer.data_collator = lambda batch: _with_rows(collate(batch), batch)
     return trainer

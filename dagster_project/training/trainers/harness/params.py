@@ -181,6 +181,8 @@ class PreferenceParams(TrainingParams):
     save_steps: int | None = Field(default=None, ge=1)
     """Optimizer steps between two checkpoints from which an interrupted training resumes. null: one at the end of each
     epoch."""
+    quantization: Quantization = "none"
+    """Format of the frozen weights while LoRA is trained: nf4 is QLoRA. The adapter is merged into unquantized weights."""
     sharding: Sharding | None = None
     """Divide the model among `compute.processes`, see docs/methods.md. null: each process holds a whole model."""
 
@@ -190,8 +192,8 @@ class PreferenceParams(TrainingParams):
         Args:
             ignored: keys that the method does not use.
         """
-        values = self.model_dump(exclude={*NON_SEMANTIC_PARAMS, *ignored})
-        return {name: value for name, value in values.items() if name != "sharding" or value is not None}
+        unused = {name for name, value in {"sharding": None, "quantization": "none"}.items() if getattr(self, name) == value}
+        return self.model_dump(exclude={*NON_SEMANTIC_PARAMS, *ignored, *unused})
 
     def saves_at(self, step: int) -> bool:
         return bool(self.save_steps and step % self.save_steps == 0)

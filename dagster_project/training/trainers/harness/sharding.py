@@ -175,7 +175,7 @@ class ShardedModel:
     def join(self) -> None:
         """Gather the whole weights in the first process, see `unshard`."""
         if self.root is not None:
-            unshard(self.root)
+            unshard(self.model)
             self.root, self._trained = None, []
 
 
