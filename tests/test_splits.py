@@ -176,7 +176,7 @@ def test_units_are_the_connected_components_of_groups_and_keys(rows: list[tuple[
             for j in range(len(rows)):
                 if groups[i] == groups[j] or (keys[i] is not None and keys[i] == keys[j]):
                     reach[i] |= reach[j]
-    assert units(groups, keys) == [min(groups[j] for j in reached) for reached in reach]
+    assert list(units(groups, keys)) == [min(groups[j] for j in reached) for reached in reach]
 
 
 def test_a_train_row_that_is_dropped_takes_no_other_with_it() -> None:

@@ -183,7 +183,7 @@ def _divide(
     examples = [subject_text(record["messages"]) for record in test]
     copies = find_copies([*prompts, *examples])
     clusters = [*(records[overlaps.cluster[i]]["example_id"] for i in kept), *(record["group_id"] for record in test)]
-    link = joined(copies.links([*prompts, *examples], clusters))
+    link = joined(copies.links(clusters))
     groups = [link.get(cluster, cluster) for cluster in clusters]
     labels = [label if label in SPLITS else None for i in kept for label in [json.loads(records[i]["meta"]).get("split")]]
     split_of, because = keep_labels(groups, [None] * len(groups), [*labels, *[TEST] * len(test)])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,14 +19,16 @@ from dagster_project.core.params import Section, inside
 from dagster_project.core.records import (
     CheckResult,
     Report,
-    read_ledger,
-    read_records,
+    iter_ledger,
+    iter_records,
     record_schema,
     subject_text,
     uncollected,
     write_ledger,
     write_records,
 )
+from dagster_project.core.stored_rows import Selected, StoredRows
+from dagster_project.core.strings import Strings, View
 from dagster_project.curation.checks.privacy import mask
 from dagster_project.curation.sources.reading import locate
 from dagster_project.curation.splitting.augment import FORMAT, AddedRows, Augment, Paraphrase, augment, read_paraphrases
@@ -37,6 +41,7 @@ from dagster_project.curation.splitting.split import (
     assign_splits,
     find_copies,
     joined,
+    renamed,
     verify_splits,
 )
 
@@ -88,6 +93,29 @@ def run(ctx: StageContext) -> Report:
     return produce(ctx.root, ctx.params("splits", Params), ctx.compute.seed, ctx.output_of("instructions"), out=ctx.out)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """The rows of `instructions`: in a scratch file, and of each what decides its split. Equal values are one object."""
+
+    records: StoredRows
+    ids: Strings = field(default_factory=Strings)
+    groups: Strings = field(default_factory=Strings)
+    sources: list[str] = field(default_factory=list)
+    strata: list[str] = field(default_factory=list)
+    keys: list[str | None] = field(default_factory=list)
+    """Key of rows that must stay together, by `params.by`; None without one."""
+    labels: list[str | None] = field(default_factory=list)
+    """Split that the row has in its source."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def texts(self) -> Sequence[str]:
+        """The texts by which rows are compared, read when they are used."""
+        return View(range(len(self)), lambda i: subject_text(self.records[i]["messages"]))
+
+
 @uncollected
 def produce(root: Path, params: Params, seed: int, instructions: Path, out: Path) -> Report:
     """Assign rows to splits, augment train, write the shards and verify them.
@@ -98,40 +126,33 @@ def produce(root: Path, params: Params, seed: int, instructions: Path, out: Path
     import pyarrow as pa
 
     paraphrases, sources = _paraphrases(root, params.augment)
-    records = read_records(instructions)
-    placed = [line for line in read_ledger(instructions) if not line["outcome"].startswith("dropped")]
-    texts = [subject_text(record["messages"]) for record in records]
-    copies = find_copies(texts)
-    groups = [record["group_id"] for record in records]
-    link = joined(copies.links(texts, groups))
-    regrouped = sum(group in link for group in groups)
-    keys, labels = _keys(params, records), _labels(params, records)
-    stratify_by = "none" if params.by in {"source", "category"} else params.stratify_by
-    strata = [str(record[stratify_by]) if stratify_by != "none" else "" for record in records]
+    read = _read(params, instructions, scratch=out.parent)
+    copies = find_copies(read.texts)
+    link = joined(copies.links(read.groups))
     shares = {"test": params.test, "validation": params.validation}
-    dealt = assign_splits([link.get(group, group) for group in groups], keys, labels, strata, shares, seed)
+    dealt = assign_splits(renamed(read.groups, link), read.keys, read.labels, read.strata, shares, seed)
 
-    known = {record["example_id"] for record in records}
-    rows: dict[str, list[int]] = {name: [i for i, split in enumerate(dealt.splits) if split == name] for name in SPLITS}
-    train = [records[i] for i in rows[TRAIN]]
-    held_out = list(dict.fromkeys(texts[i] for name in SPLITS[1:] for i in rows[name]))
-    added = augment(params.augment, seed, train, held_out, copies.number, paraphrases) if params.augment else AddedRows()
+    rows = {name: array("q", (i for i, split in enumerate(dealt.splits) if split == name)) for name in SPLITS}
+    counts = {name: len(rows[name]) for name in SPLITS}
+    added = AddedRows()
+    if params.augment:
+        held_out = list(dict.fromkeys(read.texts[i] for name in SPLITS[1:] for i in rows[name]))
+        added = augment(params.augment, seed, Selected(read.records, rows[TRAIN]), held_out, copies.index, paraphrases)
+    write_ledger(out, _ledger(read, instructions, dealt, rows[TRAIN], added, scratch=out.parent))
+    for _, _, record in added.rows:
+        rows[TRAIN].append(len(read.records))
+        read.records.append(record)
     schema = record_schema().append(pa.field("split", pa.string()))
     for name in SPLITS:
-        written = [*(records[i] for i in rows[name]), *(record for _, _, record in added.rows if name == TRAIN)]
-        for record in written:
-            record["split"] = name
-        write_records(out / name, written, schema)
-    write_ledger(out, _ledger(records, placed, dealt, rows[TRAIN], added))
+        write_records(out / name, Selected(read.records, rows[name], lambda _, record, name=name: {**record, "split": name}), schema)
 
-    verification = verify_splits(out, copies, known)
-    counts = {name: len(rows[name]) for name in SPLITS}
+    verification = verify_splits(out, copies, read.ids)
     if verification.rows != {**counts, TRAIN: counts[TRAIN] + len(added.rows)}:
         raise AssertionError(f"rows lost: {counts} assigned, {len(added.rows)} added, {verification.rows} in the shards")
     dropped = dealt.splits.count(DROPPED)
     augmented = Counter(kind for _, kind, _ in added.rows)
     return Report(
-        rows_in=len(records),
+        rows_in=len(read),
         rows_out=sum(counts.values()),
         dropped={"split_leakage": dropped} if dropped else {},
         metrics={
@@ -141,8 +162,8 @@ def produce(root: Path, params: Params, seed: int, instructions: Path, out: Path
             **({"sources": sources} if sources else {}),
         },
         checks=[
-            _split_leakage(records, texts, dealt, verification, labels, regrouped),
-            _schema(params, counts, labels, dealt),
+            _split_leakage(read, dealt, verification, regrouped=sum(group in link for group in read.groups)),
+            _schema(params, counts, read.labels, dealt),
             _augmented_rows(verification, added),
         ],
     )
@@ -158,30 +179,52 @@ def _paraphrases(root: Path, settings: Augment | None) -> tuple[list[Paraphrase]
     return paraphrases, {settings.paraphrases: facts}
 
 
-def _keys(params: Params, records: Sequence[dict[str, Any]]) -> list[str | None]:
-    """Per row the key of rows that must stay together, by `params.by`; None without one.
-
+def _read(params: Params, instructions: Path, scratch: Path) -> Rows:
+    """Args:
+        scratch: folder of the scratch file.
     Raises:
         InputError: no row has a key.
     """
+    read = Rows(StoredRows(folder=scratch))
+    stratify_by = "none" if params.by in {"source", "category"} else params.stratify_by
+    same: dict[str | None, str | None] = {}
+
+    def one(value: Any) -> Any:
+        """The first object that is equal to a string."""
+        return same.setdefault(value, value)
+
+    for record in iter_records(instructions):
+        read.records.append(record)
+        read.ids.append(record["example_id"])
+        read.groups.append(record["group_id"])
+        read.sources.append(one(record["source"]))
+        read.strata.append(one(str(record[stratify_by])) if stratify_by != "none" else "")
+        read.keys.append(one(_key(params, record)))
+        read.labels.append(one(_label(params, record)))
+    if len(read) and params.by != "group" and not any(key is not None for key in read.keys):
+        _refuse_missing_key(params, read)
+    return read
+
+
+def _key(params: Params, record: dict[str, Any]) -> str | None:
     if params.by == "group":
-        return [None] * len(records)
+        return None
+    if params.key is not None:
+        return _text(json.loads(record["meta"]).get(params.key))
+    key: str | None = record[params.by]
+    return key
+
+
+def _refuse_missing_key(params: Params, read: Rows) -> None:
     if params.key is None:
-        keys = [record[params.by] for record in records]
-    else:
-        keys = [_text(json.loads(record["meta"]).get(params.key)) for record in records]
-    if records and not any(key is not None for key in keys):
-        if params.key is None:
-            raise InputError("params.yaml: splits.by: no row has a category", "use `by: group`, or add categories to the rows")
-        fields = Counter(name for record in records[:10_000] for name in json.loads(record["meta"]))
-        available = (
-            f"fields that rows have: {', '.join(name for name, _ in fields.most_common(12))}" if fields else "the rows have no such fields"
-        )
-        raise InputError(
-            f"params.yaml: splits.key: no row has a field {params.key!r}",
-            f"{available}; use one that identifies rows that must stay together",
-        )
-    return keys
+        raise InputError("params.yaml: splits.by: no row has a category", "use `by: group`, or add categories to the rows")
+    fields = Counter(name for record in read.records[:10_000] for name in json.loads(record["meta"]))
+    available = (
+        f"fields that rows have: {', '.join(name for name, _ in fields.most_common(12))}" if fields else "the rows have no such fields"
+    )
+    raise InputError(
+        f"params.yaml: splits.key: no row has a field {params.key!r}", f"{available}; use one that identifies rows that must stay together"
+    )
 
 
 def _text(value: Any) -> str | None:
@@ -191,24 +234,14 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
-def _labels(params: Params, records: Sequence[dict[str, Any]]) -> list[str | None]:
-    labels = [json.loads(record["meta"]).get("split") if params.keep_labels and '"split"' in record["meta"] else None for record in records]
-    return [label if label in SPLITS else None for label in labels]
+def _label(params: Params, record: dict[str, Any]) -> str | None:
+    label = json.loads(record["meta"]).get("split") if params.keep_labels and '"split"' in record["meta"] else None
+    return label if label in SPLITS else None
 
 
-def _ledger(
-    records: Sequence[dict[str, Any]], placed: Sequence[dict[str, Any]], dealt: Assignment, train: Sequence[int], added: AddedRows
-) -> list[dict[str, Any]]:
-    lines = []
-    for i, (record, before, split) in enumerate(zip(records, placed, dealt.splits, strict=True)):
-        why = "label of the source" if i in dealt.labelled else ""
-        if i in dealt.because:
-            keeper = dealt.because[i]
-            why = f"belongs to {dealt.splits[keeper]}/{records[keeper]['example_id']}"
-        outcome = "dropped:split_leakage" if split == DROPPED else split
-        identity = {"source": record["source"], "source_row": before["source_row"], "example_id": record["example_id"]}
-        repairs = {key: before[key] for key in ("source_id", "repaired") if before.get(key)}
-        lines.append({**identity, **repairs, "outcome": outcome, "why": why})
+def _ledger(read: Rows, instructions: Path, dealt: Assignment, train: Sequence[int], added: AddedRows, scratch: Path) -> StoredRows:
+    placed = (line for line in iter_ledger(instructions) if not line["outcome"].startswith("dropped"))
+    lines = StoredRows(_assigned(read, placed, dealt), scratch)
     for i, kind, record in added.rows:
         parent = lines[train[i]]
         lines.append(
@@ -217,24 +250,29 @@ def _ledger(
     return lines
 
 
-def _split_leakage(
-    records: Sequence[dict[str, Any]],
-    texts: Sequence[str],
-    dealt: Assignment,
-    verification: Verification,
-    labels: Sequence[str | None],
-    regrouped: int,
-) -> CheckResult:
+def _assigned(read: Rows, placed: Iterator[dict[str, Any]], dealt: Assignment) -> Iterator[dict[str, Any]]:
+    for i, (source, name, before, split) in enumerate(zip(read.sources, read.ids, placed, dealt.splits, strict=True)):
+        why = "label of the source" if i in dealt.labelled else ""
+        if i in dealt.because:
+            keeper = dealt.because[i]
+            why = f"belongs to {dealt.splits[keeper]}/{read.ids[keeper]}"
+        outcome = "dropped:split_leakage" if split == DROPPED else split
+        identity = {"source": source, "source_row": before["source_row"], "example_id": name}
+        repairs = {key: before[key] for key in ("source_id", "repaired") if before.get(key)}
+        yield {**identity, **repairs, "outcome": outcome, "why": why}
+
+
+def _split_leakage(read: Rows, dealt: Assignment, verification: Verification, regrouped: int) -> CheckResult:
     because = sorted(dealt.because.items())
     findings = [(f"{leak.place} and {leak.other}: {leak.why}", leak.text) for leak in verification.leaks]
     for i, keeper in because[:20]:
-        kept = f"{dealt.splits[keeper]}/{records[keeper]['example_id']}"
-        findings.append((f"{labels[i]}/{records[i]['example_id']} belongs to {kept}: dropped", texts[i]))
+        kept = f"{dealt.splits[keeper]}/{read.ids[keeper]}"
+        findings.append((f"{read.labels[i]}/{read.ids[i]} belongs to {kept}: dropped", read.texts[i]))
     notes = []
     if verification.leaking:
         notes.append(f"{verification.leaking} rows of the finished splits, or near-copies of them, are in two splits")
     if because:
-        by_label = Counter(str(labels[i]) for i, _ in because)
+        by_label = Counter(str(read.labels[i]) for i, _ in because)
         notes.append(f"the labels of the source leak: {', '.join(f'{n} dropped from {name}' for name, n in sorted(by_label.items()))}")
     if regrouped:
         notes.append(f"{regrouped} rows have near-copies in a group of another group_id; they were kept together")

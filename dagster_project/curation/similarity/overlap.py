@@ -11,6 +11,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Literal, TypeAlias
 
 RUN = 5
@@ -85,7 +86,7 @@ def compare(texts: Sequence[str], against: Sequence[str] | None = None, count_wo
     from dagster_project.curation.similarity import _overlap_numba as compiled
 
     within, size = against is None, len(texts)
-    rows = [text.encode() if text.isascii() else " ".join(words(text)).encode() for text in (*texts, *(against or ()))]
+    rows = [text.encode() if text.isascii() else " ".join(words(text)).encode() for text in chain(texts, against or ())]
     tokens, offsets = compiled.tokenize(rows)
     del rows
     number, first = compiled.distinct(tokens, offsets)
