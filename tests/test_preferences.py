@@ -17,6 +17,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.params import parse
 from dagster_project.core.records import Report, pair_id, pair_schema, read_ledger, read_pairs, read_preferences, read_table, write_records
 from dagster_project.core.rendering import render
+from dagster_project.core.strings import StringIndex
 from dagster_project.curation.sources import reading
 from dagster_project.curation.sources.files import Row
 from dagster_project.curation.splitting.split import find_copies, verify_splits
@@ -267,9 +268,9 @@ def test_the_finished_splits_are_verified_against_the_test_examples(tmp_path: Pa
         write_records(tmp_path / "out" / name, [pair] if name == "train" else [], pair_schema())
     write_records(tmp_path / "held", [{**ask(LONG), "source": "e.jsonl", "group_id": "e"}])
     identity = ask(LONG)["example_id"]
-    proof = verify_splits(tmp_path / "out", find_copies([LONG]), {"p", identity}, tmp_path / "held")
+    proof = verify_splits(tmp_path / "out", find_copies([LONG]), StringIndex(["p", identity]), tmp_path / "held")
     assert [(leak.place, leak.other) for leak in proof.leaks] == [(f"test/{identity}", "train/p")]
-    assert not verify_splits(tmp_path / "out", find_copies([LONG]), {"p"}).leaks
+    assert not verify_splits(tmp_path / "out", find_copies([LONG]), StringIndex(["p"])).leaks
 
 
 def test_of_leaking_upstream_pairs_the_less_strictly_held_out_is_dropped(tmp_path: Path, tiny_model: Path) -> None:

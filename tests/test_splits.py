@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.records import Report, example_id, read_ledger, read_records, write_ledger, write_records
+from dagster_project.core.strings import StringIndex
 from dagster_project.curation.similarity.overlap import near_pairs
 from dagster_project.curation.splitting.split import (
     DROPPED,
@@ -259,7 +260,7 @@ def verified(path: Path, all_rows: Sequence[dict[str, Any]] | None = None, **row
     """Verification of finished splits with these rows; `all_rows`: the assigned rows, by default the same."""
     held = all_rows or [row for name in rows.values() for row in name]
     return verify_splits(
-        finished(path, **rows), find_copies([row["messages"][0]["content"] for row in held]), {row["example_id"] for row in held}
+        finished(path, **rows), find_copies([row["messages"][0]["content"] for row in held]), StringIndex(row["example_id"] for row in held)
     )
 
 

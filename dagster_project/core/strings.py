@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, overload
 
 if TYPE_CHECKING:
@@ -40,42 +41,23 @@ class Strings(Sequence[str]):
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        at = index + len(self) if index < 0 else index
-        if not 0 <= at < len(self):
+        at = index + len(self._ends) - 1 if index < 0 else index
+        if not 0 <= at < len(self._ends) - 1:
             raise IndexError(index)
         return self._data[self._ends[at] : self._ends[at + 1]].decode("utf-8", "surrogatepass")
 
     def __iter__(self) -> Iterator[str]:
         for start in range(0, len(self), AT_ONCE):
-            yield from self[start : start + AT_ONCE]
+            ends = self._ends[start : start + AT_ONCE + 1]
+            data = bytes(self._data[ends[0] : ends[-1]])
+            for a, b in pairwise(ends):
+                yield data[a - ends[0] : b - ends[0]].decode("utf-8", "surrogatepass")
 
     def arrow(self) -> pa.LargeStringArray:
         """The same strings as an Arrow array, without a copy. Nothing can be appended while it is in use."""
         import pyarrow as pa
 
         return pa.LargeStringArray.from_buffers(len(self), pa.py_buffer(self._ends), pa.py_buffer(self._data))
-
-
-class View(Sequence[str]):
-    """Strings that are read when they are used."""
-
-    def __init__(self, indices: Sequence[int], read: Callable[[int], str]) -> None:
-        """Args:
-        indices: arguments of `read`, in order.
-        """
-        self._indices, self._read = indices, read
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return self._read(int(self._indices[index]))
 
 
 class StringIndex:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
+from dagster_project.core import workers
 from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_file
@@ -19,16 +22,18 @@ from dagster_project.core.params import Section, inside
 from dagster_project.core.records import (
     CheckResult,
     Report,
+    StoredPart,
+    is_rich,
     iter_ledger,
-    iter_records,
+    iter_table,
     record_schema,
     subject_text,
     uncollected,
     write_ledger,
-    write_records,
+    write_stored_records,
 )
-from dagster_project.core.stored_rows import Selected, StoredRows
-from dagster_project.core.strings import Strings, View
+from dagster_project.core.stored_rows import Selected, StoredRows, StoredTexts, encode
+from dagster_project.core.strings import StringIndex, Strings
 from dagster_project.curation.checks.privacy import mask
 from dagster_project.curation.sources.reading import locate
 from dagster_project.curation.splitting.augment import FORMAT, AddedRows, Augment, Paraphrase, augment, read_paraphrases
@@ -93,11 +98,13 @@ def run(ctx: StageContext) -> Report:
     return produce(ctx.root, ctx.params("splits", Params), ctx.compute.seed, ctx.output_of("instructions"), out=ctx.out)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Rows:
-    """The rows of `instructions`: in a scratch file, and of each what decides its split. Equal values are one object."""
+    """The rows of `instructions`, in scratch files, and of each what decides its split. Equal values are one object."""
 
     records: StoredRows
+    texts: StoredTexts
+    """The texts by which rows are compared."""
     ids: Strings = field(default_factory=Strings)
     groups: Strings = field(default_factory=Strings)
     sources: list[str] = field(default_factory=list)
@@ -106,14 +113,11 @@ class Rows:
     """Key of rows that must stay together, by `params.by`; None without one."""
     labels: list[str | None] = field(default_factory=list)
     """Split that the row has in its source."""
+    rich: bytearray = field(default_factory=bytearray)
+    """Whether the row has fields of `rich_schema`."""
 
     def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def texts(self) -> Sequence[str]:
-        """The texts by which rows are compared, read when they are used."""
-        return View(range(len(self)), lambda i: subject_text(self.records[i]["messages"]))
+        return len(self.groups)
 
 
 @uncollected
@@ -136,17 +140,19 @@ def produce(root: Path, params: Params, seed: int, instructions: Path, out: Path
     counts = {name: len(rows[name]) for name in SPLITS}
     added = AddedRows()
     if params.augment:
-        held_out = list(dict.fromkeys(read.texts[i] for name in SPLITS[1:] for i in rows[name]))
+        held_out = list(dict.fromkeys(text for name in SPLITS[1:] for text in read.texts.chosen(rows[name])))
         added = augment(params.augment, seed, Selected(read.records, rows[TRAIN]), held_out, copies.index, paraphrases)
-    write_ledger(out, _ledger(read, instructions, dealt, rows[TRAIN], added, scratch=out.parent))
+    repaired = any(line.get("repaired") for line in _kept_lines(instructions))
+    write_ledger(out, _ledger(read, _kept_lines(instructions), dealt, rows[TRAIN], added), repaired)
+    known = StringIndex(read.ids)
     for _, _, record in added.rows:
         rows[TRAIN].append(len(read.records))
-        read.records.append(record)
+        _append(read, record)
     schema = record_schema().append(pa.field("split", pa.string()))
-    for name in SPLITS:
-        write_records(out / name, Selected(read.records, rows[name], lambda _, record, name=name: {**record, "split": name}), schema)
+    parts = [StoredPart(out / name, rows[name], any(read.rich[i] for i in rows[name]), {"split": name}) for name in SPLITS]
+    write_stored_records(read.records, read.ids, schema, parts)
 
-    verification = verify_splits(out, copies, read.ids)
+    verification = verify_splits(out, copies, known)
     if verification.rows != {**counts, TRAIN: counts[TRAIN] + len(added.rows)}:
         raise AssertionError(f"rows lost: {counts} assigned, {len(added.rows)} added, {verification.rows} in the shards")
     dropped = dealt.splits.count(DROPPED)
@@ -179,31 +185,74 @@ def _paraphrases(root: Path, settings: Augment | None) -> tuple[list[Paraphrase]
     return paraphrases, {settings.paraphrases: facts}
 
 
+class Facts(NamedTuple):
+    """A row as a worker read it."""
+
+    line: bytes
+    """As `stored_rows.encode` encodes it."""
+    text: str
+    example_id: str
+    group: str
+    source: str
+    stratum: str
+    key: str | None
+    label: str | None
+    rich: bool
+
+
 def _read(params: Params, instructions: Path, scratch: Path) -> Rows:
     """Args:
-        scratch: folder of the scratch file.
+        scratch: folder of the scratch files.
     Raises:
         InputError: no row has a key.
     """
-    read = Rows(StoredRows(folder=scratch))
-    stratify_by = "none" if params.by in {"source", "category"} else params.stratify_by
-    same: dict[str | None, str | None] = {}
+    read = Rows(StoredRows(folder=scratch), StoredTexts(scratch))
+    same: dict[str | None, Any] = {}
 
-    def one(value: Any) -> Any:
+    def one(value: str | None) -> Any:
         """The first object that is equal to a string."""
         return same.setdefault(value, value)
 
-    for record in iter_records(instructions):
-        read.records.append(record)
-        read.ids.append(record["example_id"])
-        read.groups.append(record["group_id"])
-        read.sources.append(one(record["source"]))
-        read.strata.append(one(str(record[stratify_by])) if stratify_by != "none" else "")
-        read.keys.append(one(_key(params, record)))
-        read.labels.append(one(_label(params, record)))
+    shards = (shard.read_bytes() for shard in sorted(instructions.glob("records-*.parquet")))
+    for facts in chain.from_iterable(workers.current().map(_facts, params, shards)):
+        read.records.append_encoded(facts.line)
+        read.texts.append(facts.text)
+        read.ids.append(facts.example_id)
+        read.groups.append(facts.group)
+        read.sources.append(one(facts.source))
+        read.strata.append(one(facts.stratum))
+        read.keys.append(one(facts.key))
+        read.labels.append(one(facts.label))
+        read.rich.append(facts.rich)
     if len(read) and params.by != "group" and not any(key is not None for key in read.keys):
         _refuse_missing_key(params, read)
     return read
+
+
+def _facts(params: Params, shard: bytes) -> list[Facts]:
+    """The rows of a shard, given as the bytes of its file."""
+    stratify_by = "none" if params.by in {"source", "category"} else params.stratify_by
+    return [
+        Facts(
+            encode(record),
+            subject_text(record["messages"]),
+            record["example_id"],
+            record["group_id"],
+            record["source"],
+            str(record[stratify_by]) if stratify_by != "none" else "",
+            _key(params, record),
+            _label(params, record),
+            is_rich(record),
+        )
+        for record in iter_table(io.BytesIO(shard))
+    ]
+
+
+def _append(read: Rows, record: dict[str, Any]) -> None:
+    """Add a row that is written and not assigned."""
+    read.records.append(record)
+    read.ids.append(record["example_id"])
+    read.rich.append(is_rich(record))
 
 
 def _key(params: Params, record: dict[str, Any]) -> str | None:
@@ -239,19 +288,17 @@ def _label(params: Params, record: dict[str, Any]) -> str | None:
     return label if label in SPLITS else None
 
 
-def _ledger(read: Rows, instructions: Path, dealt: Assignment, train: Sequence[int], added: AddedRows, scratch: Path) -> StoredRows:
-    placed = (line for line in iter_ledger(instructions) if not line["outcome"].startswith("dropped"))
-    lines = StoredRows(_assigned(read, placed, dealt), scratch)
-    for i, kind, record in added.rows:
-        parent = lines[train[i]]
-        lines.append(
-            {**parent, "example_id": record["example_id"], "outcome": f"augmented:{kind}", "why": f"copy of {parent['example_id']}"}
-        )
-    return lines
+def _kept_lines(instructions: Path) -> Iterator[dict[str, Any]]:
+    """The lines of the ledger of `instructions` whose rows are in its output, in the same order."""
+    return (line for line in iter_ledger(instructions) if not line["outcome"].startswith("dropped"))
 
 
-def _assigned(read: Rows, placed: Iterator[dict[str, Any]], dealt: Assignment) -> Iterator[dict[str, Any]]:
-    for i, (source, name, before, split) in enumerate(zip(read.sources, read.ids, placed, dealt.splits, strict=True)):
+def _ledger(
+    read: Rows, kept: Iterator[dict[str, Any]], dealt: Assignment, train: Sequence[int], added: AddedRows
+) -> Iterator[dict[str, Any]]:
+    parents = dict.fromkeys(train[i] for i, _, _ in added.rows)
+    line_of: dict[int, dict[str, Any]] = {}
+    for i, (source, name, before, split) in enumerate(zip(read.sources, read.ids, kept, dealt.splits, strict=True)):
         why = "label of the source" if i in dealt.labelled else ""
         if i in dealt.because:
             keeper = dealt.because[i]
@@ -259,7 +306,13 @@ def _assigned(read: Rows, placed: Iterator[dict[str, Any]], dealt: Assignment) -
         outcome = "dropped:split_leakage" if split == DROPPED else split
         identity = {"source": source, "source_row": before["source_row"], "example_id": name}
         repairs = {key: before[key] for key in ("source_id", "repaired") if before.get(key)}
-        yield {**identity, **repairs, "outcome": outcome, "why": why}
+        line = {**identity, **repairs, "outcome": outcome, "why": why}
+        if i in parents:
+            line_of[i] = line
+        yield line
+    for i, kind, record in added.rows:
+        parent = line_of[train[i]]
+        yield {**parent, "example_id": record["example_id"], "outcome": f"augmented:{kind}", "why": f"copy of {parent['example_id']}"}
 
 
 def _split_leakage(read: Rows, dealt: Assignment, verification: Verification, regrouped: int) -> CheckResult:

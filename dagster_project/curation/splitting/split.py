@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.records import uncollected
-from dagster_project.core.strings import StringIndex, Strings, View, digests
+from dagster_project.core.stored_rows import SelectedTexts
+from dagster_project.core.strings import StringIndex, Strings, digests
 from dagster_project.curation.similarity.overlap import near_pairs
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def find_copies(texts: Sequence[str]) -> Copies:
 
     index = StringIndex(text if text.strip() else None for text in texts)
     left, right = array("i"), array("i")
-    for pair in near_pairs(View(index.first, lambda i: texts[i])):
+    for pair in near_pairs(SelectedTexts(texts, index.first.tolist())):
         left.append(pair.left)
         right.append(pair.right)
     return Copies(texts, index, np.array(left, np.int32), np.array(right, np.int32))
@@ -261,7 +262,7 @@ def _most_frequent(index: StringIndex, strata: Sequence[str]) -> np.ndarray:
 
     code = {name: k for k, name in enumerate(sorted(set(strata)))}
     codes = np.fromiter((code[name] for name in strata), np.int64, len(strata))
-    pairs, counts = np.unique(index.numbers * max(1, len(code)) + codes, return_counts=True)
+    pairs, counts = np.unique(index.numbers.astype(np.int64) * max(1, len(code)) + codes, return_counts=True)
     unit, stratum = np.divmod(pairs, max(1, len(code)))
     best = np.lexsort((stratum, -counts, unit))
     first = np.ones(len(best), np.bool_)
@@ -304,7 +305,7 @@ WHYS = {"copy": "near-copies", "group": "the same group", "id": "the same exampl
 
 
 @uncollected
-def verify_splits(folder: Path, copies: Copies, known: Iterable[str], elsewhere: Path | None = None) -> Verification:
+def verify_splits(folder: Path, copies: Copies, known: StringIndex, elsewhere: Path | None = None) -> Verification:
     """Read the shards of all splits back and find copies and near-copies in different splits.
 
     Near-copies are those of `find_copies` over the whole set, because a new search would consider other runs boilerplate. Texts that it
@@ -313,7 +314,7 @@ def verify_splits(folder: Path, copies: Copies, known: Iterable[str], elsewhere:
     Args:
         folder: output of `write_records`, one folder per split.
         copies: near-copies among all assigned rows.
-        known: example_id of each assigned row.
+        known: the example_ids of all assigned rows.
         elsewhere: folder of further test records, whose texts are in `copies`.
     Raises:
         AssertionError: a held-out row has a text that no assigned row has.
@@ -321,14 +322,14 @@ def verify_splits(folder: Path, copies: Copies, known: Iterable[str], elsewhere:
     import numpy as np
 
     splits, numbers = array("B"), array("i")
-    ids, groups, index = Strings(), Strings(), StringIndex(known)
+    ids, groups = Strings(), Strings()
     unexpected: list[str] = []
     added: dict[str, int] = {}  # text that is not in `copies` -> first train row with it
     for code, name in enumerate(SPLITS):
         shards = sorted((folder / name).glob("records-*.parquet"))
         for shard in [*shards, *(sorted(elsewhere.glob("records-*.parquet")) if elsewhere and name == TEST else ())]:
             shard_ids, shard_groups, texts = _read(shard)
-            found, is_known = copies.index.find(texts), index.find(shard_ids) >= 0
+            found, is_known = copies.index.find(texts), known.find(shard_ids) >= 0
             for k in np.flatnonzero((found < 0) | ~is_known).tolist():
                 if not is_known[k] and name != TRAIN:
                     unexpected.append(f"{name}/{shard_ids[k]}")
@@ -354,7 +355,8 @@ def verify_splits(folder: Path, copies: Copies, known: Iterable[str], elsewhere:
     sides = [(int(n), int(n)) for n in same] + [(int(a), int(b)) for a, b in zip(left[crossing], right[crossing], strict=True)]
     held_out = np.flatnonzero(splits_of > 1)
     new = list(added)
-    added_copies = [(added[new[p.left]], int(held_out[p.right])) for p in near_pairs(new, View(held_out, copies.text))] if added else []
+    against = SelectedTexts(copies.texts, copies.index.first[held_out].tolist())
+    added_copies = [(added[new[p.left]], int(held_out[p.right])) for p in near_pairs(new, against)] if added else []
 
     leaks: list[Leak] = []
     leaking: set[int] = set()
