@@ -108,8 +108,8 @@ class StringIndex:
         at = np.minimum(np.searchsorted(self._hashes, wanted), len(self) - 1)
         return np.where(self._hashes[at] == wanted, self._number[at], np.int32(-1))
 
-    def __contains__(self, string: str) -> bool:
-        return bool(self.find([string])[0] >= 0)
+    def __contains__(self, string: object) -> bool:
+        return isinstance(string, str) and bool(self.find([string])[0] >= 0)
 
 
 def digests(strings: Iterable[str]) -> np.ndarray:

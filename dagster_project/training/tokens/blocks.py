@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -76,7 +76,7 @@ def tokenize_shard(setup: Setup, shard: Shard) -> tuple[str, list[RecordFacts]]:
     return shard.split, facts_of(tokenizer, records, results)
 
 
-def facts_of(tokenizer: Any, records: Sequence[Mapping[str, Any]], results: Sequence[RecordOutcome]) -> list[RecordFacts]:
+def facts_of(tokenizer: Any, records: Sequence[dict[str, Any]], results: Sequence[RecordOutcome]) -> list[RecordFacts]:
     wrong = find_wrong_labels(tokenizer, records, results)
     found = []
     for i, (record, result) in enumerate(zip(records, results, strict=True)):

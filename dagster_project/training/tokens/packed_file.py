@@ -78,7 +78,8 @@ def write_packed(
     with pq.ParquetWriter(path, schema, compression="zstd", store_schema=True) as writer:
         for start in range(0, max(1, len(sizes)), ROW_GROUP):
             stop = min(start + ROW_GROUP, len(sizes))
-            parts, first = [], start
+            parts: list[pa.Table] = []
+            first = start
             while first < stop or not parts:
                 last = min(stop, max(first + 1, int(np.searchsorted(by_token, by_token[first] + TOKENS, "right")) - 1))
                 chosen = slice(by_example[first], by_example[last])
