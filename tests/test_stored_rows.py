@@ -99,6 +99,17 @@ def test_items_are_read_only_as_far_as_processes_are_free() -> None:
     results.close()  # type: ignore[attr-defined]
 
 
+def test_started_processes_serve_several_calls() -> None:
+    with workers.using(LocalProcesses(2)), workers.started() as two:
+        first, second = ([*two.map(_scaled, factor, range(8))] for factor in (3, 5))
+        assert two.count == 2
+    assert [value for value, _ in first + second] == [factor * item for factor in (3, 5) for item in range(8)]
+    processes = {process for _, process in first + second}
+    assert len(processes) <= 2 and os.getpid() not in processes
+    with workers.started() as here:
+        assert here is workers.current()
+
+
 def _end(_: None, code: int) -> None:
     os._exit(code)
 
@@ -107,6 +118,8 @@ def test_a_process_that_ends_is_one_message() -> None:
     with pytest.raises(PedigreeError) as refusal:
         list(LocalProcesses(2).map(_end, None, [1, 1]))
     assert "ended" in str(refusal.value) and "workers" in str(refusal.value)
+    with pytest.raises(PedigreeError, match="ended"), LocalProcesses(1).started() as one:
+        list(one.map(_end, None, range(1, 9)))
 
 
 def test_workers_are_those_of_the_innermost_context() -> None:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dagster_project.core import scratch
-from dagster_project.core.scratch import Scratch, SelectedTexts, StoredTexts
+from dagster_project.core import stored_rows
+from dagster_project.core.stored_rows import Scratch, SelectedTexts, StoredTexts
 from dagster_project.core.strings import StringIndex, Strings
 
 texts = st.lists(st.text(st.characters(), max_size=12), max_size=20)  # unpaired surrogates included
@@ -55,7 +55,7 @@ def test_an_index_numbers_different_strings_in_order(strings: list[str | None], 
 
 @pytest.mark.parametrize("window", [1, 64, 1 << 20])
 def test_items_are_read_in_any_order_and_between_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int) -> None:
-    monkeypatch.setattr(scratch, "WINDOW", window)
+    monkeypatch.setattr(stored_rows, "WINDOW", window)
     draw, stored, plain = random.Random(3), Scratch(tmp_path / "new"), []
     for n in range(300):
         plain.append(draw.randbytes(draw.choice([0, 1, 5, 40])))

@@ -321,7 +321,7 @@ def test_nearly_the_same_reasoning_or_arguments_share_a_group_and_are_reported()
     )
     (link,) = found.overlaps.links["near_duplicates"]
     assert (link.row, link.other, link.part) == (1, 0, "reasoning_content")
-    assert found.cluster == [0, 0, 2]
+    assert list(found.cluster) == [0, 0, 2]
     body = "Dear all, the kite festival begins on Monday at nine in the big park."
     calls = [
         rich(user(prompt), said("", call({"to": to, "body": body}, "mail")), tools=[tool("mail", to="string", body="string")])
@@ -329,7 +329,7 @@ def test_nearly_the_same_reasoning_or_arguments_share_a_group_and_are_reported()
     ]
     sent = judged(*calls)
     assert [(link.part, link.row) for name in ("near_duplicates", GROUPED) for link in sent.overlaps.links[name]] == [("tool_calls", 1)]
-    assert sent.cluster == [0, 0]
+    assert list(sent.cluster) == [0, 0]
 
 
 def test_a_copied_trace_in_two_upstream_splits_is_a_leak() -> None:

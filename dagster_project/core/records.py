@@ -240,7 +240,7 @@ def write_stored_records(rows: StoredRows, ids: Sequence[str], schema: pa.Schema
             part.folder.mkdir(parents=True, exist_ok=True)
             for number, shard in enumerate(_shards(part.indices, ids.__getitem__) if len(part.indices) else [[]]):
                 paths.append(_shard_path(part.folder, number))
-                yield part.rich, part.more, rows.encoded(shard)
+                yield part.rich, part.more, [*rows.encoded(shard)]
 
     for number, data in enumerate(workers.current().map(_encoded_shard, schema, shards())):
         paths[number].write_bytes(data)

@@ -84,7 +84,7 @@ def produce(
     else:
         suite = inside(root, params.expectations, "instructions.expectations")
         outcome = expectations.run(
-            expectations.table([*kept], read=len(records)), suite, pages / "data_docs" if params.data_docs else None, params.expectations
+            expectations.table(kept, read=len(records)), suite, pages / "data_docs" if params.data_docs else None, params.expectations
         )
         places = [findings.place(record) for record in kept]
         checks.append(expectations.check(outcome, places))

@@ -32,8 +32,7 @@ from dagster_project.core.records import (
     write_ledger,
     write_stored_records,
 )
-from dagster_project.core.scratch import StoredTexts
-from dagster_project.core.stored_rows import Selected, StoredRows, encode
+from dagster_project.core.stored_rows import Selected, StoredRows, StoredTexts, encode
 from dagster_project.core.strings import StringIndex, Strings
 from dagster_project.curation.checks.privacy import mask
 from dagster_project.curation.sources.reading import locate

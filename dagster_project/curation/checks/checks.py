@@ -192,7 +192,7 @@ class Judgement:
         return {name: verdict.fixed for name, verdict in self.verdicts.items() if verdict.fixed}
 
     @property
-    def cluster(self) -> list[int]:
+    def cluster(self) -> Sequence[int]:
         return self.overlaps.cluster
 
     @property

@@ -49,7 +49,7 @@ class Link:
 class Overlaps:
     """Result of `find_overlaps`."""
 
-    cluster: list[int]
+    cluster: Sequence[int]
     """For each record the first record of its near-duplicate cluster."""
     compared: Comparison
     """The comparison of all prompts."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.records import uncollected
-from dagster_project.core.scratch import SelectedTexts
+from dagster_project.core.stored_rows import SelectedTexts
 from dagster_project.core.strings import StringIndex, Strings, digests
 from dagster_project.curation.similarity.overlap import near_pairs
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dagster_project.core.scratch import Scratch
+from dagster_project.core.stored_rows import Scratch
 from dagster_project.core.strings import Strings
 from dagster_project.training.tokens.blocks import RecordFacts
 from dagster_project.training.tokens.examples import Example
