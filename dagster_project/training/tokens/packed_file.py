@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dagster_project.core.chat import packed_rows
 from dagster_project.core.records import ROW_GROUP
@@ -86,7 +87,7 @@ def write_packed(
                 values = {
                     "example_ids": ids.take(pa.array(owners[chosen])).cast(pa.string()),
                     "lengths": pa.array(lengths[chosen].astype(np.int32)),
-                    **_columns(found, examples[chosen], int(lengths[chosen].sum()), scratch),
+                    **_columns(found, examples[chosen], scratch),
                 }
                 bounds = {name: (by_token if name in TOKEN_COLUMNS else by_example)[first : last + 1] for name in values}
                 columns = [
@@ -100,20 +101,19 @@ def write_packed(
 TOKEN_COLUMNS = {"input_ids": "int32", "labels": "int32", "weights": "float32"}
 
 
-def _columns(found: TokenizedSplit, examples: np.ndarray, tokens: int, scratch: Path) -> dict[str, pa.Array]:
-    """The columns of tokens, in a scratch file that is mapped to memory, so that only parts of it must be there at once."""
+def _columns(found: TokenizedSplit, examples: np.ndarray, scratch: Path) -> dict[str, pa.Array]:
+    """The columns of tokens, in scratch files that are mapped to memory, so that only parts of them must be there at once."""
     import numpy as np
     import pyarrow as pa
 
     scratch.mkdir(parents=True, exist_ok=True)
-    columns: dict[str, Any] = {}
-    for name, dtype in TOKEN_COLUMNS.items():
-        with tempfile.TemporaryFile(dir=scratch) as file:
-            columns[name] = np.memmap(file, dtype, "w+", shape=(max(1, tokens),))[:tokens]
-    at = 0
-    for example in found.read(examples.tolist()):
-        end = at + len(example.input_ids)
-        for name, column in columns.items():
-            column[at:end] = getattr(example, name)
-        at = end
-    return {name: pa.array(column) for name, column in columns.items()}
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(tempfile.TemporaryFile(dir=scratch)) for name in TOKEN_COLUMNS}
+        for example in found.read(examples.tolist()):
+            for name, file in files.items():
+                file.write(getattr(example, name).tobytes())
+        columns = {}
+        for name, file in files.items():
+            dtype = np.dtype(TOKEN_COLUMNS[name])
+            columns[name] = pa.array(np.memmap(file, dtype, "r") if file.tell() else np.array([], dtype))
+    return columns
