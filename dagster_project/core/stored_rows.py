@@ -74,11 +74,14 @@ class StoredRows(Sequence[dict[str, Any]]):
 
 def encode(row: dict[str, Any]) -> bytes:
     """JSON in ASCII, which can represent unpaired surrogates."""
-    return json.dumps(row, separators=(",", ":")).encode()
+    return ENCODER.encode(row).encode()
+
+
+ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
 def decode(line: bytes) -> dict[str, Any]:
-    row: dict[str, Any] = json.loads(line)
+    row: dict[str, Any] = json.loads(line.decode("ascii"))  # json.loads would detect the encoding of bytes
     return row
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,9 +12,11 @@ from pydantic import Field, field_validator, model_validator
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_file, sha256_of_text
 from dagster_project.core.params import Licensed, Section, inside
-from dagster_project.curation.sources import fields, formats
-from dagster_project.curation.sources.files import files_of
-from dagster_project.curation.sources.hub import HubSplit, held_out_label, read_split, sha256_of_rows
+from dagster_project.core.stored_rows import StoredRows
+from dagster_project.curation.sources import formats
+from dagster_project.curation.sources.files import Block, as_parsed, files_of, read_blocks, size_of
+from dagster_project.curation.sources.hub import HubSplit, RowsDigest, held_out_label, split_blocks
+from dagster_project.curation.sources.streaming import Facts, How, Records, SourceFile
 
 
 class Source(Licensed):
@@ -114,82 +115,97 @@ class Reading(Section):
 
 
 def read_sources(
-    root: Path, sources: Sequence[Source], reading: Reading, section: str, read: formats.Reader
-) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+    root: Path, sources: Sequence[Source], reading: Reading, section: str, pairs: bool, scratch: Path
+) -> tuple[StoredRows, dict[str, dict[str, Any]]]:
     """Read every row of every source, in order.
 
     Args:
         root: the project's folder; source paths are relative to it.
         section: section of params.yaml, for messages.
-        read: `formats.records_of` or `formats.pairs_of`.
+        pairs: read preference pairs, not examples.
+        scratch: folder for scratch files.
     Returns:
-        The rows, and facts about each source for the report.
+        The records or pairs, and facts about each source for the report.
     Raises:
         InputError: a source is missing, misnamed, mostly unreadable, held out or read twice.
     """
-    rows: list[dict[str, Any]] = []
+    records = Records(scratch)
     facts: dict[str, dict[str, Any]] = {}
     for source, path in zip(sources, locate_sources(root, sources, f"{section}.sources"), strict=True):
-        layout, records, details = _from_hub(source, reading.limit, read) if path is None else _from_path(source, path, reading.limit, read)
-        _refuse_unreadable(source, records, layout, reading.max_malformed, section)
-        rows += records
+        how = How(pairs, source.format, source.mapping, source.split, source.think)
+        read = _from_hub if path is None else partial(_from_path, path=path)
+        found, details = read(records, source, how, reading.limit)
+        _refuse_unreadable(source, found, reading.max_malformed, section)
         origin = {"origin": source.origin} if source.origin else {}
-        rows_read = len(_source_rows(records))
-        counts = {"pairs": len(records)} if read is formats.pairs_of else {"examples": len(records)} if len(records) != rows_read else {}
+        rows = found.rows.total()
+        counts = {"pairs": found.records} if pairs else {"examples": found.records} if found.records != rows else {}
         facts[source.name] = {
-            "format": layout,
-            "rows": rows_read,
+            "format": found.layout,
+            "rows": rows,
             **counts,
             **details,
             "license": source.license,
             **origin,
-            "fields": fields.taken(records),
+            "fields": found.fields.shown(),
         }
-    return rows, facts
+    return records.rows(), facts
 
 
-def _source_rows(records: Iterable[Mapping[str, Any]]) -> set[tuple[str, int]]:
-    """(source, row) of all source rows. A row may give several pairs, and two rows may give one."""
-    return {(record["source"], row) for record in records for row in record.get("source_rows", (record["source_row"],))}
-
-
-Loaded = tuple[str, list[dict[str, Any]], dict[str, Any]]
-"""Layout, records, and further facts for the report."""
-
-
-def _from_path(source: Source, path: Path, limit: int | None, read: formats.Reader) -> Loaded:
-    layout, records = formats.of_files(path, source.name, source.format, source.mapping, source.split, read, source.think)
-    records = records[:limit]
+def _from_path(records: Records, source: Source, how: How, limit: int | None, path: Path) -> tuple[Facts, dict[str, Any]]:
+    """Add the records of a file or folder. Returns facts about its rows, and further facts for the report."""
     if path.is_file():
-        return layout, records, {"sha256": sha256_of_file(path)}
-    count = Counter(name for name, _ in _source_rows(records))
-    files = {name: {"rows": count[f"{source.name.rstrip('/')}/{name}"], "sha256": sha256_of_file(file)} for name, file in files_of(path)}
-    listed = "".join(f"{file['sha256']}  {name}\n" for name, file in files.items())
-    return layout, records, {"sha256": sha256_of_text(listed), "files": files}
+        facts = records.read([SourceFile(path.name, source.name, read_blocks(path), size_of(path))], how, limit)
+        return facts, {"sha256": sha256_of_file(path)}
+    folder, named = source.name.rstrip("/"), files_of(path)
+    facts = records.read(
+        [SourceFile(f"{path.name}/{name}", f"{folder}/{name}", read_blocks(file), size_of(file)) for name, file in named], how, limit
+    )
+    return facts, listed({name: {"rows": facts.rows[f"{folder}/{name}"], "sha256": sha256_of_file(file)} for name, file in named})
 
 
-def _from_hub(source: Source, limit: int | None, read: formats.Reader) -> Loaded:
-    rows = read_split(source.on_hub)[:limit]
-    digest = sha256_of_rows(rows)
-    layout, records = read(rows, source.name, source.name, source.format, source.mapping, held_out_label(source.on_hub), source.think)
+def listed(files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What a report says about several files: {"a.jsonl": {"rows": 2, "sha256": ...}}  ->  {"sha256": of the list that `sha256sum` prints, "files"}"""
+    return {"sha256": sha256_of_text("".join(f"{file['sha256']}  {name}\n" for name, file in files.items())), "files": files}
+
+
+def _from_hub(records: Records, source: Source, how: How, limit: int | None) -> tuple[Facts, dict[str, Any]]:
+    """As `_from_path`, for a split on the Hub."""
+    digest = RowsDigest()
+    blocks = _digested(split_blocks(source.on_hub), limit, digest)
+    how = how._replace(split=held_out_label(source.on_hub))
+    facts = records.read([SourceFile(source.name, source.name, blocks)], how, None)
     config = {"config": source.config} if source.config else {}
-    return layout, records, {"sha256": digest, "hub": source.hub, "revision": source.revision, **config, "split": source.split}
+    details = {"hub": source.hub, "revision": source.revision, **config, "split": source.split}
+    return facts, {"sha256": digest.hexdigest(), **details}
 
 
-def _refuse_unreadable(source: Source, records: Sequence[dict[str, Any]], layout: str, most: float, section: str) -> None:
+def _digested(blocks: Iterable[Block], limit: int | None, digest: RowsDigest) -> Iterator[Block]:
+    """The first rows of a file, of which the hash is computed."""
+    for block in blocks:
+        rows = block.rows()[:limit]
+        digest.update(rows)
+        yield Block(as_parsed, rows)
+        if limit is not None and (limit := limit - len(rows)) == 0:
+            return
+
+
+def _refuse_unreadable(source: Source, found: Facts, most: float, section: str) -> None:
     """Refuse a source with too many unreadable rows. Rows with images and the like are readable; a check drops them.
 
     Raises:
         InputError: the share of unreadable rows is above `most`, or all are unreadable.
     """
-    empty = [record for record in records if not any(record.get(field) for field in ("messages", "prompt", "chosen", "rejected"))]
-    unreadable = [record for record in empty if "unsupported" not in json.loads(record["meta"])]
-    if not empty or (len(unreadable) <= most * len(records) and len(empty) < len(records)):
+    empty = found.unreadable + found.unsupported
+    if not empty or (found.unreadable <= most * found.records and empty < found.records):
         return
-    unreadable = unreadable or empty
-    examples = [f"  {row['source']}:{row['source_row']}: {json.loads(row['meta'])['problem']}" for row in unreadable[:3]]
+    count = found.unreadable or found.unsupported
     raise InputError(
-        "\n".join([f"{source.name}: {len(unreadable)} of {len(records)} rows cannot be read ({layout}); the first:", *examples]),
+        "\n".join(
+            [
+                f"{source.name}: {count} of {found.records} rows cannot be read ({found.layout}); the first:",
+                *found.problems[not found.unreadable],
+            ]
+        ),
         f"fix them, or set the right format; {section}.max_malformed ({most}) is the share that may be unreadable",
     )
 
