@@ -25,7 +25,7 @@ def to_records(
     files = named or [(path.name, source, path)]
     records = Records(path.parent)
     blocks = [SourceFile(name, whose, read_blocks(file), size_of(file)) for name, whose, file in files]
-    facts = records.read(blocks, How(pairs, layout, mapping or {}, split, think), None)
+    facts = records.read(blocks, How(path.name, pairs, layout, mapping or {}, split, think), None)
     return facts.layout, list(records.rows())
 
 

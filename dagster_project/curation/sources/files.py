@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
 
 from dagster_project.core.errors import InputError
@@ -86,7 +86,7 @@ def read_blocks(file: File) -> Iterator[Block]:
     Raises:
         InputError: unknown file type, or a file that cannot be separated into rows.
     """
-    suffix = _suffix(file)
+    suffix = suffix_of(file)
     if suffix not in READERS:
         raise InputError(f"{file.name}: unknown file type {suffix or '(none)'}", f"use {', '.join(READERS)}")
     try:
@@ -164,7 +164,7 @@ def as_parsed(rows: list[Row]) -> list[Row]:
     return rows
 
 
-def _suffix(path: File) -> str:
+def suffix_of(path: File | PurePosixPath) -> str:
     """File type in lower case."""
     suffix = path.suffix.lower()
     return "".join(path.suffixes[-2:]).lower() if suffix == ".gz" else suffix
@@ -187,7 +187,7 @@ def files_of(folder: Path) -> list[tuple[str, Path]]:
                 raise InputError(
                     f"{path.relative_to(folder.parent)}: a link that is broken or points outside its folder", "copy the file there instead"
                 )
-        files += [path for path in (Path(parent, name) for name in names) if _suffix(path) in READERS]
+        files += [path for path in (Path(parent, name) for name in names) if suffix_of(path) in READERS]
     if not files:
         raise InputError(f"{folder.name}: no file of examples in the folder", f"file types: {', '.join(READERS)}")
     return sorted((path.relative_to(folder).as_posix(), path) for path in files)

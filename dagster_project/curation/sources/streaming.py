@@ -40,6 +40,8 @@ class SourceFile(NamedTuple):
 class How(NamedTuple):
     """How a source is read."""
 
+    name: str
+    """Of the source, in messages."""
     pairs: bool
     """Preference pairs; else examples."""
     layout: str
@@ -102,8 +104,7 @@ class Records:
         parsed = Parsed(self._folder)
         conversions = parsed.read(files, how)
         if how.split == FROM_FILE_NAMES and not any(each.split for each in conversions):
-            name = files[0].name.partition("/")[0]
-            raise InputError(f"{name}: no file name contains a split", f"use the names {', '.join(SPLITS)}, or leave split out")
+            raise InputError(f"{how.name}: no file name contains a split", f"use the names {', '.join(SPLITS)}, or leave split out")
         facts = Facts(", ".join(dict.fromkeys(each.layout for each in conversions)))
         pool = workers.current() if parsed.size >= SMALL else workers.THIS_PROCESS
         adding = _Adding(self._stored, self._second, facts, limit)
