@@ -18,6 +18,7 @@ from builders.files import FILE_WRITERS, jsonl
 from builders.history import Project
 from builders.s3 import BUCKET, S3Server
 from builders.servers import free_port
+from conftest import dvc, edit_params, pedigree, run
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import parse
@@ -88,6 +89,7 @@ def test_objects_give_the_rows_and_the_hash_of_the_same_files(tmp_path: Path, bu
     (folder / "deep/test.jsonl.gz").write_bytes(gzip.compress(b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)))
     (folder / "README.md").write_text("no examples")
     url = upload(bucket, prefix, folder)
+    bucket.write(f"{prefix}2/next.jsonl", b"x")
     revision = digest(bucket, prefix, *files.READERS)
     local = read(tmp_path, "local", {"path": "data/sources/mine", "split": "from_file_names"})
     remote = read(tmp_path, "remote", {"path": url, "revision": revision, "split": "from_file_names"})
@@ -319,4 +321,4 @@ def test_a_stage_that_read_objects_is_made_again_from_its_record(project: Path, 
     assert bucket.secret not in "".join(path.read_text(errors="replace") for path in project.rglob("*.json"))
     bucket.write(f"{prefix}/a.jsonl", b'{"prompt": "Hi", "completion": "Ho"}\n')
     refused = pedigree(project, "verify", "raw_examples", "--json")
-    assert refused.returncode == 1 and "changed: a.jsonl" in refused.stderr
+    assert refused.returncode == 2 and "changed: a.jsonl" in refused.stderr

@@ -133,10 +133,9 @@ class S3Object:
         Raises:
             InputError: not all of it has been read.
         """
-        if self._content is None:  # an empty object is not opened
-            return hashlib.sha256().hexdigest()
-        if self._content.bytes != self.size:
-            raise InputError(f"{self.name}: {self._content.bytes} of {self.size} bytes were read", "run the stage again")
+        if self._content is None or self._content.bytes != self.size:
+            done = self._content.bytes if self._content else 0
+            raise InputError(f"{self.name}: {done} of {self.size} bytes were read", "run the stage again")
         return self._content.digest.hexdigest()
 
 
