@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dagster_project.core import workers
 from dagster_project.core.errors import PedigreeError
-from dagster_project.core.stored_rows import BLOCK, StoredRows
+from dagster_project.core.stored_rows import BLOCK, Chained, Selected, StoredRows, Texts, encode
 from dagster_project.core.workers import AHEAD, LocalProcesses, ThisProcess
 
 texts = st.text(st.characters(), max_size=20)  # unpaired surrogates included
@@ -49,6 +49,28 @@ def test_rows_can_be_added_between_reads(tmp_path: Path) -> None:
     assert list((tmp_path / "scratch").iterdir()) == [], "the file has no name"
 
 
+@given(rows, st.data())
+def test_changed_rows_are_those_of_a_changed_list(plain: list[dict[str, object]], data: st.DataObject) -> None:
+    changes = data.draw(
+        st.dictionaries(st.integers(0, len(plain) - 1), st.dictionaries(texts, values, max_size=2)) if plain else st.just({})
+    )
+    before = StoredRows(plain)
+    after = before.with_changes((i, encode(row)) for i, row in changes.items())
+    assert list(before) == plain and list(after) == [changes.get(i, row) for i, row in enumerate(plain)]
+    assert [after[i] for i in range(len(plain))] == list(after) == after[:]
+
+
+@given(rows, st.data())
+def test_selected_rows_and_texts_are_those_of_a_list(plain: list[dict[str, object]], data: st.DataObject) -> None:
+    indices = data.draw(st.lists(st.integers(0, len(plain) - 1), max_size=10) if plain else st.just([]))
+    stored = StoredRows(plain)
+    assert list(Selected(stored, indices)) == [plain[i] for i in indices]
+    assert list(Selected(stored, indices, lambda i, row: {**row, "i": i})) == [{**plain[i], "i": i} for i in indices]
+    chained = Chained(Texts(stored, indices, repr), ["x"], [], Texts(stored, range(len(plain)), str))
+    expected = [*(repr(plain[i]) for i in indices), "x", *map(str, plain)]
+    assert list(chained) == expected == [chained[i] for i in range(len(chained))] and chained[1:3] == expected[1:3]
+
+
 def _scaled(factor: int, item: int) -> tuple[int, int]:
     return factor * item, os.getpid()
 
@@ -77,6 +99,17 @@ def test_items_are_read_only_as_far_as_processes_are_free() -> None:
     results.close()  # type: ignore[attr-defined]
 
 
+def test_started_processes_serve_several_calls() -> None:
+    with workers.using(LocalProcesses(2)), workers.started() as two:
+        first, second = ([*two.map(_scaled, factor, range(8))] for factor in (3, 5))
+        assert two.count == 2
+    assert [value for value, _ in first + second] == [factor * item for factor in (3, 5) for item in range(8)]
+    processes = {process for _, process in first + second}
+    assert len(processes) <= 2 and os.getpid() not in processes
+    with workers.started() as here:
+        assert here is workers.current()
+
+
 def _end(_: None, code: int) -> None:
     os._exit(code)
 
@@ -85,6 +118,8 @@ def test_a_process_that_ends_is_one_message() -> None:
     with pytest.raises(PedigreeError) as refusal:
         list(LocalProcesses(2).map(_end, None, [1, 1]))
     assert "ended" in str(refusal.value) and "workers" in str(refusal.value)
+    with pytest.raises(PedigreeError, match="ended"), LocalProcesses(1).started() as one:
+        list(one.map(_end, None, range(1, 9)))
 
 
 def test_workers_are_those_of_the_innermost_context() -> None:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol, TypeVar
 
@@ -62,21 +62,42 @@ class LocalProcesses:
         # spawned, because a fork of a process with threads (Arrow, polars) may hang
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(self.count, context, initializer=_keep_shared, initargs=(shared,)) as pool:
-            waiting: deque[Future[B]] = deque()
-            try:
-                for item in items:
-                    waiting.append(pool.submit(_with_shared, work, item))
-                    if len(waiting) > AHEAD * self.count:
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-            except BrokenProcessPool:
-                raise PedigreeError(
-                    "a process of the stage ended, for example because it used too much memory", "use fewer `workers` in `execution`"
-                ) from None
-            finally:
-                for future in waiting:
-                    future.cancel()
+            yield from _in_order((pool.submit(_with_shared, work, item) for item in items), self.count)
+
+    @contextmanager
+    def started(self) -> Iterator[Workers]:
+        """The same processes for several calls of `map`, which get what is shared with each item."""
+        with ProcessPoolExecutor(self.count, multiprocessing.get_context("spawn")) as pool:
+            yield _Started(pool, self.count)
+
+
+class _Started:
+    """Processes that have been started."""
+
+    def __init__(self, pool: ProcessPoolExecutor, count: int) -> None:
+        self._pool, self.count = pool, count
+
+    def map(self, work: Callable[[S, A], B], shared: S, items: Iterable[A]) -> Iterator[B]:
+        return _in_order((self._pool.submit(work, shared, item) for item in items), self.count)
+
+
+def _in_order(futures: Iterator[Future[B]], count: int) -> Iterator[B]:
+    """The results of `futures`, which are created only as far as needed."""
+    waiting: deque[Future[B]] = deque()
+    try:
+        for future in futures:
+            waiting.append(future)
+            if len(waiting) > AHEAD * count:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise PedigreeError(
+            "a process of the stage ended, for example because it used too much memory", "use fewer `workers` in `execution`"
+        ) from None
+    finally:
+        for future in waiting:
+            future.cancel()
 
 
 _shared: Any = None
@@ -98,6 +119,14 @@ _current: ContextVar[Workers] = ContextVar("workers", default=THIS_PROCESS)
 def current() -> Workers:
     """The processes of the stage that runs."""
     return _current.get()
+
+
+@contextmanager
+def started() -> Iterator[Workers]:
+    """The processes of the stage that runs, for several calls of `map`: those of this host are started once."""
+    with ExitStack() as stack:
+        found = current()
+        yield stack.enter_context(found.started()) if isinstance(found, LocalProcesses) else found
 
 
 @contextmanager
