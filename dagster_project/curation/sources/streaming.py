@@ -108,7 +108,7 @@ class Records:
         facts = Facts(", ".join(dict.fromkeys(each.layout for each in conversions)))
         pool = workers.current() if parsed.size >= SMALL else workers.THIS_PROCESS
         adding = _Adding(self._stored, self._second, facts, limit)
-        for part in pool.map(convert, conversions, parsed.parts()):
+        for part in pool.map(convert, None, parsed.parts(conversions)):
             adding.add(part, conversions[part.file])
             if adding.is_full and not how.pairs:  # a later half may belong to an earlier one
                 break
@@ -205,11 +205,14 @@ class Parsed:
         self._ends.append(len(self.rows))
         self._files.append(block.file)
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self, conversions: Sequence[Conversion]) -> Iterator[Part]:
+        """Args:
+        conversions: of each file.
+        """
         start, row, file = 0, 0, -1
         for end, number in zip(self._ends, self._files, strict=True):
             row = row if number == file else 0
-            yield Part(number, row, self.rows.encoded(range(start, end)))
+            yield Part(number, conversions[number], row, self.rows.encoded(range(start, end)))
             row += end - start
             start, file = end, number
 
@@ -221,6 +224,7 @@ class Part(NamedTuple):
     """Consecutive rows of a file."""
 
     file: int
+    how: Conversion
     first: int
     """Number of the first row in the file."""
     lines: list[bytes]
@@ -243,14 +247,10 @@ class ConvertedPart(NamedTuple):
     """Index of a record without messages -> whether its content is unsupported, and what is wrong."""
 
 
-def convert(conversions: Sequence[Conversion], part: Part) -> ConvertedPart:
-    """Convert rows, in any process.
-
-    Args:
-        conversions: of each file.
-    """
+def convert(_: None, part: Part) -> ConvertedPart:
+    """Convert rows, in any process."""
     rows = (_row(part.first + index, line) for index, line in enumerate(part.lines))
-    records = list(converted(conversions[part.file], rows))
+    records = list(converted(part.how, rows))
     distinct, fields = numbered(records)
     halves = {index: record[HALF] for index, record in enumerate(records) if HALF in record}
     problems = {index: _problem(record) for index, record in enumerate(records) if _is_empty(record)}
