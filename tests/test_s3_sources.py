@@ -23,6 +23,7 @@ from conftest import dvc, edit_params, pedigree, run
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import parse
 from dagster_project.core.records import read_ledger, read_pairs, read_records, write_json
+from dagster_project.curation.check_files import check_paths
 from dagster_project.curation.sources import files, s3
 from dagster_project.lineage.impact import impact
 from dagster_project.lineage.lineage import audit
@@ -284,6 +285,11 @@ def test_without_s3fs_one_message_says_how_to_install_it(tmp_path: Path, monkeyp
     monkeypatch.setitem(sys.modules, "s3fs", None)
     error = refusal(tmp_path, {"path": "s3://bucket/a"})
     assert "s3fs is not installed" in error.what and "pip install 'pedigree[cluster]'" in error.hint
+
+
+def test_the_check_of_files_says_that_it_does_not_read_s3() -> None:
+    with pytest.raises(InputError, match="are read by the pipeline only"):
+        check_paths(["s3://bucket/a.jsonl"])
 
 
 # History

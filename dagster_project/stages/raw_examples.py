@@ -20,7 +20,7 @@ class Params(Reading):
     """The examples to learn from. See docs/sources.md."""
 
     sources: list[Source] = Field(min_length=1)
-    """Files, folders and data sets on the Hub, in order."""
+    """Files, folders, objects in S3 and data sets on the Hub, in order."""
 
 
 def validate(params: Params, ctx: ValidationContext) -> None:

@@ -18,7 +18,7 @@ class Params(Reading):
     """Pairs of a better and a worse answer. See docs/sources.md."""
 
     sources: list[PairSource] = []
-    """Files, folders and data sets on the Hub, in order. An empty list means a project without preferences."""
+    """Files, folders, objects in S3 and data sets on the Hub, in order. An empty list means a project without preferences."""
 
 
 def validate(params: Params, ctx: ValidationContext) -> None:
