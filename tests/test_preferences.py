@@ -19,7 +19,7 @@ from dagster_project.core.records import Report, pair_id, pair_schema, read_ledg
 from dagster_project.core.rendering import render
 from dagster_project.core.strings import StringIndex
 from dagster_project.curation.sources import reading
-from dagster_project.curation.sources.files import Row
+from dagster_project.curation.sources.files import Block, Row, as_parsed
 from dagster_project.curation.splitting.split import find_copies, verify_splits
 from dagster_project.stages import preferences, raw_preferences
 
@@ -146,7 +146,8 @@ def test_a_mapping_of_examples_is_refused_for_pairs(tmp_path: Path) -> None:
 
 
 def test_a_split_of_the_hub_is_read_as_pairs_and_keeps_its_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "read_split", lambda named: [Row(i, better(text)) for i, text in enumerate(OTHERS)])
+    rows = [Row(i, better(text)) for i, text in enumerate(OTHERS)]
+    monkeypatch.setattr(reading, "split_blocks", lambda named: iter([Block(as_parsed, rows)]))
     source = {"hub": "org/name", "revision": "0123456789" * 4, "split": "test"}
     params = parse(raw_preferences.Params, {"sources": [source], "limit": 2}, "raw_preferences")
     found = raw_preferences.produce(tmp_path, params, tmp_path / "raw").metrics["sources"]["hub:org/name@012345678901/test"]

@@ -390,6 +390,11 @@ def write_ledger(folder: Path, rows: Iterable[dict[str, Any]], repaired: bool | 
     write_table(folder / LEDGER, rows, ledger_schema(repaired))
 
 
+def ledger_line(record: Mapping[str, Any], source_row: int, outcome: str, why: str) -> dict[str, Any]:
+    """Outcome of a source row that became a record, or part of one."""
+    return {"source": record["source"], "source_row": source_row, "example_id": record["example_id"], "outcome": outcome, "why": why}
+
+
 @uncollected
 def read_ledger(folder: Path) -> list[dict[str, Any]]:
     return read_table(folder / LEDGER)
