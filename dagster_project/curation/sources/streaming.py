@@ -212,7 +212,7 @@ class Parsed:
         start, row, file = 0, 0, -1
         for end, number in zip(self._ends, self._files, strict=True):
             row = row if number == file else 0
-            yield Part(number, conversions[number], row, self.rows.encoded(range(start, end)))
+            yield Part(number, conversions[number], row, [*self.rows.encoded(range(start, end))])
             row += end - start
             start, file = end, number
 
