@@ -321,7 +321,7 @@ def test_processes_with_different_numbers_of_passes_compute_with_parts(
         (
             {"aligned": {"x": {"method": "grpo", "adapter": "lora", **SHARDED}}},
             2,
-            "aligned.x.sharding: grpo samples its answers through TRL, which needs the whole model in each process\nhint: use ppo",
+            "aligned.x.sharding: grpo needs the whole model in each process\nhint: use dpo, kto or ppo",
         ),
         ({"aligned": {"x": {"method": "kto", "adapter": "lora", "optim": "adafactor", **SHARDED}}}, 2, "aligned.x.optim: adafactor"),
         (

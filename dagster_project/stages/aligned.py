@@ -105,8 +105,8 @@ def validate(params: Params, ctx: ValidationContext) -> None:
     method = params.parsed_method(where, ctx.value)
     if params.sharding and not method.can_shard:
         raise InputError(
-            f"params.yaml: {where}.sharding: {params.method} samples its answers through TRL, which needs the whole model in each process",
-            "use ppo, or leave it out",
+            f"params.yaml: {where}.sharding: {params.method} needs the whole model in each process",
+            "use dpo, kto or ppo, or leave it out",
         )
     sharding.check(params, ctx.compute, where, "lora", "adamw_torch" if "optim" in method.ignored_params else None)
     if method.learns_from_rewards:

@@ -114,7 +114,7 @@ def produce(
 
     No failed check blocks: whether the reward model is good enough is decided by the stage that uses it (`aligned`).
     """
-    if params.sharding and place().size == 1:
+    if params.sharding and compute.processes > 1 and place().size == 1:
         folders = {"preferences": preferences, "folder": folder, "out": out, "curve_file": curve_file, "calibration_file": calibration_file,
                    "checkpoints": checkpoints, "live": live}  # fmt: skip
         return _produce_in_processes(params, compute, folders)

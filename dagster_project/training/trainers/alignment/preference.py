@@ -95,8 +95,8 @@ class AlignmentMethod(Section):
     """Whether it trains on rewards of sampled answers; else it trains on the answers of the pairs."""
     shares_processes: ClassVar[bool] = False
     """Whether several processes share one training without `sharding`."""
-    can_shard: ClassVar[bool] = True
-    """Whether the model can be divided among processes."""
+    can_shard: ClassVar[bool] = False
+    """Whether the model can be divided among processes: no process needs it as a whole."""
     checkpoint_size: ClassVar[int] = 3
     """Size of a checkpoint, in multiples of the trainable weights."""
     ignored_params: ClassVar[frozenset[str]] = frozenset()
@@ -173,6 +173,7 @@ class Dpo(TrlMethod):
     """Options of dpo."""
 
     name = "dpo"
+    can_shard = True
     metrics = PAIR_METRICS
     figures = tuple(PAIR_METRICS.values())
 
@@ -218,6 +219,7 @@ class Kto(TrlMethod):
     """Options of kto."""
 
     name = "kto"
+    can_shard = True
     metrics = PAIR_METRICS
     figures = tuple(PAIR_METRICS.values())
     rows_per_pair = 2
@@ -256,7 +258,6 @@ class GroupMethod(TrlMethod):
     """Options of rloo and grpo."""
 
     learns_from_rewards = True
-    can_shard = False
     metrics = {
         "reward": "reward", "kl": "kl", "entropy": "entropy", "completions/mean_length": "response_length", "completions/clipped_ratio": "unfinished",
     }  # fmt: skip
@@ -330,6 +331,7 @@ class Ppo(AlignmentMethod, ppo.Settings):
     name = "ppo"
     learns_from_rewards = True
     shares_processes = True
+    can_shard = True
     checkpoint_size = 4
     ignored_params = frozenset(PreferenceParams.model_fields) - {"save_total_limit", "quantization", "sharding"}
     figures = (*ONLINE_FIGURES, "kl_coef", "value_loss", "clip_fraction", "explained_variance")

@@ -117,7 +117,7 @@ class ShardedModel:
         """
         Args:
             settings: None for a whole model.
-            device: of the computation. A model to be divided is on the CPU until then, so that it is never whole on a GPU.
+            device: of the computation. A model to be divided is on the CPU until then, so that it is never whole on a GPU; a quantized one is not.
         """
         self.model, self.settings, self.device = model, settings, device
         self.root: Any = None
@@ -131,8 +131,10 @@ class ShardedModel:
             yield
             return
         self.model.to = lambda *_, **__: self.model
-        yield
-        del self.model.to
+        try:
+            yield
+        finally:
+            del self.model.to
 
     def divide(self, *more: Any) -> None:
         """Divide the model, and `more` modules that are trained with it. No effect without settings.
