@@ -272,6 +272,27 @@ def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def root(_made: Path, tmp_path: Path) -> Path:
+    """A copy of the small pipeline in which everything has run and is committed."""
+    return Path(shutil.copytree(_made, tmp_path / "project", symlinks=True))
+
+
+@pytest.fixture
+def synced(root: Path) -> Iterator[Any]:
+    """The Dagster instance of that copy, after a sync."""
+    import dagster as dg
+    from builders.small_pipeline import PIPELINE
+
+    from dagster_project.orchestration.dagster.sync import sync
+
+    (root / ".dagster").mkdir()
+    (root / ".dagster" / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
+    with dg.DagsterInstance.from_config(str(root / ".dagster")) as found:
+        sync(root, found, PIPELINE)
+        yield found
+
+
+@pytest.fixture
 def instance(tmp_path: Path) -> Iterator[Any]:
     """A Dagster instance of its own, with an event log on disk."""
     import dagster as dg

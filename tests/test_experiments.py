@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -62,13 +61,6 @@ def sweep(root: Path, *arguments: str) -> subprocess.Popen[str]:
 def _quick(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     """A quick project in which nothing has run."""
     return quick(copy_project(tmp_path_factory.mktemp("quick") / "project"), tiny_model)
-
-
-@pytest.fixture
-def root(_made: Path, tmp_path: Path) -> Path:
-    """A small pipeline in which everything has run and is committed."""
-    shutil.copytree(_made, tmp_path / "project", symlinks=True)
-    return tmp_path / "project"
 
 
 def test_a_sweep_runs_every_combination_and_its_table_is_that_of_dvc_exp_show(root: Path) -> None:
