@@ -16,6 +16,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.git import git
 from dagster_project.core.layout import report_of
 from dagster_project.orchestration import dvc, experiments, processes
+from dagster_project.core.progress import clock
 from dagster_project.orchestration.experiments import FAILED, QUEUED, RUNNING, SUCCESS
 
 log = logging.getLogger("pedigree")
@@ -181,8 +182,7 @@ class Trials:
         ended = count[SUCCESS] + count[FAILED]
         text = f"{ended} of {len(self.status)} done, {count[RUNNING]} running"
         if ended and ended < len(self.status):
-            minutes, seconds = divmod(round((time.monotonic() - began) / ended * (len(self.status) - ended)), 60)
-            text += f", about {minutes}:{seconds:02d} left"
+            text += f", about {clock((time.monotonic() - began) / ended * (len(self.status) - ended))} left"
         return text
 
     def _log_failure(self, name: str) -> None:

@@ -32,6 +32,9 @@ PROGRESS_INTERVAL = 10.0
 """Seconds between two progress reports of a running stage."""
 INVALID_FILE_ERRORS = {
     "YAMLFileCorruptedError",
+PRELOAD = ["dvc.repo.reproduce", "dvc.parsing", "dvc.stage.run", "dvc.output", "dvc.data_cloud", "dvc.cachemgr", "dvc.lock", "dvc_render.html",
+           "scmrepo.git", "ruamel.yaml"]  # fmt: skip
+"""Modules that a fork server imports once for all processes that reproduce a stage. None starts a thread."""
     "YAMLValidationError",
     "YAMLSyntaxError",
     "ResolveError",

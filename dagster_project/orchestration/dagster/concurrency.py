@@ -19,14 +19,11 @@ from dagster_project.pipeline import Pipeline
 
 GPU, CPU, RAY = "gpu", "cpu", "ray"
 """Pools: stages that train or generate on this machine, all others on it, and stages that `execution` of params.yaml sends to a cluster."""
-FORCE_TAG = "pedigree/force"
-"""Tag of a run: run all of its stages, even if nothing changed."""
-PRELOAD = ["dagster_project.orchestration.dagster.assets", "dvc.repo.reproduce", "dvc.parsing", "dvc.stage.run", "dvc.output",
-           "dvc.data_cloud", "dvc.cachemgr", "dvc.lock", "scmrepo.git", "ruamel.yaml", "dvc_render.html"]  # fmt: skip
-"""Modules that Dagster's fork server imports once for all step processes of a run, instead of each of them. None starts a thread."""
+FORCE_TAG, ON_TAG = "pedigree/force", "pedigree/on"
+"""Tags of a run: run all of its stages, even if nothing changed; where all of them run."""
 
 
-def pool_of(address: str, pipeline: Pipeline, values: Mapping[str, Any]) -> str:
+def pool_of(address: str, pipeline: Pipeline, values: Mapping[str, Any], on: str = "") -> str:
     """Pool of a stage.
 
     Args:
@@ -74,7 +71,8 @@ def build_executor(root: Path) -> dg.ExecutorDefinition:
             return _create(base, init_context, config)
         options: dict[str, Any] = {**_mapping(config["multiprocess"])}
         options["max_concurrent"] = options.get("max_concurrent") or sum(limits.values())
-        options["start_method"] = options.get("start_method") or {"forkserver": {"preload_modules": PRELOAD}}
+        preload = ["dagster_project.orchestration.dagster.assets", *dvc.PRELOAD]
+        options["start_method"] = options.get("start_method") or {"forkserver": {"preload_modules": preload}}
         return StagesExecutor(
             root,
             _create(base, init_context, {"multiprocess": options}),
