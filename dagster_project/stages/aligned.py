@@ -8,7 +8,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -35,10 +35,21 @@ from dagster_project.training.trainers.harness.checkpoint import Checkpoints, re
 from dagster_project.training.trainers.harness.curve import write_curve
 from dagster_project.training.trainers.harness.distributed import claim_gpu, place
 from dagster_project.training.trainers.harness.history import TrainingHistory
-from dagster_project.training.trainers.harness.launch import launch, portable, read_report, report_document, start_others
+from dagster_project.training.trainers.harness.launch import (
+    is_first_host,
+    launch,
+    portable,
+    read_report,
+    refuse_differences,
+    report_document,
+    start_others,
+)
 from dagster_project.training.trainers.harness.params import NON_SEMANTIC_PARAMS, PreferenceParams, refuse_unmerged
 from dagster_project.training.trainers.harness.session import Diverged, advice_on_memory
 from dagster_project.training.trainers.harness.weight_audit import WeightAudit
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger("pedigree")
 
@@ -168,13 +179,12 @@ def produce(
     policies = alignment.Policies(prepared.model, tokenizer_of(sft), EVALUATION_BATCH)
     start = _initial_difference(policies, pairs["train"][:8])
     audit = WeightAudit(prepared.model, checkpoints)
-    models = {"SFT model": sft, **({"reward model": reward_model} if method.learns_from_rewards else {})}
-    identity = preference_identity(params, compute, device, dtype, preferences, models, Path(__file__))
+    identity = _identity(params, compute, method, sources, device, dtype)
     kept = Checkpoints(checkpoints, identity, params.save_total_limit)
     rewards = Rewards(params.rewards, judge) if method.learns_from_rewards else None
     try:
         folders = {name: portable(path) for name, path in {**vars(sources), "checkpoints": checkpoints}.items()}
-        start_others({**_shared(params, compute), "folders": folders}, __name__)
+        start_others({**_shared(params, compute), "folders": folders, "identity": identity}, __name__)
         history = method.train(AlignmentRun(prepared.model, policies.tokenizer, pairs, rewards, params, compute, kept, live))
     except Diverged as diverged:
         return Report(checks=[_diverged(diverged, pairs["train"])])
@@ -219,6 +229,13 @@ def produce(
     return report
 
 
+def _identity(
+    params: Params, compute: Compute, method: AlignmentMethod, sources: Sources, device: torch.device, dtype: torch.dtype
+) -> dict[str, str]:
+    models = {"SFT model": sources.sft, **({"reward model": sources.reward_model} if method.learns_from_rewards else {})}
+    return preference_identity(params, compute, device, dtype, sources.preferences, models, Path(__file__))
+
+
 def _shared(params: Params, compute: Compute) -> dict[str, Any]:
     return {
         "params": params.model_dump(mode="json", exclude_unset=True, warnings=False),
@@ -233,12 +250,20 @@ def first_process(work: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def other_process(work: Mapping[str, Any]) -> None:
-    """Work of the other processes: the same training, without writing anything."""
+    """Work of the other processes: the same training, without writing anything.
+
+    Raises:
+        InputError: inputs, code or versions on this host differ from those of the first one.
+    """
     params, compute = Params.model_validate(work["params"]), Compute.model_validate(work["compute"])
     folders = {name: Path(path) for name, path in work["folders"].items()}
     checkpoints = folders.pop("checkpoints")
     sources = Sources(**folders)
     device, dtype = prepare(compute)
+    if not is_first_host():
+        if missing := next((path for path in folders.values() if not path.is_dir()), None):
+            raise InputError(f"this host has no {missing}", "fetch it with `dvc pull`")
+        refuse_differences(_identity(params, compute, params.parsed_method("aligned"), sources, device, dtype), work["identity"])
     reuse_large_blocks()
     prepared = preference.policy(sources.sft, params.peft, device, dtype, "aligned", params.adapter)
     rewards = Rewards(params.rewards, RewardModel(sources.reward_model, device, dtype) if params.rewards.get(MODEL) else None)
