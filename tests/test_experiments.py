@@ -87,7 +87,8 @@ def test_a_sweep_runs_every_combination_and_its_table_is_that_of_dvc_exp_show(ro
     assert "adapter@lora" not in small_pipeline.changed_in_dvc(root)
 
 
-def test_an_interrupted_sweep_ends_its_trials_and_empties_the_queue(root: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_an_interrupted_sweep_ends_its_trials_and_empties_the_queue(number: signal.Signals, root: Path) -> None:
     os.environ["SLOW"] = "adapter"
     try:
         process = sweep(root, "variants.lora", "2", "r=2,3,4")
@@ -100,7 +101,7 @@ def test_an_interrupted_sweep_ends_its_trials_and_empties_the_queue(root: Path) 
                     if psutil.pid_exists(entry["pid"])}  # fmt: skip
         time.sleep(0.2)
     assert len(commands) == 2, "two trials run at once"
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     output, errors = process.communicate(timeout=120)
     until = time.monotonic() + 60
     while any(map(psutil.pid_exists, commands)) and time.monotonic() < until:
