@@ -6,8 +6,10 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import dagster as dg
@@ -145,6 +147,32 @@ def test_trainings_run_one_at_a_time_unless_the_user_raises_the_limit(root: Path
     assert set_default_limits(synced) == {"gpu": 1, "cpu": os.cpu_count(), "ray": 8}
     synced.event_log_storage.set_concurrency_slots("gpu", 8)
     assert set_default_limits(synced)["gpu"] == 8
+
+
+@pytest.mark.parametrize(
+    ("addresses", "run"),
+    [
+        (BOTH, {"tags": {"pedigree/on": "local"}}),
+        ({"adapter@lora"}, {"run_config": {"ops": {"adapter__lora": {"config": {"on": "local"}}}}}),
+    ],
+    ids=["two processes, by a tag", "one process, by its configuration"],
+)
+def test_a_stage_is_in_the_pool_of_the_place_where_its_run_puts_it(
+    addresses: set[str], run: dict[str, Any], root: Path, synced: dg.DagsterInstance
+) -> None:
+    """In params.yaml it is on Ray. Its run puts it on this machine, so it does not wait for the pool of Ray, which is full."""
+    values = json.loads((root / "params.yaml").read_text())
+    (root / "params.yaml").write_text(json.dumps({**values, "execution": {"stages": {"adapter": {"on": "ray"}}}}))
+    (root / "code/adapter.py").write_text("V = 5\n")
+    set_default_limits(synced)
+    synced.event_log_storage.set_concurrency_slots("ray", 0)
+    command = [sys.executable, "small_pipeline.py", "materialize-at-once", *sorted(addresses)]
+    with subprocess.Popen(command, cwd=root, env={**os.environ, "RUN": json.dumps(run)}) as process:
+        try:
+            assert process.wait(90) == 0
+        finally:
+            process.kill()
+    assert agree(root, synced).isdisjoint(addresses)
 
 
 def test_the_slots_of_runs_that_cannot_free_them_are_freed(synced: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -249,7 +249,8 @@ def all_assets() -> Any:
 
 
 def materialize_at_once(instance: Any, addresses: list[str]) -> Any:
-    """Materialize these assets, or all, by the project's executor: each stage in a process, those that can at once."""
+    """Materialize these assets, or all, by the project's executor: each stage in a process, those that can at once. The environment variable RUN
+    adds arguments, e.g. `{"tags": {"pedigree/on": "local"}}`."""
     import dagster as dg
     from dagster._core.definitions.reconstruct import ReconstructableJob
 
@@ -257,7 +258,7 @@ def materialize_at_once(instance: Any, addresses: list[str]) -> Any:
 
     job = ReconstructableJob.for_file("small_pipeline.py", "all_assets")
     keys = [asset_key(a) for a in addresses] or None
-    return dg.execute_job(job, instance, asset_selection=keys, raise_on_error=False)
+    return dg.execute_job(job, instance, asset_selection=keys, raise_on_error=False, **json.loads(os.environ.get("RUN", "{}")))
 
 
 def changed_in_dvc(root: Path) -> set[str]:
