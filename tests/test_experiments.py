@@ -19,7 +19,7 @@ from ruamel.yaml import YAML
 
 from dagster_project.__main__ import main
 from dagster_project.orchestration import experiments
-from dagster_project.orchestration.experiments import choices, trials
+from dagster_project.orchestration.experiments import choices, is_temporary, trials
 
 
 def ran(root: Path) -> list[str]:
@@ -101,6 +101,7 @@ def test_an_interrupted_sweep_ends_its_trials_and_empties_the_queue(number: sign
                     if psutil.pid_exists(entry["pid"])}  # fmt: skip
         time.sleep(0.2)
     assert len(commands) == 2, "two trials run at once"
+    assert not is_temporary(root) and all(is_temporary(log.parent) for log in root.glob(".dvc/tmp/exps/tmp*/runs.log"))
     process.send_signal(number)
     output, errors = process.communicate(timeout=120)
     until = time.monotonic() + 60

@@ -31,6 +31,7 @@ from dagster_project.orchestration import dvc, dvc_remote, integrity
 from dagster_project.orchestration.executors import StageJob, StageResult
 from dagster_project.orchestration.executors.messages import THREADS, received, versions
 from dagster_project.orchestration.executors.package import project_package
+from dagster_project.orchestration.experiments import is_temporary
 from dagster_project.orchestration.remote_store import OBJECT, Damaged, RemoteStore, open_store
 
 log = logging.getLogger("pedigree")
@@ -214,7 +215,7 @@ class _Run:
                 found = self._computed()
             try:
                 result = self._fetch(found)
-                self._tidy(recorded_next=result.exit_code == 0 and "DVC_STAGE" in os.environ)
+                self._tidy(result)
                 return result
             except Damaged as error:
                 self.store.discard(oid for oid in error.objects if OBJECT.fullmatch(oid))
@@ -227,11 +228,12 @@ class _Run:
                 found = None
         raise AssertionError
 
-    def _tidy(self, recorded_next: bool) -> None:
+    def _tidy(self, result: StageResult) -> None:
         """Remove the result and checkpoints from the remote. A result that DVC records next stays for the next driver of the stage: until dvc.lock
         is written, this process or DVC may be killed."""
+        stays = result.exit_code == 0 and "DVC_STAGE" in os.environ and not is_temporary(self.job.ctx.root)
         try:
-            self.store.remove(self.at("checkpoints") if recorded_next else self.at())
+            self.store.remove(self.at("checkpoints") if stays else self.at())
         except PedigreeError as error:
             log.warning(f"{self.address}: {error.what}")
 
