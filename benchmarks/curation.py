@@ -1,4 +1,4 @@
-"""Accuracy and cost of curation. usage: python benchmarks/curation.py [--rows N] [--repeat N] | --pipeline [--rows N]
+"""Accuracy and cost of curation. usage: python benchmarks/curation.py [--rows N] [--repeat N] | --pipeline [--rows N] [--workers N]
 
 Without --pipeline: near-duplicates by our rule compared with MinHash LSH of datasketch and rensa, on planted pairs.
 Texts are generated from a seed: words by Zipf's law, a fifth of the rows in a template, and pairs of each class of
@@ -12,7 +12,7 @@ Jaccard index of our rule; rensa is used in its batch mode. "rensa .8" has the b
 benchmark.
 
 With --pipeline: the same texts as the prompts of an Alpaca file (`alpaca`) go through raw_examples -> instructions ->
-splits, each the stage's own function in its own process, with the base model's tokenizer and template, the held-out
+splits -> tokenized, each the stage's own function in its own process, and with --workers with as many more for work on rows; with the base model's tokenizer and template, the held-out
 benchmark and the suite of expectations of
 data/. Seconds are those of whole processes, from start to end: imports, reading and checksums, every check, Data Docs, the page, and writing
 and reading back the results. DVC's work (hashing the outputs into its cache) and generating the rows are not included.
@@ -39,9 +39,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PERMUTATIONS, BANDS, THRESHOLD = 128, 32, 0.3
-STAGES = ("raw_examples", "instructions", "splits")
+STAGES = ("raw_examples", "instructions", "splits", "tokenized")
 SECONDS, GIGABYTES = 240, 8
-"""Budget of all `STAGES` for a million short rows on two cores."""
+"""Budget of the stages up to splits for a million short rows on two cores, without workers."""
 
 
 class Maker:
@@ -271,7 +271,7 @@ FLAWS: tuple[dict[str, object], ...] = (
 )
 
 
-def time_pipeline(rows: int, templates: int, base_model: Path, root: Path) -> None:
+def time_pipeline(rows: int, templates: int, base_model: Path, root: Path, workers: int) -> None:
     """Generate `rows` rows under `root`, run the stages on them, and print time and memory of each stage and the
     budget."""
     sources = root / "data/sources"
@@ -281,14 +281,14 @@ def time_pipeline(rows: int, templates: int, base_model: Path, root: Path) -> No
     alpaca(rows, templates, sources / "rows.jsonl")
     size = (sources / "rows.jsonl").stat().st_size
     print(
-        f"{rows:,} rows, {size / 1e6:,.0f} MB, {templates:,} templates, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start"
+        f"{rows:,} rows, {size / 1e6:,.0f} MB, {templates:,} templates, {os.cpu_count()} cores, {workers} workers, load {os.getloadavg()[0]:.1f} at the start"
     )
-    print(f"{'':14}{'seconds':>9}{'CPU seconds':>13}{'peak GiB':>9}{'rows out':>11}  digest")
+    print(f"{'':14}{'seconds':>9}{'CPU seconds':>13}{'peak GiB':>9}{'of a worker':>12}{'rows out':>11}  digest")
     total = [0.0, 0.0, 0.0]
     for stage in STAGES:
         start = time.perf_counter()
         process = subprocess.Popen(
-            [sys.executable, __file__, "--stage", stage, "--base-model", str(base_model), "--folder", str(root)],
+            [sys.executable, __file__, "--stage", stage, "--base-model", str(base_model), "--folder", str(root), "--workers", str(workers)],
             env={**os.environ, "PYTHONPATH": str(ROOT), "GX_ANALYTICS_ENABLED": "false"},
             stdout=subprocess.PIPE,
             text=True,
@@ -300,18 +300,30 @@ def time_pipeline(rows: int, templates: int, base_model: Path, root: Path) -> No
         told = json.loads(said)
         total = [total[0] + seconds, total[1] + told["cpu"], max(total[2], told["peak GiB"])]
         print(
-            f"{stage:14}{seconds:9.1f}{told['cpu']:13.1f}{told['peak GiB']:9.2f}{told['rows out']:11,}  {_digest(root / 'data' / stage)}",
+            f"{stage:14}{seconds:9.1f}{told['cpu']:13.1f}{told['peak GiB']:9.2f}{told['peak of a worker']:12.2f}{told['rows out']:11,}"
+            f"  {_digest(root / 'data' / stage)}",
             flush=True,
         )
     print(f"{'sum':14}{total[0]:9.1f}{total[1]:13.1f}{total[2]:9.2f}")
-    print(f"{'budget':14}{SECONDS * rows / 1e6:9.1f}{'':13}{GIGABYTES:9.2f}  for {rows:,} short rows on two otherwise idle cores")
+    print(
+        f"{'budget':14}{SECONDS * rows / 1e6:9.1f}{'':13}{GIGABYTES:9.2f}  up to splits, for {rows:,} short rows on two otherwise idle cores"
+    )
 
 
-def run_stage(stage: str, base_model: Path, root: Path) -> dict[str, float]:
-    """Run one stage in this process; time and memory include the start of the interpreter and all imports."""
-    from dagster_project.stages import instructions, raw_examples, splits
+def run_stage(stage: str, base_model: Path, root: Path, workers: int) -> dict[str, float]:
+    """Run one stage in this process and its workers; time and memory include the start of the interpreter and all imports."""
+    from dagster_project.core.workers import THIS_PROCESS, LocalProcesses, using
 
-    data = root / "data"
+    with using(LocalProcesses(workers) if workers > 1 else THIS_PROCESS):
+        rows = _produce(stage, base_model, root, root / "data")
+    own, others = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = sum(used.ru_utime + used.ru_stime for used in (own, others))
+    return {"cpu": cpu, "peak GiB": own.ru_maxrss / 2**20, "peak of a worker": others.ru_maxrss / 2**20, "rows out": rows}
+
+
+def _produce(stage: str, base_model: Path, root: Path, data: Path) -> int:
+    from dagster_project.stages import instructions, raw_examples, splits, tokenized
+
     if stage == "raw_examples":
         sources = raw_examples.Params.model_validate({"sources": [{"path": "data/sources/rows.jsonl"}]})
         report = raw_examples.produce(root, sources, data / stage)
@@ -319,10 +331,11 @@ def run_stage(stage: str, base_model: Path, root: Path) -> dict[str, float]:
         benchmarks = sorted(f"data/sources/benchmarks/{file.name}" for file in (data / "sources/benchmarks").glob("*.jsonl"))
         rules = instructions.Params(benchmarks=benchmarks, expectations="data/expectations/instructions.json")
         report = instructions.produce(root, rules, data / "raw_examples", base_model, data / stage, data / stage / "pages", {})
-    else:
+    elif stage == "splits":
         report = splits.produce(root, splits.Params(), 7, data / "instructions", data / stage)
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return {"cpu": used.ru_utime + used.ru_stime, "peak GiB": used.ru_maxrss / 2**20, "rows out": report.rows_out or 0}
+    else:
+        report = tokenized.produce(root, tokenized.Params(), 7, data / "splits", base_model, out=data / stage)
+    return report.rows_out or 0
 
 
 def _digest(folder: Path) -> str:
@@ -343,6 +356,7 @@ def main() -> None:
         "--base-model", type=Path, default=ROOT / "data/base_model", help="folder with its tokenizer (default: data/base_model)"
     )
     parser.add_argument("--folder", type=Path, help="with --pipeline: new folder to work in, kept afterwards (default: a temporary one)")
+    parser.add_argument("--workers", type=int, default=1, help="with --pipeline: processes for work on rows (default: %(default)s)")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     parser.add_argument("--measure", nargs=2, metavar=("ENGINE", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -350,7 +364,7 @@ def main() -> None:
         print(json.dumps(measure(args.measure[0], Path(args.measure[1]))))
         return
     if args.stage:
-        print(json.dumps(run_stage(args.stage, args.base_model, args.folder)))
+        print(json.dumps(run_stage(args.stage, args.base_model, args.folder, args.workers)))
         return
     rows = args.rows or (1_000_000 if args.pipeline else 200_000)
     templates = args.templates or max(1, rows // 1000)
@@ -358,7 +372,7 @@ def main() -> None:
         if not (args.base_model / "tokenizer.json").is_file():
             parser.error(f"{args.base_model} has no tokenizer.json: run `dvc repro base_model`, or name a model's folder with --base-model")
         with tempfile.TemporaryDirectory() as scratch:
-            time_pipeline(rows, templates, args.base_model.resolve(), (args.folder or Path(scratch) / "pipeline").resolve())
+            time_pipeline(rows, templates, args.base_model.resolve(), (args.folder or Path(scratch) / "pipeline").resolve(), args.workers)
         return
     runs: dict[str, list[dict[str, float]]] = {engine: [] for engine in args.engines}
     with tempfile.TemporaryDirectory() as folder:

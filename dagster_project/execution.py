@@ -15,6 +15,8 @@ from dagster_project.core.params import Section
 
 VARIABLE = "PEDIGREE_EXECUTION"
 """Environment variable that overrides the section: `local`, `ray`, or a whole section as JSON."""
+WORKERS = "PEDIGREE_WORKERS"
+"""In a worker of a cluster: the driver's `Placement.workers`."""
 WORKER = "worker"
 """Value of the variable in a worker of a cluster: the stage runs in place, with parameters that the driver has validated."""
 
@@ -34,6 +36,9 @@ class Placement(Section):
     """Memory reserved on the node, in GB (10^9 bytes). Ray schedules by it and does not enforce it."""
     resources: dict[str, Amount] = {}
     """Other resources of Ray's nodes, as named in `ray start --resources`, e.g. `{trainer: 1}`."""
+    workers: int = Field(default=1, ge=1)
+    """Processes for work on rows (reading, checks, near-duplicates, splits, tokens), in stages of data. With `on: ray` each is a task of one
+    CPU on any node, in addition to `cpus`. The result is the same with any number."""
     image: str | None = None
     """Container image of the node, as named in its label: `ray start --labels=image=NAME`. Ray cannot start an image for a job that
     brings its own files, therefore it is chosen by the node's label."""
@@ -104,5 +109,7 @@ def placement(
     else:
         raise InputError(f"{VARIABLE}={override}: must be local, ray, or a section `execution` as JSON", f"unset {VARIABLE}, or correct it")
     entry = found.stages.get(address) or found.stages.get(address.partition("@")[0]) or Placement()
+    if override == WORKER:
+        entry = entry.model_copy(update={"workers": int(environment.get(WORKERS, 1))})
     on = {"local": "local", WORKER: "local", "ray": "ray"}.get(override)
     return found, entry if on is None else entry.model_copy(update={"on": on})

@@ -120,7 +120,7 @@ def test_dropped_rows_do_not_count_towards_the_set() -> None:
 
 def test_near_copies_share_a_cluster_and_others_do_not() -> None:
     rows = [ask("Hi"), ask(LONG), ask(LONG.replace("garden", "yellow")), ask("Hi"), ask("Ho")]
-    assert judged(rows).cluster == [0, 1, 1, 0, 4]
+    assert list(judged(rows).cluster) == [0, 1, 1, 0, 4]
 
 
 @pytest.mark.parametrize(

@@ -267,7 +267,7 @@ def test_the_order_of_rows_does_not_matter(rows: list[Record], shuffled: Any) ->
 def test_chunking_does_not_change_the_profile(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [*varied(30), ask("请写诗"), chat()]
     whole = profile(rows)
-    monkeypatch.setattr("dagster_project.curation.checks.profile.CHUNK", 7)
+    monkeypatch.setattr("dagster_project.core.stored_rows.BLOCK", 7)
     assert profile(rows) == whole
 
 

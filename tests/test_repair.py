@@ -23,6 +23,7 @@ from dagster_project.curation.checks.findings import document
 from dagster_project.curation.checks.repair import REPAIRS
 from dagster_project.curation.checks.review import Decision, Waiver
 from dagster_project.curation.checks.row_checks import ROW_CHECKS
+from dagster_project.curation.sources import fields
 from dagster_project.curation.sources.files import Row
 from dagster_project.curation.sources.formats import as_record, pairs_of, records_of
 from dagster_project.lineage.rows import LEDGER, contributions, record_key
@@ -38,7 +39,9 @@ def asked(prompt: str, answer: str, **more: Any) -> dict[str, Any]:
 
 
 def records(*rows: dict[str, Any]) -> list[dict[str, Any]]:
-    return records_of([Row(i, row) for i, row in enumerate(rows)], "rows", "rows.jsonl")[1]
+    found = records_of([Row(i, row) for i, row in enumerate(rows)], "rows", "rows.jsonl")[1]
+    fields.taken(found)
+    return found
 
 
 def pairs(*rows: dict[str, Any]) -> list[dict[str, Any]]:
@@ -70,7 +73,7 @@ def test_an_end_of_text_marker_is_stripped_and_the_row_kept(mark: str) -> None:
 def test_a_marker_within_a_text_is_not_repaired_but_dropped_as_it_was_read(text: str) -> None:
     rows = records(asked("Where is my kite?", text))
     found = judged(rows)
-    assert (found.reason, found.records, found.fixed) == (["special_tokens_in_text"], rows, {})
+    assert (found.reason, [*found.records], found.fixed) == (["special_tokens_in_text"], rows, {})
 
 
 @pytest.mark.parametrize("text", ["It was <s>10</s> 8 euros, not <s>12</s>", "<s>old</s> new"])
@@ -176,7 +179,7 @@ def test_fix_is_refused_for_a_check_without_a_repair_and_the_others_are_listed(n
 def test_only_the_policy_fix_changes_a_text(action: str) -> None:
     rows = records(asked("\ufeffWhere is the cafe\u0301?", "In the hall.</s>", input="No input"), asked(f"Write to {MAIL}", "I do."))
     found = judged(rows, policy=dict.fromkeys(REPAIRS, action))
-    assert (found.records, found.fixed, found.repaired) == (rows, {}, {})
+    assert ([*found.records], found.fixed, found.repaired) == (rows, {}, {})
 
 
 # Judged again, and counted

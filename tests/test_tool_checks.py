@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from dagster_project.core.messages import FIELDS
 from dagster_project.core.records import content_id
+from dagster_project.core.stored_rows import StoredRows
 from dagster_project.core.tool_schemas import arguments_schema
 from dagster_project.curation.checks.checks import Judgement, Rules, judge
 from dagster_project.curation.checks.findings import document
@@ -38,7 +39,7 @@ def judged(*records: Record, held_out: Sequence[Item] = (), tokens: Tokens = EST
 
 
 def fact(check: str, record: Record) -> Any:
-    return judged(record).frame[check][0]
+    return judged(record).facts.get(check, {}).get(0)
 
 
 def turns(*answers: Record) -> list[Record]:
@@ -320,7 +321,7 @@ def test_nearly_the_same_reasoning_or_arguments_share_a_group_and_are_reported()
     )
     (link,) = found.overlaps.links["near_duplicates"]
     assert (link.row, link.other, link.part) == (1, 0, "reasoning_content")
-    assert found.cluster == [0, 0, 2]
+    assert list(found.cluster) == [0, 0, 2]
     body = "Dear all, the kite festival begins on Monday at nine in the big park."
     calls = [
         rich(user(prompt), said("", call({"to": to, "body": body}, "mail")), tools=[tool("mail", to="string", body="string")])
@@ -328,7 +329,7 @@ def test_nearly_the_same_reasoning_or_arguments_share_a_group_and_are_reported()
     ]
     sent = judged(*calls)
     assert [(link.part, link.row) for name in ("near_duplicates", GROUPED) for link in sent.overlaps.links[name]] == [("tool_calls", 1)]
-    assert sent.cluster == [0, 0]
+    assert list(sent.cluster) == [0, 0]
 
 
 def test_a_copied_trace_in_two_upstream_splits_is_a_leak() -> None:
@@ -495,7 +496,7 @@ def test_a_repair_keeps_every_field_and_the_id_is_that_of_the_new_content(answer
         }
         record["example_id"] = content_id(record)
     before = copy.deepcopy(record)
-    (new,) = repair([record], [*REPAIRS], {}, []).records
+    (new,) = repair(StoredRows([record]), [*REPAIRS], {}, []).records
     assert record == before
     assert new["tools"] == record["tools"]
     sides = ("messages", "rejected") if is_pair else ("messages",)
@@ -523,7 +524,9 @@ def test_a_fault_is_found_and_repaired_wherever_it_is(text: str, where: str) -> 
         "text argument": said("", call(text)),
     }[where]
     row = rich(user(), answer, tools=[tool()])
-    (plain,), (new,) = (repair([{**one, "source": "", "source_row": 0}], [*REPAIRS], {}).records for one in (ask(answer=text), row))
+    (plain,), (new,) = (
+        repair(StoredRows([{**one, "source": "", "source_row": 0}]), [*REPAIRS], {}).records for one in (ask(answer=text), row)
+    )
     assert new.get("repaired") == plain.get("repaired")
     assert ("repaired" in new) == (text != FAULTS[0])
     assert "repaired" not in new or (text not in json.dumps(new, ensure_ascii=False) and new["source_id"] == row["example_id"])
@@ -532,7 +535,7 @@ def test_a_fault_is_found_and_repaired_wherever_it_is(text: str, where: str) -> 
 def test_the_name_of_an_argument_identifies_its_value_and_a_masked_number_becomes_text() -> None:
     row = rich(user(), said("", call({"phone": "01511234567", "card": 4111111111111111, "order": "01511234567"})))
     masked = rich(user(), said("", call({"phone": "[PHONE]", "card": "[CARD]", "order": "01511234567"})))
-    assert repair([row], ["pii"], {}).records[0]["messages"] == masked["messages"]
+    assert repair(StoredRows([row]), ["pii"], {}).records[0]["messages"] == masked["messages"]
 
 
 # --- real data

@@ -582,7 +582,7 @@ def test_content_that_is_not_text_is_refused_by_row_with_a_reason(kind: str, rea
     judged = judge(records, [], Rules())
     assert judged.reason == [None, "unsupported_content"]
     assert judged.verdicts["unsupported_content"].severity == "error" and not judged.verdicts["malformed_row"].broken
-    assert judged.frame["unsupported_content"][1] == f"{kind} in a message (line 2)"
+    assert judged.facts["unsupported_content"][1] == f"{kind} in a message (line 2)"
     assert json.loads(records[1]["meta"])["row"] == row, "the row is kept as it was read"
 
 
@@ -1011,7 +1011,7 @@ def test_an_empty_trace_is_none(message: dict[str, Any], read: Callable[..., Any
     plain, empty, thought = read(*({"messages": [ASKED, one]} for one in (answer("Yes."), message, answer("Yes.", reasoning="Hm."))))
     assert (empty["messages"], empty["example_id"]) == (plain["messages"], plain["example_id"])
     judged = judge([plain, {**empty, "messages": [ASKED, answer("No.")], "source_row": 1}, {**thought, "source_row": 2}], [], Rules())
-    assert list(judged.frame["missing_reasoning"]) == [None, None, "reasoning"]
+    assert judged.facts["missing_reasoning"] == {2: "reasoning"}
 
 
 def test_real_conversations_written_as_glaives_transcripts_are_read_back_equal(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def select(judged: Judgement, first: int | None, rows: Sequence[int]) -> list[in
     """
     if first is not None:
         return list(range(min(first, len(judged.records))))
-    numbers = findings.row_numbers(judged.records)
+    numbers = _row_numbers(judged)
     missing = sorted(set(rows).difference(numbers))
     if missing:
         last = f"rows are numbered from 0 to {max(numbers)}" if numbers else "there are no rows"
@@ -133,12 +133,17 @@ def select(judged: Judgement, first: int | None, rows: Sequence[int]) -> list[in
     return [i for row in dict.fromkeys(rows) for i, number in enumerate(numbers) if number == row]
 
 
+def _row_numbers(judged: Judgement) -> list[int]:
+    numbers = findings.RowNumbers(judged.records)
+    return [numbers.of(record) for record in judged.records]
+
+
 def show(judged: Judgement, chosen: Sequence[int], by: Renderer) -> list[dict[str, Any]]:
     """The part `shown` of the check document: each row as it would be trained on, repaired and unmasked.
 
     A row that the template refuses, or that could not be read, has a `problem` instead of `examples`.
     """
-    numbers = findings.row_numbers(judged.records)
+    numbers = _row_numbers(judged)
     return [
         {
             "row": numbers[i],

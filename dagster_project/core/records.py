@@ -10,12 +10,14 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, wraps
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from dagster_project.core import messages as message_fields
 from dagster_project.core.chat import is_text
 from dagster_project.core.messages import Messages, Tools
+from dagster_project.core.stored_rows import StoredRows
 
 if TYPE_CHECKING:
     import pyarrow as pa  # imported inside functions: Dagster loads every stage module, and importing Arrow takes longer than all of them
@@ -154,34 +156,60 @@ def subject_text(messages: Messages) -> str:
     return prompt_text(messages) or response_text(messages)
 
 
-def _shards(ids: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """(start, end) of each shard. A boundary depends only on the row before it, so that a local edit changes few shards."""
-    start = 0
-    for i, identity in enumerate(ids, 1):
-        if i == len(ids) or (i - start >= 256 and int(identity[:4] or "0", 16) % 1024 == 0) or i - start >= 8192:
-            yield start, i
-            start = i
+def _shards(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each shard. A boundary depends only on the row before it, so that a local edit changes few shards."""
+    shard: list[dict[str, Any]] = []
+    for row in rows:
+        shard.append(row)
+        if (len(shard) >= 256 and int(row["example_id"][:4] or "0", 16) % 1024 == 0) or len(shard) >= 8192:
+            yield shard
+            shard = []
+    if shard:
+        yield shard
 
 
-def write_table(path: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema) -> None:
+ROW_GROUP = 1024 * 1024
+"""Rows in a row group of a Parquet file: pyarrow's default. Only one group is in memory."""
+BATCH = 8192
+"""Rows that are Python objects at the same time while a table is read or written."""
+
+
+def write_table(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> None:
     """Write rows to one Parquet file; the same rows give the same bytes."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), path, compression="zstd", store_schema=True)
+    left = iter(rows)
+    with pq.ParquetWriter(path, schema, compression="zstd", store_schema=True) as writer:
+        for group in count():
+            parts = [pa.Table.from_pylist(part, schema=schema) for part in _batches(islice(left, ROW_GROUP))]
+            if parts or group == 0:
+                table = pa.concat_tables(parts).combine_chunks() if parts else schema.empty_table()
+                writer.write_table(table, row_group_size=ROW_GROUP)
+            if sum(map(len, parts)) < ROW_GROUP:
+                return
+
+
+def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    left = iter(rows)
+    while batch := list(islice(left, BATCH)):
+        yield batch
 
 
 @uncollected
 def write_records(folder: Path, rows: Sequence[dict[str, Any]], schema: pa.Schema | None = None) -> None:
-    """Write a data set to a folder of shards, records-00000.parquet and so on, in the given order. Default schema: the canonical record."""
+    """Write a data set to a folder of shards, records-00000.parquet and so on, in the given order. Default schema: the canonical record.
+
+    Args:
+        rows: read twice from the start; only one shard of them is kept in memory.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     schema = schema or record_schema()
-    if any(_is_rich(row) for row in rows):
-        schema, rows = rich_schema(schema), [_stored(row) for row in rows]
-    ids = [row["example_id"] for row in rows]
-    for number, (start, end) in enumerate(_shards(ids) if rows else [(0, 0)]):
-        write_table(folder / f"records-{number:05d}.parquet", rows[start:end], schema)
+    rich = any(_is_rich(row) for row in rows)
+    schema = rich_schema(schema) if rich else schema
+    for number, shard in enumerate(_shards(rows) if len(rows) else [[]]):
+        write_table(folder / f"records-{number:05d}.parquet", [_stored(row) for row in shard] if rich else shard, schema)
 
 
 CONVERSATIONS = ("messages", "prompt", "chosen", "rejected")
@@ -237,6 +265,22 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[st
     return [_loaded(row) for row in rows] if "tools" in table.column_names else rows
 
 
+def iter_table(path: Path) -> Iterator[dict[str, Any]]:
+    """As `read_table`, with one batch of rows in memory."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(BATCH):
+            rows = batch.to_pylist()
+            yield from map(_loaded, rows) if "tools" in batch.schema.names else rows
+
+
+def iter_records(folder: Path) -> Iterator[dict[str, Any]]:
+    """As `read_records`, with one batch of rows in memory."""
+    for shard in sorted(folder.glob("records-*.parquet")):
+        yield from iter_table(shard)
+
+
 @uncollected
 def read_records(folder: Path) -> list[dict[str, Any]]:
     """Read the rows written by `write_records`, in order."""
@@ -289,13 +333,21 @@ def read_pairs(folder: Path) -> list[dict[str, Any]]:
 
 @uncollected
 def write_ledger(folder: Path, rows: Iterable[dict[str, Any]]) -> None:
-    lines = list(rows)
-    write_table(folder / "ledger.parquet", lines, ledger_schema(any(line.get("repaired") for line in lines)))
+    lines = rows if isinstance(rows, Sequence) else StoredRows(rows, folder.parent)
+    write_table(folder / LEDGER, lines, ledger_schema(any(line.get("repaired") for line in lines)))
 
 
 @uncollected
 def read_ledger(folder: Path) -> list[dict[str, Any]]:
-    return read_table(folder / "ledger.parquet")
+    return read_table(folder / LEDGER)
+
+
+def iter_ledger(folder: Path) -> Iterator[dict[str, Any]]:
+    """As `read_ledger`, with one batch of rows in memory."""
+    return iter_table(folder / LEDGER)
+
+
+LEDGER = "ledger.parquet"
 
 
 def with_license(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -132,4 +132,4 @@ def _dropped_row(judged: Judgement, i: int, broken: Mapping[int, Sequence[str]])
         location["source_rows"] = record["source_rows"]
     reasons = [*dict.fromkeys([str(check), *broken.get(i, ())])]
     repaired = {"repaired": record["repaired"]} if record.get("repaired") else {}
-    return {**location, "check": check, "reasons": reasons, "why": account.why(judged, i), **repaired, "row": _row(record)}
+    return {**location, "check": check, "reasons": reasons, "why": account.why(judged, i, record), **repaired, "row": _row(record)}

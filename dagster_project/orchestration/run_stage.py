@@ -14,6 +14,7 @@ from dagster_project.core.context import StageContext
 from dagster_project.core.errors import Busy, CheckFailed, InputError, PedigreeError
 from dagster_project.core.layout import measured_path, report_of
 from dagster_project.core.records import remove, write_json
+from dagster_project.core.workers import THIS_PROCESS, LocalProcesses, Workers
 from dagster_project.execution import VARIABLE, WORKER, placement
 from dagster_project.orchestration import dvc, integrity, locks, processes
 from dagster_project.orchestration.executors import Executor, StageJob, StageResult
@@ -21,8 +22,6 @@ from dagster_project.orchestration.executors.local import LocalExecutor
 from dagster_project.pipeline import PEDIGREE, Pipeline
 
 log = logging.getLogger("pedigree")
-
-LOCAL = LocalExecutor()
 
 
 def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE, executor: Executor | None = None) -> Mapping[str, Any]:
@@ -83,10 +82,20 @@ def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE, executor:
 def _executor(values: Mapping[str, Any], address: str, pipeline: Pipeline) -> Executor:
     settings, place = placement(values, address, pipeline.stages, pipeline.variants_of)
     if place.on == "local":
-        return LOCAL
+        return LocalExecutor(_workers(place.workers))
     from dagster_project.orchestration.executors.ray import RayExecutor
 
     return RayExecutor(settings, place)
+
+
+def _workers(count: int) -> Workers:
+    if count == 1:
+        return THIS_PROCESS
+    if os.environ.get(VARIABLE) != WORKER:
+        return LocalProcesses(count)
+    from dagster_project.orchestration.executors.ray_tasks import RayTasks
+
+    return RayTasks(count)
 
 
 def _verified_inputs(root: Path, address: str) -> Mapping[str, str]:

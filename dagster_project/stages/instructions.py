@@ -4,7 +4,8 @@ with its reason."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,17 @@ from dagster_project.core.records import (
     CheckResult,
     Report,
     ignored_in,
-    read_ledger,
-    read_records,
-    read_table,
+    iter_ledger,
+    iter_records,
+    iter_table,
     uncollected,
     write_json,
     write_ledger,
     write_records,
 )
+from dagster_project.core.stored_rows import Selected, StoredRows
 from dagster_project.curation.checks import account, expectations, findings
-from dagster_project.curation.checks.checks import CHECKS, Rules, checks_of, judge
+from dagster_project.curation.checks.checks import CHECKS, Judgement, Rules, checks_of, judge
 from dagster_project.curation.checks.review import read_decisions, refuse_missing_files
 from dagster_project.curation.checks.token_counts import tokens_of
 from dagster_project.curation.sources.benchmarks import read_items
@@ -71,19 +73,14 @@ def produce(
     """
     held_out = [item for path in params.benchmarks for item in read_items(inside(root, path, "instructions.benchmarks"), path)]
     decisions = read_decisions(inside(root, params.review, "instructions.review")) if params.review else []
-    ledger = read_ledger(raw_examples)
-    records = [
-        {**record, "source_row": entry["source_row"], **ignored_in(entry)}
-        for record, entry in zip(read_records(raw_examples), ledger, strict=True)
-    ]
+    placed = zip(iter_records(raw_examples), iter_ledger(raw_examples), strict=True)
+    records = StoredRows(({**record, "source_row": entry["source_row"], **ignored_in(entry)} for record, entry in placed), out.parent)
 
     judged = judge(records, held_out, params, tokens_of(base_model), decisions)
-    for record, first in zip(judged.records, judged.cluster, strict=True):
-        record["group_id"] = judged.records[first]["example_id"]
-    kept = [record for record, why in zip(judged.records, judged.reason, strict=True) if why is None]
+    kept = Selected(judged.records, [i for i, reason in enumerate(judged.reason) if reason is None], partial(_grouped, judged))
     checks = [findings.check_result(verdict, judged, held_out) for verdict in judged.verdicts.values()]
-    if params.expectations is None or not kept:
-        checks.append(CheckResult(expectations.NAME, passed=True, note="no suite is named" if kept else "no rows to evaluate"))
+    if params.expectations is None or not len(kept):
+        checks.append(CheckResult(expectations.NAME, passed=True, note="no suite is named" if len(kept) else "no rows to evaluate"))
     else:
         suite = inside(root, params.expectations, "instructions.expectations")
         outcome = expectations.run(
@@ -94,13 +91,7 @@ def produce(
         write_json(pages / "expectations.json", expectations.document(outcome, places))
 
     write_records(out, kept)
-    write_ledger(
-        out,
-        [
-            {**record, "outcome": f"dropped:{reason}" if reason else "kept", "why": account.why(judged, i)}
-            for i, (record, reason) in enumerate(zip(judged.records, judged.reason, strict=True))
-        ],
-    )
+    write_ledger(out, _ledger(judged))
     account.write_account("instructions", judged, held_out, out, pages, previous, _read_kept)
 
     dropped = Counter(why for why in judged.reason if why)
@@ -113,13 +104,27 @@ def produce(
         metrics={
             "categories": judged.profile["categories"],
             "held_out_questions": len(held_out),
-            "near_duplicate_groups": len({record["group_id"] for record in kept}),
+            "near_duplicate_groups": account.count_groups(judged),
             "waiting_for_review": len({i for i, _ in judged.waiting}),
         },
     )
 
 
-def _read_kept(previous: Mapping[str, Path]) -> list[dict[str, Any]]:
-    shards = [row for name in sorted(previous) if name.startswith("records-") for row in read_table(previous[name])]
-    placed = [row for row in read_table(previous["ledger.parquet"]) if row["outcome"] == "kept"]
-    return [{**record, "source_row": entry["source_row"]} for record, entry in zip(shards, placed, strict=True)]
+def _grouped(judged: Judgement, i: int, record: dict[str, Any]) -> dict[str, Any]:
+    """A record with the key of its cluster of near-duplicates: the content hash of the first of them."""
+    first = judged.cluster[i]
+    return {**record, "group_id": record["example_id"] if first == i else judged.records[first]["example_id"]}
+
+
+def _ledger(judged: Judgement) -> Iterator[dict[str, Any]]:
+    for i, (record, reason) in enumerate(zip(judged.records, judged.reason, strict=True)):
+        line: dict[str, Any] = {
+            key: record[key] for key in ("source", "source_row", "example_id", "source_id", "repaired") if key in record
+        }
+        yield {**line, "outcome": f"dropped:{reason}" if reason else "kept", "why": account.why(judged, i, record)}
+
+
+def _read_kept(previous: Mapping[str, Path]) -> StoredRows:
+    shards = (row for name in sorted(previous) if name.startswith("records-") for row in iter_table(previous[name]))
+    placed = (row for row in iter_table(previous["ledger.parquet"]) if row["outcome"] == "kept")
+    return StoredRows({**record, "source_row": entry["source_row"]} for record, entry in zip(shards, placed, strict=True))

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from dagster_project.core.records import (
     write_ledger,
     write_records,
 )
+from dagster_project.core.stored_rows import Selected
 from dagster_project.curation.checks import account, findings
 from dagster_project.curation.checks.check import Action
 from dagster_project.curation.checks.checks import CHECKS, Judgement, Rules, checks_of, judge
@@ -125,11 +127,9 @@ def produce(
         return division.dropped
 
     judged = judge(records, benchmarks, params, tokens_of(base_model), decisions, kind="preferences", divide=divide)
-    for i, group in division.groups.items():
-        judged.records[i]["group_id"] = group
     rows = {name: [i for i, split in division.splits.items() if split == name] for name in SPLITS}
     for name in SPLITS:
-        write_records(out / name, [_pair(judged.records[i]) for i in rows[name]], pair_schema())
+        write_records(out / name, Selected(judged.records, rows[name], partial(_pair, division)), pair_schema())
     write_ledger(out, _ledger(judged, division))
     _check_splits(judged, out, division, rows, test, splits / TEST, params)
 
@@ -251,19 +251,19 @@ def _prompt(record: Mapping[str, Any]) -> list[dict[str, str]]:
     return list(record["messages"][: record["asked"]])
 
 
-def _pair(record: Mapping[str, Any]) -> dict[str, Any]:
-    """`as_record`, undone."""
-    return {**record, "prompt": _prompt(record), "chosen": record["messages"][record["asked"] :]}
+def _pair(division: Division, i: int, record: Mapping[str, Any]) -> dict[str, Any]:
+    """`as_record`, undone, with the key of the pair's cluster of near-copies."""
+    sides = {"prompt": _prompt(record), "chosen": record["messages"][record["asked"] :]}
+    return {**record, **sides, "group_id": division.groups[i]}
 
 
-def _ledger(judged: Judgement, division: Division) -> list[dict[str, Any]]:
+def _ledger(judged: Judgement, division: Division) -> Iterator[dict[str, Any]]:
     """One line for each source row of each pair."""
-    lines = []
     for i, (record, reason) in enumerate(zip(judged.records, judged.reason, strict=True)):
-        why = account.why(judged, i) or ("label of the source" if i in division.labelled else "")
+        why = account.why(judged, i, record) or ("label of the source" if i in division.labelled else "")
         outcome = f"dropped:{reason}" if reason else division.splits[i]
-        lines += [{**record, "source_row": row, "outcome": outcome, "why": why} for row in record["source_rows"]]
-    return lines
+        line = {key: record[key] for key in ("source", "example_id", "source_id", "repaired") if key in record}
+        yield from ({**line, "source_row": row, "outcome": outcome, "why": why} for row in record["source_rows"])
 
 
 def _read_kept(previous: Mapping[str, Path]) -> list[dict[str, Any]]:

@@ -4,12 +4,13 @@ of pages."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.records import write_json, write_table
+from dagster_project.core.stored_rows import Selected
 from dagster_project.curation.checks import findings
 from dagster_project.curation.checks.checks import CHECKS, Judgement
 from dagster_project.curation.checks.review import queue
@@ -26,7 +27,7 @@ def write_account(
     out: Path,
     pages: Path,
     previous: Mapping[str, Path],
-    kept_of: Callable[[Mapping[str, Path]], list[dict[str, Any]]],
+    kept_of: Callable[[Mapping[str, Path]], Sequence[dict[str, Any]]],
 ) -> None:
     """Args:
     name: of the set.
@@ -40,19 +41,29 @@ def write_account(
     write_table(out / "overlaps.parquet", _overlaps(judged), overlap_schema())
     document = findings.document(name, "canonical records", judged, held_out)
     write_json(out / "findings.json", document)
-    kept = [record for record, why in zip(judged.records, judged.reason, strict=True) if why is None]
+    kept = Selected(judged.records, [i for i, reason in enumerate(judged.reason) if reason is None])
     pages.mkdir(parents=True, exist_ok=True)
     write_json(pages / "changes.json", _changes(previous, kept_of, kept, document))
     (pages / "review.csv").write_text(queue(judged.records, judged.waiting), encoding="utf-8", newline="")
 
 
-def why(judged: Judgement, i: int) -> str:
+def why(judged: Judgement, i: int, record: Mapping[str, Any]) -> str:
     """Reason of a row's outcome in the ledger: the reviewer's comment or the description of the violated check; and the
     checks it was repaired for."""
     check = judged.reason[i]
-    repaired = judged.records[i].get("repaired")
+    repaired = record.get("repaired")
     parts = [judged.said.get(i) or (CHECKS[check].description if check else ""), f"repaired: {', '.join(repaired)}" if repaired else ""]
     return "; ".join(part for part in parts if part)
+
+
+def count_groups(judged: Judgement) -> int:
+    """Number of clusters of near-duplicates that have kept rows. Two with the same key, the `example_id` of their first row, count once."""
+    import numpy as np
+
+    assert judged.identities is not None
+    kept = np.array([reason is None for reason in judged.reason], np.bool_)
+    firsts = np.unique(np.asarray(judged.cluster, np.int64)[kept])
+    return judged.identities[firsts].n_unique() if len(firsts) else 0
 
 
 @cache
@@ -74,25 +85,23 @@ def overlap_schema() -> pa.Schema:
     )
 
 
-def _overlaps(judged: Judgement) -> list[dict[str, Any]]:
-    return [
-        {
-            **{key: judged.records[link.row][key] for key in ("source", "source_row", "example_id")},
-            "check": check,
-            "other": judged.records[link.other]["example_id"] if isinstance(link.other, int) else link.other,
-            "part": link.part,
-            "rule": link.rule,
-            "score": link.score,
-        }
-        for check, links in judged.overlaps.links.items()
-        for link in links
-    ]
+def _overlaps(judged: Judgement) -> Iterator[dict[str, Any]]:
+    for check, links in judged.overlaps.links.items():
+        for link, record in zip(links, Selected(judged.records, [link.row for link in links]), strict=True):
+            yield {
+                **{key: record[key] for key in ("source", "source_row", "example_id")},
+                "check": check,
+                "other": judged.records[link.other]["example_id"] if isinstance(link.other, int) else link.other,
+                "part": link.part,
+                "rule": link.rule,
+                "score": link.score,
+            }
 
 
 def _changes(
     previous: Mapping[str, Path],
-    kept_of: Callable[[Mapping[str, Path]], list[dict[str, Any]]],
-    kept: list[dict[str, Any]],
+    kept_of: Callable[[Mapping[str, Path]], Sequence[dict[str, Any]]],
+    kept: Sequence[dict[str, Any]],
     document: dict[str, Any],
 ) -> dict[str, Any] | None:
     """Differences from the previously recorded version; None if there is none."""

@@ -6,18 +6,21 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from dagster_project.core.messages import Message, argument_texts, calls
 from dagster_project.core.records import prompt_text, response_text, subject_text
+from dagster_project.core.stored_rows import StoredRows
 from dagster_project.curation.checks.review import Waived
 from dagster_project.curation.checks.token_counts import Tokens
 from dagster_project.curation.sources.benchmarks import Item
 
 if TYPE_CHECKING:
     import pandera.polars as pa
+
+    from dagster_project.curation.checks.features import Features
 
 Action = Literal["fix", "drop", "review", "warn", "fail"]
 Severity = Literal["error", "warn", "info"]
@@ -60,29 +63,40 @@ def part_text(record: Mapping[str, Any], part: str) -> str:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """A set of records and the limits of the checks. Values that several checks need are computed once."""
+class Limits:
+    """What the facts depend on besides the rows."""
 
-    records: Sequence[dict[str, Any]]
-    """Canonical records with `source` and `source_row`; pairs have `rejected` (messages), `asked` (number of `messages`
-    in the prompt),
-    `margin` and `same_prompt`; benchmark questions have `labelled`."""
-    held_out: Sequence[Item]
-    """Questions that must not be trained on."""
-    waived: Waived
     tokens: Tokens
     max_tokens: int
     min_response_tokens: int
     near_duplicate_similarity: float
     """Minimum similarity of reported near-copies. Less similar ones share a cluster, too."""
-    _shared: dict[Callable[[Rows], Any], Any] = field(default_factory=dict)
 
-    def shared(self, compute: Callable[[Rows], T]) -> T:
-        """`compute(self)`, computed on the first call and shared by all checks that use it."""
+
+class Shared:
+    """Values that several checks need, computed once."""
+
+    def __init__(self) -> None:
+        self._shared: dict[Callable[..., Any], Any] = {}
+
+    def shared(self, compute: Callable[[Self], T]) -> T:
+        """`compute(self)`, computed on the first call."""
         if compute not in self._shared:
             self._shared[compute] = compute(self)
         result: T = self._shared[compute]
         return result
+
+
+class Rows(Shared):
+    """A block of records, for facts that depend on one record each."""
+
+    def __init__(self, records: Sequence[dict[str, Any]], limits: Limits) -> None:
+        """Args:
+        records: canonical records with `source` and `source_row`; pairs have `rejected` (messages), `asked` (number of `messages` in the
+        prompt), `margin` and `same_prompt`; benchmark questions have `labelled`.
+        """
+        super().__init__()
+        self.records, self.limits = records, limits
 
     @cached_property
     def metas(self) -> list[dict[str, Any]]:
@@ -111,7 +125,18 @@ class Rows:
         return [response_text(record["messages"]) for record in self.records]
 
 
-def is_null(rows: Rows, name: str) -> pa.Column:
+class DataSet(Shared):
+    """All records, for facts that depend on several records. Records are decoded when they are read; features are in memory."""
+
+    def __init__(self, records: StoredRows, features: Features, held_out: Sequence[Item], waived: Waived, limits: Limits) -> None:
+        """Args:
+        held_out: questions that must not be trained on.
+        """
+        super().__init__()
+        self.records, self.features, self.held_out, self.waived, self.limits = records, features, held_out, waived, limits
+
+
+def is_null(limits: Limits, name: str) -> pa.Column:
     """The fact is text that describes a fault, or null."""
     import pandera.polars as pa
     import polars as pl
@@ -121,7 +146,7 @@ def is_null(rows: Rows, name: str) -> pa.Column:
     )
 
 
-def is_true(rows: Rows, name: str) -> pa.Column:
+def is_true(limits: Limits, name: str) -> pa.Column:
     import pandera.polars as pa
     import polars as pl
 
@@ -130,7 +155,7 @@ def is_true(rows: Rows, name: str) -> pa.Column:
 
 @dataclass(frozen=True)
 class Check:
-    """A check on each row or, without a `column`, on the set as a whole."""
+    """A check on each row or, without `column` and `of_set`, on the set as a whole."""
 
     name: str
     """The same in code, reports, UI, command line, and as the name of its column in the table of facts."""
@@ -142,9 +167,11 @@ class Check:
     action: Action = "drop"
     """Default action of a stage on a row that violates it; params.yaml can override it."""
     column: Callable[[Rows, str], Values] | None = None
-    """Rows and the check's name -> the fact about each row."""
-    holds: Callable[[Rows, str], pa.Column] = is_null
-    """Rows and the check's name -> type of the column, and the condition on its values."""
+    """Rows and the check's name -> the fact about each row, which depends on that row only."""
+    of_set: Callable[[DataSet, str], Mapping[int, str]] | None = None
+    """Set and the check's name -> the fault of each row that has one, which depends on other rows."""
+    holds: Callable[[Limits, str], pa.Column] = is_null
+    """Limits and the check's name -> type of the column, and the condition on its values."""
     kind: Kind | None = None
     """The only kind of data that it applies to; None for every kind."""
     quotes: bool = False
@@ -153,11 +180,11 @@ class Check:
     worst: Callable[[Sequence[Any]], Severity] | None = None
     """Facts of the rows that violate it -> severity, for checks whose severity depends on them; params.yaml can
     override it."""
-    note: Callable[[Rows, Sequence[Any]], list[str]] = lambda rows, facts: []
-    """Rows, and the facts of those that violate it or did before their repair -> note with figures."""
+    note: Callable[[DataSet, Sequence[Any]], list[str]] = lambda data, facts: []
+    """Set, and the facts of the rows that violate it or did before their repair -> note with figures."""
 
 
-def kinds(rows: Rows, facts: Sequence[str]) -> list[str]:
+def kinds(data: DataSet, facts: Sequence[str]) -> list[str]:
     """The most frequent kinds of fault, of facts such as "mojibake: 'cafÃ©'": "mojibake 3, control character 1"."""
     found = Counter(fact.partition(":")[0] for fact in facts)
     return [", ".join(f"{kind} {n}" for kind, n in found.most_common(5))] if found else []

@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from operator import eq, gt
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator
 
+from dagster_project.core import workers
 from dagster_project.core.messages import Message, conversation_text
 from dagster_project.core.records import uncollected
+from dagster_project.core.stored_rows import Selected, StoredRows, decode
 from dagster_project.curation.checks import profile as profiles
-from dagster_project.curation.checks.check import Action, Check, Kind, Rows, Severity
+from dagster_project.curation.checks.check import Action, Check, DataSet, Kind, Limits, Rows, Severity
+from dagster_project.curation.checks.features import Features, features, joined
 from dagster_project.curation.checks.overlaps import GROUPED, Overlaps, find_overlaps
 from dagster_project.curation.checks.repair import REPAIRS, RepairResult, repair
 from dagster_project.curation.checks.review import Decision, Waived, Waiver, edited, ids_of, resolve
-from dagster_project.curation.checks.row_checks import ROW_CHECKS, gather, row_schema, violations
+from dagster_project.curation.checks.row_checks import ROW_CHECKS, gather, row_schema, set_violations, violations
 from dagster_project.curation.checks.token_counts import ESTIMATED, Tokens
 from dagster_project.curation.sources.benchmarks import Item
 
@@ -159,13 +163,13 @@ class Verdict:
 class Judgement:
     """Result of all checks on a set of records."""
 
-    records: list[dict[str, Any]]
+    records: StoredRows
     """With the edits of the review file and the repairs applied. Repaired records have `repaired` and `source_id`
     (curation/checks/repair.py)."""
     reason: list[str | None]
     """For each record the check that drops it, or None if it is kept."""
-    frame: pl.DataFrame
-    """The fact of each check on rows about each record; see `row_checks.gather`."""
+    facts: Mapping[str, Mapping[int, Any]]
+    """Check -> index of each row that violates it -> the fact about it."""
     overlaps: Overlaps
     verdicts: dict[str, Verdict]
     """By check, in the order of `CHECKS`."""
@@ -177,6 +181,10 @@ class Judgement:
     """(index, check) of rows that are kept until a person reviews them."""
     repaired: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     """Check -> index of each row repaired for it -> description of the fault."""
+    rich: Sequence[int] = ()
+    """Indices of the records with tools, or with a message that has more than role and content."""
+    identities: pl.DataFrame | None = None
+    """Digest of each record's `example_id`, in two columns."""
 
     @property
     def fixed(self) -> dict[str, int]:
@@ -184,7 +192,7 @@ class Judgement:
         return {name: verdict.fixed for name, verdict in self.verdicts.items() if verdict.fixed}
 
     @property
-    def cluster(self) -> list[int]:
+    def cluster(self) -> Sequence[int]:
         return self.overlaps.cluster
 
     @property
@@ -211,9 +219,11 @@ def judge(
         divide: assigns the rows to keep, given by index, to splits; returns index -> reason for those dropped by
         `split_leakage`.
     """
-    records, edits, waived, repaired = _prepared(records, held_out, rules, tokens, decisions)
-    facts = _row_facts(records, held_out, rules, tokens, waived, repaired)
-    overlaps, found, broken = facts.overlaps, facts.found, facts.broken
+    stored = records if isinstance(records, StoredRows) else StoredRows(records)
+    limits = Limits(tokens, rules.max_tokens, rules.min_response_tokens, rules.near_duplicate_similarity)
+    records, edits, waived, repaired = _prepared(stored, held_out, rules, tokens, decisions)
+    facts = _row_facts(records, held_out, limits, waived, repaired)
+    overlaps, found, broken = facts.overlaps, {name: [*rows] for name, rows in facts.found.items()}, facts.broken
     reason, why = _drop(records, broken, rules, decisions)
     comments = {
         **{i: f"waived for {check}: {text}" for (check, i), text in waived.reasons.items()},
@@ -231,7 +241,7 @@ def judge(
         kept = [i for i in kept if i not in leaking]
     waiting = [(i, name) for name in ROW_CHECKS if rules.action(name) == "review" for i in broken.get(name, []) if reason[i] is None]
 
-    profile, notes, failures = _check_set([records[i] for i in kept], _near_copies(overlaps, waived, reason), rules, tokens, kind)
+    profile, notes, failures = _check_set(Selected(records, kept), _near_copies(overlaps, waived, reason), rules, tokens, kind)
     notes |= facts.notes
     fixed, dropped = repaired.counts(reason), Counter(check for check in reason if check)
     verdicts = {}
@@ -242,40 +252,67 @@ def judge(
             len({*found.get(name, []), *overlaps.waived.get(name, ())}) - len(rows),
             passed=name not in failures and all(reason[i] is not None for i in rows), note=notes.get(name, ""), fixed=fixed.get(name, 0),
         )  # fmt: skip
-    return Judgement(records, reason, facts.frame, overlaps, verdicts, profile, comments, waiting, repaired.found)
+    return Judgement(
+        records, reason, facts.found, overlaps, verdicts, profile, comments, waiting, repaired.found, facts.features.rich.tolist(),
+        facts.features.table.select("identity_0", "identity_1"),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _RowFacts:
-    frame: pl.DataFrame
+    features: Features
     overlaps: Overlaps
-    found: dict[str, list[int]]
-    """Check -> indices of the rows that violate it."""
+    found: dict[str, dict[int, Any]]
+    """Check -> index of each row that violates it -> the fact about it."""
     broken: dict[str, list[int]]
-    """The same without the rows for which the check is waived."""
+    """Indices without those of the rows for which the check is waived."""
     notes: dict[str, str]
 
 
-def _row_facts(
-    records: Sequence[dict[str, Any]], held_out: Sequence[Item], rules: Rules, tokens: Tokens, waived: Waived, repaired: RepairResult
-) -> _RowFacts:
-    """Run every check on rows. Texts of the whole set are freed on return."""
-    rows = Rows(records, held_out, waived, tokens, rules.max_tokens, rules.min_response_tokens, rules.near_duplicate_similarity)
-    schema = row_schema(rows)
-    frame = gather(rows, schema)
-    found = violations(frame, schema) if records else {}
-    broken = {name: [i for i in indices if i not in waived.rows.get(name, ())] for name, indices in found.items()}
+def _row_facts(records: StoredRows, held_out: Sequence[Item], limits: Limits, waived: Waived, repaired: RepairResult) -> _RowFacts:
+    """Run every check on rows: those that depend on one row each in blocks of rows, then those that compare rows."""
+    found: dict[str, dict[int, Any]] = {}
+    parts: list[Features] = []
+    sizes: list[int] = []
+    for block in workers.current().map(_block_facts, limits, records.blocks()):
+        for name, facts in block.found.items():
+            found.setdefault(name, {}).update({sum(sizes) + i: fact for i, fact in facts.items()})
+        parts.append(block.features)
+        sizes.append(block.size)
+    if not parts:
+        parts, sizes = [features(Rows([], limits))], [0]
+    data = DataSet(records, joined(parts, sizes), held_out, waived, limits)
+    found |= set_violations(data)
+    broken = {name: [i for i in facts if i not in waived.rows.get(name, ())] for name, facts in found.items()}
     notes = {}
     for name, check in ROW_CHECKS.items():
-        facts = [*frame[name].gather(broken.get(name, [])), *repaired.found.get(name, {}).values()]
-        notes[name] = "; ".join(check.note(rows, facts))
+        of_rows = [found[name][i] for i in broken.get(name, ())]
+        notes[name] = "; ".join(check.note(data, [*of_rows, *repaired.found.get(name, {}).values()]))
     if waived.unknown:
         notes["schema"] = f"waived or reviewed, but not in the set: {', '.join(sorted(set(waived.unknown))[:5])}"
-    return _RowFacts(frame, rows.shared(find_overlaps), found, broken, {name: note for name, note in notes.items() if note})
+    return _RowFacts(data.features, data.shared(find_overlaps), found, broken, {name: note for name, note in notes.items() if note})
+
+
+@dataclass(frozen=True)
+class _BlockFacts:
+    size: int
+    found: dict[str, dict[int, Any]]
+    features: Features
+
+
+def _block_facts(limits: Limits, lines: Sequence[bytes]) -> _BlockFacts:
+    """The facts about a block of records, given in encoded form."""
+    rows, schema = Rows([decode(line) for line in lines], limits), _cached_schema(limits.max_tokens, limits.min_response_tokens)
+    return _BlockFacts(len(lines), violations(gather(rows, schema), schema), features(rows))
+
+
+@cache
+def _cached_schema(max_tokens: int, min_response_tokens: int) -> pa.DataFrameSchema:
+    return row_schema(Limits(ESTIMATED, max_tokens, min_response_tokens, 0))
 
 
 def _drop(
-    records: Sequence[dict[str, Any]], broken: Mapping[str, list[int]], rules: Rules, decisions: Sequence[Decision]
+    records: StoredRows, broken: Mapping[str, list[int]], rules: Rules, decisions: Sequence[Decision]
 ) -> tuple[list[str | None], dict[int, str]]:
     """For each record the check that drops it, or None; and index -> comment of the reviewer who dropped it."""
     reason: list[str | None] = [None] * len(records)
@@ -318,8 +355,8 @@ def _check_set(
 
 
 def _prepared(
-    records: Sequence[dict[str, Any]], held_out: Sequence[Item], rules: Rules, tokens: Tokens, decisions: Sequence[Decision]
-) -> tuple[list[dict[str, Any]], dict[int, str], Waived, RepairResult]:
+    records: StoredRows, held_out: Sequence[Item], rules: Rules, tokens: Tokens, decisions: Sequence[Decision]
+) -> tuple[StoredRows, dict[int, str], Waived, RepairResult]:
     """The records to check: with the edits of the review file and, unless waived, the repairs; and the reasons of the
     edits.
 
@@ -340,7 +377,7 @@ def _severity(name: str, rules: Rules, rows: Sequence[int], facts: _RowFacts) ->
     """Severity by the rules. By default, overlaps with held-out text are a warning if none of them is a copy."""
     overlaps, decided = facts.overlaps, name in rules.severity or rules.action(name) == "fail"
     if (worst := CHECKS[name].worst) and rows and not decided:
-        return worst(facts.frame[name].gather(list(rows)).to_list())
+        return worst([facts.found[name][i] for i in rows])
     copied = {link.row for link in overlaps.links["benchmark_leakage"] if not link.partial} if name == "benchmark_leakage" else set()
     decided = decided or name != "benchmark_leakage"
     return rules.severity_of(name) if decided or not rows or not copied.isdisjoint(rows) else "warn"

@@ -15,7 +15,7 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dagster_project.core.messages import calls
-from dagster_project.curation.checks.check import Action, Check, Rows, Values, kinds
+from dagster_project.curation.checks.check import Action, Check, DataSet, Rows, Values, kinds
 from dagster_project.curation.checks.damage import visible
 from dagster_project.curation.checks.privacy import mask, text_column
 from dagster_project.curation.checks.profile import scripts
@@ -88,7 +88,7 @@ class ContentCheck(Check):
     action: Action = "warn"
     column: Callable[[Rows, str], Values] = lambda rows, name: rows.shared(_content_facts)[name]
     quotes: bool = True
-    note: Callable[[Rows, Sequence[Any]], list[str]] = kinds
+    note: Callable[[DataSet, Sequence[Any]], list[str]] = kinds
 
 
 def _content_facts(rows: Rows) -> dict[str, list[str | None]]:

@@ -3,7 +3,7 @@ shortened."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from dagster_project.core.messages import Message, calls, is_plain, readable, tool_names
@@ -25,12 +25,17 @@ def is_rich(record: Mapping[str, Any]) -> bool:
     return bool(record.get("tools")) or not is_plain(record["messages"]) or not is_plain(record.get("rejected") or ())
 
 
-def chosen(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def chosen(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The first record with calls, with reasoning and with weights, and further rich records up to SHOWN, in order."""
-    rich = [record for record in records if is_rich(record)]
-    first = [next((i for i, record in enumerate(rich) if has(record)), None) for has in FEATURES]
-    order = dict.fromkeys([*(i for i in first if i is not None), *range(len(rich))])
-    return [rich[i] for i in sorted(list(order)[:SHOWN])]
+    first: dict[int, Mapping[str, Any]] = {}
+    kinds: dict[int, int] = {}
+    for i, record in enumerate(filter(is_rich, records)):
+        found = [kind for kind, has in enumerate(FEATURES) if kind not in kinds and has(record)]
+        kinds |= dict.fromkeys(found, i)
+        if found or i < SHOWN:
+            first[i] = record
+    order = dict.fromkeys([*(kinds[kind] for kind in sorted(kinds)), *first])
+    return [first[i] for i in sorted(list(order)[:SHOWN])]
 
 
 def shown(record: Mapping[str, Any]) -> dict[str, Any]:

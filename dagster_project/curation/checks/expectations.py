@@ -19,12 +19,15 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from dagster_project.core import workers
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import calls, is_trained
 from dagster_project.core.records import CheckResult, prompt_text, response_text
+from dagster_project.core.stored_rows import Selected, StoredRows, decode
 from dagster_project.curation.checks import data_docs
 from dagster_project.curation.checks.privacy import mask
 from dagster_project.curation.checks.profile import count_words, scripts
@@ -151,37 +154,47 @@ def table(records: Sequence[dict[str, Any]], clusters: Sequence[Any] | None = No
     import numpy as np
     import pandas as pd
 
-    messages = [record["messages"] for record in records]
-    prompts, responses = [prompt_text(turns) for turns in messages], [response_text(turns) for turns in messages]
-    groups = pd.Series(list(clusters) if clusters is not None else [record["group_id"] for record in records], dtype=object)
-    source = pd.Categorical([record["source"] for record in records])
-    names = {name: mask(name) for name in {record["category"] for record in records} if name is not None}
-    category = pd.Categorical([names.get(record["category"]) for record in records])
+    stored = records if isinstance(records, StoredRows | Selected) else StoredRows(records)
+    frame = pd.concat([*workers.current().map(_measure_block, None, stored.blocks())] or [_measure_block(None, [])], ignore_index=True)
+    groups = pd.Series(list(clusters), dtype=object) if clusters is not None else frame["group_id"]
+    source = pd.Categorical(frame["source"])
+    names = {name: mask(name) for name in frame["category"].dropna().unique()}
+    category = pd.Categorical(frame["category"].map(names))
 
     def share(of: pd.Categorical) -> Any:
         return np.bincount(of.codes + 1, minlength=1)[of.codes + 1] / max(1, len(records))
 
+    return frame.assign(
+        source=source, category=category, script=pd.Categorical(frame["script"]), prompt=pd.factorize(frame["prompt"])[0],
+        near_copy=(groups.notna() & groups.duplicated()).to_numpy(dtype=bool), category_share=share(category), source_share=share(source),
+        kept_share=len(records) / max(1, read if read is not None else len(records)),
+    )[list(COLUMNS)].astype({"response_is_json": bool})  # fmt: skip
+
+
+def _measure_block(_: None, lines: Sequence[bytes]) -> pd.DataFrame:
+    """The columns that depend on one record each; `prompt` is a digest."""
+    import numpy as np
+    import pandas as pd
+
+    records = [decode(line) for line in lines]
+    messages = [record["messages"] for record in records]
+    prompts, responses = [prompt_text(turns) for turns in messages], [response_text(turns) for turns in messages]
+    texts = {key: pd.array([record[key] for record in records], dtype=object) for key in ("source", "category", "group_id")}
     return pd.DataFrame(
         {
-            "source": source,
-            "category": category,
-            "script": pd.Categorical(scripts(prompts)),
+            **texts,
+            "script": pd.array(scripts(prompts), dtype=object),
             "turns": np.array([[m["role"] for m in turns].count("assistant") for turns in messages], dtype=np.int64),
-            "prompt": pd.factorize(pd.array(prompts, dtype=object))[0],
+            "prompt": pd.array([blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in prompts], dtype=object),
             "prompt_words": count_words(prompts).to_numpy(),
             "response_words": count_words(responses).to_numpy(),
-            "response_is_json": [_is_json(text) for text in responses],
+            "response_is_json": np.array([_is_json(text) for text in responses], dtype=np.bool_),
             "trained_turns": np.array([sum(map(is_trained, turns)) for turns in messages], dtype=np.int64),
             "tools": np.array([len(record.get("tools") or ()) for record in records], dtype=np.int64),
             "tool_calls": np.array([sum(len(calls(m)) for m in turns) for turns in messages], dtype=np.int64),
             "reasoning_words": count_words(["\n".join(m.get("reasoning_content") or "" for m in turns) for turns in messages]).to_numpy(),
-            "near_copy": (groups.notna() & groups.duplicated()).to_numpy(dtype=bool),
-            "category_share": share(category),
-            "source_share": share(source),
-            "kept_share": len(records) / max(1, read if read is not None else len(records)),
-        },
-        columns=list(COLUMNS),
-    ).astype({"response_is_json": bool})
+        }
+    )
 
 
 def _is_json(text: str) -> bool:

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, islice, takewhile
 from typing import Any
 
 from dagster_project.core.messages import conversation_text
 from dagster_project.core.records import CheckResult, prompt_text
+from dagster_project.core.stored_rows import Selected
 from dagster_project.curation.checks import conversations
 from dagster_project.curation.checks.check import part_text
 from dagster_project.curation.checks.checks import CHECKS, Judgement, Verdict
@@ -43,13 +44,13 @@ def document(
         for verdict in judged.verdicts.values()
         if verdict.broken or not verdict.passed or verdict.waived
     ]
-    numbers = row_numbers(judged.records)
+    numbers = RowNumbers(judged.records)
     for one in findings:
-        one["rows"] = [numbers[i] for i in one["rows"]]
-        one["matches"] = [{**found, "row": numbers[found["row"]]} for found in one["matches"]]
+        one["rows"] = [numbers.of(record) for record in Selected(judged.records, one["rows"])]
+        one["matches"] = [{**found, "row": numbers.of(judged.records[found["row"]])} for found in one["matches"]]
     dropped = Counter(why for why in judged.reason if why)
     compared = judged.overlaps.compared
-    rich = conversations.chosen([record for record, why in zip(judged.records, judged.reason, strict=True) if why is None])
+    rich = conversations.chosen(Selected(judged.records, [i for i in judged.rich if judged.reason[i] is None]))
     return {
         "name": name,
         "format": layout,
@@ -72,15 +73,19 @@ def document(
     }
 
 
-def row_numbers(records: Sequence[Mapping[str, Any]]) -> list[int]:
-    """The source row of each record, numbered consecutively across sources. A row may yield several records, and two
-    rows one."""
-    rows: dict[str, int] = {}
-    for record in records:
-        last = max(record.get("source_rows") or [record["source_row"]])
-        rows[record["source"]] = max(rows.get(record["source"], 0), last + 1)
-    starts = dict(zip(rows, accumulate(rows.values(), initial=0), strict=False))
-    return [starts[record["source"]] + record["source_row"] for record in records]
+class RowNumbers:
+    """Source rows of a set, numbered consecutively across sources. A row may yield several records, and two rows one."""
+
+    def __init__(self, records: Iterable[Mapping[str, Any]]) -> None:
+        rows: dict[str, int] = {}
+        for record in records:
+            last = max(record.get("source_rows") or [record["source_row"]])
+            rows[record["source"]] = max(rows.get(record["source"], 0), last + 1)
+        self._starts = dict(zip(rows, accumulate(rows.values(), initial=0), strict=False))
+
+    def of(self, record: Mapping[str, Any]) -> int:
+        number: int = self._starts[record["source"]] + record["source_row"]
+        return number
 
 
 def finding(verdict: Verdict, judged: Judgement, items: Mapping[str, Item], matches: int, width: int) -> dict[str, Any]:
@@ -97,7 +102,7 @@ def finding(verdict: Verdict, judged: Judgement, items: Mapping[str, Item], matc
         "elsewhere": sum(judged.reason[i] is not None for i in rows) - verdict.dropped,
         "waived": verdict.waived,
         "rows": rows,
-        "places": [place(judged.records[i]) for i in rows],
+        "places": [place(record) for record in Selected(judged.records, rows)],
         "examples": [_example(verdict.name, judged, i) for i in rows[:3]],
         **_conversations([judged.records[i] for i in rows[:3]]),
         "truth": check.description,
@@ -117,7 +122,7 @@ def _example(check: str, judged: Judgement, i: int) -> str:
     """The fault of a row as the check quotes it or, if it quotes none, the beginning of the row."""
     if wrong := judged.repaired.get(check, {}).get(i):
         return wrong[:200]
-    return str(judged.frame[check][i])[:200] if CHECKS[check].quotes else excerpt(judged.records[i])
+    return str(judged.facts[check][i])[:200] if CHECKS[check].quotes else excerpt(judged.records[i])
 
 
 def check_result(verdict: Verdict, judged: Judgement, held_out: Sequence[Item]) -> CheckResult:
@@ -217,59 +222,56 @@ def changes(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]], previo
     A removed and an added row in the same gap between unchanged rows of one source are one changed row:
     a, b, c  ->  a, B, c, d   is   changed b/B, added d
     """
-    pairs: list[tuple[dict[str, Any] | None, dict[str, Any] | None]] = []
-    sources = dict.fromkeys(record["source"] for record in (*old, *new))
-    by_source: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {source: ([], []) for source in sources}
+    by_source: dict[str, tuple[list[tuple[int, str]], list[tuple[int, str]]]] = {}
     for side, records in enumerate((old, new)):
-        for record in records:
-            by_source[record["source"]][side].append(record)
-    unchanged = 0
+        for i, record in enumerate(records):
+            by_source.setdefault(record["source"], ([], []))[side].append((i, record["example_id"]))
+    unchanged, added, removed, changed = 0, list[int](), list[int](), list[tuple[int, int]]()
     for before, after in by_source.values():
         here, there = _gaps(before, after)
         unchanged += len(before) - sum(map(len, here.values()))
         for gap in sorted(here.keys() | there.keys()):
             gone, come = here.get(gap, []), there.get(gap, [])
-            pairs += [(gone[k] if k < len(gone) else None, come[k] if k < len(come) else None) for k in range(max(len(gone), len(come)))]
-    changed = [(a, b) for a, b in pairs if a and b]
-    added, removed = [b for a, b in pairs if b and not a], [a for a, b in pairs if a and not b]
+            changed += zip(gone, come, strict=False)
+            removed += gone[len(come) :]
+            added += come[len(gone) :]
     return {
         "previous": previous,
         "rows": {"added": len(added), "removed": len(removed), "changed": len(changed), "unchanged": unchanged},
         "examples": {
-            "added": [{"place": place(b), "text": excerpt(b, 300)} for b in added[:ROWS] if b],
-            "removed": [{"place": f"{place(a)} (before)", "text": excerpt(a, 300)} for a in removed[:ROWS] if a],
-            "changed": [{"place": place(b), **_edit(a, b)} for a, b in changed[:ROWS]],
+            "added": [{"place": place(b), "text": excerpt(b, 300)} for b in Selected(new, added[:ROWS])],
+            "removed": [{"place": f"{place(a)} (before)", "text": excerpt(a, 300)} for a in Selected(old, removed[:ROWS])],
+            "changed": [{"place": place(new[b]), **_edit(old[a], new[b])} for a, b in changed[:ROWS]],
         },
     }
 
 
-def _gaps(
-    before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]
-) -> tuple[dict[int, list[dict[str, Any]]], dict[int, list[dict[str, Any]]]]:
+def _gaps(before: Sequence[tuple[int, str]], after: Sequence[tuple[int, str]]) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
     """The rows that only one version has, for each version, by the number of shared rows before them. Copies count
-    individually."""
-    left = Counter(record["example_id"] for record in after)
-    shared: set[int] = set()
-    for i, record in enumerate(before):
-        if left[record["example_id"]]:
-            left[record["example_id"]] -= 1
-            shared.add(i)
-    spare = Counter(before[i]["example_id"] for i in shared)
-    gone: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    come: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    individually.
+
+    Args:
+        before, after: index and `example_id` of each row.
+    """
+    left = Counter(identity for _, identity in after)
+    gone: dict[int, list[int]] = defaultdict(list)
+    come: dict[int, list[int]] = defaultdict(list)
+    spare: Counter[str] = Counter()
     seen = 0
-    for i, record in enumerate(before):
-        if i in shared:
+    for i, identity in before:
+        if left[identity]:
+            left[identity] -= 1
+            spare[identity] += 1
             seen += 1
         else:
-            gone[seen].append(record)
+            gone[seen].append(i)
     seen = 0
-    for record in after:
-        if spare[record["example_id"]]:
-            spare[record["example_id"]] -= 1
+    for i, identity in after:
+        if spare[identity]:
+            spare[identity] -= 1
             seen += 1
         else:
-            come[seen].append(record)
+            come[seen].append(i)
     return gone, come
 
 

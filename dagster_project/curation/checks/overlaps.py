@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from dagster_project.core.messages import Message, calls
-from dagster_project.core.records import content_id
-from dagster_project.curation.checks.check import Rows, part_text
+from dagster_project.core.records import response_text, subject_text
+from dagster_project.core.stored_rows import Chained, Texts
+from dagster_project.curation.checks.check import DataSet, part_text
 from dagster_project.curation.similarity.overlap import Comparison, Pair, Rule, clusters, compare, words
 from dagster_project.curation.similarity.wording import is_instruction_only, is_near_duplicate, leak_severity
 from dagster_project.curation.sources.benchmarks import Item
+
+if TYPE_CHECKING:
+    import numpy as np
+    import polars as pl
 
 SHORT_ANSWER = 8
 """Minimum number of words of an answer that is compared with a benchmark's answers: a short one is right for many
 questions."""
 GROUPED = "grouped"
 """In `Overlaps.links`: near-copies that share a `group_id` but are not similar enough for `near_duplicates`."""
-HELD_OUT = {"test": 0, "validation": 1}
 FIELDS = ("reasoning_content", "tool_calls")
 """Parts of a row that are compared separately, in addition to its prompt and its response."""
 
@@ -46,7 +49,7 @@ class Link:
 class Overlaps:
     """Result of `find_overlaps`."""
 
-    cluster: list[int]
+    cluster: Sequence[int]
     """For each record the first record of its near-duplicate cluster."""
     compared: Comparison
     """The comparison of all prompts."""
@@ -58,29 +61,34 @@ class Overlaps:
     """Number of overlaps with held-out questions that share only a common phrase. They are not leaks."""
 
 
-def find_overlaps(rows: Rows) -> Overlaps:
+def find_overlaps(data: DataSet) -> Overlaps:
     """`near_duplicates`: rows with the same or nearly the same user turns, regardless of system prompt and tools, and
     rows with nearly the same
     reasoning or arguments of calls. The other checks are described in docs/checks.md."""
-    size = len(rows.records)
-    subjects = [prompt or response for prompt, response in zip(rows.prompts, rows.responses, strict=True)]  # as records.subject_text
-    labels = [label if isinstance(label := meta.get("split"), str) else None for meta in rows.metas]
-    repeats, conflicts = _repeats(rows.records, [*map(tools_of, rows.records, rows.metas)], labels)
-    first = [i for i in range(size) if rows.records[i]["messages"] and i not in repeats]
-    compared = compare([subjects[i] for i in first], count_words=True)
-    near = [Pair(first[p.left], first[p.right], p.similarity, p.rule) for p in compared.pairs]
+    import numpy as np
+
+    records, labels, least = data.records, data.features.labels, data.limits.near_duplicate_similarity
+    repeats = _repeats(data.features.table)
+    conflicts = _conflicts(data.features.table, repeats)
+    compared_rows = data.features.table["present"].to_numpy().copy()
+    compared_rows[[*repeats]] = False
+    first = np.flatnonzero(compared_rows)
+    compared = compare(Texts(records, first, _subject), count_words=True)
+    near = [Pair(int(first[p.left]), int(first[p.right]), p.similarity, p.rule) for p in compared.pairs]
     copies = [Pair(j, i, 1.0) for i, j in repeats.items()]
-    reported, grouped = _reported(near, rows.records, subjects, compared.frequency, rows.near_duplicate_similarity)
-    fields = {part: texts for part in FIELDS if (texts := _long_texts(rows, part))}
-    leaks, common_frames = _leaks(subjects, rows.responses, fields, rows.held_out)
+    reported, grouped = _reported(near, records, compared.frequency, least)
+    leaks, common_frames = _leaks(data)
     split = _split_leaks(near + copies, labels)
-    for part, texts in fields.items():
-        found = _near_fields(part, texts, repeats, {(pair.left, pair.right) for pair in near}, rows.near_duplicate_similarity)
+    for part, indices in data.features.long.items():
+        if not len(indices):
+            continue
+        rows = indices[np.isin(indices, [*repeats], invert=True)]
+        found = _near_fields(part, rows, records, {(pair.left, pair.right) for pair in near}, least)
         reported, grouped = reported + found[0], grouped + found[1]
         alike = [Pair(int(link.other), link.row, link.score, link.rule) for links in found for link in links]
         split += _split_leaks(alike, labels, part)
         near += alike
-    overlaps = Overlaps(clusters(size, near + copies), compared, common_frames=common_frames)
+    overlaps = Overlaps(clusters(len(records), near + copies), compared, common_frames=common_frames)
     for name, links in {
         "exact_duplicates": [Link(i, j, "prompt", "equal", 1.0) for i, j in repeats.items()],
         "conflicting_responses": [Link(i, j, "prompt", "equal", 1.0) for i, j in conflicts.items()],
@@ -89,124 +97,99 @@ def find_overlaps(rows: Rows) -> Overlaps:
         "split_leakage": split,
         "benchmark_leakage": leaks,
     }.items():
-        waived = rows.waived.pairs.get(name, set())
+        waived = data.waived.pairs.get(name, set())
         left = [link for link in links if (link.row, link.other) not in waived]
         overlaps.links[name] = sorted(left, key=lambda link: (-link.score, link.row, str(link.other)))
         overlaps.waived[name] = {link.row for link in links} - {link.row for link in left}
     return overlaps
 
 
-def first_overlap(rows: Rows, name: str) -> list[str | None]:
-    """For each row the earlier row or held-out item of its most similar overlap, or None."""
-    best: list[str | None] = [None] * len(rows.records)
-    for link in rows.shared(find_overlaps).links[name]:
-        best[link.row] = best[link.row] or str(link.other)
+def first_overlap(data: DataSet, name: str) -> dict[int, str]:
+    """Row -> the earlier row or held-out item of its most similar overlap."""
+    best: dict[int, str] = {}
+    for link in data.shared(find_overlaps).links[name]:
+        best.setdefault(link.row, str(link.other))
     return best
 
 
-def _long_texts(rows: Rows, part: str) -> dict[int, str]:
-    """Index -> text of one of `FIELDS`, if it is long enough to be compared."""
-    texts = ((i, part_text(rows.records[i], part)) for i in rows.rich)
-    return {i: text for i, text in texts if _is_long(text)}
+def _subject(record: dict[str, Any]) -> str:
+    return subject_text(record["messages"])
 
 
 def _near_fields(
-    part: str, texts: Mapping[int, str], repeats: Mapping[int, int], seen: set[tuple[int, int]], least: float
+    part: str, rows: np.ndarray, records: Sequence[dict[str, Any]], seen: set[tuple[int, int]], least: float
 ) -> tuple[list[Link], list[Link]]:
     """Rows with nearly the same text in one of `FIELDS`: those that are reported, and those that only share a cluster.
 
     Args:
-        repeats: excluded rows.
+        rows: indices of the compared records.
         seen: (earlier, later) excluded pairs, because their prompts are nearly the same.
     """
-    rows = [i for i in texts if i not in repeats]
-    compared = compare([texts[i] for i in rows], count_words=True)
+    texts = Texts(records, rows, partial(part_text, part=part))
+    compared = compare(texts, count_words=True)
     reported: list[Link] = []
     grouped: list[Link] = []
     for p in compared.pairs:
-        left, right = rows[p.left], rows[p.right]
+        left, right = int(rows[p.left]), int(rows[p.right])
         if (left, right) in seen:
             continue
         same = p.rule == "equal" or (
-            p.rule != "containment" and p.similarity >= least and is_near_duplicate(texts[left], texts[right], compared.frequency)
+            p.rule != "containment" and p.similarity >= least and is_near_duplicate(texts[p.left], texts[p.right], compared.frequency)
         )
         (reported if same else grouped).append(Link(right, left, part, p.rule, p.similarity))
     return reported, grouped
 
 
-def tools_of(record: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
-    """The definitions of the functions that the assistant may call, in a normal form; "" for none. Like a system
-    prompt, they are context and not part of the question.
-    """
-    given = record.get("tools") or meta.get("tools") or meta.get("functions")
-    if isinstance(given, str):
-        try:
-            given = json.loads(given)
-        except ValueError:
-            given = given.strip()
-    return json.dumps(given, ensure_ascii=False, sort_keys=True) if given else ""
+def _repeats(table: pl.DataFrame) -> dict[int, int]:
+    """Row -> the kept row with the same messages and tools: the first, or the first that an upstream label holds out."""
+    import polars as pl
+
+    same = ("same_0", "same_1")
+    repeated = table.lazy().with_row_index("row").filter(pl.col("present")).filter(pl.len().over(same) > 1)
+    kept = repeated.sort("rank", "row").select("row", kept=pl.col("row").first().over(same))
+    return dict(kept.filter(pl.col("row") != pl.col("kept")).sort("row").collect().iter_rows())
 
 
-def _repeats(
-    records: Sequence[dict[str, Any]], tools: Sequence[str], labels: Sequence[str | None]
-) -> tuple[dict[int, int], dict[int, int]]:
-    """Row -> the kept row with the same messages and tools: the first, or the first that an upstream label holds out.
-    And row -> an earlier row with the same prompt and tools and a different answer."""
-    ids = [content_id({**record, "tools": None}) if record.get("tools") else record["example_id"] for record in records]
-    first: dict[tuple[str, str], int] = {}
-    for i in sorted((i for i, label in enumerate(labels) if label in HELD_OUT), key=lambda i: (HELD_OUT[str(labels[i])], i)):
-        first.setdefault((ids[i], tools[i]), i)
-    answers: dict[tuple[str, ...], dict[Any, int]] = defaultdict(dict)
-    repeats: dict[int, int] = {}
-    conflicts: dict[int, int] = {}
-    for i, record in enumerate(records):
-        messages = record["messages"]
-        if not messages:
-            continue
-        if (same := first.setdefault((ids[i], tools[i]), i)) != i:
-            repeats[i] = same
-            continue
-        if "rejected" in record:
-            chosen, rejected = (tuple(map(_message_key, side)) for side in (messages[record["asked"] :], record["rejected"]))
-            earlier = answers[_key(messages[: record["asked"]], tools[i])]
-            if (rejected, chosen) in earlier:
-                conflicts[i] = earlier[rejected, chosen]
-            earlier.setdefault((chosen, rejected), i)
-            continue
-        if len(messages) < 2:
-            continue
-        earlier = answers[_key(messages[:-1], tools[i])]
-        answer = _message_key(messages[-1])
-        if earlier and answer not in earlier:
-            conflicts[i] = next(iter(earlier.values()))
-        earlier.setdefault(answer, i)
-    return repeats, conflicts
+def _conflicts(table: pl.DataFrame, repeats: Mapping[int, int]) -> dict[int, int]:
+    """Row -> an earlier row with the same prompt and tools and a different answer; of pairs, one that prefers the other answer."""
+    import polars as pl
+
+    context, answer, swapped = (["context_0", "context_1"], ["answer_0", "answer_1"], ["swapped_0", "swapped_1"])
+    rows = (
+        table.lazy()
+        .with_row_index("row")
+        .filter(pl.any_horizontal(pl.col(context) != 0), pl.col("present"), ~pl.col("row").is_in([*repeats]))
+    )
+    pairs = rows.filter(pl.any_horizontal(pl.col(swapped) != 0))
+    earliest = pairs.group_by(*context, *answer).agg(pl.col("row").min().alias("earlier"))
+    preferred = (
+        pairs.join(earliest, left_on=[*context, *swapped], right_on=[*context, *answer])
+        .filter(pl.col("earlier") < pl.col("row"))
+        .select("row", "earlier")
+    )
+    answered = (
+        rows.filter(pl.all_horizontal(pl.col(swapped) == 0))
+        .group_by(*context, *answer)
+        .agg(pl.col("row").min())
+        .with_columns(pl.col("row").min().over(context).alias("earlier"))
+        .filter(pl.col("row") != pl.col("earlier"))
+        .select("row", "earlier")
+    )
+    return dict(pl.concat([preferred, answered]).sort("row").collect().iter_rows())
 
 
-def _key(messages: Sequence[Message], tools: str) -> tuple[Any, ...]:
-    return (tools, *(part for m in messages for part in (m["role"], _message_key(m))))
-
-
-def _message_key(message: Message) -> Any:
-    """The compared part of a message: its content and, if present, its reasoning and calls. Ids of calls are ignored,
-    because they are arbitrary."""
-    made = [(call.name, json.dumps(call.arguments, ensure_ascii=False, sort_keys=True)) for call in calls(message)]
-    reasoning = message.get("reasoning_content")
-    return (message["content"], reasoning or "", *made) if reasoning or made else message["content"]
-
-
-def _split_leaks(pairs: Iterable[Pair], labels: Sequence[str | None], part: str = "prompt") -> list[Link]:
+def _split_leaks(pairs: Iterable[Pair], labels: Mapping[int, str], part: str = "prompt") -> list[Link]:
     """Pairs in two upstream splits. The row is the one in the training split, else the later one."""
     links = []
     for p in pairs:
-        if labels[p.left] and labels[p.right] and labels[p.left] != labels[p.right]:
+        if labels.get(p.left) and labels.get(p.right) and labels[p.left] != labels[p.right]:
             other, row = sorted((p.left, p.right), key=lambda i: (labels[i] == "train", i))
             links.append(Link(row, other, part, p.rule, p.similarity))
     return links
 
 
 def _reported(
-    near: Sequence[Pair], records: Sequence[dict[str, Any]], subjects: Sequence[str], frequency: Mapping[str, int], least: float
+    near: Sequence[Pair], records: Sequence[dict[str, Any]], frequency: Mapping[str, int], least: float
 ) -> tuple[list[Link], list[Link]]:
     """Reported near-copies, and those that only share a cluster: less similar ones, texts contained in a longer one,
     and conversations that end in different questions."""
@@ -214,35 +197,32 @@ def _reported(
     grouped: list[Link] = []
     for p in near:
         same = p.rule == "equal" or (
-            p.rule != "containment"
-            and p.similarity >= least
-            and is_near_duplicate(subjects[p.left], subjects[p.right], frequency)
-            and is_near_duplicate(_last_question(records[p.left]), _last_question(records[p.right]), frequency)
+            p.rule != "containment" and p.similarity >= least and _are_near_duplicates(records[p.left], records[p.right], frequency)
         )
         (reported if same else grouped).append(Link(p.right, p.left, "prompt", p.rule, p.similarity))
     return reported, grouped
+
+
+def _are_near_duplicates(left: dict[str, Any], right: dict[str, Any], frequency: Mapping[str, int]) -> bool:
+    return all(is_near_duplicate(text(left), text(right), frequency) for text in (_subject, _last_question))
 
 
 def _last_question(record: dict[str, Any]) -> str:
     return next((m["content"] for m in reversed(record["messages"]) if m["role"] == "user"), "")
 
 
-def _leaks(
-    subjects: Sequence[str], responses: Sequence[str], fields: Mapping[str, Mapping[int, str]], held_out: Sequence[Item]
-) -> tuple[list[Link], int]:
+def _leaks(data: DataSet) -> tuple[list[Link], int]:
     """Prompts that overlap a held-out question, and responses, reasoning and arguments that overlap its answer or the
-    question itself. Also returns the number of overlaps that are only a common phrase.
-
-    Args:
-        fields: part -> index of a row -> its text.
-    """
+    question itself. Also returns the number of overlaps that are only a common phrase."""
+    held_out, records = data.held_out, data.records
     if not held_out:
         return [], 0
-    size, items = len(subjects), len(held_out)
-    long = [response if _is_long(response[:400]) else "" for response in responses]
-    answers = [item.text if _is_long(item.text) else "" for item in held_out]
-    more = [(i, part, text) for part, texts in fields.items() for i, text in texts.items()]
-    mine, theirs = [*subjects, *long, *(text for _, _, text in more)], [*_questions(held_out), *answers]
+    size, items = len(records), len(held_out)
+    answers = [item.text if is_long(item.text) else "" for item in held_out]
+    more = [(int(i), part) for part, rows in data.features.long.items() for i in rows]
+    fields = (Texts(records, rows, partial(part_text, part=part)) for part, rows in data.features.long.items())
+    mine = Chained(Texts(records, range(size), _subject), Texts(records, range(size), _long_response), *fields)
+    theirs = [*_questions(held_out), *answers]
     compared = compare(mine, theirs, count_words=True)
     links, frames = [], 0
     for p in compared.pairs:
@@ -251,9 +231,15 @@ def _leaks(
         severity = leak_severity(mine[p.left], theirs[p.right], p.rule, p.similarity, compared.frequency)
         frames += severity is None
         if severity:
-            row, part = (p.left % size, "prompt" if p.left < size else "response") if p.left < 2 * size else more[p.left - 2 * size][:2]
+            row, part = (p.left % size, "prompt" if p.left < size else "response") if p.left < 2 * size else more[p.left - 2 * size]
             links.append(Link(row, held_out[p.right % items].place, part, p.rule, p.similarity, severity == "warn"))
     return links, frames
+
+
+def _long_response(record: dict[str, Any]) -> str:
+    """The response, or "" if it is too short to be compared."""
+    response = response_text(record["messages"])
+    return response if is_long(response[:400]) else ""
 
 
 def _questions(held_out: Sequence[Item]) -> list[str]:
@@ -271,6 +257,6 @@ def _questions(held_out: Sequence[Item]) -> list[str]:
 _LONG = re.compile(rf"[\W_]*+(?:[^\W_]++[\W_]++){{{SHORT_ANSWER - 1}}}[^\W_]", re.ASCII)
 
 
-def _is_long(text: str) -> bool:
+def is_long(text: str) -> bool:
     """Whether a text has `SHORT_ANSWER` `words`; for ASCII a regular expression is faster."""
     return bool(_LONG.match(text)) if text.isascii() else len(words(text)) >= SHORT_ANSWER

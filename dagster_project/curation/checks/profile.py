@@ -6,16 +6,19 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
-from heapq import nsmallest
+from hashlib import blake2b
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from dagster_project.core import workers
 from dagster_project.core.messages import calls
 from dagster_project.core.params import Section
 from dagster_project.core.records import prompt_text, response_text
+from dagster_project.core.stored_rows import Selected, StoredRows, decode
 from dagster_project.curation.checks.privacy import mask
 
 if TYPE_CHECKING:
@@ -24,8 +27,6 @@ if TYPE_CHECKING:
     import polars as pl
 
 NONE, OTHERS = "(none)", "(others)"
-CHUNK = 20_000
-"""Rows measured at a time: Polars' copies of their texts are freed before the next are read."""
 SAMPLE_WORDS = 20_000
 """Number of words of prompts over which the vocabulary is measured. Distinct-n falls with the amount of text, so sets
 of different size compare
@@ -105,6 +106,27 @@ class Limits(Section):
     """Rows. Smaller sets are not checked for diversity, because in them two similar rows already are a large share."""
 
 
+@dataclass
+class _Counts:
+    """Statistics of a block of records, and of several."""
+
+    categories: Counter[str] = field(default_factory=Counter)
+    sources: Counter[str] = field(default_factory=Counter)
+    roles: Counter[tuple[str, ...]] = field(default_factory=Counter)
+    tools: Counter[str] = field(default_factory=Counter)
+    """Calls by tool."""
+    others: Counter[str] = field(default_factory=Counter)
+    """rows_with_tools; rows (with calls); calls; results; traced (rows with reasoning); traces; untrained (answers)."""
+    trace_words: list[int] = field(default_factory=list)
+    """Words of reasoning of each record that has any."""
+
+    def __iadd__(self, other: _Counts) -> _Counts:
+        for name, value in vars(other).items():
+            mine = getattr(self, name)
+            mine.extend(value) if isinstance(mine, list) else mine.update(value)
+        return self
+
+
 def profile(records: Sequence[dict[str, Any]], lengths: Sequence[int] | None = None) -> dict[str, Any]:
     """The statistics of a set.
 
@@ -116,58 +138,65 @@ def profile(records: Sequence[dict[str, Any]], lengths: Sequence[int] | None = N
         readability; and, if there are any, tool_calls, reasoning and untrained_answers. Counts are of rows, most
         frequent first, ties by name; entropies are in bits; floats have 4 digits.
     """
-    categories = Counter(str(record["category"] or "").strip() or NONE for record in records)
+    import polars as pl
+
+    stored = records if isinstance(records, StoredRows | Selected) else StoredRows(records)
+    counts, frames = _Counts(), [_measure([])]
+    for found, frame in workers.current().map(_measure_block, None, stored.blocks()):
+        counts += found
+        frames.append(frame)
+    rows, others = pl.concat(frames), counts.others
+    categories = counts.categories
     named = Counter({name: n for name, n in categories.items() if name != NONE}) or categories
-    sources = Counter(record["source"] for record in records)
-    roles = Counter(tuple(message["role"] for message in record["messages"]) for record in records)
     shapes: Counter[str] = Counter()
-    for turns, n in roles.items():
+    for turns, n in counts.roles.items():
         shapes[_shape(turns)] += n
-    rows = _measure(records)
-    calling, traces = _calling(records), _traces(records)
-    untrained = sum(m.get("weight") == 0 for record in records for m in record["messages"] if m["role"] == "assistant")
+    calling = {name: others[name] for name in ("rows_with_tools", "rows", "calls", "results")} | {"by_tool": _top(counts.tools, 50)}
     return {
         "rows": len(records),
         "category_count": len(named) if named is not categories else 0,
         "categories": _top(categories, 50),
         "rarest": {mask(name): n for name, n in sorted(named.items(), key=lambda item: (item[1], item[0]))[:10] if name != NONE},
-        "sources": _top(sources, 50),
-        "scripts": _top(Counter(rows["script"].to_list()), 50),
+        "sources": _top(counts.sources, 50),
+        "scripts": _top(dict(rows["script"].value_counts().iter_rows()), 50),
         "roles": _top(shapes, 20),
         "lengths": {
-            "prompt": {"unit": "words", **_spread(rows["prompt_words"].to_list())},
-            "response": {"unit": "words", **_spread(rows["response_words"].to_list())},
-            **({"reasoning": {"unit": "words", **_spread(count_words(["\n".join(row) for row in traces]).to_list())}} if traces else {}),
+            "prompt": {"unit": "words", **_spread(rows["prompt_words"])},
+            "response": {"unit": "words", **_spread(rows["response_words"])},
+            **({"reasoning": {"unit": "words", **_spread(counts.trace_words)}} if others["traced"] else {}),
             **({"tokens": {"unit": "tokens", **_spread(lengths)}} if lengths is not None else {}),
         },
         "singletons": sum(n == 1 for name, n in named.items() if name != NONE),
         "entropy": round(_entropy(named.values()), 4),
-        "effective_categories": round(2 ** _entropy(named.values()), 4) if records else 0.0,
-        "diversity": {**_vocabulary(records, rows["prompt_words"]), **_openings(rows["opening"]), **_responses(records, rows)},
-        "readability": _readability(rows["reading_ease"].drop_nulls().to_list()),
-        **({"tool_calls": calling} if calling else {}),
-        **({"reasoning": {"rows": len(traces), "answers": sum(map(len, traces))}} if traces else {}),
-        **({"untrained_answers": untrained} if untrained else {}),
+        "effective_categories": round(2 ** _entropy(named.values()), 4) if len(records) else 0.0,
+        "diversity": {**_vocabulary(records, rows), **_openings(rows["opening"]), **_responses(records, rows)},
+        "readability": _readability(rows["reading_ease"].drop_nulls()),
+        **({"tool_calls": calling} if others["rows_with_tools"] or others["calls"] else {}),
+        **({"reasoning": {"rows": others["traced"], "answers": others["traces"]}} if others["traced"] else {}),
+        **({"untrained_answers": others["untrained"]} if others["untrained"] else {}),
     }
 
 
-def _calling(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Rows with tools, with calls and with results; calls, by tool; None if there are none."""
-    called = [[call.name for message in record["messages"] for call in calls(message)] for record in records]
-    found = {
-        "rows_with_tools": sum(bool(record.get("tools")) for record in records),
-        "rows": sum(map(bool, called)),
-        "calls": sum(map(len, called)),
-        "results": sum(message["role"] == "tool" for record in records for message in record["messages"]),
-        "by_tool": _top(Counter(name for names in called for name in names), 50),
-    }
-    return found if found["rows_with_tools"] or found["calls"] else None
-
-
-def _traces(records: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """The traces of each record with reasoning."""
-    traces = ([trace for message in record["messages"] if (trace := message.get("reasoning_content"))] for record in records)
-    return [found for found in traces if found]
+def _measure_block(_: None, lines: Sequence[bytes]) -> tuple[_Counts, pl.DataFrame]:
+    records = [decode(line) for line in lines]
+    counts = _Counts()
+    traces: list[str] = []
+    for record in records:
+        messages = record["messages"]
+        counts.categories[str(record["category"] or "").strip() or NONE] += 1
+        counts.sources[record["source"]] += 1
+        counts.roles[tuple([message["role"] for message in messages])] += 1
+        names = [call.name for message in messages for call in calls(message)]
+        counts.tools.update(names)
+        own = [trace for message in messages if (trace := message.get("reasoning_content"))]
+        traces += ["\n".join(own)] if own else []
+        counts.others.update(
+            rows_with_tools=bool(record.get("tools")), rows=bool(names), calls=len(names), traced=bool(own), traces=len(own),
+            results=sum(message["role"] == "tool" for message in messages),
+            untrained=sum(message.get("weight") == 0 for message in messages if message["role"] == "assistant"),
+        )  # fmt: skip
+    counts.trace_words = count_words(traces).to_list()
+    return counts, _measure(records)
 
 
 def _top(counts: Mapping[str, int], most: int) -> dict[str, int]:
@@ -197,7 +226,7 @@ def _shape(roles: tuple[str, ...]) -> str:
 
 
 def _measure(records: Sequence[dict[str, Any]]) -> pl.DataFrame:
-    """One row per record: script, prompt_words, response_words, opening, response (its hash), reading_ease."""
+    """One row per record: example_id, script, prompt_words, response_words, opening, response (its hash), reading_ease."""
     import polars as pl
 
     prompt, response = pl.col("prompt").str, pl.col("response").str
@@ -207,7 +236,7 @@ def _measure(records: Sequence[dict[str, Any]]) -> pl.DataFrame:
         "sentences": 1 + prompt.strip_chars(" \t\r\n.!?…\"'”’)]").str.count_matches(_ENDS),
         "syllables": prompt.count_matches(_SYLLABLE).cast(pl.Int64) - prompt.count_matches(_SILENT),
         "opening": pl.col("asked").str.to_lowercase().str.extract_groups(rf"^[\W_]*({_WORD})[\W_]*({_WORD})?"),
-        "response": response.strip_chars().hash(),
+        "response": response.strip_chars(),
     }
     words, opening = pl.col("prompt_words"), [pl.col("opening").struct.field(group) for group in ("1", "2")]
     # Flesch, A new readability yardstick, Journal of Applied Psychology 32 (1948); for English.
@@ -215,25 +244,28 @@ def _measure(records: Sequence[dict[str, Any]]) -> pl.DataFrame:
     scored = (pl.col("script") == "Latin") & (words >= SCORED_WORDS)
     # numbers are replaced: numbered rows have the same opening, and no number is revealed
     opened = pl.concat_str(opening, separator=" ", ignore_nulls=True).str.replace_all(r"\S*\d\S*", "#")
-    schema = {"prompt": pl.String, "response": pl.String, "asked": pl.String, "script": pl.String}
-    parts = []
-    for start in range(0, len(records) or 1, CHUNK):
-        conversations = [record["messages"] for record in records[start : start + CHUNK]]
-        prompts = [prompt_text(messages) for messages in conversations]
-        asked = [next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")[:200] for messages in conversations]
-        responses = [response_text(messages) for messages in conversations]
-        chunk = pl.DataFrame([prompts, responses, asked, scripts(prompts)], schema=schema)
-        parts.append(
-            chunk.select("script", **counted).select(
-                "script",
-                "prompt_words",
-                "response_words",
-                "response",
-                opening=pl.when(opening[0].is_not_null()).then(opened),
-                reading_ease=pl.when(scored).then(ease),
-            )
-        )
-    return pl.concat(parts)
+    conversations = [record["messages"] for record in records]
+    prompts = [prompt_text(messages) for messages in conversations]
+    asked = [next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")[:200] for messages in conversations]
+    columns = [
+        pl.Series("example_id", [record["example_id"] for record in records], dtype=pl.String),
+        pl.Series("prompt", prompts, dtype=pl.String),
+        pl.Series("response", [response_text(messages) for messages in conversations], dtype=pl.String),
+        pl.Series("asked", asked, dtype=pl.String),
+        pl.Series("script", scripts(prompts), dtype=pl.String),
+    ]
+    table = pl.DataFrame(columns).select("example_id", "script", **counted)
+    # not polars' own hash, which may differ between machines
+    texts = [blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest() for text in table["response"].to_list()]
+    return table.select(
+        "example_id",
+        "script",
+        "prompt_words",
+        "response_words",
+        pl.Series("response", [int.from_bytes(digest, "big") for digest in texts], dtype=pl.UInt64),
+        opening=pl.when(opening[0].is_not_null()).then(opened),
+        reading_ease=pl.when(scored).then(ease),
+    )
 
 
 @cache
@@ -285,7 +317,7 @@ def _rounded(value: float) -> float | int:
     return int(value) if value == int(value) else round(value, 4)
 
 
-def _spread(values: Sequence[int]) -> dict[str, Any]:
+def _spread(values: Sequence[int] | pl.Series) -> dict[str, Any]:
     """total, median, p95 (interpolated), max, and a histogram by powers of two, each bin without its upper end: 0, 1, 2-3, 4-7, ..."""
     import numpy as np
 
@@ -300,7 +332,7 @@ def _spread(values: Sequence[int]) -> dict[str, Any]:
     return {"total": int(given.sum()), "median": _rounded(median), "p95": _rounded(p95), "max": int(given.max()), "histogram": bins[first:]}
 
 
-def _vocabulary(records: Sequence[dict[str, Any]], prompt_words: pl.Series) -> dict[str, Any]:
+def _vocabulary(records: Sequence[dict[str, Any]], rows: pl.DataFrame) -> dict[str, Any]:
     """Diversity of words and pairs of words, over a sample: the beginnings of prompts in the order of their content
     hashes, which is as good as random, needs no seed and does not depend on the order of rows.
 
@@ -314,11 +346,13 @@ def _vocabulary(records: Sequence[dict[str, Any]], prompt_words: pl.Series) -> d
 
     beginnings: list[str] = []
     expected = 0
-    for i in nsmallest(SAMPLE_WORDS, range(len(records)), key=lambda i: (records[i]["example_id"], i)):
+    order = ["example_id", "row"]
+    sample = rows.lazy().select("example_id", "prompt_words").with_row_index("row").bottom_k(SAMPLE_WORDS, by=order).sort(order).collect()
+    for i, prompt_words in sample.select("row", "prompt_words").iter_rows():
         if expected >= SAMPLE_WORDS:
             break
         beginnings.append(prompt_text(records[i]["messages"])[: 20 * SAMPLE_PROMPT])
-        expected += min(prompt_words[i], SAMPLE_PROMPT)
+        expected += min(prompt_words, SAMPLE_PROMPT)
     words: Counter[str] = Counter()
     pairs: Counter[tuple[str, str]] = Counter()
     prompts: Counter[tuple[str, str]] = Counter()
@@ -359,7 +393,6 @@ def _responses(records: Sequence[dict[str, Any]], rows: pl.DataFrame) -> dict[st
 
     counted = (
         rows.with_row_index("row")
-        .with_columns(pl.Series("example_id", [record["example_id"] for record in records], dtype=pl.String))
         .filter(pl.col("response_words") > 0)
         .group_by("response")
         .agg(pl.len().alias("rows"), pl.col("row").min(), pl.col("example_id").min(), pl.col("response_words").first())
@@ -383,12 +416,12 @@ def _task_opening(record: dict[str, Any]) -> str:
     return mask(" ".join(response_text(record["messages"]).split()))[:60]
 
 
-def _readability(scores: Sequence[float]) -> dict[str, Any]:
+def _readability(scores: pl.Series) -> dict[str, Any]:
     """Flesch reading ease of prompts, 100 very easy, 0 very hard; `rows` of them were scored; the others are short or
     in another script. The histogram's first and last bins are open."""
     import numpy as np
 
-    if not scores:
+    if not len(scores):
         return {"measure": "Flesch reading ease of prompts", "rows": 0}
     low, middle, high = np.percentile(scores, [10, 50, 90]).tolist()
     rows = np.histogram(np.clip(scores, 0, 100), range(0, 101, 10))[0].tolist()
@@ -398,7 +431,7 @@ def _readability(scores: Sequence[float]) -> dict[str, Any]:
         "median": round(middle, 4),
         "p10": round(low, 4),
         "p90": round(high, 4),
-        "share_hard": round(sum(score < HARD for score in scores) / len(scores), 4),
+        "share_hard": round(int((scores < HARD).sum()) / len(scores), 4),
         "histogram": [{"from": 10 * i, "to": 10 * i + 10, "rows": n} for i, n in enumerate(rows)],
     }
 

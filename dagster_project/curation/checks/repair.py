@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unicodedata import normalize
 
+from dagster_project.core import workers
 from dagster_project.core.messages import Message
 from dagster_project.core.records import content_id
+from dagster_project.core.stored_rows import StoredRows, decode, encode
 from dagster_project.curation.checks import damage, privacy
 from dagster_project.curation.checks.check import named_text_of, text_of
 from dagster_project.curation.checks.row_checks import inputs_of, is_placeholder
@@ -35,7 +37,7 @@ class Repair:
 class RepairResult:
     """The repairs of a set."""
 
-    records: list[Record]
+    records: StoredRows
     """In the given order. Repaired records have `repaired`, the names of the checks, and `source_id`, their original
     `example_id`."""
     found: dict[str, dict[int, str]] = field(default_factory=dict)
@@ -52,7 +54,7 @@ class RepairResult:
 
 
 def repair(
-    records: Sequence[Record],
+    records: StoredRows,
     checks: Sequence[str],
     exempt: Mapping[str, Collection[int]],
     special_tokens: Collection[str] = (),
@@ -68,16 +70,49 @@ def repair(
         special_tokens: of the base model.
         earlier: previous repairs of these records.
     """
-    done = RepairResult(list(records), {name: dict(rows) for name, rows in (earlier.found if earlier else {}).items()})
+    found = {name: dict(rows) for name, rows in (earlier.found if earlier else {}).items()}
+    if not checks:
+        return RepairResult(records, found)
+    changed: list[tuple[int, bytes]] = []
+    shared = (tuple(checks), {name: frozenset(rows) for name, rows in exempt.items()}, frozenset(special_tokens))
+    for lines, faults in workers.current().map(_repair_block, shared, _numbered(records.blocks())):
+        changed += lines
+        for name, rows in faults.items():
+            found.setdefault(name, {}).update(rows)
+    return RepairResult(records.with_changes(changed) if changed else records, found)
+
+
+def _numbered(blocks: Iterable[Sequence[bytes]]) -> Iterator[tuple[int, Sequence[bytes]]]:
+    """Each block with the index of its first row."""
+    start = 0
+    for block in blocks:
+        yield start, block
+        start += len(block)
+
+
+def _repair_block(
+    shared: tuple[Sequence[str], Mapping[str, Collection[int]], Collection[str]], block: tuple[int, Sequence[bytes]]
+) -> tuple[list[tuple[int, bytes]], dict[str, dict[int, str]]]:
+    """Index and encoded row of each repaired row of a block; and check -> index -> description of the fault.
+
+    Args:
+        shared: checks, exempt rows and special tokens, as in `repair`.
+        block: index of the first row, and the rows.
+    """
+    (checks, exempt, special_tokens), (start, lines) = shared, block
+    records = [decode(line) for line in lines]
+    changed: set[int] = set()
+    found: dict[str, dict[int, str]] = {}
     for name in checks:
         find, mend = REPAIRS[name].make(special_tokens)
-        rows = {i: wrong for i, wrong in enumerate(find(done.records)) if wrong and i not in exempt.get(name, ())}
-        tried = {i: mend(done.records[i]) for i in rows}
+        rows = {i: wrong for i, wrong in enumerate(find(records)) if wrong and start + i not in exempt.get(name, ())}
+        tried = {i: mend(records[i]) for i in rows}
         for i, left in zip(tried, find([*tried.values()]), strict=True):
             if left is None:
-                done.records[i] = _add_names(tried[i], done.records[i], name)
-                done.found.setdefault(name, {})[i] = rows[i]
-    return done
+                records[i] = _add_names(tried[i], records[i], name)
+                found.setdefault(name, {})[start + i] = rows[i]
+                changed.add(i)
+    return [(start + i, encode(records[i])) for i in sorted(changed)], found
 
 
 def _add_names(new: Record, old: Record, check: str) -> Record:

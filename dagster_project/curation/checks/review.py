@@ -8,7 +8,7 @@ import datetime
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,6 +19,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Message, conversation_text
 from dagster_project.core.params import Section
 from dagster_project.core.records import content_id, prompt_text
+from dagster_project.core.stored_rows import StoredRows, encode
 from dagster_project.curation.sources.reading import locate
 
 Decide = Literal["accept", "drop", "edit"]
@@ -118,27 +119,23 @@ def ids_of(record: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(dict.fromkeys((record["example_id"], record.get("source_id") or record["example_id"])))
 
 
-@dataclass
 class RowIndex:
-    """Index of the rows of a set by the names that reviewers may use."""
+    """The rows of a set that have some names that reviewers use."""
 
-    records: Sequence[dict[str, Any]]
-    places: dict[str, list[int]] = field(default_factory=dict)
-    ids: dict[str, list[int]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for i, record in enumerate(self.records):
-            self.places.setdefault(f"{record['source']}:{record['source_row']}", []).append(i)
+    def __init__(self, records: Iterable[dict[str, Any]], names: Iterable[str]) -> None:
+        self._places: dict[str, list[int]] = {name: [] for name in names}
+        self._prefixes: dict[str, list[tuple[str, int]]] = {name[:8]: [] for name in self._places if re.fullmatch(r"[0-9a-f]{8,32}", name)}
+        for i, record in enumerate(records):
+            if (place := f"{record['source']}:{record['source_row']}") in self._places:
+                self._places[place].append(i)
             for identity in ids_of(record):
-                self.ids.setdefault(identity[:8], []).append(i)
+                if identity[:8] in self._prefixes:
+                    self._prefixes[identity[:8]].append((identity, i))
 
     def rows(self, name: str) -> list[int]:
         """Indices of the records with a name: a place names those of one source row, a content hash all copies."""
-        if name in self.places:
-            return self.places[name]
-        if re.fullmatch(r"[0-9a-f]{8,32}", name):
-            return [i for i in self.ids.get(name[:8], []) if any(one.startswith(name) for one in ids_of(self.records[i]))]
-        return []
+        found = (i for identity, i in self._prefixes.get(name[:8], ()) if identity.startswith(name))
+        return self._places[name] or [*dict.fromkeys(found)]
 
 
 @dataclass(frozen=True)
@@ -154,7 +151,7 @@ class Waived:
     """Names that match no row of the set."""
 
 
-def resolve(waivers: Iterable[Waiver], decisions: Iterable[Decision], records: Sequence[dict[str, Any]], held_out: set[str]) -> Waived:
+def resolve(waivers: Iterable[Waiver], decisions: Iterable[Decision], records: Iterable[dict[str, Any]], held_out: set[str]) -> Waived:
     """Args:
     decisions: those that accept a row waive the named check.
     held_out: places of the benchmark items.
@@ -166,7 +163,10 @@ def resolve(waivers: Iterable[Waiver], decisions: Iterable[Decision], records: S
     unknown: list[str] = []
     if not waivers and not accepted:
         return Waived(rows, pairs, reasons, unknown)
-    named = RowIndex(records)
+    named = RowIndex(
+        records,
+        [*(d.example_id for d in accepted), *(name for w in waivers for name in (*w.rows, *(side for pair in w.pairs for side in pair)))],
+    )
     for check, name, reason in [(w.check, row, w.reason) for w in waivers for row in w.rows] + [
         (d.check, d.example_id, d.reason) for d in accepted
     ]:
@@ -225,22 +225,24 @@ def read_decisions(path: Path) -> list[Decision]:
     return decisions
 
 
-def edited(records: Sequence[dict[str, Any]], decisions: Sequence[Decision]) -> tuple[list[dict[str, Any]], dict[int, str]]:
+def edited(records: StoredRows, decisions: Sequence[Decision]) -> tuple[StoredRows, dict[int, str]]:
     """The records with the edits applied, and index -> reason of each edit. An edited row gets a new `example_id`."""
     edits = {d.example_id: d for d in decisions if d.decision == "edit"}
-    result, reasons = list(records), {}
-    for i, record in enumerate(records) if edits else ():
-        if (edit := edits.get(record["example_id"])) is None:
-            continue
-        messages = [dict(message) for message in record["messages"]]
-        for role, text in (("user", edit.new_prompt), ("assistant", edit.new_response)):
-            at = max((k for k, message in enumerate(messages) if message["role"] == role), default=None)
-            if text.strip() and at is not None:
-                messages[at]["content"] = text
-        new = {**record, "messages": messages}
-        result[i] = {**new, "example_id": content_id(new)}
-        reasons[i] = edit.reason
-    return result, reasons
+    changed = {
+        i: _edit(record, edits[record["example_id"]]) for i, record in enumerate(records if edits else ()) if record["example_id"] in edits
+    }
+    reasons = {i: edits[records[i]["example_id"]].reason for i in changed}
+    return records.with_changes((i, encode(record)) for i, record in changed.items()) if changed else records, reasons
+
+
+def _edit(record: dict[str, Any], edit: Decision) -> dict[str, Any]:
+    messages = [dict(message) for message in record["messages"]]
+    for role, text in (("user", edit.new_prompt), ("assistant", edit.new_response)):
+        at = max((k for k, message in enumerate(messages) if message["role"] == role), default=None)
+        if text.strip() and at is not None:
+            messages[at]["content"] = text
+    new = {**record, "messages": messages}
+    return {**new, "example_id": content_id(new)}
 
 
 def queue(records: Sequence[dict[str, Any]], waiting: Iterable[tuple[int, str]]) -> str:

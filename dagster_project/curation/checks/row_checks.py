@@ -5,19 +5,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 from unicodedata import normalize
 
+from dagster_project.core import workers
 from dagster_project.core.messages import JSON, Messages, Tools, calls, conversation_text
-from dagster_project.curation.checks.check import Check, Rows, is_true, kinds, named_text_of
+from dagster_project.core.stored_rows import decode
+from dagster_project.curation.checks.check import Check, DataSet, Limits, Rows, is_true, kinds, named_text_of
 from dagster_project.curation.checks.content import CONTENT_CHECKS
 from dagster_project.curation.checks.damage import damage, decomposed, hidden, template_marks
 from dagster_project.curation.checks.overlaps import GROUPED, find_overlaps, first_overlap
 from dagster_project.curation.checks.privacy import scan
 from dagster_project.curation.checks.source_checks import SOURCE_CHECKS
+from dagster_project.curation.checks.token_counts import Tokens
 from dagster_project.curation.checks.tool_checks import TOOL_CHECKS
 from dagster_project.curation.similarity.overlap import words
 from dagster_project.curation.sources.formats import is_text
@@ -39,32 +42,36 @@ MAX_RENDERED = 20_000
 renders every row."""
 
 
-def row_schema(rows: Rows) -> pa.DataFrameSchema:
+def row_schema(limits: Limits) -> pa.DataFrameSchema:
     """The type of each column of `gather`, and the condition on its values."""
+    return _schema([check for check in _ROW_CHECKS if check.column], limits)
+
+
+def _schema(checks: Sequence[Check], limits: Limits) -> pa.DataFrameSchema:
     import pandera.polars as pa
 
-    return pa.DataFrameSchema({check.name: check.holds(rows, check.name) for check in ROW_CHECKS.values()}, strict=True)
+    return pa.DataFrameSchema({check.name: check.holds(limits, check.name) for check in checks}, strict=True)
 
 
 def gather(rows: Rows, schema: pa.DataFrameSchema) -> pl.DataFrame:
-    """The facts: one row per record, in order, and one column per check."""
+    """The facts that depend on one record each: one row per record, in order, and one column per check."""
     import polars as pl
 
     return pl.DataFrame(
         [
             pl.Series(check.name, check.column(rows, check.name), dtype=schema.columns[check.name].dtype.type)
-            for check in ROW_CHECKS.values()
+            for check in _ROW_CHECKS
             if check.column
         ]
     )
 
 
-def violations(frame: pl.DataFrame, schema: pa.DataFrameSchema) -> dict[str, list[int]]:
-    """Check name -> indices of the rows that violate it, in order. The frame is eager, because pandera skips data
-    checks on lazy frames."""
+def violations(frame: pl.DataFrame, schema: pa.DataFrameSchema) -> dict[str, dict[int, Any]]:
+    """Check name -> index of each row that violates it, in order -> its fact. The frame is eager, because pandera skips
+    data checks on lazy frames."""
     import pandera.polars as pa
 
-    found: dict[str, list[int]] = {}
+    found: dict[str, dict[int, Any]] = {}
     try:
         schema.validate(frame, lazy=True)
     except pa.errors.SchemaErrors as errors:
@@ -73,7 +80,23 @@ def violations(frame: pl.DataFrame, schema: pa.DataFrameSchema) -> dict[str, lis
         if len(broken):
             raise AssertionError(f"the facts table itself is wrong: {broken.to_dicts()}") from None
         for (name,), rows in cases.select("check", "index").group_by("check", maintain_order=True):
-            found[str(name)] = sorted(set(rows["index"].to_list()))
+            indices = sorted(set(rows["index"].to_list()))
+            found[str(name)] = dict(zip(indices, frame[str(name)].gather(indices).to_list(), strict=True))
+    return found
+
+
+def set_violations(data: DataSet) -> dict[str, dict[int, Any]]:
+    """As `violations`, of the facts that depend on several records."""
+    import polars as pl
+
+    found: dict[str, dict[int, Any]] = {}
+    for check in _ROW_CHECKS:
+        facts = dict(sorted(check.of_set(data, check.name).items())) if check.of_set else {}
+        if facts:
+            rows, texts = [*facts], pl.DataFrame({check.name: pl.Series([*facts.values()], dtype=pl.String)})
+            found |= {
+                name: {rows[i]: fact for i, fact in of.items()} for name, of in violations(texts, _schema([check], data.limits)).items()
+            }
     return found
 
 
@@ -107,7 +130,7 @@ def _in_turns(roles: tuple[str, ...]) -> bool:
     return set(roles) != {"system"} and all(last in _BEFORE.get(role, ()) for last, role in zip(("", *roles), roles, strict=False))
 
 
-def _valid_roles(rows: Rows) -> list[bool]:
+def valid_roles(rows: Rows) -> list[bool]:
     return [_roles_are_valid(r["messages"], meta) for r, meta in zip(rows.records, rows.metas, strict=True)]
 
 
@@ -206,7 +229,7 @@ def _code_form(text: str) -> str:
 def _conversation_tokens(rows: Rows, _: str) -> list[int | None]:
     """Tokens of each conversation as the template writes it (for a pair the longer one); null if the text is too short
     to reach the limit. A token has at least one byte."""
-    records, most = rows.records, rows.max_tokens
+    records, most = rows.records, rows.limits.max_tokens
     texts = [_longest(record) for record in records] if any("rejected" in r for r in records) else [*rows.texts]
     for i in rows.rich:
         texts[i] = _longest(records[i])
@@ -214,13 +237,13 @@ def _conversation_tokens(rows: Rows, _: str) -> list[int | None]:
     long = [
         i for i, text in enumerate(texts) if 4 * len(text) >= most and (len(text) >= most or len(text.encode("utf-8", "replace")) >= most)
     ]
-    for i, count in zip(long, rows.tokens.count([texts[i] for i in long]), strict=True):
+    for i, count in zip(long, rows.limits.tokens.count([texts[i] for i in long]), strict=True):
         counted[i] = count
-    if not (rendered := rows.tokens.rendered):
+    if not (rendered := rows.limits.tokens.rendered):
         return counted
     for i, record in enumerate(records):
         if record.get("rejected") and record["messages"]:
-            written = [n for side in _sides(record) if (n := rendered(side, record.get("tools"))) is not None]
+            written = [n for side in sides(record) if (n := rendered(side, record.get("tools"))) is not None]
             counted[i] = max(written, default=counted[i])
     return counted
 
@@ -228,10 +251,10 @@ def _conversation_tokens(rows: Rows, _: str) -> list[int | None]:
 def _longest(record: dict[str, Any]) -> str:
     """The conversation with its tools; for a pair the longer one of its two conversations."""
     tools: Tools = record.get("tools")
-    return max((conversation_text(side, tools) for side in _sides(record)), key=len)
+    return max((conversation_text(side, tools) for side in sides(record)), key=len)
 
 
-def _sides(record: Mapping[str, Any]) -> list[Messages]:
+def sides(record: Mapping[str, Any]) -> list[Messages]:
     """The conversation; for a pair those with the chosen and with the rejected answer."""
     messages = record["messages"]
     return [messages, [*messages[: record["asked"]], *record["rejected"]]] if record.get("rejected") else [messages]
@@ -243,91 +266,85 @@ def _response_tokens(rows: Rows, _: str) -> list[int | None]:
     has at most 16 characters."""
     counted: list[int | None] = [None] * len(rows.responses)
     more = {i for i in rows.rich for m in rows.records[i]["messages"][-1:] if m.get("reasoning_content") or m.get("tool_calls")}
-    short = [i for i, text in enumerate(rows.responses) if len(text) <= 16 * rows.min_response_tokens and text.strip() and i not in more]
-    for i, n in zip(short, rows.tokens.count([rows.responses[i] for i in short]), strict=True):
+    short = [
+        i for i, text in enumerate(rows.responses) if len(text) <= 16 * rows.limits.min_response_tokens and text.strip() and i not in more
+    ]
+    for i, n in zip(short, rows.limits.tokens.count([rows.responses[i] for i in short]), strict=True):
         counted[i] = n
     return counted
 
 
-def _at_most_max_tokens(rows: Rows, name: str) -> pa.Column:
+def _at_most_max_tokens(limits: Limits, name: str) -> pa.Column:
     import pandera.polars as pa
     import polars as pl
 
-    return pa.Column(pl.Int64, pa.Check.le(rows.max_tokens, error=name), nullable=True)
+    return pa.Column(pl.Int64, pa.Check.le(limits.max_tokens, error=name), nullable=True)
 
 
-def _at_least_min_response_tokens(rows: Rows, name: str) -> pa.Column:
+def _at_least_min_response_tokens(limits: Limits, name: str) -> pa.Column:
     import pandera.polars as pa
     import polars as pl
 
-    return pa.Column(pl.Int64, pa.Check.ge(rows.min_response_tokens, error=name), nullable=True)
+    return pa.Column(pl.Int64, pa.Check.ge(limits.min_response_tokens, error=name), nullable=True)
 
 
-def _too_long_note(rows: Rows, counts: Sequence[int]) -> list[str]:
-    most = rows.max_tokens
+def _too_long_note(data: DataSet, counts: Sequence[int]) -> list[str]:
+    most = data.limits.max_tokens
     return [
         *([f"{sum(counts):,} tokens in all, {sum(n - most for n in counts):,} beyond {most:,} each"] if counts else []),
-        *_estimated(rows),
+        *_estimated(data),
     ]
 
 
-def _short_note(rows: Rows, counts: Sequence[int]) -> list[str]:
-    return [*([f"fewer than {rows.min_response_tokens} tokens each, {sum(counts):,} in all"] if counts else []), *_estimated(rows)]
+def _short_note(data: DataSet, counts: Sequence[int]) -> list[str]:
+    few = data.limits.min_response_tokens
+    return [*([f"fewer than {few} tokens each, {sum(counts):,} in all"] if counts else []), *_estimated(data)]
 
 
-def _estimated(rows: Rows) -> list[str]:
-    return ["tokens estimated at four bytes each: no base model available"] if rows.tokens.estimated else []
+def _estimated(data: DataSet) -> list[str]:
+    return ["tokens estimated at four bytes each: no base model available"] if data.limits.tokens.estimated else []
 
 
-def _marks(rows: Rows) -> list[str | None]:
+def marks(rows: Rows) -> list[str | None]:
     """Includes definitions of tools, because the template writes them into the prompt."""
     texts = [*rows.texts]
     for i in rows.rich:
         if tools := rows.records[i].get("tools"):
             texts[i] += f"\n{JSON.encode(tools)}"
-    return template_marks(texts, rows.tokens.special)
+    return template_marks(texts, rows.limits.tokens.special)
 
 
 def _control_tokens(rows: Rows, _: str) -> list[str | None]:
     """Control tokens and boilerplate of chat templates. Quoted transcripts ("Human: ... Assistant: ...") are allowed:
     people write them."""
-    return [None if mark and mark.startswith("transcript") else mark for mark in rows.shared(_marks)]
+    return [None if mark and mark.startswith("transcript") else mark for mark in rows.shared(marks)]
 
 
-def _transcripts_note(rows: Rows, _: Sequence[str]) -> list[str]:
-    transcripts = sum(mark is not None and mark.startswith("transcript") for mark in rows.shared(_marks))
+def _transcripts_note(data: DataSet, _: Sequence[str]) -> list[str]:
+    transcripts = data.features.transcripts
     return [f"{transcripts} rows quote a transcript; they are kept"] if transcripts else []
 
 
-def _template_mismatches(rows: Rows, _: str) -> list[str | None]:
+def _template_mismatches(data: DataSet, _: str) -> dict[int, str]:
     """The reason that each conversation does not fit the chat template. A template's behavior depends on roles and on
     white space around the contents."""
-    misfits: list[str | None] = [None] * len(rows.records)
-    if rows.tokens.misfit is None:
-        return misfits
-    shapes: dict[tuple[Any, ...], list[int]] = defaultdict(list)
-    for i, (record, meta, valid) in enumerate(zip(rows.records, rows.metas, rows.shared(_valid_roles), strict=True)):
-        if record["messages"] and valid and not is_text(record["messages"], meta):
-            shapes[tuple([_shape(side, record.get("tools")) for side in _sides(record)])].append(i)
-    share = max(1, MAX_RENDERED // max(1, len(shapes)))
-    for same_shape in shapes.values():
-        for i in same_shape[:share]:
-            found = (rows.tokens.misfit(side, rows.records[i].get("tools")) for side in _sides(rows.records[i]))
-            misfits[i] = next(filter(None, found), None)
-    return misfits
+    import polars as pl
+
+    if data.limits.tokens.misfit is None:
+        return {}
+    shapes = data.features.table.lazy().select("shape").with_row_index("row").filter(pl.col("shape") != 0)
+    share = max(1, MAX_RENDERED // max(1, shapes.select(pl.col("shape").n_unique()).collect().item()))
+    rows = shapes.filter(pl.int_range(pl.len()).over("shape") < share).collect()["row"].to_list()
+    reasons = chain.from_iterable(workers.current().map(_misfits, data.limits.tokens, data.records.blocks_at(rows)))
+    return {i: reason for i, reason in zip(rows, reasons, strict=True) if reason}
 
 
-def _shape(messages: Messages, tools: Tools) -> tuple[Any, ...]:
-    """The features of a conversation on which a template's behavior depends, without its texts."""
-    turns = [(m["role"], m["content"], m) for m in messages]
-    plain = tuple([(role, text[:1].isspace(), text[-1:].isspace(), not text) for role, text, _ in turns])
-    fields = [(at, _fields(m)) for at, (_, _, m) in enumerate(turns) if len(m) > 2]
-    return (*plain, *fields, *([len(tools)] if tools else []))
-
-
-def _fields(message: Mapping[str, Any]) -> tuple[Any, ...]:
-    made = [(call.identity is None, isinstance(call.arguments, dict)) for call in calls(message)]
-    return (*(key for key in message if key not in {"role", "content", "tool_calls"}), *made)
+def _misfits(tokens: Tokens, lines: Sequence[bytes]) -> list[str | None]:
+    """For each record the reason that the chat template does not fit."""
+    assert tokens.misfit
+    misfit = tokens.misfit
+    records = map(decode, lines)
+    return [next(filter(None, (misfit(side, record.get("tools")) for side in sides(record))), None) for record in records]
 
 
 # --- values and overlaps -----------------------------------------------------------------------------------------------------------
@@ -346,10 +363,10 @@ def _private_values(rows: Rows) -> dict[bool, list[str | None]]:
     return found
 
 
-def _leak_note(rows: Rows, _: Sequence[str]) -> list[str]:
-    if not rows.held_out:
+def _leak_note(data: DataSet, _: Sequence[str]) -> list[str]:
+    if not data.held_out:
         return ["nothing held out to compare with"]
-    overlaps = rows.shared(find_overlaps)
+    overlaps = data.shared(find_overlaps)
     links, frames = overlaps.links["benchmark_leakage"], overlaps.common_frames
     copied = {link.row for link in links if not link.partial}
     partly = {link.row for link in links} - copied
@@ -359,8 +376,8 @@ def _leak_note(rows: Rows, _: Sequence[str]) -> list[str]:
     ]
 
 
-def _near_copies_note(rows: Rows, _: Sequence[str]) -> list[str]:
-    overlaps = rows.shared(find_overlaps)
+def _near_copies_note(data: DataSet, _: Sequence[str]) -> list[str]:
+    overlaps = data.shared(find_overlaps)
     note = []
     if overlaps.compared.boilerplate:
         (text, count), *others = overlaps.compared.boilerplate
@@ -403,7 +420,7 @@ _ROW_CHECKS: tuple[Check, ...] = (
         "Roles are system (optional), then user and assistant in turns.",
         "error",
         "Put the turns in order, or name the right format.",
-        column=lambda rows, _: [not r["messages"] or valid for r, valid in zip(rows.records, rows.shared(_valid_roles), strict=True)],
+        column=lambda rows, _: [not r["messages"] or valid for r, valid in zip(rows.records, rows.shared(valid_roles), strict=True)],
         holds=is_true,
     ),
     Check(
@@ -495,7 +512,7 @@ _ROW_CHECKS: tuple[Check, ...] = (
         "Every conversation fits the base model's chat template.",
         "error",
         "Use the roles that the template supports, or another template.",
-        column=_template_mismatches,
+        of_set=_template_mismatches,
         note=kinds,
     ),
     Check(
@@ -546,13 +563,13 @@ _ROW_CHECKS: tuple[Check, ...] = (
         note=kinds,
     ),
     *CONTENT_CHECKS,
-    Check("exact_duplicates", "No two rows are identical.", "warn", "Nothing to do: one of them is kept.", column=first_overlap),
+    Check("exact_duplicates", "No two rows are identical.", "warn", "Nothing to do: one of them is kept.", of_set=first_overlap),
     Check(
         "benchmark_leakage",
         "No row overlaps a held-out benchmark.",
         "error",
         "Take the row out of the source, or waive it if the overlap is a common phrase.",
-        column=first_overlap,
+        of_set=first_overlap,
         note=_leak_note,
     ),
     Check(
@@ -561,7 +578,7 @@ _ROW_CHECKS: tuple[Check, ...] = (
         "error",
         "Remove it from the training split; `splits` does so.",
         "warn",
-        column=first_overlap,
+        of_set=first_overlap,
     ),
     Check(
         "conflicting_responses",
@@ -569,7 +586,7 @@ _ROW_CHECKS: tuple[Check, ...] = (
         "warn",
         "Keep the right one; in the pipeline, decide in the review file.",
         "review",
-        column=first_overlap,
+        of_set=first_overlap,
     ),
     Check(
         "near_duplicates",
@@ -577,7 +594,7 @@ _ROW_CHECKS: tuple[Check, ...] = (
         "warn",
         "Read the pairs. They share a `group_id`, so `splits` keeps them together.",
         "warn",
-        column=first_overlap,
+        of_set=first_overlap,
         note=_near_copies_note,
     ),
 )

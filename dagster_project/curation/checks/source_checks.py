@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dagster_project.curation.checks.check import Check, Rows
+from dagster_project.curation.checks.check import Check, DataSet, Rows
 from dagster_project.curation.checks.privacy import mask
 from dagster_project.curation.sources import fields
 
@@ -22,7 +22,7 @@ def _ignored(rows: Rows, _: str) -> list[str | None]:
     return [mask(", ".join(record["ignored"])) if record.get("ignored") else None for record in rows.records]
 
 
-def _ignored_note(rows: Rows, facts: Sequence[str]) -> list[str]:
+def _ignored_note(data: DataSet, facts: Sequence[str]) -> list[str]:
     return fields.note(fact.split(", ") for fact in facts)
 
 
@@ -33,7 +33,7 @@ SOURCE_CHECKS = (
         "error",
         "Remove the rows, or train a model for such content with other tools.",
         column=_unsupported,
-        note=lambda rows, facts: [", ".join(sorted({fact.partition(" (")[0] for fact in facts}))] if facts else [],
+        note=lambda data, facts: [", ".join(sorted({fact.partition(" (")[0] for fact in facts}))] if facts else [],
     ),
     Check(
         fields.NAME,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,26 @@ class Tokens:
     rendered: Callable[[Messages, Tools], int | None] | None = None
     """Tokens of a conversation, with its tools, as the chat template writes it, None if that refuses it; None itself
     without a template."""
+    folder: Path | None = None
+    """The base model's folder. Another process gets the small files in it, because functions of a tokenizer cannot be sent."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.folder is None:
+            return Tokens, (self.count, self.misfit, self.special, self.estimated, self.rendered)
+        files = [file for file in sorted(self.folder.iterdir()) if file.is_file() and file.suffix not in WEIGHTS]
+        return _of_files, (tuple([(file.name, file.read_bytes()) for file in files]),)
+
+
+WEIGHTS = {".safetensors", ".bin", ".pt", ".gguf"}
+
+
+@cache
+def _of_files(files: tuple[tuple[str, bytes], ...]) -> Tokens:
+    """`tokens_of` a folder with these files."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files:
+            (Path(folder) / name).write_bytes(content)
+        return replace(tokens_of(Path(folder)), folder=None)
 
 
 def _four_bytes(texts: Sequence[str]) -> list[int]:
@@ -93,4 +115,6 @@ def tokens_of(base_model: Path) -> Tokens:
         return None
 
     special = frozenset(str(token) for token in tokenizer.all_special_tokens if len(str(token)) > 3)
-    return Tokens(count, misfit, special, rendered=rendered) if tokenizer.chat_template else Tokens(count, special=special)
+    if not tokenizer.chat_template:
+        return Tokens(count, special=special, folder=base_model)
+    return Tokens(count, misfit, special, rendered=rendered, folder=base_model)

@@ -10,7 +10,7 @@ from typing import Any
 
 from dagster_project.core.messages import JSON, Call, Message, calls, is_trained
 from dagster_project.core.tool_schemas import ArgumentsSchema, arguments_schema
-from dagster_project.curation.checks.check import Check, Rows, is_true, kinds
+from dagster_project.curation.checks.check import Check, DataSet, Rows, is_true, kinds
 from dagster_project.curation.checks.damage import visible
 from dagster_project.curation.checks.privacy import mask
 
@@ -133,15 +133,17 @@ def _results_without_call(rows: Rows, _: str) -> list[str | None]:
 # --- reasoning and weights ---------------------------------------------------------------------------------------------------------
 
 
-def _reasoning(rows: Rows) -> tuple[set[int], set[int]]:
-    """Indices of the rows with reasoning in an answer, and of those without."""
-    reasons = {i for i in rows.rich if any(m["role"] == "assistant" and _has_trace(m) for m in _trained_messages(rows.records[i]))}
-    if not reasons:
-        return set(), set()
-    answered = {
-        i for i, r in enumerate(rows.records) if "labelled" not in r and any(m["role"] == "assistant" for m in _trained_messages(r))
-    }
-    return reasons, {i for i in answered - reasons if rows.metas[i].get("kind") != "text"}
+WITH, WITHOUT = 1, 2
+"""Values of the feature `reasoning`: an answer has reasoning; there is an answer, and none has. 0 for rows without answers."""
+
+
+def has_reasoning(record: Mapping[str, Any]) -> bool:
+    """Whether an answer that is trained on has reasoning."""
+    return any(m["role"] == "assistant" and (m.get("reasoning_content") or "").strip() for m in _trained_messages(record))
+
+
+def has_answer(record: Mapping[str, Any]) -> bool:
+    return "labelled" not in record and any(message["role"] == "assistant" for message in _trained_messages(record))
 
 
 def _trained_messages(record: Mapping[str, Any]) -> Sequence[Message]:
@@ -149,21 +151,26 @@ def _trained_messages(record: Mapping[str, Any]) -> Sequence[Message]:
     return messages[record.get("asked", 0) :]
 
 
-def _has_trace(message: Message) -> bool:
-    return bool((message.get("reasoning_content") or "").strip())
+def _reasoning_counts(data: DataSet) -> tuple[int, int]:
+    """Number of rows with reasoning in an answer, and of those without; 0 and 0 if no row has any."""
+    column = data.features.table["reasoning"]
+    reasons = int((column == WITH).sum())
+    return (reasons, int((column == WITHOUT).sum())) if reasons else (0, 0)
 
 
-def _mixed_reasoning(rows: Rows, _: str) -> list[str | None]:
+def _mixed_reasoning(data: DataSet, _: str) -> dict[int, str]:
     """In a set in which some rows have reasoning, the minority: those with, or those without if the numbers are
     equal."""
-    reasons, without = rows.shared(_reasoning)
-    fewer, fact = (without, "no reasoning") if len(without) <= len(reasons) else (reasons, "reasoning")
-    return [fact if i in fewer else None for i in range(len(rows.records))]
+    reasons, without = data.shared(_reasoning_counts)
+    if not reasons:
+        return {}
+    fewer, fact = (WITHOUT, "no reasoning") if without <= reasons else (WITH, "reasoning")
+    return dict.fromkeys((data.features.table["reasoning"] == fewer).arg_true().to_list(), fact)
 
 
-def _mixed_note(rows: Rows, facts: Sequence[str]) -> list[str]:
-    reasons, without = rows.shared(_reasoning)
-    return [f"{len(reasons):,} rows have reasoning, {len(without):,} have none"] if facts else []
+def _mixed_note(data: DataSet, facts: Sequence[str]) -> list[str]:
+    reasons, without = data.shared(_reasoning_counts)
+    return [f"{reasons:,} rows have reasoning, {without:,} have none"] if facts else []
 
 
 def _is_trained(record: Mapping[str, Any]) -> bool:
@@ -219,7 +226,7 @@ TOOL_CHECKS: tuple[Check, ...] = (
         "warn",
         "Add reasoning to the rows without, or train two models; a model trained on a mixed set reasons at random.",
         "warn",
-        column=_mixed_reasoning,
+        of_set=_mixed_reasoning,
         note=_mixed_note,
     ),
 )

@@ -21,6 +21,8 @@ THREADS = numba.config.NUMBA_NUM_THREADS
 """Compiled loops release the GIL, so plain threads share the work."""
 BINS = 21
 """Bins of equal width for the scores from 0 to 1; the last bin is 1.0 itself."""
+MOST = 2**31 - 1
+"""Spans that can be named at once: a name has 32 bits."""
 PARTS = 8
 """Hash tables over which a set of spans is divided, by the top bits of the hash: each is small enough for the
 processor's cache."""
@@ -83,7 +85,7 @@ def _split(data: Array, bounds: Array, fold: Array) -> tuple[Array, Array, Array
 
 
 @compiled
-def _hash_spans(values: Array, starts: Array, lengths: Array) -> Array:
+def hash_spans(values: Array, starts: Array, lengths: Array) -> Array:
     """64-bit hashes: Fowler-Noll-Vo 1a over the elements, then a step of MurmurHash3's finalizer."""
     hashes = np.empty(len(starts), np.uint64)
     for k in range(len(starts)):
@@ -135,9 +137,9 @@ def name_spans(values: Array, starts: Array, lengths: Array) -> Array:
     Args:
         starts, lengths: int arrays; a single length applies to all spans.
     """
-    if max(len(starts), 1) >= 2**31:
-        raise OverflowError(f"{len(starts)} words: at most {2**31 - 1} can be compared at once\nhint: compare the files in parts")
-    hashes = _hash_spans(values, starts, lengths)
+    if len(starts) > MOST:
+        raise OverflowError(f"{len(starts)} words: at most {MOST} can be compared at once\nhint: compare the files in parts")
+    hashes = hash_spans(values, starts, lengths)
     names = np.empty(len(starts), np.int32)
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(lambda part: _name_part(hashes, values, starts, lengths, np.uint64(part), names), range(PARTS)))
@@ -145,7 +147,7 @@ def name_spans(values: Array, starts: Array, lengths: Array) -> Array:
 
 
 @compiled
-def _grams(low: Array, high: Array, n: int, shingle: int, shared: Array) -> tuple[Array, Array]:
+def grams(low: Array, high: Array, n: int, shingle: int, shared: Array) -> tuple[Array, Array]:
     """Starts of the runs of n words in the texts low[t]:high[t], and the text of each; only of runs whose every shingle is `shared`."""
     total = 0
     for text in range(len(low)):
@@ -164,7 +166,7 @@ def _grams(low: Array, high: Array, n: int, shingle: int, shared: Array) -> tupl
 
 
 @compiled
-def _frequency(names: Array, texts: Array, size: int) -> Array:
+def frequency(names: Array, texts: Array, size: int) -> Array:
     """Number of texts with each name. `texts` ascends."""
     counts, last = np.zeros(size, np.int32), np.full(size, -1, np.int32)
     for k in range(len(names)):
@@ -218,7 +220,7 @@ def _index(names: Array, texts: Array, counts: Array, right: Array, rare: int) -
 
 
 @compiled
-def _shingle_sets(names: Array, texts: Array, counts: Array, size: int, rare: int) -> tuple[Array, Array, Array]:
+def shingle_sets(names: Array, texts: Array, counts: Array, size: int, rare: int) -> tuple[Array, Array, Array]:
     """Number of different shingles of each text that are not boilerplate, and those of them that other texts contain,
     sorted."""
     sizes, bounds, shingles = np.zeros(size, np.int32), np.zeros(size + 1, np.int64), np.empty(len(names), np.int32)
@@ -239,7 +241,7 @@ def _shingle_sets(names: Array, texts: Array, counts: Array, size: int, rare: in
 
 
 @compiled
-def _leave_one_out(tokens: Array, low: Array, high: Array, least: int, below: int) -> tuple[Array, Array, Array, Array]:
+def leave_one_out(tokens: Array, low: Array, high: Array, least: int, below: int) -> tuple[Array, Array, Array, Array]:
     """Each text of `least` to `below` words whole and with each one word left out: words, starts, lengths, texts."""
     spans, total = 0, 0
     for text in range(len(low)):
@@ -276,6 +278,34 @@ class Gates(NamedTuple):
     few: int
 
 
+class Constants(NamedTuple):
+    """The constants of overlap.py, by their names."""
+
+    run: int
+    shingle: int
+    short: int
+    edited: int
+    rare: int
+    gates: Gates
+
+
+class Found(NamedTuple):
+    """Near-copies among different texts, as an engine finds them. Different texts are numbered by their first rows."""
+
+    number: Array
+    """For each row the number of its text; -1 if it has no words."""
+    first: Array
+    """For each text its first row."""
+    near: list[tuple[int, int, float, int]]
+    """(text, text, similarity, rule): rule 1 Jaccard, 2 containment, 3 one word left out. In no particular order."""
+    scores: Array
+    """(BINS, 2): compared pairs that are not near-copies, and near-copies, by containment."""
+    passages: list[tuple[int, int, int, int]]
+    """The most frequent passages: first text, position and length in words, number of texts."""
+    word_counts: dict[int, list[int]]
+    """Text of `near` -> for each of its words the number of texts with it; ascending, empty unless requested."""
+
+
 @compiled
 def _in_order(tokens: Array, a: int, a_end: int, b: int, b_end: int) -> float:
     """Words that two texts have in the same order (longest common subsequence), as a share of the shorter text."""
@@ -287,6 +317,40 @@ def _in_order(tokens: Array, a: int, a_end: int, b: int, b_end: int) -> float:
             lengths[j - b + 1] = diagonal + 1 if tokens[i] == tokens[j] else max(above, lengths[j - b])
             diagonal = above
     return lengths[-1] / min(a_end - a, b_end - b)
+
+
+@compiled
+def judge(
+    a: int, b: int, by_run: bool, sizes: Array, bounds: Array, shingles: Array, tokens: Array, low: Array, high: Array, gates: Gates
+) -> tuple[int, float, int]:  # fmt: skip
+    """Rule (0: not near-copies, 1: Jaccard, 2: containment), similarity, and bin of containment (-1: not counted) of two texts.
+
+    Args:
+        by_run: whether they share a rare run of words.
+        sizes, bounds, shingles: result of `shingle_sets`.
+    """
+    i, i_end, j, j_end = bounds[a], bounds[a + 1], bounds[b], bounds[b + 1]
+    smaller, both, common = min(sizes[a], sizes[b]), sizes[a] + sizes[b], 0
+    most = min(i_end - i, j_end - j)
+    if most < gates.containment / 2 * smaller and most < gates.jaccard / 2 * (both - most):
+        return 0, 0.0, -1  # half of the thresholds, so that the scores include pairs slightly below them
+    while i < i_end and j < j_end:
+        common += shingles[i] == shingles[j]
+        step = shingles[i] <= shingles[j]
+        j += shingles[j] <= shingles[i]
+        i += step
+    if not common:
+        return 0, 0.0, -1
+    similar, contained = common / (both - common), common / smaller
+    rule, score = 0, 0.0
+    if similar >= gates.firm or (
+        similar >= gates.jaccard
+        and (min(high[a] - low[a], high[b] - low[b]) >= gates.long or _in_order(tokens, low[a], high[a], low[b], high[b]) >= gates.in_order)
+    ):
+        rule, score = 1, similar
+    elif by_run and contained >= (gates.containment if smaller >= gates.few else gates.whole):
+        rule, score = 2, contained
+    return rule, score, int((BINS - 1) * common / smaller)
 
 
 @compiled
@@ -323,34 +387,17 @@ def _compare(
                     if seen[b] == a:
                         continue
                     seen[b] = a
-                    i, i_end, j, j_end = bounds[a], bounds[a + 1], bounds[b], bounds[b + 1]
-                    smaller, both, common = min(sizes[a], sizes[b]), sizes[a] + sizes[b], 0
-                    most = min(i_end - i, j_end - j)
-                    if most < gates.containment / 2 * smaller and most < gates.jaccard / 2 * (both - most):
-                        continue  # half of the thresholds, so that the scores include pairs slightly below them
-                    while i < i_end and j < j_end:
-                        common += shingles[i] == shingles[j]
-                        step = shingles[i] <= shingles[j]
-                        j += shingles[j] <= shingles[i]
-                        i += step
-                    if not common:
-                        continue
-                    similar = common / (both - common)
-                    if similar >= gates.firm or (
-                        similar >= gates.jaccard
-                        and (min(words[a], words[b]) >= gates.long or _in_order(tokens, low[a], high[a], low[b], high[b]) >= gates.in_order)
-                    ):
+                    rule, similarity, score = judge(a, b, kind == 0, sizes, bounds, shingles, tokens, low, high, gates)
+                    if rule:
                         paired[b] = a
-                        found.append((a, b, similar, 1))
-                    elif kind == 0 and common / smaller >= (gates.containment if smaller >= gates.few else gates.whole):
-                        paired[b] = a
-                        found.append((a, b, common / smaller, 2))
-                    scores[int((BINS - 1) * common / smaller), int(paired[b] == a)] += 1
+                        found.append((a, b, similarity, rule))
+                    if score >= 0:
+                        scores[score, int(rule > 0)] += 1
     return found, scores
 
 
 @compiled
-def _passages(starts: Array, texts: Array, frequent: Array, run: int) -> tuple[Array, Array, Array]:
+def passages(starts: Array, texts: Array, frequent: Array, run: int) -> tuple[Array, Array, Array]:
     """The longest passages in which every run of `run` words is `frequent`: starts, lengths, texts."""
     begin, lengths, owners = np.empty(len(starts), np.int32), np.empty(len(starts), np.int32), np.empty(len(starts), np.int32)
     count = 0
@@ -365,12 +412,17 @@ def _passages(starts: Array, texts: Array, frequent: Array, run: int) -> tuple[A
     return begin[:count].copy(), lengths[:count].copy(), owners[:count].copy()
 
 
-def tokenize(rows: Sequence[bytes]) -> tuple[Array, Array]:
-    """Number the words of `rows`: an id for each, equal where the words are, and the bounds of each row's ids."""
+def split(rows: Sequence[bytes]) -> tuple[Array, Array, Array, Array]:
+    """Words of `rows`: their folded bytes, start and length of each word in them, and the bounds of each row's words."""
     bounds = np.zeros(len(rows) + 1, np.int64)
     np.cumsum(np.fromiter(map(len, rows), np.int64, len(rows)), out=bounds[1:])
     data = np.frombuffer(bytearray().join(rows), np.uint8)
-    starts, lengths, offsets = _split(data, bounds, FOLD)
+    return (data, *_split(data, bounds, FOLD))
+
+
+def tokenize(rows: Sequence[bytes]) -> tuple[Array, Array]:
+    """Number the words of `rows`: an id for each, equal where the words are, and the bounds of each row's ids."""
+    data, starts, lengths, offsets = split(rows)
     return name_spans(data, starts, lengths), offsets
 
 
@@ -385,7 +437,7 @@ def distinct(tokens: Array, offsets: Array) -> tuple[Array, Array]:
 
 def near_texts(
     tokens: Array, low: Array, high: Array, left: Array, right: Array, within: bool,
-    *, run: int, shingle: int, short: int, edited: int, rare: int, gates: Gates, scores: Array, boilerplate: list[tuple[int, int, int]],
+    *, constants: Constants, scores: Array, boilerplate: list[tuple[int, int, int]],
 ) -> Iterator[tuple[int, int, float, int]]:  # fmt: skip
     """Near-copies among different texts.
 
@@ -393,35 +445,35 @@ def near_texts(
         tokens: ids of words; text t is tokens[low[t]:high[t]].
         left, right: texts on the left and right side of a pair.
         within: whether a pair is given once, smaller text first.
-        run, shingle, short, edited, rare: the constants of overlap.py.
         scores: (BINS, 2), incremented by the compared pairs: those that are not near-copies, and near-copies. Complete
         above half of the thresholds.
         boilerplate: gets the passages in more than `rare` texts, the most frequent first, as (start, length, texts).
     Yields:
         (text, text, similarity, rule): rule 1 Jaccard, 2 containment, 3 one word left out.
     """
+    run, shingle, short, edited, rare, gates = constants
     words = high - low
     shared = np.ones(len(tokens), np.bool_)
-    starts, texts = _grams(low, high, shingle, shingle, shared)
+    starts, texts = grams(low, high, shingle, shingle, shared)
     names = name_spans(tokens, starts, np.array([shingle], np.int32))
-    counts = _frequency(names, texts, len(names))
-    sizes, bounds, shingles = _shingle_sets(names, texts, counts, len(low), rare)
+    counts = frequency(names, texts, len(names))
+    sizes, bounds, shingles = shingle_sets(names, texts, counts, len(low), rare)
     # A run can be in two texts only if its shingles are.
     shared[:] = False
     shared[starts] = counts[names] > 1
     is_short = (words >= run) & (words < short)
     few = is_short[texts] & (counts[names] > 1) & (counts[names] <= rare)
     names, texts = names[few], texts[few]
-    by_shingle = _index(names, texts, _frequency(names, texts, len(counts)), right, rare)
+    by_shingle = _index(names, texts, frequency(names, texts, len(counts)), right, rare)
     del starts, names, counts
-    starts, texts = _grams(low, high, run, shingle, shared)
+    starts, texts = grams(low, high, run, shingle, shared)
     names = name_spans(tokens, starts, np.array([run], np.int32))
-    counts = _frequency(names, texts, len(names))
-    boilerplate += _most_frequent(tokens, *_passages(starts, texts, counts[names] > rare, run), rare)
+    counts = frequency(names, texts, len(names))
+    boilerplate += _most_frequent(tokens, *passages(starts, texts, counts[names] > rare, run), rare)
     by_run = _index(names, texts, counts, right, rare)
-    values, starts, lengths, texts = _leave_one_out(tokens, low, high, run, edited)
+    values, starts, lengths, texts = leave_one_out(tokens, low, high, run, edited)
     names = name_spans(values, starts, lengths)
-    by_rest = _index(names, texts, _frequency(names, texts, len(names)), right, rare)
+    by_rest = _index(names, texts, frequency(names, texts, len(names)), right, rare)
     del starts, names, texts, shared
 
     def compare(first: int) -> tuple[list[tuple[int, int, float, int]], Array]:
@@ -439,6 +491,29 @@ def near_texts(
 
 def _most_frequent(tokens: Array, starts: Array, lengths: Array, texts: Array, rare: int) -> list[tuple[int, int, int]]:
     names = name_spans(tokens, starts, lengths if len(lengths) != 1 else np.array([lengths[0]], np.int32))
-    counts = _frequency(names, texts, len(names))
+    counts = frequency(names, texts, len(names))
     order = np.argsort(-counts, kind="stable")[:10]
     return [(int(starts[k]), int(lengths[k]), int(counts[k])) for k in order if counts[k] > rare]
+
+
+@compiled
+def _root(parent: Array, i: int) -> int:
+    while parent[i] != i:
+        parent[i] = parent[parent[i]]
+        i = parent[i]
+    return i
+
+
+@compiled
+def link(parent: Array, left: Array, right: Array) -> None:
+    """Union-find: afterwards `parent` has for each row the smallest row that it is linked to.
+
+    Args:
+        parent: the index of each row; overwritten.
+        left, right: rows of each link.
+    """
+    for k in range(len(left)):
+        a, b = _root(parent, left[k]), _root(parent, right[k])
+        parent[max(a, b)] = min(a, b)
+    for i in range(len(parent)):
+        parent[i] = parent[parent[i]]  # a parent is never larger, so that of the parent is final

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from array import array
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from itertools import chain
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    from dagster_project.curation.similarity._overlap_numba import Constants, Found
 
 RUN = 5
 """Words in the run two texts must share to be compared. Texts with fewer words match only if equal."""
@@ -39,7 +44,7 @@ Rule: TypeAlias = Literal["equal", "jaccard", "containment", "one_word"]
 _RULES: tuple[Rule, ...] = ("equal", "jaccard", "containment", "one_word")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Pair:
     left: int
     right: int
@@ -78,58 +83,89 @@ def compare(texts: Sequence[str], against: Sequence[str] | None = None, count_wo
     Equal texts count once in the frequencies of runs, so a text is found however often it is repeated.
 
     Args:
+        texts, against: read in order, a few of them once more at the end. Large ones are compared in rounds (rounds.py), which
+        changes memory and time only.
         count_words: whether to fill `Comparison.frequency`.
     """
+    from dagster_project.curation.similarity import _overlap_numba as compiled
+    from dagster_project.curation.similarity import rounds
+
+    gates = compiled.Gates(JACCARD, FIRM, IN_ORDER, LONG, CONTAINMENT, WHOLE, FEW)
+    constants = compiled.Constants(RUN, SHINGLE, SHORT, EDITED, RARE, gates)
+    search = rounds.search if rounds.are_worth_it(texts, against) else _search
+    return _comparison(search(texts, against, constants, count_words), texts, against)
+
+
+def encode(text: str) -> bytes:
+    """UTF-8 with the same `words` as the text."""
+    return text.encode() if text.isascii() else " ".join(words(text)).encode()
+
+
+def _search(texts: Sequence[str], against: Sequence[str] | None, constants: Constants, count_words: bool) -> Found:
+    """Near-copies among texts that fit into memory."""
     import numpy as np
 
     from dagster_project.curation.similarity import _overlap_numba as compiled
 
-    within, size = against is None, len(texts)
-    rows = [text.encode() if text.isascii() else " ".join(words(text)).encode() for text in (*texts, *(against or ()))]
-    tokens, offsets = compiled.tokenize(rows)
-    del rows
+    size = len(texts)
+    tokens, offsets = compiled.tokenize([encode(text) for text in chain(texts, against or ())])
     number, first = compiled.distinct(tokens, offsets)
-    rights = range(size) if within else range(size, len(number))
     left, right = np.zeros(len(first), np.bool_), np.zeros(len(first), np.bool_)
-    for side, numbers in ((left, number[:size]), (right, number[rights.start :])):
+    for side, numbers in ((left, number[:size]), (right, number if against is None else number[size:])):
         side[numbers[numbers >= 0]] = True
-    near: dict[int, list[tuple[int, float, int]]] = defaultdict(list)
     scores = np.zeros((compiled.BINS, 2), np.int64)
     frequent: list[tuple[int, int, int]] = []
-    matches = compiled.near_texts(
-        tokens, offsets[first], offsets[first + 1], left, right, within, scores=scores, boilerplate=frequent,
-        run=RUN, shingle=SHINGLE, short=SHORT, edited=EDITED, rare=RARE,
-        gates=compiled.Gates(JACCARD, FIRM, IN_ORDER, LONG, CONTAINMENT, WHOLE, FEW),
-    )  # fmt: skip
-    for a, b, similarity, rule in matches:
-        near[a].append((b, round(similarity, 3), rule))
-        if within:
-            near[b].append((a, round(similarity, 3), rule))
-    scores[-2] += scores[-1]
-    frequency: dict[str, int] = {}
+    near = [*compiled.near_texts(
+        tokens, offsets[first], offsets[first + 1], left, right, against is None, constants=constants, scores=scores, boilerplate=frequent
+    )]  # fmt: skip
+    word_counts: dict[int, list[int]] = {}
     if count_words:
         spread = compiled.spread(tokens, offsets[first], offsets[first + 1])
-        for text in sorted({*near, *(other for others in near.values() for other, _, _ in others)}):
+        for text in sorted({text for a, b, _, _ in near for text in (a, b)}):
             row = int(first[text])
-            counts = spread[tokens[offsets[row] : offsets[row + 1]]].tolist()
-            frequency.update(zip(words(texts[row] if row < size else (against or ())[row - size]), counts, strict=True))
-
-    # A text represents all its equal copies.
-    pairs: list[Pair] = []
-    by_text = np.argsort(number[rights.start :], kind="stable")
-    bounds = np.searchsorted(number[rights.start :], range(len(first) + 1), sorter=by_text)
-    repeated = np.diff(bounds) > within
-    repeated[list(near)] = True
-    for i in np.flatnonzero((number[:size] >= 0) & repeated[number[:size]]) if len(first) else ():
-        copies = [(int(number[i]), 1.0, 0), *near.get(int(number[i]), ())]
-        others = sorted((int(j), similarity, rule) for text, similarity, rule in copies for j in by_text[bounds[text] : bounds[text + 1]])
-        pairs += [Pair(int(i), j, similarity, _RULES[rule]) for j, similarity, rule in others if not within or j > i]
+            word_counts[text] = spread[tokens[offsets[row] : offsets[row + 1]]].tolist()
     passages = []
     for start, length, count in frequent:
         row = int(np.searchsorted(offsets, start, "right")) - 1
-        spans = _spans(texts[row] if row < size else (against or ())[row - size])[start - int(offsets[row]) :][:length]
-        passages.append((" ".join(word for word, _, _ in spans), count))
-    return Comparison(pairs, [(int(other), int(near)) for other, near in scores[:BINS]], passages, frequency)
+        passages.append((int(number[row]), start - int(offsets[row]), length, count))
+    return compiled.Found(number, first, near, scores, passages, word_counts)
+
+
+def _comparison(found: Found, texts: Sequence[str], against: Sequence[str] | None) -> Comparison:
+    """Pairs of rows from those of different texts: a text represents all its equal copies."""
+    import numpy as np
+
+    within, size, number = against is None, len(texts), found.number
+    near: dict[int, list[tuple[int, float, int]]] = defaultdict(list)
+    for a, b, similarity, rule in found.near:
+        near[a].append((b, round(similarity, 3), rule))
+        if within:
+            near[b].append((a, round(similarity, 3), rule))
+
+    def first_row(text: int) -> str:
+        row = int(found.first[text])
+        return texts[row] if row < size else (against or ())[row - size]
+
+    frequency: dict[str, int] = {}
+    for text, counts in found.word_counts.items():
+        frequency.update(zip(words(first_row(text)), counts, strict=True))
+    pairs: list[Pair] = []
+    rights = number if within else number[size:]
+    by_text = np.argsort(rights, kind="stable")
+    bounds = np.searchsorted(rights, np.arange(len(found.first) + 1), sorter=by_text)
+    repeated = np.diff(bounds) > within
+    repeated[list(near)] = True
+    for i in np.flatnonzero((number[:size] >= 0) & repeated[number[:size]]) if len(repeated) else ():
+        copies = [(int(number[i]), 1.0, 0), *near.get(int(number[i]), ())]
+        others = sorted((int(j), similarity, rule) for text, similarity, rule in copies for j in by_text[bounds[text] : bounds[text + 1]])
+        pairs += [Pair(int(i), j, similarity, _RULES[rule]) for j, similarity, rule in others if not within or j > i]
+    passages = [
+        (" ".join(word for word, _, _ in _spans(first_row(text))[start : start + length]), count)
+        for text, start, length, count in found.passages
+    ]
+    scores = found.scores[:BINS].copy()
+    scores[-1] += found.scores[BINS]
+    return Comparison(pairs, [(int(other), int(near)) for other, near in scores], passages, frequency)
 
 
 def thirteen_gram_pairs(texts: Sequence[str], against: Sequence[str]) -> Iterator[tuple[int, int]]:
@@ -203,17 +239,14 @@ def _spans(text: str) -> list[tuple[str, int, int]]:
     return [(m.group(), starts[origin[m.start()]], starts[origin[m.end() - 1] + 1]) for m in matches]
 
 
-def clusters(size: int, pairs: Sequence[Pair]) -> list[int]:
+def clusters(size: int, pairs: Sequence[Pair]) -> array[int]:
     """For each of `size` rows the smallest row it is linked to, directly or through others (itself if none)."""
-    parent = list(range(size))
+    import numpy as np
 
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
+    from dagster_project.curation.similarity import _overlap_numba as compiled
 
-    for pair in pairs:
-        a, b = sorted((root(pair.left), root(pair.right)))
-        parent[b] = a
-    return [root(i) for i in range(size)]
+    parent = array("q", range(size))
+    left = np.fromiter((pair.left for pair in pairs), np.int64, len(pairs))
+    right = np.fromiter((pair.right for pair in pairs), np.int64, len(pairs))
+    compiled.link(np.frombuffer(parent, np.int64), left, right)
+    return parent

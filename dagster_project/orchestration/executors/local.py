@@ -6,10 +6,11 @@ So the stage ends with DVC, an interrupt reaches the stage first, and the lock i
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from dagster_project.core.context import Documents, StageContext
 from dagster_project.core.records import Report, write_json
+from dagster_project.core.workers import THIS_PROCESS, Workers, using
 from dagster_project.orchestration.executors import StageJob, StageResult
 from dagster_project.orchestration.machine import machine
 from dagster_project.pipeline import Pipeline
@@ -17,9 +18,14 @@ from dagster_project.pipeline import Pipeline
 log = logging.getLogger("pedigree")
 
 
+@dataclass(frozen=True)
 class LocalExecutor:
+    workers: Workers = THIS_PROCESS
+    """Processes for work on rows."""
+
     def run(self, job: StageJob) -> StageResult:
-        report = run_with_pages(job.ctx, job.pipeline)
+        with using(self.workers):
+            report = run_with_pages(job.ctx, job.pipeline)
         return StageResult(1 if report.failures else 0, report.document(), report.measured)
 
 

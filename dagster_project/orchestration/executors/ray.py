@@ -325,6 +325,7 @@ class _Run:
             "remote": dict(self.store.remote.options),
             "versions": versions(),
             "threads": os.environ.get(THREADS),
+            "workers": self.executor.placement.workers,
         }
 
     def _submit(self, folder: Path) -> None:

@@ -29,7 +29,7 @@ from typing import Any
 from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.core.layout import measured_path, pages_of, report_of
 from dagster_project.core.records import remove
-from dagster_project.execution import VARIABLE, WORKER
+from dagster_project.execution import VARIABLE, WORKER, WORKERS
 from dagster_project.orchestration import dvc, dvc_remote
 from dagster_project.orchestration.executors.messages import THREADS, different, send, versions
 from dagster_project.orchestration.remote_store import Damaged, RemoteStore, open_store
@@ -108,7 +108,14 @@ class Work:
         inherited |= {THREADS: self.job["threads"]} if self.job.get("threads") else {}
         path = os.pathsep.join([str(self.root), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = inherited | dvc.command_environment(
-            {"PYTHONPATH": path, "PEDIGREE_PROJECT": str(self.root), VARIABLE: WORKER, "DVC_STAGE": self.address, "PYTHONUNBUFFERED": "1"}
+            {
+                "PYTHONPATH": path,
+                "PEDIGREE_PROJECT": str(self.root),
+                "DVC_STAGE": self.address,
+                "PYTHONUNBUFFERED": "1",
+                VARIABLE: WORKER,
+                WORKERS: str(self.job["workers"]),
+            }
         )
         process = subprocess.Popen(
             dvc_remote.command_of(self.root, self.address), shell=True, cwd=self.root, env=environment, text=True, errors="replace",

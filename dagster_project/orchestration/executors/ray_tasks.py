@@ -1,0 +1,49 @@
+"""Workers of a stage that runs as a Ray job: tasks of one CPU each, on any node of the cluster."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+from dagster_project.core.errors import PedigreeError
+from dagster_project.core.workers import AHEAD
+
+A = TypeVar("A")
+B = TypeVar("B")
+S = TypeVar("S")
+
+
+class RayTasks:
+    """Tasks get the project's files with the job (its runtime environment). A task whose node is lost is run again by Ray."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def map(self, work: Callable[[S, A], B], shared: S, items: Iterable[A]) -> Iterator[B]:
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
+        if not ray.is_initialized():
+            ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING)
+        task: Any = ray.remote(num_cpus=1)(_call)
+        kept, waiting = ray.put(shared), deque[Any]()
+        try:
+            for item in items:
+                waiting.append(task.remote(work, kept, item))
+                if len(waiting) > AHEAD * self.count:
+                    yield ray.get(waiting.popleft())
+            while waiting:
+                yield ray.get(waiting.popleft())
+        except RayTaskError:  # the error of `work` itself
+            raise
+        except RayError as error:
+            raise PedigreeError(f"a Ray task of the stage was lost: {' '.join(str(error).split())[:300]}", "run the stage again") from None
+        finally:
+            for reference in waiting:
+                ray.cancel(reference)
+
+
+def _call(work: Callable[[Any, A], B], shared: Any, item: A) -> B:
+    return work(shared, item)

@@ -1,0 +1,130 @@
+"""Rows in a scratch file behave as a list of rows; workers of any number give the same results."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dagster_project.core import workers
+from dagster_project.core.errors import PedigreeError
+from dagster_project.core.stored_rows import BLOCK, Chained, Selected, StoredRows, Texts, encode
+from dagster_project.core.workers import AHEAD, LocalProcesses, ThisProcess
+
+texts = st.text(st.characters(), max_size=20)  # unpaired surrogates included
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=8,
+)
+rows = st.lists(st.dictionaries(texts, values, max_size=4), max_size=20)
+
+
+@given(rows, st.integers(-25, 25), st.integers(-25, 25), st.integers(1, 3))
+def test_stored_rows_are_a_list(plain: list[dict[str, object]], start: int, stop: int, step: int) -> None:
+    stored = StoredRows(plain)
+    assert len(stored) == len(plain) and list(stored) == plain and [stored[i] for i in range(len(plain))] == plain
+    assert [list(row) for row in stored] == [list(row) for row in plain], "the order of keys is kept"
+    assert stored[start:stop:step] == plain[start:stop:step]
+    for i in (start, stop):
+        if -len(plain) <= i < len(plain):
+            assert stored[i] == plain[i]
+        else:
+            with pytest.raises(IndexError):
+                stored[i]
+
+
+def test_rows_can_be_added_between_reads(tmp_path: Path) -> None:
+    stored = StoredRows(folder=tmp_path / "scratch")
+    for i in range(2 * BLOCK + 1):
+        stored.append({"i": i})
+        if i % BLOCK < 2:
+            assert stored[i] == {"i": i} and stored[0] == {"i": 0}
+    assert [row["i"] for row in stored] == list(range(2 * BLOCK + 1))
+    assert list((tmp_path / "scratch").iterdir()) == [], "the file has no name"
+
+
+@given(rows, st.data())
+def test_changed_rows_are_those_of_a_changed_list(plain: list[dict[str, object]], data: st.DataObject) -> None:
+    changes = data.draw(
+        st.dictionaries(st.integers(0, len(plain) - 1), st.dictionaries(texts, values, max_size=2)) if plain else st.just({})
+    )
+    before = StoredRows(plain)
+    after = before.with_changes((i, encode(row)) for i, row in changes.items())
+    assert list(before) == plain and list(after) == [changes.get(i, row) for i, row in enumerate(plain)]
+    assert [after[i] for i in range(len(plain))] == list(after) == after[:]
+
+
+@given(rows, st.data())
+def test_selected_rows_and_texts_are_those_of_a_list(plain: list[dict[str, object]], data: st.DataObject) -> None:
+    indices = data.draw(st.lists(st.integers(0, len(plain) - 1), max_size=10) if plain else st.just([]))
+    stored = StoredRows(plain)
+    assert list(Selected(stored, indices)) == [plain[i] for i in indices]
+    assert list(Selected(stored, indices, lambda i, row: {**row, "i": i})) == [{**plain[i], "i": i} for i in indices]
+    chained = Chained(Texts(stored, indices, repr), ["x"], [], Texts(stored, range(len(plain)), str))
+    expected = [*(repr(plain[i]) for i in indices), "x", *map(str, plain)]
+    assert list(chained) == expected == [chained[i] for i in range(len(chained))] and chained[1:3] == expected[1:3]
+
+
+def _scaled(factor: int, item: int) -> tuple[int, int]:
+    return factor * item, os.getpid()
+
+
+def test_any_number_of_processes_gives_the_same_results_in_order() -> None:
+    items = random.Random(1).sample(range(1000), 30)
+    expected = [3 * item for item in items]
+    assert [value for value, _ in ThisProcess().map(_scaled, 3, items)] == expected
+    found = [*LocalProcesses(2).map(_scaled, 3, items)]
+    assert [value for value, _ in found] == expected
+    assert os.getpid() not in {process for _, process in found}
+
+
+def test_items_are_read_only_as_far_as_processes_are_free() -> None:
+    read = 0
+
+    def items() -> Iterator[int]:
+        nonlocal read
+        for number in range(1, 101):
+            read = number
+            yield number
+
+    results = LocalProcesses(2).map(_scaled, 1, items())
+    next(results)
+    assert read <= 2 * AHEAD + 1
+    results.close()  # type: ignore[attr-defined]
+
+
+def test_started_processes_serve_several_calls() -> None:
+    with workers.using(LocalProcesses(2)), workers.started() as two:
+        first, second = ([*two.map(_scaled, factor, range(8))] for factor in (3, 5))
+        assert two.count == 2
+    assert [value for value, _ in first + second] == [factor * item for factor in (3, 5) for item in range(8)]
+    processes = {process for _, process in first + second}
+    assert len(processes) <= 2 and os.getpid() not in processes
+    with workers.started() as here:
+        assert here is workers.current()
+
+
+def _end(_: None, code: int) -> None:
+    os._exit(code)
+
+
+def test_a_process_that_ends_is_one_message() -> None:
+    with pytest.raises(PedigreeError) as refusal:
+        list(LocalProcesses(2).map(_end, None, [1, 1]))
+    assert "ended" in str(refusal.value) and "workers" in str(refusal.value)
+    with pytest.raises(PedigreeError, match="ended"), LocalProcesses(1).started() as one:
+        list(one.map(_end, None, range(1, 9)))
+
+
+def test_workers_are_those_of_the_innermost_context() -> None:
+    assert isinstance(workers.current(), ThisProcess)
+    two = LocalProcesses(2)
+    with workers.using(two):
+        assert workers.current() is two
+    assert isinstance(workers.current(), ThisProcess)
