@@ -44,6 +44,7 @@ bench: $(VENV)/ok ## measure the overhead of the front ends, impact over a long 
 	$(BIN)/python benchmarks/audit.py
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	$(BIN)/python benchmarks/curation.py
+	$(BIN)/python benchmarks/scaling.py
 
 soak: $(VENV)/ok ## 2,000 random steps with both front ends, 2,000 with two stages at once; 3,000 random histories against the oracle of audit answers
 	$(BIN)/python tests/test_two_front_ends.py $(or $(STEPS),2000) $(SEED)

@@ -264,12 +264,14 @@ def test_a_missing_file_of_paraphrases_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_copy_in_a_held_out_split_stops_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, astray = splits.write_records, record("which copy is it", "This.", meta='{"parent": "a", "augmented": "typos"}')
+    write, astray = splits.write_stored_records, record("which copy is it", "This.", meta='{"parent": "a", "augmented": "typos"}')
 
-    def misplaced(folder: Path, rows: Sequence[dict[str, Any]], schema: Any) -> None:
-        write(folder, [*rows[:-1], astray] if folder.name == "test" else rows, schema)
+    def misplaced(*arguments: Any) -> None:
+        write(*arguments)
+        folder = tmp_path / "out" / "test"
+        write_records(folder, [*read_records(folder)[:-1], astray])
 
-    monkeypatch.setattr(splits, "write_records", misplaced)
+    monkeypatch.setattr(splits, "write_stored_records", misplaced)
     (failed,) = run(tmp_path, "out", questions(60), typos=0.5).failures
     assert (failed.name, failed.rows) == ("augmented_rows", [f"test/{astray['example_id']}"])
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 from builders.ballots import ANSWERS, make_answered_project, record
+from builders.sources import to_pairs
 
 from dagster_project.__main__ import main
 from dagster_project.core.errors import InputError
 from dagster_project.core.records import write_json, write_table
 from dagster_project.core.text import visible
-from dagster_project.curation.sources.formats import to_pairs
 from dagster_project.evaluation import ballots
 from dagster_project.evaluation.evaluator import result_rows, result_schema
 from dagster_project.evaluation.paired.bootstrap import wilson

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from builders.files import jsonl
+from builders.sources import to_records
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -30,7 +31,6 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.records import content_id
 from dagster_project.core.rendering import render
 from dagster_project.curation.checks.checks import Rules, judge
-from dagster_project.curation.sources.formats import to_records
 
 ONE_TURN = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
 TWO_TURNS = [

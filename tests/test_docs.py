@@ -76,7 +76,7 @@ def test_the_default_parameters_are_valid() -> None:
 def test_parameters_shown_in_docs_are_valid(page: str) -> None:
     """A block may show some sections, or some keys of a section, only."""
     for block in re.findall(r"```yaml\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
-        values = YAML(typ="safe").load(re.sub(r"<?40 hex digits>?", "a" * 40, block))
+        values = YAML(typ="safe").load(re.sub(r"<?(40|64) hex digits>?", lambda digits: "a" * int(digits[1]), block))
         if isinstance(values, dict) and set(values) <= set(SAMPLE):
             assert [one for one in mistakes(values) if "is a required property" not in one] == []
 

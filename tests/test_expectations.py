@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from builders.expectations import FAILING, ODD, ROWS, Record, expect, record, suite
+from builders.sources import to_records
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,7 +21,6 @@ from dagster_project.core.errors import InputError
 from dagster_project.curation.checks import data_docs, expectations
 from dagster_project.curation.checks.checks import Rules, judge
 from dagster_project.curation.sources.benchmarks import read_items
-from dagster_project.curation.sources.formats import to_records
 
 SUITE = ROOT / "data" / "expectations" / "instructions.json"
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from builders.files import jsonl
 from builders.layouts import LAYOUT_ROWS, PAIR, PAIR_ROWS, SYSTEM
+from builders.sources import to_pairs, to_records
 from conftest import SHARED_DATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,8 +31,6 @@ from dagster_project.curation.sources.formats import (
     is_text,
     kind,
     split_of_file,
-    to_pairs,
-    to_records,
 )
 from dagster_project.stages import raw_examples
 

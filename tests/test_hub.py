@@ -148,7 +148,9 @@ found = []
 for source in json.loads(sys.argv[1]):
     try:
         rows = hub.read_split(hub.HubSplit(**source))
-        found.append({"rows": [row.value for row in rows], "problems": [row.problem for row in rows], "sha256": hub.sha256_of_rows(rows)})
+        digest = hub.RowsDigest()
+        digest.update(rows)
+        found.append({"rows": [row.value for row in rows], "problems": [row.problem for row in rows], "sha256": digest.hexdigest()})
     except InputError as error:
         found.append({"what": error.what, "hint": error.hint})
 print(json.dumps(found))

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from builders.sources import to_records
 from conftest import evaluate
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +20,7 @@ from dagster_project.core.params import parse
 from dagster_project.core.records import example_id, read_records, read_table
 from dagster_project.curation.check_files import check_paths
 from dagster_project.curation.sources.files import read_rows
-from dagster_project.curation.sources.formats import kind, mapping_problem, to_records
+from dagster_project.curation.sources.formats import kind, mapping_problem
 from dagster_project.evaluation.baselines import THINK, instruction
 from dagster_project.evaluation.evaluator import EvaluatedModel, Settings, select_questions
 from dagster_project.evaluation.labels import NO_LABEL, LabelSet, LabelTask, label_set

@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute, parse
+from dagster_project.core.records import write_records
 from dagster_project.curation.checks import expectations
 from dagster_project.evaluation.evaluator import Settings, select_questions
 from dagster_project.evaluation.metrics import Task
@@ -106,15 +107,18 @@ def test_expectations_of_the_sample_set_are_named_as_such_on_other_data() -> Non
     assert "categories that no row has" not in fits.note
 
 
-def test_weights_of_a_field_that_no_answer_has_are_refused() -> None:
+def test_weights_of_a_field_that_no_answer_has_are_refused(tmp_path: Path) -> None:
     params = parse(tokenized.Params, {"field_weights": {"category": 16}}, "tokenized")
+    write_records(tmp_path / "none", kept(None))
     with pytest.raises(
         InputError, match=r"tokenized\.field_weights: no answer of the training split is a JSON object with the field category"
     ):
-        tokenized._check_field_weights(params, kept(None))
+        tokenized._check_field_weights(params, tmp_path / "none")
     answers = kept(None)
     answers[3]["messages"][1]["content"] = '{"category": "bug"}'
-    tokenized._check_field_weights(params, answers)
+    write_records(tmp_path / "some", answers)
+    tokenized._check_field_weights(params, tmp_path / "some")
+    tokenized._check_field_weights(params, tmp_path / "empty")
 
 
 def test_a_task_without_a_matching_answer_is_reported(caplog: pytest.LogCaptureFixture) -> None:

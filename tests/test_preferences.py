@@ -17,8 +17,9 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.params import parse
 from dagster_project.core.records import Report, pair_id, pair_schema, read_ledger, read_pairs, read_preferences, read_table, write_records
 from dagster_project.core.rendering import render
+from dagster_project.core.strings import StringIndex
 from dagster_project.curation.sources import reading
-from dagster_project.curation.sources.files import Row
+from dagster_project.curation.sources.files import Block, Row, as_parsed
 from dagster_project.curation.splitting.split import find_copies, verify_splits
 from dagster_project.stages import preferences, raw_preferences
 
@@ -145,7 +146,8 @@ def test_a_mapping_of_examples_is_refused_for_pairs(tmp_path: Path) -> None:
 
 
 def test_a_split_of_the_hub_is_read_as_pairs_and_keeps_its_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "read_split", lambda named: [Row(i, better(text)) for i, text in enumerate(OTHERS)])
+    rows = [Row(i, better(text)) for i, text in enumerate(OTHERS)]
+    monkeypatch.setattr(reading, "split_blocks", lambda named: iter([Block(as_parsed, rows)]))
     source = {"hub": "org/name", "revision": "0123456789" * 4, "split": "test"}
     params = parse(raw_preferences.Params, {"sources": [source], "limit": 2}, "raw_preferences")
     found = raw_preferences.produce(tmp_path, params, tmp_path / "raw").metrics["sources"]["hub:org/name@012345678901/test"]
@@ -267,9 +269,9 @@ def test_the_finished_splits_are_verified_against_the_test_examples(tmp_path: Pa
         write_records(tmp_path / "out" / name, [pair] if name == "train" else [], pair_schema())
     write_records(tmp_path / "held", [{**ask(LONG), "source": "e.jsonl", "group_id": "e"}])
     identity = ask(LONG)["example_id"]
-    proof = verify_splits(tmp_path / "out", find_copies([LONG]), {"p", identity}, tmp_path / "held")
+    proof = verify_splits(tmp_path / "out", find_copies([LONG]), StringIndex(["p", identity]), tmp_path / "held")
     assert [(leak.place, leak.other) for leak in proof.leaks] == [(f"test/{identity}", "train/p")]
-    assert not verify_splits(tmp_path / "out", find_copies([LONG]), {"p"}).leaks
+    assert not verify_splits(tmp_path / "out", find_copies([LONG]), StringIndex(["p"])).leaks
 
 
 def test_of_leaking_upstream_pairs_the_less_strictly_held_out_is_dropped(tmp_path: Path, tiny_model: Path) -> None:

@@ -16,7 +16,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.params import parse
 from dagster_project.core.records import Report, read_ledger, read_records
 from dagster_project.curation.check_files import check_paths
-from dagster_project.curation.sources import fields, formats
+from dagster_project.curation.sources import fields, formats, row_reading
 from dagster_project.curation.sources.formats import LAYOUTS
 from dagster_project.stages import raw_examples
 
@@ -268,10 +268,10 @@ def test_the_fields_of_a_row_add_up_in_every_layout(layout: str, root: Path) -> 
 def test_a_field_that_a_layout_loses_stops_the_stage(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jsonl(root / "data/sources/a.jsonl", {**CHAT, "stars": 4})
     with monkeypatch.context() as patch:
-        patch.setattr(formats, "_kept", lambda *_: {})
+        patch.setattr(formats, "kept_of", lambda *_: {})
         with pytest.raises(AssertionError, match="field stars is neither used nor kept"):
             read(root, "data/sources/a.jsonl")
-    monkeypatch.setattr(formats, "read_turns", lambda row, turns: fields.read_turns({"messages": row["messages"][1:]}, turns))
+    monkeypatch.setattr(row_reading, "read_turns", lambda row, turns: fields.read_turns({"messages": row["messages"][1:]}, turns))
     with pytest.raises(AssertionError, match="a row has 6 fields, of which 4 are accounted for"):
         read(root, "data/sources/a.jsonl")
 

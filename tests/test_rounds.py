@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -219,3 +221,10 @@ def test_spans_of_a_column_are_those_of_the_array(values: list[int], cuts: list[
     expected = [value for start, stop in zip(low, high, strict=True) for value in values[start:stop]]
     with mock.patch.multiple("dagster_project.curation.similarity.shuffle", GAP=gap, SPAN=span):
         assert column.spans(low, high).tolist() == expected
+
+
+def test_the_benchmark_prints_the_same_digest_for_each_engine() -> None:
+    command = [sys.executable, "benchmarks/scaling.py", "--rows", "500", "--workers", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    _, *digests = next(line for line in done.stdout.splitlines() if line.startswith("digest")).split()
+    assert len(digests) == 3 and len(set(digests)) == 1

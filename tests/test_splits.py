@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.records import Report, example_id, read_ledger, read_records, write_ledger, write_records
+from dagster_project.core.strings import StringIndex
 from dagster_project.curation.similarity.overlap import near_pairs
 from dagster_project.curation.splitting.split import (
     DROPPED,
@@ -176,7 +177,7 @@ def test_units_are_the_connected_components_of_groups_and_keys(rows: list[tuple[
             for j in range(len(rows)):
                 if groups[i] == groups[j] or (keys[i] is not None and keys[i] == keys[j]):
                     reach[i] |= reach[j]
-    assert units(groups, keys) == [min(groups[j] for j in reached) for reached in reach]
+    assert list(units(groups, keys)) == [min(groups[j] for j in reached) for reached in reach]
 
 
 def test_a_train_row_that_is_dropped_takes_no_other_with_it() -> None:
@@ -259,7 +260,7 @@ def verified(path: Path, all_rows: Sequence[dict[str, Any]] | None = None, **row
     """Verification of finished splits with these rows; `all_rows`: the assigned rows, by default the same."""
     held = all_rows or [row for name in rows.values() for row in name]
     return verify_splits(
-        finished(path, **rows), find_copies([row["messages"][0]["content"] for row in held]), {row["example_id"] for row in held}
+        finished(path, **rows), find_copies([row["messages"][0]["content"] for row in held]), StringIndex(row["example_id"] for row in held)
     )
 
 

@@ -21,10 +21,10 @@ from dagster_project.core.params import parse
 from dagster_project.core.records import CheckResult, Report, example_id, read_ledger, read_table, write_ledger, write_records, write_table
 from dagster_project.curation.sources import formats
 from dagster_project.stages import tokenized
-from dagster_project.training.tokens import chat_templates, label_audit
+from dagster_project.training.tokens import blocks, chat_templates, label_audit
 from dagster_project.training.tokens.collators import collate_packed
 from dagster_project.training.tokens.examples import Example, RecordOutcome, Rules, make, spans
-from dagster_project.training.tokens.mixture import Replay, balance, mix, resample
+from dagster_project.training.tokens.mixture import Replay, Row, balance, mix, resample
 
 SYSTEM = "Be kind."
 
@@ -505,7 +505,7 @@ def test_misplaced_labels_block_the_stage(stage: Stage, monkeypatch: pytest.Monk
             fate.examples[0].labels[:] = IGNORE
         return fates
 
-    monkeypatch.setattr(tokenized, "make", mask_all)
+    monkeypatch.setattr(blocks, "make", mask_all)
     [failure] = stage(ask("Hi")).failures
     assert (failure.name, failure.rows, failure.note) == ("labels", ["data/sources/a.jsonl:10"], "1 an example has no labels")
 
@@ -620,9 +620,8 @@ def test_balance_repeats_rare_categories_in_train_only_and_reports_it(stage: Sta
 
 
 def test_replayed_rows_are_not_balanced() -> None:
-    records = [*(ask(f"own {i}", category="bug") for i in range(4)), ask("gen", source=GENERAL, category="chat")]
-    fates = [RecordOutcome("kept", examples=[Example(np.zeros(10), np.zeros(10), np.zeros(10))]) for _ in records]
-    copies, report = mix(records, fates, "category", Replay(sources=[GENERAL], share=0.2), seed=7)
+    rows = [*(Row(f"own {i}", "data/sources/a.jsonl", "bug", 10) for i in range(4)), Row("gen", GENERAL, "chat", 10)]
+    copies, report = mix(rows, "category", Replay(sources=[GENERAL], share=0.2), seed=7)
     assert copies == [1, 1, 1, 1, 1] and report["repeats"] == {"category": {}, "source": {}}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from builders.files import FILE_WRITERS, jsonl
+from builders.sources import to_pairs, to_records
 from conftest import SHARED_DATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +18,8 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.messages import calls
 from dagster_project.curation.check_files import check_paths
 from dagster_project.curation.checks.checks import Rules, judge
-from dagster_project.curation.sources.formats import as_record, to_pairs, to_records
+from dagster_project.curation.sources.files import Row, read_rows
+from dagster_project.curation.sources.formats import as_record, pairs_of, records_of
 from dagster_project.curation.sources.python_values import json_type, python_calls, python_value
 
 ASKED = {"role": "user", "content": "Is it cold in Oslo?"}
@@ -853,7 +855,7 @@ def test_openais_preferences_keep_tools_calls_weights_and_further_fields(suffix:
 
 
 def test_every_field_of_openais_preferences_is_counted_once(tmp_path: Path) -> None:
-    (pair,) = to_pairs(jsonl(tmp_path / "a.jsonl", openai_preference(note=7)), "a")[1]
+    (pair,) = pairs_of(read_rows(jsonl(tmp_path / "a.jsonl", openai_preference(note=7))), "a.jsonl", "a")[1]
     (counted,) = pair["fields"]
     roles = {f"{key}[].role": 1 for key in ("preferred_output", "non_preferred_output")} | {"input.messages[].role": 3}
     contents = {name.replace("role", "content"): times for name, times in roles.items()}
@@ -902,7 +904,8 @@ def test_glaives_transcripts(between: str, read: Callable[..., Any]) -> None:
         answer("Yes, -3."),
     ]
     assert json.loads(record["meta"]) == {"system_prompt": row["system"].removeprefix("SYSTEM: ").strip()}, "the prompt is kept as it was"
-    assert (dict(record["fields"][0].used), record.get("ignored")) == ({"system": 1, "chat": 1}, None)
+    assert record.get("ignored") is None
+    assert dict(records_of([Row(0, row)], "a.jsonl", "a")[1][0]["fields"][0].used) == {"system": 1, "chat": 1}
     assert read(row, layout="glaive")[0]["example_id"] == record["example_id"]
 
 

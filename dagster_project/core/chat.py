@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -343,9 +344,7 @@ def generation_prompt(tokenizer: Any, messages: Messages, tools: Tools = None, r
 
 
 def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Pack examples into rows of at most `room` tokens by first fit, in the given order. A longer example gets a separate row.
-
-    A tree over the rows, whose nodes hold the maximum free space below them, finds the first row that fits: O(n log n) for n examples.
+    """Pack examples into rows, as `packed_rows`.
 
     Returns:
         Indices of the examples in each row.
@@ -354,21 +353,36 @@ def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
     [[0, 2], [1, 3]]
     """
     rows: list[list[int]] = []
+    for i, row in enumerate(packed_rows(lengths, room)):
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(i)
+    return rows
+
+
+def packed_rows(lengths: Sequence[int], room: int) -> array[int]:
+    """Pack examples into rows of at most `room` tokens by first fit, in the given order. A longer example gets a separate row.
+
+    A tree over the rows, whose nodes hold the maximum free space below them, finds the first row that fits: O(n log n) for n examples.
+
+    Returns:
+        The row of each example.
+    """
+    row_of, rows = array("q"), 0
     leaves = 1 << max(0, len(lengths) - 1).bit_length()
-    most_room = [room] * (2 * leaves)  # node k has children 2k and 2k + 1; leaves are rows, including empty ones
-    for i, length in enumerate(lengths):
+    most_room = array("q", [room]) * (2 * leaves)  # node k has children 2k and 2k + 1; leaves are rows, including empty ones
+    for length in lengths:
         node = 1
         if length > room:
-            node = leaves + len(rows)
+            node = leaves + rows
         while node < leaves:
             node *= 2
             if most_room[node] < length:
                 node += 1
-        if node - leaves == len(rows):
-            rows.append([])
-        rows[node - leaves].append(i)
+        row_of.append(node - leaves)
+        rows = max(rows, node - leaves + 1)
         most_room[node] -= length
         while node > 1:
             node //= 2
             most_room[node] = max(most_room[2 * node], most_room[2 * node + 1])
-    return rows
+    return row_of

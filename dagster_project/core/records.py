@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -12,12 +13,13 @@ from dataclasses import asdict, dataclass, field
 from functools import cache, wraps
 from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 from dagster_project.core import messages as message_fields
+from dagster_project.core import workers
 from dagster_project.core.chat import is_text
 from dagster_project.core.messages import Messages, Tools
-from dagster_project.core.stored_rows import StoredRows
+from dagster_project.core.stored_rows import StoredRows, decode
 
 if TYPE_CHECKING:
     import pyarrow as pa  # imported inside functions: Dagster loads every stage module, and importing Arrow takes longer than all of them
@@ -156,12 +158,12 @@ def subject_text(messages: Messages) -> str:
     return prompt_text(messages) or response_text(messages)
 
 
-def _shards(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+def _shards(rows: Iterable[T], id_of: Callable[[T], str]) -> Iterator[list[T]]:
     """The rows of each shard. A boundary depends only on the row before it, so that a local edit changes few shards."""
-    shard: list[dict[str, Any]] = []
+    shard: list[T] = []
     for row in rows:
         shard.append(row)
-        if (len(shard) >= 256 and int(row["example_id"][:4] or "0", 16) % 1024 == 0) or len(shard) >= 8192:
+        if (len(shard) >= 256 and int(id_of(row)[:4] or "0", 16) % 1024 == 0) or len(shard) >= 8192:
             yield shard
             shard = []
     if shard:
@@ -174,12 +176,13 @@ BATCH = 8192
 """Rows that are Python objects at the same time while a table is read or written."""
 
 
-def write_table(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> None:
-    """Write rows to one Parquet file; the same rows give the same bytes."""
+def write_table(path: Path | io.BytesIO, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> None:
+    """Write rows to one Parquet file, on disk or in memory; the same rows give the same bytes."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(path, Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     left = iter(rows)
     with pq.ParquetWriter(path, schema, compression="zstd", store_schema=True) as writer:
         for group in count():
@@ -206,10 +209,54 @@ def write_records(folder: Path, rows: Sequence[dict[str, Any]], schema: pa.Schem
     """
     folder.mkdir(parents=True, exist_ok=True)
     schema = schema or record_schema()
-    rich = any(_is_rich(row) for row in rows)
+    rich = any(is_rich(row) for row in rows)
     schema = rich_schema(schema) if rich else schema
-    for number, shard in enumerate(_shards(rows) if len(rows) else [[]]):
-        write_table(folder / f"records-{number:05d}.parquet", [_stored(row) for row in shard] if rich else shard, schema)
+    for number, shard in enumerate(_shards(rows, lambda row: row["example_id"]) if len(rows) else [[]]):
+        write_table(_shard_path(folder, number), [_stored(row) for row in shard] if rich else shard, schema)
+
+
+class StoredPart(NamedTuple):
+    """Some stored rows that become one data set."""
+
+    folder: Path
+    indices: Sequence[int]
+    """Of the rows, in the order in which they are written."""
+    rich: bool
+    """Whether any of the rows `is_rich`."""
+    more: Mapping[str, Any]
+    """Fields to add to each row."""
+
+
+def write_stored_records(rows: StoredRows, ids: Sequence[str], schema: pa.Schema, parts: Iterable[StoredPart]) -> None:
+    """As `write_records` for each part, with each shard encoded by one of the stage's workers.
+
+    Args:
+        ids: example_id of every stored row.
+    """
+    paths: list[Path] = []
+
+    def shards() -> Iterator[tuple[bool, Mapping[str, Any], list[bytes]]]:
+        for part in parts:
+            part.folder.mkdir(parents=True, exist_ok=True)
+            for number, shard in enumerate(_shards(part.indices, ids.__getitem__) if len(part.indices) else [[]]):
+                paths.append(_shard_path(part.folder, number))
+                yield part.rich, part.more, [*rows.encoded(shard)]
+
+    for number, data in enumerate(workers.current().map(_encoded_shard, schema, shards())):
+        paths[number].write_bytes(data)
+
+
+def _encoded_shard(schema: pa.Schema, shard: tuple[bool, Mapping[str, Any], Sequence[bytes]]) -> bytes:
+    """The bytes of a Parquet file with some stored rows."""
+    rich, more, lines = shard
+    rows = [{**decode(line), **more} for line in lines]
+    file = io.BytesIO()
+    write_table(file, [_stored(row) for row in rows] if rich else rows, rich_schema(schema) if rich else schema)
+    return file.getvalue()
+
+
+def _shard_path(folder: Path, number: int) -> Path:
+    return folder / f"records-{number:05d}.parquet"
 
 
 CONVERSATIONS = ("messages", "prompt", "chosen", "rejected")
@@ -233,7 +280,8 @@ def rich_schema(schema: pa.Schema) -> pa.Schema:
     return pa.schema(columns)
 
 
-def _is_rich(row: Mapping[str, Any]) -> bool:
+def is_rich(row: Mapping[str, Any]) -> bool:
+    """Whether a row needs the columns of `rich_schema`."""
     return bool(row.get("tools")) or not all(message_fields.is_plain(row[name] or ()) for name in CONVERSATIONS if name in row)
 
 
@@ -265,8 +313,8 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[st
     return [_loaded(row) for row in rows] if "tools" in table.column_names else rows
 
 
-def iter_table(path: Path) -> Iterator[dict[str, Any]]:
-    """As `read_table`, with one batch of rows in memory."""
+def iter_table(path: Path | io.BytesIO) -> Iterator[dict[str, Any]]:
+    """As `read_table`, with one batch of rows in memory. The file may be in memory."""
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
@@ -332,9 +380,19 @@ def read_pairs(folder: Path) -> list[dict[str, Any]]:
 
 
 @uncollected
-def write_ledger(folder: Path, rows: Iterable[dict[str, Any]]) -> None:
-    lines = rows if isinstance(rows, Sequence) else StoredRows(rows, folder.parent)
-    write_table(folder / LEDGER, lines, ledger_schema(any(line.get("repaired") for line in lines)))
+def write_ledger(folder: Path, rows: Iterable[dict[str, Any]], repaired: bool | None = None) -> None:
+    """Args:
+    repaired: whether any of the rows was repaired; None: look at all rows before they are written.
+    """
+    if repaired is None:
+        rows = rows if isinstance(rows, Sequence) else StoredRows(rows, folder.parent)
+        repaired = any(line.get("repaired") for line in rows)
+    write_table(folder / LEDGER, rows, ledger_schema(repaired))
+
+
+def ledger_line(record: Mapping[str, Any], source_row: int, outcome: str, why: str) -> dict[str, Any]:
+    """Outcome of a source row that became a record, or part of one."""
+    return {"source": record["source"], "source_row": source_row, "example_id": record["example_id"], "outcome": outcome, "why": why}
 
 
 @uncollected

@@ -21,6 +21,7 @@ from dagster_project.curation.sources import fields, formats
 from dagster_project.curation.sources.benchmarks import BENCHMARKS, Item, benchmark_of, has_only_prompts, items_of, read_item
 from dagster_project.curation.sources.files import Row, files_of, read_rows
 from dagster_project.curation.sources.hub import held_out_label, parse_spec, read_split
+from dagster_project.curation.sources.s3 import SCHEME
 from dagster_project.curation.write_checked import write_rows
 
 Kind = Literal["examples", "preferences", "benchmark"]
@@ -159,6 +160,8 @@ def _existing_path(path: str) -> Path:
             return Path(path)
     except OSError:  # the name is too long
         pass
+    if path.startswith(SCHEME):
+        raise InputError(f"{path}: files in S3 are read by the pipeline only", "copy them to this machine to check them")
     raise InputError(f"{path or 'an empty path'} does not exist", "use a file, a folder or hub:org/name@REVISION:split")
 
 

@@ -29,6 +29,7 @@ from dagster_project.core.records import (
     write_records,
 )
 from dagster_project.core.stored_rows import Selected
+from dagster_project.core.strings import StringIndex
 from dagster_project.curation.checks import account, findings
 from dagster_project.curation.checks.check import Action
 from dagster_project.curation.checks.checks import CHECKS, Judgement, Rules, checks_of, judge
@@ -183,7 +184,7 @@ def _divide(
     examples = [subject_text(record["messages"]) for record in test]
     copies = find_copies([*prompts, *examples])
     clusters = [*(records[overlaps.cluster[i]]["example_id"] for i in kept), *(record["group_id"] for record in test)]
-    link = joined(copies.links([*prompts, *examples], clusters))
+    link = joined(copies.links(clusters))
     groups = [link.get(cluster, cluster) for cluster in clusters]
     labels = [label if label in SPLITS else None for i in kept for label in [json.loads(records[i]["meta"]).get("split")]]
     split_of, because = keep_labels(groups, [None] * len(groups), [*labels, *[TEST] * len(test)])
@@ -235,7 +236,7 @@ def _check_splits(
         return
     if division.copies is None:
         return
-    known = {judged.records[i]["example_id"] for i in division.splits} | {record["example_id"] for record in test}
+    known = StringIndex([*(judged.records[i]["example_id"] for i in division.splits), *(record["example_id"] for record in test)])
     verification = verify_splits(out, division.copies, known, held_out)
     if verification.rows != {name: len(rows[name]) + (len(test) if name == TEST else 0) for name in SPLITS}:
         raise AssertionError(f"pairs lost: {rows} assigned, {verification.rows} in the shards, {len(test)} of them of the instructions")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
 from dagster_project.core.context import StageContext, ValidationContext
-from dagster_project.core.records import Report, uncollected, write_ledger, write_records
-from dagster_project.curation.sources import fields, formats
+from dagster_project.core.records import READ, Report, ledger_line, uncollected, write_ledger, write_records
+from dagster_project.curation.sources import fields
 from dagster_project.curation.sources.reading import Reading, Source, locate_sources, read_sources
 
 CHECK_DESCRIPTIONS = {fields.NAME: fields.DESCRIPTION}
@@ -18,7 +20,7 @@ class Params(Reading):
     """The examples to learn from. See docs/sources.md."""
 
     sources: list[Source] = Field(min_length=1)
-    """Files, folders and data sets on the Hub, in order."""
+    """Files, folders, objects in S3 and data sets on the Hub, in order."""
 
 
 def validate(params: Params, ctx: ValidationContext) -> None:
@@ -36,7 +38,14 @@ def produce(root: Path, params: Params, out: Path) -> Report:
     Args:
         root: the project's folder; source paths are relative to it.
     """
-    rows, sources = read_sources(root, params.sources, params, "raw_examples", formats.records_of)
+    rows, sources = read_sources(root, params.sources, params, "raw_examples", pairs=False, scratch=out.parent)
     write_records(out, rows)
-    write_ledger(out, ({**row, "outcome": "read", "why": fields.why(row)} for row in rows))
-    return Report(rows_in=len(rows), rows_out=len(rows), metrics={"sources": sources}, checks=[fields.check(rows)])
+    ignored = fields.IgnoredFields()
+    write_ledger(out, _ledger(rows, ignored))
+    return Report(rows_in=len(rows), rows_out=len(rows), metrics={"sources": sources}, checks=[ignored.check()])
+
+
+def _ledger(rows: Iterable[dict[str, Any]], ignored: fields.IgnoredFields) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        ignored.add(row)
+        yield ledger_line(row, row["source_row"], READ, fields.why(row))

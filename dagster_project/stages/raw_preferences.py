@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from dagster_project.core.context import StageContext, ValidationContext
-from dagster_project.core.records import JOINED, READ, Report, pair_schema, uncollected, write_ledger, write_records
-from dagster_project.curation.sources import fields, formats
+from dagster_project.core.records import JOINED, READ, Report, ledger_line, pair_schema, uncollected, write_ledger, write_records
+from dagster_project.curation.sources import fields
 from dagster_project.curation.sources.reading import PairSource, Reading, locate_sources, read_sources
 
 CHECK_DESCRIPTIONS = {fields.NAME: fields.DESCRIPTION}
@@ -18,7 +18,7 @@ class Params(Reading):
     """Pairs of a better and a worse answer. See docs/sources.md."""
 
     sources: list[PairSource] = []
-    """Files, folders and data sets on the Hub, in order. An empty list means a project without preferences."""
+    """Files, folders, objects in S3 and data sets on the Hub, in order. An empty list means a project without preferences."""
 
 
 def validate(params: Params, ctx: ValidationContext) -> None:
@@ -36,15 +36,17 @@ def produce(root: Path, params: Params, out: Path) -> Report:
     Args:
         root: the project's folder; source paths are relative to it.
     """
-    pairs, sources = read_sources(root, params.sources, params, "raw_preferences", formats.pairs_of)
+    pairs, sources = read_sources(root, params.sources, params, "raw_preferences", pairs=True, scratch=out.parent)
     write_records(out, pairs, pair_schema())
-    write_ledger(out, _ledger(pairs))
-    return Report(rows_in=len(pairs), rows_out=len(pairs), metrics={"sources": sources}, checks=[fields.check(pairs)])
+    ignored = fields.IgnoredFields()
+    write_ledger(out, _ledger(pairs, ignored))
+    return Report(rows_in=len(pairs), rows_out=len(pairs), metrics={"sources": sources}, checks=[ignored.check()])
 
 
-def _ledger(pairs: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+def _ledger(pairs: Iterable[dict[str, Any]], ignored: fields.IgnoredFields) -> Iterator[dict[str, Any]]:
     for pair in pairs:
+        ignored.add(pair)
         first, *others = pair["source_rows"]
-        yield {**pair, "source_row": first, "outcome": READ, "why": fields.why(pair)}
+        yield ledger_line(pair, first, READ, fields.why(pair))
         for row in others:
-            yield {**pair, "source_row": row, "outcome": JOINED, "why": f"the other half of the pair that row {first} begins"}
+            yield ledger_line(pair, row, JOINED, f"the other half of the pair that row {first} begins")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
+from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
+from dagster_project.core import workers
 from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_file
@@ -17,14 +22,18 @@ from dagster_project.core.params import Section, inside
 from dagster_project.core.records import (
     CheckResult,
     Report,
-    read_ledger,
-    read_records,
+    StoredPart,
+    is_rich,
+    iter_ledger,
+    iter_table,
     record_schema,
     subject_text,
     uncollected,
     write_ledger,
-    write_records,
+    write_stored_records,
 )
+from dagster_project.core.stored_rows import Selected, StoredRows, StoredTexts, encode
+from dagster_project.core.strings import StringIndex, Strings
 from dagster_project.curation.checks.privacy import mask
 from dagster_project.curation.sources.reading import locate
 from dagster_project.curation.splitting.augment import FORMAT, AddedRows, Augment, Paraphrase, augment, read_paraphrases
@@ -37,6 +46,7 @@ from dagster_project.curation.splitting.split import (
     assign_splits,
     find_copies,
     joined,
+    renamed,
     verify_splits,
 )
 
@@ -88,6 +98,28 @@ def run(ctx: StageContext) -> Report:
     return produce(ctx.root, ctx.params("splits", Params), ctx.compute.seed, ctx.output_of("instructions"), out=ctx.out)
 
 
+@dataclass
+class Rows:
+    """The rows of `instructions`, in scratch files, and of each what decides its split. Equal values are one object."""
+
+    records: StoredRows
+    texts: StoredTexts
+    """The texts by which rows are compared."""
+    ids: Strings = field(default_factory=Strings)
+    groups: Strings = field(default_factory=Strings)
+    sources: list[str] = field(default_factory=list)
+    strata: list[str] = field(default_factory=list)
+    keys: list[str | None] = field(default_factory=list)
+    """Key of rows that must stay together, by `params.by`; None without one."""
+    labels: list[str | None] = field(default_factory=list)
+    """Split that the row has in its source."""
+    rich: bytearray = field(default_factory=bytearray)
+    """Whether the row has fields of `rich_schema`."""
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+
 @uncollected
 def produce(root: Path, params: Params, seed: int, instructions: Path, out: Path) -> Report:
     """Assign rows to splits, augment train, write the shards and verify them.
@@ -98,40 +130,35 @@ def produce(root: Path, params: Params, seed: int, instructions: Path, out: Path
     import pyarrow as pa
 
     paraphrases, sources = _paraphrases(root, params.augment)
-    records = read_records(instructions)
-    placed = [line for line in read_ledger(instructions) if not line["outcome"].startswith("dropped")]
-    texts = [subject_text(record["messages"]) for record in records]
-    copies = find_copies(texts)
-    groups = [record["group_id"] for record in records]
-    link = joined(copies.links(texts, groups))
-    regrouped = sum(group in link for group in groups)
-    keys, labels = _keys(params, records), _labels(params, records)
-    stratify_by = "none" if params.by in {"source", "category"} else params.stratify_by
-    strata = [str(record[stratify_by]) if stratify_by != "none" else "" for record in records]
+    read = _read(params, instructions, scratch=out.parent)
+    copies = find_copies(read.texts)
+    link = joined(copies.links(read.groups))
     shares = {"test": params.test, "validation": params.validation}
-    dealt = assign_splits([link.get(group, group) for group in groups], keys, labels, strata, shares, seed)
+    dealt = assign_splits(renamed(read.groups, link), read.keys, read.labels, read.strata, shares, seed)
 
-    known = {record["example_id"] for record in records}
-    rows: dict[str, list[int]] = {name: [i for i, split in enumerate(dealt.splits) if split == name] for name in SPLITS}
-    train = [records[i] for i in rows[TRAIN]]
-    held_out = list(dict.fromkeys(texts[i] for name in SPLITS[1:] for i in rows[name]))
-    added = augment(params.augment, seed, train, held_out, copies.number, paraphrases) if params.augment else AddedRows()
+    rows = {name: array("q", (i for i, split in enumerate(dealt.splits) if split == name)) for name in SPLITS}
+    counts = {name: len(rows[name]) for name in SPLITS}
+    added = AddedRows()
+    if params.augment:
+        held_out = list(dict.fromkeys(text for name in SPLITS[1:] for text in read.texts.chosen(rows[name])))
+        added = augment(params.augment, seed, Selected(read.records, rows[TRAIN]), held_out, copies.index, paraphrases)
+    repaired = any(line.get("repaired") for line in _kept_lines(instructions))
+    write_ledger(out, _ledger(read, _kept_lines(instructions), dealt, rows[TRAIN], added), repaired)
+    known = StringIndex(read.ids)
+    for _, _, record in added.rows:
+        rows[TRAIN].append(len(read.records))
+        _append(read, record)
     schema = record_schema().append(pa.field("split", pa.string()))
-    for name in SPLITS:
-        written = [*(records[i] for i in rows[name]), *(record for _, _, record in added.rows if name == TRAIN)]
-        for record in written:
-            record["split"] = name
-        write_records(out / name, written, schema)
-    write_ledger(out, _ledger(records, placed, dealt, rows[TRAIN], added))
+    parts = [StoredPart(out / name, rows[name], any(read.rich[i] for i in rows[name]), {"split": name}) for name in SPLITS]
+    write_stored_records(read.records, read.ids, schema, parts)
 
     verification = verify_splits(out, copies, known)
-    counts = {name: len(rows[name]) for name in SPLITS}
     if verification.rows != {**counts, TRAIN: counts[TRAIN] + len(added.rows)}:
         raise AssertionError(f"rows lost: {counts} assigned, {len(added.rows)} added, {verification.rows} in the shards")
     dropped = dealt.splits.count(DROPPED)
     augmented = Counter(kind for _, kind, _ in added.rows)
     return Report(
-        rows_in=len(records),
+        rows_in=len(read),
         rows_out=sum(counts.values()),
         dropped={"split_leakage": dropped} if dropped else {},
         metrics={
@@ -141,8 +168,8 @@ def produce(root: Path, params: Params, seed: int, instructions: Path, out: Path
             **({"sources": sources} if sources else {}),
         },
         checks=[
-            _split_leakage(records, texts, dealt, verification, labels, regrouped),
-            _schema(params, counts, labels, dealt),
+            _split_leakage(read, dealt, verification, regrouped=sum(group in link for group in read.groups)),
+            _schema(params, counts, read.labels, dealt),
             _augmented_rows(verification, added),
         ],
     )
@@ -158,30 +185,95 @@ def _paraphrases(root: Path, settings: Augment | None) -> tuple[list[Paraphrase]
     return paraphrases, {settings.paraphrases: facts}
 
 
-def _keys(params: Params, records: Sequence[dict[str, Any]]) -> list[str | None]:
-    """Per row the key of rows that must stay together, by `params.by`; None without one.
+class Facts(NamedTuple):
+    """A row as a worker read it."""
 
+    line: bytes
+    """As `stored_rows.encode` encodes it."""
+    text: str
+    example_id: str
+    group: str
+    source: str
+    stratum: str
+    key: str | None
+    label: str | None
+    rich: bool
+
+
+def _read(params: Params, instructions: Path, scratch: Path) -> Rows:
+    """Args:
+        scratch: folder of the scratch files.
     Raises:
         InputError: no row has a key.
     """
+    read = Rows(StoredRows(folder=scratch), StoredTexts(scratch))
+    same: dict[str | None, Any] = {}
+
+    def one(value: str | None) -> Any:
+        """The first object that is equal to a string."""
+        return same.setdefault(value, value)
+
+    shards = (shard.read_bytes() for shard in sorted(instructions.glob("records-*.parquet")))
+    for facts in chain.from_iterable(workers.current().map(_facts, params, shards)):
+        read.records.append_encoded(facts.line)
+        read.texts.append(facts.text)
+        read.ids.append(facts.example_id)
+        read.groups.append(facts.group)
+        read.sources.append(one(facts.source))
+        read.strata.append(one(facts.stratum))
+        read.keys.append(one(facts.key))
+        read.labels.append(one(facts.label))
+        read.rich.append(facts.rich)
+    if len(read) and params.by != "group" and not any(key is not None for key in read.keys):
+        _refuse_missing_key(params, read)
+    return read
+
+
+def _facts(params: Params, shard: bytes) -> list[Facts]:
+    """The rows of a shard, given as the bytes of its file."""
+    stratify_by = "none" if params.by in {"source", "category"} else params.stratify_by
+    return [
+        Facts(
+            encode(record),
+            subject_text(record["messages"]),
+            record["example_id"],
+            record["group_id"],
+            record["source"],
+            str(record[stratify_by]) if stratify_by != "none" else "",
+            _key(params, record),
+            _label(params, record),
+            is_rich(record),
+        )
+        for record in iter_table(io.BytesIO(shard))
+    ]
+
+
+def _append(read: Rows, record: dict[str, Any]) -> None:
+    """Add a row that is written and not assigned."""
+    read.records.append(record)
+    read.ids.append(record["example_id"])
+    read.rich.append(is_rich(record))
+
+
+def _key(params: Params, record: dict[str, Any]) -> str | None:
     if params.by == "group":
-        return [None] * len(records)
+        return None
+    if params.key is not None:
+        return _text(json.loads(record["meta"]).get(params.key))
+    key: str | None = record[params.by]
+    return key
+
+
+def _refuse_missing_key(params: Params, read: Rows) -> None:
     if params.key is None:
-        keys = [record[params.by] for record in records]
-    else:
-        keys = [_text(json.loads(record["meta"]).get(params.key)) for record in records]
-    if records and not any(key is not None for key in keys):
-        if params.key is None:
-            raise InputError("params.yaml: splits.by: no row has a category", "use `by: group`, or add categories to the rows")
-        fields = Counter(name for record in records[:10_000] for name in json.loads(record["meta"]))
-        available = (
-            f"fields that rows have: {', '.join(name for name, _ in fields.most_common(12))}" if fields else "the rows have no such fields"
-        )
-        raise InputError(
-            f"params.yaml: splits.key: no row has a field {params.key!r}",
-            f"{available}; use one that identifies rows that must stay together",
-        )
-    return keys
+        raise InputError("params.yaml: splits.by: no row has a category", "use `by: group`, or add categories to the rows")
+    fields = Counter(name for record in read.records[:10_000] for name in json.loads(record["meta"]))
+    available = (
+        f"fields that rows have: {', '.join(name for name, _ in fields.most_common(12))}" if fields else "the rows have no such fields"
+    )
+    raise InputError(
+        f"params.yaml: splits.key: no row has a field {params.key!r}", f"{available}; use one that identifies rows that must stay together"
+    )
 
 
 def _text(value: Any) -> str | None:
@@ -191,50 +283,49 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
-def _labels(params: Params, records: Sequence[dict[str, Any]]) -> list[str | None]:
-    labels = [json.loads(record["meta"]).get("split") if params.keep_labels and '"split"' in record["meta"] else None for record in records]
-    return [label if label in SPLITS else None for label in labels]
+def _label(params: Params, record: dict[str, Any]) -> str | None:
+    label = json.loads(record["meta"]).get("split") if params.keep_labels and '"split"' in record["meta"] else None
+    return label if label in SPLITS else None
+
+
+def _kept_lines(instructions: Path) -> Iterator[dict[str, Any]]:
+    """The lines of the ledger of `instructions` whose rows are in its output, in the same order."""
+    return (line for line in iter_ledger(instructions) if not line["outcome"].startswith("dropped"))
 
 
 def _ledger(
-    records: Sequence[dict[str, Any]], placed: Sequence[dict[str, Any]], dealt: Assignment, train: Sequence[int], added: AddedRows
-) -> list[dict[str, Any]]:
-    lines = []
-    for i, (record, before, split) in enumerate(zip(records, placed, dealt.splits, strict=True)):
+    read: Rows, kept: Iterator[dict[str, Any]], dealt: Assignment, train: Sequence[int], added: AddedRows
+) -> Iterator[dict[str, Any]]:
+    parents = dict.fromkeys(train[i] for i, _, _ in added.rows)
+    line_of: dict[int, dict[str, Any]] = {}
+    for i, (source, name, before, split) in enumerate(zip(read.sources, read.ids, kept, dealt.splits, strict=True)):
         why = "label of the source" if i in dealt.labelled else ""
         if i in dealt.because:
             keeper = dealt.because[i]
-            why = f"belongs to {dealt.splits[keeper]}/{records[keeper]['example_id']}"
+            why = f"belongs to {dealt.splits[keeper]}/{read.ids[keeper]}"
         outcome = "dropped:split_leakage" if split == DROPPED else split
-        identity = {"source": record["source"], "source_row": before["source_row"], "example_id": record["example_id"]}
+        identity = {"source": source, "source_row": before["source_row"], "example_id": name}
         repairs = {key: before[key] for key in ("source_id", "repaired") if before.get(key)}
-        lines.append({**identity, **repairs, "outcome": outcome, "why": why})
+        line = {**identity, **repairs, "outcome": outcome, "why": why}
+        if i in parents:
+            line_of[i] = line
+        yield line
     for i, kind, record in added.rows:
-        parent = lines[train[i]]
-        lines.append(
-            {**parent, "example_id": record["example_id"], "outcome": f"augmented:{kind}", "why": f"copy of {parent['example_id']}"}
-        )
-    return lines
+        parent = line_of[train[i]]
+        yield {**parent, "example_id": record["example_id"], "outcome": f"augmented:{kind}", "why": f"copy of {parent['example_id']}"}
 
 
-def _split_leakage(
-    records: Sequence[dict[str, Any]],
-    texts: Sequence[str],
-    dealt: Assignment,
-    verification: Verification,
-    labels: Sequence[str | None],
-    regrouped: int,
-) -> CheckResult:
+def _split_leakage(read: Rows, dealt: Assignment, verification: Verification, regrouped: int) -> CheckResult:
     because = sorted(dealt.because.items())
     findings = [(f"{leak.place} and {leak.other}: {leak.why}", leak.text) for leak in verification.leaks]
     for i, keeper in because[:20]:
-        kept = f"{dealt.splits[keeper]}/{records[keeper]['example_id']}"
-        findings.append((f"{labels[i]}/{records[i]['example_id']} belongs to {kept}: dropped", texts[i]))
+        kept = f"{dealt.splits[keeper]}/{read.ids[keeper]}"
+        findings.append((f"{read.labels[i]}/{read.ids[i]} belongs to {kept}: dropped", read.texts[i]))
     notes = []
     if verification.leaking:
         notes.append(f"{verification.leaking} rows of the finished splits, or near-copies of them, are in two splits")
     if because:
-        by_label = Counter(str(labels[i]) for i, _ in because)
+        by_label = Counter(str(read.labels[i]) for i, _ in because)
         notes.append(f"the labels of the source leak: {', '.join(f'{n} dropped from {name}' for name, n in sorted(by_label.items()))}")
     if regrouped:
         notes.append(f"{regrouped} rows have near-copies in a group of another group_id; they were kept together")

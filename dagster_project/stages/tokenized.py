@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from dagster_project.core.chat import IGNORE, Reasoning, has_field, is_text, pack
+from dagster_project.core import workers
+from dagster_project.core.chat import Reasoning, has_field, is_text
 from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_text
-from dagster_project.core.messages import is_trained
 from dagster_project.core.params import Section
 from dagster_project.core.records import (
     CheckResult,
     Report,
-    read_ledger,
-    read_records,
+    iter_ledger,
+    iter_records,
     response_text,
     write_json,
     write_ledger,
     write_table,
 )
+from dagster_project.core.strings import StringIndex, Strings
 from dagster_project.training.tokens import chat_templates, label_audit, mixture
-from dagster_project.training.tokens.examples import ONE_PER_ANSWER, Example, RecordOutcome, Rules, TooLong, make
+from dagster_project.training.tokens.blocks import Setup, Shard, tokenize_shard
+from dagster_project.training.tokens.examples import ONE_PER_ANSWER, Rules, TooLong, step_of
+from dagster_project.training.tokens.packed_file import layout, write_packed
+from dagster_project.training.tokens.portable import PortableTokenizer
+from dagster_project.training.tokens.tokenized_split import TokenizedSplit, in_order
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Record = dict[str, Any]
+SHOWN = 20
+"""Rows that a check names."""
+TOKENIZED = ("train", "validation")
+"""The splits that are tokenized."""
 
 CHECK_DESCRIPTIONS = {
     "template_mismatch": "Every conversation fits the chat template.",
@@ -129,49 +136,35 @@ def produce(root: Path, params: Params, seed: int, splits: Path, base_model: Pat
             "lower it",
         )
     template = chat_templates.use(tokenizer, root, params.chat_template)
-    records = {split: read_records(splits / split) for split in ("train", "validation")}
-    if template is None and not all(is_text(record) for found in records.values() for record in found):
+    if template is None and not all(is_text(record) for split in TOKENIZED for record in iter_records(splits / split)):
         raise InputError("data/base_model: it has no chat template", "name one in params.yaml: tokenized.chat_template, e.g. chatml")
+    _check_field_weights(params, splits / "train")
 
-    _check_field_weights(params, records["train"])
-    rules = Rules(params.max_length, params.on_too_long, params.field_weights, params.weigh == "example", params.reasoning)
-    results = {split: make(tokenizer, found, rules) for split, found in records.items()}
-    copies = {split: [int(result.kept) for result in found] for split, found in results.items()}
-    copies["train"], repeats = mixture.mix(records["train"], results["train"], params.balance, params.replay, seed)
-    source_rows = {(line["source"], line["example_id"]): line["source_row"] for line in read_ledger(splits)}
-    ledger = [
-        {
-            "source": record["source"],
-            "source_row": source_rows.get((record["source"], record["example_id"])),
-            "example_id": record["example_id"],
-            "outcome": result.outcome,
-            "why": "; ".join(filter(None, [result.why, f"{n} copies" if n > 1 else ""])),
-        }
-        for split in records
-        for record, result, n in zip(records[split], results[split], copies[split], strict=True)
-    ]
-    write_ledger(out, ledger)
-    categories = {record["example_id"]: record["category"] for found in records.values() for record in found if record["category"]}
-    write_table(out / "categories.parquet", [{"example_id": i, "category": name} for i, name in categories.items()], category_schema())
+    found = _tokenize(params, PortableTokenizer(base_model, tokenizer), splits, scratch=out.parent)
+    copies, repeats = _copies(params, found, seed)
+    source_rows = _source_rows(found, splits)
+    write_ledger(out, _ledger(found, copies, source_rows), repaired=False)
+    write_table(out / "categories.parquet", _categories(found), category_schema())
 
     room = params.packed_length or params.max_length
     written = {"name": params.chat_template or "base_model", "sha256": sha256_of_text(template)} if template else None
     metrics: dict[str, Any] = {"template": written} if written else {}
     audit: dict[str, Any] = {**metrics, "splits": {}, "examples": []}
-    for split in records:
-        examples = _in_order(records[split], results[split], copies[split])
-        lengths = [len(example.input_ids) for _, example in examples]
-        layout = pack(lengths, room) if params.packing else [[i] for i in range(len(examples))]
-        _write_rows(out / f"{split}.parquet", examples, layout)
-        figures = label_audit.statistics(tokenizer, records[split], results[split])
-        figures["fill_rate"] = round(sum(lengths) / sum(max(room, sum(lengths[i] for i in row)) for row in layout), 4) if layout else 0.0
+    for split, tokens in found.items():
+        examples, owners = in_order(tokens, copies[split])
+        rows = layout(tokens, examples, room if params.packing else None)
+        write_packed(
+            out / f"{split}.parquet", row_schema(), tokens, examples[rows.order], owners[rows.order], rows.sizes, scratch=out.parent
+        )
+        figures = label_audit.statistics(tokens)
+        figures["fill_rate"] = rows.fill_rate(room)
         audit["splits"][split] = figures
-        audit["examples"] += label_audit.sample(tokenizer, split, records[split], results[split], seed)
+        audit["examples"] += label_audit.sample(tokenizer, split, tokens, seed)
         metrics[split] = {
             "examples": len(examples),
-            "rows": len(layout),
-            "tokens": sum(lengths),
-            "trained_tokens": sum(int((example.labels != IGNORE).sum()) for _, example in examples),
+            "rows": len(rows.sizes),
+            "tokens": sum(tokens.lengths[k] for k in examples),
+            "trained_tokens": sum(tokens.labeled[k] for k in examples),
             **{name: figures[name] for name in ("trained_share", "end_of_turn_in_loss", "prefix_stable", "fill_rate")},
             **(repeats if split == "train" else {}),
         }
@@ -179,136 +172,188 @@ def produce(root: Path, params: Params, seed: int, splits: Path, base_model: Pat
     if template:
         (out / chat_templates.FILE).write_text(template, encoding="utf-8")
 
-    everything = [result for found in results.values() for result in found]
-    metrics |= _lost_tokens(everything)
-    metrics |= _rendering(params, tokenizer, [record for found in records.values() for record in found], everything)
-    dropped = Counter(result.outcome.removeprefix("dropped:") for result in everything if not result.kept)
+    metrics |= _lost_tokens(found)
+    metrics |= _rendering(params, found)
+    dropped = Counter(
+        outcome.removeprefix("dropped:")
+        for tokens in found.values()
+        for outcome, count in zip(tokens.outcomes, tokens.counts, strict=True)
+        if not count
+    )
+    records = sum(map(len, found.values()))
     return Report(
-        rows_in=len(everything),
-        rows_out=len(everything) - sum(dropped.values()),
+        rows_in=records,
+        rows_out=records - sum(dropped.values()),
         dropped=dict(sorted(dropped.items())),
         metrics=metrics,
-        checks=_checks(params, tokenizer, [record for found in records.values() for record in found], everything, ledger),
+        checks=_checks(params, found, source_rows),
     )
 
 
-def _check_field_weights(params: Params, train: Sequence[Record]) -> None:
-    """Check that every field in `field_weights` occurs in the training answers.
+Splits = Mapping[str, TokenizedSplit]
+"""Split -> its records and examples."""
+
+
+def _tokenize(params: Params, tokenizer: PortableTokenizer, splits: Path, scratch: Path) -> Splits:
+    """Tokenize all shards with the stage's workers.
+
+    Args:
+        scratch: folder of scratch files.
+    """
+    import pyarrow.parquet as pq
+
+    rules = Rules(params.max_length, params.on_too_long, params.field_weights, params.weigh == "example", params.reasoning)
+    paths = {split: sorted((splits / split).glob("records-*.parquet")) for split in TOKENIZED}
+
+    def shards() -> Iterator[Shard]:
+        for split, files in paths.items():
+            rows = [pq.read_metadata(path).num_rows for path in files]
+            for n, path in enumerate(files):
+                yield Shard(split, sum(rows[:n]), step_of(sum(rows)), path.read_bytes())
+
+    found = {split: TokenizedSplit(scratch) for split in TOKENIZED}
+    for split, records in workers.current().map(tokenize_shard, Setup(tokenizer, rules), shards()):
+        found[split].extend(records)
+    return found
+
+
+def _copies(params: Params, found: Splits, seed: int) -> tuple[dict[str, list[int]], dict[str, Any]]:
+    """Copies of each record of each split, and facts for the report. Records that replay does not need are left out of train."""
+    train = found["train"]
+    columns = zip(train.ids, train.sources, train.categories, map(train.size, range(len(train))), strict=True)
+    copies = {split: [int(count > 0) for count in tokens.counts] for split, tokens in found.items()}
+    copies["train"], repeats = mixture.mix((mixture.Row(*row) for row in columns), params.balance, params.replay, seed)
+    for i, n in enumerate(copies["train"]):
+        if not n and train.kept(i):
+            train.leave_out(i, "dropped:replay", "not needed for the share of replay")
+    return copies, repeats
+
+
+def _source_rows(found: Splits, splits: Path) -> dict[str, list[int | None]]:
+    """Split -> row of each record in its source file; None for a record that the ledger of `splits` does not have."""
+    rows: list[int | None] = []
+
+    def keys() -> Iterator[str]:
+        for line in iter_ledger(splits):
+            rows.append(line["source_row"])
+            yield f"{line['source']}\0{line['example_id']}"
+
+    index = StringIndex(keys())
+    row_of: list[int | None] = [None] * len(index)
+    for number, row in zip(index.numbers.tolist(), rows, strict=True):
+        row_of[number] = row  # of several rows the last
+    row_of.append(None)
+    result = {}
+    for split, tokens in found.items():
+        names = Strings(f"{source}\0{name}" for source, name in zip(tokens.sources, tokens.ids, strict=True))
+        result[split] = [row_of[number] for number in index.find(names).tolist()]
+    return result
+
+
+def _ledger(
+    found: Splits, copies: Mapping[str, Sequence[int]], source_rows: Mapping[str, Sequence[int | None]]
+) -> Iterator[dict[str, Any]]:
+    for split, tokens in found.items():
+        columns = (tokens.sources, source_rows[split], tokens.ids, tokens.outcomes, tokens.whys, copies[split])
+        for source, row, name, outcome, why, n in zip(*columns, strict=True):
+            why = "; ".join(filter(None, [why, f"{n} copies" if n > 1 else ""]))
+            yield {"source": source, "source_row": row, "example_id": name, "outcome": outcome, "why": why}
+
+
+def _categories(found: Splits) -> Iterator[dict[str, Any]]:
+    """The category of each example that has one, by id: that of the last record with the id."""
+    values = [category for tokens in found.values() for category in tokens.categories if category]
+    ids = Strings(name for tokens in found.values() for name, category in zip(tokens.ids, tokens.categories, strict=True) if category)
+    index = StringIndex(ids)
+    last = dict(zip(index.numbers.tolist(), values, strict=True))
+    for number, first in enumerate(index.first.tolist()):
+        yield {"example_id": ids[first], "category": last[number]}
+
+
+def _check_field_weights(params: Params, train: Path) -> None:
+    """Check that every field in `field_weights` occurs in the training answers, which are read until all are found.
 
     Raises:
         InputError: a field occurs in no answer.
     """
-    if not params.field_weights or not train:
-        return
-    answers = [response_text(record["messages"]) for record in train]
-    if missing := [name for name in params.field_weights if not any(has_field(answer, name) for answer in answers)]:
+    missing, records = dict.fromkeys(params.field_weights), 0
+    for record in iter_records(train) if missing else ():
+        records += 1
+        answer = response_text(record["messages"])
+        missing = {name: None for name in missing if not has_field(answer, name)}
+        if not missing:
+            return
+    if missing and records:
         raise InputError(
             f"params.yaml: tokenized.field_weights: no answer of the training split is a JSON object with the field {', '.join(missing)}",
             "remove tokenized.field_weights, or use fields that occur in your answers",
         )
 
 
-def _in_order(records: Sequence[Record], results: Sequence[RecordOutcome], copies: Sequence[int]) -> list[tuple[str, Example]]:
-    """(example_id, example) of every part and copy, ordered by content hash.
-
-    So each row is a representative mixture of long and short answers, and copies of an example are not adjacent.
-    """
-
-    def sort_key(identity: str, part: int, copy: int) -> str:
-        return hashlib.sha256(f"{identity}:{part}:{copy}".encode()).hexdigest() if part or copy else identity
-
-    return [
-        item
-        for _, item in sorted(
-            (
-                (sort_key(record["example_id"], part, copy), (record["example_id"], example))
-                for record, result, n in zip(records, results, copies, strict=True)
-                for part, example in enumerate(result.examples)
-                for copy in range(n)
-            ),
-            key=lambda keyed: keyed[0],
-        )
-    ]
-
-
-def _write_rows(path: Path, examples: Sequence[tuple[str, Example]], layout: Sequence[Sequence[int]]) -> None:
-    """Write packed rows to Parquet, column by column: as Python objects a large set would not fit into memory."""
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    order = [i for row in layout for i in row]
-    lengths = np.array([len(examples[i][1].input_ids) for i in order], dtype=np.int32)
-    by_example = np.cumsum([0, *(len(row) for row in layout)], dtype=np.int32)
-    by_token = np.cumsum([0, *lengths], dtype=np.int32)[by_example]
-    tokens = {
-        name: np.concatenate([np.array([], dtype), *(getattr(examples[i][1], name) for i in order)], dtype=dtype)
-        for name, dtype in (("input_ids", np.int32), ("labels", np.int32), ("weights", np.float32))
-    }
-    values = {"example_ids": [examples[i][0] for i in order], "lengths": lengths, **tokens}
-    columns = [
-        pa.ListArray.from_arrays(by_token if column.name in tokens else by_example, pa.array(values[column.name], column.type.value_type))
-        for column in row_schema()
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_arrays(columns, schema=row_schema()), path, compression="zstd", store_schema=True)
-
-
-def _rendering(params: Params, tokenizer: Any, records: Sequence[Record], outcomes: Sequence[RecordOutcome]) -> dict[str, Any]:
+def _rendering(params: Params, found: Splits) -> dict[str, Any]:
     """How records with several answers and with traces were rendered; nothing where one rendering had all labels and there are no traces."""
-    per_answer = [outcome for outcome in outcomes if ONE_PER_ANSWER in outcome.why]
     facts: dict[str, Any] = {}
-    if per_answer:
-        facts["one_example_per_answer"] = {"records": len(per_answer), "examples": sum(len(outcome.examples) for outcome in per_answer)}
-    traces = [
-        (record, outcome)
-        for record, outcome in zip(records, outcomes, strict=True)
-        if outcome.kept and any(message.get("reasoning_content") and is_trained(message) for message in record["messages"])
+    per_answer = [
+        count for tokens in found.values() for why, count in zip(tokens.whys, tokens.counts, strict=True) if ONE_PER_ANSWER in why
     ]
+    if per_answer:
+        facts["one_example_per_answer"] = {"records": len(per_answer), "examples": sum(per_answer)}
+    traces = [counts for tokens in found.values() for i, counts in tokens.traces.items() if tokens.kept(i)]
     if traces:
-        written = [label_audit.count_traces(tokenizer, record, outcome) for record, outcome in traces]
-        total = sum(bool(m.get("reasoning_content")) and is_trained(m) for record, _ in traces for m in record["messages"])
-        facts["reasoning"] = {"policy": params.reasoning, "records": len(traces), "traces": total, "in_the_loss": sum(written)}
+        total, written = (sum(column) for column in zip(*traces, strict=True))
+        facts["reasoning"] = {"policy": params.reasoning, "records": len(traces), "traces": total, "in_the_loss": written}
     return {"rendering": facts} if facts else {}
 
 
-def _lost_tokens(results: Sequence[RecordOutcome]) -> dict[str, Any]:
+def _lost_tokens(found: Splits) -> dict[str, Any]:
     """Reason -> number of records that lose trained tokens, and of these tokens."""
     by_reason: dict[str, dict[str, int]] = {}
-    for result in results:
-        if result.lost:
-            reason = by_reason.setdefault(result.outcome.removeprefix("dropped:").partition(":")[0], {"rows": 0, "trained_tokens": 0})
-            reason["rows"] += 1
-            reason["trained_tokens"] += result.lost
+    for tokens in found.values():
+        for i, outcome in enumerate(tokens.outcomes):
+            if lost := tokens.lost(i):
+                reason = by_reason.setdefault(outcome.removeprefix("dropped:").partition(":")[0], {"rows": 0, "trained_tokens": 0})
+                reason["rows"] += 1
+                reason["trained_tokens"] += lost
     return {"lost": dict(sorted(by_reason.items()))} if by_reason else {}
 
 
-def _checks(
-    params: Params, tokenizer: Any, records: Sequence[Record], results: Sequence[RecordOutcome], ledger: Sequence[dict[str, Any]]
-) -> list[CheckResult]:
-    """The results of CHECK_DESCRIPTIONS, in its order."""
-    violations: dict[str, dict[int, str]] = {name: {} for name in CHECK_DESCRIPTIONS}
-    for i, result in enumerate(results):
-        kind = result.outcome.removeprefix("dropped:").partition(":")[0]
+def _violations(tokens: TokenizedSplit) -> Iterator[tuple[str, int, str]]:
+    """Check, record and reason of everything that the checks count, in the order of the records."""
+    for i, outcome in enumerate(tokens.outcomes):
+        kind = outcome.removeprefix("dropped:").partition(":")[0]
         name = "too_long" if kind in {"truncated", "split"} else kind
-        if name in violations:
-            violations[name][i] = result.outcome if name == "too_long" else result.why
-        if any(label_audit.has_double_bos(tokenizer, example) for example in result.examples):
-            violations["double_bos"][i] = "two beginning-of-text tokens"
-    violations["labels"] = label_audit.find_wrong_labels(tokenizer, records, results)
+        if name in CHECK_DESCRIPTIONS:
+            yield name, i, outcome if name == "too_long" else tokens.whys[i]
+        if any(tokens.double_bos[k] for k in tokens.of(i)):
+            yield "double_bos", i, "two beginning-of-text tokens"
+        if i in tokens.wrong and tokens.kept(i):
+            yield "labels", i, tokens.wrong[i]
+
+
+def _checks(params: Params, found: Splits, source_rows: Mapping[str, Sequence[int | None]]) -> list[CheckResult]:
+    """The results of CHECK_DESCRIPTIONS, in its order."""
+    reasons: dict[str, Counter[str]] = {name: Counter() for name in CHECK_DESCRIPTIONS}
+    rows: dict[str, list[str]] = {name: [] for name in CHECK_DESCRIPTIONS}
+    dropped: Counter[str] = Counter()
+    for split, tokens in found.items():
+        for name, i, reason in _violations(tokens):
+            reasons[name][reason] += 1
+            dropped[name] += not tokens.kept(i)
+            if len(rows[name]) < SHOWN:
+                rows[name].append(f"{tokens.sources[i]}:{source_rows[split][i]}")
     blocking = {"labels"} | ({"template_mismatch"} if params.on_mismatch == "fail" else set())
     resolved = {"template_mismatch", "no_answer", "too_long"} - blocking
     """Violations that are no longer in the output."""
     return [
         CheckResult(
             name,
-            passed=name in resolved or not rows,
+            passed=name in resolved or not reasons[name],
             severity="warn" if name in {"no_answer", "too_long"} else "error",
             blocking=name in blocking,
-            count=len(rows),
-            rows=[f"{ledger[i]['source']}:{ledger[i]['source_row']}" for i in list(rows)[:20]],
-            note="; ".join(f"{n} {reason}" for reason, n in Counter(rows.values()).most_common(3)),
-            dropped=sum(not results[i].kept for i in rows),
+            count=reasons[name].total(),
+            rows=rows[name],
+            note="; ".join(f"{n} {reason}" for reason, n in reasons[name].most_common(3)),
+            dropped=dropped[name],
         )
-        for name, rows in violations.items()
+        for name in CHECK_DESCRIPTIONS
     ]

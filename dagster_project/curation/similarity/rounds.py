@@ -27,10 +27,10 @@ from dagster_project.curation.similarity._overlap_numba import BINS, Array, Cons
 from dagster_project.curation.similarity.overlap import encode
 from dagster_project.curation.similarity.shuffle import Column, Shuffle
 
-IN_MEMORY = 50_000_000
-"""Characters of texts that one process compares in its memory, which takes about 1 GB. More are compared in rounds."""
-SEVERAL = 20_000_000
-"""The same if there are several workers."""
+IN_MEMORY = 100_000_000
+"""Characters of texts that one process compares in its memory, which takes about 0.7 GB. More are compared in rounds."""
+SEVERAL = 40_000_000
+"""The same if there are several workers. With two, this is where the time saved exceeds that of starting them."""
 BLOCK = 4_000_000
 """Characters of a block, at most, if it has several texts. A worker needs about 20 bytes for each."""
 PARTITION = 2**20

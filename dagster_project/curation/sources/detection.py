@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from dagster_project.core.errors import InputError
@@ -15,7 +15,44 @@ from dagster_project.curation.sources.pair_layouts import PAIR_LAYOUTS, PairLayo
 L = TypeVar("L", "Layout", "PairLayout")
 
 
-def detect(rows: Sequence[Row], name: str, layouts: Mapping[str, Layout] | Mapping[str, PairLayout] = LAYOUTS) -> str:
+class Shape(NamedTuple):
+    """What detection uses of a row."""
+
+    keys: tuple[str, ...]
+    null: tuple[str, ...]
+    """Keys of pair layouts whose value is null."""
+    judged: tuple[str, ...]
+    """Keys of a judgement whose value is one."""
+
+
+Shapes = Counter[Shape]
+"""Number of rows of each shape, in the order in which the shapes first occur. Rows without a value are not counted."""
+
+
+def shapes_of(rows: Iterable[Row]) -> Shapes:
+    return Counter(_shape(tuple(row.value), row.value) for row in rows if row.value is not None)
+
+
+def _shape(keys: tuple[str, ...], row: Mapping[str, Any]) -> Shape:
+    nullable, judging = _looked_at(keys)
+    null = tuple([key for key in nullable if row[key] is None])
+    return Shape(keys, null, tuple([key for key in judging if judgement(row[key]) is not None]))
+
+
+def _looked_at(keys: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """The keys of a row whose value can matter, as in a table with examples and pairs: those of pair layouts, and those of judgements."""
+    return [key for key in keys if key in _PAIR_KEYS], [key for key in keys if key in _JUDGEMENTS]
+
+
+_PAIR_KEYS = frozenset(key for layout in PAIR_LAYOUTS.values() for form in layout.forms for key in form.keys)
+_JUDGEMENTS = frozenset(form.judged for layout in PAIR_LAYOUTS.values() for form in layout.forms if form.judged)
+
+
+def _counted(rows: Iterable[Row] | Shapes) -> Shapes:
+    return rows if isinstance(rows, Counter) else shapes_of(rows)
+
+
+def detect(rows: Sequence[Row] | Shapes, name: str, layouts: Mapping[str, Layout] | Mapping[str, PairLayout] = LAYOUTS) -> str:
     """The layout whose keys most rows have.
 
     Args:
@@ -23,7 +60,8 @@ def detect(rows: Sequence[Row], name: str, layouts: Mapping[str, Layout] | Mappi
     Raises:
         InputError: no layout fits any row, or the rows are preferences where examples are expected, or vice versa.
     """
-    examples, pairs = _best(rows, LAYOUTS), _best(rows, PAIR_LAYOUTS, _is_pair if layouts is LAYOUTS else None)
+    shapes = _counted(rows)
+    examples, pairs = _best(shapes, LAYOUTS), _best(shapes, PAIR_LAYOUTS, look=layouts is LAYOUTS)
     best = examples if layouts is LAYOUTS else pairs
     if layouts is LAYOUTS and _preferred(examples, pairs):
         raise InputError(
@@ -37,7 +75,7 @@ def detect(rows: Sequence[Row], name: str, layouts: Mapping[str, Layout] | Mappi
             "list the file under raw_examples",
         )
     if not best.rows:
-        keys = sorted(next((row.value for row in rows if row.value is not None), {}))
+        keys = _first_keys(shapes)
         expected = "; ".join(f"{known}: {', '.join(sorted(layout.keys))}" for known, layout in layouts.items())
         raise InputError(
             f"{name}: unknown format (keys of the first row: {', '.join(keys) or 'none'})",
@@ -46,9 +84,15 @@ def detect(rows: Sequence[Row], name: str, layouts: Mapping[str, Layout] | Mappi
     return best.name
 
 
+def _first_keys(shapes: Shapes) -> list[str]:
+    """Keys of the first row that has a value."""
+    return sorted(next(iter(shapes)).keys) if shapes else []
+
+
 def is_known(rows: Sequence[Row]) -> bool:
     """Whether any row is in a layout of examples or of preferences."""
-    return bool(_best(rows, LAYOUTS).rows or _best(rows, PAIR_LAYOUTS).rows)
+    shapes = shapes_of(rows)
+    return bool(_best(shapes, LAYOUTS).rows or _best(shapes, PAIR_LAYOUTS).rows)
 
 
 def kind(rows: Sequence[Row]) -> Literal["examples", "preferences"]:
@@ -58,7 +102,8 @@ def kind(rows: Sequence[Row]) -> Literal["examples", "preferences"]:
     {"prompt", "completion", "label": true}  ->  preferences (KTO), since the other half should not be imitated
     {"message_tree_id", "prompt"}            ->  examples, since a tree is both
     """
-    return "preferences" if _preferred(_best(rows, LAYOUTS), _best(rows, PAIR_LAYOUTS, _is_pair)) else "examples"
+    shapes = shapes_of(rows)
+    return "preferences" if _preferred(_best(shapes, LAYOUTS), _best(shapes, PAIR_LAYOUTS, look=True)) else "examples"
 
 
 class _Fit(NamedTuple):
@@ -75,24 +120,20 @@ def _preferred(examples: _Fit, pairs: _Fit) -> bool:
     return pairs.rows > examples.rows or (len(pairs.keys) > len(examples.keys) and 2 * pairs.rows > examples.rows)
 
 
-def _best(rows: Sequence[Row], layouts: Mapping[str, L], look: Callable[[dict[str, Any], PairLayout], bool] | None = None) -> _Fit:
+def _best(shapes: Shapes, layouts: Mapping[str, L], look: bool = False) -> _Fit:
     """The layout that fits most rows; of several, the one with most keys.
 
     Args:
-        look: further condition for rows that have the keys of a variant of a pair layout.
+        look: require the values of a pair of rows that have the keys of a pair layout.
     """
-    shapes = Counter(tuple(row.value) for row in rows if row.value is not None)
     fits = []
     for name, layout in layouts.items():
-        forms = {shape: _forms(layout, shape) for shape in shapes}
+        forms = {keys: _forms(layout, keys) for keys in dict.fromkeys(shape.keys for shape in shapes)}
         counts: Counter[frozenset[str]] = Counter()
-        if look and any(forms.values()):
-            for row in rows:
-                if row.value is not None and (form := next((form for form in forms[tuple(row.value)] if look(row.value, form)), None)):  # type: ignore[arg-type]
-                    counts[form.keys] += 1
-        else:
-            for shape, fitting in forms.items():
-                counts.update({fitting[0].keys: shapes[shape]} if fitting else {})
+        for shape, rows in shapes.items():
+            fitting = (form for form in forms[shape.keys] if not look or _is_pair(shape, form))
+            if form := next(fitting, None):
+                counts[form.keys] += rows
         keys = max(counts, key=lambda keys: (counts[keys], len(keys)), default=layout.keys)
         fits.append(_Fit(name, counts.total(), keys))
     return max(fits, key=lambda fit: (fit.rows, len(fit.keys)))
@@ -111,21 +152,27 @@ _OTHERS: list[Layout | PairLayout] = [*(layout for layout in LAYOUTS.values() if
 """Layouts that take precedence over classification, e.g. KTO, whose rows also have a `label`."""
 
 
-def _is_pair(row: dict[str, Any], form: PairLayout) -> bool:
+def _is_pair(shape: Shape, form: Layout | PairLayout) -> bool:
     """Whether a row is a pair. In a table with both kinds every row has all columns, some of them null."""
-    return all(row[key] is not None for key in form.keys) and (not form.judged or judgement(row[form.judged]) is not None)
+    judged = form.judged if isinstance(form, PairLayout) else ""
+    return form.keys.isdisjoint(shape.null) and (not judged or judged in shape.judged)
 
 
-def choose(rows: Sequence[Row], name: str, layout: str, layouts: Mapping[str, L], mapped: L | None) -> tuple[str, L]:
+def choose(shapes: Shapes, name: str, layout: str, layouts: Mapping[str, L], mapped: L | None) -> tuple[str, L]:
+    """The layout of a file by its name, by its keys (`auto`), or custom (`mapped`).
+
+    Raises:
+        InputError: no such layout, or no row has its keys.
+    """
     if mapped is None:
         if layout != "auto" and layout not in layouts:
             raise InputError(f"{name}: unknown format {layout!r}", f"known formats: auto, {', '.join(layouts)}")
-        layout = detect(rows, name, layouts) if layout == "auto" else layout
+        layout = detect(shapes, name, layouts) if layout == "auto" else layout
         return layout, layouts[layout]
     if layout != "auto":
         raise InputError(f"{name}: both a format ({layout}) and a mapping", "leave one of them out")
-    if not any(row.value is not None and mapped.keys <= row.value.keys() for row in rows):
-        columns = sorted(next((row.value for row in rows if row.value is not None), {}))
+    if not any(mapped.keys <= set(shape.keys) for shape in shapes):
+        columns = _first_keys(shapes)
         raise InputError(
             f"{name}: mapping: no row has the columns {', '.join(sorted(mapped.keys))}",
             f"columns of the first row: {', '.join(columns) or 'none'}",

@@ -156,23 +156,51 @@ def kept_whole(row: Mapping[str, Any] | None) -> Fields:
     return Fields({}, dict.fromkeys(row or {}, 1), {})
 
 
+class FieldCounts:
+    """Field -> number, by place, over all rows of a source, for its report."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, Counter[str]] = {"used": Counter(), "kept": Counter(), "ignored": Counter()}
+
+    def add(self, fields: Fields, rows: int) -> None:
+        """Add the fields of a number of rows of the same shape."""
+        for place, counter in self._found.items():
+            for name, times in getattr(fields, place).items():
+                counter[name[:MAX_NAME]] += times * rows
+
+    def shown(self) -> dict[str, dict[str, int]]:
+        return {place: _shown(counter) for place, counter in self._found.items() if counter}
+
+
+def numbered(records: Iterable[dict[str, Any]]) -> tuple[list[Fields], list[list[int]]]:
+    """Remove `fields` from records.
+
+    Returns:
+        The distinct fields, and the indices of those of each record.
+    """
+    known: dict[int, int] = {}
+    distinct: list[Fields] = []
+    indices = []
+    for record in records:
+        found = record.pop("fields", ())
+        for one in found:
+            if id(one) not in known:
+                known[id(one)] = len(distinct)
+                distinct.append(one)
+        indices.append([known[id(one)] for one in found])
+    return distinct, indices
+
+
 def taken(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """Field -> number, by place, over all rows of a source, for its report; empty for records that were not read from rows.
+    """The fields of all records, for a report; empty for records that were not read from rows.
 
     Removes `fields` from the records.
     """
-    total: Counter[int] = Counter()
-    known: dict[int, Fields] = {}
-    for record in records:
-        for one in record.pop("fields", ()):
-            total[id(one)] += 1
-            known[id(one)] = one
-    found: dict[str, Counter[str]] = {"used": Counter(), "kept": Counter(), "ignored": Counter()}
-    for identity, rows in total.items():
-        for place, counter in found.items():
-            for name, times in getattr(known[identity], place).items():
-                counter[name[:MAX_NAME]] += times * rows
-    return {place: _shown(counter) for place, counter in found.items() if counter}
+    distinct, indices = numbered(records)
+    counts = FieldCounts()
+    for index, rows in Counter(index for found in indices for index in found).items():
+        counts.add(distinct[index], rows)
+    return counts.shown()
 
 
 def _shown(counter: Counter[str]) -> dict[str, int]:
@@ -189,21 +217,41 @@ def severity(ignored: Iterable[str]) -> Literal["warn", "info"]:
 
 def note(ignored: Iterable[Iterable[str]]) -> list[str]:
     """Number of rows with each field: [["messages[].id"], ["messages[].id", "images"]]  ->  ["messages[].id 2, images 1"]"""
-    found = Counter(name for names in ignored for name in names)
-    return [", ".join(f"{name} {count}" for name, count in found.most_common(SHOWN))] if found else []
+    text = _note(Counter(name for names in ignored for name in names))
+    return [text] if text else []
+
+
+def _note(found: Counter[str]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in found.most_common(SHOWN))
 
 
 SHOWN = 20
 
 
-def check(records: Sequence[Mapping[str, Any]]) -> CheckResult:
-    """The check `ignored_fields` as the stages that read sources report it."""
-    rows = [record for record in records if record.get("ignored")]
-    places = [f"{record['source']}:{record['source_row']}" for record in rows[:SHOWN]]
-    examples = [", ".join(record["ignored"]) for record in rows[:3]]
-    level = severity(name for record in rows for name in record["ignored"])
-    text = "; ".join(note(record["ignored"] for record in rows))
-    return CheckResult(NAME, not rows, level, count=len(rows), rows=places, examples=examples, note=text)
+class IgnoredFields:
+    """Collects the rows for the check `ignored_fields`, as the stages that read sources report it."""
+
+    def __init__(self) -> None:
+        self._rows = 0
+        self._places: list[str] = []
+        self._examples: list[str] = []
+        self._names: Counter[str] = Counter()
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        if not (names := record.get("ignored")):
+            return
+        self._rows += 1
+        self._names.update(names)
+        if len(self._places) < SHOWN:
+            self._places.append(f"{record['source']}:{record['source_row']}")
+        if len(self._examples) < 3:
+            self._examples.append(", ".join(names))
+
+    def check(self) -> CheckResult:
+        text = _note(self._names)
+        return CheckResult(
+            NAME, not self._rows, severity(self._names), count=self._rows, rows=self._places, examples=self._examples, note=text
+        )
 
 
 def why(record: Mapping[str, Any]) -> str:

@@ -11,10 +11,12 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from itertools import chain, islice
-from pathlib import Path
-from typing import Any, NamedTuple
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
 
 from dagster_project.core.errors import InputError
 
@@ -28,6 +30,10 @@ MAX_GZIP_RATIO = 200
 GZIP_FREE_BYTES = 64 * MEGABYTE
 BATCH = 128
 """Rows of a Parquet file that are decoded at a time."""
+BLOCK_ROWS, BLOCK_BYTES = 4096, 4 * MEGABYTE
+"""A part of a file that is read, parsed and converted at once ends at either of these."""
+
+T = TypeVar("T")
 
 
 class Row(NamedTuple):
@@ -39,6 +45,77 @@ class Row(NamedTuple):
     problem: str = ""
     line: int = 0
     """Number of its last line, from 1; 0 for files without lines."""
+
+
+class Block(NamedTuple):
+    """Consecutive rows of a file. It can be sent to another process."""
+
+    parse: Callable[[Any], list[Row]]
+    """Function of a module: content -> rows, numbered from 0. Raises InputError like `read_blocks`."""
+    content: Any
+
+    def rows(self) -> list[Row]:
+        return self.parse(self.content)
+
+
+class Stored(Protocol):
+    """A file that is not on this machine. A path of one that is has the same methods."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def suffix(self) -> str: ...
+    @property
+    def suffixes(self) -> Sequence[str]: ...
+    @property
+    def size(self) -> int: ...
+    def open(self, mode: str) -> BinaryIO: ...
+
+
+File = Path | Stored
+
+
+def size_of(file: File) -> int:
+    """Size in bytes."""
+    return file.stat().st_size if isinstance(file, Path) else file.size
+
+
+def read_blocks(file: File) -> Iterator[Block]:
+    """Read a file in parts. Only one of them is in memory.
+
+    Raises:
+        InputError: unknown file type, or a file that cannot be separated into rows.
+    """
+    suffix = suffix_of(file)
+    if suffix not in READERS:
+        raise InputError(f"{file.name}: unknown file type {suffix or '(none)'}", f"use {', '.join(READERS)}")
+    try:
+        yield from READERS[suffix](file) if size_of(file) else ()
+    except OSError as error:
+        raise InputError(f"{file.name}: cannot be read: {error.strerror or error}", "check the file's permissions and the disk") from None
+
+
+class Found(NamedTuple):
+    """What is known of a file when all of it is read."""
+
+    rows: int = 0
+    readable: int = 0
+    """Rows that have a value."""
+    problem: str = ""
+    """Of the first row."""
+
+
+def require_rows(name: str, found: Found) -> None:
+    """Refuse a file without rows, or one of JSON lines without JSON.
+
+    Raises:
+        InputError: as described.
+    """
+    if not found.rows:
+        raise InputError(f"{name}: the file is empty", "put at least one example in it, or take it out of params.yaml")
+    if not found.readable and name.lower().endswith((".jsonl", ".jsonl.gz")):
+        hint = "save the file as UTF-8" if found.problem.startswith("not UTF-8") else "each line must be one JSON object"
+        raise InputError(f"{name}: not JSON: {found.problem}", hint)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -53,19 +130,41 @@ def read_rows(path: Path) -> list[Row]:
     if path.is_dir():
         named = [(name, row) for name, file in files_of(path) for row in read_rows(file)]
         return [row._replace(source_row=i, problem=row.problem and f"{name}: {row.problem}") for i, (name, row) in enumerate(named)]
-    suffix = _suffix(path)
-    if suffix not in READERS:
-        raise InputError(f"{path.name}: unknown file type {suffix or '(none)'}", f"use {', '.join(READERS)}")
-    try:
-        rows = READERS[suffix](path) if path.stat().st_size else []
-    except OSError as error:
-        raise InputError(f"{path.name}: cannot be read: {error.strerror or error}", "check the file's permissions and the disk") from None
-    if not rows:
-        raise InputError(f"{path.name}: the file is empty", "put at least one example in it, or take it out of params.yaml")
+    rows = rows_of(read_blocks(path))
+    require_rows(path.name, Found(len(rows), sum(row.value is not None for row in rows), rows[0].problem if rows else ""))
     return rows
 
 
-def _suffix(path: Path) -> str:
+def rows_of(blocks: Iterable[Block]) -> list[Row]:
+    """The rows of all blocks of a file."""
+    rows: list[Row] = []
+    for block in blocks:
+        rows += [row._replace(source_row=i) for i, row in enumerate(block.rows(), len(rows))]
+    return rows
+
+
+def _blocks(parse: Callable[[Any], list[Row]], parts: Iterable[tuple[int, T]]) -> Iterator[Block]:
+    """Args:
+    parts: rows or parts of a file, with their size in bytes.
+    """
+    content: list[T] = []
+    size = 0
+    for part_size, part in parts:
+        content.append(part)
+        size += part_size
+        if len(content) >= BLOCK_ROWS or size >= BLOCK_BYTES:
+            yield Block(parse, content)
+            content, size = [], 0
+    if content:
+        yield Block(parse, content)
+
+
+def as_parsed(rows: list[Row]) -> list[Row]:
+    """For a `Block` whose content is its rows."""
+    return rows
+
+
+def suffix_of(path: File | PurePosixPath) -> str:
     """File type in lower case."""
     suffix = path.suffix.lower()
     return "".join(path.suffixes[-2:]).lower() if suffix == ".gz" else suffix
@@ -88,18 +187,18 @@ def files_of(folder: Path) -> list[tuple[str, Path]]:
                 raise InputError(
                     f"{path.relative_to(folder.parent)}: a link that is broken or points outside its folder", "copy the file there instead"
                 )
-        files += [path for path in (Path(parent, name) for name in names) if _suffix(path) in READERS]
+        files += [path for path in (Path(parent, name) for name in names) if suffix_of(path) in READERS]
     if not files:
         raise InputError(f"{folder.name}: no file of examples in the folder", f"file types: {', '.join(READERS)}")
     return sorted((path.relative_to(folder).as_posix(), path) for path in files)
 
 
-def _pieces(path: Path) -> Iterator[bytes]:
+def _pieces(path: File) -> Iterator[bytes]:
     """Yield the decompressed content line by line; lines above `MAX_ROW_BYTES` in several pieces."""
     packed = path.suffix.lower() == ".gz"
-    out, most = 0, max(GZIP_FREE_BYTES, MAX_GZIP_RATIO * path.stat().st_size)
+    out, most = 0, max(GZIP_FREE_BYTES, MAX_GZIP_RATIO * size_of(path))
     try:
-        with gzip.open(path) if packed else path.open("rb") as stream:
+        with path.open("rb") as file, gzip.open(file) if packed else file as stream:
             while piece := stream.readline(MAX_ROW_BYTES + 1):
                 out += len(piece)
                 if packed and out > most:
@@ -111,7 +210,7 @@ def _pieces(path: Path) -> Iterator[bytes]:
         raise InputError(f"{path.name}: broken gzip file: {error}", "compress it again") from None
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
+def _lines(path: File) -> Iterator[tuple[int, bytes | None]]:
     """Yield each line with its number, from 1; None for one that is too long. Removes a byte order mark."""
     number, inside = 0, False
     for piece in _pieces(path):
@@ -122,25 +221,26 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
         inside = not piece.endswith(b"\n")
 
 
-def _text_lines(path: Path) -> Iterator[tuple[int, str, str]]:
+def _text_lines(lines: Iterable[tuple[int, bytes | None]]) -> Iterator[tuple[int, str, str]]:
     """Yield the number, text and problem of each line."""
-    for number, line in _lines(path):
+    for number, line in lines:
         try:
             yield (number, line.decode(), "") if line is not None else (number, "", _too_long(number))
         except UnicodeDecodeError as error:
             yield number, "", f"not UTF-8 at byte {error.start} (line {number})"
 
 
-def _jsonl(path: Path) -> list[Row]:
+def _jsonl(path: File) -> Iterator[Block]:
+    return _blocks(_json_lines, ((len(line or b""), (number, line)) for number, line in _lines(path)))
+
+
+def _json_lines(lines: list[tuple[int, bytes | None]]) -> list[Row]:
     rows: list[Row] = []
-    for number, line, problem in _text_lines(path):
+    for number, line, problem in _text_lines(lines):
         if problem:
             rows.append(Row(len(rows), None, problem, number))
         elif line.strip():
             rows.append(_line(len(rows), line, number))
-    if rows and all(row.value is None for row in rows):
-        hint = "save the file as UTF-8" if rows[0].problem.startswith("not UTF-8") else "each line must be one JSON object"
-        raise InputError(f"{path.name}: not JSON: {rows[0].problem}", hint)
     return rows
 
 
@@ -159,7 +259,7 @@ def _line(source_row: int, line: str, number: int) -> Row:
 class _Window:
     """The text of a JSON file, of which only the current part is in memory."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: File) -> None:
         self.path, self.pieces, self.decoder = path, _pieces(path), codecs.getincrementaldecoder("utf-8")()
         self.text, self.at = "", 0  # the part in memory, and the reading position in it
         self.bytes = 0  # read so far
@@ -208,27 +308,27 @@ class _Window:
         return InputError(f"{self.path.name}: not JSON: {what}: {where}", "fix the file; one object per line is .jsonl")
 
 
-def _json(path: Path) -> list[Row]:
+def _json(path: File) -> Iterator[Block]:
     text = _Window(path)
     try:
         first = text.peek()
         if first and first != "[":
-            _element(text, 0)
+            _element(text)
             raise InputError(f"{path.name}: a .json file must hold a list of rows", "wrap the rows in [ ]; one object per line is .jsonl")
-        rows = list(_elements(text)) if first else []
+        if first:
+            yield from _blocks(as_parsed, _elements(text))
     except RecursionError as error:
         raise InputError(f"{path.name}: not JSON: {error}", "fix the file; one object per line is .jsonl") from None
-    if first and not rows:
-        raise InputError(f"{path.name}: the list is empty", "put at least one example in it")
-    return rows
 
 
-def _elements(text: _Window) -> Iterator[Row]:
-    """Yield the elements of a JSON list one by one, so that an invalid element does not affect the others."""
+def _elements(text: _Window) -> Iterator[tuple[int, Row]]:
+    """Yield the elements of a JSON list one by one, with their size, so that an invalid element does not affect the others."""
     text.at += 1
     number = 0
     while text.peek() != "]" or number:
-        yield _element(text, number)
+        start = text.chars + text.at
+        row = _element(text)
+        yield text.chars + text.at - start, row
         number += 1
         if text.peek() == "]":
             break
@@ -238,26 +338,28 @@ def _elements(text: _Window) -> Iterator[Row]:
     text.at += 1
     if text.peek():
         raise text.error_at("Extra data", text.at)
+    if not number:
+        raise InputError(f"{text.path.name}: the list is empty", "put at least one example in it")
 
 
-def _element(text: _Window, number: int) -> Row:
+def _element(text: _Window) -> Row:
     """Consume one element. One that does not parse may be incomplete, so more is read; one that is too long is skipped."""
     while True:
-        start, end, row, flaw = text.at, 0, Row(number, None, _too_long()), None
+        start, end, row, flaw = text.at, 0, Row(0, None, _too_long()), None
         try:
             value, end = STRICT.raw_decode(text.text, start)
-            row = _row(number, value, text.text[start:end])
+            row = _row(0, value, text.text[start:end])
         except json.JSONDecodeError as error:
             flaw = text.error_at(error.msg, error.pos)
         except ValueError as error:
-            row = Row(number, None, str(error))
+            row = Row(0, None, str(error))
             try:
                 _, end = LENIENT.raw_decode(text.text, start)
             except json.JSONDecodeError as broken:
                 flaw = text.error_at(broken.msg, broken.pos)
         if flaw and len(text.text) - start > MAX_ROW_BYTES:
             if _skip(text) > MAX_ROW_BYTES:
-                return Row(number, None, _too_long())
+                return Row(0, None, _too_long())
             raise flaw
         if 0 < end < len(text.text) or not text.more():
             break
@@ -265,7 +367,7 @@ def _element(text: _Window, number: int) -> Row:
         raise flaw
     text.at = end
     too_long = 4 * (end - start) > MAX_ROW_BYTES and len(text.text[start:end].encode()) > MAX_ROW_BYTES
-    return Row(number, None, _too_long()) if too_long else row
+    return Row(0, None, _too_long()) if too_long else row
 
 
 QUOTED, UNQUOTED = re.compile(r'\\.|"', re.DOTALL), re.compile(r'["\[\]{},]')
@@ -356,11 +458,16 @@ def _depth(value: Any) -> int:
     return depth
 
 
-def _csv(path: Path) -> list[Row]:
+def _csv(path: File) -> Iterator[Block]:
     """Read CSV: column names from the first line, unless it is an MMLU question; every value is text.
 
     An unclosed quote would include all that follows, so the file is refused.
     """
+    return _blocks(as_parsed, _csv_rows(path))
+
+
+def _csv_rows(path: File) -> Iterator[tuple[int, Row]]:
+    """Yield the rows of a CSV file with their size."""
 
     def lines() -> Iterator[str]:
         for number, line in _lines(path):
@@ -368,7 +475,6 @@ def _csv(path: Path) -> list[Row]:
                 raise csv.Error(_too_long(number))
             yield line.decode("utf-8", "surrogateescape")
 
-    rows: list[Row] = []
     reader = csv.reader(lines(), strict=True)
     usual = csv.field_size_limit(MAX_ROW_BYTES)
     try:
@@ -382,22 +488,22 @@ def _csv(path: Path) -> list[Row]:
         if len(header) == 1 and (other := next((mark for mark in ";\t|" if mark in header[0]), "")):
             raise InputError(f"{path.name}: not CSV: columns are separated by {other!r}", "save the file with commas between columns")
         for fields, line in table:
+            size = sum(map(len, fields))
             if any(not field.isascii() and re.search("[\udc80-\udcff]", field) for field in fields):
                 problem = f"not UTF-8 (line {line})"
-            elif sum(map(len, fields)) > MAX_ROW_BYTES:
+            elif size > MAX_ROW_BYTES:
                 problem = _too_long(line)
             elif len(fields) != len(header):
                 problem = f"{len(fields)} fields where the header has {len(header)} (line {line})"
             else:
                 problem = ""
-            rows.append(Row(len(rows), None if problem else dict(zip(header, fields, strict=True)), problem, line))
+            yield size, Row(0, None if problem else dict(zip(header, fields, strict=True)), problem, line)
     except csv.Error as error:
         raise InputError(
             f"{path.name}: not CSV: {error}, near line {reader.line_num}", "close every quote; double quotes inside one"
         ) from None
     finally:
         csv.field_size_limit(usual)
-    return rows
 
 
 MMLU_COLUMNS = ["question", "A", "B", "C", "D", "answer"]
@@ -409,7 +515,7 @@ def _is_mmlu(fields: list[str]) -> bool:
     return len(fields) == len(MMLU_COLUMNS) and fields[-1] in MMLU_COLUMNS[1:5]
 
 
-def _named_once(path: Path, columns: list[str]) -> None:
+def _named_once(path: File, columns: list[str]) -> None:
     for name, count in Counter(columns).items():
         if count > 1:
             raise InputError(f"{path.name}: column {name!r} is duplicated", "give each column a unique name")
@@ -417,19 +523,16 @@ def _named_once(path: Path, columns: list[str]) -> None:
             raise InputError(f"{path.name}: the column names are not UTF-8", "save the file as UTF-8")
 
 
-def _parquet(path: Path) -> list[Row]:
+def _parquet(path: File) -> Iterator[Block]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        with pq.ParquetFile(path) as file:
-            _named_once(path, file.schema_arrow.names)
-            return table_rows(file.iter_batches(batch_size=BATCH))
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"{path.name}: not Parquet: {error}", "write the file again") from None
+    with _as_type(path.name, "Parquet"), pq.ParquetFile(path if isinstance(path, Path) else pa.PythonFile(path.open("rb"))) as file:
+        _named_once(path, file.schema_arrow.names)
+        yield from _table_blocks(path.name, "Parquet", file.iter_batches(batch_size=BATCH))
 
 
-def _arrow(path: Path) -> list[Row]:
+def _arrow(path: File) -> Iterator[Block]:
     """Read an Arrow IPC file or stream. Each batch is fully validated, because Arrow does not check offsets."""
     import pyarrow as pa
 
@@ -437,17 +540,56 @@ def _arrow(path: Path) -> list[Row]:
         stream = reader if isinstance(reader, pa.RecordBatchReader) else map(reader.get_batch, range(reader.num_record_batches))
         for batch in stream:
             batch.validate(full=True)
-            yield batch
+            yield from (batch.slice(start, BLOCK_ROWS) for start in range(0, batch.num_rows, BLOCK_ROWS))
+
+    with _as_type(path.name, "Arrow"), pa.OSFile(str(path)) if isinstance(path, Path) else pa.PythonFile(path.open("rb")) as file:
+        magic = file.read(6)
+        file.seek(0)
+        reader = pa.ipc.open_file(file) if magic == b"ARROW1" else pa.ipc.open_stream(file)
+        _named_once(path, reader.schema.names)
+        yield from _table_blocks(path.name, "Arrow", batches(reader))
+
+
+@contextmanager
+def _as_type(name: str, kind: str) -> Iterator[None]:
+    """Raise InputError where a table is not of its type."""
+    import pyarrow as pa
 
     try:
-        with pa.OSFile(str(path)) as file:
-            magic = file.read(6)
-            file.seek(0)
-            reader = pa.ipc.open_file(file) if magic == b"ARROW1" else pa.ipc.open_stream(file)
-            _named_once(path, reader.schema.names)
-            return table_rows(batches(reader))
+        yield
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"{path.name}: not Arrow: {error}", "write the file again") from None
+        raise InputError(f"{name}: not {kind}: {error}", "write the file again") from None
+
+
+def _table_blocks(name: str, kind: str, batches: Iterable[Any]) -> Iterator[Block]:
+    row = BLOCK_BYTES // BLOCK_ROWS  # a block of batches ends at BLOCK_ROWS too
+    for block in _blocks(as_parsed, ((max(batch.nbytes, row * batch.num_rows), batch) for batch in batches)):
+        yield Block(partial(_batch_rows, name, kind), _Batches(block.content))
+
+
+class _Batches(list[Any]):
+    """Arrow record batches. A part of a larger one would be sent to another process with all of it, except in Arrow's own format."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        import pyarrow as pa
+
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, self[0].schema) as stream:
+            for batch in self:
+                stream.write_batch(batch)
+        return _received, (sink.getvalue().to_pybytes(),)
+
+
+def _received(content: bytes) -> _Batches:
+    import pyarrow as pa
+
+    with pa.ipc.open_stream(content) as stream:
+        return _Batches(stream)
+
+
+def _batch_rows(name: str, kind: str, batches: list[Any]) -> list[Row]:
+    with _as_type(name, kind):
+        return table_rows(batches)
 
 
 def table_rows(batches: Iterable[Any], decode: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> list[Row]:
@@ -516,12 +658,16 @@ def _as_text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
-def _paragraphs(path: Path) -> list[Row]:
+def _paragraphs(path: File) -> Iterator[Block]:
     """Read plain text, one row per paragraph: "One⏎two⏎⏎three"  ->  {"text": "One⏎two"}, {"text": "three"}"""
-    rows: list[Row] = []
+    return _blocks(as_parsed, _paragraph_rows(path))
+
+
+def _paragraph_rows(path: File) -> Iterator[tuple[int, Row]]:
+    """Yield the paragraphs with their size."""
     lines: list[str] = []
     size, problem, last = 0, "", 0
-    for number, line, flaw in chain(_text_lines(path), [(0, "", "")]):
+    for number, line, flaw in chain(_text_lines(_lines(path)), [(0, "", "")]):
         if flaw or line.strip():
             size += len(line.encode())
             problem = problem or flaw or ("" if size <= MAX_ROW_BYTES else _too_long(number))
@@ -529,12 +675,11 @@ def _paragraphs(path: Path) -> list[Row]:
             if not problem or not lines:
                 lines.append(line.rstrip("\r\n"))
         elif lines:
-            rows.append(Row(len(rows), None if problem else {"text": "\n".join(lines)}, problem, last))
+            yield size, Row(0, None if problem else {"text": "\n".join(lines)}, problem, last)
             lines, size, problem = [], 0, ""
-    return rows
 
 
-READERS: dict[str, Callable[[Path], list[Row]]] = {
+READERS: dict[str, Callable[[File], Iterator[Block]]] = {
     ".json": _json,
     ".json.gz": _json,
     ".jsonl": _jsonl,

@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.versions import require_version
-from dagster_project.curation.sources.files import Row, table_rows
-from dagster_project.curation.sources.formats import canonical_split
+from dagster_project.curation.sources.detection import canonical_split
+from dagster_project.curation.sources.files import Block, Row, as_parsed, rows_of, table_rows
 
 NEXT = (
     "check the name, the revision, the network and, for a gated data set, HF_TOKEN; "
@@ -52,6 +52,11 @@ class HubSplit:
 
 
 def read_split(source: HubSplit) -> list[Row]:
+    """As `split_blocks`, in memory."""
+    return rows_of(split_blocks(source))
+
+
+def split_blocks(source: HubSplit) -> Iterator[Block]:
     """Read the rows from the cache (HF_HOME) or from the Hub. A cached commit needs no network.
 
     Raises:
@@ -89,10 +94,11 @@ def read_split(source: HubSplit) -> list[Row]:
     if media := {name: kind for name, feature in data.features.items() for kind in _kinds(feature) - TEXTUAL}:
         columns = ", ".join(f"{name} ({kind})" for name, kind in media.items())
         raise InputError(f"{source.name}: columns without text: {columns}", "save the other columns as a file in data/sources/")
-    rows = table_rows(data.with_format("arrow").iter(1024), _decoder(data.features))
-    if not rows:
+    if not len(data):
         raise InputError(f"{source.name}: the split is empty", "use another split")
-    return rows
+    decode = _decoder(data.features)
+    for table in data.with_format("arrow").iter(1024):
+        yield Block(as_parsed, table_rows([table], decode))
 
 
 def _cached_builder(folder: Path, repository: str) -> Any:
@@ -147,13 +153,21 @@ def _error_text(error: BaseException, token: str | None) -> str:
     return (line.replace(token, "[token]") if token else line)[:300]
 
 
-def sha256_of_rows(rows: Iterable[Row]) -> str:
-    """Hash of the rows as JSON lines with sorted keys; an unreadable row is represented by its problem."""
-    digest = hashlib.sha256()
-    encode = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode
-    for row in rows:
-        digest.update(encode(row.value if row.value is not None else row.problem).encode("utf-8", "surrogatepass") + b"\n")
-    return digest.hexdigest()
+class RowsDigest:
+    """Hash of rows as JSON lines with sorted keys; an unreadable row is represented by its problem."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def update(self, rows: Iterable[Row]) -> None:
+        for row in rows:
+            self._digest.update(ROW.encode(row.value if row.value is not None else row.problem).encode("utf-8", "surrogatepass") + b"\n")
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+
+ROW = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 
 
 def held_out_label(source: HubSplit) -> str | None:

@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
+from dagster_project.core import workers
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_file, sha256_of_text
 from dagster_project.core.params import Licensed, Section, inside
-from dagster_project.curation.sources import fields, formats
-from dagster_project.curation.sources.files import files_of
-from dagster_project.curation.sources.hub import HubSplit, held_out_label, read_split, sha256_of_rows
+from dagster_project.core.stored_rows import StoredRows
+from dagster_project.curation.sources import formats, s3
+from dagster_project.curation.sources.files import Block, as_parsed, files_of, read_blocks, size_of
+from dagster_project.curation.sources.hub import HubSplit, RowsDigest, held_out_label, split_blocks
+from dagster_project.curation.sources.s3 import Reader as S3Reader
+from dagster_project.curation.sources.s3 import S3Object, require_revision
+from dagster_project.curation.sources.streaming import Facts, How, Records, SourceFile
 
 
 class Source(Licensed):
-    """A file, a folder or a data set on the Hugging Face Hub. Exactly one of `path` and `hub`."""
+    """A file, a folder, objects in S3 or a data set on the Hugging Face Hub. Exactly one of `path` and `hub`."""
 
     FIELDS: ClassVar[Mapping[str, bool]] = formats.RECORD_FIELDS
     """Fields that `mapping` may contain -> whether they are required."""
 
     path: str | None = None
-    """File or folder inside data/sources/, relative to the project. DVC tracks changes in data/sources/ only."""
+    """File or folder inside data/sources/, relative to the project; DVC tracks changes in data/sources/ only. Or an object,
+    or all objects under a prefix, in S3: `s3://BUCKET/PREFIX`, which requires `revision`."""
     hub: str | None = None
     """Instead of `path`: a data set on the Hugging Face Hub, `org/name`. Requires `revision` and `split`."""
     revision: str | None = None
-    """With `hub`: the commit, 40 hex digits. Branches and tags are refused, because they move."""
+    """With `hub`: the commit, 40 hex digits. Branches and tags are refused, because they move. With an `s3://` path: the
+    digest of the list of objects, 64 hex digits; a run without it prints it and stops."""
     config: str | None = None
     """With `hub`: name of the configuration (subset), if the data set has several."""
     split: str | None = None
@@ -66,7 +72,11 @@ class Source(Licensed):
             raise ValueError("hub requires `revision` (the commit, 40 hex digits) and `split`")
         if self.hub is not None and self.on_hub.problem:
             raise ValueError(self.on_hub.problem)
-        if self.path is not None and (self.revision or self.config):
+        if self.is_s3 and (problem := s3.problem_of(self.path or "", self.revision)):
+            raise ValueError(problem)
+        if self.is_s3 and self.config:
+            raise ValueError("config belongs to a hub data set, not to objects in S3")
+        if self.path is not None and not self.is_s3 and (self.revision or self.config):
             raise ValueError("revision and config belong to a hub data set, not to a path")
         if self.path is not None and self.split not in (None, "train", "validation", "test", formats.FROM_FILE_NAMES):
             raise ValueError(f"split {self.split!r} of a path must be train, validation, test or {formats.FROM_FILE_NAMES}")
@@ -75,6 +85,10 @@ class Source(Licensed):
     @property
     def on_hub(self) -> HubSplit:
         return HubSplit(self.hub or "", self.revision or "", self.split or "", self.config)
+
+    @property
+    def is_s3(self) -> bool:
+        return self.path is not None and self.path.startswith(s3.SCHEME)
 
     @property
     def name(self) -> str:
@@ -114,95 +128,136 @@ class Reading(Section):
 
 
 def read_sources(
-    root: Path, sources: Sequence[Source], reading: Reading, section: str, read: formats.Reader
-) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+    root: Path, sources: Sequence[Source], reading: Reading, section: str, pairs: bool, scratch: Path
+) -> tuple[StoredRows, dict[str, dict[str, Any]]]:
     """Read every row of every source, in order.
 
     Args:
         root: the project's folder; source paths are relative to it.
         section: section of params.yaml, for messages.
-        read: `formats.records_of` or `formats.pairs_of`.
+        pairs: read preference pairs, not examples.
+        scratch: folder for scratch files.
     Returns:
-        The rows, and facts about each source for the report.
+        The records or pairs, and facts about each source for the report.
     Raises:
-        InputError: a source is missing, misnamed, mostly unreadable, held out or read twice.
+        InputError: a source is missing, misnamed, mostly unreadable, held out or read twice, or objects in S3 are not those that are pinned.
     """
-    rows: list[dict[str, Any]] = []
+    places = locate_sources(root, sources, f"{section}.sources")
+    pinned = _pinned_objects(root, sources, section, scratch)
+    records = Records(scratch)
     facts: dict[str, dict[str, Any]] = {}
-    for source, path in zip(sources, locate_sources(root, sources, f"{section}.sources"), strict=True):
-        layout, records, details = _from_hub(source, reading.limit, read) if path is None else _from_path(source, path, reading.limit, read)
-        _refuse_unreadable(source, records, layout, reading.max_malformed, section)
-        rows += records
-        origin = {"origin": source.origin} if source.origin else {}
-        rows_read = len(_source_rows(records))
-        counts = {"pairs": len(records)} if read is formats.pairs_of else {"examples": len(records)} if len(records) != rows_read else {}
-        facts[source.name] = {
-            "format": layout,
-            "rows": rows_read,
-            **counts,
-            **details,
-            "license": source.license,
-            **origin,
-            "fields": fields.taken(records),
-        }
-    return rows, facts
+    with workers.started() as pool, workers.using(pool):
+        for source, path in zip(sources, places, strict=True):
+            how = How(source.name if path is None else path.name, pairs, source.format, source.mapping, source.split, source.think)
+            objects = pinned.get(source.name)
+            read = partial(_from_path, path=path) if path else partial(_from_s3, objects=objects) if objects else _from_hub
+            found, details = read(records, source, how, reading.limit)
+            _refuse_unreadable(source, found, reading.max_malformed, section)
+            origin = {"origin": source.origin} if source.origin else {}
+            rows = found.rows.total()
+            counts = {"pairs": found.records} if pairs else {"examples": found.records} if found.records != rows else {}
+            facts[source.name] = {
+                "format": found.layout,
+                "rows": rows,
+                **counts,
+                **details,
+                "license": source.license,
+                **origin,
+                "fields": found.fields.shown(),
+            }
+    return records.rows(), facts
 
 
-def _source_rows(records: Iterable[Mapping[str, Any]]) -> set[tuple[str, int]]:
-    """(source, row) of all source rows. A row may give several pairs, and two rows may give one."""
-    return {(record["source"], row) for record in records for row in record.get("source_rows", (record["source_row"],))}
-
-
-Loaded = tuple[str, list[dict[str, Any]], dict[str, Any]]
-"""Layout, records, and further facts for the report."""
-
-
-def _from_path(source: Source, path: Path, limit: int | None, read: formats.Reader) -> Loaded:
-    layout, records = formats.of_files(path, source.name, source.format, source.mapping, source.split, read, source.think)
-    records = records[:limit]
+def _from_path(records: Records, source: Source, how: How, limit: int | None, path: Path) -> tuple[Facts, dict[str, Any]]:
+    """Add the records of a file or folder. Returns facts about its rows, and further facts for the report."""
     if path.is_file():
-        return layout, records, {"sha256": sha256_of_file(path)}
-    count = Counter(name for name, _ in _source_rows(records))
-    files = {name: {"rows": count[f"{source.name.rstrip('/')}/{name}"], "sha256": sha256_of_file(file)} for name, file in files_of(path)}
-    listed = "".join(f"{file['sha256']}  {name}\n" for name, file in files.items())
-    return layout, records, {"sha256": sha256_of_text(listed), "files": files}
+        facts = records.read([SourceFile(path.name, source.name, read_blocks(path), size_of(path))], how, limit)
+        return facts, {"sha256": sha256_of_file(path)}
+    folder, named = source.name.rstrip("/"), files_of(path)
+    facts = records.read(
+        [SourceFile(f"{path.name}/{name}", f"{folder}/{name}", read_blocks(file), size_of(file)) for name, file in named], how, limit
+    )
+    return facts, listed({name: {"rows": facts.rows[f"{folder}/{name}"], "sha256": sha256_of_file(file)} for name, file in named})
 
 
-def _from_hub(source: Source, limit: int | None, read: formats.Reader) -> Loaded:
-    rows = read_split(source.on_hub)[:limit]
-    digest = sha256_of_rows(rows)
-    layout, records = read(rows, source.name, source.name, source.format, source.mapping, held_out_label(source.on_hub), source.think)
+def listed(files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What a report says about several files: {"a.jsonl": {"rows": 2, "sha256": ...}}  ->  {"sha256": of the list that `sha256sum` prints, "files"}"""
+    return {"sha256": sha256_of_text("".join(f"{file['sha256']}  {name}\n" for name, file in files.items())), "files": files}
+
+
+def _pinned_objects(root: Path, sources: Sequence[Source], section: str, scratch: Path) -> dict[str, list[S3Object]]:
+    """Name of each source in S3 -> its objects, before any of them is read."""
+    urls = {source.name: source for source in sources if source.is_s3}
+    reader = S3Reader() if urls else None
+    found = {}
+    for name, source in urls.items():
+        assert reader
+        found[name] = reader.list(name, scratch)
+        require_revision(found[name], name, source.revision, root, section)
+    return found
+
+
+def _from_s3(records: Records, source: Source, how: How, limit: int | None, objects: Sequence[S3Object]) -> tuple[Facts, dict[str, Any]]:
+    """As `_from_path`, for objects in S3."""
+    facts = records.read([SourceFile(one.name, one.name, read_blocks(one), one.size) for one in objects], how, limit)
+    files = {one.path: {"rows": facts.rows[one.name], "sha256": one.sha256, "size": one.size, "etag": one.etag} for one in objects}
+    is_one = [one.name for one in objects] == [source.name]
+    return facts, {**listed(files), **({"sha256": objects[0].sha256} if is_one else {}), "revision": source.revision}
+
+
+def _from_hub(records: Records, source: Source, how: How, limit: int | None) -> tuple[Facts, dict[str, Any]]:
+    """As `_from_path`, for a split on the Hub."""
+    digest = RowsDigest()
+    blocks = _digested(split_blocks(source.on_hub), limit, digest)
+    how = how._replace(split=held_out_label(source.on_hub))
+    facts = records.read([SourceFile(source.name, source.name, blocks)], how, None)
     config = {"config": source.config} if source.config else {}
-    return layout, records, {"sha256": digest, "hub": source.hub, "revision": source.revision, **config, "split": source.split}
+    details = {"hub": source.hub, "revision": source.revision, **config, "split": source.split}
+    return facts, {"sha256": digest.hexdigest(), **details}
 
 
-def _refuse_unreadable(source: Source, records: Sequence[dict[str, Any]], layout: str, most: float, section: str) -> None:
+def _digested(blocks: Iterable[Block], limit: int | None, digest: RowsDigest) -> Iterator[Block]:
+    """The first rows of a file, of which the hash is computed."""
+    for block in blocks:
+        rows = block.rows()[:limit]
+        digest.update(rows)
+        yield Block(as_parsed, rows)
+        if limit is not None and (limit := limit - len(rows)) == 0:
+            return
+
+
+def _refuse_unreadable(source: Source, found: Facts, most: float, section: str) -> None:
     """Refuse a source with too many unreadable rows. Rows with images and the like are readable; a check drops them.
 
     Raises:
         InputError: the share of unreadable rows is above `most`, or all are unreadable.
     """
-    empty = [record for record in records if not any(record.get(field) for field in ("messages", "prompt", "chosen", "rejected"))]
-    unreadable = [record for record in empty if "unsupported" not in json.loads(record["meta"])]
-    if not empty or (len(unreadable) <= most * len(records) and len(empty) < len(records)):
+    empty = found.unreadable + found.unsupported
+    if not empty or (found.unreadable <= most * found.records and empty < found.records):
         return
-    unreadable = unreadable or empty
-    examples = [f"  {row['source']}:{row['source_row']}: {json.loads(row['meta'])['problem']}" for row in unreadable[:3]]
+    count = found.unreadable or found.unsupported
     raise InputError(
-        "\n".join([f"{source.name}: {len(unreadable)} of {len(records)} rows cannot be read ({layout}); the first:", *examples]),
+        "\n".join(
+            [
+                f"{source.name}: {count} of {found.records} rows cannot be read ({found.layout}); the first:",
+                *found.problems[not found.unreadable],
+            ]
+        ),
         f"fix them, or set the right format; {section}.max_malformed ({most}) is the share that may be unreadable",
     )
 
 
 def locate_sources(root: Path, sources: Sequence[Source], where: str) -> list[Path | None]:
-    """Paths of the sources (None on the Hub), after checking that no row is read twice or held out.
+    """Paths of the sources (None on the Hub and in S3), after checking that no row is read twice or held out.
 
     Args:
         where: path of the list in params.yaml, for messages, e.g. "raw_examples.sources".
     Raises:
         InputError: as `locate`; or two sources overlap, or one of them overlaps the benchmarks.
     """
-    places = [None if source.path is None else _inside_sources(root, source.path, where, "data/sources") for source in sources]
+    places = [
+        None if source.path is None or source.is_s3 else _inside_sources(root, source.path, where, "data/sources") for source in sources
+    ]
     where = f"params.yaml: {where}"
     benchmarks = (root / "data/sources/benchmarks").resolve()
     for source, place in zip(sources, places, strict=True):
@@ -211,7 +266,9 @@ def locate_sources(root: Path, sources: Sequence[Source], where: str) -> list[Pa
         if place and benchmarks.is_relative_to(place):
             raise InputError(f"{where}: {source.name} is a folder that contains the held-out benchmarks", "use folders next to benchmarks/")
         for other, there in zip(sources, places, strict=True):
-            if other is not source and place and there and there.is_relative_to(place):
+            is_inside = place and there and there.is_relative_to(place)
+            is_under = source.is_s3 and other.is_s3 and PurePosixPath(other.name).is_relative_to(source.name)
+            if other is not source and (is_inside or is_under):
                 raise InputError(f"{where}: {other.name} is in {source.name} and would be read twice", "list one of them")
     return places
 

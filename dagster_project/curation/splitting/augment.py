@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -98,13 +98,13 @@ def augment(
     seed: int,
     train: Sequence[Mapping[str, Any]],
     held_out: Sequence[str],
-    prompts: Mapping[str, Any],
+    prompts: Container[str],
     paraphrases: Sequence[Paraphrase] = (),
 ) -> AddedRows:
     """Copies of train rows.
 
     Args:
-        train: canonical records.
+        train: canonical records, which are read once, or twice with paraphrases. The copies are kept in memory.
         held_out: prompts of validation and test. No copy is a near-copy of one of them.
         prompts: prompts of the whole set. No copy has the same prompt as one of them.
     """
@@ -149,17 +149,16 @@ def augment(
 def _by_row(train: Sequence[Mapping[str, Any]], paraphrases: Sequence[Paraphrase]) -> tuple[dict[int, list[str]], int]:
     """The paraphrases of each train row, and the number of those of other rows."""
     wanted: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for k, one in enumerate(paraphrases):
+        wanted[("example_id", one.example_id) if one.example_id else ("prompt", one.prompt or "")].append(k)
+    own: dict[int, list[str]] = {}
+    used: set[int] = set()
     for i, record in enumerate(train) if paraphrases else ():
-        wanted["example_id", record["example_id"]].append(i)
-        wanted["prompt", prompt_text(record["messages"]).strip()].append(i)
-    own: dict[int, list[str]] = defaultdict(list)
-    unused = 0
-    for one in paraphrases:
-        rows = wanted.get(("example_id", one.example_id) if one.example_id else ("prompt", one.prompt or ""), [])
-        unused += not rows
-        for i in rows:
-            own[i].append(one.text)
-    return own, unused
+        names = (("example_id", record["example_id"]), ("prompt", prompt_text(record["messages"]).strip()))
+        if found := sorted(k for name in names for k in wanted.get(name, ())):
+            own[i] = [paraphrases[k].text for k in found]
+            used.update(found)
+    return own, len(paraphrases) - len(used)
 
 
 # --- changes of a prompt

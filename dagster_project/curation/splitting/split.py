@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from array import array
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.records import uncollected
+from dagster_project.core.stored_rows import SelectedTexts
+from dagster_project.core.strings import StringIndex, Strings, digests
 from dagster_project.curation.similarity.overlap import near_pairs
+
+if TYPE_CHECKING:
+    import numpy as np
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 SPLITS = (TRAIN, VALIDATION, TEST)
@@ -25,35 +28,45 @@ OPEN, DROPPED = "", "dropped"
 class Copies:
     """The near-copies in a data set, from one search over all of it."""
 
-    number: Mapping[str, int]
-    """Different text -> number."""
-    left: array[int]
-    right: array[int]
-    """Numbers of each pair of near-copies. Compact arrays, because templated sets have millions."""
+    texts: Sequence[str]
+    """All texts, which may be read when they are used."""
+    index: StringIndex
+    """Numbers of the different texts that are not empty."""
+    left: np.ndarray
+    right: np.ndarray
+    """Numbers of each pair of near-copies, (pairs,) int32. Compact arrays, because templated sets have millions."""
 
-    def links(self, texts: Sequence[str], groups: Sequence[str]) -> Iterator[tuple[str, str]]:
+    def text(self, number: int) -> str:
+        return self.texts[int(self.index.first[number])]
+
+    def links(self, groups: Sequence[str]) -> Iterator[tuple[str, str]]:
         """Yield pairs of different groups that contain near-copies of each other.
 
         `instructions` formed the groups before it dropped rows. A run of words that was boilerplate there can be rare here.
+
+        Args:
+            groups: group of each text.
         """
-        group_of: dict[int, str] = {}
-        for text, group in zip(texts, groups, strict=True):
-            if text in self.number and (first := group_of.setdefault(self.number[text], group)) != group:
-                yield first, group
+        first = self.index.first
+        for i, (number, group) in enumerate(zip(self.index.numbers, groups, strict=True)):
+            if number >= 0 and first[number] != i and (other := groups[int(first[number])]) != group:
+                yield other, group
         for a, b in zip(self.left, self.right, strict=True):
-            if group_of[a] != group_of[b]:
-                yield group_of[a], group_of[b]
+            if (one := groups[int(first[a])]) != (other := groups[int(first[b])]):
+                yield one, other
 
 
 @uncollected
-def find_copies(texts: Iterable[str]) -> Copies:
-    """Find near-copies among texts. Empty texts are ignored."""
-    number = {text: i for i, text in enumerate(dict.fromkeys(text for text in texts if text.strip()))}
+def find_copies(texts: Sequence[str]) -> Copies:
+    """Find near-copies among texts, which are read twice. Empty texts are ignored."""
+    import numpy as np
+
+    index = StringIndex(text if text.strip() else None for text in texts)
     left, right = array("i"), array("i")
-    for pair in near_pairs(list(number)):
+    for pair in near_pairs(SelectedTexts(texts, index.first.tolist())):
         left.append(pair.left)
         right.append(pair.right)
-    return Copies(number, left, right)
+    return Copies(texts, index, np.array(left, np.int32), np.array(right, np.int32))
 
 
 def joined(links: Iterable[tuple[str, str]]) -> dict[str, str]:
@@ -72,14 +85,19 @@ def joined(links: Iterable[tuple[str, str]]) -> dict[str, str]:
     return {name: root(name) for name in list(parent)}
 
 
-def units(groups: Sequence[str], keys: Sequence[str | None]) -> list[str]:
+def units(groups: Sequence[str], keys: Sequence[str | None]) -> Sequence[str]:
     """The unit of each row: all rows connected by shared groups or keys, named by the smallest group. Units are not divided.
 
     groups a b b c, keys 1 1 None 2  ->  a a a c
     """
     first: dict[str, str] = {}
     link = joined((first.setdefault(key, group), group) for group, key in zip(groups, keys, strict=True) if key is not None)
-    return [link.get(group, group) for group in groups]
+    return renamed(groups, link)
+
+
+def renamed(groups: Sequence[str], link: Mapping[str, str]) -> Sequence[str]:
+    """The groups by the names that `joined` gave them."""
+    return Strings(link.get(group, group) for group in groups) if link else groups
 
 
 # --- assignment
@@ -122,15 +140,17 @@ def assign_splits(
         shares: split -> share of each stratum's rows; the rest is train.
         seed: determines the assignment. The order of rows does not matter.
     """
+    import numpy as np
+
     by_label, because = keep_labels(groups, keys, labels)
     labelled = {i for i, name in enumerate(by_label) if name in SPLITS}
     named, largest = set(by_label), 0
     unnamed = {name: share for name, share in shares.items() if name not in named and share}
     splits = list(by_label)
     for pool, pool_shares in ((OPEN, shares), (TRAIN, unnamed)):
-        rows = [i for i, name in enumerate(by_label) if name == pool] if pool_shares and pool in named else []
-        names = units([groups[i] for i in rows], [keys[i] for i in rows])
-        largest = max([largest, *Counter(names).values()])
+        rows = array("q", (i for i, name in enumerate(by_label) if name == pool) if pool_shares and pool in named else ())
+        names = units(Strings(groups[i] for i in rows), [keys[i] for i in rows])
+        largest = max(largest, int(np.bincount(StringIndex(names).numbers).max(initial=0)))
         coarse = any(keys[i] is not None for i in rows)
         for i, name in zip(rows, assign(names, [strata[i] for i in rows], pool_shares, seed, top_up=coarse), strict=True):
             splits[i] = name
@@ -153,19 +173,14 @@ def keep_labels(groups: Sequence[str], keys: Sequence[str | None], labels: Seque
     because: dict[int, int] = {}
     if not any(labels):
         return by_label, because
-    columns = (groups, keys)
-    rows_of: tuple[dict[str | None, list[int]], ...] = (defaultdict(list), defaultdict(list))
-    for index, column in zip(rows_of, columns, strict=True):
-        for i, name in enumerate(column):
-            if name is not None:
-                index[name].append(i)
+    neighbors = (_Neighbors(groups), _Neighbors(keys))
     for label in (TEST, VALIDATION, TRAIN):
-        queue = [i for i, own in enumerate(labels) if own == label and by_label[i] == OPEN]
+        queue = array("q", (i for i, own in enumerate(labels) if own == label and by_label[i] == OPEN))
         for i in queue:
             by_label[i] = label
         for i in queue:  # the queue grows during iteration
-            for index, column in zip(rows_of, columns, strict=True):
-                for j in index.pop(column[i], ()):
+            for column in neighbors:
+                for j in column.pop(i):
                     if by_label[j] != OPEN:
                         continue
                     if labels[j] is None:
@@ -175,6 +190,28 @@ def keep_labels(groups: Sequence[str], keys: Sequence[str | None], labels: Seque
                         by_label[j] = DROPPED
                         because[j] = i
     return by_label, because
+
+
+class _Neighbors:
+    """Rows with the same value."""
+
+    def __init__(self, column: Sequence[str | None]) -> None:
+        import numpy as np
+
+        index = StringIndex(column)
+        self._numbers = index.numbers
+        self._rows = np.argsort(index.numbers, kind="stable")  # by value, in order; first those without one
+        self._ends = np.cumsum(np.bincount(index.numbers + 1, minlength=len(index) + 1))
+        self._returned = np.zeros(len(index), np.bool_)
+
+    def pop(self, row: int) -> list[int]:
+        """All rows with the value of a row, in order; none if it has no value or they were returned before."""
+        number = int(self._numbers[row])
+        if number < 0 or self._returned[number]:
+            return []
+        self._returned[number] = True
+        found: list[int] = self._rows[self._ends[number] : self._ends[number + 1]].tolist()
+        return found
 
 
 def assign(units: Sequence[str], strata: Sequence[str], shares: Mapping[str, float], seed: int, top_up: bool = False) -> list[str]:
@@ -188,34 +225,50 @@ def assign(units: Sequence[str], strata: Sequence[str], shares: Mapping[str, flo
         top_up: for units that are large compared with strata: a missing share is taken from any stratum, and an empty split gets the unit
             closest in size.
     """
-    size = Counter(units)
-    most: dict[str, tuple[int, str]] = {}
-    for (unit, stratum), rows in Counter(zip(units, strata, strict=True)).items():
-        if unit not in most or (-rows, stratum) < most[unit]:
-            most[unit] = (-rows, stratum)
-    waiting = sorted(size, key=lambda unit: hashlib.sha256(f"{seed}:{unit}".encode()).digest())
-    members: dict[str, list[str]] = defaultdict(list)
-    for unit in waiting:
-        members[most[unit][1]].append(unit)
-    split_of = dict.fromkeys(waiting, TRAIN)
+    import numpy as np
 
-    def fill(name: str, candidates: Sequence[str], room: int) -> None:
-        for unit in candidates:
-            if size[unit] <= room and split_of[unit] == TRAIN:
-                split_of[unit] = name
-                room -= size[unit]
+    index = StringIndex(units)
+    size = np.bincount(index.numbers, minlength=len(index))
+    waiting = np.argsort(digests(f"{seed}:{units[i]}" for i in index.first.tolist()), kind="stable")
+    stratum = _most_frequent(index, strata)[waiting]
+    names = [TRAIN, *shares]
+    split_of = np.zeros(len(index), np.uint8)
 
-    for ids in members.values():
-        rows = sum(size[unit] for unit in ids)
-        for name, share in shares.items():
-            fill(name, ids, round(rows * share))
-    for name, share in shares.items() if top_up else ():
-        target, assigned = round(len(units) * share), sum(size[unit] for unit in waiting if split_of[unit] == name)
-        fill(name, waiting, target - assigned)
-        left = [unit for unit in waiting if split_of[unit] == TRAIN]
-        if target and name not in split_of.values() and len(left) > 1:
-            split_of[min(left, key=lambda unit: abs(size[unit] - target))] = name
-    return [split_of[unit] for unit in units]
+    def fill(code: int, candidates: np.ndarray, room: int) -> None:
+        for unit, rows in zip(candidates.tolist(), size[candidates].tolist(), strict=True):
+            if room <= 0:
+                return
+            if rows <= room and not split_of[unit]:
+                split_of[unit] = code
+                room -= rows
+
+    by_stratum = waiting[np.argsort(stratum, kind="stable")]
+    for ids in np.split(by_stratum, np.cumsum(np.bincount(stratum))[:-1]) if len(index) else ():
+        rows = int(size[ids].sum())
+        for code, share in enumerate(shares.values(), 1):
+            fill(code, ids, round(rows * share))
+    for code, share in enumerate(shares.values(), 1) if top_up else ():
+        target, assigned = round(len(units) * share), int(size[split_of == code].sum())
+        fill(code, waiting, target - assigned)
+        left = waiting[split_of[waiting] == 0]
+        if target and not (split_of == code).any() and len(left) > 1:
+            split_of[left[np.argmin(abs(size[left] - target))]] = code
+    return [names[code] for code in split_of[index.numbers]]
+
+
+def _most_frequent(index: StringIndex, strata: Sequence[str]) -> np.ndarray:
+    """The most frequent stratum of each unit, of several the first by name; strata are numbered by name, (units,) int64."""
+    import numpy as np
+
+    code = {name: k for k, name in enumerate(sorted(set(strata)))}
+    codes = np.fromiter((code[name] for name in strata), np.int64, len(strata))
+    pairs, counts = np.unique(index.numbers.astype(np.int64) * max(1, len(code)) + codes, return_counts=True)
+    unit, stratum = np.divmod(pairs, max(1, len(code)))
+    best = np.lexsort((stratum, -counts, unit))
+    first = np.ones(len(best), np.bool_)
+    first[1:] = unit[1:] != unit[:-1]  # sorted by unit before and after
+    found: np.ndarray = stratum[best][first]
+    return found
 
 
 # --- verification
@@ -252,7 +305,7 @@ WHYS = {"copy": "near-copies", "group": "the same group", "id": "the same exampl
 
 
 @uncollected
-def verify_splits(folder: Path, copies: Copies, known: set[str], elsewhere: Path | None = None) -> Verification:
+def verify_splits(folder: Path, copies: Copies, known: StringIndex, elsewhere: Path | None = None) -> Verification:
     """Read the shards of all splits back and find copies and near-copies in different splits.
 
     Near-copies are those of `find_copies` over the whole set, because a new search would consider other runs boilerplate. Texts that it
@@ -261,7 +314,7 @@ def verify_splits(folder: Path, copies: Copies, known: set[str], elsewhere: Path
     Args:
         folder: output of `write_records`, one folder per split.
         copies: near-copies among all assigned rows.
-        known: example_id of each assigned row.
+        known: the example_ids of all assigned rows.
         elsewhere: folder of further test records, whose texts are in `copies`.
     Raises:
         AssertionError: a held-out row has a text that no assigned row has.
@@ -269,44 +322,44 @@ def verify_splits(folder: Path, copies: Copies, known: set[str], elsewhere: Path
     import numpy as np
 
     splits, numbers = array("B"), array("i")
-    ids: list[str] = []
-    groups: list[str] = []
+    ids, groups = Strings(), Strings()
     unexpected: list[str] = []
     added: dict[str, int] = {}  # text that is not in `copies` -> first train row with it
     for code, name in enumerate(SPLITS):
         shards = sorted((folder / name).glob("records-*.parquet"))
         for shard in [*shards, *(sorted(elsewhere.glob("records-*.parquet")) if elsewhere and name == TEST else ())]:
-            for identity, group, text in _read(shard):
-                number = copies.number.get(text, -1)
-                if identity not in known and name != TRAIN:
-                    unexpected.append(f"{name}/{identity}")
-                elif number < 0 and text.strip():
-                    if identity in known:
-                        raise AssertionError(f"{name}/{identity}: the shard has a text that no assigned row has")
-                    added.setdefault(text, len(ids))
-                splits.append(code)
-                ids.append(identity)
-                groups.append(group)
-                numbers.append(number)
+            shard_ids, shard_groups, texts = _read(shard)
+            found, is_known = copies.index.find(texts), known.find(shard_ids) >= 0
+            for k in np.flatnonzero((found < 0) | ~is_known).tolist():
+                if not is_known[k] and name != TRAIN:
+                    unexpected.append(f"{name}/{shard_ids[k]}")
+                elif found[k] < 0 and texts[k].strip():
+                    if is_known[k]:
+                        raise AssertionError(f"{name}/{shard_ids[k]}: the shard has a text that no assigned row has")
+                    added.setdefault(texts[k], len(ids) + k)
+            splits.extend([code] * len(shard_ids))
+            ids.extend(shard_ids)
+            groups.extend(shard_groups)
+            numbers.extend(found.tolist())
     code_of, number_of = np.array(splits, np.uint8), np.array(numbers, np.int32)
-    splits_of = np.zeros(len(copies.number), np.uint8)  # one bit per split
+    splits_of = np.zeros(len(copies.index), np.uint8)  # one bit per split
     for code in range(len(SPLITS)):
         splits_of[number_of[(code_of == code) & (number_of >= 0)]] |= 1 << code
 
     def several(bits: Any) -> Any:
         return bits & (bits - 1) != 0
 
-    left, right = np.array(copies.left, np.int32), np.array(copies.right, np.int32)
+    left, right = copies.left, copies.right
     crossing = several(splits_of[left] | splits_of[right]) & (splits_of[left] > 0) & (splits_of[right] > 0)
     same = np.flatnonzero(several(splits_of))
     sides = [(int(n), int(n)) for n in same] + [(int(a), int(b)) for a, b in zip(left[crossing], right[crossing], strict=True)]
-    held_out = {text: n for text, n in copies.number.items() if splits_of[n] > 1} if added else {}
-    texts, against = list(added), list(held_out)
-    added_copies = [(added[texts[p.left]], held_out[against[p.right]]) for p in near_pairs(texts, against)] if added else []
+    held_out = np.flatnonzero(splits_of > 1)
+    new = list(added)
+    against = SelectedTexts(copies.texts, copies.index.first[held_out].tolist())
+    added_copies = [(added[new[p.left]], int(held_out[p.right])) for p in near_pairs(new, against)] if added else []
 
     leaks: list[Leak] = []
     leaking: set[int] = set()
-    text_of = list(copies.number)
     names = [SPLITS[code] for code in splits]
 
     def report(rows: Iterable[int], why: str, limit: int) -> None:
@@ -318,7 +371,7 @@ def verify_splits(folder: Path, copies: Copies, known: set[str], elsewhere: Path
         strictest, *others = sorted(first, reverse=True)
         for code in others if limit > 0 else ():
             a, b = first[strictest], first[code]
-            text = text_of[numbers[a]] if numbers[a] >= 0 else ""
+            text = copies.text(numbers[a]) if numbers[a] >= 0 else ""
             leaks.append(Leak(f"{names[a]}/{ids[a]}", f"{names[b]}/{ids[b]}", WHYS[why], text))
 
     rows_of = _rows_of(numbers, {n for pair in sides for n in pair} | {n for _, n in added_copies})
@@ -331,12 +384,11 @@ def verify_splits(folder: Path, copies: Copies, known: set[str], elsewhere: Path
         holders = _rows_of(column, set(split_up))
         for k, value in enumerate(split_up):
             report(holders[value], why, LEAKS - k)
-    counts = Counter(names)
-    return Verification({name: counts[name] for name in SPLITS}, leaks, len(leaking), unexpected)
+    return Verification({name: names.count(name) for name in SPLITS}, leaks, len(leaking), unexpected)
 
 
-def _read(shard: Path) -> Iterator[tuple[str, str, str]]:
-    """Yield example_id, group_id and prompt text of each row.
+def _read(shard: Path) -> tuple[list[str], list[str], list[str]]:
+    """example_id, group_id and prompt text of each row.
 
     Read by column, because building a dict for every message would take most of the time.
     """
@@ -347,12 +399,12 @@ def _read(shard: Path) -> Iterator[tuple[str, str, str]]:
     messages = table[column].combine_chunks()
     turns = messages.flatten()
     roles, contents = (turns.field(name).to_pylist() for name in ("role", "content"))
-    lengths = messages.value_lengths().to_pylist()
-    end = 0
-    for identity, group, length in zip(table["example_id"].to_pylist(), table["group_id"].to_pylist(), lengths, strict=True):
+    texts, end = [], 0
+    for length in messages.value_lengths().to_pylist():
         start, end = end, end + length
         prompt = "\n".join([contents[k] for k in range(start, end) if roles[k] == "user"])
-        yield identity, group, prompt or (contents[end - 1] if length and roles[end - 1] == "assistant" else "")
+        texts.append(prompt or (contents[end - 1] if length and roles[end - 1] == "assistant" else ""))
+    return table["example_id"].to_pylist(), table["group_id"].to_pylist(), texts
 
 
 def _rows_of(column: Sequence[Any], values: set[Any]) -> dict[Any, list[int]]:
@@ -368,9 +420,10 @@ def straddling(groups: Sequence[str], splits: Sequence[str]) -> list[str]:
     import pandera.polars as pa
     import polars as pl
 
-    if len(set(groups)) == len(groups):  # no duplicates
+    column = pl.Series("group", groups.arrow() if isinstance(groups, Strings) else groups, pl.String)
+    if column.n_unique() == len(column):  # no duplicates
         return []
-    frame = pl.DataFrame({"group": groups, "split": splits}).group_by("group").agg(pl.col("split").n_unique().cast(pl.Int64))
+    frame = pl.DataFrame({"group": column, "split": splits}).group_by("group").agg(pl.col("split").n_unique().cast(pl.Int64))
     schema = pa.DataFrameSchema(
         {"group": pa.Column(pl.String), "split": pa.Column(pl.Int64, pa.Check.eq(1, name="split_leakage"))}, strict=True
     )

@@ -77,10 +77,19 @@ class Rules:
     reasoning: Reasoning = "template"
 
 
-def make(tokenizer: Any, records: Sequence[dict[str, Any]], rules: Rules) -> list[RecordOutcome]:
-    """Tokenize records, in order. The tokenizer is called once per `CHUNK` records, which is faster than once per text."""
+def step_of(records: int) -> int:
+    """Of every which record of a split of this size the whole text is tokenized for comparison."""
+    return -(-records // LOOKED_AT)
+
+
+def make(tokenizer: Any, records: Sequence[dict[str, Any]], rules: Rules, first: int = 0, step: int = 1) -> list[RecordOutcome]:
+    """Tokenize records, in order. The tokenizer is called once per `CHUNK` records, which is faster than once per text.
+
+    Args:
+        first: number of the first record in its split.
+        step: from `step_of`.
+    """
     outcomes: list[RecordOutcome] = []
-    step = -(-len(records) // LOOKED_AT)
     for start in range(0, len(records), CHUNK):
         chunk = records[start : start + CHUNK]
         cuts = [_pieces_or_outcome(tokenizer, record, rules.reasoning) for record in chunk]
@@ -88,7 +97,7 @@ def make(tokenizer: Any, records: Sequence[dict[str, Any]], rules: Rules) -> lis
         encoded: dict[int, list[Encoded]] = defaultdict(list)
         for (i, parts), ids in zip(texts, encode_pieces(tokenizer, [parts for _, parts in texts]), strict=True):
             encoded[i].append([(piece, trained) for piece, (_, trained) in zip(ids, parts, strict=True)])
-        checked = [(i, parts) for i, parts in texts if i % step == 0]
+        checked = [(i, parts) for i, parts in texts if (first + i) % step == 0]
         whole: dict[int, list[list[int]]] = defaultdict(list)
         for (i, _), ids in zip(
             checked, encode_pieces(tokenizer, [[("".join(t for t, _ in parts), True)] for _, parts in checked]), strict=True

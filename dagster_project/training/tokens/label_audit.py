@@ -12,10 +12,12 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Message, argument_texts, calls, field_texts, is_trained
 from dagster_project.core.rendering import end_tokens, render
 from dagster_project.training.tokens.examples import Example, RecordOutcome, spans
-from dagster_project.training.tokens.mixture import draw_order
+from dagster_project.training.tokens.mixture import draw_number
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from dagster_project.training.tokens.tokenized_split import TokenizedSplit
 
 FIRST = 3
 """Number of first examples of each split in the sample."""
@@ -198,51 +200,53 @@ def has_double_bos(tokenizer: Any, example: Example) -> bool:
     )
 
 
-def statistics(tokenizer: Any, records: Sequence[dict[str, Any]], results: Sequence[RecordOutcome]) -> dict[str, Any]:
+def statistics(found: TokenizedSplit) -> dict[str, Any]:
     """Statistics of a split. An example counts once, however often it is repeated."""
     import numpy as np
 
-    examples = [(record, example) for record, result in zip(records, results, strict=True) for example in result.examples]
-    lengths = [len(example.input_ids) for _, example in examples]
-    trained = [int((example.labels != IGNORE).sum()) for _, example in examples]
-    ends = sum(bool((example.labels[1:] == tokenizer.eos_token_id).any()) for _, example in examples)
-    checked = [result.stable for result in results if result.kept and result.stable is not None]
-    groups = {
-        name: {value: _group(lengths, trained, chosen) for value, chosen in sorted(_indices_by(examples, name).items())}
-        for name in ("category", "source")
-    }
-    total = sum(lengths)
+    examples, owners = found.examples(), found.owners()
+    lengths, trained = np.array(found.lengths, np.int64)[examples], np.array(found.labeled, np.int64)[examples]
+    ends, double_bos = (np.frombuffer(column, np.uint8)[examples] for column in (found.ends, found.double_bos))
+    checked = [stable for i, stable in enumerate(found.stable) if found.kept(i) and stable in {0, 1}]
+    total, padded = int(lengths.sum()), len(lengths) * int(lengths.max(initial=0))
     return {
         "examples": len(examples),
         "tokens": total,
-        "trained_tokens": sum(trained),
-        "trained_share": _share(sum(trained), total),
-        "end_of_turn_in_loss": _share(ends, len(examples)),
-        "double_bos": sum(has_double_bos(tokenizer, example) for _, example in examples),
+        "trained_tokens": int(trained.sum()),
+        "trained_share": _share(int(trained.sum()), total),
+        "end_of_turn_in_loss": _share(int(ends.sum()), len(examples)),
+        "double_bos": int(double_bos.sum()),
         "prefix_stable": _share(sum(checked), len(checked)),
-        "padding_without_packing": _share(len(lengths) * max(lengths, default=0) - total, len(lengths) * max(lengths, default=0)),
-        "lengths": histogram(np.array(lengths)),
-        **groups,
+        "padding_without_packing": _share(padded - total, padded),
+        "lengths": histogram(lengths),
+        **{name: _by(values, owners, lengths, trained) for name, values in (("category", found.categories), ("source", found.sources))},
     }
 
 
-def _indices_by(examples: Sequence[tuple[dict[str, Any], Example]], name: str) -> dict[str, list[int]]:
-    found = defaultdict(list)
-    for i, (record, _) in enumerate(examples):
-        found[str(record[name] or "(none)")].append(i)
-    return found
+def _by(values: Sequence[str | None], owners: np.ndarray, lengths: np.ndarray, trained: np.ndarray) -> dict[str, Any]:
+    """Statistics of the examples of each value.
 
-
-def _group(lengths: Sequence[int], trained: Sequence[int], chosen: Sequence[int]) -> dict[str, Any]:
+    Args:
+        values: value of each record.
+        owners: record of each example.
+    """
     import numpy as np
 
-    own = [lengths[i] for i in chosen]
-    return {
-        "examples": len(own),
-        "tokens": sum(own),
-        "trained_tokens": sum(trained[i] for i in chosen),
-        "lengths": histogram(np.array(own)),
-    }
+    names = sorted({str(value or "(none)") for value in values})
+    code = {name: k for k, name in enumerate(names)}
+    codes = np.fromiter((code[str(value or "(none)")] for value in values), np.int64, len(values))[owners]
+    order, groups = np.argsort(codes, kind="stable"), {}
+    bounds = np.cumsum(np.bincount(codes, minlength=len(names)))
+    for name, chosen in zip(names, np.split(order, bounds[:-1]), strict=True) if names else ():
+        if len(chosen):
+            own = lengths[chosen]
+            groups[name] = {
+                "examples": len(own),
+                "tokens": int(own.sum()),
+                "trained_tokens": int(trained[chosen].sum()),
+                "lengths": histogram(own),
+            }
+    return groups
 
 
 def histogram(lengths: np.ndarray) -> dict[str, int]:
@@ -259,22 +263,28 @@ def _share(part: int, whole: int) -> float:
     return round(part / whole, 4) if whole else 0.0
 
 
-def sample(
-    tokenizer: Any, split: str, records: Sequence[dict[str, Any]], results: Sequence[RecordOutcome], seed: int
-) -> Iterator[dict[str, Any]]:
+def sample(tokenizer: Any, split: str, found: TokenizedSplit, seed: int) -> Iterator[dict[str, Any]]:
     """The first examples and a random sample of each source: text with trained spans in ⟦ ⟧, ids and labels."""
-    kept = [i for i, result in enumerate(results) if result.kept]
-    shuffled = [kept[k] for k in draw_order([records[i]["example_id"] for i in kept], seed)]
-    chosen = dict.fromkeys(kept[:FIRST], "first")
-    for source in sorted({records[i]["source"] for i in kept}):
-        for i in [i for i in shuffled if records[i]["source"] == source][:OF_EACH_SOURCE]:
+    chosen: dict[int, str] = {}
+    drawn: dict[str, list[tuple[bytes, int]]] = defaultdict(list)  # source -> the records with the lowest random numbers
+    for i, name in enumerate(found.ids):
+        if not found.kept(i):
+            continue
+        if len(chosen) < FIRST:
+            chosen[i] = "first"
+        own = drawn[found.sources[i]]
+        own.append((draw_number(name, seed), i))
+        if len(own) > OF_EACH_SOURCE:
+            own.remove(max(own))
+    for source in sorted(drawn):
+        for _, i in sorted(drawn[source]):
             chosen.setdefault(i, "sample")
     for i, why in chosen.items():
-        for part, example in enumerate(results[i].examples):
+        for part, example in enumerate(found.read(found.of(i))):
             yield {
                 "split": split,
-                "source": records[i]["source"],
-                "example_id": records[i]["example_id"],
+                "source": found.sources[i],
+                "example_id": found.ids[i],
                 "part": part,
                 "why": why,
                 "text": marked(tokenizer, example),

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Section
-from dagster_project.training.tokens.examples import RecordOutcome
 
 Balance = Literal["none", "category", "sqrt"]
 
@@ -26,65 +25,75 @@ class Replay(Section):
     """Share of the training tokens that these rows make up. Rows are left out or repeated to reach it."""
 
 
-def mix(
-    records: Sequence[dict[str, Any]], outcomes: list[RecordOutcome], how: Balance, replay: Replay | None, seed: int
-) -> tuple[list[int], dict[str, Any]]:
+class Row(NamedTuple):
+    """What decides how often a train record is used."""
+
+    example_id: str
+    source: str
+    category: str | None
+    tokens: int
+    """Of its examples; 0 for a record that was dropped."""
+
+
+def mix(rows: Iterable[Row], how: Balance, replay: Replay | None, seed: int) -> tuple[list[int], dict[str, Any]]:
     """Determine the copies of each train record. Rows of replayed sources are not balanced.
 
     Returns:
-        Copies of each record, and facts for the report. A record that replay leaves out gets the outcome dropped:replay in `outcomes`.
+        Copies of each record, 0 for those that are dropped or that replay leaves out; and facts for the report.
     Raises:
         InputError: replay lists a source without rows, or all sources.
     """
-    copies = [int(result.kept) for result in outcomes]
-    kept = [i for i, result in enumerate(outcomes) if result.kept]
-    general = [i for i in kept if replay and _is_in(records[i]["source"], replay.sources)]
-    own = sorted(set(kept) - set(general))
-    ids = [record["example_id"] for record in records]
-    for i, n in zip(own, balance([records[i]["category"] for i in own], [ids[i] for i in own], how, seed), strict=True):
-        copies[i] = n
-    if replay:
-        _refuse_empty([records[i]["source"] for i in kept], replay.sources, bool(own))
-        tokens = sum(copies[i] * _tokens(outcomes[i]) for i in own)
-        target = tokens * replay.share / (1 - replay.share)
-        for i, n in zip(general, resample([_tokens(outcomes[i]) for i in general], [ids[i] for i in general], target, seed), strict=True):
-            copies[i] = n
-            if not n:
-                outcomes[i] = RecordOutcome(
-                    "dropped:replay", "not needed for the share of replay", [], outcomes[i].tokens, outcomes[i].trained, outcomes[i].stable
-                )
     if how == "none" and not replay:
-        return copies, {}
-    more = [(i, copies[i] - 1) for i in kept if copies[i] > 1]
-    report: dict[str, Any] = {
-        "repeats": {name: _counts([(str(records[i][name] or "(none)"), n) for i, n in more]) for name in ("category", "source")}
-    }
+        return [int(row.tokens > 0) for row in rows], {}
+    rows = list(rows)
+    copies = [int(row.tokens > 0) for row in rows]
+    kept = [i for i, row in enumerate(rows) if row.tokens]
+    own = [i for i in kept if not (replay and _is_in(rows[i].source, replay.sources))]
+    for i, n in zip(own, balance([rows[i].category for i in own], [rows[i].example_id for i in own], how, seed), strict=True):
+        copies[i] = n
+    share = {}
     if replay:
-        replayed = sum(copies[i] * _tokens(outcomes[i]) for i in general)
-        report["replay_share"] = round(replayed / (replayed + tokens), 4)
-    return copies, report
-
-
-def _tokens(result: RecordOutcome) -> int:
-    return sum(len(example.input_ids) for example in result.examples)
+        _refuse_empty({rows[i].source for i in kept}, replay.sources, bool(own))
+        general = [i for i in kept if _is_in(rows[i].source, replay.sources)]
+        tokens = sum(copies[i] * rows[i].tokens for i in own)
+        target = tokens * replay.share / (1 - replay.share)
+        counts = resample([rows[i].tokens for i in general], [rows[i].example_id for i in general], target, seed)
+        for i, n in zip(general, counts, strict=True):
+            copies[i] = n
+        replayed = sum(copies[i] * rows[i].tokens for i in general)
+        share = {"replay_share": round(replayed / (replayed + tokens), 4)}
+    more = [(rows[i], copies[i] - 1) for i in kept if copies[i] > 1]
+    repeats = {
+        "category": _counts([(str(row.category or "(none)"), n) for row, n in more]),
+        "source": _counts([(str(row.source or "(none)"), n) for row, n in more]),
+    }
+    return copies, {"repeats": repeats, **share}
 
 
 def _is_in(source: str, named: Sequence[str]) -> bool:
     return any(source == name or source.startswith(name.rstrip("/") + "/") for name in named)
 
 
-def _refuse_empty(sources: Sequence[str], named: Sequence[str], others: bool) -> None:
+def _refuse_empty(sources: Collection[str], named: Sequence[str], others: bool) -> None:
     where = "params.yaml: tokenized.replay.sources"
     for name in named:
         if not any(_is_in(source, [name]) for source in sources):
-            raise InputError(f"{where}: no train row comes from {name}", f"sources of train: {', '.join(sorted(set(sources))) or 'none'}")
+            raise InputError(f"{where}: no train row comes from {name}", f"sources of train: {', '.join(sorted(sources)) or 'none'}")
     if not others:
         raise InputError(f"{where}: all of train comes from them", "list only the general data, which is mixed into the rest")
 
 
+def draw_number(name: str, seed: int) -> bytes:
+    """The random number by which `draw_order` sorts an id."""
+    return hashlib.sha256(f"{seed}:{name}".encode()).digest()
+
+
 def draw_order(ids: Sequence[str], seed: int) -> list[int]:
     """Indices in a random order that depends only on the seed and the ids, not on the order of the rows."""
-    return sorted(range(len(ids)), key=lambda i: (hashlib.sha256(f"{seed}:{ids[i]}".encode()).digest(), i))
+    import numpy as np
+
+    order: list[int] = np.argsort(np.frombuffer(b"".join(draw_number(name, seed) for name in ids), "S32"), kind="stable").tolist()
+    return order
 
 
 def balance(categories: Sequence[str | None], ids: Sequence[str], how: Balance, seed: int) -> list[int]:
