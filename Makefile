@@ -24,8 +24,7 @@ run: $(VENV)/ok  ## set up, run changed stages, show the summary
 test: $(VENV)/ok ## run all tests, two at a time (JOBS=N: N at a time)
 	@$(MAKE) --no-print-directory setup-dvc
 	$(BIN)/python -m pytest -q --numprocesses $(or $(JOBS),2) --dist worksteal -m "not cluster"
-	$(BIN)/python -m pytest -q tests/test_ray.py
-	$(BIN)/python -m pytest -q tests/test_ray_train.py
+	$(BIN)/python -m pytest -q tests/test_ray.py tests/test_ray_train.py
 
 lint: $(VENV)/ok ## style, types and import rules
 	$(BIN)/ruff check .

@@ -8,7 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +274,27 @@ def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def root(_made: Path, tmp_path: Path) -> Path:
+    """A copy of the small pipeline in which everything has run and is committed."""
+    return Path(shutil.copytree(_made, tmp_path / "project", symlinks=True))
+
+
+@pytest.fixture
+def synced(root: Path) -> Iterator[Any]:
+    """The Dagster instance of that copy, after a sync."""
+    import dagster as dg
+    from builders.small_pipeline import PIPELINE
+
+    from dagster_project.orchestration.dagster.sync import sync
+
+    (root / ".dagster").mkdir()
+    (root / ".dagster" / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
+    with dg.DagsterInstance.from_config(str(root / ".dagster")) as found:
+        sync(root, found, PIPELINE)
+        yield found
+
+
+@pytest.fixture
 def instance(tmp_path: Path) -> Iterator[Any]:
     """A Dagster instance of its own, with an event log on disk."""
     import dagster as dg
@@ -299,6 +322,29 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
     with s3_server(tmp_path_factory.mktemp("s3")) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def _starting_cluster(s3: Any) -> Iterator[tuple[Any, Future[None]]]:
+    from builders.cluster import Cluster
+
+    folder = Path(tempfile.mkdtemp(prefix="pray-", dir="/tmp"))  # Ray's sockets need a short path
+    nodes = Cluster(folder, {**s3.environment, "AWS_MAX_ATTEMPTS": "2"})
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            yield nodes, thread.submit(nodes.start)
+    finally:
+        nodes.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def cluster(_starting_cluster: tuple[Any, Future[None]], _made: Path) -> Any:
+    """A Ray cluster of two nodes (builders.cluster.Cluster), with the credentials of the S3 server in their environment; while it starts, the small
+    pipeline is made. Two clusters on one machine disturb each other, so all tests on Ray run in one test process."""
+    nodes, started = _starting_cluster
+    started.result()
+    return nodes
 
 
 CHECKS_QUERY = """{ assetNodes { assetKey { path } assetChecksOrError { ... on AssetChecks { checks {

@@ -24,6 +24,7 @@ from dagster_project.stages import aligned, reward_model
 from dagster_project.training.tokens.preference_pairs import answered, both
 from dagster_project.training.trainers.alignment import preference
 from dagster_project.training.trainers.alignment import reward_model as reward
+from dagster_project.training.trainers.harness import launch
 from dagster_project.training.trainers.harness.history import TrainingHistory
 from dagster_project.training.trainers.harness.session import Diverged, Interrupted
 
@@ -335,6 +336,45 @@ def test_ppo_in_two_processes_shares_the_work_and_reports_it(
     alone, both_ = (json.loads((tmp_path / name / "out" / "training.json").read_text()) for name in ("alone", "shared"))
     assert both_["processes"] == 2 and "processes" not in alone
     assert both_["tokens"] == alone["tokens"] and both_["loss"]["first"] == pytest.approx(alone["loss"]["first"], rel=1e-2, abs=1e-3)
+
+
+class Reached(Exception):
+    """The process is past the checks."""
+
+
+def test_a_host_whose_inputs_differ_from_those_of_the_first_is_refused(
+    tmp_path: Path, preferences: Path, judged: tuple[Path, Report], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first: dict[str, Any] = {}
+
+    def stop(*work: Any, **_: Any) -> None:
+        first.update(work[0] if isinstance(work[0], dict) else {})
+        raise Reached
+
+    copies = {name: tmp_path / name for name in ("preferences", "reward_model", "sft")}
+    for name, folder in {"preferences": preferences, "reward_model": judged[0], "sft": tiny_model}.items():
+        shutil.copytree(folder, copies[name])
+    monkeypatch.setattr(aligned, "start_others", stop)
+    with pytest.raises(Reached):
+        align_it(tmp_path / "first", copies["preferences"], copies["reward_model"], copies["sft"], method="ppo", **METHODS["ppo"])
+    monkeypatch.setattr(launch, "_elsewhere", True)
+    monkeypatch.setattr(preference, "policy", stop)
+    with pytest.raises(Reached):
+        aligned.other_process(json.loads(json.dumps(first)))
+    changes = {
+        "preferences": copies["preferences"] / "train" / "records-00000.parquet",
+        "reward model": copies["reward_model"] / "config.json",
+        "SFT model": copies["sft"] / "config.json",
+    }
+    for name, file in changes.items():
+        before = file.read_bytes()
+        file.write_bytes(before + b" ")
+        with pytest.raises(InputError, match=f"this host differs from the first one: {name}\n"):
+            aligned.other_process(json.loads(json.dumps(first)))
+        file.write_bytes(before)
+    shutil.rmtree(copies["sft"])
+    with pytest.raises(InputError, match=r"this host has no \S+/sft\nhint: fetch it with `dvc pull`"):
+        aligned.other_process(json.loads(json.dumps(first)))
 
 
 def test_online_methods_refuse_a_reward_model_with_another_tokenizer(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import dagster as dg
@@ -33,28 +33,12 @@ BOTH = {"adapter@lora", "adapter@dora"}
 AT_ONCE = ("small_pipeline.py", "materialize-at-once", *sorted(BOTH), "cmp")
 
 
-@pytest.fixture
-def root(_made: Path, tmp_path: Path) -> Path:
-    """A small pipeline in which everything has run and is committed."""
-    shutil.copytree(_made, tmp_path / "project", symlinks=True)
-    return tmp_path / "project"
-
-
-@pytest.fixture
-def instance(root: Path) -> Iterator[dg.DagsterInstance]:
-    (root / ".dagster").mkdir()
-    (root / ".dagster" / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
-    with dg.DagsterInstance.from_config(str(root / ".dagster")) as found:
-        sync(root, found, PIPELINE)
-        yield found
-
-
-def agree(root: Path, instance: dg.DagsterInstance) -> set[str]:
+def agree(root: Path, synced: dg.DagsterInstance) -> set[str]:
     """The stages that both front ends call changed, after one sync."""
-    sync(root, instance, PIPELINE)
+    sync(root, synced, PIPELINE)
     changed = small_pipeline.changed_in_dvc(root)
-    assert small_pipeline.not_fresh(root, instance) == changed
-    assert sync(root, instance, PIPELINE) == []
+    assert small_pipeline.not_fresh(root, synced) == changed
+    assert sync(root, synced, PIPELINE) == []
     return changed
 
 
@@ -62,28 +46,28 @@ def offspring(pid: int) -> set[int]:
     return {child.pid for child in psutil.Process(pid).children(recursive=True)}
 
 
-def active_slots(instance: dg.DagsterInstance) -> int:
-    return sum(instance.event_log_storage.get_concurrency_info(pool).active_slot_count for pool in default_limits())
+def active_slots(synced: dg.DagsterInstance) -> int:
+    return sum(synced.event_log_storage.get_concurrency_info(pool).active_slot_count for pool in default_limits())
 
 
-def test_two_variants_run_at_once_and_each_is_reported_once_with_its_checks(root: Path, instance: dg.DagsterInstance) -> None:
+def test_two_variants_run_at_once_and_each_is_reported_once_with_its_checks(root: Path, synced: dg.DagsterInstance) -> None:
     process, pids = start_until_both_adapters_run(root, *AT_ONCE, SLOW_SECONDS="4")
     assert all(map(psutil.pid_exists, pids.values())), "both commands run at this moment"
-    assert in_progress(instance) == {asset_key(a) for a in [*BOTH, "cmp"]}
-    assert reap(instance) == [], "the processes of its steps are not taken for that of the run"
-    meanwhile = sync(root, instance, PIPELINE)
+    assert in_progress(synced) == {asset_key(a) for a in [*BOTH, "cmp"]}
+    assert reap(synced) == [], "the processes of its steps are not taken for that of the run"
+    meanwhile = sync(root, synced, PIPELINE)
     assert not [line for line in meanwhile if line.startswith(("adapter@", "cmp "))]
     assert process.wait(120) == 0, (root / "errors.txt").read_text()
-    assert agree(root, instance) == set()
+    assert agree(root, synced) == set()
     for address in [*BOTH, "cmp"]:
-        records = instance.fetch_materializations(asset_key(address), limit=100).records
+        records = synced.fetch_materializations(asset_key(address), limit=100).records
         versions = [(record.asset_materialization.tags or {})["dagster/data_version"] for record in records]
         assert len(versions) == len(set(versions)) == 2 and versions[0] == read_stages(root)[address].version, address
-    assert {status for checks in shown_checks(root, instance).values() for status in checks.values()} == {"SUCCEEDED"}
-    assert active_slots(instance) == 0
+    assert {status for checks in shown_checks(root, synced).values() for status in checks.values()} == {"SUCCEEDED"}
+    assert active_slots(synced) == 0
 
 
-def test_terminating_a_run_ends_its_steps_and_commands_and_frees_every_lock(root: Path, instance: dg.DagsterInstance) -> None:
+def test_terminating_a_run_ends_its_steps_and_commands_and_frees_every_lock(root: Path, synced: dg.DagsterInstance) -> None:
     before = {path: path.read_bytes() for path in (root / "data/adapter").rglob("*.txt")}
     process, pids = start_until_both_adapters_run(root, *AT_ONCE)
     everything = offspring(process.pid) | set(pids.values())
@@ -91,11 +75,11 @@ def test_terminating_a_run_ends_its_steps_and_commands_and_frees_every_lock(root
     assert process.wait(120) != 0
     assert gone(everything, 60), "a process of the run lives on"
     assert {path: path.read_bytes() for path in (root / "data/adapter").rglob("*.txt")} == before
-    assert not instance.get_runs(dg.RunsFilter(statuses=ALIVE)) and active_slots(instance) == 0
+    assert not synced.get_runs(dg.RunsFilter(statuses=ALIVE)) and active_slots(synced) == 0
     assert not json.loads((root / ".dvc/tmp/rwlock").read_text() or "{}").get("write")
-    assert agree(root, instance) == BOTH
+    assert agree(root, synced) == BOTH
     assert dvc(root, "repro").returncode == 0, "no lock is left"
-    assert agree(root, instance) == set()
+    assert agree(root, synced) == set()
 
 
 def test_the_exit_code_of_an_interrupted_command_is_left_for_dvc() -> None:
@@ -106,36 +90,36 @@ def test_the_exit_code_of_an_interrupted_command_is_left_for_dvc() -> None:
 
 
 def test_a_killed_run_takes_its_steps_along_and_the_next_run_is_not_kept_waiting_by_its_slots(
-    root: Path, instance: dg.DagsterInstance
+    root: Path, synced: dg.DagsterInstance
 ) -> None:
     process, pids = start_until_both_adapters_run(root, *AT_ONCE)
     everything = offspring(process.pid) | set(pids.values())
     os.kill(process.pid, signal.SIGKILL)
     process.wait(30)
     assert gone(everything, 20), "an orphan would record results of a dead run"
-    assert active_slots(instance) == 2
+    assert active_slots(synced) == 2
     assert small_pipeline.run_in(root, *AT_ONCE) == 0
-    assert active_slots(instance) == 0 and not instance.get_runs(dg.RunsFilter(statuses=ALIVE))
-    assert agree(root, instance) == set()
+    assert active_slots(synced) == 0 and not synced.get_runs(dg.RunsFilter(statuses=ALIVE))
+    assert agree(root, synced) == set()
 
 
-def test_a_killed_step_fails_its_run_and_the_other_variant_is_recorded(root: Path, instance: dg.DagsterInstance) -> None:
+def test_a_killed_step_fails_its_run_and_the_other_variant_is_recorded(root: Path, synced: dg.DagsterInstance) -> None:
     process, pids = start_until_both_adapters_run(root, *AT_ONCE, SLOW_SECONDS="6")
     command = psutil.Process(pids["adapter@lora"])
     step = next(parent for parent in command.parents() if "multiprocessing" in " ".join(parent.cmdline()))
     step.kill()
     assert process.wait(120) != 0
     assert gone({*pids.values()}, 10)
-    assert agree(root, instance) == {"adapter@lora", "cmp"}, "cmp reads both"
-    assert active_slots(instance) == 0
+    assert agree(root, synced) == {"adapter@lora", "cmp"}, "cmp reads both"
+    assert active_slots(synced) == 0
 
 
-def test_a_run_without_two_stages_that_could_run_at_once_uses_one_process(root: Path, instance: dg.DagsterInstance) -> None:
+def test_a_run_without_two_stages_that_could_run_at_once_uses_one_process(root: Path, synced: dg.DagsterInstance) -> None:
     (root / "code/cmp.py").write_text("V = 3\n")
     assert small_pipeline.run_in(root, *AT_ONCE) == 0
-    [run] = [found for found in instance.get_runs() if found.job_name == "pipeline"]
-    assert not [entry for entry in instance.all_logs(run.run_id) if "subprocess" in entry.message]
-    assert agree(root, instance) == set()
+    [run] = [found for found in synced.get_runs() if found.job_name == "pipeline"]
+    assert not [entry for entry in synced.all_logs(run.run_id) if "subprocess" in entry.message]
+    assert agree(root, synced) == set()
 
 
 def test_only_changed_stages_and_their_readers_count_as_work(root: Path) -> None:
@@ -150,7 +134,7 @@ def test_only_changed_stages_and_their_readers_count_as_work(root: Path) -> None
     assert not can_run_at_once(states, BOTH, forced=False), "neither is changed yet, and what would change them is not planned"
 
 
-def test_trainings_run_one_at_a_time_unless_the_user_raises_the_limit(root: Path, instance: dg.DagsterInstance) -> None:
+def test_trainings_run_one_at_a_time_unless_the_user_raises_the_limit(root: Path, synced: dg.DagsterInstance) -> None:
     trains = replace(PIPELINE, floating_point=frozenset({"adapter"}))
     graph = build_definitions(root, trains).resolve_asset_graph()
     pools = {"@".join(key.path): graph.get(key).pools for key in graph.materializable_asset_keys}
@@ -160,25 +144,51 @@ def test_trainings_run_one_at_a_time_unless_the_user_raises_the_limit(root: Path
     }  # fmt: skip
     on_ray = {"adapter": {"lora": {}, "dora": {}}, "execution": {"stages": {"adapter@lora": {"on": "ray"}}}}
     assert [pool_of(f"adapter@{name}", PEDIGREE, on_ray) for name in ("lora", "dora")] == ["ray", "gpu"]
-    assert set_default_limits(instance) == {"gpu": 1, "cpu": os.cpu_count(), "ray": 8}
-    instance.event_log_storage.set_concurrency_slots("gpu", 8)
-    assert set_default_limits(instance)["gpu"] == 8
+    assert set_default_limits(synced) == {"gpu": 1, "cpu": os.cpu_count(), "ray": 8}
+    synced.event_log_storage.set_concurrency_slots("gpu", 8)
+    assert set_default_limits(synced)["gpu"] == 8
 
 
-def test_the_slots_of_runs_that_cannot_free_them_are_freed(instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch) -> None:
-    set_default_limits(instance)
+@pytest.mark.parametrize(
+    ("addresses", "run"),
+    [
+        (BOTH, {"tags": {"pedigree/on": "local"}}),
+        ({"adapter@lora"}, {"run_config": {"ops": {"adapter__lora": {"config": {"on": "local"}}}}}),
+    ],
+    ids=["two processes, by a tag", "one process, by its configuration"],
+)
+def test_a_stage_is_in_the_pool_of_the_place_where_its_run_puts_it(
+    addresses: set[str], run: dict[str, Any], root: Path, synced: dg.DagsterInstance
+) -> None:
+    """In params.yaml it is on Ray. Its run puts it on this machine, so it does not wait for the pool of Ray, which is full."""
+    values = json.loads((root / "params.yaml").read_text())
+    (root / "params.yaml").write_text(json.dumps({**values, "execution": {"stages": {"adapter": {"on": "ray"}}}}))
+    (root / "code/adapter.py").write_text("V = 5\n")
+    set_default_limits(synced)
+    synced.event_log_storage.set_concurrency_slots("ray", 0)
+    command = [sys.executable, "small_pipeline.py", "materialize-at-once", *sorted(addresses)]
+    with subprocess.Popen(command, cwd=root, env={**os.environ, "RUN": json.dumps(run)}) as process:
+        try:
+            assert process.wait(90) == 0
+        finally:
+            process.kill()
+    assert agree(root, synced).isdisjoint(addresses)
+
+
+def test_the_slots_of_runs_that_cannot_free_them_are_freed(synced: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_default_limits(synced)
     canceled = dg.DagsterRun(job_name="pipeline", run_id=str(uuid4()), status=dg.DagsterRunStatus.CANCELED)
     elsewhere = dg.DagsterRun(
         job_name="pipeline", run_id=str(uuid4()), status=dg.DagsterRunStatus.STARTED, tags={dead_runs.MACHINE_TAG: "a replaced pod"}
     )
-    storage = instance.event_log_storage
+    storage = synced.event_log_storage
     storage.set_concurrency_slots("cpu", 3)
     for one in (canceled, elsewhere):
-        instance.add_run(one)
+        synced.add_run(one)
         assert storage.claim_concurrency_slot("cpu", one.run_id, "step").is_claimed
     assert storage.claim_concurrency_slot("cpu", str(uuid4()), "step").is_claimed  # of a run that was deleted
-    assert reap(instance) == []
-    assert active_slots(instance) == 1 and storage.get_concurrency_run_ids() == {elsewhere.run_id}
+    assert reap(synced) == []
+    assert active_slots(synced) == 1 and storage.get_concurrency_run_ids() == {elsewhere.run_id}
     monkeypatch.setattr(dead_runs, "QUIET", -1.0)  # it has had no event for long
-    assert reap(instance) == []
-    assert active_slots(instance) == 0
+    assert reap(synced) == []
+    assert active_slots(synced) == 0

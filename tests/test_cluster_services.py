@@ -32,12 +32,6 @@ ON_POSTGRES = ROOT / "deploy/dagster.yaml"
 
 
 @pytest.fixture
-def root(_made: Path, tmp_path: Path) -> Path:
-    """A small pipeline in which everything has run."""
-    return shutil.copytree(_made, tmp_path / "project", symlinks=True)
-
-
-@pytest.fixture
 def server(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> Postgres:
     """A server with an empty database, whose address and password are in the environment."""
     postgres.renew()

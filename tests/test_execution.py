@@ -75,13 +75,6 @@ def test_a_bad_value_is_refused_in_one_message(stages: Any, variable: str, messa
         placed("tok", stages, **({execution.VARIABLE: variable} if variable else {}))
 
 
-@pytest.fixture
-def root(tmp_path: Path, _made: Path) -> Path:
-    import shutil
-
-    return Path(shutil.copytree(_made, tmp_path / "project", symlinks=True))
-
-
 def test_a_change_of_the_section_makes_nothing_stale(root: Path) -> None:
     assert small_pipeline.changed_in_dvc(root) == set()
     (root / "params.yaml").write_text(json.dumps({**VALUES, "execution": {"address": "local", "stages": STAGES}}))

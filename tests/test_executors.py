@@ -14,10 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 from builders import small_pipeline
-from conftest import dvc
+from conftest import dvc, run
 
 from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.layout import measured_path, report_of
+from dagster_project.orchestration.dvc import is_forced
 from dagster_project.orchestration.executors import StageJob, StageResult
 from dagster_project.orchestration.run_stage import run_stage
 
@@ -148,3 +149,49 @@ def test_a_run_that_is_canceled_stops_what_it_started_publishes_nothing_and_free
     assert outputs(root, "tok") == before and small_pipeline.changed_in_dvc(root) == set()
     (root / "code/tok.py").write_text("V = 1\n")
     assert dvc(root, "repro", "tok").returncode == 0  # the stage is free
+
+
+FORCED = """
+import sys
+from pathlib import Path
+from dagster_project.orchestration.dvc import is_forced
+
+Path("out.txt").write_text(str(is_forced()))
+"""
+REPRODUCE = "import sys; from pathlib import Path; from dagster_project.orchestration import dvc; \
+dvc.reproduce(Path.cwd(), 'one', sys.argv[1] == 'force', {}, print)"
+
+
+@pytest.mark.parametrize(
+    ("command", "forced"),
+    [
+        (["-m", "dvc", "repro"], False),
+        (["-m", "dvc", "repro", "--single-item", "one"], False),
+        (["-m", "dvc", "repro", "--force"], True),
+        (["-m", "dvc", "repro", "-sf", "one"], True),
+        (["-m", "dvc", "--wait-for-lock", "repro", "--force", "one"], True),
+        (["-m", "dvc", "repro", "--no-run-cache"], True),
+        (["-m", "dvc", "exp", "run", "-f"], True),
+        ([str(Path(sys.executable).with_name("dvc")), "repro", "-f"], True),
+        ([str(Path(sys.executable).with_name("dvc")), "repro"], False),
+        (["-c", REPRODUCE, "force"], True),
+        (["-c", REPRODUCE, "changed"], False),
+    ],
+)
+def test_a_stage_command_knows_whether_its_run_was_forced(command: list[str], forced: bool, tmp_path: Path) -> None:
+    small_pipeline.git(tmp_path, "init", "-q")
+    assert dvc(tmp_path, "init", "-q").returncode == 0
+    (tmp_path / "stage.py").write_text(FORCED)
+    (tmp_path / "dvc.yaml").write_text(
+        json.dumps({"stages": {"one": {"cmd": "python stage.py", "deps": ["stage.py"], "outs": ["out.txt"]}}})
+    )
+    small_pipeline.git(tmp_path, "add", "-A")
+    small_pipeline.git(tmp_path, "commit", "-qm", "start")
+    done = run([sys.executable, *command], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out.txt").read_text() == str(forced)
+
+
+def test_without_dvc_nothing_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DVC_STAGE", raising=False)
+    assert not is_forced()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from ruamel.yaml import YAML
 
 from dagster_project.__main__ import main
 from dagster_project.orchestration import experiments
-from dagster_project.orchestration.experiments import choices, trials
+from dagster_project.orchestration.experiments import choices, is_temporary, trials
 
 
 def ran(root: Path) -> list[str]:
@@ -64,13 +63,6 @@ def _quick(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     return quick(copy_project(tmp_path_factory.mktemp("quick") / "project"), tiny_model)
 
 
-@pytest.fixture
-def root(_made: Path, tmp_path: Path) -> Path:
-    """A small pipeline in which everything has run and is committed."""
-    shutil.copytree(_made, tmp_path / "project", symlinks=True)
-    return tmp_path / "project"
-
-
 def test_a_sweep_runs_every_combination_and_its_table_is_that_of_dvc_exp_show(root: Path) -> None:
     before = len(ran(root))
     state = (root / "params.yaml").read_text(), (root / "dvc.lock").read_text(), small_pipeline.changed_in_dvc(root)
@@ -95,7 +87,8 @@ def test_a_sweep_runs_every_combination_and_its_table_is_that_of_dvc_exp_show(ro
     assert "adapter@lora" not in small_pipeline.changed_in_dvc(root)
 
 
-def test_an_interrupted_sweep_ends_its_trials_and_empties_the_queue(root: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_an_interrupted_sweep_ends_its_trials_and_empties_the_queue(number: signal.Signals, root: Path) -> None:
     os.environ["SLOW"] = "adapter"
     try:
         process = sweep(root, "variants.lora", "2", "r=2,3,4")
@@ -108,7 +101,8 @@ def test_an_interrupted_sweep_ends_its_trials_and_empties_the_queue(root: Path) 
                     if psutil.pid_exists(entry["pid"])}  # fmt: skip
         time.sleep(0.2)
     assert len(commands) == 2, "two trials run at once"
-    process.send_signal(signal.SIGINT)
+    assert not is_temporary(root) and all(is_temporary(log.parent) for log in root.glob(".dvc/tmp/exps/tmp*/runs.log"))
+    process.send_signal(number)
     output, errors = process.communicate(timeout=120)
     until = time.monotonic() + 60
     while any(map(psutil.pid_exists, commands)) and time.monotonic() < until:

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import random
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-import pytest
 from builders import small_pipeline
 from conftest import dvc, pedigree
 
 from dagster_project.orchestration.integrity import as_text, examine
 from dagster_project.pipeline import STAGES
-
-
-@pytest.fixture
-def root(_made: Path, tmp_path: Path) -> Path:
-    """A small pipeline in which everything has run and is committed."""
-    shutil.copytree(_made, tmp_path / "project", symlinks=True)
-    return tmp_path / "project"
 
 
 def flip(path: Path, bit: int = -1) -> None:

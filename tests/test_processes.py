@@ -209,6 +209,13 @@ def test_wrong_settings_of_hosts_are_refused(variables: dict[str, str], message:
         Nodes.from_environment().share(3)
 
 
+def test_two_launchers_at_once_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"PEDIGREE_LAUNCHER": "ray", "PET_NNODES": "2", "PET_RDZV_ENDPOINT": "127.0.0.2:1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="PEDIGREE_LAUNCHER=ray and PET_NNODES are both set"):
+        launch(2, __name__, {"alone": 1})
+
+
 def test_each_row_is_used_once_per_epoch_with_any_number_of_processes(trained: Any) -> None:
     assert ended(trained, "four") == [0]
     for name, in_a_step in (("two", 2), ("four", 4)):

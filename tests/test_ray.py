@@ -9,15 +9,15 @@ import importlib.util
 import json
 import logging
 import os
+import secrets
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,17 @@ import psutil
 import pytest
 from builders import small_pipeline, training_pipeline
 from builders.cluster import Cluster
-from builders.s3 import BUCKET, S3Server, s3_server
-from builders.small_pipeline import PIPELINE, published
+from builders.s3 import BUCKET, S3Server
+from builders.small_pipeline import PIPELINE, hold, published
 from builders.training import LORA
-from conftest import dvc, run
+from conftest import run
 
 from dagster_project.core.errors import Busy, CheckFailed, InputError, PedigreeError
 from dagster_project.core.layout import measured_path, report_of
 from dagster_project.execution import Execution, Placement
 from dagster_project.orchestration.dvc import store
-from dagster_project.orchestration.executors.ray import ClusterGone, RayExecutor, _project_id
+from dagster_project.orchestration.executors.local import LocalExecutor
+from dagster_project.orchestration.executors.ray import ClusterGone, RayExecutor, TokenRefused, _project_id
 from dagster_project.orchestration.run_stage import run_stage
 
 pytestmark = pytest.mark.cluster
@@ -44,27 +45,11 @@ for needed in ("ray", "moto", "dvc_s3"):
         pytest.skip(f"{needed} is not installed: pip install '.[dev,cluster]'", allow_module_level=True)
 
 
-@pytest.fixture(scope="session")
-def cluster(s3: S3Server) -> Iterator[Cluster]:
-    folder = Path(tempfile.mkdtemp(prefix="pray-", dir="/tmp"))  # Ray's sockets need a short path
-    nodes = Cluster(folder, credentials(s3))
-    try:
-        nodes.start()
-        yield nodes
-    finally:
-        nodes.stop()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def credentials(s3: S3Server) -> dict[str, str]:
-    """In the environment of drivers and nodes, and nowhere else."""
-    return {**s3.environment, "AWS_MAX_ATTEMPTS": "2"}
-
-
 @pytest.fixture
-def driver(cluster: Cluster, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+def driver(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Environment of a driver that uses the cluster, also set for this process."""
-    variables = {**cluster.variables(), **credentials(s3), "PEDIGREE_EXECUTION": "ray"}
+    variables = {**cluster.variables(), **cluster.environment, "PEDIGREE_EXECUTION": "ray"}
+    monkeypatch.setattr("dagster_project.orchestration.executors.ray.POLL", 0.2)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     return variables
@@ -74,13 +59,18 @@ def driver(cluster: Cluster, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> d
 def root(tmp_path: Path, _made: Path, s3: S3Server) -> Path:
     """A project in which everything has run at home, with a remote on S3."""
     project = Path(shutil.copytree(_made, tmp_path / "project", symlinks=True))
-    add_remote(project, s3, tmp_path.name)
+    add_remote(project, f"s3://{BUCKET}/{tmp_path.name}", s3.endpoint)
     return project
 
 
-def add_remote(project: Path, s3: S3Server, folder: str) -> None:
-    assert dvc(project, "remote", "add", "-q", "-d", "storage", f"s3://{BUCKET}/{folder}").returncode == 0
-    assert dvc(project, "remote", "modify", "storage", "endpointurl", s3.endpoint).returncode == 0
+def add_remote(project: Path, url: str, endpoint: str = "") -> None:
+    """Make it the default remote, as `dvc remote add` and `dvc remote modify` do."""
+    from configobj import ConfigObj
+
+    config = ConfigObj(str(project / ".dvc/config"))
+    config.setdefault("core", {})["remote"] = "storage"
+    config['remote "storage"'] = {"url": url, **({"endpointurl": endpoint} if endpoint else {})}
+    config.write()
 
 
 def forget(root: Path, address: str) -> dict[str, bytes]:
@@ -101,11 +91,6 @@ def objects_of(root: Path, address: str) -> list[str]:
     lock = YAML(typ="safe").load((root / "dvc.lock").read_text())["stages"][address]
     main = [out["md5"] for out in lock["outs"] if out["md5"].endswith(".dir")]
     return [oid for whole in main for oid in (whole, *(store(root).files(whole) or {}).values())]
-
-
-def slow(root: Path, stage: str, seconds: float = 60) -> None:
-    """Make a stage take that long, without changing what it depends on."""
-    (root / "slow.json").write_text(json.dumps({stage: seconds}))
 
 
 def start(root: Path, address: str, *, script: str = "small_pipeline.py", **environment: str) -> subprocess.Popen[str]:
@@ -181,7 +166,7 @@ def test_a_stage_on_a_node_gives_the_same_bytes_and_shows_where_it_ran_and_no_se
     assert (cluster.node_cache("second") / "cache").is_dir()  # the node that was asked for, with a cache of its own
     assert execution["queue_seconds"] > 0 and execution["transfer_bytes"] > 0
     assert execution["cost"] == pytest.approx(0.01 * execution["compute_seconds"], abs=0.3)
-    assert not s3.names(f"{root.parent.name}/pedigree/")  # nothing is left beside DVC's objects
+    assert not s3.names(f"{root.parent.name}/pedigree/")  # nothing is left beside DVC's objects: DVC records nothing here
     assert_no_secret(cluster, root, caplog.text, s3)
 
 
@@ -202,16 +187,29 @@ def assert_no_secret(cluster: Cluster, root: Path, text: str, s3: S3Server) -> N
         assert secret not in whole
 
 
-def test_dvc_repro_records_the_same_lock_through_a_directory_as_remote(
+def test_a_result_stays_until_dvc_has_recorded_it_and_a_forced_run_computes_again(
     cluster: Cluster, driver: dict[str, str], root: Path, tmp_path: Path
 ) -> None:
+    """Through a folder as remote. DVC is gone when the first driver ends, so nothing records its result; the next run takes it, and gives the same
+    dvc.lock. A forced run computes. So does one of other inputs, and its result replaces the one that waits."""
     lock = (root / "dvc.lock").read_bytes()
-    assert dvc(root, "remote", "add", "-q", "-f", "-d", "storage", str(tmp_path / "shared")).returncode == 0
+    add_remote(root, str(tmp_path / "shared"))
     before = forget(root, "tok")
-    done = run([sys.executable, "-m", "dvc", "repro", "tok"], root, **driver)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert published(root, "tok") == before and (root / "dvc.lock").read_bytes() == lock
-    assert small_pipeline.changed_in_dvc(root) == set() and jobs(root, "tok")
+    assert start(root, "tok", DVC_STAGE="tok").wait(120) == 0
+    shutil.rmtree(root / "data/tok")
+    for options, submitted in (([], 1), (["--force", "--single-item"], 2)):
+        done = run([sys.executable, "-m", "dvc", "repro", *options, "tok"], root, **driver)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert published(root, "tok") == before and (root / "dvc.lock").read_bytes() == lock
+        assert len(jobs(root, "tok")) == submitted
+        [kept] = (tmp_path / "shared/pedigree/jobs").iterdir()
+        assert {path.name for path in kept.iterdir()} <= {"result.json", "pages.tar"}
+    assert small_pipeline.changed_in_dvc(root) == set()
+    (root / "code/tok.py").write_text("V = 3\n")
+    assert start(root, "tok", DVC_STAGE="tok").wait(120) == 0
+    assert published(root, "tok")["data/tok/train.txt"].endswith(b"V = 3")
+    [other] = (tmp_path / "shared/pedigree/jobs").iterdir()
+    assert other != kept and len(jobs(root, "tok")) == 3
 
 
 def test_a_gate_that_fails_on_a_node_fails_here_with_its_report_and_is_not_run_again(driver: dict[str, str], root: Path) -> None:
@@ -227,16 +225,20 @@ def test_a_gate_that_fails_on_a_node_fails_here_with_its_report_and_is_not_run_a
 
 def test_live_tables_and_log_lines_arrive_while_the_stage_runs(cluster: Cluster, driver: dict[str, str], root: Path) -> None:
     forget(root, "adapter@dora")
-    text = (root / "small_pipeline.py").read_text().replace('os.environ.get("STEPS", "0")', 'os.environ.get("STEPS", "40")')
+    text = (root / "small_pipeline.py").read_text().replace('os.environ.get("STEPS", "0")', 'os.environ.get("STEPS", "2")')
     (root / "small_pipeline.py").write_text(text)
+    begin, first_step, second_step = hold(root, "adapter", 3)
+    begin.touch()
     process = start(root, "adapter@dora")
     try:
         live = root / "data/live/adapter/dora/loss.csv"
         first = until(lambda: live.is_file() and live.read_text())
+        first_step.touch()
         until(lambda: live.read_text() != first)
         assert process.poll() is None  # it is still running
+        second_step.touch()
         assert process.wait(timeout=120) == 0
-        assert live.read_text() == f"step,loss\n40,{1 / 40}\n"
+        assert live.read_text() == f"step,loss\n2,{1 / 2}\n"
     finally:
         process.kill()
 
@@ -249,7 +251,7 @@ def test_other_versions_on_a_node_are_refused_before_anything_is_computed(
     (tmp_path / "other" / "numpy-9.9.9.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 9.9.9\n")
     monkeypatch.syspath_prepend(str(tmp_path / "other"))
     before = published(root, "tok")
-    slow(root, "tok", 300)
+    hold(root, "tok")
     import numpy
 
     with pytest.raises(InputError, match=rf"numpy {numpy.__version__} instead of 9\.9\.9"):
@@ -263,11 +265,12 @@ def test_other_versions_on_a_node_are_refused_before_anything_is_computed(
 def test_a_killed_worker_is_replaced_and_the_training_ends_in_the_same_bytes_from_its_checkpoint(
     cluster: Cluster, driver: dict[str, str], tmp_path: Path, tiny_model: Path, s3: S3Server, caplog: pytest.LogCaptureFixture
 ) -> None:
-    home = training_pipeline.make_project(tmp_path / "home" / "project", tiny_model, LORA)
+    home = training_pipeline.make_project(tmp_path / "home" / "project", tiny_model, {**LORA, "num_train_epochs": 1})
     away = Path(shutil.copytree(home, tmp_path / "away" / "project", symlinks=True))
-    assert run([sys.executable, "-m", "dvc", "repro", "-q"], home, PEDIGREE_EXECUTION="local").returncode == 0
-    add_remote(away, s3, tmp_path.name)
-    (away / "slow.json").write_text("0.6")
+    run_stage(home, "adapter@x", training_pipeline.PIPELINE, LocalExecutor())
+    add_remote(away, f"s3://{BUCKET}/{tmp_path.name}", s3.endpoint)
+    gate = tmp_path / "gate"
+    (away / "hold.json").write_text(json.dumps({"before": 6, "gate": str(gate)}))  # in the third of four steps; the second has a checkpoint
     killed: list[str] = []
 
     def kill_after_a_checkpoint() -> None:
@@ -275,6 +278,7 @@ def test_a_killed_worker_is_replaced_and_the_training_ends_in_the_same_bytes_fro
         worker = until_running(cluster, away, "adapter@x")
         killed.append(str(worker.pid))
         worker.kill()
+        gate.touch()
 
     killer = threading.Thread(target=kill_after_a_checkpoint)
     killer.start()
@@ -290,23 +294,21 @@ def test_a_killed_worker_is_replaced_and_the_training_ends_in_the_same_bytes_fro
 
 def test_a_lost_node_does_not_end_the_stage(cluster: Cluster, driver: dict[str, str], root: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = forget(root, "tok")
-    slow(root, "tok", 8)
-    cluster.add("third", f"--address=127.0.0.1:{cluster.port}", '--resources={"spot": 1}')
+    [gate] = hold(root, "tok")
 
     def lose_the_node() -> None:
         until_running(cluster, root, "tok")
-        cluster.kill("third")
-        cluster.add("fourth", f"--address=127.0.0.1:{cluster.port}", '--resources={"spot": 1}')
+        cluster.kill("second")
+        gate.touch()
+        cluster.add("second", f"--address=127.0.0.1:{cluster.port}")
 
     loser = threading.Thread(target=lose_the_node)
     loser.start()
     try:
         with caplog.at_level(logging.INFO, logger="pedigree"):
-            run_stage(root, "tok", PIPELINE, RayExecutor(Execution(), Placement(on="ray", resources={"spot": 1})))
+            run_stage(root, "tok", PIPELINE, RayExecutor(Execution(), Placement(on="ray", resources={"second": 1})))
     finally:
         loser.join()
-        for name in {"third", "fourth"} & set(cluster.processes):
-            cluster.kill(name)
     assert published(root, "tok") == before
     assert "ended without a result" in caplog.text and len(jobs(root, "tok")) == 2
 
@@ -315,60 +317,52 @@ def test_the_job_of_a_killed_driver_records_nothing_and_the_next_driver_takes_it
     cluster: Cluster, driver: dict[str, str], root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = forget(root, "tok")
-    slow(root, "tok", 6)
+    [gate] = hold(root, "tok")
     process = start(root, "tok")
     until_running(cluster, root, "tok")
     process.kill()
     process.wait()
     assert not (root / "data/tok").exists() and jobs(root, "tok")[0].status == "RUNNING"
+    threading.Thread(target=lambda: (until(lambda: "going on with job" in caplog.text), gate.touch())).start()
     with caplog.at_level(logging.INFO, logger="pedigree"):
         run_stage(root, "tok", PIPELINE)
     assert published(root, "tok") == before and len(jobs(root, "tok")) == 1
     assert "going on with job" in caplog.text
 
 
-def test_a_waiting_result_is_taken_by_identity_only_and_verified(
+def test_a_waiting_result_is_verified(
     cluster: Cluster, driver: dict[str, str], root: Path, s3: S3Server, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A driver is killed and its job ends alone. One object of its output is damaged where it lies: the next driver notices and computes again.
-    Then the result of another orphan waits, and the stage's code changes: that result is not used."""
+    """A driver is killed and its job ends alone. One object of its output is damaged where it lies: the next driver notices and computes again."""
     before = forget(root, "tok")
-    orphan(cluster, root, s3)
+    [gate] = hold(root, "tok")
+    process = start(root, "tok")
+    until_running(cluster, root, "tok")
+    process.kill()
+    process.wait()
+    gate.touch()
+    until(lambda: s3.names(f"{root.parent.name}/pedigree/", "result.json"))
     oid = next(oid for oid in objects_in(s3, root) if not oid.endswith(".dir") and b"test 7" in s3.read(object_key(root, oid)))
     s3.write(object_key(root, oid), b"test 8")
     with caplog.at_level(logging.INFO, logger="pedigree"):
         run_stage(root, "tok", PIPELINE)
     assert published(root, "tok") == before and len(jobs(root, "tok")) == 2
-    assert "ended while no driver waited" in caplog.text and "it is computed again" in caplog.text
+    assert "the result of an earlier job with the same inputs is used" in caplog.text and "it is computed again" in caplog.text
     assert s3.read(object_key(root, oid)) == b"test 7"
-    orphan(cluster, root, s3)
-    (root / "code/tok.py").write_text("V = 3\n")
-    run_stage(root, "tok", PIPELINE)
-    assert published(root, "tok")["data/tok/train.txt"].endswith(b"V = 3") and len(jobs(root, "tok")) == 4
     assert not s3.names(f"{root.parent.name}/pedigree/")
 
 
 def test_a_live_job_that_computes_from_other_inputs_is_stopped(cluster: Cluster, driver: dict[str, str], root: Path) -> None:
-    slow(root, "tok", 300)
+    hold(root, "tok")
     process = start(root, "tok")
     until_running(cluster, root, "tok")
     process.kill()
     process.wait()
-    slow(root, "tok", 0)
+    (root / "hold.json").unlink()
     (root / "code/tok.py").write_text("V = 3\n")
     run_stage(root, "tok", PIPELINE)
     assert sorted(job.status for job in jobs(root, "tok")) == ["STOPPED", "SUCCEEDED"]
     assert published(root, "tok")["data/tok/train.txt"].endswith(b"V = 3")
-
-
-def orphan(cluster: Cluster, root: Path, s3: S3Server) -> None:
-    """Let a job of `tok` end after its driver was killed."""
-    slow(root, "tok", 3)
-    process = start(root, "tok")
-    until_running(cluster, root, "tok")
-    process.kill()
-    process.wait()
-    until(lambda: s3.names(f"{root.parent.name}/pedigree/", "result.json"))
 
 
 def objects_in(s3: S3Server, root: Path) -> list[str]:
@@ -403,7 +397,7 @@ def test_an_input_damaged_in_the_remote_is_sent_again(
 def test_an_interrupt_ends_the_job_and_a_second_driver_is_refused_meanwhile(cluster: Cluster, driver: dict[str, str], root: Path) -> None:
     before = published(root, "tok")
     (root / "code/tok.py").write_text("V = 4\n")
-    slow(root, "tok", 300)
+    hold(root, "tok")
     process = start(root, "tok")
     worker = until_running(cluster, root, "tok")
     with pytest.raises(Busy, match="tok is being run by process"):
@@ -440,14 +434,64 @@ def test_dagster_runs_an_asset_on_ray_when_its_run_says_so_and_shows_where(
     assert isinstance(event.asset_materialization.metadata["dashboard"], dg.UrlMetadataValue)
 
 
-def test_a_cluster_that_is_gone_is_one_message_and_nothing_is_recorded(cluster: Cluster, driver: dict[str, str], root: Path) -> None:
-    """The driver reaches the cluster through a relay, which goes away while the job runs; afterwards the job's result is found."""
+def test_terminating_a_run_of_dagster_ends_the_job_of_its_stage_and_records_nothing(
+    cluster: Cluster, driver: dict[str, str], root: Path, synced: Any
+) -> None:
+    import dagster as dg
+
+    from dagster_project.orchestration.dagster.metadata import asset_key
+
+    before, lock = published(root, "tok"), (root / "dvc.lock").read_bytes()
+    (root / "code/tok.py").write_text("V = 4\n")
+    hold(root, "tok")
+    events = synced.fetch_materializations(asset_key("tok"), limit=9).records
+    process = subprocess.Popen(
+        [sys.executable, "small_pipeline.py", "materialize-at-once", "tok"], cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        worker = until_running(cluster, root, "tok")
+        asked = time.time()
+        process.send_signal(signal.SIGINT)  # what Dagster sends to a run that is terminated
+        assert process.wait(timeout=120) != 0
+    finally:
+        process.kill()
+    [job] = jobs(root, "tok")
+    assert job.status == "STOPPED"
+    assert job.end_time / 1000 - asked < 10, "docs/cluster.md: the job ends within 10 seconds"
+    until(lambda: not worker.is_running() and not commands(cluster, "run tok"), 60)
+    assert published(root, "tok") == before and (root / "dvc.lock").read_bytes() == lock
+    assert synced.fetch_materializations(asset_key("tok"), limit=9).records == events
+    [run] = [found for found in synced.get_runs() if found.job_name == "pipeline"]
+    assert run.status in {dg.DagsterRunStatus.CANCELED, dg.DagsterRunStatus.FAILURE}
+
+
+def test_a_token_that_changes_and_a_cluster_that_is_gone_are_one_message_each_and_nothing_is_recorded(
+    cluster: Cluster, driver: dict[str, str], root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The driver reaches the cluster through a relay. While the job runs, the relay puts another token into the requests, then it goes away;
+    afterwards the job's result is found."""
     before = forget(root, "tok")
-    slow(root, "tok", 6)
+    [gate] = hold(root, "tok")
     relay = Relay(cluster.dashboard)
     os.environ["RAY_ADDRESS"] = relay.url
-    cutter = threading.Thread(target=lambda: (until_running(cluster, root, "tok"), relay.close()))
-    cutter.start()
+    token = cluster.token.read_text()
+    caplog.set_level(logging.INFO, logger="pedigree")
+
+    def after(line: str, action: Callable[[], None]) -> threading.Thread:
+        thread = threading.Thread(target=lambda: (until(lambda: line in caplog.text), action()))
+        thread.start()
+        return thread
+
+    rotator = after("tok: runs on node", lambda: relay.replace.update({token.encode(): secrets.token_hex(32).encode()}))
+    with pytest.raises(TokenRefused, match=rf"tok: the Ray cluster at {relay.url} no longer accepts the token") as refused:
+        run_stage(root, "tok", PIPELINE)
+    rotator.join()
+    assert "nothing was recorded" in str(refused.value) and token not in str(refused.value) and not (root / "data/tok").exists()
+    with pytest.raises(InputError, match=rf"the Ray cluster at {relay.url} requires another token"):
+        run_stage(root, "tok", PIPELINE)
+    relay.replace.clear()
+    cutter = after("tok: going on with job", relay.close)
     with pytest.raises(ClusterGone, match=rf"the Ray cluster at {relay.url} has not answered for 3 s") as error:
         run_stage(root, "tok", PIPELINE, RayExecutor(Execution(), Placement(on="ray"), patience=3))
     cutter.join()
@@ -455,6 +499,7 @@ def test_a_cluster_that_is_gone_is_one_message_and_nothing_is_recorded(cluster: 
     with pytest.raises(ClusterGone, match="no Ray cluster answers at"):
         run_stage(root, "tok", PIPELINE)
     os.environ["RAY_ADDRESS"] = cluster.url
+    gate.touch()
     run_stage(root, "tok", PIPELINE)
     assert published(root, "tok") == before and len(jobs(root, "tok")) == 1
 
@@ -464,6 +509,8 @@ class Relay:
 
     def __init__(self, port: int) -> None:
         self.target, self.server, self.open = port, socket.create_server(("127.0.0.1", 0)), True
+        self.replace: dict[bytes, bytes] = {}
+        """Texts of requests, and by what each is replaced."""
         self.url = f"http://127.0.0.1:{self.server.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -480,10 +527,11 @@ class Relay:
             for source, sink in ((client, server), (server, client)):
                 threading.Thread(target=self._pass, args=(source, sink), daemon=True).start()
 
-    @staticmethod
-    def _pass(source: socket.socket, sink: socket.socket) -> None:
+    def _pass(self, source: socket.socket, sink: socket.socket) -> None:
         try:
             while data := source.recv(65536):
+                for text, other in list(self.replace.items()):
+                    data = data.replace(text, other)
                 sink.sendall(data)
         except OSError:
             pass
@@ -497,23 +545,18 @@ class Relay:
         self.server.close()
 
 
-def test_a_remote_that_is_unreachable_is_one_message(driver: dict[str, str], root: Path, tmp_path: Path, s3: S3Server) -> None:
-    """First for the driver; then only for the worker, which loses it while the stage runs."""
+def test_a_remote_that_is_unreachable_is_one_message(cluster: Cluster, driver: dict[str, str], root: Path, s3: S3Server) -> None:
+    """It goes away while the stage runs, first noticed by the worker; then the driver finds none at its start."""
     before = published(root, "tok")
-    with s3_server(tmp_path) as other:
-        add_remote_of(root, other)
-        slow(root, "tok", 4)
-        stopper = threading.Thread(target=lambda: (until(lambda: jobs(root, "tok")), time.sleep(5), other.kill()))
-        stopper.start()
-        with pytest.raises(PedigreeError, match=rf"DVC's remote s3://{BUCKET}/other cannot be (read|written): ") as error:
-            run_stage(root, "tok", PIPELINE)
-        stopper.join()
+    relay = Relay(int(s3.endpoint.rpartition(":")[2]))
+    add_remote(root, f"s3://{BUCKET}/other", relay.url)
+    [gate] = hold(root, "tok")
+    stopper = threading.Thread(target=lambda: (until_running(cluster, root, "tok"), relay.close(), gate.touch()))
+    stopper.start()
+    with pytest.raises(PedigreeError, match=rf"DVC's remote s3://{BUCKET}/other cannot be (read|written): ") as error:
+        run_stage(root, "tok", PIPELINE)
+    stopper.join()
     assert "nothing was recorded" in str(error.value) and s3.secret not in str(error.value)
     with pytest.raises(PedigreeError, match=rf"DVC's remote s3://{BUCKET}/other cannot be read: "):
         run_stage(root, "tok", PIPELINE)
     assert published(root, "tok") == before
-
-
-def add_remote_of(root: Path, server: S3Server) -> None:
-    for command in (["add", "-q", "-f", "-d", "storage", f"s3://{BUCKET}/other"], ["modify", "storage", "endpointurl", server.endpoint]):
-        assert dvc(root, "remote", *command).returncode == 0

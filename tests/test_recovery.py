@@ -8,7 +8,6 @@ import shutil
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +24,6 @@ from dagster_project.orchestration.dagster.metadata import asset_key
 from dagster_project.orchestration.dagster.sync import sync
 from dagster_project.orchestration.dvc import read_stages
 from dagster_project.orchestration.locks import hold
-
-
-@pytest.fixture
-def root(_made: Path, tmp_path: Path) -> Path:
-    """A small pipeline in which everything has run and is committed."""
-    shutil.copytree(_made, tmp_path / "project", symlinks=True)
-    return tmp_path / "project"
-
-
-@pytest.fixture
-def instance(root: Path) -> Iterator[dg.DagsterInstance]:
-    (root / ".dagster").mkdir()
-    (root / ".dagster" / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
-    with dg.DagsterInstance.from_config(str(root / ".dagster")) as found:
-        sync(root, found, small_pipeline.PIPELINE)
-        yield found
 
 
 def failure(result: Any) -> str:
@@ -66,26 +49,26 @@ def tamper_with_cache(root: Path, address: str, checkout: bool = True) -> None:
     assert any(file.read_bytes() == b"TAMPERED" for file in out.iterdir()), "DVC noticed, so nothing is shown"
 
 
-def test_a_tampered_cache_object_is_set_aside_reported_in_one_line_and_produced_again(root: Path, instance: dg.DagsterInstance) -> None:
+def test_a_tampered_cache_object_is_set_aside_reported_in_one_line_and_produced_again(root: Path, synced: dg.DagsterInstance) -> None:
     version = read_stages(root)["inst"].version
     tamper_with_cache(root, "inst")
     assert small_pipeline.changed_in_dvc(root) == set()
-    said = sync(root, instance, small_pipeline.PIPELINE)
+    said = sync(root, synced, small_pipeline.PIPELINE)
     assert [line for line in said if "sha256 differs" in line and line.startswith("inst: data/inst")] == said[:1]
     assert (root / ".dvc/tmp/pedigree/set_aside/inst/rows.txt").read_bytes() == b"TAMPERED"
-    assert small_pipeline.not_fresh(root, instance) == small_pipeline.changed_in_dvc(root) == {"inst", "tok"}
-    assert small_pipeline.materialize(root, instance, ["inst"]).success
+    assert small_pipeline.not_fresh(root, synced) == small_pipeline.changed_in_dvc(root) == {"inst", "tok"}
+    assert small_pipeline.materialize(root, synced, ["inst"]).success
     assert read_stages(root)["inst"].version == version
-    sync(root, instance, small_pipeline.PIPELINE)
-    assert small_pipeline.not_fresh(root, instance) == small_pipeline.changed_in_dvc(root) == set()
+    sync(root, synced, small_pipeline.PIPELINE)
+    assert small_pipeline.not_fresh(root, synced) == small_pipeline.changed_in_dvc(root) == set()
 
 
-def test_an_output_with_a_tampered_cache_object_is_rebuilt_instead_of_restored(root: Path, instance: dg.DagsterInstance) -> None:
+def test_an_output_with_a_tampered_cache_object_is_rebuilt_instead_of_restored(root: Path, synced: dg.DagsterInstance) -> None:
     version = read_stages(root)["inst"].version
     tamper_with_cache(root, "inst", checkout=False)
-    result = small_pipeline.materialize(root, instance)
+    result = small_pipeline.materialize(root, synced)
     assert result.success and read_stages(root)["inst"].version == version
-    assert sum("sha256 differs" in entry.user_message for entry in instance.all_logs(result.run_id)) == 1
+    assert sum("sha256 differs" in entry.user_message for entry in synced.all_logs(result.run_id)) == 1
     assert small_pipeline.changed_in_dvc(root) == set()
 
 
@@ -99,36 +82,36 @@ def test_dvc_repro_does_not_use_a_tampered_cache_object_either(root: Path) -> No
     assert small_pipeline.changed_in_dvc(root) == set()
 
 
-def test_an_output_edited_by_hand_cannot_be_recorded_with_dvc_commit(root: Path, instance: dg.DagsterInstance) -> None:
+def test_an_output_edited_by_hand_cannot_be_recorded_with_dvc_commit(root: Path, synced: dg.DagsterInstance) -> None:
     before = (root / "data/inst/rows.txt").read_text()
     (root / "data/inst/rows.txt").unlink()
     (root / "data/inst/rows.txt").write_text("BAD")
     assert dvc(root, "commit", "-f").returncode == 0
-    assert "changed without DVC" in sync(root, instance, small_pipeline.PIPELINE)[0]
+    assert "changed without DVC" in sync(root, synced, small_pipeline.PIPELINE)[0]
     assert dvc(root, "repro").returncode == 0
     assert (root / "data/inst/rows.txt").read_text() == before
-    assert not [line for line in sync(root, instance, small_pipeline.PIPELINE) if "sha256" in line]
+    assert not [line for line in sync(root, synced, small_pipeline.PIPELINE) if "sha256" in line]
 
 
-def test_a_killed_run_is_ended_frees_its_slots_and_the_next_one_recovers(root: Path, instance: dg.DagsterInstance) -> None:
+def test_a_killed_run_is_ended_frees_its_slots_and_the_next_one_recovers(root: Path, synced: dg.DagsterInstance) -> None:
     process = small_pipeline.start_until_tok_runs(root, "small_pipeline.py", "materialize")
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    [run_id] = [found.run_id for found in instance.get_runs(dg.RunsFilter(statuses=ALIVE))]
-    slots = instance.event_log_storage
+    [run_id] = [found.run_id for found in synced.get_runs(dg.RunsFilter(statuses=ALIVE))]
+    slots = synced.event_log_storage
     slots.set_concurrency_slots("training", 1)
     assert slots.claim_concurrency_slot("training", run_id, "tok").is_claimed
-    said = reap(instance)
+    said = reap(synced)
     assert slots.get_concurrency_info("training").active_slot_count == 0
     assert len(said) == 1 and "was killed; marked as failed" in said[0]
-    assert instance.get_run_by_id(run_id).status == dg.DagsterRunStatus.FAILURE
-    assert reap(instance) == []
-    assert small_pipeline.materialize(root, instance).success
-    sync(root, instance, small_pipeline.PIPELINE)
-    assert small_pipeline.not_fresh(root, instance) == small_pipeline.changed_in_dvc(root) == set()
+    assert synced.get_run_by_id(run_id).status == dg.DagsterRunStatus.FAILURE
+    assert reap(synced) == []
+    assert small_pipeline.materialize(root, synced).success
+    sync(root, synced, small_pipeline.PIPELINE)
+    assert small_pipeline.not_fresh(root, synced) == small_pipeline.changed_in_dvc(root) == set()
 
 
-def test_terminating_a_run_ends_its_stage_command_and_loses_nothing(root: Path, instance: dg.DagsterInstance) -> None:
+def test_terminating_a_run_ends_its_stage_command_and_loses_nothing(root: Path, synced: dg.DagsterInstance) -> None:
     before = (root / "data/tok/train.txt").read_bytes()
     process = small_pipeline.start_until_tok_runs(root, "small_pipeline.py", "materialize")
     command = json.loads((root / small_pipeline.LOG).read_text().splitlines()[-1])["pid"]
@@ -136,8 +119,8 @@ def test_terminating_a_run_ends_its_stage_command_and_loses_nothing(root: Path, 
     assert process.wait(25) != 0
     assert not psutil.pid_exists(command)
     assert (root / "data/tok/train.txt").read_bytes() == before
-    assert not instance.get_runs(dg.RunsFilter(statuses=ALIVE))
-    assert small_pipeline.materialize(root, instance).success
+    assert not synced.get_runs(dg.RunsFilter(statuses=ALIVE))
+    assert small_pipeline.materialize(root, synced).success
 
 
 def test_an_input_edited_while_a_stage_runs_is_not_recorded(root: Path) -> None:
@@ -148,17 +131,17 @@ def test_an_input_edited_while_a_stage_runs_is_not_recorded(root: Path) -> None:
     assert {"tok"} <= small_pipeline.changed_in_dvc(root)
 
 
-def test_a_failed_gate_is_never_reported_as_materialized(root: Path, instance: dg.DagsterInstance) -> None:
-    event = instance.get_latest_materialization_event(asset_key("inst"))
+def test_a_failed_gate_is_never_reported_as_materialized(root: Path, synced: dg.DagsterInstance) -> None:
+    event = synced.get_latest_materialization_event(asset_key("inst"))
     (root / "data/sources/g.txt").write_text("BAD")
-    assert "inst" in failure(small_pipeline.materialize(root, instance))
+    assert "inst" in failure(small_pipeline.materialize(root, synced))
     assert dvc(root, "repro").returncode != 0
-    sync(root, instance, small_pipeline.PIPELINE)
-    assert instance.get_latest_materialization_event(asset_key("inst")).timestamp == event.timestamp
-    assert small_pipeline.not_fresh(root, instance) == small_pipeline.changed_in_dvc(root) == {"inst"}
+    sync(root, synced, small_pipeline.PIPELINE)
+    assert synced.get_latest_materialization_event(asset_key("inst")).timestamp == event.timestamp
+    assert small_pipeline.not_fresh(root, synced) == small_pipeline.changed_in_dvc(root) == {"inst"}
 
 
-def test_a_run_with_a_live_process_is_not_changed(root: Path, instance: dg.DagsterInstance) -> None:
+def test_a_run_with_a_live_process_is_not_changed(root: Path, synced: dg.DagsterInstance) -> None:
     @dg.op
     def look(context) -> None:
         assert reap(context.instance) == []
@@ -167,59 +150,59 @@ def test_a_run_with_a_live_process_is_not_changed(root: Path, instance: dg.Dagst
     def looking() -> None:
         look()
 
-    assert looking.execute_in_process(instance=instance).success
+    assert looking.execute_in_process(instance=synced).success
 
 
-def test_an_invalid_table_of_locked_paths_is_deleted(root: Path, instance: dg.DagsterInstance) -> None:
+def test_an_invalid_table_of_locked_paths_is_deleted(root: Path, synced: dg.DagsterInstance) -> None:
     (root / ".dvc/tmp/rwlock").write_text("")
     assert "corrupt" in dvc(root, "repro").stderr
-    assert sync(root, instance, small_pipeline.PIPELINE) == []
+    assert sync(root, synced, small_pipeline.PIPELINE) == []
     assert dvc(root, "repro").returncode == 0
 
 
-def test_a_lock_older_than_the_event_log_is_fresh_after_sync(root: Path, instance: dg.DagsterInstance) -> None:
+def test_a_lock_older_than_the_event_log_is_fresh_after_sync(root: Path, synced: dg.DagsterInstance) -> None:
     old = read_stages(root)["inst"].version
     (root / "data/sources/g.txt").write_text("r1")
-    assert small_pipeline.materialize(root, instance).success
-    sync(root, instance, small_pipeline.PIPELINE)
+    assert small_pipeline.materialize(root, synced).success
+    sync(root, synced, small_pipeline.PIPELINE)
     assert read_stages(root)["inst"].version != old
     small_pipeline.git(root, "checkout", "-qf", ".")
     assert dvc(root, "checkout").returncode == 0
-    assert sync(root, instance, small_pipeline.PIPELINE) != []
-    assert small_pipeline.not_fresh(root, instance) == small_pipeline.changed_in_dvc(root) == set()
-    assert instance.get_latest_materialization_event(asset_key("inst")).asset_materialization.tags["dagster/data_version"] == old
+    assert sync(root, synced, small_pipeline.PIPELINE) != []
+    assert small_pipeline.not_fresh(root, synced) == small_pipeline.changed_in_dvc(root) == set()
+    assert synced.get_latest_materialization_event(asset_key("inst")).asset_materialization.tags["dagster/data_version"] == old
 
 
-def test_a_run_cache_hit_is_reported_with_its_checks_and_runs_nothing(root: Path, instance: dg.DagsterInstance) -> None:
+def test_a_run_cache_hit_is_reported_with_its_checks_and_runs_nothing(root: Path, synced: dg.DagsterInstance) -> None:
     values = (root / "params.yaml").read_text()
     (root / "params.yaml").write_text(values.replace('"minlen": 1', '"minlen": 2'))
     assert dvc(root, "repro").returncode == 0
     (root / "params.yaml").write_text(values)
     ran = len(small_pipeline.commands_run(root))
-    result = small_pipeline.materialize(root, instance)
+    result = small_pipeline.materialize(root, synced)
     assert result.success and len(small_pipeline.commands_run(root)) == ran
     done = {"@".join(e.asset_key.path): e.materialization.metadata["done"].value for e in result.get_asset_materialization_events()}
     assert done == {"raw": "nothing", **dict.fromkeys(["inst", "tok", "adapter@lora", "adapter@dora", "cmp"], "restored")}
-    assert "did not receive any messages" not in "".join(entry.user_message for entry in instance.all_logs(result.run_id))
+    assert "did not receive any messages" not in "".join(entry.user_message for entry in synced.all_logs(result.run_id))
     said = Counter((c.check_name, c.passed) for c in result.get_asset_check_evaluations())
     assert said == {("no_bad_rows", True): 1, ("dvc_in_sync", True): 6}
 
 
-def test_every_asset_shows_whether_dvc_considers_it_up_to_date(root: Path, instance: dg.DagsterInstance) -> None:
+def test_every_asset_shows_whether_dvc_considers_it_up_to_date(root: Path, synced: dg.DagsterInstance) -> None:
     def unsynced() -> set[str]:
         keys = {dg.AssetCheckKey(asset_key(address), "dvc_in_sync"): address for address in read_stages(root)}
-        records = instance.event_log_storage.get_latest_asset_check_execution_by_key([*keys])
+        records = synced.event_log_storage.get_latest_asset_check_execution_by_key([*keys])
         assert records.keys() == keys.keys()
         return {keys[key] for key, record in records.items() if not record.event.dagster_event.event_specific_data.passed}
 
     assert unsynced() == set()
     (root / "code/tok.py").write_text("V = 1\n")
-    assert "check tok dvc_in_sync: failed" in sync(root, instance, small_pipeline.PIPELINE)
+    assert "check tok dvc_in_sync: failed" in sync(root, synced, small_pipeline.PIPELINE)
     assert unsynced() == small_pipeline.changed_in_dvc(root) == {"tok"}
-    assert small_pipeline.materialize(root, instance, ["tok"]).success
-    sync(root, instance, small_pipeline.PIPELINE)
+    assert small_pipeline.materialize(root, synced, ["tok"]).success
+    sync(root, synced, small_pipeline.PIPELINE)
     assert unsynced() == small_pipeline.changed_in_dvc(root)
-    assert sync(root, instance, small_pipeline.PIPELINE) == []
+    assert sync(root, synced, small_pipeline.PIPELINE) == []
 
 
 def test_deleting_dagsters_home_and_syncing_brings_the_view_back(root: Path) -> None:
@@ -234,25 +217,25 @@ def test_deleting_dagsters_home_and_syncing_brings_the_view_back(root: Path) -> 
         shutil.rmtree(root / ".dagster")
 
 
-def test_a_tracked_source_that_was_edited_but_not_added_stops_an_asset_before_anything_is_deleted(root: Path, instance) -> None:
+def test_a_tracked_source_that_was_edited_but_not_added_stops_an_asset_before_anything_is_deleted(root: Path, synced) -> None:
     (root / "data/sources/d.txt").unlink()
     (root / "data/sources/d.txt").write_text("new")
     before = (root / "data/raw/rows.txt").read_bytes()
-    said = failure(small_pipeline.materialize(root, instance, ["raw"]))
+    said = failure(small_pipeline.materialize(root, synced, ["raw"]))
     assert "data/sources/d.txt differs from data/sources/d.txt.dvc" in said and "`dvc add data/sources/d.txt`" in said
     assert (root / "data/raw/rows.txt").read_bytes() == before
     assert dvc(root, "add", "data/sources/d.txt").returncode == 0
-    assert small_pipeline.materialize(root, instance).success
+    assert small_pipeline.materialize(root, synced).success
 
 
-def test_a_missing_output_names_the_command_that_restores_it(root: Path, instance: dg.DagsterInstance) -> None:
+def test_a_missing_output_names_the_command_that_restores_it(root: Path, synced: dg.DagsterInstance) -> None:
     (root / "code/inst.py").write_text("V = 9\n")
     shutil.rmtree(root / "data/raw")
-    assert "`dvc checkout data/raw` restores it" in failure(small_pipeline.materialize(root, instance, ["inst"]))
+    assert "`dvc checkout data/raw` restores it" in failure(small_pipeline.materialize(root, synced, ["inst"]))
     shutil.rmtree(root / ".dvc/cache")
-    assert "not in the cache: `dvc pull data/raw` fetches it" in failure(small_pipeline.materialize(root, instance, ["inst"]))
+    assert "not in the cache: `dvc pull data/raw` fetches it" in failure(small_pipeline.materialize(root, synced, ["inst"]))
     (root / "data/sources/d.txt").unlink()
-    assert "`dvc pull data/sources/d.txt.dvc`" in failure(small_pipeline.materialize(root, instance, ["raw"]))
+    assert "`dvc pull data/sources/d.txt.dvc`" in failure(small_pipeline.materialize(root, synced, ["raw"]))
 
 
 def test_a_busy_stage_names_the_process_that_runs_it(root: Path) -> None:

@@ -26,13 +26,6 @@ from dagster_project.orchestration.run_all import RunAll, parents, remaining
 BOTH = {"adapter@lora", "adapter@dora"}
 
 
-@pytest.fixture
-def root(_made: Path, tmp_path: Path) -> Path:
-    """A small pipeline in which everything has run and is committed."""
-    shutil.copytree(_made, tmp_path / "project", symlinks=True)
-    return tmp_path / "project"
-
-
 def run_all(root: Path, jobs: int = 2, *flags: str) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "small_pipeline.py", "run-all", str(jobs), *flags],

@@ -24,7 +24,7 @@ from dagster_project.core.chat import IGNORE, encode
 from dagster_project.core.context import ExecutionHints
 from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.core.params import Compute
-from dagster_project.core.progress import Progress
+from dagster_project.core.progress import Progress, clock
 from dagster_project.core.records import read_table, write_table
 from dagster_project.stages import adapter
 from dagster_project.stages.tokenized import category_schema, row_schema
@@ -408,6 +408,11 @@ def test_a_tracker_gets_the_curve_and_changes_no_byte(
         assert tag.encode() in events.read_bytes()
     watched, alone = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("watched", "alone"))
     assert watched == alone
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(0.4, "0:00"), (59.6, "1:00"), (190, "3:10"), (3599.6, "1:00:00"), (36_605, "10:10:05")])
+def test_a_duration_has_minutes_and_seconds_and_from_one_hour_on_hours(seconds: float, shown: str) -> None:
+    assert clock(seconds) == shown
 
 
 def test_progress_reports_the_remaining_time(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

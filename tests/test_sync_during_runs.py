@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import dagster as dg
@@ -23,126 +21,110 @@ from dagster_project.orchestration.dvc import read_stages
 TOK = asset_key("tok")
 
 
-@pytest.fixture
-def root(_made: Path, tmp_path: Path) -> Path:
-    """A small pipeline in which everything has run and is committed."""
-    shutil.copytree(_made, tmp_path / "project", symlinks=True)
-    return tmp_path / "project"
-
-
-@pytest.fixture
-def instance(root: Path) -> Iterator[dg.DagsterInstance]:
-    (root / ".dagster").mkdir()
-    (root / ".dagster" / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
-    with dg.DagsterInstance.from_config(str(root / ".dagster")) as found:
-        sync(root, found, small_pipeline.PIPELINE)
-        yield found
-
-
-def versions(instance: dg.DagsterInstance, address: str) -> Counter[str]:
+def versions(synced: dg.DagsterInstance, address: str) -> Counter[str]:
     """How often each data version of an asset was reported as materialized."""
-    records = instance.fetch_materializations(asset_key(address), limit=100).records
+    records = synced.fetch_materializations(asset_key(address), limit=100).records
     return Counter((record.asset_materialization.tags or {})["dagster/data_version"] for record in records)
 
 
-def each_version_once_and_every_check_shown(root: Path, instance: dg.DagsterInstance) -> None:
+def each_version_once_and_every_check_shown(root: Path, synced: dg.DagsterInstance) -> None:
     for address, state in read_stages(root).items():
-        assert versions(instance, address)[state.version] == 1, address
-        assert set(versions(instance, address).values()) == {1}, address
-    shown = shown_checks(root, instance)
+        assert versions(synced, address)[state.version] == 1, address
+        assert set(versions(synced, address).values()) == {1}, address
+    shown = shown_checks(root, synced)
     assert shown.keys() == read_stages(root).keys()
     assert {status for checks in shown.values() for status in checks.values()} == {"SUCCEEDED"}, shown
 
 
-def test_syncs_during_and_after_a_run_do_not_repeat_its_reports(root: Path, instance: dg.DagsterInstance) -> None:
+def test_syncs_during_and_after_a_run_do_not_repeat_its_reports(root: Path, synced: dg.DagsterInstance) -> None:
     process = small_pipeline.start_until_tok_runs(root, "small_pipeline.py", "materialize", SLOW_SECONDS="2")
     synced = 0
     while process.poll() is None:
-        sync(root, instance, small_pipeline.PIPELINE)
+        sync(root, synced, small_pipeline.PIPELINE)
         synced += 1
     assert process.returncode == 0 and synced > 1
-    sync(root, instance, small_pipeline.PIPELINE)
-    event = instance.get_latest_materialization_event(TOK)
+    sync(root, synced, small_pipeline.PIPELINE)
+    event = synced.get_latest_materialization_event(TOK)
     assert event is not None and event.run_id
-    changed = {a for a, s in read_stages(root).items() if len(versions(instance, a)) > 1}
+    changed = {a for a, s in read_stages(root).items() if len(versions(synced, a)) > 1}
     assert changed >= {"tok", "cmp"}
     for address in changed:
-        assert set(versions(instance, address).values()) == {1}, address
-    assert {status for checks in shown_checks(root, instance).values() for status in checks.values()} == {"SUCCEEDED"}
-    assert sync(root, instance, small_pipeline.PIPELINE) == []
-    assert small_pipeline.not_fresh(root, instance) == small_pipeline.changed_in_dvc(root) == set()
+        assert set(versions(synced, address).values()) == {1}, address
+    assert {status for checks in shown_checks(root, synced).values() for status in checks.values()} == {"SUCCEEDED"}
+    assert sync(root, synced, small_pipeline.PIPELINE) == []
+    assert small_pipeline.not_fresh(root, synced) == small_pipeline.changed_in_dvc(root) == set()
 
 
-def test_a_sync_that_read_during_a_run_does_not_report_it_after_its_end(root: Path, instance: dg.DagsterInstance) -> None:
+def test_a_sync_that_read_during_a_run_does_not_report_it_after_its_end(root: Path, synced: dg.DagsterInstance) -> None:
     process = small_pipeline.start_until_tok_runs(root, "small_pipeline.py", "materialize", "tok", SLOW_SECONDS="1")
-    reading = read(root, instance, small_pipeline.PIPELINE)
+    reading = read(root, synced, small_pipeline.PIPELINE)
     assert TOK in reading.in_progress and asset_key("cmp") not in reading.in_progress
-    assert process.wait(60) == 0 and in_progress(instance) == frozenset()
-    assert not [line for line in mirror(root, instance, reading, small_pipeline.PIPELINE) if line.startswith("tok ")]
-    assert versions(instance, "tok")[read_stages(root)["tok"].version] == 1
-    assert set(shown_checks(root, instance)["tok"].values()) == {"SUCCEEDED"}
+    assert process.wait(60) == 0 and in_progress(synced) == frozenset()
+    assert not [line for line in mirror(root, synced, reading, small_pipeline.PIPELINE) if line.startswith("tok ")]
+    assert versions(synced, "tok")[read_stages(root)["tok"].version] == 1
+    assert set(shown_checks(root, synced)["tok"].values()) == {"SUCCEEDED"}
 
 
-def test_a_sync_that_read_before_a_run_does_not_repeat_its_reports(root: Path, instance: dg.DagsterInstance) -> None:
+def test_a_sync_that_read_before_a_run_does_not_repeat_its_reports(root: Path, synced: dg.DagsterInstance) -> None:
     (root / "code/tok.py").write_text("V = 9\n")
-    reading = read(root, instance, small_pipeline.PIPELINE)
-    assert small_pipeline.materialize(root, instance).success
-    before = {address: versions(instance, address) for address in reading.states}
-    mirror(root, instance, reading, small_pipeline.PIPELINE)
-    assert {address: versions(instance, address) for address in reading.states} == before
-    assert {status for checks in shown_checks(root, instance).values() for status in checks.values()} == {"SUCCEEDED"}
+    reading = read(root, synced, small_pipeline.PIPELINE)
+    assert small_pipeline.materialize(root, synced).success
+    before = {address: versions(synced, address) for address in reading.states}
+    mirror(root, synced, reading, small_pipeline.PIPELINE)
+    assert {address: versions(synced, address) for address in reading.states} == before
+    assert {status for checks in shown_checks(root, synced).values() for status in checks.values()} == {"SUCCEEDED"}
 
 
-def test_two_syncs_at_once_report_one_materialization(root: Path, instance: dg.DagsterInstance) -> None:
-    (root / "code/tok.py").write_text("V = 9\n")
-    assert dvc(root, "repro").returncode == 0
-    first, second = read(root, instance, small_pipeline.PIPELINE), read(root, instance, small_pipeline.PIPELINE)
-    assert mirror(root, instance, first, small_pipeline.PIPELINE)
-    mirror(root, instance, second, small_pipeline.PIPELINE)
-    each_version_once_and_every_check_shown(root, instance)
-
-
-def test_an_unsynced_dvc_run_is_reported_once_when_it_is_materialized(root: Path, instance: dg.DagsterInstance) -> None:
+def test_two_syncs_at_once_report_one_materialization(root: Path, synced: dg.DagsterInstance) -> None:
     (root / "code/tok.py").write_text("V = 9\n")
     assert dvc(root, "repro").returncode == 0
-    assert small_pipeline.materialize(root, instance, ["tok"]).success
-    assert versions(instance, "tok")[read_stages(root)["tok"].version] == 1
-    sync(root, instance, small_pipeline.PIPELINE)
-    each_version_once_and_every_check_shown(root, instance)
+    first, second = read(root, synced, small_pipeline.PIPELINE), read(root, synced, small_pipeline.PIPELINE)
+    assert mirror(root, synced, first, small_pipeline.PIPELINE)
+    mirror(root, synced, second, small_pipeline.PIPELINE)
+    each_version_once_and_every_check_shown(root, synced)
 
 
-def test_a_materialization_that_sync_reports_comes_with_its_checks(root: Path, instance: dg.DagsterInstance) -> None:
+def test_an_unsynced_dvc_run_is_reported_once_when_it_is_materialized(root: Path, synced: dg.DagsterInstance) -> None:
+    (root / "code/tok.py").write_text("V = 9\n")
+    assert dvc(root, "repro").returncode == 0
+    assert small_pipeline.materialize(root, synced, ["tok"]).success
+    assert versions(synced, "tok")[read_stages(root)["tok"].version] == 1
+    sync(root, synced, small_pipeline.PIPELINE)
+    each_version_once_and_every_check_shown(root, synced)
+
+
+def test_a_materialization_that_sync_reports_comes_with_its_checks(root: Path, synced: dg.DagsterInstance) -> None:
     (root / "code/inst.py").write_text("V = 5\n")
-    assert small_pipeline.materialize(root, instance).success  # so that the checks are those of a run
+    assert small_pipeline.materialize(root, synced).success  # so that the checks are those of a run
     (root / "dvc.yaml").write_text(small_pipeline.dvc_yaml(note=" --note"))  # runs again, and says and makes the same
     assert dvc(root, "repro").returncode == 0
-    lines = sync(root, instance, small_pipeline.PIPELINE)
+    lines = sync(root, synced, small_pipeline.PIPELINE)
     assert any(line.startswith("inst is ") for line in lines) and "check inst no_bad_rows: passed" in lines
-    assert {status for checks in shown_checks(root, instance).values() for status in checks.values()} == {"SUCCEEDED"}
-    assert sync(root, instance, small_pipeline.PIPELINE) == []
+    assert {status for checks in shown_checks(root, synced).values() for status in checks.values()} == {"SUCCEEDED"}
+    assert sync(root, synced, small_pipeline.PIPELINE) == []
 
 
-def test_a_killed_run_does_not_block_sync(root: Path, instance: dg.DagsterInstance) -> None:
+def test_a_killed_run_does_not_block_sync(root: Path, synced: dg.DagsterInstance) -> None:
     process = small_pipeline.start_until_tok_runs(root, "small_pipeline.py", "materialize", "tok")
-    assert in_progress(instance) == {TOK}
+    assert in_progress(synced) == {TOK}
     os.kill(process.pid, signal.SIGKILL)
     process.wait(30)
-    assert instance.get_runs(dg.RunsFilter(statuses=ALIVE)), "a killed run stays started"
-    assert in_progress(instance) == frozenset()
+    assert synced.get_runs(dg.RunsFilter(statuses=ALIVE)), "a killed run stays started"
+    assert in_progress(synced) == frozenset()
     assert dvc(root, "repro").returncode == 0
-    assert any(line.startswith("tok is ") for line in sync(root, instance, small_pipeline.PIPELINE))
-    assert small_pipeline.not_fresh(root, instance) == small_pipeline.changed_in_dvc(root) == set()
-    assert {status for checks in shown_checks(root, instance).values() for status in checks.values()} == {"SUCCEEDED"}
+    assert any(line.startswith("tok is ") for line in sync(root, synced, small_pipeline.PIPELINE))
+    assert small_pipeline.not_fresh(root, synced) == small_pipeline.changed_in_dvc(root) == set()
+    assert {status for checks in shown_checks(root, synced).values() for status in checks.values()} == {"SUCCEEDED"}
 
 
 def test_a_run_of_another_machine_counts_until_it_has_been_quiet_for_an_hour(
-    root: Path, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+    root: Path, synced: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     process = small_pipeline.start_until_tok_runs(root, "small_pipeline.py", "materialize", "tok")
-    [run] = instance.get_runs(dg.RunsFilter(statuses=ALIVE))
+    [run] = synced.get_runs(dg.RunsFilter(statuses=ALIVE))
     os.kill(process.pid, signal.SIGKILL)
     process.wait(30)
-    instance.add_run_tags(run.run_id, {MACHINE_TAG: "elsewhere"})
-    assert in_progress(instance) == {TOK}
+    synced.add_run_tags(run.run_id, {MACHINE_TAG: "elsewhere"})
+    assert in_progress(synced) == {TOK}
     monkeypatch.setattr(dead_runs, "QUIET", 0.0)
-    assert in_progress(instance) == frozenset()
+    assert in_progress(synced) == frozenset()

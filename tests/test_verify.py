@@ -25,13 +25,6 @@ from dagster_project.lineage.lineage import Revision
 from dagster_project.orchestration.dvc import Store
 
 
-@pytest.fixture
-def root(_made: Path, tmp_path: Path) -> Path:
-    """A small pipeline in which everything has run and is committed."""
-    shutil.copytree(_made, tmp_path / "project", symlinks=True)
-    return tmp_path / "project"
-
-
 def files_of(root: Path) -> dict[str, bytes]:
     """What of a project counts: all but DVC's own scratch."""
     return {

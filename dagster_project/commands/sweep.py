@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -15,6 +16,7 @@ from dagster_project.core import params
 from dagster_project.core.errors import InputError
 from dagster_project.core.git import git
 from dagster_project.core.layout import report_of
+from dagster_project.core.progress import clock
 from dagster_project.orchestration import dvc, experiments, processes
 from dagster_project.orchestration.experiments import FAILED, QUEUED, RUNNING, SUCCESS
 
@@ -72,12 +74,15 @@ def sweep(
     # a key that params.yaml does not have is added
     arguments = [f"{'' if _has(entry, override.partition('=')[0]) else '+'}{section}.{override}" for override in overrides]
     trials = Trials(root, {name: points[0]} if len(points) == 1 else {f"{name}-{i + 1}": point for i, point in enumerate(points)}, jobs)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the trials as Ctrl-C does
     try:
         experiments.queue(root, name, arguments, target)
         outcome = trials.run()
     except BaseException:  # also an interrupt while DVC fills its queue
         experiments.cancel(root, trials.points, processes.CLEAN_UP)
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return {"section": section, "target": target, "jobs": jobs, **outcome, "trials": trials.table(section, report_of(target))}
 
 
@@ -181,8 +186,7 @@ class Trials:
         ended = count[SUCCESS] + count[FAILED]
         text = f"{ended} of {len(self.status)} done, {count[RUNNING]} running"
         if ended and ended < len(self.status):
-            minutes, seconds = divmod(round((time.monotonic() - began) / ended * (len(self.status) - ended)), 60)
-            text += f", about {minutes}:{seconds:02d} left"
+            text += f", about {clock((time.monotonic() - began) / ended * (len(self.status) - ended))} left"
         return text
 
     def _log_failure(self, name: str) -> None:

@@ -8,6 +8,13 @@ import time
 log = logging.getLogger("pedigree")
 
 
+def clock(seconds: float) -> str:
+    """A duration as minutes and seconds, e.g. 3:10; with hours if there are any, e.g. 1:03:10."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
 class Progress:
     """Counts towards a known total and logs at most every few seconds.
 
@@ -29,6 +36,5 @@ class Progress:
             return
         self.last_logged = now
         left = (now - self.start) / self.done * (self.total - self.done)
-        minutes, seconds = divmod(round(left), 60)
-        state = f"about {minutes}:{seconds:02d} left" if self.done < self.total else f"done in {now - self.start:.0f} s"
+        state = f"about {clock(left)} left" if self.done < self.total else f"done in {now - self.start:.0f} s"
         log.info(f"{self.what}: {self.done}/{self.total} {self.unit}s, {state}" + (f", {note}" if note else ""))

@@ -23,13 +23,18 @@ from dagster_project.core.hashing import md5_of_bytes
 from dagster_project.core.layout import is_code, is_report
 from dagster_project.core.records import remove
 from dagster_project.orchestration.private_api import private_module
-from dagster_project.orchestration.processes import interrupt_command, is_running
+from dagster_project.orchestration.processes import command_of_dvc, interrupt_command, is_running
 
 log = logging.getLogger("pedigree")
 
 MISSING = "missing"
+FORCED = "PEDIGREE_FORCED"
+"""Environment variable of a stage command: this process was asked to run the stage even if nothing changed."""
 PROGRESS_INTERVAL = 10.0
 """Seconds between two progress reports of a running stage."""
+PRELOAD = ["dvc.repo.reproduce", "dvc.parsing", "dvc.stage.run", "dvc.output", "dvc.data_cloud", "dvc.cachemgr", "dvc.lock", "dvc_render.html",
+           "scmrepo.git", "ruamel.yaml"]  # fmt: skip
+"""Modules that a fork server imports once for all processes that reproduce a stage. None starts a thread."""
 INVALID_FILE_ERRORS = {
     "YAMLFileCorruptedError",
     "YAMLValidationError",
@@ -372,8 +377,9 @@ def reproduce(
     lock_error = private_module("dvc.lock").LockError
 
     def once() -> bool:
+        variables = command_environment({**environment, FORCED: "1" if force else ""})
         with open_repo(root) as repo:
-            return bool(repo.reproduce([address], single_item=True, force=force, run_env=command_environment(environment)))
+            return bool(repo.reproduce([address], single_item=True, force=force, run_env=variables))
 
     notified = False
     while True:
@@ -399,6 +405,26 @@ def reproduce(
                 on_wait(str(cause).partition("\n\nIf there are no")[0])
                 notified = True
             time.sleep(0.5)
+
+
+def is_forced() -> bool:
+    """Whether DVC was asked to run the stage of this command even if nothing changed, or a past run could be restored.
+
+    DVC exports nothing but the name of the stage, so the command line of its process is read, by its own parser. DVC's Python API leaves no
+    trace; `reproduce` exports a variable.
+    """
+    if FORCED in os.environ:
+        return bool(os.environ[FORCED])
+    words = command_of_dvc()
+    at = next((i for i, word in enumerate(words) if Path(word).stem == "dvc"), None)
+    if at is None:
+        return False
+    cli = private_module("dvc.cli")
+    try:
+        found = cli.parse_args(words[at + 1 :])
+    except (cli.DvcParserError, SystemExit):  # it is another program
+        return False
+    return any(getattr(found, name, False) for name in ("force", "force_downstream", "no_run_cache"))
 
 
 def writer_of(root: Path, paths: Iterable[str]) -> str:

@@ -85,6 +85,11 @@ def start_workers(root: Path, jobs: int) -> None:
     _dvc(root, "queue", "start", "--jobs", str(jobs))
 
 
+def is_temporary(root: Path) -> bool:
+    """Whether a project is DVC's copy for one queued experiment, which DVC deletes afterwards."""
+    return any(parent.match(".dvc/tmp/exps") for parent in root.resolve().parents)
+
+
 def workers_alive(root: Path) -> bool:
     """Whether a worker's process exists."""
     for file in (root / ".dvc" / "tmp" / "exps" / "celery").glob(WORKER_FILES):

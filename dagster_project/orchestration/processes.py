@@ -35,10 +35,21 @@ def end_with_dvc() -> None:
     """If DVC started this process, end with DVC, so that no orphan writes outputs after DVC was killed."""
     if "DVC_STAGE" not in os.environ:
         return
+    _end_with(_dvc())
+
+
+def command_of_dvc() -> list[str]:
+    """Command line of the DVC process that started this one; empty if DVC did not."""
+    found = _dvc() if "DVC_STAGE" in os.environ else None
+    return found.cmdline() if found is not None else []
+
+
+def _dvc() -> psutil.Process | None:
+    """The process that started this one, or the shell that did."""
     parent = psutil.Process().parent()
     while parent is not None and parent.name() in SHELLS:
         parent = parent.parent()
-    _end_with(parent)
+    return parent
 
 
 def end_with_parent() -> None:

@@ -24,6 +24,7 @@ from typing import Any
 from dagster_project.core.context import measured
 from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.core.layout import is_report
+from dagster_project.core.progress import clock
 from dagster_project.core.records import write_json
 from dagster_project.orchestration import dvc, integrity, locks, processes
 from dagster_project.orchestration.dvc import StageState
@@ -32,9 +33,6 @@ log = logging.getLogger("pedigree")
 
 RUN, RESTORED, UP_TO_DATE, FAILED, INTERRUPTED, NOT_STARTED = "run", "restored", "up to date", "failed", "interrupted", "not started"
 """Outcomes of a stage."""
-PRELOAD = ["dagster_project.orchestration.run_all", "dvc.repo.reproduce", "dvc.parsing", "dvc.stage.run", "dvc.output", "dvc.data_cloud",
-           "dvc.cachemgr", "dvc.lock", "scmrepo.git", "ruamel.yaml"]  # fmt: skip
-"""Modules that the fork server imports once for all stages. None starts a thread."""
 PROGRESS_INTERVAL = 60.0
 """Seconds between two log lines about running stages."""
 SECONDS = Path(".dvc") / "tmp" / "pedigree" / "seconds"
@@ -109,7 +107,7 @@ class RunAll:
         self.waiting: set[str] = set()
         self.interrupted = False
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(PRELOAD)
+        self.context.set_forkserver_preload([__name__, *dvc.PRELOAD])
 
     def run(self) -> dict[str, Outcome]:
         """Outcome of every stage, in flow order. An interrupt ends the running ones."""
@@ -206,7 +204,7 @@ class RunAll:
             return text
         left = remaining(self.above, elapsed, queued, self.seconds, self.jobs)
         at_least = "at least" if len(known) < len(elapsed) + len(queued) else "about"
-        return f"{text}, {at_least} {_minutes(left)} left"
+        return f"{text}, {at_least} {clock(left)} left"
 
     def _wait(self) -> None:
         """Wait until a stage ends, and record its outcome."""
@@ -221,7 +219,7 @@ class RunAll:
             if not ended and self.waiting:
                 break
             if not ended and time.monotonic() - since >= PROGRESS_INTERVAL:
-                times = ", ".join(f"{address} {_minutes(time.monotonic() - one.began)}" for address, one in self.running.items())
+                times = ", ".join(f"{address} {clock(time.monotonic() - one.began)}" for address, one in self.running.items())
                 log.info(f"running: {times}. {self._progress()}")
                 since = time.monotonic()
         for address in ended:
@@ -249,7 +247,7 @@ class RunAll:
             write_json(self.root / SECONDS / f"{address}.json", {"seconds": seconds})
         if outcome == FAILED:
             log.error(f"{address}: {error}")
-        text = f"{address}: {outcome} after {_minutes(seconds)}"
+        text = f"{address}: {outcome} after {clock(seconds)}"
         if outcome == FAILED and (self.running or self._queued):
             text += "; no other stage is started" + (", running ones finish" if self.running else "")
         log.info(text)
@@ -319,12 +317,6 @@ def last_seconds(root: Path, address: str) -> float | None:
         return float(json.loads((root / SECONDS / f"{address}.json").read_bytes())["seconds"])
     value = measured(root, address).get("training_seconds")
     return float(value) if value else None
-
-
-def _minutes(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def run_all(root: Path, jobs: int, force: bool, validate: Callable[[Path], Any]) -> dict[str, Any]:

@@ -36,7 +36,15 @@ from dagster_project.training.trainers.harness.checkpoint import Checkpoints, re
 from dagster_project.training.trainers.harness.curve import write_curve
 from dagster_project.training.trainers.harness.distributed import claim_gpu, place
 from dagster_project.training.trainers.harness.history import TrainingHistory
-from dagster_project.training.trainers.harness.launch import launch, portable, read_report, report_document, start_others
+from dagster_project.training.trainers.harness.launch import (
+    is_first_host,
+    launch,
+    portable,
+    read_report,
+    refuse_differences,
+    report_document,
+    start_others,
+)
 from dagster_project.training.trainers.harness.params import PreferenceParams, refuse_unmerged
 from dagster_project.training.trainers.harness.session import Diverged, Interrupted, advice_on_memory
 from dagster_project.training.trainers.harness.sharding import ShardedModel
@@ -179,11 +187,10 @@ def produce(
     if not params.sharding:
         begin()
     audit = WeightAudit(prepared.model, checkpoints)
-    models = {"SFT model": sft, **({"reward model": reward_model} if method.learns_from_rewards else {})}
-    identity = preference_identity(params, compute, device, dtype, preferences, models, Path(__file__))
+    identity = _identity(params, compute, method, sources, device, dtype)
     kept = Checkpoints(checkpoints, identity, params.save_total_limit, sharded=params.sharding is not None)
     inputs = {name: portable(path) for name, path in {**vars(sources), "checkpoints": checkpoints}.items()}
-    start_others({**_shared(params, compute), "folders": inputs, "scored": usable}, __name__)
+    start_others({**_shared(params, compute), "folders": inputs, "scored": usable, "identity": identity}, __name__)
     with advice_on_memory():
         judge = RewardModel(reward_model, device, dtype, params.sharding) if usable else None
     rewards = Rewards(params.rewards, judge) if method.learns_from_rewards else None
@@ -231,6 +238,13 @@ def _produce_in_processes(variant: str, params: Params, compute: Compute, folder
     return read_report(launch(compute.processes, __name__, {"variant": variant, **_shared(params, compute), "folders": paths}))
 
 
+def _identity(
+    params: Params, compute: Compute, method: AlignmentMethod, sources: Sources, device: torch.device, dtype: torch.dtype
+) -> dict[str, str]:
+    models = {"SFT model": sources.sft, **({"reward model": sources.reward_model} if method.learns_from_rewards else {})}
+    return preference_identity(params, compute, device, dtype, sources.preferences, models, Path(__file__))
+
+
 def _shared(params: Params, compute: Compute) -> dict[str, Any]:
     return {
         "params": params.model_dump(mode="json", exclude_unset=True, warnings=False),
@@ -246,12 +260,20 @@ def first_process(work: Mapping[str, Any]) -> dict[str, Any]:
 
 def other_process(work: Mapping[str, Any]) -> None:
     """Work of the other processes: the same training, and with `sharding` the passes of the evaluation, without writing anything but parts of
-    checkpoints."""
+    checkpoints.
+
+    Raises:
+        InputError: inputs, code or versions on this host differ from those of the first one.
+    """
     params, compute = Params.model_validate(work["params"]), Compute.model_validate(work["compute"])
     folders = {name: Path(path) for name, path in work["folders"].items()}
     checkpoints = folders.pop("checkpoints")
     sources = Sources(**folders)
     device, dtype = prepare(compute)
+    if not is_first_host():
+        if missing := next((path for path in folders.values() if not path.is_dir()), None):
+            raise InputError(f"this host has no {missing}", "fetch it with `dvc pull`")
+        refuse_differences(_identity(params, compute, params.parsed_method("aligned"), sources, device, dtype), work["identity"])
     reuse_large_blocks()
     method = params.parsed_method("aligned")
     _, shared = _policy(sources.sft, params, device, dtype, "aligned")

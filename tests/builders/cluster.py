@@ -19,6 +19,9 @@ import psutil
 
 from builders.servers import free_port, free_ports
 
+STARTS = 4
+"""Attempts to start a node."""
+
 
 @dataclass
 class Cluster:
@@ -26,6 +29,7 @@ class Cluster:
 
     folder: Path
     environment: Mapping[str, str] = field(default_factory=dict)
+    """Credentials for the nodes, which no job and no file contains."""
     port: int = 0
     dashboard: int = 0
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
@@ -49,15 +53,22 @@ class Cluster:
         self.port, self.dashboard = free_ports(2)
         self.add("first", "--head", f"--port={self.port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard}",
                  "--include-dashboard=true", f"--ray-client-server-port={free_port()}", f"--temp-dir={self.folder}/ray")  # fmt: skip
+        self.add("second", f"--address=127.0.0.1:{self.port}")  # meanwhile the dashboard starts
         self._wait_for_dashboard()
-        self.add("second", f"--address=127.0.0.1:{self.port}")
 
     def add(self, name: str, *options: str, **environment: str) -> None:
-        """Start a node; return when it has started."""
+        """Start a node; return when it has started. Ray gives a node 30 s, which a busy machine may exceed: then it is started again."""
+        for _ in range(STARTS):
+            if self._started(name, options, environment):
+                return
+            self.kill(name)
+        raise AssertionError((self.folder / f"{name}.log").read_text())
+
+    def _started(self, name: str, options: tuple[str, ...], environment: Mapping[str, str]) -> bool:
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         variables = self.variables()
         del variables["RAY_ADDRESS"]
-        log = (self.folder / f"{name}.log").open("ab")
+        log = (self.folder / f"{name}.log").open("wb")
         self.processes[name] = process = subprocess.Popen(
             [ray(), "start", "--block", "--node-ip-address=127.0.0.1", "--num-cpus=1", "--num-gpus=0", f'--resources={{"{name}": 1}}',
              f"--labels=image={name}", f"--dashboard-agent-listen-port={free_port()}", "--object-store-memory=80000000", "--disable-usage-stats", "--include-log-monitor=false", *options],
@@ -67,8 +78,10 @@ class Cluster:
         )  # fmt: skip
         until = time.monotonic() + 240
         while b"Ray runtime started" not in (self.folder / f"{name}.log").read_bytes():
-            assert process.poll() is None and time.monotonic() < until, (self.folder / f"{name}.log").read_text()
+            if process.poll() is not None or time.monotonic() > until:
+                return False
             time.sleep(0.2)
+        return True
 
     def node_cache(self, name: str) -> Path:
         return self.folder / f"node-{name}"

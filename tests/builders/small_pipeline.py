@@ -50,9 +50,29 @@ def _started(ctx: StageContext) -> None:
         file.write(json.dumps({"stage": ctx.address, "inputs_changed": new, "pid": os.getpid()}) + "\n")
     if os.environ.get("SLOW") == ctx.stage:
         time.sleep(float(os.environ.get("SLOW_SECONDS", "30")))
-    slow = ctx.root / "slow.json"  # for a stage on another machine, which gets files and no environment
-    if slow.is_file():
-        time.sleep(json.loads(slow.read_text()).get(ctx.stage, 0))
+    _wait_at_gate(ctx, 0)
+
+
+def hold(root: Path, stage: str, gates: int = 1) -> list[Path]:
+    """Let a stage wait, when it starts and after each of its steps, until the test has made a file. By a file, because a stage on another machine
+    gets no environment; no stage depends on it.
+
+    Returns:
+        The files, in the order in which the stage waits for them.
+    """
+    paths = [root.parent / f"gate-{stage}-{number}" for number in range(gates)]
+    for path in paths:
+        path.unlink(missing_ok=True)
+    (root / "hold.json").write_text(json.dumps({stage: [*map(str, paths)]}))
+    return paths
+
+
+def _wait_at_gate(ctx: StageContext, number: int) -> None:
+    held = ctx.root / "hold.json"
+    gates = json.loads(held.read_text()).get(ctx.stage, []) if held.is_file() else []
+    until = time.monotonic() + 300
+    while number < len(gates) and not Path(gates[number]).exists() and time.monotonic() < until:
+        time.sleep(0.05)
 
 
 def raw(ctx: StageContext) -> Report:
@@ -85,6 +105,7 @@ def adapter(ctx: StageContext) -> Report:
         write_text(ctx.live / "loss.csv", f"step,loss\n{step + 1},{1 / (step + 1)}\n")
         write_text(ctx.live / "tokens_per_second.csv", f"step,tokens_per_second\n{step + 1},{100 + step}\n")
         time.sleep(0.5)
+        _wait_at_gate(ctx, step + 1)
     recipe = ctx.values["variants"][ctx.variant]
     (ctx.out / "weights.txt").write_text((ctx.root / "data/tok/train.txt").read_text() + str(recipe) + _code(ctx))
     # tokens per second differ from run to run
@@ -249,7 +270,8 @@ def all_assets() -> Any:
 
 
 def materialize_at_once(instance: Any, addresses: list[str]) -> Any:
-    """Materialize these assets, or all, by the project's executor: each stage in a process, those that can at once."""
+    """Materialize these assets, or all, by the project's executor: each stage in a process, those that can at once. The environment variable RUN
+    adds arguments, e.g. `{"tags": {"pedigree/on": "local"}}`."""
     import dagster as dg
     from dagster._core.definitions.reconstruct import ReconstructableJob
 
@@ -257,7 +279,7 @@ def materialize_at_once(instance: Any, addresses: list[str]) -> Any:
 
     job = ReconstructableJob.for_file("small_pipeline.py", "all_assets")
     keys = [asset_key(a) for a in addresses] or None
-    return dg.execute_job(job, instance, asset_selection=keys, raise_on_error=False)
+    return dg.execute_job(job, instance, asset_selection=keys, raise_on_error=False, **json.loads(os.environ.get("RUN", "{}")))
 
 
 def changed_in_dvc(root: Path) -> set[str]:

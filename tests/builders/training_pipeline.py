@@ -25,9 +25,9 @@ def adapter(ctx: StageContext) -> Report:
     from dagster_project.core.params import Compute
     from dagster_project.stages import adapter as stage
 
-    slow = ctx.root / "slow.json"
-    if slow.is_file():
-        _slow_down(json.loads(slow.read_text()))
+    held = ctx.root / "hold.json"
+    if held.is_file():
+        _hold(**json.loads(held.read_text()))
     values = stage.Params(**ctx.values["variants"][ctx.variant])
     return stage.produce(
         str(ctx.variant), values, Compute(threads=1, dtype="float32"), ctx.root / "data/tokenized", ctx.root / "data/base_model", ctx.out,
@@ -35,14 +35,18 @@ def adapter(ctx: StageContext) -> Report:
     )  # fmt: skip
 
 
-def _slow_down(seconds: float) -> None:
-    """Make each forward pass take that much longer."""
+def _hold(before: int, gate: str) -> None:
+    """Let a training wait before its n-th forward pass, counted from 1, until the test has made a file."""
     from transformers import Trainer
 
-    whole = Trainer.training_step
+    whole, passes = Trainer.training_step, 0
 
     def step(*arguments: Any, **named: Any) -> Any:
-        time.sleep(seconds)
+        nonlocal passes
+        passes += 1
+        until = time.monotonic() + 300
+        while passes == before and not Path(gate).exists() and time.monotonic() < until:
+            time.sleep(0.05)
         return whole(*arguments, **named)
 
     Trainer.training_step = step

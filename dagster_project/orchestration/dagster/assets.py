@@ -19,10 +19,10 @@ from dagster_pipes import PipesContext, PipesDefaultContextLoader, PipesDefaultM
 
 from dagster_project.core import params
 from dagster_project.core.errors import InputError, PedigreeError
-from dagster_project.execution import VARIABLE, placement
+from dagster_project.execution import placement
 from dagster_project.orchestration import dvc
 from dagster_project.orchestration.dagster import pages
-from dagster_project.orchestration.dagster.concurrency import FORCE_TAG, build_executor, pool_of
+from dagster_project.orchestration.dagster.concurrency import FORCE_TAG, ON_TAG, build_executor, placement_variables, pool_of
 from dagster_project.orchestration.dagster.dead_runs import MACHINE_TAG, end_with_run, reap
 from dagster_project.orchestration.dagster.instance import open_at
 from dagster_project.orchestration.dagster.metadata import (
@@ -49,7 +49,6 @@ for category in (dg.BetaWarning, dg.PreviewWarning):  # observable sources and P
 INPUTS, DATA = "1_inputs", "2_data"
 """Groups of the sources and of the stages that the job `data` runs. dvc.yaml names the groups of all stages, numbered so
 that lists show them in flow order."""
-ON_TAG = "pedigree/on"
 DAGSTER_YAML = """\
 telemetry: {enabled: false}
 nux: {enabled: false}
@@ -109,7 +108,7 @@ def build_definitions(root: Path, pipeline: Pipeline = PEDIGREE) -> dg.Definitio
             )
         ],
         sensors=[_sync_sensor(root, pipeline)],
-        executor=build_executor(root),
+        executor=build_executor(root, pipeline),
     )
 
 
@@ -210,7 +209,7 @@ def _bring_up_to_date(
     instance.add_run_tags(context.run_id, {MACHINE_TAG: platform.node()})
     try:
         placement(
-            pipeline.validate(root), address, pipeline.stages, pipeline.variants_of, _variables(on)
+            pipeline.validate(root), address, pipeline.stages, pipeline.variants_of, placement_variables(on)
         )  # first: bad input leaves the log unchanged
         known = _mirrored.get(instance)
         known = known if known and known.run_id == context.run_id else None
@@ -303,11 +302,6 @@ def _not_ready(states: Mapping[str, StageState], address: str) -> str:
     return f"{', '.join(changed)} must be brought up to date first ({first.address}: {first.changed[0]}{fetch})"
 
 
-def _variables(on: str) -> dict[str, str]:
-    """Environment of a stage command, with the placement `on`, or else that of this process."""
-    return {VARIABLE: on} if on else {name: os.environ[name] for name in (VARIABLE,) if name in os.environ}
-
-
 def _reproduce(context: dg.AssetExecutionContext, root: Path, address: str, force: bool, on: str) -> str:
     """Run the stage's command by DVC, and stream its log to this run through Dagster Pipes.
 
@@ -331,7 +325,7 @@ def _reproduce(context: dg.AssetExecutionContext, root: Path, address: str, forc
             root,
             address,
             force,
-            {**variables, "PYTHONUNBUFFERED": "1", **_variables(on)},
+            {**variables, "PYTHONUNBUFFERED": "1", **placement_variables(on)},
             on_wait=lambda holder: context.log.info(f"{address} is waiting: {holder}"),
             on_progress=report_progress,
         )

@@ -11,31 +11,37 @@ from typing import Any
 
 import dagster as dg
 
+from dagster_project.core import params
 from dagster_project.core.errors import InputError, PedigreeError
-from dagster_project.execution import placement
+from dagster_project.execution import VARIABLE, placement
 from dagster_project.orchestration import dvc
 from dagster_project.orchestration.dagster.dead_runs import reap
+from dagster_project.orchestration.dagster.metadata import asset_key
+from dagster_project.orchestration.private_api import private_module
 from dagster_project.pipeline import Pipeline
 
 GPU, CPU, RAY = "gpu", "cpu", "ray"
 """Pools: stages that train or generate on this machine, all others on it, and stages that `execution` of params.yaml sends to a cluster."""
-FORCE_TAG = "pedigree/force"
-"""Tag of a run: run all of its stages, even if nothing changed."""
-PRELOAD = ["dagster_project.orchestration.dagster.assets", "dvc.repo.reproduce", "dvc.parsing", "dvc.stage.run", "dvc.output",
-           "dvc.data_cloud", "dvc.cachemgr", "dvc.lock", "scmrepo.git", "ruamel.yaml", "dvc_render.html"]  # fmt: skip
-"""Modules that Dagster's fork server imports once for all step processes of a run, instead of each of them. None starts a thread."""
+FORCE_TAG, ON_TAG = "pedigree/force", "pedigree/on"
+"""Tags of a run: run all of its stages, even if nothing changed; where all of them run."""
 
 
-def pool_of(address: str, pipeline: Pipeline, values: Mapping[str, Any]) -> str:
+def pool_of(address: str, pipeline: Pipeline, values: Mapping[str, Any], on: str = "") -> str:
     """Pool of a stage.
 
     Args:
         values: params.yaml.
+        on: where a run places the stage; empty for the section `execution`.
     """
     with suppress(InputError):  # an invalid section `execution`: the stage reports it when it runs
-        if placement(values, address, pipeline.stages, pipeline.variants_of)[1].on == "ray":
+        if placement(values, address, pipeline.stages, pipeline.variants_of, placement_variables(on))[1].on == "ray":
             return RAY
     return GPU if address.partition("@")[0] in pipeline.floating_point else CPU
+
+
+def placement_variables(on: str) -> dict[str, str]:
+    """Environment of a stage command, with the placement `on`, or else that of this process."""
+    return {VARIABLE: on} if on else {name: os.environ[name] for name in (VARIABLE,) if name in os.environ}
 
 
 def default_limits() -> dict[str, int]:
@@ -59,7 +65,7 @@ def set_default_limits(instance: dg.DagsterInstance) -> dict[str, int]:
     return {pool: limits[pool] for pool in default_limits()}
 
 
-def build_executor(root: Path) -> dg.ExecutorDefinition:
+def build_executor(root: Path, pipeline: Pipeline) -> dg.ExecutorDefinition:
     """Executor of all jobs. It accepts the configuration of Dagster's `multi_or_in_process_executor`."""
     base = dg.multi_or_in_process_executor
     schema: Any = base.config_schema
@@ -74,9 +80,11 @@ def build_executor(root: Path) -> dg.ExecutorDefinition:
             return _create(base, init_context, config)
         options: dict[str, Any] = {**_mapping(config["multiprocess"])}
         options["max_concurrent"] = options.get("max_concurrent") or sum(limits.values())
-        options["start_method"] = options.get("start_method") or {"forkserver": {"preload_modules": PRELOAD}}
+        preload = ["dagster_project.orchestration.dagster.assets", *dvc.PRELOAD]
+        options["start_method"] = options.get("start_method") or {"forkserver": {"preload_modules": preload}}
         return StagesExecutor(
             root,
+            pipeline,
             _create(base, init_context, {"multiprocess": options}),
             _create(base, init_context, {"in_process": {"retries": options.get("retries") or {"enabled": {}}}}),
         )
@@ -100,8 +108,8 @@ class StagesExecutor(dg.Executor):
     Starting a step process takes longer than a stage that is up to date (docs/decisions/025).
     """
 
-    def __init__(self, root: Path, multiprocess: dg.Executor, in_process: dg.Executor) -> None:
-        self.root, self.multiprocess, self.in_process = root, multiprocess, in_process
+    def __init__(self, root: Path, pipeline: Pipeline, multiprocess: dg.Executor, in_process: dg.Executor) -> None:
+        self.root, self.pipeline, self.multiprocess, self.in_process = root, pipeline, multiprocess, in_process
 
     @property
     def retries(self) -> Any:
@@ -113,13 +121,27 @@ class StagesExecutor(dg.Executor):
 
     def execute(self, plan_context: Any, execution_plan: Any) -> Iterator[dg.DagsterEvent]:
         keys = plan_context.job.get_definition().asset_layer.selected_asset_keys
-        options = [_mapping(one).get("config") for one in _mapping(plan_context.run_config.get("ops")).values()]
-        forced = plan_context.dagster_run.tags.get(FORCE_TAG) == "true" or any(_mapping(one).get("force") for one in options)
+        tags = plan_context.dagster_run.tags
+        options = {step: _mapping(_mapping(one).get("config")) for step, one in _mapping(plan_context.run_config.get("ops")).items()}
+        forced = tags.get(FORCE_TAG) == "true" or any(one.get("force") for one in options.values())
         try:
-            several = can_run_at_once(dvc.read_stages(self.root), {"@".join(key.path) for key in keys}, forced)
+            states = dvc.read_stages(self.root)
+            several = can_run_at_once(states, {"@".join(key.path) for key in keys}, forced)
+            steps = {asset_key(address).to_python_identifier(): address for address in states}
+            on = {step: str(options.get(step, {}).get("on") or tags.get(ON_TAG, "")) for step in steps}
+            values = params.read(self.root)
+            set_pools(execution_plan, {step: pool_of(address, self.pipeline, values, on[step]) for step, address in steps.items()})
         except PedigreeError:
             several = False  # bad input: the first stage reports it
         yield from (self.multiprocess if several else self.in_process).execute(plan_context, execution_plan)
+
+
+def set_pools(plan: Any, pools: Mapping[str, str]) -> None:
+    """Put the steps of a run's plan into these pools, by key. Those of the definitions follow from params.yaml as it was when Dagster loaded it,
+    and do not include the run's own placement."""
+    assert isinstance(plan, private_module("dagster._core.execution.plan.plan").ExecutionPlan)
+    for handle, step in list(plan.step_dict.items()):
+        plan.step_dict[handle] = plan.step_dict_by_key[step.key] = step._replace(pool=pools.get(step.key, step.pool))
 
 
 def can_run_at_once(states: Mapping[str, dvc.StageState], planned: set[str], forced: bool) -> bool:

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from shutil import copyfile
@@ -32,6 +31,7 @@ from dagster_project.orchestration import dvc, dvc_remote, integrity
 from dagster_project.orchestration.executors import StageJob, StageResult
 from dagster_project.orchestration.executors.messages import THREADS, received, versions
 from dagster_project.orchestration.executors.package import project_package
+from dagster_project.orchestration.experiments import is_temporary
 from dagster_project.orchestration.remote_store import OBJECT, Damaged, RemoteStore, open_store
 
 log = logging.getLogger("pedigree")
@@ -56,6 +56,10 @@ STAGE, PROJECT = "pedigree/stage", "pedigree/project"
 
 class ClusterGone(PedigreeError):
     """The cluster does not answer."""
+
+
+class TokenRefused(InputError):
+    """The cluster requires another token."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def connect(address: str) -> tuple[Any, str]:
             _refuse_unsafe(url, by_token)
             return JobSubmissionClient(url, headers={"Authorization": f"Bearer {token}"} if token else None), url.rstrip("/")
         except AuthenticationError:
-            raise InputError(
+            raise TokenRefused(
                 f"the Ray cluster at {url} requires another token", "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to its token"
             ) from None
         except (OSError, RuntimeError, ValueError) as error:
@@ -201,16 +205,17 @@ class _Run:
     # ---- result ------------------------------------------------------------------------------------------------------
 
     def result(self) -> StageResult:
-        """The result of the stage, from a job that ended without a driver, one that is still running, or a new one."""
+        """The result of the stage: of an earlier job whose result was not recorded, of one that is still running, or of a new one."""
+        self._discard_others()
         found = self.store.read_document(self.at("result.json"))
         if found is not None:
-            log.info(f"{self.address}: a job with the same inputs ended while no driver waited for it; its result is used")
+            log.info(f"{self.address}: the result of an earlier job with the same inputs is used")
         for last in (False, True):
             if found is None:
                 found = self._computed()
             try:
                 result = self._fetch(found)
-                self._tidy()
+                self._tidy(result)
                 return result
             except Damaged as error:
                 self.store.discard(oid for oid in error.objects if OBJECT.fullmatch(oid))
@@ -223,16 +228,17 @@ class _Run:
                 found = None
         raise AssertionError
 
-    def _tidy(self) -> None:
-        """Remove the result and checkpoints from the remote. What remains is removed by the next driver of the stage."""
+    def _tidy(self, result: StageResult) -> None:
+        """Remove the result and checkpoints from the remote. A result that DVC records next stays for the next driver of the stage: until dvc.lock
+        is written, this process or DVC may be killed."""
+        stays = result.exit_code == 0 and "DVC_STAGE" in os.environ and not is_temporary(self.job.ctx.root)
         try:
-            self.store.remove(self.at())
+            self.store.remove(self.at("checkpoints") if stays else self.at())
         except PedigreeError as error:
             log.warning(f"{self.address}: {error.what}")
 
     def _computed(self) -> Mapping[str, Any]:
         """The result of a job; lost jobs are submitted again."""
-        self._discard_others()
         began = time.monotonic()
         inputs = dvc_remote.inputs_by_hash(self.job.ctx.root, self.address)
         self.bytes_sent += self.store.push(inputs.values())
@@ -266,13 +272,14 @@ class _Run:
         )
 
     def _discard_others(self) -> None:
-        """Stop jobs of this stage that compute from other inputs, and remove their results."""
+        """Stop jobs of this stage that compute from other inputs, and remove their results; of the same inputs too, if the stage has to be run."""
+        forced = dvc.is_forced()
         for name in self._running():
-            if not name.startswith(self.key):
-                log.info(f"{self.address}: stopping job {name}, which has other inputs")
-                self._request(partial(self.client.stop_job, name))
+            if forced or not name.startswith(self.key):
+                log.info(f"{self.address}: stopping job {name}, {'because the run is forced' if forced else 'which has other inputs'}")
+                self._stop(name)
         for key in {name.partition("/")[0] for name in self.store.list(self.store.at("jobs"))}:
-            if key.startswith(self.prefix) and key != self.key:
+            if key.startswith(self.prefix) and (forced or key != self.key):
                 self.store.remove(self.store.at("jobs", key))
 
     def _running(self) -> list[str]:
@@ -306,7 +313,7 @@ class _Run:
                 log.info(f"{self.address}: job {self.name} was submitted: {self.url}/#/jobs/{self.name}")
             return self._wait(bool(running))
         except KeyboardInterrupt:
-            self._stop()
+            self._stop(self.name)
             raise
 
     def description(self) -> dict[str, Any]:
@@ -355,7 +362,7 @@ class _Run:
             if details is None:
                 return None
             ended, self.node_id = details.status.is_terminal(), details.driver_node_id or ""
-            with suppress(RuntimeError, OSError):  # the log does not exist yet, or its node was lost
+            with suppress(RuntimeError, OSError), self._authenticated():  # the log does not exist yet, or its node was lost
                 text: str = self.client.get_job_logs(self.name)
                 whole = len(text) if ended else text.rfind("\n") + 1
                 for kind, content in received(text[read:whole]):
@@ -389,25 +396,44 @@ class _Run:
         before = path.read_text(encoding="utf-8") if path.is_file() else ""
         write_text(path, before[:start] + text)
 
-    def _stop(self) -> None:
-        """End the job; its processes are gone when this returns, or when Ray has killed them."""
-        with suppress(RuntimeError, OSError):
-            self.client.stop_job(self.name)
-            until = time.monotonic() + STOP_SECONDS
-            while time.monotonic() < until and not self.client.get_job_status(self.name).is_terminal():
-                time.sleep(0.2)
-        log.info(f"{self.address}: job {self.name} was stopped")
+    def _stop(self, name: str) -> None:
+        """End a job; its processes are gone when this returns, or when Ray has killed them."""
+        try:
+            with self._authenticated():
+                self.client.stop_job(name)
+                until = time.monotonic() + STOP_SECONDS
+                while time.monotonic() < until and not self.client.get_job_status(name).is_terminal():
+                    time.sleep(0.2)
+        except (RuntimeError, OSError, TokenRefused) as error:
+            reason = " ".join(str(error).split())[:300]
+            log.warning(f"{self.address}: job {name} may not have been stopped: {reason}; see {self.url}/#/jobs/{name}")
+        else:
+            log.info(f"{self.address}: job {name} was stopped")
+
+    @contextmanager
+    def _authenticated(self) -> Iterator[None]:
+        from ray.exceptions import AuthenticationError
+
+        try:
+            yield
+        except AuthenticationError:
+            raise TokenRefused(
+                f"{self.address}: the Ray cluster at {self.url} no longer accepts the token that the run began with",
+                "nothing was recorded; set RAY_AUTH_TOKEN_PATH to the new token and run the stage again: a job that went on is found by its inputs",
+            ) from None
 
     def _request(self, send: Callable[[], T]) -> T:
         """The cluster's answer to a request, which is repeated if there is none. None if the job does not exist.
 
         Raises:
             ClusterGone: it did not answer for `patience` seconds.
+            TokenRefused: its token has changed.
         """
         until = time.monotonic() + self.executor.patience
         while True:
             try:
-                return send()
+                with self._authenticated():
+                    return send()
             except (OSError, RuntimeError) as error:  # OSError: requests.ConnectionError, ConnectionError
                 text, reason = str(error), " ".join(str(error).split())[-300:]
                 if "status code 404" in text:

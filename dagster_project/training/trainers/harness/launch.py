@@ -109,6 +109,7 @@ def launch(processes: int, module: str, work: Mapping[str, Any]) -> Any:
     Returns:
         Result of the first process.
     Raises:
+        InputError: the launchers of `LAUNCHER` and `torchrun` are both selected.
         PedigreeError: that of the first process, or another process ended before its work was done.
         KeyboardInterrupt: interrupted when the first process could not save.
     """
@@ -116,6 +117,11 @@ def launch(processes: int, module: str, work: Mapping[str, Any]) -> Any:
     from torch.distributed.launcher.api import elastic_launch
 
     if os.environ.get(LAUNCHER) == "ray":
+        if os.environ.get("PET_NNODES", "1") != "1":
+            raise InputError(
+                f"{LAUNCHER}=ray and PET_NNODES are both set: Ray Train would start all processes, and leave those of torchrun waiting",
+                f"unset PET_NNODES to use the nodes of the Ray cluster, or {LAUNCHER} to use the hosts of torchrun",
+            )
         from dagster_project.training.trainers.harness import ray_train
 
         return ray_train.launch(processes, module, work)
@@ -158,6 +164,18 @@ def _config(nodes: Nodes, processes: int, folder: Path) -> Any:
 def is_first_host() -> bool:
     """Whether this process runs where the stage does."""
     return not _elsewhere
+
+
+def refuse_differences(here: Mapping[str, str], first: Mapping[str, str]) -> None:
+    """Compare what a training depends on with the first host.
+
+    Raises:
+        InputError: something differs; the message names it.
+    """
+    if differing := sorted(name for name, value in here.items() if first[name] != value):
+        raise InputError(
+            f"this host differs from the first one: {', '.join(differing)}", "use the same commit, versions and data on all hosts"
+        )
 
 
 def portable(path: Path) -> str:

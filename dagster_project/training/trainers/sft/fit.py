@@ -22,7 +22,7 @@ from dagster_project.training.trainers.harness import weight_audit
 from dagster_project.training.trainers.harness.checkpoint import Checkpoints, code_of, params_identity, refuse_full_disk
 from dagster_project.training.trainers.harness.curve import live_writer
 from dagster_project.training.trainers.harness.history import TrainingHistory
-from dagster_project.training.trainers.harness.launch import is_first_host, portable, start_others
+from dagster_project.training.trainers.harness.launch import is_first_host, portable, refuse_differences, start_others
 from dagster_project.training.trainers.harness.params import OPTIMIZER_MEMORY, AdapterParams
 from dagster_project.training.trainers.harness.session import Diverged, Interrupted, advice_on_memory
 from dagster_project.training.trainers.harness.weight_audit import WeightAudit, WeightChange
@@ -229,11 +229,7 @@ def refuse_other_inputs(data: TrainingData, expected: Mapping[str, str]) -> None
         "library versions": json.dumps(weight_audit.versions(name for name in names if name != "python")),
         "code of the trainer": code_of_trainer(),
     }
-    differing = sorted(name for name, value in here.items() if expected[name] != value)
-    if differing:
-        raise InputError(
-            f"this host differs from the first one: {', '.join(differing)}", "use the same commit, versions and data on all hosts"
-        )
+    refuse_differences(here, expected)
 
 
 def code_of_trainer() -> str:
