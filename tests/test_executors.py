@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 from builders import small_pipeline
-from conftest import dvc, run
+from conftest import dvc, edit_params, run
 
 from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.layout import measured_path, report_of
@@ -77,6 +78,14 @@ def test_a_stage_that_runs_elsewhere_gives_the_same_outputs_and_report(
         assert outputs(root, address) == here[address]
     assert small_pipeline.changed_in_dvc(root) == set()
     assert (root / "data/live/adapter/lora/loss.csv").is_file() and measured_path(root, "adapter@lora").is_file()
+
+
+def test_workers_on_this_host_give_the_same_outputs_and_report(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    here = outputs(root, "tok")
+    edit_params(root, lambda values: values.update(execution={"stages": {"tok": {"workers": 2}}}))
+    run_stage(root, "tok", small_pipeline.PIPELINE)
+    assert outputs(root, "tok") == here and re.search(r"tok: \d+ parts in \d+ other processes", capsys.readouterr().out)
+    assert small_pipeline.changed_in_dvc(root) == set()
 
 
 def test_a_gate_that_fails_on_another_machine_fails_here_and_publishes_only_its_report(root: Path, tmp_path: Path) -> None:

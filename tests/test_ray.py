@@ -9,6 +9,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -168,6 +169,18 @@ def test_a_stage_on_a_node_gives_the_same_bytes_and_shows_where_it_ran_and_no_se
     assert execution["cost"] == pytest.approx(0.01 * execution["compute_seconds"], abs=0.3)
     assert not s3.names(f"{root.parent.name}/pedigree/")  # nothing is left beside DVC's objects: DVC records nothing here
     assert_no_secret(cluster, root, caplog.text, s3)
+
+
+def test_parts_of_a_stage_are_tasks_of_the_cluster_and_give_the_same_bytes(
+    cluster: Cluster, driver: dict[str, str], root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = forget(root, "tok")
+    placed = {"execution": {"stages": {"tok": {"on": "ray", "workers": 2}}}}
+    (root / "params.yaml").write_text(json.dumps({**json.loads((root / "params.yaml").read_text()), **placed}))
+    with caplog.at_level(logging.INFO, logger="pedigree"):
+        run_stage(root, "tok", PIPELINE)
+    assert published(root, "tok") == before
+    assert re.search(r"tok: \d+ parts in \d+ other processes", caplog.text), caplog.text
 
 
 def assert_no_secret(cluster: Cluster, root: Path, text: str, s3: S3Server) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from dagster_project.core import params
+from dagster_project.core import params, workers
 from dagster_project.core.context import StageContext
 from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.core.layout import report_of
@@ -94,9 +94,16 @@ def inst(ctx: StageContext) -> Report:
 
 def tok(ctx: StageContext) -> Report:
     _started(ctx)
-    (ctx.out / "train.txt").write_text((ctx.root / "data/inst/rows.txt").read_text().upper() + _code(ctx))
+    done = [*workers.current().map(_in_capitals, None, _lines(ctx.root / "data/inst/rows.txt"))]
+    if others := {process for _, process in done} - {os.getpid()}:
+        print(f"tok: {len(done)} parts in {len(others)} other processes", flush=True)
+    (ctx.out / "train.txt").write_text("\n".join(line for line, _ in done) + _code(ctx))
     (ctx.out / "test.txt").write_text(f"test {ctx.values['testseed']}")
     return Report()
+
+
+def _in_capitals(_: None, line: str) -> tuple[str, int]:
+    return line.upper(), os.getpid()
 
 
 def adapter(ctx: StageContext) -> Report:

@@ -269,6 +269,7 @@ def main(job: Mapping[str, Any]) -> int:
         with scratch_folder() as (folder, cache):
             root = folder / "project"
             shutil.copytree(Path.cwd(), root, symlinks=True)  # Ray gives all jobs with the same files one folder
+            os.chdir(root)  # and writes it again when a task of the stage starts on another node of this host
             dvc.isolate_project(root, cache, job["remote"])
             with open_store(root) as store:
                 return Work(job, root, store).run()
