@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import random
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -120,6 +124,37 @@ def test_a_process_that_ends_is_one_message() -> None:
     assert "ended" in str(refusal.value) and "workers" in str(refusal.value)
     with pytest.raises(PedigreeError, match="ended"), LocalProcesses(1).started() as one:
         list(one.map(_end, None, range(1, 9)))
+
+
+@pytest.mark.parametrize("how", ["map", "started"])
+def test_ctrl_c_ends_all_processes_and_only_the_first_reports_it(tmp_path: Path, how: str) -> None:
+    script = tmp_path / "wait.py"
+    script.write_text(
+        "import signal, sys, time\n"
+        "from dagster_project.core import workers\n"
+        "def wait(_, seconds):\n"
+        "    print('begun', flush=True)\n"
+        "    time.sleep(seconds)\n"
+        "if __name__ == '__main__':\n"
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "    with workers.using(workers.LocalProcesses(2)):\n"
+        f"        {'chosen = workers.current()' if how == 'map' else 'with workers.started() as chosen:'}\n"
+        f"        {'' if how == 'map' else '    '}list(chosen.map(wait, None, [1, 1, 2, 2, 2, 2]))\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "begun\n"
+    os.killpg(process.pid, signal.SIGINT)
+    errors = process.communicate(timeout=60)[1]
+    assert "KeyboardInterrupt" in errors and process.returncode != 0
+    assert "spawn_main" not in errors, errors
 
 
 def test_workers_are_those_of_the_innermost_context() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from multiprocessing import resource_tracker
 from typing import Any, Protocol, TypeVar
 
 from dagster_project.core.errors import PedigreeError
@@ -16,6 +18,8 @@ from dagster_project.core.errors import PedigreeError
 A = TypeVar("A")
 B = TypeVar("B")
 S = TypeVar("S")
+
+Submit = Callable[..., Future[Any]]
 
 AHEAD = 2
 """Items given to each process in advance. Only these and their results are in memory."""
@@ -59,26 +63,24 @@ class LocalProcesses:
         self.count = count
 
     def map(self, work: Callable[[S, A], B], shared: S, items: Iterable[A]) -> Iterator[B]:
-        # spawned, because a fork of a process with threads (Arrow, polars) may hang
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(self.count, context, initializer=_keep_shared, initargs=(shared,)) as pool:
-            yield from _in_order((pool.submit(_with_shared, work, item) for item in items), self.count)
+        with _processes(self.count, shared) as submit:
+            yield from _in_order((submit(_with_shared, work, item) for item in items), self.count)
 
     @contextmanager
     def started(self) -> Iterator[Workers]:
         """The same processes for several calls of `map`, which get what is shared with each item."""
-        with ProcessPoolExecutor(self.count, multiprocessing.get_context("spawn")) as pool:
-            yield _Started(pool, self.count)
+        with _processes(self.count) as submit:
+            yield _Started(submit, self.count)
 
 
 class _Started:
     """Processes that have been started."""
 
-    def __init__(self, pool: ProcessPoolExecutor, count: int) -> None:
-        self._pool, self.count = pool, count
+    def __init__(self, submit: Submit, count: int) -> None:
+        self._submit, self.count = submit, count
 
     def map(self, work: Callable[[S, A], B], shared: S, items: Iterable[A]) -> Iterator[B]:
-        return _in_order((self._pool.submit(work, shared, item) for item in items), self.count)
+        return _in_order((self._submit(work, shared, item) for item in items), self.count)
 
 
 def _in_order(futures: Iterator[Future[B]], count: int) -> Iterator[B]:
@@ -102,6 +104,24 @@ def _in_order(futures: Iterator[Future[B]], count: int) -> Iterator[B]:
 
 _shared: Any = None
 """In a process of `LocalProcesses`: what its items have in common."""
+
+
+@contextmanager
+def _processes(count: int, shared: Any = None) -> Iterator[Submit]:
+    """Processes on this host; they start as far as there are items."""
+    resource_tracker.ensure_running()  # when it starts, it unblocks SIGINT
+    # spawned, because a fork of a process with threads (Arrow, polars) may hang
+    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=_keep_shared, initargs=(shared,)) as pool:
+
+        def submit(work: Callable[..., B], *arguments: Any) -> Future[B]:
+            # Ctrl-C reaches the whole group: a process inherits that it is blocked, and ends with the item that it has begun
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                return pool.submit(work, *arguments)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+        yield submit
 
 
 def _keep_shared(shared: Any) -> None:

@@ -104,9 +104,9 @@ def _repair_block(
     changed: set[int] = set()
     found: dict[str, dict[int, str]] = {}
     for name in checks:
-        find, mend = REPAIRS[name].make(special_tokens)
+        find, repaired = REPAIRS[name].make(special_tokens)
         rows = {i: wrong for i, wrong in enumerate(find(records)) if wrong and start + i not in exempt.get(name, ())}
-        tried = {i: mend(records[i]) for i in rows}
+        tried = {i: repaired(records[i]) for i in rows}
         for i, left in zip(tried, find([*tried.values()]), strict=True):
             if left is None:
                 records[i] = _add_names(tried[i], records[i], name)

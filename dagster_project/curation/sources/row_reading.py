@@ -79,7 +79,7 @@ def _named(unused: list[str], layout: Layout | PairLayout) -> list[str]:
 def _tools_of(value: Mapping[str, Any], layout: Layout | PairLayout) -> tuple[Tools | None, tuple[str, ...]]:
     """Tool definitions of a row, and the keys that were read for them.
 
-    In a layout of conversations a value that is no definition makes the row malformed; elsewhere `tools` may be any column.
+    In a layout of conversations a value that is not a definition makes the row malformed; elsewhere `tools` may be any column.
     """
     keys: list[str] = []
     for key in layout.tool_keys:
