@@ -36,7 +36,9 @@ class RayTasks:
                     yield ray.get(waiting.popleft())
             while waiting:
                 yield ray.get(waiting.popleft())
-        except RayTaskError:  # the error of `work` itself
+        except RayTaskError as error:  # of `work` itself; Ray's error would show its traceback
+            if isinstance(error.cause, PedigreeError):
+                raise error.cause from None
             raise
         except RayError as error:
             raise PedigreeError(f"a Ray task of the stage was lost: {' '.join(str(error).split())[:300]}", "run the stage again") from None
