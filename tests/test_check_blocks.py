@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import pickle
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import CHAT_TEMPLATE
 
 from dagster_project.core import workers
 from dagster_project.core.records import content_id
@@ -111,3 +114,20 @@ def test_several_processes_give_the_same_answer(tiny_model: Path, monkeypatch: p
 def test_the_result_of_a_set_without_rows_is_that_of_no_rows() -> None:
     judged = judge([], [], Rules())
     assert not judged.verdicts["schema"].passed and [*judged.records] == [] and judged.reason == []
+
+
+def test_a_tokenizer_in_another_process_knows_the_models_end_tokens(tiny_model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    template = CHAT_TEMPLATE.replace("<|im_end|>", "<|endoftext|>")
+    for path in folder.glob("chat_template*"):
+        path.unlink()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+    messages = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ann."}]
+    misfit = tokens_of(folder).misfit
+    assert misfit and "does not end" in str(misfit(messages, None))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
+    here = tokens_of(folder)
+    for tokens in (here, pickle.loads(pickle.dumps(here)), pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(here))))):
+        assert tokens.misfit(messages, None) is None
+        assert (tokens.count(["Ann."]), tokens.special) == (here.count(["Ann."]), here.special)

@@ -85,6 +85,13 @@ def test_a_pair_in_any_layout_becomes_one_canonical_pair(layout: str, tmp_path: 
     assert (found["format"], found["rows"], found["pairs"]) == (layout, len(PAIR_ROWS[layout]), 1)
 
 
+def test_answers_without_any_counterpart_are_pairs_with_one_side(tmp_path: Path) -> None:
+    read(tmp_path, {"prompt": "Hi", "completion": "Hello", "label": True}, {"prompt": "Ho", "completion": "What?", "label": False})
+    first, second = read_pairs(tmp_path / "raw")
+    assert (first["rejected"], second["chosen"]) == ([], []) and first["example_id"] != second["example_id"]
+    assert json.loads(first["meta"])["problem"] == "no rejected completion of the same prompt"
+
+
 def test_every_source_row_has_a_line_for_each_pair_it_is_in(tmp_path: Path) -> None:
     labels = [("Hi", "a", True), ("Ho", "b", False), ("Hi", "c", False)]
     read(tmp_path, *({"prompt": prompt, "completion": text, "label": label} for prompt, text, label in labels))

@@ -398,3 +398,10 @@ def test_the_schema_runs_on_the_table_of_shares_and_names_the_measure() -> None:
     with pytest.raises(pa.errors.SchemaErrors) as caught:
         set_schema(Limits()).validate(table, lazy=True)
     assert caught.value.failure_cases.select("column", "check").rows() == [("rows", "small_dataset")]
+
+
+def test_counts_of_a_single_record_are_numbers() -> None:
+    tool = {"type": "function", "function": {"name": "find", "parameters": {}}}
+    answer = {"role": "assistant", "content": "Ann.", "reasoning_content": "Who was it?"}
+    found = profile([{**ask("Who?"), "messages": [{"role": "user", "content": "Who?"}, answer], "tools": [tool]}])
+    assert json.dumps([found["tool_calls"]["rows_with_tools"], found["tool_calls"]["rows"], found["reasoning"]["rows"]]) == "[1, 0, 1]"

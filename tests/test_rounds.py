@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dagster_project.core import workers
+from dagster_project.core.errors import InputError
 from dagster_project.core.workers import LocalProcesses, ThisProcess
 from dagster_project.curation.similarity import _overlap_numba as compiled
 from dagster_project.curation.similarity import overlap, rounds
@@ -139,7 +140,7 @@ def test_more_words_than_one_process_can_number(planted: list[str]) -> None:
     texts = planted[:2000]
     expected = in_memory(texts)
     with mock.patch.object(compiled, "MOST", 4000):
-        with pytest.raises(OverflowError, match="at most 4000"):
+        with pytest.raises(InputError, match="at most 4000"):
             in_memory(texts)
         assert in_rounds(texts, BLOCK=10_000, PARTITION=1000, PAIRS=2000) == expected
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import ROOT
 from hypothesis import given
@@ -155,6 +156,44 @@ def test_ctrl_c_ends_all_processes_and_only_the_first_reports_it(tmp_path: Path,
     errors = process.communicate(timeout=60)[1]
     assert "KeyboardInterrupt" in errors and process.returncode != 0
     assert "spawn_main" not in errors, errors
+
+
+def test_workers_end_when_their_stage_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "wait.py"
+    script.write_text(
+        "import os, time\n"
+        "from dagster_project.core import workers\n"
+        "def tell(_, item):\n"
+        "    print(os.getpid(), flush=True)\n"
+        "    time.sleep(item)\n"
+        "if __name__ == '__main__':\n"
+        "    for _ in workers.LocalProcesses(1).map(tell, None, [0, 0, 0]):\n"
+        "        time.sleep(600)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env)
+    assert process.stdout
+    worker = psutil.Process(int(process.stdout.readline()))
+    process.kill()
+    process.wait()
+    worker.wait(60)
+
+
+def test_rows_in_order_are_read_once_although_some_were_replaced() -> None:
+    rows = StoredRows({"i": i, "text": "x" * 1000} for i in range(5000))
+    changed = rows.with_changes((i, encode({"i": i})) for i in range(0, 5000, 10))
+    read = 0
+    scratch = changed._lines
+    inner = scratch._read
+
+    def counted(start: int, size: int, needed: int) -> bytes:
+        nonlocal read
+        read += len(part := inner(start, size, needed))
+        return part
+
+    scratch._read = counted  # type: ignore[method-assign]
+    assert [row["i"] for row in changed] == list(range(5000))
+    assert read < 2 * 5000 * 1030
 
 
 def test_workers_are_those_of_the_innermost_context() -> None:

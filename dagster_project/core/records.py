@@ -365,18 +365,21 @@ READ, JOINED = "read", "joined"
 
 @uncollected
 def read_pairs(folder: Path) -> list[dict[str, Any]]:
+    """As `iter_pairs`, all of them."""
+    return list(iter_pairs(folder))
+
+
+def iter_pairs(folder: Path) -> Iterator[dict[str, Any]]:
     """The output of `raw_preferences`: the pairs in order, each with its `source_rows` from the ledger and the first of them as `source_row`."""
     rows: list[list[int]] = []
     ignored: list[dict[str, list[str]]] = []
-    for line in read_ledger(folder):
+    for line in iter_ledger(folder):
         if line["outcome"] == READ:
             rows.append([])
             ignored.append(ignored_in(line))
         rows[-1].append(line["source_row"])
-    return [
-        {**pair, "source_row": source_rows[0], "source_rows": source_rows, **names}
-        for pair, source_rows, names in zip(read_records(folder), rows, ignored, strict=True)
-    ]
+    for pair, source_rows, names in zip(iter_records(folder), rows, ignored, strict=True):
+        yield {**pair, "source_row": source_rows[0], "source_rows": source_rows, **names}
 
 
 @uncollected

@@ -60,8 +60,12 @@ class Scratch:
             start, length = self._starts[i], self._lengths[i]
             if not first <= start <= start + length <= first + len(data):
                 near = after <= start < after + WINDOW // 4
-                data, first = self._read(start, max(length, WINDOW) if near else length, start + length), start
-            yield data[start - first : start - first + length]
+                part = self._read(start, max(length, WINDOW) if near else length, start + length)
+                if near:
+                    data, first = part, start
+                yield part[:length]  # otherwise a replaced item, at the end of the file: the window stays
+            else:
+                yield data[start - first : start - first + length]
             after = start + length
 
     def _read(self, start: int, size: int, needed: int) -> bytes:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -114,7 +116,7 @@ def _processes(count: int, shared: Any = None) -> Iterator[Submit]:
     with ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=_keep_shared, initargs=(shared,)) as pool:
 
         def submit(work: Callable[..., B], *arguments: Any) -> Future[B]:
-            # Ctrl-C reaches the whole group: a process inherits that it is blocked, and ends with the item that it has begun
+            # Ctrl-C signals the whole process group. Workers inherit the blocked signal, finish their item and end.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 return pool.submit(work, *arguments)
@@ -127,6 +129,14 @@ def _processes(count: int, shared: Any = None) -> Iterator[Submit]:
 def _keep_shared(shared: Any) -> None:
     global _shared
     _shared = shared
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed stage cannot end its workers, and they would wait for items forever."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def _with_shared(work: Callable[[Any, A], B], item: A) -> B:

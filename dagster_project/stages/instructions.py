@@ -92,7 +92,7 @@ def produce(
 
     write_records(out, kept)
     write_ledger(out, _ledger(judged))
-    account.write_account("instructions", judged, held_out, out, pages, previous, _read_kept)
+    account.write_account("instructions", judged, held_out, out, pages, previous, partial(_read_kept, out.parent))
 
     dropped = Counter(why for why in judged.reason if why)
     return Report(
@@ -124,7 +124,7 @@ def _ledger(judged: Judgement) -> Iterator[dict[str, Any]]:
         yield {**line, "outcome": f"dropped:{reason}" if reason else "kept", "why": account.why(judged, i, record)}
 
 
-def _read_kept(previous: Mapping[str, Path]) -> StoredRows:
+def _read_kept(scratch: Path, previous: Mapping[str, Path]) -> StoredRows:
     shards = (row for name in sorted(previous) if name.startswith("records-") for row in iter_table(previous[name]))
     placed = (row for row in iter_table(previous["ledger.parquet"]) if row["outcome"] == "kept")
-    return StoredRows({**record, "source_row": entry["source_row"]} for record, entry in zip(shards, placed, strict=True))
+    return StoredRows(({**record, "source_row": entry["source_row"]} for record, entry in zip(shards, placed, strict=True)), scratch)

@@ -17,9 +17,9 @@ from dagster_project.core.context import StageContext, ValidationContext
 from dagster_project.core.params import inside
 from dagster_project.core.records import (
     Report,
+    iter_pairs,
     pair_schema,
     prompt_text,
-    read_pairs,
     read_records,
     read_table,
     response_text,
@@ -28,7 +28,7 @@ from dagster_project.core.records import (
     write_ledger,
     write_records,
 )
-from dagster_project.core.stored_rows import Selected
+from dagster_project.core.stored_rows import Selected, StoredRows
 from dagster_project.core.strings import StringIndex
 from dagster_project.curation.checks import account, findings
 from dagster_project.curation.checks.check import Action
@@ -118,7 +118,7 @@ def produce(
     benchmarks = [item for path in params.benchmarks for item in read_items(inside(root, path, "preferences.benchmarks"), path)]
     decisions = read_decisions(inside(root, params.review, "preferences.review")) if params.review else []
     test = [{**record, "source": "data/splits/test", "source_row": record["example_id"]} for record in read_records(splits / TEST)]
-    records = [as_record(pair) for pair in read_pairs(raw_preferences)]
+    records = StoredRows(map(as_record, iter_pairs(raw_preferences)), out.parent)
     division = Division()
 
     def divide(judged: Sequence[dict[str, Any]], overlaps: Overlaps, kept: list[int]) -> dict[int, str]:

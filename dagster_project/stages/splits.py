@@ -32,7 +32,7 @@ from dagster_project.core.records import (
     write_ledger,
     write_stored_records,
 )
-from dagster_project.core.stored_rows import Selected, StoredRows, StoredTexts, encode
+from dagster_project.core.stored_rows import Selected, SelectedTexts, StoredRows, StoredTexts, encode
 from dagster_project.core.strings import StringIndex, Strings
 from dagster_project.curation.checks.privacy import mask
 from dagster_project.curation.sources.reading import locate
@@ -140,7 +140,7 @@ def produce(root: Path, params: Params, seed: int, instructions: Path, out: Path
     counts = {name: len(rows[name]) for name in SPLITS}
     added = AddedRows()
     if params.augment:
-        held_out = list(dict.fromkeys(text for name in SPLITS[1:] for text in read.texts.chosen(rows[name])))
+        held_out = SelectedTexts(read.texts, [i for name in SPLITS[1:] for i in rows[name]])
         added = augment(params.augment, seed, Selected(read.records, rows[TRAIN]), held_out, copies.index, paraphrases)
     repaired = any(line.get("repaired") for line in _kept_lines(instructions))
     write_ledger(out, _ledger(read, _kept_lines(instructions), dealt, rows[TRAIN], added), repaired)

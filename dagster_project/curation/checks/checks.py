@@ -274,9 +274,11 @@ def _row_facts(records: StoredRows, held_out: Sequence[Item], limits: Limits, wa
     found: dict[str, dict[int, Any]] = {}
     parts: list[Features] = []
     sizes: list[int] = []
+    start = 0
     for block in workers.current().map(_block_facts, limits, records.blocks()):
         for name, facts in block.found.items():
-            found.setdefault(name, {}).update({sum(sizes) + i: fact for i, fact in facts.items()})
+            found.setdefault(name, {}).update({start + i: fact for i, fact in facts.items()})
+        start += block.size
         parts.append(block.features)
         sizes.append(block.size)
     if not parts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -55,7 +56,7 @@ def features(rows: Rows) -> Features:
     for record, meta in zip(rows.records, rows.metas, strict=True):
         digests += _digests(record, meta)
     words = np.frombuffer(bytes(digests), "<u8").reshape(len(rows.records), 2 * len(DIGESTS))
-    labels = {i: label for i, meta in enumerate(rows.metas) if isinstance(label := meta.get("split"), str)}
+    labels = {i: sys.intern(label) for i, meta in enumerate(rows.metas) if isinstance(label := meta.get("split"), str)}
     rich = {*rows.rich}
     table = pl.DataFrame(
         {
@@ -81,7 +82,7 @@ def joined(parts: Sequence[Features], sizes: Sequence[int]) -> Features:
     starts = np.cumsum([0, *sizes])[:-1].tolist()
     return Features(
         pl.concat([part.table for part in parts]).rechunk(),
-        {start + i: label for start, part in zip(starts, parts, strict=True) for i, label in part.labels.items()},
+        {start + i: sys.intern(label) for start, part in zip(starts, parts, strict=True) for i, label in part.labels.items()},
         np.concatenate([start + part.rich for start, part in zip(starts, parts, strict=True)]),
         {name: np.concatenate([start + part.long[name] for start, part in zip(starts, parts, strict=True)]) for name in FIELDS},
         sum(part.transcripts for part in parts),

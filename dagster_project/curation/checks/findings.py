@@ -88,8 +88,15 @@ class RowNumbers:
         return number
 
 
-def finding(verdict: Verdict, judged: Judgement, items: Mapping[str, Item], matches: int, width: int) -> dict[str, Any]:
-    """The finding of one check; `rows` are indices of records. A failed check on the whole set counts 1."""
+def finding(
+    verdict: Verdict, judged: Judgement, items: Mapping[str, Item], matches: int, width: int, places: int | None = None
+) -> dict[str, Any]:
+    """The finding of one check; `rows` are indices of records. A failed check on the whole set counts 1.
+
+    Args:
+        matches, width: overlaps, and characters per text.
+        places: number of rows whose places are listed; None: all.
+    """
     check, rows, broken = CHECKS[verdict.name], verdict.broken, set(verdict.broken)
     links = islice((link for link in judged.overlaps.links.get(verdict.name, ()) if link.row in broken), matches)
     return {
@@ -102,7 +109,7 @@ def finding(verdict: Verdict, judged: Judgement, items: Mapping[str, Item], matc
         "elsewhere": sum(judged.reason[i] is not None for i in rows) - verdict.dropped,
         "waived": verdict.waived,
         "rows": rows,
-        "places": [place(record) for record in Selected(judged.records, rows)],
+        "places": [place(record) for record in Selected(judged.records, rows[:places])],
         "examples": [_example(verdict.name, judged, i) for i in rows[:3]],
         **_conversations([judged.records[i] for i in rows[:3]]),
         "truth": check.description,
@@ -127,10 +134,10 @@ def _example(check: str, judged: Judgement, i: int) -> str:
 
 def check_result(verdict: Verdict, judged: Judgement, held_out: Sequence[Item]) -> CheckResult:
     """The finding in short form for a stage's report, which git tracks."""
-    found = finding(verdict, judged, {item.place: item for item in held_out}, matches=5, width=240)
+    found = finding(verdict, judged, {item.place: item for item in held_out}, matches=5, width=240, places=ROWS)
     done = ", ".join(f"{n} {what}" for n, what in ((verdict.dropped, "dropped"), (verdict.fixed, "fixed")) if n)
     return CheckResult(
-        verdict.name, verdict.passed, verdict.severity, verdict.action == "fail", len(verdict.broken), found["places"][:ROWS], found["examples"],
+        verdict.name, verdict.passed, verdict.severity, verdict.action == "fail", len(verdict.broken), found["places"], found["examples"],
         "; ".join(part for part in (done, verdict.note) if part), verdict.dropped, verdict.waived, verdict.fixed, found["matches"],
     )  # fmt: skip
 

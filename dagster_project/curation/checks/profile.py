@@ -191,7 +191,7 @@ def _measure_block(_: None, lines: Sequence[bytes]) -> tuple[_Counts, pl.DataFra
         own = [trace for message in messages if (trace := message.get("reasoning_content"))]
         traces += ["\n".join(own)] if own else []
         counts.others.update(
-            rows_with_tools=bool(record.get("tools")), rows=bool(names), calls=len(names), traced=bool(own), traces=len(own),
+            rows_with_tools=int(bool(record.get("tools"))), rows=int(bool(names)), calls=len(names), traced=int(bool(own)), traces=len(own),
             results=sum(message["role"] == "tool" for message in messages),
             untrained=sum(message.get("weight") == 0 for message in messages if message["role"] == "assistant"),
         )  # fmt: skip

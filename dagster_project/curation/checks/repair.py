@@ -73,13 +73,15 @@ def repair(
     found = {name: dict(rows) for name, rows in (earlier.found if earlier else {}).items()}
     if not checks:
         return RepairResult(records, found)
-    changed: list[tuple[int, bytes]] = []
     shared = (tuple(checks), {name: frozenset(rows) for name, rows in exempt.items()}, frozenset(special_tokens))
-    for lines, faults in workers.current().map(_repair_block, shared, _numbered(records.blocks())):
-        changed += lines
-        for name, rows in faults.items():
-            found.setdefault(name, {}).update(rows)
-    return RepairResult(records.with_changes(changed) if changed else records, found)
+
+    def changed() -> Iterator[tuple[int, bytes]]:
+        for lines, faults in workers.current().map(_repair_block, shared, _numbered(records.blocks())):
+            for name, rows in faults.items():
+                found.setdefault(name, {}).update(rows)
+            yield from lines
+
+    return RepairResult(records.with_changes(changed()), found)
 
 
 def _numbered(blocks: Iterable[Sequence[bytes]]) -> Iterator[tuple[int, Sequence[bytes]]]:

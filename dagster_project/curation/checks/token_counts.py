@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -45,13 +45,18 @@ class Tokens:
 WEIGHTS = {".safetensors", ".bin", ".pt", ".gguf"}
 
 
+_FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
+"""Kept until the process ends, because the model's end-of-text tokens are read later."""
+
+
 @cache
 def _of_files(files: tuple[tuple[str, bytes], ...]) -> Tokens:
     """`tokens_of` a folder with these files."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name, content in files:
-            (Path(folder) / name).write_bytes(content)
-        return replace(tokens_of(Path(folder)), folder=None)
+    folder = tempfile.TemporaryDirectory(prefix="tokenizer-")
+    _FOLDERS.append(folder)
+    for name, content in files:
+        Path(folder.name, name).write_bytes(content)
+    return tokens_of(Path(folder.name))
 
 
 def _four_bytes(texts: Sequence[str]) -> list[int]:

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, TypeVar
 import numba
 import numpy as np
 
+from dagster_project.core.errors import InputError
+
 Array = np.ndarray[Any, Any]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -138,7 +140,7 @@ def name_spans(values: Array, starts: Array, lengths: Array) -> Array:
         starts, lengths: int arrays; a single length applies to all spans.
     """
     if len(starts) > MOST:
-        raise OverflowError(f"{len(starts)} words: at most {MOST} can be compared at once\nhint: compare the files in parts")
+        raise InputError(f"{len(starts)} words: at most {MOST} can be compared at once", "compare the files in parts")
     hashes = hash_spans(values, starts, lengths)
     names = np.empty(len(starts), np.int32)
     with ThreadPoolExecutor(THREADS) as pool:

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dagster_project.core import workers
+from dagster_project.core.errors import InputError
 from dagster_project.curation.similarity import _rounds_numba as loops
 from dagster_project.curation.similarity._overlap_numba import BINS, Array, Constants, Found, frequency, name_spans, passages, split
 from dagster_project.curation.similarity.overlap import encode
@@ -134,7 +135,7 @@ class _Corpus:
         for names, count in self.workers.map(_number_words, None, map(shuffle.part, range(self.parts))):
             starts.append(self.ids.size)
             if used + count >= 2**31:
-                raise OverflowError("2,147,483,648 different words or more: they cannot be numbered\nhint: compare the files in parts")
+                raise InputError("2,147,483,648 different words or more: they cannot be numbered", "compare the files in parts")
             self.ids.append(names + np.int32(used + 1))
             used += count
         self.id_spans = shuffle.back(starts)

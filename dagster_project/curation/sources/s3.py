@@ -181,7 +181,7 @@ def _as_input_error(name: str) -> Iterator[None]:
 
 
 def digest_of(objects: Sequence[S3Object]) -> str:
-    """sha256 of the list of objects: for each a line of JSON with name, size and ETag."""
+    """sha256 of the list of objects: one line of JSON per object, with name, size and ETag."""
     return sha256_of_text("".join(json.dumps([one.path, one.size, one.etag]) + "\n" for one in objects))
 
 

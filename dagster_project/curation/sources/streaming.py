@@ -80,10 +80,11 @@ class Records:
         self._stored = StoredRows(folder=folder)
         self._second: dict[int, int] = {}
         """Number of a half of a pair -> number of the half that forms a pair with it."""
+        self._has_halves = False
 
     def rows(self) -> StoredRows:
         """All records, in order. Halves of pairs are joined."""
-        if not self._second:
+        if not self._has_halves:
             return self._stored
         others = set(self._second.values())
         pairs = (
@@ -110,6 +111,7 @@ class Records:
         adding = _Adding(self._stored, self._second, facts, limit)
         for part in pool.map(convert, None, parsed.parts(conversions)):
             adding.add(part, conversions[part.file])
+            self._has_halves |= bool(part.halves)
             if adding.is_full and not how.pairs:  # a later half may belong to an earlier one
                 break
         return facts

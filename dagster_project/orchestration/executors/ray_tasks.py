@@ -14,6 +14,10 @@ A = TypeVar("A")
 B = TypeVar("B")
 S = TypeVar("S")
 
+log = logging.getLogger("pedigree")
+WAITING = 60.0
+"""Interval of log lines about a task that has not ended, in seconds."""
+
 
 class RayTasks:
     """Tasks get the project's files with the job (its runtime environment). A task whose node is lost is run again by Ray."""
@@ -26,16 +30,20 @@ class RayTasks:
         from ray.exceptions import RayError, RayTaskError
 
         if not ray.is_initialized():
-            ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING)
+            try:
+                ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING)
+            except ConnectionError as error:
+                reason = " ".join(str(error).split())[:300]
+                raise PedigreeError(f"the stage's workers: no Ray cluster answers on this node: {reason}", "run the stage again") from None
         task: Any = ray.remote(num_cpus=1)(_call)
         kept, waiting = ray.put(shared), deque[Any]()
         try:
             for item in items:
                 waiting.append(task.remote(work, kept, item))
                 if len(waiting) > AHEAD * self.count:
-                    yield ray.get(waiting.popleft())
+                    yield _result(waiting.popleft())
             while waiting:
-                yield ray.get(waiting.popleft())
+                yield _result(waiting.popleft())
         except RayTaskError as error:  # of `work` itself; Ray's error would show its traceback
             if isinstance(error.cause, PedigreeError):
                 raise error.cause from None
@@ -49,3 +57,11 @@ class RayTasks:
 
 def _call(work: Callable[[Any, A], B], shared: Any, item: A) -> B:
     return work(shared, item)
+
+
+def _result(reference: Any) -> Any:
+    import ray
+
+    while not ray.wait([reference], timeout=WAITING)[0]:
+        log.info("waiting for a task of the stage; each needs a CPU that no job of the cluster has reserved")
+    return ray.get(reference)
