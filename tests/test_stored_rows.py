@@ -105,14 +105,13 @@ def test_items_are_read_only_as_far_as_processes_are_free() -> None:
 
 
 def test_started_processes_serve_several_calls() -> None:
-    with workers.using(LocalProcesses(2)), workers.started() as two:
+    with workers.using(LocalProcesses(2)):
+        two = workers.current()
         first, second = ([*two.map(_scaled, factor, range(8))] for factor in (3, 5))
         assert two.count == 2
     assert [value for value, _ in first + second] == [factor * item for factor in (3, 5) for item in range(8)]
     processes = {process for _, process in first + second}
     assert len(processes) <= 2 and os.getpid() not in processes
-    with workers.started() as here:
-        assert here is workers.current()
 
 
 def _end(_: None, code: int) -> None:
@@ -127,8 +126,7 @@ def test_a_process_that_ends_is_one_message() -> None:
         list(one.map(_end, None, range(1, 9)))
 
 
-@pytest.mark.parametrize("how", ["map", "started"])
-def test_ctrl_c_ends_all_processes_and_only_the_first_reports_it(tmp_path: Path, how: str) -> None:
+def test_ctrl_c_ends_all_processes_and_only_the_first_reports_it(tmp_path: Path) -> None:
     script = tmp_path / "wait.py"
     script.write_text(
         "import signal, sys, time\n"
@@ -139,8 +137,7 @@ def test_ctrl_c_ends_all_processes_and_only_the_first_reports_it(tmp_path: Path,
         "if __name__ == '__main__':\n"
         "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "    with workers.using(workers.LocalProcesses(2)):\n"
-        f"        {'chosen = workers.current()' if how == 'map' else 'with workers.started() as chosen:'}\n"
-        f"        {'' if how == 'map' else '    '}list(chosen.map(wait, None, [1, 1, 2, 2, 2, 2]))\n"
+        "        list(workers.current().map(wait, None, [1, 1, 2, 2, 2, 2]))\n"
     )
     process = subprocess.Popen(
         [sys.executable, script],
@@ -198,7 +195,8 @@ def test_rows_in_order_are_read_once_although_some_were_replaced() -> None:
 
 def test_workers_are_those_of_the_innermost_context() -> None:
     assert isinstance(workers.current(), ThisProcess)
-    two = LocalProcesses(2)
-    with workers.using(two):
-        assert workers.current() is two
+    with workers.using(LocalProcesses(2)):
+        assert workers.current().count == 2
+        with workers.using(workers.THIS_PROCESS):
+            assert isinstance(workers.current(), ThisProcess)
     assert isinstance(workers.current(), ThisProcess)

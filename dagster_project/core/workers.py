@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections import deque
@@ -12,6 +13,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from itertools import count
 from multiprocessing import resource_tracker
 from typing import Any, Protocol, TypeVar
 
@@ -20,8 +22,6 @@ from dagster_project.core.errors import PedigreeError
 A = TypeVar("A")
 B = TypeVar("B")
 S = TypeVar("S")
-
-Submit = Callable[..., Future[Any]]
 
 AHEAD = 2
 """Items given to each process in advance. Only these and their results are in memory."""
@@ -59,88 +59,78 @@ THIS_PROCESS = ThisProcess()
 
 
 class LocalProcesses:
-    """Processes on this host. They are started for each call of `map`, and end with it."""
+    """Processes on this host."""
 
     def __init__(self, count: int) -> None:
         self.count = count
 
     def map(self, work: Callable[[S, A], B], shared: S, items: Iterable[A]) -> Iterator[B]:
-        with _processes(self.count, shared) as submit:
-            yield from _in_order((submit(_with_shared, work, item) for item in items), self.count)
+        with self.started() as processes:
+            yield from processes.map(work, shared, items)
 
     @contextmanager
     def started(self) -> Iterator[Workers]:
-        """The same processes for several calls of `map`, which get what is shared with each item."""
-        with _processes(self.count) as submit:
-            yield _Started(submit, self.count)
+        """The same processes for several calls of `map`. They start as far as there are items."""
+        resource_tracker.ensure_running()  # when it starts, it unblocks SIGINT
+        # spawned, because a fork of a process with threads (Arrow, polars) may hang
+        with ProcessPoolExecutor(self.count, multiprocessing.get_context("spawn"), initializer=_end_with_parent) as pool:
+            yield _Started(pool, self.count)
 
 
 class _Started:
-    """Processes that have been started."""
-
-    def __init__(self, submit: Submit, count: int) -> None:
-        self._submit, self.count = submit, count
+    def __init__(self, pool: ProcessPoolExecutor, count: int) -> None:
+        self._pool, self.count = pool, count
 
     def map(self, work: Callable[[S, A], B], shared: S, items: Iterable[A]) -> Iterator[B]:
-        return _in_order((self._submit(work, shared, item) for item in items), self.count)
-
-
-def _in_order(futures: Iterator[Future[B]], count: int) -> Iterator[B]:
-    """The results of `futures`, which are created only as far as needed."""
-    waiting: deque[Future[B]] = deque()
-    try:
-        for future in futures:
-            waiting.append(future)
-            if len(waiting) > AHEAD * count:
+        call, data = next(_CALLS), pickle.dumps(shared)  # sent with each item, and loaded once by each process
+        waiting: deque[Future[B]] = deque()
+        try:
+            for item in items:
+                waiting.append(self._submit(_compute, work, call, data, item))
+                if len(waiting) > AHEAD * self.count:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool:
-        raise PedigreeError(
-            "a process of the stage ended, for example because it used too much memory", "use fewer `workers` in `execution`"
-        ) from None
-    finally:
-        for future in waiting:
-            future.cancel()
+        except BrokenProcessPool:
+            raise PedigreeError(
+                "a process of the stage ended, for example because it used too much memory", "use fewer `workers` in `execution`"
+            ) from None
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    def _submit(self, function: Callable[..., B], *arguments: Any) -> Future[B]:
+        # Ctrl-C signals the whole process group. Workers inherit the blocked signal, finish their item and end.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return self._pool.submit(function, *arguments)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-_shared: Any = None
-"""In a process of `LocalProcesses`: what its items have in common."""
+_CALLS = count()
+"""Numbers of the calls of `map`."""
+_last: tuple[int, Any] = (-1, None)
+"""In a process of `LocalProcesses`: number of the last call, and what its items have in common."""
 
 
-@contextmanager
-def _processes(count: int, shared: Any = None) -> Iterator[Submit]:
-    """Processes on this host; they start as far as there are items."""
-    resource_tracker.ensure_running()  # when it starts, it unblocks SIGINT
-    # spawned, because a fork of a process with threads (Arrow, polars) may hang
-    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=_keep_shared, initargs=(shared,)) as pool:
-
-        def submit(work: Callable[..., B], *arguments: Any) -> Future[B]:
-            # Ctrl-C signals the whole process group. Workers inherit the blocked signal, finish their item and end.
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            try:
-                return pool.submit(work, *arguments)
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-        yield submit
-
-
-def _keep_shared(shared: Any) -> None:
-    global _shared
-    _shared = shared
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def _compute(work: Callable[[Any, A], B], call: int, data: bytes, item: A) -> B:
+    global _last
+    if _last[0] != call:
+        _last = call, pickle.loads(data)
+    return work(_last[1], item)
 
 
 def _end_with_parent() -> None:
     """A killed stage cannot end its workers, and they would wait for items forever."""
-    if parent := multiprocessing.parent_process():
+    parent = multiprocessing.parent_process()
+    assert parent
+
+    def watch() -> None:
         parent.join()
         os._exit(1)
 
-
-def _with_shared(work: Callable[[Any, A], B], item: A) -> B:
-    return work(_shared, item)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 _current: ContextVar[Workers] = ContextVar("workers", default=THIS_PROCESS)
@@ -152,17 +142,11 @@ def current() -> Workers:
 
 
 @contextmanager
-def started() -> Iterator[Workers]:
-    """The processes of the stage that runs, for several calls of `map`: those of this host are started once."""
-    with ExitStack() as stack:
-        found = current()
-        yield stack.enter_context(found.started()) if isinstance(found, LocalProcesses) else found
-
-
-@contextmanager
 def using(workers: Workers) -> Iterator[None]:
-    token = _current.set(workers)
-    try:
-        yield
-    finally:
-        _current.reset(token)
+    """While open, `workers` are the processes of the stage that runs. Those of this host are started once."""
+    with ExitStack() as stack:
+        token = _current.set(stack.enter_context(workers.started()) if isinstance(workers, LocalProcesses) else workers)
+        try:
+            yield
+        finally:
+            _current.reset(token)

@@ -78,15 +78,14 @@ def search(
         sizes: defaults: the constants of this module.
     """
     sizes = sizes or Sizes(BLOCK, PARTITION, PAIRS, BUCKET)
-    with workers.started() as processes:
-        corpus = _Corpus(len(texts), against is None, constants, sizes, processes)
-        corpus.read(chain(texts, against or ()))
-        corpus.number_words()
-        corpus.count_shingles()
-        corpus.find_candidates()
-        near, scores = corpus.judge()
-        counts = corpus.word_counts(near) if count_words else {}
-        return Found(corpus.number, corpus.first, near, scores, corpus.passages(), counts)
+    corpus = _Corpus(len(texts), against is None, constants, sizes, workers.current())
+    corpus.read(chain(texts, against or ()))
+    corpus.number_words()
+    corpus.count_shingles()
+    corpus.find_candidates()
+    near, scores = corpus.judge()
+    counts = corpus.word_counts(near) if count_words else {}
+    return Found(corpus.number, corpus.first, near, scores, corpus.passages(), counts)
 
 
 class _Corpus:

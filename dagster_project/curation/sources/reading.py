@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
-from dagster_project.core import workers
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_file, sha256_of_text
 from dagster_project.core.params import Licensed, Section, inside
@@ -146,25 +145,24 @@ def read_sources(
     pinned = _pinned_objects(root, sources, section, scratch)
     records = Records(scratch)
     facts: dict[str, dict[str, Any]] = {}
-    with workers.started() as pool, workers.using(pool):
-        for source, path in zip(sources, places, strict=True):
-            how = How(source.name if path is None else path.name, pairs, source.format, source.mapping, source.split, source.think)
-            objects = pinned.get(source.name)
-            read = partial(_from_path, path=path) if path else partial(_from_s3, objects=objects) if objects else _from_hub
-            found, details = read(records, source, how, reading.limit)
-            _refuse_unreadable(source, found, reading.max_malformed, section)
-            origin = {"origin": source.origin} if source.origin else {}
-            rows = found.rows.total()
-            counts = {"pairs": found.records} if pairs else {"examples": found.records} if found.records != rows else {}
-            facts[source.name] = {
-                "format": found.layout,
-                "rows": rows,
-                **counts,
-                **details,
-                "license": source.license,
-                **origin,
-                "fields": found.fields.shown(),
-            }
+    for source, path in zip(sources, places, strict=True):
+        how = How(source.name if path is None else path.name, pairs, source.format, source.mapping, source.split, source.think)
+        objects = pinned.get(source.name)
+        read = partial(_from_path, path=path) if path else partial(_from_s3, objects=objects) if objects else _from_hub
+        found, details = read(records, source, how, reading.limit)
+        _refuse_unreadable(source, found, reading.max_malformed, section)
+        origin = {"origin": source.origin} if source.origin else {}
+        rows = found.rows.total()
+        counts = {"pairs": found.records} if pairs else {"examples": found.records} if found.records != rows else {}
+        facts[source.name] = {
+            "format": found.layout,
+            "rows": rows,
+            **counts,
+            **details,
+            "license": source.license,
+            **origin,
+            "fields": found.fields.shown(),
+        }
     return records.rows(), facts
 
 
