@@ -38,11 +38,11 @@ def each_version_once_and_every_check_shown(root: Path, synced: dg.DagsterInstan
 
 def test_syncs_during_and_after_a_run_do_not_repeat_its_reports(root: Path, synced: dg.DagsterInstance) -> None:
     process = small_pipeline.start_until_tok_runs(root, "small_pipeline.py", "materialize", SLOW_SECONDS="2")
-    synced = 0
+    syncs = 0
     while process.poll() is None:
         sync(root, synced, small_pipeline.PIPELINE)
-        synced += 1
-    assert process.returncode == 0 and synced > 1
+        syncs += 1
+    assert process.returncode == 0 and syncs > 1
     sync(root, synced, small_pipeline.PIPELINE)
     event = synced.get_latest_materialization_event(TOK)
     assert event is not None and event.run_id
