@@ -297,10 +297,10 @@ def time_pipeline(rows: int, templates: int, base_model: Path, root: Path, worke
         seconds = time.perf_counter() - start
         if process.returncode:
             raise SystemExit(f"{stage} failed")
-        told = json.loads(said)
-        total = [total[0] + seconds, total[1] + told["cpu"], max(total[2], told["peak GiB"])]
+        measured = json.loads(said)
+        total = [total[0] + seconds, total[1] + measured["cpu"], max(total[2], measured["peak GiB"])]
         print(
-            f"{stage:14}{seconds:9.1f}{told['cpu']:13.1f}{told['peak GiB']:9.2f}{told['peak of a worker']:12.2f}{told['rows out']:11,}"
+            f"{stage:14}{seconds:9.1f}{measured['cpu']:13.1f}{measured['peak GiB']:9.2f}{measured['peak of a worker']:12.2f}{measured['rows out']:11,}"
             f"  {_digest(root / 'data' / stage)}",
             flush=True,
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import pickle
 import signal
 import threading
 from collections import deque
@@ -13,7 +12,6 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from itertools import count
 from multiprocessing import resource_tracker
 from typing import Any, Protocol, TypeVar
 
@@ -40,7 +38,7 @@ class Workers(Protocol):
 
         Args:
             work: a function of a module. Its result depends on its arguments only.
-            shared: sent to each process once.
+            shared: what all items have in common. It is sent with each of them, so large values should be cheap to load again.
             items: read only as far as there are free processes.
         """
         ...
@@ -82,11 +80,10 @@ class _Started:
         self._pool, self.count = pool, count
 
     def map(self, work: Callable[[S, A], B], shared: S, items: Iterable[A]) -> Iterator[B]:
-        call, data = next(_CALLS), pickle.dumps(shared)  # sent with each item, and loaded once by each process
         waiting: deque[Future[B]] = deque()
         try:
             for item in items:
-                waiting.append(self._submit(_compute, work, call, data, item))
+                waiting.append(self._submit(work, shared, item))
                 if len(waiting) > AHEAD * self.count:
                     yield waiting.popleft().result()
             while waiting:
@@ -106,19 +103,6 @@ class _Started:
             return self._pool.submit(function, *arguments)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-_CALLS = count()
-"""Numbers of the calls of `map`."""
-_last: tuple[int, Any] = (-1, None)
-"""In a process of `LocalProcesses`: number of the last call, and what its items have in common."""
-
-
-def _compute(work: Callable[[Any, A], B], call: int, data: bytes, item: A) -> B:
-    global _last
-    if _last[0] != call:
-        _last = call, pickle.loads(data)
-    return work(_last[1], item)
 
 
 def _end_with_parent() -> None:

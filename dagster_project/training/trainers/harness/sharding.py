@@ -184,7 +184,7 @@ class ShardedModel:
 def in_step(models: Sequence[ShardedModel], work: Callable[[], Result]) -> Result:
     """The result of a function that uses models without gradients, where each process needs another number of passes.
 
-    A process that has computed all of its own takes part in those of the others, because gathering a layer needs every process. All
+    A process that has finished its own passes takes part in those of the others, because gathering a layer needs every process. All
     processes call it at the same time; those without work pass a function that does nothing. At any time, they may use only one of the models.
     """
     import torch
