@@ -204,6 +204,10 @@ def _differences(
     }
 
 
+TAKEN = ("tokens", "trained_tokens", "steps")
+"""What a training takes. A training command may not record it."""
+
+
 def _cost(name: str, scores: Mapping[str, Mapping[str, Any]], base_model: Path, variants: Mapping[str, Variant]) -> dict[str, float]:
     """Costs of a system: tokens per prompt, bytes on disk, training tokens. Empty for the classical classifier."""
     prompt = {"prompt_tokens": scores[name]["prompt_tokens"]} if "prompt_tokens" in scores.get(name, {}) else {}
@@ -211,7 +215,8 @@ def _cost(name: str, scores: Mapping[str, Mapping[str, Any]], base_model: Path, 
         return {**prompt, "bytes": _size(base_model)} if prompt else {}
     files = [file for file in (variants[name].before, variants[name].training) if file]
     trainings = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    taken = {key: sum(one.get(key, 0) for one in trainings) for key in ("tokens", "trained_tokens", "steps")}
+    unknown = {key for one in trainings if "command" in one for key in TAKEN if key not in one}
+    taken = {key: sum(one.get(key, 0) for one in trainings) for key in TAKEN if key not in unknown}
     return {**prompt, "bytes": _size(variants[name].model), **taken}
 
 
