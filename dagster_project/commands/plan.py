@@ -175,8 +175,10 @@ def _adapter(
     train, validates = tokenized["train"], tokenized["validation"]["rows"] > 0
     entry = params.parse(Params, values["adapter"][name], f"adapter.{name}")
     if entry.command is not None:  # what it will do is its own business
-        per_epoch = {"examples": train["examples"], "tokens_per_epoch": train["tokens"]}
-        return {"command": entry.command, **per_epoch, "memory": None, "time": None, "advice": []}
+        return {
+            "command": entry.command, "examples": train["examples"], "tokens_per_epoch": train["tokens"],
+            "memory": None, "time": None, "advice": [],
+        }  # fmt: skip
     settled = auto.settle(entry, train["examples"], train["rows"], validates, machine.processes)
     resolved = settled.params
     refuse_mistakes(resolved, f"adapter.{name}", [[1]] * train["rows"], validates)
