@@ -15,15 +15,18 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from builders import small_pipeline, training_pipeline
 from builders.history import Project, entry, identity
 from builders.own_trainer import FULL, LORA, SAVE, make_project, outputs, train
-from conftest import draw_pages
+from conftest import ROOT, draw_pages, dvc
 
+from dagster_project.commands.verify import verify
 from dagster_project.core.context import ValidationContext
 from dagster_project.core.errors import InputError
 from dagster_project.core.records import read_table
 from dagster_project.lineage.impact import as_text, impact
 from dagster_project.lineage.lineage import audit, training_lines
+from dagster_project.orchestration.dagster.assets import build_definitions
 from dagster_project.stages import adapter, merged
 from dagster_project.views.lineage import lineage_page
 
@@ -197,9 +200,9 @@ def test_a_pickle_file_of_the_trainer_that_holds_no_weights_is_neither_opened_no
 
 
 def test_a_contradiction_to_params_yaml_is_refused(root: Path, tiny_model: Path) -> None:
-    with pytest.raises(InputError, match="adapter_config.json: r is 4, but params.yaml says 16"):
+    with pytest.raises(InputError, match=r"adapter_config\.json: r is 4, but params\.yaml says 16"):
         train(root, tiny_model, LORA + SAVE, peft={"r": 16})
-    with pytest.raises(InputError, match="use_dora is None, but params.yaml says True"):
+    with pytest.raises(InputError, match=r"use_dora is None, but params\.yaml says True"):
         train(root, tiny_model, LORA + SAVE, method="dora")
 
 
@@ -409,3 +412,28 @@ def test_a_plain_script_with_trl_is_a_variant_like_any_other(root: Path, tiny_mo
         [entry["loss"] for entry in state if "loss" in entry], rel=1e-5
     )
     assert outputs(root)["adapter_config.json"]
+
+
+def test_both_front_ends_run_a_command_and_verify_makes_it_again(
+    tmp_path: Path, tiny_model: Path, instance: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    entry_ = {"command": "python train.py", "files": ["data/trainers/train.py"], "method": "lora"}
+    root = training_pipeline.make_project(tmp_path / "project", tiny_model, entry_, LORA + SAVE)
+    definitions = build_definitions(root, training_pipeline.PIPELINE)
+    assert small_pipeline.materialize(root, instance, ["adapter@x"], definitions).success
+    first = small_pipeline.published(root, "adapter@x")
+    assert not small_pipeline.not_fresh(root, instance, training_pipeline.PIPELINE)
+    found = verify(root, "adapter@x")
+    assert found["verdict"] == "identical", found
+    (root / "data/trainers/train.py").write_text(LORA.replace("0.3", "0.4") + SAVE)
+    assert small_pipeline.changed_in_dvc(root) == {"adapter@x"}
+    done = dvc(root, "repro")
+    assert done.returncode == 0, done.stderr
+    second = small_pipeline.published(root, "adapter@x")
+    weights = "data/adapter/x/adapter_model.safetensors"
+    assert second.keys() == first.keys() and second[weights] != first[weights]
+    (root / "data/trainers/train.py").write_text("raise SystemExit(5)")
+    done = dvc(root, "repro")
+    assert done.returncode != 0 and "failed with exit code 5" in done.stderr
+    assert small_pipeline.published(root, "adapter@x") == second, "the earlier output is kept"
