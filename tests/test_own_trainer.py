@@ -20,6 +20,7 @@ from builders.history import Project, entry, identity
 from builders.own_trainer import FULL, LORA, SAVE, make_project, outputs, train
 from conftest import ROOT, draw_pages, dvc
 
+from dagster_project.commands import plan
 from dagster_project.commands.verify import verify
 from dagster_project.core.context import ValidationContext
 from dagster_project.core.errors import InputError
@@ -27,7 +28,7 @@ from dagster_project.core.records import read_table
 from dagster_project.lineage.impact import as_text, impact
 from dagster_project.lineage.lineage import audit, training_lines
 from dagster_project.orchestration.dagster.assets import build_definitions
-from dagster_project.stages import adapter, merged
+from dagster_project.stages import adapter, comparison, merged
 from dagster_project.views.lineage import lineage_page
 
 
@@ -368,40 +369,24 @@ def test_audit_and_impact_say_unknown_where_the_order_is_unknown(tmp_path: Path)
     assert "step 2" in as_text(impact(known.root, record=identity("dogs")))
 
 
-TRL = """
-import csv, json
-from datasets import Dataset
-from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
-from trl import SFTConfig, SFTTrainer
-
-given = json.load(open("inputs.json"))
-rows = Dataset.from_parquet("train.parquet", cache_dir="cache")
-rows, pad, used = rows.add_column("row", range(len(rows))), DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained("base_model")), []
-
-def collate(batch):
-    used.append([one["row"] for one in batch])
-    return pad([{name: one[name] for name in ("input_ids", "attention_mask", "labels")} for one in batch])
-
-config = SFTConfig("trl", learning_rate=given["parameters"]["learning_rate"], seed=given["seed"], per_device_train_batch_size=4, max_steps=5,
-                   logging_steps=1, report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False, save_strategy="no", max_length=None,
-                   dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False)
-lora = LoraConfig(task_type="CAUSAL_LM", **given["parameters"]["peft"])
-trainer = SFTTrainer(AutoModelForCausalLM.from_pretrained("base_model", dtype="float32"), config, collate, rows, peft_config=lora,
-                     processing_class=pad.tokenizer)
-trainer.train()
-trainer.model.save_pretrained("output")
+AFTERWARDS = """
+import shutil
 trainer.save_state()
-json.dump(used[:trainer.state.global_step], open("../used.json", "w"))
-import shutil; shutil.copy("trl/trainer_state.json", "output")
-with open("output/examples.csv", "w") as file:
-    csv.writer(file).writerows([("step", "row"), *((step, row) for step, batch in enumerate(used[:5], 1) for row in batch)])
+shutil.copy("trl/trainer_state.json", "output")
+json.dump(used[: trainer.state.global_step], open("../used.json", "w"))
 """
 
 
-def test_a_plain_script_with_trl_is_a_variant_like_any_other(root: Path, tiny_model: Path) -> None:
+def script_of_the_documentation() -> str:
+    """The script of docs/own-trainer.md, for five steps on a CPU."""
+    shown = (ROOT / "docs/own-trainer.md").read_text().partition("```python\n")[2].partition("```")[0]
+    assert shown.count('report_to="none"') == 1
+    return shown.replace('report_to="none"', 'report_to="none", use_cpu=True, bf16=False, max_steps=5')
+
+
+def test_the_documented_script_with_trl_is_a_variant_like_any_other(root: Path, tiny_model: Path) -> None:
     peft = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
-    report = train(root, tiny_model, TRL, peft=peft, learning_rate=0.05)
+    report = train(root, tiny_model, script_of_the_documentation() + AFTERWARDS, peft=peft, learning_rate=0.05)
     assert not report.failures and report.metrics["trainable_parameters"] == 2 * 4 * (64 + 64 + 64 + 32)
     used = json.loads((root / "used.json").read_text())
     ids = [row["example_id"] for row in unpacked(root / "data/tokenized/train.parquet")]
@@ -437,3 +422,21 @@ def test_both_front_ends_run_a_command_and_verify_makes_it_again(
     done = dvc(root, "repro")
     assert done.returncode != 0 and "failed with exit code 5" in done.stderr
     assert small_pipeline.published(root, "adapter@x") == second, "the earlier output is kept"
+
+
+def test_an_unknown_cost_is_left_out_and_never_counted_as_nothing(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    costs = []
+    for document in ({"command": "python train.py", "steps": 3}, {"tokens": 9, "trained_tokens": 3, "steps": 1}):
+        (tmp_path / "training.json").write_text(json.dumps(document))
+        variant = comparison.Variant(tmp_path, tmp_path / "model", tmp_path / "training.json")
+        costs.append(comparison._cost("x", {}, tmp_path, {"x": variant}))
+    assert costs == [{"bytes": 0, "steps": 3}, {"bytes": 0, "tokens": 9, "trained_tokens": 3, "steps": 1}]
+
+
+def test_a_plan_says_that_a_command_is_unpredictable(root: Path, tiny_model: Path) -> None:
+    tokenized = {"train": {"examples": 28, "tokens": 279}, "validation": {"rows": 2}}
+    found = plan._adapter(root, {"adapter": {"x": {"command": "python train.py"}}}, "x", tokenized, tiny_model, None)  # type: ignore[arg-type]
+    assert (found["memory"], found["time"], found["tokens_per_epoch"]) == (None, None, 279)
+    text = plan.as_text({"variants": {"x": found}, "machine": {"device": "cpu", "dtype": "float32", "threads": 1}})
+    assert "memory and time of a training command are unknown" in text and "`python train.py`" in text

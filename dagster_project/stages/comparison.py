@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,6 +158,9 @@ def produce(
         "answered": len(set(scoring.examples)),
         "seen": sum(record["group_id"] in trained for record in test),
     }
+    dearest = {
+        name: ({"tokens": math.inf} if name in variants else {}) | cost for name, cost in costs.items()
+    }  # an unknown cost is no low cost
     document: dict[str, Any] = {
         "test": test_counts,
         "shown": [first, second],
@@ -164,7 +168,7 @@ def produce(
         "compared": compared,
         "costs": costs,
         "advice": advice(first, scores, compared, test_counts),
-        "recommended": recommended(first, scores, compared, costs, test_counts),
+        "recommended": recommended(first, scores, compared, dearest, test_counts),
     }
     kept = {name: compared[name].get("retention", {}) for name in compared}
     document["advice"] += [line for name, found in kept.items() for line in forgot(name, found, settings.forgetting)]
