@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from dagster_project.core.params import Compute
 from dagster_project.stages import adapter
 from dagster_project.training.methods.build import build
 from dagster_project.training.planning import memory
-from dagster_project.training.trainers.harness import distributed, sharding
+from dagster_project.training.trainers.harness import checkpoint, distributed, sharding
 from dagster_project.training.trainers.harness import launch as launching
 from dagster_project.training.trainers.harness.launch import launch, start_others
 from dagster_project.training.trainers.harness.params import Sharding
@@ -59,11 +60,18 @@ def main() -> None:
     def the_launcher_is_asked_to_stop() -> None:
         group()[0].send_signal(signal.SIGINT)
 
+    def the_first_process_is_slow_to_make_a_folder() -> None:
+        def remove_slowly(path: Path, remove: Callable[[Path], None] = checkpoint.remove) -> None:
+            remove(path)
+            time.sleep(0.3)
+
+        checkpoint.remove = remove_slowly
+
     found: dict[str, list[int]] = {}
     for name, count, accumulation, recipe, arrange in (
         ("full", 2, 2, FULL, None),
         ("full_sharded", 2, 2, {**FULL, **SHARDED}, None),
-        ("full_sharded_checkpointed", 2, 2, {**FULL, **GRADIENTS}, None),
+        ("full_sharded_checkpointed", 2, 2, {**FULL, **GRADIENTS}, the_first_process_is_slow_to_make_a_folder),
         ("full_four", 4, 1, FULL, None),
         ("full_four_sharded", 4, 1, {**FULL, **SHARDED}, None),
         ("lora", 2, 2, LORA_TWO_EPOCHS, None),

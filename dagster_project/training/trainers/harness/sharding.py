@@ -290,9 +290,10 @@ def asked_first(stop_requested: Callable[[], bool]) -> Callable[[], bool]:
 
 
 def write(folder: Path, parts: Mapping[str, torch.Tensor]) -> None:
-    """Write this process' parts. All processes call it."""
+    """Write this process' parts. All processes call it, the first one when the folder exists: the others wait for it."""
     import torch.distributed.checkpoint as dcp
 
+    distributed.document_from_first()
     writer = dcp.HuggingFaceStorageWriter(str(folder / FOLDER), save_distributed=True)
     dcp.save(dict(parts), storage_writer=writer)
 
