@@ -216,7 +216,8 @@ def produce(
     if pages:
         write_json(pages / "history.json", {"curve": history.curve, "signs": signs})
     report = Report(
-        metrics=_metrics(params, method, history, prepared) | {"preference": preferred, "watch": watch, "environment": document["versions"]},
+        metrics=_metrics(params, method, history, prepared)
+        | {"preference": preferred, "watch": watch, "environment": document["versions"]},
         checks=[
             _starts_as_the_reference(start, history, method),
             _learned(history, finite),
