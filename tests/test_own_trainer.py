@@ -167,6 +167,7 @@ REFUSED = {
     "no config": (LORA + 'save_file(tensors, "output/adapter_model.safetensors")', "adapter_config.json is missing"),
     "config": (LORA + 'config["r"] = 4; config["use_dora"] = True' + SAVE, "missing .*magnitude"),
     "other rank": (LORA + 'config["r"] = 8' + SAVE, "wrong shape"),
+    "complete": (LORA + "save_file(base, 'output/model.safetensors')", "adapter.x.method: lora, but the command wrote a complete model"),
     "other method": (LORA + 'config["peft_type"] = "IA3"' + SAVE, "adapter.x.method: lora, but the command wrote an adapter of ia3"),
     "truncated": (LORA + SAVE + 'Path("output/adapter_model.safetensors").write_bytes(b"123")', "not a valid safetensors file"),
     "base": (
@@ -178,6 +179,10 @@ REFUSED = {
     "steps": (LORA + SAVE + 'Path("output/examples.csv").write_text("step,row\\n2,1\\n1,1\\n")', "step 1 comes after step 2"),
     "step": (LORA + SAVE + 'Path("output/examples.csv").write_text("step,row\\n1.5,1\\n")', "step is not a whole number"),
     "loss": (LORA + SAVE + 'Path("output/metrics.csv").write_text("step,loss\\n1,low\\n")', "loss is not a number: low"),
+    "no output": (LORA + "os.rmdir('output')", "the command removed output/"),
+    "key": (LORA + 'config["r"] = "four"' + SAVE, "adapter_config.json is refused: .*r: must be int"),
+    "new key": (LORA + 'config["use_magic"] = True' + SAVE, "use_magic is unknown to PEFT"),
+    "index": (LORA + SAVE + 'Path("output/examples.csv").write_text("step,row\\n9999999999,1\\n")', "step is not a whole number"),
     "fails": (LORA + 'print("out of luck"); sys.exit(3)', r"`python train.py` failed with exit code 3; its last lines:\n.*\n  out of luck"),
     "killed": (LORA + "os.kill(os.getpid(), 9)", "SIGKILL"),
 }
@@ -210,6 +215,11 @@ def test_a_contradiction_to_params_yaml_is_refused(root: Path, tiny_model: Path)
 @pytest.mark.parametrize(
     ("change", "failed", "note"),
     [
+        (
+            "tensors[B] *= 1e38; tensors[A] *= 1e38",
+            {"learned", "trained_what_it_should"},
+            "validation loss of the trained model is not finite",
+        ),
         ('tensors[B][0, 0] = float("nan")', {"learned", "trained_what_it_should"}, "NaN or infinity in 1 trained weights"),
         ("tensors = {name: t * (0 if 'lora_B' in name else 1) for name, t in tensors.items()}", {"trained_what_it_should"}, "did not move"),
     ],
@@ -409,6 +419,8 @@ def test_both_front_ends_run_a_command_and_verify_makes_it_again(
     assert small_pipeline.materialize(root, instance, ["adapter@x"], definitions).success
     first = small_pipeline.published(root, "adapter@x")
     assert not small_pipeline.not_fresh(root, instance, training_pipeline.PIPELINE)
+    [code] = audit(root, "adapter@x")["other_files"].items()
+    assert code[0] == "data/trainers/train.py" and code[1]["stages"] == ["adapter@x"]
     found = verify(root, "adapter@x")
     assert found["verdict"] == "identical", found
     (root / "data/trainers/train.py").write_text(LORA.replace("0.3", "0.4") + SAVE)

@@ -60,6 +60,7 @@ def validate(params: Params, ctx: ValidationContext) -> None:
 def run(ctx: StageContext) -> Report:
     params, inputs = ctx.variant_params("adapter", Params), (ctx.output_of("tokenized"), ctx.output_of("base_model"))
     if params.command is not None:
+        remove(ctx.live)  # the curves of an earlier training
         folders = Folders(ctx.root, *inputs, ctx.scratch / "command", ctx.checkpoints, ctx.out, ctx.plot("loss"), ctx.pages)
         return train_by_command(str(ctx.variant), params, ctx.compute, folders)
     return produce(

@@ -17,6 +17,8 @@ ORDER = ("examples.parquet", "examples.csv")
 CURVE, STATE = "metrics.csv", "trainer_state.json"
 COLUMNS = ("loss", "learning_rate", "grad_norm")
 """Columns of the curve besides the step. The validation loss is measured by Pedigree itself."""
+LARGEST = 2**31 - 1
+"""Of a step, an epoch or a row: int32."""
 REWRITE = "write it as docs/own-trainer.md says, or leave it out"
 
 
@@ -107,7 +109,7 @@ def _whole(line: Mapping[str, Any], name: str, place: str, least: int) -> int:
         number = float(str(value))
     except ValueError:
         number = math.nan
-    if not (number >= least and number.is_integer()):
+    if not (least <= number <= LARGEST and number.is_integer()):
         raise InputError(f"{place}: {name} is not a whole number from {least} on: {visible(str(value))[:80]}", REWRITE)
     return int(number)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,9 @@ class Weights:
     """The same tensors before training, if the command wrote them."""
 
     def not_finite(self) -> list[str]:
-        return sorted(name for name, tensor in self.tensors.items() if tensor.is_floating_point() and not bool(tensor.isfinite().all()))
+        return sorted(
+            name for name, tensor in self.tensors.items() if tensor.is_floating_point() and not bool(tensor.float().isfinite().all())
+        )
 
 
 def read_weights(output: Path, where: str) -> Weights:
@@ -51,6 +54,8 @@ def read_weights(output: Path, where: str) -> Weights:
     Raises:
         InputError: pickle files; no adapter and no model, or both; a file that cannot be read.
     """
+    if not output.is_dir():
+        raise InputError(f"{where}: the command removed output/", "leave the folder, and save the weights in it")
     if pickled := sorted(path.name for path in output.iterdir() if path.suffix in PICKLES and path.name not in IGNORED):
         raise InputError(
             f"{where}: output/ has pickle files, which can run code when they are opened: {_shortened(pickled)}",
@@ -82,8 +87,8 @@ def _read(paths: Iterable[Path], where: str) -> Tensors:
 def _document(path: Path, where: str) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        document = str(error)
+    except (OSError, ValueError, RecursionError):
+        document = None
     if not isinstance(document, dict):
         raise InputError(f"{where}: {path.name} is missing or not a JSON object", "save the model with PEFT's save_pretrained")
     return document
@@ -129,21 +134,10 @@ class Candidate:
         """Raises:
         InputError: the weights are not those of the entry's method on this base model.
         """
-        import torch
-
         self.weights, self.where = weights, where
-        options = dict(params.peft) if weights.config is None else _options(weights.config, params, where)
-        if (weights.config is None) != (params.method.lower() in methods.OWN):
-            what = "a complete model" if weights.config is None else "an adapter"
-            hint = "full" if weights.config is None else weights.config["peft_type"].lower()
-            raise InputError(f"params.yaml: {where}.method: {params.method}, but the command wrote {what}", f"set method: {hint}")
-
-        def build(number: int) -> PreparedModel:
-            torch.manual_seed(seed + number)
-            return methods.build(params.method, options, base_model, device, dtype, where, params.quantization, params.merge, total_steps=1)
-
-        other = _saved(build(1)) if weights.config is not None and weights.start is None else {}
-        self.prepared = build(0)
+        build = partial(_untrained, weights.config, params, base_model, device, dtype, where)
+        other = _saved(build(seed + 1)) if weights.config is not None and weights.start is None else {}
+        self.prepared = build(seed)
         expected = _saved(self.prepared)
         _compare(weights.tensors, expected, self._aliases(), where, "the weights")
         if weights.start is not None:
@@ -186,6 +180,40 @@ class Candidate:
         if wrong := sorted(name for name, tensor in tensors.items() if not bool((restored[name] == tensor.to(restored[name].dtype)).all())):
             raise InputError(f"{self.where}: PEFT does not restore what the command wrote: {_shortened(wrong)}", CHECKED)
         return Comparison(self.prepared, self.before, tensors, frozen)
+
+
+def _untrained(
+    config: Mapping[str, Any] | None,
+    params: AdapterParams,
+    base_model: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    where: str,
+    seed: int,
+) -> PreparedModel:
+    """The base model, with a new adapter if there is a configuration.
+
+    Args:
+        config: adapter_config.json.
+    Raises:
+        InputError: the entry has another method, or the configuration is refused.
+    """
+    import torch
+
+    torch.manual_seed(seed)
+    method = partial(
+        methods.build, params.method, base_model=base_model, device=device, dtype=dtype, where=where,
+        quantization=params.quantization, merge=params.merge, total_steps=1,
+    )  # fmt: skip
+    if config is None:
+        if params.method.lower() not in methods.OWN:
+            raise InputError(f"params.yaml: {where}.method: {params.method}, but the command wrote a complete model", "set method: full")
+        return method(params.peft)
+    options = _options(config, params, where)
+    try:
+        return method(options)
+    except InputError as error:
+        raise InputError(f"{where}: {CONFIG} is refused: {error.what}", "correct the command") from None
 
 
 def _saved(prepared: PreparedModel) -> Tensors:

@@ -94,8 +94,10 @@ def train_by_command(name: str, params: AdapterParams, compute: Compute, folders
         raise InputError(f"{where}: the command changed the base model", "run `dvc checkout base_model`, and save to output/ only")
     weights = read_weights(workspace.output, where)
     if broken := weights.not_finite():
-        return _not_finite(broken)
+        return _refused(f"NaN or infinity in {len(broken)} trained weights, first in {broken[0]}", len(broken))
     measured = _measure(weights, params, compute, workspace, folders, where)
+    if not all(math.isfinite(point["validation_loss"]) for point in measured.validation):
+        return _refused("the validation loss of the trained model is not finite", 1)
     measured.comparison.prepared.save(folders.out)
     document = _document(measured, params, compute, workspace, folders, target, where)
     _write(measured, document, workspace, folders)
@@ -159,7 +161,7 @@ def _document(
     where: str,
 ) -> dict[str, Any]:
     """training.json. What the command did not record is left out."""
-    losses = [point["loss"] for point in measured.curve if "loss" in point]
+    losses = [point["loss"] for point in measured.curve if math.isfinite(point.get("loss", math.nan))]
     prepared, unknown = measured.comparison.prepared, measured.comparison.unknown()
     return {
         "trained": measured.change.groups,
@@ -234,12 +236,13 @@ def _moved(measured: Measured) -> CheckResult:
     return CheckResult(found.name, found.passed, blocking=found.blocking, count=found.count, note=f"{found.note}; {more}")
 
 
-def _not_finite(names: Sequence[str]) -> Report:
-    note = f"NaN or infinity in {len(names)} trained weights, first in {names[0]}; lower the learning rate, and look at the examples"
+def _refused(what: str, count: int) -> Report:
+    """Failing report of a model that cannot be used."""
+    note = f"{what}; lower the learning rate, and look at the examples"
     return Report(
         checks=[
-            CheckResult("learned", passed=False, blocking=True, count=len(names), note=note),
-            CheckResult("trained_what_it_should", passed=False, blocking=True, note="not checked: the weights are not finite"),
+            CheckResult("learned", passed=False, blocking=True, count=count, note=note),
+            CheckResult("trained_what_it_should", passed=False, blocking=True, note="not checked: the result is not finite"),
         ]
     )
 
