@@ -39,7 +39,7 @@ EDITED = 8
 """One edit may leave two texts of fewer words without enough common shingles: they also match if they are the same once
 a word is left out of one or each of them (the index of deletions known from SymSpell, over words)."""
 
-SMALL, ALONE = 200_000, 20_000_000
+SMALL, ALONE = 400_000, 20_000_000
 """Characters of texts that plain Python compares (_overlap_python.py): in less time than numba takes to load; and without numba."""
 _SAMPLE = 1000
 
