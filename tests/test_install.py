@@ -23,8 +23,13 @@ MEGABYTES = 540
 """Limit of the installed core. polars, pyarrow and numpy take about 400 of it."""
 
 
+def environment() -> dict[str, str]:
+    """Without PYTHONPATH: a clone on it counts as installed."""
+    return {key: value for key, value in os.environ.items() if key not in {"PYTHONPATH", "PYTHONDONTWRITEBYTECODE"}}
+
+
 def installed(*command: str | Path) -> None:
-    done = subprocess.run([*map(str, command)], cwd="/", capture_output=True, text=True, check=False)
+    done = subprocess.run([*map(str, command)], cwd="/", env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -59,8 +64,7 @@ def core(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def outside(core: Path, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """A command of the installed package, in a folder that is not the clone."""
-    env = {key: value for key, value in os.environ.items() if key not in {"PYTHONPATH", "PYTHONDONTWRITEBYTECODE"}}
-    return subprocess.run([core.parent / "pedigree", *arguments], cwd=folder, env=env, capture_output=True, text=True, check=False)
+    return subprocess.run([core.parent / "pedigree", *arguments], cwd=folder, env=environment(), capture_output=True, text=True, check=False)
 
 
 def test_the_wheel_has_pages_schema_types_and_license(wheel: Path) -> None:
@@ -73,8 +77,10 @@ def test_the_wheel_has_pages_schema_types_and_license(wheel: Path) -> None:
 
 
 def test_the_core_is_light(core: Path) -> None:
-    code = f"import importlib.util as u; print([name for name in {ABSENT!r} if u.find_spec(name)])"
-    assert subprocess.run([core, "-c", code], cwd="/", capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    names = ("dagster_project", "polars", *ABSENT)
+    code = f"import importlib.util as u; print(*[name for name in {names!r} if u.find_spec(name)])"
+    found = subprocess.run([core, "-c", code], cwd="/", env=environment(), capture_output=True, text=True, check=True).stdout
+    assert found.split() == ["dagster_project", "polars"]
     [packages] = core.parent.parent.glob("lib/python*/site-packages")
     own = [path for path in packages.rglob("*") if path.is_file() and path.relative_to(packages).parts[0] not in {"pip", "setuptools"}]
     assert sum(path.stat().st_size for path in own) < MEGABYTES * 1e6
@@ -82,8 +88,9 @@ def test_the_core_is_light(core: Path) -> None:
 
 def test_help_and_check_work_in_the_core(core: Path, tmp_path: Path) -> None:
     assert "audit" in outside(core, "--help", folder=tmp_path).stdout
-    rows = [{"messages": messages(f"the {name} kite that we ordered for her birthday")} for name in "abcdefghi"]
-    file = jsonl(tmp_path / "rows.jsonl", *rows, rows[0])
+    text = "the kite that we ordered for her birthday and that went to the pub on Mill Row"
+    texts = [text, text, text.replace("ordered", "bought"), *(f"{name} tea" for name in "abcdefg")]
+    file = jsonl(tmp_path / "rows.jsonl", *({"messages": messages(one)} for one in texts))
     done = outside(core, "check", str(file), "--json", "--report", "page.html", folder=tmp_path)
     assert done.returncode in {0, 1}, done.stderr
     document = json.loads(done.stdout)
@@ -110,10 +117,10 @@ def test_audit_impact_and_export_work_in_the_core(core: Path, tmp_path: Path) ->
         assert code == 0 and "merged" in text
 
 
-@pytest.mark.parametrize(("command", "extra"), [("run splits", "pipeline"), ("ui", "pipeline"), ("sync", "pipeline"), ("plan", "train")])
+@pytest.mark.parametrize(("command", "extra"), [("run splits", "pipeline"), ("ui", "pipeline"), ("sync", "pipeline"), ("plan --model config.json", "train")])
 def test_any_other_command_names_the_extra_that_it_needs(core: Path, tmp_path: Path, command: str, extra: str) -> None:
     project = Project(tmp_path / "project")
-    shutil.copy(ROOT / "params.yaml", project.root)
+    (project.root / "config.json").write_text('{"model_type": "llama"}')
     done = outside(core, *command.split(), folder=project.root)
     assert (done.returncode, done.stdout) == (2, "")
     first, hint = done.stderr.splitlines()
