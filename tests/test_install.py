@@ -64,7 +64,9 @@ def core(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def outside(core: Path, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """A command of the installed package, in a folder that is not the clone."""
-    return subprocess.run([core.parent / "pedigree", *arguments], cwd=folder, env=environment(), capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [core.parent / "pedigree", *arguments], cwd=folder, env=environment(), capture_output=True, text=True, check=False
+    )
 
 
 def test_the_wheel_has_pages_schema_types_and_license(wheel: Path) -> None:
@@ -89,7 +91,7 @@ def test_the_core_is_light(core: Path) -> None:
 def test_help_and_check_work_in_the_core(core: Path, tmp_path: Path) -> None:
     assert "audit" in outside(core, "--help", folder=tmp_path).stdout
     text = "the kite that we ordered for her birthday and that went to the pub on Mill Row"
-    texts = [text, text, text.replace("ordered", "bought"), *(f"{name} tea" for name in "abcdefg")]
+    texts = [text, text, text.replace("that went", "which went"), *(f"{name} tea" for name in "abcdefg")]
     file = jsonl(tmp_path / "rows.jsonl", *({"messages": messages(one)} for one in texts))
     done = outside(core, "check", str(file), "--json", "--report", "page.html", folder=tmp_path)
     assert done.returncode in {0, 1}, done.stderr
@@ -117,7 +119,9 @@ def test_audit_impact_and_export_work_in_the_core(core: Path, tmp_path: Path) ->
         assert code == 0 and "merged" in text
 
 
-@pytest.mark.parametrize(("command", "extra"), [("run splits", "pipeline"), ("ui", "pipeline"), ("sync", "pipeline"), ("plan --model config.json", "train")])
+@pytest.mark.parametrize(
+    ("command", "extra"), [("run splits", "pipeline"), ("ui", "pipeline"), ("sync", "pipeline"), ("plan --model config.json", "train")]
+)
 def test_any_other_command_names_the_extra_that_it_needs(core: Path, tmp_path: Path, command: str, extra: str) -> None:
     project = Project(tmp_path / "project")
     (project.root / "config.json").write_text('{"model_type": "llama"}')
