@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.processes import at_pass, group, tune
+from builders.processes import at_pass, group, printed, tune
 from builders.training import LORA, make_data, output_files, run_in_child
 from conftest import ROOT
 
@@ -105,7 +105,7 @@ def weights(trained: Trained, name: str) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     folder, ends = trained
-    assert ends[name][-1] == 0, (folder / f"{name}.log").read_text()
+    assert ends[name][-1] == 0, printed(folder, name)
     [file] = (folder / name).glob("*model.safetensors")
     return load_file(file)
 
@@ -145,7 +145,7 @@ def test_checkpointed_gradients_and_gathered_weights_change_no_bit(trained: Trai
 
 def test_a_killed_training_resumes_to_the_same_bytes_with_as_many_processes(trained: Trained) -> None:
     folder, ends = trained
-    assert ends["killed"] == [-signal.SIGKILL, 2, 0]
+    assert ends["killed"] == [-signal.SIGKILL, 2, 0], printed(folder, "killed")
     assert re.search(r"step-00000002: this checkpoint is of 2 processes, .*as many\nhint: set compute.processes: 2, or remove",
                      (folder / "killed.said").read_text())  # fmt: skip
     assert "resuming from the checkpoint of step 2 of 4" in (folder / "killed.log").read_text()
@@ -154,7 +154,7 @@ def test_a_killed_training_resumes_to_the_same_bytes_with_as_many_processes(trai
 
 def test_a_stopped_training_saves_the_parts_of_all_processes(trained: Trained) -> None:
     folder, ends = trained
-    assert ends["stopped"] == [130, 0]
+    assert ends["stopped"] == [130, 0], printed(folder, "stopped")
     assert (folder / "stopped.said").read_text().startswith("interrupted at step 3; the next run resumes from there")
     name = "adapter_model.safetensors"
     assert output_files(folder, "stopped")[name] == output_files(folder, "lora_sharded")[name]
