@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import gc
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders.training import exclude_loaded_from_garbage_collection
 from hypothesis import settings
 
 # the same search each time, so that a run that was green stays green; PEDIGREE_FUZZ=N searches at random (tests/test_check_fuzz.py: N cases)
@@ -52,12 +52,11 @@ _modules_frozen = 0
 
 
 def pytest_runtest_setup() -> None:
-    """Exclude what newly loaded libraries hold from garbage collection: each training ends with a full collection, which takes 0.3 s with them."""
+    """After a test that has loaded libraries."""
     global _modules_frozen
     if len(sys.modules) > _modules_frozen + 300:
         _modules_frozen = len(sys.modules)
-        gc.collect()
-        gc.freeze()
+        exclude_loaded_from_garbage_collection()
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from builders.processes import at_pass, group, printed, tune
-from builders.training import LORA, make_data, output_files, run_in_child
+from builders.training import LORA, exclude_loaded_from_garbage_collection, make_data, output_files, run_in_child
 from conftest import ROOT
 
 from dagster_project.core.errors import InputError
@@ -52,6 +52,7 @@ def main() -> None:
     folder, model = Path(sys.argv[1]), Path(sys.argv[2])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     launching.START_METHOD = "fork"
+    exclude_loaded_from_garbage_collection()
 
     def the_launcher_is_killed() -> None:
         group()[0].kill()
