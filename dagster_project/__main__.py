@@ -142,8 +142,8 @@ def render(options: argparse.Namespace) -> int:
 def sync(options: argparse.Namespace) -> int:
     """Report DVC's state to Dagster's event log."""
     from dagster_project.orchestration.dagster.assets import open_instance
-    from dagster_project.orchestration.dagster.dead_runs import reap
     from dagster_project.orchestration.dagster.sync import sync as mirror
+    from dagster_project.orchestration.dagster_dvc.dead_runs import reap
 
     root = _project(options)
     with open_instance(root) as instance:
