@@ -92,9 +92,11 @@ OWNER = "pedigree_project"
 """File in Dagster's home with the path of its project."""
 
 
-def home(root: Path) -> Path:
+def home(root: Path, shared: bool = False) -> Path:
     """Dagster's home: DAGSTER_HOME, or .dagster in the project.
 
+    Args:
+        shared: whether it may have assets of other projects, because those of this one have a key prefix.
     Raises:
         InputError: it is not writable, or belongs to another project.
     """
@@ -105,6 +107,8 @@ def home(root: Path) -> Path:
             pass
         if not (folder / "dagster.yaml").exists():
             (folder / "dagster.yaml").write_text(DAGSTER_YAML)
+        if shared:
+            return folder
         owner = folder / OWNER
         other = Path(owner.read_text().strip()) if owner.is_file() else folder.parent if (folder.parent / "dvc.yaml").is_file() else root
         if other != root and not folder.is_relative_to(root) and (other / "dvc.yaml").is_file():
@@ -121,6 +125,10 @@ def home(root: Path) -> Path:
     return folder
 
 
-def open_instance(root: Path) -> dg.DagsterInstance:
-    """The persistent Dagster instance of the project. Use it in a `with` block."""
-    return open_at(home(root))
+def open_instance(root: Path, shared: bool = False) -> dg.DagsterInstance:
+    """The persistent Dagster instance of the project. Use it in a `with` block.
+
+    Args:
+        shared: see `home`.
+    """
+    return open_at(home(root, shared))

@@ -152,6 +152,14 @@ def _not_ready(states: Mapping[str, StageState], address: str) -> str:
     return f"{', '.join(changed)} must be brought up to date first ({first.address}: {first.changed[0]}{fetch})"
 
 
+class MessageReader(dg.PipesTempFileMessageReader):
+    """Dagster's reader of a file. Only the count is new: Dagster marks its default as a preview, and warns in each run that uses it."""
+
+    @property
+    def expected_writer_count(self) -> int:
+        return 1
+
+
 def _reproduce(context: dg.AssetExecutionContext, project: DvcProject, address: str, force: bool, variables: Mapping[str, str]) -> str:
     """Run the stage's command by DVC. A command that uses Dagster Pipes streams its log to this run.
 
@@ -168,7 +176,7 @@ def _reproduce(context: dg.AssetExecutionContext, project: DvcProject, address: 
         latest = now
 
     with dg.open_pipes_session(
-        context=context, context_injector=dg.PipesTempFileContextInjector(), message_reader=dg.PipesTempFileMessageReader()
+        context=context, context_injector=dg.PipesTempFileContextInjector(), message_reader=MessageReader()
     ) as session:
         pipes = session.get_bootstrap_env_vars()
         with dvc.commands_started() as started:
