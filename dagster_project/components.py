@@ -7,7 +7,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional, Union
 
 import dagster as dg
 
@@ -21,9 +20,9 @@ __all__ = ["DvcProjectComponent", "PedigreeProjectComponent"]
 class _ProjectComponent(dg.Component, dg.Resolvable):
     project_dir: str
     """Folder of the project; relative to the folder of this component."""
-    key_prefix: Union[str, list[str], None] = None  # noqa: UP007
+    key_prefix: str | list[str] | None = None
     """First parts of all asset keys, `support` or `[ml, support]`. Default: the name of the component's folder."""
-    group_name: Optional[str] = None  # noqa: UP045
+    group_name: str | None = None
     """Group of the assets. Default: the prefix."""
 
     def _definitions(self, build: Callable[..., dg.Definitions], context: dg.ComponentLoadContext) -> dg.Definitions:

@@ -134,6 +134,9 @@ def _materialize(project: DvcProject, instance: dg.DagsterInstance, state: Stage
         for tag, value in expected.items()
         if tag.startswith(INPUT_TAG_PREFIX) or tag in {names.DATA_VERSION_TAG, names.CODE_VERSION_TAG}
     }
+    definition = names.get_input_data_version_tag(project.definition_key(state.address))
+    if state.definition_now != state.definition_recorded and actual.get(definition) not in {None, state.definition_now}:
+        del compared[definition]  # it is shown as stale already; a second report would look like a run, to automation conditions too
     extra = {tag for tag in actual if tag.startswith(INPUT_TAG_PREFIX)} - set(expected)
     if not extra and all(actual.get(tag) == value for tag, value in compared.items()):
         return []
