@@ -102,9 +102,11 @@ def test_both_are_synced_and_materialized_in_one_run_from_another_folder(roots: 
 
 def test_a_run_of_other_assets_is_not_marked_as_failed_in_a_shared_instance(instance: dg.DagsterInstance) -> None:
     """Its process may be on another machine: only runs are examined whose tag names this one."""
+    from dagster._core.events import EngineEventData
+
     run = dg.DagsterRun(job_name="theirs", run_id=str(uuid4()), status=dg.DagsterRunStatus.STARTED)
     instance.add_run(run)
-    instance.report_engine_event("started", run, dg.EngineEventData({"pid": dg.MetadataValue.int(2**22 + 1)}))
+    instance.report_engine_event("started", run, EngineEventData({"pid": dg.MetadataValue.int(2**22 + 1)}))
     assert reap(instance, owned=False) == []
     assert [one.run_id for one in instance.get_runs(dg.RunsFilter(statuses=ALIVE))] == [run.run_id]
     assert len(reap(instance)) == 1, "in an instance of the project's own it is"
