@@ -149,6 +149,10 @@ def test_bad_projects_and_names_are_refused_with_one_message(foreign: Path, tmp_
         build_dvc_definitions(foreign)
 
 
+def test_the_docs_show_the_project_that_is_tested() -> None:
+    assert f"```yaml\n{foreign_project.DVC_YAML}```" in (ROOT / "docs/dagster-dvc.md").read_text()
+
+
 def test_the_library_has_no_stage_of_pedigree_and_uses_no_deprecated_api(foreign: Path, recwarn: pytest.WarningsRecorder) -> None:
     build_dvc_definitions(foreign)
     assert not [str(warning.message) for warning in recwarn if "agster" in type(warning.message).__module__ + str(warning.message)]
