@@ -6,6 +6,7 @@ import ast
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dagster as dg
@@ -145,8 +146,23 @@ def test_bad_projects_and_names_are_refused_with_one_message(foreign: Path, tmp_
     with pytest.raises(InputError, match=r"'a\.b' cannot be part of a name"):
         build_dvc_definitions(foreign, "a.b")
     (foreign / "dvc.yaml").write_text("stages:\n  a-b: {cmd: echo}\n  a_b: {cmd: echo}\n")
-    with pytest.raises(InputError, match="differ in punctuation"):
+    with pytest.raises(InputError, match="same name in Dagster"):
         build_dvc_definitions(foreign)
+    (foreign / "dvc.yaml").write_text("stages:\n  a: {cmd: echo, meta: {checks: [x]}}\n")
+    with pytest.raises(InputError, match=r"a: meta\.checks is not a mapping"):
+        build_dvc_definitions(foreign)
+
+
+@pytest.mark.parametrize(("checks", "shown"), [
+    ({"c": {"passed": True}}, ("passed", "none")), ({"c": {"passed": False}}, ("failed", "error")),
+    ({"c": {"passed": False, "severity": "warn"}}, ("failed", "warn")), ({"c": {"severity": "warn"}}, ("failed", "error")),
+    ({"c": 1}, ("failed", "error")), ({}, None), ([], None), ({"other": {"passed": False}}, None),
+])  # fmt: skip
+def test_a_check_without_a_verdict_fails_and_one_that_the_report_lacks_has_no_result(checks: Any, shown: Any) -> None:
+    state = SimpleNamespace(meta={"checks": {"c": "What it asserts."}}, report="metrics.json")
+    results = DvcProject(Path()).check_results("stage", state, {"checks": checks})  # type: ignore[arg-type]
+    found = [("passed" if one.passed else "failed", one.metadata["severity"].value) for one in results]
+    assert found == ([shown] if shown else [])
 
 
 def test_the_docs_show_the_project_that_is_tested() -> None:

@@ -50,9 +50,9 @@ def assets(project: DvcProject, states: dict[str, StageState]) -> list[dg.Assets
     names = [project.asset_key(address).to_python_identifier() for address in states]
     invalid = [address for address, name in zip(states, names, strict=True) if re.search(r"[^A-Za-z0-9_]", name)]
     if invalid or len(set(keys)) < len(keys) or len(set(names)) < len(names):
+        what = f"{', '.join(invalid)} cannot be a name in Dagster" if invalid else "two stages or sources have the same name in Dagster"
         raise InputError(
-            f"dvc.yaml: {', '.join(invalid) or 'names of stages'} {'cannot' if invalid else 'that differ in punctuation only can not all'} be shown in Dagster",
-            "name stages and their variants by letters, digits, _ and -",
+            f"{project.root / 'dvc.yaml'}: {what}", "name stages and variants by letters, digits, _ and -, not different in - and _ only"
         )
     return [
         *(

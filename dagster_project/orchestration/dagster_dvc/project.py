@@ -108,20 +108,28 @@ class DvcProject:
 
     def check_descriptions(self, address: str, state: StageState) -> Mapping[str, str]:
         """The checks of a stage, each with what it asserts: `meta: {checks: {NAME: DESCRIPTION}}` in dvc.yaml."""
-        return state.meta.get("checks") or {}
+        found = state.meta.get("checks") or {}
+        if not isinstance(found, Mapping) or not all(isinstance(text, str) for text in found.values()):
+            raise InputError(f"{self.root / 'dvc.yaml'}: {address}: meta.checks is not a mapping", "write NAME: DESCRIPTION for each check")
+        return found
 
     def check_results(self, address: str, state: StageState, report: Mapping[str, Any]) -> list[dg.AssetCheckResult]:
         """Results of those checks that the report has: `{"checks": {NAME: {"passed": ..., "severity": "error" or "warn", "note": ...}}}`."""
-        found: dict[str, Any] = report.get("checks") or {}
-        return [
-            metadata.check_result(
-                self.asset_key(address), name, description, found[name],
-                None if found[name]["passed"] else found[name].get("severity", "error"),
-                {key: value for key, value in found[name].items() if key not in {"note", "severity"} and isinstance(value, int | float | str)},
-            )
-            for name, description in self.check_descriptions(address, state).items()
-            if name in found
-        ]  # fmt: skip
+        found = report.get("checks")
+        if not isinstance(found, Mapping):
+            return []
+        results = []
+        for name, description in self.check_descriptions(address, state).items():
+            if name not in found:
+                continue
+            check = found[name]
+            if not isinstance(check, Mapping) or not isinstance(check.get("passed"), bool):
+                check = {"passed": False, "note": f"checks.{name} of {state.report} has no `passed: true` or `passed: false`"}
+            severity = None if check["passed"] else "warn" if check.get("severity") == "warn" else "error"
+            values = {key: value for key, value in check.items() if isinstance(value, int | float | str)}
+            extra = {key: value for key, value in values.items() if key not in {"passed", "severity", "note"}}
+            results.append(metadata.check_result(self.asset_key(address), name, description, check, severity, extra))
+        return results
 
     def blocks(self, report: Mapping[str, Any]) -> bool:
         """Whether the report is that of a failed attempt, whose output is not to be used. In general such a stage ends with an exit code, and DVC
