@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import tomllib
 from collections.abc import Iterator
 from importlib import import_module
@@ -13,7 +14,7 @@ import dagster as dg
 import pytest
 from builders import foreign_project
 from builders.small_pipeline import PIPELINE, changed_in_dvc, commands_run
-from conftest import ROOT, copy_project
+from conftest import ROOT, copy_project, run
 
 import dagster_project
 from dagster_project.orchestration.dagster.assets import build_definitions
@@ -104,11 +105,11 @@ def test_a_run_of_other_assets_is_not_marked_as_failed_in_a_shared_instance(inst
     """Its process may be on another machine: only runs are examined whose tag names this one."""
     from dagster._core.events import EngineEventData
 
-    run = dg.DagsterRun(job_name="theirs", run_id=str(uuid4()), status=dg.DagsterRunStatus.STARTED)
-    instance.add_run(run)
-    instance.report_engine_event("started", run, EngineEventData({"pid": dg.MetadataValue.int(2**22 + 1)}))
+    theirs = dg.DagsterRun(job_name="theirs", run_id=str(uuid4()), status=dg.DagsterRunStatus.STARTED)
+    instance.add_run(theirs)
+    instance.report_engine_event("started", theirs, EngineEventData({"pid": dg.MetadataValue.int(2**22 + 1)}))
     assert reap(instance, owned=False) == []
-    assert [one.run_id for one in instance.get_runs(dg.RunsFilter(statuses=ALIVE))] == [run.run_id]
+    assert [one.run_id for one in instance.get_runs(dg.RunsFilter(statuses=ALIVE))] == [theirs.run_id]
     assert len(reap(instance)) == 1, "in an instance of the project's own it is"
 
 
@@ -175,6 +176,16 @@ def test_a_stage_of_a_component_runs_in_its_project(location: Path, instance: dg
     )
     assert done.success
     assert (location.parent / "tuning" / "data" / "raw_examples").is_dir() and not (location.parent / "data").exists()
+
+
+def test_sync_on_the_command_line_reports_under_the_prefix_and_does_not_claim_the_home(location: Path, tmp_path: Path) -> None:
+    home, project = tmp_path / "home", location.parent / "tuning"
+    home.mkdir()
+    done = run([sys.executable, "-m", "dagster_project", "sync", "--key-prefix", "ml/tuning"], project, DAGSTER_HOME=str(home))
+    assert done.returncode == 0 and "def/splits is now" in done.stdout, done.stderr
+    assert not (home / "pedigree_project").exists()
+    with dg.DagsterInstance.from_config(str(home)) as shared:
+        assert {tuple(key.path[:2]) for key in shared.get_asset_keys()} == {("ml", "tuning")}
 
 
 def test_dg_finds_the_components_by_the_entry_point() -> None:
