@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+__version__ = "0.2.0"
+
 _EXPORTS = {
     "build_definitions": "dagster_project.orchestration.dagster.assets",
     "build_dvc_definitions": "dagster_project.orchestration.dagster_dvc.definitions",

@@ -10,9 +10,6 @@ from pathlib import Path
 
 import dagster as dg
 
-from dagster_project.orchestration.dagster.assets import build_definitions
-from dagster_project.orchestration.dagster_dvc.definitions import build_dvc_definitions
-
 __all__ = ["DvcProjectComponent", "PedigreeProjectComponent"]
 
 
@@ -36,6 +33,8 @@ class PedigreeProjectComponent(_ProjectComponent):
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
         """The project's definitions."""
+        from dagster_project.orchestration.dagster.assets import build_definitions
+
         return self._definitions(build_definitions, context)
 
 
@@ -45,4 +44,6 @@ class DvcProjectComponent(_ProjectComponent):
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
         """The project's definitions."""
+        from dagster_project.orchestration.dagster_dvc.definitions import build_dvc_definitions
+
         return self._definitions(build_dvc_definitions, context)
