@@ -7,7 +7,7 @@ export PATH := $(BIN):$(PATH)
 export DAGSTER_HOME ?= $(abspath .dagster)
 PORT ?= 3000
 
-.PHONY: help run test lint docs ui bench soak clean
+.PHONY: help run test lint docs site ui bench soak clean
 
 help:            ## show this list
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -34,6 +34,9 @@ lint: $(VENV)/ok ## style, types and import rules
 
 docs: $(VENV)/ok ## write docs/parameters.md, its JSON Schema and the tables of docs/checks.md from the code
 	$(BIN)/python -m dagster_project.commands.docs
+
+site: $(VENV)/ok ## build the pages of docs/ as a site in build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 ui: $(VENV)/ok   ## open the Dagster UI on loopback, with its home in the project
 	@$(MAKE) --no-print-directory setup-dvc

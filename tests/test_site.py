@@ -1,0 +1,99 @@
+"""The pages of docs/ as a site: built strictly, complete, and without a request to another host."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+pytestmark = pytest.mark.skipif(
+    not os.environ.get("CI") and not (find_spec("material") and find_spec("mmdr")), reason="pip install '.[docs]'"
+)
+
+
+def build(project: Path, site: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run mkdocs on a copy of docs/ and of the files to which it links."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)]  # with --quiet, warnings do not count
+    given = {**os.environ, "NO_MKDOCS_2_WARNING": "1", **environment}
+    return subprocess.run(command, cwd=project, env=given, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    done = build(ROOT, folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_every_page_is_in_the_navigation(site: Path) -> None:
+    listed = set(re.findall(r"[\w/.-]+\.md", (ROOT / "mkdocs.yml").read_text().split("\nnav:")[1]))
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert listed == pages
+    assert {path.relative_to(site).with_suffix(".md").as_posix() for path in site.rglob("*.html")} - {"404.md"} == pages
+
+
+def test_no_page_loads_anything_from_another_host(site: Path) -> None:
+    loaded = re.compile(r"""<(?:script|link|img|iframe|source)\b[^>]*\b(?:src|href)=["']?(?:https?:)?//""")
+    for page in site.rglob("*.html"):
+        assert not loaded.search(page.read_text()), page
+    styles = "".join(path.read_text() for path in site.rglob("*.css"))
+    assert not re.search(r"@import|url\([\"']?(?:https?:)?//", styles)
+
+
+def test_diagrams_are_drawn_and_none_is_left_to_a_script(site: Path) -> None:
+    for source in (ROOT / "docs").rglob("*.md"):
+        page = (site / source.relative_to(ROOT / "docs")).with_suffix(".html").read_text()
+        assert page.count("<figure class=diagram>") + page.count('<figure class="diagram">') == source.read_text().count("```mermaid\n")
+        assert 'class="mermaid"' not in page
+
+
+def test_links_to_code_lead_to_the_repository_or_are_text(site: Path, tmp_path: Path) -> None:
+    assert "href=../dagster_project" not in (page := (site / "architecture.html").read_text())
+    assert '"../' not in page and "<code>dagster_project/pipeline.py</code>" in page
+    done = build(ROOT, tmp_path, REPOSITORY_URL="https://code.example.org/team/pedigree/")
+    assert done.returncode == 0, done.stderr
+    assert "https://code.example.org/team/pedigree/blob/main/dagster_project/pipeline.py" in (tmp_path / "architecture.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        "[a page](missing.md)",
+        "[a section](index.md#missing)",
+        "[a file](../missing.py)",
+        "[a file](../../outside.py)",
+        "```mermaid\nsequenceDiagram\n  A->>B: one; two\n```",
+    ],
+)
+def test_a_mistake_fails_the_build(mistake: str, tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path.parent / "outside.py").touch()
+    (tmp_path / "docs/site.py").write_text((ROOT / "docs/site.py").read_text())
+    (tmp_path / "docs/site.css").touch()
+    (tmp_path / "mkdocs.yml").write_text((ROOT / "mkdocs.yml").read_text().split("\nnav:")[0] + "\nnav: [index.md]\n")
+    (tmp_path / "docs/index.md").write_text("# Page\n")
+    assert "WARNING" not in (good := build(tmp_path, tmp_path / "site")).stderr and good.returncode == 0
+    (tmp_path / "docs/index.md").write_text(f"# Page\n\n{mistake}\n")
+    bad = build(tmp_path, tmp_path / "site")
+    assert bad.returncode == 1 and "WARNING" in bad.stderr and "Traceback" not in bad.stderr
+
+
+def test_the_diagram_of_the_readme_is_valid() -> None:
+    import mmdr
+
+    (diagram,) = re.findall(r"```mermaid\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert "<svg" in mmdr.render(diagram).svg()
+
+
+def test_fonts_and_plugins_that_use_the_network_are_off() -> None:
+    text = (ROOT / "mkdocs.yml").read_text().split("\nmarkdown_extensions:")[0]
+    config = yaml.safe_load(text)
+    assert config["theme"]["font"] is False and config["plugins"] == ["search"] and config["strict"] is True
