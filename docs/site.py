@@ -1,6 +1,6 @@
 """Hook of mkdocs (mkdocs.yml): what a file host shows in Markdown, the site shows too.
 
-Links to files outside docs/ lead to REPOSITORY_URL, or become text without it; Mermaid diagrams become SVG.
+Links to files outside docs/ lead to REPOSITORY_URL, or become text without it; Mermaid diagrams become SVG, formulas MathML.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import mmdr
+from latex2mathml.converter import convert
 
 log = logging.getLogger("mkdocs.hooks.site")  # a warning fails `mkdocs build --strict`
 
 FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
+CODE = re.compile(r"`[^`\n]+`")
+FORMULA = re.compile(r"\$\$(?P<block>.+?)\$\$|\$(?P<inline>\S|\S[^$\n]*\S)\$")
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((\.\./[^)#]*)(#[^)]*)?\)")
 
 
@@ -30,7 +33,15 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
     source = Path(page.file.abs_src_path)
     root, docs = Path(config.config_file_path).parent, Path(config.docs_dir)
     parts = re.split(f"({FENCE.pattern})", markdown, flags=FENCE.flags)
-    return "".join(_diagram(part, source) if part.startswith("```") else _links(part, source, root, docs) for part in parts)
+    return "".join(_diagram(part, source) if part.startswith("```") else _links(_formulas(part), source, root, docs) for part in parts)
+
+
+def _formulas(text: str) -> str:
+    def replacement(formula: re.Match[str]) -> str:
+        return convert(formula["block"] or formula["inline"], display="block" if formula["block"] else "inline")
+
+    code = CODE.findall(text)
+    return "".join(part + span for part, span in zip((FORMULA.sub(replacement, part) for part in CODE.split(text)), [*code, ""], strict=True))
 
 
 def _links(text: str, source: Path, root: Path, docs: Path) -> str:
