@@ -6,10 +6,12 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, run
+from packaging.requirements import Requirement
 
 from dagster_project.__main__ import parser
 
@@ -23,7 +25,8 @@ def commands() -> list[str]:
 
 
 MAKE = [c for c in commands() if c.startswith("make ")]
-OTHERS = [c for c in commands() if not c.startswith(("make ", "git clone", "cd "))]
+OWN_PROJECT = [c for c in commands() if c.startswith("pip ") or "my-project" in c]
+OTHERS = [c for c in commands() if c not in {*MAKE, *OWN_PROJECT}]
 
 
 def test_the_tour_has_commands() -> None:
@@ -37,6 +40,16 @@ def test_the_readmes_commands_run_on_the_quick_override(finished: Path) -> None:
         done = run([*program, *words[1:]], finished)
         finds_planted_defects = words[:2] == ["pedigree", "check"]
         assert done.returncode == (1 if finds_planted_defects else 0), (command, done.stderr)
+
+
+def test_the_commands_for_an_own_project_fit_the_package_and_the_command_line() -> None:
+    install, init, run_all = OWN_PROJECT
+    requirement = Requirement(shlex.split(install)[2])
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert requirement.name == project["name"] and requirement.extras <= set(project["optional-dependencies"])
+    for command in (init, run_all.removeprefix("cd my-project && ")):
+        program, *words = shlex.split(command)
+        assert program in project["scripts"] and parser().parse_args(words).command == words[0]
 
 
 def test_make_has_every_target_the_readme_names() -> None:
