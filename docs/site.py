@@ -18,8 +18,7 @@ from latex2mathml.converter import convert
 log = logging.getLogger("mkdocs.hooks.site")  # a warning fails `mkdocs build --strict`
 
 FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
-CODE = re.compile(r"`[^`\n]+`")
-FORMULA = re.compile(r"\$\$(?P<block>.+?)\$\$|\$(?P<inline>\S|\S[^$\n]*\S)\$")
+FORMULA = re.compile(r"(?P<code>`[^`\n]+`)|\$\$(?P<block>.+?)\$\$|\$(?P<inline>\S|\S[^$\n]*\S)\$")
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((\.\./[^)#]*)(#[^)]*)?\)")
 
 
@@ -38,10 +37,11 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
 
 def _formulas(text: str) -> str:
     def replacement(formula: re.Match[str]) -> str:
+        if formula["code"]:
+            return formula[0]
         return convert(formula["block"] or formula["inline"], display="block" if formula["block"] else "inline")
 
-    code = CODE.findall(text)
-    return "".join(part + span for part, span in zip((FORMULA.sub(replacement, part) for part in CODE.split(text)), [*code, ""], strict=True))
+    return FORMULA.sub(replacement, text)
 
 
 def _links(text: str, source: Path, root: Path, docs: Path) -> str:

@@ -52,6 +52,13 @@ def test_the_commands_for_an_own_project_fit_the_package_and_the_command_line() 
         assert program in project["scripts"] and parser().parse_args(words).command == words[0]
 
 
+def test_the_rows_shown_in_docs_are_those_that_the_command_prints() -> None:
+    example = re.search(r"```console\n\$ (pedigree check .* --show .*)\n\.\.\.\n(.*?)```", (ROOT / "docs/checks.md").read_text(), re.DOTALL)
+    assert example
+    done = run([sys.executable, "-m", "dagster_project", *shlex.split(example[1])[1:]], ROOT)
+    assert example[2] in done.stdout and done.returncode == 1  # the sample has planted defects
+
+
 def test_make_has_every_target_the_readme_names() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {c.split()[1] for c in MAKE} <= targets and {"run", "test"} <= {c.split()[1] for c in MAKE}

@@ -55,6 +55,12 @@ def test_diagrams_are_drawn_and_none_is_left_to_a_script(site: Path) -> None:
         assert 'class="mermaid"' not in page
 
 
+def test_formulas_are_mathml(site: Path) -> None:
+    page = (site / "ppo.html").read_text()
+    assert "$" not in re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL) and "<mo>&#x02211;" in page  # the sum over l
+    assert page.count("<math") == len(re.findall(r"\$\$.+?\$\$|\$[^$\n]+\$", (ROOT / "docs/ppo.md").read_text()))
+
+
 def test_links_to_code_lead_to_the_repository_or_are_text(site: Path, tmp_path: Path) -> None:
     assert "href=../dagster_project" not in (page := (site / "architecture.html").read_text())
     assert '"../' not in page and "<code>dagster_project/pipeline.py</code>" in page
