@@ -1,6 +1,7 @@
 """Hook of mkdocs (mkdocs.yml): what a file host shows in Markdown, the site shows too.
 
 Links to files outside docs/ lead to REPOSITORY_URL, or become text without it; Mermaid diagrams become SVG, formulas MathML.
+Decisions are in the navigation in the order of their numbers.
 """
 
 from __future__ import annotations
@@ -20,6 +21,12 @@ log = logging.getLogger("mkdocs.hooks.site")  # a warning fails `mkdocs build --
 FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 FORMULA = re.compile(r"(?P<code>`[^`\n]+`)|\$\$(?P<block>.+?)\$\$|\$(?P<inline>\S|\S[^$\n]*\S)\$")
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((\.\./[^)#]*)(#[^)]*)?\)")
+
+
+def on_config(config: Any) -> None:
+    """Fill the section `Decisions` of the navigation."""
+    decisions = sorted(f"decisions/{path.name}" for path in Path(config.docs_dir, "decisions").glob("*.md"))
+    config.nav = [{"Decisions": decisions} if "Decisions" in section else section for section in config.nav]
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
