@@ -71,27 +71,28 @@ def test_links_to_code_lead_to_the_repository_or_are_text(site: Path, tmp_path: 
     assert "https://code.example.org/team/pedigree/blob/main/dagster_project/pipeline.py" in (tmp_path / "architecture.html").read_text()
 
 
-@pytest.mark.parametrize(
-    "mistake",
-    [
-        "[a page](missing.md)",
-        "[a section](index.md#missing)",
-        "[a file](../missing.py)",
-        "[a file](../../outside.py)",
-        "```mermaid\nsequenceDiagram\n  A->>B: one; two\n```",
-    ],
-)
-def test_a_mistake_fails_the_build(mistake: str, tmp_path: Path) -> None:
-    (tmp_path / "docs").mkdir()
-    (tmp_path.parent / "outside.py").touch()
-    (tmp_path / "docs/site.py").write_text((ROOT / "docs/site.py").read_text())
-    (tmp_path / "docs/site.css").touch()
-    (tmp_path / "mkdocs.yml").write_text((ROOT / "mkdocs.yml").read_text().split("\nnav:")[0] + "\nnav: [index.md]\n")
-    (tmp_path / "docs/index.md").write_text("# Page\n")
-    assert "WARNING" not in (good := build(tmp_path, tmp_path / "site")).stderr and good.returncode == 0
-    (tmp_path / "docs/index.md").write_text(f"# Page\n\n{mistake}\n")
-    bad = build(tmp_path, tmp_path / "site")
-    assert bad.returncode == 1 and "WARNING" in bad.stderr and "Traceback" not in bad.stderr
+MISTAKES = {
+    "page": "[a page](missing.md)",
+    "section": "[a section](index.md#missing)",
+    "file": "[a file](../missing.py)",
+    "outside": "[a file](../../outside.py)",
+    "diagram": "```mermaid\nsequenceDiagram\n  A->>B: one; two\n```",
+}
+
+
+def test_each_mistake_is_a_warning_and_fails_the_build(tmp_path: Path) -> None:
+    (tmp_path / "project/docs").mkdir(parents=True)
+    (tmp_path / "outside.py").touch()
+    for name in ("site.py", "site.css"):
+        (tmp_path / "project/docs" / name).write_text((ROOT / "docs" / name).read_text())
+    nav = ", ".join(f"{name}.md" for name in ("index", *MISTAKES))
+    (tmp_path / "project/mkdocs.yml").write_text((ROOT / "mkdocs.yml").read_text().split("\nnav:")[0] + f"\nnav: [{nav}]\n")
+    (tmp_path / "project/docs/index.md").write_text("# Page\n")
+    for name, mistake in MISTAKES.items():
+        (tmp_path / f"project/docs/{name}.md").write_text(f"# Page\n\n{mistake}\n")
+    done = build(tmp_path / "project", tmp_path / "site")
+    warned = {name for name in MISTAKES for line in done.stderr.splitlines() if line.startswith("WARNING") and f"{name}.md" in line}
+    assert done.returncode == 1 and warned == set(MISTAKES) and "Traceback" not in done.stderr
 
 
 def test_the_diagram_of_the_readme_is_valid() -> None:
