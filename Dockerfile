@@ -18,14 +18,14 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /build
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml requirements.lock README.md LICENSE ./
 COPY dagster_project dagster_project
-# pyproject.toml has the ranges of versions
+# pyproject.toml has the ranges of versions, requirements.lock the versions
 # hadolint ignore=DL3013
-RUN if [ "$ACCELERATOR" = cpu ]; then pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu torch; fi \
-    && if [ "$ACCELERATOR" = gpu ]; then extras=cluster,gpu; else extras=cluster; fi \
-    && pip install --no-cache-dir ".[$extras]" \
-    && pip uninstall --yes pedigree \
+RUN if [ "$ACCELERATOR" = cpu ]; then pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu --constraint requirements.lock torch; fi \
+    && if [ "$ACCELERATOR" = gpu ]; then extras=all,gpu; else extras=all; fi \
+    && pip install --no-cache-dir --constraint requirements.lock ".[$extras]" \
+    && pip uninstall --yes pedigree-llm \
     && rm -rf /build
 
 # /dagster: Dagster's home; /project: the clone. Any user can write to the former, because compose runs as the owner of the clone.
