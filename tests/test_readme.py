@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from dagster_project.__main__ import parser
 
 README = (ROOT / "README.md").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def commands() -> list[str]:
@@ -42,14 +43,16 @@ def test_the_readmes_commands_run_on_the_quick_override(finished: Path) -> None:
         assert done.returncode == (1 if finds_planted_defects else 0), (command, done.stderr)
 
 
-def test_the_commands_for_an_own_project_fit_the_package_and_the_command_line() -> None:
-    install, init, run_all = OWN_PROJECT
-    requirement = Requirement(shlex.split(install)[2])
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert requirement.name == project["name"] and requirement.extras <= set(project["optional-dependencies"])
+def test_the_package_that_the_readme_installs_is_this_one() -> None:
+    requirement = Requirement(shlex.split(OWN_PROJECT[0])[2])
+    assert requirement.name == PROJECT["name"] and requirement.extras <= set(PROJECT["optional-dependencies"])
+
+
+def test_the_commands_for_an_own_project_fit_the_command_line() -> None:
+    _, init, run_all = OWN_PROJECT
     for command in (init, run_all.removeprefix("cd my-project && ")):
         program, *words = shlex.split(command)
-        assert program in project["scripts"] and parser().parse_args(words).command == words[0]
+        assert program in PROJECT["scripts"] and parser().parse_args(words).command == words[0]
 
 
 def test_the_rows_shown_in_docs_are_those_that_the_command_prints() -> None:
