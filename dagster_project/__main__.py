@@ -129,6 +129,15 @@ def sweep(options: argparse.Namespace) -> int:
     return 130 if document["interrupted"] else 0 if document["passed"] else 1
 
 
+def upgrade(options: argparse.Namespace) -> int:
+    """Record the code of the installed version in code.lock.yaml, and list the stages that become stale."""
+    from dagster_project.commands.upgrade import as_text
+    from dagster_project.commands.upgrade import upgrade as record
+
+    _print(options, record(_project(options)), as_text)
+    return 0
+
+
 def render(options: argparse.Namespace) -> int:
     """Draw pages again from the documents on disk, without running a stage."""
     from dagster_project.commands.render import as_text
@@ -512,6 +521,7 @@ def _add_pipeline_commands(commands: Any) -> None:
     add("--jobs", type=_count, default=1, metavar="N", help="trials at once (default: %(default)s)")
     add("--to", metavar="STAGE[@VARIANT]", help="stage at which each trial ends (default: the stage of the section)")
     _add_command(commands, render).add_argument("stage", nargs="?", metavar="STAGE[@VARIANT]", help="default: all stages that have pages")
+    _add_command(commands, upgrade)
     _add_command(commands, sync)
     _add_command(commands, share).add_argument("--remote", metavar="NAME", help="a remote of .dvc/config (default: the default remote)")
     add = _add_command(commands, plan).add_argument

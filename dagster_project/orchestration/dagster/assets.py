@@ -352,8 +352,12 @@ def _sync_sensor(root: Path, pipeline: Pipeline) -> dg.SensorDefinition:
 
 
 def project_root() -> Path:
-    """The project of this package: PEDIGREE_PROJECT, or the parent folder of the package."""
-    return Path(os.environ.get("PEDIGREE_PROJECT") or Path(__file__).resolve().parents[3])
+    """The project to show: PEDIGREE_PROJECT; else the working folder if its stages run with installed code; else the clone with this package; else the
+    working folder."""
+    if "PEDIGREE_PROJECT" in os.environ:
+        return Path(os.environ["PEDIGREE_PROJECT"])
+    here, clone = Path.cwd(), Path(__file__).resolve().parents[3]
+    return clone if (clone / "dvc.yaml").is_file() and not code_lock.is_used(here) else here
 
 
 OWNER = "pedigree_project"

@@ -1,0 +1,74 @@
+"""dvc.yaml of a project with an installed package, written from that of the clone: stages depend on their entries of code.lock.yaml instead of on files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from dagster_project.core.hashing import sha256_of_text
+from dagster_project.core.layout import is_code
+from dagster_project.lineage import code_lock
+from dagster_project.lineage.code_lock import CodeLock
+
+HEADER = """\
+# The pipeline, written by `pedigree init`. `dvc repro` runs what has changed; Dagster's assets are derived from this file.
+# Stages depend on their entries of code.lock.yaml, i.e. on the code of the installed package that they use. `pedigree upgrade` updates both files.
+
+"""
+
+
+def pipeline_text() -> str:
+    """Content of dvc.yaml."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.comments import CommentedMap, CommentedSeq
+
+    yaml = YAML()
+    yaml.width = 120
+    template = code_lock.TEMPLATE.read_text(encoding="utf-8")
+    document = yaml.load(template[template.index("\nplots:") + 1 :])
+    for name, body in document["stages"].items():
+        stage = body.get("do", body)
+        for index in reversed([i for i, dep in enumerate(stage["deps"]) if is_code(dep)]):
+            del stage["deps"][index]
+        if not stage["deps"]:
+            del stage["deps"]
+        entry = CommentedMap({code_lock.FILE: CommentedSeq([name])})
+        entry.fa.set_flow_style()
+        entry[code_lock.FILE].fa.set_flow_style()
+        stage["params"].append(entry)
+    text = StringIO()
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.dump(document, text)
+    return HEADER + text.getvalue()
+
+
+def current_lock() -> CodeLock:
+    """code.lock.yaml for the installed package, with a dvc.yaml that it wrote."""
+    return CodeLock(code_lock.installed_version(), code_lock.installed(), sha256_of_text(pipeline_text()))
+
+
+def update_pipeline(root: Path, recorded: CodeLock) -> tuple[CodeLock, list[str]]:
+    """Write dvc.yaml of this version over that of an earlier one, unless it was edited since.
+
+    Returns:
+        The new content of code.lock.yaml; and the stages whose definition in an edited dvc.yaml is not that of this version.
+    """
+    text, path, lock = pipeline_text(), root / "dvc.yaml", current_lock()
+    present = path.read_text(encoding="utf-8")
+    if sha256_of_text(present) == recorded.pipeline:
+        if present != text:
+            path.write_text(text, encoding="utf-8")
+        return lock, []
+    return replace(lock, pipeline=recorded.pipeline), _differing(_stages(present), _stages(text))
+
+
+def _stages(text: str) -> dict[str, Any]:
+    from ruamel.yaml import YAML
+
+    return dict((YAML(typ="safe").load(text) or {}).get("stages") or {})
+
+
+def _differing(edited: dict[str, Any], template: dict[str, Any]) -> list[str]:
+    return [name for name, body in template.items() if edited.get(name) != body]
