@@ -86,6 +86,16 @@ def _show(options: argparse.Namespace) -> Callable[[Judgement], list[dict[str, A
     return lambda judged: module.show(judged, module.select(judged, options.show, options.show_rows or ()), by)
 
 
+def init(options: argparse.Namespace) -> int:
+    """Make a project in a folder, with parameters that fit your data."""
+    from dagster_project.commands.init import as_text
+    from dagster_project.commands.init import init as make
+
+    document = make(Path(options.folder or options.project), options.data, options.base_model, options.task, options.license)
+    _print(options, document, as_text)
+    return 0
+
+
 def run(options: argparse.Namespace) -> int:
     """Run one stage (the command in dvc.yaml), or bring all stages up to date with --all."""
     from dagster_project.orchestration.run_stage import run_stage, streaming_to_dagster
@@ -465,6 +475,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_check(commands)
+    _add_init(commands)
     _add_pipeline_commands(commands)
     _add_lineage_commands(commands)
     _add_evaluation_commands(commands)
@@ -505,6 +516,15 @@ def _add_check(commands: Any) -> None:
         metavar="NAME|FILE",
         help="with --show: chatml, hermes, alpaca or a Jinja file (default: the base model's chat template)",
     )
+
+
+def _add_init(commands: Any) -> None:
+    add = _add_command(commands, init).add_argument
+    add("folder", nargs="?", metavar="FOLDER", help="an empty or new folder (default: the current folder)")
+    add("--data", nargs="+", default=[], metavar="FILE", help="examples, preference pairs and benchmarks; they are copied to data/sources/")
+    add("--base-model", metavar="MODEL", help="org/name@REVISION on the Hub, or a folder (default: the small model of the sample project)")
+    add("--task", choices=("auto", "labels", "json", "text"), default="auto", help="what answers are (default: detected)")
+    add("--license", default="unknown", metavar="SPDX", help="license of the data (default: %(default)s)")
 
 
 def _add_pipeline_commands(commands: Any) -> None:

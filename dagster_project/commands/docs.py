@@ -56,7 +56,9 @@ def generated(root: Path) -> dict[Path, str]:
 def results_of(changelog: str) -> str:
     """The headings of versions and the entries under "Results" of a changelog."""
     parts = re.split(r"^(?=##+ )", changelog, flags=re.MULTILINE)
-    kept = [part if part.startswith("### Results") else part.splitlines()[0] + "\n" for part in parts if part.startswith(("## ", "### Results"))]
+    kept = [
+        part if part.startswith("### Results") else part.splitlines()[0] + "\n" for part in parts if part.startswith(("## ", "### Results"))
+    ]
     return "".join(part.removeprefix("### Results\n").rstrip("\n") + "\n\n" for part in kept).rstrip("\n") + "\n"
 
 

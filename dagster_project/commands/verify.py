@@ -21,7 +21,7 @@ from dagster_project.core import params
 from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.git import git_bytes
 from dagster_project.core.hashing import md5_of_file
-from dagster_project.core.layout import REPORTS, is_code, report_of
+from dagster_project.core.layout import RECORD_KEY, REPORTS, is_code, report_of
 from dagster_project.core.records import remove
 from dagster_project.lineage import code_lock
 from dagster_project.lineage.code import value_at
@@ -106,6 +106,9 @@ class _Clone:
             CheckFailed: an input was tampered with.
         """
         _unpack(self.at, self.root)
+        if (secret := self.at.root / RECORD_KEY).is_file() and not (self.root / RECORD_KEY).exists():  # where git ignores it
+            (self.root / RECORD_KEY).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(secret, self.root / RECORD_KEY)
         dvc.isolate_project(self.root)
         dependencies = {dep["path"]: dep["md5"] for name in addresses for dep in self.lock[name].get("deps", [])}
         inputs, outdated = self._recorded_inputs(addresses, dependencies)

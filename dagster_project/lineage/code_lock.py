@@ -43,7 +43,11 @@ class CodeLock:
     """sha256 of dvc.yaml as `pedigree init` or `pedigree upgrade` wrote it."""
 
     def text(self) -> str:
-        lines = [f"{VERSION}: '{self.version}'", f"{PIPELINE}: '{self.pipeline}'", *(f"{name}: '{value}'" for name, value in self.stages.items())]
+        lines = [
+            f"{VERSION}: '{self.version}'",
+            f"{PIPELINE}: '{self.pipeline}'",
+            *(f"{name}: '{value}'" for name, value in self.stages.items()),
+        ]
         return HEADER + "".join(f"{line}\n" for line in lines)
 
 
@@ -72,7 +76,9 @@ def installed(stages: Iterable[str] | None = None) -> dict[str, str]:
 
     entries = code_of_stages()
     return {
-        name: sha256_of_text("".join(line(path) for path in sorted({file for entry in entries[name] for file in _files(PACKAGE.parent / entry)})))
+        name: sha256_of_text(
+            "".join(line(path) for path in sorted({file for entry in entries[name] for file in _files(PACKAGE.parent / entry)}))
+        )
         for name in (entries if stages is None else stages)
     }
 
@@ -152,7 +158,9 @@ def refuse_other_code(root: Path, stages: Iterable[str] | None = None) -> None:
     if not set(differing) & set(now if stages is None else stages):
         return
     here = installed_version()
-    versions = f"{DISTRIBUTION} {here} is installed, {recorded.version} is recorded" if here != recorded.version else f"both are version {here}"
+    versions = (
+        f"{DISTRIBUTION} {here} is installed, {recorded.version} is recorded" if here != recorded.version else f"both are version {here}"
+    )
     raise InputError(
         f"the installed code of {', '.join(differing)} is not that of {FILE} ({versions})",
         f"{UPGRADE}; or install {DISTRIBUTION} {recorded.version} again",

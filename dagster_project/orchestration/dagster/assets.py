@@ -20,6 +20,7 @@ from dagster_pipes import PipesContext, PipesDefaultContextLoader, PipesDefaultM
 from dagster_project.core import params
 from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.execution import placement
+from dagster_project.lineage import code_lock
 from dagster_project.orchestration import dvc
 from dagster_project.orchestration.dagster import pages
 from dagster_project.orchestration.dagster.concurrency import FORCE_TAG, ON_TAG, build_executor, placement_variables, pool_of
@@ -354,7 +355,7 @@ def _sync_sensor(root: Path, pipeline: Pipeline) -> dg.SensorDefinition:
 def project_root() -> Path:
     """The project to show: PEDIGREE_PROJECT; else the working folder if its stages run with installed code; else the clone with this package; else the
     working folder."""
-    if "PEDIGREE_PROJECT" in os.environ:
+    if os.environ.get("PEDIGREE_PROJECT"):
         return Path(os.environ["PEDIGREE_PROJECT"])
     here, clone = Path.cwd(), Path(__file__).resolve().parents[3]
     return clone if (clone / "dvc.yaml").is_file() and not code_lock.is_used(here) else here
