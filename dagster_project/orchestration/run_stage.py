@@ -15,8 +15,8 @@ from dagster_project.core.errors import Busy, CheckFailed, InputError, PedigreeE
 from dagster_project.core.layout import measured_path, report_of
 from dagster_project.core.records import remove, write_json
 from dagster_project.core.workers import THIS_PROCESS, LocalProcesses, Workers
-from dagster_project.lineage import code_lock
 from dagster_project.execution import VARIABLE, WORKER, placement
+from dagster_project.lineage import code_lock
 from dagster_project.orchestration import dvc, integrity, locks, processes
 from dagster_project.orchestration.executors import Executor, StageJob, StageResult
 from dagster_project.orchestration.executors.local import LocalExecutor
