@@ -202,30 +202,22 @@ def tiny_settings(values: dict[str, Any]) -> None:
     values["compute"] |= {"threads": 1, "dtype": "float32"}
     values["base_model"]["dtype"] = "float32"
     values["adapter"]["lora"] = {"method": "lora", "peft": {"r": 2, "target_modules": "all-linear"}, "learning_rate": 1e-3, "max_steps": 6}
-    values["baselines"] = {"few_shot": 1, "retrieved": 1, "thinking_tokens": 2}
     values["evaluation"] |= {"max_new_tokens": 4, "max_examples": 4}
-    reasons = ("better_than_baselines", "kept_its_knowledge")
-    waivers = [{"check": name, "reason": "six steps teach nothing", "expires": "2999-01-01"} for name in reasons]
-    values["release"] = {"variant": "lora", "waivers": waivers}
 
 
 @pytest.mark.slow
-def test_an_empty_folder_becomes_an_evaluated_adapter_by_run_all_alone(tiny_model: Path, tmp_path: Path) -> None:
+def test_an_empty_folder_becomes_an_evaluated_adapter(tiny_model: Path, tmp_path: Path) -> None:
     site, project = install(tmp_path / "site", "1.0"), tmp_path / "project"
     (tmp_path / "mine.json").write_text(json.dumps(chats(["ham", "spam"] * 20)))
     done = pedigree_in(site, tmp_path, "init", "project", "--data", "mine.json", "--base-model", str(tiny_model), "--license", "MIT")
     assert done.returncode == 0, done.stderr
     edit_params(project, tiny_settings)
-    sha = commit(project)
-    done = pedigree_in(site, project, "run", "--all")
+    commit(project)
+    done = installed(site, project, "-m", "dvc", "repro", "evaluation@lora")
     assert done.returncode == 0, done.stderr + done.stdout
-    report = json.loads((project / "data/reports/evaluation/lora.json").read_text())
-    assert report["passed"]
-    assert (project / "data/adapter/lora/adapter_model.safetensors").is_file() and (project / "data/release/model.safetensors").is_file()
+    assert (project / "data/adapter/lora/adapter_model.safetensors").is_file()
+    assert json.loads((project / "data/reports/evaluation/lora.json").read_text())["passed"]
     sha = commit(project, "results")
-    audited = json.loads(pedigree_in(site, project, "audit", "data/release", "--json").stdout)["code"]
+    audited = json.loads(pedigree_in(site, project, "audit", "data/merged/lora", "--json").stdout)["code"]
     assert audited["commit"] == sha and audited["clean"]
     assert {stage["version"] for stage in audited["package"]["stages"].values()} == {"1.0"} and audited["package"]["differs"] == []
-    assert "the installed code (1.0) is the same" in pedigree_in(site, project, "audit", "data/release").stdout
-    verified = pedigree_in(site, project, "verify", "release")
-    assert verified.returncode == 0 and "release: identical" in verified.stdout, verified.stderr + verified.stdout
