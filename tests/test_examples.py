@@ -75,7 +75,10 @@ def tiny_settings(values: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_domain_adaptation_on_plain_text_runs_up_to_its_evaluation(project: Path, tiny_model: Path) -> None:
-    texts = [f"Note {i}. " + " ".join(f"The {'wren heron plover'.split()[(i + j) % 3]} was seen {i * j} times." for j in range(8)) for i in range(30)]
+    texts = [
+        f"Note {i}. " + " ".join(f"The {['wren', 'heron', 'plover'][(i + j) % 3]} was seen {i * j} times." for j in range(8))
+        for i in range(30)
+    ]
     (project / "data/sources/mine.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (project / "data/sources/pairs.jsonl").unlink()
     shutil.copy(EXAMPLES / "domain-adaptation" / "params.yaml", project)

@@ -36,7 +36,7 @@ def make(tmp_path: Path, files: dict[str, list[dict[str, Any]]], **options: Any)
 
 
 def chats(answers: list[str], **more: Any) -> list[dict[str, Any]]:
-    words = "wren heron plover curlew dunlin siskin merlin osprey gannet fulmar".split()
+    words = ["wren", "heron", "plover", "curlew", "dunlin", "siskin", "merlin", "osprey", "gannet", "fulmar"]
     prompts = [f"Tell me about the {words[i % 10]} and the {words[i // 10 % 10]} of {i} hills." for i in range(len(answers))]
     return [{"prompt": prompt, "completion": answer, **more} for prompt, answer in zip(prompts, answers, strict=True)]
 

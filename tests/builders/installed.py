@@ -30,7 +30,12 @@ def installed(site: Path, folder: Path, *command: str, **environment: str) -> su
     """Run `python COMMAND...` with the installed package in a folder, which also a stage command that DVC starts then imports."""
     variables = {name: value for name, value in os.environ.items() if name not in {"PEDIGREE_PROJECT", "DAGSTER_HOME"}}
     return subprocess.run(
-        [sys.executable, *command], cwd=folder, env={**variables, "PYTHONPATH": str(site), **environment}, capture_output=True, text=True, check=False
+        [sys.executable, *command],
+        cwd=folder,
+        env={**variables, "PYTHONPATH": str(site), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
