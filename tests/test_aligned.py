@@ -245,6 +245,8 @@ def test_every_method_starts_from_the_sft_model_and_records_the_examples_used(
 ) -> None:
     report = align_it(tmp_path, preferences, judged[0], tiny_model, method=method, **METHODS[method])
     assert not report.failures, [check.note for check in report.failures]
+    learnt = {"dpo": None, "kto": None, "grpo": {"reward_model": 1.0, "brief": 0.5}}
+    assert report.metrics.get("rewards") == learnt.get(method, {"reward_model": 1.0})
     assert json.loads((tmp_path / "out" / "training.json").read_text())["step_0"] == {
         "largest_log_probability_difference": 0.0,
         "kl_per_token": 0.0,

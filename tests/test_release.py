@@ -163,7 +163,9 @@ def test_an_aligned_variant_is_traced_through_the_variant_it_started_from() -> N
     assert chain("lora", reports) == ["tokenized", "adapter@lora", "merged@lora", "evaluation@lora"]
     reports["aligned@dpo"] = {"adapter": "lora", "method": "ppo"}
     assert chain("dpo", reports) == [name for name in reports if name not in {"adapter@dora", "evaluation@lora"}]
-    reports["aligned@dpo"]["method"] = "dpo"  # it only measures itself by the reward model
+    reports["aligned@dpo"]["rewards"] = {"distinct": 1.0}  # rules alone
+    assert "reward_model" not in chain("dpo", reports)
+    reports["aligned@dpo"] = {"adapter": "lora", "method": "dpo"}  # it only measures itself by the reward model
     assert chain("dpo", reports) == [name for name in reports if name not in {"adapter@dora", "evaluation@lora", "reward_model"}]
 
 

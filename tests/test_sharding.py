@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,12 +23,12 @@ from builders.processes import at_pass, group, tune
 from builders.training import LORA, make_data, output_files, run_in_child
 from conftest import ROOT
 
-from dagster_project.core.errors import InputError
+from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.core.params import Compute
 from dagster_project.stages import adapter
 from dagster_project.training.methods.build import build
 from dagster_project.training.planning import memory
-from dagster_project.training.trainers.harness import distributed, sharding
+from dagster_project.training.trainers.harness import checkpoint, distributed, sharding
 from dagster_project.training.trainers.harness import launch as launching
 from dagster_project.training.trainers.harness.launch import launch, start_others
 from dagster_project.training.trainers.harness.params import Sharding
@@ -59,11 +60,18 @@ def main() -> None:
     def the_launcher_is_asked_to_stop() -> None:
         group()[0].send_signal(signal.SIGINT)
 
+    def the_first_process_is_slow_to_make_a_folder() -> None:
+        def remove_slowly(path: Path, remove: Callable[[Path], None] = checkpoint.remove) -> None:
+            remove(path)
+            time.sleep(0.3)
+
+        checkpoint.remove = remove_slowly
+
     found: dict[str, list[int]] = {}
     for name, count, accumulation, recipe, arrange in (
         ("full", 2, 2, FULL, None),
         ("full_sharded", 2, 2, {**FULL, **SHARDED}, None),
-        ("full_sharded_checkpointed", 2, 2, {**FULL, **GRADIENTS}, None),
+        ("full_sharded_checkpointed", 2, 2, {**FULL, **GRADIENTS}, the_first_process_is_slow_to_make_a_folder),
         ("full_four", 4, 1, FULL, None),
         ("full_four_sharded", 4, 1, {**FULL, **SHARDED}, None),
         ("lora", 2, 2, LORA_TWO_EPOCHS, None),
@@ -172,10 +180,22 @@ def kept_here(work: dict[str, str]) -> tuple[int, int]:
     return sum(weight.to_local().nbytes for weight in prepared.model.parameters()), whole
 
 
+def save_in(folder: str, first: bool) -> None:
+    """Write a checkpoint as the first process or another one does."""
+
+    def write(add_parts: Callable[[Path], None]) -> None:
+        Path(folder).mkdir(parents=True)
+        add_parts(Path(folder))
+
+    sharding.save({}, Path(folder), write if first else None)
+
+
 def first_process(work: dict[str, Any]) -> list[int]:
     import torch
 
     start_others(work, __name__)
+    if "folders" in work:
+        save_in(work["folders"][0], first=True)
     here, whole = kept_here(work)
     return [here, int(distributed.summed(torch.tensor(here))), whole]
 
@@ -183,6 +203,8 @@ def first_process(work: dict[str, Any]) -> list[int]:
 def other_process(work: dict[str, Any]) -> None:
     import torch
 
+    if "folders" in work:
+        save_in(work["folders"][1], first=False)
     distributed.summed(torch.tensor(kept_here(work)[0]))
 
 
@@ -192,6 +214,15 @@ def test_each_process_keeps_its_part_of_every_weight(recipe: dict[str, Any], tin
     here, together, whole = launch(2, __name__, {"model": str(tiny_model), "params": recipe})
     assert together == whole
     assert here <= 0.51 * whole
+
+
+def test_a_host_without_the_folder_of_checkpoints_is_named_when_the_first_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launching, "START_METHOD", "fork")
+    folders = [str(tmp_path / host / "step-00000002.unfinished") for host in ("one", "two")]
+    with pytest.raises(PedigreeError, match=re.escape(f"checkpoints, {tmp_path}/two, is not shared with this host")):
+        launch(2, __name__, {"folders": folders})
 
 
 @pytest.mark.parametrize(

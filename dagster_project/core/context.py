@@ -200,7 +200,7 @@ class Pipeline:
         """ "adapter@lora" -> ("adapter", "lora").
 
         Raises:
-            InputError: unknown stage, or a variant is missing or superfluous.
+            InputError: unknown stage, or a variant is missing, superfluous or not a name.
         """
         stage, _, variant = address.partition("@")
         if stage not in self.stages:
@@ -213,4 +213,6 @@ class Pipeline:
                 f"{address}: {stage} has {'variants' if not variant else 'no variants'}",
                 f"write {stage}@VARIANT" if not variant else f"write {stage}",
             )
+        if variant and not params.is_variant_name(variant):
+            raise InputError(f"{address}: a variant's name may contain letters, digits, - and _", f"write {stage}@VARIANT")
         return stage, variant or None

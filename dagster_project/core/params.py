@@ -150,6 +150,11 @@ def inside(root: Path, path: str, where: str) -> Path:
     return full
 
 
+def is_variant_name(name: str) -> bool:
+    """Whether it has only letters, digits, - and _: it is part of paths and of stage names."""
+    return name.replace("_", "").replace("-", "").isalnum()
+
+
 def variant_names(values: Mapping[str, Any], section: str, required: bool) -> list[str]:
     """Names of the variants in a section of params.yaml.
 
@@ -163,6 +168,6 @@ def variant_names(values: Mapping[str, Any], section: str, required: bool) -> li
             "add an entry such as `lora: {method: lora}`" if required else f"write `{section}: {{}}` for none",
         )
     for name in found:
-        if not str(name).replace("_", "").replace("-", "").isalnum():
+        if not is_variant_name(str(name)):
             raise InputError(f"params.yaml: {section}.{name}: a variant's name may contain letters, digits, - and _", "rename it")
     return list(map(str, found))

@@ -63,16 +63,24 @@ def stages_of(text: str, where: str = LOCK) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Revision:
-    """The project's files in the workspace (rev None) or at a commit."""
+    """The project's files in the workspace (rev None) or at a commit.
+
+    Raises:
+        InputError: the name of the revision is an option of git.
+    """
 
     root: Path
     rev: str | None
+
+    def __post_init__(self) -> None:
+        if self.rev and self.rev.startswith("-"):
+            raise InputError(f"{self.rev} is not a git revision", "name a commit, branch or tag (see `git log`)")
 
     def text(self, path: str) -> str | None:
         if self.rev is None:
             file = self.root / path
             return file.read_text(encoding="utf-8") if file.is_file() else None
-        return git(self.root, "show", f"{self.rev}:./{path}")
+        return git(self.root, "show", "--end-of-options", f"{self.rev}:./{path}")
 
     def json(self, path: str) -> dict[str, Any]:
         return json.loads(self.text(path) or "{}")
@@ -257,10 +265,10 @@ def files_at(version: str, paths: Sequence[Path], folder: Path) -> list[Path]:
         if not entries:
             raise InputError(f"--since {version}: {path} is not in git at that revision", "name a file or folder with the earlier version")
         copy = folder / str(number) / (resolved.name or "root")
-        for header, name in entries:
+        for header, name in sorted(entries, key=lambda entry: entry[0].startswith(LINK)):  # links last: nothing is written through one
             mode, _, digest = header.split()
             target = copy / name if resolved.is_dir() else copy.parent / name
-            if mode == SUBMODULE or ".." in target.parts:
+            if mode == SUBMODULE or not target.parent.resolve().is_relative_to(folder.resolve()) or target.is_symlink() or target.exists():
                 continue
             content = git_bytes(folder_of_path, "cat-file", "blob", digest) or b""
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -145,9 +145,8 @@ def _lock(index: Index, rev: str | None) -> dict[str, StageRun]:
     Raises:
         InputError: the revision does not exist, nothing was run there, or its dvc.lock cannot be read.
     """
-    blob = (
-        index.history.workspace if rev is None else (git(index.root, "rev-parse", "--verify", "--quiet", f"{rev}:./{LOCK}") or "").strip()
-    )
+    named = "" if rev is None else git(index.root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{rev}:./{LOCK}")
+    blob = index.history.workspace if rev is None else (named or "").strip()
     runs = index.runs_in_lock(blob)
     if not runs:
         if not Revision(index.root, rev).lock():

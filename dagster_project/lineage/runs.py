@@ -19,14 +19,12 @@ from typing import Any, Literal
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_bytes, md5_of_folder
 from dagster_project.core.layout import PLOTS, REPORTS, is_code
+from dagster_project.lineage.export.summary import learns_from_reward_model
 from dagster_project.lineage.history import stages_of
 
 Place = Literal["commit", "workspace", "reflog", "run cache", "cache"]
 """Where a run is recorded: in a reachable commit, in the workspace alone, in a commit that only the reflog reaches, in DVC's run cache, or nowhere:
 then only its output is in DVC's cache."""
-REWARD_METHODS = frozenset({"rloo", "grpo", "ppo"})
-"""Alignment methods that learn from rewards: the others only measure themselves by a reward model. lineage/export/summary.py has the same, because the
-code of `release` does not depend on this file."""
 PLACEHOLDER = {".gitkeep": md5_of_bytes(b"")}
 """What a folder of outputs may contain beside them, so that git keeps it."""
 MOST_COMBINATIONS = 4096
@@ -336,8 +334,7 @@ def watched_inputs(address: str, stage: Mapping[str, Any]) -> set[str]:
     settings = values.get(f"{section}.{variant}")
     if section != "aligned" or not isinstance(settings, dict):
         return set()
-    learns = settings.get("method") in REWARD_METHODS and (settings.get("rewards") or {"reward_model": 1}).get("reward_model")
-    return set() if learns else {"data/reward_model"}
+    return set() if learns_from_reward_model(settings) else {"data/reward_model"}
 
 
 def declared_models(pipeline: bytes) -> frozenset[str]:

@@ -96,7 +96,7 @@ def bytes_of(at: Revision, path: str) -> bytes | None:
     if at.rev is None:
         file = at.root / path
         return file.read_bytes() if file.is_file() else None
-    return git_bytes(at.root, "show", f"{at.rev}:./{path}")
+    return git_bytes(at.root, "show", "--end-of-options", f"{at.rev}:./{path}")
 
 
 def published(at: Revision, lock: Mapping[str, Any], address: str, path: str) -> str | None:

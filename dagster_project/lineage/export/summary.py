@@ -52,7 +52,7 @@ def chain(variant: str, reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The stages among `reports` that contributed to one variant."""
     aligned = reports.get(f"aligned@{variant}")
     judge = str(reports.get("reward_model", {}).get("model", "")).removeprefix("merged/")
-    learns = aligned is not None and aligned.get("method") in REWARD_METHODS
+    learns = aligned is not None and learns_from_reward_model(aligned)
     own = {variant, aligned["adapter"], *([judge] if learns else [])} if aligned else {variant}
 
     def contributes(stage: str, of: str) -> bool:
@@ -67,6 +67,18 @@ PREFERENCE_STAGES = {"raw_preferences", "preferences"}
 """Stages that only aligned models depend on."""
 REWARD_METHODS = frozenset({"rloo", "grpo", "ppo"})
 """Alignment methods that learn from the rewards of their own answers. The others only measure themselves by a reward model."""
+
+
+def learns_from_reward_model(aligned: Mapping[str, Any]) -> bool:
+    """Whether a model is aligned by the scores of the reward model, not by pairs or rules alone.
+
+    Args:
+        aligned: its parameters or its report: "method", and "rewards" unless they are the default.
+    """
+    weights = aligned.get("rewards") or {"reward_model": 1}
+    return aligned.get("method") in REWARD_METHODS and bool(weights.get("reward_model"))
+
+
 TRAINING = (
     "method",
     "trainable_parameters",

@@ -11,7 +11,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dagster_project.core.errors import InputError
+from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.core.params import Compute
 from dagster_project.training.methods.build import causal, decoder_layers, quantization_of
 from dagster_project.training.trainers.harness import distributed
@@ -290,9 +290,16 @@ def asked_first(stop_requested: Callable[[], bool]) -> Callable[[], bool]:
 
 
 def write(folder: Path, parts: Mapping[str, torch.Tensor]) -> None:
-    """Write this process' parts. All processes call it."""
+    """Write this process' parts. All processes call it, the first one when the folder exists: the others wait for it.
+
+    Raises:
+        PedigreeError: the folder is not on this host.
+    """
     import torch.distributed.checkpoint as dcp
 
+    distributed.document_from_first()
+    if not folder.is_dir():
+        raise PedigreeError(f"the folder of checkpoints, {folder.parent}, is not shared with this host", "share it among all hosts")
     writer = dcp.HuggingFaceStorageWriter(str(folder / FOLDER), save_distributed=True)
     dcp.save(dict(parts), storage_writer=writer)
 

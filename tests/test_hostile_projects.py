@@ -1,0 +1,71 @@
+"""Names and repositories of other people lead to no file outside the folder that they are about."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from dagster_project.core.errors import InputError
+from dagster_project.lineage.history import files_at
+from dagster_project.lineage.lineage import audit
+from dagster_project.orchestration import integrity
+from dagster_project.orchestration.run_stage import run_stage
+
+
+def git(folder: Path, *arguments: str, given: bytes = b"") -> str:
+    who = {"GIT_AUTHOR_NAME": "t", "GIT_AUTHOR_EMAIL": "t@example.org", "GIT_COMMITTER_NAME": "t", "GIT_COMMITTER_EMAIL": "t@example.org"}
+    return subprocess.run(
+        ["git", *arguments], cwd=folder, input=given, env={**os.environ, **who}, check=True, capture_output=True
+    ).stdout.decode().strip()  # fmt: skip
+
+
+@pytest.mark.parametrize("address", ["adapter@x/../../../params.yaml", "adapter@../x", "adapter@/etc/passwd", "adapter@a b"])
+def test_the_name_of_a_variant_is_no_path(address: str, tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text("precious: 1\n")
+    with pytest.raises(InputError, match="a variant's name may contain letters, digits, - and _"):
+        run_stage(tmp_path, address)
+    assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
+    assert (tmp_path / "params.yaml").read_text() == "precious: 1\n"
+
+
+def test_a_revision_is_no_option_of_git(tmp_path: Path) -> None:
+    git(tmp_path, "init", "-q")
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc" / "config").touch()
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "x")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for ask in (lambda rev: integrity.examine(tmp_path, rev), lambda rev: audit(tmp_path, "adapter@lora", rev)):
+        with pytest.raises(InputError, match="is not a git revision"):
+            ask("--output=written")
+    with pytest.raises(InputError, match="no such revision in git"):
+        files_at("--output=written", [tmp_path], tmp_path / "copy")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("order", [("link", "folder"), ("folder", "link")])
+def test_no_file_of_an_earlier_revision_is_written_through_a_link(
+    order: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project, outside, copies = (tmp_path / name for name in ("project", "outside", "copies"))
+    for folder in (project / "data", outside, copies):
+        folder.mkdir(parents=True)
+    git(project, "init", "-q")
+    blob = git(project, "hash-object", "-w", "--stdin", given=b'{"prompt": "a", "response": "b"}\n')
+    link = git(project, "hash-object", "-w", "--stdin", given=os.fsencode(outside))
+    inner = git(project, "mktree", given=f"100644 blob {blob}\tstolen.jsonl\n".encode())
+    modes = {"link": f"120000 blob {link}", "folder": f"040000 tree {inner}"}
+    raw = b"".join(
+        modes[kind].split()[0].lstrip("0").encode() + b" same\0" + bytes.fromhex(modes[kind].split()[2]) for kind in order
+    )  # `git mktree` would drop one of two entries with the same name
+    tree = git(project, "hash-object", "-w", "--literally", "-t", "tree", "--stdin", given=raw)
+    top = git(project, "mktree", given=f"040000 tree {tree}\tdata\n".encode())
+    commit = git(project, "commit-tree", top, "-m", "x")
+    git(project, "update-ref", "refs/heads/evil", commit)
+    monkeypatch.chdir(project)
+    [copy] = files_at("evil", [Path("data")], copies)
+    assert not list(outside.iterdir())
+    assert (copy / "same" / "stolen.jsonl").is_file()
