@@ -141,6 +141,20 @@ def test_a_clone_is_not_affected(tmp_path: Path) -> None:
     assert code_lock.recorded_in({"params": {"params.yaml": {"instructions": {}}}}) == {}
 
 
+def test_dagster_loads_the_project_in_the_working_folder_although_the_package_is_elsewhere(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dagster_project.orchestration.dagster.assets import project_root
+
+    monkeypatch.delenv("PEDIGREE_PROJECT", raising=False)
+    monkeypatch.chdir(project)
+    assert project_root() == project
+    monkeypatch.chdir(tmp_path)
+    assert project_root() == ROOT, "the clone with this package"
+    monkeypatch.setenv("PEDIGREE_PROJECT", str(project))
+    assert project_root() == project
+
+
 def test_parameters_and_code_of_one_stage_are_told_apart(project: Path) -> None:
     before = dvc.read_stages(project)
     params = project / "params.yaml"
