@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import grimp
@@ -18,6 +20,7 @@ from dagster_project.commands.init import init
 from dagster_project.commands.pipeline_file import pipeline_text
 from dagster_project.commands.upgrade import results_since
 from dagster_project.core.errors import InputError
+from dagster_project.core.hashing import sha256_of_text
 from dagster_project.core.layout import is_code
 from dagster_project.lineage import code_lock
 from dagster_project.lineage.code import code_in
@@ -71,6 +74,22 @@ def test_the_hash_of_a_stage_covers_every_module_that_it_imports() -> None:
         packages = {"dagster_project", *(m for m in graph.modules if graph.find_children(m))}
         imported = {f"{m.replace('.', '/')}.py" for m in (graph.find_upstream_modules(module) | {module}) - packages}
         assert imported <= hashed
+
+
+def test_the_hashes_of_a_wheel_are_those_of_the_clone_that_it_was_built_from(tmp_path: Path) -> None:
+    source, site = tmp_path / "source", tmp_path / "site"
+    shutil.copytree(ROOT / "dagster_project", source / "dagster_project", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        if (ROOT / name).is_file():
+            shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)]
+    done = run(pip, tmp_path)
+    assert done.returncode == 0, done.stderr
+    zipfile.ZipFile(next(tmp_path.glob("*.whl"))).extractall(site)
+    code = "import json; from dagster_project.lineage import code_lock; print(json.dumps(code_lock.installed()))"
+    done = installed(site, tmp_path, "-c", code)
+    assert json.loads(done.stdout) == code_lock.installed(), done.stderr
+    assert (site / "dagster_project" / "results_changelog.md").is_file()
 
 
 def test_dvc_yaml_of_a_project_is_that_of_the_clone_with_an_entry_of_the_lock_instead_of_code() -> None:
@@ -166,6 +185,20 @@ def test_parameters_and_code_of_one_stage_are_told_apart(project: Path) -> None:
     assert dvc.stamp(project, after) != stamp, "a cached state is read again"
     last = dvc.read_stages(project)
     assert [name for name in last if last[name].definition_now != after[name].definition_now] == ["splits"]
+
+
+def test_dvc_yaml_of_an_earlier_version_is_replaced(site: Path, project: Path) -> None:
+    path, text = project / "dvc.yaml", pipeline_text()
+    earlier = text.replace("deps: [data/sources/paraphrases, data/instructions]", "deps: [data/instructions]").replace(
+        "Train, validation", "Train"
+    )
+    path.write_text(earlier)
+    lock = code_lock.read(project)
+    (project / "code.lock.yaml").write_text(replace(lock, pipeline=sha256_of_text(earlier)).text())
+    document = json.loads(pedigree_in(site, project, "upgrade", "--json").stdout)
+    assert path.read_text() == text and code_lock.read(project) == lock
+    assert document["changed"] == [] and document["stale"]["splits"] == "its definition in dvc.yaml changed"
+    assert {"base_model", "raw_examples", "instructions", "raw_preferences"} == set(document["current"])
 
 
 def test_an_edited_dvc_yaml_is_kept_and_named(site: Path, project: Path) -> None:

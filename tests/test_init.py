@@ -167,6 +167,13 @@ def test_bad_input_is_one_message(
     assert not (tmp_path / "project").exists()
 
 
+def test_a_folder_of_data_that_contains_the_project_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text(json.dumps(chats(["It sings."])))
+    with pytest.raises(InputError, match="contains the project"):
+        init(tmp_path / "project", [str(tmp_path)], None, "auto", "MIT")
+    assert not (tmp_path / "project").exists()
+
+
 def test_without_data_the_next_step_is_to_add_some(tmp_path: Path) -> None:
     document = init(tmp_path / "project", [], None, "auto", "unknown")
     assert "put your data into data/sources/mine.jsonl" in document["next"]

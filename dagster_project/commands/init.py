@@ -67,6 +67,9 @@ def init(folder: Path, data: Sequence[str], base_model: str | None, task: str, l
     files = _files(found, params_text(found, model, license, context), folder.resolve().name)
     copies = {one.place: Path(one.path) for one in found.given if not one.hub} | ({str(model["folder"]): weights} if weights else {})
     _refuse_existing(folder, [*files, *copies, "dvc.lock"])
+    for name, source in copies.items():
+        if source.is_dir() and (folder / name).resolve().is_relative_to(source.resolve()):
+            raise InputError(f"{source} contains the project {folder}; nothing was written", "name a folder outside of it")
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch(mode=0o600 if name == RECORD_KEY else 0o666)

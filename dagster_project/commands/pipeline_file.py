@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -49,19 +49,27 @@ def current_lock() -> CodeLock:
     return CodeLock(code_lock.installed_version(), code_lock.installed(), sha256_of_text(pipeline_text()))
 
 
-def update_pipeline(root: Path, recorded: CodeLock) -> tuple[CodeLock, list[str]]:
-    """Write dvc.yaml of this version over that of an earlier one, unless it was edited since.
+@dataclass(frozen=True)
+class Update:
+    """What became of a project's dvc.yaml in an upgrade."""
 
-    Returns:
-        The new content of code.lock.yaml; and the stages whose definition in an edited dvc.yaml is not that of this version.
-    """
+    lock: CodeLock
+    """The new content of code.lock.yaml."""
+    redefined: list[str]
+    """Stages with another command, other dependencies, parameters or outputs than before."""
+    edited: list[str]
+    """Stages whose definition in an edited dvc.yaml, which is kept, is not that of this version."""
+
+
+def update_pipeline(root: Path, recorded: CodeLock) -> Update:
+    """Write dvc.yaml of this version over that of an earlier one, unless it was edited since."""
     text, path, lock = pipeline_text(), root / "dvc.yaml", current_lock()
     present = path.read_text(encoding="utf-8")
     if sha256_of_text(present) == recorded.pipeline:
         if present != text:
             path.write_text(text, encoding="utf-8")
-        return lock, []
-    return replace(lock, pipeline=recorded.pipeline), _differing(_stages(present), _stages(text))
+        return Update(lock, _differing(*(_without_notes(_stages(one)) for one in (present, text))), [])
+    return Update(replace(lock, pipeline=recorded.pipeline), [], _differing(_stages(present), _stages(text)))
 
 
 def _stages(text: str) -> dict[str, Any]:
@@ -70,5 +78,12 @@ def _stages(text: str) -> dict[str, Any]:
     return dict((YAML(typ="safe").load(text) or {}).get("stages") or {})
 
 
-def _differing(edited: dict[str, Any], template: dict[str, Any]) -> list[str]:
-    return [name for name, body in template.items() if edited.get(name) != body]
+def _without_notes(stages: dict[str, Any]) -> dict[str, Any]:
+    """The stages without what makes no stage stale."""
+    return {
+        name: {key: value for key, value in body.get("do", body).items() if key not in {"desc", "meta"}} for name, body in stages.items()
+    }
+
+
+def _differing(present: dict[str, Any], template: dict[str, Any]) -> list[str]:
+    return [name for name, body in template.items() if present.get(name) != body]

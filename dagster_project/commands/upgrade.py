@@ -35,7 +35,8 @@ def upgrade(root: Path) -> dict[str, Any]:
             "`git pull` upgrades a clone; `dvc status` lists the stages that are stale",
         )
     recorded = code_lock.read(root) if (root / code_lock.FILE).is_file() else code_lock.CodeLock("unknown", {})
-    lock, edited = update_pipeline(root, recorded)
+    update = update_pipeline(root, recorded)
+    lock = update.lock
     changed = [name for name, value in lock.stages.items() if recorded.stages.get(name) != value]
     if lock != recorded:
         (root / code_lock.FILE).write_text(lock.text(), encoding="utf-8")
@@ -44,6 +45,8 @@ def upgrade(root: Path) -> dict[str, Any]:
     for address in states:  # in flow order
         if address.partition("@")[0] in changed:
             stale[address] = "its code changed"
+        elif address.partition("@")[0] in update.redefined:
+            stale[address] = "its definition in dvc.yaml changed"
         elif after := sorted(above[address] & stale.keys()):
             stale[address] = f"it reads {', '.join(after)}"
     return {
@@ -53,7 +56,7 @@ def upgrade(root: Path) -> dict[str, Any]:
         "stale": stale,
         "current": [address for address in states if address not in stale],
         "results": results_since(recorded.version, RESULTS.read_text(encoding="utf-8")) if changed else {},
-        "edited": edited,
+        "edited": update.edited,
     }
 
 
