@@ -14,7 +14,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dagster_project.core.errors import InputError, PedigreeError
+from dagster_project.core.errors import DamagedIndex, InputError, PedigreeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,7 +70,7 @@ def check(options: argparse.Namespace) -> int:
     columns = shutil.get_terminal_size((120, 24)).columns
     color = sys.stdout.isatty()
     shown = ["", rendered_text(document["shown"], color)] if show else []
-    _print(options, document, lambda document: "\n".join([check_text(document, color, columns), *shown]))
+    _print(options, document, lambda document: "\n".join([check_text(document, color, columns), *shown]), safe=True)
     return 1 if any(finding["severity"] == "error" and finding["count"] for finding in document["findings"]) else 0
 
 
@@ -109,7 +109,7 @@ def run(options: argparse.Namespace) -> int:
     with streaming_to_dagster():
         report = run_stage(_project(options), options.stage)
     if options.json:
-        print(json.dumps(report, ensure_ascii=False))
+        _print(options, report, str)
     return 0
 
 
@@ -284,7 +284,8 @@ def export(options: argparse.Namespace) -> int:
     if options.out:
         _write("--out", Path(options.out), text)
         log.info(f"{options.format}: {options.out}")
-    _print(options, {"format": options.format, "file": options.out, "text": text}, lambda _: "" if options.out else text.rstrip())
+    document = {"format": options.format, "file": options.out, "text": text}
+    _print(options, document, lambda _: "" if options.out else text.rstrip(), safe=not sys.stdout.isatty())
     return 0
 
 
@@ -412,9 +413,19 @@ def _write(option: str, path: Path, text: str) -> None:
         raise InputError(f"{option} {path}: {error.strerror}", "name a writable file") from None
 
 
-def _print(options: argparse.Namespace, document: Any, as_text: Any) -> None:
+def _print(options: argparse.Namespace, document: Any, as_text: Any, safe: bool = False) -> None:
+    """Print a document as JSON or as text. Names and values in it come from data, and may contain control characters: they are written out.
+
+    Args:
+        safe: whether the text needs no escapes, as they were made earlier, or it is not for a terminal.
+    """
+    from dagster_project.core.text import visible, visible_json
+
     encoding = sys.stdout.encoding or "utf-8"
-    text = json.dumps(document, ensure_ascii=False) if options.json else as_text(document)
+    if options.json:
+        text = visible_json(json.dumps(document, ensure_ascii=False))
+    else:
+        text = as_text(document) if safe else visible(as_text(document))
     try:
         text.encode(encoding)
     except UnicodeEncodeError:  # the terminal's encoding is not UTF-8, or a file name is not valid UTF-8
@@ -626,6 +637,15 @@ def _add_ui(commands: Any) -> None:
     add("--pages-port", type=int, metavar="PORT", help="port of the pages on 127.0.0.1 (default: the latest one, initially 3100)")
 
 
+def _run(options: argparse.Namespace) -> int:
+    """The command's exit code. It runs again if the index of audits was damaged, which is a cache."""
+    try:
+        return int(options.function(options))
+    except DamagedIndex as error:
+        log.warning(f"{error.what}, and made anew")
+        return int(options.function(options))
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     handler = logging.StreamHandler(sys.stderr)
@@ -637,7 +657,7 @@ def main(arguments: list[str] | None = None) -> int:
         logging.getLogger(chatty).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        return int(options.function(options))
+        return _run(options)
     except PedigreeError as error:
         log.error(f"error: {error}")
         return error.exit_code

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sqlite3
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from conftest import pedigree
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.records import ledger_schema
+from dagster_project.lineage import database
 from dagster_project.lineage.export import summary
 from dagster_project.lineage.export.export import issue_date
 from dagster_project.lineage.impact import as_text, impact
@@ -242,6 +245,52 @@ def test_an_amended_commit_is_found_in_the_reflog(made: Project) -> None:
     git(made.root, "commit", "-q", "--amend", "-m", "amended")
     found = impact(made.root, record=identity("lions"))
     assert {model["found_in"] for model in found["models"]} == {"reflog"} and len(found["models"]) == 2
+
+
+@pytest.mark.parametrize("place", [0, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize(
+    "command", [["impact", "--record", identity("dogs"), "--json"], ["audit", "merged@lora", "--json"]], ids=["impact", "audit"]
+)
+def test_a_damaged_index_is_set_aside_and_made_anew(made: Project, command: list[str], place: float) -> None:
+    made.commit(made.trained(made.curated(ROWS), TRAINED))
+    before = pedigree(made.root, *command)
+    index = made.root / ".dvc/tmp/pedigree/index.sqlite3"
+    sqlite3.connect(index).execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    content = bytearray(index.read_bytes())
+    start = int(place * len(content)) // 4096 * 4096
+    content[start : start + 8192] = b"\xff" * len(content[start : start + 8192])
+    index.write_bytes(content)
+    after = pedigree(made.root, *command)
+    assert (after.returncode, after.stdout) == (before.returncode, before.stdout), after.stderr
+    assert "Traceback" not in after.stderr
+    if "was damaged" in after.stderr:  # otherwise the page is one that this question does not read
+        assert (
+            "set aside as index.sqlite3.damaged, and made anew" in after.stderr
+            or "set aside as index.sqlite3.damaged and made" in after.stderr
+        )
+        assert (index.parent / "index.sqlite3.damaged").read_bytes() == bytes(content)
+    else:
+        assert place
+    again = pedigree(made.root, *command)
+    assert again.stdout == before.stdout
+
+
+def test_a_wait_for_another_process_that_indexes_is_shown(
+    made: Project, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made.commit(made.trained(made.curated(ROWS), TRAINED))
+    impact(made.root, record=identity("dogs"))
+    made.commit(made.trained(made.curated([("frogs", "train", FAQ), *ROWS[1:]]), ["frogs", "dogs"]))
+    other = sqlite3.connect(made.root / ".dvc/tmp/pedigree/index.sqlite3", isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    monkeypatch.setattr(database, "SILENT_WAIT", 10)
+    monkeypatch.setattr(database.log, "propagate", True)
+    released = threading.Timer(1, other.execute, ["ROLLBACK"])
+    released.start()
+    with caplog.at_level("INFO", logger="pedigree"):
+        assert impact(made.root, record=identity("frogs"))["verdict"] == "yes"
+    released.join()
+    assert [line for line in caplog.messages if line.startswith("waiting: another process is reading the history")] == [caplog.messages[0]]
 
 
 def test_an_answer_of_no_says_what_was_looked_at_and_needs_all_of_it(made: Project) -> None:

@@ -206,6 +206,73 @@ def test_an_index_of_weights_names_only_files_of_the_folder(root: Path, named: A
     assert refusal(root).what == f"base_model: {base_model.INDEX} is not an index of weights"
 
 
+def spoil(root: Path, how: str) -> None:
+    """Damage the model in one way."""
+    from safetensors.torch import load_file, save_file
+
+    folder = root / "models" / "tiny"
+    weights, config = folder / "model.safetensors", json.loads((folder / "config.json").read_text())
+    tensors, content = load_file(weights), weights.read_bytes()
+    match how:
+        case "cut off":
+            weights.write_bytes(content[: len(content) // 2])
+        case "a header that is too long":
+            weights.write_bytes((2**62).to_bytes(8, "little") + content[8:])
+        case "overlapping tensors":
+            size = int.from_bytes(content[:8], "little")
+            header = json.loads(content[8 : 8 + size])
+            names = sorted(set(header) - {"__metadata__"})
+            header[names[1]]["data_offsets"] = header[names[0]]["data_offsets"]
+            text = json.dumps(header).encode().ljust(size)
+            weights.write_bytes(content[:8] + text[:size] + content[8 + size :])
+        case "a weight is missing":
+            del tensors["model.layers.0.mlp.down_proj.weight"]
+            save_file(tensors, weights, {"format": "pt"})
+        case "other shapes":
+            save_file({name: tensor[..., :8].contiguous() for name, tensor in tensors.items()}, weights, {"format": "pt"})
+        case "no tokenizer":
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                (folder / name).unlink()
+        case "config is cut off":
+            (folder / "config.json").write_text(json.dumps(config)[:40])
+        case "config is a list":
+            (folder / "config.json").write_text("[]")
+        case "code of its own":
+            (folder / "config.json").write_text(json.dumps(config | {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}))
+            (folder / "mine.py").write_text(f"open({str(root / 'ran')!r}, 'w')")
+        case "awq":
+            (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq", "bits": 4}}))
+        case "numbers as text":
+            (folder / "config.json").write_text(json.dumps(config | {"hidden_size": "many"}))
+        case "no numbers":
+            (folder / "config.json").write_text(json.dumps(config | {"num_attention_heads": 0}))
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["cut off", "a header that is too long", "overlapping tensors", "a weight is missing", "other shapes", "no tokenizer", "config is cut off",
+     "config is a list", "code of its own", "awq", "numbers as text", "no numbers"],
+)  # fmt: skip
+def test_a_model_that_cannot_be_loaded_whole_is_refused_in_one_message(root: Path, how: str) -> None:
+    spoil(root, how)
+    error = refusal(root)
+    assert error.what.startswith("base_model: ") and len(error.what) < 500 and error.hint
+    assert ("the files lack 1 weight of the model, such as model.layers.0.mlp.down_proj.weight" in error.what) == (
+        how == "a weight is missing"
+    )
+    assert not (root / "ran").exists()
+
+
+def test_weights_that_the_model_does_not_use_are_logged(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = root / "models" / "tiny" / "model.safetensors"
+    save_file({**load_file(weights), "extra.weight": torch.zeros(2)}, weights, {"format": "pt"})
+    with caplog.at_level("WARNING", logger="pedigree"):
+        fetch(root)
+    assert any("does not use 1 of the weights in the files, such as extra.weight" in line for line in caplog.messages)
+
+
 @pytest.fixture
 def pad_is_end(root: Path) -> Path:
     """A project whose model pads with its end-of-turn token."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import json
 import os
 import shutil
@@ -9,7 +11,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -53,11 +58,14 @@ class Ui:
                 return said
             time.sleep(0.5)
 
-    def last_run(self) -> dict[str, str]:
-        query = json.dumps({"query": "{ runsOrError(limit: 1) { ... on Runs { results { runId status } } } }"}).encode()
-        request = urllib.request.Request(f"{self.url}/graphql", query, {"Content-Type": "application/json"})
+    def ask(self, query: str) -> Any:
+        """Data of the answer to a query of GraphQL."""
+        request = urllib.request.Request(f"{self.url}/graphql", json.dumps({"query": query}).encode(), {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=30) as answer:
-            results = json.load(answer)["data"]["runsOrError"]["results"]
+            return json.load(answer)["data"]
+
+    def last_run(self) -> dict[str, str]:
+        results = self.ask("{ runsOrError(limit: 1) { ... on Runs { results { runId status } } } }")["runsOrError"]["results"]
         return results[0] if results else {"runId": "", "status": ""}
 
     def materialize(self, asset: str) -> dict[str, str]:
@@ -127,6 +135,51 @@ def test_the_lineage_graph_has_named_groups_in_flow_order_and_readable_keys(ui: 
     assert left == sorted(left) and len(left) == len(groups), "the groups are in the order of the flow"
     said = ui.see("/assets", "adapter", "instructions", shot="catalog")
     assert "Command, parameters and code of" not in said
+
+
+ATTACK = """<!doctype html><title>starts</title><img id=i><iframe id=f name=f></iframe>
+<form id=form method=post target=f action="URL/graphql?query=MUTATION"></form>
+<script>
+const wait = new Promise(done => { i.onload = i.onerror = done; });
+i.src = "URL/graphql?query=MUTATION";
+const socket = new Promise(done => { const s = new WebSocket("WS/graphql", "graphql-ws"); s.onopen = () => done("open"); s.onerror = () => done("refused"); });
+(async () => {
+  await wait;
+  const posts = ["text/plain", "application/x-www-form-urlencoded"].map(type =>
+    fetch("URL/graphql?query=MUTATION", {method: "POST", mode: "no-cors", headers: {"Content-Type": type}, body: "x"}).catch(() => 0));
+  const json = fetch("URL/graphql", {method: "POST", headers: {"Content-Type": "application/json"}, body: JSON.stringify({query: "{ version }"})})
+    .then(answer => answer.text(), () => "refused");
+  await Promise.all(posts);
+  const framed = new Promise(done => { document.getElementById("f").onload = done; });
+  form.submit();
+  await framed;
+  document.title = "done: " + await socket + ", " + await json;
+})();
+</script>"""
+
+
+def test_no_other_website_can_drive_the_ui(ui: Ui, tmp_path: Path) -> None:
+    paused = "{ instance { autoMaterializePaused } }"
+    before = ui.ask(paused)["instance"]["autoMaterializePaused"]
+    mutation = f"mutation {{ setAutoMaterializePaused(paused: {str(not before).lower()}) }}"
+    page = ATTACK.replace("URL", ui.url).replace("WS", ui.url.replace("http", "ws")).replace("MUTATION", urllib.parse.quote(mutation))
+    (tmp_path / "attack.html").write_text(page)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as website:
+        threading.Thread(target=website.serve_forever, daemon=True).start()
+        other = ui.page.context.browser.new_page()
+        other.goto(f"http://localhost:{website.server_port}/attack.html")
+        other.wait_for_function("document.title.startsWith('done')")
+        assert other.title() == "done: refused, refused"
+        assert ui.ask(paused)["instance"]["autoMaterializePaused"] == before
+        other.close()
+        website.shutdown()
+    request = urllib.request.Request(f"{ui.url}/server_info", headers={"Host": f"evil.example.org:{ui.url.rpartition(':')[2]}"})
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(request, timeout=30)
+    ui.ask(mutation)  # on its own page the same works, so the attack would have been seen
+    assert ui.ask(paused)["instance"]["autoMaterializePaused"] != before
+    ui.ask(f"mutation {{ setAutoMaterializePaused(paused: {str(before).lower()}) }}")
 
 
 def test_an_assets_page_links_its_pages_by_url_and_they_open(ui: Ui) -> None:

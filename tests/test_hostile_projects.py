@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from dagster_project import __main__ as command_line
 from dagster_project.core.errors import InputError
 from dagster_project.lineage.history import files_at
 from dagster_project.lineage.lineage import audit
@@ -69,3 +72,25 @@ def test_no_file_of_an_earlier_revision_is_written_through_a_link(
     [copy] = files_at("evil", [Path("data")], copies)
     assert not list(outside.iterdir())
     assert (copy / "same" / "stolen.jsonl").is_file()
+
+
+HOSTILE = "a\x1b]52;c;eA==\x07b\x9b2Jc\u202ed\r"
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_no_control_character_of_the_data_reaches_the_terminal(as_json: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    document = {"name": HOSTILE, HOSTILE: ["keeps\nlines\tand tabs", "ä"]}
+    command_line._print(argparse.Namespace(json=as_json), document, lambda found: f"{found['name']}\n{found[HOSTILE][1]}")
+    out = capsys.readouterr().out
+    assert not set(out) & set("\x1b\x07\x9b\u202e\r") and "ä" in out
+    if as_json:
+        assert json.loads(out) == document
+    else:
+        assert out == "a\\x1b]52;c;eA==\\x07b\\x9b2Jc\\u202ed\\r\nä\n"
+
+
+def test_a_command_prints_the_names_of_a_project_without_control_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
+    assert command_line.main(["run", "--project", str(tmp_path), f"adapter@{HOSTILE}"]) == 2
+    said = "".join(capsys.readouterr())
+    assert not set(said) & set("\x1b\x07\x9b\u202e\r"), said

@@ -158,3 +158,53 @@ def test_an_invalid_yaml_value_is_one_message(content: str, tmp_path: Path) -> N
     (tmp_path / "params.yaml").write_text(content)
     with pytest.raises(InputError, match=r"params\.yaml is not valid YAML"):
         params.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("adapter: {16: {}}", "adapter: YAML reads the key 16 as int, not as text\nhint: write it in quotes, or rename it"),
+        ("adapter: {lora: {null: 1}}", "adapter.lora: YAML reads the key none as NoneType"),
+        ("a: [{true: 1}]", "a: YAML reads the key true as bool"),
+        ("1: 2", "top level: YAML reads the key 1 as int"),
+        ('a: !!int ""', "is not valid YAML"),
+        ("[" * 3000, "is not valid YAML"),
+        ("? {a: 1}\n: 2", "is not valid YAML"),
+        ("a: &x [1, *x]", "a: an alias contains itself"),
+        ("a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
+         "params.yaml has 1,234,567,900 values with its aliases written out"),
+    ],
+    ids=["number", "null", "truth value", "top", "empty number", "brackets", "mapping as key", "endless", "many"],
+)  # fmt: skip
+def test_what_yaml_reads_otherwise_than_meant_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(InputError) as refused:
+        params.read(tmp_path)
+    assert message in str(refused.value) and len(str(refused.value)) < 2_000
+
+
+def test_an_alias_may_be_used_twice(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text("a: &x {b: 1}\nc: [*x, *x]\n")
+    assert params.read(tmp_path) == {"a": {"b": 1}, "c": [{"b": 1}, {"b": 1}]}
+
+
+def test_a_wrong_value_is_shortened_in_the_message() -> None:
+    nested: Any = [0] * 100
+    for _ in range(8):
+        nested = [nested] * 100
+    with pytest.raises(InputError, match="seed") as refused:
+        params.parse(params.Compute, {"seed": nested}, "compute")
+    assert len(str(refused.value)) < 100_000
+
+
+@pytest.mark.parametrize("path", ["loop", "x" * 300, "x/" * 3000, "a\0b"])
+def test_a_path_that_cannot_be_one_is_refused(path: str, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(InputError, match=r"params.yaml: here: .* is not a path: "):
+        params.inside(tmp_path, path, "here")
+
+
+@pytest.mark.parametrize("values", [{"threads": 0}, {"threads": -1}, {"seed": -1}, {"seed": 2**32}])
+def test_numbers_that_would_fail_hours_later_are_refused_at_once(values: dict[str, int]) -> None:
+    with pytest.raises(InputError, match=f"compute.{next(iter(values))}: Input should be"):
+        params.parse(params.Compute, values, "compute")

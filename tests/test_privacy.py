@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
+import random
+import re
 import string
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import assume, given, settings
@@ -13,6 +16,7 @@ from hypothesis import strategies as st
 from phonenumbers import PhoneNumberFormat, PhoneNumberType, example_number_for_type, format_number
 from stdnum import iban, luhn
 
+from dagster_project.curation.checks import privacy
 from dagster_project.curation.checks.privacy import _find, mask, scan
 
 LETTERS, ALNUM = string.ascii_letters, string.ascii_letters + string.digits
@@ -222,3 +226,81 @@ def long_texts() -> dict[str, Callable[[], str]]:
 @pytest.mark.parametrize("name", long_texts())
 def test_one_long_text_takes_seconds_at_most(name: str) -> None:
     assert "ann@a.de" not in mask(long_texts()[name]())
+
+
+@pytest.mark.parametrize(
+    "letters",
+    [
+        ["eyJ", "eyJhIjoxfQ", "eyJhIjoxfQ.", "eyJhIjoxfQ.eyJhIjoxfQ", ".", "a", "-", "_", "=", " ", "/"],
+        ["sk-", "T3BlbkFJ", "a" * 20 + "T3BlbkFJ" + "b" * 20, "a" * 20, "a", "-", "_", " ", "b" * 19],
+    ],
+)
+def test_linear_searches_find_what_the_patterns_of_the_library_find(letters: list[str]) -> None:
+    from detect_secrets.plugins import jwt, openai
+
+    plugin, dice = jwt.JwtTokenDetector(), random.Random(1)
+
+    def by_pattern(text: str, pattern: Any, tail: str, valid: Any = bool) -> list[tuple[int, int]]:
+        found = [(m.start(), re.compile(tail).match(text, m.end()).end()) for m in pattern.finditer(text) if valid(m.group())]  # type: ignore[union-attr]
+        return sorted(set(found))
+
+    tokens = 0
+    for _ in range(3_000):
+        text = "".join(dice.choices(letters, k=dice.randint(1, 14)))
+        keys = by_pattern(text, openai.OpenAIDetector.denylist[0], r"[A-Za-z0-9_\-]*")
+        parts = by_pattern(text, plugin.denylist[0], r"[A-Za-z0-9_\-.=]*", plugin.is_formally_valid)
+        assert sorted(privacy._openai_keys(text)) == keys, text
+        assert sorted(privacy._jwts(plugin)(text)) == parts, text
+        tokens += bool(keys or parts)
+    assert tokens > 100
+
+
+PIECES = [
+    "GR1348941",
+    "AKIA0123456789ABCDEF",
+    "ann@exam.ple",
+    "4111111111111111",
+    " ",
+    "\n",
+    "x",
+    "://u:pw1@h",
+    "hf_" + "a" * 34,
+    "+49 30 1234567",
+]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_values_near_masked_ones_are_found_as_by_searching_everything_again(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    dice = random.Random(seed)
+    text = "".join(dice.choices(PIECES, k=200))
+    whole = privacy._find(text)
+    monkeypatch.setattr(privacy, "LONG", 0)
+    monkeypatch.setattr(privacy, "NEAR", 300)
+    assert privacy._find(text) == whole
+    assert privacy.mask(privacy.mask(text)) == privacy.mask(text)
+
+
+def test_a_long_chain_of_values_is_masked_whole() -> None:
+    chain = "GR1348941" * 3_000
+    masked = privacy.mask(f"before\n{chain}\nafter")
+    assert masked.startswith("before\n[") and masked.endswith("]\nafter") and "GR13" not in masked
+    [*_, hit] = privacy.scan([chain])
+    assert hit.kind == "gitlab token"
+
+
+@pytest.mark.parametrize(
+    "unit", ["eyJ", "eyJa.b.", "sk-aT3BlbkFJ", "GR1348941", "AKIA", "xoxb-1-", "ghp_", "sq0csp-", "a@b.c", "-----BEGIN PRIVATE KEY-----"]
+)
+def test_a_long_text_of_one_pattern_is_searched_again_only_near_what_was_masked(unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    searched = 0
+    whole = privacy._spans
+
+    def counted(text: str, ranks: Any = None) -> Any:
+        nonlocal searched
+        searched += len(text)
+        return whole(text, ranks)
+
+    monkeypatch.setattr(privacy, "_spans", counted)
+    text = (unit * 40_000)[:40_000]
+    privacy.scan([text])
+    assert searched < 20 * len(text)

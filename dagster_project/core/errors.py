@@ -29,6 +29,10 @@ class CheckFailed(PedigreeError):
     exit_code = 1
 
 
+class DamagedIndex(PedigreeError):
+    """The file of the index of audits is damaged. It was set aside: the same command makes a new one."""
+
+
 class Busy(PedigreeError):
     """Another process is using the same resource. Nothing was changed."""
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from reprlib import Repr
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, Tag, ValidationError, model_validator
@@ -42,9 +43,9 @@ def _hint_at_license() -> None:
 class Compute(Section):
     """Reproducibility settings. Every value is part of a model's identity."""
 
-    seed: int = 7
+    seed: int = Field(default=7, ge=0, lt=2**32)
     """Seed of every random choice: splits, initial adapter weights, dropout, sampling, bootstrap."""
-    threads: int = 2
+    threads: int = Field(default=2, ge=1)
     """CPU threads that torch uses. Part of a model's identity, because another number of threads gives different
     bits."""
     dtype: str = "auto"
@@ -57,6 +58,12 @@ class Compute(Section):
 
 
 S = TypeVar("S", bound=Section)
+MOST_VALUES = 1_000_000
+_SHORT = Repr()
+"""Values in messages; those of the user's mistakes are short."""
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
+_SHORT.maxdict = _SHORT.maxlist = 20
+_SHORT.maxlevel = 3
 TAG = "form:"
 """Prefix of the tags of a union's alternatives: pydantic adds the tag to the location of an error, and `parse` removes it."""
 
@@ -65,7 +72,7 @@ def read(root: Path) -> dict[str, Any]:
     """All of params.yaml as plain data.
 
     Raises:
-        InputError: the file is missing, is not YAML, or is not a mapping.
+        InputError: the file is missing, is not YAML, or is not a mapping; or a key is no text.
     """
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
@@ -75,11 +82,52 @@ def read(root: Path) -> dict[str, Any]:
         raise InputError(f"no params.yaml in {root}", "run the command from the project's folder")
     try:
         values = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
-    except (YAMLError, ValueError, KeyError, RecursionError) as error:  # ValueError: not UTF-8, or an invalid date
+        count = _values_in(values, "", {})
+    except (
+        YAMLError,
+        ValueError,
+        LookupError,
+        TypeError,
+        RecursionError,
+    ) as error:  # not UTF-8, an invalid date or number, too many brackets
         raise InputError(f"params.yaml is not valid YAML: {' '.join(str(error).split())}", "fix the line named in the message") from None
     if not isinstance(values, dict):
         raise InputError("params.yaml must be a mapping of sections", "see docs/parameters.md")
+    if count > MOST_VALUES:
+        raise InputError(f"params.yaml has {count:,} values with its aliases written out", f"the most is {MOST_VALUES:,}")
     return values
+
+
+def _values_in(value: Any, where: str, known: dict[int, int | None]) -> int:
+    """Number of values in a part of params.yaml, with every alias written out.
+
+    Args:
+        known: number by identity of the parts counted so far; None while it is counted.
+    Raises:
+        InputError: an alias contains itself; or a key is a number, date, truth value or nothing: YAML reads `16:` and `null:` so.
+    """
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) in known:
+        count = known[id(value)]
+        if count is None:
+            raise InputError(f"params.yaml: {where}: an alias contains itself", "write the values out")
+        return count
+    known[id(value)] = None
+    if isinstance(value, list):
+        total = sum(_values_in(item, where, known) for item in value)
+    else:
+        total = 0
+        for key, item in value.items():
+            if not isinstance(key, str):
+                name, kind = str(key).lower(), type(key).__name__
+                raise InputError(
+                    f"params.yaml: {where or 'top level'}: YAML reads the key {name} as {kind}, not as text",
+                    "write it in quotes, or rename it",
+                )
+            total += _values_in(item, f"{where}.{key}".lstrip("."), known)
+    known[id(value)] = total + 1
+    return total + 1
 
 
 def parse(model: type[S], values: Any, where: str, file: str = "params.yaml") -> S:
@@ -107,7 +155,7 @@ def parse(model: type[S], values: Any, where: str, file: str = "params.yaml") ->
             elif problem["type"] == "missing":
                 lines.append(f"{file}: {key_path}: missing")
             else:
-                lines.append(f"{file}: {key_path}: {problem['msg'].removeprefix('Value error, ')} (got {problem['input']!r})")
+                lines.append(f"{file}: {key_path}: {problem['msg'].removeprefix('Value error, ')} (got {_SHORT.repr(problem['input'])})")
         raise InputError("\n".join(lines), "; ".join(dict.fromkeys(hints)) or f"fix {file} and run again") from None
 
 
@@ -138,14 +186,17 @@ def inside(root: Path, path: str, where: str) -> Path:
     """Resolve a path named in params.yaml, which must exist and be inside the project.
 
     Raises:
-        InputError: the path leaves the project (also through a link) or does not exist.
+        InputError: the path leaves the project (also through a link), does not exist, or cannot be one.
     """
-    if "\0" in path:
-        raise InputError(f"params.yaml: {where}: {path!r} is not a path", "use the path of a file")
-    full = (root / path).resolve()
+    try:
+        full = (root / path).resolve()
+        exists = full.exists()
+    except (ValueError, OSError, RuntimeError) as error:  # it has a null character, is too long, or is a link to itself
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"params.yaml: {where}: {path[:100]!r} is not a path: {reason}", "use the path of a file") from None
     if not full.is_relative_to(root.resolve()):
         raise InputError(f"params.yaml: {where}: {path} is outside the project", "copy it into data/sources/ and use that path")
-    if not full.exists():
+    if not exists:
         raise InputError(f"params.yaml: {where}: {path} does not exist", "add the file, or correct the path")
     return full
 

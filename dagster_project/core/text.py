@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -39,6 +40,11 @@ _HIDDEN = re.compile(
 def visible(text: str) -> str:
     """The text with every hidden character written out: ESC as \\x1b, a right-to-left override as \\u202e. Encodes as UTF-8."""
     return _HIDDEN.sub(lambda match: match.group().encode("unicode_escape", "surrogatepass").decode(), text)
+
+
+def visible_json(text: str) -> str:
+    """The same JSON document with every hidden character as an escape of JSON."""
+    return _HIDDEN.sub(lambda match: json.dumps(match.group())[1:-1], text)
 
 
 def number(value: float) -> str:

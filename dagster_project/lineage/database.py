@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dagster_project.core.errors import DamagedIndex
+
+log = logging.getLogger("pedigree")
+
 T = TypeVar("T")
+LONGEST_WAIT = 3600.0
+"""Seconds to wait for another process that writes."""
+SILENT_WAIT = 2000
+"""Milliseconds of it before the wait is logged."""
 INDEX_FILE = Path(".dvc", "tmp", "pedigree", "index.sqlite3")
 TABLES = """
 CREATE TABLE lock (id INTEGER PRIMARY KEY, blob TEXT UNIQUE, readable INTEGER);
@@ -61,16 +71,99 @@ def cached_per_instance(method: Callable[..., T]) -> Callable[..., T]:
     return call
 
 
+class _Cursor(sqlite3.Cursor):
+    """Sets the file aside when a row of a result finds it damaged."""
+
+    connection: _Connection
+
+    def __next__(self) -> Any:
+        try:
+            return super().__next__()
+        except sqlite3.DatabaseError as error:
+            self.connection.set_aside(error)
+            raise
+
+    def fetchone(self) -> Any:
+        try:
+            return super().fetchone()
+        except sqlite3.DatabaseError as error:
+            self.connection.set_aside(error)
+            raise
+
+    def fetchall(self) -> Any:
+        try:
+            return super().fetchall()
+        except sqlite3.DatabaseError as error:
+            self.connection.set_aside(error)
+            raise
+
+
+class _Connection(sqlite3.Connection):
+    """Sets the file aside when a statement finds it damaged."""
+
+    path: Path | None = None
+
+    def cursor(self, factory: Any = _Cursor) -> Any:
+        return super().cursor(factory)
+
+    def execute(self, *arguments: Any) -> Any:
+        try:
+            return super().execute(*arguments)
+        except sqlite3.DatabaseError as error:
+            self.set_aside(error)
+            raise
+
+    def executemany(self, *arguments: Any) -> Any:
+        try:
+            return super().executemany(*arguments)
+        except sqlite3.DatabaseError as error:
+            self.set_aside(error)
+            raise
+
+    def set_aside(self, error: sqlite3.DatabaseError) -> None:
+        """Raises:
+        DamagedIndex: the error says that the file is damaged.
+        """
+        damaged = getattr(error, "sqlite_errorcode", 0) & 0xFF in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT}
+        if not damaged or self.path is None:
+            return
+        kept = _set_aside(self.path)
+        raise DamagedIndex(f"the index of audits was damaged ({error}); it is set aside as {kept.name}", "run the command again") from None
+
+
+def _set_aside(path: Path) -> Path:
+    kept = path.with_name(f"{path.name}.damaged")
+    with suppress(FileNotFoundError):
+        path.replace(kept)
+    for ending in ("-wal", "-shm"):
+        path.with_name(path.name + ending).unlink(missing_ok=True)
+    return kept
+
+
 class Database:
     """A connection to the database of a project."""
 
     def __init__(self, root: Path) -> None:
         self._db = _connect(root)
 
+    def _begin(self) -> None:
+        """Begin to write, after any other process that writes."""
+        end, waits = time.monotonic() + LONGEST_WAIT, False
+        while True:
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+                    raise
+            if not waits:
+                log.info("waiting: another process is reading the history into the index of audits")
+                waits = True
+
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         """Exclusive write transaction, rolled back on any exception."""
-        self._db.execute("BEGIN IMMEDIATE")
+        self._begin()
         try:
             yield
         except BaseException:
@@ -86,26 +179,32 @@ class Database:
 
 
 def _connect(root: Path) -> sqlite3.Connection:
-    """Open the database: rebuilt if its schema differs or it is corrupt, in memory if the project is read-only."""
+    """Open the database: rebuilt if its schema differs, set aside if it is damaged, in memory if the project is read-only."""
     path = root / INDEX_FILE
     for _ in range(2):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            db = sqlite3.connect(path, timeout=3600, isolation_level=None)
+            db = sqlite3.connect(path, timeout=LONGEST_WAIT, isolation_level=None, factory=_Connection)
             (version,) = db.execute("PRAGMA user_version").fetchone()
             if version == SCHEMA_VERSION:
-                return db
+                return _ready(db, path)
             if version == 0 and not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                 db.executescript(f"PRAGMA journal_mode = WAL; BEGIN IMMEDIATE; {TABLES} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-                return db
+                return _ready(db, path)
             db.close()
             path.unlink()
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.OperationalError):
                 break
-            path.unlink()
+            log.warning(f"the index of audits was damaged ({error}); it is set aside as {_set_aside(path).name} and made anew")
         except OSError:
             break
-    db = sqlite3.connect(":memory:", isolation_level=None)
-    db.executescript(TABLES)
+    memory = sqlite3.connect(":memory:", isolation_level=None)
+    memory.executescript(TABLES)
+    return memory
+
+
+def _ready(db: _Connection, path: Path) -> _Connection:
+    db.path = path
+    db.execute(f"PRAGMA busy_timeout = {SILENT_WAIT}")
     return db

@@ -11,6 +11,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -99,14 +101,18 @@ def produce(root: Path, params: Params, out: Path) -> Report:
         size = sum(f.stat().st_size for f in folder.rglob("*") if f.suffix in {".gguf", ".safetensors"})
         _enough_disk(out.parent, int(size * (3.0 if options else 1.2)))
         log.info("base_model: converting to safetensors")
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
-        if options:
-            from transformers import GgufConfig
+        with _refuse_what_cannot_be_loaded():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+            if options:
+                from transformers import GgufConfig
 
-            options |= {"quantization_config": GgufConfig(dequantize=True)}
-        else:
-            options = {"use_safetensors": True}
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, params.dtype), trust_remote_code=False, **options)
+                options |= {"quantization_config": GgufConfig(dequantize=True)}
+            else:
+                options = {"use_safetensors": True}
+            model, found = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=getattr(torch, params.dtype), trust_remote_code=False, output_loading_info=True, **options
+            )
+        _refuse_lacking_weights(found)
         _set_padding(tokenizer, model, params)
         if params.chat_template:
             tokenizer.chat_template = written_for(tokenizer, params.chat_template, "params.yaml: base_model.chat_template")
@@ -212,6 +218,38 @@ def _refuse_foreign_files(folder: Path) -> None:
 def _is_file_of(folder: Path, name: str) -> bool:
     """Whether a name is that of a file directly in the folder."""
     return Path(name).name == name and (folder / name).is_file()
+
+
+@contextmanager
+def _refuse_what_cannot_be_loaded() -> Iterator[None]:
+    """Raises:
+    InputError: transformers cannot load the files; it says so by many kinds of errors.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 transformers raises errors of many kinds for what it cannot read
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(
+            f"base_model: transformers cannot load the model: {lines[0][:300]}",
+            "it needs config.json, a tokenizer and complete safetensors files of an architecture that transformers has; code in the folder is not run",
+        ) from None
+
+
+def _refuse_lacking_weights(found: Mapping[str, Any]) -> None:
+    """Args:
+        found: transformers' account of the weights that it looked for.
+    Raises:
+        InputError: the files lack weights, which transformers would draw at random.
+    """
+    if missing := sorted(found["missing_keys"]):
+        raise InputError(
+            f"base_model: the files lack {len(missing)} weight{'s' * (len(missing) > 1)} of the model, such as {missing[0]}",
+            "use the complete folder of a saved model",
+        )
+    if unused := sorted(found["unexpected_keys"]):
+        log.warning(f"base_model: the model does not use {len(unused)} of the weights in the files, such as {unused[0]}")
 
 
 def _set_padding(tokenizer: Any, model: Any, params: Params) -> None:

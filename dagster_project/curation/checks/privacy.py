@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 Span = tuple[int, int]
 CONTEXT = 24
 """Characters of masked text on each side of a hit in its excerpt."""
+LONG = 20_000
+"""Characters up to which a text is searched as a whole again after each masked value."""
+MOST_ROUNDS = 64
+"""Searches after which the whole lines of the values that are found last count as values: so many follow each other in no ordinary text."""
+NEAR, SEEN = 4096, 64
+"""Characters around a masked value that are searched again in longer texts, and those of context that rules look at."""
 
 
 @dataclass(frozen=True)
@@ -134,18 +140,51 @@ def _find(text: str, ranks: Iterable[int] | None = None) -> list[tuple[int, int,
     """
     rules = _rules()
     found: list[tuple[int, int, int]] = []
-    while new := _spans(text, [i for i, rule in enumerate(rules) if rule.matcher.search(text)] if ranks is None else ranks):
+    new, rounds = _spans(text, ranks), 0
+    while new:  # repeated, because a value may be separated from its neighbor once that is masked
+        rounds += 1
+        if rounds > MOST_ROUNDS:
+            new = _merged(_whole_lines(text, new))
         found = _merged(found + new)
-        for start, end, _ in new:  # repeated, because a value may be separated from its neighbor once that is masked
-            text = f"{text[:start]}[{']' * (end - start - 1)}{text[end:]}"
-        ranks = None
+        pieces, at = [], 0
+        for start, end, _ in new:
+            pieces += [text[at:start], "[", "]" * (end - start - 1)]
+            at = end
+        text = "".join([*pieces, text[at:]])
+        new = _spans(text) if len(text) <= LONG else _spans_near(text, new)
     return [(start, end, rules[rank]) for start, end, rank in found]
 
 
-def _spans(text: str, ranks: Iterable[int]) -> list[tuple[int, int, int]]:
-    """(start, end, rule) of the matches of these rules outside of already masked parts."""
-    spans = [(start, end, rank) for rank in ranks for start, end in _rules()[rank].find(text)]
+def _spans(text: str, ranks: Iterable[int] | None = None) -> list[tuple[int, int, int]]:
+    """(start, end, rule) of the matches of rules, by default of all, outside of already masked parts."""
+    rules = _rules()
+    which = [i for i, rule in enumerate(rules) if rule.matcher.search(text)] if ranks is None else ranks
+    spans = [(start, end, rank) for rank in which for start, end in rules[rank].find(text)]
     return _merged([span for span in spans if text[span[0] : span[1]].strip("[]")])
+
+
+def _whole_lines(text: str, spans: Iterable[tuple[int, int, int]]) -> Iterator[tuple[int, int, int]]:
+    for start, end, rank in spans:
+        after = text.find("\n", end)
+        yield text.rfind("\n", 0, start) + 1, after if after >= 0 else len(text), rank
+
+
+def _spans_near(text: str, masked: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """As `_spans`, of matches near parts that were just masked: elsewhere nothing has changed, and the time stays linear."""
+    areas: list[list[int]] = []
+    for start, end, _ in masked:
+        if areas and start - NEAR <= areas[-1][1]:
+            areas[-1][1] = min(end + NEAR, len(text))
+        else:
+            areas.append([max(start - NEAR, 0), min(end + NEAR, len(text))])
+    spans: list[tuple[int, int, int]] = []
+    for first, last in areas:
+        spans += [
+            (first + start, first + end, rank)
+            for start, end, rank in _spans(text[first:last])
+            if (start >= SEEN or first == 0) and (last - first - end >= SEEN or last == len(text))  # else the context is cut off
+        ]
+    return _merged(spans)
 
 
 def _merged(spans: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
@@ -175,9 +214,12 @@ def _tokens(patterns: Iterable[re.Pattern[str]]) -> Callable[[str], Iterator[Spa
 
     def find(text: str) -> Iterator[Span]:
         for pattern in patterns:
+            end = 0  # of the latest token, which is not searched again for each match in it
             for match in pattern.finditer(text):
-                tail = _AFTER_TOKEN.match(text, match.end())
-                yield match.start(), tail.end() if tail else match.end()
+                if match.end() > end:
+                    tail = _AFTER_TOKEN.match(text, match.end())
+                    end = tail.end() if tail else match.end()
+                yield match.start(), end
 
     return find
 
@@ -195,17 +237,40 @@ def _values(patterns: Iterable[re.Pattern[str]], valid: Callable[[str], bool] = 
     return find
 
 
+_JWT_PART = re.compile(r"[A-Za-z0-9\-_=]+")
+_JWT_REST = re.compile(r"[A-Za-z0-9_\-.=]*")
+
+
 def _jwts(plugin: Any) -> Callable[[str], Iterator[Span]]:
-    """Matches whose parts decode, with the signature, which the plugin's pattern excludes."""
+    """Matches whose parts decode, with the signature, which the plugin's pattern excludes. Parts are found one by one, because the pattern needs
+    quadratic time for long texts without a dot."""
 
     def find(text: str) -> Iterator[Span]:
-        for pattern in plugin.denylist:
-            for match in pattern.finditer(text):
-                tail = re.compile(r"[A-Za-z0-9_\-.=]*").match(text, match.end())
-                if tail and plugin.is_formally_valid(match.group()):
-                    yield match.start(), tail.end()
+        at = end = 0
+        for part in _JWT_PART.finditer(text):
+            start = text.find("eyJ", max(at, part.start()), part.end() - 1)
+            second = _JWT_PART.match(text, part.end() + 1) if start >= 0 and text[part.end() : part.end() + 1] == "." else None
+            if second:
+                at = second.end() + (text[second.end() : second.end() + 1] == ".")
+                if at > end:
+                    rest = _JWT_REST.match(text, at)
+                    end = rest.end() if rest else at
+                if plugin.is_formally_valid(text[start:at]):
+                    yield start, end
 
     return find
+
+
+_OPENAI_CORE = re.compile("[A-Za-z0-9]{20}T3BlbkFJ[A-Za-z0-9]{20}")
+_TOKEN = re.compile(r"[A-Za-z0-9_\-]+")
+
+
+def _openai_keys(text: str) -> Iterator[Span]:
+    """As the plugin's pattern, `sk-`, any characters of a token and the core, but in linear time; up to the end of the token."""
+    for token in _TOKEN.finditer(text):
+        start = text.find("sk-", token.start(), token.end())
+        if start >= 0 and _OPENAI_CORE.search(text, start + 3, token.end()):
+            yield start, token.end()
 
 
 _KEY_GAP = r"(?:[\s>|\"'+,]|\\[nrt])*"
@@ -246,7 +311,6 @@ def _rules() -> tuple[Rule, ...]:
         jwt,
         mailchimp,
         npm,
-        openai,
         private_key,
         pypi_token,
         sendgrid,
@@ -284,7 +348,7 @@ def _rules() -> tuple[Rule, ...]:
         Rule("jwt", "eyJ", _jwts(jwt.JwtTokenDetector), secret=True),
         token("mailchimp key", "[0-9a-z]{32}-us[0-9]", mailchimp.MailchimpDetector),
         Rule("npm token", "_authToken=", _values(npm.NpmDetector.denylist), secret=True),
-        token("openai key", "T3BlbkFJ", openai.OpenAIDetector),
+        Rule("openai key", "T3BlbkFJ", _openai_keys, secret=True),
         token("pypi token", "pypi-A", pypi_token.PypiTokenDetector),
         token("sendgrid key", r"SG\.", sendgrid.SendGridDetector),
         token("slack token", "(?i:xox[abposr]-|hooks.slack.com/services)", slack.SlackDetector),

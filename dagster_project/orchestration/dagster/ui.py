@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from dagster_project.core.errors import InputError
-from dagster_project.orchestration.dagster import pages
+from dagster_project.orchestration.dagster import pages, webserver
 from dagster_project.orchestration.dagster.assets import home, open_instance
 from dagster_project.orchestration.dagster.dead_runs import reap
 from dagster_project.orchestration.dagster.sync import sync
@@ -19,7 +19,7 @@ log = logging.getLogger("pedigree")
 
 
 def serve(root: Path, host: str, port: int, pages_port: int) -> NoReturn:
-    """Start the server of data/pages, sync once, then execute `dagster dev` in this process, so that stop signals reach it directly.
+    """Start the server of data/pages, sync once, then execute `dagster dev`, with the guarded web server, in this process, so that stop signals reach it directly.
 
     Args:
         host, port: of the Dagster UI.
@@ -45,12 +45,13 @@ def serve(root: Path, host: str, port: int, pages_port: int) -> NoReturn:
     with open_instance(root) as instance:
         for line in reap(instance) + sync(root, instance):
             log.info(line)
-    command = [sys.executable, "-m", "dagster", "dev", "-w", str(root / "workspace.yaml"), "-h", host, "-p", str(port)]
+    command = [sys.executable, "-m", webserver.__name__, "dev", "-w", str(root / "workspace.yaml"), "-h", host, "-p", str(port)]
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "DAGSTER_HOME": str(folder),
         "PEDIGREE_PROJECT": str(root),
+        webserver.HOSTS: ",".join(filter(None, (host, os.environ.get(webserver.HOSTS)))),
     }
     pages.start(root, listener)
     listener.close()
