@@ -77,6 +77,12 @@ def test_lengths_come_from_the_data(tmp_path: Path) -> None:
     assert values["evaluation"]["max_new_tokens"] == 512
 
 
+def test_the_longer_answer_of_a_pair_counts(tmp_path: Path) -> None:
+    pair = {"prompt": "Hi", "chosen": "Hello", "rejected": " ".join(f"word{i}" for i in range(500))}
+    _, _, values = make(tmp_path, {"mine.json": chats(["It sings."]), "pairs.json": [pair]})
+    assert values["preferences"]["max_length"] == 2048
+
+
 def test_lengths_are_counted_with_the_tokenizer_of_a_given_model(tiny_model: Path, tmp_path: Path) -> None:
     folder, _, values = make(tmp_path, {"mine.json": chats(["It sings." * 30])}, base_model=str(tiny_model))
     assert values["base_model"]["folder"] == f"models/{tiny_model.name}"

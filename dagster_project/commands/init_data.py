@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.core.errors import InputError
+from dagster_project.core.messages import Messages, Tools
 from dagster_project.core.records import response_text
 from dagster_project.curation.check_files import Kind, LoadedRecords, load
 from dagster_project.curation.checks.checks import Judgement, Rules, judge
@@ -129,12 +130,17 @@ def _dropped(judged: Judgement) -> dict[str, int]:
 
 
 def _tokens(record: Mapping[str, Any], tokens: Tokens) -> int:
-    """Tokens of an example, or of a pair with the longer answer. Without a template the notation of JSON stands for that of one."""
-    if tokens.rendered and record.get("messages") and (count := tokens.rendered(record["messages"], record.get("tools"))) is not None:
-        return count
-    answers = [record[key] for key in ("chosen", "rejected") if record.get(key)] or [None]
-    texts = [json.dumps([record.get("messages"), record.get("prompt"), record.get("tools"), one], ensure_ascii=False) for one in answers]
-    return max(tokens.count(texts))
+    """Tokens of an example, or of a pair with the longer answer."""
+    conversations = [record["messages"]]
+    if rejected := record.get("rejected"):
+        conversations.append([*record["messages"][: record["asked"]], *rejected])
+    return max(_length(messages, record.get("tools"), tokens) for messages in conversations)
+
+
+def _length(messages: Messages, tools: Tools, tokens: Tokens) -> int:
+    """Tokens of a conversation. Without a template the notation of JSON stands for that of one."""
+    rendered = tokens.rendered(messages, tools) if tokens.rendered else None
+    return tokens.count([json.dumps([messages, tools], ensure_ascii=False)])[0] if rendered is None else rendered
 
 
 def _task(task: str, rows: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> dict[str, Any] | None:
