@@ -75,6 +75,7 @@ def tiny_settings(values: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # eight processes of stages
 def test_domain_adaptation_on_plain_text_runs_up_to_its_evaluation(project: Path, tiny_model: Path) -> None:
     draw = random.Random(7)
     syllables = [a + b for a in "bdfglmnprst" for b in "aeiou"]

@@ -219,6 +219,7 @@ def tiny_settings(values: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # eight processes of stages
 def test_an_empty_folder_becomes_an_evaluated_adapter(tiny_model: Path, tmp_path: Path) -> None:
     site, project = install(tmp_path / "site", "1.0"), tmp_path / "project"
     (tmp_path / "mine.json").write_text(json.dumps(chats(["ham", "spam"] * 20)))
