@@ -6,11 +6,14 @@ BIN := $(abspath $(VENV))/bin
 export PATH := $(BIN):$(PATH)
 export DAGSTER_HOME ?= $(abspath .dagster)
 PORT ?= 3000
+# uv installs where it is present (`make UV= run`: pip)
+UV ?= $(shell command -v uv 2> /dev/null)
+INSTALL = $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet)
 
-.PHONY: help run test lint docs ui bench soak clean
+.PHONY: help run test test-latest lint docs ui bench soak lock clean
 
 help:            ## show this list
-	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
 
 run: $(VENV)/ok  ## set up, run changed stages, show the summary
 	@$(MAKE) --no-print-directory setup-dvc
@@ -25,6 +28,9 @@ test: $(VENV)/ok ## run all tests, two at a time (JOBS=N: N at a time)
 	@$(MAKE) --no-print-directory setup-dvc
 	$(BIN)/python -m pytest -q --numprocesses $(or $(JOBS),2) --dist worksteal -m "not cluster"
 	$(BIN)/python -m pytest -q tests/test_ray.py tests/test_ray_train.py
+
+test-latest:     ## run all tests with the newest versions that pyproject.toml allows, in an environment of their own
+	@$(MAKE) --no-print-directory VENV=.venv-latest LOCK= test
 
 lint: $(VENV)/ok ## style, types and import rules
 	$(BIN)/ruff check .
@@ -42,14 +48,23 @@ ui: $(VENV)/ok   ## open the Dagster UI on loopback, with its home in the projec
 bench: $(VENV)/ok ## measure the overhead of the front ends, impact over a long history, and near-duplicates compared with datasketch and rensa
 	$(BIN)/python benchmarks/front_ends.py
 	$(BIN)/python benchmarks/audit.py
-	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	$(INSTALL) --editable '.[bench]'
 	$(BIN)/python benchmarks/curation.py
 	$(BIN)/python benchmarks/scaling.py
 
-soak: $(VENV)/ok ## 2,000 random steps with both front ends, 2,000 with two stages at once; 3,000 random histories against the oracle of audit answers
+soak: $(VENV)/ok ## 2,000 random steps with both front ends, 2,000 with two stages at once; 3,000 random histories against the oracle of audit answers; 200 cases of each kind of hostile data
 	$(BIN)/python tests/test_two_front_ends.py $(or $(STEPS),2000) $(SEED)
 	$(BIN)/python tests/test_two_front_ends.py $(or $(STEPS),2000) $(SEED) --at-once
 	PEDIGREE_HISTORIES=$(or $(HISTORIES),3000) $(BIN)/python tests/test_random_histories.py
+	PEDIGREE_FUZZ=$(or $(CASES),200) $(BIN)/python -m pytest -q --timeout 0 tests/test_check_fuzz.py
+
+lock:            ## write requirements.lock: locked versions that still fit pyproject.toml stay; UPGRADE=--upgrade: the newest allowed
+	$(if $(UV),,$(PYTHON) -m venv build/uv && build/uv/bin/python -m pip install --quiet uv)
+	$(or $(UV),build/uv/bin/uv) pip compile --quiet --universal --python-version 3.11 --extra dev --no-annotate --no-header \
+	  $(UPGRADE) --output-file requirements.lock pyproject.toml
+	@{ printf '%s\n' '# Written by `make lock`: exact versions of all that pyproject.toml names with [dev], for each platform and Python from 3.11.' \
+	  '# CUDA and triton are not here: each build of torch names its own, and the installer adds them.'; \
+	  grep -vE '^(#|cuda-|nvidia-|triton)' requirements.lock; } > requirements.lock.new && mv requirements.lock.new requirements.lock
 
 clean:           ## remove everything that can be produced again (never sources, reports or dvc.lock)
 	rm -rf .dagster .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build screenshots dvc_plots
@@ -80,9 +95,11 @@ setup-dvc:
 	@git rev-parse --git-dir > /dev/null 2>&1 || git init -q
 	@[ -f .dvc/config ] || $(BIN)/dvc init -q
 
-$(VENV)/ok: pyproject.toml
+LOCK ?= requirements.lock
+$(VENV)/ok: pyproject.toml $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(if $(UV),,$(BIN)/python -m pip install --quiet --upgrade pip)
+	$(if $(LOCK),$(INSTALL) --requirement $(LOCK))
+	$(INSTALL) $(if $(LOCK),--no-deps --editable .,--upgrade --editable '.[dev]')
 	touch $@

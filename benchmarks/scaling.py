@@ -58,7 +58,7 @@ class Lines(Sequence[str]):
 def measure(engine: str, file: Path, count: int) -> dict[str, float | str]:
     """One run in this process: rows/s, CPU seconds, peak memory in MB, and a digest of the result."""
     from dagster_project.core import workers
-    from dagster_project.curation.similarity import rounds
+    from dagster_project.curation.similarity import overlap, rounds
     from dagster_project.curation.similarity.overlap import compare
     from dagster_project.curation.similarity.shuffle import Column
 
@@ -72,7 +72,7 @@ def measure(engine: str, file: Path, count: int) -> dict[str, float | str]:
     limit = 10**18 if engine == "in memory" else -1
     kind = workers.LocalProcesses(count) if engine == "on workers" else workers.ThisProcess()
     texts = Lines(file)
-    with mock.patch.multiple(rounds, IN_MEMORY=limit, SEVERAL=limit):
+    with mock.patch.object(overlap, "SMALL", -1), mock.patch.multiple(rounds, IN_MEMORY=limit, SEVERAL=limit):
         compare(["where did my birthday kite go today"] * 2, count_words=True)
         loaded, used, start = _peak(), _cpu(), time.perf_counter()
         with workers.using(kind), mock.patch.object(Column, "append", count_bytes):

@@ -661,6 +661,14 @@ def main(arguments: list[str] | None = None) -> int:
     except PedigreeError as error:
         log.error(f"error: {error}")
         return error.exit_code
+    except ModuleNotFoundError as error:
+        from dagster_project.commands.extras import missing_extra
+
+        explained = missing_extra(error, options.command)
+        if explained is None:
+            raise
+        log.error(f"error: {explained}")
+        return explained.exit_code
     except KeyboardInterrupt:
         log.error("interrupted; nothing was recorded")
         return 130

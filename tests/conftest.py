@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders.training import exclude_loaded_from_garbage_collection
 from hypothesis import settings
 
 # the same search each time, so that a run that was green stays green; PEDIGREE_FUZZ=N searches at random (tests/test_check_fuzz.py: N cases)
@@ -45,6 +46,17 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     report = yield
     report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
     return report
+
+
+_modules_frozen = 0
+
+
+def pytest_runtest_setup() -> None:
+    """After a test that has loaded libraries."""
+    global _modules_frozen
+    if len(sys.modules) > _modules_frozen + 300:
+        _modules_frozen = len(sys.modules)
+        exclude_loaded_from_garbage_collection()
 
 
 @pytest.fixture(scope="session")
@@ -169,9 +181,14 @@ def evaluate(root: Path, model: Path, settings: Any, test: list[dict[str, Any]],
     return {**found, **said.metrics, "board": (root / "comparison/board.md").read_text()}
 
 
+LONG = {"test_processes", "test_resume", "test_sharding", "test_sharding_alignment", "test_two_front_ends"}
+"""Files with tests or fixtures that take a minute or more."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run tests of the finished project first, so that one test process makes it and no other one waits for it."""
-    items.sort(key=lambda item: "_finished" not in getattr(item, "fixturenames", ()))
+    """Run tests of the finished project first, so that one test process makes it and no other one waits for it; then the longest ones, so that
+    none of them is the last one, for which the other process would wait."""
+    items.sort(key=lambda item: 0 if "_finished" in getattr(item, "fixturenames", ()) else 1 if item.path.stem in LONG else 2)
 
 
 def copy_project(target: Path) -> Path:
@@ -225,6 +242,18 @@ def quick(folder: Path, model: Path) -> Path:
     return folder
 
 
+def made_once(name: str, make: Callable[[Path], None], tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder for all test processes: the one that asks first makes it, and the others wait for it."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own if worker_id == "master" else own.parent
+    with (shared / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / name).exists():
+            make(own / f"unfinished-{name}")
+            (own / f"unfinished-{name}").rename(shared / name)
+    return shared / name
+
+
 @pytest.fixture(scope="session")
 def _project(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     return quick(copy_project(tmp_path_factory.mktemp("fresh") / "project"), tiny_model)
@@ -240,17 +269,13 @@ def project(_project: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def _finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, worker_id: str) -> Path:
-    """A quick project in which the whole pipeline has run: made once, by the test process that asks first."""
-    own = tmp_path_factory.getbasetemp()
-    shared = own if worker_id == "master" else own.parent
-    with (shared / "finished.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (shared / "finished").exists():
-            folder = quick(copy_project(own / "unfinished"), tiny_model)
-            done = dvc(folder, "repro")
-            assert done.returncode == 0, done.stderr + done.stdout
-            folder.rename(shared / "finished")
-    return shared / "finished"
+    """A quick project in which the whole pipeline has run."""
+
+    def make(folder: Path) -> None:
+        done = dvc(quick(copy_project(folder), tiny_model), "repro")
+        assert done.returncode == 0, done.stderr + done.stdout
+
+    return made_once("finished", make, tmp_path_factory, worker_id)
 
 
 @pytest.fixture
@@ -262,15 +287,17 @@ def finished(_finished: Path, tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def _made(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     """A small pipeline (tests/builders/small_pipeline.py) in which everything has run and is committed."""
     from builders import small_pipeline
 
-    root = small_pipeline.make_project(tmp_path_factory.mktemp("pipeline") / "project")
-    assert dvc(root, "repro").returncode == 0
-    small_pipeline.git(root, "add", "-A")
-    small_pipeline.git(root, "commit", "-qm", "made")
-    return root
+    def make(folder: Path) -> None:
+        small_pipeline.make_project(folder)
+        assert dvc(folder, "repro").returncode == 0
+        small_pipeline.git(folder, "add", "-A")
+        small_pipeline.git(folder, "commit", "-qm", "made")
+
+    return made_once("pipeline", make, tmp_path_factory, worker_id)
 
 
 @pytest.fixture

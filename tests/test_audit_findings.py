@@ -16,9 +16,8 @@ from builders.small_pipeline import git
 from conftest import pedigree
 
 from dagster_project.core.errors import InputError
-from dagster_project.core.records import ledger_schema
+from dagster_project.core.records import REWARD_METHODS, ledger_schema
 from dagster_project.lineage import database
-from dagster_project.lineage.export import summary
 from dagster_project.lineage.export.export import issue_date
 from dagster_project.lineage.impact import as_text, impact
 from dagster_project.lineage.index import Index
@@ -356,7 +355,7 @@ def test_what_only_watched_or_was_compared_is_not_what_the_model_was_made_from(m
 
 
 def test_the_audit_knows_which_methods_learn_from_rewards() -> None:
-    assert {name for name, method in METHODS.items() if method.learns_from_rewards} == summary.REWARD_METHODS
+    assert {name for name, method in METHODS.items() if method.learns_from_rewards} == REWARD_METHODS
 
 
 def test_both_sides_of_a_committed_merge_conflict_are_read(made: Project) -> None:

@@ -404,7 +404,7 @@ ROWS_LIKE = st.sampled_from(ROWS_OF_ALL_KINDS).flatmap(
 MIXED = st.lists(st.sampled_from(ROWS_OF_ALL_KINDS).flatmap(row_like), min_size=1, max_size=6)
 
 
-@search(40)
+@search(20)
 @given(ROWS_LIKE | MIXED, st.booleans(), st.sampled_from(["", *KNOWN]))
 def test_rows_with_the_keys_of_every_layout_are_checked_or_refused(rows: list[Any], listed: bool, layout: str) -> None:
     path = Path("a.json" if listed else "a.jsonl")
@@ -412,7 +412,7 @@ def test_rows_with_the_keys_of_every_layout_are_checked_or_refused(rows: list[An
     holds(path, *(["--format", layout] if layout else []))
 
 
-@search(20)
+@search(10)
 @given(ROWS_LIKE, ROWS_LIKE, st.booleans())
 def test_any_rows_can_be_held_out_or_be_an_earlier_version(rows: list[Any], others: list[Any], grams: bool) -> None:
     Path("a.jsonl").write_bytes(lines(*rows, rows[0]))
@@ -426,7 +426,7 @@ BLOB = st.lists(PIECES | st.binary(max_size=20), max_size=12).map(b"".join)
 
 
 @pytest.mark.parametrize("suffix", READERS)
-@search(12)
+@search(6)
 @given(BLOB)
 def test_any_bytes_in_any_file_type_are_checked_or_refused(suffix: str, content: bytes) -> None:
     path = Path(f"a{suffix}")
@@ -435,7 +435,7 @@ def test_any_bytes_in_any_file_type_are_checked_or_refused(suffix: str, content:
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".feather", ".jsonl.gz"])
-@search(20)
+@search(10)
 @given(st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), min_size=1, max_size=6), st.integers(0, 400))
 def test_a_table_with_broken_bytes_is_checked_or_refused(suffix: str, broken: list[tuple[int, int]], cut: int) -> None:
     path = Path(f"a{suffix}")
@@ -447,7 +447,7 @@ def test_a_table_with_broken_bytes_is_checked_or_refused(suffix: str, broken: li
     holds(path)
 
 
-@search(20)
+@search(10)
 @given(st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), min_size=1, max_size=6), st.booleans())
 def test_a_broken_output_of_a_stage_is_checked_or_refused(broken: list[tuple[int, int]], ledger: bool) -> None:
     said = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here."}]
@@ -489,7 +489,7 @@ POLICY = st.dictionaries(
 )  # fmt: skip
 
 
-@search(40)
+@search(20)
 @given(POLICY, st.booleans(), YAML_TEXT)
 def test_any_policy_is_followed_or_refused(policy: dict[Any, Any], nested: bool, more: str) -> None:
     Path("a.jsonl").write_bytes(lines(OK, OK, {**OK, "output": ""}))
@@ -508,7 +508,7 @@ DECISION = st.fixed_dictionaries(
 )  # fmt: skip
 
 
-@search(60)
+@search(30)
 @given(st.lists(DECISION, max_size=4), st.none() | BLOB)
 def test_any_review_file_is_read_or_refused(decisions: list[dict[str, str]], content: bytes | None) -> None:
     path = Path("review.csv")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import grimp
 import pytest
-from builders.installed import commit, edit, install, installed, pedigree_in, pretend_to_run
+from builders.installed import commit, edit, install, installed, pedigree_in, pretend_to_run, set_version
 from conftest import ROOT, run
 from ruamel.yaml import YAML
 
@@ -60,12 +60,6 @@ def stale(project: Path) -> list[str]:
     return sorted(json.loads(run([sys.executable, "-m", "dvc", "status", "--json"], project).stdout))
 
 
-def upgrade_version(site: Path, version: str) -> None:
-    (site / "pedigree_llm-1.0.dist-info").rename(site / f"pedigree_llm-{version}.dist-info")
-    metadata = site / f"pedigree_llm-{version}.dist-info" / "METADATA"
-    metadata.write_text(metadata.read_text().replace("1.0", version))
-
-
 def test_the_hash_of_a_stage_covers_every_module_that_it_imports() -> None:
     graph = grimp.build_graph("dagster_project")
     for name, entries in code_lock.code_of_stages().items():
@@ -107,7 +101,7 @@ def test_an_upgrade_in_which_only_a_view_changed_makes_nothing_stale(site: Path,
     before = (project / "code.lock.yaml").read_text()
     edit(site, A_VIEW)
     assert pedigree_in(site, project, "run", "--all").returncode == 0, "nothing is refused, and nothing runs"
-    upgrade_version(site, "1.1")
+    set_version(site, "1.1")
     document = json.loads(pedigree_in(site, project, "upgrade", "--json").stdout)
     assert (document["from"], document["to"]) == ("1.0", "1.1")
     assert document["changed"] == [] and document["stale"] == {} and document["results"] == {}
@@ -246,7 +240,7 @@ def test_verify_runs_with_the_recorded_code_and_names_the_version_otherwise(site
     sha = commit(project)
     assert "raw_examples: identical" in pedigree_in(site, project, "verify", "raw_examples").stdout
     edit(site, "stages/raw_examples.py")
-    upgrade_version(site, "2.0")
+    set_version(site, "2.0")
     assert pedigree_in(site, project, "upgrade").returncode == 0
     commit(project)
     refused = pedigree_in(site, project, "verify", "raw_examples", "--rev", sha)

@@ -115,7 +115,7 @@ def test_the_image_has_what_the_project_needs() -> None:
     python = re.search(r"^ARG PYTHON=(\S+)$", text, re.MULTILINE)
     assert python and SpecifierSet(project["requires-python"]).contains(python[1])
     extras = {name for group in re.findall(r"extras=([\w,]+)", text) for name in group.split(",")}
-    assert extras == {"cluster", "gpu"} <= set(project["optional-dependencies"])
+    assert extras == {"all", "gpu"} <= set(project["optional-dependencies"])
 
 
 def _pyproject() -> dict[str, Any]:
@@ -163,7 +163,7 @@ def test_the_ray_cluster_has_only_keys_of_kuberay_and_the_version_of_the_driver(
     assert all(set(group) == group_keys for group in spec["workerGroupSpecs"])
     assert set(spec["headGroupSpec"]) == {"rayStartParams", "template"}
     assert all(isinstance(value, str) for value in spec["headGroupSpec"]["rayStartParams"].values())
-    ray = next(one for one in map(Requirement, _pyproject()["optional-dependencies"]["cluster"]) if one.name == "ray")
+    ray = next(one for one in map(Requirement, _pyproject()["optional-dependencies"]["ray"]) if one.name == "ray")
     assert ray.specifier.contains(spec["rayVersion"]) and spec["rayVersion"] == version("ray")
 
 

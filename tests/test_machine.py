@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -16,12 +17,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import dvc, run
+from packaging.utils import canonicalize_name
 from safetensors.torch import load_file, save_file
 
 from dagster_project.commands.elsewhere import compared, differences
 from dagster_project.core.records import write_json
 from dagster_project.lineage.tolerance import deviations
-from dagster_project.orchestration.machine import machine
+from dagster_project.orchestration.machine import machine, packages
 from dagster_project.pipeline import FLOATING_POINT
 
 ISA = {  # oneDNN's own words for its instruction sets (src/cpu/x64/cpu_isa_traits.cpp)
@@ -68,7 +70,7 @@ def test_the_record_has_no_host_name_path_or_time_and_is_the_same_each_time() ->
     first = machine()
     assert first == machine() == json.loads(json.dumps(first))
     assert set(first) - {"limits", "cuda"} == {
-        "cpu", "architecture", "vendor", "flags", "caches", "instruction_set", "threads", "torch", "libraries",
+        "cpu", "architecture", "vendor", "flags", "caches", "instruction_set", "threads", "torch", "libraries", "packages",
     }  # fmt: skip
     text = json.dumps(first)
     assert platform.node() not in text and "/" not in text and str(Path.home()) not in text
@@ -85,6 +87,12 @@ def test_the_machine_is_in_the_report_of_each_stage_that_computes_with_floats_an
     for path in (finished / "data").rglob("*.json"):
         if path not in reports and path.relative_to(finished / "data").parts[0] not in {"pages", "live"}:
             assert "instruction_set" not in path.read_text(), path
+
+
+def test_the_hash_of_the_environment_is_that_of_the_names_and_versions_that_pip_lists() -> None:
+    listed = subprocess.run([sys.executable, "-m", "pip", "list", "--format", "json"], capture_output=True, text=True, check=True).stdout
+    lines = sorted({f"{canonicalize_name(one['name'])}=={one['version']}\n" for one in json.loads(listed)})
+    assert packages() == hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 FORCED = {
@@ -151,6 +159,7 @@ def test_a_report_without_a_machine_is_verified_as_before(finished: Path) -> Non
 def test_the_name_of_a_processor_makes_no_other_kind() -> None:
     one = {"cpu": "A", "vendor": "V", "flags": ["avx", "avx2"], "instruction_set": {"torch": "AVX2", "onednn": "AVX2"}}
     assert compared(one, {**one, "cpu": "B"})["same_kind"] is True
+    assert compared({**one, "packages": "1"}, {**one, "packages": "2"})["same_kind"] is True, "few packages change a result"
     assert compared(one, {**one, "flags": ["avx", "fma"]})["same_kind"] is False
     assert compared(one, None)["same_kind"] is None
     assert list(differences(one, {**one, "flags": ["avx", "fma"], "instruction_set": {"torch": "AVX2", "onednn": "AVX"}})) == [

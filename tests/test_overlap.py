@@ -163,11 +163,15 @@ def test_short_questions_from_one_template_are_not_pairs_if_many_share_it() -> N
     assert pairs(*[f"please tell me about {topic}{i}" for i in range(RARE + 1) for topic in ("bank", "card")]) == []
 
 
-@pytest.mark.parametrize("limit", [rounds.IN_MEMORY, -1], ids=["in memory", "in rounds"])
+@pytest.mark.parametrize(
+    ("small", "limit"), [(overlap.SMALL, -1), (-1, rounds.IN_MEMORY), (-1, -1)], ids=["plain", "in memory", "in rounds"]
+)
 @given(rows=corpora(), against=st.none() | corpora(), rare=st.sampled_from([2, 3, RARE]))
 @settings(deadline=None, max_examples=300)
-def test_the_pairs_are_those_of_the_definition_in_order(limit: int, rows: list[str], against: list[str] | None, rare: int) -> None:
-    with mock.patch.object(overlap, "RARE", rare), mock.patch.multiple(rounds, IN_MEMORY=limit, BLOCK=100, PARTITION=50):
+def test_the_pairs_are_those_of_the_definition_in_order(
+    small: int, limit: int, rows: list[str], against: list[str] | None, rare: int
+) -> None:
+    with mock.patch.multiple(overlap, RARE=rare, SMALL=small), mock.patch.multiple(rounds, IN_MEMORY=limit, BLOCK=100, PARTITION=50):
         assert list(near_pairs(rows, against)) == list(by_definition(rows, against))
 
 
@@ -181,7 +185,10 @@ def test_texts_without_words_are_in_no_pair() -> None:
 def test_equal_hashes_make_no_pair() -> None:
     rows = [TEXT, OTHER, "kite", "pub", TEXT.replace("ordered", "bought"), "where did my birthday kite go", "when did my birthday kite go"]
     expected = list(near_pairs(rows))
-    with mock.patch.object(compiled, "hash_spans", lambda values, starts, lengths: np.zeros(len(starts), np.uint64)):
+    with (
+        mock.patch.object(overlap, "SMALL", -1),
+        mock.patch.object(compiled, "hash_spans", lambda values, starts, lengths: np.zeros(len(starts), np.uint64)),
+    ):
         assert list(near_pairs(rows)) == expected
     assert [(pair.left, pair.right, pair.rule) for pair in expected] == [(0, 4, "jaccard"), (5, 6, "jaccard")]
 

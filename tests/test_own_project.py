@@ -140,7 +140,7 @@ def made(tmp_path: Path) -> Path:
     (tmp_path / ".venv/bin").mkdir(parents=True)
     (tmp_path / ".dvc").mkdir()
     shutil.copy(ROOT / "Makefile", tmp_path)
-    for name in ("pyproject.toml", ".dvc/config", ".venv/ok", "data/comparison/board.md"):
+    for name in ("pyproject.toml", "requirements.lock", ".dvc/config", ".venv/ok", "data/comparison/board.md"):
         (tmp_path / name).touch()
     for tool in ("dvc", "pedigree"):
         (tmp_path / ".venv/bin" / tool).write_text("#!/bin/sh\nexit 0\n")

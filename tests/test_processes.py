@@ -19,8 +19,8 @@ from typing import Any
 
 import psutil
 import pytest
-from builders.processes import at_pass, group, tune
-from builders.training import LORA, make_data, output_files, run_in_child
+from builders.processes import at_pass, group, printed, tune
+from builders.training import LORA, exclude_loaded_from_garbage_collection, make_data, output_files, run_in_child
 from conftest import ROOT, edit_params
 
 from dagster_project.core.errors import InputError, PedigreeError
@@ -69,6 +69,7 @@ def main() -> None:
     folder, model = Path(sys.argv[1]), Path(sys.argv[2])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     launching.START_METHOD = "fork"
+    exclude_loaded_from_garbage_collection()
     distributed.BUCKET = 300  # so that gradients take several
 
     def everybody_is_asked_to_stop() -> None:
@@ -134,16 +135,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> tuple
     return folder, json.loads(done.stdout.splitlines()[-1])
 
 
-def ended(trained: tuple[Path, dict[str, list[int]]], name: str) -> list[int]:
+def assert_ended(trained: tuple[Path, dict[str, list[int]]], name: str, *codes: int) -> None:
+    """The runs of a name ended with these exit codes."""
     folder, ends = trained
-    return ends[name] if ends[name] != [1] or (folder / f"{name}.said").exists() else pytest.fail((folder / f"{name}.log").read_text())
+    assert ends[name] == [*codes], printed(folder, name)
 
 
 def test_two_processes_match_one_with_twice_the_accumulation(trained: Any) -> None:
     import torch
     from safetensors.torch import load_file
 
-    assert ended(trained, "one") == ended(trained, "two") == [0]
+    assert_ended(trained, "one", 0)
+    assert_ended(trained, "two", 0)
     one, two = (load_file(trained[0] / name / "adapter_model.safetensors") for name in ("one", "two"))
     before = load_file(trained[0] / "four" / "adapter_model.safetensors")
     for name, weight in one.items():
@@ -162,7 +165,8 @@ def test_two_processes_match_one_with_twice_the_accumulation(trained: Any) -> No
 
 
 def test_three_processes_match_one_with_three_times_the_accumulation_bit_for_bit(trained: Any) -> None:
-    assert ended(trained, "three") == ended(trained, "one_for_three") == [0]
+    assert_ended(trained, "three", 0)
+    assert_ended(trained, "one_for_three", 0)
     three, one = (output_files(trained[0], name) for name in ("three", "one_for_three"))
     for file in ("adapter_model.safetensors", "examples.parquet", "loss.csv"):
         assert three[file] == one[file], file
@@ -170,7 +174,7 @@ def test_three_processes_match_one_with_three_times_the_accumulation_bit_for_bit
 
 
 def test_two_hosts_of_one_process_give_the_bytes_of_one_host_with_two(trained: Any) -> None:
-    assert ended(trained, "hosts") == [0], (trained[0] / "second_host.log").read_text()
+    assert trained[1]["hosts"] == [0], printed(trained[0], "hosts") + (trained[0] / "second_host.log").read_text()
     assert output_files(trained[0], "hosts") == output_files(trained[0], "first")
 
 
@@ -217,7 +221,7 @@ def test_two_launchers_at_once_are_refused(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_each_row_is_used_once_per_epoch_with_any_number_of_processes(trained: Any) -> None:
-    assert ended(trained, "four") == [0]
+    assert_ended(trained, "four", 0)
     for name, in_a_step in (("two", 2), ("four", 4)):
         seen = read_table(trained[0] / name / "examples.parquet")
         rows = [example["example_id"].split(".")[0] for example in seen[::4]]
@@ -229,7 +233,8 @@ def test_each_row_is_used_once_per_epoch_with_any_number_of_processes(trained: A
 
 
 def test_random_numbers_depend_neither_on_the_run_nor_on_the_process(trained: Any) -> None:
-    assert ended(trained, "first") == ended(trained, "second") == [0]
+    assert_ended(trained, "first", 0)
+    assert_ended(trained, "second", 0)
     assert output_files(trained[0], "first") == output_files(trained[0], "second")
     weights = "adapter_model.safetensors"
     assert output_files(trained[0], "four")[weights] != output_files(trained[0], "one")[weights]
@@ -242,7 +247,7 @@ def test_random_numbers_depend_neither_on_the_run_nor_on_the_process(trained: An
 
 
 def test_a_killed_training_leaves_no_process_and_ends_in_the_same_bytes(trained: Any) -> None:
-    assert ended(trained, "killed") == [-signal.SIGKILL, 0]
+    assert_ended(trained, "killed", -signal.SIGKILL, 0)
     left = json.loads((trained[0] / "pids").read_text())
     assert left
     alive = {process.pid: process.create_time() for process in psutil.process_iter() if process.status() != psutil.STATUS_ZOMBIE}
@@ -252,26 +257,26 @@ def test_a_killed_training_leaves_no_process_and_ends_in_the_same_bytes(trained:
 
 
 def test_a_stopped_training_stops_within_the_step_and_ends_in_the_same_bytes(trained: Any) -> None:
-    assert ended(trained, "stopped") == [130, 0]
+    assert_ended(trained, "stopped", 130, 0)
     assert (trained[0] / "stopped.said").read_text().startswith("interrupted at step 3; the next run resumes from there")
     weights = "adapter_model.safetensors"
     assert output_files(trained[0], "stopped")[weights] == output_files(trained[0], "first")[weights]
 
 
 def test_a_lost_process_ends_the_training_with_one_message(trained: Any) -> None:
-    assert ended(trained, "lonely") == [1]
+    assert_ended(trained, "lonely", 1)
     assert (trained[0] / "lonely.said").read_text() == f"process 2 of 2 was killed\nhint: {LOST}"
     assert list((trained[0] / "lonely").iterdir()) == []
 
 
 def test_a_training_whose_first_process_was_lost_ends_in_the_same_bytes_when_run_again(trained: Any) -> None:
-    assert ended(trained, "headless") == [1, 0]
+    assert_ended(trained, "headless", 1, 0)
     assert (trained[0] / "headless.said").read_text() == f"process 1 of 2 was killed\nhint: {LOST}"
     assert output_files(trained[0], "headless") == output_files(trained[0], "first")
 
 
 def test_a_loss_that_is_not_finite_in_any_process_names_the_examples(trained: Any) -> None:
-    assert ended(trained, "diverged") == [0]
+    assert_ended(trained, "diverged", 0)
     learned = json.loads((trained[0] / "diverged" / "report.json").read_text())["checks"]["learned"]
     assert learned["note"].startswith("the loss is nan at step ")
     assert learned["rows"] == [f"train4.{n}" for n in range(4)]

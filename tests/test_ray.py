@@ -43,7 +43,7 @@ pytestmark = pytest.mark.cluster
 
 for needed in ("ray", "moto", "dvc_s3"):
     if importlib.util.find_spec(needed) is None and not os.environ.get("CI"):
-        pytest.skip(f"{needed} is not installed: pip install '.[dev,cluster]'", allow_module_level=True)
+        pytest.skip(f"{needed} is not installed: pip install --editable '.[dev]'", allow_module_level=True)
 
 
 @pytest.fixture

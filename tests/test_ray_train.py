@@ -24,7 +24,7 @@ pytestmark = pytest.mark.cluster
 
 for needed in ("ray", "moto"):
     if importlib.util.find_spec(needed) is None and not os.environ.get("CI"):
-        pytest.skip(f"{needed} is not installed: pip install '.[dev,cluster]'", allow_module_level=True)
+        pytest.skip(f"{needed} is not installed: pip install --editable '.[dev]'", allow_module_level=True)
 
 
 def first_process(work: dict[str, Any]) -> None:

@@ -1,24 +1,38 @@
 """A killed or stopped training resumes and ends in the same bytes.
 
-Run as a script this file is the process that trains: the tests start it, kill it and start it again. For many kills in a row one process
-loads the libraries and forks a child for each run; what is killed is always a process, by SIGKILL.
+Run as a script this file loads the libraries once and forks a process for each training; what is killed is always a process, by SIGKILL.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from builders.training import LORA, PACKED_ROWS, make_data, output_files, run_in_child, train_adapter
+from builders.training import (
+    LORA,
+    PACKED_ROWS,
+    exclude_loaded_from_garbage_collection,
+    exit_code,
+    make_data,
+    output_files,
+    run_in_child,
+    start_child,
+    train_adapter,
+)  # fmt: skip
+
+from dagster_project.core.errors import PedigreeError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -100,20 +114,7 @@ def kill_at_write(save: int, boundary: int | None, count: Path | None = None) ->
 
 
 def main() -> None:
-    folder, model, order = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
-    import logging
-
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    recipe, threads = {**LORA, **order.get("recipe", {})}, order.get("threads", 1)
-    if "name" in order:  # one plain run
-        from dagster_project.core.errors import PedigreeError
-
-        try:
-            train_adapter(folder, model, order["name"], recipe, threads, live=folder / "live" / order["name"])
-        except PedigreeError as error:
-            logging.error(str(error))
-            sys.exit(error.exit_code)
-        return
+    """Run the orders that arrive on standard input, each in a child. Its process id and then its exit code are printed."""
     import datasets  # noqa: F401  what each run needs, loaded once
     import peft  # noqa: F401
     import torch
@@ -122,6 +123,30 @@ def main() -> None:
     from dagster_project.stages import adapter  # noqa: F401
 
     assert trl.SFTTrainer and torch.get_num_threads()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    exclude_loaded_from_garbage_collection()
+    for line in sys.stdin:
+        order = json.loads(line)
+        child = start_child(partial(carry_out, **order), Path(order["folder"]) / f"{order['name']}.log")
+        print(child, flush=True)
+        print(exit_code(child), flush=True)
+
+
+def carry_out(folder: str, model: str, name: str, threads: int = 1, recipe: dict[str, Any] | None = None, **kills: Any) -> None:
+    os.dup2(2, 1)  # standard output has process ids and exit codes only
+    chosen = {**LORA, **(recipe or {})}
+    if kills:
+        kill_and_resume(Path(folder), Path(model), name, chosen, threads, kills)
+        return
+    try:
+        train_adapter(Path(folder), Path(model), name, chosen, threads, live=Path(folder) / "live" / name)
+    except PedigreeError as error:
+        logging.error(str(error))
+        sys.exit(error.exit_code)
+
+
+def kill_and_resume(folder: Path, model: Path, result: str, recipe: dict[str, Any], threads: int, order: dict[str, Any]) -> None:
+    """Train `whole`, and for each kill of an order a training that is killed and run again. What happened is written to folder/result."""
     found = {}
     assert run_in_child(lambda: train_adapter(folder, model, "whole", recipe, threads), folder / "whole.log") == 0, (
         folder / "whole.log"
@@ -156,7 +181,7 @@ def main() -> None:
             "left": (folder / "checkpoints" / name).exists(),
             "log": said[-2000:],
         }
-    print(json.dumps(found))
+    (folder / result).write_text(json.dumps(found))
 
 
 # the tests --------------------------------------------------------------------------------------------------------------------------------
@@ -168,21 +193,44 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(folder: Path, model: Path, hash_seed: int = 0, **order: Any) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONHASHSEED": str(hash_seed), "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
-    command = [sys.executable, __file__, str(folder), str(model), json.dumps(order)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+class Trainer:
+    """This file as a script, which trains one model at a time."""
+
+    def __init__(self, model: Path, hash_seed: int) -> None:
+        self.model = model
+        environment = {**os.environ, "PYTHONHASHSEED": str(hash_seed), "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
+        command = [sys.executable, __file__]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+    def start(self, folder: Path, name: str, **order: Any) -> int:
+        """Returns: the id of the process that trains."""
+        assert self.process.stdin
+        print(json.dumps({"folder": str(folder), "model": str(self.model), "name": name, **order}), file=self.process.stdin, flush=True)
+        return self._number()
+
+    def finish(self) -> int:
+        """Returns: the exit code of the training that was started last."""
+        return self._number()
+
+    def train(self, folder: Path, name: str, **order: Any) -> int:
+        self.start(folder, name, **order)
+        return self.finish()
+
+    def _number(self) -> int:
+        assert self.process.stdout
+        return int(self.process.stdout.readline())
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, said = process.communicate(timeout=800)
-    return process.returncode, out, said
+@pytest.fixture(scope="module")
+def trainer(tiny_model: Path) -> Iterator[Trainer]:
+    trainer = Trainer(tiny_model, hash_seed=0)
+    with trainer.process:
+        yield trainer
 
 
-def kills(folder: Path, model: Path, **order: Any) -> dict[str, dict[str, Any]]:
-    code, out, said = finish(start(folder, model, **order))
-    assert code == 0, said
-    found: dict[str, dict[str, Any]] = json.loads(out.splitlines()[-1])
+def kills(trainer: Trainer, folder: Path, **order: Any) -> dict[str, dict[str, Any]]:
+    assert trainer.train(folder, "kills", **order) == 0, (folder / "kills.log").read_text()
+    found: dict[str, dict[str, Any]] = json.loads((folder / "kills").read_text())
     for name, one in found.items():
         assert one["ends"] == [-signal.SIGKILL, 0], (name, one)
         assert one["same"], (name, one)
@@ -195,33 +243,33 @@ def kills(folder: Path, model: Path, **order: Any) -> dict[str, dict[str, Any]]:
     [(1, {"save_strategy": "steps", "save_steps": 2}), (2, {"save_strategy": "epoch"})],
     ids=["one thread", "two threads"],
 )
-def test_a_killed_training_ends_in_the_same_bytes(folder: Path, tiny_model: Path, threads: int, strategy: dict[str, Any]) -> None:
+def test_a_killed_training_ends_in_the_same_bytes(trainer: Trainer, folder: Path, threads: int, strategy: dict[str, Any]) -> None:
     make_data(folder, threads=threads)
     passes = sorted(random.Random(threads).sample(range(1, PASSES + 1), 5))
-    found = kills(folder, tiny_model, threads=threads, recipe=strategy, passes=passes)
+    found = kills(trainer, folder, threads=threads, recipe=strategy, passes=passes)
     first = 4 if "save_steps" in strategy else PACKED_ROWS  # passes before the first checkpoint
     assert [one["resumed"] for one in found.values()] == [n > first for n in passes]
 
 
 @pytest.mark.parametrize(("threads", "boundaries"), [(1, 12), (2, 4)], ids=["one thread", "two threads"])
-def test_a_kill_at_any_write_loses_at_most_that_checkpoint(folder: Path, tiny_model: Path, threads: int, boundaries: int) -> None:
+def test_a_kill_at_any_write_loses_at_most_that_checkpoint(trainer: Trainer, folder: Path, threads: int, boundaries: int) -> None:
     """At some of the writes, chosen at random; PEDIGREE_FUZZ=1: at all of them."""
     make_data(folder, threads=threads)
     every = os.environ.get("PEDIGREE_FUZZ")
-    found = kills(folder, tiny_model, threads=threads, save=3, boundaries=None if every else boundaries)
+    found = kills(trainer, folder, threads=threads, save=3, boundaries=None if every else boundaries)
     assert len(found) >= (25 if every else boundaries)
     assert all(one["resumed"] for one in found.values())
 
 
-def test_a_damaged_newest_checkpoint_resumes_from_the_previous_one(folder: Path, tiny_model: Path) -> None:
-    [found] = kills(folder, tiny_model, recipe={"save_strategy": "steps"}, passes=[12], damage=True).values()
+def test_a_damaged_newest_checkpoint_resumes_from_the_previous_one(trainer: Trainer, folder: Path) -> None:
+    [found] = kills(trainer, folder, recipe={"save_strategy": "steps"}, passes=[12], damage=True).values()
     assert "checkpoint step-00000006 is damaged" in found["log"]
     assert "resuming from the checkpoint of step 4 of 12" in found["log"]
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "adafactor", "adagrad", "rmsprop", "sgd"])
-def test_every_optimizer_resumes_exactly(folder: Path, tiny_model: Path, optim: str) -> None:
-    assert kills(folder, tiny_model, recipe={"optim": optim}, passes=[6])["pass 6"]["resumed"]
+def test_every_optimizer_resumes_exactly(trainer: Trainer, folder: Path, optim: str) -> None:
+    assert kills(trainer, folder, recipe={"optim": optim}, passes=[6])["pass 6"]["resumed"]
 
 
 @pytest.mark.parametrize(
@@ -234,11 +282,11 @@ def test_every_optimizer_resumes_exactly(folder: Path, tiny_model: Path, optim: 
     ],
     ids=lambda recipe: recipe["method"],
 )  # fmt: skip
-def test_other_methods_than_lora_resume_exactly(folder: Path, tiny_model: Path, recipe: dict[str, Any]) -> None:
-    assert kills(folder, tiny_model, recipe={**recipe, "merge": False}, passes=[PACKED_ROWS + 3])[f"pass {PACKED_ROWS + 3}"]["resumed"]
+def test_other_methods_than_lora_resume_exactly(trainer: Trainer, folder: Path, recipe: dict[str, Any]) -> None:
+    assert kills(trainer, folder, recipe={**recipe, "merge": False}, passes=[PACKED_ROWS + 3])[f"pass {PACKED_ROWS + 3}"]["resumed"]
 
 
-def test_early_stopping_and_grouping_by_length_resume_exactly(folder: Path, tiny_model: Path) -> None:
+def test_early_stopping_and_grouping_by_length_resume_exactly(trainer: Trainer, folder: Path) -> None:
     from dagster_project.core.records import read_table, write_table
     from dagster_project.stages.tokenized import row_schema
 
@@ -246,57 +294,73 @@ def test_early_stopping_and_grouping_by_length_resume_exactly(folder: Path, tiny
     rows = [{**row, "example_ids": row["example_ids"][:1], "lengths": [sum(row["lengths"])]} for row in read_table(path)]
     write_table(path, rows, row_schema())
     recipe = {"num_train_epochs": 9, "learning_rate": 0.3, "early_stopping_patience": 1, "group_by_length": True, "save_strategy": "epoch"}
-    found = kills(folder, tiny_model, recipe=recipe, passes=[PACKED_ROWS + 2])
+    found = kills(trainer, folder, recipe=recipe, passes=[PACKED_ROWS + 2])
     assert found[f"pass {PACKED_ROWS + 2}"]["resumed"]
     assert len(json.loads((folder / "whole" / "report.json").read_text())["validation_loss"]) < 10, "it did not stop early"
 
 
-def test_a_training_killed_during_or_after_the_sweep_ends_in_the_same_bytes(folder: Path, tiny_model: Path) -> None:
+def test_a_training_killed_during_or_after_the_sweep_ends_in_the_same_bytes(trainer: Trainer, folder: Path) -> None:
     recipe = {"learning_rate": "auto", "max_steps": 4}
-    code, _, said = finish(start(folder, tiny_model, name="probe", recipe=recipe))
-    assert code == 0, said
+    assert trainer.train(folder, "probe", recipe=recipe) == 0, (folder / "probe.log").read_text()
     trials = len(json.loads((folder / "probe" / "training.json").read_text())["sweep"]) - 1  # the first point is from before training
     assert trials > 1
     in_sweep, after = PACKED_ROWS + 3, trials * PACKED_ROWS + 6  # each trial takes the epoch that the training takes
-    found = kills(folder, tiny_model, recipe=recipe, passes=[in_sweep, after])
+    found = kills(trainer, folder, recipe=recipe, passes=[in_sweep, after])
     assert [one["resumed"] for one in found.values()] == [False, True]
     begun = [(folder / f"{name}.log").read_text().count("training: step 0, validation loss") for name in found]
     assert begun == [1 + trials + 1, trials + 1], "a trial that was killed is begun again, and one that ended is not"
 
 
+@pytest.fixture(scope="module")
+def other_trainer(tiny_model: Path) -> Iterator[Trainer]:
+    """A process whose sets have another order."""
+    trainer = Trainer(tiny_model, hash_seed=1)
+    with trainer.process:
+        yield trainer
+
+
 @pytest.mark.parametrize("threads", [1, 2])
-def test_two_processes_give_identical_bytes(folder: Path, tiny_model: Path, threads: int) -> None:
+def test_two_processes_give_identical_bytes(trainer: Trainer, other_trainer: Trainer, folder: Path, threads: int) -> None:
     make_data(folder, threads=threads)
-    for number, name in enumerate(("first", "second")):
-        code, _, said = finish(start(folder, tiny_model, hash_seed=number, name=name, threads=threads))
-        assert code == 0, said
+    for process, name in ((trainer, "first"), (other_trainer, "second")):
+        assert process.train(folder, name, threads=threads) == 0, (folder / f"{name}.log").read_text()
     first, second = output_files(folder, "first"), output_files(folder, "second")
     assert {"adapter_model.safetensors", "training.json", "examples.parquet", "loss.csv", "report.json"} < set(first)
     assert first == second
 
 
+LONG: dict[str, Any] = {"threads": 2, "recipe": {"num_train_epochs": 8, "save_strategy": "no", "gradient_accumulation_steps": 4}}
+
+
+@pytest.fixture(scope="module")
+def whole(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the training `whole` on long rows, which takes long enough to be stopped."""
+    folder = tmp_path_factory.mktemp("stopped")
+    make_data(folder, rows=30, threads=2)
+    assert trainer.train(folder, "whole", **LONG) == 0, (folder / "whole.log").read_text()
+    return folder
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_training_saves_a_checkpoint_and_logs_its_step(folder: Path, tiny_model: Path, number: int) -> None:
-    make_data(folder, rows=30, threads=2)  # long rows: time enough to stop it
-    recipe = {"num_train_epochs": 16, "save_strategy": "no", "gradient_accumulation_steps": 4}
-    process = start(folder, tiny_model, name="stopped", recipe=recipe)
-    while not (folder / "live" / "stopped" / "loss.csv").exists() and process.poll() is None:
+def test_a_stopped_training_saves_a_checkpoint_and_logs_its_step(trainer: Trainer, whole: Path, number: signal.Signals) -> None:
+    folder, name = whole, f"stopped by {number.name}"
+    live = folder / "live" / name
+    process = trainer.start(folder, name, **LONG)
+    while not (live / "loss.csv").exists() and psutil.pid_exists(process):
         time.sleep(0.01)
-    process.send_signal(number)
-    code, _, said = finish(process)
-    assert code == 130, said
-    [checkpoint] = (folder / "checkpoints" / "stopped").glob("step-*")
+    os.kill(process, number)
+    code, log = trainer.finish(), folder / f"{name}.log"
+    assert code == 130, log.read_text()
+    [checkpoint] = (folder / "checkpoints" / name).glob("step-*")
     step = int(checkpoint.name.removeprefix("step-"))
-    assert f"interrupted at step {step}; the next run resumes from there" in said
-    assert 1 <= step < 128
-    assert list((folder / "stopped").iterdir()) == []
-    live = {path.stem for path in (folder / "live" / "stopped").iterdir()}
-    assert live == {"loss", "validation_loss", "learning_rate", "grad_norm", "tokens_per_second"}
-    for name in ("stopped", "whole"):
-        code, _, said = finish(start(folder, tiny_model, name=name, recipe=recipe))
-        assert code == 0, said
-        assert (f"resuming from the checkpoint of step {step} of 128" in said) == (name == "stopped")
-    assert output_files(folder, "stopped") == output_files(folder, "whole")
+    assert f"interrupted at step {step}; the next run resumes from there" in log.read_text()
+    assert 1 <= step < 64
+    assert list((folder / name).iterdir()) == []
+    assert {path.stem for path in live.iterdir()} == {"loss", "validation_loss", "learning_rate", "grad_norm", "tokens_per_second"}
+    assert trainer.train(folder, name, **LONG) == 0, log.read_text()
+    resuming = f"resuming from the checkpoint of step {step} of 64"
+    assert resuming in log.read_text() and resuming not in (folder / "whole.log").read_text()
+    assert output_files(folder, name) == output_files(folder, "whole")
 
 
 if __name__ == "__main__":

@@ -64,12 +64,17 @@ def corpora(draw: st.DrawFn) -> list[str]:
 
 
 def in_memory(texts: Sequence[str], against: Sequence[str] | None = None, count_words: bool = False) -> Comparison:
-    with mock.patch.object(rounds, "IN_MEMORY", 10**18), mock.patch.object(rounds, "SEVERAL", 10**18):
+    with mock.patch.object(overlap, "SMALL", -1), mock.patch.multiple(rounds, IN_MEMORY=10**18, SEVERAL=10**18):
         return compare(texts, against, count_words)
 
 
 def in_rounds(texts: Sequence[str], against: Sequence[str] | None = None, count_words: bool = False, **sizes: int) -> Comparison:
-    with mock.patch.multiple(rounds, IN_MEMORY=-1, SEVERAL=-1, **sizes):
+    with mock.patch.object(overlap, "SMALL", -1), mock.patch.multiple(rounds, IN_MEMORY=-1, SEVERAL=-1, **sizes):
+        return compare(texts, against, count_words)
+
+
+def in_python(texts: Sequence[str], against: Sequence[str] | None = None, count_words: bool = False) -> Comparison:
+    with mock.patch.object(overlap, "SMALL", 10**18):
         return compare(texts, against, count_words)
 
 
@@ -104,6 +109,15 @@ def test_sizes_and_workers_do_not_change_the_comparison(
     assert list(found.frequency) == list(expected.frequency)
 
 
+@given(texts=corpora(), against=st.none() | corpora(), rare=st.sampled_from([1, 2, 3, RARE]))
+@settings(deadline=None, max_examples=400)
+def test_plain_python_makes_the_same_comparison(texts: list[str], against: list[str] | None, rare: int) -> None:
+    with mock.patch.object(overlap, "RARE", rare):
+        expected, found = in_memory(texts, against, True), in_python(texts, against, True)
+    assert found == expected
+    assert list(found.frequency) == list(expected.frequency)
+
+
 @pytest.fixture(scope="module")
 def planted() -> list[str]:
     """20,000 texts of the benchmark, with boilerplate, repeated and edited texts."""
@@ -121,6 +135,12 @@ def test_twenty_thousand_texts_on_two_processes_of_this_host(planted: list[str])
         found = in_rounds(planted, count_words=True, BLOCK=1_000_000, PARTITION=100_000)
     assert found == expected
     assert len(found.pairs) > 700 and len(found.boilerplate) == 10 and sum(map(sum, found.scores)) > 700 and found.frequency
+
+
+def test_five_thousand_texts_in_plain_python(planted: list[str]) -> None:
+    texts, against = planted[:5000], planted[3000:8000]
+    assert in_python(texts, None, True) == in_memory(texts, None, True)
+    assert in_python(texts, against, True) == in_memory(texts, against, True)
 
 
 @pytest.mark.parametrize("split", [1, 6_000, 19_999])
@@ -194,7 +214,7 @@ def test_short_texts_are_compared_in_memory_and_several_workers_pay_earlier() ->
                 return "rounds"
         return "memory"
 
-    with mock.patch.multiple(rounds, IN_MEMORY=2000, SEVERAL=1000):
+    with mock.patch.object(overlap, "SMALL", -1), mock.patch.multiple(rounds, IN_MEMORY=2000, SEVERAL=1000):
         assert [engine(["kite " * length] * 10) for length in (10, 30, 50)] == ["memory", "memory", "rounds"]
         with workers.using(Distant()):
             assert [engine(["kite " * length] * 10) for length in (10, 30, 50)] == ["memory", "rounds", "rounds"]

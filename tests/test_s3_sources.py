@@ -31,7 +31,7 @@ from dagster_project.stages import raw_examples, raw_preferences
 
 for needed in ("s3fs", "moto"):
     if importlib.util.find_spec(needed) is None and not os.environ.get("CI"):
-        pytest.skip(f"{needed} is not installed: pip install '.[dev,cluster]'", allow_module_level=True)
+        pytest.skip(f"{needed} is not installed: pip install --editable '.[dev]'", allow_module_level=True)
 
 ROWS = [{"prompt": f"Question {number}", "completion": f"Answer {number}"} for number in range(50)]
 
@@ -284,7 +284,7 @@ def test_an_error_that_quotes_credentials_is_shown_without_them(monkeypatch: pyt
 def test_without_s3fs_one_message_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
     error = refusal(tmp_path, {"path": "s3://bucket/a"})
-    assert "s3fs is not installed" in error.what and "pip install 'pedigree[cluster]'" in error.hint
+    assert "s3fs is not installed" in error.what and "pip install 'pedigree-llm[s3]'" in error.hint
 
 
 def test_the_check_of_files_says_that_it_does_not_read_s3() -> None:

@@ -224,7 +224,7 @@ def test_padded_examples_have_the_logits_of_single_examples(model: Any) -> None:
 def test_liger_is_refused_on_unsupported_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = SftParams(use_liger_kernel=True)
     with pytest.raises(
-        InputError, match=re.escape("adapter.x.use_liger_kernel: Liger is not installed\nhint: pip install --editable '.[gpu]'")
+        InputError, match=re.escape("adapter.x.use_liger_kernel: Liger is not installed\nhint: pip install 'pedigree-llm[gpu]'")
     ):
         refuse_mistakes(recipe, "adapter.x", [[3]], validates=True)
     monkeypatch.setattr(sft, "find_spec", lambda _: True)

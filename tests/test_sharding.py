@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.processes import at_pass, group, tune
-from builders.training import LORA, make_data, output_files, run_in_child
+from builders.processes import at_pass, group, printed, tune
+from builders.training import LORA, exclude_loaded_from_garbage_collection, make_data, output_files, run_in_child
 from conftest import ROOT
 
 from dagster_project.core.errors import InputError, PedigreeError
@@ -53,6 +53,7 @@ def main() -> None:
     folder, model = Path(sys.argv[1]), Path(sys.argv[2])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     launching.START_METHOD = "fork"
+    exclude_loaded_from_garbage_collection()
 
     def the_launcher_is_killed() -> None:
         group()[0].kill()
@@ -113,7 +114,7 @@ def weights(trained: Trained, name: str) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     folder, ends = trained
-    assert ends[name][-1] == 0, (folder / f"{name}.log").read_text()
+    assert ends[name][-1] == 0, printed(folder, name)
     [file] = (folder / name).glob("*model.safetensors")
     return load_file(file)
 
@@ -153,7 +154,7 @@ def test_checkpointed_gradients_and_gathered_weights_change_no_bit(trained: Trai
 
 def test_a_killed_training_resumes_to_the_same_bytes_with_as_many_processes(trained: Trained) -> None:
     folder, ends = trained
-    assert ends["killed"] == [-signal.SIGKILL, 2, 0]
+    assert ends["killed"] == [-signal.SIGKILL, 2, 0], printed(folder, "killed")
     assert re.search(r"step-00000002: this checkpoint is of 2 processes, .*as many\nhint: set compute.processes: 2, or remove",
                      (folder / "killed.said").read_text())  # fmt: skip
     assert "resuming from the checkpoint of step 2 of 4" in (folder / "killed.log").read_text()
@@ -162,7 +163,7 @@ def test_a_killed_training_resumes_to_the_same_bytes_with_as_many_processes(trai
 
 def test_a_stopped_training_saves_the_parts_of_all_processes(trained: Trained) -> None:
     folder, ends = trained
-    assert ends["stopped"] == [130, 0]
+    assert ends["stopped"] == [130, 0], printed(folder, "stopped")
     assert (folder / "stopped.said").read_text().startswith("interrupted at step 3; the next run resumes from there")
     name = "adapter_model.safetensors"
     assert output_files(folder, "stopped")[name] == output_files(folder, "lora_sharded")[name]

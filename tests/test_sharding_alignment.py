@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 from builders.preferences import PREFERENCE_SCHEMA, preference_row
-from builders.processes import at_pass, group
-from builders.training import output_files, run_in_child
+from builders.processes import at_pass, group, printed
+from builders.training import exclude_loaded_from_garbage_collection, output_files, run_in_child
 from conftest import ROOT
 
 from dagster_project.core.errors import InputError, PedigreeError
@@ -138,6 +138,7 @@ def main() -> None:
     folder, model = Path(sys.argv[1]), Path(sys.argv[2])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     launching.START_METHOD = "fork"
+    exclude_loaded_from_garbage_collection()
     found: dict[str, list[int]] = {}
     for name, count, recipe, arrange in runs():
 
@@ -171,7 +172,7 @@ def weights(trained: Trained, name: str) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     folder, ends = trained
-    assert ends[name][-1] == 0, (folder / f"{name}.log").read_text()
+    assert ends[name][-1] == 0, printed(folder, name)
     [file] = (folder / name).glob("*model.safetensors")
     return load_file(file)
 
@@ -216,7 +217,7 @@ def test_the_curves_and_the_evaluation_are_those_of_an_unsharded_training(traine
 @pytest.mark.parametrize(("name", "step"), [("judge", 2), ("ppo", 1)])
 def test_a_killed_training_resumes_to_the_same_bytes_with_as_many_processes(trained: Trained, name: str, step: int) -> None:
     folder, ends = trained
-    assert [ends[f"{name}_killed"][0], ends[f"{name}_killed"][-1]] == [-signal.SIGKILL, 0], (folder / f"{name}_killed.log").read_text()
+    assert [ends[f"{name}_killed"][0], ends[f"{name}_killed"][-1]] == [-signal.SIGKILL, 0], printed(folder, f"{name}_killed")
     assert re.search(rf"resuming from the checkpoint of (step|iteration) {step}\b", (folder / f"{name}_killed.log").read_text())
     resumed, whole = output_files(folder, f"{name}_killed"), output_files(folder, f"{name}_sharded")
     without_settings(resumed, whole)
@@ -225,14 +226,14 @@ def test_a_killed_training_resumes_to_the_same_bytes_with_as_many_processes(trai
 
 def test_another_number_of_processes_is_refused(trained: Trained) -> None:
     folder, ends = trained
-    assert ends["judge_killed"][1] == 2
+    assert ends["judge_killed"][1] == 2, printed(folder, "judge_killed")
     said = (folder / "judge_killed.said").read_text()
     assert re.search(r"step-00000002: this checkpoint is of 2 processes, .*as many\nhint: set compute.processes: 2, or remove", said)
 
 
 def test_a_stopped_training_saves_the_parts_of_all_processes(trained: Trained) -> None:
     folder, ends = trained
-    assert ends["dpo_stopped"] == [130, 0], (folder / "dpo_stopped.log").read_text()
+    assert ends["dpo_stopped"] == [130, 0], printed(folder, "dpo_stopped")
     assert (folder / "dpo_stopped.said").read_text().startswith("interrupted at step 2; the next run resumes from there")
     resumed, whole = output_files(folder, "dpo_stopped"), output_files(folder, "dpo_sharded")
     without_settings(resumed, whole)

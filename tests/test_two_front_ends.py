@@ -61,6 +61,7 @@ def dvc(root: Path, *arguments: str) -> int:
 class TwoFrontEnds(RuleBasedStateMachine):
     @initialize()
     def start(self) -> None:
+        os.environ["LOG_INPUTS"] = "1"
         self.folder = Path(tempfile.mkdtemp(prefix="two-front-ends-"))
         self.root = self.folder / "project"
         shutil.copytree(template(), self.root, symlinks=True)
@@ -76,6 +77,7 @@ class TwoFrontEnds(RuleBasedStateMachine):
         self.instance = dg.DagsterInstance.from_config(str(home))
 
     def teardown(self) -> None:
+        os.environ.pop("LOG_INPUTS", None)
         if hasattr(self, "folder"):
             self.instance.dispose()
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -343,12 +345,12 @@ class TwoFrontEnds(RuleBasedStateMachine):
         sync(self.root, self.instance, small_pipeline.PIPELINE)
         changed = small_pipeline.changed_in_dvc(self.root)
         assert small_pipeline.not_fresh(self.root, self.instance) == changed, f"{what}: DVC says {changed}"
-        for address, state in read_stages(self.root).items():
+        state_of = read_stages(self.root)
+        for address, state in state_of.items():
             event = self.instance.get_latest_materialization_event(asset_key(address))
             if event:
                 assert event.asset_materialization.tags["dagster/data_version"] == state.version, f"{what}: {address}"
         assert sync(self.root, self.instance, small_pipeline.PIPELINE) == [], what
-        state_of = read_stages(self.root)
         for name in ("inst", "tok", "adapter", "cmp", "extra"):
             for path in (self.root / "data" / name).rglob("*.txt"):
                 address = f"adapter@{path.parent.name}" if name == "adapter" else name
@@ -415,7 +417,7 @@ def test_every_operation_once_with_both_front_ends() -> None:
 
 TestTwoFrontEnds = TwoFrontEnds.TestCase
 TestTwoFrontEnds.settings = settings(
-    max_examples=5, stateful_step_count=8, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck),
+    max_examples=3, stateful_step_count=8, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck),
     phases=[Phase.generate],
 )  # fmt: skip
 

@@ -95,8 +95,9 @@ def test_likely_causes_are_differences_in_the_environment(root: Path) -> None:
         write_json(store.at("cd34.dir"), [{"relpath": "training.json", "md5": "ab12"}])
         write_json(root / "data/adapter/lora/training.json", now)
         lock = {"adapter@lora": {"outs": [{"path": "data/adapter/lora", "md5": "cd34.dir"}]}}
-        return Outputs(Revision(root, None), lock, store, root).causes("adapter@lora", compared(None, None))
+        return Outputs(Revision(root, None), lock, store, root).causes("adapter@lora", compared(*machines))
 
+    machines: list[dict[str, str] | None] = [None, None]
     store = Store(root / "objects", root / "runs")
     same = {"threads": 2, "dtype": "float32"}
     here = {"numpy": version("numpy")}
@@ -104,6 +105,8 @@ def test_likely_causes_are_differences_in_the_environment(root: Path) -> None:
     assert causes(here, same, same | {"threads": 1}) == ["threads: 2 then, 1 now"]
     assert causes(here, same, same)[0].startswith("unknown: the same versions as when adapter@lora was produced")
     assert causes({}, {}, {})[0].startswith("unknown: the earlier versions are not recorded")
+    machines[:] = {"cpu": "A", "packages": "1" * 64}, {"cpu": "A", "packages": "2" * 64}
+    assert causes(here, same, same) == [f"other installed packages: sha256 {'1' * 16} then, {'2' * 16} now"]
 
 
 def test_an_unknown_stage_or_revision_is_one_message(root: Path) -> None:

@@ -1,5 +1,5 @@
-"""`make docs`: writes docs/params.schema.json, docs/parameters.md and the tables of docs/checks.md from the code, and the files of the package that repeat
-others: dvc.yaml, and the changes in results.
+"""`make docs`: writes dagster_project/params.schema.json, docs/parameters.md and the tables of docs/checks.md from the code, and the files
+of the package that repeat others: dvc.yaml, and the changes in results.
 
 The JSON Schema comes from the classes that validate params.yaml, the tables of parameters come from the schema.
 """
@@ -45,7 +45,7 @@ def generated(root: Path) -> dict[Path, str]:
     schema = params_schema()
     checks = root / "docs" / "checks.md"
     return {
-        root / "docs" / "params.schema.json": json.dumps(schema, indent=1, ensure_ascii=False) + "\n",
+        root / "dagster_project" / "params.schema.json": json.dumps(schema, indent=1, ensure_ascii=False) + "\n",
         root / "docs" / "parameters.md": parameters_page(schema),
         checks: _fill(checks.read_text(encoding="utf-8"), check_tables()),
         root / "dagster_project" / TEMPLATE.name: (root / "dvc.yaml").read_text(encoding="utf-8"),
@@ -156,7 +156,7 @@ def parameters_page(schema: Schema) -> str:
         "# Parameters",
         "Every key of `params.yaml`. Unknown keys and wrong types are refused before anything runs. Each section belongs to one stage, except "
         "`compute` and `evaluation`, which several stages read, and `execution`, which no stage reads. This page is generated from the code by `make docs`; "
-        "`docs/params.schema.json` has the same content, for editors.",
+        "`dagster_project/params.schema.json` has the same content, for editors.",
     ]
     for name, section in schema["properties"].items():
         model = next(_models(section, definitions))

@@ -7,8 +7,9 @@ from typing import Any
 
 from dagster_project.lineage.tolerance import Deviation
 
-NAMES = {"cpu"}
-"""Keys of a recorded machine that do not make another kind: the processor's marketing name."""
+NAMES = {"cpu", "packages"}
+"""Keys of a recorded machine that do not make another kind: the processor's marketing name, and the hash of all installed distributions, of which
+only a few change a result (`causes` of commands/outputs.py names these)."""
 
 BOUNDS: dict[tuple[str, str], dict[str, float]] = {
     ("training", "float32"): {"update": 0.02, "weight": 0.001, "number": 0.01, "column": 0.05, "interval": 1.0, "answers": 0.05},

@@ -157,6 +157,9 @@ class Outputs:
         before, after = self._training(name)
         causes += [f"{key}: {before.get(key)} then, {after.get(key)} now" for key in IDENTITY if before.get(key) != after.get(key)]
         causes += elsewhere.differences(machine["recorded"], machine["now"]) if machine["same_kind"] is False else []
+        then, here = ((machine[when] or {}).get("packages") for when in ("recorded", "now"))
+        if then and here and then != here:
+            causes.append(f"other installed packages: sha256 {then[:16]} then, {here[:16]} now")
         if causes:
             return causes
         same = [f"the same versions as when {producer} was produced" if recorded else "the earlier versions are not recorded"]

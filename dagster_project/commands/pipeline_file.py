@@ -7,6 +7,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from dagster_project import __version__
 from dagster_project.core.hashing import sha256_of_text
 from dagster_project.core.layout import is_code
 from dagster_project.lineage import code_lock
@@ -46,7 +47,7 @@ def pipeline_text() -> str:
 
 def current_lock() -> CodeLock:
     """code.lock.yaml for the installed package, with a dvc.yaml that it wrote."""
-    return CodeLock(code_lock.installed_version(), code_lock.installed(), sha256_of_text(pipeline_text()))
+    return CodeLock(__version__, code_lock.installed(), sha256_of_text(pipeline_text()))
 
 
 @dataclass(frozen=True)

@@ -411,6 +411,20 @@ def iter_ledger(folder: Path) -> Iterator[dict[str, Any]]:
 LEDGER = "ledger.parquet"
 
 
+REWARD_METHODS = frozenset({"rloo", "grpo", "ppo"})
+"""Alignment methods that learn from the rewards of their own answers. The others only measure themselves by a reward model."""
+
+
+def learns_from_reward_model(aligned: Mapping[str, Any]) -> bool:
+    """Whether a model is aligned by the scores of the reward model, not by pairs or rules alone.
+
+    Args:
+        aligned: its parameters or its report: "method", and "rewards" unless they are the default.
+    """
+    weights = aligned.get("rewards") or {"reward_model": 1}
+    return aligned.get("method") in REWARD_METHODS and bool(weights.get("reward_model"))
+
+
 def with_license(facts: Mapping[str, Any]) -> dict[str, Any]:
     """A report's facts on a source or base model, with the current key: reports of earlier versions use `licence`."""
     return {"license" if key == "licence" else key: value for key, value in facts.items()}

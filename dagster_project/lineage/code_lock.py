@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from dagster_project import __version__
 from dagster_project.core.errors import InputError
 from dagster_project.core.git import git
 from dagster_project.core.hashing import sha256_of_file, sha256_of_text
@@ -89,14 +89,6 @@ def _files(place: Path) -> list[Path]:
     return [path for path in place.rglob("*") if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".pyc"]
 
 
-def installed_version() -> str:
-    """Version of the installed distribution; "unknown" if the package is not installed as one."""
-    try:
-        return version(DISTRIBUTION)
-    except PackageNotFoundError:
-        return "unknown"
-
-
 def is_used(root: Path) -> bool:
     """Whether the stages of a project depend on code.lock.yaml, i.e. the project is not a clone of the package."""
     try:
@@ -157,7 +149,7 @@ def refuse_other_code(root: Path, stages: Iterable[str] | None = None) -> None:
     differing = [name for name, value in now.items() if recorded.stages.get(name) != value]
     if not set(differing) & set(now if stages is None else stages):
         return
-    here = installed_version()
+    here = __version__
     versions = (
         f"{DISTRIBUTION} {here} is installed, {recorded.version} is recorded" if here != recorded.version else f"both are version {here}"
     )
@@ -185,7 +177,7 @@ def compare(root: Path, recorded: Mapping[str, Mapping[str, str]]) -> dict[str, 
     entries = {name: (stage, value) for name, entry in recorded.items() for stage, value in entry.items()}
     versions = _versions(root, set(entries.values()))
     return {
-        "installed": installed_version(),
+        "installed": __version__,
         "stages": {name: {"sha256": entry[1], "version": versions.get(entry)} for name, entry in entries.items()},
         "differs": [name for name, (stage, value) in entries.items() if now.get(stage) != value],
     }

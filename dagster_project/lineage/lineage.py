@@ -497,12 +497,14 @@ def _metrics(subject: Subject, report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _machine_lines(machines: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """One line for each machine: its stages, processor, instruction sets of torch and oneDNN, threads and GPU."""
+    """One line for each machine: its stages, processor, instruction sets of torch and oneDNN, threads, GPU and installed packages."""
     stages: dict[str, list[str]] = {}
     for stage, one in machines.items():
         used, gpu = one["instruction_set"], one.get("cuda")
         text = f"{one['cpu']}, {used['torch']} (oneDNN {used['onednn'] or 'none'}), {one['threads']} threads"
-        stages.setdefault(text + (f", {gpu['device']}, driver {gpu['driver']}" if gpu else ""), []).append(stage)
+        text += f", {gpu['device']}, driver {gpu['driver']}" if gpu else ""
+        text += f", packages sha256 {one['packages'][:16]}" if "packages" in one else ""
+        stages.setdefault(text, []).append(stage)
     return [f"{text}: {', '.join(names)}" for text, names in stages.items()]
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_bytes, md5_of_folder
 from dagster_project.core.layout import PLOTS, REPORTS, is_code
-from dagster_project.lineage.export.summary import learns_from_reward_model
+from dagster_project.core.records import learns_from_reward_model
 from dagster_project.lineage.history import stages_of
 
 Place = Literal["commit", "workspace", "reflog", "run cache", "cache"]

@@ -70,9 +70,7 @@ def push(root: Path, remote: str | None = None) -> PushResult:
             runs = len(repo.stage_cache.push(name))
             return PushResult(name, runs, len(result.transferred) + repo.push(remote=name))
         except ImportError as error:
-            raise InputError(
-                f"cannot push to the DVC remote {name}: {error}", "`.venv/bin/pip install --editable '.[cluster]'` installs dvc-s3"
-            ) from None
+            raise InputError(f"cannot push to the DVC remote {name}: {error}", "`pip install 'pedigree-llm[s3]'` installs dvc-s3") from None
         except Exception as error:
             if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in REMOTE_LIBRARIES:
                 raise

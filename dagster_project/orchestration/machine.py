@@ -5,9 +5,11 @@ Never a host name, a path or a time. It is in no output and in no identity of a 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,7 @@ def machine() -> dict[str, Any]:
 
     Returns:
         {"cpu": the processor's name, "architecture", "vendor", "flags", "caches", "instruction_set": {"torch", "onednn"}, "threads",
-        "torch": {"version", "git", "cuda"}, "libraries": {name: version}}; "limits": environment variables that choose kernels, if any is set;
+        "torch": {"version", "git", "cuda"}, "libraries": {name: version}, "packages": see `packages`}; "limits": environment variables that choose kernels, if any is set;
         "cuda": {"device", "capability", "driver", "cudnn"}, if this process used a GPU.
     """
     import torch
@@ -72,9 +74,16 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": {"version": torch.__version__, "git": torch.version.git_version, "cuda": torch.version.cuda},
         "libraries": _libraries(torch.__config__.show()),
+        "packages": packages(),
         **({"limits": limits} if limits else {}),
         **({"cuda": _cuda()} if torch.cuda.is_available() and torch.cuda.is_initialized() else {}),
     }
+
+
+def packages() -> str:
+    """The environment: sha256 over the lines "name==version" of all installed distributions, names normalized and lines sorted."""
+    lines = {f"{re.sub('[-_.]+', '-', one.name).lower()}=={one.version}\n" for one in distributions()}
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
 def onednn(flags: set[str], limits: dict[str, str]) -> str:

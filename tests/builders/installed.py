@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,12 +13,15 @@ from conftest import ROOT, run
 
 
 def install(site: Path, version: str) -> Path:
-    """A folder for PYTHONPATH with the package and the metadata of a distribution of this version."""
+    """A folder for PYTHONPATH with this version of the package."""
     shutil.copytree(ROOT / "dagster_project", site / "dagster_project", ignore=shutil.ignore_patterns("__pycache__"))
-    metadata = site / f"pedigree_llm-{version}.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: pedigree-llm\nVersion: {version}\n")
+    set_version(site, version)
     return site
+
+
+def set_version(site: Path, version: str) -> None:
+    module = site / "dagster_project" / "__init__.py"
+    module.write_text(re.sub(r'(?m)^__version__ = ".*"$', f'__version__ = "{version}"', module.read_text()))
 
 
 def edit(site: Path, module: str) -> None:

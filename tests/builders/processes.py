@@ -30,6 +30,11 @@ def tune(folder: Path, model: Path, name: str, count: int, recipe: dict[str, Any
     (out / "report.json").write_text(json.dumps(report.document()))
 
 
+def printed(folder: Path, name: str) -> str:
+    """The log of the runs of a name and the message of their last error, for the message of a failing test."""
+    return "\n".join(path.read_text() for path in (folder / f"{name}.log", folder / f"{name}.said") if path.exists())
+
+
 def at_pass(number: int, do: Callable[[], None]) -> None:
     """Call `do` in the first process after its n-th pass, counted from 1."""
     from transformers import Trainer

@@ -72,7 +72,9 @@ def _from_transformers(base_model: Path) -> Any:
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
-        raise InputError(f"{base_model}: reading its tokenizer requires transformers: {error}", "pip install transformers") from None
+        raise InputError(
+            f"{base_model}: reading its tokenizer requires transformers: {error}", "pip install 'pedigree-llm[train]'"
+        ) from None
     try:
         return AutoTokenizer.from_pretrained(base_model, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001  tokenizers raises nothing narrower; transformers any exception

@@ -15,14 +15,12 @@ import numba
 import numpy as np
 
 from dagster_project.core.errors import InputError
+from dagster_project.curation.similarity.engine import BINS, Array, Constants, Gates
 
-Array = np.ndarray[Any, Any]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 THREADS = numba.config.NUMBA_NUM_THREADS
 """Compiled loops release the GIL, so plain threads share the work."""
-BINS = 21
-"""Bins of equal width for the scores from 0 to 1; the last bin is 1.0 itself."""
 MOST = 2**31 - 1
 """Spans that can be named at once: a name has 32 bits."""
 PARTS = 8
@@ -268,46 +266,6 @@ def leave_one_out(tokens: Array, low: Array, high: Array, least: int, below: int
     return values, starts, lengths, texts
 
 
-class Gates(NamedTuple):
-    """Thresholds of near-copies; the constants of overlap.py, by their names."""
-
-    jaccard: float
-    firm: float
-    in_order: float
-    long: int
-    containment: float
-    whole: float
-    few: int
-
-
-class Constants(NamedTuple):
-    """The constants of overlap.py, by their names."""
-
-    run: int
-    shingle: int
-    short: int
-    edited: int
-    rare: int
-    gates: Gates
-
-
-class Found(NamedTuple):
-    """Near-copies among different texts, as an engine finds them. Different texts are numbered by their first rows."""
-
-    number: Array
-    """For each row the number of its text; -1 if it has no words."""
-    first: Array
-    """For each text its first row."""
-    near: list[tuple[int, int, float, int]]
-    """(text, text, similarity, rule): rule 1 Jaccard, 2 containment, 3 one word left out. In no particular order."""
-    scores: Array
-    """(BINS, 2): compared pairs that are not near-copies, and near-copies, by containment."""
-    passages: list[tuple[int, int, int, int]]
-    """The most frequent passages: first text, position and length in words, number of texts."""
-    word_counts: dict[int, list[int]]
-    """Text of `near` -> for each of its words the number of texts with it; ascending, empty unless requested."""
-
-
 @compiled
 def _in_order(tokens: Array, a: int, a_end: int, b: int, b_end: int) -> float:
     """Words that two texts have in the same order (longest common subsequence), as a share of the shorter text."""
@@ -496,26 +454,3 @@ def _most_frequent(tokens: Array, starts: Array, lengths: Array, texts: Array, r
     counts = frequency(names, texts, len(names))
     order = np.argsort(-counts, kind="stable")[:10]
     return [(int(starts[k]), int(lengths[k]), int(counts[k])) for k in order if counts[k] > rare]
-
-
-@compiled
-def _root(parent: Array, i: int) -> int:
-    while parent[i] != i:
-        parent[i] = parent[parent[i]]
-        i = parent[i]
-    return i
-
-
-@compiled
-def link(parent: Array, left: Array, right: Array) -> None:
-    """Union-find: afterwards `parent` has for each row the smallest row that it is linked to.
-
-    Args:
-        parent: the index of each row; overwritten.
-        left, right: rows of each link.
-    """
-    for k in range(len(left)):
-        a, b = _root(parent, left[k]), _root(parent, right[k])
-        parent[max(a, b)] = min(a, b)
-    for i in range(len(parent)):
-        parent[i] = parent[parent[i]]  # a parent is never larger, so that of the parent is final

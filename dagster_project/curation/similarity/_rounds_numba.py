@@ -5,9 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from dagster_project.curation.similarity._overlap_numba import (
-    BINS,
-    Array,
-    Gates,
     compiled,
     frequency,
     grams,
@@ -17,6 +14,7 @@ from dagster_project.curation.similarity._overlap_numba import (
     name_spans,
     shingle_sets,
 )
+from dagster_project.curation.similarity.engine import BINS, Array, Gates
 
 _SHIFT, _MIX = np.uint64(33), np.uint64(0xC4CEB9FE1A85EC53)
 _FACTORS = np.array([0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93], np.uint64)

@@ -10,13 +10,14 @@ import re
 import unicodedata
 from array import array
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from itertools import chain
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
-    from dagster_project.curation.similarity._overlap_numba import Constants, Found
+    from dagster_project.curation.similarity.engine import Constants, Found
 
 RUN = 5
 """Words in the run two texts must share to be compared. Texts with fewer words match only if equal."""
@@ -37,6 +38,10 @@ SHORT = 15
 EDITED = 8
 """One edit may leave two texts of fewer words without enough common shingles: they also match if they are the same once
 a word is left out of one or each of them (the index of deletions known from SymSpell, over words)."""
+
+SMALL, ALONE = 400_000, 20_000_000
+"""Characters of texts that plain Python compares (_overlap_python.py): in less time than numba takes to load; and without numba."""
+_SAMPLE = 1000
 
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]|[^\W_]+")
 
@@ -87,13 +92,29 @@ def compare(texts: Sequence[str], against: Sequence[str] | None = None, count_wo
         changes memory and time only.
         count_words: whether to fill `Comparison.frequency`.
     """
-    from dagster_project.curation.similarity import _overlap_numba as compiled
+    from dagster_project.curation.similarity.engine import Constants, Gates
+
+    gates = Gates(JACCARD, FIRM, IN_ORDER, LONG, CONTAINMENT, WHOLE, FEW)
+    constants = Constants(RUN, SHINGLE, SHORT, EDITED, RARE, gates)
+    return _comparison(_engine(texts, against)(texts, against, constants, count_words), texts, against)
+
+
+def _engine(texts: Sequence[str], against: Sequence[str] | None) -> Callable[..., Found]:
+    """The fastest of the engines for texts of this size. All give the same result."""
+    size = sum(_characters(side) for side in (texts, against or ()))
+    if size <= (SMALL if find_spec("numba") else ALONE):
+        from dagster_project.curation.similarity import _overlap_python
+
+        return _overlap_python.search
     from dagster_project.curation.similarity import rounds
 
-    gates = compiled.Gates(JACCARD, FIRM, IN_ORDER, LONG, CONTAINMENT, WHOLE, FEW)
-    constants = compiled.Constants(RUN, SHINGLE, SHORT, EDITED, RARE, gates)
-    search = rounds.search if rounds.are_worth_it(texts, against) else _search
-    return _comparison(search(texts, against, constants, count_words), texts, against)
+    return rounds.search if rounds.are_worth_it(size) else _search
+
+
+def _characters(texts: Sequence[str]) -> int:
+    """Characters of all texts, estimated by a sample."""
+    sampled = range(0, len(texts), max(1, len(texts) // _SAMPLE))
+    return sum(len(texts[i]) for i in sampled) * len(texts) // max(1, len(sampled))
 
 
 def encode(text: str) -> bytes:
@@ -106,6 +127,7 @@ def _search(texts: Sequence[str], against: Sequence[str] | None, constants: Cons
     import numpy as np
 
     from dagster_project.curation.similarity import _overlap_numba as compiled
+    from dagster_project.curation.similarity.engine import BINS, Found
 
     size = len(texts)
     tokens, offsets = compiled.tokenize([encode(text) for text in chain(texts, against or ())])
@@ -113,7 +135,7 @@ def _search(texts: Sequence[str], against: Sequence[str] | None, constants: Cons
     left, right = np.zeros(len(first), np.bool_), np.zeros(len(first), np.bool_)
     for side, numbers in ((left, number[:size]), (right, number if against is None else number[size:])):
         side[numbers[numbers >= 0]] = True
-    scores = np.zeros((compiled.BINS, 2), np.int64)
+    scores = np.zeros((BINS, 2), np.int64)
     frequent: list[tuple[int, int, int]] = []
     near = [*compiled.near_texts(
         tokens, offsets[first], offsets[first + 1], left, right, against is None, constants=constants, scores=scores, boilerplate=frequent
@@ -128,7 +150,7 @@ def _search(texts: Sequence[str], against: Sequence[str] | None, constants: Cons
     for start, length, count in frequent:
         row = int(np.searchsorted(offsets, start, "right")) - 1
         passages.append((int(number[row]), start - int(offsets[row]), length, count))
-    return compiled.Found(number, first, near, scores, passages, word_counts)
+    return Found(number, first, near, scores, passages, word_counts)
 
 
 def _comparison(found: Found, texts: Sequence[str], against: Sequence[str] | None) -> Comparison:
@@ -241,12 +263,17 @@ def _spans(text: str) -> list[tuple[str, int, int]]:
 
 def clusters(size: int, pairs: Sequence[Pair]) -> array[int]:
     """For each of `size` rows the smallest row it is linked to, directly or through others (itself if none)."""
-    import numpy as np
-
-    from dagster_project.curation.similarity import _overlap_numba as compiled
-
     parent = array("q", range(size))
-    left = np.fromiter((pair.left for pair in pairs), np.int64, len(pairs))
-    right = np.fromiter((pair.right for pair in pairs), np.int64, len(pairs))
-    compiled.link(np.frombuffer(parent, np.int64), left, right)
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    for pair in pairs:
+        a, b = root(pair.left), root(pair.right)
+        parent[max(a, b)] = min(a, b)
+    for i, up in enumerate(parent):
+        parent[i] = parent[up]  # a parent is never larger, so that of the parent is final
     return parent

@@ -24,7 +24,8 @@ import numpy as np
 from dagster_project.core import workers
 from dagster_project.core.errors import InputError
 from dagster_project.curation.similarity import _rounds_numba as loops
-from dagster_project.curation.similarity._overlap_numba import BINS, Array, Constants, Found, frequency, name_spans, passages, split
+from dagster_project.curation.similarity._overlap_numba import frequency, name_spans, passages, split
+from dagster_project.curation.similarity.engine import BINS, Array, Constants, Found
 from dagster_project.curation.similarity.overlap import encode
 from dagster_project.curation.similarity.shuffle import Column, Shuffle
 
@@ -43,18 +44,11 @@ BUCKET = 2**15
 """Left texts of the candidates that are sorted at once."""
 TOP = 10
 """Number of reported passages."""
-_SAMPLE = 1000
 
 
-def are_worth_it(texts: Sequence[str], against: Sequence[str] | None) -> bool:
-    """Whether texts are so long, by a sample, that they are compared in rounds."""
-    size = sum(_characters(side) for side in (texts, against or ()))
-    return size > (SEVERAL if workers.current().count > 1 else IN_MEMORY)
-
-
-def _characters(texts: Sequence[str]) -> int:
-    sampled = range(0, len(texts), max(1, len(texts) // _SAMPLE))
-    return sum(len(texts[i]) for i in sampled) * len(texts) // max(1, len(sampled))
+def are_worth_it(characters: int) -> bool:
+    """Whether texts of so many characters are compared in rounds."""
+    return characters > (SEVERAL if workers.current().count > 1 else IN_MEMORY)
 
 
 class Sizes(NamedTuple):

@@ -52,7 +52,7 @@ class Reader:
             import s3fs
         except ImportError:
             raise InputError(
-                "s3fs is not installed, which reads sources in S3", "`pip install 'pedigree[cluster]'` installs it, with dvc-s3"
+                "s3fs is not installed, which reads sources in S3", "`pip install 'pedigree-llm[s3]'` installs it, with dvc-s3"
             ) from None
         self._files = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False, default_block_size=READ_AHEAD)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import date
-from importlib.metadata import version
 from typing import Any
 
 import attr
@@ -12,6 +11,7 @@ from openlineage.client.event_v2 import InputDataset, Job, OutputDataset, Run, R
 from openlineage.client.facet_v2 import DatasetFacet, dataset_version_dataset, output_statistics_output_dataset, tags_run
 from openlineage.client.serde import Serde
 
+from dagster_project import __version__
 from dagster_project.lineage.export.summary import identity
 
 NAMESPACE = "pedigree"
@@ -34,7 +34,7 @@ def openlineage(summary: Mapping[str, Any], issued: date) -> str:
     Args:
         issued: time of every event: the time of a run is not recorded, because the same inputs give the same bytes at any time.
     """
-    producer = f"urn:pedigree:{version('pedigree')}"
+    producer = f"urn:pedigree:{__version__}"
     sums = {stage["output"]: stage["sha256"] for stage in summary["stages"].values()} | {
         path: s["sha256"] for path, s in summary["sources"].items()
     }

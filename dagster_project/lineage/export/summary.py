@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 from uuid import UUID, uuid5
 
-from dagster_project.core.records import with_license
+from dagster_project.core.records import learns_from_reward_model, with_license
 from dagster_project.lineage.export.licenses import summarize_licenses
 
 NAMESPACE = UUID("6f1d7c1e-2f0b-5f5e-9a53-0f0c6b1f2a90")
@@ -65,20 +65,6 @@ def chain(variant: str, reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 PREFERENCE_STAGES = {"raw_preferences", "preferences"}
 """Stages that only aligned models depend on."""
-REWARD_METHODS = frozenset({"rloo", "grpo", "ppo"})
-"""Alignment methods that learn from the rewards of their own answers. The others only measure themselves by a reward model."""
-
-
-def learns_from_reward_model(aligned: Mapping[str, Any]) -> bool:
-    """Whether a model is aligned by the scores of the reward model, not by pairs or rules alone.
-
-    Args:
-        aligned: its parameters or its report: "method", and "rewards" unless they are the default.
-    """
-    weights = aligned.get("rewards") or {"reward_model": 1}
-    return aligned.get("method") in REWARD_METHODS and bool(weights.get("reward_model"))
-
-
 TRAINING = (
     "method",
     "trainable_parameters",

@@ -47,7 +47,7 @@ def _missing_package(file: Path, error: Exception) -> InputError | None:
     package = (missing.name or "").partition(".")[0].replace("_", "-")
     return InputError(
         f"{file} needs the package {package}, which is not installed",
-        "`.venv/bin/pip install --editable '.[cluster]'` installs dagster-postgres; docs/cluster.md names the other packages",
+        "`pip install 'pedigree-llm[cluster]'` installs dagster-postgres; docs/cluster.md names the other packages",
     )
 
 

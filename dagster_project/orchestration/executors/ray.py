@@ -92,7 +92,7 @@ def connect(address: str) -> tuple[Any, str]:
             from ray.job_submission import JobSubmissionClient
         except ImportError:
             raise InputError(
-                "Ray is not installed", "`pip install 'pedigree[cluster]'`, or run the stage here: PEDIGREE_EXECUTION=local"
+                "Ray is not installed", "`pip install 'pedigree-llm[ray]'`, or run the stage here: PEDIGREE_EXECUTION=local"
             ) from None
         for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):  # notes on each upload
             logging.getLogger(name).setLevel(logging.WARNING)

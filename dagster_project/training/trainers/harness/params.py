@@ -125,7 +125,7 @@ class SftParams(TrainingParams):
     compiler on a CPU."""
     use_liger_kernel: bool = False
     """Use Liger's fused kernels for normalization, rotary embedding and the gated MLP; the loss is computed without
-    them. Requires a GPU and `pip install --editable '.[gpu]'`."""
+    them. Requires a GPU and `pip install 'pedigree-llm[gpu]'`."""
     early_stopping_patience: int | None = Field(default=None, ge=1)
     """Epochs in a row without a lower validation loss after which training stops. null: train to the end."""
     load_best_model_at_end: bool = False

@@ -89,7 +89,7 @@ def refuse_mistakes(params: SftParams, where: str, lengths: Sequence[Sequence[in
         if not any(map(find_spec, packages[name])):
             wrong.append((f"{where}.report_to: {name} is not installed", f"pip install {name}, or set report_to: none"))
     if params.use_liger_kernel and not find_spec("liger_kernel"):
-        wrong.append((f"{where}.use_liger_kernel: Liger is not installed", "pip install --editable '.[gpu]'"))
+        wrong.append((f"{where}.use_liger_kernel: Liger is not installed", "pip install 'pedigree-llm[gpu]'"))
     elif params.use_liger_kernel and not torch.cuda.is_available():
         wrong.append((f"{where}.use_liger_kernel: Liger's kernels run on a GPU, and there is none", "leave it out"))
     if wrong:

@@ -1,0 +1,38 @@
+"""The extra of the distribution that installs a library. The core has `check`, `audit`, `impact` and `export`; everything else needs extras."""
+
+from __future__ import annotations
+
+from dagster_project.core.errors import InputError
+
+PACKAGES = {
+    "train": (
+        "torch", "transformers", "trl", "peft", "accelerate", "datasets", "safetensors", "gguf", "numba", "sklearn", "threadpoolctl", "sacrebleu",
+        "lm_eval",
+    ),
+    "pipeline": ("dagster", "dagster_webserver", "dagster_graphql", "dagster_pipes", "dagster_shared", "dvc", "dvc_data", "hydra", "omegaconf", "antlr4", "matplotlib", "psutil"),
+    "gx": ("great_expectations", "pandas"),
+    "gpu": ("liger_kernel",),
+    "quant": ("bitsandbytes",),
+    "ray": ("ray",),
+    "s3": ("dvc_s3", "s3fs", "botocore"),
+    "cluster": ("dagster_postgres",),
+}  # fmt: skip
+"""Extra of pyproject.toml -> packages that it installs and that this project imports."""
+
+_EXTRA = {package: extra for extra, packages in PACKAGES.items() for package in packages}
+
+
+def missing_extra(error: ModuleNotFoundError, command: str) -> InputError | None:
+    """The message for a library that is not installed; None for a module that no extra installs, whose absence is a fault.
+
+    Args:
+        command: that needs it, e.g. "run".
+    """
+    package = (error.name or "").partition(".")[0]
+    extra = _EXTRA.get(package)
+    if extra is None:
+        return None
+    return InputError(
+        f"`pedigree {command}` requires {package}, which is not installed",
+        f"`pip install 'pedigree-llm[{extra}]'` installs it; 'pedigree-llm[all]' has what all commands and stages need",
+    )

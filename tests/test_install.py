@@ -1,0 +1,138 @@
+"""The wheel with the core's dependencies alone: five commands work without torch, transformers, Dagster and DVC; all others name their extra."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from builders.files import jsonl
+from builders.history import Project, identity, messages
+from conftest import ROOT
+
+from dagster_project.commands.extras import PACKAGES, missing_extra
+
+ABSENT = ("torch", "transformers", "datasets", "numba", "sklearn", "matplotlib", "dagster", "dvc", "great_expectations", "ray")
+MEGABYTES = 540
+"""Limit of the installed core. polars, pyarrow and numpy take about 400 of it."""
+
+
+def environment() -> dict[str, str]:
+    """Without PYTHONPATH: a clone on it counts as installed."""
+    return {key: value for key, value in os.environ.items() if key not in {"PYTHONPATH", "PYTHONDONTWRITEBYTECODE"}}
+
+
+def installed(*command: str | Path) -> None:
+    done = subprocess.run([*map(str, command)], cwd="/", env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, because setuptools writes into the folder that it builds."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "dagster_project", source / "dagster_project", ignore=shutil.ignore_patterns("__pycache__"))
+    pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
+    installed(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", source / "dist", source)
+    [built] = (source / "dist").iterdir()
+    return built
+
+
+@pytest.fixture(scope="module")
+def core(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment outside the clone with the wheel and what it requires, in the locked versions."""
+    folder = tmp_path_factory.mktemp("core")
+    if not os.environ.get("PEDIGREE_REQUIRE_INDEX"):
+        probe = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--retries", "0", "--dest", str(folder), "packaging"]
+        if subprocess.run(probe, cwd="/", capture_output=True, check=False).returncode:
+            pytest.skip("the package index is not reachable")
+    installed(sys.executable, "-m", "venv", folder / "env")
+    python = folder / "env" / "bin" / "python"
+    with_uv = (shutil.which("uv"), "pip", "install", "--quiet", "--python", python)
+    with_pip = (python, "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check")
+    installed(*(with_uv if with_uv[0] else with_pip), "--constraint", ROOT / "requirements.lock", wheel)
+    return python
+
+
+def outside(core: Path, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """A command of the installed package, in a folder that is not the clone."""
+    return subprocess.run(
+        [core.parent / "pedigree", *arguments], cwd=folder, env=environment(), capture_output=True, text=True, check=False
+    )
+
+
+def test_the_wheel_has_pages_schema_types_and_license(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    package = {name.removeprefix("dagster_project/") for name in names if name.startswith("dagster_project/")}
+    expected = {str(path.relative_to(ROOT / "dagster_project")) for path in (ROOT / "dagster_project").rglob("*") if path.is_file()}
+    assert package == {name for name in expected if "__pycache__" not in name}
+    assert {"py.typed", "params.schema.json", "views/html.css", "views/templates/base.jinja"} <= package
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+
+
+def test_the_core_is_light(core: Path) -> None:
+    names = ("dagster_project", "polars", *ABSENT)
+    code = f"import importlib.util as u; print(*[name for name in {names!r} if u.find_spec(name)])"
+    found = subprocess.run([core, "-c", code], cwd="/", env=environment(), capture_output=True, text=True, check=True).stdout
+    assert found.split() == ["dagster_project", "polars"]
+    [packages] = core.parent.parent.glob("lib/python*/site-packages")
+    own = [path for path in packages.rglob("*") if path.is_file() and path.relative_to(packages).parts[0] not in {"pip", "setuptools"}]
+    assert sum(path.stat().st_size for path in own) < MEGABYTES * 1e6
+
+
+def test_help_and_check_work_in_the_core(core: Path, tmp_path: Path) -> None:
+    assert "audit" in outside(core, "--help", folder=tmp_path).stdout
+    text = "the kite that we ordered for her birthday and that went to the pub on Mill Row"
+    texts = [text, text, text.replace("that went", "which went"), *(f"{name} tea" for name in "abcdefg")]
+    file = jsonl(tmp_path / "rows.jsonl", *({"messages": messages(one)} for one in texts))
+    done = outside(core, "check", str(file), "--json", "--report", "page.html", folder=tmp_path)
+    assert done.returncode in {0, 1}, done.stderr
+    document = json.loads(done.stdout)
+    assert document["rows"] == 10
+    assert {finding["check"] for finding in document["findings"] if finding["count"]} >= {"exact_duplicates", "near_duplicates"}
+    assert "<html" in (tmp_path / "page.html").read_text()
+
+
+def test_audit_impact_and_export_work_in_the_core(core: Path, tmp_path: Path) -> None:
+    project = Project(tmp_path / "project")
+    project.commit(project.lock([("kites", "train", "a.jsonl"), ("pubs", "test", "a.jsonl")]))
+
+    def answer(*arguments: str) -> tuple[int, str]:
+        done = outside(core, *arguments, folder=project.root)
+        assert "Traceback" not in done.stderr, done.stderr
+        return done.returncode, done.stdout
+
+    code, text = answer("audit", "merged@lora", "--json")
+    assert code == 0 and json.loads(text)["records"]["learnt_by"]["adapter@lora"]["records"] == 1
+    code, text = answer("impact", "--record", identity("kites"), "--json")
+    assert code == 0 and json.loads(text)["verdict"] == "yes"
+    for name in ("cyclonedx", "openlineage", "model-card"):
+        code, text = answer("export", "merged@lora", "--format", name)
+        assert code == 0 and "merged" in text
+
+
+@pytest.mark.parametrize(
+    ("command", "extra"), [("run splits", "pipeline"), ("ui", "pipeline"), ("sync", "pipeline"), ("plan --model config.json", "train")]
+)
+def test_any_other_command_names_the_extra_that_it_needs(core: Path, tmp_path: Path, command: str, extra: str) -> None:
+    project = Project(tmp_path / "project")
+    (project.root / "config.json").write_text('{"model_type": "llama"}')
+    done = outside(core, *command.split(), folder=project.root)
+    assert (done.returncode, done.stdout) == (2, "")
+    first, hint = done.stderr.splitlines()
+    assert (named := re.fullmatch(r"error: `pedigree (\w+)` requires (\w+), which is not installed", first)), first
+    assert named[1] == command.split()[0] and named[2] in PACKAGES[extra]
+    assert f"`pip install 'pedigree-llm[{extra}]'` installs it" in hint
+
+
+def test_a_missing_module_of_no_extra_is_a_fault() -> None:
+    assert missing_extra(ModuleNotFoundError("x", name="dagster_project.core.missing"), "run") is None
+    assert missing_extra(ModuleNotFoundError("x"), "run") is None
