@@ -18,6 +18,7 @@ from dagster_project.core import params
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute
 from dagster_project.core.records import read_preferences, read_table, write_json
+from dagster_project.core.text import visible
 from dagster_project.pipeline import validate
 from dagster_project.stages.adapter import Params
 from dagster_project.training.methods.hardware import available_memory, prepare
@@ -173,6 +174,11 @@ def _adapter(
     """
     train, validates = tokenized["train"], tokenized["validation"]["rows"] > 0
     entry = params.parse(Params, values["adapter"][name], f"adapter.{name}")
+    if entry.command is not None:  # what it will do is its own business
+        return {
+            "command": entry.command, "examples": train["examples"], "tokens_per_epoch": train["tokens"],
+            "memory": None, "time": None, "advice": [],
+        }  # fmt: skip
     settled = auto.settle(entry, train["examples"], train["rows"], validates, machine.processes)
     resolved = settled.params
     refuse_mistakes(resolved, f"adapter.{name}", [[1]] * train["rows"], validates)
@@ -438,6 +444,11 @@ def as_text(document: dict[str, Any]) -> str:
 
 
 def _variant_text(name: str, v: dict[str, Any], machine: dict[str, Any]) -> list[str]:
+    if "command" in v:
+        return [
+            f"{name}: {v['examples']} examples, {v['tokens_per_epoch']:,} tokens per epoch, trained by `{visible(v['command'])}`",
+            "  memory and time of a training command are unknown",
+        ]
     lines = []
     if "pairs" in v:
         lines.append(f"{name}: {v['pairs']} pairs, {v['tokens']:,} tokens in {v['steps']} steps")

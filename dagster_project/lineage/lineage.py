@@ -18,7 +18,7 @@ from dagster_project.lineage import code_lock
 from dagster_project.lineage.code import code_in
 from dagster_project.lineage.history import LOCK, Revision, commit_of, is_within, listing_of, path_exists
 from dagster_project.lineage.index import Index
-from dagster_project.lineage.rows import EVIDENCE, LEDGER, record_key
+from dagster_project.lineage.rows import EVIDENCE, LEDGER, ORDER_UNKNOWN, record_key
 from dagster_project.lineage.run_index import WEIGHTS
 from dagster_project.lineage.runs import StageRun, is_input
 from dagster_project.lineage.sources import other_files
@@ -181,7 +181,7 @@ def document(subject: Subject) -> dict[str, Any]:
     Returns:
         "model"; "sources" of rows with sha256, rows, license and row outcomes; "other_files" that contributed; "base_model"; "stages" in flow order,
         each with output hash, inputs, rows and checks; "watched": stages and sources that it was compared with or only measured by; "records" it was
-        trained on; "parents", the models it was derived from; recorded "parameters"; "waivers"; "chat_template"; "code" with commit and file hashes,
+        trained on; "order_unknown": models whose training command did not record them, if any; "parents", the models it was derived from; recorded "parameters"; "waivers"; "chat_template"; "code" with commit and file hashes,
         also per stage; "environment"; "machine" of each stage that records one; "metrics"; "missing" outputs that leave something unknown;
         "shallow".
     """
@@ -192,6 +192,7 @@ def document(subject: Subject) -> dict[str, Any]:
     entries = {stage: index.lock_entry(stage) for stage in upstream}
     parameters = _parameters(entries[stage] for stage in contributing)
     records, missing = trained_on(subject)
+    unordered = [model.address for model in subject.models if ORDER_UNKNOWN in (index.files(model.md5) or {}) and not index.is_copy(model)]
     watched = [stage for stage in upstream if stage not in contributing]
     made_from = {stage: reports[stage] for stage in contributing}
     watched_sources = _sources(index, {stage: reports[stage] for stage in watched}, names)
@@ -209,6 +210,7 @@ def document(subject: Subject) -> dict[str, Any]:
             "other_files": other_files(index, {stage: entries[stage] for stage in watched}, names, sources | watched_sources),
         },
         "records": _training_counts(records),
+        **({"order_unknown": unordered} if unordered else {}),
         "parents": [
             {"stage": stage.address, "path": stage.path, "md5": stage.md5, **_commit_facts(index, stage)} for stage in subject.models[:-1]
         ],
@@ -575,9 +577,13 @@ def _stage_text(name: str, stage: Mapping[str, Any]) -> str:
 
 def training_lines(audited: Mapping[str, Any]) -> list[str]:
     """One line per model: number of records, views, steps and epochs."""
+    unordered = [
+        f"{model}: records of its training split, order unknown: its training command did not record it"
+        for model in audited.get("order_unknown", ())
+    ]
     if audited["records"] is None:
-        return ["unknown: see below"] if audited["missing"] else []
-    return [
+        return ["unknown: see below"] if audited["missing"] else unordered
+    return unordered + [
         f"{model}: {part['records']} records, {part['views']} times in {part['steps']} steps and {part['epochs']} epochs"
         for model, part in audited["records"]["learnt_by"].items()
     ]

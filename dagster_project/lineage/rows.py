@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 EVIDENCE = "examples.parquet"
 """Training evidence in a model's folder: the examples it was trained on, with step and epoch."""
+ORDER_UNKNOWN = "order_unknown.json"
+"""In its place if the user's own training command did not record the order of the examples."""
 LEDGER, OVERLAPS = "ledger.parquet", "overlaps.parquet"
 """Tables in a data set's folder: the outcome of every row, and the pairs of rows that repeat each other."""
 AUGMENTED, COPY_OF = "augmented:", "copy of "

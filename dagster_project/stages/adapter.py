@@ -18,6 +18,8 @@ from dagster_project.core.params import Compute
 from dagster_project.core.records import CheckResult, Report, remove, write_json, write_table
 from dagster_project.training.methods import build as methods
 from dagster_project.training.methods.hardware import peak_memory, prepare
+from dagster_project.training.trainers.command.entry import check_command
+from dagster_project.training.trainers.command.train import Folders, train_by_command
 from dagster_project.training.trainers.harness import sharding, weight_audit
 from dagster_project.training.trainers.harness.checkpoint import run_identity
 from dagster_project.training.trainers.harness.curve import write_curve
@@ -43,6 +45,9 @@ NO_HINTS = ExecutionHints()
 
 
 def validate(params: Params, ctx: ValidationContext) -> None:
+    check_command(params, ctx.compute, ctx.section, ctx.root)
+    if params.command is not None:
+        return
     entry = auto.settle(params, examples=1, rows=1, validates=False).params
     methods.check(entry.method, entry.peft, entry.quantization, entry.merge, ctx.section, entry.gradient_checkpointing is True)
     sharding.check(entry, ctx.compute, ctx.section, entry.method)
@@ -53,12 +58,16 @@ def validate(params: Params, ctx: ValidationContext) -> None:
 
 
 def run(ctx: StageContext) -> Report:
+    params, inputs = ctx.variant_params("adapter", Params), (ctx.output_of("tokenized"), ctx.output_of("base_model"))
+    if params.command is not None:
+        remove(ctx.live)  # the curves of an earlier training
+        folders = Folders(ctx.root, *inputs, ctx.scratch / "command", ctx.checkpoints, ctx.out, ctx.plot("loss"), ctx.pages)
+        return train_by_command(str(ctx.variant), params, ctx.compute, folders)
     return produce(
         str(ctx.variant),
-        ctx.variant_params("adapter", Params),
+        params,
         ctx.compute,
-        ctx.output_of("tokenized"),
-        ctx.output_of("base_model"),
+        *inputs,
         out=ctx.out,
         curve_file=ctx.plot("loss"),
         checkpoints=ctx.checkpoints,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,6 +158,9 @@ def produce(
         "answered": len(set(scoring.examples)),
         "seen": sum(record["group_id"] in trained for record in test),
     }
+    dearest = {
+        name: ({"tokens": math.inf} if name in variants else {}) | cost for name, cost in costs.items()
+    }  # an unknown cost is no low cost
     document: dict[str, Any] = {
         "test": test_counts,
         "shown": [first, second],
@@ -164,7 +168,7 @@ def produce(
         "compared": compared,
         "costs": costs,
         "advice": advice(first, scores, compared, test_counts),
-        "recommended": recommended(first, scores, compared, costs, test_counts),
+        "recommended": recommended(first, scores, compared, dearest, test_counts),
     }
     kept = {name: compared[name].get("retention", {}) for name in compared}
     document["advice"] += [line for name, found in kept.items() for line in forgot(name, found, settings.forgetting)]
@@ -204,6 +208,10 @@ def _differences(
     }
 
 
+TAKEN = ("tokens", "trained_tokens", "steps")
+"""What a training takes. A training command may not record it."""
+
+
 def _cost(name: str, scores: Mapping[str, Mapping[str, Any]], base_model: Path, variants: Mapping[str, Variant]) -> dict[str, float]:
     """Costs of a system: tokens per prompt, bytes on disk, training tokens. Empty for the classical classifier."""
     prompt = {"prompt_tokens": scores[name]["prompt_tokens"]} if "prompt_tokens" in scores.get(name, {}) else {}
@@ -211,7 +219,8 @@ def _cost(name: str, scores: Mapping[str, Mapping[str, Any]], base_model: Path, 
         return {**prompt, "bytes": _size(base_model)} if prompt else {}
     files = [file for file in (variants[name].before, variants[name].training) if file]
     trainings = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    taken = {key: sum(one.get(key, 0) for one in trainings) for key in ("tokens", "trained_tokens", "steps")}
+    unknown = {key for one in trainings if "command" in one for key in TAKEN if key not in one}
+    taken = {key: sum(one.get(key, 0) for one in trainings) for key in TAKEN if key not in unknown}
     return {**prompt, "bytes": _size(variants[name].model), **taken}
 
 

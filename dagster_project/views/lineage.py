@@ -56,7 +56,11 @@ def _key_figures(document: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     trained = (records or {}).get("learnt_by", {}).values()
     return [
         ("sources", number(len(document["sources"])), ""),
-        ("records", number(records["records"]) if records else "unknown" if document["missing"] else "0", "trained on"),
+        (
+            "records",
+            number(records["records"]) if records else "unknown" if document["missing"] or "order_unknown" in document else "0",
+            "trained on",
+        ),
         ("steps", number(sum(part["steps"] for part in trained)) if trained else "–", "in total"),
     ]
 

@@ -49,7 +49,7 @@ def training_page(
     """
     sections = {
         "Curves": _curves(curve, training.get("best_step")),
-        "Memory": _memory(predicted, int(measured["peak_memory_bytes"]), training["device"]),
+        "Memory": _memory(predicted, int(measured["peak_memory_bytes"]), _kind_of_memory(training)),
         "Weights": _weights(training),
         "Examples": {"shown": examples, "legend": legend(examples)} if examples else None,
         "Settings": _settings(training),
@@ -59,12 +59,19 @@ def training_page(
 
 
 def _key_figures(training: Mapping[str, Any], measured: Mapping[str, float]) -> list[tuple[str, str, str]]:
-    loss, validation = training["loss"], training["validation"]
-    losses = [("loss", loss["first"], loss["last"])]
+    """Of a training command some are unknown."""
+    loss, validation = training.get("loss"), training["validation"]
+    losses = [("loss", loss["first"], loss["last"])] if loss else []
     losses += [("validation loss", validation[0]["validation_loss"], validation[-1]["validation_loss"])] if validation else []
     return [
-        ("steps", number(training["steps"]), f"of {number(training['planned_steps'])}"),
-        ("tokens", number(training["tokens"]), f"{number(training['trained_tokens'])} in the loss"),
+        (
+            "steps",
+            number(training["steps"]) if "steps" in training else "unknown",
+            f"of {number(training['planned_steps'])}" if "planned_steps" in training else "",
+        ),
+        ("tokens", number(training["tokens"]), f"{number(training['trained_tokens'])} in the loss")
+        if "tokens" in training
+        else ("tokens", "unknown", ""),
         *((name, f"{last:.3f}", f"from {first:.3f}") for name, first, last in losses),
         ("speed", number(round(measured["tokens_per_second"])), "tokens/s") if "tokens_per_second" in measured else ("speed", "–", ""),
         ("memory", f"{measured['peak_memory_bytes'] / 1e6:,.0f}", "MB at the peak"),
@@ -249,9 +256,14 @@ def _kind(name: str, lines: Mapping[str, Any]) -> str:
     return f"of-{order.index(name)}"
 
 
-def _memory(predicted: Mapping[str, int] | None, peak: int, device: str) -> Figure:
+def _kind_of_memory(training: Mapping[str, Any]) -> str:
+    if "command" in training:
+        return "resident in the largest process of the command"
+    return "resident in the process" if training["device"] == "cpu" else "allocated by torch"
+
+
+def _memory(predicted: Mapping[str, int] | None, peak: int, kind_of_memory: str) -> Figure:
     """Bars of the predicted parts, their sum, and the measured peak."""
-    kind_of_memory = "resident in the process" if device == "cpu" else "allocated by torch"
     total = sum((predicted or {}).values())
     bars = [*(predicted or {}).items(), *([("predicted", total)] if predicted else []), ("measured", peak)]
     most, body = max(size for _, size in bars), []
@@ -273,12 +285,14 @@ def _weights(training: Mapping[str, Any]) -> dict[str, Any]:
     frozen = training["frozen"]
     state = "unchanged" if frozen["sha256_before"] == frozen["sha256_after"] else "changed, which is an error"
     rows = [(kind, group["tensors"], group["moved"], number(group["norm_of_change"])) for kind, group in training["trained"].items()]
+    rows += [(kind, tensors, "unknown: random start", "") for kind, tensors in training.get("start_unknown", {}).items()]
     table = Table("Trained weights", ["weights", "tensors", "changed", "norm of change"], rows, folded=False)
     return {"table": table, "frozen": f"{many(frozen['tensors'], 'frozen tensor')}: {state}."}
 
 
 def _settings(training: Mapping[str, Any]) -> Table:
-    settings = {**training["settings"], **{name: training[name] for name in ("seed", "threads", "dtype", "device")}}
+    command = {name: training[name] for name in ("command", "files", "order") if name in training}
+    settings = {**command, **training["settings"], **{name: training[name] for name in ("seed", "threads", "dtype", "device")}}
     settings |= {f"version of {name}": value for name, value in training["versions"].items()}
     rows = [(name, value if isinstance(value, str) else json.dumps(value)) for name, value in settings.items()]
     return Table("Resolved settings", ["name", "value"], rows, folded=False)

@@ -29,10 +29,23 @@ def adapter(ctx: StageContext) -> Report:
     if held.is_file():
         _hold(**json.loads(held.read_text()))
     values = stage.Params(**ctx.values["variants"][ctx.variant])
+    if values.command is not None:
+        return _by_command(ctx, values)
     return stage.produce(
         str(ctx.variant), values, Compute(threads=1, dtype="float32"), ctx.root / "data/tokenized", ctx.root / "data/base_model", ctx.out,
         ctx.plot("loss"), ctx.checkpoints, live=ctx.live,
     )  # fmt: skip
+
+
+def _by_command(ctx: StageContext, values: Any) -> Report:
+    from dagster_project.core.params import Compute
+    from dagster_project.training.trainers.command.train import Folders, train_by_command
+
+    folders = Folders(
+        ctx.root, ctx.root / "data/tokenized", ctx.root / "data/base_model", ctx.scratch / "command", ctx.checkpoints, ctx.out,
+        ctx.plot("loss"), ctx.pages,
+    )  # fmt: skip
+    return train_by_command(str(ctx.variant), values, Compute(threads=1, dtype="float32"), folders)
 
 
 def _hold(before: int, gate: str) -> None:
@@ -55,8 +68,12 @@ def _hold(before: int, gate: str) -> None:
 PIPELINE = Pipeline({"adapter": adapter}, {"adapter": "variants"}, lambda stage: {}, params.read)
 
 
-def make_project(root: Path, model: Path, values: dict[str, Any]) -> Path:
-    """A project of this pipeline in which nothing has run, with packed examples and a model under DVC."""
+def make_project(root: Path, model: Path, values: dict[str, Any], script: str = "") -> Path:
+    """A project of this pipeline in which nothing has run, with packed examples and a model under DVC.
+
+    Args:
+        script: content of data/trainers/train.py, if the stage has a command.
+    """
     from builders.small_pipeline import git
     from builders.training import make_data
 
@@ -65,9 +82,12 @@ def make_project(root: Path, model: Path, values: dict[str, Any]) -> Path:
     shutil.copytree(model, root / "data/base_model")
     (root / "training_pipeline.py").write_text(Path(__file__).read_text())
     (root / "params.yaml").write_text(json.dumps({"variants": {"x": values}}))
+    if script:
+        (root / "data/trainers").mkdir()
+        (root / "data/trainers/train.py").write_text(script)
     body = {
         "cmd": "python training_pipeline.py run adapter@${key}",
-        "deps": ["data/tokenized", "data/base_model"],
+        "deps": ["data/tokenized", "data/base_model", *(["data/trainers"] if script else [])],
         "params": ["variants.${key}"],
         "outs": ["data/adapter/${key}"],
         "plots": ["data/plots/loss/${key}.csv"],

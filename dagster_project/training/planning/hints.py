@@ -55,6 +55,8 @@ def forecast(ctx: StageContext) -> Forecast | None:
     if ctx.stage != "adapter":
         return None
     params, compute = ctx.variant_params("adapter", AdapterParams), ctx.compute
+    if params.command is not None:
+        return Forecast(ExecutionHints())  # its memory is unknown
     return forecast_training(
         params, ctx.output_of("tokenized"), ctx.output_of("base_model"), compute.processes, prepare(compute), f"adapter.{ctx.variant}"
     )

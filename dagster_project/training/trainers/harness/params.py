@@ -219,9 +219,21 @@ class AdapterParams(SftParams):
     merge: bool = True
     """Make a standalone model of base model and adapter. false: keep the adapter separate, and evaluation loads both;
     required for prefix_tuning, prompt_tuning, p_tuning and feature_extraction."""
+    command: str | None = None
+    """Train by this command, e.g. `python train.py`, see docs/own-trainer.md. It is split into words as a shell does, but
+    not run by a shell. The other keys of the entry that are set are passed on to it. null: Pedigree's own trainer."""
+    files: list[str] = []
+    """Files in data/trainers/ that are copied into the folder where `command` runs."""
+    options: dict[str, Any] = {}
+    """Keys of your own for `command`, passed on unchanged."""
 
     def settings(self) -> dict[str, Any]:
-        return {name: value for name, value in super().settings().items() if name != "sharding" or value is not None}
+        unused = {*COMMAND_KEYS, *(["sharding"] if self.sharding is None else [])}
+        return {name: value for name, value in super().settings().items() if name not in unused}
+
+
+COMMAND_KEYS = ("command", "files", "options")
+"""Keys of an entry that only a training command uses."""
 
 
 NON_SEMANTIC_PARAMS = frozenset({"report_to", "gradient_checkpointing", "save_strategy", "save_steps", "save_total_limit"})

@@ -109,11 +109,22 @@ def movement(model: Any, before: Path) -> dict[str, dict[str, Any]]:
     """
     from safetensors import safe_open
 
-    groups: dict[str, list[float]] = {}
     with safe_open(before, framework="pt") as stored:
-        for name, parameter in trainable(model).items():
-            change = parameter.detach().cpu().double() - stored.get_tensor(name).double()
-            groups.setdefault(kind_of(name), []).append(float(change.norm()))
+        changes = (
+            (name, parameter.detach().cpu().double() - stored.get_tensor(name).double()) for name, parameter in trainable(model).items()
+        )
+        return grouped((name, float(change.norm())) for name, change in changes)
+
+
+def grouped(norms: Iterable[tuple[str, float]]) -> dict[str, dict[str, Any]]:
+    """Changes of weights by group, as in `movement`.
+
+    Args:
+        norms: name of each weight, and the norm of its change.
+    """
+    groups: dict[str, list[float]] = {}
+    for name, norm in norms:
+        groups.setdefault(kind_of(name), []).append(norm)
     return {
         kind: {
             "tensors": len(norms),
