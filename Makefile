@@ -10,7 +10,7 @@ PORT ?= 3000
 UV ?= $(shell command -v uv 2> /dev/null)
 INSTALL = $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet)
 
-.PHONY: help run test test-latest lint docs ui bench soak lock clean
+.PHONY: help run test test-latest lint docs site ui bench soak lock clean
 
 help:            ## show this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -40,6 +40,9 @@ lint: $(VENV)/ok ## style, types and import rules
 
 docs: $(VENV)/ok ## write docs/parameters.md, its JSON Schema and the tables of docs/checks.md from the code
 	$(BIN)/python -m dagster_project.commands.docs
+
+site: $(VENV)/ok ## build the pages of docs/ as a site in build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 ui: $(VENV)/ok   ## open the Dagster UI on loopback, with its home in the project
 	@$(MAKE) --no-print-directory setup-dvc

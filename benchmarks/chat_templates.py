@@ -315,7 +315,7 @@ def page(found: dict[str, dict[str, Cell]]) -> str:
             + (f" ({', '.join(refused)})" if refused else "")
             + f". Cells that are mislabeled: {wrong}.",
             "",
-            "* ✓: trained on as one example. ✓ 2: the template rewrites earlier turns, so each trained answer is an example of its own, rendered as",
+            "* ✓: trained on as one example. ✓ 2: the template rewrites earlier turns, so each trained answer is a separate example, rendered as",
             "  inference renders it. In both cases the ids before every trained answer equal those of `apply_chat_template`.",
             "* t: trained on, but the template leaves traces out (see `tokenized.reasoning`).",
             "* A number: the record is refused with the reason below.",

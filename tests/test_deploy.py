@@ -106,11 +106,14 @@ def test_dagsters_home_is_the_documented_one_in_every_process_of_dagster() -> No
 
 
 def test_the_image_has_what_the_project_needs() -> None:
-    text = (DEPLOY / "Dockerfile").read_text()
+    text = (ROOT / "Dockerfile").read_text()
     for sources in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE):
         assert all((ROOT / source).exists() for source in sources.split())
-    ignored = (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines()
+    ignored = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
     assert ignored[0] == "*", "nothing else is sent to the builder: no data, no credentials"
+    assert {line.removeprefix("!") for line in ignored if line.startswith("!")} == set(
+        re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE)[0].split()
+    ) | {"dagster_project"}
     project = _pyproject()
     python = re.search(r"^ARG PYTHON=(\S+)$", text, re.MULTILINE)
     assert python and SpecifierSet(project["requires-python"]).contains(python[1])

@@ -6,14 +6,17 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, run
+from packaging.requirements import Requirement
 
 from dagster_project.__main__ import parser
 
 README = (ROOT / "README.md").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def commands() -> list[str]:
@@ -23,7 +26,8 @@ def commands() -> list[str]:
 
 
 MAKE = [c for c in commands() if c.startswith("make ")]
-OTHERS = [c for c in commands() if not c.startswith(("make ", "git clone", "cd "))]
+OWN_PROJECT = [c for c in commands() if c.startswith("pip ") or "my-project" in c]
+OTHERS = [c for c in commands() if c not in {*MAKE, *OWN_PROJECT}]
 
 
 def test_the_tour_has_commands() -> None:
@@ -37,6 +41,25 @@ def test_the_readmes_commands_run_on_the_quick_override(finished: Path) -> None:
         done = run([*program, *words[1:]], finished)
         finds_planted_defects = words[:2] == ["pedigree", "check"]
         assert done.returncode == (1 if finds_planted_defects else 0), (command, done.stderr)
+
+
+def test_the_package_that_the_readme_installs_is_this_one() -> None:
+    requirement = Requirement(shlex.split(OWN_PROJECT[0])[2])
+    assert requirement.name == PROJECT["name"] and requirement.extras <= set(PROJECT["optional-dependencies"])
+
+
+def test_the_commands_for_an_own_project_fit_the_command_line() -> None:
+    _, init, run_all = OWN_PROJECT
+    for command in (init, run_all.removeprefix("cd my-project && ")):
+        program, *words = shlex.split(command)
+        assert program in PROJECT["scripts"] and parser().parse_args(words).command == words[0]
+
+
+def test_the_rows_shown_in_docs_are_those_that_the_command_prints() -> None:
+    example = re.search(r"```console\n\$ (pedigree check .* --show .*)\n\.\.\.\n(.*?)```", (ROOT / "docs/checks.md").read_text(), re.DOTALL)
+    assert example
+    done = run([sys.executable, "-m", "dagster_project", *shlex.split(example[1])[1:]], ROOT)
+    assert example[2] in done.stdout and done.returncode == 1  # the sample has planted defects
 
 
 def test_make_has_every_target_the_readme_names() -> None:

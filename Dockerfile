@@ -1,7 +1,8 @@
-# Image of all processes of a cluster: Dagster's servers, the code location, Ray's head and workers. Build it from the project's folder:
-#   docker build -f deploy/Dockerfile -t pedigree:cpu .
-#   docker build -f deploy/Dockerfile -t pedigree:gpu --build-arg ACCELERATOR=gpu .
-# It contains the dependencies, not the project: the code location mounts the clone, and Ray workers receive the code with each job.
+# The dependencies of Pedigree, for one machine and for all processes of a cluster (deploy/, docs/cluster.md). In the clone:
+#   docker build --tag pedigree:cpu .
+#   docker build --tag pedigree:gpu --build-arg ACCELERATOR=gpu .
+#   docker run --rm --user "$(id -u):$(id -g)" --volume "$PWD:/project" pedigree:cpu python -m dagster_project run --all
+# The image does not contain the project: the clone is mounted at /project, and Ray workers receive the code with each job.
 
 # Must be the same minor version on driver and nodes: Ray refuses others
 ARG PYTHON=3.11
@@ -10,7 +11,8 @@ FROM python:${PYTHON}-slim-bookworm
 # cpu: torch without CUDA; gpu: torch from PyPI, which brings CUDA's libraries (the host needs NVIDIA's driver and container toolkit)
 ARG ACCELERATOR=cpu
 
-# git for DVC and the clone; g++ for `compile: layers`; wget for KubeRay's probes
+# git for DVC and the clone; g++ for `compile: layers`; wget for KubeRay's probes. Debian keeps only the newest version of each, so none is named.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends git g++ wget \
     && rm -rf /var/lib/apt/lists/*
@@ -18,6 +20,8 @@ RUN apt-get update \
 WORKDIR /build
 COPY pyproject.toml requirements.lock README.md LICENSE ./
 COPY dagster_project dagster_project
+# pyproject.toml has the ranges of versions, requirements.lock the versions
+# hadolint ignore=DL3013
 RUN if [ "$ACCELERATOR" = cpu ]; then pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu --constraint requirements.lock torch; fi \
     && if [ "$ACCELERATOR" = gpu ]; then extras=all,gpu; else extras=all; fi \
     && pip install --no-cache-dir --constraint requirements.lock ".[$extras]" \
@@ -26,7 +30,8 @@ RUN if [ "$ACCELERATOR" = cpu ]; then pip install --no-cache-dir --index-url htt
 
 # /dagster: Dagster's home; /project: the clone. Any user can write to the former, because compose runs as the owner of the clone.
 RUN useradd --uid 1000 --create-home pedigree && install --directory --mode=1777 /dagster /project
-ENV PYTHONPATH=/project PEDIGREE_PROJECT=/project DAGSTER_HOME=/dagster PYTHONUNBUFFERED=1 \
+# HOME: a user without an entry in /etc/passwd has none
+ENV HOME=/tmp PYTHONPATH=/project PEDIGREE_PROJECT=/project DAGSTER_HOME=/dagster PYTHONUNBUFFERED=1 \
     DAGSTER_DISABLE_TELEMETRY=1 DVC_NO_ANALYTICS=1 RAY_USAGE_STATS_ENABLED=0
-USER pedigree
+USER 1000
 WORKDIR /project
