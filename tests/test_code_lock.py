@@ -111,13 +111,15 @@ def test_an_upgrade_in_which_only_a_view_changed_makes_nothing_stale(site: Path,
 
 def test_an_upgrade_in_which_a_check_changed_makes_the_stages_that_check_stale_and_what_follows(site: Path, project: Path) -> None:
     edit(site, A_CHECK)
+    set_version(site, "1.1")
+    (site / "dagster_project/results_changelog.md").write_text("## 1.1\n\n- Fewer rows pass.\n\n## 1.0\n\n- Earlier.\n")
     assert stale(project) == []
     document = json.loads(pedigree_in(site, project, "upgrade", "--json").stdout)
     assert document["changed"] == USES_CHECKS
     assert document["current"] == UPSTREAM
     assert {name for name, why in document["stale"].items() if why == "its code changed"} == set(USES_CHECKS)
     assert document["stale"]["splits"] == "it reads instructions" and document["stale"]["adapter@lora"] == "it reads tokenized"
-    assert document["results"]["Unreleased"]
+    assert document["results"] == {"1.1": ["Fewer rows pass."]}
     assert stale(project) == USES_CHECKS, "DVC: the others follow if the output of these changes"
     assert pedigree_in(site, project, "upgrade").stdout.count("its code changed") == 0, "a second upgrade changes nothing"
 
