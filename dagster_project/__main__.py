@@ -142,12 +142,13 @@ def render(options: argparse.Namespace) -> int:
 def sync(options: argparse.Namespace) -> int:
     """Report DVC's state to Dagster's event log."""
     from dagster_project.orchestration.dagster.assets import open_instance
-    from dagster_project.orchestration.dagster.dead_runs import reap
     from dagster_project.orchestration.dagster.sync import sync as mirror
+    from dagster_project.orchestration.dagster_dvc.dead_runs import reap
+    from dagster_project.orchestration.dagster_dvc.definitions import as_prefix
 
-    root = _project(options)
-    with open_instance(root) as instance:
-        lines = reap(instance) + mirror(root, instance)
+    root, prefix = _project(options), as_prefix(options.key_prefix)
+    with open_instance(root, shared=bool(prefix)) as instance:
+        lines = reap(instance, owned=not prefix) + mirror(root, instance, key_prefix=prefix)
     _print(options, {"reported": lines}, lambda _: "\n".join(lines) or "Dagster and DVC agree: nothing to report.")
     return 0
 
@@ -523,7 +524,9 @@ def _add_pipeline_commands(commands: Any) -> None:
     add("--jobs", type=_count, default=1, metavar="N", help="trials at once (default: %(default)s)")
     add("--to", metavar="STAGE[@VARIANT]", help="stage at which each trial ends (default: the stage of the section)")
     _add_command(commands, render).add_argument("stage", nargs="?", metavar="STAGE[@VARIANT]", help="default: all stages that have pages")
-    _add_command(commands, sync)
+    _add_command(commands, sync).add_argument(
+        "--key-prefix", default="", metavar="PREFIX", help="of the project's asset keys in an instance with other assets, e.g. ml/support"
+    )
     _add_command(commands, share).add_argument("--remote", metavar="NAME", help="a remote of .dvc/config (default: the default remote)")
     add = _add_command(commands, plan).add_argument
     add("variants", nargs="*", metavar="VARIANT", help="variants of params.yaml (default: all)")

@@ -1,5 +1,5 @@
-"""Entry point of Dagster: everything Dagster loads, derived from dvc.yaml."""
+"""Entry point of Dagster for one project: everything that Dagster loads, derived from its dvc.yaml. For a project beside other assets, see components.py."""
 
 from dagster_project.orchestration.dagster.assets import build_definitions, project_root
 
-defs = build_definitions(project_root())
+defs = build_definitions(project_root(), whole_location=True)

@@ -19,12 +19,12 @@ from builders import small_pipeline
 from builders.small_pipeline import PIPELINE, gone, start_until_both_adapters_run
 from conftest import dvc, shown_checks
 
-from dagster_project.orchestration.dagster import dead_runs
 from dagster_project.orchestration.dagster.assets import build_definitions
 from dagster_project.orchestration.dagster.concurrency import can_run_at_once, default_limits, pool_of, set_default_limits
-from dagster_project.orchestration.dagster.dead_runs import ALIVE, in_progress, reap
-from dagster_project.orchestration.dagster.metadata import asset_key
 from dagster_project.orchestration.dagster.sync import sync
+from dagster_project.orchestration.dagster_dvc import dead_runs
+from dagster_project.orchestration.dagster_dvc.dead_runs import ALIVE, in_progress, reap
+from dagster_project.orchestration.dagster_dvc.keys import asset_key
 from dagster_project.orchestration.dvc import read_stages
 from dagster_project.orchestration.processes import interrupt_command
 from dagster_project.pipeline import PEDIGREE

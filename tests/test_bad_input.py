@@ -15,8 +15,8 @@ import pytest
 from conftest import dvc, edit_params, pedigree, run
 
 from dagster_project.orchestration.dagster.assets import build_definitions
-from dagster_project.orchestration.dagster.metadata import asset_key
 from dagster_project.orchestration.dagster.sync import sync
+from dagster_project.orchestration.dagster_dvc.keys import asset_key
 
 
 def fingerprint(root: Path) -> dict[str, str]:

@@ -24,8 +24,8 @@ from conftest import ROOT, run, shown_checks
 
 from dagster_project.core.errors import InputError
 from dagster_project.orchestration.dagster.assets import home, open_instance
-from dagster_project.orchestration.dagster.metadata import asset_key
 from dagster_project.orchestration.dagster.sync import sync
+from dagster_project.orchestration.dagster_dvc.keys import asset_key
 from dagster_project.orchestration.dvc import read_stages
 
 ON_POSTGRES = ROOT / "deploy/dagster.yaml"

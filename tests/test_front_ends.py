@@ -14,8 +14,10 @@ from conftest import dvc, edit_params, pedigree
 
 from dagster_project.core.records import read_table
 from dagster_project.orchestration.dagster.assets import build_definitions
-from dagster_project.orchestration.dagster.metadata import asset_key, describe, source_key
+from dagster_project.orchestration.dagster.metadata import describe
+from dagster_project.orchestration.dagster.project import PedigreeProject
 from dagster_project.orchestration.dagster.sync import sync
+from dagster_project.orchestration.dagster_dvc.keys import asset_key
 from dagster_project.orchestration.dvc import read_stages
 from dagster_project.pipeline import PEDIGREE
 
@@ -158,13 +160,13 @@ def test_groups_follow_the_flow_and_each_variant_has_one_that_names_stage_and_va
     assert asset_key("adapter@lora").path == ["adapter", "lora"]
     for address, state in states.items():
         for i in state.inputs:
-            above = group[i.producer] if i.producer else graph.get(source_key(i.path)).group_name
+            above = group[i.producer] if i.producer else graph.get(PedigreeProject(finished).source_key(i.path)).group_name
             assert above.partition("/")[0] <= group[address].partition("/")[0], f"{i.path} -> {address}"
 
 
-def test_definitions_are_hidden_in_graph_and_catalog_and_can_still_be_observed(finished: Path) -> None:
+def test_definitions_are_hidden_in_graph_and_catalog(finished: Path) -> None:
     graph = build_definitions(finished).resolve_asset_graph()
     for key in graph.get_all_asset_keys():
         hidden = "dagster/auto_created_stub_asset" in graph.get(key).metadata
         assert hidden == (key.path[0] == "def"), key
-        assert not hidden or graph.get(key).is_observable
+        assert not hidden or graph.get(key).is_external

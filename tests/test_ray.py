@@ -430,7 +430,7 @@ def test_dagster_runs_an_asset_on_ray_when_its_run_says_so_and_shows_where(
     import dagster as dg
 
     from dagster_project.orchestration.dagster.assets import build_definitions
-    from dagster_project.orchestration.dagster.metadata import asset_key
+    from dagster_project.orchestration.dagster_dvc.keys import asset_key
 
     del os.environ["PEDIGREE_EXECUTION"]
     before = forget(root, "tok")
@@ -452,7 +452,7 @@ def test_terminating_a_run_of_dagster_ends_the_job_of_its_stage_and_records_noth
 ) -> None:
     import dagster as dg
 
-    from dagster_project.orchestration.dagster.metadata import asset_key
+    from dagster_project.orchestration.dagster_dvc.keys import asset_key
 
     before, lock = published(root, "tok"), (root / "dvc.lock").read_bytes()
     (root / "code/tok.py").write_text("V = 4\n")

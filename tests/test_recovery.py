@@ -19,9 +19,9 @@ from conftest import dvc, pedigree, run
 
 from dagster_project.core.errors import InputError
 from dagster_project.orchestration.dagster.assets import build_definitions, home
-from dagster_project.orchestration.dagster.dead_runs import ALIVE, reap
-from dagster_project.orchestration.dagster.metadata import asset_key
 from dagster_project.orchestration.dagster.sync import sync
+from dagster_project.orchestration.dagster_dvc.dead_runs import ALIVE, reap
+from dagster_project.orchestration.dagster_dvc.keys import asset_key
 from dagster_project.orchestration.dvc import read_stages
 from dagster_project.orchestration.locks import hold
 

@@ -20,8 +20,9 @@ from conftest import dvc
 
 from dagster_project.core.curves import thinned
 from dagster_project.core.records import write_text
-from dagster_project.orchestration.dagster.metadata import asset_key, describe
+from dagster_project.orchestration.dagster.metadata import describe
 from dagster_project.orchestration.dagster.sync import sync
+from dagster_project.orchestration.dagster_dvc.keys import asset_key
 from dagster_project.orchestration.dvc import read_stages
 from dagster_project.training.trainers.harness.curve import LIVE, live_writer
 

@@ -14,8 +14,8 @@ from dagster_project.core.records import Report, example_id
 from dagster_project.core.severity import shown
 from dagster_project.curation.checks.checks import Rules, judge
 from dagster_project.curation.checks.findings import check_result, document
-from dagster_project.orchestration.dagster.metadata import check_results
-from dagster_project.pipeline import PEDIGREE, Pipeline
+from dagster_project.orchestration.dagster.project import PedigreeProject
+from dagster_project.pipeline import Pipeline
 from dagster_project.views.data_quality import data_quality_page
 
 CHECKED = Pipeline({}, {}, lambda stage: {"pii": "No text holds personal data."}, lambda root: {})
@@ -38,7 +38,7 @@ def on_the_page(finding: dict[str, Any]) -> str:
 
 def in_dagster(root: Path, check: dict[str, Any]) -> str:
     reported = {name: value for name, value in check.items() if value != []}  # as a report leaves out what is empty
-    (result,) = check_results(root, "instructions", {"checks": {"pii": reported}}, CHECKED)
+    (result,) = PedigreeProject(root, pipeline=CHECKED).check_results("instructions", None, {"checks": {"pii": reported}})
     return "passed" if result.passed else {"ERROR": "error", "WARN": "warn"}[result.severity.value]
 
 
@@ -67,7 +67,7 @@ def test_the_checks_of_a_set_agree_with_its_page(tmp_path: Path) -> None:
     html = data_quality_page(document("rows.jsonl", "messages", judged, []))
     cards = {name: severity for severity, name in re.findall(r'<article class="card (\w+)".*?<h3><bdi dir="auto">(\w+)<', html, re.S)}
     report = Report(checks=[check_result(verdict, judged, []) for verdict in judged.verdicts.values()]).document()
-    results = {str(result.check_name): result for result in check_results(tmp_path, "instructions", report, PEDIGREE)}
+    results = {str(result.check_name): result for result in PedigreeProject(tmp_path).check_results("instructions", None, report)}
     words = {dg.AssetCheckSeverity.ERROR: "error", dg.AssetCheckSeverity.WARN: "warn"}
     failed = {name: words[result.severity] for name, result in results.items() if not result.passed}
     assert failed == {name: severity for name, severity in cards.items() if severity != "info"}

@@ -12,13 +12,19 @@ import pytest
 from builders import small_pipeline
 from conftest import dvc, shown_checks
 
-from dagster_project.orchestration.dagster import dead_runs
-from dagster_project.orchestration.dagster.dead_runs import ALIVE, MACHINE_TAG, in_progress
-from dagster_project.orchestration.dagster.metadata import asset_key
-from dagster_project.orchestration.dagster.sync import mirror, read, sync
+from dagster_project.orchestration.dagster.project import PedigreeProject
+from dagster_project.orchestration.dagster.sync import sync
+from dagster_project.orchestration.dagster_dvc import dead_runs
+from dagster_project.orchestration.dagster_dvc.dead_runs import ALIVE, MACHINE_TAG, in_progress
+from dagster_project.orchestration.dagster_dvc.keys import asset_key
+from dagster_project.orchestration.dagster_dvc.sync import mirror, read
 from dagster_project.orchestration.dvc import read_stages
 
 TOK = asset_key("tok")
+
+
+def project_of(root: Path) -> PedigreeProject:
+    return PedigreeProject(root, pipeline=small_pipeline.PIPELINE)
 
 
 def versions(synced: dg.DagsterInstance, address: str) -> Counter[str]:
@@ -57,20 +63,20 @@ def test_syncs_during_and_after_a_run_do_not_repeat_its_reports(root: Path, sync
 
 def test_a_sync_that_read_during_a_run_does_not_report_it_after_its_end(root: Path, synced: dg.DagsterInstance) -> None:
     process = small_pipeline.start_until_tok_runs(root, "small_pipeline.py", "materialize", "tok", SLOW_SECONDS="1")
-    reading = read(root, synced, small_pipeline.PIPELINE)
+    reading = read(project_of(root), synced)
     assert TOK in reading.in_progress and asset_key("cmp") not in reading.in_progress
     assert process.wait(60) == 0 and in_progress(synced) == frozenset()
-    assert not [line for line in mirror(root, synced, reading, small_pipeline.PIPELINE) if line.startswith("tok ")]
+    assert not [line for line in mirror(project_of(root), synced, reading) if line.startswith("tok ")]
     assert versions(synced, "tok")[read_stages(root)["tok"].version] == 1
     assert set(shown_checks(root, synced)["tok"].values()) == {"SUCCEEDED"}
 
 
 def test_a_sync_that_read_before_a_run_does_not_repeat_its_reports(root: Path, synced: dg.DagsterInstance) -> None:
     (root / "code/tok.py").write_text("V = 9\n")
-    reading = read(root, synced, small_pipeline.PIPELINE)
+    reading = read(project_of(root), synced)
     assert small_pipeline.materialize(root, synced).success
     before = {address: versions(synced, address) for address in reading.states}
-    mirror(root, synced, reading, small_pipeline.PIPELINE)
+    mirror(project_of(root), synced, reading)
     assert {address: versions(synced, address) for address in reading.states} == before
     assert {status for checks in shown_checks(root, synced).values() for status in checks.values()} == {"SUCCEEDED"}
 
@@ -78,9 +84,9 @@ def test_a_sync_that_read_before_a_run_does_not_repeat_its_reports(root: Path, s
 def test_two_syncs_at_once_report_one_materialization(root: Path, synced: dg.DagsterInstance) -> None:
     (root / "code/tok.py").write_text("V = 9\n")
     assert dvc(root, "repro").returncode == 0
-    first, second = read(root, synced, small_pipeline.PIPELINE), read(root, synced, small_pipeline.PIPELINE)
-    assert mirror(root, synced, first, small_pipeline.PIPELINE)
-    mirror(root, synced, second, small_pipeline.PIPELINE)
+    first, second = read(project_of(root), synced), read(project_of(root), synced)
+    assert mirror(project_of(root), synced, first)
+    mirror(project_of(root), synced, second)
     each_version_once_and_every_check_shown(root, synced)
 
 

@@ -29,9 +29,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from dagster_project.orchestration.dagster.assets import build_definitions
-from dagster_project.orchestration.dagster.dead_runs import ALIVE, reap
-from dagster_project.orchestration.dagster.metadata import asset_key
 from dagster_project.orchestration.dagster.sync import sync
+from dagster_project.orchestration.dagster_dvc.dead_runs import ALIVE, reap
+from dagster_project.orchestration.dagster_dvc.keys import asset_key
 from dagster_project.orchestration.dvc import read_stages
 
 COUNTS: Counter[str] = Counter()

@@ -14,8 +14,8 @@ from conftest import dvc, edit_params, run
 from ruamel.yaml import YAML
 
 from dagster_project.orchestration.dagster.assets import build_definitions
-from dagster_project.orchestration.dagster.metadata import asset_key
 from dagster_project.orchestration.dagster.sync import sync
+from dagster_project.orchestration.dagster_dvc.keys import asset_key
 from dagster_project.orchestration.dvc import read_stages
 from dagster_project.pipeline import PEDIGREE
 

@@ -70,13 +70,19 @@ class StageState:
     description: str
     meta: Mapping[str, Any]
     out: str
+    """The main output, or the first of several; empty if the stage has none."""
+    outs: tuple[str, ...]
+    """The outputs whose content is the stage's version: all but metrics and plots; all if it has no others."""
+    metrics: tuple[str, ...]
+    plots: tuple[str, ...]
     report: str | None
+    """The first metrics file."""
     inputs: tuple[Input, ...]
     definition_now: str
     """Hash of command, parameter values, code, and reports of other stages that it reads."""
     definition_recorded: str | None
     version: str
-    """Content hash of the output on disk, or "missing"."""
+    """Content hash of `outs` on disk, or "missing"."""
     recorded: bool
     """Whether dvc.lock has an entry of the stage."""
     output_problem: str
@@ -86,6 +92,8 @@ class StageState:
     """Whether `dvc checkout` can restore the recorded output."""
     code: tuple[str, ...]
     """Files of code, and reports of other stages, that it depends on."""
+    files: tuple[str, ...]
+    """Every file and folder that it reads or writes, also those with parameters."""
 
     @property
     def changed(self) -> list[str]:
@@ -163,27 +171,66 @@ def records_locked(root: Path) -> Iterator[None]:
         yield
 
 
-def read_stages(root: Path) -> dict[str, StageState]:
-    """The state of every stage, in flow order. Compares each output separately, so it never waits for a running stage."""
+def _is_definition(path: str) -> bool:
+    return is_code(path) or is_report(path)
+
+
+def read_stages(root: Path, is_definition: Callable[[str], bool] = _is_definition) -> dict[str, StageState]:
+    """The state of every stage of the project's dvc.yaml, in flow order. Compares each output separately, so it never waits for a running stage.
+
+    Args:
+        is_definition: whether a dependency, by path, is part of a stage's definition. All others are its inputs.
+    """
     with open_repo(root) as repo:
         all_stages = declared_stages(repo)
-        stages = [stage for stage in all_stages if not stage.is_data_source]
+        stages = [stage for stage in all_stages if not stage.is_data_source and Path(stage.path) == Path(repo.root_dir, "dvc.yaml")]
         problems = {
             os.path.relpath(out.fs_path, root): _source_problem(root, stage, out)
             for stage in all_stages
             if stage.is_data_source
             for out in stage.outs
         }
-        outputs = {stage.name: _main_output(stage) for stage in stages}
-        paths = {address: os.path.relpath(out.fs_path, root) for address, out in outputs.items()}
-        versions = {address: _hash(out) for address, out in outputs.items()}
-        states = {stage.name: _state(root, stage, paths, versions, problems) for stage in stages}
+        producers = {path_of(root, out): stage.name for stage in stages for out in stage.outs}
+        versions = {stage.name: _version(root, _main_outputs(stage)) for stage in stages}
+        paths = {stage.name: next((path_of(root, out) for out in _main_outputs(stage)), "") for stage in stages}
+        states = {stage.name: _state(root, stage, Surroundings(producers, paths, versions, problems, is_definition)) for stage in stages}
     order = _flow_order({address: [i.producer for i in state.inputs if i.producer] for address, state in states.items()})
     return {address: states[address] for address in order}
 
 
+@dataclass(frozen=True)
+class Surroundings:
+    """What the state of one stage takes from all others."""
+
+    producers: Mapping[str, str]
+    """Path of every output -> address of its stage."""
+    paths: Mapping[str, str]
+    """Path of the main output of every stage, by address."""
+    versions: Mapping[str, str]
+    """Content hash on disk of the outputs of every stage, by address."""
+    problems: Mapping[str, str]
+    """How each source differs from its .dvc file, by path."""
+    is_definition: Callable[[str], bool]
+
+
+def path_of(root: Path, item: Any) -> str:
+    """Path of a dependency or output relative to the project; its address if it is not a local file."""
+    return os.path.relpath(item.fs_path, root) if item.protocol == "local" else str(item)
+
+
 def _main_output(stage: Any) -> Any:
     return next(out for out in stage.outs if not out.is_metric and not out.is_plot)
+
+
+def _main_outputs(stage: Any) -> list[Any]:
+    return [out for out in stage.outs if not out.is_metric and not out.is_plot] or list(stage.outs)
+
+
+def _version(root: Path, outs: Sequence[Any]) -> str:
+    hashes = {path_of(root, out): _hash(out) for out in outs}
+    if len(hashes) == 1:
+        return next(iter(hashes.values()))
+    return MISSING if MISSING in hashes.values() else digest(hashes)
 
 
 def stamp(root: Path, states: Mapping[str, StageState]) -> list[tuple[str, int, int, int]]:
@@ -191,7 +238,7 @@ def stamp(root: Path, states: Mapping[str, StageState]) -> list[tuple[str, int, 
     paths = {"dvc.yaml", "dvc.lock", "params.yaml", ".dvc/config", ".dvc/cache"}
     for state in states.values():
         inputs = [i.path for i in state.inputs]
-        paths |= {state.out, state.report or state.out, *state.code, *inputs, *(f"{path}.dvc" for path in inputs)}
+        paths |= {*state.files, *inputs, *(f"{path}.dvc" for path in inputs)}
     stamps = []
     for path in sorted(root / name for name in paths):
         inside = path.rglob("*") if path.is_dir() and path.name != "cache" else ()
@@ -245,24 +292,18 @@ def changed_sources(root: Path) -> dict[str, str]:
         }
 
 
-def _state(root: Path, stage: Any, paths: Mapping[str, str], versions: Mapping[str, str], problems: Mapping[str, str]) -> StageState:
-    """The state of one stage.
-
-    Args:
-        paths: path of the main output of every stage, by address.
-        versions: content hash of it on disk, by address.
-        problems: how each source differs from its .dvc file, by path.
-    """
-    known = any(out.hash_info for out in stage.outs)
+def _state(root: Path, stage: Any, others: Surroundings) -> StageState:
+    """The state of one stage."""
+    known = any(item.hash_info for item in stage.outs or stage.deps)
     now, recorded = _dependency_hashes(root, stage)
     values, recorded_values = _parameters(stage)
-    code = sorted(path for path in now if is_code(path) or is_report(path))
+    code = sorted(filter(others.is_definition, now))
     code_now, code_recorded = {path: now[path] for path in code}, {path: recorded[path] for path in code}
     definition_now = definition_recorded = digest([stage.cmd, values, code_now])
     same_params = stage.frozen or not any(dep.status() for dep in stage.params)
     if stage.cmd_changed or not same_params or code_now != code_recorded:
         definition_recorded = digest(["recorded", recorded_values, code_recorded])
-    changed = {os.path.relpath(out.fs_path, root): how for out in stage.outs for how in _status(out).values()}
+    changed = {path_of(root, out): how for out in stage.outs for how in _status(out).values()}
     problem = (
         "not in dvc.lock" if not known
         else f"{next(iter(changed))} differs from dvc.lock ({next(iter(changed.values()))})" if changed
@@ -273,23 +314,27 @@ def _state(root: Path, stage: Any, paths: Mapping[str, str], versions: Mapping[s
         address=stage.name,
         description=stage.desc or "",
         meta=stage.meta or {},
-        out=paths[stage.name],
-        report=next((os.path.relpath(out.fs_path, root) for out in stage.outs if out.is_metric), None),
-        inputs=tuple(i for path in now if path not in code for i in _inputs(path, now, recorded, paths, versions, problems)),
+        out=others.paths[stage.name],
+        outs=tuple(path_of(root, out) for out in _main_outputs(stage)),
+        metrics=tuple(path_of(root, out) for out in stage.outs if out.is_metric),
+        plots=tuple(path_of(root, out) for out in stage.outs if out.is_plot),
+        report=next((path_of(root, out) for out in stage.outs if out.is_metric), None),
+        inputs=tuple(i for path in now if path not in code for i in _inputs(path, now, recorded, others)),
         definition_now=definition_now,
         definition_recorded=definition_recorded if known else None,
-        version=versions[stage.name],
+        version=others.versions[stage.name],
         recorded=known,
         output_problem=problem,
         in_cache=known and not any(out.use_cache and out.changed_cache() for out in stage.outs),
         code=tuple(code),
+        files=tuple(path_of(root, item) for item in [*stage.deps, *stage.outs] if item.protocol == "local"),
     )
 
 
 def _dependency_hashes(root: Path, stage: Any) -> tuple[dict[str, str], dict[str, str | None]]:
     """Content hash of each file and folder that a stage reads, by path: on disk, and in dvc.lock."""
     parameters = set(map(id, stage.params))
-    dependencies = {os.path.relpath(dep.fs_path, root): dep for dep in stage.deps if id(dep) not in parameters}
+    dependencies = {path_of(root, dep): dep for dep in stage.deps if id(dep) not in parameters}
     now = {path: _hash(dep) for path, dep in dependencies.items()}
     if stage.frozen:
         return now, {**now}
@@ -306,25 +351,15 @@ def _parameters(stage: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return values, recorded
 
 
-def _inputs(
-    path: str,
-    now: Mapping[str, str],
-    recorded: Mapping[str, str | None],
-    paths: Mapping[str, str],
-    versions: Mapping[str, str],
-    problems: Mapping[str, str],
-) -> list[Input]:
-    """The inputs at a path that a stage reads: one source, one output, or all outputs in a folder."""
-    producers = [address for address, out in paths.items() if out == path or out.startswith(path + "/")]
+def _inputs(path: str, now: Mapping[str, str], recorded: Mapping[str, str | None], others: Surroundings) -> list[Input]:
+    """The inputs at a path that a stage reads: one source, one output or something in it, or all outputs in a folder."""
+    producers = dict.fromkeys(address for out, address in others.producers.items() if overlap(out, path))
     if not producers:
-        problem = next((how for source, how in problems.items() if how and overlap(source, path)), "")
+        problem = next((how for source, how in others.problems.items() if how and overlap(source, path)), "")
         return [Input(None, path, now[path], recorded[path], problem)]
     # dvc.lock has one hash for a folder of outputs: if it differs, none of the outputs is treated as the recorded one
     return [
-        Input(
-            address, paths[address], versions[address],
-            recorded[path] if paths[address] == path or now[path] != recorded[path] else versions[address],
-        )
+        Input(address, others.paths[address], others.versions[address], recorded[path] if now[path] != recorded[path] else others.versions[address])
         for address in producers
     ]  # fmt: skip
 
@@ -405,6 +440,38 @@ def reproduce(
                 on_wait(str(cause).partition("\n\nIf there are no")[0])
                 notified = True
             time.sleep(0.5)
+
+
+@contextmanager
+def commands_started() -> Iterator[list[str]]:
+    """Meanwhile, a line for each stage whose command DVC starts. DVC itself does not tell a stage that was run from one that it restored."""
+    lines: list[str] = []
+
+    def note(record: logging.LogRecord) -> bool:
+        if record.msg.startswith("Running stage"):
+            lines.append(record.getMessage())
+        return record.levelno >= logging.ERROR
+
+    logger = private_module("dvc.stage.run").logger
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addFilter(note)
+    try:
+        yield lines
+    finally:
+        logger.removeFilter(note)
+        logger.setLevel(before)
+
+
+def load_document(path: Path) -> Any:
+    """Content of a metrics file, JSON, YAML or TOML; None if it is missing, invalid or in another format."""
+    serialize = private_module("dvc.utils.serialize")
+    if path.suffix not in {".json", ".yaml", ".yml", ".toml"}:
+        return None
+    try:
+        return serialize.LOADERS[path.suffix](str(path))
+    except (FileNotFoundError, serialize.ParseError):
+        return None
 
 
 def is_forced() -> bool:

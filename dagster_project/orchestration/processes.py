@@ -31,6 +31,11 @@ def is_running(pid: int, since: float | None = None) -> bool:
         return False
 
 
+def descends_from(pid: int) -> bool:
+    """Whether a process started this one, directly or through others."""
+    return any(parent.pid == pid for parent in psutil.Process().parents())
+
+
 def end_with_dvc() -> None:
     """If DVC started this process, end with DVC, so that no orphan writes outputs after DVC was killed."""
     if "DVC_STAGE" not in os.environ:

@@ -262,7 +262,7 @@ def run_in(root: Path, *command: str, **environment: str) -> int:
 def materialize(root: Path, instance: Any, addresses: list[str] | None = None, definitions: Any = None) -> Any:
     """Materialize these assets, or all, in this process."""
     from dagster_project.orchestration.dagster.assets import build_definitions
-    from dagster_project.orchestration.dagster.metadata import asset_key
+    from dagster_project.orchestration.dagster_dvc.keys import asset_key
 
     found = definitions or build_definitions(root, PIPELINE)
     job = found.resolve_implicit_global_asset_job_def()
@@ -284,7 +284,7 @@ def materialize_at_once(instance: Any, addresses: list[str]) -> Any:
     import dagster as dg
     from dagster._core.definitions.reconstruct import ReconstructableJob
 
-    from dagster_project.orchestration.dagster.metadata import asset_key
+    from dagster_project.orchestration.dagster_dvc.keys import asset_key
 
     job = ReconstructableJob.for_file("small_pipeline.py", "all_assets")
     keys = [asset_key(a) for a in addresses] or None
@@ -307,7 +307,7 @@ def not_fresh(root: Path, instance: Any, pipeline: Pipeline = PIPELINE) -> set[s
     from dagster._core.loader import LoadingContextForTest
 
     from dagster_project.orchestration.dagster.assets import build_definitions
-    from dagster_project.orchestration.dagster.metadata import asset_key
+    from dagster_project.orchestration.dagster_dvc.keys import asset_key
 
     graph = build_definitions(root, pipeline).resolve_asset_graph()
     resolver = CachingStaleStatusResolver(instance, graph, LoadingContextForTest(instance))

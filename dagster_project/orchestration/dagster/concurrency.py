@@ -6,8 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from itertools import combinations
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
@@ -15,15 +14,18 @@ from dagster_project.core import params
 from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.execution import VARIABLE, placement
 from dagster_project.orchestration import dvc
-from dagster_project.orchestration.dagster.dead_runs import reap
-from dagster_project.orchestration.dagster.metadata import asset_key
+from dagster_project.orchestration.dagster_dvc.dead_runs import reap
+from dagster_project.orchestration.dagster_dvc.project import FORCE_TAG
 from dagster_project.orchestration.private_api import private_module
 from dagster_project.pipeline import Pipeline
 
+if TYPE_CHECKING:
+    from dagster_project.orchestration.dagster.project import PedigreeProject
+
 GPU, CPU, RAY = "gpu", "cpu", "ray"
 """Pools: stages that train or generate on this machine, all others on it, and stages that `execution` of params.yaml sends to a cluster."""
-FORCE_TAG, ON_TAG = "pedigree/force", "pedigree/on"
-"""Tags of a run: run all of its stages, even if nothing changed; where all of them run."""
+ON_TAG = "pedigree/on"
+"""Tag of a run: where all of its stages run."""
 
 
 def pool_of(address: str, pipeline: Pipeline, values: Mapping[str, Any], on: str = "") -> str:
@@ -44,37 +46,40 @@ def placement_variables(on: str) -> dict[str, str]:
     return {VARIABLE: on} if on else {name: os.environ[name] for name in (VARIABLE,) if name in os.environ}
 
 
-def default_limits() -> dict[str, int]:
+def default_limits(prefix: str = "") -> dict[str, int]:
     """Limit of each pool, until the user sets another one. A stage that trains or generates uses a whole GPU, or all threads. The driver of a
     stage on a cluster takes 0.5 GB of this machine's memory while it waits."""
-    return {GPU: 1, CPU: os.cpu_count() or 1, RAY: 8}
+    return {prefix + GPU: 1, prefix + CPU: os.cpu_count() or 1, prefix + RAY: 8}
 
 
-def set_default_limits(instance: dg.DagsterInstance) -> dict[str, int]:
+def set_default_limits(instance: dg.DagsterInstance, prefix: str = "") -> dict[str, int]:
     """Give each pool without a limit its default.
 
+    Args:
+        prefix: of the pools' names (`PedigreeProject.pool_prefix`).
     Returns:
         The limit of each pool.
     """
     storage = instance.event_log_storage
     limits = {pool.name: pool.limit for pool in storage.get_pool_limits()}
-    for pool, limit in default_limits().items():
+    defaults = default_limits(prefix)
+    for pool, limit in defaults.items():
         if pool not in limits:
             storage.set_concurrency_slots(pool, limit)
             limits[pool] = limit
-    return {pool: limits[pool] for pool in default_limits()}
+    return {pool: limits[pool] for pool in defaults}
 
 
-def build_executor(root: Path, pipeline: Pipeline) -> dg.ExecutorDefinition:
-    """Executor of all jobs. It accepts the configuration of Dagster's `multi_or_in_process_executor`."""
+def build_executor(project: PedigreeProject) -> dg.ExecutorDefinition:
+    """Executor of all jobs of a project. It accepts the configuration of Dagster's `multi_or_in_process_executor`."""
     base = dg.multi_or_in_process_executor
     schema: Any = base.config_schema
 
     @dg.executor(name="stages", config_schema=schema, requirements=base.get_requirements)
     def stages(init_context: dg.InitExecutorContext) -> dg.Executor:
         """Runs independent stages at once, each in a process, within the limits of the pools `gpu`, `cpu` and `ray`. Other runs use one process."""
-        reap(init_context.instance)  # frees the slots of killed runs: without a daemon, nothing else does
-        limits = set_default_limits(init_context.instance)
+        reap(init_context.instance, project.owns_instance)  # frees the slots of killed runs: without a daemon, nothing else does
+        limits = set_default_limits(init_context.instance, project.pool_prefix)
         config = dict(init_context.executor_config)
         if "multiprocess" not in config:
             return _create(base, init_context, config)
@@ -83,8 +88,7 @@ def build_executor(root: Path, pipeline: Pipeline) -> dg.ExecutorDefinition:
         preload = ["dagster_project.orchestration.dagster.assets", *dvc.PRELOAD]
         options["start_method"] = options.get("start_method") or {"forkserver": {"preload_modules": preload}}
         return StagesExecutor(
-            root,
-            pipeline,
+            project,
             _create(base, init_context, {"multiprocess": options}),
             _create(base, init_context, {"in_process": {"retries": options.get("retries") or {"enabled": {}}}}),
         )
@@ -108,8 +112,8 @@ class StagesExecutor(dg.Executor):
     Starting a step process takes longer than a stage that is up to date (docs/decisions/025).
     """
 
-    def __init__(self, root: Path, pipeline: Pipeline, multiprocess: dg.Executor, in_process: dg.Executor) -> None:
-        self.root, self.pipeline, self.multiprocess, self.in_process = root, pipeline, multiprocess, in_process
+    def __init__(self, project: PedigreeProject, multiprocess: dg.Executor, in_process: dg.Executor) -> None:
+        self.project, self.multiprocess, self.in_process = project, multiprocess, in_process
 
     @property
     def retries(self) -> Any:
@@ -125,12 +129,13 @@ class StagesExecutor(dg.Executor):
         options = {step: _mapping(_mapping(one).get("config")) for step, one in _mapping(plan_context.run_config.get("ops")).items()}
         forced = tags.get(FORCE_TAG) == "true" or any(one.get("force") for one in options.values())
         try:
-            states = dvc.read_stages(self.root)
-            several = can_run_at_once(states, {"@".join(key.path) for key in keys}, forced)
-            steps = {asset_key(address).to_python_identifier(): address for address in states}
+            states = self.project.read()
+            planned = {address for key in keys if (address := self.project.address_of(key)) is not None}
+            several = can_run_at_once(states, planned, forced)
+            steps = {self.project.asset_key(address).to_python_identifier(): address for address in states}
             on = {step: str(options.get(step, {}).get("on") or tags.get(ON_TAG, "")) for step in steps}
-            values = params.read(self.root)
-            set_pools(execution_plan, {step: pool_of(address, self.pipeline, values, on[step]) for step, address in steps.items()})
+            values = params.read(self.project.root)
+            set_pools(execution_plan, {step: self.project.pool(address, values, on[step]) for step, address in steps.items()})
         except PedigreeError:
             several = False  # bad input: the first stage reports it
         yield from (self.multiprocess if several else self.in_process).execute(plan_context, execution_plan)

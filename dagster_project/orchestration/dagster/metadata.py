@@ -1,4 +1,4 @@
-"""Names, metadata and check results of an asset in Dagster, from its stage's state and report."""
+"""Metadata and check results of one of Pedigree's assets, from its stage's state, report, pages and plots."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from typing import Any
 import dagster as dg
 
 from dagster_project.core.context import measured
-from dagster_project.core.git import git
 from dagster_project.core.layout import pages_of
 from dagster_project.core.records import write_text
 from dagster_project.core.severity import shown
@@ -22,32 +21,9 @@ from dagster_project.core.text import visible
 from dagster_project.lineage import lineage
 from dagster_project.lineage.index import Index
 from dagster_project.orchestration.dagster.pages import url
-from dagster_project.orchestration.dvc import StageState, digest
-from dagster_project.pipeline import Pipeline
+from dagster_project.orchestration.dagster_dvc.metadata import commit_of_lock, read_report, table
+from dagster_project.orchestration.dvc import StageState
 from dagster_project.views.lineage import lineage_page
-
-CODE_VERSION = "1"
-"""Constant for all assets: changes of code are reported through `def/<stage>` (docs/decisions/002)."""
-REPORT_TAG = "report"
-"""Metadata of a check result: hash of the check's entry in the report. By it, sync detects results that Dagster already has."""
-
-
-def asset_key(address: str) -> dg.AssetKey:
-    return dg.AssetKey(address.split("@"))
-
-
-def definition_key(address: str) -> dg.AssetKey:
-    return dg.AssetKey(["def", *address.split("@")])
-
-
-def source_key(path: str) -> dg.AssetKey:
-    """E.g. "data/sources/benchmarks" -> sources / benchmarks."""
-    return dg.AssetKey(list(Path(path).relative_to("data").parts) if path.startswith("data/") else ["workspace", *Path(path).parts])
-
-
-def read_report(root: Path, state: StageState) -> dict[str, Any] | None:
-    path = root / state.report if state.report else None
-    return json.loads(path.read_text()) if path and path.is_file() else None
 
 
 def describe(root: Path, state: StageState) -> dict[str, Any]:
@@ -65,16 +41,16 @@ def describe(root: Path, state: StageState) -> dict[str, Any]:
         if name in report:
             metadata[name] = dg.MetadataValue.int(report[name])
     if report.get("dropped"):
-        metadata["dropped"] = dg.MetadataValue.md(_table(["check", "rows"], list(report["dropped"].items())))
+        metadata["dropped"] = dg.MetadataValue.md(table(["check", "rows"], list(report["dropped"].items())))
     if report.get("fixed"):
-        metadata["fixed"] = dg.MetadataValue.md(_table(["check", "rows"], list(report["fixed"].items())))
+        metadata["fixed"] = dg.MetadataValue.md(table(["check", "rows"], list(report["fixed"].items())))
     metadata |= {
         name: value for name, value in report.items() if isinstance(value, int | float | str) and name not in metadata and name != "passed"
     }
     if labels := report.get("by_label"):
         columns = list(next(iter(labels.values())))
         rows = [[visible(" ".join(name.split())), *(figures[column] for column in columns)] for name, figures in labels.items()]
-        metadata["by_label"] = dg.MetadataValue.md(_table(["label", *columns], rows))
+        metadata["by_label"] = dg.MetadataValue.md(table(["label", *columns], rows))
     nested = {
         name: value for name, value in report.items() if isinstance(value, dict | list) and name not in {"dropped", "fixed", "checks"}
     }
@@ -91,7 +67,7 @@ def describe(root: Path, state: StageState) -> dict[str, Any]:
         path = root / "data" / "plots" / (f"{plot}/{variant}.csv" if variant else f"{plot}.csv")
         if points := list(csv.DictReader(path.read_text().splitlines())) if path.is_file() else []:
             metadata[plot] = dg.MetadataValue.md(f"![{plot}](data:image/png;base64,{draw(points, root / state.out)})")
-    commit = _commit(root)
+    commit = commit_of_lock(root)
     return {**metadata, **({"git_commit": commit} if commit else {})}
 
 
@@ -118,7 +94,7 @@ def _lineage(root: Path, state: StageState) -> dict[str, Any]:
     ]
     trained_on = {"records": dg.MetadataValue.int(audited["records"]["records"])} if audited["records"] else {}
     return {
-        "lineage": dg.MetadataValue.md(_table(["stage", "md5", "rows in", "rows out", "dropped"], rows)),
+        "lineage": dg.MetadataValue.md(table(["stage", "md5", "rows in", "rows out", "dropped"], rows)),
         **trained_on,
         "verify": dg.MetadataValue.text(f"pedigree verify {state.address}"),
     }
@@ -156,14 +132,6 @@ def pages(root: Path, address: str) -> dict[str, Path]:
     return {name: folder / file for name, file in PAGES.items() if (folder / file).is_file()}
 
 
-def _commit(root: Path) -> str:
-    """The commit of dvc.lock; if dvc.lock has uncommitted changes, HEAD with a note."""
-    if git(root, "status", "--porcelain", "--", "dvc.lock"):
-        head = (git(root, "rev-parse", "--verify", "--quiet", "HEAD") or "").strip()
-        return f"{head} with uncommitted changes" if head else ""
-    return (git(root, "log", "-1", "--format=%H", "--", "dvc.lock") or "").strip()
-
-
 def _overlap_cell(match: Mapping[str, Any], column: str) -> str | float:
     """A cell of the table of overlapping rows; the shared span is in brackets."""
     value = match[column]
@@ -173,74 +141,33 @@ def _overlap_cell(match: Mapping[str, Any], column: str) -> str | float:
     return visible(f"{value[:start]}⟦{value[start:end]}⟧{value[end:]}")
 
 
-def check_results(root: Path, address: str, report: Mapping[str, Any], pipeline: Pipeline) -> list[dg.AssetCheckResult]:
-    """Results of a stage's checks from its report, with the same severity as on the data-quality page.
+def severity_of(check: Mapping[str, Any]) -> str | None:
+    """Severity of a check result, the same as on the data-quality page. Dagster has no severity for remarks: they pass."""
+    return shown(check["severity"], check["passed"], check["count"])
 
-    Dagster has no severity for remarks: they pass. Whether a check blocks was decided when the stage ran.
-    """
-    link = pages(root, address).get("report")
-    results = []
-    for name, description in pipeline.check_descriptions(address.partition("@")[0]).items():
-        check = report.get("checks", {}).get(name)
-        if check is None:
-            continue
-        severity = shown(check["severity"], check["passed"], check["count"])
-        metadata: dict[str, Any] = {
-            "truth": description,
-            **{name: check.get(name, 0) for name in ("count", "dropped", "waived")},
-            **({"fixed": check["fixed"]} if check.get("fixed") else {}),
-            "severity": severity or "none",
-            REPORT_TAG: digest([check, severity]),
-        }
-        if "matches" in check:
-            columns = ("place", "other", "part", "rule", "score", "text", "other_text")
-            metadata["pairs"] = dg.MetadataValue.table(
-                [dg.TableRecord({c: _overlap_cell(match, c) for c in columns}) for match in check["matches"]]
-            )
-        if "rows" in check:
-            excerpts = check.get("examples", [])
-            metadata["rows"] = dg.MetadataValue.table(
-                [
-                    dg.TableRecord({"source row": row, "begins": visible(excerpts[i]) if i < len(excerpts) else ""})
-                    for i, row in enumerate(check["rows"])
-                ]
-            )
-        if link:
-            metadata["full report"] = page_url(root, link)
-        if "note" in check:
-            metadata["note"] = check["note"]
-        results.append(
-            dg.AssetCheckResult(
-                check_name=name,
-                asset_key=asset_key(address),
-                passed=severity not in {"error", "warn"},
-                severity=dg.AssetCheckSeverity.ERROR if severity == "error" else dg.AssetCheckSeverity.WARN,
-                metadata={key: dg.MetadataValue.text(value) if isinstance(value, str) else value for key, value in metadata.items()},
-            )
+
+def check_metadata(root: Path, address: str, check: Mapping[str, Any]) -> dict[str, Any]:
+    """Counts of a check in a report, the rows that it found, and a link to the page."""
+    metadata: dict[str, Any] = {
+        **{name: check.get(name, 0) for name in ("count", "dropped", "waived")},
+        **({"fixed": check["fixed"]} if check.get("fixed") else {}),
+    }
+    if "matches" in check:
+        columns = ("place", "other", "part", "rule", "score", "text", "other_text")
+        metadata["pairs"] = dg.MetadataValue.table(
+            [dg.TableRecord({c: _overlap_cell(match, c) for c in columns}) for match in check["matches"]]
         )
-    return results
-
-
-IN_SYNC = "dvc_in_sync"
-IN_SYNC_DESCRIPTION = "DVC reports the stage as up to date: its output, inputs, parameters and code are as recorded in dvc.lock."
-
-
-def in_sync(state: StageState) -> dg.AssetCheckResult:
-    """Result of the check that the stage is up to date. Agrees with `dvc status`."""
-    reasons = "; ".join(state.changed)
-    metadata = {"truth": dg.MetadataValue.text(IN_SYNC_DESCRIPTION), REPORT_TAG: dg.MetadataValue.text(digest(reasons))}
-    return dg.AssetCheckResult(
-        check_name=IN_SYNC,
-        asset_key=asset_key(state.address),
-        passed=not reasons,
-        severity=dg.AssetCheckSeverity.WARN,
-        metadata=metadata | ({"note": dg.MetadataValue.text(reasons)} if reasons else {}),
-    )
-
-
-def _table(head: list[str], rows: list[Any]) -> str:
-    lines = [f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |"]
-    return "\n".join(lines + [f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in row)} |" for row in rows])
+    if "rows" in check:
+        excerpts = check.get("examples", [])
+        metadata["rows"] = dg.MetadataValue.table(
+            [
+                dg.TableRecord({"source row": row, "begins": visible(excerpts[i]) if i < len(excerpts) else ""})
+                for i, row in enumerate(check["rows"])
+            ]
+        )
+    if link := pages(root, address).get("report"):
+        metadata["full report"] = page_url(root, link)
+    return metadata
 
 
 def _png(figure: Any) -> str:

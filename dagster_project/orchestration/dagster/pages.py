@@ -6,7 +6,6 @@ As a module it is the server: `python -m dagster_project.orchestration.dagster.p
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import signal
 import socket
@@ -25,8 +24,8 @@ from dagster_project.orchestration.processes import end_with_parent
 
 HOST = "127.0.0.1"
 DEFAULT_PORT = 3100
-PORT_FILE = "pages_port"
-"""File in Dagster's home: the port of the latest `pedigree ui`, for links that are recorded later."""
+PORT_FILE = Path(".dvc", "tmp", "pedigree", "pages_port")
+"""File in the project: the port of the latest `pedigree ui`, for links that are recorded later. Not in Dagster's home, which projects may share."""
 TYPES = {".html": "text/html; charset=utf-8", ".csv": "text/csv; charset=utf-8", ".json": "application/json"}
 DENY_ALL = "default-src 'none'"
 LISTING_POLICY = f"{DENY_ALL}; style-src 'unsafe-inline'"
@@ -35,20 +34,16 @@ HEAD = 4096
 """Bytes at the start of a page that are searched for its policy."""
 
 
-def _port_file(root: Path) -> Path:
-    return Path(os.environ.get("DAGSTER_HOME") or root / ".dagster") / PORT_FILE
-
-
 def port_of(root: Path) -> int:
     """Port of the latest `pedigree ui` of the project, or the default."""
     try:
-        return int(_port_file(root).read_text())
+        return int((root / PORT_FILE).read_text())
     except (OSError, ValueError):
         return DEFAULT_PORT
 
 
 def remember_port(root: Path, port: int) -> None:
-    write_text(_port_file(root), f"{port}\n")
+    write_text(root / PORT_FILE, f"{port}\n")
 
 
 def identity(root: Path) -> str:

@@ -12,8 +12,8 @@ from typing import NoReturn
 from dagster_project.core.errors import InputError
 from dagster_project.orchestration.dagster import pages, webserver
 from dagster_project.orchestration.dagster.assets import home, open_instance
-from dagster_project.orchestration.dagster.dead_runs import reap
 from dagster_project.orchestration.dagster.sync import sync
+from dagster_project.orchestration.dagster_dvc.dead_runs import reap
 
 log = logging.getLogger("pedigree")
 

@@ -8,7 +8,7 @@ import time
 
 import dagster as dg
 
-from dagster_project.orchestration.processes import end_with, is_running
+from dagster_project.orchestration.processes import descends_from, end_with, is_running
 
 MACHINE_TAG = "pedigree/machine"
 """Tag of a run: the host of its process. Only that host can check whether the process is alive."""
@@ -18,18 +18,21 @@ it is on another machine, or the run never reported its process."""
 ALIVE = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
 
 
-def reap(instance: dg.DagsterInstance) -> list[str]:
+def reap(instance: dg.DagsterInstance, owned: bool = True) -> list[str]:
     """Mark each run as failed whose process was on this machine and no longer exists, and free its concurrency slots.
 
     A run logs its process id when it starts; a run without one is skipped.
 
+    Args:
+        owned: whether the instance has no other runs than those of DVC projects on this machine. In a shared one only runs are examined whose tag
+            names the machine: the process of any other run may be on another one.
     Returns:
         One line for each run marked as failed.
     """
     lines = []
     for run in instance.get_runs(dg.RunsFilter(statuses=ALIVE)):
         last = _process(instance, run.run_id)
-        if run.tags.get(MACHINE_TAG, platform.node()) != platform.node() or last is None or is_running(*last):
+        if not _is_here(run, owned) or last is None or is_running(*last):
             continue
         now = instance.get_run_by_id(run.run_id)
         if now is None or now.is_finished:  # it ended meanwhile
@@ -39,15 +42,21 @@ def reap(instance: dg.DagsterInstance) -> list[str]:
         instance.report_run_failed(
             run, f"Process {last[0]} of this run was killed. Launch the run again: finished stages are not run twice."
         )
-    _free_slots_of_ended_runs(instance)
+    _free_slots_of_ended_runs(instance, owned)
     return lines
 
 
-def _free_slots_of_ended_runs(instance: dg.DagsterInstance) -> None:
+def _is_here(run: dg.DagsterRun, owned: bool) -> bool:
+    return run.tags.get(MACHINE_TAG, platform.node() if owned else None) == platform.node()
+
+
+def _free_slots_of_ended_runs(instance: dg.DagsterInstance, owned: bool) -> None:
     """Free the concurrency slots of runs that were deleted, or marked as canceled or failed, and whose process no longer exists; and of those
     that a machine left behind which no longer exists, e.g. a replaced pod."""
     for run_id in instance.event_log_storage.get_concurrency_run_ids():
         run = instance.get_run_by_id(run_id)
+        if not owned and (run is None or MACHINE_TAG not in run.tags):
+            continue  # of other assets
         if run is None or not (_process_exists(instance, run) or (not run.is_finished and _is_alive(instance, run))):
             instance.event_log_storage.free_concurrency_slots_for_run(run_id)
 
@@ -58,10 +67,14 @@ def _process_exists(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
     return process is not None and run.tags.get(MACHINE_TAG, platform.node()) == platform.node() and is_running(*process)
 
 
-def end_with_run(instance: dg.DagsterInstance, run_id: str) -> None:
-    """If this is a step process, end it when the process of the run ends. An orphan would record results of a killed run."""
+def end_with_run(instance: dg.DagsterInstance, run_id: str, owned: bool = True) -> None:
+    """If this is a step process, end it when the process of the run ends. An orphan would record results of a killed run.
+
+    Args:
+        owned: whether the run's process is surely on this machine. Otherwise it counts only if it started this one.
+    """
     process = _process(instance, run_id)
-    if process is not None and process[0] != os.getpid():
+    if process is not None and process[0] != os.getpid() and (owned or descends_from(process[0])):
         end_with(*process)
 
 

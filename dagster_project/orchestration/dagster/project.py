@@ -1,0 +1,134 @@
+"""Pedigree's part of a DVC project in Dagster: groups, pools, placement, checks and metadata of its stages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import dagster as dg
+
+from dagster_project.core import params
+from dagster_project.core.layout import is_code, is_report
+from dagster_project.execution import placement
+from dagster_project.orchestration import integrity
+from dagster_project.orchestration.dagster import metadata, pages
+from dagster_project.orchestration.dagster.concurrency import ON_TAG, placement_variables, pool_of, set_default_limits
+from dagster_project.orchestration.dagster_dvc.metadata import check_result
+from dagster_project.orchestration.dagster_dvc.project import DvcProject
+from dagster_project.orchestration.dagster_dvc.project import RunConfig as DvcRunConfig
+from dagster_project.orchestration.dvc import StageState
+from dagster_project.pipeline import PEDIGREE, Pipeline
+
+INPUTS = "1_inputs"
+"""Group of the sources."""
+
+
+class RunConfig(DvcRunConfig):
+    """Configuration of the run of one stage."""
+
+    on: str = ""
+    """Where the stage runs: `local`, `ray`, or empty for the section `execution` of params.yaml. The run tag `pedigree/on` does the same for all
+    stages of a run."""
+
+
+@dataclass(frozen=True)
+class PedigreeProject(DvcProject):
+    """A DVC project whose stages `python -m dagster_project run` runs."""
+
+    pipeline: Pipeline = field(default=PEDIGREE, compare=False)
+
+    config_type: ClassVar[type[DvcRunConfig]] = RunConfig
+
+    def read(self) -> dict[str, StageState]:
+        """The state of every stage, in flow order.
+
+        Raises:
+            InputError: dvc.yaml has a stage that the pipeline does not list.
+        """
+        states = super().read()
+        for address in states:
+            self.pipeline.split_address(address)
+        return states
+
+    def source_key(self, path: str) -> dg.AssetKey:
+        """E.g. "data/sources/benchmarks" -> sources / benchmarks."""
+        if not path.startswith("data/"):
+            return super().source_key(path)
+        return dg.AssetKey([*self.key_prefix, *Path(path).relative_to("data").parts])
+
+    def is_definition(self, path: str) -> bool:
+        return is_code(path) or is_report(path)
+
+    def group_of(self, address: str, state: StageState) -> str | None:
+        """Group of an asset; for a variant, a subgroup of its stage's group, e.g. "3_training/adapter_lora".
+
+        A node in Dagster's graph shows only the last part of its key, which is the same for every stage of a variant.
+        """
+        group = str(state.meta.get("group", "default"))
+        return self.group(f"{group}/{re.sub('[^A-Za-z0-9_]', '_', address)}" if "@" in address else group)
+
+    def source_group(self) -> str | None:
+        return self.group(INPUTS)
+
+    def command_of(self, state: StageState) -> str:
+        return f"python -m dagster_project run {state.address}"
+
+    @property
+    def pool_prefix(self) -> str:
+        """Beside other assets the pools have names of their own, which all Pedigree projects of the instance share, as they do the machine."""
+        return "pedigree_" if self.key_prefix else ""
+
+    @cached_property
+    def _values(self) -> dict[str, Any]:
+        """params.yaml when the project was loaded."""
+        return params.read(self.root)
+
+    def pool_of(self, address: str, state: StageState) -> str | None:
+        return self.pool(address, self._values)
+
+    def pool(self, address: str, values: Mapping[str, Any], on: str = "") -> str:
+        """Pool of a stage (`concurrency.pool_of`)."""
+        return self.pool_prefix + pool_of(address, self.pipeline, values, on)
+
+    def check_descriptions(self, address: str, state: StageState) -> Mapping[str, str]:
+        return self.pipeline.check_descriptions(address.partition("@")[0])
+
+    def check_results(self, address: str, state: StageState | None, report: Mapping[str, Any]) -> list[dg.AssetCheckResult]:
+        """Results with the same severity as on the data-quality page. Whether a check blocks was decided when the stage ran."""
+        found: dict[str, Any] = report.get("checks", {})
+        return [
+            check_result(
+                self.asset_key(address), name, description, found[name],
+                metadata.severity_of(found[name]), metadata.check_metadata(self.root, address, found[name]),
+            )
+            for name, description in self.pipeline.check_descriptions(address.partition("@")[0]).items()
+            if name in found
+        ]  # fmt: skip
+
+    def blocks(self, report: Mapping[str, Any]) -> bool:
+        return report.get("passed") is False
+
+    def describe(self, state: StageState) -> dict[str, Any]:
+        return metadata.describe(self.root, state)
+
+    def page_url(self, address: str) -> str | None:
+        return pages.url(self.root, f"{address.replace('@', '/')}/")
+
+    def progress(self, address: str) -> dict[str, float]:
+        return metadata.live(self.root, address)
+
+    def validate(self, address: str, variables: Mapping[str, str]) -> None:
+        placement(self.pipeline.validate(self.root), address, self.pipeline.stages, self.pipeline.variants_of, variables)
+
+    def variables(self, config: Any, tags: Mapping[str, str]) -> dict[str, str]:
+        return placement_variables(config.on or tags.get(ON_TAG, ""))
+
+    def set_tampered_aside(self, states: Iterable[StageState]) -> list[str]:
+        return integrity.set_tampered_aside(self.root, states)
+
+    def before_sync(self, instance: dg.DagsterInstance) -> None:
+        set_default_limits(instance, self.pool_prefix)

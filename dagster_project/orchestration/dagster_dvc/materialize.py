@@ -1,0 +1,200 @@
+"""The body of a stage's asset: sync, `dvc repro` of this stage alone, checks, version."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import dagster as dg
+from dagster_pipes import PipesContext, PipesDefaultContextLoader, PipesDefaultMessageWriter, PipesMappingParamsLoader
+
+from dagster_project.core.errors import PedigreeError
+from dagster_project.orchestration import dvc
+from dagster_project.orchestration.dagster_dvc.dead_runs import MACHINE_TAG, end_with_run
+from dagster_project.orchestration.dagster_dvc.metadata import in_sync, read_report
+from dagster_project.orchestration.dagster_dvc.project import DvcProject
+from dagster_project.orchestration.dagster_dvc.sync import Snapshot, expected_tags, mirror, read
+from dagster_project.orchestration.dvc import StageState
+
+
+@dataclass(frozen=True)
+class MirrorState:
+    """State of all stages when this process last mirrored it to an instance."""
+
+    run_id: str
+    """Another run mirrors again, because assets planned by this run were skipped."""
+    states: dict[str, StageState]
+    stamp: list[tuple[str, int, int, int]] | None
+    """`dvc.stamp` from before the states were read; None if unknown. While it is the same, they are not read again."""
+
+
+_mirrored: WeakKeyDictionary[dg.DagsterInstance, dict[DvcProject, MirrorState]] = WeakKeyDictionary()
+
+
+def bring_up_to_date(
+    context: dg.AssetExecutionContext, project: DvcProject, address: str, force: bool, variables: Mapping[str, str]
+) -> Iterator[Any]:
+    """Sync, run the stage by DVC if it is not up to date, report checks and version, sync again.
+
+    Args:
+        variables: for the environment of the stage command.
+    Raises:
+        Failure: the stage is not ready, or failed.
+    """
+    instance, key = context.instance, project.asset_key(address)
+    end_with_run(instance, context.run_id, project.owns_instance)
+    instance.add_run_tags(context.run_id, {MACHINE_TAG: platform.node()})
+    mirrored = _mirrored.setdefault(instance, {})
+    try:
+        project.validate(address, variables)  # first: bad input leaves the log unchanged
+        states = _states_before(context, project, address)
+        if address not in states:
+            raise dg.Failure(f"{address} is no longer in dvc.yaml. Reload the code location.", allow_retries=False)
+        if reason := _not_ready(states, address):
+            raise dg.Failure(f"{address} was not run: {reason}.", allow_retries=False)
+        done = "nothing"
+        after: Snapshot | None = None
+        if force or states[address].changed:
+            for _ in range(2):  # an output restored from a tampered object is set aside, then the stage runs
+                done = _reproduce(context, project, address, force, variables)
+                after = _read(context, project)
+                states = after.states
+                if not states[address].output_problem:
+                    break
+        else:
+            context.log.info(f"{address} is up to date; it was not run")
+    except PedigreeError as error:
+        with suppress(PedigreeError, KeyError):  # the stages may be unreadable
+            failed = project.read()[address]
+            report = read_report(project.root, failed) or {}
+            yield from project.check_results(address, failed, report if project.blocks(report) else {})
+        raise dg.Failure(str(error), allow_retries=False) from None
+    state = states[address]
+    report = read_report(project.root, state) or {}
+    yield from project.check_results(address, state, report)
+    yield in_sync(key, state)
+    if project.blocks(report):
+        raise dg.Failure(f"{address}: a blocking check failed. See {state.report}.", allow_retries=False)
+    if state.output_problem:
+        raise dg.Failure(f"{address}: {state.output_problem}. Materialize it again.", allow_retries=False)
+    # the same tags as sync reports, so that it does not report a second materialization
+    yield dg.MaterializeResult(
+        asset_key=key,
+        data_version=dg.DataVersion(state.version),
+        metadata={**project.describe(state), "done": done},
+        tags=expected_tags(project, state),
+    )
+    if after is not None:
+        mirror(project, instance, after)
+        mirrored[project] = MirrorState(context.run_id, states, None)
+
+
+def _states_before(context: dg.AssetExecutionContext, project: DvcProject, address: str) -> dict[str, StageState]:
+    """State of all stages, mirrored to the instance. It is read and mirrored again only if a file changed since this run last did."""
+    mirrored = _mirrored[context.instance]
+    known = mirrored.get(project)
+    known = known if known and known.run_id == context.run_id else None
+    now = dvc.stamp(project.root, known.states) if known else None
+    if known and now == known.stamp:
+        return known.states
+    snapshot = _read_when_idle(context, project, address)
+    states = snapshot.states
+    if not known or states != known.states:
+        mirror(project, context.instance, snapshot)
+    mirrored[project] = MirrorState(context.run_id, states, now if known and states.keys() == known.states.keys() else None)
+    return states
+
+
+def _read(context: dg.AssetExecutionContext, project: DvcProject) -> Snapshot:
+    snapshot = read(project, context.instance)
+    for line in snapshot.lines:
+        context.log.warning(line)
+    return snapshot
+
+
+def _read_when_idle(context: dg.AssetExecutionContext, project: DvcProject, address: str) -> Snapshot:
+    """State of all stages, once no process writes inputs of `address`: DVC removes outputs for a moment even if it then restores them."""
+    logged = False
+    while True:
+        snapshot = _read(context, project)
+        states = snapshot.states
+        inputs = [path for name in dvc.ancestors(states, address) for path in states[name].outs] if address in states else []
+        writer = dvc.writer_of(project.root, inputs)
+        if not writer:
+            return snapshot
+        if not logged:
+            context.log.info(f"{address} is waiting: {writer} is writing its inputs")
+            logged = True
+        time.sleep(0.5)
+
+
+def _not_ready(states: Mapping[str, StageState], address: str) -> str:
+    """Why a stage cannot run yet, and the next step; empty if all of its inputs are up to date."""
+    upstream = dvc.ancestors(states, address)
+    for name in [*upstream, address]:
+        for source in states[name].inputs:
+            if source.problem:
+                return source.problem
+    changed = [name for name in upstream if states[name].changed]
+    if not changed:
+        return ""
+    first = states[changed[0]]
+    fetch = ""
+    if first.version == dvc.MISSING and first.recorded:
+        restore, pull = f"`dvc checkout {first.out}` restores it", f"it is not in the cache: `dvc pull {first.out}` fetches it"
+        fetch = f"; {restore if first.in_cache else pull}"
+    return f"{', '.join(changed)} must be brought up to date first ({first.address}: {first.changed[0]}{fetch})"
+
+
+class MessageReader(dg.PipesTempFileMessageReader):
+    """Dagster's reader of a file. Only the count is new: Dagster marks its default as a preview, and warns in each run that uses it."""
+
+    @property
+    def expected_writer_count(self) -> int:
+        return 1
+
+
+def _reproduce(context: dg.AssetExecutionContext, project: DvcProject, address: str, force: bool, variables: Mapping[str, str]) -> str:
+    """Run the stage's command by DVC. A command that uses Dagster Pipes streams its log to this run.
+
+    Returns:
+        "run", "restored" or "nothing".
+    """
+    latest = project.progress(address)  # of an earlier run
+
+    def report_progress() -> None:
+        nonlocal latest
+        now = project.progress(address)
+        if now and now != latest:
+            context.log_event(dg.AssetObservation(project.asset_key(address), metadata=now))
+        latest = now
+
+    with dg.open_pipes_session(
+        context=context, context_injector=dg.PipesTempFileContextInjector(), message_reader=MessageReader()
+    ) as session:
+        pipes = session.get_bootstrap_env_vars()
+        with dvc.commands_started() as started:
+            done = dvc.reproduce(
+                project.root,
+                address,
+                force,
+                {**pipes, "PYTHONUNBUFFERED": "1", **variables},
+                on_wait=lambda holder: context.log.info(f"{address} is waiting: {holder}"),
+                on_progress=report_progress,
+            )
+        outcome = "run" if started else "restored" if done else "nothing"
+        if Path(session.message_reader_params["path"]).stat().st_size:
+            return outcome
+        reader = PipesMappingParamsLoader(pipes)  # the command sent no messages, so they are sent here
+        with PipesContext(reader, PipesDefaultContextLoader(), PipesDefaultMessageWriter()):
+            context.log.info(f"{address} {OUTCOMES[outcome]}")
+        return outcome
+
+
+OUTCOMES = {"run": "was run by DVC", "restored": "was restored from DVC's run cache", "nothing": "is up to date; it was not run"}

@@ -1,0 +1,126 @@
+"""Metadata and check results of an asset, from its stage's state, metrics and plots."""
+
+from __future__ import annotations
+
+import base64
+import csv
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from dagster_project.core.git import git
+from dagster_project.orchestration import dvc
+from dagster_project.orchestration.dvc import StageState, digest
+
+CODE_VERSION = "1"
+"""Constant for all assets: changes of code are reported through `def/<stage>` (docs/decisions/002)."""
+REPORT_TAG = "report"
+"""Metadata of a check result: hash of the check's entry in the report. By it, sync detects results that Dagster already has."""
+IN_SYNC = "dvc_in_sync"
+IN_SYNC_DESCRIPTION = "DVC reports the stage as up to date: its output, inputs, parameters and code are as recorded in dvc.lock."
+IMAGES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".svg": "svg+xml"}
+MAX_IMAGE = 300_000
+"""Bytes. The event log keeps metadata of every materialization."""
+MAX_ROWS = 50
+"""Rows of a plot's table."""
+
+
+def read_report(root: Path, state: StageState) -> dict[str, Any] | None:
+    """The stage's first metrics file, if it is a mapping."""
+    document = dvc.load_document(root / state.report) if state.report else None
+    return document if isinstance(document, dict) else None
+
+
+def describe(root: Path, state: StageState) -> dict[str, Any]:
+    """Metadata of a materialization: path, version, metrics, plots and commit."""
+    metadata: dict[str, Any] = {
+        "path": dg.MetadataValue.text(", ".join(state.outs)),
+        "data_version": dg.MetadataValue.text(state.version),
+    }
+    for path in state.metrics:
+        prefix = f"{Path(path).stem}/" if len(state.metrics) > 1 else ""
+        metadata |= {f"{prefix}{name}": value for name, value in _numbers(dvc.load_document(root / path))}
+    for path in state.plots:
+        metadata |= _plot(root / path, path)
+    commit = commit_of_lock(root)
+    return {**metadata, **({"git_commit": commit} if commit else {})}
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int | float | str | bool]]:
+    """The scalars of a metrics file, each with its dotted path. The section `checks` is shown as checks."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if name or key != "checks":
+                yield from _numbers(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, int | float | str):
+        yield name or "value", value
+
+
+def _plot(path: Path, name: str) -> dict[str, Any]:
+    """An image, or the first rows of a table. Other plots are shown by `dvc plots show`."""
+    if not path.is_file():
+        return {}
+    if path.suffix in IMAGES and path.stat().st_size <= MAX_IMAGE:
+        encoded = base64.b64encode(path.read_bytes()).decode()
+        return {name: dg.MetadataValue.md(f"![{path.stem}](data:image/{IMAGES[path.suffix]};base64,{encoded})")}
+    if path.suffix in {".csv", ".tsv"}:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = [*islice(csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ","), MAX_ROWS + 1)]
+        return {name: dg.MetadataValue.md(table(rows[0], rows[1:]))} if rows else {}
+    return {}
+
+
+def commit_of_lock(root: Path) -> str:
+    """The commit of dvc.lock; if dvc.lock has uncommitted changes, HEAD with a note."""
+    if git(root, "status", "--porcelain", "--", "dvc.lock"):
+        head = (git(root, "rev-parse", "--verify", "--quiet", "HEAD") or "").strip()
+        return f"{head} with uncommitted changes" if head else ""
+    return (git(root, "log", "-1", "--format=%H", "--", "dvc.lock") or "").strip()
+
+
+def check_result(
+    key: dg.AssetKey, name: str, description: str, check: Mapping[str, Any], severity: str | None, extra: Mapping[str, Any]
+) -> dg.AssetCheckResult:
+    """Result of one check of a report.
+
+    Args:
+        check: its entry in the report.
+        severity: "error", "warn", or anything else for a check that passed.
+        extra: metadata in addition to `truth`, `severity` and `note`.
+    """
+    metadata: dict[str, Any] = {
+        "truth": description,
+        **extra,
+        "severity": severity or "none",
+        REPORT_TAG: digest([check, severity]),
+        **({"note": check["note"]} if "note" in check else {}),
+    }
+    return dg.AssetCheckResult(
+        check_name=name,
+        asset_key=key,
+        passed=severity not in {"error", "warn"},
+        severity=dg.AssetCheckSeverity.ERROR if severity == "error" else dg.AssetCheckSeverity.WARN,
+        metadata={key: dg.MetadataValue.text(value) if isinstance(value, str) else value for key, value in metadata.items()},
+    )
+
+
+def in_sync(key: dg.AssetKey, state: StageState) -> dg.AssetCheckResult:
+    """Result of the check that the stage is up to date. Agrees with `dvc status`."""
+    reasons = "; ".join(state.changed)
+    metadata = {"truth": dg.MetadataValue.text(IN_SYNC_DESCRIPTION), REPORT_TAG: dg.MetadataValue.text(digest(reasons))}
+    return dg.AssetCheckResult(
+        check_name=IN_SYNC,
+        asset_key=key,
+        passed=not reasons,
+        severity=dg.AssetCheckSeverity.WARN,
+        metadata=metadata | ({"note": dg.MetadataValue.text(reasons)} if reasons else {}),
+    )
+
+
+def table(head: list[str], rows: list[Any]) -> str:
+    """A table in Markdown."""
+    lines = [f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |"]
+    return "\n".join(lines + [f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in row)} |" for row in rows])

@@ -1,0 +1,173 @@
+"""A DVC project as Dagster shows it: its folder, the names of its assets, and the hooks that a pipeline of its own overrides."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import dagster as dg
+
+from dagster_project.core.errors import InputError
+from dagster_project.orchestration import dvc
+from dagster_project.orchestration.dagster_dvc import keys, metadata
+from dagster_project.orchestration.dvc import StageState
+
+FORCE_TAG = "pedigree/force"
+"""Tag of a run: run all of its stages, even if nothing changed."""
+CODE_SUFFIXES = {".py", ".sh", ".r", ".R", ".jl", ".ipynb", ".sql"}
+
+
+class RunConfig(dg.Config):
+    """Configuration of the run of one stage."""
+
+    force: bool = False
+    """Run the stage even if nothing changed. The run tag `pedigree/force: "true"` does the same for all stages of a run."""
+
+
+@dataclass(frozen=True)
+class DvcProject:
+    """A folder with `.dvc` and `dvc.yaml`. Everything that is known of a stage comes from these files; the methods below `Hooks` add to it."""
+
+    root: Path
+    key_prefix: tuple[str, ...] = ()
+    """First parts of all of its asset keys. Its jobs, sensor and groups are named with it, too."""
+    group_name: str | None = None
+    """Group that contains its groups; default: the prefix."""
+    owns_instance: bool = False
+    """Whether the Dagster instance and the code location have no other assets."""
+
+    config_type: ClassVar[type[RunConfig]] = RunConfig
+
+    def asset_key(self, address: str) -> dg.AssetKey:
+        return keys.asset_key(address, self.key_prefix)
+
+    def definition_key(self, address: str) -> dg.AssetKey:
+        return keys.definition_key(address, self.key_prefix)
+
+    def source_key(self, path: str) -> dg.AssetKey:
+        return keys.source_key(path, self.key_prefix)
+
+    def address_of(self, key: dg.AssetKey) -> str | None:
+        """The stage of an asset; None if it is of another project."""
+        return keys.address_of(key, self.key_prefix) if tuple(key.path[: len(self.key_prefix)]) == self.key_prefix else None
+
+    def name(self, name: str) -> str:
+        """Name of a job, schedule or sensor."""
+        return "_".join([*self.key_prefix, name])
+
+    def group(self, name: str | None) -> str | None:
+        """Group with this name in the project's group; None for Dagster's default group."""
+        return "/".join(filter(None, [self.group_name or "/".join(self.key_prefix), name])) or None
+
+    def load(self) -> dict[str, StageState]:
+        """The state of every stage, for definitions.
+
+        Raises:
+            InputError: no DVC project in the folder, a name that Dagster does not allow, or invalid dvc.yaml or dvc.lock.
+        """
+        if not (self.root / ".dvc").is_dir() or not (self.root / "dvc.yaml").is_file():
+            raise InputError(
+                f"{self.root} is not a DVC project: it has no .dvc or no dvc.yaml", "name the folder in which `dvc init` was run"
+            )
+        for part in [*self.key_prefix, *(() if self.group_name is None else self.group_name.split("/"))]:
+            if not re.fullmatch("[A-Za-z0-9_]+", part):
+                raise InputError(f"{part!r} cannot be part of a name in Dagster", "use letters, digits and _ in key_prefix and group_name")
+        return self.read()
+
+    def read(self) -> dict[str, StageState]:
+        """The state of every stage, in flow order.
+
+        Raises:
+            InputError: invalid dvc.yaml or dvc.lock.
+        """
+        return dvc.read_stages(self.root, self.is_definition)
+
+    # Hooks
+
+    def is_definition(self, path: str) -> bool:
+        """Whether a dependency is part of a stage's definition, like code, and not an input that is an asset of its own."""
+        return Path(path).suffix in CODE_SUFFIXES
+
+    def group_of(self, address: str, state: StageState) -> str | None:
+        """Group of a stage: `meta: {group: NAME}` in dvc.yaml."""
+        return self.group(state.meta.get("group"))
+
+    def source_group(self) -> str | None:
+        return self.group(None)
+
+    def command_of(self, state: StageState) -> str:
+        """The command that runs the stage without Dagster."""
+        return f"dvc repro {state.address}"
+
+    def pool_of(self, address: str, state: StageState) -> str | None:
+        """Pool of a stage: `meta: {pool: NAME}` in dvc.yaml."""
+        return state.meta.get("pool")
+
+    def check_descriptions(self, address: str, state: StageState) -> Mapping[str, str]:
+        """The checks of a stage, each with what it asserts: `meta: {checks: {NAME: DESCRIPTION}}` in dvc.yaml."""
+        found = state.meta.get("checks") or {}
+        if not isinstance(found, Mapping) or not all(isinstance(text, str) for text in found.values()):
+            raise InputError(f"{self.root / 'dvc.yaml'}: {address}: meta.checks is not a mapping", "write NAME: DESCRIPTION for each check")
+        return found
+
+    def check_results(self, address: str, state: StageState, report: Mapping[str, Any]) -> list[dg.AssetCheckResult]:
+        """Results of those checks that the report has: `{"checks": {NAME: {"passed": ..., "severity": "error" or "warn", "note": ...}}}`."""
+        found = report.get("checks")
+        if not isinstance(found, Mapping):
+            return []
+        results = []
+        for name, description in self.check_descriptions(address, state).items():
+            if name not in found:
+                continue
+            check = found[name]
+            if not isinstance(check, Mapping) or not isinstance(check.get("passed"), bool):
+                check = {"passed": False, "note": f"checks.{name} of {state.report} has no `passed: true` or `passed: false`"}
+            severity = None if check["passed"] else "warn" if check.get("severity") == "warn" else "error"
+            values = {key: value for key, value in check.items() if isinstance(value, int | float | str)}
+            extra = {key: value for key, value in values.items() if key not in {"passed", "severity", "note"}}
+            results.append(metadata.check_result(self.asset_key(address), name, description, check, severity, extra))
+        return results
+
+    def blocks(self, report: Mapping[str, Any]) -> bool:
+        """Whether the report is that of a failed attempt, whose output is not to be used. In general such a stage ends with an exit code, and DVC
+        records nothing."""
+        return False
+
+    def describe(self, state: StageState) -> dict[str, Any]:
+        """Metadata of a materialization."""
+        return metadata.describe(self.root, state)
+
+    def page_url(self, address: str) -> str | None:
+        """Address of the stage's pages."""
+        return None
+
+    def progress(self, address: str) -> dict[str, float]:
+        """Figures of the running stage, e.g. its loss."""
+        return {}
+
+    def validate(self, address: str, variables: Mapping[str, str]) -> None:
+        """Check parameters before anything runs.
+
+        Args:
+            variables: environment of the stage command.
+        Raises:
+            InputError: invalid parameters.
+        """
+
+    def variables(self, config: Any, tags: Mapping[str, str]) -> dict[str, str]:
+        """Variables in the environment of the stage command, from the run's configuration and tags."""
+        return {}
+
+    def set_tampered_aside(self, states: Iterable[StageState]) -> list[str]:
+        """Set aside outputs that are not what was published although DVC reports no change.
+
+        Returns:
+            One line for each; then the states are read again.
+        """
+        return []
+
+    def before_sync(self, instance: dg.DagsterInstance) -> None:
+        """Called by the sensor before each sync."""

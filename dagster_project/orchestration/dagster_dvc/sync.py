@@ -1,0 +1,212 @@
+"""dvc.lock and workspace -> Dagster's event log. Reports only differences; a second sync in a row reports nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import dagster as dg
+
+from dagster_project.orchestration import locks
+from dagster_project.orchestration.dagster_dvc.dead_runs import in_progress
+from dagster_project.orchestration.dagster_dvc.metadata import CODE_VERSION, REPORT_TAG, in_sync, read_report
+from dagster_project.orchestration.dagster_dvc.project import DvcProject
+from dagster_project.orchestration.dvc import StageState
+from dagster_project.orchestration.private_api import private_module
+
+SYNC_LOCK = ".sync"
+INPUT_TAG_PREFIX = "dagster/input_data_version/"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """State of all stages, and of the event log before they were read: events that a run reports meanwhile are newer."""
+
+    states: dict[str, StageState]
+    lines: list[str]
+    """One for each output that was set aside because it was tampered with."""
+    in_progress: frozenset[dg.AssetKey]
+    """Assets that a run was about to materialize."""
+    materialized: Mapping[dg.AssetKey, int | None]
+    """Storage id of the latest materialization of each asset."""
+
+
+def sync(project: DvcProject, instance: dg.DagsterInstance) -> list[str]:
+    """Report DVC's state to Dagster.
+
+    Returns:
+        One line for each reported event, and for each output that was set aside because it was tampered with.
+    """
+    snapshot = read(project, instance)
+    return snapshot.lines + mirror(project, instance, snapshot)
+
+
+def read(project: DvcProject, instance: dg.DagsterInstance) -> Snapshot:
+    """Set aside the outputs that were tampered with, then read the state of all stages.
+
+    Raises:
+        InputError: invalid dvc.yaml or dvc.lock.
+    """
+    busy, materialized = in_progress(instance), _materialized(project, instance)
+    states = project.read()
+    lines = project.set_tampered_aside(states.values())
+    return Snapshot(project.read() if lines else states, lines, busy, materialized)
+
+
+def _materialized(project: DvcProject, instance: dg.DagsterInstance) -> dict[dg.AssetKey, int | None]:
+    keys = instance.get_asset_keys(prefix=project.key_prefix) if project.key_prefix else None  # None: all
+    entries = [record.asset_entry for record in instance.get_asset_records(keys)]
+    return {entry.asset_key: entry.last_materialization_storage_id for entry in entries}
+
+
+def mirror(project: DvcProject, instance: dg.DagsterInstance, snapshot: Snapshot) -> list[str]:
+    """Report the differences between these stages and Dagster's event log, one process at a time.
+
+    Assets are skipped that a run is about to materialize, or that were materialized after the snapshot: that run reports the materialization
+    and its checks. A second materialization would separate the checks from the one that they evaluate.
+
+    Returns:
+        One line for each event.
+    """
+    states = snapshot.states
+    with locks.hold(project.root, SYNC_LOCK, lambda _: None):
+        sources = {project.source_key(i.path): i.now for state in states.values() for i in state.inputs if i.producer is None}
+        sources |= {project.definition_key(address): state.definition_now for address, state in states.items()}
+        addresses = {project.asset_key(address): address for address in states}
+        busy = snapshot.in_progress | in_progress(instance)
+        records = {record.asset_entry.asset_key: record.asset_entry for record in instance.get_asset_records([*sources, *addresses])}
+        latest = {key: record.last_materialization_record for key, record in records.items()}
+        events = [line for key, version in sources.items() for line in _source(project, instance, key, version, latest.get(key))]
+        idle = {}
+        for key, address in addresses.items():
+            record = latest.get(key)
+            if key not in busy and (record.storage_id if record else None) == snapshot.materialized.get(key):
+                idle[address] = states[address]
+                events += _materialize(project, instance, states[address], record.event_log_entry if record else None)
+        return events + _checks(project, instance, idle)
+
+
+def _source(
+    project: DvcProject, instance: dg.DagsterInstance, key: dg.AssetKey, version: str, latest: dg.EventLogRecord | None
+) -> list[str]:
+    """Report a source, or the definition of a stage. Dagster calls such assets external: something else writes them, and reports it."""
+    names, known = _tag_names(), latest.asset_materialization if latest else None
+    if known and (known.tags or {}).get(names.DATA_VERSION_TAG) == version:
+        return []
+    tags = {names.DATA_VERSION_TAG: version, names.DATA_VERSION_IS_USER_PROVIDED_TAG: "true"}
+    instance.report_runless_asset_event(dg.AssetMaterialization(key, tags=tags))
+    return [f"{dg.AssetKey(key.path[len(project.key_prefix) :]).to_user_string()} is now {version[:8]}"]
+
+
+def _tag_names() -> Any:
+    """Dagster's module with the names of the tags for versions of assets and of their inputs."""
+    return private_module("dagster._core.definitions.data_version")
+
+
+def expected_tags(project: DvcProject, state: StageState) -> dict[str, str]:
+    """Tags of a materialization in Dagster: version from disk, input versions from dvc.lock.
+
+    An output that differs from dvc.lock gets a different code version, which makes the asset stale if nothing else does. So the report of a
+    gate that failed on new input changes nothing, and a failed gate is never reported as materialized.
+    """
+    names, problem = _tag_names(), state.output_problem
+    code = CODE_VERSION + (f"+{problem}" if not state.recorded or state.changed == [problem] else "")
+    tags = {names.DATA_VERSION_TAG: state.version, names.CODE_VERSION_TAG: code, names.DATA_VERSION_IS_USER_PROVIDED_TAG: "true"}
+    inputs = {
+        project.asset_key(i.producer) if i.producer else project.source_key(i.path): i.recorded or "unrecorded"
+        for i in sorted(state.inputs, key=lambda i: i.now != i.recorded)  # of several outputs of one stage, one that changed comes last
+    }
+    inputs[project.definition_key(state.address)] = state.definition_recorded or "unrecorded"
+    for key, version in inputs.items():
+        tags[names.get_input_data_version_tag(key)] = version
+        tags[names.get_input_event_pointer_tag(key)] = "NULL"
+    return tags
+
+
+def _materialize(project: DvcProject, instance: dg.DagsterInstance, state: StageState, latest: dg.EventLogEntry | None) -> list[str]:
+    if latest is None and not state.recorded:
+        return []
+    actual = dict(latest.asset_materialization.tags or {}) if latest and latest.asset_materialization else {}
+    expected, names = expected_tags(project, state), _tag_names()
+    compared = {
+        tag: value
+        for tag, value in expected.items()
+        if tag.startswith(INPUT_TAG_PREFIX) or tag in {names.DATA_VERSION_TAG, names.CODE_VERSION_TAG}
+    }
+    definition = names.get_input_data_version_tag(project.definition_key(state.address))
+    if state.definition_now != state.definition_recorded and actual.get(definition) not in {None, state.definition_now}:
+        del compared[definition]  # it is shown as stale already; a second report would look like a run, to automation conditions too
+    extra = {tag for tag in actual if tag.startswith(INPUT_TAG_PREFIX)} - set(expected)
+    if not extra and all(actual.get(tag) == value for tag, value in compared.items()):
+        return []
+    instance.report_runless_asset_event(
+        dg.AssetMaterialization(project.asset_key(state.address), tags=expected, metadata=project.describe(state))
+    )
+    return [f"{state.address} is {state.version[:8]}" + (f", {state.output_problem}" if state.output_problem else "")]
+
+
+def _checks(project: DvcProject, instance: dg.DagsterInstance, states: Mapping[str, StageState]) -> list[str]:
+    """Report each check result that differs from the latest one, or that Dagster would not show because it evaluates an earlier materialization."""
+    results = {
+        dg.AssetCheckKey(project.asset_key(address), str(result.check_name)): result
+        for address, state in states.items()
+        for result in [
+            *project.check_results(address, state, read_report(project.root, state) or {}),
+            in_sync(project.asset_key(address), state),
+        ]
+    }
+    recorded = {project.asset_key(address): state.recorded for address, state in states.items()}
+    records = instance.event_log_storage.get_latest_asset_check_execution_by_key([*results])
+    assets = {record.asset_entry.asset_key: record.asset_entry for record in instance.get_asset_records([*recorded])}
+    events = []
+    for key, result in results.items():
+        record = records.get(key)
+        if record is None and not recorded[key.asset_key]:
+            continue  # never run: the asset already shows this
+        latest = assets[key.asset_key].last_materialization_record if key.asset_key in assets else None
+        event = record.event.dagster_event if record and record.event else None
+        evaluation = event.event_specific_data if event else None
+        if record and isinstance(evaluation, dg.AssetCheckEvaluation):
+            if evaluation.metadata.get(REPORT_TAG) == result.metadata[REPORT_TAG] and _evaluates(record, evaluation, latest):
+                continue
+        elif record and (planned := instance.get_run_by_id(record.run_id)) and planned.status == dg.DagsterRunStatus.QUEUED:
+            continue  # a run is about to report it
+        target = (
+            _target_type()(storage_id=latest.storage_id, run_id=latest.event_log_entry.run_id, timestamp=latest.timestamp)
+            if latest
+            else None
+        )
+        instance.report_runless_asset_event(
+            dg.AssetCheckEvaluation(
+                asset_key=key.asset_key,
+                check_name=key.name,
+                passed=result.passed,
+                severity=result.severity,
+                description=result.description,
+                metadata=result.metadata,
+                target_materialization_data=target,
+            )
+        )
+        events.append(f"check {project.address_of(key.asset_key)} {key.name}: {'passed' if result.passed else 'failed'}")
+    return events
+
+
+def _target_type() -> Any:
+    """Class of the reference from an evaluation of a check to a materialization."""
+    return private_module("dagster._core.definitions.asset_checks.asset_check_evaluation").AssetCheckEvaluationTargetMaterializationData
+
+
+def _evaluates(record: Any, evaluation: dg.AssetCheckEvaluation, latest: dg.EventLogRecord | None) -> bool:
+    """Whether Dagster shows this evaluation for the latest materialization.
+
+    The same rule as Dagster's `AssetCheckExecutionRecord.targets_latest_materialization`.
+
+    Args:
+        record: an AssetCheckExecutionRecord.
+    """
+    runless = private_module("dagster._core.instance.utils").RUNLESS_RUN_ID
+    if latest is None or latest.event_log_entry.run_id == record.run_id != runless:
+        return True
+    target = evaluation.target_materialization_data
+    return target.storage_id == latest.storage_id if target else latest.timestamp < record.create_timestamp

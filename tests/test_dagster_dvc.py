@@ -1,0 +1,177 @@
+"""A DVC project that has nothing of Pedigree, in Dagster: its stages are assets, its metrics metadata, its checks checks, and sync shows `dvc repro`."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import dagster as dg
+import pytest
+from builders import foreign_project
+from builders.small_pipeline import changed_in_dvc
+from conftest import ROOT, dvc
+
+from dagster_project import build_dvc_definitions, pipeline
+from dagster_project.core.errors import InputError
+from dagster_project.orchestration.dagster_dvc.project import DvcProject
+from dagster_project.orchestration.dagster_dvc.sync import sync
+
+STAGES = ("prepare", "featurize", "train", "evaluate")
+
+
+@pytest.fixture(scope="module")
+def _foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return foreign_project.make_project(tmp_path_factory.mktemp("foreign") / "project")
+
+
+@pytest.fixture
+def foreign(_foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The project, in which nothing has run. The current folder is another one."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    yield Path(shutil.copytree(_foreign, tmp_path / "project", symlinks=True))
+
+
+def materialize(root: Path, instance: dg.DagsterInstance, *stages: str) -> dg.ExecuteInProcessResult:
+    job = build_dvc_definitions(root, "points").resolve_job_def("points_pipeline")
+    keys = [dg.AssetKey(["points", name]) for name in stages] or None
+    return job.execute_in_process(instance=instance, asset_selection=keys, raise_on_error=False)
+
+
+def shown(instance: dg.DagsterInstance, stage: str) -> dict[str, Any]:
+    """Metadata of the latest materialization."""
+    event = instance.get_latest_materialization_event(dg.AssetKey(["points", stage]))
+    assert event is not None and event.asset_materialization is not None
+    return {name: value.value for name, value in event.asset_materialization.metadata.items()}
+
+
+def not_fresh(root: Path, instance: dg.DagsterInstance) -> set[str]:
+    from dagster._core.definitions.data_version import CachingStaleStatusResolver
+    from dagster._core.loader import LoadingContextForTest
+
+    graph = build_dvc_definitions(root, "points").resolve_asset_graph()
+    resolver = CachingStaleStatusResolver(instance, graph, LoadingContextForTest(instance))
+    return {name for name in STAGES if resolver.get_status(dg.AssetKey(["points", name])).value != "FRESH"}
+
+
+def test_each_stage_is_an_asset_below_what_it_reads(foreign: Path) -> None:
+    graph = build_dvc_definitions(foreign, "points").resolve_asset_graph()
+    above = {
+        key.path[1]: {"/".join(parent.path[1:]) for parent in graph.get(key).parent_keys if parent.path[1] != "def"}
+        for key in graph.materializable_asset_keys
+    }
+    assert above == {
+        "prepare": {"workspace/data/points.csv"},
+        "featurize": {"prepare"},
+        "train": {"featurize"},
+        "evaluate": {"train", "featurize"},
+    }
+    assert {graph.get(dg.AssetKey(["points", name])).group_name for name in STAGES} == {"points", "points/models"}
+    assert all(key.path[0] == "points" for key in graph.get_all_asset_keys())
+
+
+def test_materializing_writes_what_dvc_repro_writes(foreign: Path, instance: dg.DagsterInstance, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(foreign, tmp_path / "other", symlinks=True))
+    assert dvc(other, "repro").returncode == 0
+    assert materialize(foreign, instance).success
+    assert (foreign / "dvc.lock").read_bytes() == (other / "dvc.lock").read_bytes()
+    assert (foreign / "model.json").read_bytes() == (other / "model.json").read_bytes()
+    assert {name: shown(instance, name)["done"] for name in STAGES} == dict.fromkeys(STAGES, "run")
+    assert sync(DvcProject(foreign, ("points",)), instance) == [], "the run has reported everything"
+    assert not_fresh(foreign, instance) == changed_in_dvc(foreign) == set()
+    assert materialize(foreign, instance).success
+    assert {name: shown(instance, name)["done"] for name in STAGES} == dict.fromkeys(STAGES, "nothing")
+
+
+def test_metrics_plots_and_checks_are_shown(foreign: Path, instance: dg.DagsterInstance) -> None:
+    assert materialize(foreign, instance).success
+    metadata = shown(instance, "evaluate")
+    assert metadata["accuracy"] == 1.0 and metadata["test.points"] == 10
+    assert metadata["eval/thresholds.csv"].splitlines()[0] == "| threshold | accuracy |"
+    assert not [name for name in metadata if "check" in name]
+    check = dg.AssetCheckKey(dg.AssetKey(["points", "evaluate"]), "better_than_chance")
+    record = instance.event_log_storage.get_latest_asset_check_execution_by_key([check])[check]
+    assert record.status.value == "SUCCEEDED"
+    script = foreign / "src/evaluate.py"
+    script.write_text(script.read_text().replace("> 0.5", "> 1"))
+    assert dvc(foreign, "repro").returncode == 0
+    assert "check evaluate better_than_chance: failed" in sync(DvcProject(foreign, ("points",)), instance)
+
+
+def test_sync_shows_what_dvc_repro_did_and_what_is_stale(foreign: Path, instance: dg.DagsterInstance) -> None:
+    project = DvcProject(foreign, ("points",))
+    assert dvc(foreign, "repro").returncode == 0
+    lines = sync(project, instance)
+    assert {line.split(" is ")[0] for line in lines} >= {*STAGES, "workspace/data/points.csv", "def/train"}
+    assert shown(instance, "evaluate")["accuracy"] == 1.0 and sync(project, instance) == []
+    (foreign / "params.yaml").write_text(foreign_project.PARAMS.replace("steps: 20", "steps: 2"))
+    assert [line.split(" is ")[0] for line in sync(project, instance)] == ["def/train", "check train dvc_in_sync: failed"]
+    assert not_fresh(foreign, instance) == changed_in_dvc(foreign) == {"train"}
+    result = materialize(foreign, instance, "evaluate")
+    assert not result.success, "its input is not up to date"
+    assert dvc(foreign, "repro").returncode == 0
+    sync(project, instance)
+    assert shown(instance, "evaluate")["accuracy"] < 1 and not_fresh(foreign, instance) == set()
+    (foreign / "params.yaml").write_text(foreign_project.PARAMS)
+    assert materialize(foreign, instance, "train").success
+    assert shown(instance, "train")["done"] == "restored", "from DVC's run cache"
+
+
+def test_of_two_outputs_only_the_one_that_is_read_makes_a_stage_stale(foreign: Path, instance: dg.DagsterInstance) -> None:
+    assert dvc(foreign, "repro").returncode == 0
+    script = foreign / "src/featurize.py"
+    script.write_text(script.read_text().replace("path.read_text()", "(path.read_text() + ('\\n9,9,1' if path.stem == 'test' else ''))"))
+    assert materialize(foreign, instance, "featurize").success
+    assert not_fresh(foreign, instance) == changed_in_dvc(foreign) == {"evaluate"}
+    (foreign / "data/features/test.csv").unlink()
+    sync(DvcProject(foreign, ("points",)), instance)
+    assert not_fresh(foreign, instance) == changed_in_dvc(foreign) == {"featurize", "evaluate"}
+
+
+def test_a_failing_command_fails_the_run_and_records_nothing(foreign: Path, instance: dg.DagsterInstance) -> None:
+    assert materialize(foreign, instance).success
+    lock = (foreign / "dvc.lock").read_bytes()
+    (foreign / "src/train.py").write_text("raise SystemExit(3)")
+    assert not materialize(foreign, instance).success
+    assert (foreign / "dvc.lock").read_bytes() == lock
+
+
+def test_bad_projects_and_names_are_refused_with_one_message(foreign: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not a DVC project"):
+        build_dvc_definitions(tmp_path)
+    with pytest.raises(InputError, match=r"'a\.b' cannot be part of a name"):
+        build_dvc_definitions(foreign, "a.b")
+    (foreign / "dvc.yaml").write_text("stages:\n  a-b: {cmd: echo}\n  a_b: {cmd: echo}\n")
+    with pytest.raises(InputError, match="same name in Dagster"):
+        build_dvc_definitions(foreign)
+    (foreign / "dvc.yaml").write_text("stages:\n  a: {cmd: echo, meta: {checks: [x]}}\n")
+    with pytest.raises(InputError, match=r"a: meta\.checks is not a mapping"):
+        build_dvc_definitions(foreign)
+
+
+@pytest.mark.parametrize(("checks", "shown"), [
+    ({"c": {"passed": True}}, ("passed", "none")), ({"c": {"passed": False}}, ("failed", "error")),
+    ({"c": {"passed": False, "severity": "warn"}}, ("failed", "warn")), ({"c": {"severity": "warn"}}, ("failed", "error")),
+    ({"c": 1}, ("failed", "error")), ({}, None), ([], None), ({"other": {"passed": False}}, None),
+])  # fmt: skip
+def test_a_check_without_a_verdict_fails_and_one_that_the_report_lacks_has_no_result(checks: Any, shown: Any) -> None:
+    state = SimpleNamespace(meta={"checks": {"c": "What it asserts."}}, report="metrics.json")
+    results = DvcProject(Path()).check_results("stage", state, {"checks": checks})  # type: ignore[arg-type]
+    found = [("passed" if one.passed else "failed", one.metadata["severity"].value) for one in results]
+    assert found == ([shown] if shown else [])
+
+
+def test_the_docs_show_the_project_that_is_tested() -> None:
+    assert f"```yaml\n{foreign_project.DVC_YAML}```" in (ROOT / "docs/dagster-dvc.md").read_text()
+
+
+def test_the_library_has_no_stage_of_pedigree_and_uses_no_deprecated_api(foreign: Path, recwarn: pytest.WarningsRecorder) -> None:
+    build_dvc_definitions(foreign)
+    assert not [str(warning.message) for warning in recwarn if "agster" in type(warning.message).__module__ + str(warning.message)]
+    for path in (ROOT / "dagster_project/orchestration/dagster_dvc").glob("*.py"):
+        texts = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        assert not texts & {*pipeline.STAGES}, path
