@@ -86,6 +86,16 @@ def _show(options: argparse.Namespace) -> Callable[[Judgement], list[dict[str, A
     return lambda judged: module.show(judged, module.select(judged, options.show, options.show_rows or ()), by)
 
 
+def init(options: argparse.Namespace) -> int:
+    """Make a project in a folder, with parameters that fit your data."""
+    from dagster_project.commands.init import as_text
+    from dagster_project.commands.init import init as make
+
+    document = make(Path(options.folder or options.project), options.data, options.base_model, options.task, options.license)
+    _print(options, document, as_text)
+    return 0
+
+
 def run(options: argparse.Namespace) -> int:
     """Run one stage (the command in dvc.yaml), or bring all stages up to date with --all."""
     from dagster_project.orchestration.run_stage import run_stage, streaming_to_dagster
@@ -127,6 +137,15 @@ def sweep(options: argparse.Namespace) -> int:
     )  # fmt: skip
     _print(options, document, module.as_text)
     return 130 if document["interrupted"] else 0 if document["passed"] else 1
+
+
+def upgrade(options: argparse.Namespace) -> int:
+    """Record the code of the installed version in code.lock.yaml, and list the stages that become stale."""
+    from dagster_project.commands.upgrade import as_text
+    from dagster_project.commands.upgrade import upgrade as record
+
+    _print(options, record(_project(options)), as_text)
+    return 0
 
 
 def render(options: argparse.Namespace) -> int:
@@ -468,6 +487,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_check(commands)
+    _add_init(commands)
     _add_pipeline_commands(commands)
     _add_lineage_commands(commands)
     _add_evaluation_commands(commands)
@@ -510,6 +530,15 @@ def _add_check(commands: Any) -> None:
     )
 
 
+def _add_init(commands: Any) -> None:
+    add = _add_command(commands, init).add_argument
+    add("folder", nargs="?", metavar="FOLDER", help="an empty or new folder (default: the current folder)")
+    add("--data", nargs="+", default=[], metavar="FILE", help="examples, preference pairs and benchmarks; they are copied to data/sources/")
+    add("--base-model", metavar="MODEL", help="org/name@REVISION on the Hub, or a folder (default: the small model of the sample project)")
+    add("--task", choices=("auto", "labels", "json", "text"), default="auto", help="what answers are (default: detected)")
+    add("--license", default="unknown", metavar="SPDX", help="license of the data (default: %(default)s)")
+
+
 def _add_pipeline_commands(commands: Any) -> None:
     add = _add_command(commands, run).add_argument
     add("stage", nargs="?", metavar="STAGE[@VARIANT]", help="a stage of dvc.yaml, e.g. splits or adapter@lora")
@@ -524,6 +553,7 @@ def _add_pipeline_commands(commands: Any) -> None:
     add("--jobs", type=_count, default=1, metavar="N", help="trials at once (default: %(default)s)")
     add("--to", metavar="STAGE[@VARIANT]", help="stage at which each trial ends (default: the stage of the section)")
     _add_command(commands, render).add_argument("stage", nargs="?", metavar="STAGE[@VARIANT]", help="default: all stages that have pages")
+    _add_command(commands, upgrade)
     _add_command(commands, sync).add_argument(
         "--key-prefix", default="", metavar="PREFIX", help="of the project's asset keys in an instance with other assets, e.g. ml/support"
     )

@@ -1,4 +1,4 @@
-"""The wheel with the core's dependencies alone: five commands work without torch, transformers, Dagster and DVC; all others name their extra."""
+"""The wheel with the core's dependencies alone: six commands work without torch, transformers, Dagster and DVC; all others name their extra."""
 
 from __future__ import annotations
 
@@ -101,6 +101,14 @@ def test_help_and_check_work_in_the_core(core: Path, tmp_path: Path) -> None:
     assert "<html" in (tmp_path / "page.html").read_text()
 
 
+def test_init_works_in_the_core_and_says_what_is_missing(core: Path, tmp_path: Path) -> None:
+    jsonl(tmp_path / "rows.jsonl", *({"messages": messages(name)} for name in ("kites", "pubs", "gulls")))
+    done = outside(core, "init", "project", "--data", "rows.jsonl", "--json", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["missing"] == ["dvc", "dagster", "torch"]
+    assert (tmp_path / "project/data/sources/rows.jsonl").is_file()
+
+
 def test_audit_impact_and_export_work_in_the_core(core: Path, tmp_path: Path) -> None:
     project = Project(tmp_path / "project")
     project.commit(project.lock([("kites", "train", "a.jsonl"), ("pubs", "test", "a.jsonl")]))
@@ -120,7 +128,8 @@ def test_audit_impact_and_export_work_in_the_core(core: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("command", "extra"), [("run splits", "pipeline"), ("ui", "pipeline"), ("sync", "pipeline"), ("plan --model config.json", "train")]
+    ("command", "extra"),
+    [("run splits", "pipeline"), ("ui", "pipeline"), ("sync", "pipeline"), ("upgrade", "pipeline"), ("plan --model config.json", "train")],
 )
 def test_any_other_command_names_the_extra_that_it_needs(core: Path, tmp_path: Path, command: str, extra: str) -> None:
     project = Project(tmp_path / "project")

@@ -1,4 +1,4 @@
-"""A clone with other data: no default comes from the sample set, leftovers of it are named, and `make run` prints the next steps."""
+"""Other data than the sample set: no default comes from it, leftovers of it are named, and `make run` in a clone prints the next steps."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from conftest import ROOT, run
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
+from dagster_project.commands.init_data import Found
+from dagster_project.commands.init_params import SAMPLE_MODEL, params_text
 from dagster_project.core.errors import InputError
 from dagster_project.core.params import Compute, parse
 from dagster_project.core.records import write_records
@@ -34,20 +36,20 @@ from dagster_project.stages import (
     tokenized,
 )
 
-PAGE = (ROOT / "docs" / "own-project.md").read_text()
-MINIMAL = re.search(r"<!-- params: begin -->\n```yaml\n(.*?)```", PAGE, re.DOTALL)[1]
+MINIMAL = params_text(Found(), SAMPLE_MODEL, "Apache-2.0")
+"""params.yaml of a new project without data."""
 SAMPLE = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
 
 
-def test_the_documented_parameters_name_every_section_and_are_valid(tmp_path: Path) -> None:
+def test_the_parameters_of_a_new_project_name_every_section_and_are_valid(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(MINIMAL)
     (tmp_path / "data/sources").mkdir(parents=True)
-    (tmp_path / "data/sources/mine.json").touch()
+    (tmp_path / "data/sources/mine.jsonl").touch()
     shutil.copytree(ROOT / "data/keys", tmp_path / "data/keys")
     assert set(validate(tmp_path)) == set(SAMPLE)
 
 
-def test_the_documented_parameters_have_every_key_that_dvc_tracks_by_name() -> None:
+def test_the_parameters_of_a_new_project_have_every_key_that_dvc_tracks_by_name() -> None:
     values = YAML(typ="safe").load(MINIMAL)
     stages = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"].values()
     tracked = {name for stage in stages for name in stage.get("do", stage).get("params", []) if "$" not in name}

@@ -1,4 +1,5 @@
-"""`make docs`: writes dagster_project/params.schema.json, docs/parameters.md and the tables of docs/checks.md from the code.
+"""`make docs`: writes dagster_project/params.schema.json, docs/parameters.md and the tables of docs/checks.md from the code, and the files
+of the package that repeat others: dvc.yaml, and the changes in results.
 
 The JSON Schema comes from the classes that validate params.yaml, the tables of parameters come from the schema.
 """
@@ -15,9 +16,11 @@ from pydantic import BaseModel, create_model
 from pydantic.json_schema import GenerateJsonSchema, models_json_schema
 from pydantic_core import core_schema
 
+from dagster_project.commands.upgrade import RESULTS
 from dagster_project.core.params import Section
 from dagster_project.curation.checks.checks import CHECKS, Rules
 from dagster_project.curation.checks.row_checks import ROW_CHECKS
+from dagster_project.lineage.code_lock import TEMPLATE
 from dagster_project.pipeline import PEDIGREE, STAGES, VARIANTS_OF, sections
 from dagster_project.training.methods.build import OWN
 from dagster_project.training.trainers.alignment.preference import METHODS
@@ -45,7 +48,18 @@ def generated(root: Path) -> dict[Path, str]:
         root / "dagster_project" / "params.schema.json": json.dumps(schema, indent=1, ensure_ascii=False) + "\n",
         root / "docs" / "parameters.md": parameters_page(schema),
         checks: _fill(checks.read_text(encoding="utf-8"), check_tables()),
+        root / "dagster_project" / TEMPLATE.name: (root / "dvc.yaml").read_text(encoding="utf-8"),
+        root / "dagster_project" / RESULTS.name: results_of((root / "CHANGELOG.md").read_text(encoding="utf-8")),
     }
+
+
+def results_of(changelog: str) -> str:
+    """The headings of versions and the entries under "Results" of a changelog."""
+    parts = re.split(r"^(?=##+ )", changelog, flags=re.MULTILINE)
+    kept = [
+        part if part.startswith("### Results") else part.splitlines()[0] + "\n" for part in parts if part.startswith(("## ", "### Results"))
+    ]
+    return "".join(part.removeprefix("### Results\n").rstrip("\n") + "\n\n" for part in kept).rstrip("\n") + "\n"
 
 
 # ---- JSON Schema of params.yaml --------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The extra of the distribution that installs a library. The core has `check`, `audit`, `impact` and `export`; everything else needs extras."""
+"""The extra of the distribution that installs a library. The core has `check`, `init`, `audit`, `impact` and `export`; everything else needs extras."""
 
 from __future__ import annotations
 

@@ -21,8 +21,9 @@ from dagster_project.core import params
 from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.git import git_bytes
 from dagster_project.core.hashing import md5_of_file
-from dagster_project.core.layout import REPORTS, is_code, report_of
+from dagster_project.core.layout import RECORD_KEY, REPORTS, is_code, report_of
 from dagster_project.core.records import remove
+from dagster_project.lineage import code_lock
 from dagster_project.lineage.code import value_at
 from dagster_project.lineage.history import Revision, resolve
 from dagster_project.orchestration import dvc, integrity
@@ -42,13 +43,14 @@ def verify(root: Path, stage: str, rev: str | None = None, deep: bool = False) -
         "changed": code that differs from its record, "differences", "causes": likely causes, "machine": {"recorded", "now", "same_kind"} of the
         stage that decides the verdict}. Stages made on another kind of machine also have "deviations", each with its bound.
     Raises:
-        InputError: an input is missing (then nothing was done), or the stage cannot run.
+        InputError: an input is missing, or other code than the recorded one is installed (then nothing was done), or the stage cannot run.
         CheckFailed: an input was tampered with, or a blocking check of the stage failed.
     """
     at = Revision(root, rev)
     lock = at.lock()
     address = resolve(lock, stage)
     addresses = [*ancestors(lock, address), address] if deep else [address]
+    code_lock.refuse_to_verify(root, {name: code_lock.recorded_in(lock[name]) for name in addresses})
     with tempfile.TemporaryDirectory(prefix="pedigree-") as folder:
         clone = _Clone(at, lock, dvc.store(root), Path(folder).resolve() / "project")
         clone.fill(addresses)
@@ -104,6 +106,9 @@ class _Clone:
             CheckFailed: an input was tampered with.
         """
         _unpack(self.at, self.root)
+        if (secret := self.at.root / RECORD_KEY).is_file() and not (self.root / RECORD_KEY).exists():  # where git ignores it
+            (self.root / RECORD_KEY).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(secret, self.root / RECORD_KEY)
         dvc.isolate_project(self.root)
         dependencies = {dep["path"]: dep["md5"] for name in addresses for dep in self.lock[name].get("deps", [])}
         inputs, outdated = self._recorded_inputs(addresses, dependencies)
@@ -189,6 +194,8 @@ class _Clone:
             for key in changed:
                 _put(values, key, recorded[key])
             (self.root / "params.yaml").write_text(json.dumps(values, default=str))
+        if entry := code_lock.recorded_in(self.lock[name]):
+            code_lock.record(self.root, entry)
         deps = {dep["path"]: dep["md5"] for dep in self.lock[name].get("deps", [])}
         outs = [out["path"] for stage in self.lock.values() for out in stage.get("outs", [])]
         code = []

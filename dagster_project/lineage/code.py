@@ -9,6 +9,7 @@ from typing import Any
 from dagster_project.core.git import git
 from dagster_project.core.hashing import md5_of_bytes, md5_of_folder
 from dagster_project.core.layout import is_code
+from dagster_project.lineage import code_lock
 from dagster_project.lineage.history import blobs, listing_of
 
 PARAMS = "params.yaml"
@@ -22,13 +23,15 @@ def code_in(root: Path, commit: str | None, stages: Mapping[str, Mapping[str, An
         stages: address -> entry of dvc.lock.
     Returns:
         Per stage: {path: md5} of every file, or of a whole folder (md5 ends in ".dir") if its recorded content is neither in the commit nor in the
-        workspace; and the paths with other content in the commit, including params.yaml.
+        workspace; and the paths with other content in the commit, including params.yaml. Of a stage whose code is installed, the file is
+        "code.lock.yaml:STAGE" with the recorded sha256.
     """
     recorded = {
         name: {dep["path"]: dep.get("md5", "") for dep in stage.get("deps", []) if is_code(dep["path"])} for name, stage in stages.items()
     }
     paths = dict.fromkeys(path for code in recorded.values() for path in code)
-    committed, params = _committed(root, commit, paths) if commit else ({}, b"")
+    committed, params, lock = _committed(root, commit, paths) if commit else ({}, b"", b"")
+    code_at_commit = code_lock.parse(lock.decode("utf-8", "replace")) if lock else None
     in_workspace: dict[str, dict[str, str]] = {}
 
     def files_of(path: str, md5: str) -> dict[str, str]:
@@ -50,6 +53,9 @@ def code_in(root: Path, commit: str | None, stages: Mapping[str, Mapping[str, An
             files |= listing
             removed |= set(_files_below(committed, path)) if md5.endswith(".dir") and path not in listing else set()
         differs = sorted((removed - files.keys()) | {path for path, md5 in files.items() if committed.get(path) != md5})
+        for stage, sha256 in code_lock.recorded_in(stages[name]).items():
+            files[f"{code_lock.FILE}:{stage}"] = sha256
+            differs += [] if code_at_commit and code_at_commit.stages.get(stage) == sha256 else [code_lock.FILE]
         recorded_values = stages[name].get("params", {}).get(PARAMS) or {}
         has_values = all(value_at(values, key) == value for key, value in recorded_values.items())
         found[name] = dict(sorted(files.items())), [] if commit is None else differs + ([] if has_values else [PARAMS])
@@ -65,11 +71,11 @@ def contents_at(root: Path, commit: str, paths: Iterable[str]) -> dict[str, byte
     return {name: content[blob] for name, blob in hashes.items() if blob in content}
 
 
-def _committed(root: Path, commit: str, paths: Iterable[str]) -> tuple[dict[str, str], bytes]:
-    """{path: md5} of every file of a commit at or below the paths; and its params.yaml."""
-    contents = contents_at(root, commit, [PARAMS, *paths])
-    params = contents.pop(PARAMS, b"")
-    return {name: md5_of_bytes(content) for name, content in contents.items()}, params
+def _committed(root: Path, commit: str, paths: Iterable[str]) -> tuple[dict[str, str], bytes, bytes]:
+    """{path: md5} of every file of a commit at or below the paths; and its params.yaml and code.lock.yaml."""
+    contents = contents_at(root, commit, [PARAMS, code_lock.FILE, *paths])
+    params, lock = contents.pop(PARAMS, b""), contents.pop(code_lock.FILE, b"")
+    return {name: md5_of_bytes(content) for name, content in contents.items()}, params, lock
 
 
 def _files_below(files: Mapping[str, str], folder: str) -> dict[str, str]:

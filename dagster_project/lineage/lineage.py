@@ -14,6 +14,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.git import git
 from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.records import with_license
+from dagster_project.lineage import code_lock
 from dagster_project.lineage.code import code_in
 from dagster_project.lineage.history import LOCK, Revision, commit_of, is_within, listing_of, path_exists
 from dagster_project.lineage.index import Index
@@ -226,7 +227,13 @@ def document(subject: Subject) -> dict[str, Any]:
 
 
 def _parameters(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    return {key: value for entry in entries for values in entry.get("params", {}).values() for key, value in (values or {}).items()}
+    return {
+        key: value
+        for entry in entries
+        for file, values in entry.get("params", {}).items()
+        if file != code_lock.FILE
+        for key, value in (values or {}).items()
+    }
 
 
 def _sources(
@@ -268,7 +275,8 @@ def _code(index: Index, run: StageRun) -> dict[str, Any]:
     """The code behind a run, stage by stage, and whether the commit that first recorded the run of each stage contains its code.
 
     Returns:
-        {"commit", "clean", "files": {path: md5}, "stages": {address: {"commit", "clean"}}}: the first commit with the model's hash, and code as in
+        {"commit", "clean", "files": {path: md5}, "stages": {address: {"commit", "clean"}}}; if the package is installed and not part of the project,
+        also "package" (`code_lock.compare`): the first commit with the model's hash, and code as in
         `code_in`. Where applicable also "differs" (paths with other content in the commit of their stage, also per stage), "uncommitted" (stages whose
         run no commit contains), "made_again" (a later commit, whose code produced the same bytes) and "after" (the commit that uncommitted work is
         based on).
@@ -278,6 +286,7 @@ def _code(index: Index, run: StageRun) -> dict[str, Any]:
     names = _stage_names(order)
     for stage in order:
         by_commit.setdefault(index.first_commit(stage), {})[names[stage.path, stage.md5]] = index.lock_entry(stage)
+    recorded = {name: code_lock.recorded_in(entry) for entries in by_commit.values() for name, entry in entries.items()}
     code = {name: (commit, *found) for commit, entries in by_commit.items() for name, found in code_in(index.root, commit, entries).items()}
     files: dict[str, str] = {}
     stages = {}
@@ -296,6 +305,7 @@ def _code(index: Index, run: StageRun) -> dict[str, Any]:
         **({"made_again": run.commit} if first.commit is not None and run.commit not in {None, first.commit} else {}),
         "files": dict(sorted(files.items())),
         "stages": stages,
+        **({"package": code_lock.compare(index.root, recorded)} if any(recorded.values()) else {}),
     }
 
 
@@ -506,6 +516,8 @@ def as_text(audited: dict[str, Any]) -> str:
 
     model, code = audited["model"], audited["code"]
     lines = [f"{model['stage']}  {model['path']}  md5 {model['md5']}", "", f"code       {code_text(code)}; {len(code['files'])} files"]
+    if "package" in code:
+        lines += [f"package    {code_lock.as_text(code['package'])}"]
     if audited["base_model"]:
         base = audited["base_model"]
         lines += [

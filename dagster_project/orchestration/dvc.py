@@ -22,6 +22,7 @@ from dagster_project.core.errors import CheckFailed, InputError
 from dagster_project.core.hashing import md5_of_bytes
 from dagster_project.core.layout import is_code, is_report
 from dagster_project.core.records import remove
+from dagster_project.lineage import code_lock
 from dagster_project.orchestration.private_api import private_module
 from dagster_project.orchestration.processes import command_of_dvc, interrupt_command, is_running
 
@@ -235,7 +236,7 @@ def _version(root: Path, outs: Sequence[Any]) -> str:
 
 def stamp(root: Path, states: Mapping[str, StageState]) -> list[tuple[str, int, int, int]]:
     """Path, modification time, inode and size of every file that `read_stages` read: if they are the same, its result is too."""
-    paths = {"dvc.yaml", "dvc.lock", "params.yaml", ".dvc/config", ".dvc/cache"}
+    paths = {"dvc.yaml", "dvc.lock", "params.yaml", code_lock.FILE, ".dvc/config", ".dvc/cache"}
     for state in states.values():
         inputs = [i.path for i in state.inputs]
         paths |= {*state.files, *inputs, *(f"{path}.dvc" for path in inputs)}
@@ -342,12 +343,13 @@ def _dependency_hashes(root: Path, stage: Any) -> tuple[dict[str, str], dict[str
 
 
 def _parameters(stage: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Values of the parameters that a stage reads: in params.yaml, and in dvc.lock."""
+    """Values of the parameters that a stage reads: on disk, and in dvc.lock. Keys of code.lock.yaml, which are names of stages, get its name as a prefix."""
     values: dict[str, Any] = {}
     recorded: dict[str, Any] = {}
     for dep in stage.params:
-        values.update(dep.read_params())
-        recorded.update(dep.hash_info.value or {} if dep.hash_info else {})
+        prefix = f"{code_lock.FILE}:" if Path(dep.fs_path).name == code_lock.FILE else ""
+        values |= {prefix + key: value for key, value in dep.read_params().items()}
+        recorded |= {prefix + key: value for key, value in ((dep.hash_info.value or {}) if dep.hash_info else {}).items()}
     return values, recorded
 
 

@@ -26,6 +26,7 @@ from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.core.layout import is_report
 from dagster_project.core.progress import clock
 from dagster_project.core.records import write_json
+from dagster_project.lineage import code_lock
 from dagster_project.orchestration import dvc, integrity, locks, processes
 from dagster_project.orchestration.dvc import StageState
 
@@ -328,6 +329,7 @@ def run_all(root: Path, jobs: int, force: bool, validate: Callable[[Path], Any])
         Document with the outcome of every stage.
     """
     began = time.monotonic()
+    code_lock.refuse_other_code(root)
     validate(root)
     whole = RunAll(root, jobs, force)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the stages as Ctrl-C does

@@ -16,6 +16,7 @@ from dagster_project.core.layout import measured_path, report_of
 from dagster_project.core.records import remove, write_json
 from dagster_project.core.workers import THIS_PROCESS, LocalProcesses, Workers
 from dagster_project.execution import VARIABLE, WORKER, placement
+from dagster_project.lineage import code_lock
 from dagster_project.orchestration import dvc, integrity, locks, processes
 from dagster_project.orchestration.executors import Executor, StageJob, StageResult
 from dagster_project.orchestration.executors.local import LocalExecutor
@@ -36,7 +37,7 @@ def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE, executor:
         The stage's report.
 
     Raises:
-        InputError: bad parameters or input.
+        InputError: bad parameters or input, or the stage's code is not the one recorded in code.lock.yaml.
         CheckFailed: a blocking check failed, an input is not what its producer recorded, or an input changed meanwhile.
         Busy: another process runs the stage. If DVC started this process, it waits instead, because DVC has already removed the outputs.
     """
@@ -51,6 +52,7 @@ def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE, executor:
     with locks.hold(root, address, wait_or_refuse):
         scratch = root / ".dvc" / "tmp" / "pedigree" / "scratch" / address
         try:
+            code_lock.refuse_other_code(root, [stage])
             before = _verified_inputs(root, address)  # before any of these files is read
             # the driver of a worker has validated them, and the worker has only the sources that this stage reads
             values = params.read(root) if os.environ.get(VARIABLE) == WORKER else pipeline.validate(root)
@@ -68,6 +70,7 @@ def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE, executor:
             changed = [path for path, value in dvc.fingerprint(root, address).now.items() if before[path] != value]
             if changed:
                 raise CheckFailed(f"{address}: {', '.join(changed)} changed while the stage ran", "run it again; nothing was recorded")
+            code_lock.refuse_other_code(root, [stage])  # an upgrade while it ran
             _publish(root, ctx, report, sha256, result)
         except BaseException:
             dvc.restore_outputs(root, address)

@@ -35,7 +35,7 @@ def lineage_page(document: Mapping[str, Any], records: Sequence[Mapping[str, Any
         ),
         "Parameters": _nonempty(_mapping_table(document["parameters"], "Recorded parameters")),
         "Metrics": _nonempty(_mapping_table(metrics, "Metrics")),
-        "Code": {"commit": code_text(document["code"]), "table": Table("Code", ["file", "md5"], list(document["code"]["files"].items()))},
+        "Code": {"commit": code_text(document["code"]), "table": Table("Code", ["file", "hash"], list(document["code"]["files"].items()))},
         "Missing": _nonempty(_missing(document)),
     }
     title = f"Audit of {document['model']['stage']}"

@@ -11,6 +11,7 @@ from typing import Any
 import dagster as dg
 
 from dagster_project.core.errors import InputError
+from dagster_project.lineage import code_lock
 from dagster_project.orchestration import dvc
 from dagster_project.orchestration.dagster.concurrency import build_executor
 from dagster_project.orchestration.dagster.instance import open_at
@@ -84,8 +85,12 @@ def _partial_jobs(project: PedigreeProject, states: dict[str, dvc.StageState], e
 
 
 def project_root() -> Path:
-    """The project of this package: PEDIGREE_PROJECT, or the parent folder of the package."""
-    return Path(os.environ.get("PEDIGREE_PROJECT") or Path(__file__).resolve().parents[3])
+    """The project to show: PEDIGREE_PROJECT; else the working folder if its stages run with installed code; else the clone with this package; else the
+    working folder."""
+    if os.environ.get("PEDIGREE_PROJECT"):
+        return Path(os.environ["PEDIGREE_PROJECT"])
+    here, clone = Path.cwd(), Path(__file__).resolve().parents[3]
+    return clone if (clone / "dvc.yaml").is_file() and not code_lock.is_used(here) else here
 
 
 OWNER = "pedigree_project"

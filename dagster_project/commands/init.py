@@ -1,0 +1,270 @@
+"""`pedigree init`: makes a project in a folder, with parameters that fit the user's files. Needs neither DVC nor Dagster nor torch."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from dagster_project.commands.init_data import Found, examine
+from dagster_project.commands.init_params import CONTEXT, PLACEHOLDER, SAMPLE_MODEL, params_text
+from dagster_project.commands.pipeline_file import current_lock, pipeline_text
+from dagster_project.core.errors import InputError
+from dagster_project.core.git import git
+from dagster_project.core.layout import RECORD_KEY
+from dagster_project.core.records import remove
+from dagster_project.curation.checks.token_counts import ESTIMATED, tokens_of
+from dagster_project.curation.sources.hub import HubSplit
+from dagster_project.lineage import code_lock
+from dagster_project.pipeline import VARIANTS_OF
+
+log = logging.getLogger("pedigree")
+
+KEEP = ".gitkeep"
+LARGE = 10_000_000
+"""Bytes of a file or folder above which DVC tracks it, and not git."""
+INSTALL = f"pip install '{code_lock.DISTRIBUTION}[all]'"
+WORKSPACE = """\
+# For `dagster dev`; `pedigree ui` also serves the pages.
+load_from:
+  - python_module:
+      module_name: dagster_project.definitions
+      location_name: pedigree
+"""
+DVC_FILES = {
+    ".dvc/config": "[core]\n    analytics = false\n",
+    ".dvc/.gitignore": "/config.local\n/tmp\n/cache\n",
+    ".dvcignore": "# Files of editors, Python and operating systems, which must not make a stage stale.\n"
+    "__pycache__\n*.pyc\n*.swp\n*~\n.#*\n.DS_Store\n.dagster\n.venv\ndata/live/.gitkeep\n",
+}
+"""What `dvc init` sets up, and what DVC ignores."""
+
+
+def init(folder: Path, data: Sequence[str], base_model: str | None, task: str, license: str) -> dict[str, Any]:
+    """Make a project. Everything is read and checked before the first file is written.
+
+    Args:
+        data: files and folders, which are copied to data/sources/, and data sets `hub:org/name@REVISION:split`.
+        base_model: `org/name@REVISION` on the Hub, or a folder, which is copied to models/; None: the model of the sample project.
+        task: one of init_data.TASKS.
+        license: of the data.
+    Returns:
+        {"project", "files", "sources": [{"path", "kind", "layout", "rows"}], "kept", "task", "git": whether git has the files, "dvc": large files
+        that DVC tracks instead, "missing": programs that are not installed, "next": commands}.
+    Raises:
+        InputError: the folder has files of a project, or a file of data or the base model cannot be used. Nothing was written.
+    """
+    model, weights = _base_model(base_model)
+    found = examine(data, task, tokens_of(weights) if weights else ESTIMATED)
+    context = min(CONTEXT, _context_of(weights)) if weights else CONTEXT
+    files = _files(found, params_text(found, model, license, context), folder.resolve().name)
+    copies = {one.place: Path(one.path) for one in found.given if not one.hub} | ({str(model["folder"]): weights} if weights else {})
+    _refuse_existing(folder, [*files, *copies, "dvc.lock"])
+    for name, source in copies.items():
+        if source.is_dir() and (folder / name).resolve().is_relative_to(source.resolve()):
+            raise InputError(f"{source} contains the project {folder}; nothing was written", "name a folder outside of it")
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch(mode=0o600 if name == RECORD_KEY else 0o666)
+        (folder / name).write_text(text, encoding="utf-8")
+    for name, source in copies.items():
+        _copy(source, folder / name)
+    has_git = git(folder, "rev-parse", "--show-toplevel") is not None or git(folder, "init", "-q") is not None
+    large = [name for name in copies if _size(folder / name) > LARGE]
+    by_dvc = large if has_git and _add_to_dvc(folder, large) else []
+    if has_git:
+        small = [name for name in [*files, *copies] if name != RECORD_KEY and name not in large]
+        git(folder, "add", "--", *small, *(f"{name}.dvc" for name in by_dvc), *{f"{Path(name).parent}/.gitignore" for name in by_dvc})
+    return {
+        "project": str(folder),
+        "files": sorted([*files, *copies]),
+        "sources": [
+            {"path": one.hub.name if one.hub else one.place, "kind": one.kind, "layout": one.layout, "rows": len(one.records)}
+            for one in found.given
+        ],
+        "kept": found.kept,
+        "task": found.task,
+        "git": has_git,
+        "dvc": by_dvc,
+        "missing": [*([] if has_git else ["git"]), *(name for name in ("dvc", "dagster", "torch") if find_spec(name) is None)],
+        "next": _next(folder, bool(found.given), [name for name in large if name not in by_dvc]),
+    }
+
+
+def _base_model(spec: str | None) -> tuple[dict[str, Any], Path | None]:
+    """The section `base_model`, and the folder to copy, if it is one.
+
+    Raises:
+        InputError: neither a folder with a model nor org/name@REVISION.
+    """
+    if spec is None:
+        return dict(SAMPLE_MODEL), None
+    place = Path(spec)
+    if place.is_dir():
+        if not (place / "config.json").is_file() or not (place / "tokenizer.json").is_file():
+            raise InputError(f"--base-model {spec}: no config.json or tokenizer.json in this folder", "name the folder of a complete model")
+        return {"folder": f"models/{place.resolve().name}", "license": "unknown"}, place
+    name, at, revision = spec.partition("@")
+    if not at or (problem := HubSplit(name, revision, "train").problem):
+        raise InputError(
+            f"--base-model {spec}: neither a folder nor a model at a commit" + (f": {problem}" if at else ""),
+            "use org/name@REVISION with the 40 hex digits of the commit, or a folder with config.json, tokenizer.json and safetensors files",
+        )
+    return {"hub": name, "revision": revision, "license": "unknown"}, None
+
+
+def _context_of(folder: Path) -> int:
+    """Tokens that a model can read, according to its config.json."""
+    try:
+        length = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("max_position_embeddings")
+    except (OSError, ValueError, AttributeError):
+        raise InputError(f"--base-model {folder}: config.json is not a JSON object", "name the folder of a complete model") from None
+    return length if isinstance(length, int) and length >= 16 else CONTEXT
+
+
+def _files(found: Found, params: str, name: str) -> dict[str, str]:
+    """Path in the project -> content."""
+    outputs, inputs = _paths()
+    optional = [stage for stage, section in VARIANTS_OF.items() if section == "aligned"]  # read as whole folders, even without variants
+    kept = [f"data/{stage}" for stage in optional] + [f"data/reports/{stage}" for stage in optional] + ["data/live"]
+    return {
+        "params.yaml": params,
+        "dvc.yaml": pipeline_text(),
+        code_lock.FILE: current_lock().text(),
+        "workspace.yaml": WORKSPACE,
+        "README.md": _readme(name, found),
+        ".gitignore": _gitignore(outputs, optional),
+        **DVC_FILES,
+        RECORD_KEY: secrets.token_hex(32) + "\n",
+        **{f"{folder}/{KEEP}": "" for folder in sorted({*inputs, *kept})},
+    }
+
+
+def _paths() -> tuple[list[str], list[str]]:
+    """Folders of the stages' outputs, and folders that stages read and none writes."""
+    stages = code_lock.template_stages().values()
+    outputs = [str(path).partition("/${")[0] for stage in stages for path in stage["outs"]]
+    deps = {
+        dep
+        for stage in stages
+        for dep in stage["deps"]
+        if dep.startswith("data/") and not dep.startswith("data/reports/") and "$" not in dep
+    }
+    return outputs, sorted(dep for dep in deps if not any(dep == out or dep.startswith(f"{out}/") for out in outputs))
+
+
+def _gitignore(outputs: Sequence[str], optional: Sequence[str]) -> str:
+    kept = {f"data/{stage}" for stage in optional}
+    folders = [line for path in dict.fromkeys(outputs) for line in ([f"/{path}/*", f"!/{path}/{KEEP}"] if path in kept else [f"/{path}"])]
+    return "\n".join(
+        [
+            "# environment and caches",
+            "/.venv",
+            "__pycache__/",
+            "# Dagster's home, which `pedigree sync` rebuilds",
+            "/.dagster/",
+            "/dvc_plots/",
+            "# outputs stored by DVC (dvc.lock, which git tracks, has their hashes)",
+            *folders,
+            "/data/plots",
+            "# progress of a running stage, and pages, which each run writes again",
+            "/data/live/*",
+            f"!/data/live/{KEEP}",
+            "/data/pages",
+            "# the secret that keys the ids of records in data/release: keep a copy. A private repository may track it: remove this line.",
+            f"/{RECORD_KEY}",
+            "",
+        ]
+    )
+
+
+def _readme(name: str, found: Found) -> str:
+    given = [f"* `{one.place}`: {one.kind}, {one.layout}, {len(one.records):,} rows" for one in found.given if not one.hub]
+    return "\n".join(
+        [
+            f"# {name}",
+            "",
+            f"A project of Pedigree: LLM fine-tuning in which every model knows its data. `{INSTALL}` installs it.",
+            "",
+            *([*given, ""] if given else []),
+            "| file | content |",
+            "| --- | --- |",
+            "| `params.yaml` | what to train on, how, and how to score it |",
+            "| `data/sources/` | the data, tracked by git; large files by `dvc add` |",
+            f"| `{RECORD_KEY}` | a secret, which git ignores: keep a copy |",
+            f"| `dvc.yaml`, `{code_lock.FILE}` | the pipeline and the code that it runs with, written by `pedigree init` and `pedigree upgrade` |",
+            "| `dvc.lock`, `data/reports/` | what the latest run made of it; commit them with `params.yaml` |",
+            "",
+            "```bash",
+            "pedigree plan        # memory and time, before training",
+            "pedigree run --all   # or: dvc repro, or: pedigree ui",
+            "pedigree compare     # was tuning worth it?",
+            "pedigree audit data/release",
+            "```",
+            "",
+        ]
+    )
+
+
+def _refuse_existing(folder: Path, names: Sequence[str]) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file", "name a folder")
+    if present := [name for name in names if (folder / name).exists() or (folder / name).is_symlink()]:
+        raise InputError(
+            f"{folder} has {', '.join(present[:5])}{' and more' if len(present) > 5 else ''} already; nothing was written",
+            "name an empty folder, or move these files away",
+        )
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.resolve() == target.resolve():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove(target)
+    if source.is_dir():
+        shutil.copytree(source, target)
+    else:
+        shutil.copyfile(source, target)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    return sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
+
+
+def _add_to_dvc(folder: Path, names: Sequence[str]) -> bool:
+    """Let DVC track files; whether it does. DVC is a program here, because a project can be made without it."""
+    if not names or find_spec("dvc") is None:
+        return False
+    done = subprocess.run([sys.executable, "-m", "dvc", "add", "-q", *names], cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        log.warning(f"dvc add {' '.join(names)}: {done.stderr.strip()}")
+    return done.returncode == 0
+
+
+def _next(folder: Path, has_data: bool, untracked: Sequence[str]) -> list[str]:
+    lines = [] if folder.resolve() == Path.cwd() else [f"cd {folder}"]
+    lines += [] if has_data else [f"put your data into {PLACEHOLDER}"]
+    lines += [f"dvc add {name}" for name in untracked]
+    return [*lines, "git commit -m 'New project'", "pedigree run --all"]
+
+
+def as_text(document: Mapping[str, Any]) -> str:
+    """The document of `init` as text for the terminal."""
+    lines = [f"{document['project']}: a new project"]
+    lines += [f"  {one['path']}: {one['kind']}, {one['layout']}, {one['rows']:,} rows" for one in document["sources"]]
+    if document["sources"]:
+        lines.append(f"  {document['kept']:,} examples are kept by the checks; params.yaml has the details")
+    if missing := document["missing"]:
+        lines.append(
+            f"not installed, and needed to run the pipeline: {', '.join(missing)}. `{INSTALL}`"
+            + ("; git by your system" if "git" in missing else "")
+        )
+    return "\n".join([*lines, "next:", *(f"  {command}" for command in document["next"])])

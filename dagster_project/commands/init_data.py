@@ -1,0 +1,211 @@
+"""What `pedigree init` finds in the files of a user: kind and layout of each, and of the rows that the checks keep sizes, categories and task."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dagster_project.core.errors import InputError
+from dagster_project.core.messages import Messages, Tools
+from dagster_project.core.records import response_text
+from dagster_project.curation.check_files import Kind, LoadedRecords, load
+from dagster_project.curation.checks.checks import Judgement, Rules, judge
+from dagster_project.curation.checks.token_counts import ESTIMATED, Tokens
+from dagster_project.curation.sources.hub import HubSplit, parse_spec
+from dagster_project.evaluation.labels import MAX_LABELS
+from dagster_project.evaluation.metrics import parse
+
+TASKS = ("auto", "labels", "json", "text")
+FEW = 0.25
+"""Distinct values above this share of the rows are no labels."""
+MAX_VALUES = 30
+"""Distinct values of a JSON field that are listed as its allowed values."""
+JSON_SHARE = 0.5
+"""Share of answers that must be JSON objects with the same fields; evaluation scores these."""
+MARGIN = 1.25
+"""Factor on estimated tokens: tokenizers differ by about this much."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """A file, folder or data set of the user."""
+
+    path: str
+    """As given."""
+    kind: Kind
+    layout: str
+    records: Sequence[dict[str, Any]]
+
+    @property
+    def hub(self) -> HubSplit | None:
+        return parse_spec(self.path)
+
+    @property
+    def place(self) -> str:
+        """Its path in the project."""
+        return f"data/sources/{'benchmarks/' if self.kind == 'benchmark' else ''}{Path(self.path).resolve().name}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the rows of all files have in common."""
+
+    given: Sequence[Given] = ()
+    kept: int = 0
+    """Examples that the checks keep."""
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    """Check -> examples that it drops."""
+    categories: Mapping[str, int] = field(default_factory=dict)
+    longest: int = 0
+    """Tokens of the longest example."""
+    longest_pair: int = 0
+    """Tokens of the longest preference pair's prompt and longer answer."""
+    answer: int = 0
+    """Tokens of an answer; 95 % are shorter."""
+    estimated: bool = True
+    """Whether tokens are estimated from bytes, because the base model's tokenizer is not here yet."""
+    task: Mapping[str, Any] | None = None
+    """`evaluation.task`; None: answers are free text."""
+    has_tools: bool = False
+
+    @property
+    def margin(self) -> float:
+        """Factor on the numbers of tokens."""
+        return MARGIN if self.estimated else 1.0
+
+    def of(self, kind: Kind) -> list[Given]:
+        return [one for one in self.given if one.kind == kind]
+
+
+def examine(paths: Sequence[str], task: str, tokens: Tokens = ESTIMATED) -> Found:
+    """Read and check the files. Nothing is written.
+
+    Args:
+        task: one of TASKS.
+        tokens: the base model's tokenizer and template.
+    Raises:
+        InputError: a file cannot be read, two have the same name, none has examples, or the answers do not fit the task.
+    """
+    given = [_given(path, load([path])) for path in paths]
+    names = Counter(one.place for one in given if not one.hub)
+    if twice := next((name for name, count in names.items() if count > 1), None):
+        raise InputError(f"--data: two files would become {twice}", "rename one of them")
+    examples = [record for one in given if one.kind == "examples" for record in one.records]
+    if paths and not examples:
+        kinds = ", ".join(sorted({one.kind for one in given}))
+        raise InputError(f"--data: no examples to train on, only {kinds}", "name a file with prompts and answers, too; see docs/sources.md")
+    pairs = [record for one in given if one.kind == "preferences" for record in one.records]
+    longest_pair = max((_tokens(pair, tokens) for pair in pairs), default=0)
+    if not examples:
+        return Found()
+    judged = judge(examples, [], Rules(), tokens)
+    rows = [record for record, reason in zip(judged.records, judged.reason, strict=True) if reason is None]
+    answers = [response_text(record["messages"]) for record in rows]
+    lengths = sorted(tokens.count(answers))
+    return Found(
+        given,
+        kept=len(rows),
+        dropped=_dropped(judged),
+        categories=Counter(str(record["category"]) for record in rows if record.get("category") is not None),
+        longest=max((_tokens(record, tokens) for record in rows), default=0),
+        longest_pair=longest_pair,
+        estimated=tokens.estimated,
+        answer=lengths[math.ceil(0.95 * len(lengths)) - 1] if lengths else 0,
+        task=_task(task, rows, answers),
+        has_tools=any(record.get("tools") or any(message.get("tool_calls") for message in record["messages"]) for record in rows),
+    )
+
+
+def _given(path: str, loaded: LoadedRecords) -> Given:
+    return Given(path, loaded.kind, loaded.layout, loaded.records)
+
+
+def _dropped(judged: Judgement) -> dict[str, int]:
+    return dict(Counter(reason for reason in judged.reason if reason))
+
+
+def _tokens(record: Mapping[str, Any], tokens: Tokens) -> int:
+    """Tokens of an example, or of a pair with the longer answer."""
+    conversations = [record["messages"]]
+    if rejected := record.get("rejected"):
+        conversations.append([*record["messages"][: record["asked"]], *rejected])
+    return max(_length(messages, record.get("tools"), tokens) for messages in conversations)
+
+
+def _length(messages: Messages, tools: Tools, tokens: Tokens) -> int:
+    """Tokens of a conversation. Without a template the notation of JSON stands for that of one."""
+    rendered = tokens.rendered(messages, tools) if tokens.rendered else None
+    return tokens.count([json.dumps([messages, tools], ensure_ascii=False)])[0] if rendered is None else rendered
+
+
+def _task(task: str, rows: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> dict[str, Any] | None:
+    """`evaluation.task` for these answers.
+
+    Raises:
+        InputError: the answers are not of the requested kind.
+    """
+    if task == "text":
+        return None
+    labels = {"labels": "auto"} if _are_labels(rows, answers) else None
+    fields = _json_task(rows, answers)
+    if task == "labels" and labels is None:
+        distinct = len(set(answers))
+        raise InputError(
+            f"--task labels: {distinct} different answers in {len(answers)} examples are not labels",
+            f"at most {MAX_LABELS} labels, each on four examples on average; or leave --task out",
+        )
+    if task == "json" and fields is None:
+        raise InputError(
+            "--task json: the answers are not JSON objects with the same fields, one of them with few different values",
+            "leave --task out, or set evaluation.task in params.yaml",
+        )
+    return {"labels": labels, "json": fields, "auto": labels or fields}[task]
+
+
+def _are_labels(rows: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> bool:
+    single = all(sum(message["role"] == "assistant" for message in record["messages"]) == 1 for record in rows)
+    short = all(answer and len(answer) <= 60 and "\n" not in answer and parse(answer) is None for answer in answers)
+    return single and short and 2 <= len(set(answers)) <= min(MAX_LABELS, FEW * len(answers))
+
+
+def _json_task(rows: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> dict[str, Any] | None:
+    """Fields of JSON answers with their values, and the field to score: the rows' category, or else the one with the most values."""
+    parsed = [value for answer in answers if (value := parse(answer)) is not None]
+    shapes = Counter(tuple(value) for value in parsed)
+    if not shapes or not (names := shapes.most_common(1)[0][0]) or shapes[names] < JSON_SHARE * len(answers):
+        return None
+    values: dict[str, Counter[Any]] = defaultdict(Counter)
+    for value in parsed:
+        for name in names:
+            text = value.get(name)
+            values[name][text if isinstance(text, str) else None] += 1
+    fields = {name: _allowed(values[name]) for name in names}
+    listed = [name for name in names if fields[name]]
+    if not listed:
+        return None
+    categories = {record.get("category") for record in rows}
+    score = next((name for name in listed if set(fields[name]) == categories), max(listed, key=lambda name: len(fields[name])))
+    return {"fields": fields, "score": score}
+
+
+def _allowed(values: Counter[Any]) -> list[str]:
+    """The values of a field if they are few texts, most frequent first; else none, which allows any text."""
+    few = None not in values and "" not in values and 2 <= len(values) <= min(MAX_VALUES, FEW * values.total())
+    return [text for text, _ in values.most_common()] if few else []
+
+
+def fitting_length(tokens: float, limit: int) -> int:
+    """The smallest of 256, 512, 1024, ... that holds so many tokens, up to a limit."""
+    length = 256
+    while length < tokens:
+        length *= 2
+    return min(length, limit)
+
+
+def rows_of(given: Iterable[Given]) -> int:
+    return sum(len(one.records) for one in given)

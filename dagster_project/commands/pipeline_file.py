@@ -1,0 +1,90 @@
+"""dvc.yaml of a project with an installed package, written from that of the clone: stages depend on their entries of code.lock.yaml instead of on files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from dagster_project import __version__
+from dagster_project.core.hashing import sha256_of_text
+from dagster_project.core.layout import is_code
+from dagster_project.lineage import code_lock
+from dagster_project.lineage.code_lock import CodeLock
+
+HEADER = """\
+# The pipeline, written by `pedigree init`. `dvc repro` runs what has changed; Dagster's assets are derived from this file.
+# Stages depend on their entries of code.lock.yaml, i.e. on the code of the installed package that they use. `pedigree upgrade` updates both files.
+
+"""
+
+
+def pipeline_text() -> str:
+    """Content of dvc.yaml."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.comments import CommentedMap, CommentedSeq
+
+    yaml = YAML()
+    yaml.width = 120
+    template = code_lock.TEMPLATE.read_text(encoding="utf-8")
+    document = yaml.load(template[template.index("\nplots:") + 1 :])
+    for name, body in document["stages"].items():
+        stage = body.get("do", body)
+        for index in reversed([i for i, dep in enumerate(stage["deps"]) if is_code(dep)]):
+            del stage["deps"][index]
+        if not stage["deps"]:
+            del stage["deps"]
+        entry = CommentedMap({code_lock.FILE: CommentedSeq([name])})
+        entry.fa.set_flow_style()
+        entry[code_lock.FILE].fa.set_flow_style()
+        stage["params"].append(entry)
+    text = StringIO()
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.dump(document, text)
+    return HEADER + text.getvalue()
+
+
+def current_lock() -> CodeLock:
+    """code.lock.yaml for the installed package, with a dvc.yaml that it wrote."""
+    return CodeLock(__version__, code_lock.installed(), sha256_of_text(pipeline_text()))
+
+
+@dataclass(frozen=True)
+class Update:
+    """What became of a project's dvc.yaml in an upgrade."""
+
+    lock: CodeLock
+    """The new content of code.lock.yaml."""
+    redefined: list[str]
+    """Stages with another command, other dependencies, parameters or outputs than before."""
+    edited: list[str]
+    """Stages whose definition in an edited dvc.yaml, which is kept, is not that of this version."""
+
+
+def update_pipeline(root: Path, recorded: CodeLock) -> Update:
+    """Write dvc.yaml of this version over that of an earlier one, unless it was edited since."""
+    text, path, lock = pipeline_text(), root / "dvc.yaml", current_lock()
+    present = path.read_text(encoding="utf-8")
+    if sha256_of_text(present) == recorded.pipeline:
+        if present != text:
+            path.write_text(text, encoding="utf-8")
+        return Update(lock, _differing(*(_without_notes(_stages(one)) for one in (present, text))), [])
+    return Update(replace(lock, pipeline=recorded.pipeline), [], _differing(_stages(present), _stages(text)))
+
+
+def _stages(text: str) -> dict[str, Any]:
+    from ruamel.yaml import YAML
+
+    return dict((YAML(typ="safe").load(text) or {}).get("stages") or {})
+
+
+def _without_notes(stages: dict[str, Any]) -> dict[str, Any]:
+    """The stages without what makes no stage stale."""
+    return {
+        name: {key: value for key, value in body.get("do", body).items() if key not in {"desc", "meta"}} for name, body in stages.items()
+    }
+
+
+def _differing(present: dict[str, Any], template: dict[str, Any]) -> list[str]:
+    return [name for name, body in template.items() if present.get(name) != body]

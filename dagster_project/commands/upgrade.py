@@ -1,0 +1,106 @@
+"""`pedigree upgrade`: records the code of the installed package in code.lock.yaml, and lists the stages that become stale and why."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dagster_project.commands.pipeline_file import update_pipeline
+from dagster_project.core.errors import InputError
+from dagster_project.lineage import code_lock
+
+RESULTS = code_lock.PACKAGE / "results_changelog.md"
+"""The parts "Results" of CHANGELOG.md, which `make docs` copies into the package."""
+HEADING = re.compile(r"^## \[?(?P<name>[^\]\n]+?)\]?(?: - .*)?$")
+
+
+def upgrade(root: Path) -> dict[str, Any]:
+    """Record the installed code of every stage, and write dvc.yaml of this version unless it was edited. No stage is run.
+
+    Returns:
+        {"from", "to": versions, "changed": stages whose code differs from the recorded one, "stale": {address: why}, "current": addresses that
+        stay as they are, "results": {version: entries of the changelog}, "edited": stages whose definition in an edited dvc.yaml is not that of
+        this version}.
+    Raises:
+        InputError: the project is a clone, in which stages depend on files.
+    """
+    from dagster_project.orchestration import dvc
+    from dagster_project.orchestration.run_all import parents
+
+    if not code_lock.is_used(root):
+        raise InputError(
+            f"{root} is a clone: its stages depend on its own files, not on {code_lock.FILE}",
+            "`git pull` upgrades a clone; `dvc status` lists the stages that are stale",
+        )
+    recorded = code_lock.read(root) if (root / code_lock.FILE).is_file() else code_lock.CodeLock("unknown", {})
+    update = update_pipeline(root, recorded)
+    lock = update.lock
+    changed = [name for name, value in lock.stages.items() if recorded.stages.get(name) != value]
+    if lock != recorded:
+        (root / code_lock.FILE).write_text(lock.text(), encoding="utf-8")
+    states = dvc.read_stages(root)
+    above, stale = parents(states), {}
+    for address in states:  # in flow order
+        if address.partition("@")[0] in changed:
+            stale[address] = "its code changed"
+        elif address.partition("@")[0] in update.redefined:
+            stale[address] = "its definition in dvc.yaml changed"
+        elif after := sorted(above[address] & stale.keys()):
+            stale[address] = f"it reads {', '.join(after)}"
+    return {
+        "from": recorded.version,
+        "to": lock.version,
+        "changed": changed,
+        "stale": stale,
+        "current": [address for address in states if address not in stale],
+        "results": results_since(recorded.version, RESULTS.read_text(encoding="utf-8")) if changed else {},
+        "edited": update.edited,
+    }
+
+
+def results_since(version: str, changelog: str) -> dict[str, list[str]]:
+    """Version -> entries under "Results" of the versions after the given one. Changes without a version number are always included.
+
+    Args:
+        changelog: "## VERSION" and below it its entries, "- ...".
+    """
+    from packaging.version import InvalidVersion, Version
+
+    def is_later(name: str) -> bool:
+        try:
+            return name == "Unreleased" or Version(name) > Version(version)
+        except InvalidVersion:
+            return False
+
+    found: dict[str, list[str]] = {}
+    name = ""
+    for line in changelog.splitlines():
+        if heading := HEADING.match(line):
+            name = heading["name"]
+        elif line.startswith("- "):
+            found.setdefault(name, []).append(line.removeprefix("- "))
+        elif line.strip() and name in found:
+            found[name][-1] += f" {line.strip()}"
+    return {name: entries for name, entries in found.items() if is_later(name)}
+
+
+def as_text(document: Mapping[str, Any]) -> str:
+    """The document of `upgrade` as text for the terminal."""
+    lines = [f"{code_lock.DISTRIBUTION} {document['from']} -> {document['to']}"]
+    if document["stale"]:
+        width = max(map(len, document["stale"]))
+        lines += ["", "stale: `pedigree run --all` runs these again, those that only read others only if what they read has changed"]
+        lines += [f"  {address:{width}}  {why}" for address, why in document["stale"].items()]
+    lines += ["", f"unchanged: {', '.join(document['current']) or 'none'}"]
+    if document["results"]:
+        lines += ["", "changes in results, from the changelog"]
+        lines += [f"  {version}: {entry}" for version, entries in document["results"].items() for entry in entries]
+    if document["edited"]:
+        lines += [
+            "",
+            f"dvc.yaml was edited and is kept; this version defines {', '.join(document['edited'])} differently: compare with the dvc.yaml that"
+            " `pedigree init` writes in an empty folder",
+        ]
+    return "\n".join([*lines, "", f"commit {code_lock.FILE} and dvc.yaml with the results of the next run"])

@@ -1,0 +1,251 @@
+"""In a project with an installed package, exactly the stages whose code changed are stale after an upgrade, and no stage runs with unrecorded code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import grimp
+import pytest
+from builders.installed import commit, edit, install, installed, pedigree_in, pretend_to_run, set_version
+from conftest import ROOT, run
+from ruamel.yaml import YAML
+
+from dagster_project import pipeline
+from dagster_project.commands.init import init
+from dagster_project.commands.pipeline_file import pipeline_text
+from dagster_project.commands.upgrade import results_since
+from dagster_project.core.errors import InputError
+from dagster_project.core.hashing import sha256_of_text
+from dagster_project.core.layout import is_code
+from dagster_project.lineage import code_lock
+from dagster_project.lineage.code import code_in
+from dagster_project.orchestration import dvc
+
+ROWS = [{"instruction": f"Name number {i}.", "output": f"It is {i}, the one after {i - 1}."} for i in range(30)]
+A_CHECK, A_VIEW = "curation/checks/content.py", "views/html.py"
+USES_CHECKS = ["instructions", "preferences"]
+UPSTREAM = ["base_model", "raw_examples", "raw_preferences"]
+
+
+@pytest.fixture(scope="module")
+def _installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`site` with the package, version 1.0, and `project`, in which everything is up to date and committed."""
+    base = tmp_path_factory.mktemp("installed")
+    site, project = install(base / "site", "1.0"), base / "project"
+    (base / "mine.json").write_text(json.dumps(ROWS))
+    done = pedigree_in(site, base, "init", str(project), "--data", "mine.json", "--license", "MIT")
+    assert done.returncode == 0, done.stderr
+    pretend_to_run(project)
+    commit(project)
+    return base
+
+
+@pytest.fixture
+def site(_installed: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(_installed / "site", tmp_path / "site"))
+
+
+@pytest.fixture
+def project(_installed: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(_installed / "project", tmp_path / "project", symlinks=True))
+
+
+def stale(project: Path) -> list[str]:
+    """Stages that DVC itself calls changed."""
+    return sorted(json.loads(run([sys.executable, "-m", "dvc", "status", "--json"], project).stdout))
+
+
+def test_the_hash_of_a_stage_covers_every_module_that_it_imports() -> None:
+    graph = grimp.build_graph("dagster_project")
+    for name, entries in code_lock.code_of_stages().items():
+        hashed = {path.relative_to(ROOT).as_posix() for entry in entries for path in code_lock._files(ROOT / entry)}
+        module = pipeline.module_of(name).__name__
+        packages = {"dagster_project", *(m for m in graph.modules if graph.find_children(m))}
+        imported = {f"{m.replace('.', '/')}.py" for m in (graph.find_upstream_modules(module) | {module}) - packages}
+        assert imported <= hashed
+
+
+def test_the_hashes_of_a_wheel_are_those_of_the_clone_that_it_was_built_from(tmp_path: Path) -> None:
+    source, site = tmp_path / "source", tmp_path / "site"
+    shutil.copytree(ROOT / "dagster_project", source / "dagster_project", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        if (ROOT / name).is_file():
+            shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)]
+    done = run(pip, tmp_path)
+    assert done.returncode == 0, done.stderr
+    zipfile.ZipFile(next(tmp_path.glob("*.whl"))).extractall(site)
+    code = "import json; from dagster_project.lineage import code_lock; print(json.dumps(code_lock.installed()))"
+    done = installed(site, tmp_path, "-c", code)
+    assert json.loads(done.stdout) == code_lock.installed(), done.stderr
+    assert (site / "dagster_project" / "results_changelog.md").is_file()
+
+
+def test_dvc_yaml_of_a_project_is_that_of_the_clone_with_an_entry_of_the_lock_instead_of_code() -> None:
+    clone = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())
+    for name, body in clone["stages"].items():
+        stage = body.get("do", body)
+        stage["deps"] = [dep for dep in stage["deps"] if not is_code(dep)]
+        if not stage["deps"]:
+            del stage["deps"]
+        stage["params"].append({"code.lock.yaml": [name]})
+    assert YAML(typ="safe").load(pipeline_text()) == clone
+
+
+def test_an_upgrade_in_which_only_a_view_changed_makes_nothing_stale(site: Path, project: Path) -> None:
+    before = (project / "code.lock.yaml").read_text()
+    edit(site, A_VIEW)
+    assert pedigree_in(site, project, "run", "--all").returncode == 0, "nothing is refused, and nothing runs"
+    set_version(site, "1.1")
+    document = json.loads(pedigree_in(site, project, "upgrade", "--json").stdout)
+    assert (document["from"], document["to"]) == ("1.0", "1.1")
+    assert document["changed"] == [] and document["stale"] == {} and document["results"] == {}
+    assert stale(project) == []
+    assert (project / "code.lock.yaml").read_text() == before.replace("version: '1.0'", "version: '1.1'")
+
+
+def test_an_upgrade_in_which_a_check_changed_makes_the_stages_that_check_stale_and_what_follows(site: Path, project: Path) -> None:
+    edit(site, A_CHECK)
+    assert stale(project) == []
+    document = json.loads(pedigree_in(site, project, "upgrade", "--json").stdout)
+    assert document["changed"] == USES_CHECKS
+    assert document["current"] == UPSTREAM
+    assert {name for name, why in document["stale"].items() if why == "its code changed"} == set(USES_CHECKS)
+    assert document["stale"]["splits"] == "it reads instructions" and document["stale"]["adapter@lora"] == "it reads tokenized"
+    assert document["results"]["Unreleased"]
+    assert stale(project) == USES_CHECKS, "DVC: the others follow if the output of these changes"
+    assert pedigree_in(site, project, "upgrade").stdout.count("its code changed") == 0, "a second upgrade changes nothing"
+
+
+def test_other_code_than_recorded_is_refused_by_every_way_to_run_a_stage(site: Path, project: Path) -> None:
+    edit(site, "curation/sources/formats.py")
+    (project / "data/sources/mine.json").write_text(json.dumps(ROWS[1:]))
+    for expected, done in (
+        (2, pedigree_in(site, project, "run", "raw_examples")),
+        (2, pedigree_in(site, project, "run", "--all")),
+        (255, installed(site, project, "-m", "dvc", "repro", "raw_examples")),
+    ):
+        assert done.returncode == expected and "Traceback" not in done.stderr
+        assert "the installed code of raw_examples, instructions, splits" in done.stderr and "`pedigree upgrade`" in done.stderr
+    assert (project / "data/raw_examples/file.txt").is_file(), "the earlier output is kept"
+
+
+def test_a_missing_or_damaged_lock_is_refused_and_upgrade_writes_a_missing_one(site: Path, project: Path) -> None:
+    lock = code_lock.read(project)
+    for content, what in ((None, "is missing"), ("- a list\n", "is invalid"), ("a: {b: c}\n", "is invalid")):
+        (project / "code.lock.yaml").unlink(missing_ok=True)
+        if content:
+            (project / "code.lock.yaml").write_text(content)
+        with pytest.raises(InputError, match=f"code.lock.yaml {what}"):
+            code_lock.refuse_other_code(project)
+    (project / "code.lock.yaml").unlink()
+    assert pedigree_in(site, project, "upgrade").returncode == 0
+    assert code_lock.read(project).stages == lock.stages
+
+
+def test_a_clone_is_not_affected(tmp_path: Path) -> None:
+    assert not code_lock.is_used(ROOT)
+    code_lock.refuse_other_code(ROOT)
+    assert code_lock.recorded_in({"params": {"params.yaml": {"instructions": {}}}}) == {}
+
+
+def test_dagster_loads_the_project_in_the_working_folder_although_the_package_is_elsewhere(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dagster_project.orchestration.dagster.assets import project_root
+
+    monkeypatch.delenv("PEDIGREE_PROJECT", raising=False)
+    monkeypatch.chdir(project)
+    assert project_root() == project
+    monkeypatch.chdir(tmp_path)
+    assert project_root() == ROOT, "the clone with this package"
+    monkeypatch.setenv("PEDIGREE_PROJECT", str(project))
+    assert project_root() == project
+
+
+def test_parameters_and_code_of_one_stage_are_told_apart(project: Path) -> None:
+    before = dvc.read_stages(project)
+    params = project / "params.yaml"
+    params.write_text(params.read_text().replace("instructions: {", "instructions: {min_response_tokens: 1, ").replace(", }", "}"))
+    after = dvc.read_stages(project)
+    assert [name for name in after if after[name].definition_now != before[name].definition_now] == ["instructions"]
+    stamp = dvc.stamp(project, after)
+    code_lock.record(project, {"splits": "0" * 64})
+    assert dvc.stamp(project, after) != stamp, "a cached state is read again"
+    last = dvc.read_stages(project)
+    assert [name for name in last if last[name].definition_now != after[name].definition_now] == ["splits"]
+
+
+def test_dvc_yaml_of_an_earlier_version_is_replaced(site: Path, project: Path) -> None:
+    path, text = project / "dvc.yaml", pipeline_text()
+    earlier = text.replace("deps: [data/sources/paraphrases, data/instructions]", "deps: [data/instructions]").replace(
+        "Train, validation", "Train"
+    )
+    path.write_text(earlier)
+    lock = code_lock.read(project)
+    (project / "code.lock.yaml").write_text(replace(lock, pipeline=sha256_of_text(earlier)).text())
+    document = json.loads(pedigree_in(site, project, "upgrade", "--json").stdout)
+    assert path.read_text() == text and code_lock.read(project) == lock
+    assert document["changed"] == [] and document["stale"]["splits"] == "its definition in dvc.yaml changed"
+    assert {"base_model", "raw_examples", "instructions", "raw_preferences"} == set(document["current"])
+
+
+def test_an_edited_dvc_yaml_is_kept_and_named(site: Path, project: Path) -> None:
+    path = project / "dvc.yaml"
+    path.write_text(path.read_text().replace("stale_after_days: 7", "stale_after_days: 30"))
+    edit(site, A_CHECK)
+    document = json.loads(pedigree_in(site, project, "upgrade", "--json").stdout)
+    assert document["edited"] == ["comparison"] and "stale_after_days: 30" in path.read_text()
+
+
+def test_the_code_behind_an_output_is_its_entry_and_clean_if_the_commit_has_it(project: Path) -> None:
+    sha = run(["git", "rev-parse", "HEAD"], project).stdout.strip()
+    entry = YAML(typ="safe").load((project / "dvc.lock").read_text())["stages"]["splits"]
+    recorded = entry["params"]["code.lock.yaml"]["splits"]
+    assert code_in(project, sha, {"splits": entry})["splits"] == ({"code.lock.yaml:splits": recorded}, [])
+    entry["params"]["code.lock.yaml"]["splits"] = "0" * 64
+    assert code_in(project, sha, {"splits": entry})["splits"][1] == ["code.lock.yaml"]
+
+
+def test_facts_about_code_name_the_version_that_has_it_also_from_history(project: Path) -> None:
+    old = code_lock.read(project).stages["splits"]
+    code_lock.record(project, {"splits": "1" * 64})
+    commit(project)
+    facts = code_lock.compare(project, {"splits": {"splits": old}, "other": {"splits": "2" * 64}})
+    assert facts["stages"] == {"splits": {"sha256": old, "version": "1.0"}, "other": {"sha256": "2" * 64, "version": None}}
+    assert facts["differs"] == ["other"]
+    assert "1.0, of unknown version; the installed code" in code_lock.as_text(facts) and "differs for other" in code_lock.as_text(facts)
+
+
+def test_changes_in_results_are_those_after_the_recorded_version() -> None:
+    text = "## Unreleased\n\n- a\n  b\n\n## [1.2.0] - 2026-01-01\n\n- c\n\n## 1.10.0\n\n- d\n- e\n\n## First version\n\n- f\n"
+    assert results_since("1.1.0", text) == {"Unreleased": ["a b"], "1.2.0": ["c"], "1.10.0": ["d", "e"]}
+    assert results_since("1.2.0", text) == {"Unreleased": ["a b"], "1.10.0": ["d", "e"]}
+    assert results_since("unknown", text) == {"Unreleased": ["a b"]}
+
+
+@pytest.mark.slow
+def test_verify_runs_with_the_recorded_code_and_names_the_version_otherwise(site: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text(json.dumps(ROWS))
+    project = tmp_path / "real"
+    init(project, [str(tmp_path / "mine.json")], None, "auto", "MIT")
+    assert pedigree_in(site, project, "upgrade").returncode == 0  # records version 1.0
+    done = installed(site, project, "-m", "dvc", "repro", "raw_examples")
+    assert done.returncode == 0, done.stderr
+    sha = commit(project)
+    assert "raw_examples: identical" in pedigree_in(site, project, "verify", "raw_examples").stdout
+    edit(site, "stages/raw_examples.py")
+    set_version(site, "2.0")
+    assert pedigree_in(site, project, "upgrade").returncode == 0
+    commit(project)
+    refused = pedigree_in(site, project, "verify", "raw_examples", "--rev", sha)
+    assert refused.returncode == 2 and "raw_examples (pedigree-llm 1.0)" in refused.stderr
+    assert "pip install pedigree-llm==1.0" in refused.stderr
+    audited = json.loads(pedigree_in(site, project, "audit", "raw_examples", "--json").stdout)["code"]
+    assert audited["package"]["stages"]["raw_examples"]["version"] == "1.0" and audited["package"]["installed"] == "2.0"
+    assert audited["package"]["differs"] == ["raw_examples"] and audited["commit"] == sha and audited["clean"]

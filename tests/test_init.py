@@ -1,0 +1,237 @@
+"""`pedigree init`: an empty folder becomes a valid project, whatever the layout of the data, and nothing is overwritten."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders.installed import commit, install, installed, pedigree_in
+from builders.layouts import BENCHMARK_ROWS, LAYOUT_ROWS, PAIR_ROWS
+from conftest import ROOT, edit_params, run
+from ruamel.yaml import YAML
+
+from dagster_project.__main__ import main
+from dagster_project.commands.init import init
+from dagster_project.commands.init_params import SAMPLE_MODEL
+from dagster_project.core.errors import InputError
+from dagster_project.core.published_ids import read_key
+from dagster_project.curation.check_files import check_paths
+from dagster_project.orchestration import dvc
+from dagster_project.pipeline import sections, validate
+
+HEAVY = ("torch", "transformers", "dagster", "dvc", "datasets", "trl", "peft", "great_expectations", "sklearn", "ray")
+
+
+def make(tmp_path: Path, files: dict[str, list[dict[str, Any]]], **options: Any) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """A project of these JSON files: folder, document and parameters."""
+    names = []
+    for name, rows in files.items():
+        (tmp_path / name).write_text(json.dumps(rows))
+        names.append(str(tmp_path / name))
+    arguments = {"base_model": None, "task": "auto", "license": "MIT", **options}
+    document = init(tmp_path / "project", names, **arguments)
+    return tmp_path / "project", document, validate(tmp_path / "project")
+
+
+def chats(answers: list[str], **more: Any) -> list[dict[str, Any]]:
+    words = ["wren", "heron", "plover", "curlew", "dunlin", "siskin", "merlin", "osprey", "gannet", "fulmar"]
+    prompts = [f"Tell me about the {words[i % 10]} and the {words[i // 10 % 10]} of {i} hills." for i in range(len(answers))]
+    return [{"prompt": prompt, "completion": answer, **more} for prompt, answer in zip(prompts, answers, strict=True)]
+
+
+@pytest.mark.parametrize("layout", LAYOUT_ROWS)
+def test_every_layout_of_examples_gives_valid_parameters_that_state_what_check_finds(layout: str, tmp_path: Path) -> None:
+    folder, document, values = make(tmp_path, {"mine.json": [LAYOUT_ROWS[layout][0]]})
+    checked = check_paths([str(tmp_path / "mine.json")])
+    assert list(values) == [name for name in sections() if name != "execution"]
+    assert values["raw_examples"]["sources"] == [{"path": "data/sources/mine.json", "license": "MIT"}]
+    assert document["sources"] == [{"path": "data/sources/mine.json", "kind": "examples", "layout": checked["format"], "rows": 1}]
+    assert checked["format"] == layout
+    text = (folder / "params.yaml").read_text()
+    assert f"# {layout}, 1 rows" in text and f"the checks keep {checked['kept']} of {checked['rows']} rows" in text
+    assert (folder / "data/sources/mine.json").read_bytes() == (tmp_path / "mine.json").read_bytes()
+
+
+@pytest.mark.parametrize("layout", [name for name in PAIR_ROWS if name != "oasst"])  # trees are read as examples
+def test_preferences_become_sources_of_an_alignment(layout: str, tmp_path: Path) -> None:
+    _, document, values = make(tmp_path, {"mine.json": chats(["It sings."] * 3), "pairs.json": PAIR_ROWS[layout]})
+    assert [one["kind"] for one in document["sources"]] == ["examples", "preferences"]
+    assert values["raw_preferences"]["sources"] == [{"path": "data/sources/pairs.json", "license": "MIT"}]
+    assert values["aligned"] == {"dpo": {"method": "dpo", "adapter": "lora"}}
+
+
+@pytest.mark.parametrize("layout", ["mmlu", "hellaswag", "arc", "piqa"])
+def test_benchmarks_measure_forgetting_and_are_never_trained_on(layout: str, tmp_path: Path) -> None:
+    folder, _, values = make(tmp_path, {"mine.json": chats(["It sings."] * 3), "general.json": [BENCHMARK_ROWS[layout][0]]})
+    place = "data/sources/benchmarks/general.json"
+    assert (folder / place).is_file()
+    assert values["evaluation"]["benchmarks"] == values["instructions"]["benchmarks"] == values["preferences"]["benchmarks"] == [place]
+
+
+def test_lengths_come_from_the_data(tmp_path: Path) -> None:
+    long = " ".join(f"word{i}" for i in range(1500))
+    _, _, values = make(tmp_path, {"mine.json": chats(["It sings.", long])})
+    assert values["tokenized"]["max_length"] == 4096 and values["instructions"]["max_tokens"] == 4096
+    assert values["evaluation"]["max_new_tokens"] == 512
+
+
+def test_the_longer_answer_of_a_pair_counts(tmp_path: Path) -> None:
+    pair = {"prompt": "Hi", "chosen": "Hello", "rejected": " ".join(f"word{i}" for i in range(500))}
+    _, _, values = make(tmp_path, {"mine.json": chats(["It sings."]), "pairs.json": [pair]})
+    assert values["preferences"]["max_length"] == 2048
+
+
+def test_lengths_are_counted_with_the_tokenizer_of_a_given_model(tiny_model: Path, tmp_path: Path) -> None:
+    folder, _, values = make(tmp_path, {"mine.json": chats(["It sings." * 30])}, base_model=str(tiny_model))
+    assert values["base_model"]["folder"] == f"models/{tiny_model.name}"
+    assert values["tokenized"]["max_length"] == 512, "one token for each byte"
+    assert "by the base model's tokenizer" in (folder / "params.yaml").read_text()
+
+
+def test_few_short_answers_are_labels(tmp_path: Path) -> None:
+    _, document, values = make(tmp_path, {"mine.json": chats(["ham", "spam"] * 10)})
+    assert document["task"] == values["evaluation"]["task"] == {"labels": "auto"}
+
+
+def test_json_answers_are_scored_by_the_field_that_is_the_category(tmp_path: Path) -> None:
+    rows = chats([json.dumps({"note": f"no {i}", "kind": "ab"[i % 2], "tone": "xyz"[i % 3]}) for i in range(24)])
+    _, _, values = make(tmp_path, {"mine.json": [{**row, "category": "ab"[i % 2]} for i, row in enumerate(rows)]})
+    assert values["evaluation"]["task"] == {"fields": {"note": [], "kind": ["a", "b"], "tone": ["x", "y", "z"]}, "score": "kind"}
+
+
+def test_answers_of_another_kind_than_the_task_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text(json.dumps(chats([f"It sings {i} songs." for i in range(20)])))
+    for task, what in (("labels", "20 different answers in 20 examples"), ("json", "not JSON objects")):
+        with pytest.raises(InputError, match=f"--task {task}: .*{what}"):
+            init(tmp_path / "project", [str(tmp_path / "mine.json")], None, task, "MIT")
+    assert not (tmp_path / "project").exists(), "nothing was written"
+
+
+def test_tools_get_a_chat_template_that_writes_them(tmp_path: Path) -> None:
+    _, _, values = make(tmp_path, {"mine.json": [LAYOUT_ROWS["xlam"][0]]})
+    assert values["base_model"] == {**SAMPLE_MODEL, "chat_template": "hermes"}
+
+
+def test_the_default_model_is_that_of_the_sample() -> None:
+    assert YAML(typ="safe").load((ROOT / "params.yaml").read_text())["base_model"] == SAMPLE_MODEL
+
+
+def test_texts_of_the_data_cannot_break_the_parameters(tmp_path: Path) -> None:
+    odd = ["yes", 'say "no": {x}', "# none", "- 1\nb", "\u2028é 🐦"]
+    rows = chats([json.dumps({"kind": odd[i % 5], "text": str(i)}) for i in range(25)])
+    _, _, values = make(tmp_path, {"my data: #1.json": [{**row, "category": odd[i % 5]} for i, row in enumerate(rows)]})
+    assert set(values["evaluation"]["task"]["fields"]["kind"]) == set(odd)
+    assert values["raw_examples"]["sources"][0]["path"] == "data/sources/my data: #1.json"
+
+
+def test_the_project_has_git_dvc_and_a_secret_of_its_own(tmp_path: Path) -> None:
+    folder, document, _ = make(tmp_path, {"mine.json": chats(["It sings."] * 3)})
+    assert document["git"]
+    staged = set(run(["git", "diff", "--cached", "--name-only"], folder).stdout.splitlines())
+    assert {"params.yaml", "dvc.yaml", "code.lock.yaml", "workspace.yaml", ".dvc/config", "data/sources/mine.json"} <= staged
+    assert "data/keys/record_ids.key" not in staged and not run(["git", "status", "--porcelain"], folder).stdout.count("??")
+    key = folder / "data/keys/record_ids.key"
+    assert key.stat().st_mode & 0o077 == 0 and read_key(folder).hex() in key.read_text()
+    init(tmp_path / "other", [], None, "auto", "unknown")
+    assert read_key(tmp_path / "other") != read_key(folder)
+    assert not list(folder.rglob("*.py")), "no copy of the code"
+    states = dvc.read_stages(folder)
+    assert "adapter@lora" in states and all(state.changed == ["never run"] for state in states.values())
+
+
+def test_a_folder_with_files_of_a_project_is_refused_and_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "params.yaml").write_text("mine: 1\n")
+    assert main(["init", str(tmp_path)]) == 2
+    assert "params.yaml already; nothing was written" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"] and (tmp_path / "params.yaml").read_text() == "mine: 1\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "missing.json"], "missing.json does not exist"),
+        (["--base-model", "org/name"], "neither a folder nor a model at a commit"),
+        (["--base-model", "org/name@main"], "is not a commit"),
+        (["--base-model", "."], "no config.json or tokenizer.json"),
+        (["--data", "pairs.json"], "no examples to train on, only preferences"),
+        (["--data", "a/x.json", "b/x.json"], "two files would become data/sources/x.json"),
+    ],
+)
+def test_bad_input_is_one_message(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs.json").write_text(json.dumps(PAIR_ROWS["preference"]))
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.json").write_text(json.dumps(chats(["It sings."])))
+    assert main(["init", "project", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not (tmp_path / "project").exists()
+
+
+def test_a_folder_of_data_that_contains_the_project_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text(json.dumps(chats(["It sings."])))
+    with pytest.raises(InputError, match="contains the project"):
+        init(tmp_path / "project", [str(tmp_path)], None, "auto", "MIT")
+    assert not (tmp_path / "project").exists()
+
+
+def test_without_data_the_next_step_is_to_add_some(tmp_path: Path) -> None:
+    document = init(tmp_path / "project", [], None, "auto", "unknown")
+    assert "put your data into data/sources/mine.jsonl" in document["next"]
+    with pytest.raises(InputError, match=r"data/sources/mine\.jsonl does not exist"):
+        validate(tmp_path / "project")
+    (tmp_path / "project/data/sources/mine.jsonl").write_text(json.dumps(chats(["It sings."])[0]))
+    validate(tmp_path / "project")
+
+
+def test_large_files_are_tracked_by_dvc(tmp_path: Path) -> None:
+    rows = chats([f"It sings {i} songs. {'la ' * 20}" for i in range(3)])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "mine" / "notes.bin").write_bytes(bytes(11_000_000))
+    document = init(tmp_path / "project", [str(tmp_path / "mine")], None, "auto", "MIT")
+    assert document["dvc"] == ["data/sources/mine"]
+    staged = run(["git", "diff", "--cached", "--name-only"], tmp_path / "project").stdout.splitlines()
+    assert "data/sources/mine.dvc" in staged and "data/sources/mine/a.json" not in staged
+    assert not run(["git", "status", "--porcelain"], tmp_path / "project").stdout.count("??")
+
+
+def test_init_imports_no_heavy_library(tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text(json.dumps(chats(["It sings."] * 3)))
+    code = f"""import sys, json
+from dagster_project.__main__ import main
+main(["init", "project", "--data", "mine.json"])
+print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"""
+    done = installed(ROOT, tmp_path, "-c", code)
+    assert json.loads(done.stdout.splitlines()[-1]) == [], done.stderr
+
+
+def tiny_settings(values: dict[str, Any]) -> None:
+    values["compute"] |= {"threads": 1, "dtype": "float32"}
+    values["base_model"]["dtype"] = "float32"
+    values["adapter"]["lora"] = {"method": "lora", "peft": {"r": 2, "target_modules": "all-linear"}, "learning_rate": 1e-3, "max_steps": 6}
+    values["evaluation"] |= {"max_new_tokens": 4, "max_examples": 4}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # eight processes of stages
+def test_an_empty_folder_becomes_an_evaluated_adapter(tiny_model: Path, tmp_path: Path) -> None:
+    site, project = install(tmp_path / "site", "1.0"), tmp_path / "project"
+    (tmp_path / "mine.json").write_text(json.dumps(chats(["ham", "spam"] * 20)))
+    done = pedigree_in(site, tmp_path, "init", "project", "--data", "mine.json", "--base-model", str(tiny_model), "--license", "MIT")
+    assert done.returncode == 0, done.stderr
+    edit_params(project, tiny_settings)
+    commit(project)
+    done = installed(site, project, "-m", "dvc", "repro", "evaluation@lora")
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert (project / "data/adapter/lora/adapter_model.safetensors").is_file()
+    assert json.loads((project / "data/reports/evaluation/lora.json").read_text())["passed"]
+    sha = commit(project, "results")
+    audited = json.loads(pedigree_in(site, project, "audit", "data/merged/lora", "--json").stdout)["code"]
+    assert audited["commit"] == sha and audited["clean"]
+    assert {stage["version"] for stage in audited["package"]["stages"].values()} == {"1.0"} and audited["package"]["differs"] == []
