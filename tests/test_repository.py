@@ -40,6 +40,11 @@ def test_the_version_is_the_same_everywhere() -> None:
     assert citation["authors"] == [{"name": "The Pedigree authors"}]
 
 
+def test_no_entry_of_the_changelog_is_there_twice() -> None:
+    entries = [line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("- ")]
+    assert len(entries) == len(set(entries))
+
+
 def lint_commands() -> list[str]:
     """The tools that `make lint` runs, with their arguments."""
     recipe = re.search(r"^lint:.*\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE)
