@@ -596,6 +596,18 @@ def test_an_audit_at_a_commit_of_the_reflog_names_that_commit_though_the_workspa
     assert (code["commit"], code["clean"]) == (commit, True)
 
 
+def test_an_audit_at_a_commit_of_the_reflog_names_it_though_the_workspace_has_the_model_in_another_lock(toy: Toy) -> None:
+    commit = git(toy.root, "rev-parse", "HEAD").strip()
+    git(toy.root, "reset", "-q", "--soft", "HEAD~1")
+    toy.change_sources(lambda sources: sources.reverse())
+    lock = toy.lock()
+    (toy.root / "dvc.lock").write_text(
+        json.dumps({"schema": "2.0", "stages": {name: lock[name] for name in lock if name != "merged@lora"}})
+    )
+    code = document(find(Index(toy.root), "adapter@lora", commit))["code"]
+    assert (code["commit"], code["clean"]) == (commit, True)
+
+
 def test_a_model_whose_data_set_is_lost_but_whose_training_is_recorded_is_called_partly_unknown(toy: Toy) -> None:
     out, (_, _, trained) = out_of(toy.lock()["splits"])[1], toy.log.steps[out_of(toy.lock()["adapter@lora"])[1]][0]
     toy.object(out).unlink()

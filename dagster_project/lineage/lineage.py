@@ -266,20 +266,19 @@ def _stage_names(upstream: Iterable[StageRun]) -> dict[tuple[str, str], str]:
 
 def _commit_facts(index: Index, run: StageRun) -> dict[str, Any]:
     """The first commit whose dvc.lock contains this output's hash."""
-    first = index.first_recorded(run.md5)
-    earlier = {"or_earlier": True} if first.commit in index.history.boundary else {}
-    return {"commit": first.commit, **earlier}
+    commit = index.first_commit_with(run)
+    earlier = {"or_earlier": True} if commit in index.history.boundary else {}
+    return {"commit": commit, **earlier}
 
 
 def _code(index: Index, run: StageRun) -> dict[str, Any]:
     """The code behind a run, stage by stage, and whether the commit that first recorded the run of each stage contains its code.
 
     Returns:
-        {"commit", "clean", "files": {path: md5}, "stages": {address: {"commit", "clean"}}}; if the package is installed and not part of the project,
-        also "package" (`code_lock.compare`): the first commit with the model's hash, and code as in
-        `code_in`. Where applicable also "differs" (paths with other content in the commit of their stage, also per stage), "uncommitted" (stages whose
-        run no commit contains), "made_again" (a later commit, whose code produced the same bytes) and "after" (the commit that uncommitted work is
-        based on).
+        {"commit": the first with the model's hash, "clean", "files": {path: md5} as in `code_in`, "stages": {address: {"commit", "clean"}}}. Where
+        applicable also "differs" (paths with other content in the commit of their stage, also per stage), "uncommitted" (stages whose run no commit
+        contains), "made_again" (a later commit, whose code produced the same bytes), "after" (the commit that uncommitted work is based on), and
+        "package" (`code_lock.compare`), if the package is installed and not part of the project.
     """
     by_commit: dict[str | None, dict[str, dict[str, Any]]] = {}
     order = _upstream(run)

@@ -322,6 +322,10 @@ class RunIndex(Database):
         runs = self.runs_by_output[md5]
         return next((run for run in runs if run.commit is not None), runs[0])
 
+    def first_commit_with(self, run: StageRun) -> str | None:
+        """The first commit whose dvc.lock contains a run's output; one that only the reflog reaches, if the workspace has the output, too."""
+        return self.first_recorded(run.md5).commit or self.first_commit(run)
+
     def first_commit(self, run: StageRun) -> str | None:
         """The first commit whose dvc.lock contains the run's entry, whatever its lineage; None if no commit does."""
         return self._first_commits.get(run.entry.id)

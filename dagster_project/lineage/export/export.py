@@ -83,7 +83,7 @@ def issue_date(subject: Subject) -> date:
     Raises:
         InputError: no commit contains the model.
     """
-    commit = subject.index.first_recorded(subject.run.md5).commit
+    commit = subject.index.first_commit_with(subject.run)
     if commit is None:
         raise InputError("dvc.lock is not committed, so the model has no issue date", "commit it, or give --issued YYYY-MM-DD")
     return date.fromisoformat(_date_of(subject.index.root, commit))
