@@ -21,6 +21,7 @@ from dagster_project.lineage import database
 from dagster_project.lineage.export.export import issue_date
 from dagster_project.lineage.impact import as_text, impact
 from dagster_project.lineage.index import Index
+from dagster_project.lineage.lineage import as_text as audit_text
 from dagster_project.lineage.lineage import audit, document, find
 from dagster_project.training.trainers.alignment.preference import METHODS
 
@@ -56,7 +57,7 @@ def test_a_stage_that_did_not_run_again_keeps_its_own_commit_and_the_model_is_cl
     assert {name: stage["commit"] for name, stage in code["stages"].items()} == {
         "instructions": first, "splits": first, "tokenized": first, "adapter@lora": second, "merged@lora": second,
     }  # fmt: skip
-    assert "clean" in pedigree(made.root, "audit", "merged@lora").stdout
+    assert "clean" in audit_text(audit(made.root, "merged@lora"))
 
 
 def test_a_renamed_source_is_named_by_every_stage_of_the_revision_and_no_other(made: Project) -> None:

@@ -76,7 +76,7 @@ def test_libraries_that_decide_results_have_upper_bounds() -> None:
 def test_all_is_every_extra_but_those_for_accelerators_and_developers() -> None:
     [everything] = map(Requirement, EXTRAS["all"])
     [cluster] = [one for one in map(Requirement, EXTRAS["cluster"]) if one.extras]
-    assert everything.extras | cluster.extras | {"all", "gpu", "bench", "dev"} == set(EXTRAS)
+    assert everything.extras | cluster.extras | {"all", "gpu", "bench", "docs", "dev"} == set(EXTRAS)
 
 
 def test_the_version_is_stated_once_more_in_the_package() -> None:
