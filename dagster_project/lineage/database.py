@@ -71,54 +71,33 @@ def cached_per_instance(method: Callable[..., T]) -> Callable[..., T]:
     return call
 
 
+def _watched(method: Callable[..., Any], connection: Callable[[Any], _Connection] = lambda own: own) -> Callable[..., Any]:
+    """A method of sqlite3 that sets the file aside when it finds it damaged."""
+
+    @wraps(method)
+    def call(self: Any, *arguments: Any) -> Any:
+        try:
+            return method(self, *arguments)
+        except sqlite3.DatabaseError as error:
+            connection(self).set_aside(error)
+            raise
+
+    return call
+
+
 class _Cursor(sqlite3.Cursor):
-    """Sets the file aside when a row of a result finds it damaged."""
-
-    connection: _Connection
-
-    def __next__(self) -> Any:
-        try:
-            return super().__next__()
-        except sqlite3.DatabaseError as error:
-            self.connection.set_aside(error)
-            raise
-
-    def fetchone(self) -> Any:
-        try:
-            return super().fetchone()
-        except sqlite3.DatabaseError as error:
-            self.connection.set_aside(error)
-            raise
-
-    def fetchall(self) -> Any:
-        try:
-            return super().fetchall()
-        except sqlite3.DatabaseError as error:
-            self.connection.set_aside(error)
-            raise
+    __next__, fetchone, fetchall = (
+        _watched(method, lambda cursor: cursor.connection)
+        for method in (sqlite3.Cursor.__next__, sqlite3.Cursor.fetchone, sqlite3.Cursor.fetchall)
+    )
 
 
 class _Connection(sqlite3.Connection):
-    """Sets the file aside when a statement finds it damaged."""
-
     path: Path | None = None
+    execute, executemany = _watched(sqlite3.Connection.execute), _watched(sqlite3.Connection.executemany)
 
     def cursor(self, factory: Any = _Cursor) -> Any:
         return super().cursor(factory)
-
-    def execute(self, *arguments: Any) -> Any:
-        try:
-            return super().execute(*arguments)
-        except sqlite3.DatabaseError as error:
-            self.set_aside(error)
-            raise
-
-    def executemany(self, *arguments: Any) -> Any:
-        try:
-            return super().executemany(*arguments)
-        except sqlite3.DatabaseError as error:
-            self.set_aside(error)
-            raise
 
     def set_aside(self, error: sqlite3.DatabaseError) -> None:
         """Raises:
