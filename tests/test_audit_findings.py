@@ -290,7 +290,7 @@ def test_a_wait_for_another_process_that_indexes_is_shown(
     with caplog.at_level("INFO", logger="pedigree"):
         assert impact(made.root, record=identity("frogs"))["verdict"] == "yes"
     released.join()
-    assert [line for line in caplog.messages if line.startswith("waiting: another process is reading the history")] == [caplog.messages[0]]
+    assert any(line.startswith("waiting: another process is reading the history") for line in caplog.messages)
 
 
 def test_an_answer_of_no_says_what_was_looked_at_and_needs_all_of_it(made: Project) -> None:
