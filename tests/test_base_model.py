@@ -230,6 +230,14 @@ def spoil(root: Path, how: str) -> None:
             save_file(tensors, weights, {"format": "pt"})
         case "other shapes":
             save_file({name: tensor[..., :8].contiguous() for name, tensor in tensors.items()}, weights, {"format": "pt"})
+        case "pickle":
+
+            class Code:
+                def __reduce__(self) -> tuple[Any, ...]:
+                    return os.mkdir, (str(root / "ran"),)
+
+            weights.unlink()
+            torch.save({"x": Code()}, folder / "pytorch_model.bin")
         case "no tokenizer":
             for name in ("tokenizer.json", "tokenizer_config.json"):
                 (folder / name).unlink()
@@ -250,7 +258,7 @@ def spoil(root: Path, how: str) -> None:
 
 @pytest.mark.parametrize(
     "how",
-    ["cut off", "a header that is too long", "overlapping tensors", "a weight is missing", "other shapes", "no tokenizer", "config is cut off",
+    ["cut off", "a header that is too long", "overlapping tensors", "a weight is missing", "other shapes", "pickle", "no tokenizer", "config is cut off",
      "config is a list", "code of its own", "awq", "numbers as text", "no numbers"],
 )  # fmt: skip
 def test_a_model_that_cannot_be_loaded_whole_is_refused_in_one_message(root: Path, how: str) -> None:

@@ -83,13 +83,7 @@ def read(root: Path) -> dict[str, Any]:
     try:
         values = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
         count = _values_in(values, "", {})
-    except (
-        YAMLError,
-        ValueError,
-        LookupError,
-        TypeError,
-        RecursionError,
-    ) as error:  # not UTF-8, an invalid date or number, too many brackets
+    except (YAMLError, ValueError, LookupError, TypeError, RecursionError) as error:  # also not UTF-8, an invalid date, too many brackets
         raise InputError(f"params.yaml is not valid YAML: {' '.join(str(error).split())}", "fix the line named in the message") from None
     if not isinstance(values, dict):
         raise InputError("params.yaml must be a mapping of sections", "see docs/parameters.md")
