@@ -53,6 +53,7 @@ ADDRESSES = (
     *(f"{stage}@{name}" for name in VARIANTS for stage in ("adapter", "merged")), "comparison", "release",
 )  # fmt: skip
 SOURCES, PARAPHRASES = "data/sources", "data/sources/paraphrases/mine.jsonl"
+KEY = "data/keys/record_ids.key"
 NAMES = ("Abena", "Bjorn", "Chidi", "Dalia", "Emeka", "Freya")
 WORDS = ["anchor", "basket", "candle", "dagger", "eagle", "falcon", "garden", "hammer", "island", "jacket", "kettle", "ladder", "magnet", "needle", "orange", "pebble", "quiver", "rabbit", "saddle", "turtle", "umbrella", "violin", "walnut", "yellow", "zipper", "bridge", "carpet", "donkey", "engine", "feather", "giraffe", "helmet", "insect", "jungle", "kitten", "lemon", "mirror", "noodle", "oyster", "parrot", "quartz", "ribbon", "shovel", "tunnel", "urchin", "velvet", "window", "yogurt", "copper", "dragon"]  # fmt: skip
 
@@ -66,7 +67,7 @@ stages:
   adapter: {foreach: {lora: 1, dora: 1}, do: {cmd: x, outs: ["data/adapter/${key}"], meta: {kinds: [safetensors]}}}
   merged: {foreach: {lora: 1, dora: 1}, do: {cmd: x, outs: ["data/merged/${key}"], meta: {kinds: [safetensors]}}}
   comparison: {cmd: x, deps: [data/splits, data/merged], outs: [data/comparison]}
-  release: {cmd: x, deps: [data/comparison, data/merged, data/adapter], outs: [data/release], meta: {kinds: [safetensors]}}
+  release: {cmd: x, deps: [data/keys, data/comparison, data/merged, data/adapter], outs: [data/release], meta: {kinds: [safetensors]}}
 """
 IGNORED = ".dvc/cache .dvc/tmp data/base_model data/raw_examples data/instructions data/splits data/tokenized data/adapter data/merged data/comparison data/release"
 
@@ -189,6 +190,8 @@ class Toy:
         """What was in reach when earlier questions were asked (history_oracle.Reach)."""
         self.exported: dict[tuple[str, str], Any] = {}
         """Caches, and earlier answers, of history_oracle."""
+        self.keys: dict[str, bytes] = {}
+        """Hash of `data/keys` -> the secret in it, of every secret that there ever was."""
         self.committed: dict[str, Any] = {}
         self.blobs: dict[str, bytes] = {}
         self.fresh = 0
@@ -212,6 +215,7 @@ class Toy:
         self.write_source(f"{SOURCES}/faq.jsonl", [self.new_row() for _ in range(self.draw.randint(6, 9))])
         self.write_source(f"{SOURCES}/mail.jsonl", [self.new_row() for _ in range(self.draw.randint(5, 7))])
         self.write(PARAPHRASES, b"")
+        self.new_key()
         sources = [{"path": f"{SOURCES}/{name}.jsonl", "license": "MIT"} for name in ("faq", "mail")]
         self.write_params({
             "compute": {"seed": 7},
@@ -252,6 +256,12 @@ class Toy:
         one, two, three, four = self.draw.sample(WORDS, 4)
         name = self.draw.choice(NAMES)
         return f"{name} saw the {one} {self.fresh} near some {two}, why?", f"Because the {three} of {name} is a {four} {self.fresh * 7}."
+
+    def new_key(self) -> None:
+        """Write a new secret for published ids."""
+        key = self.draw.randbytes(32)
+        self.write(KEY, key.hex().encode() + b"\n")
+        self.keys[dir_md5({Path(KEY).name: md5(key.hex().encode() + b"\n")})] = key
 
     def folder_files(self, path: str) -> dict[str, str]:
         """Files of a folder, or a single file as "": relative path -> md5."""
@@ -312,7 +322,7 @@ class Toy:
             "merged": (["data/base_model", f"data/adapter/{name}"], ["compute"]),
             "comparison": (["data/splits", "data/merged"], []),
             "release": (
-                ["data/comparison", "data/merged", "data/adapter", "data/reports/raw_examples.json", "data/reports/splits.json"],
+                ["data/keys", "data/comparison", "data/merged", "data/adapter", "data/reports/raw_examples.json", "data/reports/splits.json"],
                 ["release"],
             ),
         }[stage]
@@ -796,6 +806,9 @@ class Toy:
         path.write_text(f"VERSION = {self.draw.randint(1, 4)}\n")
         self.note(path.name)
 
+    def op_key(self) -> None:
+        self.new_key()
+
     def op_run_all(self) -> None:
         self.repro()
 
@@ -973,6 +986,6 @@ OPERATIONS = (
     ("commit_part amend reset branch checkout merge", 1.5),
     ("rebase tag delete_branch stash experiment", 1.0),
     ("gc lose_object", 0.5),
-    ("expire_reflog drop_runs", 0.4),
+    ("expire_reflog drop_runs key", 0.4),
 )
 """Names of operations, and how often each of them is done."""
