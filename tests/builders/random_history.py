@@ -322,7 +322,14 @@ class Toy:
             "merged": (["data/base_model", f"data/adapter/{name}"], ["compute"]),
             "comparison": (["data/splits", "data/merged"], []),
             "release": (
-                ["data/keys", "data/comparison", "data/merged", "data/adapter", "data/reports/raw_examples.json", "data/reports/splits.json"],
+                [
+                    "data/keys",
+                    "data/comparison",
+                    "data/merged",
+                    "data/adapter",
+                    "data/reports/raw_examples.json",
+                    "data/reports/splits.json",
+                ],
                 ["release"],
             ),
         }[stage]
