@@ -28,7 +28,7 @@ if __name__ == "__main__":
 import pytest
 from builders.files import jsonl
 from builders.history_oracle import MODELS, WORKSPACE, Chain, Reach, Signature, TooManyLineages, clone_shallow, out_of
-from builders.random_history import NAMES, PARAPHRASES, SOURCES, WORDS, Toy, canonical, dir_md5, git
+from builders.random_history import ADDRESSES, NAMES, PARAPHRASES, SOURCES, WORDS, Toy, canonical, dir_md5, git
 
 from dagster_project.core.errors import InputError
 from dagster_project.lineage.diff import diff
@@ -665,6 +665,21 @@ def test_a_record_of_two_files_with_the_same_bytes_counts_once(toy: Toy) -> None
     digest = hashlib.sha256((toy.root / f"{SOURCES}/one.jsonl").read_bytes()).hexdigest()
     found = impact(toy.root, content=digest)
     assert found["models"] and {sum(seen["splits"].values()) for model in found["models"] for seen in model["seen"]} == {1}
+
+
+def test_a_release_that_is_older_than_the_comparison_names_the_model_that_it_was_made_from(toy: Toy) -> None:
+    toy.ledger_in_tokenized = True
+    toy.repro()
+    faq, mail = toy.source_paths()
+    *rest, last = toy.read_source(faq)
+    toy.write_source(faq, rest)
+    toy.write_source(mail, [last, *toy.read_source(mail)])
+    before = toy.lock()
+    toy.repro(ADDRESSES[:-1])  # the adapters are made again, of another data set, with the same bytes; the release is not
+    assert toy.lock()["merged@lora"] == before["merged@lora"] and toy.lock()["adapter@lora"] != before["adapter@lora"]
+    found = document(find(Index(toy.root), "release"))
+    assert found["stages"]["merged@lora"]["md5"] == out_of(toy.lock()["merged@lora"])[1]
+    assert "merged@lora" not in found["watched"]["stages"]
 
 
 def soak(count: int, first: int, keep_going: bool = False) -> int:

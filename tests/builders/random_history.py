@@ -175,7 +175,7 @@ class Toy:
     """A project on disk, the operations on it, and the log of its runs."""
 
     def __init__(self, root: Path, seed: int) -> None:
-        self.root, self.draw, self.log = root, random.Random(seed), Log()
+        self.root, self.seed, self.draw, self.log = root, seed, random.Random(seed), Log()
         self.ledger_in_tokenized = self.draw.random() < 0.4
         """Whether the tokenized set names sources, as the real one does; then an adapter runs again after a rename, and makes the same bytes."""
         self.real = self.draw.random() < 0.25
@@ -259,7 +259,7 @@ class Toy:
 
     def new_key(self) -> None:
         """Write a new secret for published ids."""
-        key = self.draw.randbytes(32)
+        key = hashlib.sha256(f"{self.seed} {len(self.keys)}".encode()).digest()
         self.write(KEY, key.hex().encode() + b"\n")
         self.keys[dir_md5({Path(KEY).name: md5(key.hex().encode() + b"\n")})] = key
 
