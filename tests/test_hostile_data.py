@@ -99,7 +99,9 @@ def test_a_small_file_that_unpacks_to_a_large_one_is_refused_in_one_message(kind
         [sys.executable, "-c", LIMITED, name], cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "PATH": ""},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.returncode == 2 and wanted in done.stderr and "hint: " in done.stderr and "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert done.returncode == 2 and wanted in done.stderr and "hint: " in done.stderr and "Traceback" not in done.stderr, done.stderr[
+        -2000:
+    ]
     assert int(done.stdout.split()[-1]) < 3500, "MiB of memory"
 
 
@@ -186,12 +188,13 @@ def cpu_seconds(call: Callable[[], object]) -> float:
 
 SLOW: dict[str, Callable[[str], object]] = {
     "BEGIN ENCRYPTED PRIVATE KEY:": lambda text: privacy.scan([text]),
+    "Comment: BEGIN ENCRYPTED PRIVATE KEY\n": lambda text: privacy.scan([text]),
     "PuTTY-User-Key-File-2: ": lambda text: privacy.scan([text]),
     "<tool_call> ": lambda text: call_texts._split_at_tags(text, "<tool_call>", call_texts.END_OF_CALL),
     "<functioncall>": lambda text: call_texts._split_at_tags(text, "<functioncall>", call_texts.END_OF_FUNCTION_CALL),
     "<tools>[": lambda text: call_texts._hermes(text),
     "list of functions in JSON format ": lambda text: call_texts._toolace(text),
-    "\"arguments\": '": lambda text: call_texts._with_json_text(text),
+    '"arguments": \'': lambda text: call_texts._with_json_text(text),
     "?": lambda text: content._SENTENCE.split(text),
     "\t": lambda text: content._ITEM.sub("", text, count=1),
     "\n": lambda text: content._CODE.search(text + "x"),
@@ -205,7 +208,9 @@ def test_a_megabyte_of_one_pattern_takes_two_seconds_at_most(unit: str) -> None:
     assert cpu_seconds(lambda: SLOW[unit](f"{unit}{' ' * MIB}x")) < 2
 
 
-@pytest.mark.parametrize("unit", ["DE12 ", "://a:b@", "tel ", "+49 ", "4 ", "a@b.", "aws key = ", "eyJa.", "xoxb-1-2-", "GR1348941", "1.1."])
+@pytest.mark.parametrize(
+    "unit", ["DE12 ", "://a:b@", "tel ", "+49 ", "4 ", "a@b.", "aws key = ", "eyJa.", "xoxb-1-2-", "GR1348941", "1.1."]
+)
 def test_searches_for_private_values_are_linear(unit: str) -> None:
     short, long = (cpu_seconds(lambda: privacy.scan([unit * (size // len(unit))])) for size in (25_000, 200_000))  # noqa: B023
     assert long < 8 * 2.5 * short + 0.2

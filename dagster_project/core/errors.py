@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 LONGEST = 20_000
 """Characters of a message that are shown, whatever it quotes."""
 

@@ -285,24 +285,31 @@ def _private_keys(patterns: Iterable[re.Pattern[str]]) -> Callable[[str], Iterat
 
     def find(text: str) -> Iterator[Span]:
         for pattern in patterns:
-            line = body = end = 0  # end of the last header's line, and its body: those of all headers in that line
-            has_body = False
+            line, at_line = (
+                -1,
+                (0, False),
+            )  # end of the last line that is part of a header, and the key after it: that of all headers in this line
+            body = end = 0  # lines of the last key: another header in them has the same end
             for header in pattern.finditer(text):
+                if body <= header.start() and header.end() <= end:
+                    continue
                 rest = _KEY_HEADER_END.match(text, header.end())
                 start = rest.end() if rest else header.end()
-                if text[start : start + 1] == ":":
-                    if start > line or not line:
+                if text[start : start + 1] != ":":
+                    last, has_body = _end_of_key(text, start)
+                else:
+                    if start > line:
                         found = text.find("\n", start)
                         line = found if found >= 0 else len(text)
-                    start = line
-                if start != body:
-                    body = start
-                    end, has_body = _end_of_key(text, body)
+                        at_line = _end_of_key(text, line)
+                    start, (last, has_body) = line, at_line
+                if last > end:
+                    body, end = start, last
                 if has_body:
                     first = header.start()
                     while first and text[first - 1] == "-":
                         first -= 1
-                    yield first, end
+                    yield first, last
 
     return find
 
@@ -456,8 +463,8 @@ def _ibans(text: str) -> Iterator[Span]:
     from stdnum import iban
 
     def is_valid(written: str) -> bool:
-        compact = written.replace(" ", "").replace("-", "").upper()
-        return int((compact[4:] + compact[:4]).translate(_IBAN_DIGITS)) % 97 == 1 and iban.is_valid(written)  # the library takes ten times as long
+        compact = written.replace(" ", "").replace("-", "").upper()  # the library does this too, in ten times as long
+        return int((compact[4:] + compact[:4]).translate(_IBAN_DIGITS)) % 97 == 1 and iban.is_valid(written)
 
     for match in _IBAN.finditer(text):
         written = match[1]
