@@ -301,7 +301,7 @@ def _usage(reply: Any) -> dict[str, int]:
     """Token counts from the endpoint; empty if it reports none that are possible."""
     usage = reply.get("usage") if isinstance(reply, dict) else None
     prompt, completion = (usage.get(f"{name}_tokens") if isinstance(usage, dict) else None for name in ("prompt", "completion"))
-    if type(prompt) is int and type(completion) is int and 0 <= min(prompt, completion) and max(prompt, completion) <= MAX_TOKENS:
+    if type(prompt) is int and type(completion) is int and min(prompt, completion) >= 0 and max(prompt, completion) <= MAX_TOKENS:
         return {"prompt": prompt, "completion": completion}
     return {}
 
