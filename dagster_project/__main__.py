@@ -256,12 +256,18 @@ def verify(options: argparse.Namespace) -> int:
 
     if options.integrity == bool(options.stage):
         raise InputError("verify: give either a stage or --integrity", "see `pedigree verify --help`")
-    if (options.deep and options.integrity) or (options.all_revs and not options.integrity):
-        raise InputError("verify: --deep requires a stage, --all-revs requires --integrity", "see `pedigree verify --help`")
+    if ((options.deep or options.install) and options.integrity) or (options.all_revs and not options.integrity):
+        raise InputError("verify: --deep and --install require a stage, --all-revs requires --integrity", "see `pedigree verify --help`")
     if options.integrity:
         document = integrity.examine(_project(options), options.rev, options.all_revs)
         _print(options, document, integrity.as_text)
         return {"intact": 0, "altered": 1, "incomplete": 2}[document["verdict"]]
+    if options.install:
+        from dagster_project.commands.verify_installed import verify_installed
+
+        code = verify_installed(_project(options), options.stage, options.rev, options.deep, options.json)
+        if code is not None:
+            return code
     document = module.verify(_project(options), options.stage, options.rev, options.deep)
     _print(options, document, module.as_text)
     return 1 if document["verdict"] == "different" else 0
@@ -594,6 +600,7 @@ def _add_lineage_commands(commands: Any) -> None:
     add("stage", nargs="?", metavar="STAGE[@VARIANT]", help="name of a stage, path of its output, or content hash")
     add("--rev", help="git revision (default: the workspace, including uncommitted changes)")
     add("--deep", action="store_true", help="start from the sources: reproduce all upstream stages first")
+    add("--install", action="store_true", help="if another version made it: install that one in a scratch environment, and verify there")
     add("--integrity", action="store_true", help="instead hash everything that dvc.lock refers to, in the cache and the workspace")
     add("--all-revs", action="store_true", help="with --integrity: also at every commit that changed dvc.lock")
     add = _add_command(commands, export).add_argument
