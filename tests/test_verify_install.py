@@ -8,18 +8,23 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from builders.installed import commit, edit, install, installed, pedigree_in, set_version
+from builders.installed import commit, install, installed, pedigree_in
 from builders.servers import free_port
 from conftest import ROOT, run
+from packaging.requirements import Requirement
 
+from dagster_project.__main__ import main
 from dagster_project.commands.installer import command_of, explained
-from dagster_project.commands.requirements import Wheel, versions_in
-from dagster_project.commands.verify_installed import verify_installed
+from dagster_project.commands.requirements import Wheel
+from dagster_project.commands.verify_installed import Build, _recorded, verify_installed
 from dagster_project.core.errors import InputError
+from dagster_project.core.layout import report_of
+from dagster_project.core.records import write_json
+from dagster_project.lineage import code_lock, history
 
 ROWS = [{"instruction": f"Name number {i}.", "output": f"It is {i}."} for i in range(5)]
 STAGE = "stages/raw_examples.py"
@@ -50,6 +55,12 @@ def tiny_wheel(folder: Path, name: str, version: str, module: str) -> Path:
     return path
 
 
+def change(site: Path, module: str, text: str, other: str) -> None:
+    path = site / "dagster_project" / module
+    assert path.read_text().count(text) == 1
+    path.write_text(path.read_text().replace(text, other))
+
+
 @dataclass(frozen=True)
 class Made:
     """A project whose raw_examples were made by version 1.0, and upgraded to 2.0, which is installed."""
@@ -63,7 +74,12 @@ class Made:
     """The commit of 1.0."""
 
     def verify(self, *options: str, wheels: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-        index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels or self.wheels), "PIP_CACHE_DIR": str(self.wheels / "cache"), **environment}
+        index = {
+            "PIP_NO_INDEX": "1",
+            "PIP_FIND_LINKS": str(wheels or self.wheels),
+            "PIP_CACHE_DIR": str(self.wheels / "cache"),
+            **environment,
+        }
         return installed(self.site, self.project, "-m", "dagster_project", "verify", "raw_examples", "--rev", self.rev, *options, **index)
 
 
@@ -71,11 +87,8 @@ class Made:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     base = tmp_path_factory.mktemp("versions")
     old, new, wheels, project = install(base / "old", "1.0"), install(base / "new", "2.0"), base / "wheels", base / "project"
-    stage = old / "dagster_project" / STAGE
-    stage.write_text("import only_in_one\n" + stage.read_text().replace('{"sources": sources}', '{"sources": sources, "by": only_in_one.NAME}'))
-    stage.write_text(stage.read_text().replace("import only_in_one\n", "", 1).replace("\nfrom pathlib", "\nimport only_in_one\nfrom pathlib", 1))
-    command = old / "dagster_project/commands/verify.py"
-    command.write_text(command.read_text().replace('f"reproducing {name}"', 'f"version 1.0 is reproducing {name}"'))
+    change(old, STAGE, '{"sources": sources}', '{"sources": sources, "by": __import__("only_in_one").NAME}')
+    change(old, "commands/verify.py", 'f"reproducing {name}"', 'f"version 1.0 is reproducing {name}"')
     tiny_wheel(wheels, "only_in_one", "1.4", 'NAME = "one"\n')
     tiny_wheel(wheels, "only_in_one", "2.0", 'NAME = "two"\n')
     (old / "only_in_one.py").write_text('NAME = "one"\n')
@@ -106,3 +119,132 @@ def test_the_recorded_version_and_what_it_requires_are_installed_and_give_the_an
     assert not list(tmp_path.iterdir()), "the environment was removed"
     assert run(["git", "status", "--porcelain"], made.project).stdout == before
     assert run([sys.executable, "-m", "pip", "show", "only-in-one"], made.project).returncode, "this environment has nothing new"
+
+
+def test_an_answer_that_is_negative_has_its_exit_code(made: Made, tmp_path: Path) -> None:
+    project = Path(shutil.copytree(made.project, tmp_path / "project", symlinks=True))
+    run(["git", "checkout", "-q", made.rev], project)
+    lock = (project / "dvc.lock").read_text()
+    md5 = history.stages_of(lock)["raw_examples"]["outs"][0]["md5"]
+    (project / "dvc.lock").write_text(lock.replace(md5, f"{'0' * 32}.dir"))
+    done = replace(made, project=project, rev=commit(project, "another record")).verify("--install", "--json")
+    assert done.returncode == 1, done.stderr
+    assert json.loads(done.stdout)["verdict"] == "different" and "version 1.0" in done.stderr
+
+
+def refusal(made: Made, monkeypatch: pytest.MonkeyPatch, **environment: str) -> InputError:
+    """Of this process, whose code is not that of 1.0 either."""
+    for name, value in {"PIP_NO_INDEX": "1", "PIP_CACHE_DIR": str(made.wheels / "cache"), **environment}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError) as caught:
+        verify_installed(made.project, "raw_examples", made.rev, False, False)
+    return caught.value
+
+
+def test_another_build_of_the_version_is_refused_before_it_runs(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever Python would begin to run it."""
+    mark, [right] = tmp_path / "ran", made.wheels.glob("pedigree_llm-1.0-*")
+    (tmp_path / "other").mkdir()
+    with zipfile.ZipFile(right) as source, zipfile.ZipFile(tmp_path / "other" / right.name, "w") as target:
+        for name in source.namelist():
+            touch = f"\nopen({str(mark)!r}, 'a').close()\n" if name in {f"dagster_project/{STAGE}", "dagster_project/__init__.py"} else ""
+            target.writestr(name, source.read(name) + touch.encode())
+    error = refusal(made, monkeypatch, PIP_FIND_LINKS=str(tmp_path / "other"))
+    assert error.what.startswith("pedigree-llm 1.0 from the package index has other code for raw_examples than the records of this project")
+    assert "nothing of it was run" in error.what and not mark.exists()
+
+
+def test_a_version_that_no_index_has_and_an_index_that_does_not_answer_are_told_apart(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(next(made.wheels.glob("pedigree_llm-2.0-*")), tmp_path)
+    (tmp_path / "pedigree_llm-1.0.tar.gz").touch()  # no wheel: it would be built, which runs its code
+    error = refusal(made, monkeypatch, PIP_FIND_LINKS=str(tmp_path))
+    assert error.what == "pedigree-llm==1.0: the package index has no such wheel for this Python and platform"
+    assert "PIP_INDEX_URL or PIP_FIND_LINKS" in error.hint
+    address = f"http://user:secret@127.0.0.1:{free_port()}/simple"
+    nowhere = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "0", "PIP_FIND_LINKS": "", "PIP_INDEX_URL": address, "PIP_RETRIES": "1"}
+    error = refusal(made, monkeypatch, **nowhere)
+    assert error.what == "pedigree-llm==1.0: the package index does not answer" and "secret" not in str(error)
+
+
+def test_failures_of_uv_are_explained_as_those_of_pip() -> None:
+    """As uv 0.9 writes them."""
+    absent = "Because there is no version of pedigree-llm==1.0 and you require pedigree-llm==1.0, we can conclude that ..."
+    assert "has no such wheel" in explained("x", True, absent)[0] and "UV_DEFAULT_INDEX" in explained("x", True, absent)[1]
+    assert "has no such wheel" in explained("x", True, "Because pedigree-llm was not found in the package registry and you require")[0]
+    assert "does not answer" in explained("x", True, "Failed to fetch: ...\n cause: error sending request for url (http://127.0.0.1:9/)")[0]
+    other = explained("x", True, "error: invalid peer certificate: https://user:secret@index.example/simple")[0]
+    assert other == "x cannot be installed: error: invalid peer certificate: https://index.example/simple"
+
+
+def test_uv_is_used_where_it_is_present_unless_only_pip_has_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert command_of("python", {})[:5] == [sys.executable, "-m", "pip", "--python", "python"]
+    (tmp_path / "uv").touch(mode=0o755)
+    assert command_of("python", {})[0] == str(tmp_path / "uv")
+    assert command_of("python", {"PIP_INDEX_URL": "x"})[0] == sys.executable
+    assert command_of("python", {"PIP_INDEX_URL": "x", "UV_FIND_LINKS": "y"})[0] == str(tmp_path / "uv")
+    (tmp_path / "uv").unlink()
+    monkeypatch.setattr("dagster_project.commands.installer.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="needs uv or pip"):
+        command_of("python", {})
+
+
+def test_only_what_the_environment_does_not_meet_is_installed() -> None:
+    lines = [
+        "polars>=1", 'torch>=2.9; extra == "train"', 'trl<1.16; extra == "train"', 'dvc>=3; extra == "pipeline"', 'ray==2; extra == "ray"',
+        'pedigree-llm[train]; extra == "all"', 'tomli>=9; python_version < "3"', 'moto>=9; extra == "dev"',
+    ]  # fmt: skip
+    wheel = Wheel("pedigree-llm", [Requirement(line) for line in lines])
+    present = {"polars": "1.5", "torch": "2.13.0+cpu", "trl": "1.16.1", "moto": "5", "numpy": "2.4"}
+    assert wheel.needed(present, {}) == ["trl<1.16", "dvc>=3"], "of [ray] nothing is here, and [dev] is not for a stage"
+    assert wheel.needed(present, {"torch": "2.12.0", "trl": "1.15.2", "numpy": "2.4"}) == ["torch==2.12.0", "trl==1.15.2", "dvc>=3"]
+    assert wheel.needed({**present, "trl": "1.15", "dvc": "3.1"}, {"torch": "2.13.0+cpu"}) == []
+    assert wheel.constraints(present, ["trl<1.16"]) == ["polars==1.5", "torch==2.13.0+cpu", "moto==5", "numpy==2.4"]
+
+
+def recorded(folder: Path, **stages: tuple[str, str | None]) -> Path:
+    """A project in which each stage has the hash of its code, and a report with the version of torch."""
+    entries = {}
+    for name, (sha256, torch) in stages.items():
+        deps = [{"path": f"data/{one}", "md5": one} for one in list(stages)[: list(stages).index(name)]]
+        outs = [{"path": f"data/{name}", "md5": name}]
+        entries[name] = {"deps": deps, "outs": outs, "params": {"code.lock.yaml": {name: sha256}}}
+        write_json(folder / report_of(name), {"environment": {"python": "3.11.0", "torch": torch}} if torch else {})
+    write_json(folder / "dvc.lock", {"stages": entries})
+    write_json(folder / "code.lock.yaml", {"version": "1.0", **{name: sha256 for name, (sha256, _) in stages.items()}})
+    run(["git", "init", "-q"], folder)
+    return folder
+
+
+def test_nothing_is_installed_if_the_installed_code_is_the_recorded_one(tmp_path: Path) -> None:
+    now = code_lock.installed(["splits"])["splits"]
+    assert verify_installed(recorded(tmp_path, splits=(now, None)), "splits", None, False, False) is None
+
+
+def test_a_build_is_what_all_stages_to_be_reproduced_were_made_with(tmp_path: Path) -> None:
+    root = recorded(tmp_path, splits=("1" * 64, None), adapter=("2" * 64, "2.12"), merged=("3" * 64, None))
+    build = _recorded(history.Revision(root, None), "merged", True)
+    assert build == Build("1.0", {"splits": "1" * 64, "adapter": "2" * 64, "merged": "3" * 64}, {"python": "3.11.0", "torch": "2.12"})
+    assert _recorded(history.Revision(root, None), "merged", False) == Build("1.0", {"merged": "3" * 64}, {})
+
+
+def test_stages_of_several_versions_or_of_an_unknown_one_are_refused(tmp_path: Path) -> None:
+    root = recorded(tmp_path, splits=("1" * 64, None), adapter=("2" * 64, "2.12"), reward_model=("3" * 64, "2.13"))
+    with pytest.raises(InputError, match=r"made with torch 2\.12 and 2\.13"):
+        verify_installed(root, "reward_model", None, True, False)
+    code_lock.record(root, {"adapter": "4" * 64})
+    with pytest.raises(InputError, match="splits, adapter, reward_model: made by several versions"):
+        verify_installed(root, "reward_model", None, True, False)
+    with pytest.raises(InputError, match="adapter: made by an unknown version"):
+        verify_installed(root, "adapter", None, False, False)
+    lock = root / "code.lock.yaml"
+    lock.write_text(lock.read_text().replace("1.0", "--index-url=http://127.0.0.1/"))
+    with pytest.raises(InputError, match="splits: made by an unknown version"):
+        verify_installed(root, "splits", None, False, False)
+
+
+def test_install_is_an_option_for_a_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "--integrity", "--install", "--project", str(tmp_path)]) == 2
+    assert "--install require a stage" in capsys.readouterr().err

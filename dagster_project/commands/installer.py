@@ -18,8 +18,9 @@ INDEX = ("INDEX_URL", "EXTRA_INDEX_URL", "DEFAULT_INDEX", "INDEX", "FIND_LINKS",
 """Environment variables that choose an index, after PIP_ or UV_."""
 PLACES = {"PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_USER", "UV_TARGET", "UV_PREFIX", "UV_PYTHON", "UV_SYSTEM_PYTHON"}
 """Environment variables that would install elsewhere."""
-UNREACHABLE = re.compile(r"Retrying \(|NewConnectionError|ConnectTimeout|Failed to fetch|error sending request|client error \(Connect\)")
-ABSENT = re.compile(r"No matching distribution|no version of|not found in the|no wheels? (?:with|are|for)|has no usable wheels|requirements are unsatisfiable")
+UNREACHABLE = re.compile(r"Retrying \(|error sending request")
+ABSENT = re.compile(r"No matching distribution|there is no version of|was not found in|has no usable wheels|has no wheels")
+"""Of pip or uv."""
 
 
 def paths_of_packages(environment: Path) -> Path:
@@ -53,10 +54,10 @@ def command_of(python: str, variables: Mapping[str, str]) -> list[str]:
     for_pip, for_uv = (any(variables.get(f"{tool}_{name}") for name in INDEX) for tool in ("PIP", "UV"))
     has_pip = find_spec("pip") is not None
     if (uv := shutil.which("uv")) and not (for_pip and not for_uv and has_pip):
-        return [uv, "pip", "install", "--quiet", "--python", python]
+        return [uv, "pip", "install", "--python", python]
     if not has_pip:
         raise InputError("--install needs uv or pip, and neither is installed", "`python -m ensurepip` installs pip")
-    return [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-input", "--no-compile", "--disable-pip-version-check"]
+    return [sys.executable, "-m", "pip", "--python", python, "install", "--no-input", "--no-compile", "--disable-pip-version-check"]
 
 
 def explained(names: str, by_uv: bool, output: str) -> tuple[str, str]:

@@ -86,7 +86,9 @@ def _recorded(at: Revision, stage: str, deep: bool) -> Build | None:
     if version is None or not _is_version(version):
         raise InputError(
             f"{several} of {code_lock.DISTRIBUTION}: no {code_lock.FILE} in the git history has this code",
-            "verify each stage without --deep" if deep else "install the build that made it, in an environment of its own, and verify there",
+            "verify each stage without --deep"
+            if deep
+            else "install the build that made it, in an environment of its own, and verify there",
         )
     return Build(version, code, _libraries(at, names))
 
