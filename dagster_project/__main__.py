@@ -513,7 +513,12 @@ def _add_command(commands: Any, function: Any, name: str = "") -> argparse.Argum
 def _add_check(commands: Any) -> None:
     command = _add_command(commands, check)
     add = command.add_argument
-    add("paths", nargs="+", metavar="PATH", help="files or folders of examples, preference pairs or benchmark questions")
+    add(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="examples, preference pairs or benchmark questions: files, folders, hub:ORG/NAME@REVISION:SPLIT, s3://BUCKET/PREFIX",
+    )
     add("--format", default="auto", help="alpaca, messages, sharegpt, dolly, dpo, hh, ...; default: detected from the keys")
     add("--mapping", metavar="FIELD=COLUMN,...", help="for other columns: prompt=q,response=a or prompt=q,chosen=a,rejected=b")
     add("--out", metavar="CLEAN.jsonl", help="write the rows that would be kept, repaired where the policy is `fix`")
@@ -539,7 +544,13 @@ def _add_check(commands: Any) -> None:
 def _add_init(commands: Any) -> None:
     add = _add_command(commands, init).add_argument
     add("folder", nargs="?", metavar="FOLDER", help="an empty or new folder (default: the current folder)")
-    add("--data", nargs="+", default=[], metavar="FILE", help="examples, preference pairs and benchmarks; they are copied to data/sources/")
+    add(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="as for `check`; files are copied to data/sources/, others are read where they are",
+    )
     add("--base-model", metavar="MODEL", help="org/name@REVISION on the Hub, or a folder (default: the small model of the sample project)")
     add("--task", choices=("auto", "labels", "json", "text"), default="auto", help="what answers are (default: detected)")
     add("--license", default="unknown", metavar="SPDX", help="license of the data (default: %(default)s)")
