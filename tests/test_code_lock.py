@@ -30,6 +30,7 @@ from dagster_project.lineage import code_lock
 from dagster_project.lineage.code import code_in
 from dagster_project.orchestration import dvc
 from dagster_project.orchestration.dagster.assets import build_definitions
+from dagster_project.orchestration.dagster.project import PedigreeProject
 from dagster_project.orchestration.dagster_dvc.keys import asset_key
 from dagster_project.orchestration.executors.package import project_package
 from dagster_project.orchestration.executors.ray import ClusterGone
@@ -166,17 +167,14 @@ def test_dagster_loads_with_a_warning_and_refuses_to_materialize_with_other_code
     definitions = build_definitions(other_code, whole_location=True)
     [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert OTHER_CODE in warning and "`pedigree upgrade`" in warning
-
-    def failures(stage: str) -> list[str]:
-        keys = [asset_key(stage)]
-        done = definitions.resolve_job_def("data").execute_in_process(instance=instance, asset_selection=keys, raise_on_error=False)
-        return [event.step_failure_data.user_failure_data.description for event in done.all_events if event.is_step_failure]
-
-    [failure] = failures("raw_examples")
+    done = definitions.resolve_job_def("data").execute_in_process(
+        instance=instance, asset_selection=[asset_key("raw_examples")], raise_on_error=False
+    )
+    [failure] = [event.step_failure_data.user_failure_data.description for event in done.all_events if event.is_step_failure]
     assert failure.startswith(OTHER_CODE) and "`pedigree upgrade`" in failure
     assert instance.get_latest_materialization_event(asset_key("raw_examples")) is None
     assert (other_code / "dvc.lock").read_bytes() == lock and (other_code / "data/raw_examples/file.txt").is_file()
-    assert failures("raw_preferences") == [], "the code of other stages is the recorded one"
+    PedigreeProject(other_code).validate("raw_preferences", {})  # the code of other stages is the recorded one
 
 
 class _Dashboard(BaseHTTPRequestHandler):
