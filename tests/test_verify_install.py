@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from packaging.requirements import Requirement
 from dagster_project.__main__ import main
 from dagster_project.commands.installer import command_of, explained
 from dagster_project.commands.requirements import Wheel
-from dagster_project.commands.verify_installed import Build, _recorded, verify_installed
+from dagster_project.commands.verify_installed import Build, _environment, _recorded, verify_installed
 from dagster_project.core.errors import InputError
 from dagster_project.core.layout import report_of
 from dagster_project.core.records import write_json
@@ -89,7 +90,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     old, new, wheels, project = install(base / "old", "1.0"), install(base / "new", "2.0"), base / "wheels", base / "project"
     change(old, STAGE, '{"sources": sources}', '{"sources": sources, "by": __import__("only_in_one").NAME}')
     change(old, "commands/verify.py", 'f"reproducing {name}"', 'f"version 1.0 is reproducing {name}"')
-    tiny_wheel(wheels, "only_in_one", "1.4", 'NAME = "one"\n')
+    for version in ("1.4", "1.5"):
+        tiny_wheel(wheels, "only_in_one", version, 'NAME = "one"\n')
     tiny_wheel(wheels, "only_in_one", "2.0", 'NAME = "two"\n')
     (old / "only_in_one.py").write_text('NAME = "one"\n')
     (base / "mine.json").write_text(json.dumps(ROWS))
@@ -166,6 +168,21 @@ def test_a_version_that_no_index_has_and_an_index_that_does_not_answer_are_told_
     nowhere = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "0", "PIP_FIND_LINKS": "", "PIP_INDEX_URL": address, "PIP_RETRIES": "1"}
     error = refusal(made, monkeypatch, **nowhere)
     assert error.what == "pedigree-llm==1.0: the package index does not answer" and "secret" not in str(error)
+
+
+def test_libraries_that_a_training_records_have_its_versions_and_others_are_those_of_this_environment(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, value in {"PIP_NO_INDEX": "1", "PIP_CACHE_DIR": str(made.wheels / "cache"), "PIP_FIND_LINKS": str(made.wheels)}.items():
+        monkeypatch.setenv(name, value)
+    code = code_lock.recorded_in(history.Revision(made.project, made.rev).lock()["raw_examples"])
+    here = {"torch": metadata.version("torch"), "dvc": metadata.version("dvc")}
+    python = _environment(tmp_path, Build("1.0", code, {"python": "3.0.1", "only-in-one": "1.4", "torch": here["torch"]}))
+    script = "import json, sys; from importlib.metadata import version; print(json.dumps([version(name) for name in sys.argv[1:]]))"
+    found = run([python, "-P", "-c", script, "only-in-one", "pedigree-llm", "torch", "dvc"], tmp_path, PYTHONPATH="")
+    assert json.loads(found.stdout) == ["1.4", "1.0", here["torch"], here["dvc"]], found.stderr
+    assert not list(tmp_path.glob("lib/*/site-packages/torch*")), "no copy of what is here"
+    assert "made with Python 3.0.1" in caplog.text
 
 
 def test_failures_of_uv_are_explained_as_those_of_pip() -> None:
