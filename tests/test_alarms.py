@@ -1,0 +1,145 @@
+"""Work that silently did nothing is reported: no tokens, no answers, one answer to everything, one score for everything, nothing to hash.
+
+Alarms with a test elsewhere: unreadable and empty sources (test_raw_examples), no rows left (test_checks), empty splits and no pairs (test_splits,
+test_preferences), constant rewards of PPO (test_ppo), weights that did not move (below and test_own_trainer), no verdicts (test_judge).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from builders.small_pipeline import make_project
+
+from dagster_project.core.errors import InputError
+from dagster_project.core.messages import Call
+from dagster_project.core.records import CheckResult, example_id, write_ledger, write_records
+from dagster_project.evaluation.alarms import answers_are_not_empty, answers_differ, scored_something, scores_differ
+from dagster_project.orchestration.integrity import examine
+from dagster_project.stages import raw_examples, splits, tokenized
+from dagster_project.training.inference.answers import Answer
+
+EMPTY, CALL = Answer(" \n"), Answer("", "", (Call("weather", {"city": "Oslo"}, None),))
+
+
+def record(number: int, answer: str = "Yes.") -> dict[str, Any]:
+    messages = [{"role": "user", "content": f"question {number}"}, {"role": "assistant", "content": answer}]
+    identity = example_id(messages)
+    return {"example_id": identity, "source": "a.jsonl", "messages": messages, "category": None, "group_id": identity, "meta": "{}"}
+
+
+def named(checks: list[CheckResult], name: str) -> CheckResult:
+    return next(check for check in checks if check.name == name)
+
+
+@pytest.mark.parametrize(("answers", "tokens", "passes"), [([], 0, False), ([EMPTY], 0, True), ([], 3, True)])
+def test_an_evaluation_without_any_result_is_stopped(answers: list[Answer], tokens: int, passes: bool) -> None:
+    found = scored_something(answers, [(1.0, tokens)])
+    assert (found.passed, found.blocking) == (passes, True)
+
+
+@pytest.mark.parametrize(
+    ("answers", "passes"),
+    [([], True), ([EMPTY, EMPTY], False), ([EMPTY, Answer("x")], True), ([EMPTY, CALL], True), ([Answer("", "a trace")], False)],
+)
+def test_only_empty_answers_stop_an_evaluation_and_warn_of_a_baseline(answers: list[Answer], passes: bool) -> None:
+    found = answers_are_not_empty({"lora": answers, "other": [Answer("x")]}, blocking=True)
+    assert (found.passed, found.blocking, "lora" in found.note, "other" in found.note) == (passes, True, not passes, False)
+    found = answers_are_not_empty({"zero_shot": answers}, blocking=False)
+    assert (found.passed, found.blocking, found.severity) == (passes, False, "warn")
+
+
+A, B = Answer("a"), Answer("b")
+
+
+@pytest.mark.parametrize(
+    ("references", "answers", "passes"),
+    [
+        ([A, B], [A, A], False),
+        ([A, B], [CALL, CALL], False),
+        ([A, B], [A, CALL], True),
+        ([A, A], [A, A], True),
+        ([A], [A], True),
+        ([], [], True),
+    ],
+)
+def test_one_answer_to_different_questions_is_a_warning(references: list[Answer], answers: list[Answer], passes: bool) -> None:
+    found = answers_differ(references, answers)
+    assert (found.passed, found.blocking, found.severity) == (passes, False, "warn")
+
+
+def scored(*values: float) -> np.ndarray:
+    return np.array([(value, 1) for value in values])
+
+
+@pytest.mark.parametrize(
+    ("systems", "passes"),
+    [
+        ([scored(0, 0), scored(0, 0)], False),
+        ([scored(1, 1), scored(1, 1)], False),
+        ([scored(1, 1), scored(0, 0)], True),
+        ([scored(0, 1)], True),
+        ([scored(1)], True),
+    ],
+)
+def test_a_measure_with_one_value_for_all_answers_of_all_systems_is_a_warning(systems: list[np.ndarray], passes: bool) -> None:
+    found = scores_differ({"mine": systems, "other": [scored(0, 1)]})
+    assert (found.passed, found.blocking, found.severity) == (passes, False, "warn")
+    assert ("mine is the same" in found.note, "other" in found.note.split(";")[0]) == (not passes, False)
+
+
+def test_a_source_file_without_rows_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "data/sources").mkdir(parents=True)
+    params = raw_examples.Params(sources=[{"path": "data/sources/a.jsonl", "license": "CC0-1.0"}])  # type: ignore[list-item]
+    for content in ("", "\n\n"):
+        (tmp_path / "data/sources/a.jsonl").write_text(content)
+        with pytest.raises(InputError, match="the file is empty"):
+            raw_examples.produce(tmp_path, params, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "max_length", "outcome"),
+    [
+        ([record(1)], [record(2)], 512, (True, True)),
+        ([record(1)], [], 512, (True, True)),
+        ([record(1, "long " * 99)], [record(2)], 128, (False, True)),
+        ([record(1)], [record(2, "long " * 99)], 128, (False, False)),
+        ([], [record(2)], 512, (False, True)),
+    ],
+)
+def test_a_training_split_without_trained_tokens_stops_the_stage(
+    train: list[dict[str, Any]], validation: list[dict[str, Any]], max_length: int, outcome: tuple[bool, bool], tmp_path: Path,
+    tiny_model: Path,
+) -> None:  # fmt: skip
+    for name, rows in (("train", train), ("validation", validation)):
+        write_records(tmp_path / "splits" / name, rows)
+    lines = [{"source": r["source"], "example_id": r["example_id"], "source_row": i} for i, r in enumerate([*train, *validation])]
+    write_ledger(tmp_path / "splits", lines)
+    report = tokenized.produce(tmp_path, tokenized.Params(max_length=max_length), 1, tmp_path / "splits", tiny_model, tmp_path / "out")
+    found = named(report.checks, "trained_tokens")
+    assert (found.passed, found.blocking) == outcome, found.note
+
+
+def test_an_augmentation_that_adds_nothing_is_a_warning(tmp_path: Path) -> None:
+    rows = [record(i, f"answer {i}") for i in range(20)]
+    write_records(tmp_path / "in", rows)
+    write_ledger(tmp_path / "in", [{**row, "source_row": i, "outcome": "kept", "why": ""} for i, row in enumerate(rows)])
+    (tmp_path / "data/sources/paraphrases").mkdir(parents=True)
+    path = "data/sources/paraphrases/p.jsonl"
+    (tmp_path / path).write_text(json.dumps({"prompt": "no row asks this", "paraphrase": "and nobody this"}) + "\n")
+    params = splits.Params.model_validate({"augment": {"paraphrases": path, "license": "CC0-1.0"}})
+    found = named(splits.produce(tmp_path, params, 1, tmp_path / "in", tmp_path / "out").checks, "augmented_rows")
+    assert (found.passed, found.blocking, found.severity) == (False, False, "warn") and "no row was added" in found.note
+    found = named(splits.produce(tmp_path, splits.Params(), 1, tmp_path / "in", tmp_path / "plain").checks, "augmented_rows")
+    assert (found.passed, found.blocking) == (True, True)
+
+
+def test_an_examination_that_hashed_nothing_is_refused(tmp_path: Path) -> None:
+    root = make_project(tmp_path / "project")
+    (root / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
+    (root / "data/sources/d.txt.dvc").unlink()
+    with pytest.raises(InputError, match="there is nothing to hash"):
+        examine(root)
