@@ -1,7 +1,7 @@
 """Work that silently did nothing is reported: no tokens, no answers, one answer to everything, one score for everything, nothing to hash.
 
-Alarms with a test elsewhere: unreadable and empty sources (test_raw_examples), no rows left (test_checks), empty splits and no pairs (test_splits,
-test_preferences), constant rewards of PPO (test_ppo), weights that did not move (below and test_own_trainer), no verdicts (test_judge).
+Alarms with a test elsewhere: unreadable and empty sources (test_raw_examples), empty splits and no pairs (test_splits,
+test_preferences), constant rewards of PPO (test_ppo), weights that a trainer did not move (test_sft, test_own_trainer), no verdicts (test_judge).
 """
 
 from __future__ import annotations
@@ -12,15 +12,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from builders.records import ask, placed
 from builders.small_pipeline import make_project
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Call
 from dagster_project.core.records import CheckResult, example_id, write_ledger, write_records
+from dagster_project.core.stored_rows import StoredRows
+from dagster_project.curation.checks.checks import Rules, judge
+from dagster_project.curation.checks.findings import check_result
+from dagster_project.curation.checks.token_counts import ESTIMATED
 from dagster_project.evaluation.alarms import answers_are_not_empty, answers_differ, scored_something, scores_differ
 from dagster_project.orchestration.integrity import examine
 from dagster_project.stages import raw_examples, splits, tokenized
 from dagster_project.training.inference.answers import Answer
+from dagster_project.training.trainers.harness.weight_audit import WeightAudit
 
 EMPTY, CALL = Answer(" \n"), Answer("", "", (Call("weather", {"city": "Oslo"}, None),))
 
@@ -143,3 +149,22 @@ def test_an_examination_that_hashed_nothing_is_refused(tmp_path: Path) -> None:
     (root / "data/sources/d.txt.dvc").unlink()
     with pytest.raises(InputError, match="there is nothing to hash"):
         examine(root)
+
+
+def test_a_set_without_a_kept_row_stops_the_stage() -> None:
+    found = judge(StoredRows(placed([ask(" "), ask("\n")])), [], Rules(), ESTIMATED, [])
+    result = check_result(found.verdicts["schema"], found, [])
+    assert (result.passed, result.blocking, result.note) == (False, True, "no rows are left")
+
+
+@pytest.mark.parametrize(("rate", "passes"), [(1e-30, False), (1e-2, True)])
+def test_a_learning_rate_that_moves_nothing_stops_the_stage(rate: float, passes: bool, tmp_path: Path) -> None:
+    import torch
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False))
+    audit, optimizer = WeightAudit(model, tmp_path), torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
+    model(torch.ones(2, 4)).square().sum().backward()
+    optimizer.step()
+    found = audit.change().check()
+    assert (found.passed, found.blocking) == (passes, True)

@@ -227,3 +227,13 @@ def test_an_answer_cannot_inject_instructions_into_the_judge_prompt(stub: Stub) 
     asked = json.loads(stub.requests[0]["messages"][1]["content"])
     assert roles == ["system", "user"] and asked["answer_a"] == trap.answers[0] and asked["answer_b"] == "plain"
     assert stub.requests[0]["temperature"] == 0 and stub.requests[0]["model"] == "m"
+
+
+@pytest.mark.parametrize("letter", ["A", "B", "T"])
+def test_a_judge_that_always_gives_the_same_reply_is_an_alarm(stub: Stub, letter: str) -> None:
+    stub.answer = lambda asked: letter
+    found = judged(stub, 2)
+    assert f"replied {letter} to every question" in found["alarm"] and f"nothing can be concluded: {found['alarm']}" in judge_text(found)
+    assert judged(stub, 1)["alarm"] is None, "one pair shows nothing"
+    stub.answer = better
+    assert judged(stub, 2)["alarm"] is None

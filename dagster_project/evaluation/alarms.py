@@ -23,7 +23,9 @@ def scored_something(answers: Sequence[Answer], likelihoods: Sequence[tuple[floa
         likelihoods: (nats, tokens) of the test examples; empty for a classifier.
     """
     tokens = sum(n for _, n in likelihoods)
-    note = "" if answers or tokens else "no question was asked and no likelihood measured; set evaluation.task, or add examples with answers"
+    note = (
+        "" if answers or tokens else "no question was asked and no likelihood measured; set evaluation.task, or add examples with answers"
+    )
     return CheckResult("scored_something", passed=bool(answers or tokens), blocking=True, note=note)
 
 
@@ -32,8 +34,12 @@ def answers_are_not_empty(systems: Mapping[str, Sequence[Answer]], blocking: boo
     systems: system -> its answers. One that has answers, all of them empty, fails the check.
     blocking: whether a failed check blocks; otherwise it is a warning.
     """
-    silent = [name for name, answers in systems.items() if answers and not any(answer.content.strip() or answer.calls for answer in answers)]
-    note = f"all answers of {', '.join(silent)} are empty; raise evaluation.max_new_tokens, or look for the fault in the model's chat template"
+    silent = [
+        name for name, answers in systems.items() if answers and not any(answer.content.strip() or answer.calls for answer in answers)
+    ]
+    note = (
+        f"all answers of {', '.join(silent)} are empty; raise evaluation.max_new_tokens, or look for the fault in the model's chat template"
+    )
     return CheckResult(
         "answers_are_not_empty",
         passed=not silent,
@@ -48,7 +54,9 @@ def answers_differ(references: Sequence[Answer], answers: Sequence[Answer]) -> C
     """A warning if one answer is given to all questions, although their references differ."""
     given, expected = ({_said(answer) for answer in some} for some in (answers, references))
     same = len(answers) >= FEW and len(given) == 1 and len(expected) > 1
-    note = f"all {many(len(answers), 'question')} have the same answer, where {number(len(expected))} different ones are right" if same else ""
+    note = (
+        f"all {many(len(answers), 'question')} have the same answer, where {number(len(expected))} different ones are right" if same else ""
+    )
     return CheckResult("answers_differ", passed=not same, severity="warn", count=len(answers) if same else 0, note=note)
 
 

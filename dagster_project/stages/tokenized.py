@@ -374,5 +374,10 @@ def _trained_tokens(found: Splits) -> CheckResult:
     if notes:
         notes.append("see the reasons in the ledger; raise tokenized.max_length, or look at the template and the weights of messages")
     return CheckResult(
-        "trained_tokens", passed=not notes, severity="warn" if warns else "error", blocking=not warns, count=len(lost), note="; ".join(notes)
+        "trained_tokens",
+        passed=not notes,
+        severity="warn" if warns else "error",
+        blocking=not warns,
+        count=len(lost),
+        note="; ".join(notes),
     )

@@ -80,14 +80,19 @@ def _text(summary: Mapping[str, Any], issued: date | None) -> str:
         "## Data",
         _table(
             ["source", "rows", "format", "license", "sha256"],
-            [[markdown(path), s["rows"], s["format"], markdown(s["license"]), f"`{s['sha256']}`"] for path, s in summary["sources"].items()],
+            [
+                [markdown(path), s["rows"], s["format"], markdown(s["license"]), f"`{s['sha256']}`"]
+                for path, s in summary["sources"].items()
+            ],
         ),
     ]
     listed = summary["licenses"]["listed"]
     if listed:
         parts += [
             "The licenses of data and base model, most restrictive first. The metadata name the first.",
-            _table(["license", "kind", "of"], [[markdown(one["license"]), one["family"], markdown(", ".join(one["of"]))] for one in listed]),
+            _table(
+                ["license", "kind", "of"], [[markdown(one["license"]), one["family"], markdown(", ".join(one["of"]))] for one in listed]
+            ),
         ]
     rows = [
         [

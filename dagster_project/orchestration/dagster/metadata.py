@@ -136,7 +136,7 @@ def _overlap_cell(match: Mapping[str, Any], column: str) -> str | float:
     """A cell of the table of overlapping rows; the shared span is in brackets."""
     value = match[column]
     if column not in {"text", "other_text"}:
-        return value
+        return visible(value) if isinstance(value, str) else value
     start, end = match["span" if column == "text" else "other_span"]
     return visible(f"{value[:start]}⟦{value[start:end]}⟧{value[end:]}")
 
