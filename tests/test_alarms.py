@@ -23,10 +23,14 @@ from dagster_project.curation.checks.checks import Rules, judge
 from dagster_project.curation.checks.findings import check_result
 from dagster_project.curation.checks.token_counts import ESTIMATED
 from dagster_project.evaluation.alarms import answers_are_not_empty, answers_differ, scored_something, scores_differ
+from dagster_project.evaluation.judge import by_reward, by_reward_text
+from dagster_project.evaluation.paired.pairwise import Match, Pair
 from dagster_project.orchestration.integrity import examine
-from dagster_project.stages import raw_examples, splits, tokenized
+from dagster_project.stages import raw_examples, reward_model, splits, tokenized
 from dagster_project.training.inference.answers import Answer
-from dagster_project.training.trainers.harness.weight_audit import WeightAudit
+from dagster_project.training.trainers.alignment.reward_model import failed_checks, write_quality
+from dagster_project.training.trainers.harness.history import TrainingHistory
+from dagster_project.training.trainers.harness.weight_audit import WeightAudit, WeightChange
 
 EMPTY, CALL = Answer(" \n"), Answer("", "", (Call("weather", {"city": "Oslo"}, None),))
 
@@ -168,3 +172,44 @@ def test_a_learning_rate_that_moves_nothing_stops_the_stage(rate: float, passes:
     optimizer.step()
     found = audit.change().check()
     assert (found.passed, found.blocking) == (passes, True)
+
+
+@pytest.fixture(scope="module")
+def constant(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reward model whose output layer is zero."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("constant")
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1)
+    with torch.no_grad():
+        model.score.weight.zero_()
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    write_quality(folder, [])
+    return folder
+
+
+def test_a_reward_model_that_scores_all_answers_equally_is_an_alarm(constant: Path) -> None:
+    asked = [{"role": "user", "content": "Why?"}]
+    pairs = [Pair(str(i), asked, None, (f"good {i}", f"bad {i}"), swapped=False) for i in range(2)]
+    found = by_reward(Match("m", ("ours", "theirs"), 0, pairs, identical=0), 2, constant)
+    assert "all 4 answers have the same reward" in found["alarm"] and "nothing can be concluded" in by_reward_text(found)
+    assert by_reward(Match("m", ("ours", "theirs"), 0, pairs, identical=0), 1, constant)["alarm"] is None, "one pair shows nothing"
+
+
+@pytest.mark.parametrize(("spread", "passes"), [(0.0, False), (0.0001, True)])
+def test_equal_rewards_of_all_held_out_answers_keep_a_reward_model_from_online_methods(spread: float, passes: bool, tmp_path: Path) -> None:
+    history = TrainingHistory()
+    history.curve.append({"step": 1, "loss": 0.7})
+    change = WeightChange({"score": {"tensors": 1, "moved": 1, "norm_of_change": 1.0}}, {"sha256_before": "a", "sha256_after": "a"})
+    quality = {
+        "accuracy": 0.5,
+        "accuracy_interval": [0.4, 0.6],
+        "length_rule": 0.3,
+        "length_rule_says": "longer",
+        "reward": {"spread": spread},
+    }
+    checks = reward_model._checks(history, change, quality, 10, reward_model.Params(model="base_model", min_accuracy=0.0))
+    write_quality(tmp_path, checks)
+    assert set(failed_checks(tmp_path)) == (set() if passes else {"rewards_differ"})

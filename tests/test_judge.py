@@ -184,11 +184,11 @@ def test_the_key_is_sent_to_the_endpoint_only_and_never_written(
 ) -> None:
     make_answered_project(tmp_path)
     stub.trouble = trouble
-    options = f"--endpoint {stub.url} --model m --key-env JUDGE_KEY --n 2 --price 1 2 --project {tmp_path}"
+    options = f"--endpoint {stub.url} --model m --key-env JUDGE_KEY --n 1 --price 1 2 --project {tmp_path}"
     assert main(["judge", "lora", "few_shot", *options.split()]) == code
     out, err = capsys.readouterr()
     assert said in err and KEY not in out + err and set(stub.keys) == {f"Bearer {KEY}"}
-    assert ("judged by m, each pair in both orders\nlora against few_shot: 0 wins, 2 ties, 0 losses in 2 pairs" in out) == (code == 0)
+    assert ("judged by m, each pair in both orders\nlora against few_shot: 0 wins, 1 ties, 0 losses in 1 pairs" in out) == (code == 0)
     assert {request["path"] for request in stub.requests} == {"/v1/chat/completions"}
 
 
@@ -237,3 +237,10 @@ def test_a_judge_that_always_gives_the_same_reply_is_an_alarm(stub: Stub, letter
     assert judged(stub, 1)["alarm"] is None, "one pair shows nothing"
     stub.answer = better
     assert judged(stub, 2)["alarm"] is None
+
+
+def test_an_alarm_ends_with_exit_code_1(tmp_path: Path, stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
+    make_answered_project(tmp_path)
+    options = f"--endpoint {stub.url} --model m --project {tmp_path}"
+    assert main(["judge", "lora", "few_shot", *options.split(), "--n", "2", "--json"]) == 1
+    assert "every question" in json.loads(capsys.readouterr().out)["alarm"]

@@ -119,7 +119,11 @@ def test_nobody_without_a_password_gets_through(address: str, given: dict[str, s
 
 @pytest.mark.parametrize(
     ("origin", "name", "refused"),
-    [(f"https://{NAME}", NAME, None), ("https://evil.example", NAME, "another website"), (f"https://{NAME}", "evil.example", "not known as")],
+    [
+        (f"https://{NAME}", NAME, None),
+        ("https://evil.example", NAME, "another website"),
+        (f"https://{NAME}", "evil.example", "not known as"),
+    ],
 )
 def test_the_guard_sees_who_asks(address: str, origin: str, name: str, refused: str | None) -> None:
     status, headers = ask(address, Authorization=PASSWORD, Origin=origin, Host=name)
