@@ -23,6 +23,7 @@ from dagster_project.curation.checks.checks import Rules, judge
 from dagster_project.curation.checks.findings import check_result
 from dagster_project.curation.checks.token_counts import ESTIMATED
 from dagster_project.evaluation.alarms import answers_are_not_empty, answers_differ, scored_something, scores_differ
+from dagster_project.evaluation.comparison import recommended
 from dagster_project.evaluation.judge import by_reward, by_reward_text
 from dagster_project.evaluation.paired.pairwise import Match, Pair
 from dagster_project.orchestration.integrity import examine
@@ -55,11 +56,18 @@ def test_an_evaluation_without_any_result_is_stopped(answers: list[Answer], toke
     ("answers", "passes"),
     [([], True), ([EMPTY, EMPTY], False), ([EMPTY, Answer("x")], True), ([EMPTY, CALL], True), ([Answer("", "a trace")], False)],
 )
-def test_only_empty_answers_stop_an_evaluation_and_warn_of_a_baseline(answers: list[Answer], passes: bool) -> None:
-    found = answers_are_not_empty({"lora": answers, "other": [Answer("x")]}, blocking=True)
-    assert (found.passed, found.blocking, "lora" in found.note, "other" in found.note) == (passes, True, not passes, False)
-    found = answers_are_not_empty({"zero_shot": answers}, blocking=False)
-    assert (found.passed, found.blocking, found.severity) == (passes, False, "warn")
+def test_only_empty_answers_are_an_error(answers: list[Answer], passes: bool) -> None:
+    found = answers_are_not_empty({"lora": answers, "other": [Answer("x")]}, "error")
+    assert (found.passed, found.severity, "lora" in found.note, "other" in found.note) == (passes, "error", not passes, False)
+
+
+def test_a_variant_with_only_empty_answers_is_never_called_a_gain() -> None:
+    gain = {"difference": 0.5, "interval": [0.4, 0.6]}
+    compared = {"lora": {"to": {"few_shot": {"accuracy": gain}}, "failed_checks": ["answers_are_not_empty of evaluation@lora: all"]}}
+    scores, test = {name: {"accuracy": 0.5} for name in ("lora", "few_shot")}, {"examples": 99, "answered": 99, "seen": 0}
+    assert not recommended("accuracy", scores, compared, {}, test)["sure"]
+    del compared["lora"]["failed_checks"]
+    assert recommended("accuracy", scores, compared, {}, test)["sure"]
 
 
 A, B = Answer("a"), Answer("b")
@@ -70,6 +78,7 @@ A, B = Answer("a"), Answer("b")
     [
         ([A, B], [A, A], False),
         ([A, B], [CALL, CALL], False),
+        ([A, B], [EMPTY, EMPTY], True),  # the alarm of empty answers
         ([A, B], [A, CALL], True),
         ([A, A], [A, A], True),
         ([A], [A], True),

@@ -86,19 +86,9 @@ def _based(_finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(
         _finished, root, symlinks=True, ignore=lambda folder, names: unneeded(folder, names) if "dagster_project" not in folder else set()
     )
+    kept = {"base_model", "base_model.json", "reports", "sources", "templates", "metrics", "keys", "trainers", "expectations", ".gitignore"}
     for path in [*(root / "data").iterdir(), *(root / "data/reports").iterdir()]:
-        if path.name not in {
-            "base_model",
-            "base_model.json",
-            "reports",
-            "sources",
-            "templates",
-            "metrics",
-            "keys",
-            "trainers",
-            "expectations",
-            ".gitignore",
-        }:
+        if path.name not in kept:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     lock = YAML(typ="safe").load((root / "dvc.lock").read_text())
     (root / "dvc.lock").write_text(json.dumps({"schema": "2.0", "stages": {"base_model": lock["stages"]["base_model"]}}))
@@ -132,6 +122,12 @@ def assert_runs(place: Place, expected: Path) -> None:
     assert (place.root / "data/pages/instructions/report.html").is_file()
 
 
+def give_outputs(root: Path, clone: Path) -> None:
+    """What git does not track."""
+    for name in ("data/base_model", "models", ".dvc/cache"):
+        shutil.copytree(root / name, clone / name, dirs_exist_ok=True)
+
+
 def at(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -160,9 +156,10 @@ def test_the_name_of_project_source_and_home(name: str, based: Callable[[str], P
     done = place("dvc", "repro", "splits")
     assert done.returncode == 0, done.stderr[-3000:]
     assert counts(root) == counts(_finished), "the same rows under another name"
+    shutil.copy(source, root)
     plain, odd = (
         json.loads(place("dagster_project", "check", "--json", "--", path).stdout)
-        for path in ("data/sources/triage_alpaca.json", f"data/sources/{source.name}")
+        for path in ("data/sources/triage_alpaca.json", source.name)
     )
     assert (plain["rows"], plain["kept"]) == (odd["rows"], odd["kept"])
 
@@ -242,8 +239,7 @@ def test_a_sub_folder_of_a_repository(based: Callable[[str], Path], _finished: P
 def test_a_worktree(based: Callable[[str], Path], _finished: Path, tmp_path: Path) -> None:
     root = based("project")
     git(root, "worktree", "add", "--quiet", str(tmp_path / "tree"))
-    shutil.copytree(root / "data/base_model", tmp_path / "tree/data/base_model")
-    shutil.copytree(root / "models", tmp_path / "tree/models", dirs_exist_ok=True)
+    give_outputs(root, tmp_path / "tree")
     assert_runs(Place(tmp_path / "tree"), _finished)
 
 
@@ -253,8 +249,7 @@ def test_a_submodule(based: Callable[[str], Path], _finished: Path, tmp_path: Pa
     outer = at(tmp_path / "outer")
     git(outer, "init", "--quiet")
     git(outer, "-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(root), "inner")
-    shutil.copytree(root / "data/base_model", outer / "inner/data/base_model")
-    shutil.copytree(root / "models", outer / "inner/models", dirs_exist_ok=True)
+    give_outputs(root, outer / "inner")
     assert_runs(Place(outer / "inner"), _finished)
 
 
@@ -272,8 +267,7 @@ def test_a_copy_without_git_is_one_message(based: Callable[[str], Path]) -> None
 def test_a_checkout_with_windows_line_ends(based: Callable[[str], Path], _finished: Path, tmp_path: Path) -> None:
     root = based("project")
     git(root, "clone", "--quiet", "--config", "core.autocrlf=true", str(root), str(tmp_path / "crlf"))
-    shutil.copytree(root / "data/base_model", tmp_path / "crlf/data/base_model")
-    shutil.copytree(root / "models", tmp_path / "crlf/models", dirs_exist_ok=True)
+    give_outputs(root, tmp_path / "crlf")
     place = Place(tmp_path / "crlf")
     done = place("dvc", "repro", "splits")
     assert done.returncode == 0, done.stderr[-3000:]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from dagster_project.core.records import CheckResult
 from dagster_project.core.text import many, number
@@ -29,35 +29,37 @@ def scored_something(answers: Sequence[Answer], likelihoods: Sequence[tuple[floa
     return CheckResult("scored_something", passed=bool(answers or tokens), blocking=True, note=note)
 
 
-def answers_are_not_empty(systems: Mapping[str, Sequence[Answer]], blocking: bool) -> CheckResult:
-    """Args:
-    systems: system -> its answers. One that has answers, all of them empty, fails the check.
-    blocking: whether a failed check blocks; otherwise it is a warning.
+def answers_are_not_empty(systems: Mapping[str, Sequence[Answer]], severity: Literal["error", "warn"]) -> CheckResult:
+    """It does not block, so that the other variants are compared. `comparison` calls no variant with a failed check a gain.
+
+    Args:
+        systems: system -> its answers. One that has answers, all of them empty, fails the check.
     """
-    silent = [
-        name for name, answers in systems.items() if answers and not any(answer.content.strip() or answer.calls for answer in answers)
-    ]
+    silent = [name for name, answers in systems.items() if answers and not any(map(_says_something, answers))]
     note = (
         f"all answers of {', '.join(silent)} are empty; raise evaluation.max_new_tokens, or look for the fault in the model's chat template"
     )
     return CheckResult(
         "answers_are_not_empty",
         passed=not silent,
-        severity="error" if blocking else "warn",
-        blocking=blocking,
+        severity=severity,
         count=sum(len(systems[name]) for name in silent),
         note=note if silent else "",
     )
 
 
 def answers_differ(references: Sequence[Answer], answers: Sequence[Answer]) -> CheckResult:
-    """A warning if one answer is given to all questions, although their references differ."""
+    """A warning if one answer, which is not empty, is given to all questions, although their references differ."""
     given, expected = ({_said(answer) for answer in some} for some in (answers, references))
-    same = len(answers) >= FEW and len(given) == 1 and len(expected) > 1
+    same = len(answers) >= FEW and len(given) == 1 and len(expected) > 1 and _says_something(answers[0])
     note = (
         f"all {many(len(answers), 'question')} have the same answer, where {number(len(expected))} different ones are right" if same else ""
     )
     return CheckResult("answers_differ", passed=not same, severity="warn", count=len(answers) if same else 0, note=note)
+
+
+def _says_something(answer: Answer) -> bool:
+    return bool(answer.content.strip() or answer.calls)
 
 
 def _said(answer: Answer) -> tuple[str, str]:

@@ -89,4 +89,4 @@ def produce(root: Path, params: Params, settings: Settings, compute: Compute, ba
             rows += result_rows("tfidf_logistic", questions, task, answers)
     write_results(out / "results.parquet", rows)
     write_table(out / "retention.parquet", retention, retention_schema())
-    return Report(metrics=metrics, checks=[answers_are_not_empty(prompted_answers, blocking=False)])
+    return Report(metrics=metrics, checks=[answers_are_not_empty(prompted_answers, "warn")])

@@ -108,7 +108,7 @@ def produce(
     _write_csv(confusion_file, confusion)
     alarms = [
         scored_something(answers, likelihoods),
-        answers_are_not_empty({variant: answers}, blocking=True),
+        answers_are_not_empty({variant: answers}, "error"),
         answers_differ(scoring.references, answers),
     ]
     return Report(metrics=metrics, checks=[unseen, *alarms])
