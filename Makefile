@@ -77,9 +77,9 @@ lock:            ## write requirements.lock: locked versions that still fit pypr
 	  '# CUDA and triton are not here: each build of torch names its own, and the installer adds them.'; \
 	  grep -vE '^(#|cuda-|nvidia-|triton)' requirements.lock; } > requirements.lock.new && mv requirements.lock.new requirements.lock
 
-sbom: $(VENV)/ok ## write build/sbom.json, the bill of materials of Pedigree itself (CycloneDX): every installed package with version, license and requirements
+sbom:            ## write build/sbom.json, the bill of materials of Pedigree itself (CycloneDX): every package of requirements.lock
 	@$(PYTHON) -m venv build/sbom && build/sbom/bin/python -m pip install --quiet 'cyclonedx-bom>=7,<8'
-	build/sbom/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --of JSON --output-file build/sbom.json $(BIN)/python
+	build/sbom/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible --of JSON --output-file build/sbom.json requirements.lock
 
 audit-packages:  ## look up requirements.lock in the database of known vulnerabilities (pip-audit)
 	@$(PYTHON) -m venv build/pip-audit && build/pip-audit/bin/python -m pip install --quiet 'pip-audit>=2.9,<3'
