@@ -68,7 +68,7 @@ def check(options: argparse.Namespace) -> int:
     for option, path in outputs.items():
         log.info(f"{option.lstrip('-')}: {path}, {document['kept'] if option == '--out' else document['rows'] - document['kept']} rows")
     columns = shutil.get_terminal_size((120, 24)).columns
-    color = sys.stdout.isatty()
+    color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     shown = ["", rendered_text(document["shown"], color)] if show else []
     _print(options, document, lambda document: "\n".join([check_text(document, color, columns), *shown]), safe=True)
     return 1 if any(finding["severity"] == "error" and finding["count"] for finding in document["findings"]) else 0
