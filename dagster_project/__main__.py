@@ -27,7 +27,7 @@ log = logging.getLogger("pedigree")
 
 HTML = (".html", ".htm")
 
-atexit.register(gc.freeze)  # before it ends, the interpreter searches all that the libraries hold for cycles: two seconds after a training
+atexit.register(gc.freeze)  # before it ends, the interpreter searches all that the libraries hold for cycles: 1.5 s after a training
 
 
 def check(options: argparse.Namespace) -> int:
