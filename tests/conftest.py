@@ -22,7 +22,7 @@ from hypothesis import settings
 settings.register_profile("steady", derandomize=True)
 settings.load_profile("default" if os.environ.get("PEDIGREE_FUZZ") else "steady")
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and other tests use the other cores
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a thread that waits sleeps: spinning would take the core from the other test process
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DAGSTER_DISABLE_TELEMETRY", "1")
@@ -182,14 +182,41 @@ def evaluate(root: Path, model: Path, settings: Any, test: list[dict[str, Any]],
     return {**found, **said.metrics, "board": (root / "comparison/board.md").read_text()}
 
 
-LONG = {"test_processes", "test_resume", "test_sharding", "test_sharding_alignment", "test_two_front_ends"}
-"""Files with tests or fixtures that take a minute or more."""
+FIRST = (
+    "test_ray",  # both on one cluster, and mostly waiting: at the same time as those that compute
+    "test_ray_train",
+    "test_two_front_ends",
+    "test_machine",  # makes the finished project; files that need it follow when it exists
+    "test_processes",
+    "test_resume",
+    "test_sharding",
+    "test_sharding_alignment",
+    "test_check_fuzz",
+    "test_init",
+    "test_examples",
+    "test_rounds",
+    "test_without_preferences",
+)
+"""Files that take a minute or more, in the order in which they start: none of them is the last one, for which the other test processes would wait."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run tests of the finished project first, so that one test process makes it and no other one waits for it; then the longest ones, so that
-    none of them is the last one, for which the other process would wait."""
-    items.sort(key=lambda item: 0 if "_finished" in getattr(item, "fixturenames", ()) else 1 if item.path.stem in LONG else 2)
+    places = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(FIRST)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Each test process takes a file at a time, in the order above; one takes both files on Ray, because two clusters on one machine disturb each other."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return "Ray" if file.startswith("tests/test_ray") else file
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
 
 
 def copy_project(target: Path) -> Path:
@@ -232,7 +259,7 @@ def quick(folder: Path, model: Path) -> Path:
         values["aligned"] = {"dpo": {"method": "dpo", "adapter": "lora", "max_steps": 3, "samples": 2, "max_new_tokens": 4}}
         values["baselines"] = {"few_shot": 1, "retrieved": 1}
         values["evaluation"]["max_new_tokens"] = 4
-        values["compute"]["dtype"] = "float32"
+        values["compute"].update(dtype="float32", threads=1)
         excused = [
             {"check": name, "reason": "eight steps teach nothing", "expires": "2999-01-01"}
             for name in ("better_than_baselines", "kept_its_knowledge")
@@ -369,7 +396,7 @@ def _starting_cluster(s3: Any) -> Iterator[tuple[Any, Future[None]]]:
 @pytest.fixture(scope="session")
 def cluster(_starting_cluster: tuple[Any, Future[None]], _made: Path) -> Any:
     """A Ray cluster of two nodes (builders.cluster.Cluster), with the credentials of the S3 server in their environment; while it starts, the small
-    pipeline is made. Two clusters on one machine disturb each other, so all tests on Ray run in one test process."""
+    pipeline is made."""
     nodes, started = _starting_cluster
     started.result()
     return nodes
