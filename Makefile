@@ -26,7 +26,8 @@ run: $(VENV)/ok  ## set up, run changed stages, show the summary
 
 test: $(VENV)/ok ## run all tests, three at a time: tests also wait (JOBS=N: N at a time)
 	@$(MAKE) --no-print-directory setup-dvc
-	$(BIN)/python -m pytest -q --numprocesses $(or $(JOBS),3) --dist loadfile
+	$(BIN)/python -m pytest -q --numprocesses $(or $(JOBS),3) --dist loadfile --no-loadscope-reorder -m "not cluster"
+	$(BIN)/python -m pytest -q tests/test_ray.py tests/test_ray_train.py
 
 test-latest:     ## run all tests with the newest versions that pyproject.toml allows, in an environment of their own
 	@$(MAKE) --no-print-directory VENV=.venv-latest LOCK= test

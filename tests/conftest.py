@@ -183,8 +183,6 @@ def evaluate(root: Path, model: Path, settings: Any, test: list[dict[str, Any]],
 
 
 FIRST = (
-    "test_ray",  # both on one cluster, and mostly waiting: at the same time as those that compute
-    "test_ray_train",
     "test_two_front_ends",
     "test_machine",  # makes the finished project; files that need it follow when it exists
     "test_processes",
@@ -203,20 +201,6 @@ FIRST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(FIRST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(FIRST)))
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Each test process takes a file at a time, in the order above; one takes both files on Ray, because two clusters on one machine disturb each other."""
-    from xdist.scheduler import LoadFileScheduling
-
-    class ByFile(LoadFileScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file: str = super()._split_scope(nodeid)
-            return "Ray" if file.startswith("tests/test_ray") else file
-
-    config.option.loadscopereorder = False
-    return ByFile(config, log)
 
 
 def copy_project(target: Path) -> Path:
@@ -396,7 +380,7 @@ def _starting_cluster(s3: Any) -> Iterator[tuple[Any, Future[None]]]:
 @pytest.fixture(scope="session")
 def cluster(_starting_cluster: tuple[Any, Future[None]], _made: Path) -> Any:
     """A Ray cluster of two nodes (builders.cluster.Cluster), with the credentials of the S3 server in their environment; while it starts, the small
-    pipeline is made."""
+    pipeline is made. Two clusters on one machine disturb each other, so all tests on Ray run in one test process."""
     nodes, started = _starting_cluster
     started.result()
     return nodes
