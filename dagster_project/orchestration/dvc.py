@@ -23,6 +23,7 @@ from dagster_project.core.hashing import md5_of_bytes
 from dagster_project.core.layout import is_code, is_report
 from dagster_project.core.records import remove
 from dagster_project.lineage import code_lock
+from dagster_project.lineage.history import LOCK, LOST_HINT, Revision, lost_entries, lost_text
 from dagster_project.orchestration.private_api import private_module
 from dagster_project.orchestration.processes import command_of_dvc, interrupt_command, is_running
 
@@ -40,6 +41,7 @@ INVALID_FILE_ERRORS = {
     "YAMLFileCorruptedError",
     "YAMLValidationError",
     "YAMLSyntaxError",
+    "EncodingError",
     "ResolveError",
     "EntryNotFound",
     "CyclicGraphError",
@@ -123,6 +125,11 @@ def open_repo(root: Path) -> Iterator[Any]:
             yield repo
     except exceptions.NotDvcRepoError:
         raise InputError(f"{root} is not a DVC project", "run `make run` once, or `dvc init`, in the project's folder") from None
+    except private_module("dvc.scm").SCMError as error:
+        raise InputError(
+            f"{root} is not in a git repository: {error}",
+            "run `git init` there; or, to work without git, `dvc config --local core.no_scm true`",
+        ) from None
     except exceptions.DvcException as error:
         if type(error).__name__ in INVALID_FILE_ERRORS:
             for name in ("dvc.lock", "dvc.yaml", "params.yaml"):
@@ -131,21 +138,25 @@ def open_repo(root: Path) -> Iterator[Any]:
                         f"{name} has an unresolved merge conflict",
                         f"take one side with `git checkout --ours {name}` (or --theirs), then `dvc repro`",
                     ) from None
+            if (root / LOCK).is_file():
+                Revision(root, None).lock()
             raise InputError(f"dvc.yaml or dvc.lock: {error}", "fix that file and run again") from None
         raise
 
 
 def _repair_rwlock(root: Path) -> None:
-    """Delete DVC's table of locked paths if it is invalid JSON, as SIGKILL can leave it: DVC then refuses every command."""
+    """Delete DVC's table of locked paths if it is invalid, as SIGKILL can leave it: DVC then refuses every command."""
     path = root / ".dvc" / "tmp" / "rwlock"
+    rwlock = private_module("dvc.rwlock")
 
     def is_valid() -> bool:
         try:
-            return isinstance(json.loads(path.read_bytes()), dict)
+            rwlock.SCHEMA(json.loads(path.read_bytes()))
         except FileNotFoundError:
             return True
-        except ValueError:
+        except (ValueError, rwlock.Invalid):
             return False
+        return True
 
     if is_valid():
         return
@@ -153,7 +164,7 @@ def _repair_rwlock(root: Path) -> None:
     with make_lock(str(path.with_name("rwlock.lock")), tmp_dir=str(path.parent), wait=True):
         if not is_valid():  # no other process was writing it
             path.unlink()
-            log.warning("deleted .dvc/tmp/rwlock, which a killed process left invalid")
+            log.warning("deleted .dvc/tmp/rwlock, DVC's table of locked paths, which was invalid: nothing was locked by it")
 
 
 def digest(value: Any) -> str:
@@ -163,6 +174,15 @@ def digest(value: Any) -> str:
 def declared_stages(repo: Any) -> list[Any]:
     with repo.lock:  # DVC does not write dvc.lock atomically
         return list(repo.index.stages)
+
+
+def lost_records(root: Path) -> list[str]:
+    """A line with the next step if dvc.lock lacks entries of the committed one; empty otherwise."""
+    if not lost_entries(root):
+        return []
+    with records_locked(root):  # DVC may have been writing it
+        lost = lost_entries(root)
+    return [f"{lost_text(lost)}; {LOST_HINT}"] if lost else []
 
 
 @contextmanager
@@ -465,14 +485,18 @@ def commands_started() -> Iterator[list[str]]:
         logger.setLevel(before)
 
 
+DOCUMENTS = frozenset({".json", ".yaml", ".yml", ".toml"})
+"""Suffixes of metrics files that can be read."""
+
+
 def load_document(path: Path) -> Any:
     """Content of a metrics file, JSON, YAML or TOML; None if it is missing, invalid or in another format."""
     serialize = private_module("dvc.utils.serialize")
-    if path.suffix not in {".json", ".yaml", ".yml", ".toml"}:
+    if path.suffix not in DOCUMENTS:
         return None
     try:
         return serialize.LOADERS[path.suffix](str(path))
-    except (FileNotFoundError, serialize.ParseError):
+    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError, serialize.ParseError):
         return None
 
 
@@ -500,9 +524,10 @@ def writer_of(root: Path, paths: Iterable[str]) -> str:
     """The process that is writing one of these paths, from DVC's table of locked paths; empty if there is none."""
     try:
         table = json.loads((root / ".dvc" / "tmp" / "rwlock").read_bytes())
-    except (FileNotFoundError, ValueError):
+        table = private_module("dvc.rwlock").SCHEMA(table)
+    except (FileNotFoundError, ValueError, private_module("dvc.rwlock").Invalid):  # the next command that opens the repository deletes it
         return ""
-    for locked, owner in table.get("write", {}).items():
+    for locked, owner in table["write"].items():
         if owner["pid"] != os.getpid() and is_running(owner["pid"]) and any(overlap(locked, str(root / path)) for path in paths):
             return f"process {owner['pid']} ({owner['cmd']})"
     return ""

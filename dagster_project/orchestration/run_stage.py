@@ -17,6 +17,7 @@ from dagster_project.core.records import remove, write_json
 from dagster_project.core.workers import THIS_PROCESS, LocalProcesses, Workers
 from dagster_project.execution import VARIABLE, WORKER, placement
 from dagster_project.lineage import code_lock
+from dagster_project.lineage.history import refuse_lost_entries
 from dagster_project.orchestration import dvc, integrity, locks, processes
 from dagster_project.orchestration.executors import Executor, StageJob, StageResult
 from dagster_project.orchestration.executors.local import LocalExecutor
@@ -116,6 +117,7 @@ def _verified_inputs(root: Path, address: str) -> Mapping[str, str]:
         raise CheckFailed("\n".join(tampered), f"run `dvc repro {address}` again")
     before = dvc.fingerprint(root, address)
     if before.conflicts:
+        refuse_lost_entries(root)
         raise CheckFailed("\n".join(f"{address}: {what}" for what, _ in before.conflicts), before.conflicts[0][1])
     return before.now
 
