@@ -417,22 +417,6 @@ def _write(option: str, path: Path, text: str) -> None:
         raise InputError(f"{option} {path}: {error.strerror}", "name a writable file") from None
 
 
-def _explained(error: BaseException, options: argparse.Namespace, interrupts: ending.Interrupts) -> PedigreeError | None:
-    """What to tell the user about an exception; None if it is a defect of this program."""
-    from dagster_project.commands.extras import missing_extra
-    from dagster_project.core import faults
-
-    if isinstance(error, Interrupted):  # a training stopped where it can resume
-        return error
-    if interrupts.came or isinstance(error, KeyboardInterrupt):
-        return Interrupted(ending.INTERRUPTED)
-    if isinstance(error, PedigreeError):
-        return error
-    if isinstance(error, ModuleNotFoundError):
-        return missing_extra(error, options.command)
-    return faults.explained(error, Path(getattr(options, "project", ".")).absolute())
-
-
 def _print(options: argparse.Namespace, document: Any, as_text: Any, safe: bool = False) -> None:
     """Print a document as JSON or as text. Names and values in it come from data, and may contain control characters: they are written out.
 
@@ -695,7 +679,7 @@ def _main(arguments: list[str] | None, interrupts: ending.Interrupts) -> int:
     try:
         return _run(options)
     except (Exception, KeyboardInterrupt) as error:
-        explained = _explained(error, options, interrupts)
+        explained = ending.explained(error, interrupts, options.command, Path(getattr(options, "project", ".")).absolute())
         if explained is None:
             raise
         log.error(str(explained) if isinstance(explained, Interrupted) else f"error: {explained}")

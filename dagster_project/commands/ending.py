@@ -9,8 +9,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
+
+from dagster_project.commands.extras import missing_extra
+from dagster_project.core import faults
+from dagster_project.core.errors import Interrupted, PedigreeError
 
 INTERRUPTED = "interrupted; nothing was recorded"
 EXIT_CODE = 130
@@ -79,3 +84,16 @@ def flush() -> None:
             stream.flush()
         except (OSError, ValueError):
             discard(stream)
+
+
+def explained(error: BaseException, interrupts: Interrupts, command: str, project: Path) -> PedigreeError | None:
+    """What to tell the user about an exception; None if it is a defect of this program."""
+    if isinstance(error, Interrupted):  # a training stopped where it can resume
+        return error
+    if interrupts.came or isinstance(error, KeyboardInterrupt):
+        return Interrupted(INTERRUPTED)
+    if isinstance(error, PedigreeError):
+        return error
+    if isinstance(error, ModuleNotFoundError):
+        return missing_extra(error, command)
+    return faults.explained(error, project)

@@ -1,4 +1,4 @@
-"""dvc.yaml, dvc.lock and workspace -> the state of each stage; runs one stage. Only this file, dvc_remote.py, remote_store.py and experiments.py use DVC.
+"""dvc.yaml, dvc.lock and workspace -> the state of each stage; runs one stage. Only this file, rwlock.py, dvc_remote.py, remote_store.py and experiments.py use DVC.
 
 DVC's Python API for this is undocumented: `private_module` asserts the minor version, which pyproject.toml pins.
 """
@@ -24,8 +24,9 @@ from dagster_project.core.layout import is_code, is_report
 from dagster_project.core.records import remove
 from dagster_project.lineage import code_lock
 from dagster_project.lineage.history import LOCK, LOST_HINT, Revision, lost_entries, lost_text
+from dagster_project.orchestration import rwlock
 from dagster_project.orchestration.private_api import private_module
-from dagster_project.orchestration.processes import command_of_dvc, interrupt_command, is_running
+from dagster_project.orchestration.processes import command_of_dvc, interrupt_command
 
 log = logging.getLogger("pedigree")
 
@@ -119,7 +120,7 @@ def open_repo(root: Path) -> Iterator[Any]:
     """
     exceptions, repository = private_module("dvc.exceptions"), private_module("dvc.repo")
     logging.getLogger("dvc").setLevel(logging.ERROR)  # after the import, which sets it
-    _repair_rwlock(root)
+    rwlock.repair(root)
     try:
         with repository.Repo(str(root), _wait_for_lock=True) as repo:
             yield repo
@@ -142,29 +143,6 @@ def open_repo(root: Path) -> Iterator[Any]:
                 Revision(root, None).lock()
             raise InputError(f"dvc.yaml or dvc.lock: {error}", "fix that file and run again") from None
         raise
-
-
-def _repair_rwlock(root: Path) -> None:
-    """Delete DVC's table of locked paths if it is invalid, as SIGKILL can leave it: DVC then refuses every command."""
-    path = root / ".dvc" / "tmp" / "rwlock"
-    rwlock = private_module("dvc.rwlock")
-
-    def is_valid() -> bool:
-        try:
-            rwlock.SCHEMA(json.loads(path.read_bytes()))
-        except FileNotFoundError:
-            return True
-        except (ValueError, rwlock.Invalid):
-            return False
-        return True
-
-    if is_valid():
-        return
-    make_lock = private_module("dvc.lock").make_lock
-    with make_lock(str(path.with_name("rwlock.lock")), tmp_dir=str(path.parent), wait=True):
-        if not is_valid():  # no other process was writing it
-            path.unlink()
-            log.warning("deleted .dvc/tmp/rwlock, DVC's table of locked paths, which was invalid: nothing was locked by it")
 
 
 def digest(value: Any) -> str:
@@ -518,19 +496,6 @@ def is_forced() -> bool:
     except (cli.DvcParserError, SystemExit):  # it is another program
         return False
     return any(getattr(found, name, False) for name in ("force", "force_downstream", "no_run_cache"))
-
-
-def writer_of(root: Path, paths: Iterable[str]) -> str:
-    """The process that is writing one of these paths, from DVC's table of locked paths; empty if there is none."""
-    try:
-        table = json.loads((root / ".dvc" / "tmp" / "rwlock").read_bytes())
-        table = private_module("dvc.rwlock").SCHEMA(table)
-    except (FileNotFoundError, ValueError, private_module("dvc.rwlock").Invalid):  # the next command that opens the repository deletes it
-        return ""
-    for locked, owner in table["write"].items():
-        if owner["pid"] != os.getpid() and is_running(owner["pid"]) and any(overlap(locked, str(root / path)) for path in paths):
-            return f"process {owner['pid']} ({owner['cmd']})"
-    return ""
 
 
 def command_environment(extra: Mapping[str, str]) -> dict[str, str]:
