@@ -100,7 +100,7 @@ def failure(writer: Callable[[Path], None], folder: Path) -> PedigreeError:
     """The message about the error of a writer."""
     try:
         writer(folder)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 of any library
         found = faults.explained(error, folder)
         assert found is not None, repr(error)
         return found
