@@ -221,4 +221,4 @@ def test_a_project_without_git_is_one_message_and_its_lineage_is_still_shown(roo
         assert done.returncode == 2 and "not a git repository" in done.stderr and "Traceback" not in done.stderr, command
     assert lineage.audit(root, "tok")["model"]["stage"] == "tok"
     (root / ".dvc/config.local").write_text("[core]\nno_scm = true\n")
-    assert read_stages(root)["tok"].changed == [] and integrity.examine(root)["verdict"] == "incomplete"
+    assert read_stages(root)["tok"].changed == [] and integrity.examine(root)["verdict"] == "intact"
