@@ -301,7 +301,7 @@ def _usage(reply: Any) -> dict[str, int]:
     """Token counts from the endpoint; empty if it reports none that are possible."""
     usage = reply.get("usage") if isinstance(reply, dict) else None
     prompt, completion = (usage.get(f"{name}_tokens") if isinstance(usage, dict) else None for name in ("prompt", "completion"))
-    counts = {"prompt": prompt, "completion": completion}
+    counts: dict[str, Any] = {"prompt": prompt, "completion": completion}
     return counts if all(type(count) is int and 0 <= count <= MAX_TOKENS for count in counts.values()) else {}
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-from dagster_project.core import faults
+from dagster_project.core import faults, records
 from dagster_project.core.errors import PedigreeError
 
 
