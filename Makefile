@@ -24,9 +24,9 @@ run: $(VENV)/ok  ## set up, run changed stages, show the summary
 	@$(BIN)/pedigree sync > /dev/null
 	@$(MAKE) --no-print-directory summary
 
-test: $(VENV)/ok ## run all tests, two at a time (JOBS=N: N at a time)
+test: $(VENV)/ok ## run all tests, three at a time: tests also wait (JOBS=N: N at a time)
 	@$(MAKE) --no-print-directory setup-dvc
-	$(BIN)/python -m pytest -q --numprocesses $(or $(JOBS),2) --dist worksteal -m "not cluster"
+	$(BIN)/python -m pytest -q --numprocesses $(or $(JOBS),3) --dist loadfile --no-loadscope-reorder -m "not cluster"
 	$(BIN)/python -m pytest -q tests/test_ray.py tests/test_ray_train.py
 
 test-latest:     ## run all tests with the newest versions that pyproject.toml allows, in an environment of their own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import gc
 import json
 import logging
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("pedigree")
 
 HTML = (".html", ".htm")
+
+atexit.register(gc.freeze)  # before it ends, the interpreter searches all that the libraries hold for cycles: 1.5 s after a training
 
 
 def check(options: argparse.Namespace) -> int:
