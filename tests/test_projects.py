@@ -19,12 +19,8 @@ from conftest import ROOT, edit_params
 
 EXAMPLES = ROOT / "examples"
 PLANNED_ONLY = {"qlora-8b"}
-IN_EVERY_RUN = {"dolly", "preferences-dpo"}
-"""Cases of `make test`. `make test-projects` runs all."""
-
-
-def cases(names: Iterator[str] | Any) -> list[Any]:
-    return [pytest.param(name, marks=[] if name in IN_EVERY_RUN else pytest.mark.projects) for name in names]
+ENDS = {"preferences-dpo": "evaluation_aligned@dpo", "grpo-rule-reward": "evaluation_aligned@grpo", "several-variants": "comparison"}
+"""Recipe -> the stage at which its subject ends; else the evaluation of its only variant."""
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +35,7 @@ def table(request: pytest.FixtureRequest) -> Iterator[list[str]]:
     lines: list[str] = []
     yield lines
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print("\n".join(["", "project              rows  trained  steps  seconds", *lines]))
+        print("\n".join(["", f"{'project':20} {'result':7} rows  trained  steps  seconds", *lines]))
 
 
 @dataclass
@@ -59,6 +55,9 @@ class Site:
         """Standard output of `pedigree ARGUMENTS...`, which must succeed."""
         return self.command("pedigree", *arguments, folder=folder)
 
+    def dvc(self, *arguments: str) -> str:
+        return self.command("python", "-m", "dvc", *arguments)
+
     def command(self, *command: str, folder: Path | None = None) -> str:
         done = self.environment.command(*command, folder=folder or self.project)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -69,12 +68,15 @@ class Site:
         return json.loads((self.project / f"data/reports/{name}.json").read_text())
 
     def row(self, name: str, rows: int, trained: int, steps: int) -> None:
-        self.table.append(f"{name:20} {rows:4} {trained:8} {steps:6} {time.monotonic() - self.began:8.0f}")
+        self.table.append(f"{name:20} passed  {rows:4} {trained:8} {steps:6} {time.monotonic() - self.began:8.0f}")
 
 
 @pytest.fixture
-def site(installation: Environment, tmp_path: Path, table: list[str]) -> Site:
-    return Site(installation, tmp_path, table)
+def site(installation: Environment, tmp_path: Path, table: list[str], request: pytest.FixtureRequest) -> Iterator[Site]:
+    before = len(table)
+    yield Site(installation, tmp_path, table)
+    if len(table) == before:
+        table.append(f"{request.node.name.partition('[')[2].rstrip(']'):20} FAILED")
 
 
 def tiny_settings(values: dict[str, Any]) -> None:
@@ -137,25 +139,58 @@ def check_adapter(site: Site, variant: str) -> int:
     return int(json.loads((folder / "training.json").read_text())["steps"])
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3600)  # at least eight processes of stages
-@pytest.mark.parametrize("layout", cases(LAYOUTS))
-def test_an_empty_folder_with_a_file_of_any_layout_becomes_an_evaluated_adapter(layout: str, site: Site, tiny_model: Path) -> None:
-    data = layout_data(layout)
+def make_project(site: Site, layout: str, data: Data, model: Path) -> None:
+    """What a new user types, then tiny settings."""
     data.write(site.folder / "mine.jsonl")
-    arguments = ("init", "project", "--data", "mine.jsonl", "--base-model", str(tiny_model), "--license", "MIT", "--json")
+    arguments = ("init", "project", "--data", "mine.jsonl", "--base-model", str(model), "--license", "MIT", "--json")
     made = json.loads(site.pedigree(*arguments, folder=site.folder))
     assert made["sources"][0]["layout"] == layout and made["kept"] == len(data.questions)
     edit_params(site.project, tiny_settings)
     commit(site.project, "New project")
-    site.command("python", "-m", "dvc", "repro", "evaluation@lora")
-    steps = check_adapter(site, "lora")
-    trained = check_what_was_trained(site, data, "lora")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)  # fifteen processes of stages
+def test_an_empty_folder_becomes_a_released_model(site: Site, tiny_model: Path) -> None:
+    data = layout_data("sharegpt")
+    make_project(site, "sharegpt", data, tiny_model)
+    site.pedigree("run", "--all")
+    steps, trained = check_adapter(site, "lora"), check_what_was_trained(site, data, "lora")
+    check_audit(site, "data/release", {"adapter@lora": trained})
+    assert json.loads(site.pedigree("run", "--all", "--json"))["stages"]["release"]["outcome"] == "up to date"
+    site.row("run --all", len(data.rows), trained, steps)
+
+
+@pytest.mark.projects
+@pytest.mark.timeout(3600)  # eight processes of stages
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_empty_folder_with_a_file_of_any_layout_becomes_an_evaluated_adapter(layout: str, site: Site, tiny_model: Path) -> None:
+    data = layout_data(layout)
+    make_project(site, layout, data, tiny_model)
+    site.dvc("repro", "evaluation@lora")
+    steps, trained = check_adapter(site, "lora"), check_what_was_trained(site, data, "lora")
     check_audit(site, "data/merged/lora", {"adapter@lora": trained})
     site.row(layout, len(data.rows), trained, steps)
 
 
-def recipe_settings(name: str, model: str) -> Any:
+def check_aligned(site: Site, variant: str) -> int:
+    """The weights of an alignment exist, and were evaluated. Returns its steps."""
+    folder = site.project / "data/aligned" / variant
+    assert list(folder.glob("*.safetensors"))
+    assert site.report(f"evaluation_aligned/{variant}")["passed"]
+    return int(json.loads((folder / "training.json").read_text())["steps"])
+
+
+def check_pairs(site: Site, variant: str) -> int:
+    """Compare the pairs that an alignment was trained on with the file. Returns their number."""
+    seen = pl.read_parquet(site.project / f"data/aligned/{variant}/examples.parquet")["example_id"].unique().to_list()
+    stored = pl.read_parquet(f"{site.project}/data/preferences/train/*.parquet").filter(pl.col("example_id").is_in(seen))
+    prompts = {row["prompt"] for row in pairs() if row["split"] == "train"}
+    assert {row["prompt"][-1]["content"] for row in stored.to_dicts()} <= prompts and len(stored) == len(seen) > 0
+    return len(seen)
+
+
+def recipe_settings(model: str) -> Any:
     def change(values: dict[str, Any]) -> None:
         kept = {key: values["base_model"][key] for key in ("chat_template",) if key in values["base_model"]}
         values["base_model"] = {"folder": model, **kept}
@@ -166,10 +201,10 @@ def recipe_settings(name: str, model: str) -> Any:
     return change
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("name", cases(RECIPE_DATA))
-def test_a_recipe_runs_to_a_release(name: str, site: Site, tiny_model: Path) -> None:
+@pytest.mark.projects
+@pytest.mark.timeout(3600)  # up to eighteen processes of stages
+@pytest.mark.parametrize("name", RECIPE_DATA)
+def test_a_recipe_runs_up_to_the_stage_that_it_is_about(name: str, site: Site, tiny_model: Path) -> None:
     data = RECIPE_DATA[name]()
     data.write(site.folder / "mine.jsonl")
     files = ["mine.jsonl"]
@@ -178,22 +213,24 @@ def test_a_recipe_runs_to_a_release(name: str, site: Site, tiny_model: Path) -> 
         files.append("pairs.jsonl")
     site.pedigree("init", "project", "--data", *files, "--base-model", str(tiny_model), folder=site.folder)
     shutil.copy(EXAMPLES / name / "params.yaml", site.project)
-    edit_params(site.project, recipe_settings(name, f"models/{tiny_model.name}"))
+    edit_params(site.project, recipe_settings(f"models/{tiny_model.name}"))
     commit(site.project, "New project")
-    site.pedigree("run", "--all")
     values = json.loads((site.project / "params.yaml").read_text())
-    trained = {}
-    for variant in values["adapter"]:
-        steps = check_adapter(site, variant)
-        trained[variant] = check_what_was_trained(site, data, variant)
-        output, learnt = f"data/merged/{variant}", {f"adapter@{variant}": trained[variant]}
-        for aligned in values["aligned"]:
-            aligned_folder = site.project / "data/aligned" / aligned
-            assert list(aligned_folder.glob("*.safetensors")) and site.report(f"evaluation_aligned/{aligned}")["passed"]
-    board = json.loads((site.project / "data/comparison/comparison.json").read_text())
-    assert {*values["adapter"], *values["aligned"]} <= set(board["scores"])
+    variant, *others = values["adapter"]
+    site.dvc("repro", ENDS.get(name, f"evaluation@{variant}"))
+    steps = {one: 0 if values["aligned"] else check_adapter(site, one) for one in values["adapter"]}
+    trained = check_what_was_trained(site, data, variant)
+    assert all(check_what_was_trained(site, data, other) == trained for other in others)
+    if name == "several-variants":
+        board = json.loads((site.project / "data/comparison/comparison.json").read_text())
+        assert set(values["adapter"]) <= set(board["scores"])
+    output, learnt = f"data/merged/{variant}", {f"adapter@{variant}": trained}
+    for aligned in values["aligned"]:
+        steps[variant] = check_aligned(site, aligned)
+        output = f"data/merged_aligned/{aligned}"
+        learnt[f"aligned@{aligned}"] = check_pairs(site, aligned)
     check_audit(site, output, learnt)
-    site.row(name, len(data.rows), trained[variant], steps)
+    site.row(name, len(data.rows), trained, steps[variant])
 
 
 def test_every_layout_and_every_recipe_is_a_project_here() -> None:

@@ -64,6 +64,11 @@ def params_text(found: Found, base_model: Mapping[str, Any], license: str, conte
             "",
             "baselines: {}",
             *_evaluation(found, watched),
+            *(
+                []
+                if benchmarks
+                else ["# kept_its_knowledge fails without `benchmarks` under evaluation: name a file of questions there, or waive it"]
+            ),
             "release: {}   # the gate before data/release",
             "",
         ]

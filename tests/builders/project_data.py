@@ -46,7 +46,10 @@ LAYOUTS: dict[str, Make] = {
     "ultrachat": lambda prompt, answer: {"id": prompt, "data": [prompt, answer]},
     "oasst": oasst,
     "instances": lambda prompt, answer: {"instruction": prompt, "instances": [{"input": "", "output": answer}]},
-    "glaive": lambda prompt, answer: {"system": "SYSTEM: Be brief.\n", "chat": f"USER: {prompt}\n\n\nASSISTANT: {answer} <|endoftext|>\n\n\n"},
+    "glaive": lambda prompt, answer: {
+        "system": "SYSTEM: Be brief.\n",
+        "chat": f"USER: {prompt}\n\n\nASSISTANT: {answer} <|endoftext|>\n\n\n",
+    },
     "classification": lambda prompt, answer: {"text": prompt, "label": answer},
     "xlam": xlam,
     "text": lambda prompt, answer: {"text": f"{prompt} {answer}" if answer else ""},
@@ -137,4 +140,3 @@ RECIPE_DATA: Mapping[str, Callable[[], Data]] = {
 }
 """Recipe -> the data that its first lines ask for."""
 WITH_PAIRS = ("preferences-dpo", "grpo-rule-reward")
-

@@ -22,6 +22,7 @@ from dagster_project.orchestration.dagster_dvc.project import DvcProject
 from dagster_project.orchestration.dagster_dvc.project import RunConfig as DvcRunConfig
 from dagster_project.orchestration.dvc import StageState
 from dagster_project.pipeline import PEDIGREE, Pipeline
+from dagster_project.views.render import PAGES
 
 INPUTS = "1_inputs"
 """Group of the sources."""
@@ -116,7 +117,8 @@ class PedigreeProject(DvcProject):
         return metadata.describe(self.root, state)
 
     def page_url(self, address: str) -> str | None:
-        return pages.url(self.root, f"{address.replace('@', '/')}/")
+        has_pages = address.partition("@")[0] in PAGES
+        return pages.url(self.root, f"{address.replace('@', '/')}/") if has_pages else None
 
     def progress(self, address: str) -> dict[str, float]:
         return metadata.live(self.root, address)
