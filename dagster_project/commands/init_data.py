@@ -128,7 +128,7 @@ def examine(paths: Sequence[str], task: str, tokens: Tokens = ESTIMATED) -> Foun
 
 def _generated(record: Mapping[str, Any]) -> str:
     """What the model has to write for the last answer: its trace, text and calls."""
-    message = next((one for one in reversed(record["messages"]) if one["role"] == "assistant"), {})
+    message: Mapping[str, Any] = next((one for one in reversed(record["messages"]) if one["role"] == "assistant"), {})
     calls = message.get("tool_calls")
     parts = (message.get("reasoning_content"), message.get("content"), json.dumps(calls, ensure_ascii=False) if calls else None)
     return "\n".join(filter(None, parts))
