@@ -157,7 +157,8 @@ def test_an_empty_folder_becomes_a_released_model(site: Site, tiny_model: Path) 
     site.pedigree("run", "--all")
     steps, trained = check_adapter(site, "lora"), check_what_was_trained(site, data, "lora")
     check_audit(site, "data/release", {"adapter@lora": trained})
-    assert json.loads(site.pedigree("run", "--all", "--json"))["stages"]["release"]["outcome"] == "up to date"
+    again = json.loads(site.pedigree("run", "--all", "--json"))["stages"].values()
+    assert {stage["outcome"] for stage in again} == {"up to date"}
     site.row("run --all", len(data.rows), trained, steps)
 
 
