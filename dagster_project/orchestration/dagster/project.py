@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import dagster as dg
 
 from dagster_project.core import params
+from dagster_project.core.documents import damaged_report
 from dagster_project.core.errors import InputError
 from dagster_project.core.layout import is_code, is_report
 from dagster_project.execution import placement
@@ -25,6 +26,7 @@ from dagster_project.orchestration.dagster_dvc.project import DvcProject
 from dagster_project.orchestration.dagster_dvc.project import RunConfig as DvcRunConfig
 from dagster_project.orchestration.dvc import StageState
 from dagster_project.pipeline import PEDIGREE, Pipeline
+from dagster_project.views.render import PAGES
 
 log = logging.getLogger("pedigree")
 
@@ -131,7 +133,8 @@ class PedigreeProject(DvcProject):
         return metadata.describe(self.root, state)
 
     def page_url(self, address: str) -> str | None:
-        return pages.url(self.root, f"{address.replace('@', '/')}/")
+        has_pages = address.partition("@")[0] in PAGES
+        return pages.url(self.root, f"{address.replace('@', '/')}/") if has_pages else None
 
     def progress(self, address: str) -> dict[str, float]:
         return metadata.live(self.root, address)
@@ -145,6 +148,9 @@ class PedigreeProject(DvcProject):
 
     def set_tampered_aside(self, states: Iterable[StageState]) -> list[str]:
         return integrity.set_tampered_aside(self.root, states)
+
+    def damaged_report(self, state: StageState) -> str:
+        return damaged_report(self.root, state.address) if state.report else ""
 
     def before_sync(self, instance: dg.DagsterInstance) -> None:
         set_default_limits(instance, self.pool_prefix)
