@@ -49,7 +49,7 @@ def describe(root: Path, state: StageState) -> dict[str, Any]:
     }
     if labels := report.get("by_label"):
         columns = list(next(iter(labels.values())))
-        rows = [[visible(" ".join(name.split())), *(figures[column] for column in columns)] for name, figures in labels.items()]
+        rows = [[name, *(figures[column] for column in columns)] for name, figures in labels.items()]
         metadata["by_label"] = dg.MetadataValue.md(table(["label", *columns], rows))
     nested = {
         name: value for name, value in report.items() if isinstance(value, dict | list) and name not in {"dropped", "fixed", "checks"}
@@ -136,7 +136,7 @@ def _overlap_cell(match: Mapping[str, Any], column: str) -> str | float:
     """A cell of the table of overlapping rows; the shared span is in brackets."""
     value = match[column]
     if column not in {"text", "other_text"}:
-        return value
+        return visible(value) if isinstance(value, str) else value
     start, end = match["span" if column == "text" else "other_span"]
     return visible(f"{value[:start]}⟦{value[start:end]}⟧{value[end:]}")
 
@@ -161,7 +161,7 @@ def check_metadata(root: Path, address: str, check: Mapping[str, Any]) -> dict[s
         excerpts = check.get("examples", [])
         metadata["rows"] = dg.MetadataValue.table(
             [
-                dg.TableRecord({"source row": row, "begins": visible(excerpts[i]) if i < len(excerpts) else ""})
+                dg.TableRecord({"source row": visible(row), "begins": visible(excerpts[i]) if i < len(excerpts) else ""})
                 for i, row in enumerate(check["rows"])
             ]
         )
@@ -183,7 +183,8 @@ def _draw_curves(rows: list[dict[str, str]], out: Path) -> str:
     figure = Figure(figsize=(4 * min(4, len(names)), 3 * -(-len(names) // 4)))
     for axes, name in zip(figure.subplots(-(-len(names) // 4), min(4, len(names)), squeeze=False).flat, names, strict=False):
         axes.plot([int(row["step"]) for row in rows], [float(row[name]) for row in rows], linewidth=1.2, label=name)
-        axes.set(xlabel="step", title=name)
+        axes.set(xlabel="step")
+        axes.set_title(visible(name), parse_math=False)
         axes.grid(alpha=0.3)
     training = out / "training.json"
     validation = json.loads(training.read_text())["validation"] if training.is_file() else []
@@ -191,7 +192,8 @@ def _draw_curves(rows: list[dict[str, str]], out: Path) -> str:
         figure.axes[0].plot(
             [p["step"] for p in validation], [p["validation_loss"] for p in validation], marker="o", label="validation_loss"
         )
-        figure.axes[0].legend()
+        for text in figure.axes[0].legend().get_texts():
+            text.set_parse_math(False)
     return _png(figure)
 
 
