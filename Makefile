@@ -10,7 +10,7 @@ PORT ?= 3000
 UV ?= $(shell command -v uv 2> /dev/null)
 INSTALL = $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet)
 
-.PHONY: help run test test-projects test-latest test-places lint docs site ui bench soak lock sbom audit-packages clean
+.PHONY: help run test test-latest test-places test-projects lint docs site ui bench soak lock sbom audit-packages clean
 
 help:            ## show this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
