@@ -190,8 +190,8 @@ FIRST = (
     "test_sharding",
     "test_sharding_alignment",
     "test_check_fuzz",
+    "test_projects",
     "test_init",
-    "test_examples",
     "test_rounds",
     "test_without_preferences",
 )
