@@ -139,7 +139,7 @@ def play(case: Case, folder: Path) -> str:
     for name, content in texts().items():
         (root / name).write_bytes(content)
     write_files(case, root)
-    before = {path for path in root.iterdir()}
+    before = set(root.iterdir())
     outcomes = [_validated(root)]
     for command in case["commands"]:
         code, _ = answered(*command, "--project", str(root))
