@@ -46,7 +46,6 @@ INVALID_FILE_ERRORS = {
     "ResolveError",
     "EntryNotFound",
     "CyclicGraphError",
-    "EncodingError",
 }
 
 
