@@ -140,7 +140,6 @@ def _fetch(root: Path, params: Params, scratch: Path) -> tuple[Path, dict[str, A
     _enough_disk(scratch, GIB)
     if params.hub:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 
         log.info(f"base_model: fetching {params.hub} at {params.revision} from the Hub")
         try:
@@ -150,7 +149,9 @@ def _fetch(root: Path, params: Params, scratch: Path) -> tuple[Path, dict[str, A
                 local_dir=scratch,
                 allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"],
             )
-        except (HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 huggingface_hub raises errors of many kinds for answers that it cannot read
+            if isinstance(error, MemoryError):
+                raise
             raise InputError(
                 f"base_model: cannot fetch {params.hub}@{params.revision}: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
                 "check the name, the revision and the network; gated models need HF_TOKEN",

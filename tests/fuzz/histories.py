@@ -36,7 +36,7 @@ def _objects(suffix: str) -> Callable[[Path], list[Path]]:
     magic = {"parquet": b"PAR1", "json": b"{", "other": b""}
 
     def found(root: Path) -> list[Path]:
-        files = sorted(root.glob(".dvc/cache/files/md5/*/*"))
+        files = sorted(file for file in root.glob(".dvc/cache/files/md5/*/*") if file.is_file())
         if suffix == "dir":
             return [file for file in files if file.name.endswith(".dir")]
         return [file for file in files if file.read_bytes()[:4].startswith(magic[suffix])]
