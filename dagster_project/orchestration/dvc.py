@@ -124,11 +124,15 @@ def open_repo(root: Path) -> Iterator[Any]:
     try:
         with repository.Repo(str(root), _wait_for_lock=True) as repo:
             yield repo
+    except UnicodeEncodeError:
+        if name := _name_that_is_not_utf8(root / "data"):
+            raise InputError(f"{name!r}: the name of this file is not UTF-8, and DVC cannot record it", "rename the file") from None
+        raise
     except exceptions.NotDvcRepoError:
         raise InputError(f"{root} is not a DVC project", "run `make run` once, or `dvc init`, in the project's folder") from None
     except private_module("dvc.scm").SCMError as error:
         raise InputError(
-            f"{root} is not in a git repository: {error}",
+            str(error),
             "run `git init` there; or, to work without git, `dvc config --local core.no_scm true`",
         ) from None
     except exceptions.DvcException as error:
@@ -143,6 +147,16 @@ def open_repo(root: Path) -> Iterator[Any]:
                 Revision(root, None).lock()
             raise InputError(f"dvc.yaml or dvc.lock: {error}", "fix that file and run again") from None
         raise
+
+
+def _name_that_is_not_utf8(folder: Path) -> str:
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            try:
+                name.encode()
+            except UnicodeEncodeError:
+                return os.path.join(parent, name)  # noqa: PTH118 as os.walk names it
+    return ""
 
 
 def digest(value: Any) -> str:
