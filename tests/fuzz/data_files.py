@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import random
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from builders.layouts import BENCHMARK_ROWS, LAYOUT_ROWS, PAIR_ROWS
 
 from dagster_project.core.errors import InputError
+from dagster_project.core.records import write_ledger, write_records
 from dagster_project.core.stored_rows import StoredRows
 from dagster_project.curation.check_files import KNOWN, load, read_mapping
 from dagster_project.curation.checks.checks import CHECKS, Rules
@@ -50,6 +52,8 @@ CHECKED = 0.12
 def draw(random: random.Random) -> Case:
     if random.random() < 0.04:
         return _draw_review(random)
+    if random.random() < 0.03:
+        return _draw_output(random)
     rows = draw_rows(random)
     suffix = random.choice(SUFFIXES if random.random() < 0.97 else ODD_SUFFIXES)
     content, count = written(random, suffix, rows)
@@ -323,6 +327,22 @@ def _draw_review(random: random.Random) -> Case:
     ]
     content = _csv(random, rows)
     return {"files": {"review.csv": as_content(damaged(random, content) if random.random() < 0.5 else content)}, "review": "review.csv"}
+
+
+def _draw_output(random: random.Random) -> Case:
+    """An output of a stage, of which one file is damaged."""
+    said = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here."}]
+    shared = {"source": "s", "messages": said, "category": None, "group_id": None, "meta": "{}"}
+    ids = [f"{i:032x}" for i in range(5)]
+    with tempfile.TemporaryDirectory() as folder:
+        write_records(Path(folder), [{"example_id": one, **shared} for one in ids])
+        write_ledger(
+            Path(folder), [{"source": "s", "source_row": i, "example_id": one, "outcome": "kept", "why": None} for i, one in enumerate(ids)]
+        )
+        files = {f"set/{path.name}": path.read_bytes() for path in sorted(Path(folder).iterdir())}
+    name = random.choice([*files])
+    files[name] = damaged(random, files[name])
+    return {"files": {name: as_content(content) for name, content in files.items()}, "data": "set", "rows": None, "options": None}
 
 
 # --- playing

@@ -70,8 +70,12 @@ class Worker:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, env=environment, cwd=folder, start_new_session=True,
         )  # fmt: skip
 
-    def play(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Play one case. The answer has `outcome`, or `place` and `message` of a finding."""
+    def play(self, request: dict[str, Any], most: float = CPU_SECONDS) -> dict[str, Any]:
+        """Play one case. The answer has `outcome`, or `place` and `message` of a finding.
+
+        Args:
+            most: CPU seconds after which the process is ended.
+        """
         assert self.process.stdin and self.process.stdout
         self.process.stdin.write(json.dumps(request).encode() + b"\n")
         self.process.stdin.flush()
@@ -80,8 +84,8 @@ class Worker:
             selector.register(self.process.stdout, selectors.EVENT_READ)
             while not selector.select(0.2):
                 cpu, memory = self._usage()
-                if cpu - before > CPU_SECONDS:
-                    return self.end(f"more than {CPU_SECONDS} CPU seconds")
+                if cpu - before > most:
+                    return self.end(f"more than {most:g} CPU seconds")
                 if memory > MEMORY_BYTES:
                     return self.end(f"more than {MEMORY_BYTES >> 30} GiB of memory")
                 if time.monotonic() - began > WALL_SECONDS:

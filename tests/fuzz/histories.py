@@ -198,7 +198,9 @@ def _question(random: random.Random) -> list[str]:
 @cache
 def _history(folder: Path, number: int) -> tuple[Toy, dict[str, str]]:
     """A history on disk, and what questions about it are about."""
-    toy = Toy(folder / f"history {number}", number)
+    place = folder / f"history {number}"
+    shutil.rmtree(place, ignore_errors=True)  # of an attempt that failed
+    toy = Toy(place, number)
     toy.real = False
     toy.play(4 + number)
     toy.do("commit_all")

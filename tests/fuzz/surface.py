@@ -107,10 +107,10 @@ def answered(*arguments: str, codes: tuple[int, ...] = (0, 1, 2), verdict: bool 
         assert last[1] and last[2].strip() and "\nhint: " in last[2], f"no message with a next step: {err[-500:]!r}"
         return code, None
     assert code < 2 or verdict, f"a document with exit code {code}"
-    return code, json.loads(out.encode(), parse_constant=_refuse_constant)
+    return code, json.loads(out.encode(), parse_constant=refuse_constant)
 
 
-def _refuse_constant(constant: str) -> float:
+def refuse_constant(constant: str) -> float:
     raise AssertionError(f"{constant} is not JSON")
 
 
