@@ -149,7 +149,7 @@ def _fetch(root: Path, params: Params, scratch: Path) -> tuple[Path, dict[str, A
                 local_dir=scratch,
                 allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"],
             )
-        except Exception as error:  # noqa: BLE001 huggingface_hub raises errors of many kinds for answers that it cannot read
+        except Exception as error:  # huggingface_hub raises errors of many kinds for answers that it cannot read
             if isinstance(error, MemoryError):
                 raise
             raise InputError(
