@@ -125,7 +125,8 @@ def play_all(
         cases: number -> case, for those that are not drawn.
         tick: stream for a line of progress a minute.
     """
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
+    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # a disk would wait for every commit of an index
+    with tempfile.TemporaryDirectory(prefix="fuzz-", dir=memory) as scratch:
         folder, worker, shown = Path(scratch), None, time.monotonic()
         for number in numbers:
             worker = worker or Worker(surface, folder)
