@@ -55,7 +55,7 @@ def stages_of(text: str, where: str = LOCK) -> dict[str, Any]:
 
     try:
         document = YAML(typ="safe").load(text)
-        why = _wrong_shape(document) or (where == LOCK and _wrong_entry(document.get("stages", {}))) or ""
+        why = _wrong_shape(document) or (_wrong_entry(document.get("stages", {})) if where == LOCK else "")
     except (YAMLError, ValueError, TypeError, RecursionError) as error:  # also an invalid date, an unhashable key, too many brackets
         why = "it has an unresolved merge conflict" if "\n<<<<<<< " in f"\n{text}" else " ".join(str(error).split())
     if why:
