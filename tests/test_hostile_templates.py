@@ -71,13 +71,17 @@ def test_check_of_data_refuses_a_template_without_bounds_in_one_message(
     assert main(["check", str(tmp_path / "a.jsonl"), "--base-model", str(folder)]) == 2
     said = capsys.readouterr().err
     assert said.count("the chat template ") == 1 and "hint: " in said and "Traceback" not in said
-    wanted = "takes more than 1 s" if kind.startswith(("endless", "one")) else "writes more than" if kind == "much text" else "needs more than"
+    wanted = (
+        "takes more than 1 s" if kind.startswith(("endless", "one")) else "writes more than" if kind == "much text" else "needs more than"
+    )
     assert wanted in said
 
 
 def test_preparing_pairs_prompts_and_labels_stops_at_the_same_limits(tiny_tokenizer: Any) -> None:
     hostile = copy.deepcopy(tiny_tokenizer)
-    hostile.chat_template = f"{{% if messages|length >= {LONG} %}}{HOSTILE['endless loops']}{{% endif %}}{{{{ '' }}}}" + hostile.chat_template
+    hostile.chat_template = (
+        f"{{% if messages|length >= {LONG} %}}{HOSTILE['endless loops']}{{% endif %}}{{{{ '' }}}}" + hostile.chat_template
+    )
     assert encode_prompt(hostile, conversation(1))
     with pytest.raises(TemplateLimit, match="takes more than 1 s of processor time"):
         examples_of(hostile, {"messages": conversation(LONG)})

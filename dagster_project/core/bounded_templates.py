@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from dagster_project.core import template_process
@@ -78,10 +79,8 @@ class _Renderer:
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout):
             assert stream
-            try:
+            with suppress(BrokenPipeError):
                 stream.close()
-            except BrokenPipeError:
-                pass
 
 
 def _encoded(number: int, source: str | None, variables: Mapping[str, Any]) -> bytes:

@@ -126,9 +126,9 @@ def _limit(memory: int) -> None:
 
 def _reply(request: bytes, templates: dict[int, Any], memory: int) -> bytes:
     """Args:
-        request: number and text of a template (None if it was sent before), and its variables.
-        templates: those compiled so far.
-        memory: the limit, for messages.
+    request: number and text of a template (None if it was sent before), and its variables.
+    templates: those compiled so far.
+    memory: the limit, for messages.
     """
     from jinja2 import TemplateError
 

@@ -16,8 +16,8 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import sha256_of_file
 from dagster_project.core.params import Compute, Section
 from dagster_project.core.published_ids import CREATE, is_own, published_table, read_key
-from dagster_project.core.rendering import render
 from dagster_project.core.records import CheckResult, Report, write_json, write_text
+from dagster_project.core.rendering import render
 from dagster_project.core.text import NAMES
 from dagster_project.curation.checks.review import Exemption, check_waivers
 from dagster_project.evaluation.comparison import FEWEST, gain
