@@ -102,6 +102,7 @@ def produce(root: Path, params: Params, out: Path) -> Report:
         _enough_disk(out.parent, int(size * (3.0 if options else 1.2)))
         log.info("base_model: converting to safetensors")
         with _refuse_what_cannot_be_loaded():
+            _refuse_more_layers_than_weights(folder)
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
             if options:
                 from transformers import GgufConfig
@@ -214,6 +215,30 @@ def _refuse_foreign_files(folder: Path) -> None:
             raise InputError(f"base_model: {INDEX} is not an index of weights", "save the model again") from None
         if bad := sorted(str(name) for name in files if not isinstance(name, str) or not _is_file_of(folder, name)):
             raise InputError(f"base_model: {INDEX} names {bad[0]!r}, which is no file of the folder", "save the model again")
+
+
+LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "decoder_layers", "encoder_layers")
+"""Names of the number of layers in config.json."""
+
+
+def _refuse_more_layers_than_weights(folder: Path) -> None:
+    """Check that a model is not built with more layers than it can have weights for: a million layers take hours.
+
+    Raises:
+        ValueError: as described, or config.json is not JSON.
+        SafetensorError: a file is damaged.
+    """
+    from safetensors import safe_open
+
+    weights = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            weights += len(tensors.keys())
+    config = json.loads((folder / "config.json").read_bytes()) if weights else None
+    for section in [config, *config.values()] if isinstance(config, dict) else []:
+        for name in LAYERS if isinstance(section, dict) else ():
+            if isinstance(section.get(name), int) and section[name] > weights:
+                raise ValueError(f"config.json: {name} is {str(section[name])[:20]}, but there are {weights} weights")
 
 
 def _is_file_of(folder: Path, name: str) -> bool:
