@@ -302,7 +302,8 @@ def _usage(reply: Any) -> dict[str, int]:
     usage = reply.get("usage") if isinstance(reply, dict) else None
     prompt, completion = (usage.get(f"{name}_tokens") if isinstance(usage, dict) else None for name in ("prompt", "completion"))
     counts = {"prompt": prompt, "completion": completion}
-    return counts if all(type(count) is int and 0 <= count <= MAX_TOKENS for count in counts.values()) else {}
+    possible = {name: count for name, count in counts.items() if type(count) is int and 0 <= count <= MAX_TOKENS}
+    return possible if len(possible) == len(counts) else {}
 
 
 def _invalid_text(counts: Mapping[str, int]) -> str:

@@ -16,6 +16,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -143,7 +144,14 @@ def play_all(
 
 
 def tally(surface: str, answers: Iterable[tuple[int, dict[str, Any]]]) -> Tally:
+    """Count the answers. Ctrl-C ends the counting, not the report."""
     found = Tally(surface)
+    with suppress(KeyboardInterrupt):
+        _count(found, answers)
+    return found
+
+
+def _count(found: Tally, answers: Iterable[tuple[int, dict[str, Any]]]) -> None:
     for number, answer in answers:
         if "place" in answer:
             found.findings.setdefault(answer["place"], []).append((number, answer["message"]))
@@ -151,7 +159,6 @@ def tally(surface: str, answers: Iterable[tuple[int, dict[str, Any]]]) -> Tally:
         seconds = answer.get("cpu", 0.0)
         found.cpu_seconds += seconds
         found.slowest = max(found.slowest, (seconds, number))
-    return found
 
 
 def _serve(surface_name: str, scratch: Path) -> None:
