@@ -14,7 +14,7 @@ import signal
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 TEXT, ERROR, LIMIT = b"t", b"e", b"l"
 """Kind of a reply: the rendered text, why the template refuses the conversation, or why it is never rendered again."""
@@ -26,14 +26,14 @@ MAX_GROWTH, FREE_TEXT = 16, 1 << 20
 """Maximum ratio of rendered characters to bytes of a request, above as many characters."""
 
 
-def write(stream: BinaryIO, content: bytes) -> None:
+def write(stream: IO[bytes], content: bytes) -> None:
     """Write a frame."""
     stream.write(len(content).to_bytes(8, "little"))
     stream.write(content)
     stream.flush()
 
 
-def read(stream: BinaryIO) -> bytes | None:
+def read(stream: IO[bytes]) -> bytes | None:
     """Read a frame; None at the end of the stream."""
     header = stream.read(8)
     if len(header) < 8:

@@ -117,8 +117,12 @@ def produce(root: Path, params: Params, out: Path) -> Report:
         _set_padding(tokenizer, model, params)
         if params.chat_template:
             tokenizer.chat_template = written_for(tokenizer, params.chat_template, "params.yaml: base_model.chat_template")
+        _refuse_template(tokenizer.chat_template)
         tokenizer.init_kwargs["local_files_only"] = False  # it would be saved, and HF_HUB_OFFLINE must not affect the output
-        model.save_pretrained(out)
+        try:
+            model.save_pretrained(out)
+        except NotImplementedError:
+            raise InputError("base_model: transformers cannot write its quantized weights", "use the model without quantization") from None
         tokenizer.save_pretrained(out)
         for license_file in folder.glob("LICENSE*"):
             shutil.copy(license_file, out)
@@ -261,6 +265,17 @@ def _refuse_what_cannot_be_loaded() -> Iterator[None]:
             f"base_model: transformers cannot load the model: {lines[0][:300]}",
             "it needs config.json, a tokenizer and complete safetensors files of an architecture that transformers has; code in the folder is not run",
         ) from None
+
+
+def _refuse_template(template: Any) -> None:
+    """Args:
+        template: of a tokenizer of transformers: text, or several by name.
+    Raises:
+        InputError: it is anything else, or none of several is the default.
+    """
+    named = template if isinstance(template, dict) else {"default": template}
+    if template is not None and not ("default" in named and all(isinstance(text, str) for text in named.values())):
+        raise InputError("base_model: its chat templates are not text, or none of them is the default", "set base_model.chat_template")
 
 
 def _refuse_lacking_weights(found: Mapping[str, Any]) -> None:
