@@ -99,7 +99,7 @@ def split_blocks(source: HubSplit) -> Iterator[Block]:
         raise InputError(f"{source.name}: the split is empty", "use another split")
     decode = _decoder(data.features)
     for table in data.with_format("arrow").iter(1024):
-        yield Block(as_parsed, table_rows([table], decode))
+        yield Block(as_parsed, table_rows(table.to_batches(), decode))
 
 
 def _cached_builder(folder: Path, repository: str) -> Any:
