@@ -122,6 +122,7 @@ def produce(root: Path, params: Params, out: Path) -> Report:
         try:
             model.save_pretrained(out)
         except NotImplementedError:
+            shutil.rmtree(out, ignore_errors=True)
             raise InputError("base_model: transformers cannot write its quantized weights", "use the model without quantization") from None
         tokenizer.save_pretrained(out)
         for license_file in folder.glob("LICENSE*"):
