@@ -61,11 +61,13 @@ def _limited_memory(additional: int) -> Iterator[None]:
 
 
 def decoded_bytes(array: Any) -> int:
-    """Bytes of an Arrow array or record batch whose values are written out: a dictionary stores a repeated one once."""
+    """Bytes of an Arrow array, record batch or table whose values are written out: a dictionary stores a repeated one once."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    if isinstance(array, pa.RecordBatch):
+    if isinstance(array, pa.ChunkedArray):
+        return sum(map(decoded_bytes, array.chunks))
+    if isinstance(array, pa.RecordBatch | pa.Table):
         return sum(map(decoded_bytes, array.columns)) if _has_dictionary(array.schema) else int(array.nbytes)
     kind = array.type
     if pa.types.is_dictionary(kind):
