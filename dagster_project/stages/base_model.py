@@ -248,7 +248,7 @@ def _refuse_more_layers_than_weights(folder: Path) -> None:
 
 def _is_file_of(folder: Path, name: str) -> bool:
     """Whether a name is that of a file directly in the folder."""
-    return Path(name).name == name and (folder / name).is_file()
+    return Path(name).name == name and name in {path.name for path in folder.iterdir() if path.is_file()}
 
 
 @contextmanager

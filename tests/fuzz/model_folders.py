@@ -174,7 +174,8 @@ CHANGES = (
 def play(case: Case, folder: Path) -> str:
     model = folder / "models/x"
     files = {name: as_content(content) for name, content in model_folder().items() if name not in case["removed"]}
-    write_files({"files": {**files, **case["files"]}}, model)
+    changed = {name: content for name, content in case["files"].items() if f"{name.partition('/')[0]}" not in files or "/" not in name}
+    write_files({"files": {**files, **changed}}, model)
     if case["way"] == "produce":
         return _produce(case, folder)
     if case["way"] == "plan":
