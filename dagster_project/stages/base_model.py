@@ -219,7 +219,7 @@ def _refuse_foreign_files(folder: Path) -> None:
         except (ValueError, KeyError, TypeError, AttributeError):
             raise InputError(f"base_model: {INDEX} is not an index of weights", "save the model again") from None
         if bad := sorted(str(name) for name in files if not isinstance(name, str) or not _is_file_of(folder, name)):
-            raise InputError(f"base_model: {INDEX} names {bad[0]!r}, which is no file of the folder", "save the model again")
+            raise InputError(f"base_model: {INDEX} names {bad[0][:200]!r}, which is no file of the folder", "save the model again")
 
 
 LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "decoder_layers", "encoder_layers")
