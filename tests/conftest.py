@@ -18,7 +18,7 @@ import pytest
 from builders.training import exclude_loaded_from_garbage_collection
 from hypothesis import settings
 
-# the same search each time, so that a run that was green stays green; PEDIGREE_FUZZ=N searches at random (tests/test_check_fuzz.py: N cases)
+# the same search each time, so that a run that was green stays green; PEDIGREE_FUZZ=1 searches at random
 settings.register_profile("steady", derandomize=True)
 settings.load_profile("default" if os.environ.get("PEDIGREE_FUZZ") else "steady")
 
@@ -189,8 +189,9 @@ FIRST = (
     "test_resume",
     "test_sharding",
     "test_sharding_alignment",
-    "test_check_fuzz",
     "test_projects",
+    "test_hostile_files",
+    "test_fuzz",
     "test_init",
     "test_rounds",
     "test_without_preferences",

@@ -222,8 +222,11 @@ def end_ids(tokenizer: Any) -> frozenset[int]:
 
 @lru_cache(maxsize=64)
 def _end_ids(settings: Path, _modified: int) -> tuple[int, ...]:
-    ids = json.loads(settings.read_text(encoding="utf-8")).get("eos_token_id")
-    return tuple(ids) if isinstance(ids, list) else (ids,) if isinstance(ids, int) else ()
+    try:
+        ids = json.loads(settings.read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError, RecursionError):
+        raise InputError(f"{settings}: not a JSON object in UTF-8", "fix the file, or remove it") from None
+    return tuple(one for one in (ids if isinstance(ids, list) else [ids]) if isinstance(one, int) and 0 <= one < 2**32)
 
 
 ANOTHER_TEMPLATE = "use another chat template"

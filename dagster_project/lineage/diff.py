@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.core.text import visible
+from dagster_project.lineage import tables
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.lineage import NON_METRICS, Subject, document, fetch_hint, find
 from dagster_project.lineage.run_index import SPLIT
@@ -108,8 +109,6 @@ def _records(before: Subject, after: Subject) -> tuple[dict[str, list[dict[str, 
 
 def _split_rows(subject: Subject) -> tuple[dict[str, tuple[list[str], list[SourceRow]]], list[StageRun]]:
     """example_id -> (splits, source rows), over every data set with splits; and the runs whose outputs are unavailable."""
-    import pyarrow.parquet as pq
-
     index = subject.index
     rows: dict[str, tuple[list[str], list[SourceRow]]] = {}
     unavailable: list[StageRun] = []
@@ -119,16 +118,17 @@ def _split_rows(subject: Subject) -> tuple[dict[str, tuple[list[str], list[Sourc
         if files is None:
             unavailable += [run] if index.is_split(run) else []
             continue
-        shards = [(split, index.file_path(md5, name)) for name in files if (match := SPLIT.search(name)) for split in match.groups()]
-        if not all(path for _, path in shards):
+        names = [(split, name) for name in files if (match := SPLIT.search(name)) for split in match.groups()]
+        shards = [(split, path) for split, name in names if (path := index.file_path(md5, name))]
+        if len(shards) < len(names):
             unavailable.append(run)
             continue
         ledger = index.file_path(md5, "ledger.parquet")
         rows_by_id: dict[str, list[SourceRow]] = {}
-        for row in pq.read_table(ledger, columns=["source", "source_row", "example_id"]).to_pylist() if ledger else []:
+        for row in tables.read(ledger, ["source", "source_row", "example_id"]).to_pylist() if ledger else []:
             rows_by_id.setdefault(row["example_id"], []).append((row["source"], row["source_row"]))
         for split, path in shards:
-            for row in pq.read_table(path, columns=["example_id", "source"]).to_pylist():
+            for row in tables.read(path, ["example_id", "source"]).to_pylist():
                 splits, known = rows.setdefault(row["example_id"], ([], []))
                 splits += [split] if split not in splits else []
                 known += [

@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from dagster_project.core.errors import InputError
 from dagster_project.core.git import git, git_bytes
-from dagster_project.core.hashing import md5_of_file, md5_of_folder
+from dagster_project.core.hashing import md5_of_bytes, md5_of_file, md5_of_folder
 
 LOCK = "dvc.lock"
 LINK, SUBMODULE = "120000", "160000"
@@ -70,7 +71,7 @@ def _wrong_shape(document: Any) -> str:
     if not isinstance(stages, dict):
         return "its key `stages` is empty" if stages is None else "its key `stages` is not a mapping"
     for name, stage in stages.items():
-        if not isinstance(stage, dict):
+        if not isinstance(name, str) or not isinstance(stage, dict):
             return f"{name} is not a mapping"
     return ""
 
@@ -80,9 +81,17 @@ def _wrong_entry(stages: Mapping[str, Any]) -> str:
     for name, stage in stages.items():
         for kind in ("deps", "outs"):
             items = stage.get(kind, [])
-            if not isinstance(items, list) or not all(isinstance(item, dict) and isinstance(item.get("path"), str) for item in items):
-                return f"{kind} of {name} are not a list of paths"
+            if not isinstance(items, list) or not all(map(_is_item, items)):
+                return f"{kind} of {name} are not a list of paths with hashes"
+        params = stage.get("params") or {}
+        if not isinstance(params, dict) or not all(isinstance(values, dict | None) for values in params.values()):
+            return f"params of {name} are not values by file"
     return ""
+
+
+def _is_item(item: Any) -> bool:
+    """Whether it is a dependency or an output with a path and, if any, a hash."""
+    return isinstance(item, dict) and isinstance(item.get("path"), str) and isinstance(item.get("md5", ""), str)
 
 
 def lost_entries(root: Path) -> list[str]:
@@ -270,7 +279,10 @@ class Objects:
         folder = self.root / ".dvc" / "cache"
         for name in ("config", "config.local"):
             config = configparser.ConfigParser(interpolation=None, strict=False)
-            config.read(self.root / ".dvc" / name, encoding="utf-8")
+            try:
+                config.read(self.root / ".dvc" / name, encoding="utf-8")
+            except (configparser.Error, UnicodeDecodeError) as error:
+                raise InputError(f".dvc/{name} cannot be read: {' '.join(str(error).split())}", "restore it, or `dvc init -f`") from None
             if configured := config.get("cache", "dir", fallback=""):
                 folder = self.root / ".dvc" / Path(configured).expanduser()
         return folder / "files" / "md5"
@@ -313,8 +325,9 @@ class Objects:
         if not md5.endswith(".dir"):
             return {"": md5}
         cached = self.cache / md5[:2] / md5[2:]
-        if cached.is_file():
-            return {entry["relpath"]: entry["md5"] for entry in json.loads(cached.read_bytes())}
+        if cached.is_file() and (content := cached.read_bytes()) and f"{md5_of_bytes(content)}.dir" == md5:
+            with suppress(ValueError, TypeError, KeyError):  # another program may have written it
+                return {str(entry["relpath"]): str(entry["md5"]) for entry in json.loads(content)}
         in_workspace = self.in_workspace(out) if out else {}
         return in_workspace if md5_of_folder(in_workspace) == md5 else None
 

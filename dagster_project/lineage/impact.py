@@ -13,6 +13,7 @@ from typing import Any
 from dagster_project.core.errors import InputError
 from dagster_project.core.messages import Messages, field_texts
 from dagster_project.core.text import visible
+from dagster_project.lineage import tables
 from dagster_project.lineage.history import is_within
 from dagster_project.lineage.index import Index, RecordUse
 from dagster_project.lineage.lineage import fetch_hint
@@ -352,12 +353,10 @@ class _ImpactQuery:
 
     def _summary_of_shards(self, run: StageRun, shards: Sequence[str]) -> tuple[int, int, int] | None:
         """(records, first step, last step) of a model's training on some shards; None if unknown."""
-        from dagster_project.core.records import read_table
-
         paths = self.index.shard_paths()
         if not self.index.knows_steps(run) or any(md5 not in paths for md5 in shards):
             return None
-        keys = {record_key(row["example_id"]) for md5 in shards for row in read_table(paths[md5], ["example_id"])}
+        keys = {record_key(row["example_id"]) for md5 in shards for row in tables.read(paths[md5], ["example_id"]).to_pylist()}
         uses = [use for use in self.index.record_uses(keys) if use.out == run.md5 and use.split is None]
         steps = [step for use in uses for step, _ in use.steps]
         return len({use.key for use in uses}), min(steps, default=0), max(steps, default=0)
@@ -502,13 +501,13 @@ class _ImpactQuery:
 
 def _near_copies(index: Index, keys: Iterable[bytes], text: str | None) -> list[dict[str, Any]]:
     """Records whose prompt, response, reasoning or arguments of calls nearly equal the text, or that of the given records. Reads every available shard."""
-    from dagster_project.core.records import prompt_text, read_table, response_text
+    from dagster_project.core.records import prompt_text, response_text
     from dagster_project.curation.similarity.overlap import compare
 
     excluded = set(keys)
     texts_of: dict[str, dict[str, str]] = {}
     for path in index.shard_paths().values():
-        for row in read_table(path):
+        for row in tables.rows(path):
             texts = texts_of.setdefault(row["example_id"], {})
             for part in ("messages", "prompt", "chosen", "rejected"):
                 turns = row.get(part)

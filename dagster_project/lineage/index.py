@@ -15,7 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dagster_project.core.hashing import md5_of_bytes
+from dagster_project.core.hashing import md5_of_bytes, md5_of_file
+from dagster_project.lineage import tables
 from dagster_project.lineage.database import cached_per_instance
 from dagster_project.lineage.history import is_within
 from dagster_project.lineage.rows import (
@@ -70,7 +71,7 @@ class Index(RunIndex):
             rows = RowCollector()
             for md5, out, name in self._db.execute("SELECT md5, out, name FROM unread ORDER BY out, name").fetchall():
                 path = self.objects.path(md5, self.workspace_outputs.get(out, ""))
-                if path is None:
+                if path is None or md5_of_file(path) != md5:  # unavailable, or damaged
                     continue
                 content = self._db.execute("INSERT INTO content (md5) VALUES (?)", (md5,)).lastrowid or 0
                 self._db.execute("DELETE FROM unread WHERE md5 = ?", (md5,))
@@ -264,11 +265,9 @@ class Index(RunIndex):
 
     def keys_of_source(self, outs: Iterable[str], source: str, keys: set[bytes]) -> set[bytes]:
         """Those of some records whose own rows, by the ledgers of some data sets, are of a source: a file, or a folder and its contents."""
-        import pyarrow.parquet as pq
-
         found: set[bytes] = set()
         for path in (self.file_path(out, LEDGER) for out in outs):
-            for row in pq.read_table(path, columns=["source", "example_id"]).to_pylist() if path else ():
+            for row in tables.read(path, ["source", "example_id"]).to_pylist() if path else ():
                 if is_within(row["source"], source) and (key := record_key(row["example_id"])) in keys:
                     found.add(key)
         return found

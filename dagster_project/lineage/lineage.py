@@ -14,7 +14,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.git import git
 from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.records import with_license
-from dagster_project.lineage import code_lock
+from dagster_project.lineage import code_lock, tables
 from dagster_project.lineage.code import code_in
 from dagster_project.lineage.history import LOCK, Revision, commit_of, is_within, listing_of, path_exists, refuse_lost_entries
 from dagster_project.lineage.index import Index
@@ -333,12 +333,10 @@ def _stage(index: Index, run: StageRun, report: Mapping[str, Any], names: Mappin
 
 def _ledger_counts(index: Index, run: StageRun) -> dict[tuple[str, str], int]:
     """(source, outcome) -> rows; empty if the ledger is unavailable."""
-    import pyarrow.parquet as pq
-
     path = index.file_path(run.md5, LEDGER)
     if path is None:
         return {}
-    rows = pq.read_table(path, columns=["source", "outcome"]).group_by(["source", "outcome"]).aggregate([([], "count_all")]).to_pylist()
+    rows = tables.read(path, ["source", "outcome"]).group_by(["source", "outcome"]).aggregate([([], "count_all")]).to_pylist()
     return {(row["source"], row["outcome"]): row["count_all"] for row in sorted(rows, key=lambda row: (row["source"], row["outcome"]))}
 
 
@@ -385,9 +383,8 @@ def _with_source_rows(
     model: str, evidence: Path, source_rows: Mapping[str, tuple[str, int | None]], copies: Mapping[bytes, Sequence[tuple[str, int]]]
 ) -> pa.Table:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    table = pq.read_table(evidence, columns=["example_id", "step", "epoch"])
+    table = tables.read(evidence, ["example_id", "step", "epoch"])
     ids = table["example_id"].to_pylist()
     rows = [source_rows.get(identity, (None, None)) for identity in ids]
     table = table.add_column(0, "model", pa.array([model] * len(ids), pa.string()))
@@ -401,8 +398,6 @@ def _with_source_rows(
 
 def _source_rows(index: Index, data: Iterable[StageRun]) -> tuple[dict[str, tuple[str, int | None]], list[dict[str, str]]]:
     """example_id -> (source, source_row) from the ledgers of data sets with splits; and the missing outputs."""
-    import pyarrow.parquet as pq
-
     source_rows: dict[str, tuple[str, int | None]] = {}
     missing = []
     for run in data:
@@ -413,7 +408,7 @@ def _source_rows(index: Index, data: Iterable[StageRun]) -> tuple[dict[str, tupl
         if path is None:
             missing.append(_missing(run))
             continue
-        for row in pq.read_table(path, columns=["source", "source_row", "example_id"]).to_pylist():
+        for row in tables.read(path, ["source", "source_row", "example_id"]).to_pylist():
             source_rows.setdefault(row["example_id"], (row["source"], row["source_row"]))
     return source_rows, missing
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dagster_project.core.messages import argument_texts, calls
+from dagster_project.lineage import tables
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,9 +84,8 @@ class RowCollector:
 
     def add_evidence(self, path: Path, content: int) -> dict[str, int]:
         import numpy as np
-        import pyarrow.parquet as pq
 
-        table = pq.read_table(path, columns=["example_id", "step", "epoch"])
+        table = tables.read(path, ["example_id", "step", "epoch"])
         steps, epochs = (table[name].to_numpy().astype(np.int32) for name in ("step", "epoch"))
         self._add_records(table["example_id"].to_pylist(), content, steps, epochs)
         return {}
@@ -93,11 +93,10 @@ class RowCollector:
     def add_shard(self, path: Path, content: int) -> dict[str, int]:
         """Add the rows of a shard. Returns source -> number of rows."""
         import numpy as np
-        import pyarrow.parquet as pq
 
-        names = pq.read_schema(path).names
+        names = tables.column_names(path)
         text_columns = [name for name in ("messages", "prompt", "chosen", "rejected") if name in names]
-        table = pq.read_table(path, columns=["example_id", *(["source"] if "source" in names else []), *text_columns])
+        table = tables.read(path, ["example_id", *(["source"] if "source" in names else []), *text_columns])
         ids = table["example_id"].to_pylist()
         keys = self._add_records(ids, content, np.zeros(len(ids), np.int32), np.zeros(len(ids), np.int32))
         for name in text_columns:
@@ -179,13 +178,12 @@ def _chunks(keys: bytes, columns: Sequence[np.ndarray]) -> Iterator[tuple[bytes,
 def summarize_training(evidence: Path, shards: Mapping[str, Path]) -> list[tuple[str, str, int, int, int]]:
     """(shard hash, source, records, first step, last step) of a model's training on each shard and source."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     parts = []
     for md5, path in shards.items():
-        part = pq.read_table(path, columns=["example_id", "source"])
+        part = tables.read(path, ["example_id", "source"])
         parts.append(part.append_column("shard", pa.array([md5] * part.num_rows, pa.string())))
-    steps = pq.read_table(evidence, columns=["example_id", "step"]).group_by("example_id").aggregate([("step", "min"), ("step", "max")])
+    steps = tables.read(evidence, ["example_id", "step"]).group_by("example_id").aggregate([("step", "min"), ("step", "max")])
     joined = pa.concat_tables(parts).join(steps, "example_id", join_type="inner").group_by(["shard", "source"])
     rows = joined.aggregate([("example_id", "count_distinct"), ("step_min", "min"), ("step_max", "max")]).to_pylist()
     columns = ("shard", "source", "example_id_count_distinct", "step_min_min", "step_max_max")
@@ -200,16 +198,15 @@ def contributions(path: Path, name: str) -> tuple[list[tuple[str, int, bytes]], 
         made from another one: repaired, copied, paraphrased, or kept in place of a copy.
     """
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
 
     if name == OVERLAPS:
-        table = pq.read_table(path, columns=["check", "source", "source_row", "example_id", "other"])
+        table = tables.read(path, ["check", "source", "source_row", "example_id", "other"])
         rows = table.filter(pc.equal(table["check"], "exact_duplicates")).to_pylist()
         credits = [(row["source"], row["source_row"], record_key(row["other"])) for row in rows]
         different = [row for row in rows if row["example_id"] != row["other"]]
         return credits, [(record_key(row["example_id"]), record_key(row["other"]), "kept instead") for row in different]
-    names = pq.read_schema(path).names
-    table = pq.read_table(path, columns=["example_id", "outcome", "why", *(["source_id"] if "source_id" in names else [])])
+    names = tables.column_names(path)
+    table = tables.read(path, ["example_id", "outcome", "why", *(["source_id"] if "source_id" in names else [])])
     added = table.filter(pc.starts_with(table["outcome"], AUGMENTED)).to_pylist()
     derived = [
         (record_key(row["why"].removeprefix(COPY_OF)), record_key(row["example_id"]), row["outcome"].removeprefix(AUGMENTED))

@@ -352,8 +352,14 @@ def declared_models(pipeline: bytes) -> frozenset[str]:
         stages = stages_of(pipeline.decode(), "dvc.yaml") if pipeline else {}
     except (InputError, UnicodeDecodeError):
         return frozenset()
-    bodies = {name: body.get("do", body) for name, body in stages.items() if isinstance(body, dict)}
-    return frozenset(name for name, body in bodies.items() if "safetensors" in ((body.get("meta") or {}).get("kinds") or []))
+    return frozenset(name for name, body in stages.items() if "safetensors" in _kinds(body.get("do", body)))
+
+
+def _kinds(body: Any) -> list[Any]:
+    """`meta.kinds` of a stage of dvc.yaml; empty where it has none."""
+    for key in ("meta", "kinds"):
+        body = body.get(key) if isinstance(body, dict) else None
+    return body if isinstance(body, list) else []
 
 
 def address_in(command: str, path: str) -> str:

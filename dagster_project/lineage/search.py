@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dagster_project.core.errors import InputError
 from dagster_project.core.progress import Progress
 from dagster_project.core.text import visible
+from dagster_project.lineage import tables
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.rows import call_texts
 
@@ -109,11 +110,10 @@ def _matches(path: Any, pattern: Pattern) -> Iterator[tuple[str, str, str, str, 
     """(part, example_id, role, field, text) of every match in a shard."""
     import numpy as np
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    names = pq.read_schema(path).names
+    names = tables.column_names(path)
     parts = [part for part in PARTS if part in names]
-    table = pq.read_table(path, columns=["example_id", *parts])
+    table = tables.read(path, ["example_id", *parts])
     for part in parts:
         column = table[part].combine_chunks()
         if not pa.types.is_list(column.type):

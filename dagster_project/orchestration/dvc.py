@@ -125,9 +125,26 @@ def digest(value: Any) -> str:
     return md5_of_bytes(json.dumps(value, sort_keys=True, default=str).encode())
 
 
+UNCHECKED_FILE_ERRORS = (AssertionError, AttributeError, KeyError, IndexError, TypeError, ValueError, RecursionError)
+"""What DVC raises for values in its files that its schema lets pass."""
+
+
 def declared_stages(repo: Any) -> list[Any]:
+    """All stages of the project, data sources included.
+
+    Raises:
+        InputError: dvc.yaml, dvc.lock or params.yaml has values that DVC cannot use.
+    """
     with repo.lock:  # DVC does not write dvc.lock atomically
-        return list(repo.index.stages)
+        try:
+            return list(repo.index.stages)
+        except UNCHECKED_FILE_ERRORS as error:
+            if isinstance(error, UnicodeEncodeError):  # a file's name (dvc_errors.explained)
+                raise
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise InputError(
+                f"DVC cannot read dvc.yaml, dvc.lock or params.yaml: {reason}", "undo the last change of these files: see `git diff`"
+            ) from None
 
 
 def lost_records(root: Path) -> list[str]:

@@ -146,7 +146,6 @@ def _fetch(root: Path, params: Params, scratch: Path) -> tuple[Path, dict[str, A
     _enough_disk(scratch, GIB)
     if params.hub:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 
         log.info(f"base_model: fetching {params.hub} at {params.revision} from the Hub")
         try:
@@ -156,7 +155,9 @@ def _fetch(root: Path, params: Params, scratch: Path) -> tuple[Path, dict[str, A
                 local_dir=scratch,
                 allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"],
             )
-        except (HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OSError) as error:
+        except Exception as error:  # huggingface_hub raises errors of many kinds for answers that it cannot read
+            if isinstance(error, MemoryError):
+                raise
             raise InputError(
                 f"base_model: cannot fetch {params.hub}@{params.revision}: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
                 "check the name, the revision and the network; gated models need HF_TOKEN",
@@ -218,7 +219,7 @@ def _refuse_foreign_files(folder: Path) -> None:
         except (ValueError, KeyError, TypeError, AttributeError):
             raise InputError(f"base_model: {INDEX} is not an index of weights", "save the model again") from None
         if bad := sorted(str(name) for name in files if not isinstance(name, str) or not _is_file_of(folder, name)):
-            raise InputError(f"base_model: {INDEX} names {bad[0]!r}, which is no file of the folder", "save the model again")
+            raise InputError(f"base_model: {INDEX} names {bad[0][:200]!r}, which is no file of the folder", "save the model again")
 
 
 LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "decoder_layers", "encoder_layers")
@@ -247,7 +248,7 @@ def _refuse_more_layers_than_weights(folder: Path) -> None:
 
 def _is_file_of(folder: Path, name: str) -> bool:
     """Whether a name is that of a file directly in the folder."""
-    return Path(name).name == name and (folder / name).is_file()
+    return Path(name).name == name and name in {path.name for path in folder.iterdir() if path.is_file()}
 
 
 @contextmanager

@@ -100,6 +100,8 @@ def _index(label: Any, names: Sequence[str]) -> int | None:
 
 def _chosen(row: Mapping[str, Any], question: str, choices: tuple[str, ...], label: Any, names: Sequence[str]) -> Item:
     answer = _index(label, names)
+    if answer is not None and answer >= len(choices):
+        raise ValueError(f"the answer {label!r} is not one of the {len(choices)} choices")
     subjects = [row.get(key) for key in ("subject", "category", "activity_label")]
     subject = next((name for name in subjects if isinstance(name, str) and name), "")
     return Item("", question, choices, answer, "" if answer is None else choices[answer], subject)

@@ -64,7 +64,6 @@ def split_blocks(source: HubSplit) -> Iterator[Block]:
     """
     import datasets
     import huggingface_hub
-    from huggingface_hub.errors import HTTPError  # raised by the HTTP library
     from huggingface_hub.utils import disable_progress_bars
 
     if source.problem:
@@ -89,7 +88,9 @@ def split_blocks(source: HubSplit) -> Iterator[Block]:
         data = builder.as_dataset(source.split)
     except StopIteration:  # raised by `datasets` for an empty file
         raise InputError(f"{source.name}: the data set is empty, or its first file is", "use another split or data set") from None
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, HTTPError) as error:
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001 `datasets` raises errors of many kinds for cards and files that it cannot read
         raise InputError(f"{source.name}: {_error_text(error, huggingface_hub.get_token())}", NEXT) from None
     if media := {name: kind for name, feature in data.features.items() for kind in _kinds(feature) - TEXTUAL}:
         columns = ", ".join(f"{name} ({kind})" for name, kind in media.items())
@@ -98,7 +99,7 @@ def split_blocks(source: HubSplit) -> Iterator[Block]:
         raise InputError(f"{source.name}: the split is empty", "use another split")
     decode = _decoder(data.features)
     for table in data.with_format("arrow").iter(1024):
-        yield Block(as_parsed, table_rows([table], decode))
+        yield Block(as_parsed, table_rows(table.to_batches(), decode))
 
 
 def _cached_builder(folder: Path, repository: str) -> Any:

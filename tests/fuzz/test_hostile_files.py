@@ -1,69 +1,34 @@
 """For any data, `pedigree check` gives a verdict or a clear refusal: no traceback, no lost row, no raw control characters.
 
-The same search in every run; `PEDIGREE_FUZZ=2000 pytest tests/test_check_fuzz.py` looks at so many cases a test, others each time.
+Hostile files one by one; the drawn ones are in data_files.py.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gzip
-import io
-import itertools
 import json
 import os
-import re
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.files import FILE_WRITERS
 from builders.layouts import BENCHMARK_ROWS, LAYOUT_ROWS, PAIR_ROWS
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from dagster_project.__main__ import main
-from dagster_project.core.errors import InputError
-from dagster_project.core.records import read_ledger, read_records, write_ledger, write_records
-from dagster_project.curation.check_files import KNOWN
-from dagster_project.curation.checks.checks import CHECKS, Rules
-from dagster_project.curation.checks.review import edited, read_decisions
 from dagster_project.curation.sources import files
 from dagster_project.curation.sources.files import READERS
-
-CASES = int(os.environ.get("PEDIGREE_FUZZ", "0"))
-STEERS = re.compile("[\0-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""What moves a cursor, colours, rings, or turns the direction of text; the line break aside."""
-
-
-def search(cases: int) -> settings:
-    return settings(
-        max_examples=CASES or cases, derandomize=not CASES, deadline=None, database=None,
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
-    )  # fmt: skip
-
-
-def call(*arguments: object) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = main(["check", *map(str, arguments)])
-        except SystemExit as usage:
-            code = int(usage.code or 0)
-    return code, out.getvalue(), err.getvalue()
-
-
-def no_json(constant: str) -> float:
-    raise AssertionError(f"{constant} is no JSON")
+from fuzz import values
+from fuzz.data_files import TOOL_ROW
+from fuzz.surface import STEERS, call, refuse_constant
 
 
 def holds(*arguments: object) -> dict[str, Any] | None:
     """Judges in both forms and with a page. Returns the document, or None if the input was refused."""
     page = Path("page.html")
     page.unlink(missing_ok=True)
-    code, out, err = call(*arguments, "--json", "--report", page)
-    again, shown, told = call(*arguments)
+    code, out, err = call("check", *map(str, arguments), "--json", "--report", str(page))
+    again, shown, told = call("check", *map(str, arguments))
     assert code == again and code in {0, 1, 2}, err
     for text in (shown, told, err):
         assert not STEERS.search(text), repr(STEERS.search(text))
@@ -71,7 +36,7 @@ def holds(*arguments: object) -> dict[str, Any] | None:
     if code == 2:
         assert (out, shown) == ("", "") and err.startswith("error: ") and "\nhint: " in err and "Traceback" not in err
         return None
-    found: dict[str, Any] = json.loads(out.encode("utf-8"), parse_constant=no_json)
+    found: dict[str, Any] = json.loads(out.encode("utf-8"), parse_constant=refuse_constant)
     assert found["rows"] == found["kept"] + sum(found["dropped"].values())
     assert code == int(any(one["severity"] == "error" and one["count"] for one in found["findings"]))
     for finding in found["findings"]:
@@ -97,47 +62,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 OK = {"instruction": "Where does the river begin?", "output": "In the hills, near the old mill."}
 GOOD = json.dumps(OK).encode()
-TEXTS = {
-    "html": "<script>alert(1)</script><img src=x onerror=alert(1)></style></template><!--",
-    "ansi": "\x1b[2J\x1b[31mred\x1b]0;title\x07 \x9b1m \x08\x08 \r over",
-    "direction": "\u202egnp.exe \u2066\u2067\u2068 \u200f\u061c",
-    "markup": "[bold red]x[/bold red] [/] [link=http://e.example]y[/link] :smile: \\[",
-    "markdown": "| a | b |\n|---|---|\n# x\n```\n[l](javascript:alert(1))",
-    "jinja": "{{ 1/0 }} {% for x in range(10**9) %}{% endfor %} {{ config }} ${HOME} %s %n {0}",
-    "long word": "x" * 1_000_000,
-    "one word again and again": "ho " * 20_000,
-    "punctuation": "?!... --- ,,, ;;; \"''\" (((",
-    "family": "👩‍👩‍👧‍👦 🏳️‍🌈 " * 20 + "e\u0301\u0301\u0301" * 50,
-    "zeroes": "a\0b\0",
-    "spaces": "\u3000\u2003\t\v\f\u00a0\u200b\ufeff",
-    "line ends": "a\r\nb\u2028c\u2029d\x85e",
-    "not a character": "\uffff\ufffe\U0010ffff\ufdd0",
-    "formula": "=cmd|' /C calc'!A0",
-    "csv": '"a","b\n""c',
-    "digits": "9" * 5000,
-    "secret": "AKIA" + "Q3EXAMPLE7KEY2AB ann.lee@post.example.org",
-    "scripts": "一二三 かな 한글 العربية עברית ไทย हिन्दी Ω",
-    "empty": "",
-    "space": " ",
-}
-TOOL_ROW = {
-    "messages": [
-        {"role": "user", "content": [{"type": "text", "text": "Is it cold?"}], "weight": 0},
-        {
-            "role": "assistant", "content": None, "reasoning": "I look.", "weight": 1,
-            "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}],
-        },
-        {"role": "tool", "content": "-3", "tool_call_id": "c1", "name": "weather"},
-        {"role": "assistant", "content": "Yes, it is.", "weight": 0},
-    ],
-    "tools": [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}],
-}  # fmt: skip
+TEXTS = {**values.TEXTS, "long word": "x" * 1_000_000, "one word again and again": "ho " * 20_000}
 KINDS: dict[str, list[Any]] = {
     "examples": [*(row for row, _ in LAYOUT_ROWS.values()), TOOL_ROW],
     "preferences": [rows[0] for name, rows in PAIR_ROWS.items() if name != "oasst"],
     "benchmarks": [row for name, (row, *_) in BENCHMARK_ROWS.items() if name != "gsm8k"],
 }
-ROWS_OF_ALL_KINDS: list[Any] = [*itertools.chain(*KINDS.values()), BENCHMARK_ROWS["gsm8k"][0]]
 
 
 def filled(value: Any, text: str) -> Any:
@@ -265,7 +195,7 @@ def test_a_hostile_file_is_checked_or_refused(name: str, monkeypatch: pytest.Mon
     Path(path).write_bytes(content)
     Path("b.jsonl").write_bytes(lines(OK))
     if name == "20,000 categories":
-        found = json.loads(call(path, "--json")[1])
+        found = json.loads(call("check", path, "--json")[1])
         assert (found["profile"]["category_count"], len(found["profile"]["categories"])) == (20_000, 51)
         return
     found = holds(path)
@@ -349,7 +279,7 @@ def test_a_file_that_may_not_be_read_is_refused(monkeypatch: pytest.MonkeyPatch)
         patch.setattr(Path, "open", denied)
         patch.setattr(gzip, "open", denied)
         for suffix in (".json", ".jsonl", ".csv", ".txt", ".json.gz", ".jsonl.gz"):
-            assert "Permission denied" in call(f"set/a{suffix}")[2]
+            assert "Permission denied" in call("check", f"set/a{suffix}")[2]
             assert holds(f"set/a{suffix}") is None
 
     def walk(top: Path, onerror: Callable[[OSError], None]) -> Iterator[Any]:
@@ -357,7 +287,7 @@ def test_a_file_that_may_not_be_read_is_refused(monkeypatch: pytest.MonkeyPatch)
         yield
 
     monkeypatch.setattr(files.os, "walk", walk)
-    assert "set: cannot be read: Permission denied" in call("set")[2] and holds("set") is None
+    assert "set: cannot be read: Permission denied" in call("check", "set")[2] and holds("set") is None
 
 
 def test_many_long_near_copies_take_seconds() -> None:
@@ -366,163 +296,5 @@ def test_many_long_near_copies_take_seconds() -> None:
     rows = [{"instruction": f"{unique} {'ho ' * 4000}{i}", "output": f"{'ha ' * 4000}{i}"} for i in range(8)]
     Path("a.jsonl").write_bytes(lines(*rows))
     Path("b.jsonl").write_bytes(lines(*({**row, "output": "haha" * 3000} for row in rows)))
-    found = json.loads(call("a.jsonl", "--since", "b.jsonl", "--against", "b.jsonl", "--json")[1])
+    found = json.loads(call("check", "a.jsonl", "--since", "b.jsonl", "--against", "b.jsonl", "--json")[1])
     assert [len(finding["matches"]) for finding in found["findings"] if finding["matches"]] == [64, 28]
-
-
-# Nasty files, drawn
-
-
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.integers(10**20, 10**400)
-TEXT = st.sampled_from([text for text in TEXTS.values() if len(text) < 10_000]) | st.text(max_size=40) | st.sampled_from(["", "user", "assistant", "system", "tool", "human", "gpt", "prompter", "-1", "0", "train", "test"])  # fmt: skip
-JSON = st.recursive(SCALARS | TEXT, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3), max_leaves=6)
-EXTRA = st.dictionaries(
-    st.sampled_from(["system", "category", "split", "kind", "meta", "margin", "label", "rank", "problem", "row", "input", "tree", "id", "subject", "activity_label"]),
-    JSON, max_size=3,
-)  # fmt: skip
-
-
-def like(value: Any) -> st.SearchStrategy[Any]:
-    """Nearly the value: the same keys mostly, other texts, and now and then something else altogether."""
-    if isinstance(value, dict):
-        same = st.fixed_dictionaries({key: like(inner) for key, inner in value.items()})
-    elif isinstance(value, list):
-        same = st.lists(st.one_of([JSON, *map(like, value)]), max_size=3) | st.tuples(*map(like, value)).map(list)
-    else:
-        same = st.just(value) | (TEXT if isinstance(value, str) else SCALARS)
-    return st.one_of(same, same, same, st.just(value), JSON)
-
-
-def row_like(example: dict[str, Any]) -> st.SearchStrategy[Any]:
-    whole = st.fixed_dictionaries({key: like(value) for key, value in example.items()})
-    return st.builds(lambda row, extra: {**extra, **row}, whole, EXTRA) | like(example)
-
-
-ROWS_LIKE = st.sampled_from(ROWS_OF_ALL_KINDS).flatmap(
-    lambda example: st.lists(st.just(example) | row_like(example), min_size=1, max_size=6)
-)
-MIXED = st.lists(st.sampled_from(ROWS_OF_ALL_KINDS).flatmap(row_like), min_size=1, max_size=6)
-
-
-@search(20)
-@given(ROWS_LIKE | MIXED, st.booleans(), st.sampled_from(["", *KNOWN]))
-def test_rows_with_the_keys_of_every_layout_are_checked_or_refused(rows: list[Any], listed: bool, layout: str) -> None:
-    path = Path("a.json" if listed else "a.jsonl")
-    path.write_bytes(json.dumps(rows).encode() if listed else lines(*rows))
-    holds(path, *(["--format", layout] if layout else []))
-
-
-@search(10)
-@given(ROWS_LIKE, ROWS_LIKE, st.booleans())
-def test_any_rows_can_be_held_out_or_be_an_earlier_version(rows: list[Any], others: list[Any], grams: bool) -> None:
-    Path("a.jsonl").write_bytes(lines(*rows, rows[0]))
-    Path("b.jsonl").write_bytes(lines(*others))
-    holds("a.jsonl", "--against", "b.jsonl", *(["--thirteen-grams"] if grams else []))
-    holds("a.jsonl", "--since", "b.jsonl")
-
-
-PIECES = st.sampled_from([b'{"', b'"}', b"\n", b"[", b"]", b",", b"\\u", b"\x00", b"\xff", b"\xef\xbb\xbf", GOOD, GOOD + b"\n", b'"', b"PAR1", b"ARROW1", b"\x1f\x8b", b"NaN", b"1e999", b"instruction,output\n"])  # fmt: skip
-BLOB = st.lists(PIECES | st.binary(max_size=20), max_size=12).map(b"".join)
-
-
-@pytest.mark.parametrize("suffix", READERS)
-@search(6)
-@given(BLOB)
-def test_any_bytes_in_any_file_type_are_checked_or_refused(suffix: str, content: bytes) -> None:
-    path = Path(f"a{suffix}")
-    path.write_bytes(gzip.compress(content) if suffix.endswith(".gz") and not content.startswith(b"\x1f") else content)
-    holds(path)
-
-
-@pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".feather", ".jsonl.gz"])
-@search(10)
-@given(st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), min_size=1, max_size=6), st.integers(0, 400))
-def test_a_table_with_broken_bytes_is_checked_or_refused(suffix: str, broken: list[tuple[int, int]], cut: int) -> None:
-    path = Path(f"a{suffix}")
-    FILE_WRITERS[suffix](path, [{"prompt": f"Where is row {i}?", "completion": "Here, as you can see."} for i in range(20)])
-    content = bytearray(path.read_bytes())
-    for place, value in broken:
-        content[place % len(content)] = value
-    path.write_bytes(bytes(content[: len(content) - cut] if cut % 4 == 0 else content))
-    holds(path)
-
-
-@search(10)
-@given(st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), min_size=1, max_size=6), st.booleans())
-def test_a_broken_output_of_a_stage_is_checked_or_refused(broken: list[tuple[int, int]], ledger: bool) -> None:
-    said = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here."}]
-    records = [
-        {"example_id": f"{i:032x}", "source": "s", "messages": said, "category": None, "group_id": None, "meta": "{}"} for i in range(5)
-    ]
-    write_records(Path("set"), records)
-    write_ledger(
-        Path("set"), [{"source": "s", "source_row": i, "example_id": f"{i:032x}", "outcome": "kept", "why": None} for i in range(5)]
-    )
-    assert len(read_records(Path("set"))) == len(read_ledger(Path("set"))) == 5
-    path = Path("set", "ledger.parquet" if ledger else "records-00000.parquet")
-    content = bytearray(path.read_bytes())
-    for place, value in broken:
-        content[place % len(content)] = value
-    path.write_bytes(bytes(content))
-    holds("set")
-
-
-# Policies and decisions
-
-
-YAML_TEXT = st.text(st.sampled_from(list("ab1:-[]{}&*!|>'\"%@`#,?\n \t.é\0")), max_size=30)
-CHECK = st.sampled_from([*CHECKS, "nothing", 3])
-POLICY = st.dictionaries(
-    st.sampled_from([*Rules.model_fields, "benchmarks", "instructions", 1, None]),
-    JSON
-    | st.dictionaries(CHECK, st.sampled_from(["drop", "warn", "fail", "review", "error", "info", None]) | JSON, max_size=3)
-    | st.lists(
-        st.fixed_dictionaries(
-            {"check": CHECK, "reason": TEXT, "expires": st.sampled_from(["2999-01-01", "2999-02-30", "2000-01-01", 3, None])},
-            optional={"rows": st.lists(st.sampled_from(["a.jsonl:0", "b:1", ""]) | JSON, max_size=2), "pairs": JSON},
-        ) | JSON,
-        max_size=2,
-    )
-    | st.integers(-5, 5)
-    | st.floats(0, 2),
-    max_size=4,
-)  # fmt: skip
-
-
-@search(20)
-@given(POLICY, st.booleans(), YAML_TEXT)
-def test_any_policy_is_followed_or_refused(policy: dict[Any, Any], nested: bool, more: str) -> None:
-    Path("a.jsonl").write_bytes(lines(OK, OK, {**OK, "output": ""}))
-    text = (
-        json.dumps({"instructions": policy} if nested else policy, ensure_ascii=False)
-        .replace('"2999-01-01"', "2999-01-01")
-        .replace('"2999-02-30"', "2999-02-30")
-    )
-    for content in (text, more, f"policy: {more}"):
-        Path("policy.yaml").write_text(content, encoding="utf-8", errors="surrogatepass")
-        holds("a.jsonl", "--policy", "policy.yaml")
-
-
-DECISION = st.fixed_dictionaries(
-    {}, optional={name: TEXT | st.sampled_from(["accept", "drop", "edit", "Edit ", ""]) for name in ("example_id", "check", "decision", "reason", "new_prompt", "new_response", "place", "x\n")}
-)  # fmt: skip
-
-
-@search(30)
-@given(st.lists(DECISION, max_size=4), st.none() | BLOB)
-def test_any_review_file_is_read_or_refused(decisions: list[dict[str, str]], content: bytes | None) -> None:
-    path = Path("review.csv")
-    if content is None:
-        names = [*itertools.chain(*decisions)] or ["decision"]
-        rows = [[decision.get(name, "") for name in dict.fromkeys(names)] for decision in decisions]
-        quoted = "\n".join(",".join('"' + cell.replace('"', '""') + '"' for cell in row) for row in [[*dict.fromkeys(names)], *rows])
-        content = quoted.encode("utf-8", "surrogatepass")
-    path.write_bytes(content)
-    try:
-        found = read_decisions(path)
-    except InputError as error:
-        assert error.hint and "review.csv" in error.what
-    else:
-        said = [{"role": "user", "content": "Where?"}]
-        records, why = edited([{"example_id": found[0].example_id if found else "", "messages": said}], found)
-        assert len(records) == 1 and set(why) <= {0}
