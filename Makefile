@@ -10,7 +10,7 @@ PORT ?= 3000
 UV ?= $(shell command -v uv 2> /dev/null)
 INSTALL = $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet)
 
-.PHONY: help run test test-latest lint docs site ui bench soak lock clean
+.PHONY: help run test test-latest lint docs site ui bench soak faults lock clean
 
 help:            ## show this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -60,6 +60,9 @@ soak: $(VENV)/ok ## 2,000 random steps with both front ends, 2,000 with two stag
 	$(BIN)/python tests/test_two_front_ends.py $(or $(STEPS),2000) $(SEED) --at-once
 	PEDIGREE_HISTORIES=$(or $(HISTORIES),3000) $(BIN)/python tests/test_random_histories.py
 	PEDIGREE_FUZZ=$(or $(CASES),200) $(BIN)/python -m pytest -q --timeout 0 tests/test_check_fuzz.py
+
+faults: $(VENV)/ok ## break one thing at a time in a small real project (kills, full disks, damaged files, ...) and compare with an undisturbed run; ONLY=kill: one class or case
+	PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(BIN)/python -m faults $(if $(ONLY),--only $(ONLY)) $(if $(SHARE),--share $(SHARE))
 
 lock:            ## write requirements.lock: locked versions that still fit pyproject.toml stay; UPGRADE=--upgrade: the newest allowed
 	$(if $(UV),,$(PYTHON) -m venv build/uv && build/uv/bin/python -m pip install --quiet uv)
