@@ -6,7 +6,6 @@ import argparse
 import gc
 import json
 import logging
-import os
 import shutil
 import sys
 import warnings
@@ -14,7 +13,8 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dagster_project.core.errors import DamagedIndex, InputError, PedigreeError
+from dagster_project.commands import ending
+from dagster_project.core.errors import DamagedIndex, InputError, Interrupted, PedigreeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -269,11 +269,14 @@ def verify(options: argparse.Namespace) -> int:
 
 def compare(options: argparse.Namespace) -> int:
     """Show the comparison table: every variant, the baselines, and which system to use."""
+    from dagster_project.core.documents import read_document
+
     folder = _project(options) / "data" / "comparison"
     if not (folder / "comparison.json").is_file():
         raise InputError("data/comparison: there is no comparison yet", "run `dvc repro comparison`")
-    document = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
-    _print(options, document, lambda _: (folder / "board.md").read_text(encoding="utf-8").rstrip("\n"))
+    hint = "restore it with `dvc checkout --force data/comparison`, or make it again with `dvc repro comparison`"
+    document = read_document(folder / "comparison.json", "data/comparison/comparison.json", hint)
+    _print(options, document, lambda _: (folder / "board.md").read_text(encoding="utf-8", errors="replace").rstrip("\n"))
     return 0
 
 
@@ -434,7 +437,10 @@ def _print(options: argparse.Namespace, document: Any, as_text: Any, safe: bool 
     try:
         print(text, flush=True)
     except BrokenPipeError:  # the reader, e.g. `head`, closed the pipe; the exit code is kept
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        ending.discard(sys.stdout)
+    except OSError as error:
+        ending.discard(sys.stdout)
+        raise PedigreeError(f"standard output: {error.strerror}", "free some space on its disk, or write elsewhere") from None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -650,8 +656,19 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    try:
+        with ending.interrupts() as interrupts:
+            return _main(arguments, interrupts)
+    except KeyboardInterrupt:  # before or after the command
+        print(ending.INTERRUPTED, file=sys.stderr)
+        return ending.EXIT_CODE
+    finally:
+        ending.flush()
+
+
+def _main(arguments: list[str] | None, interrupts: ending.Interrupts) -> int:
     options = parser().parse_args(arguments)
-    handler = logging.StreamHandler(sys.stderr)
+    handler = ending.LogHandler(sys.stderr)
     handler.setFormatter(_VisibleFormatter("%(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
@@ -661,20 +678,12 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         return _run(options)
-    except PedigreeError as error:
-        log.error(f"error: {error}")
-        return error.exit_code
-    except ModuleNotFoundError as error:
-        from dagster_project.commands.extras import missing_extra
-
-        explained = missing_extra(error, options.command)
+    except (Exception, KeyboardInterrupt) as error:
+        explained = ending.explained(error, interrupts, options.command, Path(getattr(options, "project", ".")).absolute())
         if explained is None:
             raise
-        log.error(f"error: {explained}")
+        log.error(str(explained) if isinstance(explained, Interrupted) else f"error: {explained}")
         return explained.exit_code
-    except KeyboardInterrupt:
-        log.error("interrupted; nothing was recorded")
-        return 130
     finally:
         log.removeHandler(handler)
 

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from dagster_project.core import params
+from dagster_project.core.documents import read_report
 from dagster_project.core.errors import InputError
+from dagster_project.core.layout import report_of
 from dagster_project.core.params import Compute
 from dagster_project.core.records import read_preferences, read_table, write_json
 from dagster_project.core.text import visible
@@ -142,10 +144,9 @@ def plan_variants(root: Path, variants: Sequence[str]) -> dict[str, Any]:
     known = [*values["adapter"], *values["aligned"]]
     if unknown := [name for name in variants if name not in [*known, "reward_model"]]:
         raise InputError(f"params.yaml has no variant {', '.join(unknown)}", f"variants: {', '.join(known)}")
-    report = root / "data" / "reports" / "tokenized.json"
-    if not report.is_file():
+    if not (root / report_of("tokenized")).is_file():
         raise InputError("the data has not been tokenized yet", "run `dvc repro tokenized` first")
-    tokenized = json.loads(report.read_text())
+    tokenized = read_report(root, "tokenized")
     if not tokenized["train"]["rows"]:
         raise InputError("the training split is empty", "add examples to raw_examples.sources")
     base_model = root / "data" / "base_model"

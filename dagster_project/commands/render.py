@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from dagster_project.core.context import Documents
+from dagster_project.core.documents import damaged_report, read_report
 from dagster_project.core.errors import InputError
 from dagster_project.core.layout import pages_of, report_of
 from dagster_project.orchestration import dvc
@@ -31,6 +31,8 @@ def render(root: Path, address: str | None = None) -> dict[str, Any]:
         raise InputError(f"{address} has no pages", f"stages with pages: {', '.join(with_pages)}")
     written: list[str] = []
     skipped: dict[str, str] = {}
+    if address is not None and (root / report_of(address)).is_file():
+        read_report(root, address)
     for name in with_pages if address is None else [address]:
         reason, paths = _render(root, name, root / stages[name].out)
         written += paths
@@ -44,7 +46,9 @@ def _render(root: Path, address: str, out: Path) -> tuple[str, list[str]]:
     path, pages = root / report_of(address), pages_of(root, address)
     if not path.is_file() or not out.exists():
         return "it has not run yet", []
-    report = json.loads(path.read_text(encoding="utf-8"))
+    if why := damaged_report(root, address):
+        return why, []
+    report = read_report(root, address)
     if not report.get("passed", True):
         return "its latest run failed a blocking check, and its page shows that run", []
     before = _times(pages)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dagster_project.core import params
+from dagster_project.core.documents import damage, read_report, set_aside
 from dagster_project.core.errors import InputError
 from dagster_project.core.layout import measured_path, report_of
 from dagster_project.core.params import Compute, Section
@@ -98,8 +99,7 @@ class StageContext:
 
     def report(self, address: str) -> dict[str, Any]:
         """The report of another stage."""
-        report: dict[str, Any] = json.loads((self.root / report_of(address)).read_text(encoding="utf-8"))
-        return report
+        return read_report(self.root, address)
 
     def params(self, section: str, model: type[S]) -> S:
         return params.parse(model, self.values.get(section), section)
@@ -137,8 +137,18 @@ class Documents:
         return self.address.partition("@")[2]
 
     def read(self, path: Path) -> Any:
-        """A JSON document; None if it is missing."""
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        """A JSON document; None if it is missing.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        if not path.is_file():
+            return None
+        try:
+            return json.loads(path.read_bytes())
+        except ValueError as error:
+            name = path.relative_to(self.root) if path.is_relative_to(self.root) else path
+            raise InputError(f"{name} cannot be read: {error}", f"`dvc repro --force {self.address}` makes it again") from None
 
 
 @dataclass(frozen=True)
@@ -174,8 +184,13 @@ def measured(root: Path, address: str) -> dict[str, float]:
     measured_file, report = measured_path(root, address), root / report_of(address)
     if not measured_file.is_file() or not report.is_file():
         return {}
+    if why := damage(measured_file.read_bytes()):
+        set_aside(measured_file, why, "the next run of the stage measures again")
+        return {}
+    if damage(report.read_bytes()):
+        return {}
     measurements, report_document = (json.loads(path.read_text(encoding="utf-8")) for path in (measured_file, report))
-    is_current = measurements.pop("output_sha256") == report_document.get("output_sha256")  # else of another version
+    is_current = measurements.pop("output_sha256", "") == report_document.get("output_sha256")  # else of another version
     return measurements if is_current else {}
 
 

@@ -1,4 +1,4 @@
-"""Exceptions and exit codes: bad input (2), a failed check or a busy resource (1). Each states what is wrong, where, and the next step."""
+"""Exceptions and exit codes: bad input (2), a failed check or a busy resource (1), an interrupt (130). Each states what is wrong, where, and the next step."""
 
 from __future__ import annotations
 
@@ -27,6 +27,12 @@ class CheckFailed(PedigreeError):
     """A blocking check failed, or the result is negative."""
 
     exit_code = 1
+
+
+class Interrupted(PedigreeError):
+    """Ctrl-C, or a request to stop."""
+
+    exit_code = 130
 
 
 class DamagedIndex(PedigreeError):

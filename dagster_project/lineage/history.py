@@ -53,12 +53,94 @@ def stages_of(text: str, where: str = LOCK) -> dict[str, Any]:
     from ruamel.yaml.error import YAMLError
 
     try:
-        return dict(YAML(typ="safe").load(text).get("stages", {}))
-    except (YAMLError, AttributeError) as error:
-        raise InputError(
-            f"{where} cannot be read: {' '.join(str(error).split())}",
-            "resolve the merge conflict, or restore it with `git checkout dvc.lock`",
-        ) from None
+        document = YAML(typ="safe").load(text)
+        why = _wrong_shape(document)
+    except (YAMLError, ValueError, TypeError, RecursionError) as error:  # also an invalid date, an unhashable key, too many brackets
+        why = "it has an unresolved merge conflict" if "\n<<<<<<< " in f"\n{text}" else " ".join(str(error).split())
+    if why:
+        raise InputError(f"{where} cannot be read: {why}", f"restore it with `git checkout HEAD {where}`, then run `dvc repro`")
+    return dict(document.get("stages", {}))
+
+
+def _wrong_shape(document: Any) -> str:
+    """Why a parsed dvc.lock or dvc.yaml has not the shape that DVC writes; empty if it has."""
+    if not isinstance(document, dict):
+        return "it is not a mapping"
+    stages = document.get("stages", {})
+    if not isinstance(stages, dict):
+        return "its key `stages` is empty" if stages is None else "its key `stages` is not a mapping"
+    for name, stage in stages.items():
+        if not isinstance(stage, dict):
+            return f"{name} is not a mapping"
+    return ""
+
+
+def _wrong_entry(stages: Mapping[str, Any]) -> str:
+    """Why a stage of a dvc.lock cannot be one that DVC wrote; empty if all can."""
+    for name, stage in stages.items():
+        for kind in ("deps", "outs"):
+            items = stage.get(kind, [])
+            if not isinstance(items, list) or not all(isinstance(item, dict) and isinstance(item.get("path"), str) for item in items):
+                return f"{kind} of {name} are not a list of paths"
+    return ""
+
+
+def lost_entries(root: Path) -> list[str]:
+    """Stages of the committed dvc.lock that the one in the workspace lacks, or has only the beginning of, although dvc.yaml still declares them.
+
+    DVC removes no entry of a declared stage. So the file was cut short, by a kill or a full disk, or it was taken from another commit.
+    """
+    committed = git_bytes(root, "show", f"HEAD:./{LOCK}")
+    file = root / LOCK
+    now = file.read_bytes() if file.is_file() else b""
+    if not committed or committed == now:
+        return []
+    before, after = (_entries(content.decode("utf-8", "replace")) for content in (committed, now))
+    lost = [name for name, text in before.items() if name not in after or (after[name] != text and text.startswith(after[name]))]
+    return [name for name in lost if _is_declared(root, name)] if lost else []
+
+
+def _entries(text: str) -> dict[str, str]:
+    """Address -> text of its entry in a dvc.lock."""
+    pieces = re.split(r"^  ([\w@.-]+):\n", text, flags=re.MULTILINE)
+    return dict(zip(pieces[1::2], pieces[2::2], strict=True))
+
+
+def _is_declared(root: Path, address: str) -> bool:
+    """Whether dvc.yaml has this stage, of a `foreach` over a section of params.yaml this variant."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    stage, _, variant = address.partition("@")
+    try:
+        documents = [YAML(typ="safe").load((root / name).read_text(encoding="utf-8")) for name in ("dvc.yaml", "params.yaml")]
+        body = documents[0]["stages"][stage]
+        if not variant:
+            return True
+        items = body["foreach"]
+        if isinstance(items, str):  # "${section}"
+            keys, items = items.removeprefix("${").removesuffix("}").split("."), documents[1]
+            for key in keys:
+                items = items[key]
+        return variant in map(str, items)
+    except (YAMLError, OSError, ValueError, TypeError, KeyError):
+        return False
+
+
+def refuse_lost_entries(root: Path) -> None:
+    """Raises:
+    InputError: entries of the dvc.lock in the workspace are lost.
+    """
+    if lost := lost_entries(root):
+        raise InputError(lost_text(lost), LOST_HINT)
+
+
+def lost_text(lost: Sequence[str]) -> str:
+    more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+    return f"dvc.lock has no complete entry of {', '.join(lost[:3])}{more}, which the committed one has: it is not whole"
+
+
+LOST_HINT = "`git checkout HEAD dvc.lock` restores the committed one; what ran since is restored by `dvc repro`, from DVC's run cache"
 
 
 @dataclass(frozen=True)
@@ -85,18 +167,28 @@ class Revision:
     def json(self, path: str) -> dict[str, Any]:
         return json.loads(self.text(path) or "{}")
 
-    def lock(self) -> dict[str, Any]:
+    def lock(self, partial: bool = False) -> dict[str, Any]:
         """The stages of dvc.lock.
 
+        Args:
+            partial: whether the one of the workspace may lack entries of the committed one.
         Raises:
-            InputError: nothing has been run there, or the revision does not exist.
+            InputError: nothing has been run there, the revision does not exist, or the file is damaged.
         """
         if self.rev is not None and commit_of(self.root, self.rev) is None:
             raise InputError(f"no revision {self.rev!r} in this repository", "see `git log`")
-        text = self.text(LOCK)
+        try:
+            text = self.text(LOCK)
+        except UnicodeDecodeError:
+            raise InputError(f"{LOCK} cannot be read: it is not UTF-8", f"restore it with `git checkout HEAD {LOCK}`") from None
+        stages = stages_of(text) if text else {}
+        if self.rev is None and not partial:
+            refuse_lost_entries(self.root)
         if not text:
             raise InputError(f"no dvc.lock{f' at {self.rev}' if self.rev else ''}: nothing has been run", "run `dvc repro` first")
-        return stages_of(text)
+        if why := _wrong_entry(stages):
+            raise InputError(f"{LOCK} cannot be read: {why}", f"restore it with `git checkout HEAD {LOCK}`")
+        return stages
 
 
 def resolve(lock: dict[str, Any], model: str) -> str:

@@ -595,7 +595,10 @@ def as_text(result: Mapping[str, Any]) -> str:
             absent |= dict.fromkeys(path for model in models for path in model.get("unexplained", ()))
             lines.append(f"    missing: {', '.join(absent)}; fetch: {command}" if command != NOTHING_RECORDED else f"    {command}")
     if result["unreadable"]:
-        names = [name if name.startswith("run cache") else f"the dvc.lock of {name[:12]}" for name in result["unreadable"]]
+        names = [
+            name if name.startswith("run cache") else f"the dvc.lock of {name if ' ' in name else name[:12]}"
+            for name in result["unreadable"]
+        ]
         lines.append(f"cannot be read: {_shortened(names)}")
     if result["shallow"]:
         lines.append("this clone is shallow: models before its first commit are unknown (`git fetch --unshallow` brings them)")

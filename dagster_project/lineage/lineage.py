@@ -16,7 +16,7 @@ from dagster_project.core.hashing import md5_of_folder
 from dagster_project.core.records import with_license
 from dagster_project.lineage import code_lock
 from dagster_project.lineage.code import code_in
-from dagster_project.lineage.history import LOCK, Revision, commit_of, is_within, listing_of, path_exists
+from dagster_project.lineage.history import LOCK, Revision, commit_of, is_within, listing_of, path_exists, refuse_lost_entries
 from dagster_project.lineage.index import Index
 from dagster_project.lineage.rows import EVIDENCE, LEDGER, ORDER_UNKNOWN, record_key
 from dagster_project.lineage.run_index import WEIGHTS
@@ -154,6 +154,8 @@ def _lock(index: Index, rev: str | None) -> dict[str, StageRun]:
         raise InputError(
             f"{rev} is not reachable from any branch, tag or reflog, so its models are unknown", f"create a branch: `git branch NAME {rev}`"
         )
+    if rev is None:
+        refuse_lost_entries(index.root)
     return runs
 
 

@@ -15,7 +15,7 @@ from dagster_project.core.errors import InputError
 from dagster_project.core.hashing import md5_of_bytes
 from dagster_project.core.layout import REPORTS
 from dagster_project.lineage.database import Database, cached_per_instance
-from dagster_project.lineage.history import LOCK, Objects, blobs, history, is_within, stages_of
+from dagster_project.lineage.history import LOCK, Objects, blobs, history, is_within, lost_entries, stages_of
 from dagster_project.lineage.rows import EVIDENCE, LEDGER, OVERLAPS
 from dagster_project.lineage.runs import (
     Entry,
@@ -520,7 +520,8 @@ class RunIndex(Database):
 
     @property
     def unreadable(self) -> list[str]:
-        """Commits whose dvc.lock cannot be read, or is missing from git's objects, and entries of the run cache that cannot be read."""
+        """Commits whose dvc.lock cannot be read, or is missing from git's objects; "the workspace" if its dvc.lock is damaged; and entries of the run
+        cache that cannot be read."""
         commits = {**self.history.unreachable, **self.history.first}
         rows = self._db.execute("SELECT blob, readable FROM lock").fetchall()
         unreadable = {blob.partition(":")[0] for blob, readable in rows if not readable}
@@ -528,6 +529,7 @@ class RunIndex(Database):
         runs = self._db.execute("SELECT name FROM cached_run WHERE run IS NULL ORDER BY name").fetchall()
         return [
             *sorted({commits[blob] for blob in {*unreadable, *missing} if blob in commits}),
+            *(["the workspace"] if self.history.workspace in unreadable or lost_entries(self.root) else ()),
             *(f"run cache {name[:12]}" for (name,) in runs),
         ]
 

@@ -1,4 +1,4 @@
-"""dvc.yaml, dvc.lock and workspace -> the state of each stage; runs one stage. Only this file, dvc_remote.py, remote_store.py and experiments.py use DVC.
+"""dvc.yaml, dvc.lock and workspace -> the state of each stage; runs one stage. Only this file, rwlock.py, dvc_remote.py, remote_store.py and experiments.py use DVC.
 
 DVC's Python API for this is undocumented: `private_module` asserts the minor version, which pyproject.toml pins.
 """
@@ -23,8 +23,10 @@ from dagster_project.core.hashing import md5_of_bytes
 from dagster_project.core.layout import is_code, is_report
 from dagster_project.core.records import remove
 from dagster_project.lineage import code_lock
+from dagster_project.lineage.history import LOCK, LOST_HINT, Revision, lost_entries, lost_text
+from dagster_project.orchestration import rwlock
 from dagster_project.orchestration.private_api import private_module
-from dagster_project.orchestration.processes import command_of_dvc, interrupt_command, is_running
+from dagster_project.orchestration.processes import command_of_dvc, interrupt_command
 
 log = logging.getLogger("pedigree")
 
@@ -40,6 +42,7 @@ INVALID_FILE_ERRORS = {
     "YAMLFileCorruptedError",
     "YAMLValidationError",
     "YAMLSyntaxError",
+    "EncodingError",
     "ResolveError",
     "EntryNotFound",
     "CyclicGraphError",
@@ -117,12 +120,17 @@ def open_repo(root: Path) -> Iterator[Any]:
     """
     exceptions, repository = private_module("dvc.exceptions"), private_module("dvc.repo")
     logging.getLogger("dvc").setLevel(logging.ERROR)  # after the import, which sets it
-    _repair_rwlock(root)
+    rwlock.repair(root)
     try:
         with repository.Repo(str(root), _wait_for_lock=True) as repo:
             yield repo
     except exceptions.NotDvcRepoError:
         raise InputError(f"{root} is not a DVC project", "run `make run` once, or `dvc init`, in the project's folder") from None
+    except private_module("dvc.scm").SCMError as error:
+        raise InputError(
+            f"{root} is not in a git repository: {error}",
+            "run `git init` there; or, to work without git, `dvc config --local core.no_scm true`",
+        ) from None
     except exceptions.DvcException as error:
         if type(error).__name__ in INVALID_FILE_ERRORS:
             for name in ("dvc.lock", "dvc.yaml", "params.yaml"):
@@ -131,29 +139,10 @@ def open_repo(root: Path) -> Iterator[Any]:
                         f"{name} has an unresolved merge conflict",
                         f"take one side with `git checkout --ours {name}` (or --theirs), then `dvc repro`",
                     ) from None
+            if (root / LOCK).is_file():
+                Revision(root, None).lock()
             raise InputError(f"dvc.yaml or dvc.lock: {error}", "fix that file and run again") from None
         raise
-
-
-def _repair_rwlock(root: Path) -> None:
-    """Delete DVC's table of locked paths if it is invalid JSON, as SIGKILL can leave it: DVC then refuses every command."""
-    path = root / ".dvc" / "tmp" / "rwlock"
-
-    def is_valid() -> bool:
-        try:
-            return isinstance(json.loads(path.read_bytes()), dict)
-        except FileNotFoundError:
-            return True
-        except ValueError:
-            return False
-
-    if is_valid():
-        return
-    make_lock = private_module("dvc.lock").make_lock
-    with make_lock(str(path.with_name("rwlock.lock")), tmp_dir=str(path.parent), wait=True):
-        if not is_valid():  # no other process was writing it
-            path.unlink()
-            log.warning("deleted .dvc/tmp/rwlock, which a killed process left invalid")
 
 
 def digest(value: Any) -> str:
@@ -163,6 +152,15 @@ def digest(value: Any) -> str:
 def declared_stages(repo: Any) -> list[Any]:
     with repo.lock:  # DVC does not write dvc.lock atomically
         return list(repo.index.stages)
+
+
+def lost_records(root: Path) -> list[str]:
+    """A line with the next step if dvc.lock lacks entries of the committed one; empty otherwise."""
+    if not lost_entries(root):
+        return []
+    with records_locked(root):  # DVC may have been writing it
+        lost = lost_entries(root)
+    return [f"{lost_text(lost)}; {LOST_HINT}"] if lost else []
 
 
 @contextmanager
@@ -465,14 +463,18 @@ def commands_started() -> Iterator[list[str]]:
         logger.setLevel(before)
 
 
+DOCUMENTS = frozenset({".json", ".yaml", ".yml", ".toml"})
+"""Suffixes of metrics files that can be read."""
+
+
 def load_document(path: Path) -> Any:
     """Content of a metrics file, JSON, YAML or TOML; None if it is missing, invalid or in another format."""
     serialize = private_module("dvc.utils.serialize")
-    if path.suffix not in {".json", ".yaml", ".yml", ".toml"}:
+    if path.suffix not in DOCUMENTS:
         return None
     try:
         return serialize.LOADERS[path.suffix](str(path))
-    except (FileNotFoundError, serialize.ParseError):
+    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError, serialize.ParseError):
         return None
 
 
@@ -494,18 +496,6 @@ def is_forced() -> bool:
     except (cli.DvcParserError, SystemExit):  # it is another program
         return False
     return any(getattr(found, name, False) for name in ("force", "force_downstream", "no_run_cache"))
-
-
-def writer_of(root: Path, paths: Iterable[str]) -> str:
-    """The process that is writing one of these paths, from DVC's table of locked paths; empty if there is none."""
-    try:
-        table = json.loads((root / ".dvc" / "tmp" / "rwlock").read_bytes())
-    except (FileNotFoundError, ValueError):
-        return ""
-    for locked, owner in table.get("write", {}).items():
-        if owner["pid"] != os.getpid() and is_running(owner["pid"]) and any(overlap(locked, str(root / path)) for path in paths):
-            return f"process {owner['pid']} ({owner['cmd']})"
-    return ""
 
 
 def command_environment(extra: Mapping[str, str]) -> dict[str, str]:

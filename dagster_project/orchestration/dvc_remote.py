@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from dagster_project.core import faults
 from dagster_project.core.errors import InputError
 from dagster_project.orchestration.dvc import declared_stages, open_repo, overlap
 from dagster_project.orchestration.private_api import private_module
@@ -72,6 +73,8 @@ def push(root: Path, remote: str | None = None) -> PushResult:
         except ImportError as error:
             raise InputError(f"cannot push to the DVC remote {name}: {error}", "`pip install 'pedigree-llm[s3]'` installs dvc-s3") from None
         except Exception as error:
+            if faults.is_full(error):
+                raise
             if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in REMOTE_LIBRARIES:
                 raise
             raise InputError(

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from dagster_project.core.documents import damage, set_aside
 from dagster_project.core.errors import InputError
 from dagster_project.core.git import git_bytes
 from dagster_project.core.hashing import md5_of_bytes, sha256_of_file, sha256_of_text
 from dagster_project.core.layout import PLOTS, REPORTS, report_of
-from dagster_project.lineage.history import Revision
+from dagster_project.core.records import write_text
+from dagster_project.lineage.history import LOST_HINT, Revision, lost_entries, lost_text
 from dagster_project.orchestration import dvc
 from dagster_project.orchestration.dvc import StageState
 
@@ -62,17 +64,15 @@ def set_tampered_aside(root: Path, states: Iterable[StageState], locked: bool = 
     Returns:
         One line for each output set aside.
     """
-    path = root / KNOWN_HASHES
-    try:
-        known = json.loads(path.read_text())
-    except (OSError, ValueError):
-        known = {}
+    known = _known_hashes(root)
     before, lines = json.dumps(known), []
     for state in states:
         report = root / state.report if state.report else None
         if state.output_problem or report is None or not report.is_file():
             continue
-        published = json.loads(report.read_text()).get("output_sha256")
+        if damage(content := report.read_bytes()):  # sync names it; the stage command refuses it
+            continue
+        published = json.loads(content).get("output_sha256")
         try:
             if published is None or published == sha256_of(root / state.out, known):
                 continue
@@ -84,11 +84,25 @@ def set_tampered_aside(root: Path, states: Iterable[StageState], locked: bool = 
         what = f"{len(objects)} of its cache objects were tampered with" if objects else "it was changed without DVC"
         lines.append(f"{state.address}: {state.out} is not what was published (sha256 differs): {what}; set aside, will be produced again")
     if (after := json.dumps(known)) != before:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(f".{os.getpid()}")
-        scratch.write_text(after)
-        scratch.replace(path)
+        with suppress(OSError):  # the disk is full or read-only: the next command hashes again
+            write_text(root / KNOWN_HASHES, after)
     return lines
+
+
+def _known_hashes(root: Path) -> dict[str, list[int | str]]:
+    """The cache of hashes; empty if there is none, or if it was damaged and is set aside."""
+    path = root / KNOWN_HASHES
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return {}
+    if not (why := damage(content)):
+        known: dict[str, Any] = json.loads(content)
+        if all(isinstance(entry, list) and [*map(type, entry)] == [int, int, int, str] for entry in known.values()):
+            return known
+        why = "an entry is not [mtime, inode, size, sha256]"
+    set_aside(path, why, "all outputs are hashed again")
+    return {}
 
 
 def bytes_of(at: Revision, path: str) -> bytes | None:
@@ -104,7 +118,7 @@ def published(at: Revision, lock: Mapping[str, Any], address: str, path: str) ->
     report, recorded = bytes_of(at, report_of(address)), {out["path"]: out["md5"] for out in lock[address]["outs"]}
     if report is None or path.startswith((REPORTS, PLOTS)) or md5_of_bytes(report) != recorded.get(report_of(address)):
         return None
-    return json.loads(report).get("output_sha256")
+    return None if damage(report) else json.loads(report).get("output_sha256")
 
 
 def examine(root: Path, rev: str | None = None, all_revs: bool = False) -> dict[str, Any]:
@@ -161,14 +175,21 @@ class _Examination:
     def _lock(self, at: Revision) -> dict[str, Any]:
         """The entries of dvc.lock; if it is damaged, none and a finding."""
         content = bytes_of(at, "dvc.lock")
+        wrong, then = "cannot be read", "git checkout dvc.lock"
+        if at.rev is None and (lost := lost_entries(self.root)):
+            self._add_finding("dvc.lock", "dvc.lock", lost_text(lost).removeprefix("dvc.lock "), LOST_HINT)
         try:
-            lock = at.lock()
+            lock = at.lock(partial=True)
             if all(isinstance(out[key], str) for stage in lock.values() for out in stage["outs"] for key in ("path", "md5")):
                 return lock
-        except (InputError, ValueError, KeyError, TypeError, AttributeError):
+        except InputError as error:
             if content is None:
                 raise
-        self._add_finding(f"dvc.lock at {at.rev}" if at.rev else "dvc.lock", "dvc.lock", "cannot be read", "git checkout dvc.lock")
+            wrong, then = error.what.removeprefix("dvc.lock "), error.hint
+        except (ValueError, KeyError, TypeError, AttributeError):
+            if content is None:
+                raise
+        self._add_finding(f"dvc.lock at {at.rev}" if at.rev else "dvc.lock", "dvc.lock", wrong, then)
         return {}
 
     def _add_finding(self, where: str, path: str, wrong: str, then: str) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dagster_project.core import faults
 from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.core.hashing import md5_of_bytes, md5_of_file
 from dagster_project.orchestration.dvc_remote import Remote, open_remote
@@ -215,7 +216,9 @@ class RemoteStore:
             yield
         except (FileNotFoundError, PedigreeError):
             raise
-        except Exception as error:  # noqa: BLE001  each kind of remote has its own exceptions (botocore, gcsfs, adlfs, paramiko, ...)
+        except Exception as error:  # each kind of remote has its own exceptions (botocore, gcsfs, adlfs, paramiko, ...)
+            if action == "read" and faults.is_full(error):  # of the file that was copied to this machine
+                raise
             raise PedigreeError(
                 f"DVC's remote {self.remote.url} cannot be {'read' if action == 'read' else 'written'}: {type(error).__name__}: {error}",
                 "nothing was recorded; check its address, free space, and the credentials in the environment of this machine and of the nodes",
@@ -239,9 +242,12 @@ def _objects(names: Iterable[str]) -> list[str]:
 def _write_object(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_bytes(content)
-    scratch.chmod(0o444)
-    scratch.replace(path)
+    try:
+        scratch.write_bytes(content)
+        scratch.chmod(0o444)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from dagster_project.core.layout import is_report
 from dagster_project.core.progress import clock
 from dagster_project.core.records import write_json
 from dagster_project.lineage import code_lock
-from dagster_project.orchestration import dvc, integrity, locks, processes
+from dagster_project.orchestration import dvc, integrity, locks, processes, rwlock
 from dagster_project.orchestration.dvc import StageState
 from dagster_project.orchestration.leftovers import remove_leftovers
 
@@ -172,7 +172,7 @@ class RunAll:
             state = self.states[address]
             if not self.force and not state.changed:
                 self.outcomes[address] = Outcome(UP_TO_DATE)
-            elif writer := dvc.writer_of(self.root, [self.states[above].out for above in dvc.ancestors(self.states, address)]):
+            elif writer := rwlock.writer_of(self.root, [self.states[above].out for above in dvc.ancestors(self.states, address)]):
                 if address not in self.waiting:
                     log.info(f"{address} is waiting: {writer} is writing its inputs")
                     self.waiting.add(address)

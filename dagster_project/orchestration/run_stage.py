@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dagster_project.core import params
+from dagster_project.core import faults, params
 from dagster_project.core.context import StageContext
 from dagster_project.core.errors import Busy, CheckFailed, InputError, PedigreeError
 from dagster_project.core.layout import measured_path, report_of
@@ -17,6 +17,7 @@ from dagster_project.core.records import remove, write_json
 from dagster_project.core.workers import THIS_PROCESS, LocalProcesses, Workers
 from dagster_project.execution import VARIABLE, WORKER, placement
 from dagster_project.lineage import code_lock
+from dagster_project.lineage.history import refuse_lost_entries
 from dagster_project.orchestration import dvc, integrity, locks, processes
 from dagster_project.orchestration.executors import Executor, StageJob, StageResult
 from dagster_project.orchestration.executors.local import LocalExecutor
@@ -74,14 +75,28 @@ def run_stage(root: Path, address: str, pipeline: Pipeline = PEDIGREE, executor:
                 raise CheckFailed(f"{address}: {', '.join(changed)} changed while the stage ran", "run it again; nothing was recorded")
             code_lock.refuse_other_code(root, [stage])  # an upgrade while it ran
             _publish(root, ctx, report, sha256, result)
-        except BaseException:
-            dvc.restore_outputs(root, address)
+        except BaseException as error:
+            known = faults.explained(error, scratch) if not isinstance(error, PedigreeError) else None
+            remove(scratch)  # now, because outputs that are restored may need its space
+            _restore(root, address)
+            if known is not None:
+                raise known from error
             raise
         finally:
             remove(scratch)
     for line in _summary(address, report) if os.environ.get(VARIABLE) != WORKER else ():  # the driver of a worker logs it
         log.info(line)
     return report
+
+
+def _restore(root: Path, address: str) -> None:
+    """Restore the outputs that DVC removed. If even this fails, the error that ended the stage is still the one to report."""
+    try:
+        dvc.restore_outputs(root, address)
+    except Exception as error:
+        if (known := faults.explained(error, root)) is None:
+            raise
+        log.warning(f"{address}: earlier outputs were not restored: {known.what}; `dvc checkout` restores them")
 
 
 def _executor(values: Mapping[str, Any], address: str, pipeline: Pipeline) -> Executor:
@@ -118,6 +133,7 @@ def _verified_inputs(root: Path, address: str) -> Mapping[str, str]:
         raise CheckFailed("\n".join(tampered), f"run `dvc repro {address}` again")
     before = dvc.fingerprint(root, address)
     if before.conflicts:
+        refuse_lost_entries(root)
         raise CheckFailed("\n".join(f"{address}: {what}" for what, _ in before.conflicts), before.conflicts[0][1])
     return before.now
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
+from dagster_project.core import faults
 from dagster_project.core.errors import InputError
 from dagster_project.core.git import git
 from dagster_project.core.hashing import sha256_of_text
@@ -171,6 +172,8 @@ def _as_input_error(name: str) -> Iterator[None]:
     except FileNotFoundError:
         raise InputError(f"{name}: no such bucket or object", NEXT) from None
     except (OSError, BotoCoreError, ClientError) as error:
+        if faults.is_full(error):  # of the scratch file
+            raise
         text = " ".join(str(error).split()) or type(error).__name__
         for secret in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID"):
             text = text.replace(os.environ.get(secret) or "\0", "[credential]")

@@ -10,6 +10,7 @@ from typing import Any
 
 import dagster as dg
 
+from dagster_project.core import faults
 from dagster_project.core.errors import InputError
 from dagster_project.lineage import code_lock
 from dagster_project.orchestration import dvc
@@ -124,6 +125,8 @@ def home(root: Path, shared: bool = False) -> Path:
         if not owner.is_file() or other != root:
             owner.write_text(f"{root}\n")
     except OSError as error:
+        if faults.is_full(error):
+            raise
         raise InputError(
             f"Dagster's home {folder} is not writable: {error.strerror}", "fix its permissions, or set DAGSTER_HOME to another folder"
         ) from None

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import dagster as dg
 
 from dagster_project.core import params
+from dagster_project.core.documents import damaged_report
 from dagster_project.core.layout import is_code, is_report
 from dagster_project.execution import placement
 from dagster_project.orchestration import integrity
@@ -129,6 +130,9 @@ class PedigreeProject(DvcProject):
 
     def set_tampered_aside(self, states: Iterable[StageState]) -> list[str]:
         return integrity.set_tampered_aside(self.root, states)
+
+    def damaged_report(self, state: StageState) -> str:
+        return damaged_report(self.root, state.address) if state.report else ""
 
     def before_sync(self, instance: dg.DagsterInstance) -> None:
         set_default_limits(instance, self.pool_prefix)

@@ -9,7 +9,8 @@ from typing import Any
 
 import dagster as dg
 
-from dagster_project.core.errors import InputError
+from dagster_project.core import faults
+from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.orchestration.dagster_dvc.dead_runs import reap
 from dagster_project.orchestration.dagster_dvc.materialize import bring_up_to_date
 from dagster_project.orchestration.dagster_dvc.metadata import CODE_VERSION, IN_SYNC, IN_SYNC_DESCRIPTION
@@ -130,8 +131,14 @@ def sync_sensor(project: DvcProject) -> dg.SensorDefinition:
         description="Reports DVC's state to Dagster's event log, and marks runs as failed whose process was killed.",
     )
     def sensor(context: dg.SensorEvaluationContext) -> dg.SkipReason:
-        project.before_sync(context.instance)
-        lines = reap(context.instance, project.owns_instance) + sync(project, context.instance)
+        try:
+            project.before_sync(context.instance)
+            lines = reap(context.instance, project.owns_instance) + sync(project, context.instance)
+        except Exception as error:
+            known = error if isinstance(error, PedigreeError) else faults.explained(error, project.root)
+            if known is None:
+                raise
+            return dg.SkipReason("Not synced: " + str(known).replace("\n", "; "))
         return dg.SkipReason("; ".join(lines) if lines else "Dagster and DVC agree.")
 
     return sensor

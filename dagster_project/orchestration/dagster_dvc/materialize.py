@@ -14,8 +14,9 @@ from weakref import WeakKeyDictionary
 import dagster as dg
 from dagster_pipes import PipesContext, PipesDefaultContextLoader, PipesDefaultMessageWriter, PipesMappingParamsLoader
 
+from dagster_project.core import faults
 from dagster_project.core.errors import PedigreeError
-from dagster_project.orchestration import dvc
+from dagster_project.orchestration import dvc, rwlock
 from dagster_project.orchestration.dagster_dvc.dead_runs import MACHINE_TAG, end_with_run
 from dagster_project.orchestration.dagster_dvc.metadata import in_sync, read_report
 from dagster_project.orchestration.dagster_dvc.project import DvcProject
@@ -69,12 +70,15 @@ def bring_up_to_date(
                     break
         else:
             context.log.info(f"{address} is up to date; it was not run")
-    except PedigreeError as error:
-        with suppress(PedigreeError, KeyError):  # the stages may be unreadable
+    except Exception as error:
+        known = error if isinstance(error, PedigreeError) else faults.explained(error, project.root)
+        if known is None:
+            raise
+        with suppress(PedigreeError, KeyError, OSError):  # the stages may be unreadable
             failed = project.read()[address]
             report = read_report(project.root, failed) or {}
             yield from project.check_results(address, failed, report if project.blocks(report) else {})
-        raise dg.Failure(str(error), allow_retries=False) from None
+        raise dg.Failure(str(known), allow_retries=False) from None
     state = states[address]
     report = read_report(project.root, state) or {}
     yield from project.check_results(address, state, report)
@@ -125,7 +129,7 @@ def _read_when_idle(context: dg.AssetExecutionContext, project: DvcProject, addr
         snapshot = _read(context, project)
         states = snapshot.states
         inputs = [path for name in dvc.ancestors(states, address) for path in states[name].outs] if address in states else []
-        writer = dvc.writer_of(project.root, inputs)
+        writer = rwlock.writer_of(project.root, inputs)
         if not writer:
             return snapshot
         if not logged:

@@ -34,6 +34,14 @@ def read_report(root: Path, state: StageState) -> dict[str, Any] | None:
     return document if isinstance(document, dict) else None
 
 
+def damaged_report(root: Path, state: StageState) -> str:
+    """A line that names the stage's first metrics file if it cannot be read; empty otherwise."""
+    path = root / (state.report or "")
+    if not path.is_file() or path.suffix not in dvc.DOCUMENTS or dvc.load_document(path) is not None:
+        return ""
+    return f"{state.report} cannot be read; restore it with `git checkout HEAD {state.report}`, or make it again with `dvc repro {state.address}`"
+
+
 def describe(root: Path, state: StageState) -> dict[str, Any]:
     """Metadata of a materialization: path, version, metrics, plots and commit."""
     metadata: dict[str, Any] = {

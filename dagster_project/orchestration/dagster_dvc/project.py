@@ -169,5 +169,9 @@ class DvcProject:
         """
         return []
 
+    def damaged_report(self, state: StageState) -> str:
+        """A line that names the stage's report if it cannot be read, and the next step; empty otherwise."""
+        return metadata.damaged_report(self.root, state)
+
     def before_sync(self, instance: dg.DagsterInstance) -> None:
         """Called by the sensor before each sync."""

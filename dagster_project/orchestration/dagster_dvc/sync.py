@@ -8,7 +8,7 @@ from typing import Any
 
 import dagster as dg
 
-from dagster_project.orchestration import locks
+from dagster_project.orchestration import dvc, locks
 from dagster_project.orchestration.dagster_dvc.dead_runs import in_progress
 from dagster_project.orchestration.dagster_dvc.metadata import CODE_VERSION, REPORT_TAG, in_sync, read_report
 from dagster_project.orchestration.dagster_dvc.project import DvcProject
@@ -25,7 +25,7 @@ class Snapshot:
 
     states: dict[str, StageState]
     lines: list[str]
-    """One for each output that was set aside because it was tampered with."""
+    """One for each output that was set aside because it was tampered with, for each report that cannot be read, and for lost entries of dvc.lock."""
     in_progress: frozenset[dg.AssetKey]
     """Assets that a run was about to materialize."""
     materialized: Mapping[dg.AssetKey, int | None]
@@ -36,7 +36,7 @@ def sync(project: DvcProject, instance: dg.DagsterInstance) -> list[str]:
     """Report DVC's state to Dagster.
 
     Returns:
-        One line for each reported event, and for each output that was set aside because it was tampered with.
+        One line for each reported event, and the lines of the snapshot.
     """
     snapshot = read(project, instance)
     return snapshot.lines + mirror(project, instance, snapshot)
@@ -51,7 +51,9 @@ def read(project: DvcProject, instance: dg.DagsterInstance) -> Snapshot:
     busy, materialized = in_progress(instance), _materialized(project, instance)
     states = project.read()
     lines = project.set_tampered_aside(states.values())
-    return Snapshot(project.read() if lines else states, lines, busy, materialized)
+    states = project.read() if lines else states
+    lines += [*dvc.lost_records(project.root), *filter(None, map(project.damaged_report, states.values()))]
+    return Snapshot(states, lines, busy, materialized)
 
 
 def _materialized(project: DvcProject, instance: dg.DagsterInstance) -> dict[dg.AssetKey, int | None]:

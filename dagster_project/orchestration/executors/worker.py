@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dagster_project.core import faults
 from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.core.layout import measured_path, pages_of, report_of
 from dagster_project.core.records import remove
@@ -275,8 +276,12 @@ def main(job: Mapping[str, Any]) -> int:
                 return Work(job, root, store).run()
     except Damaged as error:
         send("damaged", error.objects)
-    except PedigreeError as error:
-        send("error", {"what": error.what, "hint": error.hint, "exit_code": error.exit_code})
+    except Exception as error:
+        known = error if isinstance(error, PedigreeError) else faults.explained(error, Path.cwd())
+        if known is None:
+            raise
+        what = known.what if known is error else f"node {platform.node()}: {known.what}"
+        send("error", {"what": what, "hint": known.hint, "exit_code": known.exit_code})
     return REFUSED
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import errno
 import json
 import logging
 import os
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dagster_project.core import faults
 from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.core.hashing import sha256_of_file, sha256_of_files, sha256_of_text
 from dagster_project.core.params import Compute
@@ -109,10 +109,12 @@ class Checkpoints:
             _to_disk(write)
             os.replace(write, target / MARKER)  # noqa: PTH105
             _to_disk(target)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
+        except Exception as error:
+            if not faults.is_full(error):
                 raise
             remove(scratch)
+            if not (target / MARKER).is_file():
+                remove(target)
             raise PedigreeError(
                 f"the disk is full: the checkpoint of step {step} does not fit into {self.folder}",
                 "free some space and run again: training resumes from the previous checkpoint",

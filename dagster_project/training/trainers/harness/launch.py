@@ -27,6 +27,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from dagster_project.core import faults
 from dagster_project.core.errors import InputError, PedigreeError
 from dagster_project.core.records import CheckResult, Report
 from dagster_project.training.trainers.harness import distributed
@@ -231,8 +232,9 @@ def _member(name: str) -> None:
 
 def said_by(error: BaseException) -> list[str]:
     """An exception as JSON: class, what, hint."""
-    if isinstance(error, PedigreeError):
-        return [type(error).__name__, error.what, error.hint]
+    known = error if isinstance(error, PedigreeError) else faults.explained(error, Path.cwd())
+    if known is not None:
+        return [type(known).__name__, known.what, known.hint]
     return ["KeyboardInterrupt" if isinstance(error, KeyboardInterrupt) else "", traceback.format_exc(), ""]
 
 

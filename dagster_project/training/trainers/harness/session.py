@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dagster_project.core.errors import Interrupted as Interrupted
 from dagster_project.core.errors import PedigreeError
 from dagster_project.core.params import Compute
 from dagster_project.core.progress import Progress
@@ -33,12 +34,6 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger("pedigree")
-
-
-class Interrupted(PedigreeError):
-    """The training was asked to stop."""
-
-    exit_code = 130
 
 
 class OutOfMemory(PedigreeError):

@@ -1,0 +1,99 @@
+"""How the process of a command ends: by Ctrl-C, with a closed pipe, or with an error of the operating system."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any, TextIO
+
+from dagster_project.commands.extras import missing_extra
+from dagster_project.core import faults
+from dagster_project.core.errors import Interrupted, PedigreeError
+
+INTERRUPTED = "interrupted; nothing was recorded"
+EXIT_CODE = 130
+"""128 + SIGINT, as shells report it."""
+
+
+def _end_at_once(*_: Any) -> None:
+    os._exit(EXIT_CODE)
+
+
+class Interrupts:
+    """Whether SIGINT came. Libraries that are interrupted while they are imported may raise any other exception instead."""
+
+    came = False
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self.came = True
+        raise KeyboardInterrupt
+
+    def _note_unraisable(self, unraisable: Any) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            self.came = True
+        else:
+            sys.__unraisablehook__(unraisable)
+
+
+@contextmanager
+def interrupts() -> Iterator[Interrupts]:
+    """While open, SIGINT raises KeyboardInterrupt and is noted. After one came, another ends the process at once, without a word.
+
+    A process that was started with SIGINT ignored, as by `&` of a script, goes on ignoring it.
+    """
+    found = Interrupts()
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        yield found
+        return
+    hook, sys.unraisablehook = sys.unraisablehook, found._note_unraisable
+    signal.signal(signal.SIGINT, found._interrupt)
+    try:
+        yield found
+    finally:
+        sys.unraisablehook = hook
+        signal.signal(signal.SIGINT, _end_at_once if found.came else signal.default_int_handler)
+
+
+class LogHandler(logging.StreamHandler[TextIO]):
+    """Log lines on stderr, until nobody reads them any more."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            discard(self.stream)
+        else:
+            super().handleError(record)
+
+
+def discard(stream: TextIO) -> None:
+    """Send what is still written to a stream nowhere: its reader, e.g. `head`, has closed the pipe."""
+    with suppress(OSError, ValueError):  # it has no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def flush() -> None:
+    """Write out stdout and stderr now: at the end of the process, Python reports a closed pipe as an error."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            discard(stream)
+
+
+def explained(error: BaseException, interrupts: Interrupts, command: str, project: Path) -> PedigreeError | None:
+    """What to tell the user about an exception; None if it is a defect of this program."""
+    if isinstance(error, Interrupted):  # a training stopped where it can resume
+        return error
+    if interrupts.came or isinstance(error, KeyboardInterrupt):
+        return Interrupted(INTERRUPTED)
+    if isinstance(error, PedigreeError):
+        return error
+    if isinstance(error, ModuleNotFoundError):
+        return missing_extra(error, command)
+    return faults.explained(error, project)

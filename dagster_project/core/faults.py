@@ -1,0 +1,109 @@
+"""Errors of the operating system, and of libraries that pass them on, as one message with path, reason and next step."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from dagster_project.core.errors import InputError, PedigreeError
+
+LIBRARIES = {"safetensors", "pyarrow", "polars", "tokenizers", "shutil", "sqlite3"}
+"""Their errors can be one of the operating system, which they name only in the text."""
+CODE = re.compile(r"\(os error (\d+)\)|\[errno (\d+)\]", re.IGNORECASE)
+PATH = re.compile(r"at path \"(.+?)\"|local file '(.+?)'|\(os error \d+\): (/.+)$")
+UNFINISHED = re.compile(r"^\d+ requested and \d+ written$")
+"""What NumPy says, without a code."""
+SQLITE = {8: errno.EACCES, 10: errno.EIO, 13: errno.ENOSPC, 14: errno.EACCES}
+"""SQLITE_READONLY, SQLITE_IOERR, SQLITE_FULL, SQLITE_CANTOPEN"""
+
+AGAIN = "then run the same command again"
+NEXT_STEPS = {
+    errno.ENOSPC: f"free some space on its disk, {AGAIN}",
+    errno.EDQUOT: f"free some space, or ask for a larger quota, {AGAIN}",
+    errno.EFBIG: f"raise the limit on the size of a file (`ulimit -f`), {AGAIN}",
+    errno.EMFILE: f"raise the limit on open files (`ulimit -n`), {AGAIN}",
+    errno.ENFILE: f"end processes with many open files, {AGAIN}",
+    errno.EIO: f"look for errors of the disk, for example with `dmesg`, {AGAIN}",
+    errno.ESTALE: f"mount the file system again, {AGAIN}",
+    errno.EROFS: f"make the file system writable, or use a copy of the project elsewhere, {AGAIN}",
+    errno.EACCES: f"give your user access to it (`ls -ld` shows who has it), {AGAIN}",
+    errno.EPERM: f"give your user access to it (`ls -ld` shows who has it), {AGAIN}",
+    errno.ENOENT: f"restore it (`git checkout` or `dvc checkout`), {AGAIN}",
+    errno.ENOTDIR: f"remove the file that is in the place of a folder, {AGAIN}",
+    errno.EISDIR: f"remove the folder that is in the place of a file, {AGAIN}",
+    errno.ELOOP: f"remove the link that leads to itself, {AGAIN}",
+    errno.ENAMETOOLONG: "use shorter names",
+}
+"""Codes that are explained, because their cause is outside of the program. Those of the network are explained where they arise."""
+RESOURCES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE}
+"""Something has run out or failed: exit code 1. With all others, the project cannot be used as it is: exit code 2."""
+
+
+def explained(error: BaseException, where: Path) -> PedigreeError | None:
+    """The error as one for the user; None if its cause is not the operating system.
+
+    Args:
+        where: the folder that was written to, for errors that name no path.
+    """
+    for one in _causes(error):
+        code = _code(one)
+        if code not in NEXT_STEPS:
+            continue
+        path = _path(one)
+        if code == errno.ENOENT and not path:
+            continue
+        place = path or str(_fullest(where) if code == errno.ENOSPC else where)
+        return (PedigreeError if code in RESOURCES else InputError)(f"{place}: {os.strerror(code)}", NEXT_STEPS[code])
+    return None
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a file could not be written as a whole: the disk is full, or a limit is reached."""
+    return any(_code(one) in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} for one in _causes(error))
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen = set[int]()
+    one: BaseException | None = error
+    while one is not None and id(one) not in seen:
+        yield one
+        seen.add(id(one))
+        one = one.__cause__
+
+
+def _code(error: BaseException) -> int | None:
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    if UNFINISHED.match(str(error)):
+        return errno.ENOSPC
+    if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in LIBRARIES:
+        return None
+    if (sqlite := getattr(error, "sqlite_errorcode", None)) is not None:
+        return SQLITE.get(sqlite & 0xFF)
+    found = CODE.search(str(error))
+    return int(found[1] or found[2]) if found else None
+
+
+def _path(error: BaseException) -> str:
+    """The path that an error names; of a copy, the one that was written. Empty if there is none."""
+    if isinstance(error, OSError):
+        named = error.filename2 or error.filename
+        if isinstance(named, str | bytes):
+            return os.fsdecode(named)
+    found = PATH.search(str(error))
+    return next(filter(None, found.groups()), "") if found else ""
+
+
+def _fullest(where: Path) -> Path:
+    """The folder, or the one for temporary files, whichever has less space left."""
+    space = dict[Path, int]()
+    for folder in (where, Path(tempfile.gettempdir())):
+        with suppress(OSError):
+            space[folder] = shutil.disk_usage(folder).free
+    return min(space, key=lambda folder: space[folder], default=where)

@@ -1,0 +1,52 @@
+"""DVC's table of locked paths: which process reads or writes which path."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from dagster_project.lineage.history import is_within
+from dagster_project.orchestration.private_api import private_module
+from dagster_project.orchestration.processes import is_running
+
+log = logging.getLogger("pedigree")
+
+TABLE = Path(".dvc", "tmp", "rwlock")
+
+
+def _table(root: Path) -> dict[str, Any] | None:
+    """The table, empty without one; None if it is not one that DVC reads."""
+    rwlock = private_module("dvc.rwlock")
+    try:
+        table: dict[str, Any] = rwlock.SCHEMA(json.loads((root / TABLE).read_bytes()))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, rwlock.Invalid):
+        return None
+    return table
+
+
+def repair(root: Path) -> None:
+    """Delete DVC's table of locked paths if it is invalid, as SIGKILL can leave it: DVC then refuses every command."""
+    path = root / TABLE
+    if _table(root) is not None:
+        return
+    make_lock = private_module("dvc.lock").make_lock
+    with make_lock(str(path.with_name("rwlock.lock")), tmp_dir=str(path.parent), wait=True):
+        if _table(root) is None:  # no other process was writing it
+            path.unlink()
+            log.warning("deleted .dvc/tmp/rwlock, DVC's table of locked paths, which was invalid")
+
+
+def writer_of(root: Path, paths: Iterable[str]) -> str:
+    """The process that is writing one of these paths, from DVC's table of locked paths; empty if there is none."""
+    table = _table(root) or {}
+    for locked, owner in table.get("write", {}).items():
+        uses = any(is_within(locked, str(root / path)) or is_within(str(root / path), locked) for path in paths)
+        if uses and owner["pid"] != os.getpid() and is_running(owner["pid"]):
+            return f"process {owner['pid']} ({owner['cmd']})"
+    return ""
